@@ -1,0 +1,115 @@
+"""The `cluster`, `network`, `dispatch` and `placement` sections: machines, links and how experts sit on them."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from moesim.scenario.base import Bandwidth, DType, Flag, Latency, NonNegativeFloat, PositiveFloat, PositiveInt, Section, Share
+
+
+class Pool(Section):
+    """`nodes` machines with `gpus_per_node` GPUs of one kind."""
+
+    name: str = "main"
+    gpu: str
+    nodes: PositiveInt
+    gpus_per_node: PositiveInt = 8
+    price_per_gpu_hour: NonNegativeFloat | None = None
+
+
+class Oversubscription(Section):
+    """Ratio of capacity below to capacity above a tier."""
+
+    leaf: PositiveFloat = 1.0
+    spine: PositiveFloat = 1.0
+
+
+class Degraded(Section):
+    """A link, node or rail whose bandwidth is multiplied by `factor`; 0 means failed."""
+
+    link: tuple[str, str] | None = None
+    node: int | None = None
+    rail: int | None = None
+    factor: Share
+
+
+class Link(Section):
+    """A directed link of a custom fabric; `both` adds the opposite direction."""
+
+    source: str
+    target: str
+    bandwidth: Bandwidth
+    latency: Latency = 0.0
+    both: Flag = True
+
+
+class Fabric(Section):
+    """Links of the cluster. Bandwidths are per link and direction; what is absent comes from the GPU's catalogue entry.
+
+    `*_efficiency` is the share of a link's bandwidth that long transfers reach; absent means the calibrated value.
+    """
+
+    preset: Literal["nvlink_node", "rail_optimised", "multi_plane", "leaf_spine", "nvl72", "custom"] = "rail_optimised"
+    nvlink: Bandwidth | None = None
+    nvlink_latency: Latency | None = None
+    nvlink_efficiency: Share | None = None
+    nic: Bandwidth | None = None
+    nic_latency: Latency | None = None
+    nic_efficiency: Share | None = None
+    leaf_latency: Latency | None = None
+    pod_nodes: PositiveInt | None = None
+    planes: PositiveInt = 1
+    oversubscription: PositiveFloat | Oversubscription = 1.0
+    pxn: Flag = False
+    degraded: tuple[Degraded, ...] = ()
+    links: tuple[Link, ...] = ()
+    file: str | None = None
+
+
+class Cluster(Section):
+    """Pools of GPUs and the fabric between them. The flat form (gpu, nodes, ...) is short for one pool."""
+
+    pools: tuple[Pool, ...] = Field(min_length=1)
+    fabric: Fabric = Fabric()
+
+    @property
+    def num_gpus(self) -> int:
+        """GPUs of all pools."""
+        return sum(pool.nodes * pool.gpus_per_node for pool in self.pools)
+
+
+class Dispatch(Section):
+    """How tokens travel to their experts and back."""
+
+    algorithm: Literal["direct", "hierarchical", "low_latency"] = "direct"
+    deduplicate: Literal["per_expert", "per_rank", "per_node"] = "per_rank"
+    dtype: DType = "bf16"
+    combine_dtype: DType = "bf16"
+
+
+class Network(Section):
+    """Which model shares the links: the closed form over ports, merged completions, or exact max-min filling."""
+
+    model: Literal["ports", "fluid", "exact"] = "ports"
+
+
+class Contiguous(Section):
+    """Rank r of an EP group holds experts r*N/D .. (r+1)*N/D - 1."""
+
+    kind: Literal["contiguous"] = "contiguous"
+
+
+class RoundRobin(Section):
+    """Expert e sits on rank e mod D. It splits a router's groups, so it needs a router without groups."""
+
+    kind: Literal["round_robin"]
+
+
+class Explicit(Section):
+    """`slots[r]` lists the experts of rank r; an expert may appear once."""
+
+    kind: Literal["explicit"]
+    slots: tuple[tuple[Annotated[int, Field(ge=0, strict=True)], ...], ...]
+
+
+Placement = Annotated[Contiguous | RoundRobin | Explicit, Field(discriminator="kind")]

@@ -1,0 +1,164 @@
+"""The `routing` and `capacity` sections: which router decides, how it is balanced, and what is dropped."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from moesim.scenario.base import Count, Flag, NonNegativeFloat, PositiveFloat, PositiveInt, Section, Share
+
+
+class PlainRouter(Section):
+    """A router without groups: Switch, Mixtral/Qwen3 (`topk_softmax`), DeepSeekMoE/OLMoE, or a fixed one."""
+
+    kind: Literal["switch", "topk_softmax", "deepseek_moe", "hash", "uniform"]
+
+
+class GshardRouter(Section):
+    """Top-2 with gates renormalised; `random_second` takes the second expert with probability min(1, 2 g2)."""
+
+    kind: Literal["gshard"]
+    random_second: Flag = False
+
+
+class GroupedRouter(Section):
+    """Group-limited top-K of DeepSeek-V2 and -V3. `device_limit: M` means groups = expert-parallel size, limit M."""
+
+    kind: Literal["deepseek_v2", "deepseek_v3"]
+    groups: PositiveInt | None = None
+    group_limit: PositiveInt | None = None
+    device_limit: PositiveInt | None = None
+
+
+class ExpertChoiceRouter(Section):
+    """Each expert takes its C = ceil(capacity_factor K T / N) best tokens (arXiv 2202.09368)."""
+
+    kind: Literal["expert_choice"]
+    capacity_factor: PositiveFloat = 1.0
+
+
+Router = Annotated[PlainRouter | GshardRouter | GroupedRouter | ExpertChoiceRouter, Field(discriminator="kind")]
+
+
+class LossFree(Section):
+    """Auxiliary-loss-free balancing: after each step b_i += gamma * sign(mean load - load_i)."""
+
+    gamma: NonNegativeFloat = 0.001
+
+
+class Balance(Section):
+    """Coefficients of the balance losses (spec: expert a1, device a2, communication a3, variance w, sequence a)."""
+
+    expert: NonNegativeFloat = 0.0
+    device: NonNegativeFloat = 0.0
+    communication: NonNegativeFloat = 0.0
+    variance: NonNegativeFloat = 0.0
+    sequence: NonNegativeFloat = 0.0
+    loss_free: LossFree | None = None
+    scope: Literal["micro_batch", "global_batch"] = "micro_batch"
+
+
+class Thin(Section):
+    """The small byte-level language model that carries the real expert layout (N, K, groups, M)."""
+
+    layers: PositiveInt = 2
+    hidden: PositiveInt = 128
+    heads: PositiveInt = 4
+    expert_intermediate: PositiveInt = 64
+    context: PositiveInt = 512
+    tokens_per_step: PositiveInt = 4096
+    micro_batches: PositiveInt = 1
+    learning_rate: PositiveFloat = 3e-3
+    attention: Literal["mha", "gqa", "mla", "local_global"] = "mha"
+    hash_warmup_share: Share = 0.0
+    expert_grad_clip: PositiveFloat | None = 1.0
+    device: Literal["cpu", "cuda", "auto"] = "auto"
+
+
+class TrainRouting(Section):
+    """Train a thin MoE language model on real text and record how its router routes held-out text."""
+
+    kind: Literal["train"]
+    router: Router
+    balance: Balance = Balance()
+    steps: PositiveInt = 150
+    corpus: str = "stdlib"
+    tokens: PositiveInt | None = None  # held-out tokens to record; at least 65,536 and one EP group's micro-batch
+    thin: Thin = Thin()
+
+
+class TraceRouting(Section):
+    """Replay a recorded trace."""
+
+    kind: Literal["trace"]
+    file: str
+
+
+class PopularityRouting(Section):
+    """K distinct experts per token drawn by measured popularity (Gumbel top-k): one list, or one per layer."""
+
+    kind: Literal["popularity"]
+    counts: tuple[NonNegativeFloat, ...] | tuple[tuple[NonNegativeFloat, ...], ...] = Field(min_length=1)
+    router: Router | None = None  # only its groups and limit are used
+
+
+class UniformRouting(Section):
+    """K distinct experts per token, all equally likely; within M random groups when the router has a limit."""
+
+    kind: Literal["uniform"]
+    router: Router | None = None
+
+
+Routing = Annotated[TrainRouting | TraceRouting | PopularityRouting | UniformRouting, Field(discriminator="kind")]
+
+
+class NoCapacity(Section):
+    """Dropless."""
+
+    kind: Literal["none"] = "none"
+
+
+class ExpertCapacity(Section):
+    """C = ceil(factor K T / N) rows per expert over the tokens of one rank and micro-batch."""
+
+    kind: Literal["expert"]
+    factor: PositiveFloat
+    by: Literal["position", "score"] = "position"
+    pad: Flag = False
+
+
+class DeviceCapacity(Section):
+    """DeepSeek-V2: each device keeps factor * mean rows per device; protected sequences are kept first."""
+
+    kind: Literal["device"]
+    factor: PositiveFloat
+    protected_share: Share = 0.1
+
+
+Capacity = Annotated[NoCapacity | ExpertCapacity | DeviceCapacity, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterShape:
+    """The router of one scenario with every alias resolved: what `moe` builds and what a trace records.
+
+    `num_groups` = 1 and `group_limit` = 1 mean no limit. `num_devices` is the expert-parallel size (for the device
+    and communication losses and device capacity).
+    """
+
+    kind: str
+    num_experts: int
+    top_k: int
+    num_groups: int = 1
+    group_limit: int = 1
+    num_devices: int = 1
+    routed_scaling_factor: float = 1.0
+    random_second: bool = False
+    capacity_factor: float = 1.0
+
+
+__all__ = [
+    "Balance", "Capacity", "Count", "DeviceCapacity", "ExpertCapacity", "ExpertChoiceRouter", "GroupedRouter", "GshardRouter",
+    "LossFree", "NoCapacity", "PlainRouter", "PopularityRouting", "Router", "RouterShape", "Routing", "Thin", "TraceRouting",
+    "TrainRouting", "UniformRouting",
+]
