@@ -15,7 +15,11 @@ def _unit_table(kind: str) -> dict[str, float]:
     if kind == "bandwidth":
         table = {f"{p}B/s": scale for p, scale in prefixes.items()}
         table |= {f"{p}bps": scale / 8 for p, scale in _DECIMAL.items()}
-        return table | {f"{p}b/s": scale / 8 for p, scale in _DECIMAL.items()} | {f"{p}bit/s": s / 8 for p, s in _DECIMAL.items()}
+        return (
+            table
+            | {f"{p}b/s": scale / 8 for p, scale in _DECIMAL.items()}
+            | {f"{p}bit/s": s / 8 for p, s in _DECIMAL.items()}
+        )
     assert kind == "seconds"
     return {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
 

@@ -4,7 +4,17 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from moesim.scenario.base import Bandwidth, DType, Flag, Latency, NonNegativeFloat, PositiveFloat, PositiveInt, Section, Share
+from moesim.scenario.base import (
+    Bandwidth,
+    DType,
+    Flag,
+    Latency,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    Share,
+)
 
 
 class Pool(Section):

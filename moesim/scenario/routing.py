@@ -5,7 +5,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from moesim.scenario.base import Count, Flag, NonNegativeFloat, PositiveFloat, PositiveInt, Section, Share
+from moesim.scenario.base import Flag, NonNegativeFloat, PositiveFloat, PositiveInt, Section, Share
+from moesim.scenario.model import Model
 
 
 class PlainRouter(Section):
@@ -157,8 +158,28 @@ class RouterShape:
     capacity_factor: float = 1.0
 
 
-__all__ = [
-    "Balance", "Capacity", "Count", "DeviceCapacity", "ExpertCapacity", "ExpertChoiceRouter", "GroupedRouter", "GshardRouter",
-    "LossFree", "NoCapacity", "PlainRouter", "PopularityRouting", "Router", "RouterShape", "Routing", "Thin", "TraceRouting",
-    "TrainRouting", "UniformRouting",
-]
+def resolve_router(routing: Routing, *, model: Model, num_devices: int) -> RouterShape:
+    """The router shape of a `routing` section on `num_devices` ranks of an expert-parallel group.
+
+    A trained router keeps its own kind; `popularity` and `uniform` take groups and limit from their `router`, and a
+    recorded trace brings its own router, so that only the model's experts and top_k are known here.
+    """
+    router = None if isinstance(routing, TraceRouting) else routing.router
+    kind = router.kind if isinstance(routing, TrainRouting) and router is not None else routing.kind
+    num_groups, group_limit = 1, 1
+    if isinstance(router, GroupedRouter):
+        if router.device_limit is not None:
+            num_groups, group_limit = num_devices, router.device_limit
+        elif router.groups is not None and router.group_limit is not None:
+            num_groups, group_limit = router.groups, router.group_limit
+    return RouterShape(
+        kind=kind,
+        num_experts=model.experts,
+        top_k=model.top_k,
+        num_groups=num_groups,
+        group_limit=group_limit,
+        num_devices=num_devices,
+        routed_scaling_factor=model.routed_scaling_factor,
+        random_second=isinstance(router, GshardRouter) and router.random_second,
+        capacity_factor=router.capacity_factor if isinstance(router, ExpertChoiceRouter) else 1.0,
+    )

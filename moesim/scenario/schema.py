@@ -1,14 +1,13 @@
 """The whole scenario: every section, and the checks that need more than one of them."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from moesim.errors import InfeasibleError
 from moesim.scenario.base import Count, DType, PositiveFloat, PositiveInt, Section
 from moesim.scenario.cluster import Cluster, Contiguous, Dispatch, Network, Placement
 from moesim.scenario.model import Model
-from moesim.scenario.routing import Capacity, NoCapacity, RouterShape, Routing
+from moesim.scenario.routing import Capacity, NoCapacity, RouterShape, Routing, UniformRouting, resolve_router
 
 
 class Zero(Section):
@@ -87,7 +86,7 @@ class Scenario(Section):
     schema_version: Literal[1] = 1
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
     model: Model
-    routing: Routing
+    routing: Routing = UniformRouting(kind="uniform")  # only a dense model may leave it out
     capacity: Capacity = NoCapacity()
     placement: Placement = Contiguous()
     cluster: Cluster
@@ -99,3 +98,27 @@ class Scenario(Section):
     compute: Compute = Compute()
     uncertainty: Uncertainty = Uncertainty()
     seed: Count = 0
+
+    def router_shape(self) -> RouterShape:
+        """The router with its aliases resolved; `kind` is "trace" when a recorded trace brings its own."""
+        return resolve_router(self.routing, model=self.model, num_devices=self.parallelism.expert)
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches that each rank runs in one step: global_batch / (data * micro_batch)."""
+        return self.workload.global_batch // (self.parallelism.data * self.workload.micro_batch)
+
+    @property
+    def tokens_per_micro_batch(self) -> int:
+        """Tokens of one micro-batch of one data-parallel rank."""
+        return self.workload.micro_batch * self.workload.sequence_length
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of the global batch."""
+        return self.workload.global_batch * self.workload.sequence_length
+
+    @property
+    def idle_gpus(self) -> int:
+        """GPUs of the cluster without a rank; they are paid for all the same."""
+        return self.cluster.num_gpus - self.parallelism.world_size

@@ -1,0 +1,78 @@
+"""Data shipped with moesim: GPUs and models by name, each entry with its source. Adding one is adding it to the YAML."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import resources
+from types import MappingProxyType
+from typing import Any
+
+from moesim.errors import UserError
+from moesim.scenario.document import parse_yaml
+
+
+@dataclass(frozen=True, kw_only=True)
+class GpuSpec:
+    """One GPU of the catalogue; all rates are decimal, per second and without sparsity.
+
+    `peak_flops` maps a number format to FLOP/s (a format that the chip lacks is absent), `nvlink_bandwidth` is bytes/s
+    per direction, `price_per_gpu_hour` the default rent in USD with its own source.
+    """
+
+    name: str
+    sm_count: int
+    clock_hz: float
+    peak_flops: Mapping[str, float] = field(hash=False)
+    memory_bandwidth: float
+    memory_bytes: float
+    l2_bytes: float
+    nvlink_bandwidth: float
+    source: str
+    price_per_gpu_hour: float
+    price_source: str
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """`did you mean "x"?` when a known word is close, else the list of known words."""
+    known = list(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f'did you mean "{close[0]}"?' if close else f"known: {', '.join(known)}"
+
+
+@cache
+def _catalogue(name: str) -> Mapping[str, Mapping[str, Any]]:
+    text = (resources.files("moesim.scenario.catalogue") / f"{name}.yaml").read_text(encoding="utf-8")
+    entries = parse_yaml(text, source=f"catalogue/{name}.yaml").plain
+    assert isinstance(entries, dict)
+    return MappingProxyType(entries)
+
+
+def gpu_names() -> tuple[str, ...]:
+    """Names of the GPUs in the catalogue."""
+    return tuple(_catalogue("gpus"))
+
+
+@cache
+def gpu_spec(name: str) -> GpuSpec:
+    """The catalogue's GPU `name`. Raises UserError with a suggestion for an unknown name."""
+    entries = _catalogue("gpus")
+    if name not in entries:
+        raise UserError(f'unknown GPU "{name}"; {suggest(name, entries)}')
+    entry = dict(entries[name])
+    peaks = {dtype: float(peak) for dtype, peak in entry.pop("peak_flops").items()}
+    entry |= {key: float(value) for key, value in entry.items() if isinstance(value, int) and key != "sm_count"}
+    return GpuSpec(name=name, peak_flops=peaks, **entry)
+
+
+def model_names() -> tuple[str, ...]:
+    """Names of the model presets in the catalogue."""
+    return tuple(_catalogue("models"))
+
+
+def model_preset(name: str) -> dict[str, Any]:
+    """The fields of the preset `name`, as in a scenario's `model` section. Raises UserError for an unknown name."""
+    entries = _catalogue("models")
+    if name not in entries:
+        raise UserError(f'unknown model "{name}"; {suggest(name, entries)}')
+    return {"preset": name, **entries[name]}

@@ -1,0 +1,180 @@
+"""YAML text as plain data plus the place of every key and value: the strict subset that scenario files use.
+
+Strict means: YAML 1.2 scalars (`1e9` is a number, `on` and `yes` are text), no duplicate keys, no tags, finite numbers,
+one document, and limits on nesting and on what aliases expand to.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from moesim.errors import UserError
+
+MAX_DEPTH = 24
+MAX_NODES = 200_000  # 94 layers of 512 expert counts are 48,000
+MAX_CHARACTERS = 8_000_000
+_MAX_DIGITS = 40
+
+_NULLS = {"", "~", "null", "Null", "NULL"}
+_FLAGS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
+_INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+
+Path = tuple[str | int, ...]
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+@dataclass(frozen=True)
+class Node:
+    """One YAML value: `value` is a scalar, a dict of key to Node or a list of Node. `where` is its place for messages.
+
+    `key_where` is the place of the key that holds it (its own place inside lists and at the root).
+    `size` counts the nodes below it, each alias expanded.
+    """
+
+    value: Any
+    where: str
+    key_where: str
+    size: int = 1
+
+    @property
+    def plain(self) -> Any:
+        """The value as nested dicts, lists and scalars."""
+        if isinstance(self.value, dict):
+            return {key: child.plain for key, child in self.value.items()}
+        if isinstance(self.value, list):
+            return [child.plain for child in self.value]
+        return self.value
+
+
+def find(node: Node, path: Path) -> tuple[Node, Path]:
+    """The node at `path`, or the deepest existing one above it, with the path that was reached."""
+    for depth, key in enumerate(path):
+        child = None
+        if isinstance(node.value, dict):
+            child = node.value.get(key)
+        elif isinstance(node.value, list) and isinstance(key, int) and 0 <= key < len(node.value):
+            child = node.value[key]
+        if child is None:
+            return node, path[:depth]
+        node = child
+    return node, path
+
+
+def parse_yaml(text: str, *, source: str, located: bool = True) -> Node:
+    """The single document in `text`. Places read `source:line:column`, or just `source` when not `located`.
+
+    Raises UserError, with the place, for anything outside the strict subset.
+    """
+    if len(text) > MAX_CHARACTERS:
+        raise UserError(f"{source}: {len(text):,} characters; a scenario has at most {MAX_CHARACTERS:,}")
+    builder = _Builder(source=source, located=located)
+    try:
+        return builder.document(iter(yaml.parse(text, Loader=_Loader)))
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        raise UserError(f"{builder.place(mark)}: not valid YAML: {error.problem or error.context}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+@dataclass
+class _Builder:
+    """Turns parser events into nodes; the parser itself does not recurse, so nesting is bounded here."""
+
+    source: str
+    located: bool
+    anchors: dict[str, Node] = field(default_factory=dict)
+    num_nodes: int = 0
+
+    def place(self, mark: Any) -> str:
+        if not self.located or mark is None:
+            return self.source
+        return f"{self.source}:{mark.line + 1}:{mark.column + 1}"
+
+    def document(self, events: Iterator[Any]) -> Node:
+        root: Node | None = None
+        for event in events:
+            if isinstance(event, yaml.DocumentStartEvent):
+                if root is not None:
+                    raise UserError(f"{self.place(event.start_mark)}: a second document; keep one per file")
+                root = self.node(next(events), events, depth=0, key_where=None)
+        if root is None:
+            return Node(None, self.source, self.source)
+        return root
+
+    def node(self, event: Any, events: Iterator[Any], *, depth: int, key_where: str | None) -> Node:
+        where = self.place(event.start_mark)
+        key_where = key_where or where
+        if depth > MAX_DEPTH:
+            raise UserError(f"{where}: nested deeper than {MAX_DEPTH} levels")
+        if isinstance(event, yaml.AliasEvent):
+            return self._alias(event.anchor, where, key_where)
+        if event.tag not in (None, "!"):
+            raise UserError(
+                f'{where}: tags such as "{event.tag}" are not supported; write plain text, numbers, lists and mappings'
+            )
+        node = self._content(event, events, depth=depth, where=where, key_where=key_where)
+        self._count(1, where)
+        if event.anchor:
+            self.anchors[event.anchor] = node
+        return node
+
+    def _content(self, event: Any, events: Iterator[Any], *, depth: int, where: str, key_where: str) -> Node:
+        if isinstance(event, yaml.ScalarEvent):
+            plain = event.implicit[0]
+            return Node(_scalar(event.value, where) if plain else event.value, where, key_where)
+        if isinstance(event, yaml.SequenceStartEvent):
+            children = []
+            while not isinstance(item := next(events), yaml.SequenceEndEvent):
+                children.append(self.node(item, events, depth=depth + 1, key_where=None))
+            return Node(children, where, key_where, 1 + sum(child.size for child in children))
+        mapping: dict[str, Node] = {}
+        while not isinstance(item := next(events), yaml.MappingEndEvent):
+            key, place = self._key(item)
+            if key in mapping:
+                raise UserError(f'{place}: duplicate key "{key}"; it is already at {mapping[key].key_where}')
+            mapping[key] = self.node(next(events), events, depth=depth + 1, key_where=place)
+        return Node(mapping, where, key_where, 1 + sum(child.size for child in mapping.values()))
+
+    def _key(self, event: Any) -> tuple[str, str]:
+        place = self.place(event.start_mark)
+        if not isinstance(event, yaml.ScalarEvent) or event.tag not in (None, "!"):
+            raise UserError(f"{place}: a key must be plain text")
+        return event.value, place
+
+    def _alias(self, anchor: str, where: str, key_where: str) -> Node:
+        if anchor not in self.anchors:
+            raise UserError(f'{where}: alias "*{anchor}" has no complete anchor "&{anchor}" before it')
+        target = self.anchors[anchor]
+        self._count(target.size, where)
+        return Node(target.value, target.where, key_where, target.size)
+
+    def _count(self, num_nodes: int, where: str) -> None:
+        self.num_nodes += num_nodes
+        if self.num_nodes > MAX_NODES:
+            raise UserError(f"{where}: more than {MAX_NODES:,} values once aliases are expanded")
+
+
+def _scalar(text: str, where: str) -> Any:
+    """A plain scalar under the YAML 1.2 core schema; numbers must be finite."""
+    if text in _NULLS:
+        return None
+    if text in _FLAGS:
+        return _FLAGS[text]
+    if _NOT_FINITE.fullmatch(text):
+        raise UserError(f"{where}: {text} is not a finite number")
+    if _INT.fullmatch(text):
+        if len(text) > _MAX_DIGITS:
+            raise UserError(f"{where}: a number of {len(text)} digits; write it as a float, e.g. 2e12")
+        return int(text, 0) if text[:2] in ("0x", "0o") else int(text)
+    if _FLOAT.fullmatch(text):
+        number = float(text)
+        if number in (float("inf"), float("-inf")):
+            raise UserError(f"{where}: {text} is not a finite number")
+        return number
+    return text
