@@ -1,0 +1,1 @@
+"""WHO does what: the mesh of ranks, where experts sit, what is dropped and what travels."""

@@ -1,0 +1,98 @@
+"""The mesh of ranks: which ranks form which group, and on which node each of them sits.
+
+Ranks are numbered with tensor fastest, then context, data and pipeline (slowest); GPU i of the cluster runs rank i,
+and GPUs are numbered node by node through the pools.
+Legend: W ranks of the world.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.scenario.cluster import Cluster
+from moesim.scenario.schema import Parallelism
+
+Ranks = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The groups of ranks that `parallelism` makes out of the GPUs of `cluster`."""
+
+    parallelism: Parallelism
+    cluster: Cluster
+
+    def __post_init__(self) -> None:
+        assert self.world_size <= self.cluster.num_gpus, "the scenario's checks refuse more ranks than GPUs"
+        assert self.stage_ranks % self.expert_block == 0, "the scenario's checks refuse such an expert-parallel size"
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.parallelism.world_size
+
+    @property
+    def stage_ranks(self) -> int:
+        """Ranks of one pipeline stage."""
+        return self.parallelism.stage_ranks
+
+    @property
+    def expert_block(self) -> int:
+        """Consecutive ranks that hold every expert of a layer once: expert * expert_tensor."""
+        return self.parallelism.expert * self.parallelism.expert_tensor
+
+    @property
+    def num_expert_groups(self) -> int:
+        """Expert-parallel groups of one pipeline stage."""
+        return self.stage_ranks // self.parallelism.expert
+
+    @cached_property
+    def node_of_rank_W(self) -> Ranks:
+        """Node of every rank, numbered through the pools."""
+        sizes = [pool.gpus_per_node for pool in self.cluster.pools for _ in range(pool.nodes)]
+        return np.repeat(np.arange(len(sizes)), sizes)[: self.world_size]
+
+    @cached_property
+    def local_rank_W(self) -> Ranks:
+        """Index of every rank among the GPUs of its node."""
+        first_of_node = np.searchsorted(self.node_of_rank_W, self.node_of_rank_W, side="left")
+        return np.arange(self.world_size) - first_of_node
+
+    def rank(self, *, stage: int, index: int) -> int:
+        """Global rank of position `index` within pipeline stage `stage`."""
+        return stage * self.stage_ranks + index
+
+    def expert_groups(self, stage: int = 0) -> list[Ranks]:
+        """Global ranks of each expert-parallel group of a stage.
+
+        They are `expert` consecutive ranks; with expert_tensor = t, ranks at stride t inside a block of expert * t.
+        """
+        blocks = self._stage(stage).reshape(-1, self.parallelism.expert, self.parallelism.expert_tensor)
+        return list(blocks.transpose(0, 2, 1).reshape(-1, self.parallelism.expert))
+
+    def expert_gradient_groups(self, stage: int = 0) -> list[Ranks]:
+        """Ranks that hold the same experts: stage ranks / (expert * expert_tensor) of them, one reduction each."""
+        return list(self._stage(stage).reshape(-1, self.expert_block).T)
+
+    def dense_gradient_groups(self, stage: int = 0) -> list[Ranks]:
+        """Ranks that hold the same dense parameters: data * context of them, one group per tensor index."""
+        return list(self._stage(stage).reshape(-1, self.parallelism.tensor).T)
+
+    def tensor_groups(self, stage: int = 0) -> list[Ranks]:
+        """Ranks that share each dense matrix: runs of `tensor` consecutive ranks."""
+        return list(self._stage(stage).reshape(-1, self.parallelism.tensor))
+
+    def context_groups(self, stage: int = 0) -> list[Ranks]:
+        """Ranks that share one sequence: `context` ranks at stride `tensor`."""
+        p = self.parallelism
+        return list(self._stage(stage).reshape(p.data, p.context, p.tensor).transpose(0, 2, 1).reshape(-1, p.context))
+
+    def pipeline_groups(self) -> list[Ranks]:
+        """Ranks of one position through all the stages, first stage first."""
+        return list(np.arange(self.world_size).reshape(self.parallelism.pipeline, self.stage_ranks).T)
+
+    def _stage(self, stage: int) -> Ranks:
+        assert 0 <= stage < self.parallelism.pipeline
+        return np.arange(stage * self.stage_ranks, (stage + 1) * self.stage_ranks)

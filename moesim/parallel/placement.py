@@ -1,0 +1,109 @@
+"""Where experts sit: slots of the ranks of one expert-parallel group.
+
+Legend: D ranks of the group, P slots per rank, E experts.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.errors import UserError
+from moesim.scenario.cluster import Contiguous, Explicit, Placement, RoundRobin
+
+EMPTY_SLOT = -1
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertPlacement:
+    """The experts of one layer on the ranks of one group.
+
+    slot_experts_DP: int64, the expert in slot p of rank d, -1 for an empty slot; every expert sits in one slot.
+    """
+
+    slot_experts_DP: NDArray[np.int64]
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks of the group."""
+        return int(self.slot_experts_DP.shape[0])
+
+    @property
+    def num_slots(self) -> int:
+        """Slots per rank, the largest of the ranks."""
+        return int(self.slot_experts_DP.shape[1])
+
+    @cached_property
+    def num_experts(self) -> int:
+        """Experts of the layer."""
+        return int((self.slot_experts_DP != EMPTY_SLOT).sum())
+
+    @cached_property
+    def rank_of_expert_E(self) -> NDArray[np.int64]:
+        """Rank (within the group) that holds each expert."""
+        rank_of_expert_E = np.full(self.num_experts, -1, dtype=np.int64)
+        rank_d, slot_p = np.nonzero(self.slot_experts_DP != EMPTY_SLOT)
+        rank_of_expert_E[self.slot_experts_DP[rank_d, slot_p]] = rank_d
+        assert (rank_of_expert_E >= 0).all(), "every expert has a slot"
+        return rank_of_expert_E
+
+    def splits_groups(self, num_groups: int) -> bool:
+        """Whether the placement pulls a router group apart where it need not.
+
+        Together means: the ranks hold whole groups, or the groups fill whole ranks.
+        """
+        group_of_expert_E = np.arange(self.num_experts) // (self.num_experts // num_groups)
+        ranks_of_group = [set(self.rank_of_expert_E[group_of_expert_E == group]) for group in range(num_groups)]
+        groups_of_rank = [set(group_of_expert_E[self.rank_of_expert_E == rank]) for rank in range(self.num_ranks)]
+        ranks_hold_whole_groups = all(len(ranks) == 1 for ranks in ranks_of_group)
+        groups_fill_whole_ranks = all(len(groups) <= 1 for groups in groups_of_rank)
+        return not (ranks_hold_whole_groups or groups_fill_whole_ranks)
+
+
+def contiguous_placement(*, num_experts: int, num_ranks: int) -> ExpertPlacement:
+    """Rank d holds experts d*E/D .. (d+1)*E/D - 1."""
+    return ExpertPlacement(np.arange(num_experts, dtype=np.int64).reshape(num_ranks, num_experts // num_ranks))
+
+
+def round_robin_placement(*, num_experts: int, num_ranks: int) -> ExpertPlacement:
+    """Expert e sits on rank e mod D."""
+    return ExpertPlacement(np.arange(num_experts, dtype=np.int64).reshape(num_experts // num_ranks, num_ranks).T.copy())
+
+
+def explicit_placement(slots: Sequence[Sequence[int]], *, num_experts: int, num_ranks: int) -> ExpertPlacement:
+    """`slots[d]` lists the experts of rank d; shorter ranks get empty slots.
+
+    Raises UserError unless there is one list per rank and every expert sits in exactly one slot.
+    """
+    if len(slots) != num_ranks:
+        raise UserError(
+            f"placement.slots has {len(slots)} lists for {num_ranks} ranks of an expert group; write one per rank"
+        )
+    named = sorted(expert for experts in slots for expert in experts)
+    if named != list(range(num_experts)):
+        missing = sorted(set(range(num_experts)) - set(named))
+        fault = f"leaves out expert {missing[0]}" if missing else "names an expert twice or one that does not exist"
+        raise UserError(f"placement.slots {fault}; name each expert 0..{num_experts - 1} exactly once")
+    slot_experts_DP = np.full((num_ranks, max(map(len, slots))), EMPTY_SLOT, dtype=np.int64)
+    for rank, experts in enumerate(slots):
+        slot_experts_DP[rank, : len(experts)] = experts
+    return ExpertPlacement(slot_experts_DP)
+
+
+def place_experts(placement: Placement, *, num_experts: int, num_ranks: int) -> ExpertPlacement:
+    """The slots that the scenario's `placement` section describes, for one group of `num_ranks` ranks.
+
+    Raises UserError when the experts do not spread evenly or an explicit list is not complete.
+    """
+    if isinstance(placement, Explicit):
+        return explicit_placement(placement.slots, num_experts=num_experts, num_ranks=num_ranks)
+    if num_experts % num_ranks:
+        raise UserError(
+            f"parallelism.expert = {num_ranks} does not divide the model's {num_experts} experts; "
+            f"use a divisor of {num_experts}"
+        )
+    assert isinstance(placement, Contiguous | RoundRobin)
+    build = contiguous_placement if isinstance(placement, Contiguous) else round_robin_placement
+    return build(num_experts=num_experts, num_ranks=num_ranks)

@@ -1,0 +1,200 @@
+"""RoutingTrace: which experts a router chose for every token of held-out text, with what affinity and gate.
+
+Legend: L thin MoE layers, S sequences, T tokens per sequence, K columns of selections, E experts.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.errors import UserError
+from moesim.scenario.routing import RouterShape
+
+Array = NDArray[Any]
+Json = None | bool | int | float | str | list[Any] | dict[str, Any]
+
+NO_EXPERT = -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class TraceStep:
+    """The routing of one recorded training step, before any dropping.
+
+    expert_ids_LSTK: int16, -1 where a token has fewer than K experts (expert choice).
+    affinities_LSTK: float32, the score that ranked the expert; 0 at -1. gates_LSTK: float32, its weight; 0 at -1.
+    """
+
+    step: int
+    expert_ids_LSTK: NDArray[np.int16]
+    affinities_LSTK: NDArray[np.float32]
+    gates_LSTK: NDArray[np.float32]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens recorded per layer."""
+        return int(self.expert_ids_LSTK.shape[1] * self.expert_ids_LSTK.shape[2])
+
+    def resequence(self, sequence_length: int) -> "TraceStep":
+        """The same tokens in order, cut into sequences of `sequence_length`; an incomplete last one is left out."""
+        num_sequences = self.num_tokens // sequence_length
+
+        def cut(array_LSTK: Array) -> Array:
+            layers, _, _, columns = array_LSTK.shape
+            flat_LNK = array_LSTK.reshape(layers, -1, columns)[:, : num_sequences * sequence_length]
+            return flat_LNK.reshape(layers, num_sequences, sequence_length, columns)
+
+        return replace(
+            self,
+            expert_ids_LSTK=cut(self.expert_ids_LSTK),
+            affinities_LSTK=cut(self.affinities_LSTK),
+            gates_LSTK=cut(self.gates_LSTK),
+        )
+
+
+def _empty() -> NDArray[np.float64]:
+    return np.zeros(0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingCurves:
+    """What was measured while the router trained; all arrays 1-D and empty when nothing was trained.
+
+    imbalance: max / mean expert load of each training step, averaged over the layers.
+    """
+
+    steps: Array = field(default_factory=_empty)
+    train_loss: Array = field(default_factory=_empty)
+    validation_steps: Array = field(default_factory=_empty)
+    validation_loss: Array = field(default_factory=_empty)
+    imbalance: Array = field(default_factory=_empty)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutingTrace:
+    """The exchange format between routers and the simulator.
+
+    steps: ascending by step; the last one is the final router. provenance: everything that made the trace
+    (configuration, corpus hash, versions), as JSON values.
+    """
+
+    router: RouterShape
+    steps: tuple[TraceStep, ...]
+    curves: TrainingCurves = field(default_factory=TrainingCurves)
+    provenance: Mapping[str, Json] = field(default_factory=dict)
+
+    @property
+    def final(self) -> TraceStep:
+        """The last recorded step: the router that is simulated."""
+        return self.steps[-1]
+
+    @property
+    def num_layers(self) -> int:
+        """Thin MoE layers."""
+        return int(self.final.expert_ids_LSTK.shape[0])
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences of the final step."""
+        return int(self.final.expert_ids_LSTK.shape[1])
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens per sequence of the final step."""
+        return int(self.final.expert_ids_LSTK.shape[2])
+
+    def resequence(self, sequence_length: int) -> "RoutingTrace":
+        """The trace with its tokens, in order, cut into sequences of `sequence_length` tokens.
+
+        Recorded sequences are contiguous text, so joining or splitting them keeps neighbours together. Earlier
+        steps that hold less than one such sequence are left out. Raises UserError when the final step does.
+        """
+        if sequence_length == self.sequence_length:
+            return self
+        if self.final.num_tokens < sequence_length:
+            raise UserError(
+                f"the trace holds {self.final.num_tokens} tokens, less than one sequence of {sequence_length}; "
+                "record more tokens (routing.tokens) or shorten workload.sequence_length"
+            )
+        steps = tuple(step.resequence(sequence_length) for step in self.steps if step.num_tokens >= sequence_length)
+        return replace(self, steps=steps)
+
+
+def group_of_expert(router: RouterShape) -> NDArray[np.int64]:
+    """Router group of every expert, int64 [E]: groups are equal runs of consecutive experts."""
+    return np.arange(router.num_experts) // (router.num_experts // router.num_groups)
+
+
+def has_duplicates(expert_ids_NK: Array) -> bool:
+    """Whether any row names an expert twice; -1 may repeat."""
+    columns = expert_ids_NK.shape[-1]
+    if columns > 16:
+        sorted_NK = np.sort(expert_ids_NK, axis=-1)
+        return bool(((sorted_NK[..., 1:] == sorted_NK[..., :-1]) & (sorted_NK[..., 1:] != NO_EXPERT)).any())
+    by_column = np.ascontiguousarray(expert_ids_NK.reshape(-1, columns).T)
+    for second in range(1, columns):  # pairwise comparison of whole columns beats sorting short rows tenfold
+        for first in range(second):
+            equal = by_column[first] == by_column[second]
+            if equal.any() and (by_column[first][equal] != NO_EXPERT).any():
+                return True
+    return False
+
+
+def distinct_groups(expert_ids_TK: Array, *, group_of_expert_E: Array) -> NDArray[np.int64]:
+    """Distinct groups (or ranks, or nodes) that each token's experts lie in, int64 of the leading shape.
+
+    -1 counts for nothing.
+    """
+    num_groups = int(group_of_expert_E.max()) + 1
+    distinct = np.zeros(expert_ids_TK.shape[:-1], dtype=np.int64)
+    for start in range(0, num_groups, 64):
+        in_word = (group_of_expert_E >= start) & (group_of_expert_E < start + 64)
+        bit_E = np.where(in_word, np.uint64(1) << ((group_of_expert_E - start) % 64).astype(np.uint64), np.uint64(0))
+        bit_E = np.append(bit_E, np.uint64(0)).astype(np.uint64)  # index -1, no expert, sets nothing
+        mask_T = np.bitwise_or.reduce(bit_E[expert_ids_TK], axis=-1)
+        bits_TB = _BITS_OF_BYTE[np.ascontiguousarray(mask_T)[..., None].view(np.uint8)]
+        distinct += bits_TB.sum(axis=-1, dtype=np.int64)
+    return distinct
+
+
+_BITS_OF_BYTE = np.array([bin(byte).count("1") for byte in range(256)], dtype=np.uint8)
+
+
+def check_trace(trace: RoutingTrace) -> None:
+    """The invariants of a trace: shapes agree, ids are experts or -1, K distinct per token, at most M groups.
+
+    Raises UserError that names the first broken one.
+    """
+    router = trace.router
+    if not trace.steps or any(a.step >= b.step for a, b in zip(trace.steps, trace.steps[1:], strict=False)):
+        raise UserError("the trace has no recorded steps in ascending order; record it again")
+    for step in trace.steps:
+        _check_step(step, router)
+    lengths = {fields_.name: getattr(trace.curves, fields_.name).shape for fields_ in fields(trace.curves)}
+    if any(len(shape) != 1 for shape in lengths.values()):
+        raise UserError("the trace's training curves are not lists; record it again")
+
+
+def _check_step(step: TraceStep, router: RouterShape) -> None:
+    ids = step.expert_ids_LSTK
+    where = f"the trace's step {step.step}"
+    if ids.ndim != 4 or 0 in ids.shape or not ids.shape == step.affinities_LSTK.shape == step.gates_LSTK.shape:
+        raise UserError(f"{where} has arrays of shapes that do not fit each other; record it again")
+    if ids.dtype != np.int16 or step.affinities_LSTK.dtype != np.float32 or step.gates_LSTK.dtype != np.float32:
+        raise UserError(f"{where} has arrays of wrong types; expert ids are int16, affinities and gates float32")
+    if ids.min() < NO_EXPERT or ids.max() >= router.num_experts:
+        raise UserError(f"{where} names experts outside 0..{router.num_experts - 1}; record it again")
+    if router.kind != "expert_choice" and (ids.shape[-1] != router.top_k or ids.min() == NO_EXPERT):
+        raise UserError(f"{where} does not give every token top_k = {router.top_k} experts; record it again")
+    if has_duplicates(ids):
+        raise UserError(f"{where} gives a token the same expert twice; record it again")
+    if not (np.isfinite(step.affinities_LSTK).all() and np.isfinite(step.gates_LSTK).all()):
+        raise UserError(f"{where} has affinities or gates that are not finite; record it again")
+    if router.num_groups > 1:
+        most = int(distinct_groups(ids, group_of_expert_E=group_of_expert(router)).max())
+        if most > router.group_limit:
+            raise UserError(
+                f"{where} sends a token to {most} groups, over the limit {router.group_limit}; record it again"
+            )
