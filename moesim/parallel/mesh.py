@@ -2,7 +2,7 @@
 
 Ranks are numbered with tensor fastest, then context, data and pipeline (slowest); GPU i of the cluster runs rank i,
 and GPUs are numbered node by node through the pools.
-Legend: W ranks of the world.
+Legend: W ranks of the world, R and D ranks of one expert-parallel group, M nodes that the group touches.
 """
 
 from dataclasses import dataclass
@@ -15,6 +15,47 @@ from moesim.scenario.cluster import Cluster
 from moesim.scenario.schema import Parallelism
 
 Ranks = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class GroupLayout:
+    """On which nodes and rails the ranks of one expert-parallel group sit.
+
+    node_of_rank_R: node of each rank, numbered 0..M-1 within the group.
+    local_rank_R: its rail, which is its index among the GPUs of its node.
+    """
+
+    node_of_rank_R: Ranks
+    local_rank_R: Ranks
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks of the group."""
+        return len(self.node_of_rank_R)
+
+    @cached_property
+    def num_nodes(self) -> int:
+        """Nodes that the group touches."""
+        return int(self.node_of_rank_R.max()) + 1
+
+    @cached_property
+    def same_node_RD(self) -> NDArray[np.bool_]:
+        """Whether two ranks share a node."""
+        return np.equal.outer(self.node_of_rank_R, self.node_of_rank_R)
+
+    @cached_property
+    def relay_RM(self) -> Ranks:
+        """The rank on each node that receives rank r's copies for that node: the one on the same rail.
+
+        A node that holds only part of the group and lacks the rail takes its ranks in turn.
+        """
+        relay_RM = np.empty((self.num_ranks, self.num_nodes), dtype=np.int64)
+        for node in range(self.num_nodes):
+            members = np.flatnonzero(self.node_of_rank_R == node)
+            same_rail_RG = self.local_rank_R[:, None] == self.local_rank_R[members]
+            in_turn_R = self.local_rank_R % len(members)
+            relay_RM[:, node] = members[np.where(same_rail_RG.any(axis=1), same_rail_RG.argmax(axis=1), in_turn_R)]
+        return relay_RM
 
 
 @dataclass(frozen=True)
@@ -71,6 +112,11 @@ class Mesh:
         """
         blocks = self._stage(stage).reshape(-1, self.parallelism.expert, self.parallelism.expert_tensor)
         return list(blocks.transpose(0, 2, 1).reshape(-1, self.parallelism.expert))
+
+    def layout(self, ranks: Ranks) -> GroupLayout:
+        """Nodes and rails of the global `ranks` of one group."""
+        _, node_of_rank_R = np.unique(self.node_of_rank_W[ranks], return_inverse=True)
+        return GroupLayout(node_of_rank_R.reshape(-1), self.local_rank_W[ranks])
 
     def expert_gradient_groups(self, stage: int = 0) -> list[Ranks]:
         """Ranks that hold the same experts: stage ranks / (expert * expert_tensor) of them, one reduction each."""

@@ -10,7 +10,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.parallel.placement import EMPTY_SLOT, ExpertPlacement
+from moesim.parallel.mesh import GroupLayout
+from moesim.parallel.placement import ExpertPlacement
 from moesim.scenario.base import BYTES_PER_ELEMENT, DType
 
 Deduplicate = Literal["per_expert", "per_rank", "per_node"]
@@ -39,16 +40,14 @@ class LayerTraffic:
     rows_RE: rows that expert e computes for rank r's tokens, `padded_rows` empty ones included.
     rank_copies_RD: distinct (token, destination rank) pairs, own rank included.
     node_copies_RM: distinct (token, destination node) pairs, own node included.
-    node_of_rank_R: node of each rank, numbered 0..M-1 within the group.
-    local_rank_R: rail of each rank: its index among the GPUs of its node.
+    layout: the nodes and rails of the group's ranks.
     The counts are int64, or float64 in a counterfactual that spreads them evenly.
     """
 
     rows_RE: Array
     rank_copies_RD: Array
     node_copies_RM: Array
-    node_of_rank_R: NDArray[np.int64]
-    local_rank_R: NDArray[np.int64]
+    layout: GroupLayout
     routed_rows: int
     dropped_rows: int = 0
     padded_rows: int = 0
@@ -66,7 +65,6 @@ class LayerTraffic:
     def rank_rows_RD(self, placement: ExpertPlacement) -> Array:
         """Rows that rank d computes for rank r's tokens."""
         rows_RE = np.concatenate([self.rows_RE, np.zeros_like(self.rows_RE[:, :1])], axis=1)
-        assert placement.slot_experts_DP.min() >= EMPTY_SLOT
         return np.asarray(rows_RE[:, placement.slot_experts_DP].sum(axis=-1))
 
     def send_stages(
@@ -90,37 +88,21 @@ class LayerTraffic:
     def tier_bytes(self, placement: ExpertPlacement, deduplicate: Deduplicate, token_bytes: float) -> TierBytes:
         """Bytes within nodes and between nodes, all stages together."""
         bytes_RD = self.send_bytes_RD(placement, deduplicate, token_bytes)
-        same_node_RD = self.node_of_rank_R[:, None] == self.node_of_rank_R
+        same_node_RD = self.layout.same_node_RD
         return TierBytes(float(bytes_RD[same_node_RD].sum()), float(bytes_RD[~same_node_RD].sum()))
 
     def _node_stages(self) -> tuple[Array, Array]:
-        num_ranks = len(self.node_of_rank_R)
-        relay_RM = relay_ranks(self.node_of_rank_R, self.local_rank_R)
-        same_node_RD = self.node_of_rank_R[:, None] == self.node_of_rank_R
-        first_RD = np.where(same_node_RD, self.rank_copies_RD, 0).astype(np.float64)
-        fan_out_RD = np.zeros((num_ranks, num_ranks))
-        for source, node in zip(*np.nonzero(np.arange(relay_RM.shape[1]) != self.node_of_rank_R[:, None]), strict=True):
-            relay = relay_RM[source, node]
-            first_RD[source, relay] += self.node_copies_RM[source, node]
-            members = np.flatnonzero(self.node_of_rank_R == node)
-            fan_out_RD[relay, members] += self.rank_copies_RD[source, members]
-        return _without_diagonal(first_RD), _without_diagonal(fan_out_RD)
-
-
-def relay_ranks(node_of_rank_R: NDArray[np.int64], local_rank_R: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The rank on each node that receives rank r's copies for the node, int64 [R, M].
-
-    It is the rank of the same rail; a node with only part of the group that lacks the rail takes its ranks in turn.
-    """
-    num_nodes = int(node_of_rank_R.max()) + 1
-    relay_RM = np.empty((len(node_of_rank_R), num_nodes), dtype=np.int64)
-    for node in range(num_nodes):
-        members = np.flatnonzero(node_of_rank_R == node)
-        rail_of_member = local_rank_R[members]
-        for rank, rail in enumerate(local_rank_R):
-            same_rail = np.flatnonzero(rail_of_member == rail)
-            relay_RM[rank, node] = members[same_rail[0] if len(same_rail) else rail % len(members)]
-    return relay_RM
+        layout = self.layout
+        ranks = np.arange(layout.num_ranks)
+        own_node_RD = np.where(layout.same_node_RD, self.rank_copies_RD, 0)
+        network_RD = np.zeros(own_node_RD.shape)
+        network_RD[ranks[:, None], layout.relay_RM] = self.node_copies_RM
+        network_RD[layout.same_node_RD] = 0  # the own node's copies are not relayed
+        relay_RD = layout.relay_RM[:, layout.node_of_rank_R]
+        fan_out_RD = np.zeros(own_node_RD.shape)
+        remote_RD = np.where(layout.same_node_RD, 0, self.rank_copies_RD)
+        np.add.at(fan_out_RD, (relay_RD, np.broadcast_to(ranks, relay_RD.shape)), remote_RD)
+        return _without_diagonal(network_RD + own_node_RD), _without_diagonal(fan_out_RD)
 
 
 def _without_diagonal(copies_RD: Array) -> Array:
