@@ -5,38 +5,39 @@ import re
 
 _DECIMAL = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
 _BINARY = {"Ki": 2.0**10, "Mi": 2.0**20, "Gi": 2.0**30, "Ti": 2.0**40}
-_QUANTITY = re.compile(r"^\s*([+-]?[0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-zµ/]+)\s*$")
+_QUANTITY = re.compile(r"\s*([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)\s*([A-Za-zµμ/]+)\s*")
 
 
 def _unit_table(kind: str) -> dict[str, float]:
     prefixes = _DECIMAL | _BINARY
     if kind == "bytes":
-        return {f"{p}B": scale for p, scale in prefixes.items()}
+        return {f"{prefix}B": scale for prefix, scale in prefixes.items()}
     if kind == "bandwidth":
-        table = {f"{p}B/s": scale for p, scale in prefixes.items()}
-        table |= {f"{p}bps": scale / 8 for p, scale in _DECIMAL.items()}
-        return (
-            table
-            | {f"{p}b/s": scale / 8 for p, scale in _DECIMAL.items()}
-            | {f"{p}bit/s": s / 8 for p, s in _DECIMAL.items()}
-        )
-    assert kind == "seconds"
-    return {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
+        table = {f"{prefix}B/s": scale for prefix, scale in prefixes.items()}
+        for bits in ("bps", "b/s", "bit/s"):
+            table |= {f"{prefix}{bits}": scale / 8 for prefix, scale in _DECIMAL.items()}
+        return table
+    assert kind == "duration"
+    return {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ns": 1e-9}
 
 
-_EXAMPLES = {"bytes": "141 GB or 64 MiB", "bandwidth": "400 Gbps or 450 GB/s", "seconds": "3.3 us"}
+_NAMES = {"bytes": "an amount of bytes", "bandwidth": "a bandwidth", "duration": "a duration"}
+_EXAMPLES = {"bytes": "141 GB or 64 MiB", "bandwidth": "400 Gbps or 450 GB/s", "duration": "3.3 us"}
 _TABLES = {kind: _unit_table(kind) for kind in _EXAMPLES}
 
 
 def _parse(value: object, kind: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, str):
-        raise ValueError(f"{value!r} has no unit; write a text such as {_EXAMPLES[kind]}")
-    match = _QUANTITY.match(value)
+    if not isinstance(value, str):
+        shown = "a flag" if isinstance(value, bool) else str(value)
+        raise ValueError(f"{shown} has no unit; write {_NAMES[kind]} such as {_EXAMPLES[kind]}")
+    match = _QUANTITY.fullmatch(value)
     if match is None or match[2] not in _TABLES[kind]:
-        raise ValueError(f"{value!r} is not a quantity in {kind}; write it as {_EXAMPLES[kind]}")
+        raise ValueError(f'"{value}" is not {_NAMES[kind]}; write it as {_EXAMPLES[kind]}')
     number = float(match[1]) * _TABLES[kind][match[2]]
-    if not math.isfinite(number) or number < 0:
-        raise ValueError(f"{value!r} must be a finite number that is not negative")
+    if number < 0:
+        raise ValueError(f'"{value}" is negative; write it as {_EXAMPLES[kind]}')
+    if not math.isfinite(number):
+        raise ValueError(f'"{value}" is not finite; write it as {_EXAMPLES[kind]}')
     return number
 
 
@@ -52,10 +53,16 @@ def parse_bandwidth(value: object) -> float:
 
 def parse_seconds(value: object) -> float:
     """Seconds of a text such as "3.3 us". Raises ValueError for a missing or wrong unit."""
-    return _parse(value, "seconds")
+    return _parse(value, "duration")
+
+
+def _rounded(value: float, digits: int) -> float:
+    """`value` to `digits` significant digits: rounding comes before the choice of prefix, so 999,999 is "1 M"."""
+    return float(f"{value:.{digits}g}")
 
 
 def _scaled(value: float, unit: str, digits: int) -> str:
+    value = _rounded(value, digits)
     for prefix in ("P", "T", "G", "M", "k"):
         if abs(value) >= _DECIMAL[prefix]:
             return f"{value / _DECIMAL[prefix]:.{digits}g} {prefix}{unit}"
@@ -74,7 +81,10 @@ def format_bandwidth(value: float, *, digits: int = 4) -> str:
 
 def format_seconds(value: float, *, digits: int = 4) -> str:
     """Seconds, e.g. "12.3 ms"."""
+    if value == 0:
+        return "0 s"
+    value = _rounded(value, digits)
     for unit in ("s", "ms", "us"):
-        if abs(value) >= _TABLES["seconds"][unit]:
-            return f"{value / _TABLES['seconds'][unit]:.{digits}g} {unit}"
-    return f"{value / 1e-9:.{digits}g} ns" if value else "0 s"
+        if abs(value) >= _TABLES["duration"][unit]:
+            return f"{value / _TABLES['duration'][unit]:.{digits}g} {unit}"
+    return f"{value / 1e-9:.{digits}g} ns"

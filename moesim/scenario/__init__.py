@@ -1,7 +1,8 @@
-"""WHAT is simulated: frozen sections, their loading from YAML with located errors, and catalogues of GPUs and models."""
+"""WHAT is simulated: frozen sections, loaded from YAML with located errors, and catalogues of GPUs and models."""
 
 from moesim.scenario.base import BYTES_PER_ELEMENT, DType, Section
 from moesim.scenario.catalogue import GpuSpec, gpu_names, gpu_spec, model_names
+from moesim.scenario.check import check_scenario, require_supported
 from moesim.scenario.cluster import (
     Cluster,
     Contiguous,
@@ -16,7 +17,7 @@ from moesim.scenario.cluster import (
     Pool,
     RoundRobin,
 )
-from moesim.scenario.loader import load_scenario, scenario_from_mapping
+from moesim.scenario.loader import dump_scenario, load_scenario, load_scenario_text, scenario_from_mapping
 from moesim.scenario.model import Attention, Gqa, LocalGlobal, Mha, Mla, Model
 from moesim.scenario.routing import (
     Balance,
@@ -98,9 +99,13 @@ __all__ = [
     "Uncertainty",
     "UniformRouting",
     "Zero",
+    "check_scenario",
+    "dump_scenario",
     "gpu_names",
     "gpu_spec",
     "load_scenario",
+    "load_scenario_text",
     "model_names",
+    "require_supported",
     "scenario_from_mapping",
 ]

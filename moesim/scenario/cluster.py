@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from moesim.scenario.base import (
     Bandwidth,
@@ -15,6 +15,7 @@ from moesim.scenario.base import (
     Section,
     Share,
 )
+from moesim.scenario.catalogue import gpu_spec
 
 
 class Pool(Section):
@@ -26,12 +27,33 @@ class Pool(Section):
     gpus_per_node: PositiveInt = 8
     price_per_gpu_hour: NonNegativeFloat | None = None
 
+    @property
+    def usd_per_gpu_hour(self) -> float:
+        """The rent of one GPU: the scenario's price, or the catalogue's when it names none."""
+        return gpu_spec(self.gpu).price_per_gpu_hour if self.price_per_gpu_hour is None else self.price_per_gpu_hour
+
+    @property
+    def price_source(self) -> str:
+        """Where the rent comes from, to be shown beside every cost."""
+        return gpu_spec(self.gpu).price_source if self.price_per_gpu_hour is None else "scenario"
+
 
 class Oversubscription(Section):
     """Ratio of capacity below to capacity above a tier."""
 
     leaf: PositiveFloat = 1.0
     spine: PositiveFloat = 1.0
+
+
+def _oversubscription_form(value: object) -> str:
+    return "<mapping>" if isinstance(value, dict | Oversubscription) else "<number>"
+
+
+# The tags in angle brackets never show: they only keep pydantic from reporting both forms for one mistake.
+AnyOversubscription = Annotated[
+    Annotated[PositiveFloat, Tag("<number>")] | Annotated[Oversubscription, Tag("<mapping>")],
+    Discriminator(_oversubscription_form),
+]
 
 
 class Degraded(Section):
@@ -69,7 +91,7 @@ class Fabric(Section):
     leaf_latency: Latency | None = None
     pod_nodes: PositiveInt | None = None
     planes: PositiveInt = 1
-    oversubscription: PositiveFloat | Oversubscription = 1.0
+    oversubscription: AnyOversubscription = 1.0
     pxn: Flag = False
     degraded: tuple[Degraded, ...] = ()
     links: tuple[Link, ...] = ()

@@ -4,6 +4,7 @@ Strict means: YAML 1.2 scalars (`1e9` is a number, `on` and `yes` are text), no 
 one document, and limits on nesting and on what aliases expand to.
 """
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -49,6 +50,16 @@ class Node:
         if isinstance(self.value, list):
             return [child.plain for child in self.value]
         return self.value
+
+
+def mapping_node(children: dict[str, Node], like: Node) -> Node:
+    """A mapping at the place of the node `like`."""
+    return Node(children, like.where, like.key_where, 1 + sum(child.size for child in children.values()))
+
+
+def list_node(children: list[Node], like: Node) -> Node:
+    """A list at the place of the node `like`."""
+    return Node(children, like.where, like.key_where, 1 + sum(child.size for child in children))
 
 
 def find(node: Node, path: Path) -> tuple[Node, Path]:
@@ -113,7 +124,7 @@ class _Builder:
         if depth > MAX_DEPTH:
             raise UserError(f"{where}: nested deeper than {MAX_DEPTH} levels")
         if isinstance(event, yaml.AliasEvent):
-            return self._alias(event.anchor, where, key_where)
+            return self._alias(str(event.anchor), where, key_where)
         if event.tag not in (None, "!"):
             raise UserError(
                 f'{where}: tags such as "{event.tag}" are not supported; write plain text, numbers, lists and mappings'
@@ -161,20 +172,22 @@ class _Builder:
 
 
 def _scalar(text: str, where: str) -> Any:
-    """A plain scalar under the YAML 1.2 core schema; numbers must be finite."""
+    try:
+        return plain_scalar(text)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def plain_scalar(text: str) -> Any:
+    """What unquoted `text` means under the YAML 1.2 core schema. Raises ValueError for a number that is not finite."""
     if text in _NULLS:
         return None
     if text in _FLAGS:
         return _FLAGS[text]
-    if _NOT_FINITE.fullmatch(text):
-        raise UserError(f"{where}: {text} is not a finite number")
     if _INT.fullmatch(text):
         if len(text) > _MAX_DIGITS:
-            raise UserError(f"{where}: a number of {len(text)} digits; write it as a float, e.g. 2e12")
+            raise ValueError(f"a number of {len(text)} digits; write it as a float, e.g. 2e12")
         return int(text, 0) if text[:2] in ("0x", "0o") else int(text)
-    if _FLOAT.fullmatch(text):
-        number = float(text)
-        if number in (float("inf"), float("-inf")):
-            raise UserError(f"{where}: {text} is not a finite number")
-        return number
-    return text
+    if _NOT_FINITE.fullmatch(text) or (_FLOAT.fullmatch(text) and math.isinf(float(text))):
+        raise ValueError(f"{text} is not a finite number")
+    return float(text) if _FLOAT.fullmatch(text) else text

@@ -1,39 +1,137 @@
-"""From a scenario file to a Scenario: parse, override, rewrite the short forms, validate."""
+"""From a scenario file to a Scenario: parse, override, rewrite the short forms, validate, check; and back to YAML."""
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path as FilePath
 from typing import Any
 
+import yaml
+from pydantic import ValidationError
+
 from moesim.errors import UserError
-from moesim.scenario.catalogue import model_preset
-from moesim.scenario.document import parse_yaml
+from moesim.scenario.check import check_scenario
+from moesim.scenario.document import Node, Path, find, parse_yaml, plain_scalar
+from moesim.scenario.forms import absolute_paths, explicit_model, flat_cluster_to_pools
+from moesim.scenario.messages import describe
+from moesim.scenario.overrides import apply_overrides
 from moesim.scenario.schema import Scenario
 
-
-def load_scenario(path: str | Path, overrides: Sequence[str] = ()) -> Scenario:
-    """The scenario in the file `path` with `a.b=c` overrides applied. Raises UserError."""
-    text = Path(path).read_text(encoding="utf-8")
-    data = parse_yaml(text, source=str(path)).plain
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: a scenario is a mapping")
-    for override in overrides:
-        target, _, value = override.partition("=")
-        *parents, last = target.split(".")
-        section = data
-        for key in parents:
-            section = section.setdefault(key, {})
-        section[last] = parse_yaml(value, source=f"--set {override}", located=False).plain
-    return scenario_from_mapping(data)
+_LABEL = "scenario"
 
 
-def scenario_from_mapping(data: Mapping[str, Any]) -> Scenario:
-    """A scenario from nested dicts in any form that a file may have. Raises UserError."""
-    data = dict(data)
-    cluster = dict(data["cluster"])
-    flat = {k: cluster.pop(k) for k in ("name", "gpu", "nodes", "gpus_per_node", "price_per_gpu_hour") if k in cluster}
-    if flat:
-        cluster["pools"] = [flat]
-    model = dict(data["model"])
-    if "preset" in model:
-        model = model_preset(model["preset"]) | model
-    return Scenario.model_validate(data | {"cluster": cluster, "model": model})
+def load_scenario(path: str | FilePath, overrides: Sequence[str] = ()) -> Scenario:
+    """The scenario in the file `path` with `a.b=c` overrides applied; `model` is explicit, `cluster.pools` filled.
+
+    Raises UserError, one line with `file:line:column` or `--set a.b=c`, and InfeasibleError for a scenario that does
+    not fit on its cluster.
+    """
+    path = FilePath(path)
+    root = parse_yaml(_read(path), source=str(path))
+    if root.value is None:
+        raise UserError(f"{path}: the file is empty; a scenario needs name, model, routing, cluster and workload")
+    return _build(root, overrides, base=path.parent)
+
+
+def scenario_from_mapping(data: Mapping[str, Any], overrides: Sequence[str] = ()) -> Scenario:
+    """A scenario from nested dicts in any form that a file may have; paths are relative to the working directory."""
+    return _build(_node_of(data), overrides, base=FilePath())
+
+
+def dump_scenario(scenario: Scenario) -> str:
+    """YAML text that loads back to an equal scenario: every key is written, quantities exact to the bit.
+
+    >>> scenario = load_scenario("scenarios/quickstart.yaml")
+    >>> load_scenario_text(dump_scenario(scenario)) == scenario
+    True
+    """
+    data = _without_none(scenario.model_dump(mode="json"))
+    data["model"] = scenario.model.model_dump(mode="json")  # null wins over a preset's value, so it is written
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120)
+
+
+def load_scenario_text(text: str, *, source: str = _LABEL, overrides: Sequence[str] = ()) -> Scenario:
+    """As `load_scenario`, from YAML text; paths are relative to the working directory."""
+    return _build(parse_yaml(text, source=source), overrides, base=FilePath())
+
+
+def _read(path: FilePath) -> str:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the scenario: {error.strerror}") from None
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        column = error.start - (content.rfind(b"\n", 0, error.start) + 1) + 1
+        raise UserError(f"{path}:{line}:{column}: not UTF-8 text; save the file as UTF-8") from None
+
+
+def _build(root: Node, overrides: Sequence[str], *, base: FilePath) -> Scenario:
+    if not isinstance(root.value, dict):
+        kind = "a list" if isinstance(root.value, list) else f"the value {root.value!r}"
+        raise UserError(f"{root.where}: expected a mapping of sections, got {kind}; write name: ..., model: ...")
+    is_flat = _is_flat(root)
+    root = apply_overrides(flat_cluster_to_pools(root), overrides)
+    is_flat = is_flat or _is_flat(root)
+    root = absolute_paths(explicit_model(flat_cluster_to_pools(root), base=base), base=base)
+    shown = _shown(is_flat)
+    try:
+        scenario = Scenario.model_validate(root.plain)
+    except ValidationError as error:
+        details = error.errors(include_url=False)
+        raise UserError(describe(details, root, shown=shown)) from None
+    check_scenario(scenario, where=lambda path: f"{find(root, path)[0].where}: {shown(path)}")
+    return scenario
+
+
+def _is_flat(root: Node) -> bool:
+    cluster = root.value.get("cluster")
+    return cluster is not None and isinstance(cluster.value, dict) and "pools" not in cluster.value
+
+
+def _shown(is_flat: bool) -> Callable[[Path], str]:
+    """Dotted paths as the user's file has them: the flat form of `cluster` has no pools."""
+
+    def shown(path: Path) -> str:
+        if is_flat and path[:3] == ("cluster", "pools", 0):
+            path = ("cluster", *path[3:])
+        return ".".join(str(key) for key in path)
+
+    return shown
+
+
+def _node_of(value: Any) -> Node:
+    if isinstance(value, Mapping):
+        children = {str(key): _node_of(child) for key, child in value.items()}
+        return Node(children, _LABEL, _LABEL, 1 + sum(child.size for child in children.values()))
+    if isinstance(value, list | tuple):
+        items = [_node_of(child) for child in value]
+        return Node(items, _LABEL, _LABEL, 1 + sum(child.size for child in items))
+    return Node(value, _LABEL, _LABEL)
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(child) for key, child in value.items() if child is not None}
+    if isinstance(value, list):
+        return [_without_none(child) for child in value]
+    return value
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes every text that the strict reader would take for a number, a flag or nothing; writes no aliases."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    try:
+        is_plain = plain_scalar(text) == text
+    except ValueError:
+        is_plain = False
+    style = None if is_plain else '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)

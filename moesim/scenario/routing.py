@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from moesim.scenario.base import Flag, NonNegativeFloat, PositiveFloat, PositiveInt, Section, Share
 from moesim.scenario.model import Model
@@ -95,11 +95,28 @@ class TraceRouting(Section):
     file: str
 
 
+def _counts_form(value: object) -> str:
+    nested = isinstance(value, list | tuple) and len(value) > 0 and isinstance(value[0], list | tuple)
+    return "<per layer>" if nested else "<one list>"
+
+
+ExpertCounts = Annotated[tuple[NonNegativeFloat, ...], Field(min_length=1)]
+# The tags in angle brackets never show: they only keep pydantic from reporting both forms for one mistake.
+AnyCounts = Annotated[
+    Annotated[ExpertCounts, Tag("<one list>")]
+    | Annotated[tuple[ExpertCounts, ...], Field(min_length=1), Tag("<per layer>")],
+    Discriminator(_counts_form),
+]
+
+
 class PopularityRouting(Section):
-    """K distinct experts per token drawn by measured popularity (Gumbel top-k): one list, or one per layer."""
+    """K distinct experts per token drawn by measured popularity (Gumbel top-k).
+
+    `counts` is one list of N counts for all layers, or a list of such lists: MoE layer l uses list l mod their number.
+    """
 
     kind: Literal["popularity"]
-    counts: tuple[NonNegativeFloat, ...] | tuple[tuple[NonNegativeFloat, ...], ...] = Field(min_length=1)
+    counts: AnyCounts
     router: Router | None = None  # only its groups and limit are used
 
 

@@ -29,6 +29,7 @@ class Parallelism(Section):
     pipeline: PositiveInt = 1
     expert: PositiveInt = 1
     expert_tensor: PositiveInt = 1
+    zero: Zero = Zero()
 
     @property
     def world_size(self) -> int:
@@ -83,7 +84,7 @@ class Compute(Section):
 class Scenario(Section):
     """One simulation, fully described: the only input of `moesim.run.simulate`."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Annotated[int, Field(ge=1, le=1, strict=True)] = 1
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
     model: Model
     routing: Routing = UniformRouting(kind="uniform")  # only a dense model may leave it out

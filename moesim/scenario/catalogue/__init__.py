@@ -1,4 +1,4 @@
-"""Data shipped with moesim: GPUs and models by name, each entry with its source. Adding one is adding it to the YAML."""
+"""GPUs and models by name, each entry with its source. Adding one is adding it to the YAML beside this file."""
 
 import difflib
 from collections.abc import Iterable, Mapping

@@ -1,0 +1,300 @@
+"""The checks that need more than one section: what the schema of a single key cannot see.
+
+Every check raises through `_Report.user` (exit code 1) or `_Report.infeasible` (exit code 2), naming the key to change.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from moesim.errors import InfeasibleError, UserError
+from moesim.scenario.catalogue import gpu_spec
+from moesim.scenario.cluster import Explicit, RoundRobin
+from moesim.scenario.document import Path
+from moesim.scenario.routing import (
+    ExpertChoiceRouter,
+    GroupedRouter,
+    GshardRouter,
+    PopularityRouting,
+    Router,
+    TraceRouting,
+    TrainRouting,
+    UniformRouting,
+)
+from moesim.scenario.schema import Scenario
+
+
+def _dotted(path: Path) -> str:
+    return ".".join(str(key) for key in path)
+
+
+@dataclass(frozen=True)
+class _Report:
+    where: Callable[[Path], str]
+
+    def user(self, key: str, message: str) -> UserError:
+        return UserError(f"{self.where(_path(key))}: {message}")
+
+    def infeasible(self, key: str, message: str) -> InfeasibleError:
+        return InfeasibleError(f"{self.where(_path(key))}: {message}")
+
+
+def _path(key: str) -> Path:
+    return tuple(int(part) if part.isdigit() else part for part in key.split("."))
+
+
+def check_scenario(scenario: Scenario, *, where: Callable[[Path], str] = _dotted) -> None:
+    """Raises UserError or InfeasibleError for sections that contradict each other; `where` writes a key's place."""
+    report = _Report(where)
+    _check_model(scenario, report)
+    _check_cluster(scenario, report)
+    _check_layout(scenario, report)
+    _check_batch(scenario, report)
+    _check_routing(scenario, report)
+    _check_placement(scenario, report)
+    _check_dispatch(scenario, report)
+
+
+def require_supported(scenario: Scenario, *, where: Callable[[Path], str] = _dotted) -> None:
+    """Raises UserError for a well-formed scenario that the simulation core cannot run yet, naming the key.
+
+    The one place to relax when the core learns another kind of parallelism.
+    """
+    report = _Report(where)
+    for axis in ("pipeline", "tensor", "context", "expert_tensor"):
+        size = getattr(scenario.parallelism, axis)
+        if size != 1:
+            raise report.user(f"parallelism.{axis}", f"{size} cannot be simulated yet; use 1")
+    for part in ("dense", "expert"):
+        stage = getattr(scenario.parallelism.zero, part)
+        if stage > 1:
+            raise report.user(f"parallelism.zero.{part}", f"stage {stage} cannot be simulated yet; use 0 or 1")
+
+
+def nearest_divisors(number: int, target: int, *, multiple_of: int = 1) -> list[int]:
+    """The divisors of `number` just below and just above `target` that are multiples of `multiple_of`."""
+    divisors = [d for d in range(1, number + 1) if number % d == 0 and d % multiple_of == 0]
+    below = [d for d in divisors if d < target][-1:]
+    return below + [d for d in divisors if d > target][:1]
+
+
+def _either(values: Iterable[int]) -> str:
+    return " or ".join(str(value) for value in values)
+
+
+def _check_model(scenario: Scenario, report: _Report) -> None:
+    model = scenario.model
+    if model.heads % model.kv_heads:
+        raise report.user("model.kv_heads", f"{model.kv_heads} does not divide heads = {model.heads}")
+    if model.attention.kind == "mha" and model.kv_heads != model.heads:
+        raise report.user(
+            "model.kv_heads", f"mha needs kv_heads = heads = {model.heads}; or use attention: {{kind: gqa}}"
+        )
+    if model.experts == 0:
+        for key in ("top_k", "shared_experts", "expert_intermediate"):
+            if getattr(model, key):
+                raise report.user(
+                    f"model.{key}", "a model without experts has none; set model.experts, or drop this key"
+                )
+        if model.dense_layers != model.layers:
+            raise report.user("model.dense_layers", f"a model without experts is dense in all {model.layers} layers")
+    elif model.dense_layers >= model.layers:
+        raise report.user("model.dense_layers", f"must be below layers = {model.layers}; or set model.experts: 0")
+    elif not 1 <= model.top_k <= model.experts:
+        raise report.user("model.top_k", f"{model.top_k} is not between 1 and experts = {model.experts}")
+    elif model.expert_intermediate == 0:
+        raise report.user("model.expert_intermediate", "missing; the width of one expert is required")
+    if model.dense_layers and model.dense_intermediate == 0:
+        raise report.user("model.dense_intermediate", "missing; the width of the dense FFN is required")
+
+
+def _check_cluster(scenario: Scenario, report: _Report) -> None:
+    precision, dispatch = scenario.workload.precision, scenario.dispatch
+    for index, pool in enumerate(scenario.cluster.pools):
+        try:
+            spec = gpu_spec(pool.gpu)
+        except UserError as error:
+            raise report.user(f"cluster.pools.{index}.gpu", str(error)) from None
+        if precision.gemm not in spec.peak_flops:
+            formats = ", ".join(spec.peak_flops)
+            raise report.user("workload.precision.gemm", f"{spec.name} has no {precision.gemm}; it has {formats}")
+    names = [pool.name for pool in scenario.cluster.pools]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            raise report.user(f"cluster.pools.{index}.name", f'"{name}" names an earlier pool; give each its own name')
+    if dispatch.combine_dtype == "fp8" and dispatch.dtype != "fp8":
+        raise report.user(
+            "dispatch.combine_dtype", "fp8 needs dispatch.dtype: fp8 (combine sums, so it is the wider one)"
+        )
+
+
+def _check_layout(scenario: Scenario, report: _Report) -> None:
+    model, mesh = scenario.model, scenario.parallelism
+    group = mesh.expert * mesh.expert_tensor
+    if model.experts and model.experts % mesh.expert:
+        fits = _either(nearest_divisors(model.experts, mesh.expert))
+        raise report.user("parallelism.expert", f"{mesh.expert} does not divide experts = {model.experts}; use {fits}")
+    if model.experts == 0 and group > 1:
+        raise report.user("parallelism.expert", "a model without experts has no expert parallelism; use 1")
+    if mesh.stage_ranks % group:
+        fits = _either(nearest_divisors(mesh.stage_ranks, group, multiple_of=mesh.expert_tensor))
+        what = f"groups of {group} ranks do not fit into the {mesh.stage_ranks} ranks of a stage"
+        raise report.user("parallelism.expert", f"{what}; use groups of {fits}, or change parallelism.data")
+    for key, size, name, value in (
+        ("tensor", mesh.tensor, "model.heads", model.heads),
+        ("context", mesh.context, "workload.sequence_length", scenario.workload.sequence_length),
+        ("expert_tensor", mesh.expert_tensor, "model.expert_intermediate", model.expert_intermediate),
+    ):
+        if value % size:
+            fits = _either(nearest_divisors(value, size))
+            raise report.user(f"parallelism.{key}", f"{size} does not divide {name} = {value}; use {fits}")
+    if mesh.pipeline > model.layers:
+        raise report.user("parallelism.pipeline", f"{mesh.pipeline} stages for {model.layers} layers; use fewer")
+    if scenario.idle_gpus < 0:
+        axes = f"data {mesh.data} * context {mesh.context} * tensor {mesh.tensor} * pipeline {mesh.pipeline}"
+        what = f"{mesh.world_size} ranks ({axes}) need more than the {scenario.cluster.num_gpus} GPUs of the cluster"
+        raise report.infeasible("parallelism", f"{what}; add nodes or lower parallelism.data")
+
+
+def _check_batch(scenario: Scenario, report: _Report) -> None:
+    work, data = scenario.workload, scenario.parallelism.data
+    unit = data * work.micro_batch
+    if work.global_batch % unit:
+        below = work.global_batch // unit * unit
+        fits = _either(size for size in (below, below + unit) if size)
+        what = (
+            f"{work.global_batch} sequences do not split into data * micro_batch = {data} * {work.micro_batch} = {unit}"
+        )
+        raise report.user("workload.global_batch", f"{what}; use {fits}")
+
+
+def _check_routing(scenario: Scenario, report: _Report) -> None:
+    routing, model = scenario.routing, scenario.model
+    if model.experts == 0:
+        if not isinstance(routing, UniformRouting):
+            raise report.user("routing", "a model without experts has no router; leave routing out")
+        return
+    if "routing" not in scenario.model_fields_set:
+        kinds = "train, trace, popularity, uniform"
+        raise report.user("routing", f"missing; a model with experts needs one kind of {kinds}")
+    if isinstance(routing, PopularityRouting):
+        _check_counts(scenario, routing, report)
+    if not isinstance(routing, TraceRouting) and routing.router is not None:
+        _check_router(scenario, routing.router, report)
+    if isinstance(routing, TrainRouting) and routing.thin.hidden % routing.thin.heads:
+        what = f"{routing.thin.heads} does not divide routing.thin.hidden = {routing.thin.hidden}"
+        raise report.user("routing.thin.heads", f"{what}; use {_either(nearest_divisors(routing.thin.hidden, 4))}")
+
+
+def _check_counts(scenario: Scenario, routing: PopularityRouting, report: _Report) -> None:
+    model = scenario.model
+    nested = isinstance(routing.counts[0], tuple)
+    lists = routing.counts if nested else (routing.counts,)
+    for index, counts in enumerate(lists):
+        assert isinstance(counts, tuple)
+        key = f"routing.counts.{index}" if nested else "routing.counts"
+        if len(counts) != model.experts:
+            raise report.user(key, f"{len(counts)} counts for experts = {model.experts}; give one per expert")
+        positive = sum(count > 0 for count in counts if not isinstance(count, tuple))
+        if positive < model.top_k:
+            raise report.user(key, f"{positive} experts have a count above 0, fewer than top_k = {model.top_k}")
+
+
+def _check_router(scenario: Scenario, router: Router, report: _Report) -> None:
+    top_k = scenario.model.top_k
+    if router.kind == "switch" and top_k != 1:
+        raise report.user("routing.router.kind", f"switch selects 1 expert, but top_k = {top_k}; set model.top_k: 1")
+    if isinstance(router, GshardRouter) and top_k != 2:
+        raise report.user("routing.router.kind", f"gshard selects 2 experts, but top_k = {top_k}; set model.top_k: 2")
+    if isinstance(router, GroupedRouter):
+        _check_groups(scenario, router, report)
+    elif isinstance(router, ExpertChoiceRouter) and scenario.capacity.kind != "none":
+        message = "expert_choice fills its experts exactly (router.capacity_factor); use capacity: {kind: none}"
+        raise report.user("capacity.kind", message)
+
+
+def _check_groups(scenario: Scenario, router: GroupedRouter, report: _Report) -> None:
+    experts, top_k = scenario.model.experts, scenario.model.top_k
+    given = [key for key in ("groups", "group_limit") if getattr(router, key) is not None]
+    if router.device_limit is not None and given:
+        message = f"conflicts with {given[0]}; device_limit M is short for groups = parallelism.expert, group_limit = M"
+        raise report.user("routing.router.device_limit", message)
+    if len(given) == 1:
+        missing = "group_limit" if given == ["groups"] else "groups"
+        raise report.user(f"routing.router.{given[0]}", f"needs {missing} beside it")
+    shape = scenario.router_shape()
+    by_device = router.device_limit is not None
+    limit_key = "routing.router.device_limit" if by_device else "routing.router.group_limit"
+    groups_name = "parallelism.expert" if by_device else "groups"
+    if experts % shape.num_groups:
+        fits = _either(nearest_divisors(experts, shape.num_groups))
+        raise report.user(
+            "routing.router.groups", f"{shape.num_groups} does not divide experts = {experts}; use {fits}"
+        )
+    if shape.group_limit > shape.num_groups:
+        raise report.user(limit_key, f"{shape.group_limit} is more than {groups_name} = {shape.num_groups}")
+    per_group = experts // shape.num_groups
+    if shape.group_limit * per_group < top_k:
+        what = f"{shape.group_limit} groups of {per_group} experts hold fewer than top_k = {top_k}"
+        raise report.user(limit_key, f"{what}; use at least {-(-top_k // per_group)}, or fewer groups")
+    if router.kind == "deepseek_v3" and per_group < 2 and shape.group_limit < shape.num_groups:
+        key = limit_key if by_device else "routing.router.groups"
+        raise report.user(key, "deepseek_v3 scores a group by its two best experts; use groups of at least 2 experts")
+
+
+def _check_placement(scenario: Scenario, report: _Report) -> None:
+    experts, num_ranks = scenario.model.experts, scenario.parallelism.expert
+    if experts == 0:
+        return
+    num_groups, placement = scenario.router_shape().num_groups, scenario.placement
+    slots = [list(range(r, experts, num_ranks)) for r in range(num_ranks)]
+    if isinstance(placement, Explicit):
+        _check_slots(placement.slots, experts, num_ranks, report)
+        slots = [list(ranks) for ranks in placement.slots]
+    elif not isinstance(placement, RoundRobin):
+        per_rank = experts // num_ranks
+        slots = [list(range(r * per_rank, (r + 1) * per_rank)) for r in range(num_ranks)]
+    if num_groups > 1 and not _keeps_groups(slots, experts // num_groups):
+        what = f"{placement.kind} splits the router's {num_groups} groups of {experts // num_groups} experts over ranks"
+        remedy = f"use contiguous with parallelism.expert a divisor or a multiple of {num_groups}"
+        raise report.user("placement.kind", f"{what}; {remedy}")
+
+
+def _check_slots(slots: tuple[tuple[int, ...], ...], experts: int, num_ranks: int, report: _Report) -> None:
+    if len(slots) != num_ranks:
+        raise report.user("placement.slots", f"{len(slots)} lists for parallelism.expert = {num_ranks} ranks")
+    for rank, row in enumerate(slots):
+        if len(row) != experts // num_ranks:
+            what = f"rank {rank} has {len(row)} slots; each of the {num_ranks} ranks needs {experts // num_ranks}"
+            raise report.user(f"placement.slots.{rank}", what)
+    missing = sorted(set(range(experts)) - {expert for row in slots for expert in row})
+    if missing:
+        what = f"every expert 0 to {experts - 1} needs exactly one slot; expert {missing[0]} has none"
+        raise report.user("placement.slots", what)
+
+
+def _keeps_groups(slots: list[list[int]], group_size: int) -> bool:
+    """Whether each group fills whole consecutive ranks, or each rank holds whole groups."""
+    groups = [{expert // group_size for expert in row} for row in slots]
+    per_rank = len(slots[0])
+    if per_rank >= group_size:
+        return all(len(held) * group_size == per_rank for held in groups)
+    if group_size % per_rank or any(len(held) > 1 for held in groups):
+        return False
+    ranks_per_group = group_size // per_rank
+    blocks = [groups[first : first + ranks_per_group] for first in range(0, len(groups), ranks_per_group)]
+    return all(len(set.union(*block)) == 1 for block in blocks)
+
+
+def _check_dispatch(scenario: Scenario, report: _Report) -> None:
+    dispatch = scenario.dispatch
+    if dispatch.algorithm == "hierarchical" and dispatch.deduplicate != "per_node":
+        message = (
+            f"hierarchical sends one copy per node, not {dispatch.deduplicate}; set dispatch.deduplicate: per_node"
+        )
+        raise report.user("dispatch.deduplicate", message)
+    if dispatch.deduplicate == "per_node" and dispatch.algorithm != "hierarchical":
+        message = f"{dispatch.algorithm} has no fan-out inside a node; set dispatch.algorithm: hierarchical"
+        raise report.user("dispatch.algorithm", message)
+    if dispatch.algorithm == "low_latency" and dispatch.deduplicate != "per_expert":
+        message = f"low_latency sends per selected expert, not {dispatch.deduplicate}; set deduplicate: per_expert"
+        raise report.user("dispatch.deduplicate", message)

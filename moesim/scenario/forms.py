@@ -1,0 +1,120 @@
+"""The short forms that a scenario file may use, rewritten into the one form that the schema knows.
+
+`cluster: {gpu, nodes, ...}` becomes one entry of `cluster.pools`; `model: {preset | hf_config, ...}` becomes an
+explicit model; paths become absolute, relative to the scenario file (or, from `--set`, to the working directory).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from moesim.errors import UserError
+from moesim.scenario.catalogue import model_preset
+from moesim.scenario.document import Node, find, list_node, mapping_node
+from moesim.scenario.hf_config import read_hf_config
+from moesim.scenario.overrides import FLAT_CLUSTER_KEYS
+
+_PATHS = (("routing", "file"), ("routing", "corpus"), ("cluster", "fabric", "file"))
+_NAMED_CORPORA = ("stdlib",)
+
+
+def flat_cluster_to_pools(root: Node) -> Node:
+    """The scenario with the flat form of `cluster` written as one pool."""
+    cluster = root.value.get("cluster")
+    if cluster is None or not isinstance(cluster.value, dict):
+        return root
+    flat = {key: child for key, child in cluster.value.items() if key in FLAT_CLUSTER_KEYS}
+    if not flat:
+        return root
+    if "pools" in cluster.value:
+        key, child = next(iter(flat.items()))
+        raise UserError(f"{child.key_where}: cluster.{key}: conflicts with cluster.pools; write it inside a pool")
+    rest = {key: child for key, child in cluster.value.items() if key not in FLAT_CLUSTER_KEYS}
+    pools = list_node([mapping_node(flat, cluster)], cluster)
+    return _with(root, cluster=mapping_node({"pools": pools, **rest}, cluster))
+
+
+def explicit_model(root: Node, *, base: Path) -> Node:
+    """The scenario with `model.preset` or `model.hf_config` replaced by every field; fields beside them win."""
+    model = root.value.get("model")
+    if model is None or not isinstance(model.value, dict):
+        return root
+    given = dict(model.value)
+    fields: dict[str, Any] = {}
+    if "hf_config" in given:
+        node = given.pop("hf_config")
+        if "preset" in given:
+            raise UserError(f"{node.key_where}: model.hf_config: conflicts with model.preset; keep one of them")
+        with _located(node, "model.hf_config"):
+            fields = read_hf_config(_resolve(_text(node), node, base))
+    elif "preset" in given and given["preset"].value is not None:
+        with _located(given["preset"], "model.preset"):
+            fields = model_preset(_text(given["preset"]))
+    merged = _merge(fields, given, model)
+    experts = merged.value.get("experts")
+    if "dense_layers" not in merged.value and (experts is None or experts.value == 0) and "layers" in merged.value:
+        merged = mapping_node({**merged.value, "dense_layers": merged.value["layers"]}, merged)
+    return _with(root, model=merged)
+
+
+def absolute_paths(root: Node, *, base: Path) -> Node:
+    """The scenario with every path absolute. Raises UserError for a file that does not exist."""
+    for path in _PATHS:
+        node, reached = find(root, path)
+        if reached != path or not isinstance(node.value, str) or node.value in _NAMED_CORPORA:
+            continue
+        target = _resolve(node.value, node, base)
+        if not target.exists():
+            raise UserError(f'{node.where}: {".".join(path)}: "{node.value}" does not exist (looked for {target})')
+        root = _replace(root, path, Node(str(target), node.where, node.key_where))
+    return root
+
+
+def _resolve(text: str, node: Node, base: Path) -> Path:
+    origin = Path() if node.where.startswith("--set ") else base
+    return (origin / Path(text).expanduser()).absolute()
+
+
+def _text(node: Node) -> str:
+    if not isinstance(node.value, str):
+        raise UserError(f"expected text, got {node.plain!r}")
+    return node.value
+
+
+@contextmanager
+def _located(node: Node, key: str) -> Iterator[None]:
+    """Puts the place of `node` and the key in front of a UserError raised inside."""
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(f"{node.where}: {key}: {error}") from None
+
+
+def _merge(fields: dict[str, Any], given: dict[str, Node], like: Node) -> Node:
+    """`fields` overridden by `given`; mappings of the same kind are merged key by key."""
+    children = {key: _node_of(value, like) for key, value in fields.items()}
+    for key, node in given.items():
+        default = fields.get(key)
+        if isinstance(default, dict) and isinstance(node.value, dict):
+            kind = node.value.get("kind")
+            if kind is None or kind.value == default.get("kind"):
+                node = _merge(default, node.value, node)
+        children[key] = node
+    return mapping_node(children, like)
+
+
+def _node_of(value: Any, like: Node) -> Node:
+    if isinstance(value, dict):
+        return mapping_node({key: _node_of(child, like) for key, child in value.items()}, like)
+    return Node(value, like.where, like.key_where)
+
+
+def _with(root: Node, **sections: Node) -> Node:
+    return mapping_node({**root.value, **sections}, root)
+
+
+def _replace(node: Node, path: tuple[str, ...], new: Node) -> Node:
+    if not path:
+        return new
+    return mapping_node({**node.value, path[0]: _replace(node.value[path[0]], path[1:], new)}, node)

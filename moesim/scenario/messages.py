@@ -1,0 +1,141 @@
+"""A pydantic error as one line of a user's language: what, where in the file, and the remedy."""
+
+import difflib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pydantic_core import ErrorDetails
+
+from moesim.scenario.document import Node, Path, find
+from moesim.scenario.overrides import FLAT_CLUSTER_KEYS
+from moesim.scenario.sections import kinds_at, section_at
+
+_EXPECTED = {
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "model_type": "a mapping",
+    "model_attributes_type": "a mapping",
+    "dict_type": "a mapping",
+    "tuple_type": "a list",
+    "list_type": "a list",
+}
+_NAMES = {dict: "a mapping", list: "a list", str: "text", bool: "a flag", type(None): "nothing"}
+
+
+def describe(errors: Sequence[ErrorDetails], root: Node, *, shown: Callable[[Path], str]) -> str:
+    """The most useful of `errors` as one line `place: dotted.path: what; remedy`.
+
+    An unknown key comes first, because a misspelt key also makes the right one missing; then the order of the schema.
+    `shown` writes a path of the resolved scenario the way the file has it.
+    """
+    error = next((error for error in errors if error["type"] == "extra_forbidden"), errors[0])
+    data = root.plain
+    path = _path_of(error["loc"], data)
+    node, reached = find(root, path)
+    if error["type"] in ("missing", "union_tag_not_found"):
+        missing = shown((*path, "kind") if error["type"] == "union_tag_not_found" else path)
+        return f"{node.where}: {missing}: missing{_choices(error, data, path)}"
+    place = node.key_where if error["type"] == "extra_forbidden" and reached == path else node.where
+    if error["type"].startswith("union_tag"):
+        place, path = find(root, (*path, "kind"))[0].where, (*path, "kind")
+    return f"{place}: {shown(path) or 'scenario'}: {_what(error, data, path)}"
+
+
+def _path_of(loc: Sequence[int | str], data: Any) -> Path:
+    """A pydantic location without the union tags that pydantic puts into it."""
+    path: list[int | str] = []
+    for index, key in enumerate(loc):
+        is_item = isinstance(data, list) and isinstance(key, int) and key < len(data)
+        if is_item or (isinstance(data, dict) and key in data):
+            data = data[key]
+            path.append(key)
+        elif index == len(loc) - 1 and isinstance(data, dict) and key != data.get("kind") and not _is_tag(key):
+            path.append(key)  # a missing key
+    return tuple(path)
+
+
+def _is_tag(key: int | str) -> bool:
+    return isinstance(key, str) and key.startswith("<")
+
+
+def _choices(error: ErrorDetails, data: Any, path: Path) -> str:
+    if error["type"] == "union_tag_not_found":
+        return f"; one of {', '.join(kinds_at(data, path))}"
+    section = section_at(data, path[:-1])
+    field = section.model_fields.get(str(path[-1])) if section and path else None
+    kinds = kinds_at(data, path) if field else []
+    return f"; one kind of {', '.join(kinds)} is needed" if kinds else "; this key is required"
+
+
+def _what(error: ErrorDetails, data: Any, path: Path) -> str:
+    kind, value = error["type"], error["input"]
+    context: dict[str, Any] = error.get("ctx", {})
+    if kind == "extra_forbidden":
+        return f"unknown key; {_known_keys(data, path)}"
+    if kind == "union_tag_invalid":
+        return f'"{context["tag"]}" is unknown; {_suggest(str(context["tag"]), kinds_at(data, path[:-1]))}'
+    if kind == "literal_error":
+        choices = [choice.strip("'") for choice in str(context["expected"]).replace(" or ", ", ").split(", ")]
+        return f"{_show(value)} is not allowed; {_suggest(str(value), choices)}"
+    if kind in ("value_error", "assertion_error"):
+        return str(context.get("error", error["msg"]))
+    if kind in _EXPECTED:
+        return _wrong_type(_EXPECTED[kind], value)
+    comparisons = {"greater_than": "gt", "greater_than_equal": "ge", "less_than": "lt", "less_than_equal": "le"}
+    if kind in comparisons:
+        words = {"gt": "greater than", "ge": "at least", "lt": "less than", "le": "at most"}
+        bound = comparisons[kind]
+        return f"must be {words[bound]} {context[bound]}, got {_show(value)}"
+    if kind == "finite_number":
+        return f"{_show(value)} is not a finite number"
+    if kind == "string_pattern_mismatch":
+        return f"{_show(value)} may hold only letters, digits and . _ -"
+    if kind in ("too_short", "string_too_short"):
+        return "must not be empty"
+    return f"{error['msg']}, got {_show(value)}"
+
+
+def _wrong_type(expected: str, value: Any) -> str:
+    if isinstance(value, str) and expected in ("a number", "a whole number") and _is_number(value):
+        return f'"{value}" is text; write the number without quotes'
+    if isinstance(value, float) and expected == "a whole number" and value.is_integer() and abs(value) < 1e18:
+        return f"expected a whole number, got {value!r}; write {int(value)}"
+    if isinstance(value, str) and expected == "true or false":
+        return f'expected true or false, got the text "{value}"'
+    return f"expected {expected}, got {_show(value)}"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, str):
+        return f'"{value}"' if len(value) <= 60 else f'the text "{value[:57]}..."'
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return repr(value)
+    return _NAMES.get(type(value), type(value).__name__)
+
+
+def _known_keys(data: Any, path: Path) -> str:
+    section = section_at(data, path[:-1])
+    known = list(section.model_fields) if section else []
+    if path[:-1] == ("cluster",):
+        known += FLAT_CLUSTER_KEYS
+    if path[:-1] == ("model",):
+        known += ["hf_config"]
+    return _suggest(str(path[-1]), known)
+
+
+def _suggest(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f'did you mean "{close[0]}"?' if close else f"known: {', '.join(known)}"
