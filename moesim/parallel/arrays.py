@@ -1,0 +1,141 @@
+"""The traffic of one layer and expert-parallel group over all the micro-batches of a step, as arrays.
+
+Legend: B micro-batches, R source ranks, D destination ranks (the same), E experts, M nodes, P slots.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.parallel.mesh import GroupLayout
+from moesim.parallel.placement import ExpertPlacement
+from moesim.parallel.relabelling import Relabelling
+from moesim.parallel.traffic import LayerTraffic
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TrafficArrays:
+    """The counts of `LayerTraffic` with the micro-batch as a leading axis."""
+
+    rows_BRE: Array
+    rank_copies_BRD: Array
+    node_copies_BRM: Array
+    routed_rows_B: NDArray[np.int64]
+    dropped_rows_B: NDArray[np.int64]
+    padded_rows_B: NDArray[np.int64]
+    layout: GroupLayout
+
+    def micro_batch(self, index: int) -> LayerTraffic:
+        """The traffic of one micro-batch."""
+        return LayerTraffic(
+            rows_RE=self.rows_BRE[index],
+            rank_copies_RD=self.rank_copies_BRD[index],
+            node_copies_RM=self.node_copies_BRM[index],
+            layout=self.layout,
+            routed_rows=int(self.routed_rows_B[index]),
+            dropped_rows=int(self.dropped_rows_B[index]),
+            padded_rows=int(self.padded_rows_B[index]),
+        )
+
+    def select(self, index: slice) -> "TrafficArrays":
+        """The micro-batches of a slice."""
+        return replace(
+            self,
+            rows_BRE=self.rows_BRE[index],
+            rank_copies_BRD=self.rank_copies_BRD[index],
+            node_copies_BRM=self.node_copies_BRM[index],
+            routed_rows_B=self.routed_rows_B[index],
+            dropped_rows_B=self.dropped_rows_B[index],
+            padded_rows_B=self.padded_rows_B[index],
+        )
+
+    def relabel(self, relabelling: Relabelling, placement: ExpertPlacement) -> "TrafficArrays":
+        """The traffic of a model layer whose experts are the thin layer's in another order."""
+        node_from_M = relabelling.node_from_M(placement, self.layout.node_of_rank_R)
+        return replace(
+            self,
+            rows_BRE=self.rows_BRE[:, :, relabelling.expert_from_E],
+            rank_copies_BRD=self.rank_copies_BRD[:, :, relabelling.rank_from_D],
+            node_copies_BRM=self.node_copies_BRM[:, :, node_from_M],
+        )
+
+    def slot_rows_BDP(self, placement: ExpertPlacement) -> Array:
+        """Rows that each (rank, slot) computes in each micro-batch; empty slots get 0."""
+        rows_BE = self.rows_BRE.sum(axis=1)
+        rows_BE = np.concatenate([rows_BE, np.zeros_like(rows_BE[:, :1])], axis=1)
+        return np.asarray(rows_BE[:, placement.slot_experts_DP])
+
+    def pad(self, capacity: int, placement: ExpertPlacement) -> "TrafficArrays":
+        """Every (rank, expert) computes `capacity` rows; the empty ones are sent too, each as a copy of its own."""
+        rank_of_expert_E = placement.rank_of_expert_E
+        empty_BRE = capacity - self.rows_BRE
+        assert (empty_BRE >= 0).all(), "capacity bounds the kept rows"
+        empty_BRD = sum_columns(empty_BRE, rank_of_expert_E, self.rank_copies_BRD.shape[2])
+        empty_BRM = sum_columns(empty_BRD, self.layout.node_of_rank_R, self.node_copies_BRM.shape[2])
+        return replace(
+            self,
+            rows_BRE=self.rows_BRE + empty_BRE,
+            rank_copies_BRD=self.rank_copies_BRD + empty_BRD,
+            node_copies_BRM=self.node_copies_BRM + empty_BRM,
+            padded_rows_B=empty_BRE.sum(axis=(1, 2)),
+        )
+
+    def balanced(self, placement: ExpertPlacement) -> "TrafficArrays":
+        """The counterfactual without imbalance: the same kept rows and copies in total, spread evenly (float64).
+
+        Totals are kept per micro-batch and per class of pair - own rank, another rank of the own node, a rank of
+        another node - so that only the imbalance goes and the locality of the traffic stays. Where the group's ranks
+        lie unevenly on nodes no such spread gives equal ranks: then all pairs but the own rank form one class.
+        Every rank's experts share its rows evenly.
+        """
+        layout, rank_of_expert_E = self.layout, placement.rank_of_expert_E
+        rank_rows_BRD = sum_columns(self.rows_BRE, rank_of_expert_E, layout.num_ranks)
+        class_RD = np.where(np.eye(layout.num_ranks, dtype=bool), 0, 1)
+        if len(np.unique(np.bincount(layout.node_of_rank_R))) == 1:
+            class_RD += ~layout.same_node_RD
+        own_node_RM = np.equal.outer(layout.node_of_rank_R, np.arange(layout.num_nodes))
+        share_E = 1.0 / np.bincount(rank_of_expert_E, minlength=layout.num_ranks)[rank_of_expert_E]
+        return replace(
+            self,
+            rows_BRE=_class_means(rank_rows_BRD, class_RD)[:, :, rank_of_expert_E] * share_E,
+            rank_copies_BRD=_class_means(self.rank_copies_BRD, class_RD),
+            node_copies_BRM=_class_means(self.node_copies_BRM, np.where(own_node_RM, 0, 1)),
+        )
+
+
+def balanced(traffic: LayerTraffic, placement: ExpertPlacement) -> LayerTraffic:
+    """The counterfactual without imbalance of one layer and micro-batch; see `TrafficArrays.balanced`."""
+    return arrays_of(traffic).balanced(placement).micro_batch(0)
+
+
+def arrays_of(traffic: LayerTraffic) -> TrafficArrays:
+    """One micro-batch as arrays of length one."""
+    return TrafficArrays(
+        rows_BRE=traffic.rows_RE[None],
+        rank_copies_BRD=traffic.rank_copies_RD[None],
+        node_copies_BRM=traffic.node_copies_RM[None],
+        layout=traffic.layout,
+        routed_rows_B=np.array([traffic.routed_rows]),
+        dropped_rows_B=np.array([traffic.dropped_rows]),
+        padded_rows_B=np.array([traffic.padded_rows]),
+    )
+
+
+def sum_columns(values_BRX: Array, domain_of_column_X: NDArray[np.int64], num_domains: int) -> Array:
+    """Sums over the columns of each domain, e.g. rows per expert to rows per rank: [B, R, num_domains]."""
+    one_hot_XD = np.equal.outer(domain_of_column_X, np.arange(num_domains)).astype(np.float64)
+    sums = values_BRX.astype(np.float64) @ one_hot_XD  # exact: counts stay below 2**53
+    return np.asarray(sums.astype(values_BRX.dtype))
+
+
+def _class_means(values_BRX: Array, class_RX: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Every value replaced by the mean of its class in its micro-batch."""
+    means_BRX = np.zeros(values_BRX.shape)
+    for label in np.unique(class_RX):
+        members = class_RX == label
+        means_BRX[:, members] = values_BRX[:, members].mean(axis=1)[:, None]
+    return means_BRX
