@@ -17,6 +17,7 @@ from moesim.scenario.cluster import (
     Pool,
     RoundRobin,
 )
+from moesim.scenario.json_schema import json_schema
 from moesim.scenario.loader import dump_scenario, load_scenario, load_scenario_text, scenario_from_mapping
 from moesim.scenario.model import Attention, Gqa, LocalGlobal, Mha, Mla, Model
 from moesim.scenario.routing import (
@@ -103,6 +104,7 @@ __all__ = [
     "dump_scenario",
     "gpu_names",
     "gpu_spec",
+    "json_schema",
     "load_scenario",
     "load_scenario_text",
     "model_names",

@@ -17,7 +17,6 @@ from moesim.scenario.routing import (
     PopularityRouting,
     Router,
     TraceRouting,
-    TrainRouting,
     UniformRouting,
 )
 from moesim.scenario.schema import Scenario
@@ -180,9 +179,6 @@ def _check_routing(scenario: Scenario, report: _Report) -> None:
         _check_counts(scenario, routing, report)
     if not isinstance(routing, TraceRouting) and routing.router is not None:
         _check_router(scenario, routing.router, report)
-    if isinstance(routing, TrainRouting) and routing.thin.hidden % routing.thin.heads:
-        what = f"{routing.thin.heads} does not divide routing.thin.hidden = {routing.thin.hidden}"
-        raise report.user("routing.thin.heads", f"{what}; use {_either(nearest_divisors(routing.thin.hidden, 4))}")
 
 
 def _check_counts(scenario: Scenario, routing: PopularityRouting, report: _Report) -> None:

@@ -1,0 +1,173 @@
+"""Parameter and FLOP counts of a Model: what it holds, what one token costs, and the published counting rule.
+
+Notation: h hidden size, H query heads, n sequence length. A matrix of p parameters costs 2 p FLOPs per token forward;
+the backward pass costs twice the forward. Norms and the embedding lookup count as parameters but not as FLOPs.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from moesim.scenario.model import LocalGlobal, Mla, Model
+
+TRAINING_PASSES = 3  # one forward and a backward of twice its cost
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameters:
+    """Parameters of the whole model by part, in elements. `mtp` (multi-token prediction) is outside the totals."""
+
+    embedding: int
+    head: int
+    attention: int
+    norms: int
+    router: int
+    routed_experts: int
+    shared_experts: int
+    dense_ffn: int
+    inactive_experts: int
+    mtp: int
+
+    @property
+    def total(self) -> int:
+        """All parameters of the main model, as published totals count them."""
+        dense = self.embedding + self.head + self.attention + self.norms + self.router
+        return dense + self.routed_experts + self.shared_experts + self.dense_ffn
+
+    @property
+    def activated(self) -> int:
+        """Parameters that one token uses: the total less the experts that its router did not select."""
+        return self.total - self.inactive_experts
+
+    @property
+    def expert(self) -> int:
+        """Parameters sharded by expert parallelism: the routed experts."""
+        return self.routed_experts
+
+
+def attention_layer_parameters(model: Model) -> int:
+    """Parameters of the projections of one attention layer, norms of MLA's compressions left out.
+
+    mha/gqa/local_global: h H d + 2 h KV d + H d h. mla (arXiv 2405.04434): q through its low rank (or direct without
+    one), the compressed kv with the shared rope key, the up-projections to keys and values, and the output.
+    """
+    h, heads, dim = model.hidden, model.heads, model.head_dim
+    if not isinstance(model.attention, Mla):
+        return 2 * h * heads * dim + 2 * h * model.kv_heads * dim
+    mla = model.attention
+    query_width, value_dim = heads * (dim + mla.rope_head_dim), mla.value_head_dim or dim
+    query = h * query_width if mla.q_lora_rank is None else mla.q_lora_rank * (h + query_width)
+    compressed = h * (mla.kv_lora_rank + mla.rope_head_dim)
+    return query + compressed + mla.kv_lora_rank * heads * (dim + value_dim) + heads * value_dim * h
+
+
+def expert_parameters(model: Model) -> int:
+    """Parameters of one routed or shared expert (SwiGLU: three matrices)."""
+    return 3 * model.hidden * model.expert_intermediate
+
+
+def parameters(model: Model) -> Parameters:
+    """Parameters of `model` by part."""
+    h, moe_layers = model.hidden, model.moe_layers
+    expert, attention = expert_parameters(model), attention_layer_parameters(model)
+    norms = 2 * h + _mla_norms(model)
+    moe_layer = (model.experts + model.shared_experts) * expert + h * model.experts
+    embedding = model.vocab * h
+    return Parameters(
+        embedding=embedding,
+        head=0 if model.tied_embeddings else embedding,
+        attention=model.layers * attention,
+        norms=model.layers * norms + h,
+        router=moe_layers * h * model.experts,
+        routed_experts=moe_layers * model.experts * expert,
+        shared_experts=moe_layers * model.shared_experts * expert,
+        dense_ffn=model.dense_layers * 3 * h * model.dense_intermediate,
+        inactive_experts=moe_layers * (model.experts - model.top_k) * expert,
+        mtp=model.mtp_layers * (attention + norms + moe_layer + 2 * h * h + 3 * h),
+    )
+
+
+def _mla_norms(model: Model) -> int:
+    if not isinstance(model.attention, Mla):
+        return 0
+    return model.attention.kv_lora_rank + (model.attention.q_lora_rank or 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeysPerQuery:
+    """Average number of keys that one query sees: near ones (all, or the window) and global tokens beyond the window."""
+
+    near: float
+    beyond: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """Keys of both kinds."""
+        return self.near + self.beyond
+
+
+def keys_per_query(model: Model, *, sequence_length: int, causal: bool) -> KeysPerQuery:
+    """Average keys per query in a sequence of n tokens.
+
+    Full attention: n, or (n + 1) / 2 when causal. local_global with window W and a global token every G: W keys near
+    (min(t, W) for the causal query t), and one G-th of the visible tokens outside the window.
+    """
+    n = sequence_length
+    visible = (n + 1) / 2 if causal else float(n)
+    if not isinstance(model.attention, LocalGlobal):
+        return KeysPerQuery(near=visible)
+    window = min(model.attention.window, n)
+    near = window - window * (window - 1) / (2 * n) if causal else float(window)
+    return KeysPerQuery(near=near, beyond=(visible - near) / model.attention.global_every)
+
+
+def attention_score_flops(model: Model, *, sequence_length: int, causal: bool) -> float:
+    """Forward FLOPs per token and layer of Q K^T and P V: 2 keys H (query dim + value dim)."""
+    query_dim, value_dim = model.head_dim, model.head_dim
+    if isinstance(model.attention, Mla):
+        query_dim += model.attention.rope_head_dim
+        value_dim = model.attention.value_head_dim or model.head_dim
+    keys = keys_per_query(model, sequence_length=sequence_length, causal=causal).total
+    return 2.0 * keys * model.heads * (query_dim + value_dim)
+
+
+def forward_flops_per_token(model: Model, *, sequence_length: int, causal: bool) -> Mapping[str, float]:
+    """Forward FLOPs of one token by part, over all layers of the main model.
+
+    Keys: attention_projections, attention_scores, router, routed_experts, shared_experts, dense_ffn, head, embedding
+    (a lookup: 0). Only the experts that the token selects count; multi-token prediction does not.
+    """
+    count = parameters(model)
+    scores = attention_score_flops(model, sequence_length=sequence_length, causal=causal)
+    return MappingProxyType(
+        {
+            "embedding": 0.0,
+            "attention_projections": 2.0 * count.attention,
+            "attention_scores": model.layers * scores,
+            "router": 2.0 * count.router,
+            "routed_experts": 2.0 * (count.routed_experts - count.inactive_experts),
+            "shared_experts": 2.0 * count.shared_experts,
+            "dense_ffn": 2.0 * count.dense_ffn,
+            "head": 2.0 * model.vocab * model.hidden,
+        }
+    )
+
+
+def model_flops_per_token(model: Model, *, sequence_length: int, causal: bool) -> float:
+    """Training FLOPs of one token for MFU: 3 x forward. Recomputation, padding and drops do not change it."""
+    return TRAINING_PASSES * sum(
+        forward_flops_per_token(model, sequence_length=sequence_length, causal=causal).values()
+    )
+
+
+def published_rule_flops(
+    *, layers: int, hidden: int, active_width: float, vocab: int = 102400, sequence_length: int = 4096
+) -> float:
+    """Training FLOPs of one sequence as arXiv 2401.06066 counts them in its comparison tables.
+
+    The rule: SwiGLU experts of `active_width` = active experts x width in every layer (no dense first layer), multi-head
+    attention of width h throughout, full (non-causal) scores 4 n^2 h per layer, the head counted and the router not.
+    """
+    matrices = layers * (4 * hidden * hidden + 3 * hidden * active_width) + hidden * vocab
+    scores = layers * 4.0 * sequence_length**2 * hidden
+    return TRAINING_PASSES * (2.0 * matrices * sequence_length + scores)

@@ -1,0 +1,38 @@
+"""The JSON Schema of scenario files, for editors: the schema of the sections plus the short forms that files may use."""
+
+from typing import Any
+
+from moesim.scenario.catalogue import gpu_names, model_names
+from moesim.scenario.overrides import FLAT_CLUSTER_KEYS
+from moesim.scenario.schema import Scenario
+
+_GPU_FORMS = ["gpu", "nodes"]
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema (2020-12) that accepts every form that `load_scenario` accepts at the level of single sections.
+
+    Beyond the sections themselves: `model` by preset or hf_config with any field overridden, and the flat `cluster`.
+    """
+    schema = Scenario.model_json_schema(mode="validation")
+    definitions = schema["$defs"]
+    definitions["Pool"]["properties"]["gpu"]["enum"] = list(gpu_names())
+    _accept_model_forms(definitions["Model"])
+    _accept_flat_cluster(definitions["Cluster"], definitions["Pool"])
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "moesim scenario"}
+
+
+def _accept_model_forms(model: dict[str, Any]) -> None:
+    explicit = [key for key in model["required"] if key != "preset"]
+    model["properties"]["preset"] = {"enum": [*model_names(), None], "description": "a model of the catalogue"}
+    path = "path to a released config.json, relative to this file"
+    model["properties"]["hf_config"] = {"type": "string", "description": path}
+    del model["required"]
+    model["anyOf"] = [{"required": ["preset"]}, {"required": ["hf_config"]}, {"required": explicit}]
+
+
+def _accept_flat_cluster(cluster: dict[str, Any], pool: dict[str, Any]) -> None:
+    for key in FLAT_CLUSTER_KEYS:
+        cluster["properties"][key] = pool["properties"][key]
+    del cluster["required"]
+    cluster["anyOf"] = [{"required": ["pools"]}, {"required": _GPU_FORMS}]
