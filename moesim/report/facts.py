@@ -1,0 +1,188 @@
+"""The numbers of a result as readable lines: the terminal and the HTML report print the same ones.
+
+Everything here reads `result`, the mapping that result.json holds; nothing is computed anew but shares and rounding.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.report.categories import Category, in_order
+from moesim.trace import RoutingTrace, TraceStep
+from moesim.units import format_bytes, format_seconds
+
+FloatArray = NDArray[np.float64]
+
+Result = Mapping[str, Any]
+NOT_KNOWN = "not known"
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One line: what, how much, and what to know about it."""
+
+    label: str
+    value: str
+    note: str = ""
+
+
+def percent(share: float | None, *, digits: int = 1) -> str:
+    """`12.3 %`."""
+    return NOT_KNOWN if share is None else f"{100 * share:.{digits}f} %"
+
+
+def times(ratio: float | None) -> str:
+    """`1.23x` of a ratio whose perfect value is 1."""
+    return NOT_KNOWN if ratio is None else f"{ratio:.3f}x"
+
+
+def count(value: float | None) -> str:
+    """Whole number with thousands separated."""
+    return NOT_KNOWN if value is None else f"{value:,.0f}"
+
+
+def dollars(value: float | None) -> str:
+    """US dollars with enough digits to be useful at any size."""
+    if value is None:
+        return NOT_KNOWN
+    return f"${value:,.0f}" if abs(value) >= 1000 else f"${value:.4g}"
+
+
+def seconds(value: float | None) -> str:
+    """Seconds with a fitting unit."""
+    return NOT_KNOWN if value is None else format_seconds(value)
+
+
+def range_note(result: Result) -> str:
+    """`90 % range 1.20 s to 1.31 s, 8 samples`, or why there is none."""
+    bounds = result.get("step_time_range_s")
+    if bounds is None:
+        return "no range: too few distinct sequences"
+    return f"90 % range {seconds(bounds[0])} to {seconds(bounds[1])}"
+
+
+def headline(result: Result) -> list[Fact]:
+    """The six numbers that answer the question of a run."""
+    mfu, imbalance, cost = result["mfu"], result["imbalance"], result["cost"]
+    wasted = imbalance["cost_s"] / result["step_time_s"]
+    return [
+        Fact("step time", seconds(result["step_time_s"]), range_note(result)),
+        Fact(
+            "tokens per second",
+            count(result["tokens_per_second"]),
+            f"{count(result['tokens_per_second_per_gpu'])} per GPU",
+        ),
+        Fact("MFU", percent(mfu["causal"]), f"causal attention; {percent(mfu['non_causal'])} non-causal"),
+        Fact(
+            "cost of imbalance", percent(wasted), f"{seconds(imbalance['cost_s'])}: the same rows spread evenly save it"
+        ),
+        Fact("dropped rows", percent(result["dropped_share"], digits=2), "of all routed (token, expert) rows"),
+        Fact("price", _price(cost), _budget(cost)),
+    ]
+
+
+def _price(cost: Mapping[str, Any]) -> str:
+    per_million = cost.get("usd_per_million_tokens")
+    return NOT_KNOWN if per_million is None else f"{dollars(per_million)} / M tokens"
+
+
+def _budget(cost: Mapping[str, Any]) -> str:
+    if cost.get("usd_per_step") is None:
+        return "give cluster.price_per_gpu_hour to know it"
+    step = f"{dollars(cost['usd_per_step'])} per step"
+    if cost.get("usd_total") is None:
+        return step
+    return f"{step}; all tokens {dollars(cost['usd_total'])}, {cost['days']:.4g} days"
+
+
+def communication(result: Result) -> list[Fact]:
+    """Bytes of one step over all ranks, by purpose and by tier."""
+    facts = result["communication"]
+    return [
+        Fact("dispatch", format_bytes(facts["dispatch_bytes"]), "forward and backward, all ranks"),
+        Fact("combine", format_bytes(facts["combine_bytes"]), "forward and backward, all ranks"),
+        Fact("inside nodes", format_bytes(facts["intra_node_bytes"]), "dispatch and combine over NVLink"),
+        Fact("between nodes", format_bytes(facts["inter_node_bytes"]), "dispatch and combine over the network"),
+        Fact("copies per token", f"{facts['copies_per_token']:.3f}", "sent to other ranks, per token and layer"),
+    ]
+
+
+def balance(result: Result) -> list[Fact]:
+    """Imbalance (max / mean, 1 is perfect) beside the floor that a uniform router has on the same window of tokens."""
+    facts = result["imbalance"]
+    return [
+        Fact("experts", times(facts["expert"]), "rows of the busiest expert / mean"),
+        Fact("rank rows", times(facts["rank_rows"]), "rows of the busiest rank / mean"),
+        Fact("uniform router", times(facts["uniform_floor"]), "the floor: what chance alone gives"),
+        Fact("rank bytes", times(facts["rank_bytes"]), "bytes of the busiest rank / mean"),
+        Fact("rank time", times(facts["rank_time"]), "expert time of the slowest rank / mean"),
+        Fact("window", f"{count(facts['window_tokens'])} tokens", "over which loads are counted"),
+    ]
+
+
+def training(result: Result) -> list[Fact]:
+    """How the router was made, and its loss where it was trained."""
+    router = result["router"]
+    facts = [Fact("router", str(router["kind"]))]
+    if router.get("validation_loss") is not None:
+        facts.append(Fact("held-out loss", f"{router['validation_loss']:.4f}", "nats per byte"))
+    if router.get("train_loss") is not None:
+        facts.append(Fact("training loss", f"{router['train_loss']:.4f}", "nats per byte"))
+    return facts
+
+
+def sources(result: Result) -> list[Fact]:
+    """Which share of the estimated time rests on what, largest first."""
+    shares = sorted(result["estimate_sources"].items(), key=lambda item: -item[1])
+    return [Fact(name, percent(share), "of estimated time") for name, share in shares]
+
+
+def attribution(result: Result) -> list[tuple[Category, float, float]]:
+    """(category, seconds, share of the step), largest first."""
+    parts = sorted(in_order(result["attribution_s"]), key=lambda part: -part[1])
+    return [(category, value, value / result["step_time_s"]) for category, value in parts]
+
+
+def samples(result: Result) -> list[Fact]:
+    """How many routing samples the means and ranges come from."""
+    return [
+        Fact("routing samples", count(result["samples"]), "drawn from the recorded sequences"),
+        Fact("step time", seconds(result["step_time_s"]), range_note(result)),
+    ]
+
+
+def spread(load_LE: FloatArray) -> list[Fact]:
+    """Quantiles of the relative load of single experts."""
+    names = {"coldest": 0.0, "5 % quantile": 0.05, "median": 0.5, "95 % quantile": 0.95, "hottest": 1.0}
+    return [Fact(name, times(float(np.quantile(load_LE, share)))) for name, share in names.items()]
+
+
+def load_of_step(step: TraceStep, *, num_experts: int) -> FloatArray:
+    """Selections of every expert / mean, per layer of a trace: [L, E]; the mean of a row is 1."""
+    ids_LN = step.expert_ids_LSTK.reshape(len(step.expert_ids_LSTK), -1)
+    counts_LE = np.stack([np.bincount(ids[ids >= 0], minlength=num_experts) for ids in ids_LN]).astype(np.float64)
+    return np.asarray(counts_LE / counts_LE.mean(axis=1, keepdims=True))
+
+
+def trace_imbalance(trace: RoutingTrace) -> dict[int, FloatArray]:
+    """Max / mean expert load per layer [L] of every recorded step, over all its tokens."""
+    return {step.step: load_of_step(step, num_experts=trace.router.num_experts).max(axis=1) for step in trace.steps}
+
+
+def trace_facts(trace: RoutingTrace) -> list[Fact]:
+    """What was recorded."""
+    router = trace.router
+    facts = [
+        Fact("experts", count(router.num_experts), f"{router.top_k} per token"),
+        Fact(
+            "recorded",
+            f"{count(trace.final.num_tokens)} tokens",
+            f"{trace.num_layers} layers, after {trace.final.step} steps",
+        ),
+    ]
+    if router.num_groups > 1:
+        facts.insert(1, Fact("groups", count(router.num_groups), f"at most {router.group_limit} per token"))
+    return facts

@@ -1,0 +1,231 @@
+"""The figures of a report: numbers in, plotly figures out. No text of a user ever enters a figure.
+
+Legend: C attribution categories, E experts, L layers, N spans, R ranks.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from numpy.typing import NDArray
+
+from moesim.report.categories import FAMILIES, category, in_order
+from moesim.report.timeline import Window
+from moesim.trace import TrainingCurves
+
+FloatArray = NDArray[np.float64]
+
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, 'Liberation Sans', sans-serif"
+_INK = "#3d444d"
+_GRID = "rgba(128,128,128,0.25)"
+_MAX_LABELLED_RANKS = 16
+_HOT_AND_COLD = [  # blue is cold, orange is hot, grey is the mean: distinct under every common colour blindness
+    (0.0, "#08306b"),
+    (0.25, "#4292c6"),
+    (0.5, "#e8e8e6"),
+    (0.75, "#f28e2b"),
+    (1.0, "#7f2704"),
+]
+_LOAD_TICKS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+
+
+def _figure(*, height: int, x: str = "", y: str = "") -> go.Figure:
+    figure = go.Figure()
+    figure.update_layout(
+        height=height,
+        margin={"l": 70, "r": 20, "t": 16, "b": 56},
+        font={"family": FONT, "size": 13, "color": _INK},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        hoverlabel={"bgcolor": "#1d2229", "bordercolor": "#1d2229", "font": {"color": "#ffffff", "family": FONT}},
+        legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
+    )
+    figure.update_xaxes(title={"text": x, "font": {"size": 13}}, gridcolor=_GRID, zeroline=False, automargin=True)
+    figure.update_yaxes(title={"text": y, "font": {"size": 13}}, gridcolor=_GRID, zeroline=False, automargin=True)
+    return figure
+
+
+def attribution(attribution_s: Mapping[str, float], balanced_s: Mapping[str, float]) -> go.Figure:
+    """Two stacked bars in milliseconds: the step as routed, and with the same rows spread evenly over ranks."""
+    figure = _figure(height=230, x="milliseconds of one step")
+    rows = (("spread evenly", balanced_s), ("as routed", attribution_s))
+    keys = [part.key for part, _ in in_order({**balanced_s, **attribution_s})]
+    for key in keys:
+        part = category(key)
+        values = np.array([1e3 * parts.get(key, 0.0) for _, parts in rows])
+        shares = np.array([parts.get(key, 0.0) / sum(parts.values()) for _, parts in rows])
+        figure.add_bar(
+            y=[name for name, _ in rows],
+            x=values,
+            orientation="h",
+            name=part.label,
+            marker={"color": part.colour, "line": {"width": 1, "color": "rgba(255,255,255,0.7)"}},
+            customdata=shares,
+            hovertemplate=f"{part.label}<br>%{{x:.4g}} ms, %{{customdata:.1%}}<extra>%{{y}}</extra>",
+        )
+    figure.update_layout(barmode="stack", bargap=0.35, showlegend=False)
+    figure.update_xaxes(rangemode="tozero")
+    figure.update_yaxes(showgrid=False, tickfont={"size": 14})
+    return figure
+
+
+def expert_load(load_LE: FloatArray, *, first_layer: int) -> go.Figure:
+    """Heat map of model layer x expert: rows / mean rows of the layer, 1.0 is the mean; colours follow the logarithm.
+
+    `first_layer` is the number of the first layer with a router.
+    """
+    layers, experts = load_LE.shape
+    figure = _figure(height=int(np.clip(100 + 16 * layers, 260, 900)), x="expert", y="layer of the model")
+    colour_LE = np.log2(np.clip(load_LE, _LOAD_TICKS[0], _LOAD_TICKS[-1]))
+    figure.add_heatmap(
+        y=np.arange(first_layer, first_layer + layers),
+        z=colour_LE.astype(np.float32),
+        customdata=load_LE.astype(np.float32),
+        zmin=np.log2(_LOAD_TICKS[0]),
+        zmax=np.log2(_LOAD_TICKS[-1]),
+        colorscale=_HOT_AND_COLD,
+        colorbar={
+            "title": {"text": "rows / mean", "side": "right"},
+            "tickvals": np.log2(_LOAD_TICKS),
+            "ticktext": ["≤ ⅛", "¼", "½", "1", "2", "4", "≥ 8"],
+            "thickness": 14,
+            "outlinewidth": 0,
+        },
+        hovertemplate="layer %{y}, expert %{x}<br>%{customdata:.3f} of the mean<extra></extra>",
+    )
+    figure.update_xaxes(showgrid=False, range=[-0.5, experts - 0.5])
+    figure.update_yaxes(showgrid=False, autorange="reversed", tickformat="d")
+    return figure
+
+
+def traffic(bytes_RR: FloatArray) -> go.Figure:
+    """Heat map of gigabytes that each rank sends to each other rank in the dispatches of one step."""
+    ranks = len(bytes_RR)
+    figure = _figure(height=460, x="to rank", y="from rank")
+    shown_RR = np.where(np.eye(ranks, dtype=bool), np.nan, bytes_RR / 1e9)
+    figure.add_heatmap(
+        z=shown_RR.astype(np.float32),
+        zmin=0.0,
+        colorscale="Cividis",
+        xgap=1 if ranks <= 64 else 0,
+        ygap=1 if ranks <= 64 else 0,
+        colorbar={"title": {"text": "GB per step", "side": "right"}, "thickness": 14, "outlinewidth": 0},
+        hovertemplate="rank %{y} to rank %{x}<br>%{z:.4g} GB<extra></extra>",
+    )
+    _rank_axis(figure.update_xaxes, ranks)
+    _rank_axis(figure.update_yaxes, ranks)
+    figure.update_xaxes(showgrid=False, constrain="domain")
+    figure.update_yaxes(showgrid=False, autorange="reversed", scaleanchor="x", constrain="domain")
+    return figure
+
+
+def _rank_axis(update: Any, ranks: int) -> None:
+    update(tickformat="d", **({"dtick": 1} if ranks <= _MAX_LABELLED_RANKS else {}))
+
+
+def rank_time(seconds_CR: FloatArray, keys: Sequence[str]) -> go.Figure:
+    """Stacked bars per rank: milliseconds of the step by family (compute, communication, waiting, overhead)."""
+    ranks = seconds_CR.shape[1]
+    figure = _figure(height=320, x="rank", y="ms of one step")
+    families = np.array([category(key).family for key in keys])
+    for family, colour in FAMILIES.items():
+        value_R = 1e3 * seconds_CR[families == family].sum(axis=0)
+        figure.add_bar(
+            x=np.arange(ranks),
+            y=value_R,
+            name=family,
+            marker={"color": colour, "line": {"width": 0}},
+            hovertemplate=f"rank %{{x}}: {family} %{{y:.4g}} ms<extra></extra>",
+        )
+    figure.update_layout(barmode="stack", bargap=0.15 if ranks <= 64 else 0)
+    _rank_axis(figure.update_xaxes, ranks)
+    return figure
+
+
+def losses(curves: TrainingCurves) -> go.Figure:
+    """Cross entropy of the thin model while its router trained."""
+    figure = _figure(height=320, x="training step", y="loss, nats per byte")
+    figure.add_scatter(
+        x=curves.steps,
+        y=curves.train_loss,
+        name="training text",
+        mode="lines",
+        line={"color": FAMILIES["compute"], "width": 1.5},
+    )
+    figure.add_scatter(
+        x=curves.validation_steps,
+        y=curves.validation_loss,
+        name="held-out text",
+        mode="lines+markers",
+        line={"color": FAMILIES["communication"], "width": 2},
+        marker={"size": 7},
+    )
+    figure.update_traces(hovertemplate="step %{x}: %{y:.4f}<extra>%{fullData.name}</extra>")
+    return figure
+
+
+def training_imbalance(curves: TrainingCurves) -> go.Figure:
+    """Max / mean expert load of each training step, averaged over layers."""
+    figure = _figure(height=320, x="training step", y="busiest expert / mean")
+    figure.add_scatter(
+        x=curves.steps,
+        y=curves.imbalance,
+        mode="lines",
+        line={"color": FAMILIES["waiting"], "width": 1.5},
+        showlegend=False,
+        hovertemplate="step %{x}: %{y:.3f}<extra></extra>",
+    )
+    return _with_perfect_line(figure)
+
+
+def _with_perfect_line(figure: go.Figure) -> go.Figure:
+    figure.add_hline(y=1.0, line={"dash": "dot", "width": 1, "color": "#808080"})
+    return figure
+
+
+def layer_imbalance(imbalance_by_step: Mapping[int, FloatArray]) -> go.Figure:
+    """Busiest expert / mean on held-out text per layer of the trained model, a group of bars per recorded step."""
+    figure = _figure(height=320, x="layer of the trained model", y="busiest expert / mean")
+    last = max(imbalance_by_step)
+    for step, value_L in imbalance_by_step.items():
+        figure.add_bar(
+            x=np.arange(len(value_L)),
+            y=value_L,
+            name=f"after {step} steps",
+            marker={"color": FAMILIES["waiting"] if step == last else "#a3aab4"},
+            hovertemplate="layer %{x}: %{y:.3f}<extra>%{fullData.name}</extra>",
+        )
+    figure.update_layout(barmode="group", bargap=0.4, showlegend=True)
+    figure.update_xaxes(dtick=1)
+    return _with_perfect_line(figure)
+
+
+def timeline(window: Window) -> go.Figure:
+    """One row per rank, computation above and transfers below, coloured by category."""
+    ranks = window.start_NR.shape[1]
+    origin = float(window.start_NR.min())
+    figure = _figure(
+        height=int(np.clip(150 + 40 * ranks, 260, 1000)),
+        x=f"microseconds since {1e3 * origin:.4g} ms of the step",
+        y="rank",
+    )
+    categories_N = np.array(window.categories_N)
+    for part, _ in in_order(dict.fromkeys(window.categories_N, 1.0)):
+        rows_N = np.flatnonzero(categories_N == part.key)
+        lane_NR = np.where(window.on_network_N[rows_N], 0.2, -0.2)[:, None] + np.arange(ranks)
+        figure.add_bar(
+            y=lane_NR.ravel(),
+            base=1e6 * (window.start_NR[rows_N] - origin).ravel(),
+            x=1e6 * (window.finish_NR[rows_N] - window.start_NR[rows_N]).ravel(),
+            width=0.36,
+            orientation="h",
+            name=part.label.removesuffix(", exposed"),
+            marker={"color": part.colour, "line": {"width": 0.5, "color": "rgba(255,255,255,0.6)"}},
+            customdata=np.repeat(np.array(window.names_N)[rows_N], ranks),
+            hovertemplate="%{customdata}: %{x:.4g} us from %{base:.6g} us<extra></extra>",
+        )
+    figure.update_layout(barmode="overlay", showlegend=True)
+    figure.update_yaxes(autorange="reversed", showgrid=False)
+    _rank_axis(figure.update_yaxes, ranks)
+    return figure
