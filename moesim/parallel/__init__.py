@@ -1,1 +1,23 @@
 """WHO does what: the mesh of ranks, where experts sit, what is dropped and what travels."""
+
+from moesim.parallel.arrays import TrafficArrays, balanced
+from moesim.parallel.mesh import GroupLayout, Mesh
+from moesim.parallel.placement import ExpertPlacement, place_experts
+from moesim.parallel.sample import TrafficSample, TrafficSampler, sample_traffic
+from moesim.parallel.traffic import Deduplicate, LayerTraffic, TierBytes, token_bytes
+
+__all__ = [
+    "Deduplicate",
+    "ExpertPlacement",
+    "GroupLayout",
+    "LayerTraffic",
+    "Mesh",
+    "TierBytes",
+    "TrafficArrays",
+    "TrafficSample",
+    "TrafficSampler",
+    "balanced",
+    "place_experts",
+    "sample_traffic",
+    "token_bytes",
+]

@@ -1,7 +1,7 @@
 """Routing samples of a whole step: from a trace and a plan to the traffic of every layer, group and micro-batch.
 
 Legend: L thin layers, B micro-batches, N data-parallel ranks, U sequences per rank and micro-batch, S pieces of
-recorded sequences, T tokens per piece, K selections, R/D ranks of an expert-parallel group, E experts, M nodes, P slots.
+recorded sequences, T tokens per piece, K selections, R/D ranks of an expert group, E experts, M nodes, P slots.
 
 A rank's tokens are whole sequences; under context or tensor parallelism each rank of a data-parallel rank holds one
 piece of them (a sequence cut into context * tensor runs).

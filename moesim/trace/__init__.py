@@ -1,5 +1,19 @@
 """RoutingTrace, the exchange format between routers and the simulator (numpy only)."""
 
 from moesim.trace.record import NO_EXPERT, RoutingTrace, TraceStep, TrainingCurves, check_trace
+from moesim.trace.store import load_trace, save_trace, trace_hash
+from moesim.trace.synthetic import hash_trace, popularity_trace, uniform_trace
 
-__all__ = ["NO_EXPERT", "RoutingTrace", "TraceStep", "TrainingCurves", "check_trace"]
+__all__ = [
+    "NO_EXPERT",
+    "RoutingTrace",
+    "TraceStep",
+    "TrainingCurves",
+    "check_trace",
+    "hash_trace",
+    "load_trace",
+    "popularity_trace",
+    "save_trace",
+    "trace_hash",
+    "uniform_trace",
+]

@@ -1,0 +1,68 @@
+"""What a trace says about balance and spread: one definition each (spec, "Metrics").
+
+Legend: L layers, S sequences, T tokens, K selections, E experts.
+"""
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.scenario.routing import RouterShape
+from moesim.seeding import stream
+from moesim.trace.record import TraceStep, distinct_groups, group_of_expert
+from moesim.trace.selection import draw_distinct_in_groups
+
+Array = NDArray[Any]
+
+_FLOOR_ROWS = 4_000_000  # rows drawn for one floor: its standard error stays below 0.003
+_MIN_TRIALS = 4
+
+
+def imbalance(loads: Array, *, axis: int = -1) -> NDArray[np.float64]:
+    """max / mean along `axis`, 1.0 is perfect; an axis without any load counts as perfect."""
+    means = np.mean(loads, axis=axis, dtype=np.float64)
+    ratios = np.max(loads, axis=axis) / np.where(means > 0, means, 1.0)
+    return np.asarray(np.where(means > 0, ratios, 1.0))
+
+
+def expert_load_LE(step: TraceStep, *, num_experts: int) -> NDArray[np.int64]:
+    """Rows that every expert gets in every layer, before dropping."""
+    return np.stack([np.bincount(ids.reshape(-1) + 1, minlength=num_experts + 1)[1:] for ids in step.expert_ids_LSTK])
+
+
+def mean_distinct_groups_L(step: TraceStep, router: RouterShape) -> NDArray[np.float64]:
+    """Distinct router groups per token, mean over the tokens of each layer."""
+    group_of_expert_E = group_of_expert(router)
+    return np.array([distinct_groups(ids, group_of_expert_E=group_of_expert_E).mean() for ids in step.expert_ids_LSTK])
+
+
+@lru_cache(maxsize=64)
+def uniform_floor(
+    num_experts: int, *, top_k: int, tokens: int, num_groups: int = 1, group_limit: int = 1, num_bins: int | None = None
+) -> float:
+    """The imbalance that a uniform router has over `tokens` tokens: what chance alone leaves.
+
+    Mean of max / mean over `num_bins` equal runs of experts (ranks; by default the experts themselves) by Monte Carlo
+    with a fixed stream. With a group limit each token draws its experts from `group_limit` random groups.
+    """
+    bins = num_bins or num_experts
+    trials = max(_MIN_TRIALS, _FLOOR_ROWS // (tokens * top_k))
+    rng = stream(0, "uniform-floor", num_experts, top_k, tokens, num_groups, group_limit, bins)
+    ratios = []
+    per_draw = max(1, 1_000_000 // (tokens * top_k))  # trials drawn together, to keep memory small
+    for start in range(0, trials, per_draw):
+        batch = min(per_draw, trials - start)
+        ids_TK = draw_distinct_in_groups(
+            batch * tokens,
+            num_experts=num_experts,
+            top_k=top_k,
+            num_groups=num_groups,
+            group_limit=group_limit,
+            rng=rng,
+        )
+        bins_BR = (ids_TK * bins // num_experts).reshape(batch, -1) + bins * np.arange(batch)[:, None]
+        loads_BX = np.bincount(bins_BR.reshape(-1), minlength=batch * bins).reshape(batch, bins)
+        ratios.append(imbalance(loads_BX))
+    return float(np.concatenate(ratios).mean())

@@ -1,0 +1,107 @@
+"""Random selections of K distinct experts per token, vectorised over tokens.
+
+Legend: T tokens, K selections, E experts, G groups, M group limit.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+_CHUNK_VALUES = 1 << 23  # random keys drawn at a time: 32 MiB
+_MAX_REDRAWS = 30
+
+
+def draw_distinct(num_tokens: int, *, num_experts: int, top_k: int, rng: np.random.Generator) -> Array:
+    """K distinct experts per token, all sets equally likely, in random order: int64 [T, K].
+
+    Each choice is a number among the experts still free; stepping it over those taken, smallest first, names it.
+    """
+    assert top_k <= num_experts
+    ids_TK = np.empty((num_tokens, top_k), dtype=np.int64)
+    for column in range(top_k):
+        choice_T = rng.integers(num_experts - column, size=num_tokens)
+        taken_TC = np.sort(ids_TK[:, :column], axis=1)
+        for taken in range(column):
+            choice_T += choice_T >= taken_TC[:, taken]
+        ids_TK[:, column] = choice_T
+    return ids_TK
+
+
+def draw_distinct_in_groups(
+    num_tokens: int, *, num_experts: int, top_k: int, num_groups: int, group_limit: int, rng: np.random.Generator
+) -> Array:
+    """K distinct experts per token out of M groups chosen at random: int64 [T, K]."""
+    if num_groups <= 1 or group_limit >= num_groups:
+        return draw_distinct(num_tokens, num_experts=num_experts, top_k=top_k, rng=rng)
+    group_size = num_experts // num_groups
+    assert top_k <= group_limit * group_size
+    groups_TM = draw_distinct(num_tokens, num_experts=num_groups, top_k=group_limit, rng=rng)
+    within_TK = draw_distinct(num_tokens, num_experts=group_limit * group_size, top_k=top_k, rng=rng)
+    group_TK = np.take_along_axis(groups_TM, within_TK // group_size, axis=1)
+    return np.asarray(group_TK * group_size + within_TK % group_size)
+
+
+def draw_by_weight(num_tokens: int, *, weights_E: Array, top_k: int, rng: np.random.Generator) -> Array:
+    """K distinct experts per token by Gumbel top-k on log weights, best first: int64 [T, K].
+
+    That law equals drawing one after the other in proportion to the weights left, which is done here: draw, and
+    draw again where the expert is taken; tokens still without one (a few experts hold nearly all the weight) are
+    drawn from the weights of their free experts.
+    """
+    cumulative_E = np.cumsum(weights_E) / np.sum(weights_E)
+    last = int(np.flatnonzero(weights_E)[-1])
+    ids_TK = np.empty((num_tokens, top_k), dtype=np.int64)
+    for column in range(top_k):
+        open_T = np.arange(num_tokens)
+        for _ in range(_MAX_REDRAWS):
+            choice_T = np.minimum(np.searchsorted(cumulative_E, rng.random(len(open_T)), side="right"), last)
+            taken_T = (ids_TK[open_T, :column] == choice_T[:, None]).any(axis=1)
+            ids_TK[open_T, column] = choice_T
+            open_T = open_T[taken_T]
+            if not len(open_T):
+                break
+        if len(open_T):
+            ids_TK[open_T, column] = _draw_free(ids_TK[open_T, :column], weights_E, rng)
+    return ids_TK
+
+
+def draw_by_weight_in_groups(
+    num_tokens: int,
+    *,
+    weights_E: Array,
+    top_k: int,
+    num_groups: int,
+    group_limit: int,
+    rng: np.random.Generator,
+) -> Array:
+    """Gumbel top-k on log weights among the M groups with the highest maximum: int64 [T, K].
+
+    The keys are exponential with rate weight, smallest first: the same order as Gumbel keys, largest first.
+    """
+    if num_groups <= 1 or group_limit >= num_groups:
+        return draw_by_weight(num_tokens, weights_E=weights_E, top_k=top_k, rng=rng)
+    num_experts = len(weights_E)
+    with np.errstate(divide="ignore"):
+        scale_E = (1.0 / np.asarray(weights_E, dtype=np.float64)).astype(np.float32)  # infinite: never before others
+    ids_TK = np.empty((num_tokens, top_k), dtype=np.int64)
+    chunk = max(1, _CHUNK_VALUES // num_experts)
+    for start in range(0, num_tokens, chunk):
+        tokens = min(chunk, num_tokens - start)
+        keys_TE = rng.standard_exponential((tokens, num_experts), dtype=np.float32) * scale_E
+        best_TG = keys_TE.reshape(tokens, num_groups, -1).min(axis=2)
+        limit_T1 = np.partition(best_TG, group_limit - 1, axis=1)[:, group_limit - 1 : group_limit]
+        keys_TE.reshape(tokens, num_groups, -1)[best_TG > limit_T1] = np.inf
+        ids_TK[start : start + tokens] = np.argpartition(keys_TE, top_k - 1, axis=1)[:, :top_k]
+    return ids_TK
+
+
+def _draw_free(taken_TC: Array, weights_E: Array, rng: np.random.Generator) -> Array:
+    """One expert per token in proportion to the weights of those not taken."""
+    free_TE = np.tile(np.asarray(weights_E, dtype=np.float64), (len(taken_TC), 1))
+    np.put_along_axis(free_TE, taken_TC, 0.0, axis=1)
+    cumulative_TE = np.cumsum(free_TE, axis=1)
+    target_T = rng.random(len(taken_TC)) * cumulative_TE[:, -1]
+    return np.asarray((cumulative_TE <= target_T[:, None]).sum(axis=1))

@@ -1,0 +1,157 @@
+"""Traces on disk: one compressed file that cannot be read wrongly.
+
+    line 1   moesim-trace <schema version>
+    line 2   sha256 of all that follows, in hex
+    line 3   header: JSON with router, provenance, steps and the arrays' names, types, shapes and lengths
+    rest     the arrays one behind the other, each zlib-compressed; floats with their bytes shuffled
+
+Arrays are stored in the smallest type that gives back exactly what memory holds (expert ids as uint8, floats as
+float16 where that is exact).
+"""
+
+import hashlib
+import json
+import os
+import zlib
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.errors import UserError
+from moesim.scenario.routing import RouterShape
+from moesim.trace.record import RoutingTrace, TraceStep, TrainingCurves, check_trace
+
+SCHEMA_VERSION = 1
+_MAGIC = b"moesim-trace"
+_ZLIB_LEVEL = 1  # higher levels cost ten times the time for 5 % of the size
+_STEP_ARRAYS = ("expert_ids_LSTK", "affinities_LSTK", "gates_LSTK")
+_DTYPES = {"uint8", "int16", "float16", "float32", "float64"}
+
+Array = NDArray[Any]
+
+
+def save_trace(trace: RoutingTrace, path: str | os.PathLike[str]) -> None:
+    """Write the trace; the file appears complete or not at all. Raises UserError when it cannot be written."""
+    arrays = [_pack(array) for array in _arrays(trace).values()]
+    packed = [zlib.compress(_shuffle(array), _ZLIB_LEVEL) for array in arrays]
+    header = {
+        "router": asdict(trace.router),
+        "provenance": dict(trace.provenance),
+        "steps": [step.step for step in trace.steps],
+        "arrays": [
+            {"name": name, "dtype": str(array.dtype), "shape": list(array.shape), "bytes": len(blob)}
+            for name, array, blob in zip(_arrays(trace), arrays, packed, strict=True)
+        ],
+    }
+    body = json.dumps(header, sort_keys=True).encode() + b"\n" + b"".join(packed)
+    digest = hashlib.sha256(body).hexdigest().encode()
+    target = Path(path)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        partial.write_bytes(b"%s %d\n%s\n" % (_MAGIC, SCHEMA_VERSION, digest) + body)
+        partial.replace(target)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"{target}: cannot write the trace ({error.strerror}); choose another place") from error
+
+
+def load_trace(path: str | os.PathLike[str]) -> RoutingTrace:
+    """Read a trace and check its hash and invariants.
+
+    Raises UserError, one line, for a file that is missing, is no trace, has another schema version, or is truncated,
+    altered or inconsistent.
+    """
+    body = _checked_body(Path(path))
+    end = body.index(b"\n")
+    header = json.loads(body[:end])
+    arrays: dict[str, Array] = {}
+    start = end + 1
+    for entry in header["arrays"]:
+        assert entry["dtype"] in _DTYPES
+        raw = zlib.decompress(body[start : start + entry["bytes"]])
+        arrays[entry["name"]] = _unpack(raw, entry["name"], np.dtype(entry["dtype"]), tuple(entry["shape"]))
+        start += entry["bytes"]
+    steps = tuple(
+        TraceStep(step=step, **{name: arrays[f"{index}.{name}"] for name in _STEP_ARRAYS})
+        for index, step in enumerate(header["steps"])
+    )
+    curves = TrainingCurves(**{curve.name: arrays[f"curves.{curve.name}"] for curve in fields(TrainingCurves)})
+    trace = RoutingTrace(
+        router=RouterShape(**header["router"]), steps=steps, curves=curves, provenance=header["provenance"]
+    )
+    try:
+        check_trace(trace)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return trace
+
+
+def trace_hash(trace: RoutingTrace) -> str:
+    """sha256 (hex) of what the trace says: router, recorded steps and curves, not of how it came about."""
+    digest = hashlib.sha256(json.dumps(asdict(trace.router), sort_keys=True).encode())
+    digest.update(json.dumps([step.step for step in trace.steps]).encode())
+    for name, array in _arrays(trace).items():
+        packed = _pack(array)
+        digest.update(f"{name} {packed.dtype} {packed.shape}".encode())
+        digest.update(np.ascontiguousarray(packed).data)
+    return digest.hexdigest()
+
+
+def _checked_body(path: Path) -> bytes:
+    """What follows the hash, if it fits the hash."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the trace ({error.strerror}); make one with `moesim trace`") from error
+    first, _, rest = content[:200].partition(b"\n")
+    magic, _, version = first.partition(b" ")
+    if magic != _MAGIC:
+        raise UserError(f"{path}: this is not a routing trace; make one with `moesim trace`")
+    if version != b"%d" % SCHEMA_VERSION:
+        raise UserError(
+            f"{path}: the trace has schema version {version.decode(errors='replace')}, this moesim reads "
+            f"{SCHEMA_VERSION}; record it again with `moesim trace`"
+        )
+    digest, separator, _ = rest.partition(b"\n")
+    body = content[len(first) + 1 + len(digest) + len(separator) :]
+    if not separator or hashlib.sha256(body).hexdigest().encode() != digest:
+        raise UserError(f"{path}: the trace is truncated or altered (its hash differs); record it again")
+    return body
+
+
+def _arrays(trace: RoutingTrace) -> dict[str, Array]:
+    """Every array of the trace by its name in the file."""
+    arrays = {f"{i}.{name}": getattr(step, name) for i, step in enumerate(trace.steps) for name in _STEP_ARRAYS}
+    curves = {f"curves.{curve.name}": np.asarray(getattr(trace.curves, curve.name)) for curve in fields(trace.curves)}
+    return arrays | {name: array.astype(np.float64) for name, array in curves.items()}
+
+
+def _pack(array: Array) -> Array:
+    """The array in the smallest type that holds its values exactly; -1 of int16 becomes 255 of uint8."""
+    if array.dtype == np.int16:
+        fits = not array.size or (array.min() >= -1 and array.max() < 255)
+        return array.astype(np.uint8) if fits else array
+    if array.dtype == np.float32:
+        with np.errstate(over="ignore"):
+            half = array.astype(np.float16)
+        return half if np.array_equal(half.astype(np.float32), array) else array
+    return array
+
+
+def _unpack(raw: bytes, name: str, dtype: "np.dtype[Any]", shape: tuple[int, ...]) -> Array:
+    array = np.frombuffer(raw, dtype=np.uint8).reshape(dtype.itemsize, -1).T.copy().view(dtype).reshape(shape)
+    if name.startswith("curves."):
+        return array
+    if dtype == np.uint8:
+        ids = array.astype(np.int16)
+        ids[array == 255] = -1
+        return ids
+    return array.astype(np.float32) if dtype == np.float16 else array
+
+
+def _shuffle(array: Array) -> bytes:
+    """The first bytes of all values, then the second bytes and so on: they compress better apart."""
+    return np.ascontiguousarray(array).reshape(-1, 1).view(np.uint8).T.tobytes()

@@ -1,0 +1,140 @@
+"""Traces of routers without affinities: uniform, by given popularity, by a fixed hash.
+
+Legend: L layers, S sequences, T tokens per sequence, K selections, E experts.
+
+Their gates are 1/K. Their affinities are random numbers: they mean nothing but let capacity, where it drops the
+lowest affinity first, drop at random and not always the last tokens.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from moesim.errors import UserError
+from moesim.scenario.routing import RouterShape
+from moesim.seeding import stream
+from moesim.trace.record import Array, Json, RoutingTrace, TraceStep
+from moesim.trace.selection import draw_by_weight_in_groups, draw_distinct, draw_distinct_in_groups
+
+_VOCABULARY = 4096  # distinct token kinds that the hash router tells apart
+
+
+def uniform_trace(
+    router: RouterShape, *, num_layers: int, num_sequences: int, sequence_length: int, seed: int
+) -> RoutingTrace:
+    """K distinct experts per token, all equally likely; within M random groups when the router has a limit."""
+
+    def draw(layer: int, num_tokens: int) -> Array:
+        return draw_distinct_in_groups(
+            num_tokens,
+            num_experts=router.num_experts,
+            top_k=router.top_k,
+            num_groups=router.num_groups,
+            group_limit=router.group_limit,
+            rng=stream(seed, "uniform-trace", layer),
+        )
+
+    shape = (num_layers, num_sequences, sequence_length)
+    return _build(replace(router, kind="uniform"), draw, shape, seed=seed, made_from={"source": "uniform"})
+
+
+def popularity_trace(
+    router: RouterShape,
+    *,
+    counts: Sequence[float] | Sequence[Sequence[float]],
+    num_layers: int,
+    num_sequences: int,
+    sequence_length: int,
+    seed: int,
+) -> RoutingTrace:
+    """K distinct experts per token by Gumbel top-k on the logarithm of measured counts.
+
+    counts: one list of E for all layers, or one list per layer (then `num_layers` of them). With a group limit the
+    experts come from the M groups with the highest perturbed maximum, as in `deepseek_v2`.
+    Raises UserError when a list has not E entries or too few of them are above zero.
+    """
+    counts_LE = _counts_per_layer(counts, router=router, num_layers=num_layers)
+
+    def draw(layer: int, num_tokens: int) -> Array:
+        return draw_by_weight_in_groups(
+            num_tokens,
+            weights_E=counts_LE[layer],
+            top_k=router.top_k,
+            num_groups=router.num_groups,
+            group_limit=router.group_limit,
+            rng=stream(seed, "popularity-trace", layer),
+        )
+
+    shape = (num_layers, num_sequences, sequence_length)
+    made_from: dict[str, Json] = {"source": "popularity", "counts": counts_LE.tolist()}
+    return _build(replace(router, kind="popularity"), draw, shape, seed=seed, made_from=made_from)
+
+
+def hash_trace(
+    router: RouterShape, *, num_layers: int, num_sequences: int, sequence_length: int, seed: int
+) -> RoutingTrace:
+    """A fixed table from token kind to K distinct experts; kinds follow Zipf's law, as words of text do."""
+
+    def draw(layer: int, num_tokens: int) -> Array:
+        table_VK = draw_distinct(
+            _VOCABULARY, num_experts=router.num_experts, top_k=router.top_k, rng=stream(seed, "hash-table", layer)
+        )
+        weights_V = 1.0 / np.arange(1, _VOCABULARY + 1)
+        cumulative_V = np.cumsum(weights_V) / weights_V.sum()
+        uniform_T = stream(seed, "hash-tokens").random(num_tokens)  # the same tokens pass every layer
+        kind_T = np.minimum(np.searchsorted(cumulative_V, uniform_T, side="right"), _VOCABULARY - 1)
+        return np.asarray(table_VK[kind_T])
+
+    shape = (num_layers, num_sequences, sequence_length)
+    made_from: dict[str, Json] = {"source": "hash", "vocabulary": _VOCABULARY}
+    plain = replace(router, kind="hash", num_groups=1, group_limit=1)
+    return _build(plain, draw, shape, seed=seed, made_from=made_from)
+
+
+def _build(
+    router: RouterShape,
+    draw: Callable[[int, int], Array],
+    shape: tuple[int, int, int],
+    *,
+    seed: int,
+    made_from: dict[str, Json],
+) -> RoutingTrace:
+    num_layers, num_sequences, sequence_length = shape
+    if router.top_k > router.num_experts:
+        raise UserError(f"top_k = {router.top_k} exceeds the model's {router.num_experts} experts; lower model.top_k")
+    ids_LTK = np.stack([draw(layer, num_sequences * sequence_length).astype(np.int16) for layer in range(num_layers)])
+    full_shape = (num_layers, num_sequences, sequence_length, router.top_k)
+    affinities = stream(seed, "trace-affinities").random(full_shape, dtype=np.float32)
+    step = TraceStep(
+        step=0,
+        expert_ids_LSTK=ids_LTK.reshape(full_shape),
+        affinities_LSTK=affinities.astype(np.float16).astype(np.float32),
+        gates_LSTK=np.full(full_shape, 1.0 / router.top_k, dtype=np.float32),
+    )
+    return RoutingTrace(router=router, steps=(step,), provenance={**made_from, "seed": seed})
+
+
+def _counts_per_layer(
+    counts: Sequence[float] | Sequence[Sequence[float]], *, router: RouterShape, num_layers: int
+) -> Array:
+    rows = [list(row) for row in counts if isinstance(row, Sequence)]
+    if not rows:
+        rows = [[float(count) for count in counts if not isinstance(count, Sequence)]] * num_layers
+    if len(rows) != num_layers:
+        raise UserError(
+            f"routing.counts has {len(rows)} lists for {num_layers} layers; give one list, or one per layer"
+        )
+    needed = router.top_k
+    if router.num_groups > 1:  # any choice of groups must hold top_k experts
+        needed = router.num_experts
+    for layer, row in enumerate(rows):
+        if len(row) != router.num_experts:
+            raise UserError(
+                f"routing.counts has {len(row)} entries in list {layer}; the model has {router.num_experts} experts"
+            )
+        if sum(count > 0 for count in row) < needed:
+            raise UserError(
+                f"routing.counts needs at least {needed} counts above 0 in list {layer}; add 1 to each count"
+            )
+    return np.array(rows, dtype=np.float64)
