@@ -1,0 +1,33 @@
+"""How long bytes take: the fabric, fair sharing of its links, dispatch implementations and collectives."""
+
+from moesim.network.collectives import (
+    CollectiveEstimate,
+    all_gather_seconds,
+    all_reduce_seconds,
+    reduce_scatter_seconds,
+    send_recv_seconds,
+)
+from moesim.network.dispatch import deepep_bytes, prepare_combine, prepare_dispatch
+from moesim.network.fabric import Fabric, build_fabric
+from moesim.network.parameters import NetworkParameters, Protocol, load_parameters
+from moesim.network.transfer import PreparedTransfer, lower_bound, prepare_transfer, transfer_times
+
+__all__ = [
+    "CollectiveEstimate",
+    "Fabric",
+    "NetworkParameters",
+    "PreparedTransfer",
+    "Protocol",
+    "all_gather_seconds",
+    "all_reduce_seconds",
+    "build_fabric",
+    "deepep_bytes",
+    "load_parameters",
+    "lower_bound",
+    "prepare_combine",
+    "prepare_dispatch",
+    "prepare_transfer",
+    "reduce_scatter_seconds",
+    "send_recv_seconds",
+    "transfer_times",
+]

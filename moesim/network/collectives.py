@@ -1,0 +1,187 @@
+"""Collectives of equal shares: all-reduce, reduce-scatter, all-gather, and one message from rank to rank.
+
+A ring step moves bytes from every rank to the next: along the node over NVLink, and to the next node over all NICs of
+the node's ranks at once (as many channels as NICs). The slowest link of that pattern sets the bandwidth.
+
+Legend: X links, F flows of the pattern, R ranks.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.errors import UserError
+from moesim.network.fabric import NONE, Fabric
+from moesim.network.flows import as_ranks
+from moesim.network.parameters import Protocol
+from moesim.network.transfer import Ranks
+
+Algorithm = Literal["auto", "ring", "tree", "nvls", "hierarchical"]
+NVLS_GPUS = frozenset({"h100", "h800", "h200", "b200", "gb200"})  # NVSwitch of the third generation and later
+NVLS_MIN_RANKS = 3
+
+
+class CollectiveEstimate(NamedTuple):
+    """Seconds of one call on every rank, the algorithm that was taken, and where the numbers come from."""
+
+    seconds: float
+    algorithm: str
+    source: str
+
+
+class _Pattern(NamedTuple):
+    """What one ring step costs: seconds per byte of each rank's share, and the latency of its slowest hop."""
+
+    seconds_per_byte: float
+    latency: float
+
+
+def all_reduce_seconds(
+    fabric: Fabric, ranks: Ranks, num_bytes: float, *, algorithm: Algorithm = "auto"
+) -> CollectiveEstimate:
+    """Sum of `num_bytes` on every rank of `ranks`, left on all of them.
+
+    ring: 2 (n-1) steps of bytes/n. tree: pipelined up and down, 2 ceil(log2 n) hops, bytes twice over the slowest
+    link. nvls: the switch reduces and broadcasts, bytes (1 + 1/n) per port. hierarchical: reduce-scatter in each node,
+    all-reduce of the shares across nodes, all-gather in the node. auto: the fastest that the ranks allow, as NCCL's
+    tuner does. Raises UserError for an algorithm that these ranks cannot run.
+    """
+    chosen = as_ranks(fabric, ranks)
+    if len(chosen) == 1 or num_bytes == 0:
+        return CollectiveEstimate(0.0, "none", "nothing to do")
+    if algorithm != "auto":
+        return _ALL_REDUCE[algorithm](fabric, chosen, num_bytes)
+    able = [name for name in _ALL_REDUCE if _able(name, fabric, chosen)]
+    return min((_ALL_REDUCE[name](fabric, chosen, num_bytes) for name in able), key=lambda estimate: estimate.seconds)
+
+
+def reduce_scatter_seconds(fabric: Fabric, ranks: Ranks, num_bytes: float) -> CollectiveEstimate:
+    """Ring reduce-scatter: `num_bytes` on every rank before, num_bytes / n after; n - 1 steps."""
+    return _half_ring(fabric, as_ranks(fabric, ranks), num_bytes)
+
+
+def all_gather_seconds(fabric: Fabric, ranks: Ranks, num_bytes: float) -> CollectiveEstimate:
+    """Ring all-gather: num_bytes / n on every rank before, `num_bytes` after; n - 1 steps."""
+    return _half_ring(fabric, as_ranks(fabric, ranks), num_bytes)
+
+
+def send_recv_seconds(fabric: Fabric, source: int, target: int, num_bytes: float) -> CollectiveEstimate:
+    """One message of `num_bytes` from rank to rank, alone on its links."""
+    if source == target or num_bytes == 0:
+        return CollectiveEstimate(0.0, "none", "nothing to do")
+    pattern = _pattern(fabric, np.array([source]), np.array([target]), np.ones(1))
+    wire = pattern.seconds_per_byte * num_bytes
+    return _estimate(fabric.parameters.point_to_point, "point_to_point", num_bytes, wire, 1, pattern.latency)
+
+
+def _estimate(
+    protocol: Protocol, name: str, payload: float, wire_seconds: float, hops: float, latency: float
+) -> CollectiveEstimate:
+    seconds = wire_seconds / protocol.efficiency + hops * latency + protocol.overhead_seconds(payload, messages=hops)
+    return CollectiveEstimate(seconds, name, protocol.source)
+
+
+def _half_ring(fabric: Fabric, ranks: NDArray[np.int64], num_bytes: float) -> CollectiveEstimate:
+    n = len(ranks)
+    if n == 1 or num_bytes == 0:
+        return CollectiveEstimate(0.0, "none", "nothing to do")
+    ring = _ring_pattern(fabric, ranks)
+    return _estimate(fabric.parameters.ring, "ring", num_bytes, (n - 1) / n * num_bytes * ring.seconds_per_byte, n - 1,
+                     ring.latency)  # fmt: skip
+
+
+def _ring(fabric: Fabric, ranks: NDArray[np.int64], num_bytes: float) -> CollectiveEstimate:
+    n = len(ranks)
+    ring = _ring_pattern(fabric, ranks)
+    wire = 2 * (n - 1) / n * num_bytes * ring.seconds_per_byte
+    return _estimate(fabric.parameters.ring, "ring", num_bytes, wire, 2 * (n - 1), ring.latency)
+
+
+def _tree(fabric: Fabric, ranks: NDArray[np.int64], num_bytes: float) -> CollectiveEstimate:
+    ring = _ring_pattern(fabric, ranks)  # a double binary tree loads ports as a chain does: bytes up and bytes down
+    hops = 2 * math.ceil(math.log2(len(ranks)))
+    return _estimate(
+        fabric.parameters.tree, "tree", num_bytes, 2 * num_bytes * ring.seconds_per_byte, hops, ring.latency
+    )
+
+
+def _nvls(fabric: Fabric, ranks: NDArray[np.int64], num_bytes: float) -> CollectiveEstimate:
+    if not _able("nvls", fabric, ranks):
+        raise UserError(
+            f"all-reduce: nvls needs {NVLS_MIN_RANKS} or more ranks behind one NVSwitch of H100 or later; use auto"
+        )
+    n = len(ranks)
+    ring = _ring_pattern(fabric, ranks)
+    wire = (1 + 1 / n) * num_bytes * ring.seconds_per_byte
+    return _estimate(fabric.parameters.nvls, "nvls", num_bytes, wire, 2, ring.latency)
+
+
+def _hierarchical(fabric: Fabric, ranks: NDArray[np.int64], num_bytes: float) -> CollectiveEstimate:
+    if not _able("hierarchical", fabric, ranks):
+        raise UserError(
+            "all-reduce: hierarchical needs the same number of ranks, two or more, on each of several nodes"
+        )
+    nodes = _by_node(fabric, ranks)
+    inner = _half_ring(fabric, nodes[0], num_bytes)
+    # All shares cross at once: the pattern counts every rank's NIC and the core links that they share.
+    rows = np.stack(nodes)
+    pattern = _pattern(fabric, rows.ravel(), np.roll(rows, -1, axis=0).ravel(), np.ones(rows.size))
+    m, share = len(nodes), num_bytes / rows.shape[1]
+    wire = 2 * (m - 1) / m * share * pattern.seconds_per_byte
+    outer = _estimate(fabric.parameters.ring, "ring", share, wire, 2 * (m - 1), pattern.latency)
+    return CollectiveEstimate(2 * inner.seconds + outer.seconds, "hierarchical", inner.source)
+
+
+_ALL_REDUCE: dict[str, Callable[[Fabric, NDArray[np.int64], float], CollectiveEstimate]] = {
+    "ring": _ring,
+    "tree": _tree,
+    "nvls": _nvls,
+    "hierarchical": _hierarchical,
+}
+
+
+def _able(algorithm: str, fabric: Fabric, ranks: NDArray[np.int64]) -> bool:
+    if algorithm == "nvls":
+        one_switch = len(set(fabric.domain_of_rank_R[ranks].tolist())) == 1
+        return one_switch and len(ranks) >= NVLS_MIN_RANKS and {fabric.gpus[r] for r in ranks} <= NVLS_GPUS
+    if algorithm == "hierarchical":
+        sizes = {len(members) for members in _by_node(fabric, ranks)}
+        return len(sizes) == 1 and 1 < sizes.pop() < len(ranks)
+    return True
+
+
+def _by_node(fabric: Fabric, ranks: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    node_R = fabric.node_of_rank_R[ranks]
+    return [ranks[node_R == node] for node in dict.fromkeys(node_R.tolist())]
+
+
+def _ring_pattern(fabric: Fabric, ranks: NDArray[np.int64]) -> _Pattern:
+    sources: list[int] = []
+    targets: list[int] = []
+    shares: list[float] = []
+    nodes = _by_node(fabric, ranks)
+    for node, following in zip(nodes, nodes[1:] + nodes[:1], strict=True):
+        if len(node) > 1:
+            sources += node.tolist()
+            targets += np.roll(node, -1).tolist()
+            shares += [1.0] * len(node)
+        if len(nodes) > 1:
+            channels = max(len(node), len(following))
+            sources += [int(node[c % len(node)]) for c in range(channels)]
+            targets += [int(following[c % len(following)]) for c in range(channels)]
+            shares += [1 / channels] * channels
+    return _pattern(fabric, np.array(sources), np.array(targets), np.array(shares))
+
+
+def _pattern(
+    fabric: Fabric, sources_F: NDArray[np.int64], targets_F: NDArray[np.int64], shares_F: NDArray[np.float64]
+) -> _Pattern:
+    path_FP = fabric.routes(sources_F, targets_F)
+    load_X = np.zeros(len(fabric.links))
+    for hop in range(path_FP.shape[1]):
+        used = path_FP[:, hop] != NONE
+        np.add.at(load_X, path_FP[used, hop], shares_F[used])
+    return _Pattern(float((load_X / fabric.capacity_X).max()), float(fabric.path_latency(path_FP).max()))

@@ -1,0 +1,164 @@
+"""Dispatch and combine of tokens: the implementations that a scenario can choose.
+
+direct        one all-to-all(v) of library calls, two-sided
+hierarchical  DeepEP's normal kernels: over the network to the GPU of the same rail on each target node, one copy per
+              node, and on from there over NVLink, in a pipeline. Inside one node: NVLink only, own rows pass through
+              the same channel buffers and so through the rank's queue
+low_latency   DeepEP's low-latency kernels: one one-sided message per row over the NICs, inside a node too
+
+Legend: S routing samples in lockstep, R ranks of the group (copies_RR: source, target).
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.errors import UserError
+from moesim.network.fabric import Fabric
+from moesim.network.flows import Flows, as_ranks, build_flows
+from moesim.network.parameters import Protocol
+from moesim.network.transfer import (
+    FloatArray,
+    Model,
+    PreparedTransfer,
+    Ranks,
+    Sharing,
+    count_traffic,
+    share_links,
+    transfer_source,
+)
+
+Algorithm = Literal["direct", "hierarchical", "low_latency"]
+Stages = Sequence[NDArray[np.floating] | NDArray[np.integer]]
+
+
+class Pipeline:
+    """Two stages that overlap: bytes of the second flow as those of the first arrive.
+
+    A rank is done when its own second stage and the first stages of all that forward to it are.
+    """
+
+    def __init__(self, first: Sharing, second: Sharing, feeds_SRR: NDArray[np.bool_]) -> None:
+        self._first, self._second = first, second
+        # Every rank feeds itself: what arrives in the first stage is its own too.
+        self._feeds_SRR = np.where(feeds_SRR | np.eye(feeds_SRR.shape[-1], dtype=bool), 0.0, -np.inf)
+
+    def finish(self, start_SR: FloatArray) -> FloatArray:
+        """See Sharing."""
+        first_SR = self._first.finish(start_SR)
+        fed_SR = (first_SR[:, :, None] + self._feeds_SRR).max(axis=1)
+        return np.asarray(np.maximum(fed_SR, self._second.finish(start_SR)))
+
+
+def prepare_dispatch(
+    fabric: Fabric,
+    copies_stages: Stages,
+    *,
+    token_bytes: float,
+    algorithm: Algorithm = "direct",
+    ranks: Ranks = None,
+    own_copies_R: FloatArray | None = None,
+    model: Model = "ports",
+    synchronised: bool = False,
+    sm_share: float = 0.0,
+) -> PreparedTransfer:
+    """Tokens on their way to their experts.
+
+    `copies_stages`: copies from rank to rank, [R, R] or [S, R, R], as `LayerTraffic.send_stages(..., token_bytes=1)`
+    gives them: one matrix, or for deduplication per node the network stage (with direct NVLink copies) and the
+    fan-out. `own_copies_R` [R] or [S, R]: tokens that stay on their rank, which only the single-node kernels of
+    `hierarchical` move. Raises UserError where algorithm and deduplication do not fit.
+    """
+    return _prepare(
+        fabric, copies_stages, token_bytes=token_bytes, algorithm=algorithm, ranks=ranks, own_copies_R=own_copies_R,
+        model=model, synchronised=synchronised, sm_share=sm_share, combine=False,
+    )  # fmt: skip
+
+
+def prepare_combine(
+    fabric: Fabric,
+    copies_stages: Stages,
+    *,
+    token_bytes: float,
+    algorithm: Algorithm = "direct",
+    ranks: Ranks = None,
+    own_copies_R: FloatArray | None = None,
+    model: Model = "ports",
+    synchronised: bool = False,
+    sm_share: float = 0.0,
+) -> PreparedTransfer:
+    """Expert outputs on their way back: the stages of the dispatch reversed. Arguments as for `prepare_dispatch`."""
+    return _prepare(
+        fabric, copies_stages, token_bytes=token_bytes, algorithm=algorithm, ranks=ranks, own_copies_R=own_copies_R,
+        model=model, synchronised=synchronised, sm_share=sm_share, combine=True,
+    )  # fmt: skip
+
+
+def _prepare(
+    fabric: Fabric, copies_stages: Stages, *, token_bytes: float, algorithm: Algorithm, ranks: Ranks,
+    own_copies_R: FloatArray | None, model: Model, synchronised: bool, sm_share: float, combine: bool,
+) -> PreparedTransfer:  # fmt: skip
+    chosen = as_ranks(fabric, ranks)
+    protocol: Protocol = getattr(fabric.parameters, algorithm)
+    node_R = fabric.node_of_rank_R[chosen]
+    _check(algorithm, len(copies_stages), one_node=bool((node_R == node_R[0]).all()))
+    stages = [np.asarray(c, dtype=np.float64).reshape(-1, len(chosen), len(chosen)) for c in copies_stages]
+    message_bytes = token_bytes
+    if algorithm == "low_latency" and not combine:
+        message_bytes += fabric.parameters.low_latency_header_bytes
+    loopback = algorithm == "hierarchical" and len(stages) == 1 and own_copies_R is not None
+    if loopback:
+        own = np.asarray(own_copies_R, dtype=np.float64).reshape(-1, len(chosen))
+        stages = [stages[0] + own[:, :, None] * np.eye(len(chosen))]
+    if combine:
+        stages = [np.swapaxes(copies, 1, 2) for copies in reversed(stages)]
+    flows = [
+        build_flows(
+            fabric, copies * message_bytes, ranks=chosen, avoid_nvlink=algorithm == "low_latency", loopback=loopback
+        )
+        for copies in stages
+    ]
+    return PreparedTransfer(
+        _sharing(fabric, flows, model=model, two_sided=algorithm != "low_latency", efficiency=protocol.efficiency),
+        shape=np.shape(copies_stages[0])[:-1],
+        synchronised=synchronised,
+        overhead_R=_overhead(protocol, stages, message_bytes).reshape(np.shape(copies_stages[0])[:-1]),
+        sm_share=sm_share,
+        traffic=count_traffic(fabric, flows, chosen),
+        source=f"{algorithm}: {protocol.source}; {transfer_source(fabric, model)}",
+    )
+
+
+def _sharing(fabric: Fabric, flows: list[Flows], *, model: Model, two_sided: bool, efficiency: float) -> Sharing:
+    parts = [share_links(fabric, part.slowed(efficiency), model=model, two_sided=two_sided) for part in flows]
+    if len(parts) == 1:
+        return parts[0]
+    forwards_RR = np.zeros((flows[1].num_ranks,) * 2, dtype=bool)
+    forwards_RR[flows[1].source_F, flows[1].target_F] = True
+    return Pipeline(parts[0], parts[1], forwards_RR[None])
+
+
+def _overhead(protocol: Protocol, stages: list[FloatArray], message_bytes: float) -> FloatArray:
+    """Software seconds of each rank [S, R]: it posts its own messages, one per copy for `message_seconds`."""
+    messages_SR = sum(copies.sum(axis=2) - np.einsum("srr->sr", copies) for copies in stages)
+    payload_SR = messages_SR * message_bytes
+    transition_SR = protocol.transition_seconds * payload_SR / (payload_SR + protocol.transition_bytes)
+    return np.asarray(protocol.call_seconds + messages_SR * protocol.message_seconds + transition_SR)
+
+
+def _check(algorithm: Algorithm, num_stages: int, *, one_node: bool) -> None:
+    assert num_stages in (1, 2), num_stages
+    if algorithm == "hierarchical" and num_stages == 1 and not one_node:
+        raise UserError("dispatch: algorithm hierarchical over several nodes needs deduplicate: per_node")
+    if algorithm != "hierarchical" and num_stages == 2:
+        raise UserError(f"dispatch: deduplicate: per_node needs algorithm: hierarchical, not {algorithm}")
+
+
+def deepep_bytes(*, counted_copies: float, hidden: int, fp8: bool) -> float:
+    """DeepEP's byte count for its GB/s: (token, node) pairs across nodes, (token, rank) pairs inside one, own included.
+
+    `counted_copies` * hidden * 2 bytes, for fp8 times (1 + 4/128) / 2 (tests/test_internode.py at d8dd185).
+    """
+    return counted_copies * hidden * 2 * ((1 + 4 / 128) / 2 if fp8 else 1.0)

@@ -1,0 +1,297 @@
+"""The fabric as arrays: links with bandwidth, latency and efficiency, and the route of every pair of GPUs.
+
+Legend: X links, V graph nodes, R ranks (GPUs in rank order, node-major), F flows, P hops (padded with -1).
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import networkx as nx
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.errors import UserError
+from moesim.network.parameters import NetworkParameters
+from moesim.network.topology import Site, build_graph, leaf_of, sites_of, spine_of
+from moesim.network.walks import Walks
+from moesim.scenario.cluster import Cluster, Degraded
+from moesim.scenario.cluster import Fabric as FabricSection
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int32]
+
+NONE = -1  # no link
+_HOPS = 10  # longest preset route: NVLink out and in (PXN), GPU-NIC, NIC, leaf, spine, spine, leaf, NIC, NIC-GPU
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Fabric:
+    """Links and routes of one cluster.
+
+    `bandwidth_X` (bytes/s, degradations applied) times `efficiency_X` is `capacity_X`, what long transfers share.
+    `redundant_X` marks links that can never be the only bottleneck, because the links before or behind them on every
+    route carry less together. `graph` has failed links taken out. `node_of_rank_R` and `rail_of_rank_R` are the node
+    and the index in the node, `domain_of_rank_R` the NVLink domain (differs from the node in nvl72).
+    """
+
+    graph: "nx.DiGraph[str]"
+    links: tuple[tuple[str, str], ...]
+    bandwidth_X: FloatArray
+    latency_X: FloatArray
+    efficiency_X: FloatArray
+    capacity_X: FloatArray
+    redundant_X: NDArray[np.bool_]
+    tier_X: tuple[str, ...]
+    node_of_rank_R: IntArray
+    rail_of_rank_R: IntArray
+    domain_of_rank_R: IntArray
+    gpus: tuple[str, ...]
+    parameters: NetworkParameters
+    preset: str
+    pxn: bool
+    _ladder: "Ladder | None" = field(repr=False)
+    _walks: Walks = field(repr=False)
+
+    @property
+    def num_ranks(self) -> int:
+        """GPUs of the fabric."""
+        return len(self.node_of_rank_R)
+
+    def routes(
+        self, sources_F: NDArray[np.integer], targets_F: NDArray[np.integer], *, avoid_nvlink: bool = False
+    ) -> IntArray:
+        """Links of each flow in order of travel, int32 [F, P], padded with -1.
+
+        `avoid_nvlink` sends flows inside a node through their NICs, where there are any. A route that loses a link to
+        a failure takes a shortest way around it. Raises UserError where there is none.
+        """
+        if self._ladder is None:
+            return self._walks.routes(sources_F, targets_F)
+        path_FP = self._ladder.routes(sources_F, targets_F, avoid_nvlink=avoid_nvlink, pxn=self.pxn)
+        broken_F = (path_FP == self._ladder.failed).any(axis=1) if self._ladder.any_failed else np.zeros(0, bool)
+        if broken_F.any():
+            detour_BP = self._walks.routes(sources_F[broken_F], targets_F[broken_F])
+            width = max(path_FP.shape[1], detour_BP.shape[1])
+            path_FP = np.pad(path_FP, ((0, 0), (0, width - path_FP.shape[1])), constant_values=NONE)
+            path_FP[broken_F] = NONE
+            path_FP[broken_F, : detour_BP.shape[1]] = detour_BP
+        return path_FP
+
+    def path_latency(self, path_FP: IntArray) -> FloatArray:
+        """Seconds of latency along each route."""
+        latency = np.append(self.latency_X, 0.0)  # index -1 reads the 0
+        total_F = np.zeros(len(path_FP))
+        for hop in range(path_FP.shape[1]):
+            total_F += latency[path_FP[:, hop]]
+        return total_F
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ladder:
+    """Link ids by rank and by switch, for routes without a graph search: up the tree and down again.
+
+    Entries are -1 where the tier is absent and `failed` where the link has failed.
+    """
+
+    nvlink_up_R: IntArray
+    nvlink_down_R: IntArray
+    nic_up_R2: IntArray  # GPU to NIC, NIC to leaf
+    nic_down_R2: IntArray  # leaf to NIC, NIC to GPU
+    leaf_up_R: IntArray
+    leaf_down_R: IntArray
+    spine_up_R: IntArray
+    spine_down_R: IntArray
+    leaf_R: IntArray  # number of the rank's leaf
+    spine_R: IntArray
+    plane_R: IntArray
+    node_R: IntArray
+    rail_R: IntArray
+    node_size_R: IntArray
+    domain_R: IntArray
+    failed: int
+    any_failed: bool
+
+    def routes(
+        self, sources_F: NDArray[np.integer], targets_F: NDArray[np.integer], *, avoid_nvlink: bool, pxn: bool
+    ) -> IntArray:
+        """See Fabric.routes."""
+        s, d = sources_F, targets_F
+        path_FP = np.full((len(s), _HOPS), NONE, dtype=np.int32)
+        local_F = self.domain_R[s] == self.domain_R[d]
+        if avoid_nvlink and (self.nic_up_R2[:, 0] != NONE).any():
+            local_F = np.zeros_like(local_F)
+        path_FP[local_F, 0] = self.nvlink_up_R[s[local_F]]
+        path_FP[local_F, 1] = self.nvlink_down_R[d[local_F]]
+        far_F = ~local_F
+        if not far_F.any():
+            return path_FP[:, :2]
+        s, d = s[far_F], d[far_F]
+        # A flow leaves by its own rail, or by the target's rail where PXN or separate planes ask for it.
+        forward = (self.plane_R[s] != self.plane_R[d]) | (pxn & (self.leaf_R[s] != self.leaf_R[d]))
+        exit_rank = np.where(forward, s - self.rail_R[s] + self.rail_R[d] % self.node_size_R[s], s)
+        hop = exit_rank != s
+        far_path = np.full((len(s), _HOPS), NONE, dtype=np.int32)
+        far_path[hop, 0] = self.nvlink_up_R[s[hop]]
+        far_path[hop, 1] = self.nvlink_down_R[exit_rank[hop]]
+        far_path[:, 2:4] = self.nic_up_R2[exit_rank]
+        over = self.leaf_R[exit_rank] != self.leaf_R[d]
+        far_path[over, 4] = self.leaf_up_R[exit_rank[over]]
+        far_path[over, 7] = self.leaf_down_R[d[over]]
+        core = self.spine_R[exit_rank] != self.spine_R[d]
+        far_path[core, 5] = self.spine_up_R[exit_rank[core]]
+        far_path[core, 6] = self.spine_down_R[d[core]]
+        far_path[:, 8:] = self.nic_down_R2[d]
+        path_FP[far_F] = far_path
+        return path_FP
+
+
+def build_fabric(cluster: Cluster, *, parameters: NetworkParameters | None = None) -> Fabric:
+    """The fabric of a scenario's cluster section, GPU i of the cluster being rank i (node-major).
+
+    Raises UserError for a preset that does not fit the nodes, and for a degraded link, node or rail that is not there.
+    """
+    parameters = parameters or NetworkParameters()
+    sites = sites_of(cluster)
+    graph = build_graph(cluster, sites, parameters)
+    for change in cluster.fabric.degraded:
+        _degrade(graph, change, sites)
+    failed = {edge for edge in graph.edges if graph.edges[edge]["bandwidth"] == 0}
+    graph.remove_edges_from(failed)
+    links = tuple(graph.edges)
+    attributes = [graph.edges[link] for link in links]
+    bandwidth_X, latency_X, efficiency_X = (
+        np.array([a[key] for a in attributes], dtype=np.float64) for key in ("bandwidth", "latency", "efficiency")
+    )
+    capacity_X = bandwidth_X * efficiency_X
+    return Fabric(
+        graph=graph,
+        links=links,
+        bandwidth_X=bandwidth_X,
+        latency_X=latency_X,
+        efficiency_X=efficiency_X,
+        capacity_X=capacity_X,
+        redundant_X=_redundant_links(graph, links, capacity_X),
+        tier_X=tuple(a["tier"] for a in attributes),
+        node_of_rank_R=np.array([site.node for site in sites], dtype=np.int32),
+        rail_of_rank_R=np.array([site.rail for site in sites], dtype=np.int32),
+        domain_of_rank_R=np.array([site.domain for site in sites], dtype=np.int32),
+        gpus=tuple(site.gpu for site in sites),
+        parameters=parameters,
+        preset=cluster.fabric.preset,
+        pxn=cluster.fabric.pxn,
+        _ladder=None if cluster.fabric.preset == "custom" else _ladder(cluster.fabric, sites, links, failed),
+        _walks=Walks(graph, links, len(sites)),
+    )
+
+
+def _degrade(graph: "nx.DiGraph[str]", change: Degraded, sites: list[Site]) -> None:
+    if sum(target is not None for target in (change.link, change.node, change.rail)) != 1:
+        raise UserError("cluster.fabric.degraded: each entry names exactly one of link, node or rail")
+    if change.link is not None:
+        if not graph.has_edge(*change.link):
+            raise UserError(
+                f"cluster.fabric.degraded: no link {change.link[0]} -> {change.link[1]}; moesim topology lists them"
+            )
+        edges = [change.link]
+    else:
+        hit = [s.rank for s in sites if change.node in (None, s.node) and change.rail in (None, s.rail)]
+        if not hit:
+            what, which = ("node", change.node) if change.node is not None else ("rail", change.rail)
+            raise UserError(f"cluster.fabric.degraded: there is no {what} {which}; count from 0")
+        # A node is degraded with all its links, a rail in the network only: NVLink has no rails.
+        names = {f"nic{rank}" for rank in hit}
+        if change.node is not None:
+            names |= {f"gpu{rank}" for rank in hit}
+        edges = [edge for edge in graph.edges if names & set(edge)]
+    for edge in edges:
+        graph.edges[edge]["bandwidth"] *= change.factor
+
+
+def _ladder(
+    section: FabricSection, sites: list[Site], links: tuple[tuple[str, str], ...], failed: set[tuple[str, str]]
+) -> Ladder:
+    ids = {link: index for index, link in enumerate(links)}
+    ids |= dict.fromkeys(failed, len(links))
+
+    def ids_of(pairs: list[tuple[str, str]]) -> IntArray:
+        return np.array([ids.get(pair, NONE) for pair in pairs], dtype=np.int32)
+
+    gpus = [f"gpu{s.rank}" for s in sites]
+    nics = [f"nic{s.rank}" for s in sites]
+    switches = [f"nvswitch{s.domain}" for s in sites]
+    leaves = [leaf_of(s, section) for s in sites]
+    spines = [spine_of(s, section) for s in sites]
+    cores = ["core"] * len(sites)
+
+    def numbers(names: list[str]) -> IntArray:
+        order = {name: index for index, name in enumerate(dict.fromkeys(names))}
+        return np.array([order[name] for name in names], dtype=np.int32)
+
+    def both(below: list[str], above: list[str]) -> tuple[IntArray, IntArray]:
+        return ids_of(list(zip(below, above, strict=True))), ids_of(list(zip(above, below, strict=True)))
+
+    nvlink_up_R, nvlink_down_R = both(gpus, switches)
+    pcie_up_R, pcie_down_R = both(gpus, nics)
+    port_up_R, port_down_R = both(nics, leaves)
+    leaf_up_R, leaf_down_R = both(leaves, spines)
+    spine_up_R, spine_down_R = both(spines, cores)
+    planes = section.planes if section.preset == "multi_plane" else 1
+    return Ladder(
+        nvlink_up_R=nvlink_up_R,
+        nvlink_down_R=nvlink_down_R,
+        nic_up_R2=np.stack([pcie_up_R, port_up_R], axis=1),
+        nic_down_R2=np.stack([port_down_R, pcie_down_R], axis=1),
+        leaf_up_R=leaf_up_R,
+        leaf_down_R=leaf_down_R,
+        spine_up_R=spine_up_R,
+        spine_down_R=spine_down_R,
+        leaf_R=numbers(leaves),
+        spine_R=numbers(spines),
+        plane_R=np.array([s.rail % planes for s in sites], dtype=np.int32),
+        node_R=np.array([s.node for s in sites], dtype=np.int32),
+        rail_R=np.array([s.rail for s in sites], dtype=np.int32),
+        node_size_R=np.array([s.node_size for s in sites], dtype=np.int32),
+        domain_R=np.array([s.domain for s in sites], dtype=np.int32),
+        failed=len(links),
+        any_failed=bool(failed),
+    )
+
+
+def _redundant_links(
+    graph: "nx.DiGraph[str]", links: tuple[tuple[str, str], ...], capacity_X: FloatArray
+) -> NDArray[np.bool_]:
+    """Links out of a switch that carry all that can enter it, and links into a switch that carry all that can leave.
+
+    Traffic starts and ends at GPUs only. A link is judged by links that stay, or by a chain of redundant ones that ends
+    at such; a cycle of redundant links would break the chain, then all stay.
+    """
+    into: dict[str, float] = dict.fromkeys(graph, 0.0)
+    out_of: dict[str, float] = dict.fromkeys(graph, 0.0)
+    capacity = dict(zip(links, capacity_X.tolist(), strict=True))
+    for (source, target), value in capacity.items():
+        into[target] += value
+        out_of[source] += value
+
+    def carries(link: tuple[str, str], total: float) -> bool:
+        reverse = capacity.get((link[1], link[0]), 0.0)  # no route turns back
+        return bool(capacity[link] >= (total - reverse) * (1 - 1e-12))
+
+    switch = {name: data["kind"] != "gpu" for name, data in graph.nodes(data=True)}
+    behind = {link for link in links if switch[link[0]] and carries(link, into[link[0]])}
+    behind_out = Counter(source for source, _ in behind)
+    before = {
+        link
+        for link in links
+        if link not in behind
+        and switch[link[1]]
+        and behind_out[link[1]] == ((link[1], link[0]) in behind)
+        and carries(link, out_of[link[1]])
+    }
+    # `before` leans on no link of `behind` but its own reverse, so a chain of redundant links stays within one set.
+    redundant = {
+        link
+        for chosen in (behind, before)
+        if nx.is_directed_acyclic_graph(graph.edge_subgraph(chosen))
+        for link in chosen
+    }
+    return np.array([link in redundant for link in links], dtype=np.bool_)

@@ -1,0 +1,102 @@
+"""Calibrated constants of links and communication software, each with its source; a file can replace any of them."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from moesim.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """Software cost of one kind of communication, on top of what the links take.
+
+    seconds = call + messages * message + links(bytes) / efficiency + transition * n / (n + transition_bytes)
+    where n is the payload in bytes. The last term is what a call loses between its small-message protocol (low latency,
+    few channels) and its large-message protocol (full bandwidth). `efficiency` is relative to what the links achieve.
+    """
+
+    call_seconds: float = 0.0
+    message_seconds: float = 0.0
+    efficiency: float = 1.0
+    transition_seconds: float = 0.0
+    transition_bytes: float = 1.0
+    source: str
+
+    def overhead_seconds(self, payload_bytes: float, *, messages: float = 0.0) -> float:
+        """Everything but the time on the links."""
+        transition = self.transition_seconds * payload_bytes / (payload_bytes + self.transition_bytes)
+        return self.call_seconds + messages * self.message_seconds + transition
+
+
+_ALL_REDUCE = "NCCL 2.27.7 on 8 H200 (stas00/ml-engineering network/benchmarks)"
+_LATENCY = "ISCA 2025 DeepSeek-V3 paper, 64-byte latencies"
+_DEEPEP = "DeepEP README (H800, 400 Gb/s NICs), normal kernels, EP8 and EP32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkParameters:
+    """Every constant of the network layer that no scenario key sets.
+
+    Latencies are per link and direction, so that GPU to GPU over NVSwitch takes two of `nvlink_latency`, over one leaf
+    two of `nic_latency`, and over the spine two of `leaf_latency` more. Efficiencies are the share of the nominal
+    bandwidth that long transfers reach.
+    """
+
+    nvlink_latency: float = 3.33e-6 / 2
+    nic_latency: float = 2.8e-6 / 2
+    leaf_latency: float = (3.7e-6 - 2.8e-6) / 2
+    latency_source: str = _LATENCY
+    nic_bandwidth: float = 50e9
+    nvlink_efficiency: float = 0.817
+    nvlink_source: str = f"{_ALL_REDUCE}: ring all-reduce of 16 GiB, 367.6 of 450 GB/s"
+    nic_efficiency: float = 0.87
+    nic_source: str = f"{_DEEPEP}; low-latency kernels EP8 to EP256"
+    ring: Protocol = Protocol(
+        call_seconds=33e-6, source=f"{_ALL_REDUCE}: latency of small sizes, torch launch included"
+    )
+    tree: Protocol = Protocol(
+        call_seconds=33e-6, source=f"{_ALL_REDUCE}: latency of small sizes, torch launch included"
+    )
+    nvls: Protocol = Protocol(
+        call_seconds=35.3e-6,
+        efficiency=276e9 * 1.125 / (450e9 * 0.817),
+        transition_seconds=74e-6,
+        transition_bytes=20 * 2.0**20,
+        source=f"{_ALL_REDUCE}: fit of the sizes above 1 MiB",
+    )
+    point_to_point: Protocol = Protocol(call_seconds=33e-6, source=f"{_ALL_REDUCE}: launch of one call")
+    direct: Protocol = Protocol(call_seconds=33e-6, source=f"{_ALL_REDUCE}: launch of one call")
+    hierarchical: Protocol = Protocol(call_seconds=66e-6, source=_DEEPEP)
+    low_latency: Protocol = Protocol(call_seconds=1e-6, message_seconds=13e-9, source=f"{_DEEPEP}; low-latency kernels")
+    low_latency_header_bytes: float = 16.0
+
+
+def load_parameters(values: Mapping[str, object], *, source: str) -> NetworkParameters:
+    """The default constants with those of `values` in their place, e.g. {"ring": {"call_seconds": 2e-5}}.
+
+    `source` (a profile's name, a file) becomes the source of every protocol that is replaced. Raises UserError for an
+    unknown name or a value that is not a finite, non-negative number.
+    """
+    defaults = NetworkParameters()
+    changes: dict[str, object] = {}
+    for name, value in values.items():
+        current = getattr(defaults, name, None)
+        if isinstance(current, Protocol) and isinstance(value, Mapping):
+            fields = {
+                key: _number(v, f"{name}.{key}", source, isinstance(getattr(current, str(key), None), float))
+                for key, v in value.items()
+            }
+            changes[name] = dataclasses.replace(current, source=source, **fields)
+        else:
+            changes[name] = _number(value, name, source, isinstance(current, float))
+    return dataclasses.replace(defaults, **changes)  # type: ignore[arg-type]
+
+
+def _number(value: object, name: str, source: str, known: bool) -> float:
+    if not known:
+        raise UserError(f'{source}: unknown network parameter "{name}"; see moesim.network.NetworkParameters')
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+        raise UserError(f"{source}: network parameter {name} = {value!r} must be a finite number that is not negative")
+    return float(value)

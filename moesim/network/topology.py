@@ -1,0 +1,204 @@
+"""The fabric as a graph: GPUs, NVSwitches, NICs, leaves, spines and the directed links between them.
+
+Node names: gpu<rank>, nvswitch<domain>, nic<rank>, leaf<pod>.<rail>, spine<pod>, core. A leaf's links to its spine are
+one link of their summed bandwidth, as ideal load balancing makes of them.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import networkx as nx
+
+from moesim.errors import UserError
+from moesim.network.parameters import NetworkParameters
+from moesim.scenario import gpu_spec
+from moesim.scenario.cluster import Cluster, Fabric, Oversubscription
+from moesim.units import parse_bandwidth, parse_seconds
+
+NVL72_GPUS = 72
+LEAF_SPINE_POD_NODES = 4  # nodes under one leaf when `pod_nodes` is absent: 32 NICs of 8-GPU nodes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """Where one GPU sits: its node, rail (index in the node), NVLink domain and pod, and what it is."""
+
+    rank: int
+    gpu: str
+    node: int
+    node_size: int
+    rail: int
+    domain: int
+    pod: int
+
+
+def sites_of(cluster: Cluster) -> list[Site]:
+    """Every GPU in rank order: pool by pool, node by node. Raises UserError where a domain does not fit the nodes."""
+    fabric = cluster.fabric
+    sites: list[Site] = []
+    node = domain = 0
+    default_pod = LEAF_SPINE_POD_NODES if fabric.preset == "leaf_spine" else None
+    pod_nodes = fabric.pod_nodes or default_pod
+    for pool in cluster.pools:
+        domain_nodes = 1
+        if fabric.preset == "nvl72":
+            if NVL72_GPUS % pool.gpus_per_node:
+                raise UserError(
+                    f"cluster: gpus_per_node = {pool.gpus_per_node} does not divide the 72 GPUs of nvl72; use 4 or 72"
+                )
+            domain_nodes = NVL72_GPUS // pool.gpus_per_node
+        for index in range(pool.nodes):
+            for rail in range(pool.gpus_per_node):
+                sites.append(
+                    Site(
+                        rank=len(sites), gpu=pool.gpu, node=node, node_size=pool.gpus_per_node, rail=rail,
+                        domain=domain + index // domain_nodes, pod=node // pod_nodes if pod_nodes else 0,
+                    )
+                )  # fmt: skip
+            node += 1
+        domain += -(-pool.nodes // domain_nodes)
+    return sites
+
+
+def leaf_of(site: Site, fabric: Fabric) -> str:
+    """The leaf switch of a GPU's NIC: one per pod and rail, per pod and plane, or per pod."""
+    if fabric.preset == "leaf_spine":
+        return f"leaf{site.pod}"
+    return f"leaf{site.pod}.{site.rail % fabric.planes if fabric.preset == 'multi_plane' else site.rail}"
+
+
+def spine_of(site: Site, fabric: Fabric) -> str:
+    """The spine above a GPU's leaf: one per plane, one for all leaves (leaf_spine), else one per pod."""
+    if fabric.preset == "multi_plane":
+        return f"spine.{site.rail % fabric.planes}"
+    return "spine" if fabric.preset == "leaf_spine" else f"spine{site.pod}"
+
+
+def build_graph(cluster: Cluster, sites: list[Site], parameters: NetworkParameters) -> "nx.DiGraph[str]":
+    """The fabric of the cluster section. Edges carry bandwidth (bytes/s), latency (s), efficiency and tier."""
+    if cluster.fabric.preset == "custom":
+        return _custom_graph(cluster.fabric, sites)
+    graph: nx.DiGraph[str] = nx.DiGraph()
+    _add_nvlink(graph, cluster.fabric, sites, parameters)
+    _check_preset(cluster.fabric, sites)
+    if cluster.fabric.preset != "nvlink_node":
+        _add_network(graph, cluster.fabric, sites, parameters)
+    return graph
+
+
+def _check_preset(fabric: Fabric, sites: list[Site]) -> None:
+    if fabric.preset == "nvlink_node" and sites[-1].node > 0:
+        raise UserError("cluster.fabric: preset nvlink_node joins no nodes; use rail_optimised for nodes > 1")
+    if fabric.preset == "multi_plane" and (fabric.planes < 2 or any(s.node_size % fabric.planes for s in sites)):
+        raise UserError("cluster.fabric: multi_plane needs planes >= 2 that divide gpus_per_node, e.g. planes: 8")
+    if fabric.preset != "multi_plane" and fabric.planes != 1:
+        raise UserError(f"cluster.fabric: planes = {fabric.planes} needs preset multi_plane, not {fabric.preset}")
+    if oversubscription_of(fabric).spine != 1 and (
+        fabric.preset in ("leaf_spine", "multi_plane") or sites[-1].pod == 0
+    ):
+        raise UserError(
+            "cluster.fabric: oversubscription.spine needs a tier above the spine: preset rail_optimised or nvl72 with "
+            "pod_nodes below the number of nodes"
+        )
+
+
+def oversubscription_of(fabric: Fabric) -> Oversubscription:
+    """Both tiers; a plain number is the leaf's."""
+    ratio = fabric.oversubscription
+    return ratio if isinstance(ratio, Oversubscription) else Oversubscription(leaf=ratio)
+
+
+def _both(
+    graph: "nx.DiGraph[str]", below: str, above: str, *, tier: str, bandwidth: float, latency: float, efficiency: float
+) -> None:
+    for source, target in ((below, above), (above, below)):
+        graph.add_edge(source, target, bandwidth=bandwidth, latency=latency, efficiency=efficiency, tier=tier)
+
+
+def _add_nvlink(graph: "nx.DiGraph[str]", fabric: Fabric, sites: list[Site], parameters: NetworkParameters) -> None:
+    latency = parameters.nvlink_latency if fabric.nvlink_latency is None else fabric.nvlink_latency
+    efficiency = parameters.nvlink_efficiency if fabric.nvlink_efficiency is None else fabric.nvlink_efficiency
+    for site in sites:
+        graph.add_node(f"gpu{site.rank}", kind="gpu", node=site.node)
+        graph.add_node(f"nvswitch{site.domain}", kind="nvswitch", node=site.node)
+        bandwidth = gpu_spec(site.gpu).nvlink_bandwidth if fabric.nvlink is None else fabric.nvlink
+        _both(graph, f"gpu{site.rank}", f"nvswitch{site.domain}", tier="nvlink", bandwidth=bandwidth, latency=latency,
+              efficiency=efficiency)  # fmt: skip
+
+
+def _add_network(graph: "nx.DiGraph[str]", fabric: Fabric, sites: list[Site], parameters: NetworkParameters) -> None:
+    bandwidth = parameters.nic_bandwidth if fabric.nic is None else fabric.nic
+    nic_latency = parameters.nic_latency if fabric.nic_latency is None else fabric.nic_latency
+    leaf_latency = parameters.leaf_latency if fabric.leaf_latency is None else fabric.leaf_latency
+    efficiency = parameters.nic_efficiency if fabric.nic_efficiency is None else fabric.nic_efficiency
+    ratio = oversubscription_of(fabric)
+    below: dict[str, float] = {}
+    parent: dict[str, str] = {}
+    for site in sites:
+        gpu, nic, leaf, spine = f"gpu{site.rank}", f"nic{site.rank}", leaf_of(site, fabric), spine_of(site, fabric)
+        graph.add_node(nic, kind="nic", node=site.node)
+        graph.add_node(leaf, kind="leaf")
+        # The NIC's latency counts the way between GPU and NIC too, which is never slower than the port.
+        _both(graph, gpu, nic, tier="nic", bandwidth=bandwidth, latency=0.0, efficiency=efficiency)
+        _both(graph, nic, leaf, tier="nic", bandwidth=bandwidth, latency=nic_latency, efficiency=efficiency)
+        below[leaf] = below.get(leaf, 0.0) + bandwidth
+        parent[leaf] = spine
+    for leaf, spine in parent.items():
+        graph.add_node(spine, kind="spine")
+        up = below[leaf] / ratio.leaf
+        _both(graph, leaf, spine, tier="leaf", bandwidth=up, latency=leaf_latency, efficiency=efficiency)
+        below[spine] = below.get(spine, 0.0) + up
+    if fabric.preset in ("rail_optimised", "nvl72") and sites[-1].pod > 0:
+        graph.add_node("core", kind="core")
+        for spine in dict.fromkeys(parent.values()):
+            up = below[spine] / ratio.spine
+            _both(graph, spine, "core", tier="spine", bandwidth=up, latency=leaf_latency, efficiency=efficiency)
+
+
+def _custom_graph(fabric: Fabric, sites: list[Site]) -> "nx.DiGraph[str]":
+    if bool(fabric.links) == bool(fabric.file):
+        raise UserError("cluster.fabric: preset custom needs either links or file (a networkx node-link JSON)")
+    graph: nx.DiGraph[str] = nx.DiGraph()
+    for source, target, bandwidth, latency in _file_links(fabric.file) if fabric.file else _listed_links(fabric):
+        graph.add_edge(source, target, bandwidth=bandwidth, latency=latency, efficiency=1.0, tier="custom")
+    for name in graph:
+        graph.nodes[name]["kind"] = "gpu" if name.startswith("gpu") and name[3:].isdigit() else "switch"
+    for site in sites:
+        if f"gpu{site.rank}" not in graph:
+            raise UserError(
+                f"cluster.fabric: no link reaches gpu{site.rank}; GPUs are named gpu0 to gpu{len(sites) - 1}"
+            )
+    return graph
+
+
+def _listed_links(fabric: Fabric) -> Iterator[tuple[str, str, float, float]]:
+    for link in fabric.links:
+        yield link.source, link.target, link.bandwidth, link.latency
+        if link.both:
+            yield link.target, link.source, link.bandwidth, link.latency
+
+
+def _file_links(path: str) -> Iterator[tuple[str, str, float, float]]:
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        links = data.get("links", data.get("edges")) if isinstance(data, dict) else None
+        if not isinstance(links, list) or not links:
+            raise ValueError('no "links" list; write it with networkx.node_link_data')
+        for index, link in enumerate(links):
+            if not isinstance(link, dict) or not {"source", "target", "bandwidth"} <= link.keys():
+                raise ValueError(f"links[{index}] needs source, target and bandwidth")
+            bandwidth = parse_bandwidth(link["bandwidth"])
+            if bandwidth == 0:
+                raise ValueError(f"links[{index}].bandwidth must be positive")
+            latency = parse_seconds(link.get("latency", "0 s"))
+            yield str(link["source"]), str(link["target"]), bandwidth, latency
+            if not data.get("directed", False):
+                yield str(link["target"]), str(link["source"]), bandwidth, latency
+    except OSError as error:
+        raise UserError(
+            f"cluster.fabric.file: cannot read {path}: {error.strerror}; give the path of a JSON file"
+        ) from error
+    except ValueError as error:
+        raise UserError(f"cluster.fabric.file: {path}: {error}") from error

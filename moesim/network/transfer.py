@@ -1,0 +1,161 @@
+"""Transfers among the ranks of a group: one call, three models of sharing.
+
+Legend: S routing samples in lockstep, R ranks of the group (bytes_RR: source, target).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.network.fabric import Fabric
+from moesim.network.flows import Flows, as_ranks, build_flows, link_bytes
+from moesim.network.ports import Ports
+
+FloatArray = NDArray[np.float64]
+Model = Literal["ports", "fluid", "exact"]
+Ranks = Sequence[int] | NDArray[np.integer] | None
+
+
+class Sharing(Protocol):
+    """How flows share links: arrival times for given starts."""
+
+    def finish(self, start_SR: FloatArray) -> FloatArray:
+        """When each rank has sent and received all, latency included, [S, R]."""
+
+
+class PairSharing(Sharing, Protocol):
+    """A model of sharing that knows each pair's end."""
+
+    def flow_finish(self, start_SR: FloatArray) -> FloatArray:
+        """Arrival of each pair's last byte, latency included, [S, R, R]; -inf for pairs without traffic."""
+
+
+def share_links(fabric: Fabric, flows: Flows, *, model: Model, two_sided: bool) -> PairSharing:
+    """The chosen model, prepared for one set of flows."""
+    assert model == "ports", model
+    return Ports(fabric, flows, two_sided=two_sided)
+
+
+def transfer_times(
+    fabric: Fabric,
+    bytes_RR: FloatArray,
+    *,
+    start_R: FloatArray | None = None,
+    model: Model = "exact",
+    ranks: Ranks = None,
+    two_sided: bool = True,
+) -> FloatArray:
+    """When the last byte of each (source, target) pair arrives, seconds [R, R]; pairs without bytes end at release.
+
+    A two-sided flow is released when both ends have started, a one-sided one when its source has. `start_R` (seconds)
+    defaults to 0. `ranks` are the fabric's ranks that the matrix's rows stand for (default: all). Links, efficiencies
+    and latencies count; the software's cost per call does not (see prepare_dispatch).
+    """
+    chosen = as_ranks(fabric, ranks)
+    flows = build_flows(fabric, np.asarray(bytes_RR, dtype=np.float64)[None], ranks=chosen)
+    start = np.zeros(len(chosen)) if start_R is None else np.asarray(start_R, dtype=np.float64)
+    release_RR = np.maximum(start[:, None], start) if two_sided else np.repeat(start[:, None], len(chosen), axis=1)
+    sharing = share_links(fabric, flows, model=model, two_sided=two_sided)
+    return np.asarray(np.maximum(sharing.flow_finish(start[None])[0], release_RR))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Traffic:
+    """What a transfer puts on the wires, all samples' mean: bytes per tier, and per link [X]."""
+
+    intra_node_bytes: float
+    inter_node_bytes: float
+    link_bytes_X: FloatArray
+
+
+class PreparedTransfer:
+    """Traffic matrices with all that does not depend on when the ranks start.
+
+    `alone_R` is each rank's finish when all start at 0, `sm_share` the share of each GPU's SMs that the communication
+    kernels hold meanwhile, `source` where the numbers come from.
+    """
+
+    def __init__(
+        self,
+        sharing: Sharing,
+        *,
+        shape: tuple[int, ...],
+        synchronised: bool = False,
+        overhead_R: FloatArray | float = 0.0,
+        sm_share: float = 0.0,
+        traffic: Traffic,
+        source: str,
+    ) -> None:
+        self._sharing = sharing
+        self._shape = shape
+        self._synchronised = synchronised
+        self._overhead_SR = np.broadcast_to(overhead_R, shape).reshape(-1, shape[-1])
+        self.sm_share = sm_share
+        self.traffic = traffic
+        self.source = source
+        self._alone_SR = sharing.finish(np.zeros(self._overhead_SR.shape)) + self._overhead_SR
+        self.alone_R = self._alone_SR.reshape(shape)
+
+    def finish(self, start_R: FloatArray) -> FloatArray:
+        """When each rank is done (seconds, same clock as `start_R`); [R], or [S, R] for S matrices in lockstep."""
+        start_SR = start_R.reshape(self._overhead_SR.shape)
+        last_S1 = start_SR.max(axis=1, keepdims=True)
+        if self._synchronised or (start_SR == last_S1).all():
+            return np.asarray((last_S1 + self._alone_SR).reshape(self._shape))
+        finish_SR = self._sharing.finish(start_SR)
+        finish_SR += self._overhead_SR
+        return finish_SR.reshape(self._shape)
+
+
+def prepare_transfer(
+    fabric: Fabric,
+    bytes_RR: FloatArray,
+    *,
+    ranks: Ranks = None,
+    model: Model = "ports",
+    two_sided: bool = True,
+    synchronised: bool = False,
+) -> PreparedTransfer:
+    """Prepare a byte matrix [R, R], or [S, R, R] for S routing samples in lockstep.
+
+    `synchronised`: the implementation exchanges counts first, so that nobody sends before the last rank has arrived.
+    """
+    chosen = as_ranks(fabric, ranks)
+    bytes_SRR = np.asarray(bytes_RR, dtype=np.float64).reshape(-1, len(chosen), len(chosen))
+    flows = build_flows(fabric, bytes_SRR, ranks=chosen)
+    return PreparedTransfer(
+        share_links(fabric, flows, model=model, two_sided=two_sided),
+        shape=np.shape(bytes_RR)[:-1],
+        synchronised=synchronised,
+        traffic=count_traffic(fabric, [flows], chosen),
+        source=transfer_source(fabric, model),
+    )
+
+
+def count_traffic(fabric: Fabric, stages: Sequence[Flows], ranks: NDArray[np.int64]) -> Traffic:
+    """Bytes of all stages; a rank's copy to itself is no traffic."""
+    intra = inter = 0.0
+    node_R = fabric.node_of_rank_R[ranks]
+    for flows in stages:
+        bytes_F = flows.bytes_SF.mean(axis=0)
+        same = node_R[flows.source_F] == node_R[flows.target_F]
+        intra += float(bytes_F[same & (flows.source_F != flows.target_F)].sum())
+        inter += float(bytes_F[~same].sum())
+    per_link_X = np.sum([link_bytes(fabric, flows).mean(axis=0) for flows in stages], axis=0)
+    return Traffic(intra_node_bytes=intra, inter_node_bytes=inter, link_bytes_X=per_link_X)
+
+
+def transfer_source(fabric: Fabric, model: Model) -> str:
+    """Where a transfer's time comes from."""
+    shares = "links' nominal bandwidth times achieved share"
+    return f"{model} sharing of {fabric.preset} links ({shares}: {fabric.parameters.nic_source})"
+
+
+def lower_bound(fabric: Fabric, bytes_RR: FloatArray, *, ranks: Ranks = None) -> float:
+    """Seconds that no sharing can beat: the largest (bytes over a link / its capacity), without latency."""
+    chosen = as_ranks(fabric, ranks)
+    flows = build_flows(fabric, np.asarray(bytes_RR, dtype=np.float64)[None], ranks=chosen)
+    return float((link_bytes(fabric, flows)[0] / fabric.capacity_X).max(initial=0.0))
