@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from moesim.parallel.mesh import GroupLayout
 from moesim.parallel.placement import ExpertPlacement
 from moesim.parallel.relabelling import Relabelling
-from moesim.parallel.traffic import LayerTraffic
+from moesim.parallel.traffic import LayerTraffic, sum_columns
 
 Array = NDArray[Any]
 
@@ -123,13 +123,6 @@ def arrays_of(traffic: LayerTraffic) -> TrafficArrays:
         dropped_rows_B=np.array([traffic.dropped_rows]),
         padded_rows_B=np.array([traffic.padded_rows]),
     )
-
-
-def sum_columns(values_BRX: Array, domain_of_column_X: NDArray[np.int64], num_domains: int) -> Array:
-    """Sums over the columns of each domain, e.g. rows per expert to rows per rank: [B, R, num_domains]."""
-    one_hot_XD = np.equal.outer(domain_of_column_X, np.arange(num_domains)).astype(np.float64)
-    sums = values_BRX.astype(np.float64) @ one_hot_XD  # exact: counts stay below 2**53
-    return np.asarray(sums.astype(values_BRX.dtype))
 
 
 def _class_means(values_BRX: Array, class_RX: NDArray[np.int64]) -> NDArray[np.float64]:

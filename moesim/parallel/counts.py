@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from moesim.trace.masks import domain_masks
+
 Array = NDArray[Any]
 
-_WORD_BITS = 64
 _BITS_OF_BYTE = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little").astype(np.int64)
 
 
@@ -46,22 +47,12 @@ def count_rows(expert_ids_STK: Array, *, num_experts: int) -> NDArray[np.int64]:
 
 def count_distinct(expert_ids_STK: Array, *, domain_of_expert_E: Array, num_domains: int) -> NDArray[np.int64]:
     """Tokens of each block that reach each domain (rank, node) at least once, int64 [S, num_domains]."""
-    words = [
-        _count_word(expert_ids_STK, domain_of_expert_E - first, min(_WORD_BITS, num_domains - first))
-        for first in range(0, num_domains, _WORD_BITS)
-    ]
-    return np.concatenate(words, axis=1)
+    masks = domain_masks(expert_ids_STK, domain_of_expert_E=domain_of_expert_E, num_domains=num_domains)
+    return np.concatenate([_count_bits(mask_ST)[:, :num_bits] for num_bits, mask_ST in masks], axis=1)
 
 
-def _count_word(expert_ids_STK: Array, domain_of_expert_E: Array, num_bits: int) -> NDArray[np.int64]:
-    word = next(dtype for dtype in (np.uint8, np.uint16, np.uint32, np.uint64) if np.iinfo(dtype).bits >= num_bits)
-    in_word_E = (domain_of_expert_E >= 0) & (domain_of_expert_E < num_bits)
-    shift_E = np.where(in_word_E, domain_of_expert_E, 0).astype(np.uint64)
-    bit_E = np.append(np.where(in_word_E, np.uint64(1) << shift_E, np.uint64(0)), np.uint64(0)).astype(word)
-    bits_STK = np.take(bit_E, expert_ids_STK)  # index -1 takes the last entry, which sets nothing
-    mask_ST = bits_STK[..., 0].copy()
-    for column in range(1, bits_STK.shape[-1]):
-        mask_ST |= bits_STK[..., column]
+def _count_bits(mask_ST: Array) -> NDArray[np.int64]:
+    """How often each bit is set in each block."""
     blocks = mask_ST.shape[0]
     num_bytes = mask_ST.dtype.itemsize
     # Count every value of every byte, then spread the values over their bits: 256 bins instead of one pass per bit.
@@ -69,4 +60,4 @@ def _count_word(expert_ids_STK: Array, domain_of_expert_E: Array, num_bits: int)
     first_bin_SB = 256 * np.arange(blocks * num_bytes, dtype=np.int64).reshape(blocks, 1, num_bytes)
     histogram = np.bincount((bytes_STB + first_bin_SB).reshape(-1), minlength=256 * blocks * num_bytes)
     bits_SBb = histogram.reshape(blocks, num_bytes, 256) @ _BITS_OF_BYTE
-    return np.asarray(bits_SBb.reshape(blocks, -1)[:, :num_bits])
+    return np.asarray(bits_SBb.reshape(blocks, -1))

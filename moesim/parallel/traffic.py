@@ -16,6 +16,7 @@ from moesim.scenario.base import BYTES_PER_ELEMENT, DType
 
 Deduplicate = Literal["per_expert", "per_rank", "per_node"]
 Array = NDArray[Any]
+FloatArray = NDArray[np.float64]
 
 FP8_SCALE_BLOCK = 128  # values that share one 4-byte scale
 
@@ -31,6 +32,13 @@ class TierBytes(NamedTuple):
 
     intra_node: float
     inter_node: float
+
+
+class DeepEpBytes(NamedTuple):
+    """`rdma_R`: one copy per (token, destination node) sent; `nvlink_R`: one per token received."""
+
+    rdma_R: Array
+    nvlink_R: Array
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -64,8 +72,7 @@ class LayerTraffic:
 
     def rank_rows_RD(self, placement: ExpertPlacement) -> Array:
         """Rows that rank d computes for rank r's tokens."""
-        rows_RE = np.concatenate([self.rows_RE, np.zeros_like(self.rows_RE[:, :1])], axis=1)
-        return np.asarray(rows_RE[:, placement.slot_experts_DP].sum(axis=-1))
+        return sum_columns(self.rows_RE, placement.rank_of_expert_E, placement.num_ranks)
 
     def send_stages(
         self, placement: ExpertPlacement, deduplicate: Deduplicate, token_bytes: float
@@ -77,9 +84,12 @@ class LayerTraffic:
         the rail's GPU to the token's ranks on that node. Combine uses the transposed matrices in reverse order.
         """
         if deduplicate == "per_node":
-            return tuple(token_bytes * copies_RD for copies_RD in self._node_stages())
+            return tuple(
+                token_bytes * copies_RD
+                for copies_RD in node_stages(self.rank_copies_RD, self.node_copies_RM, self.layout)
+            )
         copies_RD = self.rank_rows_RD(placement) if deduplicate == "per_expert" else self.rank_copies_RD
-        return (token_bytes * _without_diagonal(copies_RD),)
+        return (token_bytes * without_diagonal(copies_RD),)
 
     def send_bytes_RD(self, placement: ExpertPlacement, deduplicate: Deduplicate, token_bytes: float) -> Array:
         """Bytes from rank to rank, float64 [R, D] with zero diagonal, all stages together."""
@@ -91,21 +101,39 @@ class LayerTraffic:
         same_node_RD = self.layout.same_node_RD
         return TierBytes(float(bytes_RD[same_node_RD].sum()), float(bytes_RD[~same_node_RD].sum()))
 
-    def _node_stages(self) -> tuple[Array, Array]:
-        layout = self.layout
-        ranks = np.arange(layout.num_ranks)
-        own_node_RD = np.where(layout.same_node_RD, self.rank_copies_RD, 0)
-        network_RD = np.zeros(own_node_RD.shape)
-        network_RD[ranks[:, None], layout.relay_RM] = self.node_copies_RM
-        network_RD[layout.same_node_RD] = 0  # the own node's copies are not relayed
-        relay_RD = layout.relay_RM[:, layout.node_of_rank_R]
-        fan_out_RD = np.zeros(own_node_RD.shape)
-        remote_RD = np.where(layout.same_node_RD, 0, self.rank_copies_RD)
-        np.add.at(fan_out_RD, (relay_RD, np.broadcast_to(ranks, relay_RD.shape)), remote_RD)
-        return _without_diagonal(network_RD + own_node_RD), _without_diagonal(fan_out_RD)
+    def deepep_bytes(self, token_bytes: float) -> "DeepEpBytes":
+        """Bytes per rank as DeepEP counts them for its GB/s (facts: alltoall_h800), own node and rank included."""
+        return DeepEpBytes(
+            rdma_R=token_bytes * self.node_copies_RM.sum(axis=1),
+            nvlink_R=token_bytes * self.rank_copies_RD.sum(axis=0),
+        )
 
 
-def _without_diagonal(copies_RD: Array) -> Array:
-    off_diagonal = copies_RD.astype(np.float64)
-    np.fill_diagonal(off_diagonal, 0.0)
-    return off_diagonal
+def sum_columns(values_RX: Array, domain_of_column_X: NDArray[np.int64], num_domains: int) -> Array:
+    """Sums over the columns of each domain, e.g. rows per expert to rows per rank: [..., R, num_domains]."""
+    one_hot_XD = np.equal.outer(domain_of_column_X, np.arange(num_domains)).astype(np.float64)
+    sums = values_RX.astype(np.float64) @ one_hot_XD  # exact: counts stay below 2**53
+    return np.asarray(sums.astype(values_RX.dtype))
+
+
+def node_stages(rank_copies_RD: Array, node_copies_RM: Array, layout: GroupLayout) -> tuple[FloatArray, FloatArray]:
+    """Copies of the two stages of `per_node`, float64 [..., R, D] with zero diagonals; any leading axes.
+
+    First: to the relay of each remote node, beside the copies that stay on the own node and go straight. Second: from
+    the relay to the token's ranks on its node.
+    """
+    first_RD = np.where(layout.same_node_RD, rank_copies_RD, 0).astype(np.float64)
+    fan_out_RD = np.zeros_like(first_RD)
+    for node in range(layout.num_nodes):
+        members = np.flatnonzero(layout.node_of_rank_R == node)
+        remote = np.flatnonzero(layout.node_of_rank_R != node)
+        relay = layout.relay_RM[remote, node]
+        first_RD[..., remote, relay] += node_copies_RM[..., remote, node]
+        from_relay = np.equal.outer(members, relay).astype(np.float64)
+        fan_out_RD[..., members[:, None], members] = from_relay @ rank_copies_RD[..., remote[:, None], members]
+    return without_diagonal(first_RD), without_diagonal(fan_out_RD)
+
+
+def without_diagonal(copies_RD: Array) -> FloatArray:
+    """The copies that travel, float64: those of a rank to itself do not."""
+    return np.asarray(np.where(np.eye(copies_RD.shape[-1], dtype=bool), 0.0, copies_RD))

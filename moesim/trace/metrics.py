@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from moesim.scenario.routing import RouterShape
 from moesim.seeding import stream
-from moesim.trace.record import TraceStep, distinct_groups, group_of_expert
+from moesim.trace.masks import distinct_domains
+from moesim.trace.record import TraceStep, group_of_expert
 from moesim.trace.selection import draw_distinct_in_groups
 
 Array = NDArray[Any]
@@ -35,7 +36,9 @@ def expert_load_LE(step: TraceStep, *, num_experts: int) -> NDArray[np.int64]:
 def mean_distinct_groups_L(step: TraceStep, router: RouterShape) -> NDArray[np.float64]:
     """Distinct router groups per token, mean over the tokens of each layer."""
     group_of_expert_E = group_of_expert(router)
-    return np.array([distinct_groups(ids, group_of_expert_E=group_of_expert_E).mean() for ids in step.expert_ids_LSTK])
+    return np.array(
+        [distinct_domains(ids, domain_of_expert_E=group_of_expert_E).mean() for ids in step.expert_ids_LSTK]
+    )
 
 
 @lru_cache(maxsize=64)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from moesim.errors import UserError
 from moesim.scenario.routing import RouterShape
+from moesim.trace.masks import distinct_domains
 
 Array = NDArray[Any]
 Json = None | bool | int | float | str | list[Any] | dict[str, Any]
@@ -142,26 +143,6 @@ def has_duplicates(expert_ids_NK: Array) -> bool:
     return False
 
 
-def distinct_groups(expert_ids_TK: Array, *, group_of_expert_E: Array) -> NDArray[np.int64]:
-    """Distinct groups (or ranks, or nodes) that each token's experts lie in, int64 of the leading shape.
-
-    -1 counts for nothing.
-    """
-    num_groups = int(group_of_expert_E.max()) + 1
-    distinct = np.zeros(expert_ids_TK.shape[:-1], dtype=np.int64)
-    for start in range(0, num_groups, 64):
-        in_word = (group_of_expert_E >= start) & (group_of_expert_E < start + 64)
-        bit_E = np.where(in_word, np.uint64(1) << ((group_of_expert_E - start) % 64).astype(np.uint64), np.uint64(0))
-        bit_E = np.append(bit_E, np.uint64(0)).astype(np.uint64)  # index -1, no expert, sets nothing
-        mask_T = np.bitwise_or.reduce(bit_E[expert_ids_TK], axis=-1)
-        bits_TB = _BITS_OF_BYTE[np.ascontiguousarray(mask_T)[..., None].view(np.uint8)]
-        distinct += bits_TB.sum(axis=-1, dtype=np.int64)
-    return distinct
-
-
-_BITS_OF_BYTE = np.array([bin(byte).count("1") for byte in range(256)], dtype=np.uint8)
-
-
 def check_trace(trace: RoutingTrace) -> None:
     """The invariants of a trace: shapes agree, ids are experts or -1, K distinct per token, at most M groups.
 
@@ -172,8 +153,7 @@ def check_trace(trace: RoutingTrace) -> None:
         raise UserError("the trace has no recorded steps in ascending order; record it again")
     for step in trace.steps:
         _check_step(step, router)
-    lengths = {fields_.name: getattr(trace.curves, fields_.name).shape for fields_ in fields(trace.curves)}
-    if any(len(shape) != 1 for shape in lengths.values()):
+    if any(np.ndim(getattr(trace.curves, curve.name)) != 1 for curve in fields(trace.curves)):
         raise UserError("the trace's training curves are not lists; record it again")
 
 
@@ -193,7 +173,7 @@ def _check_step(step: TraceStep, router: RouterShape) -> None:
     if not (np.isfinite(step.affinities_LSTK).all() and np.isfinite(step.gates_LSTK).all()):
         raise UserError(f"{where} has affinities or gates that are not finite; record it again")
     if router.num_groups > 1:
-        most = int(distinct_groups(ids, group_of_expert_E=group_of_expert(router)).max())
+        most = int(distinct_domains(ids, domain_of_expert_E=group_of_expert(router)).max())
         if most > router.group_limit:
             raise UserError(
                 f"{where} sends a token to {most} groups, over the limit {router.group_limit}; record it again"

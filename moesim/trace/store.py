@@ -142,7 +142,11 @@ def _pack(array: Array) -> Array:
 
 
 def _unpack(raw: bytes, name: str, dtype: "np.dtype[Any]", shape: tuple[int, ...]) -> Array:
-    array = np.frombuffer(raw, dtype=np.uint8).reshape(dtype.itemsize, -1).T.copy().view(dtype).reshape(shape)
+    planes = np.frombuffer(raw, dtype=np.uint8).reshape(dtype.itemsize, -1)
+    interleaved = np.empty(planes.shape[::-1], dtype=np.uint8)
+    for byte, plane in enumerate(planes):
+        interleaved[:, byte] = plane
+    array = interleaved.view(dtype).reshape(shape)
     if name.startswith("curves."):
         return array
     if dtype == np.uint8:
