@@ -1,0 +1,17 @@
+"""Facts that a simulation leaves, and the numbers derived from them."""
+
+from moesim.results.attribution import attribute, overlapped_transfer
+from moesim.results.record import RESULT_SCHEMA_VERSION, RunRecord
+from moesim.results.spans import CATEGORIES, Label, SpanRecorder, SpanTable, Stream
+
+__all__ = [
+    "CATEGORIES",
+    "RESULT_SCHEMA_VERSION",
+    "Label",
+    "RunRecord",
+    "SpanRecorder",
+    "SpanTable",
+    "Stream",
+    "attribute",
+    "overlapped_transfer",
+]

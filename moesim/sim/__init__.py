@@ -1,0 +1,7 @@
+"""The SimPy simulation of one optimizer step: operations as data, one executor, a process per rank group."""
+
+from moesim.sim.build import build_program
+from moesim.sim.program import StepProgram
+from moesim.sim.step import StepOutcome, seconds_by_source, simulate_step
+
+__all__ = ["StepOutcome", "StepProgram", "build_program", "seconds_by_source", "simulate_step"]

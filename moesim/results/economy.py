@@ -1,0 +1,50 @@
+"""Throughput, utilisation and money of one optimizer step."""
+
+from typing import Any
+
+from moesim.scenario import Scenario, gpu_spec
+from moesim.scenario.flops import model_flops_per_token
+
+SECONDS_PER_HOUR = 3600.0
+SECONDS_PER_DAY = 86400.0
+
+
+def utilisation(scenario: Scenario, step_s: float) -> dict[str, float]:
+    """MFU = model FLOPs / (ranks * dense peak of the GEMM dtype * step time), for both counts of attention.
+
+    fp8 runs are also held against the bf16 peak.
+    """
+    workload = scenario.workload
+    gpu = gpu_spec(scenario.cluster.pools[0].gpu)
+    ranks = scenario.parallelism.world_size
+    mfu: dict[str, float] = {}
+    for count, causal in (("causal", True), ("non_causal", False)):
+        flops = scenario.tokens_per_step * model_flops_per_token(
+            scenario.model, sequence_length=workload.sequence_length, causal=causal
+        )
+        mfu[count] = flops / (ranks * gpu.peak_flops[workload.precision.gemm] * step_s)
+        if workload.precision.gemm == "fp8":
+            mfu[f"{count}_of_bf16_peak"] = flops / (ranks * gpu.peak_flops["bf16"] * step_s)
+    return mfu
+
+
+def price_per_hour(scenario: Scenario) -> float | None:
+    """USD per hour of all GPUs of the cluster, idle ones included; None when a pool has no price."""
+    prices = [(pool.price_per_gpu_hour, pool.nodes * pool.gpus_per_node) for pool in scenario.cluster.pools]
+    if any(price is None for price, _ in prices):
+        return None
+    return sum(price * gpus for price, gpus in prices if price is not None)
+
+
+def cost(scenario: Scenario, step_s: float) -> dict[str, Any]:
+    """USD per step, per million tokens and for the token budget, and the days it takes; None where not known."""
+    hourly = price_per_hour(scenario)
+    per_step = None if hourly is None else hourly * step_s / SECONDS_PER_HOUR
+    budget = scenario.workload.train_tokens
+    steps = None if budget is None else budget / scenario.tokens_per_step
+    return {
+        "usd_per_step": per_step,
+        "usd_per_million_tokens": None if per_step is None else per_step / (scenario.tokens_per_step / 1e6),
+        "usd_total": None if per_step is None or steps is None else per_step * steps,
+        "days": None if steps is None else steps * step_s / SECONDS_PER_DAY,
+    }

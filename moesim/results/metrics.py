@@ -1,0 +1,151 @@
+"""The numbers of spec section 3, derived from traffic and spans: one definition each.
+
+Legend: S samples, B micro-batches, R ranks of a group, D the same as destinations, E experts, C categories, W world.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.parallel import ExpertPlacement, TrafficSample
+from moesim.parallel.stages import stage_copies
+from moesim.parallel.traffic import token_bytes
+from moesim.scenario import Scenario
+from moesim.trace.metrics import imbalance, uniform_floor
+
+FloatArray = NDArray[np.float64]
+
+PASSES = 2  # forward and backward: the gradient of combine travels as a dispatch, that of dispatch as a combine
+RANGE = (0.05, 0.95)
+
+
+def mean_and_range(plain_S: FloatArray, bootstrap_S: FloatArray | None) -> tuple[float, list[float] | None]:
+    """Mean of the plain samples and the 90 % range of the bootstrap samples, recentred on that mean.
+
+    None without bootstrap samples: a trace that is too small gives no range.
+    """
+    mean = float(plain_S.mean())
+    if bootstrap_S is None:
+        return mean, None
+    deviations = np.quantile(bootstrap_S - bootstrap_S.mean(), RANGE)
+    return mean, [mean + float(deviations[0]), mean + float(deviations[1])]
+
+
+def mean_imbalance(loads: NDArray[Any]) -> float:
+    """max / mean over the last axis, averaged over the others."""
+    return float(imbalance(loads).mean())
+
+
+class TrafficFacts:
+    """Sums over the plain samples of one scenario: loads, copies and bytes of one step."""
+
+    def __init__(self, scenario: Scenario, samples: Sequence[TrafficSample]) -> None:
+        self.scenario = scenario
+        self.num_groups = scenario.parallelism.stage_ranks // scenario.parallelism.expert
+        self.num_layers = scenario.model.moe_layers
+        placement = samples[0].placement
+        self.imbalance: dict[str, list[float]] = {"expert": [], "rank_rows": [], "rank_bytes": []}
+        self.expert_load_LE = np.zeros((self.num_layers, scenario.model.experts))
+        self.rank_load_LR = np.zeros((self.num_layers, scenario.parallelism.expert))
+        self.copies_RD = np.zeros((scenario.parallelism.expert,) * 2)  # group 0, all layers and micro-batches
+        self.remote_node_copies = self.own_node_copies = 0.0
+        self.routed = self.dropped = self.padded = 0
+        for sample in samples:
+            for group in range(self.num_groups):
+                for layer in range(self.num_layers):
+                    self._add(sample, group, layer, placement)
+        self.num_samples = len(samples)
+
+    def _add(self, sample: TrafficSample, group: int, layer: int, placement: ExpertPlacement) -> None:
+        arrays = sample.arrays(group, layer)
+        rows_BE = arrays.rows_BRE.sum(axis=1)
+        rank_rows_BD = arrays.slot_rows_BDP(placement).sum(axis=2)
+        stages = stage_copies(arrays, placement, self.scenario.dispatch.deduplicate)
+        sent_BRD = np.sum(stages, axis=0)
+        self.expert_load_LE[layer] += rows_BE.sum(axis=0)
+        self.rank_load_LR[layer] += rank_rows_BD.sum(axis=0)
+        self.imbalance["expert"].append(mean_imbalance(rows_BE))
+        self.imbalance["rank_rows"].append(mean_imbalance(rank_rows_BD))
+        self.imbalance["rank_bytes"].append(mean_imbalance(sent_BRD.sum(axis=1)))
+        own_node = float(sent_BRD[:, arrays.layout.same_node_RD].sum())
+        self.own_node_copies += own_node
+        self.remote_node_copies += float(sent_BRD.sum()) - own_node
+        self.routed += int(arrays.routed_rows_B.sum())
+        self.dropped += int(arrays.dropped_rows_B.sum())
+        self.padded += int(arrays.padded_rows_B.sum())
+        if group == 0:
+            self.copies_RD += sent_BRD.sum(axis=0)
+
+    @property
+    def dropped_share(self) -> float:
+        """Dropped rows / routed rows."""
+        return self.dropped / self.routed if self.routed else 0.0
+
+    @property
+    def padded_share(self) -> float:
+        """Padded rows / computed rows."""
+        computed = self.routed - self.dropped + self.padded
+        return self.padded / computed if computed else 0.0
+
+    def communication(self) -> dict[str, float]:
+        """Bytes of one step over all ranks, layers and both passes; a rank's copy to itself is no traffic."""
+        dispatch, hidden = self.scenario.dispatch, self.scenario.model.hidden
+        out, back = token_bytes(hidden, dispatch.dtype), token_bytes(hidden, dispatch.combine_dtype)
+        per_step = PASSES / self.num_samples
+        tokens = self.scenario.tokens_per_step * self.num_layers * self.num_samples
+        return {
+            "dispatch_bytes": (self.own_node_copies + self.remote_node_copies) * out * per_step,
+            "combine_bytes": (self.own_node_copies + self.remote_node_copies) * back * per_step,
+            "intra_node_bytes": self.own_node_copies * (out + back) * per_step,
+            "inter_node_bytes": self.remote_node_copies * (out + back) * per_step,
+            "copies_per_token": (self.own_node_copies + self.remote_node_copies) / tokens if tokens else 0.0,
+        }
+
+    def traffic_RR(self) -> FloatArray:
+        """Dispatched bytes between the ranks of group 0 in one step, both passes, mean over samples."""
+        dispatch = self.scenario.dispatch
+        return self.copies_RD * token_bytes(self.scenario.model.hidden, dispatch.dtype) * PASSES / self.num_samples
+
+
+def window_tokens(scenario: Scenario) -> int:
+    """Tokens of one expert group's micro-batch: the window of every imbalance that is not over the whole step."""
+    return scenario.parallelism.expert * scenario.tokens_per_micro_batch
+
+
+def imbalance_facts(
+    scenario: Scenario, facts: TrafficFacts, *, compute_time_SW: FloatArray, top_k: int, cost_s: float
+) -> dict[str, Any]:
+    """max / mean per layer, micro-batch and group, averaged; and over the whole step."""
+    window = window_tokens(scenario)
+    return {
+        **{name: float(np.mean(values)) for name, values in facts.imbalance.items()},
+        "rank_time": mean_imbalance(compute_time_SW),
+        "uniform_floor": uniform_floor(scenario.model.experts, top_k=top_k, tokens=window),
+        "window_tokens": window,
+        "whole_step_expert": mean_imbalance(facts.expert_load_LE),
+        "whole_step_rank_rows": mean_imbalance(facts.rank_load_LR),
+        "cost_s": cost_s,
+    }
+
+
+def no_imbalance() -> dict[str, Any]:
+    """The imbalance section of a dense model."""
+    return {
+        "expert": 1.0,
+        "rank_rows": 1.0,
+        "rank_bytes": 1.0,
+        "rank_time": 1.0,
+        "uniform_floor": 1.0,
+        "window_tokens": 0,
+        "whole_step_expert": 1.0,
+        "whole_step_rank_rows": 1.0,
+        "cost_s": 0.0,
+    }
+
+
+def no_communication() -> dict[str, float]:
+    """The communication section of a dense model."""
+    keys = ("dispatch_bytes", "combine_bytes", "intra_node_bytes", "inter_node_bytes", "copies_per_token")
+    return dict.fromkeys(keys, 0.0)

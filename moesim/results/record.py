@@ -1,0 +1,39 @@
+"""RunRecord: everything that one simulation hands to the store, the reports and the planner.
+
+Legend: L model layers with a router, E experts, R ranks of expert group 0, W ranks of the world, S plain routing
+samples, C categories of the attribution, T recorded training steps.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.results.spans import SpanTable
+from moesim.scenario import Scenario
+from moesim.trace import RoutingTrace
+
+RESULT_SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RunRecord:
+    """The outcome of `moesim.run.simulate`.
+
+    `result` is what result.json holds. `arrays`:
+      step_time_S              seconds of every plain sample
+      attribution_CW           mean seconds per category and rank (categories in the order of results.CATEGORIES)
+      attribution_balanced_C   the same, mean over ranks, of the counterfactual with equal loads
+      compute_time_W           mean seconds that a rank computes
+      expert_load_LE           rows of an expert / mean rows, over the whole step and all samples
+      rank_load_LR             rows of a rank / mean rows, likewise
+      traffic_RR               dispatched bytes from rank to rank in one step, both passes, group 0
+    `spans` holds expert group 0 in sample 0. `trace` is None for a dense model.
+    """
+
+    scenario: Scenario
+    result: dict[str, Any]
+    arrays: dict[str, NDArray[np.float64]]
+    spans: SpanTable
+    trace: RoutingTrace | None

@@ -1,0 +1,120 @@
+"""What the simulation emits: one row per operation of a rank group, in issue order. Everything else is derived.
+
+Legend: N operations issued, S routing samples simulated in lockstep, R ranks of the group.
+"""
+
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.float64]
+
+CATEGORIES = (
+    "attention",
+    "router",
+    "permute",
+    "dispatch_exposed",
+    "experts",
+    "shared_experts",
+    "combine_exposed",
+    "dense_ffn",
+    "embedding_head",
+    "imbalance_wait",
+    "data_parallel",
+    "tensor",
+    "pipeline",
+    "bubble",
+    "recompute",
+    "optimizer",
+    "host",
+    "other",
+)
+
+
+class Stream(IntEnum):
+    """Where a span runs on its GPU. HOST rows are times at which the device stood still for the host."""
+
+    COMPUTE = 0
+    COMMUNICATION = 1
+    HOST = 2
+
+
+class Label(NamedTuple):
+    """What a span is: its name, its category of the attribution, its stream and its layer (-1 outside the layers)."""
+
+    name: str
+    category: str
+    stream: Stream
+    layer: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpanTable:
+    """Spans of one rank group.
+
+    `label_N` indexes `labels`; `own_NSR` is the part of a transfer after its last needed peer arrived, and the whole
+    duration of a compute span. Times are seconds from the start of the step.
+    """
+
+    labels: tuple[Label, ...]
+    ranks_R: NDArray[np.int64]
+    label_N: NDArray[np.int32]
+    micro_batch_N: NDArray[np.int32]
+    start_NSR: FloatArray
+    finish_NSR: FloatArray
+    own_NSR: NDArray[np.float32]
+    step_S: FloatArray
+
+    def first_sample(self) -> "SpanTable":
+        """The spans of sample 0 alone, in memory of their own."""
+        return replace(
+            self,
+            start_NSR=self.start_NSR[:, :1].copy(),
+            finish_NSR=self.finish_NSR[:, :1].copy(),
+            own_NSR=self.own_NSR[:, :1].copy(),
+            step_S=self.step_S[:1],
+        )
+
+    def rows(self, stream: Stream) -> NDArray[np.intp]:
+        """Row numbers of one stream, in issue order."""
+        streams = np.array([label.stream for label in self.labels])
+        return np.flatnonzero(streams[self.label_N] == stream)
+
+
+class SpanRecorder:
+    """Preallocated arrays that the executor fills, one row per operation."""
+
+    def __init__(self, *, rows: int, samples: int, ranks: int) -> None:
+        self.label_N = np.zeros(rows, np.int32)
+        self.micro_batch_N = np.full(rows, -1, np.int32)
+        self.start_NSR = np.zeros((rows, samples, ranks))
+        self.finish_NSR = np.zeros((rows, samples, ranks))
+        self.own_NSR = np.zeros((rows, samples, ranks), np.float32)
+        self.count = 0
+
+    def add(self, label: int, micro_batch: int, start_SR: FloatArray, finish_SR: FloatArray, own_SR: FloatArray) -> None:
+        """Append one span."""
+        row = self.count
+        self.label_N[row] = label
+        self.micro_batch_N[row] = micro_batch
+        self.start_NSR[row] = start_SR
+        self.finish_NSR[row] = finish_SR
+        self.own_NSR[row] = own_SR
+        self.count = row + 1
+
+    def table(self, *, labels: tuple[Label, ...], ranks_R: NDArray[np.int64], step_S: FloatArray) -> SpanTable:
+        """The finished table (views of the rows that were filled)."""
+        n = self.count
+        return SpanTable(
+            labels=labels,
+            ranks_R=ranks_R,
+            label_N=self.label_N[:n],
+            micro_batch_N=self.micro_batch_N[:n],
+            start_NSR=self.start_NSR[:n],
+            finish_NSR=self.finish_NSR[:n],
+            own_NSR=self.own_NSR[:n],
+            step_S=step_S,
+        )

@@ -1,0 +1,74 @@
+"""A run's folder: resolved scenario, result.json, spans, the trace used. Written beside and moved into place at the end.
+
+    OUT/scenario.yaml   the resolved scenario; `moesim run` accepts it
+    OUT/result.json     the numbers
+    OUT/arrays.npz      the arrays behind the figures (see RunRecord)
+    OUT/spans.npz       spans of expert group 0 in sample 0
+    OUT/trace.npz       the routing trace that was simulated
+"""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+from moesim.errors import UserError
+from moesim.results.record import RunRecord
+from moesim.results.spans import SpanTable
+from moesim.scenario import dump_scenario
+from moesim.trace import save_trace
+
+RESULT_FILE = "result.json"
+
+
+def check_free(out_dir: Path, *, force: bool) -> None:
+    """Refuse a folder that holds anything, unless `force`. Raises UserError; call it before the long work begins."""
+    if out_dir.exists() and not out_dir.is_dir():
+        raise UserError(f"{out_dir} is a file; name a folder with --out")
+    if out_dir.is_dir() and any(out_dir.iterdir()) and not force:
+        what = "another run" if (out_dir / RESULT_FILE).exists() else "other files"
+        raise UserError(f"{out_dir} holds {what}; choose another --out, or --force to replace what a run writes there")
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(data)
+    os.replace(partial, path)
+
+
+def write_run(record: RunRecord, out_dir: Path, *, force: bool = False) -> None:
+    """Write the run; result.json comes last, so that a folder with one is complete. Raises UserError (see check_free)."""
+    check_free(out_dir, force=force)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    (out_dir / RESULT_FILE).unlink(missing_ok=True)
+    _write_atomically(out_dir / "scenario.yaml", dump_scenario(record.scenario).encode())
+    _save_arrays(out_dir / "arrays.npz", dict(record.arrays))
+    _save_arrays(out_dir / "spans.npz", span_arrays(record.spans))
+    if record.trace is not None:
+        save_trace(record.trace, out_dir / "trace.npz")
+    _write_atomically(out_dir / RESULT_FILE, (json.dumps(record.result, indent=1) + "\n").encode())
+
+
+def span_arrays(table: SpanTable) -> dict[str, np.ndarray]:  # type: ignore[type-arg]
+    """The spans of sample 0 as plain arrays: label columns as text, times in seconds [N, R]."""
+    labels = table.labels
+    return {
+        "label_names": np.array([label.name for label in labels]),
+        "label_categories": np.array([label.category for label in labels]),
+        "label_streams": np.array([int(label.stream) for label in labels]),
+        "label_layers": np.array([label.layer for label in labels]),
+        "ranks": table.ranks_R,
+        "label": table.label_N,
+        "micro_batch": table.micro_batch_N,
+        "start_s": table.start_NSR[:, 0],
+        "finish_s": table.finish_NSR[:, 0],
+        "own_s": table.own_NSR[:, 0],
+        "step_s": table.step_S[:1],
+    }
+
+
+def _save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:  # type: ignore[type-arg]
+    partial = path.with_name("partial." + path.name)
+    np.savez_compressed(partial, **arrays)  # type: ignore[arg-type]
+    os.replace(partial, path)

@@ -1,0 +1,264 @@
+"""simulate(scenario): the only place that wires the layers together. Read it from top to bottom.
+
+Legend: S plain routing samples, W ranks of the world, C categories.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.compute import KernelModel, kernel_model
+from moesim.moe.cache import cached_trace
+from moesim.moe.progress import ProgressCallback
+from moesim.moe.request import TrainingRequest
+from moesim.network import Fabric, build_fabric
+from moesim.parallel import TrafficSample, TrafficSampler
+from moesim.results import CATEGORIES, RESULT_SCHEMA_VERSION, RunRecord, SpanTable, Stream, attribute
+from moesim.results.economy import cost, utilisation
+from moesim.results.metrics import (
+    TrafficFacts,
+    imbalance_facts,
+    mean_and_range,
+    no_communication,
+    no_imbalance,
+)
+from moesim.scenario import Scenario
+from moesim.scenario.check import require_supported
+from moesim.scenario.routing import PopularityRouting, TraceRouting, TrainRouting
+from moesim.seeding import stream, stream_seed
+from moesim.sim import StepProgram, build_program, seconds_by_source, simulate_step
+from moesim.trace import RoutingTrace, load_trace, popularity_trace, trace_hash, uniform_trace
+from moesim.trace.metrics import expert_load_LE, imbalance
+from moesim.trace.sampling import MIN_COVERAGE_FOR_CONFIDENCE, MIN_COVERAGE_FOR_RANGE
+
+FloatArray = NDArray[np.float64]
+
+SYNTHETIC_LAYERS = 2  # distinct layers of a synthetic trace; model layers take them in turn
+SYNTHETIC_TOKENS = 65_536  # at least, and at least one expert group's micro-batch
+SPAN_MEMORY = 400e6  # bytes of spans simulated at once: more samples than fit run in several passes
+BYTES_PER_SPAN = 20
+
+
+def simulate(
+    scenario: Scenario, *, progress: ProgressCallback | None = None, cache_dir: Path | None = None
+) -> RunRecord:
+    """Simulate one optimizer step of `scenario` and derive its numbers.
+
+    Trains the router first where the scenario asks for it and no equal one is cached (`progress` is told of each
+    training step). Raises UserError for what cannot be simulated and InfeasibleError for what does not fit.
+    """
+    require_supported(scenario)
+    trace = obtain_trace(scenario, progress=progress, cache_dir=cache_dir)
+    fabric = build_fabric(scenario.cluster)
+    kernels = kernel_model(scenario.cluster.pools[0].gpu, scenario.compute.profile)
+    plain, bootstrap = draw_samples(scenario, trace)
+    outcome = _simulate_samples(scenario, fabric, kernels, plain)
+    again = _simulate_samples(scenario, fabric, kernels, bootstrap) if bootstrap else None
+    spread = _simulate_samples(scenario, fabric, kernels, [sample.balanced() for sample in plain]) if plain else outcome
+    return _record(scenario, trace, plain, outcome, again, spread)
+
+
+def obtain_trace(
+    scenario: Scenario, *, progress: ProgressCallback | None = None, cache_dir: Path | None = None
+) -> RoutingTrace | None:
+    """The routing of the scenario: trained (or cached), read from a file, or drawn; None for a dense model."""
+    if scenario.model.experts == 0:
+        return None
+    routing = scenario.routing
+    if isinstance(routing, TrainRouting):
+        return cached_trace(TrainingRequest.from_scenario(scenario), cache_dir, progress=progress)
+    if isinstance(routing, TraceRouting):
+        return load_trace(Path(routing.file))
+    window = scenario.parallelism.expert * scenario.tokens_per_micro_batch
+    length = scenario.workload.sequence_length
+    common: dict[str, Any] = {
+        "num_sequences": -(-max(SYNTHETIC_TOKENS, window) // length),
+        "sequence_length": length,
+        "seed": stream_seed(scenario.seed, "synthetic-trace"),
+    }
+    if isinstance(routing, PopularityRouting):
+        nested = not isinstance(routing.counts[0], int | float)
+        layers = len(routing.counts) if nested else SYNTHETIC_LAYERS
+        return popularity_trace(scenario.router_shape(), counts=routing.counts, num_layers=layers, **common)
+    return uniform_trace(scenario.router_shape(), num_layers=SYNTHETIC_LAYERS, **common)
+
+
+def draw_samples(
+    scenario: Scenario, trace: RoutingTrace | None
+) -> tuple[list[TrafficSample], list[TrafficSample]]:
+    """Plain routing samples, and as many from resampled traces for the range (none when the trace is too small)."""
+    if trace is None:
+        return [], []
+    sampler = TrafficSampler(scenario, trace)
+    count = scenario.uncertainty.samples
+    plain = [sampler.draw(stream(scenario.seed, "sample", number)) for number in range(count)]
+    if plain[0].draw.coverage < MIN_COVERAGE_FOR_RANGE:
+        return plain, []
+    bootstrap = [
+        sampler.draw(stream(scenario.seed, "bootstrap", number), bootstrap=True) for number in range(count)
+    ]
+    return plain, bootstrap
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Outcome:
+    """All samples of one kind, simulated. `spans`: group 0, first sample."""
+
+    step_S: FloatArray
+    attribution_CSW: FloatArray
+    compute_time_SW: FloatArray
+    source_shares: dict[str, float]
+    spans: SpanTable
+
+
+def _simulate_samples(
+    scenario: Scenario, fabric: Fabric, kernels: KernelModel, samples: Sequence[TrafficSample]
+) -> _Outcome:
+    """Simulate the samples in lockstep, as many at once as memory allows."""
+    parts = []
+    at_once = 1
+    start = 0
+    while start < max(1, len(samples)):
+        program = build_program(scenario, fabric=fabric, kernels=kernels, samples=samples[start : start + at_once])
+        parts.append(_simulate_program(program))
+        start += at_once
+        rows = max(program.rows(group) for group in program.groups)
+        per_sample = rows * scenario.parallelism.world_size * BYTES_PER_SPAN
+        at_once = max(1, int(SPAN_MEMORY / per_sample))
+    return _Outcome(
+        step_S=np.concatenate([part.step_S for part in parts]),
+        attribution_CSW=np.concatenate([part.attribution_CSW for part in parts], axis=1),
+        compute_time_SW=np.concatenate([part.compute_time_SW for part in parts]),
+        source_shares=parts[0].source_shares,
+        spans=parts[0].spans,
+    )
+
+
+def _simulate_program(program: StepProgram) -> _Outcome:
+    step = simulate_step(program)
+    world = sum(len(group.ranks_R) for group in program.groups)
+    attribution_CSW = np.zeros((len(CATEGORIES), program.samples, world))
+    compute_time_SW = np.zeros((program.samples, world))
+    for table in step.tables:
+        attribution_CSW[:, :, table.ranks_R] = attribute(table)
+        rows_N = table.rows(Stream.COMPUTE)
+        compute_time_SW[:, table.ranks_R] = (table.finish_NSR[rows_N] - table.start_NSR[rows_N]).sum(axis=0)
+    return _Outcome(
+        step_S=step.step_S,
+        attribution_CSW=attribution_CSW,
+        compute_time_SW=compute_time_SW,
+        source_shares=_shares(seconds_by_source(program)),
+        spans=step.tables[0].first_sample(),
+    )
+
+
+def _shares(seconds: dict[str, float]) -> dict[str, float]:
+    total = sum(seconds.values())
+    return {source: value / total for source, value in sorted(seconds.items())}
+
+
+def _record(
+    scenario: Scenario,
+    trace: RoutingTrace | None,
+    plain: Sequence[TrafficSample],
+    outcome: _Outcome,
+    again: _Outcome | None,
+    spread: _Outcome,
+) -> RunRecord:
+    step_s, range_s = mean_and_range(outcome.step_S, None if again is None else again.step_S)
+    cost_s = float((outcome.step_S - spread.step_S).mean())
+    facts = TrafficFacts(scenario, plain) if plain else None
+    per_second = scenario.tokens_per_step / step_s
+    result: dict[str, Any] = {
+        "schema_version": RESULT_SCHEMA_VERSION,
+        "kind": scenario.workload.kind,
+        "scenario_name": scenario.name,
+        "world_size": scenario.parallelism.world_size,
+        "gpus": scenario.cluster.num_gpus,
+        "samples": len(outcome.step_S),
+        "step_time_s": step_s,
+        "step_time_range_s": range_s,
+        "balanced_step_time_s": float(spread.step_S.mean()),
+        "tokens_per_second": per_second,
+        "tokens_per_second_per_gpu": per_second / scenario.cluster.num_gpus,
+        "mfu": utilisation(scenario, step_s),
+        "attribution_s": _by_category(outcome.attribution_CSW),
+        "attribution_balanced_s": _by_category(spread.attribution_CSW),
+        "communication": facts.communication() if facts else no_communication(),
+        "imbalance": no_imbalance(),
+        "dropped_share": facts.dropped_share if facts else 0.0,
+        "padded_share": facts.padded_share if facts else 0.0,
+        "cost": cost(scenario, step_s),
+        "estimate_sources": outcome.source_shares,
+        "router": {"kind": "none (dense model)", "train_loss": None, "validation_loss": None},
+        "warnings": _warnings(scenario, plain),
+    }
+    arrays = {
+        "step_time_S": outcome.step_S,
+        "attribution_CW": outcome.attribution_CSW.mean(axis=1),
+        "attribution_balanced_C": spread.attribution_CSW.mean(axis=(1, 2)),
+        "compute_time_W": outcome.compute_time_SW.mean(axis=0),
+    }
+    if facts is not None and trace is not None:
+        result["imbalance"] = imbalance_facts(
+            scenario, facts, compute_time_SW=outcome.compute_time_SW, top_k=trace.router.top_k, cost_s=cost_s
+        )
+        result["router"] = _router_facts(trace, plain)
+        arrays |= _load_arrays(facts)
+    return RunRecord(scenario=scenario, result=result, arrays=arrays, spans=outcome.spans, trace=trace)
+
+
+def _by_category(attribution_CSW: FloatArray) -> dict[str, float]:
+    means_C = attribution_CSW.mean(axis=(1, 2))
+    return {name: float(seconds) for name, seconds in zip(CATEGORIES, means_C, strict=True)}
+
+
+def _load_arrays(facts: TrafficFacts) -> dict[str, FloatArray]:
+    def relative(rows: FloatArray) -> FloatArray:
+        return rows / rows.mean(axis=1, keepdims=True)
+
+    return {
+        "expert_load_LE": relative(facts.expert_load_LE),
+        "rank_load_LR": relative(facts.rank_load_LR),
+        "traffic_RR": facts.traffic_RR(),
+    }
+
+
+def _router_facts(trace: RoutingTrace, plain: Sequence[TrafficSample]) -> dict[str, Any]:
+    curves = trace.curves
+    load_first = imbalance(expert_load_LE(trace.steps[0], num_experts=trace.router.num_experts))
+    load_last = imbalance(expert_load_LE(trace.final, num_experts=trace.router.num_experts))
+    draw = plain[0].draw
+    return {
+        "kind": trace.router.kind,
+        "train_loss": float(curves.train_loss[-1]) if len(curves.train_loss) else None,
+        "validation_loss": float(curves.validation_loss[-1]) if len(curves.validation_loss) else None,
+        "steps": [step.step for step in trace.steps],
+        "imbalance_first": float(load_first.mean()),
+        "imbalance_last": float(load_last.mean()),
+        "trace_hash": trace_hash(trace),
+        "trace_sequences": draw.num_trace_sequences,
+        "batch_sequences": int(draw.sequences_BNU.size),
+        "trace_coverage": draw.coverage,
+        "reused_share": draw.reused_share,
+    }
+
+
+def _warnings(scenario: Scenario, plain: Sequence[TrafficSample]) -> list[str]:
+    """What a reader must know before trusting the numbers."""
+    warnings = []
+    if plain and plain[0].draw.coverage < MIN_COVERAGE_FOR_CONFIDENCE:
+        draw = plain[0].draw
+        has_range = draw.coverage >= MIN_COVERAGE_FOR_RANGE
+        effect = "the range is likely too narrow" if has_range else "no range is given"
+        warnings.append(
+            f"the trace has {draw.num_trace_sequences} sequences for a batch of {draw.sequences_BNU.size}: {effect}; "
+            "record more with routing.tokens"
+        )
+    if scenario.idle_gpus:
+        warnings.append(f"{scenario.idle_gpus} GPUs of the cluster have no rank and are paid for all the same")
+    return warnings

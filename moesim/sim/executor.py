@@ -1,0 +1,143 @@
+"""The lockstep executor: one vector of clocks per stream, a position per (routing sample, rank).
+
+    compute:   start = max(chain, stream, host issue);  finish = start + duration, slower while a transfer is open
+    transfer:  start = max(chain, stream, host issue);  finish = transfer.finish(start)
+    read-back: the host waits for chain and stream
+
+Every compute operation that runs beside a transfer is listed behind it and every transfer directly behind what feeds
+it, so one walk in list order is exact: when a compute operation is placed, each transfer that can overlap it is known.
+
+Legend: S routing samples, R ranks.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.results.spans import Label, SpanRecorder, Stream
+from moesim.sim.operations import MAIN, NUM_CHAINS, SIDE, Block, Kind, Operation
+
+FloatArray = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostModel:
+    """Seconds the host needs per launch in either direction and per read-back; `runs_ahead` when it never limits."""
+
+    forward_launch: float
+    backward_launch: float
+    readback: float
+
+
+class Labels:
+    """The distinct labels of a simulation and their numbers."""
+
+    def __init__(self) -> None:
+        self._number: dict[Label, int] = {}
+
+    def number(self, label: Label) -> int:
+        """The number of a label, new ones in order of first use."""
+        return self._number.setdefault(label, len(self._number))
+
+    def all(self) -> tuple[Label, ...]:
+        """Labels by number."""
+        return tuple(self._number)
+
+
+class GroupExecutor:
+    """The clocks of one rank group and the walk over its blocks."""
+
+    def __init__(
+        self, *, samples: int, ranks: int, host: HostModel, slowdown: float, recorder: SpanRecorder, labels: Labels
+    ) -> None:
+        self.host_model = host
+        self.slowdown = slowdown  # of compute beside an open transfer, >= 1
+        self.recorder = recorder
+        self.labels = labels
+        shape = (samples, ranks)
+        self.host_SR = np.zeros(shape)
+        self.compute_SR = np.zeros(shape)
+        self.communication_SR = np.zeros(shape)
+        self.chains_CSR = np.zeros((NUM_CHAINS, *shape))
+        self._open_from_SR = np.zeros(shape)  # the latest transfer: compute placed beside it is slowed
+        self._open_until_SR = np.zeros(shape)
+
+    @property
+    def done_SR(self) -> FloatArray:
+        """When each rank has finished all that was executed."""
+        return np.maximum(np.maximum(self.compute_SR, self.communication_SR), self.chains_CSR.max(axis=0))
+
+    def execute(self, block: Block, micro_batch: int, *, backward: bool) -> None:
+        """Run one block for one micro-batch."""
+        launch = self.host_model.backward_launch if backward else self.host_model.forward_launch
+        for operation in block.operations:
+            self.host_SR += operation.launches * launch
+            match operation.kind:
+                case Kind.COMPUTE:
+                    self._compute(operation, micro_batch)
+                case Kind.TRANSFER:
+                    self._transfer(operation, micro_batch)
+                case Kind.READBACK:
+                    ready_SR = np.maximum(self.chains_CSR[operation.chain], self.compute_SR)
+                    np.maximum(self.host_SR, ready_SR, out=self.host_SR)
+                    self.host_SR += self.host_model.readback
+                case Kind.FORK:
+                    self.chains_CSR[SIDE] = self.chains_CSR[MAIN]
+                case Kind.JOIN:
+                    np.maximum(self.chains_CSR[MAIN], self.chains_CSR[SIDE], out=self.chains_CSR[MAIN])
+
+    def _issue(self, operation: Operation, ready_SR: FloatArray, micro_batch: int) -> FloatArray:
+        """When the device may start: it stands still where the host has not issued the operation yet."""
+        if not (self.host_SR > ready_SR).any():
+            return ready_SR
+        start_SR = np.maximum(ready_SR, self.host_SR)
+        if operation.kind is Kind.COMPUTE:
+            stall = Label("host", "host", Stream.HOST, operation.label.layer)
+            self.recorder.add(self.labels.number(stall), micro_batch, ready_SR, start_SR, start_SR - ready_SR)
+        return start_SR
+
+    def _compute(self, operation: Operation, micro_batch: int) -> None:
+        assert operation.seconds_MSR is not None
+        seconds_MSR = operation.seconds_MSR
+        duration_SR = seconds_MSR[micro_batch if len(seconds_MSR) > 1 else 0]
+        chain_SR = self.chains_CSR[operation.chain]
+        start_SR = self._issue(operation, np.maximum(chain_SR, self.compute_SR), micro_batch)
+        finish_SR = start_SR + duration_SR
+        if self.slowdown > 1.0 and (start_SR < self._open_until_SR).any():
+            finish_SR = self._slowed_finish(start_SR, duration_SR)
+        self.compute_SR = finish_SR
+        self.chains_CSR[operation.chain] = finish_SR
+        self._record(operation, micro_batch, start_SR, finish_SR, finish_SR - start_SR)
+
+    def _slowed_finish(self, start_SR: FloatArray, work_SR: FloatArray) -> FloatArray:
+        """Work before the transfer runs at full speed, beside it at 1 / slowdown, behind it at full speed again."""
+        before_SR = np.clip(self._open_from_SR - start_SR, 0.0, work_SR)
+        left_SR = work_SR - before_SR
+        begin_SR = start_SR + before_SR
+        beside_SR = np.minimum(np.maximum(self._open_until_SR - begin_SR, 0.0) / self.slowdown, left_SR)
+        return np.asarray(begin_SR + beside_SR * self.slowdown + (left_SR - beside_SR))
+
+    def _transfer(self, operation: Operation, micro_batch: int) -> None:
+        transfers = operation.transfers_M
+        prepared = transfers[micro_batch if len(transfers) > 1 else 0]
+        chain_SR = self.chains_CSR[operation.chain]
+        start_SR = self._issue(operation, np.maximum(chain_SR, self.communication_SR), micro_batch)
+        finish_SR = prepared.finish(start_SR)
+        self.communication_SR = finish_SR
+        self.chains_CSR[operation.chain] = finish_SR
+        self._open_from_SR, self._open_until_SR = start_SR, finish_SR
+        self._record(operation, micro_batch, start_SR, finish_SR, np.minimum(prepared.alone_R, finish_SR - start_SR))
+
+    def collective(self, label: Label, *, start_SR: FloatArray, last_SR: FloatArray, seconds: float) -> None:
+        """A collective with ranks outside the group: begun at start, everyone there at last, done `seconds` later."""
+        finish_SR = last_SR + seconds
+        self.communication_SR = finish_SR
+        self.chains_CSR[MAIN] = finish_SR
+        own_SR = np.full_like(start_SR, seconds)
+        self.recorder.add(self.labels.number(label), -1, start_SR, finish_SR, own_SR)
+
+    def _record(
+        self, operation: Operation, micro_batch: int, start_SR: FloatArray, finish_SR: FloatArray, own_SR: FloatArray
+    ) -> None:
+        self.recorder.add(self.labels.number(operation.label), micro_batch, start_SR, finish_SR, own_SR)

@@ -1,0 +1,100 @@
+"""What one model layer of one rank group has to compute and send, for all micro-batches and routing samples at once.
+
+Legend: M micro-batches, S routing samples, R ranks (D the same as destinations), P expert slots of a rank.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.network import Fabric, prepare_combine, prepare_dispatch
+from moesim.parallel import ExpertPlacement, TrafficArrays, TrafficSample, token_bytes
+from moesim.parallel.stages import held_copies, stage_copies
+from moesim.scenario import Scenario
+from moesim.sim.operations import Transfer
+
+IntArray = NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerLoads:
+    """Loads of one MoE layer.
+
+    `slot_rows_MSRP`: rows that each expert slot computes. `copies_out_MSR`: copies of its own tokens that a rank writes
+    into its send buffer (copies for itself included). `copies_in_MSR`: copies that reach a rank. The transfers of one
+    micro-batch hold all samples.
+    """
+
+    slot_rows_MSRP: NDArray[Any]
+    copies_out_MSR: NDArray[Any]
+    copies_in_MSR: NDArray[Any]
+    dispatch_M: tuple[Transfer, ...]
+    combine_M: tuple[Transfer, ...]
+
+    @property
+    def rows_MSR(self) -> NDArray[Any]:
+        """Rows that each rank computes."""
+        return np.asarray(self.slot_rows_MSRP.sum(axis=-1))
+
+
+def group_loads(
+    scenario: Scenario, fabric: Fabric, samples: Sequence[TrafficSample], *, group: int, ranks_R: IntArray
+) -> list[LayerLoads]:
+    """The loads of every MoE layer of one expert group, samples stacked."""
+    placement = samples[0].placement
+    layers = range(scenario.model.moe_layers)
+    return [
+        _layer_loads(scenario, fabric, [sample.arrays(group, layer) for sample in samples], placement, ranks_R)
+        for layer in layers
+    ]
+
+
+def _layer_loads(
+    scenario: Scenario,
+    fabric: Fabric,
+    arrays_S: Sequence[TrafficArrays],
+    placement: ExpertPlacement,
+    ranks_R: IntArray,
+) -> LayerLoads:
+    deduplicate = scenario.dispatch.deduplicate
+    slot_rows_MSRP = np.stack([arrays.slot_rows_BDP(placement) for arrays in arrays_S], axis=1)
+    held_MSRD = np.stack([held_copies(arrays, placement, deduplicate) for arrays in arrays_S], axis=1)
+    dispatch_M: list[Transfer] = []
+    combine_M: list[Transfer] = []
+    if scenario.parallelism.expert > 1:
+        stages_S = [stage_copies(arrays, placement, deduplicate) for arrays in arrays_S]
+        stages_MSRR = [np.stack(stage, axis=1) for stage in zip(*stages_S, strict=True)]
+        own_MSR = np.einsum("msrr->msr", held_MSRD)
+        for micro_batch in range(len(held_MSRD)):
+            stages = [stage[micro_batch] for stage in stages_MSRR]
+            out, back = _transfers(scenario, fabric, stages, own_MSR[micro_batch], ranks_R)
+            dispatch_M.append(out)
+            combine_M.append(back)
+    return LayerLoads(
+        slot_rows_MSRP=slot_rows_MSRP,
+        copies_out_MSR=held_MSRD.sum(axis=3),
+        copies_in_MSR=held_MSRD.sum(axis=2),
+        dispatch_M=tuple(dispatch_M),
+        combine_M=tuple(combine_M),
+    )
+
+
+def _transfers(
+    scenario: Scenario, fabric: Fabric, stages_SRR: Sequence[NDArray[np.float64]], own_SR: NDArray[Any], ranks_R: IntArray
+) -> tuple[Transfer, Transfer]:
+    """Dispatch and combine of one layer and micro-batch, all samples in lockstep."""
+    dispatch, hidden = scenario.dispatch, scenario.model.hidden
+    # An implementation that reads counts back has exchanged them first: nobody sends before the last has come.
+    common: dict[str, Any] = {
+        "algorithm": dispatch.algorithm,
+        "ranks": ranks_R,
+        "own_copies_R": own_SR,
+        "model": scenario.network.model,
+        "synchronised": scenario.implementation.kind == "torch_eager",
+    }
+    out = prepare_dispatch(fabric, stages_SRR, token_bytes=token_bytes(hidden, dispatch.dtype), **common)
+    back = prepare_combine(fabric, stages_SRR, token_bytes=token_bytes(hidden, dispatch.combine_dtype), **common)
+    return out, back

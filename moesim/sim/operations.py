@@ -1,0 +1,100 @@
+"""Operations and blocks: what a rank group executes, as data.
+
+All ranks of a group run the same operations; only durations differ. A block is the list of operations of one
+micro-batch and direction, in issue order. Durations hold every micro-batch and routing sample, so that one block
+serves the whole step.
+
+Legend: M micro-batches (1 where all are alike), S routing samples (1 where all are alike), R ranks (likewise).
+"""
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.results.spans import Label, Stream
+
+FloatArray = NDArray[np.float64]
+
+MAIN, SIDE = 0, 1  # chains: the token's way through the layer, and what runs beside it (shared experts)
+NUM_CHAINS = 2
+
+
+class Kind(IntEnum):
+    """How the executor advances the clocks."""
+
+    COMPUTE = 0
+    TRANSFER = 1
+    READBACK = 2  # the host waits for the stream
+    FORK = 3  # the side chain starts here
+    JOIN = 4  # the main chain goes on when the side chain is done
+
+
+class Transfer(Protocol):
+    """A prepared transfer among the ranks of a group, for all samples in lockstep."""
+
+    @property
+    def alone_R(self) -> FloatArray:
+        """Seconds until each rank is done when all start at 0, [S, R]."""
+
+    def finish(self, start_R: FloatArray) -> FloatArray:
+        """When each rank is done, given when each is ready, [S, R]; seconds on the same clock."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operation:
+    """One operation of a block; `seconds_MSR` for compute, `transfers_M` for communication.
+
+    `launches` is how many kernels the host issues for it. `source` says what the duration rests on.
+    """
+
+    kind: Kind
+    label: Label
+    chain: int = MAIN
+    seconds_MSR: FloatArray | None = None
+    transfers_M: tuple[Transfer, ...] = ()
+    launches: int = 1
+    source: str = ""
+
+
+def compute(
+    name: str, category: str, seconds: FloatArray | float, *, layer: int, source: str, chain: int = MAIN, launches: int = 1
+) -> Operation:
+    """A kernel (or a run of kernels) on the compute stream; `seconds` broadcasts to [M, S, R]."""
+    seconds_MSR = np.asarray(seconds, dtype=np.float64)
+    seconds_MSR = seconds_MSR.reshape((1,) * (3 - seconds_MSR.ndim) + seconds_MSR.shape)
+    label = Label(name, category, Stream.COMPUTE, layer)
+    return Operation(
+        kind=Kind.COMPUTE, label=label, chain=chain, seconds_MSR=seconds_MSR, source=source, launches=launches
+    )
+
+
+def transfer(name: str, category: str, transfers_M: tuple[Transfer, ...], *, layer: int, launches: int = 1) -> Operation:
+    """A transfer on the communication stream, listed directly behind the operation that feeds it."""
+    label = Label(name, category, Stream.COMMUNICATION, layer)
+    return Operation(kind=Kind.TRANSFER, label=label, transfers_M=transfers_M, launches=launches, source="network")
+
+
+def readback(name: str, *, layer: int) -> Operation:
+    """The host waits until the main chain is done and reads a result back."""
+    return Operation(kind=Kind.READBACK, label=Label(name, "host", Stream.HOST, layer), launches=0)
+
+
+def fork(*, layer: int) -> Operation:
+    """From here the side chain runs beside the main chain."""
+    return Operation(kind=Kind.FORK, label=Label("fork", "other", Stream.HOST, layer), launches=0)
+
+
+def join(*, layer: int) -> Operation:
+    """The main chain waits for the side chain."""
+    return Operation(kind=Kind.JOIN, label=Label("join", "other", Stream.HOST, layer), launches=0)
+
+
+@dataclass(frozen=True)
+class Block:
+    """The operations of one micro-batch in one direction."""
+
+    name: str
+    operations: tuple[Operation, ...]
