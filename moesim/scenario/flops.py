@@ -95,7 +95,7 @@ def _mla_norms(model: Model) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class KeysPerQuery:
-    """Average number of keys that one query sees: near ones (all, or the window) and global tokens beyond the window."""
+    """Average number of keys that one query sees: near ones (all, or the window) and global tokens beyond it."""
 
     near: float
     beyond: float = 0.0
@@ -165,8 +165,9 @@ def published_rule_flops(
 ) -> float:
     """Training FLOPs of one sequence as arXiv 2401.06066 counts them in its comparison tables.
 
-    The rule: SwiGLU experts of `active_width` = active experts x width in every layer (no dense first layer), multi-head
-    attention of width h throughout, full (non-causal) scores 4 n^2 h per layer, the head counted and the router not.
+    The rule: SwiGLU experts of `active_width` = active experts x width in every layer (no dense first layer),
+    multi-head attention of width h throughout, full (non-causal) scores 4 n^2 h per layer, the head counted and
+    the router not.
     """
     matrices = layers * (4 * hidden * hidden + 3 * hidden * active_width) + hidden * vocab
     scores = layers * 4.0 * sequence_length**2 * hidden

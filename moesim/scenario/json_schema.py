@@ -1,4 +1,4 @@
-"""The JSON Schema of scenario files, for editors: the schema of the sections plus the short forms that files may use."""
+"""The JSON Schema of scenario files, for editors: that of the sections plus the short forms that files may use."""
 
 from typing import Any
 

@@ -67,7 +67,7 @@ def _choices(error: ErrorDetails, data: Any, path: Path) -> str:
     section = section_at(data, path[:-1])
     field = section.model_fields.get(str(path[-1])) if section and path else None
     kinds = kinds_at(data, path) if field else []
-    return f"; one kind of {', '.join(kinds)} is needed" if kinds else "; this key is required"
+    return f"; one kind of {', '.join(kinds)} is needed" if len(kinds) > 1 else "; this key is required"
 
 
 def _what(error: ErrorDetails, data: Any, path: Path) -> str:
@@ -88,7 +88,7 @@ def _what(error: ErrorDetails, data: Any, path: Path) -> str:
     if kind in comparisons:
         words = {"gt": "greater than", "ge": "at least", "lt": "less than", "le": "at most"}
         bound = comparisons[kind]
-        return f"must be {words[bound]} {context[bound]}, got {_show(value)}"
+        return f"must be {words[bound]} {context[bound]:g}, got {_show(value)}"
     if kind == "finite_number":
         return f"{_show(value)} is not a finite number"
     if kind == "string_pattern_mismatch":

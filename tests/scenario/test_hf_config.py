@@ -1,0 +1,123 @@
+import json
+
+import pytest
+
+from moesim.errors import UserError
+from moesim.scenario import Model, load_scenario, model_names
+from moesim.scenario.catalogue import model_preset
+from moesim.scenario.hf_config import read_hf_config
+
+COMMON = {
+    "layers": "num_hidden_layers",
+    "hidden": "hidden_size",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "vocab": "vocab_size",
+    "top_k": "num_experts_per_tok",
+}
+DEEPSEEK = COMMON | {
+    "experts": "n_routed_experts",
+    "shared_experts": "n_shared_experts",
+    "expert_intermediate": "moe_intermediate_size",
+    "dense_layers": "first_k_dense_replace",
+    "dense_intermediate": "intermediate_size",
+    "routed_scaling_factor": "routed_scaling_factor",
+}
+MLA = DEEPSEEK | {"head_dim": "qk_nope_head_dim", "mtp_layers": "num_nextn_predict_layers"}
+QWEN = COMMON | {"experts": "num_experts", "expert_intermediate": "moe_intermediate_size", "head_dim": "head_dim"}
+DENSE = {key: name for key, name in COMMON.items() if key != "top_k"} | {"dense_intermediate": "intermediate_size"}
+FAMILIES = {
+    "deepseek-moe-16b": ("deepseek", DEEPSEEK),
+    "deepseek-v2-lite": ("deepseek_v2", MLA),
+    "deepseek-v2": ("deepseek_v2", MLA),
+    "deepseek-v3": ("deepseek_v3", MLA),
+    "mixtral-8x7b": ("mixtral", COMMON | {"experts": "num_local_experts", "expert_intermediate": "intermediate_size"}),
+    "mixtral-8x22b": ("mixtral", COMMON | {"experts": "num_local_experts", "expert_intermediate": "intermediate_size"}),
+    "qwen3-30b-a3b": ("qwen3_moe", QWEN),
+    "qwen3-235b-a22b": ("qwen3_moe", QWEN),
+    "olmoe-1b-7b": ("olmoe", COMMON | {"experts": "num_experts", "expert_intermediate": "intermediate_size"}),
+    "llama2-7b": ("llama", DENSE),
+    "deepseek-67b": ("llama", DENSE),
+    "deepseek-7b": ("qwen3", DENSE),
+}
+
+
+def config_of(name):
+    """The preset `name` in the words of its family's config.json."""
+    model = Model.model_validate(model_preset(name))
+    family, words = FAMILIES[name]
+    config = {word: getattr(model, key) for key, word in words.items()} | {"model_type": family, "architectures": ["X"]}
+    if model.attention.kind == "mla":
+        mla = model.attention
+        config |= {"q_lora_rank": mla.q_lora_rank, "kv_lora_rank": mla.kv_lora_rank, "v_head_dim": model.head_dim}
+        config |= {"qk_rope_head_dim": mla.rope_head_dim, "moe_layer_freq": 1}
+    return config
+
+
+def written(tmp_path, config):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config))
+    return path
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_released_config_gives_the_preset(tmp_path, name):
+    read = Model.model_validate(read_hf_config(written(tmp_path, config_of(name))))
+    expected = Model.model_validate(model_preset(name))
+    ignored = {"source", "preset", "attention"}
+    assert read.model_dump(exclude=ignored) == expected.model_dump(exclude=ignored)
+    rewritten = expected.attention.model_dump(exclude_none=True)
+    assert rewritten.items() <= read.attention.model_dump().items()
+
+
+def test_presets_without_a_released_config_are_the_rest():
+    assert set(model_names()) - set(FAMILIES) == {"deepseek-moe-2b", "deepseek-moe-145b", "gshard-137b"}
+
+
+def test_head_width_and_kv_heads_have_their_usual_defaults(tmp_path):
+    config = config_of("llama2-7b")
+    del config["num_key_value_heads"]
+    read = Model.model_validate(read_hf_config(written(tmp_path, config)))
+    assert (read.kv_heads, read.head_dim, read.attention.kind) == (32, 128, "mha")
+
+
+def test_a_scenario_reads_a_config_beside_it_and_overrides_fields(tmp_path):
+    written(tmp_path, config_of("olmoe-1b-7b"))
+    text = "name: s\nmodel: {hf_config: config.json, layers: 4}\nrouting: {kind: uniform}\n"
+    text += "cluster: {gpu: h100, nodes: 1}\nworkload: {sequence_length: 8, global_batch: 1}\n"
+    (tmp_path / "s.yaml").write_text(text)
+    model = load_scenario(tmp_path / "s.yaml").model
+    assert (model.layers, model.experts, model.preset) == (4, 64, None)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gpt2"}, "has model_type 'gpt2'; supported: deepseek, deepseek_v2, "),
+        ({"model_type": None}, "has model_type None; supported: "),
+        ({"n_routed_experts": None}, 'config.json has no "n_routed_experts"'),
+        ({"hidden_size": "2048"}, '"hidden_size" must be a whole number'),
+        ({"hidden_size": True}, '"hidden_size" must be a whole number'),
+        ({"moe_layer_freq": 2}, '"moe_layer_freq" = 2 is not supported, only 1'),
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused_by_field(tmp_path, change, message):
+    with pytest.raises(UserError) as error:
+        read_hf_config(written(tmp_path, config_of("deepseek-moe-16b") | change))
+    assert message in str(error.value)
+
+
+def test_dense_layers_between_experts_are_refused(tmp_path):
+    with pytest.raises(UserError, match="mlp_only_layers"):
+        read_hf_config(written(tmp_path, config_of("qwen3-30b-a3b") | {"mlp_only_layers": [3]}))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{", "not valid JSON"), ("[]", "expected a JSON object"), ("[" * 100_000, "not valid JSON")],
+)
+def test_a_file_that_is_no_config_is_refused(tmp_path, content, message):
+    path = tmp_path / "config.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=message):
+        read_hf_config(tmp_path)
