@@ -65,27 +65,13 @@ def load_trace(path: str | os.PathLike[str]) -> RoutingTrace:
     altered or inconsistent.
     """
     body = _checked_body(Path(path))
-    end = body.index(b"\n")
-    header = json.loads(body[:end])
-    arrays: dict[str, Array] = {}
-    start = end + 1
-    for entry in header["arrays"]:
-        assert entry["dtype"] in _DTYPES
-        raw = zlib.decompress(body[start : start + entry["bytes"]])
-        arrays[entry["name"]] = _unpack(raw, entry["name"], np.dtype(entry["dtype"]), tuple(entry["shape"]))
-        start += entry["bytes"]
-    steps = tuple(
-        TraceStep(step=step, **{name: arrays[f"{index}.{name}"] for name in _STEP_ARRAYS})
-        for index, step in enumerate(header["steps"])
-    )
-    curves = TrainingCurves(**{curve.name: arrays[f"curves.{curve.name}"] for curve in fields(TrainingCurves)})
-    trace = RoutingTrace(
-        router=RouterShape(**header["router"]), steps=steps, curves=curves, provenance=header["provenance"]
-    )
     try:
+        trace = _parse(body)
         check_trace(trace)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    except (KeyError, TypeError, ValueError, zlib.error) as error:
+        raise UserError(f"{path}: the trace's parts do not fit together ({error}); record it again") from error
     return trace
 
 
@@ -120,6 +106,28 @@ def _checked_body(path: Path) -> bytes:
     if not separator or hashlib.sha256(body).hexdigest().encode() != digest:
         raise UserError(f"{path}: the trace is truncated or altered (its hash differs); record it again")
     return body
+
+
+def _parse(body: bytes) -> RoutingTrace:
+    """The trace of a header line and the compressed arrays behind it."""
+    end = body.index(b"\n")
+    header = json.loads(body[:end])
+    arrays: dict[str, Array] = {}
+    start = end + 1
+    for entry in header["arrays"]:
+        if entry["dtype"] not in _DTYPES:
+            raise ValueError(f"unknown type {entry['dtype']!r}")
+        raw = zlib.decompress(body[start : start + entry["bytes"]])
+        arrays[entry["name"]] = _unpack(raw, entry["name"], np.dtype(entry["dtype"]), tuple(entry["shape"]))
+        start += entry["bytes"]
+    steps = tuple(
+        TraceStep(step=step, **{name: arrays[f"{index}.{name}"] for name in _STEP_ARRAYS})
+        for index, step in enumerate(header["steps"])
+    )
+    curves = TrainingCurves(**{curve.name: arrays[f"curves.{curve.name}"] for curve in fields(TrainingCurves)})
+    return RoutingTrace(
+        router=RouterShape(**header["router"]), steps=steps, curves=curves, provenance=header["provenance"]
+    )
 
 
 def _arrays(trace: RoutingTrace) -> dict[str, Array]:

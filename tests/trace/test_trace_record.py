@@ -1,0 +1,116 @@
+"""Invariants of a trace, and cutting its tokens into other sequences."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from moesim.errors import UserError
+from moesim.scenario import RouterShape
+from moesim.trace import RoutingTrace, TraceStep, TrainingCurves, check_trace, uniform_trace
+from moesim.trace.masks import distinct_domains
+from moesim.trace.record import group_of_expert, has_duplicates
+
+ROUTER = RouterShape(kind="deepseek_v2", num_experts=16, top_k=3, num_groups=4, group_limit=2)
+
+
+def trace(**changes: object) -> RoutingTrace:
+    made = uniform_trace(ROUTER, num_layers=2, num_sequences=6, sequence_length=10, seed=1)
+    return replace(made, steps=(replace(made.final, **changes),))
+
+
+def with_ids(*, token: tuple[int, ...], ids: list[int]) -> RoutingTrace:
+    made = trace()
+    ids_LSTK = made.final.expert_ids_LSTK.copy()
+    ids_LSTK[token] = ids
+    return replace(made, steps=(replace(made.final, expert_ids_LSTK=ids_LSTK),))
+
+
+def test_a_sound_trace_passes() -> None:
+    check_trace(trace())
+    assert (trace().num_layers, trace().num_sequences, trace().sequence_length) == (2, 6, 10)
+
+
+@pytest.mark.parametrize(
+    ("ids", "fault"),
+    [
+        ([0, 1, 16], "outside 0..15"),
+        ([0, 1, -2], "outside 0..15"),
+        ([0, 1, -1], "top_k = 3"),
+        ([5, 0, 5], "twice"),
+        ([0, 4, 8], "3 groups, over the limit 2"),
+    ],
+)
+def test_broken_selections_are_named(ids: list[int], fault: str) -> None:
+    with pytest.raises(UserError, match=fault):
+        check_trace(with_ids(token=(1, 5, 9), ids=ids))
+
+
+def test_shapes_types_and_values_are_checked() -> None:
+    final = trace().final
+    with pytest.raises(UserError, match="shapes"):
+        check_trace(trace(gates_LSTK=final.gates_LSTK[:, :-1]))
+    with pytest.raises(UserError, match="types"):
+        check_trace(trace(expert_ids_LSTK=final.expert_ids_LSTK.astype(np.int64)))
+    with pytest.raises(UserError, match="not finite"):
+        check_trace(trace(affinities_LSTK=np.full_like(final.affinities_LSTK, np.nan)))
+
+
+def test_steps_ascend_and_curves_are_lists() -> None:
+    made = trace()
+    with pytest.raises(UserError, match="ascending"):
+        check_trace(replace(made, steps=(made.final, made.final)))
+    with pytest.raises(UserError, match="curves"):
+        check_trace(replace(made, curves=TrainingCurves(train_loss=np.zeros((2, 2)))))
+
+
+def expert_choice_step() -> TraceStep:
+    ids = np.array([[3, -1, -1, -1], [0, 2, -1, 1], [-1, -1, -1, -1]], dtype=np.int16).reshape(1, 1, 3, 4)
+    values = np.where(ids >= 0, 0.5, 0.0).astype(np.float32)
+    return TraceStep(step=0, expert_ids_LSTK=ids, affinities_LSTK=values, gates_LSTK=values)
+
+
+def test_expert_choice_may_give_a_token_any_number_of_experts() -> None:
+    router = RouterShape(kind="expert_choice", num_experts=4, top_k=2)
+    check_trace(RoutingTrace(router=router, steps=(expert_choice_step(),)))
+    assert distinct_domains(expert_choice_step().expert_ids_LSTK, domain_of_expert_E=np.arange(4)).tolist() == [
+        [[1, 3, 0]]
+    ]
+
+
+def test_resequence_keeps_the_order_of_tokens() -> None:
+    made = trace()
+    joined = made.resequence(25)
+    assert joined.final.expert_ids_LSTK.shape == (2, 2, 25, 3)
+    flat = made.final.expert_ids_LSTK.reshape(2, 60, 3)
+    np.testing.assert_array_equal(joined.final.expert_ids_LSTK.reshape(2, 50, 3), flat[:, :50])
+    np.testing.assert_array_equal(made.resequence(5).final.gates_LSTK.reshape(2, 60, 3).shape, flat.shape)
+    assert made.resequence(10) is made
+
+
+def test_resequence_leaves_out_short_early_steps_and_refuses_a_short_trace() -> None:
+    made = trace()
+    early = replace(made.final.resequence(10), step=-1, expert_ids_LSTK=made.final.expert_ids_LSTK[:, :1])
+    early = replace(early, affinities_LSTK=early.affinities_LSTK[:, :1], gates_LSTK=early.gates_LSTK[:, :1])
+    both = replace(made, steps=(early, made.final))
+    assert [step.step for step in both.resequence(5).steps] == [-1, 0]
+    assert [step.step for step in both.resequence(30).steps] == [0]
+    with pytest.raises(UserError, match="60 tokens, less than one sequence of 61"):
+        both.resequence(61)
+
+
+@pytest.mark.parametrize("columns", [3, 20])
+def test_duplicates_are_found_in_short_and_long_rows(columns: int) -> None:
+    ids_TK = np.argsort(np.random.default_rng(0).random((50, 40)), axis=1)[:, :columns].astype(np.int16)
+    ids_TK[3, :2] = -1
+    assert not has_duplicates(ids_TK)
+    ids_TK[49, 0] = ids_TK[49, columns - 1]
+    assert has_duplicates(ids_TK)
+
+
+def test_distinct_domains_against_sets() -> None:
+    router = RouterShape(kind="x", num_experts=160, top_k=5, num_groups=80, group_limit=80)
+    ids_TK = np.random.default_rng(2).integers(-1, 160, (200, 5)).astype(np.int16)
+    expected = [len({expert // 2 for expert in row if expert >= 0}) for row in ids_TK.tolist()]
+    counted = distinct_domains(ids_TK, domain_of_expert_E=group_of_expert(router))
+    assert counted.tolist() == expected
