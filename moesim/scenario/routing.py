@@ -64,9 +64,9 @@ class Thin(Section):
 
     layers: PositiveInt = 2
     hidden: PositiveInt = 128
-    heads: PositiveInt = 4
-    expert_intermediate: PositiveInt = 64
-    context: PositiveInt = 512
+    heads: PositiveInt = 2
+    expert_intermediate: PositiveInt = 32
+    context: PositiveInt = 256
     tokens_per_step: PositiveInt = 4096
     micro_batches: PositiveInt = 1
     learning_rate: PositiveFloat = 3e-3

@@ -1,0 +1,53 @@
+"""Traces by the content hash of their request: an equal scenario never trains twice. torch loads only to train."""
+
+import os
+import sys
+from pathlib import Path
+
+from moesim.errors import UserError
+from moesim.moe.progress import ProgressCallback
+from moesim.moe.request import TrainingRequest
+from moesim.trace import RoutingTrace, load_trace, save_trace
+
+
+def cache_directory() -> Path:
+    """`$MOESIM_CACHE`, or `~/.cache/moesim`."""
+    named = os.environ.get("MOESIM_CACHE")
+    return Path(named).expanduser() if named else Path.home() / ".cache" / "moesim"
+
+
+def trace_path(request: TrainingRequest, cache_dir: Path | None = None) -> Path:
+    """Where the trace of `request` is kept."""
+    return (cache_dir or cache_directory()) / "traces" / f"{request.content_hash()[:32]}.npz"
+
+
+def cached_trace(
+    request: TrainingRequest, cache_dir: Path | None = None, *, progress: ProgressCallback | None = None
+) -> RoutingTrace:
+    """The trace of `request`: from the cache, or trained now (or resumed) and put there.
+
+    A damaged cache file is reported on stderr and made again, never used. Raises UserError as `train_router` does.
+    """
+    path = trace_path(request, cache_dir)
+    if path.exists():
+        try:
+            trace = load_trace(path)
+            if trace.provenance.get("content_hash") == request.content_hash():
+                return trace
+            reason = "it is the trace of another scenario"
+        except UserError as error:
+            reason = str(error)
+        print(f"cached trace not used: {reason}; training again", file=sys.stderr)
+    from moesim.moe.training import train_router
+
+    trace = train_router(request, progress=progress, checkpoint_dir=path.parent.parent / "checkpoints")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.stem}.{os.getpid()}.partial.npz")
+        save_trace(trace, partial)
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(
+            f"cannot write the trace cache {path.parent} ({error.strerror}); set MOESIM_CACHE to a folder of yours"
+        ) from error
+    return trace

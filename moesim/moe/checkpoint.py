@@ -1,0 +1,72 @@
+"""Checkpoints of a training run and interrupts that wait for the end of a step: what exact resume needs."""
+
+import pickle
+import signal
+import sys
+import threading
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+State = dict[str, Any]
+
+
+def save_checkpoint(path: Path, state: State) -> None:
+    """Write `state` whole or not at all: a crash while writing leaves the checkpoint before it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    torch.save(state, partial)
+    partial.replace(path)
+
+
+def load_checkpoint(path: Path, *, content_hash: str) -> State | None:
+    """The state at `path`, or None where there is none.
+
+    A damaged file, or one of another request, is reported on stderr and left out: training then starts over.
+    """
+    if not path.exists():
+        return None
+    try:
+        state: State = torch.load(path, weights_only=True, map_location="cpu")
+        if state["content_hash"] == content_hash:
+            return state
+        reason = "it belongs to another scenario"
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, zipfile.BadZipFile, OSError) as error:
+        reason = f"it is damaged ({type(error).__name__})"
+    print(f"{path.name}: checkpoint not used, {reason}; training starts over", file=sys.stderr)
+    return None
+
+
+class Interrupt:
+    """Whether Ctrl-C was pressed since the deferral began."""
+
+    pending = False
+
+
+@contextmanager
+def deferred_interrupt() -> Iterator[Interrupt]:
+    """Hold back the first SIGINT (read `.pending`), so that no training step is torn in two; a second one strikes.
+
+    Outside the main thread, where signals never arrive, nothing is held back.
+    """
+    interrupt = Interrupt()
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupt
+        return
+    previous = signal.getsignal(signal.SIGINT)
+
+    def defer(number: int, frame: FrameType | None) -> None:
+        if interrupt.pending:
+            raise KeyboardInterrupt
+        interrupt.pending = True
+
+    signal.signal(signal.SIGINT, defer)
+    try:
+        yield interrupt
+    finally:
+        signal.signal(signal.SIGINT, previous)

@@ -1,0 +1,293 @@
+"""Training the thin language model and recording its routing.
+
+Legend: B sequences, T tokens per sequence, K selections, N routed experts, S sequences of a micro-batch, L layers.
+
+Same request, same trace, to the bit, on one machine: every draw comes from a named stream of (seed, step, micro-batch),
+so nothing depends on what ran before; sums are split over a fixed number of threads, not over those that happen to be
+free; on CUDA torch's deterministic algorithms are on. Other processors or torch versions may round differently.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import reduce
+from operator import add
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from moesim.errors import UserError
+from moesim.moe.balance import RoutingSums, balance_loss, load_imbalance, loss_free_update, routing_sums
+from moesim.moe.checkpoint import State, deferred_interrupt, load_checkpoint, save_checkpoint
+from moesim.moe.corpus import Corpus, load_corpus
+from moesim.moe.progress import ProgressCallback, StepReport
+from moesim.moe.recording import record
+from moesim.moe.request import TrainingRequest
+from moesim.moe.routers import DeepSeekV3Router
+from moesim.moe.transformer import LanguageModel, Mode
+from moesim.scenario.routing import DeviceCapacity
+from moesim.seeding import stream, stream_seed
+from moesim.trace.record import RoutingTrace, TrainingCurves
+
+NUM_THREADS = 2  # the thin model gains little from more, and a fixed number keeps the bits
+WARMUP_SHARE = 0.1
+FINAL_LEARNING_RATE = 0.1  # share of the peak
+NUM_VALIDATIONS = 5
+CHECKPOINT_SECONDS = 60.0
+
+
+def train_router(
+    request: TrainingRequest,
+    *,
+    progress: ProgressCallback | None = None,
+    checkpoint_dir: Path | None = None,
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
+) -> RoutingTrace:
+    """Train the model of `request` on real text and record its routing of held-out text at step 0 and at the end.
+
+    With a `checkpoint_dir` the state is saved there every `checkpoint_seconds`, before the last recording, and on
+    Ctrl-C (KeyboardInterrupt follows); the same request then resumes, and its trace equals the uninterrupted one to the
+    bit. `progress` is called after every step. Raises UserError for a bad corpus, a missing device or a diverged loss.
+    """
+    corpus = load_corpus(request.corpus)
+    with _reproducible(_device(request)) as device:
+        trainer = Trainer(request, corpus, device)
+        path = None
+        content_hash = request.content_hash()
+        if checkpoint_dir is not None:
+            path = checkpoint_dir / f"{content_hash[:32]}.checkpoint"
+        first = record(trainer.model, request, corpus.held_out, step=0, num_sequences=request.first_sequences)
+        trainer.validations.setdefault(0, first.loss)
+        if path is not None and (state := load_checkpoint(path, content_hash=content_hash)) is not None:
+            trainer.load(state)
+        _run(trainer, progress=progress, path=path, content_hash=content_hash, seconds=checkpoint_seconds)
+        last = record(
+            trainer.model, request, corpus.held_out, step=request.steps, num_sequences=request.recorded_sequences
+        )
+    if path is not None:
+        path.unlink(missing_ok=True)
+    return RoutingTrace(
+        router=request.router,
+        steps=(first.step, last.step),
+        curves=trainer.curves(),
+        provenance={
+            **request.provenance(),
+            "content_hash": content_hash,
+            "device": _device_name(device),
+            "threads": NUM_THREADS,
+            "recorded_loss": last.loss,
+        },
+    )
+
+
+def _run(
+    trainer: "Trainer", *, progress: ProgressCallback | None, path: Path | None, content_hash: str, seconds: float
+) -> None:
+    """Every step that is left, saving as `train_router` promises."""
+
+    def save() -> None:
+        if path is not None:
+            save_checkpoint(path, {**trainer.state(), "content_hash": content_hash})
+
+    saved_at = time.monotonic()
+    whole = True  # no step is half done
+    with deferred_interrupt() as interrupt:
+        try:
+            while trainer.step < trainer.request.steps:
+                whole = False
+                report = trainer.advance()
+                whole = True
+                if progress is not None:
+                    progress(report)
+                if interrupt.pending:
+                    raise KeyboardInterrupt
+                if time.monotonic() - saved_at > seconds:
+                    save()
+                    saved_at = time.monotonic()
+        except KeyboardInterrupt:
+            if whole:
+                save()
+            raise
+        save()
+
+
+class Trainer:
+    """The model, its optimizer and all that was measured so far: a state that a checkpoint holds whole."""
+
+    def __init__(self, request: TrainingRequest, corpus: Corpus, device: torch.device) -> None:
+        self.request, self.device = request, device
+        self.train = np.frombuffer(corpus.train, dtype=np.uint8)
+        self.held_out = corpus.held_out
+        if len(self.train) < 2 * (request.thin.context + 1):
+            raise UserError(
+                f"routing.corpus = {request.corpus}: {len(self.train)} bytes to train on are too few for a context of "
+                f"{request.thin.context}; give a larger text"
+            )
+        self.model = LanguageModel(request, torch.Generator().manual_seed(stream_seed(request.seed, "weights")))
+        self.model.to(device)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=request.thin.learning_rate,
+            betas=(0.9, 0.95),
+            weight_decay=0.1,
+            fused=True,
+        )
+        self.step = 0
+        self.train_loss: list[float] = []
+        self.imbalance: list[float] = []
+        self.validations: dict[int, float] = {}
+
+    def advance(self) -> StepReport:
+        """One optimizer step. Raises UserError when the loss is not finite."""
+        request, step = self.request, self.step
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(step, num_steps=request.steps, peak=request.thin.learning_rate)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss, counts_LN = self._backward(step)
+        if not math.isfinite(loss):
+            raise UserError(f"training diverged at step {step + 1} (loss {loss}); lower routing.thin.learning_rate")
+        if request.thin.expert_grad_clip is not None:
+            for layer in self.model.moe_layers:
+                layer.experts.clip_gradients(request.thin.expert_grad_clip)
+        self.optimizer.step()
+        self._loss_free(counts_LN)
+        self.step += 1
+        self.train_loss.append(loss)
+        self.imbalance.append(float(np.mean([load_imbalance(count_N) for count_N in counts_LN])))
+        self._validate()
+        return StepReport(self.step, request.steps, loss, self.imbalance[-1])
+
+    def _backward(self, step: int) -> tuple[float, list[Tensor]]:
+        """Accumulate the gradient of a step; its mean cross entropy and the selections per layer and expert.
+
+        With scope global_batch f and P run over the whole step, so all micro-batches' graphs live until one backward.
+        """
+        request = self.request
+        num, scope = request.thin.micro_batches, request.balance.scope
+        held_back: list[tuple[Tensor, list[RoutingSums]]] = []
+        counts_LN: list[Tensor] = []
+        loss = 0.0
+        for micro in range(num):
+            entropy, sums_L = self._forward(step, micro)
+            loss += float(entropy.detach()) / num
+            counts = [sums.count_N for sums in sums_L]
+            counts_LN = counts if not counts_LN else [a + b for a, b in zip(counts_LN, counts, strict=True)]
+            if scope == "global_batch":
+                held_back.append((entropy / num, sums_L))
+            else:
+                torch.autograd.backward((entropy + self._balance(sums_L)) / num)
+        if held_back:
+            totals_L = [reduce(add, layer) for layer in zip(*(sums_L for _, sums_L in held_back), strict=True)]
+            torch.autograd.backward(reduce(add, (entropy for entropy, _ in held_back)) + self._balance(totals_L))
+        return loss, counts_LN
+
+    def _forward(self, step: int, micro: int) -> tuple[Tensor, list[RoutingSums]]:
+        request = self.request
+        bytes_BT, protected_S = self._batch(step, micro)
+        generator = torch.Generator().manual_seed(stream_seed(request.seed, "route", step, micro))
+        fixed = step < round(request.thin.hash_warmup_share * request.steps)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
+            logits_BTV, routings = self.model(bytes_BT[:, :-1], Mode(generator, protected_S, fixed))
+        entropy = functional.cross_entropy(logits_BTV.float().flatten(0, 1), bytes_BT[:, 1:].flatten())
+        return entropy, [routing_sums(each, shape=request.router, num_sequences=len(bytes_BT)) for each in routings]
+
+    def _batch(self, step: int, micro: int) -> tuple[Tensor, Tensor]:
+        """Training windows [B, T + 1] at random places, and which of them are protected from dropping."""
+        request = self.request
+        rng = stream(request.seed, "batch", step, micro)
+        size, context = request.batch_sequences, request.thin.context
+        starts_B = rng.integers(0, len(self.train) - context, size=size)
+        windows = self.train[starts_B[:, None] + np.arange(context + 1)]
+        protected_S = np.zeros(size, dtype=bool)
+        if isinstance(request.capacity, DeviceCapacity):
+            # rounded up or down by chance, so that few sequences still give the wanted share on average
+            num_protected = math.floor(request.capacity.protected_share * size + rng.random())
+            protected_S[rng.permutation(size)[:num_protected]] = True
+        return torch.from_numpy(windows).to(self.device).long(), torch.from_numpy(protected_S).to(self.device)
+
+    def _balance(self, sums_L: list[RoutingSums]) -> Tensor:
+        """The balance losses of all layers together."""
+        request = self.request
+        return reduce(add, (balance_loss(sums, shape=request.router, balance=request.balance) for sums in sums_L))
+
+    def _loss_free(self, counts_LN: list[Tensor]) -> None:
+        if self.request.balance.loss_free is None:
+            return
+        for layer, count_N in zip(self.model.moe_layers, counts_LN, strict=True):
+            assert isinstance(layer.router, DeepSeekV3Router)
+            loss_free_update(layer.router.bias_N, count_N, gamma=self.request.balance.loss_free.gamma)
+
+    def _validate(self) -> None:
+        """Held-out loss at `NUM_VALIDATIONS` evenly spaced steps, always over the same text, without dropping."""
+        request = self.request
+        if self.step == request.steps or self.step % max(1, request.steps // NUM_VALIDATIONS) == 0:
+            recording = record(
+                self.model, request, self.held_out, step=self.step, num_sequences=request.first_sequences
+            )
+            self.validations[self.step] = recording.loss
+
+    def curves(self) -> TrainingCurves:
+        """All that was measured."""
+        return TrainingCurves(
+            steps=np.arange(1, self.step + 1, dtype=np.float64),
+            train_loss=np.array(self.train_loss),
+            validation_steps=np.array(list(self.validations), dtype=np.float64),
+            validation_loss=np.array(list(self.validations.values())),
+            imbalance=np.array(self.imbalance),
+        )
+
+    def state(self) -> State:
+        """Everything that a later process needs to go on."""
+        return {
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "train_loss": self.train_loss,
+            "imbalance": self.imbalance,
+            "validations": self.validations,
+        }
+
+    def load(self, state: State) -> None:
+        """Go on from `state`."""
+        self.step = state["step"]
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.train_loss, self.imbalance = state["train_loss"], state["imbalance"]
+        self.validations = state["validations"]
+
+
+def learning_rate(step: int, *, num_steps: int, peak: float) -> float:
+    """Linear warm-up over the first tenth of the steps, then a cosine down to a tenth of the peak."""
+    warmup = max(1, round(WARMUP_SHARE * num_steps))
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    passed = (step - warmup) / max(1, num_steps - warmup)
+    return peak * (FINAL_LEARNING_RATE + (1 - FINAL_LEARNING_RATE) * 0.5 * (1 + math.cos(math.pi * passed)))
+
+
+def _device(request: TrainingRequest) -> torch.device:
+    wanted = request.thin.device
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("routing.thin.device = cuda, but torch finds no CUDA device; use cpu or auto")
+    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+@contextmanager
+def _reproducible(device: torch.device) -> Iterator[torch.device]:
+    """A fixed number of CPU threads, and deterministic algorithms on CUDA; the former settings come back."""
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    torch.set_num_threads(NUM_THREADS)
+    torch.use_deterministic_algorithms(device.type == "cuda" or deterministic)
+    try:
+        yield device
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic)
