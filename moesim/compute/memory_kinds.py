@@ -26,7 +26,6 @@ class MemoryKind:
 MEMORY_KINDS: dict[str, MemoryKind] = {
     "copy": MemoryKind("bf16 copy", 4),
     "elementwise": MemoryKind("bf16 out = a + b; stands for any fused elementwise kernel", 6),
-    "add": MemoryKind("bf16 out = a + b", 6),
     "mul": MemoryKind("bf16 out = a * b, one operand per row or both full (then 6 per element)", 4),
     "zero": MemoryKind("fill with zeros, bf16", 2),
     "cast": MemoryKind("bf16 to fp32", 6),
@@ -52,9 +51,7 @@ MEMORY_KINDS: dict[str, MemoryKind] = {
     "cross_entropy_fp32_backward": MemoryKind("gradient of fp32 logits", 8),
     "quantise": MemoryKind("bf16 to fp8 (e4m3) cast", 3),
     "embedding": MemoryKind("bf16 rows looked up in a table", 4, 8),
-    "embedding_backward": MemoryKind(
-        "bf16 gradient of the table, whose own bytes come on top", 2, 8
-    ),
+    "embedding_backward": MemoryKind("bf16 gradient of the table, whose own bytes come on top", 2, 8),
     "optimizer_bf16": MemoryKind("fused AdamW; parameter, gradient and both states bf16", 14),
     "optimizer_fp32": MemoryKind("fused AdamW; parameter, gradient and both states fp32", 28),
 }

@@ -1,0 +1,146 @@
+"""Timing of one call on a device: percentiles over groups of calls issued back to back."""
+
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+Call = Callable[[int], object]  # the argument counts calls, so that operands can rotate
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call: percentiles over `groups` groups of `inner` calls each."""
+
+    p20: float
+    p50: float
+    p80: float
+    groups: int
+    inner: int
+
+    def as_row(self) -> dict[str, Any]:
+        """The fields of a profile row; nanosecond digits are noise."""
+        seconds = {name: float(f"{getattr(self, name):.5g}") for name in ("p20", "p50", "p80")}
+        return seconds | {"repeats": self.groups * self.inner}
+
+
+def summarise(seconds: list[float], inner: int) -> Timing:
+    """Percentiles of seconds per call."""
+    p20, p50, p80 = np.percentile(np.asarray(seconds), [20, 50, 80])
+    return Timing(float(p20), float(p50), float(p80), len(seconds), inner)
+
+
+class Timer(Protocol):
+    """Times a call; adaptive, or with fixed counts where several processes must issue the same calls."""
+
+    def time(self, call: Call) -> Timing: ...
+    def time_fixed(self, call: Call, *, warm: int, groups: int, inner: int) -> Timing: ...
+
+
+class CpuTimer:
+    """Wall-clock timing for a CPU; the clock is an argument so that tests can supply their own."""
+
+    def __init__(self, *, target: float = 0.004, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._target, self._clock = target, clock
+        self.started = 0.0
+
+    def time(self, call: Call) -> Timing:
+        """One warm-up call, then groups of calls for about the target time."""
+        begin = self._clock()
+        call(0)
+        first = max(self._clock() - begin, 1e-7)
+        inner = int(np.clip(self._target / 8 / first, 1, 200))
+        return self.time_fixed(call, warm=1, groups=5, inner=inner)
+
+    def time_fixed(self, call: Call, *, warm: int, groups: int, inner: int) -> Timing:
+        """The given number of calls."""
+        for index in range(warm):
+            call(index)
+        seconds = []
+        for group in range(groups):
+            begin = self._clock()
+            for index in range(inner):
+                call(warm + group * inner + index)
+            seconds.append((self._clock() - begin) / inner)
+        return summarise(seconds, inner)
+
+
+class CudaTimer:
+    """Event timing on a CUDA stream that never waits for the host.
+
+    The stream is first held by a sleep kernel while the host issues everything, so that short kernels run back to back
+    as they do inside a step whose host is ahead. Groups of calls are long enough (100 us) for the events' resolution;
+    warm-up calls of the same kernel bring clocks and power to where sustained work has them.
+    """
+
+    def __init__(self, *, target: float = 0.05, warm: float = 0.04) -> None:
+        self._target, self._warm = target, warm
+        self._cycles_per_second = self._measure_sleep()
+        self.started = 0.0  # monotonic seconds at the beginning of the last measurement, for the clock sampler
+
+    def _measure_sleep(self) -> float:
+        sleep: Callable[[int], None] = torch.cuda._sleep  # type: ignore[attr-defined]
+        sleep(10_000_000)
+        torch.cuda.synchronize()
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        sleep(100_000_000)
+        end.record()
+        torch.cuda.synchronize()
+        return 100_000_000 / (begin.elapsed_time(end) / 1e3)
+
+    def sleep(self, seconds: float) -> None:
+        """Hold the current stream for about this long."""
+        torch.cuda._sleep(int(seconds * self._cycles_per_second))  # type: ignore[attr-defined]
+
+    def _probe(self, call: Call) -> tuple[float, float]:
+        """(seconds on the device, seconds on the host) of one call, roughly."""
+        call(0)
+        torch.cuda.synchronize()
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        self.sleep(1e-3)
+        started = time.perf_counter()
+        begin.record()
+        for index in range(3):
+            call(index)
+        end.record()
+        host = (time.perf_counter() - started) / 3
+        torch.cuda.synchronize()
+        return max(begin.elapsed_time(end) / 3e3, 1e-6), host
+
+    def time(self, call: Call) -> Timing:
+        """Adaptive counts: about `warm` seconds of warm-up and `target` seconds of measurement on the device."""
+        device, host = self._probe(call)
+        inner = int(np.clip(100e-6 / device, 1, 40))
+        groups = int(np.clip(self._target / (inner * device), 5, 15))
+        warm = int(np.clip(self._warm / device, 1, 60))
+        ahead = max(0.0, host - device) * (warm + groups * inner) * 1.3 + 2e-4
+        return self._run(call, warm=warm, groups=groups, inner=inner, ahead=min(ahead, 0.05))
+
+    def time_fixed(self, call: Call, *, warm: int, groups: int, inner: int) -> Timing:
+        """The given number of calls, issued behind a sleep of 40 us a call."""
+        return self._run(call, warm=warm, groups=groups, inner=inner, ahead=40e-6 * (warm + groups * inner))
+
+    def _run(self, call: Call, *, warm: int, groups: int, inner: int, ahead: float) -> Timing:
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(groups + 1)]
+        self.started = time.monotonic()
+        torch.cuda.synchronize()
+        gc.disable()
+        try:
+            self.sleep(ahead)
+            for index in range(warm):
+                call(index)
+            events[0].record()
+            for group in range(groups):
+                for index in range(inner):
+                    call(warm + group * inner + index)
+                events[group + 1].record()
+            torch.cuda.synchronize()
+        finally:
+            gc.enable()
+        spans = [a.elapsed_time(b) / 1e3 / inner for a, b in zip(events[:-1], events[1:], strict=True)]
+        return summarise(spans, inner)

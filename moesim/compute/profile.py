@@ -1,0 +1,71 @@
+"""The profile: a data file of measured kernels and the machine they were measured on.
+
+JSON, gzipped where the name ends in .gz:
+    {"schema_version": 1, "name": "h200", "sessions": [{device, driver, torch, cuda, date, ...}],
+     "rows": [{"family": "gemm", "m": ..., "k": ..., "n": ..., "dtype": "bf16", "direction": "forward",
+               "p20": s, "p50": s, "p80": s, "repeats": n, "sm_mhz": ..., "watts": ..., "session": 0}, ...]}
+"""
+
+import gzip
+import json
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moesim.errors import UserError
+
+SCHEMA_VERSION = 1
+SHIPPED = Path(__file__).parent / "profiles"
+
+
+@dataclass
+class Profile:
+    """Measured rows and the sessions that they come from."""
+
+    name: str
+    sessions: list[dict[str, Any]]
+    rows: list[dict[str, Any]]
+
+    def family(self, name: str) -> list[dict[str, Any]]:
+        """The rows of one family."""
+        return [row for row in self.rows if row.get("family") == name]
+
+
+def save_profile(profile: Profile, path: Path) -> None:
+    """Write `profile`, one row a line; never leaves a half-written file in place of a whole one."""
+    head = json.dumps({"schema_version": SCHEMA_VERSION, "name": profile.name, "sessions": profile.sessions}, indent=1)
+    rows = ",\n".join(json.dumps(row, separators=(",", ":")) for row in profile.rows)
+    text = f'{head[:-2]},\n "rows": [\n{rows}\n]}}\n'
+    data = text.encode()
+    if path.suffix == ".gz":
+        data = gzip.compress(data, mtime=0)
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(data)
+    part.replace(path)
+
+
+def load_profile_file(path: Path) -> Profile:
+    """Read a profile. Raises UserError when it is missing, damaged or of another schema version."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{path}: cannot read this profile ({reason}); `moesim calibrate --out` makes one") from None
+    try:
+        content = json.loads(gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data)
+    except (ValueError, EOFError, OSError, zlib.error) as error:
+        raise UserError(f"{path}: not a whole profile ({error}); make it again with `moesim calibrate`") from None
+    if not isinstance(content, dict) or "schema_version" not in content:
+        raise UserError(f"{path}: not a profile: no schema_version; make one with `moesim calibrate`")
+    if content["schema_version"] != SCHEMA_VERSION:
+        found = content["schema_version"]
+        raise UserError(
+            f"{path}: profile of schema version {found!r}, this moesim reads {SCHEMA_VERSION}; run `moesim calibrate` again"
+        )
+    name, sessions, rows = content.get("name"), content.get("sessions"), content.get("rows")
+    if not isinstance(name, str) or not isinstance(sessions, list) or not isinstance(rows, list):
+        raise UserError(f"{path}: profile without name, sessions or rows; make it again with `moesim calibrate`")
+    if not all(isinstance(row, dict) and isinstance(row.get("family"), str) for row in rows):
+        raise UserError(f"{path}: profile with a row that names no family; make it again with `moesim calibrate`")
+    return Profile(name=name, sessions=sessions, rows=rows)
