@@ -4,6 +4,7 @@
 explicit model; paths become absolute, relative to the scenario file (or, from `--set`, to the working directory).
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,7 +74,7 @@ def absolute_paths(root: Node, *, base: Path) -> Node:
 
 def _resolve(text: str, node: Node, base: Path) -> Path:
     origin = Path() if node.where.startswith("--set ") else base
-    return (origin / Path(text).expanduser()).absolute()
+    return (origin / os.path.expanduser(text)).absolute()
 
 
 def _text(node: Node) -> str:

@@ -67,6 +67,15 @@ def _read(path: FilePath) -> str:
 
 
 def _build(root: Node, overrides: Sequence[str], *, base: FilePath) -> Scenario:
+    """Every way into a Scenario ends here; a message stays one line whatever texts of the user it quotes."""
+    try:
+        return _validated(root, overrides, base=base)
+    except UserError as error:
+        line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(error))
+        raise type(error)(line) from None
+
+
+def _validated(root: Node, overrides: Sequence[str], *, base: FilePath) -> Scenario:
     if not isinstance(root.value, dict):
         kind = "a list" if isinstance(root.value, list) else f"the value {root.value!r}"
         raise UserError(f"{root.where}: expected a mapping of sections, got {kind}; write name: ..., model: ...")
@@ -127,7 +136,7 @@ class _Dumper(yaml.SafeDumper):
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
     try:
-        is_plain = plain_scalar(text) == text
+        is_plain = text.isprintable() and plain_scalar(text) == text
     except ValueError:
         is_plain = False
     style = None if is_plain else '"'
