@@ -1,0 +1,229 @@
+"""Samples of a whole step: the right tokens, each counted once, relabelled per model layer, dropped per micro-batch."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from moesim.errors import UserError
+from moesim.parallel import TrafficSample, TrafficSampler, sample_traffic
+from moesim.parallel.counts import count_blocks
+from moesim.parallel.dropping import device_keep_mask, expert_capacity, expert_keep_mask, ranks_of_rows
+from moesim.scenario import RouterShape, Scenario
+from moesim.seeding import stream
+from moesim.trace import RoutingTrace, popularity_trace, uniform_trace
+
+Make = Callable[..., Scenario]
+DEVICE = {"kind": "device", "factor": 1.0, "protected_share": 0.2}
+SKEW = [8.0 if expert == 5 else 1.0 for expert in range(32)]
+
+
+def make_trace(scenario: Scenario, *, layers: int = 2, sequences: int = 60, counts: list[float] | None = None):
+    size = {"num_layers": layers, "num_sequences": sequences, "sequence_length": 16, "seed": 3}
+    if counts is None:
+        return uniform_trace(scenario.router_shape(), **size)
+    return popularity_trace(scenario.router_shape(), counts=counts, **size)
+
+
+def draw(scenario: Scenario, trace: RoutingTrace, *, seed: int = 0, bootstrap: bool = False) -> TrafficSample:
+    return sample_traffic(scenario, trace, rng=stream(seed, "test"), bootstrap=bootstrap)
+
+
+def kept_ids(sample: TrafficSample, group: int, micro_batch: int, thin_layer: int) -> NDArray[np.int16]:
+    """The ids that a group keeps in one micro-batch [R, U*T, K], put together plainly from the trace."""
+    scenario, step = sample.sampler.scenario, sample.sampler.sequences.final
+    ranks = scenario.parallelism.expert
+    sequences_RU = sample.draw.sequences_BNU[micro_batch, group * ranks : (group + 1) * ranks]
+    protected_RU = sample.protected_BNU[micro_batch, group * ranks : (group + 1) * ranks]
+    ids = step.expert_ids_LSTK[thin_layer][sequences_RU]
+    affinities = step.affinities_LSTK[thin_layer][sequences_RU]
+    capacity, blocks = scenario.capacity, (ranks, -1, ids.shape[-1])
+    keep = np.ones(ids.shape, dtype=bool)
+    if capacity.kind == "device":
+        keep = device_keep_mask(
+            ranks_of_rows(ids, rank_of_expert_E=sample.placement.rank_of_expert_E, num_ranks=ranks),
+            affinities,
+            protected_S=protected_RU,
+            num_ranks=ranks,
+            factor=capacity.factor,
+        )
+    elif capacity.kind == "expert":
+        tokens = scenario.tokens_per_micro_batch
+        rows = expert_capacity(factor=capacity.factor, top_k=4, num_tokens=tokens, num_experts=32)
+        keep = expert_keep_mask(
+            ids.reshape(blocks), affinities.reshape(blocks), num_experts=32, capacity=rows, by=capacity.by
+        ).reshape(ids.shape)
+    return np.where(keep, ids, -1).reshape(blocks)
+
+
+@pytest.mark.parametrize("expert", [1, 4, 8])
+@pytest.mark.parametrize(
+    "capacity",
+    [
+        {"kind": "none"},
+        DEVICE,
+        {"kind": "expert", "factor": 1.0, "by": "score"},
+        {"kind": "expert", "factor": 0.7, "by": "position"},
+    ],
+)
+def test_layers_count_the_kept_rows_of_the_drawn_sequences(
+    make_scenario: Make, expert: int, capacity: dict[str, object]
+) -> None:
+    scenario = make_scenario(expert=expert, capacity=capacity, routing={"kind": "uniform"})
+    sample = draw(scenario, make_trace(scenario, counts=SKEW))
+    for group in range(8 // expert):
+        layout = sample.sampler.layouts[0][group]
+        for micro_batch, thin_layer in ((0, 0), (2, 1)):
+            kept_RTK = kept_ids(sample, group, micro_batch, thin_layer)
+            counts = count_blocks(
+                kept_RTK,
+                rank_of_expert_E=sample.placement.rank_of_expert_E,
+                node_of_rank_D=layout.node_of_rank_R,
+            )
+            traffic = sample.thin_arrays(group, thin_layer).micro_batch(micro_batch)
+            np.testing.assert_array_equal(traffic.rows_RE, counts.rows_SE)
+            np.testing.assert_array_equal(traffic.rank_copies_RD, counts.rank_copies_SD)
+            np.testing.assert_array_equal(traffic.node_copies_RM, counts.node_copies_SM)
+            assert traffic.routed_rows == expert * scenario.tokens_per_micro_batch * 4
+            assert traffic.dropped_rows == traffic.routed_rows - traffic.rows_RE.sum()
+            assert (traffic.dropped_rows > 0) == (capacity["kind"] == "expert" or (expert > 1 and capacity is DEVICE))
+
+
+def test_expert_capacity_counts_pieces_or_micro_batches_alike(make_scenario: Make) -> None:
+    """With one sequence per rank and micro-batch drops are counted once per sequence; the direct way agrees."""
+    work = {"kind": "training", "sequence_length": 32, "micro_batch": 1, "global_batch": 24}
+    scenario = make_scenario(capacity={"kind": "expert", "factor": 0.8, "by": "score"}, workload=work)
+    sample = draw(scenario, make_trace(scenario))
+    assert sample.sampler.counts_add_up
+    kept = kept_ids(sample, 0, 1, 1)
+    rows = sample.thin_arrays(0, 1).rows_BRE[1]
+    np.testing.assert_array_equal(rows.sum(axis=0), np.bincount(kept.reshape(-1) + 1, minlength=33)[1:])
+
+
+@pytest.mark.parametrize("capacity", [{"kind": "none"}, DEVICE])
+def test_model_layers_reindex_their_thin_layer(make_scenario: Make, capacity: dict[str, object]) -> None:
+    scenario = make_scenario(capacity=capacity)
+    sample = draw(scenario, make_trace(scenario, counts=SKEW))
+    hottest = set()
+    for layer in range(scenario.model.moe_layers):
+        thin, model = sample.thin_arrays(0, layer % 2).micro_batch(1), sample.layer(0, 1, layer)
+        relabelling = sample.sampler.relabellings[layer]
+        kept = kept_ids(sample, 0, 1, layer % 2)
+        new_number_of_E = np.append(np.argsort(relabelling.expert_from_E), -1)  # index -1 stays -1
+        counts = count_blocks(
+            new_number_of_E[kept],
+            rank_of_expert_E=sample.placement.rank_of_expert_E,
+            node_of_rank_D=sample.sampler.layouts[0][0].node_of_rank_R,
+        )
+        np.testing.assert_array_equal(model.rows_RE, counts.rows_SE)
+        np.testing.assert_array_equal(model.rank_copies_RD, counts.rank_copies_SD)
+        np.testing.assert_array_equal(model.node_copies_RM, counts.node_copies_SM)
+        assert (model.routed_rows, model.dropped_rows) == (thin.routed_rows, thin.dropped_rows)
+        hottest.add(int(model.rows_RE.sum(axis=0).argmax()))
+        np.testing.assert_array_equal(sample.slot_rows_MDP(0, layer)[1], model.rows_DP(sample.placement))
+    assert len(hottest) > 3  # one expert is hot in the trace, but not the same one in every model layer
+
+
+def test_relabelling_belongs_to_the_model(make_scenario: Make) -> None:
+    scenario = make_scenario(expert=4)
+    trace = make_trace(scenario)
+    first, second = (TrafficSampler(scenario, trace).relabellings for _ in range(2))
+    np.testing.assert_array_equal(
+        [relabelling.expert_from_E for relabelling in first], [relabelling.expert_from_E for relabelling in second]
+    )
+    other = TrafficSampler(make_scenario(expert=4, seed=1), trace).relabellings
+    assert any((a.expert_from_E != b.expert_from_E).any() for a, b in zip(first, other, strict=True))
+    whole = TrafficSampler(scenario, make_trace(scenario, layers=8)).relabellings
+    assert all((relabelling.expert_from_E == np.arange(32)).all() for relabelling in whole)
+
+
+def test_same_stream_same_sample_and_bootstrap_differs(make_scenario: Make) -> None:
+    scenario = make_scenario(capacity=DEVICE)
+    trace = make_trace(scenario)
+    rows = [draw(scenario, trace, seed=seed).layer(0, 0, 3).rows_RE for seed in (0, 0, 1)]
+    np.testing.assert_array_equal(rows[0], rows[1])
+    assert (rows[0] != rows[2]).any()
+    assert draw(scenario, trace).num_distinct_sequences == 30  # 60 short sequences make 30 of the workload's length
+    assert draw(scenario, trace, bootstrap=True).num_distinct_sequences < 26
+
+
+def test_tokens_are_split_over_context_and_tensor_ranks(make_scenario: Make) -> None:
+    scenario = make_scenario(parallelism={"data": 2, "context": 2, "tensor": 2, "expert": 8})
+    sample = draw(scenario, make_trace(scenario))
+    ids_STK = sample.sampler.sequences.final.expert_ids_LSTK[0]
+    arrays = sample.thin_arrays(0, 0)
+    for rank in range(8):
+        tokens = slice(8 * (rank % 4), 8 * (rank % 4 + 1))
+        mine = ids_STK[sample.draw.sequences_BNU[3, rank // 4], tokens]
+        np.testing.assert_array_equal(arrays.rows_BRE[3, rank], np.bincount(mine.reshape(-1), minlength=32))
+
+
+def test_padding_and_stages(make_scenario: Make) -> None:
+    capacity = {"kind": "expert", "factor": 1.0, "by": "position", "pad": True}
+    scenario = make_scenario(capacity=capacity)
+    traffic = draw(scenario, make_trace(scenario)).layer(0, 0, 0)
+    assert (traffic.rows_RE == 8).all()  # ceil(4 * 64 / 32)
+    assert traffic.padded_rows == traffic.rows_RE.sum() - (traffic.routed_rows - traffic.dropped_rows)
+    staged = make_scenario(parallelism={"data": 4, "pipeline": 2, "expert": 4})
+    sample = draw(staged, make_trace(staged))
+    np.testing.assert_array_equal(sample.layer(0, 0, 1, stage=0).rows_RE, sample.layer(0, 0, 1, stage=1).rows_RE)
+
+
+def test_the_counterfactual_has_equal_loads_in_every_layer(make_scenario: Make) -> None:
+    scenario = make_scenario(capacity=DEVICE)
+    sample = draw(scenario, make_trace(scenario, counts=SKEW))
+    even = sample.balanced()
+    for layer in range(scenario.model.moe_layers):
+        rows, even_rows = sample.slot_rows_MDP(0, layer), even.slot_rows_MDP(0, layer)
+        np.testing.assert_allclose(even_rows.sum(axis=(1, 2)), rows.sum(axis=(1, 2)))
+        np.testing.assert_allclose(even_rows, even_rows.mean(axis=(1, 2), keepdims=True) * np.ones((1, 8, 4)))
+    assert sample.slot_rows_MDP(0, 0).std() > 0
+
+
+def test_a_hot_rank_in_the_trace_changes_the_traffic(make_scenario: Make) -> None:
+    """All tokens to rank 0's experts: they arrive there and nowhere else. Without the trace there is no traffic."""
+    scenario = make_scenario(model={"layers": 2}, routing={"kind": "uniform"})
+    trace = make_trace(scenario, layers=1)
+    ids = np.broadcast_to(np.arange(4, dtype=np.int16), trace.final.expert_ids_LSTK.shape).copy()
+    hot = replace(trace, steps=(replace(trace.final, expert_ids_LSTK=ids),))
+    received = (
+        draw(scenario, hot).layer(0, 0, 0).send_bytes_RD(draw(scenario, hot).placement, "per_rank", 1.0).sum(axis=0)
+    )
+    assert received[0] == 7 * scenario.tokens_per_micro_batch
+    assert not received[1:].any()
+    spread = draw(scenario, trace).layer(0, 0, 0)
+    assert (spread.rank_copies_RD.sum(axis=0) > 0).all()
+
+
+def test_traces_that_do_not_fit_are_refused(make_scenario: Make) -> None:
+    scenario = make_scenario(routing={"kind": "uniform"})
+    size = {"num_layers": 1, "num_sequences": 20, "sequence_length": 32, "seed": 0}
+    for router, fault in (
+        (RouterShape(kind="uniform", num_experts=16, top_k=4), "4 of 16 experts, the model to 4 of 32"),
+        (RouterShape(kind="uniform", num_experts=32, top_k=2), "2 of 32 experts"),
+    ):
+        with pytest.raises(UserError, match=fault):
+            TrafficSampler(scenario, uniform_trace(router, **size))
+    short = RouterShape(kind="uniform", num_experts=32, top_k=4)
+    sampler = TrafficSampler(scenario, uniform_trace(short, **(size | {"num_sequences": 1, "sequence_length": 31})))
+    with pytest.raises(UserError, match="31 tokens, less than one sequence of 32"):
+        sampler.draw(stream(0, "x"))
+    grouped = RouterShape(kind="uniform", num_experts=32, top_k=4, num_groups=8, group_limit=3)
+    turns = make_scenario(routing={"kind": "uniform"}, placement={"kind": "round_robin"})
+    with pytest.raises(UserError, match="splits the trace's 8 router groups"):
+        TrafficSampler(turns, uniform_trace(grouped, **size))
+
+
+def test_expert_choice_traces_give_tokens_any_number_of_rows(make_scenario: Make) -> None:
+    scenario = make_scenario(routing={"kind": "uniform"}, capacity={"kind": "none"})
+    trace = make_trace(scenario)
+    ids = trace.final.expert_ids_LSTK.copy()
+    ids[np.random.default_rng(0).random(ids.shape) < 0.4] = -1
+    router = replace(trace.router, kind="expert_choice")
+    sample = draw(scenario, replace(trace, router=router, steps=(replace(trace.final, expert_ids_LSTK=ids),)))
+    arrays = sample.thin_arrays(0, 1)
+    sequences = sample.sampler.sequences.final.expert_ids_LSTK[1][sample.draw.sequences_BNU]
+    np.testing.assert_array_equal(arrays.routed_rows_B, (sequences >= 0).sum(axis=(1, 2, 3, 4)))
+    assert not arrays.dropped_rows_B.any()
