@@ -12,8 +12,11 @@ from moesim.scenario import Scenario
 from moesim.scenario.base import BYTES_PER_ELEMENT
 from moesim.scenario.flops import expert_parameters, parameters
 from moesim.sim.loads import group_loads
-from moesim.sim.program import FREE_HOST, GroupProgram, StepProgram, micro_batch_blocks, optimizer_block
+from moesim.sim.operations import Block
+from moesim.sim.program import GroupProgram, StepProgram, micro_batch_blocks, optimizer_block
 from moesim.sim.reductions import Members, Reduction, parameter_shares
+from moesim.sim.software import SOFTWARE
+from moesim.sim.writer import KernelWriter
 
 
 def build_program(
@@ -21,6 +24,11 @@ def build_program(
 ) -> StepProgram:
     """The step of all expert groups; `samples` run in lockstep and are empty for a dense model."""
     mesh = Mesh(scenario.parallelism, scenario.cluster)
+    dense, expert = _local_parameters(scenario)
+    software = SOFTWARE[scenario.implementation.kind]
+    writer = KernelWriter(kernels, dtype=scenario.workload.precision.gemm, category="data_parallel", layer=-1)
+    accumulate = Block("accumulate", tuple(software.accumulation(writer, parameters=dense + expert)))
+    before, after = software.flat_copies(writer, parameters=_reduced_parameters(mesh, dense=dense, expert=expert))
     groups = []
     for number, ranks_R in enumerate(mesh.expert_groups()):
         loads = group_loads(scenario, fabric, samples, group=number, ranks_R=ranks_R) if samples else []
@@ -28,10 +36,12 @@ def build_program(
         schedule = [
             part
             for micro_batch in range(scenario.num_micro_batches)
-            for part in ((forward, micro_batch, False), (backward, micro_batch, True))
+            for part in ((forward, micro_batch, False), (backward, micro_batch, True), (accumulate, micro_batch, True))
+            if part[0] is not accumulate or (micro_batch > 0 and accumulate.operations)
         ]
+        if before:
+            schedule.append((Block("flatten", tuple(before)), -1, False))
         groups.append(GroupProgram(ranks_R=ranks_R, schedule=tuple(schedule)))
-    dense, expert = _local_parameters(scenario)
     zero = scenario.parallelism.zero
     replicas = len(mesh.expert_gradient_groups()[0])
     updated = parameter_shares(
@@ -41,9 +51,9 @@ def build_program(
     return StepProgram(
         groups=tuple(groups),
         reductions=tuple(reductions),
-        optimizer=optimizer_block(scenario, kernels, parameters=updated),
+        optimizer=Block("optimizer", (*after, *optimizer_block(scenario, kernels, parameters=updated).operations)),
         gathers=tuple(gathers),
-        host=FREE_HOST,
+        host=software.host_model(kernels),
         slowdown=kernels.contention.compute,
         samples=max(1, len(samples)),
     )
@@ -54,6 +64,12 @@ def _local_parameters(scenario: Scenario) -> tuple[float, float]:
     model = scenario.model
     routed = model.moe_layers * model.experts * expert_parameters(model)
     return parameters(model).total - routed, routed / scenario.parallelism.expert
+
+
+def _reduced_parameters(mesh: Mesh, *, dense: float, expert: float) -> float:
+    """Parameters of one rank whose gradients other ranks hold too."""
+    shared = dense if len(mesh.dense_gradient_groups()[0]) > 1 else 0.0
+    return shared + (expert if len(mesh.expert_gradient_groups()[0]) > 1 else 0.0)
 
 
 def _collectives(

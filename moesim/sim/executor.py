@@ -30,6 +30,9 @@ class HostModel:
     readback: float
 
 
+FREE_HOST = HostModel(forward_launch=0.0, backward_launch=0.0, readback=0.0)
+
+
 class Labels:
     """The distinct labels of a simulation and their numbers."""
 

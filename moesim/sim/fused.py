@@ -22,37 +22,25 @@ a combine. With one expert-parallel rank there is no transfer and rows are gathe
 Legend: see `moesim.sim.loads`.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 
+from moesim.compute import KernelModel
 from moesim.scenario import Model
 from moesim.scenario.base import BYTES_PER_ELEMENT
 from moesim.scenario.model import LocalGlobal, Mla
+from moesim.sim.executor import FREE_HOST, HostModel
 from moesim.sim.loads import LayerLoads
 from moesim.sim.operations import SIDE, Operation, fork, join, transfer
+from moesim.sim.sizes import Passes, Step, chain
 from moesim.sim.writer import KernelWriter
 
 ACTIVATION_BYTES = BYTES_PER_ELEMENT["bf16"]  # activations between kernels
 
 
-@dataclass(frozen=True, kw_only=True)
-class Step:
-    """Sizes of one micro-batch on one rank: `batch` sequences of `sequence` tokens; `quantise` when dispatch is fp8."""
-
-    model: Model
-    batch: int
-    sequence: int
-    quantise: bool
-    remote: bool  # experts are spread over more than one rank
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of one micro-batch on one rank."""
-        return self.batch * self.sequence
-
-
-Passes = tuple[list[Operation], list[Operation]]  # forward, backward (each in issue order)
+def host_model(kernels: KernelModel) -> HostModel:
+    """The host never limits, whatever the GPU."""
+    del kernels
+    return FREE_HOST
 
 
 def _norm(w: KernelWriter, name: str, tokens: int, width: int) -> Passes:
@@ -65,13 +53,6 @@ def _norm(w: KernelWriter, name: str, tokens: int, width: int) -> Passes:
 
 def _projection(w: KernelWriter, name: str, *, m: int, k: int, n: int, dtype: str | None = None) -> Passes:
     return [w.gemm(name, m=m, k=k, n=n, dtype=dtype)], w.gemm_backward(name, m=m, k=k, n=n, dtype=dtype)
-
-
-def _chain(*parts: Passes) -> Passes:
-    """Forward in order, backward in the opposite order."""
-    forward = [operation for part in parts for operation in part[0]]
-    backward = [operation for part in reversed(parts) for operation in part[1]]
-    return forward, backward
 
 
 def _query_key_value(w: KernelWriter, model: Model, tokens: int) -> Passes:
@@ -89,7 +70,7 @@ def _query_key_value(w: KernelWriter, model: Model, tokens: int) -> Passes:
             _norm(w, "q_norm", tokens, mla.q_lora_rank),
             _projection(w, "q_up", m=tokens, k=mla.q_lora_rank, n=heads * (d + rope)),
         ]
-    return _chain(
+    return chain(
         *query,
         _projection(w, "kv_down", m=tokens, k=h, n=mla.kv_lora_rank + rope),
         _norm(w, "kv_norm", tokens, mla.kv_lora_rank),
@@ -136,7 +117,7 @@ def attention_part(w: KernelWriter, step: Step) -> Passes:
         [w.memory("rotary", "copy", rows=tokens, width=rotary)],
         [w.memory("rotary.backward", "copy", rows=tokens, width=rotary)],
     )
-    return _chain(
+    return chain(
         _norm(w, "attention_norm", tokens, model.hidden),
         _query_key_value(w, model, tokens),
         rope,
@@ -153,7 +134,7 @@ def _swiglu(w: KernelWriter, name: str, *, tokens: int, hidden: int, width: int)
         [w.moved(f"{name}.activation", "elementwise", bytes_=3 * inner)],
         [w.moved(f"{name}.activation.backward", "elementwise", bytes_=5 * inner)],
     )
-    return _chain(
+    return chain(
         _projection(w, f"{name}.w13", m=tokens, k=hidden, n=2 * width),
         activation,
         _projection(w, f"{name}.w2", m=tokens, k=width, n=hidden),
@@ -163,7 +144,7 @@ def _swiglu(w: KernelWriter, name: str, *, tokens: int, hidden: int, width: int)
 def dense_ffn_part(w: KernelWriter, step: Step) -> Passes:
     """Norm and the dense feed-forward network."""
     model = step.model
-    return _chain(
+    return chain(
         _norm(w, "ffn_norm", step.tokens, model.hidden),
         _swiglu(w, "ffn", tokens=step.tokens, hidden=model.hidden, width=model.dense_intermediate),
     )
@@ -175,7 +156,7 @@ def _router_part(w: KernelWriter, step: Step) -> Passes:
         [w.memory("router.topk", "topk", rows=tokens, width=model.experts)],
         [w.memory("router.topk.backward", "softmax_backward", rows=tokens, width=model.experts)],
     )
-    return _chain(
+    return chain(
         _norm(w, "ffn_norm", tokens, model.hidden),
         _projection(w, "router.gate", m=tokens, k=model.hidden, n=model.experts, dtype="bf16"),
         select,
@@ -270,8 +251,8 @@ def layer_part(w: KernelWriter, step: Step, loads: LayerLoads | None) -> Passes:
     """One transformer layer; `loads` is None for a dense layer."""
     attention = attention_part(w.part("attention"), step)
     if loads is None:
-        return _chain(attention, dense_ffn_part(w.part("dense_ffn"), step))
-    return _chain(attention, moe_part(w, step, loads))
+        return chain(attention, dense_ffn_part(w.part("dense_ffn"), step))
+    return chain(attention, moe_part(w, step, loads))
 
 
 def embedding_part(w: KernelWriter, step: Step) -> Passes:
@@ -288,8 +269,20 @@ def head_part(w: KernelWriter, step: Step) -> Passes:
         [w.memory("cross_entropy", "cross_entropy", rows=tokens, width=model.vocab)],
         [w.memory("cross_entropy.backward", "cross_entropy_backward", rows=tokens, width=model.vocab)],
     )
-    return _chain(
+    return chain(
         _norm(w, "final_norm", tokens, model.hidden),
         _projection(w, "head", m=tokens, k=model.hidden, n=model.vocab, dtype="bf16"),
         loss,
     )
+
+
+def accumulation(w: KernelWriter, *, parameters: float) -> list[Operation]:
+    """Nothing: the weight-gradient product adds into the buffer, micro-batch after micro-batch."""
+    del w, parameters
+    return []
+
+
+def flat_copies(w: KernelWriter, *, parameters: float) -> tuple[list[Operation], list[Operation]]:
+    """Nothing: gradients are written into the buffer that is reduced."""
+    del w, parameters
+    return [], []

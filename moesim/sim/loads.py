@@ -25,7 +25,7 @@ class LayerLoads:
 
     `slot_rows_MSRP`: rows that each expert slot computes. `copies_out_MSR`: copies of its own tokens that a rank writes
     into its send buffer (copies for itself included). `copies_in_MSR`: copies that reach a rank. The transfers of one
-    micro-batch hold all samples.
+    micro-batch hold all samples. `counts` is the exchange of row counts that software which reads them back does first.
     """
 
     slot_rows_MSRP: NDArray[Any]
@@ -33,6 +33,7 @@ class LayerLoads:
     copies_in_MSR: NDArray[Any]
     dispatch_M: tuple[Transfer, ...]
     combine_M: tuple[Transfer, ...]
+    counts: Transfer | None = None
 
     @property
     def rows_MSR(self) -> NDArray[Any]:
@@ -79,6 +80,20 @@ def _layer_loads(
         copies_in_MSR=held_MSRD.sum(axis=2),
         dispatch_M=tuple(dispatch_M),
         combine_M=tuple(combine_M),
+        counts=_counts(scenario, fabric, slot_rows_MSRP[0], ranks_R),
+    )
+
+
+def _counts(
+    scenario: Scenario, fabric: Fabric, slot_rows_SRP: NDArray[Any], ranks_R: IntArray
+) -> Transfer | None:
+    """One int64 per (rank, slot of the target), sent by everyone to everyone before the rows."""
+    if scenario.implementation.kind != "torch_eager" or len(ranks_R) == 1:
+        return None
+    samples, ranks, slots = slot_rows_SRP.shape
+    each_SRR = np.broadcast_to(1.0 - np.eye(ranks), (samples, ranks, ranks))
+    return prepare_dispatch(
+        fabric, [each_SRR], token_bytes=8.0 * slots, algorithm="direct", ranks=ranks_R, synchronised=True
     )
 
 

@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from moesim.compute import KernelModel
 from moesim.scenario import Scenario
 from moesim.scenario.base import BYTES_PER_ELEMENT
-from moesim.sim.executor import HostModel
-from moesim.sim.fused import Step, embedding_part, head_part, layer_part
+from moesim.sim.executor import FREE_HOST, HostModel
 from moesim.sim.loads import LayerLoads
 from moesim.sim.operations import Block, Operation
 from moesim.sim.reductions import Reduction
+from moesim.sim.sizes import Step
+from moesim.sim.software import SOFTWARE
 from moesim.sim.writer import KernelWriter
 
 
@@ -44,12 +45,10 @@ class StepProgram:
     samples: int
 
     def rows(self, group: GroupProgram) -> int:
-        """Most spans that a group can emit: every operation, and a host stall before it."""
+        """Most spans that a group can emit: every operation, and a host stall before it unless the host is free."""
         operations = sum(len(block.operations) for block, _, _ in group.schedule) + len(self.optimizer.operations)
-        return 2 * operations + len(self.reductions) + len(self.gathers)
-
-
-FREE_HOST = HostModel(forward_launch=0.0, backward_launch=0.0, readback=0.0)
+        per_operation = 1 if self.host == FREE_HOST else 2
+        return per_operation * operations + len(self.reductions) + len(self.gathers)
 
 
 def micro_batch_blocks(
@@ -63,16 +62,18 @@ def micro_batch_blocks(
         sequence=workload.sequence_length,
         quantise=scenario.dispatch.dtype == "fp8",
         remote=scenario.parallelism.expert > 1,
+        sigmoid=model.experts > 0 and scenario.router_shape().kind == "deepseek_v3",
     )
+    software = SOFTWARE[scenario.implementation.kind]
 
     def writer(category: str, layer: int) -> KernelWriter:
         return KernelWriter(kernels, dtype=workload.precision.gemm, category=category, layer=layer)
 
-    parts = [embedding_part(writer("embedding_head", -1), step)]
+    parts = [software.embedding_part(writer("embedding_head", -1), step)]
     for layer in range(model.layers):
         loads = loads_L[layer - model.dense_layers] if layer >= model.dense_layers else None
-        parts.append(layer_part(writer("attention", layer), step, loads))
-    parts.append(head_part(writer("embedding_head", -1), step))
+        parts.append(software.layer_part(writer("attention", layer), step, loads))
+    parts.append(software.head_part(writer("embedding_head", -1), step))
     forward = tuple(operation for part in parts for operation in part[0])
     backward = tuple(operation for part in reversed(parts) for operation in part[1])
     return Block("forward", forward), Block("backward", backward)
