@@ -10,8 +10,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.errors import UserError
-from moesim.scenario.cluster import Contiguous, Explicit, Placement, RoundRobin
+from moesim.scenario.cluster import Contiguous, Explicit, Placement
 
 EMPTY_SLOT = -1
 
@@ -73,19 +72,9 @@ def round_robin_placement(*, num_experts: int, num_ranks: int) -> ExpertPlacemen
 
 
 def explicit_placement(slots: Sequence[Sequence[int]], *, num_experts: int, num_ranks: int) -> ExpertPlacement:
-    """`slots[d]` lists the experts of rank d; shorter ranks get empty slots.
-
-    Raises UserError unless there is one list per rank and every expert sits in exactly one slot.
-    """
-    if len(slots) != num_ranks:
-        raise UserError(
-            f"placement.slots has {len(slots)} lists for {num_ranks} ranks of an expert group; write one per rank"
-        )
-    named = sorted(expert for experts in slots for expert in experts)
-    if named != list(range(num_experts)):
-        missing = sorted(set(range(num_experts)) - set(named))
-        fault = f"leaves out expert {missing[0]}" if missing else "names an expert twice or one that does not exist"
-        raise UserError(f"placement.slots {fault}; name each expert 0..{num_experts - 1} exactly once")
+    """`slots[d]` lists the experts of rank d; shorter ranks get empty slots."""
+    assert len(slots) == num_ranks
+    assert sorted(expert for experts in slots for expert in experts) == list(range(num_experts))
     slot_experts_DP = np.full((num_ranks, max(map(len, slots))), EMPTY_SLOT, dtype=np.int64)
     for rank, experts in enumerate(slots):
         slot_experts_DP[rank, : len(experts)] = experts
@@ -95,15 +84,10 @@ def explicit_placement(slots: Sequence[Sequence[int]], *, num_experts: int, num_
 def place_experts(placement: Placement, *, num_experts: int, num_ranks: int) -> ExpertPlacement:
     """The slots that the scenario's `placement` section describes, for one group of `num_ranks` ranks.
 
-    Raises UserError when the experts do not spread evenly or an explicit list is not complete.
+    The scenario's checks have refused lists that are not complete and experts that do not spread evenly.
     """
     if isinstance(placement, Explicit):
         return explicit_placement(placement.slots, num_experts=num_experts, num_ranks=num_ranks)
-    if num_experts % num_ranks:
-        raise UserError(
-            f"parallelism.expert = {num_ranks} does not divide the model's {num_experts} experts; "
-            f"use a divisor of {num_experts}"
-        )
-    assert isinstance(placement, Contiguous | RoundRobin)
+    assert num_experts % num_ranks == 0
     build = contiguous_placement if isinstance(placement, Contiguous) else round_robin_placement
     return build(num_experts=num_experts, num_ranks=num_ranks)

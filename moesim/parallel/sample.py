@@ -201,13 +201,14 @@ class TrafficSampler:
 class TrafficSample:
     """One routing sample of a step. Model layers are numbered among the MoE layers, from 0.
 
-    `protected_BNU`: the sequences that device capacity never drops. `spread`: the counterfactual of equal loads.
+    `protected_BNU`: the sequences that device capacity never drops. `spread_from`: set in the counterfactual of equal
+    loads, the sample whose counts it spreads.
     """
 
     sampler: TrafficSampler
     draw: SequenceDraw
     protected_BNU: NDArray[np.bool_]
-    spread: bool = False
+    spread_from: "TrafficSample | None" = None
     _thin: dict[tuple[int, int, int], TrafficArrays] = field(default_factory=dict, repr=False)
 
     @property
@@ -227,7 +228,7 @@ class TrafficSample:
 
     def balanced(self) -> "TrafficSample":
         """The same sample with every layer's kept rows and copies spread evenly (`TrafficArrays.balanced`)."""
-        return replace(self, spread=True, _thin={})
+        return replace(self, spread_from=self, _thin={})
 
     def layer(self, group: int, micro_batch: int, model_layer: int, *, stage: int = 0) -> LayerTraffic:
         """The traffic of one expert-parallel group (of `stage`), micro-batch and MoE layer."""
@@ -254,13 +255,18 @@ class TrafficSample:
         """The traffic of one thin layer with the trace's own expert numbers; built once and kept."""
         key = (stage, group, thin_layer)
         if key not in self._thin:
-            build = self._sum_pieces if self.sampler.counts_add_up else self._drop_and_count
-            arrays = build(group, thin_layer, stage)
-            capacity = self.sampler.scenario.capacity
-            if isinstance(capacity, ExpertCapacity) and capacity.pad:
-                arrays = arrays.pad(self.sampler.expert_rows, self.placement)
-            self._thin[key] = arrays.balanced(self.placement) if self.spread else arrays
+            self._thin[key] = self._build(group, thin_layer, stage)
         return self._thin[key]
+
+    def _build(self, group: int, thin_layer: int, stage: int) -> TrafficArrays:
+        if self.spread_from is not None:
+            return self.spread_from.thin_arrays(group, thin_layer, stage=stage).balanced(self.placement)
+        count = self._sum_pieces if self.sampler.counts_add_up else self._drop_and_count
+        arrays = count(group, thin_layer, stage)
+        capacity = self.sampler.scenario.capacity
+        if isinstance(capacity, ExpertCapacity) and capacity.pad:
+            return arrays.pad(self.sampler.expert_rows, self.placement)
+        return arrays
 
     def _index_in_stage(self, group: int, stage: int) -> NDArray[np.int64]:
         mesh = self.sampler.mesh
