@@ -7,6 +7,8 @@ from moesim.network.collectives import (
     reduce_scatter_seconds,
     send_recv_seconds,
 )
+from moesim.network.contention import slow_downs
+from moesim.network.describe import FabricFacts, describe
 from moesim.network.dispatch import deepep_bytes, prepare_combine, prepare_dispatch
 from moesim.network.fabric import Fabric, build_fabric
 from moesim.network.parameters import NetworkParameters, Protocol, load_parameters
@@ -15,6 +17,7 @@ from moesim.network.transfer import PreparedTransfer, lower_bound, prepare_trans
 __all__ = [
     "CollectiveEstimate",
     "Fabric",
+    "FabricFacts",
     "NetworkParameters",
     "PreparedTransfer",
     "Protocol",
@@ -22,6 +25,7 @@ __all__ = [
     "all_reduce_seconds",
     "build_fabric",
     "deepep_bytes",
+    "describe",
     "load_parameters",
     "lower_bound",
     "prepare_combine",
@@ -29,5 +33,6 @@ __all__ = [
     "prepare_transfer",
     "reduce_scatter_seconds",
     "send_recv_seconds",
+    "slow_downs",
     "transfer_times",
 ]

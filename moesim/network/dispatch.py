@@ -40,15 +40,16 @@ class Pipeline:
     A rank is done when its own second stage and the first stages of all that forward to it are.
     """
 
-    def __init__(self, first: Sharing, second: Sharing, feeds_SRR: NDArray[np.bool_]) -> None:
+    def __init__(self, first: Sharing, second: Sharing, forwards: Flows) -> None:
         self._first, self._second = first, second
-        # Every rank feeds itself: what arrives in the first stage is its own too.
-        self._feeds_SRR = np.where(feeds_SRR | np.eye(feeds_SRR.shape[-1], dtype=bool), 0.0, -np.inf)
+        feeds_RR = np.eye(forwards.num_ranks, dtype=bool)  # what arrives in the first stage is a rank's own too
+        feeds_RR[forwards.source_F, forwards.target_F] = True
+        self._feeds_RR = np.where(feeds_RR, 0.0, -np.inf)
 
     def finish(self, start_SR: FloatArray) -> FloatArray:
         """See Sharing."""
         first_SR = self._first.finish(start_SR)
-        fed_SR = (first_SR[:, :, None] + self._feeds_SRR).max(axis=1)
+        fed_SR = (first_SR[:, :, None] + self._feeds_RR).max(axis=1)
         return np.asarray(np.maximum(fed_SR, self._second.finish(start_SR)))
 
 
@@ -62,6 +63,7 @@ def prepare_dispatch(
     own_copies_R: FloatArray | None = None,
     model: Model = "ports",
     synchronised: bool = False,
+    per_rank_starts: bool | None = None,
     sm_share: float = 0.0,
 ) -> PreparedTransfer:
     """Tokens on their way to their experts.
@@ -73,7 +75,7 @@ def prepare_dispatch(
     """
     return _prepare(
         fabric, copies_stages, token_bytes=token_bytes, algorithm=algorithm, ranks=ranks, own_copies_R=own_copies_R,
-        model=model, synchronised=synchronised, sm_share=sm_share, combine=False,
+        model=model, synchronised=synchronised, per_rank_starts=per_rank_starts, sm_share=sm_share, combine=False,
     )  # fmt: skip
 
 
@@ -87,18 +89,20 @@ def prepare_combine(
     own_copies_R: FloatArray | None = None,
     model: Model = "ports",
     synchronised: bool = False,
+    per_rank_starts: bool | None = None,
     sm_share: float = 0.0,
 ) -> PreparedTransfer:
     """Expert outputs on their way back: the stages of the dispatch reversed. Arguments as for `prepare_dispatch`."""
     return _prepare(
         fabric, copies_stages, token_bytes=token_bytes, algorithm=algorithm, ranks=ranks, own_copies_R=own_copies_R,
-        model=model, synchronised=synchronised, sm_share=sm_share, combine=True,
+        model=model, synchronised=synchronised, per_rank_starts=per_rank_starts, sm_share=sm_share, combine=True,
     )  # fmt: skip
 
 
 def _prepare(
     fabric: Fabric, copies_stages: Stages, *, token_bytes: float, algorithm: Algorithm, ranks: Ranks,
-    own_copies_R: FloatArray | None, model: Model, synchronised: bool, sm_share: float, combine: bool,
+    own_copies_R: FloatArray | None, model: Model, synchronised: bool, per_rank_starts: bool | None, sm_share: float,
+    combine: bool,
 ) -> PreparedTransfer:  # fmt: skip
     chosen = as_ranks(fabric, ranks)
     protocol: Protocol = getattr(fabric.parameters, algorithm)
@@ -120,8 +124,15 @@ def _prepare(
         )
         for copies in stages
     ]
+    parts = [
+        share_links(
+            fabric, part.slowed(protocol.efficiency), model=model, two_sided=algorithm != "low_latency",
+            per_rank_starts=per_rank_starts,
+        )
+        for part in flows
+    ]  # fmt: skip
     return PreparedTransfer(
-        _sharing(fabric, flows, model=model, two_sided=algorithm != "low_latency", efficiency=protocol.efficiency),
+        parts[0] if len(parts) == 1 else Pipeline(parts[0], parts[1], flows[1]),
         shape=np.shape(copies_stages[0])[:-1],
         synchronised=synchronised,
         overhead_R=_overhead(protocol, stages, message_bytes).reshape(np.shape(copies_stages[0])[:-1]),
@@ -129,15 +140,6 @@ def _prepare(
         traffic=count_traffic(fabric, flows, chosen),
         source=f"{algorithm}: {protocol.source}; {transfer_source(fabric, model)}",
     )
-
-
-def _sharing(fabric: Fabric, flows: list[Flows], *, model: Model, two_sided: bool, efficiency: float) -> Sharing:
-    parts = [share_links(fabric, part.slowed(efficiency), model=model, two_sided=two_sided) for part in flows]
-    if len(parts) == 1:
-        return parts[0]
-    forwards_RR = np.zeros((flows[1].num_ranks,) * 2, dtype=bool)
-    forwards_RR[flows[1].source_F, flows[1].target_F] = True
-    return Pipeline(parts[0], parts[1], forwards_RR[None])
 
 
 def _overhead(protocol: Protocol, stages: list[FloatArray], message_bytes: float) -> FloatArray:

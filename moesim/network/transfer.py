@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from moesim.network.contention import CommonStart
 from moesim.network.fabric import Fabric
 from moesim.network.flows import Flows, as_ranks, build_flows, link_bytes
 from moesim.network.ports import Ports
@@ -33,10 +34,19 @@ class PairSharing(Sharing, Protocol):
         """Arrival of each pair's last byte, latency included, [S, R, R]; -inf for pairs without traffic."""
 
 
-def share_links(fabric: Fabric, flows: Flows, *, model: Model, two_sided: bool) -> PairSharing:
-    """The chosen model, prepared for one set of flows."""
-    assert model == "ports", model
-    return Ports(fabric, flows, two_sided=two_sided)
+def share_links(
+    fabric: Fabric, flows: Flows, *, model: Model, two_sided: bool, per_rank_starts: bool | None = True
+) -> PairSharing:
+    """The chosen model, prepared for one set of flows; see prepare_transfer for `per_rank_starts`."""
+    if model == "ports":
+        return Ports(fabric, flows, two_sided=two_sided)
+    # Imported here: numba takes most of a second, and runs with `ports` do without it.
+    from moesim.network.fair import FLUID_WINDOW, FairSharing
+
+    sharing = FairSharing(fabric, flows, two_sided=two_sided, window=FLUID_WINDOW if model == "fluid" else 0.0)
+    if per_rank_starts or (per_rank_starts is None and model == "exact"):
+        return sharing
+    return CommonStart(sharing, shape=(len(flows.bytes_SF), flows.num_ranks), two_sided=two_sided)
 
 
 def transfer_times(
@@ -74,7 +84,8 @@ class Traffic:
 class PreparedTransfer:
     """Traffic matrices with all that does not depend on when the ranks start.
 
-    `alone_R` is each rank's finish when all start at 0, `sm_share` the share of each GPU's SMs that the communication
+    `alone_R` is each rank's finish when all start at 0, `demand_X` the bytes/s on each link meanwhile (for
+    `slow_downs`), `sm_share` the share of each GPU's SMs that the communication
     kernels hold meanwhile, `source` where the numbers come from.
     """
 
@@ -98,6 +109,7 @@ class PreparedTransfer:
         self.source = source
         self._alone_SR = sharing.finish(np.zeros(self._overhead_SR.shape)) + self._overhead_SR
         self.alone_R = self._alone_SR.reshape(shape)
+        self.demand_X = traffic.link_bytes_X / max(float(self._alone_SR.max(axis=1).mean()), 1e-30)
 
     def finish(self, start_R: FloatArray) -> FloatArray:
         """When each rank is done (seconds, same clock as `start_R`); [R], or [S, R] for S matrices in lockstep."""
@@ -118,16 +130,19 @@ def prepare_transfer(
     model: Model = "ports",
     two_sided: bool = True,
     synchronised: bool = False,
+    per_rank_starts: bool | None = None,
 ) -> PreparedTransfer:
     """Prepare a byte matrix [R, R], or [S, R, R] for S routing samples in lockstep.
 
     `synchronised`: the implementation exchanges counts first, so that nobody sends before the last rank has arrived.
+    `per_rank_starts`: whether `exact` and `fluid` solve anew for each vector of starts, or reuse the solution for a
+    common start (see CommonStart). Absent: `exact` solves, `fluid` reuses. `ports` is made for starts that differ.
     """
     chosen = as_ranks(fabric, ranks)
     bytes_SRR = np.asarray(bytes_RR, dtype=np.float64).reshape(-1, len(chosen), len(chosen))
     flows = build_flows(fabric, bytes_SRR, ranks=chosen)
     return PreparedTransfer(
-        share_links(fabric, flows, model=model, two_sided=two_sided),
+        share_links(fabric, flows, model=model, two_sided=two_sided, per_rank_starts=per_rank_starts),
         shape=np.shape(bytes_RR)[:-1],
         synchronised=synchronised,
         traffic=count_traffic(fabric, [flows], chosen),

@@ -1,0 +1,127 @@
+"""What a fabric is, for people: switches, links, bisection, oversubscription, and where to draw them."""
+
+import math
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+
+import networkx as nx
+
+from moesim.network.fabric import Fabric
+
+_LAYERS = {"gpu": 1, "nvswitch": 0, "nic": 2, "leaf": 3, "spine": 4, "core": 5}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinkGroup:
+    """Directed links that are alike: bandwidth in bytes/s, latency in seconds."""
+
+    tier: str
+    count: int
+    bandwidth: float
+    latency: float
+    efficiency: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class FabricFacts:
+    """A fabric in numbers and as a drawing.
+
+    `bisection` is the nominal bytes/s that one half of the nodes (of the GPUs where there is one node) can send to the
+    other half, `oversubscription` the largest bandwidth below / above of each tier of switches. `positions` and `edges`
+    draw it: layers from NVSwitches (0) up to the core.
+    """
+
+    preset: str
+    num_gpus: int
+    num_nodes: int
+    switches: dict[str, int]
+    links: tuple[LinkGroup, ...]
+    bisection: float
+    oversubscription: dict[str, float]
+    positions: dict[str, tuple[float, float]]
+    edges: tuple[tuple[str, str, float], ...]
+
+
+def describe(fabric: Fabric) -> FabricFacts:
+    """Count and measure a fabric; failed links are left out."""
+    kinds = nx.get_node_attributes(fabric.graph, "kind")
+    values = zip(fabric.tier_X, fabric.bandwidth_X, fabric.latency_X, fabric.efficiency_X, strict=True)
+    alike = Counter((tier, float(b), float(latency), float(share)) for tier, b, latency, share in values)
+    return FabricFacts(
+        preset=fabric.preset,
+        num_gpus=fabric.num_ranks,
+        num_nodes=int(fabric.node_of_rank_R.max()) + 1,
+        switches=dict(Counter(kind for kind in kinds.values() if kind not in ("gpu", "nic"))),
+        links=tuple(
+            LinkGroup(tier=tier, count=count, bandwidth=b, latency=latency, efficiency=share)
+            for (tier, b, latency, share), count in sorted(alike.items())
+        ),
+        bisection=_bisection(fabric),
+        oversubscription=_oversubscription(fabric, kinds),
+        positions=_positions(fabric, kinds),
+        edges=tuple((*link, float(b)) for link, b in zip(fabric.links, fabric.bandwidth_X, strict=True)),
+    )
+
+
+def _bisection(fabric: Fabric) -> float:
+    """Maximum flow from the first half to the second; GPUs of a half are one vertex, NICs are taken out in series."""
+    nodes = fabric.node_of_rank_R
+    half = (int(nodes.max()) + 1) // 2
+    first = nodes < half if half else fabric.rail_of_rank_R < len(nodes) // 2
+    if first.all() or not first.any():
+        return 0.0
+    side = {f"gpu{rank}": "first" if is_first else "second" for rank, is_first in enumerate(first)}
+    small: nx.DiGraph[str] = nx.DiGraph()
+    small.add_nodes_from(["first", "second"])
+
+    def add(source: str, target: str, bandwidth: float) -> None:
+        source, target = side.get(source, source), side.get(target, target)
+        if source != target:
+            before = small.get_edge_data(source, target, {"capacity": 0.0})["capacity"]
+            small.add_edge(source, target, capacity=before + bandwidth)
+
+    graph = fabric.graph
+    for source, target, data in graph.edges(data=True):
+        if graph.nodes[source]["kind"] == "nic":
+            continue
+        if graph.nodes[target]["kind"] == "nic":
+            for beyond in graph.successors(target):
+                if beyond != source:
+                    add(source, beyond, min(data["bandwidth"], graph.edges[target, beyond]["bandwidth"]))
+        else:
+            add(source, target, data["bandwidth"])
+    return float(nx.maximum_flow_value(small, "first", "second"))
+
+
+def _oversubscription(fabric: Fabric, kinds: dict[str, str]) -> dict[str, float]:
+    below: dict[str, float] = defaultdict(float)
+    above: dict[str, float] = defaultdict(float)
+    for (source, target), bandwidth in zip(fabric.links, fabric.bandwidth_X.tolist(), strict=True):
+        low, high = _LAYERS.get(kinds[source], -1), _LAYERS.get(kinds[target], -1)
+        if high > low >= _LAYERS["nic"]:
+            above[source] += bandwidth
+            below[target] += bandwidth
+    ratios: dict[str, float] = {}
+    for switch, up in above.items():
+        if kinds[switch] in ("leaf", "spine"):
+            ratios[kinds[switch]] = max(ratios.get(kinds[switch], 0.0), below[switch] / up)
+    return ratios
+
+
+def _positions(fabric: Fabric, kinds: dict[str, str]) -> dict[str, tuple[float, float]]:
+    if fabric.preset == "custom":
+        count = len(fabric.graph)
+        turns = {name: 2 * math.pi * index / count for index, name in enumerate(sorted(fabric.graph))}
+        return {name: (math.cos(turn), math.sin(turn)) for name, turn in turns.items()}
+    x = {f"gpu{rank}": float(rank) for rank in range(fabric.num_ranks)}
+    # A switch stands over the middle of what hangs below it, layer by layer; NVSwitches hang below the GPUs.
+    for name in sorted(fabric.graph, key=lambda name: (_LAYERS[kinds[name]], name)):
+        if name not in x:
+            own = _LAYERS[kinds[name]]
+            under = [
+                x[n]
+                for n in fabric.graph.predecessors(name)
+                if n in x and (_LAYERS[kinds[n]] < own or kinds[n] == "gpu")
+            ]
+            x[name] = sum(under) / len(under) if under else 0.0
+    return {name: (x[name], float(_LAYERS[kinds[name]])) for name in fabric.graph}
