@@ -4,7 +4,7 @@ Legend: S plain routing samples, W ranks of the world, C categories.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ SYNTHETIC_LAYERS = 2  # distinct layers of a synthetic trace; model layers take 
 SYNTHETIC_TOKENS = 65_536  # at least, and at least one expert group's micro-batch
 SPAN_MEMORY = 400e6  # bytes of spans simulated at once: more samples than fit run in several passes
 BYTES_PER_SPAN = 20
+SPANS_PER_LAYER = 70  # about, both directions
 
 
 def simulate(
@@ -56,10 +57,9 @@ def simulate(
     fabric = build_fabric(scenario.cluster)
     kernels = kernel_model(scenario.cluster.pools[0].gpu, scenario.compute.profile)
     plain, bootstrap = draw_samples(scenario, trace)
-    outcome = _simulate_samples(scenario, fabric, kernels, plain)
-    again = _simulate_samples(scenario, fabric, kernels, bootstrap) if bootstrap else None
-    spread = _simulate_samples(scenario, fabric, kernels, [sample.balanced() for sample in plain]) if plain else outcome
-    return _record(scenario, trace, plain, outcome, again, spread)
+    spread = [sample.balanced() for sample in plain]
+    outcome = _simulate_samples(scenario, fabric, kernels, [*plain, *spread, *bootstrap])
+    return _record(scenario, trace, plain, outcome)
 
 
 def obtain_trace(
@@ -87,9 +87,7 @@ def obtain_trace(
     return uniform_trace(scenario.router_shape(), num_layers=SYNTHETIC_LAYERS, **common)
 
 
-def draw_samples(
-    scenario: Scenario, trace: RoutingTrace | None
-) -> tuple[list[TrafficSample], list[TrafficSample]]:
+def draw_samples(scenario: Scenario, trace: RoutingTrace | None) -> tuple[list[TrafficSample], list[TrafficSample]]:
     """Plain routing samples, and as many from resampled traces for the range (none when the trace is too small)."""
     if trace is None:
         return [], []
@@ -98,15 +96,13 @@ def draw_samples(
     plain = [sampler.draw(stream(scenario.seed, "sample", number)) for number in range(count)]
     if plain[0].draw.coverage < MIN_COVERAGE_FOR_RANGE:
         return plain, []
-    bootstrap = [
-        sampler.draw(stream(scenario.seed, "bootstrap", number), bootstrap=True) for number in range(count)
-    ]
+    bootstrap = [sampler.draw(stream(scenario.seed, "bootstrap", number), bootstrap=True) for number in range(count)]
     return plain, bootstrap
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Outcome:
-    """All samples of one kind, simulated. `spans`: group 0, first sample."""
+    """Samples simulated in lockstep. `spans`: group 0, first sample."""
 
     step_S: FloatArray
     attribution_CSW: FloatArray
@@ -114,21 +110,28 @@ class _Outcome:
     source_shares: dict[str, float]
     spans: SpanTable
 
+    def samples(self, chosen: slice) -> "_Outcome":
+        """The outcome of some of the samples."""
+        return replace(
+            self,
+            step_S=self.step_S[chosen],
+            attribution_CSW=self.attribution_CSW[:, chosen],
+            compute_time_SW=self.compute_time_SW[chosen],
+        )
+
 
 def _simulate_samples(
     scenario: Scenario, fabric: Fabric, kernels: KernelModel, samples: Sequence[TrafficSample]
 ) -> _Outcome:
     """Simulate the samples in lockstep, as many at once as memory allows."""
-    parts = []
-    at_once = 1
-    start = 0
-    while start < max(1, len(samples)):
-        program = build_program(scenario, fabric=fabric, kernels=kernels, samples=samples[start : start + at_once])
-        parts.append(_simulate_program(program))
-        start += at_once
-        rows = max(program.rows(group) for group in program.groups)
-        per_sample = rows * scenario.parallelism.world_size * BYTES_PER_SPAN
-        at_once = max(1, int(SPAN_MEMORY / per_sample))
+    spans = scenario.model.layers * SPANS_PER_LAYER * scenario.num_micro_batches * scenario.parallelism.world_size
+    at_once = max(1, int(SPAN_MEMORY / (spans * BYTES_PER_SPAN)))
+    parts = [
+        _simulate_program(
+            build_program(scenario, fabric=fabric, kernels=kernels, samples=samples[start : start + at_once])
+        )
+        for start in range(0, max(1, len(samples)), at_once)
+    ]
     return _Outcome(
         step_S=np.concatenate([part.step_S for part in parts]),
         attribution_CSW=np.concatenate([part.attribution_CSW for part in parts], axis=1),
@@ -165,11 +168,14 @@ def _record(
     scenario: Scenario,
     trace: RoutingTrace | None,
     plain: Sequence[TrafficSample],
-    outcome: _Outcome,
-    again: _Outcome | None,
-    spread: _Outcome,
+    everything: _Outcome,
 ) -> RunRecord:
-    step_s, range_s = mean_and_range(outcome.step_S, None if again is None else again.step_S)
+    """`everything` holds the plain samples, then their counterfactuals, then the bootstrap samples."""
+    count = len(plain)
+    outcome = everything.samples(slice(count)) if plain else everything
+    spread = everything.samples(slice(count, 2 * count)) if plain else everything
+    again_S = everything.step_S[2 * count :] if plain else everything.step_S[:0]
+    step_s, range_s = mean_and_range(outcome.step_S, again_S)
     cost_s = float((outcome.step_S - spread.step_S).mean())
     facts = TrafficFacts(scenario, plain) if plain else None
     per_second = scenario.tokens_per_step / step_s
@@ -219,7 +225,7 @@ def _by_category(attribution_CSW: FloatArray) -> dict[str, float]:
 
 def _load_arrays(facts: TrafficFacts) -> dict[str, FloatArray]:
     def relative(rows: FloatArray) -> FloatArray:
-        return rows / rows.mean(axis=1, keepdims=True)
+        return np.asarray(rows / rows.mean(axis=1, keepdims=True))
 
     return {
         "expert_load_LE": relative(facts.expert_load_LE),

@@ -28,23 +28,20 @@ def utilisation(scenario: Scenario, step_s: float) -> dict[str, float]:
     return mfu
 
 
-def price_per_hour(scenario: Scenario) -> float | None:
-    """USD per hour of all GPUs of the cluster, idle ones included; None when a pool has no price."""
-    prices = [(pool.price_per_gpu_hour, pool.nodes * pool.gpus_per_node) for pool in scenario.cluster.pools]
-    if any(price is None for price, _ in prices):
-        return None
-    return sum(price * gpus for price, gpus in prices if price is not None)
+def price_per_hour(scenario: Scenario) -> float:
+    """USD per hour of all GPUs of the cluster, idle ones included."""
+    return sum(pool.usd_per_gpu_hour * pool.nodes * pool.gpus_per_node for pool in scenario.cluster.pools)
 
 
 def cost(scenario: Scenario, step_s: float) -> dict[str, Any]:
-    """USD per step, per million tokens and for the token budget, and the days it takes; None where not known."""
-    hourly = price_per_hour(scenario)
-    per_step = None if hourly is None else hourly * step_s / SECONDS_PER_HOUR
+    """USD per step, per million tokens and for the token budget, and the days it takes; None without a budget."""
+    per_step = price_per_hour(scenario) * step_s / SECONDS_PER_HOUR
     budget = scenario.workload.train_tokens
     steps = None if budget is None else budget / scenario.tokens_per_step
     return {
         "usd_per_step": per_step,
-        "usd_per_million_tokens": None if per_step is None else per_step / (scenario.tokens_per_step / 1e6),
-        "usd_total": None if per_step is None or steps is None else per_step * steps,
+        "usd_per_million_tokens": per_step / (scenario.tokens_per_step / 1e6),
+        "usd_total": None if steps is None else per_step * steps,
         "days": None if steps is None else steps * step_s / SECONDS_PER_DAY,
+        "price_source": "; ".join(dict.fromkeys(pool.price_source for pool in scenario.cluster.pools)),
     }

@@ -21,13 +21,13 @@ PASSES = 2  # forward and backward: the gradient of combine travels as a dispatc
 RANGE = (0.05, 0.95)
 
 
-def mean_and_range(plain_S: FloatArray, bootstrap_S: FloatArray | None) -> tuple[float, list[float] | None]:
+def mean_and_range(plain_S: FloatArray, bootstrap_S: FloatArray) -> tuple[float, list[float] | None]:
     """Mean of the plain samples and the 90 % range of the bootstrap samples, recentred on that mean.
 
     None without bootstrap samples: a trace that is too small gives no range.
     """
     mean = float(plain_S.mean())
-    if bootstrap_S is None:
+    if not len(bootstrap_S):
         return mean, None
     deviations = np.quantile(bootstrap_S - bootstrap_S.mean(), RANGE)
     return mean, [mean + float(deviations[0]), mean + float(deviations[1])]

@@ -95,7 +95,9 @@ class SpanRecorder:
         self.own_NSR = np.zeros((rows, samples, ranks), np.float32)
         self.count = 0
 
-    def add(self, label: int, micro_batch: int, start_SR: FloatArray, finish_SR: FloatArray, own_SR: FloatArray) -> None:
+    def add(
+        self, label: int, micro_batch: int, start_SR: FloatArray, finish_SR: FloatArray, own_SR: FloatArray
+    ) -> None:
         """Append one span."""
         row = self.count
         self.label_N[row] = label

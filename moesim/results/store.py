@@ -1,17 +1,19 @@
-"""A run's folder: resolved scenario, result.json, spans, the trace used. Written beside and moved into place at the end.
+"""A run's folder. Every file is written beside and moved into place; result.json comes last.
 
-    OUT/scenario.yaml   the resolved scenario; `moesim run` accepts it
-    OUT/result.json     the numbers
-    OUT/arrays.npz      the arrays behind the figures (see RunRecord)
-    OUT/spans.npz       spans of expert group 0 in sample 0
-    OUT/trace.npz       the routing trace that was simulated
+OUT/scenario.yaml   the resolved scenario; `moesim run` accepts it
+OUT/result.json     the numbers
+OUT/arrays.npz      the arrays behind the figures (see RunRecord)
+OUT/spans.npz       spans of expert group 0 in sample 0
+OUT/trace.npz       the routing trace that was simulated
 """
 
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moesim.errors import UserError
 from moesim.results.record import RunRecord
@@ -38,7 +40,7 @@ def _write_atomically(path: Path, data: bytes) -> None:
 
 
 def write_run(record: RunRecord, out_dir: Path, *, force: bool = False) -> None:
-    """Write the run; result.json comes last, so that a folder with one is complete. Raises UserError (see check_free)."""
+    """Write the run; a folder with a result.json is complete. Raises UserError (see check_free)."""
     check_free(out_dir, force=force)
     out_dir.mkdir(parents=True, exist_ok=True)
     (out_dir / RESULT_FILE).unlink(missing_ok=True)
@@ -50,7 +52,7 @@ def write_run(record: RunRecord, out_dir: Path, *, force: bool = False) -> None:
     _write_atomically(out_dir / RESULT_FILE, (json.dumps(record.result, indent=1) + "\n").encode())
 
 
-def span_arrays(table: SpanTable) -> dict[str, np.ndarray]:  # type: ignore[type-arg]
+def span_arrays(table: SpanTable) -> dict[str, NDArray[Any]]:
     """The spans of sample 0 as plain arrays: label columns as text, times in seconds [N, R]."""
     labels = table.labels
     return {
@@ -68,7 +70,7 @@ def span_arrays(table: SpanTable) -> dict[str, np.ndarray]:  # type: ignore[type
     }
 
 
-def _save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:  # type: ignore[type-arg]
+def _save_arrays(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
     partial = path.with_name("partial." + path.name)
     np.savez_compressed(partial, **arrays)  # type: ignore[arg-type]
     os.replace(partial, path)

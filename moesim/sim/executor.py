@@ -69,7 +69,10 @@ class GroupExecutor:
     @property
     def done_SR(self) -> FloatArray:
         """When each rank has finished all that was executed."""
-        return np.maximum(np.maximum(self.compute_SR, self.communication_SR), self.chains_CSR.max(axis=0))
+        done_SR: FloatArray = np.maximum(
+            np.maximum(self.compute_SR, self.communication_SR), self.chains_CSR.max(axis=0)
+        )
+        return done_SR
 
     def execute(self, block: Block, micro_batch: int, *, backward: bool) -> None:
         """Run one block for one micro-batch."""

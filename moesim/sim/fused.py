@@ -22,7 +22,11 @@ a combine. With one expert-parallel rank there is no transfer and rows are gathe
 Legend: see `moesim.sim.loads`.
 """
 
+from functools import partial
+from typing import Any
+
 import numpy as np
+from numpy.typing import NDArray
 
 from moesim.compute import KernelModel
 from moesim.scenario import Model
@@ -84,24 +88,24 @@ def _core_attention(w: KernelWriter, step: Step) -> Passes:
     extra = model.attention.rope_head_dim if isinstance(model.attention, Mla) else 0
     value = (model.attention.value_head_dim or model.head_dim) if isinstance(model.attention, Mla) else model.head_dim
     kv_heads = model.heads if isinstance(model.attention, Mla) else model.kv_heads
-    dims = {"heads": model.heads, "kv_heads": kv_heads, "head_dim": model.head_dim + extra, "value_dim": value}
+    attend = partial(
+        w.attention, heads=model.heads, kv_heads=kv_heads, head_dim=model.head_dim + extra, value_dim=value
+    )
     if not isinstance(model.attention, LocalGlobal):
-        forward = w.attention("attention", batch=step.batch, sequence=step.sequence, **dims)
-        backward = w.attention(
-            "attention.backward", batch=step.batch, sequence=step.sequence, direction="backward", **dims
-        )
+        forward = attend("attention", batch=step.batch, sequence=step.sequence)
+        backward = attend("attention.backward", batch=step.batch, sequence=step.sequence, direction="backward")
         return [forward], [backward]
     window, every = model.attention.window, model.attention.global_every
     windows = step.batch * step.sequence / window
     # Queries x global tokens, causal: n * (n / every) / 2 pairs, those of a causal pass over n / sqrt(every) tokens.
     reduced = step.sequence / np.sqrt(every)
     forward_ops = [
-        w.attention("local", batch=windows, sequence=window, causal=False, **dims),
-        w.attention("global", batch=step.batch, sequence=reduced, **dims),
+        attend("local", batch=windows, sequence=window, causal=False),
+        attend("global", batch=step.batch, sequence=reduced),
     ]
     backward_ops = [
-        w.attention("local.backward", batch=windows, sequence=window, causal=False, direction="backward", **dims),
-        w.attention("global.backward", batch=step.batch, sequence=reduced, direction="backward", **dims),
+        attend("local.backward", batch=windows, sequence=window, causal=False, direction="backward"),
+        attend("global.backward", batch=step.batch, sequence=reduced, direction="backward"),
     ]
     return forward_ops, backward_ops
 
@@ -183,13 +187,18 @@ def _experts_part(w: KernelWriter, step: Step, loads: LayerLoads) -> Passes:
     return forward, backward
 
 
-def _sum_bytes(read_rows: np.ndarray, written_rows: np.ndarray | int, hidden: int) -> np.ndarray:  # type: ignore[type-arg]
+def _sum_bytes(read_rows: NDArray[Any], written_rows: NDArray[Any] | int, hidden: int) -> NDArray[np.float64]:
     """A fused weighted sum reads every row once and writes every sum once."""
     return np.asarray((read_rows + written_rows) * float(hidden * ACTIVATION_BYTES))
 
 
 def _moe_forward(
-    w: KernelWriter, step: Step, loads: LayerLoads, router: list[Operation], shared: list[Operation], experts: list[Operation]
+    w: KernelWriter,
+    step: Step,
+    loads: LayerLoads,
+    router: list[Operation],
+    shared: list[Operation],
+    experts: list[Operation],
 ) -> list[Operation]:
     h, tokens, layer = step.model.hidden, step.tokens, w.layer
     p = w.part("permute")
@@ -210,7 +219,12 @@ def _moe_forward(
 
 
 def _moe_backward(
-    w: KernelWriter, step: Step, loads: LayerLoads, router: list[Operation], shared: list[Operation], experts: list[Operation]
+    w: KernelWriter,
+    step: Step,
+    loads: LayerLoads,
+    router: list[Operation],
+    shared: list[Operation],
+    experts: list[Operation],
 ) -> list[Operation]:
     h, tokens, layer = step.model.hidden, step.tokens, w.layer
     p = w.part("permute")
@@ -226,7 +240,9 @@ def _moe_backward(
     combine = transfer("dispatch.backward", "combine_exposed", loads.combine_M, layer=layer)
     out += [fork(layer=layer), dispatch, *shared]
     out += [p.memory("reduce.backward", "unpermute_backward", rows=loads.rows_MSR, width=h), *experts]
-    out.append(p.moved("expand.backward", "permute_backward", bytes_=_sum_bytes(loads.rows_MSR, loads.copies_in_MSR, h)))
+    out.append(
+        p.moved("expand.backward", "permute_backward", bytes_=_sum_bytes(loads.rows_MSR, loads.copies_in_MSR, h))
+    )
     out += [combine, join(layer=layer)]
     out.append(p.moved("permute.backward", "permute_backward", bytes_=_sum_bytes(loads.copies_out_MSR, tokens, h)))
     return out + router

@@ -84,9 +84,7 @@ def _layer_loads(
     )
 
 
-def _counts(
-    scenario: Scenario, fabric: Fabric, slot_rows_SRP: NDArray[Any], ranks_R: IntArray
-) -> Transfer | None:
+def _counts(scenario: Scenario, fabric: Fabric, slot_rows_SRP: NDArray[Any], ranks_R: IntArray) -> Transfer | None:
     """One int64 per (rank, slot of the target), sent by everyone to everyone before the rows."""
     if scenario.implementation.kind != "torch_eager" or len(ranks_R) == 1:
         return None
@@ -98,7 +96,11 @@ def _counts(
 
 
 def _transfers(
-    scenario: Scenario, fabric: Fabric, stages_SRR: Sequence[NDArray[np.float64]], own_SR: NDArray[Any], ranks_R: IntArray
+    scenario: Scenario,
+    fabric: Fabric,
+    stages_SRR: Sequence[NDArray[np.float64]],
+    own_SR: NDArray[Any],
+    ranks_R: IntArray,
 ) -> tuple[Transfer, Transfer]:
     """Dispatch and combine of one layer and micro-batch, all samples in lockstep."""
     dispatch, hidden = scenario.dispatch, scenario.model.hidden

@@ -60,7 +60,14 @@ class Operation:
 
 
 def compute(
-    name: str, category: str, seconds: FloatArray | float, *, layer: int, source: str, chain: int = MAIN, launches: int = 1
+    name: str,
+    category: str,
+    seconds: FloatArray | float,
+    *,
+    layer: int,
+    source: str,
+    chain: int = MAIN,
+    launches: int = 1,
 ) -> Operation:
     """A kernel (or a run of kernels) on the compute stream; `seconds` broadcasts to [M, S, R]."""
     seconds_MSR = np.asarray(seconds, dtype=np.float64)
@@ -71,7 +78,9 @@ def compute(
     )
 
 
-def transfer(name: str, category: str, transfers_M: tuple[Transfer, ...], *, layer: int, launches: int = 1) -> Operation:
+def transfer(
+    name: str, category: str, transfers_M: tuple[Transfer, ...], *, layer: int, launches: int = 1
+) -> Operation:
     """A transfer on the communication stream, listed directly behind the operation that feeds it."""
     label = Label(name, category, Stream.COMMUNICATION, layer)
     return Operation(kind=Kind.TRANSFER, label=label, transfers_M=transfers_M, launches=launches, source="network")
@@ -92,7 +101,7 @@ def join(*, layer: int) -> Operation:
     return Operation(kind=Kind.JOIN, label=Label("join", "other", Stream.HOST, layer), launches=0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Block:
     """The operations of one micro-batch in one direction."""
 

@@ -51,9 +51,7 @@ class StepProgram:
         return per_operation * operations + len(self.reductions) + len(self.gathers)
 
 
-def micro_batch_blocks(
-    scenario: Scenario, kernels: KernelModel, loads_L: Sequence[LayerLoads]
-) -> tuple[Block, Block]:
+def micro_batch_blocks(scenario: Scenario, kernels: KernelModel, loads_L: Sequence[LayerLoads]) -> tuple[Block, Block]:
     """The forward and the backward block of one group; `loads_L` holds its MoE layers in order."""
     model, workload = scenario.model, scenario.workload
     step = Step(

@@ -3,6 +3,7 @@
 Legend: S routing samples, R ranks of a group, W ranks of the world.
 """
 
+from collections import Counter, defaultdict
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,6 @@ from numpy.typing import NDArray
 
 from moesim.results.spans import Label, SpanRecorder, SpanTable, Stream
 from moesim.sim.executor import GroupExecutor, Labels
-from moesim.sim.operations import Kind
 from moesim.sim.program import GroupProgram, StepProgram
 from moesim.sim.reductions import Reduction, last_arrivals
 
@@ -95,22 +95,16 @@ def simulate_step(program: StepProgram) -> StepOutcome:
 
 def seconds_by_source(program: StepProgram) -> dict[str, float]:
     """Operation seconds of the step by what they rest on, summed over groups and averaged over samples and ranks."""
-    total: dict[str, float] = {}
+    total: defaultdict[str, float] = defaultdict(float)
     for group in program.groups:
-        for block, micro_batch, _ in group.schedule:
+        runs = Counter(block for block, _, _ in group.schedule)
+        for block, times in [*runs.items(), (program.optimizer, 1)]:
             for operation in block.operations:
-                if operation.kind is Kind.COMPUTE and operation.seconds_MSR is not None:
-                    part = operation.seconds_MSR[micro_batch if len(operation.seconds_MSR) > 1 else 0]
-                elif operation.kind is Kind.TRANSFER:
-                    transfers = operation.transfers_M
-                    part = transfers[micro_batch if len(transfers) > 1 else 0].alone_R
-                else:
-                    continue
-                total[operation.source] = total.get(operation.source, 0.0) + float(part.mean())
-    for collective in (*program.reductions, *program.gathers):
-        total[collective.source] = total.get(collective.source, 0.0) + collective.seconds * len(program.groups)
-    for operation in program.optimizer.operations:
-        assert operation.seconds_MSR is not None
-        share = float(operation.seconds_MSR.mean()) * len(program.groups)
-        total[operation.source] = total.get(operation.source, 0.0) + share
-    return total
+                if operation.seconds_MSR is not None:
+                    total[operation.source] += times * float(operation.seconds_MSR.mean())
+                elif operation.transfers_M:
+                    alone = [float(prepared.alone_R.mean()) for prepared in operation.transfers_M]
+                    total[operation.source] += times * float(np.mean(alone))
+        for collective in (*program.reductions, *program.gathers):
+            total[collective.source] += collective.seconds
+    return dict(total)

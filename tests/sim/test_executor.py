@@ -22,9 +22,7 @@ class Barrier:
 
 def executor(ranks: int, *, samples: int = 1, host: HostModel = FREE, slowdown: float = 1.0) -> GroupExecutor:
     recorder = SpanRecorder(rows=100, samples=samples, ranks=ranks)
-    return GroupExecutor(
-        samples=samples, ranks=ranks, host=host, slowdown=slowdown, recorder=recorder, labels=Labels()
-    )
+    return GroupExecutor(samples=samples, ranks=ranks, host=host, slowdown=slowdown, recorder=recorder, labels=Labels())
 
 
 def run(group: GroupExecutor, *operations: Operation) -> dict[str, np.ndarray]:
@@ -34,7 +32,9 @@ def run(group: GroupExecutor, *operations: Operation) -> dict[str, np.ndarray]:
     ranks_R = np.arange(group.compute_SR.shape[1])
     table = group.recorder.table(labels=group.labels.all(), ranks_R=ranks_R, step_S=step_S)
     seconds_CSR = attribute(table)
-    np.testing.assert_allclose(seconds_CSR.sum(axis=0), np.broadcast_to(step_S[:, None], group.compute_SR.shape), atol=1e-12)
+    np.testing.assert_allclose(
+        seconds_CSR.sum(axis=0), np.broadcast_to(step_S[:, None], group.compute_SR.shape), atol=1e-12
+    )
     return {name: seconds_CSR[c, 0] for c, name in enumerate(CATEGORIES)}
 
 
