@@ -26,7 +26,7 @@ from moesim.network.transfer import (
     Ranks,
     Sharing,
     count_traffic,
-    share_links,
+    prepare_sharing,
     transfer_source,
 )
 
@@ -63,7 +63,7 @@ def prepare_dispatch(
     own_copies_R: FloatArray | None = None,
     model: Model = "ports",
     synchronised: bool = False,
-    per_rank_starts: bool | None = None,
+    per_rank_starts: bool = True,
     sm_share: float = 0.0,
 ) -> PreparedTransfer:
     """Tokens on their way to their experts.
@@ -89,7 +89,7 @@ def prepare_combine(
     own_copies_R: FloatArray | None = None,
     model: Model = "ports",
     synchronised: bool = False,
-    per_rank_starts: bool | None = None,
+    per_rank_starts: bool = True,
     sm_share: float = 0.0,
 ) -> PreparedTransfer:
     """Expert outputs on their way back: the stages of the dispatch reversed. Arguments as for `prepare_dispatch`."""
@@ -101,7 +101,7 @@ def prepare_combine(
 
 def _prepare(
     fabric: Fabric, copies_stages: Stages, *, token_bytes: float, algorithm: Algorithm, ranks: Ranks,
-    own_copies_R: FloatArray | None, model: Model, synchronised: bool, per_rank_starts: bool | None, sm_share: float,
+    own_copies_R: FloatArray | None, model: Model, synchronised: bool, per_rank_starts: bool, sm_share: float,
     combine: bool,
 ) -> PreparedTransfer:  # fmt: skip
     chosen = as_ranks(fabric, ranks)
@@ -125,7 +125,7 @@ def _prepare(
         for copies in stages
     ]
     parts = [
-        share_links(
+        prepare_sharing(
             fabric, part.slowed(protocol.efficiency), model=model, two_sided=algorithm != "low_latency",
             per_rank_starts=per_rank_starts,
         )

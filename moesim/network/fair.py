@@ -104,7 +104,7 @@ def _flows_per_link(path_FP: IntArray, num_links: int) -> tuple[NDArray[np.int64
 
 
 def _components(fabric: Fabric, flows: Flows) -> tuple[Component, ...]:
-    """Split the flows where no link is shared: links of one route take the least number among them until none changes."""
+    """Split the flows where no link is shared: links of a route take the least number among them until none changes."""
     path_FP = flows.path_FP
     num_links = len(fabric.links)
     label_X = np.arange(num_links + 1)  # the last entry stands for "no link"

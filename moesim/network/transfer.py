@@ -10,13 +10,15 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.network.contention import CommonStart
 from moesim.network.fabric import Fabric
 from moesim.network.flows import Flows, as_ranks, build_flows, link_bytes
 from moesim.network.ports import Ports
+from moesim.network.starts import CommonStart, Remembered
 
 FloatArray = NDArray[np.float64]
 Model = Literal["ports", "fluid", "exact"]
+START_GRID: dict[str, float] = {"exact": 1e-6, "fluid": 1e-3}  # starts closer than this share of a transfer are alike
+
 Ranks = Sequence[int] | NDArray[np.integer] | None
 
 
@@ -34,19 +36,27 @@ class PairSharing(Sharing, Protocol):
         """Arrival of each pair's last byte, latency included, [S, R, R]; -inf for pairs without traffic."""
 
 
-def share_links(
-    fabric: Fabric, flows: Flows, *, model: Model, two_sided: bool, per_rank_starts: bool | None = True
-) -> PairSharing:
-    """The chosen model, prepared for one set of flows; see prepare_transfer for `per_rank_starts`."""
+def share_links(fabric: Fabric, flows: Flows, *, model: Model, two_sided: bool) -> PairSharing:
+    """The chosen model, prepared for one set of flows."""
     if model == "ports":
         return Ports(fabric, flows, two_sided=two_sided)
     # Imported here: numba takes most of a second, and runs with `ports` do without it.
     from moesim.network.fair import FLUID_WINDOW, FairSharing
 
-    sharing = FairSharing(fabric, flows, two_sided=two_sided, window=FLUID_WINDOW if model == "fluid" else 0.0)
-    if per_rank_starts or (per_rank_starts is None and model == "exact"):
+    return FairSharing(fabric, flows, two_sided=two_sided, window=FLUID_WINDOW if model == "fluid" else 0.0)
+
+
+def prepare_sharing(
+    fabric: Fabric, flows: Flows, *, model: Model, two_sided: bool, per_rank_starts: bool = True
+) -> Sharing:
+    """The chosen model for many calls with the same flows; see prepare_transfer for `per_rank_starts`."""
+    sharing = share_links(fabric, flows, model=model, two_sided=two_sided)
+    if model == "ports":
         return sharing
-    return CommonStart(sharing, shape=(len(flows.bytes_SF), flows.num_ranks), two_sided=two_sided)
+    shape = (len(flows.bytes_SF), flows.num_ranks)
+    if per_rank_starts:
+        return Remembered(sharing, shape=shape, grid=START_GRID[model])
+    return CommonStart(sharing, shape=shape, two_sided=two_sided)
 
 
 def transfer_times(
@@ -130,19 +140,19 @@ def prepare_transfer(
     model: Model = "ports",
     two_sided: bool = True,
     synchronised: bool = False,
-    per_rank_starts: bool | None = None,
+    per_rank_starts: bool = True,
 ) -> PreparedTransfer:
     """Prepare a byte matrix [R, R], or [S, R, R] for S routing samples in lockstep.
 
     `synchronised`: the implementation exchanges counts first, so that nobody sends before the last rank has arrived.
-    `per_rank_starts`: whether `exact` and `fluid` solve anew for each vector of starts, or reuse the solution for a
-    common start (see CommonStart). Absent: `exact` solves, `fluid` reuses. `ports` is made for starts that differ.
+    `exact` and `fluid` solve for each new pattern of starts, to START_GRID of the transfer's length, and keep the
+    answers; without `per_rank_starts` they reuse the one for a common start (see CommonStart for the error).
     """
     chosen = as_ranks(fabric, ranks)
     bytes_SRR = np.asarray(bytes_RR, dtype=np.float64).reshape(-1, len(chosen), len(chosen))
     flows = build_flows(fabric, bytes_SRR, ranks=chosen)
     return PreparedTransfer(
-        share_links(fabric, flows, model=model, two_sided=two_sided, per_rank_starts=per_rank_starts),
+        prepare_sharing(fabric, flows, model=model, two_sided=two_sided, per_rank_starts=per_rank_starts),
         shape=np.shape(bytes_RR)[:-1],
         synchronised=synchronised,
         traffic=count_traffic(fabric, [flows], chosen),
