@@ -3,6 +3,7 @@
 Everything here reads `result`, the mapping that result.json holds; nothing is computed anew but shares and rounding.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.report.categories import Category, in_order
-from moesim.trace import RoutingTrace, TraceStep
-from moesim.units import format_bytes, format_seconds
+from moesim.trace import RoutingTrace
+from moesim.trace.metrics import expert_load_LE, imbalance
+from moesim.units import format_bytes
 
 FloatArray = NDArray[np.float64]
 
@@ -51,9 +53,14 @@ def dollars(value: float | None) -> str:
     return f"${value:,.0f}" if abs(value) >= 1000 else f"${value:.4g}"
 
 
-def seconds(value: float | None) -> str:
-    """Seconds with a fitting unit."""
-    return NOT_KNOWN if value is None else format_seconds(value)
+def seconds(value: float | None, *, digits: int = 4) -> str:
+    """Seconds with a fitting unit and `digits` significant digits, trailing zeros included."""
+    if value is None:
+        return NOT_KNOWN
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if abs(value) >= scale:
+            return f"{value / scale:#.{digits}g}".rstrip(".") + f" {unit}"
+    return f"{value * 1e9:.{digits}g} ns" if value else "0 s"
 
 
 def range_note(result: Result) -> str:
@@ -61,13 +68,19 @@ def range_note(result: Result) -> str:
     bounds = result.get("step_time_range_s")
     if bounds is None:
         return "no range: too few distinct sequences"
-    return f"90 % range {seconds(bounds[0])} to {seconds(bounds[1])}"
+    digits = _digits_that_tell_apart(*bounds)
+    return f"90 % range {seconds(bounds[0], digits=digits)} to {seconds(bounds[1], digits=digits)}"
+
+
+def _digits_that_tell_apart(low: float, high: float) -> int:
+    """Significant digits that show the width of a range with two digits of its own; 4 to 7."""
+    width = (high - low) / high
+    return 4 if width <= 0 else min(7, max(4, 1 + math.ceil(-math.log10(width))))
 
 
 def headline(result: Result) -> list[Fact]:
     """The six numbers that answer the question of a run."""
-    mfu, imbalance, cost = result["mfu"], result["imbalance"], result["cost"]
-    wasted = imbalance["cost_s"] / result["step_time_s"]
+    mfu, cost, lost_s = result["mfu"], result["cost"], result["imbalance"]["cost_s"]
     return [
         Fact("step time", seconds(result["step_time_s"]), range_note(result)),
         Fact(
@@ -77,7 +90,9 @@ def headline(result: Result) -> list[Fact]:
         ),
         Fact("MFU", percent(mfu["causal"]), f"causal attention; {percent(mfu['non_causal'])} non-causal"),
         Fact(
-            "cost of imbalance", percent(wasted), f"{seconds(imbalance['cost_s'])}: the same rows spread evenly save it"
+            "cost of imbalance",
+            percent(lost_s / result["step_time_s"]),
+            f"{seconds(lost_s)}: the same rows spread evenly save it",
         ),
         Fact("dropped rows", percent(result["dropped_share"], digits=2), "of all routed (token, expert) rows"),
         Fact("price", _price(cost), _budget(cost)),
@@ -115,22 +130,25 @@ def balance(result: Result) -> list[Fact]:
     facts = result["imbalance"]
     return [
         Fact("experts", times(facts["expert"]), "rows of the busiest expert / mean"),
+        Fact("uniform router", times(facts["uniform_floor"]), "the floor for experts: what chance alone gives"),
         Fact("rank rows", times(facts["rank_rows"]), "rows of the busiest rank / mean"),
-        Fact("uniform router", times(facts["uniform_floor"]), "the floor: what chance alone gives"),
         Fact("rank bytes", times(facts["rank_bytes"]), "bytes of the busiest rank / mean"),
-        Fact("rank time", times(facts["rank_time"]), "expert time of the slowest rank / mean"),
-        Fact("window", f"{count(facts['window_tokens'])} tokens", "over which loads are counted"),
+        Fact("rank time", times(facts["rank_time"]), "computing time of the slowest rank / mean, whole step"),
+        Fact("window", f"{count(facts['window_tokens'])} tokens", "over which rows and bytes are counted"),
     ]
 
 
 def training(result: Result) -> list[Fact]:
-    """How the router was made, and its loss where it was trained."""
+    """How the router was made, its loss where it was trained, and what training did to the balance of experts."""
     router = result["router"]
     facts = [Fact("router", str(router["kind"]))]
     if router.get("validation_loss") is not None:
         facts.append(Fact("held-out loss", f"{router['validation_loss']:.4f}", "nats per byte"))
     if router.get("train_loss") is not None:
         facts.append(Fact("training loss", f"{router['train_loss']:.4f}", "nats per byte"))
+    if len(router.get("steps", ())) > 1:
+        first, last = times(router["imbalance_first"]), times(router["imbalance_last"])
+        facts.append(Fact("experts, trained", last, f"max / mean after {router['steps'][-1]} steps; {first} at step 0"))
     return facts
 
 
@@ -147,11 +165,22 @@ def attribution(result: Result) -> list[tuple[Category, float, float]]:
 
 
 def samples(result: Result) -> list[Fact]:
-    """How many routing samples the means and ranges come from."""
-    return [
-        Fact("routing samples", count(result["samples"]), "drawn from the recorded sequences"),
+    """What the means and the range were drawn from."""
+    router = result["router"]
+    facts = [
+        Fact("routing samples", count(result["samples"]), "each a whole step"),
         Fact("step time", seconds(result["step_time_s"]), range_note(result)),
     ]
+    if "trace_sequences" in router:
+        facts.append(
+            Fact(
+                "trace",
+                f"{router['trace_sequences']} sequences",
+                f"for a batch of {router['batch_sequences']} sequences",
+            )
+        )
+        facts.append(Fact("reused", percent(router["reused_share"]), "of a batch's sequences come twice"))
+    return facts
 
 
 def spread(load_LE: FloatArray) -> list[Fact]:
@@ -160,16 +189,10 @@ def spread(load_LE: FloatArray) -> list[Fact]:
     return [Fact(name, times(float(np.quantile(load_LE, share)))) for name, share in names.items()]
 
 
-def load_of_step(step: TraceStep, *, num_experts: int) -> FloatArray:
-    """Selections of every expert / mean, per layer of a trace: [L, E]; the mean of a row is 1."""
-    ids_LN = step.expert_ids_LSTK.reshape(len(step.expert_ids_LSTK), -1)
-    counts_LE = np.stack([np.bincount(ids[ids >= 0], minlength=num_experts) for ids in ids_LN]).astype(np.float64)
-    return np.asarray(counts_LE / counts_LE.mean(axis=1, keepdims=True))
-
-
 def trace_imbalance(trace: RoutingTrace) -> dict[int, FloatArray]:
     """Max / mean expert load per layer [L] of every recorded step, over all its tokens."""
-    return {step.step: load_of_step(step, num_experts=trace.router.num_experts).max(axis=1) for step in trace.steps}
+    num_experts = trace.router.num_experts
+    return {step.step: imbalance(expert_load_LE(step, num_experts=num_experts)) for step in trace.steps}
 
 
 def trace_facts(trace: RoutingTrace) -> list[Fact]:

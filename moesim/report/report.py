@@ -16,7 +16,7 @@ from moesim.report.page import Page
 from moesim.report.timeline import forward_of_one_layer
 from moesim.results.record import RunRecord
 from moesim.results.spans import CATEGORIES
-from moesim.units import format_bytes, format_seconds
+from moesim.units import format_bytes
 
 _LARGEST_TABLE = 16  # ranks up to which a matrix is also printed as a table
 
@@ -84,7 +84,7 @@ def _time(page: Page, record: RunRecord) -> None:
         (
             part.colour,
             part.label,
-            (format_seconds(s), facts.percent(share), format_seconds(balanced_s.get(part.key, 0.0))),
+            (facts.seconds(s), facts.percent(share), facts.seconds(balanced_s.get(part.key, 0.0))),
             share / longest,
         )
         for part, s, share in parts
@@ -107,7 +107,7 @@ def _timeline(page: Page, record: RunRecord) -> None:
 
 def _experts(page: Page, record: RunRecord) -> None:
     page.text("h2", "Expert load")
-    if not record.scenario.model.experts:
+    if "expert_load_LE" not in record.arrays:
         page.text("p", "The model is dense: it has no experts.")
         return
     load_LE = record.arrays["expert_load_LE"]
@@ -124,8 +124,11 @@ def _experts(page: Page, record: RunRecord) -> None:
 
 
 def _traffic(page: Page, record: RunRecord) -> None:
-    bytes_RR = record.arrays["traffic_RR"]
     page.text("h2", "Traffic between ranks")
+    if "traffic_RR" not in record.arrays:
+        page.text("p", "A dense model dispatches nothing.")
+        return
+    bytes_RR = record.arrays["traffic_RR"]
     page.text(
         "p",
         "Dispatched bytes of one step inside expert group 0, forward and backward. "
@@ -153,7 +156,7 @@ def _ranks(page: Page, record: RunRecord) -> None:
     waiting_W = seconds_CW[[category(key).family == "waiting" for key in CATEGORIES]].sum(axis=0)
     exposed_W = seconds_CW[[category(key).family == "communication" for key in CATEGORIES]].sum(axis=0)
     rows = [
-        (name, *(format_seconds(value) for value in (v_W.min(), np.median(v_W), v_W.mean(), v_W.max())))
+        (name, *(facts.seconds(value) for value in (v_W.min(), np.median(v_W), v_W.mean(), v_W.max())))
         for name, v_W in (("computing", compute_W), ("exposed communication", exposed_W), ("waiting", waiting_W))
     ]
     page.table(("over all ranks", "least", "median", "mean", "most"), rows, styles=("", *["number"] * 4))

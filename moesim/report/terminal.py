@@ -1,76 +1,44 @@
-"""The facts in one screen of a terminal; plain text when the output is a pipe or a file."""
+"""What the verbs print: the facts of a run, a trace or a model, each in one screen."""
 
-from collections.abc import Sequence
-from typing import TextIO
+from collections.abc import Mapping, Sequence
+from typing import Any, TextIO
 
-from rich.console import Console, Group, RenderableType
-from rich.padding import Padding
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import ConsoleOptions, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from moesim.report import facts
 from moesim.report.facts import Fact, Result
+from moesim.report.screen import bar, fact_table, indented, number_table, profile, section, show, side_by_side
 
 _STYLES = {"compute": "blue", "communication": "yellow", "waiting": "magenta", "overhead": "bright_black"}
-_EIGHTHS = "▏▎▍▌▋▊▉█"
-_PIPE_WIDTH = 100
 _TWO_COLUMNS = 100  # terminal width from which everything else stands beside the attribution
 _BAR_WIDTH = 16
 _SMALL = 0.01  # parts of the step below this share are summed up in one line
+_FULL_LOAD = 2.0  # relative load at which a column of the load profile is full
 
 
 def print_facts(result: Result, *, file: TextIO | None = None, width: int | None = None) -> None:
-    """Print one screen of facts of `result` (the content of result.json) to `file`, stdout by default.
-
-    `width` is the terminal's by default, and 100 columns where there is no terminal.
-    """
-    console = Console(file=file, width=width, highlight=False)
-    if width is None and not console.is_terminal:
-        console = Console(file=file, width=_PIPE_WIDTH, highlight=False)
-    with console.capture() as captured:
-        console.print(Group(*_screen(result, width=console.width, ascii_only=console.options.ascii_only)))
-    for line in captured.get().splitlines():  # rich pads its tables: no trailing blanks in logs and diffs
-        console.file.write(line.rstrip() + "\n")
+    """Print one screen of facts of `result`, the content of result.json."""
+    show(lambda options: _run_screen(result, options), file=file, width=width)
 
 
-def _screen(result: Result, *, width: int, ascii_only: bool) -> list[RenderableType]:
+def _run_screen(result: Result, options: ConsoleOptions) -> list[RenderableType]:
     head = Text(str(result["scenario_name"]), style="bold")
     head.append(f"  {result['gpus']} GPUs, {result['samples']} routing samples", style="dim")
-    time = _section("where the time goes", _attribution(result, ascii_only=ascii_only))
-    balance = _section("imbalance (max / mean)", _table(facts.balance(result), notes=False))
-    traffic = _section("communication per step", _table(facts.communication(result), notes=False))
-    router = _section("router", _table(facts.training(result), notes=False))
-    sources = _section("estimates rest on", _table(facts.sources(result), notes=False))
-    if width >= _TWO_COLUMNS:
-        body: list[RenderableType] = [_side_by_side(time, Group(balance, traffic, router, sources))]
+    time = section("where the time goes", _attribution(result, ascii_only=options.ascii_only))
+    balance = section("imbalance (max / mean)", fact_table(facts.balance(result), notes=False))
+    traffic = section("communication per step", fact_table(facts.communication(result), notes=False))
+    router = section("router", fact_table(facts.training(result), notes=False))
+    sources = section("estimates rest on", fact_table(facts.sources(result), notes=False))
+    if options.max_width >= _TWO_COLUMNS:
+        body: list[RenderableType] = [side_by_side(time, Group(balance, traffic, router, sources))]
     else:
-        body = [time, _side_by_side(Group(balance, sources), Group(traffic, router))]
-    headline = _indented(_table(facts.headline(result), strong=True))
+        body = [time, side_by_side(Group(balance, sources), Group(traffic, router))]
+    headline = indented(fact_table(facts.headline(result), strong=True))
     return [head, headline, *body, *_warnings(result.get("warnings", ()))]
-
-
-def _side_by_side(left: RenderableType, right: RenderableType) -> Table:
-    grid = Table.grid(padding=(0, 4, 0, 0))
-    grid.add_row(left, right)
-    return grid
-
-
-def _indented(content: RenderableType) -> Padding:
-    return Padding(content, (0, 0, 0, 2))
-
-
-def _section(title: str, content: RenderableType) -> Group:
-    return Group(Text(f"\n{title}", style="bold"), _indented(content))
-
-
-def _table(lines: Sequence[Fact], *, strong: bool = False, notes: bool = True) -> Table:
-    table = Table.grid(padding=(0, 2, 0, 0))
-    table.add_column(no_wrap=True)
-    table.add_column(no_wrap=True, style="bold" if strong else "")
-    table.add_column(style="dim")
-    for line in lines:
-        table.add_row(Text(line.label), Text(line.value), Text(line.note if notes else ""))
-    return table
 
 
 def _attribution(result: Result, *, ascii_only: bool) -> Table:
@@ -84,21 +52,131 @@ def _attribution(result: Result, *, ascii_only: bool) -> Table:
     table.add_column(no_wrap=True, justify="right")
     table.add_column()
     for category, seconds, share in shown:
-        bar = Text(_bar(share * scale, ascii_only=ascii_only), style=_STYLES[category.family])
-        table.add_row(category.label, facts.seconds(seconds), facts.percent(share), bar)
+        length = Text(bar(share * scale, ascii_only=ascii_only), style=_STYLES[category.family])
+        table.add_row(category.label, facts.seconds(seconds), facts.percent(share), length)
     if rest:
         table.add_row("smaller parts", facts.seconds(rest), facts.percent(rest / result["step_time_s"]), "")
     table.add_row(Text("step", style="bold"), facts.seconds(result["step_time_s"]), facts.percent(1.0), "")
     return table
 
 
-def _bar(length: float, *, ascii_only: bool) -> str:
-    """A bar of `length` columns, to an eighth where the encoding has the characters."""
-    if ascii_only:
-        return "#" * max(1, round(length))
-    eighths = max(1, round(length * 8))
-    return _EIGHTHS[7] * (eighths // 8) + (_EIGHTHS[eighths % 8 - 1] if eighths % 8 else "")
-
-
 def _warnings(warnings: Sequence[str]) -> list[RenderableType]:
     return [Text(""), *(Text(f"warning: {warning}", style="bold yellow") for warning in warnings)] if warnings else []
+
+
+def print_trace(
+    name: str,
+    summary: Mapping[str, Any],
+    *,
+    first_LE: NDArray[np.float64],
+    last_LE: NDArray[np.float64],
+    file: TextIO | None = None,
+    width: int | None = None,
+) -> None:
+    """Print a summary (`trace_view.summarise`) and the relative expert loads at the first and last recorded step."""
+    show(lambda options: _trace_screen(name, summary, first_LE, last_LE, options), file=file, width=width)
+
+
+def _trace_screen(
+    name: str,
+    summary: Mapping[str, Any],
+    first_LE: NDArray[np.float64],
+    last_LE: NDArray[np.float64],
+    options: ConsoleOptions,
+) -> list[RenderableType]:
+    experts, ranks, steps = summary["experts"], summary["ranks"], summary["recorded_steps"]
+    head = Text(name, style="bold")
+    head.append(f"  router {summary['router']}, {summary['top_k']} of {summary['num_experts']} experts", style="dim")
+    lines = [Fact("recorded", f"{summary['recorded_tokens']:,} tokens", f"after {steps[-1]} training steps")]
+    if summary["validation_loss"] is not None:
+        lines.append(Fact("held-out loss", f"{summary['validation_loss']:.4f}", "nats per byte"))
+        lines.append(Fact("training loss", f"{summary['train_loss']:.4f}", "nats per byte"))
+    columns = ("layer", "experts at step 0", "experts", "ranks", "dropped", "groups per token")
+    rows = [
+        (
+            str(layer),
+            f"{experts['imbalance_first'][layer]:.3f}",
+            f"{experts['imbalance_last'][layer]:.3f}",
+            f"{ranks['imbalance'][layer]:.3f}",
+            facts.percent(summary["dropped_share"][layer], digits=2),
+            f"{summary['distinct_groups_per_token'][layer]:.3f}",
+        )
+        for layer in range(len(last_LE))
+    ]
+    floor = ("uniform router", "", f"{experts['uniform_floor']:.3f}", f"{ranks['uniform_floor']:.3f}", "", "")
+    loads = {steps[0]: first_LE, steps[-1]: last_LE}
+    return [
+        head,
+        indented(fact_table(lines)),
+        section(
+            f"imbalance (max / mean); ranks on {ranks['window_tokens']:,} tokens", number_table(columns, [*rows, floor])
+        ),
+        *(
+            section(
+                f"expert load after {step} steps, a full column is {_FULL_LOAD:g} x the mean",
+                _profiles(load_LE, options),
+            )
+            for step, load_LE in loads.items()
+        ),
+    ]
+
+
+def _profiles(load_LE: NDArray[np.float64], options: ConsoleOptions) -> Table:
+    """One line per layer; experts are averaged in runs where they outnumber the columns."""
+    run = -(-load_LE.shape[1] // (options.max_width - 8))
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for layer, load_E in enumerate(load_LE):
+        means = [float(load_E[start : start + run].mean()) for start in range(0, len(load_E), run)]
+        table.add_row(str(layer), Text(profile(means, full=_FULL_LOAD, ascii_only=options.ascii_only), style="blue"))
+    return table
+
+
+def print_model(name: str, counts: Mapping[str, Any], *, file: TextIO | None = None, width: int | None = None) -> None:
+    """Print parameters and FLOPs of a model (`moesim model`)."""
+    show(lambda _: _model_screen(name, counts), file=file, width=width)
+
+
+def _model_screen(name: str, counts: Mapping[str, Any]) -> list[RenderableType]:
+    held, forward = counts["parameters"], counts["forward_flops_per_token"]
+    training, length = counts["training_flops_per_token"], counts["sequence_length"]
+    total = sum(forward.values())
+    parts = [key for key in held if key not in ("total", "activated", "inactive_experts") and held[key]]
+    return [
+        Text(name, style="bold"),
+        indented(
+            fact_table(
+                [
+                    Fact(
+                        "parameters",
+                        f"{held['total'] / 1e9:.2f} B",
+                        f"{held['activated'] / 1e9:.2f} B activated per token",
+                    ),
+                    Fact(
+                        "training", f"{training['causal'] / 1e9:.2f} GFLOP per token", "3 x forward, causal attention"
+                    ),
+                    Fact("", f"{training['causal'] * length / 1e12:.1f} TFLOP per sequence", f"of {length} tokens"),
+                    Fact(
+                        "non-causal",
+                        f"{training['non_causal'] * length / 1e12:.1f} TFLOP per sequence",
+                        "full attention counted",
+                    ),
+                ],
+                strong=True,
+            )
+        ),
+        section(
+            "parameters",
+            number_table(("", "millions"), [(key.replace("_", " "), f"{held[key] / 1e6:,.1f}") for key in parts]),
+        ),
+        section(
+            "forward pass of one token",
+            number_table(
+                ("", "MFLOP", "share"),
+                [
+                    (key.replace("_", " "), f"{value / 1e6:,.1f}", facts.percent(value / total))
+                    for key, value in forward.items()
+                    if value
+                ],
+            ),
+        ),
+    ]

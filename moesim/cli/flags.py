@@ -1,0 +1,64 @@
+"""The flags that several verbs share, and the checks that belong to them."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moesim.errors import UserError
+
+if TYPE_CHECKING:
+    from moesim.scenario import Scenario
+
+
+def add_scenario(parser: argparse.ArgumentParser) -> None:
+    """SCENARIO and --set."""
+    parser.add_argument("scenario", metavar="SCENARIO", type=Path, help="scenario file (YAML)")
+    add_overrides(parser)
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """--set."""
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="override one key, e.g. --set routing.steps=50; may be repeated",
+    )
+
+
+def add_cache(parser: argparse.ArgumentParser) -> None:
+    """--cache."""
+    text = "where trained routers are kept; $MOESIM_CACHE or ~/.cache/moesim by default"
+    parser.add_argument("--cache", metavar="DIR", type=Path, help=text)
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """--json."""
+    parser.add_argument("--json", action="store_true", help="print the result as JSON and nothing else")
+
+
+def add_quiet(parser: argparse.ArgumentParser) -> None:
+    """--quiet."""
+    parser.add_argument("--quiet", action="store_true", help="print nothing but errors (and --json)")
+
+
+def add_force(parser: argparse.ArgumentParser) -> None:
+    """--force."""
+    parser.add_argument("--force", action="store_true", help="replace what an earlier call wrote there")
+
+
+def load(args: argparse.Namespace) -> "Scenario":
+    """The scenario of a call. Raises UserError."""
+    from moesim.scenario import load_scenario
+
+    return load_scenario(args.scenario, args.overrides)
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a place that cannot be written to, before any long work. Raises UserError."""
+    existing = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+    if not os.access(existing, os.W_OK) or (existing != path.absolute() and not existing.is_dir()):
+        raise UserError(f"{path} cannot be written: {existing} is not a writable folder; choose another --out")

@@ -1,0 +1,69 @@
+"""The parser of the command line: errors are one line with a suggestion, and never argparse's exit code 2."""
+
+import argparse
+import difflib
+from collections.abc import Sequence
+from typing import NoReturn
+
+from moesim import __version__
+from moesim.cli import model, run, schema, trace
+from moesim.errors import UserError
+
+VERBS = {verb.NAME: verb for verb in (run, trace, model, schema)}
+
+
+def closest(word: str, choices: Sequence[str]) -> str:
+    """`; did you mean 'run'?` for a near miss, else nothing."""
+    near = difflib.get_close_matches(word, choices, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that raises UserError; argparse would leave with 2, which means infeasible here."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UserError with the one line that argparse would print."""
+        raise UserError(f"{message}; see `{self.prog} --help`")
+
+
+def _build() -> tuple[Parser, dict[str, Parser]]:
+    parser = Parser(
+        prog="moesim",
+        description="What will this Mixture-of-Experts model cost on that cluster, given how its router really routes?",
+        epilog="`moesim VERB --help` explains one verb. "
+        "Exit codes: 0 done, 1 mistake in the input, 2 infeasible, 130 interrupted.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"moesim {__version__}")
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", dest="verb")
+    by_name = {}
+    for name, verb in VERBS.items():
+        by_name[name] = verbs.add_parser(name, help=verb.SUMMARY, description=verb.SUMMARY, allow_abbrev=False)
+        verb.add_arguments(by_name[name])
+    return parser, by_name
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace | None:
+    """The arguments of one call, None when it only asked for help or the version.
+
+    Raises UserError for an unknown verb or flag, with the nearest known one.
+    """
+    parser, by_name = _build()
+    if not argv:
+        parser.print_help()
+        return None
+    if not argv[0].startswith("-") and argv[0] not in VERBS:
+        raise UserError(f"unknown verb {argv[0]!r}{closest(argv[0], list(VERBS))}; see `moesim --help`")
+    try:
+        args, unknown = parser.parse_known_args(argv)
+    except SystemExit:  # --help and --version have printed their text
+        return None
+    return args if not unknown else _refuse(unknown, by_name.get(args.verb, parser))
+
+
+def _refuse(unknown: Sequence[str], parser: Parser) -> NoReturn:
+    flag = unknown[0].split("=")[0]
+    if not flag.startswith("-"):
+        raise UserError(f"unexpected argument {flag!r}; see `{parser.prog} --help`")
+    known = [option for action in parser._actions for option in action.option_strings]
+    raise UserError(f"unknown flag {flag!r}{closest(flag, known)}; see `{parser.prog} --help`")

@@ -1,0 +1,69 @@
+"""`moesim run`: simulate one scenario, write its folder, show the facts."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moesim.cli.flags import add_cache, add_force, add_json, add_quiet, add_scenario, check_writable, load
+from moesim.cli.interrupt import interrupts_say, kept_of_training
+from moesim.cli.progress import watched_training
+
+if TYPE_CHECKING:
+    from moesim.results import RunRecord
+    from moesim.scenario import Scenario
+
+NAME = "run"
+SUMMARY = "Simulate a scenario: train or load its router, run one step on the cluster, report where the time goes."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """SCENARIO, --set, --out, --cache, --json, --quiet, --force."""
+    add_scenario(parser)
+    parser.add_argument("--out", metavar="DIR", type=Path, help="folder of the run; runs/NAME by default")
+    add_cache(parser)
+    add_json(parser)
+    add_quiet(parser)
+    add_force(parser)
+    parser.set_defaults(execute=execute)
+
+
+def execute(args: argparse.Namespace) -> int:
+    """Run the scenario. Raises UserError, InfeasibleError and Interrupted."""
+    from moesim.results.store import check_free
+
+    scenario = load(args)
+    out_dir = args.out or Path("runs") / scenario.name
+    check_free(out_dir, force=args.force)
+    check_writable(out_dir)
+    with interrupts_say(lambda: kept_of_training(scenario, args.cache)):
+        record = _simulate(scenario, quiet=args.quiet, cache_dir=args.cache)
+    with interrupts_say(lambda: f"{out_dir} is incomplete; run the same command again with --force"):
+        _write(record, out_dir, force=args.force)
+    _show(record, out_dir, args)
+    return 0
+
+
+def _simulate(scenario: "Scenario", *, quiet: bool, cache_dir: Path | None) -> "RunRecord":
+    from moesim.run import simulate
+
+    with watched_training(quiet=quiet) as progress:
+        return simulate(scenario, progress=progress, cache_dir=cache_dir)
+
+
+def _write(record: "RunRecord", out_dir: Path, *, force: bool) -> None:
+    from moesim.report import write_report
+    from moesim.results.store import write_run
+
+    write_run(record, out_dir, force=force)
+    write_report(record, out_dir / "report.html")
+
+
+def _show(record: "RunRecord", out_dir: Path, args: argparse.Namespace) -> None:
+    if args.json:
+        print(json.dumps(record.result, indent=1))
+    elif not args.quiet:
+        from moesim.report import print_facts
+
+        print_facts(record.result)
+        print(f"\nwritten to {out_dir}: open {out_dir / 'report.html'}")

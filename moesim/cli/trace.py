@@ -1,0 +1,70 @@
+"""`moesim trace`: make or show the routing trace of a scenario."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moesim.cli.flags import add_cache, add_force, add_json, add_quiet, add_scenario, check_writable, load
+from moesim.cli.interrupt import interrupts_say, kept_of_training
+from moesim.cli.progress import watched_training
+from moesim.errors import UserError
+
+if TYPE_CHECKING:
+    from moesim.scenario import Scenario
+    from moesim.trace import RoutingTrace
+
+NAME = "trace"
+SUMMARY = "Make or show the routing trace of a scenario: expert load, imbalance, drops, spread of tokens, loss."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """SCENARIO, --set, --out, --cache, --json, --quiet, --force."""
+    add_scenario(parser)
+    parser.add_argument("--out", metavar="FILE", type=Path, help="save the trace there (.npz), for routing.kind: trace")
+    add_cache(parser)
+    add_json(parser)
+    add_quiet(parser)
+    add_force(parser)
+    parser.set_defaults(execute=execute)
+
+
+def execute(args: argparse.Namespace) -> int:
+    """Make the trace, save it where asked, show it. Raises UserError, InfeasibleError and Interrupted."""
+    scenario = load(args)
+    if args.out is not None:
+        if args.out.exists() and not args.force:
+            raise UserError(f"{args.out} exists; choose another --out, or --force to replace it")
+        check_writable(args.out)
+    with interrupts_say(lambda: kept_of_training(scenario, args.cache)):
+        trace = _make(scenario, quiet=args.quiet, cache_dir=args.cache)
+    if args.out is not None:
+        from moesim.trace import save_trace
+
+        save_trace(trace, args.out)
+    if args.json or not args.quiet:
+        _show(scenario, trace, as_json=args.json)
+    return 0
+
+
+def _make(scenario: "Scenario", *, quiet: bool, cache_dir: Path | None) -> "RoutingTrace":
+    from moesim.run import obtain_trace
+
+    with watched_training(quiet=quiet) as progress:
+        trace = obtain_trace(scenario, progress=progress, cache_dir=cache_dir)
+    if trace is None:
+        raise UserError(f"{scenario.name}: the model is dense (model.experts = 0), so nothing is routed")
+    return trace
+
+
+def _show(scenario: "Scenario", trace: "RoutingTrace", *, as_json: bool) -> None:
+    from moesim.report.trace_view import relative_load_LE, summarise
+
+    summary = summarise(scenario, trace)
+    if as_json:
+        print(json.dumps(summary, indent=1))
+        return
+    from moesim.report.terminal import print_trace
+
+    first_LE, last_LE = relative_load_LE(trace, first=True), relative_load_LE(trace, first=False)
+    print_trace(scenario.name, summary, first_LE=first_LE, last_LE=last_LE)

@@ -1,0 +1,161 @@
+"""What each verb prints and writes."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import pytest
+
+from moesim.moe.progress import ProgressCallback, StepReport
+from moesim.scenario import load_scenario
+from moesim.trace import load_trace
+
+TRAINED = (
+    "routing={kind: train, router: {kind: deepseek_moe}, steps: 4, "
+    "thin: {layers: 1, hidden: 16, heads: 2, expert_intermediate: 8, context: 64, tokens_per_step: 128}}"
+)
+RUN_FILES = {"scenario.yaml", "result.json", "arrays.npz", "spans.npz", "trace.npz", "report.html"}
+
+
+def test_run_writes_its_folder_and_shows_the_facts(scenario: Path, moesim) -> None:
+    answer = moesim("run", scenario)
+    out = scenario.parent / "runs/small"
+    assert answer.code == 0
+    assert {path.name for path in out.iterdir()} == RUN_FILES
+    result = json.loads((out / "result.json").read_text())
+    assert f"{result['tokens_per_second']:,.0f}" in answer.out
+    assert "runs/small/report.html" in answer.out
+    assert load_scenario(out / "scenario.yaml") == load_scenario(scenario)
+
+
+def test_json_is_the_result_and_nothing_else(scenario: Path, moesim) -> None:
+    answer = moesim("run", scenario, "--json")
+    assert json.loads(answer.out) == json.loads((scenario.parent / "runs/small/result.json").read_text())
+
+
+def test_quiet_prints_nothing(scenario: Path, moesim) -> None:
+    answer = moesim("run", scenario, "--quiet")
+    assert (answer.code, answer.out, answer.err) == (0, "", "")
+
+
+def test_set_overrides_and_the_same_seed_gives_the_same_result(scenario: Path, moesim) -> None:
+    same = [json.loads(moesim("run", scenario, "--json", "--force").out) for _ in range(2)]
+    assert same[0] == same[1]
+    other = json.loads(moesim("run", scenario, "--json", "--force", "--set", "workload.sequence_length=1024").out)
+    assert other["step_time_s"] > same[0]["step_time_s"]
+
+
+def test_trace_shows_every_layer_and_its_floor(scenario: Path, moesim) -> None:
+    answer = moesim("trace", scenario)
+    assert answer.code == 0
+    summary = json.loads(moesim("trace", scenario, "--json").out)
+    for name in ("imbalance_first", "imbalance_last"):
+        for value in summary["experts"][name]:
+            assert f"{value:.3f}" in answer.out
+    for value in (summary["ranks"]["uniform_floor"], *summary["ranks"]["imbalance"]):
+        assert f"{value:.3f}" in answer.out
+    assert summary["dropped_share"] == [0.0, 0.0]
+
+
+def test_a_saved_trace_replays(scenario: Path, moesim) -> None:
+    assert moesim("trace", scenario, "--out", "saved.npz", "--quiet").out == ""
+    assert load_trace(Path("saved.npz")).router.num_experts == 8
+    drawn = json.loads(moesim("run", scenario, "--json").out)
+    replayed = json.loads(
+        moesim("run", scenario, "--json", "--force", "--set", "routing={kind: trace, file: saved.npz}").out
+    )
+    assert replayed["step_time_s"] == drawn["step_time_s"]
+    assert moesim("trace", scenario, "--out", "saved.npz").code == 1
+
+
+def test_trace_counts_what_capacity_drops(scenario: Path, moesim) -> None:
+    capacity = "capacity={kind: expert, factor: 0.5}"
+    summary = json.loads(moesim("trace", scenario, "--json", "--set", capacity).out)
+    assert summary["dropped_share"] == pytest.approx([0.5, 0.5], abs=0.02)
+
+
+def test_model_prints_the_published_size(moesim) -> None:
+    """Mixtral 8x7B: 46.7 B parameters, 12.9 B activated (arXiv 2401.04088)."""
+    answer = moesim("model", "mixtral-8x7b")
+    assert "46.70 B" in answer.out
+    assert "12.88 B activated" in answer.out
+    counts = json.loads(moesim("model", "mixtral-8x7b", "--json").out)
+    assert counts["parameters"]["total"] == pytest.approx(46.7e9, rel=1e-3)
+
+
+def test_model_lists_the_catalogue_and_reads_a_scenario(scenario: Path, moesim) -> None:
+    assert "deepseek-v3" in moesim("model").out.splitlines()
+    counts = json.loads(moesim("model", scenario, "--json").out)
+    assert counts["parameters"]["routed_experts"] == 2 * 8 * 3 * 64 * 32
+
+
+def test_schema_is_json_and_knows_every_section(scenario: Path, moesim) -> None:
+    schema = json.loads(moesim("schema").out)
+    assert {"model", "routing", "cluster", "workload"} <= set(schema["properties"])
+    assert moesim("schema", "--out", "schema.json").out == ""
+    assert json.loads(Path("schema.json").read_text()) == schema
+
+
+def interrupting_bar(at_step: int, seen: list[int]) -> Callable[..., AbstractContextManager[ProgressCallback]]:
+    """A stand-in for the progress bar: presses Ctrl-C when training step `at_step` is done."""
+
+    @contextmanager
+    def bar(*, quiet: bool) -> Iterator[ProgressCallback]:
+        def show(report: StepReport) -> None:
+            seen.append(report.step)
+            if report.step == at_step:
+                signal.raise_signal(signal.SIGINT)
+
+        yield show
+
+    return bar
+
+
+def test_ctrl_c_keeps_training_steps_and_then_the_trained_router(scenario: Path, moesim, monkeypatch) -> None:
+    first: list[int] = []
+    monkeypatch.setattr("moesim.cli.run.watched_training", interrupting_bar(2, first))
+    answer = moesim("run", scenario, "--set", TRAINED)
+    assert answer.code == 130
+    assert "interrupted" in answer.complaint
+    kept = next(Path(word.rstrip(";")) for word in answer.complaint.split() if word.startswith("/"))
+    assert kept.is_file()
+    assert "run the same command again to resume" in answer.complaint
+    assert not Path("runs").exists()
+    second: list[int] = []
+    monkeypatch.setattr("moesim.cli.run.watched_training", interrupting_bar(-1, second))
+    monkeypatch.setattr("moesim.run.build_program", press_ctrl_c)
+    answer = moesim("run", scenario, "--set", TRAINED)
+    assert (first, second) == ([1, 2], [3, 4])
+    assert answer.code == 130
+    assert "the trained router is kept in" in answer.complaint
+    assert not Path("runs").exists()
+
+
+def press_ctrl_c(*args: object, **kwargs: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_ctrl_c_without_training_says_that_nothing_was_written(scenario: Path, moesim, monkeypatch) -> None:
+    monkeypatch.setattr("moesim.run.simulate", press_ctrl_c)
+    answer = moesim("run", scenario)
+    assert answer.code == 130
+    assert "nothing was written" in answer.complaint
+
+
+@pytest.mark.benchmark
+def test_help_is_instant() -> None:
+    """Prints the best of five wall times; the promise is half a second."""
+
+    def once() -> float:
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "moesim.cli", "--help"], capture_output=True, check=True)
+        return time.perf_counter() - start
+
+    best = min(once() for _ in range(5))
+    print(f"\nmoesim --help: {1e3 * best:.0f} ms")
+    assert best < 0.5

@@ -1,0 +1,128 @@
+"""The layer rule of the design, by reading every import: data flows one way, heavy libraries stay in their room."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "moesim"
+
+LAYER = {
+    "units": 1, "errors": 1, "seeding": 1,
+    "scenario": 2,
+    "trace": 3,
+    "moe": 4, "parallel": 4,
+    "compute": 5, "network": 5,
+    "results": 6,
+    "sim": 7,
+    "run": 8,
+    "planner": 9, "report": 9, "validation": 9,
+    "cli": 10,
+}  # fmt: skip
+MAY_SHARE_A_LAYER = {"units", "errors", "seeding"}
+# Library -> the only rooms that may import it, at any depth of a function.
+EXCLUSIVE = {
+    "torch": {"moe", "validation", "compute/benchmarks"},
+    "simpy": {"sim"},
+    "plotly": {"report"},
+    "optuna": {"planner"},
+}
+NOT_FOR_HELP = ("torch", "numpy", "pydantic", "plotly", "networkx", "simpy", "numba", "optuna", "rich", "yaml")
+
+
+def imported_modules(source: str) -> Iterator[str]:
+    """Dotted names of every import statement, also those inside functions; `from a import b` gives a.b."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide the room they come from"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def room_of(path: str) -> str:
+    """`scenario` of scenario/model.py, `units` of units.py."""
+    return path.split("/")[0].removesuffix(".py")
+
+
+def violations(path: str, source: str) -> list[str]:
+    """Broken rules of one file; `path` is relative to the package, with forward slashes."""
+    room, found = room_of(path), []
+    for name in imported_modules(source):
+        parts = name.split(".")
+        if parts[0] in EXCLUSIVE and not any(
+            path.startswith((home + "/", home + ".py")) for home in EXCLUSIVE[parts[0]]
+        ):
+            found.append(f"{path} imports {parts[0]}")
+        if parts[0] != "moesim" or len(parts) < 2 or parts[1] not in LAYER or parts[1] == room:
+            continue
+        same_allowed = {room, parts[1]} <= MAY_SHARE_A_LAYER
+        if LAYER[parts[1]] > LAYER[room] or (LAYER[parts[1]] == LAYER[room] and not same_allowed):
+            found.append(f"{path} (layer {LAYER[room]}) imports {name} (layer {LAYER[parts[1]]})")
+    return found
+
+
+def files() -> list[str]:
+    """Every module of the package except its root, which belongs to no layer."""
+    return sorted(
+        p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py") if p.parent != PACKAGE or p.stem[0] != "_"
+    )
+
+
+def test_every_room_has_a_layer() -> None:
+    assert {room_of(path) for path in files()} <= set(LAYER)
+
+
+@pytest.mark.parametrize("path", files())
+def test_imports_point_downwards_and_libraries_stay_home(path: str) -> None:
+    assert violations(path, (PACKAGE / path).read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("scenario/model.py", "from moesim.trace import RoutingTrace"),
+        ("compute/roofline.py", "def f():\n    import moesim.network.ports"),
+        ("trace/store.py", "import torch.nn as nn"),
+        ("compute/roofline.py", "from torch import Tensor"),
+        ("results/record.py", "from simpy import Environment"),
+        ("cli/run.py", "def f():\n    import plotly.graph_objects as go"),
+        ("results/record.py", "from moesim import run"),
+    ],
+)
+def test_the_rule_catches_a_breach(path: str, source: str) -> None:
+    assert violations(path, source)
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("compute/benchmarks/gemm.py", "import torch"),
+        ("compute/benchmarks.py", "import torch"),
+        ("seeding.py", "from moesim.errors import UserError"),
+        ("cli/run.py", "from moesim.run import simulate"),
+        ("network/ports.py", "from moesim.network.fabric import Fabric"),
+    ],
+)
+def test_the_rule_lets_good_imports_pass(path: str, source: str) -> None:
+    assert violations(path, source) == []
+
+
+def loaded_after(statement: str) -> set[str]:
+    """Modules that a fresh interpreter has loaded after `statement`."""
+    code = f"import sys; {statement}; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.splitlines()[-1].split())
+
+
+def test_help_imports_nothing_heavy() -> None:
+    """`moesim --help` stays instant because it loads no library but the standard one."""
+    assert not loaded_after("from moesim.cli import main; main(['--help'])") & set(NOT_FOR_HELP)
+
+
+def test_reading_a_scenario_does_not_load_torch() -> None:
+    rooms = ("scenario", "trace", "parallel", "compute", "network", "results", "report")
+    assert not loaded_after("import " + ", ".join(f"moesim.{room}" for room in rooms)) & {"torch", "simpy"}
