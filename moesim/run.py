@@ -38,7 +38,7 @@ from moesim.trace.sampling import MIN_COVERAGE_FOR_CONFIDENCE, MIN_COVERAGE_FOR_
 FloatArray = NDArray[np.float64]
 
 SYNTHETIC_LAYERS = 2  # distinct layers of a synthetic trace; model layers take them in turn
-SYNTHETIC_TOKENS = 65_536  # at least, and at least one expert group's micro-batch
+SYNTHETIC_TOKENS = (65_536, 262_144)  # at least, and at most while one expert group's micro-batch fits
 SPAN_MEMORY = 400e6  # bytes of spans simulated at once: more samples than fit run in several passes
 BYTES_PER_SPAN = 20
 SPANS_PER_LAYER = 70  # about, both directions
@@ -56,6 +56,7 @@ def simulate(
     trace = obtain_trace(scenario, progress=progress, cache_dir=cache_dir)
     fabric = build_fabric(scenario.cluster)
     kernels = kernel_model(scenario.cluster.pools[0].gpu, scenario.compute.profile)
+    assert (trace is None) == (scenario.model.experts == 0), "an MoE step is driven by a routing trace"
     plain, bootstrap = draw_samples(scenario, trace)
     spread = [sample.balanced() for sample in plain]
     outcome = _simulate_samples(scenario, fabric, kernels, [*plain, *spread, *bootstrap])
@@ -75,8 +76,10 @@ def obtain_trace(
         return load_trace(Path(routing.file))
     window = scenario.parallelism.expert * scenario.tokens_per_micro_batch
     length = scenario.workload.sequence_length
+    fewest, most = SYNTHETIC_TOKENS
+    tokens = max(fewest, window, min(most, scenario.tokens_per_step))
     common: dict[str, Any] = {
-        "num_sequences": -(-max(SYNTHETIC_TOKENS, window) // length),
+        "num_sequences": -(-tokens // length),
         "sequence_length": length,
         "seed": stream_seed(scenario.seed, "synthetic-trace"),
     }

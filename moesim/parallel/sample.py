@@ -201,14 +201,13 @@ class TrafficSampler:
 class TrafficSample:
     """One routing sample of a step. Model layers are numbered among the MoE layers, from 0.
 
-    `protected_BNU`: the sequences that device capacity never drops. `spread_from`: set in the counterfactual of equal
-    loads, the sample whose counts it spreads.
+    `protected_BNU`: the sequences that device capacity never drops. `spread`: the counterfactual of equal loads.
     """
 
     sampler: TrafficSampler
     draw: SequenceDraw
     protected_BNU: NDArray[np.bool_]
-    spread_from: "TrafficSample | None" = None
+    spread: bool = False
     _thin: dict[tuple[int, int, int], TrafficArrays] = field(default_factory=dict, repr=False)
 
     @property
@@ -227,19 +226,27 @@ class TrafficSample:
         return self.sampler.placement
 
     def balanced(self) -> "TrafficSample":
-        """The same sample with every layer's kept rows and copies spread evenly (`TrafficArrays.balanced`)."""
-        return replace(self, spread_from=self, _thin={})
+        """The same sample with every layer's kept rows and copies spread evenly (`TrafficArrays.balanced`).
+
+        It shares the counts of thin layers with this one, and spreads them after relabelling: a model layer decides
+        which copies stay on their own rank.
+        """
+        return replace(self, spread=True)
 
     def layer(self, group: int, micro_batch: int, model_layer: int, *, stage: int = 0) -> LayerTraffic:
         """The traffic of one expert-parallel group (of `stage`), micro-batch and MoE layer."""
         thin = self.thin_arrays(group, model_layer % self.sampler.trace.num_layers, stage=stage)
         one = thin.select(slice(micro_batch, micro_batch + 1))
-        return one.relabel(self.sampler.relabellings[model_layer], self.placement).micro_batch(0)
+        return self._model_layer(one, model_layer).micro_batch(0)
 
     def arrays(self, group: int, model_layer: int, *, stage: int = 0) -> TrafficArrays:
         """The traffic of one expert-parallel group and MoE layer over all micro-batches."""
         thin = self.thin_arrays(group, model_layer % self.sampler.trace.num_layers, stage=stage)
-        return thin.relabel(self.sampler.relabellings[model_layer], self.placement)
+        return self._model_layer(thin, model_layer)
+
+    def _model_layer(self, thin: TrafficArrays, model_layer: int) -> TrafficArrays:
+        arrays = thin.relabel(self.sampler.relabellings[model_layer], self.placement)
+        return arrays.balanced(self.placement) if self.spread else arrays
 
     def slot_rows_MDP(self, group: int, model_layer: int, *, stage: int = 0) -> Array:
         """Rows of every (micro-batch, rank, slot) of one expert-parallel group and MoE layer."""
@@ -259,8 +266,6 @@ class TrafficSample:
         return self._thin[key]
 
     def _build(self, group: int, thin_layer: int, stage: int) -> TrafficArrays:
-        if self.spread_from is not None:
-            return self.spread_from.thin_arrays(group, thin_layer, stage=stage).balanced(self.placement)
         count = self._sum_pieces if self.sampler.counts_add_up else self._drop_and_count
         arrays = count(group, thin_layer, stage)
         capacity = self.sampler.scenario.capacity

@@ -84,7 +84,7 @@ def attribute(table: SpanTable) -> FloatArray:
 
 
 def _idle(table: SpanTable, begin_NQ: FloatArray, end_NQ: FloatArray, transfers: _Coverage) -> FloatArray:
-    """Seconds per column in which neither compute nor a transfer ran: gaps of the compute stream less transfers in them."""
+    """Seconds per column without compute or transfer: gaps of the compute stream less the transfers in them."""
     _, samples, ranks = table.start_NSR.shape
     step_1Q = np.repeat(table.step_S, ranks)[None]
     gap_start_NQ = np.concatenate([np.zeros((1, samples * ranks)), end_NQ])

@@ -1,0 +1,54 @@
+"""A small scenario that every room can simulate in a fraction of a second."""
+
+from typing import Any
+
+import pytest
+
+from moesim.scenario import Scenario, scenario_from_mapping
+
+SMALL: dict[str, Any] = {
+    "schema_version": 1,
+    "name": "small",
+    "model": {
+        "layers": 4,
+        "hidden": 512,
+        "heads": 8,
+        "kv_heads": 8,
+        "head_dim": 64,
+        "dense_layers": 1,
+        "dense_intermediate": 1024,
+        "experts": 16,
+        "top_k": 4,
+        "shared_experts": 1,
+        "expert_intermediate": 256,
+        "vocab": 1000,
+    },
+    "routing": {"kind": "popularity", "counts": [8, 1, 1, 1, 4, 1, 1, 1, 2, 1, 1, 1, 1, 1, 1, 1]},
+    "cluster": {"gpu": "h200", "nodes": 1, "gpus_per_node": 4, "price_per_gpu_hour": 2.0},
+    "parallelism": {"data": 4, "expert": 4},
+    "workload": {"sequence_length": 2048, "micro_batch": 2, "global_batch": 16, "train_tokens": 1e9},
+    "compute": {"profile": "roofline"},
+    "uncertainty": {"samples": 3},
+}
+
+
+def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with dotted keys replaced; a whole section may be given as a mapping."""
+    result = {key: dict(value) if isinstance(value, dict) else value for key, value in base.items()}
+    for dotted, value in changes.items():
+        section = result
+        *path, last = dotted.split(".")
+        for key in path:
+            section = section.setdefault(key, {})
+        section[last] = value
+    return result
+
+
+@pytest.fixture
+def small():
+    """A function: small(**{"parallelism.expert": 2}) -> Scenario."""
+
+    def build(changes: dict[str, Any] | None = None) -> Scenario:
+        return scenario_from_mapping(merged(SMALL, changes or {}))
+
+    return build

@@ -1,0 +1,123 @@
+"""Laws of a simulated step: what must hold whatever the durations are."""
+
+import hashlib
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from moesim.compute import kernel_model
+from moesim.network import build_fabric
+from moesim.parallel import TrafficArrays, TrafficSampler
+from moesim.results import CATEGORIES, attribute
+from moesim.run import draw_samples, obtain_trace, simulate
+from moesim.scenario import Scenario
+from moesim.seeding import stream
+from moesim.sim import StepOutcome, build_program, simulate_step
+
+
+def outcome_of(scenario: Scenario, samples: list) -> StepOutcome:
+    kernels = kernel_model(scenario.cluster.pools[0].gpu, scenario.compute.profile)
+    fabric = build_fabric(scenario.cluster)
+    return simulate_step(build_program(scenario, fabric=fabric, kernels=kernels, samples=samples))
+
+
+def sample_of(scenario: Scenario, number: int = 0):
+    return TrafficSampler(scenario, obtain_trace(scenario)).draw(stream(0, "test", number))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"parallelism.expert": 2},
+        {"dispatch.deduplicate": "per_expert"},
+        {"capacity": {"kind": "device", "factor": 1.0}},
+        {"capacity": {"kind": "expert", "factor": 1.25, "pad": True}},
+        {"implementation.kind": "torch_eager", "dispatch.deduplicate": "per_expert"},
+        {"parallelism.zero": {"dense": 1, "expert": 1}, "parallelism.expert": 2},
+        {"dispatch.dtype": "fp8"},
+    ],
+    ids=lambda changes: ",".join(changes) or "plain",
+)
+def test_attribution_adds_up_on_every_rank(small, changes):
+    scenario = small(changes)
+    step = outcome_of(scenario, [sample_of(scenario, number) for number in range(2)])
+    for table in step.tables:
+        seconds_CSR = attribute(table)
+        assert seconds_CSR.min() > -1e-12
+        np.testing.assert_allclose(
+            seconds_CSR.sum(axis=0), step.step_S[:, None] + np.zeros(table.ranks_R.shape), rtol=1e-9
+        )
+
+
+def test_one_expert_rank_dispatches_nothing(small):
+    result = simulate(small({"parallelism.expert": 1})).result
+    assert result["communication"]["dispatch_bytes"] == 0
+    assert result["attribution_s"]["dispatch_exposed"] == result["attribution_s"]["combine_exposed"] == 0
+
+
+def test_equal_loads_are_never_waited_for(small):
+    scenario = small()
+    plain = sample_of(scenario)
+    uneven = outcome_of(scenario, [plain]).tables[0]
+    even = outcome_of(scenario, [plain.balanced()]).tables[0]
+    wait = CATEGORIES.index("imbalance_wait")
+    assert attribute(uneven)[wait].max() > 1e-4
+    assert attribute(even)[wait].max() < 1e-9
+
+
+class Renumbered:
+    """A routing sample whose ranks, with their tokens and their experts, have been given other numbers."""
+
+    def __init__(self, sample, rank_from_R: np.ndarray) -> None:
+        self.sample, self.rank_from_R, self.placement = sample, rank_from_R, sample.placement
+
+    def arrays(self, group: int, layer: int) -> TrafficArrays:
+        arrays = self.sample.arrays(group, layer)
+        experts = self.placement.slot_experts_DP[self.rank_from_R].reshape(-1)
+        return replace(
+            arrays,
+            rows_BRE=arrays.rows_BRE[:, self.rank_from_R][:, :, experts],
+            rank_copies_BRD=arrays.rank_copies_BRD[:, self.rank_from_R][:, :, self.rank_from_R],
+            node_copies_BRM=arrays.node_copies_BRM[:, self.rank_from_R],
+        )
+
+
+def test_renumbering_ranks_within_a_node_renumbers_the_results(small):
+    scenario = small()
+    sample = sample_of(scenario)
+    order = np.array([2, 0, 3, 1])
+    first = outcome_of(scenario, [sample]).tables[0]
+    second = outcome_of(scenario, [Renumbered(sample, order)]).tables[0]
+    np.testing.assert_allclose(second.finish_NSR, first.finish_NSR[:, :, order], rtol=1e-12)
+    assert not np.allclose(first.finish_NSR, first.finish_NSR[:, :, order], rtol=1e-6)
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(small):
+    def digest(seed: int) -> str:
+        record = simulate(small({"seed": seed}))
+        parts = [record.spans.finish_NSR, record.arrays["step_time_S"], record.arrays["attribution_CW"]]
+        return hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()
+
+    assert digest(1) == digest(1) != digest(2)
+
+
+def test_samples_in_lockstep_equal_samples_alone(small):
+    scenario = small()
+    plain, _ = draw_samples(scenario, obtain_trace(scenario))
+    together = outcome_of(scenario, plain).step_S
+    alone = [outcome_of(scenario, [sample]).step_S[0] for sample in plain]
+    np.testing.assert_allclose(together, alone, rtol=1e-12)
+
+
+def test_groups_wait_for_each_other_at_the_gradient_reduction(small):
+    scenario = small({"parallelism.expert": 2})
+    step = outcome_of(scenario, [sample_of(scenario)])
+    assert len(step.tables) == 2
+    reduced = [
+        table.finish_NSR[np.flatnonzero([table.labels[n].name == "all_reduce.dense" for n in table.label_N])]
+        for table in step.tables
+    ]
+    assert len(reduced[0]) == 1
+    np.testing.assert_array_equal(reduced[0], reduced[1])
