@@ -1,0 +1,212 @@
+"""Laws that every pipeline schedule keeps, and the published closed forms of bubbles and activations."""
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moesim.parallel.schedules import SCHEDULES, Pass, build_schedule, equal_seconds, walk_schedule
+
+KINDS = sorted(SCHEDULES)
+
+
+@st.composite
+def schedules(draw, kinds=KINDS, max_ranks=6):
+    kind = draw(st.sampled_from(kinds))
+    ranks = draw(st.integers(1, max_ranks))
+    micro_batches = draw(st.integers(1, 16))
+    virtual = 1
+    if kind == "interleaved":
+        virtual = draw(st.integers(2, 4))
+        micro_batches = ranks * draw(st.integers(1, 4))
+    if kind == "dualpipe":
+        ranks = 2 * draw(st.integers(1, max_ranks // 2))
+        micro_batches = 2 * ranks + 2 * draw(st.integers(0, 8))
+    return build_schedule(kind, num_ranks=ranks, num_micro_batches=micro_batches, virtual=virtual)
+
+
+def works(schedule, rank):
+    return [work for action in schedule.actions[rank] for work in action.works]
+
+
+@settings(deadline=None, max_examples=80)
+@given(schedule=schedules())
+def test_every_micro_batch_passes_every_stage_once_in_each_direction(schedule):
+    forward, backward, split, weight = Counter(), Counter(), Counter(), Counter()
+    counters = {Pass.FORWARD: forward, Pass.BACKWARD: backward, Pass.INPUT: split, Pass.WEIGHT: weight}
+    for rank in range(schedule.num_ranks):
+        for work in works(schedule, rank):
+            counters[work.kind][work.micro_batch, schedule.stage(rank, work)] += 1
+            assert schedule.routes[work.micro_batch][schedule.stage(rank, work)] == (rank, work.chunk)
+    everything = {(m, s): 1 for m in range(schedule.num_micro_batches) for s in range(schedule.num_stages)}
+    assert forward == everything
+    assert backward + split == everything
+    assert weight == split
+
+
+@settings(deadline=None, max_examples=80)
+@given(schedule=schedules(), data=st.data())
+def test_no_rank_waits_for_ever_and_nothing_begins_before_what_it_needs(schedule, data):
+    durations = data.draw(st.lists(st.floats(0.1, 5.0), min_size=7, max_size=7))
+    delay = data.draw(st.floats(0.0, 2.0))
+    table = walk_schedule(
+        schedule,
+        seconds=lambda rank, action: durations[(3 * rank + len(action.works) + action.works[0].micro_batch) % 7],
+        handoff_seconds=delay,
+    )
+    start, finish, done = {}, {}, {}
+    for rank, actions in enumerate(schedule.actions):
+        assert (table.start_PA[rank][1:] >= table.finish_PA[rank][:-1]).all()
+        for index, action in enumerate(actions):
+            for work in action.works:
+                key = (work.kind is Pass.FORWARD, work.micro_batch, schedule.stage(rank, work))
+                if work.kind is Pass.WEIGHT:
+                    assert table.start_PA[rank][index] >= finish[key][0]
+                else:
+                    start[key] = table.start_PA[rank][index], rank
+                    finish[key] = table.finish_PA[rank][index], rank
+            done[rank] = table.finish_PA[rank][index]
+    for (is_forward, micro_batch, stage), (begun, rank) in start.items():
+        before = (is_forward, micro_batch, stage - 1 if is_forward else stage + 1)
+        if before in finish:
+            ended, sender = finish[before]
+            assert begun >= ended + (delay if sender != rank else 0.0)
+        if not is_forward:
+            assert begun >= finish[True, micro_batch, stage][0]
+    assert table.seconds == max(done.values())
+
+
+@settings(deadline=None, max_examples=60)
+@given(schedule=schedules())
+def test_every_hand_off_is_sent_once_and_received_once(schedule):
+    sent, received = Counter(), Counter()
+    for rank, actions in enumerate(schedule.actions):
+        for action in actions:
+            for handoff in schedule.sends(rank, action):
+                assert handoff.source == rank
+                sent[handoff] += 1
+            for handoff in schedule.receives(rank, action):
+                assert handoff.target == rank
+                received[handoff] += 1
+    assert sent == received
+    assert set(sent.values()) <= {1}
+    assert len(sent) == 2 * schedule.num_micro_batches * (schedule.num_stages - 1)
+
+
+@settings(deadline=None, max_examples=60)
+@given(schedule=schedules())
+def test_activations_are_held_from_the_forward_to_the_last_backward_and_then_given_back(schedule):
+    for rank, live_AC in enumerate(schedule.live_PAC):
+        held = set()
+        for action, live_C in zip(schedule.actions[rank], live_AC, strict=True):
+            held |= {(w.micro_batch, w.chunk) for w in action.works if w.kind is Pass.FORWARD}
+            assert live_C.tolist() == [sum(c == chunk for _, c in held) for chunk in range(len(live_C))]
+            held -= {(w.micro_batch, w.chunk) for w in action.works if w.kind in (Pass.BACKWARD, Pass.WEIGHT)}
+        assert not held
+
+
+def published_bubble(kind, p, v, *, F, B, W, pair):
+    """arXiv 2412.19437, Table 2, and 2104.04473. F, B and W of a whole rank: an interleaved chunk takes a v-th."""
+    forms = {
+        "gpipe": (p - 1) * (F + B),
+        "1f1b": (p - 1) * (F + B),
+        "interleaved": (p - 1) * (F + B) / v,
+        "zb_h1": (p - 1) * (F + B - 2 * W),
+        "dualpipe": (p / 2 - 1) * (pair + B - 3 * W),
+    }
+    return forms[kind]
+
+
+# F, B, W, pair. The split forms assume that a gradient of weights fits into the gap of a forward pass (W <= F); that of
+# DualPipe assumes F = B - W = W, and a pair that takes no longer than its two passes one after the other.
+ANY = [(1.0, 2.0, 1.0, 3.0), (1.0, 2.0, 0.6, 3.0), (2.0, 2.0, 0.5, 4.0), (1.0, 3.0, 1.0, 4.0), (1.0, 2.6, 0.9, 3.0)]
+EQUAL = [(1.0, 2.0, 1.0, 3.0), (1.0, 2.0, 1.0, 2.5), (1.0, 2.0, 1.0, 2.1), (0.7, 1.4, 0.7, 2.0)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("p", [2, 4, 8])
+@pytest.mark.parametrize("rounds", [2, 3, 5])
+def test_the_bubble_is_the_published_one(kind, p, rounds):
+    virtuals = [2, 3] if kind == "interleaved" else [1]
+    for virtual in virtuals:
+        schedule = build_schedule(kind, num_ranks=p, num_micro_batches=rounds * p, virtual=virtual)
+        for F, B, W, pair in EQUAL if kind == "dualpipe" else ANY:
+            seconds = equal_seconds(forward=F / virtual, backward=B / virtual, weight=W / virtual, pair=pair)
+            bubble = walk_schedule(schedule, seconds=seconds).bubble_P.max()
+            expected = published_bubble(kind, p, virtual, F=F, B=B, W=W, pair=pair)
+            assert bubble == pytest.approx(expected, rel=1e-3, abs=1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_unequal_stages_differ_from_the_closed_form(kind):
+    virtual = 2 if kind == "interleaved" else 1
+    schedule = build_schedule(kind, num_ranks=4, num_micro_batches=12, virtual=virtual)
+    equal = equal_seconds(forward=1.0, backward=2.0, weight=1.0)
+    even = walk_schedule(schedule, seconds=equal)
+    uneven = walk_schedule(schedule, seconds=lambda rank, action: equal(rank, action) * (1.3 if rank == 1 else 1.0))
+    expected = virtual * published_bubble(kind, 4, virtual, F=1, B=2, W=1, pair=3)
+    assert even.bubble_P.max() == pytest.approx(expected)
+    assert uneven.bubble_P.max() > 1.1 * expected
+    assert uneven.bubble_P.min() < uneven.bubble_P.max()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_slow_links_only_lengthen_a_step(kind):
+    schedule = build_schedule(kind, num_ranks=4, num_micro_batches=12, virtual=2 if kind == "interleaved" else 1)
+    seconds = equal_seconds(forward=1.0, backward=2.0, weight=1.0)
+    times = [walk_schedule(schedule, seconds=seconds, handoff_seconds=delay).seconds for delay in (0.0, 0.1, 1.0)]
+    assert times[0] < times[1] < times[2]
+
+
+@pytest.mark.parametrize("p", [2, 4, 8, 16])
+def test_peak_activations_are_the_published_ones(p):
+    def peak(kind, virtual=1):
+        schedule = build_schedule(kind, num_ranks=p, num_micro_batches=4 * p, virtual=virtual)
+        return schedule.peak_live_P.tolist()
+
+    assert peak("1f1b") == list(range(p, 0, -1))
+    assert peak("zb_h1") == [p] * p
+    assert peak("dualpipe") == [p + 1] * p
+    assert peak("gpipe") == [4 * p] * p
+    # Megatron's count: warm-up of (v - 1) p + 2 (p - 1 - r) chunks and one more, in units of a v-th of a rank's layers.
+    assert peak("interleaved", 2) == [p + 2 * (p - 1 - rank) + 1 for rank in range(p)]
+
+
+def test_a_bidirectional_schedule_holds_two_copies_of_the_model():
+    replicas = {
+        kind: build_schedule(
+            kind, num_ranks=4, num_micro_batches=8, virtual=2 if kind == "interleaved" else 1
+        ).num_replicas
+        for kind in KINDS
+    }
+    assert replicas == {"gpipe": 1, "1f1b": 1, "interleaved": 1, "zb_h1": 1, "dualpipe": 2}
+
+
+def test_dualpipe_overlaps_a_forward_and_a_backward_pass_of_opposite_directions():
+    schedule = build_schedule("dualpipe", num_ranks=4, num_micro_batches=16)
+    pairs = [action.works for actions in schedule.actions for action in actions if action.is_pair]
+    assert len(pairs) > 0.5 * 4 * 16
+    for forward, backward in pairs:
+        assert (forward.kind, backward.kind) == (Pass.FORWARD, Pass.BACKWARD)
+        assert forward.chunk != backward.chunk
+        assert (forward.micro_batch < 8) != (backward.micro_batch < 8)
+
+
+def test_overlap_shortens_dualpipe_by_what_its_pairs_save():
+    schedule = build_schedule("dualpipe", num_ranks=8, num_micro_batches=32)
+    times = [
+        walk_schedule(schedule, seconds=equal_seconds(forward=1.0, backward=2.0, weight=1.0, pair=pair)).seconds
+        for pair in (3.0, 2.5, 2.0)
+    ]
+    assert np.diff(times).max() < 0
+    assert times[0] - times[1] == pytest.approx(times[1] - times[2], rel=0.1)
+
+
+def test_ranks_that_wait_for_each_other_are_noticed():
+    schedule = build_schedule("1f1b", num_ranks=2, num_micro_batches=2)
+    crossed = replace(schedule, actions=(schedule.actions[0][::-1], schedule.actions[1]))
+    with pytest.raises(AssertionError, match="wait for each other"):
+        walk_schedule(crossed, seconds=equal_seconds(forward=1.0, backward=2.0, weight=1.0))
