@@ -1,7 +1,7 @@
 """`moesim calibrate`: run every family on the machine at hand, within a time budget, and write the profile.
 
-Under torchrun the ranks share the shapes of the single-device families (the first few are measured by all, which shows
-how much devices differ) and then measure collectives together.
+Every shape is visited several times, apart in time; under torchrun the ranks share the shapes of the single-device
+families, another rank at each visit, and then measure collectives together.
 """
 
 import os
@@ -29,7 +29,8 @@ from moesim.compute.benchmarks.device import Sampler, environment
 from moesim.compute.benchmarks.host import host_calls
 from moesim.compute.benchmarks.kernels import Prepared, prepare_attention, prepare_gemm, prepare_grouped_gemm
 from moesim.compute.benchmarks.memory_kernels import prepare_memory_bound
-from moesim.compute.benchmarks.session import Row, Session, row_key
+from moesim.compute.benchmarks.profiler import kernel_names
+from moesim.compute.benchmarks.session import Row, Session
 from moesim.compute.benchmarks.shapes import CPU_LIMITS, GPU_LIMITS, Limits, family_shapes
 from moesim.compute.benchmarks.timing import CpuTimer, CudaTimer, summarise
 from moesim.compute.profile import Profile
@@ -45,16 +46,16 @@ _PREPARE: dict[str, Preparer] = {
 }
 # Shares of the whole budget. The single-device families come first: they need no other rank.
 BUDGET_SHARES = {
-    "host": 0.04,
-    "gemm": 0.22,
-    "grouped_gemm": 0.24,
-    "attention": 0.16,
-    "memory_bound": 0.14,
-    "gemm_fp8": 0.07,
-    "collective": 0.07,
-    "contention": 0.06,
+    "host": 0.03,
+    "gemm": 0.30,
+    "grouped_gemm": 0.26,
+    "attention": 0.13,
+    "memory_bound": 0.10,
+    "gemm_fp8": 0.08,
+    "collective": 0.06,
+    "contention": 0.04,
 }
-_SHARED_SHAPES = 8  # measured by every rank
+NUM_VISITS = 3  # of every shape, apart in time and on different ranks: the clock under a power limit never stands still
 _CONTENDERS: tuple[dict[str, Any], ...] = (
     {"family": "gemm", "m": 8192, "k": 4096, "n": 4096, "dtype": "bf16", "direction": "forward"},
     {"family": "gemm", "m": 4096, "k": 2048, "n": 2816, "dtype": "bf16", "direction": "forward"},
@@ -64,6 +65,7 @@ _CONTENDERS: tuple[dict[str, Any], ...] = (
      "causal": True, "direction": "forward"},
     {"family": "memory_bound", "kind": "elementwise", "rows": 32768, "width": 4096, "bytes": 805306368.0},
 )  # fmt: skip
+_PROFILED_TOGETHER = 24
 _CONTENTION_SIZES = (4 << 20, 64 << 20, 512 << 20)
 
 
@@ -132,9 +134,9 @@ def _attempt(bench: Bench, row: Row, measure: Callable[[], Row]) -> None:
 
 
 def _run_family(bench: Bench, family: str, seconds: float) -> None:
-    """One family of single-device kernels: this rank's share of the shapes."""
+    """One family of single-device kernels: this rank's share of the shapes, in the visit that is under way."""
     rows = [{"family": family} | shape for shape in family_shapes(family, bench.limits)]
-    mine = [row for i, row in enumerate(rows) if i < _SHARED_SHAPES or i % bench.ranks == bench.session.rank]
+    mine = [row for i, row in enumerate(rows) if (i + bench.session.visit) % bench.ranks == bench.session.rank]
 
     def measure(row: Row) -> Row:
         call, facts = _PREPARE[family](row, bench.pool, bench.beyond)
@@ -146,8 +148,8 @@ def _run_family(bench: Bench, family: str, seconds: float) -> None:
         _attempt(bench, row, lambda row=row: measure(row))  # type: ignore[misc]
         if bench.device == "cuda" and number % 16 == 15:
             torch.cuda.empty_cache()
-        bench.progress(family, (time.monotonic() - begin) / seconds)
-    bench.progress(family, 1.0)
+        bench.progress(family, (bench.session.visit + (time.monotonic() - begin) / seconds) / NUM_VISITS)
+    bench.progress(family, (bench.session.visit + 1) / NUM_VISITS)
 
 
 def _run_host(bench: Bench, seconds: float) -> None:
@@ -159,7 +161,7 @@ def _run_host(bench: Bench, seconds: float) -> None:
             timed = calls[row["part"], row["kind"]]
             _attempt(bench, row, lambda timed=timed: summarise(timed(), 400).as_row())  # type: ignore[misc]
         floor = {"family": "host", "part": "device", "kind": "kernel_floor"}
-        if row_key(floor) not in bench.session.done:
+        if bench.session.wants(floor):
             tiny = torch.ones(1, device=bench.device)
             _attempt(bench, floor, lambda: bench.timer.time(lambda i: tiny.add_(0.0)).as_row())
     bench.progress("host", 1.0)
@@ -175,7 +177,7 @@ def _agreed(bench: Bench, rows: list[Row], seconds: float) -> Iterator[Row]:
     """As `Session.within`, with one decision for all ranks: all measure a row or none does."""
     begin = time.monotonic()
     for row in rows:
-        wanted = row_key(row) not in bench.session.done and time.monotonic() - begin < seconds
+        wanted = bench.session.wants(row) and time.monotonic() - begin < seconds
         if _largest_over_ranks(float(wanted), bench.device) > 0.0:
             yield row
 
@@ -218,6 +220,22 @@ def _run_contention(bench: Bench, seconds: float) -> None:
     bench.progress("contention", 1.0)
 
 
+def _run_kernel_names(bench: Bench) -> None:
+    """Which kernels the library takes for each dense product: rows of their own, one profiled call per shape."""
+    rows: list[Row] = [{"family": "gemm"} | shape for shape in family_shapes("gemm", bench.limits)]
+    mine = [row for i, row in enumerate(rows) if i % bench.ranks == bench.session.rank and not bench.session.wants(row)]
+    named: list[Row] = [{"family": "kernel_name", "of": row} for row in mine]
+    named = [row for row in named if bench.session.wants(row)]
+    try:
+        for begin in range(0, len(named), _PROFILED_TOGETHER):
+            part = named[begin : begin + _PROFILED_TOGETHER]
+            found = kernel_names([prepare_gemm(row["of"], bench.pool, 0.0)[0] for row in part])
+            for row, names in zip(part, found, strict=True):
+                bench.session.add(row | {"kernel": names})
+    except RuntimeError as error:
+        bench.session.report(f"kernel names were not recorded: {error}")
+
+
 def _heat(bench: Bench, seconds: float) -> None:
     """Large products until the chip has its working temperature: cold clocks are faster than a step ever sees."""
     a, b = bench.pool.take(8192, 8192), bench.pool.take(8192, 8192)
@@ -229,23 +247,28 @@ def _heat(bench: Bench, seconds: float) -> None:
 
 
 def _run_all(bench: Bench, families: tuple[str, ...], budget: float) -> None:
-    shares = {family: BUDGET_SHARES[family] for family in families}
-    scale = budget / sum(shares.values())
-    for family, share in shares.items():
-        if bench.ranks > 1:
-            dist.barrier()
-        if bench.device == "cuda" and family != "host":
-            _heat(bench, 2.0)
-        if family == "host":
-            _run_host(bench, share * scale)
-        elif family == "collective":
+    """Host and collectives once, single-device families once per visit; `budget` seconds are shared as listed."""
+    together = {"collective": _run_collectives, "contention": _run_contention}
+    scale = budget / sum(BUDGET_SHARES[family] for family in families)
+    if "host" in families:
+        _run_host(bench, BUDGET_SHARES["host"] * scale)
+    for visit in range(NUM_VISITS):
+        bench.session.visit = visit
+        for family in families:
+            if family not in _PREPARE:
+                continue
             if bench.ranks > 1:
-                _run_collectives(bench, share * scale)
-        elif family == "contention":
-            if bench.ranks > 1 and bench.device == "cuda":
-                _run_contention(bench, share * scale)
-        else:
-            _run_family(bench, family, share * scale)
+                dist.barrier()
+            if bench.device == "cuda":
+                _heat(bench, 1.0)
+            _run_family(bench, family, BUDGET_SHARES[family] * scale / NUM_VISITS)
+    bench.session.visit = 0
+    for family, run in together.items():
+        if family in families and bench.ranks > 1 and (family == "collective" or bench.device == "cuda"):
+            dist.barrier()
+            run(bench, BUDGET_SHARES[family] * scale)
+    if bench.device == "cuda" and "gemm" in families:
+        _run_kernel_names(bench)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The machine under test: what it is, and its clocks and power while a benchmark runs."""
+"""The machine under test: what it is, and its power while a benchmark runs."""
 
 import datetime
 import importlib
@@ -14,10 +14,10 @@ _INTERVAL = 0.02  # seconds between samples
 
 
 class Sampler:
-    """A thread that samples the SM clock and the power draw of one GPU; without NVML it samples nothing."""
+    """A thread that samples the power draw of one GPU; without NVML it samples nothing."""
 
     def __init__(self, index: int | None) -> None:
-        self._samples: list[tuple[float, float, float]] = []  # (time, MHz, W)
+        self._samples: list[tuple[float, float]] = []  # (time, W)
         self._stop = threading.Event()
         self._nvml: Any = None
         if index is not None:
@@ -31,9 +31,8 @@ class Sampler:
 
     def _run(self) -> None:
         while not self._stop.wait(_INTERVAL):
-            clock = self._nvml.nvmlDeviceGetClockInfo(self._handle, self._nvml.NVML_CLOCK_SM)
             power = self._nvml.nvmlDeviceGetPowerUsage(self._handle) / 1e3
-            self._samples.append((time.monotonic(), float(clock), float(power)))
+            self._samples.append((time.monotonic(), float(power)))
 
     def __enter__(self) -> Self:
         if self._nvml is not None:
@@ -46,14 +45,13 @@ class Sampler:
             self._thread.join()
 
     def since(self, begin: float) -> dict[str, float]:
-        """Mean SM clock (MHz) and power (W) sampled since `begin` (monotonic seconds), or the last sample."""
+        """Mean power (W) sampled since `begin` (monotonic seconds), or the last sample."""
         chosen = [sample for sample in self._samples[-400:] if sample[0] >= begin] or self._samples[-1:]
         if not chosen:
             return {}
         count = len(chosen)
         return {
-            "sm_mhz": round(sum(sample[1] for sample in chosen) / count),
-            "watts": round(sum(sample[2] for sample in chosen) / count),
+            "watts": round(sum(sample[1] for sample in chosen) / count),
         }
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 _ROWS, _WIDTH, _EXPERTS = 64, 128, 4
 Operation = Callable[[], torch.Tensor]
+Link = Callable[[torch.Tensor], torch.Tensor]
 
 
 class _Wrapped(nn.Module):
@@ -30,15 +31,11 @@ class _Wrapped(nn.Module):
         return out
 
 
-def _operations(device: str, *, fresh: bool) -> dict[str, Operation]:
-    """One small example of each kind of operation that a training step issues; results require gradients.
+def _operations(device: str) -> dict[str, Operation]:
+    """One small example of each kind of operation that a training step issues; results require gradients."""
 
-    With `fresh`, each call has operands of its own, so that a backward over many calls sums no gradients.
-    """
-
-    def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Operation:
-        values = torch.randn(*shape, device=device).to(dtype).requires_grad_()
-        return (lambda: values.detach().requires_grad_()) if fresh else (lambda: values)
+    def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.randn(*shape, device=device).to(dtype).requires_grad_()
 
     x, wide = random(_ROWS, _WIDTH), random(_ROWS, 2 * _WIDTH)
     weight, gain = random(_WIDTH, _WIDTH), random(_WIDTH)
@@ -51,26 +48,26 @@ def _operations(device: str, *, fresh: bool) -> dict[str, Operation]:
     wrapped = _Wrapped(linear)
     zeros = torch.zeros(_ROWS, _WIDTH, device=device, dtype=torch.bfloat16)
     return {
-        "elementwise": lambda: x() + zeros,
-        "mul": lambda: x() * x(),
-        "silu": lambda: F.silu(x()),
-        "cast": lambda: x().float(),
-        "view": lambda: wide().view(_ROWS, 2, _WIDTH),
-        "chunk": lambda: wide().chunk(2, dim=-1)[0],
-        "linear": lambda: F.linear(x(), weight()),
-        "linear_module": lambda: linear(x()),
-        "linear_module_wrapped": lambda: wrapped(x()),
-        "rms_norm": lambda: F.rms_norm(x(), (_WIDTH,), gain()),
-        "softmax": lambda: logits().softmax(-1),
-        "topk": lambda: logits().topk(2, dim=-1)[0],
-        "gather": lambda: logits().gather(1, choices[:, None]),
-        "index_select": lambda: x().index_select(0, ids),
-        "index_add": lambda: zeros.index_add(0, ids, x()),
-        "cat": lambda: torch.cat([x(), x()]),
-        "reduce": lambda: x().sum(-1),
-        "grouped_mm": lambda: F.grouped_mm(x(), experts(), offs=offsets),
-        "attention": lambda: F.scaled_dot_product_attention(heads(), heads(), heads(), is_causal=True),
-        "cross_entropy": lambda: F.cross_entropy(logits(), choices),
+        "elementwise": lambda: x + zeros,
+        "mul": lambda: x * x,
+        "silu": lambda: F.silu(x),
+        "cast": lambda: x.float(),
+        "view": lambda: wide.view(_ROWS, 2, _WIDTH),
+        "chunk": lambda: wide.chunk(2, dim=-1)[0],
+        "linear": lambda: F.linear(x, weight),
+        "linear_module": lambda: linear(x),
+        "linear_module_wrapped": lambda: wrapped(x),
+        "rms_norm": lambda: F.rms_norm(x, (_WIDTH,), gain),
+        "softmax": lambda: logits.softmax(-1),
+        "topk": lambda: logits.topk(2, dim=-1)[0],
+        "gather": lambda: logits.gather(1, choices[:, None]),
+        "index_select": lambda: x.index_select(0, ids),
+        "index_add": lambda: zeros.index_add(0, ids, x),
+        "cat": lambda: torch.cat([x, x]),
+        "reduce": lambda: x.sum(-1),
+        "grouped_mm": lambda: F.grouped_mm(x, experts, offs=offsets),
+        "attention": lambda: F.scaled_dot_product_attention(heads, heads, heads, is_causal=True),
+        "cross_entropy": lambda: F.cross_entropy(logits, choices),
     }
 
 
@@ -112,15 +109,46 @@ def _seconds_per_call(call: Callable[[], Any], device: str, *, calls: int, repea
     return seconds
 
 
-def _backward_seconds(make: Operation, device: str, *, nodes: int, repeats: int = 5) -> list[float]:
-    """Host seconds of one operation's backward, in one call over `nodes` independent operations."""
+def _chains(device: str) -> dict[str, tuple[torch.Tensor, Link]]:
+    """Operations whose result can be their next input: a start and one link, for graphs as deep as a real step's."""
+    x = torch.randn(_ROWS, _WIDTH, device=device).to(torch.bfloat16).requires_grad_()
+    scores = torch.randn(_ROWS, _EXPERTS, device=device).requires_grad_()
+    heads = torch.randn(1, 2, _ROWS, 64, device=device).to(torch.bfloat16).requires_grad_()
+    weight, gain = torch.eye(_WIDTH, device=device).to(torch.bfloat16), torch.ones(_WIDTH, device=device)
+    gain = gain.to(torch.bfloat16)
+    experts = weight.expand(_EXPERTS, _WIDTH, _WIDTH).contiguous()
+    offsets = torch.arange(1, _EXPERTS + 1, device=device, dtype=torch.int32) * (_ROWS // _EXPERTS)
+    ids, constant = torch.randperm(_ROWS, device=device), torch.zeros_like(x)
+
+    def leaf(values: torch.Tensor) -> torch.Tensor:
+        return values.detach().requires_grad_()  # weights of their own: gradients are stored, not summed
+
+    return {
+        "elementwise": (x, lambda y: y + constant),
+        "mul": (x, lambda y: y * leaf(constant)),
+        "silu": (x, F.silu),
+        "view": (x, lambda y: y.view(_WIDTH, _ROWS)),
+        "linear": (x, lambda y: F.linear(y, leaf(weight))),
+        "rms_norm": (x, lambda y: F.rms_norm(y, (_WIDTH,), leaf(gain))),
+        "softmax": (scores, lambda y: y.softmax(-1)),
+        "index_select": (x, lambda y: y.index_select(0, ids)),
+        "index_add": (x, lambda y: constant.index_add(0, ids, y)),
+        "grouped_mm": (x, lambda y: F.grouped_mm(y, leaf(experts), offs=offsets)),
+        "attention": (heads, lambda y: F.scaled_dot_product_attention(y, leaf(heads), leaf(heads), is_causal=True)),
+    }
+
+
+def _backward_seconds(start: torch.Tensor, link: Link, device: str, *, nodes: int, repeats: int = 5) -> list[float]:
+    """Host seconds of one operation's backward, over a chain of `nodes` of them."""
     seconds = []
     for _ in range(repeats + 1):
-        outs = [make() for _ in range(nodes)]
-        gradients = [torch.ones_like(out) for out in outs]
+        out = start
+        for _ in range(nodes):
+            out = link(out if out.shape == start.shape else out.view(start.shape))
+        gradient = torch.ones_like(out)
         _synchronise(device)
         begin = time.perf_counter()
-        torch.autograd.backward(outs, gradients)
+        torch.autograd.backward([out], [gradient])
         seconds.append((time.perf_counter() - begin) / nodes)
         _synchronise(device)
     return seconds[1:]
@@ -139,10 +167,10 @@ def _readbacks(device: str) -> dict[str, Callable[[], Any]]:
 def host_calls(device: str, *, calls: int = 400) -> dict[tuple[str, str], Callable[[], list[float]]]:
     """(part, kind) -> a function that gives seconds per call, for every kind of host work."""
     found: dict[tuple[str, str], Callable[[], list[float]]] = {}
-    for kind, operation in _operations(device, fresh=False).items():
+    for kind, operation in _operations(device).items():
         found["forward", kind] = partial(_seconds_per_call, operation, device, calls=calls)
-    for kind, operation in _operations(device, fresh=True).items():
-        found["backward", kind] = partial(_backward_seconds, operation, device, nodes=calls)
+    for kind, (start, link) in _chains(device).items():
+        found["backward", kind] = partial(_backward_seconds, start, link, device, nodes=calls)
     for kind, plain in _plain_operations(device).items():
         found["plain", kind] = partial(_seconds_per_call, plain, device, calls=calls)
     for kind, read in _readbacks(device).items():

@@ -12,10 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
+
 from moesim.compute.profile import Profile, load_profile_file, save_profile
 
 Row = dict[str, Any]
-_MEASURED = frozenset({"p20", "p50", "p80", "repeats", "sm_mhz", "watts", "backend", "rank", "session", "other_p50"})
+_MEASURED = frozenset(
+    {"p20", "p50", "p80", "repeats", "clock_mhz", "watts", "backend", "kernel", "rank", "session", "visit", "visits"}
+)
 _OVERLAP = frozenset({"compute_alone", "transfer_alone", "compute_beside", "transfer_beside"})
 
 
@@ -33,7 +37,8 @@ class Session:
     rank: int = 0
     clock: Callable[[], float] = time.monotonic
     report: Callable[[str], None] = print
-    done: set[str] = field(default_factory=set)
+    visit: int = 0
+    done: dict[str, int] = field(default_factory=dict)  # visits per shape
     skipped: list[str] = field(default_factory=list)
     num_rows: int = 0
     _file: TextIO | None = None
@@ -47,9 +52,19 @@ class Session:
         """Find what earlier sessions measured, and start this rank's file."""
         self.partial.mkdir(parents=True, exist_ok=True)
         if self.out.exists():
-            self.done |= {row_key(row) for row in load_profile_file(self.out).rows}
-        self.done |= {row_key(row) for row in _partial_rows(self.partial)}
+            for row in load_profile_file(self.out).rows:
+                self._count(row, len(row.get("visits", [0])))
+        for row in _partial_rows(self.partial):
+            self._count(row, 1)
         self._file = (self.partial / f"rank{self.rank}.{os.getpid()}.jsonl").open("a", encoding="utf-8")
+
+    def _count(self, row: Row, visits: int) -> None:
+        key = row_key(row)
+        self.done[key] = self.done.get(key, 0) + visits
+
+    def wants(self, row: Row) -> bool:
+        """Whether the shape still lacks the visit that is under way."""
+        return self.done.get(row_key(row), 0) <= self.visit
 
     def close(self) -> None:
         """Close this rank's file; rows stay on disk."""
@@ -62,7 +77,7 @@ class Session:
         assert self._file is not None, "open the session first"
         self._file.write(json.dumps(row | {"rank": self.rank}) + "\n")
         self._file.flush()
-        self.done.add(row_key(row))
+        self._count(row, 1)
         self.num_rows += 1
 
     def skip(self, row: Row, reason: str) -> None:
@@ -75,27 +90,42 @@ class Session:
         """The rows not measured yet, until `seconds` have passed since the first."""
         begin = self.clock()
         for row in rows:
-            if row_key(row) in self.done:
+            if not self.wants(row):
                 continue
             if self.clock() - begin >= seconds:
                 return
             yield row
 
     def merge(self, *, name: str, environment: dict[str, Any]) -> Profile:
-        """Write every row of this and earlier sessions into OUT; a shape measured by several ranks becomes one row."""
+        """Write every row of this and earlier sessions into OUT; the visits of a shape become one row."""
         earlier = load_profile_file(self.out) if self.out.exists() else Profile(name=name, sessions=[], rows=[])
-        rows = {row_key(row): row for row in earlier.rows}
         number = len(earlier.sessions)
+        visits: dict[str, list[Row]] = {}
+        for row in earlier.rows:
+            visits.setdefault(row_key(row), []).append(row)
         for row in _partial_rows(self.partial):
-            kept = rows.setdefault(row_key(row), row | {"session": number})
-            if kept.get("rank") != row["rank"] and "p50" in row:
-                kept["other_p50"] = row["p50"]
-        profile = Profile(name=name, sessions=[*earlier.sessions, environment], rows=list(rows.values()))
+            visits.setdefault(row_key(row), []).append(row | {"session": number})
+        rows = [_merged(parts) for parts in visits.values()]
+        profile = Profile(name=name, sessions=[*earlier.sessions, environment], rows=rows)
         save_profile(profile, self.out)
         for path in self.partial.glob("*.jsonl"):
             path.unlink()
         self.partial.rmdir()
         return profile
+
+
+def _merged(parts: list[Row]) -> Row:
+    """One row of all visits of a shape: medians over them, and each visit's median in `visits`."""
+    merged = {name: value for name, value in parts[0].items() if name not in ("rank", "visit")}
+    if len(parts) == 1 or "p50" not in merged:
+        return merged
+    for name in ("p20", "p50", "p80", "clock_mhz", "watts"):
+        values = [row[name] for row in parts if name in row]
+        if values:
+            merged[name] = float(f"{np.median(values):.5g}")
+    merged["visits"] = [p50 for row in parts for p50 in row.get("visits", [row["p50"]])]
+    merged["repeats"] = sum(row["repeats"] for row in parts)
+    return merged
 
 
 def _partial_rows(folder: Path) -> Iterator[Row]:

@@ -43,7 +43,7 @@ GPU_LIMITS = Limits(
     flops=2.5e13,
     bytes=3e9,
     sequences=(9, 15),
-    counts={"gemm": 1600, "gemm_fp8": 420, "grouped_gemm": 1400, "attention": 640, "memory_bound": 26},
+    counts={"gemm": 2400, "gemm_fp8": 560, "grouped_gemm": 1900, "attention": 640, "memory_bound": 26},
 )
 CPU_LIMITS = Limits(
     flops=2e8,

@@ -4,11 +4,13 @@ import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
+_PROBE_CYCLES = 400_000
 Call = Callable[[int], object]  # the argument counts calls, so that operands can rotate
 
 
@@ -21,17 +23,19 @@ class Timing:
     p80: float
     groups: int
     inner: int
+    clock_mhz: float | None = None  # of the device's processors, right before and after the measured calls
 
     def as_row(self) -> dict[str, Any]:
         """The fields of a profile row; nanosecond digits are noise."""
         seconds = {name: float(f"{getattr(self, name):.5g}") for name in ("p20", "p50", "p80")}
-        return seconds | {"repeats": self.groups * self.inner}
+        row: dict[str, Any] = seconds | {"repeats": self.groups * self.inner}
+        return row if self.clock_mhz is None else row | {"clock_mhz": round(self.clock_mhz)}
 
 
-def summarise(seconds: list[float], inner: int) -> Timing:
+def summarise(seconds: list[float], inner: int, *, clock_mhz: float | None = None) -> Timing:
     """Percentiles of seconds per call."""
     p20, p50, p80 = np.percentile(np.asarray(seconds), [20, 50, 80])
-    return Timing(float(p20), float(p50), float(p80), len(seconds), inner)
+    return Timing(float(p20), float(p50), float(p80), len(seconds), inner, clock_mhz)
 
 
 class Timer(Protocol):
@@ -74,10 +78,12 @@ class CudaTimer:
 
     The stream is first held by a sleep kernel while the host issues everything, so that short kernels run back to back
     as they do inside a step whose host is ahead. Groups of calls are long enough (100 us) for the events' resolution;
-    warm-up calls of the same kernel bring clocks and power to where sustained work has them.
+    warm-up calls of the same kernel bring clocks and power to where sustained work has them. The clock is read from
+    sleep kernels of a known number of cycles around the measured calls: under a power limit it moves within
+    milliseconds, faster than the management library samples.
     """
 
-    def __init__(self, *, target: float = 0.05, warm: float = 0.04) -> None:
+    def __init__(self, *, target: float = 0.014, warm: float = 0.012) -> None:
         self._target, self._warm = target, warm
         self._cycles_per_second = self._measure_sleep()
         self.started = 0.0  # monotonic seconds at the beginning of the last measurement, for the clock sampler
@@ -96,6 +102,11 @@ class CudaTimer:
     def sleep(self, seconds: float) -> None:
         """Hold the current stream for about this long."""
         torch.cuda._sleep(int(seconds * self._cycles_per_second))  # type: ignore[attr-defined]
+
+    def _probe_clock(self, begin: torch.cuda.Event, end: torch.cuda.Event) -> None:
+        begin.record()
+        torch.cuda._sleep(_PROBE_CYCLES)  # type: ignore[attr-defined]
+        end.record()
 
     def _probe(self, call: Call) -> tuple[float, float]:
         """(seconds on the device, seconds on the host) of one call, roughly."""
@@ -122,11 +133,13 @@ class CudaTimer:
         return self._run(call, warm=warm, groups=groups, inner=inner, ahead=min(ahead, 0.05))
 
     def time_fixed(self, call: Call, *, warm: int, groups: int, inner: int) -> Timing:
-        """The given number of calls, issued behind a sleep of 40 us a call."""
-        return self._run(call, warm=warm, groups=groups, inner=inner, ahead=40e-6 * (warm + groups * inner))
+        """The given number of calls, issued behind a sleep long enough for the slowest host (150 us a call)."""
+        call(0)
+        return self._run(call, warm=warm, groups=groups, inner=inner, ahead=150e-6 * (warm + groups * inner))
 
     def _run(self, call: Call, *, warm: int, groups: int, inner: int, ahead: float) -> Timing:
         events = [torch.cuda.Event(enable_timing=True) for _ in range(groups + 1)]
+        probes = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
         self.started = time.monotonic()
         torch.cuda.synchronize()
         gc.disable()
@@ -134,13 +147,16 @@ class CudaTimer:
             self.sleep(ahead)
             for index in range(warm):
                 call(index)
+            self._probe_clock(probes[0], probes[1])
             events[0].record()
             for group in range(groups):
                 for index in range(inner):
                     call(warm + group * inner + index)
                 events[group + 1].record()
+            self._probe_clock(probes[2], probes[3])
             torch.cuda.synchronize()
         finally:
             gc.enable()
-        spans = [a.elapsed_time(b) / 1e3 / inner for a, b in zip(events[:-1], events[1:], strict=True)]
-        return summarise(spans, inner)
+        spans = [a.elapsed_time(b) / 1e3 / inner for a, b in pairwise(events)]
+        asleep = probes[0].elapsed_time(probes[1]) + probes[2].elapsed_time(probes[3])
+        return summarise(spans, inner, clock_mhz=2 * _PROBE_CYCLES / (asleep * 1e3))
