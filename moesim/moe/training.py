@@ -3,8 +3,8 @@
 Legend: B sequences, T tokens per sequence, K selections, N routed experts, S sequences of a micro-batch, L layers.
 
 Same request, same trace, to the bit, on one machine: every draw comes from a named stream of (seed, step, micro-batch),
-so nothing depends on what ran before; sums are split over a fixed number of threads, not over those that happen to be
-free; on CUDA torch's deterministic algorithms are on. Other processors or torch versions may round differently.
+so nothing depends on what ran before; one CPU thread computes, because how sums are split over threads changes bits;
+on CUDA torch's deterministic algorithms are on. Other processors or torch versions may round differently.
 """
 
 import math
@@ -33,7 +33,7 @@ from moesim.scenario.routing import DeviceCapacity
 from moesim.seeding import stream, stream_seed
 from moesim.trace.record import RoutingTrace, TrainingCurves
 
-NUM_THREADS = 2  # the thin model gains little from more, and a fixed number keeps the bits
+NUM_THREADS = 1  # fixed for the bits; beside other work the barriers of two cost more than they gain
 WARMUP_SHARE = 0.1
 FINAL_LEARNING_RATE = 0.1  # share of the peak
 NUM_VALIDATIONS = 5
@@ -282,7 +282,7 @@ def _device_name(device: torch.device) -> str:
 
 @contextmanager
 def _reproducible(device: torch.device) -> Iterator[torch.device]:
-    """A fixed number of CPU threads, and deterministic algorithms on CUDA; the former settings come back."""
+    """One CPU thread, and deterministic algorithms on CUDA; the former settings come back."""
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     torch.set_num_threads(NUM_THREADS)
     torch.use_deterministic_algorithms(device.type == "cuda" or deterministic)

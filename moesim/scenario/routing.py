@@ -67,7 +67,7 @@ class Thin(Section):
     heads: PositiveInt = 2
     expert_intermediate: PositiveInt = 32
     context: PositiveInt = 256
-    tokens_per_step: PositiveInt = 4096
+    tokens_per_step: PositiveInt = 2048
     micro_batches: PositiveInt = 1
     learning_rate: PositiveFloat = 3e-3
     attention: Literal["mha", "gqa", "mla", "local_global"] = "mha"
