@@ -31,17 +31,17 @@ class Remembered:
         self._answers: dict[bytes, FloatArray] = {}
         alone_SR = sharing.finish(np.zeros(shape))
         self._answers[np.zeros(shape).tobytes()] = alone_SR
-        self._seconds = grid * max(float(alone_SR.max()), 1e-12)
+        self._seconds_S1 = grid * np.maximum(alone_SR.max(axis=1, keepdims=True), 1e-12)
 
     def finish(self, start_SR: FloatArray) -> FloatArray:
         """When each rank has sent and received all, latency included, [S, R]."""
         first_S1 = start_SR.min(axis=1, keepdims=True)
-        steps_SR = np.rint((start_SR - first_S1) / self._seconds)
+        steps_SR = np.rint((start_SR - first_S1) / self._seconds_S1)
         key = steps_SR.tobytes()
         if key not in self._answers:
             if len(self._answers) >= KEPT_ANSWERS:
                 del self._answers[next(iter(self._answers))]
-            self._answers[key] = self._sharing.finish(steps_SR * self._seconds)
+            self._answers[key] = self._sharing.finish(steps_SR * self._seconds_S1)
         return np.asarray(np.maximum(first_S1 + self._answers[key], start_SR))
 
 

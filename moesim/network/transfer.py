@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from moesim.network.endpoints import end_ports
 from moesim.network.fabric import Fabric
 from moesim.network.flows import Flows, as_ranks, build_flows, link_bytes
 from moesim.network.ports import Ports
@@ -39,7 +40,7 @@ class PairSharing(Sharing, Protocol):
 def share_links(fabric: Fabric, flows: Flows, *, model: Model, two_sided: bool) -> PairSharing:
     """The chosen model, prepared for one set of flows."""
     if model == "ports":
-        return Ports(fabric, flows, two_sided=two_sided)
+        return Ports(end_ports(fabric, flows), two_sided=two_sided)
     # Imported here: numba takes most of a second, and runs with `ports` do without it.
     from moesim.network.fair import FLUID_WINDOW, FairSharing
 
@@ -124,9 +125,10 @@ class PreparedTransfer:
     def finish(self, start_R: FloatArray) -> FloatArray:
         """When each rank is done (seconds, same clock as `start_R`); [R], or [S, R] for S matrices in lockstep."""
         start_SR = start_R.reshape(self._overhead_SR.shape)
-        last_S1 = start_SR.max(axis=1, keepdims=True)
-        if self._synchronised or (start_SR == last_S1).all():
-            return np.asarray((last_S1 + self._alone_SR).reshape(self._shape))
+        if self._synchronised:
+            return np.asarray((start_SR.max(axis=1, keepdims=True) + self._alone_SR).reshape(self._shape))
+        if (start_SR == start_SR[:, :1]).all():
+            return np.asarray((start_SR + self._alone_SR).reshape(self._shape))
         finish_SR = self._sharing.finish(start_SR)
         finish_SR += self._overhead_SR
         return finish_SR.reshape(self._shape)

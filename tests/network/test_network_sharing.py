@@ -251,7 +251,7 @@ def test_samples_in_lockstep_equal_samples_alone() -> None:
         np.testing.assert_allclose(
             together.finish(start_SR),
             [p.finish(s) for p, s in zip(alone, start_SR, strict=True)],
-            rtol={"exact": 2e-6, "fluid": 1e-3, "ports": 1e-12}[model],  # starts are rounded to a share of a transfer
+            rtol={"exact": 1e-5, "fluid": 2e-3, "ports": 1e-12}[model],  # starts are rounded to a share of a transfer
         )
         assert together.alone_R.shape == (3, 8)
 

@@ -1,0 +1,212 @@
+"""Fabrics: every preset routes over links that are there, degradations bite where they should, mistakes are named."""
+
+import itertools
+import json
+from pathlib import Path
+
+import networkx as nx
+import numpy as np
+import pytest
+from network_cases import make_fabric, rank_finish
+
+from moesim.errors import UserError
+from moesim.network import Fabric, describe, lower_bound, transfer_times
+from moesim.network import build_fabric as build
+from moesim.scenario.cluster import Cluster, Link, Pool
+from moesim.scenario.cluster import Fabric as Section
+
+PRESETS: list[dict[str, object]] = [
+    {"preset": "rail_optimised"},
+    {"preset": "rail_optimised", "pod_nodes": 2, "oversubscription": {"leaf": 2.0, "spine": 4.0}},
+    {"preset": "rail_optimised", "pxn": True},
+    {"preset": "leaf_spine", "pod_nodes": 2, "oversubscription": 3.0},
+    {"preset": "multi_plane", "planes": 4},
+    {"preset": "multi_plane", "planes": 2, "pod_nodes": 1},
+]
+
+
+def all_pairs(fabric: Fabric) -> tuple[np.ndarray, np.ndarray]:
+    source, target = np.nonzero(~np.eye(fabric.num_ranks, dtype=bool))
+    return source, target
+
+
+def hops_of(fabric: Fabric, path: np.ndarray) -> list[str]:
+    """Names of the nodes on a route; every link starts where the one before ended."""
+    links = [fabric.links[link] for link in path[path >= 0]]
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(links)), links
+    return [links[0][0], *(target for _, target in links)]
+
+
+@pytest.mark.parametrize("keys", PRESETS, ids=str)
+@pytest.mark.parametrize("failed", [False, True])
+def test_routes_lead_from_source_to_target(keys: dict[str, object], failed: bool) -> None:
+    degraded = [{"link": ["nic1", f"leaf{'0' if keys['preset'] == 'leaf_spine' else '0.1'}"], "factor": 0.0}]
+    fabric = make_fabric(4, gpus_per_node=4, **keys, **({"degraded": degraded} if failed else {}))
+    source, target = all_pairs(fabric)
+    for s, d, path in zip(source, target, fabric.routes(source, target), strict=True):
+        nodes = hops_of(fabric, path)
+        assert nodes[0] == f"gpu{s}" and nodes[-1] == f"gpu{d}"
+        assert len(set(nodes)) == len(nodes)
+        if fabric.node_of_rank_R[s] == fabric.node_of_rank_R[d]:
+            assert len(nodes) == 3
+
+
+def test_latency_adds_up_along_the_route() -> None:
+    keys = {"nvlink_latency": "1 us", "nic_latency": "10 us", "leaf_latency": "100 us", "pod_nodes": 1}
+    finish_RR = transfer_times(make_fabric(3, gpus_per_node=2, **keys), np.full((6, 6), 1e-6))
+    assert finish_RR[0, 1] == pytest.approx(2e-6, rel=1e-3)
+    assert finish_RR[0, 2] == pytest.approx(2 * 10e-6 + 4 * 100e-6, rel=1e-3)  # another pod: leaf, spine, core and back
+    one_pod = make_fabric(3, gpus_per_node=2, **{**keys, "pod_nodes": 3})
+    assert transfer_times(one_pod, np.full((6, 6), 1e-6))[0, 2] == pytest.approx(20e-6, rel=1e-3)  # one leaf
+    assert transfer_times(one_pod, np.full((6, 6), 1e-6))[0, 3] == pytest.approx(220e-6, rel=1e-3)  # over the spine
+
+
+def test_pxn_stays_on_the_targets_rail() -> None:
+    fabric = make_fabric(2, gpus_per_node=4, pxn=True)
+    path = fabric.routes(np.array([0]), np.array([6]))[0]
+    assert hops_of(fabric, path) == ["gpu0", "nvswitch0", "gpu2", "nic2", "leaf0.2", "nic6", "gpu6"]
+
+
+def test_planes_meet_only_inside_a_node() -> None:
+    fabric = make_fabric(2, gpus_per_node=4, preset="multi_plane", planes=4)
+    assert "gpu2" in hops_of(fabric, fabric.routes(np.array([0]), np.array([6]))[0])
+    network = fabric.graph.subgraph(
+        [n for n, kind in fabric.graph.nodes(data="kind") if kind not in ("gpu", "nvswitch")]
+    )
+    assert nx.number_weakly_connected_components(network) == 4
+
+
+def test_oversubscription_stretches_cross_rail_traffic_only() -> None:
+    bytes_RR = np.zeros((16, 16))
+    rail, cross = bytes_RR.copy(), bytes_RR.copy()
+    rank = np.arange(8)
+    rail[rank, rank + 8] = 1e8
+    cross[rank, 8 + (rank + 1) % 8] = 1e8
+    for ratio in (1.0, 2.0, 4.0):
+        fabric = make_fabric(2, oversubscription=ratio)
+        assert lower_bound(fabric, rail) == pytest.approx(lower_bound(make_fabric(2), rail))
+        # A leaf with two NICs below carries one flow upwards: it binds from 4:1 on.
+        assert lower_bound(fabric, cross) == pytest.approx(lower_bound(make_fabric(2), rail) * max(1.0, ratio / 2))
+
+
+def test_nvl72_is_one_nvlink_domain_of_many_nodes() -> None:
+    fabric = make_fabric(19, gpu="gb200", gpus_per_node=4, preset="nvl72")
+    assert describe(fabric).switches["nvswitch"] == 2
+    assert hops_of(fabric, fabric.routes(np.array([0]), np.array([71]))[0]) == ["gpu0", "nvswitch0", "gpu71"]
+    assert "nic72" in hops_of(fabric, fabric.routes(np.array([0]), np.array([72]))[0])
+
+
+def test_pools_follow_each_other_in_rank_order() -> None:
+    pools = (Pool(name="a", gpu="h800", nodes=1), Pool(name="b", gpu="h200", nodes=2, gpus_per_node=4))
+    fabric = build(Cluster(pools=pools, fabric=Section()))
+    assert fabric.gpus == ("h800",) * 8 + ("h200",) * 8
+    np.testing.assert_array_equal(fabric.node_of_rank_R, [0] * 8 + [1] * 4 + [2] * 4)
+    assert transfer_times(fabric, np.full((16, 16), 1e6)).max() > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "slow"),
+    [
+        ({"node": 1, "factor": 0.25}, set(range(4, 8))),
+        ({"rail": 2, "factor": 0.25}, {2, 6}),
+        ({"link": ["leaf0.3", "nic7"], "factor": 0.25}, {7}),
+    ],
+)
+def test_degraded_parts_slow_who_uses_them(change: dict[str, object], slow: set[int]) -> None:
+    """Each rank sends to its twin on the other node only: times quadruple there and nowhere else."""
+    bytes_RR = np.zeros((8, 8))
+    rank = np.arange(8)
+    bytes_RR[rank, (rank + 4) % 8] = 1e9
+    whole = transfer_times(make_fabric(2, gpus_per_node=4), bytes_RR)
+    worse = transfer_times(make_fabric(2, gpus_per_node=4, degraded=[change]), bytes_RR)
+    for s in range(8):
+        d = (s + 4) % 8
+        hit = d in slow if "link" in change else bool({s, d} & slow)
+        assert worse[s, d] / whole[s, d] == pytest.approx(4.0 if hit else 1.0, rel=1e-3)
+
+
+def test_failed_nic_is_gone_around_and_costs_time() -> None:
+    bytes_RR = np.random.default_rng(0).uniform(0.9e6, 1.1e6, (8, 8))
+    whole = make_fabric(2, gpus_per_node=4)
+    broken = make_fabric(2, gpus_per_node=4, degraded=[{"link": ["nic0", "leaf0.0"], "factor": 0.0}])
+    detour = hops_of(broken, broken.routes(np.array([0]), np.array([4]))[0])
+    assert detour[:2] == ["gpu0", "nvswitch0"] and detour[-1] == "gpu4"
+    assert lower_bound(broken, bytes_RR) > lower_bound(whole, bytes_RR)
+    for model in ("exact", "fluid", "ports"):
+        assert transfer_times(broken, bytes_RR, model=model).max() > lower_bound(broken, bytes_RR)
+    exact, ports = (rank_finish(transfer_times(broken, bytes_RR, model=m)).max() for m in ("exact", "ports"))
+    assert ports == pytest.approx(exact, rel=0.05)
+
+
+def test_a_fabric_from_links_and_from_its_node_link_file(tmp_path: Path) -> None:
+    links = tuple(Link(source=f"gpu{g}", target="hub", bandwidth="10 GB/s", latency="2 us") for g in range(3))
+    listed = make_fabric(1, gpus_per_node=3, preset="custom", links=links)
+    graph = nx.DiGraph()
+    for link in links:
+        for ends in ((link.source, link.target), (link.target, link.source)):
+            graph.add_edge(*ends, bandwidth="10 GB/s", latency="2 us")
+    path = tmp_path / "fabric.json"
+    path.write_text(json.dumps(nx.node_link_data(graph, edges="links")))
+    from_file = make_fabric(1, gpus_per_node=3, preset="custom", file=str(path))
+    bytes_RR = np.array([[0, 1e6, 2e6], [3e6, 0, 0], [0, 5e6, 0]])
+    np.testing.assert_allclose(transfer_times(from_file, bytes_RR), transfer_times(listed, bytes_RR))
+    assert transfer_times(listed, bytes_RR)[1, 0] == pytest.approx(3e6 / 10e9 + 4e-6)
+
+
+def test_equal_custom_paths_are_spread_over() -> None:
+    links = [Link(source="gpu0", target="a", bandwidth="1 GB/s"), Link(source="gpu0", target="b", bandwidth="1 GB/s")]
+    links += [Link(source=s, target=f"gpu{g}", bandwidth="1 GB/s") for s in "ab" for g in (1, 2)]
+    fabric = make_fabric(1, gpus_per_node=3, preset="custom", links=links)
+    path_FP = fabric.routes(np.array([0, 0]), np.array([1, 2]))
+    assert {hops_of(fabric, path)[1] for path in path_FP} == {"a", "b"}
+
+
+def test_describe_measures_bisection_and_oversubscription() -> None:
+    facts = describe(make_fabric(4, pod_nodes=2, oversubscription={"leaf": 2.0, "spine": 4.0}))
+    assert facts.num_gpus == 32 and facts.num_nodes == 4
+    assert facts.switches == {"nvswitch": 4, "leaf": 16, "spine": 2, "core": 1}
+    assert facts.oversubscription == pytest.approx({"leaf": 2.0, "spine": 4.0})
+    # 16 NICs of 50 GB/s in each pod, divided by 2 at the leaves and by 4 at the spine.
+    assert facts.bisection == pytest.approx(16 * 50e9 / 8)
+    assert describe(make_fabric(4)).bisection == pytest.approx(16 * 50e9)
+    assert describe(make_fabric(1, preset="nvlink_node")).bisection == pytest.approx(4 * 450e9)
+    assert set(facts.positions) == {name for source, target, _ in facts.edges for name in (source, target)}
+    assert sum(group.count for group in facts.links) == len(facts.edges)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "keys", "words"),
+    [
+        (2, {"preset": "nvlink_node"}, "rail_optimised"),
+        (2, {"preset": "multi_plane"}, "planes >= 2"),
+        (2, {"planes": 2}, "multi_plane"),
+        (1, {"preset": "custom"}, "links or file"),
+        (1, {"preset": "custom", "file": "no/such.json"}, "cannot read"),
+        (1, {"preset": "custom", "links": [{"source": "gpu0", "target": "x", "bandwidth": "1 GB/s"}]}, "gpu1"),
+        (2, {"oversubscription": {"spine": 2.0}}, "pod_nodes"),
+        (2, {"degraded": [{"link": ["gpu0", "nowhere"], "factor": 0.5}]}, "no link gpu0 -> nowhere"),
+        (2, {"degraded": [{"node": 7, "factor": 0.5}]}, "no node 7"),
+        (2, {"degraded": [{"rail": 9, "factor": 0.5}]}, "no rail 9"),
+        (2, {"degraded": [{"factor": 0.5}]}, "exactly one"),
+    ],
+)
+def test_mistakes_are_named(nodes: int, keys: dict[str, object], words: str) -> None:
+    with pytest.raises(UserError, match=words) as error:
+        make_fabric(nodes, **keys)
+    assert "\n" not in str(error.value)
+
+
+def test_no_way_around_is_an_error() -> None:
+    fabric = make_fabric(2, degraded=[{"node": 0, "factor": 0.0}])
+    with pytest.raises(UserError, match="no path from gpu0 to gpu1"):
+        transfer_times(fabric, np.full((16, 16), 1.0))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("{", "Expecting"), ("{}", "links"), ('{"links": [{"source": "a"}]}', "bandwidth")]
+)
+def test_broken_fabric_files_are_named(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "fabric.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=words):
+        make_fabric(1, preset="custom", file=str(path))
