@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 from moesim.compute import KernelModel
 from moesim.network import Fabric, all_gather_seconds, all_reduce_seconds, reduce_scatter_seconds
-from moesim.parallel import Mesh, TrafficSample
+from moesim.parallel import Mesh
 from moesim.scenario import Scenario
 from moesim.scenario.base import BYTES_PER_ELEMENT
 from moesim.scenario.flops import expert_parameters, parameters
-from moesim.sim.loads import group_loads
+from moesim.sim.loads import RoutingSample, group_loads
 from moesim.sim.operations import Block
 from moesim.sim.program import GroupProgram, StepProgram, micro_batch_blocks, optimizer_block
 from moesim.sim.reductions import Members, Reduction, parameter_shares
@@ -20,7 +20,7 @@ from moesim.sim.writer import KernelWriter
 
 
 def build_program(
-    scenario: Scenario, *, fabric: Fabric, kernels: KernelModel, samples: Sequence[TrafficSample]
+    scenario: Scenario, *, fabric: Fabric, kernels: KernelModel, samples: Sequence[RoutingSample]
 ) -> StepProgram:
     """The step of all expert groups; `samples` run in lockstep and are empty for a dense model."""
     mesh = Mesh(scenario.parallelism, scenario.cluster)

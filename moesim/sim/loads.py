@@ -5,18 +5,29 @@ Legend: M micro-batches, S routing samples, R ranks (D the same as destinations)
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moesim.network import Fabric, prepare_combine, prepare_dispatch
-from moesim.parallel import ExpertPlacement, TrafficArrays, TrafficSample, token_bytes
+from moesim.parallel import ExpertPlacement, TrafficArrays, token_bytes
 from moesim.parallel.stages import held_copies, stage_copies
 from moesim.scenario import Scenario
 from moesim.sim.operations import Transfer
 
 IntArray = NDArray[np.int64]
+
+
+class RoutingSample(Protocol):
+    """What is simulated of a routing sample: a drawn `TrafficSample`, or rows that a real run recorded."""
+
+    @property
+    def placement(self) -> ExpertPlacement:
+        """The experts of every layer on the ranks of a group."""
+
+    def arrays(self, group: int, model_layer: int) -> TrafficArrays:
+        """The traffic of one expert group and MoE layer over all micro-batches."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +53,7 @@ class LayerLoads:
 
 
 def group_loads(
-    scenario: Scenario, fabric: Fabric, samples: Sequence[TrafficSample], *, group: int, ranks_R: IntArray
+    scenario: Scenario, fabric: Fabric, samples: Sequence[RoutingSample], *, group: int, ranks_R: IntArray
 ) -> list[LayerLoads]:
     """The loads of every MoE layer of one expert group, samples stacked."""
     placement = samples[0].placement

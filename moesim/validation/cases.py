@@ -1,0 +1,159 @@
+"""The cases that are run for real: three shapes of expert layers, few layers deep, at several sizes and skews."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from moesim.errors import UserError
+from moesim.parallel import TrafficSample, TrafficSampler
+from moesim.run import obtain_trace
+from moesim.scenario import Scenario, scenario_from_mapping
+from moesim.seeding import stream
+
+Counts = list[list[float]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One scenario to run and simulate; `name` is unique and `gpus` its world size."""
+
+    name: str
+    scenario: Scenario
+
+    @property
+    def gpus(self) -> int:
+        """Ranks of the run."""
+        return self.scenario.parallelism.world_size
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one micro-batch on one rank."""
+        return self.scenario.tokens_per_micro_batch
+
+    def sample(self) -> TrafficSample:
+        """The routing that both the real run and the simulation use: drawn once, from the scenario's seed."""
+        trace = obtain_trace(self.scenario)
+        assert trace is not None
+        return TrafficSampler(self.scenario, trace).draw(stream(self.scenario.seed, "sample", 0))
+
+
+MODELS: dict[str, dict[str, Any]] = {
+    "fine64": {"preset": "deepseek-moe-16b", "layers": 6},
+    "fine128": {"preset": "qwen3-30b-a3b", "layers": 5},
+    "coarse8": {"preset": "mixtral-8x7b", "layers": 3},
+}
+# Popularity falls as a power of the expert's number, so that the first half of the experts, one of two ranks, is hot.
+SKEWS = {"uniform": 0.0, "skewed": 0.5}
+COARSE_SKEW = 1.0  # eight experts need a steeper fall for as uneven ranks
+GPU_TOKENS = (1024, 4096, 16384)
+SEQUENCE_LENGTH = 4096
+
+CPU_MODEL: dict[str, Any] = {
+    "layers": 2, "hidden": 256, "heads": 4, "kv_heads": 4, "head_dim": 64, "experts": 8, "top_k": 2,
+    "shared_experts": 1, "expert_intermediate": 256, "vocab": 1024,
+}  # fmt: skip
+CPU_TOKENS = (512, 1024)
+
+
+def _counts(model: dict[str, Any], skew: float) -> Counts:
+    """Popularity per MoE layer and expert: 1000 / (number + 1) ** skew."""
+    shape = scenario_from_mapping(_data("shape", model, 1, 64, {"kind": "uniform"}, "h200")).model
+    row = [1000.0 / (expert + 1) ** skew for expert in range(shape.experts)]
+    return [row] * shape.moe_layers
+
+
+def _data(
+    name: str, model: dict[str, Any], gpus: int, tokens: int, routing: dict[str, Any], gpu: str
+) -> dict[str, Any]:
+    length = min(tokens, SEQUENCE_LENGTH)
+    return {
+        "schema_version": 1,
+        "name": name,
+        "model": model,
+        "routing": routing,
+        "cluster": {"gpu": gpu, "nodes": 1, "gpus_per_node": gpus},
+        "parallelism": {"data": gpus, "expert": gpus},
+        "workload": {
+            "kind": "training",
+            "sequence_length": length,
+            "micro_batch": tokens // length,
+            "global_batch": gpus * tokens // length,
+            "precision": {"optimizer": "bf16"},
+        },
+        "dispatch": {"deduplicate": "per_expert"},
+        "implementation": {"kind": "torch_eager"},
+    }
+
+
+def build_case(label: str, model: dict[str, Any], *, gpus: int, tokens: int, skew: str, gpu: str = "h200") -> Case:
+    """One case of a model, its tokens per rank and its skew of expert popularity."""
+    exponent = SKEWS[skew] * (COARSE_SKEW / SKEWS["skewed"] if label == "coarse8" else 1.0)
+    routing: dict[str, Any] = {"kind": "uniform"}
+    if exponent:
+        routing = {"kind": "popularity", "counts": _counts(model, exponent)}
+    name = f"{label}-{tokens}-{skew}-{gpus}gpu"
+    return Case(name, scenario_from_mapping(_data(name, model, gpus, tokens, routing, gpu)))
+
+
+def standard_cases(device: str, gpus: int) -> Iterator[Case]:
+    """The cases of `moesim validate` on `gpus` ranks of a device. Raises UserError for other devices."""
+    if device == "cpu":
+        for tokens in CPU_TOKENS:
+            for skew in SKEWS:
+                yield build_case("cpu", CPU_MODEL, gpus=gpus, tokens=tokens, skew=skew)
+        return
+    if device != "cuda":
+        raise UserError(f"--device {device} is not known; use cuda or cpu")
+    for label, model in MODELS.items():
+        for tokens in GPU_TOKENS:
+            for skew in SKEWS:
+                if tokens == min(GPU_TOKENS) and skew != "uniform":
+                    continue  # the host limits these: skew would not show
+                yield build_case(label, model, gpus=gpus, tokens=tokens, skew=skew)
+
+
+def scenario_case(scenario: Scenario, gpus: int) -> Case:
+    """A scenario of the user's own. Raises UserError where the software or the number of GPUs does not fit it."""
+    ranks = scenario.parallelism.world_size
+    if ranks != gpus:
+        raise UserError(
+            f"{scenario.name} uses {ranks} ranks, but --gpus is {gpus}; set parallelism.data and expert to {gpus}"
+        )
+    check_runnable(scenario)
+    return Case(scenario.name, scenario)
+
+
+def check_runnable(scenario: Scenario) -> None:
+    """Raise UserError for what the measured software does not do."""
+    from moesim.moe.sharded_model import unsupported
+
+    mesh = scenario.parallelism
+    complaints = {
+        "implementation.kind must be torch_eager: that is the software that is run": (
+            scenario.implementation.kind != "torch_eager"
+        ),
+        "only data and expert parallelism are run; set pipeline, tensor, context and expert_tensor to 1": (
+            mesh.world_size != mesh.data or mesh.expert_tensor != 1
+        ),
+        "ZeRO is not run; set parallelism.zero to {dense: 0, expert: 0}": mesh.zero.dense + mesh.zero.expert > 0,
+        "the software that is run drops nothing; set capacity to {kind: none}": scenario.capacity.kind != "none",
+        "one row per (token, expert) is sent; set dispatch.deduplicate to per_expert": (
+            scenario.dispatch.deduplicate != "per_expert"
+        ),
+        "optimizer states are bf16; set workload.precision.optimizer to bf16": (
+            scenario.workload.precision.optimizer != "bf16"
+        ),
+        "the model has no experts; choose one that has": scenario.model.experts == 0,
+    }
+    found = [text for text, wrong in complaints.items() if wrong]
+    reason = unsupported(scenario.model)
+    if found or reason:
+        raise UserError(f"{scenario.name}: {found[0] if found else reason}")
+
+
+def with_profile(case: Case, profile: str | None) -> Case:
+    """The case with `compute.profile` set, where one is given."""
+    if profile is None:
+        return case
+    compute = case.scenario.compute.model_copy(update={"profile": profile})
+    return replace(case, scenario=case.scenario.model_copy(update={"compute": compute}))

@@ -1,0 +1,88 @@
+"""The simulation of a case, cut into the parts that a real run measures.
+
+Legend: N spans in issue order, R ranks, B micro-batches, L MoE layers, E experts.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from moesim.compute import kernel_model
+from moesim.network import Fabric, build_fabric
+from moesim.results.spans import SpanTable
+from moesim.scenario import Scenario
+from moesim.sim import build_program, simulate_step
+from moesim.validation.cases import Case
+from moesim.validation.routing import RecordedRows
+
+REDUCTION = ("gradients.flatten", "gradients.unflatten", "all_reduce.")
+BACKWARD = (".backward", ".dgrad", ".wgrad")
+LAYER_PARTS = ("router", "permute", "dispatch", "experts", "combine", "shared")
+
+
+def fabric_of(scenario: Scenario) -> Fabric:
+    """The scenario's fabric."""
+    return build_fabric(scenario.cluster)
+
+
+def predict(case: Case, rows_RBLE: ArrayLike) -> dict[str, Any]:
+    """Step seconds, seconds of its parts (mean over ranks), and of the parts of all MoE layers together.
+
+    `rows_RBLE`: the rows that each rank sent to each expert in the real run, by micro-batch and MoE layer.
+    """
+    scenario = case.scenario
+    sample = RecordedRows(scenario, np.asarray(rows_RBLE, dtype=np.int64))
+    kernels = kernel_model(scenario.cluster.pools[0].gpu, scenario.compute.profile)
+    program = build_program(scenario, fabric=fabric_of(scenario), kernels=kernels, samples=[sample])
+    outcome = simulate_step(program)
+    tables = [_cut(table) for table in outcome.tables]
+    weights = [len(table.ranks_R) for table in outcome.tables]
+    return {
+        "step": float(outcome.step_S[0]),
+        "parts": _mean([parts for parts, _ in tables], weights),
+        "layer_parts": _mean([layers for _, layers in tables], weights),
+    }
+
+
+def _cut(table: SpanTable) -> tuple[dict[str, float], dict[str, float]]:
+    """Every span with the idle time before it belongs to its part: nothing of this software overlaps."""
+    parts = dict.fromkeys(("forward", "backward", "reduction", "optimizer"), 0.0)
+    layers: dict[str, float] = {}
+    finish_NR = table.finish_NSR[:, 0]
+    elapsed_N = np.diff(finish_NR, axis=0, prepend=0.0).mean(axis=1)
+    names = [label.name for label in table.labels]
+    for row, seconds in _with_stalls(table.label_N, elapsed_N, names):
+        name = names[row]
+        parts[_phase(name)] += seconds
+        part = name.split(".")[0]
+        if part in LAYER_PARTS and table.labels[row].layer >= 0:
+            key = f"{'backward' if name.endswith(BACKWARD) else 'forward'}.{part}"
+            layers[key] = layers.get(key, 0.0) + seconds
+    return parts, layers
+
+
+def _with_stalls(
+    label_N: NDArray[np.int32], elapsed_N: NDArray[np.float64], names: list[str]
+) -> list[tuple[int, float]]:
+    """(label, seconds) of every operation, a stall for the host counted to the operation that waited."""
+    found, stalled = [], 0.0
+    for label, seconds in zip(label_N.tolist(), elapsed_N.tolist(), strict=True):
+        if names[label] == "host":
+            stalled += seconds
+        else:
+            found.append((label, seconds + stalled))
+            stalled = 0.0
+    return found
+
+
+def _phase(name: str) -> str:
+    if name == "adamw":
+        return "optimizer"
+    if name.startswith(REDUCTION):
+        return "reduction"
+    return "backward" if name.endswith(BACKWARD) or name == "gradients.add" else "forward"
+
+
+def _mean(rows: list[dict[str, float]], weights: list[int]) -> dict[str, float]:
+    return {key: float(np.average([row[key] for row in rows], weights=weights)) for key in rows[0]}

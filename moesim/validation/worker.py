@@ -1,0 +1,203 @@
+"""One process of a real run: builds the model, trains some steps, and measures them.
+
+Legend: B sequences, S tokens per sequence, T = B S tokens, K selections, L MoE layers.
+"""
+
+import time
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moesim.moe.expert_parallel import ExpertGroup
+from moesim.moe.sharded_model import ShardedTrainer, build_sharded_model
+from moesim.scenario import Scenario
+from moesim.seeding import stream
+from moesim.validation.clock import Clock, Marks
+from moesim.validation.routing import Ids
+
+PARTS = ("forward", "backward", "reduction", "optimizer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effort:
+    """How long to measure: about `seconds` of steps (at least `least`, at most `most`) behind about half as much of
+    warm-up (at least `warm` steps), then `instrumented` steps; `profile` keeps one step's kernels by name.
+    """
+
+    seconds: float = 2.0
+    least: int = 7
+    most: int = 25
+    warm: int = 4
+    instrumented: int = 4
+    profile: bool = False
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Process groups of this rank: of its expert group, of all ranks, of the ranks with the same experts."""
+
+    expert: ExpertGroup
+    everyone: dist.ProcessGroup | None
+    replicas: dist.ProcessGroup | None
+
+
+def build_groups(scenario: Scenario, rank: int) -> Groups:
+    """Expert groups are consecutive ranks; every rank makes every group, as torch.distributed wants."""
+    world, size = scenario.parallelism.world_size, scenario.parallelism.expert
+    if world == 1:
+        return Groups(ExpertGroup(), None, None)
+    everyone = dist.group.WORLD
+    expert = replicas = None
+    for first in range(0, world, size):
+        handle = dist.new_group(list(range(first, first + size))) if 1 < size < world else everyone
+        if first <= rank < first + size:
+            expert = handle
+    for index in range(size if size < world else 0):
+        handle = dist.new_group(list(range(index, world, size)))
+        if rank % size == index:
+            replicas = handle
+    return Groups(ExpertGroup(rank % size, size, expert if size > 1 else None), everyone, replicas)
+
+
+class Runner:
+    """The trainer of one case on one rank with its batches and forced routing."""
+
+    def __init__(self, scenario: Scenario, ids: list[list[Ids]], *, rank: int, device: torch.device) -> None:
+        world = scenario.parallelism.world_size
+        groups = build_groups(scenario, rank)
+        self.device, self.clock, self.world = device, Clock(device), world
+        shape = scenario.router_shape()
+        model = build_sharded_model(scenario.model, shape, group=groups.expert, device=device, seed=scenario.seed)
+        self.trainer = ShardedTrainer(
+            model,
+            world=world,
+            micro_batches=scenario.num_micro_batches,
+            dense_group=groups.everyone,
+            replica_group=groups.replicas,
+        )
+        self.ids_BL = [[torch.from_numpy(layer.astype(np.int64)).to(device) for layer in layers] for layers in ids]
+        rng = stream(scenario.seed, "tokens", rank)
+        workload = scenario.workload
+        shape_BS = (len(ids), workload.micro_batch, workload.sequence_length + 1)
+        tokens = torch.from_numpy(rng.integers(0, scenario.model.vocab, size=shape_BS)).to(device)
+        self.batches = [(one[:, :-1].contiguous(), one[:, 1:].contiguous()) for one in tokens]
+
+    def together(self) -> None:
+        """All ranks here, all devices idle."""
+        self.clock.wait()
+        if self.world > 1:
+            dist.barrier()
+            self.clock.wait()
+
+    def step(self) -> dict[str, float]:
+        """One step from idle devices to idle devices; seconds of its parts, and of the host to issue it."""
+        self.together()
+        issued = time.perf_counter()
+        stamps = [("start", self.clock.stamp())]
+        for (tokens_BS, targets_BS), ids_L in zip(self.batches, self.ids_BL, strict=True):
+            self.trainer.force_routing(ids_L)
+            loss = self.trainer.forward(tokens_BS, targets_BS)
+            stamps.append(("forward", self.clock.stamp()))
+            self.trainer.backward(loss)
+            stamps.append(("backward", self.clock.stamp()))
+        self.trainer.reduce()
+        stamps.append(("reduction", self.clock.stamp()))
+        self.trainer.optimize()
+        stamps.append(("optimizer", self.clock.stamp()))
+        issued = time.perf_counter() - issued
+        self.clock.wait()
+        seconds = dict.fromkeys(PARTS, 0.0)
+        for (_, begin), (part, end) in pairwise(stamps):
+            seconds[part] += self.clock.seconds(begin, end)
+        return {**seconds, "step": self.clock.seconds(stamps[0][1], stamps[-1][1]), "host": issued}
+
+    def instrumented_step(self) -> dict[str, float]:
+        """One step with marks in the MoE layers; seconds per part over all layers and micro-batches."""
+        seconds: dict[str, float] = {}
+        marks = []
+        self.together()
+        for (tokens_BS, targets_BS), ids_L in zip(self.batches, self.ids_BL, strict=True):
+            marks.append(Marks(self.clock))
+            self.trainer.set_mark(marks[-1])
+            self.trainer.force_routing(ids_L)
+            self.trainer.backward(self.trainer.forward(tokens_BS, targets_BS))
+        self.trainer.reduce()
+        self.trainer.optimize()
+        self.trainer.set_mark()
+        self.clock.wait()
+        for mark in marks:
+            for key, value in mark.part_seconds().items():
+                seconds[key] = seconds.get(key, 0.0) + value
+        return seconds
+
+    def slowest(self, seconds: float) -> float:
+        """The largest of the ranks' values, so that all of them decide alike."""
+        value = torch.tensor(seconds, dtype=torch.float32, device=self.device)
+        if self.world > 1:
+            dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return float(value)
+
+    def rows(self) -> list[list[list[int]]]:
+        """Rows that this rank sent to each expert, as the software counted them: [micro_batch][layer][expert]."""
+        counted = []
+        for (tokens_BS, targets_BS), ids_L in zip(self.batches, self.ids_BL, strict=True):
+            self.trainer.force_routing(ids_L)
+            with torch.no_grad():
+                self.trainer.forward(tokens_BS, targets_BS)
+            counts: list[Tensor | None] = [layer.last_count_N for layer in self.trainer.model.moe_layers]
+            counted.append([count.tolist() for count in counts if count is not None])
+        return counted
+
+
+def measure_rank(
+    scenario: Scenario, ids: list[list[Ids]], *, rank: int, device: torch.device, effort: Effort
+) -> dict[str, Any]:
+    """Measure one case on this rank: medians over steps of the parts, and of the parts of the MoE layers."""
+    runner = Runner(scenario, ids, rank=rank, device=device)
+    first = [runner.step()["step"] for _ in range(effort.warm)][-1]
+    count = int(np.clip(effort.seconds / runner.slowest(first), effort.least, effort.most))
+    for _ in range(count // 2):
+        runner.step()
+    steps = [runner.step() for _ in range(count)]
+    rows = runner.rows()
+    runner.instrumented_step()  # the first one pays for what is new in it
+    layers = [runner.instrumented_step() for _ in range(effort.instrumented)]
+    result = {
+        "parts": _medians(steps),
+        "spread": _spread([step["step"] for step in steps]),
+        "layer_parts": _medians(layers),
+        "rows": rows,
+        "memory_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else 0,
+    }
+    if effort.profile and device.type == "cuda":
+        result["kernels"] = _profile(runner)
+    return result
+
+
+def _medians(rows: list[dict[str, float]]) -> dict[str, float]:
+    return {key: float(np.median([row[key] for row in rows])) for key in rows[0]}
+
+
+def _spread(seconds: list[float]) -> float:
+    """Half the range between the 10th and 90th percentile, as a share of the median."""
+    low, middle, high = np.percentile(seconds, [10, 50, 90])
+    return float((high - low) / 2 / middle)
+
+
+def _profile(runner: Runner) -> list[dict[str, Any]]:
+    """Every kernel of one step by name: calls and device seconds, longest first."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        runner.step()
+    found = [
+        {"kernel": event.key[:120], "calls": event.count, "seconds": event.device_time_total / 1e6}
+        for event in profiler.key_averages()
+        if event.device_time_total > 0
+    ]
+    return sorted(found, key=lambda kernel: -float(kernel["seconds"]))[:60]
