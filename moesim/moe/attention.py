@@ -112,6 +112,14 @@ class LocalGlobalAttention(GroupedQueryAttention):
         return torch.cat([near_CWQ, far_CWQ], dim=2)
 
 
+class _WideNorm(nn.RMSNorm):
+    """RMSNorm in the dtype of its weight, where autocast hands it a narrower one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension."""
+        return super().forward(x.to(self.weight.dtype))
+
+
 class LatentAttention(nn.Module):
     """Multi-head latent attention (arXiv 2405.04434): low-rank queries and key/values, the rotary part apart.
 
@@ -127,10 +135,10 @@ class LatentAttention(nn.Module):
         self.num_heads, self.head_dim, self.value_dim = heads, head_dim, value_dim
         self.kv_rank, self.rope_dim = kv_rank, rope_dim
         self.query_down = nn.Linear(hidden, q_rank, bias=False)
-        self.query_norm = nn.RMSNorm(q_rank)
+        self.query_norm = _WideNorm(q_rank)
         self.query_up = nn.Linear(q_rank, heads * (head_dim + rope_dim), bias=False)
         self.kv_down = nn.Linear(hidden, kv_rank + rope_dim, bias=False)
-        self.kv_norm = nn.RMSNorm(kv_rank)
+        self.kv_norm = _WideNorm(kv_rank)
         self.kv_up = nn.Linear(kv_rank, heads * (head_dim + value_dim), bias=False)
         self.output = nn.Linear(heads * value_dim, hidden, bias=False)
 
