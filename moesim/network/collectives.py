@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 
 from moesim.errors import UserError
 from moesim.network.fabric import NONE, Fabric
-from moesim.network.flows import as_ranks
+from moesim.network.flows import Ranks, as_ranks
 from moesim.network.parameters import Protocol
-from moesim.network.transfer import Ranks
 
 Algorithm = Literal["auto", "ring", "tree", "nvls", "hierarchical"]
 NVLS_GPUS = frozenset({"h100", "h800", "h200", "b200", "gb200"})  # NVSwitch of the third generation and later

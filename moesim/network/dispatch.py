@@ -17,15 +17,14 @@ from numpy.typing import NDArray
 
 from moesim.errors import UserError
 from moesim.network.fabric import Fabric
-from moesim.network.flows import Flows, as_ranks, build_flows
+from moesim.network.flows import Demand, Ranks, as_ranks, make_demand
 from moesim.network.parameters import Protocol
 from moesim.network.transfer import (
     FloatArray,
     Model,
     PreparedTransfer,
-    Ranks,
     Sharing,
-    count_traffic,
+    Traffic,
     prepare_sharing,
     transfer_source,
 )
@@ -40,16 +39,16 @@ class Pipeline:
     A rank is done when its own second stage and the first stages of all that forward to it are.
     """
 
-    def __init__(self, first: Sharing, second: Sharing, forwards: Flows) -> None:
+    def __init__(self, first: Sharing, second: Sharing, forwards: Demand) -> None:
         self._first, self._second = first, second
-        feeds_RR = np.eye(forwards.num_ranks, dtype=bool)  # what arrives in the first stage is a rank's own too
-        feeds_RR[forwards.source_F, forwards.target_F] = True
-        self._feeds_RR = np.where(feeds_RR, 0.0, -np.inf)
+        # What arrives in the first stage is a rank's own too.
+        feeds_SRR = (forwards.bytes_SRR > 0) | np.eye(len(forwards.ranks_R), dtype=bool)
+        self._feeds_SRR = np.where(feeds_SRR, 0.0, -np.inf)
 
     def finish(self, start_SR: FloatArray) -> FloatArray:
         """See Sharing."""
         first_SR = self._first.finish(start_SR)
-        fed_SR = (first_SR[:, :, None] + self._feeds_RR).max(axis=1)
+        fed_SR = (first_SR[:, :, None] + self._feeds_SRR).max(axis=1)
         return np.asarray(np.maximum(fed_SR, self._second.finish(start_SR)))
 
 
@@ -118,8 +117,8 @@ def _prepare(
         stages = [stages[0] + own[:, :, None] * np.eye(len(chosen))]
     if combine:
         stages = [np.swapaxes(copies, 1, 2) for copies in reversed(stages)]
-    flows = [
-        build_flows(
+    demands = [
+        make_demand(
             fabric, copies * message_bytes, ranks=chosen, avoid_nvlink=algorithm == "low_latency", loopback=loopback
         )
         for copies in stages
@@ -129,15 +128,15 @@ def _prepare(
             fabric, part.slowed(protocol.efficiency), model=model, two_sided=algorithm != "low_latency",
             per_rank_starts=per_rank_starts,
         )
-        for part in flows
+        for part in demands
     ]  # fmt: skip
     return PreparedTransfer(
-        parts[0] if len(parts) == 1 else Pipeline(parts[0], parts[1], flows[1]),
+        parts[0] if len(parts) == 1 else Pipeline(parts[0], parts[1], demands[1]),
         shape=np.shape(copies_stages[0])[:-1],
         synchronised=synchronised,
         overhead_R=_overhead(protocol, stages, message_bytes).reshape(np.shape(copies_stages[0])[:-1]),
         sm_share=sm_share,
-        traffic=count_traffic(fabric, flows, chosen),
+        traffic=Traffic(fabric, demands),
         source=f"{algorithm}: {protocol.source}; {transfer_source(fabric, model)}",
     )
 

@@ -49,8 +49,9 @@ class Fabric:
     parameters: NetworkParameters
     preset: str
     pxn: bool
-    _ladder: "Ladder | None" = field(repr=False)
-    _walks: Walks = field(repr=False)
+    ladder: "Ladder | None" = field(repr=False)
+    walks: Walks = field(repr=False)
+    pair_ports: dict[tuple[bytes, bool], object] = field(repr=False, default_factory=dict)  # see endpoints.pair_ports
 
     @property
     def num_ranks(self) -> int:
@@ -65,12 +66,12 @@ class Fabric:
         `avoid_nvlink` sends flows inside a node through their NICs, where there are any. A route that loses a link to
         a failure takes a shortest way around it. Raises UserError where there is none.
         """
-        if self._ladder is None:
-            return self._walks.routes(sources_F, targets_F)
-        path_FP = self._ladder.routes(sources_F, targets_F, avoid_nvlink=avoid_nvlink, pxn=self.pxn)
-        broken_F = (path_FP == self._ladder.failed).any(axis=1) if self._ladder.any_failed else np.zeros(0, bool)
+        if self.ladder is None:
+            return self.walks.routes(sources_F, targets_F)
+        path_FP = self.ladder.routes(sources_F, targets_F, avoid_nvlink=avoid_nvlink, pxn=self.pxn)
+        broken_F = (path_FP == self.ladder.failed).any(axis=1) if self.ladder.any_failed else np.zeros(0, bool)
         if broken_F.any():
-            detour_BP = self._walks.routes(sources_F[broken_F], targets_F[broken_F])
+            detour_BP = self.walks.routes(sources_F[broken_F], targets_F[broken_F])
             width = max(path_FP.shape[1], detour_BP.shape[1])
             path_FP = np.pad(path_FP, ((0, 0), (0, width - path_FP.shape[1])), constant_values=NONE)
             path_FP[broken_F] = NONE
@@ -179,8 +180,8 @@ def build_fabric(cluster: Cluster, *, parameters: NetworkParameters | None = Non
         parameters=parameters,
         preset=cluster.fabric.preset,
         pxn=cluster.fabric.pxn,
-        _ladder=None if cluster.fabric.preset == "custom" else _ladder(cluster.fabric, sites, links, failed),
-        _walks=Walks(graph, links, len(sites)),
+        ladder=None if cluster.fabric.preset == "custom" else _ladder(cluster.fabric, sites, links, failed),
+        walks=Walks(graph, links, len(sites)),
     )
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from moesim.network.fabric import NONE, Fabric
 from moesim.network.filling import drain
-from moesim.network.flows import Flows
+from moesim.network.flows import Demand, Flows, build_flows
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int32]
@@ -33,8 +33,8 @@ class Component:
 class FairSharing:
     """Max-min sharing for one set of flows; `window` is 0 for `exact`."""
 
-    def __init__(self, fabric: Fabric, flows: Flows, *, two_sided: bool, window: float) -> None:
-        self._flows = flows
+    def __init__(self, fabric: Fabric, demand: Demand, *, two_sided: bool, window: float) -> None:
+        self._flows = flows = build_flows(fabric, demand)
         self._two_sided = two_sided
         self._window = window
         self._components = _components(fabric, flows)

@@ -1,4 +1,4 @@
-"""Flows of one transfer: who sends how much to whom over which links.
+"""What a transfer has to carry, and the flows that it makes: who sends how much to whom over which links.
 
 Legend: S routing samples in lockstep, R ranks of the group, F flows (source-target pairs), P hops, X links.
 """
@@ -14,6 +14,46 @@ from moesim.network.fabric import NONE, Fabric
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int32]
+Ranks = Sequence[int] | NDArray[np.integer] | None
+
+_CHUNK = 2**18  # flows routed at a time: bounds the memory of large groups
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Demand:
+    """Bytes between the ranks of a group, [S, R, R] by source and target; `ranks_R` are ranks of the fabric.
+
+    `avoid_nvlink` sends over NICs inside a node too. The diagonal is 0 unless own rows pass through the rank's ports.
+    """
+
+    ranks_R: NDArray[np.int64]
+    bytes_SRR: FloatArray
+    avoid_nvlink: bool = False
+
+    def slowed(self, efficiency: float) -> "Demand":
+        """The demand of software that reaches `efficiency` of what the links achieve: more bytes' worth of time."""
+        return self if efficiency == 1.0 else dataclasses.replace(self, bytes_SRR=self.bytes_SRR / efficiency)
+
+
+def as_ranks(fabric: Fabric, ranks: Ranks) -> NDArray[np.int64]:
+    """Ranks of the fabric as an array; None means all."""
+    chosen = np.arange(fabric.num_ranks) if ranks is None else np.asarray(ranks, dtype=np.int64)
+    assert chosen.ndim == 1 and len(chosen) and chosen.min() >= 0 and chosen.max() < fabric.num_ranks, chosen
+    return chosen
+
+
+def make_demand(
+    fabric: Fabric, bytes_RR: FloatArray, *, ranks: Ranks, avoid_nvlink: bool = False, loopback: bool = False
+) -> Demand:
+    """The demand of matrices [R, R] or [S, R, R]. Own rows (the diagonal) are no traffic unless `loopback` is set."""
+    chosen = as_ranks(fabric, ranks)
+    bytes_SRR = np.asarray(bytes_RR, dtype=np.float64).reshape(-1, len(chosen), len(chosen))
+    assert bytes_SRR.min() >= 0 and np.isfinite(bytes_SRR.sum())
+    own_rows = np.arange(len(chosen))
+    if not loopback and bytes_SRR[:, own_rows, own_rows].any():
+        bytes_SRR = bytes_SRR.copy()
+        bytes_SRR[:, own_rows, own_rows] = 0.0
+    return Demand(ranks_R=chosen, bytes_SRR=bytes_SRR, avoid_nvlink=avoid_nvlink)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -21,7 +61,7 @@ class Flows:
     """The pairs with traffic in at least one sample, in row-major order of (source, target).
 
     `source_F` and `target_F` count within the group. `path_FP` holds the links that can be a bottleneck (links of the
-    fabric, -1 for none); `latency_F` counts every link. `bytes_SF` may be 0 in some samples.
+    fabric, -1 for none, in no particular order); `latency_F` counts every link. `bytes_SF` may be 0 in some samples.
     """
 
     num_ranks: int
@@ -31,54 +71,66 @@ class Flows:
     path_FP: IntArray
     latency_F: FloatArray
 
-    def slowed(self, efficiency: float) -> "Flows":
-        """The flows of software that reaches `efficiency` of what the links achieve: more bytes' worth of time."""
-        return self if efficiency == 1.0 else dataclasses.replace(self, bytes_SF=self.bytes_SF / efficiency)
 
-
-def as_ranks(fabric: Fabric, ranks: Sequence[int] | NDArray[np.integer] | None) -> NDArray[np.int64]:
-    """Ranks of the fabric as an array; None means all."""
-    chosen = np.arange(fabric.num_ranks) if ranks is None else np.asarray(ranks, dtype=np.int64)
-    assert chosen.ndim == 1 and len(chosen) and chosen.min() >= 0 and chosen.max() < fabric.num_ranks, chosen
-    return chosen
-
-
-def build_flows(
-    fabric: Fabric,
-    bytes_SRR: FloatArray,
-    *,
-    ranks: NDArray[np.int64],
-    avoid_nvlink: bool = False,
-    loopback: bool = False,
-) -> Flows:
-    """Flows for the byte matrices [S, R, R]. Own rows (the diagonal) are no traffic unless `loopback` is set."""
-    num_ranks = len(ranks)
-    assert bytes_SRR.shape[1:] == (num_ranks, num_ranks), (bytes_SRR.shape, num_ranks)
-    assert np.isfinite(bytes_SRR).all() and (bytes_SRR >= 0).all()
-    active_RR = np.asarray((bytes_SRR > 0).any(axis=0))
-    if not loopback:
-        np.fill_diagonal(active_RR, False)
-    source_F, target_F = (index.astype(np.int32) for index in np.nonzero(active_RR))
-    whole_FP = fabric.routes(ranks[source_F], ranks[target_F], avoid_nvlink=avoid_nvlink)
-    binding_X = np.append(np.where(fabric.redundant_X, NONE, np.arange(len(fabric.links))), NONE).astype(np.int32)
-    path_FP = binding_X[whole_FP]
+def build_flows(fabric: Fabric, demand: Demand) -> Flows:
+    """One flow for each pair with bytes, with its route."""
+    source_F, target_F = (i.astype(np.int32) for i in np.nonzero((demand.bytes_SRR > 0).any(axis=0)))
+    path_FP, latency_F = route_pairs(fabric, demand.ranks_R, source_F, target_F, avoid_nvlink=demand.avoid_nvlink)
     return Flows(
-        num_ranks=num_ranks,
+        num_ranks=len(demand.ranks_R),
         source_F=source_F,
         target_F=target_F,
-        bytes_SF=bytes_SRR[:, source_F, target_F],
-        path_FP=np.ascontiguousarray(path_FP[:, (path_FP != NONE).any(axis=0)]),
-        latency_F=fabric.path_latency(whole_FP),
+        bytes_SF=demand.bytes_SRR[:, source_F, target_F],
+        path_FP=path_FP,
+        latency_F=latency_F,
     )
 
 
+def route_pairs(
+    fabric: Fabric,
+    ranks_R: NDArray[np.int64],
+    source_F: NDArray[np.integer],
+    target_F: NDArray[np.integer],
+    *,
+    avoid_nvlink: bool,
+) -> tuple[IntArray, FloatArray]:
+    """Links that can be a bottleneck [F, P] and latency of the whole route [F], for pairs of the group."""
+    binding_X = np.append(np.where(fabric.redundant_X, NONE, np.arange(len(fabric.links))), NONE).astype(np.int32)
+    latency_F = np.empty(len(source_F))
+    paths: list[IntArray] = []
+    for first in range(0, len(source_F), _CHUNK):
+        part = slice(first, first + _CHUNK)
+        whole_FP = fabric.routes(ranks_R[source_F[part]], ranks_R[target_F[part]], avoid_nvlink=avoid_nvlink)
+        latency_F[part] = fabric.path_latency(whole_FP)
+        paths.append(_packed(binding_X[whole_FP]))
+    width = max((path.shape[1] for path in paths), default=0)
+    path_FP = np.full((len(source_F), width), NONE, dtype=np.int32)
+    for index, path in enumerate(paths):
+        path_FP[index * _CHUNK : index * _CHUNK + len(path), : path.shape[1]] = path
+    return path_FP, latency_F
+
+
+def _packed(path_FP: IntArray) -> IntArray:
+    """The same links in as few columns as their gaps allow: columns that are never used together become one."""
+    columns: list[IntArray] = []
+    for hop in range(path_FP.shape[1]):
+        link_F = path_FP[:, hop]
+        used_F = link_F != NONE
+        if not used_F.any():
+            continue
+        for column in columns:
+            if not (used_F & (column != NONE)).any():
+                np.copyto(column, link_F, where=used_F)
+                break
+        else:
+            columns.append(link_F.copy())
+    return np.stack(columns, axis=1) if columns else path_FP[:, :0]
+
+
 def link_bytes(fabric: Fabric, flows: Flows) -> FloatArray:
-    """Bytes over each link that can be a bottleneck, float64 [S, X]."""
-    totals_SX = np.zeros((len(flows.bytes_SF), len(fabric.links)))
+    """Bytes over each link that can be a bottleneck, mean of the samples, float64 [X]."""
+    bytes_F = flows.bytes_SF.mean(axis=0)
+    totals_X = np.zeros(len(fabric.links) + 1)
     for hop in range(flows.path_FP.shape[1]):
-        used = flows.path_FP[:, hop] != NONE
-        for sample, bytes_F in enumerate(flows.bytes_SF):
-            totals_SX[sample] += np.bincount(
-                flows.path_FP[used, hop], weights=bytes_F[used], minlength=len(fabric.links)
-            )
-    return totals_SX
+        totals_X += np.bincount(flows.path_FP[:, hop] + 1, weights=bytes_F, minlength=len(totals_X))
+    return np.asarray(totals_X[1:])

@@ -16,7 +16,9 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.network.endpoints import EndPorts, SharedLink
+from moesim.network.endpoints import SharedLink, pair_ports, shared_links
+from moesim.network.fabric import Fabric
+from moesim.network.flows import Demand
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.integer]
@@ -27,31 +29,32 @@ COMPILED_RANKS = 32  # from here on compiled loops pay for loading numba
 class Ports:
     """The closed form for one set of flows, all samples at once."""
 
-    def __init__(self, ends: EndPorts, *, two_sided: bool) -> None:
+    def __init__(self, fabric: Fabric, demand: Demand, *, two_sided: bool) -> None:
+        ports = pair_ports(fabric, demand)
         self._two_sided = two_sided
-        self._shared = ends.shared
-        self._latency_SRR = ends.latency_SRR
-        num_ranks = ends.latency_SRR.shape[-1]
+        self._shared = shared_links(ports, demand)
+        idle_SRR = demand.bytes_SRR == 0
+        self._latency_SRR = np.where(idle_SRR, -np.inf, ports.latency_RR)
+        num_ranks = len(demand.ranks_R)
         rows, columns = np.indices((num_ranks, num_ranks), dtype=np.int32)
-        num_receive = (int(ends.receive_slot_RR.max()) + 1) * num_ranks
-        self._num_receive = num_receive
-        self._receive_port_RR = ends.receive_slot_RR * num_ranks + columns
-        self._send_port_RR = num_receive + ends.send_slot_RR * num_ranks + rows
-        num_ports = num_receive + (int(ends.send_slot_RR.max()) + 1) * num_ranks
+        self._num_receive = num_receive = (int(ports.receive_slot_RR.max()) + 1) * num_ranks
+        self._receive_port_RR = ports.receive_slot_RR * num_ranks + columns
+        self._send_port_RR = num_receive + ports.send_slot_RR * num_ranks + rows
+        num_ports = num_receive + (int(ports.send_slot_RR.max()) + 1) * num_ranks
+        self._one_port = num_ports == 2 * num_ranks  # one receiving and one sending port each: ports need no look-up
         # Seconds at each port by the rank at the other end, and the longest latency of a port's flows.
-        self._seconds_SRC = np.zeros((len(ends.latency_SRR), num_ranks, num_ports))
-        self._seconds_SRC[:, rows, self._receive_port_RR] = ends.receive_seconds_SRR
-        self._seconds_SRC[:, columns, self._send_port_RR] = ends.send_seconds_SRR
-        self._port_latency_SC = np.full((len(ends.latency_SRR), num_ports), -np.inf)
+        received_SRR, sent_SRR = demand.bytes_SRR * ports.receive_pace_RR, demand.bytes_SRR * ports.send_pace_RR
+        self._seconds_SRC = np.zeros((len(idle_SRR), num_ranks, num_ports))
+        self._seconds_SRC[:, rows, self._receive_port_RR] = received_SRR
+        self._seconds_SRC[:, columns, self._send_port_RR] = sent_SRR
+        self._port_latency_SC = np.full((len(idle_SRR), num_ports), -np.inf)
         for port_RR in (self._receive_port_RR, self._send_port_RR):
-            for sample, latency_RR in enumerate(ends.latency_SRR):
+            for sample, latency_RR in enumerate(self._latency_SRR):
                 np.maximum.at(self._port_latency_SC[sample], port_RR.ravel(), latency_RR.ravel())
         self._totals_SC = self._seconds_SRC.sum(axis=1)
-        self._one_port = num_ports == 2 * num_ranks  # one receiving and one sending port each: ports need no look-up
-        idle = np.isneginf(ends.latency_SRR)
-        receive_SRR = fair_levels(ends.receive_seconds_SRR.swapaxes(1, 2), ends.receive_slot_RR.T).swapaxes(1, 2)
-        self._receive_level_SRR = np.where(idle, -np.inf, receive_SRR)
-        self._send_level_SRR = np.where(idle, -np.inf, fair_levels(ends.send_seconds_SRR, ends.send_slot_RR))
+        received_SRR = fair_levels(received_SRR.swapaxes(1, 2), ports.receive_slot_RR.T).swapaxes(1, 2)
+        self._receive_level_SRR = np.where(idle_SRR, -np.inf, received_SRR)
+        self._send_level_SRR = np.where(idle_SRR, -np.inf, fair_levels(sent_SRR, ports.send_slot_RR))
 
     def _queues(self, start_SR: FloatArray) -> FloatArray:
         """When each port is done, [S, C]."""

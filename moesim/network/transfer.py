@@ -4,23 +4,21 @@ Legend: S routing samples in lockstep, R ranks of the group (bytes_RR: source, t
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.network.endpoints import end_ports
 from moesim.network.fabric import Fabric
-from moesim.network.flows import Flows, as_ranks, build_flows, link_bytes
+from moesim.network.flows import Demand, Ranks, build_flows, link_bytes, make_demand
+from moesim.network.loads import ladder_link_bytes
 from moesim.network.ports import Ports
 from moesim.network.starts import CommonStart, Remembered
 
 FloatArray = NDArray[np.float64]
 Model = Literal["ports", "fluid", "exact"]
 START_GRID: dict[str, float] = {"exact": 1e-6, "fluid": 1e-3}  # starts closer than this share of a transfer are alike
-
-Ranks = Sequence[int] | NDArray[np.integer] | None
 
 
 class Sharing(Protocol):
@@ -37,24 +35,24 @@ class PairSharing(Sharing, Protocol):
         """Arrival of each pair's last byte, latency included, [S, R, R]; -inf for pairs without traffic."""
 
 
-def share_links(fabric: Fabric, flows: Flows, *, model: Model, two_sided: bool) -> PairSharing:
-    """The chosen model, prepared for one set of flows."""
+def share_links(fabric: Fabric, demand: Demand, *, model: Model, two_sided: bool) -> PairSharing:
+    """The chosen model, prepared for one demand."""
     if model == "ports":
-        return Ports(end_ports(fabric, flows), two_sided=two_sided)
+        return Ports(fabric, demand, two_sided=two_sided)
     # Imported here: numba takes most of a second, and runs with `ports` do without it.
     from moesim.network.fair import FLUID_WINDOW, FairSharing
 
-    return FairSharing(fabric, flows, two_sided=two_sided, window=FLUID_WINDOW if model == "fluid" else 0.0)
+    return FairSharing(fabric, demand, two_sided=two_sided, window=FLUID_WINDOW if model == "fluid" else 0.0)
 
 
 def prepare_sharing(
-    fabric: Fabric, flows: Flows, *, model: Model, two_sided: bool, per_rank_starts: bool = True
+    fabric: Fabric, demand: Demand, *, model: Model, two_sided: bool, per_rank_starts: bool = True
 ) -> Sharing:
-    """The chosen model for many calls with the same flows; see prepare_transfer for `per_rank_starts`."""
-    sharing = share_links(fabric, flows, model=model, two_sided=two_sided)
+    """The chosen model for many calls with the same demand; see prepare_transfer for `per_rank_starts`."""
+    sharing = share_links(fabric, demand, model=model, two_sided=two_sided)
     if model == "ports":
         return sharing
-    shape = (len(flows.bytes_SF), flows.num_ranks)
+    shape = demand.bytes_SRR.shape[:2]
     if per_rank_starts:
         return Remembered(sharing, shape=shape, grid=START_GRID[model])
     return CommonStart(sharing, shape=shape, two_sided=two_sided)
@@ -75,29 +73,35 @@ def transfer_times(
     defaults to 0. `ranks` are the fabric's ranks that the matrix's rows stand for (default: all). Links, efficiencies
     and latencies count; the software's cost per call does not (see prepare_dispatch).
     """
-    chosen = as_ranks(fabric, ranks)
-    flows = build_flows(fabric, np.asarray(bytes_RR, dtype=np.float64)[None], ranks=chosen)
-    start = np.zeros(len(chosen)) if start_R is None else np.asarray(start_R, dtype=np.float64)
-    release_RR = np.maximum(start[:, None], start) if two_sided else np.repeat(start[:, None], len(chosen), axis=1)
-    sharing = share_links(fabric, flows, model=model, two_sided=two_sided)
+    demand = make_demand(fabric, bytes_RR, ranks=ranks)
+    start = np.zeros(len(demand.ranks_R)) if start_R is None else np.asarray(start_R, dtype=np.float64)
+    release_RR = np.maximum(start[:, None], start) if two_sided else np.repeat(start[:, None], len(start), axis=1)
+    sharing = share_links(fabric, demand, model=model, two_sided=two_sided)
     return np.asarray(np.maximum(sharing.flow_finish(start[None])[0], release_RR))
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
 class Traffic:
-    """What a transfer puts on the wires, all samples' mean: bytes per tier, and per link [X]."""
+    """What a transfer puts on the wires, all samples' mean: bytes per tier, and per link [X] when asked for."""
 
-    intra_node_bytes: float
-    inter_node_bytes: float
-    link_bytes_X: FloatArray
+    def __init__(self, fabric: Fabric, stages: Sequence[Demand]) -> None:
+        self._fabric, self._stages = fabric, stages
+        node_R = fabric.node_of_rank_R[stages[0].ranks_R]
+        same_RR = node_R[:, None] == node_R
+        moved_RR = sum(stage.bytes_SRR.mean(axis=0) for stage in stages) * (1 - np.eye(len(node_R)))
+        self.intra_node_bytes = float(moved_RR[same_RR].sum())
+        self.inter_node_bytes = float(moved_RR[~same_RR].sum())
+
+    @cached_property
+    def link_bytes_X(self) -> FloatArray:
+        """Bytes over each link that can be a bottleneck."""
+        return np.asarray(sum(link_bytes(self._fabric, build_flows(self._fabric, stage)) for stage in self._stages))
 
 
 class PreparedTransfer:
     """Traffic matrices with all that does not depend on when the ranks start.
 
-    `alone_R` is each rank's finish when all start at 0, `demand_X` the bytes/s on each link meanwhile (for
-    `slow_downs`), `sm_share` the share of each GPU's SMs that the communication
-    kernels hold meanwhile, `source` where the numbers come from.
+    `alone_R` is each rank's finish when all start at 0, `sm_share` the share of each GPU's SMs that the communication
+    kernels hold meanwhile, `traffic` the bytes, `source` where the numbers come from.
     """
 
     def __init__(
@@ -120,7 +124,11 @@ class PreparedTransfer:
         self.source = source
         self._alone_SR = sharing.finish(np.zeros(self._overhead_SR.shape)) + self._overhead_SR
         self.alone_R = self._alone_SR.reshape(shape)
-        self.demand_X = traffic.link_bytes_X / max(float(self._alone_SR.max(axis=1).mean()), 1e-30)
+
+    @property
+    def demand_X(self) -> FloatArray:
+        """Bytes/s on each link while the transfer is alone, for `slow_downs`."""
+        return self.traffic.link_bytes_X / max(float(self._alone_SR.max(axis=1).mean()), 1e-30)
 
     def finish(self, start_R: FloatArray) -> FloatArray:
         """When each rank is done (seconds, same clock as `start_R`); [R], or [S, R] for S matrices in lockstep."""
@@ -150,29 +158,14 @@ def prepare_transfer(
     `exact` and `fluid` solve for each new pattern of starts, to START_GRID of the transfer's length, and keep the
     answers; without `per_rank_starts` they reuse the one for a common start (see CommonStart for the error).
     """
-    chosen = as_ranks(fabric, ranks)
-    bytes_SRR = np.asarray(bytes_RR, dtype=np.float64).reshape(-1, len(chosen), len(chosen))
-    flows = build_flows(fabric, bytes_SRR, ranks=chosen)
+    demand = make_demand(fabric, bytes_RR, ranks=ranks)
     return PreparedTransfer(
-        prepare_sharing(fabric, flows, model=model, two_sided=two_sided, per_rank_starts=per_rank_starts),
+        prepare_sharing(fabric, demand, model=model, two_sided=two_sided, per_rank_starts=per_rank_starts),
         shape=np.shape(bytes_RR)[:-1],
         synchronised=synchronised,
-        traffic=count_traffic(fabric, [flows], chosen),
+        traffic=Traffic(fabric, [demand]),
         source=transfer_source(fabric, model),
     )
-
-
-def count_traffic(fabric: Fabric, stages: Sequence[Flows], ranks: NDArray[np.int64]) -> Traffic:
-    """Bytes of all stages; a rank's copy to itself is no traffic."""
-    intra = inter = 0.0
-    node_R = fabric.node_of_rank_R[ranks]
-    for flows in stages:
-        bytes_F = flows.bytes_SF.mean(axis=0)
-        same = node_R[flows.source_F] == node_R[flows.target_F]
-        intra += float(bytes_F[same & (flows.source_F != flows.target_F)].sum())
-        inter += float(bytes_F[~same].sum())
-    per_link_X = np.sum([link_bytes(fabric, flows).mean(axis=0) for flows in stages], axis=0)
-    return Traffic(intra_node_bytes=intra, inter_node_bytes=inter, link_bytes_X=per_link_X)
 
 
 def transfer_source(fabric: Fabric, model: Model) -> str:
@@ -183,6 +176,8 @@ def transfer_source(fabric: Fabric, model: Model) -> str:
 
 def lower_bound(fabric: Fabric, bytes_RR: FloatArray, *, ranks: Ranks = None) -> float:
     """Seconds that no sharing can beat: the largest (bytes over a link / its capacity), without latency."""
-    chosen = as_ranks(fabric, ranks)
-    flows = build_flows(fabric, np.asarray(bytes_RR, dtype=np.float64)[None], ranks=chosen)
-    return float((link_bytes(fabric, flows)[0] / fabric.capacity_X).max(initial=0.0))
+    demand = make_demand(fabric, bytes_RR, ranks=ranks)
+    loads_X = ladder_link_bytes(fabric, demand)
+    if loads_X is None:
+        loads_X = link_bytes(fabric, build_flows(fabric, demand))
+    return float((loads_X / fabric.capacity_X).max(initial=0.0))

@@ -7,11 +7,13 @@ from pathlib import Path
 import networkx as nx
 import numpy as np
 import pytest
-from network_cases import make_fabric, rank_finish
+from network_cases import make_fabric, rank_finish, skewed_bytes
 
 from moesim.errors import UserError
 from moesim.network import Fabric, describe, lower_bound, transfer_times
 from moesim.network import build_fabric as build
+from moesim.network.flows import build_flows, link_bytes, make_demand
+from moesim.network.loads import ladder_link_bytes
 from moesim.scenario.cluster import Cluster, Link, Pool
 from moesim.scenario.cluster import Fabric as Section
 
@@ -210,3 +212,16 @@ def test_broken_fabric_files_are_named(tmp_path: Path, text: str, words: str) ->
     path.write_text(text)
     with pytest.raises(UserError, match=words):
         make_fabric(1, preset="custom", file=str(path))
+
+
+@pytest.mark.parametrize("keys", PRESETS, ids=str)
+def test_sums_over_the_matrix_are_the_sums_over_routes(keys: dict[str, object]) -> None:
+    fabric = make_fabric(4, gpus_per_node=4, **keys)
+    demand = make_demand(fabric, skewed_bytes(np.random.default_rng(8), 10), ranks=np.arange(3, 13))
+    loads_X = ladder_link_bytes(fabric, demand)
+    forwards = bool(keys.get("pxn")) or keys["preset"] == "multi_plane"
+    assert (loads_X is None) == forwards
+    routed_X = link_bytes(fabric, build_flows(fabric, demand))
+    assert routed_X.sum() > 0
+    if loads_X is not None:
+        np.testing.assert_allclose(loads_X, routed_X)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from network_cases import make_fabric, rank_finish, skewed_bytes, star
 
 from moesim.network import build_fabric, filling, lower_bound, prepare_transfer, slow_downs, transfer_times
-from moesim.network.flows import build_flows
+from moesim.network.flows import build_flows, make_demand
 from moesim.scenario.cluster import Cluster, Link, Pool
 from moesim.scenario.cluster import Fabric as Section
 
@@ -99,7 +99,7 @@ def transfers(draw: st.DrawFn) -> tuple[object, np.ndarray, np.ndarray]:
 def test_rates_are_max_min_fair(case) -> None:
     """No link above capacity; each flow has a full link on which no flow gets more than it."""
     fabric, bytes_RR, _ = case
-    flows = build_flows(fabric, bytes_RR[None], ranks=np.arange(fabric.num_ranks))
+    flows = build_flows(fabric, make_demand(fabric, bytes_RR, ranks=None))
     num_flows, num_links = len(flows.source_F), len(fabric.links)
     rate_F, mark_F = np.zeros(num_flows), np.full(num_flows, -1, np.int32)
     on_FX = np.zeros((num_flows, num_links), bool)
@@ -126,7 +126,7 @@ def test_bytes_are_conserved_and_bounded(case) -> None:
     """By any time a link has carried no more than its capacity allows, and all is over no sooner than the bound."""
     fabric, bytes_RR, _ = case
     finish_RR = transfer_times(fabric, bytes_RR)
-    flows = build_flows(fabric, bytes_RR[None], ranks=np.arange(fabric.num_ranks))
+    flows = build_flows(fabric, make_demand(fabric, bytes_RR, ranks=None))
     end_F = finish_RR[flows.source_F, flows.target_F] - flows.latency_F
     for link in np.unique(flows.path_FP[flows.path_FP >= 0]):
         on = (flows.path_FP == link).any(axis=1)

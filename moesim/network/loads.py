@@ -1,0 +1,51 @@
+"""Bytes per link from sums over a byte matrix, without routing its pairs one by one.
+
+Legend: R ranks, B switches of one tier (leaves or spines), X links.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.network.fabric import Fabric
+from moesim.network.flows import Demand
+
+FloatArray = NDArray[np.float64]
+
+
+def ladder_link_bytes(fabric: Fabric, demand: Demand) -> FloatArray | None:
+    """Bytes over each link [X], mean of the samples; None where routes leave the ladder or forward inside nodes.
+
+    Rows and columns of the matrix are the ports' loads; its sums over leaves and over spines those of the tiers above.
+    """
+    ladder, ranks_R = fabric.ladder, demand.ranks_R
+    if ladder is None or ladder.any_failed or fabric.pxn or demand.avoid_nvlink:
+        return None
+    if (ladder.plane_R[ranks_R] != ladder.plane_R[ranks_R[0]]).any():
+        return None
+    far_RR = demand.bytes_SRR[0].copy() if len(demand.bytes_SRR) == 1 else demand.bytes_SRR.mean(axis=0)
+    loads_X = np.zeros(len(fabric.links) + 1)  # the last entry takes what has no link
+    domain_R = ladder.domain_R[ranks_R]
+    for domain in np.unique(domain_R):
+        members = np.flatnonzero(domain_R == domain)
+        block = np.ix_(members, members)
+        near = far_RR[block]
+        np.add.at(loads_X, ladder.nvlink_up_R[ranks_R[members]], near.sum(axis=1))
+        np.add.at(loads_X, ladder.nvlink_down_R[ranks_R[members]], near.sum(axis=0))
+        far_RR[block] = 0.0
+    sent_R, received_R = far_RR.sum(axis=1), far_RR.sum(axis=0)
+    for hop in range(2):
+        np.add.at(loads_X, ladder.nic_up_R2[ranks_R, hop], sent_R)
+        np.add.at(loads_X, ladder.nic_down_R2[ranks_R, hop], received_R)
+    for of_R, up_R, down_R in (
+        (ladder.leaf_R, ladder.leaf_up_R, ladder.leaf_down_R),
+        (ladder.spine_R, ladder.spine_up_R, ladder.spine_down_R),
+    ):
+        first, switch_R = np.unique(of_R[ranks_R], return_index=True, return_inverse=True)[1:]
+        if len(first) == 1:
+            continue
+        member_RB = (switch_R[:, None] == np.arange(len(first))).astype(np.float64)
+        between_BB = member_RB.T @ (far_RR @ member_RB)
+        np.fill_diagonal(between_BB, 0.0)
+        np.add.at(loads_X, up_R[ranks_R[first]], between_BB.sum(axis=1))
+        np.add.at(loads_X, down_R[ranks_R[first]], between_BB.sum(axis=0))
+    return np.where(fabric.redundant_X, 0.0, loads_X[:-1])
