@@ -33,6 +33,8 @@ def validate_command(
         table = recompute(shipped_table())
         _show(table, quiet)
         return table
+    if device == "cpu" and profile is None and scenario is None:
+        raise UserError("--device cpu needs --profile: make one with `moesim calibrate --device cpu --out FILE`")
     if gpus < 1:
         raise UserError(f"--gpus {gpus} must be 1 or more")
     cases = [scenario_case(scenario, gpus)] if scenario is not None else list(standard_cases(device, gpus))

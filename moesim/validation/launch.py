@@ -14,6 +14,8 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 
 from moesim.errors import UserError
+from moesim.scenario import dump_scenario
+from moesim.scenario.schema import Compute
 from moesim.validation.cases import Case
 from moesim.validation.routing import forced_ids
 from moesim.validation.worker import Effort, measure_rank
@@ -50,7 +52,7 @@ def measure_cases(
     folder.mkdir(parents=True, exist_ok=True)
     check_device(device, max(case.gpus for case in cases))
     for gpus in sorted({case.gpus for case in cases}):
-        while pending := [case for case in cases if case.gpus == gpus and not _path(folder, case).exists()]:
+        while pending := [case for case in cases if case.gpus == gpus and not _kept(folder, case)]:
             _run(pending, device, folder, effort)
     found = {case.name: json.loads(_path(folder, case).read_text(encoding="utf-8")) for case in cases}
     for name, result in found.items():
@@ -61,6 +63,25 @@ def measure_cases(
 
 def _path(folder: Path, case: Case) -> Path:
     return folder / f"{case.name}.json"
+
+
+def run_as(case: Case) -> str:
+    """The scenario that is run: without what only the prediction looks at."""
+    return dump_scenario(case.scenario.model_copy(update={"compute": Compute()}))
+
+
+def _kept(folder: Path, case: Case) -> bool:
+    """Whether the folder holds a measurement of this very scenario."""
+    path = _path(folder, case)
+    return path.exists() and json.loads(path.read_text(encoding="utf-8")).get("scenario") == run_as(case)
+
+
+def _keep(folder: Path, case: Case, result: dict[str, Any]) -> None:
+    """Write a measurement so that its file is whole or not there."""
+    path = _path(folder, case)
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps({"scenario": run_as(case), **result}, indent=1) + "\n", encoding="utf-8")
+    part.replace(path)
 
 
 def _run(cases: list[Case], device: str, folder: Path, effort: Effort) -> None:
@@ -80,8 +101,8 @@ def _run(cases: list[Case], device: str, folder: Path, effort: Effort) -> None:
         except ProcessExitedException as error:
             if error.exit_code != OUT_OF_MEMORY:
                 raise
-            too_large = next(case for case in cases if not _path(folder, case).exists())
-            _write(_path(folder, too_large), {"skipped": "out of memory on the device"})
+            too_large = next(case for case in cases if not _kept(folder, case))
+            _keep(folder, too_large, {"skipped": "out of memory on the device"})
 
 
 def _process(rank: int, cases: list[Case], device: str, scratch: str, folder: str, effort: Effort) -> None:
@@ -107,7 +128,7 @@ def _process(rank: int, cases: list[Case], device: str, scratch: str, folder: st
             os._exit(OUT_OF_MEMORY)  # at once: a clean end would wait for collectives that never come
         ranks = _gathered(result, world)
         if rank == 0:
-            _write(_path(Path(folder), case), _merge(ranks))
+            _keep(Path(folder), case, _merge(ranks))
         gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()
@@ -142,10 +163,3 @@ def _merge(ranks: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _mean(rows: list[dict[str, float]]) -> dict[str, float]:
     return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON so that the file is whole or not there."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)

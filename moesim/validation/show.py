@@ -15,12 +15,24 @@ def print_table(table: Table, *, console: Console | None = None) -> None:
     console.print(_layers(table))
     if table.slowdowns():
         console.print(_slowdowns(table))
+    console.print(_summary(table))
+
+
+def _summary(table: Table) -> str:
     summary = table.summary()
     goal = f"goals: median {GOALS['median']:.0%}, worst {GOALS['worst']:.0%}, skew within {GOALS['skew']:.0%}"
-    console.print(
-        f"step time at {GOALS['from_tokens']:.0f} tokens and more: median error {summary['median_error']:.1%}, "
-        f"worst {summary['worst_error']:.1%}; slowdown by skew off by up to {summary['worst_skew_error']:.0%} ({goal})"
-    )
+    parts = [
+        f"{text} {value:.1%}"
+        for text, value in (
+            ("median error", summary["median_error"]),
+            ("worst", summary["worst_error"]),
+            ("slowdown by skew off by up to", summary["worst_skew_error"]),
+        )
+        if value is not None
+    ]
+    if not parts:
+        return f"no case has {GOALS['from_tokens']:.0f} tokens or more, from which on errors are summed up"
+    return f"step time at {GOALS['from_tokens']:.0f} tokens and more: {', '.join(parts)} ({goal})"
 
 
 def _steps(table: Table) -> RichTable:

@@ -45,15 +45,18 @@ class Table:
     device: dict[str, Any]
     rows: tuple[Row, ...]
 
-    def summary(self) -> dict[str, float]:
-        """Median and worst error of the step at and above 4096 tokens, and how far predicted skew is from measured."""
+    def summary(self) -> dict[str, float | None]:
+        """Median and worst error of the step at and above 4096 tokens, and the worst relative error of a slowdown.
+
+        None where there is no case to take it over.
+        """
         large = [abs(row.error) for row in self.rows if row.case.tokens >= GOALS["from_tokens"]]
         skews = [abs(predicted / measured - 1.0) for _, measured, predicted in self.slowdowns() if measured > 0]
         return {
             "cases": float(len(self.rows)),
-            "median_error": float(np.median(large)) if large else float("nan"),
-            "worst_error": float(np.max(large)) if large else float("nan"),
-            "worst_skew_error": float(np.max(skews)) if skews else float("nan"),
+            "median_error": float(np.median(large)) if large else None,
+            "worst_error": float(np.max(large)) if large else None,
+            "worst_skew_error": float(np.max(skews)) if skews else None,
         }
 
     def slowdowns(self) -> list[tuple[str, float, float]]:
@@ -69,20 +72,27 @@ class Table:
         return found
 
 
-def save_table(table: Table, path: Path) -> None:
-    """Write the table as JSON: scenarios in full, so that the predictions can be made again."""
+def table_json(table: Table) -> dict[str, Any]:
+    """The table as JSON values: scenarios in full, so that the predictions can be made again."""
     rows = [
         {
             "name": row.case.name,
             "scenario": dump_scenario(row.case.scenario),
-            "measured": {key: value for key, value in row.measured.items() if key != "kernels"},
+            "measured": {key: value for key, value in row.measured.items() if key not in ("kernels", "scenario")},
             "predicted": row.predicted,
+            "error": row.error,
         }
         for row in table.rows
     ]
     content = {"schema_version": SCHEMA_VERSION, "device": table.device, "summary": table.summary(), "rows": rows}
+    rounded: dict[str, Any] = _rounded(content)
+    return rounded
+
+
+def save_table(table: Table, path: Path) -> None:
+    """Write the table as JSON; never leaves a half-written file in place of a whole one."""
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(_rounded(content), indent=1) + "\n", encoding="utf-8")
+    part.write_text(json.dumps(table_json(table), separators=(",", ":")) + "\n", encoding="utf-8")
     part.replace(path)
 
 
