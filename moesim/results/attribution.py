@@ -1,10 +1,11 @@
 """Where the time of every rank goes, derived from spans alone.
 
-Every instant of a rank in [0, step] is in one state, by priority: compute; a transfer's own part; waiting for peers
-inside a transfer; standing still for the host; nothing (bubble). Spans of one stream never overlap each other on one
-rank, so the time that compute covers inside an interval [u, v] is C(v) - C(u) with C the compute done until then.
+Every instant of a rank in [0, step] is in one state, by priority: compute; a transfer (own part, or waiting for peers);
+a reduction; a hand-off between stages; standing still for the host; nothing (bubble). Spans of one stream never overlap
+each other on one rank, so the time that compute covers inside [u, v] is C(v) - C(u) with C the compute done until then;
+the next stream adds what it covers outside of that, and so on.
 
-Legend: C categories, N spans of one stream, S samples, R ranks, Q = S*R columns.
+Legend: C categories, N spans of one stream, S samples, R ranks, Q = S*R columns, M instants per column.
 """
 
 import numpy as np
@@ -16,27 +17,35 @@ FloatArray = NDArray[np.float64]
 
 
 class _Coverage:
-    """Time covered by a set of disjoint intervals per column, sorted by start."""
+    """Time covered by a stream's spans or by a stream of higher priority. The first one (`higher` None) stands alone."""
 
-    def __init__(self, start_NQ: FloatArray, finish_NQ: FloatArray) -> None:
-        self.start_NQ, self.finish_NQ = start_NQ, finish_NQ
-        self.before_NQ = np.cumsum(finish_NQ - start_NQ, axis=0) - (finish_NQ - start_NQ)
+    def __init__(self, start_NQ: FloatArray, finish_NQ: FloatArray, higher: "_Coverage | None" = None) -> None:
+        self.start_NQ, self.finish_NQ, self.higher = start_NQ, finish_NQ, higher
+        self.exposed_NQ = finish_NQ - start_NQ
+        self._higher_NQ: FloatArray | None = None
+        if higher is not None:
+            self._higher_NQ = higher.until(start_NQ)
+            self.exposed_NQ = self.exposed_NQ - (higher.until(finish_NQ) - self._higher_NQ)
+        self.before_NQ = np.cumsum(self.exposed_NQ, axis=0) - self.exposed_NQ
 
     def until(self, time_MQ: FloatArray) -> FloatArray:
         """Covered seconds in (-inf, time], per column."""
-        covered_MQ = np.zeros_like(time_MQ)
+        higher_MQ = self.higher.until(time_MQ) if self.higher is not None else None
+        covered_MQ = np.zeros_like(time_MQ) if higher_MQ is None else higher_MQ.copy()
         if not len(self.start_NQ):
             return covered_MQ
         for q in range(time_MQ.shape[1]):
             at_M = np.searchsorted(self.start_NQ[:, q], time_MQ[:, q], side="right") - 1
             known_M = np.maximum(at_M, 0)
-            inside_M = np.minimum(time_MQ[:, q], self.finish_NQ[known_M, q]) - self.start_NQ[known_M, q]
-            covered_MQ[:, q] = np.where(at_M >= 0, self.before_NQ[known_M, q] + inside_M, 0.0)
+            end_M = self.finish_NQ[known_M, q]
+            inside_M = np.minimum(time_MQ[:, q], end_M) - self.start_NQ[known_M, q]
+            if higher_MQ is not None:
+                assert self._higher_NQ is not None
+                # Within the span only what no higher stream covers counts; a finished span counts its exposed part.
+                inside_M = inside_M - (higher_MQ[:, q] - self._higher_NQ[known_M, q])
+                inside_M = np.where(time_MQ[:, q] >= end_M, self.exposed_NQ[known_M, q], inside_M)
+            covered_MQ[:, q] += np.where(at_M >= 0, self.before_NQ[known_M, q] + inside_M, 0.0)
         return covered_MQ
-
-    def inside(self, start_MQ: FloatArray, finish_MQ: FloatArray) -> FloatArray:
-        """Covered seconds inside each interval."""
-        return self.until(finish_MQ) - self.until(start_MQ)
 
 
 def _stream_intervals(table: SpanTable, stream: Stream) -> tuple[NDArray[np.intp], FloatArray, FloatArray]:
@@ -53,9 +62,9 @@ def _add_by_category(seconds_CQ: FloatArray, category_N: NDArray[np.intp], value
 def attribute(table: SpanTable) -> FloatArray:
     """Seconds per category, sample and rank: [C, S, R]; over C they add up to the step time of the sample.
 
-    Compute is counted whole. Transfers count where no compute runs: their last `own` seconds as `<category>`, what lies
-    before as `imbalance_wait`. Host stalls count where neither runs. What no span covers is `bubble`, measured as the
-    gaps themselves, so that the sum is a check and not a definition.
+    Compute is counted whole. Spans of other streams count where no higher stream runs: their last `own` seconds as
+    their category, what lies before as `imbalance_wait`. What no span covers is `bubble`, measured as the gaps of the
+    compute stream less the other streams in them, so that the sum is a check and not a definition.
     """
     _, samples, ranks = table.start_NSR.shape
     seconds_CQ = np.zeros((len(CATEGORIES), samples * ranks))
@@ -63,44 +72,41 @@ def attribute(table: SpanTable) -> FloatArray:
 
     compute_N, begin_NQ, end_NQ = _stream_intervals(table, Stream.COMPUTE)
     _add_by_category(seconds_CQ, category_L[table.label_N[compute_N]], end_NQ - begin_NQ)
-    compute = _Coverage(begin_NQ, end_NQ)
-
-    transfer_N, start_NQ, finish_NQ = _stream_intervals(table, Stream.COMMUNICATION)
-    own_NQ = np.minimum(table.own_NSR[transfer_N].reshape(start_NQ.shape).astype(np.float64), finish_NQ - start_NQ)
-    middle_NQ = finish_NQ - own_NQ
-    exposed_own_NQ = own_NQ - compute.inside(middle_NQ, finish_NQ)
-    exposed_wait_NQ = (middle_NQ - start_NQ) - compute.inside(start_NQ, middle_NQ)
-    _add_by_category(seconds_CQ, category_L[table.label_N[transfer_N]], exposed_own_NQ)
-    seconds_CQ[CATEGORIES.index("imbalance_wait")] += exposed_wait_NQ.sum(axis=0)
-
-    host_N, stall_NQ, resume_NQ = _stream_intervals(table, Stream.HOST)
-    transfers = _Coverage(start_NQ, finish_NQ)
-    # A stall is recorded where the compute stream stood still, so only transfers can lie inside it.
-    stalled_NQ = (resume_NQ - stall_NQ) - transfers.inside(stall_NQ, resume_NQ)
-    _add_by_category(seconds_CQ, category_L[table.label_N[host_N]], stalled_NQ)
-
-    seconds_CQ[CATEGORIES.index("bubble")] += _idle(table, begin_NQ, end_NQ, transfers) - stalled_NQ.sum(axis=0)
+    covered = _Coverage(begin_NQ, end_NQ)
+    for stream in (Stream.COMMUNICATION, Stream.REDUCTION, Stream.PIPELINE, Stream.HOST):
+        rows_N, start_NQ, finish_NQ = _stream_intervals(table, stream)
+        if not len(rows_N):
+            continue
+        own_NQ = np.minimum(table.own_NSR[rows_N].reshape(start_NQ.shape).astype(np.float64), finish_NQ - start_NQ)
+        middle_NQ = finish_NQ - own_NQ
+        exposed_own_NQ = own_NQ - (covered.until(finish_NQ) - covered.until(middle_NQ))
+        _add_by_category(seconds_CQ, category_L[table.label_N[rows_N]], exposed_own_NQ)
+        covered = _Coverage(start_NQ, finish_NQ, covered)
+        seconds_CQ[CATEGORIES.index("imbalance_wait")] += (covered.exposed_NQ - exposed_own_NQ).sum(axis=0)
+    seconds_CQ[CATEGORIES.index("bubble")] += _idle(table, begin_NQ, end_NQ, covered)
     return seconds_CQ.reshape(len(CATEGORIES), samples, ranks)
 
 
-def _idle(table: SpanTable, begin_NQ: FloatArray, end_NQ: FloatArray, transfers: _Coverage) -> FloatArray:
-    """Seconds per column without compute or transfer: gaps of the compute stream less the transfers in them."""
+def _idle(table: SpanTable, begin_NQ: FloatArray, end_NQ: FloatArray, covered: _Coverage) -> FloatArray:
+    """Seconds per column without any span: gaps of the compute stream less what other streams cover in them."""
     _, samples, ranks = table.start_NSR.shape
     step_1Q = np.repeat(table.step_S, ranks)[None]
     gap_start_NQ = np.concatenate([np.zeros((1, samples * ranks)), end_NQ])
     gap_finish_NQ = np.concatenate([begin_NQ, step_1Q])
-    gap_NQ = (gap_finish_NQ - gap_start_NQ) - transfers.inside(gap_start_NQ, gap_finish_NQ)
+    gap_NQ = (gap_finish_NQ - gap_start_NQ) - (covered.until(gap_finish_NQ) - covered.until(gap_start_NQ))
     return np.asarray(gap_NQ.sum(axis=0))
 
 
 def overlapped_transfer(table: SpanTable) -> dict[str, FloatArray]:
-    """Seconds [S, R] of every transfer category that ran behind compute: total span less the exposed part."""
+    """Seconds [S, R] of every category of transfers that ran behind compute."""
     _, begin_NQ, end_NQ = _stream_intervals(table, Stream.COMPUTE)
-    transfer_N, start_NQ, finish_NQ = _stream_intervals(table, Stream.COMMUNICATION)
-    hidden_NQ = _Coverage(begin_NQ, end_NQ).inside(start_NQ, finish_NQ)
+    compute = _Coverage(begin_NQ, end_NQ)
     shape = table.start_NSR.shape[1:]
     hidden: dict[str, FloatArray] = {}
-    for row, label in enumerate(table.label_N[transfer_N]):
-        category = table.labels[label].category
-        hidden[category] = hidden.get(category, np.zeros(shape)) + hidden_NQ[row].reshape(shape)
+    for stream in (Stream.COMMUNICATION, Stream.REDUCTION):
+        rows_N, start_NQ, finish_NQ = _stream_intervals(table, stream)
+        hidden_NQ = compute.until(finish_NQ) - compute.until(start_NQ)
+        for row, label in enumerate(table.label_N[rows_N]):
+            category = table.labels[label].category
+            hidden[category] = hidden.get(category, np.zeros(shape)) + hidden_NQ[row].reshape(shape)
     return hidden

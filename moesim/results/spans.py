@@ -35,11 +35,17 @@ CATEGORIES = (
 
 
 class Stream(IntEnum):
-    """Where a span runs on its GPU. HOST rows are times at which the device stood still for the host."""
+    """Where a span runs on its GPU, by priority of the attribution.
+
+    COMMUNICATION carries dispatch, combine and what else sits in a token's way; REDUCTION collectives on gradients and
+    parameters; PIPELINE hand-offs between stages; HOST times at which the device stood still for the host.
+    """
 
     COMPUTE = 0
     COMMUNICATION = 1
-    HOST = 2
+    REDUCTION = 2
+    PIPELINE = 3
+    HOST = 4
 
 
 class Label(NamedTuple):

@@ -166,7 +166,9 @@ def _check_step(step: TraceStep, router: RouterShape) -> None:
         raise UserError(f"{where} has arrays of wrong types; expert ids are int16, affinities and gates float32")
     if ids.min() < NO_EXPERT or ids.max() >= router.num_experts:
         raise UserError(f"{where} names experts outside 0..{router.num_experts - 1}; record it again")
-    if router.kind != "expert_choice" and (ids.shape[-1] != router.top_k or ids.min() == NO_EXPERT):
+    if router.kind != "expert_choice" and (
+        ids.shape[-1] != router.top_k or (ids.min() == NO_EXPERT and not router.random_second)
+    ):
         raise UserError(f"{where} does not give every token top_k = {router.top_k} experts; record it again")
     if has_duplicates(ids):
         raise UserError(f"{where} gives a token the same expert twice; record it again")

@@ -78,6 +78,16 @@ def test_expert_choice_may_give_a_token_any_number_of_experts() -> None:
     ]
 
 
+def test_only_a_random_second_expert_may_be_missing_in_top_k_routing() -> None:
+    ids = np.array([[3, -1], [0, 2]], dtype=np.int16).reshape(1, 1, 2, 2)
+    values = np.where(ids >= 0, 0.5, 0.0).astype(np.float32)
+    step = TraceStep(step=0, expert_ids_LSTK=ids, affinities_LSTK=values, gates_LSTK=values)
+    router = RouterShape(kind="gshard", num_experts=4, top_k=2, random_second=True)
+    check_trace(RoutingTrace(router=router, steps=(step,)))
+    with pytest.raises(UserError, match="top_k = 2"):
+        check_trace(RoutingTrace(router=replace(router, random_second=False), steps=(step,)))
+
+
 def test_resequence_keeps_the_order_of_tokens() -> None:
     made = trace()
     joined = made.resequence(25)
