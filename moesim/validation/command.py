@@ -35,8 +35,11 @@ def validate_command(
         return table
     if device == "cpu" and profile is None and scenario is None:
         raise UserError("--device cpu needs --profile: make one with `moesim calibrate --device cpu --out FILE`")
+    from moesim.validation.launch import check_device
+
     if gpus < 1:
         raise UserError(f"--gpus {gpus} must be 1 or more")
+    check_device(device, gpus)
     cases = [scenario_case(scenario, gpus)] if scenario is not None else list(standard_cases(device, gpus))
     cases = [with_profile(case, profile) for case in cases if only is None or only in case.name]
     if not cases:

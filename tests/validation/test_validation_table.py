@@ -150,7 +150,7 @@ def test_wrong_calls_are_one_line() -> None:
     with pytest.raises(UserError, match="--gpus 0"):
         validate_command(gpus=0)
     with pytest.raises(UserError, match="no case's name contains"):
-        validate_command(only="nonesuch")
+        validate_command(device="cpu", profile="here", only="nonesuch")
     with pytest.raises(UserError, match="moesim calibrate"):
         validate_command(device="cpu")
     with pytest.raises(UserError, match="nonesuch"):
