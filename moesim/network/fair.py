@@ -12,13 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.network.fabric import NONE, Fabric
-from moesim.network.filling import drain
+from moesim.network.filling import drain, join_links, list_flows
 from moesim.network.flows import Demand, Flows, build_flows
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int32]
 
-FLUID_WINDOW = 0.01  # a window's share of the time since the first release
+FLUID_WINDOW = 0.02  # a window's share of the time since the first release
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -62,8 +62,10 @@ class FairSharing:
             if self._two_sided:
                 release_F = np.maximum(release_F, start_R[flows.target_F])
             for component in self._components:
-                chosen = component.flows[bytes_F[component.flows] > 0]
-                path_FP = component.path_FP[bytes_F[component.flows] > 0]
+                chosen, path_FP = component.flows, component.path_FP
+                sends_F = bytes_F[chosen] > 0
+                if not sends_F.all():
+                    chosen, path_FP = chosen[sends_F], path_FP[sends_F]
                 ends_F = _solve(bytes_F[chosen], release_F[chosen], path_FP, component.capacity_X, window=self._window)
                 arrival_F[chosen] = ends_F + flows.latency_F[chosen]
         return arrival_SF
@@ -75,58 +77,44 @@ def _solve(
     """End of each flow without latency. Flows are put in order of release first; ties keep their order."""
     if not len(bytes_F):
         return np.zeros(0)
-    order_F = np.argsort(release_F, kind="stable")
-    path_FP = np.ascontiguousarray(path_FP[order_F])
-    bytes_F, release_F = bytes_F[order_F], release_F[order_F]
+    order_F = None
+    if (np.diff(release_F) < 0).any():
+        order_F = np.argsort(release_F, kind="stable")
+        path_FP, bytes_F, release_F = path_FP[order_F], bytes_F[order_F], release_F[order_F]
     scale = 0.0
     if window:
         load_X = np.zeros(len(capacity_X))
-        for hop in range(path_FP.shape[1]):
-            used = path_FP[:, hop] != NONE
-            load_X += np.bincount(path_FP[used, hop], weights=bytes_F[used], minlength=len(capacity_X))
+        for link_F in path_FP.T:
+            load_X += np.bincount(link_F + 1, weights=bytes_F, minlength=len(capacity_X) + 1)[1:]
         scale = float((load_X / capacity_X).max())
-    first_X, list_Q = _flows_per_link(path_FP, len(capacity_X))
+    first_X = np.zeros(len(capacity_X) + 1, dtype=np.int64)
+    list_Q = np.empty(np.count_nonzero(path_FP != NONE), dtype=np.int32)
+    list_flows(path_FP, len(capacity_X), first_X, list_Q)
     finish_F = np.empty(len(bytes_F))
     drain(bytes_F, release_F, path_FP, capacity_X, first_X, list_Q, window, scale, finish_F)
+    if order_F is None:
+        return finish_F
     ends_F = np.empty(len(bytes_F))
     ends_F[order_F] = finish_F
     return ends_F
 
 
-def _flows_per_link(path_FP: IntArray, num_links: int) -> tuple[NDArray[np.int64], IntArray]:
-    """For each link where its flows start in the list [X + 1], and the list of flows [Q]."""
-    flow_Q, hop_Q = np.nonzero(path_FP != NONE)
-    link_Q = path_FP[flow_Q, hop_Q]
-    order_Q = np.argsort(link_Q, kind="stable")
-    first_X = np.zeros(num_links + 1, dtype=np.int64)
-    np.cumsum(np.bincount(link_Q, minlength=num_links), out=first_X[1:])
-    return first_X, flow_Q[order_Q].astype(np.int32)
-
-
 def _components(fabric: Fabric, flows: Flows) -> tuple[Component, ...]:
-    """Split the flows where no link is shared: links of a route take the least number among them until none changes."""
+    """Split the flows where no link is shared."""
     path_FP = flows.path_FP
-    num_links = len(fabric.links)
-    label_X = np.arange(num_links + 1)  # the last entry stands for "no link"
-    while True:
-        least_F = label_X[path_FP].min(axis=1, initial=num_links)
-        new_X = label_X.copy()
-        for hop in range(path_FP.shape[1]):
-            np.minimum.at(new_X, path_FP[:, hop], least_F)
-        new_X[-1] = num_links
-        new_X[:-1] = np.minimum(new_X[:-1], new_X[new_X[:-1]])
-        if (new_X == label_X).all():
-            break
-        label_X = new_X
-    assert not len(least_F) or least_F.max() < num_links, "a flow without any link that could bind it"
+    if not len(path_FP):
+        return ()
+    root_X = np.append(join_links(path_FP, len(fabric.links)), NONE)
+    root_F = root_X[path_FP].max(axis=1)
+    assert root_F.min() >= 0, "a flow without any link that could bind it"
+    order_F = np.argsort(root_F, kind="stable").astype(np.int32)
     components = []
-    for label in np.unique(least_F):
-        chosen = np.flatnonzero(least_F == label).astype(np.int32)
-        links = np.unique(path_FP[chosen])
-        links = links[links != NONE]
-        local_X = np.full(num_links + 1, NONE, dtype=np.int32)
-        local_X[links] = np.arange(len(links), dtype=np.int32)
-        components.append(
-            Component(flows=chosen, path_FP=local_X[path_FP[chosen]], capacity_X=fabric.capacity_X[links])
-        )
+    for chosen in np.split(order_F, np.flatnonzero(np.diff(root_F[order_F])) + 1):
+        own_FP = path_FP[chosen]
+        used_X = np.zeros(len(fabric.links) + 1, dtype=bool)
+        used_X[own_FP] = True
+        used_X[NONE] = False
+        local_X = np.where(used_X, np.cumsum(used_X) - 1, NONE).astype(np.int32)
+        capacity_X = fabric.capacity_X[used_X[:-1]]
+        components.append(Component(flows=chosen, path_FP=local_X[own_FP], capacity_X=capacity_X))
     return tuple(components)

@@ -181,3 +181,48 @@ def drain(
         num_active = kept
         now = until
     return fillings
+
+
+@_compiled
+def join_links(path_FP: IntArray, num_links: int) -> IntArray:
+    """The least link that each link is joined with by flows, directly or through other links; -1 for unused links."""
+    root_X = np.full(num_links, -1, dtype=np.int32)
+    for flow in range(len(path_FP)):
+        joined = -1
+        for hop in range(path_FP.shape[1]):
+            link = path_FP[flow, hop]
+            if link < 0:
+                continue
+            if root_X[link] < 0:
+                root_X[link] = link
+            while root_X[link] != link:
+                root_X[link] = root_X[root_X[link]]
+                link = root_X[link]
+            if joined >= 0:
+                root_X[max(link, joined)] = min(link, joined)
+                joined = min(link, joined)
+            else:
+                joined = link
+    for link in range(num_links):
+        if root_X[link] >= 0:
+            root_X[link] = root_X[root_X[link]]  # roots are least, so they are settled before what hangs on them
+    return root_X
+
+
+@_compiled
+def list_flows(path_FP: IntArray, num_links: int, first_X: NDArray[np.int64], list_Q: IntArray) -> None:
+    """For each link where its flows start in the list (`first_X`, [X + 1]), and the list of flows (`list_Q`)."""
+    first_X[:] = 0
+    for flow in range(len(path_FP)):
+        for hop in range(path_FP.shape[1]):
+            if path_FP[flow, hop] >= 0:
+                first_X[path_FP[flow, hop] + 1] += 1
+    for link in range(num_links):
+        first_X[link + 1] += first_X[link]
+    next_X = first_X.copy()
+    for flow in range(len(path_FP)):
+        for hop in range(path_FP.shape[1]):
+            link = path_FP[flow, hop]
+            if link >= 0:
+                list_Q[next_X[link]] = flow
+                next_X[link] += 1
