@@ -20,6 +20,7 @@ FloatArray = NDArray[np.float64]
 
 Result = Mapping[str, Any]
 NOT_KNOWN = "not known"
+ROUND_OFF = 1e-8  # share of the step below which a time is rounding of sums and differences
 
 
 @dataclass(frozen=True)
@@ -63,26 +64,27 @@ def seconds(value: float | None, *, digits: int = 4) -> str:
     return f"{value * 1e9:.{digits}g} ns" if value else "0 s"
 
 
-def range_note(result: Result) -> str:
-    """`90 % range 1.20 s to 1.31 s, 8 samples`, or why there is none."""
+def step_time(result: Result) -> Fact:
+    """Mean step time and its 90 % range, or why there is none."""
     bounds = result.get("step_time_range_s")
     if bounds is None:
-        return "no range: too few distinct sequences"
+        return Fact("step time", seconds(result["step_time_s"]), "no range: too few distinct sequences")
     digits = _digits_that_tell_apart(*bounds)
-    return f"90 % range {seconds(bounds[0], digits=digits)} to {seconds(bounds[1], digits=digits)}"
+    low, mean, high = (seconds(value, digits=digits) for value in (bounds[0], result["step_time_s"], bounds[1]))
+    return Fact("step time", mean, f"90 % range {low} to {high}")
 
 
 def _digits_that_tell_apart(low: float, high: float) -> int:
     """Significant digits that show the width of a range with two digits of its own; 4 to 7."""
     width = (high - low) / high
-    return 4 if width <= 0 else min(7, max(4, 1 + math.ceil(-math.log10(width))))
+    return 4 if width <= 0 else min(7, max(4, 2 + math.ceil(-math.log10(width))))
 
 
 def headline(result: Result) -> list[Fact]:
     """The six numbers that answer the question of a run."""
     mfu, cost, lost_s = result["mfu"], result["cost"], result["imbalance"]["cost_s"]
     return [
-        Fact("step time", seconds(result["step_time_s"]), range_note(result)),
+        step_time(result),
         Fact(
             "tokens per second",
             count(result["tokens_per_second"]),
@@ -147,8 +149,8 @@ def training(result: Result) -> list[Fact]:
     if router.get("train_loss") is not None:
         facts.append(Fact("training loss", f"{router['train_loss']:.4f}", "nats per byte"))
     if len(router.get("steps", ())) > 1:
-        first, last = times(router["imbalance_first"]), times(router["imbalance_last"])
-        facts.append(Fact("experts, trained", last, f"max / mean after {router['steps'][-1]} steps; {first} at step 0"))
+        for step, ratio in zip(router["steps"], (router["imbalance_first"], router["imbalance_last"]), strict=True):
+            facts.append(Fact(f"experts, step {step}", times(ratio), "busiest / mean on all recorded text"))
     return facts
 
 
@@ -161,7 +163,8 @@ def sources(result: Result) -> list[Fact]:
 def attribution(result: Result) -> list[tuple[Category, float, float]]:
     """(category, seconds, share of the step), largest first."""
     parts = sorted(in_order(result["attribution_s"]), key=lambda part: -part[1])
-    return [(category, value, value / result["step_time_s"]) for category, value in parts]
+    step_s = result["step_time_s"]
+    return [(category, value, value / step_s) for category, value in parts if value > ROUND_OFF * step_s]
 
 
 def samples(result: Result) -> list[Fact]:
@@ -169,7 +172,7 @@ def samples(result: Result) -> list[Fact]:
     router = result["router"]
     facts = [
         Fact("routing samples", count(result["samples"]), "each a whole step"),
-        Fact("step time", seconds(result["step_time_s"]), range_note(result)),
+        step_time(result),
     ]
     if "trace_sequences" in router:
         facts.append(

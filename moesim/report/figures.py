@@ -30,7 +30,8 @@ _HOT_AND_COLD = [  # blue is cold, orange is hot, grey is the mean: distinct und
 _LOAD_TICKS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 
 
-def _figure(*, height: int, x: str = "", y: str = "") -> go.Figure:
+def blank(*, height: int, x: str = "", y: str = "") -> go.Figure:
+    """A figure in the report's look, `height` pixels high, with titled axes and nothing in it."""
     figure = go.Figure()
     figure.update_layout(
         height=height,
@@ -48,7 +49,7 @@ def _figure(*, height: int, x: str = "", y: str = "") -> go.Figure:
 
 def attribution(attribution_s: Mapping[str, float], balanced_s: Mapping[str, float]) -> go.Figure:
     """Two stacked bars in milliseconds: the step as routed, and with the same rows spread evenly over ranks."""
-    figure = _figure(height=230, x="milliseconds of one step")
+    figure = blank(height=230, x="milliseconds of one step")
     rows = (("spread evenly", balanced_s), ("as routed", attribution_s))
     keys = [part.key for part, _ in in_order({**balanced_s, **attribution_s})]
     for key in keys:
@@ -76,7 +77,7 @@ def expert_load(load_LE: FloatArray, *, first_layer: int) -> go.Figure:
     `first_layer` is the number of the first layer with a router.
     """
     layers, experts = load_LE.shape
-    figure = _figure(height=int(np.clip(100 + 16 * layers, 260, 900)), x="expert", y="layer of the model")
+    figure = blank(height=int(np.clip(100 + 16 * layers, 260, 900)), x="expert", y="layer of the model")
     colour_LE = np.log2(np.clip(load_LE, _LOAD_TICKS[0], _LOAD_TICKS[-1]))
     figure.add_heatmap(
         y=np.arange(first_layer, first_layer + layers),
@@ -102,7 +103,7 @@ def expert_load(load_LE: FloatArray, *, first_layer: int) -> go.Figure:
 def traffic(bytes_RR: FloatArray) -> go.Figure:
     """Heat map of gigabytes that each rank sends to each other rank in the dispatches of one step."""
     ranks = len(bytes_RR)
-    figure = _figure(height=460, x="to rank", y="from rank")
+    figure = blank(height=460, x="to rank", y="from rank")
     shown_RR = np.where(np.eye(ranks, dtype=bool), np.nan, bytes_RR / 1e9)
     figure.add_heatmap(
         z=shown_RR.astype(np.float32),
@@ -127,7 +128,7 @@ def _rank_axis(update: Any, ranks: int) -> None:
 def rank_time(seconds_CR: FloatArray, keys: Sequence[str]) -> go.Figure:
     """Stacked bars per rank: milliseconds of the step by family (compute, communication, waiting, overhead)."""
     ranks = seconds_CR.shape[1]
-    figure = _figure(height=320, x="rank", y="ms of one step")
+    figure = blank(height=320, x="rank", y="ms of one step")
     families = np.array([category(key).family for key in keys])
     for family, colour in FAMILIES.items():
         value_R = 1e3 * seconds_CR[families == family].sum(axis=0)
@@ -145,7 +146,7 @@ def rank_time(seconds_CR: FloatArray, keys: Sequence[str]) -> go.Figure:
 
 def losses(curves: TrainingCurves) -> go.Figure:
     """Cross entropy of the thin model while its router trained."""
-    figure = _figure(height=320, x="training step", y="loss, nats per byte")
+    figure = blank(height=320, x="training step", y="loss, nats per byte")
     figure.add_scatter(
         x=curves.steps,
         y=curves.train_loss,
@@ -167,7 +168,7 @@ def losses(curves: TrainingCurves) -> go.Figure:
 
 def training_imbalance(curves: TrainingCurves) -> go.Figure:
     """Max / mean expert load of each training step, averaged over layers."""
-    figure = _figure(height=320, x="training step", y="busiest expert / mean")
+    figure = blank(height=320, x="training step", y="busiest expert / mean")
     figure.add_scatter(
         x=curves.steps,
         y=curves.imbalance,
@@ -186,7 +187,7 @@ def _with_perfect_line(figure: go.Figure) -> go.Figure:
 
 def layer_imbalance(imbalance_by_step: Mapping[int, FloatArray]) -> go.Figure:
     """Busiest expert / mean on held-out text per layer of the trained model, a group of bars per recorded step."""
-    figure = _figure(height=320, x="layer of the trained model", y="busiest expert / mean")
+    figure = blank(height=320, x="layer of the trained model", y="busiest expert / mean")
     last = max(imbalance_by_step)
     for step, value_L in imbalance_by_step.items():
         figure.add_bar(
@@ -205,7 +206,7 @@ def timeline(window: Window) -> go.Figure:
     """One row per rank, computation above and transfers below, coloured by category."""
     ranks = window.start_NR.shape[1]
     origin = float(window.start_NR.min())
-    figure = _figure(
+    figure = blank(
         height=int(np.clip(150 + 40 * ranks, 260, 1000)),
         x=f"microseconds since {1e3 * origin:.4g} ms of the step",
         y="rank",

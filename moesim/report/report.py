@@ -84,12 +84,20 @@ def _time(page: Page, record: RunRecord) -> None:
         (
             part.colour,
             part.label,
-            (facts.seconds(s), facts.percent(share), facts.seconds(balanced_s.get(part.key, 0.0))),
+            (
+                facts.seconds(s),
+                facts.percent(share),
+                facts.seconds(_rounded(balanced_s.get(part.key, 0.0), result["step_time_s"])),
+            ),
             share / longest,
         )
         for part, s, share in parts
     ]
     page.bars(rows, head=("part", "time", "share", "spread evenly", ""))
+
+
+def _rounded(seconds: float, step_s: float) -> float:
+    return seconds if seconds > facts.ROUND_OFF * step_s else 0.0
 
 
 def _timeline(page: Page, record: RunRecord) -> None:

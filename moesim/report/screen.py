@@ -28,8 +28,9 @@ def show(
         console = Console(file=file, width=_PIPE_WIDTH, highlight=False)
     with console.capture() as captured:
         console.print(Group(*build(console.options)))
+    encoding = console.encoding
     for line in captured.get().splitlines():  # rich pads its tables: no trailing blanks in logs and diffs
-        console.file.write(line.rstrip() + "\n")
+        console.file.write(line.rstrip().encode(encoding, "replace").decode(encoding) + "\n")
 
 
 def indented(content: RenderableType) -> Padding:
@@ -54,9 +55,9 @@ def fact_table(lines: Sequence[Fact], *, strong: bool = False, notes: bool = Tru
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True, style="bold" if strong else "")
-    table.add_column(style="dim")
     for line in lines:
-        table.add_row(Text(line.label), Text(line.value), Text(line.note if notes else ""))
+        note = [Text(line.note, style="dim")] if notes else []
+        table.add_row(Text(line.label), Text(line.value), *note)
     return table
 
 

@@ -15,7 +15,7 @@ from moesim.report.screen import bar, fact_table, indented, number_table, profil
 
 _STYLES = {"compute": "blue", "communication": "yellow", "waiting": "magenta", "overhead": "bright_black"}
 _TWO_COLUMNS = 100  # terminal width from which everything else stands beside the attribution
-_BAR_WIDTH = 16
+_BAR_WIDTH = 14
 _SMALL = 0.01  # parts of the step below this share are summed up in one line
 _FULL_LOAD = 2.0  # relative load at which a column of the load profile is full
 

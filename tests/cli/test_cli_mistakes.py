@@ -33,6 +33,10 @@ def never(*args: object, **kwargs: object) -> None:
         (["trace", "small.yaml", "--set", "routing={kind: trace, file: small.yaml}"], "small.yaml"),
         (["model", "deepseek-v4"], "deepseek-v3"),
         (["model", "deepseek-v3", "--sequence-length", "0"], "--sequence-length"),
+        (["topology", "small.yaml", "--out", "small.yaml"], "--force"),
+        (["calibrate", "--device", "cpu"], "--out"),
+        (["calibrate", "--out", "p.json", "--budget", "-1"], "--budget"),
+        (["calibrate", "--out", "p.json", "--device", "cpu", "--families", "gem"], "'gem'"),
         (["schema", "--out", "no/such/folder/schema.json"], "no/such/folder"),
     ],
 )

@@ -101,6 +101,18 @@ def test_schema_is_json_and_knows_every_section(scenario: Path, moesim) -> None:
     assert json.loads(Path("schema.json").read_text()) == schema
 
 
+def test_topology_prints_and_draws_the_fabric(scenario: Path, moesim) -> None:
+    answer = moesim("topology", scenario, "--set", "cluster.nodes=2", "--out", "fabric.html")
+    facts = json.loads(moesim("topology", scenario, "--set", "cluster.nodes=2", "--json").out)
+    assert facts["gpus"] == 4
+    for link in facts["links"]:
+        assert link["tier"] in answer.out
+    page = Path("fabric.html").read_text()
+    assert "fabric-plot" in page
+    assert 'src="' not in page.split("</script>")[-1]
+    assert moesim("topology", scenario, "--out", "fabric.html").code == 1
+
+
 def interrupting_bar(at_step: int, seen: list[int]) -> Callable[..., AbstractContextManager[ProgressCallback]]:
     """A stand-in for the progress bar: presses Ctrl-C when training step `at_step` is done."""
 

@@ -26,6 +26,7 @@ def test_all_facts_fit_on_one_screen(make_record, width: int | None) -> None:
         if share >= 0.01:
             assert category.label in text
             assert facts.seconds(seconds) in text
+    assert "…" not in text, "nothing is cut off"
     assert record.result["warnings"][0] in " ".join(text.split())
     assert len(text.splitlines()) <= 45
     assert max(map(len, text.splitlines())) <= (width or 100)
