@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from moesim.errors import InfeasibleError, UserError
 from moesim.scenario.catalogue import gpu_spec
+from moesim.scenario.check_pipeline import check_pipeline, check_recomputation, check_stages, require_supported_step
 from moesim.scenario.cluster import Explicit, RoundRobin
 from moesim.scenario.document import Path
 from moesim.scenario.routing import (
@@ -48,6 +49,8 @@ def check_scenario(scenario: Scenario, *, where: Callable[[Path], str] = _dotted
     _check_cluster(scenario, report)
     _check_layout(scenario, report)
     _check_batch(scenario, report)
+    check_pipeline(scenario, report)
+    check_recomputation(scenario, report)
     _check_routing(scenario, report)
     _check_placement(scenario, report)
     _check_dispatch(scenario, report)
@@ -67,6 +70,7 @@ def require_supported(scenario: Scenario, *, where: Callable[[Path], str] = _dot
         stage = getattr(scenario.parallelism.zero, part)
         if stage > 1:
             raise report.user(f"parallelism.zero.{part}", f"stage {stage} cannot be simulated yet; use 0 or 1")
+    require_supported_step(scenario, report)
 
 
 def nearest_divisors(number: int, target: int, *, multiple_of: int = 1) -> list[int]:
@@ -146,8 +150,7 @@ def _check_layout(scenario: Scenario, report: _Report) -> None:
         if value % size:
             fits = _either(nearest_divisors(value, size))
             raise report.user(f"parallelism.{key}", f"{size} does not divide {name} = {value}; use {fits}")
-    if mesh.pipeline > model.layers:
-        raise report.user("parallelism.pipeline", f"{mesh.pipeline} stages for {model.layers} layers; use fewer")
+    check_stages(scenario, report)
     if scenario.idle_gpus < 0:
         axes = f"data {mesh.data} * context {mesh.context} * tensor {mesh.tensor} * pipeline {mesh.pipeline}"
         what = f"{mesh.world_size} ranks ({axes}) need more than the {scenario.cluster.num_gpus} GPUs of the cluster"

@@ -1,0 +1,79 @@
+"""The checks of pipeline schedules, stages, recomputation and overlap across sections."""
+
+from typing import Protocol
+
+from moesim.errors import UserError
+from moesim.scenario.model import Mla
+from moesim.scenario.schema import Scenario
+
+
+class Report(Protocol):
+    """Makes the error of a dotted key."""
+
+    def user(self, key: str, message: str) -> UserError:
+        """A mistake of the user at `key`."""
+
+
+def check_pipeline(scenario: Scenario, report: Report) -> None:
+    """Raises UserError when the schedule, the ranks and the micro-batches do not fit each other."""
+    mesh, schedule = scenario.parallelism, scenario.parallelism.schedule
+    if schedule.kind == "interleaved" and schedule.virtual < 2:
+        message = "interleaved needs at least 2 stages per rank; set it to 2 or more, or use kind: 1f1b"
+        raise report.user("parallelism.schedule.virtual", message)
+    if schedule.kind != "interleaved" and schedule.virtual != 1:
+        message = f"{schedule.kind} has no virtual stages; use kind: interleaved, or drop this key"
+        raise report.user("parallelism.schedule.virtual", message)
+    p, m = mesh.pipeline, scenario.num_micro_batches
+    unit = mesh.data * scenario.workload.micro_batch
+    if schedule.kind == "interleaved" and m % p:
+        sizes = " or ".join(str(count * unit) for count in (m // p * p, m // p * p + p) if count)
+        what = f"interleaved needs micro-batches in rounds of pipeline = {p}, got {m}"
+        raise report.user("workload.global_batch", f"{what}; use {sizes}")
+    if schedule.kind == "dualpipe":
+        if p % 2:
+            message = f"dualpipe needs an even number of ranks, got {p}; use {p + 1}, or another schedule"
+            raise report.user("parallelism.pipeline", message)
+        if m % 2 or m < 2 * p:
+            fits = max(2 * p, m + m % 2) * unit
+            what = f"dualpipe needs an even number of micro-batches, at least 2 * pipeline = {2 * p}, got {m}"
+            raise report.user("workload.global_batch", f"{what}; use {fits}")
+
+
+def check_stages(scenario: Scenario, report: Report) -> None:
+    """Raises UserError when the layers do not go into the stages."""
+    mesh, layers = scenario.parallelism, scenario.model.layers
+    if mesh.stages is None:
+        if mesh.num_stages > layers:
+            message = f"{mesh.num_stages} stages for {layers} layers; use fewer, or say where they go with stages"
+            raise report.user("parallelism.pipeline", message)
+        return
+    if len(mesh.stages) != mesh.num_stages:
+        virtual = " * schedule.virtual" if mesh.schedule.virtual > 1 else ""
+        what = f"{len(mesh.stages)} numbers of layers for pipeline{virtual} = {mesh.num_stages} stages"
+        raise report.user("parallelism.stages", f"{what}; give one per stage")
+    if sum(mesh.stages) != layers:
+        what = f"{sum(mesh.stages)} layers in all stages together, but model.layers = {layers}"
+        raise report.user("parallelism.stages", f"{what}; make them add up")
+
+
+def check_recomputation(scenario: Scenario, report: Report) -> None:
+    """Raises UserError for parts to recompute that the model does not have."""
+    recompute, attention = scenario.workload.recompute, scenario.model.attention
+    part = "mla_up_projection"
+    if isinstance(recompute, tuple) and part in recompute and not isinstance(attention, Mla):
+        what = f"{part} is a part of latent attention, but model.attention is {attention.kind}"
+        raise report.user(f"workload.recompute.{recompute.index(part)}", f"{what}; drop it")
+
+
+def require_supported_step(scenario: Scenario, report: Report) -> None:
+    """Raises UserError for ways of running a step that the simulation core does not have yet, naming the key."""
+    work, mesh = scenario.workload, scenario.parallelism
+    if mesh.schedule.kind != "1f1b":
+        raise report.user("parallelism.schedule.kind", f"{mesh.schedule.kind} cannot be simulated yet; use 1f1b")
+    if work.recompute != "none":
+        raise report.user("workload.recompute", "recomputation cannot be simulated yet; use none")
+    if work.gradient_clipping is not None:
+        raise report.user("workload.gradient_clipping", "clipping cannot be simulated yet; leave it out")
+    for key in type(scenario.overlap).model_fields:
+        if getattr(scenario.overlap, key) is not None:
+            raise report.user(f"overlap.{key}", "cannot be chosen yet; leave it out")
