@@ -58,6 +58,15 @@ class Fabric:
         """GPUs of the fabric."""
         return len(self.node_of_rank_R)
 
+    @property
+    def core_can_block(self) -> bool:
+        """Whether links above the NICs can be a bottleneck: `ports` may then be short by a fifth, `fluid` is not."""
+        return any(
+            tier in ("leaf", "spine", "custom")
+            for tier, spare in zip(self.tier_X, self.redundant_X, strict=True)
+            if not spare
+        )
+
     def routes(
         self, sources_F: NDArray[np.integer], targets_F: NDArray[np.integer], *, avoid_nvlink: bool = False
     ) -> IntArray:

@@ -171,6 +171,8 @@ def prepare_transfer(
 def transfer_source(fabric: Fabric, model: Model) -> str:
     """Where a transfer's time comes from."""
     shares = "links' nominal bandwidth times achieved share"
+    if model == "ports" and fabric.core_can_block:
+        shares = f"the core can block, which ports may underestimate by a fifth: use fluid; {shares}"
     return f"{model} sharing of {fabric.preset} links ({shares}: {fabric.parameters.nic_source})"
 
 
