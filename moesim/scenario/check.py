@@ -5,6 +5,7 @@ Every check raises through `_Report.user` (exit code 1) or `_Report.infeasible` 
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import chain, islice
 
 from moesim.errors import InfeasibleError, UserError
 from moesim.scenario.catalogue import gpu_spec
@@ -73,11 +74,23 @@ def require_supported(scenario: Scenario, *, where: Callable[[Path], str] = _dot
     require_supported_step(scenario, report)
 
 
+DIVISOR_SEARCH = 10**6  # beyond that nobody reads the remedy, and a slip of the keyboard must not take for ever
+
+
 def nearest_divisors(number: int, target: int, *, multiple_of: int = 1) -> list[int]:
-    """The divisors of `number` just below and just above `target` that are multiples of `multiple_of`."""
-    divisors = [d for d in range(1, number + 1) if number % d == 0 and d % multiple_of == 0]
-    below = [d for d in divisors if d < target][-1:]
-    return below + [d for d in divisors if d > target][:1]
+    """The divisors of `number` just below and just above `target` that are multiples of `multiple_of`.
+
+    Where none lies within a million of `target`, the smallest (`multiple_of` itself) or largest one stands in.
+    """
+
+    def first(candidates: range, instead: int) -> list[int]:
+        near = candidates[:DIVISOR_SEARCH]
+        tried = [instead] if candidates[DIVISOR_SEARCH:] else []
+        fitting = (d for d in chain(near, tried) if number % d == 0 and d % multiple_of == 0)
+        return list(islice(fitting, 1))
+
+    below = first(range(min(target - 1, number), 0, -1), multiple_of)
+    return below + first(range(target + 1, number + 1), number)
 
 
 def _either(values: Iterable[int]) -> str:

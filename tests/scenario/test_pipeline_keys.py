@@ -4,6 +4,7 @@ import pytest
 
 from moesim.errors import UserError
 from moesim.scenario import dump_scenario, load_scenario_text, require_supported
+from moesim.scenario.check import nearest_divisors
 
 TEXT = """\
 name: s
@@ -131,3 +132,16 @@ def test_what_the_simulation_cannot_run_yet_is_refused_by_name(override):
     with pytest.raises(UserError, match=override.partition("=")[0].replace(".", r"\.")):
         require_supported(scenario)
     require_supported(load("parallelism.pipeline=1"))
+
+
+@pytest.mark.parametrize("size", [3, 10**9 + 7, 10**30])
+def test_a_remedy_for_a_number_beyond_all_measure_comes_at_once(size):
+    with pytest.raises(UserError, match=r"does not divide workload\.sequence_length"):
+        load("workload.sequence_length=1000000000000000000000000", f"parallelism.context={size}")
+
+
+def test_divisors_near_a_target():
+    assert nearest_divisors(64, 24) == [16, 32]
+    assert nearest_divisors(64, 24, multiple_of=32) == [32]
+    assert nearest_divisors(64, 100) == [64]
+    assert nearest_divisors(2 * (10**12 + 39), 10**9) == [1, 2 * (10**12 + 39)]
