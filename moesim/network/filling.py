@@ -88,6 +88,56 @@ def fill(
 
 
 @_compiled
+def shortest_rest(active: IntArray, rest_F: FloatArray, rate_F: FloatArray) -> float:
+    """Seconds until the next active flow ends."""
+    step = np.inf
+    for flow in active:
+        if rest_F[flow] < step * rate_F[flow]:  # a division only where it shortens the step
+            step = rest_F[flow] / rate_F[flow]
+    return step
+
+
+@_compiled
+def advance(
+    now: float,
+    step: float,
+    active: IntArray,
+    bytes_F: FloatArray,
+    release_F: FloatArray,
+    rest_F: FloatArray,
+    rate_F: FloatArray,
+    mark_F: IntArray,
+    path_FP: IntArray,
+    count_X: IntArray,
+    unused_X: FloatArray,
+    finish_F: FloatArray,
+) -> tuple[int, float]:
+    """Move the active flows on by a step; those left are packed to the front of `active`.
+
+    Returns how many are left and the seconds that the slowest still needs. What flows that end leave unused of their
+    links in this step is added to `unused_X`.
+    """
+    kept, to_go = 0, 0.0
+    for flow in active:
+        rest = rest_F[flow] - rate_F[flow] * step
+        if rest > TIE * bytes_F[flow]:
+            rest_F[flow] = rest
+            active[kept] = flow
+            kept += 1
+            if rest > to_go * rate_F[flow]:
+                to_go = rest / rate_F[flow]
+            continue
+        finish_F[flow] = max(now + rest_F[flow] / rate_F[flow], release_F[flow])
+        mark_F[flow] = DONE
+        for hop in range(path_FP.shape[1]):
+            link = path_FP[flow, hop]
+            if link >= 0:
+                count_X[link] -= 1
+                unused_X[link] -= min(rest, 0.0)
+    return kept, to_go
+
+
+@_compiled
 def drain(
     bytes_F: FloatArray,
     release_F: FloatArray,
@@ -109,22 +159,14 @@ def drain(
     windows shrink with the time that the slowest flow still needs.
     """
     num_flows, num_links = len(bytes_F), len(capacity_X)
-    rest_F = bytes_F.copy()
-    rate_F = np.zeros(num_flows)
-    mark_F = np.full(num_flows, WAITING, dtype=np.int32)
-    count_X = np.zeros(num_links, dtype=np.int32)
-    left_X = np.zeros(num_links, dtype=np.int32)
-    open_X = np.zeros(num_links, dtype=np.int32)
-    spare_X = np.zeros(num_links)
+    rest_F, rate_F = bytes_F.copy(), np.zeros(num_flows)
+    mark_F, active = np.full(num_flows, WAITING, dtype=np.int32), np.zeros(num_flows, dtype=np.int32)
+    count_X, open_X = np.zeros(num_links, dtype=np.int32), np.zeros(num_links, dtype=np.int32)
+    length_X = (first_X[1:] - first_X[:-1]).astype(np.int32)
     unused_X = np.zeros(num_links)
-    length_X = np.zeros(num_links, dtype=np.int32)
-    for link in range(num_links):
-        length_X[link] = first_X[link + 1] - first_X[link]
-    active = np.zeros(num_flows, dtype=np.int32)
     num_active = released = fillings = 0
     start = now = release_F[0]
     to_go = np.inf
-    owing = False  # whether the last step left capacity unused
     while num_active > 0 or released < num_flows:
         if num_active == 0:
             now, to_go = max(now, release_F[released]), np.inf
@@ -137,48 +179,20 @@ def drain(
                     count_X[path_FP[released, hop]] += 1
             num_active += 1
             released += 1
-        for link in range(num_links):
-            left_X[link] = count_X[link]
-            spare_X[link] = capacity_X[link]
-            if window > 0:
-                spare_X[link] += unused_X[link] / window
-                unused_X[link] = 0.0
-        fill(fillings, mark_F, rate_F, path_FP, spare_X, left_X, first_X, length_X, list_Q, open_X)
+        owing = window > 0 and unused_X.any()  # then the step must be the window that the debt is spread over
+        spare_X = capacity_X + unused_X / window if owing else capacity_X.copy()
+        unused_X[:] = 0.0
+        fill(fillings, mark_F, rate_F, path_FP, spare_X, count_X.copy(), first_X, length_X, list_Q, open_X)
         fillings += 1
-        step = window
-        if not owing:
-            step = np.inf
-            for index in range(num_active):
-                flow = active[index]
-                if rest_F[flow] < step * rate_F[flow]:  # a division only where it shortens the step
-                    step = rest_F[flow] / rate_F[flow]
-            step = max(step, window)
+        step = window if owing else max(window, shortest_rest(active[:num_active], rest_F, rate_F))
         until = now + step
         if released < num_flows and release_F[released] < until:
             until = release_F[released]
             step = until - now
-        kept = 0
-        to_go = 0.0
-        owing = False
-        for index in range(num_active):
-            flow = active[index]
-            rest = rest_F[flow] - rate_F[flow] * step
-            if rest <= TIE * bytes_F[flow]:
-                finish_F[flow] = max(now + rest_F[flow] / rate_F[flow], release_F[flow])
-                mark_F[flow] = DONE
-                for hop in range(path_FP.shape[1]):
-                    link = path_FP[flow, hop]
-                    if link >= 0:
-                        count_X[link] -= 1
-                        unused_X[link] -= min(rest, 0.0)
-                owing = window > 0
-            else:
-                rest_F[flow] = rest
-                active[kept] = flow
-                kept += 1
-                if rest > to_go * rate_F[flow]:
-                    to_go = rest / rate_F[flow]
-        num_active = kept
+        num_active, to_go = advance(
+            now, step, active[:num_active], bytes_F, release_F, rest_F, rate_F, mark_F, path_FP, count_X, unused_X,
+            finish_F,
+        )  # fmt: skip
         now = until
     return fillings
 
