@@ -107,7 +107,6 @@ def traffic(bytes_RR: FloatArray) -> go.Figure:
     shown_RR = np.where(np.eye(ranks, dtype=bool), np.nan, bytes_RR / 1e9)
     figure.add_heatmap(
         z=shown_RR.astype(np.float32),
-        zmin=0.0,
         colorscale="Cividis",
         xgap=1 if ranks <= 64 else 0,
         ygap=1 if ranks <= 64 else 0,

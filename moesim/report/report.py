@@ -140,7 +140,7 @@ def _traffic(page: Page, record: RunRecord) -> None:
     page.text(
         "p",
         "Dispatched bytes of one step inside expert group 0, forward and backward. "
-        "A rank's copies to itself are no traffic.",
+        "A rank's copies to itself are no traffic. The colours run from the least to the most, not from zero.",
     )
     page.open("div", css="figures")
     page.figure(figures.traffic(bytes_RR), name="traffic")
