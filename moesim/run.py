@@ -30,7 +30,7 @@ from moesim.scenario import Scenario
 from moesim.scenario.check import require_supported
 from moesim.scenario.routing import PopularityRouting, TraceRouting, TrainRouting
 from moesim.seeding import stream, stream_seed
-from moesim.sim import StepProgram, build_program, seconds_by_source, simulate_step
+from moesim.sim import StepProgram, build_program, simulate_step
 from moesim.trace import RoutingTrace, load_trace, popularity_trace, trace_hash, uniform_trace
 from moesim.trace.metrics import expert_load_LE, imbalance
 from moesim.trace.sampling import MIN_COVERAGE_FOR_CONFIDENCE, MIN_COVERAGE_FOR_RANGE
@@ -157,7 +157,7 @@ def _simulate_program(program: StepProgram) -> _Outcome:
         step_S=step.step_S,
         attribution_CSW=attribution_CSW,
         compute_time_SW=compute_time_SW,
-        source_shares=_shares(seconds_by_source(program)),
+        source_shares=_shares(program.source_seconds),
         spans=step.tables[0].first_sample(),
     )
 

@@ -111,12 +111,17 @@ class Cluster(Section):
 
 
 class Dispatch(Section):
-    """How tokens travel to their experts and back."""
+    """How tokens travel to their experts and back.
+
+    `sm_share`: share of each GPU's SMs that communication kernels hold while a transfer is open (20 of 132 in
+    DeepSeek-V3's training); absent means the measured slow-down of compute beside a transfer.
+    """
 
     algorithm: Literal["direct", "hierarchical", "low_latency"] = "direct"
     deduplicate: Literal["per_expert", "per_rank", "per_node"] = "per_rank"
     dtype: DType = "bf16"
     combine_dtype: DType = "bf16"
+    sm_share: Annotated[Share, Field(lt=1)] | None = None
 
 
 class Network(Section):

@@ -2,6 +2,6 @@
 
 from moesim.sim.build import build_program
 from moesim.sim.program import StepProgram
-from moesim.sim.step import StepOutcome, seconds_by_source, simulate_step
+from moesim.sim.step import StepOutcome, simulate_step
 
-__all__ = ["StepOutcome", "StepProgram", "build_program", "seconds_by_source", "simulate_step"]
+__all__ = ["StepOutcome", "StepProgram", "build_program", "simulate_step"]

@@ -3,96 +3,203 @@
 Legend: S routing samples, R ranks of a group.
 """
 
+from collections import Counter, defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
 
 from moesim.compute import KernelModel
-from moesim.network import Fabric, all_gather_seconds, all_reduce_seconds, reduce_scatter_seconds
+from moesim.network import Fabric, send_recv_seconds
 from moesim.parallel import Mesh
+from moesim.parallel.schedules import Handoff, Pass, Schedule, Work, build_schedule
 from moesim.scenario import Scenario
 from moesim.scenario.base import BYTES_PER_ELEMENT
-from moesim.scenario.flops import expert_parameters, parameters
-from moesim.sim.loads import RoutingSample, group_loads
-from moesim.sim.operations import Block
-from moesim.sim.program import GroupProgram, StepProgram, micro_batch_blocks, optimizer_block
-from moesim.sim.reductions import Members, Reduction, parameter_shares
+from moesim.sim.executor import FREE_HOST
+from moesim.sim.loads import LayerLoads, RoutingSample, group_loads
+from moesim.sim.operations import Block, Run
+from moesim.sim.parameters import ParameterGroups, optimizer_block
+from moesim.sim.program import GroupProgram, Sent, StepProgram, Task
+from moesim.sim.reductions import Reduction
 from moesim.sim.software import SOFTWARE
+from moesim.sim.stage import StagePlan, source_seconds, stage_blocks
 from moesim.sim.writer import KernelWriter
 
 
 def build_program(
-    scenario: Scenario, *, fabric: Fabric, kernels: KernelModel, samples: Sequence[RoutingSample]
+    scenario: Scenario,
+    *,
+    fabric: Fabric,
+    kernels: KernelModel,
+    samples: Sequence[RoutingSample],
+    merge: bool = False,
 ) -> StepProgram:
-    """The step of all expert groups; `samples` run in lockstep and are empty for a dense model."""
-    mesh = Mesh(scenario.parallelism, scenario.cluster)
-    dense, expert = _local_parameters(scenario)
-    software = SOFTWARE[scenario.implementation.kind]
-    writer = KernelWriter(kernels, dtype=scenario.workload.precision.gemm, category="data_parallel", layer=-1)
-    accumulate = Block("accumulate", tuple(software.accumulation(writer, parameters=dense + expert)))
-    before, after = software.flat_copies(writer, parameters=_reduced_parameters(mesh, dense=dense, expert=expert))
-    groups = []
-    for number, ranks_R in enumerate(mesh.expert_groups()):
-        loads = group_loads(scenario, fabric, samples, group=number, ranks_R=ranks_R) if samples else []
-        forward, backward = micro_batch_blocks(scenario, kernels, loads)
-        schedule = [
-            part
-            for micro_batch in range(scenario.num_micro_batches)
-            for part in ((forward, micro_batch, False), (backward, micro_batch, True), (accumulate, micro_batch, True))
-            if part[0] is not accumulate or (micro_batch > 0 and accumulate.operations)
+    """The step of all expert groups; `samples` run in lockstep and are empty for a dense model.
+
+    `merge` joins runs of kernels of one category into one operation, which changes no time while the host never limits.
+    """
+    return _Builder(scenario, fabric, kernels, samples, merge).program()
+
+
+class _Builder:
+    """What the parts of one program share while it is built."""
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        fabric: Fabric,
+        kernels: KernelModel,
+        samples: Sequence[RoutingSample],
+        merge: bool,
+    ) -> None:
+        self.scenario, self.fabric, self.kernels, self.samples = scenario, fabric, kernels, samples
+        self.software = SOFTWARE[scenario.implementation.kind]
+        self.host = self.software.host_model(kernels)
+        self.merge = merge and self.host == FREE_HOST
+        self.mesh = Mesh(scenario.parallelism, scenario.cluster)
+        self.parameters = ParameterGroups(scenario, self.mesh, self.schedule)
+        self.seconds: defaultdict[str, float] = defaultdict(float)  # by source
+        self.handoff_seconds: dict[tuple[int, int], float] = {}
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """Who does what on each pipeline rank."""
+        chosen = self.scenario.parallelism.schedule
+        return build_schedule(
+            chosen.kind,
+            num_ranks=self.scenario.parallelism.pipeline,
+            num_micro_batches=self.scenario.num_micro_batches,
+            virtual=chosen.virtual,
+        )
+
+    def program(self) -> StepProgram:
+        """Everything together."""
+        groups = [
+            self._group(pipeline_rank, number, ranks_R)
+            for pipeline_rank in range(self.schedule.num_ranks)
+            for number, ranks_R in enumerate(self.mesh.expert_groups(pipeline_rank))
         ]
+        reductions = self.parameters.reductions(self.fabric)
+        gathers = self.parameters.gathers(self.fabric)
+        for collective in (*reductions, *gathers):
+            self._count(collective, groups)
+        return StepProgram(
+            groups=tuple(groups),
+            reductions=tuple(reductions),
+            gathers=tuple(gathers),
+            host=self.host,
+            slowdown=self._slowdown(),
+            samples=max(1, len(self.samples)),
+            source_seconds=dict(self.seconds),
+        )
+
+    def _slowdown(self) -> float:
+        """Of compute beside a transfer: the SMs that communication holds, or what was measured."""
+        share = self.scenario.dispatch.sm_share
+        return self.kernels.contention.compute if share is None else 1.0 / (1.0 - share)
+
+    def _count(self, collective: Reduction, groups: Sequence[GroupProgram]) -> None:
+        taking_part = sum(bool(collective.ranks & set(group.ranks_R.tolist())) for group in groups)
+        self.seconds[collective.source] += collective.seconds * taking_part
+
+    def _group(self, pipeline_rank: int, number: int, ranks_R: NDArray[np.int64]) -> GroupProgram:
+        chunks = [
+            self._blocks(stage, pipeline_rank, number, ranks_R) for stage in self.schedule.stages_of_rank[pipeline_rank]
+        ]
+        parameters = self.parameters.of_rank(pipeline_rank)
+        writer = KernelWriter(
+            self.kernels, dtype=self.scenario.workload.precision.gemm, category="data_parallel", layer=-1
+        )
+        accumulate = Block("accumulate", tuple(self.software.accumulation(writer, parameters=parameters.held)))
+        before, after = self.software.flat_copies(writer, parameters=parameters.reduced)
+        tasks: list[Task] = []
+        done_backwards = 0
+        for action in self.schedule.actions[pipeline_rank]:
+            runs = [Run(chunks[w.chunk][w.kind], w.micro_batch, w.kind is not Pass.FORWARD) for w in action.works]
+            receives = self.schedule.receives(pipeline_rank, action)
+            sends = tuple(self._sent(action.works, handoff) for handoff in self.schedule.sends(pipeline_rank, action))
+            tasks += self._tasks(runs, receives, sends)
+            backwards = sum(work.kind in (Pass.BACKWARD, Pass.INPUT) for work in action.works)
+            if backwards and done_backwards >= len(chunks) and accumulate.operations:
+                tasks.append(Task(runs=(Run(accumulate, action.works[-1].micro_batch, True),)))
+            done_backwards += backwards
         if before:
-            schedule.append((Block("flatten", tuple(before)), -1, False))
-        groups.append(GroupProgram(ranks_R=ranks_R, schedule=tuple(schedule)))
-    zero = scenario.parallelism.zero
-    replicas = len(mesh.expert_gradient_groups()[0])
-    updated = parameter_shares(
-        dense=dense, expert=expert, data=scenario.parallelism.data, replicas=replicas, zero=(zero.dense, zero.expert)
-    )
-    reductions, gathers = _collectives(scenario, fabric, mesh, dense=dense, expert=expert)
-    return StepProgram(
-        groups=tuple(groups),
-        reductions=tuple(reductions),
-        optimizer=Block("optimizer", (*after, *optimizer_block(scenario, kernels, parameters=updated).operations)),
-        gathers=tuple(gathers),
-        host=software.host_model(kernels),
-        slowdown=kernels.contention.compute,
-        samples=max(1, len(samples)),
-    )
+            tasks.append(Task(runs=(Run(Block("flatten", tuple(before)), -1, False),)))
+        optimizer = optimizer_block(self.scenario, self.kernels, parameters=parameters.updated)
+        group = GroupProgram(
+            number=number,
+            pipeline_rank=pipeline_rank,
+            ranks_R=ranks_R,
+            tasks=tuple(tasks),
+            optimizer=Block("optimizer", (*after, *optimizer.operations)),
+        )
+        for block, times in Counter(run.block for task in tasks for run in task.runs).items():
+            self._count_block(block, times)
+        self._count_block(group.optimizer, 1)
+        return self._merged(group) if self.merge else group
 
+    def _count_block(self, block: Block, times: int) -> None:
+        for source, seconds in source_seconds(block):
+            self.seconds[source] += times * seconds
 
-def _local_parameters(scenario: Scenario) -> tuple[float, float]:
-    """Parameters that one rank holds: dense ones (shared experts and routers too), and those of its routed experts."""
-    model = scenario.model
-    routed = model.moe_layers * model.experts * expert_parameters(model)
-    return parameters(model).total - routed, routed / scenario.parallelism.expert
+    def _merged(self, group: GroupProgram) -> GroupProgram:
+        merged = {run.block: run.block.merged() for task in group.tasks for run in task.runs}
+        tasks = [
+            replace(task, runs=tuple(run._replace(block=merged[run.block]) for run in task.runs))
+            for task in group.tasks
+        ]
+        return replace(group, tasks=tuple(tasks))
 
+    def _tasks(self, runs: Sequence[Run], receives: tuple[Handoff, ...], sends: tuple[Sent, ...]) -> list[Task]:
+        """One task; a pair that the software does not overlap is one after the other."""
+        if len(runs) == 1 or self.scenario.overlap.micro_batches is not False:
+            return [Task(runs=tuple(runs), receives=receives, sends=sends)]
+        late = tuple(replace(sent, which=0) for sent in sends if sent.which == 1)
+        early = tuple(sent for sent in sends if sent.which == 0)
+        return [
+            Task(runs=(runs[0],), receives=receives, sends=early),
+            Task(runs=(runs[1],), sends=late),
+        ]
 
-def _reduced_parameters(mesh: Mesh, *, dense: float, expert: float) -> float:
-    """Parameters of one rank whose gradients other ranks hold too."""
-    shared = dense if len(mesh.dense_gradient_groups()[0]) > 1 else 0.0
-    return shared + (expert if len(mesh.expert_gradient_groups()[0]) > 1 else 0.0)
+    def _sent(self, works: tuple[Work, ...], handoff: Handoff) -> Sent:
+        payload = Pass.FORWARD if handoff.payload == "activation" else Pass.BACKWARD
+        which = next(
+            index
+            for index, work in enumerate(works)
+            if work.micro_batch == handoff.micro_batch and (work.kind is Pass.FORWARD) == (payload is Pass.FORWARD)
+        )
+        return Sent(handoff=handoff, which=which, seconds=self._handoff_seconds(handoff.source, handoff.target))
 
+    def _handoff_seconds(self, source: int, target: int) -> float:
+        """One micro-batch's hidden states (bf16) from a rank to its neighbour in another stage."""
+        if source == target:
+            return 0.0
+        if (source, target) not in self.handoff_seconds:
+            size = self.scenario.tokens_per_micro_batch * self.scenario.model.hidden * BYTES_PER_ELEMENT["bf16"]
+            first, second = self.mesh.rank(stage=source, index=0), self.mesh.rank(stage=target, index=0)
+            self.handoff_seconds[source, target] = send_recv_seconds(self.fabric, first, second, size).seconds
+        return self.handoff_seconds[source, target]
 
-def _collectives(
-    scenario: Scenario, fabric: Fabric, mesh: Mesh, *, dense: float, expert: float
-) -> tuple[list[Reduction], list[Reduction]]:
-    """Gradient reductions of dense and expert parameters, and the gathers of updated weights under ZeRO 1."""
-    precision, zero = scenario.workload.precision, scenario.parallelism.zero
-    gradient, weight = BYTES_PER_ELEMENT[precision.gradients], BYTES_PER_ELEMENT[precision.weights]
-    reductions, gathers = [], []
-    kinds = (
-        ("dense", dense, zero.dense, mesh.dense_gradient_groups()),
-        ("expert", expert, zero.expert, mesh.expert_gradient_groups()),
-    )
-    for name, count, stage, members in kinds:
-        if len(members[0]) == 1 or count == 0:
-            continue
-        ranks: Members = tuple(members)
-        if stage == 0:
-            estimate = all_reduce_seconds(fabric, members[0], count * gradient)
-            reductions.append(Reduction(f"all_reduce.{name}", ranks, estimate.seconds, "network"))
-            continue
-        scatter = reduce_scatter_seconds(fabric, members[0], count * gradient)
-        gather = all_gather_seconds(fabric, members[0], count * weight)
-        reductions.append(Reduction(f"reduce_scatter.{name}", ranks, scatter.seconds, "network"))
-        gathers.append(Reduction(f"all_gather.{name}", ranks, gather.seconds, "network"))
-    return reductions, gathers
+    def _blocks(self, stage: int, pipeline_rank: int, number: int, ranks_R: NDArray[np.int64]) -> dict[Pass, Block]:
+        model, layers = self.scenario.model, self.scenario.stage_layers[stage]
+        last = stage == self.schedule.num_stages - 1
+        chosen = [layer for layer in layers if layer >= model.dense_layers]
+        if last:
+            chosen += range(model.layers, model.layers + model.mtp_layers)
+        loads: dict[int, LayerLoads] = {}
+        if self.samples:
+            moe_layers = [layer - model.dense_layers for layer in chosen]
+            found = group_loads(
+                self.scenario,
+                self.fabric,
+                self.samples,
+                group=number,
+                stage=pipeline_rank,
+                layers=moe_layers,
+                ranks_R=ranks_R,
+            )
+            loads = dict(zip(chosen, found, strict=True))
+        plan = StagePlan(layers=layers, first=stage == 0, last=last)
+        return stage_blocks(self.scenario, self.kernels, plan, loads)

@@ -3,7 +3,20 @@
 from typing import Any
 
 from moesim.scenario.model import Mla
-from moesim.sim.eager_kernels import BF16, FP32, branch, copied, linear, many, norm, residual, small, sum_of
+from moesim.sim.eager_host import backward, forward
+from moesim.sim.eager_kernels import (
+    BF16,
+    FP32,
+    accumulated,
+    branch,
+    copied,
+    issued,
+    moved,
+    norm,
+    product,
+    residual,
+    small,
+)
 from moesim.sim.sizes import Passes, Step, chain
 from moesim.sim.writer import KernelWriter
 
@@ -12,32 +25,43 @@ def _rotary(w: KernelWriter, name: str, tokens: int, sequence: int, width: int, 
     """Rotary embedding of `width` numbers per token in halves: 4 products, difference, sum, concatenation."""
     half = BF16 * tokens * width / 2
     table = FP32 * sequence * head_dim / 2
-    forward = [
-        small(w, f"{name}.frequencies", 5),
-        many(w, f"{name}.angles", "elementwise", bytes_=2 * table, count=5),
-        many(w, f"{name}.products", "mul", bytes_=2 * half, count=4),
-        many(w, f"{name}.sums", "elementwise", bytes_=3 * half, count=2),
-        many(w, f"{name}.cat", "copy", bytes_=4 * half),
+
+    def products(suffix: str, count: int, launches: float) -> list[Any]:
+        return [moved(w, f"{name}.products{suffix}", "copy", launches, bytes_=2 * half)] * count
+
+    def sums(suffix: str, launches: float) -> list[Any]:
+        return [moved(w, f"{name}.sums{suffix}", "elementwise", launches, bytes_=3 * half)] * 2
+
+    ahead = [
+        small(w, f"{name}.frequencies", forward(*["plain"] * 5), count=5),
+        *[moved(w, f"{name}.angles", "cast", forward("plain"), bytes_=2 * table)] * 5,
+        *products("", 4, forward("mul")),
+        *sums("", forward("sum")),
+        moved(w, f"{name}.cat", "copy", forward("chunk", "cat"), bytes_=4 * half),
     ]
-    backward = [
-        many(w, f"{name}.products.backward", "mul", bytes_=2 * half, count=5, launches=7),  # and one negation
-        many(w, f"{name}.sums.backward", "elementwise", bytes_=3 * half, count=2, launches=0),
-        many(w, f"{name}.split.backward", "copy", bytes_=4 * half),
+    back = [
+        *products(".backward", 5, backward("mul")),  # one of them the negation
+        *sums(".backward", backward("accumulate")),
+        moved(w, f"{name}.split.backward", "copy", backward("chunk", "sum", "sum"), bytes_=4 * half),
     ]
-    return forward, backward
+    return ahead, back
 
 
 def _repeated(w: KernelWriter, name: str, tokens: int, narrow: int, wide: int) -> Passes:
     """`narrow` numbers per token repeated to `wide`; the gradients of the copies are summed."""
-    moved = float(BF16 * tokens * (narrow + wide))
-    return [many(w, name, "copy", bytes_=moved)], [many(w, f"{name}.backward", "reduce", bytes_=moved)]
+    bytes_ = float(BF16 * tokens * (narrow + wide))
+    return (
+        [moved(w, name, "copy", forward("view", "view", "cat"), bytes_=bytes_)],
+        [moved(w, f"{name}.backward", "reduce", backward("reduce", "view", "view"), bytes_=bytes_)],
+    )
 
 
 def _attend(w: KernelWriter, step: Step, *, head_dim: int, value_dim: int) -> Passes:
     heads = step.model.heads
     sizes: dict[str, Any] = {"heads": heads, "kv_heads": heads, "head_dim": head_dim, "value_dim": value_dim}
     sizes |= {"batch": step.batch, "sequence": step.sequence}
-    return [w.attention("attention", **sizes)], [w.attention("attention.backward", direction="backward", **sizes)]
+    back = w.attention("attention.backward", direction="backward", **sizes)
+    return [issued(w.attention("attention", **sizes), forward("attention"))], [issued(back, backward("attention"))]
 
 
 def _grouped_query(w: KernelWriter, step: Step) -> Passes:
@@ -45,20 +69,20 @@ def _grouped_query(w: KernelWriter, step: Step) -> Passes:
     d, h = model.head_dim, model.hidden
     wide, narrow = model.heads * d, model.kv_heads * d
     parts = [
-        linear(w, "q", m=tokens, k=h, n=wide),
-        ([], [sum_of(w, "qk.backward", tokens, h)]),
+        product(w, "q", m=tokens, k=h, n=wide),
+        accumulated(w, "q.branch", tokens, h),
         _rotary(w, "q.rotary", tokens, step.sequence, wide, d),
-        linear(w, "k", m=tokens, k=h, n=narrow),
-        ([], [sum_of(w, "kv.backward", tokens, h)]),
+        product(w, "k", m=tokens, k=h, n=narrow),
+        accumulated(w, "k.branch", tokens, h),
         _rotary(w, "k.rotary", tokens, step.sequence, narrow, d),
-        linear(w, "v", m=tokens, k=h, n=narrow),
+        product(w, "v", m=tokens, k=h, n=narrow),
     ]
     if narrow != wide:
         parts += [_repeated(w, "k.repeat", tokens, narrow, wide), _repeated(w, "v.repeat", tokens, narrow, wide)]
     parts += [
         _attend(w, step, head_dim=d, value_dim=d),
-        copied(w, "merge", tokens * wide, backward=False),
-        linear(w, "attention_out", m=tokens, k=wide, n=h),
+        copied(w, "merge", tokens * wide, both=False),
+        product(w, "attention_out", m=tokens, k=wide, n=h),
     ]
     return chain(*parts)
 
@@ -70,21 +94,21 @@ def _latent(w: KernelWriter, step: Step, mla: Mla) -> Passes:
     query_rank = mla.q_lora_rank or h
     wide = heads * (d + rope)
     return chain(
-        linear(w, "q_down", m=tokens, k=h, n=query_rank),
-        ([], [sum_of(w, "q_kv.backward", tokens, h)]),
+        product(w, "q_down", m=tokens, k=h, n=query_rank),
+        accumulated(w, "q_down.branch", tokens, h),
         norm(w, "q_norm", tokens, query_rank),
-        linear(w, "q_up", m=tokens, k=query_rank, n=wide),
-        linear(w, "kv_down", m=tokens, k=h, n=mla.kv_lora_rank + rope),
+        product(w, "q_up", m=tokens, k=query_rank, n=wide),
+        product(w, "kv_down", m=tokens, k=h, n=mla.kv_lora_rank + rope),
         copied(w, "latent", tokens * mla.kv_lora_rank),
         norm(w, "kv_norm", tokens, mla.kv_lora_rank),
-        linear(w, "kv_up", m=tokens, k=mla.kv_lora_rank, n=heads * (d + value)),
+        product(w, "kv_up", m=tokens, k=mla.kv_lora_rank, n=heads * (d + value)),
         _rotary(w, "k.rotary", tokens, step.sequence, rope, rope),
         _rotary(w, "q.rotary", tokens, step.sequence, heads * rope, rope),
         copied(w, "q.cat", tokens * wide),
         copied(w, "k.cat", tokens * wide),
         _attend(w, step, head_dim=d + rope, value_dim=value),
-        copied(w, "merge", tokens * heads * value, backward=False),
-        linear(w, "attention_out", m=tokens, k=heads * value, n=h),
+        copied(w, "merge", tokens * heads * value, both=False),
+        product(w, "attention_out", m=tokens, k=heads * value, n=h),
     )
 
 

@@ -34,7 +34,7 @@ from moesim.scenario.base import BYTES_PER_ELEMENT
 from moesim.scenario.model import LocalGlobal, Mla
 from moesim.sim.executor import FREE_HOST, HostModel
 from moesim.sim.loads import LayerLoads
-from moesim.sim.operations import SIDE, Operation, fork, join, transfer
+from moesim.sim.operations import MAIN, SIDE, Operation, fork, join, transfer
 from moesim.sim.sizes import Passes, Step, chain
 from moesim.sim.writer import KernelWriter
 
@@ -254,7 +254,7 @@ def moe_part(w: KernelWriter, step: Step, loads: LayerLoads) -> Passes:
     router_forward, router_backward = _router_part(w.part("router"), step)
     shared: Passes = ([], [])
     if model.shared_experts:
-        beside = w.part("shared_experts", chain=SIDE if step.remote else 0)
+        beside = w.part("shared_experts", chain=SIDE if step.remote and step.shared_beside else MAIN)
         width = model.shared_experts * model.expert_intermediate
         shared = _swiglu(beside, "shared", tokens=step.tokens, hidden=model.hidden, width=width)
     experts_forward, experts_backward = _experts_part(w.part("experts"), step, loads)

@@ -26,8 +26,8 @@ class RoutingSample(Protocol):
     def placement(self) -> ExpertPlacement:
         """The experts of every layer on the ranks of a group."""
 
-    def arrays(self, group: int, model_layer: int) -> TrafficArrays:
-        """The traffic of one expert group and MoE layer over all micro-batches."""
+    def arrays(self, group: int, model_layer: int, *, stage: int = 0) -> TrafficArrays:
+        """The traffic of one expert group (at place `stage` of the pipeline) and MoE layer over all micro-batches."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,13 +53,21 @@ class LayerLoads:
 
 
 def group_loads(
-    scenario: Scenario, fabric: Fabric, samples: Sequence[RoutingSample], *, group: int, ranks_R: IntArray
+    scenario: Scenario,
+    fabric: Fabric,
+    samples: Sequence[RoutingSample],
+    *,
+    group: int,
+    stage: int,
+    layers: Sequence[int],
+    ranks_R: IntArray,
 ) -> list[LayerLoads]:
-    """The loads of every MoE layer of one expert group, samples stacked."""
+    """The loads of some MoE layers (numbered among those) of one expert group, samples stacked."""
     placement = samples[0].placement
-    layers = range(scenario.model.moe_layers)
     return [
-        _layer_loads(scenario, fabric, [sample.arrays(group, layer) for sample in samples], placement, ranks_R)
+        _layer_loads(
+            scenario, fabric, [sample.arrays(group, layer, stage=stage) for sample in samples], placement, ranks_R
+        )
         for layer in layers
     ]
 

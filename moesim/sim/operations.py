@@ -7,9 +7,9 @@ serves the whole step.
 Legend: M micro-batches (1 where all are alike), S routing samples (1 where all are alike), R ranks (likewise).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from moesim.results.spans import Label, Stream
 
 FloatArray = NDArray[np.float64]
 
+WEIGHT_GRADIENT = ".wgrad"  # how the names of weight-gradient products end
 MAIN, SIDE = 0, 1  # chains: the token's way through the layer, and what runs beside it (shared experts)
 NUM_CHAINS = 2
 
@@ -47,7 +48,7 @@ class Transfer(Protocol):
 class Operation:
     """One operation of a block; `seconds_MSR` for compute, `transfers_M` for communication.
 
-    `launches` is how many kernels the host issues for it. `source` says what the duration rests on.
+    `launches` is how many kernels of middling cost the host issues for it. `source` says what the duration rests on.
     """
 
     kind: Kind
@@ -55,8 +56,13 @@ class Operation:
     chain: int = MAIN
     seconds_MSR: FloatArray | None = None
     transfers_M: tuple[Transfer, ...] = ()
-    launches: int = 1
+    launches: float = 1
     source: str = ""
+
+    @property
+    def is_weight_gradient(self) -> bool:
+        """Whether nobody waits for it but the optimizer: schedules may put it off."""
+        return self.label.name.endswith(WEIGHT_GRADIENT)
 
 
 def compute(
@@ -67,7 +73,7 @@ def compute(
     layer: int,
     source: str,
     chain: int = MAIN,
-    launches: int = 1,
+    launches: float = 1,
 ) -> Operation:
     """A kernel (or a run of kernels) on the compute stream; `seconds` broadcasts to [M, S, R]."""
     seconds_MSR = np.asarray(seconds, dtype=np.float64)
@@ -79,7 +85,7 @@ def compute(
 
 
 def transfer(
-    name: str, category: str, transfers_M: tuple[Transfer, ...], *, layer: int, launches: int = 1
+    name: str, category: str, transfers_M: tuple[Transfer, ...], *, layer: int, launches: float = 1
 ) -> Operation:
     """A transfer on the communication stream, listed directly behind the operation that feeds it."""
     label = Label(name, category, Stream.COMMUNICATION, layer)
@@ -103,7 +109,60 @@ def join(*, layer: int) -> Operation:
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """The operations of one micro-batch in one direction."""
+    """The operations of one pass of one micro-batch through one stage."""
 
     name: str
     operations: tuple[Operation, ...]
+
+    def merged(self) -> "Block":
+        """The same block with runs of kernels of one category as one operation: exact while the host never limits."""
+        out: list[Operation] = []
+        for operation in self.operations:
+            last = out[-1] if out else None
+            if last is not None and _joins(last, operation):
+                assert last.seconds_MSR is not None and operation.seconds_MSR is not None
+                total_MSR = last.seconds_MSR + operation.seconds_MSR
+                label = last.label._replace(name=last.label.category)
+                out[-1] = replace(last, label=label, seconds_MSR=total_MSR, launches=last.launches + operation.launches)
+            else:
+                out.append(operation)
+        return Block(self.name, tuple(out))
+
+
+def _joins(first: Operation, second: Operation) -> bool:
+    same = first.kind is second.kind is Kind.COMPUTE and first.chain == second.chain
+    return same and first.label.category == second.label.category and first.label.layer == second.label.layer
+
+
+class Run(NamedTuple):
+    """One pass of a micro-batch (an index into the block's durations) through a block."""
+
+    block: Block
+    micro_batch: int
+    backward: bool
+
+
+def interleave(first: Block, second: Block) -> tuple[tuple[int, Operation], ...]:
+    """Two blocks that overlap: each goes on to its next transfer while the other's is under way.
+
+    Gives (0 or 1: which block, operation) in issue order. A transfer stays directly behind what feeds it, and what the
+    software lists beside a transfer stays behind it.
+    """
+    queues = [_segments(first), _segments(second)]
+    order: list[tuple[int, Operation]] = []
+    turn = 0
+    while any(queues):
+        if queues[turn]:
+            order += [(turn, operation) for operation in queues[turn].pop(0)]
+        turn = 1 - turn
+    return tuple(order)
+
+
+def _segments(block: Block) -> list[list[Operation]]:
+    """Runs of operations that each end with a transfer (the last one may end without)."""
+    segments: list[list[Operation]] = [[]]
+    for operation in block.operations:
+        segments[-1].append(operation)
+        if operation.kind is Kind.TRANSFER:
+            segments.append([])
+    return [segment for segment in segments if segment]

@@ -13,6 +13,7 @@ class Step:
     """Sizes of one micro-batch on one rank: `batch` sequences of `sequence` tokens; `quantise` when dispatch is fp8.
 
     `remote`: experts are spread over more than one rank. `sigmoid`: the router's affinities are sigmoids.
+    `shared_beside`: shared experts run beside the dispatch, where the software can.
     """
 
     model: Model
@@ -21,6 +22,7 @@ class Step:
     quantise: bool
     remote: bool
     sigmoid: bool = False
+    shared_beside: bool = True
 
     @property
     def tokens(self) -> int:

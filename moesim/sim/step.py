@@ -1,10 +1,14 @@
-"""One optimizer step as SimPy processes: a process per expert group, events where groups wait for each other.
+"""One optimizer step as SimPy processes: a process per expert group and pipeline rank, events where they wait.
+
+A process yields only where the order is not known beforehand: hand-offs between stages, and collectives that ranks of
+other groups attend. An event's value is a vector of times, so vectors run ahead of the clock and nothing needs a
+timeout; each hand-off has one writer and one reader, so results do not depend on the order of events.
 
 Legend: S routing samples, R ranks of a group, W ranks of the world.
 """
 
-from collections import Counter, defaultdict
-from collections.abc import Generator, Sequence
+from collections import defaultdict
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,99 +16,115 @@ import numpy as np
 import simpy
 from numpy.typing import NDArray
 
-from moesim.results.spans import Label, SpanRecorder, SpanTable, Stream
+from moesim.parallel.schedules import Handoff
+from moesim.results.spans import SpanRecorder, SpanTable
 from moesim.sim.executor import GroupExecutor, Labels
-from moesim.sim.program import GroupProgram, StepProgram
+from moesim.sim.operations import Run
+from moesim.sim.program import GroupProgram, StepProgram, collective_label, handoff_label
 from moesim.sim.reductions import Reduction, last_arrivals
 
 FloatArray = NDArray[np.float64]
+Wait = Generator[simpy.Event, Any, None]
 
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """The spans of every expert group and the duration of the step in every sample."""
+    """The spans of every group and the duration of the step in every sample."""
 
     tables: tuple[SpanTable, ...]
     step_S: FloatArray
 
 
 class _Meeting:
-    """The hand-off of one collective: each group brings its arrival times, all get everyone's."""
+    """One collective: each group that takes part brings its times, all get everyone's."""
 
-    def __init__(self, env: simpy.Environment, num_groups: int) -> None:
-        self.arrived = [env.event() for _ in range(num_groups)]
-        self.everyone = env.all_of(self.arrived)
+    def __init__(self, env: simpy.Environment, reduction: Reduction, groups: tuple[GroupProgram, ...]) -> None:
+        self.reduction = reduction
+        self.groups = [group for group in groups if reduction.ranks & set(group.ranks_R.tolist())]
+        self.arrived = {id(group): env.event() for group in self.groups}
+        self.everyone = env.all_of(list(self.arrived.values()))
+
+    def attend(self, group: GroupProgram, executor: GroupExecutor) -> Wait:
+        """Bring this group's times, wait for all, and go on when the collective is done."""
+        reduction = self.reduction
+        done_SR = executor.done_SR
+        first_SR = done_SR
+        if reduction.buckets:
+            first_SR = executor.last_begin_SR + (done_SR - executor.last_begin_SR) / reduction.buckets
+        self.arrived[id(group)].succeed((first_SR, done_SR))
+        yield self.everyone
+        finish_SR = self._last(0)[:, group.ranks_R] + reduction.seconds
+        if reduction.buckets:
+            # The last bucket cannot begin before the last gradient is there.
+            last_bucket = reduction.seconds / reduction.buckets
+            finish_SR = np.maximum(finish_SR, self._last(1)[:, group.ranks_R] + last_bucket)
+        executor.collective(collective_label(reduction), start_SR=first_SR, finish_SR=finish_SR, own=reduction.seconds)
+
+    def _last(self, which: int) -> FloatArray:
+        """[S, W]: the latest of the members' times, `which` = 0: first gradient there, 1: all of them."""
+        values: list[Any] = [self.arrived[id(group)].value for group in self.groups]
+        times_gSR = [value[which] for value in values]
+        world = 1 + max(int(group.ranks_R.max()) for group in self.groups)
+        ready_SW = np.full((len(times_gSR[0]), world), -np.inf)
+        for group, times_SR in zip(self.groups, times_gSR, strict=True):
+            ready_SW[:, group.ranks_R] = times_SR
+        return last_arrivals(self.reduction.members, ready_SW)
 
 
-def _attend(
-    meeting: _Meeting, reduction: Reduction, program: StepProgram, number: int, executor: GroupExecutor
-) -> Generator[Any, Any, None]:
-    ready_SR = executor.done_SR
-    meeting.arrived[number].succeed(ready_SR)
-    yield meeting.everyone
-    ready_SW = np.concatenate([event.value for event in meeting.arrived], axis=1)
-    order_W = np.concatenate([group.ranks_R for group in program.groups])
-    by_rank_SW = np.empty_like(ready_SW)
-    by_rank_SW[:, order_W] = ready_SW
-    last_SR = last_arrivals(reduction, by_rank_SW)[:, program.groups[number].ranks_R]
-    label = Label(reduction.name, "data_parallel", Stream.COMMUNICATION, -1)
-    executor.collective(label, start_SR=ready_SR, last_SR=last_SR, seconds=reduction.seconds)
+class _Step:
+    """The processes of one step and what they share."""
 
+    def __init__(self, program: StepProgram) -> None:
+        self.program = program
+        self.env = simpy.Environment()
+        self.handoffs: defaultdict[tuple[Handoff, int], simpy.Event] = defaultdict(self.env.event)
+        self.reductions = [_Meeting(self.env, reduction, program.groups) for reduction in program.reductions]
+        self.gathers = [_Meeting(self.env, gather, program.groups) for gather in program.gathers]
 
-def _group_process(
-    program: StepProgram, number: int, executor: GroupExecutor, meetings: Sequence[_Meeting]
-) -> Generator[Any, Any, None]:
-    group: GroupProgram = program.groups[number]
-    for block, micro_batch, backward in group.schedule:
-        executor.execute(block, micro_batch, backward=backward)
-    meeting = iter(meetings)
-    for reduction in program.reductions:
-        yield from _attend(next(meeting), reduction, program, number, executor)
-    executor.execute(program.optimizer, -1, backward=False)
-    for gather in program.gathers:
-        yield from _attend(next(meeting), gather, program, number, executor)
+    def group(self, group: GroupProgram, executor: GroupExecutor) -> Wait:
+        """The life of one expert group on one pipeline rank."""
+        for task in group.tasks:
+            arrived = []
+            for handoff in task.receives:
+                sent_SR, arrival_SR = yield self.handoffs[handoff, group.number]
+                arrived.append((handoff_label(handoff), sent_SR, arrival_SR))
+            executor.begin(arrived)
+            executor.execute(task.runs)
+            for sent in task.sends:
+                finish_SR = executor.finished(sent.which)
+                self.handoffs[sent.handoff, group.number].succeed((finish_SR, finish_SR + sent.seconds))
+        for meeting in self.reductions:
+            if id(group) in meeting.arrived:
+                yield from meeting.attend(group, executor)
+        executor.begin([])
+        executor.execute([Run(group.optimizer, -1, False)])
+        for meeting in self.gathers:
+            if id(group) in meeting.arrived:
+                yield from meeting.attend(group, executor)
 
 
 def simulate_step(program: StepProgram) -> StepOutcome:
     """Run one optimizer step; all samples advance in lockstep."""
-    env = simpy.Environment()
     labels = Labels()
-    executors = [
-        GroupExecutor(
+    step = _Step(program)
+    executors, processes = [], []
+    for group in program.groups:
+        recorder = SpanRecorder(rows=program.rows(group), samples=program.samples, ranks=len(group.ranks_R))
+        executor = GroupExecutor(
             samples=program.samples,
             ranks=len(group.ranks_R),
             host=program.host,
             slowdown=program.slowdown,
-            recorder=SpanRecorder(rows=program.rows(group), samples=program.samples, ranks=len(group.ranks_R)),
+            recorder=recorder,
             labels=labels,
         )
-        for group in program.groups
-    ]
-    collectives = len(program.reductions) + len(program.gathers)
-    meetings = [_Meeting(env, len(executors)) for _ in range(collectives)]
-    for number, executor in enumerate(executors):
-        env.process(_group_process(program, number, executor, meetings))
-    env.run()
+        executors.append(executor)
+        processes.append(step.env.process(step.group(group, executor)))
+    step.env.run()
+    assert all(process.processed for process in processes), "groups wait for each other"
     step_S = np.max([executor.done_SR.max(axis=1) for executor in executors], axis=0)
     tables = tuple(
         executor.recorder.table(labels=labels.all(), ranks_R=group.ranks_R, step_S=step_S)
         for executor, group in zip(executors, program.groups, strict=True)
     )
     return StepOutcome(tables, step_S)
-
-
-def seconds_by_source(program: StepProgram) -> dict[str, float]:
-    """Operation seconds of the step by what they rest on, summed over groups and averaged over samples and ranks."""
-    total: defaultdict[str, float] = defaultdict(float)
-    for group in program.groups:
-        runs = Counter(block for block, _, _ in group.schedule)
-        for block, times in [*runs.items(), (program.optimizer, 1)]:
-            for operation in block.operations:
-                if operation.seconds_MSR is not None:
-                    total[operation.source] += times * float(operation.seconds_MSR.mean())
-                elif operation.transfers_M:
-                    alone = [float(prepared.alone_R.mean()) for prepared in operation.transfers_M]
-                    total[operation.source] += times * float(np.mean(alone))
-        for collective in (*program.reductions, *program.gathers):
-            total[collective.source] += collective.seconds
-    return dict(total)

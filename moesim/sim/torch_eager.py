@@ -33,18 +33,33 @@ have replicas.
 Legend: see `moesim.sim.loads`.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moesim.compute import KernelModel
-from moesim.compute.memory_kinds import memory_bytes
 from moesim.sim.eager_attention import attention_part
-from moesim.sim.eager_kernels import BF16, FP32, INT64, branch, gated, linear, many, norm, residual, small, sum_of
+from moesim.sim.eager_host import backward, forward
+from moesim.sim.eager_kernels import (
+    BF16,
+    FP32,
+    INT64,
+    accumulated,
+    activation,
+    branch,
+    gated,
+    issued,
+    moved,
+    norm,
+    product,
+    residual,
+    small,
+)
 from moesim.sim.executor import HostModel
 from moesim.sim.loads import LayerLoads
-from moesim.sim.operations import Operation, compute, readback, transfer
+from moesim.sim.operations import Operation, Transfer, readback, transfer
 from moesim.sim.sizes import Passes, Step, chain
 from moesim.sim.writer import KernelWriter
 
@@ -62,134 +77,165 @@ def _router(w: KernelWriter, step: Step) -> Passes:
     """Gate product, affinities, top-k and the gates of the selected."""
     model, tokens = step.model, step.tokens
     scores, chosen = float(tokens * model.experts), float(tokens * model.top_k)
-    gather = many(w, "router.gather", "elementwise", bytes_=(INT64 + 2 * FP32) * chosen)
-    to_fp32 = many(w, "router.cast", "cast", bytes_=(BF16 + FP32) * scores)
-    forward = [to_fp32]
-    backward = [
-        many(w, "router.gather.backward", "elementwise", bytes_=FP32 * scores + (INT64 + 2 * FP32) * chosen, count=1),
+    picked = (INT64 + 2 * FP32) * chosen
+    cast = (BF16 + FP32) * scores
+    topk = issued(w.memory("router.topk", "topk", rows=tokens, width=model.experts), forward("topk", "view"))
+    gather = moved(w, "router.gather", "elementwise", forward("gather"), bytes_=picked)
+    gather_back = [
+        moved(w, "router.gather.backward", "zero", backward("gather"), bytes_=FP32 * scores),
+        moved(w, "router.scatter.backward", "elementwise", 0.0, bytes_=picked),
     ]
+    to_fp32 = (
+        [moved(w, "router.cast", "cast", forward("module", "cast"), bytes_=cast)],
+        [moved(w, "router.cast.backward", "cast", backward("cast"), bytes_=cast)],
+    )
     if step.sigmoid:
-        forward.append(many(w, "router.sigmoid", "elementwise", bytes_=2 * FP32 * scores, count=2))
-        normalise = many(w, "router.normalise", "elementwise", bytes_=2 * FP32 * chosen, count=3)
-        forward += [w.memory("router.topk", "topk", rows=tokens, width=model.experts), gather, normalise]
-        backward.insert(0, many(w, "router.normalise.backward", "elementwise", bytes_=3 * FP32 * chosen, count=6))
-        backward.append(many(w, "router.sigmoid.backward", "elementwise", bytes_=3 * FP32 * scores))
+        each = 2 * FP32 * scores
+        affinities: Passes = (
+            [
+                moved(w, "router.sigmoid", "elementwise", forward("silu"), bytes_=each),
+                moved(w, "router.bias", "elementwise", forward("plain"), bytes_=each),
+            ],
+            [moved(w, "router.sigmoid.backward", "elementwise", backward("silu"), bytes_=1.5 * each)],
+        )
+        gates: Passes = (
+            [small(w, "router.normalise", forward("reduce", "mul", "mul"), count=3)],
+            [small(w, "router.normalise.backward", backward("mul", "mul", "mul", "reduce", "accumulate"), count=6)],
+        )
     else:
-        forward.append(w.memory("router.softmax", "softmax", rows=tokens, width=model.experts))
-        forward += [w.memory("router.topk", "topk", rows=tokens, width=model.experts), gather]
-        backward.append(w.memory("router.softmax.backward", "softmax_backward", rows=tokens, width=model.experts))
-    backward.append(many(w, "router.cast.backward", "cast", bytes_=(BF16 + FP32) * scores))
+        softmax = w.memory("router.softmax", "softmax", rows=tokens, width=model.experts)
+        back = w.memory("router.softmax.backward", "softmax_backward", rows=tokens, width=model.experts)
+        affinities = [issued(softmax, forward("softmax"))], [issued(back, backward("softmax"))]
+        gates = [], []
     return chain(
-        ([], [sum_of(w, "router.branch.backward", tokens, model.hidden)]),
-        linear(w, "router.gate", m=tokens, k=model.hidden, n=model.experts),
-        (forward, backward),
+        accumulated(w, "router.branch", tokens, model.hidden),
+        product(w, "router.gate", m=tokens, k=model.hidden, n=model.experts, module=False),
+        to_fp32,
+        affinities,
+        ([topk, gather], gather_back),
+        gates,
     )
 
 
-def _scatter_rows(w: KernelWriter, name: str, rows: NDArray[Any], hidden: int, *, into: ArrayLike) -> Operation:
-    """Backward of a gather: zeros of `into` rows, and an index-add of `rows` rows."""
-    added = w.model.memory_bound(kind="unpermute", bytes=memory_bytes("unpermute", rows=rows, width=hidden))
-    zeros = w.model.memory_bound(kind="zero", bytes=float(BF16 * hidden) * np.asarray(into, dtype=np.float64))
-    seconds = np.asarray(added.seconds) + np.asarray(zeros.seconds)
-    return compute(name, w.category, seconds, layer=w.layer, source=added.source, chain=w.chain, launches=1)
+def _gathered(w: KernelWriter, name: str, *, rows: NDArray[Any], of: ArrayLike, hidden: int) -> Passes:
+    """`rows` rows gathered from `of` rows; backward they are added into as many zeros."""
+    back = f"{name}.backward"
+    zeros = float(BF16 * hidden) * np.asarray(of, dtype=np.float64)
+    return (
+        [issued(w.memory(name, "permute", rows=rows, width=hidden), forward("index_select"))],
+        [
+            moved(w, back, "zero", backward("index_select"), bytes_=zeros),
+            issued(w.memory(back, "unpermute", rows=rows, width=hidden), 0.0),
+        ],
+    )
 
 
 def _sort_rows(w: KernelWriter, step: Step, loads: LayerLoads) -> Passes:
     """The rows of this rank in expert order."""
     out = loads.copies_out_MSR
-    forward = [
-        small(w, "permute.zeros", 1),
-        many(w, "permute.ones", "zero", bytes_=float(INT64) * out),
-        w.memory("permute.count", "histogram", rows=out),
-        w.memory("permute.sort", "sort", rows=out),
-        many(w, "permute.tokens", "elementwise", bytes_=2.0 * INT64 * out),
-        w.memory("permute.gather", "permute", rows=out, width=step.model.hidden),
+    order = [
+        small(w, "permute.zeros", forward("zeros", "view")),
+        moved(w, "permute.ones", "zero", forward("zeros"), bytes_=float(INT64) * out),
+        issued(w.memory("permute.count", "histogram", rows=out), forward("plain")),
+        issued(w.memory("permute.sort", "sort", rows=out), forward("sort")),
+        moved(w, "permute.tokens", "copy", forward("plain"), bytes_=2.0 * INT64 * out),
     ]
-    back = _scatter_rows(w, "permute.gather.backward", out, step.model.hidden, into=step.tokens)
-    return forward, [back]
+    return chain((order, []), _gathered(w, "permute.gather", rows=out, of=step.tokens, hidden=step.model.hidden))
+
+
+EXCHANGE = ("module", "empty", "plain", "plain", "plain", "plain")  # the host's way into a collective and back
+EXCHANGE_BACK = ("mul", "mul", "mul", "mul")
+
+
+def _exchange(w: KernelWriter, name: str, category: str, transfers_M: Sequence[Transfer]) -> Operation:
+    launches = backward(*EXCHANGE_BACK) if name.endswith(".backward") else forward(*EXCHANGE)
+    return issued(transfer(name, category, tuple(transfers_M), layer=w.layer), launches)
 
 
 def _exchange_rows(w: KernelWriter, loads: LayerLoads) -> Passes:
     """Counts, their read-back, and the rows."""
     assert loads.counts is not None
-    forward = [
-        transfer("dispatch.counts", "dispatch_exposed", (loads.counts,), layer=w.layer, launches=2),
-        small(w.part("permute"), "dispatch.sums", 3),
+    ahead = [
+        _exchange(w, "dispatch.counts", "dispatch_exposed", (loads.counts,)),
+        small(w.part("permute"), "dispatch.sums", forward("reduce", "reduce", "cat", "view", "view"), count=3),
         readback("dispatch.readback", layer=w.layer),
-        transfer("dispatch", "dispatch_exposed", loads.dispatch_M, layer=w.layer, launches=3),
+        _exchange(w, "dispatch", "dispatch_exposed", loads.dispatch_M),
     ]
-    return forward, [transfer("dispatch.backward", "combine_exposed", loads.combine_M, layer=w.layer, launches=3)]
+    return ahead, [_exchange(w, "dispatch.backward", "combine_exposed", loads.combine_M)]
 
 
 def _sort_arrived(w: KernelWriter, loads: LayerLoads, hidden: int) -> Passes:
     """The arrived rows by local expert."""
     rows = loads.rows_MSR
-    forward = [
-        small(w, "permute.local_ids", 4),
-        many(w, "permute.local_rows", "elementwise", bytes_=float(INT64) * rows),
-        w.memory("permute.local_sort", "sort", rows=rows),
-        many(w, "permute.inverse", "elementwise", bytes_=2.0 * INT64 * rows, count=2),
-        small(w, "permute.offsets", 2),
-        w.memory("permute.expand", "permute", rows=rows, width=hidden),
+    order = [
+        small(w, "permute.local_ids", forward("plain", "plain", "cumsum"), count=3),
+        moved(w, "permute.local_rows", "zero", forward("plain"), bytes_=float(INT64) * rows),
+        issued(w.memory("permute.local_sort", "sort", rows=rows), forward("sort")),
+        moved(w, "permute.numbers", "zero", forward("empty", "plain"), bytes_=float(INT64) * rows),
+        moved(w, "permute.inverse", "elementwise", forward("plain"), bytes_=3.0 * INT64 * rows),
+        small(w, "permute.offsets", forward("reduce", "cumsum"), count=2),
     ]
-    return forward, [_scatter_rows(w, "permute.expand.backward", rows, hidden, into=rows)]
+    return chain((order, []), _gathered(w, "permute.expand", rows=rows, of=rows, hidden=hidden))
 
 
 def _experts(w: KernelWriter, step: Step, loads: LayerLoads) -> Passes:
     """The routed experts of every rank; durations follow the rows of its slots."""
     h, width = step.model.hidden, step.model.expert_intermediate
-    slots, rows = loads.slot_rows_MSRP, loads.rows_MSR
-    forward = [
-        w.grouped_gemm("experts.w13", rows=slots, k=h, n=2 * width),
-        w.memory("experts.activation", "activation", rows=rows, width=width, launches=2),
-        w.grouped_gemm("experts.w2", rows=slots, k=width, n=h),
-    ]
-    backward = [
-        w.grouped_gemm("experts.w2.dgrad", rows=slots, k=width, n=h, direction="dgrad"),
-        w.grouped_gemm("experts.w2.wgrad", rows=slots, k=width, n=h, direction="wgrad"),
-        w.memory("experts.activation.backward", "activation_backward", rows=rows, width=width, launches=3),
-        w.grouped_gemm("experts.w13.dgrad", rows=slots, k=h, n=2 * width, direction="dgrad"),
-        w.grouped_gemm("experts.w13.wgrad", rows=slots, k=h, n=2 * width, direction="wgrad"),
-    ]
-    return forward, backward
+
+    def grouped(name: str, k: int, n: int) -> Passes:
+        slots, half = loads.slot_rows_MSRP, backward("grouped") / 2
+        dgrad = w.grouped_gemm(f"{name}.dgrad", rows=slots, k=k, n=n, direction="dgrad")
+        wgrad = w.grouped_gemm(f"{name}.wgrad", rows=slots, k=k, n=n, direction="wgrad")
+        ahead = w.grouped_gemm(name, rows=slots, k=k, n=n)
+        return [issued(ahead, forward("grouped"))], [issued(dgrad, half), issued(wgrad, half)]
+
+    return chain(
+        grouped("experts.w13", h, 2 * width),
+        activation(w, "experts.activation", rows=loads.rows_MSR, width=width),
+        grouped("experts.w2", width, h),
+    )
 
 
 def _combine_rows(w: KernelWriter, step: Step, loads: LayerLoads) -> Passes:
     """The weighted sum of every token's results."""
     out, h = loads.copies_out_MSR, step.model.hidden
-    forward = [
-        many(w, "combine.gates", "elementwise", bytes_=float(INT64 + 2 * FP32) * out, count=2),
-        many(w, "combine.zeros", "zero", bytes_=float(BF16 * step.tokens * h)),
-        w.memory("combine.scale", "mul", rows=out, width=h),
-        w.memory("combine.add", "unpermute", rows=out, width=h),
+    gates = float(INT64 + 2 * FP32) * out
+    ahead = [
+        moved(w, "combine.gates", "elementwise", forward("view", "index_select"), bytes_=gates),
+        moved(w, "combine.cast", "cast", forward("cast", "view"), bytes_=float(BF16 + FP32) * out),
+        moved(w, "combine.zeros", "zero", forward("zeros"), bytes_=float(BF16 * step.tokens * h)),
+        issued(w.memory("combine.scale", "mul", rows=out, width=h), forward("mul")),
+        issued(w.memory("combine.add", "unpermute", rows=out, width=h), forward("index_add")),
     ]
-    backward = [
-        w.memory("combine.add.backward", "unpermute_backward", rows=out, width=h),
-        w.memory("combine.scale.backward", "mul", rows=out, width=h),
-        many(w, "combine.products.backward", "elementwise", bytes_=3.0 * BF16 * h * out, launches=0),
-        w.memory("combine.sums.backward", "reduce", rows=out, width=h),
-        many(w, "combine.gates.backward", "elementwise", bytes_=float(INT64 + 2 * FP32) * out, count=3),
+    back = [
+        issued(w.memory("combine.add.backward", "unpermute_backward", rows=out, width=h), backward("index_add")),
+        issued(w.memory("combine.scale.backward", "mul_backward", rows=out, width=h), backward("mul", "mul", "reduce")),
+        small(w, "combine.cast.backward", backward("view", "cast")),
+        moved(w, "combine.gates.backward", "elementwise", backward("index_select", "view"), bytes_=gates),
     ]
-    return forward, backward
+    return ahead, back
 
 
 def moe_part(w: KernelWriter, step: Step, loads: LayerLoads) -> Passes:
     """Norm, router, exchange, routed experts, shared experts and residual sum."""
     model = step.model
     p, router = w.part("permute"), w.part("router")
-    experts = _experts(w.part("experts"), step, loads)
+    routed = _experts(w.part("experts"), step, loads)
     if step.remote:
-        back = (
-            [p.memory("permute.restore", "permute", rows=loads.rows_MSR, width=model.hidden)],
-            [_scatter_rows(p, "permute.restore.backward", loads.rows_MSR, model.hidden, into=loads.rows_MSR)],
+        rows = loads.rows_MSR
+        way_back = (
+            [_exchange(w, "combine", "combine_exposed", loads.combine_M)],
+            [_exchange(w, "combine.backward", "dispatch_exposed", loads.dispatch_M)],
         )
-        exchange_back = (
-            [transfer("combine", "combine_exposed", loads.combine_M, layer=w.layer, launches=3)],
-            [transfer("combine.backward", "dispatch_exposed", loads.dispatch_M, layer=w.layer, launches=3)],
+        routed = chain(
+            _exchange_rows(w, loads),
+            _sort_arrived(p, loads, model.hidden),
+            routed,
+            _gathered(p, "permute.restore", rows=rows, of=rows, hidden=model.hidden),
+            way_back,
         )
-        routed = chain(_exchange_rows(w, loads), _sort_arrived(p, loads, model.hidden), experts, back, exchange_back)
     else:
-        routed = chain(([small(p, "permute.offsets", 1)], []), experts)
+        routed = chain(([small(p, "permute.offsets", forward("cumsum"))], []), routed)
     parts = [
         branch(router, "ffn.branch", step),
         norm(router, "ffn_norm", step.tokens, model.hidden),
@@ -200,9 +246,9 @@ def moe_part(w: KernelWriter, step: Step, loads: LayerLoads) -> Passes:
     ]
     if model.shared_experts:
         shared, width = w.part("shared_experts"), model.shared_experts * model.expert_intermediate
-        parts.append(([], [sum_of(shared, "shared.branch.backward", step.tokens, model.hidden)]))
+        parts.append(accumulated(shared, "shared.branch", step.tokens, model.hidden))
         parts.append(gated(shared, "shared", tokens=step.tokens, hidden=model.hidden, width=width))
-        parts.append(([sum_of(shared, "shared.sum", step.tokens, model.hidden)], []))
+        parts.append(residual(shared, "shared.sum", step))
     parts.append(residual(router, "ffn.residual", step))
     return chain(*parts)
 
@@ -229,44 +275,42 @@ def layer_part(w: KernelWriter, step: Step, loads: LayerLoads | None) -> Passes:
 def embedding_part(w: KernelWriter, step: Step) -> Passes:
     """Token embedding; its gradient starts from a table of zeros."""
     rows, width = step.tokens, step.model.hidden
-    forward = w.memory("embedding", "embedding", rows=rows, width=width)
-    return [forward], [w.memory("embedding.backward", "embedding_backward", rows=rows, width=width)]
+    back = w.memory("embedding.backward", "embedding_backward", rows=rows, width=width)
+    return (
+        [issued(w.memory("embedding", "embedding", rows=rows, width=width), forward("module", "index_select"))],
+        [issued(back, backward("index_select"))],
+    )
 
 
 def head_part(w: KernelWriter, step: Step) -> Passes:
     """Final norm, logits, and mean cross entropy in fp32."""
     model, tokens = step.model, step.tokens
-    logits = float(tokens * model.vocab)
-    loss = (
-        [
-            many(w, "logits.cast", "cast", bytes_=(BF16 + FP32) * logits),
-            w.memory("cross_entropy", "cross_entropy_fp32", rows=tokens, width=model.vocab, launches=2),
-            small(w, "loss", 1),
-        ],
-        [
-            small(w, "loss.backward", 1),
-            w.memory(
-                "cross_entropy.backward", "cross_entropy_fp32_backward", rows=tokens, width=model.vocab, launches=2
-            ),
-            many(w, "logits.cast.backward", "cast", bytes_=(BF16 + FP32) * logits),
-        ],
-    )
+    cast = float(BF16 + FP32) * tokens * model.vocab
+    loss = w.memory("cross_entropy", "cross_entropy_fp32", rows=tokens, width=model.vocab)
+    loss_back = w.memory("cross_entropy.backward", "cross_entropy_fp32_backward", rows=tokens, width=model.vocab)
     return chain(
-        norm(w, "final_norm", tokens, model.hidden), linear(w, "head", m=tokens, k=model.hidden, n=model.vocab), loss
+        norm(w, "final_norm", tokens, model.hidden),
+        product(w, "head", m=tokens, k=model.hidden, n=model.vocab),
+        (
+            [moved(w, "logits.cast", "cast", forward("view", "cast"), bytes_=cast)],
+            [moved(w, "logits.cast.backward", "cast", backward("cast", "view"), bytes_=cast)],
+        ),
+        ([issued(loss, forward("cross_entropy"))], [issued(loss_back, backward("cross_entropy"))]),
+        ([small(w, "loss", forward("mul"))], [small(w, "loss.backward", backward("mul", "mul"), count=2)]),
     )
 
 
 def accumulation(w: KernelWriter, *, parameters: float) -> list[Operation]:
     """The gradients of all parameters added to those of earlier micro-batches."""
-    return [many(w, "gradients.add", "elementwise", bytes_=3.0 * BF16 * parameters)]
+    return [moved(w, "gradients.add", "elementwise", backward("accumulate"), bytes_=3.0 * BF16 * parameters)]
 
 
 def flat_copies(w: KernelWriter, *, parameters: float) -> tuple[list[Operation], list[Operation]]:
     """Gradients of `parameters` parameters into one flat buffer before their all-reduce, and back behind it."""
     if not parameters:
         return [], []
-    moved = 2.0 * BF16 * parameters
+    both = 2.0 * BF16 * parameters
     return (
-        [many(w, "gradients.flatten", "copy", bytes_=moved)],
-        [many(w, "gradients.unflatten", "copy", bytes_=moved)],
+        [moved(w, "gradients.flatten", "copy", forward("cat"), bytes_=both)],
+        [moved(w, "gradients.unflatten", "copy", forward("cat"), bytes_=both)],
     )

@@ -54,7 +54,7 @@ class RecordedRows:
             num_ranks=self.scenario.parallelism.expert,
         )
 
-    def arrays(self, group: int, model_layer: int) -> TrafficArrays:
+    def arrays(self, group: int, model_layer: int, *, stage: int = 0) -> TrafficArrays:
         """The traffic of one expert group and MoE layer over all micro-batches."""
         mesh = Mesh(self.scenario.parallelism, self.scenario.cluster)
         ranks_R = mesh.expert_groups()[group]

@@ -5,7 +5,7 @@ import pytest
 
 from moesim.results import CATEGORIES, SpanRecorder, attribute
 from moesim.sim.executor import GroupExecutor, HostModel, Labels
-from moesim.sim.operations import SIDE, Block, Operation, compute, fork, join, readback, transfer
+from moesim.sim.operations import SIDE, Block, Operation, Run, compute, fork, join, readback, transfer
 
 FREE = HostModel(forward_launch=0.0, backward_launch=0.0, readback=0.0)
 
@@ -27,7 +27,7 @@ def executor(ranks: int, *, samples: int = 1, host: HostModel = FREE, slowdown: 
 
 def run(group: GroupExecutor, *operations: Operation) -> dict[str, np.ndarray]:
     """Execute one block and attribute it: seconds per category and rank of sample 0."""
-    group.execute(Block("test", operations), 0, backward=False)
+    group.execute([Run(Block("test", operations), 0, False)])
     step_S = group.done_SR.max(axis=1)
     ranks_R = np.arange(group.compute_SR.shape[1])
     table = group.recorder.table(labels=group.labels.all(), ranks_R=ranks_R, step_S=step_S)

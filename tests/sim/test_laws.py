@@ -73,8 +73,8 @@ class Renumbered:
     def __init__(self, sample, rank_from_R: np.ndarray) -> None:
         self.sample, self.rank_from_R, self.placement = sample, rank_from_R, sample.placement
 
-    def arrays(self, group: int, layer: int) -> TrafficArrays:
-        arrays = self.sample.arrays(group, layer)
+    def arrays(self, group: int, layer: int, *, stage: int = 0) -> TrafficArrays:
+        arrays = self.sample.arrays(group, layer, stage=stage)
         experts = self.placement.slot_experts_DP[self.rank_from_R].reshape(-1)
         return replace(
             arrays,

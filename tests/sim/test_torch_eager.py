@@ -65,7 +65,9 @@ def program(case: Scenario, kernels: Any = None) -> StepProgram:
 
 
 def operations(case: Scenario) -> list[Operation]:
-    return [operation for block, _, _ in program(case).groups[0].schedule for operation in block.operations]
+    return [
+        operation for task in program(case).groups[0].tasks for run in task.runs for operation in run.block.operations
+    ]
 
 
 def run(case: Scenario, kernels: Any = None) -> StepOutcome:
@@ -131,7 +133,7 @@ def test_two_ranks_exchange_counts_read_them_and_then_send_rows() -> None:
     assert first == ["dispatch.counts", "dispatch.readback", "dispatch", "combine"]
     assert sum(operation.kind is Kind.READBACK for operation in listed) == case.model.moe_layers
     assert [reduction.name for reduction in program(case).reductions] == ["all_reduce.dense"]
-    names = [operation.label.name for operation in program(case).optimizer.operations]
+    names = [operation.label.name for operation in program(case).groups[0].optimizer.operations]
     assert names == ["gradients.unflatten", "adamw"]
 
 
@@ -146,7 +148,7 @@ def test_a_slow_host_sets_the_step() -> None:
     busy = sum(
         float(operation.seconds_MSR.sum()) for operation in operations(case) if operation.seconds_MSR is not None
     )
-    optimizer = program(case).optimizer.operations[0].seconds_MSR
+    optimizer = program(case).groups[0].optimizer.operations[0].seconds_MSR
     assert optimizer is not None and free == pytest.approx(busy + float(optimizer.sum()), rel=1e-9)
 
 

@@ -1,0 +1,117 @@
+"""The blocks of one pipeline stage on one expert group: its layers' operations per pass.
+
+Legend: L layers of the stage.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from moesim.compute import KernelModel
+from moesim.parallel.schedules import Pass
+from moesim.scenario import Scenario
+from moesim.sim.loads import LayerLoads
+from moesim.sim.operations import Block, Kind, Operation
+from moesim.sim.sizes import Passes, Step, chain
+from moesim.sim.software import SOFTWARE
+from moesim.sim.writer import KernelWriter
+
+# What one word of workload.recompute repeats: operations whose names end so.
+RECOMPUTED_NAMES = {
+    "rms_norm": ("_norm",),
+    "swiglu": (".activation",),
+    "mla_up_projection": ("q_up", "kv_up"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagePlan:
+    """Which part of the model a stage is: `layers` numbered through the model, and whether it is an end."""
+
+    layers: range
+    first: bool
+    last: bool
+
+
+def stage_blocks(
+    scenario: Scenario, kernels: KernelModel, plan: StagePlan, loads_of_layer: Mapping[int, LayerLoads]
+) -> dict[Pass, Block]:
+    """A block per pass; `loads_of_layer` holds the MoE layers of the stage (and layers of multi-token prediction)."""
+    forward, backward = _passes(scenario, kernels, plan, loads_of_layer)
+    late = tuple(operation for operation in backward if operation.is_weight_gradient)
+    early = tuple(operation for operation in backward if not operation.is_weight_gradient)
+    return {
+        Pass.FORWARD: Block("forward", tuple(forward)),
+        Pass.BACKWARD: Block("backward", tuple(backward)),
+        Pass.INPUT: Block("backward.input", early),
+        Pass.WEIGHT: Block("backward.weight", late),
+    }
+
+
+def _passes(
+    scenario: Scenario, kernels: KernelModel, plan: StagePlan, loads_of_layer: Mapping[int, LayerLoads]
+) -> Passes:
+    model, software, step = scenario.model, SOFTWARE[scenario.implementation.kind], step_sizes(scenario)
+
+    def writer(category: str, layer: int) -> KernelWriter:
+        return KernelWriter(kernels, dtype=scenario.workload.precision.gemm, category=category, layer=layer)
+
+    def layer_part(layer: int) -> Passes:
+        part = software.layer_part(writer("attention", layer), step, loads_of_layer.get(layer))
+        return _with_recomputation(scenario, part)
+
+    parts = [software.embedding_part(writer("embedding_head", -1), step)] if plan.first else []
+    parts += [layer_part(layer) for layer in plan.layers]
+    if plan.last:
+        parts.append(software.head_part(writer("embedding_head", -1), step))
+        for extra in range(model.mtp_layers):
+            joined = writer("embedding_head", model.layers + extra)
+            tokens, hidden = step.tokens, model.hidden
+            join: Passes = (
+                [joined.gemm("mtp.join", m=tokens, k=2 * hidden, n=hidden)],
+                joined.gemm_backward("mtp.join", m=tokens, k=2 * hidden, n=hidden),
+            )
+            head = software.head_part(writer("embedding_head", -1), step)
+            parts += [join, layer_part(model.layers + extra), head]
+    return chain(*parts)
+
+
+def step_sizes(scenario: Scenario) -> Step:
+    """The sizes of one micro-batch on one rank."""
+    return Step(
+        model=scenario.model,
+        batch=scenario.workload.micro_batch,
+        sequence=scenario.workload.sequence_length,
+        quantise=scenario.dispatch.dtype == "fp8",
+        remote=scenario.parallelism.expert > 1,
+        sigmoid=scenario.model.experts > 0 and scenario.router_shape().kind == "deepseek_v3",
+        shared_beside=scenario.overlap.shared_experts is not False,
+    )
+
+
+def _with_recomputation(scenario: Scenario, part: Passes) -> Passes:
+    """One layer whose backward pass first repeats what was not kept."""
+    forward, backward = part
+    if scenario.workload.recompute == "full":
+        return forward, [*map(_again, forward), *backward]
+    endings = tuple(end for word in scenario.workload.recomputed_parts for end in RECOMPUTED_NAMES[word])
+    if not endings:
+        return part
+    repeated = [operation for operation in forward if operation.label.name.endswith(endings)]
+    return forward, [*map(_again, repeated), *backward]
+
+
+def _again(operation: Operation) -> Operation:
+    """The same operation in the backward pass: compute counts as recomputation, transfers keep their own category."""
+    category = "recompute" if operation.kind is Kind.COMPUTE else operation.label.category
+    label = operation.label._replace(name=f"{operation.label.name}.again", category=category)
+    return replace(operation, label=label)
+
+
+def source_seconds(block: Block) -> Iterable[tuple[str, float]]:
+    """(source, mean seconds) of every operation of a block."""
+    for operation in block.operations:
+        if operation.seconds_MSR is not None:
+            yield operation.source, float(operation.seconds_MSR.mean())
+        elif operation.transfers_M:
+            alone = [float(prepared.alone_R.mean()) for prepared in operation.transfers_M]
+            yield operation.source, sum(alone) / len(alone)
