@@ -26,7 +26,8 @@ class MemoryKind:
 MEMORY_KINDS: dict[str, MemoryKind] = {
     "copy": MemoryKind("bf16 copy", 4),
     "elementwise": MemoryKind("bf16 out = a + b; stands for any fused elementwise kernel", 6),
-    "mul": MemoryKind("bf16 out = a * b, one operand per row or both full (then 6 per element)", 4),
+    "mul": MemoryKind("bf16 rows times one number each", 4),
+    "mul_backward": MemoryKind("gradients of rows times one number each: of the rows and of the numbers", 10, 4),
     "zero": MemoryKind("fill with zeros, bf16", 2),
     "cast": MemoryKind("bf16 to fp32", 6),
     "reduce": MemoryKind("sum of bf16 rows into one value each", 2, 2),

@@ -3,13 +3,18 @@
 JSON, gzipped where the name ends in .gz:
     {"schema_version": 1, "name": "h200", "sessions": [{device, driver, torch, cuda, date, ...}],
      "rows": [{"family": "gemm", "m": ..., "k": ..., "n": ..., "dtype": "bf16", "direction": "forward",
-               "p20": s, "p50": s, "p80": s, "repeats": n, "sm_mhz": ..., "watts": ..., "session": 0}, ...]}
+               "p20": s, "p50": s, "p80": s, "repeats": n, "clock_mhz": ..., "watts": ..., "session": 0,
+               "visits": [p50 of each visit, s]}, ...],
+     "fits": {"gemm/bf16/forward": {"theta": [...], "clock": [...], "alpha": a}, ...}}
+
+     "rows": [{"family": "gemm", "m": ..., "k": ..., "n": ..., "dtype": "bf16", "direction": "forward", "kernel": name,
+the physical parameters of `moesim.compute.cells`, kept because fitting takes longer than loading.
 """
 
 import gzip
 import json
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +31,7 @@ class Profile:
     name: str
     sessions: list[dict[str, Any]]
     rows: list[dict[str, Any]]
+    fits: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def family(self, name: str) -> list[dict[str, Any]]:
         """The rows of one family."""
@@ -34,7 +40,8 @@ class Profile:
 
 def save_profile(profile: Profile, path: Path) -> None:
     """Write `profile`, one row a line; never leaves a half-written file in place of a whole one."""
-    head = json.dumps({"schema_version": SCHEMA_VERSION, "name": profile.name, "sessions": profile.sessions}, indent=1)
+    facts = {"schema_version": SCHEMA_VERSION, "name": profile.name, "sessions": profile.sessions, "fits": profile.fits}
+    head = json.dumps(facts, indent=1)
     rows = ",\n".join(json.dumps(row, separators=(",", ":")) for row in profile.rows)
     text = f'{head[:-2]},\n "rows": [\n{rows}\n]}}\n'
     data = text.encode()
@@ -61,11 +68,12 @@ def load_profile_file(path: Path) -> Profile:
     if content["schema_version"] != SCHEMA_VERSION:
         found = content["schema_version"]
         raise UserError(
-            f"{path}: profile of schema version {found!r}, this moesim reads {SCHEMA_VERSION}; run `moesim calibrate` again"
+            f"{path}: profile of schema version {found!r}, this moesim reads {SCHEMA_VERSION}; "
+            "run `moesim calibrate` again"
         )
-    name, sessions, rows = content.get("name"), content.get("sessions"), content.get("rows")
+    name, sessions, rows, fits = (content.get(key) for key in ("name", "sessions", "rows", "fits"))
     if not isinstance(name, str) or not isinstance(sessions, list) or not isinstance(rows, list):
         raise UserError(f"{path}: profile without name, sessions or rows; make it again with `moesim calibrate`")
     if not all(isinstance(row, dict) and isinstance(row.get("family"), str) for row in rows):
         raise UserError(f"{path}: profile with a row that names no family; make it again with `moesim calibrate`")
-    return Profile(name=name, sessions=sessions, rows=rows)
+    return Profile(name=name, sessions=sessions, rows=rows, fits=fits if isinstance(fits, dict) else {})

@@ -7,6 +7,7 @@ the datasheet peak and a large copy about 90 % of the datasheet bandwidth; fused
 first approximation by intent; a calibrated profile replaces them.
 """
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import numpy as np
@@ -41,7 +42,7 @@ class GpuRates(Protocol):
     @property
     def name(self) -> str: ...
     @property
-    def peak_flops(self) -> dict[str, float]: ...
+    def peak_flops(self) -> Mapping[str, float]: ...
     @property
     def memory_bandwidth(self) -> float: ...
 

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from moesim.compute.benchmarks.calibrate import BUDGET_SHARES, run_calibration
+from moesim.compute.benchmarks.calibrate import BUDGET_SHARES, NUM_VISITS, run_calibration
 from moesim.errors import UserError
 
 
@@ -16,6 +16,7 @@ def main() -> int:
     parser.add_argument("--name")
     parser.add_argument("--budget", type=float, default=420.0, help="seconds of measuring")
     parser.add_argument("--families", default=",".join(BUDGET_SHARES))
+    parser.add_argument("--visits", type=int, default=NUM_VISITS)
     parser.add_argument("--quiet", action="store_true")
     given = parser.parse_args()
     try:
@@ -25,6 +26,7 @@ def main() -> int:
             name=given.name,
             budget=given.budget,
             families=tuple(given.families.split(",")),
+            visits=given.visits,
             quiet=given.quiet,
         )
     except UserError as error:

@@ -56,15 +56,16 @@ BUDGET_SHARES = {
     "contention": 0.04,
 }
 NUM_VISITS = 3  # of every shape, apart in time and on different ranks: the clock under a power limit never stands still
+_BF16 = {"dtype": "bf16", "direction": "forward"}
 _CONTENDERS: tuple[dict[str, Any], ...] = (
-    {"family": "gemm", "m": 8192, "k": 4096, "n": 4096, "dtype": "bf16", "direction": "forward"},
-    {"family": "gemm", "m": 4096, "k": 2048, "n": 2816, "dtype": "bf16", "direction": "forward"},
-    {"family": "grouped_gemm", "rows_per_expert": [768] * 32, "k": 2048, "n": 2816, "dtype": "bf16", "direction": "forward"},
-    {"family": "grouped_gemm", "rows_per_expert": [4096] * 4, "k": 4096, "n": 14336, "dtype": "bf16", "direction": "forward"},
-    {"family": "attention", "batch": 2, "sequence": 4096, "heads": 16, "kv_heads": 16, "head_dim": 128, "value_dim": 128,
-     "causal": True, "direction": "forward"},
+    {"family": "gemm", "m": 8192, "k": 4096, "n": 4096} | _BF16,
+    {"family": "gemm", "m": 4096, "k": 2048, "n": 2816} | _BF16,
+    {"family": "grouped_gemm", "rows_per_expert": [768] * 32, "k": 2048, "n": 2816} | _BF16,
+    {"family": "grouped_gemm", "rows_per_expert": [4096] * 4, "k": 4096, "n": 14336} | _BF16,
+    {"family": "attention", "batch": 2, "sequence": 4096, "heads": 16, "kv_heads": 16}
+    | {"head_dim": 128, "value_dim": 128, "causal": True, "direction": "forward"},
     {"family": "memory_bound", "kind": "elementwise", "rows": 32768, "width": 4096, "bytes": 805306368.0},
-)  # fmt: skip
+)
 _PROFILED_TOGETHER = 24
 _CONTENTION_SIZES = (4 << 20, 64 << 20, 512 << 20)
 
@@ -80,6 +81,7 @@ class Bench:
     sampler: Sampler
     limits: Limits
     ranks: int
+    visits: int
     beyond: float  # bytes between two uses of one operand
     progress: Callable[[str, float], None]
 
@@ -148,8 +150,8 @@ def _run_family(bench: Bench, family: str, seconds: float) -> None:
         _attempt(bench, row, lambda row=row: measure(row))  # type: ignore[misc]
         if bench.device == "cuda" and number % 16 == 15:
             torch.cuda.empty_cache()
-        bench.progress(family, (bench.session.visit + (time.monotonic() - begin) / seconds) / NUM_VISITS)
-    bench.progress(family, (bench.session.visit + 1) / NUM_VISITS)
+        bench.progress(family, (bench.session.visit + (time.monotonic() - begin) / seconds) / bench.visits)
+    bench.progress(family, (bench.session.visit + 1) / bench.visits)
 
 
 def _run_host(bench: Bench, seconds: float) -> None:
@@ -252,7 +254,7 @@ def _run_all(bench: Bench, families: tuple[str, ...], budget: float) -> None:
     scale = budget / sum(BUDGET_SHARES[family] for family in families)
     if "host" in families:
         _run_host(bench, BUDGET_SHARES["host"] * scale)
-    for visit in range(NUM_VISITS):
+    for visit in range(bench.visits):
         bench.session.visit = visit
         for family in families:
             if family not in _PREPARE:
@@ -261,7 +263,7 @@ def _run_all(bench: Bench, families: tuple[str, ...], budget: float) -> None:
                 dist.barrier()
             if bench.device == "cuda":
                 _heat(bench, 1.0)
-            _run_family(bench, family, BUDGET_SHARES[family] * scale / NUM_VISITS)
+            _run_family(bench, family, BUDGET_SHARES[family] * scale / bench.visits)
     bench.session.visit = 0
     for family, run in together.items():
         if family in families and bench.ranks > 1 and (family == "collective" or bench.device == "cuda"):
@@ -292,6 +294,7 @@ def run_calibration(
     name: str | None = None,
     budget: float = 420.0,
     families: tuple[str, ...] = tuple(BUDGET_SHARES),
+    visits: int = NUM_VISITS,
     quiet: bool = False,
 ) -> Profile | None:
     """Measure `families` for about `budget` seconds and write (or extend) the profile `out`.
@@ -322,6 +325,7 @@ def run_calibration(
                     sampler=sampler,
                     limits=GPU_LIMITS if gpu else CPU_LIMITS,
                     ranks=ranks,
+                    visits=visits,
                     beyond=2.5 * facts["l2_bytes"] if gpu else 0.0,
                     progress=progress,
                 )

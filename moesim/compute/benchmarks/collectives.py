@@ -67,12 +67,15 @@ def prepare_collective(shape: dict[str, Any], device: str) -> Call:
 
         return run
 
+    # Newer versions of torch have other names for these two.
+    gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
     calls: dict[str, Call] = {
         "all_to_all": all_to_all,
         "all_to_all_uneven": all_to_all,
         "all_reduce": lambda i: dist.all_reduce(inputs[i % 2]),
-        "all_gather": lambda i: dist.all_gather_into_tensor(outputs[i % 2], inputs[i % 2][: count // ranks]),
-        "reduce_scatter": lambda i: dist.reduce_scatter_tensor(outputs[i % 2][: count // ranks], inputs[i % 2]),
+        "all_gather": lambda i: gather(outputs[i % 2], inputs[i % 2][: count // ranks]),
+        "reduce_scatter": lambda i: scatter(outputs[i % 2][: count // ranks], inputs[i % 2]),
         "send_recv": peer_to_peer(False),
         "exchange": peer_to_peer(True),
     }
@@ -99,7 +102,8 @@ class Overlap:
     def spans(self, *, computes: int, transfers: int) -> tuple[float, float]:
         """Seconds that this many compute calls and this many transfers take when both start at once."""
         main = torch.cuda.current_stream()
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
+        make_event: Any = torch.cuda.Event
+        events = [make_event(enable_timing=True) for _ in range(4)]
         torch.cuda.synchronize()
         dist.barrier()
         self._sleep(2e-3 + 30e-6 * (computes + transfers))

@@ -84,7 +84,7 @@ def _plain_operations(device: str) -> dict[str, Callable[[], Any]]:
         "scatter_add": lambda: torch.zeros(_EXPERTS, device=device, dtype=torch.int64).scatter_add_(0, ids, ids),
     }
     if device == "cuda":
-        event = torch.cuda.Event()
+        event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
         stream = torch.cuda.current_stream()
         plain["event_record"] = lambda: event.record(stream)
         plain["event_wait"] = lambda: stream.wait_event(event)

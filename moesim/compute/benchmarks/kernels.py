@@ -87,7 +87,7 @@ _BACKENDS = {-1: "none", 0: "math", 1: "flash", 2: "efficient", 3: "cudnn", 4: "
 
 
 def prepare_attention(shape: Shape, pool: Pool, beyond: float) -> Prepared:
-    """`scaled_dot_product_attention` on [B, S, H, D] tensors seen as [B, H, S, D]; the backend torch takes is recorded."""
+    """`scaled_dot_product_attention` on [B, S, H, D] tensors seen as [B, H, S, D], with torch's backend."""
     batch, sequence, heads, kv_heads = shape["batch"], shape["sequence"], shape["heads"], shape["kv_heads"]
     head_dim, value_dim, causal = shape["head_dim"], shape["value_dim"], shape["causal"]
     grouped = kv_heads != heads
@@ -117,6 +117,7 @@ def prepare_attention(shape: Shape, pool: Pool, beyond: float) -> Prepared:
         out, leaves, gradient = operands
         return torch.autograd.grad(out, leaves, gradient, retain_graph=True)
 
-    choice = torch._fused_sdp_choice(*inputs(), is_causal=causal, enable_gqa=grouped)
+    choose: Any = torch._fused_sdp_choice
+    choice = choose(*inputs(), is_causal=causal, enable_gqa=grouped)
     call = _rotating(make, compute, bytes_per_call=moved, beyond=beyond)
     return call, {"backend": _BACKENDS.get(int(choice), str(choice))}

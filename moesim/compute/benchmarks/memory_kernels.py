@@ -51,6 +51,11 @@ def _mul(pool: Pool, rows: int, width: int) -> Callable[[], Any]:
     return lambda: x * gate
 
 
+def _mul_backward(pool: Pool, rows: int, width: int) -> Callable[[], Any]:
+    x, gate = _leaf(pool, rows, width), _leaf(pool, rows, 1)
+    return _gradient_of(pool, x * gate, [x, gate])
+
+
 def _cast(pool: Pool, rows: int, width: int) -> Callable[[], Any]:
     x = pool.take(rows, width)
     return lambda: x.float()
@@ -190,6 +195,7 @@ _MAKERS: dict[str, Maker] = {
     "copy": _copy,
     "elementwise": _add,
     "mul": _mul,
+    "mul_backward": _mul_backward,
     "zero": _zero,
     "cast": _cast,
     "reduce": _reduce,

@@ -54,6 +54,8 @@ class Session:
         if self.out.exists():
             for row in load_profile_file(self.out).rows:
                 self._count(row, len(row.get("visits", [0])))
+                if "kernel" in row:
+                    self._count(kernel_name_row(row), 1)
         for row in _partial_rows(self.partial):
             self._count(row, 1)
         self._file = (self.partial / f"rank{self.rank}.{os.getpid()}.jsonl").open("a", encoding="utf-8")
@@ -105,13 +107,29 @@ class Session:
             visits.setdefault(row_key(row), []).append(row)
         for row in _partial_rows(self.partial):
             visits.setdefault(row_key(row), []).append(row | {"session": number})
-        rows = [_merged(parts) for parts in visits.values()]
+        rows = _with_kernel_names([_merged(parts) for parts in visits.values()])
         profile = Profile(name=name, sessions=[*earlier.sessions, environment], rows=rows)
         save_profile(profile, self.out)
         for path in self.partial.glob("*.jsonl"):
             path.unlink()
         self.partial.rmdir()
         return profile
+
+
+def kernel_name_row(row: Row) -> Row:
+    """The key of the row that names the kernel behind `row`."""
+    return {"family": "kernel_name", "of": json.loads(row_key(row))}
+
+
+def _with_kernel_names(rows: list[Row]) -> list[Row]:
+    """The measured rows, each with its first kernel's name where a row of its own gives it."""
+    names = {row_key(row["of"]): row["kernel"] for row in rows if row["family"] == "kernel_name"}
+    measured = [row for row in rows if row["family"] != "kernel_name"]
+    for row in measured:
+        found = names.get(row_key(row))
+        if found:
+            row["kernel"] = found[0].split("(")[0][:60]
+    return measured
 
 
 def _merged(parts: list[Row]) -> Row:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from moesim.compute.estimate import FloatArray
 from moesim.compute.memory_kinds import MEMORY_KINDS, memory_bytes
 from moesim.seeding import stream
 
@@ -43,7 +44,7 @@ GPU_LIMITS = Limits(
     flops=2.5e13,
     bytes=3e9,
     sequences=(9, 15),
-    counts={"gemm": 2400, "gemm_fp8": 560, "grouped_gemm": 1900, "attention": 640, "memory_bound": 26},
+    counts={"gemm": 2400, "gemm_fp8": 560, "grouped_gemm": 1900, "attention": 900, "memory_bound": 64},
 )
 CPU_LIMITS = Limits(
     flops=2e8,
@@ -101,9 +102,9 @@ def _rows_per_expert(rng: np.random.Generator, experts: int, rows: int) -> list[
     kind = rng.choice(["equal", "multinomial", "zipf", "dirichlet", "sparse", "hot"])
     if kind == "equal":
         return [max(1, rows // experts)] * experts
-    shares_E = np.ones(experts)
+    shares_E: FloatArray = np.ones(experts)
     if kind == "zipf":
-        shares_E = np.arange(1, experts + 1) ** -rng.uniform(0.2, 1.5)
+        shares_E = np.asarray(np.arange(1, experts + 1) ** -rng.uniform(0.2, 1.5), float)
     elif kind == "dirichlet":
         shares_E = rng.dirichlet(np.full(experts, rng.choice([0.3, 1.0, 4.0])))
     elif kind == "sparse":

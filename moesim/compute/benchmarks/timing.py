@@ -10,6 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+_Event: Any = torch.cuda.Event  # untyped in torch
+_sleep: Any = getattr(torch.cuda, "_sleep", None)
 _PROBE_CYCLES = 400_000
 Call = Callable[[int], object]  # the argument counts calls, so that operands can rotate
 
@@ -89,30 +91,29 @@ class CudaTimer:
         self.started = 0.0  # monotonic seconds at the beginning of the last measurement, for the clock sampler
 
     def _measure_sleep(self) -> float:
-        sleep: Callable[[int], None] = torch.cuda._sleep  # type: ignore[attr-defined]
-        sleep(10_000_000)
+        _sleep(10_000_000)
         torch.cuda.synchronize()
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin, end = _Event(enable_timing=True), _Event(enable_timing=True)
         begin.record()
-        sleep(100_000_000)
+        _sleep(100_000_000)
         end.record()
         torch.cuda.synchronize()
-        return 100_000_000 / (begin.elapsed_time(end) / 1e3)
+        return 100_000_000 / float(begin.elapsed_time(end) / 1e3)
 
     def sleep(self, seconds: float) -> None:
         """Hold the current stream for about this long."""
-        torch.cuda._sleep(int(seconds * self._cycles_per_second))  # type: ignore[attr-defined]
+        _sleep(int(seconds * self._cycles_per_second))
 
-    def _probe_clock(self, begin: torch.cuda.Event, end: torch.cuda.Event) -> None:
+    def _probe_clock(self, begin: Any, end: Any) -> None:
         begin.record()
-        torch.cuda._sleep(_PROBE_CYCLES)  # type: ignore[attr-defined]
+        _sleep(_PROBE_CYCLES)
         end.record()
 
     def _probe(self, call: Call) -> tuple[float, float]:
         """(seconds on the device, seconds on the host) of one call, roughly."""
         call(0)
         torch.cuda.synchronize()
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin, end = _Event(enable_timing=True), _Event(enable_timing=True)
         self.sleep(1e-3)
         started = time.perf_counter()
         begin.record()
@@ -138,8 +139,8 @@ class CudaTimer:
         return self._run(call, warm=warm, groups=groups, inner=inner, ahead=150e-6 * (warm + groups * inner))
 
     def _run(self, call: Call, *, warm: int, groups: int, inner: int, ahead: float) -> Timing:
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(groups + 1)]
-        probes = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
+        events = [_Event(enable_timing=True) for _ in range(groups + 1)]
+        probes = [_Event(enable_timing=True) for _ in range(4)]
         self.started = time.monotonic()
         torch.cuda.synchronize()
         gc.disable()

@@ -1,0 +1,242 @@
+"""Kernel durations from a measured profile, with the roofline where the profile has nothing.
+
+Legend: R ranks, E local experts, Q queried kernels, C size columns (see `moesim.compute.physics`).
+"""
+
+import warnings
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from moesim.compute import physics
+from moesim.compute.cells import Cell, Fit, canonical, grouped_cell, kind_of
+from moesim.compute.estimate import (
+    DTYPE_BYTES,
+    AttentionDirection,
+    Contention,
+    Estimate,
+    FloatArray,
+    GemmDirection,
+    HostCosts,
+    as_result,
+    weakest,
+)
+from moesim.compute.fitting import cell_rows, fit_cell
+from moesim.compute.fp8 import FP8_ROW_ALIGNMENT, fp8_grouped_gemm
+from moesim.compute.measured import contention_of, host_costs_of, typical_widths
+from moesim.compute.memory_kinds import MEMORY_KINDS
+from moesim.compute.profile import Profile
+from moesim.compute.roofline import Roofline
+from moesim.errors import UserError
+
+FAMILIES = ("gemm", "grouped_gemm", "attention", "memory_bound", "host")
+_CACHED_CALLS = 4096
+_TENSOR_DTYPES = {"bf16": "bf16", "fp16": "bf16", "fp8": "fp8"}  # fp16 runs at the rate of bf16
+
+
+class CalibratedModel:
+    """The kernel model of one profile. Source: "measured" for a shape of the profile, "interpolated" near measured
+    ones, "extrapolated" beyond, "roofline" for what the profile lacks.
+
+    Durations are those at the clock that such kernels ran at in sustained measuring; `at_clock` gives a model for
+    another clock.
+    """
+
+    def __init__(self, profile: Profile, *, fallback: Roofline, clock_mhz: float | None = None) -> None:
+        self.profile = profile
+        self.fallback = fallback
+        self.clock_mhz = clock_mhz
+        self._rows = cell_rows(profile)
+        self._cells: dict[str, Cell] = {}
+        self._widths = typical_widths(profile)
+        self.host: HostCosts = host_costs_of(profile)
+        self.contention: Contention = contention_of(profile)
+        present = {row["family"] for row in profile.rows}
+        self.missing_families = tuple(family for family in FAMILIES if family not in present)
+        if self.missing_families:
+            names = ", ".join(self.missing_families)
+            warnings.warn(f"profile {profile.name}: no rows for {names}; the roofline answers instead", stacklevel=2)
+        # Calls repeat over layers and micro-batches; a cache makes the repetitions free.
+        self._cached_grouped: Callable[..., Estimate] = lru_cache(_CACHED_CALLS)(self._grouped)
+        self._scalar_gemm: Callable[..., Estimate] = lru_cache(_CACHED_CALLS)(self._gemm)
+        self._scalar_attention: Callable[..., Estimate] = lru_cache(_CACHED_CALLS)(self._attention)
+        self._scalar_memory: Callable[..., Estimate] = lru_cache(_CACHED_CALLS)(self._memory)
+
+    @property
+    def name(self) -> str:
+        """The profile's name."""
+        return self.profile.name
+
+    @property
+    def launch_seconds(self) -> float:
+        """Host time of one eager forward operation (median over the measured kinds)."""
+        return self.host.launch
+
+    @property
+    def backward_launch_seconds(self) -> float:
+        """Host time of one operation in the backward pass (median over the measured kinds)."""
+        return self.host.backward_launch
+
+    @property
+    def readback_seconds(self) -> float:
+        """Host time of a synchronising read-back of some counts."""
+        return self.host.readback
+
+    @property
+    def kernel_floor_seconds(self) -> float:
+        """The shortest time a kernel occupies its stream."""
+        return self.host.kernel_floor
+
+    @property
+    def collectives(self) -> list[dict[str, Any]]:
+        """Measured collectives: kind, bytes of one rank's buffer, ranks, p20/p50/p80 seconds of the slowest rank."""
+        return self.profile.family("collective")
+
+    def at_clock(self, mhz: float) -> "CalibratedModel":
+        """The same kernels at another SM clock: seconds scale by clock ** -alpha, with alpha measured per cell."""
+        return CalibratedModel(self.profile, fallback=self.fallback, clock_mhz=mhz)
+
+    def cell(self, name: str) -> Cell | None:
+        """The fitted cell, made at first use; None when the profile has no such rows."""
+        if name not in self._cells:
+            rows = self._rows.get(name)
+            if rows is None:
+                return None
+            stored = self.profile.fits.get(name)
+            fit = fit_cell(kind_of(name), rows) if stored is None else Fit.from_json(stored)
+            self._cells[name] = Cell(kind_of(name), rows, fit)
+        return self._cells[name]
+
+    def _predict(self, cell: Cell, sizes_QC: FloatArray) -> tuple[FloatArray, str]:
+        return cell.predict(sizes_QC, clock_mhz=self.clock_mhz)
+
+    def gemm(
+        self,
+        *,
+        m: ArrayLike,
+        k: ArrayLike,
+        n: ArrayLike,
+        dtype: str = "bf16",
+        direction: GemmDirection = "forward",
+    ) -> Estimate:
+        """Seconds of a dense product [m, k] x [k, n], or of its dgrad or wgrad (m, k, n stay those of the forward)."""
+        if isinstance(m, int) and isinstance(k, int) and isinstance(n, int):
+            return self._scalar_gemm(m, k, n, dtype, direction)
+        return self._gemm(m, k, n, dtype, direction)
+
+    def _gemm(self, m: ArrayLike, k: ArrayLike, n: ArrayLike, dtype: str, direction: str) -> Estimate:
+        sizes = canonical(m, k, n, direction)
+        tensor_dtype = _TENSOR_DTYPES.get(dtype, "")
+        # The library's fp8 products have one layout only: a gradient is a forward product of other sides.
+        cell = self.cell(f"gemm/{tensor_dtype}/{'forward' if tensor_dtype == 'fp8' else direction}")
+        if cell is None:
+            return self.fallback.gemm(m=sizes[0], k=sizes[2], n=sizes[1], dtype=dtype)
+        columns = np.broadcast_arrays(*(np.asarray(size, float) for size in sizes), DTYPE_BYTES[dtype])
+        shape = columns[0].shape
+        seconds, source = self._predict(cell, np.stack([np.ravel(column) for column in columns], axis=1))
+        return Estimate(as_result(seconds.reshape(shape)), source)
+
+    def grouped_gemm(
+        self,
+        *,
+        rows_per_expert: ArrayLike,
+        k: int,
+        n: int,
+        dtype: str = "bf16",
+        direction: GemmDirection = "forward",
+        row_alignment: int | None = None,
+    ) -> Estimate:
+        """Seconds of one grouped product; rows_per_expert [E] or [R, E].
+
+        fp8 comes from published rates of another GPU (source "scaled") for kernels that need each expert's rows
+        aligned to `row_alignment` (128 by default there; bf16 needs none).
+        """
+        rows_RE = np.asarray(rows_per_expert, float)
+        if row_alignment:
+            rows_RE = np.ceil(rows_RE / row_alignment) * row_alignment
+        if dtype == "fp8":
+            alignment, gpu = row_alignment or FP8_ROW_ALIGNMENT, self.fallback.gpu
+            return fp8_grouped_gemm(rows_RE, k, n, gpu=gpu, direction=direction, row_alignment=alignment)
+        return self._cached_grouped(rows_RE.tobytes(), rows_RE.shape, k, n, dtype, direction)
+
+    def _grouped(
+        self, rows: bytes, shape: tuple[int, ...], k: int, n: int, dtype: str, direction: GemmDirection
+    ) -> Estimate:
+        rows_QE = np.frombuffer(rows).reshape(-1, shape[-1])
+        sizes_QC = physics.grouped_sizes(rows_QE, k, n, direction=direction)
+        small_Q = sizes_QC[:, 5] > 0
+        seconds_Q, sources = np.empty(len(sizes_QC)), []
+        for small in (True, False):
+            chosen_Q = small_Q == small
+            if not chosen_Q.any():
+                continue
+            cell = self.cell(grouped_cell(direction, small=small)) if dtype in ("bf16", "fp16") else None
+            if cell is None:
+                chosen_QE = rows_QE[chosen_Q]
+                found = self.fallback.grouped_gemm(
+                    rows_per_expert=chosen_QE, k=k, n=n, dtype=dtype, direction=direction
+                )
+                seconds_Q[chosen_Q], source = found
+            else:
+                seconds_Q[chosen_Q], source = self._predict(cell, sizes_QC[chosen_Q])
+            sources.append(source)
+        seconds_Q.flags.writeable = False  # one array may be handed out many times
+        return Estimate(as_result(seconds_Q.reshape(shape[:-1])), weakest(*sources))
+
+    def attention(
+        self,
+        *,
+        batch: ArrayLike,
+        sequence: ArrayLike,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        value_dim: int,
+        causal: bool = True,
+        direction: AttentionDirection = "forward",
+    ) -> Estimate:
+        """Seconds of fused bf16 attention, forward or backward (all three gradients)."""
+        if isinstance(batch, int) and isinstance(sequence, int):
+            return self._scalar_attention(batch, sequence, heads, kv_heads, head_dim, value_dim, causal, direction)
+        return self._attention(batch, sequence, heads, kv_heads, head_dim, value_dim, causal, direction)
+
+    def _attention(
+        self,
+        batch: ArrayLike,
+        sequence: ArrayLike,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        value_dim: int,
+        causal: bool,
+        direction: AttentionDirection,
+    ) -> Estimate:
+        shape: dict[str, Any] = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "value_dim": value_dim}
+        shape |= {"causal": causal, "direction": direction}
+        cell = self.cell(f"attention/{direction}")
+        if cell is None:
+            return self.fallback.attention(batch=batch, sequence=sequence, **shape)
+        batch_R, sequence_R = np.broadcast_arrays(np.asarray(batch, float), np.asarray(sequence, float))
+        sizes_QC = physics.attention_sizes(batch=batch_R.ravel(), sequence=sequence_R.ravel(), **shape)
+        seconds_Q, source = self._predict(cell, sizes_QC)
+        return Estimate(as_result(seconds_Q.reshape(batch_R.shape)), source)
+
+    def memory_bound(self, *, kind: str, bytes: ArrayLike, width: ArrayLike | None = None) -> Estimate:
+        """Seconds of a memory-bound kernel; `width`, the length of its rows, sharpens it where known."""
+        if isinstance(bytes, int | float) and (width is None or isinstance(width, int)):
+            return self._scalar_memory(kind, bytes, width)
+        return self._memory(kind, bytes, width)
+
+    def _memory(self, kind: str, bytes_: ArrayLike, width: ArrayLike | None) -> Estimate:
+        if kind not in MEMORY_KINDS:
+            raise UserError(f"unknown memory-bound kernel {kind!r}; use one of: {', '.join(MEMORY_KINDS)}")
+        cell = self.cell(f"memory_bound/{kind}")
+        if cell is None:
+            return self.fallback.memory_bound(kind=kind, bytes=bytes_)
+        width = self._widths[kind] if width is None else width
+        bytes_R, width_R = np.broadcast_arrays(np.asarray(bytes_, float), np.asarray(width, float))
+        seconds_Q, source = self._predict(cell, np.stack([bytes_R.ravel(), width_R.ravel()], axis=1))
+        return Estimate(as_result(seconds_Q.reshape(bytes_R.shape)), source)

@@ -1,0 +1,65 @@
+"""`moesim calibrate`: measure and write a profile, or report how well a profile predicts."""
+
+import os
+from pathlib import Path
+
+from rich.console import Console
+
+from moesim.compute.calibrated import CalibratedModel
+from moesim.compute.fitting import fit_profile
+from moesim.compute.loading import MEASURED_GPU, load_profile
+from moesim.compute.profile import load_profile_file, save_profile
+from moesim.compute.report import error_table, leave_one_out_rows
+from moesim.errors import UserError
+
+
+def calibrate_command(
+    *,
+    device: str = "cuda",
+    out: str | Path | None = None,
+    report: bool = False,
+    profile: str | None = None,
+    budget: float = 420.0,
+    families: str | None = None,
+    by_cell: bool = False,
+    quiet: bool = False,
+) -> int:
+    """Run `moesim calibrate` and return its exit code.
+
+    With `report`, print the leave-one-out errors of `profile` (a name or file; `out` or the shipped one when absent).
+    Otherwise benchmark `device` (cuda or cpu; under torchrun on all its processes) for about `budget` seconds into the
+    profile file `out`; `families` is a comma-separated choice. Raises UserError for a user's mistake; an interrupt
+    (exit code 130) keeps what was measured.
+    """
+    console = Console()
+    if report:
+        return _report(profile or str(out or MEASURED_GPU), by_cell=by_cell, console=console)
+    if out is None:
+        raise UserError("calibrate: say where the profile goes with --out FILE.json.gz, or ask for --report")
+    from moesim.compute.benchmarks.calibrate import BUDGET_SHARES, run_calibration  # torch, so only here
+
+    path = Path(out)
+    chosen = tuple(families.split(",")) if families else tuple(BUDGET_SHARES)
+    try:
+        measured = run_calibration(device=device, out=path, budget=budget, families=chosen, quiet=quiet)
+    except KeyboardInterrupt:
+        return 130
+    if measured is None:
+        return 0
+    fit_profile(measured)
+    save_profile(measured, path)
+    if not quiet:
+        console.print(f"{len(measured.rows)} kernels in {path}", markup=False)
+    return 0
+
+
+def _report(name: str, *, by_cell: bool, console: Console) -> int:
+    path = Path(name)
+    if path.exists():
+        load_profile_file(path)  # says what is wrong with a file before anything is fitted
+    model = load_profile(name)
+    if not isinstance(model, CalibratedModel):
+        raise UserError(f"{name} is derived from {MEASURED_GPU} and has no measured rows; report on {MEASURED_GPU}")
+    rows = leave_one_out_rows(model, by_cell=by_cell)
+    console.print(error_table(rows, title=f"Leave-one-out errors of {model.name}"))
+    return os.EX_OK
