@@ -16,7 +16,7 @@ from moesim.moe.cache import cached_trace
 from moesim.moe.progress import ProgressCallback
 from moesim.moe.request import TrainingRequest
 from moesim.network import Fabric, build_fabric
-from moesim.parallel import TrafficSample, TrafficSampler
+from moesim.parallel import Mesh, TrafficSample, TrafficSampler
 from moesim.results import CATEGORIES, RESULT_SCHEMA_VERSION, RunRecord, SpanTable, Stream, attribute
 from moesim.results.economy import cost, utilisation
 from moesim.results.metrics import (
@@ -60,7 +60,7 @@ def simulate(
     plain, bootstrap = draw_samples(scenario, trace)
     spread = [sample.balanced() for sample in plain]
     outcome = _simulate_samples(scenario, fabric, kernels, [*plain, *spread, *bootstrap])
-    return _record(scenario, trace, plain, outcome)
+    return _record(scenario, fabric, trace, plain, outcome)
 
 
 def obtain_trace(
@@ -127,11 +127,18 @@ def _simulate_samples(
     scenario: Scenario, fabric: Fabric, kernels: KernelModel, samples: Sequence[TrafficSample]
 ) -> _Outcome:
     """Simulate the samples in lockstep, as many at once as memory allows."""
-    spans = scenario.model.layers * SPANS_PER_LAYER * scenario.num_micro_batches * scenario.parallelism.world_size
-    at_once = max(1, int(SPAN_MEMORY / (spans * BYTES_PER_SPAN)))
+    runs = scenario.num_micro_batches * scenario.parallelism.world_size // scenario.parallelism.pipeline
+    bytes_per_sample = scenario.model.layers * SPANS_PER_LAYER * runs * BYTES_PER_SPAN
+    at_once = max(1, int(SPAN_MEMORY / bytes_per_sample))
     parts = [
         _simulate_program(
-            build_program(scenario, fabric=fabric, kernels=kernels, samples=samples[start : start + at_once])
+            build_program(
+                scenario,
+                fabric=fabric,
+                kernels=kernels,
+                samples=samples[start : start + at_once],
+                merge=bytes_per_sample > SPAN_MEMORY,
+            )
         )
         for start in range(0, max(1, len(samples)), at_once)
     ]
@@ -169,6 +176,7 @@ def _shares(seconds: dict[str, float]) -> dict[str, float]:
 
 def _record(
     scenario: Scenario,
+    fabric: Fabric,
     trace: RoutingTrace | None,
     plain: Sequence[TrafficSample],
     everything: _Outcome,
@@ -204,7 +212,7 @@ def _record(
         "cost": cost(scenario, step_s),
         "estimate_sources": outcome.source_shares,
         "router": {"kind": "none (dense model)", "train_loss": None, "validation_loss": None},
-        "warnings": _warnings(scenario, plain),
+        "warnings": _warnings(scenario, fabric, plain),
     }
     arrays = {
         "step_time_S": outcome.step_S,
@@ -257,9 +265,15 @@ def _router_facts(trace: RoutingTrace, plain: Sequence[TrafficSample]) -> dict[s
     }
 
 
-def _warnings(scenario: Scenario, plain: Sequence[TrafficSample]) -> list[str]:
+def _warnings(scenario: Scenario, fabric: Fabric, plain: Sequence[TrafficSample]) -> list[str]:
     """What a reader must know before trusting the numbers."""
     warnings = []
+    mesh = Mesh(scenario.parallelism, scenario.cluster)
+    crosses = any(mesh.layout(ranks_R).num_nodes > 1 for ranks_R in mesh.expert_groups())
+    if fabric.core_can_block and crosses and scenario.network.model == "ports":
+        warnings.append(
+            "network.model: ports does not see the fabric's shared core links block each other; use fluid to see it"
+        )
     if plain and plain[0].draw.coverage < MIN_COVERAGE_FOR_CONFIDENCE:
         draw = plain[0].draw
         has_range = draw.coverage >= MIN_COVERAGE_FOR_RANGE

@@ -127,7 +127,7 @@ class TrafficSampler:
         """One routing sample of a step; with `bootstrap` from a trace resampled with replacement."""
         draw = draw_sequences(
             self.sequences.num_sequences,
-            num_micro_batches=self.scenario.num_micro_batches,
+            num_micro_batches=self.scenario.num_drawn_micro_batches,
             num_data_ranks=self.scenario.parallelism.data,
             micro_batch=self.scenario.workload.micro_batch,
             rng=rng,

@@ -43,6 +43,13 @@ class TrafficFacts:
 
     def __init__(self, scenario: Scenario, samples: Sequence[TrafficSample]) -> None:
         self.scenario = scenario
+        # How many micro-batches of the step hold the sequences of each drawn one.
+        drawn = scenario.num_drawn_micro_batches
+        self.uses_B = np.bincount(np.arange(scenario.num_micro_batches) % drawn, minlength=drawn)
+        places = enumerate(scenario.stage_layers)
+        self.place_of_layer = {
+            layer: stage % scenario.parallelism.pipeline for stage, layers in places for layer in layers
+        }
         self.num_groups = scenario.parallelism.stage_ranks // scenario.parallelism.expert
         self.num_layers = scenario.model.moe_layers
         placement = samples[0].placement
@@ -59,24 +66,26 @@ class TrafficFacts:
         self.num_samples = len(samples)
 
     def _add(self, sample: TrafficSample, group: int, layer: int, placement: ExpertPlacement) -> None:
-        arrays = sample.arrays(group, layer)
+        place = self.place_of_layer[layer + self.scenario.model.dense_layers]
+        arrays = sample.arrays(group, layer, stage=place)
         rows_BE = arrays.rows_BRE.sum(axis=1)
         rank_rows_BD = arrays.slot_rows_BDP(placement).sum(axis=2)
         stages = stage_copies(arrays, placement, self.scenario.dispatch.deduplicate)
         sent_BRD = np.sum(stages, axis=0)
-        self.expert_load_LE[layer] += rows_BE.sum(axis=0)
-        self.rank_load_LR[layer] += rank_rows_BD.sum(axis=0)
+        self.expert_load_LE[layer] += self.uses_B @ rows_BE
+        self.rank_load_LR[layer] += self.uses_B @ rank_rows_BD
         self.imbalance["expert"].append(mean_imbalance(rows_BE))
         self.imbalance["rank_rows"].append(mean_imbalance(rank_rows_BD))
         self.imbalance["rank_bytes"].append(mean_imbalance(sent_BRD.sum(axis=1)))
-        own_node = float(sent_BRD[:, arrays.layout.same_node_RD].sum())
+        sent_RD = np.einsum("b,brd->rd", self.uses_B, sent_BRD)
+        own_node = float(sent_RD[arrays.layout.same_node_RD].sum())
         self.own_node_copies += own_node
-        self.remote_node_copies += float(sent_BRD.sum()) - own_node
-        self.routed += int(arrays.routed_rows_B.sum())
-        self.dropped += int(arrays.dropped_rows_B.sum())
-        self.padded += int(arrays.padded_rows_B.sum())
+        self.remote_node_copies += float(sent_RD.sum()) - own_node
+        self.routed += int(self.uses_B @ arrays.routed_rows_B)
+        self.dropped += int(self.uses_B @ arrays.dropped_rows_B)
+        self.padded += int(self.uses_B @ arrays.padded_rows_B)
         if group == 0:
-            self.copies_RD += sent_BRD.sum(axis=0)
+            self.copies_RD += sent_RD
 
     @property
     def dropped_share(self) -> float:

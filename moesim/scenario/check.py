@@ -63,7 +63,7 @@ def require_supported(scenario: Scenario, *, where: Callable[[Path], str] = _dot
     The one place to relax when the core learns another kind of parallelism.
     """
     report = _Report(where)
-    for axis in ("pipeline", "tensor", "context", "expert_tensor"):
+    for axis in ("tensor", "context", "expert_tensor"):
         size = getattr(scenario.parallelism, axis)
         if size != 1:
             raise report.user(f"parallelism.{axis}", f"{size} cannot be simulated yet; use 1")

@@ -67,13 +67,10 @@ def check_recomputation(scenario: Scenario, report: Report) -> None:
 
 def require_supported_step(scenario: Scenario, report: Report) -> None:
     """Raises UserError for ways of running a step that the simulation core does not have yet, naming the key."""
-    work, mesh = scenario.workload, scenario.parallelism
-    if mesh.schedule.kind != "1f1b":
-        raise report.user("parallelism.schedule.kind", f"{mesh.schedule.kind} cannot be simulated yet; use 1f1b")
-    if work.recompute != "none":
-        raise report.user("workload.recompute", "recomputation cannot be simulated yet; use none")
-    if work.gradient_clipping is not None:
-        raise report.user("workload.gradient_clipping", "clipping cannot be simulated yet; leave it out")
-    for key in type(scenario.overlap).model_fields:
-        if getattr(scenario.overlap, key) is not None:
-            raise report.user(f"overlap.{key}", "cannot be chosen yet; leave it out")
+    if scenario.implementation.kind == "torch_eager":
+        if scenario.workload.recomputed_parts:
+            message = "torch_eager can only recompute whole layers; use none or full, or implementation fused"
+            raise report.user("workload.recompute", message)
+        for key in type(scenario.overlap).model_fields:
+            if getattr(scenario.overlap, key):
+                raise report.user(f"overlap.{key}", "torch_eager overlaps nothing; leave it out, or use fused")

@@ -144,9 +144,13 @@ class Implementation(Section):
 
 
 class Uncertainty(Section):
-    """Routing samples behind every headline number and its 90 % range."""
+    """Routing samples behind every headline number and its 90 % range.
+
+    Each sample draws the sequences of `bank` micro-batches (all, where there are fewer); further ones use them in turn.
+    """
 
     samples: PositiveInt = 8
+    bank: PositiveInt = 8
 
 
 class Compute(Section):
@@ -205,6 +209,11 @@ class Scenario(Section):
     def num_micro_batches(self) -> int:
         """Micro-batches that each rank runs in one step: global_batch / (data * micro_batch)."""
         return self.workload.global_batch // (self.parallelism.data * self.workload.micro_batch)
+
+    @property
+    def num_drawn_micro_batches(self) -> int:
+        """Micro-batches with sequences of their own; micro-batch m holds those of m mod this number."""
+        return min(self.num_micro_batches, self.uncertainty.bank)
 
     @property
     def tokens_per_micro_batch(self) -> int:

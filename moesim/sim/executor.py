@@ -67,6 +67,7 @@ class GroupExecutor:
         self.compute_SR = np.zeros(shape)
         self.communication_SR = np.zeros(shape)
         self.chains_CSR = np.zeros((MAX_RUNS * NUM_CHAINS, *shape))
+        self.reduced_SR = np.zeros(shape)  # when the latest collective on gradients or parameters was done
         self.last_begin_SR = np.zeros(shape)  # when the current action began
         self._interleaved: dict[tuple[Block, Block], tuple[tuple[int, Operation], ...]] = {}
         self._open_from_SR = np.zeros(shape)  # the latest transfer: compute placed beside it is slowed
@@ -74,11 +75,9 @@ class GroupExecutor:
 
     @property
     def done_SR(self) -> FloatArray:
-        """When each rank has finished all that was executed."""
-        done_SR: FloatArray = np.maximum(
-            np.maximum(self.compute_SR, self.communication_SR), self.chains_CSR.max(axis=0)
-        )
-        return done_SR
+        """When each rank has finished its tasks; collectives apart (`reduced_SR`)."""
+        done_SR: FloatArray = np.maximum(self.compute_SR, self.communication_SR)
+        return np.maximum(done_SR, self.chains_CSR.max(axis=0), out=done_SR)
 
     def execute(self, runs: Sequence[Run]) -> None:
         """Do one action: a pass, or two passes that overlap."""
@@ -103,6 +102,11 @@ class GroupExecutor:
                 ready_SR = finish_SR
         self.chains_CSR[:] = ready_SR
         self.last_begin_SR = ready_SR
+
+    def wait_for_reductions(self) -> None:
+        """All chains wait until the latest collective is done."""
+        self.begin([])
+        np.maximum(self.chains_CSR, self.reduced_SR, out=self.chains_CSR)
 
     def finished(self, which: int) -> FloatArray:
         """When pass `which` of the last action handed over what it gives."""
@@ -173,7 +177,7 @@ class GroupExecutor:
 
     def collective(self, label: Label, *, start_SR: FloatArray, finish_SR: FloatArray, own: float) -> None:
         """A collective with ranks outside the group, begun at start and done at finish; `own` seconds are its own."""
-        self.chains_CSR[MAIN] = np.maximum(self.chains_CSR[MAIN], finish_SR)
+        self.reduced_SR = finish_SR
         own_SR = np.minimum(np.full_like(start_SR, own), finish_SR - start_SR)
         self.recorder.add(self.labels.number(label), -1, start_SR, finish_SR, own_SR)
 

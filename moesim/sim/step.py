@@ -51,7 +51,8 @@ class _Meeting:
         first_SR = done_SR
         if reduction.buckets:
             first_SR = executor.last_begin_SR + (done_SR - executor.last_begin_SR) / reduction.buckets
-        self.arrived[id(group)].succeed((first_SR, done_SR))
+        first_SR = np.maximum(first_SR, executor.reduced_SR)  # one collective after the other
+        self.arrived[id(group)].succeed((first_SR, np.maximum(done_SR, executor.reduced_SR)))
         yield self.everyone
         finish_SR = self._last(0)[:, group.ranks_R] + reduction.seconds
         if reduction.buckets:
@@ -96,7 +97,7 @@ class _Step:
         for meeting in self.reductions:
             if id(group) in meeting.arrived:
                 yield from meeting.attend(group, executor)
-        executor.begin([])
+        executor.wait_for_reductions()
         executor.execute([Run(group.optimizer, -1, False)])
         for meeting in self.gathers:
             if id(group) in meeting.arrived:
@@ -122,7 +123,8 @@ def simulate_step(program: StepProgram) -> StepOutcome:
         processes.append(step.env.process(step.group(group, executor)))
     step.env.run()
     assert all(process.processed for process in processes), "groups wait for each other"
-    step_S = np.max([executor.done_SR.max(axis=1) for executor in executors], axis=0)
+    ends = [np.maximum(executor.done_SR, executor.reduced_SR).max(axis=1) for executor in executors]
+    step_S = np.max(ends, axis=0)
     tables = tuple(
         executor.recorder.table(labels=labels.all(), ranks_R=group.ranks_R, step_S=step_S)
         for executor, group in zip(executors, program.groups, strict=True)

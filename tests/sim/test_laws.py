@@ -37,8 +37,25 @@ def sample_of(scenario: Scenario, number: int = 0):
         {"implementation.kind": "torch_eager", "dispatch.deduplicate": "per_expert"},
         {"parallelism.zero": {"dense": 1, "expert": 1}, "parallelism.expert": 2},
         {"dispatch.dtype": "fp8"},
+        {"cluster.nodes": 2, "parallelism.pipeline": 2},
+        {"cluster.nodes": 2, "parallelism.pipeline": 2, "parallelism.schedule": {"kind": "interleaved", "virtual": 2}},
+        {"cluster.nodes": 2, "parallelism.pipeline": 2, "parallelism.schedule": {"kind": "zb_h1"}},
+        {
+            "cluster.nodes": 2,
+            "parallelism": {
+                "data": 4,
+                "expert": 2,
+                "pipeline": 2,
+                "schedule": {"kind": "dualpipe"},
+                "zero": {"dense": 1, "expert": 1},
+            },
+            "workload.micro_batch": 1,
+            "workload.recompute": "full",
+            "workload.gradient_clipping": 1.0,
+            "overlap": {"gradient_reduction": True},
+        },
+        {"model.mtp_layers": 1, "cluster.nodes": 2, "parallelism.pipeline": 2, "overlap": {"shared_experts": False}},
     ],
-    ids=lambda changes: ",".join(changes) or "plain",
 )
 def test_attribution_adds_up_on_every_rank(small, changes):
     scenario = small(changes)
@@ -121,3 +138,34 @@ def test_groups_wait_for_each_other_at_the_gradient_reduction(small):
     ]
     assert len(reduced[0]) == 1
     np.testing.assert_array_equal(reduced[0], reduced[1])
+
+
+def test_merging_kernels_changes_no_time(small):
+    scenario = small({"cluster.nodes": 2, "parallelism.pipeline": 2})
+    kernels, fabric = kernel_model("h200", "roofline"), build_fabric(scenario.cluster)
+    sample = sample_of(scenario)
+    fine, coarse = (
+        simulate_step(build_program(scenario, fabric=fabric, kernels=kernels, samples=[sample], merge=merge))
+        for merge in (False, True)
+    )
+    np.testing.assert_allclose(coarse.step_S, fine.step_S, rtol=1e-12)
+    for one, other in zip(fine.tables, coarse.tables, strict=True):
+        assert len(other.label_N) < 0.6 * len(one.label_N)
+        np.testing.assert_allclose(attribute(other), attribute(one), atol=1e-10)
+
+
+def test_a_pipeline_of_one_micro_batch_is_a_chain(small):
+    """Without anything to overlap, two stages take as long as one after the other, hand-offs included."""
+    changes = {"workload.global_batch": 8, "cluster.nodes": 2}
+    whole = outcome_of(small(changes), [sample_of(small(changes))])
+    split_scenario = small({**changes, "parallelism.pipeline": 2})
+    split = outcome_of(split_scenario, [sample_of(split_scenario)])
+    compute = [
+        attribute(table)[[CATEGORIES.index(name) for name in ("attention", "experts", "embedding_head")]]
+        .sum(axis=0)
+        .mean()
+        for table in (*whole.tables, *split.tables)
+    ]
+    assert compute[0] == pytest.approx(compute[1] + compute[2], rel=1e-3)
+    bubbles = [attribute(table)[CATEGORIES.index("bubble")].min() for table in split.tables]
+    assert min(bubbles) > 0.2 * float(split.step_S[0])

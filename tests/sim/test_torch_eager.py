@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from moesim.compute import Roofline, kernel_model
+from moesim.compute import Roofline
 from moesim.moe.expert_parallel import ExpertGroup
 from moesim.moe.sharded_model import ShardedTrainer, build_sharded_model
 from moesim.network import build_fabric
@@ -60,7 +60,7 @@ class Host(Roofline):
 
 def program(case: Scenario, kernels: Any = None) -> StepProgram:
     plain, _ = draw_samples(case, obtain_trace(case))
-    kernels = kernels or kernel_model("h200")
+    kernels = kernels or Host(1e-5)
     return build_program(case, fabric=build_fabric(case.cluster), kernels=kernels, samples=plain)
 
 
