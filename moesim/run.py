@@ -90,6 +90,11 @@ def obtain_trace(
     return uniform_trace(scenario.router_shape(), num_layers=SYNTHETIC_LAYERS, **common)
 
 
+def coverage(scenario: Scenario, sample: TrafficSample) -> float:
+    """Trace sequences / batch sequences: how far the trace carries a statement about the batch."""
+    return sample.draw.num_trace_sequences / scenario.workload.global_batch
+
+
 def draw_samples(scenario: Scenario, trace: RoutingTrace | None) -> tuple[list[TrafficSample], list[TrafficSample]]:
     """Plain routing samples, and as many from resampled traces for the range (none when the trace is too small)."""
     if trace is None:
@@ -97,7 +102,7 @@ def draw_samples(scenario: Scenario, trace: RoutingTrace | None) -> tuple[list[T
     sampler = TrafficSampler(scenario, trace)
     count = scenario.uncertainty.samples
     plain = [sampler.draw(stream(scenario.seed, "sample", number)) for number in range(count)]
-    if plain[0].draw.coverage < MIN_COVERAGE_FOR_RANGE:
+    if coverage(scenario, plain[0]) < MIN_COVERAGE_FOR_RANGE:
         return plain, []
     bootstrap = [sampler.draw(stream(scenario.seed, "bootstrap", number), bootstrap=True) for number in range(count)]
     return plain, bootstrap
@@ -224,7 +229,7 @@ def _record(
         result["imbalance"] = imbalance_facts(
             scenario, facts, compute_time_SW=outcome.compute_time_SW, top_k=trace.router.top_k, cost_s=cost_s
         )
-        result["router"] = _router_facts(trace, plain)
+        result["router"] = _router_facts(scenario, trace, plain[0])
         arrays |= _load_arrays(facts)
     return RunRecord(scenario=scenario, result=result, arrays=arrays, spans=outcome.spans, trace=trace)
 
@@ -245,11 +250,10 @@ def _load_arrays(facts: TrafficFacts) -> dict[str, FloatArray]:
     }
 
 
-def _router_facts(trace: RoutingTrace, plain: Sequence[TrafficSample]) -> dict[str, Any]:
+def _router_facts(scenario: Scenario, trace: RoutingTrace, sample: TrafficSample) -> dict[str, Any]:
     curves = trace.curves
     load_first = imbalance(expert_load_LE(trace.steps[0], num_experts=trace.router.num_experts))
     load_last = imbalance(expert_load_LE(trace.final, num_experts=trace.router.num_experts))
-    draw = plain[0].draw
     return {
         "kind": trace.router.kind,
         "train_loss": float(curves.train_loss[-1]) if len(curves.train_loss) else None,
@@ -258,10 +262,10 @@ def _router_facts(trace: RoutingTrace, plain: Sequence[TrafficSample]) -> dict[s
         "imbalance_first": float(load_first.mean()),
         "imbalance_last": float(load_last.mean()),
         "trace_hash": trace_hash(trace),
-        "trace_sequences": draw.num_trace_sequences,
-        "batch_sequences": int(draw.sequences_BNU.size),
-        "trace_coverage": draw.coverage,
-        "reused_share": draw.reused_share,
+        "trace_sequences": sample.draw.num_trace_sequences,
+        "batch_sequences": scenario.workload.global_batch,
+        "trace_coverage": coverage(scenario, sample),
+        "reused_share": sample.draw.reused_share,
     }
 
 
@@ -274,12 +278,12 @@ def _warnings(scenario: Scenario, fabric: Fabric, plain: Sequence[TrafficSample]
         warnings.append(
             "network.model: ports does not see the fabric's shared core links block each other; use fluid to see it"
         )
-    if plain and plain[0].draw.coverage < MIN_COVERAGE_FOR_CONFIDENCE:
-        draw = plain[0].draw
-        has_range = draw.coverage >= MIN_COVERAGE_FOR_RANGE
+    if plain and coverage(scenario, plain[0]) < MIN_COVERAGE_FOR_CONFIDENCE:
+        has_range = coverage(scenario, plain[0]) >= MIN_COVERAGE_FOR_RANGE
         effect = "the range is likely too narrow" if has_range else "no range is given"
         warnings.append(
-            f"the trace has {draw.num_trace_sequences} sequences for a batch of {draw.sequences_BNU.size}: {effect}; "
+            f"the trace has {plain[0].draw.num_trace_sequences} sequences for a batch of "
+            f"{scenario.workload.global_batch}: {effect}; "
             "record more with routing.tokens"
         )
     if scenario.idle_gpus:
