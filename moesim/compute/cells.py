@@ -132,7 +132,10 @@ def cell_of(row: Row) -> str | None:
     if family in ("gemm", "gemm_fp8"):
         return f"gemm/{row['dtype']}/{row['direction']}"
     if family == "grouped_gemm":
-        return grouped_cell(row["direction"], small=bool(_grouped_row_sizes(row)[0, 5]))
+        rows_E, direction = row["rows_per_expert"], row["direction"]
+        mean_rows = sum(rows_E) / len(rows_E)
+        small = physics.takes_small_tiles(mean_rows, row["k"], row["n"], direction=direction)
+        return grouped_cell(direction, small=small)
     if family == "attention":
         return f"attention/{row['direction']}"
     return f"memory_bound/{row['kind']}" if family == "memory_bound" else None

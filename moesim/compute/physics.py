@@ -65,6 +65,13 @@ GROUPED_COLUMNS = (
 GROUPED_START = np.log([9e-6, 6e12, 2e-6, 3.2e12, 8.5e14, 1e-8, 8e12, 1.0, 1.0])
 
 
+def takes_small_tiles(mean_rows: float, k: float, n: float, *, direction: str) -> bool:
+    """Whether torch's grouped_mm takes its small tiles: at most 128 rows per mean expert, or as narrow an output."""
+    if direction == "wgrad":
+        return k <= 128 or n <= 128
+    return mean_rows // 1 <= 128 or (n if direction == "forward" else k) <= 128
+
+
 def grouped_sizes(rows_QE: FloatArray, k: float, n: float, *, direction: str) -> FloatArray:
     """The columns GROUPED_COLUMNS of grouped products with rows_QE rows per expert.
 

@@ -4,11 +4,11 @@ JSON, gzipped where the name ends in .gz:
     {"schema_version": 1, "name": "h200", "sessions": [{device, driver, torch, cuda, date, ...}],
      "rows": [{"family": "gemm", "m": ..., "k": ..., "n": ..., "dtype": "bf16", "direction": "forward",
                "p20": s, "p50": s, "p80": s, "repeats": n, "clock_mhz": ..., "watts": ..., "session": 0,
-               "visits": [p50 of each visit, s]}, ...],
+               "visits": [p50 of each visit, s], "kernel": name}, ...],
      "fits": {"gemm/bf16/forward": {"theta": [...], "clock": [...], "alpha": a}, ...}}
 
-     "rows": [{"family": "gemm", "m": ..., "k": ..., "n": ..., "dtype": "bf16", "direction": "forward", "kernel": name,
-the physical parameters of `moesim.compute.cells`, kept because fitting takes longer than loading.
+A session is one call of the benchmarks; `visits` are apart in time and, with several GPUs, on different ones. `fits`
+are the physical parameters of `moesim.compute.cells`, kept because fitting takes longer than loading.
 """
 
 import gzip

@@ -87,7 +87,7 @@ def error_table(rows: list[ErrorRow], *, title: str) -> Table:
         "range of visits",
         "target",
     ):
-        table.add_column(header, justify="right")
+        table.add_column(header, justify="right", no_wrap=True)
     for row in rows:
         target = f"{row.target[0]:.0%} / {row.target[1]:.0%}" if row.target else ""
         numbers = (row.median, row.p90, row.median_unclocked, row.p90_unclocked, row.spread)

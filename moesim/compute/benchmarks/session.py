@@ -4,8 +4,8 @@ Every process of a torchrun appends to its own file of JSON lines in `OUT.partia
 keeps what was measured; a later session over the same OUT goes on from there.
 """
 
+import itertools
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -58,7 +58,16 @@ class Session:
                     self._count(kernel_name_row(row), 1)
         for row in _partial_rows(self.partial):
             self._count(row, 1)
-        self._file = (self.partial / f"rank{self.rank}.{os.getpid()}.jsonl").open("a", encoding="utf-8")
+        self._file = self._fresh_file()
+
+    def _fresh_file(self) -> TextIO:
+        """A file of this session's own: the last line of an earlier one may be torn."""
+        for number in itertools.count():
+            try:
+                return (self.partial / f"rank{self.rank}.{number}.jsonl").open("x", encoding="utf-8")
+            except FileExistsError:
+                continue
+        raise AssertionError("counting does not end")
 
     def _count(self, row: Row, visits: int) -> None:
         key = row_key(row)

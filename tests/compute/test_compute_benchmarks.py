@@ -1,0 +1,194 @@
+"""Calibration on a CPU: resuming after an interrupt, budgets, shapes that cannot run, the command."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from moesim.compute import calibrate_command, load_profile
+from moesim.compute.benchmarks import calibrate
+from moesim.compute.benchmarks.session import Session, row_key
+from moesim.compute.benchmarks.shapes import CPU_LIMITS, GPU_LIMITS, family_shapes
+from moesim.compute.benchmarks.timing import CpuTimer
+from moesim.compute.memory_kinds import MEMORY_KINDS
+from moesim.compute.profile import load_profile_file
+from moesim.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+class Clock:
+    """Time that passes by a fixed step at each look."""
+
+    def __init__(self, step: float) -> None:
+        self.now, self.step = 0.0, step
+
+    def __call__(self) -> float:
+        self.now += self.step
+        return self.now
+
+
+def rows(count: int) -> list[dict[str, Any]]:
+    return [{"family": "gemm", "m": m, "k": 64, "n": 64, "dtype": "bf16", "direction": "forward"} for m in range(count)]
+
+
+TIMED = {"p20": 1.0, "p50": 2.0, "p80": 3.0, "repeats": 5}
+
+
+def test_a_family_stops_when_its_time_is_up(tmp_path: Path) -> None:
+    session = Session(out=tmp_path / "p.json", clock=Clock(1.0))
+    session.open()
+    assert [row["m"] for row in session.within(rows(100), 5.0)] == [0, 1, 2, 3]
+    session.close()
+
+
+def test_a_session_goes_on_where_an_interrupted_one_stopped(tmp_path: Path) -> None:
+    out = tmp_path / "p.json"
+    first = Session(out=out)
+    first.open()
+    for row in rows(10)[:4]:
+        first.add(row | TIMED)
+    first.close()  # the process dies: nothing was merged
+    torn = next(first.partial.glob("*.jsonl"))
+    torn.write_text(torn.read_text() + '{"family": "ge')
+
+    second = Session(out=out)
+    second.open()
+    assert [row["m"] for row in second.within(rows(10), 100.0)] == [4, 5, 6, 7, 8, 9]
+    for row in rows(10)[4:]:
+        second.add(row | TIMED)
+    second.close()
+    profile = second.merge(name="p", environment={"device": "x"})
+    assert [row["m"] for row in profile.rows] == list(range(10))
+    assert not second.partial.exists()
+
+    third = Session(out=out)
+    third.open()
+    assert list(third.within(rows(10), 100.0)) == []
+    third.close()
+
+
+def test_visits_of_a_shape_become_one_row_of_medians(tmp_path: Path) -> None:
+    session = Session(out=tmp_path / "p.json")
+    session.open()
+    for visit, p50 in enumerate((2.0, 9.0, 3.0)):
+        session.visit = visit
+        assert session.wants(rows(1)[0])
+        session.add(rows(1)[0] | TIMED | {"p50": p50})
+    session.close()
+    (row,) = session.merge(name="p", environment={}).rows
+    assert row["p50"] == 3.0
+    assert row["visits"] == [2.0, 9.0, 3.0]
+    assert row["repeats"] == 15
+
+
+def test_keys_ignore_what_was_measured() -> None:
+    row = rows(1)[0]
+    assert row_key(row | TIMED | {"clock_mhz": 1500, "rank": 1}) == row_key(row)
+    assert row_key(row) != row_key(row | {"m": 9})
+
+
+def test_the_timer_reads_its_clock_and_counts_calls() -> None:
+    calls: list[int] = []
+    timing = CpuTimer(clock=Clock(1.0)).time_fixed(calls.append, warm=2, groups=3, inner=4)
+    assert timing.p50 == 1.0 / 4
+    assert timing.as_row()["repeats"] == 12
+    assert calls == list(range(14))
+
+
+@pytest.mark.parametrize("family", list(GPU_LIMITS.counts))
+def test_shapes_are_distinct_within_limits_and_cover_the_range(family: str) -> None:
+    shapes = family_shapes(family, GPU_LIMITS)
+    assert shapes == family_shapes(family, GPU_LIMITS)
+    keys = {json.dumps(shape, sort_keys=True) for shape in shapes}
+    assert len(keys) == len(shapes) > 400
+    if family == "gemm":
+        m = np.array([shape["m"] for shape in shapes])
+        assert m.min() == 1 and m.max() > 32768
+        assert max(shape["n"] for shape in shapes) >= 100_000
+        assert {shape["direction"] for shape in shapes} == {"forward", "dgrad", "wgrad"}
+    if family == "grouped_gemm":
+        assert {len(shape["rows_per_expert"]) for shape in shapes} >= {1, 8, 64, 256}
+        assert any(0 in shape["rows_per_expert"] for shape in shapes)
+        assert max(sum(shape["rows_per_expert"]) for shape in shapes) > 90_000
+    if family == "memory_bound":
+        assert {shape["kind"] for shape in shapes} == set(MEMORY_KINDS)
+    assert family_shapes(family, CPU_LIMITS) or family == "gemm_fp8"
+
+
+def test_calibrating_a_cpu_writes_a_profile_that_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "cpu.json"
+    families = "gemm,memory_bound"
+    assert calibrate_command(device="cpu", out=out, budget=0.6, families=families, quiet=True) == 0
+    profile = load_profile_file(out)
+    assert {row["family"] for row in profile.rows} <= set(families.split(","))
+    assert all(row["p20"] <= row["p50"] <= row["p80"] for row in profile.rows if "visits" not in row)
+    assert profile.sessions[0]["torch"] == torch.__version__
+    with pytest.warns(UserWarning, match="no rows for grouped_gemm, attention, host"):
+        model = load_profile(out)
+    assert model.gemm(m=64, k=64, n=64).seconds > 0
+    assert capsys.readouterr().out == ""
+
+
+def test_what_does_not_run_is_skipped_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(*_: object) -> None:
+        raise torch.OutOfMemoryError("no more")
+
+    said: list[str] = []
+    monkeypatch.setitem(calibrate._PREPARE, "attention", exhausted)
+    monkeypatch.setattr(calibrate, "Session", lambda **given: Session(**(given | {"report": said.append})))
+    profile = calibrate.run_calibration(
+        device="cpu", out=tmp_path / "p.json", budget=0.5, families=("attention",), visits=1, quiet=True
+    )
+    assert profile is not None
+    assert profile.rows == []
+    assert len(said) == len(family_shapes("attention", CPU_LIMITS))
+    assert all("out of memory" in line and "sequence" in line for line in said)
+
+
+def test_an_interrupt_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "p.json"
+    prepare, measured = calibrate._PREPARE["gemm"], []
+
+    def interrupted(*given: Any) -> Any:
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        measured.append(given)
+        return prepare(*given)
+
+    monkeypatch.setitem(calibrate._PREPARE, "gemm", interrupted)
+    assert calibrate_command(device="cpu", out=out, budget=9.0, families="gemm", quiet=True) == 130
+    assert not out.exists()
+    kept = [path.read_text().count("\n") for path in (tmp_path / "p.json.partial").glob("*.jsonl")]
+    assert kept == [2]
+    monkeypatch.setitem(calibrate._PREPARE, "gemm", prepare)
+    profile = calibrate.run_calibration(device="cpu", out=out, budget=6.0, families=("gemm",), visits=1, quiet=True)
+    assert profile is not None
+    assert len(profile.rows) == len(family_shapes("gemm", CPU_LIMITS))
+
+
+def test_mistakes_are_one_line_with_a_remedy(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no CUDA device"):
+        calibrate_command(device="cuda", out=tmp_path / "p.json")
+    with pytest.raises(UserError, match="use cuda or cpu"):
+        calibrate_command(device="tpu", out=tmp_path / "p.json")
+    with pytest.raises(UserError, match="unknown family"):
+        calibrate_command(device="cpu", out=tmp_path / "p.json", families="gem")
+    with pytest.raises(UserError, match="--out"):
+        calibrate_command(device="cpu")
+    with pytest.raises(UserError, match="derived from h200"):
+        calibrate_command(report=True, profile="h100")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_report_shows_every_family_with_its_target(capsys: pytest.CaptureFixture[str]) -> None:
+    assert calibrate_command(report=True) == 0
+    printed = capsys.readouterr().out
+    for name in ("gemm", "gemm fp8", "grouped_gemm", "attention", "memory_bound", "3% / 10%", "4% / 12%"):
+        assert name in printed
