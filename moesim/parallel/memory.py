@@ -1,0 +1,311 @@
+"""Peak memory of every pipeline rank, from the schedule, the recomputation and the rows that were really routed.
+
+Memory of one rank at one instant:
+
+    states       weights, gradients, master copy, optimizer states (`memory_parameters`)
+    activations  what each micro-batch whose backward pass has not ended keeps, layer by layer (`memory_saved`), its
+                 rows and copies as routed; which micro-batches those are at each action is read from the schedule
+    buffers      dispatch and combine of one layer: copies sent and arrived, in the wider of both formats; the largest
+                 of the layers and micro-batches of the rank; two at once where micro-batches overlap in pairs
+    repeated     what the backward pass of one layer computes again: the largest of the layers
+    temporaries  gradients inside the largest layer: of the residual stream, and of the products' inputs and outputs
+    allocator    memory.allocator_overhead of the four above
+    reserved     memory.reserved
+
+Buffers, repeated and temporaries are added to the peak of the activations, whenever it is: an upper bound of their sum.
+Legend: S samples, L MoE layers, B micro-batches, W ranks of a stage, A actions, C chunks.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.parallel.memory_parameters import state_bytes
+from moesim.parallel.memory_rows import RoutedRows
+from moesim.parallel.memory_saved import FP32, Part, Saved, SavedTensors, Unit
+from moesim.parallel.mesh import Mesh
+from moesim.parallel.schedules import Pass, Schedule, build_schedule
+from moesim.parallel.traffic import token_bytes
+from moesim.scenario import Scenario, gpu_spec
+from moesim.scenario.model import Mla
+
+FloatArray = NDArray[np.float64]
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MemoryReport:
+    """Peak memory of each pipeline rank.
+
+    parts: by pipeline rank, bytes by part on its fullest rank in its fullest sample, adding up to its peak.
+    peak_SP: bytes of the fullest rank of each pipeline rank, by sample. capacity_P: bytes of the smallest GPU there.
+    """
+
+    parts: tuple[Mapping[str, float], ...]
+    peak_SP: FloatArray
+    capacity_P: FloatArray
+    gpus: tuple[str, ...]
+
+    @property
+    def peak_bytes(self) -> float:
+        """Bytes of the fullest rank of all."""
+        return float(self.peak_SP.max())
+
+    @property
+    def fits_share(self) -> float:
+        """Share of routing samples in which every rank fits."""
+        return float((self.peak_SP <= self.capacity_P).all(axis=1).mean())
+
+    @property
+    def fullest(self) -> int:
+        """The pipeline rank that comes closest to its capacity, or exceeds it most."""
+        return int((self.peak_SP.max(axis=0) / self.capacity_P).argmax())
+
+    @property
+    def largest_part(self) -> tuple[str, float]:
+        """Name and bytes of the largest part of the fullest pipeline rank."""
+        return max(self.parts[self.fullest].items(), key=lambda part: part[1])
+
+    def as_json(self) -> dict[str, Any]:
+        """The report for a result file, SI units."""
+        return {
+            "peak_bytes": self.peak_bytes,
+            "peak_bytes_by_pipeline_rank": self.peak_SP.max(axis=0).tolist(),
+            "capacity_bytes_by_pipeline_rank": self.capacity_P.tolist(),
+            "fits_share": self.fits_share,
+            "fullest_pipeline_rank": self.fullest,
+            "parts_bytes_by_pipeline_rank": [dict(parts) for parts in self.parts],
+        }
+
+
+def memory_report(scenario: Scenario, rows: RoutedRows) -> MemoryReport:
+    """The memory of every pipeline rank; `rows` from `routed_rows` or `even_rows`."""
+    mesh, work = scenario.parallelism, scenario.parallelism.schedule
+    schedule = build_schedule(
+        work.kind,
+        num_ranks=mesh.pipeline,
+        num_micro_batches=scenario.num_micro_batches,
+        virtual=work.virtual,
+    )
+    ranks = [_PipelineRank(scenario, rows, schedule, rank) for rank in range(schedule.num_ranks)]
+    capacities = _capacities(scenario)
+    return MemoryReport(
+        parts=tuple(rank.parts for rank in ranks),
+        peak_SP=np.stack([rank.peak_SW.max(axis=1) for rank in ranks], axis=1),
+        capacity_P=np.array([capacity for capacity, _ in capacities]),
+        gpus=tuple(name for _, name in capacities),
+    )
+
+
+def _capacities(scenario: Scenario) -> list[tuple[float, str]]:
+    """Memory and name of the smallest GPU of each pipeline rank."""
+    by_gpu = [
+        (gpu_spec(pool.gpu).memory_bytes, pool.gpu)
+        for pool in scenario.cluster.pools
+        for _ in range(pool.nodes * pool.gpus_per_node)
+    ]
+    size = Mesh(scenario.parallelism, scenario.cluster).stage_ranks
+    return [min(by_gpu[rank * size : (rank + 1) * size]) for rank in range(scenario.parallelism.pipeline)]
+
+
+@dataclass(frozen=True, eq=False)
+class _PipelineRank:
+    """The ranks of one place of the pipeline; they hold the same stages and differ in rows alone."""
+
+    scenario: Scenario
+    rows: RoutedRows
+    schedule: Schedule
+    rank: int
+
+    @cached_property
+    def saved(self) -> SavedTensors:
+        return SavedTensors(self.scenario)
+
+    @property
+    def stages(self) -> Sequence[int]:
+        return self.schedule.stages_of_rank[self.rank]
+
+    @cached_property
+    def tokens(self) -> float:
+        """Tokens of a micro-batch on one rank."""
+        mesh = self.scenario.parallelism
+        return self.scenario.tokens_per_micro_batch / (mesh.context * mesh.tensor)
+
+    def dense_layers(self, stage: int) -> int:
+        """Layers of a stage without experts."""
+        return sum(layer < self.scenario.model.dense_layers for layer in self.scenario.stage_layers[stage])
+
+    def moe_layers(self, stage: int) -> list[int]:
+        """Layers of a stage with experts, by their number among such; prediction layers are on the last stage."""
+        model = self.scenario.model
+        numbers = [
+            layer - model.dense_layers for layer in self.scenario.stage_layers[stage] if layer >= model.dense_layers
+        ]
+        if stage == self.schedule.num_stages - 1:
+            numbers += range(model.moe_layers, model.moe_layers + model.mtp_layers)
+        return numbers
+
+    @cached_property
+    def states(self) -> dict[str, float]:
+        return state_bytes(self.scenario, self.stages, replicas=self.schedule.num_replicas)
+
+    def _computed(self, layers: Sequence[int]) -> Array:
+        """Rows that an expert slice of each rank computes; expert-tensor ranks each see the rows of all of them."""
+        rows_SLBW, together = self.rows.rows_SLBW[:, layers], self.scenario.parallelism.expert_tensor
+        if together == 1:
+            return rows_SLBW
+        blocks = rows_SLBW.reshape(*rows_SLBW.shape[:3], -1, together)
+        return np.asarray(np.repeat(blocks.sum(axis=-1), together, axis=-1))
+
+    def _sizes(self, kept: Sequence[Saved]) -> dict[tuple[Part, Unit], float]:
+        sizes: dict[tuple[Part, Unit], float] = {}
+        for saved in kept:
+            sizes[saved.part, saved.unit] = sizes.get((saved.part, saved.unit), 0.0) + saved.bytes
+        return sizes
+
+    def activations(self, chunk: int) -> dict[Part, Array]:
+        """Bytes by part that one micro-batch keeps in one chunk: a number, or [S, B, W] where rows matter."""
+        stage = self.stages[chunk]
+        layers, model = self.moe_layers(stage), self.scenario.model
+        parts: dict[Part, Array] = {}
+
+        def add(kept: Sequence[Saved], times: int) -> None:
+            counts: dict[Unit, Array] = {"token": np.asarray(times * self.tokens)}
+            if any(saved.unit != "token" for saved in kept):
+                counts["row"] = self._computed(layers).sum(axis=1)
+                counts["copy"] = self.rows.copies_out_SLBW[:, layers].sum(axis=1)
+            for (part, unit), size in self._sizes(kept).items():
+                parts[part] = np.asarray(parts.get(part, 0.0) + size * counts[unit])
+
+        if self.dense_layers(stage):
+            add(self.saved.kept(moe=False), self.dense_layers(stage))
+        if layers:
+            add(self.saved.kept(moe=True), len(layers))
+        if stage == 0:
+            add(self.saved.embedding(), 1)
+        if stage == self.schedule.num_stages - 1:
+            add(self.saved.head(), 1 + model.mtp_layers)
+            add(self.saved.prediction_join(), model.mtp_layers)
+        return parts
+
+    @cached_property
+    def activations_C(self) -> list[dict[Part, Array]]:
+        return [self.activations(chunk) for chunk in range(len(self.stages))]
+
+    @cached_property
+    def live(self) -> tuple[FloatArray, Array]:
+        """Peak bytes of activations, [S, W], and the index of the action at which it is reached, [S, W]."""
+        shape = (self.rows.num_samples, self.scenario.parallelism.stage_ranks)
+        totals = [self._of_all_parts(chunk) for chunk in range(len(self.stages))]
+        now_SW, peak_SW = np.zeros(shape), np.zeros(shape)
+        when_SW = np.zeros(shape, dtype=np.int64)
+        for index, action in enumerate(self.schedule.actions[self.rank]):
+            for work in action.works:
+                if work.kind is Pass.FORWARD:
+                    now_SW += totals[work.chunk][:, work.micro_batch]
+            higher_SW = now_SW > peak_SW
+            peak_SW[higher_SW], when_SW[higher_SW] = now_SW[higher_SW], index
+            for work in action.works:
+                if work.kind in (Pass.BACKWARD, Pass.WEIGHT):
+                    now_SW -= totals[work.chunk][:, work.micro_batch]
+        return peak_SW, when_SW
+
+    def _of_all_parts(self, chunk: int) -> FloatArray:
+        shape = (self.rows.num_samples, self.scenario.num_micro_batches, self.scenario.parallelism.stage_ranks)
+        total_SBW = np.zeros(shape)
+        for values in self.activations_C[chunk].values():
+            total_SBW += values
+        return total_SBW
+
+    def _largest(self, per_row: float, per_out: float, per_in: float) -> FloatArray:
+        """The largest of the rank's MoE layers and micro-batches, [S, W], of a weighted sum of rows and copies."""
+        layers = sorted(layer for stage in self.stages for layer in self.moe_layers(stage))
+        if not layers:
+            return np.zeros((self.rows.num_samples, self.scenario.parallelism.stage_ranks))
+        rows = self.rows
+        weighted = per_row * self._computed(layers)
+        weighted = weighted + per_out * rows.copies_out_SLBW[:, layers] + per_in * rows.copies_in_SLBW[:, layers]
+        return np.asarray(weighted.max(axis=(1, 2)), dtype=np.float64)
+
+    @cached_property
+    def buffers_SW(self) -> FloatArray:
+        """Send and receive buffers; nothing travels inside a group of one rank."""
+        scenario = self.scenario
+        if scenario.parallelism.expert == 1:
+            return self._largest(0.0, 0.0, 0.0)
+        hidden, dispatch = scenario.model.hidden, scenario.dispatch
+        size = max(token_bytes(hidden, dispatch.dtype), token_bytes(hidden, dispatch.combine_dtype))
+        pairs = any(action.is_pair for action in self.schedule.actions[self.rank])
+        return self._largest(0.0, size, size) * (2 if pairs else 1)
+
+    @cached_property
+    def repeated_SW(self) -> FloatArray:
+        """What one layer computes again in its backward pass."""
+        moe = self._sizes(self.saved.repeated(moe=True)) if self._has_moe else {}
+        dense = sum(size for size in self._sizes(self.saved.repeated(moe=False)).values()) * self._has_dense
+        by_unit = {unit: sum(size for (_, u), size in moe.items() if u == unit) for unit in ("token", "row", "copy")}
+        experts_SW = self._largest(by_unit["row"], by_unit["copy"], 0.0) + by_unit["token"] * self.tokens
+        return np.maximum(experts_SW, dense * self.tokens)
+
+    @property
+    def _has_moe(self) -> bool:
+        return any(self.moe_layers(stage) for stage in self.stages)
+
+    @property
+    def _has_dense(self) -> bool:
+        return any(self.dense_layers(stage) for stage in self.stages)
+
+    @cached_property
+    def temporaries_SW(self) -> FloatArray:
+        """Gradients that live inside one layer; eager heads also hold logits in bf16 and float32 at once."""
+        model, mesh, a = self.scenario.model, self.scenario.parallelism, self.saved.activation_bytes
+        extra = model.attention.rope_head_dim if isinstance(model.attention, Mla) else 0
+        kv_heads = model.heads if isinstance(model.attention, Mla) else model.kv_heads
+        attention = (2 * model.heads + 2 * kv_heads) * (model.head_dim + extra) * a
+        dense = 3 * model.dense_intermediate * a * self._has_dense
+        has_head = self.schedule.num_stages - 1 in self.stages
+        head = model.vocab * (a + FP32) * (has_head and self.scenario.implementation.kind == "torch_eager")
+        expert = (model.hidden + 3 * model.expert_intermediate / mesh.expert_tensor) * a
+        experts_SW = self._largest(expert, 0.0, 0.0)
+        return model.hidden * a * self.tokens + np.maximum(max(attention, dense, head) * self.tokens, experts_SW)
+
+    @cached_property
+    def peak_SW(self) -> FloatArray:
+        """Peak bytes of every rank in every sample."""
+        memory = self.scenario.memory
+        moving_SW = self.live[0] + self.buffers_SW + self.repeated_SW + self.temporaries_SW
+        return np.asarray(sum(self.states.values()) + (1 + memory.allocator_overhead) * moving_SW + memory.reserved)
+
+    @cached_property
+    def parts(self) -> dict[str, float]:
+        """Bytes by part on the fullest rank in the fullest sample, largest first."""
+        sample, place = np.unravel_index(int(self.peak_SW.argmax()), self.peak_SW.shape)
+        at = (int(sample), int(place))
+        moving = {f"activations.{part}": size for part, size in self._live_parts(*at).items()}
+        moving["dispatch_buffers"] = float(self.buffers_SW[at])
+        moving["repeated"] = float(self.repeated_SW[at])
+        moving["temporaries"] = float(self.temporaries_SW[at])
+        memory = self.scenario.memory
+        other = {"allocator": memory.allocator_overhead * sum(moving.values()), "reserved": memory.reserved}
+        everything = {**self.states, **moving, **other}
+        return {name: size for name, size in sorted(everything.items(), key=lambda part: -part[1]) if size > 0}
+
+    def _live_parts(self, sample: int, place: int) -> dict[str, float]:
+        """Activations by part at the peak of one rank in one sample."""
+        held: set[tuple[int, int]] = set()
+        last = int(self.live[1][sample, place])
+        for index, action in enumerate(self.schedule.actions[self.rank][: last + 1]):
+            held |= {(work.micro_batch, work.chunk) for work in action.works if work.kind is Pass.FORWARD}
+            if index < last:
+                ended = {Pass.BACKWARD, Pass.WEIGHT}
+                held -= {(work.micro_batch, work.chunk) for work in action.works if work.kind in ended}
+        parts: dict[str, float] = {}
+        for micro_batch, chunk in held:
+            for part, values in self.activations_C[chunk].items():
+                size = float(values) if np.ndim(values) == 0 else float(values[sample, micro_batch, place])
+                parts[part] = parts.get(part, 0.0) + size
+        return parts

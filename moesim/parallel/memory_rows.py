@@ -1,0 +1,105 @@
+"""Rows and copies of every rank, layer and micro-batch: what makes the memory of a rank depend on its routing.
+
+Legend: S routing samples, L MoE layers of the model (prediction layers last), B micro-batches, W ranks of one pipeline
+stage, D ranks of an expert group.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.parallel.mesh import Mesh
+from moesim.parallel.sample import TrafficSample
+from moesim.parallel.stages import held_copies
+from moesim.scenario import Scenario
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RoutedRows:
+    """rows_SLBW: rows that a rank computes. copies_out_SLBW, copies_in_SLBW: copies that it sends and that reach it.
+
+    Copies for itself are counted on both sides. Arrays of no layers describe a dense model.
+    """
+
+    rows_SLBW: Array
+    copies_out_SLBW: Array
+    copies_in_SLBW: Array
+
+    @property
+    def num_samples(self) -> int:
+        """Routing samples."""
+        return int(self.rows_SLBW.shape[0])
+
+
+def routed_rows(scenario: Scenario, samples: Sequence[TrafficSample]) -> RoutedRows:
+    """Counted from routing samples; without samples (a dense model) from `even_rows`.
+
+    Every pipeline stage draws the same sequences, so that the ranks of one stage stand for those of all.
+    """
+    if not samples:
+        return even_rows(scenario)
+    mesh = Mesh(scenario.parallelism, scenario.cluster)
+    layers = scenario.model.moe_layers + scenario.model.mtp_layers
+    shape = (len(samples), layers, scenario.num_micro_batches, mesh.stage_ranks)
+    out = RoutedRows(
+        rows_SLBW=np.zeros(shape, dtype=np.float32),
+        copies_out_SLBW=np.zeros(shape, dtype=np.float32),
+        copies_in_SLBW=np.zeros(shape, dtype=np.float32),
+    )
+    for number, sample in enumerate(samples):
+        for group, ranks_D in enumerate(mesh.expert_groups()):
+            _count_group(out, scenario, sample, number=number, group=group, ranks_D=ranks_D)
+    return out
+
+
+def _count_group(
+    out: RoutedRows, scenario: Scenario, sample: TrafficSample, *, number: int, group: int, ranks_D: Array
+) -> None:
+    placement, thin_layers = sample.placement, sample.sampler.trace.num_layers
+    counts: dict[int, tuple[Array, Array, Array]] = {}
+    for layer in range(out.rows_SLBW.shape[1]):
+        thin = layer % thin_layers
+        if thin not in counts:
+            arrays = sample.thin_arrays(group, thin)
+            held_BRD = held_copies(arrays, placement, scenario.dispatch.deduplicate)
+            rows_BD = arrays.slot_rows_BDP(placement).sum(axis=2)
+            counts[thin] = rows_BD, held_BRD.sum(axis=2), held_BRD.sum(axis=1)
+        rows_BD, out_BR, in_BD = counts[thin]
+        rank_from_D = sample.sampler.relabellings[layer].rank_from_D  # relabelling moves whole ranks
+        out.rows_SLBW[number, layer][:, ranks_D] = rows_BD[:, rank_from_D]
+        out.copies_out_SLBW[number, layer][:, ranks_D] = out_BR
+        out.copies_in_SLBW[number, layer][:, ranks_D] = in_BD[:, rank_from_D]
+
+
+def even_rows(scenario: Scenario) -> RoutedRows:
+    """One sample of equal loads without drops: T K rows a rank, and as many copies of a token as it can need at most.
+
+    That is min(K, D) with deduplication, or fewer where a router's groups are ranks; K without.
+    """
+    model, mesh = scenario.model, scenario.parallelism
+    tokens = scenario.tokens_per_micro_batch / (mesh.context * mesh.tensor)
+    copies = model.top_k
+    if model.experts and scenario.dispatch.deduplicate != "per_expert":
+        copies = min(copies, mesh.expert)
+        router = scenario.router_shape()
+        if router.num_groups >= mesh.expert:
+            copies = min(copies, router.group_limit)
+    shape = (
+        1,
+        (model.moe_layers + model.mtp_layers) * bool(model.experts),
+        scenario.num_micro_batches,
+        mesh.stage_ranks,
+    )
+    return RoutedRows(
+        rows_SLBW=np.full(shape, tokens * model.top_k),
+        copies_out_SLBW=np.full(shape, tokens * copies),
+        copies_in_SLBW=np.full(shape, tokens * copies),
+    )
+
+
+RowsOf = Callable[[Scenario], RoutedRows]

@@ -1,0 +1,147 @@
+"""What the forward pass keeps for the backward pass, tensor by tensor, as the two implementations do.
+
+Sizes are bytes per token, per computed row (token and expert), or per copy of a token that a rank sends. Tokens are
+those of one rank: tensor parallelism with sequence parallelism and context parallelism divide the tokens, and either
+form keeps a rank's share of every tensor (arXiv 2205.05198), so no width below is divided by the tensor ranks.
+
+`fused`: bf16 between kernels (2 bytes). Inputs of matrix products are kept in the GEMM's format (fp8: 1 byte and 4 per
+128 values, as DeepSeek-V3 caches them, and SwiGLU's inputs likewise, arXiv 2412.19437 section 3.3.3), but the router's
+input and the attention's output in bf16. Gates are multiplied into the product inside an expert, so that no result of
+an expert is kept.
+`torch_eager`: what autograd keeps of `moesim.moe.sharded_model`: silu's output beside its inputs, repeated keys and
+values of grouped queries, attention's output in two orders, float32 log-probabilities of the head, and the results of
+experts before and behind their gates.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from moesim.parallel.traffic import FP8_SCALE_BLOCK
+from moesim.scenario import Model, Scenario
+from moesim.scenario.model import Mla
+
+FP32, INT64 = 4.0, 8.0  # bytes
+
+Part = Literal["attention", "router", "permuted_rows", "experts", "shared_experts", "dense_ffn", "embedding_head"]
+Unit = Literal["token", "row", "copy"]
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A tensor kept for the backward pass; `again` is the word of workload.recompute that stops it from being kept."""
+
+    part: Part
+    bytes: float
+    unit: Unit = "token"
+    again: str = ""
+
+
+@dataclass(frozen=True)
+class SavedTensors:
+    """The tensors kept by each kind of layer and by the two ends of the model.
+
+    `kept` drops what the scenario computes again; `repeated` is the rest, which exists for one layer at a time.
+    """
+
+    scenario: Scenario
+    activation_bytes: float = 2.0  # per element between kernels
+
+    @property
+    def _eager(self) -> bool:
+        return self.scenario.implementation.kind == "torch_eager"
+
+    @property
+    def _product_input(self) -> float:
+        """Bytes per element of a matrix product's input."""
+        if self.scenario.workload.precision.gemm == "fp8" and not self._eager:
+            return 1.0 + FP32 / FP8_SCALE_BLOCK
+        return self.activation_bytes
+
+    def kept(self, *, moe: bool) -> list[Saved]:
+        """What one layer keeps under the scenario's recomputation."""
+        everything = self.layer(moe=moe)
+        if self.scenario.workload.recompute == "full":
+            return [Saved("attention", self.scenario.model.hidden * self.activation_bytes)]
+        return [saved for saved in everything if saved.again not in self.scenario.workload.recomputed_parts]
+
+    def repeated(self, *, moe: bool) -> list[Saved]:
+        """What one layer's backward pass first computes again."""
+        everything = self.layer(moe=moe)
+        if self.scenario.workload.recompute == "full":
+            return everything
+        return [saved for saved in everything if saved.again in self.scenario.workload.recomputed_parts]
+
+    def layer(self, *, moe: bool) -> list[Saved]:
+        """All that one layer keeps without recomputation."""
+        ffn = self._moe() if moe else self._gated("dense_ffn", self.scenario.model.dense_intermediate)
+        norm = self._norm("router" if moe else "dense_ffn", self.scenario.model.hidden, full=moe)
+        return [*self._attention(), *norm, *ffn]
+
+    def head(self) -> list[Saved]:
+        """Final norm, and the logits: in place in bf16 when fused, float32 log-probabilities when eager."""
+        vocab = self.scenario.model.vocab
+        logits = FP32 if self._eager else self.activation_bytes
+        return [
+            *self._norm("embedding_head", self.scenario.model.hidden, full=True),
+            Saved("embedding_head", vocab * logits),
+        ]
+
+    def embedding(self) -> list[Saved]:
+        """Token ids."""
+        return [Saved("embedding_head", INT64)]
+
+    def prediction_join(self) -> list[Saved]:
+        """A layer of multi-token prediction joins two normed inputs: both, and the input of their product."""
+        h = self.scenario.model.hidden
+        return [Saved("embedding_head", 2 * h * (self.activation_bytes + self._product_input))]
+
+    def _norm(self, part: Part, width: int, *, full: bool = False) -> Iterator[Saved]:
+        """Input and root mean square of a norm, and its output, which feeds a product (`full`: also unquantised)."""
+        yield Saved(part, width * self.activation_bytes + FP32)
+        yield Saved(part, width * (self.activation_bytes if full else self._product_input), again="rms_norm")
+
+    def _attention(self) -> Iterator[Saved]:
+        model, a = self.scenario.model, self.activation_bytes
+        yield from self._norm("attention", model.hidden)
+        value = (
+            (model.attention.value_head_dim or model.head_dim) if isinstance(model.attention, Mla) else model.head_dim
+        )
+        if isinstance(model.attention, Mla):
+            yield from self._latent(model, model.attention, value)
+        else:
+            kv_heads = model.heads if self._eager else model.kv_heads
+            yield Saved("attention", (model.heads + 2 * kv_heads) * model.head_dim * a)
+        yield Saved("attention", model.heads * FP32)  # log-sum-exp
+        yield Saved("attention", model.heads * value * a * (2 if self._eager else 1))  # eager: also in token order
+
+    def _latent(self, model: Model, mla: Mla, value: int) -> Iterator[Saved]:
+        a, query = self.activation_bytes, model.heads * (model.head_dim + mla.rope_head_dim)
+        if mla.q_lora_rank is not None:
+            yield from self._norm("attention", mla.q_lora_rank)
+        yield Saved("attention", query * a, again="mla_up_projection" if mla.q_lora_rank is not None else "")
+        yield from self._norm("attention", mla.kv_lora_rank)
+        yield Saved("attention", mla.rope_head_dim * a)
+        unsplit = model.heads * model.head_dim * a if self._eager else 0.0  # values are a view of keys and values
+        yield Saved("attention", query * a + model.heads * value * a + unsplit, again="mla_up_projection")
+
+    def _gated(self, part: Part, width: float, unit: Unit = "token") -> Iterator[Saved]:
+        """W1 x and W3 x, and silu(W1 x) * W3 x, the input of W2; eager keeps silu(W1 x) too."""
+        yield Saved(part, width * (3 * self.activation_bytes if self._eager else 2 * self._product_input), unit)
+        yield Saved(part, width * self._product_input, unit, again="swiglu")
+
+    def _moe(self) -> Iterator[Saved]:
+        model, mesh = self.scenario.model, self.scenario.parallelism
+        yield Saved("router", model.experts * FP32)  # affinities
+        yield Saved("router", model.top_k * (INT64 if self._eager else INT64 + FP32))  # ids, and gates
+        if model.shared_experts:
+            yield from self._gated("shared_experts", model.shared_experts * model.expert_intermediate)
+        yield Saved("permuted_rows", model.hidden * self._product_input, "row")
+        yield from self._gated("experts", model.expert_intermediate / mesh.expert_tensor, "row")
+        if not self._eager:
+            yield Saved("permuted_rows", INT64 + FP32, "row")  # where it came from, and its gate
+            return
+        if mesh.expert > 1:
+            yield Saved("permuted_rows", 2 * INT64, "row")  # the order of arrived rows, and its inverse
+        # A rank's own rows: results with and without their gates, the gates, and two indices.
+        yield Saved("permuted_rows", (2 * model.hidden + 1) * self.activation_bytes + 2 * INT64, "copy")
