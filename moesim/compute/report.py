@@ -17,8 +17,9 @@ from moesim.compute.estimate import FloatArray
 TARGETS = {"gemm": (0.03, 0.10), "grouped_gemm": (0.04, 0.12), "attention": (0.04, 0.12)}
 
 
-_CAPTION = """error = |measured / predicted - 1|, each kernel predicted from all others, at the clock it was measured at
-(* without knowing that clock); visits: median range of repeated measurements of one kernel"""
+_CAPTION = """error = |measured / predicted - 1|, each kernel predicted from all others,
+at the clock it was measured at, and without knowing that clock;
+visits: median range of repeated measurements of one kernel"""
 
 
 @dataclass(frozen=True)
@@ -78,18 +79,10 @@ def error_table(rows: list[ErrorRow], *, title: str) -> Table:
     """The rows as a table for the terminal."""
     table = Table(title=title, caption=_CAPTION)
     table.add_column("kernels", no_wrap=True)
-    for header in (
-        "count",
-        "median",
-        "p90",
-        "median, clock unknown",
-        "p90, clock unknown",
-        "range of visits",
-        "target",
-    ):
+    for header in ("count", "median / p90", "without clock", "visits", "target"):
         table.add_column(header, justify="right", no_wrap=True)
     for row in rows:
+        known, unknown = f"{row.median:.1%} / {row.p90:.1%}", f"{row.median_unclocked:.1%} / {row.p90_unclocked:.1%}"
         target = f"{row.target[0]:.0%} / {row.target[1]:.0%}" if row.target else ""
-        numbers = (row.median, row.p90, row.median_unclocked, row.p90_unclocked, row.spread)
-        table.add_row(row.name, str(row.count), *(f"{number:.1%}" for number in numbers), target)
+        table.add_row(row.name, str(row.count), known, unknown, f"{row.spread:.1%}", target)
     return table
