@@ -13,7 +13,7 @@ Memory of one rank at one instant:
     reserved     memory.reserved
 
 Buffers, repeated and temporaries are added to the peak of the activations, whenever it is: an upper bound of their sum.
-Legend: S samples, L MoE layers, B micro-batches, W ranks of a stage, A actions, C chunks.
+Legend: S samples, L MoE layers, B micro-batches with rows of their own, W ranks of a stage, C chunks.
 """
 
 from collections.abc import Mapping, Sequence
@@ -201,21 +201,22 @@ class _PipelineRank:
         """Peak bytes of activations, [S, W], and the index of the action at which it is reached, [S, W]."""
         shape = (self.rows.num_samples, self.scenario.parallelism.stage_ranks)
         totals = [self._of_all_parts(chunk) for chunk in range(len(self.stages))]
+        distinct = totals[0].shape[1]
         now_SW, peak_SW = np.zeros(shape), np.zeros(shape)
         when_SW = np.zeros(shape, dtype=np.int64)
         for index, action in enumerate(self.schedule.actions[self.rank]):
             for work in action.works:
                 if work.kind is Pass.FORWARD:
-                    now_SW += totals[work.chunk][:, work.micro_batch]
+                    now_SW += totals[work.chunk][:, work.micro_batch % distinct]
             higher_SW = now_SW > peak_SW
             peak_SW[higher_SW], when_SW[higher_SW] = now_SW[higher_SW], index
             for work in action.works:
                 if work.kind in (Pass.BACKWARD, Pass.WEIGHT):
-                    now_SW -= totals[work.chunk][:, work.micro_batch]
+                    now_SW -= totals[work.chunk][:, work.micro_batch % distinct]
         return peak_SW, when_SW
 
     def _of_all_parts(self, chunk: int) -> FloatArray:
-        shape = (self.rows.num_samples, self.scenario.num_micro_batches, self.scenario.parallelism.stage_ranks)
+        shape = (*self.rows.rows_SLBW.shape[::2], self.scenario.parallelism.stage_ranks)
         total_SBW = np.zeros(shape)
         for values in self.activations_C[chunk].values():
             total_SBW += values
@@ -306,6 +307,10 @@ class _PipelineRank:
         parts: dict[str, float] = {}
         for micro_batch, chunk in held:
             for part, values in self.activations_C[chunk].items():
-                size = float(values) if np.ndim(values) == 0 else float(values[sample, micro_batch, place])
+                size = (
+                    float(values)
+                    if np.ndim(values) == 0
+                    else float(values[sample, micro_batch % values.shape[1], place])
+                )
                 parts[part] = parts.get(part, 0.0) + size
         return parts

@@ -1,7 +1,7 @@
 """Rows and copies of every rank, layer and micro-batch: what makes the memory of a rank depend on its routing.
 
-Legend: S routing samples, L MoE layers of the model (prediction layers last), B micro-batches, W ranks of one pipeline
-stage, D ranks of an expert group.
+Legend: S routing samples, L MoE layers of the model (prediction layers last), B micro-batches with rows of their own
+(micro-batch m of the step has those of m mod B), W ranks of one pipeline stage, D ranks of an expert group.
 """
 
 from collections.abc import Callable, Sequence
@@ -45,7 +45,7 @@ def routed_rows(scenario: Scenario, samples: Sequence[TrafficSample]) -> RoutedR
         return even_rows(scenario)
     mesh = Mesh(scenario.parallelism, scenario.cluster)
     layers = scenario.model.moe_layers + scenario.model.mtp_layers
-    shape = (len(samples), layers, scenario.num_micro_batches, mesh.stage_ranks)
+    shape = (len(samples), layers, samples[0].num_micro_batches, mesh.stage_ranks)
     out = RoutedRows(
         rows_SLBW=np.zeros(shape, dtype=np.float32),
         copies_out_SLBW=np.zeros(shape, dtype=np.float32),
@@ -89,12 +89,8 @@ def even_rows(scenario: Scenario) -> RoutedRows:
         router = scenario.router_shape()
         if router.num_groups >= mesh.expert:
             copies = min(copies, router.group_limit)
-    shape = (
-        1,
-        (model.moe_layers + model.mtp_layers) * bool(model.experts),
-        scenario.num_micro_batches,
-        mesh.stage_ranks,
-    )
+    layers = (model.moe_layers + model.mtp_layers) * bool(model.experts)
+    shape = (1, layers, 1, mesh.stage_ranks)
     return RoutedRows(
         rows_SLBW=np.full(shape, tokens * model.top_k),
         copies_out_SLBW=np.full(shape, tokens * copies),

@@ -169,8 +169,9 @@ def small(*overrides):
 
 @pytest.mark.parametrize("deduplicate", ["per_expert", "per_rank"])
 def test_rows_are_those_of_the_routing_samples(deduplicate):
-    scenario, samples = small(f"dispatch.deduplicate={deduplicate}", "parallelism.expert=4")
+    scenario, samples = small(f"dispatch.deduplicate={deduplicate}", "parallelism.expert=4", "uncertainty.bank=3")
     rows = routed_rows(scenario, samples)
+    assert rows.rows_SLBW.shape == (3, 27, 3, 8)
     for number, sample in enumerate(samples):
         for group in (0, 1):
             for layer in (0, 13, 26):
@@ -205,6 +206,18 @@ def test_the_same_rows_on_one_rank_can_run_out_of_memory():
     assert memory_report(tight, rows).fits_share == 1.0
     assert memory_report(tight, hot_rows).fits_share == 0.75
     assert hot.largest_part[0] == "activations.experts"
+
+
+def test_micro_batches_beyond_the_drawn_ones_hold_the_same_rows_again():
+    few, _ = small("parallelism={data: 8, expert: 8, pipeline: 4}", "cluster.nodes=4", "workload.global_batch=64")
+    rows = even_rows(few)
+    twice_SLBW = np.concatenate([rows.rows_SLBW, 2 * rows.rows_SLBW], axis=2)
+    result = memory_report(few, replace(rows, rows_SLBW=twice_SLBW))
+    single = memory_report(few, rows).parts
+    # Of the four micro-batches that the first rank holds two are large, of the three of the second likewise.
+    for rank, ratio in enumerate((6 / 4, 5 / 3, 3 / 2, 2)):
+        part = "activations.experts"
+        assert result.parts[rank][part] == pytest.approx(ratio * single[rank][part])
 
 
 def test_memory_counts_the_smallest_gpu_of_a_stage():
