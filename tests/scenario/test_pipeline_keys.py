@@ -119,19 +119,19 @@ def test_only_latent_attention_has_up_projections():
 
 
 @pytest.mark.parametrize(
-    "override",
+    ("override", "software"),
     [
-        "parallelism.schedule.kind=gpipe",
-        "workload.recompute=full",
-        "workload.gradient_clipping=1.0",
-        "overlap.shared_experts=true",
+        ("parallelism.tensor=2", "fused"),
+        ("parallelism.zero.dense=2", "fused"),
+        ("workload.recompute=selective", "torch_eager"),
+        ("overlap.shared_experts=true", "torch_eager"),
     ],
 )
-def test_what_the_simulation_cannot_run_yet_is_refused_by_name(override):
-    scenario = load("parallelism.pipeline=1", override)
+def test_what_the_simulation_cannot_run_is_refused_by_name(override, software):
+    common = ("cluster.nodes=8", f"implementation.kind={software}")
+    require_supported(load(*common))
     with pytest.raises(UserError, match=override.partition("=")[0].replace(".", r"\.")):
-        require_supported(scenario)
-    require_supported(load("parallelism.pipeline=1"))
+        require_supported(load(*common, override))
 
 
 @pytest.mark.parametrize("size", [3, 10**9 + 7, 10**30])
