@@ -1,10 +1,9 @@
-"""`moesim calibrate`: measure the kernels of the machine at hand and write a profile."""
+"""`moesim calibrate`: measure the kernels of the machine at hand, or report how well a profile predicts."""
 
 import argparse
 from pathlib import Path
 
 from moesim.cli.flags import add_quiet, check_writable
-from moesim.cli.interrupt import INTERRUPTED_EXIT_CODE
 from moesim.errors import UserError
 
 NAME = "calibrate"
@@ -12,32 +11,35 @@ SUMMARY = "Measure this machine's kernels and write a profile for compute.profil
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """--device, --out, --name, --budget, --families, --quiet."""
+    """--device, --out, --budget, --families, --report, --profile, --by-cell, --quiet."""
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="what to measure; cuda by default")
-    parser.add_argument(
-        "--out", metavar="FILE", type=Path, required=True, help="the profile; an existing one is extended"
-    )
-    parser.add_argument("--name", help="name of the profile; that of the file by default")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="the profile (.json.gz); an existing one is extended")
     parser.add_argument(
         "--budget", metavar="SECONDS", type=float, default=420.0, help="time to measure; 420 by default"
     )
     parser.add_argument("--families", metavar="A,B", help="only these families of kernels, comma-separated")
+    parser.add_argument("--report", action="store_true", help="measure nothing: print the leave-one-out errors")
+    parser.add_argument("--profile", metavar="NAME", help="the profile to report on (name or file)")
+    parser.add_argument("--by-cell", action="store_true", help="report by dtype and direction, not by family alone")
     add_quiet(parser)
     parser.set_defaults(execute=execute)
 
 
 def execute(args: argparse.Namespace) -> int:
-    """Measure and write. Raises UserError; an interrupt keeps what was measured and says so."""
+    """Measure and write, or report. Raises UserError; an interrupt (130) keeps what was measured and says so."""
     if not args.budget > 0:
         raise UserError(f"--budget {args.budget} is not a time in seconds; use e.g. 420")
-    check_writable(args.out)
-    from moesim.compute.benchmarks.calibrate import BUDGET_SHARES, run_calibration
+    if args.out is not None and not args.report:
+        check_writable(args.out)
+    from moesim.compute.command import calibrate_command
 
-    families = tuple(args.families.split(",")) if args.families else tuple(BUDGET_SHARES)
-    try:
-        run_calibration(
-            device=args.device, out=args.out, name=args.name, budget=args.budget, families=families, quiet=args.quiet
-        )
-    except KeyboardInterrupt:
-        return INTERRUPTED_EXIT_CODE  # the calibration has said what it keeps
-    return 0
+    return calibrate_command(
+        device=args.device,
+        out=args.out,
+        report=args.report,
+        profile=args.profile,
+        budget=args.budget,
+        families=args.families,
+        by_cell=args.by_cell,
+        quiet=args.quiet,
+    )

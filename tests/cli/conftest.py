@@ -17,6 +17,7 @@ routing: {kind: uniform}
 cluster: {gpu: h200, nodes: 1, gpus_per_node: 2, price_per_gpu_hour: 3.5}
 parallelism: {data: 2, expert: 2}
 workload: {sequence_length: 512, global_batch: 4}
+compute: {profile: roofline}
 uncertainty: {samples: 2}
 """
 

@@ -46,7 +46,7 @@ def test_quiet_prints_nothing(scenario: Path, moesim) -> None:
 def test_set_overrides_and_the_same_seed_gives_the_same_result(scenario: Path, moesim) -> None:
     same = [json.loads(moesim("run", scenario, "--json", "--force").out) for _ in range(2)]
     assert same[0] == same[1]
-    other = json.loads(moesim("run", scenario, "--json", "--force", "--set", "workload.sequence_length=1024").out)
+    other = json.loads(moesim("run", scenario, "--json", "--force", "--set", "workload.global_batch=8").out)
     assert other["step_time_s"] > same[0]["step_time_s"]
 
 
