@@ -17,6 +17,9 @@ from moesim.moe.progress import ProgressCallback
 from moesim.moe.request import TrainingRequest
 from moesim.network import Fabric, build_fabric
 from moesim.parallel import Mesh, TrafficSample, TrafficSampler
+from moesim.parallel.memory import MemoryReport
+from moesim.parallel.memory_remedy import check_memory
+from moesim.parallel.memory_rows import RoutedRows, even_rows, routed_rows
 from moesim.results import CATEGORIES, RESULT_SCHEMA_VERSION, RunRecord, SpanTable, Stream, attribute
 from moesim.results.economy import cost, utilisation
 from moesim.results.metrics import (
@@ -34,6 +37,7 @@ from moesim.sim import StepProgram, build_program, simulate_step
 from moesim.trace import RoutingTrace, load_trace, popularity_trace, trace_hash, uniform_trace
 from moesim.trace.metrics import expert_load_LE, imbalance
 from moesim.trace.sampling import MIN_COVERAGE_FOR_CONFIDENCE, MIN_COVERAGE_FOR_RANGE
+from moesim.units import format_bytes
 
 FloatArray = NDArray[np.float64]
 
@@ -58,9 +62,19 @@ def simulate(
     kernels = kernel_model(scenario.cluster.pools[0].gpu, scenario.compute.profile)
     assert (trace is None) == (scenario.model.experts == 0), "an MoE step is driven by a routing trace"
     plain, bootstrap = draw_samples(scenario, trace)
+    memory = check_memory(scenario, lambda variant: _rows(scenario, variant, trace, plain))
     spread = [sample.balanced() for sample in plain]
     outcome = _simulate_samples(scenario, fabric, kernels, [*plain, *spread, *bootstrap])
-    return _record(scenario, fabric, trace, plain, outcome)
+    return _record(scenario, fabric, memory, trace, plain, outcome)
+
+
+def _rows(
+    scenario: Scenario, variant: Scenario, trace: RoutingTrace | None, plain: Sequence[TrafficSample]
+) -> RoutedRows:
+    """The rows of a variant of the scenario under the same routing; those of the scenario itself are drawn already."""
+    if trace is None:
+        return even_rows(variant)
+    return routed_rows(variant, plain if variant is scenario else draw_samples(variant, trace)[0])
 
 
 def obtain_trace(
@@ -182,6 +196,7 @@ def _shares(seconds: dict[str, float]) -> dict[str, float]:
 def _record(
     scenario: Scenario,
     fabric: Fabric,
+    memory: MemoryReport,
     trace: RoutingTrace | None,
     plain: Sequence[TrafficSample],
     everything: _Outcome,
@@ -214,10 +229,11 @@ def _record(
         "imbalance": no_imbalance(),
         "dropped_share": facts.dropped_share if facts else 0.0,
         "padded_share": facts.padded_share if facts else 0.0,
+        "memory": memory.as_json(),
         "cost": cost(scenario, step_s),
         "estimate_sources": outcome.source_shares,
         "router": {"kind": "none (dense model)", "train_loss": None, "validation_loss": None},
-        "warnings": _warnings(scenario, fabric, plain),
+        "warnings": _warnings(scenario, fabric, memory, plain),
     }
     arrays = {
         "step_time_S": outcome.step_S,
@@ -269,9 +285,14 @@ def _router_facts(scenario: Scenario, trace: RoutingTrace, sample: TrafficSample
     }
 
 
-def _warnings(scenario: Scenario, fabric: Fabric, plain: Sequence[TrafficSample]) -> list[str]:
+def _warnings(scenario: Scenario, fabric: Fabric, memory: MemoryReport, plain: Sequence[TrafficSample]) -> list[str]:
     """What a reader must know before trusting the numbers."""
     warnings = []
+    if memory.fits_share < 1:
+        warnings.append(
+            f"{1 - memory.fits_share:.0%} of the routing samples do not fit into memory: the fullest needs "
+            f"{format_bytes(memory.peak_bytes)}"
+        )
     mesh = Mesh(scenario.parallelism, scenario.cluster)
     crosses = any(mesh.layout(ranks_R).num_nodes > 1 for ranks_R in mesh.expert_groups())
     if fabric.core_can_block and crosses and scenario.network.model == "ports":
