@@ -43,4 +43,5 @@ def training_bar(console: Console | None = None) -> Iterator[ProgressCallback]:
     try:
         yield show
     finally:
-        bar.stop()
+        if task is not None:
+            bar.stop()

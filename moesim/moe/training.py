@@ -285,9 +285,13 @@ def _reproducible(device: torch.device) -> Iterator[torch.device]:
     """One CPU thread, and deterministic algorithms on CUDA; the former settings come back."""
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     torch.set_num_threads(NUM_THREADS)
-    torch.use_deterministic_algorithms(device.type == "cuda" or deterministic)
+    # Only where it matters: the call imports torch's compiler, which costs seconds.
+    switch = device.type == "cuda" and not deterministic
+    if switch:
+        torch.use_deterministic_algorithms(True)
     try:
         yield device
     finally:
         torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(deterministic)
+        if switch:
+            torch.use_deterministic_algorithms(False)
