@@ -3,7 +3,8 @@
 What it assumes. Kernels are fused where such stacks fuse them: residual add with the norm, rotary embedding in one
 pass, softmax and top-k of the router in one kernel, SiLU-times-gate in one kernel, the weighted sum of a token's
 results with the residual add, softmax and loss of the head in place. Weight gradients are added into the gradient
-buffer by the matrix product itself. The host has captured the step in graphs or runs ahead: it never limits, and no
+buffer by the matrix product itself. Every such kernel reaches the bandwidth of a plain elementwise kernel, norms and
+gathers that of their own. The host has captured the step in graphs or runs ahead: it never limits, and no
 count is read back. Shared experts run beside the dispatch. Recomputation: none.
 
 One micro-batch, forward, per MoE layer:
@@ -51,7 +52,7 @@ def _norm(w: KernelWriter, name: str, tokens: int, width: int) -> Passes:
     """RMS norm fused with the residual add: the sum is written beside the normalised rows."""
     residual = 2 * tokens * width * ACTIVATION_BYTES
     forward = w.moved(name, "rms_norm", bytes_=2 * residual)
-    backward = w.moved(f"{name}.backward", "rms_norm_backward", bytes_=2 * residual)
+    backward = w.moved(f"{name}.backward", "rms_norm", bytes_=2 * residual)
     return [forward], [backward]
 
 
@@ -156,9 +157,10 @@ def dense_ffn_part(w: KernelWriter, step: Step) -> Passes:
 
 def _router_part(w: KernelWriter, step: Step) -> Passes:
     model, tokens = step.model, step.tokens
+    scores = tokens * model.experts * BYTES_PER_ELEMENT["fp32"]
     select = (
-        [w.memory("router.topk", "topk", rows=tokens, width=model.experts)],
-        [w.memory("router.topk.backward", "softmax_backward", rows=tokens, width=model.experts)],
+        [w.moved("router.topk", "elementwise", bytes_=2 * scores)],
+        [w.moved("router.topk.backward", "elementwise", bytes_=3 * scores)],
     )
     return chain(
         _norm(w, "ffn_norm", tokens, model.hidden),
@@ -205,7 +207,7 @@ def _moe_forward(
     out = [*router]
     if not step.remote:
         out += [p.memory("permute", "permute", rows=loads.rows_MSR, width=h), *shared, *experts]
-        return [*out, p.moved("unpermute", "unpermute", bytes_=_sum_bytes(loads.rows_MSR, tokens, h))]
+        return [*out, p.moved("unpermute", "elementwise", bytes_=_sum_bytes(loads.rows_MSR, tokens, h))]
     if step.quantise:
         out.append(p.memory("quantise", "quantise", rows=tokens, width=h))
     out.append(p.memory("permute", "permute", rows=loads.copies_out_MSR, width=h))
@@ -213,9 +215,9 @@ def _moe_forward(
     combine = transfer("combine", "combine_exposed", loads.combine_M, layer=layer)
     out += [fork(layer=layer), dispatch, *shared]
     out += [p.memory("expand", "permute", rows=loads.rows_MSR, width=h), *experts]
-    out.append(p.moved("reduce", "unpermute", bytes_=_sum_bytes(loads.rows_MSR, loads.copies_in_MSR, h)))
+    out.append(p.moved("reduce", "elementwise", bytes_=_sum_bytes(loads.rows_MSR, loads.copies_in_MSR, h)))
     out += [combine, join(layer=layer)]
-    return [*out, p.moved("unpermute", "unpermute", bytes_=_sum_bytes(loads.copies_out_MSR, tokens, h))]
+    return [*out, p.moved("unpermute", "elementwise", bytes_=_sum_bytes(loads.copies_out_MSR, tokens, h))]
 
 
 def _moe_backward(
@@ -229,22 +231,20 @@ def _moe_backward(
     h, tokens, layer = step.model.hidden, step.tokens, w.layer
     p = w.part("permute")
     if not step.remote:
-        spread = p.memory("unpermute.backward", "unpermute_backward", rows=loads.rows_MSR, width=h)
-        gather = p.moved("permute.backward", "permute_backward", bytes_=_sum_bytes(loads.rows_MSR, tokens, h))
+        spread = p.memory("unpermute.backward", "permute", rows=loads.rows_MSR, width=h)
+        gather = p.moved("permute.backward", "elementwise", bytes_=_sum_bytes(loads.rows_MSR, tokens, h))
         return [spread, *shared, *experts, gather, *router]
     out: list[Operation] = []
     if step.quantise:
         out.append(p.memory("quantise.backward", "quantise", rows=tokens, width=h))
-    out.append(p.memory("unpermute.backward", "unpermute_backward", rows=loads.copies_out_MSR, width=h))
+    out.append(p.memory("unpermute.backward", "permute", rows=loads.copies_out_MSR, width=h))
     dispatch = transfer("combine.backward", "dispatch_exposed", loads.dispatch_M, layer=layer)
     combine = transfer("dispatch.backward", "combine_exposed", loads.combine_M, layer=layer)
     out += [fork(layer=layer), dispatch, *shared]
-    out += [p.memory("reduce.backward", "unpermute_backward", rows=loads.rows_MSR, width=h), *experts]
-    out.append(
-        p.moved("expand.backward", "permute_backward", bytes_=_sum_bytes(loads.rows_MSR, loads.copies_in_MSR, h))
-    )
+    out += [p.memory("reduce.backward", "permute", rows=loads.rows_MSR, width=h), *experts]
+    out.append(p.moved("expand.backward", "elementwise", bytes_=_sum_bytes(loads.rows_MSR, loads.copies_in_MSR, h)))
     out += [combine, join(layer=layer)]
-    out.append(p.moved("permute.backward", "permute_backward", bytes_=_sum_bytes(loads.copies_out_MSR, tokens, h)))
+    out.append(p.moved("permute.backward", "elementwise", bytes_=_sum_bytes(loads.copies_out_MSR, tokens, h)))
     return out + router
 
 
@@ -275,15 +275,16 @@ def embedding_part(w: KernelWriter, step: Step) -> Passes:
     """Token embedding."""
     rows, width = step.tokens, step.model.hidden
     forward = w.memory("embedding", "embedding", rows=rows, width=width)
-    return [forward], [w.memory("embedding.backward", "embedding_backward", rows=rows, width=width)]
+    return [forward], [w.memory("embedding.backward", "embedding", rows=rows, width=width)]
 
 
 def head_part(w: KernelWriter, step: Step) -> Passes:
     """Final norm, logits and mean cross entropy."""
     model, tokens = step.model, step.tokens
+    logits = tokens * model.vocab * ACTIVATION_BYTES
     loss = (
-        [w.memory("cross_entropy", "cross_entropy", rows=tokens, width=model.vocab)],
-        [w.memory("cross_entropy.backward", "cross_entropy_backward", rows=tokens, width=model.vocab)],
+        [w.moved("cross_entropy", "elementwise", bytes_=logits)],
+        [w.moved("cross_entropy.backward", "elementwise", bytes_=2 * logits)],
     )
     return chain(
         _norm(w, "final_norm", tokens, model.hidden),

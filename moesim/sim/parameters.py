@@ -128,6 +128,7 @@ def optimizer_block(scenario: Scenario, kernels: KernelModel, *, parameters: flo
     per_parameter = size[precision.gradients] + 4 * size[precision.optimizer] + 2 * size[precision.weights]
     if precision.master == "fp32":
         per_parameter += 2 * size["fp32"] - size[precision.weights]  # the weights are then only written
-    kind = "optimizer_fp32" if precision.optimizer == "fp32" else "optimizer_bf16"
+    eager_bf16 = scenario.implementation.kind == "torch_eager" and precision.optimizer == "bf16"
+    kind = "optimizer_bf16" if eager_bf16 else "optimizer_fp32"
     writer = KernelWriter(kernels, dtype=precision.gemm, category="optimizer", layer=-1)
     return Block("optimizer", (writer.moved("adamw", kind, bytes_=parameters * per_parameter),))
