@@ -1,0 +1,38 @@
+"""Every scenario file runs: with one routing sample here, as it stands in the acceptance run."""
+
+from pathlib import Path
+
+import pytest
+
+from moesim.run import simulate
+from moesim.scenario import load_scenario
+
+FILES = sorted((Path(__file__).parent.parent / "scenarios").glob("*.yaml"))
+LARGE = 512  # GPUs; larger ones take longer than a quick test may
+
+
+def _parameters() -> list:
+    scenarios = [(file, load_scenario(file)) for file in FILES]
+    return [
+        pytest.param(file, id=file.stem, marks=[pytest.mark.slow] if scenario.cluster.num_gpus > LARGE else [])
+        for file, scenario in scenarios
+    ]
+
+
+@pytest.mark.parametrize("file", _parameters())
+def test_scenario_runs(file, tmp_path):
+    overrides = ["uncertainty.samples=1"]
+    if load_scenario(file).routing.kind == "train":
+        overrides += ["routing.steps=2", "routing.thin.tokens_per_step=512", "routing.thin.layers=1"]
+        overrides += ["workload.global_batch=16"]
+    result = simulate(load_scenario(file, overrides), cache_dir=tmp_path).result
+    assert result["step_time_s"] > 0
+    assert 0 < result["mfu"]["causal"] < 1
+    assert sum(result["attribution_s"].values()) == pytest.approx(result["step_time_s"], rel=1e-9)
+
+
+@pytest.mark.parametrize("model", ["fluid", "exact"])
+def test_all_models_of_the_network_agree_on_a_small_step(small, model):
+    ports = simulate(small()).result["step_time_s"]
+    other = simulate(small({"network.model": model})).result["step_time_s"]
+    assert other == pytest.approx(ports, rel=0.02)
