@@ -124,13 +124,13 @@ def draw_samples(scenario: Scenario, trace: RoutingTrace | None) -> tuple[list[T
 
 @dataclass(frozen=True, kw_only=True)
 class _Outcome:
-    """Samples simulated in lockstep. `spans`: group 0, first sample."""
+    """Samples simulated in lockstep. `spans`: group 0 of every pipeline rank, first sample."""
 
     step_S: FloatArray
     attribution_CSW: FloatArray
     compute_time_SW: FloatArray
     source_shares: dict[str, float]
-    spans: SpanTable
+    spans: tuple[SpanTable, ...]
 
     def samples(self, chosen: slice) -> "_Outcome":
         """The outcome of some of the samples."""
@@ -184,7 +184,9 @@ def _simulate_program(program: StepProgram) -> _Outcome:
         attribution_CSW=attribution_CSW,
         compute_time_SW=compute_time_SW,
         source_shares=_shares(program.source_seconds),
-        spans=step.tables[0].first_sample(),
+        spans=tuple(
+            table.first_sample() for group, table in zip(program.groups, step.tables, strict=True) if group.number == 0
+        ),
     )
 
 
@@ -247,7 +249,7 @@ def _record(
         )
         result["router"] = _router_facts(scenario, trace, plain[0])
         arrays |= _load_arrays(facts)
-    return RunRecord(scenario=scenario, result=result, arrays=arrays, spans=outcome.spans, trace=trace)
+    return RunRecord(scenario=scenario, result=result, arrays=arrays, pipeline_spans=outcome.spans, trace=trace)
 
 
 def _by_category(attribution_CSW: FloatArray) -> dict[str, float]:

@@ -2,11 +2,12 @@
 
 from moesim.results.attribution import attribute, overlapped_transfer
 from moesim.results.record import RESULT_SCHEMA_VERSION, RunRecord
-from moesim.results.spans import CATEGORIES, Label, SpanRecorder, SpanTable, Stream
+from moesim.results.spans import CATEGORIES, ActionRows, Label, SpanRecorder, SpanTable, Stream
 
 __all__ = [
     "CATEGORIES",
     "RESULT_SCHEMA_VERSION",
+    "ActionRows",
     "Label",
     "RunRecord",
     "SpanRecorder",

@@ -29,11 +29,16 @@ class RunRecord:
       expert_load_LE           rows of an expert / mean rows, over the whole step and all samples
       rank_load_LR             rows of a rank / mean rows, likewise
       traffic_RR               dispatched bytes from rank to rank in one step, both passes, group 0
-    `spans` holds expert group 0 in sample 0. `trace` is None for a dense model.
+    `pipeline_spans` holds expert group 0 of every pipeline rank in sample 0. `trace` is None for a dense model.
     """
 
     scenario: Scenario
     result: dict[str, Any]
     arrays: dict[str, NDArray[np.float64]]
-    spans: SpanTable
+    pipeline_spans: tuple[SpanTable, ...]
     trace: RoutingTrace | None
+
+    @property
+    def spans(self) -> SpanTable:
+        """Those of the first pipeline rank."""
+        return self.pipeline_spans[0]

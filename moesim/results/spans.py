@@ -49,12 +49,25 @@ class Stream(IntEnum):
 
 
 class Label(NamedTuple):
-    """What a span is: its name, its category of the attribution, its stream and its layer (-1 outside the layers)."""
+    """What a span is: its name, its category of the attribution, its stream and its layer (-1 outside the layers).
+
+    `sender` is the pipeline rank that a hand-off comes from, -1 for everything else.
+    """
 
     name: str
     category: str
     stream: Stream
     layer: int
+    sender: int = -1
+
+
+class ActionRows(NamedTuple):
+    """One action of a pipeline schedule: its passes (two when they overlap), and its rows `first` to `last` - 1."""
+
+    passes: tuple[str, ...]
+    micro_batches: tuple[int, ...]
+    first: int
+    last: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +75,8 @@ class SpanTable:
     """Spans of one rank group.
 
     `label_N` indexes `labels`; `own_NSR` is the part of a transfer after its last needed peer arrived, and the whole
-    duration of a compute span. Times are seconds from the start of the step.
+    duration of a compute span. Times are seconds from the start of the step. `actions` cut the rows into what the
+    pipeline schedule did one after the other; behind the last come collectives and the optimizer.
     """
 
     labels: tuple[Label, ...]
@@ -73,6 +87,7 @@ class SpanTable:
     finish_NSR: FloatArray
     own_NSR: NDArray[np.float32]
     step_S: FloatArray
+    actions: tuple[ActionRows, ...] = ()
 
     def first_sample(self) -> "SpanTable":
         """The spans of sample 0 alone, in memory of their own."""
@@ -100,6 +115,12 @@ class SpanRecorder:
         self.finish_NSR = np.zeros((rows, samples, ranks))
         self.own_NSR = np.zeros((rows, samples, ranks), np.float32)
         self.count = 0
+        self.actions: list[ActionRows] = []
+
+    def end_action(self, passes: tuple[str, ...], micro_batches: tuple[int, ...]) -> None:
+        """The rows since the last action ended belong to this one."""
+        first = self.actions[-1].last if self.actions else 0
+        self.actions.append(ActionRows(passes, micro_batches, first, self.count))
 
     def add(
         self, label: int, micro_batch: int, start_SR: FloatArray, finish_SR: FloatArray, own_SR: FloatArray
@@ -125,4 +146,5 @@ class SpanRecorder:
             finish_NSR=self.finish_NSR[:n],
             own_NSR=self.own_NSR[:n],
             step_S=step_S,
+            actions=tuple(self.actions),
         )

@@ -29,6 +29,16 @@ class Task:
     receives: tuple[Handoff, ...] = ()
     sends: tuple[Sent, ...] = ()
 
+    @property
+    def passes(self) -> tuple[str, ...]:
+        """The names of its blocks."""
+        return tuple(run.block.name for run in self.runs)
+
+    @property
+    def micro_batches(self) -> tuple[int, ...]:
+        """Their micro-batches."""
+        return tuple(run.micro_batch for run in self.runs)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class GroupProgram:
@@ -72,7 +82,7 @@ class StepProgram:
 
 def handoff_label(handoff: Handoff) -> Label:
     """The label of waiting for a hand-off that is on its way."""
-    return Label(handoff.payload, "pipeline", Stream.PIPELINE, -1)
+    return Label(handoff.payload, "pipeline", Stream.PIPELINE, -1, handoff.source)
 
 
 def collective_label(reduction: Reduction) -> Label:

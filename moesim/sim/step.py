@@ -91,6 +91,7 @@ class _Step:
                 arrived.append((handoff_label(handoff), sent_SR, arrival_SR))
             executor.begin(arrived)
             executor.execute(task.runs)
+            executor.recorder.end_action(task.passes, task.micro_batches)
             for sent in task.sends:
                 finish_SR = executor.finished(sent.which)
                 self.handoffs[sent.handoff, group.number].succeed((finish_SR, finish_SR + sent.seconds))

@@ -167,7 +167,7 @@ def make_record() -> MakeRecord:
                 "rank_load_LR": load_LE.reshape(layers, ranks, -1).mean(axis=2),
                 "traffic_RR": traffic_RR,
             },
-            spans=make_spans(layers=3, ranks=ranks, rng=rng),
+            pipeline_spans=(make_spans(layers=3, ranks=ranks, rng=rng),),
             trace=make_trace(experts=experts, top_k=6, trained=trained, rng=rng),
         )
 
