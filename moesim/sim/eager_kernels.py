@@ -68,11 +68,15 @@ def branch(w: KernelWriter, name: str, step: Step) -> Passes:
     return accumulated(w, name, step.tokens, step.model.hidden)
 
 
+def reordered(w: KernelWriter, name: str, launches: float, *, numbers: float) -> Operation:
+    """A strided copy of bf16 numbers: unvectorised, as fast as the row scaling of kind `mul`."""
+    return moved(w, name, "mul", launches, bytes_=2.0 * BF16 * numbers)
+
+
 def copied(w: KernelWriter, name: str, numbers: float, *, both: bool = True) -> Passes:
     """A copy into another order; backward either copies too or only looks at the gradient differently."""
-    bytes_ = 2.0 * BF16 * numbers
-    back = [moved(w, f"{name}.backward", "copy", backward("cat"), bytes_=bytes_)] if both else []
-    return [moved(w, name, "copy", forward("cat", "view"), bytes_=bytes_)], back
+    back = [reordered(w, f"{name}.backward", backward("cat"), numbers=numbers)] if both else []
+    return [reordered(w, name, forward("cat", "view"), numbers=numbers)], back
 
 
 def activation(w: KernelWriter, name: str, *, rows: ArrayLike, width: int) -> Passes:

@@ -87,7 +87,7 @@ def _router(w: KernelWriter, step: Step) -> Passes:
     ]
     to_fp32 = (
         [moved(w, "router.cast", "cast", forward("module", "cast"), bytes_=cast)],
-        [moved(w, "router.cast.backward", "cast", backward("cast"), bytes_=cast)],
+        [moved(w, "router.cast.backward", "elementwise", backward("cast"), bytes_=cast)],
     )
     if step.sigmoid:
         each = 2 * FP32 * scores
@@ -143,12 +143,8 @@ def _sort_rows(w: KernelWriter, step: Step, loads: LayerLoads) -> Passes:
     return chain((order, []), _gathered(w, "permute.gather", rows=out, of=step.tokens, hidden=step.model.hidden))
 
 
-EXCHANGE = ("module", "empty", "plain", "plain", "plain", "plain")  # the host's way into a collective and back
-EXCHANGE_BACK = ("mul", "mul", "mul", "mul")
-
-
 def _exchange(w: KernelWriter, name: str, category: str, transfers_M: Sequence[Transfer]) -> Operation:
-    launches = backward(*EXCHANGE_BACK) if name.endswith(".backward") else forward(*EXCHANGE)
+    launches = (backward if name.endswith(".backward") else forward)("exchange")
     return issued(transfer(name, category, tuple(transfers_M), layer=w.layer), launches)
 
 
@@ -170,6 +166,7 @@ def _sort_arrived(w: KernelWriter, loads: LayerLoads, hidden: int) -> Passes:
     order = [
         small(w, "permute.local_ids", forward("plain", "plain", "cumsum"), count=3),
         moved(w, "permute.local_rows", "zero", forward("plain"), bytes_=float(INT64) * rows),
+        moved(w, "permute.local_experts", "copy", forward("index_select"), bytes_=2.0 * INT64 * rows),
         issued(w.memory("permute.local_sort", "sort", rows=rows), forward("sort")),
         moved(w, "permute.numbers", "zero", forward("empty", "plain"), bytes_=float(INT64) * rows),
         moved(w, "permute.inverse", "elementwise", forward("plain"), bytes_=3.0 * INT64 * rows),
@@ -293,7 +290,7 @@ def head_part(w: KernelWriter, step: Step) -> Passes:
         product(w, "head", m=tokens, k=model.hidden, n=model.vocab),
         (
             [moved(w, "logits.cast", "cast", forward("view", "cast"), bytes_=cast)],
-            [moved(w, "logits.cast.backward", "cast", backward("cast", "view"), bytes_=cast)],
+            [moved(w, "logits.cast.backward", "elementwise", backward("cast", "view"), bytes_=cast)],  # vectorised
         ),
         ([issued(loss, forward("cross_entropy"))], [issued(loss_back, backward("cross_entropy"))]),
         ([small(w, "loss", forward("mul"))], [small(w, "loss.backward", backward("mul", "mul"), count=2)]),
