@@ -242,6 +242,8 @@ def _record(
         "attribution_CW": outcome.attribution_CSW.mean(axis=1),
         "attribution_balanced_C": spread.attribution_CSW.mean(axis=(1, 2)),
         "compute_time_W": outcome.compute_time_SW.mean(axis=0),
+        "held_bytes_P": memory.held_P,
+        "kept_bytes_PVBW": memory.kept_PCBW,
     }
     if facts is not None and trace is not None:
         result["imbalance"] = imbalance_facts(

@@ -13,19 +13,35 @@ if TYPE_CHECKING:
     from moesim.results import RunRecord
     from moesim.scenario import Scenario
 
+TIMELINE_FILE = "timeline.json.gz"
 NAME = "run"
 SUMMARY = "Simulate a scenario: train or load its router, run one step on the cluster, report where the time goes."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """SCENARIO, --set, --out, --cache, --json, --quiet, --force."""
+    """SCENARIO, --set, --out, --timeline, --cache, --json, --quiet, --force."""
     add_scenario(parser)
     parser.add_argument("--out", metavar="DIR", type=Path, help="folder of the run; runs/NAME by default")
+    parser.add_argument(
+        "--timeline",
+        metavar="RANKS",
+        nargs="?",
+        type=_ranks,
+        const=(),
+        help="also write timeline.json.gz for Perfetto and trace tools; --timeline=0,3 for these ranks alone",
+    )
     add_cache(parser)
     add_json(parser)
     add_quiet(parser)
     add_force(parser)
     parser.set_defaults(execute=execute)
+
+
+def _ranks(text: str) -> tuple[int, ...]:
+    words = text.split(",")
+    if not all(word.isdecimal() for word in words):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of ranks; write --timeline behind SCENARIO, or =0,3")
+    return tuple(int(word) for word in words)
 
 
 def execute(args: argparse.Namespace) -> int:
@@ -39,7 +55,7 @@ def execute(args: argparse.Namespace) -> int:
     with interrupts_say(lambda: kept_of_training(scenario, args.cache)):
         record = _simulate(scenario, quiet=args.quiet, cache_dir=args.cache)
     with interrupts_say(lambda: f"{out_dir} is incomplete; run the same command again with --force"):
-        _write(record, out_dir, force=args.force)
+        _write(record, out_dir, args)
     _show(record, out_dir, args)
     return 0
 
@@ -51,11 +67,13 @@ def _simulate(scenario: "Scenario", *, quiet: bool, cache_dir: Path | None) -> "
         return simulate(scenario, progress=progress, cache_dir=cache_dir)
 
 
-def _write(record: "RunRecord", out_dir: Path, *, force: bool) -> None:
-    from moesim.report import write_report
+def _write(record: "RunRecord", out_dir: Path, args: argparse.Namespace) -> None:
+    from moesim.report import write_report, write_timeline
     from moesim.results.store import write_run
 
-    write_run(record, out_dir, force=force)
+    write_run(record, out_dir, force=args.force)
+    if args.timeline is not None:
+        write_timeline(record, out_dir / TIMELINE_FILE, ranks=args.timeline)
     write_report(record, out_dir / "report.html")
 
 
@@ -67,3 +85,5 @@ def _show(record: "RunRecord", out_dir: Path, args: argparse.Namespace) -> None:
 
         print_facts(record.result)
         print(f"\nwritten to {out_dir}: open {out_dir / 'report.html'}")
+        if args.timeline is not None:
+            print(f"timeline for ui.perfetto.dev: {out_dir / TIMELINE_FILE}")

@@ -13,7 +13,7 @@ Memory of one rank at one instant:
     reserved     memory.reserved
 
 Buffers, repeated and temporaries are added to the peak of the activations, whenever it is: an upper bound of their sum.
-Legend: S samples, L MoE layers, B micro-batches with rows of their own, W ranks of a stage, C chunks.
+Legend: S samples, L MoE layers, B micro-batches with rows of their own, W ranks of a stage, C chunks, P pipeline ranks.
 """
 
 from collections.abc import Mapping, Sequence
@@ -43,11 +43,15 @@ class MemoryReport:
 
     parts: by pipeline rank, bytes by part on its fullest rank in its fullest sample, adding up to its peak.
     peak_SP: bytes of the fullest rank of each pipeline rank, by sample. capacity_P: bytes of the smallest GPU there.
+    held_P: bytes that stay through the step (states and what is reserved). kept_PCBW: bytes that a micro-batch keeps
+    in each chunk between its forward pass and the end of its backward pass, sample 0.
     """
 
     parts: tuple[Mapping[str, float], ...]
     peak_SP: FloatArray
     capacity_P: FloatArray
+    held_P: FloatArray
+    kept_PCBW: FloatArray
     gpus: tuple[str, ...]
 
     @property
@@ -97,6 +101,8 @@ def memory_report(scenario: Scenario, rows: RoutedRows) -> MemoryReport:
         parts=tuple(rank.parts for rank in ranks),
         peak_SP=np.stack([rank.peak_SW.max(axis=1) for rank in ranks], axis=1),
         capacity_P=np.array([capacity for capacity, _ in capacities]),
+        held_P=np.array([sum(rank.states.values()) + scenario.memory.reserved for rank in ranks]),
+        kept_PCBW=np.stack([rank.kept_CBW for rank in ranks]),
         gpus=tuple(name for _, name in capacities),
     )
 
@@ -214,6 +220,11 @@ class _PipelineRank:
                 if work.kind in (Pass.BACKWARD, Pass.WEIGHT):
                     now_SW -= totals[work.chunk][:, work.micro_batch % distinct]
         return peak_SW, when_SW
+
+    @property
+    def kept_CBW(self) -> FloatArray:
+        """What every micro-batch keeps in every chunk, sample 0."""
+        return np.stack([self._of_all_parts(chunk)[0] for chunk in range(len(self.stages))])
 
     def _of_all_parts(self, chunk: int) -> FloatArray:
         shape = (*self.rows.rows_SLBW.shape[::2], self.scenario.parallelism.stage_ranks)

@@ -1,6 +1,7 @@
-"""What a person sees of a run: the facts on the terminal and one self-contained HTML file."""
+"""What a person sees of a run: the facts on the terminal, one self-contained HTML file, a timeline for trace tools."""
 
+from moesim.report.chrome_trace import write_timeline
 from moesim.report.report import write_report
 from moesim.report.terminal import print_facts
 
-__all__ = ["print_facts", "write_report"]
+__all__ = ["print_facts", "write_report", "write_timeline"]

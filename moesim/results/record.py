@@ -1,7 +1,7 @@
 """RunRecord: everything that one simulation hands to the store, the reports and the planner.
 
 Legend: L model layers with a router, E experts, R ranks of expert group 0, W ranks of the world, S plain routing
-samples, C categories of the attribution, T recorded training steps.
+samples, C categories of the attribution, P pipeline ranks, V chunks of a pipeline rank, B drawn micro-batches.
 """
 
 from dataclasses import dataclass
@@ -26,6 +26,8 @@ class RunRecord:
       attribution_CW           mean seconds per category and rank (categories in the order of results.CATEGORIES)
       attribution_balanced_C   the same, mean over ranks, of the counterfactual with equal loads
       compute_time_W           mean seconds that a rank computes
+      held_bytes_P             bytes of states and what is reserved on each pipeline rank
+      kept_bytes_PVBW          bytes that a micro-batch keeps on each rank of a stage until its backward ends, sample 0
       expert_load_LE           rows of an expert / mean rows, over the whole step and all samples
       rank_load_LR             rows of a rank / mean rows, likewise
       traffic_RR               dispatched bytes from rank to rank in one step, both passes, group 0

@@ -1,5 +1,6 @@
 """What each verb prints and writes."""
 
+import gzip
 import json
 import signal
 import subprocess
@@ -41,6 +42,23 @@ def test_json_is_the_result_and_nothing_else(scenario: Path, moesim) -> None:
 def test_quiet_prints_nothing(scenario: Path, moesim) -> None:
     answer = moesim("run", scenario, "--quiet")
     assert (answer.code, answer.out, answer.err) == (0, "", "")
+
+
+def test_timeline_is_one_file_of_the_run_or_of_chosen_ranks(scenario: Path, moesim) -> None:
+    answer = moesim("run", scenario, "--timeline=1")
+    file = scenario.parent / "runs/small/timeline.json.gz"
+    assert "timeline.json.gz" in answer.out
+    kept = json.loads(gzip.decompress(file.read_bytes()))
+    assert {event["pid"] for event in kept["traceEvents"]} >= {1}
+    assert kept["moesim"]["ranks"] == [1]
+    assert moesim("run", scenario, "--timeline", "--force").code == 0
+    assert json.loads(gzip.decompress(file.read_bytes()))["moesim"]["ranks"] == [0, 1]
+
+
+def test_timeline_swallowing_the_scenario_says_what_to_write(scenario: Path, moesim) -> None:
+    answer = moesim("run", "--timeline", scenario)
+    assert answer.code == 1
+    assert "--timeline behind SCENARIO" in answer.complaint
 
 
 def test_set_overrides_and_the_same_seed_gives_the_same_result(scenario: Path, moesim) -> None:

@@ -1,0 +1,203 @@
+"""timeline.json.gz: the spans of a run as a Chrome trace in the dialect of torch.profiler, for trace tools.
+
+A process per rank, a thread per stream. Transfers are kernels with NCCL's names, from the moment a rank joins them, as
+a profiler sees them: tools that look for communication find it by those names, and what a rank waits inside is in the
+arguments. Arrows lead from each dispatch to its combine. Counters show the memory of a rank and the imbalance of its
+group's experts. Times are microseconds from the start of the step, to the nanosecond.
+
+Legend: N spans, R ranks of a group, A actions of the schedule.
+"""
+
+import gzip
+import json
+from collections import defaultdict, deque
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.errors import UserError
+from moesim.report.memory_over_time import memory_events
+from moesim.results import Label, RunRecord, SpanTable, Stream
+from moesim.scenario import gpu_spec
+
+Event = dict[str, Any]
+
+MAX_EVENTS = 250_000  # about 5 MB as a file and 70 MB of JSON: what a browser still shows without delay
+# CUDA stream numbers, in the manner of PyTorch: 7 is the default stream. The host has a thread of its own.
+STREAM_IDS = {Stream.COMPUTE: 7, Stream.COMMUNICATION: 20, Stream.REDUCTION: 24, Stream.PIPELINE: 28, Stream.HOST: 1}
+STREAM_NAMES = {
+    Stream.COMPUTE: "computation",
+    Stream.COMMUNICATION: "dispatch and combine",
+    Stream.REDUCTION: "gradients and parameters",
+    Stream.PIPELINE: "between stages",
+    Stream.HOST: "waiting for the host",
+}
+COLLECTIVES = {  # our word -> kernel of NCCL, name that PyTorch gives the collective
+    "all_reduce": ("ncclDevKernel_AllReduce_Sum", "allreduce"),
+    "reduce_scatter": ("ncclDevKernel_ReduceScatter_Sum", "reduce_scatter"),
+    "all_gather": ("ncclDevKernel_AllGather", "allgather"),
+}
+
+
+def write_timeline(record: RunRecord, path: Path, *, ranks: Sequence[int] = ()) -> tuple[int, ...]:
+    """Write the trace of `record` to `path` and return the ranks in it.
+
+    `ranks` are global ranks of expert group 0 of any pipeline rank; without, those that `choose_ranks` takes. Raises
+    UserError for a rank whose spans are not kept.
+    """
+    chosen = _checked(record.pipeline_spans, ranks) if ranks else choose_ranks(record.pipeline_spans)
+    head = json.dumps(_head(record, chosen))[:-1]
+    with path.open("wb") as file, gzip.GzipFile("", "wb", mtime=0, fileobj=file, compresslevel=6) as packed:
+        packed.write(f'{head}, "traceEvents": [\n'.encode())
+        separator = ""
+        for event in events(record, chosen):
+            packed.write((separator + json.dumps(event, separators=(",", ":"))).encode())
+            separator = ",\n"
+        packed.write(b"\n]}\n")
+    return chosen
+
+
+def choose_ranks(tables: Sequence[SpanTable]) -> tuple[int, ...]:
+    """Ranks for a trace of at most MAX_EVENTS spans (but one rank per table): of each table the busiest ones."""
+    each = max(1, MAX_EVENTS // sum(len(table.label_N) for table in tables))
+    chosen: list[int] = []
+    for table in tables:
+        rows_N = table.rows(Stream.COMPUTE)
+        busy_R = (table.finish_NSR[rows_N, 0] - table.start_NSR[rows_N, 0]).sum(axis=0)
+        chosen += table.ranks_R[np.argsort(-busy_R, kind="stable")[:each]].tolist()
+    return tuple(sorted(chosen))
+
+
+def _checked(tables: Sequence[SpanTable], ranks: Sequence[int]) -> tuple[int, ...]:
+    known = {int(rank) for table in tables for rank in table.ranks_R}
+    for rank in ranks:
+        if rank not in known:
+            spans = ", ".join(f"{table.ranks_R.min()} to {table.ranks_R.max()}" for table in tables[:4])
+            more = f" and {len(tables) - 4} more groups" if len(tables) > 4 else ""
+            raise UserError(f"--timeline={rank}: no spans are kept of rank {rank}; choose among ranks {spans}{more}")
+    return tuple(sorted(set(ranks)))
+
+
+def _head(record: RunRecord, chosen: Sequence[int]) -> Event:
+    scenario = record.scenario
+    gpu = gpu_spec(scenario.cluster.pools[0].gpu)
+    device = {"name": gpu.name, "totalGlobalMem": gpu.memory_bytes, "numSms": gpu.sm_count}
+    return {
+        "schemaVersion": 1,
+        "displayTimeUnit": "ms",
+        "baseTimeNanoseconds": 0,
+        "traceName": f"moesim {scenario.name}",
+        "deviceProperties": [{"id": rank, **device} for rank in chosen],
+        "distributedInfo": {"backend": "nccl", "rank": chosen[0], "world_size": scenario.parallelism.world_size},
+        "moesim": {"sample": 0, "step_time_us": 1e6 * float(record.spans.step_S[0]), "ranks": list(chosen)},
+    }
+
+
+def events(record: RunRecord, chosen: Sequence[int]) -> Iterator[Event]:
+    """All events of the chosen ranks, rank by rank."""
+    correlation = 1
+    for pipeline_rank, table in enumerate(record.pipeline_spans):
+        places = [place for place, rank in enumerate(table.ranks_R) if int(rank) in set(chosen)]
+        if places:
+            yield from _imbalance(table, pid=int(table.ranks_R[places[0]]))
+        for place in places:
+            yield from _names(int(table.ranks_R[place]), pipeline_rank)
+            yield from memory_events(record, pipeline_rank, place)
+            spans = list(_spans(table, place, correlation))
+            correlation += len(spans)
+            yield from spans
+            yield from _arrows(table, place, correlation)
+
+
+def _names(rank: int, pipeline_rank: int) -> Iterator[Event]:
+    def meta(what: str, tid: int, key: str, value: object) -> Event:
+        return {"ph": "M", "name": what, "pid": rank, "tid": tid, "ts": 0, "args": {key: value}}
+
+    yield meta("process_name", 0, "name", f"rank {rank} (pipeline rank {pipeline_rank})")
+    yield meta("process_labels", 0, "labels", f"GPU {rank}")
+    yield meta("process_sort_index", 0, "sort_index", rank)
+    for stream, tid in STREAM_IDS.items():
+        prefix = "" if stream is Stream.HOST else f"stream {tid}: "
+        yield meta("thread_name", tid, "name", prefix + STREAM_NAMES[stream])
+        yield meta("thread_sort_index", tid, "sort_index", tid)
+
+
+def _kernel(label: Label) -> tuple[str, Mapping[str, str]]:
+    """The name of a span in the trace, and the arguments that tell tools which collective it is."""
+    if label.stream is Stream.COMMUNICATION:
+        return f"ncclDevKernel_SendRecv({label.name})", {"Collective name": "all_to_allv"}
+    if label.stream is Stream.PIPELINE:
+        return f"ncclDevKernel_SendRecv({label.name} from pipeline rank {label.sender})", {"Collective name": "recv"}
+    if label.stream is Stream.REDUCTION:
+        verb, _, what = label.name.partition(".")
+        kernel, collective = COLLECTIVES[verb]
+        return f"{kernel}({what})", {"Collective name": collective}
+    return label.name, {}
+
+
+def microseconds(seconds: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Rounded to the nanosecond, so that what follows without a gap does so in the file too."""
+    return np.round(1e6 * seconds, 3)
+
+
+def _spans(table: SpanTable, place: int, correlation: int) -> Iterator[Event]:
+    rank = int(table.ranks_R[place])
+    start_N = microseconds(table.start_NSR[:, 0, place])
+    finish_N = microseconds(table.finish_NSR[:, 0, place])
+    own_N = microseconds(table.own_NSR[:, 0, place].astype(np.float64))
+    kernels = [_kernel(label) for label in table.labels]
+    for row in np.flatnonzero(finish_N > start_N).tolist():
+        label = table.labels[table.label_N[row]]
+        name, known = kernels[table.label_N[row]]
+        tid = STREAM_IDS[label.stream]
+        args: Event = {"category": label.category, "layer": label.layer, "micro_batch": int(table.micro_batch_N[row])}
+        duration = round(float(finish_N[row] - start_N[row]), 3)
+        if label.stream is not Stream.HOST:
+            args |= {"device": rank, "stream": tid, "correlation": correlation, **known}
+            correlation += 1
+        if label.stream not in (Stream.COMPUTE, Stream.HOST):
+            args["waiting for peers (us)"] = max(0.0, round(duration - float(own_N[row]), 3))
+        category = "cpu_op" if label.stream is Stream.HOST else "kernel"
+        yield {"ph": "X", "cat": category, "name": name, "pid": rank, "tid": tid, "ts": float(start_N[row]),
+               "dur": duration, "args": args}  # fmt: skip
+
+
+def _arrows(table: SpanTable, place: int, first_id: int) -> Iterator[Event]:
+    """From each dispatch (of tokens, or of gradients on their way back) to the combine that answers it."""
+    rank, tid = int(table.ranks_R[place]), STREAM_IDS[Stream.COMMUNICATION]
+    waiting: defaultdict[tuple[int, int], deque[int]] = defaultdict(deque)
+    common = {"cat": "dispatch_combine", "name": "dispatch to combine", "pid": rank, "tid": tid}
+    number = first_id
+    for row in table.rows(Stream.COMMUNICATION).tolist():
+        label = table.labels[table.label_N[row]]
+        key = (label.layer, int(table.micro_batch_N[row]))
+        if label.category == "dispatch_exposed" and not label.name.endswith(".counts"):
+            waiting[key].append(row)
+        elif label.category == "combine_exposed" and waiting[key]:
+            begin = microseconds(table.start_NSR[waiting[key].popleft(), 0, place])
+            end = microseconds(table.start_NSR[row, 0, place])
+            yield {"ph": "s", "id": number, "ts": float(begin), **common}
+            yield {"ph": "f", "bp": "e", "id": number, "ts": float(end), **common}
+            number += 1
+
+
+def _imbalance(table: SpanTable, *, pid: int) -> Iterator[Event]:
+    """Computing time of the experts of a layer, busiest rank / mean, when the busiest one is done."""
+    categories = [label.category == "experts" for label in table.labels]
+    rows_N = np.flatnonzero(np.array(categories, dtype=bool)[table.label_N])
+    if not len(rows_N):
+        return
+    seconds_NR = table.finish_NSR[rows_N, 0] - table.start_NSR[rows_N, 0]
+    layer_N = np.array([table.labels[index].layer for index in table.label_N[rows_N]])
+    key_N = np.stack([layer_N, table.micro_batch_N[rows_N]])
+    first_A = np.flatnonzero(np.r_[True, (np.diff(key_N) != 0).any(axis=0) | (np.diff(rows_N) > 1)])
+    total_AR = np.add.reduceat(seconds_NR, first_A, axis=0)
+    last_A = np.r_[first_A[1:], len(rows_N)] - 1
+    when_A = microseconds(table.finish_NSR[rows_N[last_A], 0].max(axis=1))
+    mean_A = total_AR.mean(axis=1)
+    for when, ratio in zip(when_A, total_AR.max(axis=1) / np.where(mean_A > 0, mean_A, 1.0), strict=True):
+        args = {"busiest / mean": round(float(ratio), 4)}
+        yield {"ph": "C", "name": "expert time in the group", "pid": pid, "tid": 0, "ts": float(when), "args": args}
