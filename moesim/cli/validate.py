@@ -35,12 +35,12 @@ def execute(args: argparse.Namespace) -> int:
     from moesim.validation import validate_command
     from moesim.validation.table import table_json
 
-    out = args.out or Path("validation")
-    with interrupts_say(lambda: f"finished cases are kept in {out}; the same command goes on from there"):
+    kept = args.out or Path("validation")
+    with interrupts_say(lambda: f"finished cases are kept in {kept}; the same command goes on from there"):
         table = validate_command(
             device=args.device,
             gpus=args.gpus,
-            out=out,
+            out=args.out,
             scenario=None if args.scenario is None else load_scenario(args.scenario, args.overrides),
             profile=args.profile,
             only=args.only,

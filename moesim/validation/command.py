@@ -25,16 +25,18 @@ def validate_command(
 ) -> Table:
     """Run real training beside its simulation, or with `report` recompute the shipped table's predictions.
 
-    `out` keeps each case's measurement, so that an interrupted call goes on where it was, and gets `table.json`.
+    `out` keeps each case's measurement, so that an interrupted call goes on where it was, and gets `table.json`: after
+    a change of the profile or of the simulation, that of a report is what to ship as data/h200.json.
     `scenario` replaces the standard cases; `only` keeps those whose name contains it. Raises UserError for a missing
     device, too few GPUs, and scenarios that the measured software cannot run.
     """
     if report:
         table = recompute(shipped_table())
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            save_table(table, out / "table.json")
         _show(table, quiet)
         return table
-    if device == "cpu" and profile is None and scenario is None:
-        raise UserError("--device cpu needs --profile: make one with `moesim calibrate --device cpu --out FILE`")
     from moesim.validation.launch import check_device
 
     if gpus < 1:
@@ -46,6 +48,8 @@ def validate_command(
         raise UserError(f"no case's name contains {only!r}; names are like fine64-4096-skewed-{gpus}gpu")
     for case in cases:
         check_runnable(case.scenario)
+    if device == "cpu" and any(case.scenario.compute.profile is None for case in cases):
+        raise UserError("--device cpu needs --profile: make one with `moesim calibrate --device cpu --out FILE`")
     table = _measure_and_predict(
         cases, device=device, out=out or Path("validation"), effort=(seconds, keep_kernels), quiet=quiet,
     )  # fmt: skip

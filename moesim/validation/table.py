@@ -134,6 +134,17 @@ def recompute(table: Table) -> Table:
     )
 
 
+def differences(table: Table, again: Table) -> dict[str, float]:
+    """Largest relative difference between the predictions of two tables of the same cases, by case."""
+    found = {}
+    for old, new in zip(table.rows, again.rows, strict=True):
+        pairs = [(old.predicted["step"], new.predicted["step"])]
+        for kind in ("parts", "layer_parts"):
+            pairs += [(value, new.predicted[kind][key]) for key, value in old.predicted[kind].items()]
+        found[old.case.name] = max(abs(b - a) / max(abs(a), 1e-9) for a, b in pairs)
+    return found
+
+
 def make_table(cases: Sequence[Case], measured: dict[str, dict[str, Any]], device: dict[str, Any]) -> Table:
     """Predictions beside measurements of every case that was not skipped."""
     done = [(case, measured[case.name]) for case in cases if "skipped" not in measured[case.name]]

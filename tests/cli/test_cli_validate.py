@@ -52,7 +52,7 @@ def test_a_kept_measurement_is_shown_without_running(folder: Path, capsys: pytes
     kept = folder / "kept"
     kept.mkdir()
     (kept / f"{SCENARIO.name}.json").write_text(json.dumps(measured))
-    assert main(["validate", "tiny.yaml", "--device", "cpu", "--out", "kept", "--json"]) == 0
+    assert main(["validate", "tiny.yaml", "--device", "cpu", "--profile", "h200", "--out", "kept", "--json"]) == 0
     table = json.loads(capsys.readouterr().out)
     (row,) = table["rows"]
     assert row["measured"]["step"] == 2.0 and 0 < row["predicted"]["step"] < 2.0

@@ -1,0 +1,55 @@
+"""The shipped table: predictions made again from the shipped profile are those in the table.
+
+When the profile or the simulation has changed for a reason, `moesim validate --report --out DIR` writes the table anew:
+ship DIR/table.json as moesim/validation/data/h200.json.
+"""
+
+import pytest
+
+from moesim.validation.cases import GPU_TOKENS, MODELS
+from moesim.validation.table import GOALS, Table, differences, recompute, shipped_table
+
+TOLERANCE = 0.005  # of any part of any case
+
+
+@pytest.fixture(scope="module")
+def shipped() -> Table:
+    return shipped_table()
+
+
+def assert_matches(shipped: Table, every: int) -> None:
+    chosen = Table(shipped.device, shipped.rows[::every])
+    worst = differences(chosen, recompute(chosen))
+    assert {name: value for name, value in worst.items() if value > TOLERANCE} == {}
+
+
+def test_some_predictions_are_those_of_the_shipped_profile(shipped: Table) -> None:
+    assert_matches(shipped, every=7)
+
+
+@pytest.mark.slow
+def test_all_predictions_are_those_of_the_shipped_profile(shipped: Table) -> None:
+    assert_matches(shipped, every=1)
+
+
+def test_the_table_covers_what_was_asked_for(shipped: Table) -> None:
+    names = {row.case.name.split("-")[0] for row in shipped.rows}
+    assert names == set(MODELS) and {row.case.tokens for row in shipped.rows} == set(GPU_TOKENS)
+    assert {row.case.gpus for row in shipped.rows} == {1, 2}
+    assert len(shipped.slowdowns()) == 2 * len(MODELS)
+
+
+def test_measured_skew_and_parts_are_plausible(shipped: Table) -> None:
+    """The measurements hang together: parts add up to the step, and a hot rank slows the step."""
+    for row in shipped.rows:
+        parts = row.measured["parts"]
+        total = sum(parts[part] for part in ("forward", "backward", "reduction", "optimizer"))
+        assert total == pytest.approx(row.measured["step"], rel=0.03)
+    assert all(measured > 0.03 for _, measured, _ in shipped.slowdowns())
+
+
+def test_predictions_stay_near_the_measurements(shipped: Table) -> None:
+    """Not the goals themselves, but what must not get lost."""
+    summary = shipped.summary()
+    assert summary["median_error"] is not None and summary["median_error"] < 1.5 * GOALS["median"]
+    assert summary["worst_error"] is not None and summary["worst_error"] < 1.5 * GOALS["worst"]
