@@ -21,6 +21,7 @@ from moesim.parallel.memory import MemoryReport
 from moesim.parallel.memory_remedy import check_memory
 from moesim.parallel.memory_rows import RoutedRows, even_rows, routed_rows
 from moesim.results import CATEGORIES, RESULT_SCHEMA_VERSION, RunRecord, SpanTable, Stream, attribute
+from moesim.results.critical_path import path_facts
 from moesim.results.economy import cost, utilisation
 from moesim.results.metrics import (
     TrafficFacts,
@@ -124,13 +125,14 @@ def draw_samples(scenario: Scenario, trace: RoutingTrace | None) -> tuple[list[T
 
 @dataclass(frozen=True, kw_only=True)
 class _Outcome:
-    """Samples simulated in lockstep. `spans`: group 0 of every pipeline rank, first sample."""
+    """Samples simulated in lockstep. `spans`: group 0 of every pipeline rank, first sample; `critical_path`: of it."""
 
     step_S: FloatArray
     attribution_CSW: FloatArray
     compute_time_SW: FloatArray
     source_shares: dict[str, float]
     spans: tuple[SpanTable, ...]
+    critical_path: dict[str, Any]
 
     def samples(self, chosen: slice) -> "_Outcome":
         """The outcome of some of the samples."""
@@ -157,7 +159,8 @@ def _simulate_samples(
                 kernels=kernels,
                 samples=samples[start : start + at_once],
                 merge=bytes_per_sample > SPAN_MEMORY,
-            )
+            ),
+            first=start == 0,
         )
         for start in range(0, max(1, len(samples)), at_once)
     ]
@@ -167,11 +170,15 @@ def _simulate_samples(
         compute_time_SW=np.concatenate([part.compute_time_SW for part in parts]),
         source_shares=parts[0].source_shares,
         spans=parts[0].spans,
+        critical_path=parts[0].critical_path,
     )
 
 
-def _simulate_program(program: StepProgram) -> _Outcome:
+def _simulate_program(program: StepProgram, *, first: bool) -> _Outcome:
+    """`first`: sample 0 is among the samples, whose spans and critical path are kept."""
     step = simulate_step(program)
+    places = [group.pipeline_rank for group in program.groups]
+    kept = [table for group, table in zip(program.groups, step.tables, strict=True) if group.number == 0]
     world = sum(len(group.ranks_R) for group in program.groups)
     attribution_CSW = np.zeros((len(CATEGORIES), program.samples, world))
     compute_time_SW = np.zeros((program.samples, world))
@@ -184,9 +191,8 @@ def _simulate_program(program: StepProgram) -> _Outcome:
         attribution_CSW=attribution_CSW,
         compute_time_SW=compute_time_SW,
         source_shares=_shares(program.source_seconds),
-        spans=tuple(
-            table.first_sample() for group, table in zip(program.groups, step.tables, strict=True) if group.number == 0
-        ),
+        spans=tuple(table.first_sample() for table in kept) if first else (),
+        critical_path=path_facts(step.tables, pipeline_ranks=places) if first else {},
     )
 
 
@@ -227,6 +233,7 @@ def _record(
         "mfu": utilisation(scenario, step_s),
         "attribution_s": _by_category(outcome.attribution_CSW),
         "attribution_balanced_s": _by_category(spread.attribution_CSW),
+        "critical_path": outcome.critical_path,
         "communication": facts.communication() if facts else no_communication(),
         "imbalance": no_imbalance(),
         "dropped_share": facts.dropped_share if facts else 0.0,

@@ -1,0 +1,206 @@
+"""The critical path of one simulated step: what its end waited for, walked back from the rank that finished last.
+
+At each instant the walk stands on one rank and asks what ended there just then:
+
+    compute, host stall   its time counts as its category, and the walk goes on at its start
+    dispatch, combine     when the rank waited for its peers, the walk moves to the peer that joined last before the
+                          rank's own part began; what lies behind that moment counts as the transfer
+    collective            the same over all members; where buckets overlap the last backward pass, the walk goes to the
+                          rank whose gradients came last
+    hand-off              the walk moves to the sender, at the moment when it sent
+    nothing               counts as bubble, back to what ended last on this rank
+
+The pieces tile [0, step], so that their sum is the step time. Waiting does not appear: the walk is always where the
+work was. Legend: N spans with a duration, R ranks of a group.
+"""
+
+from bisect import bisect_left, bisect_right
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moesim.results.spans import CATEGORIES, Label, SpanTable, Stream
+
+IN_FLIGHT = 64  # spans that may end after the one that runs at an instant and before it in the order of ends
+TOLERANCE = 1e-9  # seconds; spans that follow each other share the bits of that instant
+
+
+class PathPiece(NamedTuple):
+    """One stretch of the path, seconds from the start of the step, on global rank `rank` of group `table`."""
+
+    category: str
+    start: float
+    finish: float
+    table: int
+    rank: int
+
+
+class _Spot(NamedTuple):
+    table: int
+    place: int
+    time: float
+
+
+class _RankSpans:
+    """The spans of one rank with a duration, in the order of their ends; plain lists, which the walk bisects."""
+
+    def __init__(self, table: SpanTable, place: int, sample: int) -> None:
+        start_N, finish_N = table.start_NSR[:, sample, place], table.finish_NSR[:, sample, place]
+        rows_N = np.flatnonzero(finish_N - start_N > TOLERANCE)
+        rows_N = rows_N[np.argsort(finish_N[rows_N], kind="stable")]
+        streams = np.array([label.stream for label in table.labels])
+        computes_N = streams[table.label_N[rows_N]] == Stream.COMPUTE
+        self.rows: list[int] = rows_N.tolist()
+        self.starts: list[float] = start_N[rows_N].tolist()
+        self.ends: list[float] = finish_N[rows_N].tolist()
+        self.computes: list[bool] = computes_N.tolist()
+        self.compute_ends: list[float] = finish_N[rows_N][computes_N].tolist()
+
+    def computed_until(self, time: float) -> float:
+        """End of the last computation that ended by `time`; 0 without one."""
+        index = bisect_right(self.compute_ends, time + TOLERANCE) - 1
+        return self.compute_ends[index] if index >= 0 else 0.0
+
+    def ending_at(self, time: float) -> int | None:
+        """Index of the span that ends at `time`; a computation, where several do."""
+        first, last = bisect_left(self.ends, time - TOLERANCE), bisect_right(self.ends, time + TOLERANCE)
+        return self._best(range(first, last), time)
+
+    def running_at(self, time: float) -> int | None:
+        """Index of a span that runs just before `time`; a computation, where several do."""
+        first = bisect_left(self.ends, time)
+        return self._best(range(first, min(first + IN_FLIGHT, len(self.ends))), time)
+
+    def ended_before(self, time: float) -> float:
+        """When the last span before `time` ended; 0 without one."""
+        index = bisect_left(self.ends, time - TOLERANCE) - 1
+        return self.ends[index] if index >= 0 else 0.0
+
+    def _best(self, candidates: range, time: float) -> int | None:
+        found = [index for index in candidates if self.starts[index] < time - TOLERANCE]
+        return next((index for index in found if self.computes[index]), found[0] if found else None)
+
+
+class _Walk:
+    """The spans of all groups in one sample, and the steps of the walk."""
+
+    def __init__(self, tables: Sequence[SpanTable], pipeline_ranks: Sequence[int], sample: int) -> None:
+        self.tables, self.pipeline_ranks, self.sample = tables, pipeline_ranks, sample
+        self._known: dict[tuple[int, int], _RankSpans] = {}
+        seen: defaultdict[int, int] = defaultdict(int)
+        self.number = []  # of a group among those of its pipeline rank
+        for pipeline_rank in pipeline_ranks:
+            self.number.append(seen[pipeline_rank])
+            seen[pipeline_rank] += 1
+        self.group = {key: index for index, key in enumerate(zip(pipeline_ranks, self.number, strict=True))}
+
+    def spans(self, table: int, place: int) -> _RankSpans:
+        """The spans of one rank."""
+        if (table, place) not in self._known:
+            self._known[table, place] = _RankSpans(self.tables[table], place, self.sample)
+        return self._known[table, place]
+
+    def last(self) -> _Spot:
+        """The rank that finishes last."""
+        ends = [table.finish_NSR[:, self.sample].max(axis=0) for table in self.tables]
+        table = int(np.argmax([end_R.max() for end_R in ends]))
+        place = int(ends[table].argmax())
+        return _Spot(table, place, float(ends[table][place]))
+
+    def pieces(self) -> Iterator[PathPiece]:
+        """The path from its end to 0."""
+        spot = self.last()
+        while spot.time > TOLERANCE:
+            category, following = self._back(spot)
+            assert following.time < spot.time or following[:2] != spot[:2], "the walk goes back"
+            if following.time < spot.time:
+                rank = int(self.tables[spot.table].ranks_R[spot.place])
+                yield PathPiece(category, following.time, spot.time, spot.table, rank)
+            spot = following
+
+    def _back(self, spot: _Spot) -> tuple[str, _Spot]:
+        spans = self.spans(spot.table, spot.place)
+        index = spans.ending_at(spot.time)
+        if index is None:
+            index = spans.running_at(spot.time)
+            if index is None:
+                return "bubble", spot._replace(time=spans.ended_before(spot.time))
+            return self._label(spot, index).category, spot._replace(time=spans.starts[index])
+        label, start = self._label(spot, index), spans.starts[index]
+        row = spans.rows[index]
+        if label.stream is Stream.COMMUNICATION:
+            return label.category, self._joined_last(spot, row, start)
+        if label.stream is Stream.REDUCTION:
+            return label.category, self._gradients_last(spot, row, start)
+        if label.stream is Stream.PIPELINE:
+            sender = self.group[label.sender, self.number[spot.table]]
+            return label.category, _Spot(sender, spot.place, start)
+        return label.category, spot._replace(time=start)
+
+    def _label(self, spot: _Spot, index: int) -> Label:
+        table = self.tables[spot.table]
+        label: Label = table.labels[table.label_N[self.spans(spot.table, spot.place).rows[index]]]
+        return label
+
+    def _joined_last(self, spot: _Spot, row: int, start: float) -> _Spot:
+        """The peer of an all-to-all that joined last before the rank's own part began; the rank itself if none did."""
+        table = self.tables[spot.table]
+        joined_R = table.start_NSR[row, self.sample]
+        began = spot.time - float(table.own_NSR[row, self.sample, spot.place])
+        needed_R = np.where(joined_R <= began + TOLERANCE + 1e-6 * (spot.time - start), joined_R, -np.inf)
+        place = int(needed_R.argmax())
+        if needed_R[place] <= start + TOLERANCE:
+            return spot._replace(time=start)
+        return spot._replace(place=place, time=float(needed_R[place]))
+
+    def _gradients_last(self, spot: _Spot, row: int, start: float) -> _Spot:
+        """The member of a collective that joined last, or, where it overlaps, the one that computed last."""
+        label = self.tables[spot.table].labels[self.tables[spot.table].label_N[row]]
+        own = float(self.tables[spot.table].own_NSR[row, self.sample, spot.place])
+        joined, computed = spot._replace(time=start), spot._replace(time=0.0)
+        for index, table in enumerate(self.tables):
+            numbers = [number for number, other in enumerate(table.labels) if other == label]
+            for other_row in np.flatnonzero(np.isin(table.label_N, numbers)).tolist():
+                same_R = np.abs(table.finish_NSR[other_row, self.sample] - spot.time) <= TOLERANCE
+                for place in np.flatnonzero(same_R).tolist():
+                    at = float(table.start_NSR[other_row, self.sample, place])
+                    joined = max(joined, _Spot(index, place, at), key=lambda member: member.time)
+                    until = self.spans(index, place).computed_until(spot.time)
+                    computed = max(computed, _Spot(index, place, until), key=lambda member: member.time)
+        held_by_first = spot.time - own <= joined.time + 1e-6 * own + TOLERANCE
+        return computed if computed.time > joined.time + TOLERANCE and not held_by_first else joined
+
+
+def critical_path(
+    tables: Sequence[SpanTable], *, pipeline_ranks: Sequence[int], sample: int = 0
+) -> tuple[PathPiece, ...]:
+    """The critical path of one sample, last piece first.
+
+    `tables` hold every expert group; `pipeline_ranks` says on which pipeline rank each of them is, and groups of one
+    pipeline rank come in the order of their numbers.
+    """
+    return tuple(_Walk(tables, pipeline_ranks, sample).pieces())
+
+
+def path_seconds(pieces: Sequence[PathPiece]) -> dict[str, float]:
+    """Seconds of the path by category, in the order of CATEGORIES."""
+    seconds = dict.fromkeys(CATEGORIES, 0.0)
+    for piece in pieces:
+        seconds[piece.category] += piece.finish - piece.start
+    return seconds
+
+
+def path_facts(tables: Sequence[SpanTable], *, pipeline_ranks: Sequence[int]) -> dict[str, Any]:
+    """The critical path of sample 0 as plain values: seconds by category and by rank."""
+    pieces = critical_path(tables, pipeline_ranks=pipeline_ranks)
+    by_rank: defaultdict[int, float] = defaultdict(float)
+    for piece in pieces:
+        by_rank[piece.rank] += piece.finish - piece.start
+    return {
+        "step_time_s": float(tables[0].step_S[0]),
+        "seconds": path_seconds(pieces),
+        "seconds_by_rank": {str(rank): seconds for rank, seconds in sorted(by_rank.items())},
+        "last_rank": pieces[0].rank,
+    }
