@@ -4,17 +4,17 @@ import argparse
 import json
 from pathlib import Path
 
-from moesim.cli.flags import add_force, add_json, add_scenario, check_writable, load
-from moesim.errors import UserError
+from moesim.cli.flags import add_force, add_json, add_scenario, load
+from moesim.cli.page import add_page, place_of_page, write_page
 
 NAME = "topology"
-SUMMARY = "Print the fabric of a scenario: nodes, links, bisection, oversubscription; draw it with --out."
+SUMMARY = "Print and draw the fabric of a scenario: nodes, links, bisection, oversubscription, degraded parts."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """SCENARIO, --set, --out, --json, --force."""
     add_scenario(parser)
-    parser.add_argument("--out", metavar="FILE", type=Path, help="draw the fabric there (.html, works offline)")
+    add_page(parser, what="the drawing", file=f"{NAME}.html")
     add_json(parser)
     add_force(parser)
     parser.set_defaults(execute=execute)
@@ -22,19 +22,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """Print and draw. Raises UserError."""
-    if args.out is not None:
-        if args.out.exists() and not args.force:
-            raise UserError(f"{args.out} exists; choose another --out, or --force to replace it")
-        check_writable(args.out)
     scenario = load(args)
-    from moesim.network import build_fabric, describe
-    from moesim.report.topology import fabric_json, print_fabric, write_fabric
+    path: Path | None = place_of_page(args, name=scenario.name, file=f"{NAME}.html")
+    from moesim.report.topology import fabric_json, fabric_page, print_fabric
+    from moesim.report.topology_links import fabric_parts
 
-    fabric = describe(build_fabric(scenario.cluster))
+    parts = fabric_parts(scenario.cluster)
+    if path is not None:
+        write_page(fabric_page(scenario.name, parts), path, force=args.force)
     if args.json:
-        print(json.dumps(fabric_json(fabric), indent=1))
+        print(json.dumps(fabric_json(parts), indent=1))
     else:
-        print_fabric(scenario.name, fabric)
-    if args.out is not None:
-        write_fabric(scenario.name, fabric, args.out)
+        print_fabric(scenario.name, parts)
+        print(f"\ndrawn in {path}")
     return 0
