@@ -93,14 +93,8 @@ def study_volume(
     is drawn anew for every limit; a trained or recorded router keeps the limit that it was recorded with. Raises
     UserError for sizes that the experts or nodes cannot fill.
     """
-    if scenario.model.experts == 0:
-        raise UserError(f"{scenario.name}: the model is dense (model.experts = 0), so no token is dispatched")
     recorded = not isinstance(scenario.routing, UniformRouting | PopularityRouting)
-    if recorded and limits is not None:
-        raise UserError(
-            f"--limits: routing.kind = {scenario.routing.kind} keeps the limit that it was recorded with; "
-            "leave --limits out, or use --set routing.kind=uniform"
-        )
+    _check_routing(scenario, limits_fixed=recorded and limits is not None)
     trace = obtain_trace(scenario, progress=progress, cache_dir=cache_dir) if recorded else None
     sizes = tuple(sorted(set(devices))) if devices is not None else _usual_sizes(scenario)
     for size in sizes:
@@ -129,6 +123,16 @@ def _source(scenario: Scenario, trace: RoutingTrace | None) -> str:
     router = trace.router
     limit = f", at most {router.group_limit} of {router.num_groups} groups" if router.num_groups > 1 else ""
     return f"{trace.final.num_tokens:,} tokens as {router.kind} routed them{limit}"
+
+
+def _check_routing(scenario: Scenario, *, limits_fixed: bool) -> None:
+    if scenario.model.experts == 0:
+        raise UserError(f"{scenario.name}: the model is dense (model.experts = 0), so no token is dispatched")
+    if limits_fixed:
+        raise UserError(
+            f"--limits: routing.kind = {scenario.routing.kind} keeps the limit that it was recorded with; "
+            "leave --limits out, or use --set routing.kind=uniform"
+        )
 
 
 def _usual_sizes(scenario: Scenario) -> tuple[int, ...]:

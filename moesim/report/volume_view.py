@@ -15,7 +15,7 @@ from moesim.report.volume import VolumeStudy
 from moesim.units import format_bytes
 
 _COLOURS = ("#2474b5", "#e07b1a", "#0a7f86", "#b3256b", "#7a4fbf", "#d9b310")
-_UNLIMITED = "#3d4a5c"
+_UNLIMITED = "#7a828e"
 _BOUND = "rgba(128,128,128,0.7)"
 _NONE = "-"  # a limit whose groups hold too few experts
 
