@@ -3,7 +3,7 @@
 Legend: S routing samples, R ranks, F flows, P hops, X links.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,11 +45,15 @@ class SharedLink:
     seconds_SF: FloatArray  # alone on the link
     level_SF: FloatArray  # seconds after release by which fair sharing ends the flow
 
+    def part(self, samples: slice) -> "SharedLink":
+        """The flows in some of the samples."""
+        return replace(self, seconds_SF=self.seconds_SF[samples], level_SF=self.level_SF[samples])
 
-def shared_links(ports: PairPorts, demand: Demand) -> tuple[SharedLink, ...]:
+
+def shared_links(links: tuple[PairsOfLink, ...], demand: Demand) -> tuple[SharedLink, ...]:
     """The links between the end ports that this demand uses."""
     shared = []
-    for link in ports.shared:
+    for link in links:
         seconds_SF = demand.bytes_SRR[:, link.source_F, link.target_F] / link.capacity
         used_F = (seconds_SF > 0).any(axis=0)
         if not used_F.any():

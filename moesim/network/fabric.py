@@ -5,6 +5,7 @@ Legend: X links, V graph nodes, R ranks (GPUs in rank order, node-major), F flow
 
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import networkx as nx
 import numpy as np
@@ -52,13 +53,14 @@ class Fabric:
     ladder: "Ladder | None" = field(repr=False)
     walks: Walks = field(repr=False)
     pair_ports: dict[tuple[bytes, bool], object] = field(repr=False, default_factory=dict)  # see endpoints.pair_ports
+    flow_ports: dict[tuple[bytes, bool, bytes], object] = field(repr=False, default_factory=dict)  # see flow_ports
 
     @property
     def num_ranks(self) -> int:
         """GPUs of the fabric."""
         return len(self.node_of_rank_R)
 
-    @property
+    @cached_property
     def core_can_block(self) -> bool:
         """Whether links above the NICs can be a bottleneck: `ports` may then be short by a fifth, `fluid` is not."""
         return any(

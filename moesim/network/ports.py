@@ -7,17 +7,19 @@ and with one of them at the latest at R + sum_j min(b_j, b). A flow ends when th
 a rank ends with its ports and its flows, so a hot receiver holds its senders back. Links that several ranks share
 (an oversubscribed core, a detour) are ports with flows of many ranks.
 
-Legend: S routing samples, R ranks, F flows, C ports (every rank's receiving ports, then the sending ones).
+Legend: S matrices (routing samples), R ranks, F flows, P ports of one side, T ports of one table, W flows of a port.
 """
 
-from collections.abc import Callable
-from functools import cache
+import copy
+from collections.abc import Callable, Sequence
+from functools import cache, cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.network.endpoints import SharedLink, pair_ports, shared_links
+from moesim.network.endpoints import SharedLink, shared_links
 from moesim.network.fabric import Fabric
+from moesim.network.flow_ports import PortTable, Side, flow_ports
 from moesim.network.flows import Demand
 
 FloatArray = NDArray[np.float64]
@@ -26,97 +28,142 @@ IntArray = NDArray[np.integer]
 COMPILED_RANKS = 32  # from here on compiled loops pay for loading numba
 
 
+class SideLoads:
+    """What the flows cost at the receiving or at the sending ports: `seconds_SF` alone, `level_SF` after release with
+    fair sharing (-inf without bytes), and per port the sum of its flows and the longest latency among them."""
+
+    def __init__(self, side: Side, bytes_SF: FloatArray, latency_F: FloatArray) -> None:
+        self.side = side
+        self.seconds_SF = bytes_SF * side.pace_F
+        self.level_SF = np.empty_like(self.seconds_SF)
+        shape = (len(bytes_SF), len(side.owner_P))
+        self.total_SP, self.latency_SP = np.empty(shape), np.empty(shape)
+        active_SF = bytes_SF > 0
+        seconds_SF = _padded(self.seconds_SF, 0.0)
+        latency_SF = _padded(np.where(active_SF, latency_F, -np.inf), -np.inf)
+        for port_T, flow_TW, _ in side.tables:
+            seconds_STW = seconds_SF[:, flow_TW]
+            self.total_SP[:, port_T] = seconds_STW.sum(axis=2)
+            self.latency_SP[:, port_T] = latency_SF[:, flow_TW].max(axis=2)
+            real_TW = flow_TW < len(latency_F)
+            self.level_SF[:, flow_TW[real_TW]] = fair_levels(seconds_STW)[:, real_TW]
+        self.level_SF[~active_SF] = -np.inf
+
+    def part(self, samples: slice) -> "SideLoads":
+        """Those of some of the matrices."""
+        part = copy.copy(self)
+        part.__dict__.pop("tables", None)
+        for name in ("seconds_SF", "level_SF", "total_SP", "latency_SP"):
+            setattr(part, name, getattr(self, name)[samples])
+        return part
+
+    @cached_property
+    def tables(self) -> Sequence[tuple[PortTable, FloatArray, FloatArray]]:
+        """Per table of ports the seconds of their flows [S, T, W], and 0 or (where there is no flow) -inf."""
+        seconds_SF = _padded(self.seconds_SF, 0.0)
+        absent_SF = _padded(np.where(np.isinf(self.level_SF), -np.inf, 0.0), -np.inf)
+        return [(table, seconds_SF[:, table.flow_TW], absent_SF[:, table.flow_TW]) for table in self.side.tables]
+
+    def queues(self, start_SR: FloatArray) -> FloatArray:
+        """When each port is done if only the flows' other ends are late, [S, P]."""
+        queue_SP = np.empty(self.total_SP.shape)
+        for table, seconds_STW, absent_STW in self.tables:
+            start_STW = start_SR[:, table.peer_TW] + absent_STW
+            order_STW = np.argsort(-start_STW, axis=2)
+            later_STW = np.take_along_axis(seconds_STW, order_STW, axis=2).cumsum(axis=2)
+            later_STW += np.take_along_axis(start_STW, order_STW, axis=2)
+            queue_SP[:, table.port_T] = later_STW.max(axis=2)
+        return queue_SP
+
+    def own(self, start_SR: FloatArray) -> FloatArray:
+        """When each port is done if only its own rank is late, [S, P]."""
+        return np.asarray(self.total_SP + start_SR[:, self.side.owner_P])
+
+    def ends(self, release_SF: FloatArray, queue_SP: FloatArray) -> FloatArray:
+        """When the port is done with each flow, [S, F]."""
+        return np.asarray(np.minimum(queue_SP[:, self.side.port_F], release_SF + self.level_SF))
+
+
 class Ports:
     """The closed form for one set of flows, all samples at once."""
 
     def __init__(self, fabric: Fabric, demand: Demand, *, two_sided: bool) -> None:
-        ports = pair_ports(fabric, demand)
+        self._flows = flows = flow_ports(fabric, demand)
         self._two_sided = two_sided
-        self._shared = shared_links(ports, demand)
-        idle_SRR = demand.bytes_SRR == 0
-        self._latency_SRR = np.where(idle_SRR, -np.inf, ports.latency_RR)
-        num_ranks = len(demand.ranks_R)
-        rows, columns = np.indices((num_ranks, num_ranks), dtype=np.int32)
-        self._num_receive = num_receive = (int(ports.receive_slot_RR.max()) + 1) * num_ranks
-        self._receive_port_RR = ports.receive_slot_RR * num_ranks + columns
-        self._send_port_RR = num_receive + ports.send_slot_RR * num_ranks + rows
-        num_ports = num_receive + (int(ports.send_slot_RR.max()) + 1) * num_ranks
-        self._one_port = num_ports == 2 * num_ranks  # one receiving and one sending port each: ports need no look-up
-        # Seconds at each port by the rank at the other end, and the longest latency of a port's flows.
-        received_SRR, sent_SRR = demand.bytes_SRR * ports.receive_pace_RR, demand.bytes_SRR * ports.send_pace_RR
-        self._seconds_SRC = np.zeros((len(idle_SRR), num_ranks, num_ports))
-        self._seconds_SRC[:, rows, self._receive_port_RR] = received_SRR
-        self._seconds_SRC[:, columns, self._send_port_RR] = sent_SRR
-        self._port_latency_SC = np.full((len(idle_SRR), num_ports), -np.inf)
-        for port_RR in (self._receive_port_RR, self._send_port_RR):
-            for sample, latency_RR in enumerate(self._latency_SRR):
-                np.maximum.at(self._port_latency_SC[sample], port_RR.ravel(), latency_RR.ravel())
-        self._totals_SC = self._seconds_SRC.sum(axis=1)
-        received_SRR = fair_levels(received_SRR.swapaxes(1, 2), ports.receive_slot_RR.T).swapaxes(1, 2)
-        self._receive_level_SRR = np.where(idle_SRR, -np.inf, received_SRR)
-        self._send_level_SRR = np.where(idle_SRR, -np.inf, fair_levels(sent_SRR, ports.send_slot_RR))
+        self._shared = shared_links(flows.shared, demand)
+        bytes_SF = demand.bytes_SRR[:, flows.source_F, flows.target_F]
+        self._receive = SideLoads(flows.receive, bytes_SF, flows.latency_F)
+        self._send = SideLoads(flows.send, bytes_SF, flows.latency_F)
 
-    def _queues(self, start_SR: FloatArray) -> FloatArray:
-        """When each port is done, [S, C]."""
-        order_SR = (-start_SR).argsort(axis=1)
-        if len(start_SR) == 1:
-            later_SRC = self._seconds_SRC[0].take(order_SR[0], axis=0)[None].cumsum(axis=1)
-            later_SRC += start_SR[0].take(order_SR[0])[:, None]
-        else:
-            samples = np.arange(len(start_SR))[:, None]
-            later_SRC = self._seconds_SRC[samples, order_SR].cumsum(axis=1)
-            later_SRC += start_SR[samples, order_SR][:, :, None]
-        queue_SC: FloatArray = np.maximum.reduce(later_SRC, axis=1)
-        by_owner = (len(start_SR), -1, start_SR.shape[1])
-        own_SC = (self._totals_SC.reshape(by_owner) + start_SR[:, None, :]).reshape(queue_SC.shape)
-        if self._two_sided:
-            return np.asarray(np.maximum(queue_SC, own_SC))
-        queue_SC[:, self._num_receive :] = own_SC[:, self._num_receive :]  # a one-sided sender waits for nobody
-        return queue_SC
+    def part(self, samples: slice) -> "Ports":
+        """The closed form for some of the matrices."""
+        part = copy.copy(self)
+        part._receive, part._send = self._receive.part(samples), self._send.part(samples)
+        part._shared = tuple(link.part(samples) for link in self._shared)
+        return part
 
-    def _flow_ends(self, start_SR: FloatArray, queue_SC: FloatArray) -> FloatArray:
-        """When each pair's last byte leaves the links, without latency, [S, R, R]; -inf for pairs without traffic."""
-        release_SRR = start_SR[:, :, None]
+    def _queues(self, start_SR: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """When each receiving and each sending port is done, [S, P]."""
+        received_SP, sent_SP = self._receive.queues(start_SR), self._send.own(start_SR)
+        if self._two_sided:  # a one-sided sender waits for nobody, and its receiver need not have come
+            np.maximum(received_SP, self._receive.own(start_SR), out=received_SP)
+            np.maximum(sent_SP, self._send.queues(start_SR), out=sent_SP)
+        return received_SP, sent_SP
+
+    def _arrivals(self, start_SR: FloatArray, received_SP: FloatArray, sent_SP: FloatArray) -> FloatArray:
+        """Arrival of each flow's last byte, latency included, [S, F]; -inf for flows without bytes."""
+        flows = self._flows
+        release_SF = start_SR[:, flows.source_F]
         if self._two_sided:
-            release_SRR = np.maximum(release_SRR, start_SR[:, None, :])
-        num_ranks = start_SR.shape[1]
-        if self._one_port:
-            received_SRR, queued_SRR = queue_SC[:, None, :num_ranks], queue_SC[:, num_ranks:, None]
-        else:
-            received_SRR, queued_SRR = queue_SC[:, self._receive_port_RR], queue_SC[:, self._send_port_RR]
-        ends_SRR = release_SRR + self._receive_level_SRR
-        np.minimum(ends_SRR, received_SRR, out=ends_SRR)
-        sent_SRR = release_SRR + self._send_level_SRR
-        np.minimum(sent_SRR, queued_SRR, out=sent_SRR)
-        np.maximum(ends_SRR, sent_SRR, out=ends_SRR)
-        for link in self._shared:
-            _delay(ends_SRR, link, np.broadcast_to(release_SRR, ends_SRR.shape)[:, link.source_F, link.target_F])
-        return ends_SRR
+            release_SF = np.maximum(release_SF, start_SR[:, flows.target_F])
+        ends_SF = np.maximum(self._receive.ends(release_SF, received_SP), self._send.ends(release_SF, sent_SP))
+        if self._shared:
+            ends_SRR, release_SRR = self._dense(ends_SF), self._dense(release_SF)
+            for link in self._shared:
+                _delay(ends_SRR, link, release_SRR[:, link.source_F, link.target_F])
+            ends_SF = ends_SRR[:, flows.source_F, flows.target_F]
+        return np.asarray(ends_SF + flows.latency_F)
+
+    def _dense(self, values_SF: FloatArray) -> FloatArray:
+        flows = self._flows
+        values_SRR = np.full((len(values_SF), flows.num_ranks, flows.num_ranks), -np.inf)
+        values_SRR[:, flows.source_F, flows.target_F] = values_SF
+        return values_SRR
 
     def flow_finish(self, start_SR: FloatArray) -> FloatArray:
         """Arrival of each pair's last byte, latency included, [S, R, R]; -inf for pairs without traffic."""
-        return np.asarray(self._flow_ends(start_SR, self._queues(start_SR)) + self._latency_SRR)
+        return self._dense(self._arrivals(start_SR, *self._queues(start_SR)))
 
     def finish(self, start_SR: FloatArray) -> FloatArray:
         """When each rank is done with all that it sends and receives, latency included, [S, R]."""
         compiled = compiled_finish() if start_SR.shape[1] >= COMPILED_RANKS and not self._shared else None
         if compiled is not None:
-            finish_SR = np.empty(start_SR.shape)
-            compiled(
-                np.ascontiguousarray(start_SR), np.argsort(-start_SR, axis=1),
-                self._two_sided, self._num_receive, self._seconds_SRC, self._totals_SC,
-                self._port_latency_SC, self._receive_port_RR, self._send_port_RR, self._receive_level_SRR,
-                self._send_level_SRR, self._latency_SRR, finish_SR,
-            )  # fmt: skip
-            return finish_SR
-        queue_SC = self._queues(start_SR)
-        ends_SRR = self._flow_ends(start_SR, queue_SC)
-        ends_SRR += self._latency_SRR
-        finish_SR = np.maximum.reduce(np.maximum(ends_SRR, ends_SRR.swapaxes(1, 2)), axis=1)
-        queue_SC += self._port_latency_SC
-        for first in range(0, queue_SC.shape[1], start_SR.shape[1]):
-            np.maximum(finish_SR, queue_SC[:, first : first + start_SR.shape[1]], out=finish_SR)
-        return np.asarray(np.maximum(finish_SR, start_SR, out=finish_SR))
+            return self._compiled_finish(compiled, start_SR)
+        received_SP, sent_SP = self._queues(start_SR)
+        arrival_SF = self._arrivals(start_SR, received_SP, sent_SP)
+        finish_SR = np.array(start_SR, dtype=np.float64)
+        for loads, queue_SP in ((self._receive, received_SP), (self._send, sent_SP)):
+            arrival_of_flow_SF = _padded(arrival_SF, -np.inf)
+            done_SP = queue_SP + loads.latency_SP
+            for port_T, flow_TW, _ in loads.side.tables:
+                last_ST = np.maximum(arrival_of_flow_SF[:, flow_TW].max(axis=2), done_SP[:, port_T])
+                owner_T = loads.side.owner_P[port_T]
+                finish_SR[:, owner_T] = np.maximum(finish_SR[:, owner_T], last_ST)
+        return finish_SR
+
+    def _compiled_finish(self, compiled: Callable[..., None], start_SR: FloatArray) -> FloatArray:
+        flows, receive, send = self._flows, self._receive, self._send
+        finish_SR = np.empty(start_SR.shape)
+        compiled(
+            np.ascontiguousarray(start_SR), (-start_SR).argsort(axis=1), self._two_sided,
+            flows.source_F, flows.target_F, flows.latency_F,
+            flows.first_of_source_R, flows.first_of_target_R, flows.by_target_F,
+            flows.receive.port_F, flows.receive.owner_P, receive.seconds_SF, receive.level_SF, receive.total_SP,
+            receive.latency_SP,
+            flows.send.port_F, flows.send.owner_P, send.seconds_SF, send.level_SF, send.total_SP, send.latency_SP,
+            finish_SR,
+        )  # fmt: skip
+        return finish_SR
 
 
 @cache
@@ -131,6 +178,11 @@ def compiled_finish() -> Callable[..., None] | None:
     return finish
 
 
+def _padded(values_SF: FloatArray, value: float) -> FloatArray:
+    """With a last entry for the flows that are not there."""
+    return np.concatenate([values_SF, np.full((len(values_SF), 1), value)], axis=1)
+
+
 def _delay(ends_SRR: FloatArray, link: SharedLink, release_SF: FloatArray) -> None:
     """Flows over a shared link end no sooner than its queue and its fair share let them."""
     order_SF = np.argsort(-release_SF, axis=1)
@@ -141,24 +193,11 @@ def _delay(ends_SRR: FloatArray, link: SharedLink, release_SF: FloatArray) -> No
     ends_SRR[:, link.source_F, link.target_F] = np.maximum(ends_SF, shared_SF)
 
 
-def fair_levels(seconds_SRN: FloatArray, slot_RN: IntArray) -> FloatArray:
-    """sum_j min(b_j, b) over the flows of the same port: port `slot_RN` of row r, in a row of N flows."""
-    num_slots = int(slot_RN.max()) + 1
-    # One sort by (slot, seconds); the key's rounding can only swap flows that are alike to 1e-15.
-    order_SRN = np.argsort(seconds_SRN + slot_RN * (2 * seconds_SRN.max(initial=0.0) + 1e-30), axis=2)
-    ascending_SRN = np.take_along_axis(seconds_SRN, order_SRN, axis=2)
-    sums_SRN = np.cumsum(ascending_SRN, axis=2)
-    larger_RN = np.broadcast_to(np.arange(slot_RN.shape[1])[::-1], slot_RN.shape)
-    if num_slots > 1:
-        sorted_slot_RN = np.sort(slot_RN, axis=1)
-        counts_RT = np.stack([(slot_RN <= slot).sum(axis=1) for slot in range(num_slots)], axis=1)
-        larger_RN = np.take_along_axis(counts_RT, sorted_slot_RN, axis=1) - 1 - np.arange(slot_RN.shape[1])
-        padded = np.concatenate([np.zeros_like(sums_SRN[:, :, :1]), sums_SRN], axis=2)
-        before_RT = np.concatenate([np.zeros_like(counts_RT[:, :1]), counts_RT[:, :-1]], axis=1)
-        start_of_slot_SRT = np.take_along_axis(
-            padded, np.broadcast_to(before_RT, (len(padded), *before_RT.shape)), axis=2
-        )
-        sums_SRN -= np.take_along_axis(start_of_slot_SRT, np.broadcast_to(sorted_slot_RN, sums_SRN.shape), axis=2)
-    sums_SRN += larger_RN * ascending_SRN
-    np.put_along_axis(ascending_SRN, order_SRN, sums_SRN, axis=2)
-    return np.asarray(ascending_SRN)
+def fair_levels(seconds_STW: FloatArray) -> FloatArray:
+    """sum_j min(b_j, b) over the flows of a port, the last axis; flows that are not there are 0 seconds long."""
+    order_STW = np.argsort(seconds_STW, axis=2)
+    ascending_STW = np.take_along_axis(seconds_STW, order_STW, axis=2)
+    levels_STW = np.cumsum(ascending_STW, axis=2)
+    levels_STW += np.arange(seconds_STW.shape[2])[::-1] * ascending_STW
+    np.put_along_axis(ascending_STW, order_STW, levels_STW, axis=2)
+    return ascending_STW

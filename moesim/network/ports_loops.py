@@ -1,6 +1,6 @@
 """The closed form of `ports` as loops for numba: the same sums in the same order as the numpy of `ports`.
 
-Legend: S routing samples, R ranks, C ports (receiving, then sending).
+Legend: S matrices (routing samples), R ranks, F flows, P ports of one side.
 """
 
 import numba
@@ -16,45 +16,63 @@ def finish(
     start_SR: FloatArray,
     order_SR: NDArray[np.int64],
     two_sided: bool,
-    num_receive: int,
-    seconds_SRC: FloatArray,
-    totals_SC: FloatArray,
-    port_latency_SC: FloatArray,
-    receive_port_RR: IntArray,
-    send_port_RR: IntArray,
-    receive_level_SRR: FloatArray,
-    send_level_SRR: FloatArray,
-    latency_SRR: FloatArray,
+    source_F: IntArray,
+    target_F: IntArray,
+    latency_F: FloatArray,
+    first_of_source_R: NDArray[np.int64],
+    first_of_target_R: NDArray[np.int64],
+    by_target_F: IntArray,
+    receive_port_F: IntArray,
+    receive_owner_P: IntArray,
+    receive_SF: FloatArray,
+    receive_level_SF: FloatArray,
+    receive_total_SP: FloatArray,
+    receive_latency_SP: FloatArray,
+    send_port_F: IntArray,
+    send_owner_P: IntArray,
+    send_SF: FloatArray,
+    send_level_SF: FloatArray,
+    send_total_SP: FloatArray,
+    send_latency_SP: FloatArray,
     finish_SR: FloatArray,
 ) -> None:
-    """Writes when each rank is done into `finish_SR`; see Ports.finish."""
-    num_ranks, num_ports = seconds_SRC.shape[1], seconds_SRC.shape[2]
-    later_C, queue_C = np.zeros(num_ports), np.zeros(num_ports)
+    """Writes when each rank is done into `finish_SR`; see Ports.finish. `order_SR`: ranks, the latest first."""
+    received_P, sent_P = np.empty(len(receive_owner_P)), np.empty(len(send_owner_P))
+    later_P = np.empty(max(len(received_P), len(sent_P)))
     for sample in range(len(start_SR)):
-        start_R = start_SR[sample]
-        for port in range(num_ports):
-            later_C[port] = 0.0
-            own = two_sided or port >= num_receive
-            queue_C[port] = start_R[port % num_ranks] + totals_SC[sample, port] if own else -np.inf
-        queued = num_ports if two_sided else num_receive
+        start_R, finish_R = start_SR[sample], finish_SR[sample]
+        later_P[:] = 0.0
+        for port in range(len(received_P)):
+            received_P[port] = start_R[receive_owner_P[port]] + receive_total_SP[sample, port] if two_sided else -np.inf
         for rank in order_SR[sample]:
-            for port in range(queued):
-                later_C[port] += seconds_SRC[sample, rank, port]
-                queue_C[port] = max(queue_C[port], start_R[rank] + later_C[port])
-        for rank in range(num_ranks):
-            finish_SR[sample, rank] = start_R[rank]
-        for port in range(num_ports):
-            done = queue_C[port] + port_latency_SC[sample, port]
-            finish_SR[sample, port % num_ranks] = max(finish_SR[sample, port % num_ranks], done)
-        for source in range(num_ranks):
-            last = finish_SR[sample, source]
-            for target in range(num_ranks):
-                release = max(start_R[source], start_R[target]) if two_sided else start_R[source]
-                received = min(
-                    queue_C[receive_port_RR[source, target]], release + receive_level_SRR[sample, source, target]
-                )
-                sent = min(queue_C[send_port_RR[source, target]], release + send_level_SRR[sample, source, target])
-                done = max(received, sent) + latency_SRR[sample, source, target]
-                last = max(last, done)
-                finish_SR[sample, target] = max(finish_SR[sample, target], done)
-            finish_SR[sample, source] = max(finish_SR[sample, source], last)
+            for flow in range(first_of_source_R[rank], first_of_source_R[rank + 1]):
+                if receive_level_SF[sample, flow] > -np.inf:
+                    port = receive_port_F[flow]
+                    later_P[port] += receive_SF[sample, flow]
+                    received_P[port] = max(received_P[port], start_R[rank] + later_P[port])
+        later_P[:] = 0.0
+        for port in range(len(sent_P)):
+            sent_P[port] = start_R[send_owner_P[port]] + send_total_SP[sample, port]
+        if two_sided:
+            for rank in order_SR[sample]:
+                for index in range(first_of_target_R[rank], first_of_target_R[rank + 1]):
+                    flow = by_target_F[index]
+                    if send_level_SF[sample, flow] > -np.inf:
+                        port = send_port_F[flow]
+                        later_P[port] += send_SF[sample, flow]
+                        sent_P[port] = max(sent_P[port], start_R[rank] + later_P[port])
+        finish_R[:] = start_R
+        for port in range(len(received_P)):
+            owner = receive_owner_P[port]
+            finish_R[owner] = max(finish_R[owner], received_P[port] + receive_latency_SP[sample, port])
+        for port in range(len(sent_P)):
+            owner = send_owner_P[port]
+            finish_R[owner] = max(finish_R[owner], sent_P[port] + send_latency_SP[sample, port])
+        for flow in range(len(source_F)):
+            source, target = source_F[flow], target_F[flow]
+            release = max(start_R[source], start_R[target]) if two_sided else start_R[source]
+            received = min(received_P[receive_port_F[flow]], release + receive_level_SF[sample, flow])
+            sent = min(sent_P[send_port_F[flow]], release + send_level_SF[sample, flow])
+            done = max(received, sent) + latency_F[flow]
+            finish_R[source] = max(finish_R[source], done)
+            finish_R[target] = max(finish_R[target], done)

@@ -145,7 +145,7 @@ class _Builder:
             self.seconds[source] += times * seconds
 
     def _merged(self, group: GroupProgram) -> GroupProgram:
-        merged = {run.block: run.block.merged() for task in group.tasks for run in task.runs}
+        merged = {block: block.merged() for block in {run.block: None for task in group.tasks for run in task.runs}}
         tasks = [
             replace(task, runs=tuple(run._replace(block=merged[run.block]) for run in task.runs))
             for task in group.tasks

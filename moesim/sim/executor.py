@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.results.spans import Label, SpanRecorder, Stream
-from moesim.sim.operations import MAIN, NUM_CHAINS, SIDE, Block, Kind, Operation, Run, interleave
+from moesim.sim.operations import MAIN, NUM_CHAINS, SIDE, Kind, Run
+from moesim.sim.walk import Labels, Step
 
 FloatArray = NDArray[np.float64]
 Handed = tuple[Label, FloatArray, FloatArray]  # what, when it was sent, when it arrives
@@ -37,21 +38,6 @@ class HostModel:
 FREE_HOST = HostModel(forward_launch=0.0, backward_launch=0.0, readback=0.0)
 
 
-class Labels:
-    """The distinct labels of a simulation and their numbers."""
-
-    def __init__(self) -> None:
-        self._number: dict[Label, int] = {}
-
-    def number(self, label: Label) -> int:
-        """The number of a label, new ones in order of first use."""
-        return self._number.setdefault(label, len(self._number))
-
-    def all(self) -> tuple[Label, ...]:
-        """Labels by number."""
-        return tuple(self._number)
-
-
 class GroupExecutor:
     """The clocks of one rank group and the walk over its blocks."""
 
@@ -69,7 +55,7 @@ class GroupExecutor:
         self.chains_CSR = np.zeros((MAX_RUNS * NUM_CHAINS, *shape))
         self.reduced_SR = np.zeros(shape)  # when the latest collective on gradients or parameters was done
         self.last_begin_SR = np.zeros(shape)  # when the current action began
-        self._interleaved: dict[tuple[Block, Block], tuple[tuple[int, Operation], ...]] = {}
+        self._host_is_free = host == FREE_HOST
         self._open_from_SR = np.zeros(shape)  # the latest transfer: compute placed beside it is slowed
         self._open_until_SR = np.zeros(shape)
 
@@ -77,19 +63,13 @@ class GroupExecutor:
     def done_SR(self) -> FloatArray:
         """When each rank has finished its tasks; collectives apart (`reduced_SR`)."""
         done_SR: FloatArray = np.maximum(self.compute_SR, self.communication_SR)
-        return np.maximum(done_SR, self.chains_CSR.max(axis=0), out=done_SR)
+        np.maximum(done_SR, self.chains_CSR.max(axis=0), out=done_SR)
+        return done_SR
 
     def execute(self, runs: Sequence[Run]) -> None:
         """Do one action: a pass, or two passes that overlap."""
-        if len(runs) == 1:
-            for operation in runs[0].block.operations:
-                self._advance(operation, runs[0], 0)
-            return
-        pair = (runs[0].block, runs[1].block)
-        if pair not in self._interleaved:
-            self._interleaved[pair] = interleave(*pair)
-        for which, operation in self._interleaved[pair]:
-            self._advance(operation, runs[which], which * NUM_CHAINS)
+        for step in self.labels.steps(tuple(run.block for run in runs), runs=self._host_is_free):
+            self._take(step, runs[step.which])
 
     def begin(self, arrived: Sequence[Handed]) -> None:
         """All chains wait until what the next action needs has arrived; waiting for what is on its way is a span."""
@@ -113,75 +93,64 @@ class GroupExecutor:
         finish_SR: FloatArray = self.chains_CSR[which * NUM_CHAINS + MAIN].copy()
         return finish_SR
 
-    def _advance(self, operation: Operation, run: Run, first_chain: int) -> None:
-        launch = self.host_model.backward_launch if run.backward else self.host_model.forward_launch
-        if operation.launches:
-            self.host_SR += operation.launches * launch
-        chain = first_chain + operation.chain
-        match operation.kind:
+    def _take(self, step: Step, run: Run) -> None:
+        if step.launches and not self._host_is_free:
+            model = self.host_model
+            self.host_SR += step.launches * (model.backward_launch if run.backward else model.forward_launch)
+        chains_CSR, chain = self.chains_CSR, step.chain
+        match step.kind:
             case Kind.COMPUTE:
-                self._compute(operation, chain, run.micro_batch)
+                self._compute(step, run.micro_batch)
             case Kind.TRANSFER:
-                self._transfer(operation, chain, run.micro_batch)
+                self._transfer(step, run.micro_batch)
             case Kind.READBACK:
-                ready_SR = np.maximum(self.chains_CSR[chain], self.compute_SR)
+                ready_SR = np.maximum(chains_CSR[chain], self.compute_SR)
                 np.maximum(self.host_SR, ready_SR, out=self.host_SR)
                 self.host_SR += self.host_model.readback
             case Kind.FORK:
-                self.chains_CSR[first_chain + SIDE] = self.chains_CSR[first_chain + MAIN]
+                chains_CSR[chain + SIDE] = chains_CSR[chain]
             case Kind.JOIN:
-                main_SR = self.chains_CSR[first_chain + MAIN]
-                np.maximum(main_SR, self.chains_CSR[first_chain + SIDE], out=main_SR)
+                np.maximum(chains_CSR[chain], chains_CSR[chain + SIDE], out=chains_CSR[chain])
 
-    def _issue(self, operation: Operation, ready_SR: FloatArray, micro_batch: int) -> FloatArray:
+    def _issue(self, step: Step, ready_SR: FloatArray, micro_batch: int) -> FloatArray:
         """When the device may start: it stands still where the host has not issued the operation yet."""
-        if not (self.host_SR > ready_SR).any():
+        if self._host_is_free or not (self.host_SR > ready_SR).any():
             return ready_SR
         start_SR = np.maximum(ready_SR, self.host_SR)
-        if operation.kind is Kind.COMPUTE:
-            stall = Label("host", "host", Stream.HOST, operation.label.layer)
+        if step.kind is Kind.COMPUTE:
+            stall = Label("host", "host", Stream.HOST, step.layer)
             self.recorder.add(self.labels.number(stall), micro_batch, ready_SR, start_SR, start_SR - ready_SR)
         return start_SR
 
-    def _compute(self, operation: Operation, chain: int, micro_batch: int) -> None:
-        assert operation.seconds_MSR is not None
-        seconds_MSR = operation.seconds_MSR
-        duration_SR = seconds_MSR[micro_batch % len(seconds_MSR)]
-        chain_SR = self.chains_CSR[chain]
-        start_SR = self._issue(operation, np.maximum(chain_SR, self.compute_SR), micro_batch)
-        finish_SR = start_SR + duration_SR
+    def _compute(self, step: Step, micro_batch: int) -> None:
+        elapsed_MNSR = step.elapsed_MNSR
+        elapsed_NSR = elapsed_MNSR[micro_batch % len(elapsed_MNSR)]
+        start_SR = self._issue(step, np.maximum(self.chains_CSR[step.chain], self.compute_SR), micro_batch)
+        finish_NSR = self.recorder.run(step.labels_N, micro_batch, start_SR)
+        np.add(elapsed_NSR, start_SR, out=finish_NSR)
         if self.slowdown > 1.0 and (start_SR < self._open_until_SR).any():
-            finish_SR = self._slowed_finish(start_SR, duration_SR)
-        self.compute_SR = finish_SR
-        self.chains_CSR[chain] = finish_SR
-        self._record(operation, micro_batch, start_SR, finish_SR, finish_SR - start_SR)
+            finish_NSR += self._lost(start_SR, elapsed_NSR)
+        self.recorder.close_run(len(finish_NSR))
+        self.compute_SR = self.chains_CSR[step.chain] = finish_NSR[-1]
 
-    def _slowed_finish(self, start_SR: FloatArray, work_SR: FloatArray) -> FloatArray:
-        """Work before the transfer runs at full speed, beside it at 1 / slowdown, behind it at full speed again."""
-        before_SR = np.clip(self._open_from_SR - start_SR, 0.0, work_SR)
-        left_SR = work_SR - before_SR
-        begin_SR = start_SR + before_SR
-        beside_SR = np.minimum(np.maximum(self._open_until_SR - begin_SR, 0.0) / self.slowdown, left_SR)
-        return np.asarray(begin_SR + beside_SR * self.slowdown + (left_SR - beside_SR))
+    def _lost(self, start_SR: FloatArray, work_NSR: FloatArray) -> FloatArray:
+        """Seconds that work done by kernel n loses: what falls beside the open transfer runs at 1 / slowdown."""
+        before_SR = np.maximum(self._open_from_SR - start_SR, 0.0)
+        beside_SR = np.maximum(self._open_until_SR - start_SR - before_SR, 0.0) / self.slowdown
+        beside_NSR = np.minimum(np.maximum(work_NSR - before_SR, 0.0), beside_SR)
+        return np.asarray(beside_NSR * (self.slowdown - 1.0))
 
-    def _transfer(self, operation: Operation, chain: int, micro_batch: int) -> None:
-        transfers = operation.transfers_M
-        prepared = transfers[micro_batch % len(transfers)]
-        chain_SR = self.chains_CSR[chain]
-        start_SR = self._issue(operation, np.maximum(chain_SR, self.communication_SR), micro_batch)
+    def _transfer(self, step: Step, micro_batch: int) -> None:
+        prepared = step.transfers_M[micro_batch % len(step.transfers_M)]
+        start_SR = self._issue(step, np.maximum(self.chains_CSR[step.chain], self.communication_SR), micro_batch)
         finish_SR = prepared.finish(start_SR)
-        self.communication_SR = finish_SR
-        self.chains_CSR[chain] = finish_SR
+        self.communication_SR = self.chains_CSR[step.chain] = finish_SR
         self._open_from_SR, self._open_until_SR = start_SR, finish_SR
-        self._record(operation, micro_batch, start_SR, finish_SR, np.minimum(prepared.alone_R, finish_SR - start_SR))
+        own_SR = np.minimum(prepared.alone_R, finish_SR - start_SR)
+        self.recorder.add(int(step.labels_N[0]), micro_batch, start_SR, finish_SR, own_SR)
 
     def collective(self, label: Label, *, start_SR: FloatArray, finish_SR: FloatArray, own: float) -> None:
         """A collective with ranks outside the group, begun at start and done at finish; `own` seconds are its own."""
         self.reduced_SR = finish_SR
         own_SR = np.minimum(np.full_like(start_SR, own), finish_SR - start_SR)
         self.recorder.add(self.labels.number(label), -1, start_SR, finish_SR, own_SR)
-
-    def _record(
-        self, operation: Operation, micro_batch: int, start_SR: FloatArray, finish_SR: FloatArray, own_SR: FloatArray
-    ) -> None:
-        self.recorder.add(self.labels.number(operation.label), micro_batch, start_SR, finish_SR, own_SR)

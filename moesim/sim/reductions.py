@@ -4,6 +4,7 @@ Legend: S routing samples, W ranks of the world.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +27,7 @@ class Reduction:
     source: str
     buckets: int = 0
 
-    @property
+    @cached_property
     def ranks(self) -> frozenset[int]:
         """All ranks that take part."""
         return frozenset(int(rank) for ranks in self.members for rank in ranks)

@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 
 from moesim.parallel.schedules import Handoff
 from moesim.results.spans import SpanRecorder, SpanTable
-from moesim.sim.executor import GroupExecutor, Labels
+from moesim.sim.executor import GroupExecutor
 from moesim.sim.operations import Run
 from moesim.sim.program import GroupProgram, StepProgram, collective_label, handoff_label
 from moesim.sim.reductions import Reduction, last_arrivals
+from moesim.sim.walk import Labels
 
 FloatArray = NDArray[np.float64]
 Wait = Generator[simpy.Event, Any, None]

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from moesim.results import CATEGORIES, SpanRecorder, attribute
-from moesim.sim.executor import GroupExecutor, HostModel, Labels
+from moesim.sim.executor import GroupExecutor, HostModel
 from moesim.sim.operations import SIDE, Block, Operation, Run, compute, fork, join, readback, transfer
+from moesim.sim.walk import Labels
 
 FREE = HostModel(forward_launch=0.0, backward_launch=0.0, readback=0.0)
 

@@ -1,0 +1,91 @@
+"""Blocks as the steps that the executor takes: a run of kernels that follow each other is one step.
+
+Kernels of one chain that nothing parts start when the one before ends, so that their ends are the run's start plus the
+running sum of their durations: one sum over an array [N, S, R] in the place of N walks through the clocks.
+
+Legend: M micro-batches, N kernels of a step, S routing samples, R ranks (M, S, R: 1 where all are alike).
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.results.spans import Label
+from moesim.sim.operations import NUM_CHAINS, Block, Kind, Operation, Transfer, interleave
+
+FloatArray = NDArray[np.float64]
+
+
+class Step(NamedTuple):
+    """What the executor does at once.
+
+    `which` pass of an action it belongs to; `chain` counts over both. `elapsed_MNSR`: seconds from the start of a run
+    of kernels to the end of each. `labels_N` are numbers of labels, `layer` that of the first kernel.
+    """
+
+    kind: Kind
+    which: int
+    chain: int
+    launches: float
+    layer: int
+    labels_N: NDArray[np.int32]
+    elapsed_MNSR: FloatArray
+    transfers_M: tuple[Transfer, ...]
+
+
+class Labels:
+    """The distinct labels of a simulation and their numbers, and its blocks as steps that bear these numbers."""
+
+    def __init__(self) -> None:
+        self._number: dict[Label, int] = {}
+        self._steps: dict[tuple[bool, tuple[Block, ...]], tuple[Step, ...]] = {}
+
+    def number(self, label: Label) -> int:
+        """The number of a label, new ones in order of first use."""
+        return self._number.setdefault(label, len(self._number))
+
+    def all(self) -> tuple[Label, ...]:
+        """Labels by number."""
+        return tuple(self._number)
+
+    def steps(self, blocks: tuple[Block, ...], *, runs: bool) -> tuple[Step, ...]:
+        """The steps of a pass, or of two that overlap. Without `runs` every kernel is a step of its own."""
+        key = (runs, blocks)
+        if key not in self._steps:
+            order = interleave(*blocks) if len(blocks) == 2 else tuple((0, o) for o in blocks[0].operations)
+            self._steps[key] = tuple(self._step(which, part) for which, part in _parts(order, runs=runs))
+        return self._steps[key]
+
+    def _step(self, which: int, operations: Sequence[Operation]) -> Step:
+        first = operations[0]
+        return Step(
+            kind=first.kind,
+            which=which,
+            chain=which * NUM_CHAINS + first.chain,
+            launches=sum(operation.launches for operation in operations),
+            layer=first.label.layer,
+            labels_N=np.array([self.number(operation.label) for operation in operations], dtype=np.int32),
+            elapsed_MNSR=_elapsed(operations),
+            transfers_M=first.transfers_M,
+        )
+
+
+def _parts(order: Sequence[tuple[int, Operation]], *, runs: bool) -> list[tuple[int, list[Operation]]]:
+    parts: list[tuple[int, list[Operation]]] = []
+    for which, operation in order:
+        if runs and parts and operation.kind is Kind.COMPUTE:
+            last_which, (*_, last) = parts[-1]
+            if last.kind is Kind.COMPUTE and (last_which, last.chain) == (which, operation.chain):
+                parts[-1][1].append(operation)
+                continue
+        parts.append((which, [operation]))
+    return parts
+
+
+def _elapsed(operations: Sequence[Operation]) -> FloatArray:
+    seconds_NMSR = [operation.seconds_MSR for operation in operations if operation.seconds_MSR is not None]
+    if not seconds_NMSR:
+        return np.zeros((1, 0, 1, 1))
+    return np.cumsum(np.stack(np.broadcast_arrays(*seconds_NMSR), axis=1), axis=1)
