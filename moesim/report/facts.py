@@ -115,6 +115,16 @@ def _budget(cost: Mapping[str, Any]) -> str:
     return f"{step}; all tokens {dollars(cost['usd_total'])}, {cost['days']:.4g} days"
 
 
+def memory(result: Result) -> Fact:
+    """Peak memory of the pipeline rank that is nearest to its capacity, and how many routing samples fit."""
+    found = result["memory"]
+    rank = found["fullest_pipeline_rank"]
+    peak, capacity = (found[f"{name}_bytes_by_pipeline_rank"][rank] for name in ("peak", "capacity"))
+    where = f" on pipeline rank {rank}" if len(found["peak_bytes_by_pipeline_rank"]) > 1 else ""
+    note = f"of {format_bytes(capacity)}{where}; {percent(found['fits_share'], digits=0)} of samples fit"
+    return Fact("memory", format_bytes(peak), note)
+
+
 def communication(result: Result) -> list[Fact]:
     """Bytes of one step over all ranks, by purpose and by tier."""
     facts = result["communication"]

@@ -47,11 +47,13 @@ def blank(*, height: int, x: str = "", y: str = "") -> go.Figure:
     return figure
 
 
-def attribution(attribution_s: Mapping[str, float], balanced_s: Mapping[str, float]) -> go.Figure:
-    """Two stacked bars in milliseconds: the step as routed, and with the same rows spread evenly over ranks."""
-    figure = blank(height=230, x="milliseconds of one step")
-    rows = (("spread evenly", balanced_s), ("as routed", attribution_s))
-    keys = [part.key for part, _ in in_order({**balanced_s, **attribution_s})]
+def attribution(
+    attribution_s: Mapping[str, float], balanced_s: Mapping[str, float], critical_s: Mapping[str, float]
+) -> go.Figure:
+    """Stacked bars in milliseconds: the step as routed, with the same rows spread evenly, and its critical path."""
+    figure = blank(height=290, x="milliseconds of one step")
+    rows = (("critical path", critical_s), ("spread evenly", balanced_s), ("as routed", attribution_s))
+    keys = [part.key for part, _ in in_order({key: 1.0 for _, parts in rows for key in parts if parts[key] > 0})]
     for key in keys:
         part = category(key)
         values = np.array([1e3 * parts.get(key, 0.0) for _, parts in rows])

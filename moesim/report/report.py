@@ -13,6 +13,7 @@ from moesim import __version__
 from moesim.report import facts, figures
 from moesim.report.categories import category
 from moesim.report.page import Page
+from moesim.report.step_sections import memory_section, pipeline_section
 from moesim.report.timeline import forward_of_one_layer
 from moesim.results.record import RunRecord
 from moesim.results.spans import CATEGORIES
@@ -29,7 +30,18 @@ def write_report(record: RunRecord, path: Path) -> None:
 def render(record: RunRecord) -> str:
     """The whole HTML document of one run."""
     page = Page()
-    sections = (_head, _time, _experts, _traffic, _ranks, _timeline, _training, _background)
+    sections = (
+        _head,
+        _time,
+        pipeline_section,
+        memory_section,
+        _experts,
+        _traffic,
+        _ranks,
+        _timeline,
+        _training,
+        _background,
+    )
     for section in sections:
         section(page, record)
     return page.document(title=f"{record.scenario.name} - moesim", script=get_plotlyjs())
@@ -75,9 +87,13 @@ def _time(page: Page, record: RunRecord) -> None:
     page.text(
         "p",
         "Mean over ranks of one optimizer step. Communication counts only where no computation hides it. "
-        "The second bar is the same step with the same rows and copies spread evenly over ranks.",
+        "The second bar is the same step with the same rows and copies spread evenly over ranks. The third is the "
+        "critical path of the first routing sample: what the end of the step waited for, walked back from rank "
+        f"{result['critical_path']['last_rank']}, which finished last. It holds no waiting, because it is always "
+        "where the work was, and transfers count whole.",
     )
-    page.figure(figures.attribution(result["attribution_s"], balanced_s), name="attribution")
+    critical_s = result["critical_path"]["seconds"]
+    page.figure(figures.attribution(result["attribution_s"], balanced_s, critical_s), name="attribution")
     parts = facts.attribution(result)
     longest = max(share for _, _, share in parts)
     rows = [
@@ -88,12 +104,13 @@ def _time(page: Page, record: RunRecord) -> None:
                 facts.seconds(s),
                 facts.percent(share),
                 facts.seconds(_rounded(balanced_s.get(part.key, 0.0), result["step_time_s"])),
+                facts.seconds(critical_s.get(part.key, 0.0)),
             ),
             share / longest,
         )
         for part, s, share in parts
     ]
-    page.bars(rows, head=("part", "time", "share", "spread evenly", ""))
+    page.bars(rows, head=("part", "time", "share", "spread evenly", "critical path", ""))
 
 
 def _rounded(seconds: float, step_s: float) -> float:

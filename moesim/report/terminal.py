@@ -37,7 +37,7 @@ def _run_screen(result: Result, options: ConsoleOptions) -> list[RenderableType]
         body: list[RenderableType] = [side_by_side(time, Group(balance, traffic, router, sources))]
     else:
         body = [time, side_by_side(Group(balance, sources), Group(traffic, router))]
-    headline = indented(fact_table(facts.headline(result), strong=True))
+    headline = indented(fact_table([*facts.headline(result), facts.memory(result)], strong=True))
     return [head, headline, *body, *_warnings(result.get("warnings", ()))]
 
 

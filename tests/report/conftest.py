@@ -107,6 +107,24 @@ def make_result(*, name: str, attribution_C: np.ndarray[Any, Any], balanced_s: f
             "cost_s": step - balanced_s,
         },
         "dropped_share": 0.0713,
+        "critical_path": {
+            "step_time_s": step,
+            "seconds": {
+                name: 0.9 * step * (name == "experts") + 0.1 * step * (name == "attention") for name in CATEGORIES
+            },
+            "seconds_by_rank": {"0": 0.4 * step, "3": 0.6 * step},
+            "last_rank": 3,
+        },
+        "memory": {
+            "peak_bytes": 71.3e9,
+            "peak_bytes_by_pipeline_rank": [71.3e9],
+            "capacity_bytes_by_pipeline_rank": [151.4e9],
+            "fits_share": 0.875,
+            "fullest_pipeline_rank": 0,
+            "parts_bytes_by_pipeline_rank": [
+                {"optimizer.experts": 31e9, "weights.dense": 21e9, "activations.attention": 12.3e9, "reserved": 7e9}
+            ],
+        },
         "cost": {"usd_per_step": 0.00347, "usd_per_million_tokens": 0.01213, "usd_total": 24321.0, "days": 31.27},
         "estimate_sources": {"roofline": 0.83, "measured": 0.17},
         "router": {
