@@ -1,8 +1,9 @@
 """Kernel durations from a measured profile, with the roofline where the profile has nothing.
 
-Legend: R ranks, E local experts, Q queried kernels, C size columns (see `moesim.compute.physics`).
+Legend: R ranks, E local experts, Q queried kernels.
 """
 
+import hashlib
 import warnings
 from collections.abc import Callable
 from functools import lru_cache
@@ -21,19 +22,21 @@ from moesim.compute.estimate import (
     FloatArray,
     GemmDirection,
     HostCosts,
-    as_result,
     weakest,
 )
 from moesim.compute.fitting import cell_rows, fit_cell
 from moesim.compute.fp8 import FP8_ROW_ALIGNMENT, fp8_grouped_gemm
 from moesim.compute.measured import contention_of, host_costs_of, typical_widths
 from moesim.compute.memory_kinds import MEMORY_KINDS
+from moesim.compute.physics import RowTotals
 from moesim.compute.profile import Profile
 from moesim.compute.roofline import Roofline
 from moesim.errors import UserError
 
 FAMILIES = ("gemm", "grouped_gemm", "attention", "memory_bound", "host")
 _CACHED_CALLS = 4096
+_CACHED_ROWS = 16  # the directions of both products of a layer follow each other
+_LONG_KEY = 512  # bytes of rows from which on a digest stands for them in a cache
 _TENSOR_DTYPES = {"bf16": "bf16", "fp16": "bf16", "fp8": "fp8"}  # fp16 runs at the rate of bf16
 
 
@@ -60,7 +63,8 @@ class CalibratedModel:
             names = ", ".join(self.missing_families)
             warnings.warn(f"profile {profile.name}: no rows for {names}; the roofline answers instead", stacklevel=2)
         # Calls repeat over layers and micro-batches; a cache makes the repetitions free.
-        self._cached_grouped: Callable[..., Estimate] = lru_cache(_CACHED_CALLS)(self._grouped)
+        self._grouped_estimates: dict[Any, Estimate] = {}
+        self._row_totals: dict[Any, RowTotals] = {}
         self._scalar_gemm: Callable[..., Estimate] = lru_cache(_CACHED_CALLS)(self._gemm)
         self._scalar_attention: Callable[..., Estimate] = lru_cache(_CACHED_CALLS)(self._attention)
         self._scalar_memory: Callable[..., Estimate] = lru_cache(_CACHED_CALLS)(self._memory)
@@ -110,8 +114,13 @@ class CalibratedModel:
             self._cells[name] = Cell(kind_of(name), rows, fit)
         return self._cells[name]
 
-    def _predict(self, cell: Cell, sizes_QC: FloatArray) -> tuple[FloatArray, str]:
-        return cell.predict(sizes_QC, clock_mhz=self.clock_mhz)
+    def _predict(self, cell: Cell, columns: physics.Columns, shape: tuple[int, ...]) -> Estimate:
+        """Of floats (shape empty), or of arrays that broadcast to `shape`."""
+        if not shape:
+            return Estimate(*cell.predict_one(columns, clock_mhz=self.clock_mhz))
+        flat = tuple(_flat(column, shape) if isinstance(column, np.ndarray) else column for column in columns)
+        seconds_Q, source = cell.predict(flat, clock_mhz=self.clock_mhz)
+        return Estimate(seconds_Q.reshape(shape), source)
 
     def gemm(
         self,
@@ -128,16 +137,13 @@ class CalibratedModel:
         return self._gemm(m, k, n, dtype, direction)
 
     def _gemm(self, m: ArrayLike, k: ArrayLike, n: ArrayLike, dtype: str, direction: str) -> Estimate:
-        sizes = canonical(m, k, n, direction)
+        sizes, shape = _floats(*canonical(m, k, n, direction))
         tensor_dtype = _TENSOR_DTYPES.get(dtype, "")
         # The library's fp8 products have one layout only: a gradient is a forward product of other sides.
         cell = self.cell(f"gemm/{tensor_dtype}/{'forward' if tensor_dtype == 'fp8' else direction}")
         if cell is None:
             return self.fallback.gemm(m=sizes[0], k=sizes[2], n=sizes[1], dtype=dtype)
-        columns = np.broadcast_arrays(*(np.asarray(size, float) for size in sizes), DTYPE_BYTES[dtype])
-        shape = columns[0].shape
-        seconds, source = self._predict(cell, np.stack([np.ravel(column) for column in columns], axis=1))
-        return Estimate(as_result(seconds.reshape(shape)), source)
+        return self._predict(cell, (*sizes, DTYPE_BYTES[dtype]), shape)
 
     def grouped_gemm(
         self,
@@ -160,31 +166,49 @@ class CalibratedModel:
         if dtype == "fp8":
             alignment, gpu = row_alignment or FP8_ROW_ALIGNMENT, self.fallback.gpu
             return fp8_grouped_gemm(rows_RE, k, n, gpu=gpu, direction=direction, row_alignment=alignment)
-        return self._cached_grouped(rows_RE.tobytes(), rows_RE.shape, k, n, dtype, direction)
+        data = rows_RE.tobytes()
+        if len(data) > _LONG_KEY:
+            data = hashlib.sha1(data, usedforsecurity=False).digest()
+        rows_key = (data, rows_RE.shape)
+        key = (rows_key, k, n, dtype, direction)
+        found = self._grouped_estimates.get(key)
+        if found is None:
+            totals = self._row_totals.get(rows_key)
+            if totals is None:
+                rows_QE = rows_RE if rows_RE.ndim == 1 else rows_RE.reshape(-1, rows_RE.shape[-1])
+                totals = RowTotals.of(rows_QE)
+                _keep(self._row_totals, rows_key, totals, limit=_CACHED_ROWS)
+            found = self._grouped(totals, rows_RE.shape[:-1], k, n, dtype, direction)
+            _keep(self._grouped_estimates, key, found, limit=_CACHED_CALLS)
+        return found
 
     def _grouped(
-        self, rows: bytes, shape: tuple[int, ...], k: int, n: int, dtype: str, direction: GemmDirection
+        self, totals: RowTotals, shape: tuple[int, ...], k: int, n: int, dtype: str, direction: GemmDirection
     ) -> Estimate:
-        rows_QE = np.frombuffer(rows).reshape(-1, shape[-1])
-        sizes_QC = physics.grouped_sizes(rows_QE, k, n, direction=direction)
-        small_Q = sizes_QC[:, 5] > 0
-        seconds_Q, sources = np.empty(len(sizes_QC)), []
+        experts = totals.rows_QE.shape[-1]
+        small_Q = physics.takes_small_tiles(totals.rows / experts, k, n, direction=direction)
+        if not isinstance(small_Q, np.ndarray) or small_Q.all() or not small_Q.any():
+            small = bool(small_Q if not isinstance(small_Q, np.ndarray) else small_Q[0])
+            found = self._grouped_alike(totals, k, n, dtype, direction, small=small)
+            return Estimate(_frozen(found.seconds, shape), found.source)
+        seconds_Q, sources = np.empty(len(small_Q)), []
         for small in (True, False):
             chosen_Q = small_Q == small
-            if not chosen_Q.any():
-                continue
-            cell = self.cell(grouped_cell(direction, small=small)) if dtype in ("bf16", "fp16") else None
-            if cell is None:
-                chosen_QE = rows_QE[chosen_Q]
-                found = self.fallback.grouped_gemm(
-                    rows_per_expert=chosen_QE, k=k, n=n, dtype=dtype, direction=direction
-                )
-                seconds_Q[chosen_Q], source = found
-            else:
-                seconds_Q[chosen_Q], source = self._predict(cell, sizes_QC[chosen_Q])
-            sources.append(source)
-        seconds_Q.flags.writeable = False  # one array may be handed out many times
-        return Estimate(as_result(seconds_Q.reshape(shape[:-1])), weakest(*sources))
+            part = self._grouped_alike(totals.chosen(chosen_Q), k, n, dtype, direction, small=small)
+            seconds_Q[chosen_Q] = part.seconds
+            sources.append(part.source)
+        return Estimate(_frozen(seconds_Q, shape), weakest(*sources))
+
+    def _grouped_alike(
+        self, totals: RowTotals, k: int, n: int, dtype: str, direction: GemmDirection, *, small: bool
+    ) -> Estimate:
+        """Products that all take small tiles, or none."""
+        cell = self.cell(grouped_cell(direction, small=small)) if dtype in ("bf16", "fp16") else None
+        if cell is None:
+            rows_QE = totals.rows_QE
+            return self.fallback.grouped_gemm(rows_per_expert=rows_QE, k=k, n=n, dtype=dtype, direction=direction)
+        columns = physics.grouped_sizes(totals, float(k), float(n), direction=direction, small=small)
+        return self._predict(cell, columns, totals.rows_QE.shape[:-1])
 
     def attention(
         self,
@@ -215,14 +239,13 @@ class CalibratedModel:
         direction: AttentionDirection,
     ) -> Estimate:
         shape: dict[str, Any] = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "value_dim": value_dim}
-        shape |= {"causal": causal, "direction": direction}
+        shape |= {"causal": float(causal), "direction": direction}
         cell = self.cell(f"attention/{direction}")
         if cell is None:
             return self.fallback.attention(batch=batch, sequence=sequence, **shape)
-        batch_R, sequence_R = np.broadcast_arrays(np.asarray(batch, float), np.asarray(sequence, float))
-        sizes_QC = physics.attention_sizes(batch=batch_R.ravel(), sequence=sequence_R.ravel(), **shape)
-        seconds_Q, source = self._predict(cell, sizes_QC)
-        return Estimate(as_result(seconds_Q.reshape(batch_R.shape)), source)
+        (batch, sequence), result_shape = _floats(batch, sequence)
+        columns = physics.attention_sizes(batch=batch, sequence=sequence, **shape)
+        return self._predict(cell, columns, result_shape)
 
     def memory_bound(self, *, kind: str, bytes: ArrayLike, width: ArrayLike | None = None) -> Estimate:
         """Seconds of a memory-bound kernel; `width`, the length of its rows, sharpens it where known."""
@@ -237,6 +260,34 @@ class CalibratedModel:
         if cell is None:
             return self.fallback.memory_bound(kind=kind, bytes=bytes_)
         width = self._widths[kind] if width is None else width
-        bytes_R, width_R = np.broadcast_arrays(np.asarray(bytes_, float), np.asarray(width, float))
-        seconds_Q, source = self._predict(cell, np.stack([bytes_R.ravel(), width_R.ravel()], axis=1))
-        return Estimate(as_result(seconds_Q.reshape(bytes_R.shape)), source)
+        columns, shape = _floats(bytes_, width)
+        return self._predict(cell, columns, shape)
+
+
+def _floats(*sizes: Any) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+    """Sizes as floats, or as arrays where they are no single numbers, and the shape that they broadcast to."""
+    if all(isinstance(size, int | float) for size in sizes):
+        return tuple(map(float, sizes)), ()
+    arrays = [np.asarray(size, float) for size in sizes]
+    shape = np.broadcast_shapes(*(array.shape for array in arrays))
+    return tuple(array if array.ndim else float(array) for array in arrays), shape
+
+
+def _flat(column: FloatArray, shape: tuple[int, ...]) -> FloatArray:
+    return (column if column.shape == shape else np.broadcast_to(column, shape)).reshape(-1)
+
+
+def _frozen(seconds: float | FloatArray, shape: tuple[int, ...]) -> float | FloatArray:
+    """In the caller's shape; an array may be handed out many times, so nobody may write into it."""
+    if isinstance(seconds, float):
+        return seconds
+    seconds = seconds.reshape(shape)
+    seconds.flags.writeable = False
+    return seconds
+
+
+def _keep(cache: dict[Any, Any], key: Any, value: Any, *, limit: int) -> None:
+    """Remember; a full cache starts anew, which costs less than ordering every hit."""
+    if len(cache) >= limit:
+        cache.clear()
+    cache[key] = value

@@ -6,50 +6,72 @@ they were measured; a row measured at another clock c counts as seconds * (c / e
 Legend: P measured kernels, Q queried kernels, C size columns, F features.
 """
 
+import math
+import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from moesim.compute import physics
 from moesim.compute.estimate import DTYPE_BYTES, FloatArray
-from moesim.compute.gaussian import ResidualField
+from moesim.compute.gaussian import ResidualField, Shape
+from moesim.compute.physics import Columns, Parameters, arithmetic_of
 
 Row = dict[str, Any]
-_NEAR = 0.02  # length scales: perhaps the same kernel
 
 
 @dataclass(frozen=True)
 class Kind:
-    """How one kind of cell works: sizes of a profile row, physics, features for the residual, FLOPs for the clock."""
+    """How one kind of cell works: size columns of profile rows, physics, features for the residual, work for the clock.
 
-    sizes: Callable[[Row], FloatArray]
-    log_seconds: Callable[[FloatArray, FloatArray], FloatArray]
-    features: Callable[[FloatArray], FloatArray]
-    work: Callable[[FloatArray], FloatArray]
+    Columns hold a value per row, or the floats of a single kernel.
+    """
+
+    sizes: Callable[[list[Row]], Columns]
+    log_seconds: Callable[[Parameters, Columns], Any]
+    features: Callable[[Columns], tuple[Any, ...]]
+    work: Callable[[Columns], Any]
     start: FloatArray
     noise: float
     amplitude: float = 0.1
+    shape: Shape = "matern"
     far: float = 1.0  # length scales from the nearest measured kernel beyond which a prediction is an extrapolation
 
 
 @dataclass(frozen=True)
 class Fit:
-    """What is fitted per cell: theta, the expected log clock as a polynomial of log work, the clock's exponent."""
+    """What is fitted per cell: theta, the expected log clock as a polynomial of log work, the clock's exponent.
+
+    weights: those of the residual field; rows: the checksum of the rows that they belong to. Both None before the field
+    was solved.
+    """
 
     theta: FloatArray
     clock: FloatArray
     alpha: float
+    weights: FloatArray | None = None
+    rows: int | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Plain numbers for the profile."""
-        return {"theta": self.theta.tolist(), "clock": self.clock.tolist(), "alpha": self.alpha}
+        content: dict[str, Any] = {"theta": self.theta.tolist(), "clock": self.clock.tolist(), "alpha": self.alpha}
+        if self.weights is not None:
+            content |= {"rows": self.rows, "weights": [float(f"{weight:.8g}") for weight in self.weights]}
+        return content
 
     @staticmethod
     def from_json(content: dict[str, Any]) -> "Fit":
         """The inverse of `as_json`."""
-        return Fit(np.asarray(content["theta"], float), np.asarray(content["clock"], float), float(content["alpha"]))
+        weights = content.get("weights")
+        return Fit(
+            np.asarray(content["theta"], float),
+            np.asarray(content["clock"], float),
+            float(content["alpha"]),
+            None if weights is None else np.asarray(weights, float),
+            content.get("rows"),
+        )
 
 
 def canonical(m: Any, k: Any, n: Any, direction: str) -> tuple[Any, Any, Any]:
@@ -57,65 +79,91 @@ def canonical(m: Any, k: Any, n: Any, direction: str) -> tuple[Any, Any, Any]:
     return {"forward": (m, n, k), "dgrad": (m, k, n), "wgrad": (n, k, m)}[direction]
 
 
-def _gemm_sizes(row: Row) -> FloatArray:
-    sizes = canonical(row["m"], row["k"], row["n"], row["direction"])
-    return np.array([[*sizes, DTYPE_BYTES[row["dtype"]]]], float)
+def _column(rows: list[Row], name: str) -> FloatArray:
+    return np.array([row[name] for row in rows], float)
 
 
-def _gemm_features(sizes_QC: FloatArray) -> FloatArray:
-    return np.log(np.maximum(sizes_QC[:, :3], 1.0)) / 2.5
+def _gemm_sizes(rows: list[Row]) -> Columns:
+    sizes = [canonical(row["m"], row["k"], row["n"], row["direction"]) for row in rows]
+    return (*np.array(sizes, float).T, np.full(len(rows), DTYPE_BYTES[rows[0]["dtype"]]))
 
 
-def _grouped_row_sizes(row: Row) -> FloatArray:
-    return physics.grouped_sizes(row["rows_per_expert"], row["k"], row["n"], direction=row["direction"])
+def _gemm_features(columns: Columns) -> tuple[Any, ...]:
+    ops = arithmetic_of(columns)
+    return tuple(ops.log(ops.maximum(column, 1.0)) / 2.5 for column in columns[:3])
 
 
-def _grouped_features(sizes_QC: FloatArray) -> FloatArray:
-    rows, experts, active, k, n = sizes_QC[:, :5].T
-    unevenness = (sizes_QC[:, 13] + 1.0) * experts / (rows + experts)
-    logs = np.log([rows + 1.0, experts, k, n, unevenness, np.maximum(active, 1.0) / experts])
-    return np.ascontiguousarray(logs.T) / 4.0
+def _grouped_row_sizes(rows: list[Row]) -> Columns:
+    """Rows of one cell, in any number of experts: those of one number are computed together."""
+    direction, small = rows[0]["direction"], cell_of(rows[0]) == grouped_cell(rows[0]["direction"], small=True)
+    sizes_PC = np.empty((len(rows), len(physics.GROUPED_COLUMNS)))
+    experts_P = np.array([len(row["rows_per_expert"]) for row in rows])
+    for experts in np.unique(experts_P):
+        chosen_P = experts_P == experts
+        part = [rows[index] for index in np.flatnonzero(chosen_P)]
+        totals = physics.RowTotals.of(np.array([row["rows_per_expert"] for row in part], float))
+        sizes = physics.grouped_sizes(totals, _column(part, "k"), _column(part, "n"), direction=direction, small=small)
+        sizes_PC[chosen_P] = np.stack(np.broadcast_arrays(*sizes), axis=1)
+    return tuple(sizes_PC.T)
 
 
-def _attention_row_sizes(row: Row) -> FloatArray:
-    names = ("heads", "kv_heads", "head_dim", "value_dim", "causal", "direction")
-    sizes = {name: row[name] for name in names}
-    return physics.attention_sizes(
-        batch=np.array([row["batch"]], float), sequence=np.array([row["sequence"]], float), **sizes
+def _grouped_features(columns: Columns) -> tuple[Any, ...]:
+    rows, experts, active, k, n = columns[:5]
+    ops = arithmetic_of((rows, experts))
+    few, one, some = arithmetic_of((experts,)), arithmetic_of((k,)), arithmetic_of((active,))
+    unevenness = (columns[13] + 1.0) * experts / (rows + experts)
+    return (
+        ops.log(rows + 1.0) / 4.0,
+        few.log(experts) / 4.0,
+        one.log(k) / 4.0,
+        one.log(n) / 4.0,
+        ops.log(unevenness) / 4.0,
+        some.log(some.maximum(active, 1.0) / experts) / 4.0,
     )
 
 
-def _attention_features(sizes_QC: FloatArray) -> FloatArray:
-    heads, sequence, group, head_dim, causal = sizes_QC[:, 4:9].T
-    ragged = (sequence % 128 != 0).astype(float)
-    columns = (np.log(heads), np.log(sequence), np.log(group) / 2, head_dim / 32, (1.0 - causal) * 1.5, ragged)
-    return np.stack(columns, axis=1) / 2.5
+def _attention_row_sizes(rows: list[Row]) -> Columns:
+    names = ("batch", "sequence", "heads", "kv_heads", "head_dim", "value_dim", "causal")
+    return physics.attention_sizes(**{name: _column(rows, name) for name in names}, direction=rows[0]["direction"])
 
 
-def _memory_features(sizes_QC: FloatArray) -> FloatArray:
-    return np.log(np.maximum(sizes_QC, 1.0)) / 2.0
+def _attention_features(columns: Columns) -> tuple[Any, ...]:
+    heads, sequence, group, head_dim, causal = columns[4:9]
+    return (
+        arithmetic_of((heads,)).log(heads) / 2.5,
+        arithmetic_of((sequence,)).log(sequence) / 2.5,
+        arithmetic_of((group,)).log(group) / 5.0,
+        head_dim / 80.0,
+        (1.0 - causal) * 0.6,
+        (sequence % 128 != 0) * 0.4,
+    )
+
+
+def _memory_features(columns: Columns) -> tuple[Any, ...]:
+    ops = arithmetic_of(columns)
+    return tuple(ops.log(ops.maximum(column, 1.0)) / 2.0 for column in columns)
 
 
 KINDS: dict[str, Kind] = {
     "gemm": Kind(
-        _gemm_sizes, physics.gemm_log_seconds, _gemm_features, lambda s: 2.0 * s[:, 0] * s[:, 1] * s[:, 2],
+        _gemm_sizes, physics.gemm_log_seconds, _gemm_features, lambda s: 2.0 * s[0] * s[1] * s[2],
         physics.GEMM_START, noise=1e-2,
     ),
     "grouped_gemm": Kind(
-        _grouped_row_sizes, physics.grouped_log_seconds, _grouped_features, lambda s: 2.0 * s[:, 0] * s[:, 3] * s[:, 4],
-        physics.GROUPED_START, noise=8e-3,
+        _grouped_row_sizes, physics.grouped_log_seconds, _grouped_features, lambda s: 2.0 * s[0] * s[3] * s[4],
+        physics.GROUPED_START, noise=8e-3, shape="rational",
     ),
     "grouped_wgrad": Kind(
         _grouped_row_sizes, physics.grouped_wgrad_log_seconds, _grouped_features,
-        lambda s: 2.0 * s[:, 0] * s[:, 3] * s[:, 4], physics.GROUPED_START, noise=8e-3,
+        lambda s: 2.0 * s[0] * s[3] * s[4], physics.GROUPED_START, noise=8e-3, shape="rational",
     ),
     "attention": Kind(
-        _attention_row_sizes, physics.attention_log_seconds, _attention_features, lambda s: s[:, 0],
+        _attention_row_sizes, physics.attention_log_seconds, _attention_features, lambda s: s[0],
         physics.ATTENTION_START, noise=2e-3,
     ),
     "memory_bound": Kind(
-        lambda row: np.array([[row["bytes"], row["width"]]], float), physics.memory_log_seconds, _memory_features,
-        lambda s: s[:, 0], physics.MEMORY_START, noise=3e-3, amplitude=0.3, far=2.0,
+        lambda rows: (_column(rows, "bytes"), _column(rows, "width")), physics.memory_log_seconds, _memory_features,
+        lambda s: s[0], physics.MEMORY_START, noise=3e-3, amplitude=0.3, far=2.0,
     ),
 }  # fmt: skip
 
@@ -146,42 +194,84 @@ def grouped_cell(direction: str, *, small: bool) -> str:
     return f"grouped_gemm/{direction}/{'small' if small else 'large'}"
 
 
+def _checksum(rows: list[Row], sizes_PC: FloatArray) -> int:
+    """What tells whether stored weights belong to these rows."""
+    measured_P2 = np.stack([_column(rows, "p50"), clocks_of(rows)], axis=1)
+    return zlib.crc32(measured_P2.tobytes(), zlib.crc32(np.ascontiguousarray(sizes_PC).tobytes()))
+
+
 class Cell:
     """One fitted cell over its measured rows."""
 
     def __init__(self, kind: Kind, rows: list[Row], fit: Fit) -> None:
-        self.kind, self.fit, self.rows = kind, fit, rows
-        self.sizes_PC = np.concatenate([kind.sizes(row) for row in rows])
-        self.log_seconds_P = np.log([row["p50"] for row in rows])
-        self.shift_P = fit.alpha * self.clock_excess(self.sizes_PC, clocks_of(rows))
-        self._features_PF = kind.features(self.sizes_PC)
-        residual_P = self.log_seconds_P + self.shift_P - kind.log_seconds(fit.theta, self.sizes_PC)
-        self._field = ResidualField(self._features_PF, residual_P, noise=kind.noise, amplitude=kind.amplitude)
+        self.kind, self.rows = kind, rows
+        self.columns = kind.sizes(rows)
+        self.sizes_PC = np.stack(np.broadcast_arrays(*self.columns), axis=1)
+        self.log_seconds_P = np.log(_column(rows, "p50"))
+        self.parameters: Parameters = tuple(np.exp(fit.theta).tolist())
+        self.fit = fit
+        self.shift_P = fit.alpha * self.clock_excess(self.columns, clocks_of(rows))
+        self._clocked_P = self.log_seconds_P + self.shift_P
+        points_PF = np.stack(np.broadcast_arrays(*kind.features(self.columns)), axis=1)
+        residual_P = self._clocked_P - kind.log_seconds(self.parameters, self.columns)
+        checksum = _checksum(rows, self.sizes_PC)
+        weights_P = fit.weights if fit.rows == checksum else None
+        self._field = ResidualField(
+            points_PF, residual_P, noise=kind.noise, amplitude=kind.amplitude, shape=kind.shape, weights_P=weights_P
+        )
+        self.fit = replace(fit, weights=self._field.weights_P, rows=checksum)
+        self._measured = {tuple(sizes): index for index, sizes in enumerate(self.sizes_PC.tolist())}
 
-    def expected_clock(self, sizes_QC: FloatArray) -> FloatArray:
+    def expected_clock(self, columns: Columns) -> Any:
         """Log MHz that kernels of this work ran at."""
-        return np.asarray(np.polynomial.polynomial.polyval(np.log(self.kind.work(sizes_QC) + 1.0), self.fit.clock))
+        work = self.kind.work(columns)
+        log_work = arithmetic_of((work,)).log(work + 1.0)
+        clock = 0.0
+        for coefficient in reversed(self.fit.clock.tolist()):
+            clock = clock * log_work + coefficient
+        return clock
 
-    def clock_excess(self, sizes_QC: FloatArray, clocks: FloatArray) -> FloatArray:
+    def clock_excess(self, columns: Columns, clocks: FloatArray) -> FloatArray:
         """Log of clock over expected clock; 0 where no clock is known (nan)."""
-        return np.asarray(np.nan_to_num(np.log(clocks) - self.expected_clock(sizes_QC)))
+        return np.asarray(np.nan_to_num(np.log(clocks) - self.expected_clock(columns)))
 
-    def predict(self, sizes_QC: FloatArray, *, clock_mhz: float | None = None) -> tuple[FloatArray, str]:
-        """(seconds_Q, the weakest source among them), at the expected clock or a given one."""
-        features_QF = self.kind.features(sizes_QC)
-        residual_Q, distance_Q = self._field.predict(features_QF)
-        logs_Q = self.kind.log_seconds(self.fit.theta, sizes_QC) + residual_Q
-        exact = 0
-        for query in np.flatnonzero(distance_Q < _NEAR):
-            nearest = int(np.square(self._features_PF - features_QF[query]).sum(1).argmin())
-            if np.allclose(self.sizes_PC[nearest], sizes_QC[query], rtol=1e-9):
-                logs_Q[query] = self.log_seconds_P[nearest] + self.shift_P[nearest]
-                exact += 1
+    def predict_one(self, columns: Columns, *, clock_mhz: float | None = None) -> tuple[float, str]:
+        """(seconds, source) of one kernel whose columns are floats, at the expected clock or a given one."""
+        measured = self._measured.get(columns)
+        if measured is not None:
+            logs, source = float(self._clocked_P[measured]), "measured"
+        else:
+            residual, distance = self._field.predict_one(self.kind.features(columns))
+            logs = self.kind.log_seconds(self.parameters, columns) + residual
+            source = "interpolated" if distance <= self.kind.far else "extrapolated"
         if clock_mhz is not None:
-            logs_Q = logs_Q - self.fit.alpha * self.clock_excess(sizes_QC, np.full(len(sizes_QC), clock_mhz))
-        if exact == len(logs_Q):
+            logs -= self.fit.alpha * (math.log(clock_mhz) - self.expected_clock(columns))
+        return math.exp(logs), source
+
+    def predict(self, columns: Columns, *, clock_mhz: float | None = None) -> tuple[FloatArray, str]:
+        """(seconds_Q, the weakest source among them) for columns of which some are arrays [Q]."""
+        count = len(next(column for column in columns if isinstance(column, np.ndarray)))
+        residual_Q, distance, near = self._field.predict(self.kind.features(columns), count)
+        logs_Q = self.kind.log_seconds(self.parameters, columns) + residual_Q
+        exact = self._put_measured(logs_Q, columns, near) if len(near) else 0
+        if clock_mhz is not None:
+            logs_Q -= self.fit.alpha * (math.log(clock_mhz) - self.expected_clock(columns))
+        if exact == count:
             return np.exp(logs_Q), "measured"
-        return np.exp(logs_Q), "interpolated" if distance_Q.max() <= self.kind.far else "extrapolated"
+        return np.exp(logs_Q), "interpolated" if distance <= self.kind.far else "extrapolated"
+
+    def _put_measured(self, logs_Q: FloatArray, columns: Columns, near: Any) -> int:
+        """Replace predictions of shapes that were measured; `near` are the kernels that may be. Returns how many."""
+        sizes_NC = np.empty((len(near), len(columns)))
+        for number, column in enumerate(columns):
+            sizes_NC[:, number] = column[near] if isinstance(column, np.ndarray) else column
+        exact = 0
+        for query, sizes in zip(near.tolist(), sizes_NC.tolist(), strict=True):
+            measured = self._measured.get(tuple(sizes))
+            if measured is not None:
+                logs_Q[query] = self._clocked_P[measured]
+                exact += 1
+        return exact
 
     def leave_one_out(self, *, at_row_clock: bool) -> FloatArray:
         """Log of measured over predicted seconds, each row predicted from all others.

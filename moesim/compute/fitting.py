@@ -74,21 +74,22 @@ def _clock_exponent(cell: Cell, excess_P: FloatArray) -> float:
 
 
 def fit_cell(kind: Kind, rows: list[Row]) -> Fit:
-    """Physics without the clock, the clock's exponent from what is left, then the physics again."""
-    sizes_PC = np.concatenate([kind.sizes(row) for row in rows])
-    clock = _expected_clock(kind.work(sizes_PC), clocks_of(rows))
+    """Physics without the clock, the clock's exponent from what is left, the physics again, then the residual field."""
+    columns = tuple(np.broadcast_arrays(*kind.sizes(rows)))
+    clock = _expected_clock(kind.work(columns), clocks_of(rows))
     chosen = slice(None, None, max(1, len(rows) // _MAX_FIT_ROWS))
+    some = tuple(column[chosen] for column in columns)
     logs_P = np.log([row["p50"] for row in rows])
 
     def fitted(shift_P: FloatArray, start: FloatArray) -> FloatArray:
         target_P = (logs_P + shift_P)[chosen]
-        return least_squares(lambda theta: kind.log_seconds(theta, sizes_PC[chosen]), target_P, start)
+        return least_squares(lambda theta: kind.log_seconds(tuple(np.exp(theta).tolist()), some), target_P, start)
 
     theta = fitted(np.zeros(len(rows)), kind.start)
     unclocked = Cell(kind, rows, Fit(theta, clock, 0.0))
-    excess_P = unclocked.clock_excess(sizes_PC, clocks_of(rows))
+    excess_P = unclocked.clock_excess(unclocked.columns, clocks_of(rows))
     alpha = _clock_exponent(unclocked, excess_P)
-    return Fit(fitted(alpha * excess_P, theta), clock, alpha)
+    return Cell(kind, rows, Fit(fitted(alpha * excess_P, theta), clock, alpha)).fit
 
 
 def cell_rows(profile: Profile) -> dict[str, list[Row]]:

@@ -156,8 +156,8 @@ def test_leave_one_out_is_what_refitting_without_the_row_predicts(h200: Calibrat
     for left_out in (0, len(cell.rows) // 2):
         others = [row for number, row in enumerate(cell.rows) if number != left_out]
         without = Cell(cell.kind, others, cell.fit)
-        seconds, _ = without.predict(cell.sizes_PC[left_out : left_out + 1])
-        error = cell.log_seconds_P[left_out] + cell.shift_P[left_out] - np.log(seconds[0])
+        seconds, _ = without.predict_one(tuple(cell.sizes_PC[left_out].tolist()))
+        error = cell.log_seconds_P[left_out] + cell.shift_P[left_out] - np.log(seconds)
         assert errors[left_out] == pytest.approx(error, abs=0.003)  # the mean of all residuals is not taken anew
 
 
@@ -169,8 +169,7 @@ def test_stored_fits_are_what_fitting_gives_and_hold_on_rows_they_never_saw(h200
         assert np.allclose(fit.theta, stored.theta, atol=0.02)
         half = Cell(kind_of(name), rows[name][::2], fit_cell(kind_of(name), rows[name][::2]))
         unseen = rows[name][1::2]
-        sizes_QC = np.concatenate([half.kind.sizes(row) for row in unseen])
-        seconds, _ = half.predict(sizes_QC)
+        seconds, _ = half.predict(half.kind.sizes(unseen))
         errors = np.abs(np.array([row["p50"] for row in unseen]) / seconds - 1.0)
         assert np.median(errors) < 0.05
 
