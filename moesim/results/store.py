@@ -22,15 +22,23 @@ from moesim.scenario import dump_scenario
 from moesim.trace import save_trace
 
 RESULT_FILE = "result.json"
+RUN_FILES = ("scenario.yaml", "arrays.npz", "spans.npz", "trace.npz", "report.html", "timeline.json.gz")
 
 
 def check_free(out_dir: Path, *, force: bool) -> None:
-    """Refuse a folder that holds anything, unless `force`. Raises UserError; call it before the long work begins."""
+    """Refuse a folder that holds files of a run, unless `force`; others, such as a drawing of the fabric, may stay.
+
+    Raises UserError; call it before the long work begins.
+    """
     if out_dir.exists() and not out_dir.is_dir():
         raise UserError(f"{out_dir} is a file; name a folder with --out")
-    if out_dir.is_dir() and any(out_dir.iterdir()) and not force:
-        what = "another run" if (out_dir / RESULT_FILE).exists() else "other files"
-        raise UserError(f"{out_dir} holds {what}; choose another --out, or --force to replace what a run writes there")
+    if force or not out_dir.is_dir():
+        return
+    if (out_dir / RESULT_FILE).exists():
+        raise UserError(f"{out_dir} holds another run; choose another --out, or --force to replace it")
+    kept = [name for name in RUN_FILES if (out_dir / name).exists()]
+    if kept:
+        raise UserError(f"{out_dir} holds {kept[0]}, which a run would replace; choose another --out, or --force")
 
 
 def _write_atomically(path: Path, data: bytes) -> None:

@@ -76,6 +76,7 @@ def test_force_replaces_a_run_and_leaves_other_files(scenario: Path, moesim) -> 
     out = scenario.parent / "out"
     out.mkdir()
     (out / "notes.txt").write_text("mine")
+    (out / "report.html").write_text("of a run that broke off")
     assert moesim("run", scenario, "--out", out).code == 1
     assert moesim("run", scenario, "--out", out, "--force", "--quiet").code == 0
     assert (out / "notes.txt").read_text() == "mine"
