@@ -69,6 +69,19 @@ def simulate(
     return _record(scenario, fabric, memory, trace, plain, outcome)
 
 
+def mean_step_seconds(scenario: Scenario, trace: RoutingTrace | None, *, fabric: Fabric | None = None) -> float:
+    """Mean step time of the plain routing samples alone, the same as `simulate` gives: for what-ifs.
+
+    `fabric` stands in for that of the scenario. Raises as `simulate` does.
+    """
+    require_supported(scenario)
+    kernels = kernel_model(scenario.cluster.pools[0].gpu, scenario.compute.profile)
+    plain = draw_samples(scenario, trace, bootstrap=False)[0]
+    check_memory(scenario, lambda variant: _rows(scenario, variant, trace, plain))
+    outcome = _simulate_samples(scenario, fabric or build_fabric(scenario.cluster), kernels, plain)
+    return float(outcome.step_S.mean())
+
+
 def _rows(
     scenario: Scenario, variant: Scenario, trace: RoutingTrace | None, plain: Sequence[TrafficSample]
 ) -> RoutedRows:
@@ -110,17 +123,19 @@ def coverage(scenario: Scenario, sample: TrafficSample) -> float:
     return sample.draw.num_trace_sequences / scenario.workload.global_batch
 
 
-def draw_samples(scenario: Scenario, trace: RoutingTrace | None) -> tuple[list[TrafficSample], list[TrafficSample]]:
+def draw_samples(
+    scenario: Scenario, trace: RoutingTrace | None, *, bootstrap: bool = True
+) -> tuple[list[TrafficSample], list[TrafficSample]]:
     """Plain routing samples, and as many from resampled traces for the range (none when the trace is too small)."""
     if trace is None:
         return [], []
     sampler = TrafficSampler(scenario, trace)
     count = scenario.uncertainty.samples
     plain = [sampler.draw(stream(scenario.seed, "sample", number)) for number in range(count)]
-    if coverage(scenario, plain[0]) < MIN_COVERAGE_FOR_RANGE:
+    if not bootstrap or coverage(scenario, plain[0]) < MIN_COVERAGE_FOR_RANGE:
         return plain, []
-    bootstrap = [sampler.draw(stream(scenario.seed, "bootstrap", number), bootstrap=True) for number in range(count)]
-    return plain, bootstrap
+    again = [sampler.draw(stream(scenario.seed, "bootstrap", number), bootstrap=True) for number in range(count)]
+    return plain, again
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ SUMMARY = "Simulate a scenario: train or load its router, run one step on the cl
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """SCENARIO, --set, --out, --timeline, --cache, --json, --quiet, --force."""
+    """SCENARIO, --set, --out, --timeline, --what-if, --cache, --json, --quiet, --force."""
     add_scenario(parser)
     parser.add_argument("--out", metavar="DIR", type=Path, help="folder of the run; runs/NAME by default")
     parser.add_argument(
@@ -29,6 +29,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_ranks,
         const=(),
         help="also write timeline.json.gz for Perfetto and trace tools; --timeline=0,3 for these ranks alone",
+    )
+    parser.add_argument(
+        "--what-if",
+        metavar="all",
+        nargs="?",
+        type=_questions,
+        const=False,
+        help="also simulate the step with balanced routing, twice the network, no overlap and, where that needs no "
+        "training, without the router's group limit; --what-if=all trains another router for the last",
     )
     add_cache(parser)
     add_json(parser)
@@ -44,6 +53,13 @@ def _ranks(text: str) -> tuple[int, ...]:
     return tuple(int(word) for word in words)
 
 
+def _questions(text: str) -> bool:
+    """Whether another router may be trained."""
+    if text != "all":
+        raise argparse.ArgumentTypeError(f"{text!r} is no choice; write --what-if behind SCENARIO, or --what-if=all")
+    return True
+
+
 def execute(args: argparse.Namespace) -> int:
     """Run the scenario. Raises UserError, InfeasibleError and Interrupted."""
     from moesim.results.store import check_free
@@ -53,18 +69,23 @@ def execute(args: argparse.Namespace) -> int:
     check_free(out_dir, force=args.force)
     check_writable(out_dir)
     with interrupts_say(lambda: kept_of_training(scenario, args.cache)):
-        record = _simulate(scenario, quiet=args.quiet, cache_dir=args.cache)
+        record = _simulate(scenario, args)
     with interrupts_say(lambda: f"{out_dir} is incomplete; run the same command again with --force"):
         _write(record, out_dir, args)
     _show(record, out_dir, args)
     return 0
 
 
-def _simulate(scenario: "Scenario", *, quiet: bool, cache_dir: Path | None) -> "RunRecord":
+def _simulate(scenario: "Scenario", args: argparse.Namespace) -> "RunRecord":
     from moesim.run import simulate
+    from moesim.whatif import what_if
 
-    with watched_training(quiet=quiet) as progress:
-        return simulate(scenario, progress=progress, cache_dir=cache_dir)
+    with watched_training(quiet=args.quiet) as progress:
+        record = simulate(scenario, progress=progress, cache_dir=args.cache)
+    if args.what_if is None:
+        return record
+    with watched_training(quiet=args.quiet) as progress:
+        return what_if(record, train=args.what_if, progress=progress, cache_dir=args.cache)
 
 
 def _write(record: "RunRecord", out_dir: Path, args: argparse.Namespace) -> None:

@@ -177,6 +177,22 @@ def attribution(result: Result) -> list[tuple[Category, float, float]]:
     return [(category, value, value / step_s) for category, value in parts if value > ROUND_OFF * step_s]
 
 
+def what_if(result: Result) -> list[tuple[str, str, str, str, str]]:
+    """(question, step time, difference with its share, price of a million tokens, why there is no answer)."""
+    rows = []
+    for entry in result.get("what_if", ()):
+        if entry["step_time_s"] is None:
+            rows.append((entry["label"], "-", "-", "-", entry["note"]))
+            continue
+        share = entry["difference_s"] / result["step_time_s"]
+        # a difference of rounding is none
+        change = f"{100 * share:+.1f} %" if abs(share) > ROUND_OFF else "none"
+        rows.append(
+            (entry["label"], seconds(entry["step_time_s"]), change, dollars(entry["usd_per_million_tokens"]), "")
+        )
+    return rows
+
+
 def samples(result: Result) -> list[Fact]:
     """What the means and the range were drawn from."""
     router = result["router"]

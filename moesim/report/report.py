@@ -13,7 +13,7 @@ from moesim import __version__
 from moesim.report import facts, figures
 from moesim.report.categories import category
 from moesim.report.page import Page
-from moesim.report.step_sections import memory_section, pipeline_section
+from moesim.report.step_sections import memory_section, pipeline_section, what_if_section
 from moesim.report.timeline import forward_of_one_layer
 from moesim.results.record import RunRecord
 from moesim.results.spans import CATEGORIES
@@ -33,6 +33,7 @@ def render(record: RunRecord) -> str:
     sections = (
         _head,
         _time,
+        what_if_section,
         pipeline_section,
         memory_section,
         _experts,

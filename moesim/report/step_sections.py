@@ -106,3 +106,14 @@ def memory_section(page: Page, record: RunRecord) -> None:
     ]
     page.table(("part", "bytes", "of the peak"), details, styles=("", "number", "number"))
     page.close("details")
+
+
+def what_if_section(page: Page, record: RunRecord) -> None:
+    """What else the step could have taken; nothing when nobody asked."""
+    rows = facts.what_if(record.result)
+    if not rows:
+        return
+    page.text("h2", "What if")
+    page.text("p", "The same step simulated again with the same seeds and one thing changed.")
+    head = ("question", "step time", "change", "USD / M tokens", "")
+    page.table(head, rows, styles=("", "number", "number", "number", "note"))

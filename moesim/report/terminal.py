@@ -38,7 +38,16 @@ def _run_screen(result: Result, options: ConsoleOptions) -> list[RenderableType]
     else:
         body = [time, side_by_side(Group(balance, sources), Group(traffic, router))]
     headline = indented(fact_table([*facts.headline(result), facts.memory(result)], strong=True))
-    return [head, headline, *body, *_warnings(result.get("warnings", ()))]
+    return [head, headline, *body, *_what_if(result), *_warnings(result.get("warnings", ()))]
+
+
+def _what_if(result: Result) -> list[RenderableType]:
+    rows = facts.what_if(result)
+    if not rows:
+        return []
+    answered = [row[:4] for row in rows if not row[4]]
+    reasons = [Text(f"  {row[0]}: {row[4]}", style="dim") for row in rows if row[4]]
+    return [section("what if", number_table(("", "step time", "change", "USD / M tokens"), answered)), *reasons]
 
 
 def _attribution(result: Result, *, ascii_only: bool) -> Table:

@@ -61,6 +61,20 @@ def test_timeline_swallowing_the_scenario_says_what_to_write(scenario: Path, moe
     assert "--timeline behind SCENARIO" in answer.complaint
 
 
+def test_what_if_is_shown_kept_and_reported(scenario: Path, moesim) -> None:
+    answer = moesim("run", scenario, "--what-if")
+    result = json.loads((scenario.parent / "runs/small/result.json").read_text())
+    page = (scenario.parent / "runs/small/report.html").read_text()
+    assert [entry["name"] for entry in result["what_if"]] == [
+        "balanced_routing", "double_bandwidth", "no_overlap", "no_group_limit",
+    ]  # fmt: skip
+    for entry in result["what_if"]:
+        assert entry["label"] in answer.out
+        assert entry["label"] in page
+    assert "the router has no group limit" in answer.out
+    assert "write --what-if behind SCENARIO" in moesim("run", "--what-if", scenario).complaint
+
+
 def test_set_overrides_and_the_same_seed_gives_the_same_result(scenario: Path, moesim) -> None:
     same = [json.loads(moesim("run", scenario, "--json", "--force").out) for _ in range(2)]
     assert same[0] == same[1]

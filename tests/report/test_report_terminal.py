@@ -55,3 +55,19 @@ def test_an_ascii_terminal_gets_ascii(make_record) -> None:
 
 def test_shares_of_the_attribution_add_up_to_one(make_record) -> None:
     assert sum(share for _, _, share in facts.attribution(make_record().result)) == pytest.approx(1.0, abs=1e-12)
+
+
+def test_what_ifs_stand_below_with_their_reasons(make_record) -> None:
+    record = make_record()
+    step_s = record.result["step_time_s"]
+    asked = [
+        {"label": "twice the network", "step_time_s": 0.9 * step_s, "difference_s": -0.1 * step_s,
+         "usd_per_million_tokens": 0.0109, "note": ""},
+        {"label": "no overlap", "step_time_s": None, "difference_s": None, "usd_per_million_tokens": None,
+         "note": "nothing overlaps"},
+    ]  # fmt: skip
+    record.result["what_if"] = asked
+    text = printed(record, width=100)
+    assert "-10.0 %" in text
+    assert "$0.0109" in text
+    assert "no overlap: nothing overlaps" in text

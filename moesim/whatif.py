@@ -1,0 +1,117 @@
+"""What if: the same step simulated again, same seeds, with one thing changed. Nothing here is an estimate.
+
+balanced_routing   the same kept rows and copies per token in total, spread evenly (every run has simulated it)
+double_bandwidth   all links carry twice as much; latencies and software costs stay
+no_overlap         shared experts, paired micro-batches and gradient reductions wait for communication
+no_group_limit     the router may send a token to any group: the same synthetic routing drawn without the limit, or
+                   a router trained without it, which takes a training
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from moesim.errors import UserError
+from moesim.moe.progress import ProgressCallback
+from moesim.network import Fabric, build_fabric
+from moesim.results import RunRecord
+from moesim.results.economy import cost
+from moesim.run import mean_step_seconds, obtain_trace
+from moesim.scenario import GroupedRouter, Overlap, Scenario, TraceRouting, TrainRouting
+
+LABELS = {
+    "balanced_routing": "perfectly balanced routing",
+    "double_bandwidth": "twice the network",
+    "no_overlap": "no overlap",
+    "no_group_limit": "router without group limit",
+}
+
+
+class _NotSimulated(Exception):
+    """Why a what-if has no answer for this scenario."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Question:
+    record: RunRecord
+    train: bool
+    progress: ProgressCallback | None
+    cache_dir: Path | None
+
+    @property
+    def scenario(self) -> Scenario:
+        return self.record.scenario
+
+    def balanced_routing(self) -> float:
+        if not self.scenario.model.experts:
+            raise _NotSimulated("a dense model routes nothing")
+        return float(self.record.result["balanced_step_time_s"])
+
+    def double_bandwidth(self) -> float:
+        return mean_step_seconds(self.scenario, self.record.trace, fabric=_faster(self.scenario, 2.0))
+
+    def no_overlap(self) -> float:
+        if self.scenario.implementation.kind == "torch_eager":
+            raise _NotSimulated("torch_eager overlaps nothing")
+        nothing = Overlap(shared_experts=False, micro_batches=False, gradient_reduction=False)
+        return mean_step_seconds(self.scenario.model_copy(update={"overlap": nothing}), self.record.trace)
+
+    def no_group_limit(self) -> float:
+        free = _without_limit(self.scenario, train=self.train)
+        trace = obtain_trace(free, progress=self.progress, cache_dir=self.cache_dir)
+        return mean_step_seconds(free, trace)
+
+
+def _faster(scenario: Scenario, factor: float) -> Fabric:
+    """The fabric with the bandwidth of every link multiplied; freshly built, so that nothing is prepared on it yet."""
+    fabric = build_fabric(scenario.cluster)
+    return replace(fabric, bandwidth_X=factor * fabric.bandwidth_X, capacity_X=factor * fabric.capacity_X)
+
+
+def _without_limit(scenario: Scenario, *, train: bool) -> Scenario:
+    """The scenario whose router chooses among all groups. Raises _NotSimulated where there is no such limit."""
+    routing = scenario.routing
+    if not scenario.model.experts:
+        raise _NotSimulated("a dense model routes nothing")
+    if isinstance(routing, TraceRouting):
+        raise _NotSimulated("the trace holds what its router chose; record one without the limit")
+    if not isinstance(routing.router, GroupedRouter) or scenario.router_shape().num_groups == 1:
+        raise _NotSimulated("the router has no group limit")
+    if not isinstance(routing, TrainRouting):
+        return scenario.model_copy(update={"routing": routing.model_copy(update={"router": None})})
+    if not train:
+        raise _NotSimulated("needs the training of another router; ask for it with --what-if=all")
+    groups = scenario.router_shape().num_groups
+    free = GroupedRouter(kind=routing.router.kind, groups=groups, group_limit=groups)
+    return scenario.model_copy(update={"routing": routing.model_copy(update={"router": free})})
+
+
+def what_if(
+    record: RunRecord, *, train: bool = False, progress: ProgressCallback | None = None, cache_dir: Path | None = None
+) -> RunRecord:
+    """`record` with `what_if` in its result: a list of what each change would give, in the order of LABELS.
+
+    Entries hold name, label, step_time_s, difference_s (to the record's step), usd_per_million_tokens and note; a
+    change that does not apply or does not fit has None for numbers and the reason as its note. `train` allows
+    training another router (`progress` is told of its steps).
+    """
+    question = _Question(record=record, train=train, progress=progress, cache_dir=cache_dir)
+    asked: Sequence[tuple[str, Callable[[], float]]] = [(name, getattr(question, name)) for name in LABELS]
+    entries = [_entry(record, name, ask) for name, ask in asked]
+    return replace(record, result=record.result | {"what_if": entries})
+
+
+def _entry(record: RunRecord, name: str, ask: Callable[[], float]) -> dict[str, Any]:
+    entry: dict[str, Any] = {"name": name, "label": LABELS[name]}
+    try:
+        step_s = ask()
+    except (_NotSimulated, UserError) as reason:
+        return {**entry, "step_time_s": None, "difference_s": None, "usd_per_million_tokens": None, "note": str(reason)}
+    return {
+        **entry,
+        "step_time_s": step_s,
+        "difference_s": step_s - record.result["step_time_s"],
+        "usd_per_million_tokens": cost(record.scenario, step_s)["usd_per_million_tokens"],
+        "note": "",
+    }
