@@ -19,7 +19,7 @@ _NEAR = 0.02  # length scales: perhaps the same point
 _BLOCK = 128  # queried points at a time: their kernel values stay in the processor's cache
 # A kernel is a function of SLOPE * squared distance + OFFSET. Matern-3/2 is (1 + s) exp(-s) with s = sqrt(3 d2), the
 # rational quadratic one is 1 / (1 + 2 d2): half as dear, and as good where its heavier tail does no harm.
-_SLOPES: dict[Shape, tuple[float, float]] = {"matern": (3.0, 0.0), "rational": (2.0, 1.0)}
+_SLOPES: dict[Shape, tuple[float, float]] = {"matern": (3.0, 1e-4), "rational": (2.0, 1.0)}
 
 
 def _kernel_in_place(arguments: Any, shape: Shape) -> Any:

@@ -190,3 +190,19 @@ def test_speed_of_a_call(h200: CalibratedModel) -> None:
     print(f"repeated {repeated:.1f} us, grouped {grouped:.1f} us, fresh {fresh:.0f} us, 64 ranks {vector:.0f} us")
     assert repeated < 20
     assert grouped < 20
+
+
+def test_beside_a_measured_shape_the_prediction_stays_near_it(h200: CalibratedModel) -> None:
+    names = [name for name in h200.profile.fits if h200.cell(name) is not None]
+    assert len(names) > 30
+    for cell in map(h200.cell, names):
+        assert cell is not None
+        columns = tuple(column * (1.0 + 1e-7) for column in cell.sizes_PC.T)
+        beside, source = cell.predict(columns)
+        assert source == "interpolated"
+        assert np.isfinite(beside).all()
+        one, _ = cell.predict_one(tuple(float(column[0]) for column in columns))
+        assert one == pytest.approx(beside[0], rel=1e-4)
+        exact, source = cell.predict(tuple(cell.sizes_PC.T))
+        assert source == "measured"
+        assert np.median(np.abs(beside / exact - 1.0)) < 0.1
