@@ -1,5 +1,6 @@
 """How long bytes take: the fabric, fair sharing of its links, dispatch implementations and collectives."""
 
+from moesim.network.alike import group_shape
 from moesim.network.collectives import (
     CollectiveEstimate,
     all_gather_seconds,
@@ -26,6 +27,7 @@ __all__ = [
     "build_fabric",
     "deepep_bytes",
     "describe",
+    "group_shape",
     "load_parameters",
     "lower_bound",
     "prepare_combine",

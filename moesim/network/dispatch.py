@@ -6,9 +6,10 @@ hierarchical  DeepEP's normal kernels: over the network to the GPU of the same r
               the same channel buffers and so through the rank's queue
 low_latency   DeepEP's low-latency kernels: one one-sided message per row over the NICs, inside a node too
 
-Legend: S routing samples in lockstep, R ranks of the group (copies_RR: source, target).
+Legend: S routing samples in lockstep, R ranks of the group (copies_RR: source, target), V ranks that feed a rank.
 """
 
+import copy
 from collections.abc import Sequence
 from typing import Literal
 
@@ -41,15 +42,35 @@ class Pipeline:
 
     def __init__(self, first: Sharing, second: Sharing, forwards: Demand) -> None:
         self._first, self._second = first, second
-        # What arrives in the first stage is a rank's own too.
-        feeds_SRR = (forwards.bytes_SRR > 0) | np.eye(len(forwards.ranks_R), dtype=bool)
-        self._feeds_SRR = np.where(feeds_SRR, 0.0, -np.inf)
+        self._feeders_SRV = _feeders(forwards.bytes_SRR > 0)
+
+    def part(self, samples: slice) -> "Pipeline":
+        """See Sharing."""
+        part = copy.copy(self)
+        part._first, part._second = self._first.part(samples), self._second.part(samples)
+        part._feeders_SRV = self._feeders_SRV[samples]
+        return part
 
     def finish(self, start_SR: FloatArray) -> FloatArray:
         """See Sharing."""
         first_SR = self._first.finish(start_SR)
-        fed_SR = (first_SR[:, :, None] + self._feeds_SRR).max(axis=1)
-        return np.asarray(np.maximum(fed_SR, self._second.finish(start_SR)))
+        if len(first_SR) == 1:
+            fed_SRV = first_SR[0].take(self._feeders_SRV)
+        else:
+            fed_SRV = first_SR[np.arange(len(first_SR))[:, None, None], self._feeders_SRV]
+        return np.asarray(np.maximum(fed_SRV.max(axis=2), self._second.finish(start_SR)))
+
+
+def _feeders(feeds_SRR: NDArray[np.bool_]) -> NDArray[np.int32]:
+    """Per rank those that forward to it and itself, whose first stage brings rows of its own: [S, R, V], padded."""
+    feeds_SRR = feeds_SRR | np.eye(feeds_SRR.shape[1], dtype=bool)
+    sample_E, target_E, source_E = np.nonzero(feeds_SRR.swapaxes(1, 2))
+    count_SR = feeds_SRR.sum(axis=1)
+    own_R1 = np.arange(feeds_SRR.shape[1], dtype=np.int32)[:, None]
+    feeders_SRV = np.repeat(np.broadcast_to(own_R1, (*count_SR.shape, 1)), int(count_SR.max()), axis=2)
+    first_SR = (np.cumsum(count_SR) - count_SR.ravel()).reshape(count_SR.shape)
+    feeders_SRV[sample_E, target_E, np.arange(len(source_E)) - first_SR[sample_E, target_E]] = source_E
+    return feeders_SRV
 
 
 def prepare_dispatch(

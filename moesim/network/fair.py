@@ -6,7 +6,9 @@ others, are solved apart, so NVLink parts never wait for the network's events. L
 Legend: S routing samples, R ranks, F flows, C components, X links, P hops, Q entries of the lists of flows per link.
 """
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +42,12 @@ class FairSharing:
         self._two_sided = two_sided
         self._window = window
         self._components = _components(fabric, flows)
+
+    def part(self, samples: slice) -> Self:
+        """The same flows in some of the samples."""
+        part = copy.copy(self)
+        part._flows = replace(self._flows, bytes_SF=self._flows.bytes_SF[samples])
+        return part
 
     def flow_finish(self, start_SR: FloatArray) -> FloatArray:
         """Arrival of each pair's last byte, latency included, [S, R, R]; -inf for pairs without traffic."""

@@ -13,6 +13,7 @@ Legend: S matrices (routing samples), R ranks, F flows, P ports of one side, T p
 import copy
 from collections.abc import Callable, Sequence
 from functools import cache, cached_property
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,7 +96,7 @@ class Ports:
         self._receive = SideLoads(flows.receive, bytes_SF, flows.latency_F)
         self._send = SideLoads(flows.send, bytes_SF, flows.latency_F)
 
-    def part(self, samples: slice) -> "Ports":
+    def part(self, samples: slice) -> Self:
         """The closed form for some of the matrices."""
         part = copy.copy(self)
         part._receive, part._send = self._receive.part(samples), self._send.part(samples)

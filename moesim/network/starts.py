@@ -3,7 +3,8 @@
 Legend: S routing samples, R ranks.
 """
 
-from typing import Protocol
+import copy
+from typing import Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,8 @@ class _PairSharing(Protocol):
 
     def flow_finish(self, start_SR: FloatArray) -> FloatArray: ...
 
+    def part(self, samples: slice) -> Self: ...
+
 
 class Remembered:
     """Solve for starts rounded to `grid` of the transfer's length, each pattern of starts once.
@@ -28,10 +31,17 @@ class Remembered:
 
     def __init__(self, sharing: _PairSharing, *, shape: tuple[int, int], grid: float) -> None:
         self._sharing = sharing
-        self._answers: dict[bytes, FloatArray] = {}
-        alone_SR = sharing.finish(np.zeros(shape))
-        self._answers[np.zeros(shape).tobytes()] = alone_SR
-        self._seconds_S1 = grid * np.maximum(alone_SR.max(axis=1, keepdims=True), 1e-12)
+        self._alone_SR = sharing.finish(np.zeros(shape))
+        self._seconds_S1 = grid * np.maximum(self._alone_SR.max(axis=1, keepdims=True), 1e-12)
+        self._answers: dict[bytes, FloatArray] = {np.zeros(shape).tobytes(): self._alone_SR}
+
+    def part(self, samples: slice) -> Self:
+        """The same for some of the samples, with answers of its own."""
+        part = copy.copy(self)
+        part._sharing = self._sharing.part(samples)
+        part._alone_SR, part._seconds_S1 = self._alone_SR[samples], self._seconds_S1[samples]
+        part._answers = {np.zeros(part._alone_SR.shape).tobytes(): part._alone_SR}
+        return part
 
     def finish(self, start_SR: FloatArray) -> FloatArray:
         """When each rank has sent and received all, latency included, [S, R]."""
@@ -55,6 +65,12 @@ class CommonStart:
     def __init__(self, sharing: _PairSharing, *, shape: tuple[int, int], two_sided: bool) -> None:
         self._seconds_SRR = sharing.flow_finish(np.zeros(shape))
         self._two_sided = two_sided
+
+    def part(self, samples: slice) -> Self:
+        """The same for some of the samples."""
+        part = copy.copy(self)
+        part._seconds_SRR = self._seconds_SRR[samples]
+        return part
 
     def finish(self, start_SR: FloatArray) -> FloatArray:
         """When each rank has sent and received all, latency included, [S, R]."""

@@ -3,9 +3,10 @@
 Legend: S routing samples in lockstep, R ranks of the group (bytes_RR: source, target).
 """
 
+import copy
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,9 @@ class Sharing(Protocol):
 
     def finish(self, start_SR: FloatArray) -> FloatArray:
         """When each rank has sent and received all, latency included, [S, R]."""
+
+    def part(self, samples: slice) -> Self:
+        """The same for some of the samples."""
 
 
 class PairSharing(Sharing, Protocol):
@@ -84,24 +88,65 @@ class Traffic:
     """What a transfer puts on the wires, all samples' mean: bytes per tier, and per link [X] when asked for."""
 
     def __init__(self, fabric: Fabric, stages: Sequence[Demand]) -> None:
-        self._fabric, self._stages = fabric, stages
-        node_R = fabric.node_of_rank_R[stages[0].ranks_R]
-        same_RR = node_R[:, None] == node_R
-        moved_RR = sum(stage.bytes_SRR.mean(axis=0) for stage in stages) * (1 - np.eye(len(node_R)))
-        self.intra_node_bytes = float(moved_RR[same_RR].sum())
-        self.inter_node_bytes = float(moved_RR[~same_RR].sum())
+        self._fabric = fabric
+        self._stages = tuple(_PairBytes.of(stage) for stage in stages)
+
+    def part(self, samples: slice) -> "Traffic":
+        """Some of the samples."""
+        part = Traffic(self._fabric, ())
+        part._stages = tuple(stage._replace(bytes_SF=stage.bytes_SF[samples]) for stage in self._stages)
+        return part
+
+    @cached_property
+    def intra_node_bytes(self) -> float:
+        """Bytes between ranks of one node."""
+        return sum(stage.moved(self._fabric, same_node=True) for stage in self._stages)
+
+    @cached_property
+    def inter_node_bytes(self) -> float:
+        """Bytes between nodes."""
+        return sum(stage.moved(self._fabric, same_node=False) for stage in self._stages)
 
     @cached_property
     def link_bytes_X(self) -> FloatArray:
         """Bytes over each link that can be a bottleneck."""
-        return np.asarray(sum(link_bytes(self._fabric, build_flows(self._fabric, stage)) for stage in self._stages))
+        demands = [stage.demand() for stage in self._stages]
+        return np.asarray(sum(link_bytes(self._fabric, build_flows(self._fabric, demand)) for demand in demands))
+
+
+class _PairBytes(NamedTuple):
+    """The pairs of a demand that have bytes in at least one sample."""
+
+    ranks_R: NDArray[np.int64]
+    avoid_nvlink: bool
+    source_F: NDArray[np.intp]
+    target_F: NDArray[np.intp]
+    bytes_SF: FloatArray
+
+    @classmethod
+    def of(cls, demand: Demand) -> Self:
+        source_F, target_F = np.nonzero(np.any(demand.bytes_SRR > 0, axis=0))
+        bytes_SF = demand.bytes_SRR[:, source_F, target_F]
+        return cls(demand.ranks_R, demand.avoid_nvlink, source_F, target_F, bytes_SF)
+
+    def moved(self, fabric: Fabric, *, same_node: bool) -> float:
+        """Bytes that leave their rank, for another rank of the same node or of another node."""
+        node_R = fabric.node_of_rank_R[self.ranks_R]
+        chosen_F = (node_R[self.source_F] == node_R[self.target_F]) == same_node
+        chosen_F &= self.source_F != self.target_F
+        return float(self.bytes_SF[:, chosen_F].mean(axis=0).sum())
+
+    def demand(self) -> Demand:
+        bytes_SRR = np.zeros((len(self.bytes_SF), len(self.ranks_R), len(self.ranks_R)))
+        bytes_SRR[:, self.source_F, self.target_F] = self.bytes_SF
+        return Demand(ranks_R=self.ranks_R, bytes_SRR=bytes_SRR, avoid_nvlink=self.avoid_nvlink)
 
 
 class PreparedTransfer:
     """Traffic matrices with all that does not depend on when the ranks start.
 
     `alone_R` is each rank's finish when all start at 0, `sm_share` the share of each GPU's SMs that the communication
-    kernels hold meanwhile, `traffic` the bytes, `source` where the numbers come from.
+    kernels hold meanwhile, `source` where the numbers come from.
     """
 
     def __init__(
@@ -120,10 +165,29 @@ class PreparedTransfer:
         self._synchronised = synchronised
         self._overhead_SR = np.broadcast_to(overhead_R, shape).reshape(-1, shape[-1])
         self.sm_share = sm_share
-        self.traffic = traffic
+        self._all_traffic, self._samples = traffic, slice(None)
         self.source = source
         self._alone_SR = sharing.finish(np.zeros(self._overhead_SR.shape)) + self._overhead_SR
         self.alone_R = self._alone_SR.reshape(shape)
+
+    def parts(self, count: int) -> "tuple[PreparedTransfer, ...]":
+        """The samples in `count` equal runs, each as a transfer of its own [S, R]: prepared together, used apart."""
+        length, rest = divmod(len(self._alone_SR), count)
+        assert not rest and len(self._shape) == 2, (self._shape, count)
+        return tuple(self._part(slice(first, first + length)) for first in range(0, count * length, length))
+
+    def _part(self, samples: slice) -> "PreparedTransfer":
+        part = copy.copy(self)
+        part._sharing = self._sharing.part(samples)
+        part._overhead_SR, part._samples = self._overhead_SR[samples], samples
+        part._alone_SR = part.alone_R = self._alone_SR[samples]
+        part._shape = part._alone_SR.shape
+        return part
+
+    @property
+    def traffic(self) -> Traffic:
+        """The bytes."""
+        return self._all_traffic.part(self._samples)
 
     @property
     def demand_X(self) -> FloatArray:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.compute import KernelModel
-from moesim.network import Fabric, send_recv_seconds
+from moesim.network import Fabric, group_shape, send_recv_seconds
 from moesim.parallel import Mesh
 from moesim.parallel.schedules import Handoff, Pass, Schedule, Work, build_schedule
 from moesim.scenario import Scenario
@@ -62,6 +62,10 @@ class _Builder:
         self.parameters = ParameterGroups(scenario, self.mesh, self.schedule)
         self.seconds: defaultdict[str, float] = defaultdict(float)  # by source
         self.handoff_seconds: dict[tuple[int, int], float] = {}
+        # Two pipeline ranks that hold the same stage (DualPipe) share its blocks where the fabric treats them alike.
+        self.blocks: dict[tuple[int, int, bytes], dict[Pass, Block]] = {}
+        self.merged: dict[Block, Block] = {}
+        self.block_seconds: dict[Block, list[tuple[str, float]]] = {}
 
     @cached_property
     def schedule(self) -> Schedule:
@@ -141,13 +145,16 @@ class _Builder:
         return self._merged(group) if self.merge else group
 
     def _count_block(self, block: Block, times: int) -> None:
-        for source, seconds in source_seconds(block):
+        if block not in self.block_seconds:
+            self.block_seconds[block] = list(source_seconds(block))
+        for source, seconds in self.block_seconds[block]:
             self.seconds[source] += times * seconds
 
     def _merged(self, group: GroupProgram) -> GroupProgram:
-        merged = {block: block.merged() for block in {run.block: None for task in group.tasks for run in task.runs}}
+        for block in {run.block for task in group.tasks for run in task.runs} - self.merged.keys():
+            self.merged[block] = block.merged()
         tasks = [
-            replace(task, runs=tuple(run._replace(block=merged[run.block]) for run in task.runs))
+            replace(task, runs=tuple(run._replace(block=self.merged[run.block]) for run in task.runs))
             for task in group.tasks
         ]
         return replace(group, tasks=tuple(tasks))
@@ -183,6 +190,17 @@ class _Builder:
         return self.handoff_seconds[source, target]
 
     def _blocks(self, stage: int, pipeline_rank: int, number: int, ranks_R: NDArray[np.int64]) -> dict[Pass, Block]:
+        holders = sum(stage in stages for stages in self.schedule.stages_of_rank)
+        if holders == 1:
+            return self._write_blocks(stage, pipeline_rank, number, ranks_R)
+        key = (stage, number, group_shape(self.fabric, ranks_R))
+        if key not in self.blocks:
+            self.blocks[key] = self._write_blocks(stage, pipeline_rank, number, ranks_R)
+        return self.blocks[key]
+
+    def _write_blocks(
+        self, stage: int, pipeline_rank: int, number: int, ranks_R: NDArray[np.int64]
+    ) -> dict[Pass, Block]:
         model, layers = self.scenario.model, self.scenario.stage_layers[stage]
         last = stage == self.schedule.num_stages - 1
         chosen = [layer for layer in layers if layer >= model.dense_layers]

@@ -1,6 +1,6 @@
 """What one model layer of one rank group has to compute and send, for all micro-batches and routing samples at once.
 
-Legend: M micro-batches, S routing samples, R ranks (D the same as destinations), P expert slots of a rank.
+Legend: M micro-batches, S routing samples, Q = M*S, R ranks (D the same as destinations), P expert slots of a rank.
 """
 
 from collections.abc import Sequence
@@ -82,23 +82,19 @@ def _layer_loads(
     deduplicate = scenario.dispatch.deduplicate
     slot_rows_MSRP = np.stack([arrays.slot_rows_BDP(placement) for arrays in arrays_S], axis=1)
     held_MSRD = np.stack([held_copies(arrays, placement, deduplicate) for arrays in arrays_S], axis=1)
-    dispatch_M: list[Transfer] = []
-    combine_M: list[Transfer] = []
+    dispatch_M: tuple[Transfer, ...] = ()
+    combine_M: tuple[Transfer, ...] = ()
     if scenario.parallelism.expert > 1:
         stages_S = [stage_copies(arrays, placement, deduplicate) for arrays in arrays_S]
         stages_MSRR = [np.stack(stage, axis=1) for stage in zip(*stages_S, strict=True)]
         own_MSR = np.einsum("msrr->msr", held_MSRD)
-        for micro_batch in range(len(held_MSRD)):
-            stages = [stage[micro_batch] for stage in stages_MSRR]
-            out, back = _transfers(scenario, fabric, stages, own_MSR[micro_batch], ranks_R)
-            dispatch_M.append(out)
-            combine_M.append(back)
+        dispatch_M, combine_M = _transfers(scenario, fabric, stages_MSRR, own_MSR, ranks_R)
     return LayerLoads(
         slot_rows_MSRP=slot_rows_MSRP,
         copies_out_MSR=held_MSRD.sum(axis=3),
         copies_in_MSR=held_MSRD.sum(axis=2),
-        dispatch_M=tuple(dispatch_M),
-        combine_M=tuple(combine_M),
+        dispatch_M=dispatch_M,
+        combine_M=combine_M,
         counts=_counts(scenario, fabric, slot_rows_MSRP[0], ranks_R),
     )
 
@@ -117,20 +113,22 @@ def _counts(scenario: Scenario, fabric: Fabric, slot_rows_SRP: NDArray[Any], ran
 def _transfers(
     scenario: Scenario,
     fabric: Fabric,
-    stages_SRR: Sequence[NDArray[np.float64]],
-    own_SR: NDArray[Any],
+    stages_MSRR: Sequence[NDArray[np.float64]],
+    own_MSR: NDArray[Any],
     ranks_R: IntArray,
-) -> tuple[Transfer, Transfer]:
-    """Dispatch and combine of one layer and micro-batch, all samples in lockstep."""
+) -> tuple[tuple[Transfer, ...], tuple[Transfer, ...]]:
+    """Dispatch and combine of one layer and every micro-batch, prepared together; all samples in lockstep."""
     dispatch, hidden = scenario.dispatch, scenario.model.hidden
+    micro_batches, _, ranks = own_MSR.shape
+    stages_QRR = [stage_MSRR.reshape(-1, ranks, ranks) for stage_MSRR in stages_MSRR]
     # An implementation that reads counts back has exchanged them first: nobody sends before the last has come.
     common: dict[str, Any] = {
         "algorithm": dispatch.algorithm,
         "ranks": ranks_R,
-        "own_copies_R": own_SR,
+        "own_copies_R": own_MSR.reshape(-1, ranks),
         "model": scenario.network.model,
         "synchronised": scenario.implementation.kind == "torch_eager",
     }
-    out = prepare_dispatch(fabric, stages_SRR, token_bytes=token_bytes(hidden, dispatch.dtype), **common)
-    back = prepare_combine(fabric, stages_SRR, token_bytes=token_bytes(hidden, dispatch.combine_dtype), **common)
-    return out, back
+    out = prepare_dispatch(fabric, stages_QRR, token_bytes=token_bytes(hidden, dispatch.dtype), **common)
+    back = prepare_combine(fabric, stages_QRR, token_bytes=token_bytes(hidden, dispatch.combine_dtype), **common)
+    return out.parts(micro_batches), back.parts(micro_batches)
