@@ -1,73 +1,137 @@
-"""`moesim model`: parameters and FLOPs of a model of the catalogue or of a scenario."""
+"""`moesim model`: parameters, FLOPs and memory of a model of the catalogue, of a config.json or of a scenario."""
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moesim.cli.flags import add_json
+from moesim.cli.flags import add_json, add_overrides
 from moesim.errors import UserError
 
 if TYPE_CHECKING:
     from moesim.scenario import Model
 
 NAME = "model"
-SUMMARY = "Print the parameters and FLOPs of a model."
+SUMMARY = "Print the parameters, FLOPs and memory of a model, or list the catalogue."
+
+# Bytes per parameter of weights, gradients, master copy and both optimizer states together.
+RECIPES = {
+    "bf16, optimizer fp32": (2, 2, 0, 8),
+    "bf16, all else fp32": (2, 4, 4, 8),
+    "bf16, gradients and master fp32": (2, 4, 4, 4),
+    "all bf16": (2, 2, 0, 4),
+    "all fp32": (4, 4, 0, 8),
+}
+PARTS = ("weights", "gradients", "master", "optimizer")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """NAME, --sequence-length, --json."""
-    parser.add_argument("model", metavar="NAME", nargs="?", help="a model of the catalogue, or a scenario file")
+    """NAME, --list, --set, --sequence-length, --json."""
+    text = "a model of the catalogue, a Hugging Face config.json or a scenario file"
+    parser.add_argument("model", metavar="NAME", nargs="?", help=text)
+    parser.add_argument("--list", action="store_true", help="list the catalogue, as without NAME")
+    add_overrides(parser)
     parser.add_argument("--sequence-length", metavar="TOKENS", type=int, default=4096, help="4096 by default")
     add_json(parser)
     parser.set_defaults(execute=execute)
 
 
 def execute(args: argparse.Namespace) -> int:
-    """Print the counts, or the names of the catalogue when no model is named. Raises UserError."""
-    from moesim.scenario import model_names
-
-    if args.model is None:
-        print("\n".join(model_names()))
-        return 0
+    """Print the counts, or the catalogue when no model is named. Raises UserError."""
+    if args.list or args.model is None:
+        return _list(as_json=args.json)
     if args.sequence_length <= 0:
         raise UserError(f"--sequence-length {args.sequence_length} is not a number of tokens; use e.g. 4096")
-    counts = count(find(args.model), sequence_length=args.sequence_length)
+    counts = count(find(args.model, args.overrides), sequence_length=args.sequence_length)
     if args.json:
         print(json.dumps(counts, indent=1))
     else:
-        from moesim.report.terminal import print_model
+        from moesim.report.model_screen import print_model
 
         print_model(args.model, counts)
     return 0
 
 
-def find(name: str) -> "Model":
-    """The model called `name`, or that of the scenario file `name`. Raises UserError with the names there are."""
-    from moesim.scenario import Model, load_scenario, model_names
-    from moesim.scenario.catalogue import model_preset
+def _list(*, as_json: bool) -> int:
+    from moesim.scenario import model_names
+    from moesim.scenario.flops import parameters
 
-    if name in model_names():
-        return Model.model_validate(model_preset(name))
-    if Path(name).suffix in (".yaml", ".yml"):
-        return load_scenario(name).model
-    raise UserError(f"unknown model {name!r}; use one of {', '.join(model_names())}, or a scenario file")
+    sizes = {}
+    for name in model_names():
+        model = find(name, [])
+        held = parameters(model)
+        sizes[name] = {
+            "total": held.total,
+            "activated": held.activated,
+            "layers": model.layers,
+            "experts": model.experts,
+            "top_k": model.top_k,
+            "attention": model.attention.kind,
+        }
+    if as_json:
+        print(json.dumps(sizes, indent=1))
+    else:
+        from moesim.report.model_screen import print_catalogue
+
+        print_catalogue(sizes)
+    return 0
+
+
+def find(name: str, overrides: list[str]) -> "Model":
+    """The model called `name`, or that of the file `name`, with `--set model.key=value` applied.
+
+    Raises UserError with the names there are, and for a model that contradicts itself.
+    """
+    from moesim.scenario import load_scenario, model_names, scenario_from_mapping
+
+    suffix = Path(name).suffix
+    if name not in model_names() and suffix in (".yaml", ".yml"):
+        return load_scenario(name, overrides).model
+    if name not in model_names() and suffix != ".json":
+        known = ", ".join(model_names())
+        raise UserError(f"unknown model {name!r}; use one of {known}, a config.json or a scenario file")
+    for override in overrides:
+        if not override.startswith("model."):
+            raise UserError(f"--set {override}: a model has only the keys of model, e.g. --set model.layers=30")
+    # The smallest scenario around the model, so that it passes the same checks as in any other.
+    around = {
+        "name": "model",
+        "model": {"preset": name} if name in model_names() else {"hf_config": name},
+        "cluster": {"gpu": "h200", "nodes": 1, "gpus_per_node": 1},
+        "workload": {"sequence_length": 4096, "global_batch": 1},
+    }
+    return scenario_from_mapping(around | {"routing": {"kind": "uniform"}}, overrides).model
 
 
 def count(model: "Model", *, sequence_length: int) -> dict[str, Any]:
-    """Parameters in elements and training FLOPs per token, as plain values."""
-    from dataclasses import asdict
+    """Parameters in elements, FLOPs and bytes of states, as plain values.
 
-    from moesim.scenario.flops import forward_flops_per_token, model_flops_per_token, parameters
+    `training_flops_per_sequence` is 3 x the forward pass of all tokens by part, attention counted causal and whole.
+    `state_bytes` holds weights, gradients, master copy and optimizer states of all parameters at common precisions.
+    Layers of multi-token prediction are outside of all totals.
+    """
+    from moesim.scenario.flops import TRAINING_PASSES, forward_flops_per_token, model_flops_per_token, parameters
 
     held = parameters(model)
-    forward = forward_flops_per_token(model, sequence_length=sequence_length, causal=True)
+    counts = (("causal", True), ("non_causal", False))
+    forward = {
+        name: forward_flops_per_token(model, sequence_length=sequence_length, causal=causal) for name, causal in counts
+    }
     return {
         "sequence_length": sequence_length,
         "parameters": {"total": held.total, "activated": held.activated, **asdict(held)},
-        "forward_flops_per_token": dict(forward),
+        "forward_flops_per_token": dict(forward["causal"]),
         "training_flops_per_token": {
             name: model_flops_per_token(model, sequence_length=sequence_length, causal=causal)
-            for name, causal in (("causal", True), ("non_causal", False))
+            for name, causal in counts
+        },
+        "training_flops_per_sequence": {
+            name: {part: TRAINING_PASSES * sequence_length * value for part, value in parts.items() if value}
+            for name, parts in forward.items()
+        },
+        "state_bytes": {
+            recipe: {part: held.total * size for part, size in zip(PARTS, sizes, strict=True)}
+            for recipe, sizes in RECIPES.items()
         },
     }

@@ -1,4 +1,4 @@
-"""What the verbs print: the facts of a run, a trace or a model, each in one screen."""
+"""What the verbs print: the facts of a run or of a trace, each in one screen."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
@@ -138,54 +138,3 @@ def _profiles(load_LE: NDArray[np.float64], options: ConsoleOptions) -> Table:
         means = [float(load_E[start : start + run].mean()) for start in range(0, len(load_E), run)]
         table.add_row(str(layer), Text(profile(means, full=_FULL_LOAD, ascii_only=options.ascii_only), style="blue"))
     return table
-
-
-def print_model(name: str, counts: Mapping[str, Any], *, file: TextIO | None = None, width: int | None = None) -> None:
-    """Print parameters and FLOPs of a model (`moesim model`)."""
-    show(lambda _: _model_screen(name, counts), file=file, width=width)
-
-
-def _model_screen(name: str, counts: Mapping[str, Any]) -> list[RenderableType]:
-    held, forward = counts["parameters"], counts["forward_flops_per_token"]
-    training, length = counts["training_flops_per_token"], counts["sequence_length"]
-    total = sum(forward.values())
-    parts = [key for key in held if key not in ("total", "activated", "inactive_experts") and held[key]]
-    return [
-        Text(name, style="bold"),
-        indented(
-            fact_table(
-                [
-                    Fact(
-                        "parameters",
-                        f"{held['total'] / 1e9:.2f} B",
-                        f"{held['activated'] / 1e9:.2f} B activated per token",
-                    ),
-                    Fact(
-                        "training", f"{training['causal'] / 1e9:.2f} GFLOP per token", "3 x forward, causal attention"
-                    ),
-                    Fact("", f"{training['causal'] * length / 1e12:.1f} TFLOP per sequence", f"of {length} tokens"),
-                    Fact(
-                        "non-causal",
-                        f"{training['non_causal'] * length / 1e12:.1f} TFLOP per sequence",
-                        "full attention counted",
-                    ),
-                ],
-                strong=True,
-            )
-        ),
-        section(
-            "parameters",
-            number_table(("", "millions"), [(key.replace("_", " "), f"{held[key] / 1e6:,.1f}") for key in parts]),
-        ),
-        section(
-            "forward pass of one token",
-            number_table(
-                ("", "MFLOP", "share"),
-                [
-                    (key.replace("_", " "), f"{value / 1e6:,.1f}", facts.percent(value / total))
-                    for key, value in forward.items()
-                    if value
-                ],
-            ),
-        ),
-    ]

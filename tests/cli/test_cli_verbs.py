@@ -120,10 +120,51 @@ def test_model_prints_the_published_size(moesim) -> None:
     assert counts["parameters"]["total"] == pytest.approx(46.7e9, rel=1e-3)
 
 
-def test_model_lists_the_catalogue_and_reads_a_scenario(scenario: Path, moesim) -> None:
-    assert "deepseek-v3" in moesim("model").out.splitlines()
+def test_model_reads_a_scenario_and_a_hugging_face_config(scenario: Path, moesim) -> None:
     counts = json.loads(moesim("model", scenario, "--json").out)
     assert counts["parameters"]["routed_experts"] == 2 * 8 * 3 * 64 * 32
+    config = {
+        "model_type": "llama", "num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32,
+        "intermediate_size": 11008, "vocab_size": 32000,
+    }  # fmt: skip
+    Path("config.json").write_text(json.dumps(config))
+    read = json.loads(moesim("model", "config.json", "--json").out)
+    assert read["parameters"] == json.loads(moesim("model", "llama2-7b", "--json").out)["parameters"]
+
+
+def test_model_lists_the_catalogue(moesim) -> None:
+    listed = moesim("model", "--list").out
+    assert moesim("model").out == listed
+    sizes = json.loads(moesim("model", "--list", "--json").out)
+    assert len(listed.splitlines()) == 1 + len(sizes)
+    line = next(line for line in listed.splitlines() if line.startswith("deepseek-v3 "))
+    assert line.split()[1:5] == ["671.03", "B", "37.55", "B"]
+
+
+def test_model_counts_flops_and_states_by_part(moesim) -> None:
+    """The parts add up; mixed precision needs 18 bytes per parameter (16 in arXiv 1910.02054, whose gradients are half)."""
+    counts = json.loads(moesim("model", "deepseek-moe-16b", "--json", "--sequence-length", "2048").out)
+    for name, parts in counts["training_flops_per_sequence"].items():
+        assert sum(parts.values()) == pytest.approx(2048 * counts["training_flops_per_token"][name], rel=1e-12)
+    causal, whole = (counts["training_flops_per_sequence"][name] for name in ("causal", "non_causal"))
+    assert whole["attention_scores"] / causal["attention_scores"] == pytest.approx(2 * 2048 / 2049)
+    assert whole["routed_experts"] == causal["routed_experts"]
+    mixed = counts["state_bytes"]["bf16, all else fp32"]
+    assert sum(mixed.values()) == 18 * counts["parameters"]["total"]
+    text = moesim("model", "deepseek-moe-16b").out
+    assert "…" not in text, "nothing is cut off"
+    for word in ("non-causal", "attention scores", "all bf16", "optimizer", "master"):
+        assert word in text
+
+
+def test_model_takes_overrides_and_checks_them(scenario: Path, moesim) -> None:
+    def routed(*words: object) -> int:
+        return json.loads(moesim("model", *words, "--json").out)["parameters"]["routed_experts"]
+
+    assert routed("mixtral-8x7b", "--set", "model.experts=16") == 2 * routed("mixtral-8x7b")
+    assert routed(scenario, "--set", "model.experts=16") == 2 * routed(scenario)
+    assert "model.top_k" in moesim("model", "mixtral-8x7b", "--set", "model.top_k=9").complaint
+    assert "only the keys of model" in moesim("model", "mixtral-8x7b", "--set", "layers=9").complaint
 
 
 def test_schema_is_json_and_knows_every_section(scenario: Path, moesim) -> None:
