@@ -29,6 +29,7 @@ from moesim.compute.fp8 import FP8_ROW_ALIGNMENT, fp8_grouped_gemm
 from moesim.compute.measured import contention_of, host_costs_of, typical_widths
 from moesim.compute.memory_kinds import MEMORY_KINDS
 from moesim.compute.physics import RowTotals
+from moesim.compute.power import PowerCap, fit_power_cap
 from moesim.compute.profile import Profile
 from moesim.compute.roofline import Roofline
 from moesim.errors import UserError
@@ -52,6 +53,7 @@ class CalibratedModel:
         self.profile = profile
         self.fallback = fallback
         self.clock_mhz = clock_mhz
+        self._cap = fit_power_cap(profile.family("sustained"))
         self._rows = cell_rows(profile)
         self._cells: dict[str, Cell] = {}
         self._widths = typical_widths(profile)
@@ -114,12 +116,14 @@ class CalibratedModel:
             self._cells[name] = Cell(kind_of(name), rows, fit)
         return self._cells[name]
 
-    def _predict(self, cell: Cell, columns: physics.Columns, shape: tuple[int, ...]) -> Estimate:
+    def _predict(
+        self, cell: Cell, columns: physics.Columns, shape: tuple[int, ...], cap: PowerCap | None = None
+    ) -> Estimate:
         """Of floats (shape empty), or of arrays that broadcast to `shape`."""
         if not shape:
-            return Estimate(*cell.predict_one(columns, clock_mhz=self.clock_mhz))
+            return Estimate(*cell.predict_one(columns, clock_mhz=self.clock_mhz, cap=cap))
         flat = tuple(_flat(column, shape) if isinstance(column, np.ndarray) else column for column in columns)
-        seconds_Q, source = cell.predict(flat, clock_mhz=self.clock_mhz)
+        seconds_Q, source = cell.predict(flat, clock_mhz=self.clock_mhz, cap=cap)
         return Estimate(seconds_Q.reshape(shape), source)
 
     def gemm(
@@ -143,7 +147,7 @@ class CalibratedModel:
         cell = self.cell(f"gemm/{tensor_dtype}/{'forward' if tensor_dtype == 'fp8' else direction}")
         if cell is None:
             return self.fallback.gemm(m=sizes[0], k=sizes[2], n=sizes[1], dtype=dtype)
-        return self._predict(cell, (*sizes, DTYPE_BYTES[dtype]), shape)
+        return self._predict(cell, (*sizes, DTYPE_BYTES[dtype]), shape, None if tensor_dtype == "fp8" else self._cap)
 
     def grouped_gemm(
         self,
@@ -208,7 +212,7 @@ class CalibratedModel:
             rows_QE = totals.rows_QE
             return self.fallback.grouped_gemm(rows_per_expert=rows_QE, k=k, n=n, dtype=dtype, direction=direction)
         columns = physics.grouped_sizes(totals, float(k), float(n), direction=direction, small=small)
-        return self._predict(cell, columns, totals.rows_QE.shape[:-1])
+        return self._predict(cell, columns, totals.rows_QE.shape[:-1], self._cap)
 
     def attention(
         self,
@@ -245,7 +249,7 @@ class CalibratedModel:
             return self.fallback.attention(batch=batch, sequence=sequence, **shape)
         (batch, sequence), result_shape = _floats(batch, sequence)
         columns = physics.attention_sizes(batch=batch, sequence=sequence, **shape)
-        return self._predict(cell, columns, result_shape)
+        return self._predict(cell, columns, result_shape, self._cap)
 
     def memory_bound(self, *, kind: str, bytes: ArrayLike, width: ArrayLike | None = None) -> Estimate:
         """Seconds of a memory-bound kernel; `width`, the length of its rows, sharpens it where known."""

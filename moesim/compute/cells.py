@@ -17,7 +17,9 @@ import numpy as np
 from moesim.compute import physics
 from moesim.compute.estimate import DTYPE_BYTES, FloatArray
 from moesim.compute.gaussian import ResidualField, Shape
+from moesim.compute.memory_kinds import optimizer_lengths
 from moesim.compute.physics import Columns, Parameters, arithmetic_of
+from moesim.compute.power import PowerCap
 
 Row = dict[str, Any]
 
@@ -186,7 +188,20 @@ def cell_of(row: Row) -> str | None:
         return grouped_cell(direction, small=small)
     if family == "attention":
         return f"attention/{row['direction']}"
-    return f"memory_bound/{row['kind']}" if family == "memory_bound" else None
+    if family == "memory_bound":
+        return f"memory_bound/{row['kind']}{'' if _vectorised(row) else '/odd'}"
+    return None
+
+
+def _vectorised(row: Row) -> bool:
+    """False for a fused optimizer over tensors of odd lengths.
+
+    Its kernel moves four elements at a time only where every tensor's length is a multiple of four, and is about half
+    as fast otherwise (with bf16). The parameters of a model are such multiples, so that only those rows speak for it.
+    """
+    if not row["kind"].startswith("optimizer"):
+        return True
+    return optimizer_lengths(row["rows"])[0] % 4 == 0
 
 
 def grouped_cell(direction: str, *, small: bool) -> str:
@@ -235,8 +250,16 @@ class Cell:
         """Log of clock over expected clock; 0 where no clock is known (nan)."""
         return np.asarray(np.nan_to_num(np.log(clocks) - self.expected_clock(columns)))
 
-    def predict_one(self, columns: Columns, *, clock_mhz: float | None = None) -> tuple[float, str]:
-        """(seconds, source) of one kernel whose columns are floats, at the expected clock or a given one."""
+    def _sustained(self, logs: Any, columns: Columns, cap: PowerCap) -> Any:
+        """Log seconds of a kernel that runs on and on: slower where the power limit takes it below its expected clock."""
+        rate = self.kind.work(columns) / (math.exp(logs) if isinstance(logs, float) else np.exp(logs))
+        excess = cap.log_clock(rate) - self.expected_clock(columns)
+        return logs - self.fit.alpha * (min(excess, 0.0) if isinstance(excess, float) else np.minimum(excess, 0.0))
+
+    def predict_one(
+        self, columns: Columns, *, clock_mhz: float | None = None, cap: PowerCap | None = None
+    ) -> tuple[float, str]:
+        """(seconds, source) of one kernel whose columns are floats: at a clock, under a power cap, or as measured."""
         measured = self._measured.get(columns)
         if measured is not None:
             logs, source = float(self._clocked_P[measured]), "measured"
@@ -246,16 +269,22 @@ class Cell:
             source = "interpolated" if distance <= self.kind.far else "extrapolated"
         if clock_mhz is not None:
             logs -= self.fit.alpha * (math.log(clock_mhz) - self.expected_clock(columns))
+        elif cap is not None:
+            logs = self._sustained(logs, columns, cap)
         return math.exp(logs), source
 
-    def predict(self, columns: Columns, *, clock_mhz: float | None = None) -> tuple[FloatArray, str]:
-        """(seconds_Q, the weakest source among them) for columns of which some are arrays [Q]."""
+    def predict(
+        self, columns: Columns, *, clock_mhz: float | None = None, cap: PowerCap | None = None
+    ) -> tuple[FloatArray, str]:
+        """(seconds_Q, the weakest source among them) for columns of which some are arrays [Q]; see predict_one."""
         count = len(next(column for column in columns if isinstance(column, np.ndarray)))
         residual_Q, distance, near = self._field.predict(self.kind.features(columns), count)
         logs_Q = self.kind.log_seconds(self.parameters, columns) + residual_Q
         exact = self._put_measured(logs_Q, columns, near) if len(near) else 0
         if clock_mhz is not None:
             logs_Q -= self.fit.alpha * (math.log(clock_mhz) - self.expected_clock(columns))
+        elif cap is not None:
+            logs_Q = self._sustained(logs_Q, columns, cap)
         if exact == count:
             return np.exp(logs_Q), "measured"
         return np.exp(logs_Q), "interpolated" if distance <= self.kind.far else "extrapolated"
