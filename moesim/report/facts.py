@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.report.categories import Category, in_order
+from moesim.results import SpanTable, Stream, overlapped_transfer
 from moesim.trace import RoutingTrace
 from moesim.trace.metrics import expert_load_LE, imbalance
 from moesim.units import format_bytes
@@ -135,6 +136,18 @@ def communication(result: Result) -> list[Fact]:
         Fact("between nodes", format_bytes(facts["inter_node_bytes"]), "dispatch and combine over the network"),
         Fact("copies per token", f"{facts['copies_per_token']:.3f}", "sent to other ranks, per token and layer"),
     ]
+
+
+def hidden(table: SpanTable) -> Fact:
+    """Share of the time of dispatch, combine and collectives that runs behind computation, as trace tools define it.
+
+    Mean over the ranks of the table; sample 0 of its spans.
+    """
+    rows_N = np.concatenate([table.rows(stream) for stream in (Stream.COMMUNICATION, Stream.REDUCTION)])
+    total_R = (table.finish_NSR[rows_N, 0] - table.start_NSR[rows_N, 0]).sum(axis=0)
+    behind_SR = sum(overlapped_transfer(table).values(), np.zeros_like(table.start_NSR[0]))
+    share = float(behind_SR[0].sum() / total_R.sum()) if total_R.any() else None
+    return Fact("behind computation", percent(share), "of the time of transfers in expert group 0, waiting included")
 
 
 def balance(result: Result) -> list[Fact]:

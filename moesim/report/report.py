@@ -163,7 +163,7 @@ def _traffic(page: Page, record: RunRecord) -> None:
     page.open("div", css="figures")
     page.figure(figures.traffic(bytes_RR), name="traffic")
     page.open("div")
-    page.facts("Communication of one step", facts.communication(record.result))
+    page.facts("Communication of one step", [*facts.communication(record.result), facts.hidden(record.spans)])
     sent_R, received_R = bytes_RR.sum(axis=1), bytes_RR.sum(axis=0)
     if 1 < len(bytes_RR) <= _LARGEST_TABLE:
         rows = [(str(r), format_bytes(sent_R[r]), format_bytes(received_R[r])) for r in range(len(bytes_RR))]

@@ -142,7 +142,7 @@ def test_model_lists_the_catalogue(moesim) -> None:
 
 
 def test_model_counts_flops_and_states_by_part(moesim) -> None:
-    """The parts add up; mixed precision needs 18 bytes per parameter (16 in arXiv 1910.02054, whose gradients are half)."""
+    """The parts add up; mixed precision takes 18 bytes a parameter, 16 with gradients of two bytes."""
     counts = json.loads(moesim("model", "deepseek-moe-16b", "--json", "--sequence-length", "2048").out)
     for name, parts in counts["training_flops_per_sequence"].items():
         assert sum(parts.values()) == pytest.approx(2048 * counts["training_flops_per_token"][name], rel=1e-12)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from moesim.errors import UserError
-from moesim.report import chrome_trace
+from moesim.report import chrome_trace, facts
 from moesim.report.chrome_trace import STREAM_IDS, write_timeline
 from moesim.results import RunRecord, Stream, overlapped_transfer
 from moesim.run import simulate
@@ -71,6 +71,8 @@ def test_the_overlap_that_a_trace_tool_reads_is_ours(small, tmp_path) -> None:
         covered, moving = reader.overlap(rank)
         assert covered == pytest.approx(hidden_R[place], rel=1e-4)
         assert covered / moving == pytest.approx(hidden_R[place] / transfer_R[place], rel=1e-4)
+    shown = facts.hidden(record.spans)
+    assert shown.value == facts.percent(hidden_R.sum() / transfer_R.sum())
 
 
 def test_what_a_viewer_needs_is_there(small, tmp_path) -> None:
