@@ -15,7 +15,7 @@ from moesim.compute import KernelModel, kernel_model
 from moesim.moe.cache import cached_trace
 from moesim.moe.progress import ProgressCallback
 from moesim.moe.request import TrainingRequest
-from moesim.network import Fabric, build_fabric
+from moesim.network import Fabric
 from moesim.parallel import Mesh, TrafficSample, TrafficSampler
 from moesim.parallel.memory import MemoryReport
 from moesim.parallel.memory_remedy import check_memory
@@ -35,6 +35,7 @@ from moesim.scenario.check import require_supported
 from moesim.scenario.routing import PopularityRouting, TraceRouting, TrainRouting
 from moesim.seeding import stream, stream_seed
 from moesim.sim import StepProgram, build_program, simulate_step
+from moesim.sim.links import scenario_fabric
 from moesim.trace import RoutingTrace, load_trace, popularity_trace, trace_hash, uniform_trace
 from moesim.trace.metrics import expert_load_LE, imbalance
 from moesim.trace.sampling import MIN_COVERAGE_FOR_CONFIDENCE, MIN_COVERAGE_FOR_RANGE
@@ -59,8 +60,8 @@ def simulate(
     """
     require_supported(scenario)
     trace = obtain_trace(scenario, progress=progress, cache_dir=cache_dir)
-    fabric = build_fabric(scenario.cluster)
     kernels = kernel_model(scenario.cluster.pools[0].gpu, scenario.compute.profile)
+    fabric = scenario_fabric(scenario, kernels)
     assert (trace is None) == (scenario.model.experts == 0), "an MoE step is driven by a routing trace"
     plain, bootstrap = draw_samples(scenario, trace)
     memory = check_memory(scenario, lambda variant: _rows(scenario, variant, trace, plain))

@@ -251,7 +251,7 @@ class Cell:
         return np.asarray(np.nan_to_num(np.log(clocks) - self.expected_clock(columns)))
 
     def _sustained(self, logs: Any, columns: Columns, cap: PowerCap) -> Any:
-        """Log seconds of a kernel that runs on and on: slower where the power limit takes it below its expected clock."""
+        """Log seconds of a kernel that runs on and on: slower where the power limit lowers its clock."""
         rate = self.kind.work(columns) / (math.exp(logs) if isinstance(logs, float) else np.exp(logs))
         excess = cap.log_clock(rate) - self.expected_clock(columns)
         return logs - self.fit.alpha * (min(excess, 0.0) if isinstance(excess, float) else np.minimum(excess, 0.0))
@@ -307,7 +307,7 @@ class Cell:
 
         at_row_clock: predict for the clock that the row was measured at, else for the clock expected of such kernels.
         """
-        errors_P = self._field.leave_one_out()
+        errors_P = self._field.leave_one_out_P
         return errors_P if at_row_clock else errors_P - self.shift_P
 
 

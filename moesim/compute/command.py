@@ -1,10 +1,12 @@
 """`moesim calibrate`: measure and write a profile, or report how well a profile predicts."""
 
 import os
+import sys
 from pathlib import Path
 
 from rich.console import Console
 
+from moesim.compute.benchmarks.session import partial_folder
 from moesim.compute.calibrated import CalibratedModel
 from moesim.compute.fitting import fit_profile
 from moesim.compute.loading import MEASURED_GPU, load_profile
@@ -22,23 +24,26 @@ def calibrate_command(
     budget: float = 420.0,
     families: str | None = None,
     by_cell: bool = False,
+    extend: bool = False,
     quiet: bool = False,
 ) -> int:
     """Run `moesim calibrate` and return its exit code.
 
     With `report`, print the leave-one-out errors of `profile` (a name or file; `out` or the shipped one when absent).
     Otherwise benchmark `device` (cuda or cpu; under torchrun on all its processes) for about `budget` seconds into the
-    profile file `out`; `families` is a comma-separated choice. Raises UserError for a user's mistake; an interrupt
-    (exit code 130) keeps what was measured.
+    profile file `out`; `families` is a comma-separated choice. An existing `out` is never replaced: `extend` adds what
+    it lacks, and an interrupted calibration into it goes on, and says so. Raises UserError for a user's mistake; an
+    interrupt (exit code 130) keeps what was measured.
     """
     console = Console()
     if report:
         return _report(profile or str(out or MEASURED_GPU), by_cell=by_cell, console=console)
     if out is None:
         raise UserError("calibrate: say where the profile goes with --out FILE.json.gz, or ask for --report")
+    path = Path(out)
+    _check_out(path, extend=extend)
     from moesim.compute.benchmarks.calibrate import BUDGET_SHARES, run_calibration  # torch, so only here
 
-    path = Path(out)
     chosen = tuple(families.split(",")) if families else tuple(BUDGET_SHARES)
     try:
         measured = run_calibration(device=device, out=path, budget=budget, families=chosen, quiet=quiet)
@@ -51,6 +56,16 @@ def calibrate_command(
     if not quiet:
         console.print(f"{len(measured.rows)} kernels in {path}", markup=False)
     return 0
+
+
+def _check_out(path: Path, *, extend: bool) -> None:
+    """Refuse to touch a finished profile unasked; say when an unfinished one is taken up."""
+    partial = partial_folder(path)
+    if partial.exists():
+        if os.environ.get("RANK", "0") == "0":
+            print(f"going on with the interrupted calibration in {partial}", file=sys.stderr)
+    elif path.exists() and not extend:
+        raise UserError(f"{path} exists already; choose another --out, or --extend to add what it lacks")
 
 
 def _report(name: str, *, by_cell: bool, console: Console) -> int:

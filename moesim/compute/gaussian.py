@@ -123,7 +123,8 @@ class ResidualField:
     def _distance(self, argument: float) -> float:
         return math.sqrt(max((argument - self._offset) / self._slope, 0.0))
 
-    def leave_one_out(self) -> FloatArray:
+    @cached_property
+    def leave_one_out_P(self) -> FloatArray:
         """values_P minus what is predicted for each point from all others (closed form, Rasmussen & Williams 5.12)."""
         inverse_PP = np.linalg.inv(self._covariance_PP)
         return np.asarray(inverse_PP @ (self._values_P - self._mean) / np.diag(inverse_PP))

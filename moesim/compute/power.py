@@ -1,10 +1,11 @@
 """The clock that a kernel settles at when it runs without pause: the power limit lowers it where much is computed.
 
-Short benchmarks end before the limit acts, and their clocks are those of the mixture of kernels that ran around them. Rows of
-the family `sustained` (FLOP/s reached and SM clock, over 0.15 s after 0.15 s of the same kernel) show
+Short benchmarks end before the limit acts, and their clocks are those of the mixture of kernels that ran around them.
+Rows of the family `sustained` (FLOP/s reached and SM clock, over 0.15 s after 0.15 s of the same kernel) show
     clock = free - slope * max(rate - threshold, 0)
-A kernel whose sustained clock lies below the clock expected of its benchmark is slowed by (expected / sustained) ** alpha, with
-alpha as fitted per cell. Nothing is made faster: in a step, light kernels share the clock that heavy ones leave.
+A kernel whose sustained clock lies below the clock expected of its benchmark is slowed by
+(expected / sustained) ** alpha, with alpha as fitted per cell. Nothing is made faster: in a step, light kernels share
+the clock that heavy ones leave.
 """
 
 import math

@@ -8,26 +8,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moesim.compute import KernelModel, kernel_model
-from moesim.network import Fabric, build_fabric
-from moesim.network.calibration import measured_parameters
+from moesim.compute import kernel_model
 from moesim.results.spans import SpanTable
-from moesim.scenario import Scenario, gpu_spec
+from moesim.scenario import Scenario
 from moesim.sim import build_program, simulate_step
+from moesim.sim.links import scenario_fabric
 from moesim.validation.cases import Case
 from moesim.validation.routing import RecordedRows
 
 REDUCTION = ("gradients.flatten", "gradients.unflatten", "all_reduce.")
 BACKWARD = (".backward", ".dgrad", ".wgrad")
 LAYER_PARTS = ("router", "permute", "dispatch", "experts", "combine", "shared")
-
-
-def fabric_of(scenario: Scenario, kernels: KernelModel) -> Fabric:
-    """The scenario's fabric, with the collectives that were measured on as many ranks where the profile has them."""
-    rows = [row for row in getattr(kernels, "collectives", ()) if row["ranks"] == scenario.parallelism.world_size]
-    bandwidth = gpu_spec(scenario.cluster.pools[0].gpu).nvlink_bandwidth
-    parameters = measured_parameters(rows, link_bandwidth=bandwidth, source=f"measured, profile {kernels.name}")
-    return build_fabric(scenario.cluster, parameters=parameters)
 
 
 def predict(case: Case, rows_RBLE: ArrayLike) -> dict[str, Any]:
@@ -38,7 +29,7 @@ def predict(case: Case, rows_RBLE: ArrayLike) -> dict[str, Any]:
     scenario = case.scenario
     sample = RecordedRows(scenario, np.asarray(rows_RBLE, dtype=np.int64))
     kernels = kernel_model(scenario.cluster.pools[0].gpu, scenario.compute.profile)
-    program = build_program(scenario, fabric=fabric_of(scenario, kernels), kernels=kernels, samples=[sample])
+    program = build_program(scenario, fabric=scenario_fabric(scenario, kernels), kernels=kernels, samples=[sample])
     outcome = simulate_step(program)
     tables = [_cut(table) for table in outcome.tables]
     weights = [len(table.ranks_R) for table in outcome.tables]

@@ -287,6 +287,44 @@ def _bars(console: Console, families: tuple[str, ...], *, shown: bool) -> Iterat
         yield update
 
 
+def _chosen(families: tuple[str, ...]) -> tuple[str, ...]:
+    """The families in measuring order. Raises UserError for one that does not exist."""
+    unknown = [family for family in families if family not in BUDGET_SHARES]
+    if unknown:
+        raise UserError(f"unknown family {unknown[0]!r}; use some of: {', '.join(BUDGET_SHARES)}")
+    return tuple(family for family in BUDGET_SHARES if family in families)
+
+
+def _measure(
+    session: Session, device: str, *, ranks: int, visits: int, families: tuple[str, ...], budget: float, shown: bool
+) -> Row:
+    """Fill the open session with rows; returns the facts about the machine."""
+    gpu = device == "cuda"
+    facts = environment(device, ranks)
+    sampled = int(os.environ.get("LOCAL_RANK", "0")) if gpu else None
+    with Sampler(sampled) as sampler, _bars(Console(stderr=True), families, shown=shown) as progress:
+        bench = Bench(
+            device=device,
+            session=session,
+            timer=CudaTimer() if gpu else CpuTimer(),
+            pool=Pool(device=device, num_bytes=12 << 30 if gpu else 1 << 23),
+            sampler=sampler,
+            limits=GPU_LIMITS if gpu else CPU_LIMITS,
+            ranks=ranks,
+            visits=visits,
+            beyond=2.5 * facts["l2_bytes"] if gpu else 0.0,
+            progress=progress,
+        )
+        _run_all(bench, families, budget)
+    if ranks > 1:
+        dist.barrier()
+    return facts
+
+
+def _say(line: str) -> None:
+    Console(stderr=True).print(line, markup=False, highlight=False, soft_wrap=True)
+
+
 def run_calibration(
     *,
     device: str,
@@ -303,35 +341,13 @@ def run_calibration(
     interrupt keeps what was measured in `OUT.partial`; the same call again goes on from there.
     """
     _check_device(device)
-    unknown = [family for family in families if family not in BUDGET_SHARES]
-    if unknown:
-        raise UserError(f"unknown family {unknown[0]!r}; use some of: {', '.join(BUDGET_SHARES)}")
-    families = tuple(family for family in BUDGET_SHARES if family in families)
-    console = Console(stderr=True)
-    gpu = device == "cuda"
+    families = _chosen(families)
     with _process_group(device) as (rank, ranks):
-        session = Session(out=out, rank=rank, report=lambda line: console.print(line, markup=False, soft_wrap=True))
-        local = int(os.environ.get("LOCAL_RANK", "0"))
+        session = Session(out=out, rank=rank, report=_say)
         session.open()
-        facts = environment(device, ranks)
         shown = rank == 0 and not quiet
         try:
-            with Sampler(local if gpu else None) as sampler, _bars(console, families, shown=shown) as progress:
-                bench = Bench(
-                    device=device,
-                    session=session,
-                    timer=CudaTimer() if gpu else CpuTimer(),
-                    pool=Pool(device=device, num_bytes=12 << 30 if gpu else 1 << 23),
-                    sampler=sampler,
-                    limits=GPU_LIMITS if gpu else CPU_LIMITS,
-                    ranks=ranks,
-                    visits=visits,
-                    beyond=2.5 * facts["l2_bytes"] if gpu else 0.0,
-                    progress=progress,
-                )
-                _run_all(bench, families, budget)
-            if ranks > 1:
-                dist.barrier()
+            facts = _measure(session, device, ranks=ranks, visits=visits, families=families, budget=budget, shown=shown)
         except KeyboardInterrupt:
             session.report(
                 f"interrupted: {session.num_rows} rows kept in {session.partial}; the same call goes on from there"

@@ -29,6 +29,11 @@ def row_key(row: Row) -> str:
     return json.dumps(facts, sort_keys=True)
 
 
+def partial_folder(out: Path) -> Path:
+    """Where a calibration into `out` keeps its rows until they are merged; there only while one is unfinished."""
+    return out.with_name(out.name + ".partial")
+
+
 @dataclass
 class Session:
     """The rows of one rank and the clock of the family that is being measured."""
@@ -46,7 +51,7 @@ class Session:
     @property
     def partial(self) -> Path:
         """The folder of rows that are not merged yet."""
-        return self.out.with_name(self.out.name + ".partial")
+        return partial_folder(self.out)
 
     def open(self) -> None:
         """Find what earlier sessions measured, and start this rank's file."""
