@@ -79,7 +79,7 @@ def mean_step_seconds(scenario: Scenario, trace: RoutingTrace | None, *, fabric:
     kernels = kernel_model(scenario.cluster.pools[0].gpu, scenario.compute.profile)
     plain = draw_samples(scenario, trace, bootstrap=False)[0]
     check_memory(scenario, lambda variant: _rows(scenario, variant, trace, plain))
-    outcome = _simulate_samples(scenario, fabric or build_fabric(scenario.cluster), kernels, plain)
+    outcome = _simulate_samples(scenario, fabric or scenario_fabric(scenario, kernels), kernels, plain)
     return float(outcome.step_S.mean())
 
 

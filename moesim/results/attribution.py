@@ -17,7 +17,7 @@ FloatArray = NDArray[np.float64]
 
 
 class _Coverage:
-    """Time covered by a stream's spans or by a stream of higher priority. The first one (`higher` None) stands alone."""
+    """Time covered by a stream or by one of higher priority (`higher`; None for the first)."""
 
     def __init__(self, start_NQ: FloatArray, finish_NQ: FloatArray, higher: "_Coverage | None" = None) -> None:
         self.start_NQ, self.finish_NQ, self.higher = start_NQ, finish_NQ, higher

@@ -10,7 +10,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from moesim.compute import kernel_model
 from moesim.results.spans import SpanTable
-from moesim.scenario import Scenario
 from moesim.sim import build_program, simulate_step
 from moesim.sim.links import scenario_fabric
 from moesim.validation.cases import Case
