@@ -11,9 +11,10 @@ SUMMARY = "Measure this machine's kernels and write a profile for compute.profil
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """--device, --out, --budget, --families, --report, --profile, --by-cell, --quiet."""
+    """--device, --out, --extend, --budget, --families, --report, --profile, --by-cell, --quiet."""
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="what to measure; cuda by default")
-    parser.add_argument("--out", metavar="FILE", type=Path, help="the profile (.json.gz); an existing one is extended")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="the profile to write (.json.gz)")
+    parser.add_argument("--extend", action="store_true", help="add to an existing profile what it lacks")
     parser.add_argument(
         "--budget", metavar="SECONDS", type=float, default=420.0, help="time to measure; 420 by default"
     )
@@ -41,5 +42,6 @@ def execute(args: argparse.Namespace) -> int:
         budget=args.budget,
         families=args.families,
         by_cell=args.by_cell,
+        extend=args.extend,
         quiet=args.quiet,
     )

@@ -17,7 +17,6 @@ import numpy as np
 from moesim.compute import physics
 from moesim.compute.estimate import DTYPE_BYTES, FloatArray
 from moesim.compute.gaussian import ResidualField, Shape
-from moesim.compute.memory_kinds import optimizer_lengths
 from moesim.compute.physics import Columns, Parameters, arithmetic_of
 from moesim.compute.power import PowerCap
 
@@ -188,20 +187,7 @@ def cell_of(row: Row) -> str | None:
         return grouped_cell(direction, small=small)
     if family == "attention":
         return f"attention/{row['direction']}"
-    if family == "memory_bound":
-        return f"memory_bound/{row['kind']}{'' if _vectorised(row) else '/odd'}"
-    return None
-
-
-def _vectorised(row: Row) -> bool:
-    """False for a fused optimizer over tensors of odd lengths.
-
-    Its kernel moves four elements at a time only where every tensor's length is a multiple of four, and is about half
-    as fast otherwise (with bf16). The parameters of a model are such multiples, so that only those rows speak for it.
-    """
-    if not row["kind"].startswith("optimizer"):
-        return True
-    return optimizer_lengths(row["rows"])[0] % 4 == 0
+    return f"memory_bound/{row['kind']}" if family == "memory_bound" else None
 
 
 def grouped_cell(direction: str, *, small: bool) -> str:

@@ -65,8 +65,3 @@ def memory_bytes(kind: str, *, rows: ArrayLike, width: ArrayLike = 1) -> FloatAr
         raise UserError(f"unknown memory-bound kernel {kind!r}; use one of: {', '.join(MEMORY_KINDS)}")
     rows_R = np.asarray(rows, float)
     return np.asarray(rows_R * np.asarray(width, float) * entry.per_element + rows_R * entry.per_row)
-
-
-def optimizer_lengths(elements: int) -> list[int]:
-    """The tensors that the optimizer's benchmark updates: a few, as a model's stacked experts are."""
-    return [elements // 4] * 4 if elements >= 4096 else [elements]

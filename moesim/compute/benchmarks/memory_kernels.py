@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from moesim.compute.benchmarks.buffers import Pool, Rotation, keep_outputs
 from moesim.compute.benchmarks.kernels import Prepared
 from moesim.compute.benchmarks.shapes import Shape
-from moesim.compute.memory_kinds import optimizer_lengths
 
 _TOP_K = 8
 _VOCABULARY = 50304
@@ -182,8 +181,8 @@ def _embedding_backward(pool: Pool, rows: int, width: int) -> Callable[[], Any]:
 
 def _optimizer(dtype: torch.dtype) -> Maker:
     def make(pool: Pool, rows: int, width: int) -> Callable[[], Any]:
-        lengths = optimizer_lengths(rows)
-        params = [torch.nn.Parameter(pool.take(length, dtype=dtype).clone()) for length in lengths]
+        sizes = [rows // 4] * 4 if rows >= 4096 else [rows]  # a few tensors, as a model's stacked experts are
+        params = [torch.nn.Parameter(pool.take(size, dtype=dtype).clone()) for size in sizes]
         for param in params:
             param.grad = pool.take(param.numel(), dtype=dtype)
         optimizer = torch.optim.AdamW(params, lr=1e-4, fused=True)

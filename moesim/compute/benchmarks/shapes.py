@@ -196,7 +196,7 @@ def _memory_bound(rng: np.random.Generator, limits: Limits, per_kind: int) -> li
             stratum = (position * 7) % per_kind
             share = (stratum + rng.random()) / per_kind
             moved = 2e3 * (high / 2e3) ** share
-            # An optimizer's parameters have lengths that vector instructions divide evenly, as those of models have.
+            # Models' parameters have even lengths; at odd ones the fused optimizer takes half the bandwidth.
             multiple = 64 if kind.startswith("optimizer") else 1
             rows = max(1, round(moved / row_bytes / multiple)) * multiple
             shapes.append({"kind": kind, "rows": rows, "width": width, "bytes": rows * row_bytes})
