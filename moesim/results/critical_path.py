@@ -14,16 +14,15 @@ The pieces tile [0, step], so that their sum is the step time. Waiting does not 
 work was. Legend: N spans with a duration, R ranks of a group.
 """
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from moesim.results.spans import CATEGORIES, Label, SpanTable, Stream
+from moesim.results.spans import CATEGORIES, SpanTable, Stream
 
-IN_FLIGHT = 64  # spans that may end after the one that runs at an instant and before it in the order of ends
 TOLERANCE = 1e-9  # seconds; spans that follow each other share the bits of that instant
 
 
@@ -43,44 +42,51 @@ class _Spot(NamedTuple):
     time: float
 
 
-class _RankSpans:
-    """The spans of one rank with a duration, in the order of their ends; plain lists, which the walk bisects."""
+class _GroupSpans:
+    """The rows of one group by stream. Spans of one stream follow each other on every rank, so its ends can be bisected
+    where they lie: no copy per rank."""
 
-    def __init__(self, table: SpanTable, place: int, sample: int) -> None:
-        start_N, finish_N = table.start_NSR[:, sample, place], table.finish_NSR[:, sample, place]
-        rows_N = np.flatnonzero(finish_N - start_N > TOLERANCE)
-        rows_N = rows_N[np.argsort(finish_N[rows_N], kind="stable")]
-        streams = np.array([label.stream for label in table.labels])
-        computes_N = streams[table.label_N[rows_N]] == Stream.COMPUTE
-        self.rows: list[int] = rows_N.tolist()
-        self.starts: list[float] = start_N[rows_N].tolist()
-        self.ends: list[float] = finish_N[rows_N].tolist()
-        self.computes: list[bool] = computes_N.tolist()
-        self.compute_ends: list[float] = finish_N[rows_N][computes_N].tolist()
+    def __init__(self, table: SpanTable, sample: int) -> None:
+        self.start_NR, self.finish_NR = table.start_NSR[:, sample], table.finish_NSR[:, sample]
+        self.streams: list[list[int]] = [table.rows(stream).tolist() for stream in Stream]  # computation first
 
-    def computed_until(self, time: float) -> float:
+    def _until(self, rows: list[int], place: int, time: float) -> int:
+        """How many spans of a stream end by `time` on a rank."""
+        ends_N = self.finish_NR[:, place]
+        return bisect_right(rows, time + TOLERANCE, key=ends_N.__getitem__)
+
+    def computed_until(self, place: int, time: float) -> float:
         """End of the last computation that ended by `time`; 0 without one."""
-        index = bisect_right(self.compute_ends, time + TOLERANCE) - 1
-        return self.compute_ends[index] if index >= 0 else 0.0
+        rows = self.streams[Stream.COMPUTE]
+        count = self._until(rows, place, time)
+        return float(self.finish_NR[rows[count - 1], place]) if count else 0.0
 
-    def ending_at(self, time: float) -> int | None:
-        """Index of the span that ends at `time`; a computation, where several do."""
-        first, last = bisect_left(self.ends, time - TOLERANCE), bisect_right(self.ends, time + TOLERANCE)
-        return self._best(range(first, last), time)
+    def ending_at(self, place: int, time: float) -> int | None:
+        """The row that ends at `time`; a computation, where several do."""
+        for rows in self.streams:
+            index = self._until(rows, place, time) - 1
+            while index >= 0 and self.finish_NR[rows[index], place] >= time - TOLERANCE:
+                if self.start_NR[rows[index], place] < time - TOLERANCE:
+                    return rows[index]
+                index -= 1  # without a duration
+        return None
 
-    def running_at(self, time: float) -> int | None:
-        """Index of a span that runs just before `time`; a computation, where several do."""
-        first = bisect_left(self.ends, time)
-        return self._best(range(first, min(first + IN_FLIGHT, len(self.ends))), time)
+    def running_at(self, place: int, time: float) -> int | None:
+        """The row that runs at `time` and longer; a computation, where several do."""
+        for rows in self.streams:
+            index = self._until(rows, place, time)
+            if index < len(rows) and self.start_NR[rows[index], place] < time - TOLERANCE:
+                return rows[index]
+        return None
 
-    def ended_before(self, time: float) -> float:
+    def ended_before(self, place: int, time: float) -> float:
         """When the last span before `time` ended; 0 without one."""
-        index = bisect_left(self.ends, time - TOLERANCE) - 1
-        return self.ends[index] if index >= 0 else 0.0
-
-    def _best(self, candidates: range, time: float) -> int | None:
-        found = [index for index in candidates if self.starts[index] < time - TOLERANCE]
-        return next((index for index in found if self.computes[index]), found[0] if found else None)
+        ends = [0.0]
+        for rows in self.streams:
+            index = self._until(rows, place, time - 2 * TOLERANCE) - 1
+            if index >= 0:
+                ends.append(float(self.finish_NR[rows[index], place]))
+        return max(ends)
 
 
 class _Walk:
@@ -88,19 +94,13 @@ class _Walk:
 
     def __init__(self, tables: Sequence[SpanTable], pipeline_ranks: Sequence[int], sample: int) -> None:
         self.tables, self.pipeline_ranks, self.sample = tables, pipeline_ranks, sample
-        self._known: dict[tuple[int, int], _RankSpans] = {}
+        self.spans = [_GroupSpans(table, sample) for table in tables]
         seen: defaultdict[int, int] = defaultdict(int)
         self.number = []  # of a group among those of its pipeline rank
         for pipeline_rank in pipeline_ranks:
             self.number.append(seen[pipeline_rank])
             seen[pipeline_rank] += 1
         self.group = {key: index for index, key in enumerate(zip(pipeline_ranks, self.number, strict=True))}
-
-    def spans(self, table: int, place: int) -> _RankSpans:
-        """The spans of one rank."""
-        if (table, place) not in self._known:
-            self._known[table, place] = _RankSpans(self.tables[table], place, self.sample)
-        return self._known[table, place]
 
     def last(self) -> _Spot:
         """The rank that finishes last."""
@@ -121,28 +121,22 @@ class _Walk:
             spot = following
 
     def _back(self, spot: _Spot) -> tuple[str, _Spot]:
-        spans = self.spans(spot.table, spot.place)
-        index = spans.ending_at(spot.time)
-        if index is None:
-            index = spans.running_at(spot.time)
-            if index is None:
-                return "bubble", spot._replace(time=spans.ended_before(spot.time))
-            return self._label(spot, index).category, spot._replace(time=spans.starts[index])
-        label, start = self._label(spot, index), spans.starts[index]
-        row = spans.rows[index]
-        if label.stream is Stream.COMMUNICATION:
+        spans, table = self.spans[spot.table], self.tables[spot.table]
+        row = spans.ending_at(spot.place, spot.time)
+        whole = row is not None
+        if row is None:
+            row = spans.running_at(spot.place, spot.time)
+            if row is None:
+                return "bubble", spot._replace(time=spans.ended_before(spot.place, spot.time))
+        label, start = table.labels[table.label_N[row]], float(spans.start_NR[row, spot.place])
+        if whole and label.stream is Stream.COMMUNICATION:
             return label.category, self._joined_last(spot, row, start)
-        if label.stream is Stream.REDUCTION:
+        if whole and label.stream is Stream.REDUCTION:
             return label.category, self._gradients_last(spot, row, start)
-        if label.stream is Stream.PIPELINE:
+        if whole and label.stream is Stream.PIPELINE:
             sender = self.group[label.sender, self.number[spot.table]]
             return label.category, _Spot(sender, spot.place, start)
         return label.category, spot._replace(time=start)
-
-    def _label(self, spot: _Spot, index: int) -> Label:
-        table = self.tables[spot.table]
-        label: Label = table.labels[table.label_N[self.spans(spot.table, spot.place).rows[index]]]
-        return label
 
     def _joined_last(self, spot: _Spot, row: int, start: float) -> _Spot:
         """The peer of an all-to-all that joined last before the rank's own part began; the rank itself if none did."""
@@ -167,7 +161,7 @@ class _Walk:
                 for place in np.flatnonzero(same_R).tolist():
                     at = float(table.start_NSR[other_row, self.sample, place])
                     joined = max(joined, _Spot(index, place, at), key=lambda member: member.time)
-                    until = self.spans(index, place).computed_until(spot.time)
+                    until = self.spans[index].computed_until(place, spot.time)
                     computed = max(computed, _Spot(index, place, until), key=lambda member: member.time)
         held_by_first = spot.time - own <= joined.time + 1e-6 * own + TOLERANCE
         return computed if computed.time > joined.time + TOLERANCE and not held_by_first else joined
