@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from moesim.compute import physics
 from moesim.compute.cells import Cell, Fit, canonical, grouped_cell, kind_of
@@ -37,6 +37,7 @@ from moesim.errors import UserError
 FAMILIES = ("gemm", "grouped_gemm", "attention", "memory_bound", "host")
 _CACHED_CALLS = 4096
 _CACHED_ROWS = 16  # the directions of both products of a layer follow each other
+_MANY_ROWS = 512  # values of rows_per_expert from which it pays to look for equal ranks
 _LONG_KEY = 512  # bytes of rows from which on a digest stands for them in a cache
 _TENSOR_DTYPES = {"bf16": "bf16", "fp16": "bf16", "fp8": "fp8"}  # fp16 runs at the rate of bf16
 
@@ -170,6 +171,21 @@ class CalibratedModel:
         if dtype == "fp8":
             alignment, gpu = row_alignment or FP8_ROW_ALIGNMENT, self.fallback.gpu
             return fp8_grouped_gemm(rows_RE, k, n, gpu=gpu, direction=direction, row_alignment=alignment)
+        if rows_RE.size < _MANY_ROWS or rows_RE.ndim == 1:
+            return self._grouped_kept(rows_RE, k, n, dtype, direction)
+        # A product does not care which expert has which rows, and model layers give the same rows to other ranks: the
+        # distinct ones are looked at once.
+        ordered_QE = np.sort(rows_RE.reshape(-1, rows_RE.shape[-1]), axis=1)
+        mark_Q = (ordered_QE * np.random.default_rng(0).uniform(1.0, 2.0, ordered_QE.shape[1])).sum(axis=1)
+        _, first_U, inverse_Q = np.unique(mark_Q, return_index=True, return_inverse=True)
+        distinct = self._grouped_kept(ordered_QE[first_U], k, n, dtype, direction)
+        seconds_Q = np.asarray(distinct.seconds)[inverse_Q]
+        return Estimate(seconds_Q.reshape(rows_RE.shape[:-1]), distinct.source)
+
+    def _grouped_kept(
+        self, rows_RE: NDArray[np.float64], k: int, n: int, dtype: str, direction: GemmDirection
+    ) -> Estimate:
+        """The same for rows as they come, remembered."""
         data = rows_RE.tobytes()
         if len(data) > _LONG_KEY:
             data = hashlib.sha1(data, usedforsecurity=False).digest()

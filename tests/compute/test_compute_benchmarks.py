@@ -180,14 +180,14 @@ def test_an_interrupt_keeps_what_was_measured(
 def test_a_finished_profile_is_extended_only_when_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "p.json"
     call: dict[str, Any] = {"device": "cpu", "out": out, "budget": 0.3, "quiet": True}
-    assert calibrate_command(families="memory_bound", **call) == 0
+    assert calibrate_command(families="gemm", **call) == 0
     before = out.read_bytes()
     with pytest.raises(UserError, match="exists already; choose another --out, or --extend"):
         calibrate_command(families="attention", **call)
     assert out.read_bytes() == before
     assert calibrate_command(families="attention", extend=True, **call) == 0
     profile = load_profile_file(out)
-    assert {row["family"] for row in profile.rows} == {"memory_bound", "attention"}
+    assert {row["family"] for row in profile.rows} == {"gemm", "attention"}
     assert len(profile.sessions) == 2
     assert "going on" not in capsys.readouterr().err
 

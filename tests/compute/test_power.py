@@ -46,3 +46,14 @@ def test_vectors_agree_with_floats_under_the_cap() -> None:
     m = np.array([512, 4096, 30000])
     vector = model.gemm(m=m, k=4096, n=8192).seconds
     assert vector == pytest.approx([model.gemm(m=int(each), k=4096, n=8192).seconds for each in m], rel=1e-3)
+
+
+def test_equal_ranks_are_equal_wherever_they_stand() -> None:
+    model = load_profile("h200")
+    rows_RE = np.random.default_rng(0).integers(0, 3000, (200, 8))
+    seconds = model.grouped_gemm(rows_per_expert=rows_RE, k=2048, n=2816).seconds
+    few = model.grouped_gemm(rows_per_expert=rows_RE[:20], k=2048, n=2816).seconds
+    assert seconds[:20] == pytest.approx(few, rel=1e-5)
+    order = np.random.default_rng(1).permutation(200)
+    shuffled = model.grouped_gemm(rows_per_expert=rows_RE[order][:, ::-1], k=2048, n=2816).seconds
+    assert shuffled == pytest.approx(seconds[order], rel=1e-6)

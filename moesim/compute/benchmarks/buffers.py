@@ -16,7 +16,7 @@ class Pool:
 
     def __init__(self, *, device: str, num_bytes: int) -> None:
         self.device = device
-        count = num_bytes // 2
+        self.capacity = count = num_bytes // 2  # numbers
         self._values = torch.empty(count, dtype=torch.bfloat16, device=device)
         chunk = 1 << 28
         for begin in range(0, count, chunk):

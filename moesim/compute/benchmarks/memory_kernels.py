@@ -169,13 +169,20 @@ def _cross_entropy_backward(dtype: torch.dtype) -> Maker:
     return make
 
 
+def _vocabulary(pool: Pool, width: int) -> int:
+    """Rows of an embedding table: a vocabulary, or what a small pool (of a CPU) holds."""
+    return max(1, min(_VOCABULARY, pool.capacity // width))
+
+
 def _embedding(pool: Pool, rows: int, width: int) -> Callable[[], Any]:
-    table, ids = pool.take(_VOCABULARY, width), _ids(pool, rows, _VOCABULARY)
+    vocabulary = _vocabulary(pool, width)
+    table, ids = pool.take(vocabulary, width), _ids(pool, rows, vocabulary)
     return lambda: F.embedding(ids, table)
 
 
 def _embedding_backward(pool: Pool, rows: int, width: int) -> Callable[[], Any]:
-    table, ids = _leaf(pool, _VOCABULARY, width), _ids(pool, rows, _VOCABULARY)
+    vocabulary = _vocabulary(pool, width)
+    table, ids = _leaf(pool, vocabulary, width), _ids(pool, rows, vocabulary)
     return _gradient_of(pool, F.embedding(ids, table), [table])
 
 
