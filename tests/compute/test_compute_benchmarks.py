@@ -157,12 +157,15 @@ def test_an_interrupt_keeps_what_was_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "p.json"
-    prepare, measured = calibrate._PREPARE["gemm"], []
+    measured: list[Any] = []
+
+    def prepare(*given: Any) -> Any:
+        measured.append(given)
+        return (lambda index: None), {}
 
     def interrupted(*given: Any) -> Any:
         if len(measured) == 2:
             raise KeyboardInterrupt
-        measured.append(given)
         return prepare(*given)
 
     monkeypatch.setitem(calibrate._PREPARE, "gemm", interrupted)
