@@ -47,16 +47,22 @@ def blank(*, height: int, x: str = "", y: str = "") -> go.Figure:
     return figure
 
 
+def time_unit(seconds: float) -> tuple[float, str]:
+    """(units per second, name) for an axis that is `seconds` long."""
+    return (1.0, "seconds") if seconds >= 10 else (1e3, "milliseconds")
+
+
 def attribution(
     attribution_s: Mapping[str, float], balanced_s: Mapping[str, float], critical_s: Mapping[str, float]
 ) -> go.Figure:
-    """Stacked bars in milliseconds: the step as routed, with the same rows spread evenly, and its critical path."""
-    figure = blank(height=290, x="milliseconds of one step")
+    """Stacked bars: the step as routed, with the same rows spread evenly, and its critical path."""
+    scale, unit = time_unit(sum(attribution_s.values()))
+    figure = blank(height=290, x=f"{unit} of one step")
     rows = (("critical path", critical_s), ("spread evenly", balanced_s), ("as routed", attribution_s))
     keys = [part.key for part, _ in in_order({key: 1.0 for _, parts in rows for key in parts if parts[key] > 0})]
     for key in keys:
         part = category(key)
-        values = np.array([1e3 * parts.get(key, 0.0) for _, parts in rows])
+        values = np.array([scale * parts.get(key, 0.0) for _, parts in rows])
         shares = np.array([parts.get(key, 0.0) / sum(parts.values()) for _, parts in rows])
         figure.add_bar(
             y=[name for name, _ in rows],
@@ -65,7 +71,7 @@ def attribution(
             name=part.label,
             marker={"color": part.colour, "line": {"width": 1, "color": "rgba(255,255,255,0.7)"}},
             customdata=shares,
-            hovertemplate=f"{part.label}<br>%{{x:.4g}} ms, %{{customdata:.1%}}<extra>%{{y}}</extra>",
+            hovertemplate=f"{part.label}<br>%{{x:.4g}} {unit}, %{{customdata:.1%}}<extra>%{{y}}</extra>",
         )
     figure.update_layout(barmode="stack", bargap=0.35, showlegend=False)
     figure.update_xaxes(rangemode="tozero")

@@ -6,7 +6,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from moesim.report import pipeline
-from moesim.report.figures import blank
+from moesim.report.figures import blank, time_unit
 from moesim.report.pipeline import Bar
 
 PASSES = {  # kind -> label, colour: blue, orange, green-blue and purple differ under every common colour blindness
@@ -35,7 +35,8 @@ def gantt(bars: Sequence[Bar]) -> go.Figure:
     """A row per pipeline rank, first stage on top; the gaps are bubbles."""
     num_ranks = 1 + max(bar.pipeline_rank for bar in bars)
     numbered = len({m for bar in bars for m in bar.micro_batches}) <= _MAX_NUMBERED
-    figure = blank(height=int(np.clip(170 + 34 * num_ranks, 240, 900)), x="ms of the step", y="pipeline rank")
+    scale, unit = time_unit(max(bar.finish for bar in bars))
+    figure = blank(height=int(np.clip(170 + 34 * num_ranks, 240, 900)), x=f"{unit} of the step", y="pipeline rank")
     for kind, (label, colour) in PASSES.items():
         chosen = [bar for bar in bars if bar.kind == kind]
         if not chosen:
@@ -44,21 +45,21 @@ def gantt(bars: Sequence[Bar]) -> go.Figure:
         hover = [f"{label}, micro-batch {name}" if name else label for name in names]
         figure.add_bar(
             y=[bar.pipeline_rank for bar in chosen],
-            base=[1e3 * bar.start for bar in chosen],
-            x=[1e3 * (bar.finish - bar.start) for bar in chosen],
+            base=[scale * bar.start for bar in chosen],
+            x=[scale * (bar.finish - bar.start) for bar in chosen],
             width=0.8,
             orientation="h",
             name=label,
-            marker={"color": colour, "line": {"width": 0.5, "color": "rgba(255,255,255,0.7)"}},
+            marker={"color": colour, "line": {"width": 0.5 if numbered else 0, "color": "rgba(255,255,255,0.7)"}},
             text=[name.replace(" and ", "+") for name in names] if numbered else None,
             textposition="inside",
             insidetextanchor="middle",
             textangle=0,
             customdata=hover,
-            hovertemplate="%{customdata}: %{x:.4g} ms from %{base:.6g} ms<extra>pipeline rank %{y}</extra>",
+            hovertemplate="%{customdata}: %{x:.4g} from %{base:.6g} " + unit + "<extra>pipeline rank %{y}</extra>",
         )
     figure.update_layout(barmode="overlay", showlegend=True, uniformtext={"minsize": 8, "mode": "hide"})
-    figure.update_xaxes(range=[0, 1e3 * max(bar.finish for bar in bars)])
+    figure.update_xaxes(range=[0, scale * max(bar.finish for bar in bars)])
     figure.update_yaxes(autorange="reversed", showgrid=False, tickformat="d", dtick=1)
     return figure
 
