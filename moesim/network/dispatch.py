@@ -20,6 +20,7 @@ from moesim.errors import UserError
 from moesim.network.fabric import Fabric
 from moesim.network.flows import Demand, Ranks, as_ranks, make_demand
 from moesim.network.parameters import Protocol
+from moesim.network.ports import Ports, loops
 from moesim.network.transfer import (
     FloatArray,
     Model,
@@ -53,12 +54,17 @@ class Pipeline:
 
     def finish(self, start_SR: FloatArray) -> FloatArray:
         """See Sharing."""
-        first_SR = self._first.finish(start_SR)
-        if len(first_SR) == 1:
-            fed_SRV = first_SR[0].take(self._feeders_SRV)
-        else:
-            fed_SRV = first_SR[np.arange(len(first_SR))[:, None, None], self._feeders_SRV]
-        return np.asarray(np.maximum(fed_SRV.max(axis=2), self._second.finish(start_SR)))
+        first, second = self._first, self._second
+        if isinstance(first, Ports) and isinstance(second, Ports):
+            ranks = start_SR.shape[1]
+            if first.compiled(ranks) and second.compiled(ranks):
+                start_SR, order_SR = np.ascontiguousarray(start_SR), (-start_SR).argsort(axis=1)
+                finish_SR = second.compiled_finish(start_SR, order_SR)
+                loops().join_stages(first.compiled_finish(start_SR, order_SR), self._feeders_SRV, finish_SR)
+                return finish_SR
+        first_SR = first.finish(start_SR)
+        fed_SRV = first_SR[np.arange(len(first_SR))[:, None, None], self._feeders_SRV]
+        return np.asarray(np.maximum(fed_SRV.max(axis=2), second.finish(start_SR)))
 
 
 def _feeders(feeds_SRR: NDArray[np.bool_]) -> NDArray[np.int32]:

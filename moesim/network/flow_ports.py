@@ -6,6 +6,7 @@ Legend: S matrices, R ranks, F flows, P ports of one side, T ports of one table,
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -52,6 +53,17 @@ class FlowPorts:
     first_of_target_R: NDArray[np.int64]
     by_target_F: NDArray[np.int32]
     shared: tuple[PairsOfLink, ...]
+
+    @cached_property
+    def ends_F4(self) -> NDArray[np.int32]:
+        """Source, target, receiving port and sending port of each flow; ports count on from side to side."""
+        send_F = self.send.port_F + np.int32(len(self.receive.owner_P))
+        return np.stack([self.source_F, self.target_F, self.receive.port_F, send_F], axis=1)
+
+    @cached_property
+    def owner_P(self) -> NDArray[np.int32]:
+        """The ranks of the receiving and then of the sending ports."""
+        return np.concatenate([self.receive.owner_P, self.send.owner_P])
 
 
 def flow_ports(fabric: Fabric, demand: Demand) -> FlowPorts:

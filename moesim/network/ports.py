@@ -11,9 +11,9 @@ Legend: S matrices (routing samples), R ranks, F flows, P ports of one side, T p
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache, cached_property
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,30 +33,24 @@ class SideLoads:
     """What the flows cost at the receiving or at the sending ports: `seconds_SF` alone, `level_SF` after release with
     fair sharing (-inf without bytes), and per port the sum of its flows and the longest latency among them."""
 
-    def __init__(self, side: Side, bytes_SF: FloatArray, latency_F: FloatArray) -> None:
+    def __init__(self, side: Side, flows_SF2: FloatArray, ports_SP2: FloatArray) -> None:
         self.side = side
-        self.seconds_SF = bytes_SF * side.pace_F
-        self.level_SF = np.empty_like(self.seconds_SF)
-        shape = (len(bytes_SF), len(side.owner_P))
-        self.total_SP, self.latency_SP = np.empty(shape), np.empty(shape)
+        self.seconds_SF, self.level_SF = flows_SF2[..., 0], flows_SF2[..., 1]
+        self.total_SP, self.latency_SP = ports_SP2[..., 0], ports_SP2[..., 1]
+
+    def fill(self, bytes_SF: FloatArray, latency_F: FloatArray) -> None:
+        """Work them out from the flows' bytes."""
+        np.multiply(bytes_SF, self.side.pace_F, out=self.seconds_SF)
         active_SF = bytes_SF > 0
         seconds_SF = _padded(self.seconds_SF, 0.0)
         latency_SF = _padded(np.where(active_SF, latency_F, -np.inf), -np.inf)
-        for port_T, flow_TW, _ in side.tables:
+        for port_T, flow_TW, _ in self.side.tables:
             seconds_STW = seconds_SF[:, flow_TW]
             self.total_SP[:, port_T] = seconds_STW.sum(axis=2)
             self.latency_SP[:, port_T] = latency_SF[:, flow_TW].max(axis=2)
             real_TW = flow_TW < len(latency_F)
             self.level_SF[:, flow_TW[real_TW]] = fair_levels(seconds_STW)[:, real_TW]
         self.level_SF[~active_SF] = -np.inf
-
-    def part(self, samples: slice) -> "SideLoads":
-        """Those of some of the matrices."""
-        part = copy.copy(self)
-        part.__dict__.pop("tables", None)
-        for name in ("seconds_SF", "level_SF", "total_SP", "latency_SP"):
-            setattr(part, name, getattr(self, name)[samples])
-        return part
 
     @cached_property
     def tables(self) -> Sequence[tuple[PortTable, FloatArray, FloatArray]]:
@@ -93,15 +87,34 @@ class Ports:
         self._two_sided = two_sided
         self._shared = shared_links(flows.shared, demand)
         bytes_SF = demand.bytes_SRR[:, flows.source_F, flows.target_F]
-        self._receive = SideLoads(flows.receive, bytes_SF, flows.latency_F)
-        self._send = SideLoads(flows.send, bytes_SF, flows.latency_F)
+        self._constant = (
+            two_sided, len(flows.receive.owner_P), flows.ends_F4, flows.latency_F, flows.first_of_source_R,
+            flows.first_of_target_R, flows.by_target_F, flows.owner_P,
+        )  # fmt: skip
+        # Side by side in memory, for the compiled loops: a flow's seconds and levels at both of its ports.
+        self._flows_SF4 = np.empty((*bytes_SF.shape, 4))
+        self._ports_SP2 = np.empty((len(bytes_SF), len(flows.owner_P), 2))
+        for loads in (self._receive, self._send):
+            loads.fill(bytes_SF, flows.latency_F)
 
     def part(self, samples: slice) -> Self:
         """The closed form for some of the matrices."""
         part = copy.copy(self)
-        part._receive, part._send = self._receive.part(samples), self._send.part(samples)
+        part.__dict__.pop("_receive", None)
+        part.__dict__.pop("_send", None)
+        part._flows_SF4, part._ports_SP2 = self._flows_SF4[samples], self._ports_SP2[samples]
         part._shared = tuple(link.part(samples) for link in self._shared)
         return part
+
+    @cached_property
+    def _receive(self) -> SideLoads:
+        side = self._flows.receive
+        return SideLoads(side, self._flows_SF4[..., :2], self._ports_SP2[:, : len(side.owner_P)])
+
+    @cached_property
+    def _send(self) -> SideLoads:
+        first = len(self._flows.receive.owner_P)
+        return SideLoads(self._flows.send, self._flows_SF4[..., 2:], self._ports_SP2[:, first:])
 
     def _queues(self, start_SR: FloatArray) -> tuple[FloatArray, FloatArray]:
         """When each receiving and each sending port is done, [S, P]."""
@@ -137,9 +150,8 @@ class Ports:
 
     def finish(self, start_SR: FloatArray) -> FloatArray:
         """When each rank is done with all that it sends and receives, latency included, [S, R]."""
-        compiled = compiled_finish() if start_SR.shape[1] >= COMPILED_RANKS and not self._shared else None
-        if compiled is not None:
-            return self._compiled_finish(compiled, start_SR)
+        if self.compiled(start_SR.shape[1]):
+            return self.compiled_finish(np.ascontiguousarray(start_SR), (-start_SR).argsort(axis=1))
         received_SP, sent_SP = self._queues(start_SR)
         arrival_SF = self._arrivals(start_SR, received_SP, sent_SP)
         finish_SR = np.array(start_SR, dtype=np.float64)
@@ -152,31 +164,25 @@ class Ports:
                 finish_SR[:, owner_T] = np.maximum(finish_SR[:, owner_T], last_ST)
         return finish_SR
 
-    def _compiled_finish(self, compiled: Callable[..., None], start_SR: FloatArray) -> FloatArray:
-        flows, receive, send = self._flows, self._receive, self._send
+    def compiled(self, num_ranks: int) -> bool:
+        """Whether compiled loops do it: for groups that are large enough, without shared links."""
+        return num_ranks >= COMPILED_RANKS and not self._shared and loops() is not None
+
+    def compiled_finish(self, start_SR: FloatArray, order_SR: NDArray[np.intp]) -> FloatArray:
+        """As `finish`; `order_SR`: ranks, the latest first."""
         finish_SR = np.empty(start_SR.shape)
-        compiled(
-            np.ascontiguousarray(start_SR), (-start_SR).argsort(axis=1), self._two_sided,
-            flows.source_F, flows.target_F, flows.latency_F,
-            flows.first_of_source_R, flows.first_of_target_R, flows.by_target_F,
-            flows.receive.port_F, flows.receive.owner_P, receive.seconds_SF, receive.level_SF, receive.total_SP,
-            receive.latency_SP,
-            flows.send.port_F, flows.send.owner_P, send.seconds_SF, send.level_SF, send.total_SP, send.latency_SP,
-            finish_SR,
-        )  # fmt: skip
+        loops().finish(start_SR, order_SR, *self._constant, self._flows_SF4, self._ports_SP2, finish_SR)
         return finish_SR
 
 
 @cache
-def compiled_finish() -> Callable[..., None] | None:
-    """The loops of `ports_loops` where numba is installed; without it numpy computes the same."""
+def loops() -> Any:
+    """The module `ports_loops` where numba is installed; without it (None) numpy computes the same."""
     try:
-        import numba  # noqa: F401
+        from moesim.network import ports_loops
     except ImportError:
         return None
-    from moesim.network.ports_loops import finish
-
-    return finish
+    return ports_loops
 
 
 def _padded(values_SF: FloatArray, value: float) -> FloatArray:

@@ -1,6 +1,8 @@
 """The closed form of `ports` as loops for numba: the same sums in the same order as the numpy of `ports`.
 
-Legend: S matrices (routing samples), R ranks, F flows, P ports of one side.
+Legend: S matrices (routing samples), R ranks, F flows, P ports (receiving, then sending), V ranks that feed a rank.
+`ends_F4` holds per flow its source, its target, its receiving and its sending port; `flows_SF4` its seconds and its
+level at the one and at the other; `ports_SP2` per port the sum of its flows and the longest latency among them.
 """
 
 import numba
@@ -16,63 +18,69 @@ def finish(
     start_SR: FloatArray,
     order_SR: NDArray[np.int64],
     two_sided: bool,
-    source_F: IntArray,
-    target_F: IntArray,
+    num_receive: int,
+    ends_F4: IntArray,
     latency_F: FloatArray,
     first_of_source_R: NDArray[np.int64],
     first_of_target_R: NDArray[np.int64],
     by_target_F: IntArray,
-    receive_port_F: IntArray,
-    receive_owner_P: IntArray,
-    receive_SF: FloatArray,
-    receive_level_SF: FloatArray,
-    receive_total_SP: FloatArray,
-    receive_latency_SP: FloatArray,
-    send_port_F: IntArray,
-    send_owner_P: IntArray,
-    send_SF: FloatArray,
-    send_level_SF: FloatArray,
-    send_total_SP: FloatArray,
-    send_latency_SP: FloatArray,
+    owner_P: IntArray,
+    flows_SF4: FloatArray,
+    ports_SP2: FloatArray,
     finish_SR: FloatArray,
 ) -> None:
     """Writes when each rank is done into `finish_SR`; see Ports.finish. `order_SR`: ranks, the latest first."""
-    received_P, sent_P = np.empty(len(receive_owner_P)), np.empty(len(send_owner_P))
-    later_P = np.empty(max(len(received_P), len(sent_P)))
+    queue_P, later_P = np.empty(len(owner_P)), np.zeros(len(owner_P))
     for sample in range(len(start_SR)):
-        start_R, finish_R = start_SR[sample], finish_SR[sample]
+        start_R, finish_R, flows_F4, ports_P2 = (
+            start_SR[sample],
+            finish_SR[sample],
+            flows_SF4[sample],
+            ports_SP2[sample],
+        )
         later_P[:] = 0.0
-        for port in range(len(received_P)):
-            received_P[port] = start_R[receive_owner_P[port]] + receive_total_SP[sample, port] if two_sided else -np.inf
+        for port in range(len(owner_P)):
+            own = two_sided or port >= num_receive
+            queue_P[port] = start_R[owner_P[port]] + ports_P2[port, 0] if own else -np.inf
         for rank in order_SR[sample]:
+            start = start_R[rank]
             for flow in range(first_of_source_R[rank], first_of_source_R[rank + 1]):
-                if receive_level_SF[sample, flow] > -np.inf:
-                    port = receive_port_F[flow]
-                    later_P[port] += receive_SF[sample, flow]
-                    received_P[port] = max(received_P[port], start_R[rank] + later_P[port])
-        later_P[:] = 0.0
-        for port in range(len(sent_P)):
-            sent_P[port] = start_R[send_owner_P[port]] + send_total_SP[sample, port]
+                if flows_F4[flow, 1] > -np.inf:
+                    port = ends_F4[flow, 2]
+                    later_P[port] += flows_F4[flow, 0]
+                    queue_P[port] = max(queue_P[port], start + later_P[port])
         if two_sided:
             for rank in order_SR[sample]:
+                start = start_R[rank]
                 for index in range(first_of_target_R[rank], first_of_target_R[rank + 1]):
                     flow = by_target_F[index]
-                    if send_level_SF[sample, flow] > -np.inf:
-                        port = send_port_F[flow]
-                        later_P[port] += send_SF[sample, flow]
-                        sent_P[port] = max(sent_P[port], start_R[rank] + later_P[port])
+                    if flows_F4[flow, 3] > -np.inf:
+                        port = ends_F4[flow, 3]
+                        later_P[port] += flows_F4[flow, 2]
+                        queue_P[port] = max(queue_P[port], start + later_P[port])
         finish_R[:] = start_R
-        for port in range(len(received_P)):
-            owner = receive_owner_P[port]
-            finish_R[owner] = max(finish_R[owner], received_P[port] + receive_latency_SP[sample, port])
-        for port in range(len(sent_P)):
-            owner = send_owner_P[port]
-            finish_R[owner] = max(finish_R[owner], sent_P[port] + send_latency_SP[sample, port])
-        for flow in range(len(source_F)):
-            source, target = source_F[flow], target_F[flow]
-            release = max(start_R[source], start_R[target]) if two_sided else start_R[source]
-            received = min(received_P[receive_port_F[flow]], release + receive_level_SF[sample, flow])
-            sent = min(sent_P[send_port_F[flow]], release + send_level_SF[sample, flow])
-            done = max(received, sent) + latency_F[flow]
-            finish_R[source] = max(finish_R[source], done)
-            finish_R[target] = max(finish_R[target], done)
+        for port in range(len(owner_P)):
+            owner = owner_P[port]
+            finish_R[owner] = max(finish_R[owner], queue_P[port] + ports_P2[port, 1])
+        for source in range(len(start_R)):
+            last = finish_R[source]
+            for flow in range(first_of_source_R[source], first_of_source_R[source + 1]):
+                target = ends_F4[flow, 1]
+                release = max(start_R[source], start_R[target]) if two_sided else start_R[source]
+                received = min(queue_P[ends_F4[flow, 2]], release + flows_F4[flow, 1])
+                sent = min(queue_P[ends_F4[flow, 3]], release + flows_F4[flow, 3])
+                done = max(received, sent) + latency_F[flow]
+                last = max(last, done)
+                finish_R[target] = max(finish_R[target], done)
+            finish_R[source] = max(finish_R[source], last)
+
+
+@numba.njit(cache=True)
+def join_stages(first_SR: FloatArray, feeders_SRV: IntArray, finish_SR: FloatArray) -> None:
+    """A rank is done when its second stage (`finish_SR`, written) and the first stages of its feeders are."""
+    for sample in range(len(first_SR)):
+        for rank in range(first_SR.shape[1]):
+            last = finish_SR[sample, rank]
+            for feeder in feeders_SRV[sample, rank]:
+                last = max(last, first_SR[sample, feeder])
+            finish_SR[sample, rank] = last

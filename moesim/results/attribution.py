@@ -15,12 +15,16 @@ from moesim.results.spans import CATEGORIES, SpanTable, Stream
 
 FloatArray = NDArray[np.float64]
 
+COMPILED_RANKS = 32  # from here on compiled loops pay for loading numba
+
 
 class _Coverage:
     """Time covered by a stream or by one of higher priority (`higher`; None for the first)."""
 
-    def __init__(self, start_NQ: FloatArray, finish_NQ: FloatArray, higher: "_Coverage | None" = None) -> None:
-        self.start_NQ, self.finish_NQ, self.higher = start_NQ, finish_NQ, higher
+    def __init__(
+        self, start_NQ: FloatArray, finish_NQ: FloatArray, higher: "_Coverage | None" = None, *, compiled: bool
+    ) -> None:
+        self.start_NQ, self.finish_NQ, self.higher, self.compiled = start_NQ, finish_NQ, higher, compiled
         self.exposed_NQ = finish_NQ - start_NQ
         self._higher_NQ: FloatArray | None = None
         if higher is not None:
@@ -34,18 +38,30 @@ class _Coverage:
         covered_MQ = np.zeros_like(time_MQ) if higher_MQ is None else higher_MQ.copy()
         if not len(self.start_NQ):
             return covered_MQ
+        if self.compiled:
+            from moesim.results.attribution_loops import add_covered
+
+            higher_NQ = self.exposed_NQ if self._higher_NQ is None else self._higher_NQ
+            add_covered(
+                covered_MQ, np.ascontiguousarray(time_MQ), self.start_NQ, self.finish_NQ, self.before_NQ,
+                self.exposed_NQ, higher_NQ, self.higher is not None,
+            )  # fmt: skip
+            return covered_MQ
         for q in range(time_MQ.shape[1]):
-            at_M = np.searchsorted(self.start_NQ[:, q], time_MQ[:, q], side="right") - 1
-            known_M = np.maximum(at_M, 0)
-            end_M = self.finish_NQ[known_M, q]
-            inside_M = np.minimum(time_MQ[:, q], end_M) - self.start_NQ[known_M, q]
-            if higher_MQ is not None:
-                assert self._higher_NQ is not None
-                # Within the span only what no higher stream covers counts; a finished span counts its exposed part.
-                inside_M = inside_M - (higher_MQ[:, q] - self._higher_NQ[known_M, q])
-                inside_M = np.where(time_MQ[:, q] >= end_M, self.exposed_NQ[known_M, q], inside_M)
-            covered_MQ[:, q] += np.where(at_M >= 0, self.before_NQ[known_M, q] + inside_M, 0.0)
+            covered_MQ[:, q] += self._column(q, time_MQ[:, q], None if higher_MQ is None else higher_MQ[:, q])
         return covered_MQ
+
+    def _column(self, q: int, time_M: FloatArray, higher_M: FloatArray | None) -> FloatArray:
+        at_M = np.searchsorted(self.start_NQ[:, q], time_M, side="right") - 1
+        known_M = np.maximum(at_M, 0)
+        end_M = self.finish_NQ[known_M, q]
+        inside_M = np.minimum(time_M, end_M) - self.start_NQ[known_M, q]
+        if higher_M is not None:
+            assert self._higher_NQ is not None
+            # Within the span only what no higher stream covers counts; a finished span counts its exposed part.
+            inside_M = inside_M - (higher_M - self._higher_NQ[known_M, q])
+            inside_M = np.where(time_M >= end_M, self.exposed_NQ[known_M, q], inside_M)
+        return np.where(at_M >= 0, self.before_NQ[known_M, q] + inside_M, 0.0)
 
 
 def _stream_intervals(table: SpanTable, stream: Stream) -> tuple[NDArray[np.intp], FloatArray, FloatArray]:
@@ -72,7 +88,7 @@ def attribute(table: SpanTable) -> FloatArray:
 
     compute_N, begin_NQ, end_NQ = _stream_intervals(table, Stream.COMPUTE)
     _add_by_category(seconds_CQ, category_L[table.label_N[compute_N]], end_NQ - begin_NQ)
-    covered = _Coverage(begin_NQ, end_NQ)
+    covered = _Coverage(begin_NQ, end_NQ, compiled=ranks >= COMPILED_RANKS)
     for stream in (Stream.COMMUNICATION, Stream.REDUCTION, Stream.PIPELINE, Stream.HOST):
         rows_N, start_NQ, finish_NQ = _stream_intervals(table, stream)
         if not len(rows_N):
@@ -81,7 +97,7 @@ def attribute(table: SpanTable) -> FloatArray:
         middle_NQ = finish_NQ - own_NQ
         exposed_own_NQ = own_NQ - (covered.until(finish_NQ) - covered.until(middle_NQ))
         _add_by_category(seconds_CQ, category_L[table.label_N[rows_N]], exposed_own_NQ)
-        covered = _Coverage(start_NQ, finish_NQ, covered)
+        covered = _Coverage(start_NQ, finish_NQ, covered, compiled=ranks >= COMPILED_RANKS)
         seconds_CQ[CATEGORIES.index("imbalance_wait")] += (covered.exposed_NQ - exposed_own_NQ).sum(axis=0)
     seconds_CQ[CATEGORIES.index("bubble")] += _idle(table, begin_NQ, end_NQ, covered)
     return seconds_CQ.reshape(len(CATEGORIES), samples, ranks)
@@ -100,8 +116,8 @@ def _idle(table: SpanTable, begin_NQ: FloatArray, end_NQ: FloatArray, covered: _
 def overlapped_transfer(table: SpanTable) -> dict[str, FloatArray]:
     """Seconds [S, R] of every category of transfers that ran behind compute."""
     _, begin_NQ, end_NQ = _stream_intervals(table, Stream.COMPUTE)
-    compute = _Coverage(begin_NQ, end_NQ)
     shape = table.start_NSR.shape[1:]
+    compute = _Coverage(begin_NQ, end_NQ, compiled=shape[1] >= COMPILED_RANKS)
     hidden: dict[str, FloatArray] = {}
     for stream in (Stream.COMMUNICATION, Stream.REDUCTION):
         rows_N, start_NQ, finish_NQ = _stream_intervals(table, stream)
