@@ -68,6 +68,10 @@ def execute(args: argparse.Namespace) -> int:
     out_dir = args.out or Path("runs") / scenario.name
     check_free(out_dir, force=args.force)
     check_writable(out_dir)
+    if args.timeline:
+        from moesim.report import check_ranks
+
+        check_ranks(scenario, args.timeline)
     with interrupts_say(lambda: kept_of_training(scenario, args.cache)):
         record = _simulate(scenario, args)
     with interrupts_say(lambda: f"{out_dir} is incomplete; run the same command again with --force"):

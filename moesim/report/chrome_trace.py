@@ -19,9 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.errors import UserError
+from moesim.parallel import Mesh
 from moesim.report.memory_over_time import memory_events
 from moesim.results import Label, RunRecord, SpanTable, Stream
-from moesim.scenario import gpu_spec
+from moesim.scenario import Scenario, gpu_spec
 
 Event = dict[str, Any]
 
@@ -48,7 +49,8 @@ def write_timeline(record: RunRecord, path: Path, *, ranks: Sequence[int] = ()) 
     `ranks` are global ranks of expert group 0 of any pipeline rank; without, those that `choose_ranks` takes. Raises
     UserError for a rank whose spans are not kept.
     """
-    chosen = _checked(record.pipeline_spans, ranks) if ranks else choose_ranks(record.pipeline_spans)
+    check_ranks(record.scenario, ranks)
+    chosen = tuple(sorted(set(ranks))) or choose_ranks(record.pipeline_spans)
     head = json.dumps(_head(record, chosen))[:-1]
     with path.open("wb") as file, gzip.GzipFile("", "wb", mtime=0, fileobj=file, compresslevel=6) as packed:
         packed.write(f'{head}, "traceEvents": [\n'.encode())
@@ -71,14 +73,15 @@ def choose_ranks(tables: Sequence[SpanTable]) -> tuple[int, ...]:
     return tuple(sorted(chosen))
 
 
-def _checked(tables: Sequence[SpanTable], ranks: Sequence[int]) -> tuple[int, ...]:
-    known = {int(rank) for table in tables for rank in table.ranks_R}
+def check_ranks(scenario: Scenario, ranks: Sequence[int]) -> None:
+    """Raises UserError for a rank whose spans a run of the scenario does not keep; call it before the run."""
+    mesh = Mesh(scenario.parallelism, scenario.cluster)
+    groups = [mesh.expert_groups(stage)[0] for stage in range(scenario.parallelism.pipeline)]
     for rank in ranks:
-        if rank not in known:
-            spans = ", ".join(f"{table.ranks_R.min()} to {table.ranks_R.max()}" for table in tables[:4])
-            more = f" and {len(tables) - 4} more groups" if len(tables) > 4 else ""
-            raise UserError(f"--timeline={rank}: no spans are kept of rank {rank}; choose among ranks {spans}{more}")
-    return tuple(sorted(set(ranks)))
+        if not any(rank in ranks_R for ranks_R in groups):
+            kept = ", ".join(f"{ranks_R.min()} to {ranks_R.max()}" for ranks_R in groups[:4])
+            more = f" and {len(groups) - 4} more groups" if len(groups) > 4 else ""
+            raise UserError(f"--timeline={rank}: no spans are kept of rank {rank}; choose among ranks {kept}{more}")
 
 
 def _head(record: RunRecord, chosen: Sequence[int]) -> Event:

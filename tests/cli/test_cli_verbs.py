@@ -55,6 +55,13 @@ def test_timeline_is_one_file_of_the_run_or_of_chosen_ranks(scenario: Path, moes
     assert json.loads(gzip.decompress(file.read_bytes()))["moesim"]["ranks"] == [0, 1]
 
 
+def test_timeline_of_a_rank_without_spans_is_refused_before_the_run(scenario: Path, moesim) -> None:
+    answer = moesim("run", scenario, "--timeline=5")
+    assert answer.code == 1
+    assert "choose among ranks 0 to 1" in answer.complaint
+    assert not Path("runs").exists()
+
+
 def test_timeline_swallowing_the_scenario_says_what_to_write(scenario: Path, moesim) -> None:
     answer = moesim("run", "--timeline", scenario)
     assert answer.code == 1
