@@ -70,17 +70,22 @@ def simulate(
     return _record(scenario, fabric, memory, trace, plain, outcome)
 
 
-def mean_step_seconds(scenario: Scenario, trace: RoutingTrace | None, *, fabric: Fabric | None = None) -> float:
+def mean_step_seconds(scenario: Scenario, trace: RoutingTrace | None, *, bandwidth_factor: float = 1.0) -> float:
     """Mean step time of the plain routing samples alone, the same as `simulate` gives: for what-ifs.
 
-    `fabric` stands in for that of the scenario. Raises as `simulate` does.
+    `bandwidth_factor` multiplies the bandwidth of every link. Raises as `simulate` does.
     """
     require_supported(scenario)
     kernels = kernel_model(scenario.cluster.pools[0].gpu, scenario.compute.profile)
     plain = draw_samples(scenario, trace, bootstrap=False)[0]
     check_memory(scenario, lambda variant: _rows(scenario, variant, trace, plain))
-    outcome = _simulate_samples(scenario, fabric or scenario_fabric(scenario, kernels), kernels, plain)
-    return float(outcome.step_S.mean())
+    fabric = scenario_fabric(scenario, kernels)
+    faster = replace(
+        fabric,
+        bandwidth_X=bandwidth_factor * fabric.bandwidth_X,
+        capacity_X=bandwidth_factor * fabric.capacity_X,
+    )
+    return float(_simulate_samples(scenario, faster, kernels, plain).step_S.mean())
 
 
 def _rows(
