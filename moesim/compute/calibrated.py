@@ -33,12 +33,13 @@ from moesim.compute.power import PowerCap, fit_power_cap
 from moesim.compute.profile import Profile
 from moesim.compute.roofline import Roofline
 from moesim.errors import UserError
+from moesim.seeding import stream
 
 FAMILIES = ("gemm", "grouped_gemm", "attention", "memory_bound", "host")
 _CACHED_CALLS = 4096
 _CACHED_ROWS = 16  # the directions of both products of a layer follow each other
 _MANY_ROWS = 512  # values of rows_per_expert from which it pays to look for equal ranks
-_LONG_KEY = 512  # bytes of rows from which on a digest stands for them in a cache
+_LONG_KEY = 512  # bytes from which on a digest stands for an array in a cache
 _TENSOR_DTYPES = {"bf16": "bf16", "fp16": "bf16", "fp8": "fp8"}  # fp16 runs at the rate of bf16
 
 
@@ -66,8 +67,8 @@ class CalibratedModel:
             names = ", ".join(self.missing_families)
             warnings.warn(f"profile {profile.name}: no rows for {names}; the roofline answers instead", stacklevel=2)
         # Calls repeat over layers and micro-batches; a cache makes the repetitions free.
-        self._grouped_estimates: dict[Any, Estimate] = {}
-        self._row_totals: dict[Any, RowTotals] = {}
+        self._array_estimates: dict[Any, Estimate] = {}
+        self._row_totals: dict[Any, tuple[RowTotals, NDArray[np.int64] | None]] = {}
         self._scalar_gemm: Callable[..., Estimate] = lru_cache(_CACHED_CALLS)(self._gemm)
         self._scalar_attention: Callable[..., Estimate] = lru_cache(_CACHED_CALLS)(self._attention)
         self._scalar_memory: Callable[..., Estimate] = lru_cache(_CACHED_CALLS)(self._memory)
@@ -171,53 +172,50 @@ class CalibratedModel:
         if dtype == "fp8":
             alignment, gpu = row_alignment or FP8_ROW_ALIGNMENT, self.fallback.gpu
             return fp8_grouped_gemm(rows_RE, k, n, gpu=gpu, direction=direction, row_alignment=alignment)
-        if rows_RE.size < _MANY_ROWS or rows_RE.ndim == 1:
-            return self._grouped_kept(rows_RE, k, n, dtype, direction)
-        # A product does not care which expert has which rows, and model layers give the same rows to other ranks: the
-        # distinct ones are looked at once.
-        ordered_QE = np.sort(rows_RE.reshape(-1, rows_RE.shape[-1]), axis=1)
-        mark_Q = (ordered_QE * np.random.default_rng(0).uniform(1.0, 2.0, ordered_QE.shape[1])).sum(axis=1)
-        _, first_U, inverse_Q = np.unique(mark_Q, return_index=True, return_inverse=True)
-        distinct = self._grouped_kept(ordered_QE[first_U], k, n, dtype, direction)
-        seconds_Q = np.asarray(distinct.seconds)[inverse_Q]
-        return Estimate(seconds_Q.reshape(rows_RE.shape[:-1]), distinct.source)
-
-    def _grouped_kept(
-        self, rows_RE: NDArray[np.float64], k: int, n: int, dtype: str, direction: GemmDirection
-    ) -> Estimate:
-        """The same for rows as they come, remembered."""
-        data = rows_RE.tobytes()
-        if len(data) > _LONG_KEY:
-            data = hashlib.sha1(data, usedforsecurity=False).digest()
-        rows_key = (data, rows_RE.shape)
+        rows_key = _array_key(rows_RE)
         key = (rows_key, k, n, dtype, direction)
-        found = self._grouped_estimates.get(key)
+        found = self._array_estimates.get(key)
         if found is None:
-            totals = self._row_totals.get(rows_key)
-            if totals is None:
-                rows_QE = rows_RE if rows_RE.ndim == 1 else rows_RE.reshape(-1, rows_RE.shape[-1])
-                totals = RowTotals.of(rows_QE)
-                _keep(self._row_totals, rows_key, totals, limit=_CACHED_ROWS)
-            found = self._grouped(totals, rows_RE.shape[:-1], k, n, dtype, direction)
-            _keep(self._grouped_estimates, key, found, limit=_CACHED_CALLS)
+            totals, source_Q = self._distinct_rows(rows_key, rows_RE)
+            seconds, source = self._grouped(totals, k, n, dtype, direction)
+            if source_Q is not None:
+                seconds = np.asarray(seconds)[source_Q]
+            found = Estimate(_frozen(seconds, rows_RE.shape[:-1]), source)
+            _keep(self._array_estimates, key, found, limit=_CACHED_CALLS)
         return found
 
-    def _grouped(
-        self, totals: RowTotals, shape: tuple[int, ...], k: int, n: int, dtype: str, direction: GemmDirection
-    ) -> Estimate:
+    def _distinct_rows(self, key: Any, rows_RE: FloatArray) -> tuple[RowTotals, NDArray[np.int64] | None]:
+        """Totals of the distinct ranks among many, and which of them each rank is; None where each is its own.
+
+        A product does not care which expert has which rows, and model layers give the same rows to other ranks.
+        """
+        found = self._row_totals.get(key)
+        if found is None:
+            source_Q = None
+            rows_QE = rows_RE if rows_RE.ndim == 1 else rows_RE.reshape(-1, rows_RE.shape[-1])
+            if rows_RE.ndim > 1 and rows_RE.size >= _MANY_ROWS:
+                rows_QE = np.sort(rows_QE, axis=1)
+                mark_Q = rows_QE @ stream(0, "distinct rows").uniform(1.0, 2.0, rows_QE.shape[1])
+                _, first_U, source_Q = np.unique(mark_Q, return_index=True, return_inverse=True)
+                rows_QE = rows_QE[first_U]
+            found = RowTotals.of(rows_QE), source_Q
+            _keep(self._row_totals, key, found, limit=_CACHED_ROWS)
+        return found
+
+    def _grouped(self, totals: RowTotals, k: int, n: int, dtype: str, direction: GemmDirection) -> Estimate:
         experts = totals.rows_QE.shape[-1]
         small_Q = physics.takes_small_tiles(totals.rows / experts, k, n, direction=direction)
-        if not isinstance(small_Q, np.ndarray) or small_Q.all() or not small_Q.any():
-            small = bool(small_Q if not isinstance(small_Q, np.ndarray) else small_Q[0])
-            found = self._grouped_alike(totals, k, n, dtype, direction, small=small)
-            return Estimate(_frozen(found.seconds, shape), found.source)
+        if not isinstance(small_Q, np.ndarray):
+            return self._grouped_alike(totals, k, n, dtype, direction, small=bool(small_Q))
+        if small_Q.all() or not small_Q.any():
+            return self._grouped_alike(totals, k, n, dtype, direction, small=bool(small_Q.any()))
         seconds_Q, sources = np.empty(len(small_Q)), []
         for small in (True, False):
             chosen_Q = small_Q == small
             part = self._grouped_alike(totals.chosen(chosen_Q), k, n, dtype, direction, small=small)
             seconds_Q[chosen_Q] = part.seconds
             sources.append(part.source)
-        return Estimate(_frozen(seconds_Q, shape), weakest(*sources))
+        return Estimate(seconds_Q, weakest(*sources))
 
     def _grouped_alike(
         self, totals: RowTotals, k: int, n: int, dtype: str, direction: GemmDirection, *, small: bool
@@ -271,7 +269,16 @@ class CalibratedModel:
         """Seconds of a memory-bound kernel; `width`, the length of its rows, sharpens it where known."""
         if isinstance(bytes, int | float) and (width is None or isinstance(width, int)):
             return self._scalar_memory(kind, bytes, width)
-        return self._memory(kind, bytes, width)
+        if width is not None and not isinstance(width, int):
+            return self._memory(kind, bytes, width)
+        bytes_R = np.asarray(bytes, float)
+        key = (kind, _array_key(bytes_R), width)
+        found = self._array_estimates.get(key)
+        if found is None:
+            seconds, source = self._memory(kind, bytes_R, width)
+            found = Estimate(_frozen(seconds, bytes_R.shape), source)
+            _keep(self._array_estimates, key, found, limit=_CACHED_CALLS)
+        return found
 
     def _memory(self, kind: str, bytes_: ArrayLike, width: ArrayLike | None) -> Estimate:
         if kind not in MEMORY_KINDS:
@@ -295,6 +302,14 @@ def _floats(*sizes: Any) -> tuple[tuple[Any, ...], tuple[int, ...]]:
 
 def _flat(column: FloatArray, shape: tuple[int, ...]) -> FloatArray:
     return (column if column.shape == shape else np.broadcast_to(column, shape)).reshape(-1)
+
+
+def _array_key(values: FloatArray) -> tuple[bytes, tuple[int, ...]]:
+    """What stands for an array in a cache: its bytes, or their digest where there are many."""
+    data = values.tobytes()
+    if len(data) > _LONG_KEY:
+        data = hashlib.sha1(data, usedforsecurity=False).digest()
+    return data, values.shape
 
 
 def _frozen(seconds: float | FloatArray, shape: tuple[int, ...]) -> float | FloatArray:

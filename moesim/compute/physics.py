@@ -190,16 +190,16 @@ def grouped_sizes(totals: RowTotals, k: Any, n: Any, *, direction: str, small: b
         deepest = rows_QE.max(-1) if rows_QE.ndim > 1 else float(rows_QE.max())
         longest = arithmetic_of((deepest,)).ceil(deepest / tile_k) * tile_k
         tiles, work = per_expert * experts, per_expert * steps
-        l2_bytes = 2.0 * rows * (k * ops.ceil(n / tile_n) + n * ops.ceil(k / (2.0 * tile_m)))
-        read, written = 2.0 * rows * (k + n), 2.0 * experts * k * n
+        l2_bytes = rows * (2.0 * (k * ops.ceil(n / tile_n) + n * ops.ceil(k / (2.0 * tile_m))))
+        read, written = rows * (2.0 * (k + n)), 2.0 * experts * k * n
     else:
         width, depth = (n, k) if direction == "forward" else (k, n)
         pairs = _sums(np.ceil(rows_QE / (2.0 * tile_m)))
         tiles_n = ops.ceil(width / tile_n)
-        tiles, longest = 2.0 * pairs * tiles_n, ops.ceil(depth / tile_k) * tile_k
+        tiles, longest = pairs * (2.0 * tiles_n), ops.ceil(depth / tile_k) * tile_k
         work = 0.0  # follows from the tiles
-        l2_bytes = 2.0 * depth * (rows * tiles_n + pairs * width)
-        read, written = 2.0 * (rows * depth + totals.active * k * n), 2.0 * rows * width
+        l2_bytes = rows * (2.0 * depth * tiles_n) + pairs * (2.0 * depth * width)
+        read, written = rows * (2.0 * depth) + totals.active * (2.0 * k * n), rows * (2.0 * width)
     return (
         rows, experts, totals.active, k, n, float(small), tiles,
         work, longest, tile_m * tile_n, read, written, l2_bytes, totals.squares,
@@ -215,12 +215,18 @@ def _grouped(parameters: Parameters, columns: Columns, *, jagged_depth: bool) ->
     tiles = arithmetic_of((tiles,)).maximum(tiles, 1.0)
     waves = arithmetic_of((tiles,)).ceil(tiles / NUM_SM)
     if jagged_depth:
-        even = ops.maximum(work / NUM_SM, longest) * (1.0 - share) + share * work / tiles * waves
+        even = ops.maximum(work / NUM_SM, longest) * (1.0 - share) + work * (share / tiles * waves)
         compute = even * step + waves * prologue
     else:
         full = arithmetic_of((tiles,)).maximum(tiles / NUM_SM, 1.0)
-        compute = (share * waves + (1.0 - share) * full) * (longest * step + prologue)
-    busy = _blend(ops, compute, (read + written * write_cost) / memory, 2.0 * rows * k * n / peak, l2_bytes / l2)
+        compute = (waves * share + full * (1.0 - share)) * (longest * step + prologue)
+    busy = _blend(
+        ops,
+        compute,
+        read * (1.0 / memory) + written * (write_cost / memory),
+        rows * (2.0 * k * n / peak),
+        l2_bytes * (1.0 / l2),
+    )
     return ops.log(launch + per_expert * experts + busy)
 
 

@@ -55,12 +55,12 @@ class Session:
 
     def open(self) -> None:
         """Find what earlier sessions measured, and start this rank's file."""
-        self.partial.mkdir(parents=True, exist_ok=True)
         if self.out.exists():
             for row in load_profile_file(self.out).rows:
                 self._count(row, len(row.get("visits", [0])))
                 if "kernel" in row:
                     self._count(kernel_name_row(row), 1)
+        self.partial.mkdir(parents=True, exist_ok=True)
         for row in _partial_rows(self.partial):
             self._count(row, 1)
         self._file = self._fresh_file()
