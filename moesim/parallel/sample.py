@@ -260,10 +260,21 @@ class TrafficSample:
 
     def thin_arrays(self, group: int, thin_layer: int, *, stage: int = 0) -> TrafficArrays:
         """The traffic of one thin layer with the trace's own expert numbers; built once and kept."""
+        stage = self._first_alike(group, stage)
         key = (stage, group, thin_layer)
         if key not in self._thin:
             self._thin[key] = self._build(group, thin_layer, stage)
         return self._thin[key]
+
+    def _first_alike(self, group: int, stage: int) -> int:
+        """The first stage on which the group lies on nodes in the same way: its traffic is the same there."""
+        layouts = [stage_layouts[group] for stage_layouts in self.sampler.layouts]
+        mine = (layouts[stage].node_of_rank_R.tobytes(), layouts[stage].local_rank_R.tobytes())
+        return next(
+            number
+            for number, layout in enumerate(layouts)
+            if (layout.node_of_rank_R.tobytes(), layout.local_rank_R.tobytes()) == mine
+        )
 
     def _build(self, group: int, thin_layer: int, stage: int) -> TrafficArrays:
         count = self._sum_pieces if self.sampler.counts_add_up else self._drop_and_count
