@@ -32,12 +32,8 @@ def finish(
     """Writes when each rank is done into `finish_SR`; see Ports.finish. `order_SR`: ranks, the latest first."""
     queue_P, later_P = np.empty(len(owner_P)), np.zeros(len(owner_P))
     for sample in range(len(start_SR)):
-        start_R, finish_R, flows_F4, ports_P2 = (
-            start_SR[sample],
-            finish_SR[sample],
-            flows_SF4[sample],
-            ports_SP2[sample],
-        )
+        start_R, finish_R = start_SR[sample], finish_SR[sample]
+        flows_F4, ports_P2 = flows_SF4[sample], ports_SP2[sample]
         later_P[:] = 0.0
         for port in range(len(owner_P)):
             own = two_sided or port >= num_receive

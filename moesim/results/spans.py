@@ -134,25 +134,13 @@ class SpanRecorder:
         self.own_NSR[row] = own_SR
         self.count = row + 1
 
-    def run(self, labels_N: NDArray[np.int32], micro_batch: int, start_SR: FloatArray) -> FloatArray:
-        """Append spans that follow each other without a gap; the caller writes their ends into what is returned."""
-        first, end = self.count, self.count + len(labels_N)
-        self.label_N[first:end] = labels_N
-        self.micro_batch_N[first:end] = micro_batch
-        self.start_NSR[first] = start_SR
-        self.count = end
-        return self.finish_NSR[first:end]
-
-    def close_run(self, spans: int) -> None:
-        """Fill in what follows from the ends of the last `spans` spans."""
-        first, end = self.count - spans, self.count
-        self.start_NSR[first + 1 : end] = self.finish_NSR[first : end - 1]
-        np.subtract(
-            self.finish_NSR[first:end],
-            self.start_NSR[first:end],
-            out=self.own_NSR[first:end],
-            casting="same_kind",
-        )
+    def run(self, labels_N: NDArray[np.int32], micro_batch: int) -> slice:
+        """Rows for spans that follow each other; the caller writes their times."""
+        rows = slice(self.count, self.count + len(labels_N))
+        self.label_N[rows] = labels_N
+        self.micro_batch_N[rows] = micro_batch
+        self.count = rows.stop
+        return rows
 
     def table(self, *, labels: tuple[Label, ...], ranks_R: NDArray[np.int64], step_S: FloatArray) -> SpanTable:
         """The finished table (views of the rows that were filled)."""

@@ -10,8 +10,9 @@ it, so one walk in list order is exact: when a compute operation is placed, each
 Legend: S routing samples, R ranks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,7 @@ FloatArray = NDArray[np.float64]
 Handed = tuple[Label, FloatArray, FloatArray]  # what, when it was sent, when it arrives
 
 MAX_RUNS = 2  # passes that overlap in one action
+COMPILED_RANKS = 32  # from here on compiled loops pay for loading numba
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,13 @@ class HostModel:
 
 
 FREE_HOST = HostModel(forward_launch=0.0, backward_launch=0.0, readback=0.0)
+
+
+@cache
+def _compiled_run() -> Callable[..., None]:
+    from moesim.sim.executor_loops import run_kernels
+
+    return run_kernels
 
 
 class GroupExecutor:
@@ -56,6 +65,7 @@ class GroupExecutor:
         self.reduced_SR = np.zeros(shape)  # when the latest collective on gradients or parameters was done
         self.last_begin_SR = np.zeros(shape)  # when the current action began
         self._host_is_free = host == FREE_HOST
+        self._run_kernels = _compiled_run() if ranks >= COMPILED_RANKS and self._host_is_free else None
         self._open_from_SR = np.zeros(shape)  # the latest transfer: compute placed beside it is slowed
         self._open_until_SR = np.zeros(shape)
 
@@ -123,15 +133,25 @@ class GroupExecutor:
         return start_SR
 
     def _compute(self, step: Step, micro_batch: int) -> None:
-        elapsed_MNSR = step.elapsed_MNSR
+        elapsed_MNSR, recorder = step.elapsed_MNSR, self.recorder
         elapsed_NSR = elapsed_MNSR[micro_batch % len(elapsed_MNSR)]
-        start_SR = self._issue(step, np.maximum(self.chains_CSR[step.chain], self.compute_SR), micro_batch)
-        finish_NSR = self.recorder.run(step.labels_N, micro_batch, start_SR)
+        chain_SR, compute_SR = self.chains_CSR[step.chain], self.compute_SR
+        if self._run_kernels is not None:
+            rows = recorder.run(step.labels_N, micro_batch)
+            self._run_kernels(
+                chain_SR, compute_SR, self._open_from_SR, self._open_until_SR, self.slowdown, elapsed_NSR,
+                recorder.start_NSR[rows], recorder.finish_NSR[rows], recorder.own_NSR[rows],
+            )  # fmt: skip
+            return
+        start_SR = self._issue(step, np.maximum(chain_SR, compute_SR), micro_batch)
+        rows = recorder.run(step.labels_N, micro_batch)
+        start_NSR, finish_NSR = recorder.start_NSR[rows], recorder.finish_NSR[rows]
         np.add(elapsed_NSR, start_SR, out=finish_NSR)
         if self.slowdown > 1.0 and (start_SR < self._open_until_SR).any():
             finish_NSR += self._lost(start_SR, elapsed_NSR)
-        self.recorder.close_run(len(finish_NSR))
-        self.compute_SR = self.chains_CSR[step.chain] = finish_NSR[-1]
+        start_NSR[0], start_NSR[1:] = start_SR, finish_NSR[:-1]
+        np.subtract(finish_NSR, start_NSR, out=recorder.own_NSR[rows], casting="same_kind")
+        compute_SR[:] = chain_SR[:] = finish_NSR[-1]
 
     def _lost(self, start_SR: FloatArray, work_NSR: FloatArray) -> FloatArray:
         """Seconds that work done by kernel n loses: what falls beside the open transfer runs at 1 / slowdown."""
