@@ -195,7 +195,7 @@ class CalibratedModel:
             rows_QE = rows_RE if rows_RE.ndim == 1 else rows_RE.reshape(-1, rows_RE.shape[-1])
             if rows_RE.ndim > 1 and rows_RE.size >= _MANY_ROWS:
                 rows_QE = np.sort(rows_QE, axis=1)
-                mark_Q = rows_QE @ stream(0, "distinct rows").uniform(1.0, 2.0, rows_QE.shape[1])
+                mark_Q = np.einsum("qe,e->q", rows_QE, stream(0, "distinct rows").uniform(1.0, 2.0, rows_QE.shape[1]))
                 _, first_U, source_Q = np.unique(mark_Q, return_index=True, return_inverse=True)
                 rows_QE = rows_QE[first_U]
             found = RowTotals.of(rows_QE), source_Q

@@ -16,7 +16,9 @@ from moesim.compute.estimate import FloatArray
 Shape = Literal["matern", "rational"]
 _MARGIN = 0.15  # length scales beyond the measured range that still count as inside
 _NEAR = 0.02  # length scales: perhaps the same point
-_BLOCK = 128  # queried points at a time: their kernel values stay in the processor's cache
+# Multiplications of a block of queried points: its kernel values stay in the processor's cache, and its product is too
+# small for the BLAS to wake threads, which then spin for longer than the product takes.
+_BLOCK_PRODUCTS = 200_000
 # A kernel is a function of SLOPE * squared distance + OFFSET. Matern-3/2 is (1 + s) exp(-s) with s = sqrt(3 d2), the
 # rational quadratic one is 1 / (1 + 2 d2): half as dear, and as good where its heavier tail does no harm.
 _SLOPES: dict[Shape, tuple[float, float]] = {"matern": (3.0, 1e-4), "rational": (2.0, 1.0)}
@@ -108,12 +110,14 @@ class ResidualField:
         queries_QG[:, -2] = np.einsum("qf,qf->q", offsets_QF, offsets_QF)
         queries_QG[:, -1] = 1.0
         residual_Q, nearest_Q = np.empty((2, count), np.float32)
-        buffer = np.empty((min(count, _BLOCK), len(self._values_P)), np.float32)
-        for begin in range(0, count, _BLOCK):
-            end = min(begin + _BLOCK, count)
+        size = max(1, _BLOCK_PRODUCTS // self._arguments_GP.size)
+        buffer = np.empty((min(count, size), len(self._values_P)), np.float32)
+        for begin in range(0, count, size):
+            end = min(begin + size, count)
             arguments_BP = np.matmul(queries_QG[begin:end], self._arguments_GP, out=buffer[: end - begin])
             np.minimum.reduce(arguments_BP, axis=1, out=nearest_Q[begin:end])
-            np.matmul(_kernel_in_place(arguments_BP, self._shape), self._scaled_weights_P, out=residual_Q[begin:end])
+            kernel_BP = _kernel_in_place(arguments_BP, self._shape)
+            np.einsum("bp,p->b", kernel_BP, self._scaled_weights_P, out=residual_Q[begin:end])
         distance = self._distance(float(nearest_Q.max())) if inside else math.inf
         near = np.empty(0, int)
         if self._distance(float(nearest_Q.min())) < _NEAR:

@@ -163,14 +163,9 @@ class RowTotals:
         return RowTotals(self.rows_QE[chosen_Q], self.rows[chosen_Q], active, self.squares[chosen_Q])
 
 
-@lru_cache(64)
-def _ones(count: int) -> FloatArray:
-    return np.ones(count)
-
-
 def _sums(values_QE: FloatArray) -> Any:
-    """Sums over the last axis: a product with ones, because numpy is slow along a short axis."""
-    sums = values_QE @ _ones(values_QE.shape[-1])
+    """Sums over the last axis; numpy's `sum` is slow along a short axis, and a product with ones may wake threads."""
+    sums = np.einsum("...e->...", values_QE)
     return sums if sums.ndim else float(sums)
 
 
