@@ -199,7 +199,7 @@ class PreparedTransfer:
         start_SR = start_R.reshape(self._overhead_SR.shape)
         if self._synchronised:
             return np.asarray((start_SR.max(axis=1, keepdims=True) + self._alone_SR).reshape(self._shape))
-        if (start_SR == start_SR[:, :1]).all():
+        if start_SR[0, 0] == start_SR[0, -1] and (start_SR == start_SR[:, :1]).all():
             return np.asarray((start_SR + self._alone_SR).reshape(self._shape))
         finish_SR = self._sharing.finish(start_SR)
         finish_SR += self._overhead_SR

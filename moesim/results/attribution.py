@@ -70,6 +70,14 @@ def _stream_intervals(table: SpanTable, stream: Stream) -> tuple[NDArray[np.intp
     return rows_N, table.start_NSR[rows_N].reshape(-1, columns), table.finish_NSR[rows_N].reshape(-1, columns)
 
 
+def _joined(begin_NQ: FloatArray, end_NQ: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Spans that follow each other without a gap in every column, as one."""
+    if not len(begin_NQ):
+        return begin_NQ, end_NQ
+    apart_N = (begin_NQ[1:] != end_NQ[:-1]).any(axis=1)
+    return begin_NQ[np.append(True, apart_N)], end_NQ[np.append(apart_N, True)]
+
+
 def _add_by_category(seconds_CQ: FloatArray, category_N: NDArray[np.intp], values_NQ: FloatArray) -> None:
     for category in np.unique(category_N):
         seconds_CQ[category] += values_NQ[category_N == category].sum(axis=0)
@@ -88,6 +96,7 @@ def attribute(table: SpanTable) -> FloatArray:
 
     compute_N, begin_NQ, end_NQ = _stream_intervals(table, Stream.COMPUTE)
     _add_by_category(seconds_CQ, category_L[table.label_N[compute_N]], end_NQ - begin_NQ)
+    begin_NQ, end_NQ = _joined(begin_NQ, end_NQ)
     covered = _Coverage(begin_NQ, end_NQ, compiled=ranks >= COMPILED_RANKS)
     for stream in (Stream.COMMUNICATION, Stream.REDUCTION, Stream.PIPELINE, Stream.HOST):
         rows_N, start_NQ, finish_NQ = _stream_intervals(table, stream)
