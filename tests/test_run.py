@@ -112,3 +112,10 @@ def test_more_price_more_cost_but_no_more_time(small):
     cheap, dear = simulate(small()).result, simulate(small({"cluster.price_per_gpu_hour": 4.0})).result
     assert dear["step_time_s"] == cheap["step_time_s"]
     assert dear["cost"]["usd_per_step"] == pytest.approx(2 * cheap["cost"]["usd_per_step"])
+
+
+def test_full_recomputation_dispatches_three_times(small):
+    once = simulate(small()).result["communication"]
+    again = simulate(small({"workload.recompute": "full"})).result
+    assert again["communication"]["dispatch_bytes"] == pytest.approx(1.5 * once["dispatch_bytes"])
+    assert again["attribution_s"]["recompute"] > 0

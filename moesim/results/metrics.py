@@ -18,6 +18,13 @@ from moesim.trace.metrics import imbalance, uniform_floor
 FloatArray = NDArray[np.float64]
 
 PASSES = 2  # forward and backward: the gradient of combine travels as a dispatch, that of dispatch as a combine
+
+
+def num_passes(scenario: Scenario) -> int:
+    """How often a micro-batch is dispatched and combined in each layer; full recomputation repeats the forward pass."""
+    return PASSES + (scenario.workload.recompute == "full")
+
+
 RANGE = (0.05, 0.95)
 
 
@@ -102,7 +109,7 @@ class TrafficFacts:
         """Bytes of one step over all ranks, layers and both passes; a rank's copy to itself is no traffic."""
         dispatch, hidden = self.scenario.dispatch, self.scenario.model.hidden
         out, back = token_bytes(hidden, dispatch.dtype), token_bytes(hidden, dispatch.combine_dtype)
-        per_step = PASSES / self.num_samples
+        per_step = num_passes(self.scenario) / self.num_samples
         tokens = self.scenario.tokens_per_step * self.num_layers * self.num_samples
         return {
             "dispatch_bytes": (self.own_node_copies + self.remote_node_copies) * out * per_step,
@@ -115,7 +122,12 @@ class TrafficFacts:
     def traffic_RR(self) -> FloatArray:
         """Dispatched bytes between the ranks of group 0 in one step, both passes, mean over samples."""
         dispatch = self.scenario.dispatch
-        return self.copies_RD * token_bytes(self.scenario.model.hidden, dispatch.dtype) * PASSES / self.num_samples
+        return (
+            self.copies_RD
+            * token_bytes(self.scenario.model.hidden, dispatch.dtype)
+            * num_passes(self.scenario)
+            / self.num_samples
+        )
 
 
 def window_tokens(scenario: Scenario) -> int:
