@@ -48,6 +48,8 @@ SYNTHETIC_TOKENS = (65_536, 262_144)  # at least, and at most while one expert g
 SPAN_MEMORY = 400e6  # bytes of spans simulated at once: more samples than fit run in several passes
 BYTES_PER_SPAN = 20
 SPANS_PER_LAYER = 70  # about, both directions
+MERGED_SPAN_MEMORY = 900e6  # the same where a single sample is larger: kernels are merged, and pairs go together
+MERGED_SPANS_PER_LAYER = 22
 
 
 def simulate(
@@ -171,7 +173,10 @@ def _simulate_samples(
     """Simulate the samples in lockstep, as many at once as memory allows."""
     runs = scenario.num_micro_batches * scenario.parallelism.world_size // scenario.parallelism.pipeline
     bytes_per_sample = scenario.model.layers * SPANS_PER_LAYER * runs * BYTES_PER_SPAN
+    merge = bytes_per_sample > SPAN_MEMORY
     at_once = max(1, int(SPAN_MEMORY / bytes_per_sample))
+    if merge:
+        at_once = max(1, int(MERGED_SPAN_MEMORY / (bytes_per_sample * MERGED_SPANS_PER_LAYER / SPANS_PER_LAYER)))
     parts = [
         _simulate_program(
             build_program(
@@ -179,7 +184,7 @@ def _simulate_samples(
                 fabric=fabric,
                 kernels=kernels,
                 samples=samples[start : start + at_once],
-                merge=bytes_per_sample > SPAN_MEMORY,
+                merge=merge,
             ),
             first=start == 0,
         )

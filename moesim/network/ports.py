@@ -27,6 +27,7 @@ FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.integer]
 
 COMPILED_RANKS = 32  # from here on compiled loops pay for loading numba
+COMPILED_FLOWS = 64  # of a port: for more of them sorting is faster than comparing each with each
 
 
 class SideLoads:
@@ -36,10 +37,19 @@ class SideLoads:
     def __init__(self, side: Side, flows_SF2: FloatArray, ports_SP2: FloatArray) -> None:
         self.side = side
         self.seconds_SF, self.level_SF = flows_SF2[..., 0], flows_SF2[..., 1]
+        self.ports_SP2 = ports_SP2
         self.total_SP, self.latency_SP = ports_SP2[..., 0], ports_SP2[..., 1]
 
-    def fill(self, bytes_SF: FloatArray, latency_F: FloatArray) -> None:
+    def fill(self, bytes_SF: FloatArray, latency_F: FloatArray, *, compiled: bool) -> None:
         """Work them out from the flows' bytes."""
+        widest = max((flow_TW.shape[1] for _, flow_TW, _ in self.side.tables), default=0)
+        if compiled and widest <= COMPILED_FLOWS:
+            for port_T, flow_TW, _ in self.side.tables:
+                loops().fill(
+                    bytes_SF, self.side.pace_F, latency_F, port_T, flow_TW,
+                    self.seconds_SF, self.level_SF, self.ports_SP2,
+                )  # fmt: skip
+            return
         np.multiply(bytes_SF, self.side.pace_F, out=self.seconds_SF)
         active_SF = bytes_SF > 0
         seconds_SF = _padded(self.seconds_SF, 0.0)
@@ -95,7 +105,7 @@ class Ports:
         self._flows_SF4 = np.empty((*bytes_SF.shape, 4))
         self._ports_SP2 = np.empty((len(bytes_SF), len(flows.owner_P), 2))
         for loads in (self._receive, self._send):
-            loads.fill(bytes_SF, flows.latency_F)
+            loads.fill(bytes_SF, flows.latency_F, compiled=self.compiled(flows.num_ranks))
 
     def part(self, samples: slice) -> Self:
         """The closed form for some of the matrices."""

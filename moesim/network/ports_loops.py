@@ -80,3 +80,38 @@ def join_stages(first_SR: FloatArray, feeders_SRV: IntArray, finish_SR: FloatArr
             for feeder in feeders_SRV[sample, rank]:
                 last = max(last, first_SR[sample, feeder])
             finish_SR[sample, rank] = last
+
+
+@numba.njit(cache=True)
+def fill(
+    bytes_SF: FloatArray,
+    pace_F: FloatArray,
+    latency_F: FloatArray,
+    port_T: NDArray[np.int64],
+    flow_TW: NDArray[np.int64],
+    seconds_SF: FloatArray,
+    level_SF: FloatArray,
+    ports_SP2: FloatArray,
+) -> None:
+    """Writes what the flows cost at the ports of one table; see SideLoads.fill."""
+    num_flows = len(pace_F)
+    for sample in range(len(bytes_SF)):
+        for row in range(len(port_T)):
+            total, latency = 0.0, -np.inf
+            for flow in flow_TW[row]:
+                if flow < num_flows:
+                    seconds_SF[sample, flow] = bytes_SF[sample, flow] * pace_F[flow]
+                    total += seconds_SF[sample, flow]
+                    if bytes_SF[sample, flow] > 0:
+                        latency = max(latency, latency_F[flow])
+            ports_SP2[sample, port_T[row], 0] = total
+            ports_SP2[sample, port_T[row], 1] = latency
+            for flow in flow_TW[row]:
+                if flow < num_flows:
+                    level = -np.inf
+                    if bytes_SF[sample, flow] > 0:
+                        level = 0.0
+                        for other in flow_TW[row]:
+                            if other < num_flows:
+                                level += min(seconds_SF[sample, other], seconds_SF[sample, flow])
+                    level_SF[sample, flow] = level
