@@ -280,7 +280,7 @@ def _record(
     }
     if facts is not None and trace is not None:
         result["imbalance"] = imbalance_facts(
-            scenario, facts, compute_time_SW=outcome.compute_time_SW, top_k=trace.router.top_k, cost_s=cost_s
+            scenario, facts, compute_time_SW=outcome.compute_time_SW, router=trace.router, cost_s=cost_s
         )
         result["router"] = _router_facts(scenario, trace, plain[0])
         arrays |= _load_arrays(facts)

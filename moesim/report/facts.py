@@ -155,8 +155,9 @@ def balance(result: Result) -> list[Fact]:
     facts = result["imbalance"]
     return [
         Fact("experts", times(facts["expert"]), "rows of the busiest expert / mean"),
-        Fact("uniform router", times(facts["uniform_floor"]), "the floor for experts: what chance alone gives"),
+        Fact("uniform experts", times(facts["uniform_floor"]), "the floor for experts: what chance alone gives"),
         Fact("rank rows", times(facts["rank_rows"]), "rows of the busiest rank / mean"),
+        Fact("uniform ranks", times(facts["uniform_floor_rank"]), "the floor for ranks, before drops"),
         Fact("rank bytes", times(facts["rank_bytes"]), "bytes of the busiest rank / mean"),
         Fact("rank time", times(facts["rank_time"]), "computing time of the slowest rank / mean, whole step"),
         Fact("window", f"{count(facts['window_tokens'])} tokens", "over which rows and bytes are counted"),

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from moesim.parallel import ExpertPlacement, TrafficSample
 from moesim.parallel.stages import stage_copies
 from moesim.parallel.traffic import token_bytes
-from moesim.scenario import Scenario
+from moesim.scenario import RouterShape, Scenario
 from moesim.trace.metrics import imbalance, uniform_floor
 
 FloatArray = NDArray[np.float64]
@@ -136,14 +136,25 @@ def window_tokens(scenario: Scenario) -> int:
 
 
 def imbalance_facts(
-    scenario: Scenario, facts: TrafficFacts, *, compute_time_SW: FloatArray, top_k: int, cost_s: float
+    scenario: Scenario, facts: TrafficFacts, *, compute_time_SW: FloatArray, router: RouterShape, cost_s: float
 ) -> dict[str, Any]:
-    """max / mean per layer, micro-batch and group, averaged; and over the whole step."""
+    """max / mean per layer, micro-batch and group, averaged; and over the whole step.
+
+    Floors: what a uniform router has on the same window over experts, and over ranks under the router's group limit.
+    """
     window = window_tokens(scenario)
     return {
         **{name: float(np.mean(values)) for name, values in facts.imbalance.items()},
         "rank_time": mean_imbalance(compute_time_SW),
-        "uniform_floor": uniform_floor(scenario.model.experts, top_k=top_k, tokens=window),
+        "uniform_floor": uniform_floor(scenario.model.experts, top_k=router.top_k, tokens=window),
+        "uniform_floor_rank": uniform_floor(
+            scenario.model.experts,
+            top_k=router.top_k,
+            tokens=window,
+            num_groups=router.num_groups,
+            group_limit=router.group_limit,
+            num_bins=scenario.parallelism.expert,
+        ),
         "window_tokens": window,
         "whole_step_expert": mean_imbalance(facts.expert_load_LE),
         "whole_step_rank_rows": mean_imbalance(facts.rank_load_LR),
@@ -159,6 +170,7 @@ def no_imbalance() -> dict[str, Any]:
         "rank_bytes": 1.0,
         "rank_time": 1.0,
         "uniform_floor": 1.0,
+        "uniform_floor_rank": 1.0,
         "window_tokens": 0,
         "whole_step_expert": 1.0,
         "whole_step_rank_rows": 1.0,

@@ -103,6 +103,7 @@ def make_result(*, name: str, attribution_C: np.ndarray[Any, Any], balanced_s: f
             "rank_bytes": 1.143,
             "rank_time": 1.185,
             "uniform_floor": 1.039,
+            "uniform_floor_rank": 1.012,
             "window_tokens": 32768,
             "cost_s": step - balanced_s,
         },
