@@ -8,13 +8,15 @@ Legend: S routing samples, R ranks, F flows, C components, X links, P hops, Q en
 
 import copy
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
 from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moesim.network.fabric import NONE, Fabric
-from moesim.network.filling import drain, join_links, list_flows
+from moesim.network.filling import drain_components, join_links
 from moesim.network.flows import Demand, Flows, build_flows
 
 FloatArray = NDArray[np.float64]
@@ -26,12 +28,39 @@ COARSE_FLOWS = 2**18
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Component:
-    """Flows that share links with each other, and with no others; links are numbered within it."""
+class Components:
+    """Flows in runs that share links with each other, and with no others; links are numbered within each run.
+
+    Component c holds flows `first_flow_C[c] : [c + 1]` of `flows` and as many links of `capacity_X` by `first_link_C`.
+    """
 
     flows: IntArray
     path_FP: IntArray
     capacity_X: FloatArray
+    first_flow_C: NDArray[np.int64]
+    first_link_C: NDArray[np.int64]
+
+    @cached_property
+    def component_F(self) -> NDArray[np.int64]:
+        """The component of each flow."""
+        return np.repeat(np.arange(len(self.first_flow_C) - 1), np.diff(self.first_flow_C))
+
+    def ends(self, bytes_F: FloatArray, release_F: FloatArray, window_C: FloatArray) -> FloatArray:
+        """End of each flow without latency, -inf for flows without bytes; all in the order of `flows`."""
+        order_F = np.lexsort((release_F, self.component_F))  # `drain` takes flows in order of release
+        first_flow_C = self.first_flow_C
+        sends_F = bytes_F[order_F] > 0
+        if not sends_F.all():
+            order_F = order_F[sends_F]
+            first_flow_C = np.searchsorted(self.component_F[order_F], np.arange(len(first_flow_C)))
+        finish_F = np.empty(len(order_F))
+        drain_components(
+            bytes_F[order_F], release_F[order_F], self.path_FP[order_F], self.capacity_X, first_flow_C,
+            self.first_link_C, window_C, finish_F,
+        )  # fmt: skip
+        ends_F = np.full(len(bytes_F), -np.inf)
+        ends_F[order_F] = finish_F
+        return ends_F
 
 
 class FairSharing:
@@ -40,8 +69,9 @@ class FairSharing:
     def __init__(self, fabric: Fabric, demand: Demand, *, two_sided: bool, window: float) -> None:
         self._flows = flows = build_flows(fabric, demand)
         self._two_sided = two_sided
-        self._window = window
         self._components = _components(fabric, flows)
+        size_C = np.diff(self._components.first_flow_C)
+        self._window_C = np.where(size_C > COARSE_FLOWS, max(window, COARSE_WINDOW), window) if window else 0.0 * size_C
 
     def part(self, samples: slice) -> Self:
         """The same flows in some of the samples."""
@@ -65,68 +95,39 @@ class FairSharing:
         return finish_SR
 
     def _arrivals(self, start_SR: FloatArray) -> FloatArray:
-        flows = self._flows
+        flows, parts = self._flows, self._components
         arrival_SF = np.full(flows.bytes_SF.shape, -np.inf)
         for start_R, bytes_F, arrival_F in zip(start_SR, flows.bytes_SF, arrival_SF, strict=True):
             release_F = start_R[flows.source_F]
             if self._two_sided:
                 release_F = np.maximum(release_F, start_R[flows.target_F])
-            for component in self._components:
-                chosen, path_FP = component.flows, component.path_FP
-                sends_F = bytes_F[chosen] > 0
-                if not sends_F.all():
-                    chosen, path_FP = chosen[sends_F], path_FP[sends_F]
-                ends_F = _solve(bytes_F[chosen], release_F[chosen], path_FP, component.capacity_X, window=self._window)
-                arrival_F[chosen] = ends_F + flows.latency_F[chosen]
+            arrival_F[parts.flows] = parts.ends(bytes_F[parts.flows], release_F[parts.flows], self._window_C)
+            arrival_F += flows.latency_F
         return arrival_SF
 
 
-def _solve(
-    bytes_F: FloatArray, release_F: FloatArray, path_FP: IntArray, capacity_X: FloatArray, *, window: float
-) -> FloatArray:
-    """End of each flow without latency. Flows are put in order of release first; ties keep their order."""
-    if not len(bytes_F):
-        return np.zeros(0)
-    order_F = None
-    if (np.diff(release_F) < 0).any():
-        order_F = np.argsort(release_F, kind="stable")
-        path_FP, bytes_F, release_F = path_FP[order_F], bytes_F[order_F], release_F[order_F]
-    scale = 0.0
-    if window and len(bytes_F) > COARSE_FLOWS:
-        window = COARSE_WINDOW
-    if window:
-        load_X = np.zeros(len(capacity_X))
-        for link_F in path_FP.T:
-            load_X += np.bincount(link_F + 1, weights=bytes_F, minlength=len(capacity_X) + 1)[1:]
-        scale = float((load_X / capacity_X).max())
-    first_X = np.zeros(len(capacity_X) + 1, dtype=np.int64)
-    list_Q = np.empty(np.count_nonzero(path_FP != NONE), dtype=np.int32)
-    list_flows(path_FP, len(capacity_X), first_X, list_Q)
-    finish_F = np.empty(len(bytes_F))
-    drain(bytes_F, release_F, path_FP, capacity_X, first_X, list_Q, window, scale, finish_F)
-    if order_F is None:
-        return finish_F
-    ends_F = np.empty(len(bytes_F))
-    ends_F[order_F] = finish_F
-    return ends_F
-
-
-def _components(fabric: Fabric, flows: Flows) -> tuple[Component, ...]:
+def _components(fabric: Fabric, flows: Flows) -> Components:
     """Split the flows where no link is shared."""
     path_FP = flows.path_FP
-    if not len(path_FP):
-        return ()
-    root_X = np.append(join_links(path_FP, len(fabric.links)), NONE)
-    root_F = root_X[path_FP].max(axis=1)
-    assert root_F.min() >= 0, "a flow without any link that could bind it"
+    root_F = np.zeros(0, dtype=np.int32)
+    if len(path_FP):
+        root_F = np.append(join_links(path_FP, len(fabric.links)), NONE)[path_FP].max(axis=1)
+        assert root_F.min() >= 0, "a flow without any link that could bind it"
     order_F = np.argsort(root_F, kind="stable").astype(np.int32)
-    components = []
-    for chosen in np.split(order_F, np.flatnonzero(np.diff(root_F[order_F])) + 1):
-        own_FP = path_FP[chosen]
+    first_flow_C = np.flatnonzero(np.diff(root_F[order_F], prepend=NONE))
+    first_flow_C = np.append(first_flow_C, len(order_F))
+    local_FP, capacities = path_FP[order_F], []
+    for first, last in pairwise(first_flow_C):
+        own_FP = local_FP[first:last]
         used_X = np.zeros(len(fabric.links) + 1, dtype=bool)
         used_X[own_FP] = True
         used_X[NONE] = False
-        local_X = np.where(used_X, np.cumsum(used_X) - 1, NONE).astype(np.int32)
-        capacity_X = fabric.capacity_X[used_X[:-1]]
-        components.append(Component(flows=chosen, path_FP=local_X[own_FP], capacity_X=capacity_X))
-    return tuple(components)
+        local_FP[first:last] = np.where(used_X, np.cumsum(used_X) - 1, NONE).astype(np.int32)[own_FP]
+        capacities.append(fabric.capacity_X[used_X[:-1]])
+    return Components(
+        flows=order_F,
+        path_FP=np.ascontiguousarray(local_FP),
+        capacity_X=np.concatenate([np.zeros(0), *capacities]),
+        first_flow_C=first_flow_C,
+        first_link_C=np.cumsum([0, *map(len, capacities)]),
+    )

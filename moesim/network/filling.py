@@ -240,3 +240,44 @@ def list_flows(path_FP: IntArray, num_links: int, first_X: NDArray[np.int64], li
             if link >= 0:
                 list_Q[next_X[link]] = flow
                 next_X[link] += 1
+
+
+@_compiled
+def drain_components(
+    bytes_F: FloatArray,
+    release_F: FloatArray,
+    path_FP: IntArray,
+    capacity_X: FloatArray,
+    first_flow_C: NDArray[np.int64],
+    first_link_C: NDArray[np.int64],
+    window_C: FloatArray,
+    finish_F: FloatArray,
+) -> None:
+    """`drain` for runs of flows that share no link; component c's flows and links end where the next one's begin."""
+    for component in range(len(window_C)):
+        start, end = first_flow_C[component], first_flow_C[component + 1]
+        if start == end:
+            continue
+        own_path_FP = path_FP[start:end]
+        own_capacity_X = capacity_X[first_link_C[component] : first_link_C[component + 1]]
+        num_links = len(own_capacity_X)
+        first_X = np.zeros(num_links + 1, dtype=np.int64)
+        list_Q = np.empty(own_path_FP.size, dtype=np.int32)
+        list_flows(own_path_FP, num_links, first_X, list_Q)
+        scale = 0.0
+        for link in range(num_links):
+            load = 0.0
+            for index in range(first_X[link], first_X[link + 1]):
+                load += bytes_F[start + list_Q[index]]
+            scale = max(scale, load / own_capacity_X[link])
+        drain(
+            bytes_F[start:end],
+            release_F[start:end],
+            own_path_FP,
+            own_capacity_X,
+            first_X,
+            list_Q,
+            window_C[component],
+            scale,
+            finish_F[start:end],
+        )

@@ -235,7 +235,7 @@ def test_patterns_of_starts_are_remembered(monkeypatch: pytest.MonkeyPatch) -> N
     prepared = prepare_transfer(fabric, bytes_RR, model="exact")
     first_R = prepared.finish(start_R)
     np.testing.assert_allclose(first_R, rank_finish(transfer_times(fabric, bytes_RR, start_R=start_R)), rtol=2e-6)
-    monkeypatch.setattr("moesim.network.fair.drain", None)
+    monkeypatch.setattr("moesim.network.fair.drain_components", None)
     np.testing.assert_allclose(prepared.finish(start_R + 0.5) - 0.5, first_R, atol=1e-12)
 
 
