@@ -138,7 +138,7 @@ class Overlap(Section):
 
 
 class Implementation(Section):
-    """Which software is simulated; its kernels and host behaviour are listed in `moesim.sim.kernels`."""
+    """Which software is simulated; `moesim.sim.fused` and `moesim.sim.torch_eager` list its kernels."""
 
     kind: Literal["fused", "torch_eager"] = "fused"
 
@@ -154,7 +154,7 @@ class Uncertainty(Section):
 
 
 class Compute(Section):
-    """Where kernel durations come from: a profile (name or path), or the roofline of the GPU's datasheet."""
+    """Where kernel durations come from: a profile (name or path), or `roofline`. Absent: the best there is for the GPU."""
 
     profile: str | None = None
 
