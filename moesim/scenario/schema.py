@@ -154,7 +154,7 @@ class Uncertainty(Section):
 
 
 class Compute(Section):
-    """Where kernel durations come from: a profile (name or path) or `roofline`; absent, the best there is for the GPU."""
+    """Where kernel durations come from: a profile (name or path), `roofline`, or by default the best for the GPU."""
 
     profile: str | None = None
 
