@@ -8,7 +8,7 @@ from moesim.run import simulate
 from moesim.scenario import load_scenario
 
 FILES = sorted((Path(__file__).parent.parent / "scenarios").glob("*.yaml"))
-LARGE = 512  # GPUs; larger ones take longer than a quick test may
+LARGE = 32  # GPUs; the steps of more take longer than a quick test may
 
 
 def _parameters() -> list:
@@ -24,7 +24,7 @@ def test_scenario_runs(file, tmp_path):
     overrides = ["uncertainty.samples=1"]
     if load_scenario(file).routing.kind == "train":
         overrides += ["routing.steps=2", "routing.thin.tokens_per_step=512", "routing.thin.layers=1"]
-        overrides += ["workload.global_batch=16"]
+        overrides += ["workload.global_batch=64"]
     result = simulate(load_scenario(file, overrides), cache_dir=tmp_path).result
     assert result["step_time_s"] > 0
     assert 0 < result["mfu"]["causal"] < 1
