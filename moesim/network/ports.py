@@ -63,20 +63,28 @@ class SideLoads:
         self.level_SF[~active_SF] = -np.inf
 
     @cached_property
-    def tables(self) -> Sequence[tuple[PortTable, FloatArray, FloatArray]]:
-        """Per table of ports the seconds of their flows [S, T, W], and 0 or (where there is no flow) -inf."""
+    def tables(self) -> Sequence[tuple[PortTable, FloatArray, FloatArray, IntArray]]:
+        """Per table of ports the seconds of their flows [S, T, W], 0 or (where there is no flow) -inf for each, and
+        where in the flattened array a port's flows begin [S, T, 1]."""
         seconds_SF = _padded(self.seconds_SF, 0.0)
         absent_SF = _padded(np.where(np.isinf(self.level_SF), -np.inf, 0.0), -np.inf)
-        return [(table, seconds_SF[:, table.flow_TW], absent_SF[:, table.flow_TW]) for table in self.side.tables]
+        tables = []
+        for table in self.side.tables:
+            seconds_STW = np.ascontiguousarray(seconds_SF[:, table.flow_TW])
+            samples, ports, width = seconds_STW.shape
+            first_ST1 = np.arange(0, seconds_STW.size, width).reshape(samples, ports, 1)
+            tables.append((table, seconds_STW, absent_SF[:, table.flow_TW], first_ST1))
+        return tables
 
     def queues(self, start_SR: FloatArray) -> FloatArray:
         """When each port is done if only the flows' other ends are late, [S, P]."""
         queue_SP = np.empty(self.total_SP.shape)
-        for table, seconds_STW, absent_STW in self.tables:
+        for table, seconds_STW, absent_STW, first_ST1 in self.tables:
             start_STW = start_SR[:, table.peer_TW] + absent_STW
-            order_STW = np.argsort(-start_STW, axis=2)
-            later_STW = np.take_along_axis(seconds_STW, order_STW, axis=2).cumsum(axis=2)
-            later_STW += np.take_along_axis(start_STW, order_STW, axis=2)
+            order_STW = (-start_STW).argsort(axis=2)
+            order_STW += first_ST1
+            later_STW = seconds_STW.take(order_STW).cumsum(axis=2)
+            later_STW += start_STW.take(order_STW)
             queue_SP[:, table.port_T] = later_STW.max(axis=2)
         return queue_SP
 

@@ -18,7 +18,7 @@ from moesim.parallel.schedules import Handoff, Pass, Schedule, Work, build_sched
 from moesim.scenario import Scenario
 from moesim.scenario.base import BYTES_PER_ELEMENT
 from moesim.sim.executor import FREE_HOST
-from moesim.sim.loads import LayerLoads, RoutingSample, group_loads
+from moesim.sim.loads import RoutingSample, group_loads
 from moesim.sim.operations import Block, Run
 from moesim.sim.parameters import ParameterGroups, optimizer_block
 from moesim.sim.program import GroupProgram, Sent, StepProgram, Task
@@ -206,18 +206,16 @@ class _Builder:
         chosen = [layer for layer in layers if layer >= model.dense_layers]
         if last:
             chosen += range(model.layers, model.layers + model.mtp_layers)
-        loads: dict[int, LayerLoads] = {}
-        if self.samples:
-            moe_layers = [layer - model.dense_layers for layer in chosen]
-            found = group_loads(
+        loads = None
+        if self.samples and chosen:
+            loads = group_loads(
                 self.scenario,
                 self.fabric,
                 self.samples,
                 group=number,
                 stage=pipeline_rank,
-                layers=moe_layers,
+                layers=[layer - model.dense_layers for layer in chosen],
                 ranks_R=ranks_R,
             )
-            loads = dict(zip(chosen, found, strict=True))
-        plan = StagePlan(layers=layers, first=stage == 0, last=last)
+        plan = StagePlan(layers=layers, moe_layers=tuple(chosen) if loads else (), first=stage == 0, last=last)
         return stage_blocks(self.scenario, self.kernels, plan, loads)

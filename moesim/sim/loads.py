@@ -5,18 +5,20 @@ Legend: M micro-batches, S routing samples, Q = M*S, R ranks (D the same as dest
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moesim.network import Fabric, prepare_combine, prepare_dispatch
-from moesim.parallel import ExpertPlacement, TrafficArrays, token_bytes
+from moesim.parallel import Deduplicate, ExpertPlacement, TrafficArrays, token_bytes
 from moesim.parallel.stages import held_copies, stage_copies
 from moesim.scenario import Scenario
 from moesim.sim.operations import Transfer
 
 IntArray = NDArray[np.int64]
+
+BYTES_AT_ONCE = 32e6  # of copies from rank to rank: layers whose transfers are prepared together
 
 
 class RoutingSample(Protocol):
@@ -32,7 +34,7 @@ class RoutingSample(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class LayerLoads:
-    """Loads of one MoE layer.
+    """Loads of one MoE layer, or of several one behind the other along M, which are priced together.
 
     `slot_rows_MSRP`: rows that each expert slot computes. `copies_out_MSR`: copies of its own tokens that a rank writes
     into its send buffer (copies for itself included). `copies_in_MSR`: copies that reach a rank. The transfers of one
@@ -61,41 +63,53 @@ def group_loads(
     stage: int,
     layers: Sequence[int],
     ranks_R: IntArray,
-) -> list[LayerLoads]:
+) -> LayerLoads:
     """The loads of some MoE layers (numbered among those) of one expert group, samples stacked."""
-    placement = samples[0].placement
-    return [
-        _layer_loads(
-            scenario, fabric, [sample.arrays(group, layer, stage=stage) for sample in samples], placement, ranks_R
-        )
+    placement, deduplicate = samples[0].placement, scenario.dispatch.deduplicate
+    counted = [
+        _count([sample.arrays(group, layer, stage=stage) for sample in samples], placement, deduplicate)
         for layer in layers
     ]
-
-
-def _layer_loads(
-    scenario: Scenario,
-    fabric: Fabric,
-    arrays_S: Sequence[TrafficArrays],
-    placement: ExpertPlacement,
-    ranks_R: IntArray,
-) -> LayerLoads:
-    deduplicate = scenario.dispatch.deduplicate
-    slot_rows_MSRP = np.stack([arrays.slot_rows_BDP(placement) for arrays in arrays_S], axis=1)
-    held_MSRD = np.stack([held_copies(arrays, placement, deduplicate) for arrays in arrays_S], axis=1)
-    dispatch_M: tuple[Transfer, ...] = ()
-    combine_M: tuple[Transfer, ...] = ()
-    if scenario.parallelism.expert > 1:
-        stages_S = [stage_copies(arrays, placement, deduplicate) for arrays in arrays_S]
-        stages_MSRR = [np.stack(stage, axis=1) for stage in zip(*stages_S, strict=True)]
-        own_MSR = np.einsum("msrr->msr", held_MSRD)
-        dispatch_M, combine_M = _transfers(scenario, fabric, stages_MSRR, own_MSR, ranks_R)
+    dispatch_M: list[Transfer] = []
+    combine_M: list[Transfer] = []
+    at_once = max(1, int(BYTES_AT_ONCE / max(1, sum(stage.nbytes for stage in counted[0].stages_MSRR))))
+    for first in range(0, len(counted) if scenario.parallelism.expert > 1 else 0, at_once):
+        some = counted[first : first + at_once]
+        stages_MSRR = [np.concatenate(stage) for stage in zip(*(layer.stages_MSRR for layer in some), strict=True)]
+        own_MSR = np.concatenate([layer.own_MSR for layer in some])
+        out, back = _transfers(scenario, fabric, stages_MSRR, own_MSR, ranks_R)
+        dispatch_M += out
+        combine_M += back
+    slot_rows_MSRP = np.concatenate([layer.slot_rows_MSRP for layer in counted])
     return LayerLoads(
         slot_rows_MSRP=slot_rows_MSRP,
+        copies_out_MSR=np.concatenate([layer.copies_out_MSR for layer in counted]),
+        copies_in_MSR=np.concatenate([layer.copies_in_MSR for layer in counted]),
+        dispatch_M=tuple(dispatch_M),
+        combine_M=tuple(combine_M),
+        counts=_counts(scenario, fabric, slot_rows_MSRP[0], ranks_R),
+    )
+
+
+class _Counted(NamedTuple):
+    """What one layer's traffic comes to: see LayerLoads, and copies from rank to rank per stage of the dispatch."""
+
+    slot_rows_MSRP: NDArray[Any]
+    copies_out_MSR: NDArray[Any]
+    copies_in_MSR: NDArray[Any]
+    own_MSR: NDArray[Any]
+    stages_MSRR: list[NDArray[np.float64]]
+
+
+def _count(arrays_S: Sequence[TrafficArrays], placement: ExpertPlacement, deduplicate: Deduplicate) -> _Counted:
+    held_MSRD = np.stack([held_copies(arrays, placement, deduplicate) for arrays in arrays_S], axis=1)
+    stages_S = [stage_copies(arrays, placement, deduplicate) for arrays in arrays_S]
+    return _Counted(
+        slot_rows_MSRP=np.stack([arrays.slot_rows_BDP(placement) for arrays in arrays_S], axis=1),
         copies_out_MSR=held_MSRD.sum(axis=3),
         copies_in_MSR=held_MSRD.sum(axis=2),
-        dispatch_M=dispatch_M,
-        combine_M=combine_M,
-        counts=_counts(scenario, fabric, slot_rows_MSRP[0], ranks_R),
+        own_MSR=np.einsum("msrr->msr", held_MSRD).copy(),
+        stages_MSRR=[np.stack(stage, axis=1) for stage in zip(*stages_S, strict=True)],
     )
 
 
@@ -117,7 +131,7 @@ def _transfers(
     own_MSR: NDArray[Any],
     ranks_R: IntArray,
 ) -> tuple[tuple[Transfer, ...], tuple[Transfer, ...]]:
-    """Dispatch and combine of one layer and every micro-batch, prepared together; all samples in lockstep."""
+    """Dispatch and combine of every layer and micro-batch, prepared together; all samples in lockstep."""
     dispatch, hidden = scenario.dispatch, scenario.model.hidden
     micro_batches, _, ranks = own_MSR.shape
     stages_QRR = [stage_MSRR.reshape(-1, ranks, ranks) for stage_MSRR in stages_MSRR]

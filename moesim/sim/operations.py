@@ -59,6 +59,18 @@ class Operation:
     launches: float = 1
     source: str = ""
 
+    def of_layer(self, layer: int, *, index: int, layers: int) -> "Operation":
+        """The part of one layer, where the operation holds `layers` of them one behind the other along M."""
+        seconds_MSR, transfers_M = self.seconds_MSR, self.transfers_M
+        if seconds_MSR is not None and len(seconds_MSR) > 1:
+            each = len(seconds_MSR) // layers
+            seconds_MSR = seconds_MSR[index * each : (index + 1) * each]
+        if len(transfers_M) > 1:
+            each = len(transfers_M) // layers
+            transfers_M = transfers_M[index * each : (index + 1) * each]
+        label = self.label._replace(layer=layer)
+        return replace(self, label=label, seconds_MSR=seconds_MSR, transfers_M=transfers_M)
+
     @property
     def is_weight_gradient(self) -> bool:
         """Whether nobody waits for it but the optimizer: schedules may put it off."""

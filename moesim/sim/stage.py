@@ -3,7 +3,7 @@
 Legend: L layers of the stage.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from moesim.compute import KernelModel
@@ -25,18 +25,22 @@ RECOMPUTED_NAMES = {
 
 @dataclass(frozen=True, kw_only=True)
 class StagePlan:
-    """Which part of the model a stage is: `layers` numbered through the model, and whether it is an end."""
+    """Which part of the model a stage is: `layers` numbered through the model, and whether it is an end.
+
+    `moe_layers`: those of them with experts, and layers of multi-token prediction.
+    """
 
     layers: range
+    moe_layers: tuple[int, ...]
     first: bool
     last: bool
 
 
 def stage_blocks(
-    scenario: Scenario, kernels: KernelModel, plan: StagePlan, loads_of_layer: Mapping[int, LayerLoads]
+    scenario: Scenario, kernels: KernelModel, plan: StagePlan, loads: LayerLoads | None
 ) -> dict[Pass, Block]:
-    """A block per pass; `loads_of_layer` holds the MoE layers of the stage (and layers of multi-token prediction)."""
-    forward, backward = _passes(scenario, kernels, plan, loads_of_layer)
+    """A block per pass; `loads` holds the MoE layers of the plan, where there are any."""
+    forward, backward = _passes(scenario, kernels, plan, loads)
     late = tuple(operation for operation in backward if operation.is_weight_gradient)
     early = tuple(operation for operation in backward if not operation.is_weight_gradient)
     return {
@@ -47,20 +51,25 @@ def stage_blocks(
     }
 
 
-def _passes(
-    scenario: Scenario, kernels: KernelModel, plan: StagePlan, loads_of_layer: Mapping[int, LayerLoads]
-) -> Passes:
+def _passes(scenario: Scenario, kernels: KernelModel, plan: StagePlan, loads: LayerLoads | None) -> Passes:
     model, software, step = scenario.model, SOFTWARE[scenario.implementation.kind], step_sizes(scenario)
 
     def writer(category: str, layer: int) -> KernelWriter:
         return KernelWriter(kernels, dtype=scenario.workload.precision.gemm, category=category, layer=layer)
 
-    def layer_part(layer: int) -> Passes:
-        part = software.layer_part(writer("attention", layer), step, loads_of_layer.get(layer))
-        return _with_recomputation(scenario, part)
+    def layer_parts(layers: Sequence[int], of_layers: LayerLoads | None) -> dict[int, Passes]:
+        """Layers that differ in their loads alone are priced together and then taken apart."""
+        if not layers:
+            return {}
+        part = software.layer_part(writer("attention", layers[0]), step, of_layers)
+        whole = _with_recomputation(scenario, part)
+        return {layer: _of_layer(whole, layer, index, len(layers)) for index, layer in enumerate(layers)}
 
+    extra_layers = range(model.layers, model.layers + model.mtp_layers) if plan.last else ()
+    dense_layers = [layer for layer in (*plan.layers, *extra_layers) if layer not in plan.moe_layers]
+    part_of_layer = layer_parts(dense_layers, None) | layer_parts(plan.moe_layers, loads)
     parts = [software.embedding_part(writer("embedding_head", -1), step)] if plan.first else []
-    parts += [layer_part(layer) for layer in plan.layers]
+    parts += [part_of_layer[layer] for layer in plan.layers]
     if plan.last:
         parts.append(software.head_part(writer("embedding_head", -1), step))
         for extra in range(model.mtp_layers):
@@ -71,8 +80,13 @@ def _passes(
                 joined.gemm_backward("mtp.join", m=tokens, k=2 * hidden, n=hidden),
             )
             head = software.head_part(writer("embedding_head", -1), step)
-            parts += [join, layer_part(model.layers + extra), head]
+            parts += [join, part_of_layer[model.layers + extra], head]
     return chain(*parts)
+
+
+def _of_layer(part: Passes, layer: int, index: int, layers: int) -> Passes:
+    forward, backward = ([op.of_layer(layer, index=index, layers=layers) for op in ops] for ops in part)
+    return forward, backward
 
 
 def step_sizes(scenario: Scenario) -> Step:

@@ -287,7 +287,7 @@ def test_loops_give_the_same_with_and_without_numba(model: str, monkeypatch: pyt
     rng = np.random.default_rng(2)
     bytes_RR, start_R = skewed_bytes(rng, 8), rng.random(8) * 1e-5
     here = transfer_times(fabric, bytes_RR, start_R=start_R, model=model)
-    monkeypatch.setattr("moesim.network.fair.drain", interpreted().drain)
+    monkeypatch.setattr("moesim.network.fair.drain_components", interpreted().drain_components)
     np.testing.assert_allclose(transfer_times(fabric, bytes_RR, start_R=start_R, model=model), here, rtol=1e-12)
 
 
