@@ -125,7 +125,8 @@ def source_seconds(block: Block) -> Iterable[tuple[str, float]]:
     """(source, mean seconds) of every operation of a block."""
     for operation in block.operations:
         if operation.seconds_MSR is not None:
-            yield operation.source, float(operation.seconds_MSR.mean())
+            alike = operation.seconds_MSR.size == 1  # most are: then spare the mean
+            yield operation.source, operation.seconds_MSR.item() if alike else float(operation.seconds_MSR.mean())
         elif operation.transfers_M:
             alone = [float(prepared.alone_R.mean()) for prepared in operation.transfers_M]
             yield operation.source, sum(alone) / len(alone)

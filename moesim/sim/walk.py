@@ -88,4 +88,6 @@ def _elapsed(operations: Sequence[Operation]) -> FloatArray:
     seconds_NMSR = [operation.seconds_MSR for operation in operations if operation.seconds_MSR is not None]
     if not seconds_NMSR:
         return np.zeros((1, 0, 1, 1))
+    if len(seconds_NMSR) == 1:
+        return seconds_NMSR[0][:, None]
     return np.cumsum(np.stack(np.broadcast_arrays(*seconds_NMSR), axis=1), axis=1)
