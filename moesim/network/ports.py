@@ -173,8 +173,8 @@ class Ports:
         received_SP, sent_SP = self._queues(start_SR)
         arrival_SF = self._arrivals(start_SR, received_SP, sent_SP)
         finish_SR = np.array(start_SR, dtype=np.float64)
+        arrival_of_flow_SF = _padded(arrival_SF, -np.inf)
         for loads, queue_SP in ((self._receive, received_SP), (self._send, sent_SP)):
-            arrival_of_flow_SF = _padded(arrival_SF, -np.inf)
             done_SP = queue_SP + loads.latency_SP
             for port_T, flow_TW, _ in loads.side.tables:
                 last_ST = np.maximum(arrival_of_flow_SF[:, flow_TW].max(axis=2), done_SP[:, port_T])

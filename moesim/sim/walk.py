@@ -90,4 +90,8 @@ def _elapsed(operations: Sequence[Operation]) -> FloatArray:
         return np.zeros((1, 0, 1, 1))
     if len(seconds_NMSR) == 1:
         return seconds_NMSR[0][:, None]
-    return np.cumsum(np.stack(np.broadcast_arrays(*seconds_NMSR), axis=1), axis=1)
+    num, samples, ranks = np.broadcast_shapes(*(seconds_MSR.shape for seconds_MSR in seconds_NMSR))
+    each_MNSR = np.empty((num, len(seconds_NMSR), samples, ranks))
+    for kernel, seconds_MSR in enumerate(seconds_NMSR):
+        each_MNSR[:, kernel] = seconds_MSR
+    return np.cumsum(each_MNSR, axis=1)

@@ -27,7 +27,7 @@ PROFILED = 14  # functions listed
 
 
 def main(path: str, changes: list[str]) -> dict[str, Any]:
-    """Load the trace, then time everything from there to the attribution; the step is run again with what it kept."""
+    """Load the trace, then time everything from there to the attribution; then run the step again under the profiler."""
     scenario = load_scenario(path, changes)
     trace = obtain_trace(scenario)
     assert trace is not None
@@ -56,7 +56,7 @@ def main(path: str, changes: list[str]) -> dict[str, Any]:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     rank_spans = sum(table.start_NSR.size for table in tables)
     tables = ()
-    again = timed("simulate again", lambda: profiler.runcall(simulate_step, program))
+    again = timed("simulate again, profiled", lambda: profiler.runcall(simulate_step, program))
     rows = [
         (f"{name[0].rsplit('/', 1)[-1]}:{name[2]}", calls, own)
         for name, (_, calls, own, _, _) in pstats.Stats(profiler).stats.items()  # type: ignore[attr-defined]
