@@ -27,7 +27,7 @@ PROFILED = 14  # functions listed
 
 
 def main(path: str, changes: list[str]) -> dict[str, Any]:
-    """Load the trace, then time everything from there to the attribution; then run the step again under the profiler."""
+    """Load the trace, time everything from there to the attribution, then run the step again under the profiler."""
     scenario = load_scenario(path, changes)
     trace = obtain_trace(scenario)
     assert trace is not None
