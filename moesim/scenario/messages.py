@@ -6,8 +6,10 @@ from typing import Any
 
 from pydantic_core import ErrorDetails
 
+from moesim.scenario.base import Section
 from moesim.scenario.document import Node, Path, find
 from moesim.scenario.overrides import FLAT_CLUSTER_KEYS
+from moesim.scenario.schema import Scenario
 from moesim.scenario.sections import kinds_at, section_at
 
 _EXPECTED = {
@@ -25,11 +27,18 @@ _EXPECTED = {
 _NAMES = {dict: "a mapping", list: "a list", str: "text", bool: "a flag", type(None): "nothing"}
 
 
-def describe(errors: Sequence[ErrorDetails], root: Node, *, shown: Callable[[Path], str]) -> str:
+def describe(
+    errors: Sequence[ErrorDetails],
+    root: Node,
+    *,
+    shown: Callable[[Path], str],
+    schema: type[Section] = Scenario,
+    subject: str = "scenario",
+) -> str:
     """The most useful of `errors` as one line `place: dotted.path: what; remedy`.
 
     An unknown key comes first, because a misspelt key also makes the right one missing; then the order of the schema.
-    `shown` writes a path of the resolved scenario the way the file has it.
+    `shown` writes a path of the resolved file the way the user has it; the file follows `schema` and is a `subject`.
     """
     error = next((error for error in errors if error["type"] == "extra_forbidden"), errors[0])
     data = root.plain
@@ -37,11 +46,11 @@ def describe(errors: Sequence[ErrorDetails], root: Node, *, shown: Callable[[Pat
     node, reached = find(root, path)
     if error["type"] in ("missing", "union_tag_not_found"):
         missing = shown((*path, "kind") if error["type"] == "union_tag_not_found" else path)
-        return f"{node.where}: {missing}: missing{_choices(error, data, path)}"
+        return f"{node.where}: {missing}: missing{_choices(error, data, path, schema)}"
     place = node.key_where if error["type"] == "extra_forbidden" and reached == path else node.where
     if error["type"].startswith("union_tag"):
         place, path = find(root, (*path, "kind"))[0].where, (*path, "kind")
-    return f"{place}: {shown(path) or 'scenario'}: {_what(error, data, path)}"
+    return f"{place}: {shown(path) or subject}: {_what(error, data, path, schema)}"
 
 
 def _path_of(loc: Sequence[int | str], data: Any) -> Path:
@@ -61,22 +70,23 @@ def _is_tag(key: int | str) -> bool:
     return isinstance(key, str) and key.startswith("<")
 
 
-def _choices(error: ErrorDetails, data: Any, path: Path) -> str:
+def _choices(error: ErrorDetails, data: Any, path: Path, schema: type[Section]) -> str:
     if error["type"] == "union_tag_not_found":
-        return f"; one of {', '.join(kinds_at(data, path))}"
-    section = section_at(data, path[:-1])
+        return f"; one of {', '.join(kinds_at(data, path, schema=schema))}"
+    section = section_at(data, path[:-1], schema=schema)
     field = section.model_fields.get(str(path[-1])) if section and path else None
-    kinds = kinds_at(data, path) if field else []
+    kinds = kinds_at(data, path, schema=schema) if field else []
     return f"; one kind of {', '.join(kinds)} is needed" if len(kinds) > 1 else "; this key is required"
 
 
-def _what(error: ErrorDetails, data: Any, path: Path) -> str:
+def _what(error: ErrorDetails, data: Any, path: Path, schema: type[Section]) -> str:
     kind, value = error["type"], error["input"]
     context: dict[str, Any] = error.get("ctx", {})
     if kind == "extra_forbidden":
-        return f"unknown key; {_known_keys(data, path)}"
+        return f"unknown key; {_known_keys(data, path, schema)}"
     if kind == "union_tag_invalid":
-        return f'"{context["tag"]}" is unknown; {_suggest(str(context["tag"]), kinds_at(data, path[:-1]))}'
+        kinds = kinds_at(data, path[:-1], schema=schema)
+        return f'"{context["tag"]}" is unknown; {_suggest(str(context["tag"]), kinds)}'
     if kind == "literal_error":
         choices = [choice.strip("'") for choice in str(context["expected"]).replace(" or ", ", ").split(", ")]
         return f"{_show(value)} is not allowed; {_suggest(str(value), choices)}"
@@ -126,8 +136,8 @@ def _show(value: Any) -> str:
     return _NAMES.get(type(value), type(value).__name__)
 
 
-def _known_keys(data: Any, path: Path) -> str:
-    section = section_at(data, path[:-1])
+def _known_keys(data: Any, path: Path, schema: type[Section]) -> str:
+    section = section_at(data, path[:-1], schema=schema)
     known = list(section.model_fields) if section else []
     if path[:-1] == ("cluster",):
         known += FLAT_CLUSTER_KEYS

@@ -8,12 +8,12 @@ from moesim.scenario.document import Path
 from moesim.scenario.schema import Scenario
 
 
-def section_at(data: Any, path: Path) -> type[Section] | None:
-    """The section class that the schema expects at `path` of the scenario `data` (nested dicts and lists).
+def section_at(data: Any, path: Path, *, schema: type[Section] = Scenario) -> type[Section] | None:
+    """The section class that `schema` expects at `path` of the file `data` (nested dicts and lists).
 
     None where there is no section or where its kind is unknown.
     """
-    annotation: Any = Scenario
+    annotation: Any = schema
     for key in path:
         annotation, data = _step(annotation, data, key)
     return _choose(annotation, data)
@@ -27,9 +27,9 @@ def _child(data: Any, key: str | int) -> Any:
     return None
 
 
-def kinds_at(data: Any, path: Path) -> list[str]:
+def kinds_at(data: Any, path: Path, *, schema: type[Section] = Scenario) -> list[str]:
     """The kinds that a section at `path` may have, in the order of the schema."""
-    annotation: Any = Scenario
+    annotation: Any = schema
     for key in path:
         annotation, data = _step(annotation, data, key)
     sections = [part for part in _alternatives(annotation) if isinstance(part, type) and issubclass(part, Section)]
