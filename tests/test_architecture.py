@@ -19,7 +19,8 @@ LAYER = {
     "results": 6,
     "sim": 7,
     "run": 8,
-    "planner": 9, "report": 9, "validation": 9, "whatif": 9,
+    "study": 8.5,
+    "planner": 9, "report": 9, "sweep": 9, "validation": 9, "whatif": 9,
     "cli": 10,
 }  # fmt: skip
 MAY_SHARE_A_LAYER = {"units", "errors", "seeding"}

@@ -1,0 +1,19 @@
+"""Many scenarios at once: points, their records on disk, and the pool of processes that simulates them."""
+
+from moesim.study.display import watched_points
+from moesim.study.point import Point, PointRecord, scenario_id
+from moesim.study.pool import run_points
+from moesim.study.progress import Progress
+from moesim.study.store import PointsFile, StoredPoints, read_points
+
+__all__ = [
+    "Point",
+    "PointRecord",
+    "PointsFile",
+    "Progress",
+    "StoredPoints",
+    "read_points",
+    "run_points",
+    "scenario_id",
+    "watched_points",
+]

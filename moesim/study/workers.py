@@ -1,0 +1,184 @@
+"""Where tasks run: processes of this machine, or the workers of a Dask cluster. Both answer with futures."""
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
+from importlib import import_module
+from multiprocessing import forkserver, get_context
+from typing import Any, NamedTuple, Protocol
+
+from moesim.errors import UserError
+from moesim.study.work import start_worker
+
+_ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+_CONNECT_SECONDS = 10
+
+
+class Lost(NamedTuple):
+    """What came instead of an outcome: the process `pid` ended in the middle; `retry` when another try is due."""
+
+    pid: int
+    retry: bool
+
+
+class Workers(Protocol):
+    """What `run_points` needs to know about a place where tasks run."""
+
+    @property
+    def has_room(self) -> bool:
+        """Whether one more task would start at once."""
+        ...
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> "Future[Any]":
+        """Start a task."""
+        ...
+
+    def collect(self, future: "Future[Any]") -> Any:
+        """The outcome of a finished task, or Lost."""
+        ...
+
+    def stop(self) -> None:
+        """End all work at once."""
+        ...
+
+
+class _Place(NamedTuple):
+    """An executor of one process: when that process is killed, no other task ends with it."""
+
+    executor: ProcessPoolExecutor
+    pid: "Future[int]"
+
+
+class Processes:
+    """`count` processes of this machine; one that ends is replaced."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._free: list[_Place] = []
+        self._busy: dict[Future[Any], _Place] = {}
+        _start_fork_server()
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a process has nothing to do."""
+        return len(self._busy) < self._count
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> "Future[Any]":
+        """Start a task in a free process."""
+        place = self._free.pop() if self._free else _new_place()
+        try:
+            future = place.executor.submit(function, *arguments)
+        except BrokenProcessPool:  # it was killed while it had nothing to do
+            place.executor.shutdown(wait=False)
+            return self.submit(function, *arguments)
+        self._busy[future] = place
+        return future
+
+    def collect(self, future: "Future[Any]") -> Any:
+        """The outcome of a finished task; Lost when its process was killed."""
+        place = self._busy.pop(future)
+        try:
+            outcome = future.result()
+        except BrokenProcessPool:
+            place.executor.shutdown(wait=False)
+            return Lost(_pid(place), retry=True)
+        self._free.append(place)
+        return outcome
+
+    def stop(self) -> None:
+        """Kill what still works, let the others end, and wait until all are gone."""
+        places = [*self._free, *self._busy.values()]
+        for place in self._busy.values():
+            if pid := _pid(place):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        for place in places:
+            place.executor.shutdown(cancel_futures=True)
+        self._free, self._busy = [], {}
+
+
+def _new_place() -> _Place:
+    executor = ProcessPoolExecutor(1, mp_context=get_context("forkserver"), initializer=start_worker)
+    return _Place(executor, executor.submit(os.getpid))
+
+
+def _pid(place: _Place) -> int:
+    """The process of a place; 0 when it ended before it could say."""
+    try:
+        return place.pid.result()
+    except BrokenProcessPool:
+        return 0
+
+
+def _start_fork_server() -> None:
+    """One process imports the simulator once, and every worker is a copy of it: one thread each, no second import."""
+    before = {name: os.environ.get(name) for name in _ONE_THREAD}
+    get_context("forkserver").set_forkserver_preload(["moesim.run", "moesim.study.work"])
+    os.environ.update(dict.fromkeys(_ONE_THREAD, "1"))
+    try:
+        forkserver.ensure_running()
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+class Cluster:
+    """The workers of a Dask scheduler. Dask itself gives a task of a lost worker to another one."""
+
+    def __init__(self, address: str) -> None:
+        try:
+            distributed: Any = import_module("distributed")
+        except ImportError:
+            raise UserError("--cluster needs the package distributed: pip install 'moesim[cluster]'") from None
+        self._address = address
+        self._killed: type[Exception] = distributed.KilledWorker
+        try:
+            self._client = distributed.Client(address, timeout=_CONNECT_SECONDS, set_as_default=False)
+        except (OSError, ValueError) as error:
+            text = f"no Dask scheduler answers at {address} ({error}); start one with `dask scheduler`"
+            raise UserError(" ".join(text.split())) from None
+        if not self._client.nthreads():
+            self._client.close()
+            raise UserError(f"the scheduler at {address} has no workers; start some with `dask worker {address}`")
+        self._executor = self._client.get_executor(pure=False)
+
+    @property
+    def has_room(self) -> bool:
+        """Always: the scheduler queues what no worker takes yet."""
+        return True
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> "Future[Any]":
+        """Give a task to the scheduler."""
+        future: Future[Any] = self._executor.submit(function, *arguments)
+        return future
+
+    def collect(self, future: "Future[Any]") -> Any:
+        """The outcome of a finished task; Lost when workers kept dying under it. Raises UserError without scheduler."""
+        try:
+            return future.result()
+        except self._killed:
+            return Lost(0, retry=False)
+        except CancelledError:
+            raise UserError(
+                f"the scheduler at {self._address} is gone; finished points are kept, run the same command again"
+            ) from None
+
+    def stop(self) -> None:
+        """Take back what is not finished and leave the cluster."""
+        self._executor.shutdown(wait=False)
+        self._client.close()
+
+
+@contextmanager
+def opened_workers(*, count: int | None, cluster: str | None) -> Iterator[Workers]:
+    """Processes of this machine (as many as it has cores by default) or a cluster; stopped in any case."""
+    workers: Workers = Cluster(cluster) if cluster else Processes(count or len(os.sched_getaffinity(0)))
+    try:
+        yield workers
+    finally:
+        workers.stop()
