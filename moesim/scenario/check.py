@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import chain, islice
 
-from moesim.errors import InfeasibleError, UserError
+from moesim.errors import ConflictError, InfeasibleError, UserError
 from moesim.scenario.catalogue import gpu_spec
 from moesim.scenario.check_pipeline import check_pipeline, check_recomputation, check_stages, require_supported_step
 from moesim.scenario.cluster import Explicit, RoundRobin
@@ -32,8 +32,8 @@ def _dotted(path: Path) -> str:
 class _Report:
     where: Callable[[Path], str]
 
-    def user(self, key: str, message: str) -> UserError:
-        return UserError(f"{self.where(_path(key))}: {message}")
+    def user(self, key: str, message: str) -> ConflictError:
+        return ConflictError(f"{self.where(_path(key))}: {message}")
 
     def infeasible(self, key: str, message: str) -> InfeasibleError:
         return InfeasibleError(f"{self.where(_path(key))}: {message}")
@@ -129,7 +129,8 @@ def _check_cluster(scenario: Scenario, report: _Report) -> None:
         try:
             spec = gpu_spec(pool.gpu)
         except UserError as error:
-            raise report.user(f"cluster.pools.{index}.gpu", str(error)) from None
+            place = report.where(_path(f"cluster.pools.{index}.gpu"))
+            raise UserError(f"{place}: {error}") from None  # no conflict: nothing else could make it known
         if precision.gemm not in spec.peak_flops:
             formats = ", ".join(spec.peak_flops)
             raise report.user("workload.precision.gemm", f"{spec.name} has no {precision.gemm}; it has {formats}")

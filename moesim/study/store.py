@@ -45,10 +45,14 @@ def read_points(path: Path) -> StoredPoints:
 
 
 class PointsFile:
-    """points.jsonl, open for appending by this process alone. Made by `PointsFile.opened`."""
+    """points.jsonl, open for appending by this process alone. Made by `PointsFile.opened`.
 
-    def __init__(self, path: Path, descriptor: int) -> None:
+    `torn`: a line that a crash had left half-written was cut off.
+    """
+
+    def __init__(self, path: Path, descriptor: int, *, torn: bool) -> None:
         self.path = path
+        self.torn = torn
         self._descriptor = descriptor
 
     @classmethod
@@ -67,8 +71,7 @@ class PointsFile:
                 raise UserError(
                     f"{path} is being written by another call; wait for it, or choose another --out"
                 ) from None
-            _cut_torn_line(descriptor)
-            yield cls(path, descriptor)
+            yield cls(path, descriptor, torn=_cut_torn_line(descriptor))
         finally:
             os.close(descriptor)
 
@@ -94,8 +97,9 @@ def _write_whole(descriptor: int, data: bytes) -> None:
         os.write(descriptor, data[written:])
 
 
-def _cut_torn_line(descriptor: int) -> None:
+def _cut_torn_line(descriptor: int) -> bool:
     end = os.fstat(descriptor).st_size
     content = os.pread(descriptor, end, 0)
-    if content and not content.endswith(b"\n"):
-        os.ftruncate(descriptor, content.rfind(b"\n") + 1)
+    whole = content.rfind(b"\n") + 1
+    os.ftruncate(descriptor, whole)
+    return whole < end

@@ -1,0 +1,81 @@
+"""The numbers of a result by dotted path, and which of them a sweep's table shows."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from moesim.results import CATEGORIES
+
+_FLAT = (
+    "step_time_s",
+    "balanced_step_time_s",
+    "tokens_per_second",
+    "tokens_per_second_per_gpu",
+    "dropped_share",
+    "padded_share",
+    "world_size",
+    "gpus",
+)
+_GROUPS = {
+    "mfu": ("causal", "non_causal", "causal_of_bf16_peak", "non_causal_of_bf16_peak"),
+    "attribution_s": CATEGORIES,
+    "attribution_balanced_s": CATEGORIES,
+    "communication": (
+        "dispatch_bytes",
+        "combine_bytes",
+        "intra_node_bytes",
+        "inter_node_bytes",
+        "copies_per_token",
+    ),
+    "imbalance": (
+        "expert",
+        "rank_rows",
+        "rank_bytes",
+        "rank_time",
+        "uniform_floor",
+        "uniform_floor_rank",
+        "whole_step_expert",
+        "whole_step_rank_rows",
+        "cost_s",
+    ),
+    "memory": ("peak_bytes", "fits_share"),
+    "cost": ("usd_per_step", "usd_per_million_tokens", "usd_total", "days"),
+    "router": (
+        "train_loss",
+        "validation_loss",
+        "imbalance_first",
+        "imbalance_last",
+        "trace_coverage",
+        "reused_share",
+    ),
+}
+METRICS: tuple[str, ...] = (*_FLAT, *(f"{group}.{name}" for group, names in _GROUPS.items() for name in names))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """A metric in the table: its head, its unit and which end is the better one (None: neither)."""
+
+    path: str
+    head: str
+    scale: float = 1.0
+    pattern: str = "{:.4g}"
+    best: Literal["least", "most"] | None = None
+
+
+STANDARD = (
+    Column(path="step_time_s", head="step time (s)", pattern="{:.4f}", best="least"),
+    Column(path="tokens_per_second", head="tokens/s", pattern="{:,.0f}", best="most"),
+    Column(path="cost.usd_per_million_tokens", head="USD/M tokens", pattern="{:.4f}", best="least"),
+    Column(path="imbalance.expert", head="expert imb.", pattern="{:.3f}", best="least"),
+    Column(path="imbalance.rank_rows", head="rank imb.", pattern="{:.3f}", best="least"),
+    Column(path="dropped_share", head="dropped (%)", scale=100, pattern="{:.2f}", best="least"),
+    Column(path="router.validation_loss", head="held-out loss", pattern="{:.4f}", best="least"),
+)
+
+
+def columns(extra: Sequence[str]) -> tuple[Column, ...]:
+    """The columns of every sweep, and one for each other metric in `extra`."""
+    known = {column.path for column in STANDARD}
+    more = [path for path in dict.fromkeys(extra) if path not in known]
+    return (*STANDARD, *(Column(path=path, head=path) for path in more))

@@ -1,0 +1,228 @@
+"""From a study file to points: every scenario is loaded before the first one runs.
+
+name: group-limit
+base: ../quickstart.yaml                       # relative to the study file
+set: {uncertainty.samples: 2}                  # overrides for all points
+axes:
+  - {key: routing.router.device_limit, values: [1, 2, 4]}
+  - {keys: [cluster.nodes, parallelism.data], values: [[1, 8], [2, 16]], labels: [one node, two nodes]}
+  - {key: seed, values: [0, 1, 2]}             # repeat: true by default for seed alone
+points: [{...}, {...}]                         # instead of axes, or crossed with them
+plot: {kind: curves, x: routing.router.device_limit, y: [step_time_s], colour: cluster.nodes}
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moesim.errors import ConflictError, InfeasibleError, UserError
+from moesim.scenario import Scenario, load_scenario
+from moesim.scenario.document import Node
+from moesim.study import Point
+from moesim.sweep import reader
+from moesim.sweep.axes import Axis, Setting, filled, grid, read_axes, read_points, read_settings
+from moesim.sweep.metrics import METRICS
+
+STUDY_KEYS = ("name", "base", "set", "axes", "points", "plot")
+PLOT_KEYS = ("kind", "x", "y", "colour")
+PLOT_KINDS = ("curves", "heat_map", "cost_performance")
+MOST_POINTS = 10_000
+_NAME = re.compile(r"[A-Za-z0-9._-]+")
+_PATH_KEYS = ("routing.file", "routing.corpus", "cluster.fabric.file", "model.hf_config", "compute.profile")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Misfit:
+    """A point whose values do not fit each other: it has no scenario, only a reason."""
+
+    id: str
+    number: int
+    values: Mapping[str, Any]
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """All points of a study in the order of its axes (the last fastest); `plot` as the file has it."""
+
+    name: str
+    base: str
+    axes: tuple[Axis, ...]
+    points: tuple[Point, ...]
+    misfits: tuple[Misfit, ...]
+    plot: dict[str, Any] | None
+
+    @property
+    def num_points(self) -> int:
+        """Points with and without a scenario."""
+        return len(self.points) + len(self.misfits)
+
+    @property
+    def by_number(self) -> list[Point | Misfit]:
+        """All points in their order."""
+        both: list[Point | Misfit] = [*self.points, *self.misfits]
+        return sorted(both, key=lambda point: point.number)
+
+    def content_hash(self) -> str:
+        """SHA-256 (hex) of the axes and of every resolved scenario; the plot may change."""
+        ids = [point.id for point in self.by_number]
+        return _sha256({"axes": [axis.as_json() for axis in self.axes], "points": ids})
+
+    def as_json(self) -> dict[str, Any]:
+        """The content of study.json."""
+        return {
+            "schema_version": 1,
+            "kind": "sweep",
+            "name": self.name,
+            "base": self.base,
+            "axes": [axis.as_json() for axis in self.axes],
+            "num_points": self.num_points,
+            "hash": self.content_hash(),
+            "plot": self.plot,
+        }
+
+
+def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
+    """The study in the file `path`; `overrides` (`a.b=c`) apply to every point, below its own values.
+
+    Raises UserError with `file:line:column` for a file, key or value that no scenario can have, for two points that are
+    the same, and when no point at all fits together.
+    """
+    root = reader.read_file(path)
+    parts = reader.mapping(root, "a study", known=STUDY_KEYS)
+    for key in ("name", "base"):
+        if key not in parts:
+            raise UserError(f"{root.where}: a study needs {key}")
+    name = reader.text(parts["name"], "name")
+    if not _NAME.fullmatch(name):
+        raise UserError(f"{parts['name'].where}: name {name!r} may hold only letters, digits and . _ -")
+    axes = _axes(parts, root)
+    _check_overrides(overrides, axes)
+    base = reader.text(parts["base"], "base")
+    if not (path.parent / base).is_file():
+        raise UserError(f"{parts['base'].where}: base: {base} does not exist (looked for {path.parent / base})")
+    common = read_settings(parts["set"], "set") if "set" in parts else []
+    points, misfits = _points(path, base, axes, common, overrides)
+    plot = _checked_plot(parts["plot"], axes) if "plot" in parts else None
+    if not points:
+        raise UserError(f"{path}: no point of the study can be simulated; the first one: {misfits[0].reason}")
+    _refuse_twins(path, points)
+    return Study(name=name, base=base, axes=axes, points=tuple(points), misfits=tuple(misfits), plot=plot)
+
+
+def _axes(parts: Mapping[str, Node], root: Node) -> tuple[Axis, ...]:
+    axes = [read_points(parts["points"])] if "points" in parts else []
+    axes += read_axes(parts["axes"]) if "axes" in parts else []
+    if not axes:
+        raise UserError(f"{root.where}: a study needs axes or points")
+    seen: dict[str, str] = {}
+    for axis in axes:
+        where = next((setting.where for row in axis.rows for setting in row), root.where)
+        for key in axis.keys:
+            if key in seen:
+                raise UserError(f"{where}: the key {key!r} is already on another axis ({seen[key]})")
+            seen[key] = where
+    total = 1
+    for axis in axes:
+        total *= len(axis.rows)
+    if total > MOST_POINTS:
+        raise UserError(f"{root.where}: the axes span {total:,} points; at most {MOST_POINTS:,} are allowed")
+    return tuple(axes)
+
+
+def _check_overrides(overrides: Sequence[str], axes: Sequence[Axis]) -> None:
+    keys = {key for axis in axes for key in axis.keys}
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        if key in keys:
+            raise UserError(f"--set {override}: {key} is an axis of the study; change the study instead")
+
+
+def _points(
+    path: Path, base: str, axes: Sequence[Axis], common: Sequence[Setting], overrides: Sequence[str]
+) -> tuple[list[Point], list[Misfit]]:
+    points: list[Point] = []
+    misfits: list[Misfit] = []
+    for number, settings in enumerate(grid(axes), start=1):
+        values = {setting.key: setting.value for setting in settings}
+        variables = {key: value for key, value in values.items() if key.startswith("$")}
+        try:
+            scenario = _scenario(path, base, filled(common, variables), overrides, filled(settings, variables))
+        except (ConflictError, InfeasibleError) as error:
+            identity = _sha256({"values": values, "reason": str(error)})[:16]
+            misfits.append(Misfit(id=identity, number=number, values=values, reason=str(error)))
+        else:
+            points.append(Point.of(scenario, number=number, values=values))
+    return points, misfits
+
+
+def _scenario(
+    path: Path, base: str, common: Sequence[Setting], overrides: Sequence[str], own: Sequence[Setting]
+) -> Scenario:
+    """The base with the study's settings, those of the command line, and the point's own, the last one winning."""
+    texts = {id(setting): _override(setting, path.parent) for setting in (*common, *own)}
+    ordered = [*(texts[id(s)] for s in common), *overrides, *(texts[id(s)] for s in own)]
+    try:
+        return load_scenario(path.parent / base, ordered)
+    except UserError as error:
+        message = str(error)
+        for setting in sorted((*common, *own), key=lambda s: -len(texts[id(s)])):
+            message = message.replace(f"--set {texts[id(setting)]}", setting.where)
+        raise type(error)(message) from None
+
+
+def _override(setting: Setting, folder: Path) -> str:
+    value = _anchored(setting.value, setting.key, folder)
+    return f"{setting.key}={json.dumps(value, ensure_ascii=False)}"
+
+
+def _anchored(value: Any, key: str, folder: Path) -> Any:
+    """The value with paths made absolute where they exist beside the study file."""
+    if isinstance(value, dict):
+        return {name: _anchored(child, f"{key}.{name}", folder) for name, child in value.items()}
+    if isinstance(value, str) and key in _PATH_KEYS and (folder / value).exists():
+        return str((folder / value).absolute())
+    return value
+
+
+def _refuse_twins(path: Path, points: Sequence[Point]) -> None:
+    seen: dict[str, Point] = {}
+    for point in points:
+        twin = seen.setdefault(point.id, point)
+        if twin is not point:
+            both = f"{_shown(twin.values)} and {_shown(point.values)}"
+            raise UserError(
+                f"{path}: points {twin.number} and {point.number} are the same scenario ({both}); remove one of them"
+            )
+
+
+def _shown(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} = {json.dumps(value)}" for key, value in values.items()) or "as the base"
+
+
+def _checked_plot(node: Node, axes: Sequence[Axis]) -> dict[str, Any]:
+    """`plot` as it stands, once every name in it exists. Raises UserError."""
+    parts = reader.mapping(node, "plot", known=PLOT_KEYS)
+    keys = [key for axis in axes for key in axis.keys]
+    if "kind" not in parts:
+        raise UserError(f"{node.where}: plot needs a kind, one of {', '.join(PLOT_KINDS)}")
+    kind = reader.chosen(parts["kind"], "kind", known=PLOT_KINDS)
+    if kind != "cost_performance" and not {"x", "y"} <= set(parts):
+        raise UserError(f"{node.where}: plot: kind {kind} needs x and y")
+    if "x" in parts:
+        reader.chosen(parts["x"], "x", known=[*keys, *METRICS])
+    if "colour" in parts:
+        reader.chosen(parts["colour"], "colour", known=keys)
+    if "y" in parts:
+        known = [*METRICS, *keys] if kind == "heat_map" else METRICS
+        reader.distinct(reader.items(parts["y"], "y"), lambda item: reader.chosen(item, "y", known=known), "the metric")
+    plain: dict[str, Any] = node.plain
+    return plain
+
+
+def _sha256(data: Any) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
