@@ -64,9 +64,9 @@ class Column:
 
 
 STANDARD = (
-    Column(path="step_time_s", head="step time (s)", pattern="{:.4f}", best="least"),
+    Column(path="step_time_s", head="step time (s)", pattern="{:.5g}", best="least"),
     Column(path="tokens_per_second", head="tokens/s", pattern="{:,.0f}", best="most"),
-    Column(path="cost.usd_per_million_tokens", head="USD/M tokens", pattern="{:.4f}", best="least"),
+    Column(path="cost.usd_per_million_tokens", head="USD/M tokens", pattern="{:.4g}", best="least"),
     Column(path="imbalance.expert", head="expert imb.", pattern="{:.3f}", best="least"),
     Column(path="imbalance.rank_rows", head="rank imb.", pattern="{:.3f}", best="least"),
     Column(path="dropped_share", head="dropped (%)", scale=100, pattern="{:.2f}", best="least"),
@@ -78,4 +78,4 @@ def columns(extra: Sequence[str]) -> tuple[Column, ...]:
     """The columns of every sweep, and one for each other metric in `extra`."""
     known = {column.path for column in STANDARD}
     more = [path for path in dict.fromkeys(extra) if path not in known]
-    return (*STANDARD, *(Column(path=path, head=path) for path in more))
+    return (*STANDARD, *(Column(path=path, head=path.rpartition(".")[2]) for path in more))

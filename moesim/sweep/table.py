@@ -45,14 +45,10 @@ def print_sweep(study: Study, outcome: SweepOutcome, *, file: TextIO | None = No
     """Print the table: a row per point, repeated ones averaged; the best value of a column is marked with *."""
     console = Console(file=file, width=width, highlight=False)
     rows = _rows(study, outcome.records)
-    shown = [column for column in _columns(study) if any(column.path in row.means for row in rows)]
-    table = Table(
-        title=f"{study.name}: {outcome.count('done')} of {study.num_points} points done", title_justify="left"
-    )
-    for head in _heads(study):
-        table.add_column(head)
+    shown = [column for column in _columns(study) if any(_says_something(column, row) for row in rows)]
+    table = _table(f"{study.name}: {outcome.count('done')} of {study.num_points} points done", _heads(study))
     for column in shown:
-        table.add_column(column.head, justify="right")
+        table.add_column(column.head, justify="right", no_wrap=True)
     best = {column.path: _best(column, rows) for column in shown}
     for row in rows:
         cells = [_cell(column, row, best=best[column.path]) for column in shown]
@@ -92,7 +88,8 @@ def _table(title: str, heads: Sequence[str]) -> Table:
 def _print_table(console: Console, table: Table) -> None:
     """As wide as it must be: a wrapped number is worse than a long line."""
     needed = console.measure(table, options=console.options.update(max_width=_WIDEST_TABLE)).maximum
-    console.print(table, width=max(console.width, needed), crop=False, soft_wrap=True)
+    console.width = max(console.width, needed)
+    console.print(table)
 
 
 @dataclass(frozen=True)
