@@ -22,6 +22,7 @@ _T95 = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812, 1.
 _T95_BEYOND = 1.75
 _WIDEST_REASON = 160
 _WIDEST_TABLE = 1000
+_NO_SPREAD = 1e-4  # of the mean: a narrower interval is not shown
 
 
 @dataclass(frozen=True)
@@ -174,8 +175,8 @@ def _cell(column: Column, row: _Row, *, best: float | None) -> Text:
     if mean is None:
         return Text("-", style="dim")
     text = column.pattern.format(mean.value * column.scale)
-    if mean.half_width:
-        text += " ± " + column.pattern.format(mean.half_width * column.scale)
+    if mean.half_width is not None and mean.half_width > _NO_SPREAD * abs(mean.value):
+        text += f" ± {mean.half_width * column.scale:.2g}"
     return Text(f"*{text}", style="bold green") if mean.value == best else Text(text)
 
 

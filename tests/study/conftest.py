@@ -8,12 +8,6 @@ import pytest
 from moesim.study import Point
 
 UNIFORM = {"routing": {"kind": "uniform"}, "model.layers": 2, "workload.global_batch": 8, "uncertainty.samples": 1}
-TRAINED = {
-    "kind": "train",
-    "router": {"kind": "deepseek_moe"},
-    "steps": 2,
-    "thin": {"layers": 1, "hidden": 16, "heads": 2, "expert_intermediate": 8, "context": 64, "tokens_per_step": 128},
-}
 
 
 @pytest.fixture

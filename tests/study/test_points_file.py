@@ -88,7 +88,7 @@ def test_a_disk_that_fills_up_takes_whole_records_only(path, records):
     line = records[0].to_line()
     code = (
         "import resource, signal, sys; from pathlib import Path\n"
-        "from moesim.errors import UserError; from moesim.study import PointsFile; from moesim.study import PointRecord\n"
+        "from moesim.errors import UserError; from moesim.study import PointsFile, PointRecord\n"
         f"record = PointRecord.from_line({line!r}); signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({int(2.5 * len(line))},) * 2)\n"
         f"with PointsFile.opened(Path({str(path)!r})) as file:\n"
