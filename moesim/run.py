@@ -209,7 +209,7 @@ def _simulate_program(program: StepProgram, *, first: bool) -> _Outcome:
     attribution_CSW = np.zeros((len(CATEGORIES), program.samples, world))
     compute_time_SW = np.zeros((program.samples, world))
     for table in step.tables:
-        attribution_CSW[:, :, table.ranks_R] = attribute(table)
+        attribution_CSW[:, :, table.ranks_R] = attribute(table, compiled=program.compiled)
         rows_N = table.rows(Stream.COMPUTE)
         compute_time_SW[:, table.ranks_R] = (table.finish_NSR[rows_N] - table.start_NSR[rows_N]).sum(axis=0)
     return _Outcome(

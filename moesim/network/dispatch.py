@@ -44,6 +44,7 @@ class Pipeline:
     def __init__(self, first: Sharing, second: Sharing, forwards: Demand) -> None:
         self._first, self._second = first, second
         self._feeders_SRV = _feeders(forwards.bytes_SRR > 0)
+        self._is_compiled = all(isinstance(stage, Ports) and stage.is_compiled for stage in (first, second))
 
     def part(self, samples: slice) -> "Pipeline":
         """See Sharing."""
@@ -55,13 +56,12 @@ class Pipeline:
     def finish(self, start_SR: FloatArray) -> FloatArray:
         """See Sharing."""
         first, second = self._first, self._second
-        if isinstance(first, Ports) and isinstance(second, Ports):
-            ranks = start_SR.shape[1]
-            if first.compiled(ranks) and second.compiled(ranks):
-                start_SR, order_SR = np.ascontiguousarray(start_SR), (-start_SR).argsort(axis=1)
-                finish_SR = second.compiled_finish(start_SR, order_SR)
-                loops().join_stages(first.compiled_finish(start_SR, order_SR), self._feeders_SRV, finish_SR)
-                return finish_SR
+        if isinstance(first, Ports) and isinstance(second, Ports) and self._is_compiled:
+            start_SR = np.ascontiguousarray(start_SR)
+            finish_SR: FloatArray = loops().finish_stages(
+                start_SR, self._feeders_SRV, *first.for_loops, *second.for_loops
+            )
+            return finish_SR
         first_SR = first.finish(start_SR)
         fed_SRV = first_SR[np.arange(len(first_SR))[:, None, None], self._feeders_SRV]
         return np.asarray(np.maximum(fed_SRV.max(axis=2), second.finish(start_SR)))
@@ -91,17 +91,19 @@ def prepare_dispatch(
     synchronised: bool = False,
     per_rank_starts: bool = True,
     sm_share: float = 0.0,
+    compiled: bool | None = None,
 ) -> PreparedTransfer:
     """Tokens on their way to their experts.
 
     `copies_stages`: copies from rank to rank, [R, R] or [S, R, R], as `LayerTraffic.send_stages(..., token_bytes=1)`
     gives them: one matrix, or for deduplication per node the network stage (with direct NVLink copies) and the
     fan-out. `own_copies_R` [R] or [S, R]: tokens that stay on their rank, which only the single-node kernels of
-    `hierarchical` move. Raises UserError where algorithm and deduplication do not fit.
+    `hierarchical` move. `compiled`: see `Ports`. Raises UserError where algorithm and deduplication do not fit.
     """
     return _prepare(
         fabric, copies_stages, token_bytes=token_bytes, algorithm=algorithm, ranks=ranks, own_copies_R=own_copies_R,
         model=model, synchronised=synchronised, per_rank_starts=per_rank_starts, sm_share=sm_share, combine=False,
+        compiled=compiled,
     )  # fmt: skip
 
 
@@ -117,18 +119,20 @@ def prepare_combine(
     synchronised: bool = False,
     per_rank_starts: bool = True,
     sm_share: float = 0.0,
+    compiled: bool | None = None,
 ) -> PreparedTransfer:
     """Expert outputs on their way back: the stages of the dispatch reversed. Arguments as for `prepare_dispatch`."""
     return _prepare(
         fabric, copies_stages, token_bytes=token_bytes, algorithm=algorithm, ranks=ranks, own_copies_R=own_copies_R,
         model=model, synchronised=synchronised, per_rank_starts=per_rank_starts, sm_share=sm_share, combine=True,
+        compiled=compiled,
     )  # fmt: skip
 
 
 def _prepare(
     fabric: Fabric, copies_stages: Stages, *, token_bytes: float, algorithm: Algorithm, ranks: Ranks,
     own_copies_R: FloatArray | None, model: Model, synchronised: bool, per_rank_starts: bool, sm_share: float,
-    combine: bool,
+    combine: bool, compiled: bool | None,
 ) -> PreparedTransfer:  # fmt: skip
     chosen = as_ranks(fabric, ranks)
     protocol: Protocol = getattr(fabric.parameters, algorithm)
@@ -153,7 +157,7 @@ def _prepare(
     parts = [
         prepare_sharing(
             fabric, part.slowed(protocol.efficiency), model=model, two_sided=algorithm != "low_latency",
-            per_rank_starts=per_rank_starts,
+            per_rank_starts=per_rank_starts, compiled=compiled,
         )
         for part in demands
     ]  # fmt: skip

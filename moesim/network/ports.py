@@ -98,14 +98,20 @@ class SideLoads:
 
 
 class Ports:
-    """The closed form for one set of flows, all samples at once."""
+    """The closed form for one set of flows, all samples at once.
 
-    def __init__(self, fabric: Fabric, demand: Demand, *, two_sided: bool) -> None:
+    `compiled`: whether loops compiled by numba work it out where they can (no links are shared), and not numpy; by
+    default for large groups, which pay for loading numba.
+    """
+
+    def __init__(self, fabric: Fabric, demand: Demand, *, two_sided: bool, compiled: bool | None = None) -> None:
         self._flows = flows = flow_ports(fabric, demand)
         self._two_sided = two_sided
         self._shared = shared_links(flows.shared, demand)
+        many = flows.num_ranks >= COMPILED_RANKS if compiled is None else compiled
+        self.is_compiled = many and not self._shared and loops() is not None
         bytes_SF = demand.bytes_SRR[:, flows.source_F, flows.target_F]
-        self._constant = (
+        self._layout = (
             two_sided, len(flows.receive.owner_P), flows.ends_F4, flows.latency_F, flows.first_of_source_R,
             flows.first_of_target_R, flows.by_target_F, flows.owner_P,
         )  # fmt: skip
@@ -113,7 +119,7 @@ class Ports:
         self._flows_SF4 = np.empty((*bytes_SF.shape, 4))
         self._ports_SP2 = np.empty((len(bytes_SF), len(flows.owner_P), 2))
         for loads in (self._receive, self._send):
-            loads.fill(bytes_SF, flows.latency_F, compiled=self.compiled(flows.num_ranks))
+            loads.fill(bytes_SF, flows.latency_F, compiled=self.is_compiled)
 
     def part(self, samples: slice) -> Self:
         """The closed form for some of the matrices."""
@@ -168,8 +174,9 @@ class Ports:
 
     def finish(self, start_SR: FloatArray) -> FloatArray:
         """When each rank is done with all that it sends and receives, latency included, [S, R]."""
-        if self.compiled(start_SR.shape[1]):
-            return self.compiled_finish(np.ascontiguousarray(start_SR), (-start_SR).argsort(axis=1))
+        if self.is_compiled:
+            finish_SR: FloatArray = loops().finish(np.ascontiguousarray(start_SR), *self.for_loops)
+            return finish_SR
         received_SP, sent_SP = self._queues(start_SR)
         arrival_SF = self._arrivals(start_SR, received_SP, sent_SP)
         finish_SR = np.array(start_SR, dtype=np.float64)
@@ -182,15 +189,10 @@ class Ports:
                 finish_SR[:, owner_T] = np.maximum(finish_SR[:, owner_T], last_ST)
         return finish_SR
 
-    def compiled(self, num_ranks: int) -> bool:
-        """Whether compiled loops do it: for groups that are large enough, without shared links."""
-        return num_ranks >= COMPILED_RANKS and not self._shared and loops() is not None
-
-    def compiled_finish(self, start_SR: FloatArray, order_SR: NDArray[np.intp]) -> FloatArray:
-        """As `finish`; `order_SR`: ranks, the latest first."""
-        finish_SR = np.empty(start_SR.shape)
-        loops().finish(start_SR, order_SR, *self._constant, self._flows_SF4, self._ports_SP2, finish_SR)
-        return finish_SR
+    @property
+    def for_loops(self) -> tuple[Any, ...]:
+        """What `ports_loops` needs beside the starts."""
+        return *self._layout, self._flows_SF4, self._ports_SP2
 
 
 @cache

@@ -14,9 +14,79 @@ IntArray = NDArray[np.int32]
 
 
 @numba.njit(cache=True)
+def _latest_first(start_R: FloatArray, order_R: NDArray[np.int64]) -> None:
+    """Sorts the ranks (Shell's sort: their starts are often nearly in order already)."""
+    ranks = len(start_R)
+    for rank in range(ranks):
+        order_R[rank] = rank
+    gap = 1
+    while 3 * gap < ranks:
+        gap = 3 * gap + 1
+    while gap > 0:
+        for place in range(gap, ranks):
+            rank, hole = order_R[place], place
+            while hole >= gap and start_R[order_R[hole - gap]] < start_R[rank]:
+                order_R[hole] = order_R[hole - gap]
+                hole -= gap
+            order_R[hole] = rank
+        gap //= 3
+
+
+@numba.njit(cache=True)
+def _finish(
+    start_R: FloatArray,
+    order_R: NDArray[np.int64],
+    two_sided: bool,
+    num_receive: int,
+    ends_F4: IntArray,
+    latency_F: FloatArray,
+    first_of_source_R: NDArray[np.int64],
+    first_of_target_R: NDArray[np.int64],
+    by_target_F: IntArray,
+    owner_P: IntArray,
+    flows_F4: FloatArray,
+    ports_P2: FloatArray,
+    finish_R: FloatArray,
+) -> None:
+    """Writes when each rank is done in one sample; see Ports.finish. `order_R`: ranks, the latest first."""
+    queue_P, later_P = np.empty(len(owner_P)), np.zeros(len(owner_P))
+    for port in range(len(owner_P)):
+        own = two_sided or port >= num_receive
+        queue_P[port] = start_R[owner_P[port]] + ports_P2[port, 0] if own else -np.inf
+    for rank in order_R:
+        start = start_R[rank]
+        for flow in range(first_of_source_R[rank], first_of_source_R[rank + 1]):
+            if flows_F4[flow, 1] > -np.inf:
+                port = ends_F4[flow, 2]
+                later_P[port] += flows_F4[flow, 0]
+                queue_P[port] = max(queue_P[port], start + later_P[port])
+        if two_sided:
+            for index in range(first_of_target_R[rank], first_of_target_R[rank + 1]):
+                flow = by_target_F[index]
+                if flows_F4[flow, 3] > -np.inf:
+                    port = ends_F4[flow, 3]
+                    later_P[port] += flows_F4[flow, 2]
+                    queue_P[port] = max(queue_P[port], start + later_P[port])
+    finish_R[:] = start_R
+    for port in range(len(owner_P)):
+        owner = owner_P[port]
+        finish_R[owner] = max(finish_R[owner], queue_P[port] + ports_P2[port, 1])
+    for source in range(len(start_R)):
+        last = finish_R[source]
+        for flow in range(first_of_source_R[source], first_of_source_R[source + 1]):
+            target = ends_F4[flow, 1]
+            release = max(start_R[source], start_R[target]) if two_sided else start_R[source]
+            received = min(queue_P[ends_F4[flow, 2]], release + flows_F4[flow, 1])
+            sent = min(queue_P[ends_F4[flow, 3]], release + flows_F4[flow, 3])
+            # Its receiver is done no sooner than the port there, and so than `received`; its sender likewise.
+            last = max(last, received + latency_F[flow])
+            finish_R[target] = max(finish_R[target], sent + latency_F[flow])
+        finish_R[source] = max(finish_R[source], last)
+
+
+@numba.njit(cache=True)
 def finish(
     start_SR: FloatArray,
-    order_SR: NDArray[np.int64],
     two_sided: bool,
     num_receive: int,
     ends_F4: IntArray,
@@ -27,59 +97,62 @@ def finish(
     owner_P: IntArray,
     flows_SF4: FloatArray,
     ports_SP2: FloatArray,
-    finish_SR: FloatArray,
-) -> None:
-    """Writes when each rank is done into `finish_SR`; see Ports.finish. `order_SR`: ranks, the latest first."""
-    queue_P, later_P = np.empty(len(owner_P)), np.zeros(len(owner_P))
+) -> FloatArray:
+    """When each rank is done, [S, R]; see Ports.finish."""
+    finish_SR = np.empty(start_SR.shape)
+    order_R = np.empty(start_SR.shape[1], dtype=np.int64)
     for sample in range(len(start_SR)):
-        start_R, finish_R = start_SR[sample], finish_SR[sample]
-        flows_F4, ports_P2 = flows_SF4[sample], ports_SP2[sample]
-        later_P[:] = 0.0
-        for port in range(len(owner_P)):
-            own = two_sided or port >= num_receive
-            queue_P[port] = start_R[owner_P[port]] + ports_P2[port, 0] if own else -np.inf
-        for rank in order_SR[sample]:
-            start = start_R[rank]
-            for flow in range(first_of_source_R[rank], first_of_source_R[rank + 1]):
-                if flows_F4[flow, 1] > -np.inf:
-                    port = ends_F4[flow, 2]
-                    later_P[port] += flows_F4[flow, 0]
-                    queue_P[port] = max(queue_P[port], start + later_P[port])
-        if two_sided:
-            for rank in order_SR[sample]:
-                start = start_R[rank]
-                for index in range(first_of_target_R[rank], first_of_target_R[rank + 1]):
-                    flow = by_target_F[index]
-                    if flows_F4[flow, 3] > -np.inf:
-                        port = ends_F4[flow, 3]
-                        later_P[port] += flows_F4[flow, 2]
-                        queue_P[port] = max(queue_P[port], start + later_P[port])
-        finish_R[:] = start_R
-        for port in range(len(owner_P)):
-            owner = owner_P[port]
-            finish_R[owner] = max(finish_R[owner], queue_P[port] + ports_P2[port, 1])
-        for source in range(len(start_R)):
-            last = finish_R[source]
-            for flow in range(first_of_source_R[source], first_of_source_R[source + 1]):
-                target = ends_F4[flow, 1]
-                release = max(start_R[source], start_R[target]) if two_sided else start_R[source]
-                received = min(queue_P[ends_F4[flow, 2]], release + flows_F4[flow, 1])
-                sent = min(queue_P[ends_F4[flow, 3]], release + flows_F4[flow, 3])
-                done = max(received, sent) + latency_F[flow]
-                last = max(last, done)
-                finish_R[target] = max(finish_R[target], done)
-            finish_R[source] = max(finish_R[source], last)
+        _latest_first(start_SR[sample], order_R)
+        _finish(
+            start_SR[sample], order_R, two_sided, num_receive, ends_F4, latency_F, first_of_source_R,
+            first_of_target_R, by_target_F, owner_P, flows_SF4[sample], ports_SP2[sample], finish_SR[sample],
+        )  # fmt: skip
+    return finish_SR
 
 
 @numba.njit(cache=True)
-def join_stages(first_SR: FloatArray, feeders_SRV: IntArray, finish_SR: FloatArray) -> None:
-    """A rank is done when its second stage (`finish_SR`, written) and the first stages of its feeders are."""
-    for sample in range(len(first_SR)):
-        for rank in range(first_SR.shape[1]):
-            last = finish_SR[sample, rank]
+def finish_stages(
+    start_SR: FloatArray,
+    feeders_SRV: IntArray,
+    two_sided: bool,
+    num_receive: int,
+    ends_F4: IntArray,
+    latency_F: FloatArray,
+    first_of_source_R: NDArray[np.int64],
+    first_of_target_R: NDArray[np.int64],
+    by_target_F: IntArray,
+    owner_P: IntArray,
+    flows_SF4: FloatArray,
+    ports_SP2: FloatArray,
+    two_sided_2: bool,
+    num_receive_2: int,
+    ends_F4_2: IntArray,
+    latency_F_2: FloatArray,
+    first_of_source_R_2: NDArray[np.int64],
+    first_of_target_R_2: NDArray[np.int64],
+    by_target_F_2: IntArray,
+    owner_P_2: IntArray,
+    flows_SF4_2: FloatArray,
+    ports_SP2_2: FloatArray,
+) -> FloatArray:
+    """A rank is done when its second stage and the first stages of its feeders are; see Pipeline.finish."""
+    finish_SR = np.empty(start_SR.shape)
+    order_R, first_R = np.empty(start_SR.shape[1], dtype=np.int64), np.empty(start_SR.shape[1])
+    for sample in range(len(start_SR)):
+        start_R, finish_R = start_SR[sample], finish_SR[sample]
+        _latest_first(start_R, order_R)
+        _finish(
+            start_R, order_R, two_sided, num_receive, ends_F4, latency_F, first_of_source_R, first_of_target_R,
+            by_target_F, owner_P, flows_SF4[sample], ports_SP2[sample], first_R,
+        )  # fmt: skip
+        _finish(
+            start_R, order_R, two_sided_2, num_receive_2, ends_F4_2, latency_F_2, first_of_source_R_2,
+            first_of_target_R_2, by_target_F_2, owner_P_2, flows_SF4_2[sample], ports_SP2_2[sample], finish_R,
+        )  # fmt: skip
+        for rank in range(len(start_R)):
             for feeder in feeders_SRV[sample, rank]:
-                last = max(last, first_SR[sample, feeder])
-            finish_SR[sample, rank] = last
+                finish_R[rank] = max(finish_R[rank], first_R[feeder])
+    return finish_SR
 
 
 @numba.njit(cache=True)

@@ -39,10 +39,12 @@ class PairSharing(Sharing, Protocol):
         """Arrival of each pair's last byte, latency included, [S, R, R]; -inf for pairs without traffic."""
 
 
-def share_links(fabric: Fabric, demand: Demand, *, model: Model, two_sided: bool) -> PairSharing:
-    """The chosen model, prepared for one demand."""
+def share_links(
+    fabric: Fabric, demand: Demand, *, model: Model, two_sided: bool, compiled: bool | None = None
+) -> PairSharing:
+    """The chosen model, prepared for one demand. `compiled`: see `Ports`."""
     if model == "ports":
-        return Ports(fabric, demand, two_sided=two_sided)
+        return Ports(fabric, demand, two_sided=two_sided, compiled=compiled)
     # Imported here: numba takes most of a second, and runs with `ports` do without it.
     from moesim.network.fair import FLUID_WINDOW, FairSharing
 
@@ -50,10 +52,16 @@ def share_links(fabric: Fabric, demand: Demand, *, model: Model, two_sided: bool
 
 
 def prepare_sharing(
-    fabric: Fabric, demand: Demand, *, model: Model, two_sided: bool, per_rank_starts: bool = True
+    fabric: Fabric,
+    demand: Demand,
+    *,
+    model: Model,
+    two_sided: bool,
+    per_rank_starts: bool = True,
+    compiled: bool | None = None,
 ) -> Sharing:
     """The chosen model for many calls with the same demand; see prepare_transfer for `per_rank_starts`."""
-    sharing = share_links(fabric, demand, model=model, two_sided=two_sided)
+    sharing = share_links(fabric, demand, model=model, two_sided=two_sided, compiled=compiled)
     if model == "ports":
         return sharing
     shape = demand.bytes_SRR.shape[:2]

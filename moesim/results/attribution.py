@@ -15,8 +15,6 @@ from moesim.results.spans import CATEGORIES, SpanTable, Stream
 
 FloatArray = NDArray[np.float64]
 
-COMPILED_RANKS = 32  # from here on compiled loops pay for loading numba
-
 
 class _Coverage:
     """Time covered by a stream or by one of higher priority (`higher`; None for the first)."""
@@ -83,12 +81,13 @@ def _add_by_category(seconds_CQ: FloatArray, category_N: NDArray[np.intp], value
         seconds_CQ[category] += values_NQ[category_N == category].sum(axis=0)
 
 
-def attribute(table: SpanTable) -> FloatArray:
+def attribute(table: SpanTable, *, compiled: bool = False) -> FloatArray:
     """Seconds per category, sample and rank: [C, S, R]; over C they add up to the step time of the sample.
 
     Compute is counted whole. Spans of other streams count where no higher stream runs: their last `own` seconds as
     their category, what lies before as `imbalance_wait`. What no span covers is `bubble`, measured as the gaps of the
-    compute stream less the other streams in them, so that the sum is a check and not a definition.
+    compute stream less the other streams in them, so that the sum is a check and not a definition. `compiled`: in a
+    loop compiled by numba, which pays for loading it in large steps.
     """
     _, samples, ranks = table.start_NSR.shape
     seconds_CQ = np.zeros((len(CATEGORIES), samples * ranks))
@@ -97,7 +96,7 @@ def attribute(table: SpanTable) -> FloatArray:
     compute_N, begin_NQ, end_NQ = _stream_intervals(table, Stream.COMPUTE)
     _add_by_category(seconds_CQ, category_L[table.label_N[compute_N]], end_NQ - begin_NQ)
     begin_NQ, end_NQ = _joined(begin_NQ, end_NQ)
-    covered = _Coverage(begin_NQ, end_NQ, compiled=ranks >= COMPILED_RANKS)
+    covered = _Coverage(begin_NQ, end_NQ, compiled=compiled)
     for stream in (Stream.COMMUNICATION, Stream.REDUCTION, Stream.PIPELINE, Stream.HOST):
         rows_N, start_NQ, finish_NQ = _stream_intervals(table, stream)
         if not len(rows_N):
@@ -106,7 +105,7 @@ def attribute(table: SpanTable) -> FloatArray:
         middle_NQ = finish_NQ - own_NQ
         exposed_own_NQ = own_NQ - (covered.until(finish_NQ) - covered.until(middle_NQ))
         _add_by_category(seconds_CQ, category_L[table.label_N[rows_N]], exposed_own_NQ)
-        covered = _Coverage(start_NQ, finish_NQ, covered, compiled=ranks >= COMPILED_RANKS)
+        covered = _Coverage(start_NQ, finish_NQ, covered, compiled=compiled)
         seconds_CQ[CATEGORIES.index("imbalance_wait")] += (covered.exposed_NQ - exposed_own_NQ).sum(axis=0)
     seconds_CQ[CATEGORIES.index("bubble")] += _idle(table, begin_NQ, end_NQ, covered)
     return seconds_CQ.reshape(len(CATEGORIES), samples, ranks)
@@ -126,7 +125,7 @@ def overlapped_transfer(table: SpanTable) -> dict[str, FloatArray]:
     """Seconds [S, R] of every category of transfers that ran behind compute."""
     _, begin_NQ, end_NQ = _stream_intervals(table, Stream.COMPUTE)
     shape = table.start_NSR.shape[1:]
-    compute = _Coverage(begin_NQ, end_NQ, compiled=shape[1] >= COMPILED_RANKS)
+    compute = _Coverage(begin_NQ, end_NQ, compiled=False)
     hidden: dict[str, FloatArray] = {}
     for stream in (Stream.COMMUNICATION, Stream.REDUCTION):
         rows_N, start_NQ, finish_NQ = _stream_intervals(table, stream)

@@ -134,8 +134,8 @@ class SpanRecorder:
         self.own_NSR[row] = own_SR
         self.count = row + 1
 
-    def run(self, labels_N: NDArray[np.int32], micro_batch: int) -> slice:
-        """Rows for spans that follow each other; the caller writes their times."""
+    def run(self, labels_N: NDArray[np.int32], micro_batch: int | NDArray[np.integer]) -> slice:
+        """Rows for spans that follow each other, of one micro-batch or of one each; the caller writes their times."""
         rows = slice(self.count, self.count + len(labels_N))
         self.label_N[rows] = labels_N
         self.micro_batch_N[rows] = micro_batch

@@ -17,6 +17,7 @@ from moesim.parallel import Mesh
 from moesim.parallel.schedules import Handoff, Pass, Schedule, Work, build_schedule
 from moesim.scenario import Scenario
 from moesim.scenario.base import BYTES_PER_ELEMENT
+from moesim.sim.compiling import pays_for_compiled_loops
 from moesim.sim.executor import FREE_HOST
 from moesim.sim.loads import RoutingSample, group_loads
 from moesim.sim.operations import Block, Run
@@ -58,6 +59,7 @@ class _Builder:
         self.software = SOFTWARE[scenario.implementation.kind]
         self.host = self.software.host_model(kernels)
         self.merge = merge and self.host == FREE_HOST
+        self.compiled = pays_for_compiled_loops(scenario, samples=max(1, len(samples)))
         self.mesh = Mesh(scenario.parallelism, scenario.cluster)
         self.parameters = ParameterGroups(scenario, self.mesh, self.schedule)
         self.seconds: defaultdict[str, float] = defaultdict(float)  # by source
@@ -97,6 +99,7 @@ class _Builder:
             slowdown=self._slowdown(),
             samples=max(1, len(self.samples)),
             source_seconds=dict(self.seconds),
+            compiled=self.compiled,
         )
 
     def _slowdown(self) -> float:
@@ -216,6 +219,7 @@ class _Builder:
                 stage=pipeline_rank,
                 layers=[layer - model.dense_layers for layer in chosen],
                 ranks_R=ranks_R,
+                compiled=self.compiled,
             )
         plan = StagePlan(layers=layers, moe_layers=tuple(chosen) if loads else (), first=stage == 0, last=last)
         return stage_blocks(self.scenario, self.kernels, plan, loads)

@@ -10,22 +10,30 @@ it, so one walk in list order is exact: when a compute operation is placed, each
 Legend: S routing samples, R ranks.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from types import ModuleType
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moesim.results.spans import Label, SpanRecorder, Stream
 from moesim.sim.operations import MAIN, NUM_CHAINS, SIDE, Kind, Run
+from moesim.sim.segments import (
+    COMMUNICATION,
+    COMPUTE,
+    NO_TRANSFER,
+    NUM_CHAIN_CLOCKS,
+    NUM_CLOCKS,
+    OPEN_FROM,
+    OPEN_UNTIL,
+    Packed,
+)
 from moesim.sim.walk import Labels, Step
 
 FloatArray = NDArray[np.float64]
 Handed = tuple[Label, FloatArray, FloatArray]  # what, when it was sent, when it arrives
-
-MAX_RUNS = 2  # passes that overlap in one action
-COMPILED_RANKS = 32  # from here on compiled loops pay for loading numba
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,33 +49,39 @@ FREE_HOST = HostModel(forward_launch=0.0, backward_launch=0.0, readback=0.0)
 
 
 @cache
-def _compiled_run() -> Callable[..., None]:
-    from moesim.sim.executor_loops import run_kernels
+def _loops() -> ModuleType:
+    from moesim.sim import executor_loops
 
-    return run_kernels
+    return executor_loops
 
 
 class GroupExecutor:
     """The clocks of one rank group and the walk over its blocks."""
 
     def __init__(
-        self, *, samples: int, ranks: int, host: HostModel, slowdown: float, recorder: SpanRecorder, labels: Labels
+        self,
+        *,
+        samples: int,
+        ranks: int,
+        host: HostModel,
+        slowdown: float,
+        recorder: SpanRecorder,
+        labels: Labels,
+        compiled: bool = False,
     ) -> None:
         self.host_model = host
         self.slowdown = slowdown  # of compute beside an open transfer, >= 1
         self.recorder = recorder
         self.labels = labels
-        shape = (samples, ranks)
-        self.host_SR = np.zeros(shape)
-        self.compute_SR = np.zeros(shape)
-        self.communication_SR = np.zeros(shape)
-        self.chains_CSR = np.zeros((MAX_RUNS * NUM_CHAINS, *shape))
-        self.reduced_SR = np.zeros(shape)  # when the latest collective on gradients or parameters was done
-        self.last_begin_SR = np.zeros(shape)  # when the current action began
+        self.clocks_KSR = np.zeros((NUM_CLOCKS, samples, ranks))  # numbered in `segments`; parts of it by name:
+        self.chains_CSR = self.clocks_KSR[:NUM_CHAIN_CLOCKS]
+        self.compute_SR, self.communication_SR = self.clocks_KSR[COMPUTE], self.clocks_KSR[COMMUNICATION]
+        self._open_from_SR, self._open_until_SR = self.clocks_KSR[OPEN_FROM], self.clocks_KSR[OPEN_UNTIL]
+        self.host_SR = np.zeros((samples, ranks))
+        self.reduced_SR = np.zeros((samples, ranks))  # when the latest collective on gradients or parameters was done
+        self.last_begin_SR = np.zeros((samples, ranks))  # when the current action began
         self._host_is_free = host == FREE_HOST
-        self._run_kernels = _compiled_run() if ranks >= COMPILED_RANKS and self._host_is_free else None
-        self._open_from_SR = np.zeros(shape)  # the latest transfer: compute placed beside it is slowed
-        self._open_until_SR = np.zeros(shape)
+        self._compiled = compiled and self._host_is_free
 
     @property
     def done_SR(self) -> FloatArray:
@@ -78,8 +92,30 @@ class GroupExecutor:
 
     def execute(self, runs: Sequence[Run]) -> None:
         """Do one action: a pass, or two passes that overlap."""
-        for step in self.labels.steps(tuple(run.block for run in runs), runs=self._host_is_free):
+        blocks = tuple(run.block for run in runs)
+        if self._compiled:
+            self._execute_packed(self.labels.packed(blocks), runs)
+            return
+        for step in self.labels.steps(blocks, runs=self._host_is_free):
             self._take(step, runs[step.which])
+
+    def _execute_packed(self, packed: Packed, runs: Sequence[Run]) -> None:
+        loops, clocks_KSR, slowdown = _loops(), self.clocks_KSR, self.slowdown
+        micro_batches = runs[0].micro_batch, runs[-1].micro_batch
+        first, second = micro_batches
+        rows = self.recorder.run(
+            packed.labels_G, first if first == second else first + packed.which_G * (second - first)
+        )
+        span = rows.start
+        spans = self.recorder.start_NSR, self.recorder.finish_NSR, self.recorder.own_NSR
+        for steps_N9, kernels, chain, which, transfers_M in packed.segments:
+            loops.advance(clocks_KSR, steps_N9, *packed.seconds_Q, *micro_batches, slowdown, chain, span, *spans)
+            span += kernels
+            if chain != NO_TRANSFER:
+                prepared = transfers_M[micro_batches[which] % len(transfers_M)]
+                done_SR = prepared.finish(spans[0][span])
+                loops.settle(clocks_KSR, chain, span, done_SR, prepared.alone_R, *spans)
+                span += 1
 
     def begin(self, arrived: Sequence[Handed]) -> None:
         """All chains wait until what the next action needs has arrived; waiting for what is on its way is a span."""
@@ -136,13 +172,6 @@ class GroupExecutor:
         elapsed_MNSR, recorder = step.elapsed_MNSR, self.recorder
         elapsed_NSR = elapsed_MNSR[micro_batch % len(elapsed_MNSR)]
         chain_SR, compute_SR = self.chains_CSR[step.chain], self.compute_SR
-        if self._run_kernels is not None:
-            rows = recorder.run(step.labels_N, micro_batch)
-            self._run_kernels(
-                chain_SR, compute_SR, self._open_from_SR, self._open_until_SR, self.slowdown, elapsed_NSR,
-                recorder.start_NSR[rows], recorder.finish_NSR[rows], recorder.own_NSR[rows],
-            )  # fmt: skip
-            return
         start_SR = self._issue(step, np.maximum(chain_SR, compute_SR), micro_batch)
         rows = recorder.run(step.labels_N, micro_batch)
         start_NSR, finish_NSR = recorder.start_NSR[rows], recorder.finish_NSR[rows]
@@ -164,8 +193,8 @@ class GroupExecutor:
         prepared = step.transfers_M[micro_batch % len(step.transfers_M)]
         start_SR = self._issue(step, np.maximum(self.chains_CSR[step.chain], self.communication_SR), micro_batch)
         finish_SR = prepared.finish(start_SR)
-        self.communication_SR = self.chains_CSR[step.chain] = finish_SR
-        self._open_from_SR, self._open_until_SR = start_SR, finish_SR
+        self.communication_SR[:] = self.chains_CSR[step.chain] = finish_SR
+        self._open_from_SR[:], self._open_until_SR[:] = start_SR, finish_SR
         own_SR = np.minimum(prepared.alone_R, finish_SR - start_SR)
         self.recorder.add(int(step.labels_N[0]), micro_batch, start_SR, finish_SR, own_SR)
 

@@ -63,8 +63,12 @@ def group_loads(
     stage: int,
     layers: Sequence[int],
     ranks_R: IntArray,
+    compiled: bool | None = None,
 ) -> LayerLoads:
-    """The loads of some MoE layers (numbered among those) of one expert group, samples stacked."""
+    """The loads of some MoE layers (numbered among those) of one expert group, samples stacked.
+
+    `compiled`: whether compiled loops work the transfers out (see `moesim.network.ports.Ports`).
+    """
     placement, deduplicate = samples[0].placement, scenario.dispatch.deduplicate
     counted = [
         _count([sample.arrays(group, layer, stage=stage) for sample in samples], placement, deduplicate)
@@ -77,7 +81,7 @@ def group_loads(
         some = counted[first : first + at_once]
         stages_MSRR = [np.concatenate(stage) for stage in zip(*(layer.stages_MSRR for layer in some), strict=True)]
         own_MSR = np.concatenate([layer.own_MSR for layer in some])
-        out, back = _transfers(scenario, fabric, stages_MSRR, own_MSR, ranks_R)
+        out, back = _transfers(scenario, fabric, stages_MSRR, own_MSR, ranks_R, compiled)
         dispatch_M += out
         combine_M += back
     slot_rows_MSRP = np.concatenate([layer.slot_rows_MSRP for layer in counted])
@@ -130,6 +134,7 @@ def _transfers(
     stages_MSRR: Sequence[NDArray[np.float64]],
     own_MSR: NDArray[Any],
     ranks_R: IntArray,
+    compiled: bool | None,
 ) -> tuple[tuple[Transfer, ...], tuple[Transfer, ...]]:
     """Dispatch and combine of every layer and micro-batch, prepared together; all samples in lockstep."""
     dispatch, hidden = scenario.dispatch, scenario.model.hidden
@@ -142,6 +147,7 @@ def _transfers(
         "own_copies_R": own_MSR.reshape(-1, ranks),
         "model": scenario.network.model,
         "synchronised": scenario.implementation.kind == "torch_eager",
+        "compiled": compiled,
     }
     out = prepare_dispatch(fabric, stages_QRR, token_bytes=token_bytes(hidden, dispatch.dtype), **common)
     back = prepare_combine(fabric, stages_QRR, token_bytes=token_bytes(hidden, dispatch.combine_dtype), **common)

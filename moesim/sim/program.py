@@ -62,7 +62,8 @@ class StepProgram:
     """One optimizer step. `reductions` follow a group's last task, then its optimizer, then `gathers`.
 
     A group attends those collectives in which its ranks are members, in this order. `source_seconds`: operation
-    seconds by what they rest on, summed over groups, mean over samples and ranks.
+    seconds by what they rest on, summed over groups, mean over samples and ranks. `compiled`: whether compiled loops
+    move the clocks.
     """
 
     groups: tuple[GroupProgram, ...]
@@ -72,6 +73,7 @@ class StepProgram:
     slowdown: float
     samples: int
     source_seconds: dict[str, float]
+    compiled: bool = False
 
     def rows(self, group: GroupProgram) -> int:
         """Most spans that a group can emit: every operation, and a host stall before it unless the host is free."""

@@ -120,6 +120,7 @@ def simulate_step(program: StepProgram) -> StepOutcome:
             slowdown=program.slowdown,
             recorder=recorder,
             labels=labels,
+            compiled=program.compiled,
         )
         executors.append(executor)
         processes.append(step.env.process(step.group(group, executor)))

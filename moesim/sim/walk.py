@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from moesim.results.spans import Label
 from moesim.sim.operations import NUM_CHAINS, Block, Kind, Operation, Transfer, interleave
+from moesim.sim.segments import Packed, PackedBlock, pack
 
 FloatArray = NDArray[np.float64]
 
@@ -41,6 +42,8 @@ class Labels:
     def __init__(self) -> None:
         self._number: dict[Label, int] = {}
         self._steps: dict[tuple[bool, tuple[Block, ...]], tuple[Step, ...]] = {}
+        self._packed: dict[tuple[Block, ...], Packed] = {}
+        self._packed_blocks: dict[Block, PackedBlock] = {}
 
     def number(self, label: Label) -> int:
         """The number of a label, new ones in order of first use."""
@@ -54,9 +57,20 @@ class Labels:
         """The steps of a pass, or of two that overlap. Without `runs` every kernel is a step of its own."""
         key = (runs, blocks)
         if key not in self._steps:
-            order = interleave(*blocks) if len(blocks) == 2 else tuple((0, o) for o in blocks[0].operations)
-            self._steps[key] = tuple(self._step(which, part) for which, part in _parts(order, runs=runs))
+            self._steps[key] = tuple(self._step(which, part) for which, part in _parts(_order(blocks), runs=runs))
         return self._steps[key]
+
+    def packed(self, blocks: tuple[Block, ...]) -> Packed:
+        """The same for compiled loops."""
+        if blocks not in self._packed:
+            for block in blocks:
+                if block not in self._packed_blocks:
+                    self._packed_blocks[block] = PackedBlock(block)
+            order = _order(blocks)
+            labels = [self.number(o.label) for _, o in order if o.kind in (Kind.COMPUTE, Kind.TRANSFER)]
+            packed = [self._packed_blocks[block] for block in blocks]
+            self._packed[blocks] = pack(order, packed, np.array(labels, dtype=np.int32))
+        return self._packed[blocks]
 
     def _step(self, which: int, operations: Sequence[Operation]) -> Step:
         first = operations[0]
@@ -70,6 +84,11 @@ class Labels:
             elapsed_MNSR=_elapsed(operations),
             transfers_M=first.transfers_M,
         )
+
+
+def _order(blocks: tuple[Block, ...]) -> tuple[tuple[int, Operation], ...]:
+    """(Which pass, operation) in issue order."""
+    return interleave(*blocks) if len(blocks) == 2 else tuple((0, operation) for operation in blocks[0].operations)
 
 
 def _parts(order: Sequence[tuple[int, Operation]], *, runs: bool) -> list[tuple[int, list[Operation]]]:

@@ -52,7 +52,9 @@ def main(path: str, changes: list[str]) -> dict[str, Any]:
 
     program = timed("build", build)
     tables = timed("simulate", lambda: simulate_step(program).tables)
-    parts_CSR = timed("attribute", lambda: np.concatenate([attribute(table) for table in tables], axis=2))
+    parts_CSR = timed(
+        "attribute", lambda: np.concatenate([attribute(table, compiled=program.compiled) for table in tables], axis=2)
+    )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     rank_spans = sum(table.start_NSR.size for table in tables)
     tables = ()
