@@ -153,7 +153,8 @@ def _points(
         try:
             scenario = _scenario(path, base, filled(common, variables), overrides, filled(settings, variables))
         except (ConflictError, InfeasibleError) as error:
-            identity = _sha256({"values": values, "reason": str(error)})[:16]
+            chosen = [[setting.key, setting.value] for setting in (*common, *settings)]
+            identity = _sha256({"settings": chosen, "overrides": list(overrides)})[:16]
             misfits.append(Misfit(id=identity, number=number, values=values, reason=str(error)))
         else:
             points.append(Point.of(scenario, number=number, values=values))
