@@ -1,12 +1,14 @@
 """Where tasks run: processes of this machine, or the workers of a Dask cluster. Both answer with futures."""
 
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from importlib import import_module
+from logging import CRITICAL, getLogger
 from multiprocessing import forkserver, get_context
 from typing import Any, NamedTuple, Protocol
 
@@ -15,6 +17,7 @@ from moesim.study.work import start_worker
 
 _ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 _CONNECT_SECONDS = 10
+_ADDRESS = re.compile(r"(tcp|tls|ucx)://\S+:\d+")
 
 
 class Lost(NamedTuple):
@@ -135,6 +138,9 @@ class Cluster:
             distributed: Any = import_module("distributed")
         except ImportError:
             raise UserError("--cluster needs the package distributed: pip install 'moesim[cluster]'") from None
+        if not _ADDRESS.fullmatch(address):
+            raise UserError(f"--cluster {address} is not the address of a Dask scheduler; write e.g. tcp://host:8786")
+        getLogger("distributed.client").setLevel(CRITICAL)  # what goes wrong is said once, below
         self._address = address
         self._killed: type[Exception] = distributed.KilledWorker
         try:
