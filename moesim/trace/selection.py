@@ -20,14 +20,18 @@ def draw_distinct(num_tokens: int, *, num_experts: int, top_k: int, rng: np.rand
     Each choice is a number among the experts still free; stepping it over those taken, smallest first, names it.
     """
     assert top_k <= num_experts
-    ids_TK = np.empty((num_tokens, top_k), dtype=np.int64)
+    narrow = np.int16 if num_experts < 2**15 else np.int64  # many values at a time
+    ids_KT = np.empty((top_k, num_tokens), dtype=narrow)
+    taken: list[Array] = []  # the columns so far, each token's smallest first
     for column in range(top_k):
-        choice_T = rng.integers(num_experts - column, size=num_tokens)
-        taken_TC = np.sort(ids_TK[:, :column], axis=1)
-        for taken in range(column):
-            choice_T += choice_T >= taken_TC[:, taken]
-        ids_TK[:, column] = choice_T
-    return ids_TK
+        choice_T = rng.integers(num_experts - column, size=num_tokens).astype(narrow)
+        for taken_T in taken:
+            choice_T += choice_T >= taken_T
+        ids_KT[column] = choice_T
+        for place, taken_T in enumerate(taken):
+            taken[place], choice_T = np.minimum(taken_T, choice_T), np.maximum(taken_T, choice_T)
+        taken.append(choice_T)
+    return np.ascontiguousarray(ids_KT.T, dtype=np.int64)
 
 
 def draw_distinct_in_groups(

@@ -12,6 +12,7 @@ float16 where that is exact).
 import hashlib
 import json
 import os
+import weakref
 import zlib
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -30,11 +31,28 @@ _ZLIB_LEVEL = 1  # higher levels cost ten times the time for 5 % of the size
 _STEP_ARRAYS = ("expert_ids_LSTK", "affinities_LSTK", "gates_LSTK")
 _DTYPES = {"uint8", "int16", "float16", "float32", "float64"}
 
+# Of every trace in memory that was read from a file what the file said: to write it again takes no packing.
+_bodies: dict[int, bytes] = {}
+
 Array = NDArray[Any]
 
 
 def save_trace(trace: RoutingTrace, path: str | os.PathLike[str]) -> None:
     """Write the trace; the file appears complete or not at all. Raises UserError when it cannot be written."""
+    body = _bodies.get(id(trace)) or _packed_body(trace)
+    digest = hashlib.sha256(body).hexdigest().encode()
+    target = Path(path)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        partial.write_bytes(b"%s %d\n%s\n" % (_MAGIC, SCHEMA_VERSION, digest) + body)
+        partial.replace(target)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"{target}: cannot write the trace ({error.strerror}); choose another place") from error
+
+
+def _packed_body(trace: RoutingTrace) -> bytes:
+    """Header line and arrays."""
     arrays = [_pack(array) for array in _arrays(trace).values()]
     packed = [zlib.compress(_shuffle(array), _ZLIB_LEVEL) for array in arrays]
     header = {
@@ -46,16 +64,7 @@ def save_trace(trace: RoutingTrace, path: str | os.PathLike[str]) -> None:
             for name, array, blob in zip(_arrays(trace), arrays, packed, strict=True)
         ],
     }
-    body = json.dumps(header, sort_keys=True).encode() + b"\n" + b"".join(packed)
-    digest = hashlib.sha256(body).hexdigest().encode()
-    target = Path(path)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        partial.write_bytes(b"%s %d\n%s\n" % (_MAGIC, SCHEMA_VERSION, digest) + body)
-        partial.replace(target)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"{target}: cannot write the trace ({error.strerror}); choose another place") from error
+    return json.dumps(header, sort_keys=True).encode() + b"\n" + b"".join(packed)
 
 
 def load_trace(path: str | os.PathLike[str]) -> RoutingTrace:
@@ -72,6 +81,8 @@ def load_trace(path: str | os.PathLike[str]) -> RoutingTrace:
         raise UserError(f"{path}: {error}") from None
     except (KeyError, TypeError, ValueError, zlib.error) as error:
         raise UserError(f"{path}: the trace's parts do not fit together ({error}); record it again") from error
+    _bodies[id(trace)] = body
+    weakref.finalize(trace, _bodies.pop, id(trace))
     return trace
 
 
