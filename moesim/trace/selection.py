@@ -24,7 +24,7 @@ def draw_distinct(num_tokens: int, *, num_experts: int, top_k: int, rng: np.rand
     ids_KT = np.empty((top_k, num_tokens), dtype=narrow)
     taken: list[Array] = []  # the columns so far, each token's smallest first
     for column in range(top_k):
-        choice_T = rng.integers(num_experts - column, size=num_tokens).astype(narrow)
+        choice_T: Array = rng.integers(num_experts - column, size=num_tokens).astype(narrow)
         for taken_T in taken:
             choice_T += choice_T >= taken_T
         ids_KT[column] = choice_T
