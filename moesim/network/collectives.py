@@ -7,13 +7,14 @@ Legend: X links, F flows of the pattern, R ranks.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moesim.errors import UserError
+from moesim.network.contention import LinkUse, common_use
 from moesim.network.fabric import NONE, Fabric
 from moesim.network.flows import Ranks, as_ranks
 from moesim.network.parameters import Protocol
@@ -65,6 +66,14 @@ def reduce_scatter_seconds(fabric: Fabric, ranks: Ranks, num_bytes: float) -> Co
 def all_gather_seconds(fabric: Fabric, ranks: Ranks, num_bytes: float) -> CollectiveEstimate:
     """Ring all-gather: num_bytes / n on every rank before, `num_bytes` after; n - 1 steps."""
     return _half_ring(fabric, as_ranks(fabric, ranks), num_bytes)
+
+
+def ring_use(fabric: Fabric, members: Sequence[NDArray[np.int64]], seconds: float) -> LinkUse:
+    """What rings among each of `members` put on the fabric's common links in `seconds`, each at its own pace alone."""
+    rings = [_ring_flows(fabric, ranks) for ranks in members if len(ranks) > 1]
+    bytes_rings = [seconds * ring.shares_F / _pattern(fabric, *ring).seconds_per_byte for ring in rings]
+    sources_F, targets_F = (np.concatenate([ring[end] for ring in rings]) for end in (0, 1))
+    return common_use(fabric, sources_F, targets_F, np.concatenate(bytes_rings)[None])
 
 
 def send_recv_seconds(fabric: Fabric, source: int, target: int, num_bytes: float) -> CollectiveEstimate:
@@ -158,6 +167,18 @@ def _by_node(fabric: Fabric, ranks: NDArray[np.int64]) -> list[NDArray[np.int64]
 
 
 def _ring_pattern(fabric: Fabric, ranks: NDArray[np.int64]) -> _Pattern:
+    return _pattern(fabric, *_ring_flows(fabric, ranks))
+
+
+class _RingFlows(NamedTuple):
+    """The flows of one ring step, and the share of a rank's bytes that each carries."""
+
+    sources_F: NDArray[np.int64]
+    targets_F: NDArray[np.int64]
+    shares_F: NDArray[np.float64]
+
+
+def _ring_flows(fabric: Fabric, ranks: NDArray[np.int64]) -> _RingFlows:
     sources: list[int] = []
     targets: list[int] = []
     shares: list[float] = []
@@ -172,7 +193,7 @@ def _ring_pattern(fabric: Fabric, ranks: NDArray[np.int64]) -> _Pattern:
             sources += [int(node[c % len(node)]) for c in range(channels)]
             targets += [int(following[c % len(following)]) for c in range(channels)]
             shares += [1 / channels] * channels
-    return _pattern(fabric, np.array(sources), np.array(targets), np.array(shares))
+    return _RingFlows(np.array(sources), np.array(targets), np.array(shares))
 
 
 def _pattern(

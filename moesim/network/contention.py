@@ -1,25 +1,168 @@
 """Transfers of several groups that are open at once and share links.
 
-Legend: K open transfers, X links.
+A transfer that is alone moves its bytes at a steady pace over its links: that is its demand. Beside others it slows
+down where the demands exceed a link's capacity; its progress per second is 1 while alone.
+
+Legend: K open transfers, X links (of the fabric, or some of them), S routing samples, R ranks, F flows, P hops,
+C common links of the fabric, Q (flow, common link) pairs.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.network.fabric import Fabric
+from moesim.network.fabric import NONE, Fabric
 
 FloatArray = NDArray[np.float64]
 
+TOLERANCE = 1e-9  # a link counts as overloaded from this share above its capacity on
 
-def slow_downs(fabric: Fabric, demands_KX: Sequence[FloatArray]) -> FloatArray:
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LinkUse:
+    """What one transfer puts on links, and in how many flows."""
+
+    bytes_SX: FloatArray
+    flows_SX: FloatArray
+
+    def __add__(self, other: "LinkUse") -> "LinkUse":
+        return LinkUse(bytes_SX=self.bytes_SX + other.bytes_SX, flows_SX=self.flows_SX + other.flows_SX)
+
+    def on(self, chosen_X: NDArray[np.bool_]) -> "LinkUse | None":
+        """What of it is on some of the links; None where nothing is."""
+        if not self.bytes_SX[:, chosen_X].any():
+            return None
+        return LinkUse(bytes_SX=self.bytes_SX[:, chosen_X], flows_SX=self.flows_SX[:, chosen_X])
+
+    def of_sample(self, sample: int) -> "LinkUse":
+        """One of the samples."""
+        if len(self.bytes_SX) == 1:
+            return self
+        chosen = slice(sample, sample + 1)
+        return LinkUse(bytes_SX=self.bytes_SX[chosen], flows_SX=self.flows_SX[chosen])
+
+
+def slow_downs(
+    fabric: Fabric, demands_KX: Sequence[FloatArray], *, flows_KX: Sequence[FloatArray] | None = None
+) -> FloatArray:
     """Progress per second of each open transfer, [K], 1 where its links have capacity to spare.
 
-    `demands_KX`: bytes/s that each transfer puts on each link while alone (`PreparedTransfer.demand_X`). A transfer
-    runs at the least capacity / total demand over the links that it uses.
+    `demands_KX`: bytes/s that each transfer puts on each link of the fabric while alone (`PreparedTransfer.demand_X`).
+    `flows_KX`: how many flows these are; one each when absent. See progress_rates.
     """
     demands = np.asarray(demands_KX, dtype=np.float64).reshape(-1, len(fabric.links))
-    total_X = demands.sum(axis=0)
-    share_X = np.minimum(1.0, fabric.capacity_X / np.maximum(total_X, fabric.capacity_X))
-    return np.asarray(np.where(demands > 0, share_X, 1.0).min(axis=1, initial=1.0))
+    flows = (demands > 0).astype(np.float64) if flows_KX is None else np.asarray(flows_KX, dtype=np.float64)
+    return progress_rates(fabric.capacity_X, demands, flows)
+
+
+def progress_rates(capacity_X: FloatArray, demands_KX: FloatArray, flows_KX: FloatArray) -> FloatArray:
+    """Progress per second, [K]: max-min fair between the flows on every link, a transfer as slow as its slowest link.
+
+    An overloaded link lets each flow have its level, the bytes/s at which the flows that want more and those that want
+    less fill it together. The link with the least level comes first: what its transfers no longer send elsewhere is
+    there for others. Afterwards no link carries more than its capacity.
+    """
+    rate_K = np.ones(len(demands_KX))
+    over_X = demands_KX.sum(axis=0) > capacity_X * (1 + TOLERANCE)
+    while over_X.any():
+        used_KX = rate_K[:, None] * demands_KX[:, over_X]
+        counts_KX = flows_KX[:, over_X]
+        each_KX = np.divide(used_KX, counts_KX, out=np.zeros_like(used_KX), where=counts_KX > 0)
+        level_X = _levels(capacity_X[over_X], each_KX, counts_KX)
+        link = int(level_X.argmin())
+        wanted_K = each_KX[:, link]
+        slowed_K = wanted_K > level_X[link]
+        rate_K[slowed_K] *= level_X[link] / wanted_K[slowed_K]
+        over_X &= rate_K @ demands_KX > capacity_X * (1 + TOLERANCE)
+    return rate_K
+
+
+def _levels(capacity_X: FloatArray, each_KX: FloatArray, flows_KX: FloatArray) -> FloatArray:
+    """Of overloaded links the bytes/s at which flows are cut off, so that sum(flows * min(each, level)) = capacity."""
+    order_KX = np.argsort(each_KX, axis=0)
+    each_KX = np.take_along_axis(each_KX, order_KX, axis=0)
+    flows_KX = np.take_along_axis(flows_KX, order_KX, axis=0)
+    sent_KX = each_KX * flows_KX
+    before_KX = np.cumsum(sent_KX, axis=0) - sent_KX
+    behind_KX = np.cumsum(flows_KX[::-1], axis=0)[::-1]
+    level_KX = np.divide(
+        capacity_X - before_KX, behind_KX, out=np.full_like(each_KX, np.inf), where=behind_KX > 0
+    )  # if the flows from here on were cut off
+    cut_KX = level_KX <= each_KX
+    first_X = np.where(cut_KX.any(axis=0), cut_KX.argmax(axis=0), len(each_KX) - 1)
+    return np.asarray(level_KX[first_X, np.arange(len(first_X))])
+
+
+class Window(NamedTuple):
+    """When a transfer moves its bytes: the time of its alone length in which it moves them at its steady pace.
+
+    `opens_S` is on the clock of the starts. Each rank takes part for the first `work_SR` seconds of it, and its
+    software needs `after_SR` more than that of the quickest.
+    """
+
+    opens_S: FloatArray
+    work_SR: FloatArray
+    after_SR: FloatArray
+
+
+def opening(start_SR: FloatArray, seconds_S: FloatArray, *, two_sided: bool, synchronised: bool = False) -> FloatArray:
+    """When the window opens of a transfer whose ranks start at `start_SR`, `seconds_S` long from a common start: [S].
+
+    Ranks that come at different times release their bytes as they come (of a two-sided transfer, what they exchange
+    with those that are there). Served in that order at the steady pace, half of all bytes have moved at some instant;
+    the window lies evenly around it. So neither one early rank nor one straggler moves it, and with a common start it
+    begins there. Pairs count alike.
+    """
+    if synchronised:
+        return np.asarray(start_SR.max(axis=1))
+    ranks = start_SR.shape[1]
+    place_R = np.arange(ranks)
+    released_R = place_R / ranks  # share of the bytes that is released before the rank at this place comes
+    if two_sided and ranks > 1:
+        released_R = place_R * (place_R - 1) / (ranks * (ranks - 1))
+    half_SR = np.sort(start_SR, axis=1) + np.maximum(0.5 - released_R, 0.0) * seconds_S[:, None]
+    half_SR[:, released_R >= 0.5] = -np.inf
+    if two_sided and ranks > 1:
+        half_SR[:, 0] = -np.inf  # the first rank finds nobody to exchange with
+    return np.asarray(half_SR.max(axis=1) - 0.5 * seconds_S)
+
+
+def common_use(
+    fabric: Fabric,
+    source_F: NDArray[np.integer],
+    target_F: NDArray[np.integer],
+    bytes_SF: FloatArray,
+    *,
+    avoid_nvlink: bool = False,
+) -> LinkUse:
+    """What flows of `bytes_SF` between ranks of the fabric put on its common links."""
+    flow_Q, link_Q = _common_hops(fabric, source_F, target_F, avoid_nvlink=avoid_nvlink)
+    num_links = len(fabric.common_links_X)
+    bytes_SQ = bytes_SF[:, flow_Q]
+    return LinkUse(
+        bytes_SX=np.stack([np.bincount(link_Q, weights=bytes_Q, minlength=num_links) for bytes_Q in bytes_SQ]),
+        flows_SX=np.stack([np.bincount(link_Q, weights=bytes_Q > 0, minlength=num_links) for bytes_Q in bytes_SQ]),
+    )
+
+
+def _common_hops(
+    fabric: Fabric, source_F: NDArray[np.integer], target_F: NDArray[np.integer], *, avoid_nvlink: bool
+) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
+    """The (flow, common link) pairs of flows between ranks of the fabric; a group sends many matrices over the same."""
+    key = (source_F.tobytes(), target_F.tobytes(), bytes([avoid_nvlink]))
+    if key not in fabric.common_hops:
+        number = np.full(len(fabric.links) + 1, NONE)
+        number[fabric.common_links_X] = np.arange(len(fabric.common_links_X))
+        link_FP = number[fabric.routes(source_F, target_F, avoid_nvlink=avoid_nvlink)]
+        on_link_Q = np.nonzero(link_FP != NONE)
+        fabric.common_hops[key] = on_link_Q[0], link_FP[on_link_Q]
+    return fabric.common_hops[key]
+
+
+def path_rates(fabric: Fabric, source_F: NDArray[np.integer], target_F: NDArray[np.integer]) -> FloatArray:
+    """Bytes/s of each flow if it were alone: what the slowest link of its route can carry."""
+    capacity = np.append(fabric.capacity_X, np.inf)  # index -1: no link
+    return np.asarray(capacity[fabric.routes(source_F, target_F)].min(axis=1, initial=np.inf))

@@ -164,6 +164,7 @@ def _prepare(
     return PreparedTransfer(
         parts[0] if len(parts) == 1 else Pipeline(parts[0], parts[1], demands[1]),
         shape=np.shape(copies_stages[0])[:-1],
+        two_sided=algorithm != "low_latency",
         synchronised=synchronised,
         overhead_R=_overhead(protocol, stages, message_bytes).reshape(np.shape(copies_stages[0])[:-1]),
         sm_share=sm_share,

@@ -20,6 +20,7 @@ from moesim.scenario.cluster import Fabric as FabricSection
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int32]
+IntegerArray = NDArray[np.integer]
 
 NONE = -1  # no link
 _HOPS = 10  # longest preset route: NVLink out and in (PXN), GPU-NIC, NIC, leaf, spine, spine, leaf, NIC, NIC-GPU
@@ -54,6 +55,9 @@ class Fabric:
     walks: Walks = field(repr=False)
     pair_ports: dict[tuple[bytes, bool], object] = field(repr=False, default_factory=dict)  # see endpoints.pair_ports
     flow_ports: dict[tuple[bytes, bool, bytes], object] = field(repr=False, default_factory=dict)  # see flow_ports
+    common_hops: dict[tuple[bytes, ...], tuple[IntegerArray, IntegerArray]] = field(
+        repr=False, default_factory=dict
+    )  # see contention.common_use
 
     @property
     def num_ranks(self) -> int:
@@ -68,6 +72,17 @@ class Fabric:
             for tier, spare in zip(self.tier_X, self.redundant_X, strict=True)
             if not spare
         )
+
+    @cached_property
+    def common_links_X(self) -> NDArray[np.intp]:
+        """Links that can be a bottleneck and are no port of one GPU: what groups of ranks can share."""
+
+        def is_port(link: tuple[str, str]) -> bool:
+            kinds = {self.graph.nodes[end]["kind"] for end in link}
+            return "gpu" in kinds or (self.ladder is not None and "nic" in kinds)
+
+        ports_X = np.array([is_port(link) for link in self.links], dtype=bool)
+        return np.flatnonzero(~self.redundant_X & ~ports_X)
 
     def routes(
         self, sources_F: NDArray[np.integer], targets_F: NDArray[np.integer], *, avoid_nvlink: bool = False

@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from moesim.network.contention import LinkUse, Window, common_use, opening
 from moesim.network.fabric import Fabric
 from moesim.network.flows import Demand, Ranks, build_flows, link_bytes, make_demand
 from moesim.network.loads import ladder_link_bytes
@@ -93,7 +94,7 @@ def transfer_times(
 
 
 class Traffic:
-    """What a transfer puts on the wires, all samples' mean: bytes per tier, and per link [X] when asked for."""
+    """What a transfer puts on the wires: bytes per tier (mean of the samples), and on the links that groups share."""
 
     def __init__(self, fabric: Fabric, stages: Sequence[Demand]) -> None:
         self._fabric = fabric
@@ -117,9 +118,14 @@ class Traffic:
 
     @cached_property
     def link_bytes_X(self) -> FloatArray:
-        """Bytes over each link that can be a bottleneck."""
+        """Bytes over each link that can be a bottleneck, mean of the samples."""
         demands = [stage.demand() for stage in self._stages]
         return np.asarray(sum(link_bytes(self._fabric, build_flows(self._fabric, demand)) for demand in demands))
+
+    def common_use(self, ranks_R: NDArray[np.integer]) -> LinkUse:
+        """What is on the fabric's common links if other ranks send it."""
+        first, *others = (stage.common_use(self._fabric, ranks_R) for stage in self._stages)
+        return sum(others, start=first)
 
 
 class _PairBytes(NamedTuple):
@@ -144,6 +150,11 @@ class _PairBytes(NamedTuple):
         chosen_F &= self.source_F != self.target_F
         return float(self.bytes_SF[:, chosen_F].mean(axis=0).sum())
 
+    def common_use(self, fabric: Fabric, ranks_R: NDArray[np.integer]) -> LinkUse:
+        """See Traffic."""
+        source_F, target_F = ranks_R[self.source_F], ranks_R[self.target_F]
+        return common_use(fabric, source_F, target_F, self.bytes_SF, avoid_nvlink=self.avoid_nvlink)
+
     def demand(self) -> Demand:
         bytes_SRR = np.zeros((len(self.bytes_SF), len(self.ranks_R), len(self.ranks_R)))
         bytes_SRR[:, self.source_F, self.target_F] = self.bytes_SF
@@ -162,6 +173,7 @@ class PreparedTransfer:
         sharing: Sharing,
         *,
         shape: tuple[int, ...],
+        two_sided: bool = True,
         synchronised: bool = False,
         overhead_R: FloatArray | float = 0.0,
         sm_share: float = 0.0,
@@ -170,7 +182,7 @@ class PreparedTransfer:
     ) -> None:
         self._sharing = sharing
         self._shape = shape
-        self._synchronised = synchronised
+        self._two_sided, self._synchronised = two_sided, synchronised
         self._overhead_SR = np.broadcast_to(overhead_R, shape).reshape(-1, shape[-1])
         self.sm_share = sm_share
         self._all_traffic, self._samples = traffic, slice(None)
@@ -201,6 +213,18 @@ class PreparedTransfer:
     def demand_X(self) -> FloatArray:
         """Bytes/s on each link while the transfer is alone, for `slow_downs`."""
         return self.traffic.link_bytes_X / max(float(self._alone_SR.max(axis=1).mean()), 1e-30)
+
+    def common_use(self, ranks_R: NDArray[np.integer]) -> LinkUse:
+        """What it puts on the fabric's common links, on `ranks_R` in the place of those that it was prepared for."""
+        return self.traffic.common_use(ranks_R)
+
+    def window(self, start_R: FloatArray) -> Window:
+        """When the bytes move while the transfer is alone, software's time before and behind apart."""
+        work_SR = self._alone_SR - self._overhead_SR
+        least_S1 = self._overhead_SR.min(axis=1, keepdims=True)
+        start_SR = start_R.reshape(work_SR.shape) + least_S1
+        opens_S = opening(start_SR, work_SR.max(axis=1), two_sided=self._two_sided, synchronised=self._synchronised)
+        return Window(opens_S, work_SR, self._overhead_SR - least_S1)
 
     def finish(self, start_R: FloatArray) -> FloatArray:
         """When each rank is done (seconds, same clock as `start_R`); [R], or [S, R] for S matrices in lockstep."""
@@ -234,6 +258,7 @@ def prepare_transfer(
     return PreparedTransfer(
         prepare_sharing(fabric, demand, model=model, two_sided=two_sided, per_rank_starts=per_rank_starts),
         shape=np.shape(bytes_RR)[:-1],
+        two_sided=two_sided,
         synchronised=synchronised,
         traffic=Traffic(fabric, [demand]),
         source=transfer_source(fabric, model),
