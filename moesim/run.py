@@ -29,6 +29,7 @@ from moesim.results.metrics import (
     mean_and_range,
     no_communication,
     no_imbalance,
+    window_tokens,
 )
 from moesim.scenario import Scenario
 from moesim.scenario.check import require_supported
@@ -110,7 +111,7 @@ def obtain_trace(
         return cached_trace(TrainingRequest.from_scenario(scenario), cache_dir, progress=progress)
     if isinstance(routing, TraceRouting):
         return load_trace(Path(routing.file))
-    window = scenario.parallelism.expert * scenario.tokens_per_micro_batch
+    window = window_tokens(scenario)
     length = scenario.workload.sequence_length
     fewest, most = SYNTHETIC_TOKENS
     tokens = max(fewest, window, min(most, scenario.tokens_per_step))

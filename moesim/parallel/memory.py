@@ -8,7 +8,8 @@ Memory of one rank at one instant:
     buffers      dispatch and combine of one layer: copies sent and arrived, in the wider of both formats; the largest
                  of the layers and micro-batches of the rank; two at once where micro-batches overlap in pairs
     repeated     what the backward pass of one layer computes again: the largest of the layers
-    temporaries  gradients inside the largest layer: of the residual stream, and of the products' inputs and outputs
+    temporaries  gradients inside the largest layer: of the residual stream, and of the products' inputs and outputs;
+                 what tensor ranks gather of a product's input, and context ranks pass around
     allocator    memory.allocator_overhead of the four above
     reserved     memory.reserved
 
@@ -135,11 +136,10 @@ class _PipelineRank:
     def stages(self) -> Sequence[int]:
         return self.schedule.stages_of_rank[self.rank]
 
-    @cached_property
+    @property
     def tokens(self) -> float:
         """Tokens of a micro-batch on one rank."""
-        mesh = self.scenario.parallelism
-        return self.scenario.tokens_per_micro_batch / (mesh.context * mesh.tensor)
+        return self.scenario.tokens_per_rank
 
     def dense_layers(self, stage: int) -> int:
         """Layers of a stage without experts."""
@@ -159,13 +159,17 @@ class _PipelineRank:
     def states(self) -> dict[str, float]:
         return state_bytes(self.scenario, self.stages, replicas=self.schedule.num_replicas)
 
-    def _computed(self, layers: Sequence[int]) -> Array:
-        """Rows that an expert slice of each rank computes; expert-tensor ranks each see the rows of all of them."""
-        rows_SLBW, together = self.rows.rows_SLBW[:, layers], self.scenario.parallelism.expert_tensor
+    def _of_all_slices(self, counts_SLBW: Array) -> Array:
+        """Counts of ranks with slices of the same experts, each of which sees the rows and copies of all of them."""
+        together = self.scenario.parallelism.expert_tensor
         if together == 1:
-            return rows_SLBW
-        blocks = rows_SLBW.reshape(*rows_SLBW.shape[:3], -1, together)
+            return counts_SLBW
+        blocks = counts_SLBW.reshape(*counts_SLBW.shape[:3], -1, together)
         return np.asarray(np.repeat(blocks.sum(axis=-1), together, axis=-1))
+
+    def _computed(self, layers: Sequence[int]) -> Array:
+        """Rows that an expert slice of each rank computes."""
+        return self._of_all_slices(self.rows.rows_SLBW[:, layers])
 
     def _sizes(self, kept: Sequence[Saved]) -> dict[tuple[Part, Unit], float]:
         sizes: dict[tuple[Part, Unit], float] = {}
@@ -240,14 +244,15 @@ class _PipelineRank:
             return np.zeros((self.rows.num_samples, self.scenario.parallelism.stage_ranks))
         rows = self.rows
         weighted = per_row * self._computed(layers)
-        weighted = weighted + per_out * rows.copies_out_SLBW[:, layers] + per_in * rows.copies_in_SLBW[:, layers]
+        weighted = weighted + per_out * rows.copies_out_SLBW[:, layers]
+        weighted = weighted + per_in * self._of_all_slices(rows.copies_in_SLBW[:, layers])
         return np.asarray(weighted.max(axis=(1, 2)), dtype=np.float64)
 
     @cached_property
     def buffers_SW(self) -> FloatArray:
         """Send and receive buffers; nothing travels inside a group of one rank."""
         scenario = self.scenario
-        if scenario.parallelism.expert == 1:
+        if scenario.parallelism.expert * scenario.parallelism.expert_tensor == 1:
             return self._largest(0.0, 0.0, 0.0)
         hidden, dispatch = scenario.model.hidden, scenario.dispatch
         size = max(token_bytes(hidden, dispatch.dtype), token_bytes(hidden, dispatch.combine_dtype))
@@ -283,7 +288,11 @@ class _PipelineRank:
         head = model.vocab * (a + FP32) * (has_head and self.scenario.implementation.kind == "torch_eager")
         expert = (model.hidden + 3 * model.expert_intermediate / mesh.expert_tensor) * a
         experts_SW = self._largest(expert, 0.0, 0.0)
-        return model.hidden * a * self.tokens + np.maximum(max(attention, dense, head) * self.tokens, experts_SW)
+        whole = model.hidden * a * mesh.tensor * (mesh.tensor > 1)  # a product's input, gathered
+        pair = kv_heads * (2 * model.head_dim + extra) * a
+        ring = 4 * pair * (mesh.context > 1)  # keys, values and their gradients: in use, and on their way
+        largest = max(attention, dense, head) + whole + ring
+        return model.hidden * a * self.tokens + np.maximum(largest * self.tokens, experts_SW)
 
     @cached_property
     def peak_SW(self) -> FloatArray:

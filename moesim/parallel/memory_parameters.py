@@ -4,8 +4,8 @@ With n local parameters that g ranks hold, and ZeRO stage z (arXiv 1910.02054):
 
     weights    n * bytes(weights)      / g if z >= 3       gradients  n * bytes(gradients)  / g if z >= 2
     master     n * 4, if there is one  / g if z >= 1       optimizer  2 n * bytes(optimizer) / g if z >= 1
-    gathered   z >= 2: the full gradients of the largest layer; z = 3: also the weights of two layers, one in use and
-               the next on its way
+    gathered   z >= 2: the full gradients of the largest part (a layer, an end of the model); z = 3: also the weights
+               of two parts, one in use and the next on its way
 
 Dense parameters are held by data * context ranks, routed experts by data * context * tensor / (expert *
 expert_tensor); twice as many under a bidirectional schedule, where two pipeline ranks hold each stage.
@@ -15,6 +15,7 @@ Tensor parallelism splits the products of attention and feed-forward networks, t
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from moesim.parallel.mesh import Mesh
 from moesim.scenario import Scenario
@@ -23,54 +24,90 @@ from moesim.scenario.flops import attention_layer_parameters, expert_parameters
 from moesim.scenario.model import Mla
 
 
-@dataclass(frozen=True, kw_only=True)
-class LocalParameters:
-    """Parameters on one rank, in elements; `largest` are those of its largest layer."""
+class Unit(NamedTuple):
+    """Parameters of one part of the model on one rank, in elements: dense ones, slices of experts.
+
+    `duplicated`: those among the dense that every tensor rank holds whole.
+    """
 
     dense: float
+    duplicated: float
+    expert: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalParameters:
+    """Parameters on one rank, in elements; `largest` are those of its largest part."""
+
+    dense: float
+    duplicated: float
     expert: float
     largest_dense: float
     largest_expert: float
 
 
-def attention_parameters(scenario: Scenario) -> float:
-    """Parameters of one attention layer on one rank, both norms of the layer included."""
-    model, tensor = scenario.model, scenario.parallelism.tensor
+def _attention(scenario: Scenario) -> Unit:
+    """One attention layer, both norms of the layer included."""
+    model = scenario.model
     whole, norms = 0, 2 * model.hidden
     if isinstance(model.attention, Mla):
         mla = model.attention
         whole = model.hidden * (mla.kv_lora_rank + mla.rope_head_dim + (mla.q_lora_rank or 0))
         norms += mla.kv_lora_rank + (mla.q_lora_rank or 0)
-    return norms + whole + (attention_layer_parameters(model) - whole) / tensor
+    shared = (attention_layer_parameters(model) - whole) / scenario.parallelism.tensor
+    return Unit(norms + whole + shared, norms + whole, 0.0)
+
+
+def _layer(scenario: Scenario, *, moe: bool) -> Unit:
+    model, mesh, attention = scenario.model, scenario.parallelism, _attention(scenario)
+    if not moe:
+        return attention._replace(dense=attention.dense + 3 * model.hidden * model.dense_intermediate / mesh.tensor)
+    expert, router = expert_parameters(model), model.hidden * model.experts
+    return Unit(
+        attention.dense + router + model.shared_experts * expert / mesh.tensor,
+        attention.duplicated + router,
+        model.experts * expert / (mesh.expert * mesh.expert_tensor),
+    )
+
+
+def stage_units(scenario: Scenario, stage: int, *, held: Sequence[int] = ()) -> list[Unit]:
+    """What a rank holds of one stage, part by part in the order of the forward pass.
+
+    The embedding (first stage), the layers, the head and the prediction layers (last stage); prediction layers read
+    the embedding as well, of which the last stage then has a copy. `held`: other stages on the same rank; it holds a
+    table that both need once.
+    """
+    model, hidden = scenario.model, scenario.model.hidden
+    table = model.vocab * hidden / scenario.parallelism.tensor
+    has_embedding = 0 in (stage, *held)
+    units = [Unit(table, 0.0, 0.0)] if stage == 0 else []
+    units += [_layer(scenario, moe=layer >= model.dense_layers) for layer in scenario.stage_layers[stage]]
+    if stage < scenario.parallelism.num_stages - 1:
+        return units
+    head = 0.0 if model.tied_embeddings and has_embedding else table
+    units.append(Unit(hidden + head, hidden, 0.0))
+    copy = 0.0 if model.tied_embeddings or has_embedding else table
+    for number in range(model.mtp_layers):
+        layer = _layer(scenario, moe=True)
+        join = 2 * hidden**2 / scenario.parallelism.tensor + 3 * hidden
+        dense = layer.dense + join + copy * (number == 0)
+        units.append(Unit(dense, layer.duplicated + 3 * hidden, layer.expert))
+    return units
 
 
 def local_parameters(scenario: Scenario, stages: Sequence[int]) -> LocalParameters:
     """What a rank holds of the given stages of the model."""
-    model, mesh = scenario.model, scenario.parallelism
-    attention = attention_parameters(scenario)
-    expert = expert_parameters(model)
-    dense_layer = attention + 3 * model.hidden * model.dense_intermediate / mesh.tensor
-    moe_layer = attention + model.hidden * model.experts + model.shared_experts * expert / mesh.tensor
-    experts = model.experts * expert / (mesh.expert * mesh.expert_tensor)
-    layers = [layer for stage in stages for layer in scenario.stage_layers[stage]]
-    num_dense = sum(layer < model.dense_layers for layer in layers)
-    num_moe = len(layers) - num_dense
-    is_first, is_last = 0 in stages, mesh.num_stages - 1 in stages
-    table = model.vocab * model.hidden / mesh.tensor
-    tables = int(is_first)
-    dense = num_dense * dense_layer + num_moe * moe_layer
-    if is_last:
-        # The head, unless it is the embedding on the same rank; prediction layers read the embedding as well.
-        tables += not (model.tied_embeddings and is_first)
-        tables += bool(model.mtp_layers) and not is_first and not model.tied_embeddings
-        join = 2 * model.hidden**2 / mesh.tensor + 3 * model.hidden
-        dense += model.hidden + model.mtp_layers * (moe_layer + join)
-        num_moe += model.mtp_layers
+    units = [
+        unit
+        for index, stage in enumerate(sorted(stages))
+        for unit in stage_units(scenario, stage, held=sorted(stages)[:index])
+    ]
     return LocalParameters(
-        dense=dense + tables * table,
-        expert=num_moe * experts,
-        largest_dense=max(dense_layer * bool(num_dense), moe_layer * bool(num_moe), table * bool(tables)),
-        largest_expert=experts * bool(num_moe),
+        dense=sum(unit.dense for unit in units),
+        duplicated=sum(unit.duplicated for unit in units),
+        expert=sum(unit.expert for unit in units),
+        largest_dense=max((unit.dense for unit in units), default=0.0),
+        largest_expert=max((unit.expert for unit in units), default=0.0),
     )
 
 

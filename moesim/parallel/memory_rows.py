@@ -82,7 +82,7 @@ def even_rows(scenario: Scenario) -> RoutedRows:
     That is min(K, D) with deduplication, or fewer where a router's groups are ranks; K without.
     """
     model, mesh = scenario.model, scenario.parallelism
-    tokens = scenario.tokens_per_micro_batch / (mesh.context * mesh.tensor)
+    tokens = float(scenario.tokens_per_rank)
     copies = model.top_k
     if model.experts and scenario.dispatch.deduplicate != "per_expert":
         copies = min(copies, mesh.expert)

@@ -1,7 +1,8 @@
 """The mesh of ranks: which ranks form which group, and on which node each of them sits.
 
 Ranks are numbered with tensor fastest, then context, data and pipeline (slowest); GPU i of the cluster runs rank i,
-and GPUs are numbered node by node through the pools.
+and GPUs are numbered node by node through the pools. The layers with experts see the same ranks of a stage in another
+order, chosen apart (parallel folding, arXiv 2504.14960): expert-tensor fastest, then expert, then expert-data.
 Legend: W ranks of the world, R and D ranks of one expert-parallel group, M nodes that the group touches.
 """
 
@@ -68,6 +69,8 @@ class Mesh:
     def __post_init__(self) -> None:
         assert self.world_size <= self.cluster.num_gpus, "the scenario's checks refuse more ranks than GPUs"
         assert self.stage_ranks % self.expert_block == 0, "the scenario's checks refuse such an expert-parallel size"
+        small, large = sorted((self.attention_block, self.expert_block))
+        assert large % small == 0, "the scenario's checks refuse layouts of which neither fits into the other"
 
     @property
     def world_size(self) -> int:
@@ -83,6 +86,23 @@ class Mesh:
     def expert_block(self) -> int:
         """Consecutive ranks that hold every expert of a layer once: expert * expert_tensor."""
         return self.parallelism.expert * self.parallelism.expert_tensor
+
+    @property
+    def attention_block(self) -> int:
+        """Consecutive ranks that share the tokens of the same sequences: context * tensor."""
+        return self.parallelism.context * self.parallelism.tensor
+
+    @property
+    def group_size(self) -> int:
+        """Ranks of one rank group: the fewest consecutive ones that are closed under what they do layer by layer.
+
+        Whole tensor, context, expert and expert-tensor groups; with ZeRO 2 or 3, which reduces and gathers layer by
+        layer among all data-parallel ranks, the whole stage.
+        """
+        zero = self.parallelism.zero
+        if max(zero.dense, zero.expert) >= 2:
+            return self.stage_ranks
+        return max(self.attention_block, self.expert_block)
 
     @property
     def num_expert_groups(self) -> int:
@@ -112,6 +132,10 @@ class Mesh:
         """
         blocks = self._stage(stage).reshape(-1, self.parallelism.expert, self.parallelism.expert_tensor)
         return list(blocks.transpose(0, 2, 1).reshape(-1, self.parallelism.expert))
+
+    def rank_groups(self, stage: int = 0) -> list[Ranks]:
+        """Global ranks of the units of a stage that are simulated together (`group_size` consecutive ranks each)."""
+        return list(self._stage(stage).reshape(-1, self.group_size))
 
     def layout(self, ranks: Ranks) -> GroupLayout:
         """Nodes and rails of the global `ranks` of one group."""

@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.scenario.cluster import Contiguous, Explicit, Placement
+from moesim.scenario.cluster import Contiguous, Explicit, Placement, keeps_groups
 
 EMPTY_SLOT = -1
 
@@ -49,16 +49,8 @@ class ExpertPlacement:
         return rank_of_expert_E
 
     def splits_groups(self, num_groups: int) -> bool:
-        """Whether the placement pulls a router group apart where it need not.
-
-        Together means: the ranks hold whole groups, or the groups fill whole ranks.
-        """
-        group_of_expert_E = np.arange(self.num_experts) // (self.num_experts // num_groups)
-        ranks_of_group = [set(self.rank_of_expert_E[group_of_expert_E == group]) for group in range(num_groups)]
-        groups_of_rank = [set(group_of_expert_E[self.rank_of_expert_E == rank]) for rank in range(self.num_ranks)]
-        ranks_hold_whole_groups = all(len(ranks) == 1 for ranks in ranks_of_group)
-        groups_fill_whole_ranks = all(len(groups) <= 1 for groups in groups_of_rank)
-        return not (ranks_hold_whole_groups or groups_fill_whole_ranks)
+        """Whether the placement pulls a router group apart (see `keeps_groups`)."""
+        return not keeps_groups(self.slot_experts_DP.tolist(), num_groups=num_groups)
 
 
 def contiguous_placement(*, num_experts: int, num_ranks: int) -> ExpertPlacement:

@@ -1,10 +1,11 @@
 """Routing samples of a whole step: from a trace and a plan to the traffic of every layer, group and micro-batch.
 
-Legend: L thin layers, B micro-batches, N data-parallel ranks, U sequences per rank and micro-batch, S pieces of
-recorded sequences, T tokens per piece, K selections, R/D ranks of an expert group, E experts, M nodes, P slots.
+Legend: L thin layers, B micro-batches, N data-parallel ranks, U sequences per rank and micro-batch (of a rank: their
+pieces), V pieces of one sequence on a rank, S pieces of recorded sequences, T tokens per piece, K selections, R/D ranks
+of an expert group, E experts, M nodes, P slots.
 
-A rank's tokens are whole sequences; under context or tensor parallelism each rank of a data-parallel rank holds one
-piece of them (a sequence cut into context * tensor runs).
+A rank's tokens are whole sequences; under context or tensor parallelism the ranks of one data-parallel rank share
+them, each with its own pieces (`moesim.parallel.ownership`).
 """
 
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,7 @@ from moesim.parallel.arrays import TrafficArrays
 from moesim.parallel.counts import count_blocks
 from moesim.parallel.dropping import device_keep_mask, expert_capacity, expert_keep_mask, ranks_of_rows
 from moesim.parallel.mesh import GroupLayout, Mesh
+from moesim.parallel.ownership import pieces_of_ranks
 from moesim.parallel.placement import ExpertPlacement, place_experts
 from moesim.parallel.relabelling import Relabelling, draw_relabellings, identity_relabelling
 from moesim.parallel.traffic import LayerTraffic
@@ -71,14 +73,19 @@ class TrafficSampler:
             num_ranks=self.scenario.parallelism.expert,
         )
 
+    @cached_property
+    def pieces_RV(self) -> NDArray[np.int64]:
+        """The pieces of a sequence that each of the ranks sharing it holds."""
+        return pieces_of_ranks(context=self.scenario.parallelism.context, tensor=self.scenario.parallelism.tensor)
+
     @property
     def pieces_per_sequence(self) -> int:
-        """Ranks that share the tokens of one sequence."""
-        return self.scenario.parallelism.context * self.scenario.parallelism.tensor
+        """Pieces that a sequence is cut into."""
+        return self.pieces_RV.size
 
     @property
     def piece_length(self) -> int:
-        """Tokens of one sequence on one rank."""
+        """Tokens of one piece."""
         return self.scenario.workload.sequence_length // self.pieces_per_sequence
 
     @cached_property
@@ -119,7 +126,7 @@ class TrafficSampler:
         return expert_capacity(
             factor=capacity.factor,
             top_k=self.trace.router.top_k,
-            num_tokens=self.scenario.workload.micro_batch * self.piece_length,
+            num_tokens=self.scenario.workload.micro_batch * self.piece_length * self.pieces_RV.shape[1],
             num_experts=self.trace.router.num_experts,
         )
 
@@ -159,8 +166,8 @@ class TrafficSampler:
     @cached_property
     def counts_add_up(self) -> bool:
         """Whether counts of pieces add up to those of a micro-batch: what is dropped depends on no other piece."""
-        capacity, micro_batch = self.scenario.capacity, self.scenario.workload.micro_batch
-        return capacity.kind == "none" or (isinstance(capacity, ExpertCapacity) and micro_batch == 1)
+        capacity, pieces = self.scenario.capacity, self.scenario.workload.micro_batch * self.pieces_RV.shape[1]
+        return capacity.kind == "none" or (isinstance(capacity, ExpertCapacity) and pieces == 1)
 
     def piece_counts(self, thin_layer: int, layout: GroupLayout) -> _PieceCounts:
         """The counts of every piece, made once per thin layer and way in which a group lies on nodes."""
@@ -254,9 +261,11 @@ class TrafficSample:
 
     def pieces_BRU(self, group: int, *, stage: int = 0) -> NDArray[np.int64]:
         """The pieces of recorded sequences that every rank of a group holds in every micro-batch."""
-        split = self.sampler.pieces_per_sequence
-        index_R = self._index_in_stage(group, stage)
-        return self.draw.sequences_BNU[:, index_R // split] * split + (index_R % split)[:, None]
+        pieces_RV = self.sampler.pieces_RV
+        data_R, place_R = np.divmod(self._index_in_stage(group, stage), len(pieces_RV))
+        first_BRU = self.draw.sequences_BNU[:, data_R] * pieces_RV.size
+        pieces_BRUV = first_BRU[..., None] + pieces_RV[place_R][:, None]
+        return pieces_BRUV.reshape(*first_BRU.shape[:2], -1)
 
     def thin_arrays(self, group: int, thin_layer: int, *, stage: int = 0) -> TrafficArrays:
         """The traffic of one thin layer with the trace's own expert numbers; built once and kept."""
@@ -308,7 +317,8 @@ class TrafficSample:
         layout = self.sampler.layouts[stage][group]
         pieces_BRU = self.pieces_BRU(group, stage=stage)
         ids_STK = self.sampler.expert_ids_STK(thin_layer)
-        protected_BRU = self.protected_BNU[:, self._index_in_stage(group, stage) // self.sampler.pieces_per_sequence]
+        ranks, pieces = self.sampler.pieces_RV.shape
+        protected_BRU = self.protected_BNU[:, self._index_in_stage(group, stage) // ranks].repeat(pieces, axis=2)
         blocks = (len(pieces_BRU[0]), -1, ids_STK.shape[-1])
         counted, routed = [], []
         for pieces_RU, protected_RU in zip(pieces_BRU, protected_BRU, strict=True):

@@ -76,7 +76,7 @@ def choose_ranks(tables: Sequence[SpanTable]) -> tuple[int, ...]:
 def check_ranks(scenario: Scenario, ranks: Sequence[int]) -> None:
     """Raises UserError for a rank whose spans a run of the scenario does not keep; call it before the run."""
     mesh = Mesh(scenario.parallelism, scenario.cluster)
-    groups = [mesh.expert_groups(stage)[0] for stage in range(scenario.parallelism.pipeline)]
+    groups = [mesh.rank_groups(stage)[0] for stage in range(scenario.parallelism.pipeline)]
     for rank in ranks:
         if not any(rank in ranks_R for ranks_R in groups):
             kept = ", ".join(f"{ranks_R.min()} to {ranks_R.max()}" for ranks_R in groups[:4])

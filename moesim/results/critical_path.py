@@ -142,6 +142,9 @@ class _Walk:
         """The peer of an all-to-all that joined last before the rank's own part began; the rank itself if none did."""
         table = self.tables[spot.table]
         joined_R = table.start_NSR[row, self.sample]
+        peers = table.labels[table.label_N[row]].peers
+        if peers:
+            joined_R = np.where(np.array(peers) == peers[spot.place], joined_R, -np.inf)
         began = spot.time - float(table.own_NSR[row, self.sample, spot.place])
         needed_R = np.where(joined_R <= began + TOLERANCE + 1e-6 * (spot.time - start), joined_R, -np.inf)
         place = int(needed_R.argmax())

@@ -132,7 +132,7 @@ class TrafficFacts:
 
 def window_tokens(scenario: Scenario) -> int:
     """Tokens of one expert group's micro-batch: the window of every imbalance that is not over the whole step."""
-    return scenario.parallelism.expert * scenario.tokens_per_micro_batch
+    return scenario.parallelism.expert * scenario.tokens_per_rank
 
 
 def imbalance_facts(

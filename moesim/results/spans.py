@@ -51,7 +51,8 @@ class Stream(IntEnum):
 class Label(NamedTuple):
     """What a span is: its name, its category of the attribution, its stream and its layer (-1 outside the layers).
 
-    `sender` is the pipeline rank that a hand-off comes from, -1 for everything else.
+    `sender` is the pipeline rank that a hand-off comes from, -1 for everything else. `peers` is the number of the set
+    in which each rank of the group takes part in a transfer; empty where all of them meet.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Label(NamedTuple):
     stream: Stream
     layer: int
     sender: int = -1
+    peers: tuple[int, ...] = ()
 
 
 class ActionRows(NamedTuple):

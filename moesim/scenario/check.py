@@ -3,14 +3,15 @@
 Every check raises through `_Report.user` (exit code 1) or `_Report.infeasible` (exit code 2), naming the key to change.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import chain, islice
 
 from moesim.errors import ConflictError, InfeasibleError, UserError
 from moesim.scenario.catalogue import gpu_spec
+from moesim.scenario.check_numbers import either, nearest_divisors
 from moesim.scenario.check_pipeline import check_pipeline, check_recomputation, check_stages, require_supported_step
-from moesim.scenario.cluster import Explicit, RoundRobin
+from moesim.scenario.check_sharing import check_sharing
+from moesim.scenario.cluster import Explicit, RoundRobin, keeps_groups
 from moesim.scenario.document import Path
 from moesim.scenario.routing import (
     ExpertChoiceRouter,
@@ -58,43 +59,11 @@ def check_scenario(scenario: Scenario, *, where: Callable[[Path], str] = _dotted
 
 
 def require_supported(scenario: Scenario, *, where: Callable[[Path], str] = _dotted) -> None:
-    """Raises UserError for a well-formed scenario that the simulation core cannot run yet, naming the key.
+    """Raises UserError for a well-formed scenario that the simulation core cannot run, naming the key.
 
-    The one place to relax when the core learns another kind of parallelism.
+    The one place to relax when the core learns another way to train.
     """
-    report = _Report(where)
-    for axis in ("tensor", "context", "expert_tensor"):
-        size = getattr(scenario.parallelism, axis)
-        if size != 1:
-            raise report.user(f"parallelism.{axis}", f"{size} cannot be simulated yet; use 1")
-    for part in ("dense", "expert"):
-        stage = getattr(scenario.parallelism.zero, part)
-        if stage > 1:
-            raise report.user(f"parallelism.zero.{part}", f"stage {stage} cannot be simulated yet; use 0 or 1")
-    require_supported_step(scenario, report)
-
-
-DIVISOR_SEARCH = 10**6  # beyond that nobody reads the remedy, and a slip of the keyboard must not take for ever
-
-
-def nearest_divisors(number: int, target: int, *, multiple_of: int = 1) -> list[int]:
-    """The divisors of `number` just below and just above `target` that are multiples of `multiple_of`.
-
-    Where none lies within a million of `target`, the smallest (`multiple_of` itself) or largest one stands in.
-    """
-
-    def first(candidates: range, instead: int) -> list[int]:
-        near = candidates[:DIVISOR_SEARCH]
-        tried = [instead] if candidates[DIVISOR_SEARCH:] else []
-        fitting = (d for d in chain(near, tried) if number % d == 0 and d % multiple_of == 0)
-        return list(islice(fitting, 1))
-
-    below = first(range(min(target - 1, number), 0, -1), multiple_of)
-    return below + first(range(target + 1, number + 1), number)
-
-
-def _either(values: Iterable[int]) -> str:
-    return " or ".join(str(value) for value in values)
+    require_supported_step(scenario, _Report(where))
 
 
 def _check_model(scenario: Scenario, report: _Report) -> None:
@@ -148,22 +117,16 @@ def _check_layout(scenario: Scenario, report: _Report) -> None:
     model, mesh = scenario.model, scenario.parallelism
     group = mesh.expert * mesh.expert_tensor
     if model.experts and model.experts % mesh.expert:
-        fits = _either(nearest_divisors(model.experts, mesh.expert))
+        fits = either(nearest_divisors(model.experts, mesh.expert))
         raise report.user("parallelism.expert", f"{mesh.expert} does not divide experts = {model.experts}; use {fits}")
     if model.experts == 0 and group > 1:
         raise report.user("parallelism.expert", "a model without experts has no expert parallelism; use 1")
     if mesh.stage_ranks % group:
-        fits = _either(nearest_divisors(mesh.stage_ranks, group, multiple_of=mesh.expert_tensor))
+        fits = either(nearest_divisors(mesh.stage_ranks, group, multiple_of=mesh.expert_tensor))
         what = f"groups of {group} ranks do not fit into the {mesh.stage_ranks} ranks of a stage"
-        raise report.user("parallelism.expert", f"{what}; use groups of {fits}, or change parallelism.data")
-    for key, size, name, value in (
-        ("tensor", mesh.tensor, "model.heads", model.heads),
-        ("context", mesh.context, "workload.sequence_length", scenario.workload.sequence_length),
-        ("expert_tensor", mesh.expert_tensor, "model.expert_intermediate", model.expert_intermediate),
-    ):
-        if value % size:
-            fits = _either(nearest_divisors(value, size))
-            raise report.user(f"parallelism.{key}", f"{size} does not divide {name} = {value}; use {fits}")
+        remedy = f"use groups of {fits}, or change parallelism.data" if fits else "change parallelism.data"
+        raise report.user("parallelism.expert", f"{what}; {remedy}")
+    check_sharing(scenario, report)
     check_stages(scenario, report)
     if scenario.idle_gpus < 0:
         axes = f"data {mesh.data} * context {mesh.context} * tensor {mesh.tensor} * pipeline {mesh.pipeline}"
@@ -176,7 +139,7 @@ def _check_batch(scenario: Scenario, report: _Report) -> None:
     unit = data * work.micro_batch
     if work.global_batch % unit:
         below = work.global_batch // unit * unit
-        fits = _either(size for size in (below, below + unit) if size)
+        fits = either(size for size in (below, below + unit) if size)
         what = (
             f"{work.global_batch} sequences do not split into data * micro_batch = {data} * {work.micro_batch} = {unit}"
         )
@@ -239,7 +202,7 @@ def _check_groups(scenario: Scenario, router: GroupedRouter, report: _Report) ->
     limit_key = "routing.router.device_limit" if by_device else "routing.router.group_limit"
     groups_name = "parallelism.expert" if by_device else "groups"
     if experts % shape.num_groups:
-        fits = _either(nearest_divisors(experts, shape.num_groups))
+        fits = either(nearest_divisors(experts, shape.num_groups))
         raise report.user(
             "routing.router.groups", f"{shape.num_groups} does not divide experts = {experts}; use {fits}"
         )
@@ -266,7 +229,7 @@ def _check_placement(scenario: Scenario, report: _Report) -> None:
     elif not isinstance(placement, RoundRobin):
         per_rank = experts // num_ranks
         slots = [list(range(r * per_rank, (r + 1) * per_rank)) for r in range(num_ranks)]
-    if num_groups > 1 and not _keeps_groups(slots, experts // num_groups):
+    if num_groups > 1 and not keeps_groups(slots, num_groups=num_groups):
         what = f"{placement.kind} splits the router's {num_groups} groups of {experts // num_groups} experts over ranks"
         remedy = f"use contiguous with parallelism.expert a divisor or a multiple of {num_groups}"
         raise report.user("placement.kind", f"{what}; {remedy}")
@@ -283,19 +246,6 @@ def _check_slots(slots: tuple[tuple[int, ...], ...], experts: int, num_ranks: in
     if missing:
         what = f"every expert 0 to {experts - 1} needs exactly one slot; expert {missing[0]} has none"
         raise report.user("placement.slots", what)
-
-
-def _keeps_groups(slots: list[list[int]], group_size: int) -> bool:
-    """Whether each group fills whole consecutive ranks, or each rank holds whole groups."""
-    groups = [{expert // group_size for expert in row} for row in slots]
-    per_rank = len(slots[0])
-    if per_rank >= group_size:
-        return all(len(held) * group_size == per_rank for held in groups)
-    if group_size % per_rank or any(len(held) > 1 for held in groups):
-        return False
-    ranks_per_group = group_size // per_rank
-    blocks = [groups[first : first + ranks_per_group] for first in range(0, len(groups), ranks_per_group)]
-    return all(len(set.union(*block)) == 1 for block in blocks)
 
 
 def _check_dispatch(scenario: Scenario, report: _Report) -> None:

@@ -67,7 +67,15 @@ def check_recomputation(scenario: Scenario, report: Report) -> None:
 
 def require_supported_step(scenario: Scenario, report: Report) -> None:
     """Raises UserError for ways of running a step that the simulation core does not have yet, naming the key."""
+    mesh = scenario.parallelism
+    for part in ("dense", "expert"):
+        if (stage := getattr(mesh.zero, part)) > 1:
+            raise report.user(f"parallelism.zero.{part}", f"stage {stage} cannot be simulated yet; use 0 or 1")
     if scenario.implementation.kind == "torch_eager":
+        for axis in ("tensor", "context", "expert_tensor"):
+            if (size := getattr(mesh, axis)) > 1:
+                message = f"torch_eager is the project's own trainer, which has no such ranks ({size}); use fused"
+                raise report.user(f"parallelism.{axis}", message)
         if scenario.workload.recomputed_parts:
             message = "torch_eager can only recompute whole layers; use none or full, or implementation fused"
             raise report.user("workload.recompute", message)

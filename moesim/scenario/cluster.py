@@ -1,5 +1,6 @@
 """The `cluster`, `network`, `dispatch` and `placement` sections: machines, links and how experts sit on them."""
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag
@@ -150,3 +151,19 @@ class Explicit(Section):
 
 
 Placement = Annotated[Contiguous | RoundRobin | Explicit, Field(discriminator="kind")]
+
+
+def keeps_groups(slots: Sequence[Sequence[int]], *, num_groups: int) -> bool:
+    """Whether a placement (`slots[r]`: the experts of rank r, equally many on each) keeps a router's groups together.
+
+    Together means: every rank holds whole groups, or every group fills whole consecutive ranks.
+    """
+    per_rank, group_size = len(slots[0]), len(slots) * len(slots[0]) // num_groups
+    groups = [{expert // group_size for expert in experts} for experts in slots]
+    if per_rank >= group_size:
+        return all(len(held) * group_size == per_rank for held in groups)
+    if group_size % per_rank or any(len(held) > 1 for held in groups):
+        return False
+    ranks_per_group = group_size // per_rank
+    blocks = [groups[first : first + ranks_per_group] for first in range(0, len(groups), ranks_per_group)]
+    return all(len(set.union(*block)) == 1 for block in blocks)

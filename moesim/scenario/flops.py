@@ -7,7 +7,6 @@ the backward pass costs twice the forward. Norms and the embedding lookup count 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import NamedTuple
 
 from moesim.scenario.model import LocalGlobal, Mla, Model
 
@@ -86,36 +85,6 @@ def parameters(model: Model) -> Parameters:
         inactive_experts=moe_layers * (model.experts - model.top_k) * expert,
         mtp=model.mtp_layers * (attention + norms + moe_layer + 2 * h * h + 3 * h),
     )
-
-
-class StageParameters(NamedTuple):
-    """Parameters of one pipeline stage, in elements: replicated over data-parallel ranks, and routed experts."""
-
-    dense: int
-    expert: int
-
-
-def stage_parameters(model: Model, layers: range, *, first: bool, last: bool) -> StageParameters:
-    """Parameters of one stage's layers; the first stage holds the embedding, the last one head and prediction layers.
-
-    Tied embeddings are counted on both ends, since both hold a copy.
-    """
-    whole = parameters(model)
-    dense_layers = len(range(layers.start, min(layers.stop, model.dense_layers)))
-    moe_layers = len(layers) - dense_layers
-    per_layer = (whole.attention + whole.norms - model.hidden) // model.layers
-    ffn = 3 * model.hidden * model.dense_intermediate
-    expert = expert_parameters(model)
-    dense = len(layers) * per_layer + dense_layers * ffn
-    dense += moe_layers * (model.hidden * model.experts + model.shared_experts * expert)
-    routed = moe_layers * model.experts * expert
-    if first:
-        dense += whole.embedding
-    if last:
-        predicted = model.mtp_layers * model.experts * expert
-        dense += model.vocab * model.hidden + model.hidden + whole.mtp - predicted
-        routed += predicted
-    return StageParameters(dense, routed)
 
 
 def _mla_norms(model: Model) -> int:

@@ -39,9 +39,11 @@ class PipelineSchedule(Section):
 class Parallelism(Section):
     """World size = data * context * tensor * pipeline; ranks in the order tensor, context, data, pipeline (slowest).
 
-    Expert groups are `expert` consecutive ranks of one pipeline stage. `stages` is the number of layers of each stage
-    of the pipeline, first stage first; absent means as even as possible, the first stages one layer longer. The
-    embedding is on the first stage, the head and the layers of multi-token prediction on the last, beside its layers.
+    Layers with experts order the ranks of a stage anew (parallel folding): `expert_tensor` ranks with slices of the
+    same experts are neighbours, an expert group is `expert` ranks at that stride. `stages` is the number of layers of
+    each stage of the pipeline, first stage first; absent means as even as possible, the first stages one layer longer.
+    The embedding is on the first stage, the head and the layers of multi-token prediction on the last, beside its
+    layers.
     """
 
     data: PositiveInt = 1
@@ -219,6 +221,11 @@ class Scenario(Section):
     def tokens_per_micro_batch(self) -> int:
         """Tokens of one micro-batch of one data-parallel rank."""
         return self.workload.micro_batch * self.workload.sequence_length
+
+    @property
+    def tokens_per_rank(self) -> int:
+        """Tokens of one micro-batch on one rank: context and tensor ranks share those of a data-parallel rank."""
+        return self.tokens_per_micro_batch // (self.parallelism.context * self.parallelism.tensor)
 
     @property
     def tokens_per_step(self) -> int:

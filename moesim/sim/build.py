@@ -22,6 +22,7 @@ from moesim.sim.executor import FREE_HOST
 from moesim.sim.loads import RoutingSample, group_loads
 from moesim.sim.operations import Block, Run
 from moesim.sim.parameters import ParameterGroups, optimizer_block
+from moesim.sim.peers import GroupLinks
 from moesim.sim.program import GroupProgram, Sent, StepProgram, Task
 from moesim.sim.reductions import Reduction
 from moesim.sim.software import SOFTWARE
@@ -37,7 +38,7 @@ def build_program(
     samples: Sequence[RoutingSample],
     merge: bool = False,
 ) -> StepProgram:
-    """The step of all expert groups; `samples` run in lockstep and are empty for a dense model.
+    """The step of all rank groups; `samples` run in lockstep and are empty for a dense model.
 
     `merge` joins runs of kernels of one category into one operation, which changes no time while the host never limits.
     """
@@ -85,7 +86,7 @@ class _Builder:
         groups = [
             self._group(pipeline_rank, number, ranks_R)
             for pipeline_rank in range(self.schedule.num_ranks)
-            for number, ranks_R in enumerate(self.mesh.expert_groups(pipeline_rank))
+            for number, ranks_R in enumerate(self.mesh.rank_groups(pipeline_rank))
         ]
         reductions = self.parameters.reductions(self.fabric)
         gathers = self.parameters.gathers(self.fabric)
@@ -183,11 +184,11 @@ class _Builder:
         return Sent(handoff=handoff, which=which, seconds=self._handoff_seconds(handoff.source, handoff.target))
 
     def _handoff_seconds(self, source: int, target: int) -> float:
-        """One micro-batch's hidden states (bf16) from a rank to its neighbour in another stage."""
+        """A rank's share of one micro-batch's hidden states (bf16) to its neighbour in another stage."""
         if source == target:
             return 0.0
         if (source, target) not in self.handoff_seconds:
-            size = self.scenario.tokens_per_micro_batch * self.scenario.model.hidden * BYTES_PER_ELEMENT["bf16"]
+            size = self.scenario.tokens_per_rank * self.scenario.model.hidden * BYTES_PER_ELEMENT["bf16"]
             first, second = self.mesh.rank(stage=source, index=0), self.mesh.rank(stage=target, index=0)
             self.handoff_seconds[source, target] = send_recv_seconds(self.fabric, first, second, size).seconds
         return self.handoff_seconds[source, target]
@@ -222,4 +223,5 @@ class _Builder:
                 compiled=self.compiled,
             )
         plan = StagePlan(layers=layers, moe_layers=tuple(chosen) if loads else (), first=stage == 0, last=last)
-        return stage_blocks(self.scenario, self.kernels, plan, loads)
+        links = GroupLinks(self.fabric, ranks_R, samples=max(1, len(self.samples)))
+        return stage_blocks(self.scenario, self.kernels, plan, loads, links)

@@ -20,26 +20,37 @@ One micro-batch, forward, per MoE layer:
 The backward pass walks the same way back: the gradient of combine travels as a dispatch and the gradient of dispatch as
 a combine. With one expert-parallel rank there is no transfer and rows are gathered once.
 
+Tensor-parallel ranks share products as in `products`, context-parallel ranks attention as in `fused_attention`. The
+router is whole on every rank and routes the tokens that the rank holds. Expert-tensor ranks hold slices of the same
+experts: behind the dispatch they gather each other's arrived copies, before the combine they reduce and scatter the
+partial sums (Megatron-Core's all-to-all dispatcher).
+
 Legend: see `moesim.sim.loads`.
 """
 
-from functools import partial
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moesim.compute import KernelModel
-from moesim.scenario import Model
 from moesim.scenario.base import BYTES_PER_ELEMENT
-from moesim.scenario.model import LocalGlobal, Mla
 from moesim.sim.executor import FREE_HOST, HostModel
+from moesim.sim.fused_attention import attention_part, norm
 from moesim.sim.loads import LayerLoads
-from moesim.sim.operations import MAIN, SIDE, Operation, fork, join, transfer
+from moesim.sim.operations import SIDE, WEIGHT_GRADIENT, Operation, fork, join, transfer
+from moesim.sim.products import (
+    ACTIVATION_BYTES,
+    collective,
+    column_parallel,
+    gather_tokens,
+    projection,
+    row_parallel,
+    scatter_tokens,
+)
 from moesim.sim.sizes import Passes, Step, chain
 from moesim.sim.writer import KernelWriter
-
-ACTIVATION_BYTES = BYTES_PER_ELEMENT["bf16"]  # activations between kernels
 
 
 def host_model(kernels: KernelModel) -> HostModel:
@@ -48,110 +59,58 @@ def host_model(kernels: KernelModel) -> HostModel:
     return FREE_HOST
 
 
-def _norm(w: KernelWriter, name: str, tokens: int, width: int) -> Passes:
-    """RMS norm fused with the residual add: the sum is written beside the normalised rows."""
-    residual = 2 * tokens * width * ACTIVATION_BYTES
-    forward = w.moved(name, "rms_norm", bytes_=2 * residual)
-    backward = w.moved(f"{name}.backward", "rms_norm", bytes_=2 * residual)
-    return [forward], [backward]
+class _GatedNetwork:
+    """W2(silu(W1 x) * W3 x) with W1 and W3 in one product and the activation in one kernel, shared by tensor ranks."""
 
+    def __init__(self, w: KernelWriter, name: str, step: Step, *, width: int) -> None:
+        self.w, self.name, self.step = w, name, step
+        self.width = width // step.tensor
+        # silu(a) * b reads two values and writes one; its gradient reads three and writes two.
+        inner = step.gathered_tokens * self.width * ACTIVATION_BYTES
+        self.activation: Passes = (
+            [w.moved(f"{name}.activation", "elementwise", bytes_=3 * inner)],
+            [w.moved(f"{name}.activation.backward", "elementwise", bytes_=5 * inner)],
+        )
 
-def _projection(w: KernelWriter, name: str, *, m: int, k: int, n: int, dtype: str | None = None) -> Passes:
-    return [w.gemm(name, m=m, k=k, n=n, dtype=dtype)], w.gemm_backward(name, m=m, k=k, n=n, dtype=dtype)
+    def in_line(self) -> Passes:
+        """All of it on the writer's chain, collectives beside products where they can be."""
+        w, name, step, hidden = self.w, self.name, self.step, self.step.model.hidden
+        width = self.width * step.tensor
+        return chain(
+            column_parallel(w, f"{name}.w13", step, k=hidden, n=2 * width),
+            self.activation,
+            row_parallel(w, f"{name}.w2", step, k=width, n=hidden),
+        )
 
+    def products(self) -> Passes:
+        """The kernels alone, for gathered tokens."""
+        m, hidden = self.step.gathered_tokens, self.step.model.hidden
+        return chain(
+            projection(self.w, f"{self.name}.w13", m=m, k=hidden, n=2 * self.width),
+            self.activation,
+            projection(self.w, f"{self.name}.w2", m=m, k=self.width, n=hidden),
+        )
 
-def _query_key_value(w: KernelWriter, model: Model, tokens: int) -> Passes:
-    h, heads, d = model.hidden, model.heads, model.head_dim
-    if not isinstance(model.attention, Mla):
-        return _projection(w, "qkv", m=tokens, k=h, n=(heads + 2 * model.kv_heads) * d)
-    mla = model.attention
-    value, rope = mla.value_head_dim or d, mla.rope_head_dim
-    query: list[Passes]
-    if mla.q_lora_rank is None:
-        query = [_projection(w, "q", m=tokens, k=h, n=heads * (d + rope))]
-    else:
-        query = [
-            _projection(w, "q_down", m=tokens, k=h, n=mla.q_lora_rank),
-            _norm(w, "q_norm", tokens, mla.q_lora_rank),
-            _projection(w, "q_up", m=tokens, k=mla.q_lora_rank, n=heads * (d + rope)),
-        ]
-    return chain(
-        *query,
-        _projection(w, "kv_down", m=tokens, k=h, n=mla.kv_lora_rank + rope),
-        _norm(w, "kv_norm", tokens, mla.kv_lora_rank),
-        _projection(w, "kv_up", m=tokens, k=mla.kv_lora_rank, n=heads * (d + value)),
-    )
+    def enter(self) -> Passes:
+        """The gathers before the kernels; backward those of the result's gradient and, once more, of the input."""
+        w, name, step, hidden = self.w, self.name, self.step, self.step.model.hidden
+        backward = gather_tokens(w, f"{name}.w2.gather", step, width=hidden)
+        backward += gather_tokens(w, f"{name}.w13.gather{WEIGHT_GRADIENT}", step, width=hidden)
+        return gather_tokens(w, f"{name}.w13.gather", step, width=hidden), backward
 
-
-def _core_attention(w: KernelWriter, step: Step) -> Passes:
-    """Fused attention. A window attends to itself and the one before it; global tokens cost as a short causal pass."""
-    model = step.model
-    extra = model.attention.rope_head_dim if isinstance(model.attention, Mla) else 0
-    value = (model.attention.value_head_dim or model.head_dim) if isinstance(model.attention, Mla) else model.head_dim
-    kv_heads = model.heads if isinstance(model.attention, Mla) else model.kv_heads
-    attend = partial(
-        w.attention, heads=model.heads, kv_heads=kv_heads, head_dim=model.head_dim + extra, value_dim=value
-    )
-    if not isinstance(model.attention, LocalGlobal):
-        forward = attend("attention", batch=step.batch, sequence=step.sequence)
-        backward = attend("attention.backward", batch=step.batch, sequence=step.sequence, direction="backward")
-        return [forward], [backward]
-    window, every = model.attention.window, model.attention.global_every
-    windows = step.batch * step.sequence / window
-    # Queries x global tokens, causal: n * (n / every) / 2 pairs, those of a causal pass over n / sqrt(every) tokens.
-    reduced = step.sequence / np.sqrt(every)
-    forward_ops = [
-        attend("local", batch=windows, sequence=window, causal=False),
-        attend("global", batch=step.batch, sequence=reduced),
-    ]
-    backward_ops = [
-        attend("local.backward", batch=windows, sequence=window, causal=False, direction="backward"),
-        attend("global.backward", batch=step.batch, sequence=reduced, direction="backward"),
-    ]
-    return forward_ops, backward_ops
-
-
-def attention_part(w: KernelWriter, step: Step) -> Passes:
-    """Norm, projections, rotary embedding, attention and output projection."""
-    model, tokens = step.model, step.tokens
-    mla = isinstance(model.attention, Mla)
-    value = (model.attention.value_head_dim or model.head_dim) if isinstance(model.attention, Mla) else model.head_dim
-    rotated = model.attention.rope_head_dim if isinstance(model.attention, Mla) else model.head_dim
-    rotary = (model.heads + (1 if mla else model.kv_heads)) * rotated
-    rope = (
-        [w.memory("rotary", "copy", rows=tokens, width=rotary)],
-        [w.memory("rotary.backward", "copy", rows=tokens, width=rotary)],
-    )
-    return chain(
-        _norm(w, "attention_norm", tokens, model.hidden),
-        _query_key_value(w, model, tokens),
-        rope,
-        _core_attention(w, step),
-        _projection(w, "attention_out", m=tokens, k=model.heads * value, n=model.hidden),
-    )
-
-
-def _swiglu(w: KernelWriter, name: str, *, tokens: int, hidden: int, width: int) -> Passes:
-    """W2(silu(W1 x) * W3 x) with W1 and W3 in one product and the activation in one kernel."""
-    # silu(a) * b reads two values and writes one; its gradient reads three and writes two.
-    inner = tokens * width * ACTIVATION_BYTES
-    activation = (
-        [w.moved(f"{name}.activation", "elementwise", bytes_=3 * inner)],
-        [w.moved(f"{name}.activation.backward", "elementwise", bytes_=5 * inner)],
-    )
-    return chain(
-        _projection(w, f"{name}.w13", m=tokens, k=hidden, n=2 * width),
-        activation,
-        _projection(w, f"{name}.w2", m=tokens, k=width, n=hidden),
-    )
+    def leave(self) -> Passes:
+        """The reduce-scatters behind the kernels."""
+        w, name, step, hidden = self.w, self.name, self.step, self.step.model.hidden
+        forward = scatter_tokens(w, f"{name}.w2.scatter", step, width=hidden)
+        return forward, scatter_tokens(w, f"{name}.w13.scatter", step, width=hidden)
 
 
 def dense_ffn_part(w: KernelWriter, step: Step) -> Passes:
     """Norm and the dense feed-forward network."""
     model = step.model
     return chain(
-        _norm(w, "ffn_norm", step.tokens, model.hidden),
-        _swiglu(w, "ffn", tokens=step.tokens, hidden=model.hidden, width=model.dense_intermediate),
+        norm(w, "ffn_norm", step.tokens, model.hidden),
+        _GatedNetwork(w, "ffn", step, width=model.dense_intermediate).in_line(),
     )
 
 
@@ -163,15 +122,15 @@ def _router_part(w: KernelWriter, step: Step) -> Passes:
         [w.moved("router.topk.backward", "elementwise", bytes_=3 * scores)],
     )
     return chain(
-        _norm(w, "ffn_norm", tokens, model.hidden),
-        _projection(w, "router.gate", m=tokens, k=model.hidden, n=model.experts, dtype="bf16"),
+        norm(w, "ffn_norm", tokens, model.hidden),
+        projection(w, "router.gate", m=tokens, k=model.hidden, n=model.experts, dtype="bf16"),
         select,
     )
 
 
 def _experts_part(w: KernelWriter, step: Step, loads: LayerLoads) -> Passes:
     """The routed experts of every rank; durations follow the rows of its slots."""
-    h, width = step.model.hidden, step.model.expert_intermediate
+    h, width = step.model.hidden, step.model.expert_intermediate // step.expert_tensor
     slots, rows = loads.slot_rows_MSRP, loads.rows_MSR
     inner_MSR = rows * float(width * ACTIVATION_BYTES)
     forward = [
@@ -194,72 +153,93 @@ def _sum_bytes(read_rows: NDArray[Any], written_rows: NDArray[Any] | int, hidden
     return np.asarray((read_rows + written_rows) * float(hidden * ACTIVATION_BYTES))
 
 
+class _Shared(NamedTuple):
+    """One direction of the shared experts: what comes before the dispatch, beside it, and behind the combine."""
+
+    before: list[Operation]
+    beside: list[Operation]
+    behind: list[Operation]
+
+
+def _shared_experts(w: KernelWriter, step: Step) -> tuple[_Shared, _Shared]:
+    """Forward, backward. Beside the dispatch their collectives lie around it, as in Megatron-Core's overlap."""
+    model = step.model
+    if not model.shared_experts:
+        return _Shared([], [], []), _Shared([], [], [])
+    width = model.shared_experts * model.expert_intermediate
+    if not (step.remote and step.shared_beside):
+        forward, backward = _GatedNetwork(w, "shared", step, width=width).in_line()
+        return _Shared([], forward, []), _Shared([], backward, [])
+    network = _GatedNetwork(w.part("shared_experts", chain=SIDE), "shared", step, width=width)
+    enter, products, leave = network.enter(), network.products(), network.leave()
+    return _Shared(enter[0], products[0], leave[0]), _Shared(enter[1], products[1], leave[1])
+
+
+def _send(loads: LayerLoads, name: str, *, layer: int, beside: list[Operation]) -> list[Operation]:
+    """Rows to their experts, kernels beside that, and then to the other slices of these experts."""
+    gathered = f"experts.gather{'.backward' if name.endswith('.backward') else ''}"
+    out = [transfer(name, "dispatch_exposed", loads.dispatch_M, layer=layer, peers=loads.peers)]
+    shares = [transfer(gathered, "tensor", loads.gather_M, layer=layer, peers=loads.slice_peers)]
+    return [*out[: len(loads.dispatch_M)], *beside, *shares[: len(loads.gather_M)]]
+
+
+def _return(loads: LayerLoads, name: str, *, layer: int) -> list[Operation]:
+    """The way back of `_send`."""
+    scattered = f"experts.scatter{'.backward' if name.endswith('.backward') else ''}"
+    shares = [transfer(scattered, "tensor", loads.scatter_M, layer=layer, peers=loads.slice_peers)]
+    back = [transfer(name, "combine_exposed", loads.combine_M, layer=layer, peers=loads.peers)]
+    return [*shares[: len(loads.scatter_M)], *back[: len(loads.combine_M)]]
+
+
 def _moe_forward(
-    w: KernelWriter,
-    step: Step,
-    loads: LayerLoads,
-    router: list[Operation],
-    shared: list[Operation],
-    experts: list[Operation],
+    w: KernelWriter, step: Step, loads: LayerLoads, router: list[Operation], shared: _Shared, experts: list[Operation]
 ) -> list[Operation]:
     h, tokens, layer = step.model.hidden, step.tokens, w.layer
     p = w.part("permute")
     out = [*router]
     if not step.remote:
-        out += [p.memory("permute", "permute", rows=loads.rows_MSR, width=h), *shared, *experts]
+        out += [p.memory("permute", "permute", rows=loads.rows_MSR, width=h), *shared.beside, *experts]
         return [*out, p.moved("unpermute", "elementwise", bytes_=_sum_bytes(loads.rows_MSR, tokens, h))]
+    out += shared.before
     if step.quantise:
         out.append(p.memory("quantise", "quantise", rows=tokens, width=h))
     out.append(p.memory("permute", "permute", rows=loads.copies_out_MSR, width=h))
-    dispatch = transfer("dispatch", "dispatch_exposed", loads.dispatch_M, layer=layer)
-    combine = transfer("combine", "combine_exposed", loads.combine_M, layer=layer)
-    out += [fork(layer=layer), dispatch, *shared]
+    out += [fork(layer=layer), *_send(loads, "dispatch", layer=layer, beside=shared.beside)]
     out += [p.memory("expand", "permute", rows=loads.rows_MSR, width=h), *experts]
     out.append(p.moved("reduce", "elementwise", bytes_=_sum_bytes(loads.rows_MSR, loads.copies_in_MSR, h)))
-    out += [combine, join(layer=layer)]
+    out += [*_return(loads, "combine", layer=layer), join(layer=layer), *shared.behind]
     return [*out, p.moved("unpermute", "elementwise", bytes_=_sum_bytes(loads.copies_out_MSR, tokens, h))]
 
 
 def _moe_backward(
-    w: KernelWriter,
-    step: Step,
-    loads: LayerLoads,
-    router: list[Operation],
-    shared: list[Operation],
-    experts: list[Operation],
+    w: KernelWriter, step: Step, loads: LayerLoads, router: list[Operation], shared: _Shared, experts: list[Operation]
 ) -> list[Operation]:
     h, tokens, layer = step.model.hidden, step.tokens, w.layer
     p = w.part("permute")
     if not step.remote:
         spread = p.memory("unpermute.backward", "permute", rows=loads.rows_MSR, width=h)
         gather = p.moved("permute.backward", "elementwise", bytes_=_sum_bytes(loads.rows_MSR, tokens, h))
-        return [spread, *shared, *experts, gather, *router]
-    out: list[Operation] = []
+        return [spread, *shared.beside, *experts, gather, *router]
+    out = [*shared.before]
     if step.quantise:
         out.append(p.memory("quantise.backward", "quantise", rows=tokens, width=h))
     out.append(p.memory("unpermute.backward", "permute", rows=loads.copies_out_MSR, width=h))
-    dispatch = transfer("combine.backward", "dispatch_exposed", loads.dispatch_M, layer=layer)
-    combine = transfer("dispatch.backward", "combine_exposed", loads.combine_M, layer=layer)
-    out += [fork(layer=layer), dispatch, *shared]
+    out += [fork(layer=layer), *_send(loads, "combine.backward", layer=layer, beside=shared.beside)]
     out += [p.memory("reduce.backward", "permute", rows=loads.rows_MSR, width=h), *experts]
     out.append(p.moved("expand.backward", "elementwise", bytes_=_sum_bytes(loads.rows_MSR, loads.copies_in_MSR, h)))
-    out += [combine, join(layer=layer)]
+    out += [*_return(loads, "dispatch.backward", layer=layer), join(layer=layer)]
+    out += shared.behind
     out.append(p.moved("permute.backward", "elementwise", bytes_=_sum_bytes(loads.copies_out_MSR, tokens, h)))
     return out + router
 
 
 def moe_part(w: KernelWriter, step: Step, loads: LayerLoads) -> Passes:
     """Router, shared experts, routed experts and what moves tokens between them."""
-    model = step.model
     router_forward, router_backward = _router_part(w.part("router"), step)
-    shared: Passes = ([], [])
-    if model.shared_experts:
-        beside = w.part("shared_experts", chain=SIDE if step.remote and step.shared_beside else MAIN)
-        width = model.shared_experts * model.expert_intermediate
-        shared = _swiglu(beside, "shared", tokens=step.tokens, hidden=model.hidden, width=width)
+    shared_forward, shared_backward = _shared_experts(w.part("shared_experts"), step)
     experts_forward, experts_backward = _experts_part(w.part("experts"), step, loads)
-    forward = _moe_forward(w, step, loads, router_forward, shared[0], experts_forward)
-    backward = _moe_backward(w, step, loads, router_backward, shared[1], experts_backward)
+    forward = _moe_forward(w, step, loads, router_forward, shared_forward, experts_forward)
+    backward = _moe_backward(w, step, loads, router_backward, shared_backward, experts_backward)
     return forward, backward
 
 
@@ -272,24 +252,39 @@ def layer_part(w: KernelWriter, step: Step, loads: LayerLoads | None) -> Passes:
 
 
 def embedding_part(w: KernelWriter, step: Step) -> Passes:
-    """Token embedding."""
-    rows, width = step.tokens, step.model.hidden
-    forward = w.memory("embedding", "embedding", rows=rows, width=width)
-    return [forward], [w.memory("embedding.backward", "embedding", rows=rows, width=width)]
+    """Token embedding; tensor ranks look up their share of the vocabulary for all tokens and add up."""
+    rows, width = step.gathered_tokens, step.model.hidden
+    forward = [w.memory("embedding", "embedding", rows=rows, width=width)]
+    backward = [w.memory("embedding.backward", "embedding", rows=rows, width=width)]
+    return (
+        [*forward, *scatter_tokens(w, "embedding.scatter", step, width=width)],
+        [*gather_tokens(w, "embedding.gather", step, width=width), *backward],
+    )
+
+
+def _loss(w: KernelWriter, step: Step) -> Passes:
+    """Mean cross entropy; tensor ranks with a share of the vocabulary add up maxima, sums and the targets' logits."""
+    rows = step.gathered_tokens
+    logits = rows * math.ceil(step.model.vocab / step.tensor) * ACTIVATION_BYTES
+    forward = [w.moved("cross_entropy", "elementwise", bytes_=logits)]
+    backward = [w.moved("cross_entropy.backward", "elementwise", bytes_=2 * logits)]
+    if step.tensor == 1:
+        return forward, backward
+    assert step.links is not None
+    prepared = step.links.reduce(step.tensor_peers, float(rows * BYTES_PER_ELEMENT["fp32"]))
+    sums = [
+        collective(w, f"cross_entropy.{what}", step, prepared, step.tensor_peers) for what in ("max", "sum", "target")
+    ]
+    return [*sums, *forward], backward
 
 
 def head_part(w: KernelWriter, step: Step) -> Passes:
     """Final norm, logits and mean cross entropy."""
-    model, tokens = step.model, step.tokens
-    logits = tokens * model.vocab * ACTIVATION_BYTES
-    loss = (
-        [w.moved("cross_entropy", "elementwise", bytes_=logits)],
-        [w.moved("cross_entropy.backward", "elementwise", bytes_=2 * logits)],
-    )
+    model = step.model
     return chain(
-        _norm(w, "final_norm", tokens, model.hidden),
-        _projection(w, "head", m=tokens, k=model.hidden, n=model.vocab, dtype="bf16"),
-        loss,
+        norm(w, "final_norm", step.tokens, model.hidden),
+        column_parallel(w, "head", step, k=model.hidden, n=model.vocab, dtype="bf16"),
+        _loss(w, step),
     )
 
 

@@ -1,20 +1,25 @@
 """What one model layer of one rank group has to compute and send, for all micro-batches and routing samples at once.
 
-Legend: M micro-batches, S routing samples, Q = M*S, R ranks (D the same as destinations), P expert slots of a rank.
+A rank group holds one expert-parallel group, or several where layouts are folded; with expert-tensor parallelism the
+ranks with slices of the same experts then share their rows.
+
+Legend: M micro-batches, S routing samples, Q = M*S, R ranks (D the same as destinations), P expert slots of a rank,
+E ranks with slices of the same experts.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moesim.network import Fabric, prepare_combine, prepare_dispatch
-from moesim.parallel import Deduplicate, ExpertPlacement, TrafficArrays, token_bytes
+from moesim.parallel import Deduplicate, ExpertPlacement, Mesh, TrafficArrays, token_bytes
 from moesim.parallel.stages import held_copies, stage_copies
 from moesim.scenario import Scenario
 from moesim.sim.operations import Transfer
+from moesim.sim.peers import Peers, SideBySide, set_of_place
 
 IntArray = NDArray[np.int64]
 
@@ -39,6 +44,8 @@ class LayerLoads:
     `slot_rows_MSRP`: rows that each expert slot computes. `copies_out_MSR`: copies of its own tokens that a rank writes
     into its send buffer (copies for itself included). `copies_in_MSR`: copies that reach a rank. The transfers of one
     micro-batch hold all samples. `counts` is the exchange of row counts that software which reads them back does first.
+    `gather_M`, `scatter_M`: copies between ranks with slices of the same experts, whose rows and copies are then those
+    of all of them. `peers`, `slice_peers`: the number of every rank's set (`moesim.sim.peers`), empty for one set.
     """
 
     slot_rows_MSRP: NDArray[Any]
@@ -47,6 +54,10 @@ class LayerLoads:
     dispatch_M: tuple[Transfer, ...]
     combine_M: tuple[Transfer, ...]
     counts: Transfer | None = None
+    gather_M: tuple[Transfer, ...] = ()
+    scatter_M: tuple[Transfer, ...] = ()
+    peers: tuple[int, ...] = ()
+    slice_peers: tuple[int, ...] = ()
 
     @property
     def rows_MSR(self) -> NDArray[Any]:
@@ -65,10 +76,108 @@ def group_loads(
     ranks_R: IntArray,
     compiled: bool | None = None,
 ) -> LayerLoads:
-    """The loads of some MoE layers (numbered among those) of one expert group, samples stacked.
+    """The loads of some MoE layers (numbered among those) of rank group number `group`, samples stacked.
 
     `compiled`: whether compiled loops work the transfers out (see `moesim.network.ports.Ports`).
     """
+    count = len(ranks_R) // scenario.parallelism.expert  # expert groups in it, which have consecutive numbers
+    places = Mesh(scenario.parallelism, scenario.cluster).expert_groups()[:count]
+    parts = [
+        _expert_group(
+            scenario,
+            fabric,
+            samples,
+            group=group * count + index,
+            stage=stage,
+            layers=layers,
+            ranks_R=ranks_R[members],
+            compiled=compiled,
+        )
+        for index, members in enumerate(places)
+    ]
+    loads = parts[0] if len(parts) == 1 else _side_by_side(parts, places)
+    if scenario.parallelism.expert_tensor == 1:
+        return loads
+    return _shared_rows(scenario, fabric, loads, ranks_R, compiled=compiled)
+
+
+def _side_by_side(parts: Sequence[LayerLoads], places: Sequence[IntArray]) -> LayerLoads:
+    """The loads of several expert groups as those of one rank group."""
+
+    def joined(name: str) -> NDArray[Any]:
+        values = [getattr(part, name) for part in parts]
+        shape = (*values[0].shape[:2], sum(map(len, places)), *values[0].shape[3:])
+        whole = np.empty(shape, dtype=np.result_type(*values))
+        for value, members in zip(values, places, strict=True):
+            whole[:, :, members] = value
+        return whole
+
+    def together(transfers: Sequence[tuple[Transfer, ...]]) -> tuple[Transfer, ...]:
+        return tuple(SideBySide(of_groups, places) for of_groups in zip(*transfers, strict=True))
+
+    return LayerLoads(
+        slot_rows_MSRP=joined("slot_rows_MSRP"),
+        copies_out_MSR=joined("copies_out_MSR"),
+        copies_in_MSR=joined("copies_in_MSR"),
+        dispatch_M=together([part.dispatch_M for part in parts]),
+        combine_M=together([part.combine_M for part in parts]),
+        peers=set_of_place(places, sum(map(len, places))),
+    )
+
+
+def _shared_rows(
+    scenario: Scenario, fabric: Fabric, loads: LayerLoads, ranks_R: IntArray, *, compiled: bool | None
+) -> LayerLoads:
+    """The loads of ranks that each hold a slice of the experts of `expert_tensor` neighbours and see the rows of all.
+
+    What arrived at one of them goes to the others, and the partial sums for it come back, as library calls with uneven
+    shares: every copy once to every other slice.
+    """
+    slices, hidden, dispatch = Peers(scenario.parallelism.expert_tensor), scenario.model.hidden, scenario.dispatch
+    places = list(slices.places(len(ranks_R)))
+    micro_batches, samples, ranks = loads.copies_in_MSR.shape
+    copies_QR = loads.copies_in_MSR.reshape(-1, ranks)
+    gathers, scatters = [], []
+    for members in places:
+        others_EE = 1.0 - np.eye(slices.size)
+        copies_QEE = copies_QR[:, members, None] * others_EE
+        common: dict[str, Any] = {
+            "algorithm": "direct",
+            "ranks": ranks_R[members],
+            "model": scenario.network.model,
+            "compiled": compiled,
+        }
+        out = prepare_dispatch(fabric, [copies_QEE], token_bytes=token_bytes(hidden, dispatch.dtype), **common)
+        back = prepare_combine(fabric, [copies_QEE], token_bytes=token_bytes(hidden, dispatch.combine_dtype), **common)
+        gathers.append(out.parts(micro_batches))
+        scatters.append(back.parts(micro_batches))
+
+    def of_all(values_MSRx: NDArray[Any]) -> NDArray[Any]:
+        split = values_MSRx.reshape(micro_batches, samples, -1, slices.size, *values_MSRx.shape[3:])
+        return np.repeat(split.sum(axis=3), slices.size, axis=2)
+
+    return replace(
+        loads,
+        slot_rows_MSRP=of_all(loads.slot_rows_MSRP),
+        copies_in_MSR=of_all(loads.copies_in_MSR),
+        gather_M=tuple(SideBySide(parts, places) for parts in zip(*gathers, strict=True)),
+        scatter_M=tuple(SideBySide(parts, places) for parts in zip(*scatters, strict=True)),
+        slice_peers=slices.set_of_place(ranks),
+    )
+
+
+def _expert_group(
+    scenario: Scenario,
+    fabric: Fabric,
+    samples: Sequence[RoutingSample],
+    *,
+    group: int,
+    stage: int,
+    layers: Sequence[int],
+    ranks_R: IntArray,
+    compiled: bool | None,
+) -> LayerLoads:
+    """The loads of one expert group; see group_loads."""
     placement, deduplicate = samples[0].placement, scenario.dispatch.deduplicate
     counted = [
         _count([sample.arrays(group, layer, stage=stage) for sample in samples], placement, deduplicate)

@@ -105,11 +105,23 @@ def compute(
 
 
 def transfer(
-    name: str, category: str, transfers_M: tuple[Transfer, ...], *, layer: int, launches: float = 1
+    name: str,
+    category: str,
+    transfers_M: tuple[Transfer, ...],
+    *,
+    layer: int,
+    chain: int = MAIN,
+    launches: float = 1,
+    peers: tuple[int, ...] = (),
 ) -> Operation:
-    """A transfer on the communication stream, listed directly behind the operation that feeds it."""
-    label = Label(name, category, Stream.COMMUNICATION, layer)
-    return Operation(kind=Kind.TRANSFER, label=label, transfers_M=transfers_M, launches=launches, source="network")
+    """A transfer on the communication stream, listed directly behind the operation that feeds it.
+
+    `peers`: the set of every rank, where the group's ranks meet in several.
+    """
+    label = Label(name, category, Stream.COMMUNICATION, layer, peers=peers)
+    return Operation(
+        kind=Kind.TRANSFER, label=label, chain=chain, transfers_M=transfers_M, launches=launches, source="network"
+    )
 
 
 def readback(name: str, *, layer: int) -> Operation:
@@ -117,14 +129,14 @@ def readback(name: str, *, layer: int) -> Operation:
     return Operation(kind=Kind.READBACK, label=Label(name, "host", Stream.HOST, layer), launches=0)
 
 
-def fork(*, layer: int) -> Operation:
+def fork(*, layer: int, name: str = "fork") -> Operation:
     """From here the side chain runs beside the main chain."""
-    return Operation(kind=Kind.FORK, label=Label("fork", "other", Stream.HOST, layer), launches=0)
+    return Operation(kind=Kind.FORK, label=Label(name, "other", Stream.HOST, layer), launches=0)
 
 
-def join(*, layer: int) -> Operation:
+def join(*, layer: int, name: str = "join") -> Operation:
     """The main chain waits for the side chain."""
-    return Operation(kind=Kind.JOIN, label=Label("join", "other", Stream.HOST, layer), launches=0)
+    return Operation(kind=Kind.JOIN, label=Label(name, "other", Stream.HOST, layer), launches=0)
 
 
 @dataclass(frozen=True, eq=False)

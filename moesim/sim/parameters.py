@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 from moesim.compute import KernelModel
 from moesim.network import Fabric, all_gather_seconds, all_reduce_seconds, reduce_scatter_seconds
 from moesim.parallel import Mesh
+from moesim.parallel.memory_parameters import Unit, stage_units
 from moesim.parallel.schedules import Schedule
 from moesim.scenario import Scenario
 from moesim.scenario.base import BYTES_PER_ELEMENT
-from moesim.scenario.flops import StageParameters, stage_parameters
 from moesim.sim.operations import Block
 from moesim.sim.reductions import Members, Reduction
 from moesim.sim.writer import KernelWriter
@@ -40,11 +40,6 @@ class ParameterGroups:
 
     def __init__(self, scenario: Scenario, mesh: Mesh, schedule: Schedule) -> None:
         self.scenario, self.mesh, self.schedule = scenario, mesh, schedule
-        ends = schedule.num_stages - 1
-        self.stages = [
-            stage_parameters(scenario.model, layers, first=stage == 0, last=stage == ends)
-            for stage, layers in enumerate(scenario.stage_layers)
-        ]
 
     def _holders(self, stage: int) -> list[int]:
         return [rank for rank, stages in enumerate(self.schedule.stages_of_rank) if stage in stages]
@@ -55,10 +50,14 @@ class ParameterGroups:
     def _expert_members(self, stage: int) -> Members:
         return _joined([self.mesh.expert_gradient_groups(rank) for rank in self._holders(stage)])
 
-    def _local(self, stage: int) -> StageParameters:
-        """What one rank holds of a stage: all its dense parameters, and its share of the routed experts."""
-        whole = self.stages[stage]
-        return StageParameters(whole.dense, whole.expert // self.scenario.parallelism.expert)
+    def _local(self, stage: int) -> Unit:
+        """What one rank holds of a stage: dense parameters, and its share of the routed experts.
+
+        Beside what its earlier stages have already: two ends of the model on one rank share their table.
+        """
+        stages = self.schedule.stages_of_rank[self._holders(stage)[0]]
+        units = stage_units(self.scenario, stage, held=[other for other in stages if other < stage])
+        return Unit(*(sum(values) for values in zip(*units, strict=True))) if units else Unit(0.0, 0.0, 0.0)
 
     def of_rank(self, pipeline_rank: int) -> RankParameters:
         """Parameters of every rank at one place of the pipeline."""
@@ -88,11 +87,35 @@ class ParameterGroups:
             verb = "reduce_scatter" if sharding else "all_reduce"
             seconds = reduce(fabric, members[0], count * size).seconds
             collectives.append(Reduction(f"{verb}.{name}", members, seconds, "network", buckets))
+        collectives += self._repeated(fabric, size)
         world = np.arange(self.mesh.world_size)
         if self.scenario.workload.gradient_clipping is not None and len(world) > 1:
             seconds = all_reduce_seconds(fabric, world, BYTES_PER_ELEMENT["fp32"]).seconds
             collectives.append(Reduction("all_reduce.norm", (world,), seconds, "network"))
         return collectives
+
+    def _repeated(self, fabric: Fabric, size: float) -> list[Reduction]:
+        """Sums over ranks that hold the same parameters but are no data-parallel ranks.
+
+        Tensor ranks hold norms, routers and down-projections whole and make their gradients from tokens of their own;
+        the last stage has a copy of the embedding where the head is tied to it or prediction layers read it.
+        """
+        model, mesh = self.scenario.model, self.mesh
+        found: list[tuple[str, Members, float]] = []
+        if self.scenario.parallelism.tensor > 1:
+            for rank in range(self.schedule.num_ranks):
+                whole = sum(self._local(stage).duplicated for stage in self.schedule.stages_of_rank[rank])
+                found.append(("all_reduce.duplicated", tuple(mesh.tensor_groups(rank)), whole))
+        first, last = self._holders(0)[0], self._holders(len(self.scenario.stage_layers) - 1)[0]
+        if (model.tied_embeddings or model.mtp_layers) and first != last:
+            pairs = zip(mesh.rank_groups(first), mesh.rank_groups(last), strict=True)
+            members = tuple(np.array(pair) for group in pairs for pair in zip(*group, strict=True))
+            found.append(("all_reduce.embedding", members, stage_units(self.scenario, 0)[0].dense))
+        return [
+            Reduction(name, members, all_reduce_seconds(fabric, members[0], count * size).seconds, "network")
+            for name, members, count in found
+            if count
+        ]
 
     def gathers(self, fabric: Fabric) -> list[Reduction]:
         """Gathers of updated weights where optimizer states are sharded."""
@@ -105,11 +128,11 @@ class ParameterGroups:
             if sharding
         ]
 
-    def _kinds(self) -> list[tuple[str, int, int, int, Members]]:
+    def _kinds(self) -> list[tuple[str, int, float, int, Members]]:
         """(name, stage, parameters of one rank, ZeRO stage, members) of everything that more than one rank holds."""
         zero = self.scenario.parallelism.zero
         kinds = []
-        for stage in range(len(self.stages)):
+        for stage in range(self.schedule.num_stages):
             local = self._local(stage)
             kinds.append(("dense", stage, local.dense, zero.dense, self._dense_members(stage)))
             kinds.append(("expert", stage, local.expert, zero.expert, self._expert_members(stage)))

@@ -11,6 +11,8 @@ from moesim.parallel.schedules import Pass
 from moesim.scenario import Scenario
 from moesim.sim.loads import LayerLoads
 from moesim.sim.operations import Block, Kind, Operation
+from moesim.sim.peers import GroupLinks
+from moesim.sim.products import column_parallel, gather_tokens
 from moesim.sim.sizes import Passes, Step, chain
 from moesim.sim.software import SOFTWARE
 from moesim.sim.writer import KernelWriter
@@ -37,10 +39,13 @@ class StagePlan:
 
 
 def stage_blocks(
-    scenario: Scenario, kernels: KernelModel, plan: StagePlan, loads: LayerLoads | None
+    scenario: Scenario, kernels: KernelModel, plan: StagePlan, loads: LayerLoads | None, links: GroupLinks | None = None
 ) -> dict[Pass, Block]:
-    """A block per pass; `loads` holds the MoE layers of the plan, where there are any."""
-    forward, backward = _passes(scenario, kernels, plan, loads)
+    """A block per pass; `loads` holds the MoE layers of the plan, where there are any.
+
+    `links` are those of the rank group, needed where its ranks share sequences or matrices.
+    """
+    forward, backward = _passes(scenario, kernels, plan, loads, links)
     late = tuple(operation for operation in backward if operation.is_weight_gradient)
     early = tuple(operation for operation in backward if not operation.is_weight_gradient)
     return {
@@ -51,8 +56,10 @@ def stage_blocks(
     }
 
 
-def _passes(scenario: Scenario, kernels: KernelModel, plan: StagePlan, loads: LayerLoads | None) -> Passes:
-    model, software, step = scenario.model, SOFTWARE[scenario.implementation.kind], step_sizes(scenario)
+def _passes(
+    scenario: Scenario, kernels: KernelModel, plan: StagePlan, loads: LayerLoads | None, links: GroupLinks | None = None
+) -> Passes:
+    model, software, step = scenario.model, SOFTWARE[scenario.implementation.kind], step_sizes(scenario, links)
 
     def writer(category: str, layer: int) -> KernelWriter:
         return KernelWriter(kernels, dtype=scenario.workload.precision.gemm, category=category, layer=layer)
@@ -73,15 +80,17 @@ def _passes(scenario: Scenario, kernels: KernelModel, plan: StagePlan, loads: La
     if plan.last:
         parts.append(software.head_part(writer("embedding_head", -1), step))
         for extra in range(model.mtp_layers):
-            joined = writer("embedding_head", model.layers + extra)
-            tokens, hidden = step.tokens, model.hidden
-            join: Passes = (
-                [joined.gemm("mtp.join", m=tokens, k=2 * hidden, n=hidden)],
-                joined.gemm_backward("mtp.join", m=tokens, k=2 * hidden, n=hidden),
-            )
+            join = _prediction_join(writer("embedding_head", model.layers + extra), step)
             head = software.head_part(writer("embedding_head", -1), step)
             parts += [join, part_of_layer[model.layers + extra], head]
     return chain(*parts)
+
+
+def _prediction_join(w: KernelWriter, step: Step) -> Passes:
+    """The product that joins a token's state and its successor's embedding; tensor ranks then gather its columns."""
+    hidden = step.model.hidden
+    whole = gather_tokens(w, "mtp.join.whole", step, width=hidden)
+    return chain(column_parallel(w, "mtp.join", step, k=2 * hidden, n=hidden), (whole, whole))
 
 
 def _of_layer(part: Passes, layer: int, index: int, layers: int) -> Passes:
@@ -89,16 +98,21 @@ def _of_layer(part: Passes, layer: int, index: int, layers: int) -> Passes:
     return forward, backward
 
 
-def step_sizes(scenario: Scenario) -> Step:
+def step_sizes(scenario: Scenario, links: GroupLinks | None) -> Step:
     """The sizes of one micro-batch on one rank."""
+    mesh = scenario.parallelism
     return Step(
         model=scenario.model,
         batch=scenario.workload.micro_batch,
         sequence=scenario.workload.sequence_length,
         quantise=scenario.dispatch.dtype == "fp8",
-        remote=scenario.parallelism.expert > 1,
+        remote=mesh.expert * mesh.expert_tensor > 1,
         sigmoid=scenario.model.experts > 0 and scenario.router_shape().kind == "deepseek_v3",
         shared_beside=scenario.overlap.shared_experts is not False,
+        tensor=mesh.tensor,
+        context=mesh.context,
+        expert_tensor=mesh.expert_tensor,
+        links=links,
     )
 
 

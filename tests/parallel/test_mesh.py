@@ -61,3 +61,21 @@ def test_relays_of_a_group_that_covers_a_node_in_part() -> None:
     assert second.node_of_rank_R.tolist() == [0, 0, 1, 1, 1, 1]
     assert second.local_rank_R.tolist() == [2, 3, 0, 1, 2, 3]
     assert second.relay_RM[:, 0].tolist() == [0, 1, 0, 1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "size"),
+    [
+        ({"data": 16, "expert": 4}, 4),
+        ({"data": 4, "tensor": 4, "expert": 2}, 4),
+        ({"data": 2, "context": 2, "tensor": 4, "expert": 4, "expert_tensor": 2}, 8),
+        ({"data": 16, "expert": 4, "zero": {"dense": 2}}, 16),
+    ],
+)
+def test_a_rank_group_is_the_least_closed_under_all_layouts(sizes: dict[str, int], size: int) -> None:
+    m = mesh(pipeline=2, **sizes)
+    groups = [set(group.tolist()) for group in m.rank_groups(1)]
+    assert {len(group) for group in groups} == {size}
+    for kind in ("tensor", "context", "expert"):
+        for members in getattr(m, f"{kind}_groups")(1):
+            assert sum(set(members.tolist()) <= group for group in groups) == 1

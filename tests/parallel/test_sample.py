@@ -154,10 +154,53 @@ def test_tokens_are_split_over_context_and_tensor_ranks(make_scenario: Make) -> 
     sample = draw(scenario, make_trace(scenario))
     ids_STK = sample.sampler.sequences.final.expert_ids_LSTK[0]
     arrays = sample.thin_arrays(0, 0)
+    # Context rank 0 has the first and the last quarter of a sequence of 32 tokens, its tensor ranks one each.
+    quarters = [0, 3, 1, 2]
     for rank in range(8):
-        tokens = slice(8 * (rank % 4), 8 * (rank % 4 + 1))
+        tokens = slice(8 * quarters[rank % 4], 8 * (quarters[rank % 4] + 1))
         mine = ids_STK[sample.draw.sequences_BNU[3, rank // 4], tokens]
         np.testing.assert_array_equal(arrays.rows_BRE[3, rank], np.bincount(mine.reshape(-1), minlength=32))
+
+
+@pytest.mark.parametrize("capacity", [DEVICE, {"kind": "expert", "factor": 0.8, "by": "position"}])
+def test_drops_of_ranks_with_two_pieces_of_a_sequence(make_scenario: Make, capacity: dict[str, object]) -> None:
+    """A rank's tokens count as one block in token order, whichever pieces they come from."""
+    scenario = make_scenario(parallelism={"data": 4, "context": 2, "expert": 8}, capacity=capacity)
+    sample = draw(scenario, make_trace(scenario, counts=SKEW))
+    assert not sample.sampler.counts_add_up
+    step, held = sample.sampler.sequences.final, [[*range(8), *range(24, 32)], list(range(8, 24))]
+    sequences_NU = sample.draw.sequences_BNU[2]
+    blocks = [
+        [array[1][sequences_NU[rank // 2]][:, held[rank % 2]].reshape(32, 4) for rank in range(8)]
+        for array in (step.expert_ids_LSTK, step.affinities_LSTK)
+    ]
+    ids_RTK, affinities_RTK = map(np.stack, blocks)
+    if capacity is DEVICE:
+        keep_RTK = device_keep_mask(
+            ranks_of_rows(ids_RTK, rank_of_expert_E=sample.placement.rank_of_expert_E, num_ranks=8).reshape(16, 16, 4),
+            affinities_RTK.reshape(16, 16, 4),
+            protected_S=sample.protected_BNU[2][np.arange(8) // 2].reshape(-1),
+            num_ranks=8,
+            factor=1.0,
+        ).reshape(8, 32, 4)
+    else:
+        rows = expert_capacity(factor=0.8, top_k=4, num_tokens=32, num_experts=32)
+        keep_RTK = expert_keep_mask(ids_RTK, affinities_RTK, num_experts=32, capacity=rows, by="position")
+    for rank, rows_E in enumerate(sample.thin_arrays(0, 1).rows_BRE[2]):
+        np.testing.assert_array_equal(rows_E, np.bincount(ids_RTK[rank][keep_RTK[rank]], minlength=32))
+
+
+def test_folding_moves_tokens_but_routes_as_many_rows(make_scenario: Make) -> None:
+    """The same world with attention shared by 1, 2 or 4 tensor ranks over the same expert groups."""
+    totals = set()
+    for tensor in (1, 2, 4):
+        scenario = make_scenario(
+            parallelism={"data": 8 // tensor, "tensor": tensor, "expert": 8}, uncertainty={"bank": 12}
+        )
+        arrays = draw(scenario, make_trace(scenario)).arrays(0, 3)
+        assert len(arrays.rows_BRE) == 3 * tensor  # the batch is the same
+        totals.add((int(arrays.rows_BRE.sum()), int(arrays.routed_rows_B.sum())))
+    assert totals == {(48 * 32 * 4,) * 2}
 
 
 def test_padding_and_stages(make_scenario: Make) -> None:

@@ -121,9 +121,6 @@ def test_paths_are_relative_to_the_scenario_and_those_of_overrides_to_the_workin
 @pytest.mark.parametrize(
     ("override", "key"),
     [
-        ("parallelism={data: 4, expert: 4, tensor: 2}", "parallelism.tensor"),
-        ("parallelism={data: 4, expert: 4, context: 2}", "parallelism.context"),
-        ("parallelism={data: 8, expert: 4, expert_tensor: 2}", "parallelism.expert_tensor"),
         ("parallelism.zero={dense: 2}", "parallelism.zero.dense"),
         ("parallelism.zero={expert: 3}", "parallelism.zero.expert"),
     ],
