@@ -32,7 +32,14 @@ _LOAD_TICKS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 
 def blank(*, height: int, x: str = "", y: str = "") -> go.Figure:
     """A figure in the report's look, `height` pixels high, with titled axes and nothing in it."""
-    figure = go.Figure()
+    figure = dressed(go.Figure(), height=height)
+    figure.update_xaxes(title={"text": x})
+    figure.update_yaxes(title={"text": y})
+    return figure
+
+
+def dressed(figure: go.Figure, *, height: int) -> go.Figure:
+    """The report's look on a figure that may have several panels."""
     figure.update_layout(
         height=height,
         margin={"l": 70, "r": 20, "t": 16, "b": 56},
@@ -42,8 +49,8 @@ def blank(*, height: int, x: str = "", y: str = "") -> go.Figure:
         hoverlabel={"bgcolor": "#1d2229", "bordercolor": "#1d2229", "font": {"color": "#ffffff", "family": FONT}},
         legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
     )
-    figure.update_xaxes(title={"text": x, "font": {"size": 13}}, gridcolor=_GRID, zeroline=False, automargin=True)
-    figure.update_yaxes(title={"text": y, "font": {"size": 13}}, gridcolor=_GRID, zeroline=False, automargin=True)
+    for update in (figure.update_xaxes, figure.update_yaxes):
+        update(title={"font": {"size": 13}}, gridcolor=_GRID, zeroline=False, automargin=True)
     return figure
 
 
@@ -56,9 +63,14 @@ def attribution(
     attribution_s: Mapping[str, float], balanced_s: Mapping[str, float], critical_s: Mapping[str, float]
 ) -> go.Figure:
     """Stacked bars: the step as routed, with the same rows spread evenly, and its critical path."""
-    scale, unit = time_unit(sum(attribution_s.values()))
-    figure = blank(height=290, x=f"{unit} of one step")
-    rows = (("critical path", critical_s), ("spread evenly", balanced_s), ("as routed", attribution_s))
+    return steps((("as routed", attribution_s), ("spread evenly", balanced_s), ("critical path", critical_s)))
+
+
+def steps(named: Sequence[tuple[str, Mapping[str, float]]]) -> go.Figure:
+    """A stacked bar of attribution for every (name, seconds by category), the first one on top."""
+    rows = tuple(reversed(named))
+    scale, unit = time_unit(max(sum(parts.values()) for _, parts in rows))
+    figure = blank(height=110 + 60 * len(rows), x=f"{unit} of one step")
     keys = [part.key for part, _ in in_order({key: 1.0 for _, parts in rows for key in parts if parts[key] > 0})]
     for key in keys:
         part = category(key)

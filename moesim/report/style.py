@@ -45,6 +45,29 @@ td.bar { width: 38%; }
   background: var(--alert-paper); color: var(--alert); border-radius: 6px; padding: 8px 14px; margin: 8px 0;
   max-width: none;
 }
+.filters { display: flex; flex-wrap: wrap; gap: 8px 12px; align-items: stretch; margin: 20px 0 8px; }
+.filters fieldset {
+  border: 1px solid var(--line); border-radius: 8px; padding: 2px 12px 8px; margin: 0; min-width: 0;
+  display: flex; flex-wrap: wrap; gap: 2px 14px; max-height: 132px; overflow-y: auto;
+}
+.filters legend { font-size: 13px; color: var(--soft); padding: 0 4px; }
+.filters label { display: inline-flex; gap: 5px; align-items: center; font-size: 14px; cursor: pointer; }
+.filters input { margin: 0; accent-color: var(--accent); }
+.filters select, .filters button {
+  font: inherit; font-size: 14px; color: var(--ink); background: var(--card); border: 1px solid var(--line);
+  border-radius: 6px; padding: 3px 10px; cursor: pointer;
+}
+.filters .count { display: flex; flex-direction: column; justify-content: center; gap: 4px; font-size: 13px;
+  color: var(--soft); }
+.caption { font-size: 13px; }
+.value.pair { font-size: 19px; }
+.sortable { max-height: 640px; overflow: auto; }
+.sortable th { cursor: pointer; vertical-align: bottom; position: sticky; top: 0; background: var(--paper); }
+.sortable th.number { white-space: normal; }
+.sortable td { white-space: nowrap; }
+.sortable th[aria-sort=ascending]::after { content: " ▲"; font-size: 10px; }
+.sortable th[aria-sort=descending]::after { content: " ▼"; font-size: 10px; }
+
 details { margin-top: 16px; }
 summary { cursor: pointer; color: var(--accent); }
 pre {
@@ -54,13 +77,14 @@ pre {
 footer { margin-top: 56px; font-size: 13px; color: var(--soft); }
 
 /* plotly writes colours into the elements; text must follow the page instead */
-.js-plotly-plot .xtick text, .js-plotly-plot .ytick text, .js-plotly-plot .xtitle, .js-plotly-plot .ytitle,
-.js-plotly-plot .legendtext, .js-plotly-plot .cbaxis text, .js-plotly-plot .colorbar text {
+.js-plotly-plot [class$=tick] > text, .js-plotly-plot .infolayer [class$=title], .js-plotly-plot .annotation-text,
+.js-plotly-plot .legendtext, .js-plotly-plot .legendtitletext, .js-plotly-plot .colorbar text,
+.js-plotly-plot .bartext-outside, .js-plotly-plot .textpoint text {
   fill: var(--ink) !important;
 }
 @media (max-width: 860px) {
   .tiles, .tables, .figures { grid-template-columns: 1fr; }
   main { padding: 24px 16px; }
 }
-@media print { .wide, .figures > div, .tile, tr { break-inside: avoid; } }
+@media print { .sortable { max-height: none; } .wide, .figures > div, .tile, tr { break-inside: avoid; } }
 """

@@ -1,0 +1,250 @@
+"""Two runs beside each other: what differs in their scenarios, metric by metric, and where the time went."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import plotly.graph_objects as go
+
+from moesim.errors import UserError
+from moesim.report import facts
+from moesim.report.categories import FAMILIES, Category, category, in_order
+from moesim.report.figures import blank, steps, time_unit
+from moesim.report.page import Page
+from moesim.report.plots.metrics import metric, paths_of, text
+from moesim.report.plots.points import Point, Source
+from moesim.report.plots.values import MISSING, flatten, look_up, plain, text_of
+
+_SMALL = 0.003  # share of the step below which a change joins "smaller changes"
+_SHOWN = (
+    "step_time_s",
+    "tokens_per_second",
+    "tokens_per_second_per_gpu",
+    "mfu.causal",
+    "cost.usd_per_million_tokens",
+    "cost.usd_total",
+    "cost.days",
+    "memory.peak_bytes",
+    "imbalance.cost_s",
+    "imbalance.expert",
+    "imbalance.rank_rows",
+    "imbalance.rank_bytes",
+    "dropped_share",
+    "communication.copies_per_token",
+    "communication.dispatch_bytes",
+    "communication.intra_node_bytes",
+    "communication.inter_node_bytes",
+    "router.validation_loss",
+    "gpus",
+)
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two: what it is called, its dotted settings and its result."""
+
+    name: str
+    settings: Mapping[str, Any]
+    result: Mapping[str, Any]
+
+    @property
+    def attribution_s(self) -> Mapping[str, float]:
+        """Seconds by category."""
+        parts: Mapping[str, float] = self.result["attribution_s"]
+        return parts
+
+
+def sides(sources: Sequence[Source], numbers: tuple[int, int] | None) -> tuple[Side, Side]:
+    """The two runs, or the points of those numbers in one sweep or plan. Raises UserError where there are not two."""
+    if numbers is None:
+        points = [point for source in sources for point in source.points]
+        if len(points) != 2:
+            raise UserError(f"comparison: needs two runs, not {len(points)}; name two, or --points 3,7 of one sweep")
+        chosen = points
+    else:
+        if len(sources) != 1 or sources[0].kind == "run":
+            raise UserError("--points: needs one folder of a sweep or plan")
+        chosen = [_numbered(sources[0], number) for number in numbers]
+    first, second = (_side(point) for point in chosen)
+    if first.name == second.name:
+        raise UserError(f"comparison: both sides are {first.name}")
+    return first, second
+
+
+def _numbered(source: Source, number: int) -> Point:
+    for point in source.points:
+        if point.number == number:
+            return point
+    known = ", ".join(str(point.number) for point in source.points[:12])
+    raise UserError(f"--points: {source.folder} has no point {number}; there are {known}")
+
+
+def _side(point: Point) -> Side:
+    if point.result is None:
+        raise UserError(f"comparison: point {point.number} has no result ({point.status}: {point.reason})")
+    if "attribution_s" not in point.result:
+        raise UserError(f"comparison: the result of {point.folder} has no attribution_s")
+    name = point.folder if point.scenario is not None else f"point {point.number}"
+    return Side(name, point.scenario if point.scenario is not None else flatten(dict(point.values)), point.result)
+
+
+def differences(first: Side, second: Side) -> list[tuple[str, str, str]]:
+    """(dotted key, value of the first, value of the second) of every setting that differs.
+
+    Keys that one side lacks because they belong to another `kind` are shown with a dash.
+    """
+    keys = dict.fromkeys([*first.settings, *second.settings])
+    both = [(key, first.settings.get(key, MISSING), second.settings.get(key, MISSING)) for key in keys]
+    return [(key, text_of(one), text_of(other)) for key, one, other in both if one != other]
+
+
+def changes(first: Side, second: Side) -> list[tuple[Category | None, float]]:
+    """(category, seconds of the second minus the first) in the order of categories; None sums up the small ones.
+
+    The sum is the difference of the attributed times, to rounding.
+    """
+    keys = dict.fromkeys([*first.attribution_s, *second.attribution_s])
+    moved = {key: second.attribution_s.get(key, 0.0) - first.attribution_s.get(key, 0.0) for key in keys}
+    least = _SMALL * first.result["step_time_s"]
+    order = [part for part, _ in in_order(dict.fromkeys(keys, 1.0))]
+    large: list[tuple[Category | None, float]] = [
+        (part, moved[part.key]) for part in order if abs(moved[part.key]) >= least
+    ]
+    rest = sum(value for value in moved.values() if abs(value) < least)
+    return [*large, (None, rest)] if abs(rest) > facts.ROUND_OFF * first.result["step_time_s"] else large
+
+
+def waterfall(first: Side, second: Side) -> go.Figure:
+    """From the step of the first run to that of the second, category by category."""
+    begin, end = (sum(side.attribution_s.values()) for side in (first, second))
+    scale, unit = time_unit(max(begin, end))
+    parts = changes(first, second)
+    figure = blank(height=150 + 30 * (len(parts) + 2), x=f"{unit} of one step")
+    names = [part.label if part else "smaller changes" for part, _ in parts]
+    moved = [scale * value for _, value in parts]
+    levels = [scale * begin]
+    for value in moved:
+        levels.append(levels[-1] + value)
+    low, high = min(*levels, scale * end), max(*levels, scale * end)
+    pad = 0.25 * (high - low) or 0.05 * high
+    floor = 0.0 if low - pad < 0.6 * high else low - pad
+    figure.add_waterfall(
+        y=[plain(first.name), *names, plain(second.name)],
+        x=[scale * begin, *moved, scale * end],
+        measure=["absolute", *["relative"] * len(moved), "total"],
+        orientation="h",
+        text=[_amount(scale * begin, unit), *(f"{value:+.3g}" for value in moved), _amount(scale * end, unit)],
+        textposition="outside",
+        cliponaxis=False,
+        connector={"line": {"color": "#a3aab4", "width": 1, "dash": "dot"}},
+        increasing={"marker": {"color": FAMILIES["communication"]}},
+        decreasing={"marker": {"color": FAMILIES["compute"]}},
+        totals={"marker": {"color": FAMILIES["overhead"]}},
+        hovertemplate=f"%{{y}}: %{{text}} {unit}<extra></extra>",
+        showlegend=False,
+    )
+    figure.update_yaxes(autorange="reversed", showgrid=False, tickfont={"size": 14})
+    figure.update_xaxes(range=[floor, high + pad + 0.04 * (high - floor)])
+    return figure
+
+
+def _amount(value: float, unit: str) -> str:
+    return f"{value:.4g} {'s' if unit == 'seconds' else 'ms'}"
+
+
+def metric_rows(first: Side, second: Side, paths: Sequence[str]) -> list[tuple[str, str, str, str]]:
+    """(label, first, second, change in per cent) of every metric that either side has."""
+    rows = []
+    for path in paths:
+        found = metric(path)
+        one, other = found.of(first.result), found.of(second.result)
+        if one is None and other is None:
+            continue
+        rows.append((found.label, text(found, one), text(found, other), _change(one, other)))
+    return rows
+
+
+def _change(one: float | None, other: float | None) -> str:
+    if one is None or other is None or (one == 0 and other != 0):
+        return MISSING
+    share = (other - one) / one if one else 0.0
+    return f"{100 * share:+.1f} %" if abs(share) > facts.ROUND_OFF else "none"
+
+
+def verdict(first: Side, second: Side) -> str:
+    """One sentence: how much faster or slower, and whether the ranges can tell."""
+    one, other = first.result["step_time_s"], second.result["step_time_s"]
+    share = other / one - 1
+    word = "longer" if share > 0 else "shorter"
+    said = f"The step of {second.name} takes {facts.seconds(other)}, {abs(100 * share):.1f} % {word} than {first.name}."
+    if abs(share) <= facts.ROUND_OFF:
+        said = f"Both steps take {facts.seconds(one)}."
+    ranges = [found for side in (first, second) if (found := side.result.get("step_time_range_s")) is not None]
+    if len(ranges) < 2:
+        return said + " One of them has no 90 % range, so chance cannot be told from difference."
+    if ranges[0][0] <= ranges[1][1] and ranges[1][0] <= ranges[0][1]:
+        return said + " Their 90 % ranges overlap: the difference may be chance of routing."
+    return said + " Their 90 % ranges do not overlap."
+
+
+def add_comparison(page: Page, first: Side, second: Side) -> None:
+    """All sections on two runs."""
+    page.open("div", css="tiles")
+    for label, one, other, change in metric_rows(first, second, _SHOWN[:6])[:6]:
+        page.open("div", css="tile")
+        page.text("div", label, css="label")
+        page.text("div", other if change == "none" else f"{one} → {other}", css="value pair")
+        page.text("div", {"none": "the same in both"}.get(change, change), css="note")
+        page.close("div")
+    page.close("div")
+    _add_scenario(page, first, second)
+    _add_time(page, first, second)
+    page.text("h2", "Metric by metric")
+    head, styles = ("", first.name, second.name, "change"), ("", "number", "number", "number")
+    page.table(head, metric_rows(first, second, _SHOWN), styles=styles)
+    page.open("details")
+    page.text("summary", "All numbers of both results")
+    every = paths_of([first.result, second.result])
+    page.table(head, [(path, *row[1:]) for path in every for row in metric_rows(first, second, [path])], styles=styles)
+    page.close("details")
+
+
+def _add_scenario(page: Page, first: Side, second: Side) -> None:
+    page.text("h2", "What differs in the scenario")
+    rows = differences(first, second)
+    if not rows:
+        page.text("p", "Nothing: both ran the same settings.")
+        return
+    models = [look_up(side.settings, "model.preset") for side in (first, second)]
+    if any(key.startswith("model.") for key, _, _ in rows) and models[0] is not None:
+        page.text("p", "The models differ: tokens of the one are not tokens of the other.", css="warning")
+    page.table(("key", first.name, second.name), rows, styles=("", "", ""))
+
+
+def _add_time(page: Page, first: Side, second: Side) -> None:
+    page.text("h2", "Where the time went")
+    page.text("p", "Mean over ranks of one optimizer step; communication counts only where no computation hides it.")
+    page.figure(steps(((plain(first.name), first.attribution_s), (plain(second.name), second.attribution_s))),
+                name="attribution", tools=True)  # fmt: skip
+    keys = dict.fromkeys([*first.attribution_s, *second.attribution_s])
+    pairs = {key: [side.attribution_s.get(key, 0.0) for side in (first, second)] for key in keys}
+    order = sorted(keys, key=lambda key: -max(pairs[key]))
+    longest = max(max(pair) for pair in pairs.values())
+    step_s = first.result["step_time_s"]
+    rows = []
+    for key in order:
+        one, other = pairs[key]
+        if max(one, other) > facts.ROUND_OFF * step_s:
+            part = category(key)
+            numbers = (facts.seconds(one), facts.seconds(other), _difference(other - one, step_s))
+            rows.append((part.colour, part.label, numbers, other / longest))
+    page.bars(rows, head=("part", first.name, second.name, "difference", second.name))
+    page.text("h3", "What made the difference")
+    page.text("p", "Orange adds time, blue saves it. The axis need not begin at zero.")
+    page.figure(waterfall(first, second), name="waterfall", tools=True)
+
+
+def _difference(change_s: float, step_s: float) -> str:
+    if abs(change_s) <= facts.ROUND_OFF * step_s:
+        return "none"
+    return ("+" if change_s > 0 else "-") + facts.seconds(abs(change_s))

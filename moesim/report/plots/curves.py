@@ -1,0 +1,268 @@
+"""Metrics along an axis (or another metric): a panel per metric, a line per combination of the other axes.
+
+Bands and bars are 90 % intervals, over seeds or, for a single run, its own range over resampled routing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from moesim.report.figures import dressed
+from moesim.report.plots.choice import AxisKey, Drawing
+from moesim.report.plots.groups import Axis, Collection, Estimate, Group
+from moesim.report.plots.looks import (
+    DASHES,
+    MARKERS,
+    colours,
+    hover_text,
+    key_places,
+    legend_title,
+    set_key_axis,
+    set_metric_axis,
+    title_of,
+    translucent,
+    units_for,
+    with_pointer,
+)
+from moesim.report.plots.metrics import Metric, Unit
+from moesim.report.plots.points import DONE
+from moesim.report.plots.values import plain
+
+_PANEL_HEIGHT, _SINGLE_HEIGHT = 330, 480
+_TOP, _TOP_WITHOUT_LEGEND, _BOTTOM = 72, 36, 64
+NO_RESULT = "#b5561d"
+
+
+@dataclass(frozen=True)
+class Line:
+    """Groups that differ on one axis only, in its order."""
+
+    name: str
+    colour: str
+    symbol: str
+    dash: str
+    groups: tuple[Group, ...]
+
+
+def curves(collection: Collection, drawing: Drawing) -> go.Figure:
+    """`meta.groups` of a trace says which group each of its points is."""
+    metrics = [y for y in drawing.ys if isinstance(y, Metric)]
+    units = units_for(collection, drawing.metrics)
+    figure, panels = _panels([title_of(y, units[y.path]) for y in metrics])
+    along = _along(collection, drawing)
+    lines = _lines(collection, drawing, along)
+    for y, panel in zip(metrics, panels, strict=True):
+        drawn: list[float] = []
+        for line in lines:
+            drawn += _add_line(figure, collection, drawing, line, y, panel, units)
+        set_metric_axis(partial(figure.update_yaxes, **panel), y, drawn, units[y.path], titled=False)
+        _set_x(partial(figure.update_xaxes, **panel), collection, drawing, units)
+    if isinstance(drawing.x, AxisKey):
+        _mark_missing(figure, collection, drawing.x, panels[0])
+    shown = len(lines) > 1 or any(trace.showlegend for trace in figure.data)
+    if not shown:
+        figure.update_layout(
+            margin={"t": _TOP_WITHOUT_LEGEND}, height=figure.layout.height - _TOP + _TOP_WITHOUT_LEGEND
+        )
+    figure.update_layout(showlegend=shown, legend={"title": legend_title(drawing.colour)})
+    return figure
+
+
+def _panels(titles: Sequence[str]) -> tuple[go.Figure, list[dict[str, int]]]:
+    """A figure with a titled panel for each text, two in a row, and the places of the panels."""
+    columns = min(len(titles), 2 if len(titles) in (2, 4) else 3)
+    rows = -(-len(titles) // columns)
+    height = _SINGLE_HEIGHT if len(titles) == 1 else _TOP + _BOTTOM + _PANEL_HEIGHT * rows
+    inside = height - _TOP - _BOTTOM
+    spacing = {"horizontal_spacing": 0.09 / (columns - 1)} if columns > 1 else {}
+    spacing |= {"vertical_spacing": 96 / inside} if rows > 1 else {}
+    figure = make_subplots(rows=rows, cols=columns, subplot_titles=list(titles), **spacing)
+    figure = with_pointer(dressed(figure, height=height))
+    figure.update_layout(margin={"t": _TOP, "b": _BOTTOM}, legend={"y": 1 + 32 / inside})
+    for index, annotation in enumerate(figure.layout.annotations):
+        left = figure.layout[f"xaxis{index + 1 if index else ''}"].domain[0]
+        annotation.update(x=left, xanchor="left", font={"size": 14})
+    return figure, [{"row": 1 + index // columns, "col": 1 + index % columns} for index in range(len(titles))]
+
+
+def _along(collection: Collection, drawing: Drawing) -> Axis:
+    """The axis that a line follows: that of x, and for a metric on x the one with most values."""
+    if isinstance(drawing.x, AxisKey):
+        return drawing.x.axis
+    return max((axis for axis in collection.axes if axis is not drawing.colour), key=lambda axis: len(axis.values))
+
+
+def _lines(collection: Collection, drawing: Drawing, along: Axis) -> list[Line]:
+    column = collection.axes.index(along)
+    members: dict[tuple[int, ...], list[Group]] = {}
+    for group in collection.done:
+        members.setdefault((*group.at[:column], -1, *group.at[column + 1 :]), []).append(group)
+    by_colour = colours(drawing.colour)
+    colour_column = collection.axes.index(drawing.colour) if drawing.colour else None
+    used: dict[int, int] = {}  # how many lines of a colour there are already: they differ in their dashes
+    lines = []
+    for at in sorted(members):
+        index = 0 if colour_column is None else at[colour_column]
+        used[index] = used.get(index, -1) + 1
+        others = [
+            (axis, place)
+            for axis, place in zip(collection.axes, at, strict=True)
+            if place >= 0 and len(axis.values) > 1
+        ]
+        own = [axis.texts[place] for axis, place in others if axis is drawing.colour]
+        rest = [f"{axis.name} {axis.texts[place]}" for axis, place in others if axis is not drawing.colour]
+        lines.append(
+            Line(
+                name=", ".join([*own, *rest]),
+                colour=by_colour[index],
+                symbol=MARKERS[index % len(MARKERS)],
+                dash=DASHES[used[index] % len(DASHES)],
+                groups=tuple(sorted(members[at], key=lambda group: group.at[column])),
+            )
+        )
+    return lines
+
+
+def _add_line(
+    figure: go.Figure,
+    collection: Collection,
+    drawing: Drawing,
+    line: Line,
+    y: Metric,
+    panel: dict[str, int],
+    units: dict[str, Unit],
+) -> list[float]:
+    """Draw the groups of a line that have the metric; returns what was drawn on y."""
+    spots = [
+        (group, x, found)
+        for group in line.groups
+        if (x := _x_of(group, collection, drawing, units)) is not None and (found := group.estimate(y)) is not None
+    ]
+    factor = units[y.path].factor
+    numbers = [group.index for group, _, _ in spots]
+    banded = isinstance(drawing.x, AxisKey) and _add_band(figure, line, spots, factor, panel)
+    figure.add_scatter(
+        x=[x.mean for _, x, _ in spots],
+        y=[found.mean * factor for _, _, found in spots],
+        mode="lines+markers" + ("" if isinstance(drawing.x, AxisKey) else "+text"),
+        text=None
+        if isinstance(drawing.x, AxisKey)
+        else [_own_text(group, collection, drawing) for group, _, _ in spots],
+        textposition="top right",
+        name=plain(line.name),
+        legendgroup=line.name,
+        showlegend=panel == {"row": 1, "col": 1} and bool(line.name),
+        line={"color": line.colour, "width": 2, "dash": line.dash},
+        marker={"color": line.colour, "size": 9, "symbol": line.symbol, "line": {"color": "#ffffff", "width": 1}},
+        error_x=None if isinstance(drawing.x, AxisKey) else _bars([x for _, x, _ in spots], 1.0, line.colour),
+        error_y=None if banded else _bars([found for _, _, found in spots], factor, line.colour),
+        customdata=[hover_text(group, collection, drawing.metrics) for group, _, _ in spots],
+        hovertemplate="%{customdata}<extra></extra>",
+        meta={"groups": numbers, "role": "points"},
+        **panel,
+    )
+    return [value * factor for _, _, e in spots for value in (e.mean, e.low, e.high) if value is not None]
+
+
+def _own_text(group: Group, collection: Collection, drawing: Drawing) -> str:
+    along = _along(collection, drawing)
+    return plain(along.texts[group.at[collection.axes.index(along)]])
+
+
+def _x_of(group: Group, collection: Collection, drawing: Drawing, units: dict[str, Unit]) -> Estimate | None:
+    if isinstance(drawing.x, Metric):
+        found, factor = group.estimate(drawing.x), units[drawing.x.path].factor
+        return found and Estimate(
+            found.mean * factor,
+            None if found.low is None else found.low * factor,
+            None if found.high is None else found.high * factor,
+            found.count,
+        )
+    place = group.at[collection.axes.index(drawing.x.axis)]
+    return Estimate(key_places(drawing.x)[place], None, None, 1)
+
+
+def _bars(found: Sequence[Estimate], factor: float, colour: str) -> dict[str, Any] | None:
+    if all(estimate.low is None for estimate in found):
+        return None
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": [0.0 if e.high is None else (e.high - e.mean) * factor for e in found],
+        "arrayminus": [0.0 if e.low is None else (e.mean - e.low) * factor for e in found],
+        "color": colour,
+        "thickness": 1.2,
+        "width": 4,
+    }
+
+
+def _add_band(
+    figure: go.Figure,
+    line: Line,
+    spots: Sequence[tuple[Group, Estimate, Estimate]],
+    factor: float,
+    panel: dict[str, int],
+) -> bool:
+    """The 90 % intervals as an area around the line; says whether there are enough of them for one."""
+    bounded = [(g, x.mean, e.low, e.high) for g, x, e in spots if e.low is not None and e.high is not None]
+    if len(bounded) < max(2, len(spots)):
+        return False
+    there_and_back = [*bounded, *reversed(bounded)]
+    figure.add_scatter(
+        x=[x for _, x, _, _ in there_and_back],
+        y=[high * factor for *_, high in bounded] + [low * factor for _, _, low, _ in reversed(bounded)],
+        mode="lines",
+        fill="toself",
+        fillcolor=translucent(line.colour, 0.18),
+        line={"width": 0},
+        hoverinfo="skip",
+        showlegend=False,
+        legendgroup=line.name,
+        meta={"groups": [group.index for group, *_ in there_and_back], "role": "band"},
+        **panel,
+    )
+    return True
+
+
+def _set_x(update: Any, collection: Collection, drawing: Drawing, units: dict[str, Unit]) -> None:
+    if isinstance(drawing.x, AxisKey):
+        set_key_axis(update, drawing.x)
+        return
+    values = [
+        found.mean * units[drawing.x.path].factor
+        for group in collection.done
+        if (found := group.estimate(drawing.x)) is not None
+    ]
+    set_metric_axis(update, drawing.x, values, units[drawing.x.path])
+
+
+def _mark_missing(figure: go.Figure, collection: Collection, x: AxisKey, panel: dict[str, int]) -> None:
+    """A cross at the foot of the first panel for every point without a result."""
+    missing = [group for group in collection.groups if group.status != DONE]
+    if not missing:
+        return
+    column, places = collection.axes.index(x.axis), key_places(x)
+    figure.add_scatter(
+        x=[places[group.at[column]] for group in missing],
+        y=[0.02] * len(missing),
+        mode="markers",
+        name="no result",
+        marker={"symbol": "x-thin", "size": 10, "line": {"color": NO_RESULT, "width": 2}},
+        customdata=[hover_text(group, collection) for group in missing],
+        hovertemplate="%{customdata}<extra></extra>",
+        meta={"groups": [group.index for group in missing], "role": "missing"},
+        **panel,
+    )
+    figure.data[-1].update(yaxis=_foot_axis(figure))
+
+
+def _foot_axis(figure: go.Figure) -> str:
+    """A second y axis over the first panel, 0 at its foot and 1 at its top, without ticks."""
+    figure.update_layout(
+        {"yaxis99": {"overlaying": "y", "range": [0, 1], "visible": False, "fixedrange": True, "anchor": "x"}}
+    )
+    return "y99"

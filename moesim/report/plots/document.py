@@ -1,0 +1,247 @@
+"""The page of `moesim plot`: a figure with its filters, what has no result, and every point as a row."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from plotly.offline import get_plotlyjs
+
+from moesim import __version__
+from moesim.errors import UserError
+from moesim.report.page import Page
+from moesim.report.plots.choice import (
+    COMPARISON,
+    COST_PERFORMANCE,
+    CURVES,
+    HEAT_MAP,
+    Asked,
+    AxisKey,
+    Drawing,
+    choose,
+    kind_of,
+)
+from moesim.report.plots.comparison import add_comparison, sides, verdict
+from moesim.report.plots.cost_performance import cost_performance, drawn_groups, has_front
+from moesim.report.plots.curves import curves
+from moesim.report.plots.groups import Axis, Collection, Group, collect
+from moesim.report.plots.heat_map import heat_axes, heat_map
+from moesim.report.plots.looks import label_of, name_of
+from moesim.report.plots.metrics import HEADLINE, LOWER, Metric, metric, text
+from moesim.report.plots.points import DONE, Source, read_sources, with_values
+from moesim.report.plots.script import SCRIPT
+
+_MOST_BOXES = 40  # values of an axis up to which each gets a tick box
+
+
+def plot_page(paths: Sequence[Path], asked: Asked, *, points: tuple[int, int] | None = None) -> str:
+    """The HTML document on the runs, sweeps and plans in `paths`; `points` chooses two of one sweep to compare.
+
+    Raises UserError for what cannot be read, compared or found.
+    """
+    sources = read_sources(paths)
+    runs_alone = all(source.kind == "run" for source in sources)
+    if asked.kind == COMPARISON or points is not None or (asked.kind is None and runs_alone and len(sources) == 2):
+        return _compared(sources, points)
+    if runs_alone and len(sources) == 1:
+        raise UserError(f"{paths[0]}: one run alone; name a second one, or open its report.html")
+    values = with_values(sources)
+    collection = collect(sources, values)
+    if kind_of(collection, asked) == COST_PERFORMANCE:
+        collection = collect(sources, values, split=True)
+    return _drawn(collection, choose(collection, asked))
+
+
+def _compared(sources: Sequence[Source], points: tuple[int, int] | None) -> str:
+    first, second = sides(sources, points)
+    page = Page()
+    page.text("h1", f"{first.name} and {second.name}")
+    page.text("p", verdict(first, second))
+    for side in (first, second):
+        for warning in side.result.get("warnings", ()):
+            page.text("p", f"{side.name}: {warning}", css="warning")
+    add_comparison(page, first, second)
+    return _finished(page, f"{first.name} and {second.name}")
+
+
+def _drawn(collection: Collection, drawing: Drawing) -> str:
+    title = " and ".join(dict.fromkeys(source.name for source in collection.sources))
+    page = Page()
+    page.text("h1", title)
+    page.text("p", _describe(collection))
+    for notice in _notices(collection, drawing):
+        page.text("p", notice, css="warning")
+    if drawing.kind == COST_PERFORMANCE:
+        _add_tiles(page, collection, drawing)
+    _add_filters(page, collection, drawing)
+    _add_figures(page, collection, drawing)
+    _add_missing(page, collection)
+    sort = _add_table(page, collection, drawing)
+    page.data(
+        {
+            "axes": [axis.name for axis in collection.axes],
+            "at": [group.at for group in collection.groups],
+            "done": [group.status == DONE for group in collection.groups],
+            "sort": sort,
+        },
+        name="plot-data",
+    )
+    page.code(SCRIPT)
+    return _finished(page, title)
+
+
+def _finished(page: Page, title: str) -> str:
+    page.text("footer", f"Written by moesim {__version__}.")
+    return page.document(title=f"{title} - moesim", script=get_plotlyjs())
+
+
+def _describe(collection: Collection) -> str:
+    """What was varied, in one sentence."""
+    axes = ", ".join(f"{axis.name} ({len(axis.values)})" for axis in collection.axes if len(axis.values) > 1)
+    repeats = " and ".join(f"{len(axis.values)} values of {axis.name}" for axis in collection.repeats)
+    kinds = Counter(source.kind for source in collection.sources)
+    what = " and ".join(f"{count} {kind}s" if count > 1 else f"A {kind}" for kind, count in kinds.items())
+    varied = f"{what}. Varied: {axes}." if axes else f"{what}; nothing was varied."
+    return varied + (f" Means over {repeats}." if repeats else "")
+
+
+def _notices(collection: Collection, drawing: Drawing) -> list[str]:
+    notices = [notice for source in collection.sources for notice in source.notices]
+    counts = Counter(point.status for point in collection.points if point.status != DONE)
+    if counts:
+        parts = " and ".join(f"{count} {status}" for status, count in counts.items())
+        notices.append(
+            f"Without a result: {counts.total()} of {len(collection.points)} points ({parts}). The reasons are below."
+        )
+    for found in drawing.metrics:
+        lacking = sum(group.estimate(found) is None for group in collection.done)
+        if lacking:
+            notices.append(f"{lacking} of {len(collection.done)} layouts have no {found.path} and are not drawn there.")
+    return notices
+
+
+def _add_tiles(page: Page, collection: Collection, drawing: Drawing) -> None:
+    """The two ends of the front, over all points whatever the filters show."""
+    groups = drawn_groups(collection, drawing.metrics)
+    if not groups or not has_front(drawing):
+        return
+    page.open("div", css="tiles")
+    for found in reversed(drawing.metrics):
+        means = {group.index: e.mean for group in groups if (e := group.estimate(found)) is not None}
+        best = (min if found.better == LOWER else max)(means, key=lambda index: means[index])
+        page.open("div", css="tile")
+        page.text("div", f"best {found.label}", css="label")
+        page.text("div", text(found, means[best]), css="value")
+        page.text("div", _layout(collection.groups[best], collection), css="note")
+        page.close("div")
+    page.close("div")
+
+
+def _layout(group: Group, collection: Collection) -> str:
+    varied = [
+        f"{axis.name} {axis.texts[place]}"
+        for axis, place in zip(collection.axes, group.at, strict=True)
+        if len(axis.values) > 1
+    ]
+    return ", ".join([label_of(group), *varied])
+
+
+def _add_filters(page: Page, collection: Collection, drawing: Drawing) -> None:
+    """Tick boxes for the values of every axis; a choice of one value for axes that a heat map cannot show."""
+    one_at_a_time = _chosen_singly(collection, drawing)
+    page.open("form", css="filters", autocomplete="off")
+    for index, axis in enumerate(collection.axes):
+        if len(axis.values) > 1:
+            _add_filter(page, axis, index, single=axis in one_at_a_time or len(axis.values) > _MOST_BOXES)
+    page.open("div", css="count")
+    page.text("output", "", id="shown")
+    page.text("button", "show all", type="button", id="all")
+    page.close("div")
+    page.close("form")
+
+
+def _chosen_singly(collection: Collection, drawing: Drawing) -> list[Axis]:
+    if drawing.kind != HEAT_MAP:
+        return []
+    shown = [key.axis for key in heat_axes(drawing)]
+    return [axis for axis in collection.axes if axis not in shown]
+
+
+def _add_filter(page: Page, axis: Axis, index: int, *, single: bool) -> None:
+    page.open("fieldset")
+    page.text("legend", axis.name, title=", ".join(axis.keys))
+    if single:
+        page.open("select", data_axis=str(index), aria_label=axis.name)
+        for place, value in enumerate(axis.texts):
+            page.text("option", value, value=str(place))
+        page.close("select")
+    else:
+        for place, value in enumerate(axis.texts):
+            page.open("label")
+            page.open("input", type="checkbox", checked="", value=str(place), data_axis=str(index))
+            page.text("span", value)
+            page.close("label")
+    page.close("fieldset")
+
+
+def _add_figures(page: Page, collection: Collection, drawing: Drawing) -> None:
+    if drawing.kind == HEAT_MAP:
+        for number, variable in enumerate(y for y in drawing.ys if isinstance(y, Metric)):
+            figure = heat_map(collection, drawing, variable)
+            page.figure(figure, name=f"figure-{number}", title=variable.label.capitalize(), tools=True)
+        return
+    draw = {COST_PERFORMANCE: cost_performance, CURVES: curves}[drawing.kind]
+    page.figure(draw(collection, drawing), name="figure-0", tools=True)
+    page.text("p", _caption(collection, drawing), css="caption")
+
+
+def _caption(collection: Collection, drawing: Drawing) -> str:
+    """How to read the figure."""
+    if drawing.kind == COST_PERFORMANCE:
+        front = "The staircase is the Pareto front of the points shown: no other is better in both. "
+        return (front if has_front(drawing) else "") + "The pointer brings up the whole layout of a point."
+    across = name_of(drawing.x, collection) if isinstance(drawing.x, AxisKey) else drawing.x.label
+    bands = (
+        "90 % intervals: Student's t over repetitions" if collection.repeats else "90 % ranges over resampled routing"
+    )
+    return f"Against {across}. Bands and bars are {bands}, where there are any; axes need not begin at zero."
+
+
+def _add_missing(page: Page, collection: Collection) -> None:
+    """Points without a result, by reason."""
+    missing = [point for point in collection.points if point.status != DONE]
+    if not missing:
+        return
+    page.text("h2", "Points without a result")
+    by_reason: dict[tuple[str, str], list[int]] = {}
+    for point in missing:
+        by_reason.setdefault((point.status, point.reason or "no reason was given"), []).append(point.number)
+    rows = [
+        (status, str(len(numbers)), ", ".join(map(str, numbers[:30])) + (" …" if len(numbers) > 30 else ""), reason)
+        for (status, reason), numbers in sorted(by_reason.items(), key=lambda item: -len(item[1]))
+    ]
+    page.table(("", "count", "points", "reason"), rows, styles=("", "number", "note", "note"))
+
+
+def _add_table(page: Page, collection: Collection, drawing: Drawing) -> list[list[Any]]:
+    """Every group as a row; returns what each cell is sorted by."""
+    axes = [(place, axis) for place, axis in enumerate(collection.axes) if len(axis.values) > 1]
+    shown = [metric(path) for path in dict.fromkeys([*(m.path for m in drawing.metrics), *HEADLINE])]
+    head = ["point", *(axis.name for _, axis in axes), *(found.label for found in shown), "result"]
+    rows, sort = [], []
+    for group in collection.groups:
+        means = [None if (e := group.estimate(found)) is None else e.mean for found in shown]
+        texts = ["" if mean is None else text(found, mean) for found, mean in zip(shown, means, strict=True)]
+        label = label_of(group).removeprefix("points").removeprefix("point").strip()
+        values = [axis.texts[group.at[place]] for place, axis in axes]
+        runs = f"{len(group.results)} runs" if len(group.results) > 1 else DONE
+        note = runs if group.status == DONE else group.status
+        rows.append([label, *values, *texts, note])
+        first = group.points[0].number if group.points[0].scenario is None else label
+        sort.append([first, *(group.at[place] for place, _ in axes), *means, note])
+    page.text("h2", "All points")
+    page.text("p", "A click on the head of a column sorts by it.")
+    styles = ["note", *["" for _ in axes], *["number" for _ in shown], "note"]
+    attributes = [{"data-group": str(group.index)} for group in collection.groups]
+    page.table(head, rows, styles=styles, name="points", css="sortable", row_attributes=attributes)
+    return sort

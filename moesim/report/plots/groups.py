@@ -1,0 +1,227 @@
+"""Points that differ only in their seed, taken together: one mean and one 90 % interval for every metric.
+
+The interval over n >= 2 seeds is Student's t on their mean. A single run brings its own 90 % range of the step time
+(over resampled routing traces), from which those of throughput and cost follow exactly; other metrics have none.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moesim.report.plots.metrics import Metric
+from moesim.report.plots.points import DONE, Point, Source
+from moesim.report.plots.values import MISSING, is_number, short_names, text_of
+
+# 95 % quantiles of Student's t for 1, 2, ... degrees of freedom; any table of statistics has them
+T_95 = (
+    6.3138, 2.9200, 2.3534, 2.1318, 2.0150, 1.9432, 1.8946, 1.8595, 1.8331, 1.8125, 1.7959, 1.7823, 1.7709, 1.7613,
+    1.7531, 1.7459, 1.7396, 1.7341, 1.7291, 1.7247, 1.7207, 1.7171, 1.7139, 1.7109, 1.7081, 1.7056, 1.7033, 1.7011,
+    1.6991, 1.6973,
+)  # fmt: skip
+NORMAL_95 = 1.644854
+AS_STEP_TIME = ("step_time_s", "cost.usd_per_step", "cost.usd_per_million_tokens", "cost.usd_total", "cost.days")
+AS_RATE = ("tokens_per_second", "tokens_per_second_per_gpu", "mfu.causal", "mfu.non_causal")
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What was varied: one key, or several that change together. Values come in the order of the study."""
+
+    keys: tuple[str, ...]
+    name: str
+    values: tuple[tuple[Any, ...], ...]
+    texts: tuple[str, ...]
+    repeat: bool = False
+
+    def index(self, values: Mapping[str, Any]) -> int:
+        """Which of the axis' values a point has."""
+        wanted = identity([values.get(key, MISSING) for key in self.keys])
+        return next(index for index, found in enumerate(self.values) if identity(found) == wanted)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over `count` runs, and the 90 % interval where there is one."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    count: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """The points of one combination of values, apart from seeds. `at` holds the index of its value on every axis."""
+
+    index: int
+    at: tuple[int, ...]
+    points: tuple[Point, ...]
+
+    @property
+    def results(self) -> list[Mapping[str, Any]]:
+        """The results of the points that have one."""
+        return [point.result for point in self.points if point.result is not None]
+
+    @property
+    def status(self) -> str:
+        """`done` where at least one run has a result, else what the first point says."""
+        return DONE if self.results else self.points[0].status
+
+    def estimate(self, metric: Metric) -> Estimate | None:
+        """Mean and interval; None where no run has the metric."""
+        values = [value for result in self.results if (value := metric.of(result)) is not None]
+        if not values:
+            return None
+        if len(values) > 1:
+            return mean_and_interval(values)
+        low, high = own_range(metric, self.results[0])
+        return Estimate(values[0], low, high, 1)
+
+
+@dataclass(frozen=True)
+class Collection:
+    """Everything that a page shows: the axes that were varied (seeds apart) and the groups on them."""
+
+    sources: tuple[Source, ...]
+    points: tuple[Point, ...]
+    axes: tuple[Axis, ...]
+    repeats: tuple[Axis, ...]
+    groups: tuple[Group, ...]
+
+    @property
+    def done(self) -> list[Group]:
+        """Groups with a result."""
+        return [group for group in self.groups if group.status == DONE]
+
+    @property
+    def results(self) -> list[Mapping[str, Any]]:
+        """All results."""
+        return [point.result for point in self.points if point.result is not None]
+
+
+def student_t_95(freedom: int) -> float:
+    """95 % quantile of Student's t, hence half the width of a 90 % interval in standard errors.
+
+    Beyond the table the expansion in 1 / freedom around the normal quantile z (Abramowitz and Stegun, 26.7.5).
+    """
+    if freedom <= len(T_95):
+        return T_95[freedom - 1]
+    z = NORMAL_95
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+
+
+def mean_and_interval(values: Sequence[float]) -> Estimate:
+    """The mean of at least two values and its 90 % interval, mean +- t s / sqrt(n)."""
+    count = len(values)
+    mean = sum(values) / count
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1))
+    half = student_t_95(count - 1) * deviation / math.sqrt(count)
+    return Estimate(mean, mean - half, mean + half, count)
+
+
+def own_range(metric: Metric, result: Mapping[str, Any]) -> tuple[float | None, float | None]:
+    """The 90 % range of one run for metrics that follow from its step time; (None, None) for others."""
+    bounds, step_s, value = result.get("step_time_range_s"), result["step_time_s"], metric.of(result)
+    if not bounds or value is None or metric.path not in (*AS_STEP_TIME, *AS_RATE):
+        return None, None
+    factors = sorted(bound / step_s if metric.path in AS_STEP_TIME else step_s / bound for bound in bounds)
+    return value * factors[0], value * factors[1]
+
+
+def collect(sources: Sequence[Source], points: Sequence[Point], *, split: bool = False) -> Collection:
+    """Order the points on axes and put those together that differ only in their seed.
+
+    With `split`, keys that change together without labels become axes of their own, as for a list of points.
+    """
+    axes = _study_axes(sources[0], points, split=split) if len(sources) == 1 else None
+    axes = axes if axes is not None else _found_axes(sources, points)
+    shown = tuple(axis for axis in axes if not axis.repeat)
+    runs_alone = all(source.kind == "run" for source in sources)
+    members: dict[tuple[Any, ...], list[Point]] = {}
+    for point in points:
+        own = (point.folder,) if runs_alone and not any(axis.repeat for axis in axes) else ()
+        members.setdefault((*own, *(axis.index(point.values) for axis in shown)), []).append(point)
+    groups = tuple(
+        Group(index, tuple(axis.index(found[0].values) for axis in shown), tuple(found))
+        for index, found in enumerate(members.values())
+    )
+    repeats = tuple(axis for axis in axes if axis.repeat)
+    return Collection(tuple(sources), tuple(points), shown, repeats, groups)
+
+
+def identity(value: Any) -> str:
+    """A text that is the same for equal values, and tells `1` from `"1"`."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{identity(value[key])}" for key in sorted(value)) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(identity(child) for child in value) + "]"
+    return json.dumps(value)
+
+
+def _distinct(items: Iterable[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    found: dict[str, tuple[Any, ...]] = {}
+    for item in items:
+        found.setdefault(identity(item), item)
+    return list(found.values())
+
+
+def _study_axes(source: Source, points: Sequence[Point], *, split: bool) -> tuple[Axis, ...] | None:
+    """The axes that study.json names, with the values that occur; None where it names none."""
+    declared = source.about.get("axes")
+    if not declared:
+        return None
+    names = short_names([key for axis in declared for key in axis["keys"]])
+    axes = []
+    for axis in declared:
+        keys, labels = tuple(axis["keys"]), axis.get("labels")
+        if split and len(keys) > 1 and not labels and not axis.get("repeat"):
+            axes += [_axis(key, names[key], _values(key, points), repeat=False) for key in keys]
+            continue
+        listed = [tuple(values) if isinstance(values, list) else (values,) for values in axis["values"]]
+        texts = {identity(values): label for values, label in zip(listed, labels or (), strict=bool(labels))}
+        found = _distinct(tuple(point.values.get(key, MISSING) for key in keys) for point in points)
+        occurring = {identity(values) for values in found}
+        order = [values for values in _distinct([*listed, *found]) if identity(values) in occurring]
+        axes.append(
+            Axis(
+                keys,
+                name=" and ".join(names[key] for key in keys),
+                values=tuple(order),
+                texts=tuple(str(texts.get(identity(values), text_of(values))) for values in order),
+                repeat=bool(axis.get("repeat")),
+            )
+        )
+    return tuple(axes)
+
+
+def _found_axes(sources: Sequence[Source], points: Sequence[Point]) -> tuple[Axis, ...]:
+    """An axis for every key that has more than one value."""
+    repeated = {
+        key
+        for source in sources
+        for axis in source.about.get("axes") or ()
+        if axis.get("repeat")
+        for key in axis["keys"]
+    }
+    if all(source.kind == "run" for source in sources):
+        repeated = {"seed"}
+    keys = dict.fromkeys(key for point in points for key in point.values)
+    values = {key: _values(key, points) for key in keys}
+    varied = [key for key in keys if len(values[key]) > 1]
+    names = short_names(varied)
+    return tuple(_axis(key, names[key], values[key], repeat=key in repeated) for key in varied)
+
+
+def _values(key: str, points: Sequence[Point]) -> list[tuple[Any, ...]]:
+    return _distinct((point.values.get(key, MISSING),) for point in points)
+
+
+def _axis(key: str, name: str, values: Sequence[tuple[Any, ...]], *, repeat: bool) -> Axis:
+    """Numbers in ascending order, then everything else as it came."""
+    numbers = sorted(value for value in values if is_number(value[0]))
+    order = (*numbers, *(value for value in values if not is_number(value[0])))
+    return Axis((key,), name, order, tuple(text_of(value[0]) for value in order), repeat)

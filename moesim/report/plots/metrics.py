@@ -1,0 +1,195 @@
+"""The numbers of a result by their dotted path: what they are called, in which unit, and which way is better."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moesim.report import facts
+from moesim.report.categories import CATEGORIES, category
+from moesim.report.plots.values import is_number
+from moesim.units import format_bytes
+
+Result = Mapping[str, Any]
+
+LOWER, NEITHER, HIGHER = -1, 0, 1
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number of a result. `quantity` decides its unit; `better` is +1 where more is better and -1 where less is."""
+
+    path: str
+    label: str
+    quantity: str = "number"
+    better: int = NEITHER
+
+    def of(self, result: Result) -> float | None:
+        """Its value in one result, None where the result has none."""
+        derived = DERIVED.get(self.path)
+        return derived[1](result) if derived else _number_at(result, self.path)
+
+
+def _number_at(result: Any, path: str) -> float | None:
+    for key in path.split("."):
+        if not isinstance(result, Mapping) or key not in result:
+            return None
+        result = result[key]
+    return float(result) if is_number(result) and math.isfinite(result) else None
+
+
+def _family_share(result: Result, family: str) -> float | None:
+    parts, step_s = result.get("attribution_s"), _number_at(result, "step_time_s")
+    if not parts or not step_s:
+        return None
+    return float(sum(value for key, value in parts.items() if category(key).family == family)) / step_s
+
+
+def _tokens_per_step(result: Result) -> float | None:
+    rate, step_s = _number_at(result, "tokens_per_second"), _number_at(result, "step_time_s")
+    return rate * step_s if rate and step_s else None
+
+
+def _bytes_per_token(result: Result, tier: str) -> float | None:
+    total, tokens = _number_at(result, f"communication.{tier}"), _tokens_per_step(result)
+    return None if total is None or not tokens else total / tokens
+
+
+def _sent_per_token(result: Result) -> float | None:
+    ways = [_bytes_per_token(result, f"{way}_bytes") for way in ("dispatch", "combine")]
+    return None if None in ways else sum(way for way in ways if way is not None)
+
+
+def _imbalance_share(result: Result) -> float | None:
+    lost, step_s = _number_at(result, "imbalance.cost_s"), _number_at(result, "step_time_s")
+    return None if lost is None or not step_s else lost / step_s
+
+
+# path -> (Metric, how it follows from a result); what result.json does not hold as such
+DERIVED: dict[str, tuple[Metric, Callable[[Result], float | None]]] = {
+    metric.path: (metric, value)
+    for metric, value in (
+        (Metric("derived.compute_share", "computing", "share", HIGHER), lambda r: _family_share(r, "compute")),
+        (
+            Metric("derived.communication_share", "exposed communication", "share", LOWER),
+            lambda r: _family_share(r, "communication"),
+        ),
+        (Metric("derived.waiting_share", "waiting", "share", LOWER), lambda r: _family_share(r, "waiting")),
+        (Metric("derived.imbalance_cost_share", "cost of imbalance", "share", LOWER), _imbalance_share),
+        (
+            Metric("derived.bytes_per_token", "sent per token and step", "bytes", LOWER),
+            _sent_per_token,
+        ),
+        (
+            Metric("derived.inter_node_bytes_per_token", "sent between nodes per token and step", "bytes", LOWER),
+            lambda r: _bytes_per_token(r, "inter_node_bytes"),
+        ),
+    )
+}
+_KNOWN = {
+    metric.path: metric
+    for metric in (
+        Metric("step_time_s", "step time", "time", LOWER),
+        Metric("balanced_step_time_s", "step time with equal loads", "time", LOWER),
+        Metric("tokens_per_second", "tokens per second", "rate", HIGHER),
+        Metric("tokens_per_second_per_gpu", "tokens per second and GPU", "rate", HIGHER),
+        Metric("mfu.causal", "MFU (causal attention)", "share", HIGHER),
+        Metric("mfu.non_causal", "MFU (non-causal attention)", "share", HIGHER),
+        Metric("cost.usd_per_million_tokens", "USD per million tokens", "dollars", LOWER),
+        Metric("cost.usd_per_step", "USD per step", "dollars", LOWER),
+        Metric("cost.usd_total", "USD for all tokens", "dollars", LOWER),
+        Metric("cost.days", "days for all tokens", "number", LOWER),
+        Metric("memory.peak_bytes", "peak memory", "bytes", LOWER),
+        Metric("memory.fits_share", "samples that fit", "share", HIGHER),
+        Metric("dropped_share", "dropped rows", "share", LOWER),
+        Metric("padded_share", "padded rows", "share", LOWER),
+        Metric("router.validation_loss", "held-out loss, nats per byte", "number", LOWER),
+        Metric("router.train_loss", "training loss, nats per byte", "number", LOWER),
+        Metric("imbalance.expert", "experts, busiest / mean", "ratio", LOWER),
+        Metric("imbalance.rank_rows", "rows of ranks, busiest / mean", "ratio", LOWER),
+        Metric("imbalance.rank_bytes", "bytes of ranks, busiest / mean", "ratio", LOWER),
+        Metric("imbalance.rank_time", "computing time of ranks, slowest / mean", "ratio", LOWER),
+        Metric("imbalance.cost_s", "cost of imbalance", "time", LOWER),
+        Metric("communication.copies_per_token", "copies per token and layer", "number", LOWER),
+        Metric("communication.dispatch_bytes", "dispatched per step", "bytes", LOWER),
+        Metric("communication.combine_bytes", "combined per step", "bytes", LOWER),
+        Metric("communication.intra_node_bytes", "inside nodes per step", "bytes", LOWER),
+        Metric("communication.inter_node_bytes", "between nodes per step", "bytes", LOWER),
+        Metric("gpus", "GPUs", "count"),
+        *(Metric(f"attribution_s.{part.key}", part.label, "time", LOWER) for part in CATEGORIES),
+        *(metric for metric, _ in DERIVED.values()),
+    )
+}
+HEADLINE = (
+    "step_time_s",
+    "tokens_per_second",
+    "mfu.causal",
+    "cost.usd_per_million_tokens",
+    "memory.peak_bytes",
+)
+
+
+def metric(path: str) -> Metric:
+    """The metric of a dotted path; the unit of one that is not listed follows from the end of its name."""
+    if path in _KNOWN:
+        return _KNOWN[path]
+    label = path.replace(".", ", ").replace("_", " ")
+    endings = {"_s": "time", "_bytes": "bytes", "_share": "share", "_gb": "number"}
+    quantity = next((kind for ending, kind in endings.items() if path.endswith(ending)), "number")
+    return Metric(path, label.removesuffix(" s") if quantity == "time" else label, quantity)
+
+
+def paths_of(results: Sequence[Result]) -> list[str]:
+    """Dotted paths of all numbers that any of the results holds, and of those that follow from them."""
+    found = dict.fromkeys(path for result in results for path in _paths(result))
+    derived = [path for path, (_, value) in DERIVED.items() if any(value(result) is not None for result in results)]
+    return [path for path in found if path != "schema_version"] + derived
+
+
+def _paths(value: Any, prefix: str = "") -> Iterator[str]:
+    if isinstance(value, Mapping):
+        for key, child in value.items():
+            yield from _paths(child, f"{prefix}.{key}" if prefix else str(key))
+    elif is_number(value) and math.isfinite(value):
+        yield prefix
+
+
+@dataclass(frozen=True)
+class Unit:
+    """How the values of a metric are drawn: times `factor`, with `title` behind the label of an axis."""
+
+    factor: float
+    title: str
+
+
+def unit_for(metric: Metric, values: Sequence[float]) -> Unit:
+    """The unit that keeps the largest of `values` readable."""
+    largest = max((abs(value) for value in values), default=1.0)
+    steps = {
+        "time": ((1.0, "s"), (1e3, "ms"), (1e6, "µs")),
+        "bytes": ((1e-12, "TB"), (1e-9, "GB"), (1e-6, "MB"), (1e-3, "kB"), (1.0, "bytes")),
+    }.get(metric.quantity)
+    if steps:
+        factor, title = next(((f, t) for f, t in steps if largest * f >= 1), steps[-1])
+        return Unit(factor, f", {title}")
+    return Unit(100.0, ", %") if metric.quantity == "share" else Unit(1.0, "")
+
+
+def text(metric: Metric, value: float | None) -> str:
+    """A value with its unit."""
+    if value is None:
+        return facts.NOT_KNOWN
+    if metric.quantity in ("rate", "count"):
+        return f"{value:,.0f}"
+    if metric.quantity == "share":
+        return facts.percent(value, digits=2)
+    shown = _TEXTS.get(metric.quantity)
+    return shown(value) if shown else f"{value:,.5g}"
+
+
+_TEXTS: dict[str, Callable[[float], str]] = {
+    "time": facts.seconds,
+    "bytes": format_bytes,
+    "dollars": facts.dollars,
+    "ratio": facts.times,
+}

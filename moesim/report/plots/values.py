@@ -1,0 +1,81 @@
+"""Values of keys: nested data as dotted keys, and every value as a short text."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+MISSING = "-"  # what a point has of a key that it does not know
+_LONGEST = 40
+_VAGUE = ("kind", "limit", "factor", "name", "expert", "device", "communication", "file", "dtype", "model", "preset")
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings and lists of mappings as dotted keys; lists of plain values stay whole."""
+    if isinstance(value, Mapping):
+        items = [(str(key), child) for key, child in value.items()]
+    elif isinstance(value, list) and any(isinstance(child, Mapping) for child in value):
+        items = [(str(index), child) for index, child in enumerate(value)]
+    else:
+        return {prefix: value}
+    found: dict[str, Any] = {}
+    for key, child in items:
+        found |= flatten(child, f"{prefix}.{key}" if prefix else key)
+    return found
+
+
+def look_up(flat: Mapping[str, Any], key: str) -> Any:
+    """The value of a dotted key in flattened data; `cluster.gpu` also means `cluster.pools.0.gpu`."""
+    section, _, rest = key.partition(".")
+    for name in (key, f"cluster.pools.0.{rest}" if section == "cluster" else key):
+        if name in flat:
+            return flat[name]
+        below = {inner.removeprefix(name + "."): value for inner, value in flat.items() if inner.startswith(name + ".")}
+        if below:
+            return below
+    return MISSING
+
+
+def text_of(value: Any) -> str:
+    """A value as a person writes it, at most some forty characters long."""
+    if value is None:
+        text = "none"
+    elif isinstance(value, bool):
+        text = "yes" if value else "no"
+    elif isinstance(value, float):
+        text = f"{value:.6g}"
+    elif isinstance(value, int):
+        text = str(value)
+    elif isinstance(value, Mapping):
+        text = ", ".join(f"{key} {text_of(child)}" for key, child in value.items()) or "nothing"
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        text = ", ".join(text_of(child) for child in value) or "nothing"
+    else:
+        text = str(value)
+    text = "".join(char if char.isprintable() else " " for char in text)
+    return text if len(text) <= _LONGEST else "…" + text[1 - _LONGEST :]
+
+
+def is_number(value: Any) -> bool:
+    """Whether an axis can place the value; a flag is no number."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def short_names(keys: Sequence[str]) -> dict[str, str]:
+    """Each dotted key without the front parts that are not needed to tell the keys apart: `routing.seed` -> `seed`.
+
+    Underscores become blanks; a part that says nothing alone, as `kind`, keeps the one before it.
+    """
+    unique = list(dict.fromkeys(keys))
+    names = {}
+    for key in unique:
+        parts = key.removeprefix("$").split(".")
+        length = 2 if parts[-1] in _VAGUE and len(parts) > 1 and parts[0] != "parallelism" else 1
+        while length < len(parts) and sum(other.split(".")[-length:] == parts[-length:] for other in unique) > 1:
+            length += 1
+        words = " ".join(parts[-length:]).replace("_", " ")
+        names[key] = f"{words} parallel" if parts[:-1] == ["parallelism"] and length == 1 else words
+    return names
+
+
+def plain(text: str) -> str:
+    """A text as plotly shows it: what plotly would read as a tag or an entity is escaped."""
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

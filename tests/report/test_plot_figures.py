@@ -1,0 +1,244 @@
+"""The plots as data: fronts, lines, bands and cells hold what the points say, and mistakes are one line."""
+
+import json
+from pathlib import Path
+
+import plotly.graph_objects as go
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from plot_cases import GPU, LIMIT, NODES, STAGES, clusters, limits, point, result_of, write_run, write_study
+
+from moesim.errors import UserError
+from moesim.report.plots import Asked, plot_page
+from moesim.report.plots.choice import Drawing, choose
+from moesim.report.plots.comparison import changes, differences, sides, verdict, waterfall
+from moesim.report.plots.cost_performance import cost_performance, pareto_front
+from moesim.report.plots.curves import curves
+from moesim.report.plots.groups import Collection, collect
+from moesim.report.plots.heat_map import heat_map
+from moesim.report.plots.looks import colours, log_ticks
+from moesim.report.plots.metrics import metric
+from moesim.report.plots.points import read_sources, with_values
+
+HOSTILE = "<b>bold</b><script>alert(1)</script>\"'&amp;"
+numbers = st.floats(0.0, 10.0).map(lambda value: round(value, 1))
+
+
+def drawn(folder: Path, asked: Asked) -> tuple[Collection, Drawing]:
+    sources = read_sources([folder])
+    collection = collect(sources, with_values(sources))
+    return collection, choose(collection, asked)
+
+
+def traces(figure: go.Figure, role: str) -> list[go.Scatter]:
+    return [trace for trace in figure.data if trace.meta and trace.meta.get("role") == role]
+
+
+@given(
+    st.lists(st.tuples(numbers, numbers), min_size=1, max_size=25),
+    st.tuples(st.sampled_from([-1, 1]), st.sampled_from([-1, 1])),
+)
+def test_no_point_beats_the_front_and_every_other_is_beaten(points, better) -> None:
+    def beats(one, other) -> bool:
+        gains = [side * (a - b) for side, a, b in zip(better, one, other, strict=True)]
+        return min(gains) >= 0 and max(gains) > 0
+
+    front = pareto_front(points, better=better)
+    assert [points[i][0] for i in front] == sorted(points[i][0] for i in front)
+    for index, found in enumerate(points):
+        is_beaten = any(beats(other, found) for other in points)
+        assert (index in front) <= (not is_beaten)
+        assert index in front or is_beaten or found in [points[i] for i in front]
+
+
+def test_the_front_runs_through_points_and_says_which(tmp_path: Path) -> None:
+    collection, drawing = drawn(clusters(tmp_path / "plan"), Asked())
+    figure = cost_performance(collection, drawing)
+    (front,) = traces(figure, "front")
+    shown = {(x, y) for trace in traces(figure, "points") for x, y in zip(trace.x, trace.y, strict=True)}
+    assert set(zip(front.x, front.y, strict=True)) <= shown
+    assert len(shown) == 23, "the point that does not fit is not drawn"
+    assert front.line.shape == "vh"
+    assert [trace.name for trace in traces(figure, "points")] == ["h100", "h200", "b200"]
+    assert set(front.text) <= {f"{nodes}, {stages}" for nodes in (1, 2, 4, 8) for stages in (1, 2)}
+
+
+def test_the_pointer_brings_up_the_whole_layout(tmp_path: Path) -> None:
+    collection, drawing = drawn(clusters(tmp_path / "plan"), Asked())
+    text = traces(cost_performance(collection, drawing), "points")[0].customdata[0]
+    for part in (
+        "gpu: h100",
+        "nodes: 1",
+        "pipeline parallel: 2",
+        "step time: 1.398 s (1.370 s to 1.440 s)",
+        "MFU (causal attention): 28.62 %",
+        "peak memory: 60 GB",
+        "80 % interpolated, 20 % network",
+    ):
+        assert part in text
+
+
+def test_curves_show_means_and_bands_over_seeds(tmp_path: Path) -> None:
+    asked = Asked(kind="curves", x=LIMIT, ys=("router.validation_loss", "step_time_s"))
+    collection, drawing = drawn(limits(tmp_path / "limits"), asked)
+    figure = curves(collection, drawing)
+    loss, step = traces(figure, "points")
+    band, _ = traces(figure, "band")
+    assert list(loss.y) == pytest.approx([2.6 - 0.03 * size + 0.01 for size in (1, 2, 3, 4, 6)])
+    assert list(loss.x) == [0, 1, 2, 3, 4], "an axis with `no limit` on it is no number"
+    assert list(figure.layout.xaxis.ticktext) == ["1", "2", "3", "4", "no limit"]
+    assert max(band.y[:5]) > max(loss.y) and min(band.y[5:]) < min(loss.y)
+    assert band.meta["groups"] == [0, 1, 2, 3, 4, 4, 3, 2, 1, 0]
+    assert list(step.y) == pytest.approx([1.01 * (1 + 0.05 * size) for size in (1, 2, 3, 4, 6)])
+
+
+def test_a_metric_may_lie_on_x(tmp_path: Path) -> None:
+    asked = Asked(kind="curves", x="validation_loss", ys=("step_time_s",))
+    collection, drawing = drawn(limits(tmp_path / "limits"), asked)
+    (line,) = traces(curves(collection, drawing), "points")
+    assert list(line.text) == ["1", "2", "3", "4", "no limit"]
+    assert all(half > 0 for half in line.error_x.array) and all(half > 0 for half in line.error_y.array)
+
+
+def test_every_combination_is_a_line_of_its_own(tmp_path: Path) -> None:
+    collection, drawing = drawn(clusters(tmp_path / "sweep", kind="sweep"), Asked(kind="curves", x=NODES, colour=GPU))
+    lines = traces(curves(collection, drawing), "points")[:6]
+    assert len({(line.line.color, line.line.dash) for line in lines}) == 6
+    assert [len(line.x) for line in lines] == [3, 4, 4, 4, 4, 4]
+    (missing,) = traces(curves(collection, drawing), "missing")
+    assert "needs 92.3 GB" in missing.customdata[0]
+
+
+def test_a_heat_map_shows_one_value_of_every_other_axis(tmp_path: Path) -> None:
+    asked = Asked(kind="heat_map", x=NODES, ys=(GPU, "mfu.causal"))
+    collection, drawing = drawn(clusters(tmp_path / "sweep", kind="sweep"), asked)
+    figure = heat_map(collection, drawing, metric("mfu.causal"))
+    cells = figure.data[0].meta["cells"]
+    assert len(cells["groups"]) == 23
+    assert figure.data[0].z[0][0] is None, "the H100 node that does not hold the model"
+    assert figure.data[0].z[1][2] == pytest.approx(100 * 0.4 / (1.3 / (4**0.9 * 1.12)))
+    assert not figure.data[0].reversescale, "light is better"
+
+
+def test_what_is_drawn_without_being_asked(tmp_path: Path) -> None:
+    section = {"kind": "curves", "x": LIMIT, "y": ["step_time_s"]}
+    _, drawing = drawn(limits(tmp_path / "told", plot=section), Asked())
+    assert (drawing.kind, drawing.ys) == ("curves", (metric("step_time_s"),))
+    _, drawing = drawn(limits(tmp_path / "told2", plot=section), Asked(ys=("dropped_share",)))
+    assert drawing.ys == (metric("dropped_share"),), "flags come first"
+    _, drawing = drawn(limits(tmp_path / "untold"), Asked())
+    assert [y.path for y in drawing.metrics] == ["step_time_s", "router.validation_loss"], (
+        "what does not vary is left out"
+    )
+    _, drawing = drawn(clusters(tmp_path / "plan"), Asked())
+    assert drawing.kind == "cost_performance" and drawing.colour is not None and drawing.colour.keys == (GPU,)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (Asked(ys=("step_tme_s",)), "did you mean 'step_time_s'"),
+        (Asked(ys=("valdation_loss",)), "did you mean 'router.validation_loss'"),
+        (Asked(kind="curves", x="router.kind"), "--x: 'router.kind' is neither a metric"),
+        (Asked(kind="curves", x="seed"), "is a repetition"),
+        (Asked(kind="curves", ys=(LIMIT,)), "a curve needs a metric"),
+        (Asked(kind="heat_map"), "needs two axes"),
+        (Asked(colour="step_time_s"), "colours need an axis"),
+        (Asked(kind="cost_performance", x=LIMIT), "use --kind curves"),
+    ],
+)
+def test_what_cannot_be_drawn_is_one_line(tmp_path: Path, asked: Asked, said: str) -> None:
+    with pytest.raises(UserError) as error:
+        drawn(limits(tmp_path / "limits"), asked)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_curves_of_folders_that_know_nothing_of_each_other_are_refused(tmp_path: Path) -> None:
+    folders = [limits(tmp_path / "limits"), clusters(tmp_path / "plan")]
+    with pytest.raises(UserError, match=r"has no cluster\.nodes"):
+        plot_page(folders, Asked(kind="curves", x=NODES))
+    assert "Varied: folder (2)" in plot_page(folders, Asked())
+
+
+SETTINGS = "name: {name}\nrouting: {{kind: uniform}}\ncluster: {{pools: [{{gpu: {gpu}, nodes: 1}}]}}\nseed: 0\n"
+
+
+def two_runs(folder: Path) -> list[Path]:
+    slower = result_of(1.3)
+    slower["attribution_s"]["dispatch_exposed"] += 0.05
+    slower["attribution_s"]["optimizer"] += 0.0001
+    slower["step_time_s"] = sum(slower["attribution_s"].values())
+    return [
+        write_run(folder / "fast", result_of(1.0), SETTINGS.format(name="fast", gpu="h200")),
+        write_run(folder / "slow", slower, SETTINGS.format(name="slow", gpu="h100")),
+    ]
+
+
+def test_a_comparison_accounts_for_all_of_the_difference(tmp_path: Path) -> None:
+    first, second = sides(read_sources(two_runs(tmp_path)), None)
+    assert differences(first, second) == [("cluster.pools.0.gpu", "h200", "h100")]
+    parts = changes(first, second)
+    assert sum(value for _, value in parts) == pytest.approx(0.3501)
+    assert [part.key for part, _ in parts if part] == [
+        "attention", "experts", "dispatch_exposed", "combine_exposed", "imbalance_wait", "optimizer"
+    ]  # fmt: skip
+    bars = waterfall(first, second).data[0]
+    assert bars.x[0] + sum(bars.x[1:-1]) == pytest.approx(bars.x[-1])
+    assert "35.0 % longer" in verdict(first, second) and "do not overlap" in verdict(first, second)
+
+
+def test_small_changes_are_summed_up_and_not_lost(tmp_path: Path) -> None:
+    one, other = result_of(1.0), result_of(1.0)
+    other["attribution_s"] |= {"attention": 0.251, "experts": 0.4495}
+    folders = [write_run(tmp_path / name, found, "seed: 0\n") for name, found in (("one", one), ("other", other))]
+    first, second = sides(read_sources(folders), None)
+    ((part, value),) = changes(first, second)
+    assert part is None and value == pytest.approx(0.0005)
+    assert "take 1.000 s" in verdict(first, second) and "overlap" in verdict(first, second)
+
+
+def test_two_points_of_a_sweep_are_compared(tmp_path: Path) -> None:
+    folder = clusters(tmp_path / "plan")
+    first, second = sides(read_sources([folder]), (3, 4))
+    assert differences(first, second) == [(STAGES, "1", "2")]
+    page = plot_page([folder], Asked(), points=(3, 4))
+    assert "point 3 and point 4" in page and "Metric by metric" in page
+    for numbers, said in (((3, 99), "has no point 99"), ((1, 2), "needs 92.3 GB"), ((3, 3), "both sides")):
+        with pytest.raises(UserError, match=said):
+            plot_page([folder], Asked(), points=numbers)
+    with pytest.raises(UserError, match="needs two runs, not 24"):
+        plot_page([folder], Asked(kind="comparison"))
+
+
+def test_one_run_alone_is_no_plot(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"open its report\.html"):
+        plot_page(two_runs(tmp_path)[:1], Asked())
+
+
+def test_the_page_counts_what_has_no_result_and_lists_every_point(tmp_path: Path) -> None:
+    page = plot_page([clusters(tmp_path / "plan")], Asked())
+    assert "Without a result: 1 of 24 points (1 infeasible)" in page
+    assert "needs 92.3 GB of 80 GB" in page
+    assert page.count("<tr data-group=") == 24
+    data = json.loads(page.split('id="plot-data">')[1].split("</script>")[0])
+    assert sum(data["done"]) == 23 and len(data["sort"]) == len(data["at"]) == 24
+    assert len(page.encode()) < 6_000_000, "plotly once and little else"
+
+
+def test_hostile_texts_stay_texts(tmp_path: Path) -> None:
+    values = [{"routing.file": HOSTILE}, {"routing.file": "b"}]
+    points = [point(i, value, result_of(1.0 + i)) for i, value in enumerate(values)]
+    points.append(point(2, {"routing.file": "c"}, None, reason=HOSTILE))
+    page = plot_page([write_study(tmp_path / "hostile", points, kind="plan", name=HOSTILE)], Asked())
+    own = page.split("</script>", 1)[1]
+    assert "<b>bold" not in own and "<script>alert" not in own
+    assert page.count("<script") == page.count("</script>")
+
+
+def test_ticks_are_round_and_colours_differ(tmp_path: Path) -> None:
+    assert log_ticks(2e5, 9e6) == [2e5, 5e5, 1e6, 2e6, 5e6, 1e7]
+    assert len(log_ticks(1.0, 7.0)) >= 4
+    collection, _ = drawn(clusters(tmp_path / "sweep", kind="sweep"), Asked())
+    for axis in collection.axes:
+        assert len(set(colours(axis))) == len(axis.values)
