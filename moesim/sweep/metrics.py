@@ -54,23 +54,27 @@ METRICS: tuple[str, ...] = (*_FLAT, *(f"{group}.{name}" for group, names in _GRO
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """A metric in the table: its head, its unit and which end is the better one (None: neither)."""
+    """A metric in the table: its head, its unit and which end is the better one (None: neither).
+
+    `absolute`: a change is a difference and not a share.
+    """
 
     path: str
     head: str
     scale: float = 1.0
     pattern: str = "{:.4g}"
     best: Literal["least", "most"] | None = None
+    absolute: bool = False
 
 
 STANDARD = (
     Column(path="step_time_s", head="step time (s)", pattern="{:.5g}", best="least"),
     Column(path="tokens_per_second", head="tokens/s", pattern="{:,.0f}", best="most"),
     Column(path="cost.usd_per_million_tokens", head="USD/M tokens", pattern="{:.4g}", best="least"),
-    Column(path="imbalance.expert", head="expert imb.", pattern="{:.3f}", best="least"),
-    Column(path="imbalance.rank_rows", head="rank imb.", pattern="{:.3f}", best="least"),
-    Column(path="dropped_share", head="dropped (%)", scale=100, pattern="{:.2f}", best="least"),
-    Column(path="router.validation_loss", head="held-out loss", pattern="{:.4f}", best="least"),
+    Column(path="imbalance.expert", head="expert imb.", pattern="{:.3f}", best="least", absolute=True),
+    Column(path="imbalance.rank_rows", head="rank imb.", pattern="{:.3f}", best="least", absolute=True),
+    Column(path="dropped_share", head="dropped (%)", scale=100, pattern="{:.2f}", best="least", absolute=True),
+    Column(path="router.validation_loss", head="held-out loss", pattern="{:.4f}", best="least", absolute=True),
 )
 
 

@@ -27,7 +27,7 @@ from moesim.sweep import reader
 from moesim.sweep.axes import Axis, Setting, filled, grid, read_axes, read_points, read_settings
 from moesim.sweep.metrics import METRICS
 
-STUDY_KEYS = ("name", "base", "set", "axes", "points", "plot")
+STUDY_KEYS = ("name", "base", "set", "axes", "points", "reference", "plot")
 PLOT_KEYS = ("kind", "x", "y", "colour")
 PLOT_KINDS = ("curves", "heat_map", "cost_performance")
 MOST_POINTS = 10_000
@@ -47,13 +47,17 @@ class Misfit:
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """All points of a study in the order of its axes (the last fastest); `plot` as the file has it."""
+    """All points of a study in the order of its axes (the last fastest); `plot` as the file has it.
+
+    `reference`: values of keys against which the other places are compared.
+    """
 
     name: str
     base: str
     axes: tuple[Axis, ...]
     points: tuple[Point, ...]
     misfits: tuple[Misfit, ...]
+    reference: dict[str, Any] | None
     plot: dict[str, Any] | None
 
     @property
@@ -111,7 +115,15 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     if not points:
         raise UserError(f"{path}: no point of the study can be simulated; the first one: {misfits[0].reason}")
     _refuse_twins(path, points)
-    return Study(name=name, base=base, axes=axes, points=tuple(points), misfits=tuple(misfits), plot=plot)
+    return Study(
+        name=name,
+        base=base,
+        axes=axes,
+        points=tuple(points),
+        misfits=tuple(misfits),
+        reference=_reference(parts["reference"], axes) if "reference" in parts else None,
+        plot=plot,
+    )
 
 
 def _axes(parts: Mapping[str, Node], root: Node) -> tuple[Axis, ...]:
@@ -203,6 +215,24 @@ def _refuse_twins(path: Path, points: Sequence[Point]) -> None:
 
 def _shown(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} = {json.dumps(value)}" for key, value in values.items()) or "as the base"
+
+
+def _reference(node: Node, axes: Sequence[Axis]) -> dict[str, Any]:
+    """All values of the one place on an axis that `reference` names. Raises UserError."""
+    named = read_settings(node, "reference")
+    keys = [key for axis in axes if not axis.repeat for key in axis.keys]
+    for setting in named:
+        if setting.key not in keys:
+            raise UserError(
+                f"{node.where}: reference: {setting.key!r} is on no axis; {reader.nearest(setting.key, keys)}"
+            )
+    wanted = {setting.key: setting.value for setting in named}
+    for axis in axes:
+        rows = [{setting.key: setting.value for setting in row} for row in axis.rows]
+        fitting = [row for row in rows if wanted and all(row.get(key) == value for key, value in wanted.items())]
+        if len(fitting) == 1:
+            return fitting[0]
+    raise UserError(f"{node.where}: reference: {_shown(wanted)} is not one place on one axis")
 
 
 def _checked_plot(node: Node, axes: Sequence[Axis]) -> dict[str, Any]:

@@ -157,6 +157,12 @@ AXIS = "axes:\n- {key: seed, values: [0, 1]}\n"
             r"study.yaml:5:35: y 'step_time' is unknown; did you mean 'step_time_s'\?",
         ),
         (HEAD + AXIS + "plot: {kind: curves, x: seed, y: [step_time_s], colour: gpu}\n", r"colour 'gpu' is unknown"),
+        (HEAD + AXIS + "reference: {sed: 1}\n", r"study.yaml:5:12: reference: 'sed' is on no axis"),
+        (HEAD + AXIS + "reference: {seed: 0}\n", r"reference: 'seed' is on no axis"),
+        (
+            HEAD + "axes:\n- {key: workload.micro_batch, values: [1, 2]}\nreference: {workload.micro_batch: 4}\n",
+            r"reference: workload.micro_batch = 4 is not one place on one axis",
+        ),
         (
             HEAD + "axes:\n- {key: seed, values: [" + ", ".join(map(str, range(101))) + "]}\n"
             "- {key: workload.train_tokens, values: [" + ", ".join(str(n + 1) for n in range(100)) + "]}\n",

@@ -13,7 +13,7 @@ from moesim.errors import UserError
 from moesim.study import PointsFile
 from moesim.sweep import SweepFolder, load_study, print_points, print_sweep, sweep
 from moesim.sweep.metrics import METRICS, STANDARD
-from moesim.sweep.table import mean_interval
+from moesim.sweep.rows import Mean, changes, mean_interval
 
 STUDY = """
 name: trial
@@ -166,6 +166,24 @@ def test_the_table_averages_repetitions_and_marks_the_best(trial, finished):
     assert "3 does not divide experts = 8" in text
     assert "copies_per_token" in text
     assert "held-out loss" not in text  # nothing was trained
+
+
+def test_changes_are_taken_pair_by_pair(study, folder) -> None:
+    """Seeds that share an offset leave no spread in the change between two places."""
+    trial = load_study(study(STUDY.replace("plot:", "reference: {parallelism.expert: 1}\nplot:")))
+    with folder.opened(trial) as file:
+        for point in trial.points:
+            expert, seed = point.values["parallelism.expert"], point.values["seed"]
+            result = {"step_time_s": (1.0 + seed) * expert, "router": {"validation_loss": 2.0 + seed - 0.25 * expert}}
+            file.append(point.record("done", pid=1, result=result))
+    records = tuple(folder.records().values())
+    change = next(row for row in changes(trial, records, STANDARD) if row.labels == ("2",))
+    assert change.means["step_time_s"] == Mean(1.0, 0.0)
+    assert change.means["router.validation_loss"] == Mean(-0.25, 0.0)
+    text = shown(trial, sweep(trial, folder))
+    assert "change against expert = 1" in text
+    assert "+100.00 ± 0 %" in text
+    assert "-0.2500 ± 0" in text
 
 
 def test_a_zipped_axis_with_labels_is_one_column(study, folder):
