@@ -35,7 +35,7 @@ from moesim.scenario import Scenario
 from moesim.scenario.check import require_supported
 from moesim.scenario.routing import PopularityRouting, TraceRouting, TrainRouting
 from moesim.seeding import stream, stream_seed
-from moesim.sim import StepProgram, build_program, simulate_step
+from moesim.sim import StepProgram, build_program, simulate_step, step_kernels
 from moesim.sim.links import scenario_fabric
 from moesim.trace import RoutingTrace, load_trace, popularity_trace, trace_hash, uniform_trace
 from moesim.trace.metrics import expert_load_LE, imbalance
@@ -68,6 +68,7 @@ def simulate(
     assert (trace is None) == (scenario.model.experts == 0), "an MoE step is driven by a routing trace"
     plain, bootstrap = draw_samples(scenario, trace)
     memory = check_memory(scenario, lambda variant: _rows(scenario, variant, trace, plain))
+    kernels = step_kernels(scenario, fabric=fabric, kernels=kernels, samples=plain)
     spread = [sample.balanced() for sample in plain]
     outcome = _simulate_samples(scenario, fabric, kernels, [*plain, *spread, *bootstrap])
     return _record(scenario, fabric, memory, trace, plain, outcome)
@@ -83,6 +84,7 @@ def mean_step_seconds(scenario: Scenario, trace: RoutingTrace | None, *, bandwid
     plain = draw_samples(scenario, trace, bootstrap=False)[0]
     check_memory(scenario, lambda variant: _rows(scenario, variant, trace, plain))
     fabric = scenario_fabric(scenario, kernels)
+    kernels = step_kernels(scenario, fabric=fabric, kernels=kernels, samples=plain)
     faster = replace(
         fabric,
         bandwidth_X=bandwidth_factor * fabric.bandwidth_X,

@@ -6,7 +6,8 @@ Legend: R ranks, E local experts, Q queried kernels.
 import hashlib
 import warnings
 from collections.abc import Callable
-from functools import lru_cache
+from copy import copy
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -24,18 +25,21 @@ from moesim.compute.estimate import (
     HostCosts,
     weakest,
 )
-from moesim.compute.fitting import cell_rows, fit_cell
+from moesim.compute.fitting import SUSTAINED, cell_rows, fit_cell, fit_sustained
 from moesim.compute.fp8 import FP8_ROW_ALIGNMENT, fp8_grouped_gemm
 from moesim.compute.measured import contention_of, host_costs_of, typical_widths
 from moesim.compute.memory_kinds import MEMORY_KINDS
 from moesim.compute.physics import RowTotals
-from moesim.compute.power import PowerCap, fit_power_cap
+from moesim.compute.power import PowerCap
 from moesim.compute.profile import Profile
 from moesim.compute.roofline import Roofline
 from moesim.errors import UserError
 from moesim.seeding import stream
 
 FAMILIES = ("gemm", "grouped_gemm", "attention", "memory_bound", "host")
+# Memory-bound kernels below this share of the bandwidth (index-adds, strided products) wait for the SMs and the L2, and
+# slow down with their clock; faster ones do not.
+SLOW_SHARE = 0.5
 _CACHED_CALLS = 4096
 _CACHED_ROWS = 16  # the directions of both products of a layer follow each other
 _MANY_ROWS = 512  # values of rows_per_expert from which it pays to look for equal ranks
@@ -47,15 +51,15 @@ class CalibratedModel:
     """The kernel model of one profile. Source: "measured" for a shape of the profile, "interpolated" near measured
     ones, "extrapolated" beyond, "roofline" for what the profile lacks.
 
-    Durations are those at the clock that such kernels ran at in sustained measuring; `at_clock` gives a model for
-    another clock.
+    Durations are those of kernels that run without pause, at the clock that the power limit leaves each; `at_load`
+    gives the kernels of a step, which share one clock, and `at_clock` those at any clock.
     """
 
     def __init__(self, profile: Profile, *, fallback: Roofline, clock_mhz: float | None = None) -> None:
         self.profile = profile
         self.fallback = fallback
         self.clock_mhz = clock_mhz
-        self._cap = fit_power_cap(profile.family("sustained"))
+        self._shared_clock = False
         self._rows = cell_rows(profile)
         self._cells: dict[str, Cell] = {}
         self._widths = typical_widths(profile)
@@ -66,7 +70,10 @@ class CalibratedModel:
         if self.missing_families:
             names = ", ".join(self.missing_families)
             warnings.warn(f"profile {profile.name}: no rows for {names}; the roofline answers instead", stacklevel=2)
-        # Calls repeat over layers and micro-batches; a cache makes the repetitions free.
+        self._forget()
+
+    def _forget(self) -> None:
+        """Calls repeat over layers and micro-batches; caches, empty now, make the repetitions free."""
         self._array_estimates: dict[Any, Estimate] = {}
         self._row_totals: dict[Any, tuple[RowTotals, NDArray[np.int64] | None]] = {}
         self._scalar_gemm: Callable[..., Estimate] = lru_cache(_CACHED_CALLS)(self._gemm)
@@ -106,6 +113,23 @@ class CalibratedModel:
     def at_clock(self, mhz: float) -> "CalibratedModel":
         """The same kernels at another SM clock: seconds scale by clock ** -alpha, with alpha measured per cell."""
         return CalibratedModel(self.profile, fallback=self.fallback, clock_mhz=mhz)
+
+    @cached_property
+    def _cap(self) -> PowerCap | None:
+        """The clock under the power limit; None where no sustained rows tell it."""
+        stored = self.profile.fits.get(SUSTAINED)
+        return fit_sustained(self.profile.family(SUSTAINED), self.cell) if stored is None else PowerCap(**stored)
+
+    def at_load(self, flops_per_second: float) -> "CalibratedModel":
+        """The same kernels in a step of this mean load, half of its time at the memory's full bandwidth."""
+        if self._cap is None:
+            return self
+        moved = self._cap.traffic * 0.5 * self.fallback.gpu.memory_bandwidth
+        clock = float(self._cap.log_clock(float(flops_per_second) + moved))
+        model = copy(self)
+        model._cap, model._shared_clock = PowerCap(free=clock, threshold=0.0, slope=0.0, traffic=0.0), True
+        model._forget()
+        return model
 
     def cell(self, name: str) -> Cell | None:
         """The fitted cell, made at first use; None when the profile has no such rows."""
@@ -149,7 +173,7 @@ class CalibratedModel:
         cell = self.cell(f"gemm/{tensor_dtype}/{'forward' if tensor_dtype == 'fp8' else direction}")
         if cell is None:
             return self.fallback.gemm(m=sizes[0], k=sizes[2], n=sizes[1], dtype=dtype)
-        return self._predict(cell, (*sizes, DTYPE_BYTES[dtype]), shape, None if tensor_dtype == "fp8" else self._cap)
+        return self._predict(cell, (*sizes, DTYPE_BYTES[dtype]), shape, self._cap)
 
     def grouped_gemm(
         self,
@@ -288,7 +312,8 @@ class CalibratedModel:
             return self.fallback.memory_bound(kind=kind, bytes=bytes_)
         width = self._widths[kind] if width is None else width
         columns, shape = _floats(bytes_, width)
-        return self._predict(cell, columns, shape)
+        follows = self._shared_clock and cell.parameters[1] < SLOW_SHARE * self.fallback.gpu.memory_bandwidth
+        return self._predict(cell, columns, shape, self._cap if follows else None)
 
 
 def _floats(*sizes: Any) -> tuple[tuple[Any, ...], tuple[int, ...]]:

@@ -18,14 +18,15 @@ from moesim.compute import physics
 from moesim.compute.estimate import DTYPE_BYTES, FloatArray
 from moesim.compute.gaussian import ResidualField, Shape
 from moesim.compute.physics import Columns, Parameters, arithmetic_of
-from moesim.compute.power import PowerCap
+from moesim.compute.power import LEAST_EXPONENT, PowerCap
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Kind:
-    """How one kind of cell works: size columns of profile rows, physics, features for the residual, work for the clock.
+    """How one kind of cell works: size columns of profile rows, physics, features for the residual, work for the clock,
+    and what draws power: FLOPs (those of FP8 halved) and bytes.
 
     Columns hold a value per row, or the floats of a single kernel.
     """
@@ -34,10 +35,12 @@ class Kind:
     log_seconds: Callable[[Parameters, Columns], Any]
     features: Callable[[Columns], tuple[Any, ...]]
     work: Callable[[Columns], Any]
+    drawn: Callable[[Columns], tuple[Any, Any]]
     start: FloatArray
     noise: float
     amplitude: float = 0.1
     shape: Shape = "matern"
+    least_exponent: float = LEAST_EXPONENT  # of sustained clocks
     far: float = 1.0  # length scales from the nearest measured kernel beyond which a prediction is an extrapolation
 
 
@@ -123,6 +126,14 @@ def _grouped_features(columns: Columns) -> tuple[Any, ...]:
     )
 
 
+def _grouped_work(columns: Columns) -> Any:
+    return 2.0 * columns[0] * columns[3] * columns[4]
+
+
+def _grouped_drawn(columns: Columns) -> tuple[Any, Any]:
+    return _grouped_work(columns), columns[10] + columns[11]
+
+
 def _attention_row_sizes(rows: list[Row]) -> Columns:
     names = ("batch", "sequence", "heads", "kv_heads", "head_dim", "value_dim", "causal")
     return physics.attention_sizes(**{name: _column(rows, name) for name in names}, direction=rows[0]["direction"])
@@ -148,23 +159,25 @@ def _memory_features(columns: Columns) -> tuple[Any, ...]:
 KINDS: dict[str, Kind] = {
     "gemm": Kind(
         _gemm_sizes, physics.gemm_log_seconds, _gemm_features, lambda s: 2.0 * s[0] * s[1] * s[2],
+        lambda s: (s[0] * s[1] * s[2] * s[3], s[3] * s[2] * (s[0] + s[1]) + 2.0 * s[0] * s[1]),
         physics.GEMM_START, noise=1e-2,
     ),
     "grouped_gemm": Kind(
-        _grouped_row_sizes, physics.grouped_log_seconds, _grouped_features, lambda s: 2.0 * s[0] * s[3] * s[4],
+        _grouped_row_sizes, physics.grouped_log_seconds, _grouped_features, _grouped_work, _grouped_drawn,
         physics.GROUPED_START, noise=8e-3, shape="rational",
     ),
     "grouped_wgrad": Kind(
-        _grouped_row_sizes, physics.grouped_wgrad_log_seconds, _grouped_features,
-        lambda s: 2.0 * s[0] * s[3] * s[4], physics.GROUPED_START, noise=8e-3, shape="rational",
+        _grouped_row_sizes, physics.grouped_wgrad_log_seconds, _grouped_features, _grouped_work, _grouped_drawn,
+        physics.GROUPED_START, noise=8e-3, shape="rational",
     ),
     "attention": Kind(
-        _attention_row_sizes, physics.attention_log_seconds, _attention_features, lambda s: s[0],
+        _attention_row_sizes, physics.attention_log_seconds, _attention_features, lambda s: s[0], lambda s: s[:2],
         physics.ATTENTION_START, noise=2e-3,
     ),
     "memory_bound": Kind(
         lambda rows: (_column(rows, "bytes"), _column(rows, "width")), physics.memory_log_seconds, _memory_features,
-        lambda s: s[0], physics.MEMORY_START, noise=3e-3, amplitude=0.3, far=2.0,
+        lambda s: s[0], lambda s: (0.0, s[0]), physics.MEMORY_START, noise=3e-3, amplitude=0.3, far=2.0,
+        least_exponent=1.0,
     ),
 }  # fmt: skip
 
@@ -223,6 +236,11 @@ class Cell:
         self.fit = replace(fit, weights=self._field.weights_P, rows=checksum)
         self._measured = {tuple(sizes): index for index, sizes in enumerate(self.sizes_PC.tolist())}
 
+    @property
+    def sustained_exponent(self) -> float:
+        """How strongly seconds fall with a sustained clock."""
+        return max(self.fit.alpha, self.kind.least_exponent)
+
     def expected_clock(self, columns: Columns) -> Any:
         """Log MHz that kernels of this work ran at."""
         work = self.kind.work(columns)
@@ -237,10 +255,10 @@ class Cell:
         return np.asarray(np.nan_to_num(np.log(clocks) - self.expected_clock(columns)))
 
     def _sustained(self, logs: Any, columns: Columns, cap: PowerCap) -> Any:
-        """Log seconds of a kernel that runs on and on: slower where the power limit lowers its clock."""
-        rate = self.kind.work(columns) / (math.exp(logs) if isinstance(logs, float) else np.exp(logs))
-        excess = cap.log_clock(rate) - self.expected_clock(columns)
-        return logs - self.fit.alpha * (min(excess, 0.0) if isinstance(excess, float) else np.minimum(excess, 0.0))
+        """Log seconds of a kernel that runs on and on, at the clock that the power limit leaves it."""
+        flops, moved = self.kind.drawn(columns)
+        load = (flops + cap.traffic * moved) / (math.exp(logs) if isinstance(logs, float) else np.exp(logs))
+        return logs - self.sustained_exponent * (cap.log_clock(load) - self.expected_clock(columns))
 
     def predict_one(
         self, columns: Columns, *, clock_mhz: float | None = None, cap: PowerCap | None = None

@@ -93,6 +93,9 @@ class KernelModel(Protocol):
     def contention(self) -> Contention:
         """Mutual slow-down of a compute kernel and a transfer that overlap."""
 
+    def at_load(self, flops_per_second: float) -> "KernelModel":
+        """The kernels of a step of this mean load, all at one clock; itself without a power limit."""
+
     def gemm(self, *, m: ArrayLike, k: ArrayLike, n: ArrayLike, dtype: str = "bf16") -> Estimate:
         """Out[m, n] = A[m, k] @ B[k, n]; 2 m k n FLOPs."""
 

@@ -9,8 +9,10 @@ import numpy as np
 
 from moesim.compute.cells import Cell, Fit, Kind, Row, cell_of, clocks_of, kind_of
 from moesim.compute.estimate import FloatArray
+from moesim.compute.power import PowerCap, SustainedRows, fit_power_cap
 from moesim.compute.profile import Profile
 
+SUSTAINED = "sustained"  # family of rows, and name of the fit to them
 _PRIOR = 0.05  # pull of every parameter towards its start: keeps what the data do not determine physical
 _HUBER = 0.1  # log seconds beyond which an error counts linearly
 MIN_ROWS = 8  # a cell with fewer rows is left to the roofline
@@ -102,6 +104,28 @@ def cell_rows(profile: Profile) -> dict[str, list[Row]]:
     return {name: rows for name, rows in cells.items() if len(rows) >= MIN_ROWS}
 
 
+def fit_sustained(rows: list[Row], cell_named: Callable[[str], Cell | None]) -> PowerCap | None:
+    """The power cap from rows of the family `sustained`, of kernels that have a cell."""
+    found = []
+    for row in rows:
+        name = cell_of(row["of"])
+        cell = None if name is None else cell_named(name)
+        if cell is None:
+            continue
+        columns = tuple(float(np.ravel(column)[0]) for column in cell.kind.sizes([row["of"]]))
+        seconds, _ = cell.predict_one(columns)
+        clock = cell.expected_clock(columns)
+        logs = np.log([row["p50"], seconds])
+        found.append((*logs, *cell.kind.drawn(columns), clock, cell.sustained_exponent))
+    return fit_power_cap(SustainedRows(*np.array(found, float).reshape(-1, 6).T))
+
+
 def fit_profile(profile: Profile) -> None:
-    """Fit every cell and keep the result in `profile.fits`."""
-    profile.fits = {name: fit_cell(kind_of(name), rows).as_json() for name, rows in cell_rows(profile).items()}
+    """Fit every cell and the power cap, and keep the result in `profile.fits`."""
+    cells = {
+        name: Cell(kind_of(name), rows, fit_cell(kind_of(name), rows)) for name, rows in cell_rows(profile).items()
+    }
+    profile.fits = {name: cell.fit.as_json() for name, cell in cells.items()}
+    cap = fit_sustained(profile.family(SUSTAINED), cells.get)
+    if cap is not None:
+        profile.fits[SUSTAINED] = cap.as_json()

@@ -140,6 +140,11 @@ class Roofline:
         """The shortest time a kernel occupies its stream."""
         return HOST.kernel_floor
 
+    def at_load(self, flops_per_second: float) -> "Roofline":
+        """Itself: a datasheet knows no power limit."""
+        del flops_per_second
+        return self
+
     def _peak(self, dtype: str) -> float:
         if dtype not in self.gpu.peak_flops:
             known = ", ".join(sorted(self.gpu.peak_flops))

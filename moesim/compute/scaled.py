@@ -80,6 +80,12 @@ class ScaledModel:
         """The shortest time a kernel occupies its stream."""
         return self.base.kernel_floor_seconds
 
+    def at_load(self, flops_per_second: float) -> "ScaledModel":
+        """The kernels of a step that does this much in the mean: as far below its peak, the measured GPU does more."""
+        ratio = self._measured.peak_flops["bf16"] / self._target.peak_flops["bf16"]
+        base = self.base.at_load(flops_per_second * ratio)
+        return self if base is self.base else ScaledModel(base, measured=self._measured, target=self._target)
+
     def _scaled(self, found: Estimate, flops: FloatArray, bytes_: FloatArray, dtype: str) -> Estimate:
         peak = self._measured.peak_flops[dtype]
         compute, memory = flops / peak, bytes_ / self._measured.memory_bandwidth

@@ -154,6 +154,7 @@ def _merge(ranks: list[dict[str, Any]]) -> dict[str, Any]:
         "layer_parts": _mean([rank["layer_parts"] for rank in ranks]),
         "rows": [rank["rows"] for rank in ranks],
         "spread": max(rank["spread"] for rank in ranks),
+        "state": [rank["state"] for rank in ranks],
         "memory_bytes": max(rank["memory_bytes"] for rank in ranks),
     }
     if "kernels" in ranks[0]:

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from moesim.compute import kernel_model
 from moesim.results.spans import SpanTable
-from moesim.sim import build_program, simulate_step
+from moesim.sim import build_program, simulate_step, step_kernels
 from moesim.sim.links import scenario_fabric
 from moesim.validation.cases import Case
 from moesim.validation.routing import RecordedRows
@@ -28,7 +28,9 @@ def predict(case: Case, rows_RBLE: ArrayLike) -> dict[str, Any]:
     scenario = case.scenario
     sample = RecordedRows(scenario, np.asarray(rows_RBLE, dtype=np.int64))
     kernels = kernel_model(scenario.cluster.pools[0].gpu, scenario.compute.profile)
-    program = build_program(scenario, fabric=scenario_fabric(scenario, kernels), kernels=kernels, samples=[sample])
+    fabric = scenario_fabric(scenario, kernels)
+    kernels = step_kernels(scenario, fabric=fabric, kernels=kernels, samples=[sample])
+    program = build_program(scenario, fabric=fabric, kernels=kernels, samples=[sample])
     outcome = simulate_step(program)
     tables = [_cut(table) for table in outcome.tables]
     weights = [len(table.ranks_R) for table in outcome.tables]

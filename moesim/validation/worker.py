@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moesim.compute.benchmarks.device import Sampler
 from moesim.moe.expert_parallel import ExpertGroup
 from moesim.moe.sharded_model import ShardedTrainer, build_sharded_model
 from moesim.scenario import Scenario
@@ -157,13 +158,19 @@ class Runner:
 def measure_rank(
     scenario: Scenario, ids: list[list[Ids]], *, rank: int, device: torch.device, effort: Effort
 ) -> dict[str, Any]:
-    """Measure one case on this rank: medians over steps of the parts, and of the parts of the MoE layers."""
+    """Measure one case on this rank: medians over steps of the parts, and of the parts of the MoE layers.
+
+    `state` is the mean SM clock (MHz) and power (W) during the steps, where NVML tells.
+    """
     runner = Runner(scenario, ids, rank=rank, device=device)
     first = [runner.step()["step"] for _ in range(effort.warm)][-1]
     count = int(np.clip(effort.seconds / runner.slowest(first), effort.least, effort.most))
     for _ in range(count // 2):
         runner.step()
-    steps = [runner.step() for _ in range(count)]
+    with Sampler(device.index if device.type == "cuda" else None) as sampler:
+        begin = time.monotonic()
+        steps = [runner.step() for _ in range(count)]
+        state = sampler.since(begin)
     rows = runner.rows()
     runner.instrumented_step()  # the first one pays for what is new in it
     layers = [runner.instrumented_step() for _ in range(effort.instrumented)]
@@ -172,6 +179,7 @@ def measure_rank(
         "spread": _spread([step["step"] for step in steps]),
         "layer_parts": _medians(layers),
         "rows": rows,
+        "state": state,
         "memory_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else 0,
     }
     if effort.profile and device.type == "cuda":

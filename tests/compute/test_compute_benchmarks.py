@@ -11,7 +11,7 @@ import torch
 from moesim.compute import CalibratedModel, calibrate_command, command, load_profile
 from moesim.compute.benchmarks import calibrate
 from moesim.compute.benchmarks.session import Session, row_key
-from moesim.compute.benchmarks.shapes import CPU_LIMITS, GPU_LIMITS, family_shapes
+from moesim.compute.benchmarks.shapes import CPU_LIMITS, GPU_LIMITS, family_shapes, kernel_flops
 from moesim.compute.benchmarks.timing import CpuTimer
 from moesim.compute.memory_kinds import MEMORY_KINDS
 from moesim.compute.profile import load_profile_file
@@ -107,7 +107,7 @@ def test_shapes_are_distinct_within_limits_and_cover_the_range(family: str) -> N
     shapes = family_shapes(family, GPU_LIMITS)
     assert family_shapes(family, CPU_LIMITS) == family_shapes(family, CPU_LIMITS)
     keys = {json.dumps(shape, sort_keys=True) for shape in shapes}
-    assert len(keys) == len(shapes) > 400
+    assert len(keys) == len(shapes) >= (100 if family == "sustained" else 400)
     if family == "gemm":
         m = np.array([shape["m"] for shape in shapes])
         assert m.min() == 1 and m.max() > 32768
@@ -120,7 +120,10 @@ def test_shapes_are_distinct_within_limits_and_cover_the_range(family: str) -> N
     if family == "memory_bound":
         assert {shape["kind"] for shape in shapes} == set(MEMORY_KINDS)
         assert all(shape["rows"] % 64 == 0 for shape in shapes if shape["kind"].startswith("optimizer"))
-    assert family_shapes(family, CPU_LIMITS) or family == "gemm_fp8"
+    if family == "sustained":
+        assert {shape["of"]["family"] for shape in shapes} == {"gemm", "grouped_gemm", "attention"}
+        assert min(kernel_flops(shape["of"]) for shape in shapes) >= 1e10
+    assert len(family_shapes(family, CPU_LIMITS)) >= CPU_LIMITS.counts[family]
 
 
 def test_calibrating_a_cpu_writes_a_profile_that_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,7 +31,8 @@ from moesim.compute.benchmarks.kernels import Prepared, prepare_attention, prepa
 from moesim.compute.benchmarks.memory_kernels import prepare_memory_bound
 from moesim.compute.benchmarks.profiler import kernel_names
 from moesim.compute.benchmarks.session import Row, Session
-from moesim.compute.benchmarks.shapes import CPU_LIMITS, GPU_LIMITS, Limits, family_shapes
+from moesim.compute.benchmarks.shapes import CPU_LIMITS, GPU_LIMITS, Limits, family_shapes, kernel_flops
+from moesim.compute.benchmarks.sustained import measure_sustained
 from moesim.compute.benchmarks.timing import CpuTimer, CudaTimer, summarise
 from moesim.compute.profile import Profile
 from moesim.errors import UserError
@@ -52,6 +53,7 @@ BUDGET_SHARES = {
     "attention": 0.13,
     "memory_bound": 0.10,
     "gemm_fp8": 0.08,
+    "sustained": 0.10,
     "collective": 0.06,
     "contention": 0.04,
 }
@@ -132,7 +134,7 @@ def _attempt(bench: Bench, row: Row, measure: Callable[[], Row]) -> None:
         if bench.device == "cuda":
             torch.cuda.empty_cache()
         return
-    bench.session.add(row | measured | bench.sampler.since(max(begin, bench.timer.started)))
+    bench.session.add(row | bench.sampler.since(max(begin, bench.timer.started)) | measured)
 
 
 def _run_family(bench: Bench, family: str, seconds: float) -> None:
@@ -167,6 +169,24 @@ def _run_host(bench: Bench, seconds: float) -> None:
             tiny = torch.ones(1, device=bench.device)
             _attempt(bench, floor, lambda: bench.timer.time(lambda i: tiny.add_(0.0)).as_row())
     bench.progress("host", 1.0)
+
+
+def _run_sustained(bench: Bench, seconds: float) -> None:
+    """Kernels that run on and on: the clock under the power limit. The ranks share the shapes."""
+    rows = [{"family": "sustained"} | shape for shape in family_shapes("sustained", bench.limits)]
+    mine = [row for i, row in enumerate(rows) if i % bench.ranks == bench.session.rank]
+
+    def measure(row: Row) -> Row:
+        of = row["of"]
+        call, _ = _PREPARE[of["family"]](of, bench.pool, bench.beyond)
+        return measure_sustained(
+            call, flops=kernel_flops(of), probe=lambda call: bench.timer.probe(call)[0], sampler=bench.sampler
+        )
+
+    for row in bench.session.within(mine, seconds):
+        _attempt(bench, row, lambda row=row: measure(row))  # type: ignore[misc]
+        torch.cuda.empty_cache()
+    bench.progress("sustained", 1.0)
 
 
 def _largest_over_ranks(value: float, device: str) -> float:
@@ -238,6 +258,17 @@ def _run_kernel_names(bench: Bench) -> None:
         bench.session.report(f"kernel names were not recorded: {error}")
 
 
+def _pool(device: str) -> Pool:
+    """Raises UserError where the device has no room for operands."""
+    size = 12 << 30 if device == "cuda" else 1 << 23
+    try:
+        return Pool(device=device, num_bytes=size)
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"--device {device}: no room for {size >> 30} GiB of operands; stop what else uses the device's memory"
+        ) from None
+
+
 def _heat(bench: Bench, seconds: float) -> None:
     """Large products until the chip has its working temperature: cold clocks are faster than a step ever sees."""
     a, b = bench.pool.take(8192, 8192), bench.pool.take(8192, 8192)
@@ -265,6 +296,8 @@ def _run_all(bench: Bench, families: tuple[str, ...], budget: float) -> None:
                 _heat(bench, 1.0)
             _run_family(bench, family, BUDGET_SHARES[family] * scale / bench.visits)
     bench.session.visit = 0
+    if "sustained" in families and bench.device == "cuda":
+        _run_sustained(bench, BUDGET_SHARES["sustained"] * scale)
     for family, run in together.items():
         if family in families and bench.ranks > 1 and (family == "collective" or bench.device == "cuda"):
             dist.barrier()
@@ -307,7 +340,7 @@ def _measure(
             device=device,
             session=session,
             timer=CudaTimer() if gpu else CpuTimer(),
-            pool=Pool(device=device, num_bytes=12 << 30 if gpu else 1 << 23),
+            pool=_pool(device),
             sampler=sampler,
             limits=GPU_LIMITS if gpu else CPU_LIMITS,
             ranks=ranks,

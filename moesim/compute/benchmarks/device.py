@@ -1,4 +1,4 @@
-"""The machine under test: what it is, and its power while a benchmark runs."""
+"""The machine under test: what it is, and its power and clock while a benchmark runs."""
 
 import datetime
 import importlib
@@ -14,10 +14,10 @@ _INTERVAL = 0.02  # seconds between samples
 
 
 class Sampler:
-    """A thread that samples the power draw of one GPU; without NVML it samples nothing."""
+    """A thread that samples the power draw and SM clock of one GPU; without NVML it samples nothing."""
 
     def __init__(self, index: int | None) -> None:
-        self._samples: list[tuple[float, float]] = []  # (time, W)
+        self._samples: list[tuple[float, float, float]] = []  # (time, W, MHz)
         self._stop = threading.Event()
         self._nvml: Any = None
         if index is not None:
@@ -32,7 +32,8 @@ class Sampler:
     def _run(self) -> None:
         while not self._stop.wait(_INTERVAL):
             power = self._nvml.nvmlDeviceGetPowerUsage(self._handle) / 1e3
-            self._samples.append((time.monotonic(), float(power)))
+            clock = self._nvml.nvmlDeviceGetClockInfo(self._handle, self._nvml.NVML_CLOCK_SM)
+            self._samples.append((time.monotonic(), float(power), float(clock)))
 
     def __enter__(self) -> Self:
         if self._nvml is not None:
@@ -45,14 +46,12 @@ class Sampler:
             self._thread.join()
 
     def since(self, begin: float) -> dict[str, float]:
-        """Mean power (W) sampled since `begin` (monotonic seconds), or the last sample."""
+        """Mean power (W) and SM clock (MHz) sampled since `begin` (monotonic seconds), or the last sample."""
         chosen = [sample for sample in self._samples[-400:] if sample[0] >= begin] or self._samples[-1:]
         if not chosen:
             return {}
-        count = len(chosen)
-        return {
-            "watts": round(sum(sample[1] for sample in chosen) / count),
-        }
+        _, watts, clocks = zip(*chosen, strict=True)
+        return {"watts": round(sum(watts) / len(chosen)), "clock_mhz": round(sum(clocks) / len(chosen))}
 
 
 def environment(device: str, ranks: int) -> dict[str, Any]:

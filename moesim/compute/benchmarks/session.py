@@ -18,7 +18,8 @@ from moesim.compute.profile import Profile, load_profile_file, save_profile
 
 Row = dict[str, Any]
 _MEASURED = frozenset(
-    {"p20", "p50", "p80", "repeats", "clock_mhz", "watts", "backend", "kernel", "rank", "session", "visit", "visits"}
+    {"p20", "p50", "p80", "repeats", "clock_mhz", "watts", "flops_per_second"}
+    | {"backend", "kernel", "rank", "session", "visit", "visits"}
 )
 _OVERLAP = frozenset({"compute_alone", "transfer_alone", "compute_beside", "transfer_beside"})
 

@@ -7,7 +7,7 @@ Legend: E local experts.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 
 from moesim.compute.estimate import FloatArray
 from moesim.compute.memory_kinds import MEMORY_KINDS, memory_bytes
+from moesim.compute.roofline import attention_flops
 from moesim.seeding import stream
 
 Shape = dict[str, Any]
@@ -44,14 +45,30 @@ GPU_LIMITS = Limits(
     flops=2.5e13,
     bytes=3e9,
     sequences=(9, 15),
-    counts={"gemm": 2400, "gemm_fp8": 560, "grouped_gemm": 1900, "attention": 900, "memory_bound": 64},
+    counts={
+        "gemm": 2400,
+        "gemm_fp8": 560,
+        "grouped_gemm": 1900,
+        "attention": 900,
+        "memory_bound": 64,
+        "sustained": 100,
+    },
 )
 CPU_LIMITS = Limits(
     flops=2e8,
     bytes=2e7,
     sequences=(4, 7),
-    counts={"gemm": 8, "gemm_fp8": 0, "grouped_gemm": 6, "attention": 4, "memory_bound": 2},
+    counts={"gemm": 8, "gemm_fp8": 0, "grouped_gemm": 6, "attention": 4, "memory_bound": 2, "sustained": 0},
 )
+
+
+def kernel_flops(shape: Shape) -> float:
+    """FLOPs of one call of a row (with its family) of gemm, grouped_gemm or attention."""
+    if shape["family"] == "attention":
+        names = ("batch", "sequence", "heads", "head_dim", "value_dim", "causal", "direction")
+        return float(attention_flops(**{name: shape[name] for name in names}))
+    rows = sum(shape["rows_per_expert"]) if shape["family"] == "grouped_gemm" else shape["m"]
+    return float(2.0 * rows * shape["k"] * shape["n"])
 
 
 def _log_uniform(rng: np.random.Generator, low: float, high: float) -> float:
@@ -203,6 +220,24 @@ def _memory_bound(rng: np.random.Generator, limits: Limits, per_kind: int) -> li
     return shapes
 
 
+_MIN_SUSTAINED_FLOPS = 2e10  # shorter kernels wait for the host when nothing else is issued ahead of them
+
+
+def _sustained(rng: np.random.Generator, limits: Limits) -> Iterator[Shape | None]:
+    """Kernels of all three families that compute, each as `of`; a tenth of the usual bound keeps single calls short."""
+    small = replace(limits, flops=limits.flops / 10)
+    families: dict[str, Iterator[Shape | None]] = {
+        "gemm": _gemms(rng, small, "bf16"),
+        "grouped_gemm": _grouped_gemms(rng, small),
+        "attention": _attentions(rng, small),
+    }
+    while True:
+        for family, candidates in families.items():
+            shape = next(candidates)
+            of = None if shape is None else {"family": family} | shape
+            yield {"of": of} if of is not None and kernel_flops(of) >= _MIN_SUSTAINED_FLOPS else None
+
+
 def family_shapes(family: str, limits: Limits) -> list[Shape]:
     """The shapes of one family, each once, in measuring order."""
     rng = stream(0, "benchmark shapes", family)
@@ -214,6 +249,8 @@ def family_shapes(family: str, limits: Limits) -> list[Shape]:
         candidates = _attentions(rng, limits)
     elif family == "grouped_gemm":
         candidates = _grouped_gemms(rng, limits)
+    elif family == "sustained":
+        candidates = _sustained(rng, limits)
     else:
         candidates = _gemms(rng, limits, "fp8" if family == "gemm_fp8" else "bf16")
     chosen: dict[str, Shape] = {}

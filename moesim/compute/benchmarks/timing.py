@@ -109,7 +109,7 @@ class CudaTimer:
         _sleep(_PROBE_CYCLES)
         end.record()
 
-    def _probe(self, call: Call) -> tuple[float, float]:
+    def probe(self, call: Call) -> tuple[float, float]:
         """(seconds on the device, seconds on the host) of one call, roughly."""
         call(0)
         torch.cuda.synchronize()
@@ -126,7 +126,7 @@ class CudaTimer:
 
     def time(self, call: Call) -> Timing:
         """Adaptive counts: about `warm` seconds of warm-up and `target` seconds of measurement on the device."""
-        device, host = self._probe(call)
+        device, host = self.probe(call)
         inner = int(np.clip(100e-6 / device, 1, 40))
         groups = int(np.clip(self._target / (inner * device), 5, 15))
         warm = int(np.clip(self._warm / device, 1, 60))
