@@ -18,6 +18,7 @@ from moesim.parallel.schedules import Handoff, Pass, Schedule, Work, build_sched
 from moesim.scenario import Scenario
 from moesim.scenario.base import BYTES_PER_ELEMENT
 from moesim.sim.compiling import pays_for_compiled_loops
+from moesim.sim.contention import find_contention
 from moesim.sim.executor import FREE_HOST
 from moesim.sim.loads import RoutingSample, group_loads
 from moesim.sim.operations import Block, Run
@@ -101,6 +102,7 @@ class _Builder:
             samples=max(1, len(self.samples)),
             source_seconds=dict(self.seconds),
             compiled=self.compiled,
+            contention=find_contention(self.fabric, groups, (*reductions, *gathers)),
         )
 
     def _slowdown(self) -> float:

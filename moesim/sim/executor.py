@@ -10,7 +10,7 @@ it, so one walk in list order is exact: when a compute operation is placed, each
 Legend: S routing samples, R ranks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.results.spans import Label, SpanRecorder, Stream
-from moesim.sim.operations import MAIN, NUM_CHAINS, SIDE, Kind, Run
+from moesim.sim.operations import MAIN, NUM_CHAINS, SIDE, Kind, Run, Transfer
 from moesim.sim.segments import (
     COMMUNICATION,
     COMPUTE,
@@ -80,8 +80,10 @@ class GroupExecutor:
         self.host_SR = np.zeros((samples, ranks))
         self.reduced_SR = np.zeros((samples, ranks))  # when the latest collective on gradients or parameters was done
         self.last_begin_SR = np.zeros((samples, ranks))  # when the current action began
+        self.records_all = False  # also waits of no length: samples simulated apart then have the same rows
         self._host_is_free = host == FREE_HOST
         self._compiled = compiled and self._host_is_free
+        self._transfer_span = -1  # the row of the latest transfer
 
     @property
     def done_SR(self) -> FloatArray:
@@ -92,36 +94,53 @@ class GroupExecutor:
 
     def execute(self, runs: Sequence[Run]) -> None:
         """Do one action: a pass, or two passes that overlap."""
+        for _ in self.execute_in_parts(runs):
+            pass
+
+    def execute_in_parts(self, runs: Sequence[Run]) -> Iterator[tuple[int, Transfer, FloatArray, FloatArray]]:
+        """As `execute`, stopping behind each transfer, which may then be `delay`ed: its chain, it, start and finish."""
         blocks = tuple(run.block for run in runs)
         if self._compiled:
-            self._execute_packed(self.labels.packed(blocks), runs)
+            yield from self._execute_packed(self.labels.packed(blocks), runs)
             return
         for step in self.labels.steps(blocks, runs=self._host_is_free):
-            self._take(step, runs[step.which])
+            run = runs[step.which]
+            self._take(step, run)
+            if step.kind is Kind.TRANSFER:
+                transfer = step.transfers_M[run.micro_batch % len(step.transfers_M)]
+                yield step.chain, transfer, self._open_from_SR, self._open_until_SR
 
-    def _execute_packed(self, packed: Packed, runs: Sequence[Run]) -> None:
-        loops, clocks_KSR, slowdown = _loops(), self.clocks_KSR, self.slowdown
-        micro_batches = runs[0].micro_batch, runs[-1].micro_batch
-        first, second = micro_batches
-        rows = self.recorder.run(
-            packed.labels_G, first if first == second else first + packed.which_G * (second - first)
-        )
-        span = rows.start
-        spans = self.recorder.start_NSR, self.recorder.finish_NSR, self.recorder.own_NSR
+    def _execute_packed(
+        self, packed: Packed, runs: Sequence[Run]
+    ) -> Iterator[tuple[int, Transfer, FloatArray, FloatArray]]:
+        recorder, loops, clocks_KSR, slowdown = self.recorder, _loops(), self.clocks_KSR, self.slowdown
+        first, second = micro_batches = runs[0].micro_batch, runs[-1].micro_batch
+        of_span = first if first == second else first + packed.which_G * (second - first)
+        span = recorder.run(packed.labels_G, of_span).start
+        spans = recorder.start_NSR, recorder.finish_NSR, recorder.own_NSR
         for steps_N9, kernels, chain, which, transfers_M in packed.segments:
             loops.advance(clocks_KSR, steps_N9, *packed.seconds_Q, *micro_batches, slowdown, chain, span, *spans)
             span += kernels
             if chain != NO_TRANSFER:
-                prepared = transfers_M[micro_batches[which] % len(transfers_M)]
-                done_SR = prepared.finish(spans[0][span])
-                loops.settle(clocks_KSR, chain, span, done_SR, prepared.alone_R, *spans)
+                transfer = transfers_M[micro_batches[which] % len(transfers_M)]
+                done_SR = transfer.finish(spans[0][span])
+                loops.settle(clocks_KSR, chain, span, done_SR, transfer.alone_R, *spans)
+                self._transfer_span = span
+                yield chain, transfer, self._open_from_SR, self._open_until_SR
                 span += 1
+
+    def delay(self, chain: int, finish_SR: FloatArray) -> None:
+        """The transfer just taken, on `chain`, was slowed by others: it ends later, at `finish_SR`."""
+        span = self._transfer_span
+        self.recorder.own_NSR[span] += finish_SR - self.communication_SR
+        self.recorder.finish_NSR[span] = finish_SR
+        self.communication_SR[:] = self.chains_CSR[chain] = self._open_until_SR[:] = finish_SR
 
     def begin(self, arrived: Sequence[Handed]) -> None:
         """All chains wait until what the next action needs has arrived; waiting for what is on its way is a span."""
         ready_SR = np.maximum(self.chains_CSR.max(axis=0), self.compute_SR)
         for label, sent_SR, arrival_SR in arrived:
-            if (arrival_SR > ready_SR).any():
+            if self.records_all or (arrival_SR > ready_SR).any():
                 start_SR = np.clip(sent_SR, ready_SR, np.maximum(arrival_SR, ready_SR))
                 finish_SR = np.maximum(arrival_SR, ready_SR)
                 self.recorder.add(self.labels.number(label), -1, start_SR, finish_SR, finish_SR - start_SR)
@@ -160,7 +179,7 @@ class GroupExecutor:
 
     def _issue(self, step: Step, ready_SR: FloatArray, micro_batch: int) -> FloatArray:
         """When the device may start: it stands still where the host has not issued the operation yet."""
-        if self._host_is_free or not (self.host_SR > ready_SR).any():
+        if self._host_is_free or not (self.records_all or (self.host_SR > ready_SR).any()):
             return ready_SR
         start_SR = np.maximum(ready_SR, self.host_SR)
         if step.kind is Kind.COMPUTE:
@@ -196,6 +215,7 @@ class GroupExecutor:
         self.communication_SR[:] = self.chains_CSR[step.chain] = finish_SR
         self._open_from_SR[:], self._open_until_SR[:] = start_SR, finish_SR
         own_SR = np.minimum(prepared.alone_R, finish_SR - start_SR)
+        self._transfer_span = self.recorder.count
         self.recorder.add(int(step.labels_N[0]), micro_batch, start_SR, finish_SR, own_SR)
 
     def collective(self, label: Label, *, start_SR: FloatArray, finish_SR: FloatArray, own: float) -> None:

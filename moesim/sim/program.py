@@ -1,15 +1,22 @@
 """The program of one optimizer step, as data: tasks of every rank group, reductions and the optimizer."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moesim.network import PreparedTransfer
+from moesim.network.contention import LinkUse
 from moesim.parallel.schedules import Handoff
 from moesim.results.spans import Label, Stream
 from moesim.sim.executor import FREE_HOST, HostModel
-from moesim.sim.operations import Block, Run
+from moesim.sim.operations import Block, Run, Transfer
 from moesim.sim.reductions import Reduction
+
+FloatArray = NDArray[np.float64]
+Place = tuple[int, int]  # pipeline rank, number of the group
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,10 +58,38 @@ class GroupProgram:
     optimizer: Block
 
     @property
+    def place(self) -> Place:
+        """What names it among the groups of the step."""
+        return self.pipeline_rank, self.number
+
+    @property
     def num_operations(self) -> int:
         """Operations of the step."""
         runs = (len(run.block.operations) for task in self.tasks for run in task.runs)
         return sum(runs) + len(self.optimizer.operations)
+
+
+class SharedPart(NamedTuple):
+    """A transfer, or one of several side by side, among the ranks at `places_R` of a group."""
+
+    places_R: NDArray[np.integer]
+    transfer: PreparedTransfer
+    use: LinkUse
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Contention:
+    """Links that transfers of a step can fill together, and what each puts on them; see `moesim.sim.contention`.
+
+    `capacity_L`: their bytes/s. `transfers`: per group those of its transfers that use them. `handoffs`: by sending
+    group and the pipeline rank that receives. `collectives`: in the order of reductions and gathers, None for those
+    that do not use them.
+    """
+
+    capacity_L: FloatArray
+    transfers: Mapping[Place, Mapping[Transfer, tuple[SharedPart, ...]]]
+    handoffs: Mapping[tuple[Place, int], LinkUse]
+    collectives: tuple[LinkUse | None, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +98,7 @@ class StepProgram:
 
     A group attends those collectives in which its ranks are members, in this order. `source_seconds`: operation
     seconds by what they rest on, summed over groups, mean over samples and ranks. `compiled`: whether compiled loops
-    move the clocks.
+    move the clocks. `contention`: None where groups cannot slow each other.
     """
 
     groups: tuple[GroupProgram, ...]
@@ -74,6 +109,7 @@ class StepProgram:
     samples: int
     source_seconds: dict[str, float]
     compiled: bool = False
+    contention: Contention | None = None
 
     def rows(self, group: GroupProgram) -> int:
         """Most spans that a group can emit: every operation, and a host stall before it unless the host is free."""

@@ -4,23 +4,30 @@ A process yields only where the order is not known beforehand: hand-offs between
 other groups attend. An event's value is a vector of times, so vectors run ahead of the clock and nothing needs a
 timeout; each hand-off has one writer and one reader, so results do not depend on the order of events.
 
-Legend: S routing samples, R ranks of a group, W ranks of the world.
+Where groups can fill links together (`moesim.sim.contention`), processes also wait for the windows of transfers over
+these links to open and to close, and a hub slows those that are open at once. Routing samples are then simulated one
+after the other.
+
+Legend: S routing samples, R ranks of a group, W ranks of the world, L overloaded links.
 """
 
 from collections import defaultdict
-from collections.abc import Generator
-from dataclasses import dataclass
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import simpy
 from numpy.typing import NDArray
 
+from moesim.network.contention import LinkUse
 from moesim.parallel.schedules import Handoff
 from moesim.results.spans import SpanRecorder, SpanTable
+from moesim.sim.contention import samples_of
 from moesim.sim.executor import GroupExecutor
+from moesim.sim.hub import Carried, Hub
 from moesim.sim.operations import Run
-from moesim.sim.program import GroupProgram, StepProgram, collective_label, handoff_label
+from moesim.sim.program import GroupProgram, Sent, SharedPart, StepProgram, collective_label, handoff_label
 from moesim.sim.reductions import Reduction, last_arrivals
 from moesim.sim.walk import Labels
 
@@ -37,13 +44,24 @@ class StepOutcome:
 
 
 class _Meeting:
-    """One collective: each group that takes part brings its times, all get everyone's."""
+    """One collective: each group that takes part brings its times, all get everyone's.
 
-    def __init__(self, env: simpy.Environment, reduction: Reduction, groups: tuple[GroupProgram, ...]) -> None:
+    `hub` and `use`: the overloaded links that it uses, if any.
+    """
+
+    def __init__(
+        self,
+        env: simpy.Environment,
+        reduction: Reduction,
+        groups: tuple[GroupProgram, ...],
+        hub: Hub | None,
+        use: LinkUse | None,
+    ) -> None:
         self.reduction = reduction
         self.groups = [group for group in groups if reduction.ranks & set(group.ranks_R.tolist())]
         self.arrived = {id(group): env.event() for group in self.groups}
-        self.everyone = env.all_of(list(self.arrived.values()))
+        self.everyone: simpy.Event = env.all_of(list(self.arrived.values()))
+        self.over: simpy.Event = env.process(self._hold(hub, use))
 
     def attend(self, group: GroupProgram, executor: GroupExecutor) -> Wait:
         """Bring this group's times, wait for all, and go on when the collective is done."""
@@ -54,13 +72,22 @@ class _Meeting:
             first_SR = executor.last_begin_SR + (done_SR - executor.last_begin_SR) / reduction.buckets
         first_SR = np.maximum(first_SR, executor.reduced_SR)  # one collective after the other
         self.arrived[id(group)].succeed((first_SR, np.maximum(done_SR, executor.reduced_SR)))
+        finish_SW = yield self.over
+        finish_SR = finish_SW[:, group.ranks_R]
+        executor.collective(collective_label(reduction), start_SR=first_SR, finish_SR=finish_SR, own=reduction.seconds)
+
+    def _hold(self, hub: Hub | None, use: LinkUse | None) -> Carried:
+        """Wait for all; gives when each rank is done, [S, W]."""
         yield self.everyone
-        finish_SR = self._last(0)[:, group.ranks_R] + reduction.seconds
+        reduction = self.reduction
+        finish_SW = self._last(0) + reduction.seconds
         if reduction.buckets:
             # The last bucket cannot begin before the last gradient is there.
-            last_bucket = reduction.seconds / reduction.buckets
-            finish_SR = np.maximum(finish_SR, self._last(1)[:, group.ranks_R] + last_bucket)
-        executor.collective(collective_label(reduction), start_SR=first_SR, finish_SR=finish_SR, own=reduction.seconds)
+            finish_SW = np.maximum(finish_SW, self._last(1) + reduction.seconds / reduction.buckets)
+        if hub is not None and use is not None:
+            member_W = np.isfinite(finish_SW[0])
+            finish_SW[:, member_W] = yield from hub.carry_alike(finish_SW[:, member_W], reduction.seconds, use)
+        return finish_SW
 
     def _last(self, which: int) -> FloatArray:
         """[S, W]: the latest of the members' times, `which` = 0: first gradient there, 1: all of them."""
@@ -80,8 +107,15 @@ class _Step:
         self.program = program
         self.env = simpy.Environment()
         self.handoffs: defaultdict[tuple[Handoff, int], simpy.Event] = defaultdict(self.env.event)
-        self.reductions = [_Meeting(self.env, reduction, program.groups) for reduction in program.reductions]
-        self.gathers = [_Meeting(self.env, gather, program.groups) for gather in program.gathers]
+        self.contention = contention = program.contention
+        self.hub = Hub(self.env, contention.capacity_L) if contention else None
+        collectives = (*program.reductions, *program.gathers)
+        uses = contention.collectives if contention else (None,) * len(collectives)
+        meetings = [
+            _Meeting(self.env, collective, program.groups, self.hub, use)
+            for collective, use in zip(collectives, uses, strict=True)
+        ]
+        self.reductions, self.gathers = meetings[: len(program.reductions)], meetings[len(program.reductions) :]
 
     def group(self, group: GroupProgram, executor: GroupExecutor) -> Wait:
         """The life of one expert group on one pipeline rank."""
@@ -91,11 +125,10 @@ class _Step:
                 sent_SR, arrival_SR = yield self.handoffs[handoff, group.number]
                 arrived.append((handoff_label(handoff), sent_SR, arrival_SR))
             executor.begin(arrived)
-            executor.execute(task.runs)
+            yield from self._execute(group, executor, task.runs)
             executor.recorder.end_action(task.passes, task.micro_batches)
             for sent in task.sends:
-                finish_SR = executor.finished(sent.which)
-                self.handoffs[sent.handoff, group.number].succeed((finish_SR, finish_SR + sent.seconds))
+                self._send(group, sent, executor.finished(sent.which))
         for meeting in self.reductions:
             if id(group) in meeting.arrived:
                 yield from meeting.attend(group, executor)
@@ -105,10 +138,63 @@ class _Step:
             if id(group) in meeting.arrived:
                 yield from meeting.attend(group, executor)
 
+    def _execute(self, group: GroupProgram, executor: GroupExecutor, runs: Sequence[Run]) -> Wait:
+        """Do one action; its transfers over overloaded links take as long as the hub lets them."""
+        uses = self.contention.transfers.get(group.place) if self.contention else None
+        if uses is None or self.hub is None:
+            executor.execute(runs)
+            return
+        for chain, transfer, start_SR, finish_SR in executor.execute_in_parts(runs):
+            if transfer in uses:
+                late_SR = yield from self._carry(uses[transfer], start_SR, finish_SR)
+                if (late_SR > finish_SR).any():
+                    executor.delay(chain, late_SR)
+
+    def _carry(self, parts: Sequence[SharedPart], start_SR: FloatArray, finish_SR: FloatArray) -> Carried:
+        """Put a transfer, or several side by side, through the hub; returns when the ranks are done."""
+        assert self.hub is not None
+        carried = [
+            self.env.process(self.hub.carry(part.transfer.window(start_SR[:, at_R]), part.use, finish_SR[:, at_R]))
+            for part in parts
+            for at_R in (part.places_R,)
+        ]
+        yield self.env.all_of(carried)
+        late_SR = finish_SR.copy()
+        for part, process in zip(parts, carried, strict=True):
+            late_SR[:, part.places_R] = process.value
+        return late_SR
+
+    def _send(self, group: GroupProgram, sent: Sent, finish_SR: FloatArray) -> None:
+        """Hand over what was ready at `finish_SR`."""
+        handed = self.handoffs[sent.handoff, group.number]
+        arrival_SR = finish_SR + sent.seconds
+        use = self.contention.handoffs.get((group.place, sent.handoff.target)) if self.contention else None
+        if use is None or self.hub is None:
+            handed.succeed((finish_SR, arrival_SR))
+        else:
+            self.env.process(_deliver(self.hub, handed, finish_SR, arrival_SR, sent.seconds, use))
+
+
+def _deliver(
+    hub: Hub, handed: simpy.Event, finish_SR: FloatArray, arrival_SR: FloatArray, seconds: float, use: LinkUse
+) -> Wait:
+    """A hand-off over overloaded links."""
+    late_SR = yield from hub.carry_alike(arrival_SR, seconds, use)
+    handed.succeed((finish_SR, late_SR))
+
 
 def simulate_step(program: StepProgram) -> StepOutcome:
-    """Run one optimizer step; all samples advance in lockstep."""
+    """Run one optimizer step; all samples advance in lockstep, or one after the other where groups slow each other."""
     labels = Labels()
+    if program.contention is None:
+        return _simulate(program, labels)
+    outcomes = [_simulate(sample, labels) for sample in samples_of(program)]
+    step_S = np.concatenate([outcome.step_S for outcome in outcomes])
+    tables = (_side_by_side(tables, step_S) for tables in zip(*(outcome.tables for outcome in outcomes), strict=True))
+    return StepOutcome(tuple(tables), step_S)
+
+
+def _simulate(program: StepProgram, labels: Labels) -> StepOutcome:
     step = _Step(program)
     executors, processes = [], []
     for group in program.groups:
@@ -122,6 +208,7 @@ def simulate_step(program: StepProgram) -> StepOutcome:
             labels=labels,
             compiled=program.compiled,
         )
+        executor.records_all = program.contention is not None
         executors.append(executor)
         processes.append(step.env.process(step.group(group, executor)))
     step.env.run()
@@ -133,3 +220,17 @@ def simulate_step(program: StepProgram) -> StepOutcome:
         for executor, group in zip(executors, program.groups, strict=True)
     )
     return StepOutcome(tables, step_S)
+
+
+def _side_by_side(tables: Sequence[SpanTable], step_S: FloatArray) -> SpanTable:
+    """One group's spans in several samples: the same rows, each with times of its own."""
+    first = tables[0]
+    assert all((table.label_N == first.label_N).all() for table in tables)
+    return replace(
+        first,
+        labels=tables[-1].labels,
+        start_NSR=np.concatenate([table.start_NSR for table in tables], axis=1),
+        finish_NSR=np.concatenate([table.finish_NSR for table in tables], axis=1),
+        own_NSR=np.concatenate([table.own_NSR for table in tables], axis=1),
+        step_S=step_S,
+    )
