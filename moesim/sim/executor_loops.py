@@ -21,6 +21,10 @@ from moesim.sim.segments import (
     OFFSET,
     OPEN_FROM,
     OPEN_UNTIL,
+    RUN_BEFORE,
+    RUN_BESIDE,
+    RUN_START,
+    RUN_WORK,
     STRIDE_M,
     STRIDE_R,
     STRIDE_S,
@@ -31,6 +35,16 @@ FloatArray = NDArray[np.float64]
 Own = NDArray[np.float32]
 
 _KERNEL, _FORK = int(Kind.COMPUTE), int(Kind.FORK)
+
+
+@numba.njit(cache=True)
+def _part_or_join(main_SR: FloatArray, side_SR: FloatArray, part: bool) -> None:
+    for sample in range(len(main_SR)):
+        for rank in range(main_SR.shape[1]):
+            if part:
+                side_SR[sample, rank] = main_SR[sample, rank]
+            else:
+                main_SR[sample, rank] = max(main_SR[sample, rank], side_SR[sample, rank])
 
 
 @numba.njit(cache=True)
@@ -52,39 +66,50 @@ def advance(
 
     `first_Q`, `first_micro_batch`: durations and micro-batch of the first pass of the action; `second_...` likewise.
     """
-    for sample in range(clocks_KSR.shape[1]):
-        for rank in range(clocks_KSR.shape[2]):
-            clocks_K = clocks_KSR[:, sample, rank]
-            row = span
-            start = before = beside = work = last = 0.0
-            for step_9 in steps_N9:
-                at = step_9[CHAIN]
-                if step_9[KIND] != _KERNEL:
-                    if step_9[KIND] == _FORK:
-                        clocks_K[at + SIDE] = clocks_K[at]
-                    else:
-                        clocks_K[at] = max(clocks_K[at], clocks_K[at + SIDE])
-                    continue
-                if step_9[FIRST]:
-                    start = last = max(clocks_K[at], clocks_K[COMPUTE])
-                    before = max(clocks_K[OPEN_FROM] - start, 0.0)
-                    beside = max(clocks_K[OPEN_UNTIL] - start - before, 0.0) / slowdown
-                    work = 0.0
-                place = step_9[OFFSET] + sample * step_9[STRIDE_S] + rank * step_9[STRIDE_R]
-                if step_9[WHICH] == 0:
-                    work += first_Q[place + first_micro_batch % step_9[LENGTH] * step_9[STRIDE_M]]
-                else:
-                    work += second_Q[place + second_micro_batch % step_9[LENGTH] * step_9[STRIDE_M]]
-                finish = work + start
-                if slowdown > 1.0:
-                    finish += min(max(work - before, 0.0), beside) * (slowdown - 1.0)
+    samples, ranks = clocks_KSR.shape[1:]
+    compute_SR, start_SR, work_SR = clocks_KSR[COMPUTE], clocks_KSR[RUN_START], clocks_KSR[RUN_WORK]
+    before_SR, beside_SR = clocks_KSR[RUN_BEFORE], clocks_KSR[RUN_BESIDE]
+    row = span
+    for step in range(len(steps_N9)):
+        step_9 = steps_N9[step]
+        chain_SR = clocks_KSR[step_9[CHAIN]]
+        if step_9[KIND] != _KERNEL:
+            _part_or_join(chain_SR, clocks_KSR[step_9[CHAIN] + SIDE], step_9[KIND] == _FORK)
+            continue
+        if step_9[FIRST]:
+            for sample in range(samples):
+                for rank in range(ranks):
+                    start = max(chain_SR[sample, rank], compute_SR[sample, rank])
+                    before = max(clocks_KSR[OPEN_FROM, sample, rank] - start, 0.0)
+                    beside = max(clocks_KSR[OPEN_UNTIL, sample, rank] - start - before, 0.0) / slowdown
+                    start_SR[sample, rank] = compute_SR[sample, rank] = start
+                    before_SR[sample, rank], beside_SR[sample, rank] = before, beside
+                    work_SR[sample, rank] = 0.0
+        seconds_Q, micro_batch = first_Q, first_micro_batch
+        if step_9[WHICH] == 1:
+            seconds_Q, micro_batch = second_Q, second_micro_batch
+        for sample in range(samples):
+            place = step_9[OFFSET] + micro_batch % step_9[LENGTH] * step_9[STRIDE_M] + sample * step_9[STRIDE_S]
+            if step_9[STRIDE_R] == 0:
+                for rank in range(ranks):
+                    work_SR[sample, rank] += seconds_Q[place]
+            else:
+                for rank in range(ranks):
+                    work_SR[sample, rank] += seconds_Q[place + rank]
+            for rank in range(ranks):
+                last, work = compute_SR[sample, rank], work_SR[sample, rank]
+                beside = min(max(work - before_SR[sample, rank], 0.0), beside_SR[sample, rank])
+                finish = work + start_SR[sample, rank] + beside * (slowdown - 1.0)
                 start_GSR[row, sample, rank] = last
                 finish_GSR[row, sample, rank] = finish
                 own_GSR[row, sample, rank] = finish - last
-                clocks_K[at] = clocks_K[COMPUTE] = last = finish
-                row += 1
-            if chain != NO_TRANSFER:
-                start_GSR[row, sample, rank] = max(clocks_K[chain], clocks_K[COMMUNICATION])
+                chain_SR[sample, rank] = compute_SR[sample, rank] = finish
+        row += 1
+    if chain != NO_TRANSFER:
+        for sample in range(samples):
+            for rank in range(ranks):
+                ready, free = clocks_KSR[chain, sample, rank], clocks_KSR[COMMUNICATION, sample, rank]
+                start_GSR[row, sample, rank] = max(ready, free)
 
 
 @numba.njit(cache=True)

@@ -26,7 +26,9 @@ MAX_RUNS = 2  # passes that overlap in one action
 NUM_CHAIN_CLOCKS = MAX_RUNS * NUM_CHAINS
 COMPUTE, COMMUNICATION = NUM_CHAIN_CLOCKS, NUM_CHAIN_CLOCKS + 1
 OPEN_FROM, OPEN_UNTIL = NUM_CHAIN_CLOCKS + 2, NUM_CHAIN_CLOCKS + 3  # the latest transfer: compute beside it is slowed
-NUM_CLOCKS = NUM_CHAIN_CLOCKS + 4
+# Of the run of kernels that goes on: its start, work done, and seconds until and beside the open transfer.
+RUN_START, RUN_WORK, RUN_BEFORE, RUN_BESIDE = range(NUM_CHAIN_CLOCKS + 4, NUM_CHAIN_CLOCKS + 8)
+NUM_CLOCKS = NUM_CHAIN_CLOCKS + 8
 
 
 class Segment(NamedTuple):
