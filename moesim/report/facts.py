@@ -4,7 +4,7 @@ Everything here reads `result`, the mapping that result.json holds; nothing is c
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +63,13 @@ def seconds(value: float | None, *, digits: int = 4) -> str:
         if abs(value) >= scale:
             return f"{value / scale:#.{digits}g}".rstrip(".") + f" {unit}"
     return f"{value * 1e9:.{digits}g} ns" if value else "0 s"
+
+
+def bytes_column(values: Iterable[float]) -> Callable[[float], str]:
+    """How to write amounts of bytes that are compared: all in the unit of the largest, with two decimals."""
+    largest = max(values, default=0.0)
+    scale, unit = next(((s, u) for s, u in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")) if largest >= s), (1e3, "kB"))
+    return lambda value: f"{value / scale:,.2f} {unit}"
 
 
 def step_time(result: Result) -> Fact:

@@ -48,6 +48,7 @@ def dressed(figure: go.Figure, *, height: int) -> go.Figure:
         plot_bgcolor="rgba(0,0,0,0)",
         hoverlabel={"bgcolor": "#1d2229", "bordercolor": "#1d2229", "font": {"color": "#ffffff", "family": FONT}},
         legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
+        modebar={"bgcolor": "rgba(0,0,0,0)", "color": "#a3aab4", "activecolor": "#7a828e"},
     )
     for update in (figure.update_xaxes, figure.update_yaxes):
         update(title={"font": {"size": 13}}, gridcolor=_GRID, zeroline=False, automargin=True)
@@ -107,7 +108,7 @@ def expert_load(load_LE: FloatArray, *, first_layer: int) -> go.Figure:
         zmax=np.log2(_LOAD_TICKS[-1]),
         colorscale=_HOT_AND_COLD,
         colorbar={
-            "title": {"text": "rows / mean", "side": "right"},
+            "title": {"text": "rows / mean", "side": "right", "font": {"size": 13}},
             "tickvals": np.log2(_LOAD_TICKS),
             "ticktext": ["≤ ⅛", "¼", "½", "1", "2", "4", "≥ 8"],
             "thickness": 14,
@@ -130,7 +131,11 @@ def traffic(bytes_RR: FloatArray) -> go.Figure:
         colorscale="Cividis",
         xgap=1 if ranks <= 64 else 0,
         ygap=1 if ranks <= 64 else 0,
-        colorbar={"title": {"text": "GB per step", "side": "right"}, "thickness": 14, "outlinewidth": 0},
+        colorbar={
+            "title": {"text": "GB per step", "side": "right", "font": {"size": 13}},
+            "thickness": 14,
+            "outlinewidth": 0,
+        },
         hovertemplate="rank %{y} to rank %{x}<br>%{z:.4g} GB<extra></extra>",
     )
     _rank_axis(figure.update_xaxes, ranks)

@@ -48,7 +48,7 @@ class Page:
 
         With `tools` the pointer brings up buttons that save it as an image and that undo zooming.
         """
-        self._parts.append(f'<div class="wide" id="{html.escape(name)}">')
+        self.open("div", css="wide plotted" if tools else "wide", id=name)
         if title:
             self.text("h3", title)
         self._parts.append(
@@ -65,7 +65,8 @@ class Page:
         """A table of facts under a small heading."""
         self.open("div")
         self.text("h3", title)
-        self.table((), [(line.label, line.value, line.note) for line in lines], styles=("", "number", "note"))
+        rows = [(line.label, line.value, line.note) for line in lines]
+        self.table((), rows, styles=("", "number", "note"), css="facts")
         self.close("div")
 
     def table(

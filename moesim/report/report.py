@@ -17,7 +17,6 @@ from moesim.report.step_sections import memory_section, pipeline_section, what_i
 from moesim.report.timeline import forward_of_one_layer
 from moesim.results.record import RunRecord
 from moesim.results.spans import CATEGORIES
-from moesim.units import format_bytes
 
 _LARGEST_TABLE = 16  # ranks up to which a matrix is also printed as a table
 
@@ -166,7 +165,8 @@ def _traffic(page: Page, record: RunRecord) -> None:
     page.facts("Communication of one step", [*facts.communication(record.result), facts.hidden(record.spans)])
     sent_R, received_R = bytes_RR.sum(axis=1), bytes_RR.sum(axis=0)
     if 1 < len(bytes_RR) <= _LARGEST_TABLE:
-        rows = [(str(r), format_bytes(sent_R[r]), format_bytes(received_R[r])) for r in range(len(bytes_RR))]
+        show = facts.bytes_column([sent_R.max(), received_R.max()])
+        rows = [(str(r), show(sent_R[r]), show(received_R[r])) for r in range(len(bytes_RR))]
         page.text("h3", "Dispatched per rank")
         page.table(("rank", "sends", "receives"), rows, styles=("number",) * 3)
     page.close("div")

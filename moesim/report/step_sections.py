@@ -92,8 +92,9 @@ def memory_section(page: Page, record: RunRecord) -> None:
     page.figure(figures_step.memory(parts, capacities), name="memory")
     shown = [kind for kind in PARTS if any(found[kind] for found in parts)]
     head = ("pipeline rank", *shown, "peak", "of the GPU")
+    show = facts.bytes_column(peaks)
     rows = [
-        (str(rank), *(format_bytes(parts[rank][kind]) for kind in shown), format_bytes(peaks[rank]),
+        (str(rank), *(show(parts[rank][kind]) for kind in shown), show(peaks[rank]),
          facts.percent(peaks[rank] / capacities[rank]))
         for rank in range(len(parts))
     ]  # fmt: skip

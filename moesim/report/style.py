@@ -36,6 +36,7 @@ th { text-align: left; font-weight: 600; color: var(--soft); font-size: 13px; }
 th, td { padding: 5px 12px 5px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 td.number, th.number { text-align: right; white-space: nowrap; }
 td.note { color: var(--soft); }
+.facts td:first-child { white-space: nowrap; }
 td.bar { width: 38%; }
 .bar div { height: 11px; border-radius: 2px; margin-top: 5px; min-width: 1px; }
 .swatch { display: inline-block; width: 11px; height: 11px; border-radius: 2px; margin-right: 8px; }
@@ -77,9 +78,9 @@ pre {
 footer { margin-top: 56px; font-size: 13px; color: var(--soft); }
 
 /* plotly writes colours into the elements; text must follow the page instead */
-.js-plotly-plot [class$=tick] > text, .js-plotly-plot .infolayer [class$=title], .js-plotly-plot .annotation-text,
-.js-plotly-plot .legendtext, .js-plotly-plot .legendtitletext, .js-plotly-plot .colorbar text,
-.js-plotly-plot .bartext-outside, .js-plotly-plot .textpoint text {
+.js-plotly-plot [class$=tick] > text, .js-plotly-plot .infolayer [class$=title], .js-plotly-plot .legendtext,
+.js-plotly-plot .legendtitletext, .js-plotly-plot .colorbar text, .plotted .annotation-text, .plotted .bartext-outside,
+.plotted .textpoint text {
   fill: var(--ink) !important;
 }
 @media (max-width: 860px) {

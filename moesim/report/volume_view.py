@@ -67,8 +67,8 @@ def volume_facts(study: VolumeStudy) -> list[Fact]:
     return [
         Fact("one copy", format_bytes(study.copy_bytes), f"hidden {model.hidden} in {dispatch.dtype}"),
         Fact("experts", f"{model.top_k} of {model.experts}", "per token"),
-        Fact("M", f"most {groups} per token", f"the router's groups are the {groups}"),
-        Fact("counted on", study.source),
+        Fact("M", "", f"most {groups} per token; the router's groups are the {groups}"),
+        Fact("counted on", "", study.source),
     ]
 
 

@@ -12,7 +12,6 @@ from moesim.report.report import render
 from moesim.report.step_sections import PARTS, by_kind
 from moesim.results import CATEGORIES
 from moesim.run import simulate
-from moesim.units import format_bytes
 
 
 def pipeline_of(small, kind: str):
@@ -68,8 +67,9 @@ def test_the_report_of_a_pipeline_shows_it(small) -> None:
     page = render(record)
     assert 'id="pipeline-plot"' in page
     assert "under the 1f1b schedule" in page
-    for peak in record.result["memory"]["peak_bytes_by_pipeline_rank"]:
-        assert format_bytes(peak) in page
+    peaks = record.result["memory"]["peak_bytes_by_pipeline_rank"]
+    for peak in peaks:
+        assert facts.bytes_column(peaks)(peak) in page
 
 
 def test_without_a_pipeline_there_is_no_chart_but_memory(make_record) -> None:

@@ -30,10 +30,11 @@ from moesim.report.plots.looks import (
 )
 from moesim.report.plots.metrics import Metric, Unit
 from moesim.report.plots.points import DONE
-from moesim.report.plots.values import plain
+from moesim.report.plots.values import is_number, plain
 
 _PANEL_HEIGHT, _SINGLE_HEIGHT = 330, 480
 _TOP, _TOP_WITHOUT_LEGEND, _BOTTOM = 72, 36, 64
+_MOST_MARKS, _LONGEST_MARK = 8, 12
 NO_RESULT = "#b5561d"
 
 
@@ -53,7 +54,7 @@ def curves(collection: Collection, drawing: Drawing) -> go.Figure:
     metrics = [y for y in drawing.ys if isinstance(y, Metric)]
     units = units_for(collection, drawing.metrics)
     figure, panels = _panels([title_of(y, units[y.path]) for y in metrics])
-    along = _along(collection, drawing)
+    along = along_axis(collection, drawing)
     lines = _lines(collection, drawing, along)
     for y, panel in zip(metrics, panels, strict=True):
         drawn: list[float] = []
@@ -89,7 +90,7 @@ def _panels(titles: Sequence[str]) -> tuple[go.Figure, list[dict[str, int]]]:
     return figure, [{"row": 1 + index // columns, "col": 1 + index % columns} for index in range(len(titles))]
 
 
-def _along(collection: Collection, drawing: Drawing) -> Axis:
+def along_axis(collection: Collection, drawing: Drawing) -> Axis:
     """The axis that a line follows: that of x, and for a metric on x the one with most values."""
     if isinstance(drawing.x, AxisKey):
         return drawing.x.axis
@@ -148,11 +149,7 @@ def _add_line(
     figure.add_scatter(
         x=[x.mean for _, x, _ in spots],
         y=[found.mean * factor for _, _, found in spots],
-        mode="lines+markers" + ("" if isinstance(drawing.x, AxisKey) else "+text"),
-        text=None
-        if isinstance(drawing.x, AxisKey)
-        else [_own_text(group, collection, drawing) for group, _, _ in spots],
-        textposition="top right",
+        **_line_or_labels(collection, drawing, [group for group, _, _ in spots]),
         name=plain(line.name),
         legendgroup=line.name,
         showlegend=panel == {"row": 1, "col": 1} and bool(line.name),
@@ -168,9 +165,26 @@ def _add_line(
     return [value * factor for _, _, e in spots for value in (e.mean, e.low, e.high) if value is not None]
 
 
-def _own_text(group: Group, collection: Collection, drawing: Drawing) -> str:
-    along = _along(collection, drawing)
-    return plain(along.texts[group.at[collection.axes.index(along)]])
+def _line_or_labels(collection: Collection, drawing: Drawing, groups: Sequence[Group]) -> dict[str, Any]:
+    """Against a key a line; against a metric points with what they are, joined where that has an order."""
+    if isinstance(drawing.x, AxisKey):
+        return {"mode": "lines+markers"}
+    along = along_axis(collection, drawing)
+    column, marks = collection.axes.index(along), point_marks(along)
+    ordered = sum(is_number(value[0]) for value in along.values) >= len(along.values) - 1  # all but "no limit"
+    return {
+        "mode": "lines+markers+text" if ordered else "markers+text",
+        "text": [plain(marks[group.at[column]]) for group in groups],
+        "textposition": "top right",
+        "textfont": {"size": 12},
+    }
+
+
+def point_marks(along: Axis) -> tuple[str, ...]:
+    """What stands beside points on a plot against a metric: their value, or its number where that is too long."""
+    if len(along.texts) <= _MOST_MARKS and all(len(text) <= _LONGEST_MARK for text in along.texts):
+        return along.texts
+    return tuple(str(1 + place) for place in range(len(along.texts)))
 
 
 def _x_of(group: Group, collection: Collection, drawing: Drawing, units: dict[str, Unit]) -> Estimate | None:
@@ -230,7 +244,7 @@ def _add_band(
 
 def _set_x(update: Any, collection: Collection, drawing: Drawing, units: dict[str, Unit]) -> None:
     if isinstance(drawing.x, AxisKey):
-        set_key_axis(update, drawing.x)
+        set_key_axis(update, drawing.x, collection)
         return
     values = [
         found.mean * units[drawing.x.path].factor

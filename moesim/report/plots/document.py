@@ -23,10 +23,10 @@ from moesim.report.plots.choice import (
 )
 from moesim.report.plots.comparison import add_comparison, sides, verdict
 from moesim.report.plots.cost_performance import cost_performance, drawn_groups, has_front
-from moesim.report.plots.curves import curves
+from moesim.report.plots.curves import along_axis, curves, point_marks
 from moesim.report.plots.groups import Axis, Collection, Group, collect
 from moesim.report.plots.heat_map import heat_axes, heat_map
-from moesim.report.plots.looks import label_of, name_of
+from moesim.report.plots.looks import label_of
 from moesim.report.plots.metrics import HEADLINE, LOWER, Metric, metric, text
 from moesim.report.plots.points import DONE, Source, read_sources, with_values
 from moesim.report.plots.script import SCRIPT
@@ -200,11 +200,17 @@ def _caption(collection: Collection, drawing: Drawing) -> str:
     if drawing.kind == COST_PERFORMANCE:
         front = "The staircase is the Pareto front of the points shown: no other is better in both. "
         return (front if has_front(drawing) else "") + "The pointer brings up the whole layout of a point."
-    across = name_of(drawing.x, collection) if isinstance(drawing.x, AxisKey) else drawing.x.label
     bands = (
         "90 % intervals: Student's t over repetitions" if collection.repeats else "90 % ranges over resampled routing"
     )
-    return f"Against {across}. Bands and bars are {bands}, where there are any; axes need not begin at zero."
+    said = f"Bands and bars are {bands}, where there are any; axes need not begin at zero."
+    if isinstance(drawing.x, AxisKey):
+        return said
+    along = along_axis(collection, drawing)
+    marks = point_marks(along)
+    if marks == along.texts:
+        return said
+    return f"{said} {along.name}: " + ", ".join(f"{mark} {text}" for mark, text in zip(marks, along.texts, strict=True))
 
 
 def _add_missing(page: Page, collection: Collection) -> None:

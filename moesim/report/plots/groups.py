@@ -34,6 +34,7 @@ class Axis:
     values: tuple[tuple[Any, ...], ...]
     texts: tuple[str, ...]
     repeat: bool = False
+    labelled: bool = False
 
     def index(self, values: Mapping[str, Any]) -> int:
         """Which of the axis' values a point has."""
@@ -178,24 +179,35 @@ def _study_axes(source: Source, points: Sequence[Point], *, split: bool) -> tupl
     axes = []
     for axis in declared:
         keys, labels = tuple(axis["keys"]), axis.get("labels")
-        if split and len(keys) > 1 and not labels and not axis.get("repeat"):
-            axes += [_axis(key, names[key], _values(key, points), repeat=False) for key in keys]
-            continue
         listed = [tuple(values) if isinstance(values, list) else (values,) for values in axis["values"]]
         texts = {identity(values): label for values, label in zip(listed, labels or (), strict=bool(labels))}
         found = _distinct(tuple(point.values.get(key, MISSING) for key in keys) for point in points)
         occurring = {identity(values) for values in found}
         order = [values for values in _distinct([*listed, *found]) if identity(values) in occurring]
+        firsts = _distinct((values[0],) for values in order)
+        telling = len(firsts) == len(order) and (None,) not in firsts  # the first key says it all
+        if split and not telling and not labels and not axis.get("repeat"):
+            axes += [_axis(key, names[key], _values(key, points), repeat=False) for key in keys]
+            continue
         axes.append(
             Axis(
                 keys,
-                name=" and ".join(names[key] for key in keys),
+                name=_zipped_name(keys, names),
                 values=tuple(order),
-                texts=tuple(str(texts.get(identity(values), text_of(values))) for values in order),
+                texts=tuple(
+                    str(texts.get(identity(values), text_of(values[0] if telling else values))) for values in order
+                ),
                 repeat=bool(axis.get("repeat")),
+                labelled=bool(labels),
             )
         )
     return tuple(axes)
+
+
+def _zipped_name(keys: Sequence[str], names: Mapping[str, str]) -> str:
+    """What keys that change together are called: by the variables among them, which a study names for this, or all."""
+    variables = [key for key in keys if key.startswith("$")]
+    return " and ".join(names[key] for key in (variables or keys)[:2])
 
 
 def _found_axes(sources: Sequence[Source], points: Sequence[Point]) -> tuple[Axis, ...]:

@@ -8,7 +8,7 @@ from moesim.report.figures import blank
 from moesim.report.plots.choice import AxisKey, Drawing
 from moesim.report.plots.curves import NO_RESULT
 from moesim.report.plots.groups import Collection, Group
-from moesim.report.plots.looks import hover_text, units_for, with_pointer
+from moesim.report.plots.looks import hover_text, name_of, units_for, with_pointer
 from moesim.report.plots.metrics import LOWER, Metric
 from moesim.report.plots.points import DONE
 from moesim.report.plots.values import plain
@@ -28,7 +28,11 @@ def heat_map(collection: Collection, drawing: Drawing, variable: Metric) -> go.F
     x, y = heat_axes(drawing)
     columns, rows = len(x.axis.values), len(y.axis.values)
     unit = units_for(collection, [variable])[variable.path]
-    figure = with_pointer(blank(height=max(300, min(760, 140 + 46 * rows)), x=plain(x.axis.name), y=plain(y.axis.name)))
+    figure = with_pointer(
+        blank(
+            height=max(300, min(760, 140 + 46 * rows)), x=plain(name_of(x, collection)), y=plain(name_of(y, collection))
+        )
+    )
     cells = _cells(collection, x, y, variable, unit.factor)
     if columns * rows > _LARGEST_WITH_NUMBERS:
         cells["text"] = [""] * len(cells["text"])

@@ -10,7 +10,7 @@ from moesim.report import facts
 from moesim.report.plots.choice import AxisKey, Variable
 from moesim.report.plots.groups import Axis, Collection, Estimate, Group
 from moesim.report.plots.metrics import HEADLINE, Metric, Unit, metric, text, unit_for
-from moesim.report.plots.values import is_number, plain, text_of
+from moesim.report.plots.values import is_number, plain, short_names, text_of
 
 # blue, orange, green-blue, magenta, purple, yellow, grey, brown: distinct under every common colour blindness
 CATEGORICAL = ("#2474b5", "#e07b1a", "#0a7f86", "#b3256b", "#7a4fbf", "#d9b310", "#7a828e", "#9c5f2e")
@@ -21,6 +21,7 @@ FRONT = "#6b7480"
 _ORDERED_FROM = 4  # numeric values from which on colours run from light to dark
 _LOG_FROM = 6.0  # largest / smallest value from which on an axis is logarithmic
 _MOST_TICKS = 14
+_LONGEST_HOVER = 90
 _MANTISSAS = ((1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0))
 _FEWEST_TICKS = 4
 
@@ -53,7 +54,9 @@ def name_of(variable: Variable, collection: Collection) -> str:
     """What a variable is called on the page."""
     if isinstance(variable, Metric):
         return variable.label
-    return variable.axis.name if len(variable.axis.keys) == 1 else variable.key.replace("_", " ")
+    if variable.key == variable.axis.keys[0]:
+        return variable.axis.name
+    return short_names([key for axis in collection.axes for key in axis.keys])[variable.key]
 
 
 def title_of(variable: Metric, unit: Unit) -> str:
@@ -96,18 +99,17 @@ def tick_text(value: float) -> str:
     return f"{value:g}"
 
 
-def set_key_axis(update: Any, variable: AxisKey, *, titled: bool = True) -> None:
+def set_key_axis(update: Any, variable: AxisKey, collection: Collection) -> None:
     """Ticks and title of an axis over the values of a key: at their numbers, or side by side in their order."""
-    if titled:
-        update(title={"text": plain(variable.axis.name)})
+    update(title={"text": plain(name_of(variable, collection))})
     places = key_places(variable)
-    if variable.is_numeric:
-        logarithmic = len(places) > 2 and is_log(places)
-        ticks = {"tickvals": places, "ticktext": list(map(tick_text, places))} if len(places) <= _MOST_TICKS else {}
-        update(type="log" if logarithmic else "linear", **ticks)
-    else:
-        texts = [plain(value) for value in variable.axis.texts]
+    texts = [plain(value) for value in variable.axis.texts]
+    if not variable.is_numeric:
         update(tickvals=places, ticktext=texts, range=[-0.5, len(places) - 0.5])
+        return
+    update(type="log" if len(places) > 2 and is_log(places) else "linear")
+    if len(places) <= _MOST_TICKS:
+        update(tickvals=places, ticktext=texts if variable.axis.labelled else list(map(tick_text, places)))
 
 
 def key_places(variable: AxisKey) -> list[float]:
@@ -133,7 +135,7 @@ def hover_text(group: Group, collection: Collection, metrics: Sequence[Metric] =
         lines.append(f"{plain(axis.name)}: {plain(axis.texts[place])}")
         if len(axis.keys) > 1:
             values = zip(axis.keys, axis.values[place], strict=True)
-            lines += [f"    {plain(key)}: {plain(text_of(value))}" for key, value in values]
+            lines += [f"    {plain(key)}: {plain(text_of(value, longest=_LONGEST_HOVER))}" for key, value in values]
     shown = dict.fromkeys([*(m.path for m in metrics), *HEADLINE])
     lines += [
         f"{plain(metric(path).label)}: {interval_text(metric(path), group.estimate(metric(path)))}" for path in shown

@@ -34,8 +34,8 @@ def look_up(flat: Mapping[str, Any], key: str) -> Any:
     return MISSING
 
 
-def text_of(value: Any) -> str:
-    """A value as a person writes it, at most some forty characters long."""
+def text_of(value: Any, *, longest: int = _LONGEST) -> str:
+    """A value as a person writes it; what is longer than `longest` loses its head, as a path does, or its tail."""
     if value is None:
         text = "none"
     elif isinstance(value, bool):
@@ -45,13 +45,15 @@ def text_of(value: Any) -> str:
     elif isinstance(value, int):
         text = str(value)
     elif isinstance(value, Mapping):
-        text = ", ".join(f"{key} {text_of(child)}" for key, child in value.items()) or "nothing"
+        text = ", ".join(f"{key} {text_of(child, longest=longest)}" for key, child in value.items()) or "nothing"
     elif isinstance(value, Sequence) and not isinstance(value, str):
-        text = ", ".join(text_of(child) for child in value) or "nothing"
+        text = ", ".join(text_of(child, longest=longest) for child in value) or "nothing"
     else:
         text = str(value)
     text = "".join(char if char.isprintable() else " " for char in text)
-    return text if len(text) <= _LONGEST else "…" + text[1 - _LONGEST :]
+    if len(text) <= longest:
+        return text
+    return "…" + text[1 - longest :] if isinstance(value, str) else text[: longest - 1] + "…"
 
 
 def is_number(value: Any) -> bool:
