@@ -337,7 +337,8 @@ def _warnings(scenario: Scenario, fabric: Fabric, memory: MemoryReport, plain: S
     crosses = any(mesh.layout(ranks_R).num_nodes > 1 for ranks_R in mesh.expert_groups())
     if fabric.core_can_block and crosses and scenario.network.model == "ports":
         warnings.append(
-            "network.model: ports does not see the fabric's shared core links block each other; use fluid to see it"
+            "network.model: ports looks at the fabric's core links one by one: where several block at once a transfer "
+            "may come out a fifth short; use fluid"
         )
     if plain and coverage(scenario, plain[0]) < MIN_COVERAGE_FOR_CONFIDENCE:
         has_range = coverage(scenario, plain[0]) >= MIN_COVERAGE_FOR_RANGE
