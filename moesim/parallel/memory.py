@@ -202,6 +202,13 @@ class _PipelineRank:
             add(self.saved.prediction_join(), model.mtp_layers)
         return parts
 
+    def head_bytes(self, chunk: int) -> float:
+        """What the head and its copies for prediction layers keep of it: a split backward pass ends them at once."""
+        if self.stages[chunk] != self.schedule.num_stages - 1:
+            return 0.0
+        heads = 1 + self.scenario.model.mtp_layers
+        return heads * sum(saved.bytes for saved in self.saved.head()) * self.tokens
+
     @cached_property
     def activations_C(self) -> list[dict[Part, Array]]:
         return [self.activations(chunk) for chunk in range(len(self.stages))]
@@ -221,8 +228,12 @@ class _PipelineRank:
             higher_SW = now_SW > peak_SW
             peak_SW[higher_SW], when_SW[higher_SW] = now_SW[higher_SW], index
             for work in action.works:
-                if work.kind in (Pass.BACKWARD, Pass.WEIGHT):
-                    now_SW -= totals[work.chunk][:, work.micro_batch % distinct]
+                head = self.head_bytes(work.chunk)
+                if work.kind is Pass.INPUT:
+                    now_SW -= head
+                elif work.kind in (Pass.BACKWARD, Pass.WEIGHT):
+                    kept_SW = totals[work.chunk][:, work.micro_batch % distinct]
+                    now_SW -= kept_SW - head if work.kind is Pass.WEIGHT else kept_SW
         return peak_SW, when_SW
 
     @property
@@ -318,12 +329,14 @@ class _PipelineRank:
     def _live_parts(self, sample: int, place: int) -> dict[str, float]:
         """Activations by part at the peak of one rank in one sample."""
         held: set[tuple[int, int]] = set()
+        without_head: set[tuple[int, int]] = set()
         last = int(self.live[1][sample, place])
         for index, action in enumerate(self.schedule.actions[self.rank][: last + 1]):
             held |= {(work.micro_batch, work.chunk) for work in action.works if work.kind is Pass.FORWARD}
             if index < last:
                 ended = {Pass.BACKWARD, Pass.WEIGHT}
                 held -= {(work.micro_batch, work.chunk) for work in action.works if work.kind in ended}
+                without_head |= {(work.micro_batch, work.chunk) for work in action.works if work.kind is Pass.INPUT}
         parts: dict[str, float] = {}
         for micro_batch, chunk in held:
             for part, values in self.activations_C[chunk].items():
@@ -333,4 +346,6 @@ class _PipelineRank:
                     else float(values[sample, micro_batch % values.shape[1], place])
                 )
                 parts[part] = parts.get(part, 0.0) + size
+            if (micro_batch, chunk) in without_head and self.head_bytes(chunk):
+                parts["embedding_head"] -= self.head_bytes(chunk)
         return parts

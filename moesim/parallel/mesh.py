@@ -93,14 +93,18 @@ class Mesh:
         return self.parallelism.context * self.parallelism.tensor
 
     @property
+    def shards_by_layer(self) -> bool:
+        """Whether ZeRO 2 or 3 reduces gradients, or gathers parameters, layer by layer in every micro-batch."""
+        return max(self.parallelism.zero.dense, self.parallelism.zero.expert) >= 2
+
+    @property
     def group_size(self) -> int:
         """Ranks of one rank group: the fewest consecutive ones that are closed under what they do layer by layer.
 
         Whole tensor, context, expert and expert-tensor groups; with ZeRO 2 or 3, which reduces and gathers layer by
         layer among all data-parallel ranks, the whole stage.
         """
-        zero = self.parallelism.zero
-        if max(zero.dense, zero.expert) >= 2:
+        if self.shards_by_layer:
             return self.stage_ranks
         return max(self.attention_block, self.expert_block)
 

@@ -69,8 +69,14 @@ def require_supported_step(scenario: Scenario, report: Report) -> None:
     """Raises UserError for ways of running a step that the simulation core does not have yet, naming the key."""
     mesh = scenario.parallelism
     for part in ("dense", "expert"):
-        if (stage := getattr(mesh.zero, part)) > 1:
-            raise report.user(f"parallelism.zero.{part}", f"stage {stage} cannot be simulated yet; use 0 or 1")
+        if (stage := getattr(mesh.zero, part)) < 2:
+            continue
+        for refused, why in (
+            (scenario.implementation.kind == "torch_eager", "torch_eager keeps whole gradients; use 0 or 1, or fused"),
+            (mesh.schedule.kind == "dualpipe", "dualpipe puts each stage on two pipeline ranks; use 0 or 1, or zb_h1"),
+        ):
+            if refused:
+                raise report.user(f"parallelism.zero.{part}", f"{stage} shards layer by layer, but {why}")
     if scenario.implementation.kind == "torch_eager":
         for axis in ("tensor", "context", "expert_tensor"):
             if (size := getattr(mesh, axis)) > 1:

@@ -101,7 +101,7 @@ class _Builder:
             slowdown=self._slowdown(),
             samples=max(1, len(self.samples)),
             source_seconds=dict(self.seconds),
-            compiled=self.compiled,
+            compiled=self.compiled and not self.mesh.shards_by_layer,
             contention=find_contention(self.fabric, groups, (*reductions, *gathers)),
         )
 
@@ -224,6 +224,13 @@ class _Builder:
                 ranks_R=ranks_R,
                 compiled=self.compiled,
             )
-        plan = StagePlan(layers=layers, moe_layers=tuple(chosen) if loads else (), first=stage == 0, last=last)
+        plan = StagePlan(
+            layers=layers,
+            moe_layers=tuple(chosen) if loads else (),
+            first=stage == 0,
+            last=last,
+            stage=stage,
+            held=tuple(other for other in self.schedule.stages_of_rank[pipeline_rank] if other < stage),
+        )
         links = GroupLinks(self.fabric, ranks_R, samples=max(1, len(self.samples)))
         return stage_blocks(self.scenario, self.kernels, plan, loads, links)

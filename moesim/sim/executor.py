@@ -176,6 +176,14 @@ class GroupExecutor:
                 chains_CSR[chain + SIDE] = chains_CSR[chain]
             case Kind.JOIN:
                 np.maximum(chains_CSR[chain], chains_CSR[chain + SIDE], out=chains_CSR[chain])
+            case Kind.COLLECTIVE:
+                prepared = step.transfers_M[0]
+                start_SR = np.maximum(chains_CSR[chain], self.reduced_SR)
+                self.reduced_SR = prepared.finish(start_SR)
+                own_SR = np.minimum(prepared.alone_R, self.reduced_SR - start_SR)
+                self.recorder.add(int(step.labels_N[0]), run.micro_batch, start_SR, self.reduced_SR, own_SR)
+            case Kind.AWAIT:
+                np.maximum(chains_CSR[chain], self.reduced_SR, out=chains_CSR[chain])
 
     def _issue(self, step: Step, ready_SR: FloatArray, micro_batch: int) -> FloatArray:
         """When the device may start: it stands still where the host has not issued the operation yet."""

@@ -31,6 +31,8 @@ class Kind(IntEnum):
     READBACK = 2  # the host waits for the stream
     FORK = 3  # the side chain starts here
     JOIN = 4  # the main chain goes on when the side chain is done
+    COLLECTIVE = 5  # on gradients or parameters: one after the other on a stream of their own
+    AWAIT = 6  # the chain goes on when all of these listed so far are done
 
 
 class Transfer(Protocol):
@@ -127,6 +129,17 @@ def transfer(
 def readback(name: str, *, layer: int) -> Operation:
     """The host waits until the main chain is done and reads a result back."""
     return Operation(kind=Kind.READBACK, label=Label(name, "host", Stream.HOST, layer), launches=0)
+
+
+def collective(name: str, prepared: Transfer, *, layer: int, peers: tuple[int, ...]) -> Operation:
+    """A collective on gradients or parameters, as soon as the main chain and the one before it are there."""
+    label = Label(name, "data_parallel", Stream.REDUCTION, layer, peers=peers)
+    return Operation(kind=Kind.COLLECTIVE, label=label, transfers_M=(prepared,), source="network")
+
+
+def wait(*, layer: int, name: str = "await") -> Operation:
+    """The main chain waits for the collectives on gradients and parameters that are listed before."""
+    return Operation(kind=Kind.AWAIT, label=Label(name, "other", Stream.HOST, layer), launches=0)
 
 
 def fork(*, layer: int, name: str = "fork") -> Operation:

@@ -15,6 +15,7 @@ from moesim.scenario import Scenario
 from moesim.scenario.base import BYTES_PER_ELEMENT
 from moesim.sim.operations import Block
 from moesim.sim.reductions import Members, Reduction
+from moesim.sim.sharded import GRADIENTS, PARAMETERS
 from moesim.sim.writer import KernelWriter
 
 Ranks = NDArray[np.int64]
@@ -76,12 +77,14 @@ class ParameterGroups:
         return RankParameters(held=held, reduced=reduced, updated=updated)
 
     def reductions(self, fabric: Fabric) -> list[Reduction]:
-        """Sums of gradients, stage by stage, and of the gradients' norm when it is clipped."""
+        """Sums of gradients at the end of the step, stage by stage, and of the gradients' norm when it is clipped."""
         precision = self.scenario.workload.precision
         size = BYTES_PER_ELEMENT[precision.gradients]
         beside = self.scenario.overlap.gradient_reduction is True
         collectives = []
         for name, stage, count, sharding, members in self._kinds():
+            if sharding >= GRADIENTS:
+                continue  # reduced in every backward pass
             buckets = max(1, len(self.scenario.stage_layers[stage])) if beside else 0
             reduce = reduce_scatter_seconds if sharding else all_reduce_seconds
             verb = "reduce_scatter" if sharding else "all_reduce"
@@ -118,14 +121,14 @@ class ParameterGroups:
         ]
 
     def gathers(self, fabric: Fabric) -> list[Reduction]:
-        """Gathers of updated weights where optimizer states are sharded."""
+        """Gathers of updated weights where optimizer states are sharded and weights are not."""
         size = BYTES_PER_ELEMENT[self.scenario.workload.precision.weights]
         return [
             Reduction(
                 f"all_gather.{name}", members, all_gather_seconds(fabric, members[0], count * size).seconds, "network"
             )
             for name, _, count, sharding, members in self._kinds()
-            if sharding
+            if 0 < sharding < PARAMETERS
         ]
 
     def _kinds(self) -> list[tuple[str, int, float, int, Members]]:

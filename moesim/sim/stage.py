@@ -7,12 +7,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from moesim.compute import KernelModel
+from moesim.parallel import Mesh
+from moesim.parallel.memory_parameters import stage_units
 from moesim.parallel.schedules import Pass
 from moesim.scenario import Scenario
 from moesim.sim.loads import LayerLoads
 from moesim.sim.operations import Block, Kind, Operation
 from moesim.sim.peers import GroupLinks
 from moesim.sim.products import column_parallel, gather_tokens
+from moesim.sim.sharded import Part, ShardedStage
 from moesim.sim.sizes import Passes, Step, chain
 from moesim.sim.software import SOFTWARE
 from moesim.sim.writer import KernelWriter
@@ -29,13 +32,16 @@ RECOMPUTED_NAMES = {
 class StagePlan:
     """Which part of the model a stage is: `layers` numbered through the model, and whether it is an end.
 
-    `moe_layers`: those of them with experts, and layers of multi-token prediction.
+    `moe_layers`: those of them with experts, and layers of multi-token prediction. `stage`: its number, and `held`:
+    those of other stages on the same rank.
     """
 
     layers: range
     moe_layers: tuple[int, ...]
     first: bool
     last: bool
+    stage: int = 0
+    held: tuple[int, ...] = ()
 
 
 def stage_blocks(
@@ -43,17 +49,23 @@ def stage_blocks(
 ) -> dict[Pass, Block]:
     """A block per pass; `loads` holds the MoE layers of the plan, where there are any.
 
-    `links` are those of the rank group, needed where its ranks share sequences or matrices.
+    `links` are those of the rank group, needed where its ranks share sequences or matrices; without them the
+    collectives of ZeRO 2 and 3 are left out.
     """
     forward, backward = _passes(scenario, kernels, plan, loads, links)
-    late = tuple(operation for operation in backward if operation.is_weight_gradient)
-    early = tuple(operation for operation in backward if not operation.is_weight_gradient)
+    late = tuple(operation for operation in backward if _is_put_off(operation))
+    early = tuple(operation for operation in backward if not _is_put_off(operation))
     return {
         Pass.FORWARD: Block("forward", tuple(forward)),
         Pass.BACKWARD: Block("backward", tuple(backward)),
         Pass.INPUT: Block("backward.input", early),
         Pass.WEIGHT: Block("backward.weight", late),
     }
+
+
+def _is_put_off(operation: Operation) -> bool:
+    """Whether a split backward pass leaves it for later: not the head's, whose logits are too large to be kept."""
+    return operation.is_weight_gradient and not operation.label.name.startswith("head.")
 
 
 def _passes(
@@ -75,15 +87,19 @@ def _passes(
     extra_layers = range(model.layers, model.layers + model.mtp_layers) if plan.last else ()
     dense_layers = [layer for layer in (*plan.layers, *extra_layers) if layer not in plan.moe_layers]
     part_of_layer = layer_parts(dense_layers, None) | layer_parts(plan.moe_layers, loads)
-    parts = [software.embedding_part(writer("embedding_head", -1), step)] if plan.first else []
-    parts += [part_of_layer[layer] for layer in plan.layers]
+    parts = [(-1, software.embedding_part(writer("embedding_head", -1), step))] if plan.first else []
+    parts += [(layer, part_of_layer[layer]) for layer in plan.layers]
     if plan.last:
-        parts.append(software.head_part(writer("embedding_head", -1), step))
-        for extra in range(model.mtp_layers):
-            join = _prediction_join(writer("embedding_head", model.layers + extra), step)
+        parts.append((-1, software.head_part(writer("embedding_head", -1), step)))
+        for layer in extra_layers:
+            join = _prediction_join(writer("embedding_head", layer), step)
             head = software.head_part(writer("embedding_head", -1), step)
-            parts += [join, part_of_layer[model.layers + extra], head]
-    return chain(*parts)
+            parts.append((layer, chain(join, part_of_layer[layer], head)))
+    if links is None or not Mesh(scenario.parallelism, scenario.cluster).shards_by_layer:
+        return chain(*(passes for _, passes in parts))
+    units = stage_units(scenario, plan.stage, held=plan.held)
+    named = [Part(passes, unit, layer) for (layer, passes), unit in zip(parts, units, strict=True)]
+    return ShardedStage(scenario, links).passes(named)
 
 
 def _prediction_join(w: KernelWriter, step: Step) -> Passes:

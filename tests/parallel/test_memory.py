@@ -8,7 +8,7 @@ import pytest
 from moesim.errors import InfeasibleError
 from moesim.parallel import sample_traffic
 from moesim.parallel.memory import memory_report
-from moesim.parallel.memory_parameters import local_parameters, state_bytes
+from moesim.parallel.memory_parameters import local_parameters, stage_units, state_bytes
 from moesim.parallel.memory_remedy import check_memory, nearest_change
 from moesim.parallel.memory_rows import even_rows, routed_rows
 from moesim.parallel.memory_saved import SavedTensors
@@ -106,6 +106,44 @@ def test_zero_divides_each_kind_of_state_by_its_own_holders(kind, first_stage, p
     assert sizes == pytest.approx([sizes[0] / (holders if stage >= first_stage else 1) for stage in range(4)])
 
 
+@pytest.mark.parametrize("model", ["deepseek-moe-16b", "deepseek-v3"])
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved"])
+def test_the_parts_of_a_stage_add_up_to_what_a_rank_holds(model, schedule):
+    virtual = 2 if schedule == "interleaved" else 1
+    scenario = load(PIPELINE, f"model.preset={model}", f"parallelism.schedule={{kind: {schedule}, virtual: {virtual}}}")
+    for stages in ([0], [3, 5], [7 * virtual], [0, 8 * virtual - 1]):
+        units = [
+            unit for stage in stages for unit in stage_units(scenario, stage, held=[s for s in stages if s < stage])
+        ]
+        whole = local_parameters(scenario, stages)
+        assert sum(unit.dense for unit in units) == whole.dense
+        assert sum(unit.expert for unit in units) == whole.expert
+        assert max(unit.dense for unit in units) == whole.largest_dense
+        assert all(unit.duplicated <= unit.dense for unit in units)
+
+
+def test_tied_embeddings_are_held_once_on_a_rank_with_both_ends():
+    tied = load(ONE_NODE, "model.tied_embeddings=true", "model.mtp_layers=1")
+    untied = load(ONE_NODE, "model.mtp_layers=1")
+    table = 102400 * 2048
+    assert local_parameters(untied, [0]).dense - local_parameters(tied, [0]).dense == table
+    ends = load(PIPELINE, "model.tied_embeddings=true", "model.mtp_layers=1")
+    apart = sum(local_parameters(ends, [stage]).dense for stage in (0, 7))
+    assert apart - local_parameters(ends, [0, 7]).dense == table  # the last stage has a copy of its own
+
+
+def test_zero_2_and_3_keep_shards_and_the_largest_part_whole():
+    text = ONE_NODE.replace("nodes: 1", "nodes: 2").replace("data: 8", "data: 16")
+    states = [
+        state_bytes(load(text, f"parallelism.zero={{dense: {z}, expert: {z}}}"), [0], replicas=1) for z in range(4)
+    ]
+    totals = [sum(parts.values()) for parts in states]
+    assert totals == sorted(totals, reverse=True)
+    local = local_parameters(load(text), [0])
+    for kind, largest in (("dense", local.largest_dense), ("experts", local.largest_expert)):
+        assert [parts[f"gathered.{kind}"] for parts in states] == [0, 0, 2 * largest, 2 * largest + 2 * 2 * largest]
+
+
 def test_tensor_ranks_split_what_megatron_splits():
     whole = load(ONE_NODE, "parallelism={data: 8}")
     split = load(ONE_NODE, "parallelism={data: 2, tensor: 4, expert: 8}")
@@ -128,7 +166,9 @@ def test_ranks_hold_as_many_micro_batches_as_the_schedule_says():
         single = activations(one, rank)
         assert activations(plain, rank) == pytest.approx((8 - rank) * single)
         assert activations(gpipe, rank) == pytest.approx(16 * single)
-        assert activations(split, rank) == pytest.approx(8 * single)
+        # Weight gradients are put off, but not that of the head: one micro-batch alone keeps its logits.
+        heads = 4096 * (2 * 2048 * 2 + 4 + 102400 * 2) * (rank == 7)
+        assert activations(split, rank) == pytest.approx(8 * single - 7 * heads)
 
 
 def test_dualpipe_holds_two_stages_and_one_activation_more():

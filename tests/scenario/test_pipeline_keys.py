@@ -124,7 +124,8 @@ def test_only_latent_attention_has_up_projections():
         ("parallelism.tensor=2", "torch_eager"),
         ("parallelism.context=2", "torch_eager"),
         ("parallelism={data: 16, pipeline: 4, expert: 8, expert_tensor: 2}", "torch_eager"),
-        ("parallelism.zero.dense=2", "fused"),
+        ("parallelism.zero.dense=2", "torch_eager"),
+        ("parallelism.zero.expert=3", "torch_eager"),
         ("workload.recompute=selective", "torch_eager"),
         ("overlap.shared_experts=true", "torch_eager"),
     ],
@@ -147,3 +148,13 @@ def test_divisors_near_a_target():
     assert nearest_divisors(64, 24, multiple_of=32) == [32]
     assert nearest_divisors(64, 100) == [64]
     assert nearest_divisors(2 * (10**12 + 39), 10**9) == [1, 2 * (10**12 + 39)]
+
+
+@pytest.mark.parametrize("part", ["dense", "expert"])
+def test_dualpipe_cannot_shard_layer_by_layer(part):
+    dualpipe = ("parallelism.schedule.kind=dualpipe", "workload.global_batch=128")
+    require_supported(load(*dualpipe, f"parallelism.zero.{part}=1"))
+    with pytest.raises(
+        UserError, match=rf"zero\.{part}: 2 shards layer by layer, but dualpipe .*; use 0 or 1, or zb_h1"
+    ):
+        require_supported(load(*dualpipe, f"parallelism.zero.{part}=2"))
