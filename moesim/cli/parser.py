@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from moesim import __version__
-from moesim.cli import calibrate, model, plot, run, schema, sweep, topology, trace, validate, volume
+from moesim.cli import calibrate, model, plan, plot, run, schema, sweep, topology, trace, validate, volume
 from moesim.errors import UserError
 
-VERBS = {verb.NAME: verb for verb in (run, trace, sweep, plot, model, topology, volume, calibrate, validate, schema)}
+VERBS = {
+    verb.NAME: verb for verb in (run, trace, sweep, plan, plot, model, topology, volume, calibrate, validate, schema)
+}
 
 
 def closest(word: str, choices: Sequence[str]) -> str:

@@ -1,0 +1,70 @@
+"""`moesim plan`: find the layout that reaches a goal, by simulation, and say why."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moesim.cli.flags import add_cache, add_force, add_json, add_overrides, add_quiet, check_writable
+from moesim.cli.interrupt import interrupts_say
+from moesim.cli.progress import watched_training
+
+if TYPE_CHECKING:
+    from moesim.planner.folder import Folder
+
+NAME = "plan"
+SUMMARY = "Plan a training run: look at every layout that the choices allow, simulate the best, rank and explain them."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """PLAN, --set, --out, --workers, --cluster, --storage, --cache, --json, --quiet, --force."""
+    parser.add_argument("plan", metavar="PLAN", type=Path, help="plan file (YAML), e.g. scenarios/plans/*.yaml")
+    add_overrides(parser)
+    parser.add_argument("--out", metavar="DIR", type=Path, help="folder of the plan; runs/NAME by default")
+    parser.add_argument("--workers", metavar="N", type=_count, help="processes that simulate; one per core by default")
+    parser.add_argument("--cluster", metavar="ADDRESS", help="simulate on the workers of this Dask scheduler instead")
+    storage = "database of the search for many machines, e.g. postgresql://...; a journal in the folder by default"
+    parser.add_argument("--storage", metavar="URL", help=storage)
+    add_cache(parser)
+    add_json(parser)
+    add_quiet(parser)
+    add_force(parser)
+    parser.set_defaults(execute=execute)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of processes; write e.g. --workers 2")
+    return int(text)
+
+
+def execute(args: argparse.Namespace) -> int:
+    """Make the plan, or go on with it. Raises UserError, InfeasibleError and Interrupted."""
+    from moesim.planner.folder import Folder
+    from moesim.planner.loading import load_plan
+    from moesim.study import watched_points
+
+    plan = load_plan(args.plan, args.overrides)
+    out_dir = args.out or Path("runs") / plan.name
+    check_writable(out_dir)
+    with (
+        interrupts_say(lambda: f"what is finished is kept in {out_dir}; run the same command again to go on"),
+        watched_points(quiet=args.quiet) as watch,
+    ):
+        folder = Folder(out_dir, plan, workers=args.workers, cluster=args.cluster, cache_dir=args.cache, watch=watch)
+        content = _make(folder, args)
+    if args.json:
+        print(json.dumps(content, indent=1))
+    elif not args.quiet:
+        from moesim.report.plan_screen import print_plan
+
+        print_plan(content)
+        print(f"\nwritten to {out_dir}: every layout above is a file in {out_dir / 'scenarios'} for `moesim run`")
+    return 0
+
+
+def _make(folder: "Folder", args: argparse.Namespace) -> dict[str, Any]:
+    from moesim.planner.planning import Watching, make_plan
+
+    with watched_training(quiet=args.quiet) as training:
+        return make_plan(folder, storage=args.storage, watching=Watching(training=training), force=args.force)

@@ -1,0 +1,84 @@
+"""What a plan adds to its ranking: how it holds under other conditions, and a dense model to hold it against."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from moesim.planner.folder import VARIANTS_FILE, Folder
+from moesim.planner.judge import Judge
+from moesim.planner.outcome import Outcome, missed, outcome_of
+from moesim.planner.plan import Plan
+from moesim.planner.screen import Screen
+from moesim.planner.search import Progress, enumerate_space
+from moesim.planner.selection import by_objective
+from moesim.planner.simulations import Simulations
+from moesim.planner.space import Space
+from moesim.planner.why import Simulated, change, price_changes, price_flips, with_bandwidth
+
+
+def sensitivity(folder: Folder, work: Simulations, ranking: Sequence[Simulated]) -> dict[str, Any]:
+    """The ranking under other bandwidths (simulated again), balanced routing and other prices."""
+    plan, best = folder.plan, _best_of_each_kind(ranking, folder.plan.sensitivity.candidates)
+    changes = []
+    for factor in plan.sensitivity.bandwidth:
+        scenarios = [
+            (with_bandwidth(layout.scenario, factor), {**layout.values, "bandwidth": factor}) for layout in best
+        ]
+        records = folder.simulate(scenarios, file=VARIANTS_FILE)
+        outcomes = {
+            layout.id: outcome_of(layout.scenario, record.result["step_time_s"])
+            for layout, record in zip(best, records, strict=True)
+            if record.result is not None
+        }
+        changes.append(change(plan, f"bandwidth of all links x{factor:g}", best, outcomes))
+    if plan.model.experts:
+        even = {layout.id: outcome_of(layout.scenario, layout.result["balanced_step_time_s"]) for layout in work.usable}
+        changes.append(change(plan, "perfectly balanced routing", work.usable, even))
+    changes += price_changes(plan, work.usable)
+    return {"changes": changes, "price_flips": price_flips(plan, ranking)}
+
+
+def _best_of_each_kind(ranking: Sequence[Simulated], count: int) -> list[Simulated]:
+    """The best layouts, and the best with each kind of GPU beyond them."""
+    best = list(ranking[:count])
+    for layout in ranking[count:]:
+        if count and layout.gpu not in {other.gpu for other in best}:
+            best.append(layout)
+    return best
+
+
+def baseline(folder: Folder, winner: Simulated, *, progress: Progress | None) -> dict[str, Any] | None:
+    """The best layout of the dense model under the same goal, whether or not it meets it."""
+    plan = folder.plan
+    if plan.baseline is None:
+        return None
+    judge = Judge(Space.of_baseline(plan), Screen(lambda scenario: None))
+    enumerate_space(judge, progress=progress)
+    work = Simulations(folder, judge)
+    chosen = by_objective(judge.candidates or judge.fitting, plan.objectives)[: plan.baseline.simulate]
+    work.simulate(chosen)
+    model = plan.baseline.model.preset or "dense"
+    found: dict[str, Any] = {"model": model, "source": plan.baseline.source, "counts": judge.funnel.as_json()}
+    if not work.usable:
+        return found | {
+            "id": None,
+            "note": judge.funnel.why_empty() if not judge.fitting else "none could be simulated",
+        }
+    best = min(
+        work.usable, key=lambda layout: (_missing(plan, layout.outcome), layout.outcome.objectives(plan.objectives))
+    )
+    miss = missed(plan, best.outcome)
+    return found | {
+        "id": best.id,
+        "name": best.scenario.name,
+        "values": dict(best.values),
+        **best.outcome._asdict(),
+        "note": "" if miss is None else f"misses the {miss.stage}: {miss.text}",
+        "usd_of_winner": winner.outcome.usd / best.outcome.usd,
+        "days_of_winner": winner.outcome.days / best.outcome.days,
+        "gpu_hours_of_winner": winner.gpu_hours / best.gpu_hours,
+    }
+
+
+def _missing(plan: Plan, outcome: Outcome) -> float:
+    miss = missed(plan, outcome)
+    return 0.0 if miss is None else miss.factor

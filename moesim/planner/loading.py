@@ -1,0 +1,122 @@
+"""From a plan file to a Plan: the loader of scenarios with another schema, and the checks across sections."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path as FilePath
+from typing import Any
+
+from pydantic import ValidationError
+
+from moesim.errors import UserError
+from moesim.planner.plan import Choices, Plan
+from moesim.scenario import GroupedRouter, TraceRouting, gpu_spec
+from moesim.scenario.document import Node, Path, find, mapping_node, parse_yaml
+from moesim.scenario.forms import absolute_paths, explicit_model
+from moesim.scenario.messages import describe
+from moesim.scenario.overrides import apply_overrides
+
+
+def load_plan(path: str | FilePath, overrides: Sequence[str] = ()) -> Plan:
+    """The plan in the file `path` with `a.b=c` overrides applied; models explicit, paths absolute.
+
+    Raises UserError, one line with `file:line:column` or `--set a.b=c`.
+    """
+    path = FilePath(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the plan: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text; save the file as UTF-8") from None
+    return _one_line_errors(parse_yaml(text, source=str(path)), overrides, base=path.parent)
+
+
+def plan_from_mapping(data: Mapping[str, Any], overrides: Sequence[str] = ()) -> Plan:
+    """A plan from nested dicts in any form that a file may have; paths are relative to the working directory."""
+    return _one_line_errors(_node_of(data), overrides, base=FilePath())
+
+
+def _node_of(value: Any) -> Node:
+    if isinstance(value, Mapping):
+        return Node({str(key): _node_of(child) for key, child in value.items()}, "plan", "plan")
+    if isinstance(value, list | tuple):
+        return Node([_node_of(child) for child in value], "plan", "plan")
+    return Node(value, "plan", "plan")
+
+
+def _one_line_errors(root: Node, overrides: Sequence[str], *, base: FilePath) -> Plan:
+    try:
+        return _validated(root, overrides, base=base)
+    except UserError as error:
+        line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(error))
+        raise type(error)(line) from None
+
+
+def _validated(root: Node, overrides: Sequence[str], *, base: FilePath) -> Plan:
+    if not isinstance(root.value, dict):
+        raise UserError(f"{root.where}: expected a mapping of sections; write name: ..., model: ..., goal: ...")
+    root = apply_overrides(root, overrides)
+    root = absolute_paths(_explicit_models(root, base=base), base=base)
+    try:
+        plan = Plan.model_validate(root.plain)
+    except ValidationError as error:
+        details = error.errors(include_url=False)
+        raise UserError(describe(details, root, shown=_dotted, schema=Plan, subject="plan")) from None
+    _check(plan, root)
+    return plan
+
+
+def _explicit_models(root: Node, *, base: FilePath) -> Node:
+    """Presets and configurations written out, in the plan and in its baseline."""
+    root = explicit_model(root, base=base)
+    baseline = root.value.get("baseline")
+    if baseline is None or not isinstance(baseline.value, dict):
+        return root
+    return mapping_node({**root.value, "baseline": explicit_model(baseline, base=base)}, root)
+
+
+def _dotted(path: Path) -> str:
+    return ".".join(str(key) for key in path)
+
+
+def _check(plan: Plan, root: Node) -> None:
+    def error(message: str, *path: str | int) -> UserError:
+        return UserError(f"{find(root, path)[0].where}: {_dotted(path)}: {message}")
+
+    kinds = [offer.gpu for offer in plan.goal.gpus]
+    for index, offer in enumerate(plan.goal.gpus):
+        try:
+            gpu_spec(offer.gpu)
+        except UserError as unknown:
+            raise error(str(unknown), "goal", "gpus", index, "gpu") from None
+        if offer.gpu in kinds[:index]:
+            raise error(f'"{offer.gpu}" is offered twice; keep one offer per kind', "goal", "gpus", index, "gpu")
+    for index, objective in enumerate(plan.objectives):
+        if objective in plan.objectives[:index]:
+            raise error(f'"{objective}" is listed twice', "objectives", index)
+    if plan.model.experts and "routing" not in plan.model_fields_set:
+        raise error("missing; a model with experts needs one kind of train, trace, popularity, uniform", "routing")
+    if plan.choices.group_limit is not None:
+        _check_group_limit(plan, error_of=lambda message: error(message, "choices", "group_limit"))
+    _check_repeats(plan.choices, root, ("choices",))
+    if plan.baseline is not None:
+        if plan.baseline.model.experts:
+            raise error("has experts; name a dense model", "baseline", "model")
+        if plan.baseline.choices is not None:
+            _check_repeats(plan.baseline.choices, root, ("baseline", "choices"))
+
+
+def _check_group_limit(plan: Plan, *, error_of: Any) -> None:
+    routing = plan.routing
+    if isinstance(routing, TraceRouting):
+        raise error_of("a recorded trace brings its router's limit; drop this key, or use another kind of routing")
+    if not isinstance(routing.router, GroupedRouter):
+        raise error_of("routing.router has no groups; use kind deepseek_v2 or deepseek_v3, or drop this key")
+
+
+def _check_repeats(choices: Choices, root: Node, where: Path) -> None:
+    for key in type(choices).model_fields:
+        values = getattr(choices, key)
+        for index, value in enumerate(values or ()):
+            if value in values[:index]:
+                path = (*where, key, index)
+                raise UserError(f"{find(root, path)[0].where}: {_dotted(path)}: listed twice; keep one")

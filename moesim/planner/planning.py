@@ -1,0 +1,148 @@
+"""make_plan: look at every combination, simulate the promising ones, rank by what was simulated, say why.
+
+Read `make_plan` from top to bottom. A rerun in the same folder goes on where an interrupted one stopped and gives the
+same plan: the screen and the search are made again or read back, finished simulations are kept.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moesim.errors import InfeasibleError
+from moesim.moe.progress import ProgressCallback
+from moesim.planner.accounts import baseline, sensitivity
+from moesim.planner.folder import JOURNAL_FILE, Folder, plan_hash
+from moesim.planner.judge import SLACK, Candidate, Judge
+from moesim.planner.outcome import front
+from moesim.planner.screen import Screen
+from moesim.planner.search import Progress, enumerate_space, search_space, uses_nsga2
+from moesim.planner.selection import screen_error
+from moesim.planner.simulations import Simulations
+from moesim.planner.space import Space
+from moesim.planner.why import Simulated, why
+from moesim.run import obtain_trace
+from moesim.scenario import Scenario
+from moesim.study import PointRecord
+from moesim.trace import RoutingTrace
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watching:
+    """Whom to tell: of each training step of a router, and of each combination that was looked at."""
+
+    training: ProgressCallback | None = None
+    screening: Progress | None = None
+
+
+def make_plan(
+    folder: Folder, *, storage: str | None = None, watching: Watching | None = None, force: bool = False
+) -> dict[str, Any]:
+    """Make the plan of `folder.plan`, write it into the folder and return what plan.json holds.
+
+    `storage` is a database URL for the search, in place of a journal in the folder. Raises InfeasibleError naming the
+    binding constraint when nothing meets the goal, and UserError for what cannot be done at all.
+    """
+    folder.claim(force=force)
+    watching = watching or Watching()
+    screened = screen_plan(folder, storage=storage, watching=watching)
+    work = Simulations(folder, screened)
+    work.simulate_best()
+    checked = work.simulate_sample()
+    ranking = work.ranking()
+    if not ranking:
+        raise InfeasibleError(work.why_nothing_fits())
+    return _written(folder, screened, work, ranking, checked, watching)
+
+
+def screen_plan(folder: Folder, *, storage: str | None, watching: Watching) -> Judge:
+    """Look at the plan's combinations: all, or those that the search asks for. Nothing is simulated."""
+    plan = folder.plan
+    judge = Judge(Space.of(plan), Screen(_Traces(folder.cache_dir, watching.training).of))
+    if not uses_nsga2(plan.search, judge.space.size):
+        enumerate_space(judge, progress=watching.screening)
+        return judge
+    place: str | Path = storage or folder.path / JOURNAL_FILE
+    name = f"moesim-{plan.name}-{plan_hash(plan)}"
+    search_space(judge, storage=place, study_name=name, progress=watching.screening)
+    return judge
+
+
+@dataclass(frozen=True)
+class _Traces:
+    """The routing of scenarios, once per router: layouts of one plan differ in nothing else that a trace depends on."""
+
+    cache_dir: Path | None
+    progress: ProgressCallback | None
+    _known: dict[object, RoutingTrace | None] = field(default_factory=dict)
+
+    def of(self, scenario: Scenario) -> RoutingTrace | None:
+        if scenario.model.experts == 0:
+            return None
+        key = scenario.router_shape()
+        if key not in self._known:
+            self._known[key] = obtain_trace(scenario, progress=self.progress, cache_dir=self.cache_dir)
+        return self._known[key]
+
+
+def _written(
+    folder: Folder,
+    judge: Judge,
+    work: Simulations,
+    ranking: list[Simulated],
+    checked: Sequence[Candidate],
+    watching: Watching,
+) -> dict[str, Any]:
+    plan = folder.plan
+    goal = plan.goal
+    screened = {candidate.layout: candidate for candidate in judge.fitting}
+    pairs = [(screened[c.layout].screened, work.done[c.layout].outcome) for c in checked if c.layout in work.done]
+    error = screen_error(pairs, objective=lambda outcome: outcome.objective(plan.objectives[0]))
+    content = {
+        "status": "done",
+        "goal": goal.model_dump(mode="json") | {"deadline_days": goal.deadline_days},
+        "objectives": list(plan.objectives),
+        "counts": {
+            "combinations": judge.space.size,
+            "method": "nsga2" if uses_nsga2(plan.search, judge.space.size) else "enumerate",
+            **judge.funnel.as_json(),
+            "slack": SLACK,
+            "simulated": len(work.done),
+            "not_simulated": [_failure(record) for record in work.failed.values()],
+            "in_doubt": len(work.in_doubt()),
+        },
+        "front": [layout.id for layout in front(ranking, lambda layout: layout.outcome)],
+        "ranking": [layout.id for layout in ranking],
+        "outcomes": {
+            simulated.id: _shown(simulated, screened[layout]) | {"rank": _rank(ranking, simulated)}
+            for layout, simulated in work.done.items()
+        },
+        "why": why(ranking),
+        "sensitivity": sensitivity(folder, work, ranking),
+        "screen_error": None if error is None else error.as_json(),
+        "baseline": baseline(folder, ranking[0], progress=watching.screening),
+    }
+    folder.write(content)
+    return content | {"name": plan.name}
+
+
+def _failure(record: PointRecord) -> dict[str, Any]:
+    return {"id": record.id, "status": record.status, "reason": record.reason}
+
+
+def _rank(ranking: Sequence[Simulated], layout: Simulated) -> int | None:
+    return next((rank for rank, other in enumerate(ranking, start=1) if other.id == layout.id), None)
+
+
+def _shown(layout: Simulated, candidate: Candidate) -> dict[str, Any]:
+    """What a table shows of one layout."""
+    memory = layout.result["memory"]
+    return {
+        "name": layout.scenario.name,
+        "values": dict(layout.values),
+        **layout.outcome._asdict(),
+        "usd_per_million_tokens": layout.result["cost"]["usd_per_million_tokens"],
+        "peak_bytes": memory["peak_bytes"],
+        "capacity_bytes": min(memory["capacity_bytes_by_pipeline_rank"]),
+        "screened_step_s": candidate.screened.step_s,
+    }

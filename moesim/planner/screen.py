@@ -1,0 +1,194 @@
+"""The fast estimate of a layout: pieces per layer, a walked pipeline, collectives, optimizer, and the memory.
+
+What it leaves out: groups and micro-batches differ, here all take as long as the first two of the first group. Every
+plan says how far off that is; nothing is ranked by it in the end.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from moesim.network import Fabric, send_recv_seconds
+from moesim.parallel import Mesh
+from moesim.parallel.memory import memory_report
+from moesim.parallel.memory_rows import RoutedRows
+from moesim.parallel.schedules import Action, Pass, Schedule
+from moesim.planner.pieces import NOTHING, PassSeconds, Pieces, PieceStore, TraceOf
+from moesim.planner.pipeline import pipeline_finish, prepare_walk, short_micro_batches
+from moesim.scenario import Scenario, gpu_spec
+from moesim.scenario.base import BYTES_PER_ELEMENT
+from moesim.sim.links import scenario_fabric
+from moesim.sim.operations import Operation
+from moesim.sim.parameters import ParameterGroups, optimizer_block
+from moesim.sim.software import SOFTWARE
+from moesim.sim.writer import KernelWriter
+
+
+class _EndOfStep(NamedTuple):
+    """Seconds on one pipeline rank behind its last backward pass, and of every accumulation of gradients."""
+
+    reductions: float
+    hidden: float  # of the reductions, what may run beside the last backward passes
+    rest: float
+    accumulation: float
+
+
+@dataclass(frozen=True)
+class Screen:
+    """The screen of one space. `trace_of` gives the routing of a scenario, once per router."""
+
+    trace_of: TraceOf
+    pieces: PieceStore = field(init=False)
+    _fabrics: dict[object, Fabric] = field(default_factory=dict, repr=False)
+    _ends: dict[object, list[_EndOfStep]] = field(default_factory=dict, repr=False)
+    _peaks: dict[object, float] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "pieces", PieceStore(self.trace_of))
+
+    def memory(self, scenario: Scenario) -> tuple[float, float]:
+        """Bytes that the fullest GPU needs, and those it has."""
+        rows, work = self._pieces(scenario).rows, scenario.workload
+        few = short_micro_batches(
+            scenario.parallelism.schedule,
+            pipeline=scenario.parallelism.pipeline,
+            num_micro_batches=scenario.num_micro_batches,
+        )
+        # The kind of GPU and the fabric change no tensor.
+        router = scenario.router_shape() if scenario.model.experts else None
+        key = scenario.parallelism, work.micro_batch, work.recompute, few, scenario.capacity, scenario.dispatch, router
+        if key not in self._peaks:
+            self._peaks[key] = peak_bytes(scenario, rows, micro_batches=few)
+        return self._peaks[key], gpu_spec(scenario.cluster.pools[0].gpu).memory_bytes
+
+    def step_seconds(self, scenario: Scenario) -> float:
+        """Seconds of one optimizer step."""
+        pieces, ends = self._pieces(scenario), self._ends_of_step(scenario)
+        mesh = scenario.parallelism
+        walk = prepare_walk(*_short_schedule(scenario))
+        seconds = _durations(scenario, pieces, walk.schedule, ends)
+        finish = pipeline_finish(
+            mesh.schedule,
+            pipeline=mesh.pipeline,
+            num_micro_batches=scenario.num_micro_batches,
+            seconds=seconds,
+            handoff_seconds=self._handoff_seconds(scenario),
+        )
+        if walk.schedule.num_replicas > 1:
+            finish = [max(finish)] * len(finish)  # both holders of a stage reduce its gradients together
+        return max(done + end.reductions - end.hidden + end.rest for done, end in zip(finish, ends, strict=True))
+
+    def _pieces(self, scenario: Scenario) -> Pieces:
+        return self.pieces.of(scenario, self._fabric(scenario).parameters)
+
+    def _fabric(self, scenario: Scenario) -> Fabric:
+        key = scenario.cluster
+        if key not in self._fabrics:
+            self._fabrics[key] = scenario_fabric(scenario, self.pieces.kernels(scenario))
+        return self._fabrics[key]
+
+    def _handoff_seconds(self, scenario: Scenario) -> float:
+        mesh = scenario.parallelism
+        if mesh.pipeline == 1:
+            return 0.0
+        tokens = scenario.tokens_per_micro_batch / (mesh.context * mesh.tensor)
+        size = tokens * scenario.model.hidden * BYTES_PER_ELEMENT["bf16"]
+        return send_recv_seconds(self._fabric(scenario), 0, mesh.stage_ranks, size).seconds
+
+    def _ends_of_step(self, scenario: Scenario) -> list[_EndOfStep]:
+        mesh = scenario.parallelism
+        key = scenario.cluster, mesh
+        if key not in self._ends:
+            self._ends[key] = self._made_ends(scenario, prepare_walk(*_short_schedule(scenario)).schedule)
+        return self._ends[key]
+
+    def _made_ends(self, scenario: Scenario, schedule: Schedule) -> list[_EndOfStep]:
+        kernels, fabric = self.pieces.kernels(scenario), self._fabric(scenario)
+        software = SOFTWARE[scenario.implementation.kind]
+        mesh = Mesh(scenario.parallelism, scenario.cluster)
+        parameters = ParameterGroups(scenario, mesh, schedule)
+        reductions, gathers = parameters.reductions(fabric), parameters.gathers(fabric)
+        writer = KernelWriter(kernels, dtype=scenario.workload.precision.gemm, category="data_parallel", layer=-1)
+        ends = []
+        for rank in range(schedule.num_ranks):
+            of_rank, first = parameters.of_rank(rank), mesh.rank(stage=rank, index=0)
+            before, after = software.flat_copies(writer, parameters=of_rank.reduced)
+            update = optimizer_block(scenario, kernels, parameters=of_rank.updated).operations
+            mine = [reduction for reduction in reductions if first in reduction.ranks]
+            gathered = sum(gather.seconds for gather in gathers if first in gather.ranks)
+            ends.append(
+                _EndOfStep(
+                    reductions=sum(reduction.seconds for reduction in mine),
+                    hidden=sum(r.seconds * (1 - 1 / r.buckets) for r in mine if r.buckets),
+                    rest=_total([*before, *after, *update]) + gathered,
+                    accumulation=_total(software.accumulation(writer, parameters=of_rank.held)),
+                )
+            )
+        return ends
+
+
+def _total(operations: list[Operation]) -> float:
+    return sum(float(np.max(operation.seconds_MSR)) for operation in operations if operation.seconds_MSR is not None)
+
+
+def _short_schedule(scenario: Scenario) -> tuple[str, int, int, int]:
+    """The schedule of the scenario with as few micro-batches as show who holds which stage."""
+    mesh = scenario.parallelism
+    few = min(scenario.num_micro_batches, 2 * mesh.pipeline)
+    return mesh.schedule.kind, mesh.pipeline, few, mesh.schedule.virtual
+
+
+def stage_seconds(scenario: Scenario, pieces: Pieces) -> list[PassSeconds]:
+    """Seconds of one micro-batch through each stage of the model."""
+    stages = []
+    for number, layers in enumerate(scenario.stage_layers):
+        dense = sum(layer < scenario.model.dense_layers for layer in layers)
+        seconds = pieces.dense_layer.times(dense) + pieces.moe_layer.times(len(layers) - dense)
+        seconds += pieces.embedding if number == 0 else NOTHING
+        seconds += pieces.head if number == scenario.parallelism.num_stages - 1 else NOTHING
+        stages.append(seconds)
+    return stages
+
+
+def _durations(
+    scenario: Scenario, pieces: Pieces, schedule: Schedule, ends: list[_EndOfStep]
+) -> Callable[[int, Action], float]:
+    stages = stage_seconds(scenario, pieces)
+    beside = scenario.overlap.micro_batches is not False
+
+    def seconds(rank: int, action: Action) -> float:
+        total = 0.0
+        saved = 0.0
+        for work in action.works:
+            stage = stages[schedule.stage(rank, work)]
+            saved += (stage.forward + stage.backward - stage.pair) / 2 if beside else 0.0
+            match work.kind:
+                case Pass.FORWARD:
+                    total += stage.forward
+                case Pass.BACKWARD:
+                    total += stage.backward + ends[rank].accumulation
+                case Pass.INPUT:
+                    total += stage.gradient_of_input + ends[rank].accumulation
+                case Pass.WEIGHT:
+                    total += stage.gradient_of_weights
+        return total - saved * action.is_pair
+
+    return seconds
+
+
+def peak_bytes(scenario: Scenario, rows: RoutedRows, *, micro_batches: int) -> float:
+    """Bytes that the fullest GPU needs, with the `rows` of one rank group on every group.
+
+    Of the step's micro-batches only as many as fill the pipeline: the others hold no more activations.
+    """
+    mesh, work = scenario.parallelism, scenario.workload
+    short = work.model_copy(update={"global_batch": micro_batches * mesh.data * work.micro_batch})
+    times = mesh.stage_ranks // rows.rows_SLBW.shape[3]
+    tiled = RoutedRows(
+        rows_SLBW=np.tile(rows.rows_SLBW, times),
+        copies_out_SLBW=np.tile(rows.copies_out_SLBW, times),
+        copies_in_SLBW=np.tile(rows.copies_in_SLBW, times),
+    )
+    return memory_report(scenario.model_copy(update={"workload": short}), tiled).peak_bytes

@@ -1,0 +1,282 @@
+"""What `moesim plan` prints: the funnel, the ranking, why the winner wins, and what would alter the choice."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TextIO
+
+from rich.console import ConsoleOptions, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from moesim.report.categories import category
+from moesim.report.facts import Fact, percent
+from moesim.report.screen import fact_table, indented, number_table, section, show
+from moesim.units import format_seconds
+
+Plan = Mapping[str, Any]
+
+_ROWS = 12  # of the ranking
+_PARTS = 6  # of a comparison
+_SHORT = {
+    "parallelism.pipeline": "pp",
+    "parallelism.tensor": "tp",
+    "parallelism.context": "cp",
+    "parallelism.data": "dp",
+    "parallelism.expert": "ep",
+    "parallelism.expert_tensor": "etp",
+    "workload.micro_batch": "mb",
+}
+
+
+def print_plan(plan: Plan, *, file: TextIO | None = None, width: int | None = None) -> None:
+    """Print one plan, the content of plan.json."""
+    show(lambda options: _screen(plan, options), file=file, width=width)
+
+
+def _screen(plan: Plan, options: ConsoleOptions) -> list[RenderableType]:
+    del options
+    head = Text(str(plan["name"]), style="bold")
+    head.append(f"  {_goal(plan['goal'])}", style="dim")
+    blocks: list[RenderableType] = [head, section("what was looked at", _funnel(plan))]
+    blocks.append(section(f"layouts by simulated {_objectives(plan)}", _ranking(plan)))
+    blocks.append(_note(_legend(plan)))
+    for key, title in (
+        ("runner_up", "why it wins: against the runner-up"),
+        ("best_with_other_gpus", "against the best with other GPUs"),
+    ):
+        if key in plan["why"]:
+            blocks.append(section(title, _comparison(plan, plan["why"][key])))
+            blocks.append(_note(_sentence(plan, plan["why"][key])))
+    blocks.append(section("what would alter the choice", _sensitivity(plan)))
+    blocks += [_note(line) for line in _flips(plan)]
+    if plan["baseline"] is not None:
+        blocks.append(section("against a dense model", fact_table(_baseline(plan))))
+    return blocks
+
+
+def _note(text: str) -> RenderableType:
+    return indented(Text(text, style="dim"))
+
+
+def _goal(goal: Mapping[str, Any]) -> str:
+    words = [f"{goal['tokens']:.3g} tokens"]
+    if goal["deadline_days"] is not None:
+        words.append(f"in {goal['deadline_days']:g} days" + (f" (by {goal['by']})" if goal.get("by") else ""))
+    if goal["usd"] is not None:
+        words.append(f"for at most ${goal['usd']:,.0f}")
+    offers = ", ".join(f"{o['at_most']} {o['gpu']} at ${o['usd_per_gpu_hour']:g}/h" for o in goal["gpus"])
+    return " ".join(words) + f"; on offer: {offers}"
+
+
+_STAGE_WORDS = {
+    "offer": "more GPUs than offered",
+    "sizes": "sizes do not divide",
+    "places": "groups leave their node",
+    "same": "same as another",
+    "refused": "refused by a check",
+    "unsupported": "not simulated yet",
+    "memory": "does not fit into memory",
+    "speed": "too slow",
+    "deadline": "too late",
+    "budget": "too dear",
+}
+
+
+def _funnel(plan: Plan) -> Table:
+    counts = plan["counts"]
+    by_stage: dict[str, int] = {}
+    examples: dict[str, str] = {}
+    for entry in counts["discarded"]:
+        by_stage[entry["stage"]] = by_stage.get(entry["stage"], 0) + entry["count"]
+        examples.setdefault(entry["stage"], entry["example"])
+    how = "all" if counts["method"] == "enumerate" else f"NSGA-II, of {counts['combinations']:,}"
+    lines = [Fact("combinations", f"{counts['looked_at']:,}", how)]
+    lines += [
+        Fact(f"  {_STAGE_WORDS[stage]}", f"- {count:,}", f"e.g. {_cut(examples[stage])}")
+        for stage, count in by_stage.items()
+    ]
+    lines.append(
+        Fact(
+            "candidates",
+            f"{counts['kept']:,}",
+            f"by the screen, limits missed by less than {counts['slack'] - 1:.0%} let through",
+        )
+    )
+    note = "and ranked by that alone"
+    if counts["in_doubt"]:
+        note += f"; {counts['in_doubt']} more might beat the winner if the screen erred there as it did at worst"
+    lines.append(Fact("simulated", f"{counts['simulated']:,}", note))
+    error = plan["screen_error"]
+    if error is not None:
+        correlation = "" if error["rank_correlation"] is None else f", rank correlation {error['rank_correlation']:.3f}"
+        lines.append(
+            Fact(
+                "screen's error",
+                f"{error['median']:.2%}",
+                f"median of {error['layouts']} drawn at random; worst {error['worst']:.2%}{correlation}",
+            )
+        )
+    return fact_table(lines)
+
+
+def _cut(text: str, width: int = 78) -> str:
+    return text if len(text) <= width else text[: width - 3] + "..."
+
+
+def _objectives(plan: Plan) -> str:
+    words = {"usd": "cost", "days": "days", "mfu": "MFU"}
+    return ", then ".join(words[name] for name in plan["objectives"])
+
+
+def layout_words(values: Mapping[str, Any]) -> str:
+    """One layout in short: `dp16 ep8 pp2 mb1 full 1f1b`; sizes of 1 are left out."""
+    words = [
+        f"{short}{values[key]}"
+        for key, short in _SHORT.items()
+        if values.get(key, 1) != 1 or key == "workload.micro_batch"
+    ]
+    for key, value in values.items():
+        if key in _SHORT or key in ("cluster.gpu", "gpus", "model"):
+            continue
+        words.append(_word(key, value))
+    return " ".join(word for word in words if word)
+
+
+def _word(key: str, value: Any) -> str:
+    name = key.rpartition(".")[2]
+    if name == "zero":
+        return (
+            f"zero{value['dense']}" if value["dense"] == value["expert"] else f"zero{value['dense']}/{value['expert']}"
+        )
+    if name == "recompute":
+        return "" if value == "none" else f"recompute={value if isinstance(value, str) else '+'.join(value)}"
+    if isinstance(value, dict):
+        kind = value.get("kind") or value.get("preset") or value.get("algorithm")
+        rest = [f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in value.items() if v != kind]
+        return f"{kind}({', '.join(rest)})" if rest else f"{kind}"
+    return f"M{value}" if name == "group_limit" else f"{name}={value}"
+
+
+def _ranking(plan: Plan) -> Table:
+    rows = []
+    front = set(plan["front"])
+    for rank, point in enumerate(plan["ranking"][:_ROWS], start=1):
+        outcome = plan["outcomes"][point]
+        values = outcome["values"]
+        rows.append((
+            f"{rank}{'*' if point in front else ' '}",
+            f"{values['gpus']} {values['cluster.gpu']}",
+            layout_words(values),
+            f"${outcome['usd']:,.0f}",
+            f"{outcome['days']:.1f}",
+            f"{outcome['usd_per_million_tokens']:.4f}",
+            format_seconds(outcome["step_s"]),
+            percent(outcome["mfu"]),
+            percent(outcome["peak_bytes"] / outcome["capacity_bytes"], digits=0),
+        ))  # fmt: skip
+    head = ("", "GPUs", "layout", "cost", "days", "$/M tok", "step", "MFU", "mem")
+    return _table(head, rows, left=3)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int) -> Table:
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for index in range(len(head)):
+        table.add_column(justify="left" if index < left else "right", no_wrap=index != 2)
+    table.add_row(*(Text(name, style="dim") for name in head))
+    for number, row in enumerate(rows):
+        table.add_row(*(Text(cell, style="bold" if number == 0 else "") for cell in row))
+    return table
+
+
+def _legend(plan: Plan) -> str:
+    more = len(plan["ranking"]) - _ROWS
+    missing = plan["counts"]["simulated"] - len(plan["ranking"])
+    words = ["* on the front of cost and days: nothing simulated is both cheaper and sooner"]
+    if more > 0:
+        words.append(f"{more} more in plan.json")
+    if missing > 0:
+        words.append(f"{missing} simulated layouts miss the goal")
+    return "; ".join(words)
+
+
+def _name(plan: Plan, point: str) -> str:
+    values = plan["outcomes"][point]["values"]
+    return f"{values['gpus']} {values['cluster.gpu']} {layout_words(values)}"
+
+
+def _comparison(plan: Plan, found: Mapping[str, Any]) -> Table:
+    rows = []
+    for part in found["parts"][:_PARTS]:
+        mine, other = part["step_s"]
+        label = category(part["part"]).label
+        rows.append((label, format_seconds(mine), format_seconds(other), _signed(part["usd_difference"])))
+    rest = sum(part["usd_difference"] for part in found["parts"][_PARTS:])
+    rows.append(("other parts", "", "", _signed(rest)))
+    rows.append(
+        (
+            "all",
+            format_seconds(plan["outcomes"][plan["why"]["winner"]]["step_s"]),
+            format_seconds(plan["outcomes"][found["other"]]["step_s"]),
+            _signed(found["usd_difference"]),
+        )
+    )
+    return number_table(("in a step", "winner", "other", "other costs more by"), rows)
+
+
+def _signed(usd: float) -> str:
+    return f"{'+' if usd >= 0 else '-'}${abs(usd):,.0f}"
+
+
+def _sentence(plan: Plan, found: Mapping[str, Any]) -> str:
+    parts = [part for part in found["parts"] if part["usd_difference"] * found["usd_difference"] > 0][:2]
+    names = " and ".join(category(part["part"]).label for part in parts)
+    days = found["days_difference"]
+    when = f"{abs(days):.1f} days {'later' if days > 0 else 'sooner'}"
+    text = f"the other: {_name(plan, found['other'])}; {_signed(found['usd_difference'])}, {when}"
+    return f"{text}; mostly {names}" if names else text
+
+
+def _sensitivity(plan: Plan) -> Table:
+    rows = []
+    for change in plan["sensitivity"]["changes"]:
+        winner = change["winner"]
+        verdict = change["note"] or ("another layout wins" if change["changes_winner"] else "the winner stays")
+        shown = "" if winner is None else _name(plan, winner)
+        cost = "" if change["usd"] is None else f"${change['usd']:,.0f}"
+        days = "" if change["days"] is None else f"{change['days']:.1f}"
+        rows.append(
+            (change["change"], verdict, shown if change["changes_winner"] else "", cost, days, str(change["layouts"]))
+        )
+    return _plain(("change", "", "best then", "cost", "days", "of"), rows)
+
+
+def _plain(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for index in range(len(head)):
+        table.add_column(justify="left" if index < 3 else "right", no_wrap=index != 2)
+    table.add_row(*(Text(name, style="dim") for name in head))
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    return table
+
+
+def _flips(plan: Plan) -> list[str]:
+    return [
+        f"{flip['gpu']} would win below ${flip['usd_per_gpu_hour']:.2f} per GPU-hour, "
+        f"{flip['price_ratio']:.2f} times the winner's price (now {flip['price_ratio_now']:.2f} times)"
+        for flip in plan["sensitivity"]["price_flips"]
+    ]
+
+
+def _baseline(plan: Plan) -> list[Fact]:
+    base = plan["baseline"]
+    if base["id"] is None:
+        return [Fact("no layout", base["note"], base["source"])]
+    values = base["values"]
+    layout = f"{values['gpus']} {values['cluster.gpu']} {layout_words(values)}"
+    hours = f"the winner takes {percent(base['gpu_hours_of_winner'])} of its GPU-hours"
+    return [
+        Fact("model", base["model"], base["source"]),
+        Fact("best layout", layout, base["note"]),
+        Fact("cost", f"${base['usd']:,.0f}", f"the winner costs {percent(base['usd_of_winner'])} of it"),
+        Fact("days", f"{base['days']:.1f}", hours),
+    ]

@@ -1,0 +1,70 @@
+"""`moesim plan`: what a person sees, what a program reads, and the exit codes."""
+
+import json
+
+import pytest
+import yaml
+from plan_cases import PLAN, changed
+
+from moesim.cli import main
+from moesim.report.plan_screen import layout_words
+
+QUICK = {"choices.gpus": [2], "choices.recompute": ["none"], "search": {"simulate": 2, "check": 1}}
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "plan.yaml"
+    path.write_text(yaml.safe_dump(changed(PLAN, QUICK)))
+    return path
+
+
+def test_a_plan_is_printed_and_read_back(file, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["plan", str(file), "--out", str(out), "--workers", "1"]) == 0
+    screen = capsys.readouterr().out
+    for words in ("what was looked at", "layouts by simulated cost", "why it wins", "what would alter the choice", "$"):
+        assert words in screen
+    assert max(map(len, screen.splitlines()[:-1])) <= 100  # the last line holds the path
+    assert main(["plan", str(file), "--out", str(out), "--workers", "1", "--json"]) == 0  # nothing is simulated again
+    content = json.loads(capsys.readouterr().out)
+    stored = json.loads((out / "plan.json").read_text())
+    assert content["ranking"] == stored["ranking"]
+    assert stored["kind"] == "plan"
+    assert {"goal", "counts", "front", "ranking", "why", "sensitivity", "baseline", "screen_error"} <= stored.keys()
+    assert main(["plan", str(file), "--out", str(out), "--quiet", "--set", "goal.usd=99"]) == 1
+    assert "holds another plan" in capsys.readouterr().err
+
+
+def test_what_cannot_be_reached_ends_with_2_and_one_line(file, tmp_path, capsys):
+    code = main(["plan", str(file), "--out", str(tmp_path / "out"), "--set", "memory.reserved=300 GB", "--quiet"])
+    captured = capsys.readouterr()
+    assert code == 2
+    assert captured.err.count("\n") == 1
+    assert "memory: the smallest layout needs" in captured.err
+
+
+def test_a_mistake_ends_with_1(file, tmp_path, capsys):
+    assert main(["plan", str(file), "--out", str(tmp_path / "out"), "--set", "choices.exprt=[1]"]) == 1
+    assert "unknown key" in capsys.readouterr().err
+    assert main(["plan", str(tmp_path / "no.yaml")]) == 1
+    assert "cannot read the plan" in capsys.readouterr().err
+    assert main(["plan", str(file), "--workers", "0"]) == 1
+
+
+def test_layouts_are_told_in_short_words():
+    values = {
+        "cluster.gpu": "h100",
+        "gpus": 16,
+        "parallelism.pipeline": 2,
+        "parallelism.data": 8,
+        "parallelism.tensor": 1,
+        "workload.micro_batch": 1,
+        "parallelism.zero": {"dense": 1, "expert": 0},
+        "parallelism.schedule": {"kind": "interleaved", "virtual": 2},
+        "capacity": {"kind": "device", "factor": 1.5},
+        "workload.recompute": ["swiglu"],
+        "routing.router.group_limit": 3,
+    }
+    words = layout_words(values)
+    assert words == "pp2 dp8 mb1 zero1/0 interleaved(virtual=2) device(factor=1.5) recompute=swiglu M3"

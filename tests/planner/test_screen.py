@@ -1,0 +1,119 @@
+"""The screen: its walk is that of the schedules, its memory that of the report, its error small."""
+
+from dataclasses import replace
+
+import pytest
+
+from moesim.parallel.schedules import Pass, build_schedule, walk_schedule
+from moesim.planner.judge import Judge
+from moesim.planner.outcome import Outcome, outcome_of
+from moesim.planner.pipeline import FILLED, pipeline_finish, prepare_walk
+from moesim.planner.screen import Screen
+from moesim.planner.search import enumerate_space
+from moesim.planner.selection import rank_correlation, screen_error
+from moesim.planner.space import Space
+from moesim.run import obtain_trace, simulate
+from moesim.scenario import PipelineSchedule
+
+SCHEDULES = [
+    PipelineSchedule(kind="gpipe"),
+    PipelineSchedule(kind="1f1b"),
+    PipelineSchedule(kind="interleaved", virtual=2),
+    PipelineSchedule(kind="zb_h1"),
+    PipelineSchedule(kind="dualpipe"),
+]
+_SECONDS = {Pass.FORWARD: 1.0, Pass.BACKWARD: 2.1, Pass.INPUT: 1.2, Pass.WEIGHT: 0.9}
+
+
+def _seconds(rank, action):
+    """Uneven ranks and chunks."""
+    return sum(_SECONDS[work.kind] * (1 + 0.1 * rank + 0.05 * work.chunk) for work in action.works)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule.kind)
+def test_the_prepared_walk_is_the_walk_of_the_schedule(schedule):
+    built = build_schedule(schedule.kind, num_ranks=4, num_micro_batches=12, virtual=schedule.virtual)
+    table = walk_schedule(built, seconds=_seconds, handoff_seconds=0.3)
+    prepared = prepare_walk(schedule.kind, 4, 12, schedule.virtual).finish(_seconds, handoff_seconds=0.3)
+    assert prepared == pytest.approx([finish_A[-1] for finish_A in table.finish_PA], rel=1e-12)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule.kind)
+def test_long_schedules_are_extended_exactly_from_short_ones(schedule):
+    exact = prepare_walk(schedule.kind, 4, 64, schedule.virtual).finish(_seconds, handoff_seconds=0.3)
+    quick = pipeline_finish(schedule, pipeline=4, num_micro_batches=64, seconds=_seconds, handoff_seconds=0.3)
+    assert quick == pytest.approx(exact, rel=2e-3)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES[1:], ids=lambda schedule: schedule.kind)
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_activations_peak_before_the_pipeline_is_filled_twice(schedule, ranks):
+    short, long = (
+        build_schedule(schedule.kind, num_ranks=ranks, num_micro_batches=count * ranks, virtual=schedule.virtual)
+        for count in (FILLED, 4 * FILLED)
+    )
+    assert (short.peak_live_P == long.peak_live_P).all()
+
+
+def test_the_screen_ranks_as_the_simulation_does(small_plan):
+    """On every ninth layout of the small space: skewed routing, pipelines, recomputation, two kinds of GPU."""
+    plan = small_plan(
+        {"choices.schedule": [{"kind": "1f1b"}, {"kind": "zb_h1"}, {"kind": "interleaved", "virtual": 2}]}
+    )
+    judge = Judge(Space.of(plan), Screen(obtain_trace))
+    enumerate_space(judge)
+    pairs: list[tuple[Outcome, Outcome]] = []
+    for candidate in judge.fitting[::9]:
+        scenario = judge.space.scenario(candidate.layout)
+        result = simulate(scenario).result
+        pairs.append((candidate.screened, outcome_of(scenario, result["step_time_s"])))
+        assert candidate.peak_bytes == pytest.approx(result["memory"]["peak_bytes"], rel=0.02)
+    error = screen_error(pairs, objective=lambda outcome: outcome.usd)
+    assert error is not None and error.layouts >= 12
+    assert error.rank_correlation is not None and error.rank_correlation > 0.97
+    assert error.median < 0.02
+    assert error.worst < 0.06
+
+
+@pytest.mark.parametrize("implementation", ["fused", "torch_eager"])
+def test_the_screen_follows_the_implementation(small, implementation):
+    scenario = small({"implementation": {"kind": implementation}, "workload.train_tokens": 1e9})
+    seconds = Screen(obtain_trace).step_seconds(scenario)
+    assert seconds == pytest.approx(simulate(scenario).result["step_time_s"], rel=0.05)
+
+
+def test_dense_models_are_screened_exactly(small):
+    model = {
+        "layers": 4,
+        "hidden": 512,
+        "heads": 8,
+        "kv_heads": 8,
+        "head_dim": 64,
+        "dense_intermediate": 1024,
+        "vocab": 1000,
+    }
+    scenario = small({"model": model, "routing": {"kind": "uniform"}, "parallelism": {"data": 2, "pipeline": 2}})
+    screen = Screen(lambda scenario: None)
+    result = simulate(scenario).result
+    assert screen.step_seconds(scenario) == pytest.approx(result["step_time_s"], rel=1e-3)
+    assert screen.memory(scenario)[0] == pytest.approx(result["memory"]["peak_bytes"], rel=1e-9)
+
+
+def test_errors_are_told_apart_from_ranks():
+    pairs = [(Outcome(s, s, s, 0.5, 1.0), Outcome(t, t, t, 0.5, 1.0)) for s, t in ((1.1, 1.0), (2.2, 2.0), (2.7, 3.0))]
+    error = screen_error(pairs, objective=lambda outcome: outcome.usd)
+    assert error is not None
+    assert error.rank_correlation == pytest.approx(1.0)
+    assert error.worst == pytest.approx(0.1)
+    assert error.bias == pytest.approx(0.1)
+    assert rank_correlation([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1.0)
+    assert rank_correlation([1, 1, 2], [1, 1, 2]) == pytest.approx(1.0)
+    assert screen_error([], objective=lambda outcome: outcome.usd) is None
+    assert screen_error(pairs[:2], objective=lambda outcome: outcome.usd) == replace(
+        error,
+        layouts=2,
+        median=pytest.approx(0.1),
+        worst=pytest.approx(0.1),
+        bias=pytest.approx(0.1),
+        rank_correlation=None,
+    )
