@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from moesim.compute import KernelModel
 from moesim.network import Fabric, group_shape, send_recv_seconds
 from moesim.parallel import Mesh
-from moesim.parallel.schedules import Handoff, Pass, Schedule, Work, build_schedule
+from moesim.parallel.schedules import Action, Handoff, Pass, Schedule, Work, build_schedule
 from moesim.scenario import Scenario
 from moesim.scenario.base import BYTES_PER_ELEMENT
 from moesim.sim.compiling import pays_for_compiled_loops
@@ -69,6 +69,9 @@ class _Builder:
         # Two pipeline ranks that hold the same stage (DualPipe) share its blocks where the fabric treats them alike.
         self.blocks: dict[tuple[int, int, bytes], dict[Pass, Block]] = {}
         self.merged: dict[Block, Block] = {}
+        self.whole: dict[Block, Block] = {}  # the other way round
+        # Of a pipeline rank: its actions with the hand-offs before and behind, the same for all of its groups.
+        self.exchanges: dict[int, list[tuple[Action, tuple[Handoff, ...], tuple[Sent, ...]]]] = {}
         self.block_seconds: dict[Block, list[tuple[str, float]]] = {}
 
     @cached_property
@@ -126,10 +129,11 @@ class _Builder:
         before, after = self.software.flat_copies(writer, parameters=parameters.reduced)
         tasks: list[Task] = []
         done_backwards = 0
-        for action in self.schedule.actions[pipeline_rank]:
-            runs = [Run(chunks[w.chunk][w.kind], w.micro_batch, w.kind is not Pass.FORWARD) for w in action.works]
-            receives = self.schedule.receives(pipeline_rank, action)
-            sends = tuple(self._sent(action.works, handoff) for handoff in self.schedule.sends(pipeline_rank, action))
+        for action, receives, sends in self._exchanges(pipeline_rank):
+            runs = [
+                Run(self._merged(chunks[w.chunk][w.kind]), w.micro_batch, w.kind is not Pass.FORWARD)
+                for w in action.works
+            ]
             tasks += self._tasks(runs, receives, sends)
             backwards = sum(work.kind in (Pass.BACKWARD, Pass.INPUT) for work in action.works)
             if backwards and done_backwards >= len(chunks) and accumulate.operations:
@@ -146,9 +150,21 @@ class _Builder:
             optimizer=Block("optimizer", (*after, *optimizer.operations)),
         )
         for block, times in Counter(run.block for task in tasks for run in task.runs).items():
-            self._count_block(block, times)
+            self._count_block(self.whole.get(block, block), times)
         self._count_block(group.optimizer, 1)
-        return self._merged(group) if self.merge else group
+        return group
+
+    def _exchanges(self, pipeline_rank: int) -> list[tuple[Action, tuple[Handoff, ...], tuple[Sent, ...]]]:
+        if pipeline_rank not in self.exchanges:
+            self.exchanges[pipeline_rank] = [
+                (
+                    action,
+                    self.schedule.receives(pipeline_rank, action),
+                    tuple(self._sent(action.works, sent) for sent in self.schedule.sends(pipeline_rank, action)),
+                )
+                for action in self.schedule.actions[pipeline_rank]
+            ]
+        return self.exchanges[pipeline_rank]
 
     def _count_block(self, block: Block, times: int) -> None:
         if block not in self.block_seconds:
@@ -156,14 +172,13 @@ class _Builder:
         for source, seconds in self.block_seconds[block]:
             self.seconds[source] += times * seconds
 
-    def _merged(self, group: GroupProgram) -> GroupProgram:
-        for block in {run.block for task in group.tasks for run in task.runs} - self.merged.keys():
+    def _merged(self, block: Block) -> Block:
+        if not self.merge:
+            return block
+        if block not in self.merged:
             self.merged[block] = block.merged()
-        tasks = [
-            replace(task, runs=tuple(run._replace(block=self.merged[run.block]) for run in task.runs))
-            for task in group.tasks
-        ]
-        return replace(group, tasks=tuple(tasks))
+            self.whole[self.merged[block]] = block
+        return self.merged[block]
 
     def _tasks(self, runs: Sequence[Run], receives: tuple[Handoff, ...], sends: tuple[Sent, ...]) -> list[Task]:
         """One task; a pair that the software does not overlap is one after the other."""
