@@ -38,7 +38,9 @@ from moesim.seeding import stream, stream_seed
 from moesim.sim import StepProgram, build_program, simulate_step, step_kernels
 from moesim.sim.links import scenario_fabric
 from moesim.trace import RoutingTrace, load_trace, popularity_trace, trace_hash, uniform_trace
-from moesim.trace.metrics import expert_load_LE, imbalance
+from moesim.trace.agreement import check_agreement
+from moesim.trace.library import is_library_name, load_library
+from moesim.trace.metrics import expert_load_LE, first_load_LE, imbalance
 from moesim.trace.sampling import MIN_COVERAGE_FOR_CONFIDENCE, MIN_COVERAGE_FOR_RANGE
 from moesim.units import format_bytes
 
@@ -105,14 +107,16 @@ def _rows(
 def obtain_trace(
     scenario: Scenario, *, progress: ProgressCallback | None = None, cache_dir: Path | None = None
 ) -> RoutingTrace | None:
-    """The routing of the scenario: trained (or cached), read from a file, or drawn; None for a dense model."""
+    """The routing of the scenario: trained (or cached), read from a file or the library, or drawn; None when dense."""
     if scenario.model.experts == 0:
         return None
     routing = scenario.routing
     if isinstance(routing, TrainRouting):
         return cached_trace(TrainingRequest.from_scenario(scenario), cache_dir, progress=progress)
     if isinstance(routing, TraceRouting):
-        return load_trace(Path(routing.file))
+        trace = load_library(routing.file) if is_library_name(routing.file) else load_trace(Path(routing.file))
+        check_agreement(trace, routing, wanted=scenario.router_shape())
+        return trace
     window = window_tokens(scenario)
     length = scenario.workload.sequence_length
     fewest, most = SYNTHETIC_TOKENS
@@ -308,7 +312,7 @@ def _load_arrays(facts: TrafficFacts) -> dict[str, FloatArray]:
 
 def _router_facts(scenario: Scenario, trace: RoutingTrace, sample: TrafficSample) -> dict[str, Any]:
     curves = trace.curves
-    load_first = imbalance(expert_load_LE(trace.steps[0], num_experts=trace.router.num_experts))
+    load_first = imbalance(first_load_LE(trace))
     load_last = imbalance(expert_load_LE(trace.final, num_experts=trace.router.num_experts))
     return {
         "kind": trace.router.kind,

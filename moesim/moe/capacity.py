@@ -18,9 +18,9 @@ def expert_capacity(*, factor: float, top_k: int, num_tokens: int, num_experts: 
     return math.ceil(factor * top_k * num_tokens / num_experts)
 
 
-def device_budget(*, factor: float, num_rows: int, num_devices: int) -> int:
-    """Rows that one device computes: floor(factor * mean rows per device)."""
-    return math.floor(factor * num_rows / num_devices)
+def device_budget(*, factor: float, num_rows: Tensor, num_devices: int) -> Tensor:
+    """Rows that one device computes, int64: floor(factor * mean rows per device)."""
+    return (factor * num_rows.double() / num_devices).floor().long()
 
 
 def expert_keep_mask(
@@ -58,8 +58,10 @@ def device_keep_mask(
     valid_R = ids_R >= 0
     protected_R = protected_S[sequence_T].unsqueeze(1).expand(expert_ids_TK.shape).reshape(-1) & valid_R
     device_R = torch.where(valid_R, ids_R // (num_experts // num_devices), num_devices)
-    budget = device_budget(factor=factor, num_rows=int(valid_R.sum()), num_devices=num_devices)
-    protected_rows_D = torch.bincount(device_R[protected_R], minlength=num_devices + 1)
+    budget = device_budget(factor=factor, num_rows=valid_R.sum(), num_devices=num_devices)
+    devices_D = torch.arange(num_devices + 1, device=device_R.device)
+    # not bincount: it makes the host wait for the device, and no graph can capture that
+    protected_rows_D = ((device_R.unsqueeze(1) == devices_D) & protected_R.unsqueeze(1)).sum(dim=0)
     left_D = (budget - protected_rows_D).clamp_min(0)
     # protected rows go last in their device's queue, so that a place counts the unprotected rows before it
     priority_R = affinities_TK.detach().reshape(-1).float().masked_fill(protected_R, -math.inf)
@@ -105,10 +107,12 @@ def keep_mask(
 
 def place_in_bin(bin_R: Tensor, priority_R: Tensor, *, num_bins: int) -> Tensor:
     """For each row, how many rows of its bin come before it: higher priority first, then row order."""
+    narrow_R = bin_R.to(torch.uint8 if num_bins <= 256 else torch.int16)  # a radix sort passes over every byte
     by_priority_R = torch.sort(priority_R.detach(), descending=True, stable=True).indices
-    order_R = by_priority_R[torch.sort(bin_R[by_priority_R], stable=True).indices]
-    first_B = torch.bincount(bin_R, minlength=num_bins).cumsum(0) - torch.bincount(bin_R, minlength=num_bins)
-    places_R = torch.arange(len(bin_R), device=bin_R.device) - first_B[bin_R[order_R]]
+    sorted_R, order_R = torch.sort(narrow_R[by_priority_R], stable=True)
+    order_R = by_priority_R[order_R]
+    first_B = torch.searchsorted(sorted_R, torch.arange(num_bins, device=bin_R.device).to(sorted_R.dtype))
+    places_R = torch.arange(len(bin_R), device=bin_R.device) - first_B[sorted_R.long()]
     return torch.empty_like(places_R).scatter_(0, order_R, places_R)
 
 

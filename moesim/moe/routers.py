@@ -63,8 +63,9 @@ def limit_groups(scores_TN: Tensor, *, num_groups: int, group_limit: int, best_o
     if group_limit >= num_groups:
         return scores_TN
     scores_TGE = scores_TN.view(len(scores_TN), num_groups, -1)
-    best_of = min(best_of, scores_TGE.shape[2])
-    group_scores_TG = scores_TGE.topk(best_of, dim=2).values.sum(dim=2)
+    group_scores_TG = scores_TGE.amax(dim=2)
+    if best_of > 1 and scores_TGE.shape[2] > 1:
+        group_scores_TG = scores_TGE.topk(min(best_of, scores_TGE.shape[2]), dim=2).values.sum(dim=2)
     kept_TM = top_ids(group_scores_TG, group_limit)
     dropped_TG = torch.ones_like(group_scores_TG, dtype=torch.bool).scatter_(1, kept_TM, False)
     return scores_TGE.masked_fill(dropped_TG.unsqueeze(2), -math.inf).view(scores_TN.shape)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
@@ -197,16 +198,8 @@ class Trainer:
 
     def _batch(self, step: int, micro: int) -> tuple[Tensor, Tensor]:
         """Training windows [B, T + 1] at random places, and which of them are protected from dropping."""
-        request = self.request
-        rng = stream(request.seed, "batch", step, micro)
-        size, context = request.batch_sequences, request.thin.context
-        starts_B = rng.integers(0, len(self.train) - context, size=size)
-        windows = self.train[starts_B[:, None] + np.arange(context + 1)]
-        protected_S = np.zeros(size, dtype=bool)
-        if isinstance(request.capacity, DeviceCapacity):
-            # rounded up or down by chance, so that few sequences still give the wanted share on average
-            num_protected = math.floor(request.capacity.protected_share * size + rng.random())
-            protected_S[rng.permutation(size)[:num_protected]] = True
+        starts_B, protected_S = draw_batch(self.request, num_bytes=len(self.train), step=step, micro=micro)
+        windows = self.train[starts_B[:, None] + np.arange(self.request.thin.context + 1)]
         return torch.from_numpy(windows).to(self.device).long(), torch.from_numpy(protected_S).to(self.device)
 
     def _balance(self, sums_L: list[RoutingSums]) -> Tensor:
@@ -258,6 +251,21 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.train_loss, self.imbalance = state["train_loss"], state["imbalance"]
         self.validations = state["validations"]
+
+
+def draw_batch(
+    request: TrainingRequest, *, num_bytes: int, step: int, micro: int = 0
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Where the windows of a micro-batch start in a text of `num_bytes` [B], and which are protected from drops [B]."""
+    rng = stream(request.seed, "batch", step, micro)
+    size = request.batch_sequences
+    starts_B = rng.integers(0, num_bytes - request.thin.context, size=size)
+    protected_S = np.zeros(size, dtype=bool)
+    if isinstance(request.capacity, DeviceCapacity):
+        # rounded up or down by chance, so that few sequences still give the wanted share on average
+        num_protected = math.floor(request.capacity.protected_share * size + rng.random())
+        protected_S[rng.permutation(size)[:num_protected]] = True
+    return starts_B, protected_S
 
 
 def learning_rate(step: int, *, num_steps: int, peak: float) -> float:

@@ -35,14 +35,14 @@ class Mode(NamedTuple):
 class MoELayer(nn.Module):
     """Router, routed experts and shared experts: sum_i FFN^s_i(u) + sum_i g_i FFN^r_i(u)."""
 
-    def __init__(self, request: TrainingRequest, generator: torch.Generator) -> None:
+    def __init__(self, request: TrainingRequest, generator: torch.Generator, experts: type[RoutedExperts]) -> None:
         super().__init__()
         hidden, width = request.thin.hidden, request.thin.expert_intermediate
         self.shape, self.capacity = request.router, request.capacity
         self.router = build_router(self.shape, hidden=hidden, generator=generator)
         self.fixed_router = HashRouter(self.shape)
         self.fixed_router.reset_parameters(generator)
-        self.experts = RoutedExperts(hidden=hidden, num_experts=self.shape.num_experts, width=width)
+        self.experts = experts(hidden=hidden, num_experts=self.shape.num_experts, width=width)
         self.experts.reset_parameters(generator)
         self.shared: SharedExperts | None = None
         if request.shared_experts:
@@ -78,13 +78,13 @@ class MoELayer(nn.Module):
 class Block(nn.Module):
     """Pre-norm attention and MoE layer, each added to the residual."""
 
-    def __init__(self, request: TrainingRequest, generator: torch.Generator) -> None:
+    def __init__(self, request: TrainingRequest, generator: torch.Generator, experts: type[RoutedExperts]) -> None:
         super().__init__()
         hidden = request.thin.hidden
         self.attention_norm = nn.RMSNorm(hidden)
         self.attention = build_attention(request.thin.attention, hidden=hidden, heads=request.thin.heads)
         self.moe_norm = nn.RMSNorm(hidden)
-        self.moe = MoELayer(request, generator)
+        self.moe = MoELayer(request, generator, experts)
 
     def forward(self, hidden_BTH: Tensor, hash_keys_BT: Tensor, mode: Mode) -> tuple[Tensor, Routing]:
         """The block's output and its routing."""
@@ -94,13 +94,18 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Embedding, blocks and head over bytes; all parameters drawn from `generator` (CPU)."""
+    """Embedding, blocks and head over bytes; all parameters drawn from `generator` (CPU).
 
-    def __init__(self, request: TrainingRequest, generator: torch.Generator) -> None:
+    `experts` is how the routed experts are computed: the class changes neither parameters nor what is drawn for them.
+    """
+
+    def __init__(
+        self, request: TrainingRequest, generator: torch.Generator, *, experts: type[RoutedExperts] = RoutedExperts
+    ) -> None:
         super().__init__()
         hidden = request.thin.hidden
         self.embedding = nn.Embedding(VOCABULARY, hidden)
-        self.blocks = nn.ModuleList(Block(request, generator) for _ in range(request.thin.layers))
+        self.blocks = nn.ModuleList(Block(request, generator, experts) for _ in range(request.thin.layers))
         self.norm = nn.RMSNorm(hidden)
         self.head = nn.Linear(hidden, VOCABULARY, bias=False)
         nn.init.normal_(self.embedding.weight, generator=generator)

@@ -12,15 +12,15 @@ from moesim.parallel import TrafficSampler
 from moesim.scenario import Scenario
 from moesim.seeding import stream
 from moesim.trace import RoutingTrace
-from moesim.trace.metrics import expert_load_LE, imbalance, mean_distinct_groups_L, uniform_floor
+from moesim.trace.metrics import expert_load_LE, first_load_LE, imbalance, mean_distinct_groups_L, uniform_floor
 
 COLD = 0.5  # an expert with less than this share of the mean load is cold
 
 
 def relative_load_LE(trace: RoutingTrace, *, first: bool) -> NDArray[np.float64]:
     """Rows of an expert / mean rows of its layer, at the first or the last recorded step; before dropping."""
-    step = trace.steps[0] if first else trace.final
-    load_LE = expert_load_LE(step, num_experts=trace.router.num_experts)
+    num_experts = trace.router.num_experts
+    load_LE = first_load_LE(trace) if first else expert_load_LE(trace.final, num_experts=num_experts)
     return np.asarray(load_LE / load_LE.mean(axis=1, keepdims=True))
 
 

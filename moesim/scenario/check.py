@@ -19,7 +19,6 @@ from moesim.scenario.routing import (
     GshardRouter,
     PopularityRouting,
     Router,
-    TraceRouting,
     UniformRouting,
 )
 from moesim.scenario.schema import Scenario
@@ -157,7 +156,7 @@ def _check_routing(scenario: Scenario, report: _Report) -> None:
         raise report.user("routing", f"missing; a model with experts needs one kind of {kinds}")
     if isinstance(routing, PopularityRouting):
         _check_counts(scenario, routing, report)
-    if not isinstance(routing, TraceRouting) and routing.router is not None:
+    if routing.router is not None:
         _check_router(scenario, routing.router, report)
 
 

@@ -15,6 +15,7 @@ from moesim.scenario.catalogue import model_preset
 from moesim.scenario.document import Node, find, list_node, mapping_node
 from moesim.scenario.hf_config import read_hf_config
 from moesim.scenario.overrides import FLAT_CLUSTER_KEYS
+from moesim.scenario.routing import LIBRARY_PREFIX
 
 _PATHS = (("routing", "file"), ("routing", "corpus"), ("cluster", "fabric", "file"))
 _NAMED_CORPORA = ("stdlib",)
@@ -64,6 +65,8 @@ def absolute_paths(root: Node, *, base: Path) -> Node:
     for path in _PATHS:
         node, reached = find(root, path)
         if reached != path or not isinstance(node.value, str) or node.value in _NAMED_CORPORA:
+            continue
+        if path == ("routing", "file") and node.value.startswith(LIBRARY_PREFIX):
             continue
         target = _resolve(node.value, node, base)
         if not target.exists():

@@ -88,11 +88,18 @@ class TrainRouting(Section):
     thin: Thin = Thin()
 
 
+LIBRARY_PREFIX = "library:"  # `routing.file` that begins so names shipped routing, not a file
+
+
 class TraceRouting(Section):
-    """Replay a recorded trace."""
+    """Replay a recorded trace: a file, or `library:NAME` (`moesim trace library:` lists the names).
+
+    The trace brings its router, groups and limit with it. `router` asks for nothing but that they are these.
+    """
 
     kind: Literal["trace"]
     file: str
+    router: Router | None = None
 
 
 def _counts_form(value: object) -> str:
@@ -179,9 +186,9 @@ def resolve_router(routing: Routing, *, model: Model, num_devices: int) -> Route
     """The router shape of a `routing` section on `num_devices` ranks of an expert-parallel group.
 
     A trained router keeps its own kind; `popularity` and `uniform` take groups and limit from their `router`, and a
-    recorded trace brings its own router, so that only the model's experts and top_k are known here.
+    recorded trace brings its own: only the model's experts and top_k are known here, and the groups it must have.
     """
-    router = None if isinstance(routing, TraceRouting) else routing.router
+    router = routing.router
     kind = router.kind if isinstance(routing, TrainRouting) and router is not None else routing.kind
     num_groups, group_limit = 1, 1
     if isinstance(router, GroupedRouter):

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from moesim.scenario.routing import RouterShape
 from moesim.seeding import stream
 from moesim.trace.masks import distinct_domains
-from moesim.trace.record import TraceStep, group_of_expert
+from moesim.trace.record import RoutingTrace, TraceStep, group_of_expert
 from moesim.trace.selection import draw_distinct_in_groups
 
 Array = NDArray[Any]
@@ -31,6 +31,13 @@ def imbalance(loads: Array, *, axis: int = -1) -> NDArray[np.float64]:
 def expert_load_LE(step: TraceStep, *, num_experts: int) -> NDArray[np.int64]:
     """Rows that every expert gets in every layer, before dropping."""
     return np.stack([np.bincount(ids.reshape(-1) + 1, minlength=num_experts + 1)[1:] for ids in step.expert_ids_LSTK])
+
+
+def first_load_LE(trace: RoutingTrace) -> NDArray[np.int64]:
+    """Rows of every expert in every layer at the first step of which the trace knows them."""
+    if trace.earlier and trace.earlier[0].step < trace.steps[0].step:
+        return np.asarray(trace.earlier[0].counts_LSE.sum(axis=1, dtype=np.int64))
+    return expert_load_LE(trace.steps[0], num_experts=trace.router.num_experts)
 
 
 def mean_distinct_groups_L(step: TraceStep, router: RouterShape) -> NDArray[np.float64]:

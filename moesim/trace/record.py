@@ -55,6 +55,14 @@ class TraceStep:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class StepCounts:
+    """How often every expert was selected in a training step, before dropping: counts_LSE, int32."""
+
+    step: int
+    counts_LSE: NDArray[np.int32]
+
+
 def _empty() -> NDArray[np.float64]:
     return np.zeros(0)
 
@@ -77,12 +85,14 @@ class TrainingCurves:
 class RoutingTrace:
     """The exchange format between routers and the simulator.
 
-    steps: ascending by step; the last one is the final router. provenance: everything that made the trace
+    steps: ascending by step; the last one is the final router. earlier: steps of which only counts were kept, over
+    sequences of the same held-out text, ascending. provenance: everything that made the trace
     (configuration, corpus hash, versions), as JSON values.
     """
 
     router: RouterShape
     steps: tuple[TraceStep, ...]
+    earlier: tuple[StepCounts, ...] = ()
     curves: TrainingCurves = field(default_factory=TrainingCurves)
     provenance: Mapping[str, Json] = field(default_factory=dict)
 

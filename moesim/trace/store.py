@@ -23,13 +23,13 @@ from numpy.typing import NDArray
 
 from moesim.errors import UserError
 from moesim.scenario.routing import RouterShape
-from moesim.trace.record import RoutingTrace, TraceStep, TrainingCurves, check_trace
+from moesim.trace.record import RoutingTrace, StepCounts, TraceStep, TrainingCurves, check_trace
 
 SCHEMA_VERSION = 1
 _MAGIC = b"moesim-trace"
 _ZLIB_LEVEL = 1  # higher levels cost ten times the time for 5 % of the size
 _STEP_ARRAYS = ("expert_ids_LSTK", "affinities_LSTK", "gates_LSTK")
-_DTYPES = {"uint8", "int16", "float16", "float32", "float64"}
+_DTYPES = {"uint8", "int16", "int32", "float16", "float32", "float64"}
 
 # Of every trace in memory that was read from a file what the file said: to write it again takes no packing.
 _bodies: dict[int, bytes] = {}
@@ -59,6 +59,7 @@ def _packed_body(trace: RoutingTrace) -> bytes:
         "router": asdict(trace.router),
         "provenance": dict(trace.provenance),
         "steps": [step.step for step in trace.steps],
+        "earlier": [each.step for each in trace.earlier],
         "arrays": [
             {"name": name, "dtype": str(array.dtype), "shape": list(array.shape), "bytes": len(blob)}
             for name, array, blob in zip(_arrays(trace), arrays, packed, strict=True)
@@ -135,15 +136,24 @@ def _parse(body: bytes) -> RoutingTrace:
         TraceStep(step=step, **{name: arrays[f"{index}.{name}"] for name in _STEP_ARRAYS})
         for index, step in enumerate(header["steps"])
     )
+    earlier = tuple(
+        StepCounts(step=step, counts_LSE=arrays[f"earlier.{index}"])
+        for index, step in enumerate(header.get("earlier", []))  # traces of before have none
+    )
     curves = TrainingCurves(**{curve.name: arrays[f"curves.{curve.name}"] for curve in fields(TrainingCurves)})
     return RoutingTrace(
-        router=RouterShape(**header["router"]), steps=steps, curves=curves, provenance=header["provenance"]
+        router=RouterShape(**header["router"]),
+        steps=steps,
+        earlier=earlier,
+        curves=curves,
+        provenance=header["provenance"],
     )
 
 
 def _arrays(trace: RoutingTrace) -> dict[str, Array]:
     """Every array of the trace by its name in the file."""
     arrays = {f"{i}.{name}": getattr(step, name) for i, step in enumerate(trace.steps) for name in _STEP_ARRAYS}
+    arrays |= {f"earlier.{index}": each.counts_LSE.astype(np.int32) for index, each in enumerate(trace.earlier)}
     curves = {f"curves.{curve.name}": np.asarray(getattr(trace.curves, curve.name)) for curve in fields(trace.curves)}
     return arrays | {name: array.astype(np.float64) for name, array in curves.items()}
 

@@ -74,7 +74,7 @@ def test_protected_rows_alone_may_exceed_the_budget() -> None:
     ids_TK, _, kept_TK = keep(DeviceCapacity(kind="device", factor=0.1), 0, ~NONE_PROTECTED)
     assert torch.equal(kept_TK, ids_TK >= 0)
     assert torch.bincount(ids_TK[kept_TK] // 4).max() > device_budget(
-        factor=0.1, num_rows=int((ids_TK >= 0).sum()), num_devices=4
+        factor=0.1, num_rows=(ids_TK >= 0).sum(), num_devices=4
     )
 
 

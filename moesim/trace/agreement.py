@@ -1,0 +1,35 @@
+"""Whether a recorded trace is what a scenario asks for: its experts always, its router where one is named."""
+
+from moesim.errors import UserError
+from moesim.scenario.routing import LIBRARY_PREFIX, GroupedRouter, RouterShape, TraceRouting
+from moesim.trace.record import RoutingTrace
+
+
+def check_agreement(trace: RoutingTrace, routing: TraceRouting, *, wanted: RouterShape) -> None:
+    """Compare a trace with the scenario that replays it; `wanted` is the scenario's router with aliases resolved.
+
+    The trace fixes router, groups and limit: a scenario that names others in `routing.router` is refused, not obeyed.
+    Raises UserError, one line, that names the key and both sides.
+    """
+    router, asked = trace.router, routing.router
+    where = f"routing.file: {routing.file}"
+    if (router.num_experts, router.top_k) != (wanted.num_experts, wanted.top_k):
+        raise UserError(
+            f"{where} routes each token to {router.top_k} of {router.num_experts} experts, but the model has "
+            f"model.top_k = {wanted.top_k} of model.experts = {wanted.num_experts}; use a trace of the model's own "
+            f"layout (`moesim trace {LIBRARY_PREFIX}` lists those at hand)"
+        )
+    if asked is None:
+        return
+    if asked.kind != router.kind:
+        raise UserError(
+            f"{where} was made by router {router.kind}, not routing.router.kind = {asked.kind}; "
+            "use another trace, or leave routing.router out"
+        )
+    grouped = isinstance(asked, GroupedRouter) and (asked.device_limit or asked.group_limit)
+    if grouped and (router.num_groups, router.group_limit) != (wanted.num_groups, wanted.group_limit):
+        raise UserError(
+            f"{where} was made with a limit of {router.group_limit} of {router.num_groups} groups, but routing.router "
+            f"asks for {wanted.group_limit} of {wanted.num_groups}; a recorded limit cannot be changed: use another "
+            "trace, or leave routing.router out"
+        )
