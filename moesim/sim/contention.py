@@ -18,7 +18,7 @@ from moesim.network import Fabric, PreparedTransfer
 from moesim.network.collectives import ring_use
 from moesim.network.contention import TOLERANCE, LinkUse, common_use, path_rates
 from moesim.sim.operations import Block, Operation, Transfer
-from moesim.sim.peers import SideBySide
+from moesim.sim.peers import PeerCollective, SideBySide
 from moesim.sim.program import Contention, GroupProgram, Place, SharedPart, StepProgram
 from moesim.sim.reductions import Reduction
 
@@ -175,6 +175,8 @@ class _Cut:
         """Those of equal shares are the same in every sample."""
         if isinstance(transfer, PreparedTransfer):
             return self._prepared(transfer)
+        if isinstance(transfer, PeerCollective):
+            return transfer.of_one_sample
         if not isinstance(transfer, SideBySide):
             return transfer
         if transfer not in self._joined:

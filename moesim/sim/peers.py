@@ -7,6 +7,7 @@ Legend: S routing samples, R ranks of a rank group, G runs of sets, N peers of a
 """
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -64,6 +65,11 @@ class PeerCollective:
         self.sent_bytes = sent_bytes
         self.alone_R = np.repeat(seconds_R[None], samples, axis=0)
         self._seconds_1GNI = peers.split(self.alone_R[:1])
+
+    @cached_property
+    def of_one_sample(self) -> "PeerCollective":
+        """The same for a sample alone."""
+        return type(self)(self.peers, self.alone_R[0], sent_bytes=self.sent_bytes)
 
     def finish(self, start_R: FloatArray) -> FloatArray:
         """See Transfer."""

@@ -215,3 +215,26 @@ def test_tensor_ranks_reduce_what_they_hold_whole(small):
     samples = [TrafficSampler(alone, obtain_trace(alone)).draw(stream(0, "test"))]
     names = [r.name for r in build_program(alone, fabric=fabric, kernels=kernels, samples=samples).reductions]
     assert names == ["all_reduce.dense"]
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"data": 2, "context": 2, "tensor": 2, "expert": 4, "expert_tensor": 2},
+        {"data": 2, "tensor": 2, "pipeline": 2, "expert": 4, "zero": {"dense": 3, "expert": 3}},
+    ],
+)
+def test_ranks_share_layers_also_where_groups_slow_each_other(small, layout):
+    """On a blocking core samples are simulated one by one, but for collectives of equal shares, which are alike."""
+    fabric = {"preset": "leaf_spine", "oversubscription": 4.0, "pod_nodes": 1}
+    scenario = small(
+        {
+            "cluster": {"gpu": "h200", "nodes": 4, "gpus_per_node": 2, "fabric": fabric},
+            "parallelism": layout,
+            "uncertainty": {"samples": 2},
+        }
+    )
+    record = simulate(scenario)
+    for parts_C in record.arrays["attribution_CW"].T:
+        assert parts_C.sum() == pytest.approx(record.result["step_time_s"], rel=1e-9)
+    assert record.result["attribution_s"]["tensor"] > 0
