@@ -1,6 +1,5 @@
-"""What a fabric is, for people: switches, links, bisection, oversubscription, and where to draw them."""
+"""What a fabric is, for people: switches, links, bisection, oversubscription."""
 
-import math
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 
@@ -24,11 +23,10 @@ class LinkGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class FabricFacts:
-    """A fabric in numbers and as a drawing.
+    """A fabric in numbers.
 
     `bisection` is the nominal bytes/s that one half of the nodes (of the GPUs where there is one node) can send to the
-    other half, `oversubscription` the largest bandwidth below / above of each tier of switches. `positions` and `edges`
-    draw it: layers from NVSwitches (0) up to the core.
+    other half, `oversubscription` the largest bandwidth below / above of each tier of switches.
     """
 
     preset: str
@@ -38,8 +36,6 @@ class FabricFacts:
     links: tuple[LinkGroup, ...]
     bisection: float
     oversubscription: dict[str, float]
-    positions: dict[str, tuple[float, float]]
-    edges: tuple[tuple[str, str, float], ...]
 
 
 def describe(fabric: Fabric) -> FabricFacts:
@@ -58,8 +54,6 @@ def describe(fabric: Fabric) -> FabricFacts:
         ),
         bisection=_bisection(fabric),
         oversubscription=_oversubscription(fabric, kinds),
-        positions=_positions(fabric, kinds),
-        edges=tuple((*link, float(b)) for link, b in zip(fabric.links, fabric.bandwidth_X, strict=True)),
     )
 
 
@@ -106,22 +100,3 @@ def _oversubscription(fabric: Fabric, kinds: dict[str, str]) -> dict[str, float]
         if kinds[switch] in ("leaf", "spine"):
             ratios[kinds[switch]] = max(ratios.get(kinds[switch], 0.0), below[switch] / up)
     return ratios
-
-
-def _positions(fabric: Fabric, kinds: dict[str, str]) -> dict[str, tuple[float, float]]:
-    if fabric.preset == "custom":
-        count = len(fabric.graph)
-        turns = {name: 2 * math.pi * index / count for index, name in enumerate(sorted(fabric.graph))}
-        return {name: (math.cos(turn), math.sin(turn)) for name, turn in turns.items()}
-    x = {f"gpu{rank}": float(rank) for rank in range(fabric.num_ranks)}
-    # A switch stands over the middle of what hangs below it, layer by layer; NVSwitches hang below the GPUs.
-    for name in sorted(fabric.graph, key=lambda name: (_LAYERS[kinds[name]], name)):
-        if name not in x:
-            own = _LAYERS[kinds[name]]
-            under = [
-                x[n]
-                for n in fabric.graph.predecessors(name)
-                if n in x and (_LAYERS[kinds[n]] < own or kinds[n] == "gpu")
-            ]
-            x[name] = sum(under) / len(under) if under else 0.0
-    return {name: (x[name], float(_LAYERS[kinds[name]])) for name in fabric.graph}
