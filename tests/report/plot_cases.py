@@ -102,6 +102,33 @@ def limits(folder: Path, **about: Any) -> Path:
     return write_study(folder, points, axes=axes, **about)
 
 
+def plan_about(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What plan.json says of two ranked layouts: the first one wins by 1000 USD, mostly of routed experts."""
+    winner, other = results
+    outcomes = {
+        name: {"values": {"gpus": 8, GPU: "h200", STAGES: stages, "workload.micro_batch": 1}, "usd": usd}
+        for (name, stages, usd) in ((winner, 1, 40_000.0), (other, 2, 41_000.0))
+    }
+    parts = [("experts", 900.0), ("bubble", 150.0), ("combine_exposed", -52.0), ("router", 2.0)]
+    change = {"change": "bandwidth of all links x2", "note": "", "winner": other, "changes_winner": True,
+              "usd": 39_000.0, "days": 61.5, "layouts": 2}  # fmt: skip
+    flip = {"gpu": "b200", "usd_per_gpu_hour": 2.5, "price_ratio": 1.2, "price_ratio_now": 2.4}
+    discarded = [{"stage": "memory", "reason": "h100", "count": 38, "example": "143.6 GB of 85.5 GB"}]
+    return {
+        "ranking": [winner, other],
+        "front": [winner],
+        "outcomes": outcomes,
+        "why": {
+            "winner": winner,
+            "runner_up": {"other": other, "parts": [{"part": part, "usd_difference": usd} for part, usd in parts]},
+        },
+        "sensitivity": {"changes": [change], "price_flips": [flip]},
+        "counts": {"looked_at": 1440, "kept": 321, "simulated": 14, "discarded": discarded},
+        "screen_error": {"layouts": 6, "median": 0.0012, "worst": 0.0019},
+        "baseline": None,
+    }
+
+
 def clusters(folder: Path, *, kind: str = "plan", **about: Any) -> Path:
     """A plan over GPU types, nodes and pipeline sizes; one H100 node does not hold the model."""
     points = []

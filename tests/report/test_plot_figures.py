@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from plot_cases import GPU, LIMIT, NODES, STAGES, clusters, limits, point, result_of, write_run, write_study
+from plot_cases import GPU, LIMIT, NODES, STAGES, clusters, limits, plan_about, point, result_of, write_run, write_study
 
 from moesim.errors import UserError
 from moesim.report.plots import Asked, plot_page
@@ -234,6 +234,29 @@ def test_hostile_texts_stay_texts(tmp_path: Path) -> None:
     own = page.split("</script>", 1)[1]
     assert "<b>bold" not in own and "<script>alert" not in own
     assert page.count("<script") == page.count("</script>")
+
+
+def test_a_plan_says_why_its_winner_wins_and_what_would_alter_that(tmp_path: Path) -> None:
+    values = [{GPU: "h200", STAGES: 1}, {GPU: "h200", STAGES: 2}, {GPU: "b200", STAGES: 1}]
+    points = [point(i, value, result_of(1.0 + 0.1 * i)) for i, value in enumerate(values)]
+    points.append(point(3, {GPU: "h100", STAGES: 1}, result_of(0.5)))
+    about = plan_about({points[0]["id"]: {}, points[1]["id"]: {}})
+    folder = write_study(tmp_path / "plan", points, kind="plan", **about)
+    page = plot_page([folder], Asked())
+    for words in (
+        "costs $40,000 for the goal; the other, 8 h200 pp2 mb1, $41,000",
+        "bandwidth of all links x2",
+        "another layout wins",
+        "b200 would win below $2.50",
+        "Of 1,440 combinations 321 passed and 14 were simulated",
+        "0.12 % off in the median of 6 layouts drawn at random, 0.19 % at worst",
+        "143.6 GB of 85.5 GB",
+        "front of the layouts that meet the goal",
+    ):
+        assert words in page
+    assert '"x":[40000.0,900.0,150.0,-52.0,2.0,41000.0]' in page.replace("\\u002f", "/")
+    (front,) = traces(cost_performance(*drawn(folder, Asked())), "front")
+    assert list(front.text) == ["rank 1"], "the fastest and cheapest layout misses the goal"
 
 
 def test_ticks_are_round_and_colours_differ(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from plot_cases import (
 )
 
 from moesim.errors import UserError
-from moesim.report.plots.groups import T_95, Collection, collect, mean_and_interval, student_t_95
+from moesim.report.plots.groups import T_95, Collection, collect, mean_and_interval, own_range, student_t_95
 from moesim.report.plots.metrics import metric, paths_of
 from moesim.report.plots.points import read_sources, with_values
 from moesim.report.plots.values import short_names, text_of
@@ -74,6 +74,7 @@ def test_a_single_run_brings_its_own_range_and_what_follows_from_it(tmp_path: Pa
     assert (rate.low, rate.high) == pytest.approx((rate.mean * 2 / 2.06, rate.mean * 2 / 1.96))
     assert price.high == pytest.approx(price.mean * 1.03)
     assert (imbalance.low, imbalance.high) == (None, None)
+    assert own_range(metric("step_time_s"), result | {"step_time_range_s": [2.0, 2.0]}) == (None, None), "one sample"
 
 
 def test_zipped_keys_stay_one_axis(tmp_path: Path) -> None:
@@ -152,7 +153,7 @@ def test_names_are_as_short_as_they_stay_clear() -> None:
         ["cluster.nodes", "model.layers", "routing.thin.layers", "capacity.kind", "parallelism.expert", "$m"]
     )
     assert list(names.values()) == ["nodes", "model layers", "thin layers", "capacity kind", "expert parallel", "m"]
-    assert text_of({"kind": "device", "factor": 1.25}) == "kind device, factor 1.25"
+    assert text_of({"kind": "device", "factor": 1.25}) == "device, factor 1.25"
     assert text_of("library:" + "x" * 60).startswith("…") and len(text_of("y" * 99)) == 40
 
 

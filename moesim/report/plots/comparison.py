@@ -1,7 +1,8 @@
 """Two runs beside each other: what differs in their scenarios, metric by metric, and where the time went."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import plotly.graph_objects as go
@@ -119,28 +120,43 @@ def waterfall(first: Side, second: Side) -> go.Figure:
     begin, end = (sum(side.attribution_s.values()) for side in (first, second))
     scale, unit = time_unit(max(begin, end))
     parts = changes(first, second)
-    figure = blank(height=150 + 30 * (len(parts) + 2), x=f"{unit} of one step")
-    names = [part.label if part else "smaller changes" for part, _ in parts]
-    moved = [scale * value for _, value in parts]
-    levels = [scale * begin]
-    for value in moved:
-        levels.append(levels[-1] + value)
-    low, high = min(*levels, scale * end), max(*levels, scale * end)
+    return cascade(
+        (plain(first.name), scale * begin),
+        [(part.label if part else "smaller changes", scale * value) for part, value in parts],
+        (plain(second.name), scale * end),
+        title=f"{unit} of one step",
+        amount=lambda value: f"{value:.4g} {'s' if unit == 'seconds' else 'ms'}",
+    )
+
+
+def cascade(
+    begin: tuple[str, float],
+    parts: Sequence[tuple[str, float]],
+    end: tuple[str, float],
+    *,
+    title: str,
+    amount: Callable[[float], str],
+) -> go.Figure:
+    """Bars from one total to another, a step for each part; `amount` writes the totals."""
+    figure = blank(height=150 + 30 * (len(parts) + 2), x=title)
+    moved = [value for _, value in parts]
+    levels = list(accumulate(moved, initial=begin[1]))
+    low, high = min(*levels, end[1]), max(*levels, end[1])
     pad = 0.25 * (high - low) or 0.05 * high
     floor = 0.0 if low - pad < 0.6 * high else low - pad
     figure.add_waterfall(
-        y=[plain(first.name), *names, plain(second.name)],
-        x=[scale * begin, *moved, scale * end],
+        y=[begin[0], *(name for name, _ in parts), end[0]],
+        x=[begin[1], *moved, end[1]],
         measure=["absolute", *["relative"] * len(moved), "total"],
         orientation="h",
-        text=[_amount(scale * begin, unit), *(f"{value:+.3g}" for value in moved), _amount(scale * end, unit)],
+        text=[amount(begin[1]), *(_signed(value) for value in moved), amount(end[1])],
         textposition="outside",
         cliponaxis=False,
         connector={"line": {"color": "#a3aab4", "width": 1, "dash": "dot"}},
         increasing={"marker": {"color": FAMILIES["communication"]}},
         decreasing={"marker": {"color": FAMILIES["compute"]}},
         totals={"marker": {"color": FAMILIES["overhead"]}},
-        hovertemplate=f"%{{y}}: %{{text}} {unit}<extra></extra>",
+        hovertemplate="%{y}: %{text}<extra></extra>",
         showlegend=False,
     )
     figure.update_yaxes(autorange="reversed", showgrid=False, tickfont={"size": 14})
@@ -148,8 +164,9 @@ def waterfall(first: Side, second: Side) -> go.Figure:
     return figure
 
 
-def _amount(value: float, unit: str) -> str:
-    return f"{value:.4g} {'s' if unit == 'seconds' else 'ms'}"
+def _signed(value: float) -> str:
+    """Three digits, all of a large number, and always a sign."""
+    return f"{value:+,.0f}" if abs(value) >= 100 else f"{value:+.3g}"
 
 
 def metric_rows(first: Side, second: Side, paths: Sequence[str]) -> list[tuple[str, str, str, str]]:

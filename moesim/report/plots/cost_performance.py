@@ -100,8 +100,10 @@ def _add_front(
 ) -> None:
     """A staircase through the front: what the best layout costs from each throughput on."""
     x, y = drawing.metrics
-    chosen = pareto_front([place[group.index] for group in groups], better=(x.better, y.better))
-    members = [groups[index] for index in chosen]
+    eligible = set(collection.eligible)
+    able = [group for group in groups if group.index in eligible]
+    chosen = pareto_front([place[group.index] for group in able], better=(x.better, y.better))
+    members = [able[index] for index in chosen]
     labels = front_labels(groups, collection, drawing)
     # on the side where no point can be
     below = "top" if y.better == HIGHER else "bottom"
@@ -118,17 +120,24 @@ def _add_front(
         textfont={"size": 12, "color": FRONT},
         cliponaxis=False,
         hoverinfo="skip",
-        meta={"role": "front", "better": [x.better, y.better], "labels": labels},
+        meta={"role": "front", "better": [x.better, y.better], "labels": labels, "among": sorted(eligible)},
     )
 
 
 def front_labels(groups: Sequence[Group], collection: Collection, drawing: Drawing) -> dict[int, str]:
-    """What stands beside a point of the front: its values where all are short, else its number in the table."""
+    """What stands beside a point of the front: its values where all are short, else its rank or number in the table."""
     columns = [
         column for column, axis in enumerate(collection.axes) if axis is not drawing.colour and len(axis.values) > 1
     ]
     texts = {g.index: ", ".join(collection.axes[column].texts[g.at[column]] for column in columns) for g in groups}
-    if columns and all(len(text) <= _LONGEST_LABEL for text in texts.values()):
+    ranked = any(group.rank is not None for group in groups)
+    if columns and not ranked and all(len(text) <= _LONGEST_LABEL for text in texts.values()):
         return {index: plain(text) for index, text in texts.items()}
-    firsts = {group.index: group.points[0] for group in groups}
-    return {i: plain(point.folder if point.scenario is not None else f"#{point.number}") for i, point in firsts.items()}
+    return {group.index: plain(_short_label(group)) for group in groups}
+
+
+def _short_label(group: Group) -> str:
+    point = group.points[0]
+    if point.rank is not None:
+        return f"rank {point.rank}"
+    return point.folder if point.scenario is not None else f"#{point.number}"

@@ -33,7 +33,7 @@ from moesim.report.plots.points import DONE
 from moesim.report.plots.values import is_number, plain
 
 _PANEL_HEIGHT, _SINGLE_HEIGHT = 330, 480
-_TOP, _TOP_WITHOUT_LEGEND, _BOTTOM = 72, 36, 64
+_TOP, _TOP_WITHOUT_LEGEND, _BOTTOM = 88, 36, 64
 _MOST_MARKS, _LONGEST_MARK = 8, 12
 NO_RESULT = "#b5561d"
 

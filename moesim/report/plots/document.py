@@ -28,8 +28,10 @@ from moesim.report.plots.groups import Axis, Collection, Group, collect
 from moesim.report.plots.heat_map import heat_axes, heat_map
 from moesim.report.plots.looks import label_of
 from moesim.report.plots.metrics import HEADLINE, LOWER, Metric, metric, text
+from moesim.report.plots.plan_sections import add_plan
 from moesim.report.plots.points import DONE, Source, read_sources, with_values
 from moesim.report.plots.script import SCRIPT
+from moesim.report.plots.values import MISSING
 
 _MOST_BOXES = 40  # values of an axis up to which each gets a tick box
 
@@ -75,6 +77,8 @@ def _drawn(collection: Collection, drawing: Drawing) -> str:
         _add_tiles(page, collection, drawing)
     _add_filters(page, collection, drawing)
     _add_figures(page, collection, drawing)
+    if len(collection.sources) == 1 and collection.sources[0].kind == "plan":
+        add_plan(page, collection.sources[0].about)
     _add_missing(page, collection)
     sort = _add_table(page, collection, drawing)
     page.data(
@@ -122,7 +126,8 @@ def _notices(collection: Collection, drawing: Drawing) -> list[str]:
 
 def _add_tiles(page: Page, collection: Collection, drawing: Drawing) -> None:
     """The two ends of the front, over all points whatever the filters show."""
-    groups = drawn_groups(collection, drawing.metrics)
+    eligible = set(collection.eligible)
+    groups = [group for group in drawn_groups(collection, drawing.metrics) if group.index in eligible]
     if not groups or not has_front(drawing):
         return
     page.open("div", css="tiles")
@@ -141,7 +146,7 @@ def _layout(group: Group, collection: Collection) -> str:
     varied = [
         f"{axis.name} {axis.texts[place]}"
         for axis, place in zip(collection.axes, group.at, strict=True)
-        if len(axis.values) > 1
+        if len(axis.values) > 1 and axis.texts[place] != MISSING
     ]
     return ", ".join([label_of(group), *varied])
 
@@ -198,7 +203,8 @@ def _add_figures(page: Page, collection: Collection, drawing: Drawing) -> None:
 def _caption(collection: Collection, drawing: Drawing) -> str:
     """How to read the figure."""
     if drawing.kind == COST_PERFORMANCE:
-        front = "The staircase is the Pareto front of the points shown: no other is better in both. "
+        among = "points shown" if len(collection.eligible) == len(collection.groups) else "layouts that meet the goal"
+        front = f"The staircase is the Pareto front of the {among}: no other is better in both. "
         return (front if has_front(drawing) else "") + "The pointer brings up the whole layout of a point."
     bands = (
         "90 % intervals: Student's t over repetitions" if collection.repeats else "90 % ranges over resampled routing"
@@ -233,7 +239,14 @@ def _add_table(page: Page, collection: Collection, drawing: Drawing) -> list[lis
     """Every group as a row; returns what each cell is sorted by."""
     axes = [(place, axis) for place, axis in enumerate(collection.axes) if len(axis.values) > 1]
     shown = [metric(path) for path in dict.fromkeys([*(m.path for m in drawing.metrics), *HEADLINE])]
-    head = ["point", *(axis.name for _, axis in axes), *(found.label for found in shown), "result"]
+    ranked = any(group.rank is not None for group in collection.groups)
+    head = [
+        *(["rank"] if ranked else []),
+        "point",
+        *(axis.name for _, axis in axes),
+        *(found.label for found in shown),
+        "result",
+    ]
     rows, sort = [], []
     for group in collection.groups:
         means = [None if (e := group.estimate(found)) is None else e.mean for found in shown]
@@ -242,12 +255,13 @@ def _add_table(page: Page, collection: Collection, drawing: Drawing) -> list[lis
         values = [axis.texts[group.at[place]] for place, axis in axes]
         runs = f"{len(group.results)} runs" if len(group.results) > 1 else DONE
         note = runs if group.status == DONE else group.status
-        rows.append([label, *values, *texts, note])
+        rank = ["" if group.rank is None else str(group.rank)] if ranked else []
+        rows.append([*rank, label, *values, *texts, note])
         first = group.points[0].number if group.points[0].scenario is None else label
-        sort.append([first, *(group.at[place] for place, _ in axes), *means, note])
+        sort.append([*([group.rank] if ranked else []), first, *(group.at[place] for place, _ in axes), *means, note])
     page.text("h2", "All points")
     page.text("p", "A click on the head of a column sorts by it.")
-    styles = ["note", *["" for _ in axes], *["number" for _ in shown], "note"]
+    styles = [*["number" for _ in range(ranked)], "note", *["" for _ in axes], *["number" for _ in shown], "note"]
     attributes = [{"data-group": str(group.index)} for group in collection.groups]
     page.table(head, rows, styles=styles, name="points", css="sortable", row_attributes=attributes)
     return sort

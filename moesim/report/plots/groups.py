@@ -70,6 +70,11 @@ class Group:
         """`done` where at least one run has a result, else what the first point says."""
         return DONE if self.results else self.points[0].status
 
+    @property
+    def rank(self) -> int | None:
+        """Its place in the ranking of a plan."""
+        return self.points[0].rank
+
     def estimate(self, metric: Metric) -> Estimate | None:
         """Mean and interval; None where no run has the metric."""
         values = [value for result in self.results if (value := metric.of(result)) is not None]
@@ -95,6 +100,12 @@ class Collection:
     def done(self) -> list[Group]:
         """Groups with a result."""
         return [group for group in self.groups if group.status == DONE]
+
+    @property
+    def eligible(self) -> list[int]:
+        """Groups that may lie on a front: in a plan those that meet its goal, else all."""
+        ranked = [group.index for group in self.groups if group.rank is not None]
+        return ranked or [group.index for group in self.groups]
 
     @property
     def results(self) -> list[Mapping[str, Any]]:
@@ -123,9 +134,12 @@ def mean_and_interval(values: Sequence[float]) -> Estimate:
 
 
 def own_range(metric: Metric, result: Mapping[str, Any]) -> tuple[float | None, float | None]:
-    """The 90 % range of one run for metrics that follow from its step time; (None, None) for others."""
+    """The 90 % range of one run for metrics that follow from its step time; (None, None) for others.
+
+    The range of a single routing sample has no width and says nothing.
+    """
     bounds, step_s, value = result.get("step_time_range_s"), result["step_time_s"], metric.of(result)
-    if not bounds or value is None or metric.path not in (*AS_STEP_TIME, *AS_RATE):
+    if not bounds or bounds[0] == bounds[1] or value is None or metric.path not in (*AS_STEP_TIME, *AS_RATE):
         return None, None
     factors = sorted(bound / step_s if metric.path in AS_STEP_TIME else step_s / bound for bound in bounds)
     return value * factors[0], value * factors[1]
@@ -192,7 +206,7 @@ def _study_axes(source: Source, points: Sequence[Point], *, split: bool) -> tupl
         axes.append(
             Axis(
                 keys,
-                name=_zipped_name(keys, names),
+                name=names[keys[0]] if telling and not labels else _zipped_name(keys, names),
                 values=tuple(order),
                 texts=tuple(
                     str(texts.get(identity(values), text_of(values[0] if telling else values))) for values in order

@@ -10,7 +10,7 @@ from moesim.report import facts
 from moesim.report.plots.choice import AxisKey, Variable
 from moesim.report.plots.groups import Axis, Collection, Estimate, Group
 from moesim.report.plots.metrics import HEADLINE, Metric, Unit, metric, text, unit_for
-from moesim.report.plots.values import is_number, plain, short_names, text_of
+from moesim.report.plots.values import MISSING, is_number, plain, short_names, text_of
 
 # blue, orange, green-blue, magenta, purple, yellow, grey, brown: distinct under every common colour blindness
 CATEGORICAL = ("#2474b5", "#e07b1a", "#0a7f86", "#b3256b", "#7a4fbf", "#d9b310", "#7a828e", "#9c5f2e")
@@ -22,6 +22,7 @@ _ORDERED_FROM = 4  # numeric values from which on colours run from light to dark
 _LOG_FROM = 6.0  # largest / smallest value from which on an axis is logarithmic
 _MOST_TICKS = 14
 _LONGEST_HOVER = 90
+_ROUND_OFF = 1e-6
 _MANTISSAS = ((1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0))
 _FEWEST_TICKS = 4
 
@@ -79,6 +80,9 @@ def set_metric_axis(update: Any, variable: Metric, values: Sequence[float], unit
         update(type="log", tickvals=ticks, ticktext=[prefix + tick_text(tick) for tick in ticks], minor={"ticks": ""})
     else:
         update(tickprefix=prefix, tickformat="~s" if variable.quantity == "rate" else "", exponentformat="SI")
+        middle = max(map(abs, values), default=0.0)
+        if values and max(values) - min(values) < _ROUND_OFF * middle:  # or the ticks would show rounding
+            update(range=[0.9 * values[0], 1.1 * values[0]] if values[0] > 0 else [1.1 * values[0], 0.9 * values[0]])
 
 
 def log_ticks(low: float, high: float) -> list[float]:
@@ -130,8 +134,11 @@ def interval_text(variable: Metric, found: Estimate | None) -> str:
 
 def hover_text(group: Group, collection: Collection, metrics: Sequence[Metric] = ()) -> str:
     """The whole layout of a group: every key that differs, its numbers, and what they rest on."""
-    lines = [f"<b>{plain(label_of(group))}</b>"]
+    rank = f", rank {group.rank}" if group.rank is not None else ""
+    lines = [f"<b>{plain(label_of(group))}{rank}</b>"]
     for axis, place in zip(collection.axes, group.at, strict=True):
+        if axis.texts[place] == MISSING:
+            continue
         lines.append(f"{plain(axis.name)}: {plain(axis.texts[place])}")
         if len(axis.keys) > 1:
             values = zip(axis.keys, axis.values[place], strict=True)
@@ -179,4 +186,4 @@ def with_pointer(figure: go.Figure) -> go.Figure:
 
 def legend_title(axis: Axis | None) -> dict[str, Any]:
     """What the colours of a legend tell apart."""
-    return {"text": plain(axis.name) + "   " if axis else "", "font": {"size": 13}}
+    return {"text": plain(axis.name) if axis else "", "font": {"size": 13}, "side": "top"}

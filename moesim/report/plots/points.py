@@ -36,6 +36,7 @@ class Point:
     reason: str = ""
     result: Mapping[str, Any] | None = None
     scenario: Mapping[str, Any] | None = None
+    rank: int | None = None  # among the layouts of a plan that meet its goal
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,8 @@ def _read(folder: Path, name: str) -> Source:
     if marker == RUN_FILE:
         return _read_run(folder, name, about)
     points, notices = _read_points(folder / POINTS_FILE, folder=name)
+    ranks = {identity: rank for rank, identity in enumerate(about.get("ranking") or (), start=1)}
+    points = tuple(replace(point, rank=ranks.get(point.identity)) for point in points)
     planned = about.get("num_points")
     if isinstance(planned, int) and planned > len(points):
         notices = (*notices, f"{name}: {planned - len(points)} of {planned} points have not been run yet.")

@@ -31,9 +31,10 @@ SCRIPT = """
 
   // The points that no other one beats, ascending in x; of equal ones the first group.
   const front = (trace, data) => {
-    const [alongX, alongY] = trace.meta.better, points = [];
+    const [alongX, alongY] = trace.meta.better, among = new Set(trace.meta.among), points = [];
     for (const {meta, x, y} of data) {
-      if (meta && meta.role === 'points') x.forEach((value, i) => points.push([value, y[i], meta.groups[i]]));
+      if (!meta || meta.role !== 'points') continue;
+      x.forEach((value, i) => { if (among.has(meta.groups[i])) points.push([value, y[i], meta.groups[i]]); });
     }
     points.sort((a, b) => alongX * (b[0] - a[0]) || alongY * (b[1] - a[1]) || a[2] - b[2]);
     const best = [];

@@ -5,6 +5,7 @@ from typing import Any
 
 MISSING = "-"  # what a point has of a key that it does not know
 _LONGEST = 40
+_SIZES = ("data", "context", "tensor", "pipeline", "expert", "expert_tensor")
 _VAGUE = ("kind", "limit", "factor", "name", "expert", "device", "communication", "file", "dtype", "model", "preset")
 
 
@@ -45,7 +46,8 @@ def text_of(value: Any, *, longest: int = _LONGEST) -> str:
     elif isinstance(value, int):
         text = str(value)
     elif isinstance(value, Mapping):
-        text = ", ".join(f"{key} {text_of(child, longest=longest)}" for key, child in value.items()) or "nothing"
+        parts = [(key, text_of(child, longest=longest)) for key, child in value.items()]
+        text = ", ".join(child if key == "kind" else f"{key} {child}" for key, child in parts) or "nothing"
     elif isinstance(value, Sequence) and not isinstance(value, str):
         text = ", ".join(text_of(child, longest=longest) for child in value) or "nothing"
     else:
@@ -74,7 +76,7 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
         while length < len(parts) and sum(other.split(".")[-length:] == parts[-length:] for other in unique) > 1:
             length += 1
         words = " ".join(parts[-length:]).replace("_", " ")
-        names[key] = f"{words} parallel" if parts[:-1] == ["parallelism"] and length == 1 else words
+        names[key] = f"{words} parallel" if parts[:-1] == ["parallelism"] and parts[-1] in _SIZES else words
     return names
 
 
