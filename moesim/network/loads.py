@@ -25,8 +25,8 @@ def ladder_link_bytes(fabric: Fabric, demand: Demand) -> FloatArray | None:
     far_RR = demand.bytes_SRR[0].copy() if len(demand.bytes_SRR) == 1 else demand.bytes_SRR.mean(axis=0)
     loads_X = np.zeros(len(fabric.links) + 1)  # the last entry takes what has no link
     domain_R = ladder.domain_R[ranks_R]
-    for domain in np.unique(domain_R):
-        members = np.flatnonzero(domain_R == domain)
+    by_domain_R = np.argsort(domain_R, kind="stable")
+    for members in np.split(by_domain_R, np.flatnonzero(np.diff(domain_R[by_domain_R])) + 1):
         block = np.ix_(members, members)
         near = far_RR[block]
         np.add.at(loads_X, ladder.nvlink_up_R[ranks_R[members]], near.sum(axis=1))
