@@ -32,6 +32,7 @@ def ladder_link_bytes(fabric: Fabric, demand: Demand) -> FloatArray | None:
         np.add.at(loads_X, ladder.nvlink_up_R[ranks_R[members]], near.sum(axis=1))
         np.add.at(loads_X, ladder.nvlink_down_R[ranks_R[members]], near.sum(axis=0))
         far_RR[block] = 0.0
+    redundant_X = np.append(fabric.redundant_X, True)  # index -1: no link
     sent_R, received_R = far_RR.sum(axis=1), far_RR.sum(axis=0)
     for hop in range(2):
         np.add.at(loads_X, ladder.nic_up_R2[ranks_R, hop], sent_R)
@@ -40,6 +41,8 @@ def ladder_link_bytes(fabric: Fabric, demand: Demand) -> FloatArray | None:
         (ladder.leaf_R, ladder.leaf_up_R, ladder.leaf_down_R),
         (ladder.spine_R, ladder.spine_up_R, ladder.spine_down_R),
     ):
+        if redundant_X[up_R[ranks_R]].all() and redundant_X[down_R[ranks_R]].all():
+            continue
         first, switch_R = np.unique(of_R[ranks_R], return_index=True, return_inverse=True)[1:]
         if len(first) == 1:
             continue
