@@ -49,8 +49,9 @@ def _finish(
     finish_R: FloatArray,
 ) -> None:
     """Writes when each rank is done in one sample; see Ports.finish. `order_R`: ranks, the latest first."""
-    queue_P, later_P = np.empty(len(owner_P)), np.zeros(len(owner_P))
+    queue_P, later_P = np.empty(len(owner_P)), np.empty(len(owner_P))
     for port in range(len(owner_P)):
+        later_P[port] = 0.0
         own = two_sided or port >= num_receive
         queue_P[port] = start_R[owner_P[port]] + ports_P2[port, 0] if own else -np.inf
     for rank in order_R:
@@ -67,7 +68,8 @@ def _finish(
                     port = ends_F4[flow, 3]
                     later_P[port] += flows_F4[flow, 2]
                     queue_P[port] = max(queue_P[port], start + later_P[port])
-    finish_R[:] = start_R
+    for rank in range(len(start_R)):
+        finish_R[rank] = start_R[rank]
     for port in range(len(owner_P)):
         owner = owner_P[port]
         finish_R[owner] = max(finish_R[owner], queue_P[port] + ports_P2[port, 1])
