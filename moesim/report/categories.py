@@ -31,7 +31,7 @@ CATEGORIES = (
     Category("dispatch_exposed", "dispatch, exposed", "communication", "#b85300"),
     Category("combine_exposed", "combine, exposed", "communication", "#e07b1a"),
     Category("data_parallel", "data parallel, exposed", "communication", "#f0a04b"),
-    Category("tensor", "tensor parallel", "communication", "#f6bf7e"),
+    Category("tensor", "tensor, context parallel", "communication", "#f6bf7e"),
     Category("pipeline", "pipeline transfers", "communication", "#d9b310"),
     Category("imbalance_wait", "waiting for slower ranks", "waiting", "#b3256b"),
     Category("bubble", "pipeline bubble", "waiting", "#de79ad"),

@@ -68,9 +68,8 @@ def describe(record: RunRecord) -> str:
     scenario, model, work = record.scenario, record.scenario.model, record.scenario.workload
     experts = f", {model.experts} experts, top {model.top_k}" if model.experts else ", dense"
     pools = " and ".join(f"{pool.nodes} x {pool.gpus_per_node} {pool.gpu.upper()}" for pool in scenario.cluster.pools)
-    sizes = [
-        (name, getattr(scenario.parallelism, name)) for name in ("data", "context", "tensor", "pipeline", "expert")
-    ]
+    axes = ("data", "context", "tensor", "pipeline", "expert", "expert_tensor")
+    sizes = [(name.replace("_", "-"), getattr(scenario.parallelism, name)) for name in axes]
     plan = ", ".join(f"{name} {size}" for name, size in sizes if size > 1) or "nothing"
     batch = f"{work.global_batch} sequences of {work.sequence_length} tokens per step"
     return (
