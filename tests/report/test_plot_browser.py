@@ -199,6 +199,15 @@ def test_filters_take_points_away_and_the_front_follows(show) -> None:
     assert (shown.points(), shown.rows()) == (before, all_rows)
 
 
+def test_a_fragment_shows_one_figure_alone(show) -> None:
+    shown = show("curves", curves)
+    table, figure = (shown.page.locator(selector) for selector in ("#points", "#figure-0"))
+    shown.eval("() => { location.hash = 'figure-0'; }")
+    assert (table.is_visible(), figure.is_visible()) == (False, True)
+    shown.eval("() => { location.hash = ''; }")
+    assert (table.is_visible(), figure.is_visible()) == (True, True)
+
+
 def test_lines_and_bands_lose_the_same_places(show) -> None:
     shown = show("curves", curves)
     shown.tick(LIMIT, "no limit")

@@ -7,7 +7,20 @@ import plotly.graph_objects as go
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from plot_cases import GPU, LIMIT, NODES, STAGES, clusters, limits, plan_about, point, result_of, write_run, write_study
+from plot_cases import (
+    GPU,
+    LIMIT,
+    NODES,
+    STAGES,
+    axis,
+    clusters,
+    limits,
+    plan_about,
+    point,
+    result_of,
+    write_run,
+    write_study,
+)
 
 from moesim.errors import UserError
 from moesim.report.plots import Asked, plot_page
@@ -99,6 +112,23 @@ def test_a_metric_may_lie_on_x(tmp_path: Path) -> None:
     (line,) = traces(curves(collection, drawing), "points")
     assert list(line.text) == ["1", "2", "3", "4", "no limit"]
     assert all(half > 0 for half in line.error_x.array) and all(half > 0 for half in line.error_y.array)
+
+
+def test_long_names_beside_points_become_numbers_with_a_key(tmp_path: Path) -> None:
+    names = ["published/seed0", "expert-coefficient-x10", "loss-free"]
+    points = [point(i, {"$setting": name}, result_of(1.0 + i, loss=2.4 - 0.1 * i)) for i, name in enumerate(names)]
+    folder = write_study(tmp_path / "balance", points, axes=[axis("$setting", names)])
+    asked = Asked(kind="curves", x="router.validation_loss", ys=("step_time_s",))
+    (trace,) = traces(curves(*drawn(folder, asked)), "points")
+    assert (list(trace.text), trace.mode) == (["1", "2", "3"], "markers+text"), "settings have no order to join them in"
+    assert "setting: 1 published/seed0, 2 expert-coefficient-x10, 3 loss-free" in plot_page([folder], asked)
+
+
+def test_axes_begin_at_zero_only_where_values_come_near_it(tmp_path: Path) -> None:
+    asked = Asked(kind="curves", x=NODES, ys=("tokens_per_second", "mfu.causal"))
+    figure = curves(*drawn(clusters(tmp_path / "sweep", kind="sweep"), asked))
+    assert figure.layout.yaxis.rangemode == "tozero"
+    assert figure.layout.yaxis.type is None and figure.layout.xaxis.type == "log"
 
 
 def test_every_combination_is_a_line_of_its_own(tmp_path: Path) -> None:
@@ -263,5 +293,5 @@ def test_ticks_are_round_and_colours_differ(tmp_path: Path) -> None:
     assert log_ticks(2e5, 9e6) == [2e5, 5e5, 1e6, 2e6, 5e6, 1e7]
     assert len(log_ticks(1.0, 7.0)) >= 4
     collection, _ = drawn(clusters(tmp_path / "sweep", kind="sweep"), Asked())
-    for axis in collection.axes:
-        assert len(set(colours(axis))) == len(axis.values)
+    for varied in collection.axes:
+        assert len(set(colours(varied))) == len(varied.values)

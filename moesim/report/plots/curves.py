@@ -34,6 +34,7 @@ from moesim.report.plots.values import is_number, plain
 
 _PANEL_HEIGHT, _SINGLE_HEIGHT = 330, 480
 _TOP, _TOP_WITHOUT_LEGEND, _BOTTOM = 88, 36, 64
+_LOG_FROM = 50.0  # curves show proportions better on a linear axis
 _MOST_MARKS, _LONGEST_MARK = 8, 12
 NO_RESULT = "#b5561d"
 
@@ -60,7 +61,9 @@ def curves(collection: Collection, drawing: Drawing) -> go.Figure:
         drawn: list[float] = []
         for line in lines:
             drawn += _add_line(figure, collection, drawing, line, y, panel, units)
-        set_metric_axis(partial(figure.update_yaxes, **panel), y, drawn, units[y.path], titled=False)
+        set_metric_axis(
+            partial(figure.update_yaxes, **panel), y, drawn, units[y.path], titled=False, log_from=_LOG_FROM
+        )
         _set_x(partial(figure.update_xaxes, **panel), collection, drawing, units)
     if isinstance(drawing.x, AxisKey):
         _mark_missing(figure, collection, drawing.x, panels[0])

@@ -19,6 +19,7 @@ MARKERS = ("circle", "diamond", "square", "triangle-up", "triangle-down", "cross
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 FRONT = "#6b7480"
 _ORDERED_FROM = 4  # numeric values from which on colours run from light to dark
+_NEAR_ZERO = 0.4
 _LOG_FROM = 6.0  # largest / smallest value from which on an axis is logarithmic
 _MOST_TICKS = 14
 _LONGEST_HOVER = 90
@@ -55,7 +56,7 @@ def name_of(variable: Variable, collection: Collection) -> str:
     """What a variable is called on the page."""
     if isinstance(variable, Metric):
         return variable.label
-    if variable.key == variable.axis.keys[0]:
+    if variable.axis.labelled or variable.key == variable.axis.keys[0]:
         return variable.axis.name
     return short_names([key for axis in collection.axes for key in axis.keys])[variable.key]
 
@@ -65,21 +66,34 @@ def title_of(variable: Metric, unit: Unit) -> str:
     return plain(variable.label + unit.title)
 
 
-def is_log(values: Sequence[float]) -> bool:
+def is_log(values: Sequence[float], *, ratio: float = _LOG_FROM) -> bool:
     """Whether an axis over these values is better logarithmic: all positive and spread wide."""
-    return bool(values) and min(values) > 0 and max(values) / min(values) >= _LOG_FROM
+    return bool(values) and min(values) > 0 and max(values) / min(values) >= ratio
 
 
-def set_metric_axis(update: Any, variable: Metric, values: Sequence[float], unit: Unit, *, titled: bool = True) -> None:
-    """Scale, ticks and title of an axis over the drawn (already scaled) `values` of a metric."""
+def set_metric_axis(
+    update: Any,
+    variable: Metric,
+    values: Sequence[float],
+    unit: Unit,
+    *,
+    titled: bool = True,
+    log_from: float = _LOG_FROM,
+) -> None:
+    """Scale, ticks and title of an axis over the drawn (already scaled) `values` of a metric.
+
+    Linear axes begin at zero where the values come near it anyway.
+    """
     if titled:
         update(title={"text": title_of(variable, unit)})
     prefix = "$" if variable.quantity == "dollars" else ""
-    if is_log(values):
+    if is_log(values, ratio=log_from):
         ticks = log_ticks(min(values), max(values))
         update(type="log", tickvals=ticks, ticktext=[prefix + tick_text(tick) for tick in ticks], minor={"ticks": ""})
     else:
         update(tickprefix=prefix, tickformat="~s" if variable.quantity == "rate" else "", exponentformat="SI")
+        if values and 0 <= min(values) < _NEAR_ZERO * max(values):
+            update(rangemode="tozero")
         middle = max(map(abs, values), default=0.0)
         if values and max(values) - min(values) < _ROUND_OFF * middle:  # or the ticks would show rounding
             update(range=[0.9 * values[0], 1.1 * values[0]] if values[0] > 0 else [1.1 * values[0], 0.9 * values[0]])
