@@ -5,6 +5,7 @@ from moesim.network.collectives import (
     CollectiveEstimate,
     all_gather_seconds,
     all_reduce_seconds,
+    crowded,
     reduce_scatter_seconds,
     send_recv_seconds,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "all_gather_seconds",
     "all_reduce_seconds",
     "build_fabric",
+    "crowded",
     "deepep_bytes",
     "describe",
     "group_shape",

@@ -8,6 +8,7 @@ Legend: X links, F flows of the pattern, R ranks.
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -68,12 +69,27 @@ def all_gather_seconds(fabric: Fabric, ranks: Ranks, num_bytes: float) -> Collec
     return _half_ring(fabric, as_ranks(fabric, ranks), num_bytes)
 
 
+def crowded(fabric: Fabric, members: Sequence[NDArray[np.int64]]) -> Fabric:
+    """The links as the first of `members` finds them when a ring runs among each of these at the same time.
+
+    Of a link that several rings use it has the share that it needs; links that it has to itself stay as they are.
+    """
+    if len(members) == 1 or not len(fabric.common_links_X):
+        return fabric
+    loads_mX = [_link_load(fabric, *_ring_flows(fabric, ranks)) for ranks in members if len(ranks) > 1]
+    if not loads_mX:
+        return fabric
+    own_X, all_X = loads_mX[0], np.sum(loads_mX, axis=0)
+    share_X = np.divide(own_X, all_X, out=np.ones_like(own_X), where=own_X > 0)
+    return fabric if (share_X == 1.0).all() else replace(fabric, capacity_X=fabric.capacity_X * share_X)
+
+
 def ring_use(fabric: Fabric, members: Sequence[NDArray[np.int64]], seconds: float) -> LinkUse:
-    """What rings among each of `members` put on the fabric's common links in `seconds`, each at its own pace alone."""
+    """What rings among each of `members` put on the fabric's common links in `seconds`, at their pace side by side."""
     rings = [_ring_flows(fabric, ranks) for ranks in members if len(ranks) > 1]
-    bytes_rings = [seconds * ring.shares_F / _pattern(fabric, *ring).seconds_per_byte for ring in rings]
-    sources_F, targets_F = (np.concatenate([ring[end] for ring in rings]) for end in (0, 1))
-    return common_use(fabric, sources_F, targets_F, np.concatenate(bytes_rings)[None])
+    pace = _pattern(crowded(fabric, members), *rings[0]).seconds_per_byte
+    sources_F, targets_F, shares_F = (np.concatenate(parts) for parts in zip(*rings, strict=True))
+    return common_use(fabric, sources_F, targets_F, seconds / pace * shares_F[None])
 
 
 def send_recv_seconds(fabric: Fabric, source: int, target: int, num_bytes: float) -> CollectiveEstimate:
@@ -199,9 +215,17 @@ def _ring_flows(fabric: Fabric, ranks: NDArray[np.int64]) -> _RingFlows:
 def _pattern(
     fabric: Fabric, sources_F: NDArray[np.int64], targets_F: NDArray[np.int64], shares_F: NDArray[np.float64]
 ) -> _Pattern:
+    latency = float(fabric.path_latency(fabric.routes(sources_F, targets_F)).max())
+    return _Pattern(float((_link_load(fabric, sources_F, targets_F, shares_F) / fabric.capacity_X).max()), latency)
+
+
+def _link_load(
+    fabric: Fabric, sources_F: NDArray[np.int64], targets_F: NDArray[np.int64], shares_F: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Shares of a step's bytes over each link, [X]."""
     path_FP = fabric.routes(sources_F, targets_F)
     load_X = np.zeros(len(fabric.links))
     for hop in range(path_FP.shape[1]):
         used = path_FP[:, hop] != NONE
         np.add.at(load_X, path_FP[used, hop], shares_F[used])
-    return _Pattern(float((load_X / fabric.capacity_X).max()), float(fabric.path_latency(path_FP).max()))
+    return load_X

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.compute import KernelModel
-from moesim.network import Fabric, all_gather_seconds, all_reduce_seconds, reduce_scatter_seconds
+from moesim.network import Fabric, all_gather_seconds, all_reduce_seconds, crowded, reduce_scatter_seconds
 from moesim.parallel import Mesh
 from moesim.parallel.memory_parameters import Unit, stage_units
 from moesim.parallel.schedules import Schedule
@@ -88,7 +88,7 @@ class ParameterGroups:
             buckets = max(1, len(self.scenario.stage_layers[stage])) if beside else 0
             reduce = reduce_scatter_seconds if sharding else all_reduce_seconds
             verb = "reduce_scatter" if sharding else "all_reduce"
-            seconds = reduce(fabric, members[0], count * size).seconds
+            seconds = reduce(crowded(fabric, members), members[0], count * size).seconds
             collectives.append(Reduction(f"{verb}.{name}", members, seconds, "network", buckets))
         collectives += self._repeated(fabric, size)
         world = np.arange(self.mesh.world_size)
@@ -115,7 +115,9 @@ class ParameterGroups:
             members = tuple(np.array(pair) for group in pairs for pair in zip(*group, strict=True))
             found.append(("all_reduce.embedding", members, stage_units(self.scenario, 0)[0].dense))
         return [
-            Reduction(name, members, all_reduce_seconds(fabric, members[0], count * size).seconds, "network")
+            Reduction(
+                name, members, all_reduce_seconds(crowded(fabric, members), members[0], count * size).seconds, "network"
+            )
             for name, members, count in found
             if count
         ]
@@ -125,7 +127,10 @@ class ParameterGroups:
         size = BYTES_PER_ELEMENT[self.scenario.workload.precision.weights]
         return [
             Reduction(
-                f"all_gather.{name}", members, all_gather_seconds(fabric, members[0], count * size).seconds, "network"
+                f"all_gather.{name}",
+                members,
+                all_gather_seconds(crowded(fabric, members), members[0], count * size).seconds,
+                "network",
             )
             for name, _, count, sharding, members in self._kinds()
             if 0 < sharding < PARAMETERS

@@ -10,6 +10,7 @@ from moesim.network import (
     all_gather_seconds,
     all_reduce_seconds,
     build_fabric,
+    crowded,
     deepep_bytes,
     load_parameters,
     prepare_combine,
@@ -17,6 +18,7 @@ from moesim.network import (
     reduce_scatter_seconds,
     send_recv_seconds,
 )
+from moesim.network.collectives import ring_use
 from moesim.scenario.cluster import Cluster, Pool
 
 GIB = 2.0**30
@@ -203,3 +205,17 @@ def test_parameters_can_be_replaced_by_measured_ones() -> None:
 def test_wrong_parameters_are_named(values: dict[str, object]) -> None:
     with pytest.raises(UserError, match=r"profile\.yaml: .*network parameter"):
         load_parameters(values, source="profile.yaml")
+
+
+def test_rings_that_run_at_once_share_the_links_that_they_meet_on() -> None:
+    """Eight pairs of ranks, one pair a rail, through the same uplink at 4:1: each at a quarter of a NIC."""
+    fabric = make_fabric(2, preset="leaf_spine", pod_nodes=1, oversubscription=4.0)
+    pairs = [np.array([rail, rail + 8]) for rail in range(8)]
+    alone = reduce_scatter_seconds(fabric, pairs[0], 1e9).seconds
+    together = reduce_scatter_seconds(crowded(fabric, pairs), pairs[0], 1e9).seconds
+    assert together == pytest.approx(4 * alone, rel=0.01)
+    use = ring_use(fabric, pairs, together)
+    capacity_C = fabric.capacity_X[fabric.common_links_X]
+    np.testing.assert_allclose(use.bytes_SX[0].max(), capacity_C.max() * together, rtol=0.01)
+    one_leaf_a_rail = make_fabric(2, oversubscription=4.0)
+    assert crowded(one_leaf_a_rail, pairs).capacity_X is one_leaf_a_rail.capacity_X
