@@ -31,7 +31,7 @@ MAX_EVENTS = 250_000  # about 5 MB as a file and 70 MB of JSON: what a browser s
 STREAM_IDS = {Stream.COMPUTE: 7, Stream.COMMUNICATION: 20, Stream.REDUCTION: 24, Stream.PIPELINE: 28, Stream.HOST: 1}
 STREAM_NAMES = {
     Stream.COMPUTE: "computation",
-    Stream.COMMUNICATION: "dispatch and combine",
+    Stream.COMMUNICATION: "dispatch, combine, shared layers",
     Stream.REDUCTION: "gradients and parameters",
     Stream.PIPELINE: "between stages",
     Stream.HOST: "waiting for the host",
@@ -40,6 +40,14 @@ COLLECTIVES = {  # our word -> kernel of NCCL, name that PyTorch gives the colle
     "all_reduce": ("ncclDevKernel_AllReduce_Sum", "allreduce"),
     "reduce_scatter": ("ncclDevKernel_ReduceScatter_Sum", "reduce_scatter"),
     "all_gather": ("ncclDevKernel_AllGather", "allgather"),
+}
+
+# What tensor ranks do, by a word in the name of a span; hops around the ring of context ranks have none of these.
+SHARED_LAYERS = {
+    ".gather": "all_gather",
+    "mtp.join.whole": "all_gather",
+    ".scatter": "reduce_scatter",
+    "cross_entropy": "all_reduce",
 }
 
 
@@ -130,6 +138,10 @@ def _names(rank: int, pipeline_rank: int) -> Iterator[Event]:
 
 def _kernel(label: Label) -> tuple[str, Mapping[str, str]]:
     """The name of a span in the trace, and the arguments that tell tools which collective it is."""
+    if label.stream is Stream.COMMUNICATION and label.category == "tensor":
+        verb = next((verb for part, verb in SHARED_LAYERS.items() if part in label.name), None)
+        kernel, collective = COLLECTIVES[verb] if verb else ("ncclDevKernel_SendRecv", "send")
+        return f"{kernel}({label.name})", {"Collective name": collective}
     if label.stream is Stream.COMMUNICATION:
         return f"ncclDevKernel_SendRecv({label.name})", {"Collective name": "all_to_allv"}
     if label.stream is Stream.PIPELINE:

@@ -164,3 +164,22 @@ def test_the_same_run_gives_the_same_bytes(small, tmp_path) -> None:
 def test_streams_have_numbers_of_their_own() -> None:
     assert set(STREAM_IDS) == set(Stream)
     assert len(set(STREAM_IDS.values())) == len(Stream)
+
+
+def test_collectives_inside_layers_are_named_as_their_kernels(small, tmp_path):
+    layout = {"data": 2, "context": 2, "tensor": 2, "expert": 4, "zero": {"dense": 3, "expert": 2}}
+    changes = {"cluster.nodes": 2, "parallelism": layout, "uncertainty": {"samples": 1}, "model.mtp_layers": 1}
+    reader = timeline(simulate(small(changes)), tmp_path)
+    names = {kernel["name"] for kernel in reader.kernels}
+    for name in (
+        "ncclDevKernel_AllGather(qkv.gather)",
+        "ncclDevKernel_AllGather(mtp.join.whole)",
+        "ncclDevKernel_ReduceScatter_Sum(attention_out.scatter)",
+        "ncclDevKernel_AllReduce_Sum(cross_entropy.max)",
+        "ncclDevKernel_SendRecv(attention.ring)",
+        "ncclDevKernel_AllGather(dense)",
+        "ncclDevKernel_ReduceScatter_Sum(expert.wgrad)",
+    ):
+        assert name in names
+    covered, moving = reader.overlap(0)
+    assert 0 < covered < moving

@@ -40,6 +40,8 @@ def step_of(scenario: Scenario, *, compiled: bool) -> tuple[list[np.ndarray], np
         {"cluster.nodes": 2, "parallelism": {"data": 8, "expert": 8}, **HIERARCHICAL},
         {"cluster.nodes": 2, "parallelism": {"data": 8, "expert": 8}},
         {"dispatch.algorithm": "low_latency", "dispatch.deduplicate": "per_expert"},
+        {"parallelism": {"data": 1, "tensor": 4, "expert": 2}, "dispatch.sm_share": 0.15},
+        {"parallelism": {"data": 1, "context": 2, "tensor": 2, "expert": 2, "expert_tensor": 2}},
         {"implementation.kind": "torch_eager", "dispatch.deduplicate": "per_expert"},
     ],
 )
