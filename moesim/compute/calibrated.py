@@ -4,6 +4,7 @@ Legend: R ranks, E local experts, Q queried kernels.
 """
 
 import hashlib
+import math
 import warnings
 from collections.abc import Callable
 from copy import copy
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moesim.compute import physics
-from moesim.compute.cells import Cell, Fit, canonical, grouped_cell, kind_of
+from moesim.compute.cells import Cell, Fit, canonical, gemm_cell, grouped_cell, kind_of
 from moesim.compute.estimate import (
     DTYPE_BYTES,
     AttentionDirection,
@@ -33,6 +34,7 @@ from moesim.compute.physics import RowTotals
 from moesim.compute.power import PowerCap
 from moesim.compute.profile import Profile
 from moesim.compute.roofline import Roofline
+from moesim.compute.single import SingleKernels, compiled_loops
 from moesim.errors import UserError
 from moesim.seeding import stream
 
@@ -43,8 +45,8 @@ SLOW_SHARE = 0.5
 _CACHED_CALLS = 4096
 _CACHED_ROWS = 16  # the directions of both products of a layer follow each other
 _MANY_ROWS = 512  # values of rows_per_expert from which it pays to look for equal ranks
+_COUNT, _NUMBER = (int, np.integer), (int, float, np.integer, np.floating)
 _LONG_KEY = 512  # bytes from which on a digest stands for an array in a cache
-_TENSOR_DTYPES = {"bf16": "bf16", "fp16": "bf16", "fp8": "fp8"}  # fp16 runs at the rate of bf16
 
 
 class CalibratedModel:
@@ -76,8 +78,8 @@ class CalibratedModel:
         """Calls repeat over layers and micro-batches; caches, empty now, make the repetitions free."""
         self._array_estimates: dict[Any, Estimate] = {}
         self._row_totals: dict[Any, tuple[RowTotals, NDArray[np.int64] | None]] = {}
-        self._scalar_gemm: Callable[..., Estimate] = lru_cache(_CACHED_CALLS)(self._gemm)
-        self._scalar_attention: Callable[..., Estimate] = lru_cache(_CACHED_CALLS)(self._attention)
+        self._scalar_gemm: Callable[..., Estimate] = lru_cache(_CACHED_CALLS)(self._one_gemm)
+        self._scalar_attention: Callable[..., Estimate] = lru_cache(_CACHED_CALLS)(self._one_attention)
         self._scalar_memory: Callable[..., Estimate] = lru_cache(_CACHED_CALLS)(self._memory)
 
     @property
@@ -112,7 +114,24 @@ class CalibratedModel:
 
     def at_clock(self, mhz: float) -> "CalibratedModel":
         """The same kernels at another SM clock: seconds scale by clock ** -alpha, with alpha measured per cell."""
-        return CalibratedModel(self.profile, fallback=self.fallback, clock_mhz=mhz)
+        model = self._copied()
+        model.clock_mhz = mhz
+        return model
+
+    @cached_property
+    def _single(self) -> SingleKernels | None:
+        """Compiled loops answer who asks for single kernels; a step asks for few: they do not pay for loading numba."""
+        loops = None if self._shared_clock else compiled_loops()
+        return None if loops is None else SingleKernels(loops, self.cell, self._limit_L)
+
+    @property
+    def _loops(self) -> Any:
+        return None if self._single is None else self._single.loops
+
+    def _limit_L(self) -> FloatArray:
+        if self.clock_mhz is not None:
+            return np.array([math.log(self.clock_mhz), 0.0, 0.0, 0.0, 2.0])
+        return np.zeros(5) if self._cap is None else self._cap.limit_of()
 
     @cached_property
     def _cap(self) -> PowerCap | None:
@@ -126,8 +145,14 @@ class CalibratedModel:
             return self
         moved = self._cap.traffic * 0.5 * self.fallback.gpu.memory_bandwidth
         clock = float(self._cap.log_clock(float(flops_per_second) + moved))
-        model = copy(self)
+        model = self._copied()
         model._cap, model._shared_clock = PowerCap(free=clock, threshold=0.0, slope=0.0, traffic=0.0), True
+        return model
+
+    def _copied(self) -> "CalibratedModel":
+        """With the same cells, and nothing remembered of what depends on the clock."""
+        model = copy(self)
+        model.__dict__.pop("_single", None)
         model._forget()
         return model
 
@@ -147,9 +172,9 @@ class CalibratedModel:
     ) -> Estimate:
         """Of floats (shape empty), or of arrays that broadcast to `shape`."""
         if not shape:
-            return Estimate(*cell.predict_one(columns, clock_mhz=self.clock_mhz, cap=cap))
+            return Estimate(*cell.predict_one(columns, clock_mhz=self.clock_mhz, cap=cap, loops=self._loops))
         flat = tuple(_flat(column, shape) if isinstance(column, np.ndarray) else column for column in columns)
-        seconds_Q, source = cell.predict(flat, clock_mhz=self.clock_mhz, cap=cap)
+        seconds_Q, source = cell.predict(flat, clock_mhz=self.clock_mhz, cap=cap, loops=self._loops)
         return Estimate(seconds_Q.reshape(shape), source)
 
     def gemm(
@@ -162,15 +187,17 @@ class CalibratedModel:
         direction: GemmDirection = "forward",
     ) -> Estimate:
         """Seconds of a dense product [m, k] x [k, n], or of its dgrad or wgrad (m, k, n stay those of the forward)."""
-        if isinstance(m, int) and isinstance(k, int) and isinstance(n, int):
+        if isinstance(m, _COUNT) and isinstance(k, _COUNT) and isinstance(n, _COUNT):
             return self._scalar_gemm(m, k, n, dtype, direction)
         return self._gemm(m, k, n, dtype, direction)
 
+    def _one_gemm(self, m: int, k: int, n: int, dtype: str, direction: str) -> Estimate:
+        found = None if self._single is None else self._single.gemm(m, k, n, dtype, direction)
+        return self._gemm(m, k, n, dtype, direction) if found is None else found
+
     def _gemm(self, m: ArrayLike, k: ArrayLike, n: ArrayLike, dtype: str, direction: str) -> Estimate:
         sizes, shape = _floats(*canonical(m, k, n, direction))
-        tensor_dtype = _TENSOR_DTYPES.get(dtype, "")
-        # The library's fp8 products have one layout only: a gradient is a forward product of other sides.
-        cell = self.cell(f"gemm/{tensor_dtype}/{'forward' if tensor_dtype == 'fp8' else direction}")
+        cell = self.cell(gemm_cell(dtype, direction))
         if cell is None:
             return self.fallback.gemm(m=sizes[0], k=sizes[2], n=sizes[1], dtype=dtype)
         return self._predict(cell, (*sizes, DTYPE_BYTES[dtype]), shape, self._cap)
@@ -199,13 +226,17 @@ class CalibratedModel:
         rows_key = _array_key(rows_RE)
         key = (rows_key, k, n, dtype, direction)
         found = self._array_estimates.get(key)
+        if found is not None:
+            return found
+        if rows_RE.ndim == 1 and self._single is not None:
+            found = self._single.grouped_gemm(rows_RE, k, n, dtype, direction)
         if found is None:
             totals, source_Q = self._distinct_rows(rows_key, rows_RE)
             seconds, source = self._grouped(totals, k, n, dtype, direction)
             if source_Q is not None:
                 seconds = np.asarray(seconds)[source_Q]
             found = Estimate(_frozen(seconds, rows_RE.shape[:-1]), source)
-            _keep(self._array_estimates, key, found, limit=_CACHED_CALLS)
+        _keep(self._array_estimates, key, found, limit=_CACHED_CALLS)
         return found
 
     def _distinct_rows(self, key: Any, rows_RE: FloatArray) -> tuple[RowTotals, NDArray[np.int64] | None]:
@@ -265,9 +296,13 @@ class CalibratedModel:
         direction: AttentionDirection = "forward",
     ) -> Estimate:
         """Seconds of fused bf16 attention, forward or backward (all three gradients)."""
-        if isinstance(batch, int) and isinstance(sequence, int):
+        if isinstance(batch, _COUNT) and isinstance(sequence, _COUNT):
             return self._scalar_attention(batch, sequence, heads, kv_heads, head_dim, value_dim, causal, direction)
         return self._attention(batch, sequence, heads, kv_heads, head_dim, value_dim, causal, direction)
+
+    def _one_attention(self, *shape: Any) -> Estimate:
+        found = None if self._single is None else self._single.attention(*shape)
+        return self._attention(*shape) if found is None else found
 
     def _attention(
         self,
@@ -291,9 +326,9 @@ class CalibratedModel:
 
     def memory_bound(self, *, kind: str, bytes: ArrayLike, width: ArrayLike | None = None) -> Estimate:
         """Seconds of a memory-bound kernel; `width`, the length of its rows, sharpens it where known."""
-        if isinstance(bytes, int | float) and (width is None or isinstance(width, int)):
+        if isinstance(bytes, _NUMBER) and (width is None or isinstance(width, _COUNT)):
             return self._scalar_memory(kind, bytes, width)
-        if width is not None and not isinstance(width, int):
+        if width is not None and not isinstance(width, _COUNT):
             return self._memory(kind, bytes, width)
         bytes_R = np.asarray(bytes, float)
         key = (kind, _array_key(bytes_R), width)

@@ -61,11 +61,10 @@ def _candidate_tiles() -> FloatArray:
     return np.array([(m, n, 1) for m, n in both] + split, float)
 
 
-_TILE_M, _TILE_N, _SPLIT = _candidate_tiles().T
+CANDIDATE_TILES = np.ascontiguousarray(_candidate_tiles().T)  # rows, columns and splits of each
 GEMM_COLUMNS = ("M", "N", "K", "element_bytes")
 GEMM_START = np.log([4e-6, 9e12, 1.15e11, 6e-8, 7e-11, 4.0e12, 9e14, 2.5e-6, 1.5e-13, 2.4e13])
-
-
+_TILE_M, _TILE_N, _SPLIT = CANDIDATE_TILES
 _OUTPUTS = _TILE_M * _TILE_N
 _IS_SPLIT = _SPLIT > 1.0
 _TILES_PER_WAVE = NUM_SM / _SPLIT

@@ -41,6 +41,10 @@ class PowerCap:
             return self.free - self.slope * max(load - self.threshold, 0.0)
         return self.free - self.slope * np.maximum(load - self.threshold, 0.0)
 
+    def limit_of(self) -> FloatArray:
+        """The limit_L of `moesim.compute.loops`."""
+        return np.array([self.free, self.threshold, self.slope, self.traffic, 1.0])
+
     def as_json(self) -> dict[str, float]:
         """Plain numbers for the profile."""
         return asdict(self)

@@ -8,7 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moesim.compute import CalibratedModel, KernelModel, ScaledModel, kernel_model, leave_one_out_rows, load_profile
+from moesim.compute import (
+    CalibratedModel,
+    Estimate,
+    KernelModel,
+    ScaledModel,
+    calibrated,
+    kernel_model,
+    leave_one_out_rows,
+    load_profile,
+)
 from moesim.compute.cells import Cell, Fit, kind_of
 from moesim.compute.fitting import cell_rows, fit_cell
 from moesim.compute.fp8 import PUBLISHED_ROWS, published_errors
@@ -46,21 +55,56 @@ def test_nothing_beats_the_datasheet(h200: CalibratedModel) -> None:
     assert h200.memory_bound(kind="copy", bytes=moved).seconds > moved / spec.memory_bandwidth
 
 
-def test_vectors_equal_scalar_calls(h200: CalibratedModel) -> None:
+@pytest.mark.parametrize("load", [None, 3e14])
+def test_vectors_equal_scalar_calls(h200: CalibratedModel, load: float | None) -> None:
+    """To round-off where compiled loops answer; in a step numpy does, whose residuals are in single precision."""
+    model, close = (h200, 1e-12) if load is None else (h200.at_load(load), 1e-5)
     m = np.array([7, 640, 5000])
-    alone = [h200.gemm(m=int(value), k=2048, n=3072).seconds for value in m]
-    assert np.allclose(h200.gemm(m=m, k=2048, n=3072).seconds, alone, rtol=1e-5)
+    for direction in ("forward", "dgrad", "wgrad"):
+        alone = [model.gemm(m=int(value), k=2048, n=3072, direction=direction).seconds for value in m]
+        assert np.allclose(model.gemm(m=m, k=2048, n=3072, direction=direction).seconds, alone, rtol=close)
     rows_RE = np.array([[40, 0, 3, 9], [700, 20, 1000, 5], [128, 128, 128, 128]])
     for direction in ("forward", "dgrad", "wgrad"):
         call: dict[str, Any] = {"k": 2048, "n": 2816, "direction": direction}
-        alone = [h200.grouped_gemm(rows_per_expert=rows, **call).seconds for rows in rows_RE]
-        assert np.allclose(h200.grouped_gemm(rows_per_expert=rows_RE, **call).seconds, alone, rtol=1e-5)
+        alone = [model.grouped_gemm(rows_per_expert=rows, **call).seconds for rows in rows_RE]
+        assert np.allclose(model.grouped_gemm(rows_per_expert=rows_RE, **call).seconds, alone, rtol=close)
     lengths = np.array([1024, 3000])
-    alone = [h200.attention(batch=1, sequence=int(value), **ATTENTION).seconds for value in lengths]
-    assert np.allclose(h200.attention(batch=1, sequence=lengths, **ATTENTION).seconds, alone, rtol=1e-5)
+    for way in ("forward", "backward"):
+        alone = [model.attention(batch=1, sequence=int(value), direction=way, **ATTENTION).seconds for value in lengths]
+        found = model.attention(batch=1, sequence=lengths, direction=way, **ATTENTION).seconds
+        assert np.allclose(found, alone, rtol=close)
     moved = np.array([1e6, 1e8])
-    alone = [h200.memory_bound(kind="permute", bytes=float(value)).seconds for value in moved]
-    assert np.allclose(h200.memory_bound(kind="permute", bytes=moved).seconds, alone, rtol=1e-5)
+    alone = [model.memory_bound(kind="permute", bytes=float(value)).seconds for value in moved]
+    assert np.allclose(model.memory_bound(kind="permute", bytes=moved).seconds, alone, rtol=close)
+
+
+def random_calls(model: CalibratedModel) -> list[Estimate]:
+    """The same 200 kernels of every family, asked for one by one."""
+    rng, found = np.random.default_rng(5), []
+    for _ in range(50):
+        m, k, n = (int(value) for value in np.exp(rng.uniform(2, 10, 3)))
+        dtype, direction = str(rng.choice(["bf16", "fp8"])), str(rng.choice(["forward", "dgrad", "wgrad"]))
+        found.append(model.gemm(m=m, k=k, n=n, dtype=dtype, direction=direction))  # type: ignore[arg-type]
+        rows = rng.integers(0, 2 ** int(rng.integers(3, 12)), 2 ** int(rng.integers(0, 8)))
+        found.append(model.grouped_gemm(rows_per_expert=rows, k=k, n=n, direction=direction))  # type: ignore[arg-type]
+        shape = {"kv_heads": 8, "head_dim": 128, "value_dim": 128, "causal": bool(rng.integers(2))}
+        way = str(rng.choice(["forward", "backward"]))
+        found.append(model.attention(batch=2, sequence=m, heads=8, direction=way, **shape))  # type: ignore[arg-type]
+        found.append(model.memory_bound(kind="softmax", bytes=float(m * n), width=k))
+    return found
+
+
+@pytest.mark.parametrize("clock", [None, 1600.0])
+def test_compiled_loops_and_numpy_give_the_same(
+    h200: CalibratedModel, clock: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = h200 if clock is None else h200.at_clock(clock)
+    compiled = random_calls(model)
+    monkeypatch.setattr(calibrated, "compiled_loops", lambda: None)
+    plain = random_calls(model.at_clock(clock) if clock is not None else model._copied())
+    assert [one.source for one in compiled] == [one.source for one in plain]
+    # numpy's residuals are in single precision, which shows where kernels lie far from all measured ones
+    assert [one.seconds for one in compiled] == pytest.approx([one.seconds for one in plain], rel=2e-4)
 
 
 def test_uneven_rows_cost_more_than_even_ones(h200: CalibratedModel) -> None:
@@ -176,29 +220,37 @@ def test_stored_fits_are_what_fitting_gives_and_hold_on_rows_they_never_saw(h200
         assert np.median(errors) < 0.05
 
 
+SINGLE = 20.0  # microseconds of a kernel asked for by itself
+
+
 @pytest.mark.benchmark
 def test_speed_of_a_call(h200: CalibratedModel) -> None:
     """CPU time per call, repeated and with new shapes; each call of `fresh` is another shape."""
     rng, fresh = np.random.default_rng(0), iter(range(1000, 10**6))
-    rows = {size: iter([rng.integers(0, 900, size) for _ in range(800)]) for size in ((32,), (64, 4))}
+    rows = {size: iter([rng.integers(0, 900, size) for _ in range(800)]) for size in ((32,), (64,), (64, 4))}
+    lists = iter([rng.integers(0, 900, 64).tolist() for _ in range(800)])
     tokens = iter([rng.integers(1, 9000, 64) for _ in range(800)])
     grouped: dict[str, Any] = {"k": 2048, "n": 2816}
     calls: dict[str, tuple[Callable[[], object], float]] = {
-        "gemm, repeated": (lambda: h200.gemm(m=4096, k=2048, n=3072), 20),
-        "grouped [32], repeated": (lambda: h200.grouped_gemm(rows_per_expert=[768] * 32, **grouped), 20),
-        "attention, repeated": (lambda: h200.attention(batch=1, sequence=4096, **ATTENTION), 20),
-        "gemm": (lambda: h200.gemm(m=next(fresh), k=2048, n=3072), 300),
-        "gemm [64]": (lambda: h200.gemm(m=next(tokens), k=2048, n=3072), 2500),
-        "grouped [32]": (lambda: h200.grouped_gemm(rows_per_expert=next(rows[32,]), **grouped), 250),
-        "grouped [64, 4]": (lambda: h200.grouped_gemm(rows_per_expert=next(rows[64, 4]), **grouped), 800),
-        "attention": (lambda: h200.attention(batch=1, sequence=next(fresh), **ATTENTION), 200),
-        "memory": (lambda: h200.memory_bound(kind="permute", bytes=next(fresh) * 1e3), 150),
+        "gemm, repeated": (lambda: h200.gemm(m=4096, k=2048, n=3072), SINGLE),
+        "grouped [32], repeated": (lambda: h200.grouped_gemm(rows_per_expert=[768] * 32, **grouped), SINGLE),
+        "attention, repeated": (lambda: h200.attention(batch=1, sequence=4096, **ATTENTION), SINGLE),
+        "gemm": (lambda: h200.gemm(m=next(fresh), k=2048, n=3072), SINGLE),
+        "gemm, fp8": (lambda: h200.gemm(m=next(fresh), k=2048, n=3072, dtype="fp8"), SINGLE),
+        "gemm, wgrad": (lambda: h200.gemm(m=next(fresh), k=2048, n=3072, direction="wgrad"), SINGLE),
+        "grouped [32]": (lambda: h200.grouped_gemm(rows_per_expert=next(rows[32,]), **grouped), SINGLE),
+        "grouped [64]": (lambda: h200.grouped_gemm(rows_per_expert=next(rows[64,]), **grouped), SINGLE),
+        "grouped, 64 in a list": (lambda: h200.grouped_gemm(rows_per_expert=next(lists), **grouped), SINGLE),
+        "attention": (lambda: h200.attention(batch=1, sequence=next(fresh), **ATTENTION), SINGLE),
+        "memory": (lambda: h200.memory_bound(kind="permute", bytes=next(fresh) * 1e3), SINGLE),
+        "gemm [64]": (lambda: h200.gemm(m=next(tokens), k=2048, n=3072), 2000),
+        "grouped [64, 4]": (lambda: h200.grouped_gemm(rows_per_expert=next(rows[64, 4]), **grouped), 1000),
     }
     for name, (call, limit) in calls.items():
         call()  # builds the cell
-        microseconds = min(timeit.repeat(call, number=50, repeat=10, timer=time.process_time)) / 50 * 1e6
+        microseconds = min(timeit.repeat(call, number=20, repeat=35, timer=time.process_time)) / 20 * 1e6
         print(f"{name:24s} {microseconds:7.1f} us")
-        assert microseconds < limit, name  # generous: for a machine that others use too
+        assert microseconds < limit, name
 
 
 def test_beside_a_measured_shape_the_prediction_stays_near_it(h200: CalibratedModel) -> None:
