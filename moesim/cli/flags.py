@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from moesim.scenario import Scenario
 
 
-def add_scenario(parser: argparse.ArgumentParser) -> None:
+def add_scenario(parser: argparse.ArgumentParser, *, text: str = "scenario file (YAML)") -> None:
     """SCENARIO and --set."""
-    parser.add_argument("scenario", metavar="SCENARIO", type=Path, help="scenario file (YAML)")
+    parser.add_argument("scenario", metavar="SCENARIO", type=Path, help=text)
     add_overrides(parser)
 
 

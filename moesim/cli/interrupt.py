@@ -29,13 +29,14 @@ def kept_of_training(scenario: "Scenario", cache_dir: Path | None) -> str:
     again = "run the same command again"
     if scenario.routing.kind != "train":
         return f"nothing was written; {again} to start over"
-    from moesim.moe.cache import trace_path
+    from moesim.moe.cache import checkpoint_path, trace_path
     from moesim.moe.request import TrainingRequest
 
-    trace = trace_path(TrainingRequest.from_scenario(scenario), cache_dir)
+    request = TrainingRequest.from_scenario(scenario)
+    trace = trace_path(request, cache_dir)
     if trace.exists():
         return f"the trained router is kept in {trace}; {again} to go straight to the simulation"
-    checkpoint = trace.parent.parent / "checkpoints" / f"{trace.stem}.checkpoint"
+    checkpoint = checkpoint_path(request, cache_dir)
     if checkpoint.exists():
         return f"the training so far is kept in {checkpoint}; {again} to resume it"
     return f"no training step was kept; {again} to start over"

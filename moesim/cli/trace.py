@@ -1,4 +1,4 @@
-"""`moesim trace`: make or show the routing trace of a scenario."""
+"""`moesim trace`: make or show the routing trace of a scenario, or an entry of the library (`library:NAME`)."""
 
 import argparse
 import json
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from moesim.cli.flags import add_cache, add_force, add_json, add_quiet, add_scenario, check_writable, load
 from moesim.cli.interrupt import interrupts_say, kept_of_training
+from moesim.cli.library import show_library
 from moesim.cli.progress import watched_training
 from moesim.errors import UserError
 
@@ -15,12 +16,14 @@ if TYPE_CHECKING:
     from moesim.trace import RoutingTrace
 
 NAME = "trace"
-SUMMARY = "Make or show the routing trace of a scenario: expert load, imbalance, drops, spread of tokens, loss."
+SUMMARY = (
+    "Make or show the routing trace of a scenario, or shipped routing: `library:` lists it, `library:NAME` shows one."
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """SCENARIO, --set, --out, --cache, --json, --quiet, --force."""
-    add_scenario(parser)
+    """SCENARIO or library:NAME, --set, --out, --cache, --json, --quiet, --force."""
+    add_scenario(parser, text="scenario file (YAML), `library:NAME`, or `library:` for all names")
     parser.add_argument("--out", metavar="FILE", type=Path, help="save the trace there (.npz), for routing.kind: trace")
     add_cache(parser)
     add_json(parser)
@@ -31,11 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """Make the trace, save it where asked, show it. Raises UserError, InfeasibleError and Interrupted."""
-    scenario = load(args)
     if args.out is not None:
         if args.out.exists() and not args.force:
             raise UserError(f"{args.out} exists; choose another --out, or --force to replace it")
         check_writable(args.out)
+    if str(args.scenario).startswith("library:"):
+        return show_library(args)
+    scenario = load(args)
     with interrupts_say(lambda: kept_of_training(scenario, args.cache)):
         trace = _make(scenario, quiet=args.quiet, cache_dir=args.cache)
     if args.out is not None:

@@ -21,6 +21,21 @@ def trace_path(request: TrainingRequest, cache_dir: Path | None = None) -> Path:
     return (cache_dir or cache_directory()) / "traces" / f"{request.content_hash()[:32]}.npz"
 
 
+def checkpoint_path(request: TrainingRequest, cache_dir: Path | None = None) -> Path:
+    """Where an interrupted training of `request` is kept until it is done."""
+    return checkpoint_file(checkpoint_directory(cache_dir), request.content_hash())
+
+
+def checkpoint_directory(cache_dir: Path | None = None) -> Path:
+    """Where checkpoints of training lie."""
+    return (cache_dir or cache_directory()) / "checkpoints"
+
+
+def checkpoint_file(folder: Path, content_hash: str) -> Path:
+    """The checkpoint of the request of that hash in `folder`."""
+    return folder / f"{content_hash[:32]}.checkpoint"
+
+
 def cached_trace(
     request: TrainingRequest, cache_dir: Path | None = None, *, progress: ProgressCallback | None = None
 ) -> RoutingTrace:
@@ -40,7 +55,7 @@ def cached_trace(
         print(f"cached trace not used: {reason}; training again", file=sys.stderr)
     from moesim.moe.training import train_router
 
-    trace = train_router(request, progress=progress, checkpoint_dir=path.parent.parent / "checkpoints")
+    trace = train_router(request, progress=progress, checkpoint_dir=checkpoint_directory(cache_dir))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.stem}.{os.getpid()}.partial.npz")

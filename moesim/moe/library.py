@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from moesim.errors import UserError
-from moesim.moe.library_points import SEQUENCE_LENGTH, LibraryPoint, library_points
+from moesim.moe.library_points import LibraryPoint, library_points
 from moesim.moe.request import TrainingRequest
 from moesim.trace.library.catalogue import INDEX, file_of, write_index
 from moesim.trace.library.codec import read_facts
@@ -110,8 +110,8 @@ def _shrunk(point: LibraryPoint) -> LibraryPoint:
     tiny = replace(
         request,
         steps=min(request.steps, 6),
-        sequence_length=128,
-        recorded_sequences=request.recorded_sequences * 128 // SEQUENCE_LENGTH + 2,
+        sequence_length=64,
+        recorded_sequences=2,
         thin=request.thin.model_copy(update=small),
     )
     return replace(point, request=tiny)

@@ -23,6 +23,7 @@ from torch.nn import functional
 
 from moesim.errors import UserError
 from moesim.moe.balance import RoutingSums, balance_loss, load_imbalance, loss_free_update, routing_sums
+from moesim.moe.cache import checkpoint_file
 from moesim.moe.checkpoint import State, deferred_interrupt, load_checkpoint, save_checkpoint
 from moesim.moe.corpus import Corpus, load_corpus
 from moesim.moe.progress import ProgressCallback, StepReport
@@ -60,7 +61,7 @@ def train_router(
         path = None
         content_hash = request.content_hash()
         if checkpoint_dir is not None:
-            path = checkpoint_dir / f"{content_hash[:32]}.checkpoint"
+            path = checkpoint_file(checkpoint_dir, content_hash)
         first = record(trainer.model, request, corpus.held_out, step=0, num_sequences=request.first_sequences)
         trainer.validations.setdefault(0, first.loss)
         if path is not None and (state := load_checkpoint(path, content_hash=content_hash)) is not None:

@@ -46,6 +46,11 @@ class LibraryEntry:
     digest: str
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """Every name of the entry, each with its seed."""
+        return (self.name, *(f"{alias}/seed{self.seed}" for alias in self.aliases))
+
+    @property
     def file(self) -> str:
         """The entry's file in the data folder."""
         return file_of(self.name)
@@ -74,8 +79,7 @@ def library_entries(folder: Path = DATA) -> tuple[LibraryEntry, ...]:
 def find_entry(name: str, folder: Path = DATA) -> LibraryEntry:
     """The entry called `name`, with or without `library:` and the seed. Raises UserError with the nearest names."""
     wanted = name.removeprefix(LIBRARY_PREFIX).strip("/")
-    by_name = {f"{other}/seed{entry.seed}": entry for entry in library_entries(folder) for other in entry.aliases}
-    by_name |= {entry.name: entry for entry in library_entries(folder)}
+    by_name = {each: entry for entry in library_entries(folder) for each in entry.names}
     for candidate in (wanted, f"{wanted}/seed0"):
         if candidate in by_name:
             return by_name[candidate]
