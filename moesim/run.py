@@ -155,7 +155,10 @@ def draw_samples(
 
 @dataclass(frozen=True, kw_only=True)
 class _Outcome:
-    """Samples simulated in lockstep. `spans`: group 0 of every pipeline rank, first sample; `critical_path`: of it."""
+    """Samples simulated in lockstep. `spans`: group 0 of every pipeline rank, first sample; `critical_path`: of it.
+
+    `shared_links`: how many links groups of ranks can fill together.
+    """
 
     step_S: FloatArray
     attribution_CSW: FloatArray
@@ -163,6 +166,7 @@ class _Outcome:
     source_shares: dict[str, float]
     spans: tuple[SpanTable, ...]
     critical_path: dict[str, Any]
+    shared_links: int
 
     def samples(self, chosen: slice) -> "_Outcome":
         """The outcome of some of the samples."""
@@ -204,6 +208,7 @@ def _simulate_samples(
         source_shares=parts[0].source_shares,
         spans=parts[0].spans,
         critical_path=parts[0].critical_path,
+        shared_links=max(part.shared_links for part in parts),
     )
 
 
@@ -226,6 +231,7 @@ def _simulate_program(program: StepProgram, *, first: bool) -> _Outcome:
         source_shares=_shares(program.source_seconds),
         spans=tuple(table.first_sample() for table in kept) if first else (),
         critical_path=path_facts(step.tables, pipeline_ranks=places) if first else {},
+        shared_links=len(program.contention.capacity_L) if program.contention else 0,
     )
 
 
@@ -275,7 +281,7 @@ def _record(
         "cost": cost(scenario, step_s),
         "estimate_sources": outcome.source_shares,
         "router": {"kind": "none (dense model)", "train_loss": None, "validation_loss": None},
-        "warnings": _warnings(scenario, fabric, memory, plain),
+        "warnings": _warnings(scenario, fabric, memory, plain) + _sharing_warnings(outcome.shared_links, cost_s),
     }
     arrays = {
         "step_time_S": outcome.step_S,
@@ -327,6 +333,16 @@ def _router_facts(scenario: Scenario, trace: RoutingTrace, sample: TrafficSample
         "trace_coverage": coverage(scenario, sample),
         "reused_share": sample.draw.reused_share,
     }
+
+
+def _sharing_warnings(shared_links: int, cost_s: float) -> list[str]:
+    """What groups that fill links together do to each other."""
+    if not shared_links:
+        return []
+    effect = "groups of ranks can fill the same links of the fabric and then slow each other"
+    if cost_s < 0:
+        effect += "; equal loads keep them in step, which slows them most: hence a negative cost of imbalance"
+    return [f"{effect} (links: {shared_links})"]
 
 
 def _warnings(scenario: Scenario, fabric: Fabric, memory: MemoryReport, plain: Sequence[TrafficSample]) -> list[str]:

@@ -141,3 +141,5 @@ def test_a_run_shows_the_slow_down(small):
     open_core = simulate(small(changes)).result
     for part in ("dispatch_exposed", "combine_exposed"):
         assert blocking["attribution_s"][part] > 1.2 * open_core["attribution_s"][part]
+    assert any("slow each other" in warning for warning in blocking["warnings"])
+    assert not any("slow each other" in warning for warning in open_core["warnings"])
