@@ -18,6 +18,7 @@ from moesim.network.fabric import NONE, Fabric
 
 FloatArray = NDArray[np.float64]
 
+TINY = 1e-30  # flows: fewer than any
 TOLERANCE = 1e-9  # a link counts as overloaded from this share above its capacity on
 
 
@@ -82,18 +83,14 @@ def progress_rates(capacity_X: FloatArray, demands_KX: FloatArray, flows_KX: Flo
 
 def _levels(capacity_X: FloatArray, each_KX: FloatArray, flows_KX: FloatArray) -> FloatArray:
     """Of overloaded links the bytes/s at which flows are cut off, so that sum(flows * min(each, level)) = capacity."""
-    order_KX = np.argsort(each_KX, axis=0)
-    each_KX = np.take_along_axis(each_KX, order_KX, axis=0)
-    flows_KX = np.take_along_axis(flows_KX, order_KX, axis=0)
-    sent_KX = each_KX * flows_KX
-    before_KX = np.cumsum(sent_KX, axis=0) - sent_KX
-    behind_KX = np.cumsum(flows_KX[::-1], axis=0)[::-1]
-    level_KX = np.divide(
-        capacity_X - before_KX, behind_KX, out=np.full_like(each_KX, np.inf), where=behind_KX > 0
-    )  # if the flows from here on were cut off
-    cut_KX = level_KX <= each_KX
-    first_X = np.where(cut_KX.any(axis=0), cut_KX.argmax(axis=0), len(each_KX) - 1)
-    return np.asarray(level_KX[first_X, np.arange(len(first_X))])
+    order_KX, link_X = each_KX.argsort(axis=0), np.arange(each_KX.shape[1])
+    each_KX, flows_KX = each_KX[order_KX, link_X], flows_KX[order_KX, link_X]
+    before_KX = np.cumsum(each_KX * flows_KX, axis=0)
+    before_KX[1:], before_KX[0] = before_KX[:-1].copy(), 0.0
+    behind_KX = flows_KX[::-1].cumsum(axis=0)[::-1]
+    level_KX = (capacity_X - before_KX) / np.maximum(behind_KX, TINY)  # if the flows from here on were cut off
+    first_X = (level_KX <= each_KX).argmax(axis=0)
+    return np.asarray(level_KX[first_X, link_X])
 
 
 class Window(NamedTuple):
