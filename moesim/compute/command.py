@@ -4,8 +4,6 @@ import os
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
 from moesim.compute.benchmarks.session import partial_folder
 from moesim.compute.calibrated import CalibratedModel
 from moesim.compute.fitting import fit_profile
@@ -35,9 +33,8 @@ def calibrate_command(
     it lacks, and an interrupted calibration into it goes on, and says so. Raises UserError for a user's mistake; an
     interrupt (exit code 130) keeps what was measured.
     """
-    console = Console()
     if report:
-        return _report(profile or str(out or MEASURED_GPU), by_cell=by_cell, console=console)
+        return _report(profile or str(out or MEASURED_GPU), by_cell=by_cell)
     if out is None:
         raise UserError("calibrate: say where the profile goes with --out FILE.json.gz, or ask for --report")
     path = Path(out)
@@ -54,7 +51,7 @@ def calibrate_command(
     fit_profile(measured)
     save_profile(measured, path)
     if not quiet:
-        console.print(f"{len(measured.rows)} kernels in {path}", markup=False)
+        print(f"{len(measured.rows)} kernels in {path}")
     return 0
 
 
@@ -68,7 +65,9 @@ def _check_out(path: Path, *, extend: bool) -> None:
         raise UserError(f"{path} exists already; choose another --out, or --extend to add what it lacks")
 
 
-def _report(name: str, *, by_cell: bool, console: Console) -> int:
+def _report(name: str, *, by_cell: bool) -> int:
+    from rich.console import Console
+
     path = Path(name)
     if path.exists():
         load_profile_file(path)  # says what is wrong with a file before anything is fitted
@@ -76,5 +75,5 @@ def _report(name: str, *, by_cell: bool, console: Console) -> int:
     if not isinstance(model, CalibratedModel):
         raise UserError(f"{name} is derived from {MEASURED_GPU} and has no measured rows; report on {MEASURED_GPU}")
     rows = leave_one_out_rows(model, by_cell=by_cell)
-    console.print(error_table(rows, title=f"Leave-one-out errors of {model.name}"))
+    Console().print(error_table(rows, title=f"Leave-one-out errors of {model.name}"))
     return os.EX_OK

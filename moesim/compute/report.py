@@ -5,13 +5,16 @@ Legend: P measured kernels.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from rich.table import Table
 
 from moesim.compute.calibrated import CalibratedModel
 from moesim.compute.cells import cell_of
 from moesim.compute.estimate import FloatArray
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 # Median and 90th percentile that each family should reach: |measured / predicted - 1|.
 TARGETS = {"gemm": (0.03, 0.10), "grouped_gemm": (0.04, 0.12), "attention": (0.04, 0.12)}
@@ -75,8 +78,10 @@ def _family(cell_name: str) -> str:
     return "gemm fp8" if family == "gemm" and rest.startswith("fp8") else family
 
 
-def error_table(rows: list[ErrorRow], *, title: str) -> Table:
+def error_table(rows: list[ErrorRow], *, title: str) -> "Table":
     """The rows as a table for the terminal."""
+    from rich.table import Table  # here: whoever predicts a kernel does without
+
     table = Table(title=title, caption=_CAPTION)
     table.add_column("kernels", no_wrap=True)
     for header in ("count", "median / p90", "without clock", "visits", "target"):

@@ -201,7 +201,7 @@ def _profile(runner: Runner) -> list[dict[str, Any]]:
     """Every kernel of one step by name: calls and device seconds, longest first."""
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
         runner.step()
     found = [
         {"kernel": event.key[:120], "calls": event.count, "seconds": event.device_time_total / 1e6}

@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from moesim.compute import CalibratedModel, calibrate_command, command, load_profile
-from moesim.compute.benchmarks import calibrate
+from moesim.compute.benchmarks import calibrate, sustained
+from moesim.compute.benchmarks.device import Sampler
 from moesim.compute.benchmarks.session import Session, row_key
 from moesim.compute.benchmarks.shapes import CPU_LIMITS, GPU_LIMITS, family_shapes, kernel_flops
 from moesim.compute.benchmarks.timing import CpuTimer
+from moesim.compute.fitting import fit_profile
 from moesim.compute.memory_kinds import MEMORY_KINDS
-from moesim.compute.profile import load_profile_file
+from moesim.compute.profile import Profile, load_profile_file
 from moesim.errors import UserError
 
 
@@ -181,6 +183,44 @@ def test_an_interrupt_keeps_what_was_measured(
     assert calibrate_command(device="cpu", out=out, budget=20.0, families="gemm", quiet=True) == 0
     assert "going on with the interrupted calibration" in capsys.readouterr().err
     assert len(load_profile_file(out).rows) == len(family_shapes("gemm", CPU_LIMITS))
+
+
+def test_a_full_device_is_one_line_and_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(**_: object) -> None:
+        raise torch.OutOfMemoryError("no more")
+
+    monkeypatch.setattr(calibrate, "Pool", full)
+    with pytest.raises(UserError, match="no room for 0 GiB of operands; stop what else uses the device"):
+        calibrate_command(device="cpu", out=tmp_path / "p.json", families="gemm", quiet=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sustained_row_has_its_rate_and_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Clocked:
+        def since(self, begin: float) -> dict[str, float]:
+            return {"watts": 650, "clock_mhz": 1500}
+
+    issued: list[int] = []
+
+    def run(call: object, count: int) -> float:
+        issued.append(count)
+        return count * 2e-3
+
+    monkeypatch.setattr(sustained, "_issued", run)
+    row = sustained.measure_sustained(print, flops=1e12, probe=lambda call: 1e-3, sampler=Clocked())  # type: ignore[arg-type]
+    assert row == {"p50": 2e-3, "repeats": 150, "flops_per_second": 5e14, "watts": 650, "clock_mhz": 1500}
+    assert issued == [150, 150]
+    with pytest.raises(RuntimeError, match="no SM clock"):
+        sustained.measure_sustained(print, flops=1e12, probe=lambda call: 1e-3, sampler=Sampler(None))
+
+
+def test_sustained_rows_make_a_cap_when_a_profile_is_fitted(h200: CalibratedModel) -> None:
+    families = ("gemm", "sustained")
+    rows = [row for row in h200.profile.rows if row["family"] in families and row.get("direction") != "wgrad"]
+    profile = Profile(name="part", sessions=h200.profile.sessions, rows=[row for row in rows if len(row) > 3])
+    fit_profile(profile)
+    assert profile.fits["sustained"]["slope"] > 0
+    assert profile.fits["sustained"]["free"] == pytest.approx(h200.profile.fits["sustained"]["free"], abs=0.1)
 
 
 def test_a_finished_profile_is_extended_only_when_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,7 +20,7 @@ def kernel_names(calls: list[Call]) -> list[list[str]]:
         call(0)
     marker.cos()
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as traced:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as traced:
         marker.cos()
         for call in calls:
             call(0)

@@ -8,6 +8,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -84,10 +85,16 @@ class Session:
         return self.done.get(row_key(row), 0) <= self.visit
 
     def close(self) -> None:
-        """Close this rank's file; rows stay on disk."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        """Close this rank's file; rows stay on disk. Where nothing was measured, nothing is left to go on with."""
+        if self._file is None:
+            return
+        path = Path(self._file.name)
+        self._file.close()
+        self._file = None
+        if not path.stat().st_size:
+            path.unlink()
+            with suppress(OSError):  # another rank's rows, or rows of an earlier session, are in it
+                self.partial.rmdir()
 
     def add(self, row: Row) -> None:
         """Keep one measured row."""
@@ -127,7 +134,8 @@ class Session:
         save_profile(profile, self.out)
         for path in self.partial.glob("*.jsonl"):
             path.unlink()
-        self.partial.rmdir()
+        if self.partial.exists():
+            self.partial.rmdir()
         return profile
 
 
