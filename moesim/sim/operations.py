@@ -7,7 +7,7 @@ serves the whole step.
 Legend: M micro-batches (1 where all are alike), S routing samples (1 where all are alike), R ranks (likewise).
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple, Protocol
 
@@ -161,17 +161,29 @@ class Block:
 
     def merged(self) -> "Block":
         """The same block with runs of kernels of one category as one operation: exact while the host never limits."""
-        out: list[Operation] = []
+        runs: list[list[Operation]] = []
         for operation in self.operations:
-            last = out[-1] if out else None
-            if last is not None and _joins(last, operation):
-                assert last.seconds_MSR is not None and operation.seconds_MSR is not None
-                total_MSR = last.seconds_MSR + operation.seconds_MSR
-                label = last.label._replace(name=last.label.category)
-                out[-1] = replace(last, label=label, seconds_MSR=total_MSR, launches=last.launches + operation.launches)
+            if runs and _joins(runs[-1][-1], operation):
+                runs[-1].append(operation)
             else:
-                out.append(operation)
-        return Block(self.name, tuple(out))
+                runs.append([operation])
+        return Block(self.name, tuple(_together(run) for run in runs))
+
+
+def _together(run: list[Operation]) -> Operation:
+    """Kernels that follow each other as one."""
+    if len(run) == 1:
+        return run[0]
+    first = run[0]
+    seconds = [operation.seconds_MSR for operation in run if operation.seconds_MSR is not None]
+    return Operation(
+        kind=first.kind,
+        label=first.label._replace(name=first.label.category),
+        chain=first.chain,
+        seconds_MSR=sum(seconds[1:], start=seconds[0]),
+        launches=sum(operation.launches for operation in run),
+        source=first.source,
+    )
 
 
 def _joins(first: Operation, second: Operation) -> bool:
