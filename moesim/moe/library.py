@@ -5,6 +5,7 @@ their own), and a few processes hide each other's starts, evaluations and compre
 rerun into the same folder makes only what is missing. Ctrl-C keeps what is finished.
 
 The shipped data: 9 minutes on one H200, torch 2.11, `--workers 5 --lanes 5`, the text being `stdlib` of CPython 3.11.7.
+Made again later on another H200 with one worker and three lanes, entries came out equal to the byte.
 """
 
 import argparse
