@@ -82,4 +82,9 @@ def columns(extra: Sequence[str]) -> tuple[Column, ...]:
     """The columns of every sweep, and one for each other metric in `extra`."""
     known = {column.path for column in STANDARD}
     more = [path for path in dict.fromkeys(extra) if path not in known]
-    return (*STANDARD, *(Column(path=path, head=path.rpartition(".")[2]) for path in more))
+    return (*STANDARD, *(_plain_column(path) for path in more))
+
+
+def _plain_column(path: str) -> Column:
+    """Parts of the step may be next to nothing in the reference: their changes are seconds."""
+    return Column(path=path, head=path.rpartition(".")[2], absolute=path.startswith("attribution"))
