@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from plot_cases import GPU, LIMIT, NODES, PRICES, clusters, limits, result_of, write_run
+from plot_cases import GPU, LIMIT, NODES, PRICES, axis, clusters, limits, point, result_of, write_run, write_study
 
 from moesim.report.plots import Asked, plot_page
 from moesim.report.plots.cost_performance import pareto_front
@@ -140,7 +140,16 @@ def two_runs(folder: Path) -> str:
     return plot_page(runs, Asked())
 
 
-PAGES = {"plan": plan, "curves": curves, "heat": heat, "two_runs": two_runs}
+def settings(folder: Path) -> str:
+    names = [
+        f"coefficient-of-{part}-x{factor}" for part in ("experts", "devices", "traffic") for factor in (0, 0.1, 10)
+    ]
+    points = [point(i, {"$setting": name}, result_of(1 + 0.1 * i, loss=2.4 - 0.05 * i)) for i, name in enumerate(names)]
+    folder = write_study(folder / "settings", points, axes=[axis("$setting", names)])
+    return plot_page([folder], Asked(kind="curves", x="router.validation_loss", ys=("step_time_s",)))
+
+
+PAGES = {"settings": settings, "plan": plan, "curves": curves, "heat": heat, "two_runs": two_runs}
 
 
 @pytest.mark.parametrize("name", PAGES)

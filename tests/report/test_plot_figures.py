@@ -28,6 +28,7 @@ from moesim.report.plots.choice import Drawing, choose
 from moesim.report.plots.comparison import changes, differences, sides, verdict, waterfall
 from moesim.report.plots.cost_performance import cost_performance, pareto_front
 from moesim.report.plots.curves import curves
+from moesim.report.plots.dots import dots, suits_dots
 from moesim.report.plots.groups import Collection, collect
 from moesim.report.plots.heat_map import heat_map
 from moesim.report.plots.looks import colours, log_ticks
@@ -121,7 +122,25 @@ def test_long_names_beside_points_become_numbers_with_a_key(tmp_path: Path) -> N
     asked = Asked(kind="curves", x="router.validation_loss", ys=("step_time_s",))
     (trace,) = traces(curves(*drawn(folder, asked)), "points")
     assert (list(trace.text), trace.mode) == (["1", "2", "3"], "markers+text"), "settings have no order to join them in"
-    assert "setting: 1 published/seed0, 2 expert-coefficient-x10, 3 loss-free" in plot_page([folder], asked)
+    page = plot_page([folder], asked)
+    assert "Each setting, by its number" in page and "2  expert-coefficient-x10" in page
+
+
+def test_long_names_on_x_become_rows(tmp_path: Path) -> None:
+    collection, drawing = drawn(
+        clusters(tmp_path / "sweep", kind="sweep"), Asked(kind="curves", x=GPU, ys=("mfu.causal",))
+    )
+    assert not suits_dots(drawing)
+    names = [f"a rather long name {i}" for i in range(3)]
+    points = [point(i, {"$setting": name}, result_of(1.0 + i)) for i, name in enumerate(names)]
+    folder = write_study(tmp_path / "rows", points, axes=[axis("$setting", names)])
+    collection, drawing = drawn(folder, Asked(kind="curves", x="$setting", ys=("step_time_s", "mfu.causal")))
+    assert suits_dots(drawing)
+    figure = dots(collection, drawing)
+    step, mfu = traces(figure, "points")
+    assert list(step.x) == [1.0, 2.0, 3.0] and list(mfu.x) == pytest.approx([40.0, 20.0, 40 / 3])
+    assert list(figure.layout.yaxis.ticktext) == names and list(step.y) == [0, 1, 2]
+    assert step.error_x.array[0] == pytest.approx(0.03)
 
 
 def test_axes_begin_at_zero_only_where_values_come_near_it(tmp_path: Path) -> None:

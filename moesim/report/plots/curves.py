@@ -4,7 +4,6 @@ Bands and bars are 90 % intervals, over seeds or, for a single run, its own rang
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,10 +13,8 @@ from plotly.subplots import make_subplots
 from moesim.report.figures import dressed
 from moesim.report.plots.choice import AxisKey, Drawing
 from moesim.report.plots.groups import Axis, Collection, Estimate, Group
+from moesim.report.plots.lines import Line, along_axis, error_bars, lines_along
 from moesim.report.plots.looks import (
-    DASHES,
-    MARKERS,
-    colours,
     hover_text,
     key_places,
     legend_title,
@@ -39,24 +36,13 @@ _MOST_MARKS, _LONGEST_MARK = 8, 12
 NO_RESULT = "#b5561d"
 
 
-@dataclass(frozen=True)
-class Line:
-    """Groups that differ on one axis only, in its order."""
-
-    name: str
-    colour: str
-    symbol: str
-    dash: str
-    groups: tuple[Group, ...]
-
-
 def curves(collection: Collection, drawing: Drawing) -> go.Figure:
     """`meta.groups` of a trace says which group each of its points is."""
     metrics = [y for y in drawing.ys if isinstance(y, Metric)]
     units = units_for(collection, drawing.metrics)
     figure, panels = _panels([title_of(y, units[y.path]) for y in metrics])
     along = along_axis(collection, drawing)
-    lines = _lines(collection, drawing, along)
+    lines = lines_along(collection, drawing, along)
     for y, panel in zip(metrics, panels, strict=True):
         drawn: list[float] = []
         for line in lines:
@@ -93,44 +79,6 @@ def _panels(titles: Sequence[str]) -> tuple[go.Figure, list[dict[str, int]]]:
     return figure, [{"row": 1 + index // columns, "col": 1 + index % columns} for index in range(len(titles))]
 
 
-def along_axis(collection: Collection, drawing: Drawing) -> Axis:
-    """The axis that a line follows: that of x, and for a metric on x the one with most values."""
-    if isinstance(drawing.x, AxisKey):
-        return drawing.x.axis
-    return max((axis for axis in collection.axes if axis is not drawing.colour), key=lambda axis: len(axis.values))
-
-
-def _lines(collection: Collection, drawing: Drawing, along: Axis) -> list[Line]:
-    column = collection.axes.index(along)
-    members: dict[tuple[int, ...], list[Group]] = {}
-    for group in collection.done:
-        members.setdefault((*group.at[:column], -1, *group.at[column + 1 :]), []).append(group)
-    by_colour = colours(drawing.colour)
-    colour_column = collection.axes.index(drawing.colour) if drawing.colour else None
-    used: dict[int, int] = {}  # how many lines of a colour there are already: they differ in their dashes
-    lines = []
-    for at in sorted(members):
-        index = 0 if colour_column is None else at[colour_column]
-        used[index] = used.get(index, -1) + 1
-        others = [
-            (axis, place)
-            for axis, place in zip(collection.axes, at, strict=True)
-            if place >= 0 and len(axis.values) > 1
-        ]
-        own = [axis.texts[place] for axis, place in others if axis is drawing.colour]
-        rest = [f"{axis.name} {axis.texts[place]}" for axis, place in others if axis is not drawing.colour]
-        lines.append(
-            Line(
-                name=", ".join([*own, *rest]),
-                colour=by_colour[index],
-                symbol=MARKERS[index % len(MARKERS)],
-                dash=DASHES[used[index] % len(DASHES)],
-                groups=tuple(sorted(members[at], key=lambda group: group.at[column])),
-            )
-        )
-    return lines
-
-
 def _add_line(
     figure: go.Figure,
     collection: Collection,
@@ -158,10 +106,11 @@ def _add_line(
         showlegend=panel == {"row": 1, "col": 1} and bool(line.name),
         line={"color": line.colour, "width": 2, "dash": line.dash},
         marker={"color": line.colour, "size": 9, "symbol": line.symbol, "line": {"color": "#ffffff", "width": 1}},
-        error_x=None if isinstance(drawing.x, AxisKey) else _bars([x for _, x, _ in spots], 1.0, line.colour),
-        error_y=None if banded else _bars([found for _, _, found in spots], factor, line.colour),
+        error_x=None if isinstance(drawing.x, AxisKey) else error_bars([x for _, x, _ in spots], 1.0, line.colour),
+        error_y=None if banded else error_bars([found for _, _, found in spots], factor, line.colour),
         customdata=[hover_text(group, collection, drawing.metrics) for group, _, _ in spots],
         hovertemplate="%{customdata}<extra></extra>",
+        cliponaxis=False,
         meta={"groups": numbers, "role": "points"},
         **panel,
     )
@@ -201,20 +150,6 @@ def _x_of(group: Group, collection: Collection, drawing: Drawing, units: dict[st
         )
     place = group.at[collection.axes.index(drawing.x.axis)]
     return Estimate(key_places(drawing.x)[place], None, None, 1)
-
-
-def _bars(found: Sequence[Estimate], factor: float, colour: str) -> dict[str, Any] | None:
-    if all(estimate.low is None for estimate in found):
-        return None
-    return {
-        "type": "data",
-        "symmetric": False,
-        "array": [0.0 if e.high is None else (e.high - e.mean) * factor for e in found],
-        "arrayminus": [0.0 if e.low is None else (e.mean - e.low) * factor for e in found],
-        "color": colour,
-        "thickness": 1.2,
-        "width": 4,
-    }
 
 
 def _add_band(

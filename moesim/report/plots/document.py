@@ -23,9 +23,11 @@ from moesim.report.plots.choice import (
 )
 from moesim.report.plots.comparison import add_comparison, sides, verdict
 from moesim.report.plots.cost_performance import cost_performance, drawn_groups, has_front
-from moesim.report.plots.curves import along_axis, curves, point_marks
+from moesim.report.plots.curves import curves, point_marks
+from moesim.report.plots.dots import dots, suits_dots
 from moesim.report.plots.groups import Axis, Collection, Group, collect
 from moesim.report.plots.heat_map import heat_axes, heat_map
+from moesim.report.plots.lines import along_axis
 from moesim.report.plots.looks import label_of
 from moesim.report.plots.metrics import HEADLINE, LOWER, Metric, metric, text
 from moesim.report.plots.plan_sections import add_plan
@@ -195,9 +197,15 @@ def _add_figures(page: Page, collection: Collection, drawing: Drawing) -> None:
             figure = heat_map(collection, drawing, variable)
             page.figure(figure, name=f"figure-{number}", title=variable.label.capitalize(), tools=True)
         return
-    draw = {COST_PERFORMANCE: cost_performance, CURVES: curves}[drawing.kind]
+    draw = {COST_PERFORMANCE: cost_performance, CURVES: dots if suits_dots(drawing) else curves}[drawing.kind]
     page.figure(draw(collection, drawing), name="figure-0", tools=True)
     page.text("p", _caption(collection, drawing), css="caption")
+    if drawing.kind == CURVES and isinstance(drawing.x, Metric):
+        along = along_axis(collection, drawing)
+        if point_marks(along) != along.texts:  # the numbers beside the points need their names
+            rows = Drawing(CURVES, AxisKey(along), (drawing.x, *drawing.ys), drawing.colour)
+            figure = dots(collection, rows, numbered=True)
+            page.figure(figure, name="figure-1", title=f"Each {along.name}, by its number", tools=True)
 
 
 def _caption(collection: Collection, drawing: Drawing) -> str:
@@ -209,14 +217,7 @@ def _caption(collection: Collection, drawing: Drawing) -> str:
     bands = (
         "90 % intervals: Student's t over repetitions" if collection.repeats else "90 % ranges over resampled routing"
     )
-    said = f"Bands and bars are {bands}, where there are any; axes need not begin at zero."
-    if isinstance(drawing.x, AxisKey):
-        return said
-    along = along_axis(collection, drawing)
-    marks = point_marks(along)
-    if marks == along.texts:
-        return said
-    return f"{said} {along.name}: " + ", ".join(f"{mark} {text}" for mark, text in zip(marks, along.texts, strict=True))
+    return f"Bands and bars are {bands}, where there are any; axes need not begin at zero."
 
 
 def _add_missing(page: Page, collection: Collection) -> None:
