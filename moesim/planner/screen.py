@@ -15,24 +15,35 @@ from moesim.parallel import Mesh
 from moesim.parallel.memory import memory_report
 from moesim.parallel.memory_rows import RoutedRows
 from moesim.parallel.schedules import Action, Pass, Schedule
-from moesim.planner.pieces import NOTHING, PassSeconds, Pieces, PieceStore, TraceOf
+from moesim.planner.passes import NOTHING, Cut, PassSeconds
+from moesim.planner.pieces import PieceStore, TraceOf
 from moesim.planner.pipeline import pipeline_finish, prepare_walk, short_micro_batches
-from moesim.scenario import Scenario, gpu_spec
+from moesim.scenario import PipelineSchedule, Scenario, gpu_spec
 from moesim.scenario.base import BYTES_PER_ELEMENT
 from moesim.sim.links import scenario_fabric
 from moesim.sim.operations import Operation
 from moesim.sim.parameters import ParameterGroups, optimizer_block
+from moesim.sim.reductions import Reduction
 from moesim.sim.software import SOFTWARE
 from moesim.sim.writer import KernelWriter
 
 
 class _EndOfStep(NamedTuple):
-    """Seconds on one pipeline rank behind its last backward pass, and of every accumulation of gradients."""
+    """What follows the last backward pass of one pipeline rank; and seconds of every accumulation of gradients."""
 
-    reductions: float
-    hidden: float  # of the reductions, what may run beside the last backward passes
+    reductions: tuple[Reduction, ...]
     rest: float
     accumulation: float
+
+    def done(self, finish: float, *, last: float) -> float:
+        """When the step ends on the rank whose last action took `last` seconds and was done at `finish`."""
+        reduced = 0.0
+        for reduction in self.reductions:
+            beside = last * (1 - 1 / reduction.buckets) if reduction.buckets else 0.0
+            begin = max(finish - beside, reduced)
+            tail = reduction.seconds / reduction.buckets if reduction.buckets else reduction.seconds
+            reduced = max(begin + reduction.seconds, max(finish, reduced) + tail)
+        return max(finish, reduced) + self.rest
 
 
 @dataclass(frozen=True)
@@ -50,7 +61,7 @@ class Screen:
 
     def memory(self, scenario: Scenario) -> tuple[float, float]:
         """Bytes that the fullest GPU needs, and those it has."""
-        rows, work = self._pieces(scenario).rows, scenario.workload
+        work = scenario.workload
         few = short_micro_batches(
             scenario.parallelism.schedule,
             pipeline=scenario.parallelism.pipeline,
@@ -60,7 +71,7 @@ class Screen:
         router = scenario.router_shape() if scenario.model.experts else None
         key = scenario.parallelism, work.micro_batch, work.recompute, few, scenario.capacity, scenario.dispatch, router
         if key not in self._peaks:
-            self._peaks[key] = peak_bytes(scenario, rows, micro_batches=few)
+            self._peaks[key] = peak_bytes(scenario, self.pieces.rows(scenario), micro_batches=few)
         return self._peaks[key], gpu_spec(scenario.cluster.pools[0].gpu).memory_bytes
 
     def step_seconds(self, scenario: Scenario) -> float:
@@ -78,9 +89,10 @@ class Screen:
         )
         if walk.schedule.num_replicas > 1:
             finish = [max(finish)] * len(finish)  # both holders of a stage reduce its gradients together
-        return max(done + end.reductions - end.hidden + end.rest for done, end in zip(finish, ends, strict=True))
+        lasts = [seconds(rank, actions[-1]) for rank, actions in enumerate(walk.schedule.actions)]
+        return max(end.done(done, last=last) for end, done, last in zip(ends, finish, lasts, strict=True))
 
-    def _pieces(self, scenario: Scenario) -> Pieces:
+    def _pieces(self, scenario: Scenario) -> Cut:
         return self.pieces.of(scenario, self._fabric(scenario).parameters)
 
     def _fabric(self, scenario: Scenario) -> Fabric:
@@ -93,13 +105,14 @@ class Screen:
         mesh = scenario.parallelism
         if mesh.pipeline == 1:
             return 0.0
-        tokens = scenario.tokens_per_micro_batch / (mesh.context * mesh.tensor)
-        size = tokens * scenario.model.hidden * BYTES_PER_ELEMENT["bf16"]
+        size = scenario.tokens_per_rank * scenario.model.hidden * BYTES_PER_ELEMENT["bf16"]
         return send_recv_seconds(self._fabric(scenario), 0, mesh.stage_ranks, size).seconds
 
     def _ends_of_step(self, scenario: Scenario) -> list[_EndOfStep]:
         mesh = scenario.parallelism
-        key = scenario.cluster, mesh
+        # Straight pipelines hold the same stages, whatever their order of work.
+        straight = mesh.schedule if mesh.schedule.kind in ("interleaved", "dualpipe") else PipelineSchedule()
+        key = scenario.cluster, mesh.model_copy(update={"schedule": straight})
         if key not in self._ends:
             self._ends[key] = self._made_ends(scenario, prepare_walk(*_short_schedule(scenario)).schedule)
         return self._ends[key]
@@ -116,12 +129,10 @@ class Screen:
             of_rank, first = parameters.of_rank(rank), mesh.rank(stage=rank, index=0)
             before, after = software.flat_copies(writer, parameters=of_rank.reduced)
             update = optimizer_block(scenario, kernels, parameters=of_rank.updated).operations
-            mine = [reduction for reduction in reductions if first in reduction.ranks]
             gathered = sum(gather.seconds for gather in gathers if first in gather.ranks)
             ends.append(
                 _EndOfStep(
-                    reductions=sum(reduction.seconds for reduction in mine),
-                    hidden=sum(r.seconds * (1 - 1 / r.buckets) for r in mine if r.buckets),
+                    reductions=tuple(reduction for reduction in reductions if first in reduction.ranks),
                     rest=_total([*before, *after, *update]) + gathered,
                     accumulation=_total(software.accumulation(writer, parameters=of_rank.held)),
                 )
@@ -140,7 +151,7 @@ def _short_schedule(scenario: Scenario) -> tuple[str, int, int, int]:
     return mesh.schedule.kind, mesh.pipeline, few, mesh.schedule.virtual
 
 
-def stage_seconds(scenario: Scenario, pieces: Pieces) -> list[PassSeconds]:
+def stage_seconds(scenario: Scenario, pieces: Cut) -> list[PassSeconds]:
     """Seconds of one micro-batch through each stage of the model."""
     stages = []
     for number, layers in enumerate(scenario.stage_layers):
@@ -153,7 +164,7 @@ def stage_seconds(scenario: Scenario, pieces: Pieces) -> list[PassSeconds]:
 
 
 def _durations(
-    scenario: Scenario, pieces: Pieces, schedule: Schedule, ends: list[_EndOfStep]
+    scenario: Scenario, pieces: Cut, schedule: Schedule, ends: list[_EndOfStep]
 ) -> Callable[[int, Action], float]:
     stages = stage_seconds(scenario, pieces)
     beside = scenario.overlap.micro_batches is not False

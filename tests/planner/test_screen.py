@@ -82,6 +82,25 @@ def test_the_screen_follows_the_implementation(small, implementation):
     assert seconds == pytest.approx(simulate(scenario).result["step_time_s"], rel=0.05)
 
 
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"parallelism": {"data": 2, "tensor": 2, "expert": 4}}, 0.01),
+        ({"parallelism": {"data": 2, "context": 2, "expert": 2}}, 0.01),
+        ({"parallelism": {"data": 4, "expert": 2, "expert_tensor": 2}}, 0.01),
+        ({"parallelism.zero": {"dense": 1, "expert": 1}, "parallelism.expert": 2}, 0.01),
+        ({"parallelism.zero": {"dense": 3, "expert": 3}, "parallelism.expert": 2}, 0.05),
+        ({"overlap": {"gradient_reduction": True}, "parallelism.expert": 2}, 0.01),
+        ({"parallelism": {"data": 2, "expert": 2, "pipeline": 2, "schedule": {"kind": "dualpipe"}}}, 0.06),
+    ],
+)
+def test_the_screen_follows_every_kind_of_parallelism(small, changes, error):
+    scenario = small({"uncertainty.samples": 1, **changes})
+    screen, result = Screen(obtain_trace), simulate(scenario).result
+    assert screen.step_seconds(scenario) == pytest.approx(result["step_time_s"], rel=error)
+    assert screen.memory(scenario)[0] == pytest.approx(result["memory"]["peak_bytes"], rel=0.02)
+
+
 def test_dense_models_are_screened_exactly(small):
     model = {
         "layers": 4,

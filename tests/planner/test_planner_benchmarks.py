@@ -1,0 +1,38 @@
+"""How many layouts the screen looks at per second. Prints; run with -m benchmark -s."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from moesim.planner.judge import Judge
+from moesim.planner.loading import load_plan
+from moesim.planner.screen import Screen
+from moesim.planner.search import enumerate_space
+from moesim.planner.space import Space
+from moesim.run import obtain_trace
+
+PLANS = Path(__file__).parents[2] / "scenarios" / "plans"
+LAYOUTS_PER_SECOND = 100  # of processor time of one core, combinations that are no layouts left out
+
+
+@pytest.mark.benchmark
+@pytest.mark.parametrize("name", ["deepseek-moe-16b", "mixtral-8x22b"])
+def test_the_screen_looks_at_a_hundred_layouts_a_second(name):
+    plan = load_plan(PLANS / f"{name}.yaml")
+    traces = {}
+
+    def trace_of(scenario):
+        key = scenario.router_shape()
+        if key not in traces:
+            traces[key] = obtain_trace(scenario)
+        return traces[key]
+
+    judge = Judge(Space.of(plan), Screen(trace_of))
+    start = time.process_time()
+    enumerate_space(judge)
+    seconds = time.process_time() - start
+    layouts = len(judge.fitting) + judge.funnel.count("memory")
+    print(f"\n{name}: {layouts} layouts of {judge.space.size} combinations in {seconds:.1f} s of processor time, "
+          f"{layouts / seconds:.0f} per second")  # fmt: skip
+    assert layouts / seconds > LAYOUTS_PER_SECOND
