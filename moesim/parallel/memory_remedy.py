@@ -81,7 +81,7 @@ def nearest_change(scenario: Scenario, rows_of: RowsOf) -> tuple[Change, MemoryR
 
 
 def changes(scenario: Scenario) -> Iterator[Change]:
-    """Changes of one key that lower memory, cheapest first: a smaller micro-batch costs little, another mesh much."""
+    """Changes that lower memory, cheapest first: a smaller micro-batch costs little, another mesh much."""
     work, mesh = scenario.workload, scenario.parallelism
     size = work.micro_batch // 2
     while size:
@@ -97,6 +97,11 @@ def changes(scenario: Scenario) -> Iterator[Change]:
     while expert <= min(scenario.model.experts, mesh.stage_ranks):
         yield Change((f"parallelism.expert={expert}",))
         expert *= 2
+    smallest_node = min(pool.gpus_per_node for pool in scenario.cluster.pools)
+    for axis, size, largest in (("tensor", mesh.tensor, smallest_node), ("context", mesh.context, mesh.stage_ranks)):
+        for factor in (2, 4, 8):
+            if mesh.data % factor == 0 and size * factor <= largest:
+                yield Change((f"parallelism.{axis}={size * factor}", f"parallelism.data={mesh.data // factor}"))
     for factor in (2, 4, 8):
         if mesh.data % factor == 0:
             yield Change((f"parallelism.pipeline={mesh.pipeline * factor}", f"parallelism.data={mesh.data // factor}"))

@@ -19,7 +19,11 @@ ALLOCATOR_OVERHEAD = 0.11
 
 
 class Zero(Section):
-    """ZeRO stages of dense and expert parameters."""
+    """ZeRO stages of dense and expert parameters.
+
+    1: optimizer states in shards, gradients reduced and weights gathered once a step. 2: gradients in shards as well,
+    reduced behind every layer in every micro-batch. 3: weights in shards, too, gathered before every layer.
+    """
 
     dense: Annotated[int, Field(ge=0, le=3, strict=True)] = 0
     expert: Annotated[int, Field(ge=0, le=3, strict=True)] = 0
@@ -131,7 +135,8 @@ class Overlap(Section):
     """What runs beside what. Absent means what the implementation does by itself.
 
     `shared_experts`: beside dispatch and combine. `micro_batches`: in a pair of the dualpipe schedule, dispatch and
-    combine of one micro-batch beside the compute of the other. `gradient_reduction`: beside the last backward passes.
+    combine of one micro-batch beside the compute of the other. `gradient_reduction`: beside the last backward passes;
+    under ZeRO 2 and 3 reductions and gathers lie beside the neighbouring layers unless it is false.
     """
 
     shared_experts: Flag | None = None

@@ -287,6 +287,13 @@ def test_what_fits_is_reported_and_what_does_not_is_refused_with_a_change_that_f
         ("cluster.gpu=h100", "cluster.nodes=2", "parallelism.data=16", "parallelism.expert=1"),
         ("cluster.gpu=h100", "workload.sequence_length=32768"),
         ("cluster.gpu=h100", "workload.micro_batch=8", "parallelism.expert=2"),
+        (
+            "model.preset=llama2-7b",
+            "routing={kind: uniform}",
+            "parallelism={data: 8, zero: {dense: 3, expert: 3}}",
+            "workload.sequence_length=524288",
+            "workload.recompute=full",
+        ),
     ],
 )
 def test_every_suggestion_really_fits(overrides):
