@@ -68,8 +68,8 @@ def column_parallel(
     return (
         [*gather_tokens(w, f"{name}.gather", step, width=width), *forward],
         [
-            *_beside(w, again, [dgrad], suffix=WEIGHT_GRADIENT),
-            *_beside(w, reduced, [wgrad]),
+            *_beside(w, name, again, [dgrad], suffix=WEIGHT_GRADIENT),
+            *_beside(w, name, reduced, [wgrad]),
         ],
     )
 
@@ -84,16 +84,15 @@ def row_parallel(w: KernelWriter, name: str, step: Step, *, k: int, n: int) -> P
 
 
 def _beside(
-    w: KernelWriter, transfers: list[Operation], kernels: list[Operation], *, suffix: str = ""
+    w: KernelWriter, name: str, transfers: list[Operation], kernels: list[Operation], *, suffix: str = ""
 ) -> list[Operation]:
     """Transfers of the side chain and kernels of the main chain that start together; what follows waits for both.
 
     With `suffix` the fork and the join move with the transfer where a schedule puts weight gradients off.
     """
-    layer = w.layer
     return [
-        fork(layer=layer, name=f"fork{suffix}"),
+        fork(layer=w.layer, name=f"{name}.fork{suffix}"),
         *transfers,
         *kernels,
-        join(layer=layer, name=f"join{suffix}"),
+        join(layer=w.layer, name=f"{name}.join{suffix}"),
     ]

@@ -79,8 +79,21 @@ def test_a_split_backward_pass_keeps_all_operations_and_puts_off_the_second_gath
     assert Counter(names[Pass.BACKWARD]) == Counter(names[Pass.INPUT]) + Counter(names[Pass.WEIGHT])
     late = names[Pass.WEIGHT]
     gathered = late.index("qkv.gather.wgrad")
-    assert late[gathered - 1 : gathered + 3] == ["fork.wgrad", "qkv.gather.wgrad", "join.wgrad", "qkv.wgrad"]
+    assert late[gathered - 1 : gathered + 3] == [f"qkv.{part}wgrad" for part in ("fork.", "gather.", "join.", "")]
     assert [name for name in late if "scatter" in name] == []
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_the_heads_weight_gradient_is_not_put_off(small, tensor):
+    scenario = small({"parallelism": {"data": 4 // tensor, "tensor": tensor}})
+    links = GroupLinks(build_fabric(scenario.cluster), np.arange(tensor))
+    plan = StagePlan(layers=range(1), moe_layers=(), first=False, last=True)
+    blocks = stage_blocks(scenario, kernel_model("h200", "roofline"), plan, None, links)
+    heads = [[op.label.name for op in blocks[kind].operations if op.label.name.startswith("head.")] for kind in Pass]
+    by_pass = dict(zip(Pass, heads, strict=True))
+    assert not by_pass[Pass.WEIGHT]
+    assert by_pass[Pass.INPUT] == by_pass[Pass.BACKWARD]
+    assert "head.wgrad" in by_pass[Pass.INPUT]
 
 
 @pytest.mark.parametrize("context", [2, 4])
