@@ -7,7 +7,7 @@ from typing import Any
 from moesim.errors import UserError
 from moesim.scenario import Scenario
 from moesim.validation.cases import Case, check_runnable, scenario_case, standard_cases, with_profile
-from moesim.validation.table import Table, make_table, recompute, save_table, shipped_table
+from moesim.validation.table import SHIPPED_TABLES, Table, make_table, recompute, save_table, shipped_table
 
 
 def validate_command(
@@ -25,18 +25,14 @@ def validate_command(
 ) -> Table:
     """Run real training beside its simulation, or with `report` recompute the shipped table's predictions.
 
-    `out` keeps each case's measurement, so that an interrupted call goes on where it was, and gets `table.json`: after
-    a change of the profile or of the simulation, that of a report is what to ship as data/h200.json.
+    `out` keeps each case's measurement, so that an interrupted call goes on where it was, and gets `table.json`. That
+    of a report gets what to ship in data/ after a change of the profile or of the simulation: `h200.json`, the standard
+    cases, whose table is returned, and `h200-unseen.json`, those of other models and sizes.
     `scenario` replaces the standard cases; `only` keeps those whose name contains it. Raises UserError for a missing
     device, too few GPUs, and scenarios that the measured software cannot run.
     """
     if report:
-        table = recompute(shipped_table())
-        if out is not None:
-            out.mkdir(parents=True, exist_ok=True)
-            save_table(table, out / "table.json")
-        _show(table, quiet)
-        return table
+        return _report(out, quiet=quiet)
     from moesim.validation.launch import check_device
 
     if gpus < 1:
@@ -55,6 +51,16 @@ def validate_command(
     )  # fmt: skip
     _show(table, quiet)
     return table
+
+
+def _report(out: Path | None, *, quiet: bool) -> Table:
+    tables = {name: recompute(shipped_table(name)) for name in SHIPPED_TABLES}
+    for name, table in tables.items():
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            save_table(table, out / f"{name}.json")
+        _show(table, quiet)
+    return tables[SHIPPED_TABLES[0]]
 
 
 def _measure_and_predict(

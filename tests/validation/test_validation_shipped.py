@@ -1,9 +1,10 @@
 """The shipped table: predictions made again from the shipped profile are those in the table.
 
-When the profile or the simulation has changed for a reason, `moesim validate --report --out DIR` writes the table anew:
-ship DIR/table.json as moesim/validation/data/h200.json.
+When the profile or the simulation has changed for a reason, `moesim validate --report --out DIR` writes the tables
+anew: copy DIR/h200.json and DIR/h200-unseen.json to moesim/validation/data/.
 """
 
+import numpy as np
 import pytest
 
 from moesim.validation.cases import GPU_TOKENS, MODELS
@@ -30,6 +31,16 @@ def test_some_predictions_are_those_of_the_shipped_profile(shipped: Table) -> No
 @pytest.mark.slow
 def test_all_predictions_are_those_of_the_shipped_profile(shipped: Table) -> None:
     assert_matches(shipped, every=1)
+
+
+def test_steps_of_models_that_were_never_used_are_predicted_within_reach() -> None:
+    """Latent attention, more micro-batches, long sequences, other widths; predicted from the shipped profile."""
+    unseen = shipped_table("h200-unseen")
+    assert len(unseen.rows) >= 9
+    again = recompute(unseen)
+    assert max(differences(unseen, again).values()) < TOLERANCE
+    errors = [abs(row.error) for row in again.rows]
+    assert np.median(errors) < GOALS["median"] and max(errors) < GOALS["worst"]
 
 
 def test_the_table_covers_what_was_asked_for(shipped: Table) -> None:
