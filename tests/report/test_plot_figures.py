@@ -126,6 +126,14 @@ def test_long_names_beside_points_become_numbers_with_a_key(tmp_path: Path) -> N
     assert "Each setting, by its number" in page and "2  expert-coefficient-x10" in page
 
 
+def test_the_first_point_of_a_study_is_drawn(tmp_path: Path) -> None:
+    points = [point(1, {NODES: 1}, result_of(1.0))]
+    folder = write_study(tmp_path / "first", points, axes=[axis(NODES, [1, 2])], num_points=2)
+    (trace,) = traces(curves(*drawn(folder, Asked(kind="curves", x=NODES))), "points")
+    assert list(trace.x) == [1.0]
+    assert "1 of 2 points have not been run yet" in plot_page([folder], Asked())
+
+
 def test_long_names_on_x_become_rows(tmp_path: Path) -> None:
     collection, drawing = drawn(
         clusters(tmp_path / "sweep", kind="sweep"), Asked(kind="curves", x=GPU, ys=("mfu.causal",))

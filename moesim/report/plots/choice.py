@@ -139,10 +139,11 @@ def _nearest(name: str, known: Sequence[str]) -> str:
     return f"; there are {', '.join(known[:8])}, ..."
 
 
-def _varied(collection: Collection, *, flag: str) -> tuple[Axis, ...]:
-    axes = tuple(axis for axis in collection.axes if len(axis.values) > 1)
+def _varied(collection: Collection) -> tuple[Axis, ...]:
+    """Axes with several values; of a study whose first point alone is done, all. Raises UserError without any."""
+    axes = tuple(axis for axis in collection.axes if len(axis.values) > 1) or collection.axes
     if not axes:
-        raise UserError(f"{flag}: nothing was varied between the points; use --kind cost_performance")
+        raise UserError("curves: nothing was varied between the points; use --kind cost_performance")
     return axes
 
 
@@ -161,7 +162,7 @@ def _check_everywhere(collection: Collection, variables: Sequence[Variable]) -> 
 
 
 def _curves(collection: Collection, x: Variable | None, ys: tuple[Variable, ...], colour: Variable | None) -> Drawing:
-    axes = _varied(collection, flag="curves")
+    axes = _varied(collection)
     chosen = _axis_of(colour, flag="--colour")
     if x is None:
         numeric = [axis for axis in axes if AxisKey(axis).is_numeric and axis is not chosen]

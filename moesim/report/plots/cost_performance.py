@@ -104,7 +104,7 @@ def _add_front(
     able = [group for group in groups if group.index in eligible]
     chosen = pareto_front([place[group.index] for group in able], better=(x.better, y.better))
     members = [able[index] for index in chosen]
-    labels = front_labels(groups, collection, drawing)
+    what, labels = front_labels(groups, collection, drawing)
     # on the side where no point can be
     below = "top" if y.better == HIGHER else "bottom"
     side = "right" if x.better == HIGHER else "left"
@@ -113,7 +113,7 @@ def _add_front(
         y=[place[group.index][1] for group in members],
         text=[labels[group.index] for group in members],
         mode="lines+markers+text",
-        name="Pareto front",
+        name="Pareto front" + (f" ({plain(what)})" if what else ""),
         line={"color": FRONT, "width": 1.5, "shape": "vh" if x.better == HIGHER else "hv"},
         marker={"symbol": "circle-open", "size": 19, "color": FRONT, "line": {"width": 1.5}},
         textposition=f"{below} {side}",
@@ -124,16 +124,20 @@ def _add_front(
     )
 
 
-def front_labels(groups: Sequence[Group], collection: Collection, drawing: Drawing) -> dict[int, str]:
-    """What stands beside a point of the front: its values where all are short, else its rank or number in the table."""
+def front_labels(groups: Sequence[Group], collection: Collection, drawing: Drawing) -> tuple[str, dict[int, str]]:
+    """What stands beside the points of the front: their values where all are short, else their ranks or numbers.
+
+    The text says of what the values are, empty for ranks and numbers.
+    """
     columns = [
         column for column, axis in enumerate(collection.axes) if axis is not drawing.colour and len(axis.values) > 1
     ]
     texts = {g.index: ", ".join(collection.axes[column].texts[g.at[column]] for column in columns) for g in groups}
     ranked = any(group.rank is not None for group in groups)
     if columns and not ranked and all(len(text) <= _LONGEST_LABEL for text in texts.values()):
-        return {index: plain(text) for index, text in texts.items()}
-    return {group.index: plain(_short_label(group)) for group in groups}
+        names = ", ".join(collection.axes[column].name for column in columns)
+        return names, {index: plain(text) for index, text in texts.items()}
+    return "", {group.index: plain(_short_label(group)) for group in groups}
 
 
 def _short_label(group: Group) -> str:

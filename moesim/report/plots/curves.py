@@ -32,6 +32,7 @@ from moesim.report.plots.values import is_number, plain
 _PANEL_HEIGHT, _SINGLE_HEIGHT = 330, 480
 _TOP, _TOP_WITHOUT_LEGEND, _BOTTOM = 88, 36, 64
 _LOG_FROM = 50.0  # curves show proportions better on a linear axis
+_LOG_FROM_ACROSS = 4.0  # points with labels need room
 _MOST_MARKS, _LONGEST_MARK = 8, 12
 NO_RESULT = "#b5561d"
 
@@ -189,7 +190,7 @@ def _set_x(update: Any, collection: Collection, drawing: Drawing, units: dict[st
         for group in collection.done
         if (found := group.estimate(drawing.x)) is not None
     ]
-    set_metric_axis(update, drawing.x, values, units[drawing.x.path])
+    set_metric_axis(update, drawing.x, values, units[drawing.x.path], log_from=_LOG_FROM_ACROSS)
 
 
 def _mark_missing(figure: go.Figure, collection: Collection, x: AxisKey, panel: dict[str, int]) -> None:
