@@ -164,6 +164,7 @@ class _Outcome:
     attribution_CSW: FloatArray
     compute_time_SW: FloatArray
     source_shares: dict[str, float]
+    tensor_bytes: float
     spans: tuple[SpanTable, ...]
     critical_path: dict[str, Any]
     shared_links: int
@@ -206,6 +207,7 @@ def _simulate_samples(
         attribution_CSW=np.concatenate([part.attribution_CSW for part in parts], axis=1),
         compute_time_SW=np.concatenate([part.compute_time_SW for part in parts]),
         source_shares=parts[0].source_shares,
+        tensor_bytes=parts[0].tensor_bytes,
         spans=parts[0].spans,
         critical_path=parts[0].critical_path,
         shared_links=max(part.shared_links for part in parts),
@@ -229,6 +231,7 @@ def _simulate_program(program: StepProgram, *, first: bool) -> _Outcome:
         attribution_CSW=attribution_CSW,
         compute_time_SW=compute_time_SW,
         source_shares=_shares(program.source_seconds),
+        tensor_bytes=program.tensor_bytes,
         spans=tuple(table.first_sample() for table in kept) if first else (),
         critical_path=path_facts(step.tables, pipeline_ranks=places) if first else {},
         shared_links=len(program.contention.capacity_L) if program.contention else 0,
@@ -273,7 +276,8 @@ def _record(
         "attribution_s": _by_category(outcome.attribution_CSW),
         "attribution_balanced_s": _by_category(spread.attribution_CSW),
         "critical_path": outcome.critical_path,
-        "communication": facts.communication() if facts else no_communication(),
+        "communication": (facts.communication() if facts else no_communication())
+        | {"tensor_bytes": everything.tensor_bytes},
         "imbalance": no_imbalance(),
         "dropped_share": facts.dropped_share if facts else 0.0,
         "padded_share": facts.padded_share if facts else 0.0,

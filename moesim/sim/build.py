@@ -27,7 +27,7 @@ from moesim.sim.peers import GroupLinks
 from moesim.sim.program import GroupProgram, Sent, StepProgram, Task
 from moesim.sim.reductions import Reduction
 from moesim.sim.software import SOFTWARE
-from moesim.sim.stage import StagePlan, source_seconds, stage_blocks
+from moesim.sim.stage import StagePlan, source_seconds, stage_blocks, tensor_bytes
 from moesim.sim.writer import KernelWriter
 
 
@@ -73,6 +73,8 @@ class _Builder:
         # Of a pipeline rank: its actions with the hand-offs before and behind, the same for all of its groups.
         self.exchanges: dict[int, list[tuple[Action, tuple[Handoff, ...], tuple[Sent, ...]]]] = {}
         self.block_seconds: dict[Block, list[tuple[str, float]]] = {}
+        self.block_bytes: dict[Block, float] = {}
+        self.tensor_bytes = 0.0
 
     @cached_property
     def schedule(self) -> Schedule:
@@ -104,6 +106,7 @@ class _Builder:
             slowdown=self._slowdown(),
             samples=max(1, len(self.samples)),
             source_seconds=dict(self.seconds),
+            tensor_bytes=self.tensor_bytes,
             compiled=self.compiled and not self.mesh.shards_by_layer,
             contention=find_contention(self.fabric, groups, (*reductions, *gathers)),
         )
@@ -169,6 +172,8 @@ class _Builder:
     def _count_block(self, block: Block, times: int) -> None:
         if block not in self.block_seconds:
             self.block_seconds[block] = list(source_seconds(block))
+            self.block_bytes[block] = tensor_bytes(block)
+        self.tensor_bytes += times * self.block_bytes[block]
         for source, seconds in self.block_seconds[block]:
             self.seconds[source] += times * seconds
 

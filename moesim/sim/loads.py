@@ -137,6 +137,8 @@ def _shared_rows(
     places = list(slices.places(len(ranks_R)))
     micro_batches, samples, ranks = loads.copies_in_MSR.shape
     copies_QR = loads.copies_in_MSR.reshape(-1, ranks)
+    moved_M = loads.copies_in_MSR.sum(axis=2).mean(axis=1) * (slices.size - 1.0)
+    sizes = token_bytes(hidden, dispatch.dtype), token_bytes(hidden, dispatch.combine_dtype)
     gathers, scatters = [], []
     for members in places:
         others_EE = 1.0 - np.eye(slices.size)
@@ -147,10 +149,16 @@ def _shared_rows(
             "model": scenario.network.model,
             "compiled": compiled,
         }
-        out = prepare_dispatch(fabric, [copies_QEE], token_bytes=token_bytes(hidden, dispatch.dtype), **common)
-        back = prepare_combine(fabric, [copies_QEE], token_bytes=token_bytes(hidden, dispatch.combine_dtype), **common)
+        out = prepare_dispatch(fabric, [copies_QEE], token_bytes=sizes[0], **common)
+        back = prepare_combine(fabric, [copies_QEE], token_bytes=sizes[1], **common)
         gathers.append(out.parts(micro_batches))
         scatters.append(back.parts(micro_batches))
+
+    def together(sets: Sequence[Sequence[Transfer]], size: float) -> tuple[Transfer, ...]:
+        return tuple(
+            SideBySide(parts, places, moved_bytes=float(moved * size))
+            for parts, moved in zip(zip(*sets, strict=True), moved_M, strict=True)
+        )
 
     def of_all(values_MSRx: NDArray[Any]) -> NDArray[Any]:
         split = values_MSRx.reshape(micro_batches, samples, -1, slices.size, *values_MSRx.shape[3:])
@@ -160,8 +168,8 @@ def _shared_rows(
         loads,
         slot_rows_MSRP=of_all(loads.slot_rows_MSRP),
         copies_in_MSR=of_all(loads.copies_in_MSR),
-        gather_M=tuple(SideBySide(parts, places) for parts in zip(*gathers, strict=True)),
-        scatter_M=tuple(SideBySide(parts, places) for parts in zip(*scatters, strict=True)),
+        gather_M=together(gathers, sizes[0]),
+        scatter_M=together(scatters, sizes[1]),
         slice_peers=slices.set_of_place(ranks),
     )
 

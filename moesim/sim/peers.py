@@ -66,6 +66,11 @@ class PeerCollective:
         self.alone_R = np.repeat(seconds_R[None], samples, axis=0)
         self._seconds_1GNI = peers.split(self.alone_R[:1])
 
+    @property
+    def moved_bytes(self) -> float:
+        """Bytes that all ranks of the group send."""
+        return float(self.sent_bytes * self.alone_R.shape[1])
+
     @cached_property
     def of_one_sample(self) -> "PeerCollective":
         """The same for a sample alone."""
@@ -88,10 +93,12 @@ class RingHop(PeerCollective):
 
 
 class SideBySide:
-    """Transfers of several parts of a rank group, each among its own ranks."""
+    """Transfers of several parts of a rank group, each among its own ranks; `moved_bytes` where they are known."""
 
-    def __init__(self, parts: Sequence[Transfer], places: Sequence[NDArray[np.integer]]) -> None:
-        self.parts, self.places = parts, places
+    def __init__(
+        self, parts: Sequence[Transfer], places: Sequence[NDArray[np.integer]], *, moved_bytes: float = 0.0
+    ) -> None:
+        self.parts, self.places, self.moved_bytes = parts, places, moved_bytes
         first = parts[0].alone_R
         self.alone_R = np.empty((len(first), sum(map(len, places))))
         for part, members in zip(parts, places, strict=True):

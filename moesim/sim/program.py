@@ -97,8 +97,9 @@ class StepProgram:
     """One optimizer step. `reductions` follow a group's last task, then its optimizer, then `gathers`.
 
     A group attends those collectives in which its ranks are members, in this order. `source_seconds`: operation
-    seconds by what they rest on, summed over groups, mean over samples and ranks. `compiled`: whether compiled loops
-    move the clocks. `contention`: None where groups cannot slow each other.
+    seconds by what they rest on, summed over groups, mean over samples and ranks. `tensor_bytes`: what ranks that share
+    layers (tensor, context, slices of experts) send in the step, all together. `compiled`: whether compiled loops move
+    the clocks. `contention`: None where groups cannot slow each other.
     """
 
     groups: tuple[GroupProgram, ...]
@@ -108,6 +109,7 @@ class StepProgram:
     slowdown: float
     samples: int
     source_seconds: dict[str, float]
+    tensor_bytes: float = 0.0
     compiled: bool = False
     contention: Contention | None = None
 

@@ -13,7 +13,7 @@ from moesim.parallel.schedules import Pass
 from moesim.scenario import Scenario
 from moesim.sim.loads import LayerLoads
 from moesim.sim.operations import Block, Kind, Operation
-from moesim.sim.peers import GroupLinks
+from moesim.sim.peers import GroupLinks, PeerCollective, SideBySide
 from moesim.sim.products import column_parallel, gather_tokens
 from moesim.sim.sharded import Part, ShardedStage
 from moesim.sim.sizes import Passes, Step, chain
@@ -149,6 +149,16 @@ def _again(operation: Operation) -> Operation:
     category = "recompute" if operation.kind is Kind.COMPUTE else operation.label.category
     label = operation.label._replace(name=f"{operation.label.name}.again", category=category)
     return replace(operation, label=label)
+
+
+def tensor_bytes(block: Block) -> float:
+    """Bytes that ranks which share layers send in a block, all of them together, mean over its micro-batches."""
+    return sum(
+        sum(moved.moved_bytes for moved in operation.transfers_M if isinstance(moved, PeerCollective | SideBySide))
+        / len(operation.transfers_M)
+        for operation in block.operations
+        if operation.label.category == "tensor"
+    )
 
 
 def source_seconds(block: Block) -> Iterable[tuple[str, float]]:

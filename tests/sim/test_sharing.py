@@ -251,3 +251,24 @@ def test_ranks_share_layers_also_where_groups_slow_each_other(small, layout):
     for parts_C in record.arrays["attribution_CW"].T:
         assert parts_C.sum() == pytest.approx(record.result["step_time_s"], rel=1e-9)
     assert record.result["attribution_s"]["tensor"] > 0
+
+
+def test_bytes_of_shared_layers_by_hand(small):
+    """Dense layers on pairs of ranks: ten exchanges each, two at the embedding, three at the head, and the loss."""
+    dense = {"model.experts": 0, "model.top_k": 0, "model.shared_experts": 0, "model.expert_intermediate": 0,
+             "model.dense_layers": 4, "routing": {"kind": "uniform"}}  # fmt: skip
+    result = simulate(small({**dense, "parallelism": {"data": 2, "tensor": 2}})).result
+    exchange = 0.5 * TOKENS * HIDDEN * BF16
+    loss = 3 * TOKENS * 4  # all-reduces of a float32 per token: a ring of two sends each value once
+    each = (4 * 10 + 2 + 3) * exchange + loss
+    micro_batches, ranks = 16 // (2 * 2), 4
+    assert result["communication"]["tensor_bytes"] == pytest.approx(micro_batches * ranks * each)
+    assert simulate(small()).result["communication"]["tensor_bytes"] == 0
+
+
+def test_slices_of_experts_send_every_arrived_copy_once(small):
+    layout = {"data": 4, "expert": 2, "expert_tensor": 2}
+    changes = {"parallelism": layout, "dispatch.deduplicate": "per_expert", "workload.recompute": "none"}
+    result = simulate(small({**changes, "capacity": {"kind": "none"}})).result
+    rows = 16 * 2048 * 4 * 3  # sequences, tokens, selections, layers with experts
+    assert result["communication"]["tensor_bytes"] == pytest.approx(rows * HIDDEN * BF16 * 4)  # out and back, twice
