@@ -268,6 +268,14 @@ def test_two_points_of_a_sweep_are_compared(tmp_path: Path) -> None:
         plot_page([folder], Asked(kind="comparison"))
 
 
+def test_different_models_are_said_to_be_different(tmp_path: Path) -> None:
+    folders = [
+        write_run(tmp_path / f"run-{name}", result_of(1.0), f"model: {{preset: {name}, layers: 4}}\n") for name in "abc"
+    ]
+    assert "a token of one is not a token of another" in plot_page(folders, Asked())
+    assert "The models differ" in plot_page(folders[:2], Asked())
+
+
 def test_one_run_alone_is_no_plot(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"open its report\.html"):
         plot_page(two_runs(tmp_path)[:1], Asked())

@@ -107,6 +107,17 @@ def test_runs_differ_in_the_keys_of_their_scenarios(tmp_path: Path) -> None:
     assert [[p.folder for p in group.points] for group in found.groups] == [["a", "b"], ["c"]]
 
 
+def test_runs_of_different_models_and_kinds_are_told_apart_by_what_all_have(tmp_path: Path) -> None:
+    form = (
+        "model: {{preset: {0}, layers: {1}}}\nrouting: {{{2}}}\nparallelism: {{expert: {1}, zero: {{expert: {1}}}}}\n"
+    )
+    texts = (form.format("a", 4, "kind: uniform"), form.format("b", 6, "kind: hash, steps: 5"))
+    folders = [write_run(tmp_path / str(i), result_of(1.0), text) for i, text in enumerate(texts)]
+    assert [one.name for one in collection_of(*folders).axes] == [
+        "model preset", "routing kind", "expert parallel", "zero expert"
+    ]  # fmt: skip
+
+
 def test_a_run_beside_a_sweep_is_placed_on_its_axes(tmp_path: Path) -> None:
     run = write_run(
         tmp_path / "mine", result_of(0.4), "cluster: {pools: [{gpu: h200, nodes: 4}]}\nparallelism: {pipeline: 2}\n"

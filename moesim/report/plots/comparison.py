@@ -14,7 +14,7 @@ from moesim.report.figures import blank, steps, time_unit
 from moesim.report.page import Page
 from moesim.report.plots.metrics import metric, paths_of, text
 from moesim.report.plots.points import Point, Source
-from moesim.report.plots.values import MISSING, flatten, look_up, plain, text_of
+from moesim.report.plots.values import MISSING, flatten, plain, text_of
 
 _SMALL = 0.003  # share of the step below which a change joins "smaller changes"
 _SHOWN = (
@@ -232,8 +232,7 @@ def _add_scenario(page: Page, first: Side, second: Side) -> None:
     if not rows:
         page.text("p", "Nothing: both ran the same settings.")
         return
-    models = [look_up(side.settings, "model.preset") for side in (first, second)]
-    if any(key.startswith("model.") for key, _, _ in rows) and models[0] is not None:
+    if any(key.startswith("model.") for key, _, _ in rows):
         page.text("p", "The models differ: tokens of the one are not tokens of the other.", css="warning")
     page.table(("key", first.name, second.name), rows, styles=("", "", ""))
 

@@ -19,7 +19,7 @@ from moesim.report.plots.looks import (
     with_pointer,
 )
 from moesim.report.plots.metrics import HIGHER, NEITHER, Metric
-from moesim.report.plots.values import plain
+from moesim.report.plots.values import plain, text_of
 
 _LONGEST_LABEL = 16
 _HEIGHT = 560
@@ -144,4 +144,4 @@ def _short_label(group: Group) -> str:
     point = group.points[0]
     if point.rank is not None:
         return f"rank {point.rank}"
-    return point.folder if point.scenario is not None else f"#{point.number}"
+    return text_of(point.folder, longest=_LONGEST_LABEL) if point.scenario is not None else f"#{point.number}"

@@ -31,10 +31,12 @@ from moesim.report.plots.lines import along_axis
 from moesim.report.plots.looks import label_of
 from moesim.report.plots.metrics import HEADLINE, LOWER, Metric, metric, text
 from moesim.report.plots.plan_sections import add_plan
-from moesim.report.plots.points import DONE, Source, read_sources, with_values
+from moesim.report.plots.points import DONE, PRESET, Source, read_sources, with_values
 from moesim.report.plots.script import SCRIPT
 from moesim.report.plots.values import MISSING
 
+_MOST_FILTERS = 12
+_MOST_NAMES = 8
 _MOST_BOXES = 40  # values of an axis up to which each gets a tick box
 
 
@@ -103,12 +105,14 @@ def _finished(page: Page, title: str) -> str:
 
 def _describe(collection: Collection) -> str:
     """What was varied, in one sentence."""
-    axes = ", ".join(f"{axis.name} ({len(axis.values)})" for axis in collection.axes if len(axis.values) > 1)
+    varied = [f"{axis.name} ({len(axis.values)})" for axis in collection.axes if len(axis.values) > 1]
+    more = len(varied) - _MOST_NAMES
+    axes = ", ".join(varied[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
     repeats = " and ".join(f"{len(axis.values)} values of {axis.name}" for axis in collection.repeats)
     kinds = Counter(source.kind for source in collection.sources)
     what = " and ".join(f"{count} {kind}s" if count > 1 else f"A {kind}" for kind, count in kinds.items())
-    varied = f"{what}. Varied: {axes}." if axes else f"{what}; nothing was varied."
-    return varied + (f" Means over {repeats}." if repeats else "")
+    said = f"{what}. Varied: {axes}." if axes else f"{what}; nothing was varied."
+    return said + (f" Means over {repeats}." if repeats else "")
 
 
 def _notices(collection: Collection, drawing: Drawing) -> list[str]:
@@ -119,6 +123,8 @@ def _notices(collection: Collection, drawing: Drawing) -> list[str]:
         notices.append(
             f"Without a result: {counts.total()} of {len(collection.points)} points ({parts}). The reasons are below."
         )
+    if any(PRESET in axis.keys for axis in collection.axes):
+        notices.append("These are different models: a token of one is not a token of another.")
     for found in drawing.metrics:
         lacking = sum(group.estimate(found) is None for group in collection.done)
         if lacking:
@@ -150,15 +156,16 @@ def _layout(group: Group, collection: Collection) -> str:
         for axis, place in zip(collection.axes, group.at, strict=True)
         if len(axis.values) > 1 and axis.texts[place] != MISSING
     ]
-    return ", ".join([label_of(group), *varied])
+    return ", ".join([label_of(group), *varied[:_MOST_NAMES]]) + (", ..." if len(varied) > _MOST_NAMES else "")
 
 
 def _add_filters(page: Page, collection: Collection, drawing: Drawing) -> None:
     """Tick boxes for the values of every axis; a choice of one value for axes that a heat map cannot show."""
     one_at_a_time = _chosen_singly(collection, drawing)
     page.open("form", css="filters", autocomplete="off")
-    for index, axis in enumerate(collection.axes):
-        if len(axis.values) > 1:
+    filters = [(index, axis) for index, axis in enumerate(collection.axes) if len(axis.values) > 1]
+    for index, axis in filters:
+        if axis in one_at_a_time or (index, axis) in filters[:_MOST_FILTERS]:
             _add_filter(page, axis, index, single=axis in one_at_a_time or len(axis.values) > _MOST_BOXES)
     page.open("div", css="count")
     page.text("output", "", id="shown")

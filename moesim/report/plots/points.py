@@ -21,7 +21,8 @@ MARKERS = {RUN_FILE: "run", SWEEP_FILE: "sweep", PLAN_FILE: "plan"}
 SCHEMA_VERSION = 1
 DONE = "done"
 FOLDER = "folder"  # stands among the values where several sweeps or plans meet
-_NOT_SETTINGS = ("schema_version", "name", "model.source", "model.preset")
+_NOT_SETTINGS = ("schema_version", "name", "model.source")
+PRESET = "model.preset"
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,7 @@ def with_values(sources: Sequence[Source]) -> tuple[Point, ...]:
     """
     points = [replace(point, values=_declared(source) | point.values) for source in sources for point in source.points]
     scenarios = [point.scenario for point in points if point.scenario is not None]
-    differing = differing_keys(scenarios)
+    differing = _telling_keys(scenarios)
     varied = dict.fromkeys(key for point in points for key in point.values)
     mixed = len(sources) > 1 and any(source.kind != "run" for source in sources)
     filled = []
@@ -197,6 +198,14 @@ def with_values(sources: Sequence[Source]) -> tuple[Point, ...]:
 def _declared(source: Source) -> dict[str, Any]:
     """The keys of a study's axes: null where a place on an axis leaves one as it is in the base."""
     return {key: None for axis in source.about.get("axes") or () for key in axis["keys"]}
+
+
+def _telling_keys(scenarios: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Keys that tell runs apart: those that all have, so not the keys of one `kind`, and of other models the preset."""
+    differing = [key for key in differing_keys(scenarios) if all(key in scenario for scenario in scenarios)]
+    if PRESET in differing:
+        return [key for key in differing if key == PRESET or not key.startswith("model.")]
+    return differing
 
 
 def differing_keys(scenarios: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -68,15 +68,16 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
 
     Underscores become blanks; a part that says nothing alone, as `kind`, keeps the one before it.
     """
-    unique = list(dict.fromkeys(keys))
+    unique = [key.removeprefix("$").split(".") for key in dict.fromkeys(keys)]
     names = {}
-    for key in unique:
-        parts = key.removeprefix("$").split(".")
-        length = 2 if parts[-1] in _VAGUE and len(parts) > 1 and parts[0] != "parallelism" else 1
-        while length < len(parts) and sum(other.split(".")[-length:] == parts[-length:] for other in unique) > 1:
+    for key, parts in zip(dict.fromkeys(keys), unique, strict=True):
+        if parts[:-1] == ["parallelism"] and parts[-1] in _SIZES:
+            names[key] = parts[-1].replace("_", " ") + " parallel"
+            continue
+        length = 2 if parts[-1] in _VAGUE and len(parts) > 1 else 1
+        while length < len(parts) and sum(other[-length:] == parts[-length:] for other in unique) > 1:
             length += 1
-        words = " ".join(parts[-length:]).replace("_", " ")
-        names[key] = f"{words} parallel" if parts[:-1] == ["parallelism"] and parts[-1] in _SIZES else words
+        names[key] = " ".join(parts[-length:]).replace("_", " ")
     return names
 
 
