@@ -22,7 +22,7 @@ from multiprocessing.synchronize import Event
 from pathlib import Path
 from queue import Empty
 from threading import Thread
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
@@ -31,8 +31,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from moesim.errors import UserError
 from moesim.moe.library_points import LibraryPoint, library_points
 from moesim.moe.request import TrainingRequest
+from moesim.trace import RoutingTrace, StepCounts
 from moesim.trace.library.catalogue import INDEX, file_of, write_index
 from moesim.trace.library.codec import read_facts
+
+if TYPE_CHECKING:
+    from moesim.moe.static_training import StaticTrainer
 
 EVALUATED_SEQUENCES = 64  # 262,144 held-out tokens at every evaluation
 EVALUATED_TOGETHER = 32_768  # tokens of one forward pass
@@ -214,12 +218,12 @@ def train_bunch(points: Sequence[LibraryPoint], out: Path) -> list[str]:
     from moesim.moe.corpus import load_corpus
     from moesim.moe.recording import held_out_sequences
     from moesim.moe.static_training import StaticTrainer, train_together
-    from moesim.moe.training import _device
+    from moesim.moe.training import device_of
 
     first = points[0].request
     corpus = load_corpus(first.corpus)
     text = held_out_sequences(corpus.held_out, num_sequences=EVALUATED_SEQUENCES, length=first.sequence_length)
-    trainers = [StaticTrainer(point.request, corpus, device=_device(point.request)) for point in points]
+    trainers = [StaticTrainer(point.request, corpus, device=device_of(point.request)) for point in points]
     failures = []
     for share in EVALUATED_AT:
         train_together(trainers, until=round(share * first.steps), progress=_tell)
@@ -240,43 +244,11 @@ def recorded_layers(request: TrainingRequest) -> list[int]:
     return [request.thin.layers // 2 - 1, request.thin.layers - 1]
 
 
-def _write(point: LibraryPoint, trainer: Any, held_out: bytes, out: Path) -> None:
+def _write(point: LibraryPoint, trainer: "StaticTrainer", held_out: bytes, out: Path) -> None:
     """Record the trained router and write the entry."""
-    from moesim.moe.recording import record
-    from moesim.moe.static_training import flash_attention
-    from moesim.moe.training import _device_name
-    from moesim.trace import RoutingTrace, StepCounts
     from moesim.trace.library.codec import write_entry
 
-    request, layers = point.request, recorded_layers(point.request)
-    with flash_attention(trainer.device):
-        last = record(
-            trainer.model, request, held_out, step=request.steps, num_sequences=request.recorded_sequences
-        ).step
-    every = EVALUATED_SEQUENCES // request.recorded_sequences  # the recorded sequences are these of the evaluated ones
-    curves = trainer.curves()
-    trace = RoutingTrace(
-        router=request.router,
-        steps=(
-            replace(
-                last,
-                expert_ids_LSTK=last.expert_ids_LSTK[layers],
-                affinities_LSTK=last.affinities_LSTK[layers],
-                gates_LSTK=last.gates_LSTK[layers],
-            ),
-        ),
-        earlier=tuple(
-            StepCounts(step=each.step, counts_LSE=each.counts_LSN[layers, ::every]) for each in trainer.evaluations[:-1]
-        ),
-        curves=curves,
-        provenance={
-            **request.provenance(),
-            "content_hash": request.content_hash(),
-            "device": _device_name(trainer.device),
-            "recorded_layers": layers,
-            "evaluated_tokens": EVALUATED_SEQUENCES * request.sequence_length,
-        },
-    )
+    request, trace = point.request, _record(trainer, held_out)
     part = max(1, round(LAST_PART * request.steps))
     facts = {
         "name": point.name,
@@ -286,12 +258,42 @@ def _write(point: LibraryPoint, trainer: Any, held_out: bytes, out: Path) -> Non
         "value": point.value,
         "seed": request.seed,
         "tokens": trace.final.num_tokens,
-        "train_loss": float(curves.train_loss[-part:].mean()),
-        "held_out_loss": float(curves.validation_loss[-1]),
-        "imbalance": float(curves.imbalance[-part:].mean()),
+        "train_loss": float(trace.curves.train_loss[-part:].mean()),
+        "held_out_loss": float(trace.curves.validation_loss[-1]),
+        "imbalance": float(trace.curves.imbalance[-part:].mean()),
         "dropped_share": float(trainer.dropped_share_P()[-part:].mean()),
     }
     write_entry(out / file_of(point.name), trace, facts=facts)
+
+
+def _record(trainer: "StaticTrainer", held_out: bytes) -> RoutingTrace:
+    """The trained router's routing of held-out text in the kept layers, with the counts of earlier steps."""
+    from moesim.moe.recording import record
+    from moesim.moe.static_training import flash_attention
+    from moesim.moe.training import device_name
+
+    request, layers = trainer.request, recorded_layers(trainer.request)
+    with flash_attention(trainer.device):
+        last = record(
+            trainer.model, request, held_out, step=request.steps, num_sequences=request.recorded_sequences
+        ).step
+    kept = {name: getattr(last, name)[layers] for name in ("expert_ids_LSTK", "affinities_LSTK", "gates_LSTK")}
+    every = EVALUATED_SEQUENCES // request.recorded_sequences  # the recorded sequences are these of the evaluated ones
+    return RoutingTrace(
+        router=request.router,
+        steps=(replace(last, **kept),),
+        earlier=tuple(
+            StepCounts(step=each.step, counts_LSE=each.counts_LSN[layers, ::every]) for each in trainer.evaluations[:-1]
+        ),
+        curves=trainer.curves(),
+        provenance={
+            **request.provenance(),
+            "content_hash": request.content_hash(),
+            "device": device_name(trainer.device),
+            "recorded_layers": layers,
+            "evaluated_tokens": EVALUATED_SEQUENCES * request.sequence_length,
+        },
+    )
 
 
 if __name__ == "__main__":

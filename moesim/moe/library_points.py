@@ -241,6 +241,12 @@ def _v3_layout() -> Iterator[LibraryPoint]:
     yield from _with_seeds(published)
     yield from _capacities(published)
     yield from _coefficients(published, around=V2_BALANCE, scales=(0.1, 1, 10))
+    yield from _v3_balances(published)
+    yield from _routers(published, ("deepseek_moe", "topk_softmax", "deepseek_v2", "expert_choice", "hash"))
+
+
+def _v3_balances(published: LibraryPoint) -> Iterator[LibraryPoint]:
+    """The bias' speed and the sequence loss at multiples, neither of them, and DeepSeek-V2's losses instead."""
     for scale in (0, 0.1, 10):
         gamma = V3_BALANCE.model_copy(update={"loss_free": LossFree(gamma=scale * 1e-3)})
         sequence = V3_BALANCE.model_copy(update={"sequence": scale * 1e-4})
@@ -249,7 +255,6 @@ def _v3_layout() -> Iterator[LibraryPoint]:
         yield _vary(published, f"sequence-coefficient-{name}", "sequence-coefficient", name, balance=sequence)
     yield _vary(published, "no-balance", "balance", "none", balance=Balance())
     yield _vary(published, "balance-losses", "balance", "DeepSeek-V2's losses", balance=V2_BALANCE)
-    yield from _routers(published, ("deepseek_moe", "topk_softmax", "deepseek_v2", "expert_choice", "hash"))
 
 
 def _few_experts() -> Iterator[LibraryPoint]:

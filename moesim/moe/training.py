@@ -56,7 +56,7 @@ def train_router(
     bit. `progress` is called after every step. Raises UserError for a bad corpus, a missing device or a diverged loss.
     """
     corpus = load_corpus(request.corpus)
-    with _reproducible(_device(request)) as device:
+    with _reproducible(device_of(request)) as device:
         trainer = Trainer(request, corpus, device)
         path = None
         content_hash = request.content_hash()
@@ -79,7 +79,7 @@ def train_router(
         provenance={
             **request.provenance(),
             "content_hash": content_hash,
-            "device": _device_name(device),
+            "device": device_name(device),
             "threads": NUM_THREADS,
             "recorded_loss": last.loss,
         },
@@ -278,14 +278,14 @@ def learning_rate(step: int, *, num_steps: int, peak: float) -> float:
     return peak * (FINAL_LEARNING_RATE + (1 - FINAL_LEARNING_RATE) * 0.5 * (1 + math.cos(math.pi * passed)))
 
 
-def _device(request: TrainingRequest) -> torch.device:
+def device_of(request: TrainingRequest) -> torch.device:
     wanted = request.thin.device
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UserError("routing.thin.device = cuda, but torch finds no CUDA device; use cpu or auto")
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
