@@ -4,7 +4,7 @@ A transfer that is alone moves its bytes at a steady pace over its links: that i
 down where the demands exceed a link's capacity; its progress per second is 1 while alone.
 
 Legend: K open transfers, X links (of the fabric, or some of them), S routing samples, R ranks, F flows, P hops,
-C common links of the fabric, Q (flow, common link) pairs.
+C common links of the fabric, Q (flow, common link) pairs, O overloaded links.
 """
 
 from collections.abc import Sequence
@@ -67,17 +67,15 @@ def progress_rates(capacity_X: FloatArray, demands_KX: FloatArray, flows_KX: Flo
     there for others. Afterwards no link carries more than its capacity.
     """
     rate_K = np.ones(len(demands_KX))
-    over_X = demands_KX.sum(axis=0) > capacity_X * (1 + TOLERANCE)
-    while over_X.any():
-        used_KX = rate_K[:, None] * demands_KX[:, over_X]
-        counts_KX = flows_KX[:, over_X]
-        each_KX = np.divide(used_KX, counts_KX, out=np.zeros_like(used_KX), where=counts_KX > 0)
-        level_X = _levels(capacity_X[over_X], each_KX, counts_KX)
-        link = int(level_X.argmin())
-        wanted_K = each_KX[:, link]
-        slowed_K = wanted_K > level_X[link]
-        rate_K[slowed_K] *= level_X[link] / wanted_K[slowed_K]
-        over_X &= rate_K @ demands_KX > capacity_X * (1 + TOLERANCE)
+    enough_X = capacity_X * (1 + TOLERANCE)
+    over_X = np.flatnonzero(demands_KX.sum(axis=0) > enough_X)
+    while len(over_X):
+        flows_KO, demands_KO = flows_KX[:, over_X], demands_KX[:, over_X]
+        each_KO = demands_KO * rate_K[:, None] / np.maximum(flows_KO, TINY)
+        level_O = _levels(capacity_X[over_X], each_KO, flows_KO)
+        link = int(level_O.argmin())
+        rate_K *= np.minimum(1.0, level_O[link] / np.maximum(each_KO[:, link], TINY))
+        over_X = over_X[rate_K @ demands_KO > enough_X[over_X]]
     return rate_K
 
 

@@ -212,9 +212,11 @@ def _padded(values_SF: FloatArray, value: float) -> FloatArray:
 
 def _delay(ends_SRR: FloatArray, link: SharedLink, release_SF: FloatArray) -> None:
     """Flows over a shared link end no sooner than its queue and its fair share let them."""
-    order_SF = np.argsort(-release_SF, axis=1)
-    later_SF = np.cumsum(np.take_along_axis(link.seconds_SF, order_SF, axis=1), axis=1)
-    queue_S = (later_SF + np.take_along_axis(release_SF, order_SF, axis=1)).max(axis=1)
+    sample_S1 = np.arange(len(release_SF))[:, None]
+    order_SF = (-release_SF).argsort(axis=1)
+    later_SF = link.seconds_SF[sample_S1, order_SF].cumsum(axis=1)
+    later_SF += release_SF[sample_S1, order_SF]
+    queue_S = later_SF.max(axis=1)
     shared_SF = np.minimum(queue_S[:, None], release_SF + link.level_SF)
     ends_SF = ends_SRR[:, link.source_F, link.target_F]
     ends_SRR[:, link.source_F, link.target_F] = np.maximum(ends_SF, shared_SF)

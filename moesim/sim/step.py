@@ -225,6 +225,8 @@ def _simulate(program: StepProgram, labels: Labels) -> StepOutcome:
 def _side_by_side(tables: Sequence[SpanTable], step_S: FloatArray) -> SpanTable:
     """One group's spans in several samples: the same rows, each with times of its own."""
     first = tables[0]
+    if len(tables) == 1:
+        return first
     assert all((table.label_N == first.label_N).all() for table in tables)
     return replace(
         first,
