@@ -59,7 +59,7 @@ def test_models_agree_on_whole_steps(small, nodes: int, straggler: float) -> Non
                 "cluster.nodes": nodes,
                 "parallelism": {"data": ranks, "expert": ranks},
                 "network.model": model,
-                "workload.global_batch": 4 * ranks,
+                "workload.global_batch": 2 * ranks,
             }
         )
         seconds[model] = float(simulate_step(with_straggler(program_of(scenario), straggler)).step_S[0])
