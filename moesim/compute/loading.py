@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,24 @@ class _SeenRates:
     memory_bandwidth: float
 
 
+@dataclass(frozen=True)
+class _CatalogueRates:
+    """A GPU of the catalogue, which is read when a kernel needs the roofline: most need the profile alone."""
+
+    name: str
+
+    @property
+    def peak_flops(self) -> Mapping[str, float]:
+        """FLOP/s by number format."""
+        return _spec(self.name).peak_flops
+
+    @property
+    def memory_bandwidth(self) -> float:
+        """Bytes/s."""
+        return _spec(self.name).memory_bandwidth
+
+
+@cache
 def _spec(name: str) -> "GpuSpec":
     from moesim.scenario import gpu_spec  # only here: benchmarks must run on machines that lack the scenario's needs
 
@@ -46,7 +65,7 @@ def _catalogue_name(profile: Profile) -> str | None:
 def _model_of(profile: Profile) -> CalibratedModel:
     gpu = _catalogue_name(profile)
     if gpu is not None:
-        return CalibratedModel(profile, fallback=Roofline(_spec(gpu)))
+        return CalibratedModel(profile, fallback=Roofline(_CatalogueRates(gpu)))
     rates = measured_rates(profile)
     if rates is None:
         raise UserError(

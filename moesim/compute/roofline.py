@@ -112,7 +112,6 @@ class Roofline:
 
     def __init__(self, gpu: GpuRates) -> None:
         self.gpu = gpu
-        self._bandwidth = gpu.memory_bandwidth * MEMORY_SHARE
         self.contention = CONTENTION
 
     @property
@@ -152,7 +151,7 @@ class Roofline:
         return self.gpu.peak_flops[dtype]
 
     def _bound(self, flops: FloatArray, rate: float, bytes_: FloatArray) -> Estimate:
-        busy = np.maximum(flops / rate, bytes_ / self._bandwidth)
+        busy = np.maximum(flops / rate, bytes_ / (self.gpu.memory_bandwidth * MEMORY_SHARE))
         return Estimate(as_result(np.maximum(busy, HOST.kernel_floor)), "roofline")
 
     def gemm(self, *, m: ArrayLike, k: ArrayLike, n: ArrayLike, dtype: str = "bf16") -> Estimate:
