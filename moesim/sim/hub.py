@@ -78,6 +78,8 @@ class Hub:
     def carry(self, window: Window, use: LinkUse, finish_SR: FloatArray) -> Carried:
         """Carry a transfer (of one sample) that would end at `finish_SR` alone; returns when its ranks are done."""
         opens, seconds = float(window.opens_S[0]), float(window.work_SR.max())
+        if not use.bytes_SX.any():
+            return finish_SR
         if opens > self._env.now:
             yield self._env.timeout(opens - self._env.now)
         if self._env.now - opens >= seconds * (1 - TIE):

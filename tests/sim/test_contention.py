@@ -56,6 +56,12 @@ def test_groups_that_follow_each_other_do_not_meet() -> None:
     np.testing.assert_array_equal(ends[1], 2.0)
 
 
+def test_a_transfer_without_bytes_passes_at_once() -> None:
+    ends = carried(uplink(), [(LEFT, across(0), np.full(2, 0.3)), (RIGHT, across(1), np.zeros(2))])
+    np.testing.assert_array_equal(ends[0], 0.3)
+    np.testing.assert_allclose(ends[1], 1.0)
+
+
 def test_half_an_overlap_is_paid_half() -> None:
     """Alone until 0.5, both at half speed until the first is done at 1.5, then the second alone until 2."""
     ends = carried(uplink(), [(LEFT, across(1), np.zeros(2)), (RIGHT, across(1), np.full(2, 0.5))])
