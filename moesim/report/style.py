@@ -63,7 +63,9 @@ td.bar { width: 38%; }
 .caption { font-size: 13px; }
 /* page.html#figure-0 shows that figure alone, for a picture of it */
 main:has(> .plotted:target) { padding-top: 8px; padding-bottom: 0; }
-main:has(> .plotted:target) > :not(:target), .plotted:target .modebar-container { display: none; }
+main:has(> .plotted:target) > :not(:target), .plotted:target .modebar-container, .plotted:target > h3 {
+  display: none;
+}
 .value.pair { font-size: 19px; }
 .sortable { max-height: 640px; overflow: auto; }
 .sortable th { cursor: pointer; vertical-align: bottom; position: sticky; top: 0; background: var(--paper); }

@@ -13,8 +13,8 @@ from moesim.report.plots.looks import hover_text, legend_title, set_metric_axis,
 from moesim.report.plots.metrics import Metric, Unit
 from moesim.report.plots.values import plain
 
-_MOST_PLACES, _LONGEST_NAME = 10, 14
-_TOP, _TOP_WITHOUT_LEGEND, _BOTTOM, _ROW = 88, 36, 40, 26
+_MOST_PLACES, _LONGEST_NAME, _LONGEST_TITLE = 10, 14, 18
+_TOP, _TOP_WITHOUT_LEGEND, _BOTTOM, _ROW = 108, 56, 40, 26
 _APART = 0.16  # rows between the lines of one setting
 _LOG_FROM = 50.0
 
@@ -36,7 +36,7 @@ def dots(collection: Collection, drawing: Drawing, *, numbered: bool = False) ->
     rows = len(x.axis.values)
     figure = make_subplots(
         rows=1, cols=len(metrics), shared_yaxes=True, horizontal_spacing=0.03,
-        subplot_titles=[title_of(y, units[y.path]) for y in metrics],
+        subplot_titles=[_in_two_lines(title_of(y, units[y.path])) for y in metrics],
     )  # fmt: skip
     figure = with_pointer(dressed(figure, height=_TOP + _BOTTOM + _ROW * rows))
     for number, y in enumerate(metrics, start=1):
@@ -44,7 +44,7 @@ def dots(collection: Collection, drawing: Drawing, *, numbered: bool = False) ->
         update = partial(figure.update_xaxes, row=1, col=number)
         set_metric_axis(update, y, drawn, units[y.path], titled=False, log_from=_LOG_FROM)
         left = figure.layout[f"xaxis{number if number > 1 else ''}"].domain[0]
-        figure.layout.annotations[number - 1].update(x=left, xanchor="left", font={"size": 14})
+        figure.layout.annotations[number - 1].update(x=left, xanchor="left", align="left", font={"size": 14})
     figure.update_yaxes(range=[rows - 0.5, -0.5], tickvals=list(range(rows)))
     numbers = [f"{place}  " if numbered else "" for place in range(1, rows + 1)]
     names = [number + plain(text) for number, text in zip(numbers, x.axis.texts, strict=True)]
@@ -54,9 +54,15 @@ def dots(collection: Collection, drawing: Drawing, *, numbered: bool = False) ->
         showlegend=shown,
         height=figure.layout.height - (0 if shown else _TOP - _TOP_WITHOUT_LEGEND),
         margin={"t": _TOP if shown else _TOP_WITHOUT_LEGEND, "b": _BOTTOM},
-        legend={"y": 1 + 32 / (_ROW * rows), "title": legend_title(drawing.colour)},
+        legend={"y": 1 + 52 / (_ROW * rows), "title": legend_title(drawing.colour)},
     )
     return figure
+
+
+def _in_two_lines(title: str) -> str:
+    """Panels are narrow: what stands behind the last comma of a long title goes below."""
+    head, comma, tail = title.rpartition(", ")
+    return f"{head},<br>{tail}" if comma and len(title) > _LONGEST_TITLE else title
 
 
 def _add_panel(
