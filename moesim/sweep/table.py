@@ -29,14 +29,14 @@ def print_sweep(study: Study, outcome: SweepOutcome, *, file: TextIO | None = No
     best = {column.path: _best(column, found) for column in shown}
     _fill(table, found, shown, lambda column, row: _cell(column, row, best=best[column.path]))
     _print_table(console, table)
-    if study.reference is not None:
-        against = ", ".join(f"{head(key)} = {shown_value(value)}" for key, value in study.reference.items())
-        table = _table(f"change against {against}", heads(study))
-        _fill(table, changes(study, outcome.records, shown), shown, _change_cell)
+    compared = changes(study, outcome.records, shown) if study.reference is not None else []
+    if compared:
+        table = _table(f"change against {_reference(study)}", heads(study))
+        _fill(table, compared, shown, _change_cell)
         _print_table(console, table)
     repeats = max(row.repeats for row in found)
     if repeats > 1:
-        pairs = ", changes pair by pair" if study.reference else ""
+        pairs = ", changes pair by pair" if compared else ""
         console.print(f"means of up to {repeats} repetitions{pairs}, ± half of the 90 % interval (Student's t)")
     _print_reasons(console, outcome.records)
 
@@ -51,7 +51,7 @@ def print_points(study: Study, finished: Mapping[str, PointRecord], *, file: Tex
         if point.id in finished:
             status = finished[point.id].status
         values = [shown_value(point.values.get(key, "")) for axis in study.axes for key in axis.keys]
-        table.add_row(str(point.number), point.id, *values, status)
+        table.add_row(*map(Text, (str(point.number), point.id, *values, status)))
     _print_table(console, table)
     for misfit in study.misfits:
         console.print(f"{misfit.number}: {misfit.reason}", markup=False, soft_wrap=True)
@@ -64,6 +64,16 @@ def _table(title: str, first: Sequence[str]) -> Table:
     return table
 
 
+def _reference(study: Study) -> str:
+    """The reference's label where its axis has labels, else its values."""
+    assert study.reference is not None
+    axis = next(axis for axis in study.axes if set(study.reference) == set(axis.keys))
+    if axis.labels is not None:
+        rows_of_axis = [{setting.key: setting.value for setting in row} for row in axis.rows]
+        return axis.labels[rows_of_axis.index(study.reference)]
+    return ", ".join(f"{head(key)} = {shown_value(value)}" for key, value in study.reference.items())
+
+
 def _fill(table: Table, found: Sequence[Row], shown: Sequence[Column], cell: Callable[[Column, Row], Text]) -> None:
     for column in shown:
         table.add_column(column.head, justify="right", no_wrap=True)
@@ -71,7 +81,7 @@ def _fill(table: Table, found: Sequence[Row], shown: Sequence[Column], cell: Cal
         cells = [cell(column, row) for column in shown]
         if not row.means and shown:
             cells[0] = Text(row.status, style="dim")
-        table.add_row(*row.labels, *cells)
+        table.add_row(*map(Text, row.labels), *cells)  # as Text: brackets in a value are no markup
 
 
 def _print_table(console: Console, table: Table) -> None:
