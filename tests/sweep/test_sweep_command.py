@@ -81,10 +81,11 @@ def test_the_exit_code_says_when_nothing_fits(study, capsys):
 
 
 def test_the_exit_code_says_when_a_point_failed(study, capsys):
-    text = "name: odd\nbase: small.yaml\nset: {parallelism.expert: 1, parallelism.tensor: 2, parallelism.data: 1}\n"
+    text = "name: odd\nbase: small.yaml\n"
+    text += "set: {parallelism: {tensor: 2, data: 1, expert: 1}, implementation.kind: torch_eager}\n"
     text += "axes:\n- {key: seed, values: [0]}\n"
     assert main(["sweep", str(study(text)), "--workers", "1"]) == 1
-    assert "parallelism.tensor: 2 cannot be simulated yet" in capsys.readouterr().out
+    assert "parallelism.tensor: torch_eager is the project's own trainer" in capsys.readouterr().out
 
 
 def test_kill_9_of_the_sweep_loses_only_what_was_running(study, started, lines, eventually):
