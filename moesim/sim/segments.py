@@ -93,6 +93,8 @@ def pack(order: Sequence[tuple[int, Operation]], blocks: Sequence[PackedBlock], 
             steps, spans = [], 0
         elif operation.kind in (Kind.FORK, Kind.JOIN):
             steps.append((operation.kind, chain, *(0,) * (STRIDE_R - CHAIN)))
+        else:
+            assert operation.kind is Kind.READBACK, operation.kind
     if steps:
         segments.append(Segment(_table(steps), spans, NO_TRANSFER, 0, ()))
     which_G = [which for which, operation in order if operation.kind in (Kind.COMPUTE, Kind.TRANSFER)]

@@ -43,6 +43,13 @@ def step_of(scenario: Scenario, *, compiled: bool) -> tuple[list[np.ndarray], np
         {"parallelism": {"data": 1, "tensor": 4, "expert": 2}, "dispatch.sm_share": 0.15},
         {"parallelism": {"data": 1, "context": 2, "tensor": 2, "expert": 2, "expert_tensor": 2}},
         {"implementation.kind": "torch_eager", "dispatch.deduplicate": "per_expert"},
+        # Two groups over four nodes slow each other on the leaves' links.
+        {
+            "cluster.nodes": 4,
+            "cluster.fabric": {"preset": "rail_optimised", "oversubscription": 4.0},
+            "parallelism": {"data": 16, "expert": 8},
+            "workload.global_batch": 32,
+        },
     ],
 )
 def test_compiled_and_interpreted_steps_are_the_same(small, changes, monkeypatch: pytest.MonkeyPatch) -> None:
