@@ -60,6 +60,7 @@ class Shown:
         self.complaints: list[str] = []
         self.fetched: list[str] = []
         context = browser.new_context(viewport={"width": WIDTH, "height": 900}, offline=True)
+        context.set_default_timeout(120_000)  # a busy machine is slow, not wrong
         self.page = context.new_page()
         self.page.on("console", lambda message: self._complain(message.type, message.text))
         self.page.on("pageerror", lambda error: self._complain("error", str(error)))

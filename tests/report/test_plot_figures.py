@@ -134,6 +134,13 @@ def test_the_first_point_of_a_study_is_drawn(tmp_path: Path) -> None:
     assert "1 of 2 points have not been run yet" in plot_page([folder], Asked())
 
 
+def test_a_line_with_a_point_missing_says_so_in_its_legend(tmp_path: Path) -> None:
+    points = [point(1, {NODES: 1}, result_of(1.0)), point(2, {NODES: 2}, None)]
+    figure = curves(*drawn(write_study(tmp_path / "gap", points, axes=[axis(NODES, [1, 2])]), Asked()))
+    (missing,) = traces(figure, "missing")
+    assert figure.layout.showlegend and missing.showlegend and list(missing.x) == [2.0]
+
+
 def test_long_names_on_x_become_rows(tmp_path: Path) -> None:
     collection, drawing = drawn(
         clusters(tmp_path / "sweep", kind="sweep"), Asked(kind="curves", x=GPU, ys=("mfu.causal",))

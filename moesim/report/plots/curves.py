@@ -204,6 +204,7 @@ def _mark_missing(figure: go.Figure, collection: Collection, x: AxisKey, panel: 
         y=[0.02] * len(missing),
         mode="markers",
         name="no result",
+        showlegend=True,
         marker={"symbol": "x-thin", "size": 10, "line": {"color": NO_RESULT, "width": 2}},
         customdata=[hover_text(group, collection) for group in missing],
         hovertemplate="%{customdata}<extra></extra>",
