@@ -10,18 +10,20 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from moesim.compute import KernelModel, kernel_model
-from moesim.network import build_fabric
+from moesim.network import Fabric, build_fabric
 from moesim.network.parameters import NetworkParameters
 from moesim.parallel import Mesh, TrafficSample, TrafficSampler
 from moesim.parallel.memory_rows import RoutedRows, even_rows, routed_rows
+from moesim.planner.clocks import SharedClocks
 from moesim.planner.passes import Cut, Passes, cut_pieces, with_sharding
 from moesim.scenario import Parallelism, PipelineSchedule, PopularityRouting, Scenario, Zero
 from moesim.seeding import stream
 from moesim.sim import build_program
+from moesim.sim.step_clock import step_kernels
 from moesim.trace import RoutingTrace
 
 LAYERS = 4  # MoE layers of a piece, one behind the other: each has its own hot ranks
-MICRO_BATCHES = 2  # that it is drawn for
+MICRO_BATCHES = 4  # that it is drawn for, at most
 
 TraceOf = Callable[[Scenario], RoutingTrace | None]
 
@@ -34,13 +36,14 @@ class PieceStore:
     _pieces: dict[tuple[object, ...], Cut] = field(default_factory=dict, repr=False)
     _kernels: dict[tuple[str, str | None], KernelModel] = field(default_factory=dict, repr=False)
     _samples: dict[tuple[object, ...], TrafficSample | None] = field(default_factory=dict, repr=False)
+    _clocked: dict[tuple[object, ...], KernelModel] = field(default_factory=dict, repr=False)
     _rows: dict[tuple[object, ...], RoutedRows] = field(default_factory=dict, repr=False)
 
     def kernels(self, scenario: Scenario) -> KernelModel:
         """The kernel model of the scenario's GPU."""
         key = scenario.cluster.pools[0].gpu, scenario.compute.profile
         if key not in self._kernels:
-            self._kernels[key] = kernel_model(*key)
+            self._kernels[key] = SharedClocks(kernel_model(*key))
         return self._kernels[key]
 
     def of(self, scenario: Scenario, parameters: NetworkParameters) -> Cut:
@@ -69,10 +72,20 @@ class PieceStore:
             self._samples[key] = made
         return self._samples[key]
 
+    def _at_step_clock(self, cell: Scenario, fabric: Fabric, samples: list[TrafficSample]) -> KernelModel:
+        """Kernels at the clock that the power limit leaves the step, as the simulation sets it."""
+        few = _scheduled(cell, "1f1b")  # the order of work plays no part
+        key = (*_routing_key(few), few.cluster, few.dispatch, few.workload.recompute, fabric.parameters)
+        if key not in self._clocked:
+            kernels = self.kernels(cell)
+            self._clocked[key] = step_kernels(few, fabric=fabric, kernels=kernels, samples=samples)
+        return self._clocked[key]
+
     def _made(self, cell: Scenario, parameters: NetworkParameters) -> Cut:
         sample = self._sample(cell)
         samples = [] if sample is None else [sample]
-        kernels, fabric = self.kernels(cell), build_fabric(cell.cluster, parameters=parameters)
+        fabric = build_fabric(cell.cluster, parameters=parameters)
+        kernels = self._at_step_clock(cell, fabric, samples)
         sharded = Mesh(cell.parallelism, cell.cluster).shards_by_layer
 
         def passes(layers: int) -> Passes:
@@ -115,7 +128,7 @@ def cell_of(scenario: Scenario) -> Scenario:
     groups = Mesh(mesh, scenario.cluster)
     ranks = groups.group_size
     data = ranks // (mesh.tensor * mesh.context)
-    batches = min(MICRO_BATCHES, scenario.num_micro_batches)
+    batches = min(MICRO_BATCHES, scenario.num_drawn_micro_batches)
     return scenario.model_copy(
         update={
             "name": "cell",

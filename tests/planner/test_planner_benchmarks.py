@@ -13,7 +13,19 @@ from moesim.planner.space import Space
 from moesim.run import obtain_trace
 
 PLANS = Path(__file__).parents[2] / "scenarios" / "plans"
-LAYOUTS_PER_SECOND = 100  # of processor time of one core, combinations that are no layouts left out
+LAYOUTS_PER_SECOND = 100  # of processor time of one idle core, combinations that are no layouts left out
+IDLE_PACE = (
+    0.6  # seconds that an idle core needs for the loop below; a core shared with others needs several times that
+)
+
+
+def pace() -> float:
+    """Processor seconds of ten million additions: how fast this core is just now."""
+    start, total = time.process_time(), 0
+    for number in range(10**7):
+        total += number
+    assert total
+    return time.process_time() - start
 
 
 @pytest.mark.benchmark
@@ -29,10 +41,14 @@ def test_the_screen_looks_at_a_hundred_layouts_a_second(name):
         return traces[key]
 
     judge = Judge(Space.of(plan), Screen(trace_of))
+    before = pace()
     start = time.process_time()
     enumerate_space(judge)
     seconds = time.process_time() - start
+    slowed = max(1.0, (before + pace()) / 2 / IDLE_PACE)
     layouts = len(judge.fitting) + judge.funnel.count("memory")
-    print(f"\n{name}: {layouts} layouts of {judge.space.size} combinations in {seconds:.1f} s of processor time, "
-          f"{layouts / seconds:.0f} per second")  # fmt: skip
-    assert layouts / seconds > LAYOUTS_PER_SECOND
+    speed = f"{layouts} layouts of {judge.space.size} combinations in {seconds:.1f} s of processor time"
+    print(
+        f"\n{name}: {speed}, {layouts / seconds:.0f} per second; this core is {slowed:.1f} times slower than an idle one"
+    )
+    assert layouts / seconds * slowed > LAYOUTS_PER_SECOND
