@@ -104,7 +104,7 @@ def test_what_cannot_be_simulated_is_a_record_with_its_reason(points, tmp_path):
         [
             {"seed": 1},
             {"routing": {**TRAINED, "thin": {"hidden": 13}}},
-            {"parallelism.tensor": 2, "parallelism.data": 2, "parallelism.expert": 2},
+            {"parallelism": {"data": 2, "tensor": 2, "expert": 2}, "implementation.kind": "torch_eager"},
             {"model.layers": 400, "model.hidden": 8192, "model.dense_intermediate": 65536},
         ]
     )
