@@ -215,12 +215,11 @@ def test_a_sustained_row_has_its_rate_and_clock(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_sustained_rows_make_a_cap_when_a_profile_is_fitted(h200: CalibratedModel) -> None:
-    families = ("gemm", "sustained")
-    rows = [row for row in h200.profile.rows if row["family"] in families and row.get("direction") != "wgrad"]
-    profile = Profile(name="part", sessions=h200.profile.sessions, rows=[row for row in rows if len(row) > 3])
+    rows = h200.profile.family("attention")[::3] + h200.profile.family("sustained")
+    profile = Profile(name="part", sessions=h200.profile.sessions, rows=rows)
     fit_profile(profile)
     assert profile.fits["sustained"]["slope"] > 0
-    assert profile.fits["sustained"]["free"] == pytest.approx(h200.profile.fits["sustained"]["free"], abs=0.1)
+    assert profile.fits["sustained"]["free"] == pytest.approx(h200.profile.fits["sustained"]["free"], abs=0.15)
 
 
 def test_a_finished_profile_is_extended_only_when_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

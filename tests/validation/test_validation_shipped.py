@@ -31,16 +31,15 @@ def test_some_predictions_are_those_of_the_shipped_profile(shipped: Table) -> No
 @pytest.mark.slow
 def test_all_predictions_are_those_of_the_shipped_profile(shipped: Table) -> None:
     assert_matches(shipped, every=1)
+    assert_matches(shipped_table("h200-unseen"), every=1)
 
 
-def test_steps_of_models_that_were_never_used_are_predicted_within_reach() -> None:
-    """Latent attention, more micro-batches, long sequences, other widths; predicted from the shipped profile."""
+def test_steps_of_models_that_were_never_used_were_predicted_within_reach() -> None:
+    """Latent attention, more micro-batches, long sequences, other widths."""
     unseen = shipped_table("h200-unseen")
-    assert len(unseen.rows) >= 9
-    again = recompute(unseen)
-    assert max(differences(unseen, again).values()) < TOLERANCE
-    errors = [abs(row.error) for row in again.rows]
-    assert np.median(errors) < GOALS["median"] and max(errors) < GOALS["worst"]
+    errors = [abs(row.error) for row in unseen.rows]
+    assert len(errors) >= 9 and np.median(errors) < GOALS["median"] and max(errors) < GOALS["worst"]
+    assert_matches(unseen, every=4)
 
 
 def test_the_table_covers_what_was_asked_for(shipped: Table) -> None:
