@@ -22,14 +22,19 @@ def by_objective(candidates: Iterable[Candidate], names: Sequence[Objective]) ->
 
 
 def first_choice(candidates: Sequence[Candidate], plan: Plan, count: int) -> list[Candidate]:
-    """The best candidates, in turn with the best of each kind and number of GPUs: a price or a deadline may move."""
+    """The best with each kind of GPU, then the best of all in turn with the best of each number of GPUs of a kind.
+
+    A price or a deadline may move, and then another kind or number is what was wanted.
+    """
     ordered = by_objective(candidates, plan.objectives)
+    best_of_kind = {candidate.layout.gpu: candidate for candidate in reversed(ordered)}
+    kinds = by_objective(best_of_kind.values(), plan.objectives)
     best_of_size: dict[tuple[int, int], Candidate] = {}
     for candidate in ordered:
         best_of_size.setdefault((candidate.layout.gpu, candidate.layout.gpus), candidate)
     sizes = list(best_of_size.values())
     in_turn = [candidate for pair in zip(ordered, sizes, strict=False) for candidate in pair]
-    chosen = dict.fromkeys([*in_turn, *ordered])
+    chosen = dict.fromkeys([*kinds, *in_turn, *ordered])
     return list(chosen)[: max(1, round(FIRST_SHARE * count))]
 
 
