@@ -150,18 +150,7 @@ class Space:
         mesh = self.parallelism(layout)
         self._check_places(layout)
         self._check_copies(mesh)
-        plan, offer = self.plan, self.plan.goal.gpus[layout.gpu]
-        per_node = min(layout.gpus, offer.gpus_per_node)
-        if layout.gpus % per_node:
-            detail = f"{layout.gpus} GPUs on nodes of {per_node}"
-            raise Discarded("sizes", "GPUs do not fill whole nodes", detail)
-        pool = Pool(
-            gpu=offer.gpu,
-            nodes=layout.gpus // per_node,
-            gpus_per_node=per_node,
-            price_per_gpu_hour=offer.usd_per_gpu_hour,
-        )
-        work = plan.workload
+        plan, work = self.plan, self.plan.workload
         dense = self.model.experts == 0
         scenario = Scenario(
             name=self.label(layout, mesh),
@@ -169,7 +158,7 @@ class Space:
             routing=UniformRouting(kind="uniform") if dense else self._routing(layout),
             capacity=self.choices.capacity[layout.capacity],
             placement=plan.placement,
-            cluster=Cluster(pools=(pool,), fabric=self.choices.fabric[layout.fabric]),
+            cluster=self._cluster(layout),
             parallelism=mesh,
             workload=Training(
                 sequence_length=work.sequence_length,
@@ -189,13 +178,21 @@ class Space:
             uncertainty=plan.uncertainty,
             seed=plan.seed,
         )
-        for stage, check in (("refused", check_scenario), ("unsupported", require_supported)):
-            try:
-                check(scenario)
-            except UserError as error:
-                key, _, message = str(error).partition(": ")
-                raise Discarded(stage, key, f"{key}: {message}") from None
+        _check(scenario)
         return scenario
+
+    def _cluster(self, layout: Layout) -> Cluster:
+        offer = self.plan.goal.gpus[layout.gpu]
+        per_node = min(layout.gpus, offer.gpus_per_node)
+        if layout.gpus % per_node:
+            raise Discarded("sizes", "GPUs do not fill whole nodes", f"{layout.gpus} GPUs on nodes of {per_node}")
+        pool = Pool(
+            gpu=offer.gpu,
+            nodes=layout.gpus // per_node,
+            gpus_per_node=per_node,
+            price_per_gpu_hour=offer.usd_per_gpu_hour,
+        )
+        return Cluster(pools=(pool,), fabric=self.choices.fabric[layout.fabric])
 
     def _check_places(self, layout: Layout) -> None:
         kept, per_node = self.plan.constraints, self.plan.goal.gpus[layout.gpu].gpus_per_node
@@ -284,3 +281,13 @@ def _kind(section: Any) -> dict[str, str]:
         return {"dense": section.dense, "expert": section.expert}  # type: ignore[dict-item]
     names = ("kind", "preset", "algorithm")
     return {name: getattr(section, name) for name in names if name in type(section).model_fields}
+
+
+def _check(scenario: Scenario) -> None:
+    """Raises Discarded for what the scenario's own checks refuse."""
+    for stage, check in (("refused", check_scenario), ("unsupported", require_supported)):
+        try:
+            check(scenario)
+        except UserError as error:
+            key, _, message = str(error).partition(": ")
+            raise Discarded(stage, key, f"{key}: {message}") from None

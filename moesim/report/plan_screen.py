@@ -16,6 +16,7 @@ Plan = Mapping[str, Any]
 
 _ROWS = 12  # of the ranking
 _PARTS = 6  # of a comparison
+NEAR_TIE = 0.01  # share of the cost below which two layouts are called alike: kernels are predicted to a few per cent
 _SHORT = {
     "parallelism.pipeline": "pp",
     "parallelism.tensor": "tp",
@@ -232,6 +233,8 @@ def _sentence(plan: Plan, found: Mapping[str, Any]) -> str:
     days = found["days_difference"]
     when = f"{abs(days):.1f} days {'later' if days > 0 else 'sooner'}"
     text = f"the other: {_name(plan, found['other'])}; {_signed(found['usd_difference'])}, {when}"
+    if abs(found["usd_difference"]) < NEAR_TIE * plan["outcomes"][found["other"]]["usd"]:
+        text += "; a near tie"
     return f"{text}; mostly {names}" if names else text
 
 
