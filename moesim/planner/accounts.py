@@ -34,7 +34,17 @@ def sensitivity(folder: Folder, work: Simulations, ranking: Sequence[Simulated])
         even = {layout.id: outcome_of(layout.scenario, layout.result["balanced_step_time_s"]) for layout in work.usable}
         changes.append(change(plan, "perfectly balanced routing", work.usable, even))
     changes += price_changes(plan, work.usable)
-    return {"changes": changes, "price_flips": price_flips(plan, ranking)}
+    return {"changes": changes, "price_flips": price_flips(plan, [*ranking, *_too_dear(plan, work.usable)])}
+
+
+def _too_dear(plan: Plan, layouts: Sequence[Simulated]) -> list[Simulated]:
+    """Those that miss nothing but the budget: at another price they would compete."""
+    free = {layout.id: layout.outcome._replace(usd=0.0) for layout in layouts}
+    return [
+        layout
+        for layout in layouts
+        if missed(plan, layout.outcome) is not None and missed(plan, free[layout.id]) is None
+    ]
 
 
 def _best_of_each_kind(ranking: Sequence[Simulated], count: int) -> list[Simulated]:

@@ -73,8 +73,8 @@ class PieceStore:
         return self._samples[key]
 
     def _at_step_clock(self, cell: Scenario, fabric: Fabric, samples: list[TrafficSample]) -> KernelModel:
-        """Kernels at the clock that the power limit leaves the step, as the simulation sets it."""
-        few = _scheduled(cell, "1f1b")  # the order of work plays no part
+        """Kernels at the clock that the power limit leaves the step; few layers tell its load to a few per cent."""
+        few = _scheduled(_with_few_layers(cell, LAYERS), "1f1b")  # the order of work plays no part
         key = (*_routing_key(few), few.cluster, few.dispatch, few.workload.recompute, fabric.parameters)
         if key not in self._clocked:
             kernels = self.kernels(cell)
