@@ -1,19 +1,15 @@
 """The rows of a sweep's table: one per place on its axes, repetitions averaged, and the change against a reference."""
 
 import json
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from moesim.study import PointRecord
+from moesim.study.intervals import half_width_90
 from moesim.sweep.metrics import Column
 from moesim.sweep.study import Study
-
-# Student's t: 95 % quantiles for 1, 2, ... degrees of freedom (two-sided 90 %).
-_T95 = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812, 1.796, 1.782, 1.771, 1.761, 1.753)
-_T95_BEYOND = 1.75
 
 
 @dataclass(frozen=True)
@@ -28,9 +24,7 @@ def mean_interval(values: Sequence[float]) -> Mean:
     """Mean and 90 % interval of independent repetitions."""
     if len(values) < 2:
         return Mean(values[0], None)
-    degrees = len(values) - 1
-    quantile = _T95[degrees - 1] if degrees <= len(_T95) else _T95_BEYOND
-    return Mean(statistics.fmean(values), quantile * statistics.stdev(values) / math.sqrt(len(values)))
+    return Mean(statistics.fmean(values), half_width_90(values))
 
 
 @dataclass(frozen=True)

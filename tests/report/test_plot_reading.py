@@ -22,10 +22,11 @@ from plot_cases import (
 )
 
 from moesim.errors import UserError
-from moesim.report.plots.groups import T_95, Collection, collect, mean_and_interval, own_range, student_t_95
+from moesim.report.plots.groups import Collection, collect, mean_and_interval, own_range
 from moesim.report.plots.metrics import metric, paths_of
 from moesim.report.plots.points import read_sources, with_values
 from moesim.report.plots.values import short_names, text_of
+from moesim.study.intervals import T_95
 
 
 def collection_of(*folders: Path, split: bool = False) -> Collection:
@@ -43,15 +44,6 @@ def test_seeds_are_taken_together(tmp_path: Path) -> None:
     assert step.mean == pytest.approx(1.1 * 1.01)
     half = T_95[1] * 1.1 * 0.01 / math.sqrt(3)
     assert (step.low, step.high) == pytest.approx((step.mean - half, step.mean + half))
-
-
-def test_quantiles_of_student_t_leave_five_per_cent_above() -> None:
-    """Against the integral of the density, substituted so that its tail is finite: x = q / u for u in (0, 1]."""
-    for freedom in (1, 2, 3, 7, 30, 31, 100, 1000):
-        quantile, u = student_t_95(freedom), (np.arange(200_000) + 0.5) / 200_000
-        scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(freedom * math.pi)
-        density = scale * (1 + (quantile / u) ** 2 / freedom) ** (-(freedom + 1) / 2)
-        assert float((density * quantile / u**2).mean()) == pytest.approx(0.05, abs=2e-5)
 
 
 def test_intervals_hold_the_truth_in_nine_of_ten_cases() -> None:

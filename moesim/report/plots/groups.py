@@ -5,7 +5,7 @@ The interval over n >= 2 seeds is Student's t on their mean. A single run brings
 """
 
 import json
-import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,14 +13,8 @@ from typing import Any
 from moesim.report.plots.metrics import Metric
 from moesim.report.plots.points import DONE, Point, Source
 from moesim.report.plots.values import MISSING, is_number, short_names, text_of
+from moesim.study.intervals import half_width_90
 
-# 95 % quantiles of Student's t for 1, 2, ... degrees of freedom; any table of statistics has them
-T_95 = (
-    6.3138, 2.9200, 2.3534, 2.1318, 2.0150, 1.9432, 1.8946, 1.8595, 1.8331, 1.8125, 1.7959, 1.7823, 1.7709, 1.7613,
-    1.7531, 1.7459, 1.7396, 1.7341, 1.7291, 1.7247, 1.7207, 1.7171, 1.7139, 1.7109, 1.7081, 1.7056, 1.7033, 1.7011,
-    1.6991, 1.6973,
-)  # fmt: skip
-NORMAL_95 = 1.644854
 AS_STEP_TIME = ("step_time_s", "cost.usd_per_step", "cost.usd_per_million_tokens", "cost.usd_total", "cost.days")
 AS_RATE = ("tokens_per_second", "tokens_per_second_per_gpu", "mfu.causal", "mfu.non_causal")
 
@@ -113,24 +107,10 @@ class Collection:
         return [point.result for point in self.points if point.result is not None]
 
 
-def student_t_95(freedom: int) -> float:
-    """95 % quantile of Student's t, hence half the width of a 90 % interval in standard errors.
-
-    Beyond the table the expansion in 1 / freedom around the normal quantile z (Abramowitz and Stegun, 26.7.5).
-    """
-    if freedom <= len(T_95):
-        return T_95[freedom - 1]
-    z = NORMAL_95
-    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
-
-
 def mean_and_interval(values: Sequence[float]) -> Estimate:
     """The mean of at least two values and its 90 % interval, mean +- t s / sqrt(n)."""
-    count = len(values)
-    mean = sum(values) / count
-    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1))
-    half = student_t_95(count - 1) * deviation / math.sqrt(count)
-    return Estimate(mean, mean - half, mean + half, count)
+    mean, half = statistics.fmean(values), half_width_90(values)
+    return Estimate(mean, mean - half, mean + half, len(values))
 
 
 def own_range(metric: Metric, result: Mapping[str, Any]) -> tuple[float | None, float | None]:
