@@ -76,7 +76,7 @@ class StaticTrainer:
             fused=True,
             capturable=device.type == "cuda",
         )
-        self.generator = torch.Generator()
+        self.generator = torch.Generator()  # of random second experts, seeded anew for every step
 
     def advance(self, num_steps: int) -> None:
         """Queue `num_steps` steps on this model's stream; the host does not wait for them."""
@@ -87,6 +87,7 @@ class StaticTrainer:
                 if self.graph is not None:
                     self.graph.replay()
                 else:
+                    self.generator.manual_seed(stream_seed(self.request.seed, "route", self.done, 0))
                     self._one_step()
                 self.done += 1
 
@@ -156,11 +157,12 @@ class StaticTrainer:
         alone = self.request.router.kind == "expert_choice"
         per_forward = 1 if alone else max(1, tokens_per_forward // length)
         losses, counts = [], []
+        generator = torch.Generator().manual_seed(stream_seed(self.request.seed, "record", self.done))
         with torch.cuda.stream(self.stream) if self.stream is not None else nullcontext():
             text = torch.from_numpy(bytes_ST).to(self.device).long()
             for chunk in torch.split(text, per_forward):
                 with self._autocast(), flash_attention(self.device):
-                    logits_BTV, routings = self.model(chunk[:, :-1].reshape(-1, context), Mode(self.generator))
+                    logits_BTV, routings = self.model(chunk[:, :-1].reshape(-1, context), Mode(generator))
                 targets = chunk[:, 1:].flatten()
                 losses.append(functional.cross_entropy(logits_BTV.float().flatten(0, 1), targets, reduction="sum"))
                 ids = [each.expert_ids_TK.view(len(chunk), -1) for each in routings]

@@ -56,6 +56,14 @@ def test_same_training_as_the_plain_trainer(kind: str, corpus: Path) -> None:
     assert (dropped_P > 0).any() == (kind != "deepseek_v3"), "those with a capacity drop rows of untrained routers"
 
 
+def test_random_second_experts_are_drawn_as_by_the_plain_trainer(corpus: Path) -> None:
+    request = request_of("gshard", corpus)
+    request = replace(request, router=replace(request.router, random_second=True))
+    trainer = StaticTrainer(request, load_corpus(str(corpus)), device=CPU)
+    train_together([trainer], until=request.steps)
+    np.testing.assert_allclose(trainer.curves().train_loss, train_router(request).curves.train_loss, rtol=1e-5)
+
+
 def test_models_side_by_side_do_not_touch_each_other(corpus: Path) -> None:
     requests = [request_of("deepseek_v2", corpus, seed=seed) for seed in (0, 1)]
     text = load_corpus(str(corpus))
