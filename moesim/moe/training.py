@@ -279,6 +279,7 @@ def learning_rate(step: int, *, num_steps: int, peak: float) -> float:
 
 
 def device_of(request: TrainingRequest) -> torch.device:
+    """Where the request trains; `auto` takes CUDA where there is one. Raises UserError for CUDA that is not there."""
     wanted = request.thin.device
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UserError("routing.thin.device = cuda, but torch finds no CUDA device; use cpu or auto")
@@ -286,6 +287,7 @@ def device_of(request: TrainingRequest) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
+    """The model of a GPU, or `cpu`."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
