@@ -74,9 +74,10 @@ def _layer_cell(row: Row, part: str) -> str:
 
 
 def _pair(measured: float, predicted: float) -> str:
-    if measured <= 0:
-        return "-"
-    return f"{measured * 1e3:.2f} {predicted * 1e3:.2f} ({predicted / measured - 1:+.1%})"
+    if round(max(measured, predicted) * 1e3, 2) == 0:
+        return "-"  # a part that this case does not have
+    error = f" ({predicted / measured - 1:+.1%})" if measured > 0 else ""
+    return f"{measured * 1e3:.2f} {predicted * 1e3:.2f}{error}"
 
 
 def _slowdowns(table: Table) -> RichTable:
