@@ -50,6 +50,21 @@ def add_force(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace what an earlier call wrote there")
 
 
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    """--workers and --cluster; see check_workers."""
+    parser.add_argument("--workers", metavar="N", type=int, help="processes that simulate; one per core by default")
+    text = "simulate on the workers of this Dask scheduler instead, e.g. tcp://host:8786"
+    parser.add_argument("--cluster", metavar="ADDRESS", help=text)
+
+
+def check_workers(args: argparse.Namespace) -> None:
+    """Refuse a number of processes that is none, or one beside a cluster. Raises UserError."""
+    if args.workers is not None and args.workers < 1:
+        raise UserError(f"--workers {args.workers} is not a number of processes; use 1 or more")
+    if args.cluster is not None and args.workers is not None:
+        raise UserError("--workers counts processes of this machine; leave it out beside --cluster")
+
+
 def load(args: argparse.Namespace) -> "Scenario":
     """The scenario of a call. Raises UserError."""
     from moesim.scenario import load_scenario

@@ -5,7 +5,16 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moesim.cli.flags import add_cache, add_force, add_json, add_overrides, add_quiet, check_writable
+from moesim.cli.flags import (
+    add_cache,
+    add_force,
+    add_json,
+    add_overrides,
+    add_quiet,
+    add_workers,
+    check_workers,
+    check_writable,
+)
 from moesim.cli.interrupt import interrupts_say
 from moesim.cli.progress import watched_training
 
@@ -21,8 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("plan", metavar="PLAN", type=Path, help="plan file (YAML), e.g. scenarios/plans/*.yaml")
     add_overrides(parser)
     parser.add_argument("--out", metavar="DIR", type=Path, help="folder of the plan; runs/NAME by default")
-    parser.add_argument("--workers", metavar="N", type=_count, help="processes that simulate; one per core by default")
-    parser.add_argument("--cluster", metavar="ADDRESS", help="simulate on the workers of this Dask scheduler instead")
+    add_workers(parser)
     storage = "database of the search for many machines, e.g. postgresql://...; a journal in the folder by default"
     parser.add_argument("--storage", metavar="URL", help=storage)
     add_cache(parser)
@@ -32,14 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(execute=execute)
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of processes; write e.g. --workers 2")
-    return int(text)
-
-
 def execute(args: argparse.Namespace) -> int:
     """Make the plan, or go on with it. Raises UserError, InfeasibleError and Interrupted."""
+    check_workers(args)
     from moesim.planner.folder import Folder
     from moesim.planner.loading import load_plan
     from moesim.study import watched_points

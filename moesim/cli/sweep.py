@@ -6,9 +6,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moesim.cli.flags import add_cache, add_json, add_overrides, add_quiet, check_writable
+from moesim.cli.flags import (
+    add_cache,
+    add_json,
+    add_overrides,
+    add_quiet,
+    add_workers,
+    check_workers,
+    check_writable,
+)
 from moesim.cli.interrupt import interrupts_say
-from moesim.errors import UserError
 
 if TYPE_CHECKING:
     from moesim.sweep import Study, SweepFolder, SweepOutcome
@@ -22,10 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("study", metavar="STUDY", type=Path, help="study file (YAML): name, base, axes")
     add_overrides(parser)
     parser.add_argument("--out", metavar="DIR", type=Path, help="folder of the sweep; runs/NAME by default")
-    parser.add_argument("--workers", metavar="N", type=int, help="processes; one per core by default")
-    parser.add_argument(
-        "--cluster", metavar="ADDRESS", help="run on the workers of a Dask scheduler, e.g. tcp://host:8786"
-    )
+    add_workers(parser)
     parser.add_argument("--retry", action="store_true", help="also run the points again that failed before")
     parser.add_argument("--dry-run", action="store_true", help="list the points and simulate none")
     add_cache(parser)
@@ -39,10 +43,7 @@ def execute(args: argparse.Namespace) -> int:
 
     Raises UserError and Interrupted.
     """
-    if args.workers is not None and args.workers < 1:
-        raise UserError(f"--workers {args.workers} is not a number of processes; use 1 or more")
-    if args.cluster is not None and args.workers is not None:
-        raise UserError("--workers counts processes of this machine; leave it out beside --cluster")
+    check_workers(args)
     from moesim.sweep import SweepFolder, load_study
 
     study = load_study(args.study, args.overrides)

@@ -50,6 +50,9 @@ def test_a_mistake_ends_with_1(file, tmp_path, capsys):
     assert main(["plan", str(tmp_path / "no.yaml")]) == 1
     assert "cannot read the plan" in capsys.readouterr().err
     assert main(["plan", str(file), "--workers", "0"]) == 1
+    assert "use 1 or more" in capsys.readouterr().err
+    assert main(["plan", str(file), "--workers", "2", "--cluster", "tcp://127.0.0.1:1"]) == 1
+    assert "leave it out beside --cluster" in capsys.readouterr().err
 
 
 def test_layouts_are_told_in_short_words():
