@@ -1,12 +1,12 @@
 """A pydantic error as one line of a user's language: what, where in the file, and the remedy."""
 
-import difflib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from pydantic_core import ErrorDetails
 
 from moesim.scenario.base import Section
+from moesim.scenario.catalogue import suggest
 from moesim.scenario.document import Node, Path, find
 from moesim.scenario.overrides import FLAT_CLUSTER_KEYS
 from moesim.scenario.schema import Scenario
@@ -86,10 +86,10 @@ def _what(error: ErrorDetails, data: Any, path: Path, schema: type[Section]) -> 
         return f"unknown key; {_known_keys(data, path, schema)}"
     if kind == "union_tag_invalid":
         kinds = kinds_at(data, path[:-1], schema=schema)
-        return f'"{context["tag"]}" is unknown; {_suggest(str(context["tag"]), kinds)}'
+        return f'"{context["tag"]}" is unknown; {suggest(str(context["tag"]), kinds)}'
     if kind == "literal_error":
         choices = [choice.strip("'") for choice in str(context["expected"]).replace(" or ", ", ").split(", ")]
-        return f"{_show(value)} is not allowed; {_suggest(str(value), choices)}"
+        return f"{_show(value)} is not allowed; {suggest(str(value), choices)}"
     if kind in ("value_error", "assertion_error"):
         return str(context.get("error", error["msg"]))
     if kind in _EXPECTED:
@@ -143,9 +143,4 @@ def _known_keys(data: Any, path: Path, schema: type[Section]) -> str:
         known += FLAT_CLUSTER_KEYS
     if path[:-1] == ("model",):
         known += ["hf_config"]
-    return _suggest(str(path[-1]), known)
-
-
-def _suggest(word: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f'did you mean "{close[0]}"?' if close else f"known: {', '.join(known)}"
+    return suggest(str(path[-1]), known)

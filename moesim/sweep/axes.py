@@ -10,6 +10,7 @@ from itertools import product
 from typing import Any
 
 from moesim.errors import UserError
+from moesim.scenario.catalogue import suggest
 from moesim.scenario.document import Node
 from moesim.sweep import reader
 
@@ -146,5 +147,5 @@ def _variable(match: re.Match[str], variables: Mapping[str, Any], where: str) ->
     name = "$" + (match[1] or match[2])
     if name not in variables:
         known = sorted(variables)
-        raise UserError(f"{where}: no axis sets {name}; {reader.nearest(name, known) if known else 'add one'}")
+        raise UserError(f"{where}: no axis sets {name}; {suggest(name, known) if known else 'add one'}")
     return variables[name]

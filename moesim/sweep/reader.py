@@ -1,10 +1,10 @@
 """Reading a study file: nodes with places to plain values, and one line for every mistake."""
 
-import difflib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from moesim.errors import UserError
+from moesim.scenario.catalogue import suggest
 from moesim.scenario.document import Node, parse_yaml
 
 
@@ -28,7 +28,7 @@ def mapping(node: Node, what: str, *, known: Sequence[str] | None) -> dict[str, 
     children: dict[str, Node] = node.value
     for key, child in children.items():
         if known is not None and key not in known:
-            raise UserError(f"{child.key_where}: {what} has no key {key!r}; {nearest(key, known)}")
+            raise UserError(f"{child.key_where}: {what} has no key {key!r}; {suggest(key, known)}")
     return children
 
 
@@ -57,14 +57,8 @@ def chosen(node: Node, what: str, *, known: Sequence[str]) -> str:
     """One of the `known` words. Raises UserError with the nearest."""
     word = text(node, what)
     if word not in known:
-        raise UserError(f"{node.where}: {what} {word!r} is unknown; {nearest(word, known)}")
+        raise UserError(f"{node.where}: {what} {word!r} is unknown; {suggest(word, known)}")
     return word
-
-
-def nearest(word: str, known: Sequence[str]) -> str:
-    """`did you mean 'x'?` for a near miss, else what there is."""
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
 
 
 def distinct(nodes: Sequence[Node], read: Callable[[Node], str], what: str) -> list[str]:

@@ -21,6 +21,7 @@ from typing import Any
 
 from moesim.errors import ConflictError, InfeasibleError, UserError
 from moesim.scenario import Scenario, load_scenario
+from moesim.scenario.catalogue import suggest
 from moesim.scenario.document import Node
 from moesim.study import Point
 from moesim.sweep import reader
@@ -223,9 +224,7 @@ def _reference(node: Node, axes: Sequence[Axis]) -> dict[str, Any]:
     keys = [key for axis in axes if not axis.repeat for key in axis.keys]
     for setting in named:
         if setting.key not in keys:
-            raise UserError(
-                f"{node.where}: reference: {setting.key!r} is on no axis; {reader.nearest(setting.key, keys)}"
-            )
+            raise UserError(f"{node.where}: reference: {setting.key!r} is on no axis; {suggest(setting.key, keys)}")
     wanted = {setting.key: setting.value for setting in named}
     for axis in axes:
         rows = [{setting.key: setting.value for setting in row} for row in axis.rows]
