@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
-from rich.console import ConsoleOptions, RenderableType
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -30,11 +30,10 @@ _SHORT = {
 
 def print_plan(plan: Plan, *, file: TextIO | None = None, width: int | None = None) -> None:
     """Print one plan, the content of plan.json."""
-    show(lambda options: _screen(plan, options), file=file, width=width)
+    show(lambda _: _screen(plan), file=file, width=width)
 
 
-def _screen(plan: Plan, options: ConsoleOptions) -> list[RenderableType]:
-    del options
+def _screen(plan: Plan) -> list[RenderableType]:
     head = Text(str(plan["name"]), style="bold")
     head.append(f"  {_goal(plan['goal'])}", style="dim")
     blocks: list[RenderableType] = [head, section("what was looked at", _funnel(plan))]
@@ -68,7 +67,7 @@ def _goal(goal: Mapping[str, Any]) -> str:
     return " ".join(words) + f"; on offer: {offers}"
 
 
-_STAGE_WORDS = {
+STAGE_WORDS = {
     "offer": "more GPUs than offered",
     "sizes": "sizes do not divide",
     "places": "groups leave their node",
@@ -92,7 +91,7 @@ def _funnel(plan: Plan) -> Table:
     how = "all" if counts["method"] == "enumerate" else f"NSGA-II, of {counts['combinations']:,}"
     lines = [Fact("combinations", f"{counts['looked_at']:,}", how)]
     lines += [
-        Fact(f"  {_STAGE_WORDS[stage]}", f"- {count:,}", f"e.g. {_cut(examples[stage])}")
+        Fact(f"  {STAGE_WORDS[stage]}", f"- {count:,}", f"e.g. {_cut(examples[stage])}")
         for stage, count in by_stage.items()
     ]
     lines.append(
@@ -142,6 +141,17 @@ def layout_words(values: Mapping[str, Any]) -> str:
     return " ".join(word for word in words if word)
 
 
+def named(outcome: Mapping[str, Any]) -> str:
+    """An outcome of plan.json by its GPUs and its layout."""
+    values = outcome["values"]
+    return f"{values['gpus']} {values['cluster.gpu']} {layout_words(values)}"
+
+
+def verdict(change: Mapping[str, Any]) -> str:
+    """What a changed condition does to the choice."""
+    return change["note"] or ("another layout wins" if change["changes_winner"] else "the winner stays")
+
+
 def _word(key: str, value: Any) -> str:
     name = key.rpartition(".")[2]
     if name == "zero":
@@ -175,16 +185,17 @@ def _ranking(plan: Plan) -> Table:
             percent(outcome["peak_bytes"] / outcome["capacity_bytes"], digits=0),
         ))  # fmt: skip
     head = ("", "GPUs", "layout", "cost", "days", "$/M tok", "step", "MFU", "mem")
-    return _table(head, rows, left=3)
+    return _table(head, rows, marked=0)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int) -> Table:
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, marked: int | None = None) -> Table:
+    """Three columns of words, of which the third may wrap, then numbers; the row `marked` is bold."""
     table = Table.grid(padding=(0, 2, 0, 0))
     for index in range(len(head)):
-        table.add_column(justify="left" if index < left else "right", no_wrap=index != 2)
+        table.add_column(justify="left" if index < 3 else "right", no_wrap=index != 2)
     table.add_row(*(Text(name, style="dim") for name in head))
     for number, row in enumerate(rows):
-        table.add_row(*(Text(cell, style="bold" if number == 0 else "") for cell in row))
+        table.add_row(*(Text(cell, style="bold" if number == marked else "") for cell in row))
     return table
 
 
@@ -197,11 +208,6 @@ def _legend(plan: Plan) -> str:
     if missing > 0:
         words.append(f"{missing} simulated layouts miss the goal")
     return "; ".join(words)
-
-
-def _name(plan: Plan, point: str) -> str:
-    values = plan["outcomes"][point]["values"]
-    return f"{values['gpus']} {values['cluster.gpu']} {layout_words(values)}"
 
 
 def _comparison(plan: Plan, found: Mapping[str, Any]) -> Table:
@@ -232,7 +238,7 @@ def _sentence(plan: Plan, found: Mapping[str, Any]) -> str:
     names = " and ".join(category(part["part"]).label for part in parts)
     days = found["days_difference"]
     when = f"{abs(days):.1f} days {'later' if days > 0 else 'sooner'}"
-    text = f"the other: {_name(plan, found['other'])}; {_signed(found['usd_difference'])}, {when}"
+    text = f"the other: {named(plan['outcomes'][found['other']])}; {_signed(found['usd_difference'])}, {when}"
     if abs(found["usd_difference"]) < NEAR_TIE * plan["outcomes"][found["other"]]["usd"]:
         text += "; a near tie"
     return f"{text}; mostly {names}" if names else text
@@ -242,24 +248,20 @@ def _sensitivity(plan: Plan) -> Table:
     rows = []
     for change in plan["sensitivity"]["changes"]:
         winner = change["winner"]
-        verdict = change["note"] or ("another layout wins" if change["changes_winner"] else "the winner stays")
-        shown = "" if winner is None else _name(plan, winner)
+        shown = "" if winner is None else named(plan["outcomes"][winner])
         cost = "" if change["usd"] is None else f"${change['usd']:,.0f}"
         days = "" if change["days"] is None else f"{change['days']:.1f}"
         rows.append(
-            (change["change"], verdict, shown if change["changes_winner"] else "", cost, days, str(change["layouts"]))
+            (
+                change["change"],
+                verdict(change),
+                shown if change["changes_winner"] else "",
+                cost,
+                days,
+                str(change["layouts"]),
+            )
         )
-    return _plain(("change", "", "best then", "cost", "days", "of"), rows)
-
-
-def _plain(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    table = Table.grid(padding=(0, 2, 0, 0))
-    for index in range(len(head)):
-        table.add_column(justify="left" if index < 3 else "right", no_wrap=index != 2)
-    table.add_row(*(Text(name, style="dim") for name in head))
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    return table
+    return _table(("change", "", "best then", "cost", "days", "of"), rows)
 
 
 def _flips(plan: Plan) -> list[str]:
@@ -274,12 +276,10 @@ def _baseline(plan: Plan) -> list[Fact]:
     base = plan["baseline"]
     if base["id"] is None:
         return [Fact("no layout", base["note"], base["source"])]
-    values = base["values"]
-    layout = f"{values['gpus']} {values['cluster.gpu']} {layout_words(values)}"
     hours = f"the winner takes {percent(base['gpu_hours_of_winner'])} of its GPU-hours"
     return [
         Fact("model", base["model"], base["source"]),
-        Fact("best layout", layout, base["note"]),
+        Fact("best layout", named(base), base["note"]),
         Fact("cost", f"${base['usd']:,.0f}", f"the winner costs {percent(base['usd_of_winner'])} of it"),
         Fact("days", f"{base['days']:.1f}", hours),
     ]

@@ -26,6 +26,7 @@ _GROUPS = {
         "intra_node_bytes",
         "inter_node_bytes",
         "copies_per_token",
+        "tensor_bytes",
     ),
     "imbalance": (
         "expert",

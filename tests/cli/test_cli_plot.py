@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 
 from moesim.cli import main
+from moesim.cli.plot import KINDS
+from moesim.report.plots import choice
+from moesim.sweep.study import PLOT_KINDS
 
 AXIS = {"keys": ["workload.micro_batch"], "values": [[1], [2]], "labels": None, "repeat": False}
 SWEEP = {"schema_version": 1, "kind": "sweep", "name": "sizes", "num_points": 2, "plot": None, "axes": [AXIS]}
@@ -92,3 +95,8 @@ def test_mistakes_are_one_line(runs: tuple[Path, Path], moesim, argv: list[str],
     assert answer.code == 1
     assert said in answer.complaint
     assert not list(Path().glob("**/plot.html"))
+
+
+def test_flags_and_studies_know_the_kinds_that_are_drawn() -> None:
+    assert KINDS == choice.KINDS
+    assert set(PLOT_KINDS) == set(KINDS) - {choice.COMPARISON}, "a study has more than two points"

@@ -6,7 +6,7 @@ from typing import Any
 from moesim.report import facts
 from moesim.report.categories import category
 from moesim.report.page import Page
-from moesim.report.plan_screen import layout_words
+from moesim.report.plan_screen import named, verdict
 from moesim.report.plots.comparison import cascade
 from moesim.report.plots.values import plain
 
@@ -26,21 +26,17 @@ def add_plan(page: Page, plan: Plan) -> None:
     _add_discarded(page, plan)
 
 
-def _layout(plan: Plan, identity: str) -> str:
-    values = plan["outcomes"][identity]["values"]
-    return f"{values['gpus']} {values['cluster.gpu']} {layout_words(values)}"
-
-
 def _add_opponent(page: Page, plan: Plan, title: str, found: Mapping[str, Any], *, name: str) -> None:
     """The cost of the goal, from the winner to another layout, part by part."""
     winner, other = plan["why"]["winner"], found["other"]
     usd = [plan["outcomes"][identity]["usd"] for identity in (winner, other)]
+    names = [named(plan["outcomes"][identity]) for identity in (winner, other)]
     page.text("h2", title)
     page.text(
         "p",
-        f"The winner, {_layout(plan, winner)}, costs {facts.dollars(usd[0])} for the goal; the other, "
-        f"{_layout(plan, other)}, {facts.dollars(usd[1])}. Orange is what the other spends more, blue what it spends "
-        "less. The axis need not begin at zero.",
+        f"The winner, {names[0]}, costs {facts.dollars(usd[0])} for the goal; the other, {names[1]}, "
+        f"{facts.dollars(usd[1])}. Orange is what the other spends more, blue what it spends less. "
+        "The axis need not begin at zero.",
     )
     parts = _large(found["parts"])
     figure = cascade(
@@ -65,11 +61,10 @@ def _add_sensitivity(page: Page, plan: Plan) -> None:
     page.text("h2", "What would alter the choice")
     rows = []
     for change in changes:
-        verdict = change["note"] or ("another layout wins" if change["changes_winner"] else "the winner stays")
-        best = _layout(plan, change["winner"]) if change["changes_winner"] and change["winner"] else ""
+        best = named(plan["outcomes"][change["winner"]]) if change["changes_winner"] and change["winner"] else ""
         days = "" if change["days"] is None else f"{change['days']:.1f}"
         usd = "" if change["usd"] is None else facts.dollars(change["usd"])
-        rows.append((change["change"], verdict, best, usd, days))
+        rows.append((change["change"], verdict(change), best, usd, days))
     page.table(("change", "", "best then", "USD", "days"), rows, styles=("", "", "note", "number", "number"))
     for flip in plan["sensitivity"].get("price_flips", ()):
         page.text(
