@@ -48,6 +48,18 @@ def _part_or_join(main_SR: FloatArray, side_SR: FloatArray, part: bool) -> None:
 
 
 @numba.njit(cache=True)
+def _begin_run(clocks_KSR: FloatArray, chain: int, slowdown: float) -> None:
+    for sample in range(clocks_KSR.shape[1]):
+        for rank in range(clocks_KSR.shape[2]):
+            start = max(clocks_KSR[chain, sample, rank], clocks_KSR[COMPUTE, sample, rank])
+            before = max(clocks_KSR[OPEN_FROM, sample, rank] - start, 0.0)
+            beside = max(clocks_KSR[OPEN_UNTIL, sample, rank] - start - before, 0.0) / slowdown
+            clocks_KSR[RUN_START, sample, rank] = clocks_KSR[COMPUTE, sample, rank] = start
+            clocks_KSR[RUN_BEFORE, sample, rank], clocks_KSR[RUN_BESIDE, sample, rank] = before, beside
+            clocks_KSR[RUN_WORK, sample, rank] = 0.0
+
+
+@numba.njit(cache=True)
 def advance(
     clocks_KSR: FloatArray,
     steps_N9: NDArray[np.int64],
@@ -77,14 +89,7 @@ def advance(
             _part_or_join(chain_SR, clocks_KSR[step_9[CHAIN] + SIDE], step_9[KIND] == _FORK)
             continue
         if step_9[FIRST]:
-            for sample in range(samples):
-                for rank in range(ranks):
-                    start = max(chain_SR[sample, rank], compute_SR[sample, rank])
-                    before = max(clocks_KSR[OPEN_FROM, sample, rank] - start, 0.0)
-                    beside = max(clocks_KSR[OPEN_UNTIL, sample, rank] - start - before, 0.0) / slowdown
-                    start_SR[sample, rank] = compute_SR[sample, rank] = start
-                    before_SR[sample, rank], beside_SR[sample, rank] = before, beside
-                    work_SR[sample, rank] = 0.0
+            _begin_run(clocks_KSR, step_9[CHAIN], slowdown)
         seconds_Q, micro_batch = first_Q, first_micro_batch
         if step_9[WHICH] == 1:
             seconds_Q, micro_batch = second_Q, second_micro_batch
