@@ -1,7 +1,6 @@
 """The page that a verb draws beside what it prints: where it goes, and that it replaces nothing by accident."""
 
 import argparse
-import os
 from pathlib import Path
 
 from moesim.cli.flags import check_writable
@@ -35,7 +34,7 @@ def write_page(document: str, path: Path, *, force: bool) -> None:
         if path.read_bytes() == data:
             return
         raise UserError(f"{path} exists and differs; choose another --out, or --force to replace it")
+    from moesim.results.store import write_atomically
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(data)
-    os.replace(partial, path)
+    write_atomically(path, data)

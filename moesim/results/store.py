@@ -41,8 +41,9 @@ def check_free(out_dir: Path, *, force: bool) -> None:
         raise UserError(f"{out_dir} holds {kept[0]}, which a run would replace; choose another --out, or --force")
 
 
-def _write_atomically(path: Path, data: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace the file as a whole, so that a reader finds the former content or the new one."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.write_bytes(data)
     os.replace(partial, path)
 
@@ -52,12 +53,12 @@ def write_run(record: RunRecord, out_dir: Path, *, force: bool = False) -> None:
     check_free(out_dir, force=force)
     out_dir.mkdir(parents=True, exist_ok=True)
     (out_dir / RESULT_FILE).unlink(missing_ok=True)
-    _write_atomically(out_dir / "scenario.yaml", dump_scenario(record.scenario).encode())
+    write_atomically(out_dir / "scenario.yaml", dump_scenario(record.scenario).encode())
     _save_arrays(out_dir / "arrays.npz", dict(record.arrays))
     _save_arrays(out_dir / "spans.npz", span_arrays(record.spans))
     if record.trace is not None:
         save_trace(record.trace, out_dir / "trace.npz")
-    _write_atomically(out_dir / RESULT_FILE, (json.dumps(record.result, indent=1) + "\n").encode())
+    write_atomically(out_dir / RESULT_FILE, (json.dumps(record.result, indent=1) + "\n").encode())
 
 
 def span_arrays(table: SpanTable) -> dict[str, NDArray[Any]]:

@@ -1,7 +1,6 @@
 """A sweep's folder: study.json says what it holds, points.jsonl what is finished."""
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moesim.errors import UserError
+from moesim.results.store import write_atomically
 from moesim.study import PointRecord, PointsFile, read_points
 from moesim.study.store import POINTS_FILE
 from moesim.sweep.study import Study
@@ -61,8 +61,6 @@ class SweepFolder:
         text = json.dumps(study.as_json(), indent=1) + "\n"
         file = self.path / STUDY_FILE
         if not file.exists() or file.read_text(encoding="utf-8") != text:
-            partial = file.with_name(f"{STUDY_FILE}.{os.getpid()}.partial")
-            partial.write_text(text, encoding="utf-8")
-            os.replace(partial, file)
+            write_atomically(file, text.encode())
         with PointsFile.opened(self.path / POINTS_FILE) as points:
             yield points
