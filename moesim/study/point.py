@@ -13,10 +13,14 @@ Status = Literal["done", "failed", "infeasible"]
 STATUSES: tuple[Status, ...] = ("done", "failed", "infeasible")
 
 
+def content_hash(data: Any) -> str:
+    """SHA-256 (hex) of JSON values; the order of keys plays no part."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
 def scenario_id(scenario: Scenario) -> str:
     """16 hexadecimal digits of the SHA-256 of the resolved scenario: equal scenarios have equal ids."""
-    text = json.dumps(scenario.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return content_hash(scenario.model_dump(mode="json"))[:16]
 
 
 @dataclass(frozen=True, kw_only=True)

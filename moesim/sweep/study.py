@@ -11,7 +11,6 @@ points: [{...}, {...}]                         # instead of axes, or crossed wit
 plot: {kind: curves, x: routing.router.device_limit, y: [step_time_s], colour: cluster.nodes}
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -24,6 +23,7 @@ from moesim.scenario import Scenario, load_scenario
 from moesim.scenario.catalogue import suggest
 from moesim.scenario.document import Node
 from moesim.study import Point
+from moesim.study.point import content_hash
 from moesim.sweep import reader
 from moesim.sweep.axes import Axis, Setting, filled, grid, read_axes, read_points, read_settings
 from moesim.sweep.metrics import METRICS
@@ -75,7 +75,7 @@ class Study:
     def content_hash(self) -> str:
         """SHA-256 (hex) of the axes and of every resolved scenario; the plot may change."""
         ids = [point.id for point in self.by_number]
-        return _sha256({"axes": [axis.as_json() for axis in self.axes], "points": ids})
+        return content_hash({"axes": [axis.as_json() for axis in self.axes], "points": ids})
 
     def as_json(self) -> dict[str, Any]:
         """The content of study.json."""
@@ -167,7 +167,7 @@ def _points(
             scenario = _scenario(path, base, filled(common, variables), overrides, filled(settings, variables))
         except (ConflictError, InfeasibleError) as error:
             chosen = [[setting.key, setting.value] for setting in (*common, *settings)]
-            identity = _sha256({"settings": chosen, "overrides": list(overrides)})[:16]
+            identity = content_hash({"settings": chosen, "overrides": list(overrides)})[:16]
             misfits.append(Misfit(id=identity, number=number, values=values, reason=str(error)))
         else:
             points.append(Point.of(scenario, number=number, values=values))
@@ -252,7 +252,3 @@ def _checked_plot(node: Node, axes: Sequence[Axis]) -> dict[str, Any]:
         reader.distinct(reader.items(parts["y"], "y"), lambda item: reader.chosen(item, "y", known=known), "the metric")
     plain: dict[str, Any] = node.plain
     return plain
-
-
-def _sha256(data: Any) -> str:
-    return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
