@@ -15,7 +15,8 @@ from moesim.validation.predict import predict
 
 SCHEMA_VERSION = 1
 SHIPPED = Path(__file__).parent / "data"
-SHIPPED_TABLES = ("h200", "h200-unseen")  # the standard cases; other models, sizes and lengths, on one GPU
+# The standard cases; other models, sizes and lengths on one GPU; sigmoid routers, replicas, other skews on two.
+SHIPPED_TABLES = ("h200", "h200-unseen", "h200-unseen-2gpu")
 GOALS = {"median": 0.03, "worst": 0.08, "from_tokens": 4096, "skew": 1 / 3}
 
 

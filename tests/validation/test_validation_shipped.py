@@ -1,7 +1,7 @@
 """The shipped table: predictions made again from the shipped profile are those in the table.
 
 When the profile or the simulation has changed for a reason, `moesim validate --report --out DIR` writes the tables
-anew: copy DIR/h200.json and DIR/h200-unseen.json to moesim/validation/data/.
+anew: copy DIR/h200.json, DIR/h200-unseen.json and DIR/h200-unseen-2gpu.json to moesim/validation/data/.
 """
 
 import numpy as np
@@ -32,6 +32,7 @@ def test_some_predictions_are_those_of_the_shipped_profile(shipped: Table) -> No
 def test_all_predictions_are_those_of_the_shipped_profile(shipped: Table) -> None:
     assert_matches(shipped, every=1)
     assert_matches(shipped_table("h200-unseen"), every=1)
+    assert_matches(shipped_table("h200-unseen-2gpu"), every=1)
 
 
 def test_steps_of_models_that_were_never_used_were_predicted_within_reach() -> None:
@@ -40,6 +41,20 @@ def test_steps_of_models_that_were_never_used_were_predicted_within_reach() -> N
     errors = [abs(row.error) for row in unseen.rows]
     assert len(errors) >= 9 and np.median(errors) < GOALS["median"] and max(errors) < GOALS["worst"]
     assert_matches(unseen, every=4)
+
+
+def test_steps_on_two_gpus_that_were_never_used_were_predicted_within_reach() -> None:
+    """Sigmoid routers, replicas instead of expert parallelism, and seven skews beside their uniform twins."""
+    unseen = shipped_table("h200-unseen-2gpu")
+    scenarios = [row.case.scenario for row in unseen.rows]
+    assert sum(scenario.router_shape().kind == "deepseek_v3" for scenario in scenarios) == 4
+    assert sum(scenario.parallelism.expert < scenario.parallelism.data for scenario in scenarios) == 3
+    errors = [abs(row.error) for row in unseen.rows]
+    assert len(errors) == 22 and np.median(errors) < GOALS["median"] and max(errors) < GOALS["worst"]
+    slowdowns = unseen.slowdowns()
+    assert len(slowdowns) == 7 and all(measured > 0.03 for _, measured, _ in slowdowns)
+    assert all(abs(predicted / measured - 1) < GOALS["skew"] for _, measured, predicted in slowdowns)
+    assert_matches(unseen, every=5)
 
 
 def test_the_table_covers_what_was_asked_for(shipped: Table) -> None:
