@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
+from moesim.planner.bench import Progress, opened_bench
 from moesim.planner.folder import VARIANTS_FILE, Folder
 from moesim.planner.judge import Judge
 from moesim.planner.outcome import Outcome, missed, outcome_of
 from moesim.planner.plan import Plan
 from moesim.planner.screen import Screen
-from moesim.planner.search import Progress, enumerate_space
+from moesim.planner.search import enumerate_space
 from moesim.planner.selection import by_objective
 from moesim.planner.simulations import Simulations
 from moesim.planner.space import Space
@@ -62,7 +63,8 @@ def baseline(folder: Folder, winner: Simulated, *, progress: Progress | None) ->
     if plan.baseline is None:
         return None
     judge = Judge(Space.of_baseline(plan), Screen(lambda scenario: None))
-    enumerate_space(judge, progress=progress)
+    with opened_bench(judge, workers=folder.workers, cache_dir=folder.cache_dir, expected=judge.space.size) as bench:
+        enumerate_space(bench, progress=progress)
     work = Simulations(folder, judge)
     chosen = by_objective(judge.candidates or judge.fitting, plan.objectives)[: plan.baseline.simulate]
     work.simulate(chosen)

@@ -29,6 +29,45 @@ class Violation(NamedTuple):
     goal: float
 
 
+class Loss(NamedTuple):
+    """Where a combination falls out of the funnel, why, and by which factor it misses a limit."""
+
+    stage: str
+    reason: str
+    detail: str
+    factor: float | None = None
+
+
+class Verdict(NamedTuple):
+    """What becomes of one combination; `loss` is None where it may meet the goal."""
+
+    candidate: Candidate | None
+    violation: Violation
+    loss: Loss | None
+
+
+def verdict_on(space: Space, screen: Screen, layout: Layout) -> Verdict:
+    """The verdict on one combination; the same whatever else was judged before."""
+    plan = space.plan
+    try:
+        scenario = space.scenario(layout)
+    except Discarded as why:
+        return Verdict(None, Violation(1.0, 1.0, 1.0), Loss(why.stage, why.reason, why.detail))
+    peak, capacity = screen.memory(scenario)
+    usable = capacity * (1 - plan.constraints.free_memory)
+    if peak > usable:
+        gpu = scenario.cluster.pools[0].gpu
+        detail = f"the smallest layout needs {format_bytes(peak)} of the {format_bytes(usable)} of a {gpu}"
+        loss = Loss("memory", gpu, f"{detail} ({scenario.name})", peak / usable)
+        return Verdict(None, Violation(0.0, peak / usable - 1, 1.0), loss)
+    outcome = outcome_of(scenario, screen.step_seconds(scenario))
+    miss = missed(plan, outcome)
+    if miss is None or miss.factor <= SLACK:
+        return Verdict(Candidate(layout, outcome, peak, None), Violation(0.0, 0.0, 0.0), None)
+    loss = Loss(miss.stage, miss.stage, f"{miss.text} ({scenario.name})", miss.factor)
+    return Verdict(Candidate(layout, outcome, peak, miss), Violation(0.0, 0.0, miss.factor - 1), loss)
+
+
 @dataclass(frozen=True)
 class Judge:
     """Judges combinations of one space and counts what becomes of them.
@@ -40,41 +79,30 @@ class Judge:
     screen: Screen
     funnel: Funnel = field(default_factory=Funnel)
     fitting: list[Candidate] = field(default_factory=list)
-    _seen: dict[Layout, tuple[Candidate | None, Violation]] = field(default_factory=dict, repr=False)
+    _seen: dict[Layout, Verdict] = field(default_factory=dict, repr=False)
 
     @property
     def candidates(self) -> list[Candidate]:
         """Those that may meet the goal."""
         return [candidate for candidate in self.fitting if candidate.miss is None]
 
-    def judge(self, layout: Layout) -> tuple[Candidate | None, Violation]:
-        """The candidate that a combination is, or None; each combination is counted once."""
+    def knows(self, layout: Layout) -> bool:
+        """Whether the combination was judged before."""
+        return layout in self._seen
+
+    def judge(self, layout: Layout) -> Verdict:
+        """The verdict on a combination; each combination is counted once."""
         if layout not in self._seen:
-            self._seen[layout] = self._judged(layout)
+            self.settle(layout, verdict_on(self.space, self.screen, layout))
         return self._seen[layout]
 
-    def _judged(self, layout: Layout) -> tuple[Candidate | None, Violation]:
-        plan = self.space.plan
-        try:
-            scenario = self.space.scenario(layout)
-        except Discarded as why:
-            self.funnel.discard(why.stage, why.reason, why.detail)
-            return None, Violation(1.0, 1.0, 1.0)
-        peak, capacity = self.screen.memory(scenario)
-        usable = capacity * (1 - plan.constraints.free_memory)
-        if peak > usable:
-            gpu = scenario.cluster.pools[0].gpu
-            detail = f"the smallest layout needs {format_bytes(peak)} of the {format_bytes(usable)} of a {gpu}"
-            self.funnel.discard("memory", gpu, f"{detail} ({scenario.name})", peak / usable)
-            return None, Violation(0.0, peak / usable - 1, 1.0)
-        outcome = outcome_of(scenario, self.screen.step_seconds(scenario))
-        miss = missed(plan, outcome)
-        if miss is not None and miss.factor <= SLACK:
-            miss = None
-        candidate = Candidate(layout, outcome, peak, miss)
-        self.fitting.append(candidate)
-        if miss is None:
+    def settle(self, layout: Layout, verdict: Verdict) -> None:
+        """Count a combination with a verdict found elsewhere."""
+        assert layout not in self._seen
+        self._seen[layout] = verdict
+        if verdict.candidate is not None:
+            self.fitting.append(verdict.candidate)
+        if verdict.loss is None:
             self.funnel.keep()
-            return candidate, Violation(0.0, 0.0, 0.0)
-        self.funnel.discard(miss.stage, miss.stage, f"{miss.text} ({scenario.name})", miss.factor)
-        return candidate, Violation(0.0, 0.0, miss.factor - 1)
+        else:
+            self.funnel.discard(*verdict.loss)

@@ -5,26 +5,25 @@ same plan: the screen and the search are made again or read back, finished simul
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moesim.errors import InfeasibleError
 from moesim.moe.progress import ProgressCallback
 from moesim.planner.accounts import baseline, sensitivity
+from moesim.planner.bench import Progress, opened_bench
 from moesim.planner.folder import JOURNAL_FILE, Folder, plan_hash
 from moesim.planner.judge import SLACK, Candidate, Judge
 from moesim.planner.outcome import front
 from moesim.planner.screen import Screen
-from moesim.planner.search import Progress, enumerate_space, search_space, uses_nsga2
+from moesim.planner.search import enumerate_space, search_space, uses_nsga2
 from moesim.planner.selection import screen_error
 from moesim.planner.simulations import Simulations
 from moesim.planner.space import Space
+from moesim.planner.traces import Traces
 from moesim.planner.why import Simulated, why
-from moesim.run import obtain_trace
-from moesim.scenario import Scenario
 from moesim.study import PointRecord
-from moesim.trace import RoutingTrace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,31 +57,17 @@ def make_plan(
 def screen_plan(folder: Folder, *, storage: str | None, watching: Watching) -> Judge:
     """Look at the plan's combinations: all, or those that the search asks for. Nothing is simulated."""
     plan = folder.plan
-    judge = Judge(Space.of(plan), Screen(_Traces(folder.cache_dir, watching.training).of))
-    if not uses_nsga2(plan.search, judge.space.size):
-        enumerate_space(judge, progress=watching.screening)
-        return judge
-    place: str | Path = storage or folder.path / JOURNAL_FILE
-    name = f"moesim-{plan.name}-{plan_hash(plan)}"
-    search_space(judge, storage=place, study_name=name, progress=watching.screening)
+    judge = Judge(Space.of(plan), Screen(Traces(folder.cache_dir, watching.training).of))
+    searched = uses_nsga2(plan.search, judge.space.size)
+    expected = plan.search.trials if searched else judge.space.size
+    with opened_bench(judge, workers=folder.workers, cache_dir=folder.cache_dir, expected=expected) as bench:
+        if not searched:
+            enumerate_space(bench, progress=watching.screening)
+            return judge
+        place: str | Path = storage or folder.path / JOURNAL_FILE
+        name = f"moesim-{plan.name}-{plan_hash(plan)}"
+        search_space(bench, storage=place, study_name=name, progress=watching.screening)
     return judge
-
-
-@dataclass(frozen=True)
-class _Traces:
-    """The routing of scenarios, once per router: layouts of one plan differ in nothing else that a trace depends on."""
-
-    cache_dir: Path | None
-    progress: ProgressCallback | None
-    _known: dict[object, RoutingTrace | None] = field(default_factory=dict)
-
-    def of(self, scenario: Scenario) -> RoutingTrace | None:
-        if scenario.model.experts == 0:
-            return None
-        key = scenario.router_shape()
-        if key not in self._known:
-            self._known[key] = obtain_trace(scenario, progress=self.progress, cache_dir=self.cache_dir)
-        return self._known[key]
 
 
 def _written(

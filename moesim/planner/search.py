@@ -1,23 +1,23 @@
 """Which combinations are looked at: all of them, or those that NSGA-II asks for where there are too many.
 
-The search evaluates by the screen. It is driven by Optuna, one trial at a time; every trial's sampler is seeded by the
-number of trials finished before it, so that an interrupted search that goes on takes the same way as one that was not.
+The search evaluates by the screen. It is driven by Optuna, one generation at a time; every trial's sampler is seeded by
+the trial's number, so that an interrupted search that goes on takes the same way as one that was not.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moesim.errors import UserError
-from moesim.planner.judge import Judge
-from moesim.planner.plan import Search
+from moesim.planner.bench import Bench, Progress
+from moesim.planner.judge import Verdict
+from moesim.planner.plan import Objective, Search
+from moesim.planner.space import Layout
 from moesim.seeding import stream_seed
 
 if TYPE_CHECKING:
     import optuna
-
-Progress = Callable[[int, int], None]  # done, of how many
 
 NOT_A_LAYOUT = 1e30  # objective of what cannot be evaluated; its constraints decide
 
@@ -27,54 +27,59 @@ def uses_nsga2(search: Search, size: int) -> bool:
     return search.method == "nsga2" or (search.method == "auto" and size > search.enumerate_at_most)
 
 
-def enumerate_space(judge: Judge, *, progress: Progress | None = None) -> None:
+def enumerate_space(bench: Bench, *, progress: Progress | None = None) -> None:
     """Judge every combination."""
-    size = judge.space.size
-    for number, layout in enumerate(judge.space.layouts(), start=1):
-        judge.judge(layout)
-        if progress is not None:
-            progress(number, size)
+    bench.judge_all(list(bench.judge.space.layouts()), progress=progress)
 
 
-def search_space(judge: Judge, *, storage: "str | Path", study_name: str, progress: Progress | None = None) -> None:
+def search_space(bench: Bench, *, storage: "str | Path", study_name: str, progress: Progress | None = None) -> None:
     """Judge the combinations that NSGA-II asks for, `search.trials` in all, finished ones in `storage` included.
 
-    `storage` is a journal file or a database URL; several processes may work on one database together. Raises UserError
-    for a storage out of reach.
+    A generation is asked for at once, for it depends on the one before it alone. `storage` is a journal file or a
+    database URL; several processes may work on one database together. Raises UserError for a storage out of reach.
     """
     import optuna
 
-    plan = judge.space.plan
-    study = _study(storage, study_name, plan.search.population, len(plan.objectives))
-    axes = {name: values for name, values in judge.space.axes.items() if len(values) > 1}
-    fixed = {name: values[0] for name, values in judge.space.axes.items() if len(values) == 1}
+    space, search = bench.judge.space, bench.judge.space.plan.search
+    study = _study(storage, study_name, search.population, len(space.plan.objectives))
+    axes = {name: values for name, values in space.axes.items() if len(values) > 1}
+    fixed = {name: values[0] for name, values in space.axes.items() if len(values) == 1}
 
-    def layout_of(params: dict[str, int]) -> dict[str, object]:
-        return fixed | {name: values[params[name]] for name, values in axes.items()}
+    def layout_of(params: dict[str, int]) -> Layout:
+        return space.layout(fixed | {name: values[params[name]] for name, values in axes.items()})
+
+    def asked(number: int) -> optuna.Trial:
+        study.sampler = optuna.samplers.NSGAIISampler(
+            population_size=search.population, seed=stream_seed(space.plan.seed, "nsga2", number) % 2**32
+        )
+        trial = study.ask()
+        for name, values in axes.items():
+            trial.suggest_int(name, 0, len(values) - 1)
+        return trial
 
     complete = (optuna.trial.TrialState.COMPLETE,)
     done = study.get_trials(deepcopy=False, states=complete)
-    for earlier in done:
-        judge.judge(judge.space.layout(layout_of(earlier.params)))
+    bench.judge_all([layout_of(earlier.params) for earlier in done])
     finished = len(done)
-    while finished < plan.search.trials:
-        study.sampler = optuna.samplers.NSGAIISampler(
-            population_size=plan.search.population, seed=stream_seed(plan.seed, "nsga2", finished) % 2**32
-        )
-        trial = study.ask()
-        params = {name: trial.suggest_int(name, 0, len(values) - 1) for name, values in axes.items()}
-        candidate, violation = judge.judge(judge.space.layout(layout_of(params)))
-        for name, amount in violation._asdict().items():
-            trial.set_constraint(name, amount)
-        values = (
-            [NOT_A_LAYOUT] * len(plan.objectives)
-            if candidate is None
-            else list(candidate.screened.objectives(plan.objectives))
-        )
-        study.tell(trial, values)
-        finished = len(study.get_trials(deepcopy=False, states=complete))
-        if progress is not None:
-            progress(finished, plan.search.trials)
+    while finished < search.trials:
+        left = min(search.population - finished % search.population, search.trials - finished)
+        trials = [asked(number) for number in range(finished, finished + left)]
+        layouts = [layout_of(trial.params) for trial in trials]
+        bench.judge_all(layouts)
+        for trial, layout in zip(trials, layouts, strict=True):
+            _tell(study, trial, bench.judge.judge(layout), objectives=space.plan.objectives)
+            finished += 1
+            if progress is not None:
+                progress(finished, search.trials)
+        finished = len(study.get_trials(deepcopy=False, states=complete))  # others may work on the same database
+
+
+def _tell(study: "optuna.Study", trial: "optuna.Trial", verdict: Verdict, *, objectives: Sequence[Objective]) -> None:
+    for name, amount in verdict.violation._asdict().items():
+        trial.set_constraint(name, amount)
+    candidate = verdict.candidate
+    values = [NOT_A_LAYOUT] * len(objectives) if candidate is None else candidate.screened.objectives(objectives)
+    study.tell(trial, values)
 
 
 def _study(storage: "str | Path", name: str, population: int, objectives: int) -> "optuna.Study":

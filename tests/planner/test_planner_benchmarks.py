@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from moesim.planner.bench import Bench
 from moesim.planner.judge import Judge
 from moesim.planner.loading import load_plan
 from moesim.planner.screen import Screen
@@ -43,7 +44,7 @@ def test_the_screen_looks_at_fifty_layouts_a_second_on_each_core(name):
     judge = Judge(Space.of(plan), Screen(trace_of))
     before = pace()
     start = time.process_time()
-    enumerate_space(judge)
+    enumerate_space(Bench(judge))
     seconds = time.process_time() - start
     slowed = max(1.0, (before + pace()) / 2 / IDLE_PACE)
     layouts = len(judge.fitting) + judge.funnel.count("memory")

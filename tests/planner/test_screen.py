@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from moesim.parallel.schedules import Pass, build_schedule, walk_schedule
+from moesim.planner.bench import Bench
 from moesim.planner.judge import Judge
 from moesim.planner.outcome import Outcome, outcome_of
 from moesim.planner.pipeline import FILLED, pipeline_finish, prepare_walk
@@ -61,7 +62,7 @@ def test_the_screen_ranks_as_the_simulation_does(small_plan):
         {"choices.schedule": [{"kind": "1f1b"}, {"kind": "zb_h1"}, {"kind": "interleaved", "virtual": 2}]}
     )
     judge = Judge(Space.of(plan), Screen(obtain_trace))
-    enumerate_space(judge)
+    enumerate_space(Bench(judge))
     pairs: list[tuple[Outcome, Outcome]] = []
     for candidate in judge.fitting[::9]:
         scenario = judge.space.scenario(candidate.layout)

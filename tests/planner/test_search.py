@@ -5,6 +5,7 @@ import warnings
 import pytest
 
 from moesim.errors import UserError
+from moesim.planner.bench import Bench
 from moesim.planner.judge import Judge
 from moesim.planner.plan import Search
 from moesim.planner.screen import Screen
@@ -21,7 +22,7 @@ def _judge(plan):
 
 def _searched(plan, path):
     judge = _judge(plan)
-    search_space(judge, storage=path, study_name="a-test")
+    search_space(Bench(judge), storage=path, study_name="a-test")
     return judge
 
 
@@ -35,7 +36,7 @@ def test_small_spaces_are_enumerated_and_large_ones_searched():
 def test_the_search_finds_what_enumeration_finds(small_plan, tmp_path):
     plan = small_plan(CHANGES)
     every = _judge(plan)
-    enumerate_space(every)
+    enumerate_space(Bench(every))
     found = _searched(plan, tmp_path / "journal")
     assert found.funnel.looked_at <= 90 < every.funnel.looked_at
     best = min(candidate.screened.usd for candidate in every.candidates)
@@ -55,7 +56,7 @@ def test_an_interrupted_search_goes_on_as_if_it_had_not_been(small_plan, tmp_pat
 
     judge = _judge(plan)
     with pytest.raises(KeyboardInterrupt):
-        search_space(judge, storage=tmp_path / "parts", study_name="a-test", progress=interrupt)
+        search_space(Bench(judge), storage=tmp_path / "parts", study_name="a-test", progress=interrupt)
     resumed = _searched(plan, tmp_path / "parts")
     assert resumed.fitting == whole.fitting
     assert resumed.funnel.as_json() == whole.funnel.as_json()

@@ -2,6 +2,7 @@
 
 import pytest
 
+from moesim.planner.bench import Bench
 from moesim.planner.funnel import STAGES, Funnel
 from moesim.planner.judge import Judge
 from moesim.planner.screen import Screen
@@ -65,8 +66,8 @@ def test_listed_data_sizes_must_fill_the_gpus(small_plan):
 def test_the_funnel_counts_every_combination_once(small_plan):
     plan = small_plan({"goal.days": 0.5, "goal.usd": 60})
     judge = Judge(Space.of(plan), Screen(obtain_trace))
-    enumerate_space(judge)
-    enumerate_space(judge)  # a second look changes nothing
+    enumerate_space(Bench(judge))
+    enumerate_space(Bench(judge))  # a second look changes nothing
     counted = judge.funnel.as_json()
     assert counted["looked_at"] == judge.space.size
     assert counted["kept"] + sum(entry["count"] for entry in counted["discarded"]) == counted["looked_at"]
