@@ -23,7 +23,10 @@ _SPEED_PERIOD = 3600.0  # seconds over which the speed is averaged: a point may 
 
 @contextmanager
 def watched_points(*, quiet: bool, console: Console | None = None) -> Iterator[Watch | None]:
-    """Bars on stderr (or `console`): routers trained, points finished, time left. None when nobody would see them."""
+    """Bars on stderr (or `console`): routers trained, points finished, time left. None when nobody would see them.
+
+    They appear with the first report: a plan may show the training of a router before.
+    """
     if quiet or (console is None and not sys.stderr.isatty()):
         yield None
         return
@@ -45,12 +48,16 @@ def watched_points(*, quiet: bool, console: Console | None = None) -> Iterator[W
         counts = {"routers": (progress.trained, progress.routers), "points": (progress.finished, progress.points)}
         for name, (completed, total) in counts.items():
             if total and name not in tasks:
+                bars.start()
                 tasks[name] = bars.add_task(name, total=total, note="")
             if name in tasks:
                 bars.update(tasks[name], completed=completed, total=total, note=_note(name, progress))
 
-    with bars:
+    try:
         yield show
+    finally:
+        if tasks:
+            bars.stop()
 
 
 def _note(name: str, progress: Progress) -> str:
