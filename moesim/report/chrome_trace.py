@@ -28,11 +28,19 @@ Event = dict[str, Any]
 
 MAX_EVENTS = 250_000  # about 5 MB as a file and 70 MB of JSON: what a browser still shows without delay
 # CUDA stream numbers, in the manner of PyTorch: 7 is the default stream. The host has a thread of its own.
-STREAM_IDS = {Stream.COMPUTE: 7, Stream.COMMUNICATION: 20, Stream.REDUCTION: 24, Stream.PIPELINE: 28, Stream.HOST: 1}
+STREAM_IDS = {
+    Stream.COMPUTE: 7,
+    Stream.COMMUNICATION: 20,
+    Stream.REDUCTION: 24,
+    Stream.BACKGROUND: 25,
+    Stream.PIPELINE: 28,
+    Stream.HOST: 1,
+}
 STREAM_NAMES = {
     Stream.COMPUTE: "computation",
     Stream.COMMUNICATION: "dispatch, combine, shared layers",
     Stream.REDUCTION: "gradients and parameters",
+    Stream.BACKGROUND: "gradients beside later passes",
     Stream.PIPELINE: "between stages",
     Stream.HOST: "waiting for the host",
 }
@@ -146,7 +154,7 @@ def _kernel(label: Label) -> tuple[str, Mapping[str, str]]:
         return f"ncclDevKernel_SendRecv({label.name})", {"Collective name": "all_to_allv"}
     if label.stream is Stream.PIPELINE:
         return f"ncclDevKernel_SendRecv({label.name} from pipeline rank {label.sender})", {"Collective name": "recv"}
-    if label.stream is Stream.REDUCTION:
+    if label.stream in (Stream.REDUCTION, Stream.BACKGROUND):
         verb, _, what = label.name.partition(".")
         kernel, collective = COLLECTIVES[verb]
         return f"{kernel}({what})", {"Collective name": collective}

@@ -150,7 +150,8 @@ def hidden(table: SpanTable) -> Fact:
 
     Mean over the ranks of the table; sample 0 of its spans.
     """
-    rows_N = np.concatenate([table.rows(stream) for stream in (Stream.COMMUNICATION, Stream.REDUCTION)])
+    transfers = (Stream.COMMUNICATION, Stream.REDUCTION, Stream.BACKGROUND)
+    rows_N = np.concatenate([table.rows(stream) for stream in transfers])
     total_R = (table.finish_NSR[rows_N, 0] - table.start_NSR[rows_N, 0]).sum(axis=0)
     behind_SR = sum(overlapped_transfer(table).values(), np.zeros_like(table.start_NSR[0]))
     share = float(behind_SR[0].sum() / total_R.sum()) if total_R.any() else None

@@ -3,7 +3,8 @@
 Every instant of a rank in [0, step] is in one state, by priority: compute; a transfer (own part, or waiting for peers);
 a reduction; a hand-off between stages; standing still for the host; nothing (bubble). Spans of one stream never overlap
 each other on one rank, so the time that compute covers inside [u, v] is C(v) - C(u) with C the compute done until then;
-the next stream adds what it covers outside of that, and so on.
+the next stream adds what it covers outside of that, and so on. Reductions in the background, with passes still to come,
+hold nobody up and are no state.
 
 Legend: C categories, N spans of one stream, S samples, R ranks, Q = S*R columns, M instants per column.
 """
@@ -127,7 +128,7 @@ def overlapped_transfer(table: SpanTable) -> dict[str, FloatArray]:
     shape = table.start_NSR.shape[1:]
     compute = _Coverage(begin_NQ, end_NQ, compiled=False)
     hidden: dict[str, FloatArray] = {}
-    for stream in (Stream.COMMUNICATION, Stream.REDUCTION):
+    for stream in (Stream.COMMUNICATION, Stream.REDUCTION, Stream.BACKGROUND):
         rows_N, start_NQ, finish_NQ = _stream_intervals(table, stream)
         hidden_NQ = compute.until(finish_NQ) - compute.until(start_NQ)
         for row, label in enumerate(table.label_N[rows_N]):

@@ -48,7 +48,8 @@ class _GroupSpans:
 
     def __init__(self, table: SpanTable, sample: int) -> None:
         self.start_NR, self.finish_NR = table.start_NSR[:, sample], table.finish_NSR[:, sample]
-        self.streams: list[list[int]] = [table.rows(stream).tolist() for stream in Stream]  # computation first
+        waited_for = [stream for stream in Stream if stream is not Stream.BACKGROUND]  # computation first
+        self.streams: list[list[int]] = [table.rows(stream).tolist() for stream in waited_for]
 
     def _until(self, rows: list[int], place: int, time: float) -> int:
         """How many spans of a stream end by `time` on a rank."""

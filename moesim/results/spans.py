@@ -38,7 +38,8 @@ class Stream(IntEnum):
     """Where a span runs on its GPU, by priority of the attribution.
 
     COMMUNICATION carries dispatch, combine and what else sits in a token's way; REDUCTION collectives on gradients and
-    parameters; PIPELINE hand-offs between stages; HOST times at which the device stood still for the host.
+    parameters; PIPELINE hand-offs between stages; HOST times at which the device stood still for the host; BACKGROUND
+    the part of a collective on gradients beside later passes, which nothing waits for: no time is attributed to it.
     """
 
     COMPUTE = 0
@@ -46,6 +47,7 @@ class Stream(IntEnum):
     REDUCTION = 2
     PIPELINE = 3
     HOST = 4
+    BACKGROUND = 5
 
 
 class Label(NamedTuple):

@@ -131,6 +131,7 @@ class _Builder:
         accumulate = Block("accumulate", tuple(self.software.accumulation(writer, parameters=parameters.held)))
         before, after = self.software.flat_copies(writer, parameters=parameters.reduced)
         tasks: list[Task] = []
+        last_tasks: dict[int, int] = {}
         done_backwards = 0
         for action, receives, sends in self._exchanges(pipeline_rank):
             runs = [
@@ -142,6 +143,11 @@ class _Builder:
             if backwards and done_backwards >= len(chunks) and accumulate.operations:
                 tasks.append(Task(runs=(Run(accumulate, action.works[-1].micro_batch, True),)))
             done_backwards += backwards
+            for work in action.works:
+                if work.kind in (Pass.BACKWARD, Pass.WEIGHT):
+                    last_tasks[self.schedule.stage(pipeline_rank, work)] = len(tasks) - 1
+        if before or self.mesh.shards_by_layer:
+            last_tasks = {}  # all gradients go together, or the stream is busy in every pass
         if before:
             tasks.append(Task(runs=(Run(Block("flatten", tuple(before)), -1, False),)))
         optimizer = optimizer_block(self.scenario, self.kernels, parameters=parameters.updated)
@@ -151,6 +157,7 @@ class _Builder:
             ranks_R=ranks_R,
             tasks=tuple(tasks),
             optimizer=Block("optimizer", (*after, *optimizer.operations)),
+            last_tasks=last_tasks,
         )
         for block, times in Counter(run.block for task in tasks for run in task.runs).items():
             self._count_block(self.whole.get(block, block), times)

@@ -76,8 +76,13 @@ def _overloaded(
         most[place] = most[place] + _demand(use, np.array([seconds]))
     total_C = sum(most.values(), start=none_C)
     for collective, use in collectives:
-        # Groups that attend it do nothing else meanwhile: it can only meet the others.
-        others = [most[group.place] for group in groups if not collective.ranks & set(group.ranks_R.tolist())]
+        # Groups that attend it with no task left do nothing else meanwhile: it can only meet the others.
+        others = [
+            most[group.place]
+            for group in groups
+            if not collective.ranks & set(group.ranks_R.tolist())
+            or group.begins_behind(collective) < len(group.tasks) - 1
+        ]
         total_C = total_C + _demand(use, np.array([collective.seconds])) * (sum(others, start=none_C) > 0)
     return np.asarray(total_C > capacity_C * (1 + TOLERANCE))
 

@@ -226,6 +226,16 @@ class GroupExecutor:
         self._transfer_span = self.recorder.count
         self.recorder.add(int(step.labels_N[0]), micro_batch, start_SR, finish_SR, own_SR)
 
+    def early_collective(
+        self, labels: tuple[Label, Label], *, start_SR: FloatArray, finish_SR: FloatArray, own: float
+    ) -> None:
+        """A collective begun while tasks were left: the part until these were done, and the part behind them."""
+        done_SR = np.clip(self.done_SR, start_SR, finish_SR)
+        own_SR = np.minimum(own, finish_SR - start_SR)
+        behind_SR = np.minimum(own_SR, finish_SR - done_SR)
+        self.recorder.add(self.labels.number(labels[0]), -1, start_SR, done_SR, own_SR - behind_SR)
+        self.recorder.add(self.labels.number(labels[1]), -1, done_SR, finish_SR, behind_SR)
+
     def collective(self, label: Label, *, start_SR: FloatArray, finish_SR: FloatArray, own: float) -> None:
         """A collective with ranks outside the group, begun at start and done at finish; `own` seconds are its own."""
         self.reduced_SR = finish_SR

@@ -89,7 +89,7 @@ class ParameterGroups:
             reduce = reduce_scatter_seconds if sharding else all_reduce_seconds
             verb = "reduce_scatter" if sharding else "all_reduce"
             seconds = reduce(crowded(fabric, members), members[0], count * size).seconds
-            collectives.append(Reduction(f"{verb}.{name}", members, seconds, "network", buckets))
+            collectives.append(Reduction(f"{verb}.{name}", members, seconds, "network", buckets, stage))
         collectives += self._repeated(fabric, size)
         world = np.arange(self.mesh.world_size)
         if self.scenario.workload.gradient_clipping is not None and len(world) > 1:

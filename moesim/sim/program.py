@@ -1,7 +1,7 @@
 """The program of one optimizer step, as data: tasks of every rank group, reductions and the optimizer."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -49,13 +49,18 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class GroupProgram:
-    """What one expert group executes. Groups with equal `number` on other pipeline ranks are its neighbours."""
+    """What one expert group executes. Groups with equal `number` on other pipeline ranks are its neighbours.
+
+    `last_tasks`: of each stage whose gradients may be reduced while other stages have tasks left, the index of the task
+    that makes the last of them.
+    """
 
     number: int
     pipeline_rank: int
     ranks_R: NDArray[np.int64]
     tasks: tuple[Task, ...]
     optimizer: Block
+    last_tasks: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def place(self) -> Place:
@@ -67,6 +72,11 @@ class GroupProgram:
         """Operations of the step."""
         runs = (len(run.block.operations) for task in self.tasks for run in task.runs)
         return sum(runs) + len(self.optimizer.operations)
+
+    def begins_behind(self, reduction: Reduction) -> int:
+        """The index of the task in which a collective on gradients begins."""
+        last = len(self.tasks) - 1
+        return self.last_tasks.get(reduction.stage, last) if reduction.buckets else last
 
 
 class SharedPart(NamedTuple):
@@ -96,10 +106,12 @@ class Contention:
 class StepProgram:
     """One optimizer step. `reductions` follow a group's last task, then its optimizer, then `gathers`.
 
-    A group attends those collectives in which its ranks are members, in this order. `source_seconds`: operation
-    seconds by what they rest on, summed over groups, mean over samples and ranks. `tensor_bytes`: what ranks that share
-    layers (tensor, context, slices of experts) send in the step, all together. `compiled`: whether compiled loops move
-    the clocks. `contention`: None where groups cannot slow each other.
+    A group attends those collectives in which its ranks are members, in this order; but reductions with buckets begin
+    when it makes the last gradients of their stage, in the order in which its stages are done.
+
+    `source_seconds`: operation seconds by what they rest on, summed over groups, mean over samples and ranks.
+    `tensor_bytes`: what ranks that share layers (tensor, context, slices of experts) send in the step, all together.
+    `compiled`: whether compiled loops move the clocks. `contention`: None where groups cannot slow each other.
     """
 
     groups: tuple[GroupProgram, ...]
@@ -117,7 +129,8 @@ class StepProgram:
         """Most spans that a group can emit: every operation, and a host stall before it unless the host is free."""
         per_operation = 1 if self.host == FREE_HOST else 2
         handoffs = sum(len(task.receives) for task in group.tasks)
-        return per_operation * group.num_operations + handoffs + len(self.reductions) + len(self.gathers)
+        # A reduction that begins early may outlast the tasks and then has a span for either part.
+        return per_operation * group.num_operations + handoffs + 2 * len(self.reductions) + len(self.gathers)
 
 
 def handoff_label(handoff: Handoff) -> Label:
@@ -125,6 +138,6 @@ def handoff_label(handoff: Handoff) -> Label:
     return Label(handoff.payload, "pipeline", Stream.PIPELINE, -1, handoff.source)
 
 
-def collective_label(reduction: Reduction) -> Label:
+def collective_label(reduction: Reduction, stream: Stream = Stream.REDUCTION) -> Label:
     """The label of a collective on gradients or parameters."""
-    return Label(reduction.name, "data_parallel", Stream.REDUCTION, -1)
+    return Label(reduction.name, "data_parallel", stream, -1)

@@ -18,7 +18,7 @@ class Reduction:
     """One collective among each of `members` (lists of global ranks): nobody is done before the last has come.
 
     `buckets` is how many parts it is cut into that may begin while the last backward pass still makes gradients; 0: it
-    begins when all gradients are there.
+    begins when all gradients are there. `stage`: whose gradients they are; -1: of no single stage.
     """
 
     name: str
@@ -26,6 +26,7 @@ class Reduction:
     seconds: float
     source: str
     buckets: int = 0
+    stage: int = -1
 
     @cached_property
     def ranks(self) -> frozenset[int]:

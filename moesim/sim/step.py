@@ -14,7 +14,7 @@ Legend: S routing samples, R ranks of a group, W ranks of the world, L overloade
 from collections import defaultdict
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import simpy
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from moesim.network.contention import LinkUse
 from moesim.parallel.schedules import Handoff
-from moesim.results.spans import SpanRecorder, SpanTable
+from moesim.results.spans import SpanRecorder, SpanTable, Stream
 from moesim.sim.contention import samples_of
 from moesim.sim.executor import GroupExecutor
 from moesim.sim.hub import Carried, Hub
@@ -41,6 +41,14 @@ class StepOutcome:
 
     tables: tuple[SpanTable, ...]
     step_S: FloatArray
+
+
+class Early(NamedTuple):
+    """A collective that a group attended while it had tasks left: when it began and was done, [S, R]."""
+
+    reduction: Reduction
+    start_SR: FloatArray
+    finish_SR: FloatArray
 
 
 class _Meeting:
@@ -66,15 +74,28 @@ class _Meeting:
     def attend(self, group: GroupProgram, executor: GroupExecutor) -> Wait:
         """Bring this group's times, wait for all, and go on when the collective is done."""
         reduction = self.reduction
-        done_SR = executor.done_SR
+        start_SR, finish_SR = yield from self._meet(group, executor, executor.last_begin_SR, executor.done_SR)
+        executor.collective(collective_label(reduction), start_SR=start_SR, finish_SR=finish_SR, own=reduction.seconds)
+
+    def attend_early(
+        self, group: GroupProgram, executor: GroupExecutor, begin_SR: FloatArray, done_SR: FloatArray
+    ) -> Generator[simpy.Event, Any, Early]:
+        """Meet while the group goes on: its gradients were made from `begin_SR` to `done_SR`."""
+        start_SR, executor.reduced_SR = yield from self._meet(group, executor, begin_SR, done_SR)
+        return Early(self.reduction, start_SR, executor.reduced_SR)
+
+    def _meet(
+        self, group: GroupProgram, executor: GroupExecutor, begin_SR: FloatArray, done_SR: FloatArray
+    ) -> Generator[simpy.Event, Any, tuple[FloatArray, FloatArray]]:
+        """When the collective begins for each rank of the group, and when it is done."""
+        reduction = self.reduction
         first_SR = done_SR
         if reduction.buckets:
-            first_SR = executor.last_begin_SR + (done_SR - executor.last_begin_SR) / reduction.buckets
+            first_SR = begin_SR + (done_SR - begin_SR) / reduction.buckets
         first_SR = np.maximum(first_SR, executor.reduced_SR)  # one collective after the other
         self.arrived[id(group)].succeed((first_SR, np.maximum(done_SR, executor.reduced_SR)))
         finish_SW = yield self.over
-        finish_SR = finish_SW[:, group.ranks_R]
-        executor.collective(collective_label(reduction), start_SR=first_SR, finish_SR=finish_SR, own=reduction.seconds)
+        return first_SR, finish_SW[:, group.ranks_R]
 
     def _hold(self, hub: Hub | None, use: LinkUse | None) -> Carried:
         """Wait for all; gives when each rank is done, [S, W]."""
@@ -119,7 +140,12 @@ class _Step:
 
     def group(self, group: GroupProgram, executor: GroupExecutor) -> Wait:
         """The life of one expert group on one pipeline rank."""
-        for task in group.tasks:
+        due: defaultdict[int, list[_Meeting]] = defaultdict(list)
+        for meeting in self.reductions:
+            if id(group) in meeting.arrived:
+                due[group.begins_behind(meeting.reduction)].append(meeting)
+        reducing: simpy.Event | None = None
+        for number, task in enumerate(group.tasks):
             arrived = []
             for handoff in task.receives:
                 sent_SR, arrival_SR = yield self.handoffs[handoff, group.number]
@@ -129,14 +155,48 @@ class _Step:
             executor.recorder.end_action(task.passes, task.micro_batches)
             for sent in task.sends:
                 self._send(group, sent, executor.finished(sent.which))
-        for meeting in self.reductions:
-            if id(group) in meeting.arrived:
-                yield from meeting.attend(group, executor)
+            if number in due and number < len(group.tasks) - 1:
+                times = executor.last_begin_SR, executor.done_SR
+                reducing = self.env.process(self._reduce_early(group, executor, due[number], times, reducing))
+        yield from self._reduce(group, executor, due[len(group.tasks) - 1], reducing)
         executor.wait_for_reductions()
         executor.execute([Run(group.optimizer, -1, False)])
         for meeting in self.gathers:
             if id(group) in meeting.arrived:
                 yield from meeting.attend(group, executor)
+
+    def _reduce_early(
+        self,
+        group: GroupProgram,
+        executor: GroupExecutor,
+        meetings: Sequence[_Meeting],
+        times: tuple[FloatArray, FloatArray],
+        before: simpy.Event | None,
+    ) -> Generator[simpy.Event, Any, list[Early]]:
+        """Collectives beside later tasks, behind those of `before`; gives all of them."""
+        done: list[Early] = [] if before is None else (yield before)
+        for meeting in meetings:
+            early = yield from meeting.attend_early(group, executor, *times)
+            done = [*done, early]
+        return done
+
+    def _reduce(
+        self,
+        group: GroupProgram,
+        executor: GroupExecutor,
+        meetings: Sequence[_Meeting],
+        before: simpy.Event | None,
+    ) -> Wait:
+        """Collectives with no task left, behind those that began early, which are recorded only now.
+
+        So the rows are in the same order whenever the others come.
+        """
+        done: list[Early] = [] if before is None else (yield before)
+        for reduction, start_SR, finish_SR in done:
+            labels = collective_label(reduction, Stream.BACKGROUND), collective_label(reduction)
+            executor.early_collective(labels, start_SR=start_SR, finish_SR=finish_SR, own=reduction.seconds)
+        for meeting in meetings:
+            yield from meeting.attend(group, executor)
 
     def _execute(self, group: GroupProgram, executor: GroupExecutor, runs: Sequence[Run]) -> Wait:
         """Do one action; its transfers over overloaded links take as long as the hub lets them."""
