@@ -17,13 +17,12 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from moesim.moe.balance import balance_loss, loss_free_update, routing_sums
+from moesim.moe.balance import balance_loss, routing_sums
 from moesim.moe.corpus import Corpus
 from moesim.moe.experts import RoutedExperts
 from moesim.moe.request import TrainingRequest
-from moesim.moe.routers import DeepSeekV3Router
 from moesim.moe.static_experts import StaticExperts
-from moesim.moe.training import draw_batch, learning_rate
+from moesim.moe.training import BETAS, WEIGHT_DECAY, draw_batch, learning_rate, update_biases
 from moesim.moe.transformer import LanguageModel, Mode
 from moesim.seeding import stream_seed
 from moesim.trace import TrainingCurves
@@ -71,8 +70,8 @@ class StaticTrainer:
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
             lr=self.rate,
-            betas=(0.9, 0.95),
-            weight_decay=0.1,
+            betas=BETAS,
+            weight_decay=WEIGHT_DECAY,
             fused=True,
             capturable=device.type == "cuda",
         )
@@ -124,7 +123,7 @@ class StaticTrainer:
                 layer.experts.clip_gradients(request.thin.expert_grad_clip)
         self.optimizer.step()
         counts_LN = torch.stack([sums.count_N for sums in sums_L])
-        self._loss_free(counts_LN)
+        update_biases(self.model, self.request, counts_LN)
         imbalance = (counts_LN.amax(dim=1) / counts_LN.mean(dim=1)).mean()
         experts = [layer.experts for layer in self.model.moe_layers]
         kept = [each.kept_share if isinstance(each, StaticExperts) else torch.ones_like(imbalance) for each in experts]
@@ -132,13 +131,6 @@ class StaticTrainer:
             0, self.step, torch.stack([entropy.detach(), imbalance, torch.stack(kept).mean()])[None]
         )
         self.step += 1
-
-    def _loss_free(self, counts_LN: Tensor) -> None:
-        if self.request.balance.loss_free is None:
-            return
-        for layer, count_N in zip(self.model.moe_layers, counts_LN, strict=True):
-            assert isinstance(layer.router, DeepSeekV3Router)
-            loss_free_update(layer.router.bias_N, count_N, gamma=self.request.balance.loss_free.gamma)
 
     def _autocast(self) -> Any:
         # without the cache: its casts of the weights would live on from one graph replay to the next

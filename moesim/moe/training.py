@@ -9,7 +9,7 @@ on CUDA torch's deterministic algorithms are on. Other processors or torch versi
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import reduce
 from operator import add
@@ -38,6 +38,7 @@ from moesim.trace.record import RoutingTrace, TrainingCurves
 NUM_THREADS = 1  # fixed for the bits; beside other work the barriers of two cost more than they gain
 WARMUP_SHARE = 0.1
 FINAL_LEARNING_RATE = 0.1  # share of the peak
+BETAS, WEIGHT_DECAY = (0.9, 0.95), 0.1  # of AdamW
 NUM_VALIDATIONS = 5
 CHECKPOINT_SECONDS = 60.0
 
@@ -134,8 +135,8 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
             lr=request.thin.learning_rate,
-            betas=(0.9, 0.95),
-            weight_decay=0.1,
+            betas=BETAS,
+            weight_decay=WEIGHT_DECAY,
             fused=True,
         )
         self.step = 0
@@ -156,7 +157,7 @@ class Trainer:
             for layer in self.model.moe_layers:
                 layer.experts.clip_gradients(request.thin.expert_grad_clip)
         self.optimizer.step()
-        self._loss_free(counts_LN)
+        update_biases(self.model, self.request, counts_LN)
         self.step += 1
         self.train_loss.append(loss)
         self.imbalance.append(float(np.mean([load_imbalance(count_N) for count_N in counts_LN])))
@@ -207,13 +208,6 @@ class Trainer:
         """The balance losses of all layers together."""
         request = self.request
         return reduce(add, (balance_loss(sums, shape=request.router, balance=request.balance) for sums in sums_L))
-
-    def _loss_free(self, counts_LN: list[Tensor]) -> None:
-        if self.request.balance.loss_free is None:
-            return
-        for layer, count_N in zip(self.model.moe_layers, counts_LN, strict=True):
-            assert isinstance(layer.router, DeepSeekV3Router)
-            loss_free_update(layer.router.bias_N, count_N, gamma=self.request.balance.loss_free.gamma)
 
     def _validate(self) -> None:
         """Held-out loss at `NUM_VALIDATIONS` evenly spaced steps, always over the same text, without dropping."""
@@ -276,6 +270,15 @@ def learning_rate(step: int, *, num_steps: int, peak: float) -> float:
         return peak * (step + 1) / warmup
     passed = (step - warmup) / max(1, num_steps - warmup)
     return peak * (FINAL_LEARNING_RATE + (1 - FINAL_LEARNING_RATE) * 0.5 * (1 + math.cos(math.pi * passed)))
+
+
+def update_biases(model: LanguageModel, request: TrainingRequest, counts_LN: Iterable[Tensor]) -> None:
+    """Loss-free balancing after a step in which experts of each layer got `counts_LN` rows; nothing without it."""
+    if request.balance.loss_free is None:
+        return
+    for layer, count_N in zip(model.moe_layers, counts_LN, strict=True):
+        assert isinstance(layer.router, DeepSeekV3Router)
+        loss_free_update(layer.router.bias_N, count_N, gamma=request.balance.loss_free.gamma)
 
 
 def device_of(request: TrainingRequest) -> torch.device:
