@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, TextIO
 
+from rich.console import RenderableType
 from rich.text import Text
 
 from moesim.report.facts import Fact, percent
@@ -15,22 +16,31 @@ from moesim.trace import RoutingTrace
 from moesim.trace.library import LibraryEntry
 from moesim.trace.metrics import expert_load_LE, imbalance, mean_distinct_groups_L
 
+_FULL_WIDTH = 92  # columns that all facts of the longest name need
+
 
 def print_entries(entries: Sequence[LibraryEntry], *, file: TextIO | None = None, width: int | None = None) -> None:
     """One line per entry, with what was varied and what came of it."""
-    columns = ("library:", "tokens", "training loss", "held-out loss", "imbalance", "dropped")
+    show(lambda options: _list(entries, wide=options.max_width >= _FULL_WIDTH), file=file, width=width)
+
+
+def _list(entries: Sequence[LibraryEntry], *, wide: bool) -> list[RenderableType]:
+    head = ("library:", "held out", "imbalance", "dropped", *(("training", "tokens") if wide else ()))
     rows = [
         (
             entry.name,
-            f"{entry.tokens:,}",
-            f"{entry.train_loss:.4f}",
             f"{entry.held_out_loss:.4f}",
             f"{entry.imbalance:.2f}",
             percent(entry.dropped_share, digits=2),
+            *((f"{entry.train_loss:.4f}", f"{entry.tokens:,}") if wide else ()),
         )
         for entry in entries
     ]
-    show(lambda _: [number_table(columns, rows)], file=file, width=width)
+    losses = "held out, training: losses" if wide else "held out: loss"
+    note = f"{losses} in nats per byte; imbalance: the fullest expert over the mean; dropped: rows late in training"
+    if not wide:
+        note += f"; {_FULL_WIDTH} columns also show the training loss and the recorded tokens"
+    return [number_table(head, rows), Text(note, style="dim")]
 
 
 def entry_facts(entry: LibraryEntry, trace: RoutingTrace) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """`moesim trace library:...`: the list of shipped routing, and one entry."""
 
+import io
 import json
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 
 from moesim.moe.cache import checkpoint_path, trace_path
 from moesim.moe.request import TrainingRequest
+from moesim.report.library_view import print_entries
 from moesim.scenario import load_scenario
 from moesim.trace import load_trace
 from moesim.trace.library import find_entry, library_entries
@@ -18,6 +20,18 @@ def test_all_entries_are_listed(moesim) -> None:
     assert all(entry.name in answer.out for entry in library_entries())
     rows = json.loads(moesim("trace", "library:", "--json").out)
     assert [row["name"] for row in rows] == [entry.name for entry in library_entries()]
+
+
+@pytest.mark.parametrize(("width", "columns"), [(80, 4), (92, 6)])
+def test_the_list_fits_into_a_terminal(width: int, columns: int) -> None:
+    file = io.StringIO()
+    print_entries(library_entries(), file=file, width=width)
+    lines = file.getvalue().splitlines()
+    assert not any("…" in line or len(line) > width for line in lines)
+    assert [len(line.replace(" %", "%").split()) for line in lines[1 : len(library_entries()) + 1]] == [columns] * len(
+        library_entries()
+    )
+    assert "nats per byte" in lines[len(library_entries()) + 1]
 
 
 def test_a_pattern_chooses_by_every_name(moesim) -> None:
