@@ -9,7 +9,6 @@ from moesim.network.collectives import (
     reduce_scatter_seconds,
     send_recv_seconds,
 )
-from moesim.network.contention import slow_downs
 from moesim.network.describe import FabricFacts, describe
 from moesim.network.dispatch import deepep_bytes, prepare_combine, prepare_dispatch
 from moesim.network.fabric import Fabric, build_fabric
@@ -37,6 +36,5 @@ __all__ = [
     "prepare_transfer",
     "reduce_scatter_seconds",
     "send_recv_seconds",
-    "slow_downs",
     "transfer_times",
 ]

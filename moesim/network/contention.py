@@ -7,7 +7,6 @@ Legend: K open transfers, X links (of the fabric, or some of them), S routing sa
 C common links of the fabric, Q (flow, common link) pairs, O overloaded links.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -44,19 +43,6 @@ class LinkUse:
             return self
         chosen = slice(sample, sample + 1)
         return LinkUse(bytes_SX=self.bytes_SX[chosen], flows_SX=self.flows_SX[chosen])
-
-
-def slow_downs(
-    fabric: Fabric, demands_KX: Sequence[FloatArray], *, flows_KX: Sequence[FloatArray] | None = None
-) -> FloatArray:
-    """Progress per second of each open transfer, [K], 1 where its links have capacity to spare.
-
-    `demands_KX`: bytes/s that each transfer puts on each link of the fabric while alone (`PreparedTransfer.demand_X`).
-    `flows_KX`: how many flows these are; one each when absent. See progress_rates.
-    """
-    demands = np.asarray(demands_KX, dtype=np.float64).reshape(-1, len(fabric.links))
-    flows = (demands > 0).astype(np.float64) if flows_KX is None else np.asarray(flows_KX, dtype=np.float64)
-    return progress_rates(fabric.capacity_X, demands, flows)
 
 
 def progress_rates(capacity_X: FloatArray, demands_KX: FloatArray, flows_KX: FloatArray) -> FloatArray:

@@ -209,11 +209,6 @@ class PreparedTransfer:
         """The bytes."""
         return self._all_traffic.part(self._samples)
 
-    @property
-    def demand_X(self) -> FloatArray:
-        """Bytes/s on each link while the transfer is alone, for `slow_downs`."""
-        return self.traffic.link_bytes_X / max(float(self._alone_SR.max(axis=1).mean()), 1e-30)
-
     def common_use(self, ranks_R: NDArray[np.integer]) -> LinkUse:
         """What it puts on the fabric's common links, on `ranks_R` in the place of those that it was prepared for."""
         return self.traffic.common_use(ranks_R)

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from network_cases import make_fabric, rank_finish, skewed_bytes, star
 
-from moesim.network import build_fabric, filling, lower_bound, prepare_transfer, slow_downs, transfer_times
+from moesim.network import build_fabric, filling, lower_bound, prepare_transfer, transfer_times
+from moesim.network.contention import progress_rates
 from moesim.network.flows import build_flows, make_demand
 from moesim.scenario.cluster import Cluster, Link, Pool
 from moesim.scenario.cluster import Fabric as Section
@@ -276,13 +277,13 @@ def test_samples_in_lockstep_equal_samples_alone() -> None:
         assert together.alone_R.shape == (3, 8)
 
 
-def test_slow_downs_share_a_link_by_demand() -> None:
+def test_transfers_share_a_link_by_demand() -> None:
     fabric = star(4)
-    demands = [
-        prepare_transfer(fabric, matrix(4, **{flow: 1}), model="exact").demand_X for flow in ("f02", "f12", "f30")
-    ]
-    np.testing.assert_allclose(slow_downs(fabric, demands), [0.5, 0.5, 1.0])
-    np.testing.assert_allclose(slow_downs(fabric, demands[1:]), 1.0)
+    flows = [prepare_transfer(fabric, matrix(4, **{flow: 1}), model="exact") for flow in ("f02", "f12", "f30")]
+    demands_KX = np.stack([flow.traffic.link_bytes_X / flow.alone_R.max() for flow in flows])
+    flows_KX = (demands_KX > 0).astype(float)
+    np.testing.assert_allclose(progress_rates(fabric.capacity_X, demands_KX, flows_KX), [0.5, 0.5, 1.0])
+    np.testing.assert_allclose(progress_rates(fabric.capacity_X, demands_KX[1:], flows_KX[1:]), 1.0)
 
 
 def interpreted() -> ModuleType:
