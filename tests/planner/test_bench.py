@@ -1,0 +1,84 @@
+"""Many processes judge as one does: the same verdicts in the same order, and none is lost with its process."""
+
+import os
+import signal
+
+import pytest
+from plan_cases import build_plan
+
+from moesim.errors import UserError
+from moesim.planner.bench import SMALL, Bench, grouped, opened_bench
+from moesim.planner.judge import Judge
+from moesim.planner.screen import Screen
+from moesim.planner.space import Space
+from moesim.planner.traces import Traces
+from moesim.study.workers import Lost, opened_workers
+
+
+@pytest.fixture(scope="module")
+def plan():
+    return build_plan({"goal.days": 0.5, "goal.usd": 60, "choices.recompute": ["none"], "choices.gpus": [2, 4]})
+
+
+def _judge(plan):
+    return Judge(Space.of(plan), Screen(Traces(None).of))
+
+
+@pytest.fixture(scope="module")
+def alone(plan):
+    judge = _judge(plan)
+    Bench(judge).judge_all(list(judge.space.layouts()))
+    return judge
+
+
+def test_processes_give_the_verdicts_of_one_in_the_same_order_though_one_is_killed(plan, alone):
+    judge = _judge(plan)
+    told = []
+    with opened_workers(count=2, cluster=None) as place:
+        collect, killed = place.collect, []
+
+        def collect_and_kill_another(future):
+            found = collect(future)
+            if not killed:
+                killed.append(next(iter(place._busy.values())).pid.result())
+                os.kill(killed[0], signal.SIGKILL)
+            return found
+
+        place.collect = collect_and_kill_another
+        Bench(judge, place).judge_all(
+            list(judge.space.layouts()), progress=lambda done, size: told.append((done, size))
+        )
+    assert killed
+    assert judge.fitting == alone.fitting
+    assert judge.funnel.as_json() == alone.funnel.as_json()
+    assert told[-1] == (judge.space.size, judge.space.size)
+
+
+def test_a_group_that_always_kills_its_process_is_an_error(plan):
+    judge = _judge(plan)
+    with opened_workers(count=1, cluster=None) as place:
+        collect = place.collect
+
+        def collect_nothing(future):
+            collect(future)
+            return Lost(1, retry=True)
+
+        place.collect = collect_nothing
+        with pytest.raises(UserError, match="was memory short"):
+            Bench(judge, place).judge_all(list(judge.space.layouts())[:1])
+
+
+def test_groups_hold_every_combination_once(plan):
+    space = Space.of(plan)
+    groups = grouped(space, list(space.layouts()))
+    assert sorted(map(str, sum(groups, []))) == sorted(map(str, space.layouts()))
+    for group in groups:
+        assert len({(layout.expert, layout.micro_batch) for layout in group}) == 1
+
+
+def test_few_combinations_start_no_process(plan):
+    judge = _judge(plan)
+    with opened_bench(judge, workers=4, cache_dir=None, expected=SMALL) as bench:
+        assert bench.place is None
+    with opened_bench(judge, workers=1, cache_dir=None, expected=10 * SMALL) as bench:
+        assert bench.place is None
