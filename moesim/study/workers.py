@@ -9,7 +9,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from logging import CRITICAL, getLogger
-from multiprocessing import forkserver, get_context
+from multiprocessing import forkserver, get_context, resource_tracker
 from typing import Any, NamedTuple, Protocol
 
 from moesim.errors import UserError
@@ -71,13 +71,14 @@ class Processes:
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> "Future[Any]":
         """Start a task in a free process."""
-        place = self._free.pop() if self._free else _new_place()
-        try:
-            future = place.executor.submit(function, *arguments)
-        except BrokenProcessPool:  # it was killed while it had nothing to do
-            place.executor.shutdown(wait=False)
-            return self.submit(function, *arguments)
-        self._busy[future] = place
+        with _ctrl_c_waits():  # until the place is known: `stop` must find every process
+            place = self._free.pop() if self._free else _new_place()
+            try:
+                future = place.executor.submit(function, *arguments)
+            except BrokenProcessPool:  # it was killed while it had nothing to do
+                place.executor.shutdown(wait=False)
+                return self.submit(function, *arguments)
+            self._busy[future] = place
         return future
 
     def collect(self, future: "Future[Any]") -> Any:
@@ -116,13 +117,28 @@ def _pid(place: _Place) -> int:
         return 0
 
 
+@contextmanager
+def _ctrl_c_waits() -> Iterator[None]:
+    """Hold Ctrl-C back until the end of the block; processes and threads that start in it never see it."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
 def _start_fork_server() -> None:
-    """One process imports the simulator once, and every worker is a copy of it: one thread each, no second import."""
+    """One process imports the simulator once, and every worker is a copy of it: one thread each, no second import.
+
+    Ctrl-C reaches the whole group of processes; only the parent answers it.
+    """
     before = {name: os.environ.get(name) for name in _ONE_THREAD}
     get_context("forkserver").set_forkserver_preload(["moesim.run", "moesim.study.work"])
     os.environ.update(dict.fromkeys(_ONE_THREAD, "1"))
+    resource_tracker.ensure_running()  # the fork server would start it, and that takes the mask back
     try:
-        forkserver.ensure_running()
+        with _ctrl_c_waits():
+            forkserver.ensure_running()
     finally:
         for name, value in before.items():
             os.environ.pop(name, None)

@@ -182,6 +182,36 @@ def test_processes_end_with_their_parent(tmp_path):
     assert not is_alive(pid)
 
 
+CTRL_C = """
+import os, signal, time
+from multiprocessing import forkserver
+from moesim.study.workers import Processes
+if __name__ == "__main__":
+    workers = Processes(1)
+    before = forkserver._forkserver._forkserver_pid
+    try:
+        os.killpg(0, signal.SIGINT)  # as a terminal does: the fork server is still importing
+        while True:
+            time.sleep(0.01)
+    except KeyboardInterrupt:
+        print("interrupted")
+    future = workers.submit(os.getpid)
+    future.result()
+    assert workers.collect(future) != os.getpid()
+    assert forkserver._forkserver._forkserver_pid == before, "the fork server took the signal too"
+    workers.stop()
+"""
+
+
+def test_ctrl_c_reaches_the_parent_alone(tmp_path):
+    script = tmp_path / "ctrl_c.py"
+    script.write_text(CTRL_C)
+    ended = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, start_new_session=True, timeout=60, check=False
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "interrupted\n", "")
+
+
 def test_the_display_shows_routers_and_points():
     from io import StringIO
 
