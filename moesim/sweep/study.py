@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from moesim.errors import ConflictError, InfeasibleError, UserError
-from moesim.scenario import Scenario, load_scenario
+from moesim.scenario import Scenario, TraceRouting, load_scenario
 from moesim.scenario.catalogue import suggest
 from moesim.scenario.document import Node
 from moesim.study import Point
@@ -27,6 +27,7 @@ from moesim.study.point import content_hash
 from moesim.sweep import reader
 from moesim.sweep.axes import Axis, Setting, filled, grid, read_axes, read_points, read_settings
 from moesim.sweep.metrics import METRICS
+from moesim.trace.library import find_entry, is_library_name
 
 STUDY_KEYS = ("name", "base", "set", "axes", "points", "reference", "plot")
 PLOT_KEYS = ("kind", "x", "y", "colour")
@@ -181,12 +182,22 @@ def _scenario(
     texts = {id(setting): _override(setting, path.parent) for setting in (*common, *own)}
     ordered = [*(texts[id(s)] for s in common), *overrides, *(texts[id(s)] for s in own)]
     try:
-        return load_scenario(path.parent / base, ordered)
+        return _with_known_routing(load_scenario(path.parent / base, ordered), path)
     except UserError as error:
         message = str(error)
         for setting in sorted((*common, *own), key=lambda s: -len(texts[id(s)])):
             message = message.replace(f"--set {texts[id(setting)]}", setting.where)
         raise type(error)(message) from None
+
+
+def _with_known_routing(scenario: Scenario, path: Path) -> Scenario:
+    """The scenario, once its trace is in the library: a wrong name must not wait for the points before it."""
+    if isinstance(scenario.routing, TraceRouting) and is_library_name(scenario.routing.file):
+        try:
+            find_entry(scenario.routing.file)
+        except UserError as error:
+            raise UserError(f"{path}: routing.file: {error}") from None
+    return scenario
 
 
 def _override(setting: Setting, folder: Path) -> str:

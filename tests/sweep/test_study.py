@@ -142,6 +142,10 @@ AXIS = "axes:\n- {key: seed, values: [0, 1]}\n"
             HEAD + "set: {name: $ruin}\naxes:\n- {key: $run, values: [1]}\n",
             r'no axis sets \$ruin; did you mean "\$run"\?',
         ),
+        (
+            HEAD + "set: {routing: {kind: trace, file: 'library:64x6/$m'}}\naxes:\n- {key: $m, values: [M2, M9]}\n",
+            r"study.yaml: routing.file: library:64x6/M9: the library has no such entry; did you mean 64x6/M",
+        ),
         (HEAD + "axes:\n- {key: seed, values: [1, 1]}\n", r"points 1 and 2 are the same scenario \(seed = 1 and"),
         (HEAD + "axes:\n- {key: $x, values: [1, 2]}\n", r"points 1 and 2 are the same scenario"),
         (HEAD + "axes:\n- {key: parallelism.expert, values: [3, 5]}\n", r"no point .* 3 does not divide"),
