@@ -26,6 +26,14 @@ _SHORT = {
     "parallelism.expert_tensor": "etp",
     "workload.micro_batch": "mb",
 }
+_LONG = {
+    "parallelism.pipeline": "pipeline",
+    "parallelism.tensor": "tensor",
+    "parallelism.context": "context",
+    "parallelism.data": "data",
+    "parallelism.expert": "expert",
+    "parallelism.expert_tensor": "expert-tensor",
+}
 
 
 def print_plan(plan: Plan, *, file: TextIO | None = None, width: int | None = None) -> None:
@@ -38,7 +46,7 @@ def _screen(plan: Plan) -> list[RenderableType]:
     head.append(f"  {_goal(plan['goal'])}", style="dim")
     blocks: list[RenderableType] = [head, section("what was looked at", _funnel(plan))]
     blocks.append(section(f"layouts by simulated {_objectives(plan)}", _ranking(plan)))
-    blocks.append(_note(_legend(plan)))
+    blocks += [_note(_legend(plan)), _note(_abbreviations(plan))]
     for key, title in (
         ("runner_up", "why it wins: against the runner-up"),
         ("best_with_other_gpus", "against the best with other GPUs"),
@@ -58,7 +66,7 @@ def _note(text: str) -> RenderableType:
 
 
 def _goal(goal: Mapping[str, Any]) -> str:
-    words = [f"{goal['tokens']:.3g} tokens"]
+    words = [f"{goal['tokens']:.3g} tokens".replace("e+", "e")]
     if goal["deadline_days"] is not None:
         words.append(f"in {goal['deadline_days']:g} days" + (f" (by {goal['by']})" if goal.get("by") else ""))
     if goal["usd"] is not None:
@@ -210,6 +218,15 @@ def _legend(plan: Plan) -> str:
     return "; ".join(words)
 
 
+def _abbreviations(plan: Plan) -> str:
+    """What the short words of the shown layouts mean, those alone that are there."""
+    shown = [plan["outcomes"][point]["values"] for point in plan["ranking"][:_ROWS]]
+    keys = [key for key in _SHORT if any(values.get(key, 1) != 1 for values in shown)]
+    sizes = [f"{_SHORT[key]} {_LONG[key]}" for key in keys if key in _LONG]
+    ways = f"{', '.join(sizes)}: ways of parallelism; " if sizes else ""
+    return f"{ways}mb: sequences per micro-batch; mem: share of a GPU's memory"
+
+
 def _comparison(plan: Plan, found: Mapping[str, Any]) -> Table:
     rows = []
     for part in found["parts"][:_PARTS]:
@@ -261,7 +278,7 @@ def _sensitivity(plan: Plan) -> Table:
                 str(change["layouts"]),
             )
         )
-    return _table(("change", "", "best then", "cost", "days", "of"), rows)
+    return _table(("change", "", "best then", "cost", "days", "among"), rows)
 
 
 def _flips(plan: Plan) -> list[str]:

@@ -24,7 +24,13 @@ def test_a_plan_is_printed_and_read_back(file, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["plan", str(file), "--out", str(out), "--workers", "1"]) == 0
     screen = capsys.readouterr().out
-    for words in ("what was looked at", "layouts by simulated cost", "why it wins", "what would alter the choice", "$"):
+    for words in (
+        "what was looked at",
+        "layouts by simulated cost",
+        "why it wins",
+        "what would alter the choice",
+        "mb: sequences",
+    ):
         assert words in screen
     assert max(map(len, screen.splitlines()[:-1])) <= 100  # the last line holds the path
     assert main(["plan", str(file), "--out", str(out), "--workers", "1", "--json"]) == 0  # nothing is simulated again
