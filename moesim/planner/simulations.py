@@ -17,7 +17,7 @@ from moesim.study import PointRecord
 
 @dataclass
 class Simulations:
-    """The simulated layouts of one space. `missing`: what came of those that were not done."""
+    """The simulated layouts of one space. `failed`: what came of those that were not done."""
 
     folder: Folder
     judge: Judge
@@ -26,6 +26,7 @@ class Simulations:
 
     @property
     def plan(self) -> Plan:
+        """What was asked for."""
         return self.folder.plan
 
     def simulate_best(self) -> None:

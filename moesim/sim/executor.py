@@ -38,7 +38,7 @@ Handed = tuple[Label, FloatArray, FloatArray]  # what, when it was sent, when it
 
 @dataclass(frozen=True, kw_only=True)
 class HostModel:
-    """Seconds the host needs per launch in either direction and per read-back; `runs_ahead` when it never limits."""
+    """Seconds the host needs per launch in either direction and per read-back; FREE_HOST where it never limits."""
 
     forward_launch: float
     backward_launch: float
