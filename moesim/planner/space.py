@@ -268,11 +268,22 @@ class Space:
         }
         for key, section in sections.items():
             if len(getattr(chosen, key.rpartition(".")[2])) > 1:
-                values[key] = section.model_dump(mode="json", exclude_defaults=True) | _kind(section)
+                values[key] = _words(section.model_dump(mode="json", exclude_defaults=True) | _kind(section))
         if len(chosen.recompute) > 1:
             recompute = chosen.recompute[layout.recompute]
             values["workload.recompute"] = recompute if isinstance(recompute, str) else list(recompute)
         return values
+
+
+def _words(section: dict[str, Any]) -> dict[str, Any]:
+    """Bandwidths in the unit in which networks are sold: `400 Gbps` for `50000000000.0 B/s`."""
+    unit = " B/s"
+    return {
+        key: f"{8 * float(value.removesuffix(unit)) / 1e9:g} Gbps"
+        if isinstance(value, str) and value.endswith(unit)
+        else value
+        for key, value in section.items()
+    }
 
 
 def _kind(section: Any) -> dict[str, str]:

@@ -52,7 +52,7 @@ def differences(winner: Simulated, other: Simulated) -> dict[str, Any]:
         if max(shares) > ROUND_OFF:
             parts.append({
                 "part": name,
-                "step_s": seconds,
+                "step_s": [at if share > ROUND_OFF else 0.0 for at, share in zip(seconds, shares, strict=True)],
                 "gpu_hours_difference": hours[1] - hours[0],
                 "usd_difference": usd[1] - usd[0],
             })  # fmt: skip

@@ -71,7 +71,7 @@ def test_a_group_that_always_kills_its_process_is_an_error(plan):
 def test_groups_hold_every_combination_once(plan):
     space = Space.of(plan)
     groups = grouped(space, list(space.layouts()))
-    assert sorted(map(str, sum(groups, []))) == sorted(map(str, space.layouts()))
+    assert sorted(str(layout) for group in groups for layout in group) == sorted(map(str, space.layouts()))
     for group in groups:
         assert len({(layout.expert, layout.micro_batch) for layout in group}) == 1
 

@@ -1,11 +1,12 @@
 """How many layouts the screen looks at per second. Prints; run with -m benchmark -s."""
 
+import os
 import time
 from pathlib import Path
 
 import pytest
 
-from moesim.planner.bench import Bench
+from moesim.planner.bench import Bench, opened_bench
 from moesim.planner.judge import Judge
 from moesim.planner.loading import load_plan
 from moesim.planner.screen import Screen
@@ -49,5 +50,15 @@ def test_the_screen_looks_at_fifty_layouts_a_second_on_each_core(name):
     slowed = max(1.0, (before + pace()) / 2 / IDLE_PACE)
     layouts = len(judge.fitting) + judge.funnel.count("memory")
     print(f"\n{name}: {layouts} layouts of {judge.space.size} combinations in {seconds:.1f} s of processor time,")
-    print(f"{layouts / seconds:.0f} per second, on a core {slowed:.1f} times slower than an idle one")
+    print(f"{layouts / seconds:.0f} per second, {1e3 * seconds / layouts:.1f} ms each,")
+    print(f"on a core {slowed:.1f} times slower than an idle one")
     assert layouts / seconds * slowed > LAYOUTS_PER_SECOND
+
+    together = Judge(Space.of(plan), Screen(trace_of))
+    start = time.perf_counter()
+    with opened_bench(together, workers=2, cache_dir=None, expected=together.space.size) as bench:
+        assert bench.place is not None
+        enumerate_space(bench)
+    wall = time.perf_counter() - start
+    print(f"two processes: {layouts / wall:.0f} per second of wall clock, at a load of {os.getloadavg()[0]:.1f}")
+    assert together.fitting == judge.fitting

@@ -103,6 +103,13 @@ def test_an_empty_funnel_names_the_last_constraint_and_the_nearest_miss():
     assert funnel.binding is None
 
 
+def test_bandwidths_are_told_as_networks_are_sold(small_plan):
+    nics = [{"preset": "rail_optimised", "nic": nic} for nic in ("200 Gbps", "50 GB/s")]
+    space = Space.of(small_plan({"choices.fabric": nics}))
+    told = {space.values(layout)["cluster.fabric"]["nic"] for layout in _sorted_out(space)[0]}
+    assert told == {"200 Gbps", "400 Gbps"}
+
+
 def test_choices_that_contradict_the_checks_are_counted_by_key(small_plan):
     _, reasons = _sorted_out(Space.of(small_plan({"choices.micro_batch": [3]})))
     assert "workload.global_batch" in {why.reason for why in reasons.values()}
