@@ -141,13 +141,16 @@ def coverage(scenario: Scenario, sample: TrafficSample) -> float:
 def draw_samples(
     scenario: Scenario, trace: RoutingTrace | None, *, bootstrap: bool = True
 ) -> tuple[list[TrafficSample], list[TrafficSample]]:
-    """Plain routing samples, and as many from resampled traces for the range (none when the trace is too small)."""
+    """Plain routing samples, and as many from resampled traces for the range.
+
+    None for the range from one sample, or from a trace that is too small.
+    """
     if trace is None:
         return [], []
     sampler = TrafficSampler(scenario, trace)
     count = scenario.uncertainty.samples
     plain = [sampler.draw(stream(scenario.seed, "sample", number)) for number in range(count)]
-    if not bootstrap or coverage(scenario, plain[0]) < MIN_COVERAGE_FOR_RANGE:
+    if not bootstrap or count == 1 or coverage(scenario, plain[0]) < MIN_COVERAGE_FOR_RANGE:
         return plain, []
     again = [sampler.draw(stream(scenario.seed, "bootstrap", number), bootstrap=True) for number in range(count)]
     return plain, again
@@ -365,7 +368,7 @@ def _warnings(scenario: Scenario, fabric: Fabric, memory: MemoryReport, plain: S
             "may come out a fifth short; use fluid"
         )
     if plain and coverage(scenario, plain[0]) < MIN_COVERAGE_FOR_CONFIDENCE:
-        has_range = coverage(scenario, plain[0]) >= MIN_COVERAGE_FOR_RANGE
+        has_range = len(plain) > 1 and coverage(scenario, plain[0]) >= MIN_COVERAGE_FOR_RANGE
         effect = "the range is likely too narrow" if has_range else "no range is given"
         warnings.append(
             f"the trace has {plain[0].draw.num_trace_sequences} sequences for a batch of "

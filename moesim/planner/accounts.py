@@ -20,7 +20,7 @@ def sensitivity(folder: Folder, work: Simulations, ranking: Sequence[Simulated])
     """The ranking under other bandwidths (simulated again), balanced routing and other prices."""
     plan, best = folder.plan, _best_of_each_kind(ranking, folder.plan.sensitivity.candidates)
     changes = []
-    for factor in plan.sensitivity.bandwidth:
+    for factor in plan.sensitivity.bandwidth if best else ():
         scenarios = [
             (with_bandwidth(layout.scenario, factor), {**layout.values, "bandwidth": factor}) for layout in best
         ]

@@ -76,7 +76,8 @@ def step_time(result: Result) -> Fact:
     """Mean step time and its 90 % range, or why there is none."""
     bounds = result.get("step_time_range_s")
     if bounds is None:
-        return Fact("step time", seconds(result["step_time_s"]), "no range: too few distinct sequences")
+        reason = "one routing sample" if result["samples"] == 1 else "too few distinct sequences"
+        return Fact("step time", seconds(result["step_time_s"]), f"no range: {reason}")
     digits = _digits_that_tell_apart(*bounds)
     low, mean, high = (seconds(value, digits=digits) for value in (bounds[0], result["step_time_s"], bounds[1]))
     return Fact("step time", mean, f"90 % range {low} to {high}")
@@ -241,9 +242,11 @@ def spread(load_LE: FloatArray) -> list[Fact]:
 
 
 def trace_imbalance(trace: RoutingTrace) -> dict[int, FloatArray]:
-    """Max / mean expert load per layer [L] of every recorded step, over all its tokens."""
+    """Max / mean expert load per layer [L] of every step that the trace knows of, over all its tokens."""
     num_experts = trace.router.num_experts
-    return {step.step: imbalance(expert_load_LE(step, num_experts=num_experts)) for step in trace.steps}
+    counted = {step.step: imbalance(step.counts_LSE.sum(axis=1)) for step in trace.earlier}
+    recorded = {step.step: imbalance(expert_load_LE(step, num_experts=num_experts)) for step in trace.steps}
+    return counted | recorded
 
 
 def trace_facts(trace: RoutingTrace) -> list[Fact]:
