@@ -4,7 +4,7 @@ What it leaves out: groups and micro-batches differ, here all take as long as th
 plan says how far off that is; nothing is ranked by it in the end.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -35,15 +35,41 @@ class _EndOfStep(NamedTuple):
     rest: float
     accumulation: float
 
-    def done(self, finish: float, *, last: float) -> float:
-        """When the step ends on the rank whose last action took `last` seconds and was done at `finish`."""
+    def done(self, finish: float, *, last: float, lasts: Mapping[int, "_Last"]) -> float:
+        """When the step ends on the rank whose last action took `last` seconds and was done at `finish`.
+
+        `lasts`: for stages whose gradients go as soon as they are made, the action that makes the last of them.
+        """
+        at_end = _Last(behind=0.0, seconds=last)
+        chosen = [(r, lasts.get(r.stage, at_end) if r.buckets else at_end) for r in self.reductions]
         reduced = 0.0
-        for reduction in self.reductions:
-            beside = last * (1 - 1 / reduction.buckets) if reduction.buckets else 0.0
-            begin = max(finish - beside, reduced)
+        for reduction, of_stage in sorted(chosen, key=lambda pair: -pair[1].behind):
+            made = finish - of_stage.behind
+            beside = of_stage.seconds * (1 - 1 / reduction.buckets) if reduction.buckets else 0.0
+            begin = max(made - beside, reduced)
             tail = reduction.seconds / reduction.buckets if reduction.buckets else reduction.seconds
-            reduced = max(begin + reduction.seconds, max(finish, reduced) + tail)
+            reduced = max(begin + reduction.seconds, max(made, reduced) + tail)
         return max(finish, reduced) + self.rest
+
+
+class _Last(NamedTuple):
+    """The last action that makes gradients of a stage: its seconds, and those of all actions behind it on its rank."""
+
+    behind: float
+    seconds: float
+
+
+def _last_of_stages(schedule: Schedule, rank: int, seconds: Callable[[int, Action], float]) -> dict[int, _Last]:
+    """By stage; gaps between the actions behind it are left out."""
+    lasts: dict[int, _Last] = {}
+    behind = 0.0
+    for action in reversed(schedule.actions[rank]):
+        took = seconds(rank, action)
+        for work in action.works:
+            if work.kind in (Pass.BACKWARD, Pass.WEIGHT):
+                lasts.setdefault(schedule.stage(rank, work), _Last(behind, took))
+        behind += took
+    return lasts
 
 
 @dataclass(frozen=True)
@@ -89,8 +115,13 @@ class Screen:
         )
         if walk.schedule.num_replicas > 1:
             finish = [max(finish)] * len(finish)  # both holders of a stage reduce its gradients together
-        lasts = [seconds(rank, actions[-1]) for rank, actions in enumerate(walk.schedule.actions)]
-        return max(end.done(done, last=last) for end, done, last in zip(ends, finish, lasts, strict=True))
+        lasts: list[dict[int, _Last]] = [{}] * walk.schedule.num_ranks
+        if not Mesh(mesh, scenario.cluster).shards_by_layer:
+            lasts = [_last_of_stages(walk.schedule, rank, seconds) for rank in range(walk.schedule.num_ranks)]
+        return max(
+            end.done(done, last=seconds(rank, walk.schedule.actions[rank][-1]), lasts=lasts[rank])
+            for rank, (end, done) in enumerate(zip(ends, finish, strict=True))
+        )
 
     def _pieces(self, scenario: Scenario) -> Cut:
         return self.pieces.of(scenario, self._fabric(scenario).parameters)
