@@ -1,13 +1,18 @@
-"""The routing of a plan's layouts, obtained once per router: they differ in nothing else that a trace depends on."""
+"""The routing of a plan's layouts, obtained once for all that would get the same."""
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from moesim.moe.progress import ProgressCallback
+from moesim.moe.request import TrainingRequest
 from moesim.run import obtain_trace
-from moesim.scenario import RouterShape, Scenario, TraceRouting
+from moesim.scenario import Scenario
+from moesim.scenario.routing import TraceRouting, TrainRouting
 from moesim.trace import RoutingTrace
 from moesim.trace.agreement import check_agreement
+
+TOKENS = 262_144  # recorded or drawn: as many as for a whole step, though a layout may be screened on a part of one
 
 
 @dataclass(frozen=True)
@@ -16,15 +21,20 @@ class Traces:
 
     cache_dir: Path | None
     progress: ProgressCallback | None = None
-    _known: dict[RouterShape, RoutingTrace | None] = field(default_factory=dict, repr=False)
+    _known: dict[Hashable, RoutingTrace | None] = field(default_factory=dict, repr=False)
 
     def of(self, scenario: Scenario) -> RoutingTrace | None:
-        """The trace of the scenario's router; None for a dense model. Raises UserError where a file does not fit."""
+        """The trace of the scenario's router; None for a dense model. Raises UserError where a file does not fit.
+
+        It depends on the scenario alone, not on those that were asked for before: the global batch, which differs
+        between a layout and the part of it that is screened, counts as at least TOKENS.
+        """
         if scenario.model.experts == 0:
             return None
-        key = scenario.router_shape()
+        whole = _with_whole_batch(scenario)
+        key = _key(whole)
         if key not in self._known:
-            self._known[key] = self._obtained(scenario)
+            self._known[key] = self._obtained(whole)
         return self._known[key]
 
     def _obtained(self, scenario: Scenario) -> RoutingTrace | None:
@@ -33,3 +43,19 @@ class Traces:
             return obtain_trace(scenario, progress=self.progress, cache_dir=self.cache_dir)
         check_agreement(read, scenario.routing, wanted=scenario.router_shape())  # one plan, one file
         return read
+
+
+def _with_whole_batch(scenario: Scenario) -> Scenario:
+    workload = scenario.workload
+    sequences = -(-TOKENS // workload.sequence_length)
+    return scenario.model_copy(update={"workload": workload.model_copy(update={"global_batch": sequences})})
+
+
+def _key(scenario: Scenario) -> Hashable:
+    """Equal for scenarios that get the same trace."""
+    if isinstance(scenario.routing, TrainRouting):
+        return TrainingRequest.from_scenario(scenario).content_hash()
+    if isinstance(scenario.routing, TraceRouting):
+        return scenario.router_shape()
+    window = scenario.parallelism.expert * scenario.tokens_per_micro_batch
+    return scenario.router_shape(), max(TOKENS, window)

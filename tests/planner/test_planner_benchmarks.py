@@ -12,7 +12,7 @@ from moesim.planner.loading import load_plan
 from moesim.planner.screen import Screen
 from moesim.planner.search import enumerate_space
 from moesim.planner.space import Space
-from moesim.run import obtain_trace
+from moesim.planner.traces import Traces
 
 PLANS = Path(__file__).parents[2] / "scenarios" / "plans"
 LAYOUTS_PER_SECOND = 50  # of processor time of one idle core, combinations that are no layouts left out
@@ -34,15 +34,7 @@ def pace() -> float:
 @pytest.mark.parametrize("name", ["deepseek-moe-16b", "mixtral-8x22b"])
 def test_the_screen_looks_at_fifty_layouts_a_second_on_each_core(name):
     plan = load_plan(PLANS / f"{name}.yaml")
-    traces = {}
-
-    def trace_of(scenario):
-        key = scenario.router_shape()
-        if key not in traces:
-            traces[key] = obtain_trace(scenario)
-        return traces[key]
-
-    judge = Judge(Space.of(plan), Screen(trace_of))
+    judge = Judge(Space.of(plan), Screen(Traces(None).of))
     before = pace()
     start = time.process_time()
     enumerate_space(Bench(judge))
@@ -54,7 +46,7 @@ def test_the_screen_looks_at_fifty_layouts_a_second_on_each_core(name):
     print(f"on a core {slowed:.1f} times slower than an idle one")
     assert layouts / seconds * slowed > LAYOUTS_PER_SECOND
 
-    together = Judge(Space.of(plan), Screen(trace_of))
+    together = Judge(Space.of(plan), Screen(Traces(None).of))
     start = time.perf_counter()
     with opened_bench(together, workers=2, cache_dir=None, expected=together.space.size) as bench:
         assert bench.place is not None
