@@ -15,8 +15,7 @@ from moesim.compute.estimate import Estimate, FloatArray, as_result
 from moesim.compute.fitting import least_squares
 from moesim.compute.roofline import GpuRates
 
-PUBLISHED_SOURCE = "github:deepseek-ai/DeepGEMM@a9967bc:README.md (2025-04-09), H800 SXM5, NVCC 12.8"
-# m, n, k, TFLOP/s
+# m, n, k, TFLOP/s: github:deepseek-ai/DeepGEMM@a9967bc:README.md (2025-04-09), H800 SXM5, NVCC 12.8
 PUBLISHED_ROWS = (
     (64, 2112, 7168, 206), (64, 24576, 1536, 289), (64, 32768, 512, 219), (64, 7168, 16384, 336),
     (64, 4096, 7168, 287), (64, 7168, 2048, 295), (128, 2112, 7168, 352), (128, 24576, 1536, 535),

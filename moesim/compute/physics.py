@@ -62,7 +62,6 @@ def _candidate_tiles() -> FloatArray:
 
 
 CANDIDATE_TILES = np.ascontiguousarray(_candidate_tiles().T)  # rows, columns and splits of each
-GEMM_COLUMNS = ("M", "N", "K", "element_bytes")
 GEMM_START = np.log([4e-6, 9e12, 1.15e11, 6e-8, 7e-11, 4.0e12, 9e14, 2.5e-6, 1.5e-13, 2.4e13])
 _TILE_M, _TILE_N, _SPLIT = CANDIDATE_TILES
 _OUTPUTS = _TILE_M * _TILE_N
@@ -287,7 +286,6 @@ def attention_log_seconds(parameters: Parameters, columns: Columns) -> Any:
     return ops.log(launch + _blend(ops, compute, bytes_ / memory))
 
 
-MEMORY_COLUMNS = ("bytes", "width")
 MEMORY_START = np.log([2e-6, 3e12])
 
 

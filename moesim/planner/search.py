@@ -85,6 +85,7 @@ def _tell(study: "optuna.Study", trial: "optuna.Trial", verdict: Verdict, *, obj
 def _study(storage: "str | Path", name: str, population: int, objectives: int) -> "optuna.Study":
     import optuna
     from optuna.storages.journal import JournalFileBackend
+    from sqlalchemy.exc import SQLAlchemyError
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     sampler = optuna.samplers.NSGAIISampler(population_size=population, seed=0)
@@ -103,6 +104,6 @@ def _study(storage: "str | Path", name: str, population: int, objectives: int) -
                 directions=["minimize"] * objectives,
                 load_if_exists=True,
             )
-    except Exception as error:  # database drivers raise errors of their own
+    except (OSError, ValueError, RuntimeError, ImportError, optuna.exceptions.OptunaError, SQLAlchemyError) as error:
         text = " ".join(str(error).split())
         raise UserError(f"{storage}: cannot keep the search there: {text}; give another --storage") from None

@@ -14,6 +14,7 @@ import json
 import os
 import weakref
 import zlib
+from collections.abc import Callable, Collection
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -120,18 +121,29 @@ def _checked_body(path: Path) -> bytes:
     return body
 
 
-def _parse(body: bytes) -> RoutingTrace:
-    """The trace of a header line and the compressed arrays behind it."""
+def header_and_arrays(
+    body: bytes, unpack: "Callable[[bytes, str, np.dtype[Any], tuple[int, ...]], Array]", *, dtypes: Collection[str]
+) -> tuple[dict[str, Any], dict[str, Array]]:
+    """A JSON header in one line and, by name, the compressed arrays behind it that its `arrays` lists.
+
+    `unpack` makes an array of compressed bytes, a name, a type and a shape. Raises ValueError for other types.
+    """
     end = body.index(b"\n")
     header = json.loads(body[:end])
     arrays: dict[str, Array] = {}
     start = end + 1
     for entry in header["arrays"]:
-        if entry["dtype"] not in _DTYPES:
+        if entry["dtype"] not in dtypes:
             raise ValueError(f"unknown type {entry['dtype']!r}")
-        raw = zlib.decompress(body[start : start + entry["bytes"]])
-        arrays[entry["name"]] = _unpack(raw, entry["name"], np.dtype(entry["dtype"]), tuple(entry["shape"]))
+        packed = body[start : start + entry["bytes"]]
+        arrays[entry["name"]] = unpack(packed, entry["name"], np.dtype(entry["dtype"]), tuple(entry["shape"]))
         start += entry["bytes"]
+    return header, arrays
+
+
+def _parse(body: bytes) -> RoutingTrace:
+    """The trace of a header line and the compressed arrays behind it."""
+    header, arrays = header_and_arrays(body, _unpack, dtypes=_DTYPES)
     steps = tuple(
         TraceStep(step=step, **{name: arrays[f"{index}.{name}"] for name in _STEP_ARRAYS})
         for index, step in enumerate(header["steps"])
@@ -170,8 +182,8 @@ def _pack(array: Array) -> Array:
     return array
 
 
-def _unpack(raw: bytes, name: str, dtype: "np.dtype[Any]", shape: tuple[int, ...]) -> Array:
-    planes = np.frombuffer(raw, dtype=np.uint8).reshape(dtype.itemsize, -1)
+def _unpack(packed: bytes, name: str, dtype: "np.dtype[Any]", shape: tuple[int, ...]) -> Array:
+    planes = np.frombuffer(zlib.decompress(packed), dtype=np.uint8).reshape(dtype.itemsize, -1)
     interleaved = np.empty(planes.shape[::-1], dtype=np.uint8)
     for byte, plane in enumerate(planes):
         interleaved[:, byte] = plane

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from moesim.errors import UserError
 from moesim.scenario.routing import RouterShape
 from moesim.trace.record import NO_EXPERT, RoutingTrace, StepCounts, TraceStep, TrainingCurves, check_trace
+from moesim.trace.store import header_and_arrays
 
 SCHEMA_VERSION = 1
 LEVELS = 256
@@ -166,17 +167,12 @@ def _checked_body(path: Path) -> tuple[bytes, str]:
     return body, second.decode()
 
 
+def _unpack(packed: bytes, name: str, dtype: "np.dtype[Any]", shape: tuple[int, ...]) -> Array:
+    return np.frombuffer(lzma.decompress(packed), dtype=dtype).reshape(shape)
+
+
 def _parse(body: bytes) -> RoutingTrace:
-    end = body.index(b"\n")
-    header = json.loads(body[:end])
-    arrays: dict[str, Array] = {}
-    start = end + 1
-    for entry in header["arrays"]:
-        if entry["dtype"] not in _DTYPES:
-            raise ValueError(f"unknown type {entry['dtype']!r}")
-        raw = lzma.decompress(body[start : start + entry["bytes"]])
-        arrays[entry["name"]] = np.frombuffer(raw, dtype=entry["dtype"]).reshape(entry["shape"])
-        start += entry["bytes"]
+    header, arrays = header_and_arrays(body, _unpack, dtypes=_DTYPES)
     router = RouterShape(**header["router"])
     earlier = [
         StepCounts(step=int(name.removeprefix("earlier.")), counts_LSE=array.astype(np.int32))
