@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "moesim"
 
 LAYER = {
-    "units": 1, "errors": 1, "seeding": 1,
+    "units": 1, "errors": 1, "seeding": 1, "strict_json": 1,
     "scenario": 2,
     "trace": 3,
     "moe": 4, "parallel": 4,
@@ -23,13 +23,14 @@ LAYER = {
     "planner": 9, "report": 9, "sweep": 9, "validation": 9, "whatif": 9,
     "cli": 10,
 }  # fmt: skip
-MAY_SHARE_A_LAYER = {"units", "errors", "seeding"}
+MAY_SHARE_A_LAYER = {"units", "errors", "seeding", "strict_json"}
 # Library -> the only rooms that may import it, at any depth of a function.
 EXCLUSIVE = {
     "torch": {"moe", "validation", "compute/benchmarks"},
     "simpy": {"sim"},
     "plotly": {"report"},
     "optuna": {"planner"},
+    "json": {"strict_json"},
 }
 NOT_FOR_HELP = ("torch", "numpy", "pydantic", "plotly", "networkx", "simpy", "numba", "optuna", "rich", "yaml")
 
@@ -92,6 +93,7 @@ def test_imports_point_downwards_and_libraries_stay_home(path: str) -> None:
         ("results/record.py", "from simpy import Environment"),
         ("cli/run.py", "def f():\n    import plotly.graph_objects as go"),
         ("results/record.py", "from moesim import run"),
+        ("results/store.py", "import json"),
     ],
 )
 def test_the_rule_catches_a_breach(path: str, source: str) -> None:

@@ -2,12 +2,12 @@
 
 import argparse
 import fnmatch
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moesim.errors import UserError
+from moesim.strict_json import json_text
 
 if TYPE_CHECKING:
     from moesim.trace.library import LibraryEntry
@@ -33,7 +33,7 @@ def show_library(args: argparse.Namespace) -> int:
         from moesim.report.library_view import entry_facts, print_entry
 
         if args.json:
-            print(json.dumps(entry_facts(entry, trace), indent=1))
+            print(json_text(entry_facts(entry, trace), indent=1))
         else:
             print_entry(entry, trace)
     return 0
@@ -45,7 +45,7 @@ def _list(entries: "list[LibraryEntry]", args: argparse.Namespace) -> None:
     if not entries:
         raise UserError(f"{args.scenario}: no entry has such a name; `moesim trace library:` lists all")
     if args.json:
-        print(json.dumps([asdict(entry) for entry in entries], indent=1))
+        print(json_text([asdict(entry) for entry in entries], indent=1))
     elif not args.quiet:
         from moesim.report.library_view import print_entries
 

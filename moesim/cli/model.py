@@ -1,13 +1,13 @@
 """`moesim model`: parameters, FLOPs and memory of a model of the catalogue, of a config.json or of a scenario."""
 
 import argparse
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moesim.cli.flags import add_json, add_overrides
 from moesim.errors import UserError
+from moesim.strict_json import json_text
 
 if TYPE_CHECKING:
     from moesim.scenario import Model
@@ -45,7 +45,7 @@ def execute(args: argparse.Namespace) -> int:
         raise UserError(f"--sequence-length {args.sequence_length} is not a number of tokens; use e.g. 4096")
     counts = count(find(args.model, args.overrides), sequence_length=args.sequence_length)
     if args.json:
-        print(json.dumps(counts, indent=1))
+        print(json_text(counts, indent=1))
     else:
         from moesim.report.model_screen import print_model
 
@@ -70,7 +70,7 @@ def _list(*, as_json: bool) -> int:
             "attention": model.attention.kind,
         }
     if as_json:
-        print(json.dumps(sizes, indent=1))
+        print(json_text(sizes, indent=1))
     else:
         from moesim.report.model_screen import print_catalogue
 

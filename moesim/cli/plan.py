@@ -1,7 +1,6 @@
 """`moesim plan`: find the layout that reaches a goal, by simulation, and say why."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from moesim.cli.flags import (
 )
 from moesim.cli.interrupt import interrupts_say
 from moesim.cli.progress import watched_training
+from moesim.strict_json import json_text
 
 if TYPE_CHECKING:
     from moesim.planner.folder import Folder
@@ -57,7 +57,7 @@ def execute(args: argparse.Namespace) -> int:
         folder = Folder(out_dir, plan, workers=args.workers, cluster=args.cluster, cache_dir=args.cache, watch=watch)
         content = _make(folder, args)
     if args.json:
-        print(json.dumps(content, indent=1))
+        print(json_text(content, indent=1))
     elif not args.quiet:
         from moesim.report.plan_screen import print_plan
 

@@ -1,13 +1,13 @@
 """`moesim run`: simulate one scenario, write its folder, show the facts."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moesim.cli.flags import add_cache, add_force, add_json, add_quiet, add_scenario, check_writable, load
 from moesim.cli.interrupt import interrupts_say, kept_of_training
 from moesim.cli.progress import watched_training
+from moesim.strict_json import json_text
 
 if TYPE_CHECKING:
     from moesim.results import RunRecord
@@ -104,7 +104,7 @@ def _write(record: "RunRecord", out_dir: Path, args: argparse.Namespace) -> None
 
 def _show(record: "RunRecord", out_dir: Path, args: argparse.Namespace) -> None:
     if args.json:
-        print(json.dumps(record.result, indent=1))
+        print(json_text(record.result, indent=1))
     elif not args.quiet:
         from moesim.report import print_facts
 

@@ -1,8 +1,9 @@
 """`moesim schema`: the JSON Schema of scenario files, for editors and other programs."""
 
 import argparse
-import json
 from pathlib import Path
+
+from moesim.strict_json import json_text
 
 NAME = "schema"
 SUMMARY = "Print the JSON Schema of scenario files."
@@ -18,7 +19,7 @@ def execute(args: argparse.Namespace) -> int:
     """Print or write the schema."""
     from moesim.scenario.json_schema import json_schema
 
-    text = json.dumps(json_schema(), indent=1)
+    text = json_text(json_schema(), indent=1)
     if args.out is None:
         print(text)
     else:

@@ -1,7 +1,6 @@
 """`moesim sweep`: simulate a scenario along the axes of a study, into a folder that can be resumed."""
 
 import argparse
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +15,7 @@ from moesim.cli.flags import (
     check_writable,
 )
 from moesim.cli.interrupt import interrupts_say
+from moesim.strict_json import json_text
 
 if TYPE_CHECKING:
     from moesim.sweep import Study, SweepFolder, SweepOutcome
@@ -90,7 +90,7 @@ def _list(study: "Study", folder: "SweepFolder", *, as_json: bool) -> None:
             }
             for point in study.by_number
         ]
-        print(json.dumps({"study": study.as_json(), "points": rows}, indent=1))
+        print(json_text({"study": study.as_json(), "points": rows}, indent=1))
     else:
         from moesim.sweep import print_points
 
@@ -100,7 +100,7 @@ def _list(study: "Study", folder: "SweepFolder", *, as_json: bool) -> None:
 def _show(study: "Study", folder: "SweepFolder", outcome: "SweepOutcome", args: argparse.Namespace) -> None:
     if args.json:
         records = [asdict(record) for record in outcome.records]
-        print(json.dumps({"study": study.as_json(), "points": records}, indent=1))
+        print(json_text({"study": study.as_json(), "points": records}, indent=1))
     elif not args.quiet:
         from moesim.sweep import print_sweep
 

@@ -1,11 +1,11 @@
 """`moesim topology`: the fabric of a scenario in numbers and as a drawing."""
 
 import argparse
-import json
 from pathlib import Path
 
 from moesim.cli.flags import add_force, add_json, add_scenario, load
 from moesim.cli.page import add_page, place_of_page, write_page
+from moesim.strict_json import json_text
 
 NAME = "topology"
 SUMMARY = "Print and draw the fabric of a scenario: nodes, links, bisection, oversubscription, degraded parts."
@@ -31,7 +31,7 @@ def execute(args: argparse.Namespace) -> int:
     if path is not None:
         write_page(fabric_page(scenario.name, parts), path, force=args.force)
     if args.json:
-        print(json.dumps(fabric_json(parts), indent=1))
+        print(json_text(fabric_json(parts), indent=1))
     else:
         print_fabric(scenario.name, parts)
         print(f"\ndrawn in {path}")

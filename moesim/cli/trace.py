@@ -1,7 +1,6 @@
 """`moesim trace`: make or show the routing trace of a scenario, or an entry of the library (`library:NAME`)."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +9,7 @@ from moesim.cli.interrupt import interrupts_say, kept_of_training
 from moesim.cli.library import show_library
 from moesim.cli.progress import watched_training
 from moesim.errors import UserError
+from moesim.strict_json import json_text
 
 if TYPE_CHECKING:
     from moesim.scenario import Scenario
@@ -67,7 +67,7 @@ def _show(scenario: "Scenario", trace: "RoutingTrace", *, as_json: bool) -> None
 
     summary = summarise(scenario, trace)
     if as_json:
-        print(json.dumps(summary, indent=1))
+        print(json_text(summary, indent=1))
         return
     from moesim.report.terminal import print_trace
 

@@ -1,11 +1,11 @@
 """`moesim validate`: run real training beside its simulation, or recompute the shipped comparison."""
 
 import argparse
-import json
 from pathlib import Path
 
 from moesim.cli.flags import add_json, add_overrides, add_quiet
 from moesim.cli.interrupt import interrupts_say
+from moesim.strict_json import json_text
 
 NAME = "validate"
 SUMMARY = "Run real training on this machine's devices, simulate the same, and show both with the error per part."
@@ -49,5 +49,5 @@ def execute(args: argparse.Namespace) -> int:
             quiet=args.quiet or args.json,
         )
     if args.json:
-        print(json.dumps(table_json(table), indent=1))
+        print(json_text(table_json(table), indent=1))
     return 0

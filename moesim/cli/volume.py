@@ -1,7 +1,6 @@
 """`moesim volume`: bytes per token against the size of the expert group, for several limits of the router."""
 
 import argparse
-import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
@@ -10,6 +9,7 @@ from moesim.cli.interrupt import interrupts_say, kept_of_training
 from moesim.cli.page import add_page, place_of_page, write_page
 from moesim.cli.progress import watched_training
 from moesim.errors import UserError
+from moesim.strict_json import json_text
 
 if TYPE_CHECKING:
     from moesim.report.volume import VolumeStudy
@@ -49,7 +49,7 @@ def execute(args: argparse.Namespace) -> int:
     if path is not None:
         write_page(volume_page(study), path, force=args.force)
     if args.json:
-        print(json.dumps(volume_json(study), indent=1))
+        print(json_text(volume_json(study), indent=1))
     else:
         print_volume(study)
         print(f"\nplotted in {path}")

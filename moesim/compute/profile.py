@@ -12,13 +12,13 @@ are the physical parameters of `moesim.compute.cells`, kept because fitting take
 """
 
 import gzip
-import json
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from moesim.errors import UserError
+from moesim.strict_json import json_text, parse_json
 
 SCHEMA_VERSION = 1
 SHIPPED = Path(__file__).parent / "profiles"
@@ -41,8 +41,8 @@ class Profile:
 def save_profile(profile: Profile, path: Path) -> None:
     """Write `profile`, one row a line; never leaves a half-written file in place of a whole one."""
     facts = {"schema_version": SCHEMA_VERSION, "name": profile.name, "sessions": profile.sessions, "fits": profile.fits}
-    head = json.dumps(facts, indent=1)
-    rows = ",\n".join(json.dumps(row, separators=(",", ":")) for row in profile.rows)
+    head = json_text(facts, indent=1)
+    rows = ",\n".join(json_text(row, separators=(",", ":")) for row in profile.rows)
     text = f'{head[:-2]},\n "rows": [\n{rows}\n]}}\n'
     data = text.encode()
     if path.suffix == ".gz":
@@ -60,7 +60,7 @@ def load_profile_file(path: Path) -> Profile:
         reason = error.strerror or error
         raise UserError(f"{path}: cannot read this profile ({reason}); `moesim calibrate --out` makes one") from None
     try:
-        content = json.loads(gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data)
+        content = parse_json(gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data)
     except (ValueError, EOFError, OSError, zlib.error) as error:
         raise UserError(f"{path}: not a whole profile ({error}); make it again with `moesim calibrate`") from None
     if not isinstance(content, dict) or "schema_version" not in content:

@@ -1,7 +1,6 @@
 """Everything that determines a trained router's trace, without importing torch."""
 
 import hashlib
-import json
 import platform
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -13,6 +12,7 @@ from moesim.errors import UserError
 from moesim.moe.corpus import load_corpus
 from moesim.scenario import Scenario
 from moesim.scenario.routing import Balance, Capacity, DeviceCapacity, NoCapacity, RouterShape, Thin, TrainRouting
+from moesim.strict_json import json_text
 
 RECIPE = 1  # raise when a change of the code changes the traces that equal requests give
 LEAST_RECORDED_TOKENS = 65_536
@@ -118,7 +118,7 @@ class TrainingRequest:
 
     def content_hash(self) -> str:
         """SHA-256 (hex) of `provenance`: equal hashes give equal traces on one machine. Raises UserError (corpus)."""
-        text = json.dumps(self.provenance(), sort_keys=True, separators=(",", ":"))
+        text = json_text(self.provenance(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
     def _complaints(self) -> Iterator[str]:

@@ -4,7 +4,6 @@ Node names: gpu<rank>, nvswitch<domain>, nic<rank>, leaf<pod>.<rail>, spine<pod>
 one link of their summed bandwidth, as ideal load balancing makes of them.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from moesim.errors import UserError
 from moesim.network.parameters import NetworkParameters
 from moesim.scenario import gpu_spec
 from moesim.scenario.cluster import Cluster, Fabric, Oversubscription
+from moesim.strict_json import parse_json
 from moesim.units import parse_bandwidth, parse_seconds
 
 NVL72_GPUS = 72
@@ -182,7 +182,7 @@ def _listed_links(fabric: Fabric) -> Iterator[tuple[str, str, float, float]]:
 
 def _file_links(path: str) -> Iterator[tuple[str, str, float, float]]:
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        data = parse_json(Path(path).read_text(encoding="utf-8"))
         links = data.get("links", data.get("edges")) if isinstance(data, dict) else None
         if not isinstance(links, list) or not links:
             raise ValueError('no "links" list; write it with networkx.node_link_data')

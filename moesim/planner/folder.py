@@ -8,7 +8,6 @@ OUT/search.journal          trials of the search, where the space was too large 
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from typing import Any
 from moesim.errors import UserError
 from moesim.planner.plan import Plan
 from moesim.scenario import Scenario, dump_scenario
+from moesim.strict_json import json_text, parse_json
 from moesim.study import Point, PointRecord, PointsFile, read_points, run_points, scenario_id
 from moesim.study.progress import Watch
 
@@ -27,7 +27,7 @@ PLAN_SCHEMA_VERSION = 1
 
 def plan_hash(plan: Plan) -> str:
     """16 hexadecimal digits of the SHA-256 of the plan with all its defaults."""
-    text = json.dumps(plan.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    text = json_text(plan.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -71,7 +71,7 @@ class Folder:
             "hash": plan_hash(self.plan),
         }
         partial = self.path / f"{PLAN_FILE}.partial"
-        partial.write_text(json.dumps({**head, **content}, indent=1) + "\n", encoding="utf-8")
+        partial.write_text(json_text({**head, **content}, indent=1) + "\n", encoding="utf-8")
         os.replace(partial, self.path / PLAN_FILE)
 
     def simulate(
@@ -119,7 +119,7 @@ def _hash_in(path: Path) -> str | None:
     if not path.exists():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except ValueError:
         return ""
     return str(content.get("hash", "")) if isinstance(content, dict) else ""
@@ -132,7 +132,7 @@ def scenario_text(plan: Plan, point: Point) -> str:
         f"# Layout {point.number} of the plan {plan.name}: `moesim run` gives the result that the plan ranked it by.",
         f"# Rent of a {offer.gpu}: ${offer.usd_per_gpu_hour:g} per GPU-hour ({_one_line(offer.source)}).",
         "# Chosen by the planner:",
-        *(f"#   {key}: {json.dumps(value)}" for key, value in point.values.items()),
+        *(f"#   {key}: {json_text(value)}" for key, value in point.values.items()),
     ]
     return "\n".join(head) + "\n" + dump_scenario(point.scenario)
 

@@ -6,7 +6,6 @@ ranks that do not fill the GPUs, groups that do not divide, schedules that the s
 
 import hashlib
 import itertools
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from moesim.scenario import (
     require_supported,
 )
 from moesim.scenario.routing import Routing
+from moesim.strict_json import json_text
 
 LABEL_DIGITS = 6
 
@@ -238,7 +238,7 @@ class Space:
         )
         words = [f"{name}{size}" for name, size in sizes if size > 1]
         gpu = self.plan.goal.gpus[layout.gpu].gpu
-        text = json.dumps(self.values(layout), sort_keys=True)
+        text = json_text(self.values(layout), sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:LABEL_DIGITS]
         prefix = self.plan.name if self.model is self.plan.model else f"{self.plan.name}-baseline"
         return "-".join([prefix, f"{gpu}x{layout.gpus}", *words, digest])

@@ -9,7 +9,6 @@ Legend: N spans, R ranks of a group, A actions of the schedule.
 """
 
 import gzip
-import json
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from moesim.parallel import Mesh
 from moesim.report.memory_over_time import memory_events
 from moesim.results import Label, RunRecord, SpanTable, Stream
 from moesim.scenario import Scenario, gpu_spec
+from moesim.strict_json import json_text
 
 Event = dict[str, Any]
 
@@ -67,12 +67,12 @@ def write_timeline(record: RunRecord, path: Path, *, ranks: Sequence[int] = ()) 
     """
     check_ranks(record.scenario, ranks)
     chosen = tuple(sorted(set(ranks))) or choose_ranks(record.pipeline_spans)
-    head = json.dumps(_head(record, chosen))[:-1]
+    head = json_text(_head(record, chosen))[:-1]
     with path.open("wb") as file, gzip.GzipFile("", "wb", mtime=0, fileobj=file, compresslevel=6) as packed:
         packed.write(f'{head}, "traceEvents": [\n'.encode())
         separator = ""
         for event in events(record, chosen):
-            packed.write((separator + json.dumps(event, separators=(",", ":"))).encode())
+            packed.write((separator + json_text(event, separators=(",", ":"))).encode())
             separator = ",\n"
         packed.write(b"\n]}\n")
     return chosen

@@ -1,12 +1,12 @@
 """HTML under construction: every text is escaped here, and only here are tags written."""
 
 import html
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moesim.report.facts import Fact
 from moesim.report.style import STYLE
+from moesim.strict_json import json_text
 
 _FIGURE_CONFIG = {"displaylogo": False, "displayModeBar": False, "responsive": True}
 _TOOLS_CONFIG = _FIGURE_CONFIG | {
@@ -36,7 +36,7 @@ class Page:
 
     def data(self, value: Any, *, name: str) -> None:
         """Plain values for a script of the page, which finds them by the id `name`."""
-        text = json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
+        text = json_text(value, separators=(",", ":")).replace("<", "\\u003c")
         self._parts.append(f'<script type="application/json" id="{html.escape(name)}">{text}</script>')
 
     def code(self, script: str) -> None:

@@ -7,7 +7,6 @@ OUT/spans.npz       spans of expert group 0 in sample 0
 OUT/trace.npz       the routing trace that was simulated
 """
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from moesim.errors import UserError
 from moesim.results.record import RunRecord
 from moesim.results.spans import SpanTable
 from moesim.scenario import dump_scenario
+from moesim.strict_json import json_text
 from moesim.trace import save_trace
 
 RESULT_FILE = "result.json"
@@ -58,7 +58,7 @@ def write_run(record: RunRecord, out_dir: Path, *, force: bool = False) -> None:
     _save_arrays(out_dir / "spans.npz", span_arrays(record.spans))
     if record.trace is not None:
         save_trace(record.trace, out_dir / "trace.npz")
-    write_atomically(out_dir / RESULT_FILE, (json.dumps(record.result, indent=1) + "\n").encode())
+    write_atomically(out_dir / RESULT_FILE, (json_text(record.result, indent=1) + "\n").encode())
 
 
 def span_arrays(table: SpanTable) -> dict[str, NDArray[Any]]:

@@ -4,12 +4,12 @@ Field names follow each family's public configuration; what a family calls `inte
 dense FFN, except in Mixtral and OLMoE, where it is the width of one expert.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from moesim.errors import UserError
+from moesim.strict_json import parse_json
 
 
 class _Config:
@@ -134,8 +134,8 @@ def read_hf_config(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from None
     try:
-        fields = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        fields = parse_json(text)
+    except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(fields, dict):
         raise UserError(f"{path} holds {type(fields).__name__}, expected a JSON object")

@@ -1,13 +1,13 @@
 """A point of a study and the record of its simulation: one scenario, the values that tell it from the others."""
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from moesim.errors import UserError
 from moesim.scenario import Scenario
+from moesim.strict_json import json_text, parse_json
 
 Status = Literal["done", "failed", "infeasible"]
 STATUSES: tuple[Status, ...] = ("done", "failed", "infeasible")
@@ -15,7 +15,7 @@ STATUSES: tuple[Status, ...] = ("done", "failed", "infeasible")
 
 def content_hash(data: Any) -> str:
     """SHA-256 (hex) of JSON values; the order of keys plays no part."""
-    return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(json_text(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def scenario_id(scenario: Scenario) -> str:
@@ -81,13 +81,13 @@ class PointRecord:
 
     def to_line(self) -> bytes:
         """The record as one line of JSON, its end of line included."""
-        return (json.dumps(asdict(self), separators=(",", ":")) + "\n").encode()
+        return (json_text(asdict(self), separators=(",", ":")) + "\n").encode()
 
     @classmethod
     def from_line(cls, line: bytes) -> "PointRecord":
         """The record in a line. Raises UserError saying what is wrong with it."""
         try:
-            data = json.loads(line)
+            data = parse_json(line)
         except ValueError:
             raise UserError("not JSON") from None
         fields = set(cls.__dataclass_fields__)

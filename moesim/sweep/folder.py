@@ -1,6 +1,5 @@
 """A sweep's folder: study.json says what it holds, points.jsonl what is finished."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from typing import Any
 
 from moesim.errors import UserError
 from moesim.results.store import write_atomically
+from moesim.strict_json import json_text, parse_json
 from moesim.study import PointRecord, PointsFile, read_points
 from moesim.study.store import POINTS_FILE
 from moesim.sweep.study import Study
@@ -42,7 +42,7 @@ class SweepFolder:
         if not file.exists():
             return None
         try:
-            data = json.loads(file.read_bytes())
+            data = parse_json(file.read_bytes())
         except ValueError:
             data = None
         if not isinstance(data, dict):
@@ -58,7 +58,7 @@ class SweepFolder:
         """The file of points, open for appending by this call alone; study.json is written first. Raises UserError."""
         self.check(study)
         self.path.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(study.as_json(), indent=1) + "\n"
+        text = json_text(study.as_json(), indent=1) + "\n"
         file = self.path / STUDY_FILE
         if not file.exists() or file.read_text(encoding="utf-8") != text:
             write_atomically(file, text.encode())

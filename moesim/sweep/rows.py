@@ -1,11 +1,11 @@
 """The rows of a sweep's table: one per place on its axes, repetitions averaged, and the change against a reference."""
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from moesim.strict_json import json_text
 from moesim.study import PointRecord
 from moesim.study.intervals import half_width_90
 from moesim.sweep.metrics import Column
@@ -79,7 +79,7 @@ def changes(study: Study, records: Sequence[PointRecord], columns: Sequence[Colu
 
 
 def _key(values: Mapping[str, Any]) -> str:
-    return json.dumps(values, sort_keys=True)
+    return json_text(values, sort_keys=True)
 
 
 def _number(record: PointRecord, column: Column) -> float | None:
@@ -127,4 +127,4 @@ def head(key: str) -> str:
 
 def shown_value(value: Any) -> str:
     """A plain value in as few words as possible."""
-    return value if isinstance(value, str) else json.dumps(value, separators=(", ", ": "))
+    return value if isinstance(value, str) else json_text(value, separators=(", ", ": "))

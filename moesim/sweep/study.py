@@ -11,7 +11,6 @@ points: [{...}, {...}]                         # instead of axes, or crossed wit
 plot: {kind: curves, x: routing.router.device_limit, y: [step_time_s], colour: cluster.nodes}
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from moesim.errors import ConflictError, InfeasibleError, UserError
 from moesim.scenario import Scenario, TraceRouting, load_scenario
 from moesim.scenario.catalogue import suggest
 from moesim.scenario.document import Node
+from moesim.strict_json import json_text
 from moesim.study import Point
 from moesim.study.point import content_hash
 from moesim.sweep import reader
@@ -202,7 +202,7 @@ def _with_known_routing(scenario: Scenario, path: Path) -> Scenario:
 
 def _override(setting: Setting, folder: Path) -> str:
     value = _anchored(setting.value, setting.key, folder)
-    return f"{setting.key}={json.dumps(value, ensure_ascii=False)}"
+    return f"{setting.key}={json_text(value, ensure_ascii=False)}"
 
 
 def _anchored(value: Any, key: str, folder: Path) -> Any:
@@ -226,7 +226,7 @@ def _refuse_twins(path: Path, points: Sequence[Point]) -> None:
 
 
 def _shown(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key} = {json.dumps(value)}" for key, value in values.items()) or "as the base"
+    return ", ".join(f"{key} = {json_text(value)}" for key, value in values.items()) or "as the base"
 
 
 def _reference(node: Node, axes: Sequence[Axis]) -> dict[str, Any]:

@@ -10,7 +10,6 @@ float16 where that is exact).
 """
 
 import hashlib
-import json
 import os
 import weakref
 import zlib
@@ -24,6 +23,7 @@ from numpy.typing import NDArray
 
 from moesim.errors import UserError
 from moesim.scenario.routing import RouterShape
+from moesim.strict_json import json_text, parse_json
 from moesim.trace.record import RoutingTrace, StepCounts, TraceStep, TrainingCurves, check_trace
 
 SCHEMA_VERSION = 1
@@ -66,7 +66,7 @@ def _packed_body(trace: RoutingTrace) -> bytes:
             for name, array, blob in zip(_arrays(trace), arrays, packed, strict=True)
         ],
     }
-    return json.dumps(header, sort_keys=True).encode() + b"\n" + b"".join(packed)
+    return json_text(header, sort_keys=True).encode() + b"\n" + b"".join(packed)
 
 
 def load_trace(path: str | os.PathLike[str]) -> RoutingTrace:
@@ -90,8 +90,8 @@ def load_trace(path: str | os.PathLike[str]) -> RoutingTrace:
 
 def trace_hash(trace: RoutingTrace) -> str:
     """sha256 (hex) of what the trace says: router, recorded steps and curves, not of how it came about."""
-    digest = hashlib.sha256(json.dumps(asdict(trace.router), sort_keys=True).encode())
-    digest.update(json.dumps([step.step for step in trace.steps]).encode())
+    digest = hashlib.sha256(json_text(asdict(trace.router), sort_keys=True).encode())
+    digest.update(json_text([step.step for step in trace.steps]).encode())
     for name, array in _arrays(trace).items():
         packed = _pack(array)
         digest.update(f"{name} {packed.dtype} {packed.shape}".encode())
@@ -129,7 +129,7 @@ def header_and_arrays(
     `unpack` makes an array of compressed bytes, a name, a type and a shape. Raises ValueError for other types.
     """
     end = body.index(b"\n")
-    header = json.loads(body[:end])
+    header = parse_json(body[:end])
     arrays: dict[str, Array] = {}
     start = end + 1
     for entry in header["arrays"]:

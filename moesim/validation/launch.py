@@ -1,7 +1,6 @@
 """Starts the processes of a real run, one case after the other, and keeps what each case gave in a file of its own."""
 
 import gc
-import json
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 from moesim.errors import UserError
 from moesim.scenario import dump_scenario
 from moesim.scenario.schema import Compute
+from moesim.strict_json import json_text, parse_json
 from moesim.validation.cases import Case
 from moesim.validation.routing import forced_ids
 from moesim.validation.worker import Effort, measure_rank
@@ -54,7 +54,7 @@ def measure_cases(
     for gpus in sorted({case.gpus for case in cases}):
         while pending := [case for case in cases if case.gpus == gpus and not _kept(folder, case)]:
             _run(pending, device, folder, effort)
-    found = {case.name: json.loads(_path(folder, case).read_text(encoding="utf-8")) for case in cases}
+    found = {case.name: parse_json(_path(folder, case).read_text(encoding="utf-8")) for case in cases}
     for name, result in found.items():
         if "skipped" in result:
             say(f"{name}: skipped, {result['skipped']}")
@@ -73,14 +73,14 @@ def run_as(case: Case) -> str:
 def _kept(folder: Path, case: Case) -> bool:
     """Whether the folder holds a measurement of this very scenario."""
     path = _path(folder, case)
-    return path.exists() and json.loads(path.read_text(encoding="utf-8")).get("scenario") == run_as(case)
+    return path.exists() and parse_json(path.read_text(encoding="utf-8")).get("scenario") == run_as(case)
 
 
 def _keep(folder: Path, case: Case, result: dict[str, Any]) -> None:
     """Write a measurement so that its file is whole or not there."""
     path = _path(folder, case)
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps({"scenario": run_as(case), **result}, indent=1) + "\n", encoding="utf-8")
+    part.write_text(json_text({"scenario": run_as(case), **result}, indent=1) + "\n", encoding="utf-8")
     part.replace(path)
 
 

@@ -1,6 +1,5 @@
 """Measured and predicted times side by side: as data, as text, and recomputed from the shipped profile."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 
 from moesim.errors import UserError
 from moesim.scenario import Scenario, dump_scenario, load_scenario_text
+from moesim.strict_json import json_text, parse_json
 from moesim.validation.cases import Case
 from moesim.validation.predict import predict
 
@@ -94,14 +94,14 @@ def table_json(table: Table) -> dict[str, Any]:
 def save_table(table: Table, path: Path) -> None:
     """Write the table as JSON; never leaves a half-written file in place of a whole one."""
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(table_json(table), separators=(",", ":")) + "\n", encoding="utf-8")
+    part.write_text(json_text(table_json(table), separators=(",", ":")) + "\n", encoding="utf-8")
     part.replace(path)
 
 
 def load_table(path: Path) -> Table:
     """A table as it was written. Raises UserError when it is missing, damaged or of another schema version."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
         if content["schema_version"] != SCHEMA_VERSION:
             raise UserError(f"{path}: validation table of schema version {content['schema_version']}; validate again")
         rows = tuple(

@@ -5,7 +5,6 @@ keeps what was measured; a later session over the same OUT goes on from there.
 """
 
 import itertools
-import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -16,6 +15,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from moesim.compute.profile import Profile, load_profile_file, save_profile
+from moesim.strict_json import json_text, parse_json
 
 Row = dict[str, Any]
 _MEASURED = frozenset(
@@ -28,7 +28,7 @@ _OVERLAP = frozenset({"compute_alone", "transfer_alone", "compute_beside", "tran
 def row_key(row: Row) -> str:
     """The identity of a row: its family and shape, without what was measured."""
     facts = {name: value for name, value in row.items() if name not in _MEASURED and name not in _OVERLAP}
-    return json.dumps(facts, sort_keys=True)
+    return json_text(facts, sort_keys=True)
 
 
 def partial_folder(out: Path) -> Path:
@@ -99,7 +99,7 @@ class Session:
     def add(self, row: Row) -> None:
         """Keep one measured row."""
         assert self._file is not None, "open the session first"
-        self._file.write(json.dumps(row | {"rank": self.rank}) + "\n")
+        self._file.write(json_text(row | {"rank": self.rank}) + "\n")
         self._file.flush()
         self._count(row, 1)
         self.num_rows += 1
@@ -141,7 +141,7 @@ class Session:
 
 def kernel_name_row(row: Row) -> Row:
     """The key of the row that names the kernel behind `row`."""
-    return {"family": "kernel_name", "of": json.loads(row_key(row))}
+    return {"family": "kernel_name", "of": parse_json(row_key(row))}
 
 
 def _with_kernel_names(rows: list[Row]) -> list[Row]:
@@ -174,7 +174,7 @@ def _partial_rows(folder: Path) -> Iterator[Row]:
     for path in sorted(folder.glob("*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
-                row = json.loads(line)
+                row = parse_json(line)
             except ValueError:
                 continue
             if isinstance(row, dict):

@@ -4,7 +4,6 @@ The interval over n >= 2 seeds is Student's t on their mean. A single run brings
 (over resampled routing traces), from which those of throughput and cost follow exactly; other metrics have none.
 """
 
-import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 from moesim.report.plots.metrics import Metric
 from moesim.report.plots.points import DONE, Point, Source
 from moesim.report.plots.values import MISSING, is_number, short_names, text_of
+from moesim.strict_json import json_text
 from moesim.study.intervals import half_width_90
 
 AS_STEP_TIME = ("step_time_s", "cost.usd_per_step", "cost.usd_per_million_tokens", "cost.usd_total", "cost.days")
@@ -154,7 +154,7 @@ def identity(value: Any) -> str:
         return "{" + ",".join(f"{key}:{identity(value[key])}" for key in sorted(value)) + "}"
     if isinstance(value, list | tuple):
         return "[" + ",".join(identity(child) for child in value) + "]"
-    return json.dumps(value)
+    return json_text(value)
 
 
 def _distinct(items: Iterable[tuple[Any, ...]]) -> list[tuple[Any, ...]]:

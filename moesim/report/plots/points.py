@@ -3,7 +3,6 @@
 A point is one simulated scenario. Points that were not simulated to the end stay in the list with their reason.
 """
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,6 +12,7 @@ from typing import Any
 from moesim.errors import UserError
 from moesim.report.plots.values import MISSING, flatten, look_up
 from moesim.scenario.document import parse_yaml
+from moesim.strict_json import parse_json
 from moesim.study import read_points
 from moesim.study.store import POINTS_FILE
 
@@ -137,7 +137,7 @@ def _checked(result: Any, path: Path | str) -> Mapping[str, Any]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_text(encoding="utf-8"))
     except (ValueError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid JSON: {' '.join(str(error).split())}") from None
     if not isinstance(found, dict):

@@ -6,7 +6,6 @@ The published setting of a layout lies on every axis, so `64x6/M3` and `64x6/cap
 """
 
 import difflib
-import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from moesim.errors import UserError
 from moesim.scenario.routing import LIBRARY_PREFIX
+from moesim.strict_json import json_text, parse_json
 from moesim.trace.library.codec import read_entry, read_facts
 from moesim.trace.record import Json, RoutingTrace
 
@@ -70,7 +70,7 @@ def is_library_name(file: str) -> bool:
 def library_entries(folder: Path = DATA) -> tuple[LibraryEntry, ...]:
     """Every entry, ordered by name. Raises UserError when the index cannot be read."""
     try:
-        rows = json.loads((folder / INDEX).read_text())["entries"]
+        rows = parse_json((folder / INDEX).read_text())["entries"]
         return tuple(LibraryEntry(**{**row, "aliases": tuple(row["aliases"])}) for row in rows)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / INDEX}: cannot read the library's index ({error}); install moesim again") from error
@@ -101,6 +101,6 @@ def write_index(folder: Path) -> int:
         facts, digest = read_facts(path)
         rows.append({**facts, "digest": digest})
     rows.sort(key=lambda row: row["name"])
-    text = ",\n".join(json.dumps(row, sort_keys=True) for row in rows)
+    text = ",\n".join(json_text(row, sort_keys=True) for row in rows)
     (folder / INDEX).write_text(f'{{"entries": [\n{text}\n]}}\n')
     return len(rows)

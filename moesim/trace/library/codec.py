@@ -13,7 +13,6 @@ imbalance to 11 significant bits. A token's experts come back highest affinity f
 """
 
 import hashlib
-import json
 import lzma
 import math
 import os
@@ -26,6 +25,7 @@ from numpy.typing import NDArray
 
 from moesim.errors import UserError
 from moesim.scenario.routing import RouterShape
+from moesim.strict_json import json_text, parse_json
 from moesim.trace.record import NO_EXPERT, RoutingTrace, StepCounts, TraceStep, TrainingCurves, check_trace
 from moesim.trace.store import header_and_arrays
 
@@ -65,7 +65,7 @@ def write_entry(path: Path, trace: RoutingTrace, *, facts: dict[str, Any]) -> No
             for (name, array), blob in zip(arrays.items(), blobs, strict=True)
         ],
     }
-    body = json.dumps(header, sort_keys=True).encode() + b"\n" + b"".join(blobs)
+    body = json_text(header, sort_keys=True).encode() + b"\n" + b"".join(blobs)
     digest = hashlib.sha256(body).hexdigest().encode()
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     partial.write_bytes(b"%s %d\n%s\n" % (_MAGIC, SCHEMA_VERSION, digest) + body)
@@ -75,7 +75,7 @@ def write_entry(path: Path, trace: RoutingTrace, *, facts: dict[str, Any]) -> No
 def read_facts(path: Path) -> tuple[dict[str, Any], str]:
     """The facts of an entry and the hash of its content, which is checked. Raises UserError."""
     body, digest = _checked_body(path)
-    return json.loads(body[: body.index(b"\n")])["facts"], digest
+    return parse_json(body[: body.index(b"\n")])["facts"], digest
 
 
 def read_entry(path: Path, *, digest: str | None = None) -> RoutingTrace:
