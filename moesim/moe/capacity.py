@@ -14,8 +14,8 @@ from moesim.scenario.routing import Capacity, DeviceCapacity, ExpertCapacity, Ro
 
 
 def expert_capacity(*, factor: float, top_k: int, num_tokens: int, num_experts: int) -> int:
-    """Rows that one expert computes: C = ceil(factor K T / N)."""
-    return math.ceil(factor * top_k * num_tokens / num_experts)
+    """Rows that one expert computes: C = ceil(factor K T / N), but no more than T: a token chooses it once at most."""
+    return math.ceil(min(factor * top_k * num_tokens / num_experts, num_tokens))
 
 
 def device_budget(*, factor: float, num_rows: Tensor, num_devices: int) -> Tensor:

@@ -17,8 +17,11 @@ Mask = NDArray[np.bool_]
 
 
 def expert_capacity(*, factor: float, top_k: int, num_tokens: int, num_experts: int) -> int:
-    """Rows that one expert computes for one rank's micro-batch: C = ceil(factor K T / E)."""
-    return math.ceil(factor * top_k * num_tokens / num_experts)
+    """Rows that one expert computes for one rank's micro-batch: C = ceil(factor K T / E), but no more than T.
+
+    A token chooses an expert once at most, so that further rows could only ever be padding.
+    """
+    return math.ceil(min(factor * top_k * num_tokens / num_experts, num_tokens))
 
 
 def device_budget(*, factor: float, num_rows: int, num_ranks: int) -> int:

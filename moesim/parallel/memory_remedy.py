@@ -1,12 +1,14 @@
 """Refuse what does not fit, and find the nearest change of the scenario that does: every suggestion is evaluated."""
 
 from collections.abc import Iterator
-from itertools import combinations
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from itertools import combinations, product
+from typing import Any
 
 from moesim.errors import InfeasibleError, UserError
 from moesim.parallel.memory import MemoryReport, memory_report
-from moesim.parallel.memory_rows import RoutedRows, RowsOf
+from moesim.parallel.memory_changes import Change, layout_changes, more_gpus, pads, training_changes
+from moesim.parallel.memory_rows import RoutedRows, RowsOf, no_rows
 from moesim.scenario import Scenario, dump_scenario, load_scenario_text, require_supported
 from moesim.units import format_bytes
 
@@ -19,102 +21,115 @@ KEYS = {
     "optimizer": "parallelism.zero",
     "reserved": "memory.reserved",
 }
-
-
-class Change(NamedTuple):
-    """Overrides of a scenario, `key=value`."""
-
-    overrides: tuple[str, ...]
-
-    def __str__(self) -> str:
-        return " and ".join(override.replace("=", ": ") for override in self.overrides)
+MUCH_PADDING = 0.5  # of the computed rows: then they are the cause
+NOTHING_FITS = (
+    "no one or two changes of micro-batch, recomputation, ZeRO, capacity, number formats, places of experts, schedule "
+    "and mesh make it fit, nor does any layout tried on up to 8 times the nodes; use GPUs with more memory, a smaller "
+    "model or shorter sequences"
+)
 
 
 def check_memory(scenario: Scenario, rows_of: RowsOf) -> MemoryReport:
     """The memory of the scenario, when at least one routing sample fits.
 
-    `rows_of(scenario)` gives the rows of a scenario; it is called again for changes that move rows (micro-batch and
-    mesh), so it should draw the same samples each time. Raises InfeasibleError when no sample fits, naming the largest
-    part and the smallest change, of one key or of two, with which every sample fits and which can be simulated.
+    `rows_of(scenario)` gives the rows of a scenario; it is called again for changes that move rows (micro-batch,
+    capacity, placement and mesh), so it should draw the same samples each time. Raises InfeasibleError when no sample
+    fits, naming the largest part and the smallest change, of one key or of two, with which every sample fits and which
+    can be simulated.
     """
-    report = memory_report(scenario, rows_of(scenario))
+    rows = rows_of(scenario)
+    report = memory_report(scenario, rows)
     if report.fits_share > 0:
         return report
     rank = report.fullest
     part, size = report.largest_part
-    key = "workload.micro_batch" if scenario.workload.micro_batch > 1 else "workload.recompute"
     needed, capacity = report.peak_SP[:, rank].min(), report.capacity_P[rank]
+    key, cause = _key(scenario, part, rows, rows_of)
     raise InfeasibleError(
-        f"{KEYS.get(part.partition('.')[0], key)}: pipeline rank {rank} needs at least "
-        f"{format_bytes(float(needed))} of the {format_bytes(float(capacity))} of a GPU ({report.gpus[rank]}); its "
-        f"largest part is {part} ({format_bytes(size)}); {_remedy(scenario, rows_of)}"
+        f"{key}: pipeline rank {rank} needs at least {format_bytes(float(needed))} of the "
+        f"{format_bytes(float(capacity))} of a GPU ({report.gpus[rank]}); its largest part is {part} "
+        f"({format_bytes(size)}){cause}; {_remedy(scenario, rows_of)}"
     )
+
+
+def _key(scenario: Scenario, part: str, rows: RoutedRows, rows_of: RowsOf) -> tuple[str, str]:
+    """The key that a user would look at first, and what to say of the cause."""
+    kind = part.partition(".")[0]
+    if kind in KEYS:
+        return KEYS[kind], ""
+    bare = _applied(scenario, Change(("capacity.pad=false",))) if pads(scenario) else None
+    if bare is not None:
+        padding = 1.0 - float(rows_of(bare).rows_SLBW.sum() / rows.rows_SLBW.sum())
+        if padding > MUCH_PADDING:
+            return "capacity.pad", f", and {padding:.0%} of the rows are padding"
+    return "workload.micro_batch" if scenario.workload.micro_batch > 1 else "workload.recompute", ""
 
 
 def _remedy(scenario: Scenario, rows_of: RowsOf) -> str:
     found = nearest_change(scenario, rows_of)
     if found is None:
-        return "no change of one or two keys makes it fit; use more GPUs, a smaller model or shorter sequences"
+        return NOTHING_FITS
     change, report = found
     return f"set {change}, which needs {format_bytes(report.peak_bytes)}"
 
 
 def nearest_change(scenario: Scenario, rows_of: RowsOf) -> tuple[Change, MemoryReport] | None:
-    """The first change of `changes`, or else of pairs of them, with which every sample fits."""
-    known: dict[str, RoutedRows] = {}
-    single = list(changes(scenario))
-    pairs = (Change(one.overrides + two.overrides) for one, two in combinations(single, 2) if _independent(one, two))
-    for change in (*single, *pairs):
-        changed = _applied(scenario, change)
-        if changed is None:
-            continue
-        key = f"{changed.workload.micro_batch} {_layout(changed)}"
-        try:
-            if key not in known:
-                known[key] = rows_of(changed)
-        except UserError:
-            continue  # the trace does not go with the changed mesh
-        report = memory_report(changed, known[key])
-        if report.fits_share == 1.0:
+    """The first change, or else pair of changes, with which every sample fits.
+
+    Changes that leave the training what it is come before those that alter it; more GPUs come last.
+    """
+    trials = _Trials(scenario, rows_of)
+    for change in _in_order(scenario):
+        report = trials.report(change)
+        if report is not None and report.fits_share == 1.0:
             return change, report
     return None
 
 
-def changes(scenario: Scenario) -> Iterator[Change]:
-    """Changes that lower memory, cheapest first: a smaller micro-batch costs little, another mesh much."""
-    work, mesh = scenario.workload, scenario.parallelism
-    size = work.micro_batch // 2
-    while size:
-        yield Change((f"workload.micro_batch={size}",))
-        size //= 2
-    for part in ("dense", "expert"):
-        for stage in range(getattr(mesh.zero, part) + 1, 4):
-            yield Change((f"parallelism.zero.{part}={stage}",))
-    for recompute in ("selective", "full"):
-        if work.recompute != recompute and work.recompute != "full":
-            yield Change((f"workload.recompute={recompute}",))
-    expert = 2 * mesh.expert
-    while expert <= min(scenario.model.experts, mesh.stage_ranks):
-        yield Change((f"parallelism.expert={expert}",))
-        expert *= 2
-    smallest_node = min(pool.gpus_per_node for pool in scenario.cluster.pools)
-    for axis, size, largest in (("tensor", mesh.tensor, smallest_node), ("context", mesh.context, mesh.stage_ranks)):
-        for factor in (2, 4, 8):
-            if mesh.data % factor == 0 and size * factor <= largest:
-                yield Change((f"parallelism.{axis}={size * factor}", f"parallelism.data={mesh.data // factor}"))
-    for factor in (2, 4, 8):
-        if mesh.data % factor == 0:
-            yield Change((f"parallelism.pipeline={mesh.pipeline * factor}", f"parallelism.data={mesh.data // factor}"))
+def _in_order(scenario: Scenario) -> Iterator[Change]:
+    layout, training = list(layout_changes(scenario)), list(training_changes(scenario))
+    yield from layout
+    yield from _joined(combinations(layout, 2))
+    yield from training
+    yield from _joined(product(training, layout))
+    yield from _joined(combinations(training, 2))
+    yield from more_gpus(scenario)
 
 
-def _independent(one: Change, two: Change) -> bool:
-    keys = [{override.partition("=")[0] for override in change.overrides} for change in (one, two)]
-    return not keys[0] & keys[1]
+def _joined(pairs: Iterator[tuple[Change, ...]]) -> Iterator[Change]:
+    """Both changes of each pair that touches no key twice."""
+    for one, two in pairs:
+        if not one.keys & two.keys:
+            yield Change(one.overrides + two.overrides)
 
 
-def _layout(scenario: Scenario) -> str:
-    mesh = scenario.parallelism
-    return f"{mesh.data} {mesh.context} {mesh.tensor} {mesh.pipeline} {mesh.expert} {mesh.expert_tensor}"
+@dataclass(frozen=True)
+class _Trials:
+    """Memory under changes; variants that differ in no key that moves rows share them."""
+
+    scenario: Scenario
+    rows_of: RowsOf
+    _known: dict[Any, RoutedRows | None] = field(default_factory=dict)
+
+    def report(self, change: Change) -> MemoryReport | None:
+        """The memory of the changed scenario; None where the change is refused, or where no routing could fit."""
+        changed = _applied(self.scenario, change)
+        if changed is None or memory_report(changed, no_rows(changed)).fits_share == 0.0:
+            return None
+        rows = self._rows(changed)
+        return None if rows is None else memory_report(changed, rows)
+
+    def _rows(self, changed: Scenario) -> RoutedRows | None:
+        """None where the trace does not go with the changed mesh."""
+        mesh = changed.parallelism
+        axes = mesh.data, mesh.context, mesh.tensor, mesh.pipeline, mesh.expert, mesh.expert_tensor
+        moves = (changed.workload.micro_batch, changed.capacity, changed.placement, changed.dispatch.deduplicate, axes)
+        if moves not in self._known:
+            try:
+                self._known[moves] = self.rows_of(changed)
+            except UserError:
+                self._known[moves] = None
+        return self._known[moves]
 
 
 def _applied(scenario: Scenario, change: Change) -> Scenario | None:

@@ -89,12 +89,20 @@ def even_rows(scenario: Scenario) -> RoutedRows:
         router = scenario.router_shape()
         if router.num_groups >= mesh.expert:
             copies = min(copies, router.group_limit)
+    return _alike(scenario, rows=tokens * model.top_k, copies=tokens * copies)
+
+
+def no_rows(scenario: Scenario) -> RoutedRows:
+    """One sample in which nothing is routed: what memory needs at least, whatever the routing."""
+    return _alike(scenario, rows=0.0, copies=0.0)
+
+
+def _alike(scenario: Scenario, *, rows: float, copies: float) -> RoutedRows:
+    model = scenario.model
     layers = (model.moe_layers + model.mtp_layers) * bool(model.experts)
-    shape = (1, layers, 1, mesh.stage_ranks)
+    shape = (1, layers, 1, scenario.parallelism.stage_ranks)
     return RoutedRows(
-        rows_SLBW=np.full(shape, tokens * model.top_k),
-        copies_out_SLBW=np.full(shape, tokens * copies),
-        copies_in_SLBW=np.full(shape, tokens * copies),
+        rows_SLBW=np.full(shape, rows), copies_out_SLBW=np.full(shape, copies), copies_in_SLBW=np.full(shape, copies)
     )
 
 

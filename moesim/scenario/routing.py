@@ -144,7 +144,7 @@ class NoCapacity(Section):
 
 
 class ExpertCapacity(Section):
-    """C = ceil(factor K T / N) rows per expert over the tokens of one rank and micro-batch."""
+    """C = ceil(factor K T / N) rows per expert over the T tokens of one rank and micro-batch, but no more than T."""
 
     kind: Literal["expert"]
     factor: PositiveFloat

@@ -122,6 +122,8 @@ def test_position_drops_the_last_tokens() -> None:
 
 def test_capacities_round_as_specified() -> None:
     assert expert_capacity(factor=1.0, top_k=3, num_tokens=10, num_experts=16) == 2  # ceil(30 / 16)
+    assert expert_capacity(factor=16, top_k=6, num_tokens=128, num_experts=64) == 128  # not 192: no token comes twice
+    assert expert_capacity(factor=1e300, top_k=6, num_tokens=128, num_experts=64) == 128
     assert device_budget(factor=1.25, num_rows=31, num_ranks=8) == 4  # floor(1.25 * 31 / 8 = 4.84)
 
 

@@ -5,11 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from moesim.errors import InfeasibleError
 from moesim.parallel import sample_traffic
 from moesim.parallel.memory import memory_report
 from moesim.parallel.memory_parameters import local_parameters, stage_units, state_bytes
-from moesim.parallel.memory_remedy import check_memory, nearest_change
 from moesim.parallel.memory_rows import even_rows, routed_rows
 from moesim.parallel.memory_saved import SavedTensors
 from moesim.scenario import load_scenario_text, model_names, scenario_from_mapping
@@ -265,52 +263,6 @@ def test_memory_counts_the_smallest_gpu_of_a_stage():
     result = report(ONE_NODE, pools, "parallelism={data: 8, expert: 8, pipeline: 2}")
     assert result.gpus == ("h200", "h100")
     assert result.capacity_P[0] > result.capacity_P[1]
-
-
-def test_what_fits_is_reported_and_what_does_not_is_refused_with_a_change_that_fits():
-    assert check_memory(load(), even_rows).fits_share == 1.0
-    large = load(ONE_NODE, "workload.micro_batch=8")
-    with pytest.raises(InfeasibleError) as error:
-        check_memory(large, even_rows)
-    message = str(error.value)
-    assert error.value.exit_code == 2
-    assert message.startswith("workload.micro_batch: pipeline rank 0 needs at least ")
-    assert "largest part is activations.experts" in message
-    assert "set workload.micro_batch: 4, which needs" in message
-    assert "\n" not in message
-    assert report(ONE_NODE, "workload.micro_batch=4").fits_share == 1.0
-
-
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        ("cluster.gpu=h100", "cluster.nodes=2", "parallelism.data=16", "parallelism.expert=1"),
-        ("cluster.gpu=h100", "workload.sequence_length=32768"),
-        ("cluster.gpu=h100", "workload.micro_batch=8", "parallelism.expert=2"),
-        (
-            "model.preset=llama2-7b",
-            "routing={kind: uniform}",
-            "parallelism={data: 8, zero: {dense: 3, expert: 3}}",
-            "workload.sequence_length=524288",
-            "workload.recompute=full",
-        ),
-    ],
-)
-def test_every_suggestion_really_fits(overrides):
-    scenario = load(ONE_NODE, *overrides)
-    assert memory_report(scenario, even_rows(scenario)).fits_share == 0.0
-    found = nearest_change(scenario, even_rows)
-    assert found is not None
-    change, promised = found
-    changed = load(ONE_NODE, *overrides, *change.overrides)
-    again = memory_report(changed, even_rows(changed))
-    assert again.fits_share == 1.0
-    assert again.peak_bytes == promised.peak_bytes
-
-
-def test_a_model_that_no_change_fits_is_told_so():
-    with pytest.raises(InfeasibleError, match=r"no change of one or two keys makes it fit; use more GPUs"):
-        check_memory(load(ONE_NODE, "model.preset=deepseek-v3"), even_rows)
 
 
 EAGER = """\
