@@ -4,6 +4,11 @@ Legend: T tokens, K selections per token, N routed experts, D devices, S sequenc
 
 Statistics of a set of tokens are sums, so those of a step are the sum of its micro-batches' (`RoutingSums.__add__`):
 `balance.scope` only decides over which sums the losses are taken. f comes from counts and carries no gradient; P does.
+
+s is normalised per token to sum 1 over the experts before P is taken, in every form. Where s are sigmoids, their size
+then changes no loss: raw, all of them can shrink together, which lowers the losses and balances nothing. A shift of all
+logits is such a common factor, but for rounding, while all lie below about -16 (s = e^logit), however far below, and
+always for a softmax; at logits around 0 and above it also changes the ratios of sigmoids, upwards towards equal ones.
 """
 
 from dataclasses import dataclass
@@ -11,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moesim.moe.routers import Routing
+from moesim.moe.routers import LEARNED_ROUTERS, Routing, normalise
 from moesim.scenario.routing import Balance, RouterShape
 
 
@@ -19,8 +24,8 @@ from moesim.scenario.routing import Balance, RouterShape
 class RoutingSums:
     """Additive routing statistics of one layer.
 
-    `count_N` tokens that selected each expert, `probability_N` sum of s over tokens, `reach_D` tokens that sent at
-    least one row to each device, `sequence_terms` sum over sequences of the sequence's own sum_i f_i P_i.
+    `count_N` tokens that selected each expert, `probability_N` sum of normalised s over tokens, `reach_D` tokens that
+    sent at least one row to each device, `sequence_terms` sum over sequences of the sequence's own sum_i f_i P_i.
     """
 
     num_tokens: int
@@ -55,11 +60,11 @@ def routing_sums(routing: Routing, *, shape: RouterShape, num_sequences: int) ->
         probability_N = torch.zeros_like(count_SN[0])
         sequence_terms = torch.zeros((), device=ids_TK.device)
     else:
-        probabilities_TN = routing.probabilities_TN
-        probability_N = probabilities_TN.sum(dim=0)
-        normalised_TN = probabilities_TN / probabilities_TN.sum(dim=1, keepdim=True)
+        shares_TN = normalise(routing.probabilities_TN)
+        normal = LEARNED_ROUTERS[shape.kind].sums_to_one  # but for rounding, which is left as it is
+        probability_N = (routing.probabilities_TN if normal else shares_TN).sum(dim=0)
         length = num_tokens // num_sequences
-        share_SN = normalised_TN.reshape(num_sequences, -1, num_experts).mean(dim=1)
+        share_SN = shares_TN.reshape(num_sequences, -1, num_experts).mean(dim=1)
         sequence_terms = (count_SN * (num_experts / (shape.top_k * length)) * share_SN).sum()
     return RoutingSums(
         num_tokens=num_tokens,
@@ -72,7 +77,7 @@ def routing_sums(routing: Routing, *, shape: RouterShape, num_sequences: int) ->
 
 
 def expert_loss(sums: RoutingSums, *, shape: RouterShape) -> Tensor:
-    """sum_i f_i P_i with f_i = N/(K T) * tokens that select i, P_i = mean s_i; 1 at perfect balance of a softmax."""
+    """sum_i f_i P_i with f_i = N/(K T) * tokens that select i, P_i = mean s_i; 1 at perfect balance."""
     return (_frequency_N(sums, shape) * _mean_probability_N(sums)).sum()
 
 
@@ -95,7 +100,7 @@ def variance_loss(sums: RoutingSums, *, shape: RouterShape) -> Tensor:
 
 
 def sequence_loss(sums: RoutingSums, *, shape: RouterShape) -> Tensor:
-    """DeepSeek-V3's form: the expert form per sequence with s normalised to sum 1, mean over sequences."""
+    """DeepSeek-V3's form: the expert form per sequence, mean over sequences."""
     del shape
     return sums.sequence_terms / sums.num_sequences
 

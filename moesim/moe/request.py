@@ -14,7 +14,7 @@ from moesim.scenario import Scenario
 from moesim.scenario.routing import Balance, Capacity, DeviceCapacity, NoCapacity, RouterShape, Thin, TrainRouting
 from moesim.strict_json import json_text
 
-RECIPE = 1  # raise when a change of the code changes the traces that equal requests give
+RECIPE = 2  # raise when a change of the code changes the traces that equal requests give
 LEAST_RECORDED_TOKENS = 65_536
 CHEAP_RECORDED_TOKENS = 262_144  # a few seconds of forward passes
 FIRST_RECORDED_TOKENS = 16_384

@@ -17,6 +17,7 @@ from moesim.scenario.routing import RouterShape
 
 NUM_HASH_BUCKETS = 4096
 LOGIT_STD_AT_START = 0.5  # DeepSeek-V2 starts at 0.006 * sqrt(5120) = 0.43
+LEAST_TOP_LOGIT = -60.0  # sigmoid(x) = e^x in float32 long above it, and 1e27 more until it is 0
 
 
 class Routing(NamedTuple):
@@ -25,7 +26,8 @@ class Routing(NamedTuple):
     `expert_ids_TK` (int64, -1 where a token has fewer selections), `gates_TK` (weights of the expert outputs, 0 where
     the id is -1), `affinities_TK` (the router's own scores s of the selected experts: they rank rows when capacity
     drops some; 0 where the id is -1) and `probabilities_TN` (s as the balance losses want it: of all experts, softmax
-    over logits where s are logits; None for routers without affinities).
+    over logits where s are logits; up to a positive factor per token unless the router's `sums_to_one`; None for
+    routers without affinities).
     """
 
     expert_ids_TK: Tensor
@@ -72,7 +74,12 @@ def limit_groups(scores_TN: Tensor, *, num_groups: int, group_limit: int, best_o
 
 
 class LearnedRouter(nn.Module):
-    """A router with one centroid per expert: logits = hidden . centroid, always in float32."""
+    """A router with one centroid per expert: logits = hidden . centroid, always in float32.
+
+    `sums_to_one`: a token's `probabilities_TN` are a softmax, so the balance losses need not normalise them.
+    """
+
+    sums_to_one = True
 
     def __init__(self, hidden: int, shape: RouterShape) -> None:
         super().__init__()
@@ -171,6 +178,7 @@ class DeepSeekV3Router(LearnedRouter):
     The bias b (buffer `bias_N`) never weighs and has no gradient; `moesim.moe.balance.loss_free_update` moves it.
     """
 
+    sums_to_one = False
     bias_N: Tensor
 
     def __init__(self, hidden: int, shape: RouterShape) -> None:
@@ -185,11 +193,20 @@ class DeepSeekV3Router(LearnedRouter):
             affinities_TN + self.bias_N, num_groups=shape.num_groups, group_limit=shape.group_limit, best_of=2
         )
         expert_ids_TK = top_ids(limited_TN, shape.top_k)
-        affinities_TK = affinities_TN.gather(1, expert_ids_TK)
-        # clamp: every selected sigmoid may underflow, and 0 / 0 is no gate
-        sums_T1 = affinities_TK.sum(dim=1, keepdim=True).clamp_min(torch.finfo(affinities_TK.dtype).tiny)
-        gates_TK = affinities_TK / sums_T1 * shape.routed_scaling_factor
-        return Routing(expert_ids_TK, gates_TK, affinities_TK, affinities_TN)
+        scores_TN = _without_underflow(affinities_TN, logits_TN)
+        gates_TK = normalise(scores_TN.gather(1, expert_ids_TK)) * shape.routed_scaling_factor
+        return Routing(expert_ids_TK, gates_TK, affinities_TN.gather(1, expert_ids_TK), scores_TN)
+
+
+def normalise(scores_TX: Tensor) -> Tensor:
+    """Scores >= 0 divided by their sum per token; zeros, with a gradient of 0, where all scores of a token are 0."""
+    return scores_TX / scores_TX.sum(dim=1, keepdim=True).clamp_min(torch.finfo(scores_TX.dtype).tiny)
+
+
+def _without_underflow(affinities_TN: Tensor, logits_TN: Tensor) -> Tensor:
+    """Sigmoids; where all of a token's are tiny, times a factor: they are e^logit there, and so stay their ratios."""
+    top_T1 = logits_TN.detach().amax(dim=1, keepdim=True)
+    return torch.where(top_T1 < LEAST_TOP_LOGIT, (logits_TN - top_T1).exp(), affinities_TN)
 
 
 class ExpertChoiceRouter(LearnedRouter):
@@ -288,7 +305,7 @@ class UniformRouter(PopularityRouter):
 
 AnyRouter = LearnedRouter | FixedRouter
 
-LEARNED_ROUTERS: dict[str, Callable[[int, RouterShape], LearnedRouter]] = {
+LEARNED_ROUTERS: dict[str, type[LearnedRouter]] = {
     "switch": SwitchRouter,
     "gshard": GshardRouter,
     "topk_softmax": TopKSoftmaxRouter,

@@ -5,10 +5,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from moe_cases import shape_of
+from moe_cases import router_inputs, shape_of
 
 from moesim.moe.balance import BALANCE_LOSSES, balance_loss, load_imbalance, loss_free_update, routing_sums
-from moesim.moe.routers import Routing, top_ids
+from moesim.moe.routers import LearnedRouter, Routing, build_router, top_ids
 from moesim.scenario.routing import Balance, RouterShape
 
 SEQUENCES, LENGTH = 3, 20
@@ -54,9 +54,7 @@ def plain_variance(chosen: np.ndarray, s: np.ndarray, shape: RouterShape) -> flo
 def plain_sequence(chosen: np.ndarray, s: np.ndarray, shape: RouterShape) -> float:
     values = []
     for start in range(0, len(s), LENGTH):
-        part = s[start : start + LENGTH]
-        normalised = part / part.sum(1, keepdims=True)
-        values.append(plain_expert(chosen[start : start + LENGTH], normalised, shape))
+        values.append(plain_expert(chosen[start : start + LENGTH], s[start : start + LENGTH], shape))
     return float(np.mean(values))
 
 
@@ -72,16 +70,71 @@ PLAIN: dict[str, Callable[[np.ndarray, np.ndarray, RouterShape], float]] = {
 @pytest.mark.parametrize("name", BALANCE_LOSSES)
 @pytest.mark.parametrize("sigmoid", [False, True])
 def test_losses_equal_their_formulas(name: str, sigmoid: bool) -> None:
-    shape = shape_of("deepseek_v2")
+    shape = shape_of("deepseek_v3" if sigmoid else "deepseek_v2")
     for seed in range(3):
         routing = random_routing(shape, seed, sigmoid=sigmoid)
         assert routing.probabilities_TN is not None
         scores = routing.probabilities_TN.detach().double().numpy()
+        scores /= scores.sum(1, keepdims=True)
         chosen = np.zeros((T, shape.num_experts))
         np.put_along_axis(chosen, routing.expert_ids_TK.numpy(), 1.0, axis=1)
         sums = routing_sums(routing, shape=shape, num_sequences=SEQUENCES)
         got = BALANCE_LOSSES[name](sums, shape=shape).item()
         assert got == pytest.approx(PLAIN[name](chosen, scores, shape), rel=1e-5, abs=1e-9)
+
+
+def loss_and_gradient(name: str, shape: RouterShape, *, shift: float) -> tuple[float, torch.Tensor]:
+    """A loss of the router's own routing of logits of which the largest is near 0, all shifted, and its gradient."""
+    logits_TN = 2 * torch.randn(T, shape.num_experts, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    chosen_TK = top_ids(logits_TN, shape.top_k)
+    logits_TN = (logits_TN - 8 + shift).requires_grad_()
+    router = build_router(shape, hidden=8, generator=torch.Generator())
+    assert isinstance(router, LearnedRouter)
+    routing = router.route(logits_TN, router_inputs(T))._replace(expert_ids_TK=chosen_TK)
+    loss = BALANCE_LOSSES[name](routing_sums(routing, shape=shape, num_sequences=SEQUENCES), shape=shape)
+    loss.backward()
+    assert logits_TN.grad is not None
+    return loss.item(), logits_TN.grad
+
+
+@pytest.mark.parametrize("name", BALANCE_LOSSES)
+@pytest.mark.parametrize("shift", [-20.0, -55.0, -80.0, -110.0, -1e4])
+def test_a_shift_of_all_sigmoid_logits_changes_no_loss(name: str, shift: float) -> None:
+    """While s = e^logit, also where s is 0 in float32, the losses are those of a softmax but for rounding."""
+    loss, gradient_TN = loss_and_gradient(name, shape_of("deepseek_v3"), shift=shift)
+    wanted, wanted_TN = loss_and_gradient(name, shape_of("deepseek_v2"), shift=0.0)
+    tolerance = 1e-6 * (1 + abs(shift))  # of the shifted logits themselves
+    assert loss == pytest.approx(wanted, rel=tolerance)
+    torch.testing.assert_close(gradient_TN, wanted_TN, rtol=tolerance, atol=float(tolerance * wanted_TN.abs().max()))
+    assert gradient_TN.abs().max() > 0
+
+
+@pytest.mark.parametrize("name", ["expert", "device", "sequence"])
+@pytest.mark.parametrize("shift", [-200.0, -20.0, 0.0, 8.0, 30.0])
+def test_at_equal_loads_no_size_of_the_sigmoids_lowers_a_loss(name: str, shift: float) -> None:
+    shape = shape_of("deepseek_v3")
+    logits_TN = 2 * torch.randn(SEQUENCES * 16, 16, generator=torch.Generator().manual_seed(0)) + shift
+    router = build_router(shape, hidden=8, generator=torch.Generator())
+    assert isinstance(router, LearnedRouter)
+    ids_TK = (torch.arange(SEQUENCES * 16).unsqueeze(1) + torch.tensor([0, 1, 8, 9])) % 16
+    routing = router.route(logits_TN, router_inputs(len(ids_TK)))._replace(expert_ids_TK=ids_TK)
+    sums = routing_sums(routing, shape=shape, num_sequences=SEQUENCES)
+    assert BALANCE_LOSSES[name](sums, shape=shape).item() == pytest.approx(1.0, rel=1e-5)
+
+
+@pytest.mark.parametrize("offset", [-60.0, -90.0, -110.0])
+def test_scores_that_are_all_zero_give_finite_losses(offset: float) -> None:
+    """Sigmoids that somebody else hands over, without the logits."""
+    shape = shape_of("deepseek_v3")
+    logits_TN = (torch.randn(T, 16, generator=torch.Generator().manual_seed(0)) + offset).requires_grad_()
+    scores_TN = logits_TN.sigmoid()
+    ids_TK = top_ids(logits_TN, 4)
+    routing = Routing(ids_TK, scores_TN.gather(1, ids_TK), scores_TN.gather(1, ids_TK), scores_TN)
+    sums = routing_sums(routing, shape=shape, num_sequences=SEQUENCES)
+    everything = torch.stack([form(sums, shape=shape) for form in BALANCE_LOSSES.values()])
+    everything.sum().backward()
+    assert logits_TN.grad is not None
+    assert everything.isfinite().all() and logits_TN.grad.isfinite().all()
 
 
 @pytest.mark.parametrize(
