@@ -4,11 +4,14 @@ When the profile or the simulation has changed for a reason, `moesim validate --
 anew: copy DIR/h200.json, DIR/h200-unseen.json and DIR/h200-unseen-2gpu.json to moesim/validation/data/.
 """
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from moesim.validation.cases import GPU_TOKENS, MODELS
-from moesim.validation.table import GOALS, Table, differences, recompute, shipped_table
+from moesim.validation.table import GOALS, SHIPPED_TABLES, Table, differences, recompute, shipped_table
 
 TOLERANCE = 0.005  # of any part of any case
 
@@ -78,3 +81,18 @@ def test_predictions_stay_near_the_measurements(shipped: Table) -> None:
     summary = shipped.summary()
     assert summary["median_error"] is not None and summary["median_error"] < 1.5 * GOALS["median"]
     assert summary["worst_error"] is not None and summary["worst_error"] < 1.5 * GOALS["worst"]
+
+
+def test_the_readme_states_the_errors_of_the_shipped_tables() -> None:
+    """Cases, median and worst error by number of GPUs: of those that shaped the model, then of those measured last."""
+    errors: dict[tuple[bool, int], list[float]] = {}
+    for name in SHIPPED_TABLES:
+        for row in shipped_table(name).rows:
+            if row.case.tokens >= GOALS["from_tokens"]:
+                errors.setdefault((name == "h200-unseen-2gpu", row.case.gpus), []).append(abs(row.error))
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    stated = re.findall(r"\| `torch_eager` \| (?:one|two) H200 \| (\d+) \| ([\d.]+) % \| ([\d.]+) % \|", readme)
+    assert stated == [
+        (str(len(values)), f"{100 * np.median(values):.1f}", f"{100 * max(values):.1f}")
+        for _, values in sorted(errors.items())
+    ]
