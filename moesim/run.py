@@ -23,6 +23,7 @@ from moesim.parallel.memory_rows import RoutedRows, even_rows, routed_rows
 from moesim.results import CATEGORIES, RESULT_SCHEMA_VERSION, RunRecord, SpanTable, Stream, attribute
 from moesim.results.critical_path import path_facts
 from moesim.results.economy import cost, utilisation
+from moesim.results.effective import dropping_warnings, effective
 from moesim.results.metrics import (
     TrafficFacts,
     imbalance_facts,
@@ -262,6 +263,7 @@ def _record(
     step_s, range_s = mean_and_range(outcome.step_S, again_S)
     cost_s = float((outcome.step_S - spread.step_S).mean())
     facts = TrafficFacts(scenario, plain) if plain else None
+    kept = effective(scenario, kept_share=facts.kept_share if facts else 1.0, step_s=step_s)
     per_second = scenario.tokens_per_step / step_s
     result: dict[str, Any] = {
         "schema_version": RESULT_SCHEMA_VERSION,
@@ -286,9 +288,14 @@ def _record(
         "padded_share": facts.padded_share if facts else 0.0,
         "memory": memory.as_json(),
         "cost": cost(scenario, step_s),
+        "effective": kept,
         "estimate_sources": outcome.source_shares,
         "router": {"kind": "none (dense model)", "train_loss": None, "validation_loss": None},
-        "warnings": _warnings(scenario, fabric, memory, plain) + _sharing_warnings(outcome.shared_links, cost_s),
+        "warnings": [
+            *_warnings(scenario, fabric, memory, plain),
+            *_sharing_warnings(outcome.shared_links, cost_s),
+            *dropping_warnings(kept),
+        ],
     }
     arrays = {
         "step_time_S": outcome.step_S,

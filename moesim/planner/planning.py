@@ -127,6 +127,7 @@ def _shown(layout: Simulated, candidate: Candidate) -> dict[str, Any]:
         "values": dict(layout.values),
         **layout.outcome._asdict(),
         "usd_per_million_tokens": layout.result["cost"]["usd_per_million_tokens"],
+        "dropped_share": layout.result["dropped_share"],
         "peak_bytes": memory["peak_bytes"],
         "capacity_bytes": min(memory["capacity_bytes_by_pipeline_rank"]),
         "screened_step_s": candidate.screened.step_s,

@@ -90,7 +90,7 @@ def _digits_that_tell_apart(low: float, high: float) -> int:
 
 
 def headline(result: Result) -> list[Fact]:
-    """The six numbers that answer the question of a run."""
+    """The numbers that answer the question of a run: six, and one more where rows are missing."""
     mfu, cost, lost_s = result["mfu"], result["cost"], result["imbalance"]["cost_s"]
     return [
         step_time(result),
@@ -106,8 +106,18 @@ def headline(result: Result) -> list[Fact]:
             f"{seconds(lost_s)}: the same rows spread evenly save it",
         ),
         Fact("dropped rows", percent(result["dropped_share"], digits=2), "of all routed (token, expert) rows"),
+        *_kept_rows(result),
         Fact("price", _price(cost), _budget(cost)),
     ]
+
+
+def _kept_rows(result: Result) -> list[Fact]:
+    """MFU and price by the rows that were kept, where not all were."""
+    found = result.get("effective")
+    if found is None or abs(found["kept_share"] - 1.0) < ROUND_OFF:
+        return []
+    note = f"{_price(found)}; {percent(found['kept_share'], digits=2)} of the rows are computed"
+    return [Fact("kept rows alone", f"MFU {percent(found['mfu_causal'])}", note)]
 
 
 def _price(cost: Mapping[str, Any]) -> str:

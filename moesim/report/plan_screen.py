@@ -46,7 +46,7 @@ def _screen(plan: Plan) -> list[RenderableType]:
     head.append(f"  {_goal(plan['goal'])}", style="dim")
     blocks: list[RenderableType] = [head, section("what was looked at", _funnel(plan))]
     blocks.append(section(f"layouts by simulated {_objectives(plan)}", _ranking(plan)))
-    blocks += [_note(_legend(plan)), _note(_abbreviations(plan))]
+    blocks += [_note(_legend(plan)), _note(_abbreviations(plan)), *map(_note, _dropping(plan))]
     for key, title in (
         ("runner_up", "why it wins: against the runner-up"),
         ("best_with_other_gpus", "against the best with other GPUs"),
@@ -225,6 +225,13 @@ def _abbreviations(plan: Plan) -> str:
     sizes = [f"{_SHORT[key]} {_LONG[key]}" for key in keys if key in _LONG]
     ways = f"{', '.join(sizes)}: ways of parallelism; " if sizes else ""
     return f"{ways}mb: sequences per micro-batch; mem: share of a GPU's memory"
+
+
+def _dropping(plan: Plan) -> list[str]:
+    """Which of the shown layouts drop rows: they do less for their price."""
+    shares = [plan["outcomes"][point].get("dropped_share", 0.0) for point in plan["ranking"][:_ROWS]]
+    dropping = [f"{rank}: {percent(share)}" for rank, share in enumerate(shares, start=1) if share]
+    return [f"rows that they drop, and so do not compute for their price: {', '.join(dropping)}"] if dropping else []
 
 
 def _comparison(plan: Plan, found: Mapping[str, Any]) -> Table:

@@ -100,6 +100,13 @@ class TrafficFacts:
         return self.dropped / self.routed if self.routed else 0.0
 
     @property
+    def kept_share(self) -> float:
+        """Computed rows without padding / (tokens * K): below 1 where rows are dropped, or a router chose fewer."""
+        scenario = self.scenario
+        asked = scenario.model.top_k * scenario.tokens_per_step * self.num_layers * self.num_samples
+        return (self.routed - self.dropped) / asked if asked else 1.0
+
+    @property
     def padded_share(self) -> float:
         """Padded rows / computed rows."""
         computed = self.routed - self.dropped + self.padded

@@ -18,6 +18,7 @@ _FLAT = (
 )
 _GROUPS = {
     "mfu": ("causal", "non_causal", "causal_of_bf16_peak", "non_causal_of_bf16_peak"),
+    "effective": ("kept_share", "mfu_causal", "mfu_non_causal", "usd_per_million_tokens"),
     "attribution_s": CATEGORIES,
     "attribution_balanced_s": CATEGORIES,
     "communication": (
@@ -57,7 +58,7 @@ METRICS: tuple[str, ...] = (*_FLAT, *(f"{group}.{name}" for group, names in _GRO
 class Column:
     """A metric in the table: its head, its unit and which end is the better one (None: neither).
 
-    `absolute`: a change is a difference and not a share.
+    `absolute`: a change is a difference and not a share. `beside`: another metric without which it says nothing new.
     """
 
     path: str
@@ -66,6 +67,7 @@ class Column:
     pattern: str = "{:.4g}"
     best: Literal["least", "most"] | None = None
     absolute: bool = False
+    beside: str | None = None
 
 
 STANDARD = (
@@ -75,6 +77,7 @@ STANDARD = (
     Column(path="imbalance.expert", head="expert imb.", pattern="{:.3f}", best="least", absolute=True),
     Column(path="imbalance.rank_rows", head="rank imb.", pattern="{:.3f}", best="least", absolute=True),
     Column(path="dropped_share", head="dropped (%)", scale=100, pattern="{:.2f}", best="least", absolute=True),
+    Column(path="effective.usd_per_million_tokens", head="USD/M kept", best="least", beside="dropped_share"),
     Column(path="router.validation_loss", head="held-out loss", pattern="{:.4f}", best="least", absolute=True),
 )
 

@@ -108,6 +108,12 @@ def make_result(*, name: str, attribution_C: np.ndarray[Any, Any], balanced_s: f
             "cost_s": step - balanced_s,
         },
         "dropped_share": 0.0713,
+        "effective": {
+            "kept_share": 0.9287,
+            "mfu_causal": 0.3431,
+            "mfu_non_causal": 0.3838,
+            "usd_per_million_tokens": 0.01306,
+        },
         "critical_path": {
             "step_time_s": step,
             "seconds": {

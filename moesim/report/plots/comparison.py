@@ -31,6 +31,8 @@ _SHOWN = (
     "imbalance.rank_rows",
     "imbalance.rank_bytes",
     "dropped_share",
+    "effective.mfu_causal",
+    "effective.usd_per_million_tokens",
     "communication.copies_per_token",
     "communication.dispatch_bytes",
     "communication.intra_node_bytes",
