@@ -15,3 +15,10 @@ class InfeasibleError(UserError):
     """A well-formed scenario that cannot be laid out on its cluster. Exit code 2."""
 
     exit_code = 2
+
+
+class MachineError(UserError):
+    """What this machine refuses, not the input: a full disk, a process that cannot start. Exit code 1.
+
+    It ends the call and is no verdict on a scenario: nothing is recorded, and the same call goes on from what is kept.
+    """

@@ -50,6 +50,7 @@ def make_plan(
     checked = work.simulate_sample()
     ranking = work.ranking()
     if not ranking:
+        work.require_simulated()
         raise InfeasibleError(work.why_nothing_fits())
     return _written(folder, screened, work, ranking, checked, watching)
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from moesim.errors import UserError
 from moesim.planner.folder import Folder
 from moesim.planner.funnel import STAGES
 from moesim.planner.judge import Candidate, Judge
@@ -88,6 +89,15 @@ class Simulations:
     def ranking(self) -> list[Simulated]:
         """Simulated layouts that meet the goal, best first."""
         return ranked(self.plan, self.usable, lambda layout: layout.outcome)
+
+    def require_simulated(self) -> None:
+        """Raise UserError where a simulation failed: then nobody knows whether a layout meets the goal."""
+        broken = [record for record in self.failed.values() if record.status == "failed"]
+        if broken:
+            raise UserError(
+                f"{self.plan.name}: {len(broken)} of {len(self.failed) + len(self.done)} simulations failed, so no "
+                f"verdict is given: {broken[0].reason}"
+            )
 
     def why_nothing_fits(self) -> str:
         """The binding constraint in one line."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from traceback import extract_tb
 from typing import NamedTuple
 
-from moesim.errors import InfeasibleError, UserError
+from moesim.errors import InfeasibleError, MachineError, UserError
 from moesim.study.point import Point, PointRecord
 
 
@@ -34,11 +34,13 @@ def _end_with_parent() -> None:
 
 
 def train_point(point: Point, cache_dir: Path | None) -> Trained:
-    """Train the router of the point and put its trace into the cache."""
+    """Train the router of the point and put its trace into the cache. Raises MachineError."""
     from moesim.run import obtain_trace
 
     try:
         obtain_trace(point.scenario, cache_dir=cache_dir)
+    except MachineError:
+        raise
     except UserError as error:
         return Trained(str(error), os.getpid())
     except Exception as error:  # a bug in one training must not end the others
@@ -47,12 +49,14 @@ def train_point(point: Point, cache_dir: Path | None) -> Trained:
 
 
 def simulate_point(point: Point, cache_dir: Path | None) -> PointRecord:
-    """The record of the simulated point; whatever goes wrong becomes its reason."""
+    """The record of the simulated point; whatever is wrong with it becomes its reason. Raises MachineError."""
     from moesim.run import simulate
 
     start, pid = time.perf_counter(), os.getpid()
     try:
         result = simulate(point.scenario, cache_dir=cache_dir).result
+    except MachineError:
+        raise
     except InfeasibleError as error:
         return point.record("infeasible", pid=pid, seconds=time.perf_counter() - start, reason=str(error))
     except UserError as error:

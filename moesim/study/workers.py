@@ -12,11 +12,14 @@ from logging import CRITICAL, getLogger
 from multiprocessing import forkserver, get_context, resource_tracker
 from typing import Any, NamedTuple, Protocol
 
-from moesim.errors import UserError
+from moesim.errors import MachineError, UserError
+from moesim.processes import STOP_SIGNALS, environment, same_imports, signals_wait, without_main
 from moesim.study.work import start_worker
 
 _ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 _CONNECT_SECONDS = 10
+_NO_START = "a worker process could not start"
+_GO_ON = "is memory or the number of processes short? What is finished is kept: run the same command again"
 _ADDRESS = re.compile(r"(tcp|tls|ucx)://\S+:\d+")
 
 
@@ -70,25 +73,26 @@ class Processes:
         return len(self._busy) < self._count
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> "Future[Any]":
-        """Start a task in a free process."""
-        with _ctrl_c_waits():  # until the place is known: `stop` must find every process
+        """Start a task in a free process. Raises MachineError when no process starts."""
+        with signals_wait(*STOP_SIGNALS):  # until the place is known: `stop` must find every process
             place = self._free.pop() if self._free else _new_place()
             try:
                 future = place.executor.submit(function, *arguments)
             except BrokenProcessPool:  # it was killed while it had nothing to do
                 place.executor.shutdown(wait=False)
+                _started(place)
                 return self.submit(function, *arguments)
             self._busy[future] = place
         return future
 
     def collect(self, future: "Future[Any]") -> Any:
-        """The outcome of a finished task; Lost when its process was killed."""
+        """The outcome of a finished task; Lost when its process was killed. Raises MachineError if it never started."""
         place = self._busy.pop(future)
         try:
             outcome = future.result()
         except BrokenProcessPool:
             place.executor.shutdown(wait=False)
-            return Lost(_pid(place), retry=True)
+            return Lost(_started(place), retry=True)
         self._free.append(place)
         return outcome
 
@@ -106,7 +110,12 @@ class Processes:
 
 def _new_place() -> _Place:
     executor = ProcessPoolExecutor(1, mp_context=get_context("forkserver"), initializer=start_worker)
-    return _Place(executor, executor.submit(os.getpid))
+    try:
+        with without_main():
+            return _Place(executor, executor.submit(os.getpid))
+    except (OSError, EOFError) as error:  # the fork server is gone, or the machine has no room for a process
+        executor.shutdown(wait=False)
+        raise MachineError(f"{_NO_START} ({type(error).__name__}); {_GO_ON}") from None
 
 
 def _pid(place: _Place) -> int:
@@ -117,14 +126,12 @@ def _pid(place: _Place) -> int:
         return 0
 
 
-@contextmanager
-def _ctrl_c_waits() -> Iterator[None]:
-    """Hold Ctrl-C back until the end of the block; processes and threads that start in it never see it."""
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+def _started(place: _Place) -> int:
+    """The process of a place. Raises MachineError when it ended before it could say: no task was to blame."""
+    pid = _pid(place)
+    if not pid:
+        raise MachineError(f"{_NO_START}: it ended at once; {_GO_ON}")
+    return pid
 
 
 def _start_fork_server() -> None:
@@ -132,18 +139,11 @@ def _start_fork_server() -> None:
 
     Ctrl-C reaches the whole group of processes; only the parent answers it.
     """
-    before = {name: os.environ.get(name) for name in _ONE_THREAD}
     get_context("forkserver").set_forkserver_preload(["moesim.run", "moesim.study.work"])
-    os.environ.update(dict.fromkeys(_ONE_THREAD, "1"))
-    resource_tracker.ensure_running()  # the fork server would start it, and that takes the mask back
-    try:
-        with _ctrl_c_waits():
+    with environment(dict.fromkeys(_ONE_THREAD, "1")), same_imports():
+        resource_tracker.ensure_running()  # the fork server would start it, and that takes the mask back
+        with signals_wait(signal.SIGINT):
             forkserver.ensure_running()
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
 
 
 class Cluster:

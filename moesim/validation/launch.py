@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 
 from moesim.errors import UserError
+from moesim.processes import same_imports, without_main
 from moesim.scenario import dump_scenario
 from moesim.scenario.schema import Compute
 from moesim.strict_json import json_text, parse_json
@@ -86,7 +87,7 @@ def _keep(folder: Path, case: Case, result: dict[str, Any]) -> None:
 
 def _run(cases: list[Case], device: str, folder: Path, effort: Effort) -> None:
     """Measure `cases` in order until one does not fit the device: that one is then marked as skipped."""
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, same_imports(), without_main():
         context: Any = start_processes(  # type: ignore[no-untyped-call]
             _process,
             (cases, device, scratch, str(folder), effort),

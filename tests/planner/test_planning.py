@@ -177,6 +177,18 @@ def test_a_goal_out_of_reach_is_stated_with_simulated_numbers(small_plan, tmp_pa
     assert simulated["h200"] in str(error.value)
 
 
+def test_failed_simulations_give_no_verdict(small_plan, tmp_path, monkeypatch):
+    def break_down(points, *, on_record, **others):
+        for point in points:
+            on_record(point.record("failed", pid=1, reason="ValueError: a bug"))
+
+    monkeypatch.setattr("moesim.planner.folder.run_points", break_down)
+    plan = small_plan({"choices.gpus": [2], "search": {"simulate": 1, "check": 0}})
+    with pytest.raises(UserError, match="1 of 1 simulations failed, so no verdict is given: ValueError") as error:
+        make_plan(Folder(tmp_path, plan, workers=1))
+    assert error.value.exit_code == 1
+
+
 def test_the_front_keeps_what_nothing_beats():
     points = [Outcome(1.0, usd, days, 0.5, 1.0) for usd, days in ((3, 1), (1, 3), (2, 2), (2, 4), (3, 3))]
     assert [(point.usd, point.days) for point in front(points, lambda point: point)] == [(1, 3), (2, 2), (3, 1)]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from moesim.errors import MachineError
 from moesim.run import simulate
 from moesim.study import Point, PointRecord, Progress, run_points, watched_points
 from moesim.study.workers import Processes
@@ -49,7 +50,7 @@ def _receive(tally: Path, lives: int, fields: dict[str, Any]) -> Point:
 def is_alive(pid: int) -> bool:
     try:
         return "zombie" not in Path(f"/proc/{pid}/status").read_text()
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # it may end between the opening and the reading
         return False
 
 
@@ -83,6 +84,19 @@ def test_a_killed_process_takes_no_other_point_with_it(points, tmp_path, lives, 
         assert "killed 2 times; was memory short?" in failed.reason
         assert failed.result is None
         assert failed.pid > 0
+
+
+def end_at_once() -> None:
+    os._exit(3)
+
+
+def test_a_process_that_dies_at_start_fails_the_call_and_no_point(points, monkeypatch):
+    monkeypatch.setattr("moesim.study.workers.start_worker", end_at_once)
+    kept: list[PointRecord] = []
+    with pytest.raises(MachineError, match="a worker process could not start") as caught:
+        run_points(points([{"seed": seed} for seed in range(3)]), on_record=kept.append, workers=2)
+    assert kept == []
+    assert "\n" not in str(caught.value)
 
 
 def test_points_with_one_router_share_one_training(points, tmp_path):
@@ -155,6 +169,40 @@ def test_a_process_that_was_killed_while_idle_is_replaced():
 def _finished(future):
     future.exception()
     return future
+
+
+UNGUARDED = """
+import pathlib, sys
+with pathlib.Path("started").open("a") as file:
+    file.write("x")
+from moesim.study.workers import Processes
+import os
+sys.path.append("/of/the/parent")
+workers = Processes(1)
+future = workers.submit(eval, "__import__('sys').path, [name for name in ('html', 'hijacked') if "
+    "'HERE' in (getattr(__import__('sys').modules.get(name), '__file__', None) or '')]")
+future.result()
+print(*workers.collect(future), sep="\\n")
+workers.stop()
+"""
+
+
+def test_processes_import_what_their_parent_does_and_nothing_of_the_working_folder(tmp_path):
+    """Also where the script that starts them has no guard around what it does: it runs once."""
+    here, script = tmp_path / "HERE", tmp_path / "script.py"
+    (here / "moesim").mkdir(parents=True)
+    for name in ("html", "selectors", "multiprocessing", "traceback"):
+        (here / f"{name}.py").write_text("open('EXECUTED', 'a').write(__name__)\n")
+    script.write_text(UNGUARDED)
+    ended = subprocess.run([sys.executable, script], capture_output=True, text=True, cwd=here, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    path, foreign = ended.stdout.splitlines()
+    assert "/of/the/parent" in path
+    assert "''" not in path
+    assert str(here) not in path
+    assert foreign == "[]"
+    assert not (here / "EXECUTED").exists()
+    assert (here / "started").read_text() == "x"
 
 
 ENDLESS = """
