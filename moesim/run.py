@@ -77,10 +77,10 @@ def simulate(
     return _record(scenario, fabric, memory, trace, plain, outcome)
 
 
-def mean_step_seconds(scenario: Scenario, trace: RoutingTrace | None, *, bandwidth_factor: float = 1.0) -> float:
+def mean_step_seconds(scenario: Scenario, trace: RoutingTrace | None) -> float:
     """Mean step time of the plain routing samples alone, the same as `simulate` gives: for what-ifs.
 
-    `bandwidth_factor` multiplies the bandwidth of every link. Raises as `simulate` does.
+    Raises as `simulate` does.
     """
     require_supported(scenario)
     kernels = kernel_model(scenario.cluster.pools[0].gpu, scenario.compute.profile)
@@ -88,12 +88,7 @@ def mean_step_seconds(scenario: Scenario, trace: RoutingTrace | None, *, bandwid
     check_memory(scenario, lambda variant: _rows(scenario, variant, trace, plain))
     fabric = scenario_fabric(scenario, kernels)
     kernels = step_kernels(scenario, fabric=fabric, kernels=kernels, samples=plain)
-    faster = replace(
-        fabric,
-        bandwidth_X=bandwidth_factor * fabric.bandwidth_X,
-        capacity_X=bandwidth_factor * fabric.capacity_X,
-    )
-    return float(_simulate_samples(scenario, faster, kernels, plain).step_S.mean())
+    return float(_simulate_samples(scenario, fabric, kernels, plain).step_S.mean())
 
 
 def _rows(

@@ -1,5 +1,7 @@
 """What if: the same step simulated again, same seeds, with one thing changed. Nothing here is an estimate.
 
+Each answer is that of a run of the changed scenario; only `balanced_routing` has none that could be written down.
+
 balanced_routing   the same kept rows and copies per token in total, spread evenly (every run has simulated it)
 double_bandwidth   all links carry twice as much; latencies and software costs stay
 no_overlap         shared experts, paired micro-batches and gradient reductions wait for communication
@@ -48,7 +50,7 @@ class _Question:
         return float(self.record.result["balanced_step_time_s"])
 
     def double_bandwidth(self) -> float:
-        return mean_step_seconds(self.scenario, self.record.trace, bandwidth_factor=2.0)
+        return mean_step_seconds(self.scenario.with_bandwidth(2.0), self.record.trace)
 
     def no_overlap(self) -> float:
         if self.scenario.implementation.kind == "torch_eager":

@@ -1,5 +1,6 @@
 """A small scenario that every room can simulate in a fraction of a second."""
 
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -40,7 +41,7 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
         *path, last = dotted.split(".")
         for key in path:
             section = section.setdefault(key, {})
-        section[last] = value
+        section[last] = deepcopy(value)  # a later key may change it
     return result
 
 

@@ -114,6 +114,32 @@ def test_the_rule_lets_good_imports_pass(path: str, source: str) -> None:
     assert violations(path, source) == []
 
 
+def shared_memories(path: str, source: str) -> list[str]:
+    """Dicts that a copy of frozen data would take over: fields that begin empty and that `replace` hands on."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.ClassDef) or not any("frozen=True" in ast.unparse(d) for d in node.decorator_list):
+            continue
+        for line in node.body:
+            if isinstance(line, ast.AnnAssign) and ast.unparse(line.annotation).startswith("dict["):
+                value = ast.unparse(line.value) if line.value else ""
+                if "default_factory" in value and "init=False" not in value:
+                    found.append(f"{path}: {node.name}.{ast.unparse(line.target)}")
+    return found
+
+
+@pytest.mark.parametrize("path", files())
+def test_a_copy_of_frozen_data_remembers_nothing_of_the_original(path: str) -> None:
+    """What is a mapping of data is declared as Mapping; a dict that fills up is a memory, and needs init=False."""
+    assert shared_memories(path, (PACKAGE / path).read_text()) == []
+
+
+def test_the_rule_finds_a_memory_that_replace_hands_on() -> None:
+    frozen = "@dataclass(frozen=True)\nclass A:\n    known: dict[int, int] = field({}default_factory=dict)"
+    assert shared_memories("a.py", frozen.format(""))
+    assert not shared_memories("a.py", frozen.format("init=False, "))
+
+
 def loaded_after(statement: str) -> set[str]:
     """Modules that a fresh interpreter has loaded after `statement`."""
     code = f"import sys; {statement}; print(*sys.modules)"

@@ -37,11 +37,42 @@ def test_the_unchanged_step_gives_the_unchanged_time(small) -> None:
     assert mean_step_seconds(record.scenario, record.trace) == pytest.approx(record.result["step_time_s"], rel=1e-12)
 
 
-def test_the_faster_network_is_the_scenario_with_faster_links(small) -> None:
-    """gpu h200: 450 GB/s of NVLink and 50 GB/s of network per GPU and direction."""
-    record = simulate(small(FAR))
-    fast = simulate(small(FAR | {"cluster.fabric": {"nvlink": "900 GB/s", "nic": "100 GB/s"}}))
-    assert answers(record)["double_bandwidth"]["step_time_s"] == pytest.approx(fast.result["step_time_s"], rel=1e-9)
+LINKS = [{"source": f"gpu{rank}", "target": "switch", "bandwidth": "50 GB/s", "latency": "3 us"} for rank in range(4)]
+FAST_LINKS = [link | {"bandwidth": "100 GB/s"} for link in LINKS]
+FABRICS = {  # and the same with links twice as fast; gpu h200: 450 GB/s of NVLink per direction, 50 GB/s of network
+    "rails": ({}, {"nvlink": "900 GB/s", "nic": "100 GB/s"}),
+    "a slow network": ({"nic": "100 Gbps"}, {"nvlink": "900 GB/s", "nic": "200 Gbps"}),
+    "shared uplinks": (
+        {"preset": "leaf_spine", "pod_nodes": 1, "oversubscription": 2.0},
+        {"preset": "leaf_spine", "pod_nodes": 1, "oversubscription": 2.0, "nvlink": "900 GB/s", "nic": "100 GB/s"},
+    ),
+    "custom links": ({"preset": "custom", "links": LINKS}, {"preset": "custom", "links": FAST_LINKS}),
+}
+
+
+@pytest.mark.parametrize("name", FABRICS)
+@pytest.mark.parametrize("model", ["ports", "fluid"])
+def test_the_faster_network_is_the_scenario_with_faster_links(small, name, model) -> None:
+    """Measured kernels: the clock under the power limit is found by a step of its own, on the same links."""
+    slow, fast = FABRICS[name]
+    common = FAR | {"compute": {}, "network": {"model": model}}
+    record = simulate(small(common | {"cluster.fabric": slow}))
+    changed = simulate(small(common | {"cluster.fabric": fast}))
+    assert changed.result["step_time_s"] < record.result["step_time_s"]
+    assert answers(record)["double_bandwidth"]["step_time_s"] == pytest.approx(changed.result["step_time_s"], rel=1e-9)
+
+
+def test_every_answer_is_the_run_of_the_changed_scenario(small) -> None:
+    settings = FAR | {"compute": {}}
+    found = answers(simulate(small(settings)))
+    nothing = {"shared_experts": False, "micro_batches": False, "gradient_reduction": False}
+    for name, change in {
+        "double_bandwidth": {"cluster.fabric": {"bandwidth_factor": 2.0}},
+        "no_overlap": {"overlap": nothing},
+        "no_group_limit": {"routing": {"kind": "uniform"}},
+    }.items():
+        step_s = simulate(small(settings | change)).result["step_time_s"]
+        assert found[name]["step_time_s"] == pytest.approx(step_s, rel=1e-12), name
 
 
 def test_what_does_not_apply_says_why(small) -> None:

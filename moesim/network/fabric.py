@@ -53,11 +53,12 @@ class Fabric:
     pxn: bool
     ladder: "Ladder | None" = field(repr=False)
     walks: Walks = field(repr=False)
-    pair_ports: dict[tuple[bytes, bool], object] = field(repr=False, default_factory=dict)  # see endpoints.pair_ports
-    flow_ports: dict[tuple[bytes, bool, bytes], object] = field(repr=False, default_factory=dict)  # see flow_ports
+    # What endpoints.pair_ports, flow_ports and contention.common_use found on these links; a copy with others has none.
+    pair_ports: dict[tuple[bytes, bool], object] = field(init=False, repr=False, default_factory=dict)
+    flow_ports: dict[tuple[bytes, bool, bytes], object] = field(init=False, repr=False, default_factory=dict)
     common_hops: dict[tuple[bytes, ...], tuple[IntegerArray, IntegerArray]] = field(
-        repr=False, default_factory=dict
-    )  # see contention.common_use
+        init=False, repr=False, default_factory=dict
+    )
 
     @property
     def num_ranks(self) -> int:

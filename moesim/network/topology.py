@@ -78,13 +78,19 @@ def spine_of(site: Site, fabric: Fabric) -> str:
 
 def build_graph(cluster: Cluster, sites: list[Site], parameters: NetworkParameters) -> "nx.DiGraph[str]":
     """The fabric of the cluster section. Edges carry bandwidth (bytes/s), latency (s), efficiency and tier."""
-    if cluster.fabric.preset == "custom":
-        return _custom_graph(cluster.fabric, sites)
+    fabric = cluster.fabric
+    graph = _custom_graph(fabric, sites) if fabric.preset == "custom" else _preset_graph(fabric, sites, parameters)
+    for link in graph.edges.values():
+        link["bandwidth"] *= fabric.bandwidth_factor
+    return graph
+
+
+def _preset_graph(fabric: Fabric, sites: list[Site], parameters: NetworkParameters) -> "nx.DiGraph[str]":
     graph: nx.DiGraph[str] = nx.DiGraph()
-    _add_nvlink(graph, cluster.fabric, sites, parameters)
-    _check_preset(cluster.fabric, sites)
-    if cluster.fabric.preset != "nvlink_node":
-        _add_network(graph, cluster.fabric, sites, parameters)
+    _add_nvlink(graph, fabric, sites, parameters)
+    _check_preset(fabric, sites)
+    if fabric.preset != "nvlink_node":
+        _add_network(graph, fabric, sites, parameters)
     return graph
 
 

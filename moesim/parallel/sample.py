@@ -52,8 +52,8 @@ class TrafficSampler:
 
     scenario: Scenario
     trace: RoutingTrace
-    _counts: dict[tuple[int, bytes], _PieceCounts] = field(default_factory=dict, repr=False)
-    _ranks: dict[int, Array] = field(default_factory=dict, repr=False)
+    _counts: dict[tuple[int, bytes], _PieceCounts] = field(init=False, default_factory=dict, repr=False)
+    _ranks: dict[int, Array] = field(init=False, default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         _check_fit(self.scenario, self.trace, self.placement)
@@ -215,7 +215,7 @@ class TrafficSample:
     draw: SequenceDraw
     protected_BNU: NDArray[np.bool_]
     spread: bool = False
-    _thin: dict[tuple[int, int, int], TrafficArrays] = field(default_factory=dict, repr=False)
+    _thin: dict[tuple[int, int, int], TrafficArrays] = field(init=False, default_factory=dict, repr=False)
 
     @property
     def num_distinct_sequences(self) -> int:
@@ -238,7 +238,9 @@ class TrafficSample:
         It shares the counts of thin layers with this one, and spreads them after relabelling: a model layer decides
         which copies stay on their own rank.
         """
-        return replace(self, spread=True)
+        even = replace(self, spread=True)
+        object.__setattr__(even, "_thin", self._thin)
+        return even
 
     def layer(self, group: int, micro_batch: int, model_layer: int, *, stage: int = 0) -> LayerTraffic:
         """The traffic of one expert-parallel group (of `stage`), micro-batch and MoE layer."""

@@ -13,7 +13,7 @@ from moesim.planner.search import enumerate_space
 from moesim.planner.selection import by_objective
 from moesim.planner.simulations import Simulations
 from moesim.planner.space import Space
-from moesim.planner.why import Simulated, change, price_changes, price_flips, with_bandwidth
+from moesim.planner.why import Simulated, change, price_changes, price_flips
 
 
 def sensitivity(folder: Folder, work: Simulations, ranking: Sequence[Simulated]) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def sensitivity(folder: Folder, work: Simulations, ranking: Sequence[Simulated])
     changes = []
     for factor in plan.sensitivity.bandwidth if best else ():
         scenarios = [
-            (with_bandwidth(layout.scenario, factor), {**layout.values, "bandwidth": factor}) for layout in best
+            (layout.scenario.with_bandwidth(factor), {**layout.values, "bandwidth": factor}) for layout in best
         ]
         records = folder.simulate(scenarios, file=VARIANTS_FILE)
         outcomes = {

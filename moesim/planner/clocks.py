@@ -16,7 +16,7 @@ class SharedClocks:
     """
 
     kernels: KernelModel
-    _known: dict[float, KernelModel] = field(default_factory=dict, repr=False)
+    _known: dict[float, KernelModel] = field(init=False, default_factory=dict, repr=False)
 
     def at_load(self, flops_per_second: float) -> Any:
         """The kernels in a step of about this mean load; itself where there is no power limit."""

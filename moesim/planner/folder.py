@@ -41,7 +41,7 @@ class Folder:
     cluster: str | None = None
     cache_dir: Path | None = None
     watch: Watch | None = None
-    _numbers: dict[str, dict[str, int]] = field(default_factory=dict, repr=False)
+    _numbers: dict[str, dict[str, int]] = field(init=False, default_factory=dict, repr=False)
 
     def claim(self, *, force: bool) -> None:
         """Take the folder for this plan. Raises UserError where it holds another plan, unless `force` clears that."""

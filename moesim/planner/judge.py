@@ -79,7 +79,7 @@ class Judge:
     screen: Screen
     funnel: Funnel = field(default_factory=Funnel)
     fitting: list[Candidate] = field(default_factory=list)
-    _seen: dict[Layout, Verdict] = field(default_factory=dict, repr=False)
+    _seen: dict[Layout, Verdict] = field(init=False, default_factory=dict, repr=False)
 
     @property
     def candidates(self) -> list[Candidate]:

@@ -33,11 +33,11 @@ class PieceStore:
     """Pieces of one model by what determines them, each made once; `trace_of` gives the routing of a scenario."""
 
     trace_of: TraceOf
-    _pieces: dict[tuple[object, ...], Cut] = field(default_factory=dict, repr=False)
-    _kernels: dict[tuple[str, str | None], KernelModel] = field(default_factory=dict, repr=False)
-    _samples: dict[tuple[object, ...], TrafficSample | None] = field(default_factory=dict, repr=False)
-    _clocked: dict[tuple[object, ...], KernelModel] = field(default_factory=dict, repr=False)
-    _rows: dict[tuple[object, ...], RoutedRows] = field(default_factory=dict, repr=False)
+    _pieces: dict[tuple[object, ...], Cut] = field(init=False, default_factory=dict, repr=False)
+    _kernels: dict[tuple[str, str | None], KernelModel] = field(init=False, default_factory=dict, repr=False)
+    _samples: dict[tuple[object, ...], TrafficSample | None] = field(init=False, default_factory=dict, repr=False)
+    _clocked: dict[tuple[object, ...], KernelModel] = field(init=False, default_factory=dict, repr=False)
+    _rows: dict[tuple[object, ...], RoutedRows] = field(init=False, default_factory=dict, repr=False)
 
     def kernels(self, scenario: Scenario) -> KernelModel:
         """The kernel model of the scenario's GPU."""
@@ -159,6 +159,19 @@ def _with_few_layers(cell: Scenario, layers: int) -> Scenario:
     return cell.model_copy(update={"model": model.model_copy(update={"layers": dense + moe, "dense_layers": dense})})
 
 
+@dataclass(frozen=True, eq=False)
+class _Same:
+    """A key that equals those of the same object, and keeps it: no other can come to its place in memory."""
+
+    it: object
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.it is other.it
+
+    def __hash__(self) -> int:
+        return id(self.it)
+
+
 def _routing_key(cell: Scenario) -> tuple[object, ...]:
     """What decides the rows and copies of a cell; counts of experts are long, so they count by identity."""
     routing = cell.routing
@@ -166,7 +179,7 @@ def _routing_key(cell: Scenario) -> tuple[object, ...]:
         cell.parallelism,
         cell.workload.micro_batch,
         cell.workload.global_batch,
-        id(routing.counts) if isinstance(routing, PopularityRouting) else routing,
+        _Same(routing.counts) if isinstance(routing, PopularityRouting) else routing,
         cell.router_shape() if cell.model.experts else None,
         cell.capacity,
     )

@@ -78,9 +78,9 @@ class Screen:
 
     trace_of: TraceOf
     pieces: PieceStore = field(init=False)
-    _fabrics: dict[object, Fabric] = field(default_factory=dict, repr=False)
-    _ends: dict[object, list[_EndOfStep]] = field(default_factory=dict, repr=False)
-    _peaks: dict[object, float] = field(default_factory=dict, repr=False)
+    _fabrics: dict[object, Fabric] = field(init=False, default_factory=dict, repr=False)
+    _ends: dict[object, list[_EndOfStep]] = field(init=False, default_factory=dict, repr=False)
+    _peaks: dict[object, float] = field(init=False, default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "pieces", PieceStore(self.trace_of))
@@ -127,7 +127,7 @@ class Screen:
         return self.pieces.of(scenario, self._fabric(scenario).parameters)
 
     def _fabric(self, scenario: Scenario) -> Fabric:
-        key = scenario.cluster
+        key = scenario.cluster, scenario.parallelism.world_size
         if key not in self._fabrics:
             self._fabrics[key] = scenario_fabric(scenario, self.pieces.kernels(scenario))
         return self._fabrics[key]

@@ -21,7 +21,7 @@ class Traces:
 
     cache_dir: Path | None
     progress: ProgressCallback | None = None
-    _known: dict[Hashable, RoutingTrace | None] = field(default_factory=dict, repr=False)
+    _known: dict[Hashable, RoutingTrace | None] = field(init=False, default_factory=dict, repr=False)
 
     def of(self, scenario: Scenario) -> RoutingTrace | None:
         """The trace of the scenario's router; None for a dense model. Raises UserError where a file does not fit.

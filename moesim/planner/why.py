@@ -3,10 +3,9 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from moesim.network.parameters import NetworkParameters
 from moesim.planner.outcome import Outcome, missed
 from moesim.planner.plan import Plan
-from moesim.scenario import Scenario, gpu_spec
+from moesim.scenario import Scenario
 
 ROUND_OFF = 1e-6  # share of a step below which a part is left out of a comparison
 NO_FIT = "no layout meets the goal"
@@ -80,16 +79,6 @@ def why(ranking: Sequence[Simulated]) -> dict[str, Any]:
     if other_kind is not None and other_kind is not runner_up:
         found["best_with_other_gpus"] = differences(winner, other_kind)
     return found
-
-
-def with_bandwidth(scenario: Scenario, factor: float) -> Scenario:
-    """The scenario with `factor` times the bandwidth on every link; latencies stay."""
-    fabric = scenario.cluster.fabric
-    nvlink = fabric.nvlink or gpu_spec(scenario.cluster.pools[0].gpu).nvlink_bandwidth
-    nic = fabric.nic or NetworkParameters().nic_bandwidth
-    links = tuple(link.model_copy(update={"bandwidth": factor * link.bandwidth}) for link in fabric.links)
-    faster = fabric.model_copy(update={"nvlink": factor * nvlink, "nic": factor * nic, "links": links})
-    return scenario.model_copy(update={"cluster": scenario.cluster.model_copy(update={"fabric": faster})})
 
 
 def change(plan: Plan, name: str, layouts: Sequence[Simulated], outcomes: Mapping[str, Outcome]) -> dict[str, Any]:

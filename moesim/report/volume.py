@@ -141,7 +141,11 @@ def _usual_sizes(scenario: Scenario) -> tuple[int, ...]:
 
 
 def _node_size(scenario: Scenario) -> int:
-    return scenario.cluster.pools[0].gpus_per_node
+    sizes = {pool.gpus_per_node: None for pool in scenario.cluster.pools}
+    if len(sizes) > 1:
+        counts = " and ".join(map(str, sizes))
+        raise UserError(f"{scenario.name}: cluster.pools has nodes of {counts} GPUs; a volume needs nodes of one size")
+    return next(iter(sizes))
 
 
 def _check_size(scenario: Scenario, size: int) -> None:

@@ -62,7 +62,22 @@ def require_supported(scenario: Scenario, *, where: Callable[[Path], str] = _dot
 
     The one place to relax when the core learns another way to train.
     """
-    require_supported_step(scenario, _Report(where))
+    report = _Report(where)
+    _require_one_kind_of_gpu(scenario, report)
+    require_supported_step(scenario, report)
+
+
+def _require_one_kind_of_gpu(scenario: Scenario, report: _Report) -> None:
+    """GPUs without a rank may be of any kind: they compute nothing."""
+    first, *others = scenario.cluster.pools
+    before = first.nodes * first.gpus_per_node
+    for index, pool in enumerate(others, start=1):
+        if pool.gpu != first.gpu and before < scenario.parallelism.world_size:
+            what = (
+                f"ranks on {pool.gpu} beside ranks on {first.gpu}; steps on several kinds of GPU are not modelled yet"
+            )
+            raise report.user(f"cluster.pools.{index}.gpu", f"{what}; use one kind, or fewer ranks")
+        before += pool.nodes * pool.gpus_per_node
 
 
 def _check_model(scenario: Scenario, report: _Report) -> None:

@@ -80,6 +80,7 @@ class Fabric(Section):
     """Links of the cluster. Bandwidths are per link and direction; what is absent comes from the GPU's catalogue entry.
 
     `*_efficiency` is the share of a link's bandwidth that long transfers reach; absent means the calibrated value.
+    `bandwidth_factor` multiplies the bandwidth of every link, wherever it comes from; latencies stay.
     """
 
     preset: Literal["nvlink_node", "rail_optimised", "multi_plane", "leaf_spine", "nvl72", "custom"] = "rail_optimised"
@@ -94,6 +95,7 @@ class Fabric(Section):
     planes: PositiveInt = 1
     oversubscription: AnyOversubscription = 1.0
     pxn: Flag = False
+    bandwidth_factor: PositiveFloat = 1.0
     degraded: tuple[Degraded, ...] = ()
     links: tuple[Link, ...] = ()
     file: str | None = None

@@ -202,6 +202,12 @@ class Scenario(Section):
         """The router with its aliases resolved; `kind` is "trace" when a recorded trace brings its own."""
         return resolve_router(self.routing, model=self.model, num_devices=self.parallelism.expert)
 
+    def with_bandwidth(self, factor: float) -> "Scenario":
+        """The scenario with `factor` times the bandwidth on every link; latencies stay."""
+        fabric = self.cluster.fabric
+        faster = fabric.model_copy(update={"bandwidth_factor": factor * fabric.bandwidth_factor})
+        return self.model_copy(update={"cluster": self.cluster.model_copy(update={"fabric": faster})})
+
     @property
     def stage_layers(self) -> tuple[range, ...]:
         """The layers of every stage, numbered from 0 through the model."""

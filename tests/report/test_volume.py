@@ -109,3 +109,9 @@ def test_the_plot_holds_a_line_per_limit(study: VolumeStudy) -> None:
     assert set(lines) == {"M = 1", "M = 2", "unlimited"}
     assert list(lines["M = 2"].x) == [4, 8, 16]
     assert list(lines["M = 2"].y) == [study.bytes_of(p) / 1e3 for p in study.points if p.limit == 2]
+
+
+def test_nodes_of_two_sizes_are_refused() -> None:
+    pools = [{"name": "a", "gpu": "h100", "nodes": 1}, {"name": "b", "gpu": "h100", "nodes": 1, "gpus_per_node": 4}]
+    with pytest.raises(UserError, match="nodes of 8 and 4 GPUs; a volume needs nodes of one size"):
+        study_volume(scenario(cluster={"pools": pools}), devices=[8])

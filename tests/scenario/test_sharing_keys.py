@@ -63,3 +63,21 @@ def test_shared_experts_and_dense_layers_are_shared_too():
         load(*common, "model.expert_intermediate=1410")
     with pytest.raises(UserError, match=r"parallelism\.tensor: 8 does not divide model\.dense_intermediate = 10948"):
         load(*common, "model.dense_intermediate=10948")
+
+
+POOLS = (
+    "cluster={{pools: [{{name: a, gpu: h200, nodes: 2}}, {{name: b, gpu: {gpu}, nodes: 2, gpus_per_node: {size}}}]}}"
+)
+
+
+def test_ranks_on_two_kinds_of_gpu_are_refused():
+    """A step waits for the slower kind: no run may take all for the first one."""
+    with pytest.raises(UserError, match=r"^cluster\.pools\.1\.gpu: ranks on a100 beside ranks on h200; .*use one kind"):
+        require_supported(load(POOLS.format(gpu="a100", size=8)))
+
+
+@pytest.mark.parametrize("change", [{"gpu": "h200", "size": 16}, {"gpu": "a100", "size": 8}])
+def test_pools_of_one_kind_and_other_gpus_without_ranks_are_accepted(change):
+    ranks = 32 if change["gpu"] == "h200" else 16
+    layout = f"parallelism={{data: {ranks // 8}, tensor: 4, context: 2, expert: 8}}"
+    require_supported(load(POOLS.format(**change), layout))
