@@ -109,7 +109,7 @@ class _Trials:
 
     scenario: Scenario
     rows_of: RowsOf
-    _known: dict[Any, RoutedRows | None] = field(default_factory=dict)
+    _known: dict[Any, RoutedRows | None] = field(init=False, default_factory=dict)
 
     def report(self, change: Change) -> MemoryReport | None:
         """The memory of the changed scenario; None where the change is refused, or where no routing could fit."""
