@@ -19,7 +19,11 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TrafficArrays:
-    """The counts of `LayerTraffic` with the micro-batch as a leading axis."""
+    """The counts of `LayerTraffic` with the micro-batch as a leading axis.
+
+    `computed_BE`: rows that each expert computes, in the counterfactual; in all other traffic they are those of
+    `rows_BRE`.
+    """
 
     rows_BRE: Array
     rank_copies_BRD: Array
@@ -28,6 +32,7 @@ class TrafficArrays:
     dropped_rows_B: NDArray[np.int64]
     padded_rows_B: NDArray[np.int64]
     layout: GroupLayout
+    computed_BE: Array | None = None
 
     def micro_batch(self, index: int) -> LayerTraffic:
         """The traffic of one micro-batch."""
@@ -65,7 +70,7 @@ class TrafficArrays:
 
     def slot_rows_BDP(self, placement: ExpertPlacement) -> Array:
         """Rows that each (rank, slot) computes in each micro-batch; empty slots get 0."""
-        rows_BE = self.rows_BRE.sum(axis=1)
+        rows_BE = self.rows_BRE.sum(axis=1) if self.computed_BE is None else self.computed_BE
         rows_BE = np.concatenate([rows_BE, np.zeros_like(rows_BE[:, :1])], axis=1)
         return np.asarray(rows_BE[:, placement.slot_experts_DP])
 
@@ -90,7 +95,11 @@ class TrafficArrays:
         Totals are kept per micro-batch and per class of pair - own rank, another rank of the own node, a rank of
         another node - so that only the imbalance goes and the locality of the traffic stays. Where the group's ranks
         lie unevenly on nodes no such spread gives equal ranks: then all pairs but the own rank form one class.
-        Every rank's experts share its rows evenly.
+
+        What travels is spread; the rows that experts compute stay, and it is the time for them that
+        `moesim.sim.writer` spreads over the ranks. Kernels round rows up to tiles: equal rows just below a multiple
+        of a tile, or just above it, would be a fifth faster or slower than the mean of uneven ones, and an expert
+        without rows spares its weights. None of that is due to balance.
         """
         layout, rank_of_expert_E = self.layout, placement.rank_of_expert_E
         rank_rows_BRD = sum_columns(self.rows_BRE, rank_of_expert_E, layout.num_ranks)
@@ -104,6 +113,7 @@ class TrafficArrays:
             rows_BRE=_class_means(rank_rows_BRD, class_RD)[:, :, rank_of_expert_E] * share_E,
             rank_copies_BRD=_class_means(self.rank_copies_BRD, class_RD),
             node_copies_BRM=_class_means(self.node_copies_BRM, np.where(own_node_RM, 0, 1)),
+            computed_BE=self.rows_BRE.sum(axis=1),
         )
 
 

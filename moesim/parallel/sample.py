@@ -233,7 +233,7 @@ class TrafficSample:
         return self.sampler.placement
 
     def balanced(self) -> "TrafficSample":
-        """The same sample with every layer's kept rows and copies spread evenly (`TrafficArrays.balanced`).
+        """The same sample with every layer's copies and time of computing spread evenly (`TrafficArrays.balanced`).
 
         It shares the counts of thin layers with this one, and spreads them after relabelling: a model layer decides
         which copies stay on their own rank.
@@ -258,7 +258,7 @@ class TrafficSample:
         return arrays.balanced(self.placement) if self.spread else arrays
 
     def slot_rows_MDP(self, group: int, model_layer: int, *, stage: int = 0) -> Array:
-        """Rows of every (micro-batch, rank, slot) of one expert-parallel group and MoE layer."""
+        """Rows that every (micro-batch, rank, slot) of one expert-parallel group and MoE layer computes."""
         return self.arrays(group, model_layer, stage=stage).slot_rows_BDP(self.placement)
 
     def pieces_BRU(self, group: int, *, stage: int = 0) -> NDArray[np.int64]:

@@ -92,6 +92,8 @@ def _digits_that_tell_apart(low: float, high: float) -> int:
 def headline(result: Result) -> list[Fact]:
     """The numbers that answer the question of a run: six, and one more where rows are missing."""
     mfu, cost, lost_s = result["mfu"], result["cost"], result["imbalance"]["cost_s"]
+    if abs(lost_s) < ROUND_OFF * result["step_time_s"]:
+        lost_s = 0.0
     return [
         step_time(result),
         Fact(

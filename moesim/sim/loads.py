@@ -46,6 +46,7 @@ class LayerLoads:
     micro-batch hold all samples. `counts` is the exchange of row counts that software which reads them back does first.
     `gather_M`, `scatter_M`: copies between ranks with slices of the same experts, whose rows and copies are then those
     of all of them. `peers`, `slice_peers`: the number of every rank's set (`moesim.sim.peers`), empty for one set.
+    `spread_S`: the samples that are counterfactuals, whose ranks share the time of their kernels evenly.
     """
 
     slot_rows_MSRP: NDArray[Any]
@@ -53,6 +54,7 @@ class LayerLoads:
     copies_in_MSR: NDArray[Any]
     dispatch_M: tuple[Transfer, ...]
     combine_M: tuple[Transfer, ...]
+    spread_S: tuple[bool, ...]
     counts: Transfer | None = None
     gather_M: tuple[Transfer, ...] = ()
     scatter_M: tuple[Transfer, ...] = ()
@@ -121,6 +123,7 @@ def _side_by_side(parts: Sequence[LayerLoads], places: Sequence[IntArray]) -> La
         copies_in_MSR=joined("copies_in_MSR"),
         dispatch_M=together([part.dispatch_M for part in parts]),
         combine_M=together([part.combine_M for part in parts]),
+        spread_S=parts[0].spread_S,
         peers=set_of_place(places, sum(map(len, places))),
     )
 
@@ -208,6 +211,7 @@ def _expert_group(
         copies_in_MSR=np.concatenate([layer.copies_in_MSR for layer in counted]),
         dispatch_M=tuple(dispatch_M),
         combine_M=tuple(combine_M),
+        spread_S=counted[0].spread_S,
         counts=_counts(scenario, fabric, slot_rows_MSRP[0], ranks_R),
     )
 
@@ -220,6 +224,7 @@ class _Counted(NamedTuple):
     copies_in_MSR: NDArray[Any]
     own_MSR: NDArray[Any]
     stages_MSRR: list[NDArray[np.float64]]
+    spread_S: tuple[bool, ...]
 
 
 def _count(arrays_S: Sequence[TrafficArrays], placement: ExpertPlacement, deduplicate: Deduplicate) -> _Counted:
@@ -231,6 +236,7 @@ def _count(arrays_S: Sequence[TrafficArrays], placement: ExpertPlacement, dedupl
         copies_in_MSR=held_MSRD.sum(axis=2),
         own_MSR=np.einsum("msrr->msr", held_MSRD).copy(),
         stages_MSRR=[np.stack(stage, axis=1) for stage in zip(*stages_S, strict=True)],
+        spread_S=tuple(arrays.computed_BE is not None for arrays in arrays_S),
     )
 
 

@@ -73,14 +73,16 @@ def _passes(
 ) -> Passes:
     model, software, step = scenario.model, SOFTWARE[scenario.implementation.kind], step_sizes(scenario, links)
 
-    def writer(category: str, layer: int) -> KernelWriter:
-        return KernelWriter(kernels, dtype=scenario.workload.precision.gemm, category=category, layer=layer)
+    def writer(category: str, layer: int, spread_S: Sequence[bool] = ()) -> KernelWriter:
+        dtype = scenario.workload.precision.gemm
+        return KernelWriter(kernels, dtype=dtype, category=category, layer=layer, spread_S=spread_S)
 
     def layer_parts(layers: Sequence[int], of_layers: LayerLoads | None) -> dict[int, Passes]:
         """Layers that differ in their loads alone are priced together and then taken apart."""
         if not layers:
             return {}
-        part = software.layer_part(writer("attention", layers[0]), step, of_layers)
+        spread_S = of_layers.spread_S if of_layers else ()
+        part = software.layer_part(writer("attention", layers[0], spread_S), step, of_layers)
         whole = _with_recomputation(scenario, part)
         return {layer: _of_layer(whole, layer, index, len(layers)) for index, layer in enumerate(layers)}
 

@@ -214,15 +214,16 @@ def test_padding_and_stages(make_scenario: Make) -> None:
     np.testing.assert_array_equal(sample.layer(0, 0, 1, stage=0).rows_RE, sample.layer(0, 0, 1, stage=1).rows_RE)
 
 
-def test_the_counterfactual_has_equal_loads_in_every_layer(make_scenario: Make) -> None:
+def test_the_counterfactual_sends_equal_loads_in_every_layer(make_scenario: Make) -> None:
     scenario = make_scenario(capacity=DEVICE)
     sample = draw(scenario, make_trace(scenario, counts=SKEW))
     even = sample.balanced()
     for layer in range(scenario.model.moe_layers):
-        rows, even_rows = sample.slot_rows_MDP(0, layer), even.slot_rows_MDP(0, layer)
-        np.testing.assert_allclose(even_rows.sum(axis=(1, 2)), rows.sum(axis=(1, 2)))
-        np.testing.assert_allclose(even_rows, even_rows.mean(axis=(1, 2), keepdims=True) * np.ones((1, 8, 4)))
-    assert sample.slot_rows_MDP(0, 0).std() > 0
+        rows_BE, even_rows_BE = sample.arrays(0, layer).rows_BRE.sum(axis=1), even.arrays(0, layer).rows_BRE.sum(axis=1)
+        np.testing.assert_allclose(even_rows_BE.sum(axis=1), rows_BE.sum(axis=1))
+        np.testing.assert_allclose(even_rows_BE, even_rows_BE.mean(axis=1, keepdims=True) * np.ones((1, 32)))
+        assert rows_BE.std() > 0
+        np.testing.assert_array_equal(even.slot_rows_MDP(0, layer), sample.slot_rows_MDP(0, layer))
 
 
 def test_a_hot_rank_in_the_trace_changes_the_traffic(make_scenario: Make) -> None:
