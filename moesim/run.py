@@ -21,6 +21,7 @@ from moesim.parallel.memory import MemoryReport
 from moesim.parallel.memory_remedy import check_memory
 from moesim.parallel.memory_rows import RoutedRows, even_rows, routed_rows
 from moesim.results import CATEGORIES, RESULT_SCHEMA_VERSION, RunRecord, SpanTable, Stream, attribute
+from moesim.results.balance import balance_warnings
 from moesim.results.critical_path import path_facts
 from moesim.results.economy import cost, utilisation
 from moesim.results.effective import dropping_warnings, effective
@@ -290,6 +291,7 @@ def _record(
             *_warnings(scenario, fabric, memory, plain),
             *_sharing_warnings(outcome.shared_links, cost_s),
             *dropping_warnings(kept),
+            *(balance_warnings(scenario, trace) if trace else ()),
         ],
     }
     arrays = {

@@ -2,7 +2,8 @@
 
 Each answer is that of a run of the changed scenario; only `balanced_routing` has none that could be written down.
 
-balanced_routing   the same kept rows and copies per token in total, spread evenly (every run has simulated it)
+balanced_routing   the same kept rows and copies per token in total, spread evenly over experts and ranks, wherever rows
+                   end in a kernel's tiles (every run has simulated it)
 double_bandwidth   all links carry twice as much; latencies and software costs stay
 no_overlap         shared experts, paired micro-batches and gradient reductions wait for communication
 no_group_limit     the router may send a token to any group: the same synthetic routing drawn without the limit, or

@@ -127,6 +127,7 @@ def _trace_screen(
             )
             for step, load_LE in loads.items()
         ),
+        *_warnings(summary["warnings"]),
     ]
 
 

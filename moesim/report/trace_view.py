@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.parallel import TrafficSampler
+from moesim.results.balance import balance_warnings
 from moesim.scenario import Scenario
 from moesim.seeding import stream
 from moesim.trace import RoutingTrace
@@ -63,4 +64,5 @@ def summarise(scenario: Scenario, trace: RoutingTrace) -> dict[str, Any]:
             float(arrays.dropped_rows_B.sum() / max(1, arrays.routed_rows_B.sum())) for arrays in arrays_L
         ],
         "distinct_groups_per_token": mean_distinct_groups_L(final, router).tolist(),
+        "warnings": balance_warnings(scenario, trace),
     }
