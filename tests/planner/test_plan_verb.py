@@ -10,7 +10,12 @@ from moesim.cli import main
 from moesim.planner.funnel import STAGES
 from moesim.report.plan_screen import STAGE_WORDS, layout_words
 
-QUICK = {"choices.gpus": [2], "choices.recompute": ["none"], "search": {"simulate": 2, "check": 1}}
+QUICK = {
+    "choices.gpus": [2],
+    "choices.capacity": [{"kind": "expert", "factor": 1.0}],
+    "choices.recompute": ["none"],
+    "search": {"simulate": 2, "check": 1},
+}
 
 
 @pytest.fixture
@@ -30,6 +35,7 @@ def test_a_plan_is_printed_and_read_back(file, tmp_path, capsys):
         "why it wins",
         "what would alter the choice",
         "mb: sequences",
+        "rows that they drop, and so do not compute for their price: 1: ",
     ):
         assert words in screen
     assert max(map(len, screen.splitlines()[:-1])) <= 100  # the last line holds the path

@@ -168,6 +168,19 @@ def test_the_table_averages_repetitions_and_marks_the_best(trial, finished):
     assert "held-out loss" not in text  # nothing was trained
 
 
+def test_a_price_by_kept_rows_stands_beside_drops_and_only_there(study, folder):
+    values = "[{kind: none}, {kind: expert, factor: 0.5}]"
+    trial = load_study(study(f"name: t\nbase: small.yaml\naxes:\n- {{key: capacity, values: {values}}}\n"))
+    outcome = sweep(trial, folder, workers=2)
+    whole, half = (record.result for record in outcome.records)
+    assert half["cost"]["usd_per_million_tokens"] < whole["cost"]["usd_per_million_tokens"]
+    text = shown(trial, outcome)
+    assert "USD/M kept" in text
+    assert f"*{whole['effective']['usd_per_million_tokens']:.4g}" in text  # the best of that column drops nothing
+    one = load_study(study("name: t\nbase: small.yaml\naxes:\n- {key: seed, values: [0]}\n"))
+    assert "USD/M kept" not in shown(one, sweep(one, SweepFolder(folder.path / "one")))
+
+
 def test_changes_are_taken_pair_by_pair(study, folder) -> None:
     """Seeds that share an offset leave no spread in the change between two places."""
     trial = load_study(study(STUDY.replace("plot:", "reference: {parallelism.expert: 1}\nplot:")))
