@@ -1,6 +1,8 @@
 """A small scenario that every room can simulate in a fraction of a second."""
 
+from collections.abc import Callable
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -53,3 +55,16 @@ def small():
         return scenario_from_mapping(merged(SMALL, changes or {}))
 
     return build
+
+
+@pytest.fixture
+def is_alive() -> Callable[[int], bool]:
+    """`is_alive(pid)`: the process runs; one that has ended and was not waited for is dead."""
+
+    def alive(pid: int) -> bool:
+        try:
+            return "zombie" not in Path(f"/proc/{pid}/status").read_text()
+        except (FileNotFoundError, ProcessLookupError):  # gone before it was opened, or while it was read
+            return False
+
+    return alive

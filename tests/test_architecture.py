@@ -20,7 +20,7 @@ LAYER = {
     "sim": 7,
     "run": 8,
     "study": 8.5,
-    "planner": 9, "report": 9, "sweep": 9, "validation": 9, "whatif": 9,
+    "planner": 9, "report": 9, "sweeper": 9, "validation": 9, "whatif": 9,
     "cli": 10,
 }  # fmt: skip
 MAY_SHARE_A_LAYER = {"units", "errors", "seeding", "strict_json", "processes"}

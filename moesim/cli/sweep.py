@@ -18,7 +18,7 @@ from moesim.cli.interrupt import interrupts_say
 from moesim.strict_json import json_text
 
 if TYPE_CHECKING:
-    from moesim.sweep import Study, SweepFolder, SweepOutcome
+    from moesim.sweeper import Study, SweepFolder, SweepOutcome
 
 NAME = "sweep"
 SUMMARY = "Simulate a scenario along the axes of a study; every finished point is kept at once, a rerun does the rest."
@@ -44,7 +44,7 @@ def execute(args: argparse.Namespace) -> int:
     Raises UserError and Interrupted.
     """
     check_workers(args)
-    from moesim.sweep import SweepFolder, load_study
+    from moesim.sweeper import SweepFolder, load_study
 
     study = load_study(args.study, args.overrides)
     folder = SweepFolder(args.out or Path("runs") / study.name)
@@ -62,7 +62,7 @@ def execute(args: argparse.Namespace) -> int:
 
 def _run(study: "Study", folder: "SweepFolder", args: argparse.Namespace) -> "SweepOutcome":
     from moesim.study import watched_points
-    from moesim.sweep import sweep
+    from moesim.sweeper import sweep
 
     with watched_points(quiet=args.quiet) as watch:
         return sweep(
@@ -92,7 +92,7 @@ def _list(study: "Study", folder: "SweepFolder", *, as_json: bool) -> None:
         ]
         print(json_text({"study": study.as_json(), "points": rows}, indent=1))
     else:
-        from moesim.sweep import print_points
+        from moesim.sweeper import print_points
 
         print_points(study, finished)
 
@@ -102,7 +102,7 @@ def _show(study: "Study", folder: "SweepFolder", outcome: "SweepOutcome", args: 
         records = [asdict(record) for record in outcome.records]
         print(json_text({"study": study.as_json(), "points": records}, indent=1))
     elif not args.quiet:
-        from moesim.sweep import print_sweep
+        from moesim.sweeper import print_sweep
 
         print_sweep(study, outcome)
         if outcome.torn:

@@ -9,7 +9,7 @@ import pytest
 from moesim.cli import main
 from moesim.cli.plot import KINDS
 from moesim.report.plots import choice
-from moesim.sweep.study import PLOT_KINDS
+from moesim.sweeper.study import PLOT_KINDS
 
 AXIS = {"keys": ["workload.micro_batch"], "values": [[1], [2]], "labels": None, "repeat": False}
 SWEEP = {"schema_version": 1, "kind": "sweep", "name": "sizes", "num_points": 2, "plot": None, "axes": [AXIS]}

@@ -47,13 +47,6 @@ def _receive(tally: Path, lives: int, fields: dict[str, Any]) -> Point:
     return Point(**{name: fields[name] for name in Point.__dataclass_fields__})
 
 
-def is_alive(pid: int) -> bool:
-    try:
-        return "zombie" not in Path(f"/proc/{pid}/status").read_text()
-    except (FileNotFoundError, ProcessLookupError):  # it may end between the opening and the reading
-        return False
-
-
 def numbers(records: list[PointRecord]) -> list[int]:
     return sorted(record.number for record in records)
 
@@ -136,7 +129,7 @@ def test_what_cannot_be_simulated_is_a_record_with_its_reason(points, tmp_path):
 
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
-def test_an_end_in_the_middle_leaves_no_process_behind(points, error):
+def test_an_end_in_the_middle_leaves_no_process_behind(points, is_alive, error):
     pids: list[int] = []
 
     def stop(record: PointRecord) -> None:
@@ -149,7 +142,7 @@ def test_an_end_in_the_middle_leaves_no_process_behind(points, error):
     assert not is_alive(pids[0])
 
 
-def test_a_process_that_was_killed_while_idle_is_replaced():
+def test_a_process_that_was_killed_while_idle_is_replaced(is_alive):
     workers = Processes(1)
     try:
         first = workers.collect(_finished(workers.submit(os.getpid)))
@@ -217,7 +210,7 @@ if __name__ == "__main__":
 """
 
 
-def test_processes_end_with_their_parent(tmp_path):
+def test_processes_end_with_their_parent(tmp_path, is_alive):
     script = tmp_path / "endless.py"
     script.write_text(ENDLESS)
     with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True) as parent:

@@ -24,9 +24,9 @@ from moesim.scenario.document import Node
 from moesim.strict_json import json_text
 from moesim.study import Point
 from moesim.study.point import content_hash
-from moesim.sweep import reader
-from moesim.sweep.axes import Axis, Setting, filled, grid, read_axes, read_points, read_settings
-from moesim.sweep.metrics import METRICS
+from moesim.sweeper import reader
+from moesim.sweeper.axes import Axis, Setting, filled, grid, read_axes, read_points, read_settings
+from moesim.sweeper.metrics import METRICS
 from moesim.trace.library import find_entry, is_library_name
 
 STUDY_KEYS = ("name", "base", "set", "axes", "points", "reference", "plot")

@@ -11,7 +11,7 @@ from moesim.results.store import write_atomically
 from moesim.strict_json import json_text, parse_json
 from moesim.study import PointRecord, PointsFile, read_points
 from moesim.study.store import POINTS_FILE
-from moesim.sweep.study import Study
+from moesim.sweeper.study import Study
 
 STUDY_FILE = "study.json"
 

@@ -3,7 +3,7 @@
 import pytest
 
 from moesim.errors import UserError
-from moesim.sweep import load_study
+from moesim.sweeper import load_study
 
 HEAD = "name: trial\nbase: small.yaml\n"
 

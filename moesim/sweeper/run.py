@@ -8,8 +8,8 @@ from pathlib import Path
 from moesim.study import Point, PointRecord, read_points, run_points
 from moesim.study.progress import Watch
 from moesim.study.store import POINTS_FILE
-from moesim.sweep.folder import SweepFolder
-from moesim.sweep.study import Misfit, Study
+from moesim.sweeper.folder import SweepFolder
+from moesim.sweeper.study import Misfit, Study
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -86,7 +86,7 @@ def test_the_exit_code_says_when_a_point_failed(study, capsys):
     assert "no-such-profile" in capsys.readouterr().out
 
 
-def test_kill_9_of_a_worker_and_of_the_sweep_loses_only_what_was_running(study, started, lines, eventually):
+def test_kill_9_of_a_worker_and_of_the_sweep_loses_only_what_was_running(study, started, lines, eventually, is_alive):
     path, out = study(MANY), Path("runs/many")
     first = started("sweep", path, "--workers", 2)
     eventually(lambda: lines(out), process=first)
@@ -99,7 +99,7 @@ def test_kill_9_of_a_worker_and_of_the_sweep_loses_only_what_was_running(study, 
     assert 1 < len(kept) < 8
     assert {line["status"] for line in kept} == {"done"}
     for pid in {line["pid"] for line in kept}:
-        eventually(lambda pid=pid: not _works(pid), seconds=20)
+        eventually(lambda pid=pid: not is_alive(pid), seconds=20)
     assert main(["sweep", str(path), "--workers", "2", "--quiet"]) == 0
     assert lines(out)[: len(kept)] == kept
     assert sorted(line["number"] for line in lines(out)) == list(range(1, 9))
@@ -138,10 +138,3 @@ def test_a_full_disk_ends_the_sweep_with_whole_records(study, lines, monkeypatch
     assert (out / "points.jsonl").read_bytes().endswith(b"\n")
     assert main(["sweep", str(path), "--workers", "2", "--quiet"]) == 0
     assert sorted(line["number"] for line in lines(out)) == list(range(1, 9))
-
-
-def _works(pid: int) -> bool:
-    try:
-        return "zombie" not in Path(f"/proc/{pid}/status").read_text()
-    except FileNotFoundError:
-        return False

@@ -8,8 +8,8 @@ from typing import Any
 from moesim.strict_json import json_text
 from moesim.study import PointRecord
 from moesim.study.intervals import half_width_90
-from moesim.sweep.metrics import Column
-from moesim.sweep.study import Study
+from moesim.sweeper.metrics import Column
+from moesim.sweeper.study import Study
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from sweep_cases import BASE
 
 from moesim.errors import UserError
 from moesim.study import PointsFile
-from moesim.sweep import SweepFolder, load_study, print_points, print_sweep, sweep
-from moesim.sweep.metrics import METRICS, STANDARD
-from moesim.sweep.rows import Mean, changes, mean_interval
+from moesim.sweeper import SweepFolder, load_study, print_points, print_sweep, sweep
+from moesim.sweeper.metrics import METRICS, STANDARD
+from moesim.sweeper.rows import Mean, changes, mean_interval
 
 STUDY = """
 name: trial

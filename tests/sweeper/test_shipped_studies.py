@@ -6,7 +6,7 @@ import pytest
 
 from moesim.run import simulate
 from moesim.scenario import load_scenario
-from moesim.sweep import load_study
+from moesim.sweeper import load_study
 
 FOLDER = Path(__file__).parent.parent.parent / "scenarios" / "studies"
 STUDIES = sorted(FOLDER.glob("*.yaml"))

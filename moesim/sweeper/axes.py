@@ -12,7 +12,7 @@ from typing import Any
 from moesim.errors import UserError
 from moesim.scenario.catalogue import suggest
 from moesim.scenario.document import Node
-from moesim.sweep import reader
+from moesim.sweeper import reader
 
 _KEY = re.compile(r"\$[A-Za-z_][A-Za-z_0-9]*|[A-Za-z_0-9]+(\.[A-Za-z_0-9]+)*")
 _VARIABLE = re.compile(r"\$([A-Za-z_][A-Za-z_0-9]*)|\$\{([A-Za-z_][A-Za-z_0-9]*)\}")

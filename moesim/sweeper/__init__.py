@@ -1,9 +1,9 @@
 """Sweeps: a base scenario and axes over any of its keys, simulated point by point into a folder that can be resumed."""
 
-from moesim.sweep.folder import SweepFolder
-from moesim.sweep.run import SweepOutcome, sweep
-from moesim.sweep.study import Study, load_study
-from moesim.sweep.table import print_points, print_sweep
+from moesim.sweeper.folder import SweepFolder
+from moesim.sweeper.run import SweepOutcome, sweep
+from moesim.sweeper.study import Study, load_study
+from moesim.sweeper.table import print_points, print_sweep
 
 __all__ = [
     "Study",

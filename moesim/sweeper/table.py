@@ -9,10 +9,10 @@ from rich.table import Table
 from rich.text import Text
 
 from moesim.study import PointRecord
-from moesim.sweep.metrics import METRICS, Column, columns
-from moesim.sweep.rows import Row, changes, head, heads, rows, shown_value
-from moesim.sweep.run import SweepOutcome
-from moesim.sweep.study import Misfit, Study
+from moesim.sweeper.metrics import METRICS, Column, columns
+from moesim.sweeper.rows import Row, changes, head, heads, rows, shown_value
+from moesim.sweeper.run import SweepOutcome
+from moesim.sweeper.study import Misfit, Study
 
 _WIDEST_REASON = 160
 _WIDEST_TABLE = 1000
