@@ -40,7 +40,7 @@ from moesim.seeding import stream, stream_seed
 from moesim.sim import StepProgram, build_program, simulate_step, step_kernels
 from moesim.sim.links import scenario_fabric
 from moesim.trace import RoutingTrace, load_trace, popularity_trace, trace_hash, uniform_trace
-from moesim.trace.agreement import check_agreement
+from moesim.trace.agreement import check_agreement, limit_difference
 from moesim.trace.library import is_library_name, load_library
 from moesim.trace.metrics import expert_load_LE, first_load_LE, imbalance
 from moesim.trace.sampling import MIN_COVERAGE_FOR_CONFIDENCE, MIN_COVERAGE_FOR_RANGE
@@ -292,6 +292,8 @@ def _record(
             *_sharing_warnings(outcome.shared_links, cost_s),
             *dropping_warnings(kept),
             *(balance_warnings(scenario, trace) if trace else ()),
+            *limit_difference(trace, scenario),
+            *scenario.model.left_out,
         ],
     }
     arrays = {

@@ -44,13 +44,20 @@ def json_text(
 def parse_json(text: str | bytes) -> Any:
     """The value that JSON text holds. Raises ValueError for what is not strict JSON, nesting beyond reason included."""
     try:
-        return json.loads(text, parse_constant=_refuse)
+        return json.loads(text, parse_constant=_refuse, parse_float=_finite)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
 
 def _refuse(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not a number of JSON")
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if math.isinf(number):
+        raise ValueError(f"{digits[:40]} is out of range")
+    return number
 
 
 def _not_finite(value: Any, place: str) -> Iterator[tuple[str, float]]:

@@ -21,6 +21,7 @@ from moesim.results import RunRecord
 from moesim.results.economy import cost
 from moesim.run import mean_step_seconds, obtain_trace
 from moesim.scenario import GroupedRouter, Overlap, Scenario, TraceRouting, TrainRouting
+from moesim.scenario.routing import NO_GROUPS
 
 LABELS = {
     "balanced_routing": "perfectly balanced routing",
@@ -72,12 +73,13 @@ def _without_limit(scenario: Scenario, *, train: bool) -> Scenario:
         raise _NotSimulated("a dense model routes nothing")
     if isinstance(routing, TraceRouting):
         raise _NotSimulated("the trace holds what its router chose; record one without the limit")
-    if not isinstance(routing.router, GroupedRouter) or scenario.router_shape().num_groups == 1:
+    if scenario.router_shape().num_groups == 1:
         raise _NotSimulated("the router has no group limit")
     if not isinstance(routing, TrainRouting):
-        return scenario.model_copy(update={"routing": routing.model_copy(update={"router": None})})
+        return scenario.model_copy(update={"routing": routing.model_copy(update={"router": NO_GROUPS})})
     if not train:
         raise _NotSimulated("needs the training of another router; ask for it with --what-if=all")
+    assert isinstance(routing.router, GroupedRouter), "only such a router is trained with a limit"
     groups = scenario.router_shape().num_groups
     free = GroupedRouter(kind=routing.router.kind, groups=groups, group_limit=groups)
     return scenario.model_copy(update={"routing": routing.model_copy(update={"router": free})})

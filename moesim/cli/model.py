@@ -43,7 +43,8 @@ def execute(args: argparse.Namespace) -> int:
         return _list(as_json=args.json)
     if args.sequence_length <= 0:
         raise UserError(f"--sequence-length {args.sequence_length} is not a number of tokens; use e.g. 4096")
-    counts = count(find(args.model, args.overrides), sequence_length=args.sequence_length)
+    model = find(args.model, args.overrides)
+    counts = count(model, sequence_length=args.sequence_length) | _source(args.model, model)
     if args.json:
         print(json_text(counts, indent=1))
     else:
@@ -102,6 +103,17 @@ def find(name: str, overrides: list[str]) -> "Model":
         "workload": {"sequence_length": 4096, "global_batch": 1},
     }
     return scenario_from_mapping(around | {"routing": {"kind": "uniform"}}, overrides).model
+
+
+def _source(name: str, model: "Model") -> dict[str, Any]:
+    """What became of the keys of a config.json, and what of the model's source is left out."""
+    found: dict[str, Any] = {"left_out": list(model.left_out)}
+    if Path(name).suffix == ".json":
+        from moesim.scenario.hf_config import read_hf_config
+
+        keys = read_hf_config(Path(name)).keys
+        found["config"] = {"model_type": keys.model_type, "read": list(keys.read), "harmless": list(keys.harmless)}
+    return found
 
 
 def count(model: "Model", *, sequence_length: int) -> dict[str, Any]:

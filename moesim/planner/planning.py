@@ -107,6 +107,7 @@ def _written(
         "sensitivity": sensitivity(folder, work, ranking),
         "screen_error": None if error is None else error.as_json(),
         "baseline": baseline(folder, ranking[0], progress=watching.screening),
+        "warnings": [*plan.model.left_out, *(plan.baseline.model.left_out if plan.baseline else ())],
     }
     folder.write(content)
     return content | {"name": plan.name}

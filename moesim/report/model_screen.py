@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from typing import Any, TextIO
 
-from rich.console import RenderableType
+from rich.console import Group, RenderableType
 from rich.text import Text
 
 from moesim.report import facts
 from moesim.report.facts import Fact
-from moesim.report.screen import fact_table, indented, number_table, section, show
+from moesim.report.screen import fact_table, indented, number_table, section, show, warnings
 from moesim.units import format_bytes
 
 
@@ -76,7 +76,17 @@ def _model_screen(name: str, counts: Mapping[str, Any]) -> list[RenderableType]:
         ),
         section(f"training FLOPs of one sequence of {length} tokens, in TFLOP", _flops(counts)),
         section("memory of all parameters, before any sharding", _states(counts)),
+        *_keys(counts.get("config")),
+        *warnings(counts["left_out"]),
     ]
+
+
+def _keys(config: Mapping[str, Any] | None) -> list[RenderableType]:
+    """What became of the keys of a config.json."""
+    if config is None:
+        return []
+    lines = [Text(f"{name}: {', '.join(config[key])}") for name, key in (("read", "read"), ("no effect", "harmless"))]
+    return [section(f"keys of the config.json, of model type {config['model_type']}", Group(*lines))]
 
 
 def _billions(number: float) -> str:

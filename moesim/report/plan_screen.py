@@ -9,7 +9,7 @@ from rich.text import Text
 
 from moesim.report.categories import category
 from moesim.report.facts import Fact, percent
-from moesim.report.screen import fact_table, indented, number_table, section, show
+from moesim.report.screen import fact_table, indented, number_table, section, show, warnings
 from moesim.units import format_seconds
 
 Plan = Mapping[str, Any]
@@ -58,7 +58,7 @@ def _screen(plan: Plan) -> list[RenderableType]:
     blocks += [_note(line) for line in _flips(plan)]
     if plan["baseline"] is not None:
         blocks.append(section("against a dense model", fact_table(_baseline(plan))))
-    return blocks
+    return blocks + warnings(plan.get("warnings", ()))
 
 
 def _note(text: str) -> RenderableType:

@@ -72,6 +72,11 @@ def number_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     return table
 
 
+def warnings(texts: Sequence[str]) -> list[RenderableType]:
+    """What a reader must know before trusting the numbers, a line each; nothing where there is nothing."""
+    return [Text(""), *(Text(f"warning: {text}", style="bold yellow") for text in texts)] if texts else []
+
+
 def bar(length: float, *, ascii_only: bool) -> str:
     """A bar of `length` columns, to an eighth where the encoding has the characters."""
     if ascii_only:

@@ -1,6 +1,6 @@
 """What the verbs print: the facts of a run or of a trace, each in one screen."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, TextIO
 
 import numpy as np
@@ -11,7 +11,17 @@ from rich.text import Text
 
 from moesim.report import facts
 from moesim.report.facts import Fact, Result
-from moesim.report.screen import bar, fact_table, indented, number_table, profile, section, show, side_by_side
+from moesim.report.screen import (
+    bar,
+    fact_table,
+    indented,
+    number_table,
+    profile,
+    section,
+    show,
+    side_by_side,
+    warnings,
+)
 
 _STYLES = {"compute": "blue", "communication": "yellow", "waiting": "magenta", "overhead": "bright_black"}
 _TWO_COLUMNS = 100  # terminal width from which everything else stands beside the attribution
@@ -38,7 +48,7 @@ def _run_screen(result: Result, options: ConsoleOptions) -> list[RenderableType]
     else:
         body = [time, side_by_side(Group(balance, sources), Group(traffic, router))]
     headline = indented(fact_table([*facts.headline(result), facts.memory(result)], strong=True))
-    return [head, headline, *body, *_what_if(result), *_warnings(result.get("warnings", ()))]
+    return [head, headline, *body, *_what_if(result), *warnings(result.get("warnings", ()))]
 
 
 def _what_if(result: Result) -> list[RenderableType]:
@@ -67,10 +77,6 @@ def _attribution(result: Result, *, ascii_only: bool) -> Table:
         table.add_row("smaller parts", facts.seconds(rest), facts.percent(rest / result["step_time_s"]), "")
     table.add_row(Text("step", style="bold"), facts.seconds(result["step_time_s"]), facts.percent(1.0), "")
     return table
-
-
-def _warnings(warnings: Sequence[str]) -> list[RenderableType]:
-    return [Text(""), *(Text(f"warning: {warning}", style="bold yellow") for warning in warnings)] if warnings else []
 
 
 def print_trace(
@@ -127,7 +133,7 @@ def _trace_screen(
             )
             for step, load_LE in loads.items()
         ),
-        *_warnings(summary["warnings"]),
+        *warnings(summary["warnings"]),
     ]
 
 

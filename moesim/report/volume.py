@@ -21,6 +21,7 @@ from moesim.scenario import (
     Uncertainty,
     UniformRouting,
 )
+from moesim.scenario.routing import NO_GROUPS, Router
 from moesim.seeding import stream
 from moesim.trace import RoutingTrace
 
@@ -210,7 +211,7 @@ def _laid_out(scenario: Scenario, *, devices: int, limit: int | None) -> Scenari
     groups = nodes if scenario.dispatch.deduplicate == "per_node" else devices
     if limit is not None and min(limit, groups) * model.experts < model.top_k * groups:
         return None
-    router = None
+    router: Router = NO_GROUPS
     if limit is not None and limit < groups:
         router = GroupedRouter(kind="deepseek_v2", groups=groups, group_limit=limit)
     routing = scenario.routing

@@ -173,6 +173,7 @@ def _check_routing(scenario: Scenario, report: _Report) -> None:
         _check_counts(scenario, routing, report)
     if routing.router is not None:
         _check_router(scenario, routing.router, report)
+    _check_groups(scenario, report)
 
 
 def _check_counts(scenario: Scenario, routing: PopularityRouting, report: _Report) -> None:
@@ -196,38 +197,46 @@ def _check_router(scenario: Scenario, router: Router, report: _Report) -> None:
     if isinstance(router, GshardRouter) and top_k != 2:
         raise report.user("routing.router.kind", f"gshard selects 2 experts, but top_k = {top_k}; set model.top_k: 2")
     if isinstance(router, GroupedRouter):
-        _check_groups(scenario, router, report)
+        _check_limit(scenario, router, report)
     elif isinstance(router, ExpertChoiceRouter) and scenario.capacity.kind != "none":
         message = "expert_choice fills its experts exactly (router.capacity_factor); use capacity: {kind: none}"
         raise report.user("capacity.kind", message)
 
 
-def _check_groups(scenario: Scenario, router: GroupedRouter, report: _Report) -> None:
-    experts, top_k = scenario.model.experts, scenario.model.top_k
+def _check_limit(scenario: Scenario, router: GroupedRouter, report: _Report) -> None:
+    """A limit has groups: the router's, those that device_limit stands for, or the model's."""
     given = [key for key in ("groups", "group_limit") if getattr(router, key) is not None]
     if router.device_limit is not None and given:
         message = f"conflicts with {given[0]}; device_limit M is short for groups = parallelism.expert, group_limit = M"
         raise report.user("routing.router.device_limit", message)
-    if len(given) == 1:
+    if given == ["groups"] or (given == ["group_limit"] and scenario.model.router_groups == 1):
         missing = "group_limit" if given == ["groups"] else "groups"
         raise report.user(f"routing.router.{given[0]}", f"needs {missing} beside it")
-    shape = scenario.router_shape()
-    by_device = router.device_limit is not None
-    limit_key = "routing.router.device_limit" if by_device else "routing.router.group_limit"
+
+
+def _check_groups(scenario: Scenario, report: _Report) -> None:
+    """The groups that hold divide the experts, and the limit leaves enough of them."""
+    router, shape = scenario.routing.router, scenario.router_shape()
+    experts, top_k = shape.num_experts, shape.top_k
+    by_device = isinstance(router, GroupedRouter) and router.device_limit is not None
+    of_router = isinstance(router, GroupedRouter) and router.group_limit is not None
+    groups_key = "routing.router.groups" if by_device or of_router else "model.router_groups"
+    limit_key = "routing.router.group_limit" if of_router else "model.router_group_limit"
+    if by_device:
+        limit_key = "routing.router.device_limit"
     groups_name = "parallelism.expert" if by_device else "groups"
     if experts % shape.num_groups:
         fits = either(nearest_divisors(experts, shape.num_groups))
-        raise report.user(
-            "routing.router.groups", f"{shape.num_groups} does not divide experts = {experts}; use {fits}"
-        )
+        raise report.user(groups_key, f"{shape.num_groups} does not divide experts = {experts}; use {fits}")
     if shape.group_limit > shape.num_groups:
         raise report.user(limit_key, f"{shape.group_limit} is more than {groups_name} = {shape.num_groups}")
     per_group = experts // shape.num_groups
     if shape.group_limit * per_group < top_k:
         what = f"{shape.group_limit} groups of {per_group} experts hold fewer than top_k = {top_k}"
         raise report.user(limit_key, f"{what}; use at least {-(-top_k // per_group)}, or fewer groups")
-    if router.kind == "deepseek_v3" and per_group < 2 and shape.group_limit < shape.num_groups:
-        key = limit_key if by_device else "routing.router.groups"
+    is_v3 = isinstance(router, GroupedRouter) and router.kind == "deepseek_v3"
+    if is_v3 and per_group < 2 and shape.group_limit < shape.num_groups:
+        key = limit_key if by_device else groups_key
         raise report.user(key, "deepseek_v3 scores a group by its two best experts; use groups of at least 2 experts")
 
 

@@ -40,7 +40,8 @@ def _check_sequence(scenario: Scenario, report: Report) -> None:
             fits = either(near // unit for near in nearest_divisors(length, parts, multiple_of=unit))
             what = f"{name} does not divide workload.sequence_length = {length}"
             raise report.user(f"parallelism.{key}", f"{what}; use {fits}")
-    if mesh.context > 1 and isinstance(scenario.model.attention, LocalGlobal):
+    attention = scenario.model.attention
+    if mesh.context > 1 and isinstance(attention, LocalGlobal) and attention.window < length:
         message = "a ring of whole sequences has no windows; use 1, or another model.attention than local_global"
         raise report.user("parallelism.context", message)
 

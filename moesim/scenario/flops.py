@@ -110,7 +110,7 @@ def keys_per_query(model: Model, *, sequence_length: int, causal: bool) -> KeysP
     """Average keys per query in a sequence of n tokens.
 
     Full attention: n, or (n + 1) / 2 when causal. local_global with window W and a global token every G: W keys near
-    (min(t, W) for the causal query t), and one G-th of the visible tokens outside the window.
+    (min(t, W) for the causal query t), and one G-th of the visible tokens outside the window (none without G).
     """
     n = sequence_length
     visible = (n + 1) / 2 if causal else float(n)
@@ -118,7 +118,8 @@ def keys_per_query(model: Model, *, sequence_length: int, causal: bool) -> KeysP
         return KeysPerQuery(near=visible)
     window = min(model.attention.window, n)
     near = window - window * (window - 1) / (2 * n) if causal else float(window)
-    return KeysPerQuery(near=near, beyond=(visible - near) / model.attention.global_every)
+    every = model.attention.global_every
+    return KeysPerQuery(near=near, beyond=(visible - near) / every if every else 0.0)
 
 
 def attention_score_flops(model: Model, *, sequence_length: int, causal: bool) -> float:

@@ -49,7 +49,7 @@ def explicit_model(root: Node, *, base: Path) -> Node:
         if "preset" in given:
             raise UserError(f"{node.key_where}: model.hf_config: conflicts with model.preset; keep one of them")
         with _located(node, "model.hf_config"):
-            fields = read_hf_config(_resolve(_text(node), node, base))
+            fields = dict(read_hf_config(_resolve(_text(node), node, base)).fields)
     elif "preset" in given and given["preset"].value is not None:
         with _located(given["preset"], "model.preset"):
             fields = model_preset(_text(given["preset"]))
@@ -111,6 +111,8 @@ def _merge(fields: dict[str, Any], given: dict[str, Node], like: Node) -> Node:
 def _node_of(value: Any, like: Node) -> Node:
     if isinstance(value, dict):
         return mapping_node({key: _node_of(child, like) for key, child in value.items()}, like)
+    if isinstance(value, list):
+        return list_node([_node_of(child, like) for child in value], like)
     return Node(value, like.where, like.key_where)
 
 

@@ -30,11 +30,14 @@ class Mla(Section):
 
 
 class LocalGlobal(Section):
-    """A window of `window` tokens plus one global token every `global_every`: O(n W) instead of O(n^2)."""
+    """A window of `window` tokens plus one global token every `global_every`: O(n W) instead of O(n^2).
+
+    `global_every: null` has no global tokens: a plain sliding window.
+    """
 
     kind: Literal["local_global"]
     window: PositiveInt = 64
-    global_every: PositiveInt = 32
+    global_every: PositiveInt | None = 32
 
 
 Attention = Annotated[Mha | Gqa | Mla | LocalGlobal, Field(discriminator="kind")]
@@ -45,6 +48,8 @@ class Model(Section):
 
     `head_dim` is the query/key dimension without the rope part of MLA. `expert_intermediate` is the width of one
     routed or shared expert (SwiGLU: three matrices). `shared_experts` run for every token and are replicated.
+    `router_groups` and `router_group_limit` are the group limit of the model's own router, which holds where `routing`
+    names no other. `left_out` says what the model's source states and this section cannot: every run warns of it.
     """
 
     preset: str | None = None
@@ -63,8 +68,11 @@ class Model(Section):
     vocab: PositiveInt
     tied_embeddings: Flag = False
     routed_scaling_factor: PositiveFloat = 1.0
+    router_groups: PositiveInt = 1
+    router_group_limit: PositiveInt = 1
     mtp_layers: Count = 0
     source: str | None = None
+    left_out: tuple[str, ...] = ()
 
     @property
     def moe_layers(self) -> int:

@@ -23,7 +23,11 @@ class GshardRouter(Section):
 
 
 class GroupedRouter(Section):
-    """Group-limited top-K of DeepSeek-V2 and -V3. `device_limit: M` means groups = expert-parallel size, limit M."""
+    """Group-limited top-K of DeepSeek-V2 and -V3. `device_limit: M` means groups = expert-parallel size, limit M.
+
+    Without a limit that of the model holds (`model.router_groups`, `model.router_group_limit`), and a `group_limit`
+    alone is one of the model's groups; `groups: 1, group_limit: 1` is no limit.
+    """
 
     kind: Literal["deepseek_v2", "deepseek_v3"]
     groups: PositiveInt | None = None
@@ -39,6 +43,8 @@ class ExpertChoiceRouter(Section):
 
 
 Router = Annotated[PlainRouter | GshardRouter | GroupedRouter | ExpertChoiceRouter, Field(discriminator="kind")]
+
+NO_GROUPS = PlainRouter(kind="uniform")  # for synthetic routing: not even the model's own groups
 
 
 class LossFree(Section):
@@ -124,11 +130,14 @@ class PopularityRouting(Section):
 
     kind: Literal["popularity"]
     counts: AnyCounts
-    router: Router | None = None  # only its groups and limit are used
+    router: Router | None = None  # only its groups and limit are used; the model's own without it
 
 
 class UniformRouting(Section):
-    """K distinct experts per token, all equally likely; within M random groups when the router has a limit."""
+    """K distinct experts per token, all equally likely; within M random groups when the router has a limit.
+
+    Without `router` the limit is the model's own; a router of a kind without groups has none.
+    """
 
     kind: Literal["uniform"]
     router: Router | None = None
@@ -185,17 +194,13 @@ class RouterShape:
 def resolve_router(routing: Routing, *, model: Model, num_devices: int) -> RouterShape:
     """The router shape of a `routing` section on `num_devices` ranks of an expert-parallel group.
 
-    A trained router keeps its own kind; `popularity` and `uniform` take groups and limit from their `router`, and a
-    recorded trace brings its own: only the model's experts and top_k are known here, and the groups it must have.
+    A trained router keeps its own kind; `popularity` and `uniform` take groups and limit from their `router` or, where
+    it says nothing of them, from the model. A recorded trace brings its own: only the model's experts and top_k are
+    known here, and the groups it must have.
     """
     router = routing.router
     kind = router.kind if isinstance(routing, TrainRouting) and router is not None else routing.kind
-    num_groups, group_limit = 1, 1
-    if isinstance(router, GroupedRouter):
-        if router.device_limit is not None:
-            num_groups, group_limit = num_devices, router.device_limit
-        elif router.groups is not None and router.group_limit is not None:
-            num_groups, group_limit = router.groups, router.group_limit
+    num_groups, group_limit = _groups_and_limit(routing, model=model, num_devices=num_devices)
     return RouterShape(
         kind=kind,
         num_experts=model.experts,
@@ -207,3 +212,13 @@ def resolve_router(routing: Routing, *, model: Model, num_devices: int) -> Route
         random_second=isinstance(router, GshardRouter) and router.random_second,
         capacity_factor=router.capacity_factor if isinstance(router, ExpertChoiceRouter) else 1.0,
     )
+
+
+def _groups_and_limit(routing: Routing, *, model: Model, num_devices: int) -> tuple[int, int]:
+    router = routing.router
+    if isinstance(router, GroupedRouter) and router.device_limit is not None:
+        return num_devices, router.device_limit
+    if isinstance(router, GroupedRouter) and router.group_limit is not None:
+        return router.groups or model.router_groups, router.group_limit
+    takes_the_models = isinstance(router, GroupedRouter) or (router is None and not isinstance(routing, TraceRouting))
+    return (model.router_groups, model.router_group_limit) if takes_the_models else (1, 1)

@@ -59,7 +59,7 @@ def _value_width(step: Step) -> int:
 
 
 def _core_attention(w: KernelWriter, step: Step) -> Passes:
-    """Fused attention. A window attends to itself and the one before it; global tokens cost as a short causal pass."""
+    """Fused attention over the pairs that `keys_per_query` counts; global tokens cost as a short causal pass."""
     model = step.model
     extra = model.attention.rope_head_dim if isinstance(model.attention, Mla) else 0
     attend = partial(
@@ -71,22 +71,21 @@ def _core_attention(w: KernelWriter, step: Step) -> Passes:
     )
     if step.context > 1:
         return _ring_attention(w, step, attend)
-    if not isinstance(model.attention, LocalGlobal):
+    if not isinstance(model.attention, LocalGlobal) or model.attention.window >= step.sequence:
         forward = attend("attention", batch=step.batch, sequence=step.sequence)
         backward = attend("attention.backward", batch=step.batch, sequence=step.sequence, direction="backward")
         return [forward], [backward]
     window, every = model.attention.window, model.attention.global_every
-    windows = step.batch * step.sequence / window
-    # Queries x global tokens, causal: n * (n / every) / 2 pairs, those of a causal pass over n / sqrt(every) tokens.
-    reduced = step.sequence / np.sqrt(every)
-    forward_ops = [
-        attend("local", batch=windows, sequence=window, causal=False),
-        attend("global", batch=step.batch, sequence=reduced),
-    ]
-    backward_ops = [
-        attend("local.backward", batch=windows, sequence=window, causal=False, direction="backward"),
-        attend("global.backward", batch=step.batch, sequence=reduced, direction="backward"),
-    ]
+    # W keys for every query but the first W, which see half as many: so many whole squares of W queries by W keys.
+    squares = step.batch * (step.sequence / window - (window - 1) / (2 * window))
+    local = partial(attend, batch=squares, sequence=window, causal=False)
+    forward_ops = [local("local")]
+    backward_ops = [local("local.backward", direction="backward")]
+    if every is not None:
+        # m = n - W tokens beyond the window: m * (m / every) / 2 pairs, those of a causal pass over m / sqrt(every).
+        beyond = partial(attend, batch=step.batch, sequence=(step.sequence - window) / np.sqrt(every))
+        forward_ops.append(beyond("global"))
+        backward_ops.append(beyond("global.backward", direction="backward"))
     return forward_ops, backward_ops
 
 

@@ -41,6 +41,9 @@ def print_sweep(study: Study, outcome: SweepOutcome, *, file: TextIO | None = No
         pairs = ", changes pair by pair" if compared else ""
         console.print(f"means of up to {repeats} repetitions{pairs}, ± half of the 90 % interval (Student's t)")
     _print_reasons(console, outcome.records)
+    points = [point for point in study.by_number if not isinstance(point, Misfit)]
+    for text in dict.fromkeys(text for point in points for text in point.scenario.model.left_out):
+        console.print(Text(f"warning: {text}", style="bold yellow"), soft_wrap=True)
 
 
 def print_points(study: Study, finished: Mapping[str, PointRecord], *, file: TextIO | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from moesim.errors import UserError
 from moesim.scenario.routing import LIBRARY_PREFIX, GroupedRouter, RouterShape, TraceRouting
+from moesim.scenario.schema import Scenario
 from moesim.trace.record import RoutingTrace
 
 
@@ -33,3 +34,18 @@ def check_agreement(trace: RoutingTrace, routing: TraceRouting, *, wanted: Route
             f"asks for {wanted.group_limit} of {wanted.num_groups}; a recorded limit cannot be changed: use another "
             "trace, or leave routing.router out"
         )
+
+
+def limit_difference(trace: RoutingTrace | None, scenario: Scenario) -> list[str]:
+    """A warning where a replayed trace has another group limit than the model's own router and nobody asked for it."""
+    routing, model = scenario.routing, scenario.model
+    if trace is None or not isinstance(routing, TraceRouting) or routing.router is not None or model.router_groups == 1:
+        return []
+    router = trace.router
+    if (router.num_groups, router.group_limit) == (model.router_groups, model.router_group_limit):
+        return []
+    has = f"at most {router.group_limit} of {router.num_groups} groups" if router.num_groups > 1 else "no group limit"
+    return [
+        f"the trace's router has {has} per token, the model's own at most {model.router_group_limit} of "
+        f"{model.router_groups}: bytes and waiting are those of the trace"
+    ]

@@ -139,6 +139,37 @@ def test_model_reads_a_scenario_and_a_hugging_face_config(scenario: Path, moesim
     assert read["parameters"] == json.loads(moesim("model", "llama2-7b", "--json").out)["parameters"]
 
 
+MIXTRAL = {
+    "model_type": "mixtral", "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64, "vocab_size": 100,
+    "num_hidden_layers": 2, "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32,
+    "rope_theta": 1e6, "n_shared_experts": 1,
+}  # fmt: skip
+
+
+def test_model_says_what_became_of_every_key_of_a_config(scenario: Path, moesim) -> None:
+    Path("config.json").write_text(json.dumps(MIXTRAL))
+    out = " ".join(moesim("model", "config.json").out.split())
+    assert "read: model_type, num_attention_heads" in out
+    assert "no effect: rope_theta warning:" in out
+    assert 'not known for model_type mixtral and left out: "n_shared_experts" = 1' in out
+    found = json.loads(moesim("model", "config.json", "--json").out)
+    assert (found["config"]["harmless"], len(found["left_out"])) == (["rope_theta"], 1)
+    assert not json.loads(moesim("model", "mixtral-8x7b", "--json").out)["left_out"]
+
+
+def test_what_a_config_says_beyond_the_model_is_a_warning_of_run_and_sweep(scenario: Path, moesim) -> None:
+    Path("config.json").write_text(json.dumps(MIXTRAL))
+    model = "model={hf_config: config.json}"
+    routing = "routing={kind: uniform}"
+    assert "n_shared_experts" in " ".join(moesim("run", scenario, "--set", model, "--set", routing).out.split())
+    stored = json.loads((scenario.parent / "runs/small/result.json").read_text())
+    assert any("n_shared_experts" in warning for warning in stored["warnings"])
+    study = f"name: study\nbase: {scenario}\nset: {{}}\naxes: [{{key: workload.micro_batch, values: [1]}}]\n"
+    Path("study.yaml").write_text(study)
+    answer = moesim("sweep", "study.yaml", "--workers", "1", "--set", model, "--set", routing)
+    assert "n_shared_experts" in answer.out, answer
+
+
 def test_model_lists_the_catalogue(moesim) -> None:
     listed = moesim("model", "--list").out
     assert moesim("model").out == listed
