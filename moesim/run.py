@@ -33,6 +33,7 @@ from moesim.results.metrics import (
     no_imbalance,
     window_tokens,
 )
+from moesim.results.plausible import check_plausible
 from moesim.scenario import Scenario
 from moesim.scenario.check import require_supported
 from moesim.scenario.routing import PopularityRouting, TraceRouting, TrainRouting
@@ -75,7 +76,9 @@ def simulate(
     kernels = step_kernels(scenario, fabric=fabric, kernels=kernels, samples=plain)
     spread = [sample.balanced() for sample in plain]
     outcome = _simulate_samples(scenario, fabric, kernels, [*plain, *spread, *bootstrap])
-    return _record(scenario, fabric, memory, trace, plain, outcome)
+    record = _record(scenario, fabric, memory, trace, plain, outcome)
+    check_plausible(record, fabric)
+    return record
 
 
 def mean_step_seconds(scenario: Scenario, trace: RoutingTrace | None) -> float:

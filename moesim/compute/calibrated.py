@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moesim.compute import physics
-from moesim.compute.cells import Cell, Fit, canonical, gemm_cell, grouped_cell, kind_of
+from moesim.compute.cells import TENSOR_DTYPES, Cell, Fit, canonical, gemm_cell, grouped_cell, kind_of
 from moesim.compute.estimate import (
     DTYPE_BYTES,
     AttentionDirection,
@@ -293,9 +293,15 @@ class CalibratedModel:
         head_dim: int,
         value_dim: int,
         causal: bool = True,
+        dtype: str = "bf16",
         direction: AttentionDirection = "forward",
     ) -> Estimate:
-        """Seconds of fused bf16 attention, forward or backward (all three gradients)."""
+        """Seconds of fused attention, forward or backward (all three gradients); fp32 takes the roofline."""
+        if TENSOR_DTYPES.get(dtype) != "bf16":
+            return self.fallback.attention(
+                batch=batch, sequence=sequence, heads=heads, kv_heads=kv_heads, head_dim=head_dim, value_dim=value_dim,
+                causal=causal, dtype=dtype, direction=direction,
+            )  # fmt: skip
         if isinstance(batch, _COUNT) and isinstance(sequence, _COUNT):
             return self._scalar_attention(batch, sequence, heads, kv_heads, head_dim, value_dim, causal, direction)
         return self._attention(batch, sequence, heads, kv_heads, head_dim, value_dim, causal, direction)

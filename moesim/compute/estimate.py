@@ -117,6 +117,7 @@ class KernelModel(Protocol):
         head_dim: int,
         value_dim: int,
         causal: bool = True,
+        dtype: str = "bf16",
         direction: AttentionDirection = "forward",
     ) -> Estimate:
         """Fused attention of `heads` query heads; head_dim is that of queries and keys, value_dim that of values."""

@@ -98,13 +98,14 @@ def attention_bytes(
     kv_heads: int,
     head_dim: int,
     value_dim: int,
+    dtype: str,
     direction: AttentionDirection,
 ) -> FloatArray:
     """Queries, keys, values and output once; backward also reads the output's gradient and writes three gradients."""
     width = heads * (head_dim + value_dim) + kv_heads * (head_dim + value_dim)
     if direction == "backward":
         width = 2 * width + heads * value_dim
-    return np.asarray(np.asarray(batch, float) * np.asarray(sequence, float) * width * DTYPE_BYTES["bf16"])
+    return np.asarray(np.asarray(batch, float) * np.asarray(sequence, float) * width * DTYPE_BYTES[dtype])
 
 
 class Roofline:
@@ -178,9 +179,10 @@ class Roofline:
         head_dim: int,
         value_dim: int,
         causal: bool = True,
+        dtype: str = "bf16",
         direction: AttentionDirection = "forward",
     ) -> Estimate:
-        """Seconds of fused bf16 attention."""
+        """Seconds of fused attention. Raises UserError as `gemm` does."""
         flops = attention_flops(
             batch=batch,
             sequence=sequence,
@@ -197,9 +199,10 @@ class Roofline:
             kv_heads=kv_heads,
             head_dim=head_dim,
             value_dim=value_dim,
+            dtype=dtype,
             direction=direction,
         )
-        return self._bound(flops, self._peak("bf16") * ATTENTION_SHARE[direction], bytes_)
+        return self._bound(flops, self._peak(dtype) * ATTENTION_SHARE[direction], bytes_)
 
     def memory_bound(self, *, kind: str, bytes: ArrayLike) -> Estimate:
         """Seconds to move `bytes` (read plus written); the roofline makes no difference between kinds."""

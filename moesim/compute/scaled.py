@@ -148,14 +148,20 @@ class ScaledModel:
         head_dim: int,
         value_dim: int,
         causal: bool = True,
+        dtype: str = "bf16",
         direction: AttentionDirection = "forward",
     ) -> Estimate:
-        """Seconds of fused bf16 attention."""
+        """Seconds of fused attention; a dtype that the target lacks raises UserError."""
         sizes: dict[str, Any] = {"batch": batch, "sequence": sequence, "heads": heads, "head_dim": head_dim}
         sizes |= {"value_dim": value_dim, "direction": direction}
-        found = self.base.attention(kv_heads=kv_heads, causal=causal, **sizes)
-        flops, bytes_ = attention_flops(causal=causal, **sizes), attention_bytes(kv_heads=kv_heads, **sizes)
-        return self._scaled(found, flops, bytes_, "bf16")
+        if dtype not in self._target.peak_flops:
+            return self.fallback.attention(kv_heads=kv_heads, causal=causal, dtype=dtype, **sizes)
+        found = self.base.attention(kv_heads=kv_heads, causal=causal, dtype=dtype, **sizes)
+        flops, bytes_ = (
+            attention_flops(causal=causal, **sizes),
+            attention_bytes(kv_heads=kv_heads, dtype=dtype, **sizes),
+        )
+        return self._scaled(found, flops, bytes_, dtype)
 
     def memory_bound(self, *, kind: str, bytes: ArrayLike, width: ArrayLike | None = None) -> Estimate:
         """Seconds of a memory-bound kernel."""

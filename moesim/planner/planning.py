@@ -88,6 +88,7 @@ def _written(
         "status": "done",
         "goal": goal.model_dump(mode="json") | {"deadline_days": goal.deadline_days},
         "objectives": list(plan.objectives),
+        "mfu_peak": plan.workload.precision.gemm,
         "counts": {
             "combinations": judge.space.size,
             "method": "nsga2" if uses_nsga2(plan.search, judge.space.size) else "enumerate",

@@ -101,7 +101,7 @@ def headline(result: Result) -> list[Fact]:
             count(result["tokens_per_second"]),
             f"{count(result['tokens_per_second_per_gpu'])} per GPU",
         ),
-        Fact("MFU", percent(mfu["causal"]), f"causal attention; {percent(mfu['non_causal'])} non-causal"),
+        Fact("MFU", percent(mfu["causal"]), _of_peak(mfu)),
         Fact(
             "cost of imbalance",
             percent(lost_s / result["step_time_s"]),
@@ -111,6 +111,17 @@ def headline(result: Result) -> list[Fact]:
         *_kept_rows(result),
         Fact("price", _price(cost), _budget(cost)),
     ]
+
+
+def _of_peak(mfu: Mapping[str, Any]) -> str:
+    """Which peak MFU divides by; in other formats than bf16 also the share of the bf16 peak."""
+    if mfu["peak"] in ("bf16", "fp16"):  # one peak for both
+        return f"of the {mfu['peak']} peak, causal attention; {percent(mfu['non_causal'])} non-causal"
+    causal, other = percent(mfu["causal_of_bf16_peak"]), percent(mfu["non_causal_of_bf16_peak"])
+    return (
+        f"of the {mfu['peak']} peak, causal attention; {percent(mfu['non_causal'])} non-causal. "
+        f"Of the bf16 peak {causal} and {other}"
+    )
 
 
 def _kept_rows(result: Result) -> list[Fact]:

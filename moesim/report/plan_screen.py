@@ -224,7 +224,8 @@ def _abbreviations(plan: Plan) -> str:
     keys = [key for key in _SHORT if any(values.get(key, 1) != 1 for values in shown)]
     sizes = [f"{_SHORT[key]} {_LONG[key]}" for key in keys if key in _LONG]
     ways = f"{', '.join(sizes)}: ways of parallelism; " if sizes else ""
-    return f"{ways}mb: sequences per micro-batch; mem: share of a GPU's memory"
+    peak = f"MFU: of the {plan['mfu_peak']} peak, causal attention; " if "mfu_peak" in plan else ""
+    return f"{ways}mb: sequences per micro-batch; {peak}mem: share of a GPU's memory"
 
 
 def _dropping(plan: Plan) -> list[str]:

@@ -16,6 +16,8 @@ from moesim.results.spans import CATEGORIES, SpanTable, Stream
 
 FloatArray = NDArray[np.float64]
 
+ROUND_OFF = 1e-9  # share of the step: differences of sums that are less below zero are zero
+
 
 class _Coverage:
     """Time covered by a stream or by one of higher priority (`higher`; None for the first)."""
@@ -109,6 +111,7 @@ def attribute(table: SpanTable, *, compiled: bool = False) -> FloatArray:
         covered = _Coverage(start_NQ, finish_NQ, covered, compiled=compiled)
         seconds_CQ[CATEGORIES.index("imbalance_wait")] += (covered.exposed_NQ - exposed_own_NQ).sum(axis=0)
     seconds_CQ[CATEGORIES.index("bubble")] += _idle(table, begin_NQ, end_NQ, covered)
+    seconds_CQ[(seconds_CQ < 0) & (seconds_CQ > -ROUND_OFF * table.step_S.max())] = 0.0
     return seconds_CQ.reshape(len(CATEGORIES), samples, ranks)
 
 

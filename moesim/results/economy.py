@@ -9,22 +9,22 @@ SECONDS_PER_HOUR = 3600.0
 SECONDS_PER_DAY = 86400.0
 
 
-def utilisation(scenario: Scenario, step_s: float) -> dict[str, float]:
-    """MFU = model FLOPs / (ranks * dense peak of the GEMM dtype * step time), for both counts of attention.
+def utilisation(scenario: Scenario, step_s: float) -> dict[str, Any]:
+    """MFU = model FLOPs / (ranks * dense peak * step time), for both counts of attention.
 
-    fp8 runs are also held against the bf16 peak.
+    `peak` names the number format whose peak `causal` and `non_causal` divide by, that of the large matrix products;
+    `*_of_bf16_peak` are the same FLOPs over the bf16 peak, so that runs in different formats compare.
     """
     workload = scenario.workload
     gpu = gpu_spec(scenario.cluster.pools[0].gpu)
     ranks = scenario.parallelism.world_size
-    mfu: dict[str, float] = {}
+    mfu: dict[str, Any] = {"peak": workload.precision.gemm}
     for count, causal in (("causal", True), ("non_causal", False)):
         flops = scenario.tokens_per_step * model_flops_per_token(
             scenario.model, sequence_length=workload.sequence_length, causal=causal
         )
         mfu[count] = flops / (ranks * gpu.peak_flops[workload.precision.gemm] * step_s)
-        if workload.precision.gemm == "fp8":
-            mfu[f"{count}_of_bf16_peak"] = flops / (ranks * gpu.peak_flops["bf16"] * step_s)
+        mfu[f"{count}_of_bf16_peak"] = flops / (ranks * gpu.peak_flops["bf16"] * step_s)
     return mfu
 
 

@@ -77,7 +77,11 @@ class Parallelism(Section):
 
 
 class Precision(Section):
-    """Number formats: `master` is the master copy of weights (none when the optimizer updates them in place)."""
+    """Number formats: `master` is the master copy of weights (none when the optimizer updates them in place).
+
+    `gemm` is that of all matrix products and attention; with fp8 head, router gate and attention stay in bf16.
+    Activations between kernels are bf16 whatever it is.
+    """
 
     gemm: DType = "bf16"
     weights: DType = "bf16"

@@ -123,7 +123,7 @@ def _router_part(w: KernelWriter, step: Step) -> Passes:
     )
     return chain(
         norm(w, "ffn_norm", tokens, model.hidden),
-        projection(w, "router.gate", m=tokens, k=model.hidden, n=model.experts, dtype="bf16"),
+        projection(w, "router.gate", m=tokens, k=model.hidden, n=model.experts, dtype=w.wide_dtype),
         select,
     )
 
@@ -283,7 +283,7 @@ def head_part(w: KernelWriter, step: Step) -> Passes:
     model = step.model
     return chain(
         norm(w, "final_norm", step.tokens, model.hidden),
-        column_parallel(w, "head", step, k=model.hidden, n=model.vocab, dtype="bf16"),
+        column_parallel(w, "head", step, k=model.hidden, n=model.vocab, dtype=w.wide_dtype),
         _loss(w, step),
     )
 

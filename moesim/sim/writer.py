@@ -26,7 +26,7 @@ def _ends_in_a_tile(slots: int) -> FloatArray:
 class KernelWriter:
     """Writes operations of one category and layer with the durations of one kernel model.
 
-    `dtype` is that of the large matrix products; others name theirs. In the samples of `spread_S`, the counterfactuals
+    `dtype` is that of the large matrix products. In the samples of `spread_S`, the counterfactuals
     without imbalance, every rank takes the mean of its rank group for a kernel whose duration follows what was routed
     to it, and less where experts with equal rows would take less (`_even_experts`).
     """
@@ -47,6 +47,11 @@ class KernelWriter:
         self.layer = layer
         self.chain = chain
         self.spread_S = np.array(spread_S, dtype=bool)
+
+    @property
+    def wide_dtype(self) -> str:
+        """Of head, router gate and attention, which stay in bf16 where the large products are in fp8."""
+        return "bf16" if self.dtype == "fp8" else self.dtype
 
     def part(self, category: str, *, chain: int = MAIN) -> "KernelWriter":
         """A writer of the same layer for another category."""
@@ -138,7 +143,7 @@ class KernelWriter:
         causal: bool = True,
         direction: AttentionDirection = "forward",
     ) -> Operation:
-        """Fused attention in bf16."""
+        """Fused attention."""
         estimate = self.model.attention(
             batch=batch,
             sequence=sequence,
@@ -147,6 +152,7 @@ class KernelWriter:
             head_dim=head_dim,
             value_dim=value_dim,
             causal=causal,
+            dtype=self.wide_dtype,
             direction=direction,
         )
         return self._operation(name, estimate.seconds, estimate.source, 1)

@@ -88,7 +88,13 @@ def make_result(*, name: str, attribution_C: np.ndarray[Any, Any], balanced_s: f
         "step_time_range_s": [0.98 * step, 1.03 * step],
         "tokens_per_second": 262144 / step,
         "tokens_per_second_per_gpu": 262144 / step / ranks,
-        "mfu": {"causal": 0.3517, "non_causal": 0.3924},
+        "mfu": {
+            "peak": "bf16",
+            "causal": 0.3517,
+            "non_causal": 0.3924,
+            "causal_of_bf16_peak": 0.3517,
+            "non_causal_of_bf16_peak": 0.3924,
+        },
         "attribution_s": dict(zip(CATEGORIES, attribution_C.tolist(), strict=True)),
         "communication": {
             "dispatch_bytes": 1.13e12,

@@ -92,7 +92,9 @@ def prepare_attention(shape: Shape, pool: Pool, beyond: float) -> Prepared:
     head_dim, value_dim, causal = shape["head_dim"], shape["value_dim"], shape["causal"]
     grouped = kv_heads != heads
     sizes = {"batch": batch, "sequence": sequence, "heads": heads, "kv_heads": kv_heads}
-    moved = float(attention_bytes(**sizes, head_dim=head_dim, value_dim=value_dim, direction=shape["direction"]))
+    moved = float(
+        attention_bytes(**sizes, head_dim=head_dim, value_dim=value_dim, dtype="bf16", direction=shape["direction"])
+    )
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)

@@ -22,6 +22,7 @@ _SHOWN = (
     "tokens_per_second",
     "tokens_per_second_per_gpu",
     "mfu.causal",
+    "mfu.causal_of_bf16_peak",
     "cost.usd_per_million_tokens",
     "cost.usd_total",
     "cost.days",

@@ -16,7 +16,14 @@ from moesim.strict_json import json_text
 from moesim.study.intervals import half_width_90
 
 AS_STEP_TIME = ("step_time_s", "cost.usd_per_step", "cost.usd_per_million_tokens", "cost.usd_total", "cost.days")
-AS_RATE = ("tokens_per_second", "tokens_per_second_per_gpu", "mfu.causal", "mfu.non_causal")
+AS_RATE = (
+    "tokens_per_second",
+    "tokens_per_second_per_gpu",
+    "mfu.causal",
+    "mfu.non_causal",
+    "mfu.causal_of_bf16_peak",
+    "mfu.non_causal_of_bf16_peak",
+)
 
 
 @dataclass(frozen=True)
