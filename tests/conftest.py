@@ -1,6 +1,8 @@
 """A small scenario that every room can simulate in a fraction of a second."""
 
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,22 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
             section = section.setdefault(key, {})
         section[last] = deepcopy(value)  # a later key may change it
     return result
+
+
+@pytest.fixture
+def full_disk() -> Callable[[int], AbstractContextManager[None]]:
+    """`with full_disk(100):` no file grows beyond 100 bytes; the errors are those of a disk without room."""
+
+    @contextmanager
+    def limited(size: int) -> Iterator[None]:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limited
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "moesim"
 
 LAYER = {
-    "units": 1, "errors": 1, "seeding": 1, "strict_json": 1, "processes": 1,
+    "units": 1, "errors": 1, "seeding": 1, "strict_json": 1, "processes": 1, "files": 1,
     "scenario": 2,
     "trace": 3,
     "moe": 4, "parallel": 4,
@@ -23,7 +23,7 @@ LAYER = {
     "planner": 9, "report": 9, "sweeper": 9, "validation": 9, "whatif": 9,
     "cli": 10,
 }  # fmt: skip
-MAY_SHARE_A_LAYER = {"units", "errors", "seeding", "strict_json", "processes"}
+MAY_SHARE_A_LAYER = {"units", "errors", "seeding", "strict_json", "processes", "files"}
 # Library -> the only rooms that may import it, at any depth of a function.
 EXCLUSIVE = {
     "torch": {"moe", "validation", "compute/benchmarks"},

@@ -1,26 +1,30 @@
 """The command line: one thin module per verb; nothing heavy is imported before a verb needs it."""
 
-import os
+import errno
 import sys
 from collections.abc import Sequence
 
 from moesim.cli.interrupt import INTERRUPTED_EXIT_CODE, Interrupted
 from moesim.cli.parser import parse
+from moesim.cli.streams import let_go, open_closed_streams, say
 from moesim.errors import UserError
+from moesim.processes import signals_interrupt
 
 _BROKEN_PIPE_EXIT_CODE = 141  # 128 + SIGPIPE, as shells report it
+# What the machine alone is the reason of, wherever it comes up: full disks, too few files or processes, no memory.
+_SHORTAGES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENFILE, errno.EAGAIN)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code: 0 done, 1 user error, 2 infeasible, 130 interrupted.
 
-    Errors of a user are one line on stderr; anything else is a bug and keeps its traceback.
+    Errors of a user are one line on stderr; anything else is a bug and keeps its traceback. SIGTERM and SIGHUP act like
+    Ctrl-C.
     """
+    open_closed_streams()
     try:
-        args = parse(sys.argv[1:] if argv is None else argv)
-        code: int = args.execute(args) if args is not None else 0
-        sys.stdout.flush()  # here, where a broken pipe is still caught
-        return code
+        with signals_interrupt():
+            return _run(sys.argv[1:] if argv is None else argv)
     except UserError as error:
         return _fail(str(error), error.exit_code)
     except Interrupted as error:
@@ -28,15 +32,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted; nothing was written", INTERRUPTED_EXIT_CODE)
     except BrokenPipeError:
-        # The reader went away (`| head`). Python flushes stdout once more at exit; let that go nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _BROKEN_PIPE_EXIT_CODE
+        return _without_reader()
+    except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):  # rich leaves so
+            return _without_reader()
+        raise
     except OSError as error:
-        if error.filename is None:
+        if error.filename is not None:
+            return _fail(f"{error.filename}: {error.strerror}; check the path, its permissions and the space left", 1)
+        if error.errno not in _SHORTAGES:
             raise
-        return _fail(f"{error.filename}: {error.strerror}; check the path, its permissions and the space left", 1)
+        let_go(sys.stdout)
+        return _fail(f"{error.strerror}: make room on the disk (standard output included) or in memory, then again", 1)
+
+
+def _run(argv: Sequence[str]) -> int:
+    args = parse(argv)
+    code: int = args.execute(args) if args is not None else 0
+    sys.stdout.flush()  # here, where a broken pipe is still caught
+    return code
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"moesim: {message}", file=sys.stderr)
+    say(f"moesim: {message}")
     return code
+
+
+def _without_reader() -> int:
+    """The reader of standard output or error went away (`| head`)."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            let_go(stream)
+    return _BROKEN_PIPE_EXIT_CODE

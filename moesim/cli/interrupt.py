@@ -1,4 +1,4 @@
-"""Ctrl-C: one line that says what was kept and how to go on."""
+"""Ctrl-C, SIGTERM or a closed terminal: one line that says what was kept and how to go on."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

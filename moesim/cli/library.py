@@ -3,7 +3,6 @@
 import argparse
 import fnmatch
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moesim.errors import UserError
@@ -28,7 +27,8 @@ def show_library(args: argparse.Namespace) -> int:
     entry = find_entry(name)
     trace = load_library(name)
     if args.out is not None:
-        save_trace(trace, Path(args.out))
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        save_trace(trace, args.out, replace=args.force)
     if args.json or not args.quiet:
         from moesim.report.library_view import entry_facts, print_entry
 

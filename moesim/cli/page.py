@@ -34,7 +34,7 @@ def write_page(document: str, path: Path, *, force: bool) -> None:
         if path.read_bytes() == data:
             return
         raise UserError(f"{path} exists and differs; choose another --out, or --force to replace it")
-    from moesim.results.store import write_atomically
+    from moesim.files import write_atomically
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, data)
+    write_atomically(path, data, replace=force)

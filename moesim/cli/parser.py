@@ -50,6 +50,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace | None:
 
     Raises UserError for an unknown verb or flag, with the nearest known one.
     """
+    _refuse_empty(argv)
     parser, by_name = _build()
     if not argv:
         parser.print_help()
@@ -61,6 +62,15 @@ def parse(argv: Sequence[str]) -> argparse.Namespace | None:
     except SystemExit:  # --help and --version have printed their text
         return None
     return args if not unknown else _refuse(unknown, by_name.get(args.verb, parser))
+
+
+def _refuse_empty(argv: Sequence[str]) -> None:
+    """Raise UserError for an argument without content: no verb takes one, and a path would be the working folder."""
+    for before, word in zip(("", *argv), argv, strict=False):
+        flag, equals, value = word.partition("=") if word.startswith("--") else (before, "=", word)
+        if equals and not value.strip():
+            what = flag if flag.startswith("--") else "an argument"
+            raise UserError(f"{what} is empty; write what is meant, or leave it out (is a shell variable not set?)")
 
 
 def _refuse(unknown: Sequence[str], parser: Parser) -> NoReturn:

@@ -1,6 +1,7 @@
 """`moesim run`: simulate one scenario, write its folder, show the facts."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,19 +63,19 @@ def _questions(text: str) -> bool:
 
 def execute(args: argparse.Namespace) -> int:
     """Run the scenario. Raises UserError, InfeasibleError and Interrupted."""
+    from moesim.files import claimed
     from moesim.results.store import check_free
 
     scenario = load(args)
     out_dir = args.out or Path("runs") / scenario.name
-    check_free(out_dir, force=args.force)
     check_writable(out_dir)
     if args.timeline:
         from moesim.report import check_ranks
 
         check_ranks(scenario, args.timeline)
-    with interrupts_say(lambda: kept_of_training(scenario, args.cache)):
+    with claimed(out_dir), interrupts_say(lambda: kept_of_training(scenario, args.cache)):
+        check_free(out_dir, force=args.force)
         record = _simulate(scenario, args)
-    with interrupts_say(lambda: f"{out_dir} is incomplete; run the same command again with --force"):
         _write(record, out_dir, args)
     _show(record, out_dir, args)
     return 0
@@ -96,10 +97,10 @@ def _write(record: "RunRecord", out_dir: Path, args: argparse.Namespace) -> None
     from moesim.report import write_report, write_timeline
     from moesim.results.store import write_run
 
-    write_run(record, out_dir, force=args.force)
+    also: dict[str, Callable[[Path], object]] = {"report.html": lambda path: write_report(record, path)}
     if args.timeline is not None:
-        write_timeline(record, out_dir / TIMELINE_FILE, ranks=args.timeline)
-    write_report(record, out_dir / "report.html")
+        also[TIMELINE_FILE] = lambda path: write_timeline(record, path, ranks=args.timeline)
+    write_run(record, out_dir, force=args.force, also=also)
 
 
 def _show(record: "RunRecord", out_dir: Path, args: argparse.Namespace) -> None:

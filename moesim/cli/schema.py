@@ -23,5 +23,7 @@ def execute(args: argparse.Namespace) -> int:
     if args.out is None:
         print(text)
     else:
-        args.out.write_text(text + "\n", encoding="utf-8")
+        from moesim.files import write_atomically
+
+        write_atomically(args.out, (text + "\n").encode())
     return 0

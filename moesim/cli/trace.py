@@ -46,7 +46,8 @@ def execute(args: argparse.Namespace) -> int:
     if args.out is not None:
         from moesim.trace import save_trace
 
-        save_trace(trace, args.out)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        save_trace(trace, args.out, replace=args.force)
     if args.json or not args.quiet:
         _show(scenario, trace, as_json=args.json)
     return 0

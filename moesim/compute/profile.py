@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from moesim.errors import UserError
+from moesim.files import write_atomically
 from moesim.strict_json import json_text, parse_json
 
 SCHEMA_VERSION = 1
@@ -47,9 +48,7 @@ def save_profile(profile: Profile, path: Path) -> None:
     data = text.encode()
     if path.suffix == ".gz":
         data = gzip.compress(data, mtime=0)
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(data)
-    part.replace(path)
+    write_atomically(path, data)
 
 
 def load_profile_file(path: Path) -> Profile:

@@ -4,7 +4,8 @@ import os
 import sys
 from pathlib import Path
 
-from moesim.errors import UserError
+from moesim.errors import MachineError, UserError
+from moesim.files import turn
 from moesim.moe.progress import ProgressCallback
 from moesim.moe.request import TrainingRequest
 from moesim.trace import RoutingTrace, load_trace, save_trace
@@ -41,28 +42,46 @@ def cached_trace(
 ) -> RoutingTrace:
     """The trace of `request`: from the cache, or trained now (or resumed) and put there.
 
-    A damaged cache file is reported on stderr and made again, never used. Raises UserError as `train_router` does.
+    Where another process trains it already this one waits, and says so if `progress` is asked for. A damaged cache file
+    is reported on stderr and made again, never used. Raises UserError as `train_router` does, and MachineError when the
+    cache cannot be written.
     """
     path = trace_path(request, cache_dir)
-    if path.exists():
-        try:
-            trace = load_trace(path)
-            if trace.provenance.get("content_hash") == request.content_hash():
-                return trace
-            reason = "it is the trace of another scenario"
-        except UserError as error:
-            reason = str(error)
-        print(f"cached trace not used: {reason}; training again", file=sys.stderr)
+
+    def say() -> None:
+        if progress is not None:
+            print("another process trains this router; waiting for it", file=sys.stderr, flush=True)
+
+    if (trace := _kept(request, path)) is not None:
+        return trace
+    with turn(path, on_wait=say):
+        return _kept(request, path) or _trained(request, cache_dir, progress=progress)
+
+
+def _kept(request: TrainingRequest, path: Path) -> RoutingTrace | None:
+    """The trace in the cache; None where there is none, or a damaged one."""
+    if not path.exists():
+        return None
+    try:
+        trace = load_trace(path)
+        if trace.provenance.get("content_hash") == request.content_hash():
+            return trace
+        reason = "it is the trace of another scenario"
+    except UserError as error:
+        reason = str(error)
+    print(f"cached trace not used: {reason}; training again", file=sys.stderr)
+    path.unlink(missing_ok=True)
+    return None
+
+
+def _trained(request: TrainingRequest, cache_dir: Path | None, *, progress: ProgressCallback | None) -> RoutingTrace:
     from moesim.moe.training import train_router
 
     trace = train_router(request, progress=progress, checkpoint_dir=checkpoint_directory(cache_dir))
+    checkpoint = checkpoint_path(request, cache_dir)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.stem}.{os.getpid()}.partial.npz")
-        save_trace(trace, partial)
-        partial.replace(path)
-    except OSError as error:
-        raise UserError(
-            f"cannot write the trace cache {path.parent} ({error.strerror}); set MOESIM_CACHE to a folder of yours"
-        ) from error
+        save_trace(trace, trace_path(request, cache_dir))
+    except MachineError as error:
+        raise MachineError(f"{error} with MOESIM_CACHE; the trained router is kept in {checkpoint}") from error
+    checkpoint.unlink(missing_ok=True)
     return trace

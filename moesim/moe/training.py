@@ -54,15 +54,14 @@ def train_router(
 
     With a `checkpoint_dir` the state is saved there every `checkpoint_seconds`, before the last recording, and on
     Ctrl-C (KeyboardInterrupt follows); the same request then resumes, and its trace equals the uninterrupted one to the
-    bit. `progress` is called after every step. Raises UserError for a bad corpus, a missing device or a diverged loss.
+    bit. The checkpoint stays until the caller has the trace in safety. `progress` is called after every step. Raises
+    UserError for a bad corpus, a missing device or a diverged loss, and MachineError when no checkpoint can be written.
     """
     corpus = load_corpus(request.corpus)
+    content_hash = request.content_hash()
+    path = None if checkpoint_dir is None else checkpoint_file(checkpoint_dir, content_hash)
     with _reproducible(device_of(request)) as device:
         trainer = Trainer(request, corpus, device)
-        path = None
-        content_hash = request.content_hash()
-        if checkpoint_dir is not None:
-            path = checkpoint_file(checkpoint_dir, content_hash)
         first = record(trainer.model, request, corpus.held_out, step=0, num_sequences=request.first_sequences)
         trainer.validations.setdefault(0, first.loss)
         if path is not None and (state := load_checkpoint(path, content_hash=content_hash)) is not None:
@@ -71,8 +70,6 @@ def train_router(
         last = record(
             trainer.model, request, corpus.held_out, step=request.steps, num_sequences=request.recorded_sequences
         )
-    if path is not None:
-        path.unlink(missing_ok=True)
     return RoutingTrace(
         router=request.router,
         steps=(first.step, last.step),

@@ -1,6 +1,6 @@
 """A plan's folder: what was asked, every simulated layout as a scenario file, the records, the plan.
 
-OUT/plan.json               the plan that was made; until it is, its hash and `"status": "unfinished"`
+OUT/plan.json               the plan that was made; until it is, its hash and `"status"`: unfinished or failed
 OUT/points.jsonl            one record per simulated layout, appended at once
 OUT/variants.jsonl          likewise for the best layouts on faster and slower links
 OUT/scenarios/NNNN.yaml     the layouts; `moesim run` accepts them and gives the recorded result
@@ -8,13 +8,14 @@ OUT/search.journal          trials of the search, where the space was too large 
 """
 
 import hashlib
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moesim.errors import UserError
+from moesim.errors import MachineError, UserError
+from moesim.files import claimed, write_atomically
 from moesim.planner.plan import Plan
 from moesim.scenario import Scenario, dump_scenario
 from moesim.strict_json import json_text, parse_json
@@ -43,24 +44,54 @@ class Folder:
     watch: Watch | None = None
     _numbers: dict[str, dict[str, int]] = field(init=False, default_factory=dict, repr=False)
 
-    def claim(self, *, force: bool) -> None:
-        """Take the folder for this plan. Raises UserError where it holds another plan, unless `force` clears that."""
+    @contextmanager
+    def claimed(self, *, force: bool) -> Iterator[None]:
+        """Keep the folder for this plan and this process until the block ends; why a plan failed goes into plan.json.
+
+        Raises UserError where it holds another plan, unless `force` clears that, or there is nothing of it to lose: it
+        failed, or nothing was simulated yet.
+        """
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file; name a folder with --out")
-        plan_file = self.path / PLAN_FILE
-        earlier = _hash_in(plan_file)
-        if earlier is None and (self.path / POINTS_FILE).exists() and not force:
+        with claimed(self.path):
+            self._take(force=force)
+            try:
+                yield
+            except MachineError:  # the same command goes on from here
+                raise
+            except UserError as error:
+                if self._state().get("status") != "done":
+                    with suppress(MachineError):
+                        self.write({"status": "failed", "reason": str(error)})
+                raise
+
+    def _take(self, *, force: bool) -> None:
+        state, ours = self._state(), plan_hash(self.plan)
+        points = self.path / POINTS_FILE
+        has_points = points.exists() and points.stat().st_size > 0
+        if not state and has_points and not force:
             raise UserError(f"{self.path} holds {POINTS_FILE} of something else; choose another --out, or --force")
-        if earlier not in (None, plan_hash(self.plan)) and not force:
+        if state.get("hash") == ours:
+            return
+        nothing_to_lose = state.get("status") == "failed" or (state.get("status") == "unfinished" and not has_points)
+        if state and not nothing_to_lose and not force:
             raise UserError(f"{self.path} holds another plan (or this one, changed); choose another --out, or --force")
-        if earlier != plan_hash(self.plan):
-            for name in (PLAN_FILE, POINTS_FILE, VARIANTS_FILE, JOURNAL_FILE):
-                (self.path / name).unlink(missing_ok=True)
-            for scenario in (self.path / "scenarios").glob("[0-9]*.yaml"):
-                scenario.unlink()
-        self.path.mkdir(parents=True, exist_ok=True)
-        if earlier != plan_hash(self.plan):
-            self.write({"status": "unfinished"})
+        for name in (PLAN_FILE, POINTS_FILE, VARIANTS_FILE, JOURNAL_FILE):
+            (self.path / name).unlink(missing_ok=True)
+        for scenario in (self.path / "scenarios").glob("[0-9]*.yaml"):
+            scenario.unlink()
+        self.write({"status": "unfinished"})
+
+    def _state(self) -> dict[str, Any]:
+        """What plan.json holds; empty where there is none."""
+        path = self.path / PLAN_FILE
+        if not path.exists():
+            return {}
+        try:
+            content = parse_json(path.read_text(encoding="utf-8"))
+        except ValueError:
+            content = None
+        return content if isinstance(content, dict) and content else {"status": "damaged"}
 
     def write(self, content: Mapping[str, Any]) -> None:
         """Replace plan.json; name, kind and hash are added."""
@@ -70,9 +101,7 @@ class Folder:
             "name": self.plan.name,
             "hash": plan_hash(self.plan),
         }
-        partial = self.path / f"{PLAN_FILE}.partial"
-        partial.write_text(json_text({**head, **content}, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, self.path / PLAN_FILE)
+        write_atomically(self.path / PLAN_FILE, (json_text({**head, **content}, indent=1) + "\n").encode())
 
     def simulate(
         self, scenarios: Sequence[tuple[Scenario, Mapping[str, Any]]], *, file: str = POINTS_FILE
@@ -110,19 +139,7 @@ class Folder:
         assert point.scenario_file is not None
         target = self.path / point.scenario_file
         target.parent.mkdir(exist_ok=True)
-        partial = target.with_name(target.name + ".partial")
-        partial.write_text(scenario_text(self.plan, point), encoding="utf-8")
-        os.replace(partial, target)
-
-
-def _hash_in(path: Path) -> str | None:
-    if not path.exists():
-        return None
-    try:
-        content = parse_json(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return ""
-    return str(content.get("hash", "")) if isinstance(content, dict) else ""
+        write_atomically(target, scenario_text(self.plan, point).encode())
 
 
 def scenario_text(plan: Plan, point: Point) -> str:

@@ -42,17 +42,17 @@ def make_plan(
     `storage` is a database URL for the search, in place of a journal in the folder. Raises InfeasibleError naming the
     binding constraint when nothing meets the goal, and UserError for what cannot be done at all.
     """
-    folder.claim(force=force)
     watching = watching or Watching()
-    screened = screen_plan(folder, storage=storage, watching=watching)
-    work = Simulations(folder, screened)
-    work.simulate_best()
-    checked = work.simulate_sample()
-    ranking = work.ranking()
-    if not ranking:
-        work.require_simulated()
-        raise InfeasibleError(work.why_nothing_fits())
-    return _written(folder, screened, work, ranking, checked, watching)
+    with folder.claimed(force=force):
+        screened = screen_plan(folder, storage=storage, watching=watching)
+        work = Simulations(folder, screened)
+        work.simulate_best()
+        checked = work.simulate_sample()
+        ranking = work.ranking()
+        if not ranking:
+            work.require_simulated()
+            raise InfeasibleError(work.why_nothing_fits())
+        return _written(folder, screened, work, ranking, checked, watching)
 
 
 def screen_plan(folder: Folder, *, storage: str | None, watching: Watching) -> Judge:

@@ -1,4 +1,4 @@
-"""A run's folder. Every file is written beside and moved into place; result.json comes last.
+"""A run's folder. All files are written beside and then moved into place together; result.json comes last.
 
 OUT/scenario.yaml   the resolved scenario; `moesim run` accepts it
 OUT/result.json     the numbers
@@ -7,7 +7,11 @@ OUT/spans.npz       spans of expert group 0 in sample 0
 OUT/trace.npz       the routing trace that was simulated
 """
 
+import io
 import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.errors import UserError
+from moesim.files import refused
+from moesim.processes import STOP_SIGNALS, signals_wait
 from moesim.results.record import RunRecord
 from moesim.results.spans import SpanTable
 from moesim.scenario import dump_scenario
@@ -41,24 +47,51 @@ def check_free(out_dir: Path, *, force: bool) -> None:
         raise UserError(f"{out_dir} holds {kept[0]}, which a run would replace; choose another --out, or --force")
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace the file as a whole, so that a reader finds the former content or the new one."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(data)
-    os.replace(partial, path)
+def write_run(
+    record: RunRecord,
+    out_dir: Path,
+    *,
+    force: bool = False,
+    also: Mapping[str, Callable[[Path], object]] | None = None,
+) -> None:
+    """Write all files of the run or none; those of an earlier run are replaced, or go.
 
-
-def write_run(record: RunRecord, out_dir: Path, *, force: bool = False) -> None:
-    """Write the run; a folder with a result.json is complete. Raises UserError (see check_free)."""
+    `also`: further names out of RUN_FILES, each with what writes that file to a path. Raises UserError (see check_free)
+    and MachineError, a full disk for example; an earlier run then stays as it was.
+    """
     check_free(out_dir, force=force)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    (out_dir / RESULT_FILE).unlink(missing_ok=True)
-    write_atomically(out_dir / "scenario.yaml", dump_scenario(record.scenario).encode())
-    _save_arrays(out_dir / "arrays.npz", dict(record.arrays))
-    _save_arrays(out_dir / "spans.npz", span_arrays(record.spans))
-    if record.trace is not None:
-        save_trace(record.trace, out_dir / "trace.npz")
-    write_atomically(out_dir / RESULT_FILE, (json_text(record.result, indent=1) + "\n").encode())
+    with _staged(out_dir) as stage:
+        (stage / RESULT_FILE).write_bytes((json_text(record.result, indent=1) + "\n").encode())
+        (stage / "scenario.yaml").write_bytes(dump_scenario(record.scenario).encode())
+        _save_arrays(stage / "arrays.npz", dict(record.arrays))
+        _save_arrays(stage / "spans.npz", span_arrays(record.spans))
+        if record.trace is not None:
+            save_trace(record.trace, stage / "trace.npz")
+        for name, write in (also or {}).items():
+            write(stage / name)
+
+
+@contextmanager
+def _staged(out_dir: Path) -> Iterator[Path]:
+    """A folder to write the files of a run to; when the block ends they move into `out_dir`, result.json last."""
+    stage = out_dir / f".run.{os.getpid()}.partial"
+    made = not out_dir.exists()
+    try:
+        try:
+            stage.mkdir(parents=True, exist_ok=True)
+            yield stage
+            with signals_wait(*STOP_SIGNALS):
+                for name in (RESULT_FILE, *RUN_FILES):
+                    (out_dir / name).unlink(missing_ok=True)
+                for name in (*RUN_FILES, RESULT_FILE):
+                    if (stage / name).exists():
+                        (stage / name).rename(out_dir / name)
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
+            if made and not any(out_dir.glob("*")):
+                shutil.rmtree(out_dir, ignore_errors=True)
+    except OSError as error:
+        raise refused(out_dir, error) from error
 
 
 def span_arrays(table: SpanTable) -> dict[str, NDArray[Any]]:
@@ -80,6 +113,6 @@ def span_arrays(table: SpanTable) -> dict[str, NDArray[Any]]:
 
 
 def _save_arrays(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
-    partial = path.with_name("partial." + path.name)
-    np.savez_compressed(partial, **arrays)  # type: ignore[arg-type]
-    os.replace(partial, path)
+    content = io.BytesIO()  # on a full disk a half-written archive would complain once more when it is closed
+    np.savez_compressed(content, **arrays)  # type: ignore[arg-type]
+    path.write_bytes(content.getbuffer())

@@ -1,13 +1,12 @@
 """points.jsonl: one line per finished point, appended at once. A crash can tear the last line and no other."""
 
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from moesim.errors import UserError
+from moesim.errors import MachineError, UserError
 from moesim.study.point import PointRecord
 
 POINTS_FILE = "points.jsonl"
@@ -45,7 +44,7 @@ def read_points(path: Path) -> StoredPoints:
 
 
 class PointsFile:
-    """points.jsonl, open for appending by this process alone. Made by `PointsFile.opened`.
+    """points.jsonl, open for appending. Made by `PointsFile.opened`.
 
     `torn`: a line that a crash had left half-written was cut off.
     """
@@ -60,17 +59,11 @@ class PointsFile:
     def opened(cls, path: Path) -> Iterator["PointsFile"]:
         """The file at `path`, made where it is missing; a torn last line is cut off first.
 
-        Raises UserError while another process has it open.
+        Its folder must be claimed: two processes that append would cut off each other's lines.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"{path} is being written by another call; wait for it, or choose another --out"
-                ) from None
             yield cls(path, descriptor, torn=_cut_torn_line(descriptor))
         finally:
             os.close(descriptor)
@@ -78,7 +71,7 @@ class PointsFile:
     def append(self, record: PointRecord) -> None:
         """Write the record with one write and wait until it is on the disk.
 
-        Raises UserError when it cannot be written; the file then ends where it ended before.
+        Raises MachineError when it cannot be written; the file then ends where it ended before.
         """
         end = os.fstat(self._descriptor).st_size
         try:
@@ -86,7 +79,7 @@ class PointsFile:
             os.fsync(self._descriptor)
         except OSError as error:
             os.ftruncate(self._descriptor, end)
-            raise UserError(
+            raise MachineError(
                 f"{self.path}: {error.strerror}; the points before are kept: make room and run the same command again"
             ) from error
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moesim.errors import UserError
-from moesim.results.store import write_atomically
+from moesim.files import claimed, is_leftover, write_atomically
 from moesim.strict_json import json_text, parse_json
 from moesim.study import PointRecord, PointsFile, read_points
 from moesim.study.store import POINTS_FILE
@@ -28,9 +28,10 @@ class SweepFolder:
             raise UserError(f"{self.path} is a file; name a folder with --out")
         known = self.study_json()
         if known is None:
-            if self.path.is_dir() and (found := next(iter(sorted(self.path.iterdir())), None)) is not None:
-                raise UserError(f"{self.path} holds {found.name} and no sweep; choose another --out")
-        elif known.get("kind") != "sweep" or known.get("hash") != study.content_hash():
+            names = sorted(found.name for found in self.path.iterdir()) if self.path.is_dir() else []
+            if foreign := [name for name in names if not is_leftover(name)]:
+                raise UserError(f"{self.path} holds {foreign[0]} and no sweep; choose another --out")
+        elif known.get("kind") != "sweep" or (known.get("hash") != study.content_hash() and self.records()):
             what = f"the sweep {known.get('name')!r}"
             if known.get("name") == study.name:
                 what = "this sweep as it was before the study, its base or an override changed"
@@ -56,11 +57,11 @@ class SweepFolder:
     @contextmanager
     def opened(self, study: Study) -> Iterator[PointsFile]:
         """The file of points, open for appending by this call alone; study.json is written first. Raises UserError."""
-        self.check(study)
-        self.path.mkdir(parents=True, exist_ok=True)
-        text = json_text(study.as_json(), indent=1) + "\n"
-        file = self.path / STUDY_FILE
-        if not file.exists() or file.read_text(encoding="utf-8") != text:
-            write_atomically(file, text.encode())
-        with PointsFile.opened(self.path / POINTS_FILE) as points:
-            yield points
+        with claimed(self.path):
+            self.check(study)
+            text = json_text(study.as_json(), indent=1) + "\n"
+            file = self.path / STUDY_FILE
+            if not file.exists() or file.read_text(encoding="utf-8") != text:
+                write_atomically(file, text.encode())
+            with PointsFile.opened(self.path / POINTS_FILE) as points:
+                yield points

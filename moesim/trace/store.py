@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.errors import UserError
+from moesim.files import write_atomically
 from moesim.scenario.routing import RouterShape
 from moesim.strict_json import json_text, parse_json
 from moesim.trace.record import RoutingTrace, StepCounts, TraceStep, TrainingCurves, check_trace
@@ -38,18 +39,14 @@ _bodies: dict[int, bytes] = {}
 Array = NDArray[Any]
 
 
-def save_trace(trace: RoutingTrace, path: str | os.PathLike[str]) -> None:
-    """Write the trace; the file appears complete or not at all. Raises UserError when it cannot be written."""
+def save_trace(trace: RoutingTrace, path: str | os.PathLike[str], *, replace: bool = True) -> None:
+    """Write the trace; the file appears complete or not at all.
+
+    Raises MachineError when it cannot be written, and without `replace` UserError where there is a file by now.
+    """
     body = _bodies.get(id(trace)) or _packed_body(trace)
     digest = hashlib.sha256(body).hexdigest().encode()
-    target = Path(path)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        partial.write_bytes(b"%s %d\n%s\n" % (_MAGIC, SCHEMA_VERSION, digest) + body)
-        partial.replace(target)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"{target}: cannot write the trace ({error.strerror}); choose another place") from error
+    write_atomically(Path(path), b"%s %d\n%s\n" % (_MAGIC, SCHEMA_VERSION, digest) + body, replace=replace)
 
 
 def _packed_body(trace: RoutingTrace) -> bytes:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 
 from moesim.errors import UserError
+from moesim.files import write_atomically
 from moesim.processes import same_imports, without_main
 from moesim.scenario import dump_scenario
 from moesim.scenario.schema import Compute
@@ -80,9 +81,7 @@ def _kept(folder: Path, case: Case) -> bool:
 def _keep(folder: Path, case: Case, result: dict[str, Any]) -> None:
     """Write a measurement so that its file is whole or not there."""
     path = _path(folder, case)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json_text({"scenario": run_as(case), **result}, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
+    write_atomically(path, (json_text({"scenario": run_as(case), **result}, indent=1) + "\n").encode())
 
 
 def _run(cases: list[Case], device: str, folder: Path, effort: Effort) -> None:

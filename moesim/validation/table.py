@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from moesim.errors import UserError
+from moesim.files import write_atomically
 from moesim.scenario import Scenario, dump_scenario, load_scenario_text
 from moesim.strict_json import json_text, parse_json
 from moesim.validation.cases import Case
@@ -93,9 +94,7 @@ def table_json(table: Table) -> dict[str, Any]:
 
 def save_table(table: Table, path: Path) -> None:
     """Write the table as JSON; never leaves a half-written file in place of a whole one."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json_text(table_json(table), separators=(",", ":")) + "\n", encoding="utf-8")
-    part.replace(path)
+    write_atomically(path, (json_text(table_json(table), separators=(",", ":")) + "\n").encode())
 
 
 def load_table(path: Path) -> Table:

@@ -102,7 +102,6 @@ def test_an_interrupted_run_resumes_to_the_same_bits(corpus: Path, tmp_path: Pat
     resumed = train_router(request, progress=lambda report: seen.append(report.step), checkpoint_dir=tmp_path)
     assert seen == [4, 5, 6]
     assert without_provenance(resumed) == without_provenance(train_router(request))
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_damaged_checkpoint_is_reported_and_training_starts_over(

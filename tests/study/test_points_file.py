@@ -76,13 +76,6 @@ def test_a_done_record_without_result_is_no_record(path, records, points):
         read_points(path)
 
 
-def test_two_writers_are_refused(path, records):
-    with PointsFile.opened(path), pytest.raises(UserError, match="being written by another call"):
-        written(path, records)
-    written(path, records)
-    assert len(read_points(path).records) == len(records)
-
-
 def test_a_disk_that_fills_up_takes_whole_records_only(path, records):
     """A limit on the size of files stands for the end of the disk: the kernel takes a part, then refuses."""
     line = records[0].to_line()

@@ -15,7 +15,6 @@ imbalance to 11 significant bits. A token's experts come back highest affinity f
 import hashlib
 import lzma
 import math
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.errors import UserError
+from moesim.files import write_atomically
 from moesim.scenario.routing import RouterShape
 from moesim.strict_json import json_text, parse_json
 from moesim.trace.record import NO_EXPERT, RoutingTrace, StepCounts, TraceStep, TrainingCurves, check_trace
@@ -67,9 +67,7 @@ def write_entry(path: Path, trace: RoutingTrace, *, facts: dict[str, Any]) -> No
     }
     body = json_text(header, sort_keys=True).encode() + b"\n" + b"".join(blobs)
     digest = hashlib.sha256(body).hexdigest().encode()
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    partial.write_bytes(b"%s %d\n%s\n" % (_MAGIC, SCHEMA_VERSION, digest) + body)
-    partial.replace(path)
+    write_atomically(path, b"%s %d\n%s\n" % (_MAGIC, SCHEMA_VERSION, digest) + body)
 
 
 def read_facts(path: Path) -> tuple[dict[str, Any], str]:
