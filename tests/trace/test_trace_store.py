@@ -106,7 +106,7 @@ def test_other_files_versions_and_places_are_refused(tmp_path: Path) -> None:
             load_trace(path)
     with pytest.raises(UserError, match="No such file"):
         load_trace(tmp_path / "missing.trace")
-    with pytest.raises(UserError, match="cannot write"):
+    with pytest.raises(UserError, match="cannot be written"):
         save_trace(make(), tmp_path / "no" / "such" / "folder.trace")
 
 
