@@ -23,8 +23,8 @@ def trace_path(request: TrainingRequest, cache_dir: Path | None = None) -> Path:
 
 
 def checkpoint_path(request: TrainingRequest, cache_dir: Path | None = None) -> Path:
-    """Where an interrupted training of `request` is kept until it is done."""
-    return checkpoint_file(checkpoint_directory(cache_dir), request.content_hash())
+    """Where the model of `request` is kept, as far as it is trained: whoever records more of it needs no training."""
+    return checkpoint_file(checkpoint_directory(cache_dir), request.training_hash())
 
 
 def checkpoint_directory(cache_dir: Path | None = None) -> Path:
@@ -32,9 +32,9 @@ def checkpoint_directory(cache_dir: Path | None = None) -> Path:
     return (cache_dir or cache_directory()) / "checkpoints"
 
 
-def checkpoint_file(folder: Path, content_hash: str) -> Path:
-    """The checkpoint of the request of that hash in `folder`."""
-    return folder / f"{content_hash[:32]}.checkpoint"
+def checkpoint_file(folder: Path, training_hash: str) -> Path:
+    """The checkpoint of the training of that hash in `folder`."""
+    return folder / f"{training_hash[:32]}.checkpoint"
 
 
 def cached_trace(
@@ -54,7 +54,7 @@ def cached_trace(
 
     if (trace := _kept(request, path)) is not None:
         return trace
-    with turn(path, on_wait=say):
+    with turn(checkpoint_path(request, cache_dir), on_wait=say):
         return _kept(request, path) or _trained(request, cache_dir, progress=progress)
 
 
@@ -69,7 +69,7 @@ def _kept(request: TrainingRequest, path: Path) -> RoutingTrace | None:
         reason = "it is the trace of another scenario"
     except UserError as error:
         reason = str(error)
-    print(f"cached trace not used: {reason}; training again", file=sys.stderr)
+    print(f"cached trace not used: {reason}; making it again", file=sys.stderr)
     path.unlink(missing_ok=True)
     return None
 
@@ -78,10 +78,11 @@ def _trained(request: TrainingRequest, cache_dir: Path | None, *, progress: Prog
     from moesim.moe.training import train_router
 
     trace = train_router(request, progress=progress, checkpoint_dir=checkpoint_directory(cache_dir))
-    checkpoint = checkpoint_path(request, cache_dir)
+    path = trace_path(request, cache_dir)
     try:
-        save_trace(trace, trace_path(request, cache_dir))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_trace(trace, path)
     except MachineError as error:
-        raise MachineError(f"{error} with MOESIM_CACHE; the trained router is kept in {checkpoint}") from error
-    checkpoint.unlink(missing_ok=True)
+        kept = checkpoint_path(request, cache_dir)
+        raise MachineError(f"{error} with MOESIM_CACHE; the trained router is kept in {kept}") from error
     return trace

@@ -36,16 +36,16 @@ def save_checkpoint(path: Path, state: State) -> None:
         raise MachineError(f"{error} with MOESIM_CACHE; {kept}") from error
 
 
-def load_checkpoint(path: Path, *, content_hash: str) -> State | None:
+def load_checkpoint(path: Path, *, training_hash: str) -> State | None:
     """The state at `path`, or None where there is none.
 
-    A damaged file, or one of another request, is reported on stderr and left out: training then starts over.
+    A damaged file, or one of another training, is reported on stderr and left out: training then starts over.
     """
     if not path.exists():
         return None
     try:
         state: State = torch.load(path, weights_only=True, map_location="cpu")
-        if state["content_hash"] == content_hash:
+        if state["training_hash"] == training_hash:
             return state
         reason = "it belongs to another scenario"
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, zipfile.BadZipFile, OSError) as error:

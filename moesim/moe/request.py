@@ -3,7 +3,7 @@
 import hashlib
 import platform
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -27,7 +27,8 @@ class TrainingRequest:
     """One thin model to train and the held-out text on which its routing is recorded.
 
     `sequence_length` and `micro_batch` are the simulated workload's: `recorded_sequences` sequences of that length are
-    recorded at the last step, and fewer at step 0. Raises UserError when the parts do not fit each other.
+    recorded at the last step, and fewer at step 0. Expert choice alone competes over a micro-batch. Raises UserError
+    when the parts do not fit each other.
     """
 
     router: RouterShape
@@ -48,6 +49,7 @@ class TrainingRequest:
 
         Recorded are at least 65,536 tokens, one EP group's micro-batch and `routing.tokens`; and, up to 262,144 tokens,
         as many sequences as the global batch has, because samples drawn from fewer understate their own spread.
+        What plays no part in training or recording is 1, so that layouts that differ in nothing else share a router.
         """
         routing = scenario.routing
         assert isinstance(routing, TrainRouting)
@@ -55,12 +57,15 @@ class TrainingRequest:
         group_tokens = scenario.parallelism.expert * workload.micro_batch * workload.sequence_length
         batch_tokens = workload.global_batch * workload.sequence_length
         wanted = max(LEAST_RECORDED_TOKENS, group_tokens, routing.tokens or 0, min(batch_tokens, CHEAP_RECORDED_TOKENS))
+        router = scenario.router_shape()
+        if not _knows_devices(routing.balance, scenario.capacity):
+            router = replace(router, num_devices=1)
         return cls(
-            router=scenario.router_shape(),
+            router=router,
             steps=routing.steps,
             sequence_length=workload.sequence_length,
             recorded_sequences=-(-wanted // workload.sequence_length),
-            micro_batch=workload.micro_batch,
+            micro_batch=workload.micro_batch if router.kind == "expert_choice" else 1,
             shared_experts=scenario.model.shared_experts,
             balance=routing.balance,
             capacity=scenario.capacity,
@@ -118,8 +123,14 @@ class TrainingRequest:
 
     def content_hash(self) -> str:
         """SHA-256 (hex) of `provenance`: equal hashes give equal traces on one machine. Raises UserError (corpus)."""
-        text = json_text(self.provenance(), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
+        return _hash(self.provenance())
+
+    def training_hash(self) -> str:
+        """Likewise of what determines the trained model, whatever is recorded of it at the end."""
+        provenance = self.provenance()
+        fields = {key: value for key, value in provenance["request"].items() if key != "recorded_sequences"}
+        provenance["request"] = {**fields, "first_sequences": self.first_sequences}
+        return _hash(provenance)
 
     def _complaints(self) -> Iterator[str]:
         thin, router, balance = self.thin, self.router, self.balance
@@ -156,9 +167,18 @@ class TrainingRequest:
         used = [name for name in coefficients if getattr(balance, name)]
         if used and router.kind in WITHOUT_AFFINITIES:
             yield f"routing.balance.{used[0]} has no effect on router {router.kind}, which has no affinities; remove it"
-        by_device = "device" in used or "communication" in used or isinstance(self.capacity, DeviceCapacity)
-        if by_device and router.num_experts % router.num_devices:
+        if _knows_devices(balance, self.capacity) and router.num_experts % router.num_devices:
             yield (
                 f"{router.num_experts} experts do not divide among {router.num_devices} devices: device capacity and "
                 "the device and communication losses need that; change parallelism.expert"
             )
+
+
+def _knows_devices(balance: Balance, capacity: Capacity) -> bool:
+    """Whether training looks at which experts lie on one device."""
+    return bool(balance.device or balance.communication) or isinstance(capacity, DeviceCapacity)
+
+
+def _hash(provenance: dict[str, Any]) -> str:
+    text = json_text(provenance, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -54,19 +54,20 @@ def train_router(
 
     With a `checkpoint_dir` the state is saved there every `checkpoint_seconds`, before the last recording, and on
     Ctrl-C (KeyboardInterrupt follows); the same request then resumes, and its trace equals the uninterrupted one to the
-    bit. The checkpoint stays until the caller has the trace in safety. `progress` is called after every step. Raises
-    UserError for a bad corpus, a missing device or a diverged loss, and MachineError when no checkpoint can be written.
+    bit. The trained model stays there: a request that records more or less of it trains nothing. `progress` is called
+    after every step. Raises UserError for a bad corpus, a missing device or a diverged loss, and MachineError when no
+    checkpoint can be written.
     """
     corpus = load_corpus(request.corpus)
-    content_hash = request.content_hash()
-    path = None if checkpoint_dir is None else checkpoint_file(checkpoint_dir, content_hash)
+    training_hash = request.training_hash()
+    path = None if checkpoint_dir is None else checkpoint_file(checkpoint_dir, training_hash)
     with _reproducible(device_of(request)) as device:
         trainer = Trainer(request, corpus, device)
         first = record(trainer.model, request, corpus.held_out, step=0, num_sequences=request.first_sequences)
         trainer.validations.setdefault(0, first.loss)
-        if path is not None and (state := load_checkpoint(path, content_hash=content_hash)) is not None:
+        if path is not None and (state := load_checkpoint(path, training_hash=training_hash)) is not None:
             trainer.load(state)
-        _run(trainer, progress=progress, path=path, content_hash=content_hash, seconds=checkpoint_seconds)
+        _run(trainer, progress=progress, path=path, training_hash=training_hash, seconds=checkpoint_seconds)
         last = record(
             trainer.model, request, corpus.held_out, step=request.steps, num_sequences=request.recorded_sequences
         )
@@ -76,7 +77,7 @@ def train_router(
         curves=trainer.curves(),
         provenance={
             **request.provenance(),
-            "content_hash": content_hash,
+            "content_hash": request.content_hash(),
             "device": device_name(device),
             "threads": NUM_THREADS,
             "recorded_loss": last.loss,
@@ -85,14 +86,16 @@ def train_router(
 
 
 def _run(
-    trainer: "Trainer", *, progress: ProgressCallback | None, path: Path | None, content_hash: str, seconds: float
+    trainer: "Trainer", *, progress: ProgressCallback | None, path: Path | None, training_hash: str, seconds: float
 ) -> None:
     """Every step that is left, saving as `train_router` promises."""
 
     def save() -> None:
         if path is not None:
-            save_checkpoint(path, {**trainer.state(), "content_hash": content_hash})
+            save_checkpoint(path, {**trainer.state(), "training_hash": training_hash})
 
+    if trainer.step == trainer.request.steps:
+        return
     saved_at = time.monotonic()
     whole = True  # no step is half done
     with deferred_interrupt() as interrupt:
@@ -226,11 +229,12 @@ class Trainer:
         )
 
     def state(self) -> State:
-        """Everything that a later process needs to go on."""
+        """Everything that a later process needs to go on; after the last step that is no optimizer."""
+        trained = self.step == self.request.steps
         return {
             "step": self.step,
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": None if trained else self.optimizer.state_dict(),
             "train_loss": self.train_loss,
             "imbalance": self.imbalance,
             "validations": self.validations,
@@ -240,7 +244,8 @@ class Trainer:
         """Go on from `state`."""
         self.step = state["step"]
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        if state["optimizer"] is not None:
+            self.optimizer.load_state_dict(state["optimizer"])
         self.train_loss, self.imbalance = state["train_loss"], state["imbalance"]
         self.validations = state["validations"]
 

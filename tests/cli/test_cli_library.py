@@ -78,5 +78,4 @@ def test_checkpoints_lie_beside_the_traces(scenario: Path) -> None:
     trained = "routing={kind: train, router: {kind: deepseek_moe}}"
     request = TrainingRequest.from_scenario(load_scenario(scenario, [trained]))
     trace, checkpoint = trace_path(request), checkpoint_path(request)
-    assert checkpoint.stem == trace.stem
     assert checkpoint.parent.parent == trace.parent.parent

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -104,11 +105,53 @@ def test_an_interrupted_run_resumes_to_the_same_bits(corpus: Path, tmp_path: Pat
     assert without_provenance(resumed) == without_provenance(train_router(request))
 
 
+def test_a_model_is_trained_once_whatever_is_recorded_of_it(corpus: Path, tmp_path: Path) -> None:
+    request = small_request(corpus, steps=2, recorded_sequences=64)
+    steps: list[StepReport] = []
+    cached_trace(request, tmp_path, progress=steps.append)
+    more = replace(request, recorded_sequences=70)
+    recorded = cached_trace(more, tmp_path, progress=steps.append)
+    assert len(steps) == 2
+    assert recorded.final.expert_ids_LSTK.shape[1] == 70
+    assert recorded.provenance["content_hash"] == more.content_hash()
+    assert without_provenance(recorded) == without_provenance(train_router(more))
+
+
+def test_what_plays_no_part_in_training_is_no_other_router(small) -> None:
+    """Devices count for the losses and the capacity that look at them, a micro-batch for expert choice."""
+
+    def hashes(router: str, changes: dict[str, Any]) -> tuple[set[str], set[str]]:
+        requests = [
+            TrainingRequest.from_scenario(
+                small(
+                    {"routing": {"kind": "train", "router": {"kind": router}}, **changes}
+                    | {"parallelism": {"data": 4, "expert": expert}, "workload.micro_batch": micro}
+                )
+            )
+            for expert in (2, 4)
+            for micro in (1, 2)
+        ]
+        return {each.training_hash() for each in requests}, {each.content_hash() for each in requests}
+
+    assert tuple(map(len, hashes("deepseek_v2", {}))) == (1, 1)
+    assert len(hashes("expert_choice", {})[0]) == 2
+    assert len(hashes("deepseek_v2", {"routing.balance": {"device": 0.01}})[0]) == 2
+    assert len(hashes("deepseek_v2", {"capacity": {"kind": "device", "factor": 1.0}})[0]) == 2
+
+
+def test_devices_that_play_no_part_change_no_bit(corpus: Path) -> None:
+    one, four = (
+        small_request(corpus, steps=2, router=shape_of("deepseek_v2", num_devices=devices), balance=Balance(expert=0.1))
+        for devices in (1, 4)
+    )
+    assert without_provenance(train_router(one)) == without_provenance(train_router(four))
+
+
 def test_a_damaged_checkpoint_is_reported_and_training_starts_over(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     request = small_request(corpus, steps=2)
-    (tmp_path / f"{request.content_hash()[:32]}.checkpoint").write_bytes(b"not a checkpoint")
+    (tmp_path / f"{request.training_hash()[:32]}.checkpoint").write_bytes(b"not a checkpoint")
     trace = train_router(request, checkpoint_dir=tmp_path)
     assert "checkpoint not used" in capsys.readouterr().err
     assert trace_hash(trace) == trace_hash(train_router(request))
@@ -124,7 +167,7 @@ def test_an_equal_request_never_trains_twice(corpus: Path, tmp_path: Path, capsy
     assert sorted(tmp_path.rglob("*.npz")) == [path]
     path.write_bytes(path.read_bytes()[:-100])
     repaired = cached_trace(request, tmp_path, progress=steps.append)
-    assert len(steps) == 4 and trace_hash(repaired) == trace_hash(first)
+    assert len(steps) == 2 and trace_hash(repaired) == trace_hash(first)  # recorded again, not trained again
     assert "cached trace not used" in capsys.readouterr().err
 
 

@@ -9,7 +9,7 @@ from plan_cases import build_plan
 from moesim.errors import InfeasibleError, UserError
 from moesim.planner.folder import Folder
 from moesim.planner.outcome import Outcome, front, missed
-from moesim.planner.planning import make_plan
+from moesim.planner.planning import Watching, make_plan
 from moesim.run import simulate
 from moesim.scenario import load_scenario
 from moesim.study import read_points, scenario_id
@@ -175,6 +175,40 @@ def test_a_goal_out_of_reach_is_stated_with_simulated_numbers(small_plan, tmp_pa
         make_plan(Folder(tmp_path, plan, workers=1))
     simulated = {record.values["cluster.gpu"]: record.result["scenario_name"] for record in _records(tmp_path).values()}
     assert simulated["h200"] in str(error.value)
+
+
+def test_a_plan_that_failed_gives_way_to_the_next(small_plan, tmp_path):
+    quick = {"choices.gpus": [2], "choices.recompute": ["none"], "search": {"simulate": 1, "check": 0}}
+    with pytest.raises(InfeasibleError):
+        make_plan(Folder(tmp_path, small_plan({**quick, "goal.days": 0.01}), workers=1))
+    assert json.loads((tmp_path / "plan.json").read_text())["status"] == "failed"
+    assert _records(tmp_path)
+    content = make_plan(Folder(tmp_path, small_plan(quick), workers=1))
+    assert content["status"] == "done"
+    assert set(_records(tmp_path)) >= set(content["ranking"])
+
+
+def test_one_router_is_trained_once_for_all_layouts(small_plan, tmp_path):
+    """Also where micro-batches, expert groups and global batches ask for more or fewer tokens of it."""
+    routing = {"kind": "train", "router": {"kind": "deepseek_moe"}, "balance": {"expert": 0.01}, "steps": 2}
+    routing["thin"] = {"layers": 1, "hidden": 16, "heads": 2, "expert_intermediate": 8, "context": 64}
+    plan = small_plan(
+        {
+            "routing": routing | {"thin": routing["thin"] | {"tokens_per_step": 128}},
+            "choices.gpus": [2],
+            "choices.pipeline": [1],
+            "choices.recompute": ["none"],
+            "search": {"simulate": 2, "check": 0},
+            "sensitivity": {"candidates": 0},
+        }
+    )
+    steps = []
+    folder = Folder(tmp_path / "out", plan, workers=1, cache_dir=tmp_path / "cache")
+    content = make_plan(folder, watching=Watching(training=steps.append))
+    assert content["counts"]["simulated"] == 2
+    assert [report.step for report in steps] == [1, 2]
+    assert len(list((tmp_path / "cache" / "checkpoints").iterdir())) == 1
+    assert {record.result["router"]["steps"][-1] for record in _records(tmp_path / "out").values()} == {2}
 
 
 def test_failed_simulations_give_no_verdict(small_plan, tmp_path, monkeypatch):
