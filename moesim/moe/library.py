@@ -4,8 +4,10 @@ Points are trained several at a time: a process trains a bunch side by side on o
 their own), and a few processes hide each other's starts, evaluations and compression. A finished entry is a file; a
 rerun into the same folder makes only what is missing. Ctrl-C keeps what is finished.
 
-The shipped data: 9 minutes on one H200, torch 2.11, `--workers 5 --lanes 5`, the text being `stdlib` of CPython 3.11.7.
-Made again later on another H200 with one worker and three lanes, entries came out equal to the byte.
+The shipped data: 9 minutes on one H200, torch 2.11, `--workers 5 --lanes 5`, the text being `stdlib` of CPython 3.11.7;
+15 entries with other balance losses on an H100 (each names its device). Made again on another H200 with one worker and
+three lanes, entries came out equal to the byte; an H100 gives other bits. Studies need few tokens of most entries;
+`--tokens` records more.
 """
 
 import argparse
@@ -29,11 +31,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from moesim.errors import UserError
-from moesim.moe.library_points import LibraryPoint, library_points
+from moesim.moe.library_points import SEQUENCE_LENGTH, LibraryPoint, library_points
 from moesim.moe.request import TrainingRequest
+from moesim.scenario.routing import NoCapacity
 from moesim.trace import RoutingTrace, StepCounts
 from moesim.trace.library.catalogue import INDEX, file_of, write_index
-from moesim.trace.library.codec import read_facts
+from moesim.trace.library.codec import COARSE_RATIO, FINE_RATIO, read_facts
+from moesim.trace.library.text_order import TextOrder, read_order, sort_text, write_order
 
 if TYPE_CHECKING:
     from moesim.moe.static_training import StaticTrainer
@@ -68,10 +72,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--corpus", default="stdlib", help="text: stdlib, a file or a folder")
     parser.add_argument("--workers", type=int, help="processes; 3 on CUDA, 1 on a CPU")
     parser.add_argument("--lanes", type=int, help="points side by side in a process; 6 on CUDA, 1 on a CPU")
+    parser.add_argument("--tokens", type=_recorded_tokens, help="record so many in every entry: 4096, 8192 ... 262144")
     parser.add_argument("--steps", type=int, help="fewer training steps, for a rehearsal")
     parser.add_argument("--quick", action="store_true", help="a tiny model on short sequences, for a rehearsal")
     parser.add_argument("--list", action="store_true", help="print the names and train nothing")
     return parser
+
+
+def _recorded_tokens(text: str) -> int:
+    """Recorded sequences are some of the evaluated ones, evenly spread."""
+    tokens = int(text)
+    if tokens < SEQUENCE_LENGTH or EVALUATED_SEQUENCES * SEQUENCE_LENGTH % tokens or tokens % SEQUENCE_LENGTH:
+        raise argparse.ArgumentTypeError(f"{tokens} is not {SEQUENCE_LENGTH} times 1, 2, 4 ... {EVALUATED_SEQUENCES}")
+    return tokens
 
 
 def _make(args: argparse.Namespace) -> int:
@@ -80,6 +93,7 @@ def _make(args: argparse.Namespace) -> int:
         print("\n".join(point.name for point in points))
         return 0
     args.out.mkdir(parents=True, exist_ok=True)
+    keep_order(points[0].request, args.out)
     missing = [point for point in points if not _is_made(point, args.out)]
     workers, lanes = ON_CPU if args.device == "cpu" or not _has_cuda() else ON_CUDA
     bunches = list(_bunches(missing, lanes=args.lanes or lanes))
@@ -98,7 +112,7 @@ def _make(args: argparse.Namespace) -> int:
 
 def _chosen(args: argparse.Namespace) -> list[LibraryPoint]:
     changes = {"steps": args.steps} if args.steps else {}
-    points = library_points(corpus=args.corpus, device=args.device, **changes)
+    points = library_points(corpus=args.corpus, device=args.device, tokens=args.tokens, **changes)
     if args.quick:
         points = tuple(_shrunk(point) for point in points)
     if args.only:
@@ -239,6 +253,18 @@ def train_bunch(points: Sequence[LibraryPoint], out: Path) -> list[str]:
     return failures
 
 
+def keep_order(request: TrainingRequest, out: Path) -> TextOrder:
+    """The order of the evaluated held-out text, written into the folder of the entries that use it."""
+    from moesim.moe.corpus import load_corpus
+    from moesim.moe.recording import held_out_sequences
+
+    held_out = load_corpus(request.corpus).held_out
+    text = held_out_sequences(held_out, num_sequences=EVALUATED_SEQUENCES, length=request.sequence_length)
+    order = sort_text(text[:, :-1], context=request.thin.context)
+    write_order(out, order)
+    return order
+
+
 def recorded_layers(request: TrainingRequest) -> list[int]:
     """The two layers of the trained model whose routing is kept: the one in the middle and the last."""
     return [request.thin.layers // 2 - 1, request.thin.layers - 1]
@@ -263,7 +289,8 @@ def _write(point: LibraryPoint, trainer: "StaticTrainer", held_out: bytes, out: 
         "imbalance": float(trace.curves.imbalance[-part:].mean()),
         "dropped_share": float(trainer.dropped_share_P()[-part:].mean()),
     }
-    write_entry(out / file_of(point.name), trace, facts=facts)
+    ratio = COARSE_RATIO if isinstance(request.capacity, NoCapacity) else FINE_RATIO
+    write_entry(out / file_of(point.name), trace, facts=facts, ratio=ratio, order=read_order(out))
 
 
 def _record(trainer: "StaticTrainer", held_out: bytes) -> RoutingTrace:

@@ -25,8 +25,9 @@ UNLIMITED = NUM_GROUPS
 LIMITS = (1, 2, 3, 4, UNLIMITED)
 CAPACITY_FACTORS = (1.0, 1.25, 1.5, None)
 SEQUENCE_LENGTH = 4096
-LEAST_TOKENS = 16_384
-PUBLISHED_TOKENS = 262_144
+SHARE_TOKENS = 4096  # where loads and losses are what is asked for
+STUDY_TOKENS = 16_384  # of the settings that studies give to 8 ranks
+WIDE_TOKENS = {"64x6": 262_144, "160x6": 32_768, "256x8": 262_144}  # published settings that 64, 8, 64 ranks draw
 V2_BALANCE = Balance(expert=0.003, device=0.05, communication=0.02)
 V3_BALANCE = Balance(sequence=1e-4, loss_free=LossFree(gamma=1e-3))
 FINE_BALANCE = Balance(expert=0.01)  # DeepSeekMoE 2B, whose paper varies the granularity
@@ -62,8 +63,11 @@ class LibraryPoint:
         return f"{self.layout}/{self.point}/seed{self.request.seed}"
 
 
-def library_points(*, corpus: str = "stdlib", **thin: Any) -> tuple[LibraryPoint, ...]:
-    """Every point of the library, ordered by layout; `thin` changes fields of the trained model, or `steps`."""
+def library_points(*, corpus: str = "stdlib", tokens: int | None = None, **thin: Any) -> tuple[LibraryPoint, ...]:
+    """Every point of the library, ordered by layout; `thin` changes fields of the trained model, or `steps`.
+
+    With `tokens` every point records that many, whole sequences of them, instead of what its studies need.
+    """
     steps = thin.pop("steps", STEPS)
     points = [*_v2_layout("64x6", 64, factor=1.0), *_v2_layout("160x6", 160, factor=16.0), *_v3_layout()]
     points += [*_few_experts(), *_granularity()]
@@ -74,6 +78,7 @@ def library_points(*, corpus: str = "stdlib", **thin: Any) -> tuple[LibraryPoint
                 point.request,
                 corpus=corpus,
                 steps=steps,
+                recorded_sequences=tokens // SEQUENCE_LENGTH if tokens else point.request.recorded_sequences,
                 thin=point.request.thin.model_copy(update=thin),
             ),
         )
@@ -87,7 +92,7 @@ def _request(
     balance: Balance,
     capacity: Capacity,
     shared: int,
-    tokens: int = LEAST_TOKENS,
+    tokens: int = STUDY_TOKENS,
     seed: int = 0,
     thin: Thin = THIN,
 ) -> TrainingRequest:
@@ -105,17 +110,18 @@ def _request(
 
 
 def _vary(published: LibraryPoint, point: str, axis: str, value: object, **changes: Any) -> LibraryPoint:
-    """The published setting with fields of its request changed, on few tokens."""
-    few = {"recorded_sequences": LEAST_TOKENS // SEQUENCE_LENGTH}
-    request = replace(published.request, **{**few, **changes})
+    """The published setting with fields of its request changed, on as many tokens as its studies draw."""
+    studied = axis == "M" or (published.layout == "64x6" and axis != "router")
+    tokens = STUDY_TOKENS if studied else SHARE_TOKENS
+    request = replace(published.request, **{"recorded_sequences": tokens // SEQUENCE_LENGTH, **changes})
     return LibraryPoint(layout=published.layout, point=point, axis=axis, value=str(value), request=request)
 
 
 def _with_seeds(published: LibraryPoint) -> Iterator[LibraryPoint]:
-    """The published setting and every M, each with every seed; only seed 0 of the published one on many tokens."""
+    """The published setting and every M, each with every seed; only seed 0 of the published one for many ranks."""
     router = published.request.router
     for seed in SEEDS:
-        tokens = PUBLISHED_TOKENS if seed == 0 else LEAST_TOKENS
+        tokens = WIDE_TOKENS[published.layout] if seed == 0 else STUDY_TOKENS
         request = replace(published.request, seed=seed, recorded_sequences=tokens // SEQUENCE_LENGTH)
         yield replace(published, request=request)
         for limit in LIMITS:
@@ -260,7 +266,8 @@ def _few_experts() -> Iterator[LibraryPoint]:
     """Switch and GShard fix top-1 and top-2: the 64 experts of 64x6, fewer of them used per token."""
     for layout, kind, top_k in (("64x1", "switch", 1), ("64x2", "gshard", 2)):
         router = RouterShape(kind=kind, num_experts=64, top_k=top_k, num_devices=NUM_GROUPS)
-        request = _request(router, balance=V2_BALANCE, capacity=DeviceCapacity(kind="device", factor=1.0), shared=2)
+        capacity = DeviceCapacity(kind="device", factor=1.0)
+        request = _request(router, balance=V2_BALANCE, capacity=capacity, shared=2, tokens=SHARE_TOKENS)
         yield LibraryPoint(layout=layout, point=f"router-{kind}", axis="router", value=kind, request=request)
 
 
@@ -270,9 +277,6 @@ def _granularity() -> Iterator[LibraryPoint]:
         router = RouterShape(kind="deepseek_moe", num_experts=num_experts, top_k=top_k, num_devices=NUM_GROUPS)
         thin = THIN.model_copy(update={"expert_intermediate": GRANULARITY_WIDTH // top_k})
         for seed in SEEDS:
-            tokens = PUBLISHED_TOKENS if seed == 0 else LEAST_TOKENS
-            request = _request(
-                router, balance=FINE_BALANCE, capacity=NoCapacity(), shared=0, tokens=tokens, seed=seed, thin=thin
-            )
+            request = _request(router, balance=FINE_BALANCE, capacity=NoCapacity(), shared=0, seed=seed, thin=thin)
             size = f"{num_experts}x{top_k}"
             yield LibraryPoint(layout="granularity", point=size, axis="granularity", value=size, request=request)

@@ -57,7 +57,10 @@ class TraceStep:
 
 @dataclass(frozen=True, kw_only=True)
 class StepCounts:
-    """How often every expert was selected in a training step, before dropping: counts_LSE, int32."""
+    """How often every expert was selected in a training step, before dropping: counts_LSE, int32.
+
+    S is 1 where the counts of all sequences were added up.
+    """
 
     step: int
     counts_LSE: NDArray[np.int32]

@@ -51,7 +51,7 @@ def test_rehearsal_trains_resumes_and_lists(tmp_path: Path, corpus: Path, capsys
     assert (entry.layout, entry.axis, entry.value, entry.seed) == ("16x2", "granularity", "16x2", 1)
     assert trace.num_layers == 2 and trace.final.num_tokens == entry.tokens
     assert trace.curves.validation_loss[-1] == entry.held_out_loss < trace.curves.validation_loss[0]
-    assert (trace.earlier[0].counts_LSE.sum(axis=2) == 64 * 2).all()
+    assert (trace.earlier[0].counts_LSE.sum(axis=(1, 2)) == trace.final.num_tokens * 2).all()
     made_at = (tmp_path / entry.file).stat().st_mtime_ns
     capsys.readouterr()
     assert library.main(arguments) == 0
@@ -62,6 +62,7 @@ def test_rehearsal_trains_resumes_and_lists(tmp_path: Path, corpus: Path, capsys
 def test_a_bunch_of_every_kind_is_written(tmp_path: Path, corpus: Path) -> None:
     wanted = ("64x6/published/seed0", "256x8/router-expert_choice/seed0", "64x6/router-hash/seed0")
     points = [library._shrunk(point) for point in library_points(corpus=str(corpus), device="cpu", steps=4)]
+    library.keep_order(points[0].request, tmp_path)
     for point in points:
         if point.name in wanted:
             assert library.train_bunch([point], tmp_path) == []
@@ -92,6 +93,15 @@ def test_names_are_listed_and_unknown_ones_refused(tmp_path: Path, capsys: pytes
     assert library.main(["--out", str(tmp_path), "--only", "nothing*"]) == 1
     assert "no such entry" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_tokens_are_what_studies_need_or_what_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    for point in library_points(tokens=131_072):
+        assert point.request.recorded_sequences * point.request.sequence_length == 131_072
+    for tokens in ("1000", "12288", "524288", "0", "-4096"):
+        with pytest.raises(SystemExit):
+            library.main(["--out", "never", "--tokens", tokens])
+        assert "is not 4096 times 1, 2, 4" in capsys.readouterr().err
 
 
 def test_interrupt_stops_a_bunch_between_steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, corpus: Path) -> None:

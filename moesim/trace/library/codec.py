@@ -1,15 +1,16 @@
 """Entries of the library on disk: small, and not readable wrongly.
 
-Legend: L layers, S sequences, T tokens per sequence, K selections, E experts, P steps.
+Legend: L layers, S sequences, T tokens per sequence, N = S T tokens, K selections, E experts, P steps.
 
     line 1   moesim-library <schema version>
     line 2   sha256 of all that follows, in hex
     line 3   header: JSON with the entry's facts, router, provenance and the arrays' names, types, shapes and lengths
     rest     the arrays one behind the other, each compressed by LZMA
 
-What is exact: expert ids, held-out losses, counts of earlier steps. What is rounded: affinities to 8 bits (see
-`quantise`), and with them the gates, which are made again by the router's own formula; the curves of training loss and
-imbalance to 11 significant bits. A token's experts come back highest affinity first, equal ones by id.
+What is exact: expert ids, held-out losses, counts of earlier steps, which are summed over the recorded sequences. What
+is rounded: affinities to the levels of a coarse scale of their log odds (see `quantise`), and with them the gates,
+which are made again by the router's own formula; the curves of training loss and imbalance to 11 significant bits. A
+token's experts come back highest affinity first, equal ones by id.
 """
 
 import hashlib
@@ -26,40 +27,54 @@ from moesim.errors import UserError
 from moesim.files import write_atomically
 from moesim.scenario.routing import RouterShape
 from moesim.strict_json import json_text, parse_json
+from moesim.trace.library.text_order import TextOrder, read_order
 from moesim.trace.record import NO_EXPERT, RoutingTrace, StepCounts, TraceStep, TrainingCurves, check_trace
 from moesim.trace.store import header_and_arrays
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 LEVELS = 256
-LEVEL_RATIO = 1.04  # one level of a positive affinity: 2 % of rounding error either way
+ALMOST_ONE = 1 - 2.0**-24  # what float32 has below 1
+FINE_RATIO = 2.0  # of odds from level to level, where capacity drops by affinity: alters step times by below 0.1 %
+COARSE_RATIO = 64.0  # where nothing is dropped, and affinities only order a token's experts
+MOST_BYTES = 1 << 28  # of one array in memory
 _MAGIC = b"moesim-library"
-_LZMA_PRESET = 6 | lzma.PRESET_EXTREME
-_DTYPES = {"uint8", "uint16", "int32", "float16", "float64"}
+# ids and codes take turns, which lp and pb of 1 tell apart; the dictionary holds all pairs of the longest entry
+_LZMA = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lp": 1, "pb": 1, "dict_size": 1 << 24}]
+_DTYPES = {"uint8", "uint16", "uint32", "float16", "float64"}
 
 Array = NDArray[Any]
 
 
-def write_entry(path: Path, trace: RoutingTrace, *, facts: dict[str, Any]) -> None:
-    """Write the final step, the counts of earlier steps, curves and `facts` (JSON values); complete or not at all."""
-    codes_LSTK, scale = quantise(trace.final.affinities_LSTK)
-    gaps, codes = _in_id_order(trace.final.expert_ids_LSTK, codes_LSTK, num_experts=trace.router.num_experts)
-    curves = trace.curves
+def write_entry(
+    path: Path, trace: RoutingTrace, *, facts: dict[str, Any], ratio: float, order: TextOrder | None = None
+) -> None:
+    """Write the final step, the counts of earlier steps, curves and `facts` (JSON values); complete or not at all.
+
+    `ratio` is the affinities' from level to level; with `order`, which must lie beside the entry, tokens are sorted.
+    """
+    final, curves = trace.final, trace.curves
+    num_layers, num_sequences, length, num_columns = final.expert_ids_LSTK.shape
+    codes_LSTK, scale = quantise(final.affinities_LSTK, ratio=ratio)
+    pairs_LNK2 = _in_id_order(final.expert_ids_LSTK, codes_LSTK, num_experts=trace.router.num_experts)
+    if order is not None:
+        pairs_LNK2 = pairs_LNK2[:, order.of_sequences(num_sequences, length)]
     arrays = {
-        "id_gaps": gaps,
-        "affinity_codes": codes,
+        "pairs": pairs_LNK2,
+        "earlier": _narrow(np.array([each.counts_LSE.sum(axis=1) for each in trace.earlier], dtype=np.uint32)),
         "train_loss": curves.train_loss.astype(np.float16),
         "imbalance": curves.imbalance.astype(np.float16),
         "validation_steps": curves.validation_steps.astype(np.float64),
         "validation_loss": curves.validation_loss.astype(np.float64),
     }
-    arrays |= {f"earlier.{each.step}": each.counts_LSE.astype(np.uint16) for each in trace.earlier}
     blobs = [_compress(array) for array in arrays.values()]
     header = {
         "facts": {**facts, "provenance": dict(trace.provenance)},
         "router": asdict(trace.router),
-        "step": trace.final.step,
+        "step": final.step,
+        "earlier_steps": [each.step for each in trace.earlier],
         "affinity_scale": scale,
-        "shape_LSTK": list(trace.final.expert_ids_LSTK.shape),
+        "order": order.digest if order is not None else None,
+        "shape_LSTK": [num_layers, num_sequences, length, num_columns],
         "arrays": [
             {"name": name, "dtype": str(array.dtype), "shape": list(array.shape), "bytes": len(blob)}
             for (name, array), blob in zip(arrays.items(), blobs, strict=True)
@@ -82,40 +97,42 @@ def read_entry(path: Path, *, digest: str | None = None) -> RoutingTrace:
     if digest is not None and digest != found:
         raise UserError(f"{path}: not the entry that the library's index names; install moesim again")
     try:
-        trace = _parse(body)
+        trace = _parse(body, path.parent)
         check_trace(trace)
-    except (KeyError, TypeError, ValueError, lzma.LZMAError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError, IndexError, AttributeError, lzma.LZMAError) as error:
         raise UserError(f"{path}: the entry's parts do not fit together ({error}); install moesim again") from error
     return trace
 
 
-def quantise(affinities: Array) -> tuple[NDArray[np.uint8], dict[str, float | str]]:
+def quantise(affinities: Array, *, ratio: float) -> tuple[NDArray[np.uint8], dict[str, float | str]]:
     """Affinities as 8-bit codes and the scale that `restore` needs.
 
-    Positive ones (probabilities) on a logarithmic scale downwards from the largest, a level being 4 %: the relative
-    error is at most 2 %, and for those below 1/20,000 of the largest the absolute error is at most that. Logits, which
-    have both signs, on a linear scale: the error is at most 1/510 of their range. 0 (no expert) stays 0.
+    Probabilities on a linear scale of their log odds, logits (of either sign, or beyond 1) on one of their own, both
+    downwards from the largest: the odds, or e^logit, come back within a factor of sqrt(ratio), or of a 508th part of
+    their range where that is more than 254 levels. 0 (no expert) stays 0.
     """
-    top, bottom = float(affinities.max()), float(affinities.min())
-    if bottom < 0:
-        step = (top - bottom) / (LEVELS - 1)
-        codes = np.rint((affinities.astype(np.float64) - bottom) / step)
-        return codes.astype(np.uint8), {"kind": "linear", "bottom": bottom, "step": step}
-    with np.errstate(divide="ignore"):
-        levels = np.log(top / affinities.astype(np.float64)) / math.log(LEVEL_RATIO)
-    codes = np.minimum(np.rint(levels), LEVELS - 2)
-    return np.where(affinities > 0, codes, LEVELS - 1).astype(np.uint8), {"kind": "logarithmic", "top": top}
+    kind = "logits" if affinities.min() < 0 or affinities.max() > 1 else "probabilities"
+    held = (affinities > 0) | (kind == "logits")
+    if not held.any():
+        return np.full(affinities.shape, LEVELS - 1, np.uint8), {"kind": kind, "top": 0.0, "step": math.log(ratio)}
+    heights = np.where(held, affinities, 0.5).astype(np.float64)
+    if kind == "probabilities":
+        heights = np.log(heights) - np.log1p(-np.minimum(heights, ALMOST_ONE))
+    top, bottom = float(heights[held].max()), float(heights[held].min())
+    step = max(math.log(ratio), (top - bottom) / (LEVELS - 2))
+    codes = np.where(held, np.rint((top - heights) / step), LEVELS - 1)
+    return codes.astype(np.uint8), {"kind": kind, "top": top, "step": step}
 
 
 def restore(codes: NDArray[np.uint8], scale: dict[str, Any]) -> NDArray[np.float32]:
     """The affinities of `codes`, float32."""
-    level = np.arange(LEVELS, dtype=np.float64)
-    if scale["kind"] == "linear":
-        values = scale["bottom"] + scale["step"] * level
-    else:
-        values = scale["top"] * LEVEL_RATIO**-level
-        values[LEVELS - 1] = 0.0
-    return np.asarray(values.astype(np.float32)[codes])
+    with np.errstate(over="ignore", invalid="ignore"):  # of a scale that no quantising gave; not finite, it is refused
+        heights = scale["top"] - scale["step"] * np.arange(LEVELS, dtype=np.float64)
+        if scale["kind"] == "probabilities":
+            # what float32 cannot tell from 0 stays an affinity
+            heights = np.maximum(1 / (1 + np.exp(-heights)), np.finfo(np.float32).tiny)
+            heights[LEVELS - 1] = 0.0
+        return np.asarray(heights.astype(np.float32)[codes])
 
 
 def gates_of(router: RouterShape, expert_ids_LSTK: Array, affinities_LSTK: Array) -> NDArray[np.float32]:
@@ -134,22 +151,25 @@ def gates_of(router: RouterShape, expert_ids_LSTK: Array, affinities_LSTK: Array
 
 
 def _compress(array: Array) -> bytes:
-    return lzma.compress(np.ascontiguousarray(array).tobytes(), preset=_LZMA_PRESET)
+    return lzma.compress(np.ascontiguousarray(array).tobytes(), check=lzma.CHECK_NONE, filters=_LZMA)
 
 
-def _in_id_order(ids_LSTK: Array, codes_LSTK: Array, *, num_experts: int) -> tuple[Array, Array]:
-    """Gaps between a token's ascending ids [L S T, K], no expert counting as id E, and the codes in that order.
+def _narrow(array: Array) -> Array:
+    """The array in the narrowest unsigned type that holds its values."""
+    return array.astype(np.min_scalar_type(int(array.max()) if array.size else 0))
+
+
+def _in_id_order(ids_LSTK: Array, codes_LSTK: Array, *, num_experts: int) -> Array:
+    """Every token's ids ascending, no expert counting as id E, each with its code [L, N, K, 2].
 
     The order among a token's experts is worth log2 K! bits and follows from the affinities. A token's numbers stay
-    together: LZMA finds the same choices again (ids take a quarter less than column by column).
+    together: LZMA finds the same choices again.
     """
-    ids = np.where(ids_LSTK == NO_EXPERT, num_experts, ids_LSTK).reshape(-1, ids_LSTK.shape[-1]).astype(np.int32)
-    order = np.argsort(ids, axis=1, kind="stable")
-    ids_NK = np.take_along_axis(ids, order, axis=1)
-    gaps_NK = np.diff(ids_NK, axis=1, prepend=0)
-    codes_NK = np.take_along_axis(codes_LSTK.reshape(ids.shape), order, axis=1)
-    narrow = np.uint8 if gaps_NK.max() < 256 else np.uint16
-    return gaps_NK.astype(narrow), codes_NK
+    num_layers, *_, num_columns = ids_LSTK.shape
+    ids_LNK = np.where(ids_LSTK == NO_EXPERT, num_experts, ids_LSTK).reshape(num_layers, -1, num_columns)
+    order_LNK = np.argsort(ids_LNK, axis=2, kind="stable")
+    codes_LNK = np.take_along_axis(codes_LSTK.reshape(ids_LNK.shape), order_LNK, axis=2)
+    return _narrow(np.stack([np.take_along_axis(ids_LNK, order_LNK, axis=2), codes_LNK], axis=3))
 
 
 def _checked_body(path: Path) -> tuple[bytes, str]:
@@ -166,22 +186,31 @@ def _checked_body(path: Path) -> tuple[bytes, str]:
 
 
 def _unpack(packed: bytes, name: str, dtype: "np.dtype[Any]", shape: tuple[int, ...]) -> Array:
-    return np.frombuffer(lzma.decompress(packed), dtype=dtype).reshape(shape)
+    if (
+        not all(isinstance(each, int) and each >= 0 for each in shape)
+        or math.prod(shape) > MOST_BYTES // dtype.itemsize
+    ):
+        raise ValueError(f"{name} of shape {list(shape)}")
+    size = math.prod(shape) * dtype.itemsize
+    decompressor = lzma.LZMADecompressor(lzma.FORMAT_XZ)
+    content = decompressor.decompress(packed, max_length=size + 1)
+    if len(content) != size or not decompressor.eof:
+        raise ValueError(f"{name} does not fill its shape {list(shape)}")
+    return np.frombuffer(content, dtype=dtype).reshape(shape)
 
 
-def _parse(body: bytes) -> RoutingTrace:
+def _parse(body: bytes, folder: Path) -> RoutingTrace:
     header, arrays = header_and_arrays(body, _unpack, dtypes=_DTYPES)
     router = RouterShape(**header["router"])
-    earlier = [
-        StepCounts(step=int(name.removeprefix("earlier.")), counts_LSE=array.astype(np.int32))
-        for name, array in arrays.items()
-        if name.startswith("earlier.")
-    ]
     train_loss = arrays["train_loss"].astype(np.float64)
+    counts_PLE = arrays["earlier"].astype(np.int32)
     return RoutingTrace(
         router=router,
-        steps=(_final_step(header, arrays, router),),
-        earlier=tuple(sorted(earlier, key=lambda each: each.step)),
+        steps=(_final_step(header, arrays["pairs"], router, folder),),
+        earlier=tuple(
+            StepCounts(step=step, counts_LSE=counts_LE[:, None])
+            for step, counts_LE in zip(header["earlier_steps"], counts_PLE, strict=True)
+        ),
         curves=TrainingCurves(
             steps=np.arange(1, len(train_loss) + 1, dtype=np.float64),
             train_loss=train_loss,
@@ -193,18 +222,34 @@ def _parse(body: bytes) -> RoutingTrace:
     )
 
 
-def _final_step(header: dict[str, Any], arrays: dict[str, Array], router: RouterShape) -> TraceStep:
-    ids_NK = arrays["id_gaps"].astype(np.int32).cumsum(axis=1)
-    affinities_NK = restore(arrays["affinity_codes"], header["affinity_scale"])
-    none_NK = ids_NK == router.num_experts
-    order_NK = np.argsort(np.where(none_NK, np.inf, -affinities_NK), axis=1, kind="stable")
-    shape = tuple(header["shape_LSTK"])
-    ids_NK = np.where(none_NK, NO_EXPERT, ids_NK)
-    ids_LSTK = np.take_along_axis(ids_NK, order_NK, axis=1).astype(np.int16).reshape(shape)
-    affinities_LSTK = np.take_along_axis(affinities_NK, order_NK, axis=1).reshape(shape)
+def _final_step(header: dict[str, Any], pairs_LNK2: Array, router: RouterShape, folder: Path) -> TraceStep:
+    num_layers, num_sequences, length, num_columns = shape = tuple(header["shape_LSTK"])
+    if pairs_LNK2.shape != (num_layers, num_sequences * length, num_columns, 2):
+        raise ValueError(f"pairs of shape {pairs_LNK2.shape} for routing of shape {shape}")
+    pairs_LNK2 = _in_reading_order(pairs_LNK2, header["order"], num_sequences, length, folder)
+    ids_LNK, codes_LNK = pairs_LNK2[..., 0].astype(np.int16), pairs_LNK2[..., 1]
+    none_LNK = ids_LNK == router.num_experts
+    order_LNK = np.argsort(np.where(none_LNK, np.int16(LEVELS), codes_LNK), axis=2, kind="stable")
+    ids_LNK = np.take_along_axis(np.where(none_LNK, np.int16(NO_EXPERT), ids_LNK), order_LNK, axis=2)
+    codes_LNK = np.take_along_axis(codes_LNK, order_LNK, axis=2)
+    affinities_LSTK = restore(codes_LNK, header["affinity_scale"]).reshape(shape)
+    ids_LSTK = ids_LNK.reshape(shape)
+    affinities_LSTK = np.where(ids_LSTK == NO_EXPERT, np.float32(0), affinities_LSTK)
     return TraceStep(
         step=header["step"],
         expert_ids_LSTK=ids_LSTK,
         affinities_LSTK=affinities_LSTK,
         gates_LSTK=gates_of(router, ids_LSTK, affinities_LSTK),
     )
+
+
+def _in_reading_order(pairs_LNK2: Array, digest: str | None, num_sequences: int, length: int, folder: Path) -> Array:
+    """The pairs as the text has them, of those that the order file of this hash sorted."""
+    if digest is None:
+        return pairs_LNK2
+    order = read_order(folder)
+    if order.digest != digest:
+        raise ValueError("the text order beside it is another")
+    back_LNK2 = np.empty_like(pairs_LNK2)
+    back_LNK2[:, order.of_sequences(num_sequences, length)] = pairs_LNK2
+    return back_LNK2
