@@ -48,7 +48,7 @@ class TextOrder:
             raise ValueError(f"no {num_sequences} sequences of {sequence_length} tokens in the text's order")
         sequences_N, tokens_N = np.divmod(self.places_N, sequence_length)
         held_N = sequences_N % every == 0
-        return sequences_N[held_N] // every * sequence_length + tokens_N[held_N]
+        return np.asarray(sequences_N[held_N] // every * sequence_length + tokens_N[held_N])
 
 
 def sort_text(bytes_ST: NDArray[np.uint8], *, context: int) -> TextOrder:
