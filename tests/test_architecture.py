@@ -11,7 +11,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "moesim"
 
 LAYER = {
-    "units": 1, "errors": 1, "seeding": 1, "strict_json": 1, "processes": 1, "files": 1,
+    "units": 1, "errors": 1, "seeding": 1, "spelling": 1, "strict_json": 1, "processes": 1, "files": 1,
+    "shipped": 1.5,
     "scenario": 2,
     "trace": 3,
     "moe": 4, "parallel": 4,
@@ -21,6 +22,7 @@ LAYER = {
     "run": 8,
     "study": 8.5,
     "planner": 9, "report": 9, "sweeper": 9, "validation": 9, "whatif": 9,
+    "api": 9.5,
     "cli": 10,
 }  # fmt: skip
 MAY_SHARE_A_LAYER = {"units", "errors", "seeding", "strict_json", "processes", "files"}
@@ -150,6 +152,11 @@ def loaded_after(statement: str) -> set[str]:
 def test_help_imports_nothing_heavy() -> None:
     """`moesim --help` stays instant because it loads no library but the standard one."""
     assert not loaded_after("from moesim.cli import main; main(['--help'])") & set(NOT_FOR_HELP)
+
+
+def test_importing_the_package_loads_nothing_until_a_name_is_used() -> None:
+    assert not {name for name in loaded_after("import moesim") if name.startswith("moesim.")}
+    assert not loaded_after("import moesim") & set(NOT_FOR_HELP)
 
 
 def test_reading_a_scenario_does_not_load_torch() -> None:

@@ -1,11 +1,13 @@
+# PYTHON_ARGCOMPLETE_OK
 """The command line: one thin module per verb; nothing heavy is imported before a verb needs it."""
 
 import errno
+import os
 import sys
 from collections.abc import Sequence
 
 from moesim.cli.interrupt import INTERRUPTED_EXIT_CODE, Interrupted
-from moesim.cli.parser import parse
+from moesim.cli.parser import build, parse
 from moesim.cli.streams import let_go, open_closed_streams, say
 from moesim.errors import UserError
 from moesim.processes import signals_interrupt
@@ -22,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Ctrl-C.
     """
     open_closed_streams()
+    if "_ARGCOMPLETE" in os.environ:
+        _complete()
     try:
         with signals_interrupt():
             return _run(sys.argv[1:] if argv is None else argv)
@@ -51,6 +55,13 @@ def _run(argv: Sequence[str]) -> int:
     code: int = args.execute(args) if args is not None else 0
     sys.stdout.flush()  # here, where a broken pipe is still caught
     return code
+
+
+def _complete() -> None:
+    """Answer the shell, which asks what may follow, and leave; see `moesim completion`."""
+    import argcomplete
+
+    argcomplete.autocomplete(build()[0], exclude=["-v", "-V"])
 
 
 def _fail(message: str, code: int) -> int:

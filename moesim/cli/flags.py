@@ -2,19 +2,37 @@
 
 import argparse
 import os
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moesim.errors import UserError
 
 if TYPE_CHECKING:
     from moesim.scenario import Scenario
+    from moesim.shipped import Kind
 
 
-def add_scenario(parser: argparse.ArgumentParser, *, text: str = "scenario file (YAML)") -> None:
+def add_scenario(
+    parser: argparse.ArgumentParser, *, text: str = "scenario file (YAML), or the name of one that ships"
+) -> None:
     """SCENARIO and --set."""
-    parser.add_argument("scenario", metavar="SCENARIO", type=Path, help=text)
+    add_file(parser, "scenario", text=text)
     add_overrides(parser)
+
+
+def add_file(parser: argparse.ArgumentParser, kind: "Kind", *, text: str) -> None:
+    """SCENARIO, STUDY or PLAN, completed by the names that ship; see `resolve`."""
+    argument: Any = parser.add_argument(kind, metavar=kind.upper(), type=Path, help=text)
+    argument.completer = partial(_files_and_names, kind)  # read by argcomplete alone
+
+
+def _files_and_names(kind: "Kind", prefix: str, **_: object) -> list[str]:
+    from argcomplete.completers import FilesCompleter
+
+    from moesim.shipped import names
+
+    return [*names(kind), *FilesCompleter(("yaml", "yml"))(prefix)]
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
@@ -35,14 +53,22 @@ def add_cache(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache", metavar="DIR", type=Path, help=text)
 
 
-def add_json(parser: argparse.ArgumentParser) -> None:
-    """--json."""
-    parser.add_argument("--json", action="store_true", help="print the result as JSON and nothing else")
+def add_json(parser: argparse.ArgumentParser) -> "argparse._MutuallyExclusiveGroup":
+    """--json; what is returned takes the flags that exclude it."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--json", action="store_true", help="print the result as JSON and nothing else")
+    return group
+
+
+def add_csv(group: "argparse._MutuallyExclusiveGroup") -> None:
+    """--csv, beside --json."""
+    text = "print the result as CSV and nothing else: a row per item, columns named as in the JSON"
+    group.add_argument("--csv", action="store_true", help=text)
 
 
 def add_quiet(parser: argparse.ArgumentParser) -> None:
     """--quiet."""
-    parser.add_argument("--quiet", action="store_true", help="print nothing but errors (and --json)")
+    parser.add_argument("--quiet", action="store_true", help="print nothing but errors (and --json or --csv)")
 
 
 def add_force(parser: argparse.ArgumentParser) -> None:
@@ -68,8 +94,9 @@ def check_workers(args: argparse.Namespace) -> None:
 def load(args: argparse.Namespace) -> "Scenario":
     """The scenario of a call. Raises UserError."""
     from moesim.scenario import load_scenario
+    from moesim.shipped import resolve
 
-    return load_scenario(args.scenario, args.overrides)
+    return load_scenario(resolve(args.scenario, "scenario"), args.overrides)
 
 
 def check_writable(path: Path) -> None:

@@ -5,7 +5,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moesim.cli.flags import add_json, add_overrides
+from moesim.cli.flags import add_csv, add_json, add_overrides
+from moesim.cli.rows import print_csv
 from moesim.errors import UserError
 from moesim.strict_json import json_text
 
@@ -27,26 +28,35 @@ PARTS = ("weights", "gradients", "master", "optimizer")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """NAME, --list, --set, --sequence-length, --json."""
+    """NAME, --list, --set, --sequence-length, --json, --csv."""
     text = "a model of the catalogue, a Hugging Face config.json or a scenario file"
-    parser.add_argument("model", metavar="NAME", nargs="?", help=text)
+    name: Any = parser.add_argument("model", metavar="NAME", nargs="?", help=text)
+    name.completer = _names  # read by argcomplete alone
     parser.add_argument("--list", action="store_true", help="list the catalogue, as without NAME")
     add_overrides(parser)
     parser.add_argument("--sequence-length", metavar="TOKENS", type=int, default=4096, help="4096 by default")
-    add_json(parser)
+    add_csv(add_json(parser))
     parser.set_defaults(execute=execute)
+
+
+def _names(**_: object) -> tuple[str, ...]:
+    from moesim.scenario import model_names
+
+    return model_names()
 
 
 def execute(args: argparse.Namespace) -> int:
     """Print the counts, or the catalogue when no model is named. Raises UserError."""
     if args.list or args.model is None:
-        return _list(as_json=args.json)
+        return _list(args)
     if args.sequence_length <= 0:
         raise UserError(f"--sequence-length {args.sequence_length} is not a number of tokens; use e.g. 4096")
     model = find(args.model, args.overrides)
     counts = count(model, sequence_length=args.sequence_length) | _source(args.model, model)
     if args.json:
         print(json_text(counts, indent=1))
+    elif args.csv:
+        print_csv([{"name": args.model} | counts])
     else:
         from moesim.report.model_screen import print_model
 
@@ -54,7 +64,7 @@ def execute(args: argparse.Namespace) -> int:
     return 0
 
 
-def _list(*, as_json: bool) -> int:
+def _list(args: argparse.Namespace) -> int:
     from moesim.scenario import model_names
     from moesim.scenario.flops import parameters
 
@@ -70,13 +80,19 @@ def _list(*, as_json: bool) -> int:
             "top_k": model.top_k,
             "attention": model.attention.kind,
         }
-    if as_json:
+    if args.json:
         print(json_text(sizes, indent=1))
+    elif args.csv:
+        print_csv([{"name": name} | _with_units(size) for name, size in sizes.items()])
     else:
         from moesim.report.model_screen import print_catalogue
 
         print_catalogue(sizes)
     return 0
+
+
+def _with_units(size: dict[str, Any]) -> dict[str, Any]:
+    return {f"{key}_parameters" if key in ("total", "activated") else key: value for key, value in size.items()}
 
 
 def find(name: str, overrides: list[str]) -> "Model":

@@ -1,23 +1,47 @@
 """The parser of the command line: errors are one line with a suggestion, and never argparse's exit code 2."""
 
 import argparse
-import difflib
 from collections.abc import Sequence
 from typing import NoReturn
 
 from moesim import __version__
-from moesim.cli import calibrate, model, plan, plot, run, schema, sweep, topology, trace, validate, volume
+from moesim.cli import (
+    calibrate,
+    completion,
+    gpus,
+    model,
+    plan,
+    plot,
+    run,
+    scenarios,
+    schema,
+    sweep,
+    topology,
+    trace,
+    validate,
+    volume,
+)
 from moesim.errors import UserError
+from moesim.spelling import closest
 
-VERBS = {
-    verb.NAME: verb for verb in (run, trace, sweep, plan, plot, model, topology, volume, calibrate, validate, schema)
-}
-
-
-def closest(word: str, choices: Sequence[str]) -> str:
-    """`; did you mean 'run'?` for a near miss, else nothing."""
-    near = difflib.get_close_matches(word, choices, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+_MODULES = (
+    run,
+    trace,
+    sweep,
+    plan,
+    plot,
+    scenarios,
+    model,
+    gpus,
+    topology,
+    volume,
+    calibrate,
+    validate,
+    schema,
+    completion,
+)
+VERBS = {verb.NAME: verb for verb in _MODULES}
+WORDS = {"help": "--help", "version": "--version"}  # words for flags: `moesim help`, `moesim help run`
 
 
 class Parser(argparse.ArgumentParser):
@@ -28,15 +52,16 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see `{self.prog} --help`")
 
 
-def _build() -> tuple[Parser, dict[str, Parser]]:
+def build() -> tuple[Parser, dict[str, Parser]]:
+    """The parser of the whole command line, and those of the verbs by name."""
     parser = Parser(
         prog="moesim",
         description="What will this Mixture-of-Experts model cost on that cluster, given how its router really routes?",
-        epilog="`moesim VERB --help` explains one verb. "
+        epilog="`moesim help VERB` explains one verb, `moesim version` tells which moesim this is. "
         "Exit codes: 0 done, 1 mistake in the input, 2 infeasible, 130 interrupted.",
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"moesim {__version__}")
+    parser.add_argument("-v", "-V", "--version", action="version", version=f"moesim {__version__}")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", dest="verb")
     by_name = {}
     for name, verb in VERBS.items():
@@ -51,12 +76,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace | None:
     Raises UserError for an unknown verb or flag, with the nearest known one.
     """
     _refuse_empty(argv)
-    parser, by_name = _build()
+    parser, by_name = build()
+    argv = _without_words(argv)
     if not argv:
         parser.print_help()
         return None
     if not argv[0].startswith("-") and argv[0] not in VERBS:
-        raise UserError(f"unknown verb {argv[0]!r}{closest(argv[0], list(VERBS))}; see `moesim --help`")
+        raise UserError(f"unknown verb {argv[0]!r}{closest(argv[0], [*VERBS, *WORDS])}; see `moesim --help`")
     try:
         args, unknown = parser.parse_known_args(argv)
     except SystemExit:  # --help and --version have printed their text
@@ -71,6 +97,13 @@ def _refuse_empty(argv: Sequence[str]) -> None:
         if equals and not value.strip():
             what = flag if flag.startswith("--") else "an argument"
             raise UserError(f"{what} is empty; write what is meant, or leave it out (is a shell variable not set?)")
+
+
+def _without_words(argv: Sequence[str]) -> list[str]:
+    """`help` and `version` as the flags that they stand for, with the verb that is asked about in front."""
+    if not argv or argv[0] not in WORDS:
+        return list(argv)
+    return [*(word for word in argv[1:] if word not in WORDS), WORDS[argv[0]]]
 
 
 def _refuse(unknown: Sequence[str], parser: Parser) -> NoReturn:

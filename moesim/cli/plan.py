@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from moesim.cli.flags import (
     add_cache,
+    add_csv,
+    add_file,
     add_force,
     add_json,
     add_overrides,
@@ -16,6 +18,7 @@ from moesim.cli.flags import (
 )
 from moesim.cli.interrupt import interrupts_say
 from moesim.cli.progress import watched_training
+from moesim.cli.rows import print_csv, texts
 from moesim.strict_json import json_text
 
 if TYPE_CHECKING:
@@ -26,15 +29,15 @@ SUMMARY = "Plan a training run: look at every layout that the choices allow, sim
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """PLAN, --set, --out, --workers, --cluster, --storage, --cache, --json, --quiet, --force."""
-    parser.add_argument("plan", metavar="PLAN", type=Path, help="plan file (YAML), e.g. scenarios/plans/*.yaml")
+    """PLAN, --set, --out, --workers, --cluster, --storage, --cache, --json, --csv, --quiet, --force."""
+    add_file(parser, "plan", text="plan file (YAML), or the name of one that ships")
     add_overrides(parser)
     parser.add_argument("--out", metavar="DIR", type=Path, help="folder of the plan; runs/NAME by default")
     add_workers(parser)
     storage = "database of the search for many machines, e.g. postgresql://...; a journal in the folder by default"
     parser.add_argument("--storage", metavar="URL", help=storage)
     add_cache(parser)
-    add_json(parser)
+    add_csv(add_json(parser))
     add_quiet(parser)
     add_force(parser)
     parser.set_defaults(execute=execute)
@@ -45,9 +48,10 @@ def execute(args: argparse.Namespace) -> int:
     check_workers(args)
     from moesim.planner.folder import Folder
     from moesim.planner.loading import load_plan
+    from moesim.shipped import resolve
     from moesim.study import watched_points
 
-    plan = load_plan(args.plan, args.overrides)
+    plan = load_plan(resolve(args.plan, "plan"), args.overrides)
     out_dir = args.out or Path("runs") / plan.name
     check_writable(out_dir)
     with (
@@ -58,12 +62,20 @@ def execute(args: argparse.Namespace) -> int:
         content = _make(folder, args)
     if args.json:
         print(json_text(content, indent=1))
+    elif args.csv:
+        outcomes = content["outcomes"]
+        ranked = [*content["ranking"], *(key for key in outcomes if key not in content["ranking"])]
+        print_csv([_row(key, outcomes[key], on_front=key in content["front"]) for key in ranked])
     elif not args.quiet:
         from moesim.report.plan_screen import print_plan
 
         print_plan(content)
         print(f"\nwritten to {out_dir}: every layout above is a file in {out_dir / 'scenarios'} for `moesim run`")
     return 0
+
+
+def _row(layout: str, outcome: dict[str, Any], *, on_front: bool) -> dict[str, Any]:
+    return {"id": layout, **outcome, "values": texts(outcome["values"]), "on_front": on_front}
 
 
 def _make(folder: "Folder", args: argparse.Namespace) -> dict[str, Any]:

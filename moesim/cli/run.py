@@ -5,9 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moesim.cli.flags import add_cache, add_force, add_json, add_quiet, add_scenario, check_writable, load
+from moesim.cli.flags import add_cache, add_csv, add_force, add_json, add_quiet, add_scenario, check_writable, load
 from moesim.cli.interrupt import interrupts_say, kept_of_training
 from moesim.cli.progress import watched_training
+from moesim.cli.rows import print_csv
 from moesim.strict_json import json_text
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ SUMMARY = "Simulate a scenario: train or load its router, run one step on the cl
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """SCENARIO, --set, --out, --timeline, --what-if, --cache, --json, --quiet, --force."""
+    """SCENARIO, --set, --out, --timeline, --what-if, --cache, --json, --csv, --quiet, --force."""
     add_scenario(parser)
     parser.add_argument("--out", metavar="DIR", type=Path, help="folder of the run; runs/NAME by default")
     parser.add_argument(
@@ -41,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "training, without the router's group limit; --what-if=all trains another router for the last",
     )
     add_cache(parser)
-    add_json(parser)
+    add_csv(add_json(parser))
     add_quiet(parser)
     add_force(parser)
     parser.set_defaults(execute=execute)
@@ -106,6 +107,8 @@ def _write(record: "RunRecord", out_dir: Path, args: argparse.Namespace) -> None
 def _show(record: "RunRecord", out_dir: Path, args: argparse.Namespace) -> None:
     if args.json:
         print(json_text(record.result, indent=1))
+    elif args.csv:
+        print_csv([record.result])
     elif not args.quiet:
         from moesim.report import print_facts
 

@@ -3,10 +3,12 @@
 import argparse
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moesim.cli.flags import (
     add_cache,
+    add_csv,
+    add_file,
     add_json,
     add_overrides,
     add_quiet,
@@ -15,9 +17,11 @@ from moesim.cli.flags import (
     check_writable,
 )
 from moesim.cli.interrupt import interrupts_say
+from moesim.cli.rows import print_csv, texts
 from moesim.strict_json import json_text
 
 if TYPE_CHECKING:
+    from moesim.study import PointRecord
     from moesim.sweeper import Study, SweepFolder, SweepOutcome
 
 NAME = "sweep"
@@ -25,15 +29,15 @@ SUMMARY = "Simulate a scenario along the axes of a study; every finished point i
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """STUDY, --set, --out, --workers, --cluster, --retry, --dry-run, --cache, --json, --quiet."""
-    parser.add_argument("study", metavar="STUDY", type=Path, help="study file (YAML): name, base, axes")
+    """STUDY, --set, --out, --workers, --cluster, --retry, --dry-run, --cache, --json, --csv, --quiet."""
+    add_file(parser, "study", text="study file (YAML): name, base, axes; or the name of one that ships")
     add_overrides(parser)
     parser.add_argument("--out", metavar="DIR", type=Path, help="folder of the sweep; runs/NAME by default")
     add_workers(parser)
     parser.add_argument("--retry", action="store_true", help="also run the points again that failed before")
     parser.add_argument("--dry-run", action="store_true", help="list the points and simulate none")
     add_cache(parser)
-    add_json(parser)
+    add_csv(add_json(parser))
     add_quiet(parser)
     parser.set_defaults(execute=execute)
 
@@ -44,13 +48,14 @@ def execute(args: argparse.Namespace) -> int:
     Raises UserError and Interrupted.
     """
     check_workers(args)
+    from moesim.shipped import resolve
     from moesim.sweeper import SweepFolder, load_study
 
-    study = load_study(args.study, args.overrides)
+    study = load_study(resolve(args.study, "study"), args.overrides)
     folder = SweepFolder(args.out or Path("runs") / study.name)
     folder.check(study)
     if args.dry_run:
-        _list(study, folder, as_json=args.json)
+        _list(study, folder, args)
         return 0
     check_writable(folder.path)
     again = f"run the same command again to go on from {folder.path}"
@@ -76,31 +81,41 @@ def _run(study: "Study", folder: "SweepFolder", args: argparse.Namespace) -> "Sw
         )
 
 
-def _list(study: "Study", folder: "SweepFolder", *, as_json: bool) -> None:
+def _list(study: "Study", folder: "SweepFolder", args: argparse.Namespace) -> None:
     finished = folder.records()
-    if as_json:
-        reasons = {misfit.id: misfit.reason for misfit in study.misfits}
-        rows = [
-            {
-                "id": point.id,
-                "number": point.number,
-                "values": dict(point.values),
-                "status": finished[point.id].status if point.id in finished else None,
-                "misfit": reasons.get(point.id),
-            }
-            for point in study.by_number
-        ]
+    reasons = {misfit.id: misfit.reason for misfit in study.misfits}
+    rows: list[dict[str, Any]] = [
+        {
+            "id": point.id,
+            "number": point.number,
+            "values": dict(point.values),
+            "status": finished[point.id].status if point.id in finished else None,
+            "misfit": reasons.get(point.id),
+        }
+        for point in study.by_number
+    ]
+    if args.json:
         print(json_text({"study": study.as_json(), "points": rows}, indent=1))
+    elif args.csv:
+        print_csv([row | {"values": texts(row["values"])} for row in rows])
     else:
         from moesim.sweeper import print_points
 
         print_points(study, finished)
 
 
+def _row(record: "PointRecord") -> dict[str, Any]:
+    """What a table needs of a point: its values, and the result as `moesim run --csv` prints it."""
+    head = {"id": record.id, "number": record.number, "status": record.status, "reason": record.reason}
+    return {**head, "values": texts(record.values), **(record.result or {})}
+
+
 def _show(study: "Study", folder: "SweepFolder", outcome: "SweepOutcome", args: argparse.Namespace) -> None:
     if args.json:
         records = [asdict(record) for record in outcome.records]
         print(json_text({"study": study.as_json(), "points": records}, indent=1))
+    elif args.csv:
+        print_csv([_row(record) for record in outcome.records])
     elif not args.quiet:
         from moesim.sweeper import print_sweep
 

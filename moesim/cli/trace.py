@@ -23,7 +23,7 @@ SUMMARY = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """SCENARIO or library:NAME, --set, --out, --cache, --json, --quiet, --force."""
-    add_scenario(parser, text="scenario file (YAML), `library:NAME`, or `library:` for all names")
+    add_scenario(parser, text="scenario file (YAML) or shipped name, `library:NAME`, or `library:` for all")
     parser.add_argument("--out", metavar="FILE", type=Path, help="save the trace there (.npz), for routing.kind: trace")
     add_cache(parser)
     add_json(parser)

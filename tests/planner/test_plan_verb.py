@@ -1,5 +1,7 @@
 """`moesim plan`: what a person sees, what a program reads, and the exit codes."""
 
+import csv
+import io
 import json
 
 import pytest
@@ -44,6 +46,10 @@ def test_a_plan_is_printed_and_read_back(file, tmp_path, capsys):
     stored = json.loads((out / "plan.json").read_text())
     assert content["ranking"] == stored["ranking"]
     assert stored["kind"] == "plan"
+    assert main(["plan", str(file), "--out", str(out), "--workers", "1", "--csv"]) == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [row["id"] for row in rows if row["rank"]] == stored["ranking"]
+    assert [float(row["usd"]) for row in rows] == [stored["outcomes"][row["id"]]["usd"] for row in rows]
     assert {"goal", "counts", "front", "ranking", "why", "sensitivity", "baseline", "screen_error"} <= stored.keys()
     assert main(["plan", str(file), "--out", str(out), "--quiet", "--set", "goal.usd=99"]) == 1
     assert "holds another plan" in capsys.readouterr().err
