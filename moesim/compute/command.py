@@ -7,7 +7,7 @@ from pathlib import Path
 from moesim.compute.benchmarks.session import partial_folder
 from moesim.compute.calibrated import CalibratedModel
 from moesim.compute.fitting import fit_profile
-from moesim.compute.loading import MEASURED_GPU, load_profile
+from moesim.compute.loading import MEASURED_GPUS, SCALED_FROM, load_profile
 from moesim.compute.profile import load_profile_file, save_profile
 from moesim.compute.report import error_table, leave_one_out_rows
 from moesim.errors import UserError
@@ -34,7 +34,7 @@ def calibrate_command(
     interrupt (exit code 130) keeps what was measured.
     """
     if report:
-        return _report(profile or str(out or MEASURED_GPU), by_cell=by_cell)
+        return _report(profile or str(out or MEASURED_GPUS[0]), by_cell=by_cell)
     if out is None:
         raise UserError("calibrate: say where the profile goes with --out FILE.json.gz, or ask for --report")
     path = Path(out)
@@ -73,7 +73,8 @@ def _report(name: str, *, by_cell: bool) -> int:
         load_profile_file(path)  # says what is wrong with a file before anything is fitted
     model = load_profile(name)
     if not isinstance(model, CalibratedModel):
-        raise UserError(f"{name} is derived from {MEASURED_GPU} and has no measured rows; report on {MEASURED_GPU}")
+        source = SCALED_FROM[name.lower()]
+        raise UserError(f"{name} is derived from {source} and has no measured rows; report on {source}")
     rows = leave_one_out_rows(model, by_cell=by_cell)
     Console().print(error_table(rows, title=f"Leave-one-out errors of {model.name}"))
     return os.EX_OK

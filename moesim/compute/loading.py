@@ -17,8 +17,9 @@ from moesim.errors import UserError
 if TYPE_CHECKING:
     from moesim.scenario import GpuSpec
 
-MEASURED_GPU = "h200"
-SCALED_GPUS = ("h100", "h800", "a100", "b200", "gb200")  # derived from MEASURED_GPU
+MEASURED_GPUS = ("h200", "h100")  # those with a profile of their own
+# Derived from a measured GPU, of the same chip where there is one.
+SCALED_FROM = {"h800": "h100", "a100": "h200", "b200": "h200", "gb200": "h200"}
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def _spec(name: str) -> "GpuSpec":
 def _catalogue_name(profile: Profile) -> str | None:
     """The catalogue's name of the profile's device, e.g. "h200" for "NVIDIA H200"."""
     devices = {str(session.get("device", "")).lower() for session in profile.sessions}
-    known = (MEASURED_GPU, *SCALED_GPUS)
+    known = (*MEASURED_GPUS, *SCALED_FROM)
     matches = [name for name in known if devices and all(name in device.split() for device in devices)]
     return matches[0] if matches else None
 
@@ -85,7 +86,7 @@ def _shipped_file(name: str) -> Path | None:
 
 
 def load_profile(name_or_path: str | Path) -> CalibratedModel | ScaledModel:
-    """The kernel model of a shipped profile ("h200"), of a GPU derived from it ("h100"), or of a profile file.
+    """The kernel model of a shipped profile ("h200"), of a GPU derived from one ("h800"), or of a profile file.
 
     Raises UserError for an unknown name, a missing or damaged file, another schema version. A file that lacks families
     warns and answers those by the roofline.
@@ -97,14 +98,15 @@ def load_profile(name_or_path: str | Path) -> CalibratedModel | ScaledModel:
     shipped = _shipped_file(name.lower())
     if shipped is not None:
         return _model_of(load_profile_file(shipped))
-    if name.lower() in SCALED_GPUS:
-        base = load_profile(MEASURED_GPU)
+    measured = SCALED_FROM.get(name.lower())
+    if measured is not None:
+        base = load_profile(measured)
         assert isinstance(base, CalibratedModel)
-        return ScaledModel(base, measured=_spec(MEASURED_GPU), target=_spec(name.lower()))
+        return ScaledModel(base, measured=_spec(measured), target=_spec(name.lower()))
     path = Path(name_or_path)
     if not path.exists() and path.suffix not in (".json", ".gz"):
         known = ", ".join(sorted(found.name.split(".")[0] for found in SHIPPED.glob("*.json*")))
-        raise UserError(f"no profile {name!r}: shipped are {known}; derived: {', '.join(SCALED_GPUS)}; or give a file")
+        raise UserError(f"no profile {name!r}: shipped are {known}; derived: {', '.join(SCALED_FROM)}; or give a file")
     return _model_of(load_profile_file(path))
 
 
@@ -118,7 +120,7 @@ def kernel_model(gpu_name: str, profile: str | None = None) -> KernelModel:
     if profile == "roofline":
         return Roofline(spec)
     if profile is None:
-        if spec.name == MEASURED_GPU or spec.name in SCALED_GPUS:
+        if spec.name in MEASURED_GPUS or spec.name in SCALED_FROM:
             return load_profile(spec.name)
         return Roofline(spec)
     model = load_profile(profile)

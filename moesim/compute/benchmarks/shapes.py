@@ -37,6 +37,7 @@ class Limits:
 
     flops: float
     bytes: float
+    optimizer_bytes: float  # one optimizer step moves all of a rank's parameters, far more than any other kernel
     sequences: tuple[int, int]  # powers of two of the shortest and longest attention sequence
     counts: dict[str, int]  # shapes per family
 
@@ -44,6 +45,7 @@ class Limits:
 GPU_LIMITS = Limits(
     flops=2.5e13,
     bytes=3e9,
+    optimizer_bytes=4.2e10,
     sequences=(9, 15),
     counts={
         "gemm": 2400,
@@ -57,6 +59,7 @@ GPU_LIMITS = Limits(
 CPU_LIMITS = Limits(
     flops=2e8,
     bytes=2e7,
+    optimizer_bytes=2e7,
     sequences=(4, 7),
     counts={"gemm": 8, "gemm_fp8": 0, "grouped_gemm": 6, "attention": 4, "memory_bound": 2, "sustained": 0},
 )
@@ -217,7 +220,21 @@ def _memory_bound(rng: np.random.Generator, limits: Limits, per_kind: int) -> li
             multiple = 64 if kind.startswith("optimizer") else 1
             rows = max(1, round(moved / row_bytes / multiple)) * multiple
             shapes.append({"kind": kind, "rows": rows, "width": width, "bytes": rows * row_bytes})
-    return shapes
+    return shapes + _large_optimizers(limits)
+
+
+_OPTIMIZER_STEPS = 6  # sizes between the bound of other kernels and that of the optimizer, both kinds at each
+
+
+def _large_optimizers(limits: Limits) -> list[Shape]:
+    """Optimizer steps beyond the bytes of other kernels, evenly apart in the logarithm of their bytes."""
+    if limits.optimizer_bytes <= limits.bytes:
+        return []
+    sizes = np.geomspace(limits.bytes, limits.optimizer_bytes, _OPTIMIZER_STEPS + 1)[1:]
+    kinds = [kind for kind in MEMORY_KINDS if kind.startswith("optimizer")]
+    per_row = {kind: float(memory_bytes(kind, rows=1, width=1)) for kind in kinds}
+    rows = [(kind, round(size / per_row[kind] / 64) * 64) for size in sizes for kind in kinds]
+    return [{"kind": kind, "rows": count, "width": 1, "bytes": count * per_row[kind]} for kind, count in rows]
 
 
 _MIN_SUSTAINED_FLOPS = 2e10  # shorter kernels wait for the host when nothing else is issued ahead of them
@@ -243,8 +260,9 @@ def family_shapes(family: str, limits: Limits) -> list[Shape]:
     rng = stream(0, "benchmark shapes", family)
     count = limits.counts[family]
     if family == "memory_bound":
-        candidates: Iterator[Shape | None] = iter(_memory_bound(rng, limits, count))
-        count = len(MEMORY_KINDS) * count
+        listed = _memory_bound(rng, limits, count)
+        candidates: Iterator[Shape | None] = iter(listed)
+        count = len(listed)
     elif family == "attention":
         candidates = _attentions(rng, limits)
     elif family == "grouped_gemm":
