@@ -26,9 +26,8 @@ def validate_command(
     """Run real training beside its simulation, or with `report` recompute the shipped table's predictions.
 
     `out` keeps each case's measurement, so that an interrupted call goes on where it was, and gets `table.json`. That
-    of a report gets what to ship in data/ after a change of the profile or of the simulation: `h200.json`, the standard
-    cases, whose table is returned, `h200-unseen.json`, those of other models and sizes on one GPU, and
-    `h200-unseen-2gpu.json`, those of sigmoid routers, of replicas, and of other sizes and skews on two GPUs.
+    of a report gets what to ship in data/ after a change of the profile or of the simulation, a file for each of
+    `SHIPPED_TABLES`; the table of the first, the standard cases on H200, is returned.
     `scenario` replaces the standard cases; `only` keeps those whose name contains it. Raises UserError for a missing
     device, too few GPUs, and scenarios that the measured software cannot run.
     """
