@@ -113,6 +113,12 @@ def span_arrays(table: SpanTable) -> dict[str, NDArray[Any]]:
 
 
 def _save_arrays(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
+    for name, array in arrays.items():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise UserError(
+                f"{name} of {path.name} has numbers that are not finite, which are no result and are not written: a "
+                "quantity of the input lies outside all that is physical; look for an extreme number there"
+            )
     content = io.BytesIO()  # on a full disk a half-written archive would complain once more when it is closed
     np.savez_compressed(content, **arrays)  # type: ignore[arg-type]
     path.write_bytes(content.getbuffer())

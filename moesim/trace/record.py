@@ -4,7 +4,7 @@ Legend: L thin MoE layers, S sequences, T tokens per sequence, K columns of sele
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from moesim.errors import UserError
 from moesim.scenario.routing import RouterShape
-from moesim.trace.masks import distinct_domains
 
 Array = NDArray[Any]
 Json = None | bool | int | float | str | list[Any] | dict[str, Any]
@@ -139,57 +138,3 @@ class RoutingTrace:
 def group_of_expert(router: RouterShape) -> NDArray[np.int64]:
     """Router group of every expert, int64 [E]: groups are equal runs of consecutive experts."""
     return np.arange(router.num_experts) // (router.num_experts // router.num_groups)
-
-
-def has_duplicates(expert_ids_NK: Array) -> bool:
-    """Whether any row names an expert twice; -1 may repeat."""
-    columns = expert_ids_NK.shape[-1]
-    if columns > 16:
-        sorted_NK = np.sort(expert_ids_NK, axis=-1)
-        return bool(((sorted_NK[..., 1:] == sorted_NK[..., :-1]) & (sorted_NK[..., 1:] != NO_EXPERT)).any())
-    by_column = np.ascontiguousarray(expert_ids_NK.reshape(-1, columns).T)
-    for second in range(1, columns):  # pairwise comparison of whole columns beats sorting short rows tenfold
-        for first in range(second):
-            equal = by_column[first] == by_column[second]
-            if equal.any() and (by_column[first][equal] != NO_EXPERT).any():
-                return True
-    return False
-
-
-def check_trace(trace: RoutingTrace) -> None:
-    """The invariants of a trace: shapes agree, ids are experts or -1, K distinct per token, at most M groups.
-
-    Raises UserError that names the first broken one.
-    """
-    router = trace.router
-    if not trace.steps or any(a.step >= b.step for a, b in zip(trace.steps, trace.steps[1:], strict=False)):
-        raise UserError("the trace has no recorded steps in ascending order; record it again")
-    for step in trace.steps:
-        _check_step(step, router)
-    if any(np.ndim(getattr(trace.curves, curve.name)) != 1 for curve in fields(trace.curves)):
-        raise UserError("the trace's training curves are not lists; record it again")
-
-
-def _check_step(step: TraceStep, router: RouterShape) -> None:
-    ids = step.expert_ids_LSTK
-    where = f"the trace's step {step.step}"
-    if ids.ndim != 4 or 0 in ids.shape or not ids.shape == step.affinities_LSTK.shape == step.gates_LSTK.shape:
-        raise UserError(f"{where} has arrays of shapes that do not fit each other; record it again")
-    if ids.dtype != np.int16 or step.affinities_LSTK.dtype != np.float32 or step.gates_LSTK.dtype != np.float32:
-        raise UserError(f"{where} has arrays of wrong types; expert ids are int16, affinities and gates float32")
-    if ids.min() < NO_EXPERT or ids.max() >= router.num_experts:
-        raise UserError(f"{where} names experts outside 0..{router.num_experts - 1}; record it again")
-    if router.kind != "expert_choice" and (
-        ids.shape[-1] != router.top_k or (ids.min() == NO_EXPERT and not router.random_second)
-    ):
-        raise UserError(f"{where} does not give every token top_k = {router.top_k} experts; record it again")
-    if has_duplicates(ids):
-        raise UserError(f"{where} gives a token the same expert twice; record it again")
-    if not (np.isfinite(step.affinities_LSTK).all() and np.isfinite(step.gates_LSTK).all()):
-        raise UserError(f"{where} has affinities or gates that are not finite; record it again")
-    if router.num_groups > 1:
-        most = int(distinct_domains(ids, domain_of_expert_E=group_of_expert(router)).max())
-        if most > router.group_limit:
-            raise UserError(
-                f"{where} sends a token to {most} groups, over the limit {router.group_limit}; record it again"
-            )

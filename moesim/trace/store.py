@@ -10,7 +10,9 @@ float16 where that is exact).
 """
 
 import hashlib
+import math
 import os
+import stat
 import weakref
 import zlib
 from collections.abc import Callable, Collection
@@ -25,12 +27,18 @@ from moesim.errors import UserError
 from moesim.files import write_atomically
 from moesim.scenario.routing import RouterShape
 from moesim.strict_json import json_text, parse_json
-from moesim.trace.record import RoutingTrace, StepCounts, TraceStep, TrainingCurves, check_trace
+from moesim.trace.check import check_trace
+from moesim.trace.record import RoutingTrace, StepCounts, TraceStep, TrainingCurves
+from moesim.units import format_bytes
 
 SCHEMA_VERSION = 1
 _MAGIC = b"moesim-trace"
 _ZLIB_LEVEL = 1  # higher levels cost ten times the time for 5 % of the size
 _STEP_ARRAYS = ("expert_ids_LSTK", "affinities_LSTK", "gates_LSTK")
+_MOST_RATIO = 1032  # of zlib: the most that a packed byte stands for
+_ZLIB_FRAME = 2048
+_MOST_AXES = 4
+MOST_BYTES = 8 << 30  # of all arrays of a trace in memory, and of its file
 _DTYPES = {"uint8", "int16", "int32", "float16", "float32", "float64"}
 
 # Of every trace in memory that was read from a file what the file said: to write it again takes no packing.
@@ -78,7 +86,7 @@ def load_trace(path: str | os.PathLike[str]) -> RoutingTrace:
         check_trace(trace)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    except (KeyError, TypeError, ValueError, zlib.error) as error:
+    except (KeyError, ValueError, zlib.error) as error:
         raise UserError(f"{path}: the trace's parts do not fit together ({error}); record it again") from error
     _bodies[id(trace)] = body
     weakref.finalize(trace, _bodies.pop, id(trace))
@@ -99,6 +107,10 @@ def trace_hash(trace: RoutingTrace) -> str:
 def _checked_body(path: Path) -> bytes:
     """What follows the hash, if it fits the hash."""
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise UserError(f"{path}: this is not a file; name a routing trace, or make one with `moesim trace`")
+        if path.stat().st_size > MOST_BYTES:
+            raise UserError(f"{path}: larger than the {format_bytes(MOST_BYTES)} that a trace may have")
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot read the trace ({error.strerror}); make one with `moesim trace`") from error
@@ -123,40 +135,82 @@ def header_and_arrays(
 ) -> tuple[dict[str, Any], dict[str, Array]]:
     """A JSON header in one line and, by name, the compressed arrays behind it that its `arrays` lists.
 
-    `unpack` makes an array of compressed bytes, a name, a type and a shape. Raises ValueError for other types.
+    `unpack` makes an array of compressed bytes, a name, a type and a shape. Raises ValueError for other types, for
+    arrays of more than `MOST_BYTES` together, and for a list that does not fit the bytes behind the header; all of that
+    before anything is unpacked.
     """
     end = body.index(b"\n")
     header = parse_json(body[:end])
+    listed = header.get("arrays") if isinstance(header, dict) else None
+    if not isinstance(listed, list):
+        raise ValueError("the header lists no arrays")
+    _check_listed(listed, dtypes=dtypes, packed_bytes=len(body) - end - 1)
     arrays: dict[str, Array] = {}
     start = end + 1
-    for entry in header["arrays"]:
-        if entry["dtype"] not in dtypes:
-            raise ValueError(f"unknown type {entry['dtype']!r}")
+    for entry in listed:
         packed = body[start : start + entry["bytes"]]
         arrays[entry["name"]] = unpack(packed, entry["name"], np.dtype(entry["dtype"]), tuple(entry["shape"]))
         start += entry["bytes"]
     return header, arrays
 
 
+def _check_listed(listed: list[Any], *, dtypes: Collection[str], packed_bytes: int) -> None:
+    """Raises ValueError unless the entries name arrays once each, of known types and of sizes that fit."""
+    names: set[str] = set()
+    unpacked = 0
+    for entry in listed:
+        if not isinstance(entry, dict) or set(entry) != {"name", "dtype", "shape", "bytes"}:
+            raise ValueError("the header has an array without name, type, shape and length")
+        name, shape = entry["name"], entry["shape"]
+        if not isinstance(name, str) or name in names:
+            raise ValueError("the header has an array without a name of its own")
+        names.add(name)
+        if not isinstance(entry["dtype"], str) or entry["dtype"] not in dtypes:
+            raise ValueError(f"the array {name[:40]!a} has an unknown type")
+        if not isinstance(shape, list) or len(shape) > _MOST_AXES or not all(map(_is_size, [*shape, entry["bytes"]])):
+            raise ValueError(f"the array {name[:40]!a} has a shape or a length that is none")
+        unpacked += math.prod(shape) * np.dtype(entry["dtype"]).itemsize
+    if unpacked > MOST_BYTES:
+        raise ValueError(f"the arrays claim {format_bytes(unpacked)}; a trace holds at most {format_bytes(MOST_BYTES)}")
+    if sum(entry["bytes"] for entry in listed) != packed_bytes:
+        raise ValueError("the lengths of the arrays do not add up to the file's")
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
 def _parse(body: bytes) -> RoutingTrace:
     """The trace of a header line and the compressed arrays behind it."""
     header, arrays = header_and_arrays(body, _unpack, dtypes=_DTYPES)
-    steps = tuple(
-        TraceStep(step=step, **{name: arrays[f"{index}.{name}"] for name in _STEP_ARRAYS})
-        for index, step in enumerate(header["steps"])
-    )
-    earlier = tuple(
-        StepCounts(step=step, counts_LSE=arrays[f"earlier.{index}"])
-        for index, step in enumerate(header.get("earlier", []))  # traces of before have none
-    )
-    curves = TrainingCurves(**{curve.name: arrays[f"curves.{curve.name}"] for curve in fields(TrainingCurves)})
+    steps, earlier = header["steps"], header.get("earlier", [])  # traces of before have none
+    if not isinstance(steps, list) or not isinstance(earlier, list):
+        raise ValueError("the header's steps are no lists")
+    curves = [curve.name for curve in fields(TrainingCurves)]
+    wanted = {f"{index}.{name}" for index in range(len(steps)) for name in _STEP_ARRAYS}
+    wanted |= {f"earlier.{index}" for index in range(len(earlier))} | {f"curves.{name}" for name in curves}
+    if wanted != set(arrays):
+        odd = min(wanted ^ set(arrays))
+        raise ValueError(f"the array {odd[:40]!a} is {'missing' if odd in wanted else 'none of a trace'}")
     return RoutingTrace(
-        router=RouterShape(**header["router"]),
-        steps=steps,
-        earlier=earlier,
-        curves=curves,
+        router=_router(header["router"]),
+        steps=tuple(
+            TraceStep(step=step, **{name: arrays[f"{index}.{name}"] for name in _STEP_ARRAYS})
+            for index, step in enumerate(steps)
+        ),
+        earlier=tuple(
+            StepCounts(step=step, counts_LSE=arrays[f"earlier.{index}"]) for index, step in enumerate(earlier)
+        ),
+        curves=TrainingCurves(**{name: arrays[f"curves.{name}"] for name in curves}),
         provenance=header["provenance"],
     )
+
+
+def _router(found: object) -> RouterShape:
+    names = {each.name for each in fields(RouterShape)}
+    if not isinstance(found, dict) or set(found) != names:
+        raise ValueError(f"the header's router has not the keys {', '.join(sorted(names))}")
+    return RouterShape(**found)
 
 
 def _arrays(trace: RoutingTrace) -> dict[str, Array]:
@@ -180,7 +234,14 @@ def _pack(array: Array) -> Array:
 
 
 def _unpack(packed: bytes, name: str, dtype: "np.dtype[Any]", shape: tuple[int, ...]) -> Array:
-    planes = np.frombuffer(zlib.decompress(packed), dtype=np.uint8).reshape(dtype.itemsize, -1)
+    size = math.prod(shape) * dtype.itemsize
+    if size > _MOST_RATIO * len(packed) + _ZLIB_FRAME:
+        raise ValueError(f"{name[:40]!a} claims more than {len(packed)} packed bytes can hold")
+    packer = zlib.decompressobj()
+    content = packer.decompress(packed, size + 1)  # never more than was claimed
+    if len(content) != size or not packer.eof or packer.unused_data:
+        raise ValueError(f"{name[:40]!a} does not fill its shape")
+    planes = np.frombuffer(content, dtype=np.uint8).reshape(dtype.itemsize, -1)
     interleaved = np.empty(planes.shape[::-1], dtype=np.uint8)
     for byte, plane in enumerate(planes):
         interleaved[:, byte] = plane

@@ -60,7 +60,7 @@ def made_trace(router: RouterShape, *, columns: int, missing: float = 0.0, seed:
         affinities_LSTK=affinities,
         gates_LSTK=gates_of(router, ids, affinities),
     )
-    counts = rng.integers(0, 50, (2, 3, router.num_experts)).astype(np.int32)
+    counts = columns * rng.integers(0, 50, (2, 3, router.num_experts)).astype(np.int32)  # of K experts per token
     curves = TrainingCurves(
         steps=np.arange(1.0, 10.0),
         train_loss=np.linspace(3, 1, 9),
@@ -68,7 +68,7 @@ def made_trace(router: RouterShape, *, columns: int, missing: float = 0.0, seed:
         validation_loss=np.array([3.1, 1.0 / 3]),
         imbalance=np.linspace(4, 1.1, 9),
     )
-    earlier = (StepCounts(step=0, counts_LSE=counts), StepCounts(step=3, counts_LSE=counts + 1))
+    earlier = (StepCounts(step=0, counts_LSE=counts), StepCounts(step=3, counts_LSE=counts + columns))
     return RoutingTrace(router=router, steps=(final,), earlier=earlier, curves=curves, provenance={"corpus": "abc"})
 
 

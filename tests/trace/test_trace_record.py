@@ -8,8 +8,9 @@ import pytest
 from moesim.errors import UserError
 from moesim.scenario import RouterShape
 from moesim.trace import RoutingTrace, TraceStep, TrainingCurves, check_trace, uniform_trace
+from moesim.trace.check import has_duplicates
 from moesim.trace.masks import distinct_domains
-from moesim.trace.record import group_of_expert, has_duplicates
+from moesim.trace.record import group_of_expert
 
 ROUTER = RouterShape(kind="deepseek_v2", num_experts=16, top_k=3, num_groups=4, group_limit=2)
 
@@ -60,7 +61,7 @@ def test_steps_ascend_and_curves_are_lists() -> None:
     made = trace()
     with pytest.raises(UserError, match="ascending"):
         check_trace(replace(made, steps=(made.final, made.final)))
-    with pytest.raises(UserError, match="curves"):
+    with pytest.raises(UserError, match="curve train_loss is no list"):
         check_trace(replace(made, curves=TrainingCurves(train_loss=np.zeros((2, 2)))))
 
 

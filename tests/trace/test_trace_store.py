@@ -24,11 +24,14 @@ ARRAYS = ("expert_ids_LSTK", "affinities_LSTK", "gates_LSTK")
 
 
 def make(num_experts: int = 16) -> RoutingTrace:
-    router = RouterShape(kind="deepseek_moe", num_experts=num_experts, top_k=2)
+    router = RouterShape(kind="deepseek_v2", num_experts=num_experts, top_k=2, routed_scaling_factor=1 / 3)
     made = uniform_trace(router, num_layers=2, num_sequences=3, sequence_length=8, seed=4)
     curves = TrainingCurves(steps=np.arange(3.0), train_loss=np.array([3.0, 2.0, 1.0 / 3.0]))
-    last = replace(made.final, step=7, gates_LSTK=made.final.affinities_LSTK / np.float32(3))  # not exact in float16
-    return replace(made, steps=(made.final, last), curves=curves, provenance={"corpus": "abc", "versions": {"x": [1]}})
+    gates = made.final.affinities_LSTK / np.float32(3)  # not exact in float16
+    steps = replace(made.final, gates_LSTK=gates), replace(made.final, step=7, gates_LSTK=gates)
+    return replace(
+        made, router=router, steps=steps, curves=curves, provenance={"corpus": "abc", "versions": {"x": [1]}}
+    )
 
 
 @pytest.mark.parametrize("num_experts", [16, 255, 256, 400])

@@ -27,8 +27,10 @@ from moesim.errors import UserError
 from moesim.files import write_atomically
 from moesim.scenario.routing import RouterShape
 from moesim.strict_json import json_text, parse_json
+from moesim.trace.check import check_trace
+from moesim.trace.gates import gates_of
 from moesim.trace.library.text_order import TextOrder, read_order
-from moesim.trace.record import NO_EXPERT, RoutingTrace, StepCounts, TraceStep, TrainingCurves, check_trace
+from moesim.trace.record import NO_EXPERT, RoutingTrace, StepCounts, TraceStep, TrainingCurves
 from moesim.trace.store import header_and_arrays
 
 SCHEMA_VERSION = 2
@@ -133,21 +135,6 @@ def restore(codes: NDArray[np.uint8], scale: dict[str, Any]) -> NDArray[np.float
             heights = np.maximum(1 / (1 + np.exp(-heights)), np.finfo(np.float32).tiny)
             heights[LEVELS - 1] = 0.0
         return np.asarray(heights.astype(np.float32)[codes])
-
-
-def gates_of(router: RouterShape, expert_ids_LSTK: Array, affinities_LSTK: Array) -> NDArray[np.float32]:
-    """The gates that the router's formula makes of the selected experts' affinities (spec, "Routers"), float32."""
-    valid = expert_ids_LSTK != NO_EXPERT
-    values = np.where(valid, affinities_LSTK.astype(np.float64), 0.0)
-    if router.kind == "topk_softmax":
-        values = np.exp(affinities_LSTK - affinities_LSTK.max(axis=-1, keepdims=True).astype(np.float64))
-    if router.kind in ("topk_softmax", "gshard", "deepseek_v3"):
-        values = values / np.maximum(values.sum(axis=-1, keepdims=True), np.finfo(np.float32).tiny)
-    if router.kind in ("deepseek_v2", "deepseek_v3"):
-        values = values * router.routed_scaling_factor
-    if router.kind in ("hash", "uniform", "popularity"):
-        values = np.where(valid, 1 / router.top_k, 0.0)
-    return values.astype(np.float32)
 
 
 def _compress(array: Array) -> bytes:
