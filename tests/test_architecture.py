@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "moesim"
 
 LAYER = {
-    "units": 1, "errors": 1, "seeding": 1, "spelling": 1, "strict_json": 1, "processes": 1, "files": 1,
+    "units": 1, "errors": 1, "seeding": 1, "spelling": 1, "strict_json": 1, "processes": 1, "files": 1, "display": 1,
     "shipped": 1.5,
     "scenario": 2,
     "trace": 3,
@@ -25,7 +25,7 @@ LAYER = {
     "api": 9.5,
     "cli": 10,
 }  # fmt: skip
-MAY_SHARE_A_LAYER = {"units", "errors", "seeding", "strict_json", "processes", "files"}
+MAY_SHARE_A_LAYER = {"units", "errors", "seeding", "strict_json", "processes", "files", "display"}
 # Library -> the only rooms that may import it, at any depth of a function.
 EXCLUSIVE = {
     "torch": {"moe", "validation", "compute/benchmarks"},

@@ -17,12 +17,11 @@ from moesim.cli.flags import (
     check_writable,
 )
 from moesim.cli.interrupt import interrupts_say
-from moesim.cli.progress import watched_training
 from moesim.cli.rows import print_csv, texts
 from moesim.strict_json import json_text
 
 if TYPE_CHECKING:
-    from moesim.planner.folder import Folder
+    from moesim.planner.plan import Plan
 
 NAME = "plan"
 SUMMARY = "Plan a training run: look at every layout that the choices allow, simulate the best, rank and explain them."
@@ -46,20 +45,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(args: argparse.Namespace) -> int:
     """Make the plan, or go on with it. Raises UserError, InfeasibleError and Interrupted."""
     check_workers(args)
-    from moesim.planner.folder import Folder
     from moesim.planner.loading import load_plan
     from moesim.shipped import resolve
-    from moesim.study import watched_points
 
     plan = load_plan(resolve(args.plan, "plan"), args.overrides)
     out_dir = args.out or Path("runs") / plan.name
     check_writable(out_dir)
-    with (
-        interrupts_say(lambda: f"what is finished is kept in {out_dir}; run the same command again to go on"),
-        watched_points(quiet=args.quiet) as watch,
-    ):
-        folder = Folder(out_dir, plan, workers=args.workers, cluster=args.cluster, cache_dir=args.cache, watch=watch)
-        content = _make(folder, args)
+    with interrupts_say(lambda: f"what is finished is kept in {out_dir}; run the same command again to go on"):
+        content = _make(plan, out_dir, args)
     if args.json:
         print(json_text(content, indent=1))
     elif args.csv:
@@ -78,8 +71,13 @@ def _row(layout: str, outcome: dict[str, Any], *, on_front: bool) -> dict[str, A
     return {"id": layout, **outcome, "values": texts(outcome["values"]), "on_front": on_front}
 
 
-def _make(folder: "Folder", args: argparse.Namespace) -> dict[str, Any]:
-    from moesim.planner.planning import Watching, make_plan
+def _make(plan: "Plan", out_dir: Path, args: argparse.Namespace) -> dict[str, Any]:
+    from moesim.display import opened_display
+    from moesim.planner.folder import Folder
+    from moesim.planner.planning import make_plan, watching_on
+    from moesim.study import show_points
 
-    with watched_training(quiet=args.quiet) as training:
-        return make_plan(folder, storage=args.storage, watching=Watching(training=training), force=args.force)
+    with opened_display(quiet=args.quiet) as display:
+        watch = None if display is None else show_points(display)
+        folder = Folder(out_dir, plan, workers=args.workers, cluster=args.cluster, cache_dir=args.cache, watch=watch)
+        return make_plan(folder, storage=args.storage, watching=watching_on(display), force=args.force)

@@ -1,17 +1,18 @@
-"""The progress of a training run, where somebody watches."""
+"""The progress of a training run on stderr."""
 
-import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from moesim.moe.progress import ProgressCallback
 
 
-def watched_training(*, quiet: bool) -> "AbstractContextManager[ProgressCallback | None]":
-    """A bar on stderr that appears with the first training step; nothing when quiet or when stderr is no terminal."""
-    if quiet or not sys.stderr.isatty():
-        return nullcontext()
-    from moesim.moe.progress import training_bar
+@contextmanager
+def watched_training(*, quiet: bool) -> "Iterator[ProgressCallback | None]":
+    """What to call after every training step: it shows nothing for a cached router; None when quiet."""
+    from moesim.display import opened_display
+    from moesim.moe.progress import show_training
 
-    return training_bar()
+    with opened_display(quiet=quiet) as display:
+        yield None if display is None else show_training(display)

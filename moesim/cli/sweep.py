@@ -66,10 +66,11 @@ def execute(args: argparse.Namespace) -> int:
 
 
 def _run(study: "Study", folder: "SweepFolder", args: argparse.Namespace) -> "SweepOutcome":
-    from moesim.study import watched_points
+    from moesim.display import opened_display
+    from moesim.study import show_points
     from moesim.sweeper import sweep
 
-    with watched_points(quiet=args.quiet) as watch:
+    with opened_display(quiet=args.quiet) as display:
         return sweep(
             study,
             folder,
@@ -77,7 +78,7 @@ def _run(study: "Study", folder: "SweepFolder", args: argparse.Namespace) -> "Sw
             cluster=args.cluster,
             retry=args.retry,
             cache_dir=args.cache,
-            watch=watch,
+            watch=None if display is None else show_points(display),
         )
 
 

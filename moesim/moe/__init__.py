@@ -6,7 +6,7 @@ Importing this package, a `TrainingRequest` or the cache does not import torch; 
 from typing import TYPE_CHECKING, Any
 
 from moesim.moe.cache import cache_directory, cached_trace, trace_path
-from moesim.moe.progress import StepReport, training_bar
+from moesim.moe.progress import StepReport, show_training
 from moesim.moe.request import TrainingRequest
 
 if TYPE_CHECKING:
@@ -17,9 +17,9 @@ __all__ = [
     "TrainingRequest",
     "cache_directory",
     "cached_trace",
+    "show_training",
     "trace_path",
     "train_router",
-    "training_bar",
 ]
 
 

@@ -24,15 +24,16 @@ from multiprocessing.synchronize import Event
 from pathlib import Path
 from queue import Empty
 from threading import Thread
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from moesim.display import Display, opened_display
 from moesim.errors import UserError
 from moesim.moe.library_points import SEQUENCE_LENGTH, LibraryPoint, library_points
 from moesim.moe.request import TrainingRequest
+from moesim.processes import same_imports, signals_interrupt
 from moesim.scenario.routing import NoCapacity
 from moesim.trace import RoutingTrace, StepCounts
 from moesim.trace.library.catalogue import INDEX, file_of, write_index
@@ -58,7 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Train what is missing and write the index; 0 when all is there, 1 when a point failed, 130 when interrupted."""
     args = _parser().parse_args(arguments)
     try:
-        return _make(args)
+        with signals_interrupt():
+            return _make(args)
     except UserError as error:
         print(error, file=sys.stderr)
         return error.exit_code
@@ -174,12 +176,12 @@ def _train_all(
     stop, steps_done = spawn.Event(), spawn.Queue()
     failures: list[str] = []
     stopped = False
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bar:
-        task = bar.add_task("training steps", total=sum(point.request.steps for bunch in bunches for point in bunch))
-        watcher = Thread(target=_watch, args=(steps_done, bar, task), daemon=True)
+    total = sum(point.request.steps for bunch in bunches for point in bunch)
+    with opened_display(console=console) as display:
+        watcher = Thread(target=_watch, args=(steps_done, display, total), daemon=True)
         watcher.start()
-        with ProcessPoolExecutor(workers, spawn, initializer=_start_worker, initargs=(stop, steps_done)) as pool:
+        pool = ProcessPoolExecutor(workers, spawn, initializer=_start_worker, initargs=(stop, steps_done))
+        with same_imports(), pool:
             futures = [pool.submit(train_bunch, bunch, out) for bunch in bunches]
             try:
                 for future in as_completed(futures):
@@ -193,7 +195,8 @@ def _train_all(
     return failures, stopped
 
 
-def _watch(steps_done: "Queue[int | None]", bar: Progress, task: Any) -> None:
+def _watch(steps_done: "Queue[int | None]", display: Display | None, total: int) -> None:
+    done = 0
     while True:
         try:
             steps = steps_done.get(timeout=1)
@@ -201,7 +204,9 @@ def _watch(steps_done: "Queue[int | None]", bar: Progress, task: Any) -> None:
             continue
         if steps is None:
             return
-        bar.advance(task, steps)
+        done += steps
+        if display is not None:
+            display.show("training steps", completed=done, total=total)
 
 
 _STOP: Event | None = None

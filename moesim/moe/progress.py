@@ -1,11 +1,9 @@
-"""Progress of a training run: one report per step, and a bar for the terminal; torch is not imported."""
+"""Progress of a training run: one report per step, and how a display shows it; torch is not imported."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import NamedTuple
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from moesim.display import Display
 
 
 class StepReport(NamedTuple):
@@ -20,28 +18,11 @@ class StepReport(NamedTuple):
 ProgressCallback = Callable[[StepReport], None]
 
 
-@contextmanager
-def training_bar(console: Console | None = None) -> Iterator[ProgressCallback]:
-    """A progress bar on stderr (or `console`) that appears with the first report: a cached trace shows none."""
-    bar = Progress(
-        TextColumn("training the router"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}  imbalance {task.fields[imbalance]:.2f}"),
-        TimeRemainingColumn(),
-        console=console or Console(stderr=True),
-    )
-    task: TaskID | None = None
+def show_training(display: Display) -> ProgressCallback:
+    """What shows every report on the display."""
 
     def show(report: StepReport) -> None:
-        nonlocal task
-        if task is None:
-            bar.start()
-            task = bar.add_task("", total=report.num_steps, loss=0.0, imbalance=0.0)
-        bar.update(task, completed=report.step, loss=report.train_loss, imbalance=report.imbalance)
+        note = f"loss {report.train_loss:.3f}, imbalance {report.imbalance:.2f}"
+        display.show("training the router", completed=report.step, total=report.num_steps, note=note)
 
-    try:
-        yield show
-    finally:
-        if task is not None:
-            bar.stop()
+    return show

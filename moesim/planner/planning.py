@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moesim.display import Display
 from moesim.errors import InfeasibleError
-from moesim.moe.progress import ProgressCallback
+from moesim.moe.progress import ProgressCallback, show_training
 from moesim.planner.accounts import baseline, sensitivity
 from moesim.planner.bench import Progress, opened_bench
 from moesim.planner.folder import JOURNAL_FILE, Folder, plan_hash
@@ -32,6 +33,17 @@ class Watching:
 
     training: ProgressCallback | None = None
     screening: Progress | None = None
+
+
+def watching_on(display: Display | None) -> Watching:
+    """All of it on a display."""
+    if display is None:
+        return Watching()
+
+    def screening(done: int, total: int) -> None:
+        display.show("screened", completed=done, total=total)
+
+    return Watching(training=show_training(display), screening=screening)
 
 
 def make_plan(

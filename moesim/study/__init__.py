@@ -1,6 +1,6 @@
 """Many scenarios at once: points, their records on disk, and the pool of processes that simulates them."""
 
-from moesim.study.display import watched_points
+from moesim.study.display import show_points
 from moesim.study.point import Point, PointRecord, scenario_id
 from moesim.study.pool import run_points
 from moesim.study.progress import Progress
@@ -15,5 +15,5 @@ __all__ = [
     "read_points",
     "run_points",
     "scenario_id",
-    "watched_points",
+    "show_points",
 ]

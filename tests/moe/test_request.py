@@ -81,7 +81,7 @@ def test_requests_that_do_not_fit_are_refused(corpus: Path, changes: dict[str, A
 
 def test_requests_hashes_and_cached_traces_need_no_torch() -> None:
     code = (
-        "import sys, moesim.moe; from moesim.moe import TrainingRequest, cached_trace, trace_path, training_bar;"
+        "import sys, moesim.moe; from moesim.moe import TrainingRequest, cached_trace, trace_path, show_training;"
         "from moesim.scenario.routing import RouterShape;"
         "r = TrainingRequest(router=RouterShape(kind='switch', num_experts=4, top_k=1), steps=1, sequence_length=64,"
         " recorded_sequences=1); trace_path(r); assert 'torch' not in sys.modules"

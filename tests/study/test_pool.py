@@ -12,7 +12,7 @@ import pytest
 
 from moesim.errors import MachineError
 from moesim.run import simulate
-from moesim.study import Point, PointRecord, Progress, run_points, watched_points
+from moesim.study import Point, PointRecord, Progress, run_points
 from moesim.study.workers import Processes
 
 TRAINED = {
@@ -251,21 +251,3 @@ def test_ctrl_c_reaches_the_parent_alone(tmp_path):
         [sys.executable, script], capture_output=True, text=True, start_new_session=True, timeout=60, check=False
     )
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "interrupted\n", "")
-
-
-def test_the_display_shows_routers_and_points():
-    from io import StringIO
-
-    from rich.console import Console
-
-    console = Console(file=StringIO(), force_terminal=True, width=120)
-    with watched_points(quiet=False, console=console) as watch:
-        assert watch is not None
-        watch(Progress(points=4, routers=2, trained=1, done=1, infeasible=1, running=2))
-    shown = console.file.getvalue()
-    assert all(text in shown for text in ("routers", "1/2", "points", "2/4", "2 running, 1 infeasible", "left"))
-
-
-def test_no_display_when_quiet():
-    with watched_points(quiet=True) as watch:
-        assert watch is None
