@@ -26,7 +26,7 @@ LIMITS = (1, 2, 3, 4, UNLIMITED)
 CAPACITY_FACTORS = (1.0, 1.25, 1.5, None)
 SEQUENCE_LENGTH = 4096
 SHARE_TOKENS = 4096  # where loads and losses are what is asked for
-STUDY_TOKENS = 16_384  # of the settings that studies give to 8 ranks
+STUDY_TOKENS = {"64x6": 16_384, "160x6": 8192, "256x8": 8192, "granularity": 16_384}  # that studies give to 8 ranks
 WIDE_TOKENS = {"64x6": 262_144, "160x6": 32_768, "256x8": 262_144}  # published settings that 64, 8, 64 ranks draw
 V2_BALANCE = Balance(expert=0.003, device=0.05, communication=0.02)
 V3_BALANCE = Balance(sequence=1e-4, loss_free=LossFree(gamma=1e-3))
@@ -92,7 +92,7 @@ def _request(
     balance: Balance,
     capacity: Capacity,
     shared: int,
-    tokens: int = STUDY_TOKENS,
+    tokens: int,
     seed: int = 0,
     thin: Thin = THIN,
 ) -> TrainingRequest:
@@ -112,7 +112,7 @@ def _request(
 def _vary(published: LibraryPoint, point: str, axis: str, value: object, **changes: Any) -> LibraryPoint:
     """The published setting with fields of its request changed, on as many tokens as its studies draw."""
     studied = axis == "M" or (published.layout == "64x6" and axis != "router")
-    tokens = STUDY_TOKENS if studied else SHARE_TOKENS
+    tokens = STUDY_TOKENS[published.layout] if studied else SHARE_TOKENS
     request = replace(published.request, **{"recorded_sequences": tokens // SEQUENCE_LENGTH, **changes})
     return LibraryPoint(layout=published.layout, point=point, axis=axis, value=str(value), request=request)
 
@@ -121,7 +121,7 @@ def _with_seeds(published: LibraryPoint) -> Iterator[LibraryPoint]:
     """The published setting and every M, each with every seed; only seed 0 of the published one for many ranks."""
     router = published.request.router
     for seed in SEEDS:
-        tokens = WIDE_TOKENS[published.layout] if seed == 0 else STUDY_TOKENS
+        tokens = (WIDE_TOKENS if seed == 0 else STUDY_TOKENS)[published.layout]
         request = replace(published.request, seed=seed, recorded_sequences=tokens // SEQUENCE_LENGTH)
         yield replace(published, request=request)
         for limit in LIMITS:
@@ -194,7 +194,7 @@ def _v2_layout(layout: str, num_experts: int, *, factor: float) -> Iterator[Libr
         point="published",
         axis="published",
         value="published",
-        request=_request(router, balance=V2_BALANCE, capacity=capacity, shared=2),
+        request=_request(router, balance=V2_BALANCE, capacity=capacity, shared=2, tokens=WIDE_TOKENS[layout]),
         aliases=(
             "M3",
             "capacity-1.0",
@@ -232,7 +232,7 @@ def _v3_layout() -> Iterator[LibraryPoint]:
         point="published",
         axis="published",
         value="published",
-        request=_request(router, balance=V3_BALANCE, capacity=NoCapacity(), shared=1),
+        request=_request(router, balance=V3_BALANCE, capacity=NoCapacity(), shared=1, tokens=WIDE_TOKENS["256x8"]),
         aliases=(
             "M4",
             "capacity-none",
@@ -277,6 +277,9 @@ def _granularity() -> Iterator[LibraryPoint]:
         router = RouterShape(kind="deepseek_moe", num_experts=num_experts, top_k=top_k, num_devices=NUM_GROUPS)
         thin = THIN.model_copy(update={"expert_intermediate": GRANULARITY_WIDTH // top_k})
         for seed in SEEDS:
-            request = _request(router, balance=FINE_BALANCE, capacity=NoCapacity(), shared=0, seed=seed, thin=thin)
+            tokens = STUDY_TOKENS["granularity"]
+            request = _request(
+                router, balance=FINE_BALANCE, capacity=NoCapacity(), shared=0, tokens=tokens, seed=seed, thin=thin
+            )
             size = f"{num_experts}x{top_k}"
             yield LibraryPoint(layout="granularity", point=size, axis="granularity", value=size, request=request)

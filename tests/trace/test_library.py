@@ -52,7 +52,7 @@ def test_all_that_was_promised_is_there() -> None:
 def test_files_are_those_of_the_index_and_small() -> None:
     files = {path.name for path in DATA.iterdir()} - {"index.json", "text.order"}
     assert files == {entry.file for entry in library_entries()}
-    assert sum(path.stat().st_size for path in DATA.iterdir()) < 12.5e6
+    assert sum(path.stat().st_size for path in DATA.iterdir()) < 11e6
     for entry in library_entries():
         facts, digest = read_facts(DATA / entry.file)
         assert digest == entry.digest
