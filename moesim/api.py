@@ -72,12 +72,13 @@ def save_run(run: RunRecord, out: str | Path, *, force: bool = False) -> Path:
 
     Raises UserError where the folder holds another run, unless `force`.
     """
+    from moesim.files import claimed
     from moesim.report import write_report
     from moesim.results.store import write_run
 
     folder = Path(out)
-    write_run(run, folder, force=force)
-    write_report(run, folder / "report.html")
+    with claimed(folder):
+        write_run(run, folder, force=force, also={"report.html": lambda path: write_report(run, path)})
     return folder
 
 
