@@ -25,12 +25,28 @@ from moesim.scenario import (
     Placement,
     Precision,
     Routing,
-    Section,
     Uncertainty,
     UniformRouting,
     Zero,
 )
-from moesim.scenario.base import Count, Flag, PositiveFloat, PositiveInt, Share
+from moesim.scenario.base import (
+    BandwidthFactor,
+    FileName,
+    Flag,
+    Gpus,
+    GpusPerNode,
+    PositiveExperts,
+    PositiveFloat,
+    PositiveRent,
+    Section,
+    Seed,
+    Sequences,
+    Share,
+    Text,
+    Tokens,
+    TrainTokens,
+    Usd,
+)
 from moesim.scenario.schema import AnyRecompute
 
 
@@ -42,29 +58,33 @@ def _day(value: object) -> date:
 
 
 Day = Annotated[date, BeforeValidator(_day), PlainSerializer(str)]
-PositiveInts = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
+MOST_VALUES = 1_000  # of one choice
+Sizes = Annotated[tuple[Gpus, ...], Field(min_length=1, max_length=MOST_VALUES)]
+Layouts = Annotated[int, Field(strict=True, ge=0, le=10_000)]
 Objective = Literal["usd", "days", "mfu"]
 
 
 class Offer(Section):
     """GPUs of one kind that can be rented: how many at most, at which price, and who says so."""
 
-    gpu: str
-    at_most: PositiveInt
-    usd_per_gpu_hour: PositiveFloat
-    source: str = Field(min_length=1)
-    gpus_per_node: PositiveInt = 8
+    gpu: Text = Field(description="Kind of GPU, by its name in the catalogue.")
+    at_most: Gpus = Field(description="GPUs of this kind that can be rented at most.")
+    usd_per_gpu_hour: PositiveRent = Field(description="Rent of one GPU in USD per hour.")
+    source: Text = Field(min_length=1, description="Who quotes this rent, and when.")
+    gpus_per_node: GpusPerNode = Field(default=8, description="GPUs of each machine.")
 
 
 class Goal(Section):
     """Train on `tokens` within `days` (or from `start` to `by`) for at most `usd` on GPUs of one of the offers."""
 
-    tokens: PositiveFloat
-    days: PositiveFloat | None = None
-    start: Day | None = None
-    by: Day | None = None
-    usd: PositiveFloat | None = None
-    gpus: tuple[Offer, ...] = Field(min_length=1)
+    tokens: TrainTokens = Field(description="Tokens of the whole training.")
+    days: PositiveFloat | None = Field(
+        default=None, description="Days that the training may take; absent: no deadline."
+    )
+    start: Day | None = Field(default=None, description="First day of the training, such as 2027-01-04; with by.")
+    by: Day | None = Field(default=None, description="Day on which the training must be done; with start.")
+    usd: Usd | None = Field(default=None, description="What the training may cost in USD; absent: no limit.")
+    gpus: tuple[Offer, ...] = Field(min_length=1, max_length=MOST_VALUES, description="GPUs that can be rented.")
 
     @model_validator(mode="after")
     def _one_deadline(self) -> "Goal":
@@ -87,105 +107,152 @@ class Goal(Section):
 class PlanWorkload(Section):
     """What a step trains on; what the planner chooses of a workload (micro-batch, recomputation) is missing."""
 
-    sequence_length: PositiveInt
-    global_batch: PositiveInt
-    precision: Precision = Precision()
-    gradient_clipping: PositiveFloat | None = None
+    sequence_length: Tokens = Field(description="Tokens of one sequence.")
+    global_batch: Sequences = Field(description="Sequences of one optimizer step on all ranks together.")
+    precision: Precision = Field(default=Precision(), description="Number formats; bf16 with fp32 moments if absent.")
+    gradient_clipping: PositiveFloat | None = Field(
+        default=None, description="Largest norm of all gradients together; absent: no limit."
+    )
 
 
 class Choices(Section):
     """Values that the planner may take, one list per key.
 
-    `gpus`: how many in all. `data` is what the other sizes leave of them when it is not listed. `group_limit` is the M
-    of the routing section's router. Every listed combination that a scenario may have is looked at.
+    Every listed combination that a scenario may have is looked at.
     """
 
-    gpus: PositiveInts
-    fabric: Annotated[tuple[Fabric, ...], Field(min_length=1)] = (Fabric(),)
-    pipeline: PositiveInts = (1,)
-    tensor: PositiveInts = (1,)
-    context: PositiveInts = (1,)
-    data: PositiveInts | None = None
-    expert: PositiveInts = (1,)
-    expert_tensor: PositiveInts = (1,)
-    schedule: Annotated[tuple[PipelineSchedule, ...], Field(min_length=1)] = (PipelineSchedule(),)
-    micro_batch: PositiveInts = (1,)
-    recompute: Annotated[tuple[AnyRecompute, ...], Field(min_length=1)] = ("none",)
-    zero: Annotated[tuple[Zero, ...], Field(min_length=1)] = (Zero(),)
-    group_limit: PositiveInts | None = None
-    capacity: Annotated[tuple[Capacity, ...], Field(min_length=1)] = (NoCapacity(),)
-    dispatch: Annotated[tuple[Dispatch, ...], Field(min_length=1)] = (Dispatch(),)
+    gpus: Sizes = Field(description="How many GPUs to rent in all.")
+    fabric: Annotated[tuple[Fabric, ...], Field(min_length=1, max_length=MOST_VALUES)] = Field(
+        default=(Fabric(),), description="Fabrics to choose from, each as in a scenario's cluster.fabric."
+    )
+    pipeline: Sizes = Field(default=(1,), description="Pipeline-parallel sizes.")
+    tensor: Sizes = Field(default=(1,), description="Tensor-parallel sizes.")
+    context: Sizes = Field(default=(1,), description="Context-parallel sizes.")
+    data: Sizes | None = Field(
+        default=None, description="Data-parallel sizes; absent: what the other sizes leave of the GPUs."
+    )
+    expert: Sizes = Field(default=(1,), description="Expert-parallel sizes.")
+    expert_tensor: Sizes = Field(default=(1,), description="Expert-tensor-parallel sizes.")
+    schedule: Annotated[tuple[PipelineSchedule, ...], Field(min_length=1, max_length=MOST_VALUES)] = Field(
+        default=(PipelineSchedule(),), description="Pipeline schedules; without a pipeline all are alike."
+    )
+    micro_batch: Annotated[tuple[Sequences, ...], Field(min_length=1, max_length=MOST_VALUES)] = Field(
+        default=(1,), description="Sequences that a data-parallel rank computes at a time."
+    )
+    recompute: Annotated[tuple[AnyRecompute, ...], Field(min_length=1, max_length=MOST_VALUES)] = Field(
+        default=("none",), description="Activations that the backward pass computes again."
+    )
+    zero: Annotated[tuple[Zero, ...], Field(min_length=1, max_length=MOST_VALUES)] = Field(
+        default=(Zero(),), description="ZeRO stages of dense and expert parameters."
+    )
+    group_limit: Annotated[tuple[PositiveExperts, ...], Field(min_length=1, max_length=MOST_VALUES)] | None = Field(
+        default=None, description="Groups M that a token may reach; absent: as routing.router says."
+    )
+    capacity: Annotated[tuple[Capacity, ...], Field(min_length=1, max_length=MOST_VALUES)] = Field(
+        default=(NoCapacity(),), description="Limits on the rows of an expert or a rank."
+    )
+    dispatch: Annotated[tuple[Dispatch, ...], Field(min_length=1, max_length=MOST_VALUES)] = Field(
+        default=(Dispatch(),), description="Ways in which tokens travel to their experts."
+    )
 
 
 class Constraints(Section):
-    """What else a layout must keep to.
+    """What else a layout must keep to."""
 
-    `free_memory`: share of each GPU's memory that stays free in every routing sample. `tensor_in_node`,
-    `expert_in_node`: these groups lie inside one node.
-    """
-
-    free_memory: Share = 0.0
-    tensor_in_node: Flag = True
-    expert_in_node: Flag = False
-    tokens_per_second: PositiveFloat | None = None
+    free_memory: Share = Field(
+        default=0.0, description="Share of each GPU's memory that stays free in every routing sample."
+    )
+    tensor_in_node: Flag = Field(default=True, description="Whether tensor groups must lie inside one node.")
+    expert_in_node: Flag = Field(default=False, description="Whether expert groups must lie inside one node.")
+    tokens_per_second: Usd | None = Field(default=None, description="Tokens per second at least; absent: any.")
 
 
 class Search(Section):
-    """How much is looked at.
+    """How much is looked at."""
 
-    Spaces of at most `enumerate_at_most` combinations are screened whole; larger ones by `trials` evaluations of
-    NSGA-II in generations of `population`. `simulate` layouts at most are simulated for their own sake, `check` more
-    are drawn at random to judge the screen.
-    """
-
-    method: Literal["auto", "enumerate", "nsga2"] = "auto"
-    enumerate_at_most: PositiveInt = 50_000
-    trials: PositiveInt = 2_000
-    population: Annotated[int, Field(ge=2, strict=True)] = 50
-    simulate: PositiveInt = 8
-    check: Count = 6
+    method: Literal["auto", "enumerate", "nsga2"] = Field(
+        default="auto",
+        description="enumerate: screen all; nsga2: search; auto: enumerate where there are not too many.",
+    )
+    enumerate_at_most: Annotated[int, Field(strict=True, gt=0, le=10_000_000)] = Field(
+        default=50_000, description="Combinations up to which auto screens all."
+    )
+    trials: Annotated[int, Field(strict=True, gt=0, le=1_000_000)] = Field(
+        default=2_000, description="Combinations that NSGA-II screens."
+    )
+    population: Annotated[int, Field(strict=True, ge=2, le=10_000)] = Field(
+        default=50, description="Combinations of one generation of NSGA-II."
+    )
+    simulate: Annotated[int, Field(strict=True, gt=0, le=10_000)] = Field(
+        default=8, description="Layouts simulated for their own sake, at most."
+    )
+    check: Layouts = Field(default=6, description="Further layouts drawn at random and simulated, to judge the screen.")
 
 
 class Sensitivity(Section):
-    """Changes under which layouts are ranked again: of the best `candidates` all bandwidths, of all of them prices.
+    """Changes under which layouts are ranked again: of the best `candidates` all bandwidths, of all of them prices."""
 
-    `bandwidth` are factors on every link, `price` is the share by which each kind of GPU gets dearer and cheaper.
-    """
-
-    candidates: Count = 3
-    bandwidth: tuple[PositiveFloat, ...] = (0.5, 2.0)
-    price: Share = 0.3
+    candidates: Layouts = Field(default=3, description="Best layouts that are simulated again with other bandwidths.")
+    bandwidth: Annotated[tuple[BandwidthFactor, ...], Field(max_length=100)] = Field(
+        default=(0.5, 2.0), description="Factors on the bandwidth of every link."
+    )
+    price: Share = Field(default=0.3, description="Share by which each kind of GPU gets dearer and cheaper.")
 
 
 class Baseline(Section):
-    """A dense model to hold the plan against, `source` saying why it is of an equal class of quality."""
+    """A dense model to hold the plan against."""
 
-    model: Model
-    source: str = Field(min_length=1)
-    choices: Choices | None = None
-    simulate: PositiveInt = 2
+    model: Model = Field(description="The dense model.")
+    source: Text = Field(min_length=1, description="Why it is of an equal class of quality.")
+    choices: Choices | None = Field(
+        default=None, description="What the planner may choose for it; absent: as for the plan."
+    )
+    simulate: Annotated[int, Field(strict=True, gt=0, le=10_000)] = Field(
+        default=2, description="Layouts of it that are simulated, at most."
+    )
 
 
 class Plan(Section):
     """A whole plan file."""
 
-    schema_version: Annotated[int, Field(ge=1, le=1, strict=True)] = 1
-    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
-    model: Model
-    goal: Goal
-    workload: PlanWorkload
-    choices: Choices
-    constraints: Constraints = Constraints()
-    objectives: Annotated[tuple[Objective, ...], Field(min_length=1)] = ("usd", "days")
-    search: Search = Search()
-    sensitivity: Sensitivity = Sensitivity()
-    baseline: Baseline | None = None
-    routing: Routing = UniformRouting(kind="uniform")
-    placement: Placement = Contiguous()
-    implementation: Implementation = Implementation()
-    overlap: Overlap = Overlap()
-    memory: Memory = Memory()
-    network: Network = Network()
-    compute: Compute = Compute()
-    uncertainty: Uncertainty = Uncertainty(samples=1, bank=4)
-    seed: Count = 0
+    schema_version: Annotated[int, Field(ge=1, le=1, strict=True)] = Field(
+        default=1, description="Version of this format."
+    )
+    name: Annotated[FileName, Field(max_length=100)] = Field(description="Name of the plan and of its folder.")
+    model: Model = Field(description="The language model: a preset, a config.json, or its architecture.")
+    goal: Goal = Field(description="What must be reached, and what may be rented for it.")
+    workload: PlanWorkload = Field(description="What one step trains on, and in which number formats.")
+    choices: Choices = Field(description="Values that the planner may take.")
+    constraints: Constraints = Field(
+        default=Constraints(), description="Limits beside the goal; absent: tensor groups inside one node."
+    )
+    objectives: Annotated[tuple[Objective, ...], Field(min_length=1)] = Field(
+        default=("usd", "days"), description="What is best, first one first; layouts are ranked by it."
+    )
+    search: Search = Field(default=Search(), description="How many layouts are screened and simulated.")
+    sensitivity: Sensitivity = Field(default=Sensitivity(), description="Changes under which layouts are ranked again.")
+    baseline: Baseline | None = Field(default=None, description="A dense model to hold the plan against; absent: none.")
+    # Only a dense model may leave the routing out.
+    routing: Routing = Field(
+        default=UniformRouting(kind="uniform"), description="How tokens choose experts; required with experts."
+    )
+    placement: Placement = Field(
+        default=Contiguous(), description="Which rank holds which experts; absent: neighbouring experts on each rank."
+    )
+    implementation: Implementation = Field(default=Implementation(), description="The software that is simulated.")
+    overlap: Overlap = Field(
+        default=Overlap(), description="What runs beside what; absent: as the implementation does."
+    )
+    memory: Memory = Field(
+        default=Memory(), description="GPU memory that is not there for tensors; absent: as measured on H200."
+    )
+    network: Network = Field(
+        default=Network(), description="Model of the network: how transfers share the links; ports if absent."
+    )
+    compute: Compute = Field(
+        default=Compute(), description="Source of kernel durations; absent: the best that there is for the GPU."
+    )
+    uncertainty: Uncertainty = Field(
+        default=Uncertainty(samples=1, bank=4), description="Routing samples behind each number; one by default."
+    )
+    seed: Seed = Field(default=0, description="Seed of all random draws; the same seed gives the same plan.")

@@ -1,13 +1,35 @@
-"""The strict building blocks of every scenario section: frozen, no unknown keys, no silent conversion."""
+"""The strict building blocks of every scenario section: frozen, no unknown keys, no silent conversion.
 
+Every number has bounds: wide enough for any machine or model that will be built, narrow enough that sums and products
+of them stay finite, and that a slip of the keyboard is a message and not hours of work or gigabytes.
+"""
+
+from collections.abc import Callable
 from typing import Annotated, Literal
 
-from pydantic import AllowInfNan, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, Strict, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    AllowInfNan,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    Strict,
+    WithJsonSchema,
+)
 
-from moesim.units import parse_bandwidth, parse_bytes, parse_seconds
+from moesim.units import format_bandwidth, format_bytes, format_seconds, parse_bandwidth, parse_bytes, parse_seconds
 
 DType = Literal["fp32", "bf16", "fp16", "fp8"]
 BYTES_PER_ELEMENT: dict[str, float] = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
+
+MOST_GPUS = 65_536  # the fabric of as many takes seconds and half a gigabyte
+MOST_EXPERTS = 2**15  # traces keep the number of an expert in 16 bits
+MOST_LAYERS = 1_000
+SLOWEST_LINK, FASTEST_LINK = 1e3, 1e18  # bytes/s
+LONGEST_LATENCY = 1.0  # seconds
+LEAST_SHARE = 1e-3  # of a link's bandwidth: less is no link
 
 
 class Section(BaseModel):
@@ -16,21 +38,92 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-PositiveInt = Annotated[int, Strict(), Field(gt=0)]
-Count = Annotated[int, Strict(), Field(ge=0)]
-PositiveFloat = Annotated[float, Strict(), AllowInfNan(False), Field(gt=0)]
-NonNegativeFloat = Annotated[float, Strict(), AllowInfNan(False), Field(ge=0)]
+PositiveInt = Annotated[int, Strict(), Field(gt=0, le=1_000_000)]
+Count = Annotated[int, Strict(), Field(ge=0, le=1_000_000)]
+Seed = Annotated[int, Strict(), Field(ge=0)]
+PositiveFloat = Annotated[float, Strict(), AllowInfNan(False), Field(ge=1e-9, le=1e9)]
+NonNegativeFloat = Annotated[float, Strict(), AllowInfNan(False), Field(ge=0, le=1e9)]
 Share = Annotated[float, Strict(), AllowInfNan(False), Field(ge=0, le=1)]
 Flag = Annotated[bool, Strict()]
+Text = Annotated[str, Field(max_length=1_000)]
+Name = Annotated[str, Field(min_length=1, max_length=200)]
+FileName = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[A-Za-z0-9._-]+$")]
+
+Gpus = Annotated[int, Strict(), Field(gt=0, le=MOST_GPUS)]
+Index = Annotated[int, Strict(), Field(ge=0, lt=MOST_GPUS)]
+GpusPerNode = Annotated[int, Strict(), Field(gt=0, le=1_024)]
+Experts = Annotated[int, Strict(), Field(ge=0, le=MOST_EXPERTS)]
+PositiveExperts = Annotated[int, Strict(), Field(gt=0, le=MOST_EXPERTS)]
+Layers = Annotated[int, Strict(), Field(ge=0, le=MOST_LAYERS)]
+PositiveLayers = Annotated[int, Strict(), Field(gt=0, le=MOST_LAYERS)]
+Heads = Annotated[int, Strict(), Field(gt=0, le=4_096)]
+Width = Annotated[int, Strict(), Field(ge=0, le=2**20)]
+PositiveWidth = Annotated[int, Strict(), Field(gt=0, le=2**20)]
+Tokens = Annotated[int, Strict(), Field(gt=0, le=2**24)]  # of one sequence, of one training step, of a trace
+Sequences = Annotated[int, Strict(), Field(gt=0, le=2**20)]
+Samples = Annotated[int, Strict(), Field(gt=0, le=1_000)]
+TrainTokens = Annotated[float, Strict(), AllowInfNan(False), Field(ge=1, le=1e18)]
+Usd = Annotated[float, Strict(), AllowInfNan(False), Field(ge=1e-6, le=1e15)]
+Rent = Annotated[float, Strict(), AllowInfNan(False), Field(ge=0, le=1e6)]
+PositiveRent = Annotated[float, Strict(), AllowInfNan(False), Field(ge=1e-6, le=1e6)]
+CapacityFactor = Annotated[float, Strict(), AllowInfNan(False), Field(ge=1e-3, le=1e5)]
+Coefficient = Annotated[float, Strict(), AllowInfNan(False), Field(ge=0, le=1e3)]
+Efficiency = Annotated[float, Strict(), AllowInfNan(False), Field(ge=LEAST_SHARE, le=1)]
+BandwidthFactor = Annotated[float, Strict(), AllowInfNan(False), Field(ge=1e-3, le=1e3)]
+Oversubscribed = Annotated[float, Strict(), AllowInfNan(False), Field(ge=1e-3, le=1e3)]
+
+
+def _zero_or_between(least: float, most: float, why: str) -> Callable[[float], float]:
+    def check(value: float) -> float:
+        if value != 0 and not least <= value <= most:
+            raise ValueError(f"must be 0 ({why}), or between {least:g} and {most:g}, got {value!r}")
+        return value
+
+    return check
+
+
+LinkFactor = Annotated[Share, AfterValidator(_zero_or_between(LEAST_SHARE, 1, "failed"))]
+Popularity = Annotated[
+    float,
+    Strict(),
+    AllowInfNan(False),
+    Field(ge=0),
+    AfterValidator(_zero_or_between(1e-12, 1e12, "never chosen")),
+]
 
 
 def _text(example: str) -> WithJsonSchema:
     return WithJsonSchema({"type": "string", "examples": [example]})
 
 
+def _between(least: float, most: float, shown: Callable[[float], str]) -> Callable[[float], float]:
+    def check(value: float) -> float:
+        if not least <= value <= most:
+            raise ValueError(f"must be between {shown(least)} and {shown(most)}, got {value:g} {shown(0).split()[1]}")
+        return value
+
+    return check
+
+
 # Quantities are texts with a unit in the file and SI numbers inside; dumping writes the text again, exact to the bit.
 Bandwidth = Annotated[
-    float, BeforeValidator(parse_bandwidth), Field(gt=0), PlainSerializer(lambda v: f"{v!r} B/s"), _text("400 Gbps")
+    float,
+    BeforeValidator(parse_bandwidth),
+    AfterValidator(_between(SLOWEST_LINK, FASTEST_LINK, format_bandwidth)),
+    PlainSerializer(lambda v: f"{v!r} B/s"),
+    _text("400 Gbps"),
 ]
-Latency = Annotated[float, BeforeValidator(parse_seconds), PlainSerializer(lambda v: f"{v!r} s"), _text("3.3 us")]
-Bytes = Annotated[float, BeforeValidator(parse_bytes), PlainSerializer(lambda v: f"{v!r} B"), _text("141 GB")]
+Latency = Annotated[
+    float,
+    BeforeValidator(parse_seconds),
+    AfterValidator(_between(0, LONGEST_LATENCY, format_seconds)),
+    PlainSerializer(lambda v: f"{v!r} s"),
+    _text("3.3 us"),
+]
+Bytes = Annotated[
+    float,
+    BeforeValidator(parse_bytes),
+    AfterValidator(_between(0, 1e15, format_bytes)),
+    PlainSerializer(lambda v: f"{v!r} B"),
+    _text("141 GB"),
+]

@@ -6,15 +6,24 @@ from typing import Annotated, Literal
 from pydantic import Discriminator, Field, Tag
 
 from moesim.scenario.base import (
+    MOST_EXPERTS,
     Bandwidth,
+    BandwidthFactor,
     DType,
+    Efficiency,
+    Experts,
     Flag,
+    Gpus,
+    GpusPerNode,
+    Index,
     Latency,
-    NonNegativeFloat,
-    PositiveFloat,
-    PositiveInt,
+    LinkFactor,
+    Name,
+    Oversubscribed,
+    Rent,
     Section,
     Share,
+    Text,
 )
 from moesim.scenario.catalogue import gpu_spec
 
@@ -22,11 +31,13 @@ from moesim.scenario.catalogue import gpu_spec
 class Pool(Section):
     """`nodes` machines with `gpus_per_node` GPUs of one kind."""
 
-    name: str = "main"
-    gpu: str
-    nodes: PositiveInt
-    gpus_per_node: PositiveInt = 8
-    price_per_gpu_hour: NonNegativeFloat | None = None
+    name: Name = Field(default="main", description="Name of the pool, different from those of other pools.")
+    gpu: Name = Field(description="Kind of GPU, by its name in the catalogue.")
+    nodes: Gpus = Field(description="Machines of the pool.")
+    gpus_per_node: GpusPerNode = Field(default=8, description="GPUs of each machine.")
+    price_per_gpu_hour: Rent | None = Field(
+        default=None, description="Rent of one GPU in USD per hour; absent: the catalogue's, with its source."
+    )
 
     @property
     def usd_per_gpu_hour(self) -> float:
@@ -42,8 +53,8 @@ class Pool(Section):
 class Oversubscription(Section):
     """Ratio of capacity below to capacity above a tier."""
 
-    leaf: PositiveFloat = 1.0
-    spine: PositiveFloat = 1.0
+    leaf: Oversubscribed = Field(default=1.0, description="Capacity below a leaf switch over that above it.")
+    spine: Oversubscribed = Field(default=1.0, description="Capacity below a spine switch over that above it.")
 
 
 def _oversubscription_form(value: object) -> str:
@@ -52,60 +63,88 @@ def _oversubscription_form(value: object) -> str:
 
 # The tags in angle brackets never show: they only keep pydantic from reporting both forms for one mistake.
 AnyOversubscription = Annotated[
-    Annotated[PositiveFloat, Tag("<number>")] | Annotated[Oversubscription, Tag("<mapping>")],
+    Annotated[Oversubscribed, Tag("<number>")] | Annotated[Oversubscription, Tag("<mapping>")],
     Discriminator(_oversubscription_form),
 ]
 
 
 class Degraded(Section):
-    """A link, node or rail whose bandwidth is multiplied by `factor`; 0 means failed."""
+    """A link, node or rail whose bandwidth is multiplied by `factor`."""
 
-    link: tuple[str, str] | None = None
-    node: int | None = None
-    rail: int | None = None
-    factor: Share
+    link: tuple[Name, Name] | None = Field(default=None, description="One directed link by the names of its two ends.")
+    node: Index | None = Field(default=None, description="All links of this node, counted from 0.")
+    rail: Index | None = Field(
+        default=None, description="The network links of the GPUs with this index in their nodes."
+    )
+    factor: LinkFactor = Field(description="Share of the bandwidth that is left; 0: the links have failed.")
 
 
 class Link(Section):
     """A directed link of a custom fabric; `both` adds the opposite direction."""
 
-    source: str
-    target: str
-    bandwidth: Bandwidth
-    latency: Latency = 0.0
-    both: Flag = True
+    source: Name = Field(description="Where the link begins; GPUs are gpu0, gpu1, ...")
+    target: Name = Field(description="Where the link ends.")
+    bandwidth: Bandwidth = Field(description="Bandwidth in this direction.")
+    latency: Latency = Field(default=0.0, description="Latency of the link.")
+    both: Flag = Field(default=True, description="Whether a link like it leads back.")
 
 
 class Fabric(Section):
-    """Links of the cluster. Bandwidths are per link and direction; what is absent comes from the GPU's catalogue entry.
+    """Links of the cluster. Bandwidths are per link and direction."""
 
-    `*_efficiency` is the share of a link's bandwidth that long transfers reach; absent means the calibrated value.
-    `bandwidth_factor` multiplies the bandwidth of every link, wherever it comes from; latencies stay.
-    """
-
-    preset: Literal["nvlink_node", "rail_optimised", "multi_plane", "leaf_spine", "nvl72", "custom"] = "rail_optimised"
-    nvlink: Bandwidth | None = None
-    nvlink_latency: Latency | None = None
-    nvlink_efficiency: Share | None = None
-    nic: Bandwidth | None = None
-    nic_latency: Latency | None = None
-    nic_efficiency: Share | None = None
-    leaf_latency: Latency | None = None
-    pod_nodes: PositiveInt | None = None
-    planes: PositiveInt = 1
-    oversubscription: AnyOversubscription = 1.0
-    pxn: Flag = False
-    bandwidth_factor: PositiveFloat = 1.0
-    degraded: tuple[Degraded, ...] = ()
-    links: tuple[Link, ...] = ()
-    file: str | None = None
+    preset: Literal["nvlink_node", "rail_optimised", "multi_plane", "leaf_spine", "nvl72", "custom"] = Field(
+        default="rail_optimised", description="Shape of the fabric; custom: made of links, or of file."
+    )
+    nvlink: Bandwidth | None = Field(
+        default=None, description="NVLink of one GPU in one direction; absent: the catalogue's for the GPU."
+    )
+    nvlink_latency: Latency | None = Field(
+        default=None, description="Latency of one NVLink hop; absent: the calibrated value."
+    )
+    nvlink_efficiency: Efficiency | None = Field(
+        default=None, description="Share of NVLink's bandwidth that long transfers reach; absent: the calibrated value."
+    )
+    nic: Bandwidth | None = Field(
+        default=None, description="Network port of one GPU in one direction; absent: 400 Gbps."
+    )
+    nic_latency: Latency | None = Field(
+        default=None, description="Latency between GPU and leaf switch; absent: the calibrated value."
+    )
+    nic_efficiency: Efficiency | None = Field(
+        default=None,
+        description="Share of the network's bandwidth that long transfers reach; absent: the calibrated value.",
+    )
+    leaf_latency: Latency | None = Field(
+        default=None, description="Latency of a link above the leaf switches; absent: the calibrated value."
+    )
+    pod_nodes: Gpus | None = Field(
+        default=None,
+        description="Nodes under one leaf (rail_optimised: one set of rails); absent: 4 in leaf_spine, else all.",
+    )
+    planes: GpusPerNode = Field(default=1, description="Separate network planes of preset multi_plane.")
+    oversubscription: AnyOversubscription = Field(
+        default=1.0, description="Capacity below the leaf switches over that above them, or both tiers as a mapping."
+    )
+    pxn: Flag = Field(
+        default=False, description="Whether a copy to another rail first crosses NVLink, so that it stays on its rail."
+    )
+    bandwidth_factor: BandwidthFactor = Field(
+        default=1.0, description="Factor on the bandwidth of every link, wherever it comes from; latencies stay."
+    )
+    degraded: tuple[Degraded, ...] = Field(
+        default=(), max_length=10_000, description="Links that are slow or have failed."
+    )
+    links: tuple[Link, ...] = Field(default=(), max_length=100_000, description="The links of preset custom.")
+    file: Text | None = Field(
+        default=None, description="The links of preset custom as a networkx node-link JSON file, relative to this file."
+    )
 
 
 class Cluster(Section):
     """Pools of GPUs and the fabric between them. The flat form (gpu, nodes, ...) is short for one pool."""
 
-    pools: tuple[Pool, ...] = Field(min_length=1)
-    fabric: Fabric = Fabric()
+    pools: tuple[Pool, ...] = Field(min_length=1, max_length=1_000, description="Machines by kind of GPU.")
+    fabric: Fabric = Field(default=Fabric(), description="The links between the GPUs.")
 
     @property
     def num_gpus(self) -> int:
@@ -114,42 +153,55 @@ class Cluster(Section):
 
 
 class Dispatch(Section):
-    """How tokens travel to their experts and back.
+    """How tokens travel to their experts and back."""
 
-    `sm_share`: share of each GPU's SMs that communication kernels hold while a transfer is open (20 of 132 in
-    DeepSeek-V3's training); absent means the measured slow-down of compute beside a transfer.
-    """
-
-    algorithm: Literal["direct", "hierarchical", "low_latency"] = "direct"
-    deduplicate: Literal["per_expert", "per_rank", "per_node"] = "per_rank"
-    dtype: DType = "bf16"
-    combine_dtype: DType = "bf16"
-    sm_share: Annotated[Share, Field(lt=1)] | None = None
+    algorithm: Literal["direct", "hierarchical", "low_latency"] = Field(
+        default="direct",
+        description="direct: each copy straight to its rank; hierarchical: once per node, then fanned out over NVLink; "
+        "low_latency: one message per selected expert.",
+    )
+    deduplicate: Literal["per_expert", "per_rank", "per_node"] = Field(
+        default="per_rank", description="A token is sent once per selected expert, per rank or per node."
+    )
+    dtype: DType = Field(default="bf16", description="Number format of the tokens on their way to the experts.")
+    combine_dtype: DType = Field(default="bf16", description="Number format of the expert outputs on their way back.")
+    sm_share: Annotated[Share, Field(lt=1)] | None = Field(
+        default=None,
+        description="Share of each GPU's SMs that communication kernels hold while a transfer is open (20 of 132 in "
+        "DeepSeek-V3's training); absent: the measured slow-down of compute beside a transfer.",
+    )
 
 
 class Network(Section):
-    """Which model shares the links: the closed form over ports, merged completions, or exact max-min filling."""
+    """How transfers share the links."""
 
-    model: Literal["ports", "fluid", "exact"] = "ports"
+    model: Literal["ports", "fluid", "exact"] = Field(
+        default="ports",
+        description="ports: closed form over the ports of each rank; fluid: max-min fair shares in time windows; "
+        "exact: max-min fair shares at every completion.",
+    )
 
 
 class Contiguous(Section):
     """Rank r of an EP group holds experts r*N/D .. (r+1)*N/D - 1."""
 
-    kind: Literal["contiguous"] = "contiguous"
+    kind: Literal["contiguous"] = Field(default="contiguous", description="Neighbouring experts on each rank.")
 
 
 class RoundRobin(Section):
     """Expert e sits on rank e mod D. It splits a router's groups, so it needs a router without groups."""
 
-    kind: Literal["round_robin"]
+    kind: Literal["round_robin"] = Field(description="Expert e on rank e mod parallelism.expert.")
 
 
 class Explicit(Section):
-    """`slots[r]` lists the experts of rank r; an expert may appear once."""
+    """The experts of every rank, one by one."""
 
-    kind: Literal["explicit"]
-    slots: tuple[tuple[Annotated[int, Field(ge=0, strict=True)], ...], ...]
+    kind: Literal["explicit"] = Field(description="A list of experts for each rank.")
+    slots: tuple[tuple[Experts, ...], ...] = Field(
+        max_length=MOST_EXPERTS,
+        description="One list of experts per rank of an expert-parallel group, each expert once.",
+    )
 
 
 Placement = Annotated[Contiguous | RoundRobin | Explicit, Field(discriminator="kind")]

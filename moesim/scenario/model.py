@@ -4,75 +4,109 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from moesim.scenario.base import Count, Flag, PositiveFloat, PositiveInt, Section
+from moesim.scenario.base import (
+    Experts,
+    Flag,
+    Heads,
+    Layers,
+    Name,
+    PositiveExperts,
+    PositiveFloat,
+    PositiveLayers,
+    PositiveWidth,
+    Section,
+    Text,
+    Tokens,
+    Width,
+)
 
 
 class Mha(Section):
     """Multi-head attention: as many key/value heads as query heads."""
 
-    kind: Literal["mha"] = "mha"
+    kind: Literal["mha"] = Field(
+        default="mha", description="Multi-head attention: every query head has keys and values."
+    )
 
 
 class Gqa(Section):
     """Grouped-query attention: `kv_heads` of the model share the query heads."""
 
-    kind: Literal["gqa"]
+    kind: Literal["gqa"] = Field(description="Grouped-query attention: query heads share model.kv_heads.")
 
 
 class Mla(Section):
     """Multi-head latent attention (arXiv 2405.04434): low-rank q and kv compression, the rope part apart."""
 
-    kind: Literal["mla"]
-    q_lora_rank: PositiveInt | None = None
-    kv_lora_rank: PositiveInt
-    rope_head_dim: PositiveInt
-    value_head_dim: PositiveInt | None = None  # head_dim when absent
+    kind: Literal["mla"] = Field(description="Multi-head latent attention of DeepSeek-V2 and -V3.")
+    q_lora_rank: PositiveWidth | None = Field(
+        default=None, description="Width that queries are compressed to; absent: queries are not compressed."
+    )
+    kv_lora_rank: PositiveWidth = Field(description="Width that keys and values are compressed to.")
+    rope_head_dim: PositiveWidth = Field(description="Extra query and key dimensions per head that carry positions.")
+    value_head_dim: PositiveWidth | None = Field(
+        default=None, description="Dimensions of a head's values; absent: model.head_dim."
+    )
 
 
 class LocalGlobal(Section):
-    """A window of `window` tokens plus one global token every `global_every`: O(n W) instead of O(n^2).
+    """A window of `window` tokens plus one global token every `global_every`: O(n W) instead of O(n^2)."""
 
-    `global_every: null` has no global tokens: a plain sliding window.
-    """
-
-    kind: Literal["local_global"]
-    window: PositiveInt = 64
-    global_every: PositiveInt | None = 32
+    kind: Literal["local_global"] = Field(description="A local window and regularly spaced global tokens.")
+    window: Tokens = Field(default=64, description="Tokens of the local window.")
+    global_every: Tokens | None = Field(
+        default=32, description="One token in so many is seen by every other token; null: a plain sliding window."
+    )
 
 
 Attention = Annotated[Mha | Gqa | Mla | LocalGlobal, Field(discriminator="kind")]
 
 
 class Model(Section):
-    """One decoder-only transformer. A dense model has experts = 0 and dense_layers = layers.
+    """One decoder-only transformer. A dense model has experts = 0 and dense_layers = layers."""
 
-    `head_dim` is the query/key dimension without the rope part of MLA. `expert_intermediate` is the width of one
-    routed or shared expert (SwiGLU: three matrices). `shared_experts` run for every token and are replicated.
-    `router_groups` and `router_group_limit` are the group limit of the model's own router, which holds where `routing`
-    names no other. `left_out` says what the model's source states and this section cannot: every run warns of it.
-    """
-
-    preset: str | None = None
-    layers: PositiveInt
-    hidden: PositiveInt
-    heads: PositiveInt
-    kv_heads: PositiveInt
-    head_dim: PositiveInt
-    attention: Attention = Mha()
-    dense_layers: Count = 0
-    dense_intermediate: Count = 0
-    experts: Count = 0
-    top_k: Count = 0
-    shared_experts: Count = 0
-    expert_intermediate: Count = 0
-    vocab: PositiveInt
-    tied_embeddings: Flag = False
-    routed_scaling_factor: PositiveFloat = 1.0
-    router_groups: PositiveInt = 1
-    router_group_limit: PositiveInt = 1
-    mtp_layers: Count = 0
-    source: str | None = None
-    left_out: tuple[str, ...] = ()
+    preset: Name | None = Field(default=None, description="A model of the catalogue; keys written beside it win.")
+    layers: PositiveLayers = Field(description="Transformer layers, dense and MoE together.")
+    hidden: PositiveWidth = Field(description="Width of the residual stream.")
+    heads: Heads = Field(description="Query heads of each attention layer.")
+    kv_heads: Heads = Field(description="Key and value heads; equal to heads with mha.")
+    head_dim: PositiveWidth = Field(description="Query and key dimensions of a head, the rope part of mla left out.")
+    attention: Attention = Field(default=Mha(), description="Kind of attention; mha when absent.")
+    dense_layers: Layers = Field(
+        default=0, description="Layers with a dense feed-forward network; they come first. All of them without experts."
+    )
+    dense_intermediate: Width = Field(
+        default=0,
+        description="Width of the dense feed-forward network (SwiGLU: three matrices); needed with dense layers.",
+    )
+    experts: Experts = Field(default=0, description="Routed experts of each MoE layer; 0: a dense model.")
+    top_k: Experts = Field(default=0, description="Experts that each token is routed to.")
+    shared_experts: Experts = Field(default=0, description="Experts that every token passes, a copy on each rank.")
+    expert_intermediate: Width = Field(
+        default=0, description="Width of one routed or shared expert (SwiGLU: three matrices)."
+    )
+    vocab: Annotated[int, Field(strict=True, gt=0, le=2**24)] = Field(description="Entries of the vocabulary.")
+    tied_embeddings: Flag = Field(
+        default=False, description="Whether the embedding and the output head are one matrix."
+    )
+    routed_scaling_factor: PositiveFloat = Field(
+        default=1.0, description="Factor on the output of the routed experts; it changes training, not time."
+    )
+    router_groups: PositiveExperts = Field(
+        default=1, description="Groups of experts of the model's own router; it holds where routing names no other."
+    )
+    router_group_limit: PositiveExperts = Field(
+        default=1, description="Groups that a token may reach by the model's own router."
+    )
+    mtp_layers: Annotated[int, Field(strict=True, ge=0, le=64)] = Field(
+        default=0, description="Layers of multi-token prediction behind the last layer, each with the head's work."
+    )
+    source: Text | None = Field(default=None, description="Where the architecture is published.")
+    left_out: tuple[Text, ...] = Field(
+        default=(),
+        max_length=1_000,
+        description="What the model's source states and this section cannot; every run warns of it.",
+    )
 
     @property
     def moe_layers(self) -> int:

@@ -5,41 +5,71 @@ from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from moesim.scenario.base import Flag, NonNegativeFloat, PositiveFloat, PositiveInt, Section, Share
+from moesim.scenario.base import (
+    MOST_EXPERTS,
+    MOST_LAYERS,
+    CapacityFactor,
+    Coefficient,
+    Flag,
+    Heads,
+    Popularity,
+    PositiveExperts,
+    PositiveFloat,
+    Section,
+    Share,
+    Text,
+    Tokens,
+)
 from moesim.scenario.model import Model
+
+ThinWidth = Annotated[int, Field(strict=True, gt=0, le=16_384)]
 
 
 class PlainRouter(Section):
     """A router without groups: Switch, Mixtral/Qwen3 (`topk_softmax`), DeepSeekMoE/OLMoE, or a fixed one."""
 
-    kind: Literal["switch", "topk_softmax", "deepseek_moe", "hash", "uniform"]
+    kind: Literal["switch", "topk_softmax", "deepseek_moe", "hash", "uniform"] = Field(
+        description="switch: top-1; topk_softmax: Mixtral, Qwen3; deepseek_moe: softmax before top-K; "
+        "hash, uniform: nothing learned."
+    )
 
 
 class GshardRouter(Section):
-    """Top-2 with gates renormalised; `random_second` takes the second expert with probability min(1, 2 g2)."""
+    """Top-2 with gates renormalised."""
 
-    kind: Literal["gshard"]
-    random_second: Flag = False
+    kind: Literal["gshard"] = Field(description="Top-2 of GShard, gates renormalised.")
+    random_second: Flag = Field(
+        default=False,
+        description="Whether the second expert is taken with probability min(1, 2 g2) only, g2 being its gate.",
+    )
 
 
 class GroupedRouter(Section):
-    """Group-limited top-K of DeepSeek-V2 and -V3. `device_limit: M` means groups = expert-parallel size, limit M.
+    """Group-limited top-K of DeepSeek-V2 and -V3.
 
     Without a limit that of the model holds (`model.router_groups`, `model.router_group_limit`), and a `group_limit`
     alone is one of the model's groups; `groups: 1, group_limit: 1` is no limit.
     """
 
-    kind: Literal["deepseek_v2", "deepseek_v3"]
-    groups: PositiveInt | None = None
-    group_limit: PositiveInt | None = None
-    device_limit: PositiveInt | None = None
+    kind: Literal["deepseek_v2", "deepseek_v3"] = Field(
+        description="deepseek_v2: softmax, groups by their best expert; deepseek_v3: sigmoid, by their two best."
+    )
+    groups: PositiveExperts | None = Field(
+        default=None, description="Groups that the experts are cut into; absent: those of the model."
+    )
+    group_limit: PositiveExperts | None = Field(
+        default=None, description="Groups that a token may reach; absent: the limit of the model."
+    )
+    device_limit: PositiveExperts | None = Field(
+        default=None, description="Short for groups = parallelism.expert and group_limit = this number of ranks."
+    )
 
 
 class ExpertChoiceRouter(Section):
     """Each expert takes its C = ceil(capacity_factor K T / N) best tokens (arXiv 2202.09368)."""
 
-    kind: Literal["expert_choice"]
-    capacity_factor: PositiveFloat = 1.0
+    kind: Literal["expert_choice"] = Field(description="Each expert chooses its tokens.")
+    capacity_factor: CapacityFactor = Field(default=1.0, description="Tokens per expert over the even share K T / N.")
 
 
 Router = Annotated[PlainRouter | GshardRouter | GroupedRouter | ExpertChoiceRouter, Field(discriminator="kind")]
@@ -50,48 +80,73 @@ NO_GROUPS = PlainRouter(kind="uniform")  # for synthetic routing: not even the m
 class LossFree(Section):
     """Auxiliary-loss-free balancing: after each step b_i += gamma * sign(mean load - load_i)."""
 
-    gamma: NonNegativeFloat = 0.001
+    gamma: Coefficient = Field(default=0.001, description="Change of an expert's bias after each step.")
 
 
 class Balance(Section):
-    """Coefficients of the balance losses (spec: expert a1, device a2, communication a3, variance w, sequence a)."""
+    """Coefficients of the balance losses."""
 
-    expert: NonNegativeFloat = 0.0
-    device: NonNegativeFloat = 0.0
-    communication: NonNegativeFloat = 0.0
-    variance: NonNegativeFloat = 0.0
-    sequence: NonNegativeFloat = 0.0
-    loss_free: LossFree | None = None
-    scope: Literal["micro_batch", "global_batch"] = "micro_batch"
+    expert: Coefficient = Field(default=0.0, description="Coefficient of the expert-level balance loss.")
+    device: Coefficient = Field(default=0.0, description="Coefficient of DeepSeek-V2's device-level balance loss.")
+    communication: Coefficient = Field(
+        default=0.0, description="Coefficient of DeepSeek-V2's communication balance loss."
+    )
+    variance: Coefficient = Field(default=0.0, description="Coefficient of the variance of the expert loads.")
+    sequence: Coefficient = Field(default=0.0, description="Coefficient of DeepSeek-V3's loss within each sequence.")
+    loss_free: LossFree | None = Field(default=None, description="Balancing by a bias on each expert; absent: none.")
+    scope: Literal["micro_batch", "global_batch"] = Field(
+        default="micro_batch", description="Tokens over which loads are counted."
+    )
 
 
 class Thin(Section):
     """The small byte-level language model that carries the real expert layout (N, K, groups, M)."""
 
-    layers: PositiveInt = 2
-    hidden: PositiveInt = 128
-    heads: PositiveInt = 2
-    expert_intermediate: PositiveInt = 32
-    context: PositiveInt = 256
-    tokens_per_step: PositiveInt = 2048
-    micro_batches: PositiveInt = 1
-    learning_rate: PositiveFloat = 3e-3
-    attention: Literal["mha", "gqa", "mla", "local_global"] = "mha"
-    hash_warmup_share: Share = 0.0
-    expert_grad_clip: PositiveFloat | None = 1.0
-    device: Literal["cpu", "cuda", "auto"] = "auto"
+    layers: Annotated[int, Field(strict=True, gt=0, le=64)] = Field(
+        default=2, description="MoE layers that are really trained; the model's layers take them in turn."
+    )
+    hidden: ThinWidth = Field(default=128, description="Width of the residual stream.")
+    heads: Heads = Field(default=2, description="Attention heads.")
+    expert_intermediate: ThinWidth = Field(default=32, description="Width of one expert.")
+    context: Annotated[int, Field(strict=True, gt=0, le=2**16)] = Field(
+        default=256, description="Tokens of one sequence."
+    )
+    tokens_per_step: Annotated[int, Field(strict=True, gt=0, le=2**22)] = Field(
+        default=2048, description="Tokens of one training step."
+    )
+    micro_batches: Annotated[int, Field(strict=True, gt=0, le=1_024)] = Field(
+        default=1, description="Parts of a step whose loads the scope global_batch adds up."
+    )
+    learning_rate: Annotated[float, Field(strict=True, allow_inf_nan=False, ge=1e-9, le=10)] = Field(
+        default=3e-3, description="Learning rate of AdamW."
+    )
+    attention: Literal["mha", "gqa", "mla", "local_global"] = Field(default="mha", description="Kind of attention.")
+    hash_warmup_share: Share = Field(
+        default=0.0, description="Share of the steps that begin with a fixed hash for a router."
+    )
+    expert_grad_clip: PositiveFloat | None = Field(
+        default=1.0, description="Largest norm of each expert's gradient; null: no limit."
+    )
+    device: Literal["cpu", "cuda", "auto"] = Field(
+        default="auto", description="Where to train; auto: CUDA where there is any."
+    )
 
 
 class TrainRouting(Section):
     """Train a thin MoE language model on real text and record how its router routes held-out text."""
 
-    kind: Literal["train"]
-    router: Router
-    balance: Balance = Balance()
-    steps: PositiveInt = 150
-    corpus: str = "stdlib"
-    tokens: PositiveInt | None = None  # held-out tokens to record; at least 65,536 and one EP group's micro-batch
-    thin: Thin = Thin()
+    kind: Literal["train"] = Field(description="Train a router on real text.")
+    router: Router = Field(description="The router to train.")
+    balance: Balance = Field(default=Balance(), description="How its load is balanced; absent: not at all.")
+    steps: Annotated[int, Field(strict=True, gt=0, le=1_000_000)] = Field(default=150, description="Training steps.")
+    corpus: Text = Field(
+        default="stdlib", description="stdlib: the source of Python's standard library; or a file of text."
+    )
+    tokens: Tokens | None = Field(
+        default=None,
+        description="Held-out tokens to record; absent: 65,536, or a group's micro-batch where that is more.",
+    )
+    thin: Thin = Field(default=Thin(), description="The small model that is trained.")
 
 
 LIBRARY_PREFIX = "library:"  # `routing.file` that begins so names shipped routing, not a file
@@ -100,12 +155,12 @@ LIBRARY_PREFIX = "library:"  # `routing.file` that begins so names shipped routi
 class TraceRouting(Section):
     """Replay a recorded trace: a file, or `library:NAME` (`moesim trace library:` lists the names).
 
-    The trace brings its router, groups and limit with it. `router` asks for nothing but that they are these.
+    The trace brings its router, groups and limit with it.
     """
 
-    kind: Literal["trace"]
-    file: str
-    router: Router | None = None
+    kind: Literal["trace"] = Field(description="Replay recorded routing.")
+    file: Text = Field(description="A trace file relative to this file, or library:NAME for one that ships.")
+    router: Router | None = Field(default=None, description="What the trace's router must be; absent: any.")
 
 
 def _counts_form(value: object) -> str:
@@ -113,24 +168,26 @@ def _counts_form(value: object) -> str:
     return "<per layer>" if nested else "<one list>"
 
 
-ExpertCounts = Annotated[tuple[NonNegativeFloat, ...], Field(min_length=1)]
+ExpertCounts = Annotated[tuple[Popularity, ...], Field(min_length=1, max_length=MOST_EXPERTS)]
 # The tags in angle brackets never show: they only keep pydantic from reporting both forms for one mistake.
 AnyCounts = Annotated[
     Annotated[ExpertCounts, Tag("<one list>")]
-    | Annotated[tuple[ExpertCounts, ...], Field(min_length=1), Tag("<per layer>")],
+    | Annotated[tuple[ExpertCounts, ...], Field(min_length=1, max_length=MOST_LAYERS), Tag("<per layer>")],
     Discriminator(_counts_form),
 ]
 
 
 class PopularityRouting(Section):
-    """K distinct experts per token drawn by measured popularity (Gumbel top-k).
+    """K distinct experts per token drawn by measured popularity (Gumbel top-k)."""
 
-    `counts` is one list of N counts for all layers, or a list of such lists: MoE layer l uses list l mod their number.
-    """
-
-    kind: Literal["popularity"]
-    counts: AnyCounts
-    router: Router | None = None  # only its groups and limit are used; the model's own without it
+    kind: Literal["popularity"] = Field(description="Draw experts by measured popularity.")
+    counts: AnyCounts = Field(
+        description="One list of a count per expert for all layers, or a list of such lists: MoE layer l uses list l "
+        "mod their number. Only ratios within a list matter."
+    )
+    router: Router | None = Field(
+        default=None, description="Only its groups and limit are used; absent: those of the model."
+    )
 
 
 class UniformRouting(Section):
@@ -139,8 +196,10 @@ class UniformRouting(Section):
     Without `router` the limit is the model's own; a router of a kind without groups has none.
     """
 
-    kind: Literal["uniform"]
-    router: Router | None = None
+    kind: Literal["uniform"] = Field(description="Every expert is equally likely.")
+    router: Router | None = Field(
+        default=None, description="Only its groups and limit are used; absent: those of the model."
+    )
 
 
 Routing = Annotated[TrainRouting | TraceRouting | PopularityRouting | UniformRouting, Field(discriminator="kind")]
@@ -149,24 +208,26 @@ Routing = Annotated[TrainRouting | TraceRouting | PopularityRouting | UniformRou
 class NoCapacity(Section):
     """Dropless."""
 
-    kind: Literal["none"] = "none"
+    kind: Literal["none"] = Field(default="none", description="Nothing is dropped.")
 
 
 class ExpertCapacity(Section):
     """C = ceil(factor K T / N) rows per expert over the T tokens of one rank and micro-batch, but no more than T."""
 
-    kind: Literal["expert"]
-    factor: PositiveFloat
-    by: Literal["position", "score"] = "position"
-    pad: Flag = False
+    kind: Literal["expert"] = Field(description="Each expert takes a limited number of rows.")
+    factor: CapacityFactor = Field(description="Rows that an expert takes over the even share K T / N.")
+    by: Literal["position", "score"] = Field(
+        default="position", description="Which rows stay: the earliest, or those with the highest affinity."
+    )
+    pad: Flag = Field(default=False, description="Whether every expert computes all its rows, empty ones too.")
 
 
 class DeviceCapacity(Section):
     """DeepSeek-V2: each device keeps factor * mean rows per device; protected sequences are kept first."""
 
-    kind: Literal["device"]
-    factor: PositiveFloat
-    protected_share: Share = 0.1
+    kind: Literal["device"] = Field(description="Each rank takes a limited number of rows.")
+    factor: CapacityFactor = Field(description="Rows that a rank takes over the mean of all ranks.")
+    protected_share: Share = Field(default=0.1, description="Share of the sequences that never lose a row.")
 
 
 Capacity = Annotated[NoCapacity | ExpertCapacity | DeviceCapacity, Field(discriminator="kind")]

@@ -5,7 +5,25 @@ from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from moesim.scenario.base import Bytes, Count, DType, Flag, PositiveFloat, PositiveInt, Section, Share
+from moesim.scenario.base import (
+    MOST_LAYERS,
+    Bytes,
+    DType,
+    FileName,
+    Flag,
+    Gpus,
+    Layers,
+    PositiveFloat,
+    PositiveLayers,
+    Samples,
+    Section,
+    Seed,
+    Sequences,
+    Share,
+    Text,
+    Tokens,
+    TrainTokens,
+)
 from moesim.scenario.cluster import Cluster, Contiguous, Dispatch, Network, Placement
 from moesim.scenario.model import Model
 from moesim.scenario.routing import Capacity, NoCapacity, RouterShape, Routing, UniformRouting, resolve_router
@@ -16,6 +34,7 @@ RESERVED_BYTES = 3.6e9
 # Measured likewise, as peak reserved / peak allocated - 1 of the activations of a 28-layer MoE whose rows differ by
 # 10 to 30 % from layer to layer: 0.11 with PyTorch's allocator as it comes, 0.014 with expandable segments.
 ALLOCATOR_OVERHEAD = 0.11
+ZeroStage = Annotated[int, Field(ge=0, le=3, strict=True)]
 
 
 class Zero(Section):
@@ -25,40 +44,52 @@ class Zero(Section):
     reduced behind every layer in every micro-batch. 3: weights in shards, too, gathered before every layer.
     """
 
-    dense: Annotated[int, Field(ge=0, le=3, strict=True)] = 0
-    expert: Annotated[int, Field(ge=0, le=3, strict=True)] = 0
+    dense: ZeroStage = Field(
+        default=0, description="ZeRO stage of attention, dense networks, embedding and head: 0 to 3."
+    )
+    expert: ZeroStage = Field(default=0, description="ZeRO stage of the routed experts: 0 to 3.")
 
 
 class PipelineSchedule(Section):
     """In which order pipeline ranks work off micro-batches; see `moesim.parallel.schedules_orders`.
 
-    `virtual` is the number of stages per rank of the interleaved kind: rank r holds stages r, r + pipeline, and so on.
-    Under dualpipe rank r holds stages r and pipeline - 1 - r, so that there are as many stages as ranks.
+    Interleaved, rank r holds stages r, r + pipeline, and so on. Under dualpipe rank r holds stages r and
+    pipeline - 1 - r, so that there are as many stages as ranks.
     """
 
-    kind: Literal["gpipe", "1f1b", "interleaved", "zb_h1", "dualpipe"] = "1f1b"
-    virtual: PositiveInt = 1
+    kind: Literal["gpipe", "1f1b", "interleaved", "zb_h1", "dualpipe"] = Field(
+        default="1f1b", description="In which order the pipeline works off micro-batches."
+    )
+    virtual: PositiveLayers = Field(
+        default=1, description="Stages per rank of the interleaved schedule; 1 for all others."
+    )
 
 
 class Parallelism(Section):
     """World size = data * context * tensor * pipeline; ranks in the order tensor, context, data, pipeline (slowest).
 
     Layers with experts order the ranks of a stage anew (parallel folding): `expert_tensor` ranks with slices of the
-    same experts are neighbours, an expert group is `expert` ranks at that stride. `stages` is the number of layers of
-    each stage of the pipeline, first stage first; absent means as even as possible, the first stages one layer longer.
-    The embedding is on the first stage, the head and the layers of multi-token prediction on the last, beside its
-    layers.
+    same experts are neighbours, an expert group is `expert` ranks at that stride. The embedding is on the first stage,
+    the head and the layers of multi-token prediction on the last, beside its layers.
     """
 
-    data: PositiveInt = 1
-    context: PositiveInt = 1
-    tensor: PositiveInt = 1
-    pipeline: PositiveInt = 1
-    expert: PositiveInt = 1
-    expert_tensor: PositiveInt = 1
-    zero: Zero = Zero()
-    schedule: PipelineSchedule = PipelineSchedule()
-    stages: Annotated[tuple[Count, ...], Field(min_length=1)] | None = None
+    data: Gpus = Field(default=1, description="Data-parallel ranks, each with its own sequences.")
+    context: Gpus = Field(default=1, description="Ranks that share the tokens of a sequence, in a ring.")
+    tensor: Gpus = Field(default=1, description="Ranks that share each matrix of attention and dense networks.")
+    pipeline: Gpus = Field(default=1, description="Ranks that share the layers.")
+    expert: Gpus = Field(
+        default=1, description="Ranks that share the experts of a layer, within data * context * tensor."
+    )
+    expert_tensor: Gpus = Field(default=1, description="Ranks that share each matrix of an expert.")
+    zero: Zero = Field(default=Zero(), description="What data-parallel ranks keep in shards; absent: nothing.")
+    schedule: PipelineSchedule = Field(
+        default=PipelineSchedule(), description="Order of the pipeline's work; 1f1b if absent."
+    )
+    stages: Annotated[tuple[Layers, ...], Field(min_length=1, max_length=MOST_LAYERS)] | None = Field(
+        default=None,
+        description="Layers of each pipeline stage, first stage first; absent: as even as possible, the first stages "
+        "one layer longer.",
+    )
 
     @property
     def num_stages(self) -> int:
@@ -77,17 +108,18 @@ class Parallelism(Section):
 
 
 class Precision(Section):
-    """Number formats: `master` is the master copy of weights (none when the optimizer updates them in place).
+    """Number formats. Activations between kernels are bf16 whatever they are."""
 
-    `gemm` is that of all matrix products and attention; with fp8 head, router gate and attention stay in bf16.
-    Activations between kernels are bf16 whatever it is.
-    """
-
-    gemm: DType = "bf16"
-    weights: DType = "bf16"
-    gradients: DType = "bf16"
-    master: Literal["none", "fp32"] = "none"
-    optimizer: DType = "fp32"
+    gemm: DType = Field(
+        default="bf16",
+        description="Number format of matrix products and attention; fp8 leaves head, router gate and attention in bf16.",
+    )
+    weights: DType = Field(default="bf16", description="Number format of the weights.")
+    gradients: DType = Field(default="bf16", description="Number format of the gradients, in memory and when reduced.")
+    master: Literal["none", "fp32"] = Field(
+        default="none", description="Master copy of the weights; none: the optimizer updates them in place."
+    )
+    optimizer: DType = Field(default="fp32", description="Number format of the optimizer's two moments.")
 
 
 Recomputable = Literal["rms_norm", "swiglu", "mla_up_projection"]
@@ -115,17 +147,21 @@ class Training(Section):
     compressed form); `selective`, all of these; `full`, everything but the input of each layer, so that its forward
     pass, dispatch and combine included, runs twice. DeepSeek-V3 trained with [rms_norm, mla_up_projection].
 
-    `gradient_clipping` is the largest allowed norm of all gradients together: a global sum before the optimizer.
     """
 
-    kind: Literal["training"] = "training"
-    sequence_length: PositiveInt
-    micro_batch: PositiveInt = 1
-    global_batch: PositiveInt
-    train_tokens: PositiveFloat | None = None
-    precision: Precision = Precision()
-    recompute: AnyRecompute = "none"
-    gradient_clipping: PositiveFloat | None = None
+    kind: Literal["training"] = Field(default="training", description="One optimizer step of training.")
+    sequence_length: Tokens = Field(description="Tokens of one sequence.")
+    micro_batch: Sequences = Field(default=1, description="Sequences that a data-parallel rank computes at a time.")
+    global_batch: Sequences = Field(description="Sequences of one optimizer step on all ranks together.")
+    train_tokens: TrainTokens | None = Field(
+        default=None, description="Tokens of the whole training, to give its price and days; absent: neither is given."
+    )
+    precision: Precision = Field(default=Precision(), description="Number formats; bf16 with fp32 moments if absent.")
+    recompute: AnyRecompute = Field(default="none", description="Activations that the backward pass computes again.")
+    gradient_clipping: PositiveFloat | None = Field(
+        default=None,
+        description="Largest norm of all gradients together, a global sum before the optimizer; absent: no limit.",
+    )
 
     @property
     def recomputed_parts(self) -> frozenset[str]:
@@ -136,71 +172,104 @@ class Training(Section):
 
 
 class Overlap(Section):
-    """What runs beside what. Absent means what the implementation does by itself.
+    """What runs beside what. Absent means what the implementation does by itself."""
 
-    `shared_experts`: beside dispatch and combine. `micro_batches`: in a pair of the dualpipe schedule, dispatch and
-    combine of one micro-batch beside the compute of the other. `gradient_reduction`: beside the last backward passes;
-    under ZeRO 2 and 3 reductions and gathers lie beside the neighbouring layers unless it is false.
-    """
-
-    shared_experts: Flag | None = None
-    micro_batches: Flag | None = None
-    gradient_reduction: Flag | None = None
+    shared_experts: Flag | None = Field(
+        default=None,
+        description="Whether shared experts run beside dispatch and combine; absent: as the implementation does.",
+    )
+    micro_batches: Flag | None = Field(
+        default=None,
+        description="Whether, in a pair of the dualpipe schedule, dispatch and combine of one micro-batch run beside "
+        "the compute of the other; absent: as the implementation does.",
+    )
+    gradient_reduction: Flag | None = Field(
+        default=None,
+        description="Whether gradients are reduced beside the last backward passes, and under ZeRO 2 and 3 gathered "
+        "and reduced beside the neighbouring layers; absent: as the implementation does.",
+    )
 
 
 class Implementation(Section):
     """Which software is simulated; `moesim.sim.fused` and `moesim.sim.torch_eager` list its kernels."""
 
-    kind: Literal["fused", "torch_eager"] = "fused"
+    kind: Literal["fused", "torch_eager"] = Field(
+        default="fused",
+        description="fused: kernels of a production trainer; torch_eager: those of a plain torch trainer.",
+    )
 
 
 class Uncertainty(Section):
-    """Routing samples behind every headline number and its 90 % range.
+    """Routing samples behind every headline number and its 90 % range."""
 
-    Each sample draws the sequences of `bank` micro-batches (all, where there are fewer); further ones use them in turn.
-    """
-
-    samples: PositiveInt = 8
-    bank: PositiveInt = 8
+    samples: Samples = Field(default=8, description="Routing samples; 1: no range is given.")
+    bank: Samples = Field(
+        default=8, description="Micro-batches whose sequences a sample draws; further ones use them in turn."
+    )
 
 
 class Compute(Section):
-    """Where kernel durations come from: a profile (name or path), `roofline`, or by default the best for the GPU."""
+    """Where kernel durations come from."""
 
-    profile: str | None = None
+    profile: Text | None = Field(
+        default=None, description="A profile by name or path, or roofline; absent: the best that there is for the GPU."
+    )
 
 
 class Memory(Section):
-    """GPU memory that tensors cannot use.
+    """GPU memory that tensors cannot use."""
 
-    `reserved`: per GPU, for the driver's context, libraries and communicators. `allocator_overhead`: what fragmentation
-    takes, as a share of the memory for activations, buffers and temporaries, which come and go in changing sizes.
-    """
-
-    reserved: Bytes = RESERVED_BYTES
-    allocator_overhead: Share = ALLOCATOR_OVERHEAD
+    reserved: Bytes = Field(
+        default=RESERVED_BYTES, description="Memory of each GPU for the driver's context, libraries and communicators."
+    )
+    allocator_overhead: Share = Field(
+        default=ALLOCATOR_OVERHEAD,
+        description="What fragmentation takes, as a share of the memory for activations, buffers and temporaries.",
+    )
 
 
 class Scenario(Section):
     """One simulation, fully described: the only input of `moesim.run.simulate`."""
 
-    schema_version: Annotated[int, Field(ge=1, le=1, strict=True)] = 1
-    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
-    model: Model
-    routing: Routing = UniformRouting(kind="uniform")  # only a dense model may leave it out
-    capacity: Capacity = NoCapacity()
-    placement: Placement = Contiguous()
-    cluster: Cluster
-    parallelism: Parallelism = Parallelism()
-    workload: Training
-    dispatch: Dispatch = Dispatch()
-    implementation: Implementation = Implementation()
-    overlap: Overlap = Overlap()
-    memory: Memory = Memory()
-    network: Network = Network()
-    compute: Compute = Compute()
-    uncertainty: Uncertainty = Uncertainty()
-    seed: Count = 0
+    schema_version: Annotated[int, Field(ge=1, le=1, strict=True)] = Field(
+        default=1, description="Version of this format."
+    )
+    name: FileName = Field(description="Name of the scenario and of the folder of its run.")
+    model: Model = Field(description="The language model: a preset, a config.json, or its architecture.")
+    # Only a dense model may leave the routing out.
+    routing: Routing = Field(
+        default=UniformRouting(kind="uniform"),
+        description="How tokens choose experts: train, trace, popularity or uniform; required with experts.",
+    )
+    capacity: Capacity = Field(
+        default=NoCapacity(), description="Limit on the rows of an expert or a rank; absent: none."
+    )
+    placement: Placement = Field(
+        default=Contiguous(), description="Which rank holds which experts; absent: neighbouring experts on each rank."
+    )
+    cluster: Cluster = Field(description="The GPUs and the links between them.")
+    parallelism: Parallelism = Field(default=Parallelism(), description="How ranks share the work; absent: one rank.")
+    workload: Training = Field(description="What one step trains on, and in which number formats.")
+    dispatch: Dispatch = Field(default=Dispatch(), description="How tokens travel to experts on other ranks and back.")
+    implementation: Implementation = Field(default=Implementation(), description="The software that is simulated.")
+    overlap: Overlap = Field(
+        default=Overlap(), description="What runs beside what; absent: as the implementation does."
+    )
+    memory: Memory = Field(
+        default=Memory(), description="GPU memory that is not there for tensors; absent: as measured on H200."
+    )
+    network: Network = Field(
+        default=Network(), description="Model of the network: how transfers share the links; ports if absent."
+    )
+    compute: Compute = Field(
+        default=Compute(), description="Source of kernel durations; absent: the best that there is for the GPU."
+    )
+    uncertainty: Uncertainty = Field(
+        default=Uncertainty(), description="Routing samples behind each number and its range."
+    )
+    seed: Seed = Field(
+        default=0, description="Seed of all random draws; the same seed gives the same result to the bit."
+    )
 
     def router_shape(self) -> RouterShape:
         """The router with its aliases resolved; `kind` is "trace" when a recorded trace brings its own."""
