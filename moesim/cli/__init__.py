@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from moesim.cli.interrupt import INTERRUPTED_EXIT_CODE, Interrupted
 from moesim.cli.parser import build, parse
 from moesim.cli.streams import let_go, open_closed_streams, say
-from moesim.errors import UserError
+from moesim.errors import UserError, one_line
 from moesim.processes import signals_interrupt
 
 _BROKEN_PIPE_EXIT_CODE = 141  # 128 + SIGPIPE, as shells report it
@@ -65,7 +65,7 @@ def _complete() -> None:
 
 
 def _fail(message: str, code: int) -> int:
-    say(f"moesim: {message}")
+    say(f"moesim: {one_line(message)}")
     return code
 
 

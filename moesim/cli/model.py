@@ -101,6 +101,7 @@ def find(name: str, overrides: list[str]) -> "Model":
     Raises UserError with the names there are, and for a model that contradicts itself.
     """
     from moesim.scenario import load_scenario, model_names, scenario_from_mapping
+    from moesim.scenario.overrides import override_label
 
     suffix = Path(name).suffix
     if name not in model_names() and suffix in (".yaml", ".yml"):
@@ -110,7 +111,9 @@ def find(name: str, overrides: list[str]) -> "Model":
         raise UserError(f"unknown model {name!r}; use one of {known}, a config.json or a scenario file")
     for override in overrides:
         if not override.startswith("model."):
-            raise UserError(f"--set {override}: a model has only the keys of model, e.g. --set model.layers=30")
+            raise UserError(
+                f"{override_label(override)}: a model has only the keys of model, e.g. --set model.layers=30"
+            )
     # The smallest scenario around the model, so that it passes the same checks as in any other.
     around = {
         "name": "model",

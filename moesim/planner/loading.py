@@ -27,12 +27,12 @@ def load_plan(path: str | FilePath, overrides: Sequence[str] = ()) -> Plan:
         raise UserError(f"{path}: cannot read the plan: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8 text; save the file as UTF-8") from None
-    return _one_line_errors(parse_yaml(text, source=str(path)), overrides, base=path.parent)
+    return _validated(parse_yaml(text, source=str(path)), overrides, base=path.parent)
 
 
 def plan_from_mapping(data: Mapping[str, Any], overrides: Sequence[str] = ()) -> Plan:
     """A plan from nested dicts in any form that a file may have; paths are relative to the working directory."""
-    return _one_line_errors(_node_of(data), overrides, base=FilePath())
+    return _validated(_node_of(data), overrides, base=FilePath())
 
 
 def _node_of(value: Any) -> Node:
@@ -41,14 +41,6 @@ def _node_of(value: Any) -> Node:
     if isinstance(value, list | tuple):
         return Node([_node_of(child) for child in value], "plan", "plan")
     return Node(value, "plan", "plan")
-
-
-def _one_line_errors(root: Node, overrides: Sequence[str], *, base: FilePath) -> Plan:
-    try:
-        return _validated(root, overrides, base=base)
-    except UserError as error:
-        line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(error))
-        raise type(error)(line) from None
 
 
 def _validated(root: Node, overrides: Sequence[str], *, base: FilePath) -> Plan:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moesim.errors import UserError
+from moesim.errors import InternalError
 from moesim.network import Fabric
 from moesim.results.record import RunRecord
 from moesim.scenario import gpu_spec
@@ -28,7 +28,7 @@ class Bound(NamedTuple):
 
 
 def check_plausible(record: RunRecord, fabric: Fabric) -> None:
-    """Raises UserError in one line for a result that cannot be."""
+    """Raises InternalError in one line for a result that cannot be."""
     json_text(record.result)
     step_s = record.result["step_time_s"]
     for name, values in record.arrays.items():
@@ -72,7 +72,4 @@ def bounds(record: RunRecord, fabric: Fabric) -> Iterator[Bound]:
 
 
 def _refuse(record: RunRecord, what: str) -> None:
-    raise UserError(
-        f"{record.scenario.name}: {what}: that cannot be. This is a mistake of moesim, no result is written; "
-        "please report it with the scenario"
-    )
+    raise InternalError(f"{record.scenario.name}: {what}: that cannot be")

@@ -38,11 +38,8 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-PositiveInt = Annotated[int, Strict(), Field(gt=0, le=1_000_000)]
-Count = Annotated[int, Strict(), Field(ge=0, le=1_000_000)]
 Seed = Annotated[int, Strict(), Field(ge=0)]
 PositiveFloat = Annotated[float, Strict(), AllowInfNan(False), Field(ge=1e-9, le=1e9)]
-NonNegativeFloat = Annotated[float, Strict(), AllowInfNan(False), Field(ge=0, le=1e9)]
 Share = Annotated[float, Strict(), AllowInfNan(False), Field(ge=0, le=1)]
 Flag = Annotated[bool, Strict()]
 Text = Annotated[str, Field(max_length=1_000)]

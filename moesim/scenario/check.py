@@ -11,6 +11,7 @@ from moesim.scenario.catalogue import gpu_spec
 from moesim.scenario.check_numbers import either, nearest_divisors
 from moesim.scenario.check_pipeline import check_pipeline, check_recomputation, check_stages, require_supported_step
 from moesim.scenario.check_sharing import check_sharing
+from moesim.scenario.check_size import check_gpus, check_size
 from moesim.scenario.cluster import Explicit, RoundRobin, keeps_groups
 from moesim.scenario.document import Path
 from moesim.scenario.routing import (
@@ -46,10 +47,12 @@ def _path(key: str) -> Path:
 def check_scenario(scenario: Scenario, *, where: Callable[[Path], str] = _dotted) -> None:
     """Raises UserError or InfeasibleError for sections that contradict each other; `where` writes a key's place."""
     report = _Report(where)
+    check_gpus(scenario, report)
     _check_model(scenario, report)
     _check_cluster(scenario, report)
     _check_layout(scenario, report)
     _check_batch(scenario, report)
+    check_size(scenario, report)
     check_pipeline(scenario, report)
     check_recomputation(scenario, report)
     _check_routing(scenario, report)

@@ -67,15 +67,7 @@ def _read(path: FilePath) -> str:
 
 
 def _build(root: Node, overrides: Sequence[str], *, base: FilePath) -> Scenario:
-    """Every way into a Scenario ends here; a message stays one line whatever texts of the user it quotes."""
-    try:
-        return _validated(root, overrides, base=base)
-    except UserError as error:
-        line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(error))
-        raise type(error)(line) from None
-
-
-def _validated(root: Node, overrides: Sequence[str], *, base: FilePath) -> Scenario:
+    """Every way into a Scenario ends here."""
     if not isinstance(root.value, dict):
         kind = "a list" if isinstance(root.value, list) else f"the value {root.value!r}"
         raise UserError(f"{root.where}: expected a mapping of sections, got {kind}; write name: ..., model: ...")

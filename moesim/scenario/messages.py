@@ -98,13 +98,17 @@ def _what(error: ErrorDetails, data: Any, path: Path, schema: type[Section]) -> 
     if kind in comparisons:
         words = {"gt": "greater than", "ge": "at least", "lt": "less than", "le": "at most"}
         bound = comparisons[kind]
-        return f"must be {words[bound]} {context[bound]:g}, got {_show(value)}"
+        return f"must be {words[bound]} {_show_bound(context[bound])}, got {_show(value)}"
     if kind == "finite_number":
         return f"{_show(value)} is not a finite number"
     if kind == "string_pattern_mismatch":
         return f"{_show(value)} may hold only letters, digits and . _ -"
     if kind in ("too_short", "string_too_short"):
         return "must not be empty"
+    if kind == "too_long":
+        return f"at most {context['max_length']:,} values are allowed, got {context['actual_length']:,}"
+    if kind == "string_too_long":
+        return f"must be at most {context['max_length']:,} characters long, got {_show(value)}"
     return f"{error['msg']}, got {_show(value)}"
 
 
@@ -124,6 +128,10 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _show_bound(bound: float) -> str:
+    return f"{bound:,}" if isinstance(bound, int) else f"{bound:g}"
 
 
 def _show(value: Any) -> str:

@@ -7,6 +7,7 @@ from moesim.errors import UserError
 from moesim.scenario.document import Node, Path, list_node, mapping_node, parse_yaml
 from moesim.scenario.sections import section_at
 
+LONGEST_LABEL = 120  # characters
 FLAT_CLUSTER_KEYS = ("name", "gpu", "nodes", "gpus_per_node", "price_per_gpu_hour")
 
 
@@ -32,8 +33,14 @@ def apply_overrides(root: Node, overrides: Sequence[str]) -> Node:
     return root
 
 
+def override_label(override: str) -> str:
+    """How messages name an override: `--set a.b=c`, a long one by its beginning."""
+    text = f"--set {override}"
+    return text if len(text) <= LONGEST_LABEL else f"{text[:LONGEST_LABEL]}..."
+
+
 def _parse_override(override: str) -> tuple[Path, Node]:
-    label = f"--set {override}"
+    label = override_label(override)
     key, equals, text = override.partition("=")
     path = tuple(part.strip() for part in key.split("."))
     if not equals or not all(path):

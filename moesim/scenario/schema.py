@@ -112,7 +112,7 @@ class Precision(Section):
 
     gemm: DType = Field(
         default="bf16",
-        description="Number format of matrix products and attention; fp8 leaves head, router gate and attention in bf16.",
+        description="Number format of matrix products; fp8 leaves head, router gate and attention in bf16.",
     )
     weights: DType = Field(default="bf16", description="Number format of the weights.")
     gradients: DType = Field(default="bf16", description="Number format of the gradients, in memory and when reduced.")

@@ -9,7 +9,7 @@ from pathlib import Path
 from traceback import extract_tb
 from typing import NamedTuple
 
-from moesim.errors import InfeasibleError, MachineError, UserError
+from moesim.errors import InfeasibleError, MachineError, UserError, one_line
 from moesim.study.point import Point, PointRecord
 
 
@@ -70,4 +70,4 @@ def describe(error: Exception) -> str:
     """An unexpected error as one line with the place it came from."""
     frames = extract_tb(error.__traceback__)
     place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}{place}"
+    return one_line(f"{type(error).__name__}: {' '.join(str(error).split())}{place}")

@@ -21,6 +21,7 @@ from moesim.errors import ConflictError, InfeasibleError, UserError
 from moesim.scenario import Scenario, TraceRouting, load_scenario
 from moesim.scenario.catalogue import suggest
 from moesim.scenario.document import Node
+from moesim.scenario.overrides import override_label
 from moesim.strict_json import json_text
 from moesim.study import Point
 from moesim.study.point import content_hash
@@ -153,7 +154,7 @@ def _check_overrides(overrides: Sequence[str], axes: Sequence[Axis]) -> None:
     for override in overrides:
         key = override.partition("=")[0].strip()
         if key in keys:
-            raise UserError(f"--set {override}: {key} is an axis of the study; change the study instead")
+            raise UserError(f"{override_label(override)}: {key} is an axis of the study; change the study instead")
 
 
 def _points(
@@ -186,7 +187,7 @@ def _scenario(
     except UserError as error:
         message = str(error)
         for setting in sorted((*common, *own), key=lambda s: -len(texts[id(s)])):
-            message = message.replace(f"--set {texts[id(setting)]}", setting.where)
+            message = message.replace(override_label(texts[id(setting)]), setting.where)
         raise type(error)(message) from None
 
 

@@ -50,7 +50,7 @@ MISTAKES = {
     edited("nic: 400 Gbps", "nic: 400"): "f.yaml:10:17: cluster.fabric.nic: 400 has no unit; write a bandwidth such as",
     edited("400 Gbps", "400 GB"): 'f.yaml:10:17: cluster.fabric.nic: "400 GB" is not a bandwidth; write it as 400 Gbps',
     edited("400 Gbps", "-1 Gbps"): 'f.yaml:10:17: cluster.fabric.nic: "-1 Gbps" is negative; write it as 400 Gbps',
-    edited("400 Gbps", "0 Gbps"): "f.yaml:10:17: cluster.fabric.nic: must be greater than 0",
+    edited("400 Gbps", "0 Gbps"): "f.yaml:10:17: cluster.fabric.nic: must be between 1 kB/s and 1000 PB/s, got 0 B/s",
     edited("steps: 5", 'steps: "5"'): 'f.yaml:6:10: routing.steps: "5" is text; write the number without quotes',
     edited("steps: 5", "steps: 5e0"): "f.yaml:6:10: routing.steps: expected a whole number, got 5.0; write 5",
     edited("steps: 5", "steps: 5.5"): "f.yaml:6:10: routing.steps: expected a whole number, got 5.5",

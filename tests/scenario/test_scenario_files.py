@@ -46,14 +46,15 @@ def test_null_over_a_preset_survives_the_round_trip():
 
 @settings(deadline=None, max_examples=40)
 @given(
-    bandwidth=st.floats(min_value=1e-3, max_value=1e18),
-    latency=st.floats(min_value=0, max_value=1e3),
-    tokens=st.floats(min_value=1e-3, max_value=1e30),
+    bandwidth=st.floats(min_value=1e3, max_value=1e18),
+    latency=st.floats(min_value=0, max_value=1),
+    tokens=st.floats(min_value=1, max_value=1e18),
+    ratio=st.floats(min_value=1e-3, max_value=1e3),
     name=st.from_regex(r"[A-Za-z0-9._-]+", fullmatch=True),
 )
-def test_quantities_and_texts_round_trip_to_the_bit(bandwidth, latency, tokens, name):
+def test_quantities_and_texts_round_trip_to_the_bit(bandwidth, latency, tokens, ratio, name):
     link = {"source": name, "target": "~", "bandwidth": f"{bandwidth!r} B/s", "latency": f"{latency!r} s"}
-    fabric = {"preset": "custom", "nic": f"{bandwidth!r} B/s", "links": [link], "oversubscription": {"leaf": tokens}}
+    fabric = {"preset": "custom", "nic": f"{bandwidth!r} B/s", "links": [link], "oversubscription": {"leaf": ratio}}
     data = {
         "name": name,
         "model": {"preset": "llama2-7b"},
