@@ -193,9 +193,9 @@ class DeepSeekV3Router(LearnedRouter):
             affinities_TN + self.bias_N, num_groups=shape.num_groups, group_limit=shape.group_limit, best_of=2
         )
         expert_ids_TK = top_ids(limited_TN, shape.top_k)
-        scores_TN = _without_underflow(affinities_TN, logits_TN)
-        gates_TK = normalise(scores_TN.gather(1, expert_ids_TK)) * shape.routed_scaling_factor
-        return Routing(expert_ids_TK, gates_TK, affinities_TN.gather(1, expert_ids_TK), scores_TN)
+        affinities_TK = affinities_TN.gather(1, expert_ids_TK)
+        gates_TK = normalise(affinities_TK) * shape.routed_scaling_factor
+        return Routing(expert_ids_TK, gates_TK, affinities_TK, _without_underflow(affinities_TN, logits_TN))
 
 
 def normalise(scores_TX: Tensor) -> Tensor:
