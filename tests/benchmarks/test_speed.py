@@ -53,16 +53,18 @@ def measured(path: Path, *changes: str, title: str, repeat: int = RUNS) -> dict[
 
 
 def run_seconds(scenario: str, *changes: str, out_dir: Path, title: str) -> float:
-    """CPU seconds of a whole `moesim run`, start of Python and report included."""
+    """CPU seconds of a whole `moesim run`, start of Python and report included; its peak memory is printed beside."""
     command = [sys.executable, "-m", "moesim.cli", "run", str(SCENARIOS / f"{scenario}.yaml")]
     command += [f"--set={change}" for change in changes]
-    seconds = []
+    seconds, peak_bytes = [], []
     for number in range(RUNS):
-        before = os.times()
-        subprocess.run([*command, "--quiet", "--out", str(out_dir / str(number))], check=True)
-        after = os.times()
-        seconds.append(after.children_user - before.children_user + after.children_system - before.children_system)
-    print(f"\n{title}: {min(seconds):.2f} s of CPU (" + ", ".join(f"{second:.2f}" for second in seconds) + ")")
+        process = subprocess.Popen([*command, "--quiet", "--out", str(out_dir / str(number))])
+        _, status, usage = os.wait4(process.pid, 0)
+        assert status == 0
+        seconds.append(usage.ru_utime + usage.ru_stime)
+        peak_bytes.append(usage.ru_maxrss * 1024)
+    each = ", ".join(f"{second:.2f}" for second in seconds)
+    print(f"\n{title}: {min(seconds):.2f} s of CPU ({each}), {max(peak_bytes) / 2**30:.2f} GiB at most")
     return min(seconds)
 
 
