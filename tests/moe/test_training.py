@@ -229,7 +229,8 @@ def test_the_learning_rate_warms_up_and_decays() -> None:
 
 def test_divergence_and_a_missing_device_are_one_line(corpus: Path) -> None:
     with pytest.raises(UserError, match=r"diverged.*learning_rate"):
-        train_router(small_request(corpus, thin={"learning_rate": 1e30}))
+        request = small_request(corpus)
+        train_router(replace(request, thin=request.thin.model_copy(update={"learning_rate": 1e30})))
     import torch
 
     if not torch.cuda.is_available():
