@@ -23,8 +23,8 @@ KEYS = {
 }
 MUCH_PADDING = 0.5  # of the computed rows: then they are the cause
 NOTHING_FITS = (
-    "no one or two changes of this layout make it fit, nor does any tried on up to 8 times the nodes; use GPUs with "
-    "more memory, a smaller model or shorter sequences"
+    "no one or two changes make it fit, nor does any layout on up to 8 times the nodes; use GPUs with more memory, a "
+    "smaller model or shorter sequences"
 )
 
 
