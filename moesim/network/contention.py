@@ -13,11 +13,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from moesim.errors import InternalError
 from moesim.network.fabric import NONE, Fabric
 
 FloatArray = NDArray[np.float64]
 
 TINY = 1e-30  # flows: fewer than any
+SHARINGS_PER_LINK = 10
 TOLERANCE = 1e-9  # a link counts as overloaded from this share above its capacity on
 
 
@@ -55,14 +57,16 @@ def progress_rates(capacity_X: FloatArray, demands_KX: FloatArray, flows_KX: Flo
     rate_K = np.ones(len(demands_KX))
     enough_X = capacity_X * (1 + TOLERANCE)
     over_X = np.flatnonzero(demands_KX.sum(axis=0) > enough_X)
-    while len(over_X):
+    for _ in range(SHARINGS_PER_LINK * len(over_X) + 1):  # each one settles a link, but for round-off
+        if not len(over_X):
+            return rate_K
         flows_KO, demands_KO = flows_KX[:, over_X], demands_KX[:, over_X]
         each_KO = demands_KO * rate_K[:, None] / np.maximum(flows_KO, TINY)
         level_O = _levels(capacity_X[over_X], each_KO, flows_KO)
         link = int(level_O.argmin())
         rate_K *= np.minimum(1.0, level_O[link] / np.maximum(each_KO[:, link], TINY))
         over_X = over_X[rate_K @ demands_KO > enough_X[over_X]]
-    return rate_K
+    raise InternalError("network: transfers that share links find no rates that these can carry")
 
 
 def _levels(capacity_X: FloatArray, each_KX: FloatArray, flows_KX: FloatArray) -> FloatArray:

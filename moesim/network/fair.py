@@ -15,6 +15,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from moesim.errors import InternalError
 from moesim.network.fabric import NONE, Fabric
 from moesim.network.filling import drain_components, join_links
 from moesim.network.flows import Demand, Flows, build_flows
@@ -54,10 +55,12 @@ class Components:
             order_F = order_F[sends_F]
             first_flow_C = np.searchsorted(self.component_F[order_F], np.arange(len(first_flow_C)))
         finish_F = np.empty(len(order_F))
-        drain_components(
+        ended = drain_components(
             bytes_F[order_F], release_F[order_F], self.path_FP[order_F], self.capacity_X, first_flow_C,
             self.first_link_C, window_C, finish_F,
         )  # fmt: skip
+        if not ended or not np.isfinite(finish_F).all():
+            raise InternalError("network: flows that share links do not come to their ends")
         ends_F = np.full(len(bytes_F), -np.inf)
         ends_F[order_F] = finish_F
         return ends_F

@@ -16,6 +16,8 @@ Loop = TypeVar("Loop", bound=Callable[..., Any])
 # A flow's mark: the number of the filling that last gave it a rate, or one of these.
 WAITING, DONE = 2**31 - 2, 2**31 - 1
 EARLY, LATE, LEAST = 0.2, 3.0, 0.03  # see drain: chosen for 0.5 % of makespan at the fewest fillings
+STUCK = -1
+WINDOWS_PER_LINK = 10_000  # a window is 3e-4 of `scale` or longer; a link is busy for no longer than `scale`
 TIE = 1e-12  # a flow with this share of its bytes left has ended: round-off, not a model
 
 
@@ -69,7 +71,7 @@ def fill(
         level = max(level, share)  # levels only rise; what falls below is round-off
         position = first_X[best]
         end = position + length_X[best]
-        while left_X[best] > 0:
+        while left_X[best] > 0 and position < end:
             flow = list_Q[position]
             if mark_F[flow] < number:
                 mark_F[flow] = number
@@ -149,7 +151,8 @@ def drain(
     scale: float,
     finish_F: FloatArray,
 ) -> int:
-    """Run the flows, given in order of release, to their ends; fills `finish_F` and returns the number of fillings.
+    """Run the flows, given in order of release, to their ends; fills `finish_F` and returns the number of fillings,
+    or `STUCK` where more were needed than there can be.
 
     Between fillings rates are constant for a step. `window_share` = 0: a step ends with the next flow or release (the
     exact solution). Else it lasts at least window_share * the time since the first release, unless a release cuts it
@@ -167,7 +170,11 @@ def drain(
     num_active = released = fillings = 0
     start = now = release_F[0]
     to_go = np.inf
+    # Every filling ends a flow or waits for a release, or lasts a window, which is no less than a share of `scale`.
+    most_fillings = 2 * num_flows + WINDOWS_PER_LINK * (num_links + 1) * (window_share > 0) + 2
     while num_active > 0 or released < num_flows:
+        if fillings > most_fillings:
+            return STUCK
         if num_active == 0:
             now, to_go = max(now, release_F[released]), np.inf
         window = window_share * max(min(max(now - start, EARLY * scale), LATE * to_go), LEAST * scale)
@@ -252,8 +259,11 @@ def drain_components(
     first_link_C: NDArray[np.int64],
     window_C: FloatArray,
     finish_F: FloatArray,
-) -> None:
-    """`drain` for runs of flows that share no link; component c's flows and links end where the next one's begin."""
+) -> bool:
+    """`drain` for runs of flows that share no link; component c's flows and links end where the next one's begin.
+
+    Returns whether all of them came to their ends.
+    """
     for component in range(len(window_C)):
         start, end = first_flow_C[component], first_flow_C[component + 1]
         if start == end:
@@ -270,7 +280,7 @@ def drain_components(
             for index in range(first_X[link], first_X[link + 1]):
                 load += bytes_F[start + list_Q[index]]
             scale = max(scale, load / own_capacity_X[link])
-        drain(
+        fillings = drain(
             bytes_F[start:end],
             release_F[start:end],
             own_path_FP,
@@ -281,3 +291,6 @@ def drain_components(
             scale,
             finish_F[start:end],
         )
+        if fillings == STUCK:
+            return False
+    return True

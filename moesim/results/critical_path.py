@@ -21,9 +21,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from moesim.errors import InternalError
 from moesim.results.spans import CATEGORIES, SpanTable, Stream
 
 TOLERANCE = 1e-9  # seconds; spans that follow each other share the bits of that instant
+ROUND_OFF = 1e-14  # the same as a share of the step, for steps of days
 
 
 class PathPiece(NamedTuple):
@@ -46,7 +48,8 @@ class _GroupSpans:
     """The rows of one group by stream. Spans of one stream follow each other on every rank, so its ends can be bisected
     where they lie: no copy per rank."""
 
-    def __init__(self, table: SpanTable, sample: int) -> None:
+    def __init__(self, table: SpanTable, sample: int, tolerance: float) -> None:
+        self.tolerance = tolerance
         self.start_NR, self.finish_NR = table.start_NSR[:, sample], table.finish_NSR[:, sample]
         waited_for = [stream for stream in Stream if stream is not Stream.BACKGROUND]  # computation first
         self.streams: list[list[int]] = [table.rows(stream).tolist() for stream in waited_for]
@@ -54,7 +57,7 @@ class _GroupSpans:
     def _until(self, rows: list[int], place: int, time: float) -> int:
         """How many spans of a stream end by `time` on a rank."""
         ends_N = self.finish_NR[:, place]
-        return bisect_right(rows, time + TOLERANCE, key=ends_N.__getitem__)
+        return bisect_right(rows, time + self.tolerance, key=ends_N.__getitem__)
 
     def computed_until(self, place: int, time: float) -> float:
         """End of the last computation that ended by `time`; 0 without one."""
@@ -66,8 +69,8 @@ class _GroupSpans:
         """The row that ends at `time`; a computation, where several do."""
         for rows in self.streams:
             index = self._until(rows, place, time) - 1
-            while index >= 0 and self.finish_NR[rows[index], place] >= time - TOLERANCE:
-                if self.start_NR[rows[index], place] < time - TOLERANCE:
+            while index >= 0 and self.finish_NR[rows[index], place] >= time - self.tolerance:
+                if self.start_NR[rows[index], place] < time - self.tolerance:
                     return rows[index]
                 index -= 1  # without a duration
         return None
@@ -76,7 +79,7 @@ class _GroupSpans:
         """The row that runs at `time` and longer; a computation, where several do."""
         for rows in self.streams:
             index = self._until(rows, place, time)
-            if index < len(rows) and self.start_NR[rows[index], place] < time - TOLERANCE:
+            if index < len(rows) and self.start_NR[rows[index], place] < time - self.tolerance:
                 return rows[index]
         return None
 
@@ -84,7 +87,7 @@ class _GroupSpans:
         """When the last span before `time` ended; 0 without one."""
         ends = [0.0]
         for rows in self.streams:
-            index = self._until(rows, place, time - 2 * TOLERANCE) - 1
+            index = self._until(rows, place, time - 2 * self.tolerance) - 1
             if index >= 0:
                 ends.append(float(self.finish_NR[rows[index], place]))
         return max(ends)
@@ -95,7 +98,10 @@ class _Walk:
 
     def __init__(self, tables: Sequence[SpanTable], pipeline_ranks: Sequence[int], sample: int) -> None:
         self.tables, self.pipeline_ranks, self.sample = tables, pipeline_ranks, sample
-        self.spans = [_GroupSpans(table, sample) for table in tables]
+        self.tolerance = max(TOLERANCE, ROUND_OFF * float(tables[0].step_S[sample]))
+        self.spans = [_GroupSpans(table, sample, self.tolerance) for table in tables]
+        # Every step goes back over a span or a bubble before one, or to another rank at the same time.
+        self.most_steps = 4 * sum(table.start_NSR[:, sample].size for table in tables) + 4
         seen: defaultdict[int, int] = defaultdict(int)
         self.number = []  # of a group among those of its pipeline rank
         for pipeline_rank in pipeline_ranks:
@@ -113,13 +119,16 @@ class _Walk:
     def pieces(self) -> Iterator[PathPiece]:
         """The path from its end to 0."""
         spot = self.last()
-        while spot.time > TOLERANCE:
+        for _ in range(self.most_steps):
+            if spot.time <= self.tolerance:
+                return
             category, following = self._back(spot)
             assert following.time < spot.time or following[:2] != spot[:2], "the walk goes back"
             if following.time < spot.time:
                 rank = int(self.tables[spot.table].ranks_R[spot.place])
                 yield PathPiece(category, following.time, spot.time, spot.table, rank)
             spot = following
+        raise InternalError("the critical path does not come to its beginning")
 
     def _back(self, spot: _Spot) -> tuple[str, _Spot]:
         spans, table = self.spans[spot.table], self.tables[spot.table]
@@ -147,9 +156,9 @@ class _Walk:
         if peers:
             joined_R = np.where(np.array(peers) == peers[spot.place], joined_R, -np.inf)
         began = spot.time - float(table.own_NSR[row, self.sample, spot.place])
-        needed_R = np.where(joined_R <= began + TOLERANCE + 1e-6 * (spot.time - start), joined_R, -np.inf)
+        needed_R = np.where(joined_R <= began + self.tolerance + 1e-6 * (spot.time - start), joined_R, -np.inf)
         place = int(needed_R.argmax())
-        if needed_R[place] <= start + TOLERANCE:
+        if needed_R[place] <= start + self.tolerance:
             return spot._replace(time=start)
         return spot._replace(place=place, time=float(needed_R[place]))
 
@@ -161,14 +170,14 @@ class _Walk:
         for index, table in enumerate(self.tables):
             numbers = [number for number, other in enumerate(table.labels) if other == label]
             for other_row in np.flatnonzero(np.isin(table.label_N, numbers)).tolist():
-                same_R = np.abs(table.finish_NSR[other_row, self.sample] - spot.time) <= TOLERANCE
+                same_R = np.abs(table.finish_NSR[other_row, self.sample] - spot.time) <= self.tolerance
                 for place in np.flatnonzero(same_R).tolist():
                     at = float(table.start_NSR[other_row, self.sample, place])
                     joined = max(joined, _Spot(index, place, at), key=lambda member: member.time)
                     until = self.spans[index].computed_until(place, spot.time)
                     computed = max(computed, _Spot(index, place, until), key=lambda member: member.time)
-        held_by_first = spot.time - own <= joined.time + 1e-6 * own + TOLERANCE
-        return computed if computed.time > joined.time + TOLERANCE and not held_by_first else joined
+        held_by_first = spot.time - own <= joined.time + 1e-6 * own + self.tolerance
+        return computed if computed.time > joined.time + self.tolerance and not held_by_first else joined
 
 
 def critical_path(

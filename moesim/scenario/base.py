@@ -25,7 +25,7 @@ DType = Literal["fp32", "bf16", "fp16", "fp8"]
 BYTES_PER_ELEMENT: dict[str, float] = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
 
 MOST_GPUS = 65_536  # the fabric of as many takes seconds and half a gigabyte
-MOST_EXPERTS = 2**15  # traces keep the number of an expert in 16 bits
+MOST_EXPERTS = 2**15 - 1  # traces keep the number of an expert in 16 bits, and one more value for none
 MOST_LAYERS = 1_000
 SLOWEST_LINK, FASTEST_LINK = 1e3, 1e18  # bytes/s
 LONGEST_LATENCY = 1.0  # seconds

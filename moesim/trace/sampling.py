@@ -66,11 +66,13 @@ def _deal(num_cards: int, *, hands: int, hand_size: int, rng: np.random.Generato
 
     A reshuffle in the middle of a hand puts the cards of that hand last, so the hand has no card twice.
     """
-    dealt = np.empty(0, dtype=np.int64)
-    while len(dealt) < hands * hand_size:
+    dealt = np.empty(hands * hand_size + num_cards, dtype=np.int64)
+    count = 0
+    while count < hands * hand_size:
         deck = rng.permutation(num_cards)
-        in_hand = np.isin(deck, dealt[len(dealt) // hand_size * hand_size :])
-        dealt = np.concatenate([dealt, deck[~in_hand], deck[in_hand]])
+        in_hand = np.isin(deck, dealt[count // hand_size * hand_size : count])
+        dealt[count : count + num_cards] = np.concatenate([deck[~in_hand], deck[in_hand]])
+        count += num_cards
     return dealt[: hands * hand_size]
 
 
