@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moesim.compute.profile_check import mistakes_of_row
 from moesim.errors import UserError
 from moesim.files import write_atomically
 from moesim.strict_json import json_text, parse_json
@@ -75,4 +76,7 @@ def load_profile_file(path: Path) -> Profile:
         raise UserError(f"{path}: profile without name, sessions or rows; make it again with `moesim calibrate`")
     if not all(isinstance(row, dict) and isinstance(row.get("family"), str) for row in rows):
         raise UserError(f"{path}: profile with a row that names no family; make it again with `moesim calibrate`")
+    for index, row in enumerate(rows):
+        for mistake in mistakes_of_row(row, place=f"rows.{index}"):
+            raise UserError(f"{path}: {mistake}; make it again with `moesim calibrate`")
     return Profile(name=name, sessions=sessions, rows=rows, fits=fits if isinstance(fits, dict) else {})

@@ -13,9 +13,9 @@ import networkx as nx
 from moesim.errors import UserError
 from moesim.network.parameters import NetworkParameters
 from moesim.scenario import gpu_spec
+from moesim.scenario.base import link_bandwidth, link_latency
 from moesim.scenario.cluster import Cluster, Fabric, Oversubscription
 from moesim.strict_json import parse_json
-from moesim.units import parse_bandwidth, parse_seconds
 
 NVL72_GPUS = 72
 LEAF_SPINE_POD_NODES = 4  # nodes under one leaf when `pod_nodes` is absent: 32 NICs of 8-GPU nodes
@@ -195,10 +195,10 @@ def _file_links(path: str) -> Iterator[tuple[str, str, float, float]]:
         for index, link in enumerate(links):
             if not isinstance(link, dict) or not {"source", "target", "bandwidth"} <= link.keys():
                 raise ValueError(f"links[{index}] needs source, target and bandwidth")
-            bandwidth = parse_bandwidth(link["bandwidth"])
-            if bandwidth == 0:
-                raise ValueError(f"links[{index}].bandwidth must be positive")
-            latency = parse_seconds(link.get("latency", "0 s"))
+            try:
+                bandwidth, latency = link_bandwidth(link["bandwidth"]), link_latency(link.get("latency", "0 s"))
+            except ValueError as error:
+                raise ValueError(f"links[{index}]: {error}") from None
             yield str(link["source"]), str(link["target"]), bandwidth, latency
             if not data.get("directed", False):
                 yield str(link["target"]), str(link["source"]), bandwidth, latency

@@ -29,6 +29,7 @@ MOST_EXPERTS = 2**15 - 1  # traces keep the number of an expert in 16 bits, and 
 MOST_LAYERS = 1_000
 SLOWEST_LINK, FASTEST_LINK = 1e3, 1e18  # bytes/s
 LONGEST_LATENCY = 1.0  # seconds
+MOST_MEMORY = 1e15  # bytes of one GPU
 LEAST_SHARE = 1e-3  # of a link's bandwidth: less is no link
 
 
@@ -93,34 +94,29 @@ def _text(example: str) -> WithJsonSchema:
     return WithJsonSchema({"type": "string", "examples": [example]})
 
 
-def _between(least: float, most: float, shown: Callable[[float], str]) -> Callable[[float], float]:
-    def check(value: float) -> float:
-        if not least <= value <= most:
-            raise ValueError(f"must be between {shown(least)} and {shown(most)}, got {value:g} {shown(0).split()[1]}")
-        return value
+def _between(least: float, most: float, shown: Callable[[float], str], value: float) -> float:
+    if not least <= value <= most:
+        raise ValueError(f"must be between {shown(least)} and {shown(most)}, got {value:g} {shown(0).split()[1]}")
+    return value
 
-    return check
+
+def link_bandwidth(value: object) -> float:
+    """Bytes/s of a text such as "400 Gbps". Raises ValueError for what is no bandwidth of a link."""
+    return _between(SLOWEST_LINK, FASTEST_LINK, format_bandwidth, parse_bandwidth(value))
+
+
+def link_latency(value: object) -> float:
+    """Seconds of a text such as "3.3 us". Raises ValueError for what is no latency of a link."""
+    return _between(0, LONGEST_LATENCY, format_seconds, parse_seconds(value))
+
+
+def _memory(value: object) -> float:
+    return _between(0, MOST_MEMORY, format_bytes, parse_bytes(value))
 
 
 # Quantities are texts with a unit in the file and SI numbers inside; dumping writes the text again, exact to the bit.
 Bandwidth = Annotated[
-    float,
-    BeforeValidator(parse_bandwidth),
-    AfterValidator(_between(SLOWEST_LINK, FASTEST_LINK, format_bandwidth)),
-    PlainSerializer(lambda v: f"{v!r} B/s"),
-    _text("400 Gbps"),
+    float, BeforeValidator(link_bandwidth), PlainSerializer(lambda v: f"{v!r} B/s"), _text("400 Gbps")
 ]
-Latency = Annotated[
-    float,
-    BeforeValidator(parse_seconds),
-    AfterValidator(_between(0, LONGEST_LATENCY, format_seconds)),
-    PlainSerializer(lambda v: f"{v!r} s"),
-    _text("3.3 us"),
-]
-Bytes = Annotated[
-    float,
-    BeforeValidator(parse_bytes),
-    AfterValidator(_between(0, 1e15, format_bytes)),
-    PlainSerializer(lambda v: f"{v!r} B"),
-    _text("141 GB"),
-]
+Latency = Annotated[float, BeforeValidator(link_latency), PlainSerializer(lambda v: f"{v!r} s"), _text("3.3 us")]
+Bytes = Annotated[float, BeforeValidator(_memory), PlainSerializer(lambda v: f"{v!r} B"), _text("141 GB")]

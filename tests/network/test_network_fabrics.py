@@ -204,7 +204,17 @@ def test_no_way_around_is_an_error() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "words"), [("{", "Expecting"), ("{}", "links"), ('{"links": [{"source": "a"}]}', "bandwidth")]
+    ("text", "words"),
+    [
+        ("{", "Expecting"),
+        ("{}", "links"),
+        ('{"links": [{"source": "a"}]}', "bandwidth"),
+        (
+            '{"links": [{"source": "a", "target": "b", "bandwidth": "1e-320 B/s"}]}',
+            "must be between 1 kB/s and 1000 PB/s",
+        ),
+        ('{"links": [{"source": "a", "target": "b", "bandwidth": "1 GB/s", "latency": "1e9 s"}]}', "0 s and 1 s"),
+    ],
 )
 def test_broken_fabric_files_are_named(tmp_path: Path, text: str, words: str) -> None:
     path = tmp_path / "fabric.json"

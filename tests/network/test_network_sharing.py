@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from network_cases import make_fabric, rank_finish, skewed_bytes, star
 
+from moesim.errors import InternalError
 from moesim.network import build_fabric, filling, lower_bound, prepare_transfer, transfer_times
 from moesim.network.contention import progress_rates
 from moesim.network.flows import build_flows, make_demand
@@ -320,3 +321,9 @@ def test_groups_are_subsets_of_the_cluster() -> None:
     np.testing.assert_allclose(
         transfer_times(large, bytes_RR, ranks=ranks), transfer_times(make_fabric(1), bytes_RR), rtol=1e-12
     )
+
+
+@pytest.mark.parametrize("model", ["exact", "fluid"])
+def test_flows_that_never_begin_are_a_mistake_of_the_program(model: str) -> None:
+    with pytest.raises(InternalError, match="do not come to their ends"):
+        transfer_times(star(3), matrix(3, f01=1, f12=1), start_R=np.array([0.0, np.nan, 0.0]), model=model)

@@ -3,7 +3,7 @@ import pickle
 import pytest
 
 from moesim.errors import UserError
-from moesim.scenario import Model, gpu_names, gpu_spec, model_names
+from moesim.scenario import Model, catalogue, gpu_names, gpu_spec, model_names
 from moesim.scenario.catalogue import model_preset
 
 # FLOP of the 16-bit tensor cores per SM and clock, by architecture: what ties peak, SM count and clock together
@@ -68,3 +68,13 @@ def test_unknown_names_get_a_suggestion():
         model_preset("mixtral-8x7")
     with pytest.raises(UserError, match="known: a100, h100"):
         gpu_spec("tpu")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("nvlink_bandwidth", 0), ("sm_count", -1), ("peak_flops", {"bf16": 1e300}), ("l2_bytes", True)]
+)
+def test_a_gpu_that_cannot_be_is_named(monkeypatch, key, value):
+    entries = {"h100": {**catalogue._catalogue("gpus")["h100"], key: value}}
+    monkeypatch.setattr(catalogue, "_catalogue", lambda name: entries)
+    with pytest.raises(UserError, match=rf"gpus.yaml: h100.{key}: must be between "):
+        catalogue.gpu_spec.__wrapped__("h100")

@@ -33,6 +33,18 @@ class GpuSpec:
     price_source: str
 
 
+_BOUNDS = {  # of the numbers of a GPU
+    "sm_count": (1, 1e5),
+    "clock_hz": (1e6, 1e11),
+    "peak_flops": (1e9, 1e20),
+    "memory_bandwidth": (1e6, 1e17),
+    "memory_bytes": (1e6, 1e15),
+    "l2_bytes": (0, 1e13),
+    "nvlink_bandwidth": (1e3, 1e18),
+    "price_per_gpu_hour": (0, 1e6),
+}
+
+
 def suggest(word: str, known: Iterable[str]) -> str:
     """`did you mean "x"?` when a known word is close, else the list of known words."""
     known = list(known)
@@ -60,6 +72,12 @@ def gpu_spec(name: str) -> GpuSpec:
     if name not in entries:
         raise UserError(f'unknown GPU "{name}"; {suggest(name, entries)}')
     entry = dict(entries[name])
+    for key, (least, most) in _BOUNDS.items():
+        numbers = entry[key].values() if key == "peak_flops" else [entry[key]]
+        for number in numbers:
+            if isinstance(number, bool) or not isinstance(number, int | float) or not least <= number <= most:
+                text = f"must be between {least:g} and {most:g}, got {number!r}"
+                raise UserError(f"catalogue/gpus.yaml: {name}.{key}: {text}")
     peaks = {dtype: float(peak) for dtype, peak in entry.pop("peak_flops").items()}
     entry |= {key: float(value) for key, value in entry.items() if isinstance(value, int) and key != "sm_count"}
     return GpuSpec(name=name, peak_flops=peaks, **entry)

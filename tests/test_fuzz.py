@@ -1,0 +1,330 @@
+"""Whatever stands in a file, its verb gives finite numbers or one line, and soon: shipped files, mutated."""
+
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from moesim.errors import LONGEST_LINE, InternalError, UserError
+from moesim.planner.loading import plan_from_mapping
+from moesim.run import simulate
+from moesim.scenario import Scenario, dump_scenario, load_scenario_text
+from moesim.scenario.document import parse_yaml
+from moesim.scenario.routing import TrainRouting
+from moesim.strict_json import json_text
+from moesim.sweeper.study import load_study
+
+FOLDER = Path(__file__).parents[1] / "scenarios"
+SECONDS_TO_LOAD, SECONDS_TO_SIMULATE = 10, 60  # on a busy machine; alone a tenth of that
+SMALL_RUNS, SMALL_ROWS, MOST_RANKS = 3_000, 3_000_000, 64  # what is simulated within seconds
+# Sections that every mutation may swap with each other, so that kinds meet that no shipped file has together.
+SPICE = """\
+routing: {kind: popularity, counts: [8, 1, 1, 1, 4, 1, 1, 1, 2, 1, 1, 1, 1, 1, 1, 1], router: {kind: deepseek_v2}}
+capacity: {kind: expert, factor: 1.25, by: score, pad: true}
+placement: {kind: round_robin}
+dispatch: {algorithm: hierarchical, deduplicate: per_node, dtype: fp8, sm_share: 0.1}
+network: {model: fluid}
+overlap: {shared_experts: false, micro_batches: true, gradient_reduction: false}
+memory: {reserved: 1 GB, allocator_overhead: 0.2}
+compute: {profile: roofline}
+cluster:
+  gpu: h100
+  nodes: 2
+  gpus_per_node: 4
+  fabric: {preset: rail_optimised, nic: 100 Gbps, nic_latency: 3 us, nic_efficiency: 0.8, nvlink: 100 GB/s,
+           leaf_latency: 1 us, pod_nodes: 1, oversubscription: {leaf: 2, spine: 2}, pxn: true, bandwidth_factor: 2.0,
+           degraded: [{node: 1, factor: 0.5}, {rail: 0, factor: 0}]}
+parallelism:
+  {data: 4, tensor: 2, expert: 4, pipeline: 1, context: 1, expert_tensor: 1, zero: {dense: 1, expert: 2},
+   schedule: {kind: 1f1b}}
+workload:
+  {sequence_length: 512, micro_batch: 1, global_batch: 8, train_tokens: 1e9, recompute: [swiglu],
+   gradient_clipping: 1.0, precision: {gemm: fp8, weights: bf16, gradients: fp32, master: fp32, optimizer: bf16}}
+"""
+SMALL = """\
+schema_version: 1
+name: small
+model:
+  {layers: 4, hidden: 256, heads: 4, kv_heads: 4, head_dim: 64, attention: {kind: mha}, dense_layers: 1,
+   dense_intermediate: 512, experts: 16, top_k: 4, shared_experts: 1, expert_intermediate: 128, vocab: 1000,
+   tied_embeddings: false, routed_scaling_factor: 1.0, mtp_layers: 1}
+routing: {kind: uniform}
+capacity: {kind: device, factor: 1.0, protected_share: 0.1}
+cluster: {gpu: h200, nodes: 1, gpus_per_node: 8, price_per_gpu_hour: 2.0, fabric: {preset: rail_optimised}}
+parallelism: {data: 4, pipeline: 2, expert: 4, zero: {dense: 1}, schedule: {kind: zb_h1}}
+workload: {sequence_length: 256, micro_batch: 1, global_batch: 16}
+network: {model: ports}
+uncertainty: {samples: 2, bank: 2}
+seed: 0
+"""
+
+
+def plain(text):
+    return parse_yaml(text, source="good").plain
+
+
+SCENARIOS = [plain(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*.yaml"))]
+PLANS = [plain(path.read_text(encoding="utf-8")) for path in sorted((FOLDER / "plans").glob("*.yaml"))]
+STUDIES = [plain(path.read_text(encoding="utf-8")) for path in sorted((FOLDER / "studies").glob("*.yaml"))]
+
+
+def paths_of(value, prefix=()):
+    """Every path into nested dicts and lists, the root left out."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, child in items:
+        yield (*prefix, key)
+        yield from paths_of(child, (*prefix, key))
+
+
+def at(value, path):
+    for key in path:
+        value = value[key]
+    return value
+
+
+def changed(value, path, new):
+    """A copy of `value` with `new` at `path`."""
+    if not path:
+        return new
+    if isinstance(value, list):
+        return [changed(child, path[1:], new) if index == path[0] else child for index, child in enumerate(value)]
+    return {key: changed(child, path[1:], new) if key == path[0] else child for key, child in value.items()}
+
+
+def without(value, path):
+    parent = at(value, path[:-1])
+    if isinstance(parent, list):
+        return changed(value, path[:-1], [child for index, child in enumerate(parent) if index != path[-1]])
+    return changed(value, path[:-1], {key: child for key, child in parent.items() if key != path[-1]})
+
+
+def nested(depth, kind):
+    value = 1
+    for _ in range(depth):
+        value = [value] if kind else {"a": value}
+    return value
+
+
+ODD = st.one_of(
+    st.sampled_from([0, -1, 1, 2, 3, 4, 5, 7, 8, 16, 64, 1000, 2**15, 2**31, 2**63, 10**30, -(2**63)]),
+    st.sampled_from([0.0, -0.0, 1e-320, 1e-12, 1e-9, 1e-3, 0.5, 1.0, 1.5, 1e3, 1e9, 1e18, 1e300, 1e308, -1.0]),
+    st.sampled_from(["", "0", "1e3", "NaN", "inf", "1e-320 B/s", "1 kB/s", "1000 PB/s", "1e9 s", "0 s", "1 s", "1 B"]),
+    st.sampled_from(["none", "full", "uniform", "mla", "custom", "nvl72", "exact", "fluid", "dualpipe", "fp8", "fp32"]),
+    st.sampled_from([None, True, False, [], {}, [[]], [{}], {"kind": None}, {"kind": "expert", "factor": 1e-3}]),
+    st.integers(),
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.text(max_size=12),
+    st.builds(lambda char, times: char * times, st.sampled_from("aä漢\u202e\n"), st.sampled_from([1, 300, 5_000])),
+    st.builds(nested, st.sampled_from([2, 20, 30, 300]), st.booleans()),
+)
+
+
+@st.composite
+def mutated(draw, goods):
+    """A shipped file with one to four of its values changed, scaled, dropped, doubled or moved."""
+    value = draw(st.sampled_from(goods))
+    for _ in range(draw(st.sampled_from([1, 1, 2, 2, 3, 4]))):
+        path = draw(st.sampled_from(sorted(paths_of(value), key=str)))
+        old = at(value, path)
+        how = draw(st.sampled_from(["odd", "scale", "near", "drop", "swap", "rename", "spice", "spice"]))
+        if how == "odd":
+            value = changed(value, path, draw(ODD))
+        elif how in ("scale", "near") and isinstance(old, int | float) and not isinstance(old, bool):
+            factor = draw(st.sampled_from([0, 0.5, 2, 3, 4] if how == "near" else [-1, 1e-6, 10, 1000, 1e6, 1e12]))
+            new = old * factor
+            value = changed(value, path, int(new) if isinstance(old, int) else new)
+        elif how == "drop" and len(value) > 1:
+            value = without(value, path)
+        elif how == "swap":
+            other = draw(st.sampled_from(sorted(paths_of(value), key=str)))
+            value = changed(value, path, at(value, other))
+        elif how == "rename" and isinstance(at(value, path[:-1]), dict):
+            name = draw(st.sampled_from(["kind", "preset", "nodes", "x", "", "ä", "\x00", "a" * 1000]))
+            value = changed(without(value, path), path[:-1], {**at(without(value, path), path[:-1]), name: old})
+        elif how == "spice":
+            spice = plain(SPICE)
+            there = draw(st.sampled_from(sorted(paths_of(spice), key=str)))
+            if isinstance(value.get(there[0]), dict) and len(there) > 1:
+                section = {**value[there[0]], there[1]: spice[there[0]][there[1]]}
+                value = {**value, there[0]: section}
+            else:
+                value = {**value, there[0]: spice[there[0]]}
+    return value
+
+
+def refused_in_one_line(error):
+    line = str(error)
+    assert not isinstance(error, InternalError), line
+    assert len(line) <= LONGEST_LINE
+    assert line.isprintable()
+    assert ":" in line
+
+
+def dumped(value):
+    return yaml.safe_dump(value, allow_unicode=True, sort_keys=False)
+
+
+def loaded(text):
+    """The scenario in `text`, None when it is refused in one line; either comes soon."""
+    begin = time.monotonic()
+    try:
+        scenario = load_scenario_text(text, source="f.yaml")
+    except UserError as error:
+        refused_in_one_line(error)
+        scenario = None
+    assert time.monotonic() - begin < SECONDS_TO_LOAD
+    return scenario
+
+
+def is_small(scenario: Scenario) -> bool:
+    mesh, work = scenario.parallelism, scenario.workload
+    runs = scenario.model.layers * scenario.num_micro_batches * mesh.stage_ranks * scenario.uncertainty.samples
+    tokens = max(2**18, mesh.expert * work.micro_batch * work.sequence_length)
+    group = mesh.expert if scenario.network.model == "ports" else mesh.expert**2 / 4
+    return (
+        runs <= SMALL_RUNS
+        and tokens * scenario.model.top_k <= SMALL_ROWS
+        and group <= MOST_RANKS
+        and scenario.cluster.num_gpus <= 2_000
+        and scenario.model.experts <= 1_000
+        and not isinstance(scenario.routing, TrainRouting)
+    )
+
+
+def simulated(scenario):
+    begin = time.monotonic()
+    try:
+        record = simulate(scenario)
+    except UserError as error:
+        refused_in_one_line(error)
+    else:
+        assert record.result["step_time_s"] > 0
+        json_text(record.result)
+    assert time.monotonic() - begin < SECONDS_TO_SIMULATE
+
+
+def check(value):
+    scenario = loaded(dumped(value))
+    if scenario is not None:
+        assert load_scenario_text(dump_scenario(scenario)) == scenario
+        if is_small(scenario):
+            simulated(scenario)
+
+
+QUIET = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
+
+
+@settings(max_examples=40, **QUIET)
+@given(mutated([plain(SMALL)]))
+def test_a_mutated_small_scenario_is_simulated_or_refused_in_one_line(value):
+    check(value)
+
+
+@settings(max_examples=60, **QUIET)
+@given(mutated(SCENARIOS))
+def test_a_mutated_shipped_scenario_loads_or_is_refused_in_one_line(value):
+    loaded(dumped(value))
+
+
+@settings(max_examples=40, **QUIET)
+@given(mutated(PLANS))
+def test_a_mutated_plan_loads_or_is_refused_in_one_line(value):
+    check_plan(value)
+
+
+def check_plan(value):
+    begin = time.monotonic()
+    try:
+        plan_from_mapping(plain(dumped(value)) if isinstance(value, dict) else value)
+    except UserError as error:
+        refused_in_one_line(error)
+    assert time.monotonic() - begin < SECONDS_TO_LOAD
+
+
+def check_study(value, folder):
+    file = folder / "study.yaml"
+    base = value.get("base")
+    if isinstance(base, str) and base.startswith("../"):
+        value = {**value, "base": str(FOLDER / base[3:])}
+    file.write_text(dumped(value), encoding="utf-8")
+    begin = time.monotonic()
+    try:
+        load_study(file)
+    except UserError as error:
+        refused_in_one_line(error)
+    assert time.monotonic() - begin < 3 * SECONDS_TO_LOAD
+
+
+@settings(max_examples=20, **QUIET)
+@given(value=mutated(STUDIES))
+def test_a_mutated_study_loads_or_is_refused_in_one_line(tmp_path_factory, value):
+    check_study(value, tmp_path_factory.mktemp("study"))
+
+
+@st.composite
+def torn(draw):
+    """The text of a shipped file with lines doubled, moved, cut or filled with what no editor writes."""
+    text = draw(st.sampled_from(sorted(FOLDER.glob("**/*.yaml")))).read_text(encoding="utf-8")
+    lines = text.splitlines()
+    for _ in range(draw(st.integers(1, 3))):
+        first, second = (draw(st.integers(0, len(lines) - 1)) for _ in range(2))
+        how = draw(st.sampled_from(["double", "swap", "cut", "junk", "indent"]))
+        if how == "double":
+            lines.insert(second, lines[first])
+        elif how == "swap":
+            lines[first], lines[second] = lines[second], lines[first]
+        elif how == "cut":
+            lines[first] = lines[first][: draw(st.integers(0, len(lines[first])))]
+        elif how == "junk":
+            junk = draw(st.sampled_from(["\t", "&a *a", "<<: *a", "!!python/object:x {}", "---", "? [", "\x07"]))
+            lines[first] += junk
+        else:
+            lines[first] = " " * draw(st.integers(1, 9)) + lines[first]
+    return "\n".join(lines)
+
+
+@settings(max_examples=60, **QUIET)
+@given(torn())
+def test_a_torn_file_loads_or_is_refused_in_one_line(text):
+    loaded(text)
+
+
+LONG = {"deadline": None, "suppress_health_check": list(HealthCheck), "print_blob": True}
+
+
+@pytest.mark.slow
+@settings(max_examples=1500, **LONG)
+@given(mutated([plain(SMALL)]))
+def test_many_mutated_small_scenarios(value):
+    check(value)
+
+
+@pytest.mark.slow
+@settings(max_examples=1500, **LONG)
+@given(mutated(SCENARIOS))
+def test_many_mutated_shipped_scenarios(value):
+    check(value)
+
+
+@pytest.mark.slow
+@settings(max_examples=1000, **LONG)
+@given(value=st.one_of(mutated(PLANS)))
+def test_many_mutated_plans(value):
+    check_plan(value)
+
+
+@pytest.mark.slow
+@settings(max_examples=200, **LONG)
+@given(value=mutated(STUDIES))
+def test_many_mutated_studies(tmp_path_factory, value):
+    check_study(value, tmp_path_factory.mktemp("study"))
+
+
+@pytest.mark.slow
+@settings(max_examples=1000, **LONG)
+@given(torn())
+def test_many_torn_files(text):
+    loaded(text)
