@@ -1,6 +1,7 @@
 """A small scenario that every room can simulate in a fraction of a second."""
 
 import resource
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
@@ -10,6 +11,10 @@ from typing import Any
 import pytest
 
 from moesim.scenario import Scenario, scenario_from_mapping
+
+# A shell that starts the tests in the background, or under nohup, has them ignore these; some tests send them.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 SMALL: dict[str, Any] = {
     "schema_version": 1,

@@ -76,6 +76,12 @@ def files() -> list[str]:
     )
 
 
+def test_no_two_modules_of_tests_have_one_name() -> None:
+    """pytest imports them by their last name alone."""
+    names = [path.name for path in Path(__file__).parent.rglob("*.py") if path.name != "conftest.py"]
+    assert sorted(names) == sorted(set(names))
+
+
 def test_every_room_has_a_layer() -> None:
     assert {room_of(path) for path in files()} <= set(LAYER)
 

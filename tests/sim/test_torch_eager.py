@@ -81,7 +81,7 @@ def executed(case: Scenario) -> Counter[str]:
     model = build_sharded_model(case.model, shape, group=ExpertGroup(), device=torch.device("cpu"), seed=0)
     trainer = ShardedTrainer(model)
     tokens = torch.randint(64, (1, 65), generator=torch.Generator().manual_seed(0))
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:
         trainer.backward(trainer.forward(tokens[:, :-1], tokens[:, 1:]))
     found: Counter[str] = Counter()
     for event in profiler.events():
