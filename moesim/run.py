@@ -34,6 +34,7 @@ from moesim.results.metrics import (
     window_tokens,
 )
 from moesim.results.plausible import check_plausible
+from moesim.results.stages import action_seconds, stage_facts, stage_warnings
 from moesim.scenario import Scenario
 from moesim.scenario.check import require_supported
 from moesim.scenario.routing import PopularityRouting, TraceRouting, TrainRouting
@@ -166,6 +167,7 @@ class _Outcome:
     step_S: FloatArray
     attribution_CSW: FloatArray
     compute_time_SW: FloatArray
+    busy_SP: FloatArray
     source_shares: dict[str, float]
     tensor_bytes: float
     spans: tuple[SpanTable, ...]
@@ -179,6 +181,7 @@ class _Outcome:
             step_S=self.step_S[chosen],
             attribution_CSW=self.attribution_CSW[:, chosen],
             compute_time_SW=self.compute_time_SW[chosen],
+            busy_SP=self.busy_SP[chosen],
         )
 
 
@@ -209,6 +212,7 @@ def _simulate_samples(
         step_S=np.concatenate([part.step_S for part in parts]),
         attribution_CSW=np.concatenate([part.attribution_CSW for part in parts], axis=1),
         compute_time_SW=np.concatenate([part.compute_time_SW for part in parts]),
+        busy_SP=np.concatenate([part.busy_SP for part in parts]),
         source_shares=parts[0].source_shares,
         tensor_bytes=parts[0].tensor_bytes,
         spans=parts[0].spans,
@@ -225,14 +229,17 @@ def _simulate_program(program: StepProgram, *, first: bool) -> _Outcome:
     world = sum(len(group.ranks_R) for group in program.groups)
     attribution_CSW = np.zeros((len(CATEGORIES), program.samples, world))
     compute_time_SW = np.zeros((program.samples, world))
-    for table in step.tables:
+    busy_SP = np.zeros((program.samples, 1 + max(places)))
+    for place, table in zip(places, step.tables, strict=True):
         attribution_CSW[:, :, table.ranks_R] = attribute(table, compiled=program.compiled)
         rows_N = table.rows(Stream.COMPUTE)
         compute_time_SW[:, table.ranks_R] = (table.finish_NSR[rows_N] - table.start_NSR[rows_N]).sum(axis=0)
+        busy_SP[:, place] += action_seconds(table).mean(axis=1) / places.count(place)
     return _Outcome(
         step_S=step.step_S,
         attribution_CSW=attribution_CSW,
         compute_time_SW=compute_time_SW,
+        busy_SP=busy_SP,
         source_shares=_shares(program.source_seconds),
         tensor_bytes=program.tensor_bytes,
         spans=tuple(table.first_sample() for table in kept) if first else (),
@@ -262,6 +269,7 @@ def _record(
     step_s, range_s = mean_and_range(outcome.step_S, again_S)
     cost_s = float((outcome.step_S - spread.step_S).mean())
     facts = TrafficFacts(scenario, plain) if plain else None
+    stages = stage_facts(scenario, outcome.busy_SP.mean(axis=0))
     kept = effective(scenario, kept_share=facts.kept_share if facts else 1.0, step_s=step_s)
     per_second = scenario.tokens_per_step / step_s
     result: dict[str, Any] = {
@@ -280,6 +288,7 @@ def _record(
         "attribution_s": _by_category(outcome.attribution_CSW),
         "attribution_balanced_s": _by_category(spread.attribution_CSW),
         "critical_path": outcome.critical_path,
+        "stages": stages,
         "communication": (facts.communication() if facts else no_communication())
         | {"tensor_bytes": everything.tensor_bytes},
         "imbalance": no_imbalance(),
@@ -294,6 +303,7 @@ def _record(
             *_warnings(scenario, fabric, memory, plain),
             *_sharing_warnings(outcome.shared_links, cost_s),
             *dropping_warnings(kept),
+            *stage_warnings(stages, listed=scenario.parallelism.stages is not None),
             *(balance_warnings(scenario, trace) if trace else ()),
             *limit_difference(trace, scenario),
             *scenario.model.left_out,

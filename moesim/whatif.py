@@ -44,7 +44,8 @@ class _Question:
 
     @property
     def scenario(self) -> Scenario:
-        return self.record.scenario
+        """That of the run, with its stages: the pipeline is not split anew for each change."""
+        return self.record.scenario.with_stages_listed()
 
     def balanced_routing(self) -> float:
         if not self.scenario.model.experts:

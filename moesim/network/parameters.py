@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from moesim.errors import UserError
+from moesim.scenario.cluster import NIC_BANDWIDTH
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,7 @@ class NetworkParameters:
     nic_latency: float = 2.8e-6 / 2
     leaf_latency: float = (3.7e-6 - 2.8e-6) / 2
     latency_source: str = _LATENCY
-    nic_bandwidth: float = 50e9
+    nic_bandwidth: float = NIC_BANDWIDTH
     nvlink_efficiency: float = 0.817
     nvlink_source: str = f"{_ALL_REDUCE}: ring all-reduce of 16 GiB, 367.6 of 450 GB/s"
     nic_efficiency: float = 0.87

@@ -22,7 +22,8 @@ def sensitivity(folder: Folder, work: Simulations, ranking: Sequence[Simulated])
     changes = []
     for factor in plan.sensitivity.bandwidth if best else ():
         scenarios = [
-            (layout.scenario.with_bandwidth(factor), {**layout.values, "bandwidth": factor}) for layout in best
+            (layout.scenario.with_stages_listed().with_bandwidth(factor), {**layout.values, "bandwidth": factor})
+            for layout in best
         ]
         records = folder.simulate(scenarios, file=VARIANTS_FILE)
         outcomes = {

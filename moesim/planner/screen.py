@@ -20,6 +20,7 @@ from moesim.planner.pieces import PieceStore, TraceOf
 from moesim.planner.pipeline import pipeline_finish, prepare_walk, short_micro_batches
 from moesim.scenario import PipelineSchedule, Scenario, gpu_spec
 from moesim.scenario.base import BYTES_PER_ELEMENT
+from moesim.scenario.stage_split import stage_lengths
 from moesim.sim.links import scenario_fabric
 from moesim.sim.operations import Operation
 from moesim.sim.parameters import ParameterGroups, optimizer_block
@@ -93,9 +94,10 @@ class Screen:
             pipeline=scenario.parallelism.pipeline,
             num_micro_batches=scenario.num_micro_batches,
         )
-        # The kind of GPU and the fabric change no tensor.
+        # The kind of GPU and the fabric change no tensor, but perhaps its stage.
         router = scenario.router_shape() if scenario.model.experts else None
-        key = scenario.parallelism, work.micro_batch, work.recompute, few, scenario.capacity, scenario.dispatch, router
+        layout = scenario.parallelism, stage_lengths(scenario)
+        key = layout, work.micro_batch, work.recompute, few, scenario.capacity, scenario.dispatch, router
         if key not in self._peaks:
             self._peaks[key] = peak_bytes(scenario, self.pieces.rows(scenario), micro_batches=few)
         return self._peaks[key], gpu_spec(scenario.cluster.pools[0].gpu).memory_bytes
@@ -143,7 +145,7 @@ class Screen:
         mesh = scenario.parallelism
         # Straight pipelines hold the same stages, whatever their order of work.
         straight = mesh.schedule if mesh.schedule.kind in ("interleaved", "dualpipe") else PipelineSchedule()
-        key = scenario.cluster, mesh.model_copy(update={"schedule": straight})
+        key = scenario.cluster, mesh.model_copy(update={"schedule": straight}), stage_lengths(scenario)
         if key not in self._ends:
             self._ends[key] = self._made_ends(scenario, prepare_walk(*_short_schedule(scenario)).schedule)
         return self._ends[key]

@@ -4,8 +4,9 @@ Everything here reads `result`, the mapping that result.json holds; nothing is c
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -155,6 +156,35 @@ def memory(result: Result) -> Fact:
     where = f" on pipeline rank {rank}" if len(found["peak_bytes_by_pipeline_rank"]) > 1 else ""
     note = f"of {format_bytes(capacity)}{where}; {percent(found['fits_share'], digits=0)} of samples fit"
     return Fact("memory", format_bytes(peak), note)
+
+
+def stages(result: Result) -> tuple[list[Fact], list[tuple[str, str, str]]]:
+    """How evenly a pipeline's ranks are loaded; and runs of ranks with as many layers: ranks, layers, ms.
+
+    Empty without a pipeline.
+    """
+    found = result.get("stages", {"pipeline_ranks": ()})
+    ranks = found["pipeline_ranks"]
+    if len(ranks) < 2:
+        return [], []
+    of_rank = [rank["seconds_per_micro_batch"] for rank in ranks]
+    slowest = max(range(len(ranks)), key=of_rank.__getitem__)
+    excess = percent(found["slowest_over_mean"] - 1.0)
+    note = f"a micro-batch on pipeline rank {slowest}, the slowest; {excess} more than the mean"
+    rows = []
+    for layers, run in groupby(range(len(ranks)), key=lambda rank: tuple(ranks[rank]["layers"])):
+        members = list(run)
+        least, most = (f"{pick(of_rank[rank] for rank in members) * 1e3:.4g}" for pick in (min, max))
+        names = f"{members[0]} to {members[-1]}" if len(members) > 1 else str(members[0])
+        rows.append((names, layers_of_stages(layers), least if least == most else f"{least} to {most}"))
+    return [Fact("pipeline", seconds(of_rank[slowest]), note)], rows
+
+
+def layers_of_stages(layers: Sequence[int]) -> str:
+    """`4 + 1`, or `7 x 1`: the layers of a rank's stages."""
+    if len(layers) > 2 and len(set(layers)) == 1:
+        return f"{len(layers)} x {layers[0]}"
+    return " + ".join(map(str, layers))
 
 
 def communication(result: Result) -> list[Fact]:

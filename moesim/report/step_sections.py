@@ -45,9 +45,12 @@ def pipeline_section(page: Page, record: RunRecord) -> None:
     families = np.array([category(key).family for key in CATEGORIES])
     bubble_P = seconds_CPW[CATEGORIES.index("bubble")].mean(axis=1)
     peers_P = seconds_CPW[CATEGORIES.index("imbalance_wait")].mean(axis=1)
+    loads = record.result["stages"]["pipeline_ranks"]
     rows = [
         (
             str(rank),
+            facts.layers_of_stages(loads[rank]["layers"]),
+            facts.seconds(loads[rank]["seconds_per_micro_batch"]),
             *(facts.seconds(float(seconds_CPW[families == name, rank].sum(axis=0).mean())) for name in _FAMILIES),
             facts.seconds(float(peers_P[rank])),
             facts.seconds(float(bubble_P[rank])),
@@ -56,13 +59,16 @@ def pipeline_section(page: Page, record: RunRecord) -> None:
         )
         for rank in range(ranks)
     ]
-    head = ("pipeline rank", "computing", "communication", "overhead", "waiting for peers", "bubble", "of the step",
-            "no action")  # fmt: skip
+    head = (
+        "pipeline rank", "layers", "a micro-batch", "computing", "communication", "overhead", "waiting for peers",
+        "bubble", "of the step", "no action",
+    )  # fmt: skip
     page.table(head, rows, styles=("number",) * len(head))
     page.text(
         "p",
-        "Means over the ranks of a pipeline rank and all routing samples; the last column is the share of the chart "
-        "in which its rank has no action.",
+        "Means over the ranks of a pipeline rank and all routing samples. Layers: those of each of its stages, without "
+        "prediction layers. A micro-batch: forward and backward through all of them; the slowest rank sets the pace. "
+        "The last column is the share of the chart in which its rank has no action.",
     )
 
 

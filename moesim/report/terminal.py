@@ -1,6 +1,6 @@
 """What the verbs print: the facts of a run or of a trace, each in one screen."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
 import numpy as np
@@ -47,8 +47,17 @@ def _run_screen(result: Result, options: ConsoleOptions) -> list[RenderableType]
         body: list[RenderableType] = [side_by_side(time, Group(balance, traffic, router, sources))]
     else:
         body = [time, side_by_side(Group(balance, sources), Group(traffic, router))]
-    headline = indented(fact_table([*facts.headline(result), facts.memory(result)], strong=True))
-    return [head, headline, *body, *_what_if(result), *warnings(result.get("warnings", ()))]
+    pipeline, runs = facts.stages(result)
+    headline = indented(fact_table([*facts.headline(result), facts.memory(result), *pipeline], strong=True))
+    return [head, headline, *body, *_stages(runs), *_what_if(result), *warnings(result.get("warnings", ()))]
+
+
+def _stages(runs: Sequence[tuple[str, str, str]]) -> list[RenderableType]:
+    """Ranks with as many layers in one line."""
+    if not runs:
+        return []
+    table = number_table(("pipeline rank", "layers", "ms per micro-batch"), runs)
+    return [section("pipeline", table)]
 
 
 def _what_if(result: Result) -> list[RenderableType]:

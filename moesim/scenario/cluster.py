@@ -27,6 +27,8 @@ from moesim.scenario.base import (
 )
 from moesim.scenario.catalogue import gpu_spec
 
+NIC_BANDWIDTH = 50e9  # bytes/s of a GPU's NIC per direction where the scenario names none: 400 Gbps
+
 
 class Pool(Section):
     """`nodes` machines with `gpus_per_node` GPUs of one kind."""

@@ -27,6 +27,7 @@ from moesim.scenario.base import (
 from moesim.scenario.cluster import Cluster, Contiguous, Dispatch, Network, Placement
 from moesim.scenario.model import Model
 from moesim.scenario.routing import Capacity, NoCapacity, RouterShape, Routing, UniformRouting, resolve_router
+from moesim.scenario.stage_split import stage_lengths
 
 # Measured on two H200 (torch 2.11, CUDA 13): 0.74 GB for the context and the kernels of matrix products and attention,
 # 1.5 GB for the first NCCL communicator, 0.3 GB for each of three more, 0.47 GB for the first all-to-all.
@@ -87,8 +88,8 @@ class Parallelism(Section):
     )
     stages: Annotated[tuple[Layers, ...], Field(min_length=1, max_length=MOST_LAYERS)] | None = Field(
         default=None,
-        description="Layers of each pipeline stage, first stage first; absent: as even as possible, the first stages "
-        "one layer longer.",
+        description="Layers of each pipeline stage, first stage first; absent: so that ranks take about equally long, "
+        "embedding, head and prediction layers counted.",
     )
 
     @property
@@ -281,13 +282,17 @@ class Scenario(Section):
         faster = fabric.model_copy(update={"bandwidth_factor": factor * fabric.bandwidth_factor})
         return self.model_copy(update={"cluster": self.cluster.model_copy(update={"fabric": faster})})
 
+    def with_stages_listed(self) -> "Scenario":
+        """The scenario with its split into stages written out: changes to it then move no layer."""
+        if self.parallelism.num_stages == 1:
+            return self
+        listed = self.parallelism.model_copy(update={"stages": stage_lengths(self)})
+        return self.model_copy(update={"parallelism": listed})
+
     @property
     def stage_layers(self) -> tuple[range, ...]:
-        """The layers of every stage, numbered from 0 through the model."""
-        layers, stages = self.model.layers, self.parallelism.num_stages
-        lengths = self.parallelism.stages
-        if lengths is None:
-            lengths = tuple(layers // stages + (stage < layers % stages) for stage in range(stages))
+        """The layers of every stage, numbered from 0 through the model; see `moesim.scenario.stage_split`."""
+        lengths = stage_lengths(self)
         ends = tuple(accumulate(lengths))
         return tuple(range(end - length, end) for end, length in zip(ends, lengths, strict=True))
 

@@ -170,7 +170,9 @@ def test_ranks_hold_as_many_micro_batches_as_the_schedule_says():
 
 
 def test_dualpipe_holds_two_stages_and_one_activation_more():
-    one, both = report(PIPELINE, "workload.global_batch=8"), report(PIPELINE, "parallelism.schedule.kind=dualpipe")
+    stages = "parallelism.stages=[4, 4, 4, 4, 3, 3, 3, 3]"
+    one = report(PIPELINE, "workload.global_batch=8", stages)
+    both = report(PIPELINE, "parallelism.schedule.kind=dualpipe", stages)
     for rank in range(8):
         stages = (rank, 7 - rank)
         for part in ("weights.dense", "weights.experts"):

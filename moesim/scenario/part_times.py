@@ -1,0 +1,175 @@
+"""About how long each part of a model takes: what the layers are split into pipeline stages by.
+
+What one token of a rank costs, forward and backward: FLOPs over peak, bytes of memory over its bandwidth, and what the
+ranks of a layer send each other where the schedule does not hide it. It needs no routing and no kernel profile, so that
+every reader of a scenario - memory, plans, the simulation - sees the same split. Only ratios of parts count.
+
+Legend: h hidden size, K experts per token, D ranks of an expert group, c copies of a token that leave for other ranks.
+"""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from moesim.scenario.base import BYTES_PER_ELEMENT
+from moesim.scenario.catalogue import GpuSpec, gpu_spec
+from moesim.scenario.cluster import NIC_BANDWIDTH
+from moesim.scenario.flops import attention_layer_parameters, attention_score_flops, expert_parameters
+
+if TYPE_CHECKING:
+    from moesim.scenario.schema import Scenario
+
+# Shares of the data sheet that kernels and links reach, for all GPUs; those of `moesim.compute.roofline` and
+# `moesim.network.parameters`, but for the products of fp8, which stay further below their peak.
+PRODUCT_SHARE, GROUPED_SHARE, ATTENTION_SHARE, MEMORY_SHARE, LINK_SHARE = 0.8, 0.7, 0.5, 0.85, 0.8
+FP8_SHARE = 0.7  # of the share of bf16
+SM_SHARE = 0.12  # of the SMs, held by communication where the scenario names no share
+WIDE = BYTES_PER_ELEMENT["bf16"]  # activations
+
+
+class PartSeconds(NamedTuple):
+    """Seconds of one token of a rank, forward and backward, through one of each; `prediction` is an MTP layer's all."""
+
+    embedding: float
+    dense_layer: float
+    moe_layer: float
+    head: float
+    prediction: float
+
+
+def part_seconds(scenario: "Scenario") -> PartSeconds:
+    """The estimate of every part; 0 for what the model does not have."""
+    parts = _Parts(scenario)
+    model = scenario.model
+    moe = parts.moe_layer() if model.experts else 0.0
+    head = parts.head()
+    join = parts.products(2 * model.hidden**2) + 3 * parts.moved(parts.norm_bytes)
+    layer = moe if model.experts else parts.dense_layer()
+    return PartSeconds(
+        embedding=parts.moved(8 * model.hidden) + 2 * parts.shared_tokens(),
+        dense_layer=parts.dense_layer() if model.dense_layers else 0.0,
+        moe_layer=moe,
+        head=head,
+        prediction=layer + head + join if model.mtp_layers else 0.0,
+    )
+
+
+class _Parts:
+    """The terms of the estimate for one scenario."""
+
+    def __init__(self, scenario: "Scenario") -> None:
+        self.scenario, self.model = scenario, scenario.model
+        self.gpu: GpuSpec = gpu_spec(scenario.cluster.pools[0].gpu)
+        self.gemm = scenario.workload.precision.gemm
+        self.recompute = scenario.workload.recompute
+        # Forward passes of a layer per backward pass.
+        self.forwards = 2 if self.recompute == "full" else 1
+        self.norm_bytes = 16 * self.model.hidden  # read, add, write and write, forward and backward
+
+    def products(
+        self, parameters: float, *, share: float = PRODUCT_SHARE, wide: bool = False, layer: bool = False
+    ) -> float:
+        """Products with weights of so many elements, one forward and two backward; `layer`: as often as layers run."""
+        dtype = "bf16" if wide and self.gemm == "fp8" else self.gemm
+        rate = share * self.gpu.peak_flops[dtype] * (FP8_SHARE if dtype == "fp8" else 1.0)
+        return 2 * parameters * (2 + (self.forwards if layer else 1)) / rate
+
+    def moved(self, bytes_: float) -> float:
+        """Reading and writing so many bytes."""
+        return bytes_ / (MEMORY_SHARE * self.gpu.memory_bandwidth)
+
+    def shared_tokens(self) -> float:
+        """One gather, or one reduce-scatter, of the hidden states of all tensor ranks."""
+        others = self.scenario.parallelism.tensor - 1
+        return self._sent(others * self.model.hidden * WIDE, 0.0) if others else 0.0
+
+    def _sent(self, inside: float, between: float) -> float:
+        """Bytes inside the node and between nodes: each over its own links."""
+        fabric = self.scenario.cluster.fabric
+        nvlink = fabric.nvlink or self.gpu.nvlink_bandwidth
+        nic = fabric.nic or NIC_BANDWIDTH
+        return max(inside / nvlink, between / nic) / (LINK_SHARE * fabric.bandwidth_factor)
+
+    def _attention(self) -> float:
+        model, length = self.model, self.scenario.workload.sequence_length
+        scores = attention_score_flops(model, sequence_length=length, causal=True)
+        peak = self.gpu.peak_flops["bf16" if self.gemm == "fp8" else self.gemm]
+        core = scores * (self.forwards + 2.5) / (ATTENTION_SHARE * peak)
+        rotary = 4 * WIDE * (model.heads + model.kv_heads) * model.head_dim
+        again = self.forwards == 1 and self.recompute != "none"  # what is cheap is made again
+        bytes_ = self.norm_bytes * (1 + (self.forwards - 1 + again) / 2) + rotary
+        products = self.products(attention_layer_parameters(model), layer=True)
+        return core + products + self.moved(bytes_) + (2 * self.forwards + 1) * self.shared_tokens()
+
+    def _network(self, width: float) -> float:
+        """A gated network of this width for every token: norm apart."""
+        products = self.products(3 * self.model.hidden * width, layer=True)
+        return products + self.moved(self._activation_bytes(width)) + (2 * self.forwards + 1) * self.shared_tokens()
+
+    def _activation_bytes(self, width: float) -> float:
+        """silu(a) * b reads two values and writes one; its gradient reads three and writes two."""
+        return (3 * self.forwards + 5) * WIDE * width
+
+    def dense_layer(self) -> float:
+        """Attention and the dense network."""
+        return self._attention() + self._network(self.model.dense_intermediate) + self.moved(self.norm_bytes)
+
+    def moe_layer(self) -> float:
+        """Attention, router, shared and routed experts, and what moves tokens between them."""
+        model, mesh = self.scenario.model, self.scenario.parallelism
+        compute = self._attention() + self.moved(self.norm_bytes + 20 * model.experts)
+        compute += self.products(model.hidden * model.experts, wide=True, layer=True)
+        routed = self.products(model.top_k * expert_parameters(model), share=GROUPED_SHARE, layer=True)
+        compute += routed + self.moved(self._activation_bytes(model.top_k * model.expert_intermediate))
+        shared = self._network(model.shared_experts * model.expert_intermediate) if model.shared_experts else 0.0
+        compute += self.moved(self._permuted_bytes())
+        if mesh.expert * mesh.expert_tensor == 1:
+            return compute + shared
+        sent = self._dispatched()
+        overlap = self.scenario.overlap
+        if mesh.schedule.kind == "dualpipe" and overlap.micro_batches is not False:
+            return self._beside(compute + shared, sent)
+        if overlap.shared_experts is False:
+            return compute + shared + sent
+        return compute + self._beside(shared, sent / 2) + sent / 2
+
+    def _beside(self, compute: float, sent: float) -> float:
+        """Kernels beside transfers, which hold some of the SMs while they are open."""
+        share = self.scenario.dispatch.sm_share
+        return max(sent, compute + sent * (SM_SHARE if share is None else share))
+
+    def _copies(self, bins: float) -> float:
+        """Distinct ones of `bins` equal domains that hold the experts of a token, spread evenly within its groups."""
+        shape = self.scenario.router_shape()
+        within = max(1.0, bins * shape.group_limit / shape.num_groups)
+        return within * (1 - (1 - 1 / within) ** self.model.top_k)
+
+    def _permuted_bytes(self) -> float:
+        """Gathers and sums of rows, forward and backward: see `moesim.sim.fused`."""
+        model, mesh = self.model, self.scenario.parallelism
+        copies = self.model.top_k if self._per_expert else self._copies(mesh.expert)
+        per_row = (8 * copies + 6 * model.top_k + 2) if mesh.expert * mesh.expert_tensor > 1 else 6 * model.top_k + 2
+        quantise = 3 if self.scenario.dispatch.dtype == "fp8" else 0
+        return (1 + self.forwards) * (per_row + quantise) * model.hidden
+
+    @property
+    def _per_expert(self) -> bool:
+        return self.scenario.dispatch.deduplicate == "per_expert"
+
+    def _dispatched(self) -> float:
+        """Dispatch and combine, forward and backward, and the exchange of ranks with slices of the same experts."""
+        model, mesh, dispatch = self.model, self.scenario.parallelism, self.scenario.dispatch
+        ranks, node = mesh.expert, self.scenario.cluster.pools[0].gpus_per_node
+        nodes = max(1.0, ranks * mesh.expert_tensor / node)
+        copies = model.top_k if self._per_expert else self._copies(ranks)
+        between = (self._copies(nodes) if dispatch.deduplicate == "per_node" else copies) * (1 - 1 / nodes)
+        inside = copies * (1 / nodes - 1 / ranks)
+        if dispatch.deduplicate == "per_node":
+            inside = copies * (1 - 1 / ranks)  # fanned out behind the network
+        width = model.hidden * (BYTES_PER_ELEMENT[dispatch.dtype] + BYTES_PER_ELEMENT[dispatch.combine_dtype])
+        slices = 2 * copies * (mesh.expert_tensor - 1) * model.hidden * WIDE
+        return (1 + self.forwards) * (self._sent(inside * width, between * width) + self._sent(slices, 0.0))
+
+    def head(self) -> float:
+        """Norm, logits and loss."""
+        model = self.model
+        logits = self.products(model.hidden * model.vocab, wide=True)
+        return logits + self.moved(self.norm_bytes + 6 * model.vocab) + self.shared_tokens()
