@@ -333,7 +333,9 @@ def _by_category(attribution_CSW: FloatArray) -> dict[str, float]:
 
 def _load_arrays(facts: TrafficFacts) -> dict[str, FloatArray]:
     def relative(rows: FloatArray) -> FloatArray:
-        return np.asarray(rows / rows.mean(axis=1, keepdims=True))
+        """Over the mean of the layer; 0 where a layer kept no row at all."""
+        means = rows.mean(axis=1, keepdims=True)
+        return np.asarray(rows / np.where(means > 0, means, 1.0))
 
     return {
         "expert_load_LE": relative(facts.expert_load_LE),

@@ -1,7 +1,11 @@
 """Whatever stands in a file, its verb gives finite numbers or one line, and soon: shipped files, mutated."""
 
+import io
+import re
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import yaml
@@ -10,6 +14,7 @@ from hypothesis import strategies as st
 
 from moesim.errors import LONGEST_LINE, InternalError, UserError
 from moesim.planner.loading import plan_from_mapping
+from moesim.report import print_facts, write_report
 from moesim.run import simulate
 from moesim.scenario import Scenario, dump_scenario, load_scenario_text
 from moesim.scenario.document import parse_yaml
@@ -155,6 +160,119 @@ def mutated(draw, goods):
     return value
 
 
+def one(*values):
+    return st.sampled_from(values)
+
+
+def maybe(draw, **keys):
+    """Some of the keys, each with a value of its strategy."""
+    return {key: draw(value) for key, value in keys.items() if draw(st.booleans())}
+
+
+NIC = one("1 kB/s", "1 MB/s", "400 Gbps", "1 TB/s", "1000 PB/s")
+LATENCY = one("0 s", "1e-12 s", "3 us", "1 s")
+EFFICIENCY = one(0.001, 0.5, 1.0)
+CAPACITIES = one(
+    {"kind": "none"},
+    {"kind": "device", "factor": 0.001, "protected_share": 0.0},
+    {"kind": "device", "factor": 1e5},
+    {"kind": "device", "factor": 1.0, "protected_share": 1.0},
+    {"kind": "expert", "factor": 0.001},
+    {"kind": "expert", "factor": 1.0, "pad": True},
+    {"kind": "expert", "factor": 1e5, "pad": True, "by": "score"},
+)
+ATTENTIONS = one(
+    {"kind": "mha"}, {"kind": "gqa"}, {"kind": "local_global"}, {"kind": "mla", "kv_lora_rank": 1, "rope_head_dim": 1}
+)
+DISPATCHES = one(
+    {},
+    {"dtype": "fp8"},
+    {"deduplicate": "per_expert"},
+    {"algorithm": "hierarchical", "deduplicate": "per_node"},
+    {"algorithm": "low_latency", "deduplicate": "per_expert", "sm_share": 0.999},
+)
+WIDTH = one(8, 64, 1024, 2**16)
+
+
+@st.composite
+def routings(draw, experts):
+    router = draw(one({}, {"router": {"kind": "deepseek_v3", "groups": 2, "group_limit": 1}}))
+    if draw(st.booleans()):
+        return {"kind": "uniform", **router}
+    rows = st.lists(one(0, 1e-12, 1, 2, 1000, 1e12), min_size=experts, max_size=experts)
+    return {"kind": "popularity", "counts": draw(st.one_of(rows, st.lists(rows, min_size=1, max_size=3))), **router}
+
+
+@st.composite
+def fabrics(draw):
+    presets = one("rail_optimised", "rail_optimised", "leaf_spine", "nvl72", "nvlink_node", "multi_plane")
+    degraded = st.fixed_dictionaries({"factor": one(0, 0.001, 0.5)}, optional={"node": one(0, 1), "rail": one(0, 1)})
+    return maybe(
+        draw, preset=presets, nic=NIC, nvlink=NIC, nic_latency=LATENCY, nvlink_latency=LATENCY, leaf_latency=LATENCY,
+        nic_efficiency=EFFICIENCY, nvlink_efficiency=EFFICIENCY, pod_nodes=one(1, 2), pxn=st.booleans(),
+        oversubscription=one(0.001, 0.5, 2, 1000, {"leaf": 2, "spine": 3}), bandwidth_factor=one(0.001, 2.0, 1000.0),
+        degraded=st.lists(degraded, max_size=2),
+    )  # fmt: skip
+
+
+@st.composite
+def models(draw, experts):
+    heads, attention = draw(one(4, 8, 16)), draw(ATTENTIONS)
+    return {
+        "layers": draw(one(8, 9)), "hidden": draw(WIDTH), "heads": heads, "head_dim": draw(one(1, 64, 1024)),
+        "kv_heads": heads if attention["kind"] == "mha" else draw(one(4, heads)), "attention": attention,
+        "dense_layers": draw(one(0, 1)), "dense_intermediate": draw(WIDTH), "experts": experts,
+        "top_k": draw(one(1, min(2, experts), experts)), "shared_experts": draw(one(0, 1, 2)),
+        "expert_intermediate": draw(WIDTH), "vocab": draw(one(4, 1000, 2**24)), "mtp_layers": draw(one(0, 1)),
+        "tied_embeddings": draw(st.booleans()),
+    }  # fmt: skip
+
+
+@st.composite
+def coherent(draw):
+    """A scenario whose sizes fit each other, with extreme numbers within their bounds."""
+    tensor, context, pipeline = draw(one(1, 1, 2, 4)), draw(one(1, 1, 2)), draw(one(1, 1, 2, 4))
+    expert, copies, expert_tensor = draw(one(1, 2, 4, 8)), draw(one(1, 1, 2)), draw(one(1, 1, 2))
+    stage = max(tensor * context, expert * expert_tensor) * copies
+    experts, size = draw(one(1, 2, 4)) * expert, draw(one(1, 2, 4, 8))
+    data, micro_batch = stage // (tensor * context), draw(one(1, 2, 3))
+    kind = draw(one("gpipe", "1f1b", "zb_h1", "dualpipe", "interleaved"))
+    virtual = {"virtual": 2} if kind == "interleaved" else {}
+    flag = st.booleans()
+    return {
+        "name": "f",
+        "model": draw(models(experts)),
+        "routing": draw(routings(experts)),
+        "capacity": draw(CAPACITIES),
+        "placement": {"kind": draw(one("contiguous", "contiguous", "round_robin"))},
+        "cluster": {
+            "gpu": draw(one("a100", "h100", "h200", "b200")), "gpus_per_node": size,
+            "nodes": -(-stage * pipeline // size) + draw(one(0, 0, 1)), "fabric": draw(fabrics()),
+            **maybe(draw, price_per_gpu_hour=one(0, 1e-300, 1e6)),
+        },
+        "parallelism": {
+            "data": data, "tensor": tensor, "context": context, "pipeline": pipeline,
+            "expert": expert, "expert_tensor": expert_tensor, "schedule": {"kind": kind, **virtual},
+            "zero": {"dense": draw(one(0, 0, 1, 2, 3)), "expert": draw(one(0, 0, 1, 2, 3))},
+        },
+        "workload": {
+            "sequence_length": draw(one(16, 128, 2048)), "micro_batch": micro_batch,
+            "global_batch": data * micro_batch * draw(one(1, 2, 8)),
+            "precision": maybe(draw, gemm=one("bf16", "fp32", "fp8"), weights=one("fp32", "fp8"), master=one("fp32")),
+            "recompute": draw(one("none", "full", "selective", ["swiglu"])),
+            **maybe(draw, train_tokens=one(1, 1e12, 1e18), gradient_clipping=one(1e-9, 1e9)),
+        },
+        "dispatch": draw(DISPATCHES),
+        "network": {"model": draw(one("ports", "fluid", "exact"))},
+        "implementation": {"kind": draw(one("fused", "fused", "torch_eager"))},
+        "uncertainty": {"samples": draw(one(1, 2, 3)), "bank": draw(one(1, 8))},
+        "overlap": maybe(draw, shared_experts=flag, micro_batches=flag, gradient_reduction=flag),
+        "memory": maybe(draw, reserved=one("0 B", "1 GB", "1 PB"), allocator_overhead=one(0.0, 1.0)),
+        "seed": draw(one(0, 2**63, 10**30)),
+        **maybe(draw, compute=one({"profile": "roofline"}, {"profile": "h200"})),
+    }  # fmt: skip
+
+
 def refused_in_one_line(error):
     line = str(error)
     assert not isinstance(error, InternalError), line
@@ -203,6 +321,11 @@ def simulated(scenario):
     else:
         assert record.result["step_time_s"] > 0
         json_text(record.result)
+        with redirect_stdout(io.StringIO()) as screen:
+            print_facts(record.result)
+        assert not {"nan", "inf"} & set(re.findall(r"[a-z]+", screen.getvalue()))
+        with TemporaryDirectory() as folder:
+            write_report(record, Path(folder) / "report.html")
     assert time.monotonic() - begin < SECONDS_TO_SIMULATE
 
 
@@ -220,6 +343,12 @@ QUIET = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandom
 @settings(max_examples=40, **QUIET)
 @given(mutated([plain(SMALL)]))
 def test_a_mutated_small_scenario_is_simulated_or_refused_in_one_line(value):
+    check(value)
+
+
+@settings(max_examples=15, **QUIET)
+@given(coherent())
+def test_extreme_numbers_within_bounds_are_simulated(value):
     check(value)
 
 
@@ -299,6 +428,13 @@ LONG = {"deadline": None, "suppress_health_check": list(HealthCheck), "print_blo
 @settings(max_examples=1500, **LONG)
 @given(mutated([plain(SMALL)]))
 def test_many_mutated_small_scenarios(value):
+    check(value)
+
+
+@pytest.mark.slow
+@settings(max_examples=1000, **LONG)
+@given(coherent())
+def test_many_extreme_numbers_within_bounds(value):
     check(value)
 
 

@@ -191,6 +191,9 @@ def _check_counts(scenario: Scenario, routing: PopularityRouting, report: _Repor
         positive = sum(count > 0 for count in counts if not isinstance(count, tuple))
         if positive < model.top_k:
             raise report.user(key, f"{positive} experts have a count above 0, fewer than top_k = {model.top_k}")
+        if positive < len(counts) and scenario.router_shape().num_groups > 1:
+            what = f"{positive} of {len(counts)} counts are above 0; any choice of groups must hold top_k experts"
+            raise report.user(key, f"{what}: add 1 to each count")
 
 
 def _check_router(scenario: Scenario, router: Router, report: _Report) -> None:

@@ -37,7 +37,10 @@ class Clock:
 
 
 def rows(count: int) -> list[dict[str, Any]]:
-    return [{"family": "gemm", "m": m, "k": 64, "n": 64, "dtype": "bf16", "direction": "forward"} for m in range(count)]
+    return [
+        {"family": "gemm", "m": m, "k": 64, "n": 64, "dtype": "bf16", "direction": "forward"}
+        for m in range(1, count + 1)
+    ]
 
 
 TIMED = {"p20": 1.0, "p50": 2.0, "p80": 3.0, "repeats": 5}
@@ -46,7 +49,7 @@ TIMED = {"p20": 1.0, "p50": 2.0, "p80": 3.0, "repeats": 5}
 def test_a_family_stops_when_its_time_is_up(tmp_path: Path) -> None:
     session = Session(out=tmp_path / "p.json", clock=Clock(1.0))
     session.open()
-    assert [row["m"] for row in session.within(rows(100), 5.0)] == [0, 1, 2, 3]
+    assert [row["m"] for row in session.within(rows(100), 5.0)] == [1, 2, 3, 4]
     session.close()
 
 
@@ -62,12 +65,12 @@ def test_a_session_goes_on_where_an_interrupted_one_stopped(tmp_path: Path) -> N
 
     second = Session(out=out)
     second.open()
-    assert [row["m"] for row in second.within(rows(10), 100.0)] == [4, 5, 6, 7, 8, 9]
+    assert [row["m"] for row in second.within(rows(10), 100.0)] == [5, 6, 7, 8, 9, 10]
     for row in rows(10)[4:]:
         second.add(row | TIMED)
     second.close()
     profile = second.merge(name="p", environment={"device": "x"})
-    assert [row["m"] for row in profile.rows] == list(range(10))
+    assert [row["m"] for row in profile.rows] == list(range(1, 11))
     assert not second.partial.exists()
 
     third = Session(out=out)

@@ -121,6 +121,9 @@ MISTAKES = {
     without("routing") + POPULARITY + "[1, x]}": 'f.yaml:9:41: routing.counts.1: expected a number, got "x"',
     without("routing") + POPULARITY + "[[1], [-1]]}": "f.yaml:9:44: routing.counts.1.0: must be at least 0, got -1",
     without("routing") + POPULARITY + f"{[1] * 5 + [0] * 59}}}": "f.yaml:9:37: routing.counts: 5 experts have a count",
+    without("routing") + POPULARITY + f"{[1] * 63 + [0]}, router: {{kind: deepseek_v2, groups: 8, group_limit: 3}}}}": (
+        "f.yaml:9:37: routing.counts: 63 of 64 counts are above 0; any choice of groups must hold top_k experts"
+    ),
     without("routing") + "\nrouting: {kind: trace, file: no.npz}": 'f.yaml:9:30: routing.file: "no.npz" does not exist',
     DENSE: "f.yaml:4:3: routing: a model without experts has no router; leave routing out",
     GOOD.replace("deepseek-moe-16b", "llama2-7b"): "f.yaml:11:32: parallelism.expert: a model without experts has no",
