@@ -3,9 +3,12 @@
 Python's own writer puts the words NaN and Infinity into files that no other reader takes.
 """
 
+import gzip
 import json
 import math
+import zlib
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, NoReturn
 
 from moesim.errors import UserError
@@ -47,6 +50,22 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text, parse_constant=_refuse, parse_float=_finite)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def packed(text: str, path: Path) -> bytes:
+    """What `path` is to hold of the text: gzipped where its name ends in .gz, the same bytes for the same text."""
+    data = text.encode()
+    return gzip.compress(data, mtime=0) if path.suffix == ".gz" else data
+
+
+def unpacked(data: bytes) -> bytes:
+    """The text of a file as `packed` gave it. Raises ValueError where gzipped data are damaged."""
+    if data[:2] != b"\x1f\x8b":
+        return data
+    try:
+        return gzip.decompress(data)
+    except (EOFError, OSError, zlib.error) as error:
+        raise ValueError(str(error)) from None
 
 
 def _refuse(constant: str) -> NoReturn:

@@ -11,8 +11,6 @@ A session is one call of the benchmarks; `visits` are apart in time and, with se
 are the physical parameters of `moesim.compute.cells`, kept because fitting takes longer than loading.
 """
 
-import gzip
-import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from typing import Any
 from moesim.compute.profile_check import mistakes_of_row
 from moesim.errors import UserError
 from moesim.files import write_atomically
-from moesim.strict_json import json_text, parse_json
+from moesim.strict_json import json_text, packed, parse_json, unpacked
 
 SCHEMA_VERSION = 1
 SHIPPED = Path(__file__).parent / "profiles"
@@ -46,10 +44,7 @@ def save_profile(profile: Profile, path: Path) -> None:
     head = json_text(facts, indent=1)
     rows = ",\n".join(json_text(row, separators=(",", ":")) for row in profile.rows)
     text = f'{head[:-2]},\n "rows": [\n{rows}\n]}}\n'
-    data = text.encode()
-    if path.suffix == ".gz":
-        data = gzip.compress(data, mtime=0)
-    write_atomically(path, data)
+    write_atomically(path, packed(text, path))
 
 
 def load_profile_file(path: Path) -> Profile:
@@ -60,8 +55,8 @@ def load_profile_file(path: Path) -> Profile:
         reason = error.strerror or error
         raise UserError(f"{path}: cannot read this profile ({reason}); `moesim calibrate --out` makes one") from None
     try:
-        content = parse_json(gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data)
-    except (ValueError, EOFError, OSError, zlib.error) as error:
+        content = parse_json(unpacked(data))
+    except ValueError as error:
         raise UserError(f"{path}: not a whole profile ({error}); make it again with `moesim calibrate`") from None
     if not isinstance(content, dict) or "schema_version" not in content:
         raise UserError(f"{path}: not a profile: no schema_version; make one with `moesim calibrate`")

@@ -7,7 +7,7 @@ from typing import Any
 from moesim.errors import UserError
 from moesim.scenario import Scenario
 from moesim.validation.cases import Case, check_runnable, scenario_case, standard_cases, with_profile
-from moesim.validation.table import SHIPPED_TABLES, Table, make_table, recompute, save_table, shipped_table
+from moesim.validation.table import SHIPPED_TABLES, SUFFIX, Table, make_table, recompute, save_table, shipped_table
 
 
 def validate_command(
@@ -58,7 +58,7 @@ def _report(out: Path | None, *, quiet: bool) -> Table:
     for name, table in tables.items():
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
-            save_table(table, out / f"{name}.json")
+            save_table(table, out / f"{name}{SUFFIX}")
         _show(table, quiet)
     return tables[SHIPPED_TABLES[0]]
 

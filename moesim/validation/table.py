@@ -10,12 +10,13 @@ import numpy as np
 from moesim.errors import UserError
 from moesim.files import write_atomically
 from moesim.scenario import Scenario, dump_scenario, load_scenario_text
-from moesim.strict_json import json_text, parse_json
+from moesim.strict_json import json_text, packed, parse_json, unpacked
 from moesim.validation.cases import Case
 from moesim.validation.predict import predict
 
 SCHEMA_VERSION = 1
 SHIPPED = Path(__file__).parent / "data"
+SUFFIX = ".json.gz"
 # On H200: the standard cases; other models, sizes and lengths on one GPU; sigmoid routers, replicas, other skews on
 # two. On H100: all of these again; then models and sizes that were measured when nothing was changed any more.
 SHIPPED_TABLES = ("h200", "h200-unseen", "h200-unseen-2gpu", "h100", "h100-last")
@@ -94,14 +95,14 @@ def table_json(table: Table) -> dict[str, Any]:
 
 
 def save_table(table: Table, path: Path) -> None:
-    """Write the table as JSON; never leaves a half-written file in place of a whole one."""
-    write_atomically(path, (json_text(table_json(table), separators=(",", ":")) + "\n").encode())
+    """Write the table as JSON, gzipped where the name ends in .gz; never leaves a half-written file in its place."""
+    write_atomically(path, packed(json_text(table_json(table), separators=(",", ":")) + "\n", path))
 
 
 def load_table(path: Path) -> Table:
     """A table as it was written. Raises UserError when it is missing, damaged or of another schema version."""
     try:
-        content = parse_json(path.read_text(encoding="utf-8"))
+        content = parse_json(unpacked(path.read_bytes()))
         if content["schema_version"] != SCHEMA_VERSION:
             raise UserError(f"{path}: validation table of schema version {content['schema_version']}; validate again")
         rows = tuple(
@@ -122,9 +123,9 @@ def _scenario(row: dict[str, Any]) -> Scenario:
 
 def shipped_table(name: str = "h200") -> Table:
     """The table that the package ships. Raises UserError for a name that it does not have."""
-    path = SHIPPED / f"{name}.json"
+    path = SHIPPED / f"{name}{SUFFIX}"
     if not path.exists():
-        names = sorted(file.stem for file in SHIPPED.glob("*.json"))
+        names = sorted(file.name.removesuffix(SUFFIX) for file in SHIPPED.glob(f"*{SUFFIX}"))
         raise UserError(f"no validation table {name!r} is shipped; there is: {', '.join(names) or 'none'}")
     return load_table(path)
 
