@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from moesim.errors import InfeasibleError, UserError
-from moesim.moe.progress import ProgressCallback
 from moesim.planner.folder import Folder
 from moesim.planner.loading import load_plan
 from moesim.planner.planning import Watching, make_plan
 from moesim.results import RunRecord
+from moesim.routing.progress import ProgressCallback
 from moesim.run import obtain_trace, simulate
 from moesim.scenario import GpuSpec, Scenario, gpu_names, gpu_spec, scenario_from_mapping
 from moesim.scenario import load_scenario as _load_file

@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.compute import KernelModel, kernel_model
-from moesim.moe.cache import cached_trace
-from moesim.moe.progress import ProgressCallback
-from moesim.moe.request import TrainingRequest
+from moesim.engine import simulate_step, step_kernels
+from moesim.kernels import KernelModel, kernel_model
 from moesim.network import Fabric
 from moesim.parallel import Mesh, TrafficSample, TrafficSampler
 from moesim.parallel.memory import MemoryReport
 from moesim.parallel.memory_remedy import check_memory
 from moesim.parallel.memory_rows import RoutedRows, even_rows, routed_rows
+from moesim.program import StepProgram, build_program
+from moesim.program.scenario_fabric import scenario_fabric
 from moesim.results import CATEGORIES, RESULT_SCHEMA_VERSION, RunRecord, SpanTable, Stream, attribute
 from moesim.results.balance import balance_warnings
 from moesim.results.critical_path import path_facts
@@ -35,12 +35,13 @@ from moesim.results.metrics import (
 )
 from moesim.results.plausible import check_plausible
 from moesim.results.stages import action_seconds, stage_facts, stage_warnings
+from moesim.routing.cache import cached_trace
+from moesim.routing.progress import ProgressCallback
+from moesim.routing.request import TrainingRequest
 from moesim.scenario import Scenario
 from moesim.scenario.check import require_supported
 from moesim.scenario.routing import PopularityRouting, TraceRouting, TrainRouting
 from moesim.seeding import stream, stream_seed
-from moesim.sim import StepProgram, build_program, simulate_step, step_kernels
-from moesim.sim.links import scenario_fabric
 from moesim.trace import RoutingTrace, load_trace, popularity_trace, trace_hash, uniform_trace
 from moesim.trace.agreement import check_agreement, limit_difference
 from moesim.trace.library import is_library_name, load_library

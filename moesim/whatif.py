@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from moesim.errors import UserError
-from moesim.moe.progress import ProgressCallback
 from moesim.results import RunRecord
 from moesim.results.economy import cost
+from moesim.routing.progress import ProgressCallback
 from moesim.run import mean_step_seconds, obtain_trace
 from moesim.scenario import GroupedRouter, Overlap, Scenario, TraceRouting, TrainRouting
 from moesim.scenario.routing import NO_GROUPS

@@ -15,10 +15,11 @@ LAYER = {
     "shipped": 1.5,
     "scenario": 2,
     "trace": 3,
-    "moe": 4, "parallel": 4,
-    "compute": 5, "network": 5,
+    "routing": 4, "parallel": 4,
+    "kernels": 5, "network": 5,
     "results": 6,
-    "sim": 7,
+    "program": 7,
+    "engine": 7.5,
     "run": 8,
     "study": 8.5,
     "planner": 9, "report": 9, "sweeper": 9, "validation": 9, "whatif": 9,
@@ -28,8 +29,8 @@ LAYER = {
 MAY_SHARE_A_LAYER = {"units", "errors", "seeding", "strict_json", "processes", "files", "display"}
 # Library -> the only rooms that may import it, at any depth of a function.
 EXCLUSIVE = {
-    "torch": {"moe", "validation", "compute/benchmarks"},
-    "simpy": {"sim"},
+    "torch": {"routing", "validation", "kernels/benchmarks"},
+    "simpy": {"engine"},
     "plotly": {"report"},
     "optuna": {"planner"},
     "json": {"strict_json"},
@@ -95,9 +96,9 @@ def test_imports_point_downwards_and_libraries_stay_home(path: str) -> None:
     ("path", "source"),
     [
         ("scenario/model.py", "from moesim.trace import RoutingTrace"),
-        ("compute/roofline.py", "def f():\n    import moesim.network.ports"),
+        ("kernels/roofline.py", "def f():\n    import moesim.network.ports"),
         ("trace/store.py", "import torch.nn as nn"),
-        ("compute/roofline.py", "from torch import Tensor"),
+        ("kernels/roofline.py", "from torch import Tensor"),
         ("results/record.py", "from simpy import Environment"),
         ("cli/run.py", "def f():\n    import plotly.graph_objects as go"),
         ("results/record.py", "from moesim import run"),
@@ -111,8 +112,8 @@ def test_the_rule_catches_a_breach(path: str, source: str) -> None:
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("compute/benchmarks/gemm.py", "import torch"),
-        ("compute/benchmarks.py", "import torch"),
+        ("kernels/benchmarks/gemm.py", "import torch"),
+        ("kernels/benchmarks.py", "import torch"),
         ("seeding.py", "from moesim.errors import UserError"),
         ("cli/run.py", "from moesim.run import simulate"),
         ("network/ports.py", "from moesim.network.fabric import Fabric"),
@@ -166,5 +167,5 @@ def test_importing_the_package_loads_nothing_until_a_name_is_used() -> None:
 
 
 def test_reading_a_scenario_does_not_load_torch() -> None:
-    rooms = ("scenario", "trace", "parallel", "compute", "network", "results", "report")
+    rooms = ("scenario", "trace", "parallel", "kernels", "network", "results", "report")
     assert not loaded_after("import " + ", ".join(f"moesim.{room}" for room in rooms)) & {"torch", "simpy"}

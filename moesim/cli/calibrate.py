@@ -32,7 +32,7 @@ def execute(args: argparse.Namespace) -> int:
         raise UserError(f"--budget {args.budget} is not a time in seconds; use e.g. 420")
     if args.out is not None and not args.report:
         check_writable(args.out)
-    from moesim.compute.command import calibrate_command
+    from moesim.kernels.command import calibrate_command
 
     return calibrate_command(
         device=args.device,

@@ -29,8 +29,8 @@ def kept_of_training(scenario: "Scenario", cache_dir: Path | None) -> str:
     again = "run the same command again"
     if scenario.routing.kind != "train":
         return f"nothing was written; {again} to start over"
-    from moesim.moe.cache import checkpoint_path, trace_path
-    from moesim.moe.request import TrainingRequest
+    from moesim.routing.cache import checkpoint_path, trace_path
+    from moesim.routing.request import TrainingRequest
 
     request = TrainingRequest.from_scenario(scenario)
     trace = trace_path(request, cache_dir)

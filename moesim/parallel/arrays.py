@@ -97,7 +97,7 @@ class TrafficArrays:
         lie unevenly on nodes no such spread gives equal ranks: then all pairs but the own rank form one class.
 
         What travels is spread; the rows that experts compute stay, and it is the time for them that
-        `moesim.sim.writer` spreads over the ranks. Kernels round rows up to tiles: equal rows just below a multiple
+        `moesim.program.writer` spreads over the ranks. Kernels round rows up to tiles: equal rows just below a multiple
         of a tile, or just above it, would be a fifth faster or slower than the mean of uneven ones, and an expert
         without rows spares its weights. None of that is due to balance.
         """

@@ -8,7 +8,7 @@ form keeps a rank's share of every tensor (arXiv 2205.05198), so no width below 
 128 values, as DeepSeek-V3 caches them, and SwiGLU's inputs likewise, arXiv 2412.19437 section 3.3.3), but the router's
 input and the attention's output in bf16. Gates are multiplied into the product inside an expert, so that no result of
 an expert is kept.
-`torch_eager`: what autograd keeps of `moesim.moe.sharded_model`: silu's output beside its inputs, repeated keys and
+`torch_eager`: what autograd keeps of `moesim.routing.sharded_model`: silu's output beside its inputs, repeated keys and
 values of grouped queries, attention's output in two orders, float32 log-probabilities of the head, and the results of
 experts before and behind their gates.
 """

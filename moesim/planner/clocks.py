@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from moesim.compute import KernelModel
+from moesim.kernels import KernelModel
 
 LOAD_GRID = 5e12  # FLOP/s, half a per cent of an H100's peak: the clock follows load by less than that
 

@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from moesim.engine.executor import GroupExecutor
+from moesim.engine.walk import Labels
+from moesim.program import StepProgram
+from moesim.program.operations import Block, Operation, Run
 from moesim.results.spans import SpanRecorder
 from moesim.scenario import Model, Scenario
-from moesim.sim import StepProgram
-from moesim.sim.executor import GroupExecutor
-from moesim.sim.operations import Block, Operation, Run
-from moesim.sim.walk import Labels
 
 TURNS = 2  # micro-batches that pass one behind the other
 SETTLED = 4  # likewise where collectives of one reach into the next

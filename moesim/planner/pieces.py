@@ -9,17 +9,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from moesim.compute import KernelModel, kernel_model
+from moesim.engine.step_clock import step_kernels
+from moesim.kernels import KernelModel, kernel_model
 from moesim.network import Fabric, build_fabric
 from moesim.network.parameters import NetworkParameters
 from moesim.parallel import Mesh, TrafficSample, TrafficSampler
 from moesim.parallel.memory_rows import RoutedRows, even_rows, routed_rows
 from moesim.planner.clocks import SharedClocks
 from moesim.planner.passes import Cut, Passes, cut_pieces, with_sharding
+from moesim.program import build_program
 from moesim.scenario import Parallelism, PipelineSchedule, PopularityRouting, Scenario, Zero
 from moesim.seeding import stream
-from moesim.sim import build_program
-from moesim.sim.step_clock import step_kernels
 from moesim.trace import RoutingTrace
 
 LAYERS = 4  # MoE layers of a piece, one behind the other: each has its own hot ranks

@@ -11,7 +11,6 @@ from typing import Any
 
 from moesim.display import Display
 from moesim.errors import InfeasibleError
-from moesim.moe.progress import ProgressCallback, show_training
 from moesim.planner.accounts import baseline, sensitivity
 from moesim.planner.bench import Progress, opened_bench
 from moesim.planner.folder import JOURNAL_FILE, Folder, plan_hash
@@ -24,6 +23,7 @@ from moesim.planner.simulations import Simulations
 from moesim.planner.space import Space
 from moesim.planner.traces import Traces
 from moesim.planner.why import Simulated, why
+from moesim.routing.progress import ProgressCallback, show_training
 from moesim.study import PointRecord
 
 

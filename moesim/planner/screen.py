@@ -18,15 +18,15 @@ from moesim.parallel.schedules import Action, Pass, Schedule
 from moesim.planner.passes import NOTHING, Cut, PassSeconds
 from moesim.planner.pieces import PieceStore, TraceOf
 from moesim.planner.pipeline import pipeline_finish, prepare_walk, short_micro_batches
+from moesim.program.operations import Operation
+from moesim.program.parameters import ParameterGroups, optimizer_block
+from moesim.program.reductions import Reduction
+from moesim.program.scenario_fabric import scenario_fabric
+from moesim.program.software import SOFTWARE
+from moesim.program.writer import KernelWriter
 from moesim.scenario import PipelineSchedule, Scenario, gpu_spec
 from moesim.scenario.base import BYTES_PER_ELEMENT
 from moesim.scenario.stage_split import stage_lengths
-from moesim.sim.links import scenario_fabric
-from moesim.sim.operations import Operation
-from moesim.sim.parameters import ParameterGroups, optimizer_block
-from moesim.sim.reductions import Reduction
-from moesim.sim.software import SOFTWARE
-from moesim.sim.writer import KernelWriter
 
 
 class _EndOfStep(NamedTuple):

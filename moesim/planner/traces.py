@@ -4,8 +4,8 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from moesim.moe.progress import ProgressCallback
-from moesim.moe.request import TrainingRequest
+from moesim.routing.progress import ProgressCallback
+from moesim.routing.request import TrainingRequest
 from moesim.run import obtain_trace
 from moesim.scenario import Scenario
 from moesim.scenario.routing import TraceRouting, TrainRouting

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moesim.errors import UserError
-from moesim.moe.progress import ProgressCallback
 from moesim.parallel import LayerTraffic, TrafficArrays, TrafficSampler, token_bytes
+from moesim.routing.progress import ProgressCallback
 from moesim.run import obtain_trace
 from moesim.scenario import (
     Cluster,

@@ -17,7 +17,7 @@ from moesim.scenario.flops import attention_layer_parameters, attention_score_fl
 if TYPE_CHECKING:
     from moesim.scenario.schema import Scenario
 
-# Shares of the data sheet that kernels and links reach, for all GPUs; those of `moesim.compute.roofline` and
+# Shares of the data sheet that kernels and links reach, for all GPUs; those of `moesim.kernels.roofline` and
 # `moesim.network.parameters`, but for the products of fp8, which stay further below their peak.
 PRODUCT_SHARE, GROUPED_SHARE, ATTENTION_SHARE, MEMORY_SHARE, LINK_SHARE = 0.8, 0.7, 0.5, 0.85, 0.8
 FP8_SHARE = 0.7  # of the share of bf16
@@ -143,7 +143,7 @@ class _Parts:
         return within * (1 - (1 - 1 / within) ** self.model.top_k)
 
     def _permuted_bytes(self) -> float:
-        """Gathers and sums of rows, forward and backward: see `moesim.sim.fused`."""
+        """Gathers and sums of rows, forward and backward: see `moesim.program.fused`."""
         model, mesh = self.model, self.scenario.parallelism
         copies = self.model.top_k if self._per_expert else self._copies(mesh.expert)
         per_row = (8 * copies + 6 * model.top_k + 2) if mesh.expert * mesh.expert_tensor > 1 else 6 * model.top_k + 2

@@ -192,7 +192,7 @@ class Overlap(Section):
 
 
 class Implementation(Section):
-    """Which software is simulated; `moesim.sim.fused` and `moesim.sim.torch_eager` list its kernels."""
+    """Which software is simulated; `moesim.program.fused` and `moesim.program.torch_eager` list its kernels."""
 
     kind: Literal["fused", "torch_eager"] = Field(
         default="fused",

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from moesim.errors import UserError
-from moesim.moe.cache import cache_directory, trace_path
-from moesim.moe.request import TrainingRequest
+from moesim.routing.cache import cache_directory, trace_path
+from moesim.routing.request import TrainingRequest
 from moesim.scenario.routing import TrainRouting
 from moesim.study.point import Point, PointRecord
 from moesim.study.progress import Progress, Watch

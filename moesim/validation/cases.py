@@ -125,7 +125,7 @@ def scenario_case(scenario: Scenario, gpus: int) -> Case:
 
 def check_runnable(scenario: Scenario) -> None:
     """Raise UserError for what the measured software does not do."""
-    from moesim.moe.sharded_model import unsupported
+    from moesim.routing.sharded_model import unsupported
 
     mesh = scenario.parallelism
     complaints = {

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moesim.compute import kernel_model
+from moesim.engine import simulate_step, step_kernels
+from moesim.kernels import kernel_model
+from moesim.program import build_program
+from moesim.program.scenario_fabric import scenario_fabric
 from moesim.results.spans import SpanTable
-from moesim.sim import build_program, simulate_step, step_kernels
-from moesim.sim.links import scenario_fabric
 from moesim.validation.cases import Case
 from moesim.validation.routing import RecordedRows
 

@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moesim.compute.benchmarks.device import Sampler
-from moesim.moe.expert_parallel import ExpertGroup
-from moesim.moe.sharded_model import ShardedTrainer, build_sharded_model
+from moesim.kernels.benchmarks.device import Sampler
+from moesim.routing.expert_parallel import ExpertGroup
+from moesim.routing.sharded_model import ShardedTrainer, build_sharded_model
 from moesim.scenario import Scenario
 from moesim.seeding import stream
 from moesim.validation.clock import Clock, Marks

@@ -14,14 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from moesim.compute import kernel_model
+from moesim.engine import simulate_step
+from moesim.kernels import kernel_model
 from moesim.network import build_fabric
 from moesim.parallel import TrafficSampler
+from moesim.program import build_program
 from moesim.results import CATEGORIES, attribute
 from moesim.run import obtain_trace
 from moesim.scenario import load_scenario
 from moesim.seeding import stream
-from moesim.sim import build_program, simulate_step
 
 PROFILED = 14  # functions listed
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from moesim.moe.cache import checkpoint_path, trace_path
-from moesim.moe.request import TrainingRequest
 from moesim.report.library_view import print_entries
+from moesim.routing.cache import checkpoint_path, trace_path
+from moesim.routing.request import TrainingRequest
 from moesim.scenario import load_scenario
 from moesim.trace import load_trace
 from moesim.trace.library import find_entry, library_entries

@@ -129,7 +129,7 @@ def test_no_reader_is_no_traceback(scenario: Path, words: str, stream: str, code
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_signals_to_end_keep_the_training_as_ctrl_c_does(scenario: Path, moesim, monkeypatch, number) -> None:
-    from moesim.moe.training import Trainer
+    from moesim.routing.training import Trainer
 
     advance = Trainer.advance
 

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moesim.compute import load_profile
+from moesim.kernels import load_profile
 from moesim.network import all_reduce_seconds, build_fabric, prepare_dispatch
 from moesim.network.calibration import fit_protocol, measured_parameters
 from moesim.network.parameters import NetworkParameters

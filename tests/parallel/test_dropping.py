@@ -7,8 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from moesim.moe.capacity import device_keep_mask as torch_device_keep_mask
-from moesim.moe.capacity import expert_keep_mask as torch_expert_keep_mask
 from moesim.parallel.dropping import (
     device_budget,
     device_keep_mask,
@@ -16,6 +14,8 @@ from moesim.parallel.dropping import (
     expert_keep_mask,
     ranks_of_rows,
 )
+from moesim.routing.capacity import device_keep_mask as torch_device_keep_mask
+from moesim.routing.capacity import expert_keep_mask as torch_expert_keep_mask
 
 torch.set_num_threads(1)
 

@@ -10,7 +10,7 @@ import pytest
 
 import moesim.trace.library
 from moesim.errors import UserError
-from moesim.moe.library_points import library_points
+from moesim.routing.library_points import library_points
 from moesim.run import obtain_trace, simulate
 from moesim.scenario import load_scenario
 from moesim.trace import RoutingTrace, load_trace, save_trace

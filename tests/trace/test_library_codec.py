@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesim.errors import UserError
-from moesim.moe.routers import LEARNED_ROUTERS, RouterInputs, build_router
+from moesim.routing.routers import LEARNED_ROUTERS, RouterInputs, build_router
 from moesim.scenario import RouterShape
 from moesim.trace import RoutingTrace, StepCounts, TraceStep, TrainingCurves
 from moesim.trace.library.catalogue import file_of, find_entry, load_library, write_index

@@ -1,0 +1,231 @@
+"""The lockstep executor: one vector of clocks per stream, a position per (routing sample, rank).
+
+    compute:   start = max(chain, stream, host issue);  finish = start + duration, slower while a transfer is open
+    transfer:  start = max(chain, stream, host issue);  finish = transfer.finish(start)
+    read-back: the host waits for chain and stream
+
+Every compute operation that runs beside a transfer is listed behind it and every transfer directly behind what feeds
+it, so one walk in list order is exact: when a compute operation is placed, each transfer that can overlap it is known.
+
+Legend: S routing samples, R ranks.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import cache
+from types import ModuleType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.engine.segments import (
+    COMMUNICATION,
+    COMPUTE,
+    NO_TRANSFER,
+    NUM_CHAIN_CLOCKS,
+    NUM_CLOCKS,
+    OPEN_FROM,
+    OPEN_UNTIL,
+    Packed,
+)
+from moesim.engine.walk import Labels, Step
+from moesim.program.host import FREE_HOST, HostModel
+from moesim.program.operations import MAIN, NUM_CHAINS, SIDE, Kind, Run, Transfer
+from moesim.results.spans import Label, SpanRecorder, Stream
+
+FloatArray = NDArray[np.float64]
+Handed = tuple[Label, FloatArray, FloatArray]  # what, when it was sent, when it arrives
+
+
+@cache
+def _loops() -> ModuleType:
+    from moesim.engine import executor_loops
+
+    return executor_loops
+
+
+class GroupExecutor:
+    """The clocks of one rank group and the walk over its blocks."""
+
+    def __init__(
+        self,
+        *,
+        samples: int,
+        ranks: int,
+        host: HostModel,
+        slowdown: float,
+        recorder: SpanRecorder,
+        labels: Labels,
+        compiled: bool = False,
+    ) -> None:
+        self.host_model = host
+        self.slowdown = slowdown  # of compute beside an open transfer, >= 1
+        self.recorder = recorder
+        self.labels = labels
+        self.clocks_KSR = np.zeros((NUM_CLOCKS, samples, ranks))  # numbered in `segments`; parts of it by name:
+        self.chains_CSR = self.clocks_KSR[:NUM_CHAIN_CLOCKS]
+        self.compute_SR, self.communication_SR = self.clocks_KSR[COMPUTE], self.clocks_KSR[COMMUNICATION]
+        self._open_from_SR, self._open_until_SR = self.clocks_KSR[OPEN_FROM], self.clocks_KSR[OPEN_UNTIL]
+        self.host_SR = np.zeros((samples, ranks))
+        self.reduced_SR = np.zeros((samples, ranks))  # when the latest collective on gradients or parameters was done
+        self.last_begin_SR = np.zeros((samples, ranks))  # when the current action began
+        self.records_all = False  # also waits of no length: samples simulated apart then have the same rows
+        self._host_is_free = host == FREE_HOST
+        self._compiled = compiled and self._host_is_free
+        self._transfer_span = -1  # the row of the latest transfer
+
+    @property
+    def done_SR(self) -> FloatArray:
+        """When each rank has finished its tasks; collectives apart (`reduced_SR`)."""
+        done_SR: FloatArray = np.maximum(self.compute_SR, self.communication_SR)
+        np.maximum(done_SR, self.chains_CSR.max(axis=0), out=done_SR)
+        return done_SR
+
+    def execute(self, runs: Sequence[Run]) -> None:
+        """Do one action: a pass, or two passes that overlap."""
+        for _ in self.execute_in_parts(runs):
+            pass
+
+    def execute_in_parts(self, runs: Sequence[Run]) -> Iterator[tuple[int, Transfer, FloatArray, FloatArray]]:
+        """As `execute`, stopping behind each transfer, which may then be `delay`ed: its chain, it, start and finish."""
+        blocks = tuple(run.block for run in runs)
+        if self._compiled:
+            yield from self._execute_packed(self.labels.packed(blocks), runs)
+            return
+        for step in self.labels.steps(blocks, runs=self._host_is_free):
+            run = runs[step.which]
+            self._take(step, run)
+            if step.kind is Kind.TRANSFER:
+                transfer = step.transfers_M[run.micro_batch % len(step.transfers_M)]
+                yield step.chain, transfer, self._open_from_SR, self._open_until_SR
+
+    def _execute_packed(
+        self, packed: Packed, runs: Sequence[Run]
+    ) -> Iterator[tuple[int, Transfer, FloatArray, FloatArray]]:
+        recorder, loops, clocks_KSR, slowdown = self.recorder, _loops(), self.clocks_KSR, self.slowdown
+        first, second = micro_batches = runs[0].micro_batch, runs[-1].micro_batch
+        of_span = first if first == second else first + packed.which_G * (second - first)
+        span = recorder.run(packed.labels_G, of_span).start
+        spans = recorder.start_NSR, recorder.finish_NSR, recorder.own_NSR
+        for steps_N9, kernels, chain, which, transfers_M in packed.segments:
+            loops.advance(clocks_KSR, steps_N9, *packed.seconds_Q, *micro_batches, slowdown, chain, span, *spans)
+            span += kernels
+            if chain != NO_TRANSFER:
+                transfer = transfers_M[micro_batches[which] % len(transfers_M)]
+                done_SR = transfer.finish(spans[0][span])
+                loops.settle(clocks_KSR, chain, span, done_SR, transfer.alone_R, *spans)
+                self._transfer_span = span
+                yield chain, transfer, self._open_from_SR, self._open_until_SR
+                span += 1
+
+    def delay(self, chain: int, finish_SR: FloatArray) -> None:
+        """The transfer just taken, on `chain`, was slowed by others: it ends later, at `finish_SR`."""
+        span = self._transfer_span
+        self.recorder.own_NSR[span] += finish_SR - self.communication_SR
+        self.recorder.finish_NSR[span] = finish_SR
+        self.communication_SR[:] = self.chains_CSR[chain] = self._open_until_SR[:] = finish_SR
+
+    def begin(self, arrived: Sequence[Handed]) -> None:
+        """All chains wait until what the next action needs has arrived; waiting for what is on its way is a span."""
+        ready_SR = np.maximum(self.chains_CSR.max(axis=0), self.compute_SR)
+        for label, sent_SR, arrival_SR in arrived:
+            if self.records_all or (arrival_SR > ready_SR).any():
+                start_SR = np.clip(sent_SR, ready_SR, np.maximum(arrival_SR, ready_SR))
+                finish_SR = np.maximum(arrival_SR, ready_SR)
+                self.recorder.add(self.labels.number(label), -1, start_SR, finish_SR, finish_SR - start_SR)
+                ready_SR = finish_SR
+        self.chains_CSR[:] = ready_SR
+        self.last_begin_SR = ready_SR
+
+    def wait_for_reductions(self) -> None:
+        """All chains wait until the latest collective is done."""
+        self.begin([])
+        np.maximum(self.chains_CSR, self.reduced_SR, out=self.chains_CSR)
+
+    def finished(self, which: int) -> FloatArray:
+        """When pass `which` of the last action handed over what it gives."""
+        finish_SR: FloatArray = self.chains_CSR[which * NUM_CHAINS + MAIN].copy()
+        return finish_SR
+
+    def _take(self, step: Step, run: Run) -> None:
+        if step.launches and not self._host_is_free:
+            model = self.host_model
+            self.host_SR += step.launches * (model.backward_launch if run.backward else model.forward_launch)
+        chains_CSR, chain = self.chains_CSR, step.chain
+        match step.kind:
+            case Kind.COMPUTE:
+                self._compute(step, run.micro_batch)
+            case Kind.TRANSFER:
+                self._transfer(step, run.micro_batch)
+            case Kind.READBACK:
+                ready_SR = np.maximum(chains_CSR[chain], self.compute_SR)
+                np.maximum(self.host_SR, ready_SR, out=self.host_SR)
+                self.host_SR += self.host_model.readback
+            case Kind.FORK:
+                chains_CSR[chain + SIDE] = chains_CSR[chain]
+            case Kind.JOIN:
+                np.maximum(chains_CSR[chain], chains_CSR[chain + SIDE], out=chains_CSR[chain])
+            case Kind.COLLECTIVE:
+                prepared = step.transfers_M[0]
+                start_SR = np.maximum(chains_CSR[chain], self.reduced_SR)
+                self.reduced_SR = prepared.finish(start_SR)
+                own_SR = np.minimum(prepared.alone_R, self.reduced_SR - start_SR)
+                self.recorder.add(int(step.labels_N[0]), run.micro_batch, start_SR, self.reduced_SR, own_SR)
+            case Kind.AWAIT:
+                np.maximum(chains_CSR[chain], self.reduced_SR, out=chains_CSR[chain])
+
+    def _issue(self, step: Step, ready_SR: FloatArray, micro_batch: int) -> FloatArray:
+        """When the device may start: it stands still where the host has not issued the operation yet."""
+        if self._host_is_free or not (self.records_all or (self.host_SR > ready_SR).any()):
+            return ready_SR
+        start_SR = np.maximum(ready_SR, self.host_SR)
+        if step.kind is Kind.COMPUTE:
+            stall = Label("host", "host", Stream.HOST, step.layer)
+            self.recorder.add(self.labels.number(stall), micro_batch, ready_SR, start_SR, start_SR - ready_SR)
+        return start_SR
+
+    def _compute(self, step: Step, micro_batch: int) -> None:
+        elapsed_MNSR, recorder = step.elapsed_MNSR, self.recorder
+        elapsed_NSR = elapsed_MNSR[micro_batch % len(elapsed_MNSR)]
+        chain_SR, compute_SR = self.chains_CSR[step.chain], self.compute_SR
+        start_SR = self._issue(step, np.maximum(chain_SR, compute_SR), micro_batch)
+        rows = recorder.run(step.labels_N, micro_batch)
+        start_NSR, finish_NSR = recorder.start_NSR[rows], recorder.finish_NSR[rows]
+        np.add(elapsed_NSR, start_SR, out=finish_NSR)
+        if self.slowdown > 1.0 and (start_SR < self._open_until_SR).any():
+            finish_NSR += self._lost(start_SR, elapsed_NSR)
+        start_NSR[0], start_NSR[1:] = start_SR, finish_NSR[:-1]
+        np.subtract(finish_NSR, start_NSR, out=recorder.own_NSR[rows], casting="same_kind")
+        compute_SR[:] = chain_SR[:] = finish_NSR[-1]
+
+    def _lost(self, start_SR: FloatArray, work_NSR: FloatArray) -> FloatArray:
+        """Seconds that work done by kernel n loses: what falls beside the open transfer runs at 1 / slowdown."""
+        before_SR = np.maximum(self._open_from_SR - start_SR, 0.0)
+        beside_SR = np.maximum(self._open_until_SR - start_SR - before_SR, 0.0) / self.slowdown
+        beside_NSR = np.minimum(np.maximum(work_NSR - before_SR, 0.0), beside_SR)
+        return np.asarray(beside_NSR * (self.slowdown - 1.0))
+
+    def _transfer(self, step: Step, micro_batch: int) -> None:
+        prepared = step.transfers_M[micro_batch % len(step.transfers_M)]
+        start_SR = self._issue(step, np.maximum(self.chains_CSR[step.chain], self.communication_SR), micro_batch)
+        finish_SR = prepared.finish(start_SR)
+        self.communication_SR[:] = self.chains_CSR[step.chain] = finish_SR
+        self._open_from_SR[:], self._open_until_SR[:] = start_SR, finish_SR
+        own_SR = np.minimum(prepared.alone_R, finish_SR - start_SR)
+        self._transfer_span = self.recorder.count
+        self.recorder.add(int(step.labels_N[0]), micro_batch, start_SR, finish_SR, own_SR)
+
+    def early_collective(
+        self, labels: tuple[Label, Label], *, start_SR: FloatArray, finish_SR: FloatArray, own: float
+    ) -> None:
+        """A collective begun while tasks were left: the part until these were done, and the part behind them."""
+        done_SR = np.clip(self.done_SR, start_SR, finish_SR)
+        own_SR = np.minimum(own, finish_SR - start_SR)
+        behind_SR = np.minimum(own_SR, finish_SR - done_SR)
+        self.recorder.add(self.labels.number(labels[0]), -1, start_SR, done_SR, own_SR - behind_SR)
+        self.recorder.add(self.labels.number(labels[1]), -1, done_SR, finish_SR, behind_SR)
+
+    def collective(self, label: Label, *, start_SR: FloatArray, finish_SR: FloatArray, own: float) -> None:
+        """A collective with ranks outside the group, begun at start and done at finish; `own` seconds are its own."""
+        self.reduced_SR = finish_SR
+        own_SR = np.minimum(np.full_like(start_SR, own), finish_SR - start_SR)
+        self.recorder.add(self.labels.number(label), -1, start_SR, finish_SR, own_SR)

@@ -1,0 +1,298 @@
+"""One optimizer step as SimPy processes: a process per expert group and pipeline rank, events where they wait.
+
+A process yields only where the order is not known beforehand: hand-offs between stages, and collectives that ranks of
+other groups attend. An event's value is a vector of times, so vectors run ahead of the clock and nothing needs a
+timeout; each hand-off has one writer and one reader, so results do not depend on the order of events.
+
+Where groups can fill links together (`moesim.program.contention`), processes also wait for the windows of transfers
+over these links to open and to close, and a hub slows those that are open at once. Routing samples are then simulated
+one after the other.
+
+Legend: S routing samples, R ranks of a group, W ranks of the world, L overloaded links.
+"""
+
+from collections import defaultdict
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import simpy
+from numpy.typing import NDArray
+
+from moesim.engine.executor import GroupExecutor
+from moesim.engine.hub import Carried, Hub
+from moesim.engine.walk import Labels
+from moesim.network.contention import LinkUse
+from moesim.parallel.schedules import Handoff
+from moesim.program.contention import samples_of
+from moesim.program.operations import Run
+from moesim.program.reductions import Reduction, last_arrivals
+from moesim.program.step_program import GroupProgram, Sent, SharedPart, StepProgram, collective_label, handoff_label
+from moesim.results.spans import SpanRecorder, SpanTable, Stream
+
+FloatArray = NDArray[np.float64]
+Wait = Generator[simpy.Event, Any, None]
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """The spans of every group and the duration of the step in every sample."""
+
+    tables: tuple[SpanTable, ...]
+    step_S: FloatArray
+
+
+class Early(NamedTuple):
+    """A collective that a group attended while it had tasks left: when it began and was done, [S, R]."""
+
+    reduction: Reduction
+    start_SR: FloatArray
+    finish_SR: FloatArray
+
+
+class _Meeting:
+    """One collective: each group that takes part brings its times, all get everyone's.
+
+    `hub` and `use`: the overloaded links that it uses, if any.
+    """
+
+    def __init__(
+        self,
+        env: simpy.Environment,
+        reduction: Reduction,
+        groups: tuple[GroupProgram, ...],
+        hub: Hub | None,
+        use: LinkUse | None,
+    ) -> None:
+        self.reduction = reduction
+        self.groups = [group for group in groups if reduction.ranks & set(group.ranks_R.tolist())]
+        self.arrived = {id(group): env.event() for group in self.groups}
+        self.everyone: simpy.Event = env.all_of(list(self.arrived.values()))
+        self.over: simpy.Event = env.process(self._hold(hub, use))
+
+    def attend(self, group: GroupProgram, executor: GroupExecutor) -> Wait:
+        """Bring this group's times, wait for all, and go on when the collective is done."""
+        reduction = self.reduction
+        start_SR, finish_SR = yield from self._meet(group, executor, executor.last_begin_SR, executor.done_SR)
+        executor.collective(collective_label(reduction), start_SR=start_SR, finish_SR=finish_SR, own=reduction.seconds)
+
+    def attend_early(
+        self, group: GroupProgram, executor: GroupExecutor, begin_SR: FloatArray, done_SR: FloatArray
+    ) -> Generator[simpy.Event, Any, Early]:
+        """Meet while the group goes on: its gradients were made from `begin_SR` to `done_SR`."""
+        start_SR, executor.reduced_SR = yield from self._meet(group, executor, begin_SR, done_SR)
+        return Early(self.reduction, start_SR, executor.reduced_SR)
+
+    def _meet(
+        self, group: GroupProgram, executor: GroupExecutor, begin_SR: FloatArray, done_SR: FloatArray
+    ) -> Generator[simpy.Event, Any, tuple[FloatArray, FloatArray]]:
+        """When the collective begins for each rank of the group, and when it is done."""
+        reduction = self.reduction
+        first_SR = done_SR
+        if reduction.buckets:
+            first_SR = begin_SR + (done_SR - begin_SR) / reduction.buckets
+        first_SR = np.maximum(first_SR, executor.reduced_SR)  # one collective after the other
+        self.arrived[id(group)].succeed((first_SR, np.maximum(done_SR, executor.reduced_SR)))
+        finish_SW = yield self.over
+        return first_SR, finish_SW[:, group.ranks_R]
+
+    def _hold(self, hub: Hub | None, use: LinkUse | None) -> Carried:
+        """Wait for all; gives when each rank is done, [S, W]."""
+        yield self.everyone
+        reduction = self.reduction
+        finish_SW = self._last(0) + reduction.seconds
+        if reduction.buckets:
+            # The last bucket cannot begin before the last gradient is there.
+            finish_SW = np.maximum(finish_SW, self._last(1) + reduction.seconds / reduction.buckets)
+        if hub is not None and use is not None:
+            member_W = np.isfinite(finish_SW[0])
+            finish_SW[:, member_W] = yield from hub.carry_alike(finish_SW[:, member_W], reduction.seconds, use)
+        return finish_SW
+
+    def _last(self, which: int) -> FloatArray:
+        """[S, W]: the latest of the members' times, `which` = 0: first gradient there, 1: all of them."""
+        values: list[Any] = [self.arrived[id(group)].value for group in self.groups]
+        times_gSR = [value[which] for value in values]
+        world = 1 + max(int(group.ranks_R.max()) for group in self.groups)
+        ready_SW = np.full((len(times_gSR[0]), world), -np.inf)
+        for group, times_SR in zip(self.groups, times_gSR, strict=True):
+            ready_SW[:, group.ranks_R] = times_SR
+        return last_arrivals(self.reduction.members, ready_SW)
+
+
+class _Step:
+    """The processes of one step and what they share."""
+
+    def __init__(self, program: StepProgram) -> None:
+        self.program = program
+        self.env = simpy.Environment()
+        self.handoffs: defaultdict[tuple[Handoff, int], simpy.Event] = defaultdict(self.env.event)
+        self.contention = contention = program.contention
+        self.hub = Hub(self.env, contention.capacity_L) if contention else None
+        collectives = (*program.reductions, *program.gathers)
+        uses = contention.collectives if contention else (None,) * len(collectives)
+        meetings = [
+            _Meeting(self.env, collective, program.groups, self.hub, use)
+            for collective, use in zip(collectives, uses, strict=True)
+        ]
+        self.reductions, self.gathers = meetings[: len(program.reductions)], meetings[len(program.reductions) :]
+
+    def group(self, group: GroupProgram, executor: GroupExecutor) -> Wait:
+        """The life of one expert group on one pipeline rank."""
+        due: defaultdict[int, list[_Meeting]] = defaultdict(list)
+        for meeting in self.reductions:
+            if id(group) in meeting.arrived:
+                due[group.begins_behind(meeting.reduction)].append(meeting)
+        reducing: simpy.Event | None = None
+        for number, task in enumerate(group.tasks):
+            arrived = []
+            for handoff in task.receives:
+                sent_SR, arrival_SR = yield self.handoffs[handoff, group.number]
+                arrived.append((handoff_label(handoff), sent_SR, arrival_SR))
+            executor.begin(arrived)
+            yield from self._execute(group, executor, task.runs)
+            executor.recorder.end_action(task.passes, task.micro_batches)
+            for sent in task.sends:
+                self._send(group, sent, executor.finished(sent.which))
+            if number in due and number < len(group.tasks) - 1:
+                times = executor.last_begin_SR, executor.done_SR
+                reducing = self.env.process(self._reduce_early(group, executor, due[number], times, reducing))
+        yield from self._reduce(group, executor, due[len(group.tasks) - 1], reducing)
+        executor.wait_for_reductions()
+        executor.execute([Run(group.optimizer, -1, False)])
+        for meeting in self.gathers:
+            if id(group) in meeting.arrived:
+                yield from meeting.attend(group, executor)
+
+    def _reduce_early(
+        self,
+        group: GroupProgram,
+        executor: GroupExecutor,
+        meetings: Sequence[_Meeting],
+        times: tuple[FloatArray, FloatArray],
+        before: simpy.Event | None,
+    ) -> Generator[simpy.Event, Any, list[Early]]:
+        """Collectives beside later tasks, behind those of `before`; gives all of them."""
+        done: list[Early] = [] if before is None else (yield before)
+        for meeting in meetings:
+            early = yield from meeting.attend_early(group, executor, *times)
+            done = [*done, early]
+        return done
+
+    def _reduce(
+        self,
+        group: GroupProgram,
+        executor: GroupExecutor,
+        meetings: Sequence[_Meeting],
+        before: simpy.Event | None,
+    ) -> Wait:
+        """Collectives with no task left, behind those that began early, which are recorded only now.
+
+        So the rows are in the same order whenever the others come.
+        """
+        done: list[Early] = [] if before is None else (yield before)
+        for reduction, start_SR, finish_SR in done:
+            labels = collective_label(reduction, Stream.BACKGROUND), collective_label(reduction)
+            executor.early_collective(labels, start_SR=start_SR, finish_SR=finish_SR, own=reduction.seconds)
+        for meeting in meetings:
+            yield from meeting.attend(group, executor)
+
+    def _execute(self, group: GroupProgram, executor: GroupExecutor, runs: Sequence[Run]) -> Wait:
+        """Do one action; its transfers over overloaded links take as long as the hub lets them."""
+        uses = self.contention.transfers.get(group.place) if self.contention else None
+        if uses is None or self.hub is None:
+            executor.execute(runs)
+            return
+        for chain, transfer, start_SR, finish_SR in executor.execute_in_parts(runs):
+            if transfer in uses:
+                late_SR = yield from self._carry(uses[transfer], start_SR, finish_SR)
+                if (late_SR > finish_SR).any():
+                    executor.delay(chain, late_SR)
+
+    def _carry(self, parts: Sequence[SharedPart], start_SR: FloatArray, finish_SR: FloatArray) -> Carried:
+        """Put a transfer, or several side by side, through the hub; returns when the ranks are done."""
+        assert self.hub is not None
+        carried = [
+            self.env.process(self.hub.carry(part.transfer.window(start_SR[:, at_R]), part.use, finish_SR[:, at_R]))
+            for part in parts
+            for at_R in (part.places_R,)
+        ]
+        yield self.env.all_of(carried)
+        late_SR = finish_SR.copy()
+        for part, process in zip(parts, carried, strict=True):
+            late_SR[:, part.places_R] = process.value
+        return late_SR
+
+    def _send(self, group: GroupProgram, sent: Sent, finish_SR: FloatArray) -> None:
+        """Hand over what was ready at `finish_SR`."""
+        handed = self.handoffs[sent.handoff, group.number]
+        arrival_SR = finish_SR + sent.seconds
+        use = self.contention.handoffs.get((group.place, sent.handoff.target)) if self.contention else None
+        if use is None or self.hub is None:
+            handed.succeed((finish_SR, arrival_SR))
+        else:
+            self.env.process(_deliver(self.hub, handed, finish_SR, arrival_SR, sent.seconds, use))
+
+
+def _deliver(
+    hub: Hub, handed: simpy.Event, finish_SR: FloatArray, arrival_SR: FloatArray, seconds: float, use: LinkUse
+) -> Wait:
+    """A hand-off over overloaded links."""
+    late_SR = yield from hub.carry_alike(arrival_SR, seconds, use)
+    handed.succeed((finish_SR, late_SR))
+
+
+def simulate_step(program: StepProgram) -> StepOutcome:
+    """Run one optimizer step; all samples advance in lockstep, or one after the other where groups slow each other."""
+    labels = Labels()
+    if program.contention is None:
+        return _simulate(program, labels)
+    outcomes = [_simulate(sample, labels) for sample in samples_of(program)]
+    step_S = np.concatenate([outcome.step_S for outcome in outcomes])
+    tables = (_side_by_side(tables, step_S) for tables in zip(*(outcome.tables for outcome in outcomes), strict=True))
+    return StepOutcome(tuple(tables), step_S)
+
+
+def _simulate(program: StepProgram, labels: Labels) -> StepOutcome:
+    step = _Step(program)
+    executors, processes = [], []
+    for group in program.groups:
+        recorder = SpanRecorder(rows=program.rows(group), samples=program.samples, ranks=len(group.ranks_R))
+        executor = GroupExecutor(
+            samples=program.samples,
+            ranks=len(group.ranks_R),
+            host=program.host,
+            slowdown=program.slowdown,
+            recorder=recorder,
+            labels=labels,
+            compiled=program.compiled,
+        )
+        executor.records_all = program.contention is not None
+        executors.append(executor)
+        processes.append(step.env.process(step.group(group, executor)))
+    step.env.run()
+    assert all(process.processed for process in processes), "groups wait for each other"
+    ends = [np.maximum(executor.done_SR, executor.reduced_SR).max(axis=1) for executor in executors]
+    step_S = np.max(ends, axis=0)
+    tables = tuple(
+        executor.recorder.table(labels=labels.all(), ranks_R=group.ranks_R, step_S=step_S)
+        for executor, group in zip(executors, program.groups, strict=True)
+    )
+    return StepOutcome(tables, step_S)
+
+
+def _side_by_side(tables: Sequence[SpanTable], step_S: FloatArray) -> SpanTable:
+    """One group's spans in several samples: the same rows, each with times of its own."""
+    first = tables[0]
+    if len(tables) == 1:
+        return first
+    assert all((table.label_N == first.label_N).all() for table in tables)
+    return replace(
+        first,
+        labels=tables[-1].labels,
+        start_NSR=np.concatenate([table.start_NSR for table in tables], axis=1),
+        finish_NSR=np.concatenate([table.finish_NSR for table in tables], axis=1),
+        own_NSR=np.concatenate([table.own_NSR for table in tables], axis=1),
+        step_S=step_S,
+    )

@@ -1,0 +1,35 @@
+"""How long a kernel takes: the roofline, and models calibrated by measured profiles.
+
+from moesim.kernels import load_profile
+load_profile("h200").gemm(m=4096, k=2048, n=3072, dtype="bf16")     # Estimate(seconds, source)
+"""
+
+from moesim.kernels.calibrated import CalibratedModel
+from moesim.kernels.command import calibrate_command
+from moesim.kernels.estimate import SOURCES, Contention, Estimate, HostCosts, KernelModel, total, weakest
+from moesim.kernels.loading import kernel_model, load_profile
+from moesim.kernels.measured import contention_of
+from moesim.kernels.memory_kinds import MEMORY_KINDS, memory_bytes
+from moesim.kernels.report import leave_one_out_rows
+from moesim.kernels.roofline import Roofline
+from moesim.kernels.scaled import ScaledModel
+
+__all__ = [
+    "MEMORY_KINDS",
+    "SOURCES",
+    "CalibratedModel",
+    "Contention",
+    "Estimate",
+    "HostCosts",
+    "KernelModel",
+    "Roofline",
+    "ScaledModel",
+    "calibrate_command",
+    "contention_of",
+    "kernel_model",
+    "leave_one_out_rows",
+    "load_profile",
+    "memory_bytes",
+    "total",
+    "weakest",
+]

@@ -1,0 +1,125 @@
+"""The calls that are timed for gemm, grouped_gemm and attention, in the layouts that training gives them.
+
+Legend: m tokens, k and n the sides of the forward weight, E local experts, B batch, S sequence, H heads, D head width.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from moesim.kernels.benchmarks.buffers import Pool, Rotation, keep_outputs
+from moesim.kernels.benchmarks.shapes import Shape
+from moesim.kernels.benchmarks.timing import Call
+from moesim.kernels.roofline import attention_bytes, gemm_bytes, grouped_gemm_bytes
+
+Prepared = tuple[Call, dict[str, Any]]  # the call to time, and facts about it for the profile row
+
+
+def _rotating(make: Callable[[], Any], compute: Callable[[Any], Any], *, bytes_per_call: float, beyond: float) -> Call:
+    operands = Rotation(make, bytes_per_call=bytes_per_call, beyond=beyond)
+    return keep_outputs(lambda index: compute(operands(index)), sets=len(operands))
+
+
+def prepare_gemm(shape: Shape, pool: Pool, beyond: float) -> Prepared:
+    """`F.linear` with weight [n, k], and the two products of its backward."""
+    m, k, n = shape["m"], shape["k"], shape["n"]
+    direction = shape["direction"]
+    moved = float(gemm_bytes(m, k, n, dtype=shape["dtype"]))
+    if shape["dtype"] == "fp8":
+        return _prepare_scaled(m, k, n, pool, beyond, moved), {}
+
+    def make() -> tuple[torch.Tensor, torch.Tensor]:
+        if direction == "forward":
+            return pool.take(m, k), pool.take(n, k)
+        if direction == "dgrad":
+            return pool.take(m, n), pool.take(n, k)
+        return pool.take(m, n), pool.take(m, k)
+
+    def compute(operands: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        a, b = operands
+        if direction == "forward":
+            return F.linear(a, b)
+        return a @ b if direction == "dgrad" else a.t() @ b
+
+    return _rotating(make, compute, bytes_per_call=moved, beyond=beyond), {}
+
+
+def _prepare_scaled(m: int, k: int, n: int, pool: Pool, beyond: float, moved: float) -> Call:
+    """torch's scaled matmul: e4m3 operands, one scale each, bf16 out, fast accumulation as in training's forward."""
+    fp8 = torch.float8_e4m3fn
+    one = torch.ones((), device=pool.device)
+
+    def make() -> tuple[torch.Tensor, torch.Tensor]:
+        return pool.take(m, k, dtype=fp8), pool.take(n, k, dtype=fp8).t()
+
+    def compute(operands: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        a, b = operands
+        out = torch._scaled_mm(a, b, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True)
+        assert isinstance(out, torch.Tensor)
+        return out
+
+    return _rotating(make, compute, bytes_per_call=moved, beyond=beyond)
+
+
+def prepare_grouped_gemm(shape: Shape, pool: Pool, beyond: float) -> Prepared:
+    """`grouped_mm` of rows sorted by expert with weights [E, k, n], and the two products of its backward."""
+    rows_E, k, n = shape["rows_per_expert"], shape["k"], shape["n"]
+    experts, rows, direction = len(rows_E), sum(rows_E), shape["direction"]
+    offsets_E = torch.tensor(rows_E, device=pool.device).cumsum(0).to(torch.int32)
+    moved = float(grouped_gemm_bytes(rows_E, k, n, dtype="bf16", direction=direction))
+
+    def make() -> tuple[torch.Tensor, torch.Tensor]:
+        if direction == "forward":
+            return pool.take(rows, k), pool.take(experts, k, n)
+        if direction == "dgrad":
+            return pool.take(rows, n), pool.take(experts, k, n).transpose(-2, -1)
+        return pool.take(rows, k).t(), pool.take(rows, n)
+
+    def compute(operands: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return F.grouped_mm(*operands, offs=offsets_E)
+
+    return _rotating(make, compute, bytes_per_call=moved, beyond=beyond), {}
+
+
+_BACKENDS = {-1: "none", 0: "math", 1: "flash", 2: "efficient", 3: "cudnn", 4: "overrideable"}
+
+
+def prepare_attention(shape: Shape, pool: Pool, beyond: float) -> Prepared:
+    """`scaled_dot_product_attention` on [B, S, H, D] tensors seen as [B, H, S, D], with torch's backend."""
+    batch, sequence, heads, kv_heads = shape["batch"], shape["sequence"], shape["heads"], shape["kv_heads"]
+    head_dim, value_dim, causal = shape["head_dim"], shape["value_dim"], shape["causal"]
+    grouped = kv_heads != heads
+    sizes = {"batch": batch, "sequence": sequence, "heads": heads, "kv_heads": kv_heads}
+    moved = float(
+        attention_bytes(**sizes, head_dim=head_dim, value_dim=value_dim, dtype="bf16", direction=shape["direction"])
+    )
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
+
+    def inputs() -> tuple[torch.Tensor, ...]:
+        widths = ((heads, head_dim), (kv_heads, head_dim), (kv_heads, value_dim))
+        return tuple(
+            pool.take(batch, sequence, count, width).transpose(1, 2).detach().requires_grad_()
+            for count, width in widths
+        )
+
+    def make() -> tuple[Any, ...]:
+        operands = inputs()
+        if shape["direction"] == "forward":
+            return operands
+        out = attend(operands[0], operands[1], operands[2])
+        return out, operands, pool.take(batch, sequence, heads, value_dim).transpose(1, 2)
+
+    def compute(operands: tuple[Any, ...]) -> Any:
+        if shape["direction"] == "forward":
+            return attend(*operands).detach()
+        out, leaves, gradient = operands
+        return torch.autograd.grad(out, leaves, gradient, retain_graph=True)
+
+    choose: Any = torch._fused_sdp_choice
+    choice = choose(*inputs(), is_causal=causal, enable_gqa=grouped)
+    call = _rotating(make, compute, bytes_per_call=moved, beyond=beyond)
+    return call, {"backend": _BACKENDS.get(int(choice), str(choice))}

@@ -1,0 +1,394 @@
+"""Kernel durations from a measured profile, with the roofline where the profile has nothing.
+
+Legend: R ranks, E local experts, Q queried kernels.
+"""
+
+import hashlib
+import math
+import warnings
+from collections.abc import Callable
+from copy import copy
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from moesim.errors import UserError
+from moesim.kernels import physics
+from moesim.kernels.cells import TENSOR_DTYPES, Cell, Fit, canonical, gemm_cell, grouped_cell, kind_of
+from moesim.kernels.estimate import (
+    DTYPE_BYTES,
+    AttentionDirection,
+    Contention,
+    Estimate,
+    FloatArray,
+    GemmDirection,
+    HostCosts,
+    weakest,
+)
+from moesim.kernels.fitting import SUSTAINED, cell_rows, fit_cell, fit_sustained
+from moesim.kernels.fp8 import FP8_ROW_ALIGNMENT, fp8_grouped_gemm
+from moesim.kernels.measured import contention_of, host_costs_of, typical_widths
+from moesim.kernels.memory_kinds import MEMORY_KINDS
+from moesim.kernels.physics import RowTotals
+from moesim.kernels.power import PowerCap
+from moesim.kernels.profile import Profile
+from moesim.kernels.roofline import Roofline
+from moesim.kernels.single import SingleKernels, compiled_loops
+from moesim.seeding import stream
+
+FAMILIES = ("gemm", "grouped_gemm", "attention", "memory_bound", "host")
+# Memory-bound kernels below this share of the bandwidth (index-adds, strided products) wait for the SMs and the L2, and
+# slow down with their clock; faster ones do not.
+SLOW_SHARE = 0.5
+_CACHED_CALLS = 4096
+_CACHED_ROWS = 16  # the directions of both products of a layer follow each other
+_MANY_ROWS = 512  # values of rows_per_expert from which it pays to look for equal ranks
+_COUNT, _NUMBER = (int, np.integer), (int, float, np.integer, np.floating)
+_LONG_KEY = 512  # bytes from which on a digest stands for an array in a cache
+
+
+class CalibratedModel:
+    """The kernel model of one profile. Source: "measured" for a shape of the profile, "interpolated" near measured
+    ones, "extrapolated" beyond, "roofline" for what the profile lacks.
+
+    Durations are those of kernels that run without pause, at the clock that the power limit leaves each; `at_load`
+    gives the kernels of a step, which share one clock, and `at_clock` those at any clock.
+    """
+
+    def __init__(self, profile: Profile, *, fallback: Roofline, clock_mhz: float | None = None) -> None:
+        self.profile = profile
+        self.fallback = fallback
+        self.clock_mhz = clock_mhz
+        self._shared_clock = False
+        self._rows = cell_rows(profile)
+        self._cells: dict[str, Cell] = {}
+        self._widths = typical_widths(profile)
+        self.host: HostCosts = host_costs_of(profile)
+        self.contention: Contention = contention_of(profile)
+        present = {row["family"] for row in profile.rows}
+        self.missing_families = tuple(family for family in FAMILIES if family not in present)
+        if self.missing_families:
+            names = ", ".join(self.missing_families)
+            warnings.warn(f"profile {profile.name}: no rows for {names}; the roofline answers instead", stacklevel=2)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Calls repeat over layers and micro-batches; caches, empty now, make the repetitions free."""
+        self._array_estimates: dict[Any, Estimate] = {}
+        self._row_totals: dict[Any, tuple[RowTotals, NDArray[np.int64] | None]] = {}
+        self._scalar_gemm: Callable[..., Estimate] = lru_cache(_CACHED_CALLS)(self._one_gemm)
+        self._scalar_attention: Callable[..., Estimate] = lru_cache(_CACHED_CALLS)(self._one_attention)
+        self._scalar_memory: Callable[..., Estimate] = lru_cache(_CACHED_CALLS)(self._memory)
+
+    @property
+    def name(self) -> str:
+        """The profile's name."""
+        return self.profile.name
+
+    @property
+    def launch_seconds(self) -> float:
+        """Host time of one eager forward operation (median over the measured kinds)."""
+        return self.host.launch
+
+    @property
+    def backward_launch_seconds(self) -> float:
+        """Host time of one operation in the backward pass (median over the measured kinds)."""
+        return self.host.backward_launch
+
+    @property
+    def readback_seconds(self) -> float:
+        """Host time of a synchronising read-back of some counts."""
+        return self.host.readback
+
+    @property
+    def kernel_floor_seconds(self) -> float:
+        """The shortest time a kernel occupies its stream."""
+        return self.host.kernel_floor
+
+    @property
+    def collectives(self) -> list[dict[str, Any]]:
+        """Measured collectives: kind, bytes of one rank's buffer, ranks, p20/p50/p80 seconds of the slowest rank."""
+        return self.profile.family("collective")
+
+    def at_clock(self, mhz: float) -> "CalibratedModel":
+        """The same kernels at another SM clock: seconds scale by clock ** -alpha, with alpha measured per cell."""
+        model = self._copied()
+        model.clock_mhz = mhz
+        return model
+
+    @cached_property
+    def _single(self) -> SingleKernels | None:
+        """Compiled loops answer who asks for single kernels; a step asks for few: they do not pay for loading numba."""
+        loops = None if self._shared_clock else compiled_loops()
+        return None if loops is None else SingleKernels(loops, self.cell, self._limit_L)
+
+    @property
+    def _loops(self) -> Any:
+        return None if self._single is None else self._single.loops
+
+    def _limit_L(self) -> FloatArray:
+        if self.clock_mhz is not None:
+            return np.array([math.log(self.clock_mhz), 0.0, 0.0, 0.0, 2.0])
+        return np.zeros(5) if self._cap is None else self._cap.limit_of()
+
+    @cached_property
+    def _cap(self) -> PowerCap | None:
+        """The clock under the power limit; None where no sustained rows tell it."""
+        stored = self.profile.fits.get(SUSTAINED)
+        return fit_sustained(self.profile.family(SUSTAINED), self.cell) if stored is None else PowerCap(**stored)
+
+    def at_load(self, flops_per_second: float) -> "CalibratedModel":
+        """The same kernels in a step of this mean load, half of its time at the memory's full bandwidth."""
+        if self._cap is None:
+            return self
+        moved = self._cap.traffic * 0.5 * self.fallback.gpu.memory_bandwidth
+        clock = float(self._cap.log_clock(float(flops_per_second) + moved))
+        model = self._copied()
+        model._cap, model._shared_clock = PowerCap(free=clock, threshold=0.0, slope=0.0, traffic=0.0), True
+        return model
+
+    def _copied(self) -> "CalibratedModel":
+        """With the same cells, and nothing remembered of what depends on the clock."""
+        model = copy(self)
+        model.__dict__.pop("_single", None)
+        model._forget()
+        return model
+
+    def cell(self, name: str) -> Cell | None:
+        """The fitted cell, made at first use; None when the profile has no such rows."""
+        if name not in self._cells:
+            rows = self._rows.get(name)
+            if rows is None:
+                return None
+            stored = self.profile.fits.get(name)
+            fit = fit_cell(kind_of(name), rows) if stored is None else Fit.from_json(stored)
+            self._cells[name] = Cell(kind_of(name), rows, fit)
+        return self._cells[name]
+
+    def _predict(
+        self, cell: Cell, columns: physics.Columns, shape: tuple[int, ...], cap: PowerCap | None = None
+    ) -> Estimate:
+        """Of floats (shape empty), or of arrays that broadcast to `shape`."""
+        if not shape:
+            return Estimate(*cell.predict_one(columns, clock_mhz=self.clock_mhz, cap=cap, loops=self._loops))
+        flat = tuple(_flat(column, shape) if isinstance(column, np.ndarray) else column for column in columns)
+        seconds_Q, source = cell.predict(flat, clock_mhz=self.clock_mhz, cap=cap, loops=self._loops)
+        return Estimate(seconds_Q.reshape(shape), source)
+
+    def gemm(
+        self,
+        *,
+        m: ArrayLike,
+        k: ArrayLike,
+        n: ArrayLike,
+        dtype: str = "bf16",
+        direction: GemmDirection = "forward",
+    ) -> Estimate:
+        """Seconds of a dense product [m, k] x [k, n], or of its dgrad or wgrad (m, k, n stay those of the forward)."""
+        if isinstance(m, _COUNT) and isinstance(k, _COUNT) and isinstance(n, _COUNT):
+            return self._scalar_gemm(m, k, n, dtype, direction)
+        return self._gemm(m, k, n, dtype, direction)
+
+    def _one_gemm(self, m: int, k: int, n: int, dtype: str, direction: str) -> Estimate:
+        found = None if self._single is None else self._single.gemm(m, k, n, dtype, direction)
+        return self._gemm(m, k, n, dtype, direction) if found is None else found
+
+    def _gemm(self, m: ArrayLike, k: ArrayLike, n: ArrayLike, dtype: str, direction: str) -> Estimate:
+        sizes, shape = _floats(*canonical(m, k, n, direction))
+        cell = self.cell(gemm_cell(dtype, direction))
+        if cell is None:
+            return self.fallback.gemm(m=sizes[0], k=sizes[2], n=sizes[1], dtype=dtype)
+        return self._predict(cell, (*sizes, DTYPE_BYTES[dtype]), shape, self._cap)
+
+    def grouped_gemm(
+        self,
+        *,
+        rows_per_expert: ArrayLike,
+        k: int,
+        n: int,
+        dtype: str = "bf16",
+        direction: GemmDirection = "forward",
+        row_alignment: int | None = None,
+    ) -> Estimate:
+        """Seconds of one grouped product; rows_per_expert [E] or [R, E].
+
+        fp8 comes from published rates of another GPU (source "scaled") for kernels that need each expert's rows
+        aligned to `row_alignment` (128 by default there; bf16 needs none).
+        """
+        rows_RE = np.asarray(rows_per_expert, float)
+        if row_alignment:
+            rows_RE = np.ceil(rows_RE / row_alignment) * row_alignment
+        if dtype == "fp8":
+            alignment, gpu = row_alignment or FP8_ROW_ALIGNMENT, self.fallback.gpu
+            return fp8_grouped_gemm(rows_RE, k, n, gpu=gpu, direction=direction, row_alignment=alignment)
+        rows_key = _array_key(rows_RE)
+        key = (rows_key, k, n, dtype, direction)
+        found = self._array_estimates.get(key)
+        if found is not None:
+            return found
+        if rows_RE.ndim == 1 and self._single is not None:
+            found = self._single.grouped_gemm(rows_RE, k, n, dtype, direction)
+        if found is None:
+            totals, source_Q = self._distinct_rows(rows_key, rows_RE)
+            seconds, source = self._grouped(totals, k, n, dtype, direction)
+            if source_Q is not None:
+                seconds = np.asarray(seconds)[source_Q]
+            found = Estimate(_frozen(seconds, rows_RE.shape[:-1]), source)
+        _keep(self._array_estimates, key, found, limit=_CACHED_CALLS)
+        return found
+
+    def _distinct_rows(self, key: Any, rows_RE: FloatArray) -> tuple[RowTotals, NDArray[np.int64] | None]:
+        """Totals of the distinct ranks among many, and which of them each rank is; None where each is its own.
+
+        A product does not care which expert has which rows, and model layers give the same rows to other ranks.
+        """
+        found = self._row_totals.get(key)
+        if found is None:
+            source_Q = None
+            rows_QE = rows_RE if rows_RE.ndim == 1 else rows_RE.reshape(-1, rows_RE.shape[-1])
+            if rows_RE.ndim > 1 and rows_RE.size >= _MANY_ROWS:
+                rows_QE = np.sort(rows_QE, axis=1)
+                mark_Q = np.einsum("qe,e->q", rows_QE, stream(0, "distinct rows").uniform(1.0, 2.0, rows_QE.shape[1]))
+                _, first_U, source_Q = np.unique(mark_Q, return_index=True, return_inverse=True)
+                rows_QE = rows_QE[first_U]
+            found = RowTotals.of(rows_QE), source_Q
+            _keep(self._row_totals, key, found, limit=_CACHED_ROWS)
+        return found
+
+    def _grouped(self, totals: RowTotals, k: int, n: int, dtype: str, direction: GemmDirection) -> Estimate:
+        experts = totals.rows_QE.shape[-1]
+        small_Q = physics.takes_small_tiles(totals.rows / experts, k, n, direction=direction)
+        if not isinstance(small_Q, np.ndarray):
+            return self._grouped_alike(totals, k, n, dtype, direction, small=bool(small_Q))
+        if small_Q.all() or not small_Q.any():
+            return self._grouped_alike(totals, k, n, dtype, direction, small=bool(small_Q.any()))
+        seconds_Q, sources = np.empty(len(small_Q)), []
+        for small in (True, False):
+            chosen_Q = small_Q == small
+            part = self._grouped_alike(totals.chosen(chosen_Q), k, n, dtype, direction, small=small)
+            seconds_Q[chosen_Q] = part.seconds
+            sources.append(part.source)
+        return Estimate(seconds_Q, weakest(*sources))
+
+    def _grouped_alike(
+        self, totals: RowTotals, k: int, n: int, dtype: str, direction: GemmDirection, *, small: bool
+    ) -> Estimate:
+        """Products that all take small tiles, or none."""
+        cell = self.cell(grouped_cell(direction, small=small)) if dtype in ("bf16", "fp16") else None
+        if cell is None:
+            rows_QE = totals.rows_QE
+            return self.fallback.grouped_gemm(rows_per_expert=rows_QE, k=k, n=n, dtype=dtype, direction=direction)
+        columns = physics.grouped_sizes(totals, float(k), float(n), direction=direction, small=small)
+        return self._predict(cell, columns, totals.rows_QE.shape[:-1], self._cap)
+
+    def attention(
+        self,
+        *,
+        batch: ArrayLike,
+        sequence: ArrayLike,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        value_dim: int,
+        causal: bool = True,
+        dtype: str = "bf16",
+        direction: AttentionDirection = "forward",
+    ) -> Estimate:
+        """Seconds of fused attention, forward or backward (all three gradients); fp32 takes the roofline."""
+        if TENSOR_DTYPES.get(dtype) != "bf16":
+            return self.fallback.attention(
+                batch=batch, sequence=sequence, heads=heads, kv_heads=kv_heads, head_dim=head_dim, value_dim=value_dim,
+                causal=causal, dtype=dtype, direction=direction,
+            )  # fmt: skip
+        if isinstance(batch, _COUNT) and isinstance(sequence, _COUNT):
+            return self._scalar_attention(batch, sequence, heads, kv_heads, head_dim, value_dim, causal, direction)
+        return self._attention(batch, sequence, heads, kv_heads, head_dim, value_dim, causal, direction)
+
+    def _one_attention(self, *shape: Any) -> Estimate:
+        found = None if self._single is None else self._single.attention(*shape)
+        return self._attention(*shape) if found is None else found
+
+    def _attention(
+        self,
+        batch: ArrayLike,
+        sequence: ArrayLike,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        value_dim: int,
+        causal: bool,
+        direction: AttentionDirection,
+    ) -> Estimate:
+        shape: dict[str, Any] = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "value_dim": value_dim}
+        shape |= {"causal": float(causal), "direction": direction}
+        cell = self.cell(f"attention/{direction}")
+        if cell is None:
+            return self.fallback.attention(batch=batch, sequence=sequence, **shape)
+        (batch, sequence), result_shape = _floats(batch, sequence)
+        columns = physics.attention_sizes(batch=batch, sequence=sequence, **shape)
+        return self._predict(cell, columns, result_shape, self._cap)
+
+    def memory_bound(self, *, kind: str, bytes: ArrayLike, width: ArrayLike | None = None) -> Estimate:
+        """Seconds of a memory-bound kernel; `width`, the length of its rows, sharpens it where known."""
+        if isinstance(bytes, _NUMBER) and (width is None or isinstance(width, _COUNT)):
+            return self._scalar_memory(kind, bytes, width)
+        if width is not None and not isinstance(width, _COUNT):
+            return self._memory(kind, bytes, width)
+        bytes_R = np.asarray(bytes, float)
+        key = (kind, _array_key(bytes_R), width)
+        found = self._array_estimates.get(key)
+        if found is None:
+            seconds, source = self._memory(kind, bytes_R, width)
+            found = Estimate(_frozen(seconds, bytes_R.shape), source)
+            _keep(self._array_estimates, key, found, limit=_CACHED_CALLS)
+        return found
+
+    def _memory(self, kind: str, bytes_: ArrayLike, width: ArrayLike | None) -> Estimate:
+        if kind not in MEMORY_KINDS:
+            raise UserError(f"unknown memory-bound kernel {kind!r}; use one of: {', '.join(MEMORY_KINDS)}")
+        cell = self.cell(f"memory_bound/{kind}")
+        if cell is None:
+            return self.fallback.memory_bound(kind=kind, bytes=bytes_)
+        width = self._widths[kind] if width is None else width
+        columns, shape = _floats(bytes_, width)
+        follows = self._shared_clock and cell.parameters[1] < SLOW_SHARE * self.fallback.gpu.memory_bandwidth
+        return self._predict(cell, columns, shape, self._cap if follows else None)
+
+
+def _floats(*sizes: Any) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+    """Sizes as floats, or as arrays where they are no single numbers, and the shape that they broadcast to."""
+    if all(isinstance(size, int | float) for size in sizes):
+        return tuple(map(float, sizes)), ()
+    arrays = [np.asarray(size, float) for size in sizes]
+    shape = np.broadcast_shapes(*(array.shape for array in arrays))
+    return tuple(array if array.ndim else float(array) for array in arrays), shape
+
+
+def _flat(column: FloatArray, shape: tuple[int, ...]) -> FloatArray:
+    return (column if column.shape == shape else np.broadcast_to(column, shape)).reshape(-1)
+
+
+def _array_key(values: FloatArray) -> tuple[bytes, tuple[int, ...]]:
+    """What stands for an array in a cache: its bytes, or their digest where there are many."""
+    data = values.tobytes()
+    if len(data) > _LONG_KEY:
+        data = hashlib.sha1(data, usedforsecurity=False).digest()
+    return data, values.shape
+
+
+def _frozen(seconds: float | FloatArray, shape: tuple[int, ...]) -> float | FloatArray:
+    """In the caller's shape; an array may be handed out many times, so nobody may write into it."""
+    if isinstance(seconds, float):
+        return seconds
+    seconds = seconds.reshape(shape)
+    seconds.flags.writeable = False
+    return seconds
+
+
+def _keep(cache: dict[Any, Any], key: Any, value: Any, *, limit: int) -> None:
+    """Remember; a full cache starts anew, which costs less than ordering every hit."""
+    if len(cache) >= limit:
+        cache.clear()
+    cache[key] = value

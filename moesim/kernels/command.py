@@ -1,0 +1,80 @@
+"""`moesim calibrate`: measure and write a profile, or report how well a profile predicts."""
+
+import os
+import sys
+from pathlib import Path
+
+from moesim.errors import UserError
+from moesim.kernels.benchmarks.session import partial_folder
+from moesim.kernels.calibrated import CalibratedModel
+from moesim.kernels.fitting import fit_profile
+from moesim.kernels.loading import MEASURED_GPUS, SCALED_FROM, load_profile
+from moesim.kernels.profile import load_profile_file, save_profile
+from moesim.kernels.report import error_table, leave_one_out_rows
+
+
+def calibrate_command(
+    *,
+    device: str = "cuda",
+    out: str | Path | None = None,
+    report: bool = False,
+    profile: str | None = None,
+    budget: float = 420.0,
+    families: str | None = None,
+    by_cell: bool = False,
+    extend: bool = False,
+    quiet: bool = False,
+) -> int:
+    """Run `moesim calibrate` and return its exit code.
+
+    With `report`, print the leave-one-out errors of `profile` (a name or file; `out` or the shipped one when absent).
+    Otherwise benchmark `device` (cuda or cpu; under torchrun on all its processes) for about `budget` seconds into the
+    profile file `out`; `families` is a comma-separated choice. An existing `out` is never replaced: `extend` adds what
+    it lacks, and an interrupted calibration into it goes on, and says so. Raises UserError for a user's mistake; an
+    interrupt (exit code 130) keeps what was measured.
+    """
+    if report:
+        return _report(profile or str(out or MEASURED_GPUS[0]), by_cell=by_cell)
+    if out is None:
+        raise UserError("calibrate: say where the profile goes with --out FILE.json.gz, or ask for --report")
+    path = Path(out)
+    _check_out(path, extend=extend)
+    from moesim.kernels.benchmarks.calibrate import BUDGET_SHARES, run_calibration  # torch, so only here
+
+    chosen = tuple(families.split(",")) if families else tuple(BUDGET_SHARES)
+    try:
+        measured = run_calibration(device=device, out=path, budget=budget, families=chosen, quiet=quiet)
+    except KeyboardInterrupt:
+        return 130
+    if measured is None:
+        return 0
+    fit_profile(measured)
+    save_profile(measured, path)
+    if not quiet:
+        print(f"{len(measured.rows)} kernels in {path}")
+    return 0
+
+
+def _check_out(path: Path, *, extend: bool) -> None:
+    """Refuse to touch a finished profile unasked; say when an unfinished one is taken up."""
+    partial = partial_folder(path)
+    if partial.exists():
+        if os.environ.get("RANK", "0") == "0":
+            print(f"going on with the interrupted calibration in {partial}", file=sys.stderr)
+    elif path.exists() and not extend:
+        raise UserError(f"{path} exists already; choose another --out, or --extend to add what it lacks")
+
+
+def _report(name: str, *, by_cell: bool) -> int:
+    from rich.console import Console
+
+    path = Path(name)
+    if path.exists():
+        load_profile_file(path)  # says what is wrong with a file before anything is fitted
+    model = load_profile(name)
+    if not isinstance(model, CalibratedModel):
+        source = SCALED_FROM[name.lower()]
+        raise UserError(f"{name} is derived from {source} and has no measured rows; report on {source}")
+    rows = leave_one_out_rows(model, by_cell=by_cell)
+    Console().print(error_table(rows, title=f"Leave-one-out errors of {model.name}"))
+    return os.EX_OK

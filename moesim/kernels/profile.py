@@ -1,0 +1,77 @@
+"""The profile: a data file of measured kernels and the machine they were measured on.
+
+JSON, gzipped where the name ends in .gz:
+    {"schema_version": 1, "name": "h200", "sessions": [{device, driver, torch, cuda, date, ...}],
+     "rows": [{"family": "gemm", "m": ..., "k": ..., "n": ..., "dtype": "bf16", "direction": "forward",
+               "p20": s, "p50": s, "p80": s, "repeats": n, "clock_mhz": ..., "watts": ..., "session": 0,
+               "visits": [p50 of each visit, s], "kernel": name}, ...],
+     "fits": {"gemm/bf16/forward": {"theta": [...], "clock": [...], "alpha": a}, ...}}
+
+A session is one call of the benchmarks; `visits` are apart in time and, with several GPUs, on different ones. `fits`
+are the physical parameters of `moesim.kernels.cells`, kept because fitting takes longer than loading.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moesim.errors import UserError
+from moesim.files import write_atomically
+from moesim.kernels.profile_check import mistakes_of_row
+from moesim.strict_json import json_text, packed, parse_json, unpacked
+
+SCHEMA_VERSION = 1
+SHIPPED = Path(__file__).parent / "profiles"
+
+
+@dataclass
+class Profile:
+    """Measured rows and the sessions that they come from."""
+
+    name: str
+    sessions: list[dict[str, Any]]
+    rows: list[dict[str, Any]]
+    fits: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def family(self, name: str) -> list[dict[str, Any]]:
+        """The rows of one family."""
+        return [row for row in self.rows if row.get("family") == name]
+
+
+def save_profile(profile: Profile, path: Path) -> None:
+    """Write `profile`, one row a line; never leaves a half-written file in place of a whole one."""
+    facts = {"schema_version": SCHEMA_VERSION, "name": profile.name, "sessions": profile.sessions, "fits": profile.fits}
+    head = json_text(facts, indent=1)
+    rows = ",\n".join(json_text(row, separators=(",", ":")) for row in profile.rows)
+    text = f'{head[:-2]},\n "rows": [\n{rows}\n]}}\n'
+    write_atomically(path, packed(text, path))
+
+
+def load_profile_file(path: Path) -> Profile:
+    """Read a profile. Raises UserError when it is missing, damaged or of another schema version."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{path}: cannot read this profile ({reason}); `moesim calibrate --out` makes one") from None
+    try:
+        content = parse_json(unpacked(data))
+    except ValueError as error:
+        raise UserError(f"{path}: not a whole profile ({error}); make it again with `moesim calibrate`") from None
+    if not isinstance(content, dict) or "schema_version" not in content:
+        raise UserError(f"{path}: not a profile: no schema_version; make one with `moesim calibrate`")
+    if content["schema_version"] != SCHEMA_VERSION:
+        found = content["schema_version"]
+        raise UserError(
+            f"{path}: profile of schema version {found!r}, this moesim reads {SCHEMA_VERSION}; "
+            "run `moesim calibrate` again"
+        )
+    name, sessions, rows, fits = (content.get(key) for key in ("name", "sessions", "rows", "fits"))
+    if not isinstance(name, str) or not isinstance(sessions, list) or not isinstance(rows, list):
+        raise UserError(f"{path}: profile without name, sessions or rows; make it again with `moesim calibrate`")
+    if not all(isinstance(row, dict) and isinstance(row.get("family"), str) for row in rows):
+        raise UserError(f"{path}: profile with a row that names no family; make it again with `moesim calibrate`")
+    for index, row in enumerate(rows):
+        for mistake in mistakes_of_row(row, place=f"rows.{index}"):
+            raise UserError(f"{path}: {mistake}; make it again with `moesim calibrate`")
+    return Profile(name=name, sessions=sessions, rows=rows, fits=fits if isinstance(fits, dict) else {})

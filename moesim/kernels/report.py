@@ -1,0 +1,93 @@
+"""How well a calibrated model predicts kernels it has not seen: leave-one-out errors per cell and family.
+
+Legend: P measured kernels.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from moesim.kernels.calibrated import CalibratedModel
+from moesim.kernels.cells import cell_of
+from moesim.kernels.estimate import FloatArray
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+# Median and 90th percentile that each family should reach: |measured / predicted - 1|.
+TARGETS = {"gemm": (0.03, 0.10), "grouped_gemm": (0.04, 0.12), "attention": (0.04, 0.12)}
+
+
+_CAPTION = """error = |measured / predicted - 1|, each kernel predicted from all others,
+at the clock it was measured at, and without knowing that clock;
+visits: median range of repeated measurements of one kernel"""
+
+
+@dataclass(frozen=True)
+class ErrorRow:
+    """Errors |measured / predicted - 1| of a cell or a family, every kernel predicted from all others.
+
+    `median` and `p90` know the clock at which each kernel was measured; `median_unclocked` and `p90_unclocked` do not,
+    and so include how the clock moves under the power limit. `spread` is the median range of repeated visits.
+    """
+
+    name: str
+    count: int
+    median: float
+    p90: float
+    median_unclocked: float
+    p90_unclocked: float
+    spread: float
+    target: tuple[float, float] | None
+
+
+def _row(name: str, clocked_P: FloatArray, unclocked_P: FloatArray, spreads: list[float]) -> ErrorRow:
+    median, p90 = np.percentile(np.abs(np.expm1(clocked_P)), [50, 90])
+    median_unclocked, p90_unclocked = np.percentile(np.abs(np.expm1(unclocked_P)), [50, 90])
+    spread = float(np.median(spreads)) if spreads else float("nan")
+    numbers = (float(median), float(p90), float(median_unclocked), float(p90_unclocked), spread)
+    return ErrorRow(name, len(clocked_P), *numbers, target=TARGETS.get(name))
+
+
+def _spreads(rows: Iterable[dict[str, list[float]]]) -> list[float]:
+    visits = [row["visits"] for row in rows if len(row.get("visits", [])) > 1]
+    return [(max(seconds) - min(seconds)) / float(np.median(seconds)) for seconds in visits]
+
+
+def leave_one_out_rows(model: CalibratedModel, *, by_cell: bool = False) -> list[ErrorRow]:
+    """Errors per family, or per cell."""
+    names = sorted({name for name in map(cell_of, model.profile.rows) if name is not None})
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(name if by_cell else _family(name), []).append(name)
+    found = []
+    for group, members in groups.items():
+        cells = [cell for cell in map(model.cell, members) if cell is not None]
+        if not cells:
+            continue
+        clocked_P = np.concatenate([cell.leave_one_out(at_row_clock=True) for cell in cells])
+        unclocked_P = np.concatenate([cell.leave_one_out(at_row_clock=False) for cell in cells])
+        found.append(_row(group, clocked_P, unclocked_P, _spreads(row for cell in cells for row in cell.rows)))
+    return found
+
+
+def _family(cell_name: str) -> str:
+    family, rest = cell_name.split("/", 1)
+    return "gemm fp8" if family == "gemm" and rest.startswith("fp8") else family
+
+
+def error_table(rows: list[ErrorRow], *, title: str) -> "Table":
+    """The rows as a table for the terminal."""
+    from rich.table import Table  # here: whoever predicts a kernel does without
+
+    table = Table(title=title, caption=_CAPTION)
+    table.add_column("kernels", no_wrap=True)
+    for header in ("count", "median / p90", "without clock", "visits", "target"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for row in rows:
+        known, unknown = f"{row.median:.1%} / {row.p90:.1%}", f"{row.median_unclocked:.1%} / {row.p90_unclocked:.1%}"
+        target = f"{row.target[0]:.0%} / {row.target[1]:.0%}" if row.target else ""
+        table.add_row(row.name, str(row.count), known, unknown, f"{row.spread:.1%}", target)
+    return table

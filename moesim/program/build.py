@@ -1,0 +1,263 @@
+"""From a scenario and its routing samples to the program of one optimizer step.
+
+Legend: S routing samples, R ranks of a group.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.kernels import KernelModel
+from moesim.network import Fabric, group_shape, send_recv_seconds
+from moesim.parallel import Mesh
+from moesim.parallel.schedules import Action, Handoff, Pass, Schedule, Work, build_schedule
+from moesim.program.compiling import pays_for_compiled_loops
+from moesim.program.contention import find_contention
+from moesim.program.host import FREE_HOST
+from moesim.program.loads import RoutingSample, group_loads
+from moesim.program.operations import Block, Run
+from moesim.program.parameters import ParameterGroups, optimizer_block
+from moesim.program.peers import GroupLinks
+from moesim.program.reductions import Reduction
+from moesim.program.software import SOFTWARE
+from moesim.program.stage import StagePlan, source_seconds, stage_blocks, tensor_bytes
+from moesim.program.step_program import GroupProgram, Sent, StepProgram, Task
+from moesim.program.writer import KernelWriter
+from moesim.scenario import Scenario
+from moesim.scenario.base import BYTES_PER_ELEMENT
+
+
+def build_program(
+    scenario: Scenario,
+    *,
+    fabric: Fabric,
+    kernels: KernelModel,
+    samples: Sequence[RoutingSample],
+    merge: bool = False,
+) -> StepProgram:
+    """The step of all rank groups; `samples` run in lockstep and are empty for a dense model.
+
+    `merge` joins runs of kernels of one category into one operation, which changes no time while the host never limits.
+    """
+    return _Builder(scenario, fabric, kernels, samples, merge).program()
+
+
+class _Builder:
+    """What the parts of one program share while it is built."""
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        fabric: Fabric,
+        kernels: KernelModel,
+        samples: Sequence[RoutingSample],
+        merge: bool,
+    ) -> None:
+        self.scenario, self.fabric, self.kernels, self.samples = scenario, fabric, kernels, samples
+        self.software = SOFTWARE[scenario.implementation.kind]
+        self.host = self.software.host_model(kernels)
+        self.merge = merge and self.host == FREE_HOST
+        self.compiled = pays_for_compiled_loops(scenario, samples=max(1, len(samples)))
+        self.mesh = Mesh(scenario.parallelism, scenario.cluster)
+        self.parameters = ParameterGroups(scenario, self.mesh, self.schedule)
+        self.seconds: defaultdict[str, float] = defaultdict(float)  # by source
+        self.handoff_seconds: dict[tuple[int, int], float] = {}
+        # Two pipeline ranks that hold the same stage (DualPipe) share its blocks where the fabric treats them alike.
+        self.blocks: dict[tuple[int, int, bytes], dict[Pass, Block]] = {}
+        self.merged: dict[Block, Block] = {}
+        self.whole: dict[Block, Block] = {}  # the other way round
+        # Of a pipeline rank: its actions with the hand-offs before and behind, the same for all of its groups.
+        self.exchanges: dict[int, list[tuple[Action, tuple[Handoff, ...], tuple[Sent, ...]]]] = {}
+        self.block_seconds: dict[Block, list[tuple[str, float]]] = {}
+        self.block_bytes: dict[Block, float] = {}
+        self.tensor_bytes = 0.0
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """Who does what on each pipeline rank."""
+        chosen = self.scenario.parallelism.schedule
+        return build_schedule(
+            chosen.kind,
+            num_ranks=self.scenario.parallelism.pipeline,
+            num_micro_batches=self.scenario.num_micro_batches,
+            virtual=chosen.virtual,
+        )
+
+    def program(self) -> StepProgram:
+        """Everything together."""
+        groups = [
+            self._group(pipeline_rank, number, ranks_R)
+            for pipeline_rank in range(self.schedule.num_ranks)
+            for number, ranks_R in enumerate(self.mesh.rank_groups(pipeline_rank))
+        ]
+        reductions = self.parameters.reductions(self.fabric)
+        gathers = self.parameters.gathers(self.fabric)
+        for collective in (*reductions, *gathers):
+            self._count(collective, groups)
+        return StepProgram(
+            groups=tuple(groups),
+            reductions=tuple(reductions),
+            gathers=tuple(gathers),
+            host=self.host,
+            slowdown=self._slowdown(),
+            samples=max(1, len(self.samples)),
+            source_seconds=dict(self.seconds),
+            tensor_bytes=self.tensor_bytes,
+            compiled=self.compiled and not self.mesh.shards_by_layer,
+            contention=find_contention(self.fabric, groups, (*reductions, *gathers)),
+        )
+
+    def _slowdown(self) -> float:
+        """Of compute beside a transfer: the SMs that communication holds, or what was measured."""
+        share = self.scenario.dispatch.sm_share
+        return self.kernels.contention.compute if share is None else 1.0 / (1.0 - share)
+
+    def _count(self, collective: Reduction, groups: Sequence[GroupProgram]) -> None:
+        taking_part = sum(bool(collective.ranks & set(group.ranks_R.tolist())) for group in groups)
+        self.seconds[collective.source] += collective.seconds * taking_part
+
+    def _group(self, pipeline_rank: int, number: int, ranks_R: NDArray[np.int64]) -> GroupProgram:
+        chunks = [
+            self._blocks(stage, pipeline_rank, number, ranks_R) for stage in self.schedule.stages_of_rank[pipeline_rank]
+        ]
+        parameters = self.parameters.of_rank(pipeline_rank)
+        writer = KernelWriter(
+            self.kernels, dtype=self.scenario.workload.precision.gemm, category="data_parallel", layer=-1
+        )
+        accumulate = Block("accumulate", tuple(self.software.accumulation(writer, parameters=parameters.held)))
+        before, after = self.software.flat_copies(writer, parameters=parameters.reduced)
+        tasks: list[Task] = []
+        last_tasks: dict[int, int] = {}
+        done_backwards = 0
+        for action, receives, sends in self._exchanges(pipeline_rank):
+            runs = [
+                Run(self._merged(chunks[w.chunk][w.kind]), w.micro_batch, w.kind is not Pass.FORWARD)
+                for w in action.works
+            ]
+            tasks += self._tasks(runs, receives, sends)
+            backwards = sum(work.kind in (Pass.BACKWARD, Pass.INPUT) for work in action.works)
+            if backwards and done_backwards >= len(chunks) and accumulate.operations:
+                tasks.append(Task(runs=(Run(accumulate, action.works[-1].micro_batch, True),)))
+            done_backwards += backwards
+            for work in action.works:
+                if work.kind in (Pass.BACKWARD, Pass.WEIGHT):
+                    last_tasks[self.schedule.stage(pipeline_rank, work)] = len(tasks) - 1
+        if before or self.mesh.shards_by_layer:
+            last_tasks = {}  # all gradients go together, or the stream is busy in every pass
+        if before:
+            tasks.append(Task(runs=(Run(Block("flatten", tuple(before)), -1, False),)))
+        optimizer = optimizer_block(self.scenario, self.kernels, parameters=parameters.updated)
+        group = GroupProgram(
+            number=number,
+            pipeline_rank=pipeline_rank,
+            ranks_R=ranks_R,
+            tasks=tuple(tasks),
+            optimizer=Block("optimizer", (*after, *optimizer.operations)),
+            last_tasks=last_tasks,
+        )
+        for block, times in Counter(run.block for task in tasks for run in task.runs).items():
+            self._count_block(self.whole.get(block, block), times)
+        self._count_block(group.optimizer, 1)
+        return group
+
+    def _exchanges(self, pipeline_rank: int) -> list[tuple[Action, tuple[Handoff, ...], tuple[Sent, ...]]]:
+        if pipeline_rank not in self.exchanges:
+            self.exchanges[pipeline_rank] = [
+                (
+                    action,
+                    self.schedule.receives(pipeline_rank, action),
+                    tuple(self._sent(action.works, sent) for sent in self.schedule.sends(pipeline_rank, action)),
+                )
+                for action in self.schedule.actions[pipeline_rank]
+            ]
+        return self.exchanges[pipeline_rank]
+
+    def _count_block(self, block: Block, times: int) -> None:
+        if block not in self.block_seconds:
+            self.block_seconds[block] = list(source_seconds(block))
+            self.block_bytes[block] = tensor_bytes(block)
+        self.tensor_bytes += times * self.block_bytes[block]
+        for source, seconds in self.block_seconds[block]:
+            self.seconds[source] += times * seconds
+
+    def _merged(self, block: Block) -> Block:
+        if not self.merge:
+            return block
+        if block not in self.merged:
+            self.merged[block] = block.merged()
+            self.whole[self.merged[block]] = block
+        return self.merged[block]
+
+    def _tasks(self, runs: Sequence[Run], receives: tuple[Handoff, ...], sends: tuple[Sent, ...]) -> list[Task]:
+        """One task; a pair that the software does not overlap is one after the other."""
+        if len(runs) == 1 or self.scenario.overlap.micro_batches is not False:
+            return [Task(runs=tuple(runs), receives=receives, sends=sends)]
+        late = tuple(replace(sent, which=0) for sent in sends if sent.which == 1)
+        early = tuple(sent for sent in sends if sent.which == 0)
+        return [
+            Task(runs=(runs[0],), receives=receives, sends=early),
+            Task(runs=(runs[1],), sends=late),
+        ]
+
+    def _sent(self, works: tuple[Work, ...], handoff: Handoff) -> Sent:
+        payload = Pass.FORWARD if handoff.payload == "activation" else Pass.BACKWARD
+        which = next(
+            index
+            for index, work in enumerate(works)
+            if work.micro_batch == handoff.micro_batch and (work.kind is Pass.FORWARD) == (payload is Pass.FORWARD)
+        )
+        return Sent(handoff=handoff, which=which, seconds=self._handoff_seconds(handoff.source, handoff.target))
+
+    def _handoff_seconds(self, source: int, target: int) -> float:
+        """A rank's share of one micro-batch's hidden states (bf16) to its neighbour in another stage."""
+        if source == target:
+            return 0.0
+        if (source, target) not in self.handoff_seconds:
+            size = self.scenario.tokens_per_rank * self.scenario.model.hidden * BYTES_PER_ELEMENT["bf16"]
+            first, second = self.mesh.rank(stage=source, index=0), self.mesh.rank(stage=target, index=0)
+            self.handoff_seconds[source, target] = send_recv_seconds(self.fabric, first, second, size).seconds
+        return self.handoff_seconds[source, target]
+
+    def _blocks(self, stage: int, pipeline_rank: int, number: int, ranks_R: NDArray[np.int64]) -> dict[Pass, Block]:
+        holders = sum(stage in stages for stages in self.schedule.stages_of_rank)
+        if holders == 1:
+            return self._write_blocks(stage, pipeline_rank, number, ranks_R)
+        key = (stage, number, group_shape(self.fabric, ranks_R))
+        if key not in self.blocks:
+            self.blocks[key] = self._write_blocks(stage, pipeline_rank, number, ranks_R)
+        return self.blocks[key]
+
+    def _write_blocks(
+        self, stage: int, pipeline_rank: int, number: int, ranks_R: NDArray[np.int64]
+    ) -> dict[Pass, Block]:
+        model, layers = self.scenario.model, self.scenario.stage_layers[stage]
+        last = stage == self.schedule.num_stages - 1
+        chosen = [layer for layer in layers if layer >= model.dense_layers]
+        if last:
+            chosen += range(model.layers, model.layers + model.mtp_layers)
+        loads = None
+        if self.samples and chosen:
+            loads = group_loads(
+                self.scenario,
+                self.fabric,
+                self.samples,
+                group=number,
+                stage=pipeline_rank,
+                layers=[layer - model.dense_layers for layer in chosen],
+                ranks_R=ranks_R,
+                compiled=self.compiled,
+            )
+        plan = StagePlan(
+            layers=layers,
+            moe_layers=tuple(chosen) if loads else (),
+            first=stage == 0,
+            last=last,
+            stage=stage,
+            held=tuple(other for other in self.schedule.stages_of_rank[pipeline_rank] if other < stage),
+        )
+        links = GroupLinks(self.fabric, ranks_R, samples=max(1, len(self.samples)))
+        return stage_blocks(self.scenario, self.kernels, plan, loads, links)

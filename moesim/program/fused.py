@@ -1,0 +1,300 @@
+"""`implementation: {kind: fused}`: a well-tuned training stack, as operations.
+
+What it assumes. Kernels are fused where such stacks fuse them: residual add with the norm, rotary embedding in one
+pass, softmax and top-k of the router in one kernel, SiLU-times-gate in one kernel, the weighted sum of a token's
+results with the residual add, softmax and loss of the head in place. Weight gradients are added into the gradient
+buffer by the matrix product itself. Every such kernel reaches the bandwidth of a plain elementwise kernel, norms and
+gathers that of their own. The host has captured the step in graphs or runs ahead: it never limits, and no
+count is read back. Shared experts run beside the dispatch. Recomputation: none.
+
+One micro-batch, forward, per MoE layer:
+    attention   norm+residual, q/k/v projections (MLA: down, norm, up), rotary, fused attention, output projection
+    router      norm+residual, gate product, softmax+top-k (in fp32)
+    permute     [quantise to the dispatch dtype,] gather into the send buffer
+    dispatch    transfer                 | beside it: shared experts (two products and the activation)
+    permute     gather the arrived copies into expert order
+    experts     grouped W1/W3, activation, grouped W2
+    permute     sum the rows of one copy
+    combine     transfer
+    permute     weighted sum of a token's copies
+The backward pass walks the same way back: the gradient of combine travels as a dispatch and the gradient of dispatch as
+a combine. With one expert-parallel rank there is no transfer and rows are gathered once.
+
+Tensor-parallel ranks share products as in `products`, context-parallel ranks attention as in `fused_attention`. The
+router is whole on every rank and routes the tokens that the rank holds. Expert-tensor ranks hold slices of the same
+experts: behind the dispatch they gather each other's arrived copies, before the combine they reduce and scatter the
+partial sums (Megatron-Core's all-to-all dispatcher).
+
+Legend: see `moesim.program.loads`.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.kernels import KernelModel
+from moesim.program.fused_attention import attention_part, norm
+from moesim.program.gemms import (
+    ACTIVATION_BYTES,
+    collective,
+    column_parallel,
+    gather_tokens,
+    projection,
+    row_parallel,
+    scatter_tokens,
+)
+from moesim.program.host import FREE_HOST, HostModel
+from moesim.program.loads import LayerLoads
+from moesim.program.operations import SIDE, WEIGHT_GRADIENT, Operation, fork, join, transfer
+from moesim.program.sizes import Passes, Step, chain
+from moesim.program.writer import KernelWriter
+from moesim.scenario.base import BYTES_PER_ELEMENT
+
+
+def host_model(kernels: KernelModel) -> HostModel:
+    """The host never limits, whatever the GPU."""
+    del kernels
+    return FREE_HOST
+
+
+class _GatedNetwork:
+    """W2(silu(W1 x) * W3 x) with W1 and W3 in one product and the activation in one kernel, shared by tensor ranks."""
+
+    def __init__(self, w: KernelWriter, name: str, step: Step, *, width: int) -> None:
+        self.w, self.name, self.step = w, name, step
+        self.width = width // step.tensor
+        # silu(a) * b reads two values and writes one; its gradient reads three and writes two.
+        inner = step.gathered_tokens * self.width * ACTIVATION_BYTES
+        self.activation: Passes = (
+            [w.moved(f"{name}.activation", "elementwise", bytes_=3 * inner)],
+            [w.moved(f"{name}.activation.backward", "elementwise", bytes_=5 * inner)],
+        )
+
+    def in_line(self) -> Passes:
+        """All of it on the writer's chain, collectives beside products where they can be."""
+        w, name, step, hidden = self.w, self.name, self.step, self.step.model.hidden
+        width = self.width * step.tensor
+        return chain(
+            column_parallel(w, f"{name}.w13", step, k=hidden, n=2 * width),
+            self.activation,
+            row_parallel(w, f"{name}.w2", step, k=width, n=hidden),
+        )
+
+    def products(self) -> Passes:
+        """The kernels alone, for gathered tokens."""
+        m, hidden = self.step.gathered_tokens, self.step.model.hidden
+        return chain(
+            projection(self.w, f"{self.name}.w13", m=m, k=hidden, n=2 * self.width),
+            self.activation,
+            projection(self.w, f"{self.name}.w2", m=m, k=self.width, n=hidden),
+        )
+
+    def enter(self) -> Passes:
+        """The gathers before the kernels; backward those of the result's gradient and, once more, of the input."""
+        w, name, step, hidden = self.w, self.name, self.step, self.step.model.hidden
+        backward = gather_tokens(w, f"{name}.w2.gather", step, width=hidden)
+        backward += gather_tokens(w, f"{name}.w13.gather{WEIGHT_GRADIENT}", step, width=hidden)
+        return gather_tokens(w, f"{name}.w13.gather", step, width=hidden), backward
+
+    def leave(self) -> Passes:
+        """The reduce-scatters behind the kernels."""
+        w, name, step, hidden = self.w, self.name, self.step, self.step.model.hidden
+        forward = scatter_tokens(w, f"{name}.w2.scatter", step, width=hidden)
+        return forward, scatter_tokens(w, f"{name}.w13.scatter", step, width=hidden)
+
+
+def dense_ffn_part(w: KernelWriter, step: Step) -> Passes:
+    """Norm and the dense feed-forward network."""
+    model = step.model
+    return chain(
+        norm(w, "ffn_norm", step.tokens, model.hidden),
+        _GatedNetwork(w, "ffn", step, width=model.dense_intermediate).in_line(),
+    )
+
+
+def _router_part(w: KernelWriter, step: Step) -> Passes:
+    model, tokens = step.model, step.tokens
+    scores = tokens * model.experts * BYTES_PER_ELEMENT["fp32"]
+    select = (
+        [w.moved("router.topk", "elementwise", bytes_=2 * scores)],
+        [w.moved("router.topk.backward", "elementwise", bytes_=3 * scores)],
+    )
+    return chain(
+        norm(w, "ffn_norm", tokens, model.hidden),
+        projection(w, "router.gate", m=tokens, k=model.hidden, n=model.experts, dtype=w.wide_dtype),
+        select,
+    )
+
+
+def _experts_part(w: KernelWriter, step: Step, loads: LayerLoads) -> Passes:
+    """The routed experts of every rank; durations follow the rows of its slots."""
+    h, width = step.model.hidden, step.model.expert_intermediate // step.expert_tensor
+    slots, rows = loads.slot_rows_MSRP, loads.rows_MSR
+    inner_MSR = rows * float(width * ACTIVATION_BYTES)
+    forward = [
+        w.grouped_gemm("experts.w13", rows=slots, k=h, n=2 * width),
+        w.moved("experts.activation", "elementwise", bytes_=3 * inner_MSR),
+        w.grouped_gemm("experts.w2", rows=slots, k=width, n=h),
+    ]
+    backward = [
+        w.grouped_gemm("experts.w2.dgrad", rows=slots, k=width, n=h, direction="dgrad"),
+        w.grouped_gemm("experts.w2.wgrad", rows=slots, k=width, n=h, direction="wgrad"),
+        w.moved("experts.activation.backward", "elementwise", bytes_=5 * inner_MSR),
+        w.grouped_gemm("experts.w13.dgrad", rows=slots, k=h, n=2 * width, direction="dgrad"),
+        w.grouped_gemm("experts.w13.wgrad", rows=slots, k=h, n=2 * width, direction="wgrad"),
+    ]
+    return forward, backward
+
+
+def _sum_bytes(read_rows: NDArray[Any], written_rows: NDArray[Any] | int, hidden: int) -> NDArray[np.float64]:
+    """A fused weighted sum reads every row once and writes every sum once."""
+    return np.asarray((read_rows + written_rows) * float(hidden * ACTIVATION_BYTES))
+
+
+class _Shared(NamedTuple):
+    """One direction of the shared experts: what comes before the dispatch, beside it, and behind the combine."""
+
+    before: list[Operation]
+    beside: list[Operation]
+    behind: list[Operation]
+
+
+def _shared_experts(w: KernelWriter, step: Step) -> tuple[_Shared, _Shared]:
+    """Forward, backward. Beside the dispatch their collectives lie around it, as in Megatron-Core's overlap."""
+    model = step.model
+    if not model.shared_experts:
+        return _Shared([], [], []), _Shared([], [], [])
+    width = model.shared_experts * model.expert_intermediate
+    if not (step.remote and step.shared_beside):
+        forward, backward = _GatedNetwork(w, "shared", step, width=width).in_line()
+        return _Shared([], forward, []), _Shared([], backward, [])
+    network = _GatedNetwork(w.part("shared_experts", chain=SIDE), "shared", step, width=width)
+    enter, products, leave = network.enter(), network.products(), network.leave()
+    return _Shared(enter[0], products[0], leave[0]), _Shared(enter[1], products[1], leave[1])
+
+
+def _send(loads: LayerLoads, name: str, *, layer: int, beside: list[Operation]) -> list[Operation]:
+    """Rows to their experts, kernels beside that, and then to the other slices of these experts."""
+    gathered = f"experts.gather{'.backward' if name.endswith('.backward') else ''}"
+    out = [transfer(name, "dispatch_exposed", loads.dispatch_M, layer=layer, peers=loads.peers)]
+    shares = [transfer(gathered, "tensor", loads.gather_M, layer=layer, peers=loads.slice_peers)]
+    return [*out[: len(loads.dispatch_M)], *beside, *shares[: len(loads.gather_M)]]
+
+
+def _return(loads: LayerLoads, name: str, *, layer: int) -> list[Operation]:
+    """The way back of `_send`."""
+    scattered = f"experts.scatter{'.backward' if name.endswith('.backward') else ''}"
+    shares = [transfer(scattered, "tensor", loads.scatter_M, layer=layer, peers=loads.slice_peers)]
+    back = [transfer(name, "combine_exposed", loads.combine_M, layer=layer, peers=loads.peers)]
+    return [*shares[: len(loads.scatter_M)], *back[: len(loads.combine_M)]]
+
+
+def _moe_forward(
+    w: KernelWriter, step: Step, loads: LayerLoads, router: list[Operation], shared: _Shared, experts: list[Operation]
+) -> list[Operation]:
+    h, tokens, layer = step.model.hidden, step.tokens, w.layer
+    p = w.part("permute")
+    out = [*router]
+    if not step.remote:
+        out += [p.memory("permute", "permute", rows=loads.rows_MSR, width=h), *shared.beside, *experts]
+        return [*out, p.moved("unpermute", "elementwise", bytes_=_sum_bytes(loads.rows_MSR, tokens, h))]
+    out += shared.before
+    if step.quantise:
+        out.append(p.memory("quantise", "quantise", rows=tokens, width=h))
+    out.append(p.memory("permute", "permute", rows=loads.copies_out_MSR, width=h))
+    out += [fork(layer=layer), *_send(loads, "dispatch", layer=layer, beside=shared.beside)]
+    out += [p.memory("expand", "permute", rows=loads.rows_MSR, width=h), *experts]
+    out.append(p.moved("reduce", "elementwise", bytes_=_sum_bytes(loads.rows_MSR, loads.copies_in_MSR, h)))
+    out += [*_return(loads, "combine", layer=layer), join(layer=layer), *shared.behind]
+    return [*out, p.moved("unpermute", "elementwise", bytes_=_sum_bytes(loads.copies_out_MSR, tokens, h))]
+
+
+def _moe_backward(
+    w: KernelWriter, step: Step, loads: LayerLoads, router: list[Operation], shared: _Shared, experts: list[Operation]
+) -> list[Operation]:
+    h, tokens, layer = step.model.hidden, step.tokens, w.layer
+    p = w.part("permute")
+    if not step.remote:
+        spread = p.memory("unpermute.backward", "permute", rows=loads.rows_MSR, width=h)
+        gather = p.moved("permute.backward", "elementwise", bytes_=_sum_bytes(loads.rows_MSR, tokens, h))
+        return [spread, *shared.beside, *experts, gather, *router]
+    out = [*shared.before]
+    if step.quantise:
+        out.append(p.memory("quantise.backward", "quantise", rows=tokens, width=h))
+    out.append(p.memory("unpermute.backward", "permute", rows=loads.copies_out_MSR, width=h))
+    out += [fork(layer=layer), *_send(loads, "combine.backward", layer=layer, beside=shared.beside)]
+    out += [p.memory("reduce.backward", "permute", rows=loads.rows_MSR, width=h), *experts]
+    out.append(p.moved("expand.backward", "elementwise", bytes_=_sum_bytes(loads.rows_MSR, loads.copies_in_MSR, h)))
+    out += [*_return(loads, "dispatch.backward", layer=layer), join(layer=layer)]
+    out += shared.behind
+    out.append(p.moved("permute.backward", "elementwise", bytes_=_sum_bytes(loads.copies_out_MSR, tokens, h)))
+    return out + router
+
+
+def moe_part(w: KernelWriter, step: Step, loads: LayerLoads) -> Passes:
+    """Router, shared experts, routed experts and what moves tokens between them."""
+    router_forward, router_backward = _router_part(w.part("router"), step)
+    shared_forward, shared_backward = _shared_experts(w.part("shared_experts"), step)
+    experts_forward, experts_backward = _experts_part(w.part("experts"), step, loads)
+    forward = _moe_forward(w, step, loads, router_forward, shared_forward, experts_forward)
+    backward = _moe_backward(w, step, loads, router_backward, shared_backward, experts_backward)
+    return forward, backward
+
+
+def layer_part(w: KernelWriter, step: Step, loads: LayerLoads | None) -> Passes:
+    """One transformer layer; `loads` is None for a dense layer."""
+    attention = attention_part(w.part("attention"), step)
+    if loads is None:
+        return chain(attention, dense_ffn_part(w.part("dense_ffn"), step))
+    return chain(attention, moe_part(w, step, loads))
+
+
+def embedding_part(w: KernelWriter, step: Step) -> Passes:
+    """Token embedding; tensor ranks look up their share of the vocabulary for all tokens and add up."""
+    rows, width = step.gathered_tokens, step.model.hidden
+    forward = [w.memory("embedding", "embedding", rows=rows, width=width)]
+    backward = [w.memory("embedding.backward", "embedding", rows=rows, width=width)]
+    return (
+        [*forward, *scatter_tokens(w, "embedding.scatter", step, width=width)],
+        [*gather_tokens(w, "embedding.gather", step, width=width), *backward],
+    )
+
+
+def _loss(w: KernelWriter, step: Step) -> Passes:
+    """Mean cross entropy; tensor ranks with a share of the vocabulary add up maxima, sums and the targets' logits."""
+    rows = step.gathered_tokens
+    logits = rows * math.ceil(step.model.vocab / step.tensor) * ACTIVATION_BYTES
+    forward = [w.moved("cross_entropy", "elementwise", bytes_=logits)]
+    backward = [w.moved("cross_entropy.backward", "elementwise", bytes_=2 * logits)]
+    if step.tensor == 1:
+        return forward, backward
+    assert step.links is not None
+    prepared = step.links.reduce(step.tensor_peers, float(rows * BYTES_PER_ELEMENT["fp32"]))
+    sums = [
+        collective(w, f"cross_entropy.{what}", step, prepared, step.tensor_peers) for what in ("max", "sum", "target")
+    ]
+    return [*sums, *forward], backward
+
+
+def head_part(w: KernelWriter, step: Step) -> Passes:
+    """Final norm, logits and mean cross entropy."""
+    model = step.model
+    return chain(
+        norm(w, "final_norm", step.tokens, model.hidden),
+        column_parallel(w, "head", step, k=model.hidden, n=model.vocab, dtype=w.wide_dtype),
+        _loss(w, step),
+    )
+
+
+def accumulation(w: KernelWriter, *, parameters: float) -> list[Operation]:
+    """Nothing: the weight-gradient product adds into the buffer, micro-batch after micro-batch."""
+    del w, parameters
+    return []
+
+
+def flat_copies(w: KernelWriter, *, parameters: float) -> tuple[list[Operation], list[Operation]]:
+    """Nothing: gradients are written into the buffer that is reduced."""
+    del w, parameters
+    return [], []

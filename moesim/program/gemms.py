@@ -1,0 +1,98 @@
+"""Matrix products that tensor-parallel ranks share, with sequence parallelism (arXiv 1909.08053, 2205.05198).
+
+As Megatron-Core runs them. Between products a rank holds its share of the tokens. A product whose columns are shared
+out begins by gathering the tokens; one whose rows are shared out ends by a reduce-scatter of the partial sums. In the
+backward pass each of them has its opposite. Only the share of a gathered input is kept: it is gathered again for the
+weight's gradient, beside the product of the input's gradient; the reduce-scatter of the input's gradient runs beside
+the product of the weight's. Activations travel in bf16.
+
+So a layer of attention and dense network gathers 2 + 4 times and scatters 2 + 2 times, of which 2 + 2 lie beside
+products. A rank without tensor peers has the plain products.
+"""
+
+import math
+
+from moesim.program.operations import MAIN, SIDE, WEIGHT_GRADIENT, Operation, fork, join, transfer
+from moesim.program.peers import PeerCollective, Peers
+from moesim.program.sizes import Passes, Step
+from moesim.program.writer import KernelWriter
+from moesim.scenario.base import BYTES_PER_ELEMENT
+
+ACTIVATION_BYTES = BYTES_PER_ELEMENT["bf16"]  # activations between kernels
+
+
+def projection(w: KernelWriter, name: str, *, m: int, k: int, n: int, dtype: str | None = None) -> Passes:
+    """A product that no other rank takes part in."""
+    return [w.gemm(name, m=m, k=k, n=n, dtype=dtype)], w.gemm_backward(name, m=m, k=k, n=n, dtype=dtype)
+
+
+def collective(
+    w: KernelWriter, name: str, step: Step, prepared: PeerCollective, peers: Peers, *, chain: int = MAIN
+) -> Operation:
+    """A transfer of the `tensor` category among peers of the rank group."""
+    assert step.links is not None
+    members = peers.set_of_place(len(step.links.ranks_R))
+    return transfer(name, "tensor", (prepared,), layer=w.layer, chain=chain, peers=members)
+
+
+def gather_tokens(w: KernelWriter, name: str, step: Step, *, width: int, chain: int = MAIN) -> list[Operation]:
+    """All-gather of the tensor ranks' tokens, `width` values each; nothing for a rank alone."""
+    if step.tensor == 1:
+        return []
+    assert step.links is not None
+    size = float(step.gathered_tokens * width * ACTIVATION_BYTES)
+    prepared = step.links.gather(step.tensor_peers, size)
+    return [collective(w, name, step, prepared, step.tensor_peers, chain=chain)]
+
+
+def scatter_tokens(w: KernelWriter, name: str, step: Step, *, width: int, chain: int = MAIN) -> list[Operation]:
+    """Reduce-scatter of partial sums to the tensor ranks' tokens; nothing for a rank alone."""
+    if step.tensor == 1:
+        return []
+    assert step.links is not None
+    size = float(step.gathered_tokens * width * ACTIVATION_BYTES)
+    prepared = step.links.scatter(step.tensor_peers, size)
+    return [collective(w, name, step, prepared, step.tensor_peers, chain=chain)]
+
+
+def column_parallel(
+    w: KernelWriter, name: str, step: Step, *, k: int, n: int, dtype: str | None = None, width: int | None = None
+) -> Passes:
+    """A product whose n columns are shared out; its input is gathered, `width` values a token (default: k)."""
+    forward, backward = projection(w, name, m=step.gathered_tokens, k=k, n=math.ceil(n / step.tensor), dtype=dtype)
+    if step.tensor == 1:
+        return forward, backward
+    width, (dgrad, wgrad) = k if width is None else width, backward
+    again = gather_tokens(w, f"{name}.gather{WEIGHT_GRADIENT}", step, width=width, chain=SIDE)
+    reduced = scatter_tokens(w, f"{name}.scatter", step, width=width, chain=SIDE)
+    return (
+        [*gather_tokens(w, f"{name}.gather", step, width=width), *forward],
+        [
+            *_beside(w, name, again, [dgrad], suffix=WEIGHT_GRADIENT),
+            *_beside(w, name, reduced, [wgrad]),
+        ],
+    )
+
+
+def row_parallel(w: KernelWriter, name: str, step: Step, *, k: int, n: int) -> Passes:
+    """A product whose k rows are shared out; the partial sums are reduced and scattered."""
+    forward, backward = projection(w, name, m=step.gathered_tokens, k=k // step.tensor, n=n)
+    return (
+        [*forward, *scatter_tokens(w, f"{name}.scatter", step, width=n)],
+        [*gather_tokens(w, f"{name}.gather", step, width=n), *backward],
+    )
+
+
+def _beside(
+    w: KernelWriter, name: str, transfers: list[Operation], kernels: list[Operation], *, suffix: str = ""
+) -> list[Operation]:
+    """Transfers of the side chain and kernels of the main chain that start together; what follows waits for both.
+
+    With `suffix` the fork and the join move with the transfer where a schedule puts weight gradients off.
+    """
+    return [
+        fork(layer=w.layer, name=f"{name}.fork{suffix}"),
+        *transfers,
+        *kernels,
+        join(layer=w.layer, name=f"{name}.join{suffix}"),
+    ]

@@ -1,0 +1,165 @@
+"""Parameters of every pipeline rank: what it holds, reduces and updates, and the collectives on them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.kernels import KernelModel
+from moesim.network import Fabric, all_gather_seconds, all_reduce_seconds, crowded, reduce_scatter_seconds
+from moesim.parallel import Mesh
+from moesim.parallel.memory_parameters import Unit, stage_units
+from moesim.parallel.schedules import Schedule
+from moesim.program.operations import Block
+from moesim.program.reductions import Members, Reduction
+from moesim.program.sharded import GRADIENTS, PARAMETERS
+from moesim.program.writer import KernelWriter
+from moesim.scenario import Scenario
+from moesim.scenario.base import BYTES_PER_ELEMENT
+
+Ranks = NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankParameters:
+    """Parameters of one rank, in elements.
+
+    `reduced`: those whose gradients other ranks hold too; `updated`: those whose optimizer states it keeps.
+    """
+
+    held: float
+    reduced: float
+    updated: float
+
+
+class ParameterGroups:
+    """The parameters of every stage and the ranks that hold copies of them.
+
+    Under a bidirectional schedule a stage sits on two pipeline ranks, which reduce its gradients together.
+    """
+
+    def __init__(self, scenario: Scenario, mesh: Mesh, schedule: Schedule) -> None:
+        self.scenario, self.mesh, self.schedule = scenario, mesh, schedule
+
+    def _holders(self, stage: int) -> list[int]:
+        return [rank for rank, stages in enumerate(self.schedule.stages_of_rank) if stage in stages]
+
+    def _dense_members(self, stage: int) -> Members:
+        return _joined([self.mesh.dense_gradient_groups(rank) for rank in self._holders(stage)])
+
+    def _expert_members(self, stage: int) -> Members:
+        return _joined([self.mesh.expert_gradient_groups(rank) for rank in self._holders(stage)])
+
+    def _local(self, stage: int) -> Unit:
+        """What one rank holds of a stage: dense parameters, and its share of the routed experts.
+
+        Beside what its earlier stages have already: two ends of the model on one rank share their table.
+        """
+        stages = self.schedule.stages_of_rank[self._holders(stage)[0]]
+        units = stage_units(self.scenario, stage, held=[other for other in stages if other < stage])
+        return Unit(*(sum(values) for values in zip(*units, strict=True))) if units else Unit(0.0, 0.0, 0.0)
+
+    def of_rank(self, pipeline_rank: int) -> RankParameters:
+        """Parameters of every rank at one place of the pipeline."""
+        zero = self.scenario.parallelism.zero
+        held = reduced = updated = 0.0
+        for stage in self.schedule.stages_of_rank[pipeline_rank]:
+            local = self._local(stage)
+            kinds = (
+                (local.dense, zero.dense, len(self._dense_members(stage)[0])),
+                (local.expert, zero.expert, len(self._expert_members(stage)[0])),
+            )
+            for count, sharding, copies in kinds:
+                held += count
+                reduced += count if copies > 1 else 0
+                updated += count / copies if sharding else count
+        return RankParameters(held=held, reduced=reduced, updated=updated)
+
+    def reductions(self, fabric: Fabric) -> list[Reduction]:
+        """Sums of gradients at the end of the step, stage by stage, and of the gradients' norm when it is clipped."""
+        precision = self.scenario.workload.precision
+        size = BYTES_PER_ELEMENT[precision.gradients]
+        beside = self.scenario.overlap.gradient_reduction is True
+        collectives = []
+        for name, stage, count, sharding, members in self._kinds():
+            if sharding >= GRADIENTS:
+                continue  # reduced in every backward pass
+            buckets = max(1, len(self.scenario.stage_layers[stage])) if beside else 0
+            reduce = reduce_scatter_seconds if sharding else all_reduce_seconds
+            verb = "reduce_scatter" if sharding else "all_reduce"
+            seconds = reduce(crowded(fabric, members), members[0], count * size).seconds
+            collectives.append(Reduction(f"{verb}.{name}", members, seconds, "network", buckets, stage))
+        collectives += self._repeated(fabric, size)
+        world = np.arange(self.mesh.world_size)
+        if self.scenario.workload.gradient_clipping is not None and len(world) > 1:
+            seconds = all_reduce_seconds(fabric, world, BYTES_PER_ELEMENT["fp32"]).seconds
+            collectives.append(Reduction("all_reduce.norm", (world,), seconds, "network"))
+        return collectives
+
+    def _repeated(self, fabric: Fabric, size: float) -> list[Reduction]:
+        """Sums over ranks that hold the same parameters but are no data-parallel ranks.
+
+        Tensor ranks hold norms, routers and down-projections whole and make their gradients from tokens of their own;
+        the last stage has a copy of the embedding where the head is tied to it or prediction layers read it.
+        """
+        model, mesh = self.scenario.model, self.mesh
+        found: list[tuple[str, Members, float]] = []
+        if self.scenario.parallelism.tensor > 1:
+            for rank in range(self.schedule.num_ranks):
+                whole = sum(self._local(stage).duplicated for stage in self.schedule.stages_of_rank[rank])
+                found.append(("all_reduce.duplicated", tuple(mesh.tensor_groups(rank)), whole))
+        first, last = self._holders(0)[0], self._holders(len(self.scenario.stage_layers) - 1)[0]
+        if (model.tied_embeddings or model.mtp_layers) and first != last:
+            pairs = zip(mesh.rank_groups(first), mesh.rank_groups(last), strict=True)
+            members = tuple(np.array(pair) for group in pairs for pair in zip(*group, strict=True))
+            found.append(("all_reduce.embedding", members, stage_units(self.scenario, 0)[0].dense))
+        return [
+            Reduction(
+                name, members, all_reduce_seconds(crowded(fabric, members), members[0], count * size).seconds, "network"
+            )
+            for name, members, count in found
+            if count
+        ]
+
+    def gathers(self, fabric: Fabric) -> list[Reduction]:
+        """Gathers of updated weights where optimizer states are sharded and weights are not."""
+        size = BYTES_PER_ELEMENT[self.scenario.workload.precision.weights]
+        return [
+            Reduction(
+                f"all_gather.{name}",
+                members,
+                all_gather_seconds(crowded(fabric, members), members[0], count * size).seconds,
+                "network",
+            )
+            for name, _, count, sharding, members in self._kinds()
+            if 0 < sharding < PARAMETERS
+        ]
+
+    def _kinds(self) -> list[tuple[str, int, float, int, Members]]:
+        """(name, stage, parameters of one rank, ZeRO stage, members) of everything that more than one rank holds."""
+        zero = self.scenario.parallelism.zero
+        kinds = []
+        for stage in range(self.schedule.num_stages):
+            local = self._local(stage)
+            kinds.append(("dense", stage, local.dense, zero.dense, self._dense_members(stage)))
+            kinds.append(("expert", stage, local.expert, zero.expert, self._expert_members(stage)))
+        return [kind for kind in kinds if kind[2] and len(kind[4][0]) > 1]
+
+
+def _joined(groups_of_holder: Sequence[Sequence[Ranks]]) -> Members:
+    """The groups of one place of the pipeline, each with those of equal index at the other places."""
+    return tuple(np.concatenate(together) for together in zip(*groups_of_holder, strict=True))
+
+
+def optimizer_block(scenario: Scenario, kernels: KernelModel, *, parameters: float) -> Block:
+    """Fused AdamW over `parameters` local parameters: gradient read, weight, master copy and both states updated."""
+    precision = scenario.workload.precision
+    size = BYTES_PER_ELEMENT
+    per_parameter = size[precision.gradients] + 4 * size[precision.optimizer] + 2 * size[precision.weights]
+    if precision.master == "fp32":
+        per_parameter += 2 * size["fp32"] - size[precision.weights]  # the weights are then only written
+    eager_bf16 = scenario.implementation.kind == "torch_eager" and precision.optimizer == "bf16"
+    kind = "optimizer_bf16" if eager_bf16 else "optimizer_fp32"
+    writer = KernelWriter(kernels, dtype=precision.gemm, category="optimizer", layer=-1)
+    return Block("optimizer", (writer.moved("adamw", kind, bytes_=parameters * per_parameter),))

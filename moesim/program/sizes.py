@@ -1,0 +1,71 @@
+"""What every implementation's list of kernels starts from: the sizes of one micro-batch, and passes to chain."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from moesim.program.operations import Operation
+from moesim.program.peers import GroupLinks, Peers
+from moesim.scenario import Model
+from moesim.scenario.model import Mla
+
+Passes = tuple[list[Operation], list[Operation]]  # forward, backward (each in issue order)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """Sizes of one micro-batch on one rank: `batch` sequences of `sequence` tokens; `quantise` when dispatch is fp8.
+
+    `tensor`, `context` and `expert_tensor` are the ranks that share products and tokens (see Parallelism), `links` what
+    their collectives cost; a rank alone needs none. `remote`: experts are spread over more than one rank. `sigmoid`:
+    the router's affinities are sigmoids. `shared_beside`: shared experts run beside the dispatch, where the software
+    can.
+    """
+
+    model: Model
+    batch: int
+    sequence: int
+    quantise: bool
+    remote: bool
+    sigmoid: bool = False
+    shared_beside: bool = True
+    tensor: int = 1
+    context: int = 1
+    expert_tensor: int = 1
+    links: GroupLinks | None = None
+
+    @cached_property
+    def tokens(self) -> int:
+        """Tokens of one micro-batch that one rank holds: sequence parallelism splits them over tensor ranks, too."""
+        return self.batch * self.sequence // (self.context * self.tensor)
+
+    @property
+    def gathered_tokens(self) -> int:
+        """Tokens that the products of a tensor-parallel rank see: those of all its tensor ranks."""
+        return self.tokens * self.tensor
+
+    @property
+    def heads(self) -> int:
+        """Query heads of one rank."""
+        return self.model.heads // self.tensor
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads of one rank; latent attention makes as many as there are query heads."""
+        return (self.model.heads if isinstance(self.model.attention, Mla) else self.model.kv_heads) // self.tensor
+
+    @property
+    def tensor_peers(self) -> Peers:
+        """Ranks that share each matrix of attention and dense feed-forward networks."""
+        return Peers(self.tensor)
+
+    @property
+    def context_peers(self) -> Peers:
+        """Ranks that share each sequence, one per tensor index."""
+        return Peers(self.context, self.tensor)
+
+
+def chain(*parts: Passes) -> Passes:
+    """Forward in order, backward in the opposite order."""
+    forward = [operation for part in parts for operation in part[0]]
+    backward = [operation for part in reversed(parts) for operation in part[1]]
+    return forward, backward

@@ -1,0 +1,174 @@
+"""The blocks of one pipeline stage on one expert group: its layers' operations per pass.
+
+Legend: L layers of the stage.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from moesim.kernels import KernelModel
+from moesim.parallel import Mesh
+from moesim.parallel.memory_parameters import stage_units
+from moesim.parallel.schedules import Pass
+from moesim.program.gemms import column_parallel, gather_tokens
+from moesim.program.loads import LayerLoads
+from moesim.program.operations import Block, Kind, Operation
+from moesim.program.peers import GroupLinks, PeerCollective, SideBySide
+from moesim.program.sharded import Part, ShardedStage
+from moesim.program.sizes import Passes, Step, chain
+from moesim.program.software import SOFTWARE
+from moesim.program.writer import KernelWriter
+from moesim.scenario import Scenario
+
+# What one word of workload.recompute repeats: operations whose names end so.
+RECOMPUTED_NAMES = {
+    "rms_norm": ("_norm",),
+    "swiglu": (".activation",),
+    "mla_up_projection": ("q_up", "kv_up"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagePlan:
+    """Which part of the model a stage is: `layers` numbered through the model, and whether it is an end.
+
+    `moe_layers`: those of them with experts, and layers of multi-token prediction. `stage`: its number, and `held`:
+    those of other stages on the same rank.
+    """
+
+    layers: range
+    moe_layers: tuple[int, ...]
+    first: bool
+    last: bool
+    stage: int = 0
+    held: tuple[int, ...] = ()
+
+
+def stage_blocks(
+    scenario: Scenario, kernels: KernelModel, plan: StagePlan, loads: LayerLoads | None, links: GroupLinks | None = None
+) -> dict[Pass, Block]:
+    """A block per pass; `loads` holds the MoE layers of the plan, where there are any.
+
+    `links` are those of the rank group, needed where its ranks share sequences or matrices; without them the
+    collectives of ZeRO 2 and 3 are left out.
+    """
+    forward, backward = _passes(scenario, kernels, plan, loads, links)
+    late = tuple(operation for operation in backward if _is_put_off(operation))
+    early = tuple(operation for operation in backward if not _is_put_off(operation))
+    return {
+        Pass.FORWARD: Block("forward", tuple(forward)),
+        Pass.BACKWARD: Block("backward", tuple(backward)),
+        Pass.INPUT: Block("backward.input", early),
+        Pass.WEIGHT: Block("backward.weight", late),
+    }
+
+
+def _is_put_off(operation: Operation) -> bool:
+    """Whether a split backward pass leaves it for later: not the head's, whose logits are too large to be kept."""
+    return operation.is_weight_gradient and not operation.label.name.startswith("head.")
+
+
+def _passes(
+    scenario: Scenario, kernels: KernelModel, plan: StagePlan, loads: LayerLoads | None, links: GroupLinks | None = None
+) -> Passes:
+    model, software, step = scenario.model, SOFTWARE[scenario.implementation.kind], step_sizes(scenario, links)
+
+    def writer(category: str, layer: int, spread_S: Sequence[bool] = ()) -> KernelWriter:
+        dtype = scenario.workload.precision.gemm
+        return KernelWriter(kernels, dtype=dtype, category=category, layer=layer, spread_S=spread_S)
+
+    def layer_parts(layers: Sequence[int], of_layers: LayerLoads | None) -> dict[int, Passes]:
+        """Layers that differ in their loads alone are priced together and then taken apart."""
+        if not layers:
+            return {}
+        spread_S = of_layers.spread_S if of_layers else ()
+        part = software.layer_part(writer("attention", layers[0], spread_S), step, of_layers)
+        whole = _with_recomputation(scenario, part)
+        return {layer: _of_layer(whole, layer, index, len(layers)) for index, layer in enumerate(layers)}
+
+    extra_layers = range(model.layers, model.layers + model.mtp_layers) if plan.last else ()
+    dense_layers = [layer for layer in (*plan.layers, *extra_layers) if layer not in plan.moe_layers]
+    part_of_layer = layer_parts(dense_layers, None) | layer_parts(plan.moe_layers, loads)
+    parts = [(-1, software.embedding_part(writer("embedding_head", -1), step))] if plan.first else []
+    parts += [(layer, part_of_layer[layer]) for layer in plan.layers]
+    if plan.last:
+        parts.append((-1, software.head_part(writer("embedding_head", -1), step)))
+        for layer in extra_layers:
+            join = _prediction_join(writer("embedding_head", layer), step)
+            head = software.head_part(writer("embedding_head", -1), step)
+            parts.append((layer, chain(join, part_of_layer[layer], head)))
+    if links is None or not Mesh(scenario.parallelism, scenario.cluster).shards_by_layer:
+        return chain(*(passes for _, passes in parts))
+    units = stage_units(scenario, plan.stage, held=plan.held)
+    named = [Part(passes, unit, layer) for (layer, passes), unit in zip(parts, units, strict=True)]
+    return ShardedStage(scenario, links).passes(named)
+
+
+def _prediction_join(w: KernelWriter, step: Step) -> Passes:
+    """The product that joins a token's state and its successor's embedding; tensor ranks then gather its columns."""
+    hidden = step.model.hidden
+    whole = gather_tokens(w, "mtp.join.whole", step, width=hidden)
+    return chain(column_parallel(w, "mtp.join", step, k=2 * hidden, n=hidden), (whole, whole))
+
+
+def _of_layer(part: Passes, layer: int, index: int, layers: int) -> Passes:
+    forward, backward = ([op.of_layer(layer, index=index, layers=layers) for op in ops] for ops in part)
+    return forward, backward
+
+
+def step_sizes(scenario: Scenario, links: GroupLinks | None) -> Step:
+    """The sizes of one micro-batch on one rank."""
+    mesh = scenario.parallelism
+    return Step(
+        model=scenario.model,
+        batch=scenario.workload.micro_batch,
+        sequence=scenario.workload.sequence_length,
+        quantise=scenario.dispatch.dtype == "fp8",
+        remote=mesh.expert * mesh.expert_tensor > 1,
+        sigmoid=scenario.model.experts > 0 and scenario.router_shape().kind == "deepseek_v3",
+        shared_beside=scenario.overlap.shared_experts is not False,
+        tensor=mesh.tensor,
+        context=mesh.context,
+        expert_tensor=mesh.expert_tensor,
+        links=links,
+    )
+
+
+def _with_recomputation(scenario: Scenario, part: Passes) -> Passes:
+    """One layer whose backward pass first repeats what was not kept."""
+    forward, backward = part
+    if scenario.workload.recompute == "full":
+        return forward, [*map(_again, forward), *backward]
+    endings = tuple(end for word in scenario.workload.recomputed_parts for end in RECOMPUTED_NAMES[word])
+    if not endings:
+        return part
+    repeated = [operation for operation in forward if operation.label.name.endswith(endings)]
+    return forward, [*map(_again, repeated), *backward]
+
+
+def _again(operation: Operation) -> Operation:
+    """The same operation in the backward pass: compute counts as recomputation, transfers keep their own category."""
+    category = "recompute" if operation.kind is Kind.COMPUTE else operation.label.category
+    label = operation.label._replace(name=f"{operation.label.name}.again", category=category)
+    return replace(operation, label=label)
+
+
+def tensor_bytes(block: Block) -> float:
+    """Bytes that ranks which share layers send in a block, all of them together, mean over its micro-batches."""
+    return sum(
+        sum(moved.moved_bytes for moved in operation.transfers_M if isinstance(moved, PeerCollective | SideBySide))
+        / len(operation.transfers_M)
+        for operation in block.operations
+        if operation.label.category == "tensor"
+    )
+
+
+def source_seconds(block: Block) -> Iterable[tuple[str, float]]:
+    """(source, mean seconds) of every operation of a block."""
+    for operation in block.operations:
+        if operation.seconds_MSR is not None:
+            alike = operation.seconds_MSR.size == 1  # most are: then spare the mean
+            yield operation.source, operation.seconds_MSR.item() if alike else float(operation.seconds_MSR.mean())
+        elif operation.transfers_M:
+            alone = [float(prepared.alone_R.mean()) for prepared in operation.transfers_M]
+            yield operation.source, sum(alone) / len(alone)

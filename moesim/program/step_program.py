@@ -1,0 +1,143 @@
+"""The program of one optimizer step, as data: tasks of every rank group, reductions and the optimizer."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.network import PreparedTransfer
+from moesim.network.contention import LinkUse
+from moesim.parallel.schedules import Handoff
+from moesim.program.host import FREE_HOST, HostModel
+from moesim.program.operations import Block, Run, Transfer
+from moesim.program.reductions import Reduction
+from moesim.results.spans import Label, Stream
+
+FloatArray = NDArray[np.float64]
+Place = tuple[int, int]  # pipeline rank, number of the group
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sent:
+    """A hand-off that run `which` of a task makes; it arrives `seconds` later."""
+
+    handoff: Handoff
+    which: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One action of a pipeline schedule: its runs (two when they overlap) begin when all of `receives` has arrived."""
+
+    runs: tuple[Run, ...]
+    receives: tuple[Handoff, ...] = ()
+    sends: tuple[Sent, ...] = ()
+
+    @property
+    def passes(self) -> tuple[str, ...]:
+        """The names of its blocks."""
+        return tuple(run.block.name for run in self.runs)
+
+    @property
+    def micro_batches(self) -> tuple[int, ...]:
+        """Their micro-batches."""
+        return tuple(run.micro_batch for run in self.runs)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GroupProgram:
+    """What one expert group executes. Groups with equal `number` on other pipeline ranks are its neighbours.
+
+    `last_tasks`: of each stage whose gradients may be reduced while other stages have tasks left, the index of the task
+    that makes the last of them.
+    """
+
+    number: int
+    pipeline_rank: int
+    ranks_R: NDArray[np.int64]
+    tasks: tuple[Task, ...]
+    optimizer: Block
+    last_tasks: Mapping[int, int] = field(default_factory=dict)
+
+    @property
+    def place(self) -> Place:
+        """What names it among the groups of the step."""
+        return self.pipeline_rank, self.number
+
+    @property
+    def num_operations(self) -> int:
+        """Operations of the step."""
+        runs = (len(run.block.operations) for task in self.tasks for run in task.runs)
+        return sum(runs) + len(self.optimizer.operations)
+
+    def begins_behind(self, reduction: Reduction) -> int:
+        """The index of the task in which a collective on gradients begins."""
+        last = len(self.tasks) - 1
+        return self.last_tasks.get(reduction.stage, last) if reduction.buckets else last
+
+
+class SharedPart(NamedTuple):
+    """A transfer, or one of several side by side, among the ranks at `places_R` of a group."""
+
+    places_R: NDArray[np.integer]
+    transfer: PreparedTransfer
+    use: LinkUse
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Contention:
+    """Links that transfers of a step can fill together, and what each puts on them; see `moesim.program.contention`.
+
+    `capacity_L`: their bytes/s. `transfers`: per group those of its transfers that use them. `handoffs`: by sending
+    group and the pipeline rank that receives. `collectives`: in the order of reductions and gathers, None for those
+    that do not use them.
+    """
+
+    capacity_L: FloatArray
+    transfers: Mapping[Place, Mapping[Transfer, tuple[SharedPart, ...]]]
+    handoffs: Mapping[tuple[Place, int], LinkUse]
+    collectives: tuple[LinkUse | None, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepProgram:
+    """One optimizer step. `reductions` follow a group's last task, then its optimizer, then `gathers`.
+
+    A group attends those collectives in which its ranks are members, in this order; but reductions with buckets begin
+    when it makes the last gradients of their stage, in the order in which its stages are done.
+
+    `source_seconds`: operation seconds by what they rest on, summed over groups, mean over samples and ranks.
+    `tensor_bytes`: what ranks that share layers (tensor, context, slices of experts) send in the step, all together.
+    `compiled`: whether compiled loops move the clocks. `contention`: None where groups cannot slow each other.
+    """
+
+    groups: tuple[GroupProgram, ...]
+    reductions: tuple[Reduction, ...]
+    gathers: tuple[Reduction, ...]
+    host: HostModel
+    slowdown: float
+    samples: int
+    source_seconds: dict[str, float]
+    tensor_bytes: float = 0.0
+    compiled: bool = False
+    contention: Contention | None = None
+
+    def rows(self, group: GroupProgram) -> int:
+        """Most spans that a group can emit: every operation, and a host stall before it unless the host is free."""
+        per_operation = 1 if self.host == FREE_HOST else 2
+        handoffs = sum(len(task.receives) for task in group.tasks)
+        # A reduction that begins early may outlast the tasks and then has a span for either part.
+        return per_operation * group.num_operations + handoffs + 2 * len(self.reductions) + len(self.gathers)
+
+
+def handoff_label(handoff: Handoff) -> Label:
+    """The label of waiting for a hand-off that is on its way."""
+    return Label(handoff.payload, "pipeline", Stream.PIPELINE, -1, handoff.source)
+
+
+def collective_label(reduction: Reduction, stream: Stream = Stream.REDUCTION) -> Label:
+    """The label of a collective on gradients or parameters."""
+    return Label(reduction.name, "data_parallel", stream, -1)

@@ -1,0 +1,222 @@
+"""Training whose steps ask the host for nothing: batches, learning rate and log lie on the device.
+
+Legend: P steps, B sequences of a batch, T tokens per sequence, S evaluated sequences, L layers, N routed experts.
+
+The same model, data and update as `moesim.routing.training.Trainer`, arranged so that one step is one CUDA graph: many
+small models then share a GPU without waiting for a host (`train_together`). On a CPU the same step simply runs.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from moesim.routing.balance import balance_loss, routing_sums
+from moesim.routing.corpus import Corpus
+from moesim.routing.experts import RoutedExperts
+from moesim.routing.request import TrainingRequest
+from moesim.routing.static_experts import StaticExperts
+from moesim.routing.training import BETAS, WEIGHT_DECAY, draw_batch, learning_rate, update_biases
+from moesim.routing.transformer import LanguageModel, Mode
+from moesim.seeding import stream_seed
+from moesim.trace import TrainingCurves
+
+EAGER_STEPS = 3  # real steps before the capture: libraries allocate their workspaces in them
+LANE_STEPS = 20  # steps queued per model before the host waits, so that an interrupt strikes soon
+
+
+class Evaluation(NamedTuple):
+    """Held-out loss (nats per byte, no drops) and selections per layer, sequence and expert [L, S, N] at `step`."""
+
+    step: int
+    loss: float
+    counts_LSN: NDArray[np.int32]
+
+
+class StaticTrainer:
+    """One model in training. Expert choice and random second experts need the host; their steps are not captured."""
+
+    def __init__(self, request: TrainingRequest, corpus: Corpus, *, device: torch.device) -> None:
+        assert request.thin.micro_batches == 1 and request.thin.hash_warmup_share == 0
+        self.request, self.device = request, device
+        dynamic = request.router.kind == "expert_choice" or request.router.random_second
+        self.captures = device.type == "cuda" and not dynamic
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.done = 0
+        self.evaluations: list[Evaluation] = []
+        steps = request.steps
+        batches = [draw_batch(request, num_bytes=len(corpus.train), step=step) for step in range(steps)]
+        rates = [learning_rate(step, num_steps=steps, peak=request.thin.learning_rate) for step in range(steps)]
+        self.text = torch.frombuffer(bytearray(corpus.train), dtype=torch.uint8).to(device)
+        self.starts_PB = torch.from_numpy(np.stack([starts_B for starts_B, _ in batches])).to(device)
+        self.protected_PB = torch.from_numpy(np.stack([protected_B for _, protected_B in batches])).to(device)
+        self.rates_P = torch.tensor(rates, device=device)
+        self.offsets_T = torch.arange(request.thin.context + 1, device=device)
+        self.step = torch.zeros(1, dtype=torch.int64, device=device)
+        self.log_P3 = torch.zeros(steps, 3, device=device)  # cross entropy, imbalance, kept share
+        self.model = LanguageModel(
+            request,
+            torch.Generator().manual_seed(stream_seed(request.seed, "weights")),
+            experts=RoutedExperts if dynamic else StaticExperts,
+        ).to(device)
+        self.rate = torch.tensor(rates[0], device=device)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=self.rate,
+            betas=BETAS,
+            weight_decay=WEIGHT_DECAY,
+            fused=True,
+            capturable=device.type == "cuda",
+        )
+        self.generator = torch.Generator()  # of random second experts, seeded anew for every step
+
+    def advance(self, num_steps: int) -> None:
+        """Queue `num_steps` steps on this model's stream; the host does not wait for them."""
+        with torch.cuda.stream(self.stream) if self.stream is not None else nullcontext():
+            for _ in range(num_steps):
+                if self.captures and self.graph is None and self.done == EAGER_STEPS:
+                    self._capture()
+                if self.graph is not None:
+                    self.graph.replay()
+                else:
+                    self.generator.manual_seed(stream_seed(self.request.seed, "route", self.done, 0))
+                    self._one_step()
+                self.done += 1
+
+    def wait(self) -> None:
+        """Until all queued steps are done."""
+        if self.stream is not None:
+            self.stream.synchronize()
+
+    def _capture(self) -> None:
+        assert self.stream is not None
+        self.stream.synchronize()
+        self.optimizer.zero_grad(set_to_none=True)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+            self._one_step()
+        self.graph = graph
+
+    def _one_step(self) -> None:
+        request = self.request
+        starts_B = self.starts_PB.index_select(0, self.step)[0]
+        protected_B = self.protected_PB.index_select(0, self.step)[0]
+        windows_BT = self.text[starts_B[:, None] + self.offsets_T].long()
+        self.rate.copy_(self.rates_P.index_select(0, self.step)[0])
+        self.optimizer.zero_grad(set_to_none=True)
+        with self._autocast(), flash_attention(self.device):
+            logits_BTV, routings = self.model(windows_BT[:, :-1], Mode(self.generator, protected_B))
+        entropy = functional.cross_entropy(logits_BTV.float().flatten(0, 1), windows_BT[:, 1:].flatten())
+        sums_L = [routing_sums(each, shape=request.router, num_sequences=len(windows_BT)) for each in routings]
+        losses = [balance_loss(sums, shape=request.router, balance=request.balance) for sums in sums_L]
+        with _deterministic(self.device):
+            torch.autograd.backward(entropy + torch.stack(losses).sum())
+        if request.thin.expert_grad_clip is not None:
+            for layer in self.model.moe_layers:
+                layer.experts.clip_gradients(request.thin.expert_grad_clip)
+        self.optimizer.step()
+        counts_LN = torch.stack([sums.count_N for sums in sums_L])
+        update_biases(self.model, self.request, counts_LN)
+        imbalance = (counts_LN.amax(dim=1) / counts_LN.mean(dim=1)).mean()
+        experts = [layer.experts for layer in self.model.moe_layers]
+        kept = [each.kept_share if isinstance(each, StaticExperts) else torch.ones_like(imbalance) for each in experts]
+        self.log_P3.index_copy_(
+            0, self.step, torch.stack([entropy.detach(), imbalance, torch.stack(kept).mean()])[None]
+        )
+        self.step += 1
+
+    def _autocast(self) -> Any:
+        # without the cache: its casts of the weights would live on from one graph replay to the next
+        on_gpu = self.device.type == "cuda"
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=on_gpu, cache_enabled=False)
+
+    @torch.no_grad()
+    def evaluate(self, bytes_ST: NDArray[np.uint8], *, tokens_per_forward: int) -> Evaluation:
+        """Held-out loss and expert counts over sequences with their next byte [S, T + 1]; kept in `evaluations`.
+
+        Each sequence is cut into windows of `thin.context`, as for the recording. Expert choice competes over one
+        sequence at a time. Waits for the device.
+        """
+        context, length = self.request.thin.context, bytes_ST.shape[1] - 1
+        assert length % context == 0
+        alone = self.request.router.kind == "expert_choice"
+        per_forward = 1 if alone else max(1, tokens_per_forward // length)
+        losses, counts = [], []
+        generator = torch.Generator().manual_seed(stream_seed(self.request.seed, "record", self.done))
+        with torch.cuda.stream(self.stream) if self.stream is not None else nullcontext():
+            text = torch.from_numpy(bytes_ST).to(self.device).long()
+            for chunk in torch.split(text, per_forward):
+                with self._autocast(), flash_attention(self.device):
+                    logits_BTV, routings = self.model(chunk[:, :-1].reshape(-1, context), Mode(generator))
+                targets = chunk[:, 1:].flatten()
+                losses.append(functional.cross_entropy(logits_BTV.float().flatten(0, 1), targets, reduction="sum"))
+                ids = [each.expert_ids_TK.view(len(chunk), -1) for each in routings]
+                counts.append(torch.stack([self._count_SN(ids_SR) for ids_SR in ids]))
+            loss = float(torch.stack(losses).double().sum()) / (len(bytes_ST) * length)
+            counts_LSN = torch.cat(counts, dim=1).cpu().numpy()
+        evaluation = Evaluation(self.done, loss, counts_LSN)
+        self.evaluations.append(evaluation)
+        return evaluation
+
+    def _count_SN(self, ids_SR: Tensor) -> Tensor:
+        num_experts = self.request.router.num_experts
+        count_SN = torch.zeros(len(ids_SR), num_experts + 1, dtype=torch.int32, device=ids_SR.device)
+        ids_SR = torch.where(ids_SR < 0, num_experts, ids_SR)
+        return count_SN.scatter_add_(1, ids_SR, torch.ones_like(ids_SR, dtype=torch.int32))[:, :num_experts]
+
+    def curves(self) -> TrainingCurves:
+        """All that was measured so far."""
+        log_3P = self.log_P3[: self.done].double().cpu().numpy().T
+        return TrainingCurves(
+            steps=np.arange(1, self.done + 1, dtype=np.float64),
+            train_loss=log_3P[0].copy(),
+            validation_steps=np.array([each.step for each in self.evaluations], dtype=np.float64),
+            validation_loss=np.array([each.loss for each in self.evaluations]),
+            imbalance=log_3P[1].copy(),
+        )
+
+    def dropped_share_P(self) -> NDArray[np.float64]:
+        """Share of the rows that capacity dropped in each step so far, mean over the layers."""
+        return np.asarray(1 - self.log_P3[: self.done, 2].double().cpu().numpy())
+
+
+def flash_attention(device: torch.device) -> AbstractContextManager[None]:
+    """On CUDA the one fast attention kernel whose backward pass can be deterministic."""
+    return sdpa_kernel(SDPBackend.FLASH_ATTENTION) if device.type == "cuda" else nullcontext()
+
+
+@contextmanager
+def _deterministic(device: torch.device) -> Iterator[None]:
+    """Deterministic algorithms for the backward pass, whose attention alone adds in changing order; CUDA only."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if device.type == "cuda":
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        if device.type == "cuda":
+            torch.use_deterministic_algorithms(before)
+
+
+def train_together(
+    trainers: Sequence[StaticTrainer], *, until: int, progress: Callable[[int], None] | None = None
+) -> None:
+    """Advance every trainer to step `until`, their steps side by side; `progress(steps)` is told of each few."""
+    while left := [trainer for trainer in trainers if trainer.done < until]:
+        steps = 0
+        for _ in range(LANE_STEPS):
+            for trainer in left:
+                if trainer.done < until:
+                    trainer.advance(1)
+                    steps += 1
+        for trainer in left:
+            trainer.wait()
+        if progress is not None:
+            progress(steps)

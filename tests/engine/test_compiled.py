@@ -1,0 +1,93 @@
+"""Compiled loops serve large groups, numpy small ones: both must compute the same."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from moesim.engine import simulate_step
+from moesim.kernels import kernel_model
+from moesim.network import build_fabric
+from moesim.parallel import TrafficSampler
+from moesim.program import build_program
+from moesim.results import attribute
+from moesim.run import obtain_trace
+from moesim.scenario import Scenario
+from moesim.seeding import stream
+
+HIERARCHICAL = {"dispatch.algorithm": "hierarchical", "dispatch.deduplicate": "per_node"}
+
+
+def step_of(scenario: Scenario, *, compiled: bool) -> tuple[list[np.ndarray], np.ndarray]:
+    """Ends of all spans of each group, and the attribution."""
+    sampler = TrafficSampler(scenario, obtain_trace(scenario))
+    sample = sampler.draw(stream(0, "test", 0))
+    program = build_program(
+        scenario,
+        fabric=build_fabric(scenario.cluster),
+        kernels=kernel_model(scenario.cluster.pools[0].gpu, scenario.compute.profile),
+        samples=[sample, sample.balanced()],
+    )
+    assert program.compiled == compiled
+    tables = simulate_step(program).tables
+    return [table.finish_NSR for table in tables], np.stack([attribute(table, compiled=compiled) for table in tables])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dispatch.sm_share": 0.15},
+        {"cluster.nodes": 2, "parallelism": {"data": 8, "expert": 8}, **HIERARCHICAL},
+        {"cluster.nodes": 2, "parallelism": {"data": 8, "expert": 8}},
+        {"dispatch.algorithm": "low_latency", "dispatch.deduplicate": "per_expert"},
+        {"parallelism": {"data": 1, "tensor": 4, "expert": 2}, "dispatch.sm_share": 0.15},
+        {"parallelism": {"data": 1, "context": 2, "tensor": 2, "expert": 2, "expert_tensor": 2}},
+        {"implementation.kind": "torch_eager", "dispatch.deduplicate": "per_expert"},
+        # Two groups over four nodes slow each other on the leaves' links.
+        {
+            "cluster.nodes": 4,
+            "cluster.fabric": {"preset": "rail_optimised", "oversubscription": 4.0},
+            "parallelism": {"data": 16, "expert": 8},
+            "workload.global_batch": 32,
+        },
+    ],
+)
+def test_compiled_and_interpreted_steps_are_the_same(small, changes, monkeypatch: pytest.MonkeyPatch) -> None:
+    scenario = small(changes)
+    results = []
+    for compiled in (True, False):
+        monkeypatch.setattr(
+            "moesim.program.build.pays_for_compiled_loops", lambda *_, compiled=compiled, **__: compiled
+        )
+        results.append(step_of(scenario, compiled=compiled))
+    (compiled, compiled_parts), (interpreted, interpreted_parts) = results
+    for here, there in zip(compiled, interpreted, strict=True):
+        np.testing.assert_allclose(here, there, rtol=1e-12)
+    np.testing.assert_allclose(compiled_parts, interpreted_parts, atol=1e-12)
+
+
+def test_small_groups_do_without_numba() -> None:
+    code = """
+import sys
+import numpy as np
+from moesim.network import prepare_transfer, build_fabric
+from moesim.results import attribute, SpanRecorder
+from moesim.scenario.cluster import Cluster, Fabric, Pool
+from moesim.engine.executor import GroupExecutor
+from moesim.program.host import FREE_HOST
+from moesim.program.operations import Block, Run, compute, transfer
+from moesim.engine.walk import Labels
+fabric = build_fabric(Cluster(pools=(Pool(gpu="h200", nodes=1),), fabric=Fabric()))
+prepared = prepare_transfer(fabric, np.ones((1, 8, 8)))
+group = GroupExecutor(samples=1, ranks=8, host=FREE_HOST, slowdown=1.5, labels=Labels(),
+                      recorder=SpanRecorder(rows=9, samples=1, ranks=8))
+kernel = compute("experts", "experts", np.arange(8.0), layer=0, source="roofline")
+group.execute([Run(Block("b", (kernel, transfer("combine", "combine_exposed", (prepared,), layer=0))), 0, False)])
+step_S = group.done_SR.max(axis=1)
+table = group.recorder.table(labels=group.labels.all(), ranks_R=np.arange(8), step_S=step_S)
+assert attribute(table).sum() > 0
+assert "numba" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,107 @@
+"""The executor against steps worked out by hand."""
+
+import numpy as np
+import pytest
+
+from moesim.engine.executor import GroupExecutor
+from moesim.engine.walk import Labels
+from moesim.program.host import HostModel
+from moesim.program.operations import SIDE, Block, Operation, Run, compute, fork, join, readback, transfer
+from moesim.results import CATEGORIES, SpanRecorder, attribute
+
+FREE = HostModel(forward_launch=0.0, backward_launch=0.0, readback=0.0)
+
+
+class Barrier:
+    """All ranks are done `seconds` after the last has come."""
+
+    def __init__(self, seconds: float, samples: int, ranks: int) -> None:
+        self.alone_R = np.full((samples, ranks), seconds)
+
+    def finish(self, start_R: np.ndarray) -> np.ndarray:
+        return start_R.max(axis=1, keepdims=True) + self.alone_R
+
+
+def executor(ranks: int, *, samples: int = 1, host: HostModel = FREE, slowdown: float = 1.0) -> GroupExecutor:
+    recorder = SpanRecorder(rows=100, samples=samples, ranks=ranks)
+    return GroupExecutor(samples=samples, ranks=ranks, host=host, slowdown=slowdown, recorder=recorder, labels=Labels())
+
+
+def run(group: GroupExecutor, *operations: Operation) -> dict[str, np.ndarray]:
+    """Execute one block and attribute it: seconds per category and rank of sample 0."""
+    group.execute([Run(Block("test", operations), 0, False)])
+    step_S = group.done_SR.max(axis=1)
+    ranks_R = np.arange(group.compute_SR.shape[1])
+    table = group.recorder.table(labels=group.labels.all(), ranks_R=ranks_R, step_S=step_S)
+    seconds_CSR = attribute(table)
+    np.testing.assert_allclose(
+        seconds_CSR.sum(axis=0), np.broadcast_to(step_S[:, None], group.compute_SR.shape), atol=1e-12
+    )
+    return {name: seconds_CSR[c, 0] for c, name in enumerate(CATEGORIES)}
+
+
+def op(name: str, category: str, seconds: object, **kwargs: object) -> Operation:
+    return compute(name, category, np.asarray(seconds, float), layer=0, source="roofline", **kwargs)  # type: ignore[arg-type]
+
+
+def test_a_slow_rank_is_waited_for_inside_the_transfer() -> None:
+    group = executor(2)
+    parts = run(
+        group,
+        op("experts", "experts", [[[1.0, 3.0]]]),
+        transfer("combine", "combine_exposed", (Barrier(0.5, 1, 2),), layer=0),
+    )
+    assert group.done_SR.tolist() == [[3.5, 3.5]]
+    assert parts["experts"].tolist() == [1.0, 3.0]
+    assert parts["imbalance_wait"] == pytest.approx([2.0, 0.0])
+    assert parts["combine_exposed"] == pytest.approx([0.5, 0.5])
+    assert parts["bubble"] == pytest.approx([0.0, 0.0])
+
+
+def test_side_chain_hides_the_transfer_and_is_joined() -> None:
+    group = executor(1)
+    parts = run(
+        group,
+        fork(layer=0),
+        transfer("dispatch", "dispatch_exposed", (Barrier(2.0, 1, 1),), layer=0),
+        op("shared", "shared_experts", 1.5, chain=SIDE),
+        op("experts", "experts", 1.0),
+        join(layer=0),
+        op("unpermute", "permute", 0.25),
+    )
+    assert group.done_SR[0, 0] == pytest.approx(3.25)
+    assert parts["dispatch_exposed"][0] == pytest.approx(0.5)  # 2.0 less the 1.5 behind the shared experts
+
+
+def test_compute_beside_a_transfer_is_slowed_only_while_it_is_open() -> None:
+    group = executor(1, slowdown=2.0)
+    run(
+        group,
+        fork(layer=0),
+        transfer("dispatch", "dispatch_exposed", (Barrier(1.0, 1, 1),), layer=0),
+        op("shared", "shared_experts", 1.5, chain=SIDE),
+    )
+    # Half of the work of the first second is done, the remaining 1.0 runs at full speed.
+    assert group.compute_SR[0, 0] == pytest.approx(2.0)
+
+
+def test_the_host_limits_small_kernels_and_a_readback_drains_the_queue() -> None:
+    host = HostModel(forward_launch=1.0, backward_launch=1.0, readback=0.5)
+    group = executor(1, host=host)
+    parts = run(
+        group,
+        op("a", "attention", 0.1),
+        op("b", "attention", 5.0),
+        readback("counts", layer=0),
+        op("c", "experts", 0.1),
+    )
+    # a: 1.0-1.1, b: 2.0-7.0, read back at 7.5, c issued at 8.5.
+    assert group.compute_SR[0, 0] == pytest.approx(8.6)
+    assert parts["host"][0] == pytest.approx(1.0 + 0.9 + 1.5)
+
+
+def test_samples_do_not_touch_each_other() -> None:
+    seconds_MSR = np.array([[[1.0, 2.0], [5.0, 0.5]]])
+    group = executor(2, samples=2)
+    run(group, op("experts", "experts", seconds_MSR), transfer("c", "combine_exposed", (Barrier(1.0, 2, 2),), layer=0))
+    assert group.done_SR.tolist() == [[3.0, 3.0], [6.0, 6.0]]

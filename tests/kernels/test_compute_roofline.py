@@ -1,0 +1,100 @@
+"""Laws of the roofline: monotone, vectorised, FLOPs conserved between directions."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moesim.errors import UserError
+from moesim.kernels import MEMORY_KINDS, SOURCES, Estimate, Roofline, kernel_model, memory_bytes, total, weakest
+from moesim.kernels.roofline import attention_flops, gemm_flops, grouped_gemm_bytes
+from moesim.scenario import gpu_spec
+
+sizes = st.integers(1, 20_000)
+ATTENTION = {"heads": 16, "kv_heads": 4, "head_dim": 128, "value_dim": 128}
+
+
+@pytest.fixture(scope="module")
+def roofline() -> Roofline:
+    return Roofline(gpu_spec("h200"))
+
+
+@settings(max_examples=40, deadline=None)
+@given(m=sizes, k=sizes, n=sizes, factor=st.integers(1, 5))
+def test_gemm_never_gets_faster_with_size_and_never_beats_the_datasheet(m: int, k: int, n: int, factor: int) -> None:
+    spec = gpu_spec("h200")
+    roofline = Roofline(spec)
+    small = roofline.gemm(m=m, k=k, n=n)
+    for larger in ({"m": m * factor}, {"k": k * factor}, {"n": n * factor}):
+        assert roofline.gemm(**({"m": m, "k": k, "n": n} | larger)).seconds >= small.seconds
+    assert small.seconds >= 2.0 * m * k * n / spec.peak_flops["bf16"]
+    assert small.seconds >= roofline.kernel_floor_seconds
+    assert small.source == "roofline"
+
+
+@settings(max_examples=30, deadline=None)
+@given(rows=st.lists(st.lists(st.integers(0, 500), min_size=4, max_size=4), min_size=1, max_size=5))
+def test_vectors_equal_scalar_calls(rows: list[list[int]]) -> None:
+    roofline = Roofline(gpu_spec("h200"))
+    together = roofline.grouped_gemm(rows_per_expert=rows, k=512, n=768)
+    alone = [roofline.grouped_gemm(rows_per_expert=row, k=512, n=768).seconds for row in rows]
+    assert np.array_equal(together.seconds, alone)
+    m = np.array([1, 77, 4096])
+    gemms = [roofline.gemm(m=int(value), k=512, n=768).seconds for value in m]
+    assert np.array_equal(roofline.gemm(m=m, k=512, n=768).seconds, gemms)
+    moved = np.array([1e3, 1e9])
+    copies = [roofline.memory_bound(kind="copy", bytes=float(value)).seconds for value in moved]
+    assert np.array_equal(roofline.memory_bound(kind="copy", bytes=moved).seconds, copies)
+    lengths = np.array([512, 4096])
+    shapes = [roofline.attention(batch=2, sequence=int(value), **ATTENTION).seconds for value in lengths]
+    assert np.array_equal(roofline.attention(batch=2, sequence=lengths, **ATTENTION).seconds, shapes)
+
+
+def test_backward_of_a_product_has_twice_the_flops_of_its_forward() -> None:
+    m, k, n = 300, 512, 768
+    dgrad, wgrad = gemm_flops(m, n, k), gemm_flops(k, m, n)
+    assert dgrad + wgrad == 2 * gemm_flops(m, k, n)
+
+
+def test_causal_attention_is_half_and_backward_two_and_a_half_times() -> None:
+    shape = {"batch": 2, "sequence": 1024, "heads": 8, "head_dim": 128, "value_dim": 128}
+    full = attention_flops(causal=False, direction="forward", **shape)
+    assert attention_flops(causal=True, direction="forward", **shape) == full / 2
+    assert attention_flops(causal=False, direction="backward", **shape) == full * 2.5
+
+
+@pytest.mark.parametrize("direction", ["forward", "dgrad"])
+def test_empty_experts_move_no_bytes(direction: str) -> None:
+    few = grouped_gemm_bytes([100, 50], 512, 768, dtype="bf16", direction=direction)
+    assert few == grouped_gemm_bytes([100, 0, 0, 50], 512, 768, dtype="bf16", direction=direction)
+
+
+def test_wgrad_writes_the_gradient_of_every_expert() -> None:
+    few = grouped_gemm_bytes([100, 50], 512, 768, dtype="bf16", direction="wgrad")
+    more = grouped_gemm_bytes([100, 0, 0, 50], 512, 768, dtype="bf16", direction="wgrad")
+    assert more - few == 2 * 2 * 512 * 768
+
+
+def test_fp8_is_refused_by_a_gpu_without_it() -> None:
+    with pytest.raises(UserError, match="fp8"):
+        kernel_model("a100", "roofline").gemm(m=64, k=64, n=64, dtype="fp8")
+
+
+def test_unknown_memory_kind_is_refused(roofline: Roofline) -> None:
+    with pytest.raises(UserError, match="rms_norm"):
+        roofline.memory_bound(kind="rmsnorm", bytes=1e6)
+    with pytest.raises(UserError, match="rms_norm"):
+        memory_bytes("rmsnorm", rows=1)
+
+
+def test_memory_bytes_are_additive_in_rows() -> None:
+    for kind in MEMORY_KINDS:
+        parts = memory_bytes(kind, rows=[3, 5], width=64)
+        assert parts.sum() == memory_bytes(kind, rows=8, width=64)
+
+
+def test_totals_carry_the_weakest_source() -> None:
+    assert weakest(*SOURCES) == SOURCES[-1]
+    both = total(Estimate(1.0, "measured"), Estimate(np.array([1.0, 2.0]), "extrapolated"))
+    assert both.source == "extrapolated"
+    assert np.array_equal(both.seconds, [2.0, 3.0])
