@@ -1,7 +1,7 @@
 """Step times and attribution of every shipped scenario, in full precision: what a change of form must not move.
 
-    python tools/step_table.py                  # compares with tests/data/steps.json; exit code 1 where a value differs
-    python tools/step_table.py --write          # after a change that means to move numbers; the commit says why
+python tools/step_table.py                  # compares with tests/data/steps.json; exit code 1 where a value differs
+python tools/step_table.py --write          # after a change that means to move numbers; the commit says why
 """
 
 import argparse

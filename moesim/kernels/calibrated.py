@@ -4,7 +4,6 @@ Legend: R ranks, E local experts, Q queried kernels.
 """
 
 import hashlib
-import math
 import warnings
 from collections.abc import Callable
 from copy import copy
@@ -35,7 +34,6 @@ from moesim.kernels.physics import RowTotals
 from moesim.kernels.power import PowerCap
 from moesim.kernels.profile import Profile
 from moesim.kernels.roofline import Roofline
-from moesim.kernels.single import SingleKernels, compiled_loops
 from moesim.seeding import stream
 
 FAMILIES = ("gemm", "grouped_gemm", "attention", "memory_bound", "host")
@@ -119,21 +117,6 @@ class CalibratedModel:
         return model
 
     @cached_property
-    def _single(self) -> SingleKernels | None:
-        """Compiled loops answer who asks for single kernels; a step asks for few: they do not pay for loading numba."""
-        loops = None if self._shared_clock else compiled_loops()
-        return None if loops is None else SingleKernels(loops, self.cell, self._limit_L)
-
-    @property
-    def _loops(self) -> Any:
-        return None if self._single is None else self._single.loops
-
-    def _limit_L(self) -> FloatArray:
-        if self.clock_mhz is not None:
-            return np.array([math.log(self.clock_mhz), 0.0, 0.0, 0.0, 2.0])
-        return np.zeros(5) if self._cap is None else self._cap.limit_of()
-
-    @cached_property
     def _cap(self) -> PowerCap | None:
         """The clock under the power limit; None where no sustained rows tell it."""
         stored = self.profile.fits.get(SUSTAINED)
@@ -152,7 +135,6 @@ class CalibratedModel:
     def _copied(self) -> "CalibratedModel":
         """With the same cells, and nothing remembered of what depends on the clock."""
         model = copy(self)
-        model.__dict__.pop("_single", None)
         model._forget()
         return model
 
@@ -172,9 +154,9 @@ class CalibratedModel:
     ) -> Estimate:
         """Of floats (shape empty), or of arrays that broadcast to `shape`."""
         if not shape:
-            return Estimate(*cell.predict_one(columns, clock_mhz=self.clock_mhz, cap=cap, loops=self._loops))
+            return Estimate(*cell.predict_one(columns, clock_mhz=self.clock_mhz, cap=cap))
         flat = tuple(_flat(column, shape) if isinstance(column, np.ndarray) else column for column in columns)
-        seconds_Q, source = cell.predict(flat, clock_mhz=self.clock_mhz, cap=cap, loops=self._loops)
+        seconds_Q, source = cell.predict(flat, clock_mhz=self.clock_mhz, cap=cap)
         return Estimate(seconds_Q.reshape(shape), source)
 
     def gemm(
@@ -192,8 +174,7 @@ class CalibratedModel:
         return self._gemm(m, k, n, dtype, direction)
 
     def _one_gemm(self, m: int, k: int, n: int, dtype: str, direction: str) -> Estimate:
-        found = None if self._single is None else self._single.gemm(m, k, n, dtype, direction)
-        return self._gemm(m, k, n, dtype, direction) if found is None else found
+        return self._gemm(m, k, n, dtype, direction)
 
     def _gemm(self, m: ArrayLike, k: ArrayLike, n: ArrayLike, dtype: str, direction: str) -> Estimate:
         sizes, shape = _floats(*canonical(m, k, n, direction))
@@ -228,14 +209,11 @@ class CalibratedModel:
         found = self._array_estimates.get(key)
         if found is not None:
             return found
-        if rows_RE.ndim == 1 and self._single is not None:
-            found = self._single.grouped_gemm(rows_RE, k, n, dtype, direction)
-        if found is None:
-            totals, source_Q = self._distinct_rows(rows_key, rows_RE)
-            seconds, source = self._grouped(totals, k, n, dtype, direction)
-            if source_Q is not None:
-                seconds = np.asarray(seconds)[source_Q]
-            found = Estimate(_frozen(seconds, rows_RE.shape[:-1]), source)
+        totals, source_Q = self._distinct_rows(rows_key, rows_RE)
+        seconds, source = self._grouped(totals, k, n, dtype, direction)
+        if source_Q is not None:
+            seconds = np.asarray(seconds)[source_Q]
+        found = Estimate(_frozen(seconds, rows_RE.shape[:-1]), source)
         _keep(self._array_estimates, key, found, limit=_CACHED_CALLS)
         return found
 
@@ -307,8 +285,7 @@ class CalibratedModel:
         return self._attention(batch, sequence, heads, kv_heads, head_dim, value_dim, causal, direction)
 
     def _one_attention(self, *shape: Any) -> Estimate:
-        found = None if self._single is None else self._single.attention(*shape)
-        return self._attention(*shape) if found is None else found
+        return self._attention(*shape)
 
     def _attention(
         self,

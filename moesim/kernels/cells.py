@@ -10,21 +10,18 @@ import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from moesim.kernels import physics
 from moesim.kernels.estimate import DTYPE_BYTES, FloatArray
-from moesim.kernels.gaussian import NEAR_SQUARE, ResidualField, Shape
+from moesim.kernels.gaussian import ResidualField, Shape
 from moesim.kernels.physics import Columns, Parameters, arithmetic_of
 from moesim.kernels.power import LEAST_EXPONENT, PowerCap
 
 Row = dict[str, Any]
 TENSOR_DTYPES = {"bf16": "bf16", "fp16": "bf16", "fp8": "fp8"}
-NUM_CONSTANTS = 16  # of a cell in compiled loops
-DIRECTION_CODES = {"forward": 0, "dgrad": 1, "wgrad": 2}  # of grouped products there
 
 
 @dataclass(frozen=True)
@@ -246,21 +243,6 @@ class Cell:
         self.fit = replace(fit, weights=self._field.weights_P, rows=checksum)
         self._measured = {tuple(sizes): index for index, sizes in enumerate(self.sizes_PC.tolist())}
 
-    @cached_property
-    def compiled(self) -> tuple[FloatArray, FloatArray, FloatArray]:
-        """What `moesim.kernels.loops` needs of this cell: constants_C, data_GP, ranges_2F."""
-        constants_C = np.zeros(NUM_CONSTANTS)
-        constants_C[: len(self.parameters)] = self.parameters
-        constants_C[10:13] = self._field.mean, self.sustained_exponent, self.fit.alpha
-        constants_C[13 : 13 + len(self.fit.clock)] = self.fit.clock
-        return constants_C, *self._field.compiled
-
-    def source_at(self, square: float) -> str:
-        """What an estimate rests on at this squared distance from the nearest measured kernel; "" if it may be one."""
-        if square < NEAR_SQUARE:
-            return ""
-        return "interpolated" if square <= self.kind.far**2 else "extrapolated"
-
     @property
     def sustained_exponent(self) -> float:
         """How strongly seconds fall with a sustained clock."""
@@ -286,17 +268,14 @@ class Cell:
         return logs - self.sustained_exponent * (cap.log_clock(load) - self.expected_clock(columns))
 
     def predict_one(
-        self, columns: Columns, *, clock_mhz: float | None = None, cap: PowerCap | None = None, loops: Any = None
+        self, columns: Columns, *, clock_mhz: float | None = None, cap: PowerCap | None = None
     ) -> tuple[float, str]:
-        """(seconds, source) of one kernel whose columns are floats: at a clock, under a power cap, or as measured.
-
-        `loops` is `moesim.kernels.loops` where it may be used.
-        """
+        """(seconds, source) of one kernel whose columns are floats: at a clock, under a power cap, or as measured."""
         measured = self._measured.get(columns)
         if measured is not None:
             logs, source = float(self._clocked_P[measured]), "measured"
         else:
-            residual, distance = self._field.predict_one(self.kind.features(columns), loops=loops)
+            residual, distance = self._field.predict_one(self.kind.features(columns))
             logs = self.kind.log_seconds(self.parameters, columns) + residual
             source = "interpolated" if distance <= self.kind.far else "extrapolated"
         if clock_mhz is not None:
@@ -306,11 +285,11 @@ class Cell:
         return math.exp(logs), source
 
     def predict(
-        self, columns: Columns, *, clock_mhz: float | None = None, cap: PowerCap | None = None, loops: Any = None
+        self, columns: Columns, *, clock_mhz: float | None = None, cap: PowerCap | None = None
     ) -> tuple[FloatArray, str]:
         """(seconds_Q, the weakest source among them) for columns of which some are arrays [Q]; see predict_one."""
         count = len(next(column for column in columns if isinstance(column, np.ndarray)))
-        residual_Q, distance, near = self._field.predict(self.kind.features(columns), count, loops=loops)
+        residual_Q, distance, near = self._field.predict(self.kind.features(columns), count)
         logs_Q = self.kind.log_seconds(self.parameters, columns) + residual_Q
         exact = self._put_measured(logs_Q, columns, near) if len(near) else 0
         if clock_mhz is not None:

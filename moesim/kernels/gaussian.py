@@ -16,7 +16,6 @@ from moesim.kernels.estimate import FloatArray
 Shape = Literal["matern", "rational"]
 _MARGIN = 0.15  # length scales beyond the measured range that still count as inside
 _NEAR = 0.02  # length scales: perhaps the same point
-NEAR_SQUARE = _NEAR**2
 # Multiplications of a block of queried points: its kernel values stay in the processor's cache, and its product is too
 # small for the BLAS to wake threads, which then spin for longer than the product takes.
 _BLOCK_PRODUCTS = 200_000
@@ -38,7 +37,7 @@ def _kernel_in_place(arguments: Any, shape: Shape) -> Any:
 class ResidualField:
     """Residuals values_P at points_PF (already divided by their length scales), with measuring noise `noise`.
 
-    Fitting is in double precision; queries in numpy run in single precision, whose 1e-6 is nothing beside the noise.
+    Fitting is in double precision; queries run in single precision, whose 1e-6 is nothing beside the noise.
     `weights_P` are those that an earlier fit to the same points gave; solving for them takes far longer than a query.
     """
 
@@ -53,7 +52,7 @@ class ResidualField:
         weights_P: FloatArray | None = None,
     ) -> None:
         assert points_PF.ndim == 2 and len(points_PF) == len(values_P)
-        self._noise, self._amplitude, self._shape, self._rational = noise, amplitude, shape, shape == "rational"
+        self._noise, self._amplitude, self._shape = noise, amplitude, shape
         self._values_P = values_P
         self.mean = float(np.mean(values_P))
         center_F = points_PF.mean(0)
@@ -70,13 +69,6 @@ class ResidualField:
         rows = (-2.0 * self._slope * centered_PF.T, np.full((1, len(values_P)), self._slope), squares_P[None])
         self._arguments_GP = np.ascontiguousarray(np.concatenate(rows).astype(np.float32))
 
-    @cached_property
-    def compiled(self) -> tuple[FloatArray, FloatArray]:
-        """What compiled loops need: data_GP (features, then weights) and the range of each feature, ranges_2F."""
-        points_PF, weights_P = self._centered_PF + np.array(self._centers), self._amplitude * self.weights_P
-        ranges_2F = np.stack([points_PF.min(0) - _MARGIN, points_PF.max(0) + _MARGIN])
-        return np.ascontiguousarray(np.concatenate([points_PF.T, weights_P[None]])), ranges_2F
-
     def _solved(self) -> FloatArray:
         return np.asarray(np.linalg.solve(self._covariance_PP, self._values_P - self.mean), float)
 
@@ -89,11 +81,8 @@ class ResidualField:
         covariance_PP[np.diag_indices(len(self._values_P))] += self._noise
         return np.asarray(covariance_PP)
 
-    def predict_one(self, point_F: tuple[float, ...], *, loops: Any = None) -> tuple[float, float]:
+    def predict_one(self, point_F: tuple[float, ...]) -> tuple[float, float]:
         """(residual, distance to the nearest measured point), as `predict` for one point."""
-        if loops is not None:
-            residual, square = loops.field(np.array(point_F), *self.compiled, self._rational)
-            return residual + self.mean, math.sqrt(square)
         offsets = [value - center for value, center in zip(point_F, self._centers, strict=True)]
         query_G = np.array([*offsets, sum(offset * offset for offset in offsets), 1.0], np.float32)
         arguments_P = query_G @ self._arguments_GP
@@ -102,17 +91,12 @@ class ResidualField:
         inside = all(low <= offset <= high for offset, (low, high) in zip(offsets, self._ranges, strict=True))
         return residual, distance if inside else math.inf
 
-    def predict(
-        self, features: tuple[float | FloatArray, ...], count: int, *, loops: Any = None
-    ) -> tuple[Any, float, Any]:
+    def predict(self, features: tuple[float | FloatArray, ...], count: int) -> tuple[Any, float, Any]:
         """(residual_Q, distance of the farthest point, which points perhaps are measured ones) of `count` points.
 
         features: a column per feature, a float where all points share it. The distance is that to the nearest measured
-        point in length scales, infinite when a point lies outside the range of those. `loops` is `moesim.kernels.loops`
-        where it may be used: double precision.
+        point in length scales, infinite when a point lies outside the range of those.
         """
-        if loops is not None:
-            return self._predict_compiled(features, count, loops)
         queries_QG = np.empty((count, len(features) + 2), np.float32)
         inside = True
         for number, (feature, center, (low, high)) in enumerate(
@@ -139,17 +123,6 @@ class ResidualField:
         if self._distance(float(nearest_Q.min())) < _NEAR:
             near = np.flatnonzero(nearest_Q < self._slope * _NEAR**2 + self._offset)
         return residual_Q + self.mean, distance, near
-
-    def _predict_compiled(
-        self, features: tuple[float | FloatArray, ...], count: int, loops: Any
-    ) -> tuple[Any, float, Any]:
-        points_QF = np.empty((count, len(features)))
-        for number, feature in enumerate(features):
-            points_QF[:, number] = feature
-        sums_Q, squares_Q = np.empty((2, count))
-        loops.field_of_many(points_QF, *self.compiled, self._rational, sums_Q, squares_Q)
-        near = np.flatnonzero(squares_Q < NEAR_SQUARE)
-        return sums_Q + self.mean, math.sqrt(squares_Q.max()), near
 
     def _distance(self, argument: float) -> float:
         return math.sqrt(max((argument - self._offset) / self._slope, 0.0))

@@ -41,10 +41,6 @@ class PowerCap:
             return self.free - self.slope * max(load - self.threshold, 0.0)
         return self.free - self.slope * np.maximum(load - self.threshold, 0.0)
 
-    def limit_of(self) -> FloatArray:
-        """The limit_L of `moesim.kernels.loops`."""
-        return np.array([self.free, self.threshold, self.slope, self.traffic, 1.0])
-
     def as_json(self) -> dict[str, float]:
         """Plain numbers for the profile."""
         return asdict(self)

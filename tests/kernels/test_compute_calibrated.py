@@ -11,10 +11,8 @@ import pytest
 from moesim.errors import UserError
 from moesim.kernels import (
     CalibratedModel,
-    Estimate,
     KernelModel,
     ScaledModel,
-    calibrated,
     kernel_model,
     leave_one_out_rows,
     load_profile,
@@ -57,8 +55,8 @@ def test_nothing_beats_the_datasheet(h200: CalibratedModel) -> None:
 
 @pytest.mark.parametrize("load", [None, 3e14])
 def test_vectors_equal_scalar_calls(h200: CalibratedModel, load: float | None) -> None:
-    """To round-off where compiled loops answer; in a step numpy does, whose residuals are in single precision."""
-    model, close = (h200, 1e-12) if load is None else (h200.at_load(load), 1e-5)
+    """To the single precision of residuals."""
+    model, close = h200 if load is None else h200.at_load(load), 1e-5
     m = np.array([7, 640, 5000])
     for direction in ("forward", "dgrad", "wgrad"):
         alone = [model.gemm(m=int(value), k=2048, n=3072, direction=direction).seconds for value in m]
@@ -76,35 +74,6 @@ def test_vectors_equal_scalar_calls(h200: CalibratedModel, load: float | None) -
     moved = np.array([1e6, 1e8])
     alone = [model.memory_bound(kind="permute", bytes=float(value)).seconds for value in moved]
     assert np.allclose(model.memory_bound(kind="permute", bytes=moved).seconds, alone, rtol=close)
-
-
-def random_calls(model: CalibratedModel) -> list[Estimate]:
-    """The same 200 kernels of every family, asked for one by one."""
-    rng, found = np.random.default_rng(5), []
-    for _ in range(50):
-        m, k, n = (int(value) for value in np.exp(rng.uniform(2, 10, 3)))
-        dtype, direction = str(rng.choice(["bf16", "fp8"])), str(rng.choice(["forward", "dgrad", "wgrad"]))
-        found.append(model.gemm(m=m, k=k, n=n, dtype=dtype, direction=direction))  # type: ignore[arg-type]
-        rows = rng.integers(0, 2 ** int(rng.integers(3, 12)), 2 ** int(rng.integers(0, 8)))
-        found.append(model.grouped_gemm(rows_per_expert=rows, k=k, n=n, direction=direction))  # type: ignore[arg-type]
-        shape = {"kv_heads": 8, "head_dim": 128, "value_dim": 128, "causal": bool(rng.integers(2))}
-        way = str(rng.choice(["forward", "backward"]))
-        found.append(model.attention(batch=2, sequence=m, heads=8, direction=way, **shape))  # type: ignore[arg-type]
-        found.append(model.memory_bound(kind="softmax", bytes=float(m * n), width=k))
-    return found
-
-
-@pytest.mark.parametrize("clock", [None, 1600.0])
-def test_compiled_loops_and_numpy_give_the_same(
-    h200: CalibratedModel, clock: float | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = h200 if clock is None else h200.at_clock(clock)
-    compiled = random_calls(model)
-    monkeypatch.setattr(calibrated, "compiled_loops", lambda: None)
-    plain = random_calls(model.at_clock(clock) if clock is not None else model._copied())
-    assert [one.source for one in compiled] == [one.source for one in plain]
-    # numpy's residuals are in single precision, which shows where kernels lie far from all measured ones
-    assert [one.seconds for one in compiled] == pytest.approx([one.seconds for one in plain], rel=2e-4)
 
 
 def test_uneven_rows_cost_more_than_even_ones(h200: CalibratedModel) -> None:
@@ -239,7 +208,7 @@ def test_stored_fits_are_what_fitting_gives_and_hold_on_rows_they_never_saw(h200
         assert np.median(errors) < 0.05
 
 
-SINGLE = 20.0  # microseconds of a kernel asked for by itself
+REPEATED, SINGLE = 20.0, 200.0  # microseconds of a kernel asked for before, and of a new one
 
 
 @pytest.mark.benchmark
@@ -251,9 +220,9 @@ def test_speed_of_a_call(h200: CalibratedModel) -> None:
     tokens = iter([rng.integers(1, 9000, 64) for _ in range(800)])
     grouped: dict[str, Any] = {"k": 2048, "n": 2816}
     calls: dict[str, tuple[Callable[[], object], float]] = {
-        "gemm, repeated": (lambda: h200.gemm(m=4096, k=2048, n=3072), SINGLE),
-        "grouped [32], repeated": (lambda: h200.grouped_gemm(rows_per_expert=[768] * 32, **grouped), SINGLE),
-        "attention, repeated": (lambda: h200.attention(batch=1, sequence=4096, **ATTENTION), SINGLE),
+        "gemm, repeated": (lambda: h200.gemm(m=4096, k=2048, n=3072), REPEATED),
+        "grouped [32], repeated": (lambda: h200.grouped_gemm(rows_per_expert=[768] * 32, **grouped), REPEATED),
+        "attention, repeated": (lambda: h200.attention(batch=1, sequence=4096, **ATTENTION), REPEATED),
         "gemm": (lambda: h200.gemm(m=next(fresh), k=2048, n=3072), SINGLE),
         "gemm, fp8": (lambda: h200.gemm(m=next(fresh), k=2048, n=3072, dtype="fp8"), SINGLE),
         "gemm, wgrad": (lambda: h200.gemm(m=next(fresh), k=2048, n=3072, direction="wgrad"), SINGLE),
