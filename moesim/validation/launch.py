@@ -156,6 +156,7 @@ def _merge(ranks: list[dict[str, Any]]) -> dict[str, Any]:
         "spread": max(rank["spread"] for rank in ranks),
         "state": [rank["state"] for rank in ranks],
         "memory_bytes": max(rank["memory_bytes"] for rank in ranks),
+        "memory": [rank["memory"] for rank in ranks],
     }
     if "kernels" in ranks[0]:
         measured["kernels"] = ranks[0]["kernels"]

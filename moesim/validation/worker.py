@@ -136,6 +136,32 @@ class Runner:
                 seconds[key] = seconds.get(key, 0.0) + value
         return seconds
 
+    def memory(self) -> dict[str, int]:
+        """Bytes of one step: held between steps, the allocator's peak in each part, and what it reserves; {} on CPU."""
+        if self.device.type != "cuda":
+            return {}
+        self.together()
+        found = {"held": torch.cuda.memory_allocated()}
+
+        def note(part: str) -> None:
+            self.clock.wait()
+            found[part] = max(found.get(part, 0), torch.cuda.max_memory_allocated())
+            torch.cuda.reset_peak_memory_stats()
+
+        torch.cuda.reset_peak_memory_stats()
+        for (tokens_BS, targets_BS), ids_L in zip(self.batches, self.ids_BL, strict=True):
+            self.trainer.force_routing(ids_L)
+            loss = self.trainer.forward(tokens_BS, targets_BS)
+            found["kept"] = max(found.get("kept", 0), torch.cuda.memory_allocated())
+            note("forward")
+            self.trainer.backward(loss)
+            note("backward")
+        self.trainer.reduce()
+        note("reduction")
+        self.trainer.optimize()
+        note("optimizer")
+        return found | {"reserved": torch.cuda.max_memory_reserved()}
+
     def slowest(self, seconds: float) -> float:
         """The largest of the ranks' values, so that all of them decide alike."""
         value = torch.tensor(seconds, dtype=torch.float32, device=self.device)
@@ -182,6 +208,7 @@ def measure_rank(
         "state": state,
         "memory_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else 0,
     }
+    result["memory"] = runner.memory()
     if effort.profile and device.type == "cuda":
         result["kernels"] = _profile(runner)
     return result

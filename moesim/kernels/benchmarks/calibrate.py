@@ -27,6 +27,7 @@ from moesim.kernels.benchmarks.collectives import (
     prepare_collective,
 )
 from moesim.kernels.benchmarks.device import Sampler, environment
+from moesim.kernels.benchmarks.fp8 import fp8_flops, long_gemms, prepare_fp8
 from moesim.kernels.benchmarks.host import host_calls
 from moesim.kernels.benchmarks.kernels import Prepared, prepare_attention, prepare_gemm, prepare_grouped_gemm
 from moesim.kernels.benchmarks.memory_kernels import prepare_memory_bound
@@ -41,6 +42,7 @@ Preparer = Callable[[dict[str, Any], Pool, float], Prepared]
 _PREPARE: dict[str, Preparer] = {
     "gemm": prepare_gemm,
     "gemm_fp8": prepare_gemm,
+    "fp8": prepare_fp8,
     "grouped_gemm": prepare_grouped_gemm,
     "attention": prepare_attention,
     "memory_bound": prepare_memory_bound,
@@ -48,11 +50,12 @@ _PREPARE: dict[str, Preparer] = {
 # Shares of the whole budget. The single-device families come first: they need no other rank.
 BUDGET_SHARES = {
     "host": 0.03,
-    "gemm": 0.30,
+    "gemm": 0.28,
     "grouped_gemm": 0.26,
     "attention": 0.13,
     "memory_bound": 0.10,
-    "gemm_fp8": 0.08,
+    "gemm_fp8": 0.06,
+    "fp8": 0.06,
     "sustained": 0.10,
     "collective": 0.06,
     "contention": 0.04,
@@ -70,6 +73,8 @@ _CONTENDERS: tuple[dict[str, Any], ...] = (
 )
 _PROFILED_TOGETHER = 24
 _CONTENTION_SIZES = (4 << 20, 64 << 20, 512 << 20)
+_BESIDE = ("all_to_all", "all_reduce", "all_gather", "reduce_scatter")
+_LONG_FP8 = 40  # FP8 GEMMs that run without pause
 
 
 @dataclass(kw_only=True)
@@ -173,14 +178,19 @@ def _run_host(bench: Bench, seconds: float) -> None:
 
 def _run_sustained(bench: Bench, seconds: float) -> None:
     """Kernels that run on and on: the clock under the power limit. The ranks share the shapes."""
-    rows = [{"family": "sustained"} | shape for shape in family_shapes("sustained", bench.limits)]
+    fp8 = list(long_gemms(family_shapes("fp8", bench.limits)))[:_LONG_FP8]
+    rows: list[Row] = [{"family": "sustained", "of": {"family": "fp8"} | shape} for shape in fp8]
+    rows += [{"family": "sustained"} | shape for shape in family_shapes("sustained", bench.limits)]
     mine = [row for i, row in enumerate(rows) if i % bench.ranks == bench.session.rank]
 
     def measure(row: Row) -> Row:
         of = row["of"]
         call, _ = _PREPARE[of["family"]](of, bench.pool, bench.beyond)
         return measure_sustained(
-            call, flops=kernel_flops(of), probe=lambda call: bench.timer.probe(call)[0], sampler=bench.sampler
+            call,
+            flops=fp8_flops(of) if of["family"] == "fp8" else kernel_flops(of),
+            probe=lambda call: bench.timer.probe(call)[0],
+            sampler=bench.sampler,
         )
 
     for row in bench.session.within(mine, seconds):
@@ -204,9 +214,16 @@ def _agreed(bench: Bench, rows: list[Row], seconds: float) -> Iterator[Row]:
             yield row
 
 
+def _settings() -> Row:
+    """What the library of collectives was told in the environment and a row must say: the SMs it may use."""
+    limit = os.environ.get("NCCL_MAX_CTAS")
+    return {"max_ctas": int(limit)} if limit else {}
+
+
 def _run_collectives(bench: Bench, seconds: float) -> None:
     largest = 1 << 30 if bench.device == "cuda" else 1 << 17
-    rows = [{"family": "collective"} | shape for shape in collective_shapes(bench.ranks, largest=largest)]
+    shapes = collective_shapes(bench.ranks, largest=largest)
+    rows = [{"family": "collective"} | shape | _settings() for shape in shapes]
     for row in _agreed(bench, rows, seconds):
 
         def measure(row: Row = row) -> Row:
@@ -221,17 +238,17 @@ def _run_collectives(bench: Bench, seconds: float) -> None:
 
 def _run_contention(bench: Bench, seconds: float) -> None:
     rows = [
-        {"family": "contention", "compute": contender, "bytes": size, "ranks": bench.ranks}
+        {"family": "contention", "compute": contender, "kind": kind, "bytes": size, "ranks": bench.ranks} | _settings()
         for size in _CONTENTION_SIZES
         for contender in _CONTENDERS
+        for kind in _BESIDE
     ]
     for row in _agreed(bench, rows, seconds):
 
         def measure(row: Row = row) -> Row:
             contender = row["compute"]
             compute, _ = _PREPARE[contender["family"]](contender, bench.pool, bench.beyond)
-            shape = {"kind": "all_to_all", "bytes": row["bytes"]}
-            overlap = Overlap(compute, prepare_collective(shape, bench.device), sleep=bench.timer.sleep)
+            overlap = Overlap(compute, prepare_collective(row, bench.device), sleep=bench.timer.sleep)
             measured: Row = {}
             measured |= measure_overlap(
                 overlap, largest_over_ranks=lambda value: _largest_over_ranks(value, bench.device)

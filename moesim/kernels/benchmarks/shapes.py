@@ -50,6 +50,7 @@ GPU_LIMITS = Limits(
     counts={
         "gemm": 2400,
         "gemm_fp8": 560,
+        "fp8": 420,
         "grouped_gemm": 1900,
         "attention": 900,
         "memory_bound": 64,
@@ -61,7 +62,7 @@ CPU_LIMITS = Limits(
     bytes=2e7,
     optimizer_bytes=2e7,
     sequences=(4, 7),
-    counts={"gemm": 8, "gemm_fp8": 0, "grouped_gemm": 6, "attention": 4, "memory_bound": 2, "sustained": 0},
+    counts={"gemm": 8, "gemm_fp8": 0, "fp8": 0, "grouped_gemm": 6, "attention": 4, "memory_bound": 2, "sustained": 0},
 )
 
 
@@ -263,6 +264,10 @@ def family_shapes(family: str, limits: Limits) -> list[Shape]:
         listed = _memory_bound(rng, limits, count)
         candidates: Iterator[Shape | None] = iter(listed)
         count = len(listed)
+    elif family == "fp8":
+        from moesim.kernels.benchmarks.fp8 import fp8_shapes  # torch, so only here
+
+        candidates = iter(fp8_shapes(count))
     elif family == "attention":
         candidates = _attentions(rng, limits)
     elif family == "grouped_gemm":
