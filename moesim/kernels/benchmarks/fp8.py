@@ -79,7 +79,7 @@ def gemm_sides(shape: Shape) -> tuple[int, int, int]:
 
 def _scales(rows: int, depth: int, *, recipe: str, device: str) -> tuple[torch.Tensor, Any]:
     """Scales of an operand [rows, depth] in the layout that cuBLAS wants, and the recipe's name."""
-    kinds: Any = F.ScalingType  # type: ignore[attr-defined]
+    kinds: Any = F.ScalingType
     if recipe == "tensor":
         return torch.ones((), device=device), kinds.TensorWise
     if recipe == "row":
@@ -101,7 +101,7 @@ def _gemm(shape: Shape, pool: Pool) -> tuple[Callable[[], Any], Callable[[Any], 
         return pool.take(rows, depth, dtype=E4M3), pool.take(columns, depth, dtype=E4M3).t()
 
     def compute(operands: tuple[torch.Tensor, torch.Tensor]) -> Any:
-        scaled_mm: Any = F.scaled_mm  # type: ignore[attr-defined]
+        scaled_mm: Any = F.scaled_mm
         fast = recipe == "tensor" and shape["direction"] == "forward"
         return scaled_mm(
             *operands, scale_a, kind_a, scale_b.t() if scale_b.ndim == 2 else scale_b, kind_b,
