@@ -104,7 +104,7 @@ def _gemm(shape: Shape, pool: Pool) -> tuple[Callable[[], Any], Callable[[Any], 
         scaled_mm: Any = F.scaled_mm
         fast = recipe == "tensor" and shape["direction"] == "forward"
         return scaled_mm(
-            *operands, scale_a, kind_a, scale_b.t() if scale_b.ndim == 2 else scale_b, kind_b,
+            *operands, scale_a, kind_a, scale_b if of_b in ("tensor", "block_rows") else scale_b.t(), kind_b,
             output_dtype=torch.bfloat16, use_fast_accum=fast,
         )  # fmt: skip
 
