@@ -24,6 +24,7 @@ from moesim.kernels.estimate import (
     FloatArray,
     GemmDirection,
     HostCosts,
+    as_result,
     weakest,
 )
 from moesim.kernels.fitting import SUSTAINED, cell_rows, fit_cell, fit_sustained
@@ -181,7 +182,12 @@ class CalibratedModel:
         cell = self.cell(gemm_cell(dtype, direction))
         if cell is None:
             return self.fallback.gemm(m=sizes[0], k=sizes[2], n=sizes[1], dtype=dtype)
-        return self._predict(cell, (*sizes, DTYPE_BYTES[dtype]), shape, self._cap)
+        found = self._predict(cell, (*sizes, DTYPE_BYTES[dtype]), shape, self._cap)
+        if dtype != "fp8" or not self._shared_clock:
+            return found
+        # The law of a step's clock is that of bf16: it would let FP8 products run faster than any was measured.
+        least = 2.0 * sizes[0] * sizes[1] * sizes[2] / cell.highest_rate
+        return Estimate(as_result(np.maximum(found.seconds, least)), found.source)
 
     def grouped_gemm(
         self,

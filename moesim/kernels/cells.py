@@ -10,6 +10,7 @@ import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -242,6 +243,11 @@ class Cell:
         )
         self.fit = replace(fit, weights=self._field.weights_P, rows=checksum)
         self._measured = {tuple(sizes): index for index, sizes in enumerate(self.sizes_PC.tolist())}
+
+    @cached_property
+    def highest_rate(self) -> float:
+        """The most work per second among the measured kernels."""
+        return float((self.kind.work(self.columns) / np.exp(self.log_seconds_P)).max())
 
     @property
     def sustained_exponent(self) -> float:

@@ -96,8 +96,10 @@ class KernelModel(Protocol):
     def at_load(self, flops_per_second: float) -> "KernelModel":
         """The kernels of a step of this mean load, all at one clock; itself without a power limit."""
 
-    def gemm(self, *, m: ArrayLike, k: ArrayLike, n: ArrayLike, dtype: str = "bf16") -> Estimate:
-        """Out[m, n] = A[m, k] @ B[k, n]; 2 m k n FLOPs."""
+    def gemm(
+        self, *, m: ArrayLike, k: ArrayLike, n: ArrayLike, dtype: str = "bf16", direction: GemmDirection = "forward"
+    ) -> Estimate:
+        """Out[m, n] = A[m, k] @ B[k, n], or a gradient of it (m, k, n stay those of the forward); 2 m k n FLOPs."""
 
     def grouped_gemm(
         self, *, rows_per_expert: ArrayLike, k: int, n: int, dtype: str = "bf16", direction: GemmDirection = "forward"

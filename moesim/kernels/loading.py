@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 MEASURED_GPUS = ("h200", "h100")  # those with a profile of their own
 # Derived from a measured GPU, of the same chip where there is one.
 SCALED_FROM = {"h800": "h100", "a100": "h200", "b200": "h200", "gb200": "h200"}
+# Those whose block-scaled FP8 kernels have published rates (`moesim.kernels.fp8`).
+PUBLISHED_FP8 = ("h800",)
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,8 @@ def load_profile(name_or_path: str | Path) -> CalibratedModel | ScaledModel:
     if measured is not None:
         base = load_profile(measured)
         assert isinstance(base, CalibratedModel)
-        return ScaledModel(base, measured=_spec(measured), target=_spec(name.lower()))
+        published_fp8 = name.lower() in PUBLISHED_FP8
+        return ScaledModel(base, measured=_spec(measured), target=_spec(name.lower()), published_fp8=published_fp8)
     path = Path(name_or_path)
     if not path.exists() and path.suffix not in (".json", ".gz"):
         known = ", ".join(sorted(found.name.split(".")[0] for found in SHIPPED.glob("*.json*")))

@@ -155,9 +155,13 @@ class Roofline:
         busy = np.maximum(flops / rate, bytes_ / (self.gpu.memory_bandwidth * MEMORY_SHARE))
         return Estimate(as_result(np.maximum(busy, HOST.kernel_floor)), "roofline")
 
-    def gemm(self, *, m: ArrayLike, k: ArrayLike, n: ArrayLike, dtype: str = "bf16") -> Estimate:
+    def gemm(
+        self, *, m: ArrayLike, k: ArrayLike, n: ArrayLike, dtype: str = "bf16", direction: GemmDirection = "forward"
+    ) -> Estimate:
         """Seconds of a dense product. Raises UserError when the GPU has no matrix units for dtype."""
         rate = self._peak(dtype) * GEMM_SHARE
+        if direction != "forward":
+            m, k, n = (m, n, k) if direction == "dgrad" else (k, m, n)
         return self._bound(gemm_flops(m, k, n), rate, gemm_bytes(m, k, n, dtype=dtype))
 
     def grouped_gemm(

@@ -25,7 +25,7 @@ from moesim.kernels.estimate import (
     as_result,
     weakest,
 )
-from moesim.kernels.fp8 import FP8_ROW_ALIGNMENT, fp8_grouped_gemm
+from moesim.kernels.fp8 import FP8_ROW_ALIGNMENT, fp8_gemm, fp8_grouped_gemm
 from moesim.kernels.roofline import (
     GpuRates,
     Roofline,
@@ -38,10 +38,16 @@ from moesim.kernels.roofline import (
 
 
 class ScaledModel:
-    """The kernel model of `target`, from the calibrated model of `measured`."""
+    """The kernel model of `target`, from the calibrated model of `measured`.
 
-    def __init__(self, base: CalibratedModel, *, measured: GpuRates, target: GpuRates) -> None:
-        self.base, self._measured, self._target = base, measured, target
+    published_fp8: dense FP8 products are those of the published block-scaled kernels (`moesim.kernels.fp8`), as grouped
+    ones always are; else they are the measured GPU's per-tensor products, scaled.
+    """
+
+    def __init__(
+        self, base: CalibratedModel, *, measured: GpuRates, target: GpuRates, published_fp8: bool = False
+    ) -> None:
+        self.base, self._measured, self._target, self._published_fp8 = base, measured, target, published_fp8
         self.fallback = Roofline(target)
         self._memory_ratio = measured.memory_bandwidth / target.memory_bandwidth
 
@@ -84,7 +90,9 @@ class ScaledModel:
         """The kernels of a step that does this much in the mean: as far below its peak, the measured GPU does more."""
         ratio = self._measured.peak_flops["bf16"] / self._target.peak_flops["bf16"]
         base = self.base.at_load(flops_per_second * ratio)
-        return self if base is self.base else ScaledModel(base, measured=self._measured, target=self._target)
+        if base is self.base:
+            return self
+        return ScaledModel(base, measured=self._measured, target=self._target, published_fp8=self._published_fp8)
 
     def _scaled(self, found: Estimate, flops: FloatArray, bytes_: FloatArray, dtype: str) -> Estimate:
         peak = self._measured.peak_flops[dtype]
@@ -108,8 +116,10 @@ class ScaledModel:
         """Seconds of a dense product; a dtype that the target lacks raises UserError."""
         if dtype not in self._target.peak_flops:
             return self.fallback.gemm(m=m, k=k, n=n, dtype=dtype)
-        found = self.base.gemm(m=m, k=k, n=n, dtype=dtype, direction=direction)
         rows, columns, depth = canonical(m, k, n, direction)
+        if dtype == "fp8" and self._published_fp8:
+            return fp8_gemm(rows, depth, columns, gpu=self._target, direction=direction)
+        found = self.base.gemm(m=m, k=k, n=n, dtype=dtype, direction=direction)
         return self._scaled(
             found, gemm_flops(rows, depth, columns), gemm_bytes(rows, depth, columns, dtype=dtype), dtype
         )

@@ -83,17 +83,19 @@ class KernelWriter:
         spread_MSR[:, self.spread_S] = seconds[:, self.spread_S].mean(axis=2, keepdims=True)
         return spread_MSR
 
-    def gemm(self, name: str, *, m: int, k: int, n: int, dtype: str | None = None) -> Operation:
-        """Y[m, n] = X[m, k] W[k, n]."""
-        estimate = self.model.gemm(m=m, k=k, n=n, dtype=dtype or self.dtype)
+    def gemm(
+        self, name: str, *, m: int, k: int, n: int, dtype: str | None = None, direction: GemmDirection = "forward"
+    ) -> Operation:
+        """Y[m, n] = X[m, k] W[k, n], or one of its gradients."""
+        estimate = self.model.gemm(m=m, k=k, n=n, dtype=dtype or self.dtype, direction=direction)
         return self._operation(name, estimate.seconds, estimate.source, 1)
 
     def gemm_backward(self, name: str, *, m: int, k: int, n: int, dtype: str | None = None) -> list[Operation]:
         """The gradients of `gemm`: dX[m, k] = dY W^T, and dW[k, n] = X^T dY."""
-        return [
-            self.gemm(f"{name}.dgrad", m=m, k=n, n=k, dtype=dtype),
-            self.gemm(f"{name}.wgrad", m=k, k=m, n=n, dtype=dtype),
-        ]
+        dgrad = self.gemm(f"{name}.dgrad", m=m, k=n, n=k, dtype=dtype)
+        if (dtype or self.dtype) == "fp8":  # its weight gradients are other kernels than its forward products
+            return [dgrad, self.gemm(f"{name}.wgrad", m=m, k=k, n=n, dtype=dtype, direction="wgrad")]
+        return [dgrad, self.gemm(f"{name}.wgrad", m=k, k=m, n=n, dtype=dtype)]
 
     def grouped_gemm(
         self, name: str, *, rows: NDArray[np.int64], k: int, n: int, direction: GemmDirection = "forward"

@@ -34,9 +34,9 @@ class Recorder:
     def __getattr__(self, name):
         return getattr(self.model, name)
 
-    def gemm(self, *, m, k, n, dtype):
+    def gemm(self, *, m, k, n, dtype, direction):
         self.products["gemm"] += m * k * n
-        return self.model.gemm(m=m, k=k, n=n, dtype=dtype)
+        return self.model.gemm(m=m, k=k, n=n, dtype=dtype, direction=direction)
 
     def attention(self, *, batch, sequence, heads, causal, direction, **sizes):
         self.pairs[direction] += batch * heads * sequence**2 / (2 if causal else 1)
