@@ -70,7 +70,7 @@ def simulate(
     """
     require_supported(scenario)
     trace = obtain_trace(scenario, progress=progress, cache_dir=cache_dir)
-    kernels = kernel_model(scenario.cluster.pools[0].gpu, scenario.compute.profile)
+    kernels = kernel_model(scenario.cluster.pools[0].spec, scenario.compute.profile)
     fabric = scenario_fabric(scenario, kernels)
     assert (trace is None) == (scenario.model.experts == 0), "an MoE step is driven by a routing trace"
     plain, bootstrap = draw_samples(scenario, trace)
@@ -89,7 +89,7 @@ def mean_step_seconds(scenario: Scenario, trace: RoutingTrace | None) -> float:
     Raises as `simulate` does.
     """
     require_supported(scenario)
-    kernels = kernel_model(scenario.cluster.pools[0].gpu, scenario.compute.profile)
+    kernels = kernel_model(scenario.cluster.pools[0].spec, scenario.compute.profile)
     plain = draw_samples(scenario, trace, bootstrap=False)[0]
     check_memory(scenario, lambda variant: _rows(scenario, variant, trace, plain))
     fabric = scenario_fabric(scenario, kernels)

@@ -17,12 +17,19 @@ def _unit_table(kind: str) -> dict[str, float]:
         for bits in ("bps", "b/s", "bit/s"):
             table |= {f"{prefix}{bits}": scale / 8 for prefix, scale in _DECIMAL.items()}
         return table
+    if kind == "flop_rate":
+        return {f"{prefix}{unit}": scale for prefix, scale in _DECIMAL.items() for unit in ("FLOP/s", "FLOPS", "FLOPs")}
     assert kind == "duration"
     return {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ns": 1e-9}
 
 
-_NAMES = {"bytes": "an amount of bytes", "bandwidth": "a bandwidth", "duration": "a duration"}
-_EXAMPLES = {"bytes": "141 GB or 64 MiB", "bandwidth": "400 Gbps or 450 GB/s", "duration": "3.3 us"}
+_NAMES = {"bytes": "an amount of bytes", "bandwidth": "a bandwidth", "duration": "a duration", "flop_rate": "a rate"}
+_EXAMPLES = {
+    "bytes": "141 GB or 64 MiB",
+    "bandwidth": "400 Gbps or 450 GB/s",
+    "duration": "3.3 us",
+    "flop_rate": "148 TFLOP/s",
+}
 _TABLES = {kind: _unit_table(kind) for kind in _EXAMPLES}
 
 
@@ -56,6 +63,11 @@ def parse_seconds(value: object) -> float:
     return _parse(value, "duration")
 
 
+def parse_flop_rate(value: object) -> float:
+    """FLOP per second of a text such as "148 TFLOP/s". Raises ValueError for a missing or wrong unit."""
+    return _parse(value, "flop_rate")
+
+
 def _rounded(value: float, digits: int) -> float:
     """`value` to `digits` significant digits: rounding comes before the choice of prefix, so 999,999 is "1 M"."""
     return float(f"{value:.{digits}g}")
@@ -77,6 +89,11 @@ def format_bytes(value: float, *, digits: int = 4) -> str:
 def format_bandwidth(value: float, *, digits: int = 4) -> str:
     """Decimal bytes per second, e.g. "450 GB/s"."""
     return _scaled(value, "B/s", digits)
+
+
+def format_flop_rate(value: float, *, digits: int = 4) -> str:
+    """Decimal FLOP per second, e.g. "148 TFLOP/s"."""
+    return _scaled(value, "FLOP/s", digits)
 
 
 def format_seconds(value: float, *, digits: int = 4) -> str:

@@ -7,14 +7,21 @@ from hypothesis import strategies as st
 from moesim.units import (
     format_bandwidth,
     format_bytes,
+    format_flop_rate,
     format_seconds,
     parse_bandwidth,
     parse_bytes,
+    parse_flop_rate,
     parse_seconds,
 )
 
-KINDS = [(parse_bytes, "B"), (parse_bandwidth, "B/s"), (parse_seconds, "s")]
-FORMATS = [(parse_bytes, format_bytes), (parse_bandwidth, format_bandwidth), (parse_seconds, format_seconds)]
+KINDS = [(parse_bytes, "B"), (parse_bandwidth, "B/s"), (parse_seconds, "s"), (parse_flop_rate, "FLOP/s")]
+FORMATS = [
+    (parse_bytes, format_bytes),
+    (parse_bandwidth, format_bandwidth),
+    (parse_seconds, format_seconds),
+    (parse_flop_rate, format_flop_rate),
+]
 
 
 @pytest.mark.parametrize(
@@ -31,6 +38,8 @@ FORMATS = [(parse_bytes, format_bytes), (parse_bandwidth, format_bandwidth), (pa
         (parse_seconds, "3.3 us", 3.3e-6),
         (parse_seconds, "3.3 µs", 3.3e-6),
         (parse_seconds, ".5 ms", 0.5e-3),
+        (parse_flop_rate, "148 TFLOP/s", 148e12),
+        (parse_flop_rate, "1.9 PFLOPS", 1.9e15),
     ],
 )
 def test_texts_with_units_become_si_numbers(parse, text, value):

@@ -8,7 +8,7 @@ from moesim.errors import UserError
 from moesim.kernels.benchmarks.session import partial_folder
 from moesim.kernels.calibrated import CalibratedModel
 from moesim.kernels.fitting import fit_profile
-from moesim.kernels.loading import MEASURED_GPUS, SCALED_FROM, load_profile
+from moesim.kernels.loading import load_profile, scaled_from
 from moesim.kernels.profile import load_profile_file, save_profile
 from moesim.kernels.report import error_table, leave_one_out_rows
 
@@ -34,7 +34,7 @@ def calibrate_command(
     interrupt (exit code 130) keeps what was measured.
     """
     if report:
-        return _report(profile or str(out or MEASURED_GPUS[0]), by_cell=by_cell)
+        return _report(profile or str(out or "h200"), by_cell=by_cell)
     if out is None:
         raise UserError("calibrate: say where the profile goes with --out FILE.json.gz, or ask for --report")
     path = Path(out)
@@ -73,7 +73,7 @@ def _report(name: str, *, by_cell: bool) -> int:
         load_profile_file(path)  # says what is wrong with a file before anything is fitted
     model = load_profile(name)
     if not isinstance(model, CalibratedModel):
-        source = SCALED_FROM[name.lower()]
+        source = scaled_from(name)
         raise UserError(f"{name} is derived from {source} and has no measured rows; report on {source}")
     rows = leave_one_out_rows(model, by_cell=by_cell)
     Console().print(error_table(rows, title=f"Leave-one-out errors of {model.name}"))

@@ -17,9 +17,6 @@ from moesim.kernels.scaled import ScaledModel
 if TYPE_CHECKING:
     from moesim.scenario import GpuSpec
 
-MEASURED_GPUS = ("h200", "h100")  # those with a profile of their own
-# Derived from a measured GPU, of the same chip where there is one.
-SCALED_FROM = {"h800": "h100", "a100": "h200", "b200": "h200", "gb200": "h200"}
 # Those whose block-scaled FP8 kernels have published rates (`moesim.kernels.fp8`).
 PUBLISHED_FP8 = ("h800",)
 
@@ -51,17 +48,30 @@ class _CatalogueRates:
 
 
 @cache
-def _spec(name: str) -> "GpuSpec":
-    from moesim.scenario import gpu_spec  # only here: benchmarks must run on machines that lack the scenario's needs
+def _catalogue() -> "Mapping[str, GpuSpec]":
+    from moesim.scenario import gpu_names, gpu_spec  # only here: benchmarks run on machines that lack its needs
 
-    return gpu_spec(name)
+    return {name: gpu_spec(name) for name in gpu_names()}
+
+
+def _spec(name: str) -> "GpuSpec":
+    return _catalogue()[name]
+
+
+def scaled_from(name: str) -> str | None:
+    """The measured GPU that the catalogue's GPU `name` is derived from; None for a measured and for an unknown one."""
+    spec = _catalogue().get(name.lower())
+    return spec.scaled_from if spec else None
 
 
 def _catalogue_name(profile: Profile) -> str | None:
     """The catalogue's name of the profile's device, e.g. "h200" for "NVIDIA H200"."""
     devices = {str(session.get("device", "")).lower() for session in profile.sessions}
-    known = (*MEASURED_GPUS, *SCALED_FROM)
-    matches = [name for name in known if devices and all(name in device.split() for device in devices)]
+    matches = [
+        name
+        for name in _catalogue()
+        if devices and all(set(name.split("-")) <= set(device.split()) for device in devices)
+    ]
     return matches[0] if matches else None
 
 
@@ -100,35 +110,43 @@ def load_profile(name_or_path: str | Path) -> CalibratedModel | ScaledModel:
     shipped = _shipped_file(name.lower())
     if shipped is not None:
         return _model_of(load_profile_file(shipped))
-    measured = SCALED_FROM.get(name.lower())
+    measured = scaled_from(name)
     if measured is not None:
         base = load_profile(measured)
         assert isinstance(base, CalibratedModel)
-        published_fp8 = name.lower() in PUBLISHED_FP8
-        return ScaledModel(base, measured=_spec(measured), target=_spec(name.lower()), published_fp8=published_fp8)
+        return _scaled(base, measured, _spec(name.lower()))
     path = Path(name_or_path)
     if not path.exists() and path.suffix not in (".json", ".gz"):
         known = ", ".join(sorted(found.name.split(".")[0] for found in SHIPPED.glob("*.json*")))
-        raise UserError(f"no profile {name!r}: shipped are {known}; derived: {', '.join(SCALED_FROM)}; or give a file")
+        derived = ", ".join(gpu for gpu in _catalogue() if scaled_from(gpu))
+        raise UserError(f"no profile {name!r}: shipped are {known}; derived: {derived}; or give a file")
     return _model_of(load_profile_file(path))
 
 
-def kernel_model(gpu_name: str, profile: str | None = None) -> KernelModel:
-    """The kernel model of a GPU of the catalogue.
+def kernel_model(gpu: "str | GpuSpec", profile: str | None = None) -> KernelModel:
+    """The kernel model of a GPU, by its name in the catalogue or by its facts.
 
-    profile: a shipped name or a file; "roofline" for the datasheet alone; None for the best there is (a shipped or
-    derived profile, else the roofline). A profile measured on another GPU of the catalogue is scaled to this one.
+    profile: a shipped name or a file; "roofline" for the datasheet alone; None for that of the GPU itself, or of the
+    one that it is scaled from. A profile measured on another GPU of the catalogue is scaled to this one.
     """
-    spec = _spec(gpu_name)
+    spec = _spec_of(gpu)
     if profile == "roofline":
         return Roofline(spec)
-    if profile is None:
-        if spec.name in MEASURED_GPUS or spec.name in SCALED_FROM:
-            return load_profile(spec.name)
-        return Roofline(spec)
-    model = load_profile(profile)
-    if isinstance(model, CalibratedModel):
-        measured = _catalogue_name(model.profile)
-        if measured is not None and measured != spec.name:
-            return ScaledModel(model, measured=_spec(measured), target=spec)
-    return model
+    model = load_profile(profile or spec.scaled_from or spec.name)
+    base = model.base if isinstance(model, ScaledModel) else model
+    measured = _catalogue_name(base.profile)
+    if measured is None or measured == spec.name:
+        return base
+    return _scaled(base, measured, spec)
+
+
+def _scaled(base: CalibratedModel, measured: str, target: "GpuSpec") -> ScaledModel:
+    return ScaledModel(base, measured=_spec(measured), target=target, published_fp8=target.name in PUBLISHED_FP8)
+
+
+def _spec_of(gpu: "str | GpuSpec") -> "GpuSpec":
+    if not isinstance(gpu, str):
+        return gpu
+    from moesim.scenario import gpu_spec
+
+    return gpu_spec(gpu)

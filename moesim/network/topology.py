@@ -12,7 +12,6 @@ import networkx as nx
 
 from moesim.errors import UserError
 from moesim.network.parameters import NetworkParameters
-from moesim.scenario import gpu_spec
 from moesim.scenario.base import link_bandwidth, link_latency
 from moesim.scenario.cluster import Cluster, Fabric, Oversubscription
 from moesim.strict_json import parse_json
@@ -23,10 +22,11 @@ LEAF_SPINE_POD_NODES = 4  # nodes under one leaf when `pod_nodes` is absent: 32 
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """Where one GPU sits: its node, rail (index in the node), NVLink domain and pod, and what it is."""
+    """Where one GPU sits: its node, rail (index in the node), NVLink domain and pod, what it is, and its NVLink."""
 
     rank: int
     gpu: str
+    nvlink: float  # bytes/s in one direction
     node: int
     node_size: int
     rail: int
@@ -49,12 +49,14 @@ def sites_of(cluster: Cluster) -> list[Site]:
                     f"cluster: gpus_per_node = {pool.gpus_per_node} does not divide the 72 GPUs of nvl72; use 4 or 72"
                 )
             domain_nodes = NVL72_GPUS // pool.gpus_per_node
+        spec = pool.spec
+        nvlink = spec.nvlink_bandwidth if fabric.nvlink is None else fabric.nvlink
         for index in range(pool.nodes):
             for rail in range(pool.gpus_per_node):
                 sites.append(
                     Site(
-                        rank=len(sites), gpu=pool.gpu, node=node, node_size=pool.gpus_per_node, rail=rail,
-                        domain=domain + index // domain_nodes, pod=node // pod_nodes if pod_nodes else 0,
+                        rank=len(sites), gpu=spec.name, nvlink=nvlink, node=node, node_size=pool.gpus_per_node,
+                        rail=rail, domain=domain + index // domain_nodes, pod=node // pod_nodes if pod_nodes else 0,
                     )
                 )  # fmt: skip
             node += 1
@@ -129,8 +131,7 @@ def _add_nvlink(graph: "nx.DiGraph[str]", fabric: Fabric, sites: list[Site], par
     for site in sites:
         graph.add_node(f"gpu{site.rank}", kind="gpu", node=site.node)
         graph.add_node(f"nvswitch{site.domain}", kind="nvswitch", node=site.node)
-        bandwidth = gpu_spec(site.gpu).nvlink_bandwidth if fabric.nvlink is None else fabric.nvlink
-        _both(graph, f"gpu{site.rank}", f"nvswitch{site.domain}", tier="nvlink", bandwidth=bandwidth, latency=latency,
+        _both(graph, f"gpu{site.rank}", f"nvswitch{site.domain}", tier="nvlink", bandwidth=site.nvlink, latency=latency,
               efficiency=efficiency)  # fmt: skip
 
 

@@ -31,7 +31,7 @@ from moesim.parallel.memory_saved import FP32, Part, Saved, SavedTensors, Unit
 from moesim.parallel.mesh import Mesh
 from moesim.parallel.schedules import Pass, Schedule, build_schedule
 from moesim.parallel.traffic import token_bytes
-from moesim.scenario import Scenario, gpu_spec
+from moesim.scenario import Scenario
 from moesim.scenario.model import Mla
 
 FloatArray = NDArray[np.float64]
@@ -111,7 +111,7 @@ def memory_report(scenario: Scenario, rows: RoutedRows) -> MemoryReport:
 def _capacities(scenario: Scenario) -> list[tuple[float, str]]:
     """Memory and name of the smallest GPU of each pipeline rank."""
     by_gpu = [
-        (gpu_spec(pool.gpu).memory_bytes, pool.gpu)
+        (pool.spec.memory_bytes, pool.gpu_name)
         for pool in scenario.cluster.pools
         for _ in range(pool.nodes * pool.gpus_per_node)
     ]

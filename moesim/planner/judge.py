@@ -56,7 +56,7 @@ def verdict_on(space: Space, screen: Screen, layout: Layout) -> Verdict:
     peak, capacity = screen.memory(scenario)
     usable = capacity * (1 - plan.constraints.free_memory)
     if peak > usable:
-        gpu = scenario.cluster.pools[0].gpu
+        gpu = scenario.cluster.pools[0].gpu_name
         detail = f"the smallest layout needs {format_bytes(peak)} of the {format_bytes(usable)} of a {gpu}"
         loss = Loss("memory", gpu, f"{detail} ({scenario.name})", peak / usable)
         return Verdict(None, Violation(0.0, peak / usable - 1, 1.0), loss)

@@ -18,7 +18,7 @@ from moesim.parallel.memory_rows import RoutedRows, even_rows, routed_rows
 from moesim.planner.clocks import SharedClocks
 from moesim.planner.passes import Cut, Passes, cut_pieces, with_sharding
 from moesim.program import build_program
-from moesim.scenario import Parallelism, PipelineSchedule, PopularityRouting, Scenario, Zero
+from moesim.scenario import GpuSpec, Parallelism, PipelineSchedule, PopularityRouting, Scenario, Zero
 from moesim.seeding import stream
 from moesim.trace import RoutingTrace
 
@@ -34,14 +34,14 @@ class PieceStore:
 
     trace_of: TraceOf
     _pieces: dict[tuple[object, ...], Cut] = field(init=False, default_factory=dict, repr=False)
-    _kernels: dict[tuple[str, str | None], KernelModel] = field(init=False, default_factory=dict, repr=False)
+    _kernels: dict[tuple[GpuSpec, str | None], KernelModel] = field(init=False, default_factory=dict, repr=False)
     _samples: dict[tuple[object, ...], TrafficSample | None] = field(init=False, default_factory=dict, repr=False)
     _clocked: dict[tuple[object, ...], KernelModel] = field(init=False, default_factory=dict, repr=False)
     _rows: dict[tuple[object, ...], RoutedRows] = field(init=False, default_factory=dict, repr=False)
 
     def kernels(self, scenario: Scenario) -> KernelModel:
         """The kernel model of the scenario's GPU."""
-        key = scenario.cluster.pools[0].gpu, scenario.compute.profile
+        key = scenario.cluster.pools[0].spec, scenario.compute.profile
         if key not in self._kernels:
             self._kernels[key] = SharedClocks(kernel_model(*key))
         return self._kernels[key]

@@ -24,7 +24,7 @@ from moesim.program.reductions import Reduction
 from moesim.program.scenario_fabric import scenario_fabric
 from moesim.program.software import SOFTWARE
 from moesim.program.writer import KernelWriter
-from moesim.scenario import PipelineSchedule, Scenario, gpu_spec
+from moesim.scenario import PipelineSchedule, Scenario
 from moesim.scenario.base import BYTES_PER_ELEMENT
 from moesim.scenario.stage_split import stage_lengths
 
@@ -100,7 +100,7 @@ class Screen:
         key = layout, work.micro_batch, work.recompute, few, scenario.capacity, scenario.dispatch, router
         if key not in self._peaks:
             self._peaks[key] = peak_bytes(scenario, self.pieces.rows(scenario), micro_batches=few)
-        return self._peaks[key], gpu_spec(scenario.cluster.pools[0].gpu).memory_bytes
+        return self._peaks[key], scenario.cluster.pools[0].spec.memory_bytes
 
     def step_seconds(self, scenario: Scenario) -> float:
         """Seconds of one optimizer step."""

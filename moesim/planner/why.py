@@ -23,7 +23,7 @@ class Simulated(NamedTuple):
     @property
     def gpu(self) -> str:
         """The kind of its GPUs."""
-        return self.scenario.cluster.pools[0].gpu
+        return self.scenario.cluster.pools[0].gpu_name
 
     @property
     def gpu_hours(self) -> float:

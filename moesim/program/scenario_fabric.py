@@ -3,7 +3,7 @@
 from moesim.kernels import KernelModel
 from moesim.network import Fabric, build_fabric
 from moesim.network.calibration import measured_parameters
-from moesim.scenario import Scenario, gpu_spec
+from moesim.scenario import Scenario
 
 
 def scenario_fabric(scenario: Scenario, kernels: KernelModel) -> Fabric:
@@ -12,6 +12,6 @@ def scenario_fabric(scenario: Scenario, kernels: KernelModel) -> Fabric:
     Larger worlds than any that was measured keep the constants calibrated on published rows.
     """
     rows = [row for row in getattr(kernels, "collectives", ()) if row["ranks"] == scenario.parallelism.world_size]
-    bandwidth = gpu_spec(scenario.cluster.pools[0].gpu).nvlink_bandwidth
+    bandwidth = scenario.cluster.pools[0].spec.nvlink_bandwidth
     parameters = measured_parameters(rows, link_bandwidth=bandwidth, source=f"measured, profile {kernels.name}")
     return build_fabric(scenario.cluster, parameters=parameters)

@@ -21,7 +21,7 @@ from moesim.errors import UserError
 from moesim.parallel import Mesh
 from moesim.report.memory_over_time import memory_events
 from moesim.results import Label, RunRecord, SpanTable, Stream
-from moesim.scenario import Scenario, gpu_spec
+from moesim.scenario import Scenario
 from moesim.strict_json import json_text
 
 Event = dict[str, Any]
@@ -102,7 +102,7 @@ def check_ranks(scenario: Scenario, ranks: Sequence[int]) -> None:
 
 def _head(record: RunRecord, chosen: Sequence[int]) -> Event:
     scenario = record.scenario
-    gpu = gpu_spec(scenario.cluster.pools[0].gpu)
+    gpu = scenario.cluster.pools[0].spec
     device = {"name": gpu.name, "totalGlobalMem": gpu.memory_bytes, "numSms": gpu.sm_count}
     return {
         "schemaVersion": 1,

@@ -67,7 +67,9 @@ def describe(record: RunRecord) -> str:
     """One sentence: which model, on what, how it is laid out and who routes."""
     scenario, model, work = record.scenario, record.scenario.model, record.scenario.workload
     experts = f", {model.experts} experts, top {model.top_k}" if model.experts else ", dense"
-    pools = " and ".join(f"{pool.nodes} x {pool.gpus_per_node} {pool.gpu.upper()}" for pool in scenario.cluster.pools)
+    pools = " and ".join(
+        f"{pool.nodes} x {pool.gpus_per_node} {pool.gpu_name.upper()}" for pool in scenario.cluster.pools
+    )
     axes = ("data", "context", "tensor", "pipeline", "expert", "expert_tensor")
     sizes = [(name.replace("_", "-"), getattr(scenario.parallelism, name)) for name in axes]
     plan = ", ".join(f"{name} {size}" for name, size in sizes if size > 1) or "nothing"

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from moesim.scenario import Scenario, gpu_spec
+from moesim.scenario import Scenario
 from moesim.scenario.flops import model_flops_per_token
 
 SECONDS_PER_HOUR = 3600.0
@@ -16,7 +16,7 @@ def utilisation(scenario: Scenario, step_s: float) -> dict[str, Any]:
     `*_of_bf16_peak` are the same FLOPs over the bf16 peak, so that runs in different formats compare.
     """
     workload = scenario.workload
-    gpu = gpu_spec(scenario.cluster.pools[0].gpu)
+    gpu = scenario.cluster.pools[0].spec
     ranks = scenario.parallelism.world_size
     mfu: dict[str, Any] = {"peak": workload.precision.gemm}
     for count, causal in (("causal", True), ("non_causal", False)):

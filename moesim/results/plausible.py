@@ -14,7 +14,6 @@ import numpy as np
 from moesim.errors import InternalError
 from moesim.network import Fabric
 from moesim.results.record import RunRecord
-from moesim.scenario import gpu_spec
 from moesim.strict_json import json_text
 
 TOLERANCE = 1e-6  # relative, of sums of many seconds
@@ -51,7 +50,7 @@ def check_plausible(record: RunRecord, fabric: Fabric) -> None:
 def bounds(record: RunRecord, fabric: Fabric) -> Iterator[Bound]:
     """What physics asks of a step: FLOPs over peak, bytes over bandwidth."""
     scenario, result = record.scenario, record.result
-    gpu, gemm = gpu_spec(scenario.cluster.pools[0].gpu), scenario.workload.precision.gemm
+    gpu, gemm = scenario.cluster.pools[0].spec, scenario.workload.precision.gemm
     # MFU = FLOPs / (ranks * peak * step), so FLOPs / (ranks * peak) is MFU times the step. Of kept rows and of causal
     # attention: dropped rows and the other half of the scores are not computed.
     compute_s = result["effective"]["mfu_causal"] * result["step_time_s"]

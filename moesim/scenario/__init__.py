@@ -17,6 +17,7 @@ from moesim.scenario.cluster import (
     Pool,
     RoundRobin,
 )
+from moesim.scenario.gpu import OwnGpu
 from moesim.scenario.json_schema import json_schema
 from moesim.scenario.loader import dump_scenario, load_scenario, load_scenario_text, scenario_from_mapping
 from moesim.scenario.model import Attention, Gqa, LocalGlobal, Mha, Mla, Model
@@ -86,6 +87,7 @@ __all__ = [
     "NoCapacity",
     "Overlap",
     "Oversubscription",
+    "OwnGpu",
     "Parallelism",
     "PipelineSchedule",
     "Placement",

@@ -19,7 +19,16 @@ from pydantic import (
     WithJsonSchema,
 )
 
-from moesim.units import format_bandwidth, format_bytes, format_seconds, parse_bandwidth, parse_bytes, parse_seconds
+from moesim.units import (
+    format_bandwidth,
+    format_bytes,
+    format_flop_rate,
+    format_seconds,
+    parse_bandwidth,
+    parse_bytes,
+    parse_flop_rate,
+    parse_seconds,
+)
 
 DType = Literal["fp32", "bf16", "fp16", "fp8"]
 BYTES_PER_ELEMENT: dict[str, float] = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
@@ -110,8 +119,20 @@ def link_latency(value: object) -> float:
     return _between(0, LONGEST_LATENCY, format_seconds, parse_seconds(value))
 
 
-def _memory(value: object) -> float:
+def _reserved(value: object) -> float:
     return _between(0, MOST_MEMORY, format_bytes, parse_bytes(value))
+
+
+def _memory(value: object) -> float:
+    return _between(1e6, MOST_MEMORY, format_bytes, parse_bytes(value))
+
+
+def _memory_bandwidth(value: object) -> float:
+    return _between(1e6, 1e17, format_bandwidth, parse_bandwidth(value))
+
+
+def _flop_rate(value: object) -> float:
+    return _between(1e9, 1e20, format_flop_rate, parse_flop_rate(value))
 
 
 # Quantities are texts with a unit in the file and SI numbers inside; dumping writes the text again, exact to the bit.
@@ -119,4 +140,11 @@ Bandwidth = Annotated[
     float, BeforeValidator(link_bandwidth), PlainSerializer(lambda v: f"{v!r} B/s"), _text("400 Gbps")
 ]
 Latency = Annotated[float, BeforeValidator(link_latency), PlainSerializer(lambda v: f"{v!r} s"), _text("3.3 us")]
-Bytes = Annotated[float, BeforeValidator(_memory), PlainSerializer(lambda v: f"{v!r} B"), _text("141 GB")]
+Bytes = Annotated[float, BeforeValidator(_reserved), PlainSerializer(lambda v: f"{v!r} B"), _text("3.6 GB")]
+Memory = Annotated[float, BeforeValidator(_memory), PlainSerializer(lambda v: f"{v!r} B"), _text("141 GB")]
+MemoryBandwidth = Annotated[
+    float, BeforeValidator(_memory_bandwidth), PlainSerializer(lambda v: f"{v!r} B/s"), _text("4.8 TB/s")
+]
+FlopRate = Annotated[
+    float, BeforeValidator(_flop_rate), PlainSerializer(lambda v: f"{v!r} FLOP/s"), _text("989 TFLOP/s")
+]

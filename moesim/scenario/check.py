@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from moesim.errors import ConflictError, InfeasibleError, UserError
-from moesim.scenario.catalogue import gpu_spec
 from moesim.scenario.check_numbers import either, nearest_divisors
 from moesim.scenario.check_pipeline import check_pipeline, check_recomputation, check_stages, require_supported_step
 from moesim.scenario.check_sharing import check_sharing
@@ -76,10 +75,9 @@ def _require_one_kind_of_gpu(scenario: Scenario, report: _Report) -> None:
     before = first.nodes * first.gpus_per_node
     for index, pool in enumerate(others, start=1):
         if pool.gpu != first.gpu and before < scenario.parallelism.world_size:
-            what = (
-                f"ranks on {pool.gpu} beside ranks on {first.gpu}; steps on several kinds of GPU are not modelled yet"
-            )
-            raise report.user(f"cluster.pools.{index}.gpu", f"{what}; use one kind, or fewer ranks")
+            what = f"ranks on {pool.gpu_name} beside ranks on {first.gpu_name}"
+            why = "steps on several kinds of GPU are not modelled yet"
+            raise report.user(f"cluster.pools.{index}.gpu", f"{what}; {why}; use one kind, or fewer ranks")
         before += pool.nodes * pool.gpus_per_node
 
 
@@ -113,7 +111,7 @@ def _check_cluster(scenario: Scenario, report: _Report) -> None:
     precision, dispatch = scenario.workload.precision, scenario.dispatch
     for index, pool in enumerate(scenario.cluster.pools):
         try:
-            spec = gpu_spec(pool.gpu)
+            spec = pool.spec
         except UserError as error:
             place = report.where(_path(f"cluster.pools.{index}.gpu"))
             raise UserError(f"{place}: {error}") from None  # no conflict: nothing else could make it known

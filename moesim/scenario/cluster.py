@@ -25,7 +25,8 @@ from moesim.scenario.base import (
     Share,
     Text,
 )
-from moesim.scenario.catalogue import gpu_spec
+from moesim.scenario.catalogue import GpuSpec, gpu_spec
+from moesim.scenario.gpu import AnyGpu
 
 NIC_BANDWIDTH = 50e9  # bytes/s of a GPU's NIC per direction where the scenario names none: 400 Gbps
 
@@ -34,7 +35,7 @@ class Pool(Section):
     """`nodes` machines with `gpus_per_node` GPUs of one kind."""
 
     name: Name = Field(default="main", description="Name of the pool, different from those of other pools.")
-    gpu: Name = Field(description="Kind of GPU, by its name in the catalogue.")
+    gpu: AnyGpu = Field(description="Kind of GPU: a name of the catalogue, or the figures of one of your own.")
     nodes: Gpus = Field(description="Machines of the pool.")
     gpus_per_node: GpusPerNode = Field(default=8, description="GPUs of each machine.")
     price_per_gpu_hour: Rent | None = Field(
@@ -42,14 +43,24 @@ class Pool(Section):
     )
 
     @property
+    def spec(self) -> GpuSpec:
+        """All facts of the GPU. Raises UserError for a name that the catalogue lacks."""
+        return gpu_spec(self.gpu) if isinstance(self.gpu, str) else self.gpu.spec
+
+    @property
+    def gpu_name(self) -> str:
+        """The name of the GPU, in the catalogue or its own."""
+        return self.gpu if isinstance(self.gpu, str) else self.gpu.name
+
+    @property
     def usd_per_gpu_hour(self) -> float:
         """The rent of one GPU: the scenario's price, or the catalogue's when it names none."""
-        return gpu_spec(self.gpu).price_per_gpu_hour if self.price_per_gpu_hour is None else self.price_per_gpu_hour
+        return self.spec.price_per_gpu_hour if self.price_per_gpu_hour is None else self.price_per_gpu_hour
 
     @property
     def price_source(self) -> str:
         """Where the rent comes from, to be shown beside every cost."""
-        return gpu_spec(self.gpu).price_source if self.price_per_gpu_hour is None else "scenario"
+        return self.spec.price_source if self.price_per_gpu_hour is None else "scenario"
 
 
 class Oversubscription(Section):

@@ -16,7 +16,10 @@ def json_schema() -> dict[str, Any]:
     """
     schema = Scenario.model_json_schema(mode="validation")
     definitions = schema["$defs"]
-    definitions["Pool"]["properties"]["gpu"]["enum"] = list(gpu_names())
+    pool_gpu = definitions["Pool"]["properties"]["gpu"]
+    forms = pool_gpu.pop("oneOf", None) or pool_gpu.pop("anyOf")
+    pool_gpu["anyOf"] = [{"enum": list(gpu_names())}, *(form for form in forms if "$ref" in form)]
+    definitions["OwnGpu"]["properties"]["like"]["enum"] = list(gpu_names())
     _accept_model_forms(definitions["Model"])
     _accept_flat_cluster(definitions["Cluster"], definitions["Pool"])
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "moesim scenario"}

@@ -50,11 +50,11 @@ def _parse_override(override: str) -> tuple[Path, Node]:
 
 def _cluster_alias(root: Node, path: Path) -> Path:
     """`cluster.nodes` means `cluster.pools.0.nodes` when there is one pool."""
-    if len(path) == 2 and path[0] == "cluster" and path[1] in FLAT_CLUSTER_KEYS:
+    if len(path) >= 2 and path[0] == "cluster" and path[1] in FLAT_CLUSTER_KEYS:
         cluster = root.value.get("cluster")
         pools = cluster.value.get("pools") if cluster and isinstance(cluster.value, dict) else None
         if pools and isinstance(pools.value, list) and len(pools.value) == 1:
-            return ("cluster", "pools", 0, path[1])
+            return ("cluster", "pools", 0, *path[1:])
     return path
 
 

@@ -10,7 +10,7 @@ Legend: h hidden size, K experts per token, D ranks of an expert group, c copies
 from typing import TYPE_CHECKING, NamedTuple
 
 from moesim.scenario.base import BYTES_PER_ELEMENT
-from moesim.scenario.catalogue import GpuSpec, gpu_spec
+from moesim.scenario.catalogue import GpuSpec
 from moesim.scenario.cluster import NIC_BANDWIDTH
 from moesim.scenario.flops import attention_layer_parameters, attention_score_flops, expert_parameters
 
@@ -57,7 +57,7 @@ class _Parts:
 
     def __init__(self, scenario: "Scenario") -> None:
         self.scenario, self.model = scenario, scenario.model
-        self.gpu: GpuSpec = gpu_spec(scenario.cluster.pools[0].gpu)
+        self.gpu: GpuSpec = scenario.cluster.pools[0].spec
         self.gemm = scenario.workload.precision.gemm
         self.recompute = scenario.workload.recompute
         # Forward passes of a layer per backward pass.

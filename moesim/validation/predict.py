@@ -28,7 +28,7 @@ def predict(case: Case, rows_RBLE: ArrayLike) -> dict[str, Any]:
     """
     scenario = case.scenario
     sample = RecordedRows(scenario, np.asarray(rows_RBLE, dtype=np.int64))
-    kernels = kernel_model(scenario.cluster.pools[0].gpu, scenario.compute.profile)
+    kernels = kernel_model(scenario.cluster.pools[0].spec, scenario.compute.profile)
     fabric = scenario_fabric(scenario, kernels)
     kernels = step_kernels(scenario, fabric=fabric, kernels=kernels, samples=[sample])
     program = build_program(scenario, fabric=fabric, kernels=kernels, samples=[sample])

@@ -46,7 +46,7 @@ def main(path: str, changes: list[str]) -> dict[str, Any]:
         return build_program(
             scenario,
             fabric=build_fabric(scenario.cluster),
-            kernels=kernel_model(scenario.cluster.pools[0].gpu, scenario.compute.profile),
+            kernels=kernel_model(scenario.cluster.pools[0].spec, scenario.compute.profile),
             samples=[sample],
             merge=True,
         )

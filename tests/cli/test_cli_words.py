@@ -64,7 +64,7 @@ def completions(line: str, place: Path) -> set[str]:
         ("moesim plan mixtral", {"mixtral-8x22b"}),
         ("moesim topology own", {"own.yaml"}),
         ("moesim model deepseek-v3", {"deepseek-v3"}),
-        ("moesim gpus gb", {"gb200"}),
+        ("moesim gpus gb", {"gb200", "gb300"}),
     ],
 )
 def test_the_shell_completes_verbs_flags_names_and_files(tmp_path: Path, line: str, offered: set[str]) -> None:
@@ -163,7 +163,8 @@ def test_gpus_are_listed_with_sources(moesim) -> None:
     assert all(gpu[key] in screen for gpu in listed for key in ("name", "source", "price_source"))
     h100 = json.loads(moesim("gpus", "h100", "--json").out)[0]
     assert h100["peak_flop_per_s"]["bf16"] == 989.4e12  # NVIDIA's data sheet, without sparsity
-    assert 'did you mean "h100"?' in moesim("gpus", "h1000").complaint
+    assert 'did you mean "h100"?' in moesim("gpus", "H-100").complaint
+    assert "did you mean" not in moesim("gpus", "h1000").complaint  # one digit more is another product
 
 
 def at(content: object, path: str) -> object:

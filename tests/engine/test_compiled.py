@@ -26,7 +26,7 @@ def step_of(scenario: Scenario, *, compiled: bool) -> tuple[list[np.ndarray], np
     program = build_program(
         scenario,
         fabric=build_fabric(scenario.cluster),
-        kernels=kernel_model(scenario.cluster.pools[0].gpu, scenario.compute.profile),
+        kernels=kernel_model(scenario.cluster.pools[0].spec, scenario.compute.profile),
         samples=[sample, sample.balanced()],
     )
     assert program.compiled == compiled

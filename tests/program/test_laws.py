@@ -18,7 +18,7 @@ from moesim.seeding import stream
 
 
 def outcome_of(scenario: Scenario, samples: list) -> StepOutcome:
-    kernels = kernel_model(scenario.cluster.pools[0].gpu, scenario.compute.profile)
+    kernels = kernel_model(scenario.cluster.pools[0].spec, scenario.compute.profile)
     fabric = build_fabric(scenario.cluster)
     return simulate_step(build_program(scenario, fabric=fabric, kernels=kernels, samples=samples))
 

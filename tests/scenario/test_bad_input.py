@@ -65,10 +65,10 @@ MISTAKES = {
     edited("kind: train", "kind: trian"): 'f.yaml:4:9: routing.kind: "trian" is unknown; did you mean "train"?',
     edited("  kind: train\n", ""): "f.yaml:4:3: routing.kind: missing; one of train, trace, popularity, uniform",
     edited("kind: deepseek_v2", "kind: top"): 'f.yaml:5:18: routing.router.kind: "top" is unknown; known: switch, ',
-    edited("gpu: h200", "gpu: h20"): 'f.yaml:8:8: cluster.gpu: unknown GPU "h20"; did you mean "h200"?',
+    edited("gpu: h200", "gpu: h20x"): 'f.yaml:8:8: cluster.gpu: unknown GPU "h20x"; known: a100, h100',
     edited("  nodes: 1\n", ""): "f.yaml:8:3: cluster.nodes: missing; this key is required",
     edited("  nodes: 1\n", "  nodes: 1\n  pools: []\n"): "f.yaml:8:3: cluster.gpu: conflicts with cluster.pools",
-    edited("deepseek-moe-16b", "deepseek-16b"): 'f.yaml:2:17: model.preset: unknown model "deepseek-16b"; did you mean',
+    edited("deepseek-moe-16b", "deepseek-16b"): 'f.yaml:2:17: model.preset: unknown model "deepseek-16b"; known: deep',
     edited("{preset: deepseek-moe-16b}", "{hf_config: no.json}"): "f.yaml:2:20: model.hf_config: cannot read ",
     edited(
         "{preset: deepseek-moe-16b}", "deepseek-moe-16b"

@@ -20,6 +20,7 @@ def quickstart(*overrides):
         ("name=on", lambda s: s.name, "on"),
         ("cluster.nodes=2", lambda s: s.cluster.pools[0].nodes, 2),
         ("cluster.pools.0.nodes=2", lambda s: s.cluster.pools[0].nodes, 2),
+        ("cluster.gpu={like: h200, name: mine, memory: 96 GB}", lambda s: s.cluster.pools[0].spec.memory_bytes, 96e9),
         ("cluster.name=big", lambda s: s.cluster.pools[0].name, "big"),
         ("cluster.fabric.nic=200 Gbps", lambda s: s.cluster.fabric.nic, 25e9),
         ("cluster={gpu: h100, nodes: 1}", lambda s: s.cluster.pools[0].gpu, "h100"),
@@ -89,7 +90,7 @@ def test_a_changed_attention_merges_with_the_preset_unless_its_kind_differs():
         ("seed=.inf", "--set seed=.inf: .inf is not a finite number"),
         ("name.x=2", '--set name.x=2: "x" has no place inside the value'),
         ("cluster.pools.1.nodes=2", '--set cluster.pools.1.nodes=2: "1" is no item of a list'),
-        ("cluster.gpu=h20", '--set cluster.gpu=h20: cluster.gpu: unknown GPU "h20"; did you mean "h200"?'),
+        ("cluster.gpu=H200", '--set cluster.gpu=H200: cluster.gpu: unknown GPU "H200"; did you mean "h200"?'),
         ("parallelism.expert=24", "--set parallelism.expert=24: parallelism.expert: 24 does not divide experts = 64"),
         (
             "routing={kind: trace, file: no.npz}",

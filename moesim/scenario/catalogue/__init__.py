@@ -10,17 +10,20 @@ from typing import Any
 
 from moesim.errors import UserError
 from moesim.scenario.document import parse_yaml
+from moesim.spelling import same_product
 
 
 @dataclass(frozen=True, kw_only=True)
 class GpuSpec:
     """One GPU of the catalogue; all rates are decimal, per second and without sparsity.
 
+    `scaled_from` names the GPU whose measured kernels stand for its own, scaled; None: it is measured itself.
     `peak_flops` maps a number format to FLOP/s (a format that the chip lacks is absent), `nvlink_bandwidth` is bytes/s
     per direction, `price_per_gpu_hour` the default rent in USD with its own source.
     """
 
     name: str
+    scaled_from: str | None
     sm_count: int
     clock_hz: float
     peak_flops: Mapping[str, float] = field(hash=False)
@@ -52,6 +55,11 @@ def suggest(word: str, known: Iterable[str]) -> str:
     return f'did you mean "{close[0]}"?' if close else f"known: {', '.join(known)}"
 
 
+def _suggest_product(word: str, known: Iterable[str]) -> str:
+    same = same_product(word, known)
+    return f'did you mean "{same}"?' if same else f"known: {', '.join(known)}"
+
+
 @cache
 def _catalogue(name: str) -> Mapping[str, Mapping[str, Any]]:
     text = (resources.files("moesim.scenario.catalogue") / f"{name}.yaml").read_text(encoding="utf-8")
@@ -70,7 +78,8 @@ def gpu_spec(name: str) -> GpuSpec:
     """The catalogue's GPU `name`. Raises UserError with a suggestion for an unknown name."""
     entries = _catalogue("gpus")
     if name not in entries:
-        raise UserError(f'unknown GPU "{name}"; {suggest(name, entries)}')
+        own = "or describe yours, e.g. gpu: {like: h200, name: mine, memory: 96 GB, peak: {bf16: 148 TFLOP/s}}"
+        raise UserError(f'unknown GPU "{name}"; {_suggest_product(name, entries)}; {own}')
     entry = dict(entries[name])
     for key, (least, most) in _BOUNDS.items():
         numbers = entry[key].values() if key == "peak_flops" else [entry[key]]
@@ -80,7 +89,7 @@ def gpu_spec(name: str) -> GpuSpec:
                 raise UserError(f"catalogue/gpus.yaml: {name}.{key}: {text}")
     peaks = {dtype: float(peak) for dtype, peak in entry.pop("peak_flops").items()}
     entry |= {key: float(value) for key, value in entry.items() if isinstance(value, int) and key != "sm_count"}
-    return GpuSpec(name=name, peak_flops=peaks, **entry)
+    return GpuSpec(name=name, scaled_from=entry.pop("like", None), peak_flops=peaks, **entry)
 
 
 def model_names() -> tuple[str, ...]:
@@ -92,5 +101,5 @@ def model_preset(name: str) -> dict[str, Any]:
     """The fields of the preset `name`, as in a scenario's `model` section. Raises UserError for an unknown name."""
     entries = _catalogue("models")
     if name not in entries:
-        raise UserError(f'unknown model "{name}"; {suggest(name, entries)}')
+        raise UserError(f'unknown model "{name}"; {_suggest_product(name, entries)}')
     return {"preset": name, **entries[name]}
