@@ -1,15 +1,15 @@
 """How long a kernel takes: the roofline, and models calibrated by measured profiles.
 
 from moesim.kernels import load_profile
-load_profile("h200").gemm(m=4096, k=2048, n=3072, dtype="bf16")     # Estimate(seconds, source)
+load_profile("h200").seconds(Gemm(m=4096, k=2048, n=3072))     # Estimate(seconds, source)
 """
 
 from moesim.kernels.calibrated import CalibratedModel
 from moesim.kernels.command import calibrate_command
 from moesim.kernels.estimate import SOURCES, Contention, Estimate, HostCosts, KernelModel, total, weakest
+from moesim.kernels.families import MEMORY_KINDS, Attention, Gemm, GroupedGemm, Kernel, MemoryBound, memory_bytes
 from moesim.kernels.loading import kernel_model, load_profile
 from moesim.kernels.measured import contention_of
-from moesim.kernels.memory_kinds import MEMORY_KINDS, memory_bytes
 from moesim.kernels.report import leave_one_out_rows
 from moesim.kernels.roofline import Roofline
 from moesim.kernels.scaled import ScaledModel
@@ -17,11 +17,16 @@ from moesim.kernels.scaled import ScaledModel
 __all__ = [
     "MEMORY_KINDS",
     "SOURCES",
+    "Attention",
     "CalibratedModel",
     "Contention",
     "Estimate",
+    "Gemm",
+    "GroupedGemm",
     "HostCosts",
+    "Kernel",
     "KernelModel",
+    "MemoryBound",
     "Roofline",
     "ScaledModel",
     "calibrate_command",

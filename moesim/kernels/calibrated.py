@@ -5,32 +5,30 @@ Legend: R ranks, E local experts, Q queried kernels.
 
 import hashlib
 import warnings
-from collections.abc import Callable
 from copy import copy
-from functools import cached_property, lru_cache
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
-from moesim.errors import UserError
 from moesim.kernels import physics
-from moesim.kernels.cells import TENSOR_DTYPES, Cell, Fit, canonical, gemm_cell, grouped_cell, kind_of
-from moesim.kernels.estimate import (
+from moesim.kernels.cells import TENSOR_DTYPES, Cell, Fit, gemm_cell, grouped_cell, kind_of
+from moesim.kernels.estimate import Contention, Estimate, HostCosts, as_result, weakest
+from moesim.kernels.families import (
     DTYPE_BYTES,
-    AttentionDirection,
-    Contention,
-    Estimate,
+    Attention,
     FloatArray,
-    GemmDirection,
-    HostCosts,
-    as_result,
-    weakest,
+    Gemm,
+    GroupedGemm,
+    Kernel,
+    MemoryBound,
+    gemm_sides,
 )
 from moesim.kernels.fitting import SUSTAINED, cell_rows, fit_cell, fit_sustained
-from moesim.kernels.fp8 import FP8_ROW_ALIGNMENT, fp8_grouped_gemm
+from moesim.kernels.fp8 import fp8_grouped_gemm
 from moesim.kernels.measured import contention_of, host_costs_of, typical_widths
-from moesim.kernels.memory_kinds import MEMORY_KINDS
 from moesim.kernels.physics import RowTotals
 from moesim.kernels.power import PowerCap
 from moesim.kernels.profile import Profile
@@ -44,7 +42,7 @@ SLOW_SHARE = 0.5
 _CACHED_CALLS = 4096
 _CACHED_ROWS = 16  # the directions of both products of a layer follow each other
 _MANY_ROWS = 512  # values of rows_per_expert from which it pays to look for equal ranks
-_COUNT, _NUMBER = (int, np.integer), (int, float, np.integer, np.floating)
+_SINGLE = (int, float, str, np.integer, np.floating, type(None))  # no array
 _LONG_KEY = 512  # bytes from which on a digest stands for an array in a cache
 
 
@@ -75,36 +73,13 @@ class CalibratedModel:
 
     def _forget(self) -> None:
         """Calls repeat over layers and micro-batches; caches, empty now, make the repetitions free."""
-        self._array_estimates: dict[Any, Estimate] = {}
+        self._estimates: dict[Any, Estimate] = {}
         self._row_totals: dict[Any, tuple[RowTotals, NDArray[np.int64] | None]] = {}
-        self._scalar_gemm: Callable[..., Estimate] = lru_cache(_CACHED_CALLS)(self._one_gemm)
-        self._scalar_attention: Callable[..., Estimate] = lru_cache(_CACHED_CALLS)(self._one_attention)
-        self._scalar_memory: Callable[..., Estimate] = lru_cache(_CACHED_CALLS)(self._memory)
 
     @property
     def name(self) -> str:
         """The profile's name."""
         return self.profile.name
-
-    @property
-    def launch_seconds(self) -> float:
-        """Host time of one eager forward operation (median over the measured kinds)."""
-        return self.host.launch
-
-    @property
-    def backward_launch_seconds(self) -> float:
-        """Host time of one operation in the backward pass (median over the measured kinds)."""
-        return self.host.backward_launch
-
-    @property
-    def readback_seconds(self) -> float:
-        """Host time of a synchronising read-back of some counts."""
-        return self.host.readback
-
-    @property
-    def kernel_floor_seconds(self) -> float:
-        """The shortest time a kernel occupies its stream."""
-        return self.host.kernel_floor
 
     @property
     def collectives(self) -> list[dict[str, Any]]:
@@ -160,67 +135,82 @@ class CalibratedModel:
         seconds_Q, source = cell.predict(flat, clock_mhz=self.clock_mhz, cap=cap)
         return Estimate(seconds_Q.reshape(shape), source)
 
-    def gemm(
-        self,
-        *,
-        m: ArrayLike,
-        k: ArrayLike,
-        n: ArrayLike,
-        dtype: str = "bf16",
-        direction: GemmDirection = "forward",
-    ) -> Estimate:
-        """Seconds of a dense product [m, k] x [k, n], or of its dgrad or wgrad (m, k, n stay those of the forward)."""
-        if isinstance(m, _COUNT) and isinstance(k, _COUNT) and isinstance(n, _COUNT):
-            return self._scalar_gemm(m, k, n, dtype, direction)
-        return self._gemm(m, k, n, dtype, direction)
+    def seconds(self, kernel: Kernel) -> Estimate:
+        """Seconds of a kernel; what the profile has no rows of, the roofline answers.
 
-    def _one_gemm(self, m: int, k: int, n: int, dtype: str, direction: str) -> Estimate:
-        return self._gemm(m, k, n, dtype, direction)
-
-    def _gemm(self, m: ArrayLike, k: ArrayLike, n: ArrayLike, dtype: str, direction: str) -> Estimate:
-        sizes, shape = _floats(*canonical(m, k, n, direction))
-        cell = self.cell(gemm_cell(dtype, direction))
-        if cell is None:
-            return self.fallback.gemm(m=sizes[0], k=sizes[2], n=sizes[1], dtype=dtype)
-        found = self._predict(cell, (*sizes, DTYPE_BYTES[dtype]), shape, self._cap)
-        if dtype != "fp8" or not self._shared_clock:
-            return found
-        # The law of a step's clock is that of bf16: it would let FP8 products run faster than any was measured.
-        least = 2.0 * sizes[0] * sizes[1] * sizes[2] / cell.highest_rate
-        return Estimate(as_result(np.maximum(found.seconds, least)), found.source)
-
-    def grouped_gemm(
-        self,
-        *,
-        rows_per_expert: ArrayLike,
-        k: int,
-        n: int,
-        dtype: str = "bf16",
-        direction: GemmDirection = "forward",
-        row_alignment: int | None = None,
-    ) -> Estimate:
-        """Seconds of one grouped product; rows_per_expert [E] or [R, E].
-
-        fp8 comes from published rates of another GPU (source "scaled") for kernels that need each expert's rows
-        aligned to `row_alignment` (128 by default there; bf16 needs none).
+        FP8 grouped GEMMs come from published rates of another GPU (source "scaled"). UserError as the roofline's.
         """
-        rows_RE = np.asarray(rows_per_expert, float)
-        if row_alignment:
-            rows_RE = np.ceil(rows_RE / row_alignment) * row_alignment
-        if dtype == "fp8":
-            alignment, gpu = row_alignment or FP8_ROW_ALIGNMENT, self.fallback.gpu
-            return fp8_grouped_gemm(rows_RE, k, n, gpu=gpu, direction=direction, row_alignment=alignment)
-        rows_key = _array_key(rows_RE)
-        key = (rows_key, k, n, dtype, direction)
-        found = self._array_estimates.get(key)
-        if found is not None:
+        if isinstance(kernel, GroupedGemm):
+            return self._known_grouped(kernel)
+        key = _key(kernel)
+        found = self._estimates.get(key)
+        if found is None:
+            seconds, source = self._estimate(kernel)
+            found = Estimate(_frozen(seconds), source)
+            _keep(self._estimates, key, found, limit=_CACHED_CALLS)
+        return found
+
+    def _estimate(self, kernel: Gemm | Attention | MemoryBound) -> Estimate:
+        match kernel:
+            case Gemm():
+                return self._gemm(kernel)
+            case Attention():
+                return self._attention(kernel)
+            case MemoryBound():
+                return self._memory_bound(kernel)
+
+    def _gemm(self, kernel: Gemm) -> Estimate:
+        cell = self.cell(gemm_cell(kernel.dtype, kernel.direction))
+        if cell is None:
+            return self.fallback.seconds(kernel)
+        sizes, shape = _floats(*gemm_sides(kernel.m, kernel.k, kernel.n, kernel.direction))
+        found = self._predict(cell, (*sizes, DTYPE_BYTES[kernel.dtype]), shape, self._cap)
+        if kernel.dtype != "fp8" or not self._shared_clock:
             return found
-        totals, source_Q = self._distinct_rows(rows_key, rows_RE)
-        seconds, source = self._grouped(totals, k, n, dtype, direction)
-        if source_Q is not None:
-            seconds = np.asarray(seconds)[source_Q]
-        found = Estimate(_frozen(seconds, rows_RE.shape[:-1]), source)
-        _keep(self._array_estimates, key, found, limit=_CACHED_CALLS)
+        # The law of a step's clock is that of bf16: it would let FP8 GEMMs run faster than any was measured.
+        return Estimate(as_result(np.maximum(found.seconds, kernel.flops / cell.highest_rate)), found.source)
+
+    def _attention(self, kernel: Attention) -> Estimate:
+        """FP32 takes the roofline."""
+        cell = self.cell(f"attention/{kernel.direction}") if TENSOR_DTYPES.get(kernel.dtype) == "bf16" else None
+        if cell is None:
+            return self.fallback.seconds(kernel)
+        (batch, sequence), shape = _floats(kernel.batch, kernel.sequence)
+        columns = physics.attention_sizes(
+            batch=batch,
+            sequence=sequence,
+            heads=kernel.heads,
+            kv_heads=kernel.kv_heads,
+            head_dim=kernel.head_dim,
+            value_dim=kernel.value_dim,
+            causal=float(kernel.causal),
+            direction=kernel.direction,
+        )
+        return self._predict(cell, columns, shape, self._cap)
+
+    def _memory_bound(self, kernel: MemoryBound) -> Estimate:
+        cell = self.cell(f"memory_bound/{kernel.kind}")
+        if cell is None:
+            return self.fallback.seconds(kernel)
+        width = self._widths[kernel.kind] if kernel.width is None else kernel.width
+        columns, shape = _floats(kernel.bytes, width)
+        follows = self._shared_clock and cell.parameters[1] < SLOW_SHARE * self.fallback.gpu.memory_bandwidth
+        return self._predict(cell, columns, shape, self._cap if follows else None)
+
+    def _known_grouped(self, kernel: GroupedGemm) -> Estimate:
+        if kernel.dtype == "fp8":
+            return fp8_grouped_gemm(kernel, gpu=self.fallback.gpu)
+        rows_RE = np.asarray(kernel.rows_per_expert, float)
+        rows_key = _array_key(rows_RE)
+        key = (rows_key, kernel.k, kernel.n, kernel.dtype, kernel.direction)
+        found = self._estimates.get(key)
+        if found is None:
+            totals, source_Q = self._distinct_rows(rows_key, rows_RE)
+            seconds, source = self._grouped(totals, kernel)
+            if source_Q is not None:
+                seconds = np.asarray(seconds)[source_Q]
+            found = Estimate(_frozen(seconds, rows_RE.shape[:-1]), source)
+            _keep(self._estimates, key, found, limit=_CACHED_CALLS)
         return found
 
     def _distinct_rows(self, key: Any, rows_RE: FloatArray) -> tuple[RowTotals, NDArray[np.int64] | None]:
@@ -241,103 +231,39 @@ class CalibratedModel:
             _keep(self._row_totals, key, found, limit=_CACHED_ROWS)
         return found
 
-    def _grouped(self, totals: RowTotals, k: int, n: int, dtype: str, direction: GemmDirection) -> Estimate:
+    def _grouped(self, totals: RowTotals, kernel: GroupedGemm) -> Estimate:
         experts = totals.rows_QE.shape[-1]
-        small_Q = physics.takes_small_tiles(totals.rows / experts, k, n, direction=direction)
+        small_Q = physics.takes_small_tiles(totals.rows / experts, kernel.k, kernel.n, direction=kernel.direction)
         if not isinstance(small_Q, np.ndarray):
-            return self._grouped_alike(totals, k, n, dtype, direction, small=bool(small_Q))
+            return self._grouped_alike(totals, kernel, small=bool(small_Q))
         if small_Q.all() or not small_Q.any():
-            return self._grouped_alike(totals, k, n, dtype, direction, small=bool(small_Q.any()))
+            return self._grouped_alike(totals, kernel, small=bool(small_Q.any()))
         seconds_Q, sources = np.empty(len(small_Q)), []
         for small in (True, False):
             chosen_Q = small_Q == small
-            part = self._grouped_alike(totals.chosen(chosen_Q), k, n, dtype, direction, small=small)
+            part = self._grouped_alike(totals.chosen(chosen_Q), kernel, small=small)
             seconds_Q[chosen_Q] = part.seconds
             sources.append(part.source)
         return Estimate(seconds_Q, weakest(*sources))
 
-    def _grouped_alike(
-        self, totals: RowTotals, k: int, n: int, dtype: str, direction: GemmDirection, *, small: bool
-    ) -> Estimate:
-        """Products that all take small tiles, or none."""
-        cell = self.cell(grouped_cell(direction, small=small)) if dtype in ("bf16", "fp16") else None
+    def _grouped_alike(self, totals: RowTotals, kernel: GroupedGemm, *, small: bool) -> Estimate:
+        """GEMMs that all take small tiles, or none."""
+        cell = self.cell(grouped_cell(kernel.direction, small=small)) if kernel.dtype in ("bf16", "fp16") else None
         if cell is None:
-            rows_QE = totals.rows_QE
-            return self.fallback.grouped_gemm(rows_per_expert=rows_QE, k=k, n=n, dtype=dtype, direction=direction)
-        columns = physics.grouped_sizes(totals, float(k), float(n), direction=direction, small=small)
+            return self.fallback.seconds(replace(kernel, rows_per_expert=totals.rows_QE))
+        columns = physics.grouped_sizes(
+            totals, float(kernel.k), float(kernel.n), direction=kernel.direction, small=small
+        )
         return self._predict(cell, columns, totals.rows_QE.shape[:-1], self._cap)
 
-    def attention(
-        self,
-        *,
-        batch: ArrayLike,
-        sequence: ArrayLike,
-        heads: int,
-        kv_heads: int,
-        head_dim: int,
-        value_dim: int,
-        causal: bool = True,
-        dtype: str = "bf16",
-        direction: AttentionDirection = "forward",
-    ) -> Estimate:
-        """Seconds of fused attention, forward or backward (all three gradients); fp32 takes the roofline."""
-        if TENSOR_DTYPES.get(dtype) != "bf16":
-            return self.fallback.attention(
-                batch=batch, sequence=sequence, heads=heads, kv_heads=kv_heads, head_dim=head_dim, value_dim=value_dim,
-                causal=causal, dtype=dtype, direction=direction,
-            )  # fmt: skip
-        if isinstance(batch, _COUNT) and isinstance(sequence, _COUNT):
-            return self._scalar_attention(batch, sequence, heads, kv_heads, head_dim, value_dim, causal, direction)
-        return self._attention(batch, sequence, heads, kv_heads, head_dim, value_dim, causal, direction)
 
-    def _one_attention(self, *shape: Any) -> Estimate:
-        return self._attention(*shape)
-
-    def _attention(
-        self,
-        batch: ArrayLike,
-        sequence: ArrayLike,
-        heads: int,
-        kv_heads: int,
-        head_dim: int,
-        value_dim: int,
-        causal: bool,
-        direction: AttentionDirection,
-    ) -> Estimate:
-        shape: dict[str, Any] = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "value_dim": value_dim}
-        shape |= {"causal": float(causal), "direction": direction}
-        cell = self.cell(f"attention/{direction}")
-        if cell is None:
-            return self.fallback.attention(batch=batch, sequence=sequence, **shape)
-        (batch, sequence), result_shape = _floats(batch, sequence)
-        columns = physics.attention_sizes(batch=batch, sequence=sequence, **shape)
-        return self._predict(cell, columns, result_shape, self._cap)
-
-    def memory_bound(self, *, kind: str, bytes: ArrayLike, width: ArrayLike | None = None) -> Estimate:
-        """Seconds of a memory-bound kernel; `width`, the length of its rows, sharpens it where known."""
-        if isinstance(bytes, _NUMBER) and (width is None or isinstance(width, _COUNT)):
-            return self._scalar_memory(kind, bytes, width)
-        if width is not None and not isinstance(width, _COUNT):
-            return self._memory(kind, bytes, width)
-        bytes_R = np.asarray(bytes, float)
-        key = (kind, _array_key(bytes_R), width)
-        found = self._array_estimates.get(key)
-        if found is None:
-            seconds, source = self._memory(kind, bytes_R, width)
-            found = Estimate(_frozen(seconds, bytes_R.shape), source)
-            _keep(self._array_estimates, key, found, limit=_CACHED_CALLS)
-        return found
-
-    def _memory(self, kind: str, bytes_: ArrayLike, width: ArrayLike | None) -> Estimate:
-        if kind not in MEMORY_KINDS:
-            raise UserError(f"unknown memory-bound kernel {kind!r}; use one of: {', '.join(MEMORY_KINDS)}")
-        cell = self.cell(f"memory_bound/{kind}")
-        if cell is None:
-            return self.fallback.memory_bound(kind=kind, bytes=bytes_)
-        width = self._widths[kind] if width is None else width
-        columns, shape = _floats(bytes_, width)
-        follows = self._shared_clock and cell.parameters[1] < SLOW_SHARE * self.fallback.gpu.memory_bandwidth
-        return self._predict(cell, columns, shape, self._cap if follows else None)
+def _key(kernel: Kernel) -> tuple[Any, ...]:
+    """What tells a kernel from others in a cache."""
+    sizes = vars(kernel).values()
+    return (
+        type(kernel),
+        *(size if isinstance(size, _SINGLE) else _array_key(np.asarray(size, float)) for size in sizes),
+    )
 
 
 def _floats(*sizes: Any) -> tuple[tuple[Any, ...], tuple[int, ...]]:
@@ -361,11 +287,11 @@ def _array_key(values: FloatArray) -> tuple[bytes, tuple[int, ...]]:
     return data, values.shape
 
 
-def _frozen(seconds: float | FloatArray, shape: tuple[int, ...]) -> float | FloatArray:
+def _frozen(seconds: float | FloatArray, shape: tuple[int, ...] | None = None) -> float | FloatArray:
     """In the caller's shape; an array may be handed out many times, so nobody may write into it."""
     if isinstance(seconds, float):
         return seconds
-    seconds = seconds.reshape(shape)
+    seconds = seconds if shape is None else seconds.reshape(shape)
     seconds.flags.writeable = False
     return seconds
 

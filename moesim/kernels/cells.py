@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from moesim.kernels import physics
-from moesim.kernels.estimate import DTYPE_BYTES, FloatArray
+from moesim.kernels.families import DTYPE_BYTES, FloatArray, gemm_sides
 from moesim.kernels.gaussian import ResidualField, Shape
 from moesim.kernels.physics import Columns, Parameters, arithmetic_of
 from moesim.kernels.power import LEAST_EXPONENT, PowerCap
@@ -80,17 +80,12 @@ class Fit:
         )
 
 
-def canonical(m: Any, k: Any, n: Any, direction: str) -> tuple[Any, Any, Any]:
-    """(M, N, K) of the forward product m x k x n, or of its dgrad or wgrad."""
-    return {"forward": (m, n, k), "dgrad": (m, k, n), "wgrad": (n, k, m)}[direction]
-
-
 def _column(rows: list[Row], name: str) -> FloatArray:
     return np.array([row[name] for row in rows], float)
 
 
 def _gemm_sizes(rows: list[Row]) -> Columns:
-    sizes = [canonical(row["m"], row["k"], row["n"], row["direction"]) for row in rows]
+    sizes = [gemm_sides(row["m"], row["k"], row["n"], row["direction"]) for row in rows]
     return (*np.array(sizes, float).T, np.full(len(rows), DTYPE_BYTES[rows[0]["dtype"]]))
 
 

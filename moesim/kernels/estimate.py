@@ -1,21 +1,12 @@
-"""What a duration is: seconds with the source it rests on, and the interface of everything that gives durations.
-
-Legend: R ranks, E local experts.
-"""
+"""What a duration is: seconds with the source it rests on, and the interface of everything that gives durations."""
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
-
-FloatArray = NDArray[np.float64]
-GemmDirection = Literal["forward", "dgrad", "wgrad"]
-AttentionDirection = Literal["forward", "backward"]
+from moesim.kernels.families import FloatArray, Kernel
 
 SOURCES = ("measured", "interpolated", "scaled", "extrapolated", "roofline")  # from the firmest to the weakest
 _FIRMNESS = {source: index for index, source in enumerate(SOURCES)}
-DTYPE_BYTES = {"fp32": 4.0, "tf32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0}
 
 
 class Estimate(NamedTuple):
@@ -67,27 +58,15 @@ class HostCosts:
 
 
 class KernelModel(Protocol):
-    """How long kernels take on one GPU. Sizes may be arrays (one value per rank): seconds then have their shape."""
+    """How long kernels take on one GPU."""
 
     @property
     def name(self) -> str:
         """The GPU (and profile) that this model describes."""
 
     @property
-    def launch_seconds(self) -> float:
-        """Host time of one eager forward operation."""
-
-    @property
-    def backward_launch_seconds(self) -> float:
-        """Host time of one operation in the backward pass."""
-
-    @property
-    def readback_seconds(self) -> float:
-        """Host time of a synchronising read-back, on top of waiting for the device."""
-
-    @property
-    def kernel_floor_seconds(self) -> float:
-        """The shortest time a kernel occupies its stream."""
+    def host(self) -> HostCosts:
+        """What an operation costs the host."""
 
     @property
     def contention(self) -> Contention:
@@ -96,33 +75,5 @@ class KernelModel(Protocol):
     def at_load(self, flops_per_second: float) -> "KernelModel":
         """The kernels of a step of this mean load, all at one clock; itself without a power limit."""
 
-    def gemm(
-        self, *, m: ArrayLike, k: ArrayLike, n: ArrayLike, dtype: str = "bf16", direction: GemmDirection = "forward"
-    ) -> Estimate:
-        """Out[m, n] = A[m, k] @ B[k, n], or a gradient of it (m, k, n stay those of the forward); 2 m k n FLOPs."""
-
-    def grouped_gemm(
-        self, *, rows_per_expert: ArrayLike, k: int, n: int, dtype: str = "bf16", direction: GemmDirection = "forward"
-    ) -> Estimate:
-        """One launch over all local experts; rows_per_expert is [E] or [R, E].
-
-        Weights are [E, k, n] in every direction: forward Y[r, n] = X[r, k] W, dgrad dX = dY W^T, wgrad dW = X^T dY.
-        """
-
-    def attention(
-        self,
-        *,
-        batch: ArrayLike,
-        sequence: ArrayLike,
-        heads: int,
-        kv_heads: int,
-        head_dim: int,
-        value_dim: int,
-        causal: bool = True,
-        dtype: str = "bf16",
-        direction: AttentionDirection = "forward",
-    ) -> Estimate:
-        """Fused attention of `heads` query heads; head_dim is that of queries and keys, value_dim that of values."""
-
-    def memory_bound(self, *, kind: str, bytes: ArrayLike) -> Estimate:
-        """A kernel limited by memory; bytes read plus written, as `moesim.kernels.memory_kinds` counts them."""
+    def seconds(self, kernel: Kernel) -> Estimate:
+        """Seconds of a kernel, in the shape of its sizes; UserError where the GPU has no units for its dtype."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from moesim.kernels.cells import Cell, Fit, Kind, Row, cell_of, clocks_of, kind_of
-from moesim.kernels.estimate import FloatArray
+from moesim.kernels.families import FloatArray
 from moesim.kernels.power import PowerCap, SustainedRows, fit_power_cap
 from moesim.kernels.profile import Profile
 

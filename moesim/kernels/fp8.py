@@ -16,9 +16,9 @@ from functools import cache
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
 
-from moesim.kernels.estimate import Estimate, FloatArray, as_result
+from moesim.kernels.estimate import Estimate, as_result
+from moesim.kernels.families import FloatArray, Gemm, GroupedGemm, gemm_sides
 from moesim.kernels.fitting import least_squares
 from moesim.kernels.roofline import GpuRates
 
@@ -93,15 +93,16 @@ def published_errors(*, left_out: int | None = None) -> FloatArray:
     return errors_P if left_out is None else errors_P[left_out::3]
 
 
-def fp8_gemm(m: ArrayLike, k: ArrayLike, n: ArrayLike, *, gpu: GpuRates, direction: str = "forward") -> Estimate:
-    """Seconds of a block-scaled dense product on `gpu`, at the shares of peak and bandwidth of the published kernels.
+def fp8_gemm(kernel: Gemm, *, gpu: GpuRates) -> Estimate:
+    """Seconds of a block-scaled dense GEMM on `gpu`, at the shares of peak and bandwidth of the published kernels.
 
-    m, k, n are those of the product that runs: outputs [m, n], sums over k. Source "scaled": clocks and software of
-    another machine. A KeyError for a GPU without FP8 units is the caller's to prevent.
+    Source "scaled": clocks and software of another machine. A KeyError for a GPU without FP8 units is the caller's to
+    prevent.
     """
-    sizes = np.broadcast_arrays(*(np.asarray(size, float) for size in (m, k, n)))
-    rows_Q, depth_Q, columns_Q = (size.reshape(-1) for size in sizes)
-    is_wgrad = direction == "wgrad"
+    sides = gemm_sides(kernel.m, kernel.k, kernel.n, kernel.direction)
+    sizes = np.broadcast_arrays(*(np.asarray(size, float) for size in sides))
+    rows_Q, columns_Q, depth_Q = (size.reshape(-1) for size in sizes)
+    is_wgrad = kernel.direction == "wgrad"
     # Accumulated weight gradients are read and written as fp32.
     products = _dense(rows_Q, depth_Q, columns_Q, output_bytes=8.0 if is_wgrad else 2.0)
     share = WEIGHT_GRADIENT_SHARE if is_wgrad else 1.0
@@ -110,16 +111,15 @@ def fp8_gemm(m: ArrayLike, k: ArrayLike, n: ArrayLike, *, gpu: GpuRates, directi
     return Estimate(as_result(np.exp(logs_Q).reshape(sizes[0].shape)), "scaled")
 
 
-def fp8_grouped_gemm(
-    rows_RE: FloatArray, k: int, n: int, *, gpu: GpuRates, direction: str, row_alignment: int
-) -> Estimate:
-    """Seconds on `gpu` of a block-scaled grouped product; source "scaled", as `fp8_gemm`."""
-    aligned_RE = np.ceil(np.asarray(rows_RE, float) / row_alignment) * row_alignment
+def fp8_grouped_gemm(kernel: GroupedGemm, *, gpu: GpuRates) -> Estimate:
+    """Seconds on `gpu` of a block-scaled grouped GEMM; source "scaled", as `fp8_gemm`."""
+    rows_RE, k, n = np.asarray(kernel.rows_per_expert, float), kernel.k, kernel.n
+    aligned_RE = np.ceil(rows_RE / FP8_ROW_ALIGNMENT) * FP8_ROW_ALIGNMENT
     shape = aligned_RE.shape[:-1]
     aligned_QE = aligned_RE.reshape(-1, aligned_RE.shape[-1])
     rows_Q, active_Q = aligned_QE.sum(-1), np.count_nonzero(aligned_QE, axis=-1)
     weights_Q = active_Q * float(k * n)
-    if direction == "wgrad":
+    if kernel.direction == "wgrad":
         # Every expert has the same outputs, as deep as it has rows; their time adds up to that of the mean depth.
         depth_Q = rows_Q / np.maximum(active_Q, 1)
         small_Q, large_Q = (active_Q * np.ceil(k / tile) for tile in (64.0, 128.0))
@@ -127,7 +127,7 @@ def fp8_grouped_gemm(
         products = _Products(small_Q, large_Q, np.full_like(rows_Q, n), depth_Q, bytes_Q)
         share = WEIGHT_GRADIENT_SHARE
     else:
-        read, written = (k, n) if direction == "forward" else (n, k)
+        read, written = (k, n) if kernel.direction == "forward" else (n, k)
         small_Q, large_Q = (np.ceil(aligned_QE / tile).sum(-1) for tile in (64.0, 128.0))
         columns_Q, depth_Q = np.full_like(rows_Q, written), np.full_like(rows_Q, read)
         products = _Products(small_Q, large_Q, columns_Q, depth_Q, rows_Q * (read + 2.0 * written) + weights_Q)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from moesim.kernels.estimate import FloatArray
+from moesim.kernels.families import FloatArray
 
 Shape = Literal["matern", "rational"]
 _MARGIN = 0.15  # length scales beyond the measured range that still count as inside

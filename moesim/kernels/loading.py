@@ -103,7 +103,8 @@ def load_profile(name_or_path: str | Path) -> CalibratedModel | ScaledModel:
     Raises UserError for an unknown name, a missing or damaged file, another schema version. A file that lacks families
     warns and answers those by the roofline.
 
-    >>> load_profile("h200").gemm(m=4096, k=2048, n=3072, dtype="bf16").source
+    >>> from moesim.kernels import Gemm
+    >>> load_profile("h200").seconds(Gemm(m=4096, k=2048, n=3072)).source
     'interpolated'
     """
     name = str(name_or_path)

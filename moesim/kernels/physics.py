@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from moesim.kernels.estimate import FloatArray
+from moesim.kernels.families import FloatArray
 
 NUM_SM = 132.0  # of Hopper; waves of other chips are absorbed by the fitted parameters
 Columns = tuple[Any, ...]

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from moesim.kernels.estimate import FloatArray
+from moesim.kernels.families import FloatArray
 
 MIN_ROWS = 20
 # Exponents fitted within a cell are too small: its benchmarks' clocks differ little, and are read with errors. This is

@@ -11,7 +11,7 @@ import numpy as np
 
 from moesim.kernels.calibrated import CalibratedModel
 from moesim.kernels.cells import cell_of
-from moesim.kernels.estimate import FloatArray
+from moesim.kernels.families import FloatArray
 
 if TYPE_CHECKING:
     from rich.table import Table

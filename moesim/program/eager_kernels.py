@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import ArrayLike
 
+from moesim.kernels import MemoryBound
 from moesim.program.eager_host import backward, forward
 from moesim.program.operations import Operation, compute
 from moesim.program.sizes import Passes, Step, chain
@@ -29,7 +30,7 @@ def moved(w: KernelWriter, name: str, kind: str, launches: float, *, bytes_: Arr
 
 def small(w: KernelWriter, name: str, launches: float, *, count: int = 1) -> Operation:
     """`count` kernels on a few numbers, one behind the other."""
-    estimate = w.model.memory_bound(kind="elementwise", bytes=SMALL)
+    estimate = w.model.seconds(MemoryBound("elementwise", SMALL))
     seconds = np.asarray(estimate.seconds) * count
     return compute(name, w.category, seconds, layer=w.layer, source=estimate.source, chain=w.chain, launches=launches)
 

@@ -68,9 +68,9 @@ from moesim.program.writer import KernelWriter
 def host_model(kernels: KernelModel) -> HostModel:
     """The host issues every operation, and waits at read-backs."""
     return HostModel(
-        forward_launch=kernels.launch_seconds,
-        backward_launch=kernels.backward_launch_seconds,
-        readback=kernels.readback_seconds,
+        forward_launch=kernels.host.launch,
+        backward_launch=kernels.host.backward_launch,
+        readback=kernels.host.readback,
     )
 
 

@@ -6,9 +6,8 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moesim.kernels import KernelModel
-from moesim.kernels.estimate import AttentionDirection, GemmDirection
-from moesim.kernels.memory_kinds import memory_bytes
+from moesim.kernels import Attention, Gemm, GroupedGemm, KernelModel, MemoryBound, memory_bytes
+from moesim.kernels.families import AttentionDirection, GemmDirection
 from moesim.program.operations import MAIN, Operation, compute
 
 FloatArray = NDArray[np.float64]
@@ -87,7 +86,7 @@ class KernelWriter:
         self, name: str, *, m: int, k: int, n: int, dtype: str | None = None, direction: GemmDirection = "forward"
     ) -> Operation:
         """Y[m, n] = X[m, k] W[k, n], or one of its gradients."""
-        estimate = self.model.gemm(m=m, k=k, n=n, dtype=dtype or self.dtype, direction=direction)
+        estimate = self.model.seconds(Gemm(m=m, k=k, n=n, dtype=dtype or self.dtype, direction=direction))
         return self._operation(name, estimate.seconds, estimate.source, 1)
 
     def gemm_backward(self, name: str, *, m: int, k: int, n: int, dtype: str | None = None) -> list[Operation]:
@@ -101,15 +100,14 @@ class KernelWriter:
         self, name: str, *, rows: NDArray[np.int64], k: int, n: int, direction: GemmDirection = "forward"
     ) -> Operation:
         """One launch over the local experts; rows [..., slots], seconds [...]."""
-        estimate = self.model.grouped_gemm(rows_per_expert=rows, k=k, n=n, dtype=self.dtype, direction=direction)
+        kernel = GroupedGemm(rows_per_expert=rows, k=k, n=n, dtype=self.dtype, direction=direction)
+        estimate = self.model.seconds(kernel)
         operation = self._operation(name, estimate.seconds, estimate.source, 1)
         if not self.spread_S.any():
             return operation
-        return replace(operation, seconds_MSR=self._even_experts(operation, rows=rows, k=k, n=n, direction=direction))
+        return replace(operation, seconds_MSR=self._even_experts(operation, kernel, rows=rows))
 
-    def _even_experts(
-        self, operation: Operation, *, rows: NDArray[np.int64], k: int, n: int, direction: GemmDirection
-    ) -> FloatArray:
+    def _even_experts(self, operation: Operation, kernel: GroupedGemm, *, rows: NDArray[np.int64]) -> FloatArray:
         """Seconds [M, S, R] where counterfactual samples take no longer than experts with equal rows.
 
         Kernels compute whole tiles, so that equal rows just above a multiple of a tile cost much more than uneven ones,
@@ -121,9 +119,7 @@ class KernelWriter:
         mean_MSRP = rows[:, self.spread_S].mean(axis=(2, 3), keepdims=True).repeat(slots, axis=3)
         width_MSRP = np.minimum(TILE_ROWS, 2 * mean_MSRP)
         exact, *anywhere = (
-            np.asarray(
-                self.model.grouped_gemm(rows_per_expert=even, k=k, n=n, dtype=self.dtype, direction=direction)[0]
-            )
+            np.asarray(self.model.seconds(replace(kernel, rows_per_expert=even)).seconds)
             for even in (mean_MSRP, *(mean_MSRP + ends_P * width_MSRP for ends_P in _ends_in_a_tile(slots)))
         )
         seconds_MSR = operation.seconds_MSR.copy()
@@ -146,7 +142,7 @@ class KernelWriter:
         direction: AttentionDirection = "forward",
     ) -> Operation:
         """Fused attention."""
-        estimate = self.model.attention(
+        kernel = Attention(
             batch=batch,
             sequence=sequence,
             heads=heads,
@@ -157,6 +153,7 @@ class KernelWriter:
             dtype=self.wide_dtype,
             direction=direction,
         )
+        estimate = self.model.seconds(kernel)
         return self._operation(name, estimate.seconds, estimate.source, 1)
 
     def memory(self, name: str, kind: str, *, rows: ArrayLike, width: ArrayLike = 1, launches: int = 1) -> Operation:
@@ -165,5 +162,5 @@ class KernelWriter:
 
     def moved(self, name: str, kind: str, *, bytes_: ArrayLike, launches: int = 1) -> Operation:
         """A memory-bound kernel that reads and writes `bytes_` at the efficiency of `kind`."""
-        estimate = self.model.memory_bound(kind=kind, bytes=bytes_)
+        estimate = self.model.seconds(MemoryBound(kind, bytes_))
         return self._operation(name, estimate.seconds, estimate.source, launches)

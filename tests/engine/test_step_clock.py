@@ -2,7 +2,11 @@
 
 from moesim.engine import step_kernels
 from moesim.engine.step_clock import FEW_LAYERS, small_part, step_flops
-from moesim.kernels import CalibratedModel, kernel_model
+from moesim.kernels import (
+    CalibratedModel,
+    Gemm,
+    kernel_model,
+)
 from moesim.program.scenario_fabric import scenario_fabric
 from moesim.run import draw_samples, obtain_trace
 from moesim.scenario import Scenario, scenario_from_mapping
@@ -40,7 +44,7 @@ def kernels_of(given: Scenario, profile: str | None = None) -> tuple[CalibratedM
 
 def test_heavier_steps_run_at_lower_clocks() -> None:
     light, heavy = kernels_of(scenario(64))[0], kernels_of(scenario(8192))[0]
-    assert light.gemm(**PRODUCT).seconds < heavy.gemm(**PRODUCT).seconds
+    assert light.seconds(Gemm(**PRODUCT)).seconds < heavy.seconds(Gemm(**PRODUCT)).seconds
 
 
 def test_a_datasheet_has_no_clock() -> None:

@@ -9,14 +9,20 @@ import pytest
 import torch
 
 from moesim.errors import UserError
-from moesim.kernels import CalibratedModel, calibrate_command, command, load_profile
+from moesim.kernels import (
+    CalibratedModel,
+    Gemm,
+    calibrate_command,
+    command,
+    load_profile,
+)
 from moesim.kernels.benchmarks import calibrate, sustained
 from moesim.kernels.benchmarks.device import Sampler
 from moesim.kernels.benchmarks.session import Session, row_key
 from moesim.kernels.benchmarks.shapes import CPU_LIMITS, GPU_LIMITS, family_shapes, kernel_flops
 from moesim.kernels.benchmarks.timing import CpuTimer
+from moesim.kernels.families import MEMORY_KINDS
 from moesim.kernels.fitting import fit_profile
-from moesim.kernels.memory_kinds import MEMORY_KINDS
 from moesim.kernels.profile import Profile, load_profile_file
 
 
@@ -141,7 +147,7 @@ def test_calibrating_a_cpu_writes_a_profile_that_loads(tmp_path: Path, capsys: p
     assert profile.sessions[0]["torch"] == torch.__version__
     with pytest.warns(UserWarning, match="no rows for grouped_gemm, attention, host"):
         model = load_profile(out)
-    assert model.gemm(m=64, k=64, n=64).seconds > 0
+    assert model.seconds(Gemm(m=64, k=64, n=64)).seconds > 0
     assert capsys.readouterr().out == ""
 
 

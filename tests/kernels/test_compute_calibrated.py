@@ -3,6 +3,7 @@
 import time
 import timeit
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,12 @@ import pytest
 
 from moesim.errors import UserError
 from moesim.kernels import (
+    Attention,
     CalibratedModel,
+    Gemm,
+    GroupedGemm,
     KernelModel,
+    MemoryBound,
     ScaledModel,
     kernel_model,
     leave_one_out_rows,
@@ -26,31 +31,32 @@ from moesim.kernels.roofline import Roofline
 from moesim.scenario import gpu_spec
 
 ATTENTION = {"heads": 16, "kv_heads": 16, "head_dim": 128, "value_dim": 128}
+COPY = MemoryBound(kind="copy", bytes=1e9)
 
 
 def test_a_measured_shape_gives_its_measured_seconds(h200: CalibratedModel) -> None:
     row = next(row for row in h200.profile.family("gemm") if row["direction"] == "forward" and "clock_mhz" in row)
-    found = h200.at_clock(row["clock_mhz"]).gemm(m=row["m"], k=row["k"], n=row["n"])
+    found = h200.at_clock(row["clock_mhz"]).seconds(Gemm(m=row["m"], k=row["k"], n=row["n"]))
     assert found.source == "measured"
     assert found.seconds == pytest.approx(row["p50"], rel=1e-9)
 
 
 def test_sources_tell_inside_from_outside(h200: CalibratedModel) -> None:
-    assert h200.gemm(m=4097, k=2048, n=3072).source == "interpolated"
-    assert h200.gemm(m=30_000_000, k=2048, n=3072).source == "extrapolated"
-    assert h200.gemm(m=np.array([4097, 30_000_000]), k=2048, n=3072).source == "extrapolated"
-    assert h200.gemm(m=4097, k=2048, n=3072, dtype="fp32").source == "roofline"
-    assert h200.grouped_gemm(rows_per_expert=[513] * 16, k=2048, n=2816, dtype="fp8").source == "scaled"
+    assert h200.seconds(Gemm(m=4097, k=2048, n=3072)).source == "interpolated"
+    assert h200.seconds(Gemm(m=30_000_000, k=2048, n=3072)).source == "extrapolated"
+    assert h200.seconds(Gemm(m=np.array([4097, 30_000_000]), k=2048, n=3072)).source == "extrapolated"
+    assert h200.seconds(Gemm(m=4097, k=2048, n=3072, dtype="fp32")).source == "roofline"
+    assert h200.seconds(GroupedGemm(rows_per_expert=[513] * 16, k=2048, n=2816, dtype="fp8")).source == "scaled"
 
 
 def test_nothing_beats_the_datasheet(h200: CalibratedModel) -> None:
     spec = gpu_spec("h200")
     for m, k, n in ((8192, 8192, 8192), (300, 1024, 5000), (32768, 4096, 14336)):
         for direction in ("forward", "dgrad", "wgrad"):
-            seconds = h200.gemm(m=m, k=k, n=n, direction=direction).seconds
+            seconds = h200.seconds(Gemm(m=m, k=k, n=n, direction=direction)).seconds
             assert seconds > 2.0 * m * k * n / spec.peak_flops["bf16"]
     moved = 2e9
-    assert h200.memory_bound(kind="copy", bytes=moved).seconds > moved / spec.memory_bandwidth
+    assert h200.seconds(MemoryBound(kind="copy", bytes=moved)).seconds > moved / spec.memory_bandwidth
 
 
 @pytest.mark.parametrize("load", [None, 3e14])
@@ -59,41 +65,41 @@ def test_vectors_equal_scalar_calls(h200: CalibratedModel, load: float | None) -
     model, close = h200 if load is None else h200.at_load(load), 1e-5
     m = np.array([7, 640, 5000])
     for direction in ("forward", "dgrad", "wgrad"):
-        alone = [model.gemm(m=int(value), k=2048, n=3072, direction=direction).seconds for value in m]
-        assert np.allclose(model.gemm(m=m, k=2048, n=3072, direction=direction).seconds, alone, rtol=close)
+        alone = [model.seconds(Gemm(m=int(value), k=2048, n=3072, direction=direction)).seconds for value in m]
+        assert np.allclose(model.seconds(Gemm(m=m, k=2048, n=3072, direction=direction)).seconds, alone, rtol=close)
     rows_RE = np.array([[40, 0, 3, 9], [700, 20, 1000, 5], [128, 128, 128, 128]])
     for direction in ("forward", "dgrad", "wgrad"):
         call: dict[str, Any] = {"k": 2048, "n": 2816, "direction": direction}
-        alone = [model.grouped_gemm(rows_per_expert=rows, **call).seconds for rows in rows_RE]
-        assert np.allclose(model.grouped_gemm(rows_per_expert=rows_RE, **call).seconds, alone, rtol=close)
+        alone = [model.seconds(GroupedGemm(rows_per_expert=rows, **call)).seconds for rows in rows_RE]
+        assert np.allclose(model.seconds(GroupedGemm(rows_per_expert=rows_RE, **call)).seconds, alone, rtol=close)
     lengths = np.array([1024, 3000])
     for way in ("forward", "backward"):
-        alone = [model.attention(batch=1, sequence=int(value), direction=way, **ATTENTION).seconds for value in lengths]
-        found = model.attention(batch=1, sequence=lengths, direction=way, **ATTENTION).seconds
-        assert np.allclose(found, alone, rtol=close)
+        together = Attention(batch=1, sequence=lengths, direction=way, **ATTENTION)
+        alone = [model.seconds(replace(together, sequence=int(value))).seconds for value in lengths]
+        assert np.allclose(model.seconds(together).seconds, alone, rtol=close)
     moved = np.array([1e6, 1e8])
-    alone = [model.memory_bound(kind="permute", bytes=float(value)).seconds for value in moved]
-    assert np.allclose(model.memory_bound(kind="permute", bytes=moved).seconds, alone, rtol=close)
+    alone = [model.seconds(MemoryBound(kind="permute", bytes=float(value))).seconds for value in moved]
+    assert np.allclose(model.seconds(MemoryBound(kind="permute", bytes=moved)).seconds, alone, rtol=close)
 
 
 def test_uneven_rows_cost_more_than_even_ones(h200: CalibratedModel) -> None:
-    even = h200.grouped_gemm(rows_per_expert=[512] * 64, k=2048, n=2816).seconds
-    ragged = h200.grouped_gemm(rows_per_expert=[257, 767] * 32, k=2048, n=2816).seconds
+    even = h200.seconds(GroupedGemm(rows_per_expert=[512] * 64, k=2048, n=2816)).seconds
+    ragged = h200.seconds(GroupedGemm(rows_per_expert=[257, 767] * 32, k=2048, n=2816)).seconds
     assert ragged > even
 
 
 def test_empty_experts_cost_far_less_than_experts_with_rows(h200: CalibratedModel) -> None:
     for direction in ("forward", "dgrad"):
         call: dict[str, Any] = {"k": 2048, "n": 2816, "direction": direction}
-        few = h200.grouped_gemm(rows_per_expert=[4096] * 4, **call).seconds
-        empty = h200.grouped_gemm(rows_per_expert=[4096] * 4 + [0] * 12, **call).seconds
-        spread = h200.grouped_gemm(rows_per_expert=[1024 + 4] * 16, **call).seconds
+        few = h200.seconds(GroupedGemm(rows_per_expert=[4096] * 4, **call)).seconds
+        empty = h200.seconds(GroupedGemm(rows_per_expert=[4096] * 4 + [0] * 12, **call)).seconds
+        spread = h200.seconds(GroupedGemm(rows_per_expert=[1024 + 4] * 16, **call)).seconds
         assert empty < few * 1.06
         assert empty < spread
 
 
 def test_a_faster_clock_shortens_compute(h200: CalibratedModel) -> None:
-    slow, fast = (h200.at_clock(mhz).gemm(m=8000, k=4096, n=4096).seconds for mhz in (1400.0, 1900.0))
+    slow, fast = (h200.at_clock(mhz).seconds(Gemm(m=8000, k=4096, n=4096)).seconds for mhz in (1400.0, 1900.0))
     assert 1.0 < slow / fast < 1900 / 1400
 
 
@@ -102,16 +108,16 @@ def test_scaled_gpus_follow_their_datasheets(h200: CalibratedModel) -> None:
     for name in ("a100", "b200"):
         model = load_profile(name)
         assert isinstance(model, ScaledModel)
-        copy = model.memory_bound(kind="copy", bytes=1e9)
-        product = model.gemm(m=8192, k=8192, n=8192)
+        copy, of_h200 = model.seconds(COPY), h200.seconds(COPY).seconds
+        product = model.seconds(Gemm(m=8192, k=8192, n=8192))
         assert copy.source == product.source == "scaled"
         bandwidths = specs["h200"].memory_bandwidth / specs[name].memory_bandwidth
-        assert copy.seconds / h200.memory_bound(kind="copy", bytes=1e9).seconds == pytest.approx(bandwidths, rel=0.02)
+        assert copy.seconds / of_h200 == pytest.approx(bandwidths, rel=0.02)
         peaks = specs["h200"].peak_flops["bf16"] / specs[name].peak_flops["bf16"]
-        assert product.seconds / h200.gemm(m=8192, k=8192, n=8192).seconds == pytest.approx(peaks, rel=0.02)
-        grouped = model.grouped_gemm(rows_per_expert=[[300] * 8, [0] * 8], k=2048, n=2816)
+        assert product.seconds / h200.seconds(Gemm(m=8192, k=8192, n=8192)).seconds == pytest.approx(peaks, rel=0.02)
+        grouped = model.seconds(GroupedGemm(rows_per_expert=[[300] * 8, [0] * 8], k=2048, n=2816))
         assert grouped.seconds.shape == (2,)
-        assert model.attention(batch=1, sequence=4096, **ATTENTION).source == "scaled"
+        assert model.seconds(Attention(batch=1, sequence=4096, **ATTENTION)).source == "scaled"
 
 
 def test_h800_is_the_chip_of_h100() -> None:
@@ -119,7 +125,7 @@ def test_h800_is_the_chip_of_h100() -> None:
     h100, h800 = load_profile("h100"), load_profile("h800")
     assert isinstance(h100, CalibratedModel) and isinstance(h800, ScaledModel)
     for size in (1024, 8192):
-        own, derived = (model.gemm(m=size, k=4096, n=4096) for model in (h100, h800))
+        own, derived = (model.seconds(Gemm(m=size, k=4096, n=4096)) for model in (h100, h800))
         assert derived.seconds == pytest.approx(own.seconds, rel=1e-12)
         assert (own.source, derived.source) != (derived.source, own.source) and derived.source == "scaled"
 
@@ -127,8 +133,8 @@ def test_h800_is_the_chip_of_h100() -> None:
 def test_h100_is_not_h200_by_its_data_sheet(h200: CalibratedModel) -> None:
     """The same chip with slower memory at 700 W: what was measured on both differs as memory does, and no further."""
     h100 = load_profile("h100")
-    copies = h100.memory_bound(kind="copy", bytes=1e9).seconds / h200.memory_bound(kind="copy", bytes=1e9).seconds
-    products = h100.gemm(m=8192, k=8192, n=8192).seconds / h200.gemm(m=8192, k=8192, n=8192).seconds
+    copies = h100.seconds(COPY).seconds / h200.seconds(COPY).seconds
+    products = h100.seconds(Gemm(m=8192, k=8192, n=8192)).seconds / h200.seconds(Gemm(m=8192, k=8192, n=8192)).seconds
     assert 1.2 < copies < 1.6
     assert 0.9 < products < 1.15
 
@@ -136,7 +142,7 @@ def test_h100_is_not_h200_by_its_data_sheet(h200: CalibratedModel) -> None:
 def test_every_model_speaks_the_protocol(h200: CalibratedModel) -> None:
     models: list[KernelModel] = [h200, load_profile("h800"), kernel_model("h200", "roofline"), kernel_model("gb200")]
     for model in models:
-        host = (model.launch_seconds, model.backward_launch_seconds, model.readback_seconds, model.kernel_floor_seconds)
+        host = (model.host.launch, model.host.backward_launch, model.host.readback, model.host.kernel_floor)
         assert all(0 < seconds < 1e-3 for seconds in host)
         assert model.contention.compute >= 1 and model.contention.transfer >= 1
         assert model.name
@@ -145,18 +151,18 @@ def test_every_model_speaks_the_protocol(h200: CalibratedModel) -> None:
 def test_fp8_on_a_gpu_without_it_is_refused() -> None:
     model = load_profile("a100")
     with pytest.raises(UserError, match="fp8"):
-        model.gemm(m=64, k=64, n=64, dtype="fp8")
+        model.seconds(Gemm(m=64, k=64, n=64, dtype="fp8"))
     with pytest.raises(UserError, match="fp8"):
-        model.grouped_gemm(rows_per_expert=[64], k=64, n=64, dtype="fp8")
+        model.seconds(GroupedGemm(rows_per_expert=[64], k=64, n=64, dtype="fp8"))
 
 
 def test_fp8_grouped_rows_are_aligned_and_near_the_published_dense_rates() -> None:
     h800 = load_profile("h800")
-    call: dict[str, Any] = {"k": 7168, "n": 4096, "dtype": "fp8"}
-    assert h800.grouped_gemm(rows_per_expert=[129, 1], **call) == h800.grouped_gemm(rows_per_expert=[256, 128], **call)
+    uneven, aligned = (GroupedGemm(rows, k=7168, n=4096, dtype="fp8") for rows in ([129, 1], [256, 128]))
+    assert h800.seconds(uneven) == h800.seconds(aligned)
     assert np.median(np.abs(published_errors())) < 0.05
     m, n, k, tflops = next(row for row in PUBLISHED_ROWS if row[:3] == (4096, 7168, 16384))
-    seconds = h800.grouped_gemm(rows_per_expert=[m], k=k, n=n, dtype="fp8").seconds
+    seconds = h800.seconds(GroupedGemm(rows_per_expert=[m], k=k, n=n, dtype="fp8")).seconds
     assert seconds == pytest.approx(2.0 * m * n * k / (tflops * 1e12), rel=0.25)
 
 
@@ -166,10 +172,10 @@ def test_missing_families_are_named_and_left_to_the_roofline(h200: CalibratedMod
     with pytest.warns(UserWarning, match="grouped_gemm, attention, memory_bound"):
         model = CalibratedModel(part, fallback=Roofline(gpu_spec("h200")))
     assert model.missing_families == ("grouped_gemm", "attention", "memory_bound")
-    assert model.gemm(m=4097, k=2048, n=3072).source == "interpolated"
-    assert model.grouped_gemm(rows_per_expert=[100, 300], k=2048, n=3072).source == "roofline"
-    assert model.attention(batch=1, sequence=1024, **ATTENTION).source == "roofline"
-    assert model.memory_bound(kind="copy", bytes=1e6).source == "roofline"
+    assert model.seconds(Gemm(m=4097, k=2048, n=3072)).source == "interpolated"
+    assert model.seconds(GroupedGemm(rows_per_expert=[100, 300], k=2048, n=3072)).source == "roofline"
+    assert model.seconds(Attention(batch=1, sequence=1024, **ATTENTION)).source == "roofline"
+    assert model.seconds(MemoryBound(kind="copy", bytes=1e6)).source == "roofline"
 
 
 def test_leave_one_out_errors_of_the_shipped_profile_reach_their_targets(h200: CalibratedModel) -> None:
@@ -220,19 +226,19 @@ def test_speed_of_a_call(h200: CalibratedModel) -> None:
     tokens = iter([rng.integers(1, 9000, 64) for _ in range(800)])
     grouped: dict[str, Any] = {"k": 2048, "n": 2816}
     calls: dict[str, tuple[Callable[[], object], float]] = {
-        "gemm, repeated": (lambda: h200.gemm(m=4096, k=2048, n=3072), REPEATED),
-        "grouped [32], repeated": (lambda: h200.grouped_gemm(rows_per_expert=[768] * 32, **grouped), REPEATED),
-        "attention, repeated": (lambda: h200.attention(batch=1, sequence=4096, **ATTENTION), REPEATED),
-        "gemm": (lambda: h200.gemm(m=next(fresh), k=2048, n=3072), SINGLE),
-        "gemm, fp8": (lambda: h200.gemm(m=next(fresh), k=2048, n=3072, dtype="fp8"), SINGLE),
-        "gemm, wgrad": (lambda: h200.gemm(m=next(fresh), k=2048, n=3072, direction="wgrad"), SINGLE),
-        "grouped [32]": (lambda: h200.grouped_gemm(rows_per_expert=next(rows[32,]), **grouped), SINGLE),
-        "grouped [64]": (lambda: h200.grouped_gemm(rows_per_expert=next(rows[64,]), **grouped), SINGLE),
-        "grouped, 64 in a list": (lambda: h200.grouped_gemm(rows_per_expert=next(lists), **grouped), SINGLE),
-        "attention": (lambda: h200.attention(batch=1, sequence=next(fresh), **ATTENTION), SINGLE),
-        "memory": (lambda: h200.memory_bound(kind="permute", bytes=next(fresh) * 1e3), SINGLE),
-        "gemm [64]": (lambda: h200.gemm(m=next(tokens), k=2048, n=3072), 2000),
-        "grouped [64, 4]": (lambda: h200.grouped_gemm(rows_per_expert=next(rows[64, 4]), **grouped), 1000),
+        "gemm, repeated": (lambda: h200.seconds(Gemm(m=4096, k=2048, n=3072)), REPEATED),
+        "grouped [32], repeated": (lambda: h200.seconds(GroupedGemm(rows_per_expert=[768] * 32, **grouped)), REPEATED),
+        "attention, repeated": (lambda: h200.seconds(Attention(batch=1, sequence=4096, **ATTENTION)), REPEATED),
+        "gemm": (lambda: h200.seconds(Gemm(m=next(fresh), k=2048, n=3072)), SINGLE),
+        "gemm, fp8": (lambda: h200.seconds(Gemm(m=next(fresh), k=2048, n=3072, dtype="fp8")), SINGLE),
+        "gemm, wgrad": (lambda: h200.seconds(Gemm(m=next(fresh), k=2048, n=3072, direction="wgrad")), SINGLE),
+        "grouped [32]": (lambda: h200.seconds(GroupedGemm(rows_per_expert=next(rows[32,]), **grouped)), SINGLE),
+        "grouped [64]": (lambda: h200.seconds(GroupedGemm(rows_per_expert=next(rows[64,]), **grouped)), SINGLE),
+        "grouped, 64 in a list": (lambda: h200.seconds(GroupedGemm(rows_per_expert=next(lists), **grouped)), SINGLE),
+        "attention": (lambda: h200.seconds(Attention(batch=1, sequence=next(fresh), **ATTENTION)), SINGLE),
+        "memory": (lambda: h200.seconds(MemoryBound(kind="permute", bytes=next(fresh) * 1e3)), SINGLE),
+        "gemm [64]": (lambda: h200.seconds(Gemm(m=next(tokens), k=2048, n=3072)), 2000),
+        "grouped [64, 4]": (lambda: h200.seconds(GroupedGemm(rows_per_expert=next(rows[64, 4]), **grouped)), 1000),
     }
     for name, (call, limit) in calls.items():
         call()  # builds the cell

@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from moesim.cli import main
-from moesim.kernels import load_profile
+from moesim.kernels import (
+    Gemm,
+    load_profile,
+)
 from moesim.kernels.profile import load_profile_file
 
 FAMILIES = ("--families", "gemm,attention,memory_bound", "--budget", "0.4", "--quiet")
@@ -29,7 +32,7 @@ def test_a_tiny_budget_on_the_cpu_gives_a_profile_to_simulate_with(
     assert {row["family"] for row in load_profile_file(out).rows} == {"gemm", "attention", "memory_bound"}
     with pytest.warns(UserWarning, match="no rows for grouped_gemm, host"):
         model = load_profile(out)
-    assert 0 < float(model.gemm(m=128, k=128, n=128).seconds) < 1
+    assert 0 < float(model.seconds(Gemm(m=128, k=128, n=128)).seconds) < 1
     assert capsys.readouterr().out == ""
 
 

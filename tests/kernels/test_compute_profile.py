@@ -7,7 +7,11 @@ from pathlib import Path
 import pytest
 
 from moesim.errors import UserError
-from moesim.kernels import kernel_model, load_profile
+from moesim.kernels import (
+    Gemm,
+    kernel_model,
+    load_profile,
+)
 from moesim.kernels.profile import SCHEMA_VERSION, SHIPPED, Profile, load_profile_file, save_profile
 
 ROW = {"family": "gemm", "m": 8, "k": 64, "n": 64, "dtype": "bf16", "direction": "forward", "p50": 1e-5}
@@ -88,16 +92,16 @@ def test_a_profile_of_an_unknown_device_needs_rows_to_judge_it_by(tmp_path: Path
     path.write_text(content(sessions=[{"device": "Abacus"}], rows=[ROW, moved]))
     with pytest.warns(UserWarning, match="no rows for grouped_gemm"):
         model = load_profile(path)
-    assert model.gemm(m=64, k=64, n=64).source == "roofline"  # one row is no calibration
+    assert model.seconds(Gemm(m=64, k=64, n=64)).source == "roofline"  # one row is no calibration
 
 
 def test_a_profile_of_another_gpu_is_scaled_to_the_one_asked_for() -> None:
     shipped = str(SHIPPED / "h200.json.gz")
     own, other = kernel_model("h200", shipped), kernel_model("a100", shipped)
     call = {"m": 4097, "k": 4096, "n": 4096}
-    assert own.gemm(**call).source == "interpolated"
-    assert other.gemm(**call).source == "scaled"
-    assert other.gemm(**call).seconds > own.gemm(**call).seconds
+    assert own.seconds(Gemm(**call)).source == "interpolated"
+    assert other.seconds(Gemm(**call)).source == "scaled"
+    assert other.seconds(Gemm(**call)).seconds > own.seconds(Gemm(**call)).seconds
 
 
 def test_the_shipped_profile_says_where_it_comes_from() -> None:

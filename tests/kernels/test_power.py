@@ -5,7 +5,14 @@ import math
 import numpy as np
 import pytest
 
-from moesim.kernels import CalibratedModel, kernel_model, load_profile
+from moesim.kernels import (
+    CalibratedModel,
+    Gemm,
+    GroupedGemm,
+    MemoryBound,
+    kernel_model,
+    load_profile,
+)
 from moesim.kernels.power import PowerCap, SustainedRows, fit_power_cap
 
 CAP = PowerCap(free=math.log(1900.0), threshold=3.5e14, slope=8e-16, traffic=30.0)
@@ -36,19 +43,20 @@ def test_few_rows_or_a_clock_that_does_not_fall_give_no_cap() -> None:
 
 
 def test_heavier_kernels_that_run_on_are_slower_than_at_a_free_clock(h200: CalibratedModel) -> None:
-    heavy, light = {"m": 8192, "k": 8192, "n": 8192}, {"m": 64, "k": 2048, "n": 2048}
-    assert h200.gemm(**heavy).seconds > 1.08 * h200.at_clock(1950.0).gemm(**heavy).seconds
-    assert h200.gemm(**light).seconds == pytest.approx(h200.at_load(0.0).gemm(**light).seconds, rel=1e-6)
+    heavy, light = Gemm(8192, 8192, 8192), Gemm(64, 2048, 2048)
+    assert h200.seconds(heavy).seconds > 1.08 * h200.at_clock(1950.0).seconds(heavy).seconds
+    assert h200.seconds(light).seconds == pytest.approx(h200.at_load(0.0).seconds(light).seconds, rel=1e-6)
 
 
 def test_all_kernels_of_a_step_share_the_clock_that_its_load_leaves(h200: CalibratedModel) -> None:
     calm, hot = h200.at_load(1e14), h200.at_load(6e14)
-    product = {"m": 8192, "k": 8192, "n": 8192}
-    assert calm.gemm(**product).seconds < h200.gemm(**product).seconds < 1.1 * hot.gemm(**product).seconds
-    assert hot.gemm(**product).seconds > 1.05 * calm.gemm(**product).seconds
+    product = Gemm(8192, 8192, 8192)
+    assert calm.seconds(product).seconds < h200.seconds(product).seconds < 1.1 * hot.seconds(product).seconds
+    assert hot.seconds(product).seconds > 1.05 * calm.seconds(product).seconds
     # Kernels at the memory's full bandwidth do not notice; an index-add, far below it, does.
     for kind, slower in (("elementwise", 1.0), ("unpermute", 1.05)):
-        ratio = hot.memory_bound(kind=kind, bytes=1e9).seconds / calm.memory_bound(kind=kind, bytes=1e9).seconds
+        moved = MemoryBound(kind, 1e9)
+        ratio = hot.seconds(moved).seconds / calm.seconds(moved).seconds
         assert ratio == pytest.approx(1.0, abs=1e-9) if slower == 1.0 else ratio > slower
 
 
@@ -56,22 +64,22 @@ def test_models_without_a_power_limit_have_no_load() -> None:
     roofline = kernel_model("h200", "roofline")
     assert roofline.at_load(5e14) is roofline
     scaled = load_profile("b200")
-    product = {"m": 8192, "k": 8192, "n": 8192}
+    product = Gemm(8192, 8192, 8192)
     # A B200 with the same work is less of its peak, and so runs nearer to its free clock.
-    assert scaled.at_load(1e15).gemm(**product).seconds < scaled.at_load(1.6e15).gemm(**product).seconds
+    assert scaled.at_load(1e15).seconds(product).seconds < scaled.at_load(1.6e15).seconds(product).seconds
 
 
 def test_vectors_agree_with_floats_under_the_cap(h200: CalibratedModel) -> None:
     m = np.array([512, 4096, 30000])
-    vector = h200.gemm(m=m, k=4096, n=8192).seconds
-    assert vector == pytest.approx([h200.gemm(m=int(each), k=4096, n=8192).seconds for each in m], rel=1e-3)
+    vector = h200.seconds(Gemm(m=m, k=4096, n=8192)).seconds
+    assert vector == pytest.approx([h200.seconds(Gemm(m=int(each), k=4096, n=8192)).seconds for each in m], rel=1e-3)
 
 
 def test_equal_ranks_are_equal_wherever_they_stand(h200: CalibratedModel) -> None:
     rows_RE = np.random.default_rng(0).integers(0, 3000, (200, 8))
-    seconds = h200.grouped_gemm(rows_per_expert=rows_RE, k=2048, n=2816).seconds
-    few = h200.grouped_gemm(rows_per_expert=rows_RE[:20], k=2048, n=2816).seconds
+    seconds = h200.seconds(GroupedGemm(rows_per_expert=rows_RE, k=2048, n=2816)).seconds
+    few = h200.seconds(GroupedGemm(rows_per_expert=rows_RE[:20], k=2048, n=2816)).seconds
     assert seconds[:20] == pytest.approx(few, rel=1e-5)
     order = np.random.default_rng(1).permutation(200)
-    shuffled = h200.grouped_gemm(rows_per_expert=rows_RE[order][:, ::-1], k=2048, n=2816).seconds
+    shuffled = h200.seconds(GroupedGemm(rows_per_expert=rows_RE[order][:, ::-1], k=2048, n=2816)).seconds
     assert shuffled == pytest.approx(seconds[order], rel=1e-6)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from moesim.kernels import CalibratedModel
+from moesim.kernels.families import kernel_of
 
 Row = dict[str, Any]
 
@@ -27,11 +28,7 @@ def unseen() -> list[Row]:
 
 
 def predicted(model: CalibratedModel, row: Row) -> float:
-    shape = {key: row[key] for key in row if key not in ("family", "flushed", "rotated", "sustained")}
-    shape = {key: value for key, value in shape.items() if not key.endswith("_mhz")}
-    if row["family"] == "memory_bound":
-        return float(model.memory_bound(kind=row["kind"], bytes=row["bytes"], width=row["width"]).seconds)
-    return float(getattr(model, row["family"])(**shape).seconds)
+    return float(model.seconds(kernel_of(row)).seconds)
 
 
 def errors(model: CalibratedModel, rows: list[Row], measured: str) -> np.ndarray:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moesim.engine import simulate_step
-from moesim.kernels import kernel_model
+from moesim.kernels import Attention, Gemm, kernel_model
 from moesim.network import build_fabric
 from moesim.parallel import Mesh, TrafficSampler
 from moesim.parallel.schedules import Pass
@@ -34,15 +34,13 @@ class Recorder:
     def __getattr__(self, name):
         return getattr(self.model, name)
 
-    def gemm(self, *, m, k, n, dtype, direction):
-        self.products["gemm"] += m * k * n
-        return self.model.gemm(m=m, k=k, n=n, dtype=dtype, direction=direction)
-
-    def attention(self, *, batch, sequence, heads, causal, direction, **sizes):
-        self.pairs[direction] += batch * heads * sequence**2 / (2 if causal else 1)
-        return self.model.attention(
-            batch=batch, sequence=sequence, heads=heads, causal=causal, direction=direction, **sizes
-        )
+    def seconds(self, kernel):
+        if isinstance(kernel, Gemm):
+            self.products["gemm"] += kernel.m * kernel.k * kernel.n
+        if isinstance(kernel, Attention):
+            pairs = kernel.batch * kernel.heads * kernel.sequence**2 / (2 if kernel.causal else 1)
+            self.pairs[kernel.direction] += pairs
+        return self.model.seconds(kernel)
 
 
 def dense_layer(scenario: Scenario) -> tuple[dict[Pass, Block], Recorder]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from moesim.kernels import kernel_model
+from moesim.kernels import Attention, kernel_model
 from moesim.network import build_fabric
 from moesim.parallel import TrafficSampler
 from moesim.program import build_program
@@ -20,10 +20,10 @@ class Recorder:
     def __getattr__(self, name: str):
         return getattr(self.model, name)
 
-    def attention(self, **shape):
-        if shape["direction"] == "forward":
-            self.asked.append((shape["batch"], shape["sequence"], shape["causal"]))
-        return self.model.attention(**shape)
+    def seconds(self, kernel):
+        if isinstance(kernel, Attention) and kernel.direction == "forward":
+            self.asked.append((kernel.batch, kernel.sequence, kernel.causal))
+        return self.model.seconds(kernel)
 
 
 def window(length: int, every: int | None = None) -> dict:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from moesim.kernels.benchmarks.buffers import Pool, Rotation, keep_outputs
 from moesim.kernels.benchmarks.shapes import Shape
 from moesim.kernels.benchmarks.timing import Call
-from moesim.kernels.roofline import attention_bytes, gemm_bytes, grouped_gemm_bytes
+from moesim.kernels.families import kernel_of
 
 Prepared = tuple[Call, dict[str, Any]]  # the call to time, and facts about it for the profile row
 
@@ -26,7 +26,7 @@ def prepare_gemm(shape: Shape, pool: Pool, beyond: float) -> Prepared:
     """`F.linear` with weight [n, k], and the two products of its backward."""
     m, k, n = shape["m"], shape["k"], shape["n"]
     direction = shape["direction"]
-    moved = float(gemm_bytes(m, k, n, dtype=shape["dtype"]))
+    moved = float(kernel_of({"family": "gemm"} | shape).moved_bytes)
     if shape["dtype"] == "fp8":
         return _prepare_scaled(m, k, n, pool, beyond, moved), {}
 
@@ -68,7 +68,7 @@ def prepare_grouped_gemm(shape: Shape, pool: Pool, beyond: float) -> Prepared:
     rows_E, k, n = shape["rows_per_expert"], shape["k"], shape["n"]
     experts, rows, direction = len(rows_E), sum(rows_E), shape["direction"]
     offsets_E = torch.tensor(rows_E, device=pool.device).cumsum(0).to(torch.int32)
-    moved = float(grouped_gemm_bytes(rows_E, k, n, dtype="bf16", direction=direction))
+    moved = float(kernel_of({"family": "grouped_gemm"} | shape).moved_bytes)
 
     def make() -> tuple[torch.Tensor, torch.Tensor]:
         if direction == "forward":
@@ -91,10 +91,7 @@ def prepare_attention(shape: Shape, pool: Pool, beyond: float) -> Prepared:
     batch, sequence, heads, kv_heads = shape["batch"], shape["sequence"], shape["heads"], shape["kv_heads"]
     head_dim, value_dim, causal = shape["head_dim"], shape["value_dim"], shape["causal"]
     grouped = kv_heads != heads
-    sizes = {"batch": batch, "sequence": sequence, "heads": heads, "kv_heads": kv_heads}
-    moved = float(
-        attention_bytes(**sizes, head_dim=head_dim, value_dim=value_dim, dtype="bf16", direction=shape["direction"])
-    )
+    moved = float(kernel_of({"family": "attention"} | shape).moved_bytes)
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)

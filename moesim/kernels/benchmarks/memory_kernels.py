@@ -1,4 +1,4 @@
-"""The calls that are timed for kernels limited by memory, one per kind of `moesim.kernels.memory_kinds`.
+"""The calls that are timed for kernels limited by memory, one per kind of `moesim.kernels.families`.
 
 Legend: R rows, W row width, T tokens (R / 8 where rows are gathered from tokens).
 """

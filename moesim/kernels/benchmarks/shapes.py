@@ -13,9 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from moesim.kernels.estimate import FloatArray
-from moesim.kernels.memory_kinds import MEMORY_KINDS, memory_bytes
-from moesim.kernels.roofline import attention_flops
+from moesim.kernels.families import MEMORY_KINDS, FloatArray, kernel_of, memory_bytes
 from moesim.seeding import stream
 
 Shape = dict[str, Any]
@@ -68,11 +66,7 @@ CPU_LIMITS = Limits(
 
 def kernel_flops(shape: Shape) -> float:
     """FLOPs of one call of a row (with its family) of gemm, grouped_gemm or attention."""
-    if shape["family"] == "attention":
-        names = ("batch", "sequence", "heads", "head_dim", "value_dim", "causal", "direction")
-        return float(attention_flops(**{name: shape[name] for name in names}))
-    rows = sum(shape["rows_per_expert"]) if shape["family"] == "grouped_gemm" else shape["m"]
-    return float(2.0 * rows * shape["k"] * shape["n"])
+    return float(kernel_of(shape).flops)
 
 
 def _log_uniform(rng: np.random.Generator, low: float, high: float) -> float:

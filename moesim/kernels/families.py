@@ -1,0 +1,225 @@
+"""A kernel as a value: its family, its sizes, its number format and its direction; what it computes and what it moves.
+
+Sizes may be arrays, one value per rank: FLOPs, bytes and seconds then have their shape. `direction` says which product
+of a layer it is: m, k, n stay those of the forward one, so that a gradient finds the rows that were measured of it.
+
+Bytes are those that the algorithm must move: every input read once, every output written once (also where a library
+kernel moves more: its measured efficiency is then lower). A fused kernel that torch does not have is described by the
+memory-bound kind `elementwise` with the bytes it moves.
+
+Legend: R ranks, E local experts.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from moesim.errors import UserError
+
+FloatArray = NDArray[np.float64]
+GemmDirection = Literal["forward", "dgrad", "wgrad"]
+AttentionDirection = Literal["forward", "backward"]
+
+GEMM_DIRECTIONS: tuple[GemmDirection, ...] = ("forward", "dgrad", "wgrad")
+ATTENTION_DIRECTIONS: tuple[AttentionDirection, ...] = ("forward", "backward")
+DTYPE_BYTES = {"fp32": 4.0, "tf32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0}
+OUTPUT_BYTES = 2.0  # GEMMs write bf16, also those of fp8 operands
+
+
+def gemm_sides(m: Any, k: Any, n: Any, direction: str) -> tuple[Any, Any, Any]:
+    """(rows, columns, depth) of the GEMM that runs for a layer [m, k] x [k, n]: its forward, dgrad or wgrad."""
+    return {"forward": (m, n, k), "dgrad": (m, k, n), "wgrad": (n, k, m)}[direction]
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """Y[m, n] = X[m, k] W[k, n], or its gradients dX = dY W^T (dgrad) and dW = X^T dY (wgrad)."""
+
+    m: ArrayLike
+    k: ArrayLike
+    n: ArrayLike
+    dtype: str = "bf16"
+    direction: GemmDirection = "forward"
+
+    @property
+    def flops(self) -> FloatArray:
+        """2 m k n, in every direction."""
+        return np.asarray(2.0 * np.asarray(self.m, float) * np.asarray(self.k, float) * np.asarray(self.n, float))
+
+    @property
+    def moved_bytes(self) -> FloatArray:
+        """Both operands read once and the product written once."""
+        sides = gemm_sides(self.m, self.k, self.n, self.direction)
+        rows, columns, depth = (np.asarray(side, float) for side in sides)
+        operands = (rows * depth + depth * columns) * DTYPE_BYTES[self.dtype]
+        return np.asarray(operands + rows * columns * OUTPUT_BYTES)
+
+
+@dataclass(frozen=True)
+class GroupedGemm:
+    """One launch over all local experts, rows_per_expert [E] or [R, E]; weights are [E, k, n] in every direction."""
+
+    rows_per_expert: ArrayLike
+    k: int
+    n: int
+    dtype: str = "bf16"
+    direction: GemmDirection = "forward"
+
+    @property
+    def flops(self) -> FloatArray:
+        """2 k n for every row."""
+        rows_R = np.asarray(self.rows_per_expert, float).sum(-1)
+        return np.asarray(2.0 * rows_R * float(self.k) * float(self.n))
+
+    @property
+    def moved_bytes(self) -> FloatArray:
+        """Activations of all rows, and weights of the experts that have rows.
+
+        wgrad writes the gradient of every expert that has rows; torch hands back one zero-filled tensor for the others,
+        whose bytes count too.
+        """
+        rows_RE, k, n = np.asarray(self.rows_per_expert, float), self.k, self.n
+        rows_R, size = rows_RE.sum(-1), DTYPE_BYTES[self.dtype]
+        if self.direction == "wgrad":
+            return np.asarray(rows_R * (k + n) * size + rows_RE.shape[-1] * k * n * OUTPUT_BYTES)
+        read, written = (k, n) if self.direction == "forward" else (n, k)
+        active_R = np.count_nonzero(rows_RE, axis=-1)
+        return np.asarray(rows_R * (read * size + written * OUTPUT_BYTES) + active_R * (k * n * size))
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Fused attention of `heads` query heads, forward or backward (all three gradients at once).
+
+    `head_dim` is that of queries and keys, `value_dim` that of values.
+    """
+
+    batch: ArrayLike
+    sequence: ArrayLike
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    causal: bool = True
+    dtype: str = "bf16"
+    direction: AttentionDirection = "forward"
+
+    @property
+    def flops(self) -> FloatArray:
+        """Q K^T and P V forward; backward recomputes Q K^T and adds dP, dV, dQ, dK. Causal attention skips half."""
+        width = self.head_dim + self.value_dim
+        if self.direction == "backward":
+            width = 3 * self.head_dim + 2 * self.value_dim
+        squares = np.asarray(self.batch, float) * np.square(np.asarray(self.sequence, float))
+        return np.asarray(2.0 * self.heads * width * (squares * (0.5 if self.causal else 1.0)))
+
+    @property
+    def moved_bytes(self) -> FloatArray:
+        """Queries, keys, values and output once; backward also the output's gradient, and it writes three gradients."""
+        width = (self.heads + self.kv_heads) * (self.head_dim + self.value_dim)
+        if self.direction == "backward":
+            width = 2 * width + self.heads * self.value_dim
+        tokens = np.asarray(self.batch, float) * np.asarray(self.sequence, float)
+        return np.asarray(tokens * width * DTYPE_BYTES[self.dtype])
+
+
+@dataclass(frozen=True)
+class MemoryKind:
+    """What a kind is in torch; bytes = rows * width * per_element + rows * per_row."""
+
+    what: str
+    per_element: float
+    per_row: float = 0.0
+
+
+MEMORY_KINDS: dict[str, MemoryKind] = {
+    "copy": MemoryKind("bf16 copy", 4),
+    "elementwise": MemoryKind("bf16 out = a + b; stands for any fused elementwise kernel", 6),
+    "mul": MemoryKind("bf16 rows times one number each", 4),
+    "mul_backward": MemoryKind("gradients of rows times one number each: of the rows and of the numbers", 10, 4),
+    "zero": MemoryKind("fill with zeros, bf16", 2),
+    "cast": MemoryKind("bf16 to fp32", 6),
+    "reduce": MemoryKind("sum of bf16 rows into one value each", 2, 2),
+    "rms_norm": MemoryKind("torch.nn.functional.rms_norm of bf16 rows", 4),
+    "rms_norm_backward": MemoryKind("gradients of rows and weight", 6),
+    "permute": MemoryKind("index_select of bf16 rows; rows are those written", 4, 8),
+    "permute_backward": MemoryKind("index_add of the gathered rows into zeros", 6, 8),
+    "unpermute": MemoryKind("index_add of bf16 rows into tokens; rows are those read", 6, 8),
+    "unpermute_backward": MemoryKind("index_select of the tokens' gradients; rows are those written", 4, 8),
+    "silu": MemoryKind("bf16 silu", 4),
+    "silu_backward": MemoryKind("bf16 gradient of silu", 6),
+    "activation": MemoryKind("silu(a) * b of the halves of [rows, 2 width] in eager torch: two kernels", 6),
+    "activation_backward": MemoryKind("gradients of both halves in eager torch", 10),
+    "softmax": MemoryKind("fp32 softmax over width", 8),
+    "softmax_backward": MemoryKind("fp32 gradient of softmax", 12),
+    "topk": MemoryKind("fp32 top-8 over width, values and indices", 4, 96),
+    "sort": MemoryKind("stable argsort of int64 ids; width 1", 16),
+    "histogram": MemoryKind("counts of int64 ids by scatter_add; width 1", 8),
+    "cross_entropy": MemoryKind("mean cross entropy of bf16 logits over width", 4),
+    "cross_entropy_backward": MemoryKind("gradient of bf16 logits", 4),
+    "cross_entropy_fp32": MemoryKind("mean cross entropy of fp32 logits over width", 8),
+    "cross_entropy_fp32_backward": MemoryKind("gradient of fp32 logits", 8),
+    "quantise": MemoryKind("bf16 to fp8 (e4m3) cast", 3),
+    "embedding": MemoryKind("bf16 rows looked up in a table", 4, 8),
+    "embedding_backward": MemoryKind("bf16 gradient of the table, whose own bytes come on top", 2, 8),
+    "optimizer_bf16": MemoryKind("fused AdamW; parameter, gradient and both states bf16", 14),
+    "optimizer_fp32": MemoryKind("fused AdamW; parameter, gradient and both states fp32", 28),
+}
+
+
+def _memory_kind(kind: str) -> MemoryKind:
+    if kind not in MEMORY_KINDS:
+        raise UserError(f"unknown memory-bound kernel {kind!r}; use one of: {', '.join(MEMORY_KINDS)}")
+    return MEMORY_KINDS[kind]
+
+
+def memory_bytes(kind: str, *, rows: ArrayLike, width: ArrayLike = 1) -> FloatArray:
+    """Bytes that `kind` moves for `rows` rows of `width` elements. Raises UserError for an unknown kind."""
+    entry = _memory_kind(kind)
+    rows_R = np.asarray(rows, float)
+    return np.asarray(rows_R * np.asarray(width, float) * entry.per_element + rows_R * entry.per_row)
+
+
+@dataclass(frozen=True)
+class MemoryBound:
+    """A kernel of one of MEMORY_KINDS that reads and writes `bytes`, as `memory_bytes` counts them.
+
+    `width`, the length of its rows, sharpens the estimate where known. An unknown kind raises UserError.
+    """
+
+    kind: str
+    bytes: ArrayLike
+    width: ArrayLike | None = None
+
+    def __post_init__(self) -> None:
+        _memory_kind(self.kind)
+
+    @property
+    def flops(self) -> FloatArray:
+        """None that count."""
+        return np.zeros(())
+
+    @property
+    def moved_bytes(self) -> FloatArray:
+        """Read plus written."""
+        return np.asarray(self.bytes, float)
+
+
+Kernel = Gemm | GroupedGemm | Attention | MemoryBound
+
+FAMILIES: dict[str, type[Kernel]] = {  # of the rows of a profile
+    "gemm": Gemm,
+    "gemm_fp8": Gemm,
+    "grouped_gemm": GroupedGemm,
+    "attention": Attention,
+    "memory_bound": MemoryBound,
+}
+
+
+def kernel_of(row: Mapping[str, Any]) -> Kernel:
+    """The kernel that a row of a profile is about, from its family and sizes."""
+    family = FAMILIES[row["family"]]
+    return family(**{field.name: row[field.name] for field in fields(family) if field.name in row})
