@@ -90,11 +90,11 @@ class KernelWriter:
         return self._operation(name, estimate.seconds, estimate.source, 1)
 
     def gemm_backward(self, name: str, *, m: int, k: int, n: int, dtype: str | None = None) -> list[Operation]:
-        """The gradients of `gemm`: dX[m, k] = dY W^T, and dW[k, n] = X^T dY."""
-        dgrad = self.gemm(f"{name}.dgrad", m=m, k=n, n=k, dtype=dtype)
-        if (dtype or self.dtype) == "fp8":  # its weight gradients are other kernels than its forward products
-            return [dgrad, self.gemm(f"{name}.wgrad", m=m, k=k, n=n, dtype=dtype, direction="wgrad")]
-        return [dgrad, self.gemm(f"{name}.wgrad", m=k, k=m, n=n, dtype=dtype)]
+        """The gradients of `gemm`, dX[m, k] = dY W^T and dW[k, n] = X^T dY, priced by the rows measured of each."""
+        return [
+            self.gemm(f"{name}.dgrad", m=m, k=k, n=n, dtype=dtype, direction="dgrad"),
+            self.gemm(f"{name}.wgrad", m=m, k=k, n=n, dtype=dtype, direction="wgrad"),
+        ]
 
     def grouped_gemm(
         self, name: str, *, rows: NDArray[np.int64], k: int, n: int, direction: GemmDirection = "forward"
