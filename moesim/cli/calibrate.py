@@ -11,7 +11,7 @@ SUMMARY = "Measure this machine's kernels and write a profile for compute.profil
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """--device, --out, --extend, --budget, --families, --report, --profile, --by-cell, --quiet."""
+    """--device, --out, --extend, --budget, --families, --report, --profile, --from-tables, --gpu, --by-cell, -q."""
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="what to measure; cuda by default")
     parser.add_argument("--out", metavar="FILE", type=Path, help="the profile to write (.json.gz)")
     parser.add_argument("--extend", action="store_true", help="add to an existing profile what it lacks")
@@ -21,6 +21,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--families", metavar="A,B", help="only these families of kernels, comma-separated")
     parser.add_argument("--report", action="store_true", help="measure nothing: print the leave-one-out errors")
     parser.add_argument("--profile", metavar="NAME", help="the profile to report on (name or file)")
+    parser.add_argument(
+        "--from-tables",
+        metavar="FOLDER",
+        nargs="?",
+        type=Path,
+        const=Path(),
+        help="measure nothing: make the profile of --gpu from the tables of aiconfigurator-core (or of that folder)",
+    )
+    parser.add_argument("--gpu", metavar="NAME", help="whose tables to read, as the catalogue names it; e.g. b200")
     parser.add_argument("--by-cell", action="store_true", help="report by dtype and direction, not by family alone")
     add_quiet(parser)
     parser.set_defaults(execute=execute)
@@ -32,6 +41,8 @@ def execute(args: argparse.Namespace) -> int:
         raise UserError(f"--budget {args.budget} is not a time in seconds; use e.g. 420")
     if args.out is not None and not args.report:
         check_writable(args.out)
+    if args.from_tables is not None:
+        return _from_tables(args)
     from moesim.kernels.command import calibrate_command
 
     return calibrate_command(
@@ -45,3 +56,12 @@ def execute(args: argparse.Namespace) -> int:
         extend=args.extend,
         quiet=args.quiet,
     )
+
+
+def _from_tables(args: argparse.Namespace) -> int:
+    if args.gpu is None or args.out is None:
+        raise UserError("--from-tables needs --gpu NAME (e.g. b200) and --out FILE.json.gz")
+    from moesim.kernels.command import tables_command
+
+    folder = None if args.from_tables == Path() else args.from_tables
+    return tables_command(args.gpu, folder=folder, out=args.out, extend=args.extend, quiet=args.quiet)

@@ -5,6 +5,7 @@ Legend: R ranks, E local experts, Q queried kernels.
 
 import hashlib
 import warnings
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
 from functools import cached_property
@@ -54,7 +55,14 @@ class CalibratedModel:
     gives the kernels of a step, which share one clock, and `at_clock` those at any clock.
     """
 
-    def __init__(self, profile: Profile, *, fallback: Roofline, clock_mhz: float | None = None) -> None:
+    def __init__(
+        self,
+        profile: Profile,
+        *,
+        fallback: Roofline,
+        clock_mhz: float | None = None,
+        expected_families: Sequence[str] = FAMILIES,
+    ) -> None:
         self.profile = profile
         self.fallback = fallback
         self.clock_mhz = clock_mhz
@@ -65,7 +73,7 @@ class CalibratedModel:
         self.host: HostCosts = host_costs_of(profile)
         self.contention: Contention = contention_of(profile)
         present = {row["family"] for row in profile.rows}
-        self.missing_families = tuple(family for family in FAMILIES if family not in present)
+        self.missing_families = tuple(family for family in expected_families if family not in present)
         if self.missing_families:
             names = ", ".join(self.missing_families)
             warnings.warn(f"profile {profile.name}: no rows for {names}; the roofline answers instead", stacklevel=2)
@@ -90,6 +98,12 @@ class CalibratedModel:
         """The same kernels at another SM clock: seconds scale by clock ** -alpha, with alpha measured per cell."""
         model = self._copied()
         model.clock_mhz = mhz
+        return model
+
+    def at_benchmark_clock(self) -> "CalibratedModel":
+        """The same kernels at the clocks that their benchmarks, which were short, ran at."""
+        model = self._copied()
+        model._cap, model._shared_clock = None, False
         return model
 
     @cached_property

@@ -55,6 +55,19 @@ def calibrate_command(
     return 0
 
 
+def tables_command(name: str, *, folder: Path | None, out: Path, extend: bool, quiet: bool) -> int:
+    """Run `moesim calibrate --from-tables`: the profile of the GPU `name` into `out`. Raises UserError."""
+    from moesim.kernels.tables import from_tables  # pyarrow, so only here
+    from moesim.scenario import gpu_spec
+
+    _check_out(out, extend=extend)
+    profile = from_tables(name, folder=folder, models=load_profile, rates=gpu_spec)
+    save_profile(profile, out)
+    if not quiet:
+        print(f"{len(profile.rows)} kernels in {out}")
+    return os.EX_OK
+
+
 def _check_out(path: Path, *, extend: bool) -> None:
     """Refuse to touch a finished profile unasked; say when an unfinished one is taken up."""
     partial = partial_folder(path)

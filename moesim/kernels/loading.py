@@ -13,6 +13,7 @@ from moesim.kernels.measured import measured_rates
 from moesim.kernels.profile import SHIPPED, Profile, load_profile_file
 from moesim.kernels.roofline import Roofline
 from moesim.kernels.scaled import ScaledModel
+from moesim.kernels.tabulated import TabulatedModel
 
 if TYPE_CHECKING:
     from moesim.scenario import GpuSpec
@@ -75,8 +76,15 @@ def _catalogue_name(profile: Profile) -> str | None:
     return matches[0] if matches else None
 
 
-def _model_of(profile: Profile) -> CalibratedModel:
+def _model_of(profile: Profile) -> CalibratedModel | TabulatedModel:
     gpu = _catalogue_name(profile)
+    if profile.tables is not None:
+        base = load_profile(profile.tables["base"])
+        if gpu is None or not isinstance(base, CalibratedModel):
+            raise UserError(
+                f"profile {profile.name}: tables of a GPU that the catalogue lacks, or with an unknown base"
+            )
+        return TabulatedModel(profile, base=base, measured=_spec(profile.tables["base"]), target=_spec(gpu))
     if gpu is not None:
         return CalibratedModel(profile, fallback=Roofline(_CatalogueRates(gpu)))
     rates = measured_rates(profile)
@@ -97,8 +105,9 @@ def _shipped_file(name: str) -> Path | None:
     return None
 
 
-def load_profile(name_or_path: str | Path) -> CalibratedModel | ScaledModel:
-    """The kernel model of a shipped profile ("h200"), of a GPU derived from one ("h800"), or of a profile file.
+def load_profile(name_or_path: str | Path) -> CalibratedModel | TabulatedModel | ScaledModel:
+    """The kernel model of a shipped profile ("h200", or "b200" of tables), of a GPU derived from one ("h800"), or of a
+    profile file.
 
     Raises UserError for an unknown name, a missing or damaged file, another schema version. A file that lacks families
     warns and answers those by the roofline.
@@ -114,7 +123,7 @@ def load_profile(name_or_path: str | Path) -> CalibratedModel | ScaledModel:
     measured = scaled_from(name)
     if measured is not None:
         base = load_profile(measured)
-        assert isinstance(base, CalibratedModel)
+        assert not isinstance(base, ScaledModel)
         return _scaled(base, measured, _spec(name.lower()))
     path = Path(name_or_path)
     if not path.exists() and path.suffix not in (".json", ".gz"):
@@ -133,7 +142,8 @@ def kernel_model(gpu: "str | GpuSpec", profile: str | None = None) -> KernelMode
     spec = _spec_of(gpu)
     if profile == "roofline":
         return Roofline(spec)
-    model = load_profile(profile or spec.scaled_from or spec.name)
+    own = spec.name if _shipped_file(spec.name) else None
+    model = load_profile(profile or own or spec.scaled_from or spec.name)
     base = model.base if isinstance(model, ScaledModel) else model
     measured = _catalogue_name(base.profile)
     if measured is None or measured == spec.name:
@@ -141,7 +151,7 @@ def kernel_model(gpu: "str | GpuSpec", profile: str | None = None) -> KernelMode
     return _scaled(base, measured, spec)
 
 
-def _scaled(base: CalibratedModel, measured: str, target: "GpuSpec") -> ScaledModel:
+def _scaled(base: CalibratedModel | TabulatedModel, measured: str, target: "GpuSpec") -> ScaledModel:
     return ScaledModel(base, measured=_spec(measured), target=target, published_fp8=target.name in PUBLISHED_FP8)
 
 

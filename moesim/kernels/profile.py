@@ -7,6 +7,8 @@ JSON, gzipped where the name ends in .gz:
                "visits": [p50 of each visit, s], "kernel": name}, ...],
      "fits": {"gemm/bf16/forward": {"theta": [...], "clock": [...], "alpha": a}, ...}}
 
+A profile of tables (`moesim.kernels.tables`) also has {"tables": {"base", "clock", "peak_shares", "families", ...}}.
+
 A session is one call of the benchmarks; `visits` are apart in time and, with several GPUs, on different ones. `fits`
 are the physical parameters of `moesim.kernels.cells`, kept because fitting takes longer than loading.
 """
@@ -26,12 +28,13 @@ SHIPPED = Path(__file__).parent / "profiles"
 
 @dataclass
 class Profile:
-    """Measured rows and the sessions that they come from."""
+    """Measured rows and the sessions that they come from; `tables` where those are published tables, not sessions."""
 
     name: str
     sessions: list[dict[str, Any]]
     rows: list[dict[str, Any]]
     fits: dict[str, dict[str, Any]] = field(default_factory=dict)
+    tables: dict[str, Any] | None = None
 
     def family(self, name: str) -> list[dict[str, Any]]:
         """The rows of one family."""
@@ -41,6 +44,8 @@ class Profile:
 def save_profile(profile: Profile, path: Path) -> None:
     """Write `profile`, one row a line; never leaves a half-written file in place of a whole one."""
     facts = {"schema_version": SCHEMA_VERSION, "name": profile.name, "sessions": profile.sessions, "fits": profile.fits}
+    if profile.tables is not None:
+        facts["tables"] = profile.tables
     head = json_text(facts, indent=1)
     rows = ",\n".join(json_text(row, separators=(",", ":")) for row in profile.rows)
     text = f'{head[:-2]},\n "rows": [\n{rows}\n]}}\n'
@@ -74,4 +79,7 @@ def load_profile_file(path: Path) -> Profile:
     for index, row in enumerate(rows):
         for mistake in mistakes_of_row(row, place=f"rows.{index}"):
             raise UserError(f"{path}: {mistake}; make it again with `moesim calibrate`")
-    return Profile(name=name, sessions=sessions, rows=rows, fits=fits if isinstance(fits, dict) else {})
+    tables = content.get("tables")
+    if tables is not None and not (isinstance(tables, dict) and {"base", "clock", "peak_shares"} <= tables.keys()):
+        raise UserError(f"{path}: profile with damaged tables; make it again with `moesim calibrate --from-tables`")
+    return Profile(name=name, sessions=sessions, rows=rows, fits=fits if isinstance(fits, dict) else {}, tables=tables)

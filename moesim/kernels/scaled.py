@@ -6,6 +6,8 @@ time c, memory time b and the ratios rc, rm. Tiles, waves and libraries stay tho
 "scaled".
 """
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from moesim.kernels.calibrated import CalibratedModel
@@ -13,6 +15,9 @@ from moesim.kernels.estimate import Contention, Estimate, HostCosts, as_result, 
 from moesim.kernels.families import Gemm, GroupedGemm, Kernel, MemoryBound
 from moesim.kernels.fp8 import fp8_gemm, fp8_grouped_gemm
 from moesim.kernels.roofline import GpuRates, Roofline
+
+if TYPE_CHECKING:
+    from moesim.kernels.tabulated import TabulatedModel
 
 
 class ScaledModel:
@@ -23,7 +28,12 @@ class ScaledModel:
     """
 
     def __init__(
-        self, base: CalibratedModel, *, measured: GpuRates, target: GpuRates, published_fp8: bool = False
+        self,
+        base: "CalibratedModel | TabulatedModel",
+        *,
+        measured: GpuRates,
+        target: GpuRates,
+        published_fp8: bool = False,
     ) -> None:
         self.base, self._measured, self._target, self._published_fp8 = base, measured, target, published_fp8
         self.fallback = Roofline(target)

@@ -58,7 +58,7 @@ def _spec(own: OwnGpu) -> GpuSpec:
     return replace(
         like,
         name=own.name,
-        scaled_from=like.scaled_from or like.name,
+        scaled_from=like.name,
         peak_flops=_peaks(own.peak, like),
         memory_bytes=like.memory_bytes if own.memory is None else own.memory,
         memory_bandwidth=like.memory_bandwidth if own.memory_bandwidth is None else own.memory_bandwidth,

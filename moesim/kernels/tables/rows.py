@@ -1,0 +1,153 @@
+"""From tables to rows of a profile: shapes, and the seconds that the tables' microbenchmarks found (short runs).
+
+GEMMs are those of TensorRT-LLM's torch flow, whose bf16 rows are torch's own library calls; its FP8 rows include the
+quantisation of the activations, which is measured apart in the same package and taken off. Attention is the fastest of
+the frameworks' context-phase kernels. MLA rows are the core attention of 192-wide keys and 128-wide values.
+
+Legend: N rows of a table.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.kernels.tables.package import Package, Table
+from moesim.seeding import stream
+
+Row = dict[str, Any]
+_GEMM_FRAMEWORK = "trtllm"
+_LEAST_ROWS, _LEAST_SIDE, _WIDEST = 64, 256, 65536  # of the outputs; of the two other sides
+_HEAD_DIMS = (64, 128, 256)
+_LEAST_SEQUENCE = 256
+MLA_KEYS, MLA_VALUES = 192, 128
+_COLLECTIVES = {
+    "all_reduce": "all_reduce", "alltoall": "all_to_all", "all_gather": "all_gather",
+    "reduce_scatter": "reduce_scatter",
+}  # fmt: skip
+
+
+def thinned(rows: list[Row], count: int, *, name: str) -> list[Row]:
+    """At most `count` rows, drawn evenly and always the same ones."""
+    if len(rows) <= count:
+        return rows
+    chosen = stream(0, "thinned", name).choice(len(rows), count, replace=False)
+    return [rows[index] for index in sorted(chosen.tolist())]
+
+
+def gemm_rows(package: Package, folder: str, dtype: str) -> list[Row]:
+    """Forward GEMMs of `dtype` (bf16 or fp8); empty where the tables have none."""
+    table = package.table(folder, "gemm", "gemm_perf", framework=_GEMM_FRAMEWORK)
+    if table is None:
+        return []
+    named = {"bf16": "bfloat16", "fp8": "fp8"}[dtype]
+    m, n, k = (table[side] for side in "mnk")
+    wide = (np.minimum(n, k) >= _LEAST_SIDE) & (np.maximum(n, k) <= _WIDEST)
+    chosen_N = np.flatnonzero((table["gemm_dtype"] == named) & (m >= _LEAST_ROWS) & (m % 16 == 0) & wide)
+    seconds_N = table["latency"][chosen_N] * 1e-3
+    if dtype == "fp8":
+        seconds_N = seconds_N - _quantisation(package, folder, m[chosen_N], k[chosen_N])
+    family = "gemm" if dtype == "bf16" else "gemm_fp8"
+    return [
+        {"family": family, "m": int(m[i]), "k": int(k[i]), "n": int(n[i]), "dtype": dtype, "direction": "forward",
+         "p50": _rounded(seconds), "source": table.source}
+        for i, seconds in zip(chosen_N, seconds_N, strict=True)
+        if seconds > 1e-6
+    ]  # fmt: skip
+
+
+def _quantisation(package: Package, folder: str, m_N: NDArray[Any], k_N: NDArray[Any]) -> NDArray[np.float64]:
+    """Seconds of finding the scales of the activations [m, k] and of applying them; nan where not measured."""
+    seconds_N = np.zeros(len(m_N))
+    for name in ("computescale_perf", "scale_matrix_perf"):
+        table = package.table(folder, "quantize", name, framework=_GEMM_FRAMEWORK)
+        known = (
+            {} if table is None else dict(zip(zip(table["m"], table["k"], strict=True), table["latency"], strict=True))
+        )
+        seconds_N += [known.get(shape, np.nan) * 1e-3 for shape in zip(m_N, k_N, strict=True)]
+    return seconds_N
+
+
+def attention_rows(package: Package, folder: str) -> list[Row]:
+    """Causal attention of whole prompts in bf16, the fastest framework per shape; MLA's core beside it."""
+    best: dict[tuple[int, ...], Row] = {}
+    for table in package.tables(folder, "attention", "context_attention_perf"):
+        for shape, seconds in _attention_shapes(table):
+            _keep_faster(best, shape, seconds, table)
+    mla = package.table(folder, "mla", "context_mla_perf", framework="trtllm")
+    if mla is not None:
+        for shape, seconds in _mla_shapes(mla):
+            _keep_faster(best, shape, seconds, mla)
+    return list(best.values())
+
+
+def _attention_shapes(table: Table) -> Iterator[tuple[tuple[int, ...], float]]:
+    plain_N = (table["attn_dtype"] == "bfloat16") & (table["kv_cache_dtype"] == "bfloat16") & (table["step"] == 0)
+    plain_N &= np.isin(table["head_dim"], _HEAD_DIMS) & (table["isl"] >= _LEAST_SEQUENCE)
+    if "window_size" in table.columns:
+        plain_N &= table["window_size"] == 0
+    names = ("batch_size", "isl", "num_heads", "num_key_value_heads", "head_dim", "head_dim")
+    shapes = zip(*(table[name][plain_N].tolist() for name in names), strict=True)
+    yield from zip(shapes, table["latency"][plain_N] * 1e-3, strict=True)
+
+
+def _mla_shapes(table: Table) -> Iterator[tuple[tuple[int, ...], float]]:
+    plain_N = (table["mla_dtype"] == "bfloat16") & (table["kv_cache_dtype"] == "bfloat16")
+    plain_N &= (table["isl"] >= _LEAST_SEQUENCE) & (table["num_heads"] >= 8)
+    names = ("batch_size", "isl", "num_heads", "num_heads")
+    shapes = zip(*(table[name][plain_N].tolist() for name in names), strict=True)
+    yield from zip(((*shape, MLA_KEYS, MLA_VALUES) for shape in shapes), table["latency"][plain_N] * 1e-3, strict=True)
+
+
+def _keep_faster(best: dict[tuple[int, ...], Row], shape: tuple[int, ...], seconds: float, table: Table) -> None:
+    if shape not in best or seconds < best[shape]["p50"]:
+        names = ("batch", "sequence", "heads", "kv_heads", "head_dim", "value_dim")
+        sizes = dict(zip(names, map(int, shape), strict=True))
+        best[shape] = {
+            "family": "attention", **sizes, "causal": True, "direction": "forward", "p50": _rounded(seconds),
+            "source": table.source,
+        }  # fmt: skip
+
+
+def decode_rows(package: Package, folder: str) -> list[Row]:
+    """Attention of one new token per sequence; `sequence` counts keys. No training step asks for them."""
+    found = []
+    for table in package.tables(folder, "attention", "generation_attention_perf")[:1]:
+        plain_N = (table["attn_dtype"] == "bfloat16") & (table["kv_cache_dtype"] == "bfloat16")
+        plain_N &= table["head_dim"] == 128
+        if "window_size" in table.columns:
+            plain_N &= table["window_size"] == 0
+        for i in np.flatnonzero(plain_N):
+            found.append({
+                "family": "attention_decode", "batch": int(table["batch_size"][i]),
+                "sequence": int(table["isl"][i] + table["step"][i]), "heads": int(table["num_heads"][i]),
+                "kv_heads": int(table["num_key_value_heads"][i]), "head_dim": 128,
+                "p50": _rounded(table["latency"][i] * 1e-3), "source": table.source,
+            })  # fmt: skip
+    return found
+
+
+def collective_rows(package: Package, folder: str) -> list[Row]:
+    """NCCL inside a node; the tables count elements of 2 bytes, rows count the bytes of one rank's whole buffer."""
+    found: dict[tuple[Any, ...], Row] = {}
+    for table in package.tables(folder, "comm", "nccl_perf"):
+        chosen_N = np.flatnonzero((table["nccl_dtype"] == "half") & np.isin(table["op_name"], list(_COLLECTIVES)))
+        for i in chosen_N:
+            kind, size = _COLLECTIVES[table["op_name"][i]], int(2 * table["message_size"][i])
+            ranks = int(table["num_gpus"][i])
+            if size >= 8192:
+                found[kind, size, ranks] = {
+                    "family": "collective", "kind": kind, "bytes": size, "ranks": ranks,
+                    "p50": _rounded(table["latency"][i] * 1e-3), "source": table.source,
+                }  # fmt: skip
+    return list(found.values())
+
+
+def _rounded(seconds: float) -> float:
+    return float(f"{seconds:.4g}")
+
+
+def shape_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What tells a row's kernel from others."""
+    return tuple(value for key, value in row.items() if key not in ("p50", "source", "session", "table_p50"))

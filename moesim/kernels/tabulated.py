@@ -1,0 +1,129 @@
+"""A GPU known from published tables of kernels; what they lack is scaled from a measured GPU by measured ratios.
+
+- Forward GEMMs (bf16, and fp8 where the chip has it) and forward attention are cells fitted to the tables' rows.
+- Their gradients take as much longer than the forward kernel of the same sides as on the measured GPU ("scaled").
+- Grouped GEMMs scale with the ratio of the peaks, each times the share of it that dense GEMMs reach ("scaled").
+- Memory-bound kernels scale with the bandwidths of the datasheets ("scaled"); host and contention are as measured.
+- All follow one clock of the kind's own law (`moesim.kernels.clock_laws`).
+"""
+
+from collections.abc import Mapping
+from copy import copy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from moesim.kernels.calibrated import CalibratedModel
+from moesim.kernels.clock_laws import ClockLaw
+from moesim.kernels.estimate import Contention, Estimate, HostCosts, as_result, weakest
+from moesim.kernels.families import Attention, Gemm, Kernel, MemoryBound, gemm_sides
+from moesim.kernels.power import LEAST_EXPONENT
+from moesim.kernels.profile import Profile
+from moesim.kernels.roofline import GpuRates, Roofline
+from moesim.kernels.scaled import ScaledModel
+
+
+@dataclass(frozen=True)
+class ReachedRates:
+    """Rates of a GPU as far as its dense GEMMs reach the peak where the measured GPU's do: peaks times `shares`."""
+
+    gpu: GpuRates
+    shares: Mapping[str, float]
+
+    @property
+    def name(self) -> str:
+        """The GPU's."""
+        return self.gpu.name
+
+    @property
+    def peak_flops(self) -> Mapping[str, float]:
+        """FLOP/s by number format; formats without a share of their own have that of bf16."""
+        common = self.shares["bf16"]
+        return {dtype: peak * self.shares.get(dtype, common) for dtype, peak in self.gpu.peak_flops.items()}
+
+    @property
+    def memory_bandwidth(self) -> float:
+        """Of the datasheet."""
+        return self.gpu.memory_bandwidth
+
+
+class TabulatedModel:
+    """The kernel model of `target` from a profile that `moesim calibrate --from-tables` made."""
+
+    def __init__(self, profile: Profile, *, base: CalibratedModel, measured: GpuRates, target: GpuRates) -> None:
+        assert profile.tables is not None
+        self.profile, self.base, self.target = profile, base, target
+        self.law = ClockLaw.from_json(profile.tables["clock"])
+        self.tables = CalibratedModel(profile, fallback=Roofline(target), expected_families=())
+        self.fallback = self.tables.fallback
+        # At the clock of benchmarks: the law of this kind, not that of the measured GPU, is applied on top.
+        self._base_free = base.at_benchmark_clock()
+        self._measured, self._reached = measured, ReachedRates(target, profile.tables["peak_shares"])
+        self._scaled = ScaledModel(self._base_free, measured=measured, target=self._reached)
+        self.log_clock: float | None = None  # of a step, relative to the tables'
+        self.clock_error = self.law.error
+
+    @property
+    def name(self) -> str:
+        """The target GPU and where its durations come from."""
+        return f"{self.target.name} (tables, rest scaled from {self.base.name})"
+
+    @property
+    def host(self) -> HostCosts:
+        """The measured host: its processor is no part of the GPU."""
+        return self.base.host
+
+    @property
+    def contention(self) -> Contention:
+        """As measured, scaled in name only."""
+        return Contention(self.base.contention.compute, self.base.contention.transfer, source="scaled")
+
+    @property
+    def collectives(self) -> list[dict[str, Any]]:
+        """NCCL calls of the tables."""
+        return self.profile.family("collective")
+
+    def at_load(self, flops_per_second: float) -> "TabulatedModel":
+        """The kernels of a step of this mean load, at the clock that the kind's law leaves it."""
+        model = copy(self)
+        model.tables = self.tables.at_load(flops_per_second)
+        model.log_clock = float(self.law.cap.log_clock(float(flops_per_second)))
+        model.clock_error = self.law.error_at(flops_per_second)
+        return model
+
+    def seconds(self, kernel: Kernel) -> Estimate:
+        """From the tables, or scaled; a dtype that the GPU lacks raises UserError."""
+        if isinstance(kernel, Gemm) and self._has_forward(kernel):
+            return self.tables.seconds(kernel) if kernel.direction == "forward" else self._gradient(kernel)
+        if isinstance(kernel, Attention) and self.tables.cell("attention/forward") is not None:
+            if kernel.direction == "forward":
+                return self.tables.seconds(kernel)
+            return self._relative(kernel, replace(kernel, direction="forward"))
+        return self._at_own_clock(kernel)
+
+    def _has_forward(self, kernel: Gemm) -> bool:
+        return kernel.dtype in ("bf16", "fp16", "fp8") and kernel.dtype in self.target.peak_flops
+
+    def _gradient(self, kernel: Gemm) -> Estimate:
+        rows, columns, depth = gemm_sides(kernel.m, kernel.k, kernel.n, kernel.direction)
+        return self._relative(kernel, Gemm(m=rows, k=depth, n=columns, dtype=kernel.dtype))
+
+    def _relative(self, kernel: Gemm | Attention, forward: Gemm | Attention) -> Estimate:
+        """The tables' forward kernel times what `kernel` takes over it on the measured GPU."""
+        found = self.tables.seconds(forward)
+        ratio = np.asarray(self._base_free.seconds(kernel).seconds) / self._base_free.seconds(forward).seconds
+        return Estimate(as_result(np.asarray(found.seconds * ratio)), weakest(found.source, "scaled"))
+
+    def _at_own_clock(self, kernel: Kernel) -> Estimate:
+        """Scaled, at this kind's clock: compute follows it as the measured cells do, the memory does not."""
+        seconds, source = self._scaled.seconds(kernel)
+        if isinstance(kernel, MemoryBound):
+            return Estimate(seconds, source)
+        log_clock = self._own_log_clock(kernel, seconds)
+        return Estimate(as_result(np.asarray(seconds * np.exp(-LEAST_EXPONENT * log_clock))), source)
+
+    def _own_log_clock(self, kernel: Kernel, seconds: Any) -> Any:
+        if self.log_clock is not None:
+            return self.log_clock
+        return self.law.cap.log_clock(np.asarray(kernel.flops / np.maximum(seconds, 1e-12)))
