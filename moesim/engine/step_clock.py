@@ -43,13 +43,13 @@ def small_part(scenario: Scenario) -> Scenario:
     shared = mesh.tensor * mesh.context
     data = math.lcm(mesh.expert * mesh.expert_tensor, shared) // shared
     dense = min(FEW_LAYERS if model.experts == 0 else 1, model.dense_layers)
-    layers = dense + min(FEW_LAYERS, model.moe_layers)
+    few = model.with_few_layers(dense=dense, moe=min(FEW_LAYERS, model.moe_layers))
     batches = scenario.num_drawn_micro_batches
     alone = {"data": data, "pipeline": 1, "stages": None, "schedule": PipelineSchedule()}
     return scenario.model_copy(
         update={
             "parallelism": mesh.model_copy(update=alone),
-            "model": model.model_copy(update={"layers": layers, "dense_layers": dense, "mtp_layers": 0}),
+            "model": few.model_copy(update={"mtp_layers": 0}),
             "workload": workload.model_copy(update={"global_batch": batches * data * workload.micro_batch}),
         }
     )

@@ -143,14 +143,13 @@ class _PipelineRank:
 
     def dense_layers(self, stage: int) -> int:
         """Layers of a stage without experts."""
-        return sum(layer < self.scenario.model.dense_layers for layer in self.scenario.stage_layers[stage])
+        return sum(map(self.scenario.model.is_dense, self.scenario.stage_layers[stage]))
 
     def moe_layers(self, stage: int) -> list[int]:
         """Layers of a stage with experts, by their number among such; prediction layers are on the last stage."""
         model = self.scenario.model
-        numbers = [
-            layer - model.dense_layers for layer in self.scenario.stage_layers[stage] if layer >= model.dense_layers
-        ]
+        layers = self.scenario.stage_layers[stage]
+        numbers = [model.moe_number(layer) for layer in layers if not model.is_dense(layer)]
         if stage == self.schedule.num_stages - 1:
             numbers += range(model.moe_layers, model.moe_layers + model.mtp_layers)
         return numbers
@@ -265,7 +264,7 @@ class _PipelineRank:
         scenario = self.scenario
         if scenario.parallelism.expert * scenario.parallelism.expert_tensor == 1:
             return self._largest(0.0, 0.0, 0.0)
-        hidden, dispatch = scenario.model.hidden, scenario.dispatch
+        hidden, dispatch = scenario.model.row_width, scenario.dispatch
         size = max(token_bytes(hidden, dispatch.dtype), token_bytes(hidden, dispatch.combine_dtype))
         pairs = any(action.is_pair for action in self.schedule.actions[self.rank])
         return self._largest(0.0, size, size) * (2 if pairs else 1)
@@ -294,10 +293,10 @@ class _PipelineRank:
         extra = model.attention.rope_head_dim if isinstance(model.attention, Mla) else 0
         kv_heads = model.heads if isinstance(model.attention, Mla) else model.kv_heads
         attention = (2 * model.heads + 2 * kv_heads) * (model.head_dim + extra) * a
-        dense = 3 * model.dense_intermediate * a * self._has_dense
+        dense = model.ffn_matrices * model.dense_intermediate * a * self._has_dense
         has_head = self.schedule.num_stages - 1 in self.stages
         head = model.vocab * (a + FP32) * (has_head and self.scenario.implementation.kind == "torch_eager")
-        expert = (model.hidden + 3 * model.expert_intermediate / mesh.expert_tensor) * a
+        expert = (model.row_width + model.ffn_matrices * model.expert_intermediate / mesh.expert_tensor) * a
         experts_SW = self._largest(expert, 0.0, 0.0)
         whole = model.hidden * a * mesh.tensor * (mesh.tensor > 1)  # a product's input, gathered
         pair = kv_heads * (2 * model.head_dim + extra) * a

@@ -20,7 +20,14 @@ from typing import NamedTuple
 from moesim.parallel.mesh import Mesh
 from moesim.scenario import Scenario
 from moesim.scenario.base import BYTES_PER_ELEMENT
-from moesim.scenario.flops import attention_layer_parameters, expert_parameters
+from moesim.scenario.flops import (
+    attention_layer_parameters,
+    expert_parameters,
+    ffn_parameters,
+    latent_parameters,
+    router_parameters,
+    shared_parameters,
+)
 from moesim.scenario.model import Mla
 
 
@@ -61,10 +68,11 @@ def _attention(scenario: Scenario) -> Unit:
 def _layer(scenario: Scenario, *, moe: bool) -> Unit:
     model, mesh, attention = scenario.model, scenario.parallelism, _attention(scenario)
     if not moe:
-        return attention._replace(dense=attention.dense + 3 * model.hidden * model.dense_intermediate / mesh.tensor)
-    expert, router = expert_parameters(model), model.hidden * model.experts
+        dense = ffn_parameters(model, model.dense_intermediate) / mesh.tensor
+        return attention._replace(dense=attention.dense + dense)
+    expert, router = expert_parameters(model), router_parameters(model) + latent_parameters(model)
     return Unit(
-        attention.dense + router + model.shared_experts * expert / mesh.tensor,
+        attention.dense + router + shared_parameters(model) / mesh.tensor,
         attention.duplicated + router,
         model.experts * expert / (mesh.expert * mesh.expert_tensor),
     )
@@ -81,7 +89,7 @@ def stage_units(scenario: Scenario, stage: int, *, held: Sequence[int] = ()) -> 
     table = model.vocab * hidden / scenario.parallelism.tensor
     has_embedding = 0 in (stage, *held)
     units = [Unit(table, 0.0, 0.0)] if stage == 0 else []
-    units += [_layer(scenario, moe=layer >= model.dense_layers) for layer in scenario.stage_layers[stage]]
+    units += [_layer(scenario, moe=not model.is_dense(layer)) for layer in scenario.stage_layers[stage]]
     if stage < scenario.parallelism.num_stages - 1:
         return units
     head = 0.0 if model.tied_embeddings and has_embedding else table

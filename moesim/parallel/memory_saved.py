@@ -127,7 +127,8 @@ class SavedTensors:
 
     def _gated(self, part: Part, width: float, unit: Unit = "token") -> Iterator[Saved]:
         """W1 x and W3 x, and silu(W1 x) * W3 x, the input of W2; eager keeps silu(W1 x) too."""
-        yield Saved(part, width * (3 * self.activation_bytes if self._eager else 2 * self._product_input), unit)
+        inputs = self.scenario.model.ffn_matrices - 1
+        yield Saved(part, width * (3 * self.activation_bytes if self._eager else inputs * self._product_input), unit)
         yield Saved(part, width * self._product_input, unit, again="swiglu")
 
     def _moe(self) -> Iterator[Saved]:
@@ -135,8 +136,10 @@ class SavedTensors:
         yield Saved("router", model.experts * FP32)  # affinities
         yield Saved("router", model.top_k * (INT64 if self._eager else INT64 + FP32))  # ids, and gates
         if model.shared_experts:
-            yield from self._gated("shared_experts", model.shared_experts * model.expert_intermediate)
-        yield Saved("permuted_rows", model.hidden * self._product_input, "row")
+            yield from self._gated("shared_experts", model.shared_width)
+        if model.expert_hidden:  # inputs of the projections down and back
+            yield Saved("router", (model.hidden + model.row_width) * self._product_input)
+        yield Saved("permuted_rows", model.row_width * self._product_input, "row")
         yield from self._gated("experts", model.expert_intermediate / mesh.expert_tensor, "row")
         if not self._eager:
             yield Saved("permuted_rows", INT64 + FP32, "row")  # where it came from, and its gate

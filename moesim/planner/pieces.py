@@ -156,7 +156,7 @@ def _with_few_layers(cell: Scenario, layers: int) -> Scenario:
     model = cell.model
     moe = min(layers, model.moe_layers)
     dense = min(1 if moe else layers, model.dense_layers)
-    return cell.model_copy(update={"model": model.model_copy(update={"layers": dense + moe, "dense_layers": dense})})
+    return cell.model_copy(update={"model": model.with_few_layers(dense=dense, moe=moe)})
 
 
 @dataclass(frozen=True, eq=False)

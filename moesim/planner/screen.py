@@ -188,7 +188,7 @@ def stage_seconds(scenario: Scenario, pieces: Cut) -> list[PassSeconds]:
     """Seconds of one micro-batch through each stage of the model."""
     stages = []
     for number, layers in enumerate(scenario.stage_layers):
-        dense = sum(layer < scenario.model.dense_layers for layer in layers)
+        dense = sum(map(scenario.model.is_dense, layers))
         seconds = pieces.dense_layer.times(dense) + pieces.moe_layer.times(len(layers) - dense)
         seconds += pieces.embedding if number == 0 else NOTHING
         seconds += pieces.head if number == scenario.parallelism.num_stages - 1 else NOTHING

@@ -236,7 +236,7 @@ class _Builder:
     ) -> dict[Pass, Block]:
         model, layers = self.scenario.model, self.scenario.stage_layers[stage]
         last = stage == self.schedule.num_stages - 1
-        chosen = [layer for layer in layers if layer >= model.dense_layers]
+        chosen = [layer for layer in layers if not model.is_dense(layer)]
         if last:
             chosen += range(model.layers, model.layers + model.mtp_layers)
         loads = None
@@ -247,7 +247,7 @@ class _Builder:
                 self.samples,
                 group=number,
                 stage=pipeline_rank,
-                layers=[layer - model.dense_layers for layer in chosen],
+                layers=[model.moe_number(layer) for layer in chosen],
                 ranks_R=ranks_R,
                 compiled=self.compiled,
             )

@@ -59,17 +59,26 @@ def host_model(kernels: KernelModel) -> HostModel:
     return FREE_HOST
 
 
+def _activation_values(inputs: int) -> tuple[int, int]:
+    """Values moved by an activation of so many inputs: all read and one written; backward those and the gradients."""
+    return inputs + 1, 2 * inputs + 1
+
+
 class _GatedNetwork:
-    """W2(silu(W1 x) * W3 x) with W1 and W3 in one product and the activation in one kernel, shared by tensor ranks."""
+    """W2(silu(W1 x) * W3 x) with W1 and W3 in one product and the activation in one kernel, shared by tensor ranks.
+
+    Where the model's networks are not gated, W2 act(W1 x).
+    """
 
     def __init__(self, w: KernelWriter, name: str, step: Step, *, width: int) -> None:
         self.w, self.name, self.step = w, name, step
         self.width = width // step.tensor
-        # silu(a) * b reads two values and writes one; its gradient reads three and writes two.
+        self.inputs = step.model.ffn_matrices - 1
+        forward, backward = _activation_values(self.inputs)
         inner = step.gathered_tokens * self.width * ACTIVATION_BYTES
         self.activation: Passes = (
-            [w.moved(f"{name}.activation", "elementwise", bytes_=3 * inner)],
-            [w.moved(f"{name}.activation.backward", "elementwise", bytes_=5 * inner)],
+            [w.moved(f"{name}.activation", "elementwise", bytes_=forward * inner)],
+            [w.moved(f"{name}.activation.backward", "elementwise", bytes_=backward * inner)],
         )
 
     def in_line(self) -> Passes:
@@ -77,7 +86,7 @@ class _GatedNetwork:
         w, name, step, hidden = self.w, self.name, self.step, self.step.model.hidden
         width = self.width * step.tensor
         return chain(
-            column_parallel(w, f"{name}.w13", step, k=hidden, n=2 * width),
+            column_parallel(w, f"{name}.w13", step, k=hidden, n=self.inputs * width),
             self.activation,
             row_parallel(w, f"{name}.w2", step, k=width, n=hidden),
         )
@@ -86,7 +95,7 @@ class _GatedNetwork:
         """The kernels alone, for gathered tokens."""
         m, hidden = self.step.gathered_tokens, self.step.model.hidden
         return chain(
-            projection(self.w, f"{self.name}.w13", m=m, k=hidden, n=2 * self.width),
+            projection(self.w, f"{self.name}.w13", m=m, k=hidden, n=self.inputs * self.width),
             self.activation,
             projection(self.w, f"{self.name}.w2", m=m, k=self.width, n=hidden),
         )
@@ -130,22 +139,34 @@ def _router_part(w: KernelWriter, step: Step) -> Passes:
 
 def _experts_part(w: KernelWriter, step: Step, loads: LayerLoads) -> Passes:
     """The routed experts of every rank; durations follow the rows of its slots."""
-    h, width = step.model.hidden, step.model.expert_intermediate // step.expert_tensor
+    h, width = step.model.row_width, step.model.expert_intermediate // step.expert_tensor
+    inputs = step.model.ffn_matrices - 1
+    activation, gradient = _activation_values(inputs)
     slots, rows = loads.slot_rows_MSRP, loads.rows_MSR
     inner_MSR = rows * float(width * ACTIVATION_BYTES)
     forward = [
-        w.grouped_gemm("experts.w13", rows=slots, k=h, n=2 * width),
-        w.moved("experts.activation", "elementwise", bytes_=3 * inner_MSR),
+        w.grouped_gemm("experts.w13", rows=slots, k=h, n=inputs * width),
+        w.moved("experts.activation", "elementwise", bytes_=activation * inner_MSR),
         w.grouped_gemm("experts.w2", rows=slots, k=width, n=h),
     ]
     backward = [
         w.grouped_gemm("experts.w2.dgrad", rows=slots, k=width, n=h, direction="dgrad"),
         w.grouped_gemm("experts.w2.wgrad", rows=slots, k=width, n=h, direction="wgrad"),
-        w.moved("experts.activation.backward", "elementwise", bytes_=5 * inner_MSR),
-        w.grouped_gemm("experts.w13.dgrad", rows=slots, k=h, n=2 * width, direction="dgrad"),
-        w.grouped_gemm("experts.w13.wgrad", rows=slots, k=h, n=2 * width, direction="wgrad"),
+        w.moved("experts.activation.backward", "elementwise", bytes_=gradient * inner_MSR),
+        w.grouped_gemm("experts.w13.dgrad", rows=slots, k=h, n=inputs * width, direction="dgrad"),
+        w.grouped_gemm("experts.w13.wgrad", rows=slots, k=h, n=inputs * width, direction="wgrad"),
     ]
     return forward, backward
+
+
+def _latent_part(w: KernelWriter, step: Step) -> tuple[Passes, Passes]:
+    """The projections of tokens to the width of the experts' rows, and of their results back; none for most models."""
+    model = step.model
+    if not model.expert_hidden:
+        return ([], []), ([], [])
+    hidden, width, tokens = model.hidden, model.expert_hidden, step.tokens
+    down = projection(w, "experts.down", m=tokens, k=hidden, n=width)
+    return down, projection(w, "experts.up", m=tokens, k=width, n=hidden)
 
 
 def _sum_bytes(read_rows: NDArray[Any], written_rows: NDArray[Any] | int, hidden: int) -> NDArray[np.float64]:
@@ -166,7 +187,7 @@ def _shared_experts(w: KernelWriter, step: Step) -> tuple[_Shared, _Shared]:
     model = step.model
     if not model.shared_experts:
         return _Shared([], [], []), _Shared([], [], [])
-    width = model.shared_experts * model.expert_intermediate
+    width = model.shared_width
     if not (step.remote and step.shared_beside):
         forward, backward = _GatedNetwork(w, "shared", step, width=width).in_line()
         return _Shared([], forward, []), _Shared([], backward, [])
@@ -194,7 +215,7 @@ def _return(loads: LayerLoads, name: str, *, layer: int) -> list[Operation]:
 def _moe_forward(
     w: KernelWriter, step: Step, loads: LayerLoads, router: list[Operation], shared: _Shared, experts: list[Operation]
 ) -> list[Operation]:
-    h, tokens, layer = step.model.hidden, step.tokens, w.layer
+    h, tokens, layer = step.model.row_width, step.tokens, w.layer
     p = w.part("permute")
     out = [*router]
     if not step.remote:
@@ -214,7 +235,7 @@ def _moe_forward(
 def _moe_backward(
     w: KernelWriter, step: Step, loads: LayerLoads, router: list[Operation], shared: _Shared, experts: list[Operation]
 ) -> list[Operation]:
-    h, tokens, layer = step.model.hidden, step.tokens, w.layer
+    h, tokens, layer = step.model.row_width, step.tokens, w.layer
     p = w.part("permute")
     if not step.remote:
         spread = p.memory("unpermute.backward", "permute", rows=loads.rows_MSR, width=h)
@@ -236,11 +257,12 @@ def _moe_backward(
 def moe_part(w: KernelWriter, step: Step, loads: LayerLoads) -> Passes:
     """Router, shared experts, routed experts and what moves tokens between them."""
     router_forward, router_backward = _router_part(w.part("router"), step)
+    down, up = _latent_part(w.part("experts"), step)
     shared_forward, shared_backward = _shared_experts(w.part("shared_experts"), step)
     experts_forward, experts_backward = _experts_part(w.part("experts"), step, loads)
-    forward = _moe_forward(w, step, loads, router_forward, shared_forward, experts_forward)
-    backward = _moe_backward(w, step, loads, router_backward, shared_backward, experts_backward)
-    return forward, backward
+    forward = _moe_forward(w, step, loads, [*router_forward, *down[0]], shared_forward, experts_forward)
+    backward = _moe_backward(w, step, loads, [*down[1], *router_backward], shared_backward, experts_backward)
+    return [*forward, *up[0]], [*up[1], *backward]
 
 
 def layer_part(w: KernelWriter, step: Step, loads: LayerLoads | None) -> Passes:

@@ -58,6 +58,16 @@ def _value_width(step: Step) -> int:
     return (attention.value_head_dim or step.model.head_dim) if isinstance(attention, Mla) else step.model.head_dim
 
 
+def _window(step: Step) -> tuple[int, int | None]:
+    """Tokens that a query sees near itself, all of the sequence without a window, and the distance of global ones."""
+    model = step.model
+    if step.local and model.local is not None:
+        return model.local.window, None
+    if isinstance(model.attention, LocalGlobal):
+        return model.attention.window, model.attention.global_every
+    return step.sequence, None
+
+
 def _core_attention(w: KernelWriter, step: Step) -> Passes:
     """Fused attention over the pairs that `keys_per_query` counts; global tokens cost as a short causal pass."""
     model = step.model
@@ -71,11 +81,14 @@ def _core_attention(w: KernelWriter, step: Step) -> Passes:
     )
     if step.context > 1:
         return _ring_attention(w, step, attend)
-    if not isinstance(model.attention, LocalGlobal) or model.attention.window >= step.sequence:
+    window, every = _window(step)
+    if window >= step.sequence:
         forward = attend("attention", batch=step.batch, sequence=step.sequence)
         backward = attend("attention.backward", batch=step.batch, sequence=step.sequence, direction="backward")
         return [forward], [backward]
-    window, every = model.attention.window, model.attention.global_every
+    if step.local and model.local is not None and model.local.chunked:
+        chunks = partial(attend, batch=step.batch * step.sequence / window, sequence=window)
+        return [chunks("attention")], [chunks("attention.backward", direction="backward")]
     # W keys for every query but the first W, which see half as many: so many whole squares of W queries by W keys.
     squares = step.batch * (step.sequence / window - (window - 1) / (2 * window))
     local = partial(attend, batch=squares, sequence=window, causal=False)

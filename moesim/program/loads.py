@@ -136,7 +136,7 @@ def _shared_rows(
     What arrived at one of them goes to the others, and the partial sums for it come back, as library calls with uneven
     shares: every copy once to every other slice.
     """
-    slices, hidden, dispatch = Peers(scenario.parallelism.expert_tensor), scenario.model.hidden, scenario.dispatch
+    slices, hidden, dispatch = Peers(scenario.parallelism.expert_tensor), scenario.model.row_width, scenario.dispatch
     places = list(slices.places(len(ranks_R)))
     micro_batches, samples, ranks = loads.copies_in_MSR.shape
     copies_QR = loads.copies_in_MSR.reshape(-1, ranks)
@@ -260,7 +260,7 @@ def _transfers(
     compiled: bool | None,
 ) -> tuple[tuple[Transfer, ...], tuple[Transfer, ...]]:
     """Dispatch and combine of every layer and micro-batch, prepared together; all samples in lockstep."""
-    dispatch, hidden = scenario.dispatch, scenario.model.hidden
+    dispatch, hidden = scenario.dispatch, scenario.model.row_width
     micro_batches, _, ranks = own_MSR.shape
     stages_QRR = [stage_MSRR.reshape(-1, ranks, ranks) for stage_MSRR in stages_MSRR]
     # An implementation that reads counts back has exchanged them first: nobody sends before the last has come.

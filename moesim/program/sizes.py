@@ -18,7 +18,7 @@ class Step:
     `tensor`, `context` and `expert_tensor` are the ranks that share products and tokens (see Parallelism), `links` what
     their collectives cost; a rank alone needs none. `remote`: experts are spread over more than one rank. `sigmoid`:
     the router's affinities are sigmoids. `shared_beside`: shared experts run beside the dispatch, where the software
-    can.
+    can. `local`: the layer is one of model.local.
     """
 
     model: Model
@@ -28,6 +28,7 @@ class Step:
     remote: bool
     sigmoid: bool = False
     shared_beside: bool = True
+    local: bool = False
     tensor: int = 1
     context: int = 1
     expert_tensor: int = 1

@@ -78,13 +78,19 @@ def _passes(
         return KernelWriter(kernels, dtype=dtype, category=category, layer=layer, spread_S=spread_S)
 
     def layer_parts(layers: Sequence[int], of_layers: LayerLoads | None) -> dict[int, Passes]:
-        """Layers that differ in their loads alone are priced together and then taken apart."""
+        """Layers that differ in their loads alone are priced together and then taken apart; local ones once more."""
         if not layers:
             return {}
         spread_S = of_layers.spread_S if of_layers else ()
-        part = software.layer_part(writer("attention", layers[0], spread_S), step, of_layers)
-        whole = _with_recomputation(scenario, part)
-        return {layer: _of_layer(whole, layer, index, len(layers)) for index, layer in enumerate(layers)}
+        wholes: dict[bool, Passes] = {}
+        for local in dict.fromkeys(map(model.is_local, layers)):
+            of_kind = replace(step, local=local)
+            part = software.layer_part(writer("attention", layers[0], spread_S), of_kind, of_layers)
+            wholes[local] = _with_recomputation(scenario, part)
+        return {
+            layer: _of_layer(wholes[model.is_local(layer)], layer, index, len(layers))
+            for index, layer in enumerate(layers)
+        }
 
     extra_layers = range(model.layers, model.layers + model.mtp_layers) if plan.last else ()
     dense_layers = [layer for layer in (*plan.layers, *extra_layers) if layer not in plan.moe_layers]

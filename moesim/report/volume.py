@@ -68,7 +68,7 @@ class VolumeStudy:
     @property
     def copy_bytes(self) -> float:
         """Bytes of one copy of a token on its way to its experts."""
-        return token_bytes(self.scenario.model.hidden, self.scenario.dispatch.dtype)
+        return token_bytes(self.scenario.model.row_width, self.scenario.dispatch.dtype)
 
     def bytes_of(self, point: VolumePoint) -> float:
         """What the law speaks of: bytes over the network under per_node, else all that leave the rank."""
@@ -173,7 +173,7 @@ def _count(laid_out: Scenario, trace: RoutingTrace, limit: int | None) -> Volume
     dispatch, devices = laid_out.dispatch, laid_out.parallelism.expert
     sampler = TrafficSampler(laid_out, trace)
     sample = sampler.draw(stream(laid_out.seed, "volume", devices))
-    copy_bytes = token_bytes(laid_out.model.hidden, dispatch.dtype)
+    copy_bytes = token_bytes(laid_out.model.row_width, dispatch.dtype)
     copies = intra = inter = 0.0
     for layer in range(trace.num_layers):
         traffic = _all_micro_batches(sample.thin_arrays(0, layer))

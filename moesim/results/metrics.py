@@ -73,7 +73,7 @@ class TrafficFacts:
         self.num_samples = len(samples)
 
     def _add(self, sample: TrafficSample, group: int, layer: int, placement: ExpertPlacement) -> None:
-        place = self.place_of_layer[layer + self.scenario.model.dense_layers]
+        place = self.place_of_layer[self.scenario.model.moe_layer_numbers[layer]]
         arrays = sample.arrays(group, layer, stage=place)
         rows_BE = arrays.rows_BRE.sum(axis=1)
         rank_rows_BD = arrays.slot_rows_BDP(placement).sum(axis=2)
@@ -114,7 +114,7 @@ class TrafficFacts:
 
     def communication(self) -> dict[str, float]:
         """Bytes of one step over all ranks, layers and both passes; a rank's copy to itself is no traffic."""
-        dispatch, hidden = self.scenario.dispatch, self.scenario.model.hidden
+        dispatch, hidden = self.scenario.dispatch, self.scenario.model.row_width
         out, back = token_bytes(hidden, dispatch.dtype), token_bytes(hidden, dispatch.combine_dtype)
         per_step = num_passes(self.scenario) / self.num_samples
         tokens = self.scenario.tokens_per_step * self.num_layers * self.num_samples
@@ -131,7 +131,7 @@ class TrafficFacts:
         dispatch = self.scenario.dispatch
         return (
             self.copies_RD
-            * token_bytes(self.scenario.model.hidden, dispatch.dtype)
+            * token_bytes(self.scenario.model.row_width, dispatch.dtype)
             * num_passes(self.scenario)
             / self.num_samples
         )

@@ -97,12 +97,17 @@ def _check_model(scenario: Scenario, report: _Report) -> None:
                 )
         if model.dense_layers != model.layers:
             raise report.user("model.dense_layers", f"a model without experts is dense in all {model.layers} layers")
+    elif model.dense_at is not None and len(set(model.dense_at)) != model.dense_layers:
+        raise report.user("model.dense_at", f"names {len(set(model.dense_at))} layers, but dense_layers says other")
     elif model.dense_layers >= model.layers:
         raise report.user("model.dense_layers", f"must be below layers = {model.layers}; or set model.experts: 0")
     elif not 1 <= model.top_k <= model.experts:
         raise report.user("model.top_k", f"{model.top_k} is not between 1 and experts = {model.experts}")
     elif model.expert_intermediate == 0:
         raise report.user("model.expert_intermediate", "missing; the width of one expert is required")
+    for key, numbers in (("dense_at", model.dense_at), ("local.layers", model.local and model.local.layers)):
+        if numbers and max(numbers) >= model.layers:
+            raise report.user(f"model.{key}", f"layer {max(numbers)} of layers 0 to {model.layers - 1}")
     if model.dense_layers and model.dense_intermediate == 0:
         raise report.user("model.dense_intermediate", "missing; the width of the dense FFN is required")
 

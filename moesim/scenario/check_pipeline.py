@@ -77,7 +77,16 @@ def require_supported_step(scenario: Scenario, report: Report) -> None:
         ):
             if refused:
                 raise report.user(f"parallelism.zero.{part}", f"{stage} shards layer by layer, but {why}")
+    if isinstance(scenario.model.attention, Mla) and scenario.model.attention.indexer is not None:
+        what = "sparse attention with an indexer (DSA) is counted by `moesim model`, but no step with it is modelled"
+        raise report.user("model.attention.indexer", f"{what}; drop it to take full attention instead")
     if scenario.implementation.kind == "torch_eager":
+        for key in ("dense_at", "local", "shared_intermediate", "expert_hidden"):
+            if getattr(scenario.model, key):
+                raise report.user(f"model.{key}", "torch_eager is the project's own trainer, which has none; use fused")
+        if not scenario.model.gated:
+            message = "torch_eager is the project's own trainer, whose networks are gated; use fused"
+            raise report.user("model.gated", message)
         for axis in ("tensor", "context", "expert_tensor"):
             if (size := getattr(mesh, axis)) > 1:
                 message = f"torch_eager is the project's own trainer, which has no such ranks ({size}); use fused"

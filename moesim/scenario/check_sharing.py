@@ -15,8 +15,8 @@ def check_sharing(scenario: Scenario, report: Report) -> None:
     if model.dense_layers:
         shared.append(("tensor", mesh.tensor, "model.dense_intermediate", model.dense_intermediate))
     if model.shared_experts:
-        width = model.shared_experts * model.expert_intermediate
-        shared.append(("tensor", mesh.tensor, "model.shared_experts * expert_intermediate", width))
+        name = f"model.shared_experts * {'shared' if model.shared_intermediate else 'expert'}_intermediate"
+        shared.append(("tensor", mesh.tensor, name, model.shared_width))
     shared.append(("expert_tensor", mesh.expert_tensor, "model.expert_intermediate", model.expert_intermediate))
     for key, size, name, value in shared:
         if value % size:
@@ -44,6 +44,8 @@ def _check_sequence(scenario: Scenario, report: Report) -> None:
     if mesh.context > 1 and isinstance(attention, LocalGlobal) and attention.window < length:
         message = "a ring of whole sequences has no windows; use 1, or another model.attention than local_global"
         raise report.user("parallelism.context", message)
+    if mesh.context > 1 and scenario.model.local is not None and scenario.model.local.window < length:
+        raise report.user("parallelism.context", "a ring of whole sequences has no windows; use 1, or drop model.local")
 
 
 def _check_folding(scenario: Scenario, report: Report) -> None:

@@ -55,6 +55,10 @@ def explicit_model(root: Node, *, base: Path) -> Node:
             fields = model_preset(_text(given["preset"]))
     merged = _merge(fields, given, model)
     experts = merged.value.get("experts")
+    pattern = merged.value.get("dense_at")
+    if "dense_layers" not in merged.value and pattern is not None and isinstance(pattern.value, list):
+        count = Node(len(pattern.value), pattern.where, pattern.key_where)
+        merged = mapping_node({**merged.value, "dense_layers": count}, merged)
     if "dense_layers" not in merged.value and (experts is None or experts.value == 0) and "layers" in merged.value:
         merged = mapping_node({**merged.value, "dense_layers": merged.value["layers"]}, merged)
     return _with(root, model=merged)

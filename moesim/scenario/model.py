@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from moesim.scenario.base import (
+    MOST_LAYERS,
     Experts,
     Flag,
     Heads,
@@ -19,6 +20,8 @@ from moesim.scenario.base import (
     Tokens,
     Width,
 )
+
+LayerNumber = Annotated[int, Field(strict=True, ge=0, lt=MOST_LAYERS)]
 
 
 class Mha(Section):
@@ -35,6 +38,14 @@ class Gqa(Section):
     kind: Literal["gqa"] = Field(description="Grouped-query attention: query heads share model.kv_heads.")
 
 
+class Indexer(Section):
+    """The indexer of sparse attention (arXiv 2512.02556): it scores all keys and leaves `top_k` of them to a query."""
+
+    heads: Heads = Field(description="Heads of the indexer.")
+    head_dim: PositiveWidth = Field(description="Dimensions of a head of the indexer.")
+    top_k: Tokens = Field(description="Keys that a query attends to at most.")
+
+
 class Mla(Section):
     """Multi-head latent attention (arXiv 2405.04434): low-rank q and kv compression, the rope part apart."""
 
@@ -47,6 +58,9 @@ class Mla(Section):
     value_head_dim: PositiveWidth | None = Field(
         default=None, description="Dimensions of a head's values; absent: model.head_dim."
     )
+    indexer: Indexer | None = Field(
+        default=None, description="Sparse attention by an indexer (DeepSeek-V3.2): counted, not simulated yet."
+    )
 
 
 class LocalGlobal(Section):
@@ -56,6 +70,18 @@ class LocalGlobal(Section):
     window: Tokens = Field(default=64, description="Tokens of the local window.")
     global_every: Tokens | None = Field(
         default=32, description="One token in so many is seen by every other token; null: a plain sliding window."
+    )
+
+
+class LocalLayers(Section):
+    """Layers that attend to a part of the sequence alone, beside others that attend to all of it."""
+
+    window: Tokens = Field(description="Tokens that a query sees at most, itself included.")
+    chunked: Flag = Field(
+        default=False, description="Whether the sequence is cut into chunks of window tokens instead of a window."
+    )
+    layers: tuple[LayerNumber, ...] = Field(
+        max_length=MOST_LAYERS, description="Numbers of these layers, counted from 0."
     )
 
 
@@ -75,16 +101,39 @@ class Model(Section):
     dense_layers: Layers = Field(
         default=0, description="Layers with a dense feed-forward network; they come first. All of them without experts."
     )
-    dense_intermediate: Width = Field(
-        default=0,
-        description="Width of the dense feed-forward network (SwiGLU: three matrices); needed with dense layers.",
+    dense_at: tuple[LayerNumber, ...] | None = Field(
+        default=None,
+        max_length=MOST_LAYERS,
+        description="Numbers of the dense layers, counted from 0, where they do not come first.",
     )
+    dense_intermediate: Width = Field(
+        default=0, description="Width of the dense feed-forward network; needed with dense layers."
+    )
+    gated: Flag = Field(
+        default=True,
+        description="Whether feed-forward networks are gated (SwiGLU: three matrices) or have two matrices.",
+    )
+    local: LocalLayers | None = Field(
+        default=None, description="Layers with a window of attention; absent: attention says it for all layers."
+    )
+    attention_bias: Literal["none", "qkv", "all"] = Field(
+        default="none", description="Biases of attention: of queries, keys and values, or also of the output."
+    )
+    attention_sinks: Flag = Field(default=False, description="Whether every head has a learned sink.")
     experts: Experts = Field(default=0, description="Routed experts of each MoE layer; 0: a dense model.")
     top_k: Experts = Field(default=0, description="Experts that each token is routed to.")
     shared_experts: Experts = Field(default=0, description="Experts that every token passes, a copy on each rank.")
-    expert_intermediate: Width = Field(
-        default=0, description="Width of one routed or shared expert (SwiGLU: three matrices)."
+    shared_intermediate: Width = Field(
+        default=0, description="Width of one shared expert, or of a dense network beside the experts; 0: as the others."
     )
+    shared_gate: Flag = Field(default=False, description="Whether a gate weighs the shared experts' output.")
+    expert_intermediate: Width = Field(default=0, description="Width of one routed expert.")
+    expert_hidden: Width = Field(
+        default=0,
+        description="Width of the rows that routed experts take, where hidden is projected down to it and back; 0: it "
+        "is not.",
+    )
+    expert_bias: Flag = Field(default=False, description="Whether routed experts and their router have biases.")
     vocab: Annotated[int, Field(strict=True, gt=0, le=2**24)] = Field(description="Entries of the vocabulary.")
     tied_embeddings: Flag = Field(
         default=False, description="Whether the embedding and the output head are one matrix."
@@ -112,3 +161,44 @@ class Model(Section):
     def moe_layers(self) -> int:
         """Number of layers with a router."""
         return self.layers - self.dense_layers
+
+    @property
+    def row_width(self) -> int:
+        """Width of the rows that travel to routed experts."""
+        return self.expert_hidden or self.hidden
+
+    @property
+    def shared_width(self) -> int:
+        """Width of all shared experts together."""
+        return self.shared_experts * (self.shared_intermediate or self.expert_intermediate)
+
+    @property
+    def ffn_matrices(self) -> int:
+        """Matrices of a feed-forward network."""
+        return 3 if self.gated else 2
+
+    def is_dense(self, layer: int) -> bool:
+        """Whether layer number `layer` has a dense feed-forward network; prediction layers never do."""
+        return layer < self.dense_layers if self.dense_at is None else layer in self.dense_at
+
+    def is_local(self, layer: int) -> bool:
+        """Whether layer number `layer` sees a window alone; a prediction layer is like the last layer."""
+        return self.local is not None and min(layer, self.layers - 1) in self.local.layers
+
+    @property
+    def moe_layer_numbers(self) -> tuple[int, ...]:
+        """Numbers of the layers with a router, prediction layers last."""
+        return tuple(n for n in range(self.layers + self.mtp_layers) if n >= self.layers or not self.is_dense(n))
+
+    def moe_number(self, layer: int) -> int:
+        """Which of the layers with a router layer number `layer` is, counted from 0."""
+        before = self.dense_layers if self.dense_at is None else sum(dense < layer for dense in self.dense_at)
+        return layer - before
+
+    def with_few_layers(self, *, dense: int, moe: int) -> "Model":
+        """A model with so many layers of each kind, dense ones first; a share of them local as in this one."""
+        local, layers = self.local, dense + moe
+        if local is not None:
+            count = round(layers * len(local.layers) / self.layers)
+            local = local.model_copy(update={"layers": tuple(range(layers - count, layers))}) if count else None
+        return self.model_copy(update={"layers": layers, "dense_layers": dense, "dense_at": None, "local": local})

@@ -12,7 +12,12 @@ from typing import TYPE_CHECKING, NamedTuple
 from moesim.scenario.base import BYTES_PER_ELEMENT
 from moesim.scenario.catalogue import GpuSpec
 from moesim.scenario.cluster import NIC_BANDWIDTH
-from moesim.scenario.flops import attention_layer_parameters, attention_score_flops, expert_parameters
+from moesim.scenario.flops import (
+    attention_layer_parameters,
+    attention_score_flops,
+    expert_parameters,
+    latent_parameters,
+)
 
 if TYPE_CHECKING:
     from moesim.scenario.schema import Scenario
@@ -101,7 +106,7 @@ class _Parts:
 
     def _network(self, width: float) -> float:
         """A gated network of this width for every token: norm apart."""
-        products = self.products(3 * self.model.hidden * width, layer=True)
+        products = self.products(self.model.ffn_matrices * self.model.hidden * width, layer=True)
         return products + self.moved(self._activation_bytes(width)) + (2 * self.forwards + 1) * self.shared_tokens()
 
     def _activation_bytes(self, width: float) -> float:
@@ -117,9 +122,10 @@ class _Parts:
         model, mesh = self.scenario.model, self.scenario.parallelism
         compute = self._attention() + self.moved(self.norm_bytes + 20 * model.experts)
         compute += self.products(model.hidden * model.experts, wide=True, layer=True)
+        compute += self.products(latent_parameters(model), layer=True)
         routed = self.products(model.top_k * expert_parameters(model), share=GROUPED_SHARE, layer=True)
         compute += routed + self.moved(self._activation_bytes(model.top_k * model.expert_intermediate))
-        shared = self._network(model.shared_experts * model.expert_intermediate) if model.shared_experts else 0.0
+        shared = self._network(model.shared_width) if model.shared_experts else 0.0
         compute += self.moved(self._permuted_bytes())
         if mesh.expert * mesh.expert_tensor == 1:
             return compute + shared
@@ -148,7 +154,7 @@ class _Parts:
         copies = self.model.top_k if self._per_expert else self._copies(mesh.expert)
         per_row = (8 * copies + 6 * model.top_k + 2) if mesh.expert * mesh.expert_tensor > 1 else 6 * model.top_k + 2
         quantise = 3 if self.scenario.dispatch.dtype == "fp8" else 0
-        return (1 + self.forwards) * (per_row + quantise) * model.hidden
+        return (1 + self.forwards) * (per_row + quantise) * model.row_width
 
     @property
     def _per_expert(self) -> bool:
@@ -164,8 +170,8 @@ class _Parts:
         inside = copies * (1 / nodes - 1 / ranks)
         if dispatch.deduplicate == "per_node":
             inside = copies * (1 - 1 / ranks)  # fanned out behind the network
-        width = model.hidden * (BYTES_PER_ELEMENT[dispatch.dtype] + BYTES_PER_ELEMENT[dispatch.combine_dtype])
-        slices = 2 * copies * (mesh.expert_tensor - 1) * model.hidden * WIDE
+        width = model.row_width * (BYTES_PER_ELEMENT[dispatch.dtype] + BYTES_PER_ELEMENT[dispatch.combine_dtype])
+        slices = 2 * copies * (mesh.expert_tensor - 1) * model.row_width * WIDE
         return (1 + self.forwards) * (self._sent(inside * width, between * width) + self._sent(slices, 0.0))
 
     def head(self) -> float:

@@ -8,6 +8,7 @@ prediction layers count, where they are.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from moesim.scenario.part_times import part_seconds
@@ -47,7 +48,8 @@ def stage_lengths(scenario: "Scenario") -> Lengths:
         ModelEnds(
             layers=model.layers,
             rank_of_stage=tuple(rank_of_stage[stage] for stage in range(mesh.num_stages)),
-            num_short=model.dense_layers if model.experts else 0,
+            num_short=model.dense_layers if model.experts and model.dense_at is None else 0,
+            short_at=model.dense_at or (),
             short=round(parts.dense_layer / layer, DIGITS),
             first=round(parts.embedding / layer, DIGITS),
             last=round(last / layer, DIGITS),
@@ -57,7 +59,9 @@ def stage_lengths(scenario: "Scenario") -> Lengths:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelEnds:
-    """What is to be split, in times of one layer: the first `num_short` layers take `short`, the others 1.
+    """What is to be split, in times of one layer: the first `num_short` layers or those of `short_at` take `short`.
+
+    All others take 1.
 
     `first` and `last` are what the ends of the model take beside their layers.
     """
@@ -65,12 +69,19 @@ class ModelEnds:
     layers: int
     rank_of_stage: tuple[int, ...]
     num_short: int = 0
+    short_at: Lengths = ()
     short: float = 1.0
     first: float = 0.0
     last: float = 0.0
 
     def shorts(self, lengths: Lengths) -> Lengths:
-        """How many of the model's first `num_short` layers each stage holds."""
+        """How many of the short layers each stage holds."""
+        if self.short_at:
+            ends = list(accumulate(lengths))
+            return tuple(
+                sum(end - length <= layer < end for layer in self.short_at)
+                for end, length in zip(ends, lengths, strict=True)
+            )
         counts, left = [], self.num_short
         for length in lengths:
             counts.append(min(length, left))
