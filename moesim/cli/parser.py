@@ -18,6 +18,8 @@ from moesim.cli import (
     sweep,
     topology,
     trace,
+    trace_export,
+    trace_import,
     validate,
     volume,
 )
@@ -27,6 +29,8 @@ from moesim.spelling import closest
 _MODULES = (
     run,
     trace,
+    trace_import,
+    trace_export,
     sweep,
     plan,
     plot,
@@ -77,7 +81,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace | None:
     """
     _refuse_empty(argv)
     parser, by_name = build()
-    argv = _without_words(argv)
+    argv = _with_long_verbs(_without_words(argv))
     if not argv:
         parser.print_help()
         return None
@@ -104,6 +108,12 @@ def _without_words(argv: Sequence[str]) -> list[str]:
     if not argv or argv[0] not in WORDS:
         return list(argv)
     return [*(word for word in argv[1:] if word not in WORDS), WORDS[argv[0]]]
+
+
+def _with_long_verbs(argv: Sequence[str]) -> list[str]:
+    """Verbs of two words (`trace import`) as one."""
+    pair = " ".join(argv[:2])
+    return [pair, *argv[2:]] if pair in VERBS else list(argv)
 
 
 def _refuse(unknown: Sequence[str], parser: Parser) -> NoReturn:

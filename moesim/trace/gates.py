@@ -43,6 +43,8 @@ WEIGHINGS: Mapping[str, Weighing] = MappingProxyType(
         "hash": Weighing(even=True),
         "uniform": Weighing(even=True),
         "popularity": Weighing(even=True),
+        "recorded": Weighing(),  # by others, with the gates that they recorded
+        "selections": Weighing(even=True),  # by others, without gates
     }
 )
 
