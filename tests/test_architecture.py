@@ -1,6 +1,7 @@
 """The layer rule of the design, by reading every import: data flows one way, heavy libraries stay in their room."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -147,6 +148,15 @@ def test_the_rule_finds_a_memory_that_replace_hands_on() -> None:
     frozen = "@dataclass(frozen=True)\nclass A:\n    known: dict[int, int] = field({}default_factory=dict)"
     assert shared_memories("a.py", frozen.format(""))
     assert not shared_memories("a.py", frozen.format("init=False, "))
+
+
+PARSED = re.compile(r"label\.name\.|[\"'] in (?:\w+\.)*label\.name")
+
+
+@pytest.mark.parametrize("path", files())
+def test_no_label_is_parsed(path: str) -> None:
+    """Names of operations are for people; what a program asks of them are their phase, part and collective."""
+    assert not PARSED.search((PACKAGE / path).read_text())
 
 
 def loaded_after(statement: str) -> set[str]:

@@ -30,7 +30,7 @@ from moesim.engine.segments import (
 from moesim.engine.walk import Labels, Step
 from moesim.program.host import FREE_HOST, HostModel
 from moesim.program.operations import MAIN, NUM_CHAINS, SIDE, Kind, Run, Transfer
-from moesim.results.spans import Label, SpanRecorder, Stream
+from moesim.results.spans import Label, Part, SpanRecorder, Stream
 
 FloatArray = NDArray[np.float64]
 Handed = tuple[Label, FloatArray, FloatArray]  # what, when it was sent, when it arrives
@@ -179,7 +179,7 @@ class GroupExecutor:
             return ready_SR
         start_SR = np.maximum(ready_SR, self.host_SR)
         if step.kind is Kind.COMPUTE:
-            stall = Label("host", "host", Stream.HOST, step.layer)
+            stall = Label("host", "host", Stream.HOST, step.layer, part=Part.STALL)
             self.recorder.add(self.labels.number(stall), micro_batch, ready_SR, start_SR, start_SR - ready_SR)
         return start_SR
 

@@ -10,7 +10,7 @@ from moesim.engine.executor import GroupExecutor
 from moesim.engine.walk import Labels
 from moesim.program import StepProgram
 from moesim.program.operations import Block, Operation, Run
-from moesim.results.spans import SpanRecorder
+from moesim.results.spans import Part, SpanRecorder
 from moesim.scenario import Model, Scenario
 
 TURNS = 2  # micro-batches that pass one behind the other
@@ -50,7 +50,7 @@ class Cut(NamedTuple):
 
 
 def _is_embedding(operation: Operation) -> bool:
-    return operation.label.layer < 0 and operation.label.name.startswith("embedding")
+    return operation.part is Part.EMBEDDING
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -24,6 +24,7 @@ from moesim.program.reductions import Reduction
 from moesim.program.scenario_fabric import scenario_fabric
 from moesim.program.software import SOFTWARE
 from moesim.program.writer import KernelWriter
+from moesim.results.spans import Part
 from moesim.scenario import PipelineSchedule, Scenario
 from moesim.scenario.base import BYTES_PER_ELEMENT
 from moesim.scenario.stage_split import stage_lengths
@@ -156,7 +157,7 @@ class Screen:
         mesh = Mesh(scenario.parallelism, scenario.cluster)
         parameters = ParameterGroups(scenario, mesh, schedule)
         reductions, gathers = parameters.reductions(fabric), parameters.gathers(fabric)
-        writer = KernelWriter(kernels, dtype=scenario.workload.precision.gemm, category="data_parallel", layer=-1)
+        writer = KernelWriter(kernels, dtype=scenario.workload.precision.gemm, part=Part.GRADIENTS)
         ends = []
         for rank in range(schedule.num_ranks):
             of_rank, first = parameters.of_rank(rank), mesh.rank(stage=rank, index=0)

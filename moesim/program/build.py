@@ -27,6 +27,7 @@ from moesim.program.software import SOFTWARE
 from moesim.program.stage import StagePlan, source_seconds, stage_blocks, tensor_bytes
 from moesim.program.step_program import GroupProgram, Sent, StepProgram, Task
 from moesim.program.writer import KernelWriter
+from moesim.results.spans import Part
 from moesim.scenario import Scenario
 from moesim.scenario.base import BYTES_PER_ELEMENT
 
@@ -125,9 +126,7 @@ class _Builder:
             self._blocks(stage, pipeline_rank, number, ranks_R) for stage in self.schedule.stages_of_rank[pipeline_rank]
         ]
         parameters = self.parameters.of_rank(pipeline_rank)
-        writer = KernelWriter(
-            self.kernels, dtype=self.scenario.workload.precision.gemm, category="data_parallel", layer=-1
-        )
+        writer = KernelWriter(self.kernels, dtype=self.scenario.workload.precision.gemm, part=Part.GRADIENTS)
         accumulate = Block("accumulate", tuple(self.software.accumulation(writer, parameters=parameters.held)))
         before, after = self.software.flat_copies(writer, parameters=parameters.reduced)
         tasks: list[Task] = []

@@ -19,6 +19,7 @@ from moesim.program.eager_kernels import (
 )
 from moesim.program.sizes import Passes, Step, chain
 from moesim.program.writer import KernelWriter
+from moesim.results.spans import Part
 from moesim.scenario.model import Mla
 
 FOUR_DIMENSIONS = 1.5  # an unvectorised product over four strided dimensions, relative to one number per row
@@ -32,25 +33,25 @@ def _rotary(w: KernelWriter, name: str, tokens: int, sequence: int, width: int, 
     half = BF16 * tokens * width / 2
     table = FP32 * sequence * head_dim / 2
 
-    def products(suffix: str, count: int, launches: float) -> list[Any]:
+    def products(writer: KernelWriter, count: int, launches: float) -> list[Any]:
         bytes_ = FOUR_DIMENSIONS * 2 * half
-        return [moved(w, f"{name}.products{suffix}", "mul", launches, bytes_=bytes_)] * count
+        return [moved(writer, f"{name}.products", "mul", launches, bytes_=bytes_)] * count
 
-    def sums(suffix: str, launches: float) -> list[Any]:
-        return [moved(w, f"{name}.sums{suffix}", "elementwise", launches, bytes_=3 * half)] * 2
+    def sums(writer: KernelWriter, launches: float) -> list[Any]:
+        return [moved(writer, f"{name}.sums", "elementwise", launches, bytes_=3 * half)] * 2
 
     ahead = [
         small(w, f"{name}.frequencies", forward(*["plain"] * 5), count=5),
         *[moved(w, f"{name}.angles", "cast", forward("plain"), bytes_=2 * table)] * 5,
-        *products("", 4, forward("mul")),
-        *sums("", forward("sum")),
+        *products(w, 4, forward("mul")),
+        *sums(w, forward("sum")),
         moved(w, f"{name}.cat", "copy", forward("chunk", "cat"), bytes_=4 * half),
     ]
     back = [
-        *products(".backward", 5, backward("mul")),  # one of them the negation
-        *sums(".backward", backward("accumulate")),
-        moved(w, f"{name}.split.backward", "copy", backward("chunk", "sum", "sum"), bytes_=4 * half),
-        reordered(w, f"{name}.heads.backward", backward("view", "view", "cast"), numbers=tokens * width),
+        *products(w.backward, 5, backward("mul")),  # one of them the negation
+        *sums(w.backward, backward("accumulate")),
+        moved(w.backward, f"{name}.split", "copy", backward("chunk", "sum", "sum"), bytes_=4 * half),
+        reordered(w.backward, f"{name}.heads", backward("view", "view", "cast"), numbers=tokens * width),
     ]
     return ahead, back
 
@@ -60,7 +61,7 @@ def _repeated(w: KernelWriter, name: str, tokens: int, narrow: int, wide: int) -
     bytes_ = float(BF16 * tokens * (narrow + wide))
     return (
         [reordered(w, name, forward("view", "view", "cat"), numbers=tokens * wide)],
-        [moved(w, f"{name}.backward", "reduce", backward("reduce", "view", "view"), bytes_=bytes_)],
+        [moved(w.backward, name, "reduce", backward("reduce", "view", "view"), bytes_=bytes_)],
     )
 
 
@@ -68,7 +69,7 @@ def _attend(w: KernelWriter, step: Step, *, head_dim: int, value_dim: int) -> Pa
     heads = step.model.heads
     sizes: dict[str, Any] = {"heads": heads, "kv_heads": heads, "head_dim": head_dim, "value_dim": value_dim}
     sizes |= {"batch": step.batch, "sequence": step.sequence}
-    back = w.attention("attention.backward", direction="backward", **sizes)
+    back = w.attention("attention", direction="backward", **sizes)
     return [issued(w.attention("attention", **sizes), forward("attention"))], [issued(back, backward("attention"))]
 
 
@@ -124,8 +125,8 @@ def attention_part(w: KernelWriter, step: Step) -> Passes:
     """Norm, projections, rotary embedding, attention, output projection and residual sum."""
     mla = step.model.attention
     return chain(
-        branch(w, "attention.branch", step),
+        branch(w.at(Part.RESIDUAL), "attention.branch", step),
         norm(w, "attention_norm", step.tokens, step.model.hidden),
         _latent(w, step, mla) if isinstance(mla, Mla) else _grouped_query(w, step),
-        residual(w, "attention.residual", step),
+        residual(w.at(Part.RESIDUAL), "attention.residual", step),
     )

@@ -1,7 +1,4 @@
-"""Single kernels of eager PyTorch, forward and backward, that `moesim.program.torch_eager` puts together.
-
-Names of kernels of the backward pass end with `.backward`, `.dgrad` or `.wgrad`.
-"""
+"""Single kernels of eager PyTorch, forward and backward, that `moesim.program.torch_eager` puts together."""
 
 from dataclasses import replace
 
@@ -13,6 +10,7 @@ from moesim.program.eager_host import backward, forward
 from moesim.program.operations import Operation, compute
 from moesim.program.sizes import Passes, Step, chain
 from moesim.program.writer import KernelWriter
+from moesim.results.spans import Part
 
 BF16, FP32, INT64 = 2, 4, 8  # bytes
 SMALL = 4096.0  # bytes of a kernel on a few numbers: it takes the floor
@@ -32,18 +30,19 @@ def small(w: KernelWriter, name: str, launches: float, *, count: int = 1) -> Ope
     """`count` kernels on a few numbers, one behind the other."""
     estimate = w.model.seconds(MemoryBound("elementwise", SMALL))
     seconds = np.asarray(estimate.seconds) * count
-    return compute(name, w.category, seconds, layer=w.layer, source=estimate.source, chain=w.chain, launches=launches)
+    return compute(w.label(name), seconds, source=estimate.source, chain=w.chain, launches=launches)
 
 
 def accumulated(w: KernelWriter, name: str, tokens: int, width: int) -> Passes:
     """Backward only: a second gradient of bf16 activations is added to the first."""
-    operation = moved(w, f"{name}.backward", "elementwise", backward("accumulate"), bytes_=3.0 * BF16 * tokens * width)
-    return [], [operation]
+    bytes_ = 3.0 * BF16 * tokens * width
+    return [], [moved(w.backward, name, "elementwise", backward("accumulate"), bytes_=bytes_)]
 
 
 def norm(w: KernelWriter, name: str, tokens: int, width: int) -> Passes:
     """RMS norm of every token, as a module."""
-    back = w.memory(f"{name}.backward", "rms_norm_backward", rows=tokens, width=width)
+    w = w.at(Part.NORM)
+    back = w.backward.memory(name, "rms_norm_backward", rows=tokens, width=width)
     return (
         [issued(w.memory(name, "rms_norm", rows=tokens, width=width), forward("module", "norm"))],
         [issued(back, backward("norm"))],
@@ -76,14 +75,14 @@ def reordered(w: KernelWriter, name: str, launches: float, *, numbers: float) ->
 
 def copied(w: KernelWriter, name: str, numbers: float, *, both: bool = True) -> Passes:
     """A copy into another order; backward either copies too or only looks at the gradient differently."""
-    back = [reordered(w, f"{name}.backward", backward("cat"), numbers=numbers)] if both else []
+    back = [reordered(w.backward, name, backward("cat"), numbers=numbers)] if both else []
     return [reordered(w, name, forward("cat", "view"), numbers=numbers)], back
 
 
 def activation(w: KernelWriter, name: str, *, rows: ArrayLike, width: int) -> Passes:
     """silu of one half of the columns times the other half: two kernels, backward three products and a joining copy."""
     ahead = w.memory(name, "activation", rows=rows, width=width)
-    back = w.memory(f"{name}.backward", "activation_backward", rows=rows, width=width)
+    back = w.backward.memory(name, "activation_backward", rows=rows, width=width)
     return (
         [issued(ahead, forward("chunk", "silu", "mul"))],
         [issued(back, backward("mul", "mul", "silu", "chunk"))],

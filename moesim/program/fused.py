@@ -47,9 +47,10 @@ from moesim.program.gemms import (
 )
 from moesim.program.host import FREE_HOST, HostModel
 from moesim.program.loads import LayerLoads
-from moesim.program.operations import SIDE, WEIGHT_GRADIENT, Operation, fork, join, transfer
+from moesim.program.operations import SIDE, Operation, fork, join, transfer
 from moesim.program.sizes import Passes, Step, chain
 from moesim.program.writer import KernelWriter
+from moesim.results.spans import Collective, Part, Phase
 from moesim.scenario.base import BYTES_PER_ELEMENT
 
 
@@ -77,8 +78,8 @@ class _GatedNetwork:
         forward, backward = _activation_values(self.inputs)
         inner = step.gathered_tokens * self.width * ACTIVATION_BYTES
         self.activation: Passes = (
-            [w.moved(f"{name}.activation", "elementwise", bytes_=forward * inner)],
-            [w.moved(f"{name}.activation.backward", "elementwise", bytes_=backward * inner)],
+            [w.repeated_by("swiglu").moved(f"{name}.activation", "elementwise", bytes_=forward * inner)],
+            [w.backward.moved(f"{name}.activation", "elementwise", bytes_=backward * inner)],
         )
 
     def in_line(self) -> Passes:
@@ -103,15 +104,15 @@ class _GatedNetwork:
     def enter(self) -> Passes:
         """The gathers before the kernels; backward those of the result's gradient and, once more, of the input."""
         w, name, step, hidden = self.w, self.name, self.step, self.step.model.hidden
-        backward = gather_tokens(w, f"{name}.w2.gather", step, width=hidden)
-        backward += gather_tokens(w, f"{name}.w13.gather{WEIGHT_GRADIENT}", step, width=hidden)
+        backward = gather_tokens(w.backward, f"{name}.w2.gather", step, width=hidden)
+        backward += gather_tokens(w.during(Phase.WEIGHT_GRADIENT), f"{name}.w13.gather.wgrad", step, width=hidden)
         return gather_tokens(w, f"{name}.w13.gather", step, width=hidden), backward
 
     def leave(self) -> Passes:
         """The reduce-scatters behind the kernels."""
         w, name, step, hidden = self.w, self.name, self.step, self.step.model.hidden
         forward = scatter_tokens(w, f"{name}.w2.scatter", step, width=hidden)
-        return forward, scatter_tokens(w, f"{name}.w13.scatter", step, width=hidden)
+        return forward, scatter_tokens(w.backward, f"{name}.w13.scatter", step, width=hidden)
 
 
 def dense_ffn_part(w: KernelWriter, step: Step) -> Passes:
@@ -128,7 +129,7 @@ def _router_part(w: KernelWriter, step: Step) -> Passes:
     scores = tokens * model.experts * BYTES_PER_ELEMENT["fp32"]
     select = (
         [w.moved("router.topk", "elementwise", bytes_=2 * scores)],
-        [w.moved("router.topk.backward", "elementwise", bytes_=3 * scores)],
+        [w.backward.moved("router.topk", "elementwise", bytes_=3 * scores)],
     )
     return chain(
         norm(w, "ffn_norm", tokens, model.hidden),
@@ -146,15 +147,15 @@ def _experts_part(w: KernelWriter, step: Step, loads: LayerLoads) -> Passes:
     inner_MSR = rows * float(width * ACTIVATION_BYTES)
     forward = [
         w.grouped_gemm("experts.w13", rows=slots, k=h, n=inputs * width),
-        w.moved("experts.activation", "elementwise", bytes_=activation * inner_MSR),
+        w.repeated_by("swiglu").moved("experts.activation", "elementwise", bytes_=activation * inner_MSR),
         w.grouped_gemm("experts.w2", rows=slots, k=width, n=h),
     ]
     backward = [
-        w.grouped_gemm("experts.w2.dgrad", rows=slots, k=width, n=h, direction="dgrad"),
-        w.grouped_gemm("experts.w2.wgrad", rows=slots, k=width, n=h, direction="wgrad"),
-        w.moved("experts.activation.backward", "elementwise", bytes_=gradient * inner_MSR),
-        w.grouped_gemm("experts.w13.dgrad", rows=slots, k=h, n=inputs * width, direction="dgrad"),
-        w.grouped_gemm("experts.w13.wgrad", rows=slots, k=h, n=inputs * width, direction="wgrad"),
+        w.grouped_gemm("experts.w2", rows=slots, k=width, n=h, direction="dgrad"),
+        w.grouped_gemm("experts.w2", rows=slots, k=width, n=h, direction="wgrad"),
+        w.backward.moved("experts.activation", "elementwise", bytes_=gradient * inner_MSR),
+        w.grouped_gemm("experts.w13", rows=slots, k=h, n=inputs * width, direction="dgrad"),
+        w.grouped_gemm("experts.w13", rows=slots, k=h, n=inputs * width, direction="wgrad"),
     ]
     return forward, backward
 
@@ -191,24 +192,26 @@ def _shared_experts(w: KernelWriter, step: Step) -> tuple[_Shared, _Shared]:
     if not (step.remote and step.shared_beside):
         forward, backward = _GatedNetwork(w, "shared", step, width=width).in_line()
         return _Shared([], forward, []), _Shared([], backward, [])
-    network = _GatedNetwork(w.part("shared_experts", chain=SIDE), "shared", step, width=width)
+    network = _GatedNetwork(w.at(Part.SHARED_EXPERTS, chain=SIDE), "shared", step, width=width)
     enter, products, leave = network.enter(), network.products(), network.leave()
     return _Shared(enter[0], products[0], leave[0]), _Shared(enter[1], products[1], leave[1])
 
 
-def _send(loads: LayerLoads, name: str, *, layer: int, beside: list[Operation]) -> list[Operation]:
+def _send(loads: LayerLoads, w: KernelWriter, *, beside: list[Operation]) -> list[Operation]:
     """Rows to their experts, kernels beside that, and then to the other slices of these experts."""
-    gathered = f"experts.gather{'.backward' if name.endswith('.backward') else ''}"
-    out = [transfer(name, "dispatch_exposed", loads.dispatch_M, layer=layer, peers=loads.peers)]
-    shares = [transfer(gathered, "tensor", loads.gather_M, layer=layer, peers=loads.slice_peers)]
+    way: dict[str, Any] = {"layer": w.layer, "phase": w.phase, "part": w.part}
+    out = [transfer(w.label(w.part).name, "dispatch_exposed", loads.dispatch_M, peers=loads.peers, **way)]
+    way |= {"collective": Collective.ALL_GATHER}
+    shares = [transfer(w.label("experts.gather").name, "tensor", loads.gather_M, peers=loads.slice_peers, **way)]
     return [*out[: len(loads.dispatch_M)], *beside, *shares[: len(loads.gather_M)]]
 
 
-def _return(loads: LayerLoads, name: str, *, layer: int) -> list[Operation]:
+def _return(loads: LayerLoads, w: KernelWriter) -> list[Operation]:
     """The way back of `_send`."""
-    scattered = f"experts.scatter{'.backward' if name.endswith('.backward') else ''}"
-    shares = [transfer(scattered, "tensor", loads.scatter_M, layer=layer, peers=loads.slice_peers)]
-    back = [transfer(name, "combine_exposed", loads.combine_M, layer=layer, peers=loads.peers)]
+    way: dict[str, Any] = {"layer": w.layer, "phase": w.phase, "part": w.part}
+    back = [transfer(w.label(w.part).name, "combine_exposed", loads.combine_M, peers=loads.peers, **way)]
+    way |= {"collective": Collective.REDUCE_SCATTER}
+    shares = [transfer(w.label("experts.scatter").name, "tensor", loads.scatter_M, peers=loads.slice_peers, **way)]
     return [*shares[: len(loads.scatter_M)], *back[: len(loads.combine_M)]]
 
 
@@ -216,7 +219,7 @@ def _moe_forward(
     w: KernelWriter, step: Step, loads: LayerLoads, router: list[Operation], shared: _Shared, experts: list[Operation]
 ) -> list[Operation]:
     h, tokens, layer = step.model.row_width, step.tokens, w.layer
-    p = w.part("permute")
+    p = w.at(Part.PERMUTE)
     out = [*router]
     if not step.remote:
         out += [p.memory("permute", "permute", rows=loads.rows_MSR, width=h), *shared.beside, *experts]
@@ -225,10 +228,10 @@ def _moe_forward(
     if step.quantise:
         out.append(p.memory("quantise", "quantise", rows=tokens, width=h))
     out.append(p.memory("permute", "permute", rows=loads.copies_out_MSR, width=h))
-    out += [fork(layer=layer), *_send(loads, "dispatch", layer=layer, beside=shared.beside)]
+    out += [fork(layer=layer), *_send(loads, w.at(Part.DISPATCH), beside=shared.beside)]
     out += [p.memory("expand", "permute", rows=loads.rows_MSR, width=h), *experts]
     out.append(p.moved("reduce", "elementwise", bytes_=_sum_bytes(loads.rows_MSR, loads.copies_in_MSR, h)))
-    out += [*_return(loads, "combine", layer=layer), join(layer=layer), *shared.behind]
+    out += [*_return(loads, w.at(Part.COMBINE)), join(layer=layer), *shared.behind]
     return [*out, p.moved("unpermute", "elementwise", bytes_=_sum_bytes(loads.copies_out_MSR, tokens, h))]
 
 
@@ -236,30 +239,30 @@ def _moe_backward(
     w: KernelWriter, step: Step, loads: LayerLoads, router: list[Operation], shared: _Shared, experts: list[Operation]
 ) -> list[Operation]:
     h, tokens, layer = step.model.row_width, step.tokens, w.layer
-    p = w.part("permute")
+    p = w.at(Part.PERMUTE)
     if not step.remote:
-        spread = p.memory("unpermute.backward", "permute", rows=loads.rows_MSR, width=h)
-        gather = p.moved("permute.backward", "elementwise", bytes_=_sum_bytes(loads.rows_MSR, tokens, h))
+        spread = p.backward.memory("unpermute", "permute", rows=loads.rows_MSR, width=h)
+        gather = p.backward.moved("permute", "elementwise", bytes_=_sum_bytes(loads.rows_MSR, tokens, h))
         return [spread, *shared.beside, *experts, gather, *router]
     out = [*shared.before]
     if step.quantise:
-        out.append(p.memory("quantise.backward", "quantise", rows=tokens, width=h))
-    out.append(p.memory("unpermute.backward", "permute", rows=loads.copies_out_MSR, width=h))
-    out += [fork(layer=layer), *_send(loads, "combine.backward", layer=layer, beside=shared.beside)]
-    out += [p.memory("reduce.backward", "permute", rows=loads.rows_MSR, width=h), *experts]
-    out.append(p.moved("expand.backward", "elementwise", bytes_=_sum_bytes(loads.rows_MSR, loads.copies_in_MSR, h)))
-    out += [*_return(loads, "dispatch.backward", layer=layer), join(layer=layer)]
+        out.append(p.backward.memory("quantise", "quantise", rows=tokens, width=h))
+    out.append(p.backward.memory("unpermute", "permute", rows=loads.copies_out_MSR, width=h))
+    out += [fork(layer=layer), *_send(loads, w.at(Part.COMBINE).backward, beside=shared.beside)]
+    out += [p.backward.memory("reduce", "permute", rows=loads.rows_MSR, width=h), *experts]
+    out.append(p.backward.moved("expand", "elementwise", bytes_=_sum_bytes(loads.rows_MSR, loads.copies_in_MSR, h)))
+    out += [*_return(loads, w.at(Part.DISPATCH).backward), join(layer=layer)]
     out += shared.behind
-    out.append(p.moved("permute.backward", "elementwise", bytes_=_sum_bytes(loads.copies_out_MSR, tokens, h)))
+    out.append(p.backward.moved("permute", "elementwise", bytes_=_sum_bytes(loads.copies_out_MSR, tokens, h)))
     return out + router
 
 
 def moe_part(w: KernelWriter, step: Step, loads: LayerLoads) -> Passes:
     """Router, shared experts, routed experts and what moves tokens between them."""
-    router_forward, router_backward = _router_part(w.part("router"), step)
-    down, up = _latent_part(w.part("experts"), step)
-    shared_forward, shared_backward = _shared_experts(w.part("shared_experts"), step)
-    experts_forward, experts_backward = _experts_part(w.part("experts"), step, loads)
+    router_forward, router_backward = _router_part(w.at(Part.ROUTER), step)
+    down, up = _latent_part(w.at(Part.EXPERTS), step)
+    shared_forward, shared_backward = _shared_experts(w.at(Part.SHARED_EXPERTS), step)
+    experts_forward, experts_backward = _experts_part(w.at(Part.EXPERTS), step, loads)
     forward = _moe_forward(w, step, loads, [*router_forward, *down[0]], shared_forward, experts_forward)
     backward = _moe_backward(w, step, loads, [*down[1], *router_backward], shared_backward, experts_backward)
     return [*forward, *up[0]], [*up[1], *backward]
@@ -267,9 +270,9 @@ def moe_part(w: KernelWriter, step: Step, loads: LayerLoads) -> Passes:
 
 def layer_part(w: KernelWriter, step: Step, loads: LayerLoads | None) -> Passes:
     """One transformer layer; `loads` is None for a dense layer."""
-    attention = attention_part(w.part("attention"), step)
+    attention = attention_part(w.at(Part.ATTENTION), step)
     if loads is None:
-        return chain(attention, dense_ffn_part(w.part("dense_ffn"), step))
+        return chain(attention, dense_ffn_part(w.at(Part.DENSE_FFN), step))
     return chain(attention, moe_part(w, step, loads))
 
 
@@ -277,10 +280,10 @@ def embedding_part(w: KernelWriter, step: Step) -> Passes:
     """Token embedding; tensor ranks look up their share of the vocabulary for all tokens and add up."""
     rows, width = step.gathered_tokens, step.model.hidden
     forward = [w.memory("embedding", "embedding", rows=rows, width=width)]
-    backward = [w.memory("embedding.backward", "embedding", rows=rows, width=width)]
+    backward = [w.backward.memory("embedding", "embedding", rows=rows, width=width)]
     return (
         [*forward, *scatter_tokens(w, "embedding.scatter", step, width=width)],
-        [*gather_tokens(w, "embedding.gather", step, width=width), *backward],
+        [*gather_tokens(w.backward, "embedding.gather", step, width=width), *backward],
     )
 
 
@@ -289,13 +292,14 @@ def _loss(w: KernelWriter, step: Step) -> Passes:
     rows = step.gathered_tokens
     logits = rows * math.ceil(step.model.vocab / step.tensor) * ACTIVATION_BYTES
     forward = [w.moved("cross_entropy", "elementwise", bytes_=logits)]
-    backward = [w.moved("cross_entropy.backward", "elementwise", bytes_=2 * logits)]
+    backward = [w.backward.moved("cross_entropy", "elementwise", bytes_=2 * logits)]
     if step.tensor == 1:
         return forward, backward
     assert step.links is not None
     prepared = step.links.reduce(step.tensor_peers, float(rows * BYTES_PER_ELEMENT["fp32"]))
     sums = [
-        collective(w, f"cross_entropy.{what}", step, prepared, step.tensor_peers) for what in ("max", "sum", "target")
+        collective(w, f"cross_entropy.{what}", step, prepared, step.tensor_peers, kind=Collective.ALL_REDUCE)
+        for what in ("max", "sum", "target")
     ]
     return [*sums, *forward], backward
 
@@ -306,7 +310,7 @@ def head_part(w: KernelWriter, step: Step) -> Passes:
     return chain(
         norm(w, "final_norm", step.tokens, model.hidden),
         column_parallel(w, "head", step, k=model.hidden, n=model.vocab, dtype=w.wide_dtype),
-        _loss(w, step),
+        _loss(w.at(Part.LOSS), step),
     )
 
 

@@ -17,15 +17,16 @@ from moesim.program.gemms import ACTIVATION_BYTES, collective, column_parallel, 
 from moesim.program.operations import SIDE, Operation, fork, join
 from moesim.program.sizes import Passes, Step, chain
 from moesim.program.writer import KernelWriter
+from moesim.results.spans import Collective, Part
 from moesim.scenario.model import LocalGlobal, Mla
 
 
 def norm(w: KernelWriter, name: str, tokens: int, width: int) -> Passes:
     """RMS norm fused with the residual add: the sum is written beside the normalised rows."""
     residual = 2 * tokens * width * ACTIVATION_BYTES
-    forward = w.moved(name, "rms_norm", bytes_=2 * residual)
-    backward = w.moved(f"{name}.backward", "rms_norm", bytes_=2 * residual)
-    return [forward], [backward]
+    w = w.at(Part.NORM)
+    forward = w.repeated_by("rms_norm").moved(name, "rms_norm", bytes_=2 * residual)
+    return [forward], [w.backward.moved(name, "rms_norm", bytes_=2 * residual)]
 
 
 def _query_key_value(w: KernelWriter, step: Step) -> Passes:
@@ -35,6 +36,7 @@ def _query_key_value(w: KernelWriter, step: Step) -> Passes:
         return column_parallel(w, "qkv", step, k=h, n=(heads + 2 * model.kv_heads) * d)
     mla = model.attention
     value, rope = mla.value_head_dim or d, mla.rope_head_dim
+    up = w.repeated_by("mla_up_projection")
     query: list[Passes]
     if mla.q_lora_rank is None:
         query = [column_parallel(w, "q", step, k=h, n=heads * (d + rope))]
@@ -42,14 +44,14 @@ def _query_key_value(w: KernelWriter, step: Step) -> Passes:
         query = [
             projection(w, "q_down", m=step.tokens, k=h, n=mla.q_lora_rank),
             norm(w, "q_norm", step.tokens, mla.q_lora_rank),
-            column_parallel(w, "q_up", step, k=mla.q_lora_rank, n=heads * (d + rope)),
+            column_parallel(up, "q_up", step, k=mla.q_lora_rank, n=heads * (d + rope)),
         ]
     compressed = mla.kv_lora_rank + rope
     return chain(
         *query,
         projection(w, "kv_down", m=step.tokens, k=h, n=compressed),
         norm(w, "kv_norm", step.tokens, mla.kv_lora_rank),
-        column_parallel(w, "kv_up", step, k=mla.kv_lora_rank, n=heads * (d + value), width=compressed),
+        column_parallel(up, "kv_up", step, k=mla.kv_lora_rank, n=heads * (d + value), width=compressed),
     )
 
 
@@ -84,21 +86,21 @@ def _core_attention(w: KernelWriter, step: Step) -> Passes:
     window, every = _window(step)
     if window >= step.sequence:
         forward = attend("attention", batch=step.batch, sequence=step.sequence)
-        backward = attend("attention.backward", batch=step.batch, sequence=step.sequence, direction="backward")
+        backward = attend("attention", batch=step.batch, sequence=step.sequence, direction="backward")
         return [forward], [backward]
     if step.local and model.local is not None and model.local.chunked:
         chunks = partial(attend, batch=step.batch * step.sequence / window, sequence=window)
-        return [chunks("attention")], [chunks("attention.backward", direction="backward")]
+        return [chunks("attention")], [chunks("attention", direction="backward")]
     # W keys for every query but the first W, which see half as many: so many whole squares of W queries by W keys.
     squares = step.batch * (step.sequence / window - (window - 1) / (2 * window))
     local = partial(attend, batch=squares, sequence=window, causal=False)
     forward_ops = [local("local")]
-    backward_ops = [local("local.backward", direction="backward")]
+    backward_ops = [local("local", direction="backward")]
     if every is not None:
         # m = n - W tokens beyond the window: m * (m / every) / 2 pairs, those of a causal pass over m / sqrt(every).
         beyond = partial(attend, batch=step.batch, sequence=(step.sequence - window) / np.sqrt(every))
         forward_ops.append(beyond("global"))
-        backward_ops.append(beyond("global.backward", direction="backward"))
+        backward_ops.append(beyond("global", direction="backward"))
     return forward_ops, backward_ops
 
 
@@ -115,10 +117,11 @@ def _ring_attention(w: KernelWriter, step: Step, attend: "partial[Operation]") -
     # A step's result is weighed against the sum of those before: read both, write one.
     merge = w.moved("attention.merge", "elementwise", bytes_=3 * rows * values * ACTIVATION_BYTES)
 
-    def hop(name: str, pairs: int) -> Operation:
+    def hop(writer: KernelWriter, name: str, pairs: int) -> Operation:
         assert step.links is not None
         prepared = step.links.hop(step.context_peers, pairs * pair_bytes)
-        return collective(w, name, step, prepared, step.context_peers, chain=SIDE)
+        kind = Collective.SEND_RECEIVE
+        return collective(writer, name, step, prepared, step.context_peers, kind=kind, chain=SIDE)
 
     forward: list[Operation] = []
     backward: list[Operation] = []
@@ -128,12 +131,12 @@ def _ring_attention(w: KernelWriter, step: Step, attend: "partial[Operation]") -
         if last:
             forward += kernels
         else:
-            forward += [fork(layer=w.layer), hop("attention.ring", 1), *kernels, join(layer=w.layer)]
+            forward += [fork(layer=w.layer), hop(w, "attention.ring", 1), *kernels, join(layer=w.layer)]
         # On their way beside a step: keys and values of the next, and the gradients that the one before has added to.
         moving = (not last) + (not first)
-        backward += [fork(layer=w.layer), hop("attention.ring.backward", moving)]
-        backward += [attend("attention.backward", **sizes, direction="backward"), join(layer=w.layer)]
-    backward += [fork(layer=w.layer), hop("attention.ring.backward", 1), join(layer=w.layer)]
+        backward += [fork(layer=w.layer), hop(w.backward, "attention.ring.backward", moving)]
+        backward += [attend("attention", **sizes, direction="backward"), join(layer=w.layer)]
+    backward += [fork(layer=w.layer), hop(w.backward, "attention.ring.backward", 1), join(layer=w.layer)]
     return forward, backward
 
 
@@ -145,7 +148,7 @@ def attention_part(w: KernelWriter, step: Step) -> Passes:
     rotary = (step.heads + (1 if mla else step.kv_heads)) * rotated
     rope = (
         [w.memory("rotary", "copy", rows=step.gathered_tokens, width=rotary)],
-        [w.memory("rotary.backward", "copy", rows=step.gathered_tokens, width=rotary)],
+        [w.backward.memory("rotary", "copy", rows=step.gathered_tokens, width=rotary)],
     )
     return chain(
         norm(w, "attention_norm", step.tokens, model.hidden),

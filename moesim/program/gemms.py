@@ -12,10 +12,11 @@ products. A rank without tensor peers has the plain products.
 
 import math
 
-from moesim.program.operations import MAIN, SIDE, WEIGHT_GRADIENT, Operation, fork, join, transfer
+from moesim.program.operations import MAIN, SIDE, Operation, fork, join, transfer
 from moesim.program.peers import PeerCollective, Peers
 from moesim.program.sizes import Passes, Step
 from moesim.program.writer import KernelWriter
+from moesim.results.spans import Collective, Phase
 from moesim.scenario.base import BYTES_PER_ELEMENT
 
 ACTIVATION_BYTES = BYTES_PER_ELEMENT["bf16"]  # activations between kernels
@@ -27,12 +28,29 @@ def projection(w: KernelWriter, name: str, *, m: int, k: int, n: int, dtype: str
 
 
 def collective(
-    w: KernelWriter, name: str, step: Step, prepared: PeerCollective, peers: Peers, *, chain: int = MAIN
+    w: KernelWriter,
+    name: str,
+    step: Step,
+    prepared: PeerCollective,
+    peers: Peers,
+    *,
+    kind: Collective,
+    chain: int = MAIN,
 ) -> Operation:
     """A transfer of the `tensor` category among peers of the rank group."""
     assert step.links is not None
     members = peers.set_of_place(len(step.links.ranks_R))
-    return transfer(name, "tensor", (prepared,), layer=w.layer, chain=chain, peers=members)
+    return transfer(
+        name,
+        "tensor",
+        (prepared,),
+        layer=w.layer,
+        phase=w.phase,
+        part=w.part,
+        collective=kind,
+        chain=chain,
+        peers=members,
+    )
 
 
 def gather_tokens(w: KernelWriter, name: str, step: Step, *, width: int, chain: int = MAIN) -> list[Operation]:
@@ -42,7 +60,7 @@ def gather_tokens(w: KernelWriter, name: str, step: Step, *, width: int, chain: 
     assert step.links is not None
     size = float(step.gathered_tokens * width * ACTIVATION_BYTES)
     prepared = step.links.gather(step.tensor_peers, size)
-    return [collective(w, name, step, prepared, step.tensor_peers, chain=chain)]
+    return [collective(w, name, step, prepared, step.tensor_peers, kind=Collective.ALL_GATHER, chain=chain)]
 
 
 def scatter_tokens(w: KernelWriter, name: str, step: Step, *, width: int, chain: int = MAIN) -> list[Operation]:
@@ -52,7 +70,7 @@ def scatter_tokens(w: KernelWriter, name: str, step: Step, *, width: int, chain:
     assert step.links is not None
     size = float(step.gathered_tokens * width * ACTIVATION_BYTES)
     prepared = step.links.scatter(step.tensor_peers, size)
-    return [collective(w, name, step, prepared, step.tensor_peers, chain=chain)]
+    return [collective(w, name, step, prepared, step.tensor_peers, kind=Collective.REDUCE_SCATTER, chain=chain)]
 
 
 def column_parallel(
@@ -63,13 +81,14 @@ def column_parallel(
     if step.tensor == 1:
         return forward, backward
     width, (dgrad, wgrad) = k if width is None else width, backward
-    again = gather_tokens(w, f"{name}.gather{WEIGHT_GRADIENT}", step, width=width, chain=SIDE)
-    reduced = scatter_tokens(w, f"{name}.scatter", step, width=width, chain=SIDE)
+    late = w.during(Phase.WEIGHT_GRADIENT)
+    again = gather_tokens(late, f"{name}.gather.wgrad", step, width=width, chain=SIDE)
+    reduced = scatter_tokens(w.backward, f"{name}.scatter", step, width=width, chain=SIDE)
     return (
         [*gather_tokens(w, f"{name}.gather", step, width=width), *forward],
         [
-            *_beside(w, name, again, [dgrad], suffix=WEIGHT_GRADIENT),
-            *_beside(w, name, reduced, [wgrad]),
+            *_beside(late, again, [dgrad]),
+            *_beside(w.backward, reduced, [wgrad]),
         ],
     )
 
@@ -79,20 +98,18 @@ def row_parallel(w: KernelWriter, name: str, step: Step, *, k: int, n: int) -> P
     forward, backward = projection(w, name, m=step.gathered_tokens, k=k // step.tensor, n=n)
     return (
         [*forward, *scatter_tokens(w, f"{name}.scatter", step, width=n)],
-        [*gather_tokens(w, f"{name}.gather", step, width=n), *backward],
+        [*gather_tokens(w.backward, f"{name}.gather", step, width=n), *backward],
     )
 
 
-def _beside(
-    w: KernelWriter, name: str, transfers: list[Operation], kernels: list[Operation], *, suffix: str = ""
-) -> list[Operation]:
+def _beside(w: KernelWriter, transfers: list[Operation], kernels: list[Operation]) -> list[Operation]:
     """Transfers of the side chain and kernels of the main chain that start together; what follows waits for both.
 
-    With `suffix` the fork and the join move with the transfer where a schedule puts weight gradients off.
+    The fork and the join are of the writer's phase: they move with the transfer where a schedule puts gradients off.
     """
     return [
-        fork(layer=w.layer, name=f"{name}.fork{suffix}"),
+        fork(layer=w.layer, phase=w.phase, part=w.part),
         *transfers,
         *kernels,
-        join(layer=w.layer, name=f"{name}.join{suffix}"),
+        join(layer=w.layer, phase=w.phase, part=w.part),
     ]

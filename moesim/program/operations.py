@@ -14,11 +14,10 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.results.spans import Label, Stream
+from moesim.results.spans import Collective, Label, Part, Phase, Stream
 
 FloatArray = NDArray[np.float64]
 
-WEIGHT_GRADIENT = ".wgrad"  # how the names of weight-gradient products end
 MAIN, SIDE = 0, 1  # chains: the token's way through the layer, and what runs beside it (shared experts)
 NUM_CHAINS = 2
 
@@ -51,6 +50,7 @@ class Operation:
     """One operation of a block; `seconds_MSR` for compute, `transfers_M` for communication.
 
     `launches` is how many kernels of middling cost the host issues for it. `source` says what the duration rests on.
+    `again`: the word of workload.recompute that repeats it in the backward pass, "" for none.
     """
 
     kind: Kind
@@ -60,6 +60,17 @@ class Operation:
     transfers_M: tuple[Transfer, ...] = ()
     launches: float = 1
     source: str = ""
+    again: str = ""
+
+    @property
+    def phase(self) -> Phase:
+        """What of a step it belongs to."""
+        return self.label.phase
+
+    @property
+    def part(self) -> Part:
+        """Which part of the model it works for."""
+        return self.label.part
 
     def of_layer(self, layer: int, *, index: int, layers: int) -> "Operation":
         """The part of one layer, where the operation holds `layers` of them one behind the other along M."""
@@ -79,30 +90,30 @@ class Operation:
             transfers_M=transfers_M,
             launches=self.launches,
             source=self.source,
+            again=self.again,
         )
-
-    @property
-    def is_weight_gradient(self) -> bool:
-        """Whether nobody waits for it but the optimizer: schedules may put it off."""
-        return self.label.name.endswith(WEIGHT_GRADIENT)
 
 
 def compute(
-    name: str,
-    category: str,
+    label: Label,
     seconds: FloatArray | float,
     *,
-    layer: int,
     source: str,
     chain: int = MAIN,
     launches: float = 1,
+    again: str = "",
 ) -> Operation:
     """A kernel (or a run of kernels) on the compute stream; `seconds` broadcasts to [M, S, R]."""
     seconds_MSR = np.asarray(seconds, dtype=np.float64)
     seconds_MSR = seconds_MSR.reshape((1,) * (3 - seconds_MSR.ndim) + seconds_MSR.shape)
-    label = Label(name, category, Stream.COMPUTE, layer)
     return Operation(
-        kind=Kind.COMPUTE, label=label, chain=chain, seconds_MSR=seconds_MSR, source=source, launches=launches
+        kind=Kind.COMPUTE,
+        label=label,
+        chain=chain,
+        seconds_MSR=seconds_MSR,
+        source=source,
+        launches=launches,
+        again=again,
     )
 
 
@@ -112,6 +123,9 @@ def transfer(
     transfers_M: tuple[Transfer, ...],
     *,
     layer: int,
+    phase: Phase = Phase.NONE,
+    part: Part = Part.NONE,
+    collective: Collective = Collective.ALL_TO_ALL,
     chain: int = MAIN,
     launches: float = 1,
     peers: tuple[int, ...] = (),
@@ -120,36 +134,42 @@ def transfer(
 
     `peers`: the set of every rank, where the group's ranks meet in several.
     """
-    label = Label(name, category, Stream.COMMUNICATION, layer, peers=peers)
+    stream = Stream.COMMUNICATION
+    label = Label(name, category, stream, layer, peers=peers, phase=phase, part=part, collective=collective)
     return Operation(
         kind=Kind.TRANSFER, label=label, chain=chain, transfers_M=transfers_M, launches=launches, source="network"
     )
 
 
 def readback(name: str, *, layer: int) -> Operation:
-    """The host waits until the main chain is done and reads a result back."""
-    return Operation(kind=Kind.READBACK, label=Label(name, "host", Stream.HOST, layer), launches=0)
+    """The host waits until the main chain is done and reads a result back, in the forward pass."""
+    label = Label(name, "host", Stream.HOST, layer, phase=Phase.FORWARD, part=Part.ROW_COUNTS)
+    return Operation(kind=Kind.READBACK, label=label, launches=0)
 
 
-def collective(name: str, prepared: Transfer, *, layer: int, peers: tuple[int, ...]) -> Operation:
+def collective(label: Label, prepared: Transfer) -> Operation:
     """A collective on gradients or parameters, as soon as the main chain and the one before it are there."""
-    label = Label(name, "data_parallel", Stream.REDUCTION, layer, peers=peers)
     return Operation(kind=Kind.COLLECTIVE, label=label, transfers_M=(prepared,), source="network")
 
 
-def wait(*, layer: int, name: str = "await") -> Operation:
+def _order(kind: Kind, name: str, layer: int, phase: Phase, part: Part) -> Operation:
+    label = Label(name, "other", Stream.HOST, layer, phase=phase, part=part)
+    return Operation(kind=kind, label=label, launches=0)
+
+
+def wait(*, layer: int, phase: Phase = Phase.NONE) -> Operation:
     """The main chain waits for the collectives on gradients and parameters that are listed before."""
-    return Operation(kind=Kind.AWAIT, label=Label(name, "other", Stream.HOST, layer), launches=0)
+    return _order(Kind.AWAIT, "await", layer, phase, Part.NONE)
 
 
-def fork(*, layer: int, name: str = "fork") -> Operation:
+def fork(*, layer: int, phase: Phase = Phase.NONE, part: Part = Part.NONE) -> Operation:
     """From here the side chain runs beside the main chain."""
-    return Operation(kind=Kind.FORK, label=Label(name, "other", Stream.HOST, layer), launches=0)
+    return _order(Kind.FORK, "fork", layer, phase, part)
 
 
-def join(*, layer: int, name: str = "join") -> Operation:
+def join(*, layer: int, phase: Phase = Phase.NONE, part: Part = Part.NONE) -> Operation:
     """The main chain waits for the side chain."""
-    return Operation(kind=Kind.JOIN, label=Label(name, "other", Stream.HOST, layer), launches=0)
+    return _order(Kind.JOIN, "join", layer, phase, part)
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,10 +195,15 @@ def _together(run: list[Operation]) -> Operation:
     if len(run) == 1:
         return run[0]
     first = run[0]
+    phases, parts = {operation.phase for operation in run}, {operation.part for operation in run}
     seconds = [operation.seconds_MSR for operation in run if operation.seconds_MSR is not None]
     return Operation(
         kind=first.kind,
-        label=first.label._replace(name=first.label.category),
+        label=first.label._replace(
+            name=first.label.category,
+            phase=first.phase if len(phases) == 1 else Phase.NONE,
+            part=first.part if len(parts) == 1 else Part.NONE,
+        ),
         chain=first.chain,
         seconds_MSR=sum(seconds[1:], start=seconds[0]),
         launches=sum(operation.launches for operation in run),

@@ -15,6 +15,7 @@ from moesim.program.operations import Block
 from moesim.program.reductions import Members, Reduction
 from moesim.program.sharded import GRADIENTS, PARAMETERS
 from moesim.program.writer import KernelWriter
+from moesim.results.spans import Collective, Part, Phase
 from moesim.scenario import Scenario
 from moesim.scenario.base import BYTES_PER_ELEMENT
 
@@ -87,9 +88,9 @@ class ParameterGroups:
                 continue  # reduced in every backward pass
             buckets = max(1, len(self.scenario.stage_layers[stage])) if beside else 0
             reduce = reduce_scatter_seconds if sharding else all_reduce_seconds
-            verb = "reduce_scatter" if sharding else "all_reduce"
+            kind = Collective.REDUCE_SCATTER if sharding else Collective.ALL_REDUCE
             seconds = reduce(crowded(fabric, members), members[0], count * size).seconds
-            collectives.append(Reduction(f"{verb}.{name}", members, seconds, "network", buckets, stage))
+            collectives.append(Reduction(f"{kind}.{name}", members, seconds, "network", buckets, stage, kind))
         collectives += self._repeated(fabric, size)
         world = np.arange(self.mesh.world_size)
         if self.scenario.workload.gradient_clipping is not None and len(world) > 1:
@@ -131,6 +132,8 @@ class ParameterGroups:
                 members,
                 all_gather_seconds(crowded(fabric, members), members[0], count * size).seconds,
                 "network",
+                collective=Collective.ALL_GATHER,
+                part=Part.PARAMETERS,
             )
             for name, _, count, sharding, members in self._kinds()
             if 0 < sharding < PARAMETERS
@@ -161,5 +164,5 @@ def optimizer_block(scenario: Scenario, kernels: KernelModel, *, parameters: flo
         per_parameter += 2 * size["fp32"] - size[precision.weights]  # the weights are then only written
     eager_bf16 = scenario.implementation.kind == "torch_eager" and precision.optimizer == "bf16"
     kind = "optimizer_bf16" if eager_bf16 else "optimizer_fp32"
-    writer = KernelWriter(kernels, dtype=precision.gemm, category="optimizer", layer=-1)
+    writer = KernelWriter(kernels, dtype=precision.gemm, part=Part.OPTIMIZER).during(Phase.OPTIMIZER)
     return Block("optimizer", (writer.moved("adamw", kind, bytes_=parameters * per_parameter),))

@@ -9,6 +9,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from moesim.results.spans import Collective, Part
+
 FloatArray = NDArray[np.float64]
 Members = tuple[NDArray[np.int64], ...]
 
@@ -19,6 +21,7 @@ class Reduction:
 
     `buckets` is how many parts it is cut into that may begin while the last backward pass still makes gradients; 0: it
     begins when all gradients are there. `stage`: whose gradients they are; -1: of no single stage.
+    `part`: gradients, or the parameters that the optimizer has updated.
     """
 
     name: str
@@ -27,6 +30,8 @@ class Reduction:
     source: str
     buckets: int = 0
     stage: int = -1
+    collective: Collective = Collective.ALL_REDUCE
+    part: Part = Part.GRADIENTS
 
     @cached_property
     def ranks(self) -> frozenset[int]:

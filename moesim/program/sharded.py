@@ -16,9 +16,10 @@ from dataclasses import dataclass
 
 from moesim.parallel import Mesh
 from moesim.parallel.memory_parameters import Unit
-from moesim.program.operations import WEIGHT_GRADIENT, Operation, collective, wait
-from moesim.program.peers import GroupLinks, Peers
+from moesim.program.operations import Operation, collective, wait
+from moesim.program.peers import GroupLinks, PeerCollective, Peers
 from moesim.program.sizes import Passes
+from moesim.results.spans import CATEGORY_OF_PART, Collective, Label, Part, Phase, Stream
 from moesim.scenario import Scenario
 from moesim.scenario.base import BYTES_PER_ELEMENT
 
@@ -26,7 +27,7 @@ GRADIENTS, PARAMETERS = 2, 3  # from which ZeRO stage on they are sharded
 
 
 @dataclass(frozen=True)
-class Part:
+class ShardedPart:
     """One part of a stage: its operations, what a rank holds of it, and its layer (-1 for an end of the model)."""
 
     passes: Passes
@@ -51,50 +52,58 @@ class ShardedStage:
             if stage >= GRADIENTS and peers.size > 1
         ]
 
-    def gather(self, part: Part) -> list[Operation]:
+    def _collective(self, prepared: PeerCollective, name: str, layer: int, label: Label) -> Operation:
+        members = prepared.peers.set_of_place(len(self.links.ranks_R))
+        return collective(label._replace(name=f"{label.collective}.{name}", layer=layer, peers=members), prepared)
+
+    def gather(self, part: ShardedPart, phase: Phase) -> list[Operation]:
         """The whole weights of a part, where they are sharded."""
         size = BYTES_PER_ELEMENT[self.precision.weights]
         return [
-            collective(
-                f"all_gather.{name}",
+            self._collective(
                 self.links.gather(peers, getattr(part.unit, name) * size),
-                layer=part.layer,
-                peers=peers.set_of_place(len(self.links.ranks_R)),
+                name,
+                part.layer,
+                _label(Part.PARAMETERS, phase, Collective.ALL_GATHER),
             )
             for name, peers, stage in self.kinds
             if stage >= PARAMETERS and getattr(part.unit, name)
         ]
 
-    def scatter(self, part: Part) -> list[Operation]:
+    def scatter(self, part: ShardedPart) -> list[Operation]:
         """The sums of a part's gradients to their shards; where weight gradients are put off, behind those."""
         size = BYTES_PER_ELEMENT[self.precision.gradients]
         return [
-            collective(
-                f"reduce_scatter.{name}{WEIGHT_GRADIENT}",
+            self._collective(
                 self.links.scatter(peers, getattr(part.unit, name) * size),
-                layer=part.layer,
-                peers=peers.set_of_place(len(self.links.ranks_R)),
+                name,
+                part.layer,
+                _label(Part.GRADIENTS, Phase.WEIGHT_GRADIENT, Collective.REDUCE_SCATTER),
             )
             for name, peers, _ in self.kinds
             if getattr(part.unit, name)
         ]
 
-    def passes(self, parts: Sequence[Part]) -> Passes:
+    def passes(self, parts: Sequence[ShardedPart]) -> Passes:
         """All parts with their collectives: forward in order, backward in the opposite order."""
-        forward = self._in_order(parts, [part.passes[0] for part in parts], [[] for _ in parts])
-        parts = parts[::-1]
-        backward = self._in_order(parts, [part.passes[1] for part in parts], [self.scatter(part) for part in parts])
+        forward = self._in_order(parts, [part.passes[0] for part in parts], [[] for _ in parts], Phase.FORWARD)
+        parts, kernels = parts[::-1], [part.passes[1] for part in parts[::-1]]
+        backward = self._in_order(parts, kernels, [self.scatter(part) for part in parts], Phase.INPUT_GRADIENT)
         return forward, backward
 
     def _in_order(
-        self, parts: Sequence[Part], kernels: Sequence[list[Operation]], scatters: Sequence[list[Operation]]
+        self,
+        parts: Sequence[ShardedPart],
+        kernels: Sequence[list[Operation]],
+        scatters: Sequence[list[Operation]],
+        phase: Phase,
     ) -> list[Operation]:
-        gathers = [self.gather(part) for part in parts]
+        gathers = [self.gather(part, phase) for part in parts]
         out: list[Operation] = []
         if not self.beside:
             for part, gathered, kernels_of_part, scattered in zip(parts, gathers, kernels, scatters, strict=True):
                 out += [*gathered, *_waits(part, gathered), *kernels_of_part]
-                out += [*scattered, *_waits(part, scattered, suffix=WEIGHT_GRADIENT)]
+                out += [*scattered, *_waits(part, scattered, phase=Phase.WEIGHT_GRADIENT)]
             return out
         # Ahead of a part lie its predecessor's scatter and its successor's gather, which run beside it.
         for index, part in enumerate(parts):
@@ -107,5 +116,9 @@ class ShardedStage:
         return [*out, *scatters[-1]] if scatters else out
 
 
-def _waits(part: Part, collectives: Sequence[Operation], *, suffix: str = "") -> list[Operation]:
-    return [wait(layer=part.layer, name=f"await{suffix}")] if collectives else []
+def _label(works: Part, phase: Phase, kind: Collective) -> Label:
+    return Label("", CATEGORY_OF_PART[works], Stream.REDUCTION, -1, phase=phase, part=works, collective=kind)
+
+
+def _waits(part: ShardedPart, collectives: Sequence[Operation], *, phase: Phase = Phase.NONE) -> list[Operation]:
+    return [wait(layer=part.layer, phase=phase)] if collectives else []

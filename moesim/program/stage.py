@@ -14,18 +14,12 @@ from moesim.program.gemms import column_parallel, gather_tokens
 from moesim.program.loads import LayerLoads
 from moesim.program.operations import Block, Kind, Operation
 from moesim.program.peers import GroupLinks, PeerCollective, SideBySide
-from moesim.program.sharded import Part, ShardedStage
+from moesim.program.sharded import ShardedPart, ShardedStage
 from moesim.program.sizes import Passes, Step, chain
 from moesim.program.software import SOFTWARE
 from moesim.program.writer import KernelWriter
+from moesim.results.spans import Part, Phase
 from moesim.scenario import Scenario
-
-# What one word of workload.recompute repeats: operations whose names end so.
-RECOMPUTED_NAMES = {
-    "rms_norm": ("_norm",),
-    "swiglu": (".activation",),
-    "mla_up_projection": ("q_up", "kv_up"),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +59,7 @@ def stage_blocks(
 
 def _is_put_off(operation: Operation) -> bool:
     """Whether a split backward pass leaves it for later: not the head's, whose logits are too large to be kept."""
-    return operation.is_weight_gradient and not operation.label.name.startswith("head.")
+    return operation.phase is Phase.WEIGHT_GRADIENT and operation.part is not Part.HEAD
 
 
 def _passes(
@@ -73,9 +67,9 @@ def _passes(
 ) -> Passes:
     model, software, step = scenario.model, SOFTWARE[scenario.implementation.kind], step_sizes(scenario, links)
 
-    def writer(category: str, layer: int, spread_S: Sequence[bool] = ()) -> KernelWriter:
+    def writer(part: Part, layer: int = -1, spread_S: Sequence[bool] = ()) -> KernelWriter:
         dtype = scenario.workload.precision.gemm
-        return KernelWriter(kernels, dtype=dtype, category=category, layer=layer, spread_S=spread_S)
+        return KernelWriter(kernels, dtype=dtype, part=part, layer=layer, spread_S=spread_S)
 
     def layer_parts(layers: Sequence[int], of_layers: LayerLoads | None) -> dict[int, Passes]:
         """Layers that differ in their loads alone are priced together and then taken apart; local ones once more."""
@@ -85,7 +79,7 @@ def _passes(
         wholes: dict[bool, Passes] = {}
         for local in dict.fromkeys(map(model.is_local, layers)):
             of_kind = replace(step, local=local)
-            part = software.layer_part(writer("attention", layers[0], spread_S), of_kind, of_layers)
+            part = software.layer_part(writer(Part.ATTENTION, layers[0], spread_S), of_kind, of_layers)
             wholes[local] = _with_recomputation(scenario, part)
         return {
             layer: _of_layer(wholes[model.is_local(layer)], layer, index, len(layers))
@@ -95,26 +89,26 @@ def _passes(
     extra_layers = range(model.layers, model.layers + model.mtp_layers) if plan.last else ()
     dense_layers = [layer for layer in (*plan.layers, *extra_layers) if layer not in plan.moe_layers]
     part_of_layer = layer_parts(dense_layers, None) | layer_parts(plan.moe_layers, loads)
-    parts = [(-1, software.embedding_part(writer("embedding_head", -1), step))] if plan.first else []
+    parts = [(-1, software.embedding_part(writer(Part.EMBEDDING), step))] if plan.first else []
     parts += [(layer, part_of_layer[layer]) for layer in plan.layers]
     if plan.last:
-        parts.append((-1, software.head_part(writer("embedding_head", -1), step)))
+        parts.append((-1, software.head_part(writer(Part.HEAD), step)))
         for layer in extra_layers:
-            join = _prediction_join(writer("embedding_head", layer), step)
-            head = software.head_part(writer("embedding_head", -1), step)
+            join = _prediction_join(writer(Part.PREDICTION_JOIN, layer), step)
+            head = software.head_part(writer(Part.HEAD), step)
             parts.append((layer, chain(join, part_of_layer[layer], head)))
     if links is None or not Mesh(scenario.parallelism, scenario.cluster).shards_by_layer:
         return chain(*(passes for _, passes in parts))
     units = stage_units(scenario, plan.stage, held=plan.held)
-    named = [Part(passes, unit, layer) for (layer, passes), unit in zip(parts, units, strict=True)]
+    named = [ShardedPart(passes, unit, layer) for (layer, passes), unit in zip(parts, units, strict=True)]
     return ShardedStage(scenario, links).passes(named)
 
 
 def _prediction_join(w: KernelWriter, step: Step) -> Passes:
     """The product that joins a token's state and its successor's embedding; tensor ranks then gather its columns."""
     hidden = step.model.hidden
-    whole = gather_tokens(w, "mtp.join.whole", step, width=hidden)
-    return chain(column_parallel(w, "mtp.join", step, k=2 * hidden, n=hidden), (whole, whole))
+    whole, again = (gather_tokens(writer, "mtp.join.whole", step, width=hidden) for writer in (w, w.backward))
+    return chain(column_parallel(w, "mtp.join", step, k=2 * hidden, n=hidden), (whole, again))
 
 
 def _of_layer(part: Passes, layer: int, index: int, layers: int) -> Passes:
@@ -145,17 +139,15 @@ def _with_recomputation(scenario: Scenario, part: Passes) -> Passes:
     forward, backward = part
     if scenario.workload.recompute == "full":
         return forward, [*map(_again, forward), *backward]
-    endings = tuple(end for word in scenario.workload.recomputed_parts for end in RECOMPUTED_NAMES[word])
-    if not endings:
-        return part
-    repeated = [operation for operation in forward if operation.label.name.endswith(endings)]
+    repeated = [operation for operation in forward if operation.again in scenario.workload.recomputed_parts]
     return forward, [*map(_again, repeated), *backward]
 
 
 def _again(operation: Operation) -> Operation:
     """The same operation in the backward pass: compute counts as recomputation, transfers keep their own category."""
     category = "recompute" if operation.kind is Kind.COMPUTE else operation.label.category
-    label = operation.label._replace(name=f"{operation.label.name}.again", category=category)
+    name = f"{operation.label.name}.again"
+    label = operation.label._replace(name=name, category=category, phase=Phase.RECOMPUTE)
     return replace(operation, label=label)
 
 

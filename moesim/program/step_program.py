@@ -13,7 +13,7 @@ from moesim.parallel.schedules import Handoff
 from moesim.program.host import FREE_HOST, HostModel
 from moesim.program.operations import Block, Run, Transfer
 from moesim.program.reductions import Reduction
-from moesim.results.spans import Label, Stream
+from moesim.results.spans import CATEGORY_OF_PART, Collective, Label, Part, Phase, Stream
 
 FloatArray = NDArray[np.float64]
 Place = tuple[int, int]  # pipeline rank, number of the group
@@ -135,9 +135,21 @@ class StepProgram:
 
 def handoff_label(handoff: Handoff) -> Label:
     """The label of waiting for a hand-off that is on its way."""
-    return Label(handoff.payload, "pipeline", Stream.PIPELINE, -1, handoff.source)
+    phase = Phase.FORWARD if handoff.payload == "activation" else Phase.INPUT_GRADIENT
+    return Label(
+        handoff.payload,
+        "pipeline",
+        Stream.PIPELINE,
+        -1,
+        handoff.source,
+        phase=phase,
+        part=Part.PIPELINE,
+        collective=Collective.SEND_RECEIVE,
+    )
 
 
 def collective_label(reduction: Reduction, stream: Stream = Stream.REDUCTION) -> Label:
     """The label of a collective on gradients or parameters."""
-    return Label(reduction.name, "data_parallel", stream, -1)
+    phase = Phase.OPTIMIZER if reduction.part is Part.PARAMETERS else Phase.NONE
+    part, kind = reduction.part, reduction.collective
+    return Label(reduction.name, CATEGORY_OF_PART[part], stream, -1, phase=phase, part=part, collective=kind)

@@ -63,6 +63,7 @@ from moesim.program.loads import LayerLoads
 from moesim.program.operations import Operation, Transfer, readback, transfer
 from moesim.program.sizes import Passes, Step, chain
 from moesim.program.writer import KernelWriter
+from moesim.results.spans import Part, Phase
 
 
 def host_model(kernels: KernelModel) -> HostModel:
@@ -83,12 +84,12 @@ def _router(w: KernelWriter, step: Step) -> Passes:
     topk = issued(w.memory("router.topk", "topk", rows=tokens, width=model.experts), forward("topk", "view"))
     gather = moved(w, "router.gather", "elementwise", forward("gather"), bytes_=picked)
     gather_back = [
-        moved(w, "router.gather.backward", "zero", backward("gather"), bytes_=FP32 * scores),
-        moved(w, "router.scatter.backward", "elementwise", 0.0, bytes_=picked),
+        moved(w.backward, "router.gather", "zero", backward("gather"), bytes_=FP32 * scores),
+        moved(w.backward, "router.scatter", "elementwise", 0.0, bytes_=picked),
     ]
     to_fp32 = (
         [moved(w, "router.cast", "cast", forward("module", "cast"), bytes_=cast)],
-        [moved(w, "router.cast.backward", "elementwise", backward("cast"), bytes_=cast)],
+        [moved(w.backward, "router.cast", "elementwise", backward("cast"), bytes_=cast)],
     )
     if step.sigmoid:
         each = 2 * FP32 * scores
@@ -97,15 +98,15 @@ def _router(w: KernelWriter, step: Step) -> Passes:
                 moved(w, "router.sigmoid", "elementwise", forward("silu"), bytes_=each),
                 moved(w, "router.bias", "elementwise", forward("plain"), bytes_=each),
             ],
-            [moved(w, "router.sigmoid.backward", "elementwise", backward("silu"), bytes_=1.5 * each)],
+            [moved(w.backward, "router.sigmoid", "elementwise", backward("silu"), bytes_=1.5 * each)],
         )
         gates: Passes = (
             [small(w, "router.normalise", forward("reduce", "mul", "mul"), count=3)],
-            [small(w, "router.normalise.backward", backward("mul", "mul", "mul", "reduce", "accumulate"), count=6)],
+            [small(w.backward, "router.normalise", backward("mul", "mul", "mul", "reduce", "accumulate"), count=6)],
         )
     else:
         softmax = w.memory("router.softmax", "softmax", rows=tokens, width=model.experts)
-        back = w.memory("router.softmax.backward", "softmax_backward", rows=tokens, width=model.experts)
+        back = w.backward.memory("router.softmax", "softmax_backward", rows=tokens, width=model.experts)
         affinities = [issued(softmax, forward("softmax"))], [issued(back, backward("softmax"))]
         gates = [], []
     return chain(
@@ -120,13 +121,12 @@ def _router(w: KernelWriter, step: Step) -> Passes:
 
 def _gathered(w: KernelWriter, name: str, *, rows: NDArray[Any], of: ArrayLike, hidden: int) -> Passes:
     """`rows` rows gathered from `of` rows; backward they are added into as many zeros."""
-    back = f"{name}.backward"
     zeros = float(BF16 * hidden) * np.asarray(of, dtype=np.float64)
     return (
         [issued(w.memory(name, "permute", rows=rows, width=hidden), forward("index_select"))],
         [
-            moved(w, back, "zero", backward("index_select"), bytes_=zeros),
-            issued(w.memory(back, "unpermute", rows=rows, width=hidden), 0.0),
+            moved(w.backward, name, "zero", backward("index_select"), bytes_=zeros),
+            issued(w.backward.memory(name, "unpermute", rows=rows, width=hidden), 0.0),
         ],
     )
 
@@ -145,20 +145,27 @@ def _sort_rows(w: KernelWriter, step: Step, loads: LayerLoads) -> Passes:
 
 
 def _exchange(w: KernelWriter, name: str, category: str, transfers_M: Sequence[Transfer]) -> Operation:
-    launches = (backward if name.endswith(".backward") else forward)("exchange")
-    return issued(transfer(name, category, tuple(transfers_M), layer=w.layer), launches)
+    launches = (forward if w.phase is Phase.FORWARD else backward)("exchange")
+    name, transfers_M = w.label(name).name, tuple(transfers_M)
+    return issued(transfer(name, category, transfers_M, layer=w.layer, phase=w.phase, part=w.part), launches)
 
 
 def _exchange_rows(w: KernelWriter, loads: LayerLoads) -> Passes:
     """Counts, their read-back, and the rows."""
     assert loads.counts is not None
+    counted, w = w.at(Part.PERMUTE).at(Part.ROW_COUNTS), w.at(Part.DISPATCH)
     ahead = [
-        _exchange(w, "dispatch.counts", "dispatch_exposed", (loads.counts,)),
-        small(w.part("permute"), "dispatch.sums", forward("reduce", "reduce", "cat", "view", "view"), count=3),
+        _exchange(counted, "dispatch.counts", "dispatch_exposed", (loads.counts,)),
+        small(
+            counted.at(Part.PERMUTE).at(Part.ROW_COUNTS),
+            "dispatch.sums",
+            forward("reduce", "reduce", "cat", "view", "view"),
+            count=3,
+        ),
         readback("dispatch.readback", layer=w.layer),
         _exchange(w, "dispatch", "dispatch_exposed", loads.dispatch_M),
     ]
-    return ahead, [_exchange(w, "dispatch.backward", "combine_exposed", loads.combine_M)]
+    return ahead, [_exchange(w.backward, "dispatch", "combine_exposed", loads.combine_M)]
 
 
 def _sort_arrived(w: KernelWriter, loads: LayerLoads, hidden: int) -> Passes:
@@ -182,8 +189,8 @@ def _experts(w: KernelWriter, step: Step, loads: LayerLoads) -> Passes:
 
     def grouped(name: str, k: int, n: int) -> Passes:
         slots, half = loads.slot_rows_MSRP, backward("grouped") / 2
-        dgrad = w.grouped_gemm(f"{name}.dgrad", rows=slots, k=k, n=n, direction="dgrad")
-        wgrad = w.grouped_gemm(f"{name}.wgrad", rows=slots, k=k, n=n, direction="wgrad")
+        dgrad = w.grouped_gemm(name, rows=slots, k=k, n=n, direction="dgrad")
+        wgrad = w.grouped_gemm(name, rows=slots, k=k, n=n, direction="wgrad")
         ahead = w.grouped_gemm(name, rows=slots, k=k, n=n)
         return [issued(ahead, forward("grouped"))], [issued(dgrad, half), issued(wgrad, half)]
 
@@ -206,10 +213,10 @@ def _combine_rows(w: KernelWriter, step: Step, loads: LayerLoads) -> Passes:
         issued(w.memory("combine.add", "unpermute", rows=out, width=h), forward("index_add")),
     ]
     back = [
-        issued(w.memory("combine.add.backward", "unpermute_backward", rows=out, width=h), backward("index_add")),
-        issued(w.memory("combine.scale.backward", "mul_backward", rows=out, width=h), backward("mul", "mul", "reduce")),
-        small(w, "combine.cast.backward", backward("view", "cast")),
-        moved(w, "combine.gates.backward", "elementwise", backward("index_select", "view"), bytes_=gates),
+        issued(w.backward.memory("combine.add", "unpermute_backward", rows=out, width=h), backward("index_add")),
+        issued(w.backward.memory("combine.scale", "mul_backward", rows=out, width=h), backward("mul", "mul", "reduce")),
+        small(w.backward, "combine.cast", backward("view", "cast")),
+        moved(w.backward, "combine.gates", "elementwise", backward("index_select", "view"), bytes_=gates),
     ]
     return ahead, back
 
@@ -217,13 +224,14 @@ def _combine_rows(w: KernelWriter, step: Step, loads: LayerLoads) -> Passes:
 def moe_part(w: KernelWriter, step: Step, loads: LayerLoads) -> Passes:
     """Norm, router, exchange, routed experts, shared experts and residual sum."""
     model = step.model
-    p, router = w.part("permute"), w.part("router")
-    routed = _experts(w.part("experts"), step, loads)
+    p, router, combine = w.at(Part.PERMUTE), w.at(Part.ROUTER), w.at(Part.COMBINE)
+    rest = router.at(Part.RESIDUAL)
+    routed = _experts(w.at(Part.EXPERTS), step, loads)
     if step.remote:
         rows = loads.rows_MSR
         way_back = (
-            [_exchange(w, "combine", "combine_exposed", loads.combine_M)],
-            [_exchange(w, "combine.backward", "dispatch_exposed", loads.dispatch_M)],
+            [_exchange(combine, "combine", "combine_exposed", loads.combine_M)],
+            [_exchange(combine.backward, "combine", "dispatch_exposed", loads.dispatch_M)],
         )
         routed = chain(
             _exchange_rows(w, loads),
@@ -235,19 +243,19 @@ def moe_part(w: KernelWriter, step: Step, loads: LayerLoads) -> Passes:
     else:
         routed = chain(([small(p, "permute.offsets", forward("cumsum"))], []), routed)
     parts = [
-        branch(router, "ffn.branch", step),
+        branch(rest, "ffn.branch", step),
         norm(router, "ffn_norm", step.tokens, model.hidden),
         _router(router, step),
         _sort_rows(p, step, loads),
         routed,
-        _combine_rows(p, step, loads),
+        _combine_rows(p.at(Part.COMBINE), step, loads),
     ]
     if model.shared_experts:
-        shared, width = w.part("shared_experts"), model.shared_experts * model.expert_intermediate
+        shared, width = w.at(Part.SHARED_EXPERTS), model.shared_experts * model.expert_intermediate
         parts.append(accumulated(shared, "shared.branch", step.tokens, model.hidden))
         parts.append(gated(shared, "shared", tokens=step.tokens, hidden=model.hidden, width=width))
         parts.append(residual(shared, "shared.sum", step))
-    parts.append(residual(router, "ffn.residual", step))
+    parts.append(residual(rest, "ffn.residual", step))
     return chain(*parts)
 
 
@@ -255,25 +263,25 @@ def dense_ffn_part(w: KernelWriter, step: Step) -> Passes:
     """Norm, the dense feed-forward network and residual sum."""
     model = step.model
     return chain(
-        branch(w, "ffn.branch", step),
+        branch(w.at(Part.RESIDUAL), "ffn.branch", step),
         norm(w, "ffn_norm", step.tokens, model.hidden),
         gated(w, "ffn", tokens=step.tokens, hidden=model.hidden, width=model.dense_intermediate),
-        residual(w, "ffn.residual", step),
+        residual(w.at(Part.RESIDUAL), "ffn.residual", step),
     )
 
 
 def layer_part(w: KernelWriter, step: Step, loads: LayerLoads | None) -> Passes:
     """One transformer layer; `loads` is None for a dense layer."""
-    attention = attention_part(w.part("attention"), step)
+    attention = attention_part(w.at(Part.ATTENTION), step)
     if loads is None:
-        return chain(attention, dense_ffn_part(w.part("dense_ffn"), step))
+        return chain(attention, dense_ffn_part(w.at(Part.DENSE_FFN), step))
     return chain(attention, moe_part(w, step, loads))
 
 
 def embedding_part(w: KernelWriter, step: Step) -> Passes:
     """Token embedding; its gradient starts from a table of zeros."""
     rows, width = step.tokens, step.model.hidden
-    back = w.memory("embedding.backward", "embedding_backward", rows=rows, width=width)
+    back = w.backward.memory("embedding", "embedding_backward", rows=rows, width=width)
     return (
         [issued(w.memory("embedding", "embedding", rows=rows, width=width), forward("module", "index_select"))],
         [issued(back, backward("index_select"))],
@@ -284,22 +292,24 @@ def head_part(w: KernelWriter, step: Step) -> Passes:
     """Final norm, logits, and mean cross entropy in fp32."""
     model, tokens = step.model, step.tokens
     cast = float(BF16 + FP32) * tokens * model.vocab
-    loss = w.memory("cross_entropy", "cross_entropy_fp32", rows=tokens, width=model.vocab)
-    loss_back = w.memory("cross_entropy.backward", "cross_entropy_fp32_backward", rows=tokens, width=model.vocab)
+    last = w.at(Part.LOSS)
+    loss = last.memory("cross_entropy", "cross_entropy_fp32", rows=tokens, width=model.vocab)
+    loss_back = last.backward.memory("cross_entropy", "cross_entropy_fp32_backward", rows=tokens, width=model.vocab)
     return chain(
         norm(w, "final_norm", tokens, model.hidden),
         product(w, "head", m=tokens, k=model.hidden, n=model.vocab),
         (
-            [moved(w, "logits.cast", "cast", forward("view", "cast"), bytes_=cast)],
-            [moved(w, "logits.cast.backward", "elementwise", backward("cast", "view"), bytes_=cast)],  # vectorised
+            [moved(last, "logits.cast", "cast", forward("view", "cast"), bytes_=cast)],
+            [moved(last.backward, "logits.cast", "elementwise", backward("cast", "view"), bytes_=cast)],  # vectorised
         ),
         ([issued(loss, forward("cross_entropy"))], [issued(loss_back, backward("cross_entropy"))]),
-        ([small(w, "loss", forward("mul"))], [small(w, "loss.backward", backward("mul", "mul"), count=2)]),
+        ([small(last, "loss", forward("mul"))], [small(last.backward, "loss", backward("mul", "mul"), count=2)]),
     )
 
 
 def accumulation(w: KernelWriter, *, parameters: float) -> list[Operation]:
     """The gradients of all parameters added to those of earlier micro-batches."""
+    w = w.during(Phase.WEIGHT_GRADIENT)
     return [moved(w, "gradients.add", "elementwise", backward("accumulate"), bytes_=3.0 * BF16 * parameters)]
 
 
@@ -307,7 +317,7 @@ def flat_copies(w: KernelWriter, *, parameters: float) -> tuple[list[Operation],
     """Gradients of `parameters` parameters into one flat buffer before their all-reduce, and back behind it."""
     if not parameters:
         return [], []
-    both = 2.0 * BF16 * parameters
+    w, both = w.during(Phase.NONE), 2.0 * BF16 * parameters
     return (
         [moved(w, "gradients.flatten", "copy", forward("cat"), bytes_=both)],
         [moved(w, "gradients.unflatten", "copy", forward("cat"), bytes_=both)],

@@ -1,17 +1,25 @@
 """KernelWriter: from a kernel's sizes to an operation with its duration and the source of that duration."""
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moesim.kernels import Attention, Gemm, GroupedGemm, KernelModel, MemoryBound, memory_bytes
+from moesim.kernels.estimate import Estimate
 from moesim.kernels.families import AttentionDirection, GemmDirection
 from moesim.program.operations import MAIN, Operation, compute
+from moesim.results.spans import CATEGORY_OF_PART, Label, Part, Phase, Stream
 
 FloatArray = NDArray[np.float64]
 
+GEMM_PHASES: dict[GemmDirection, tuple[Phase, str]] = {  # and how names end
+    "forward": (Phase.FORWARD, ""),
+    "dgrad": (Phase.INPUT_GRADIENT, ".dgrad"),
+    "wgrad": (Phase.WEIGHT_GRADIENT, ".wgrad"),
+}
 TILE_ROWS = 256  # rows that grouped products round up to at most: two tiles of 128
 FEWEST_ENDS = 8  # remainders of a tile whose mean is taken
 
@@ -23,55 +31,67 @@ def _ends_in_a_tile(slots: int) -> FloatArray:
 
 
 class KernelWriter:
-    """Writes operations of one category and layer with the durations of one kernel model.
+    """Writes operations of one part and layer with the durations of one kernel model.
 
-    `dtype` is that of the large matrix products. In the samples of `spread_S`, the counterfactuals
-    without imbalance, every rank takes the mean of its rank group for a kernel whose duration follows what was routed
-    to it, and less where experts with equal rows would take less (`_even_experts`).
+    Names end with what the kernel is in the backward pass. `dtype` is that of the large GEMMs. In the samples of
+    `spread_S`, the counterfactuals without imbalance, every rank takes the mean of its rank group for a kernel whose
+    duration follows what was routed to it, and less where experts with equal rows would take less (`_even_experts`).
     """
 
     def __init__(
-        self,
-        model: KernelModel,
-        *,
-        dtype: str,
-        category: str,
-        layer: int,
-        chain: int = MAIN,
-        spread_S: Sequence[bool] = (),
+        self, model: KernelModel, *, dtype: str, part: Part, layer: int = -1, spread_S: Sequence[bool] = ()
     ) -> None:
         self.model = model
         self.dtype = dtype
-        self.category = category
+        self.part = part
+        self.category = CATEGORY_OF_PART[part]
+        self.phase = Phase.FORWARD
         self.layer = layer
-        self.chain = chain
+        self.chain = MAIN
+        self.again = ""
         self.spread_S = np.array(spread_S, dtype=bool)
+
+    def _with(self, **changes: object) -> "KernelWriter":
+        other = copy(self)
+        vars(other).update(changes)
+        return other
+
+    def at(self, part: Part, *, chain: int | None = None) -> "KernelWriter":
+        """A writer of the same layer for another part, whose time counts to the surrounding one if it has no own."""
+        category = CATEGORY_OF_PART.get(part, self.category)
+        return self._with(part=part, category=category, chain=self.chain if chain is None else chain)
+
+    def during(self, phase: Phase) -> "KernelWriter":
+        """A writer of the same part for another phase."""
+        return self._with(phase=phase)
+
+    @property
+    def backward(self) -> "KernelWriter":
+        """Of gradients with respect to inputs."""
+        return self.during(Phase.INPUT_GRADIENT)
+
+    def repeated_by(self, word: str) -> "KernelWriter":
+        """A writer of kernels that this word of workload.recompute repeats in the backward pass."""
+        return self._with(again=word)
+
+    def label(self, name: str) -> Label:
+        """The label of a kernel."""
+        name += ".backward" if self.phase is Phase.INPUT_GRADIENT else ""
+        return Label(name, self.category, Stream.COMPUTE, self.layer, phase=self.phase, part=self.part)
 
     @property
     def wide_dtype(self) -> str:
         """Of head, router gate and attention, which stay in bf16 where the large products are in fp8."""
         return "bf16" if self.dtype == "fp8" else self.dtype
 
-    def part(self, category: str, *, chain: int = MAIN) -> "KernelWriter":
-        """A writer of the same layer for another category."""
-        return KernelWriter(
-            self.model,
-            dtype=self.dtype,
-            category=category,
-            layer=self.layer,
-            chain=chain,
-            spread_S=self.spread_S.tolist(),
-        )
-
-    def _operation(self, name: str, seconds: float | FloatArray, source: str, launches: int) -> Operation:
+    def _operation(self, label: Label, estimate: Estimate, launches: float = 1) -> Operation:
         return compute(
-            name,
-            self.category,
-            self._spread(seconds),
-            layer=self.layer,
-            source=source,
+            label,
+            self._spread(estimate.seconds),
+            source=estimate.source,
             chain=self.chain,
             launches=launches,
+            again=self.again,
         )
 
     def _spread(self, seconds: float | FloatArray) -> float | FloatArray:
@@ -86,14 +106,18 @@ class KernelWriter:
         self, name: str, *, m: int, k: int, n: int, dtype: str | None = None, direction: GemmDirection = "forward"
     ) -> Operation:
         """Y[m, n] = X[m, k] W[k, n], or one of its gradients."""
-        estimate = self.model.seconds(Gemm(m=m, k=k, n=n, dtype=dtype or self.dtype, direction=direction))
-        return self._operation(name, estimate.seconds, estimate.source, 1)
+        kernel = Gemm(m=m, k=k, n=n, dtype=dtype or self.dtype, direction=direction)
+        return self._operation(self._gemm_label(name, direction), self.model.seconds(kernel))
+
+    def _gemm_label(self, name: str, direction: GemmDirection) -> Label:
+        phase, ending = GEMM_PHASES[direction]
+        return self.label(name)._replace(name=name + ending, phase=phase)
 
     def gemm_backward(self, name: str, *, m: int, k: int, n: int, dtype: str | None = None) -> list[Operation]:
         """The gradients of `gemm`, dX[m, k] = dY W^T and dW[k, n] = X^T dY, priced by the rows measured of each."""
         return [
-            self.gemm(f"{name}.dgrad", m=m, k=k, n=n, dtype=dtype, direction="dgrad"),
-            self.gemm(f"{name}.wgrad", m=m, k=k, n=n, dtype=dtype, direction="wgrad"),
+            self.gemm(name, m=m, k=k, n=n, dtype=dtype, direction="dgrad"),
+            self.gemm(name, m=m, k=k, n=n, dtype=dtype, direction="wgrad"),
         ]
 
     def grouped_gemm(
@@ -101,8 +125,7 @@ class KernelWriter:
     ) -> Operation:
         """One launch over the local experts; rows [..., slots], seconds [...]."""
         kernel = GroupedGemm(rows_per_expert=rows, k=k, n=n, dtype=self.dtype, direction=direction)
-        estimate = self.model.seconds(kernel)
-        operation = self._operation(name, estimate.seconds, estimate.source, 1)
+        operation = self._operation(self._gemm_label(name, direction), self.model.seconds(kernel))
         if not self.spread_S.any():
             return operation
         return replace(operation, seconds_MSR=self._even_experts(operation, kernel, rows=rows))
@@ -153,8 +176,8 @@ class KernelWriter:
             dtype=self.wide_dtype,
             direction=direction,
         )
-        estimate = self.model.seconds(kernel)
-        return self._operation(name, estimate.seconds, estimate.source, 1)
+        writer = self.backward if direction == "backward" else self
+        return writer._operation(writer.label(name), self.model.seconds(kernel))
 
     def memory(self, name: str, kind: str, *, rows: ArrayLike, width: ArrayLike = 1, launches: int = 1) -> Operation:
         """A memory-bound kernel over `rows` rows of `width` elements."""
@@ -162,5 +185,4 @@ class KernelWriter:
 
     def moved(self, name: str, kind: str, *, bytes_: ArrayLike, launches: int = 1) -> Operation:
         """A memory-bound kernel that reads and writes `bytes_` at the efficiency of `kind`."""
-        estimate = self.model.seconds(MemoryBound(kind, bytes_))
-        return self._operation(name, estimate.seconds, estimate.source, launches)
+        return self._operation(self.label(name), self.model.seconds(MemoryBound(kind, bytes_)), launches)

@@ -21,6 +21,7 @@ from moesim.errors import UserError
 from moesim.parallel import Mesh
 from moesim.report.memory_over_time import memory_events
 from moesim.results import Label, RunRecord, SpanTable, Stream
+from moesim.results.spans import Collective, Part
 from moesim.scenario import Scenario
 from moesim.strict_json import json_text
 
@@ -44,18 +45,12 @@ STREAM_NAMES = {
     Stream.PIPELINE: "between stages",
     Stream.HOST: "waiting for the host",
 }
-COLLECTIVES = {  # our word -> kernel of NCCL, name that PyTorch gives the collective
-    "all_reduce": ("ncclDevKernel_AllReduce_Sum", "allreduce"),
-    "reduce_scatter": ("ncclDevKernel_ReduceScatter_Sum", "reduce_scatter"),
-    "all_gather": ("ncclDevKernel_AllGather", "allgather"),
-}
-
-# What tensor ranks do, by a word in the name of a span; hops around the ring of context ranks have none of these.
-SHARED_LAYERS = {
-    ".gather": "all_gather",
-    "mtp.join.whole": "all_gather",
-    ".scatter": "reduce_scatter",
-    "cross_entropy": "all_reduce",
+COLLECTIVES = {  # kernel of NCCL, name that PyTorch gives the collective
+    Collective.ALL_REDUCE: ("ncclDevKernel_AllReduce_Sum", "allreduce"),
+    Collective.REDUCE_SCATTER: ("ncclDevKernel_ReduceScatter_Sum", "reduce_scatter"),
+    Collective.ALL_GATHER: ("ncclDevKernel_AllGather", "allgather"),
+    Collective.ALL_TO_ALL: ("ncclDevKernel_SendRecv", "all_to_allv"),
+    Collective.SEND_RECEIVE: ("ncclDevKernel_SendRecv", "send"),
 }
 
 
@@ -146,19 +141,12 @@ def _names(rank: int, pipeline_rank: int) -> Iterator[Event]:
 
 def _kernel(label: Label) -> tuple[str, Mapping[str, str]]:
     """The name of a span in the trace, and the arguments that tell tools which collective it is."""
-    if label.stream is Stream.COMMUNICATION and label.category == "tensor":
-        verb = next((verb for part, verb in SHARED_LAYERS.items() if part in label.name), None)
-        kernel, collective = COLLECTIVES[verb] if verb else ("ncclDevKernel_SendRecv", "send")
-        return f"{kernel}({label.name})", {"Collective name": collective}
-    if label.stream is Stream.COMMUNICATION:
-        return f"ncclDevKernel_SendRecv({label.name})", {"Collective name": "all_to_allv"}
     if label.stream is Stream.PIPELINE:
         return f"ncclDevKernel_SendRecv({label.name} from pipeline rank {label.sender})", {"Collective name": "recv"}
-    if label.stream in (Stream.REDUCTION, Stream.BACKGROUND):
-        verb, _, what = label.name.partition(".")
-        kernel, collective = COLLECTIVES[verb]
-        return f"{kernel}({what})", {"Collective name": collective}
-    return label.name, {}
+    if label.collective is Collective.NONE:
+        return label.name, {}
+    kernel, collective = COLLECTIVES[label.collective]
+    return f"{kernel}({label.name})", {"Collective name": collective}
 
 
 def microseconds(seconds: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -197,7 +185,7 @@ def _arrows(table: SpanTable, place: int, first_id: int) -> Iterator[Event]:
     for row in table.rows(Stream.COMMUNICATION).tolist():
         label = table.labels[table.label_N[row]]
         key = (label.layer, int(table.micro_batch_N[row]))
-        if label.category == "dispatch_exposed" and not label.name.endswith(".counts"):
+        if label.category == "dispatch_exposed" and label.part is not Part.ROW_COUNTS:
             waiting[key].append(row)
         elif label.category == "combine_exposed" and waiting[key]:
             begin = microseconds(table.start_NSR[waiting[key].popleft(), 0, place])

@@ -4,7 +4,7 @@ Legend: N operations issued, S routing samples simulated in lockstep, R ranks of
 """
 
 from dataclasses import dataclass, replace
-from enum import IntEnum
+from enum import IntEnum, StrEnum
 from typing import NamedTuple
 
 import numpy as np
@@ -50,9 +50,76 @@ class Stream(IntEnum):
     BACKGROUND = 5
 
 
+class Phase(StrEnum):
+    """What of a step an operation belongs to. NONE: reductions of gradients, and what only orders other operations."""
+
+    FORWARD = "forward"
+    INPUT_GRADIENT = "input gradient"
+    WEIGHT_GRADIENT = "weight gradient"  # nobody waits for it but the optimizer: schedules may put it off
+    RECOMPUTE = "recompute"
+    OPTIMIZER = "optimizer"
+    NONE = "none"
+
+
+class Part(StrEnum):
+    """Which part of the model, or of what trains it, an operation works for."""
+
+    NORM = "norm"
+    ATTENTION = "attention"
+    RESIDUAL = "residual"
+    DENSE_FFN = "dense FFN"
+    ROUTER = "router"
+    PERMUTE = "permute"
+    ROW_COUNTS = "row counts"  # that software exchanges before the rows
+    DISPATCH = "dispatch"
+    EXPERTS = "experts"
+    COMBINE = "combine"
+    SHARED_EXPERTS = "shared experts"
+    EMBEDDING = "embedding"
+    PREDICTION_JOIN = "prediction join"
+    HEAD = "head"
+    LOSS = "loss"
+    GRADIENTS = "gradients"
+    PARAMETERS = "parameters"
+    OPTIMIZER = "optimizer"
+    PIPELINE = "pipeline"
+    STALL = "stall"  # the device stands still for the host
+    NONE = "none"
+
+
+# The category of the attribution that the time of a part counts to; parts without one lie within another part.
+CATEGORY_OF_PART = {
+    Part.ATTENTION: "attention",
+    Part.DENSE_FFN: "dense_ffn",
+    Part.ROUTER: "router",
+    Part.PERMUTE: "permute",
+    Part.EXPERTS: "experts",
+    Part.SHARED_EXPERTS: "shared_experts",
+    Part.EMBEDDING: "embedding_head",
+    Part.PREDICTION_JOIN: "embedding_head",
+    Part.HEAD: "embedding_head",
+    Part.LOSS: "embedding_head",
+    Part.GRADIENTS: "data_parallel",
+    Part.PARAMETERS: "data_parallel",
+    Part.OPTIMIZER: "optimizer",
+}
+
+
+class Collective(StrEnum):
+    """How ranks exchange in a transfer."""
+
+    ALL_TO_ALL = "all_to_all"
+    ALL_GATHER = "all_gather"
+    REDUCE_SCATTER = "reduce_scatter"
+    ALL_REDUCE = "all_reduce"
+    SEND_RECEIVE = "send_receive"
+    NONE = "none"
+
+
 class Label(NamedTuple):
     """What a span is: its name, its category of the attribution, its stream and its layer (-1 outside the layers).
 
+    The name is for people: what a program asks stands in `phase`, `part` and `collective`.
     `sender` is the pipeline rank that a hand-off comes from, -1 for everything else. `peers` is the number of the set
     in which each rank of the group takes part in a transfer; empty where all of them meet.
     """
@@ -63,6 +130,9 @@ class Label(NamedTuple):
     layer: int
     sender: int = -1
     peers: tuple[int, ...] = ()
+    phase: Phase = Phase.NONE
+    part: Part = Part.NONE
+    collective: Collective = Collective.NONE
 
 
 class ActionRows(NamedTuple):

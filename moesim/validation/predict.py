@@ -12,13 +12,20 @@ from moesim.engine import simulate_step, step_kernels
 from moesim.kernels import kernel_model
 from moesim.program import build_program
 from moesim.program.scenario_fabric import scenario_fabric
-from moesim.results.spans import SpanTable
+from moesim.results.spans import Label, Part, Phase, SpanTable
 from moesim.validation.cases import Case
 from moesim.validation.routing import RecordedRows
 
-REDUCTION = ("gradients.flatten", "gradients.unflatten", "all_reduce.")
-BACKWARD = (".backward", ".dgrad", ".wgrad")
-LAYER_PARTS = ("router", "permute", "dispatch", "experts", "combine", "shared")
+BACKWARD = (Phase.INPUT_GRADIENT, Phase.WEIGHT_GRADIENT, Phase.RECOMPUTE)
+LAYER_PARTS = {
+    Part.ROUTER: "router",
+    Part.PERMUTE: "permute",
+    Part.ROW_COUNTS: "dispatch",
+    Part.DISPATCH: "dispatch",
+    Part.EXPERTS: "experts",
+    Part.COMBINE: "combine",
+    Part.SHARED_EXPERTS: "shared",
+}
 
 
 def predict(case: Case, rows_RBLE: ArrayLike) -> dict[str, Any]:
@@ -48,24 +55,21 @@ def _cut(table: SpanTable) -> tuple[dict[str, float], dict[str, float]]:
     layers: dict[str, float] = {}
     finish_NR = table.finish_NSR[:, 0]
     elapsed_N = np.diff(finish_NR, axis=0, prepend=0.0).mean(axis=1)
-    names = [label.name for label in table.labels]
-    for row, seconds in _with_stalls(table.label_N, elapsed_N, names):
-        name = names[row]
-        parts[_phase(name)] += seconds
-        part = name.split(".")[0]
-        if part in LAYER_PARTS and table.labels[row].layer >= 0:
-            key = f"{'backward' if name.endswith(BACKWARD) else 'forward'}.{part}"
+    for row, seconds in _with_stalls(table, elapsed_N):
+        label = table.labels[row]
+        parts[_part_of_step(label)] += seconds
+        part = LAYER_PARTS.get(label.part)
+        if part is not None and label.layer >= 0:
+            key = f"{'backward' if label.phase in BACKWARD else 'forward'}.{part}"
             layers[key] = layers.get(key, 0.0) + seconds
     return parts, layers
 
 
-def _with_stalls(
-    label_N: NDArray[np.int32], elapsed_N: NDArray[np.float64], names: list[str]
-) -> list[tuple[int, float]]:
+def _with_stalls(table: SpanTable, elapsed_N: NDArray[np.float64]) -> list[tuple[int, float]]:
     """(label, seconds) of every operation, a stall for the host counted to the operation that waited."""
     found, stalled = [], 0.0
-    for label, seconds in zip(label_N.tolist(), elapsed_N.tolist(), strict=True):
-        if names[label] == "host":
+    for label, seconds in zip(table.label_N.tolist(), elapsed_N.tolist(), strict=True):
+        if table.labels[label].part is Part.STALL:
             stalled += seconds
         else:
             found.append((label, seconds + stalled))
@@ -73,12 +77,12 @@ def _with_stalls(
     return found
 
 
-def _phase(name: str) -> str:
-    if name == "adamw":
+def _part_of_step(label: Label) -> str:
+    if label.phase is Phase.OPTIMIZER:
         return "optimizer"
-    if name.startswith(REDUCTION):
-        return "reduction"
-    return "backward" if name.endswith(BACKWARD) or name == "gradients.add" else "forward"
+    if label.phase in BACKWARD:
+        return "backward"
+    return "reduction" if label.part is Part.GRADIENTS else "forward"
 
 
 def _mean(rows: list[dict[str, float]], weights: list[int]) -> dict[str, float]:

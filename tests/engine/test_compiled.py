@@ -72,7 +72,7 @@ def test_small_groups_do_without_numba() -> None:
 import sys
 import numpy as np
 from moesim.network import prepare_transfer, build_fabric
-from moesim.results import attribute, SpanRecorder
+from moesim.results import Label, SpanRecorder, Stream, attribute
 from moesim.scenario.cluster import Cluster, Fabric, Pool
 from moesim.engine.executor import GroupExecutor
 from moesim.program.host import FREE_HOST
@@ -82,7 +82,7 @@ fabric = build_fabric(Cluster(pools=(Pool(gpu="h200", nodes=1),), fabric=Fabric(
 prepared = prepare_transfer(fabric, np.ones((1, 8, 8)))
 group = GroupExecutor(samples=1, ranks=8, host=FREE_HOST, slowdown=1.5, labels=Labels(),
                       recorder=SpanRecorder(rows=9, samples=1, ranks=8))
-kernel = compute("experts", "experts", np.arange(8.0), layer=0, source="roofline")
+kernel = compute(Label("experts", "experts", Stream.COMPUTE, 0), np.arange(8.0), source="roofline")
 group.execute([Run(Block("b", (kernel, transfer("combine", "combine_exposed", (prepared,), layer=0))), 0, False)])
 step_S = group.done_SR.max(axis=1)
 table = group.recorder.table(labels=group.labels.all(), ranks_R=np.arange(8), step_S=step_S)

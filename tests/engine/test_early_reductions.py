@@ -15,7 +15,7 @@ from moesim.program.host import FREE_HOST
 from moesim.program.operations import Block, Run, compute
 from moesim.program.reductions import Reduction
 from moesim.program.step_program import GroupProgram, Task
-from moesim.results import CATEGORIES, attribute
+from moesim.results import CATEGORIES, Label, attribute
 from moesim.results.attribution import overlapped_transfer
 from moesim.results.critical_path import path_facts
 from moesim.results.spans import SpanTable, Stream
@@ -32,7 +32,7 @@ def two_replicas(*, early: bool) -> StepProgram:
     """Two data-parallel ranks that leave stage 1 after 2 and 4 s, and stage 0 3 s later; both reductions take 2.5 s."""
 
     def backward(seconds: float) -> Task:
-        work = compute("work", "experts", seconds, layer=0, source="roofline")
+        work = compute(Label("work", "experts", Stream.COMPUTE, 0), seconds, source="roofline")
         return Task(runs=(Run(Block("backward", (work,)), 0, True),))
 
     members = (np.array([0, 1]),)

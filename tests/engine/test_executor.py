@@ -7,7 +7,7 @@ from moesim.engine.executor import GroupExecutor
 from moesim.engine.walk import Labels
 from moesim.program.host import HostModel
 from moesim.program.operations import SIDE, Block, Operation, Run, compute, fork, join, readback, transfer
-from moesim.results import CATEGORIES, SpanRecorder, attribute
+from moesim.results import CATEGORIES, Label, SpanRecorder, Stream, attribute
 
 FREE = HostModel(forward_launch=0.0, backward_launch=0.0, readback=0.0)
 
@@ -41,7 +41,7 @@ def run(group: GroupExecutor, *operations: Operation) -> dict[str, np.ndarray]:
 
 
 def op(name: str, category: str, seconds: object, **kwargs: object) -> Operation:
-    return compute(name, category, np.asarray(seconds, float), layer=0, source="roofline", **kwargs)  # type: ignore[arg-type]
+    return compute(Label(name, category, Stream.COMPUTE, 0), np.asarray(seconds, float), source="roofline", **kwargs)  # type: ignore[arg-type]
 
 
 def test_a_slow_rank_is_waited_for_inside_the_transfer() -> None:

@@ -10,13 +10,13 @@ from moesim.parallel.schedules import Pass, build_schedule
 from moesim.program.host import FREE_HOST
 from moesim.program.operations import Block, Run, compute, interleave, transfer
 from moesim.program.step_program import GroupProgram, Sent, StepProgram, Task
-from moesim.results import CATEGORIES, attribute
+from moesim.results import CATEGORIES, Label, Stream, attribute
 
 FORWARD, BACKWARD, WEIGHT = 1.0, 2.0, 0.75
 
 
 def block(seconds: float) -> Block:
-    return Block("test", (compute("work", "experts", seconds, layer=0, source="roofline"),))
+    return Block("test", (compute(Label("work", "experts", Stream.COMPUTE, 0), seconds, source="roofline"),))
 
 
 def equal_program(
@@ -107,7 +107,7 @@ def test_overlapped_passes_fill_each_others_transfers():
             return start_R + 1.0
 
     def part(name: str) -> Block:
-        operation = compute("work", "experts", 1.0, layer=0, source="roofline")
+        operation = compute(Label("work", "experts", Stream.COMPUTE, 0), 1.0, source="roofline")
         send = transfer(name, "dispatch_exposed", (Fixed(),), layer=0)
         return Block(name, (operation, send, operation, send, operation))
 

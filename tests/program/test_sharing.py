@@ -16,6 +16,7 @@ from moesim.program.operations import Block, Kind
 from moesim.program.peers import GroupLinks, PeerCollective, Peers, RingHop
 from moesim.program.stage import StagePlan, stage_blocks
 from moesim.results import CATEGORIES, attribute
+from moesim.results.spans import Part, Phase
 from moesim.run import obtain_trace, simulate
 from moesim.scenario import Scenario
 from moesim.seeding import stream
@@ -78,7 +79,7 @@ def test_a_split_backward_pass_keeps_all_operations_and_puts_off_the_second_gath
     assert Counter(names[Pass.BACKWARD]) == Counter(names[Pass.INPUT]) + Counter(names[Pass.WEIGHT])
     late = names[Pass.WEIGHT]
     gathered = late.index("qkv.gather.wgrad")
-    assert late[gathered - 1 : gathered + 3] == [f"qkv.{part}wgrad" for part in ("fork.", "gather.", "join.", "")]
+    assert late[gathered - 1 : gathered + 3] == ["fork", "qkv.gather.wgrad", "join", "qkv.wgrad"]
     assert [name for name in late if "scatter" in name] == []
 
 
@@ -88,11 +89,11 @@ def test_the_heads_weight_gradient_is_not_put_off(small, tensor):
     links = GroupLinks(build_fabric(scenario.cluster), np.arange(tensor))
     plan = StagePlan(layers=range(1), moe_layers=(), first=False, last=True)
     blocks = stage_blocks(scenario, kernel_model("h200", "roofline"), plan, None, links)
-    heads = [[op.label.name for op in blocks[kind].operations if op.label.name.startswith("head.")] for kind in Pass]
+    heads = [[op.phase for op in blocks[kind].operations if op.part is Part.HEAD] for kind in Pass]
     by_pass = dict(zip(Pass, heads, strict=True))
     assert not by_pass[Pass.WEIGHT]
     assert by_pass[Pass.INPUT] == by_pass[Pass.BACKWARD]
-    assert "head.wgrad" in by_pass[Pass.INPUT]
+    assert Phase.WEIGHT_GRADIENT in by_pass[Pass.INPUT]
 
 
 @pytest.mark.parametrize("context", [2, 4])

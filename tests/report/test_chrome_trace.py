@@ -177,8 +177,8 @@ def test_collectives_inside_layers_are_named_as_their_kernels(small, tmp_path):
         "ncclDevKernel_ReduceScatter_Sum(attention_out.scatter)",
         "ncclDevKernel_AllReduce_Sum(cross_entropy.max)",
         "ncclDevKernel_SendRecv(attention.ring)",
-        "ncclDevKernel_AllGather(dense)",
-        "ncclDevKernel_ReduceScatter_Sum(expert.wgrad)",
+        "ncclDevKernel_AllGather(all_gather.dense)",
+        "ncclDevKernel_ReduceScatter_Sum(reduce_scatter.expert)",
     ):
         assert name in names
     covered, moving = reader.overlap(0)
