@@ -3,8 +3,8 @@
     python tools/measure_hf_steps.py --out FOLDER [--only PART_OF_A_NAME] [--seconds 470] [--list]
 
 Each case is a few layers of a published architecture in bf16: forward, loss, backward, fused AdamW, eager. Writes
-`steps.json` after every case, and for some a profiler trace (`CASE.trace.json.gz`) and its kernels
-(`CASE.kernels.json`).
+`steps.json` after every case, `kernels.json` (the kernels of one profiled step of each case) and, for
+some, the profiler's trace (`CASE.trace.json.gz`).
 A case that fails is recorded with its reason. Needs torch, transformers and, to measure, a GPU; nothing of moesim.
 """
 
@@ -145,12 +145,12 @@ CASES = (
     _case("mixtral-8k", "MixtralConfig", MIXTRAL, 2, 2, 4096, traced=True),
     _case("mixtral-small-8k", "MixtralConfig", MIXTRAL_SMALL, 6, 4, 2048),
     _case("mixtral-small-16k", "MixtralConfig", MIXTRAL_SMALL, 4, 4, 4096, blind=True),
-    _case("olmoe-8k", "OlmoeConfig", OLMOE, 6, 2, 4096, traced=True),
+    _case("olmoe-8k", "OlmoeConfig", OLMOE, 6, 2, 4096),
     _case("olmoe-16k", "OlmoeConfig", OLMOE, 4, 8, 2048, blind=True),
     _case("olmoe-2k", "OlmoeConfig", OLMOE, 6, 1, 2048),
     _case("deepseek-v2-lite-8k", "DeepseekV2Config", DEEPSEEK_V2_LITE, 4, 2, 4096, traced=True),
     _case("deepseek-v2-lite-16k", "DeepseekV2Config", DEEPSEEK_V2_LITE, 3, 8, 2048, blind=True),
-    _case("deepseek-v3-like-8k", "DeepseekV3Config", DEEPSEEK_V3_LIKE, 4, 2, 4096, traced=True),
+    _case("deepseek-v3-like-8k", "DeepseekV3Config", DEEPSEEK_V3_LIKE, 4, 2, 4096),
     _case("deepseek-v3-like-16k", "DeepseekV3Config", DEEPSEEK_V3_LIKE, 3, 4, 4096),
     _case("glm-air-8k", "Glm4MoeConfig", GLM_AIR, 2, 2, 4096, traced=True),
     _case("glm-small-16k", "Glm4MoeConfig", GLM_SMALL, 5, 4, 4096, blind=True),
@@ -249,8 +249,8 @@ def host_only_seconds(loss_of: Any, optimizer: torch.optim.Optimizer) -> float:
     return best
 
 
-def profile_step(case: Case, loss_of: Any, optimizer: torch.optim.Optimizer, out: Path) -> dict[str, Any]:
-    """Write the trace of one step and its kernels by (kernel, operation); returns their sum."""
+def profile_step(case: Case, loss_of: Any, optimizer: torch.optim.Optimizer, out: Path) -> list[dict[str, Any]]:
+    """The kernels of one step by (kernel, operation); a traced case writes its trace, too."""
     from torch.profiler import ProfilerActivity, profile
 
     activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
@@ -260,11 +260,10 @@ def profile_step(case: Case, loss_of: Any, optimizer: torch.optim.Optimizer, out
     plain = out / f"{case.name}.trace.json"
     profiler.export_chrome_trace(str(plain))
     text = plain.read_bytes()
-    (out / f"{case.name}.trace.json.gz").write_bytes(gzip.compress(text, 6))
+    if case.traced:
+        (out / f"{case.name}.trace.json.gz").write_bytes(gzip.compress(text, 6))
     plain.unlink()
-    rows = kernel_rows(json.loads(text)["traceEvents"])
-    (out / f"{case.name}.kernels.json").write_text(json.dumps(rows))
-    return {"kernels": sum(row["calls"] for row in rows), "kernel_s": sum(row["seconds"] for row in rows)}
+    return kernel_rows(json.loads(text)["traceEvents"])
 
 
 def kernel_rows(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -289,8 +288,8 @@ def kernel_rows(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: -row["seconds"])
 
 
-def measure(case: Case, out: Path) -> dict[str, Any]:
-    """All that is measured of one case."""
+def measure(case: Case, out: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """All that is measured of one case, and its kernels."""
     torch.cuda.reset_peak_memory_stats()
     model, loss_of, optimizer = build(case, "cuda")
     for _ in range(WARM_UP):
@@ -311,9 +310,9 @@ def measure(case: Case, out: Path) -> dict[str, Any]:
         "expert_counts_after": after,
         "host_only_s": host_only_seconds(loss_of, optimizer),
     }
-    if case.traced:
-        result |= profile_step(case, loss_of, optimizer, out)
-    return result
+    rows = profile_step(case, loss_of, optimizer, out)
+    result |= {"kernels": sum(row["calls"] for row in rows), "kernel_s": sum(row["seconds"] for row in rows)}
+    return result, rows
 
 
 def machine() -> dict[str, Any]:
@@ -342,7 +341,7 @@ def main() -> int:
             print(json.dumps(asdict(case)))
         return 0
     args.out.mkdir(parents=True, exist_ok=True)
-    begin, done = time.perf_counter(), []
+    begin, done, kernels = time.perf_counter(), [], {}
     for case in CASES:
         if args.only not in case.name:
             continue
@@ -351,7 +350,7 @@ def main() -> int:
             continue
         started = time.perf_counter()
         try:
-            result = measure(case, args.out)
+            result, kernels[case.name] = measure(case, args.out)
             print(f"{case.name}: {result['step_s'] * 1e3:.1f} ms", end=" ", file=sys.stderr)
         except Exception as error:  # the next case may well run
             result = {"error": f"{type(error).__name__}: {error}"[:2000]}
@@ -360,6 +359,7 @@ def main() -> int:
         print(f"({result['took_s']:.0f} s)", file=sys.stderr, flush=True)
         done.append({"case": asdict(case), **result})
         (args.out / "steps.json").write_text(json.dumps({"machine": machine(), "steps": done}))
+        (args.out / "kernels.json").write_text(json.dumps(kernels))
         gc.collect()
         torch.cuda.empty_cache()
     return 0
