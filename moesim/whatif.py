@@ -56,8 +56,9 @@ class _Question:
         return mean_step_seconds(self.scenario.with_bandwidth(2.0), self.record.trace)
 
     def no_overlap(self) -> float:
-        if self.scenario.implementation.kind == "torch_eager":
-            raise _NotSimulated("torch_eager overlaps nothing")
+        software = self.scenario.implementation.software
+        if not software.overlaps:
+            raise _NotSimulated(f"{software.name} overlaps nothing")
         nothing = Overlap(shared_experts=False, micro_batches=False, gradient_reduction=False)
         return mean_step_seconds(self.scenario.model_copy(update={"overlap": nothing}), self.record.trace)
 

@@ -295,7 +295,7 @@ class _PipelineRank:
         attention = (2 * model.heads + 2 * kv_heads) * (model.head_dim + extra) * a
         dense = model.ffn_matrices * model.dense_intermediate * a * self._has_dense
         has_head = self.schedule.num_stages - 1 in self.stages
-        head = model.vocab * (a + FP32) * (has_head and self.scenario.implementation.kind == "torch_eager")
+        head = model.vocab * (a + FP32) * (has_head and self.scenario.implementation.software.fp32_logits)
         expert = (model.row_width + model.ffn_matrices * model.expert_intermediate / mesh.expert_tensor) * a
         experts_SW = self._largest(expert, 0.0, 0.0)
         whole = model.hidden * a * mesh.tensor * (mesh.tensor > 1)  # a product's input, gathered

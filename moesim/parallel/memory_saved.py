@@ -20,6 +20,7 @@ from typing import Literal
 from moesim.parallel.traffic import FP8_SCALE_BLOCK
 from moesim.scenario import Model, Scenario
 from moesim.scenario.model import Mla
+from moesim.scenario.software import SoftwareFacts
 
 FP32, INT64 = 4.0, 8.0  # bytes
 
@@ -48,13 +49,13 @@ class SavedTensors:
     activation_bytes: float = 2.0  # per element between kernels
 
     @property
-    def _eager(self) -> bool:
-        return self.scenario.implementation.kind == "torch_eager"
+    def _software(self) -> SoftwareFacts:
+        return self.scenario.implementation.software
 
     @property
     def _product_input(self) -> float:
         """Bytes per element of a matrix product's input."""
-        if self.scenario.workload.precision.gemm == "fp8" and not self._eager:
+        if self.scenario.workload.precision.gemm == "fp8" and self._software.keeps_fp8_inputs:
             return 1.0 + FP32 / FP8_SCALE_BLOCK
         return self.activation_bytes
 
@@ -81,7 +82,7 @@ class SavedTensors:
     def head(self) -> list[Saved]:
         """Final norm, and the logits: in place in bf16 when fused, float32 log-probabilities when eager."""
         vocab = self.scenario.model.vocab
-        logits = FP32 if self._eager else self.activation_bytes
+        logits = FP32 if self._software.fp32_logits else self.activation_bytes
         return [
             *self._norm("embedding_head", self.scenario.model.hidden, full=True),
             Saved("embedding_head", vocab * logits),
@@ -110,10 +111,10 @@ class SavedTensors:
         if isinstance(model.attention, Mla):
             yield from self._latent(model, model.attention, value)
         else:
-            kv_heads = model.heads if self._eager else model.kv_heads
+            kv_heads = model.heads if self._software.repeats_keys else model.kv_heads
             yield Saved("attention", (model.heads + 2 * kv_heads) * model.head_dim * a)
         yield Saved("attention", model.heads * FP32)  # log-sum-exp
-        yield Saved("attention", model.heads * value * a * (2 if self._eager else 1))  # eager: also in token order
+        yield Saved("attention", model.heads * value * a * self._software.attention_outputs)
 
     def _latent(self, model: Model, mla: Mla, value: int) -> Iterator[Saved]:
         a, query = self.activation_bytes, model.heads * (model.head_dim + mla.rope_head_dim)
@@ -122,26 +123,27 @@ class SavedTensors:
         yield Saved("attention", query * a, again="mla_up_projection" if mla.q_lora_rank is not None else "")
         yield from self._norm("attention", mla.kv_lora_rank)
         yield Saved("attention", mla.rope_head_dim * a)
-        unsplit = model.heads * model.head_dim * a if self._eager else 0.0  # values are a view of keys and values
+        unsplit = model.heads * model.head_dim * a * self._software.splits_keys  # values are a view of keys and values
         yield Saved("attention", query * a + model.heads * value * a + unsplit, again="mla_up_projection")
 
     def _gated(self, part: Part, width: float, unit: Unit = "token") -> Iterator[Saved]:
         """W1 x and W3 x, and silu(W1 x) * W3 x, the input of W2; eager keeps silu(W1 x) too."""
-        inputs = self.scenario.model.ffn_matrices - 1
-        yield Saved(part, width * (3 * self.activation_bytes if self._eager else inputs * self._product_input), unit)
+        inputs = (self.scenario.model.ffn_matrices - 1) * self._product_input
+        kept = 3 * self.activation_bytes if self._software.keeps_activation else inputs
+        yield Saved(part, width * kept, unit)
         yield Saved(part, width * self._product_input, unit, again="swiglu")
 
     def _moe(self) -> Iterator[Saved]:
         model, mesh = self.scenario.model, self.scenario.parallelism
         yield Saved("router", model.experts * FP32)  # affinities
-        yield Saved("router", model.top_k * (INT64 if self._eager else INT64 + FP32))  # ids, and gates
+        yield Saved("router", model.top_k * (INT64 + FP32 * self._software.gates_inside))  # ids, and gates
         if model.shared_experts:
             yield from self._gated("shared_experts", model.shared_width)
         if model.expert_hidden:  # inputs of the projections down and back
             yield Saved("router", (model.hidden + model.row_width) * self._product_input)
         yield Saved("permuted_rows", model.row_width * self._product_input, "row")
         yield from self._gated("experts", model.expert_intermediate / mesh.expert_tensor, "row")
-        if not self._eager:
+        if self._software.gates_inside:
             yield Saved("permuted_rows", INT64 + FP32, "row")  # where it came from, and its gate
             return
         if mesh.expert > 1:

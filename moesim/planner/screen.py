@@ -22,7 +22,7 @@ from moesim.program.operations import Operation
 from moesim.program.parameters import ParameterGroups, optimizer_block
 from moesim.program.reductions import Reduction
 from moesim.program.scenario_fabric import scenario_fabric
-from moesim.program.software import SOFTWARE
+from moesim.program.software import kernel_list
 from moesim.program.writer import KernelWriter
 from moesim.results.spans import Part
 from moesim.scenario import PipelineSchedule, Scenario
@@ -153,7 +153,7 @@ class Screen:
 
     def _made_ends(self, scenario: Scenario, schedule: Schedule) -> list[_EndOfStep]:
         kernels, fabric = self.pieces.kernels(scenario), self._fabric(scenario)
-        software = SOFTWARE[scenario.implementation.kind]
+        software = kernel_list(scenario)
         mesh = Mesh(scenario.parallelism, scenario.cluster)
         parameters = ParameterGroups(scenario, mesh, schedule)
         reductions, gathers = parameters.reductions(fabric), parameters.gathers(fabric)

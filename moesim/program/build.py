@@ -23,7 +23,7 @@ from moesim.program.operations import Block, Run
 from moesim.program.parameters import ParameterGroups, optimizer_block
 from moesim.program.peers import GroupLinks
 from moesim.program.reductions import Reduction
-from moesim.program.software import SOFTWARE
+from moesim.program.software import kernel_list
 from moesim.program.stage import StagePlan, source_seconds, stage_blocks, tensor_bytes
 from moesim.program.step_program import GroupProgram, Sent, StepProgram, Task
 from moesim.program.writer import KernelWriter
@@ -59,7 +59,7 @@ class _Builder:
         merge: bool,
     ) -> None:
         self.scenario, self.fabric, self.kernels, self.samples = scenario, fabric, kernels, samples
-        self.software = SOFTWARE[scenario.implementation.kind]
+        self.software = kernel_list(scenario)
         self.host = self.software.host_model(kernels)
         self.merge = merge and self.host == FREE_HOST
         self.compiled = pays_for_compiled_loops(scenario, samples=max(1, len(samples)))

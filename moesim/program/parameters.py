@@ -162,7 +162,7 @@ def optimizer_block(scenario: Scenario, kernels: KernelModel, *, parameters: flo
     per_parameter = size[precision.gradients] + 4 * size[precision.optimizer] + 2 * size[precision.weights]
     if precision.master == "fp32":
         per_parameter += 2 * size["fp32"] - size[precision.weights]  # the weights are then only written
-    eager_bf16 = scenario.implementation.kind == "torch_eager" and precision.optimizer == "bf16"
-    kind = "optimizer_bf16" if eager_bf16 else "optimizer_fp32"
+    in_bf16 = scenario.implementation.software.bf16_optimizer and precision.optimizer == "bf16"
+    kind = "optimizer_bf16" if in_bf16 else "optimizer_fp32"
     writer = KernelWriter(kernels, dtype=precision.gemm, part=Part.OPTIMIZER).during(Phase.OPTIMIZER)
     return Block("optimizer", (writer.moved("adamw", kind, bytes_=parameters * per_parameter),))

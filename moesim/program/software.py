@@ -1,4 +1,7 @@
-"""Which software a step runs: an implementation lists its kernels part by part and says what its host costs."""
+"""The kernels of a software: a module lists them part by part and says what its host costs.
+
+What else a step asks of a software are facts (`moesim.scenario.software`).
+"""
 
 from typing import Protocol
 
@@ -9,10 +12,11 @@ from moesim.program.loads import LayerLoads
 from moesim.program.operations import Operation
 from moesim.program.sizes import Passes, Step
 from moesim.program.writer import KernelWriter
+from moesim.scenario import Scenario
 
 
-class Software(Protocol):
-    """The surface of an implementation: the modules `fused` and `torch_eager` of this package have this shape."""
+class KernelList(Protocol):
+    """The surface of such a module: the modules `fused` and `torch_eager` of this package have this shape."""
 
     def host_model(self, kernels: KernelModel) -> HostModel:
         """What each launch and read-back costs the host."""
@@ -33,4 +37,9 @@ class Software(Protocol):
         """What comes before and after the reductions of the gradients of `parameters` parameters."""
 
 
-SOFTWARE: dict[str, Software] = {"fused": fused, "torch_eager": torch_eager}
+KERNEL_LISTS: dict[str, KernelList] = {"fused": fused, "torch_eager": torch_eager}
+
+
+def kernel_list(scenario: Scenario) -> KernelList:
+    """The kernels of the scenario's software."""
+    return KERNEL_LISTS[scenario.implementation.software.kernels]

@@ -16,7 +16,7 @@ from moesim.program.operations import Block, Kind, Operation
 from moesim.program.peers import GroupLinks, PeerCollective, SideBySide
 from moesim.program.sharded import ShardedPart, ShardedStage
 from moesim.program.sizes import Passes, Step, chain
-from moesim.program.software import SOFTWARE
+from moesim.program.software import kernel_list
 from moesim.program.writer import KernelWriter
 from moesim.results.spans import Part, Phase
 from moesim.scenario import Scenario
@@ -65,7 +65,7 @@ def _is_put_off(operation: Operation) -> bool:
 def _passes(
     scenario: Scenario, kernels: KernelModel, plan: StagePlan, loads: LayerLoads | None, links: GroupLinks | None = None
 ) -> Passes:
-    model, software, step = scenario.model, SOFTWARE[scenario.implementation.kind], step_sizes(scenario, links)
+    model, software, step = scenario.model, kernel_list(scenario), step_sizes(scenario, links)
 
     def writer(part: Part, layer: int = -1, spread_S: Sequence[bool] = ()) -> KernelWriter:
         dtype = scenario.workload.precision.gemm

@@ -5,6 +5,7 @@ from typing import Protocol
 from moesim.errors import UserError
 from moesim.scenario.model import Mla
 from moesim.scenario.schema import Scenario
+from moesim.scenario.software import FUSED
 
 
 class Report(Protocol):
@@ -67,12 +68,12 @@ def check_recomputation(scenario: Scenario, report: Report) -> None:
 
 def require_supported_step(scenario: Scenario, report: Report) -> None:
     """Raises UserError for ways of running a step that the simulation core does not have yet, naming the key."""
-    mesh = scenario.parallelism
+    mesh, software = scenario.parallelism, scenario.implementation.software
     for part in ("dense", "expert"):
         if (stage := getattr(mesh.zero, part)) < 2:
             continue
         for refused, why in (
-            (scenario.implementation.kind == "torch_eager", "torch_eager keeps whole gradients; use 0 or 1, or fused"),
+            (not software.shards_gradients, f"{software.name} keeps whole gradients; use 0 or 1, or {FUSED.name}"),
             (mesh.schedule.kind == "dualpipe", "dualpipe puts each stage on two pipeline ranks; use 0 or 1, or zb_h1"),
         ):
             if refused:
@@ -80,20 +81,29 @@ def require_supported_step(scenario: Scenario, report: Report) -> None:
     if isinstance(scenario.model.attention, Mla) and scenario.model.attention.indexer is not None:
         what = "sparse attention with an indexer (DSA) is counted by `moesim model`, but no step with it is modelled"
         raise report.user("model.attention.indexer", f"{what}; drop it to take full attention instead")
-    if scenario.implementation.kind == "torch_eager":
+    _require_software(scenario, report)
+
+
+def _require_software(scenario: Scenario, report: Report) -> None:
+    """Raises UserError for what the software cannot do."""
+    software = scenario.implementation.software
+    if not software.other_layers:
         for key in ("dense_at", "local", "shared_intermediate", "expert_hidden"):
             if getattr(scenario.model, key):
-                raise report.user(f"model.{key}", "torch_eager is the project's own trainer, which has none; use fused")
+                raise report.user(f"model.{key}", f"{software.name} has none; use {FUSED.name}")
         if not scenario.model.gated:
-            message = "torch_eager is the project's own trainer, whose networks are gated; use fused"
-            raise report.user("model.gated", message)
+            raise report.user("model.gated", f"networks of {software.name} are gated; use {FUSED.name}")
+    if not software.shares_layers:
         for axis in ("tensor", "context", "expert_tensor"):
-            if (size := getattr(mesh, axis)) > 1:
-                message = f"torch_eager is the project's own trainer, which has no such ranks ({size}); use fused"
+            if (size := getattr(scenario.parallelism, axis)) > 1:
+                message = f"{software.name} has no such ranks ({size}); use {FUSED.name}"
                 raise report.user(f"parallelism.{axis}", message)
-        if scenario.workload.recomputed_parts:
-            message = "torch_eager can only recompute whole layers; use none or full, or implementation fused"
-            raise report.user("workload.recompute", message)
+    if scenario.workload.recomputed_parts and not software.recomputes_parts:
+        message = f"{software.name} can only recompute whole layers; use none or full, or implementation {FUSED.name}"
+        raise report.user("workload.recompute", message)
+    if not software.overlaps:
         for key in type(scenario.overlap).model_fields:
             if getattr(scenario.overlap, key):
-                raise report.user(f"overlap.{key}", "torch_eager overlaps nothing; leave it out, or use fused")
+                raise report.user(
+                    f"overlap.{key}", f"{software.name} overlaps nothing; leave it out, or use {FUSED.name}"
+                )

@@ -3,7 +3,8 @@
 from itertools import accumulate
 from typing import Annotated, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import AfterValidator, Discriminator, Field, Tag, WithJsonSchema
+from pydantic_core import PydanticKnownError
 
 from moesim.scenario.base import (
     MOST_LAYERS,
@@ -27,6 +28,7 @@ from moesim.scenario.base import (
 from moesim.scenario.cluster import Cluster, Contiguous, Dispatch, Network, Placement
 from moesim.scenario.model import Model
 from moesim.scenario.routing import Capacity, NoCapacity, RouterShape, Routing, UniformRouting, resolve_router
+from moesim.scenario.software import FUSED, SOFTWARE, SoftwareFacts
 from moesim.scenario.stage_split import stage_lengths
 
 # Measured on two H200 (torch 2.11, CUDA 13): 0.74 GB for the context and the kernels of matrix products and attention,
@@ -191,13 +193,29 @@ class Overlap(Section):
     )
 
 
-class Implementation(Section):
-    """Which software is simulated; `moesim.program.fused` and `moesim.program.torch_eager` list its kernels."""
+def _known_software(name: str) -> str:
+    if name not in SOFTWARE:
+        raise PydanticKnownError("literal_error", {"expected": " or ".join(map(repr, SOFTWARE))})
+    return name
 
-    kind: Literal["fused", "torch_eager"] = Field(
-        default="fused",
-        description="fused: kernels of a production trainer; torch_eager: those of a plain torch trainer.",
+
+SoftwareName = Annotated[
+    str, AfterValidator(_known_software), WithJsonSchema({"enum": list(SOFTWARE), "type": "string"})
+]
+
+
+class Implementation(Section):
+    """Which software is simulated: one of the table `moesim.scenario.software.SOFTWARE`."""
+
+    kind: SoftwareName = Field(
+        default=FUSED.name,
+        description="; ".join(f"{facts.name}: {facts.about}" for facts in SOFTWARE.values()) + ".",
     )
+
+    @property
+    def software(self) -> SoftwareFacts:
+        """The facts of the software."""
+        return SOFTWARE[self.kind]
 
 
 class Uncertainty(Section):

@@ -130,7 +130,7 @@ def check_runnable(scenario: Scenario) -> None:
     mesh = scenario.parallelism
     complaints = {
         "implementation.kind must be torch_eager: that is the software that is run": (
-            scenario.implementation.kind != "torch_eager"
+            not scenario.implementation.software.runs_here
         ),
         "only data and expert parallelism are run; set pipeline, tensor, context and expert_tensor to 1": (
             mesh.world_size != mesh.data or mesh.expert_tensor != 1
