@@ -30,6 +30,7 @@ def main() -> int:
         uv("venv", "--python", sys.executable, str(python.parents[1]))
         uv("pip", "install", "--python", str(python), "--resolution", RESOLUTION[args.which], "-e", f"{ROOT}[dev]")
         tests = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(pytest_arguments or ["-n", "auto"])]
+        tests.append("--deselect=tests/test_requirements.py")  # judges the files that are written here
         code = subprocess.run(tests, cwd=ROOT, check=False).returncode
         if code == 0:
             frozen = uv("pip", "freeze", "--python", str(python), "--exclude-editable").splitlines()
