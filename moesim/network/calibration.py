@@ -9,7 +9,7 @@ transition fitted by least squares of the relative error over a grid of efficien
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,13 +20,30 @@ FloatArray = NDArray[np.float64]
 SMALL_BYTES = 64 * 1024  # at and below, a call is latency alone
 MIN_ROWS = 4  # fewer sizes cannot tell a transition from bandwidth
 _TRANSITION_BYTES = np.geomspace(2.0**18, 2.0**30, 49)
-_EFFICIENCIES = np.linspace(0.7, 1.1, 41)
+_EFFICIENCIES = np.arange(50, 111) / 100
+
+
+class Measured(NamedTuple):
+    """Which rows a protocol is fitted to: their kinds, and how often round the ring a rank's buffer goes."""
+
+    protocol: str
+    kinds: tuple[str, ...]
+    rounds: int = 0  # 0: no ring, one hop
+
+
+MEASURED = (
+    Measured("direct", ("all_to_all", "all_to_all_uneven")),
+    Measured("ring", ("all_reduce",), rounds=2),
+    Measured("all_gather", ("all_gather",), rounds=1),
+    Measured("reduce_scatter", ("reduce_scatter",), rounds=1),
+    Measured("point_to_point", ("send_recv",)),
+)
 
 
 def measured_parameters(
     rows: Sequence[Mapping[str, Any]], *, link_bandwidth: float, source: str
 ) -> NetworkParameters | None:
-    """The default constants with those of measured all-to-alls, all-reduces and messages in their place.
+    """The default constants with those of the measured kinds of call in their place, each from its own rows.
 
     `rows` are a profile's collectives (`kind`, `bytes` of one rank's buffer, `ranks`, `p50` seconds on the device, the
     host's part not included); `link_bandwidth` is NVLink's per direction (bytes/s). None when there are none.
@@ -36,19 +53,15 @@ def measured_parameters(
     parameters = NetworkParameters()
     found: dict[str, Any] = {}
     bandwidth = link_bandwidth * parameters.nvlink_efficiency
-    for name, kinds in (
-        ("direct", ("all_to_all", "all_to_all_uneven")),
-        ("ring", ("all_reduce",)),
-        ("point_to_point", ("send_recv",)),
-    ):
+    for name, kinds, rounds in MEASURED:
         chosen = [row for row in rows if row["kind"] in kinds and _payload(row) > 0]
         if len(chosen) < MIN_ROWS:
             continue
-        hops = 2 * (int(chosen[0]["ranks"]) - 1) if name == "ring" else 1
+        hops = rounds * (int(chosen[0]["ranks"]) - 1) if rounds else 1
         latency = hops * 2 * parameters.nvlink_latency
         payload_N = np.array([_payload(row) for row in chosen])
         seconds_N = np.array([float(row["p50"]) for row in chosen]) - latency
-        wire_N = np.array([_wire_bytes(row) for row in chosen]) / bandwidth
+        wire_N = np.array([_wire_bytes(row, rounds) for row in chosen]) / bandwidth
         found[name] = fit_protocol(payload_N, seconds_N, wire_N, source=source)
     if "ring" in found:
         found["tree"] = found["ring"]  # the library chose; what it achieved holds for either
@@ -83,7 +96,6 @@ def _payload(row: Mapping[str, Any]) -> float:
     return float(row["bytes"]) * share
 
 
-def _wire_bytes(row: Mapping[str, Any]) -> float:
-    """Bytes through the busiest port: a ring all-reduce sends each rank's buffer 2 (n - 1) / n times."""
-    twice = 2.0 * (1.0 - 1.0 / float(row["ranks"])) if row["kind"] == "all_reduce" else 1.0
-    return _payload(row) * twice
+def _wire_bytes(row: Mapping[str, Any], rounds: int) -> float:
+    """Bytes through the busiest port: a ring sends each rank's buffer (n - 1) / n times in each of its rounds."""
+    return _payload(row) * (rounds * (1.0 - 1.0 / float(row["ranks"])) if rounds else 1.0)

@@ -61,12 +61,12 @@ def all_reduce_seconds(
 
 def reduce_scatter_seconds(fabric: Fabric, ranks: Ranks, num_bytes: float) -> CollectiveEstimate:
     """Ring reduce-scatter: `num_bytes` on every rank before, num_bytes / n after; n - 1 steps."""
-    return _half_ring(fabric, as_ranks(fabric, ranks), num_bytes)
+    return _half_ring(fabric, as_ranks(fabric, ranks), num_bytes, fabric.parameters.reduce_scatter)
 
 
 def all_gather_seconds(fabric: Fabric, ranks: Ranks, num_bytes: float) -> CollectiveEstimate:
     """Ring all-gather: num_bytes / n on every rank before, `num_bytes` after; n - 1 steps."""
-    return _half_ring(fabric, as_ranks(fabric, ranks), num_bytes)
+    return _half_ring(fabric, as_ranks(fabric, ranks), num_bytes, fabric.parameters.all_gather)
 
 
 def crowded(fabric: Fabric, members: Sequence[NDArray[np.int64]]) -> Fabric:
@@ -108,13 +108,13 @@ def _estimate(
     return CollectiveEstimate(seconds, name, protocol.source)
 
 
-def _half_ring(fabric: Fabric, ranks: NDArray[np.int64], num_bytes: float) -> CollectiveEstimate:
+def _half_ring(fabric: Fabric, ranks: NDArray[np.int64], num_bytes: float, protocol: Protocol) -> CollectiveEstimate:
     n = len(ranks)
     if n == 1 or num_bytes == 0:
         return CollectiveEstimate(0.0, "none", "nothing to do")
     ring = _ring_pattern(fabric, ranks)
-    return _estimate(fabric.parameters.ring, "ring", num_bytes, (n - 1) / n * num_bytes * ring.seconds_per_byte, n - 1,
-                     ring.latency)  # fmt: skip
+    wire = (n - 1) / n * num_bytes * ring.seconds_per_byte
+    return _estimate(protocol, "ring", num_bytes, wire, n - 1, ring.latency)
 
 
 def _ring(fabric: Fabric, ranks: NDArray[np.int64], num_bytes: float) -> CollectiveEstimate:
@@ -149,14 +149,16 @@ def _hierarchical(fabric: Fabric, ranks: NDArray[np.int64], num_bytes: float) ->
             "all-reduce: hierarchical needs the same number of ranks, two or more, on each of several nodes"
         )
     nodes = _by_node(fabric, ranks)
-    inner = _half_ring(fabric, nodes[0], num_bytes)
+    parameters = fabric.parameters
+    inner = [_half_ring(fabric, nodes[0], num_bytes, p) for p in (parameters.reduce_scatter, parameters.all_gather)]
     # All shares cross at once: the pattern counts every rank's NIC and the core links that they share.
     rows = np.stack(nodes)
     pattern = _pattern(fabric, rows.ravel(), np.roll(rows, -1, axis=0).ravel(), np.ones(rows.size))
     m, share = len(nodes), num_bytes / rows.shape[1]
     wire = 2 * (m - 1) / m * share * pattern.seconds_per_byte
-    outer = _estimate(fabric.parameters.ring, "ring", share, wire, 2 * (m - 1), pattern.latency)
-    return CollectiveEstimate(2 * inner.seconds + outer.seconds, "hierarchical", inner.source)
+    outer = _estimate(parameters.ring, "ring", share, wire, 2 * (m - 1), pattern.latency)
+    seconds = sum(part.seconds for part in inner) + outer.seconds
+    return CollectiveEstimate(seconds, "hierarchical", outer.source)
 
 
 _ALL_REDUCE: dict[str, Callable[[Fabric, NDArray[np.int64], float], CollectiveEstimate]] = {

@@ -60,6 +60,10 @@ class NetworkParameters:
     tree: Protocol = Protocol(
         call_seconds=33e-6, source=f"{_ALL_REDUCE}: latency of small sizes, torch launch included"
     )
+    all_gather: Protocol = Protocol(call_seconds=33e-6, source=f"{_ALL_REDUCE}: as a ring all-reduce, byte for byte")
+    reduce_scatter: Protocol = Protocol(
+        call_seconds=33e-6, source=f"{_ALL_REDUCE}: as a ring all-reduce, byte for byte"
+    )
     nvls: Protocol = Protocol(
         call_seconds=35.3e-6,
         efficiency=276e9 * 1.125 / (450e9 * 0.817),

@@ -6,12 +6,26 @@ import numpy as np
 import pytest
 
 from moesim.kernels import load_profile
-from moesim.network import all_reduce_seconds, build_fabric, prepare_dispatch
+from moesim.network import (
+    all_gather_seconds,
+    all_reduce_seconds,
+    build_fabric,
+    prepare_dispatch,
+    reduce_scatter_seconds,
+    send_recv_seconds,
+)
 from moesim.network.calibration import fit_protocol, measured_parameters
 from moesim.network.parameters import NetworkParameters
 from moesim.scenario.cluster import Cluster, Pool
 
 BANDWIDTH = 450e9
+MIB = 2**20
+SECONDS: dict[str, Any] = {
+    "all_reduce": lambda fabric, size: all_reduce_seconds(fabric, np.arange(2), size, algorithm="ring").seconds,
+    "all_gather": lambda fabric, size: all_gather_seconds(fabric, np.arange(2), size).seconds,
+    "reduce_scatter": lambda fabric, size: reduce_scatter_seconds(fabric, np.arange(2), size).seconds,
+    "send_recv": lambda fabric, size: send_recv_seconds(fabric, 0, 1, size).seconds,
+}
 SIZES = [8192 * 4**power for power in range(9)]
 
 
@@ -69,3 +83,38 @@ def test_the_shipped_collectives_are_reproduced() -> None:
             continue
         errors.append(abs(seconds / row["p50"] - 1))
     assert len(errors) >= 16 and np.median(errors) < 0.05 and max(errors) < 0.35
+
+
+def of_kind(profile: str, kind: str) -> list[dict[str, Any]]:
+    return sorted((row for row in load_profile(profile).collectives if row["kind"] == kind), key=lambda r: r["bytes"])
+
+
+@pytest.mark.parametrize("profile", ["h100", "h200"])
+@pytest.mark.parametrize("kind", ["all_gather", "reduce_scatter"])
+@pytest.mark.parametrize("first", [0, 1])
+def test_rows_that_were_held_out_of_the_fit_are_predicted(profile: str, kind: str, first: int) -> None:
+    rows = of_kind(profile, kind)
+    used, held_out = rows[first::2], rows[1 - first :: 2]
+    fabric = build_fabric(cluster(), parameters=measured_parameters(used, link_bandwidth=BANDWIDTH, source="half"))
+    for row in held_out:
+        error = SECONDS[kind](fabric, row["bytes"]) / row["p50"] - 1
+        assert abs(error) < (0.11 if row["bytes"] >= 32 * MIB else 0.14), (row["bytes"], error)
+
+
+@pytest.mark.parametrize("profile", ["h100", "h200"])
+@pytest.mark.parametrize("kind", sorted(SECONDS))
+def test_large_calls_of_each_kind_take_what_was_measured_for_that_kind(profile: str, kind: str) -> None:
+    rows = load_profile(profile).collectives
+    fabric = build_fabric(cluster(), parameters=measured_parameters(rows, link_bandwidth=BANDWIDTH, source=profile))
+    large = [row for row in of_kind(profile, kind) if row["bytes"] >= 64 * MIB]
+    errors = [SECONDS[kind](fabric, row["bytes"]) / row["p50"] - 1 for row in large]
+    assert len(errors) >= 3 and max(map(abs, errors)) < 0.06, errors
+
+
+def test_a_kind_without_rows_of_its_own_keeps_its_constants() -> None:
+    parameters = measured_parameters(
+        measured("all_gather", lambda size: 8e-6 + size / 200e9), link_bandwidth=BANDWIDTH, source="gathers"
+    )
+    assert parameters is not None and parameters.all_gather.source == "gathers"
+    assert parameters.reduce_scatter == NetworkParameters().reduce_scatter
+    assert parameters.ring == NetworkParameters().ring
