@@ -1,14 +1,13 @@
 """The keys of a `config.json` that `hf_config` does not read: which change nothing here, and which must be named.
 
-Every key of a file is one of four things for its `model_type`: read into a field of `model` (`hf_config`); harmless, as
-listed here with the reason; expected to have one of some values, as listed here with what is left out otherwise; or
-unknown. A key that is left out or unknown is named to the user. null says nothing under any key.
+Every key of a file is one of four things for its `model_type`: read into a field of `model` (`hf_families`); harmless,
+as listed here with the reason or there with the family; expected to have one of some values, with what is left out
+otherwise; or unknown. A key that is left out or unknown is named to the user. null says nothing under any key.
 """
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 from moesim.strict_json import json_text
 
@@ -49,31 +48,23 @@ _HARMLESS = {
         "torchscript", "transformers_version", "use_bfloat16", "use_return_dict",
     ),
 }  # fmt: skip
-_ROUTER = ("norm_topk_prob", "output_router_logits", "router_aux_loss_coef", "router_jitter_noise")
-_DEEPSEEK_ROUTER = ("aux_loss_alpha", "norm_topk_prob", "output_router_logits", "scoring_func", "seq_aux")
 _EXPECTED = {
     "hidden_act": Expected(values=("silu", "swish"), left_out="feed-forward networks are costed as SwiGLU"),
-    "attention_bias": Expected(values=(False,), left_out="the biases of attention are not counted"),
     "quantization_config": Expected(
         values=(), left_out="it says how the released weights are stored; training is costed with workload.precision"
     ),
 }
-_MLP_BIAS = {"mlp_bias": Expected(values=(False,), left_out="the biases of feed-forward networks are not counted")}
-# What only one family has. A dense width beside experts in every layer belongs to no layer.
-_OF_FAMILY: Mapping[str, tuple[tuple[str, ...], Mapping[str, Expected]]] = MappingProxyType(
-    {
-        "deepseek": (_DEEPSEEK_ROUTER, {}),
-        "deepseek_v2": ((*_DEEPSEEK_ROUTER, "head_dim", "qk_head_dim", *_MLP_BIAS), {}),
-        "deepseek_v3": ((*_DEEPSEEK_ROUTER, "head_dim", "qk_head_dim"), {}),
-        "mixtral": (_ROUTER, {}),
-        "qwen3_moe": ((*_ROUTER, "intermediate_size"), {}),
-        "olmoe": (_ROUTER, {}),
-        "llama": ((), _MLP_BIAS),
-        "qwen2": ((), {}),
-        "qwen3": ((), {}),
-    }
-)
 MOST_NAMED = 8  # unknown keys in one line
+
+
+class _KeysOfFamily(Protocol):
+    """What only one family has: keys that change nothing here, and keys that do not at one of some values."""
+
+    @property
+    def harmless(self) -> tuple[str, ...]: ...
+
+    @property
+    def expected(self) -> Mapping[str, Expected]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,12 +78,17 @@ class Keys:
 
 
 def sort_keys(
-    fields: Mapping[str, Any], *, name: str, model_type: str, read: Collection[str], noted: Sequence[str]
+    fields: Mapping[str, Any],
+    *,
+    name: str,
+    model_type: str,
+    family: _KeysOfFamily,
+    read: Collection[str],
+    noted: Sequence[str],
 ) -> Keys:
     """The keys of the file `name` by what became of them; `read`: those looked at, `noted`: what reading left out."""
-    own_harmless, own_expected = _OF_FAMILY[model_type]
-    harmless = {key for keys in _HARMLESS.values() for key in keys} | set(own_harmless)
-    expected = {**_EXPECTED, **own_expected}
+    harmless = {key for keys in _HARMLESS.values() for key in keys} | set(family.harmless)
+    expected = {**_EXPECTED, **family.expected}
     left_out, unknown, ignored = list(noted), list[str](), list[str]()
     for key, value in fields.items():
         if key in read:

@@ -117,10 +117,28 @@ def test_a_config_that_does_not_fit_is_refused_by_field(tmp_path, change, messag
     assert len(str(error.value).replace(str(tmp_path), "")) < 300
 
 
-@pytest.mark.parametrize("layers", [[3], [1, 0, 3], [0, 0], ["0"], [0.0], [False]])
-def test_dense_layers_between_experts_are_refused(tmp_path, layers):
-    with pytest.raises(UserError, match=r"mlp_only_layers.* must be the first ones"):
+@pytest.mark.parametrize("layers", [["0"], [0.0], [False], [-1], [48], [[0]]])
+def test_dense_layers_that_are_no_numbers_of_layers_are_refused(tmp_path, layers):
+    with pytest.raises(UserError, match=r"mlp_only_layers.* must list numbers of layers, 0 to 47"):
         read_hf_config(written(tmp_path, config_of("qwen3-30b-a3b") | {"mlp_only_layers": layers}))
+
+
+@pytest.mark.parametrize(
+    ("change", "dense"),
+    [
+        ({"mlp_only_layers": [3]}, (3,)),
+        ({"mlp_only_layers": [1, 0, 3, 3]}, (0, 1, 3)),
+        ({"mlp_only_layers": [1, 0]}, None),
+        ({"decoder_sparse_step": 2}, tuple(range(0, 48, 2))),
+        ({"decoder_sparse_step": 4, "mlp_only_layers": [3]}, tuple(n for n in range(48) if n % 4 != 3 or n == 3)),
+    ],
+)
+def test_dense_layers_anywhere_are_read(tmp_path, change, dense):
+    config = config_of("qwen3-30b-a3b") | {"intermediate_size": 6144} | change
+    read = Model.model_validate(read_hf_config(written(tmp_path, config)).fields)
+    assert read.dense_at == dense
+    assert read.dense_layers == (2 if dense is None else len(dense))
+    assert read.dense_intermediate == 6144
 
 
 @pytest.mark.parametrize(
