@@ -4,16 +4,18 @@ import ast
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import pytest
+
+from moesim.schedules import SCHEDULES
 
 PACKAGE = Path(__file__).parent.parent / "moesim"
 
 LAYER = {
     "units": 1, "errors": 1, "seeding": 1, "spelling": 1, "strict_json": 1, "processes": 1, "files": 1, "display": 1,
-    "shipped": 1.5,
+    "shipped": 1.5, "schedules": 1.5,
     "scenario": 2,
     "trace": 3,
     "routing": 4, "parallel": 4,
@@ -157,6 +159,24 @@ PARSED = re.compile(r"label\.name\.|[\"'] in (?:\w+\.)*label\.name")
 def test_no_label_is_parsed(path: str) -> None:
     """Names of operations are for people; what a program asks of them are their phase, part and collective."""
     assert not PARSED.search((PACKAGE / path).read_text())
+
+
+def written_names(source: str, names: Collection[str]) -> list[str]:
+    """Those of `names` that stand in the source as text of their own."""
+    texts = (node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant))
+    return [text for text in texts if isinstance(text, str) and text in names]
+
+
+@pytest.mark.parametrize("path", [path for path in files() if room_of(path) != "schedules"])
+def test_no_module_asks_for_a_schedule_by_its_name(path: str) -> None:
+    """What depends on the schedule is a fact in `moesim.schedules.table`, so that a new schedule states it."""
+    assert not written_names((PACKAGE / path).read_text(), SCHEDULES)
+
+
+def test_the_rule_finds_the_name_of_a_schedule() -> None:
+    assert written_names("if kind in ('gpipe', 'zb_h1'): pass", SCHEDULES) == ["gpipe", "zb_h1"]
+    assert written_names("settle = {'dualpipe': 6}", SCHEDULES)
+    assert not written_names("def f():\n    'under dualpipe two ranks hold each stage'", SCHEDULES)
 
 
 def loaded_after(statement: str) -> set[str]:

@@ -24,12 +24,12 @@ from moesim.engine.executor import GroupExecutor
 from moesim.engine.hub import Carried, Hub
 from moesim.engine.walk import Labels
 from moesim.network.contention import LinkUse
-from moesim.parallel.schedules import Handoff
 from moesim.program.contention import samples_of
 from moesim.program.operations import Run
 from moesim.program.reductions import Reduction, last_arrivals
 from moesim.program.step_program import GroupProgram, Sent, SharedPart, StepProgram, collective_label, handoff_label
 from moesim.results.spans import SpanRecorder, SpanTable, Stream
+from moesim.schedules import Handoff
 
 FloatArray = NDArray[np.float64]
 Wait = Generator[simpy.Event, Any, None]

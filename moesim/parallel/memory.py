@@ -29,10 +29,10 @@ from moesim.parallel.memory_parameters import state_bytes
 from moesim.parallel.memory_rows import RoutedRows
 from moesim.parallel.memory_saved import FP32, Part, Saved, SavedTensors, Unit
 from moesim.parallel.mesh import Mesh
-from moesim.parallel.schedules import Pass, Schedule, build_schedule
 from moesim.parallel.traffic import token_bytes
 from moesim.scenario import Scenario
 from moesim.scenario.model import Mla
+from moesim.schedules import Pass, Schedule, build_schedule
 
 FloatArray = NDArray[np.float64]
 Array = NDArray[Any]

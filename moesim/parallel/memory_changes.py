@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from moesim.scenario import Scenario
 from moesim.scenario.routing import ExpertCapacity
+from moesim.schedules import PLAIN
 
 CAPACITY_FACTORS = (4.0, 2.0, 1.5, 1.25, 1.0)  # those of published trainings
 FACTORS = (2, 4, 8)
@@ -62,10 +63,10 @@ def _placed(scenario: Scenario) -> Iterator[Change]:
         yield Change(("dispatch.deduplicate=per_rank",))
     if mesh.stages is not None:
         yield Change(("parallelism.stages=null",))
-    if mesh.schedule.kind != "1f1b":
+    if mesh.schedule.kind != PLAIN.name:
         # The lengths of stages that were given belong to the other schedule's number of stages.
         stages = ("parallelism.stages=null",) if mesh.stages is not None and mesh.schedule.virtual > 1 else ()
-        yield Change(("parallelism.schedule={kind: 1f1b}", *stages))
+        yield Change((f"parallelism.schedule={{kind: {PLAIN.name}}}", *stages))
 
 
 def _split(scenario: Scenario) -> Iterator[Change]:

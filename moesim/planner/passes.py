@@ -62,11 +62,11 @@ class Passes:
     pairs: bool
 
     @classmethod
-    def of(cls, programs: Sequence[StepProgram]) -> "Passes":
+    def of(cls, programs: Sequence[StepProgram], *, pairs: bool) -> "Passes":
         """Those of programs of the same step under different schedules."""
         tasks = [task for program in programs for task in program.groups[0].tasks]
         blocks = {run.block.name: run.block for task in tasks for run in task.runs}
-        return cls(program=programs[0], blocks=blocks, pairs=len(programs) > 1)
+        return cls(program=programs[0], blocks=blocks, pairs=pairs)
 
     def cut(self, chosen: Callable[[Operation], bool]) -> PassSeconds:
         """Seconds per micro-batch of every pass over the chosen operations, from the first start to the last end."""

@@ -7,7 +7,6 @@ Layouts that differ in data and pipeline parallelism, schedule or ZeRO share the
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
 
 from moesim.engine.step_clock import step_kernels
 from moesim.kernels import KernelModel, kernel_model
@@ -19,6 +18,7 @@ from moesim.planner.clocks import SharedClocks
 from moesim.planner.passes import Cut, Passes, cut_pieces, with_sharding
 from moesim.program import build_program
 from moesim.scenario import GpuSpec, Parallelism, PipelineSchedule, PopularityRouting, Scenario, Zero
+from moesim.schedules import PLAIN, SPLIT, ScheduleFacts
 from moesim.seeding import stream
 from moesim.trace import RoutingTrace
 
@@ -74,7 +74,7 @@ class PieceStore:
 
     def _at_step_clock(self, cell: Scenario, fabric: Fabric, samples: list[TrafficSample]) -> KernelModel:
         """Kernels at the clock that the power limit leaves the step; few layers tell its load to a few per cent."""
-        few = _scheduled(_with_few_layers(cell, LAYERS), "1f1b")  # the order of work plays no part
+        few = _scheduled(_with_few_layers(cell, LAYERS), PLAIN)  # the order of work plays no part
         key = (*_routing_key(few), few.cluster, few.dispatch, few.workload.recompute, fabric.parameters)
         if key not in self._clocked:
             kernels = self.kernels(cell)
@@ -87,14 +87,15 @@ class PieceStore:
         fabric = build_fabric(cell.cluster, parameters=parameters)
         kernels = self._at_step_clock(cell, fabric, samples)
         sharded = Mesh(cell.parallelism, cell.cluster).shards_by_layer
+        facts = cell.parallelism.schedule.facts
+        orders = (PLAIN, SPLIT) if sharded else _orders(facts)
 
         def passes(layers: int) -> Passes:
             short = _with_few_layers(cell, layers)
             programs = [
-                build_program(_scheduled(short, kind), fabric=fabric, kernels=kernels, samples=samples)
-                for kind in _orders("dualpipe" if sharded else cell.parallelism.schedule.kind)
+                build_program(_scheduled(short, one), fabric=fabric, kernels=kernels, samples=samples) for one in orders
             ]
-            return Passes.of(programs)
+            return Passes.of(programs, pairs=sharded or facts.overlaps_pairs)
 
         short, more = _with_few_layers(cell, LAYERS), passes(LAYERS)
         cut = cut_pieces(more, short.model)
@@ -104,18 +105,18 @@ class PieceStore:
         return cut
 
 
-def passes_of(kind: str) -> Literal["1f1b", "zb_h1", "dualpipe"]:
-    """The simplest schedule with the same kinds of passes."""
-    return "dualpipe" if kind == "dualpipe" else "zb_h1" if kind == "zb_h1" else "1f1b"
+def passes_of(facts: ScheduleFacts) -> ScheduleFacts:
+    """The simplest schedule with the same kinds of passes, else the schedule itself."""
+    return next((simple for simple in (PLAIN, SPLIT) if simple.passes == facts.passes), facts)
 
 
-def _orders(kind: str) -> tuple[str, ...]:
-    """Schedules of one pipeline rank that together have every pass that `kind` has."""
-    return {"zb_h1": ("zb_h1",), "dualpipe": ("1f1b", "zb_h1")}.get(kind, ("1f1b",))
+def _orders(facts: ScheduleFacts) -> tuple[ScheduleFacts, ...]:
+    """Schedules of one pipeline rank that together have every pass of a schedule with these `facts`."""
+    return (PLAIN,) * facts.full_backward + (SPLIT,) * facts.split_backward
 
 
-def _scheduled(cell: Scenario, kind: str) -> Scenario:
-    schedule = PipelineSchedule.model_validate({"kind": kind})
+def _scheduled(cell: Scenario, facts: ScheduleFacts) -> Scenario:
+    schedule = PipelineSchedule(kind=facts.name)
     return cell.model_copy(update={"parallelism": cell.parallelism.model_copy(update={"schedule": schedule})})
 
 
@@ -139,7 +140,7 @@ def cell_of(scenario: Scenario) -> Scenario:
                 expert=mesh.expert,
                 expert_tensor=mesh.expert_tensor,
                 zero=mesh.zero if groups.shards_by_layer else Zero(),
-                schedule=PipelineSchedule(kind=passes_of(mesh.schedule.kind)),
+                schedule=PipelineSchedule(kind=passes_of(mesh.schedule.facts).name),
             ),
             "cluster": scenario.cluster.model_copy(
                 update={"pools": (pool.model_copy(update={"nodes": -(-ranks // pool.gpus_per_node)}),)}

@@ -9,13 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from moesim.parallel.schedules import Action, Handoff, Schedule, build_schedule
 from moesim.scenario import PipelineSchedule
+from moesim.schedules import Action, Handoff, Schedule, build_schedule
 
 FILLED = 2  # micro-batches per pipeline rank that fill any pipeline: further ones hold no more activations
-# Micro-batches per pipeline rank of the two schedules that longer ones are extended from; two directions settle later.
-SHORT_AND_LONG = {"dualpipe": (6, 8)}
-SHORT_AND_LONG_ELSE = (2, 4)
 
 Seconds = Callable[[int, Action], float]  # of an action of a pipeline rank
 
@@ -92,8 +89,9 @@ def prepare_walk(kind: str, num_ranks: int, num_micro_batches: int, virtual: int
 
 
 def short_micro_batches(schedule: PipelineSchedule, *, pipeline: int, num_micro_batches: int) -> int:
-    """Micro-batches from which on a step of this schedule holds no more activations (gpipe holds all of them)."""
-    return num_micro_batches if schedule.kind == "gpipe" else min(num_micro_batches, FILLED * pipeline)
+    """Micro-batches from which on a step of this schedule holds no more activations (some hold all of them)."""
+    facts = schedule.facts
+    return num_micro_batches if facts.holds_all else min(num_micro_batches, max(FILLED, facts.least_rounds) * pipeline)
 
 
 def pipeline_finish(
@@ -105,7 +103,7 @@ def pipeline_finish(
         walk = prepare_walk(schedule.kind, pipeline, micro_batches, schedule.virtual)
         return walk.finish(seconds, handoff_seconds=handoff_seconds)
 
-    short, long = (count * pipeline for count in SHORT_AND_LONG.get(schedule.kind, SHORT_AND_LONG_ELSE))
+    short, long = (count * pipeline for count in schedule.facts.settles)
     if num_micro_batches <= long:
         return finish(num_micro_batches)
     pairs = zip(finish(short), finish(long), strict=True)

@@ -14,7 +14,6 @@ from moesim.network import Fabric, send_recv_seconds
 from moesim.parallel import Mesh
 from moesim.parallel.memory import memory_report
 from moesim.parallel.memory_rows import RoutedRows
-from moesim.parallel.schedules import Action, Pass, Schedule
 from moesim.planner.passes import NOTHING, Cut, PassSeconds
 from moesim.planner.pieces import PieceStore, TraceOf
 from moesim.planner.pipeline import pipeline_finish, prepare_walk, short_micro_batches
@@ -27,7 +26,8 @@ from moesim.program.writer import KernelWriter
 from moesim.results.spans import Part
 from moesim.scenario import PipelineSchedule, Scenario
 from moesim.scenario.base import BYTES_PER_ELEMENT
-from moesim.scenario.stage_split import stage_lengths
+from moesim.scenario.stage_split import stage_lengths, stages_of_ranks
+from moesim.schedules import Action, Pass, Schedule
 
 
 class _EndOfStep(NamedTuple):
@@ -144,9 +144,9 @@ class Screen:
 
     def _ends_of_step(self, scenario: Scenario) -> list[_EndOfStep]:
         mesh = scenario.parallelism
-        # Straight pipelines hold the same stages, whatever their order of work.
-        straight = mesh.schedule if mesh.schedule.kind in ("interleaved", "dualpipe") else PipelineSchedule()
-        key = scenario.cluster, mesh.model_copy(update={"schedule": straight}), stage_lengths(scenario)
+        # Who holds which stage counts, not the order of work.
+        alike = mesh.model_copy(update={"schedule": PipelineSchedule()})
+        key = scenario.cluster, alike, stages_of_ranks(mesh), stage_lengths(scenario)
         if key not in self._ends:
             self._ends[key] = self._made_ends(scenario, prepare_walk(*_short_schedule(scenario)).schedule)
         return self._ends[key]
@@ -181,7 +181,7 @@ def _total(operations: list[Operation]) -> float:
 def _short_schedule(scenario: Scenario) -> tuple[str, int, int, int]:
     """The schedule of the scenario with as few micro-batches as show who holds which stage."""
     mesh = scenario.parallelism
-    few = min(scenario.num_micro_batches, 2 * mesh.pipeline)
+    few = min(scenario.num_micro_batches, max(2, mesh.schedule.facts.least_rounds) * mesh.pipeline)
     return mesh.schedule.kind, mesh.pipeline, few, mesh.schedule.virtual
 
 

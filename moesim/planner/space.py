@@ -210,7 +210,7 @@ class Space:
             "dense": mesh.data * mesh.context,
             "expert": mesh.stage_ranks // (mesh.expert * mesh.expert_tensor) if self.model.experts else 1,
         }
-        if mesh.schedule.kind == "dualpipe":
+        if mesh.schedule.facts.copies > 1:
             return
         for zero in self.choices.zero:
             if zero == mesh.zero:

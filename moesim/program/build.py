@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from moesim.kernels import KernelModel
 from moesim.network import Fabric, group_shape, send_recv_seconds
 from moesim.parallel import Mesh
-from moesim.parallel.schedules import Action, Handoff, Pass, Schedule, Work, build_schedule
 from moesim.program.compiling import pays_for_compiled_loops
 from moesim.program.contention import find_contention
 from moesim.program.host import FREE_HOST
@@ -30,6 +29,7 @@ from moesim.program.writer import KernelWriter
 from moesim.results.spans import Part
 from moesim.scenario import Scenario
 from moesim.scenario.base import BYTES_PER_ELEMENT
+from moesim.schedules import Action, Handoff, Pass, Schedule, Work, build_schedule
 
 
 def build_program(

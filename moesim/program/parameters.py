@@ -10,7 +10,6 @@ from moesim.kernels import KernelModel
 from moesim.network import Fabric, all_gather_seconds, all_reduce_seconds, crowded, reduce_scatter_seconds
 from moesim.parallel import Mesh
 from moesim.parallel.memory_parameters import Unit, stage_units
-from moesim.parallel.schedules import Schedule
 from moesim.program.operations import Block
 from moesim.program.reductions import Members, Reduction
 from moesim.program.sharded import GRADIENTS, PARAMETERS
@@ -18,6 +17,7 @@ from moesim.program.writer import KernelWriter
 from moesim.results.spans import Collective, Part, Phase
 from moesim.scenario import Scenario
 from moesim.scenario.base import BYTES_PER_ELEMENT
+from moesim.schedules import Schedule
 
 Ranks = NDArray[np.int64]
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from moesim.kernels import KernelModel
 from moesim.parallel import Mesh
 from moesim.parallel.memory_parameters import stage_units
-from moesim.parallel.schedules import Pass
 from moesim.program.gemms import column_parallel, gather_tokens
 from moesim.program.loads import LayerLoads
 from moesim.program.operations import Block, Kind, Operation
@@ -20,6 +19,7 @@ from moesim.program.software import kernel_list
 from moesim.program.writer import KernelWriter
 from moesim.results.spans import Part, Phase
 from moesim.scenario import Scenario
+from moesim.schedules import Pass
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,11 +9,11 @@ from numpy.typing import NDArray
 
 from moesim.network import PreparedTransfer
 from moesim.network.contention import LinkUse
-from moesim.parallel.schedules import Handoff
 from moesim.program.host import FREE_HOST, HostModel
 from moesim.program.operations import Block, Run, Transfer
 from moesim.program.reductions import Reduction
 from moesim.results.spans import CATEGORY_OF_PART, Collective, Label, Part, Phase, Stream
+from moesim.schedules import Handoff
 
 FloatArray = NDArray[np.float64]
 Place = tuple[int, int]  # pipeline rank, number of the group

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from moesim.parallel.schedules import build_schedule
 from moesim.results import RunRecord
 from moesim.scenario import Scenario
+from moesim.scenario.stage_split import stages_of_ranks
 
 FREES = ("backward", "backward.weight")  # the passes behind which a micro-batch keeps nothing
 
@@ -20,7 +20,8 @@ def memory_events(record: RunRecord, pipeline_rank: int, place: int) -> Iterator
     """
     table = record.pipeline_spans[pipeline_rank]
     kept_VBW, held = record.arrays["kept_bytes_PVBW"][pipeline_rank], record.arrays["held_bytes_P"][pipeline_rank]
-    chunk_of_stage = {stage: chunk for chunk, stage in enumerate(_stages(record.scenario, pipeline_rank))}
+    stages = stages_of_ranks(record.scenario.parallelism)[pipeline_rank]
+    chunk_of_stage = {stage: chunk for chunk, stage in enumerate(stages)}
     changes: list[tuple[float, float]] = [(0.0, 0.0)]
     for action in table.actions:
         for name, micro_batch in zip(action.passes, action.micro_batches, strict=True):
@@ -39,17 +40,6 @@ def memory_events(record: RunRecord, pipeline_rank: int, place: int) -> Iterator
         args = {"states and reserved": round(held / 2**30, 3), "activations": round(max(live, 0.0) / 2**30, 3)}
         yield {"ph": "C", "name": "memory (GiB)", "pid": int(table.ranks_R[place]), "tid": 0,
                "ts": round(1e6 * when, 3), "args": args}  # fmt: skip
-
-
-def _stages(scenario: Scenario, pipeline_rank: int) -> tuple[int, ...]:
-    mesh = scenario.parallelism
-    schedule = build_schedule(
-        mesh.schedule.kind,
-        num_ranks=mesh.pipeline,
-        num_micro_batches=scenario.num_micro_batches,
-        virtual=mesh.schedule.virtual,
-    )
-    return tuple(schedule.stages_of_rank[pipeline_rank])
 
 
 def _stage(scenario: Scenario, last_layer: int) -> int:

@@ -4,7 +4,7 @@ Every number has bounds: wide enough for any machine or model that will be built
 of them stay finite, and that a slip of the keyboard is a message and not hours of work or gigabytes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Annotated, Literal
 
 from pydantic import (
@@ -18,6 +18,7 @@ from pydantic import (
     Strict,
     WithJsonSchema,
 )
+from pydantic_core import PydanticKnownError
 
 from moesim.units import (
     format_bandwidth,
@@ -46,6 +47,17 @@ class Section(BaseModel):
     """A frozen mapping that refuses unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def one_of(table: Collection[str]) -> AfterValidator:
+    """Text must be a name in the table as it is when a file is read; otherwise the user is told its names."""
+
+    def known(name: str) -> str:
+        if name not in table:
+            raise PydanticKnownError("literal_error", {"expected": " or ".join(map(repr, table))})
+        return name
+
+    return AfterValidator(known)
 
 
 Seed = Annotated[int, Strict(), Field(ge=0)]

@@ -6,6 +6,7 @@ from moesim.errors import UserError
 from moesim.scenario.model import Mla
 from moesim.scenario.schema import Scenario
 from moesim.scenario.software import FUSED
+from moesim.schedules import PLAIN, SCHEDULES, SPLIT
 
 
 class Report(Protocol):
@@ -18,26 +19,29 @@ class Report(Protocol):
 def check_pipeline(scenario: Scenario, report: Report) -> None:
     """Raises UserError when the schedule, the ranks and the micro-batches do not fit each other."""
     mesh, schedule = scenario.parallelism, scenario.parallelism.schedule
-    if schedule.kind == "interleaved" and schedule.virtual < 2:
-        message = "interleaved needs at least 2 stages per rank; set it to 2 or more, or use kind: 1f1b"
+    facts = schedule.facts
+    if facts.virtual and schedule.virtual < 2:
+        message = f"{facts.name} needs at least 2 stages per rank; set it to 2 or more, or use kind: {PLAIN.name}"
         raise report.user("parallelism.schedule.virtual", message)
-    if schedule.kind != "interleaved" and schedule.virtual != 1:
-        message = f"{schedule.kind} has no virtual stages; use kind: interleaved, or drop this key"
+    if not facts.virtual and schedule.virtual != 1:
+        others = " or ".join(other.name for other in SCHEDULES.values() if other.virtual)
+        message = f"{facts.name} has no virtual stages; use kind: {others}, or drop this key"
         raise report.user("parallelism.schedule.virtual", message)
     p, m = mesh.pipeline, scenario.num_micro_batches
     unit = mesh.data * scenario.workload.micro_batch
-    if schedule.kind == "interleaved" and m % p:
+    if facts.whole_rounds and m % p:
         sizes = " or ".join(str(count * unit) for count in (m // p * p, m // p * p + p) if count)
-        what = f"interleaved needs micro-batches in rounds of pipeline = {p}, got {m}"
+        what = f"{facts.name} needs micro-batches in rounds of pipeline = {p}, got {m}"
         raise report.user("workload.global_batch", f"{what}; use {sizes}")
-    if schedule.kind == "dualpipe":
-        if p % 2:
-            message = f"dualpipe needs an even number of ranks, got {p}; use {p + 1}, or another schedule"
-            raise report.user("parallelism.pipeline", message)
-        if m % 2 or m < 2 * p:
-            fits = max(2 * p, m + m % 2) * unit
-            what = f"dualpipe needs an even number of micro-batches, at least 2 * pipeline = {2 * p}, got {m}"
-            raise report.user("workload.global_batch", f"{what}; use {fits}")
+    if facts.even and p % 2:
+        message = f"{facts.name} needs an even number of ranks, got {p}; use {p + 1}, or another schedule"
+        raise report.user("parallelism.pipeline", message)
+    least = facts.least_rounds * p
+    if (facts.even and m % 2) or m < least:
+        fits = max(least, m + m % 2 if facts.even else m) * unit
+        kind = "an even number of micro-batches" if facts.even else "micro-batches"
+        at_least = f", at least {facts.least_rounds} * pipeline = {least}" if least else ""
+        raise report.user("workload.global_batch", f"{facts.name} needs {kind}{at_least}, got {m}; use {fits}")
 
 
 def check_stages(scenario: Scenario, report: Report) -> None:
@@ -69,12 +73,14 @@ def check_recomputation(scenario: Scenario, report: Report) -> None:
 def require_supported_step(scenario: Scenario, report: Report) -> None:
     """Raises UserError for ways of running a step that the simulation core does not have yet, naming the key."""
     mesh, software = scenario.parallelism, scenario.implementation.software
+    facts = mesh.schedule.facts
+    shared = f"{facts.name} puts each stage on {facts.copies} pipeline ranks; use 0 or 1, or {SPLIT.name}"
     for part in ("dense", "expert"):
         if (stage := getattr(mesh.zero, part)) < 2:
             continue
         for refused, why in (
             (not software.shards_gradients, f"{software.name} keeps whole gradients; use 0 or 1, or {FUSED.name}"),
-            (mesh.schedule.kind == "dualpipe", "dualpipe puts each stage on two pipeline ranks; use 0 or 1, or zb_h1"),
+            (facts.copies > 1, shared),
         ):
             if refused:
                 raise report.user(f"parallelism.zero.{part}", f"{stage} shards layer by layer, but {why}")

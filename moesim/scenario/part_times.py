@@ -131,7 +131,7 @@ class _Parts:
             return compute + shared
         sent = self._dispatched()
         overlap = self.scenario.overlap
-        if mesh.schedule.kind == "dualpipe" and overlap.micro_batches is not False:
+        if mesh.schedule.facts.overlaps_pairs and overlap.micro_batches is not False:
             return self._beside(compute + shared, sent)
         if overlap.shared_experts is False:
             return compute + shared + sent

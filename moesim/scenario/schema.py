@@ -3,8 +3,7 @@
 from itertools import accumulate
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Discriminator, Field, Tag, WithJsonSchema
-from pydantic_core import PydanticKnownError
+from pydantic import Discriminator, Field, Tag, WithJsonSchema
 
 from moesim.scenario.base import (
     MOST_LAYERS,
@@ -24,12 +23,14 @@ from moesim.scenario.base import (
     Text,
     Tokens,
     TrainTokens,
+    one_of,
 )
 from moesim.scenario.cluster import Cluster, Contiguous, Dispatch, Network, Placement
 from moesim.scenario.model import Model
 from moesim.scenario.routing import Capacity, NoCapacity, RouterShape, Routing, UniformRouting, resolve_router
 from moesim.scenario.software import FUSED, SOFTWARE, SoftwareFacts
 from moesim.scenario.stage_split import stage_lengths
+from moesim.schedules import PLAIN, SCHEDULES, ScheduleFacts
 
 # Measured on two H200 (torch 2.11, CUDA 13): 0.74 GB for the context and the kernels of matrix products and attention,
 # 1.5 GB for the first NCCL communicator, 0.3 GB for each of three more, 0.47 GB for the first all-to-all.
@@ -53,19 +54,25 @@ class Zero(Section):
     expert: ZeroStage = Field(default=0, description="ZeRO stage of the routed experts: 0 to 3.")
 
 
+ScheduleName = Annotated[str, one_of(SCHEDULES), WithJsonSchema({"enum": list(SCHEDULES), "type": "string"})]
+
+
 class PipelineSchedule(Section):
-    """In which order pipeline ranks work off micro-batches; see `moesim.parallel.schedules_orders`.
+    """In which order pipeline ranks work off micro-batches: one of the table `moesim.schedules.SCHEDULES`.
 
     Interleaved, rank r holds stages r, r + pipeline, and so on. Under dualpipe rank r holds stages r and
     pipeline - 1 - r, so that there are as many stages as ranks.
     """
 
-    kind: Literal["gpipe", "1f1b", "interleaved", "zb_h1", "dualpipe"] = Field(
-        default="1f1b", description="In which order the pipeline works off micro-batches."
-    )
+    kind: ScheduleName = Field(default=PLAIN.name, description="In which order the pipeline works off micro-batches.")
     virtual: PositiveLayers = Field(
         default=1, description="Stages per rank of the interleaved schedule; 1 for all others."
     )
+
+    @property
+    def facts(self) -> ScheduleFacts:
+        """The facts of the schedule."""
+        return SCHEDULES[self.kind]
 
 
 class Parallelism(Section):
@@ -193,15 +200,7 @@ class Overlap(Section):
     )
 
 
-def _known_software(name: str) -> str:
-    if name not in SOFTWARE:
-        raise PydanticKnownError("literal_error", {"expected": " or ".join(map(repr, SOFTWARE))})
-    return name
-
-
-SoftwareName = Annotated[
-    str, AfterValidator(_known_software), WithJsonSchema({"enum": list(SOFTWARE), "type": "string"})
-]
+SoftwareName = Annotated[str, one_of(SOFTWARE), WithJsonSchema({"enum": list(SOFTWARE), "type": "string"})]
 
 
 class Implementation(Section):

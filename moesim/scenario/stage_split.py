@@ -24,11 +24,8 @@ DIGITS = 3  # of a layer's time: a last bit that differs between machines must n
 
 
 def stages_of_ranks(mesh: "Parallelism") -> tuple[tuple[int, ...], ...]:
-    """The stages of every pipeline rank; under dualpipe two ranks hold each."""
-    ranks = range(mesh.pipeline)
-    if mesh.schedule.kind == "dualpipe":
-        return tuple((rank, mesh.pipeline - 1 - rank) for rank in ranks)
-    return tuple(tuple(range(rank, mesh.num_stages, mesh.pipeline)) for rank in ranks)
+    """The stages of every pipeline rank; where the schedule goes both ways, two ranks hold each."""
+    return mesh.schedule.facts.stages(mesh.pipeline, mesh.schedule.virtual)
 
 
 def stage_lengths(scenario: "Scenario") -> Lengths:

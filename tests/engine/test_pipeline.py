@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from moesim.engine.step import simulate_step
-from moesim.parallel.schedules import Pass, build_schedule
 from moesim.program.host import FREE_HOST
 from moesim.program.operations import Block, Run, compute, interleave, transfer
 from moesim.program.step_program import GroupProgram, Sent, StepProgram, Task
 from moesim.results import CATEGORIES, Label, Stream, attribute
+from moesim.schedules import Pass, build_schedule
 
 FORWARD, BACKWARD, WEIGHT = 1.0, 2.0, 0.75
 

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from moesim.network.parameters import NetworkParameters
 from moesim.parallel.memory import memory_report
 from moesim.parallel.memory_rows import even_rows
-from moesim.parallel.schedules import build_schedule
 from moesim.planner.pieces import PieceStore
 from moesim.planner.screen import Screen
 from moesim.planner.traces import Traces
@@ -20,6 +19,7 @@ from moesim.run import obtain_trace, simulate
 from moesim.scenario import Scenario, load_scenario
 from moesim.scenario.part_times import part_seconds
 from moesim.scenario.stage_split import ALIKE, ModelEnds, even_lengths, stage_lengths, stages_of_ranks
+from moesim.schedules import build_schedule
 from moesim.whatif import what_if
 
 SCENARIOS = Path(__file__).parent.parent.parent / "scenarios"

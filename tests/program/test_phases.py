@@ -6,12 +6,12 @@ import pytest
 
 from moesim.kernels import kernel_model
 from moesim.network import build_fabric
-from moesim.parallel.schedules import Pass
 from moesim.program import build_program
 from moesim.program.operations import Kind, Operation
 from moesim.program.stage import StagePlan, stage_blocks
 from moesim.results.spans import CATEGORY_OF_PART, Collective, Part, Phase
 from moesim.run import draw_samples, obtain_trace
+from moesim.schedules import Pass
 
 EAGER = {"implementation.kind": "torch_eager", "dispatch.deduplicate": "per_expert", "workload.recompute": "none"}
 STEPS: dict[str, dict[str, Any]] = {

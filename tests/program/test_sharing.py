@@ -9,7 +9,6 @@ from moesim.engine import simulate_step
 from moesim.kernels import Attention, Gemm, kernel_model
 from moesim.network import build_fabric
 from moesim.parallel import Mesh, TrafficSampler
-from moesim.parallel.schedules import Pass
 from moesim.program import build_program
 from moesim.program.loads import group_loads
 from moesim.program.operations import Block, Kind
@@ -19,6 +18,7 @@ from moesim.results import CATEGORIES, attribute
 from moesim.results.spans import Part, Phase
 from moesim.run import obtain_trace, simulate
 from moesim.scenario import Scenario
+from moesim.schedules import Pass
 from moesim.seeding import stream
 
 TOKENS, HIDDEN, BF16 = 2 * 2048, 512, 2  # of the small scenario's micro-batch

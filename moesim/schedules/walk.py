@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.parallel.schedules_record import Action, Handoff, Pass, Schedule
+from moesim.schedules.record import Action, Handoff, Pass, Schedule
 
 FloatArray = NDArray[np.float64]
 

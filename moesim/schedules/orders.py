@@ -8,7 +8,7 @@ backward that computes the gradient of the weights.
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
-from moesim.parallel.schedules_record import Action, Pass, Place, Schedule, Work
+from moesim.schedules.record import Action, Pass, Place, Schedule, Work
 
 
 def _one(kind: Pass, micro_batch: int, chunk: int = 0) -> Action:

@@ -8,9 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesim.parallel.schedules import SCHEDULES, Pass, build_schedule, equal_seconds, walk_schedule
+from moesim.schedules import SCHEDULES, Pass, PassTimes, build_schedule, equal_seconds, walk_schedule
 
 KINDS = sorted(SCHEDULES)
+PUBLISHED = [kind for kind in KINDS if SCHEDULES[kind].bubble]
+
+
+def chunks_of(kind):
+    """The fewest virtual stages that the schedule can have."""
+    return 2 if SCHEDULES[kind].virtual else 1
 
 
 @st.composite
@@ -18,13 +24,14 @@ def schedules(draw, kinds=KINDS, max_ranks=6):
     kind = draw(st.sampled_from(kinds))
     ranks = draw(st.integers(1, max_ranks))
     micro_batches = draw(st.integers(1, 16))
-    virtual = 1
-    if kind == "interleaved":
-        virtual = draw(st.integers(2, 4))
+    facts = SCHEDULES[kind]
+    virtual = draw(st.integers(2, 4)) if facts.virtual else 1
+    if facts.even:
+        ranks += ranks % 2
+        micro_batches += micro_batches % 2
+    if facts.whole_rounds:
         micro_batches = ranks * draw(st.integers(1, 4))
-    if kind == "dualpipe":
-        ranks = 2 * draw(st.integers(1, max_ranks // 2))
-        micro_batches = 2 * ranks + 2 * draw(st.integers(0, 8))
+    micro_batches += facts.least_rounds * ranks
     return build_schedule(kind, num_ranks=ranks, num_micro_batches=micro_batches, virtual=virtual)
 
 
@@ -108,16 +115,32 @@ def test_activations_are_held_from_the_forward_to_the_last_backward_and_then_giv
         assert not held
 
 
+@settings(deadline=None, max_examples=80)
+@given(schedule=schedules())
+def test_the_facts_of_a_schedule_are_those_of_its_order(schedule):
+    facts = SCHEDULES[schedule.kind]
+    kinds = {work.kind for rank in range(schedule.num_ranks) for work in works(schedule, rank)}
+    pairs = {tuple(w.kind for w in a.works) for actions in schedule.actions for a in actions if a.is_pair}
+    virtual = schedule.num_stages // schedule.num_ranks
+    assert facts.stages(schedule.num_ranks, virtual) == schedule.stages_of_rank
+    assert facts.copies == schedule.num_replicas
+    assert (Pass.BACKWARD in kinds, Pass.INPUT in kinds) == (facts.full_backward, facts.split_backward)
+    assert pairs == ({(Pass.FORWARD, Pass.BACKWARD)} if facts.overlaps_pairs else set())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_only_what_holds_all_micro_batches_holds_more_of_them_the_more_there_are(kind, ranks):
+    peaks = [
+        build_schedule(kind, num_ranks=ranks, num_micro_batches=m * ranks, virtual=chunks_of(kind)).peak_live_P.max()
+        for m in (4, 8)
+    ]
+    assert (peaks[1] > peaks[0]) == SCHEDULES[kind].holds_all
+
+
 def published_bubble(kind, p, v, *, F, B, W, pair):
     """arXiv 2412.19437, Table 2, and 2104.04473. F, B and W of a whole rank: an interleaved chunk takes a v-th."""
-    forms = {
-        "gpipe": (p - 1) * (F + B),
-        "1f1b": (p - 1) * (F + B),
-        "interleaved": (p - 1) * (F + B) / v,
-        "zb_h1": (p - 1) * (F + B - 2 * W),
-        "dualpipe": (p / 2 - 1) * (pair + B - 3 * W),
-    }
-    return forms[kind]
+    return SCHEDULES[kind].bubble(p, v, PassTimes(forward=F, backward=B, weight=W, pair=pair))
 
 
 # F, B, W, pair. The split forms assume that a gradient of weights fits into the gap of a forward pass (W <= F); that of
@@ -126,23 +149,23 @@ ANY = [(1.0, 2.0, 1.0, 3.0), (1.0, 2.0, 0.6, 3.0), (2.0, 2.0, 0.5, 4.0), (1.0, 3
 EQUAL = [(1.0, 2.0, 1.0, 3.0), (1.0, 2.0, 1.0, 2.5), (1.0, 2.0, 1.0, 2.1), (0.7, 1.4, 0.7, 2.0)]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PUBLISHED)
 @pytest.mark.parametrize("p", [2, 4, 8])
 @pytest.mark.parametrize("rounds", [2, 3, 5])
 def test_the_bubble_is_the_published_one(kind, p, rounds):
-    virtuals = [2, 3] if kind == "interleaved" else [1]
+    virtuals = [2, 3] if SCHEDULES[kind].virtual else [1]
     for virtual in virtuals:
         schedule = build_schedule(kind, num_ranks=p, num_micro_batches=rounds * p, virtual=virtual)
-        for F, B, W, pair in EQUAL if kind == "dualpipe" else ANY:
+        for F, B, W, pair in EQUAL if SCHEDULES[kind].overlaps_pairs else ANY:
             seconds = equal_seconds(forward=F / virtual, backward=B / virtual, weight=W / virtual, pair=pair)
             bubble = walk_schedule(schedule, seconds=seconds).bubble_P.max()
             expected = published_bubble(kind, p, virtual, F=F, B=B, W=W, pair=pair)
             assert bubble == pytest.approx(expected, rel=1e-3, abs=1e-9)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PUBLISHED)
 def test_unequal_stages_differ_from_the_closed_form(kind):
-    virtual = 2 if kind == "interleaved" else 1
+    virtual = chunks_of(kind)
     schedule = build_schedule(kind, num_ranks=4, num_micro_batches=12, virtual=virtual)
     equal = equal_seconds(forward=1.0, backward=2.0, weight=1.0)
     even = walk_schedule(schedule, seconds=equal)
@@ -155,7 +178,7 @@ def test_unequal_stages_differ_from_the_closed_form(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_slow_links_only_lengthen_a_step(kind):
-    schedule = build_schedule(kind, num_ranks=4, num_micro_batches=12, virtual=2 if kind == "interleaved" else 1)
+    schedule = build_schedule(kind, num_ranks=4, num_micro_batches=12, virtual=chunks_of(kind))
     seconds = equal_seconds(forward=1.0, backward=2.0, weight=1.0)
     times = [walk_schedule(schedule, seconds=seconds, handoff_seconds=delay).seconds for delay in (0.0, 0.1, 1.0)]
     assert times[0] < times[1] < times[2]
@@ -173,16 +196,6 @@ def test_peak_activations_are_the_published_ones(p):
     assert peak("gpipe") == [4 * p] * p
     # Megatron's count: warm-up of (v - 1) p + 2 (p - 1 - r) chunks and one more, in units of a v-th of a rank's layers.
     assert peak("interleaved", 2) == [p + 2 * (p - 1 - rank) + 1 for rank in range(p)]
-
-
-def test_a_bidirectional_schedule_holds_two_copies_of_the_model():
-    replicas = {
-        kind: build_schedule(
-            kind, num_ranks=4, num_micro_batches=8, virtual=2 if kind == "interleaved" else 1
-        ).num_replicas
-        for kind in KINDS
-    }
-    assert replicas == {"gpipe": 1, "1f1b": 1, "interleaved": 1, "zb_h1": 1, "dualpipe": 2}
 
 
 def test_dualpipe_overlaps_a_forward_and_a_backward_pass_of_opposite_directions():

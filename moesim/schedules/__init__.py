@@ -1,0 +1,22 @@
+"""In WHICH ORDER pipeline ranks work: schedules as data, one table of their facts, and a walk without a clock."""
+
+from moesim.schedules.record import Action, Handoff, Pass, Schedule, Work
+from moesim.schedules.table import PLAIN, SCHEDULES, SPLIT, PassTimes, ScheduleFacts, build_schedule
+from moesim.schedules.walk import Timetable, equal_seconds, walk_schedule
+
+__all__ = [
+    "PLAIN",
+    "SCHEDULES",
+    "SPLIT",
+    "Action",
+    "Handoff",
+    "Pass",
+    "PassTimes",
+    "Schedule",
+    "ScheduleFacts",
+    "Timetable",
+    "Work",
+    "build_schedule",
+    "equal_seconds",
+    "walk_schedule",
+]
