@@ -210,6 +210,7 @@ def fabrics(draw):
     return maybe(
         draw, preset=presets, nic=NIC, nvlink=NIC, nic_latency=LATENCY, nvlink_latency=LATENCY, leaf_latency=LATENCY,
         nic_efficiency=EFFICIENCY, nvlink_efficiency=EFFICIENCY, pod_nodes=one(1, 2), pxn=st.booleans(),
+        nics_per_node=one(1, 2, 4),
         oversubscription=one(0.001, 0.5, 2, 1000, {"leaf": 2, "spine": 3}), bandwidth_factor=one(0.001, 2.0, 1000.0),
         degraded=st.lists(degraded, max_size=2),
     )  # fmt: skip

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from moesim.errors import UserError
 from moesim.network.contention import LinkUse, common_use
 from moesim.network.fabric import NONE, Fabric
-from moesim.network.flows import Ranks, as_ranks
+from moesim.network.flows import Ranks, as_ranks, checked_bytes
 from moesim.network.parameters import Protocol
 
 Algorithm = Literal["auto", "ring", "tree", "nvls", "hierarchical"]
@@ -51,9 +51,11 @@ def all_reduce_seconds(
     tuner does. Raises UserError for an algorithm that these ranks cannot run.
     """
     chosen = as_ranks(fabric, ranks)
-    if len(chosen) == 1 or num_bytes == 0:
+    if len(chosen) == 1 or checked_bytes(num_bytes) == 0:
         return CollectiveEstimate(0.0, "none", "nothing to do")
     if algorithm != "auto":
+        if algorithm not in _ALL_REDUCE:
+            raise UserError(f'all-reduce: algorithm "{algorithm}" is unknown; use auto, {", ".join(_ALL_REDUCE)}')
         return _ALL_REDUCE[algorithm](fabric, chosen, num_bytes)
     able = [name for name in _ALL_REDUCE if _able(name, fabric, chosen)]
     return min((_ALL_REDUCE[name](fabric, chosen, num_bytes) for name in able), key=lambda estimate: estimate.seconds)
@@ -94,7 +96,7 @@ def ring_use(fabric: Fabric, members: Sequence[NDArray[np.int64]], seconds: floa
 
 def send_recv_seconds(fabric: Fabric, source: int, target: int, num_bytes: float) -> CollectiveEstimate:
     """One message of `num_bytes` from rank to rank, alone on its links."""
-    if source == target or num_bytes == 0:
+    if source == target or checked_bytes(num_bytes) == 0:
         return CollectiveEstimate(0.0, "none", "nothing to do")
     pattern = _pattern(fabric, np.array([source]), np.array([target]), np.ones(1))
     wire = pattern.seconds_per_byte * num_bytes
@@ -110,7 +112,7 @@ def _estimate(
 
 def _half_ring(fabric: Fabric, ranks: NDArray[np.int64], num_bytes: float, protocol: Protocol) -> CollectiveEstimate:
     n = len(ranks)
-    if n == 1 or num_bytes == 0:
+    if n == 1 or checked_bytes(num_bytes) == 0:
         return CollectiveEstimate(0.0, "none", "nothing to do")
     ring = _ring_pattern(fabric, ranks)
     wire = (n - 1) / n * num_bytes * ring.seconds_per_byte

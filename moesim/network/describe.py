@@ -58,7 +58,7 @@ def describe(fabric: Fabric) -> FabricFacts:
 
 
 def _bisection(fabric: Fabric) -> float:
-    """Maximum flow from the first half to the second; GPUs of a half are one vertex, NICs are taken out in series."""
+    """Maximum flow from the first half to the second; GPUs of a half are one vertex, their own NICs are left out."""
     nodes = fabric.node_of_rank_R
     half = (int(nodes.max()) + 1) // 2
     first = nodes < half if half else fabric.rail_of_rank_R < len(nodes) // 2
@@ -75,10 +75,11 @@ def _bisection(fabric: Fabric) -> float:
             small.add_edge(source, target, capacity=before + bandwidth)
 
     graph = fabric.graph
+    series = {name for name, data in graph.nodes(data=True) if data["kind"] == "nic" and graph.out_degree(name) <= 2}
     for source, target, data in graph.edges(data=True):
-        if graph.nodes[source]["kind"] == "nic":
+        if source in series:
             continue
-        if graph.nodes[target]["kind"] == "nic":
+        if target in series:
             for beyond in graph.successors(target):
                 if beyond != source:
                     add(source, beyond, min(data["bandwidth"], graph.edges[target, beyond]["bandwidth"]))

@@ -95,7 +95,7 @@ def pair_ports(fabric: Fabric, demand: Demand) -> PairPorts:
 def _plain_ports(fabric: Fabric, ladder: Ladder, demand: Demand) -> PairPorts | None:
     """Straight from the ladder where only NVLink and NIC ports can bind; None where more than those can."""
     ranks_R, avoid_nvlink = demand.ranks_R, demand.avoid_nvlink
-    if fabric.pxn or (ladder.plane_R[ranks_R] != ladder.plane_R[ranks_R[0]]).any():
+    if fabric.pxn or ladder.shares_nics or (ladder.plane_R[ranks_R] != ladder.plane_R[ranks_R[0]]).any():
         return None
     upper = np.concatenate([ladder.leaf_up_R, ladder.leaf_down_R, ladder.spine_up_R, ladder.spine_down_R])
     redundant_X = np.append(fabric.redundant_X, True)

@@ -67,8 +67,8 @@ class Fabric:
 
     @cached_property
     def core_can_block(self) -> bool:
-        """Whether links above the NICs can be a bottleneck: `ports` may then be short by a fifth, `fluid` is not."""
-        return any(
+        """Whether links that GPUs share can be a bottleneck: `ports` may then be short by a fifth, `fluid` is not."""
+        return (self.ladder is not None and self.ladder.shares_nics) or any(
             tier in ("leaf", "spine", "custom")
             for tier, spare in zip(self.tier_X, self.redundant_X, strict=True)
             if not spare
@@ -78,9 +78,11 @@ class Fabric:
     def common_links_X(self) -> NDArray[np.intp]:
         """Links that can be a bottleneck and are no port of one GPU: what groups of ranks can share."""
 
+        own_nic = self.ladder is not None and not self.ladder.shares_nics
+
         def is_port(link: tuple[str, str]) -> bool:
             kinds = {self.graph.nodes[end]["kind"] for end in link}
-            return "gpu" in kinds or (self.ladder is not None and "nic" in kinds)
+            return "gpu" in kinds or (own_nic and "nic" in kinds)
 
         ports_X = np.array([is_port(link) for link in self.links], dtype=bool)
         return np.flatnonzero(~self.redundant_X & ~ports_X)
@@ -138,6 +140,12 @@ class Ladder:
     domain_R: IntArray
     failed: int
     any_failed: bool
+
+    @cached_property
+    def shares_nics(self) -> bool:
+        """Whether several GPUs are behind one NIC."""
+        port_R = self.nic_up_R2[:, 1]
+        return len(np.unique(port_R)) < len(port_R) and bool((port_R != NONE).any())
 
     def routes(
         self, sources_F: NDArray[np.integer], targets_F: NDArray[np.integer], *, avoid_nvlink: bool, pxn: bool
@@ -222,14 +230,14 @@ def _degrade(graph: "nx.DiGraph[str]", change: Degraded, sites: list[Site]) -> N
             )
         edges = [change.link]
     else:
-        hit = [s.rank for s in sites if change.node in (None, s.node) and change.rail in (None, s.rail)]
+        hit = [s for s in sites if change.node in (None, s.node) and change.rail in (None, s.rail)]
         if not hit:
             what, which = ("node", change.node) if change.node is not None else ("rail", change.rail)
             raise UserError(f"cluster.fabric.degraded: there is no {what} {which}; count from 0")
         # A node is degraded with all its links, a rail in the network only: NVLink has no rails.
-        names = {f"nic{rank}" for rank in hit}
+        names = {site.nic_name for site in hit}
         if change.node is not None:
-            names |= {f"gpu{rank}" for rank in hit}
+            names |= {f"gpu{site.rank}" for site in hit}
         edges = [edge for edge in graph.edges if names & set(edge)]
     for edge in edges:
         graph.edges[edge]["bandwidth"] *= change.factor
@@ -245,7 +253,7 @@ def _ladder(
         return np.array([ids.get(pair, NONE) for pair in pairs], dtype=np.int32)
 
     gpus = [f"gpu{s.rank}" for s in sites]
-    nics = [f"nic{s.rank}" for s in sites]
+    nics = [s.nic_name for s in sites]
     switches = [f"nvswitch{s.domain}" for s in sites]
     leaves = [leaf_of(s, section) for s in sites]
     spines = [spine_of(s, section) for s in sites]
@@ -275,7 +283,7 @@ def _ladder(
         spine_down_R=spine_down_R,
         leaf_R=numbers(leaves),
         spine_R=numbers(spines),
-        plane_R=np.array([s.rail % planes for s in sites], dtype=np.int32),
+        plane_R=np.array([s.nic % planes for s in sites], dtype=np.int32),
         node_R=np.array([s.node for s in sites], dtype=np.int32),
         rail_R=np.array([s.rail for s in sites], dtype=np.int32),
         node_size_R=np.array([s.node_size for s in sites], dtype=np.int32),

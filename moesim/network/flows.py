@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from moesim.errors import UserError
 from moesim.network.fabric import NONE, Fabric
 
 FloatArray = NDArray[np.float64]
@@ -36,19 +37,38 @@ class Demand:
 
 
 def as_ranks(fabric: Fabric, ranks: Ranks) -> NDArray[np.int64]:
-    """Ranks of the fabric as an array; None means all."""
+    """Ranks of the fabric as an array; None means all. Raises UserError for ranks that are not there."""
     chosen = np.arange(fabric.num_ranks) if ranks is None else np.asarray(ranks, dtype=np.int64)
-    assert chosen.ndim == 1 and len(chosen) and chosen.min() >= 0 and chosen.max() < fabric.num_ranks, chosen
+    if chosen.ndim != 1 or not len(chosen) or chosen.min() < 0 or chosen.max() >= fabric.num_ranks:
+        raise UserError(f"ranks: {ranks} are no list of ranks of the fabric; use some of 0 to {fabric.num_ranks - 1}")
     return chosen
+
+
+def checked_bytes(num_bytes: float) -> float:
+    """`num_bytes` itself. Raises UserError unless it is a finite number that is not negative."""
+    if not 0 <= num_bytes < np.inf:
+        raise UserError(f"bytes: {num_bytes} must be a finite number that is not negative")
+    return num_bytes
 
 
 def make_demand(
     fabric: Fabric, bytes_RR: FloatArray, *, ranks: Ranks, avoid_nvlink: bool = False, loopback: bool = False
 ) -> Demand:
-    """The demand of matrices [R, R] or [S, R, R]. Own rows (the diagonal) are no traffic unless `loopback` is set."""
+    """The demand of matrices [R, R] or [S, R, R]. Own rows (the diagonal) are no traffic unless `loopback` is set.
+
+    Raises UserError for another shape, and for bytes that are negative or not finite.
+    """
     chosen = as_ranks(fabric, ranks)
-    bytes_SRR = np.asarray(bytes_RR, dtype=np.float64).reshape(-1, len(chosen), len(chosen))
-    assert bytes_SRR.min() >= 0 and np.isfinite(bytes_SRR.sum())
+    bytes_SRR = np.asarray(bytes_RR, dtype=np.float64)
+    size = len(chosen)
+    if bytes_SRR.ndim not in (2, 3) or bytes_SRR.shape[-2:] != (size, size) or not len(bytes_SRR):
+        raise UserError(f"bytes: the shape {bytes_SRR.shape} does not fit {size} ranks; use ({size}, {size})")
+    bytes_SRR = bytes_SRR.reshape(-1, size, size)
+    if not (bytes_SRR.min() >= 0 and np.isfinite(bytes_SRR.sum())):
+        wrong = np.argwhere(~((bytes_SRR >= 0) & np.isfinite(bytes_SRR)))
+        sample, source, target = wrong[0] if len(wrong) else np.unravel_index(bytes_SRR.argmax(), bytes_SRR.shape)
+        found = bytes_SRR[sample, source, target]
+        raise UserError(f"bytes[{source}, {target}]: {found} must be a finite number that is not negative")
     own_rows = np.arange(len(chosen))
     if not loopback and bytes_SRR[:, own_rows, own_rows].any():
         bytes_SRR = bytes_SRR.copy()

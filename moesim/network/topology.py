@@ -1,7 +1,7 @@
 """The fabric as a graph: GPUs, NVSwitches, NICs, leaves, spines and the directed links between them.
 
-Node names: gpu<rank>, nvswitch<domain>, nic<rank>, leaf<pod>.<rail>, spine<pod>, core. A leaf's links to its spine are
-one link of their summed bandwidth, as ideal load balancing makes of them.
+Node names: gpu<rank>, nvswitch<domain>, nic<rank of its first GPU>, leaf<pod>.<rail>, spine<pod>, core. A leaf's links
+to its spine are one link of their summed bandwidth, as ideal load balancing makes of them.
 """
 
 from collections.abc import Iterator
@@ -22,7 +22,10 @@ LEAF_SPINE_POD_NODES = 4  # nodes under one leaf when `pod_nodes` is absent: 32 
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """Where one GPU sits: its node, rail (index in the node), NVLink domain and pod, what it is, and its NVLink."""
+    """Where one GPU sits: its node, rail (index in the node), NVLink domain and pod, what it is, and its NVLink.
+
+    `nic` counts the node's NICs from 0 (GPUs next to each other share one), `nic_rank` is the first GPU on it.
+    """
 
     rank: int
     gpu: str
@@ -32,6 +35,13 @@ class Site:
     rail: int
     domain: int
     pod: int
+    nic: int
+    nic_rank: int
+
+    @property
+    def nic_name(self) -> str:
+        """The graph node of its NIC."""
+        return f"nic{self.nic_rank}"
 
 
 def sites_of(cluster: Cluster) -> list[Site]:
@@ -49,6 +59,7 @@ def sites_of(cluster: Cluster) -> list[Site]:
                     f"cluster: gpus_per_node = {pool.gpus_per_node} does not divide the 72 GPUs of nvl72; use 4 or 72"
                 )
             domain_nodes = NVL72_GPUS // pool.gpus_per_node
+        sharing = _gpus_per_nic(fabric, pool.gpus_per_node)
         spec = pool.spec
         nvlink = spec.nvlink_bandwidth if fabric.nvlink is None else fabric.nvlink
         for index in range(pool.nodes):
@@ -57,6 +68,7 @@ def sites_of(cluster: Cluster) -> list[Site]:
                     Site(
                         rank=len(sites), gpu=spec.name, nvlink=nvlink, node=node, node_size=pool.gpus_per_node,
                         rail=rail, domain=domain + index // domain_nodes, pod=node // pod_nodes if pod_nodes else 0,
+                        nic=rail // sharing, nic_rank=len(sites) - rail % sharing,
                     )
                 )  # fmt: skip
             node += 1
@@ -64,17 +76,35 @@ def sites_of(cluster: Cluster) -> list[Site]:
     return sites
 
 
+def _gpus_per_nic(fabric: Fabric, gpus_per_node: int) -> int:
+    """GPUs that share a NIC. Raises UserError where the node's GPUs cannot be shared out evenly."""
+    if fabric.nics_per_node is None:
+        return 1
+    if fabric.preset in ("nvlink_node", "custom"):
+        raise UserError(
+            f"cluster.fabric: nics_per_node = {fabric.nics_per_node} needs a preset with NICs, not {fabric.preset}; "
+            "drop it"
+        )
+    if gpus_per_node % fabric.nics_per_node:
+        fits = ", ".join(str(n) for n in range(1, gpus_per_node + 1) if gpus_per_node % n == 0)
+        raise UserError(
+            f"cluster.fabric: nics_per_node = {fabric.nics_per_node} does not divide gpus_per_node = {gpus_per_node}; "
+            f"use one of {fits}"
+        )
+    return gpus_per_node // fabric.nics_per_node
+
+
 def leaf_of(site: Site, fabric: Fabric) -> str:
     """The leaf switch of a GPU's NIC: one per pod and rail, per pod and plane, or per pod."""
     if fabric.preset == "leaf_spine":
         return f"leaf{site.pod}"
-    return f"leaf{site.pod}.{site.rail % fabric.planes if fabric.preset == 'multi_plane' else site.rail}"
+    return f"leaf{site.pod}.{site.nic % fabric.planes if fabric.preset == 'multi_plane' else site.nic}"
 
 
 def spine_of(site: Site, fabric: Fabric) -> str:
     """The spine above a GPU's leaf: one per plane, one for all leaves (leaf_spine), else one per pod."""
     if fabric.preset == "multi_plane":
-        return f"spine.{site.rail % fabric.planes}"
+        return f"spine.{site.nic % fabric.planes}"
     return "spine" if fabric.preset == "leaf_spine" else f"spine{site.pod}"
 
 
@@ -99,8 +129,10 @@ def _preset_graph(fabric: Fabric, sites: list[Site], parameters: NetworkParamete
 def _check_preset(fabric: Fabric, sites: list[Site]) -> None:
     if fabric.preset == "nvlink_node" and sites[-1].node > 0:
         raise UserError("cluster.fabric: preset nvlink_node joins no nodes; use rail_optimised for nodes > 1")
-    if fabric.preset == "multi_plane" and (fabric.planes < 2 or any(s.node_size % fabric.planes for s in sites)):
-        raise UserError("cluster.fabric: multi_plane needs planes >= 2 that divide gpus_per_node, e.g. planes: 8")
+    nics = {s.node_size if fabric.nics_per_node is None else fabric.nics_per_node for s in sites}
+    if fabric.preset == "multi_plane" and (fabric.planes < 2 or any(count % fabric.planes for count in nics)):
+        owners = "gpus_per_node" if fabric.nics_per_node is None else f"nics_per_node = {fabric.nics_per_node}"
+        raise UserError(f"cluster.fabric: multi_plane needs planes >= 2 that divide {owners}, e.g. planes: {max(nics)}")
     if fabric.preset != "multi_plane" and fabric.planes != 1:
         raise UserError(f"cluster.fabric: planes = {fabric.planes} needs preset multi_plane, not {fabric.preset}")
     if oversubscription_of(fabric).spine != 1 and (
@@ -144,11 +176,13 @@ def _add_network(graph: "nx.DiGraph[str]", fabric: Fabric, sites: list[Site], pa
     below: dict[str, float] = {}
     parent: dict[str, str] = {}
     for site in sites:
-        gpu, nic, leaf, spine = f"gpu{site.rank}", f"nic{site.rank}", leaf_of(site, fabric), spine_of(site, fabric)
+        gpu, nic, leaf, spine = f"gpu{site.rank}", site.nic_name, leaf_of(site, fabric), spine_of(site, fabric)
         graph.add_node(nic, kind="nic", node=site.node)
         graph.add_node(leaf, kind="leaf")
         # The NIC's latency counts the way between GPU and NIC too, which is never slower than the port.
         _both(graph, gpu, nic, tier="nic", bandwidth=bandwidth, latency=0.0, efficiency=efficiency)
+        if site.rank != site.nic_rank:
+            continue
         _both(graph, nic, leaf, tier="nic", bandwidth=bandwidth, latency=nic_latency, efficiency=efficiency)
         below[leaf] = below.get(leaf, 0.0) + bandwidth
         parent[leaf] = spine
@@ -169,6 +203,12 @@ def _custom_graph(fabric: Fabric, sites: list[Site]) -> "nx.DiGraph[str]":
         raise UserError("cluster.fabric: preset custom needs either links or file (a networkx node-link JSON)")
     graph: nx.DiGraph[str] = nx.DiGraph()
     for source, target, bandwidth, latency in _file_links(fabric.file) if fabric.file else _listed_links(fabric):
+        if graph.has_edge(source, target):
+            where = "file" if fabric.file else "links"
+            raise UserError(
+                f"cluster.fabric.{where}: {source} -> {target} is given twice (both: true gives the way back, too); "
+                "give it once, with the bandwidth of all"
+            )
         graph.add_edge(source, target, bandwidth=bandwidth, latency=latency, efficiency=1.0, tier="custom")
     for name in graph:
         graph.nodes[name]["kind"] = "gpu" if name.startswith("gpu") and name[3:].isdigit() else "switch"

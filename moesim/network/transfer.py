@@ -6,11 +6,12 @@ Legend: S routing samples in lockstep, R ranks of the group (bytes_RR: source, t
 import copy
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Literal, NamedTuple, Protocol, Self
+from typing import Literal, NamedTuple, Protocol, Self, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moesim.errors import UserError
 from moesim.network.contention import LinkUse, Window, common_use, opening
 from moesim.network.fabric import Fabric
 from moesim.network.flows import Demand, Ranks, build_flows, link_bytes, make_demand
@@ -43,7 +44,9 @@ class PairSharing(Sharing, Protocol):
 def share_links(
     fabric: Fabric, demand: Demand, *, model: Model, two_sided: bool, compiled: bool | None = None
 ) -> PairSharing:
-    """The chosen model, prepared for one demand. `compiled`: see `Ports`."""
+    """The chosen model, prepared for one demand. `compiled`: see `Ports`. Raises UserError for an unknown model."""
+    if model not in get_args(Model):
+        raise UserError(f'model: "{model}" is unknown; use {", ".join(get_args(Model))}')
     if model == "ports":
         return Ports(fabric, demand, two_sided=two_sided, compiled=compiled)
     # Imported here: numba takes most of a second, and runs with `ports` do without it.
@@ -84,10 +87,13 @@ def transfer_times(
 
     A two-sided flow is released when both ends have started, a one-sided one when its source has. `start_R` (seconds)
     defaults to 0. `ranks` are the fabric's ranks that the matrix's rows stand for (default: all). Links, efficiencies
-    and latencies count; the software's cost per call does not (see prepare_dispatch).
+    and latencies count; the software's cost per call does not (see prepare_dispatch). Raises UserError for an unknown
+    model, ranks that are not there, and bytes or starts of another shape, negative (bytes) or not finite.
     """
     demand = make_demand(fabric, bytes_RR, ranks=ranks)
     start = np.zeros(len(demand.ranks_R)) if start_R is None else np.asarray(start_R, dtype=np.float64)
+    if start.shape != demand.ranks_R.shape or not np.isfinite(start).all():
+        raise UserError(f"start_R: needs one finite number of seconds for each of {len(demand.ranks_R)} ranks")
     release_RR = np.maximum(start[:, None], start) if two_sided else np.repeat(start[:, None], len(start), axis=1)
     sharing = share_links(fabric, demand, model=model, two_sided=two_sided)
     return np.asarray(np.maximum(sharing.flow_finish(start[None])[0], release_RR))

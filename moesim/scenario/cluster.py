@@ -118,7 +118,11 @@ class Fabric(Section):
         default=None, description="Share of NVLink's bandwidth that long transfers reach; absent: the calibrated value."
     )
     nic: Bandwidth | None = Field(
-        default=None, description="Network port of one GPU in one direction; absent: 400 Gbps."
+        default=None, description="Network port of one NIC in one direction; absent: 400 Gbps."
+    )
+    nics_per_node: GpusPerNode | None = Field(
+        default=None,
+        description="NICs of each node, shared evenly by GPUs next to each other; absent: one for each GPU.",
     )
     nic_latency: Latency | None = Field(
         default=None, description="Latency between GPU and leaf switch; absent: the calibrated value."

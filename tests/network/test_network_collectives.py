@@ -219,3 +219,18 @@ def test_rings_that_run_at_once_share_the_links_that_they_meet_on() -> None:
     np.testing.assert_allclose(use.bytes_SX[0].max(), capacity_C.max() * together, rtol=0.01)
     one_leaf_a_rail = make_fabric(2, oversubscription=4.0)
     assert crowded(one_leaf_a_rail, pairs).capacity_X is one_leaf_a_rail.capacity_X
+
+
+@pytest.mark.parametrize("wrong", [-1.0, float("nan"), float("inf")])
+def test_bytes_that_are_none_are_refused(wrong: float) -> None:
+    fabric = make_fabric(1)
+    for call in (all_reduce_seconds, all_gather_seconds, reduce_scatter_seconds):
+        with pytest.raises(UserError, match="must be a finite number that is not negative"):
+            call(fabric, None, wrong)
+    with pytest.raises(UserError, match="must be a finite number"):
+        send_recv_seconds(fabric, 0, 1, wrong)
+
+
+def test_an_unknown_algorithm_is_named() -> None:
+    with pytest.raises(UserError, match='"star" is unknown; use auto, ring'):
+        all_reduce_seconds(make_fabric(1), None, 1e6, algorithm="star")

@@ -24,6 +24,10 @@ PRESETS: list[dict[str, object]] = [
     {"preset": "leaf_spine", "pod_nodes": 2, "oversubscription": 3.0},
     {"preset": "multi_plane", "planes": 4},
     {"preset": "multi_plane", "planes": 2, "pod_nodes": 1},
+    {"preset": "rail_optimised", "nics_per_node": 2, "pod_nodes": 2},
+    {"preset": "rail_optimised", "nics_per_node": 2, "pxn": True},
+    {"preset": "leaf_spine", "nics_per_node": 1, "pod_nodes": 2, "oversubscription": 2.0},
+    {"preset": "multi_plane", "planes": 2, "nics_per_node": 2},
 ]
 
 
@@ -42,8 +46,10 @@ def hops_of(fabric: Fabric, path: np.ndarray) -> list[str]:
 @pytest.mark.parametrize("keys", PRESETS, ids=str)
 @pytest.mark.parametrize("failed", [False, True])
 def test_routes_lead_from_source_to_target(keys: dict[str, object], failed: bool) -> None:
-    degraded = [{"link": ["nic1", f"leaf{'0' if keys['preset'] == 'leaf_spine' else '0.1'}"], "factor": 0.0}]
-    fabric = make_fabric(4, gpus_per_node=4, **keys, **({"degraded": degraded} if failed else {}))
+    whole = make_fabric(4, gpus_per_node=4, **keys)
+    port = next(link for link in whole.links if link[0] == f"nic{1 if 'nics_per_node' not in keys else 4}")
+    broken = {"degraded": [{"link": port, "factor": 0.0}]} if failed and "nics_per_node" not in keys else {}
+    fabric = make_fabric(4, gpus_per_node=4, **keys, **broken)
     source, target = all_pairs(fabric)
     for s, d, path in zip(source, target, fabric.routes(source, target), strict=True):
         nodes = hops_of(fabric, path)
@@ -189,6 +195,20 @@ def test_describe_measures_bisection_and_oversubscription() -> None:
         (2, {"degraded": [{"node": 7, "factor": 0.5}]}, "no node 7"),
         (2, {"degraded": [{"rail": 9, "factor": 0.5}]}, "no rail 9"),
         (2, {"degraded": [{"factor": 0.5}]}, "exactly one"),
+        (2, {"nics_per_node": 3}, "nics_per_node = 3 does not divide gpus_per_node = 8; use one of 1, 2, 4, 8"),
+        (1, {"preset": "nvlink_node", "nics_per_node": 4}, "needs a preset with NICs"),
+        (2, {"preset": "multi_plane", "planes": 8, "nics_per_node": 4}, "divide nics_per_node = 4"),
+        (
+            1,
+            {
+                "preset": "custom",
+                "links": [
+                    {"source": "gpu0", "target": "x", "bandwidth": "1 GB/s"},
+                    {"source": "x", "target": "gpu0", "bandwidth": "2 GB/s"},
+                ],
+            },
+            "x -> gpu0 is given twice",
+        ),
     ],
 )
 def test_mistakes_are_named(nodes: int, keys: dict[str, object], words: str) -> None:
@@ -234,3 +254,33 @@ def test_sums_over_the_matrix_are_the_sums_over_routes(keys: dict[str, object]) 
     assert routed_X.sum() > 0
     if loads_X is not None:
         np.testing.assert_allclose(loads_X, routed_X)
+
+
+def test_gpus_that_share_a_nic_share_its_bandwidth() -> None:
+    """Both of a NIC send: as long as with NICs of half the bandwidth each. One of them alone: as with its own NIC."""
+    shared, own, half = (
+        make_fabric(2, nic=nic, **keys)
+        for nic, keys in (("400 Gbps", {"nics_per_node": 4}), ("400 Gbps", {}), ("200 Gbps", {}))
+    )
+    bytes_RR = np.zeros((16, 16))
+    bytes_RR[np.arange(8), np.arange(8) + 8] = 1e9
+    alone_RR = bytes_RR * (np.arange(16) % 2 == 0)[:, None]
+    for model in ("exact", "fluid", "ports"):
+        both = transfer_times(shared, bytes_RR, model=model).max()
+        assert both == pytest.approx(transfer_times(half, bytes_RR, model=model).max(), rel=1e-4)
+        one = transfer_times(shared, alone_RR, model=model).max()
+        assert one == pytest.approx(transfer_times(own, alone_RR, model=model).max(), rel=1e-4)
+    assert describe(shared).bisection == describe(half).bisection == describe(own).bisection / 2
+    assert shared.core_can_block and len(shared.common_links_X) == 2 * 8
+
+
+def test_one_nic_for_each_gpu_is_the_default() -> None:
+    plain, named = make_fabric(2), make_fabric(2, nics_per_node=8)
+    assert plain.links == named.links and not named.core_can_block
+    np.testing.assert_array_equal(plain.capacity_X, named.capacity_X)
+
+
+def test_a_rail_of_shared_nics_degrades_both_gpus() -> None:
+    fabric = make_fabric(2, nics_per_node=4, degraded=[{"rail": 3, "factor": 0.5}])
+    slow = {link for link, bandwidth in zip(fabric.links, fabric.bandwidth_X, strict=True) if bandwidth == 25e9}
+    assert slow == {edge for edge in fabric.links if set(edge) & {"nic2", "nic10"}}

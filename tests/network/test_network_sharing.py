@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from network_cases import make_fabric, rank_finish, skewed_bytes, star
 
-from moesim.errors import InternalError
+from moesim.errors import InternalError, UserError
 from moesim.network import build_fabric, filling, lower_bound, prepare_transfer, transfer_times
 from moesim.network.contention import progress_rates
 from moesim.network.flows import build_flows, make_demand
@@ -170,6 +170,7 @@ FABRICS: tuple[dict[str, object], ...] = (
     {"pod_nodes": 2, "oversubscription": {"leaf": 2.0, "spine": 2.0}},
     {"preset": "multi_plane", "planes": 8, "oversubscription": 2.0},
     {"pxn": True, "pod_nodes": 1, "oversubscription": 2.0},
+    {"nics_per_node": 4},
     {
         "degraded": [
             {"rail": 2, "factor": 0.5},
@@ -326,4 +327,25 @@ def test_groups_are_subsets_of_the_cluster() -> None:
 @pytest.mark.parametrize("model", ["exact", "fluid"])
 def test_flows_that_never_begin_are_a_mistake_of_the_program(model: str) -> None:
     with pytest.raises(InternalError, match="do not come to their ends"):
-        transfer_times(star(3), matrix(3, f01=1, f12=1), start_R=np.array([0.0, np.nan, 0.0]), model=model)
+        prepare_transfer(star(3), matrix(3, f01=1, f12=1), model=model).finish(np.array([0.0, np.nan, 0.0]))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model": "foo"}, 'model: "foo" is unknown; use ports, fluid, exact'),
+        ({"bytes_RR": matrix(3, f01=float("nan"))}, r"bytes\[0, 1\]: nan must be a finite number"),
+        ({"bytes_RR": matrix(3, f12=-1)}, r"bytes\[1, 2\]: -1000000000.0 must be .* not negative"),
+        ({"bytes_RR": matrix(3, f12=float("inf"))}, r"bytes\[1, 2\]: inf"),
+        ({"bytes_RR": np.zeros((2, 2))}, r"shape \(2, 2\) does not fit 3 ranks"),
+        ({"ranks": [0, 1, 7]}, "some of 0 to 2"),
+        ({"start_R": np.array([0.0, np.nan, 0.0])}, "finite number of seconds for each of 3 ranks"),
+        ({"start_R": np.zeros(2)}, "each of 3 ranks"),
+    ],
+)
+@pytest.mark.parametrize("model", MODELS)
+def test_mistakes_in_a_call_are_named(model: str, change: dict[str, object], words: str) -> None:
+    arguments = {"bytes_RR": matrix(3, f01=1), "model": model} | change
+    with pytest.raises(UserError, match=words) as error:
+        transfer_times(star(3), **arguments)
+    assert "\n" not in str(error.value)
