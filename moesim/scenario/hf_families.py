@@ -1,30 +1,13 @@
-"""The families of `config.json` that are read: ONE table from `model_type` to the reader and the keys of the family.
-
-What a family calls `intermediate_size` is the width of its dense FFN, or of one expert where no layer is dense.
-Transformers 5 writes `num_local_experts` for every family. Norms of single heads are no field: under 0.01 % of a model.
-"""
+"""The families of `config.json` that are read: ONE table from `model_type` to the reader and the keys of the family."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from moesim.scenario import hf_readers as readers
 from moesim.scenario.hf_fields import Config
 from moesim.scenario.hf_keys import Expected
-from moesim.scenario.hf_layers import (
-    Fields,
-    all_windows,
-    common_fields,
-    dense_fields,
-    every,
-    experts,
-    first_dense,
-    layer_numbers,
-    local_numbers,
-    numbers_of,
-    router_groups,
-    shared,
-    windows,
-)
+from moesim.scenario.hf_layers import Fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,121 +20,6 @@ class Family:
     sections: tuple[str, ...] = ()
 
 
-def _llama(config: Config) -> Fields:
-    return _all_dense(config, common_fields(config))
-
-
-def _all_dense(config: Config, fields: Fields) -> Fields:
-    return fields | {"dense_layers": fields["layers"], "dense_intermediate": config.count("intermediate_size")}
-
-
-def _qwen_windows(config: Config, fields: Fields) -> Fields:
-    """Qwen attends to a window only where `use_sliding_window` says so, and from layer `max_window_layers` on."""
-    config.get("sliding_window")  # read, whatever the switches below say of it
-    first = min(config.count("max_window_layers", default=28), fields["layers"])
-    listed = local_numbers(config, fields)
-    if not config.flag("use_sliding_window") or config.get("sliding_window") is None:
-        return {}
-    numbers = layer_numbers(fields)[first:] if listed is None else listed
-    return windows(fields, numbers, config.count("sliding_window"))
-
-
-def _qwen_dense_at(config: Config, fields: Fields) -> Fields:
-    """Dense layers: those listed, and all but every `decoder_sparse_step`-th."""
-    listed, step = numbers_of(config, "mlp_only_layers", fields), every(config, "decoder_sparse_step")
-    dense = [n for n in layer_numbers(fields) if n in listed or (n + 1) % step]
-    return dense_fields(config, fields, dense)
-
-
-def _qwen2(config: Config) -> Fields:
-    fields = common_fields(config) | {"attention_bias": "qkv"}
-    return _all_dense(config, fields | _qwen_windows(config, fields))
-
-
-def _qwen3(config: Config) -> Fields:
-    fields = common_fields(config)
-    return _all_dense(config, fields | _qwen_windows(config, fields))
-
-
-def _qwen3_moe(config: Config) -> Fields:
-    fields = common_fields(config)
-    fields |= _qwen_windows(config, fields) | experts(config, width="moe_intermediate_size")
-    return fields | _qwen_dense_at(config, fields)
-
-
-def _qwen2_moe(config: Config) -> Fields:
-    fields = common_fields(config)
-    fields |= _qwen_windows(config, fields) | experts(config, width="moe_intermediate_size")
-    beside = shared(1, config.count("shared_expert_intermediate_size", default=0))
-    fields |= beside and beside | {"shared_gate": True}
-    if config.flag("qkv_bias", default=True):
-        fields |= {"attention_bias": "qkv"}
-    return fields | _qwen_dense_at(config, fields)
-
-
-def _deepseek_experts(config: Config) -> Fields:
-    config.only("moe_layer_freq", 1)
-    return first_dense(config) | {
-        "experts": config.count("n_routed_experts", "num_local_experts"),
-        "top_k": config.count("num_experts_per_tok"),
-        "shared_experts": config.count("n_shared_experts", default=0),
-        "expert_intermediate": config.count("moe_intermediate_size"),
-        "routed_scaling_factor": config.number("routed_scaling_factor", 1.0),
-    }
-
-
-def _deepseek(config: Config) -> Fields:
-    return common_fields(config) | _deepseek_experts(config)
-
-
-def _deepseek_mla(config: Config, *, method: str) -> Fields:
-    head_dim = config.count("qk_nope_head_dim")
-    attention = {
-        "kind": "mla",
-        "q_lora_rank": None if config.get("q_lora_rank") is None else config.count("q_lora_rank"),
-        "kv_lora_rank": config.count("kv_lora_rank"),
-        "rope_head_dim": config.count("qk_rope_head_dim"),
-        "value_head_dim": config.count("v_head_dim", default=head_dim),
-    }
-    if config.flag("attention_bias"):
-        config.note("attention_bias", "the biases of attention are not counted")
-    fields = _deepseek(config) | {"head_dim": head_dim, "attention": attention, "attention_bias": "none"}
-    mtp_layers = config.count("num_nextn_predict_layers", "num_mtp_layers", default=0)
-    return fields | {"mtp_layers": mtp_layers} | router_groups(config, method=method)
-
-
-def _deepseek_v2(config: Config) -> Fields:
-    return _deepseek_mla(config, method="greedy")
-
-
-def _deepseek_v3(config: Config) -> Fields:
-    return _deepseek_mla(config, method="noaux_tc")
-
-
-def _glm4_moe(config: Config) -> Fields:
-    fields = common_fields(config, bias="qkv") | _deepseek_experts(config)
-    mtp_layers = config.count("num_nextn_predict_layers", "num_mtp_layers", default=0)
-    return fields | {"mtp_layers": mtp_layers} | router_groups(config, method="noaux_tc")
-
-
-def _dots1(config: Config) -> Fields:
-    """A window holds from layer `max_window_layers` on, without a switch."""
-    fields = common_fields(config) | _deepseek_experts(config)
-    listed, window = local_numbers(config, fields), config.count("sliding_window", default=0)
-    first = min(config.count("max_window_layers", default=fields["layers"]), fields["layers"])
-    numbers = layer_numbers(fields)[first:] if listed is None else listed
-    return fields | windows(fields, numbers, window) | router_groups(config, method="noaux_tc")
-
-
-def _mixtral(config: Config) -> Fields:
-    fields = common_fields(config) | experts(config, width="intermediate_size")
-    return fields | all_windows(config, fields)
-
-
-def _olmoe(config: Config) -> Fields:
-    return common_fields(config) | experts(config, width="intermediate_size")
-
-
 _ROUTER = ("norm_topk_prob", "output_router_logits", "router_aux_loss_coef", "router_jitter_noise")
 _DEEPSEEK_ROUTER = ("aux_loss_alpha", "norm_topk_prob", "output_router_logits", "scoring_func", "seq_aux")
 # The heads' width is that of qk_nope_head_dim and qk_rope_head_dim.
@@ -160,35 +28,85 @@ _MLP_BIAS = {"mlp_bias": Expected(values=(False,), left_out="the biases of feed-
 _MEDIA = {"vision_config": Expected(values=(), left_out="the vision encoder: the language model alone is simulated")}
 _MEDIA_KEYS = (
     "boi_token_index", "eoi_token_index", "ignore_index", "image_token_id", "image_token_index",
-    "media_placeholder_token_id", "use_unified_vision_chunk", "video_placeholder", "video_token_id",
-    "vision_end_token_id", "vision_start_token_id",
+    "media_placeholder_token_id", "projector_patch_to_query_dict", "use_unified_vision_chunk", "video_placeholder",
+    "video_token_id", "vision_end_token_id", "vision_feature_layer", "vision_start_token_id",
 )  # fmt: skip
 
+_BIASES = {"use_bias": Expected(values=(False,), left_out="the biases of projections are not counted")}
 # A dense width beside experts in every layer belongs to no layer.
 _QWEN_MOE = (*_ROUTER, "intermediate_size")
 
+_GRANITE = ("attention_multiplier", "embedding_multiplier", "logits_scaling", "residual_multiplier")
+_MINIMAX = ("qk_norm_type", "rotary_dim", "scoring_func", "use_qk_norm", "use_routing_bias")
+# Keys of a latent attention that use_mla switches off, and of a head that training does not have.
+_HUNYUAN = (
+    "add_classification_head", "cla_share_factor", "class_num", "group_limited_greedy", "kv_lora_rank",
+    "moe_drop_tokens", "moe_random_routing_dropped_token", "norm_type", "num_media_embeds", "pool_type", "q_lora_rank",
+    "qk_nope_head_dim", "qk_rope_head_dim", "routed_scaling_factor", "use_qk_norm", "use_rotary_pos_emb", "v_head_dim",
+)  # fmt: skip
+_ERNIE = ("moe_norm_min",)
+_DBRX = (
+    "attn_pdrop", "emb_pdrop", "hidden_size", "max_seq_len", "moe_jitter_eps", "moe_loss_weight",
+    "moe_normalize_expert_weights", "resid_pdrop", "uniform_expert_assignment",
+)  # fmt: skip
+_DBRX_ACT = {"ffn_act_fn": Expected(values=({"name": "silu"},), left_out="feed-forward networks are costed as SwiGLU")}
+# The dense width of a model without dense layers.
+_LLAMA4 = ("attn_scale", "attn_temperature_tuning", "floor_scale", "for_llm_compressor", "intermediate_size_mlp",
+           "use_qk_norm")  # fmt: skip
+# The dense width of a model without dense layers.
+_BAILING = (
+    "embedding_dropout", "intermediate_size", "moe_router_enable_expert_bias", "multi_gate", "norm_head",
+    "norm_softmax", "output_dropout", "rotary_dim", "router_dtype", "score_function", "use_qk_norm", "use_rmsnorm",
+)  # fmt: skip
+_GROK = ("attn_output_multiplier", "embedding_multiplier_scale", "max_attn_value", "output_multiplier_scale")
+_GELU = {"hidden_act": Expected(values=("gelu", "gelu_new"), left_out="feed-forward networks are costed as GeGLU")}
+
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
-        "deepseek": Family(read=_deepseek, harmless=_DEEPSEEK_ROUTER),
-        "deepseek_v2": Family(read=_deepseek_v2, harmless=(*_MLA, *_MLP_BIAS)),
-        "deepseek_v3": Family(read=_deepseek_v3, harmless=_MLA),
-        "kimi_k2": Family(read=_deepseek_v3, harmless=_MLA),
+        "deepseek": Family(read=readers.deepseek, harmless=_DEEPSEEK_ROUTER),
+        "deepseek_v2": Family(read=readers.deepseek_v2, harmless=(*_MLA, *_MLP_BIAS)),
+        "deepseek_v3": Family(read=readers.deepseek_v3, harmless=_MLA),
+        "kimi_k2": Family(read=readers.deepseek_v3, harmless=_MLA),
         "kimi_k25": Family(
-            read=_deepseek_v3, harmless=(*_MLA, *_MEDIA_KEYS), expected=_MEDIA, sections=("text_config",)
+            read=readers.deepseek_v3, harmless=(*_MLA, *_MEDIA_KEYS), expected=_MEDIA, sections=("text_config",)
         ),
-        "glm4_moe": Family(read=_glm4_moe, harmless=(*_DEEPSEEK_ROUTER, "use_qk_norm")),
-        "dots1": Family(read=_dots1, harmless=_DEEPSEEK_ROUTER),
-        "mixtral": Family(read=_mixtral, harmless=_ROUTER),
-        "qwen2_moe": Family(read=_qwen2_moe, harmless=_QWEN_MOE),
-        "qwen3_moe": Family(read=_qwen3_moe, harmless=_QWEN_MOE),
+        "glm4_moe": Family(read=readers.glm4_moe, harmless=(*_DEEPSEEK_ROUTER, "use_qk_norm")),
+        "dots1": Family(read=readers.dots1, harmless=_DEEPSEEK_ROUTER),
+        "mixtral": Family(read=readers.mixtral, harmless=_ROUTER),
+        "qwen2_moe": Family(read=readers.qwen2_moe, harmless=_QWEN_MOE),
+        "qwen3_moe": Family(read=readers.qwen3_moe, harmless=_QWEN_MOE),
         "qwen3_vl_moe": Family(
-            read=_qwen3_moe, harmless=(*_QWEN_MOE, *_MEDIA_KEYS), expected=_MEDIA, sections=("text_config",)
+            read=readers.qwen3_moe, harmless=(*_QWEN_MOE, *_MEDIA_KEYS), expected=_MEDIA, sections=("text_config",)
         ),
-        "qwen3_vl_moe_text": Family(read=_qwen3_moe, harmless=_QWEN_MOE),
-        "olmoe": Family(read=_olmoe, harmless=_ROUTER),
-        "llama": Family(read=_llama, expected=_MLP_BIAS),
-        "qwen2": Family(read=_qwen2),
-        "qwen3": Family(read=_qwen3),
+        "qwen3_vl_moe_text": Family(read=readers.qwen3_moe, harmless=_QWEN_MOE),
+        "olmoe": Family(read=readers.olmoe, harmless=_ROUTER),
+        # lm_head_bias: one number for each entry of the vocabulary
+        "phimoe": Family(read=readers.mixtral, harmless=(*_ROUTER, "input_jitter_noise", "lm_head_bias")),
+        "granitemoe": Family(read=readers.granite, harmless=(*_ROUTER, *_GRANITE)),
+        "granitemoeshared": Family(read=readers.granite, harmless=(*_ROUTER, *_GRANITE)),
+        "minimax_m2": Family(read=readers.minimax_m2, harmless=(*_ROUTER, *_MINIMAX)),
+        "hunyuan_v1_moe": Family(read=readers.hunyuan, harmless=(*_ROUTER, *_HUNYUAN)),
+        "ernie4_5_moe": Family(read=readers.ernie, harmless=(*_ROUTER, *_ERNIE), expected=_BIASES),
+        "dbrx": Family(
+            read=readers.dbrx, harmless=(*_ROUTER, *_DBRX), expected=_DBRX_ACT, sections=("attn_config", "ffn_config")
+        ),
+        "llama4": Family(
+            read=readers.llama4, harmless=(*_ROUTER, *_LLAMA4, *_MEDIA_KEYS), expected=_MEDIA, sections=("text_config",)
+        ),
+        "llama4_text": Family(read=readers.llama4, harmless=(*_ROUTER, *_LLAMA4)),
+        "gpt_oss": Family(read=readers.gpt_oss, harmless=(*_ROUTER, "initial_context_length", "swiglu_limit")),
+        "bailing_moe": Family(read=readers.bailing, harmless=(*_ROUTER, *_BAILING), expected=_BIASES),
+        "bailing_moe_v2": Family(read=readers.bailing, harmless=(*_ROUTER, *_BAILING), expected=_BIASES),
+        "deepseek_v32": Family(read=readers.deepseek_v32, harmless=(*_MLA, "indexer_rope_interleave")),
+        "glm_moe_dsa": Family(read=readers.deepseek_v32, harmless=(*_MLA, "indexer_rope_interleave")),
+        "grok-1": Family(read=readers.grok, harmless=(*_ROUTER, *_GROK), expected=_GELU),
+        "aria": Family(
+            read=readers.aria, harmless=(*_ROUTER, *_MEDIA_KEYS), expected=_MLP_BIAS | _MEDIA, sections=("text_config",)
+        ),
+        "aria_text": Family(read=readers.aria, harmless=_ROUTER, expected=_MLP_BIAS),
+        "llama": Family(read=readers.llama, expected=_MLP_BIAS),
+        "qwen2": Family(read=readers.qwen2),
+        "qwen3": Family(read=readers.qwen3),
     }
 )
 

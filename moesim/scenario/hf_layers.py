@@ -11,8 +11,11 @@ Fields = dict[str, Any]  # fields of the `model` section
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 
 
-def common_fields(config: Config, *, bias: str = "all", tied: bool = False) -> Fields:
-    """The fields that nearly all families write alike; `bias`: the biases that `attention_bias` switches on."""
+def common_fields(config: Config, *, bias: str = "all", tied: bool = False, head_dim: int | None = None) -> Fields:
+    """The fields that nearly all families write alike; `bias`: the biases that `attention_bias` switches on.
+
+    `tied`: whether embedding and head are one matrix without a word; `head_dim`: of a family that does not write it.
+    """
     heads = config.count("num_attention_heads")
     kv_heads = config.count("num_key_value_heads", default=heads)
     hidden = config.count("hidden_size")
@@ -21,7 +24,7 @@ def common_fields(config: Config, *, bias: str = "all", tied: bool = False) -> F
         "hidden": hidden,
         "heads": heads,
         "kv_heads": kv_heads,
-        "head_dim": config.count("head_dim", default=hidden // max(heads, 1)),
+        "head_dim": config.count("head_dim", default=hidden // max(heads, 1)) if head_dim is None else head_dim,
         "attention": {"kind": "mha" if kv_heads == heads else "gqa"},
         "vocab": config.count("vocab_size"),
         "tied_embeddings": config.flag("tie_word_embeddings", default=tied),
@@ -59,7 +62,7 @@ def local_numbers(config: Config, fields: Fields, *, local: str = SLIDING) -> li
             what = f"has layers that are not modelled: it must name {FULL} or {local} for each layer"
             raise config.refuse("layer_types", f"({_word(kind)}) {what}")
     if len(types) != layers:
-        raise config.refuse("layer_types", f"must name {FULL} or {local} for each of {layers} layers")
+        raise config.refuse("layer_types", f'must name {FULL} or {local} for each of "num_hidden_layers" = {layers}')
     return [number for number, kind in enumerate(types) if kind == local]
 
 

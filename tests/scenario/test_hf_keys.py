@@ -22,6 +22,8 @@ EVERYTHING = {
     "vocab_size": 1000, "intermediate_size": 14336, "moe_intermediate_size": 768, "num_experts_per_tok": 2,
     "num_local_experts": 8,
     "n_routed_experts": 8, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "kv_lora_rank": 512,
+    "index_n_heads": 64, "index_head_dim": 128, "index_topk": 2048,
+    "n_heads": 32, "d_model": 4096, "n_layers": 8, "moe_num_experts": 8, "moe_top_k": 2, "ffn_hidden_size": 768,
 }  # fmt: skip
 
 
@@ -65,7 +67,7 @@ def test_every_key_that_is_read_counts(tmp_path: Path, name: str) -> None:
         if isinstance(value, bool):
             other = not value
         elif isinstance(value, int | float):
-            other = 2 * value + 1
+            other = 2 * abs(value) + 1
         else:
             other = [0, 1] if isinstance(value, list) else "other"
         try:
@@ -113,6 +115,81 @@ def test_parameters_of_files_as_transformers_counts_them(name: str, counts: dict
     held = parameters(model_of(name))
     assert held.total == pytest.approx(counts["total"], rel=1e-3)
     assert held.activated == pytest.approx(counts["activated"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "activated"),
+    [("ling-lite", 16.8e9, 2.75e9), ("grok-1", 314e9, None)],
+)
+def test_parameters_of_families_that_transformers_lacks_are_as_published(
+    name: str, total: float, activated: float | None
+) -> None:
+    """As rounded as published: inclusionAI/Ling and xai-org/grok-1."""
+    held = parameters(model_of(name))
+    assert held.total == pytest.approx(total, rel=6e-3)
+    assert activated is None or held.activated == pytest.approx(activated, rel=6e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("llama-4-scout", {"dense_layers": 0, "shared_experts": 1}),
+        ("llama-4-maverick", {"dense_layers": 24, "dense_at": tuple(range(0, 48, 2)), "dense_intermediate": 16384}),
+        ("gpt-oss-120b", {"attention_sinks": True, "expert_bias": True, "attention_bias": "all", "gated": True}),
+        ("glm-4.5-air", {"attention_bias": "qkv", "mtp_layers": 1, "dense_layers": 1}),
+        ("hunyuan-a13b", {"top_k": 8, "shared_experts": 1, "shared_intermediate": 3072, "tied_embeddings": True}),
+        ("qwen1.5-moe-a2.7b", {"shared_intermediate": 5632, "shared_gate": True, "attention_bias": "qkv"}),
+        ("minimax-m2", {"mtp_layers": 3, "experts": 256, "shared_experts": 0}),
+        ("ernie-4.5-21b-a3b", {"dense_layers": 1, "dense_at": None, "shared_width": 3072, "tied_embeddings": True}),
+    ],
+)
+def test_what_counts_do_not_show_is_read(name: str, expected: dict) -> None:
+    model = model_of(name)
+    assert {key: getattr(model, key) for key in expected} == expected
+
+
+def test_windows_and_chunks_of_some_layers_are_read() -> None:
+    oss, scout = model_of("gpt-oss-120b").local, model_of("llama-4-scout").local
+    assert oss and (oss.window, oss.chunked, oss.layers) == (128, False, tuple(range(0, 36, 2)))
+    assert scout and (scout.window, scout.chunked) == (8192, True)
+    assert scout.layers == tuple(n for n in range(48) if n % 4 != 3)
+
+
+def test_an_indexer_is_read_and_those_that_layers_share_are_refused(tmp_path: Path) -> None:
+    indexer = model_of("deepseek-v3.2").attention.indexer
+    assert (indexer.heads, indexer.head_dim, indexer.top_k) == (64, 128, 2048)
+    for change in ({"indexer_types": ["full", "shared"]}, {"index_topk_freq": 4}):
+        with pytest.raises(UserError, match=r"is not modelled: indexers that several layers share"):
+            read(tmp_path, config("glm-5") | change)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "text"),
+    [
+        ("hunyuan-a13b", {"use_cla": True}, '"use_cla" = true is not modelled: keys and values that layers share'),
+        ("hunyuan-a13b", {"moe_topk": [8, 4]}, '"moe_topk" = [8,'),
+        ("llama-4-scout", {"interleave_moe_layer_step": 0}, '"interleave_moe_layer_step" = 0 must be at least 1'),
+        ("llama-4-scout", {"no_rope_layers": [1]}, '"no_rope_layers" = [1] must have 0 or 1 for each of 48 layers'),
+    ],
+)
+def test_layouts_without_fields_are_refused_by_key(tmp_path: Path, name: str, change: dict, text: str) -> None:
+    with pytest.raises(UserError) as error:
+        read(tmp_path, config(name) | change)
+    assert text in str(error.value)
+
+
+def test_a_nested_section_must_be_there_and_agree(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    for fields, text in (
+        ({"model_type": "llama4"}, 'has no object "text_config"'),
+        (
+            {"model_type": "llama4", "tie_word_embeddings": True, "text_config": {"tie_word_embeddings": False}},
+            '"tie_word_embeddings" = true contradicts "tie_word_embeddings" = false of text_config',
+        ),
+    ):
+        path.write_text(json.dumps(fields))
+        with pytest.raises(UserError, match=text):
+            read_hf_config(path)
 
 
 def test_dense_layers_that_come_first_are_read() -> None:
