@@ -36,35 +36,36 @@ Stages = Sequence[NDArray[np.floating] | NDArray[np.integer]]
 
 
 class Pipeline:
-    """Two stages that overlap: bytes of the second flow as those of the first arrive.
+    """Two stages that overlap: bytes of the second flow as those of the first arrive, through the same ports.
 
-    A rank is done when its own second stage and the first stages of all that forward to it are.
+    A rank is done when all that it sends and receives in `both` stages has passed its ports, and when the `first`
+    stages of all that forward to it have. `forwards` is the second stage's demand.
     """
 
-    def __init__(self, first: Sharing, second: Sharing, forwards: Demand) -> None:
-        self._first, self._second = first, second
+    def __init__(self, first: Sharing, both: Sharing, forwards: Demand) -> None:
+        self._first, self._both = first, both
         self._feeders_SRV = _feeders(forwards.bytes_SRR > 0)
-        self._is_compiled = all(isinstance(stage, Ports) and stage.is_compiled for stage in (first, second))
+        self._is_compiled = all(isinstance(stage, Ports) and stage.is_compiled for stage in (first, both))
 
     def part(self, samples: slice) -> "Pipeline":
         """See Sharing."""
         part = copy.copy(self)
-        part._first, part._second = self._first.part(samples), self._second.part(samples)
+        part._first, part._both = self._first.part(samples), self._both.part(samples)
         part._feeders_SRV = self._feeders_SRV[samples]
         return part
 
     def finish(self, start_SR: FloatArray) -> FloatArray:
         """See Sharing."""
-        first, second = self._first, self._second
-        if isinstance(first, Ports) and isinstance(second, Ports) and self._is_compiled:
+        first, both = self._first, self._both
+        if isinstance(first, Ports) and isinstance(both, Ports) and self._is_compiled:
             start_SR = np.ascontiguousarray(start_SR)
             finish_SR: FloatArray = loops().finish_stages(
-                start_SR, self._feeders_SRV, *first.for_loops, *second.for_loops
+                start_SR, self._feeders_SRV, *first.for_loops, *both.for_loops
             )
             return finish_SR
         first_SR = first.finish(start_SR)
         fed_SRV = first_SR[np.arange(len(first_SR))[:, None, None], self._feeders_SRV]
-        return np.asarray(np.maximum(fed_SRV.max(axis=2), second.finish(start_SR)))
+        return np.asarray(np.maximum(fed_SRV.max(axis=2), both.finish(start_SR)))
 
 
 def _feeders(feeds_SRR: NDArray[np.bool_]) -> NDArray[np.int32]:
@@ -154,12 +155,13 @@ def _prepare(
         )
         for copies in stages
     ]
+    loads = [demands[0], *(demands[0] + second for second in demands[1:])]  # of one stage, of both
     parts = [
         prepare_sharing(
             fabric, part.slowed(protocol.efficiency), model=model, two_sided=algorithm != "low_latency",
             per_rank_starts=per_rank_starts, compiled=compiled,
         )
-        for part in demands
+        for part in loads
     ]  # fmt: skip
     return PreparedTransfer(
         parts[0] if len(parts) == 1 else Pipeline(parts[0], parts[1], demands[1]),

@@ -31,6 +31,11 @@ class Demand:
     bytes_SRR: FloatArray
     avoid_nvlink: bool = False
 
+    def __add__(self, other: "Demand") -> "Demand":
+        """Both at once, among the same ranks over the same kinds of link."""
+        assert self.avoid_nvlink == other.avoid_nvlink and (self.ranks_R == other.ranks_R).all()
+        return dataclasses.replace(self, bytes_SRR=self.bytes_SRR + other.bytes_SRR)
+
     def slowed(self, efficiency: float) -> "Demand":
         """The demand of software that reaches `efficiency` of what the links achieve: more bytes' worth of time."""
         return self if efficiency == 1.0 else dataclasses.replace(self, bytes_SRR=self.bytes_SRR / efficiency)

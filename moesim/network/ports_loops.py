@@ -137,7 +137,7 @@ def finish_stages(
     flows_SF4_2: FloatArray,
     ports_SP2_2: FloatArray,
 ) -> FloatArray:
-    """A rank is done when its second stage and the first stages of its feeders are; see Pipeline.finish."""
+    """A rank is done when both its stages (`_2`) and the first stages of its feeders are; see Pipeline.finish."""
     finish_SR = np.empty(start_SR.shape)
     order_R, first_R = np.empty(start_SR.shape[1], dtype=np.int64), np.empty(start_SR.shape[1])
     for sample in range(len(start_SR)):

@@ -1,8 +1,10 @@
 """Collectives and dispatch implementations: volumes, what binds them, and what they refuse."""
 
+from typing import get_args
+
 import numpy as np
 import pytest
-from network_cases import make_fabric
+from network_cases import make_fabric, star
 
 from moesim.errors import UserError
 from moesim.network import (
@@ -19,6 +21,7 @@ from moesim.network import (
     send_recv_seconds,
 )
 from moesim.network.collectives import ring_use
+from moesim.network.dispatch import Algorithm
 from moesim.scenario.cluster import Cluster, Pool
 
 GIB = 2.0**30
@@ -149,6 +152,64 @@ def test_every_algorithm_runs_with_every_model(model: str) -> None:
         reference = prepare_dispatch(fabric, copies, token_bytes=7392.0, algorithm=algorithm, model="exact")
         np.testing.assert_allclose(prepared.finish(start_R), reference.finish(start_R), rtol=0.03)
         assert algorithm in prepared.source and prepared.sm_share == 0.0
+
+
+@pytest.mark.parametrize("model", ["ports", "fluid", "exact"])
+def test_stages_share_the_port_that_both_use(model: str) -> None:
+    """1 GB to one rank and, at the same time, 1 GB forwarded to another, out of one port of 1 GB/s."""
+    first, fan_out = np.zeros((2, 3, 3))
+    first[0, 1] = fan_out[0, 2] = 1.0
+    for prepare in (prepare_dispatch, prepare_combine):
+        prepared = prepare(star(3), [first, fan_out], token_bytes=1e9, algorithm="hierarchical", model=model)
+        assert prepared.alone_R[0] == pytest.approx(2.0, rel=1e-3)
+
+
+def queue_seconds(fabric, stages_RR: list[np.ndarray], start_R: np.ndarray, *, one_sided: bool) -> np.ndarray:
+    """Per rank, the least time by which its ports can have passed all bytes of all stages, [R].
+
+    Bytes of a pair are there once both ends are (`one_sided`: once the source is); whatever came at time t or later
+    needs its bytes over the link's capacity after t. NVLink and NIC ports of a GPU are its own.
+    """
+    finish_R = start_R.copy()
+    for rank in range(len(start_R)):
+        for sends in (True, False):
+            released: dict[int, list[tuple[float, float]]] = {}
+            for bytes_RR in stages_RR:
+                for peer in range(len(start_R)):
+                    source, target = (rank, peer) if sends else (peer, rank)
+                    if source == target or not bytes_RR[source, target]:
+                        continue
+                    path = fabric.routes(np.array([source]), np.array([target]), avoid_nvlink=one_sided)[0]
+                    at = start_R[source] if one_sided else max(start_R[source], start_R[target])
+                    ends = [f"gpu{rank}", f"nic{rank}"]
+                    for link in path[path >= 0]:
+                        if fabric.links[link][0 if sends else 1] in ends:
+                            released.setdefault(link, []).append((at, bytes_RR[source, target]))
+            for link, flows in released.items():
+                for at, _ in flows:
+                    later = sum(size for when, size in flows if when >= at)
+                    finish_R[rank] = max(finish_R[rank], at + later / fabric.capacity_X[link])
+    return finish_R
+
+
+@pytest.mark.parametrize("model", ["ports", "fluid", "exact"])
+@pytest.mark.parametrize("combine", [False, True])
+@pytest.mark.parametrize("spread", [0.0, 0.3])
+def test_no_port_passes_more_than_its_capacity_in_any_algorithm(model: str, combine: bool, spread: float) -> None:
+    """All stages of one transfer together, from any instant on; NICs as fast as NVLink make both kinds of port bind."""
+    fabric = make_fabric(3, gpus_per_node=4, nic="300 GB/s", nvlink="200 GB/s", nic_efficiency=1.0)
+    two, rank_copies, _ = stages(3, np.random.default_rng(4))
+    size = 1e7
+    cases = {"direct": [rank_copies], "low_latency": [rank_copies], "hierarchical": two}
+    assert set(cases) == set(get_args(Algorithm))
+    for algorithm, copies in cases.items():
+        prepared = (prepare_combine if combine else prepare_dispatch)(
+            fabric, copies, token_bytes=size, algorithm=algorithm, model=model
+        )
+        start_R = np.random.default_rng(3).random(12) * spread * float(prepared.alone_R.max())
+        stages_RR = [(matrix.T if combine else matrix) * size for matrix in copies]
+        least_R = queue_seconds(fabric, stages_RR, start_R, one_sided=algorithm == "low_latency")
+        assert (prepared.finish(start_R) >= least_R * (0.99 if model == "fluid" else 1 - 1e-3)).all(), algorithm
 
 
 def test_low_latency_goes_over_nics_inside_a_node_too() -> None:
