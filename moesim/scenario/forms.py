@@ -53,7 +53,7 @@ def explicit_model(root: Node, *, base: Path) -> Node:
     elif "preset" in given and given["preset"].value is not None:
         with _located(given["preset"], "model.preset"):
             fields = model_preset(_text(given["preset"]))
-    merged = _merge(fields, given, model)
+    merged = _merge(_within(fields, given.get("layers")), given, model)
     experts = merged.value.get("experts")
     pattern = merged.value.get("dense_at")
     if "dense_layers" not in merged.value and pattern is not None and isinstance(pattern.value, list):
@@ -62,6 +62,20 @@ def explicit_model(root: Node, *, base: Path) -> Node:
     if "dense_layers" not in merged.value and (experts is None or experts.value == 0) and "layers" in merged.value:
         merged = mapping_node({**merged.value, "dense_layers": merged.value["layers"]}, merged)
     return _with(root, model=merged)
+
+
+def _within(fields: dict[str, Any], layers: Node | None) -> dict[str, Any]:
+    """The fields of a source with the patterns of its layers cut to `layers`, where those are given and fewer."""
+    if layers is None or type(layers.value) is not int:
+        return fields
+    fields, most = dict(fields), layers.value
+    if fields.get("dense_at"):
+        fields["dense_at"] = [number for number in fields["dense_at"] if number < most]
+        fields["dense_layers"] = len(fields["dense_at"])
+    if fields.get("local"):
+        numbers = [number for number in fields["local"]["layers"] if number < most]
+        fields["local"] = {**fields["local"], "layers": numbers} if numbers else None
+    return fields
 
 
 def absolute_paths(root: Node, *, base: Path) -> Node:

@@ -34,8 +34,13 @@ _MEDIA_KEYS = (
 
 _BIASES = {"use_bias": Expected(values=(False,), left_out="the biases of projections are not counted")}
 # A dense width beside experts in every layer belongs to no layer.
-_QWEN_MOE = (*_ROUTER, "intermediate_size")
+_QWEN_MOE = (*_ROUTER, "intermediate_size", "use_qk_norm")
+_QWEN3_MOE: Mapping[str, Expected] = {
+    "qkv_bias": Expected(values=(False,), left_out="the biases of attention are not counted"),
+    "shared_expert_intermediate_size": Expected(values=(0,), left_out="the family has no shared expert"),
+}
 
+_DSA = ("indexer_rope_interleave", "moe_router_dtype")
 _GRANITE = ("attention_multiplier", "embedding_multiplier", "logits_scaling", "residual_multiplier")
 _MINIMAX = ("qk_norm_type", "rotary_dim", "scoring_func", "use_qk_norm", "use_routing_bias")
 # Keys of a latent attention that use_mla switches off, and of a head that training does not have.
@@ -74,7 +79,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "dots1": Family(read=readers.dots1, harmless=_DEEPSEEK_ROUTER),
         "mixtral": Family(read=readers.mixtral, harmless=_ROUTER),
         "qwen2_moe": Family(read=readers.qwen2_moe, harmless=_QWEN_MOE),
-        "qwen3_moe": Family(read=readers.qwen3_moe, harmless=_QWEN_MOE),
+        "qwen3_moe": Family(read=readers.qwen3_moe, harmless=_QWEN_MOE, expected=_QWEN3_MOE),
         "qwen3_vl_moe": Family(
             read=readers.qwen3_moe, harmless=(*_QWEN_MOE, *_MEDIA_KEYS), expected=_MEDIA, sections=("text_config",)
         ),
@@ -97,8 +102,8 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "gpt_oss": Family(read=readers.gpt_oss, harmless=(*_ROUTER, "initial_context_length", "swiglu_limit")),
         "bailing_moe": Family(read=readers.bailing, harmless=(*_ROUTER, *_BAILING), expected=_BIASES),
         "bailing_moe_v2": Family(read=readers.bailing, harmless=(*_ROUTER, *_BAILING), expected=_BIASES),
-        "deepseek_v32": Family(read=readers.deepseek_v32, harmless=(*_MLA, "indexer_rope_interleave")),
-        "glm_moe_dsa": Family(read=readers.deepseek_v32, harmless=(*_MLA, "indexer_rope_interleave")),
+        "deepseek_v32": Family(read=readers.deepseek_v32, harmless=(*_MLA, *_DSA)),
+        "glm_moe_dsa": Family(read=readers.deepseek_v32, harmless=(*_MLA, *_DSA)),
         "grok-1": Family(read=readers.grok, harmless=(*_ROUTER, *_GROK), expected=_GELU),
         "aria": Family(
             read=readers.aria, harmless=(*_ROUTER, *_MEDIA_KEYS), expected=_MLP_BIAS | _MEDIA, sections=("text_config",)
@@ -107,6 +112,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "llama": Family(read=readers.llama, expected=_MLP_BIAS),
         "qwen2": Family(read=readers.qwen2),
         "qwen3": Family(read=readers.qwen3),
+        "qwen3_vl": Family(read=readers.qwen3, harmless=_MEDIA_KEYS, expected=_MEDIA, sections=("text_config",)),
     }
 )
 
@@ -118,6 +124,7 @@ NOT_MODELLED: Mapping[str, str] = MappingProxyType(
         "jamba": "Mamba layers (attn_layer_period)",
         "granitemoehybrid": "Mamba-2 layers (layer_types)",
         "qwen3_next": f"gated DeltaNet layers {_LINEAR}",
+        "qwen3_5": f"gated DeltaNet layers {_LINEAR}",
         "qwen3_5_moe": f"gated DeltaNet layers {_LINEAR}",
         "qwen3_5_moe_text": f"gated DeltaNet layers {_LINEAR}",
         "kimi_linear": f"Kimi delta attention layers {_LINEAR}",

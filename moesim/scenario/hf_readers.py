@@ -157,6 +157,9 @@ def deepseek_v32(config: Config) -> Fields:
     if config.get("index_topk_freq") not in (None, 1) or set(map(str, config.items("indexer_types"))) - {"full"}:
         key = "indexer_types" if config.get("indexer_types") else "index_topk_freq"
         raise config.refuse(key, "is not modelled: indexers that several layers share")
+    kinds = config.items("mlp_layer_types")
+    if kinds and kinds != ["dense" if n < fields["dense_layers"] else "sparse" for n in layer_numbers(fields)]:
+        raise config.refuse("mlp_layer_types", 'contradicts "first_k_dense_replace"')
     indexer = {
         "heads": config.count("index_n_heads"),
         "head_dim": config.count("index_head_dim"),
@@ -173,6 +176,8 @@ def granite(config: Config) -> Fields:
 
 def minimax_m2(config: Config) -> Fields:
     """Experts in every layer and prediction modules."""
+    if any(kind != 1 for kind in config.items("attn_type_list")):
+        raise config.refuse("attn_type_list", "is not modelled: lightning attention layers (linear attention)")
     fields = granite(config)
     modules, depth = config.count("num_mtp_modules", default=0), config.count("mtp_transformer_layers", default=1)
     return fields | {"mtp_layers": modules * depth if config.flag("use_mtp") else 0}

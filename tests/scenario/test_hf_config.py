@@ -1,11 +1,15 @@
 import json
+from pathlib import Path
 
 import pytest
 
 from moesim.errors import UserError
-from moesim.scenario import Model, load_scenario, model_names
+from moesim.scenario import Model, load_scenario, model_names, scenario_from_mapping
 from moesim.scenario.catalogue import model_preset
+from moesim.scenario.flops import parameters
 from moesim.scenario.hf_config import read_hf_config
+
+CONFIGS = Path(__file__).parent / "configs"
 
 COMMON = {
     "layers": "num_hidden_layers",
@@ -73,7 +77,42 @@ def test_a_released_config_gives_the_preset(tmp_path, name):
 
 
 def test_presets_without_a_released_config_are_the_rest():
-    assert set(model_names()) - set(FAMILIES) == {"deepseek-moe-2b", "deepseek-moe-145b", "gshard-137b"}
+    rest = {"deepseek-moe-2b", "deepseek-moe-145b", "gshard-137b"}
+    assert set(model_names()) - set(FAMILIES) - {path.stem for path in CONFIGS.glob("*.json")} == rest
+
+
+@pytest.mark.parametrize("name", sorted({path.stem for path in CONFIGS.glob("*.json")} & set(model_names())))
+def test_a_released_file_is_the_preset_of_its_name(name):
+    read = Model.model_validate(read_hf_config(CONFIGS / f"{name}.json").fields).model_dump()
+    expected = Model.model_validate(model_preset(name)).model_dump()
+    assert parameters(Model.model_validate(read)) == parameters(Model.model_validate(expected))
+    for key in ("source", "preset", "left_out"):
+        del read[key], expected[key]
+    if read["attention"]["kind"] == "mla":
+        assert read["attention"].pop("value_head_dim") == expected["head_dim"]
+        assert expected["attention"].pop("value_head_dim") is None
+    assert read == expected
+
+
+@pytest.mark.parametrize("layers", [1, 2, 7, 36])
+def test_fewer_layers_cut_the_patterns_of_a_source(layers):
+    sections = {
+        "name": "s",
+        "routing": {"kind": "uniform"},
+        "cluster": {"gpu": "h200", "nodes": 1},
+        "workload": {"sequence_length": 8, "global_batch": 1},
+    }
+
+    def model(source, **changes):
+        return scenario_from_mapping(sections | {"model": source | changes}).model
+
+    oss = model({"preset": "gpt-oss-120b"}, layers=layers)
+    assert oss.local.layers == tuple(range(0, layers, 2))
+    if layers > 1:
+        maverick = model({"hf_config": str(CONFIGS / "llama-4-maverick.json")}, layers=layers)
+        assert maverick.dense_at == tuple(range(0, layers, 2))
+        assert maverick.dense_layers == len(maverick.dense_at)
+    assert model({"preset": "gpt-oss-120b"}, layers=layers, local=None).local is None
 
 
 def test_head_width_and_kv_heads_have_their_usual_defaults(tmp_path):

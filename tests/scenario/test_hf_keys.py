@@ -167,6 +167,8 @@ def test_an_indexer_is_read_and_those_that_layers_share_are_refused(tmp_path: Pa
     ("name", "change", "text"),
     [
         ("hunyuan-a13b", {"use_cla": True}, '"use_cla" = true is not modelled: keys and values that layers share'),
+        ("minimax-m2", {"attn_type_list": [1, 0] * 31}, "is not modelled: lightning attention layers"),
+        ("glm-5", {"mlp_layer_types": ["sparse"] * 78}, 'contradicts "first_k_dense_replace"'),
         ("hunyuan-a13b", {"moe_topk": [8, 4]}, '"moe_topk" = [8,'),
         ("llama-4-scout", {"interleave_moe_layer_step": 0}, '"interleave_moe_layer_step" = 0 must be at least 1'),
         ("llama-4-scout", {"no_rope_layers": [1]}, '"no_rope_layers" = [1] must have 0 or 1 for each of 48 layers'),
@@ -276,3 +278,15 @@ def test_what_is_left_out_survives_the_scenario_and_may_be_taken_back() -> None:
     path = str(CONFIGS / "deepseek-v3.json")
     assert scenario_from_mapping(sections | {"model": {"hf_config": path}}).model.left_out
     assert not scenario_from_mapping(sections | {"model": {"hf_config": path, "left_out": []}}).model.left_out
+
+
+def test_the_documented_table_is_what_is_read() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+    for name in NAMES:
+        found = read_hf_config(CONFIGS / f"{name}.json")
+        held = parameters(Model.model_validate(found.fields))
+        row = f"| `{found.keys.model_type}` | {name} | {held.total / 1e9:.3f} | {held.activated / 1e9:.3f} |"
+        assert row in text
+    for family, what in NOT_MODELLED.items():
+        assert f"| `{family}` | {what} |" in text
+    assert all(f"`{family}`" in text for family in FAMILIES)
