@@ -21,7 +21,7 @@ SUMMARY = "Simulate a scenario: train or load its router, run one step on the cl
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """SCENARIO, --set, --out, --timeline, --what-if, --cache, --json, --csv, --quiet, --force."""
+    """SCENARIO, --set, --out, --timeline, --what-if, --allow-infeasible, --cache, --json, --csv, --quiet, --force."""
     add_scenario(parser)
     parser.add_argument("--out", metavar="DIR", type=Path, help="folder of the run; runs/NAME by default")
     parser.add_argument(
@@ -40,6 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         const=False,
         help="also simulate the step with balanced routing, twice the network, no overlap and, where that needs no "
         "training, without the router's group limit; --what-if=all trains another router for the last",
+    )
+    parser.add_argument(
+        "--allow-infeasible",
+        action="store_true",
+        help="simulate a layout that does not fit into memory all the same, and warn (memory.check=warn)",
     )
     add_cache(parser)
     add_csv(add_json(parser))
@@ -67,6 +72,8 @@ def execute(args: argparse.Namespace) -> int:
     from moesim.files import claimed
     from moesim.results.store import check_free
 
+    if args.allow_infeasible:
+        args.overrides = [*args.overrides, "memory.check=warn"]
     scenario = load(args)
     out_dir = args.out or Path("runs") / scenario.name
     check_writable(out_dir)

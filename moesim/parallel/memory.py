@@ -11,9 +11,11 @@ Memory of one rank at one instant:
     temporaries  gradients inside the largest layer: of the residual stream, and of the products' inputs and outputs;
                  what tensor ranks gather of a product's input, and context ranks pass around
     allocator    memory.allocator_overhead of the four above
+    workspace    what the libraries of matrix products keep for themselves
     reserved     memory.reserved
 
 Buffers, repeated and temporaries are added to the peak of the activations, whenever it is: an upper bound of their sum.
+A software that makes its gradients anew in every step has them beside fewer activations: `memory_phases`.
 Legend: S samples, L MoE layers, B micro-batches with rows of their own, W ranks of a stage, C chunks, P pipeline ranks.
 """
 
@@ -25,17 +27,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.parallel.memory_parameters import state_bytes
+from moesim.parallel.memory_parameters import holders, state_bytes, table_parameters
+from moesim.parallel.memory_phases import Phase, Sizes, eager_phases
 from moesim.parallel.memory_rows import RoutedRows
 from moesim.parallel.memory_saved import FP32, Part, Saved, SavedTensors, Unit
 from moesim.parallel.mesh import Mesh
 from moesim.parallel.traffic import token_bytes
 from moesim.scenario import Scenario
+from moesim.scenario.base import BYTES_PER_ELEMENT
 from moesim.scenario.model import Mla
 from moesim.schedules import Pass, Schedule, build_schedule
 
 FloatArray = NDArray[np.float64]
 Array = NDArray[Any]
+WORKSPACE_BYTES = 2 * 32 * 2**20  # cuBLAS on Hopper: 32 MiB for the handle of each thread, forward and backward
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -215,16 +220,27 @@ class _PipelineRank:
     @cached_property
     def live(self) -> tuple[FloatArray, Array]:
         """Peak bytes of activations, [S, W], and the index of the action at which it is reached, [S, W]."""
+        return self._live(0, len(self.schedule.actions[self.rank]))
+
+    @cached_property
+    def first_backward(self) -> int:
+        """The index of the first action with a backward pass."""
+        ends = (Pass.BACKWARD, Pass.INPUT)
+        actions = self.schedule.actions[self.rank]
+        return next(index for index, action in enumerate(actions) if any(work.kind in ends for work in action.works))
+
+    def _live(self, begin: int, end: int) -> tuple[FloatArray, Array]:
+        """`live` of the actions from `begin` to before `end` alone."""
         shape = (self.rows.num_samples, self.scenario.parallelism.stage_ranks)
         totals = [self._of_all_parts(chunk) for chunk in range(len(self.stages))]
         distinct = totals[0].shape[1]
         now_SW, peak_SW = np.zeros(shape), np.zeros(shape)
         when_SW = np.zeros(shape, dtype=np.int64)
-        for index, action in enumerate(self.schedule.actions[self.rank]):
+        for index, action in enumerate(self.schedule.actions[self.rank][:end]):
             for work in action.works:
                 if work.kind is Pass.FORWARD:
                     now_SW += totals[work.chunk][:, work.micro_batch % distinct]
-            higher_SW = now_SW > peak_SW
+            higher_SW = (now_SW > peak_SW) & (index >= begin)
             peak_SW[higher_SW], when_SW[higher_SW] = now_SW[higher_SW], index
             for work in action.works:
                 head = self.head_bytes(work.chunk)
@@ -288,48 +304,113 @@ class _PipelineRank:
 
     @cached_property
     def temporaries_SW(self) -> FloatArray:
-        """Gradients that live inside one layer; eager heads also hold logits in bf16 and float32 at once."""
+        """Gradients that live inside one layer."""
         model, mesh, a = self.scenario.model, self.scenario.parallelism, self.saved.activation_bytes
         extra = model.attention.rope_head_dim if isinstance(model.attention, Mla) else 0
         kv_heads = model.heads if isinstance(model.attention, Mla) else model.kv_heads
         attention = (2 * model.heads + 2 * kv_heads) * (model.head_dim + extra) * a
         dense = model.ffn_matrices * model.dense_intermediate * a * self._has_dense
-        has_head = self.schedule.num_stages - 1 in self.stages
-        head = model.vocab * (a + FP32) * (has_head and self.scenario.implementation.software.fp32_logits)
         expert = (model.row_width + model.ffn_matrices * model.expert_intermediate / mesh.expert_tensor) * a
         experts_SW = self._largest(expert, 0.0, 0.0)
         whole = model.hidden * a * mesh.tensor * (mesh.tensor > 1)  # a product's input, gathered
         pair = kv_heads * (2 * model.head_dim + extra) * a
         ring = 4 * pair * (mesh.context > 1)  # keys, values and their gradients: in use, and on their way
-        largest = max(attention, dense, head) + whole + ring
+        largest = max(attention, dense) + whole + ring
         return model.hidden * a * self.tokens + np.maximum(largest * self.tokens, experts_SW)
+
+    @cached_property
+    def _temporaries(self) -> dict[str, FloatArray | float]:
+        """What the backward pass of a layer needs beside what is kept, by part."""
+        return {
+            "dispatch_buffers": self.buffers_SW,
+            "repeated": self.repeated_SW,
+            "temporaries": self.temporaries_SW,
+        }
+
+    @cached_property
+    def layer_SW(self) -> FloatArray:
+        """What one layer keeps, the larger of both kinds."""
+        moe = self._sizes(self.saved.kept(moe=True)) if self._has_moe else {}
+        by_unit = {unit: sum(size for (_, u), size in moe.items() if u == unit) for unit in ("token", "row", "copy")}
+        dense = sum(self._sizes(self.saved.kept(moe=False)).values()) * self._has_dense
+        experts_SW = self._largest(by_unit["row"], by_unit["copy"], 0.0) + by_unit["token"] * self.tokens
+        return np.maximum(experts_SW, dense * self.tokens)
+
+    @cached_property
+    def phases(self) -> list[Phase]:
+        """Moments of the step, one of which is its peak."""
+        if not self.scenario.implementation.software.drops_gradients:
+            return [Phase(name="peak", live="all", live_SW=self.live[0], gradients=True, parts=self._temporaries)]
+        model, last = self.scenario.model, self.schedule.num_stages - 1 in self.stages
+        vocab_bytes = FP32 * model.vocab * self.tokens * last
+        table = table_parameters(self.scenario) * BYTES_PER_ELEMENT[self.scenario.workload.precision.gradients]
+        both = model.tied_embeddings and last and 0 in self.stages
+        dense, expert = holders(self.scenario, replicas=self.schedule.num_replicas)
+        begin = self.first_backward + 1
+        sizes = Sizes(
+            first_SW=self._live(0, begin)[0],
+            later_SW=self._live(begin, len(self.schedule.actions[self.rank]))[0],
+            layer_SW=self.layer_SW,
+            temporaries=self._temporaries,
+            loss=2 * vocab_bytes,
+            logits=vocab_bytes,
+            head_gradient=table * last,
+            embedding_gradient=table * (0 in self.stages and not both),
+            flat=self.states["gradients.dense"] * (dense > 1) + self.states["gradients.experts"] * (expert > 1),
+        )
+        return eager_phases(sizes)
+
+    def _states(self, phase: Phase) -> dict[str, float]:
+        """States that exist in a phase."""
+        return {name: size for name, size in self.states.items() if phase.gradients or "gradients" not in name}
+
+    def _phase_SW(self, phase: Phase) -> FloatArray:
+        memory, shape = self.scenario.memory, (self.rows.num_samples, self.scenario.parallelism.stage_ranks)
+        held = sum(self._states(phase).values()) + WORKSPACE_BYTES + memory.reserved
+        return np.broadcast_to(held + (1 + memory.allocator_overhead) * np.asarray(phase.moving_SW), shape)
 
     @cached_property
     def peak_SW(self) -> FloatArray:
         """Peak bytes of every rank in every sample."""
-        memory = self.scenario.memory
-        moving_SW = self.live[0] + self.buffers_SW + self.repeated_SW + self.temporaries_SW
-        return np.asarray(sum(self.states.values()) + (1 + memory.allocator_overhead) * moving_SW + memory.reserved)
+        return np.asarray(np.max([self._phase_SW(phase) for phase in self.phases], axis=0), dtype=np.float64)
 
     @cached_property
     def parts(self) -> dict[str, float]:
         """Bytes by part on the fullest rank in the fullest sample, largest first."""
         sample, place = np.unravel_index(int(self.peak_SW.argmax()), self.peak_SW.shape)
         at = (int(sample), int(place))
-        moving = {f"activations.{part}": size for part, size in self._live_parts(*at).items()}
-        moving["dispatch_buffers"] = float(self.buffers_SW[at])
-        moving["repeated"] = float(self.repeated_SW[at])
-        moving["temporaries"] = float(self.temporaries_SW[at])
-        memory = self.scenario.memory
-        other = {"allocator": memory.allocator_overhead * sum(moving.values()), "reserved": memory.reserved}
-        everything = {**self.states, **moving, **other}
+        phase = max(self.phases, key=lambda phase: self._phase_SW(phase)[at])
+        shape, memory = self.peak_SW.shape, self.scenario.memory
+        moving = {f"activations.{part}": size for part, size in self._live_parts(phase, *at).items()}
+        moving |= {name: float(np.broadcast_to(size, shape)[at]) for name, size in phase.parts.items()}
+        states = dict(self._states(phase))
+        for name, kind in (("gradients.head", "gradients.dense"), ("gradients.embedding", "gradients.dense")):
+            states[kind] = states.get(kind, 0.0) + moving.pop(name, 0.0)
+        moving["activations.embedding_head"] = moving.get("activations.embedding_head", 0.0) + moving.pop("logits", 0.0)
+        total = float(np.broadcast_to(phase.moving_SW, shape)[at])
+        other = {
+            "allocator": memory.allocator_overhead * total,
+            "workspace": float(WORKSPACE_BYTES),
+            "reserved": memory.reserved,
+        }
+        everything = {**states, **moving, **other}
         return {name: size for name, size in sorted(everything.items(), key=lambda part: -part[1]) if size > 0}
 
-    def _live_parts(self, sample: int, place: int) -> dict[str, float]:
-        """Activations by part at the peak of one rank in one sample."""
+    def _live_parts(self, phase: Phase, sample: int, place: int) -> dict[str, float]:
+        """Activations by part in a phase of one rank in one sample."""
+        actions = len(self.schedule.actions[self.rank])
+        if phase.live == "layer":
+            return {"one_layer": float(self.layer_SW[sample, place])}
+        if not phase.live:
+            return {}
+        begin, end = {
+            "all": (0, actions),
+            "first": (0, self.first_backward + 1),
+            "later": (self.first_backward + 1, actions),
+        }[phase.live]
         held: set[tuple[int, int]] = set()
         without_head: set[tuple[int, int]] = set()
-        last = int(self.live[1][sample, place])
+        last = int(self._live(begin, end)[1][sample, place])
         for index, action in enumerate(self.schedule.actions[self.rank][: last + 1]):
             held |= {(work.micro_batch, work.chunk) for work in action.works if work.kind is Pass.FORWARD}
             if index < last:

@@ -78,6 +78,11 @@ def _layer(scenario: Scenario, *, moe: bool) -> Unit:
     )
 
 
+def table_parameters(scenario: Scenario) -> float:
+    """Elements of the embedding, or of the head, on one rank."""
+    return scenario.model.vocab * scenario.model.hidden / scenario.parallelism.tensor
+
+
 def stage_units(scenario: Scenario, stage: int, *, held: Sequence[int] = ()) -> list[Unit]:
     """What a rank holds of one stage, part by part in the order of the forward pass.
 
@@ -86,7 +91,7 @@ def stage_units(scenario: Scenario, stage: int, *, held: Sequence[int] = ()) -> 
     table that both need once.
     """
     model, hidden = scenario.model, scenario.model.hidden
-    table = model.vocab * hidden / scenario.parallelism.tensor
+    table = table_parameters(scenario)
     has_embedding = 0 in (stage, *held)
     units = [Unit(table, 0.0, 0.0)] if stage == 0 else []
     units += [_layer(scenario, moe=not model.is_dense(layer)) for layer in scenario.stage_layers[stage]]

@@ -19,6 +19,8 @@ KEYS = {
     "gradients": "parallelism.zero",
     "master": "parallelism.zero",
     "optimizer": "parallelism.zero",
+    "reduction": "parallelism.zero",
+    "workspace": "memory.reserved",
     "reserved": "memory.reserved",
 }
 MUCH_PADDING = 0.5  # of the computed rows: then they are the cause
@@ -29,7 +31,7 @@ NOTHING_FITS = (
 
 
 def check_memory(scenario: Scenario, rows_of: RowsOf) -> MemoryReport:
-    """The memory of the scenario, when at least one routing sample fits.
+    """The memory of the scenario, when at least one routing sample fits or `memory.check` is `warn`.
 
     `rows_of(scenario)` gives the rows of a scenario; it is called again for changes that move rows (micro-batch,
     capacity, placement and mesh), so it should draw the same samples each time. Raises InfeasibleError when no sample
@@ -38,7 +40,7 @@ def check_memory(scenario: Scenario, rows_of: RowsOf) -> MemoryReport:
     """
     rows = rows_of(scenario)
     report = memory_report(scenario, rows)
-    if report.fits_share > 0:
+    if report.fits_share > 0 or scenario.memory.check == "warn":
         return report
     rank = report.fullest
     part, size = report.largest_part

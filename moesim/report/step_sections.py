@@ -22,7 +22,10 @@ _KIND_OF_PART = {
     "dispatch_buffers": "dispatch buffers",
     "repeated": "inside one layer",
     "temporaries": "inside one layer",
+    "loss": "inside one layer",
+    "reduction": "gradients",
     "allocator": "allocator",
+    "workspace": "reserved",
     "reserved": "reserved",
 }
 

@@ -244,6 +244,10 @@ class Memory(Section):
         default=ALLOCATOR_OVERHEAD,
         description="What fragmentation takes, as a share of the memory for activations, buffers and temporaries.",
     )
+    check: Literal["refuse", "warn"] = Field(
+        default="refuse",
+        description="Whether a layout that does not fit is refused, or simulated all the same with a warning.",
+    )
 
 
 class Scenario(Section):

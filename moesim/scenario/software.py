@@ -17,7 +17,8 @@ class SoftwareFacts:
     values of grouped queries are repeated to the number of heads; attention_outputs, in how many orders attention's
     output is kept; splits_keys, whether latent keys are kept before they are joined; keeps_activation, whether silu's
     output is kept beside its inputs; fp32_logits, whether the head keeps logits in fp32 and holds bf16 ones beside
-    them; gates_inside, whether gates are multiplied inside of an expert, so that no result of one is kept.
+    them; gates_inside, whether gates are multiplied inside of an expert, so that no result of one is kept;
+    drops_gradients, whether gradients are made anew in every step.
     Of what it can do: shards_gradients (ZeRO 2 and 3), shares_layers (tensor, context and expert-tensor ranks),
     other_layers (dense layers anywhere, windows in some layers, networks that are not gated, experts of another
     width), recomputes_parts, overlaps, and runs_here: whether it is what `moesim validate` runs.
@@ -35,6 +36,7 @@ class SoftwareFacts:
     keeps_activation: bool
     fp32_logits: bool
     gates_inside: bool
+    drops_gradients: bool
     shards_gradients: bool
     shares_layers: bool
     other_layers: bool
@@ -56,6 +58,7 @@ FUSED = SoftwareFacts(
     keeps_activation=False,
     fp32_logits=False,
     gates_inside=True,
+    drops_gradients=False,
     shards_gradients=True,
     shares_layers=True,
     other_layers=True,
@@ -76,6 +79,7 @@ TORCH_EAGER = SoftwareFacts(
     keeps_activation=True,
     fp32_logits=True,
     gates_inside=False,
+    drops_gradients=True,
     shards_gradients=False,
     shares_layers=False,
     other_layers=False,

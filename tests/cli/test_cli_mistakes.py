@@ -55,6 +55,14 @@ def test_more_ranks_than_gpus_is_infeasible(scenario: Path, moesim) -> None:
     assert not (scenario.parent / "runs").exists()
 
 
+def test_what_does_not_fit_runs_where_that_is_allowed(scenario: Path, moesim) -> None:
+    large = ["run", str(scenario), "--set", "memory.reserved=1 TB"]
+    assert moesim(*large).code == 2
+    allowed = moesim(*large, "--allow-infeasible")
+    assert allowed.code == 0
+    assert "100% of the routing samples do not fit into memory" in allowed.out + allowed.err
+
+
 def test_a_folder_with_another_run_is_refused_before_the_work_begins(scenario: Path, moesim, monkeypatch) -> None:
     assert moesim("run", scenario, "--quiet").code == 0
     result = (scenario.parent / "runs/small/result.json").read_bytes()

@@ -163,3 +163,8 @@ def test_without_rows_memory_is_least():
 def test_a_model_that_no_change_fits_is_told_so():
     with pytest.raises(InfeasibleError, match=r"no one or two changes make it fit, nor does any layout on"):
         check_memory(load("model.preset=deepseek-v3"), even_rows)
+
+
+def test_what_does_not_fit_is_simulated_where_the_scenario_says_so():
+    large = load("workload.micro_batch=8", "memory.check=warn")
+    assert check_memory(large, even_rows).fits_share == 0.0
