@@ -14,6 +14,7 @@ Between the last layer and the first both terms are linear in the layer, so that
 Legend: S routing samples, W ranks of one pipeline stage.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -34,7 +35,7 @@ class Phase:
     live: str = ""
     live_SW: Array | float = 0.0
     gradients: bool = False
-    parts: dict[str, Array | float] = field(default_factory=dict)
+    parts: Mapping[str, Array | float] = field(default_factory=dict)
 
     @property
     def moving_SW(self) -> Array | float:
@@ -58,7 +59,7 @@ class Sizes:
     first_SW: Array
     later_SW: Array
     layer_SW: Array
-    temporaries: dict[str, Array | float]
+    temporaries: Mapping[str, Array | float]
     loss: float
     logits: float
     head_gradient: float
@@ -72,9 +73,13 @@ def eager_phases(sizes: Sizes) -> list[Phase]:
     behind: dict[str, Array | float] = {"gradients.embedding": -sizes.embedding_gradient}
     phases = [
         Phase(name="loss", live="first", live_SW=sizes.first_SW, parts={"loss": sizes.loss}),
-        Phase(name="last layer", live="first", live_SW=sizes.first_SW, parts=sizes.temporaries | small),
+        Phase(name="last layer", live="first", live_SW=sizes.first_SW, parts={**sizes.temporaries, **small}),
         Phase(
-            name="first layer", live="layer", live_SW=sizes.layer_SW, gradients=True, parts=sizes.temporaries | behind
+            name="first layer",
+            live="layer",
+            live_SW=sizes.layer_SW,
+            gradients=True,
+            parts={**sizes.temporaries, **behind},
         ),
         Phase(name="reduction", gradients=True, parts={"reduction": sizes.flat}),
         Phase(name="optimizer", gradients=True),
@@ -83,6 +88,6 @@ def eager_phases(sizes: Sizes) -> list[Phase]:
         later = {"live": "later", "live_SW": sizes.later_SW, "gradients": True}
         phases += [
             Phase(name="later loss", parts={"loss": sizes.loss}, **later),  # type: ignore[arg-type]
-            Phase(name="later layer", parts=sizes.temporaries | {"logits": -sizes.logits}, **later),  # type: ignore[arg-type]
+            Phase(name="later layer", parts={**sizes.temporaries, "logits": -sizes.logits}, **later),  # type: ignore[arg-type]
         ]
     return phases
