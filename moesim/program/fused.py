@@ -1,7 +1,8 @@
 """`implementation: {kind: fused}`: a well-tuned training stack, as operations.
 
 What it assumes. Kernels are fused where such stacks fuse them: residual add with the norm, rotary embedding in one
-pass, softmax and top-k of the router in one kernel, SiLU-times-gate in one kernel, the weighted sum of a token's
+pass, softmax and top-k of the router in one kernel, SiLU-times-gate (in FP8 with the casts of its result, and of the
+gradients of its inputs: `fp8_casts`) in one kernel, the weighted sum of a token's
 results with the residual add, softmax and loss of the head in place. Weight gradients are added into the gradient
 buffer by the matrix product itself. Every such kernel reaches the bandwidth of a plain elementwise kernel, norms and
 gathers that of their own. The host has captured the step in graphs or runs ahead: it never limits, and no
@@ -35,6 +36,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.kernels import KernelModel
+from moesim.program.fp8_casts import NO_CASTS, fp8_casts
 from moesim.program.fused_attention import attention_part, norm
 from moesim.program.gemms import (
     ACTIVATION_BYTES,
@@ -60,9 +62,14 @@ def host_model(kernels: KernelModel) -> HostModel:
     return FREE_HOST
 
 
-def _activation_values(inputs: int) -> tuple[int, int]:
-    """Values moved by an activation of so many inputs: all read and one written; backward those and the gradients."""
-    return inputs + 1, 2 * inputs + 1
+def _activation_bytes(w: KernelWriter, inputs: int) -> tuple[float, float]:
+    """Bytes per value of the result, forward and backward, of an activation of so many inputs.
+
+    All inputs read and one result written; backward those read and the gradients written. In FP8 the result is written
+    in FP8, and each gradient in FP8 both ways, which are as many bytes as in bf16.
+    """
+    result = BYTES_PER_ELEMENT["fp8"] if w.dtype == "fp8" else ACTIVATION_BYTES
+    return inputs * ACTIVATION_BYTES + result, (2 * inputs + 1) * ACTIVATION_BYTES
 
 
 class _GatedNetwork:
@@ -75,8 +82,8 @@ class _GatedNetwork:
         self.w, self.name, self.step = w, name, step
         self.width = width // step.tensor
         self.inputs = step.model.ffn_matrices - 1
-        forward, backward = _activation_values(self.inputs)
-        inner = step.gathered_tokens * self.width * ACTIVATION_BYTES
+        forward, backward = _activation_bytes(w, self.inputs)
+        inner = step.gathered_tokens * self.width
         self.activation: Passes = (
             [w.repeated_by("swiglu").moved(f"{name}.activation", "elementwise", bytes_=forward * inner)],
             [w.backward.moved(f"{name}.activation", "elementwise", bytes_=backward * inner)],
@@ -87,18 +94,18 @@ class _GatedNetwork:
         w, name, step, hidden = self.w, self.name, self.step, self.step.model.hidden
         width = self.width * step.tensor
         return chain(
-            column_parallel(w, f"{name}.w13", step, k=hidden, n=self.inputs * width),
+            column_parallel(w, f"{name}.w13", step, k=hidden, n=self.inputs * width, gradient_is_turned=True),
             self.activation,
-            row_parallel(w, f"{name}.w2", step, k=width, n=hidden),
+            row_parallel(w, f"{name}.w2", step, k=width, n=hidden, input_is_fp8=True),
         )
 
     def products(self) -> Passes:
         """The kernels alone, for gathered tokens."""
         m, hidden = self.step.gathered_tokens, self.step.model.hidden
         return chain(
-            projection(self.w, f"{self.name}.w13", m=m, k=hidden, n=self.inputs * self.width),
+            projection(self.w, f"{self.name}.w13", m=m, k=hidden, n=self.inputs * self.width, gradient_is_turned=True),
             self.activation,
-            projection(self.w, f"{self.name}.w2", m=m, k=self.width, n=hidden),
+            projection(self.w, f"{self.name}.w2", m=m, k=self.width, n=hidden, input_is_fp8=True),
         )
 
     def enter(self) -> Passes:
@@ -142,19 +149,37 @@ def _experts_part(w: KernelWriter, step: Step, loads: LayerLoads) -> Passes:
     """The routed experts of every rank; durations follow the rows of its slots."""
     h, width = step.model.row_width, step.model.expert_intermediate // step.expert_tensor
     inputs = step.model.ffn_matrices - 1
-    activation, gradient = _activation_values(inputs)
+    activation, gradient = _activation_bytes(w, inputs)
     slots, rows = loads.slot_rows_MSRP, loads.rows_MSR
-    inner_MSR = rows * float(width * ACTIVATION_BYTES)
+    inner_MSR = rows * float(width)
+    casts13 = casts2 = NO_CASTS
+    if w.dtype == "fp8":
+        arrives = step.quantise and step.remote  # as the dispatch carries it, both ways
+        casts13 = fp8_casts(
+            w,
+            "experts.w13",
+            inputs=rows * float(h),
+            outputs=inner_MSR * inputs,
+            input_is_fp8=arrives,
+            gradient_is_turned=True,
+        )
+        casts2 = fp8_casts(
+            w, "experts.w2", inputs=inner_MSR, outputs=rows * float(h), input_is_fp8=True, gradient_is_fp8=arrives
+        )
     forward = [
+        *casts13.forward,
         w.grouped_gemm("experts.w13", rows=slots, k=h, n=inputs * width),
         w.repeated_by("swiglu").moved("experts.activation", "elementwise", bytes_=activation * inner_MSR),
         w.grouped_gemm("experts.w2", rows=slots, k=width, n=h),
     ]
     backward = [
+        *casts2.input_gradient,
         w.grouped_gemm("experts.w2", rows=slots, k=width, n=h, direction="dgrad"),
+        *casts2.weight_gradient,
         w.grouped_gemm("experts.w2", rows=slots, k=width, n=h, direction="wgrad"),
         w.backward.moved("experts.activation", "elementwise", bytes_=gradient * inner_MSR),
         w.grouped_gemm("experts.w13", rows=slots, k=h, n=inputs * width, direction="dgrad"),
+        *casts13.weight_gradient,
         w.grouped_gemm("experts.w13", rows=slots, k=h, n=inputs * width, direction="wgrad"),
     ]
     return forward, backward

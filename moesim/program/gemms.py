@@ -11,7 +11,9 @@ products. A rank without tensor peers has the plain products.
 """
 
 import math
+from typing import NamedTuple, Unpack
 
+from moesim.program.fp8_casts import NO_CASTS, FusedCasts, fp8_casts
 from moesim.program.operations import MAIN, SIDE, Operation, fork, join, transfer
 from moesim.program.peers import PeerCollective, Peers
 from moesim.program.sizes import Passes, Step
@@ -22,9 +24,41 @@ from moesim.scenario.base import BYTES_PER_ELEMENT
 ACTIVATION_BYTES = BYTES_PER_ELEMENT["bf16"]  # activations between kernels
 
 
-def projection(w: KernelWriter, name: str, *, m: int, k: int, n: int, dtype: str | None = None) -> Passes:
-    """A product that no other rank takes part in."""
-    return [w.gemm(name, m=m, k=k, n=n, dtype=dtype)], w.gemm_backward(name, m=m, k=k, n=n, dtype=dtype)
+class _Kernels(NamedTuple):
+    """The forward GEMM of a product, those of its input's and its weight's gradient, each behind its casts."""
+
+    forward: list[Operation]
+    input_gradient: list[Operation]
+    weight_gradient: list[Operation]
+
+
+def _kernels(
+    w: KernelWriter, name: str, *, m: int, k: int, n: int, dtype: str | None, fused_casts: FusedCasts
+) -> _Kernels:
+    casts = NO_CASTS
+    if (dtype or w.dtype) == "fp8":
+        casts = fp8_casts(w, name, inputs=m * k, outputs=m * n, **fused_casts)
+    dgrad, wgrad = w.gemm_backward(name, m=m, k=k, n=n, dtype=dtype)
+    return _Kernels(
+        [*casts.forward, w.gemm(name, m=m, k=k, n=n, dtype=dtype)],
+        [*casts.input_gradient, dgrad],
+        [*casts.weight_gradient, wgrad],
+    )
+
+
+def projection(
+    w: KernelWriter,
+    name: str,
+    *,
+    m: int,
+    k: int,
+    n: int,
+    dtype: str | None = None,
+    **fused_casts: Unpack[FusedCasts],
+) -> Passes:
+    """A product that no other rank takes part in; `fused_casts`: what kernels before it did, see `fp8_casts`."""
+    kernels = _kernels(w, name, m=m, k=k, n=n, dtype=dtype, fused_casts=fused_casts)
+    return kernels.forward, [*kernels.input_gradient, *kernels.weight_gradient]
 
 
 def collective(
@@ -74,28 +108,39 @@ def scatter_tokens(w: KernelWriter, name: str, step: Step, *, width: int, chain:
 
 
 def column_parallel(
-    w: KernelWriter, name: str, step: Step, *, k: int, n: int, dtype: str | None = None, width: int | None = None
+    w: KernelWriter,
+    name: str,
+    step: Step,
+    *,
+    k: int,
+    n: int,
+    dtype: str | None = None,
+    width: int | None = None,
+    **fused_casts: Unpack[FusedCasts],
 ) -> Passes:
     """A product whose n columns are shared out; its input is gathered, `width` values a token (default: k)."""
-    forward, backward = projection(w, name, m=step.gathered_tokens, k=k, n=math.ceil(n / step.tensor), dtype=dtype)
+    columns = math.ceil(n / step.tensor)
+    kernels = _kernels(w, name, m=step.gathered_tokens, k=k, n=columns, dtype=dtype, fused_casts=fused_casts)
     if step.tensor == 1:
-        return forward, backward
-    width, (dgrad, wgrad) = k if width is None else width, backward
+        return kernels.forward, [*kernels.input_gradient, *kernels.weight_gradient]
+    width = k if width is None else width
     late = w.during(Phase.WEIGHT_GRADIENT)
     again = gather_tokens(late, f"{name}.gather.wgrad", step, width=width, chain=SIDE)
     reduced = scatter_tokens(w.backward, f"{name}.scatter", step, width=width, chain=SIDE)
     return (
-        [*gather_tokens(w, f"{name}.gather", step, width=width), *forward],
+        [*gather_tokens(w, f"{name}.gather", step, width=width), *kernels.forward],
         [
-            *_beside(late, again, [dgrad]),
-            *_beside(w.backward, reduced, [wgrad]),
+            *_beside(late, again, kernels.input_gradient),
+            *_beside(w.backward, reduced, kernels.weight_gradient),
         ],
     )
 
 
-def row_parallel(w: KernelWriter, name: str, step: Step, *, k: int, n: int) -> Passes:
+def row_parallel(
+    w: KernelWriter, name: str, step: Step, *, k: int, n: int, **fused_casts: Unpack[FusedCasts]
+) -> Passes:
     """A product whose k rows are shared out; the partial sums are reduced and scattered."""
-    forward, backward = projection(w, name, m=step.gathered_tokens, k=k // step.tensor, n=n)
+    forward, backward = projection(w, name, m=step.gathered_tokens, k=k // step.tensor, n=n, **fused_casts)
     return (
         [*forward, *scatter_tokens(w, f"{name}.scatter", step, width=n)],
         [*gather_tokens(w.backward, f"{name}.gather", step, width=n), *backward],
