@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from moesim.engine import simulate_step, step_kernels
 from moesim.kernels import KernelModel, kernel_model
-from moesim.network import Fabric
+from moesim.network import Fabric, NetworkParameters
 from moesim.parallel import Mesh, TrafficSample, TrafficSampler
 from moesim.parallel.memory import MemoryReport
 from moesim.parallel.memory_remedy import check_memory
@@ -47,7 +47,7 @@ from moesim.trace.agreement import check_agreement, limit_difference
 from moesim.trace.library import is_library_name, load_library
 from moesim.trace.metrics import expert_load_LE, first_load_LE, imbalance
 from moesim.trace.sampling import MIN_COVERAGE_FOR_CONFIDENCE, MIN_COVERAGE_FOR_RANGE
-from moesim.units import format_bytes
+from moesim.units import format_bandwidth, format_bytes
 
 FloatArray = NDArray[np.float64]
 
@@ -374,6 +374,18 @@ def _sharing_warnings(shared_links: int, cost_s: float) -> list[str]:
     return [f"{effect} (links: {shared_links})"]
 
 
+def _nominal_nvlink(scenario: Scenario) -> list[str]:
+    """A bandwidth of the scenario's own may be one that transfers reach; it is taken as the links' nominal one."""
+    fabric = scenario.cluster.fabric
+    usual = {pool.spec.nvlink_bandwidth for pool in scenario.cluster.pools}
+    if fabric.nvlink is None or fabric.nvlink in usual or fabric.nvlink_efficiency is not None:
+        return []
+    return [
+        f"cluster.fabric.nvlink: {format_bandwidth(fabric.nvlink)} is taken as nominal, of which long transfers reach "
+        f"{NetworkParameters().nvlink_efficiency:.1%}; if it is what they reach, add nvlink_efficiency: 1"
+    ]
+
+
 def _warnings(scenario: Scenario, fabric: Fabric, memory: MemoryReport, plain: Sequence[TrafficSample]) -> list[str]:
     """What a reader must know before trusting the numbers."""
     warnings = []
@@ -389,6 +401,7 @@ def _warnings(scenario: Scenario, fabric: Fabric, memory: MemoryReport, plain: S
             "network.model: ports looks at the fabric's core links one by one: where several block at once a transfer "
             "may come out a fifth short; use fluid"
         )
+    warnings += _nominal_nvlink(scenario)
     if plain and coverage(scenario, plain[0]) < MIN_COVERAGE_FOR_CONFIDENCE:
         has_range = len(plain) > 1 and coverage(scenario, plain[0]) >= MIN_COVERAGE_FOR_RANGE
         effect = "the range is likely too narrow" if has_range else "no range is given"

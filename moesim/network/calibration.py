@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.network.parameters import NetworkParameters, Protocol
+from moesim.scenario.dispatch import DIRECT
 
 FloatArray = NDArray[np.float64]
 SMALL_BYTES = 64 * 1024  # at and below, a call is latency alone
@@ -32,7 +33,7 @@ class Measured(NamedTuple):
 
 
 MEASURED = (
-    Measured("direct", ("all_to_all", "all_to_all_uneven")),
+    Measured(DIRECT.name, ("all_to_all", "all_to_all_uneven")),
     Measured("ring", ("all_reduce",), rounds=2),
     Measured("all_gather", ("all_gather",), rounds=1),
     Measured("reduce_scatter", ("reduce_scatter",), rounds=1),
@@ -63,6 +64,8 @@ def measured_parameters(
         seconds_N = np.array([float(row["p50"]) for row in chosen]) - latency
         wire_N = np.array([_wire_bytes(row, rounds) for row in chosen]) / bandwidth
         found[name] = fit_protocol(payload_N, seconds_N, wire_N, source=source)
+    if DIRECT.name in found:
+        found["dispatch"] = ((DIRECT.name, found.pop(DIRECT.name)),)
     if "ring" in found:
         found["tree"] = found["ring"]  # the library chose; what it achieved holds for either
     return replace(parameters, **found)

@@ -1,4 +1,4 @@
-"""Dispatch and combine of tokens: the implementations that a scenario can choose.
+"""Dispatch and combine of tokens by the algorithms of the table `moesim.scenario.dispatch.DISPATCH`.
 
 direct        one all-to-all(v) of library calls, two-sided
 hierarchical  DeepEP's normal kernels: over the network to the GPU of the same rail on each target node, one copy per
@@ -11,7 +11,6 @@ Legend: S routing samples in lockstep, R ranks of the group (copies_RR: source, 
 
 import copy
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,8 +29,9 @@ from moesim.network.transfer import (
     prepare_sharing,
     transfer_source,
 )
+from moesim.scenario.dispatch import DISPATCH, DispatchAlgorithm
 
-Algorithm = Literal["direct", "hierarchical", "low_latency"]
+Algorithm = str  # a name of `moesim.scenario.dispatch.DISPATCH`
 Stages = Sequence[NDArray[np.floating] | NDArray[np.integer]]
 
 
@@ -136,29 +136,28 @@ def _prepare(
     combine: bool, compiled: bool | None,
 ) -> PreparedTransfer:  # fmt: skip
     chosen = as_ranks(fabric, ranks)
-    protocol: Protocol = getattr(fabric.parameters, algorithm)
+    if algorithm not in DISPATCH:
+        raise UserError(f'dispatch: algorithm "{algorithm}" is unknown; use {", ".join(DISPATCH)}')
+    facts = DISPATCH[algorithm]
+    protocol, reached = fabric.parameters.of_dispatch(facts), fabric.reached_by(facts)
     node_R = fabric.node_of_rank_R[chosen]
-    _check(algorithm, len(copies_stages), one_node=bool((node_R == node_R[0]).all()))
+    _check(facts, len(copies_stages), one_node=bool((node_R == node_R[0]).all()))
     stages = [np.asarray(c, dtype=np.float64).reshape(-1, len(chosen), len(chosen)) for c in copies_stages]
-    message_bytes = token_bytes
-    if algorithm == "low_latency" and not combine:
-        message_bytes += fabric.parameters.low_latency_header_bytes
-    loopback = algorithm == "hierarchical" and len(stages) == 1 and own_copies_R is not None
+    message_bytes = token_bytes if combine else token_bytes + facts.header_bytes
+    loopback = facts.passes_own_rows and len(stages) == 1 and own_copies_R is not None
     if loopback:
         own = np.asarray(own_copies_R, dtype=np.float64).reshape(-1, len(chosen))
         stages = [stages[0] + own[:, :, None] * np.eye(len(chosen))]
     if combine:
         stages = [np.swapaxes(copies, 1, 2) for copies in reversed(stages)]
     demands = [
-        make_demand(
-            fabric, copies * message_bytes, ranks=chosen, avoid_nvlink=algorithm == "low_latency", loopback=loopback
-        )
+        make_demand(fabric, copies * message_bytes, ranks=chosen, avoid_nvlink=facts.avoids_nvlink, loopback=loopback)
         for copies in stages
     ]
     loads = [demands[0], *(demands[0] + second for second in demands[1:])]  # of one stage, of both
     parts = [
         prepare_sharing(
-            fabric, part.slowed(protocol.efficiency), model=model, two_sided=algorithm != "low_latency",
+            reached, part.slowed(protocol.efficiency), model=model, two_sided=facts.two_sided,
             per_rank_starts=per_rank_starts, compiled=compiled,
         )
         for part in loads
@@ -166,12 +165,13 @@ def _prepare(
     return PreparedTransfer(
         parts[0] if len(parts) == 1 else Pipeline(parts[0], parts[1], demands[1]),
         shape=np.shape(copies_stages[0])[:-1],
-        two_sided=algorithm != "low_latency",
+        two_sided=facts.two_sided,
         synchronised=synchronised,
         overhead_R=_overhead(protocol, stages, message_bytes).reshape(np.shape(copies_stages[0])[:-1]),
         sm_share=sm_share,
-        traffic=Traffic(fabric, demands),
-        source=f"{algorithm}: {protocol.source}; {transfer_source(fabric, model)}",
+        traffic=Traffic(fabric, demands, reached=reached),
+        source=f"{algorithm}: {protocol.source}; "
+        + transfer_source(fabric, model, reached=None if reached is fabric else facts.source),
     )
 
 
@@ -183,12 +183,13 @@ def _overhead(protocol: Protocol, stages: list[FloatArray], message_bytes: float
     return np.asarray(protocol.call_seconds + messages_SR * protocol.message_seconds + transition_SR)
 
 
-def _check(algorithm: Algorithm, num_stages: int, *, one_node: bool) -> None:
+def _check(facts: DispatchAlgorithm, num_stages: int, *, one_node: bool) -> None:
     assert num_stages in (1, 2), num_stages
-    if algorithm == "hierarchical" and num_stages == 1 and not one_node:
-        raise UserError("dispatch: algorithm hierarchical over several nodes needs deduplicate: per_node")
-    if algorithm != "hierarchical" and num_stages == 2:
-        raise UserError(f"dispatch: deduplicate: per_node needs algorithm: hierarchical, not {algorithm}")
+    if facts.fans_out and num_stages == 1 and not one_node:
+        raise UserError(f"dispatch: algorithm {facts.name} over several nodes needs deduplicate: per_node")
+    if not facts.fans_out and num_stages == 2:
+        able = " or ".join(other.name for other in DISPATCH.values() if other.fans_out)
+        raise UserError(f"dispatch: deduplicate: per_node needs algorithm: {able}, not {facts.name}")
 
 
 def deepep_bytes(*, counted_copies: float, hidden: int, fp8: bool) -> float:

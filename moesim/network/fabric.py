@@ -4,7 +4,7 @@ Legend: X links, V graph nodes, R ranks (GPUs in rank order, node-major), F flow
 """
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import networkx as nx
@@ -17,6 +17,7 @@ from moesim.network.topology import Site, build_graph, leaf_of, sites_of, spine_
 from moesim.network.walks import Walks
 from moesim.scenario.cluster import Cluster, Degraded
 from moesim.scenario.cluster import Fabric as FabricSection
+from moesim.scenario.dispatch import DispatchAlgorithm
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int32]
@@ -30,7 +31,8 @@ _HOPS = 10  # longest preset route: NVLink out and in (PXN), GPU-NIC, NIC, leaf,
 class Fabric:
     """Links and routes of one cluster.
 
-    `bandwidth_X` (bytes/s, degradations applied) times `efficiency_X` is `capacity_X`, what long transfers share.
+    `bandwidth_X` (bytes/s, degradations applied) times `efficiency_X` is `capacity_X`, what long transfers share: of
+    NCCL, or (`stated_X`) of all software, where the scenario states it.
     `redundant_X` marks links that can never be the only bottleneck, because the links before or behind them on every
     route carry less together. `graph` has failed links taken out. `node_of_rank_R` and `rail_of_rank_R` are the node
     and the index in the node, `domain_of_rank_R` the NVLink domain (differs from the node in nvl72).
@@ -41,6 +43,7 @@ class Fabric:
     bandwidth_X: FloatArray
     latency_X: FloatArray
     efficiency_X: FloatArray
+    stated_X: NDArray[np.bool_]
     capacity_X: FloatArray
     redundant_X: NDArray[np.bool_]
     tier_X: tuple[str, ...]
@@ -59,6 +62,23 @@ class Fabric:
     common_hops: dict[tuple[bytes, ...], tuple[IntegerArray, IntegerArray]] = field(
         init=False, repr=False, default_factory=dict
     )
+
+    _reached: dict[tuple[float, float], "Fabric"] = field(init=False, repr=False, default_factory=dict)
+
+    def reached_by(self, algorithm: DispatchAlgorithm) -> "Fabric":
+        """The links as the software of a dispatch algorithm finds them: with the shares of bandwidth that it reaches.
+
+        Links whose share the scenario states are the same for everybody.
+        """
+        nvlink, nic = algorithm.nvlink_share, algorithm.nic_share
+        key = (-1.0 if nvlink is None else nvlink, -1.0 if nic is None else nic)  # -1: as NCCL
+        if key == (-1.0, -1.0):
+            return self
+        if key not in self._reached:
+            own_X = np.array([key[0] if tier == "nvlink" else key[1] for tier in self.tier_X])
+            share_X = np.where(self.stated_X | (own_X < 0), self.efficiency_X, own_X)
+            self._reached[key] = replace(self, efficiency_X=share_X, capacity_X=self.bandwidth_X * share_X)
+        return self._reached[key]
 
     @property
     def num_ranks(self) -> int:
@@ -205,6 +225,7 @@ def build_fabric(cluster: Cluster, *, parameters: NetworkParameters | None = Non
         bandwidth_X=bandwidth_X,
         latency_X=latency_X,
         efficiency_X=efficiency_X,
+        stated_X=np.array([a["stated"] for a in attributes], dtype=bool),
         capacity_X=capacity_X,
         redundant_X=_redundant_links(graph, links, capacity_X),
         tier_X=tuple(a["tier"] for a in attributes),

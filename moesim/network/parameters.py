@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from moesim.errors import UserError
 from moesim.scenario.cluster import NIC_BANDWIDTH
+from moesim.scenario.dispatch import DISPATCH, DispatchAlgorithm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,6 @@ class Protocol:
 
 _ALL_REDUCE = "NCCL 2.27.7 on 8 H200 (stas00/ml-engineering network/benchmarks)"
 _LATENCY = "ISCA 2025 DeepSeek-V3 paper, 64-byte latencies"
-_DEEPEP = "DeepEP README (H800, 400 Gb/s NICs), normal kernels, EP8 and EP32"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class NetworkParameters:
 
     Latencies are per link and direction, so that GPU to GPU over NVSwitch takes two of `nvlink_latency`, over one leaf
     two of `nic_latency`, and over the spine two of `leaf_latency` more. Efficiencies are the share of the nominal
-    bandwidth that long transfers reach.
+    bandwidth that NCCL reaches in long transfers; dispatch algorithms may have shares of their own.
     """
 
     nvlink_latency: float = 3.33e-6 / 2
@@ -52,8 +52,8 @@ class NetworkParameters:
     nic_bandwidth: float = NIC_BANDWIDTH
     nvlink_efficiency: float = 0.817
     nvlink_source: str = f"{_ALL_REDUCE}: ring all-reduce of 16 GiB, 367.6 of 450 GB/s"
-    nic_efficiency: float = 0.87
-    nic_source: str = f"{_DEEPEP}; low-latency kernels EP8 to EP256"
+    nic_efficiency: float = 0.94
+    nic_source: str = "NCCL (NVIDIA/nccl-tests issue 290): 46 to 48 GB/s of a 400 Gb/s NIC"
     ring: Protocol = Protocol(
         call_seconds=33e-6, source=f"{_ALL_REDUCE}: latency of small sizes, torch launch included"
     )
@@ -72,10 +72,14 @@ class NetworkParameters:
         source=f"{_ALL_REDUCE}: fit of the sizes above 1 MiB",
     )
     point_to_point: Protocol = Protocol(call_seconds=33e-6, source=f"{_ALL_REDUCE}: launch of one call")
-    direct: Protocol = Protocol(call_seconds=33e-6, source=f"{_ALL_REDUCE}: launch of one call")
-    hierarchical: Protocol = Protocol(call_seconds=66e-6, source=_DEEPEP)
-    low_latency: Protocol = Protocol(call_seconds=1e-6, message_seconds=13e-9, source=f"{_DEEPEP}; low-latency kernels")
-    low_latency_header_bytes: float = 16.0
+    dispatch: tuple[tuple[str, Protocol], ...] = ()  # measured, in the place of what the table of algorithms states
+
+    def of_dispatch(self, algorithm: DispatchAlgorithm) -> Protocol:
+        """The software cost of a dispatch algorithm."""
+        stated = Protocol(
+            call_seconds=algorithm.call_seconds, message_seconds=algorithm.message_seconds, source=algorithm.source
+        )
+        return dict(self.dispatch).get(algorithm.name, stated)
 
 
 def load_parameters(values: Mapping[str, object], *, source: str) -> NetworkParameters:
@@ -86,17 +90,18 @@ def load_parameters(values: Mapping[str, object], *, source: str) -> NetworkPara
     """
     defaults = NetworkParameters()
     changes: dict[str, object] = {}
+    dispatch: dict[str, Protocol] = {}
     for name, value in values.items():
-        current = getattr(defaults, name, None)
+        current = defaults.of_dispatch(DISPATCH[name]) if name in DISPATCH else getattr(defaults, name, None)
         if isinstance(current, Protocol) and isinstance(value, Mapping):
             fields = {
                 key: _number(v, f"{name}.{key}", source, isinstance(getattr(current, str(key), None), float))
                 for key, v in value.items()
             }
-            changes[name] = dataclasses.replace(current, source=source, **fields)
+            (dispatch if name in DISPATCH else changes)[name] = dataclasses.replace(current, source=source, **fields)
         else:
             changes[name] = _number(value, name, source, isinstance(current, float))
-    return dataclasses.replace(defaults, **changes)  # type: ignore[arg-type]
+    return dataclasses.replace(defaults, dispatch=tuple(dispatch.items()), **changes)  # type: ignore[arg-type]
 
 
 def _number(value: object, name: str, source: str, known: bool) -> float:

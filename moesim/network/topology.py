@@ -7,6 +7,7 @@ to its spine are one link of their summed bandwidth, as ideal load balancing mak
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import networkx as nx
 
@@ -150,28 +151,42 @@ def oversubscription_of(fabric: Fabric) -> Oversubscription:
     return ratio if isinstance(ratio, Oversubscription) else Oversubscription(leaf=ratio)
 
 
+class _Reached(NamedTuple):
+    """The share of the bandwidth that long transfers reach, and whether the scenario states it for all software."""
+
+    efficiency: float
+    stated: bool
+
+    @classmethod
+    def of(cls, scenario: float | None, library: float) -> "_Reached":
+        return cls(library if scenario is None else scenario, scenario is not None)
+
+
 def _both(
-    graph: "nx.DiGraph[str]", below: str, above: str, *, tier: str, bandwidth: float, latency: float, efficiency: float
+    graph: "nx.DiGraph[str]", below: str, above: str, *, tier: str, bandwidth: float, latency: float, reached: _Reached
 ) -> None:
+    efficiency, stated = reached
     for source, target in ((below, above), (above, below)):
-        graph.add_edge(source, target, bandwidth=bandwidth, latency=latency, efficiency=efficiency, tier=tier)
+        graph.add_edge(
+            source, target, bandwidth=bandwidth, latency=latency, efficiency=efficiency, stated=stated, tier=tier
+        )
 
 
 def _add_nvlink(graph: "nx.DiGraph[str]", fabric: Fabric, sites: list[Site], parameters: NetworkParameters) -> None:
     latency = parameters.nvlink_latency if fabric.nvlink_latency is None else fabric.nvlink_latency
-    efficiency = parameters.nvlink_efficiency if fabric.nvlink_efficiency is None else fabric.nvlink_efficiency
+    reached = _Reached.of(fabric.nvlink_efficiency, parameters.nvlink_efficiency)
     for site in sites:
         graph.add_node(f"gpu{site.rank}", kind="gpu", node=site.node)
         graph.add_node(f"nvswitch{site.domain}", kind="nvswitch", node=site.node)
         _both(graph, f"gpu{site.rank}", f"nvswitch{site.domain}", tier="nvlink", bandwidth=site.nvlink, latency=latency,
-              efficiency=efficiency)  # fmt: skip
+              reached=reached)  # fmt: skip
 
 
 def _add_network(graph: "nx.DiGraph[str]", fabric: Fabric, sites: list[Site], parameters: NetworkParameters) -> None:
     bandwidth = parameters.nic_bandwidth if fabric.nic is None else fabric.nic
     nic_latency = parameters.nic_latency if fabric.nic_latency is None else fabric.nic_latency
     leaf_latency = parameters.leaf_latency if fabric.leaf_latency is None else fabric.leaf_latency
-    efficiency = parameters.nic_efficiency if fabric.nic_efficiency is None else fabric.nic_efficiency
+    reached = _Reached.of(fabric.nic_efficiency, parameters.nic_efficiency)
     ratio = oversubscription_of(fabric)
     below: dict[str, float] = {}
     parent: dict[str, str] = {}
@@ -180,22 +195,22 @@ def _add_network(graph: "nx.DiGraph[str]", fabric: Fabric, sites: list[Site], pa
         graph.add_node(nic, kind="nic", node=site.node)
         graph.add_node(leaf, kind="leaf")
         # The NIC's latency counts the way between GPU and NIC too, which is never slower than the port.
-        _both(graph, gpu, nic, tier="nic", bandwidth=bandwidth, latency=0.0, efficiency=efficiency)
+        _both(graph, gpu, nic, tier="nic", bandwidth=bandwidth, latency=0.0, reached=reached)
         if site.rank != site.nic_rank:
             continue
-        _both(graph, nic, leaf, tier="nic", bandwidth=bandwidth, latency=nic_latency, efficiency=efficiency)
+        _both(graph, nic, leaf, tier="nic", bandwidth=bandwidth, latency=nic_latency, reached=reached)
         below[leaf] = below.get(leaf, 0.0) + bandwidth
         parent[leaf] = spine
     for leaf, spine in parent.items():
         graph.add_node(spine, kind="spine")
         up = below[leaf] / ratio.leaf
-        _both(graph, leaf, spine, tier="leaf", bandwidth=up, latency=leaf_latency, efficiency=efficiency)
+        _both(graph, leaf, spine, tier="leaf", bandwidth=up, latency=leaf_latency, reached=reached)
         below[spine] = below.get(spine, 0.0) + up
     if fabric.preset in ("rail_optimised", "nvl72") and sites[-1].pod > 0:
         graph.add_node("core", kind="core")
         for spine in dict.fromkeys(parent.values()):
             up = below[spine] / ratio.spine
-            _both(graph, spine, "core", tier="spine", bandwidth=up, latency=leaf_latency, efficiency=efficiency)
+            _both(graph, spine, "core", tier="spine", bandwidth=up, latency=leaf_latency, reached=reached)
 
 
 def _custom_graph(fabric: Fabric, sites: list[Site]) -> "nx.DiGraph[str]":
@@ -209,7 +224,7 @@ def _custom_graph(fabric: Fabric, sites: list[Site]) -> "nx.DiGraph[str]":
                 f"cluster.fabric.{where}: {source} -> {target} is given twice (both: true gives the way back, too); "
                 "give it once, with the bandwidth of all"
             )
-        graph.add_edge(source, target, bandwidth=bandwidth, latency=latency, efficiency=1.0, tier="custom")
+        graph.add_edge(source, target, bandwidth=bandwidth, latency=latency, efficiency=1.0, stated=True, tier="custom")
     for name in graph:
         graph.nodes[name]["kind"] = "gpu" if name.startswith("gpu") and name[3:].isdigit() else "switch"
     for site in sites:

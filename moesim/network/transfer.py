@@ -102,13 +102,14 @@ def transfer_times(
 class Traffic:
     """What a transfer puts on the wires: bytes per tier (mean of the samples), and on the links that groups share."""
 
-    def __init__(self, fabric: Fabric, stages: Sequence[Demand]) -> None:
-        self._fabric = fabric
+    def __init__(self, fabric: Fabric, stages: Sequence[Demand], *, reached: Fabric | None = None) -> None:
+        """`reached`: the fabric's links as the transfer's software finds them (see Fabric.reached_by)."""
+        self._fabric, self._reached = fabric, reached or fabric
         self._stages = tuple(_PairBytes.of(stage) for stage in stages)
 
     def part(self, samples: slice) -> "Traffic":
         """Some of the samples."""
-        part = Traffic(self._fabric, ())
+        part = Traffic(self._fabric, (), reached=self._reached)
         part._stages = tuple(stage._replace(bytes_SF=stage.bytes_SF[samples]) for stage in self._stages)
         return part
 
@@ -129,9 +130,17 @@ class Traffic:
         return np.asarray(sum(link_bytes(self._fabric, build_flows(self._fabric, demand)) for demand in demands))
 
     def common_use(self, ranks_R: NDArray[np.integer]) -> LinkUse:
-        """What is on the fabric's common links if other ranks send it."""
+        """What is on the fabric's common links if other ranks send it.
+
+        Bytes of software that reaches less than NCCL count as those that NCCL would send meanwhile.
+        """
         first, *others = (stage.common_use(self._fabric, ranks_R) for stage in self._stages)
-        return sum(others, start=first)
+        use = sum(others, start=first)
+        if self._reached is self._fabric:
+            return use
+        common_X = self._fabric.common_links_X
+        slower_X = self._fabric.capacity_X[common_X] / self._reached.capacity_X[common_X]
+        return LinkUse(bytes_SX=use.bytes_SX * slower_X, flows_SX=use.flows_SX)
 
 
 class _PairBytes(NamedTuple):
@@ -266,12 +275,12 @@ def prepare_transfer(
     )
 
 
-def transfer_source(fabric: Fabric, model: Model) -> str:
-    """Where a transfer's time comes from."""
+def transfer_source(fabric: Fabric, model: Model, *, reached: str | None = None) -> str:
+    """Where a transfer's time comes from; `reached`: the source of shares of the bandwidth that are not NCCL's."""
     shares = "links' nominal bandwidth times achieved share"
     if model == "ports" and fabric.core_can_block:
         shares = f"the core can block, which ports may underestimate by a fifth: use fluid; {shares}"
-    return f"{model} sharing of {fabric.preset} links ({shares}: {fabric.parameters.nic_source})"
+    return f"{model} sharing of {fabric.preset} links ({shares}: {reached or fabric.parameters.nic_source})"
 
 
 def lower_bound(fabric: Fabric, bytes_RR: FloatArray, *, ranks: Ranks = None) -> float:

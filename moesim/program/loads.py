@@ -20,6 +20,7 @@ from moesim.parallel.stages import held_copies, stage_copies
 from moesim.program.operations import Transfer
 from moesim.program.peers import Peers, SideBySide, set_of_place
 from moesim.scenario import Scenario
+from moesim.scenario.dispatch import DIRECT
 
 IntArray = NDArray[np.int64]
 
@@ -147,7 +148,7 @@ def _shared_rows(
         others_EE = 1.0 - np.eye(slices.size)
         copies_QEE = copies_QR[:, members, None] * others_EE
         common: dict[str, Any] = {
-            "algorithm": "direct",
+            "algorithm": DIRECT.name,
             "ranks": ranks_R[members],
             "model": scenario.network.model,
             "compiled": compiled,
@@ -247,7 +248,7 @@ def _counts(scenario: Scenario, fabric: Fabric, slot_rows_SRP: NDArray[Any], ran
     samples, ranks, slots = slot_rows_SRP.shape
     each_SRR = np.broadcast_to(1.0 - np.eye(ranks), (samples, ranks, ranks))
     return prepare_dispatch(
-        fabric, [each_SRR], token_bytes=8.0 * slots, algorithm="direct", ranks=ranks_R, synchronised=True
+        fabric, [each_SRR], token_bytes=8.0 * slots, algorithm=DIRECT.name, ranks=ranks_R, synchronised=True
     )
 
 

@@ -12,6 +12,7 @@ from moesim.scenario.check_pipeline import check_pipeline, check_recomputation, 
 from moesim.scenario.check_sharing import check_sharing
 from moesim.scenario.check_size import check_gpus, check_size
 from moesim.scenario.cluster import Explicit, RoundRobin, keeps_groups
+from moesim.scenario.dispatch import DISPATCH
 from moesim.scenario.document import Path
 from moesim.scenario.routing import (
     ExpertChoiceRouter,
@@ -282,14 +283,13 @@ def _check_slots(slots: tuple[tuple[int, ...], ...], experts: int, num_ranks: in
 
 def _check_dispatch(scenario: Scenario, report: _Report) -> None:
     dispatch = scenario.dispatch
-    if dispatch.algorithm == "hierarchical" and dispatch.deduplicate != "per_node":
-        message = (
-            f"hierarchical sends one copy per node, not {dispatch.deduplicate}; set dispatch.deduplicate: per_node"
-        )
-        raise report.user("dispatch.deduplicate", message)
-    if dispatch.deduplicate == "per_node" and dispatch.algorithm != "hierarchical":
-        message = f"{dispatch.algorithm} has no fan-out inside a node; set dispatch.algorithm: hierarchical"
+    facts = DISPATCH[dispatch.algorithm]
+    if dispatch.deduplicate in facts.deduplicate:
+        return
+    if dispatch.deduplicate == "per_node":
+        able = " or ".join(other.name for other in DISPATCH.values() if other.fans_out)
+        message = f"{facts.name} has no fan-out inside a node; set dispatch.algorithm: {able}"
         raise report.user("dispatch.algorithm", message)
-    if dispatch.algorithm == "low_latency" and dispatch.deduplicate != "per_expert":
-        message = f"low_latency sends per selected expert, not {dispatch.deduplicate}; set deduplicate: per_expert"
-        raise report.user("dispatch.deduplicate", message)
+    able = " or ".join(facts.deduplicate)
+    message = f"{facts.name} sends {facts.sends}, not {dispatch.deduplicate}; set dispatch.deduplicate: {able}"
+    raise report.user("dispatch.deduplicate", message)

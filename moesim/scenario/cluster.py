@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag, WithJsonSchema
 
 from moesim.scenario.base import (
     MOST_EXPERTS,
@@ -24,8 +24,10 @@ from moesim.scenario.base import (
     Section,
     Share,
     Text,
+    one_of,
 )
 from moesim.scenario.catalogue import GpuSpec, gpu_spec
+from moesim.scenario.dispatch import DIRECT, DISPATCH, Deduplicate
 from moesim.scenario.gpu import AnyGpu
 
 NIC_BANDWIDTH = 50e9  # bytes/s of a GPU's NIC per direction where the scenario names none: 400 Gbps
@@ -115,7 +117,8 @@ class Fabric(Section):
         default=None, description="Latency of one NVLink hop; absent: the calibrated value."
     )
     nvlink_efficiency: Efficiency | None = Field(
-        default=None, description="Share of NVLink's bandwidth that long transfers reach; absent: the calibrated value."
+        default=None,
+        description="Share of NVLink's bandwidth that long transfers reach; absent: that of each software.",
     )
     nic: Bandwidth | None = Field(
         default=None, description="Network port of one NIC in one direction; absent: 400 Gbps."
@@ -129,7 +132,7 @@ class Fabric(Section):
     )
     nic_efficiency: Efficiency | None = Field(
         default=None,
-        description="Share of the network's bandwidth that long transfers reach; absent: the calibrated value.",
+        description="Share of the network's bandwidth that long transfers reach; absent: that of each software.",
     )
     leaf_latency: Latency | None = Field(
         default=None, description="Latency of a link above the leaf switches; absent: the calibrated value."
@@ -169,15 +172,17 @@ class Cluster(Section):
         return sum(pool.nodes * pool.gpus_per_node for pool in self.pools)
 
 
+AlgorithmName = Annotated[str, one_of(DISPATCH), WithJsonSchema({"enum": list(DISPATCH), "type": "string"})]
+
+
 class Dispatch(Section):
     """How tokens travel to their experts and back."""
 
-    algorithm: Literal["direct", "hierarchical", "low_latency"] = Field(
-        default="direct",
-        description="direct: each copy straight to its rank; hierarchical: once per node, then fanned out over NVLink; "
-        "low_latency: one message per selected expert.",
+    algorithm: AlgorithmName = Field(
+        default=DIRECT.name,
+        description="; ".join(f"{facts.name}: {facts.about}" for facts in DISPATCH.values()) + ".",
     )
-    deduplicate: Literal["per_expert", "per_rank", "per_node"] = Field(
+    deduplicate: Deduplicate = Field(
         default="per_rank", description="A token is sent once per selected expert, per rank or per node."
     )
     dtype: DType = Field(default="bf16", description="Number format of the tokens on their way to the experts.")

@@ -1,7 +1,5 @@
 """Collectives and dispatch implementations: volumes, what binds them, and what they refuse."""
 
-from typing import get_args
-
 import numpy as np
 import pytest
 from network_cases import make_fabric, star
@@ -21,8 +19,8 @@ from moesim.network import (
     send_recv_seconds,
 )
 from moesim.network.collectives import ring_use
-from moesim.network.dispatch import Algorithm
 from moesim.scenario.cluster import Cluster, Pool
+from moesim.scenario.dispatch import DISPATCH
 
 GIB = 2.0**30
 
@@ -201,7 +199,7 @@ def test_no_port_passes_more_than_its_capacity_in_any_algorithm(model: str, comb
     two, rank_copies, _ = stages(3, np.random.default_rng(4))
     size = 1e7
     cases = {"direct": [rank_copies], "low_latency": [rank_copies], "hierarchical": two}
-    assert set(cases) == set(get_args(Algorithm))
+    assert set(cases) == set(DISPATCH)
     for algorithm, copies in cases.items():
         prepared = (prepare_combine if combine else prepare_dispatch)(
             fabric, copies, token_bytes=size, algorithm=algorithm, model=model
@@ -219,7 +217,7 @@ def test_low_latency_goes_over_nics_inside_a_node_too() -> None:
     tier_X = np.array(fabric.tier_X)
     assert slow.traffic.link_bytes_X[tier_X == "nvlink"].sum() == 0
     assert fast.traffic.link_bytes_X[tier_X != "nvlink"].sum() == 0
-    header = fabric.parameters.low_latency_header_bytes
+    header = DISPATCH["low_latency"].header_bytes
     assert slow.traffic.intra_node_bytes == pytest.approx(8 * 7 * 128 * (7392 + header))
 
 

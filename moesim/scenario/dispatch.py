@@ -1,0 +1,79 @@
+"""Dispatch algorithms as data, one entry each: what tokens travel as, and what the software on the wires reaches.
+
+A scenario names one in `dispatch.algorithm`; its checks, transfers and costs read the entry and no name.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Deduplicate = Literal["per_expert", "per_rank", "per_node"]
+
+_DEEPEP = "DeepEP README (H800, 400 Gb/s NICs), normal kernels, EP8 and EP32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DispatchAlgorithm:
+    """The facts of one algorithm.
+
+    sends: what each message is for. deduplicate: how often it can send a token, as in a scenario; per_node makes it two
+    stages, over the network to one GPU of each node and on from there over NVLink. two_sided: a message waits until its
+    receiver has come, too. avoids_nvlink: NICs carry the messages inside a node. passes_own_rows: inside one node, rows
+    that stay on their rank pass through its ports like others. header_bytes: of every dispatched message. nvlink_share,
+    nic_share: of the nominal bandwidth in long transfers; None: what NCCL reaches (`NetworkParameters`). call_seconds,
+    message_seconds: of the software, per transfer and per message, the least that a transfer takes.
+    """
+
+    name: str
+    about: str
+    sends: str
+    deduplicate: tuple[Deduplicate, ...]
+    two_sided: bool = True
+    avoids_nvlink: bool = False
+    passes_own_rows: bool = False
+    header_bytes: float = 0.0
+    nvlink_share: float | None = None
+    nic_share: float | None = None
+    call_seconds: float
+    message_seconds: float = 0.0
+    source: str
+
+    @property
+    def fans_out(self) -> bool:
+        """Whether it sends one copy to each node."""
+        return "per_node" in self.deduplicate
+
+
+DIRECT = DispatchAlgorithm(
+    name="direct",
+    about="each copy straight to its rank",
+    sends="one copy per rank or selected expert",
+    deduplicate=("per_expert", "per_rank"),
+    call_seconds=33e-6,
+    source="NCCL 2.27.7 on 8 H200 (stas00/ml-engineering network/benchmarks): launch of one call",
+)
+HIERARCHICAL = DispatchAlgorithm(
+    name="hierarchical",
+    about="once per node, then fanned out over NVLink",
+    sends="one copy per node",
+    deduplicate=("per_node",),
+    passes_own_rows=True,
+    nvlink_share=0.817,
+    nic_share=0.87,
+    call_seconds=66e-6,
+    source=_DEEPEP,
+)
+LOW_LATENCY = DispatchAlgorithm(
+    name="low_latency",
+    about="one message per selected expert",
+    sends="per selected expert",
+    deduplicate=("per_expert",),
+    two_sided=False,
+    avoids_nvlink=True,
+    header_bytes=16.0,
+    nvlink_share=0.817,
+    nic_share=0.87,
+    call_seconds=1e-6,
+    message_seconds=13e-9,
+    source=f"{_DEEPEP}; low-latency kernels EP8 to EP256",
+)
+DISPATCH = {facts.name: facts for facts in (DIRECT, HIERARCHICAL, LOW_LATENCY)}
