@@ -19,7 +19,7 @@ from moesim.parallel.memory import MemoryReport
 from moesim.parallel.memory_remedy import check_memory
 from moesim.parallel.memory_rows import RoutedRows, even_rows, routed_rows
 from moesim.program import StepProgram, build_program
-from moesim.program.scenario_fabric import scenario_fabric
+from moesim.program.scenario_fabric import scenario_fabric, sharing_model
 from moesim.results import CATEGORIES, RESULT_SCHEMA_VERSION, RunRecord, SpanTable, Stream, attribute
 from moesim.results.balance import balance_warnings
 from moesim.results.critical_path import path_facts
@@ -395,8 +395,8 @@ def _warnings(scenario: Scenario, fabric: Fabric, memory: MemoryReport, plain: S
             f"{format_bytes(memory.peak_bytes)}"
         )
     mesh = Mesh(scenario.parallelism, scenario.cluster)
-    crosses = any(mesh.layout(ranks_R).num_nodes > 1 for ranks_R in mesh.expert_groups())
-    if fabric.core_can_block and crosses and scenario.network.model == "ports":
+    crossing = [ranks_R for ranks_R in mesh.expert_groups() if mesh.layout(ranks_R).num_nodes > 1]
+    if fabric.core_can_block and any(sharing_model(scenario, fabric, ranks_R) == "ports" for ranks_R in crossing):
         warnings.append(
             "network.model: ports looks at the fabric's core links one by one: where several block at once a transfer "
             "may come out a fifth short; use fluid"

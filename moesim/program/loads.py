@@ -19,6 +19,7 @@ from moesim.parallel import Deduplicate, ExpertPlacement, Mesh, TrafficArrays, t
 from moesim.parallel.stages import held_copies, stage_copies
 from moesim.program.operations import Transfer
 from moesim.program.peers import Peers, SideBySide, set_of_place
+from moesim.program.scenario_fabric import sharing_model
 from moesim.scenario import Scenario
 from moesim.scenario.dispatch import DIRECT
 
@@ -150,7 +151,7 @@ def _shared_rows(
         common: dict[str, Any] = {
             "algorithm": DIRECT.name,
             "ranks": ranks_R[members],
-            "model": scenario.network.model,
+            "model": sharing_model(scenario, fabric, ranks_R[members]),
             "compiled": compiled,
         }
         out = prepare_dispatch(fabric, [copies_QEE], token_bytes=sizes[0], **common)
@@ -269,7 +270,7 @@ def _transfers(
         "algorithm": dispatch.algorithm,
         "ranks": ranks_R,
         "own_copies_R": own_MSR.reshape(-1, ranks),
-        "model": scenario.network.model,
+        "model": sharing_model(scenario, fabric, ranks_R),
         "synchronised": scenario.implementation.software.exchanges_counts,
         "compiled": compiled,
     }

@@ -1,9 +1,14 @@
-"""The fabric that a scenario is simulated on."""
+"""The fabric that a scenario is simulated on, and how transfers share its links."""
+
+import numpy as np
+from numpy.typing import NDArray
 
 from moesim.kernels import KernelModel
 from moesim.network import Fabric, build_fabric
 from moesim.network.calibration import measured_parameters
+from moesim.network.transfer import Model
 from moesim.scenario import Scenario
+from moesim.scenario.check_size import MOST_PAIRS
 
 
 def scenario_fabric(scenario: Scenario, kernels: KernelModel) -> Fabric:
@@ -15,3 +20,15 @@ def scenario_fabric(scenario: Scenario, kernels: KernelModel) -> Fabric:
     bandwidth = scenario.cluster.pools[0].spec.nvlink_bandwidth
     parameters = measured_parameters(rows, link_bandwidth=bandwidth, source=f"measured, profile {kernels.name}")
     return build_fabric(scenario.cluster, parameters=parameters)
+
+
+def sharing_model(scenario: Scenario, fabric: Fabric, ranks_R: NDArray[np.integer]) -> Model:
+    """The scenario's model of sharing for transfers among `ranks_R`, else the quickest that is right there.
+
+    `ports` where nothing but ports can be a bottleneck, `fluid` where links that GPUs share can; groups too large for
+    `fluid` keep `ports`, of which a run warns.
+    """
+    if scenario.network.model is not None:
+        return scenario.network.model
+    spread = fabric.ladder is None or bool((fabric.node_of_rank_R[ranks_R] != fabric.node_of_rank_R[ranks_R[0]]).any())
+    return "fluid" if fabric.core_can_block and spread and len(ranks_R) ** 2 <= MOST_PAIRS["fluid"] else "ports"

@@ -77,8 +77,9 @@ def _routing_sizes(scenario: Scenario) -> Iterator[_Size]:
     counts *= scenario.uncertainty.samples
     what = "counts (samples * micro-batches * ranks * experts * layers)"
     yield _Size(counts, MOST_COUNTS, "uncertainty.samples", what, "lower it, or uncertainty.bank")
-    most = MOST_PAIRS[scenario.network.model]
-    what = f"pairs of ranks in an expert group under network.model: {scenario.network.model}"
+    model_of_sharing = scenario.network.model or "ports"  # what is left of the larger groups when it is absent
+    most = MOST_PAIRS[model_of_sharing]
+    what = f"pairs of ranks in an expert group under network.model: {model_of_sharing}"
     yield _Size(ranks * ranks, most, "parallelism.expert", what, "lower it, or use network.model: ports")
     if isinstance(routing, TrainRouting):
         thin = routing.thin

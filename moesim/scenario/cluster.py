@@ -197,10 +197,11 @@ class Dispatch(Section):
 class Network(Section):
     """How transfers share the links."""
 
-    model: Literal["ports", "fluid", "exact"] = Field(
-        default="ports",
+    model: Literal["ports", "fluid", "exact"] | None = Field(
+        default=None,
         description="ports: closed form over the ports of each rank; fluid: max-min fair shares in time windows; "
-        "exact: max-min fair shares at every completion.",
+        "exact: max-min fair shares at every completion; absent: fluid among nodes where links that GPUs share can be "
+        "a bottleneck, else ports.",
     )
 
 
