@@ -21,7 +21,7 @@ SUMMARY = "Simulate a scenario: train or load its router, run one step on the cl
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """SCENARIO, --set, --out, --timeline, --what-if, --allow-infeasible, --cache, --json, --csv, --quiet, --force."""
+    """SCENARIO, --set, --out, --timeline, --what-if, --parts, --allow-infeasible, --cache, --json, --csv and more."""
     add_scenario(parser)
     parser.add_argument("--out", metavar="DIR", type=Path, help="folder of the run; runs/NAME by default")
     parser.add_argument(
@@ -40,6 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         const=False,
         help="also simulate the step with balanced routing, twice the network, no overlap and, where that needs no "
         "training, without the router's group limit; --what-if=all trains another router for the last",
+    )
+    parser.add_argument(
+        "--parts",
+        action="store_true",
+        help="also print the parts of the step: one forward, one backward pass, overlapped pairs, optimizer, idle time",
     )
     parser.add_argument(
         "--allow-infeasible",
@@ -120,6 +125,10 @@ def _show(record: "RunRecord", out_dir: Path, args: argparse.Namespace) -> None:
         from moesim.report import print_facts
 
         print_facts(record.result)
+        if args.parts:
+            from moesim.report.parts_screen import print_parts
+
+            print_parts(record)
         print(f"\nwritten to {out_dir}: open {out_dir / 'report.html'}")
         if args.timeline is not None:
             print(f"timeline for ui.perfetto.dev: {out_dir / TIMELINE_FILE}")
