@@ -131,6 +131,26 @@ def test_parameters_of_families_that_transformers_lacks_are_as_published(
 
 
 @pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("aria", 25.3),  # with the encoder of pictures
+        ("dots.llm1", 142),
+        ("ernie-4.5-21b-a3b", 21),
+        ("flexolmo-7x7b", 33),
+        ("glm-4.5", 355),  # with the prediction layer
+        ("glm-4.7-flash", 30),
+        ("granite-3.0-3b-a800m", 3.3),
+        ("k-exaone-236b-a23b", 236),
+        ("olmoe-1b-7b", 6.9),
+        ("phi-3.5-moe", 41.9),
+        ("solar-open-100b", 102),
+    ],
+)
+def test_files_written_from_stated_fields_have_the_published_totals(name: str, billions: float) -> None:
+    assert parameters(model_of(name)).total == pytest.approx(billions * 1e9, rel=0.04)
+
+
+@pytest.mark.parametrize(
     ("name", "expected"),
     [
         ("llama-4-scout", {"dense_layers": 0, "shared_experts": 1}),
