@@ -29,7 +29,8 @@ _MEDIA = {"vision_config": Expected(values=(), left_out="the vision encoder: the
 _MEDIA_KEYS = (
     "boi_token_index", "eoi_token_index", "ignore_index", "image_token_id", "image_token_index",
     "media_placeholder_token_id", "projector_patch_to_query_dict", "use_unified_vision_chunk", "video_placeholder",
-    "video_token_id", "vision_end_token_id", "vision_feature_layer", "vision_start_token_id",
+    "video_token_id", "image_end_token_id", "image_start_token_id", "video_end_token_id", "video_start_token_id",
+    "vision_end_token_id", "vision_feature_layer", "vision_start_token_id",
 )  # fmt: skip
 
 _BIASES = {"use_bias": Expected(values=(False,), left_out="the biases of projections are not counted")}
@@ -40,6 +41,7 @@ _QWEN3_MOE: Mapping[str, Expected] = {
     "shared_expert_intermediate_size": Expected(values=(0,), left_out="the family has no shared expert"),
 }
 
+_GLM = (*_DEEPSEEK_ROUTER, "router_aux_loss_coef", "use_qk_norm")
 _DSA = ("indexer_rope_interleave", "moe_router_dtype")
 _GRANITE = ("attention_multiplier", "embedding_multiplier", "logits_scaling", "residual_multiplier")
 _MINIMAX = ("qk_norm_type", "rotary_dim", "scoring_func", "use_qk_norm", "use_routing_bias")
@@ -75,7 +77,14 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "kimi_k25": Family(
             read=readers.deepseek_v3, harmless=(*_MLA, *_MEDIA_KEYS), expected=_MEDIA, sections=("text_config",)
         ),
-        "glm4_moe": Family(read=readers.glm4_moe, harmless=(*_DEEPSEEK_ROUTER, "use_qk_norm")),
+        "glm4_moe": Family(read=readers.glm4_moe, harmless=_GLM),
+        "glm4_moe_lite": Family(read=readers.glm4_moe_lite, harmless=_MLA),
+        "glm4v_moe": Family(
+            read=readers.glm4_moe, harmless=(*_GLM, *_MEDIA_KEYS), expected=_MEDIA, sections=("text_config",)
+        ),
+        "glm4v_moe_text": Family(read=readers.glm4_moe, harmless=_GLM),
+        "solar_open": Family(read=readers.glm4_moe, harmless=_GLM),
+        "exaone_moe": Family(read=readers.exaone_moe, harmless=_DEEPSEEK_ROUTER),
         "dots1": Family(read=readers.dots1, harmless=_DEEPSEEK_ROUTER),
         "mixtral": Family(read=readers.mixtral, harmless=_ROUTER),
         "qwen2_moe": Family(read=readers.qwen2_moe, harmless=_QWEN_MOE),
@@ -85,6 +94,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         ),
         "qwen3_vl_moe_text": Family(read=readers.qwen3_moe, harmless=_QWEN_MOE),
         "olmoe": Family(read=readers.olmoe, harmless=_ROUTER),
+        "flex_olmo": Family(read=readers.olmoe, harmless=_ROUTER),
         # lm_head_bias: one number for each entry of the vocabulary
         "phimoe": Family(read=readers.mixtral, harmless=(*_ROUTER, "input_jitter_noise", "lm_head_bias")),
         "granitemoe": Family(read=readers.granite, harmless=(*_ROUTER, *_GRANITE)),
@@ -139,6 +149,10 @@ NOT_MODELLED: Mapping[str, str] = MappingProxyType(
         "gemma4_text": "layers of several head widths (global_head_dim)",
         "mimo_v2_flash": "windowed layers with key/value heads of their own (swa_num_key_value_heads)",
         "jetmoe": "attention heads that a router selects (mixture of attention heads)",
+        "afmoe": "attention outputs with gates of their own (gate_proj)",
+        "ernie4_5_vl_moe": "experts of another width for pictures (moe_intermediate_size)",
+        "switch_transformers": "encoder and decoder stacks",
+        "nllb-moe": "encoder and decoder stacks",
         "lfm2_moe": "short convolution layers (layer_types)",
         "longcat_flash": "experts without work (zero_expert_num) and two attentions in a layer",
         "hunyuan": "keys and values that layers share (use_cla)",

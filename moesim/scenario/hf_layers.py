@@ -79,12 +79,22 @@ def dense_fields(config: Config, fields: Fields, dense: Iterable[int], *, width:
     return found if numbers == list(range(len(numbers))) else found | {"dense_at": numbers}
 
 
-def first_dense(config: Config, key: str = "first_k_dense_replace", default: int = 0) -> Fields:
-    """Dense layers that come first, as DeepSeek counts them."""
+def first_dense(config: Config, fields: Fields, *, default: int = 0) -> Fields:
+    """Dense layers that come first, as DeepSeek counts them, or those that `mlp_layer_types` names."""
+    dense, types = config.count("first_k_dense_replace", default=default), config.items("mlp_layer_types")
+    if types:
+        if len(types) != fields["layers"] or any(kind not in ("dense", "sparse") for kind in types):
+            raise config.refuse("mlp_layer_types", f"must name dense or sparse for each of {fields['layers']} layers")
+        return dense_fields(config, fields, [n for n, kind in enumerate(types) if kind == "dense"])
     return {
-        "dense_layers": config.count(key, default=default),
-        "dense_intermediate": config.count("intermediate_size"),
+        "dense_layers": dense,
+        "dense_intermediate": config.count("intermediate_size", default=None if dense else 0),
     }
+
+
+def leading(config: Config, key: str) -> range:
+    """The layers before the number that `key` holds; as many as a scenario may have."""
+    return range(min(config.count(key, default=0), MOST_LAYERS))
 
 
 def experts(config: Config, *, width: str, of: tuple[str, ...] = (), top_k: tuple[str, ...] = ()) -> Fields:

@@ -16,6 +16,7 @@ from moesim.scenario.hf_layers import (
     experts,
     first_dense,
     layer_numbers,
+    leading,
     local_numbers,
     numbers_of,
     router_groups,
@@ -81,9 +82,10 @@ def qwen2_moe(config: Config) -> Fields:
     return fields | _qwen_dense_at(config, fields)
 
 
-def _deepseek_experts(config: Config) -> Fields:
+def _deepseek_experts(config: Config, fields: Fields, *, dense: int = 0) -> Fields:
+    """`dense`: dense layers where the file does not say."""
     config.only("moe_layer_freq", 1)
-    return first_dense(config) | {
+    return first_dense(config, fields, default=dense) | {
         "experts": config.count("n_routed_experts", "num_local_experts"),
         "top_k": config.count("num_experts_per_tok"),
         "shared_experts": config.count("n_shared_experts", default=0),
@@ -94,10 +96,11 @@ def _deepseek_experts(config: Config) -> Fields:
 
 def deepseek(config: Config) -> Fields:
     """DeepSeekMoE: dense layers first, then routed and shared experts."""
-    return common_fields(config) | _deepseek_experts(config)
+    fields = common_fields(config)
+    return fields | _deepseek_experts(config, fields)
 
 
-def _deepseek_mla(config: Config, *, method: str) -> Fields:
+def _deepseek_mla(config: Config, *, method: str, dense: int = 0) -> Fields:
     head_dim = config.count("qk_nope_head_dim")
     attention = {
         "kind": "mla",
@@ -108,7 +111,8 @@ def _deepseek_mla(config: Config, *, method: str) -> Fields:
     }
     if config.flag("attention_bias"):
         config.note("attention_bias", "the biases of attention are not counted")
-    fields = common_fields(config, head_dim=head_dim) | _deepseek_experts(config)
+    fields = common_fields(config, head_dim=head_dim)
+    fields |= _deepseek_experts(config, fields, dense=dense)
     fields |= {"attention": attention, "attention_bias": "none"}
     mtp_layers = config.count("num_nextn_predict_layers", "num_mtp_layers", default=0)
     return fields | {"mtp_layers": mtp_layers} | router_groups(config, method=method)
@@ -124,20 +128,43 @@ def deepseek_v3(config: Config) -> Fields:
     return _deepseek_mla(config, method="noaux_tc")
 
 
+def glm4_moe_lite(config: Config) -> Fields:
+    """Latent attention; the first layer is dense where the file does not say."""
+    return _deepseek_mla(config, method="noaux_tc", dense=1)
+
+
 def glm4_moe(config: Config) -> Fields:
     """As DeepSeekMoE, with prediction layers."""
-    fields = common_fields(config, bias="qkv") | _deepseek_experts(config)
+    fields = common_fields(config, bias="qkv")
+    fields |= _deepseek_experts(config, fields)
     mtp_layers = config.count("num_nextn_predict_layers", "num_mtp_layers", default=0)
     return fields | {"mtp_layers": mtp_layers} | router_groups(config, method="noaux_tc")
 
 
 def dots1(config: Config) -> Fields:
     """A window holds from layer `max_window_layers` on, without a switch."""
-    fields = common_fields(config) | _deepseek_experts(config)
+    fields = common_fields(config)
+    fields |= _deepseek_experts(config, fields)
     listed, window = local_numbers(config, fields), config.count("sliding_window", default=0)
     first = min(config.count("max_window_layers", default=fields["layers"]), fields["layers"])
     numbers = layer_numbers(fields)[first:] if listed is None else listed
     return fields | windows(fields, numbers, window) | router_groups(config, method="noaux_tc")
+
+
+def exaone_moe(config: Config) -> Fields:
+    """A window in all layers but every `sliding_window_pattern`-th."""
+    fields = common_fields(config) | experts(config, width="moe_intermediate_size")
+    listed, window = local_numbers(config, fields), config.count("sliding_window", default=0)
+    if listed is None:
+        step = every(config, "sliding_window_pattern", default=4)
+        listed = [n for n in layer_numbers(fields) if (n + 1) % step]
+    fields |= windows(fields, listed, window)
+    fields |= shared(config.count("num_shared_experts", default=1), fields["expert_intermediate"])
+    fields |= {
+        "mtp_layers": config.count("num_nextn_predict_layers", default=0),
+        "routed_scaling_factor": config.number("routed_scaling_factor", 2.5),
+    }
+    return fields | first_dense(config, fields, default=1) | router_groups(config, method="noaux_tc")
 
 
 def mixtral(config: Config) -> Fields:
@@ -157,9 +184,6 @@ def deepseek_v32(config: Config) -> Fields:
     if config.get("index_topk_freq") not in (None, 1) or set(map(str, config.items("indexer_types"))) - {"full"}:
         key = "indexer_types" if config.get("indexer_types") else "index_topk_freq"
         raise config.refuse(key, "is not modelled: indexers that several layers share")
-    kinds = config.items("mlp_layer_types")
-    if kinds and kinds != ["dense" if n < fields["dense_layers"] else "sparse" for n in layer_numbers(fields)]:
-        raise config.refuse("mlp_layer_types", 'contradicts "first_k_dense_replace"')
     indexer = {
         "heads": config.count("index_n_heads"),
         "head_dim": config.count("index_head_dim"),
@@ -198,7 +222,7 @@ def hunyuan(config: Config) -> Fields:
     }
     if config.flag("use_mixed_mlp_moe", default=True):
         fields |= shared(config.same("num_shared_expert", default=1), width)
-    return fields | dense_fields(config, fields, range(config.count("moe_layer_num_skipped", default=0)))
+    return fields | dense_fields(config, fields, leading(config, "moe_layer_num_skipped"))
 
 
 def ernie(config: Config) -> Fields:
@@ -276,7 +300,7 @@ def bailing(config: Config) -> Fields:
         fields |= {"attention_bias": "all" if config.flag("use_bias") else "qkv"}
     fields |= {"mtp_layers": config.count("num_nextn_predict_layers", default=0)}
     fields |= {"routed_scaling_factor": config.number("routed_scaling_factor", 1.0)}
-    dense = range(config.count("first_k_dense_replace", default=0))
+    dense = leading(config, "first_k_dense_replace")
     return fields | dense_fields(config, fields, dense) | router_groups(config, method="noaux_tc")
 
 

@@ -159,6 +159,9 @@ def test_files_written_from_stated_fields_have_the_published_totals(name: str, b
         ("glm-4.5-air", {"attention_bias": "qkv", "mtp_layers": 1, "dense_layers": 1}),
         ("hunyuan-a13b", {"top_k": 8, "shared_experts": 1, "shared_intermediate": 3072, "tied_embeddings": True}),
         ("qwen1.5-moe-a2.7b", {"shared_intermediate": 5632, "shared_gate": True, "attention_bias": "qkv"}),
+        ("solar-open-100b", {"dense_layers": 0, "shared_experts": 1}),
+        ("glm-4.7-flash", {"dense_layers": 1, "dense_at": None, "mtp_layers": 1}),
+        ("k-exaone-236b-a23b", {"dense_layers": 1, "shared_width": 2048, "mtp_layers": 1}),
         ("minimax-m2", {"mtp_layers": 3, "experts": 256, "shared_experts": 0}),
         ("ernie-4.5-21b-a3b", {"dense_layers": 1, "dense_at": None, "shared_width": 3072, "tied_embeddings": True}),
     ],
@@ -188,7 +191,7 @@ def test_an_indexer_is_read_and_those_that_layers_share_are_refused(tmp_path: Pa
     [
         ("hunyuan-a13b", {"use_cla": True}, '"use_cla" = true is not modelled: keys and values that layers share'),
         ("minimax-m2", {"attn_type_list": [1, 0] * 31}, "is not modelled: lightning attention layers"),
-        ("glm-5", {"mlp_layer_types": ["sparse"] * 78}, 'contradicts "first_k_dense_replace"'),
+        ("glm-5", {"mlp_layer_types": ["sparse"] * 7}, "must name dense or sparse for each of 78 layers"),
         ("hunyuan-a13b", {"moe_topk": [8, 4]}, '"moe_topk" = [8,'),
         ("llama-4-scout", {"interleave_moe_layer_step": 0}, '"interleave_moe_layer_step" = 0 must be at least 1'),
         ("llama-4-scout", {"no_rope_layers": [1]}, '"no_rope_layers" = [1] must have 0 or 1 for each of 48 layers'),
@@ -198,6 +201,17 @@ def test_layouts_without_fields_are_refused_by_key(tmp_path: Path, name: str, ch
     with pytest.raises(UserError) as error:
         read(tmp_path, config(name) | change)
     assert text in str(error.value)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_value_of_a_key_is_more_than_a_mistake_of_the_file(tmp_path: Path, name: str) -> None:
+    """Whatever a key holds, the file is read, or refused in a UserError by name."""
+    for key in config(name).keys() - {"model_type"}:
+        for value in (-1, 0, 10**12, 0.5, "x", True, None, [], [None], [[]], [{}], [10**12], {}, {"a": 1}):
+            try:
+                read(tmp_path, config(name) | {key: value})
+            except UserError as error:
+                assert "config.json" in str(error)
 
 
 def test_a_nested_section_must_be_there_and_agree(tmp_path: Path) -> None:
