@@ -96,6 +96,7 @@ def ring_use(fabric: Fabric, members: Sequence[NDArray[np.int64]], seconds: floa
 
 def send_recv_seconds(fabric: Fabric, source: int, target: int, num_bytes: float) -> CollectiveEstimate:
     """One message of `num_bytes` from rank to rank, alone on its links."""
+    as_ranks(fabric, [source, target])
     if source == target or checked_bytes(num_bytes) == 0:
         return CollectiveEstimate(0.0, "none", "nothing to do")
     pattern = _pattern(fabric, np.array([source]), np.array([target]), np.ones(1))

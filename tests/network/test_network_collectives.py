@@ -290,6 +290,14 @@ def test_bytes_that_are_none_are_refused(wrong: float) -> None:
         send_recv_seconds(fabric, 0, 1, wrong)
 
 
+def test_ranks_that_are_not_there_are_named() -> None:
+    fabric = make_fabric(1)
+    with pytest.raises(UserError, match="use some of 0 to 7"):
+        send_recv_seconds(fabric, 0, 8, 1e6)
+    with pytest.raises(UserError, match="use some of 0 to 7"):
+        all_reduce_seconds(fabric, [-1, 2], 1e6)
+
+
 def test_an_unknown_algorithm_is_named() -> None:
     with pytest.raises(UserError, match='"star" is unknown; use auto, ring'):
         all_reduce_seconds(make_fabric(1), None, 1e6, algorithm="star")
