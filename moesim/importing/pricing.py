@@ -1,0 +1,211 @@
+"""What a recorded operation costs: the kernels that it launches, and what a kernel model says of each.
+
+GEMMs, grouped GEMMs and attention go to their families; everything else is bound by memory and costs the bytes of its
+operands and results at the bandwidth of the measured kind that is nearest. Grouped GEMMs take rows spread evenly over
+experts. What the table below does not know costs its bytes as an elementwise kernel does, and is listed as unmatched.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from moesim.importing.step_file import RecordedOp
+from moesim.kernels import KernelModel
+from moesim.kernels.families import Attention, Gemm, GroupedGemm, MemoryBound
+
+# Of an operation, from 11 steps of transformers 5.17 on an H100 (docs/software.md): between its kernels on the GPU, and
+# on the host where that sets the pace (two steps of small models).
+GAP_S, HOST_S = 4.4e-6, 65e-6
+DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+SDPA = "scaled_dot_product_attention"
+OPTIMIZER = "_fused_adamw_"
+# aten operation -> (kind of memory-bound kernel, its bytes over those of operands and results)
+KINDS = {
+    "_to_copy": ("cast", 1.0),
+    "clone": ("copy", 1.0),
+    "copy_": ("copy", 1.0),
+    "cat": ("copy", 1.0),
+    "fill_": ("zero", 1.0),
+    "zero_": ("zero", 1.0),
+    "new_zeros": ("zero", 1.0),
+    "zeros": ("zero", 1.0),
+    "zeros_like": ("zero", 1.0),
+    "ones_like": ("zero", 1.0),
+    "silu": ("silu", 1.0),
+    "silu_backward": ("silu_backward", 1.0),
+    "_softmax": ("softmax", 1.0),
+    "_softmax_backward_data": ("softmax_backward", 1.0),
+    "_log_softmax": ("cross_entropy_fp32", 1.0),
+    "_log_softmax_backward_data": ("softmax_backward", 1.0),
+    "nll_loss_backward": ("zero", 0.5),  # the gradient is filled with zeros but for one number a row
+    "sum": ("reduce", 1.0),
+    "mean": ("reduce", 1.0),
+    "sort": ("sort", 1.0),
+    "topk": ("elementwise", 1.0),
+    "embedding_dense_backward": ("embedding_backward", 1.0),
+}
+ELEMENTWISE = {
+    "_local_scalar_dense", "abs", "add", "add_", "addcmul", "all", "amax", "amin", "any", "arange", "argsort",
+    "bincount", "bitwise_and", "bitwise_not", "clamp", "clamp_", "complex", "constant_pad_nd", "cos", "cumsum",
+    "div", "div_", "eq", "exp", "floor_divide", "full", "full_like", "ge", "gelu", "gelu_backward", "gt",
+    "histc", "le", "lift_fresh_copy", "logical_and", "logical_not", "logical_or", "lt", "masked_fill",
+    "masked_fill_", "max", "maximum", "min", "minimum", "mul", "mul_", "ne", "neg", "one_hot", "polar", "pow",
+    "randint", "relu", "remainder", "repeat", "rsqrt", "rsub", "scalar_tensor", "select_scatter", "sigmoid",
+    "sigmoid_", "sigmoid_backward", "sin", "sqrt", "sub", "sub_", "tanh", "threshold_backward", "tril", "triu",
+    "view_as_complex", "where",
+}  # fmt: skip
+# Reads of a few rows out of many: what moves is the result, twice. Writes of rows into a larger tensor: the rows, and
+# where the result is a new tensor this one, too.
+GATHERS = {"index", "index_select", "gather", "embedding"}
+SCATTERS = {"index_put", "index_put_", "scatter", "scatter_", "scatter_add", "scatter_add_", "index_add", "index_add_"}
+PADDED = {"slice_backward", "select_backward"}  # a new tensor of zeros with the rows in it
+
+
+@dataclass(frozen=True, kw_only=True)
+class PricedOp:
+    """One kind of operation with one set of shapes: how often it runs and what one costs, and how that is known."""
+
+    name: str
+    phase: str
+    module: str
+    shapes: str
+    count: int
+    seconds: float
+    source: str
+    matched: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepEstimate:
+    """Seconds of a step on one GPU: its kernels, the gaps between them, and what its host needs to launch them.
+
+    The host runs ahead of the GPU, so that the step takes the longer of both.
+    """
+
+    ops: tuple[PricedOp, ...]
+    kernels_s: float
+    gaps_s: float
+    host_s: float
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of the step."""
+        return max(self.kernels_s + self.gaps_s, self.host_s)
+
+
+def step_estimate(ops: Sequence[RecordedOp], kernels: KernelModel, *, host_per_op: float = HOST_S) -> StepEstimate:
+    """The operations priced, dearest first, at the clock that the load of the step leaves under the power limit."""
+    flops = sum(op.count * float(np.sum(kernel.flops)) for op in ops for kernel in kernels_of(op)[0])
+    light_s = sum(each.count * each.seconds for each in _priced_at(ops, kernels.at_load(0.0)))
+    found = _priced_at(ops, kernels.at_load(flops / light_s))
+    number = sum(op.count for op in ops)
+    return StepEstimate(
+        ops=tuple(sorted(found, key=lambda each: -each.count * each.seconds)),
+        kernels_s=sum(each.count * each.seconds for each in found),
+        gaps_s=number * GAP_S,
+        host_s=number * host_per_op,
+    )
+
+
+def _priced_at(ops: Sequence[RecordedOp], model: KernelModel) -> list[PricedOp]:
+    return [_priced(op, model) for op in ops]
+
+
+def _priced(op: RecordedOp, model: KernelModel) -> PricedOp:
+    kernels, matched = kernels_of(op)
+    estimates = [model.seconds(kernel) for kernel in kernels]
+    return PricedOp(
+        name=op.name,
+        phase=op.phase,
+        module=op.module,
+        shapes=" ".join("x".join(map(str, shape)) or "1" for shape, _, _ in op.reads[:3]),
+        count=op.count,
+        seconds=float(sum(np.max(estimate.seconds) for estimate in estimates)),
+        source=", ".join(sorted({str(estimate.source) for estimate in estimates})) or "free",
+        matched=matched,
+    )
+
+
+def kernels_of(op: RecordedOp) -> tuple[list[Gemm | GroupedGemm | Attention | MemoryBound], bool]:
+    """The kernels of one operation, and whether the tables know it."""
+    shapes = [shape for shape, _, _ in op.reads]
+    dtype = DTYPES.get(op.reads[0][1] if op.reads else "float32", "fp32")
+    if op.name in ("mm", "addmm", "bmm", "baddbmm"):
+        left, right = shapes[-2:]
+        batch = left[0] if len(left) == 3 else 1
+        return [_gemm(batch * left[-2], left[-1], right[-1], dtype, op.phase)], True
+    if op.name == "_grouped_mm":
+        return [_grouped(shapes, dtype, op.phase)], True
+    if op.name == SDPA:
+        return [_attention(op, dtype)], True
+    if op.name == OPTIMIZER:
+        wide = op.reads[0][1] == "float32"
+        kind, bytes_each = ("optimizer_fp32", 28.0) if wide else ("optimizer_bf16", 14.0)
+        return [MemoryBound(kind, bytes_each * op.facts["parameters"])], True
+    return _memory_bound(op)
+
+
+def _memory_bound(op: RecordedOp) -> tuple[list[Gemm | GroupedGemm | Attention | MemoryBound], bool]:
+    read, written = (sum(size for _, _, size in seen) for seen in (op.reads, op.writes))
+    if op.name in GATHERS:
+        return [MemoryBound("permute", 2.0 * written)], True
+    if op.name in SCATTERS:
+        rows = min((size for shape, _, size in op.reads if len(shape) > 1), default=0)
+        new = 0.0 if op.name.endswith("_") else 2.0 * written
+        return [MemoryBound("permute", 2.0 * rows + new)], True
+    if op.name in PADDED:
+        return [MemoryBound("zero", float(written)), MemoryBound("copy", 2.0 * min(read, written))], True
+    if op.name == "nll_loss_forward":
+        return [MemoryBound("elementwise", 64.0 * op.reads[-1][2])], True  # a cache line a row
+    if op.name == "masked_fill":
+        return [MemoryBound("copy", 2.0 * written), MemoryBound(*_plain(op, 2.0 * written))], True
+    if op.name in KINDS:
+        kind, share = KINDS[op.name]
+        return [MemoryBound(kind, share * (read + written))], True
+    return [MemoryBound(*_plain(op, float(read + written)))], op.name in ELEMENTWISE
+
+
+def _plain(op: RecordedOp, bytes_: float) -> tuple[str, float]:
+    """An elementwise kernel; where an operand is broadcast torch runs one that is measured as rows times a number."""
+    sizes = {math.prod(shape) for shape, _, _ in (*op.reads, *op.writes) if math.prod(shape) > 1}
+    return ("mul" if len(sizes) > 1 else "elementwise"), bytes_
+
+
+def _gemm(rows: int, depth: int, columns: int, dtype: str, phase: str) -> Gemm:
+    """As a layer's GEMM: in the backward pass, one whose depth is the longest side makes a weight's gradient."""
+    if phase == "forward":
+        return Gemm(m=rows, k=depth, n=columns, dtype=dtype)
+    if depth > rows and depth >= columns:
+        return Gemm(m=depth, k=columns, n=rows, dtype=dtype, direction="wgrad")
+    return Gemm(m=rows, k=columns, n=depth, dtype=dtype, direction="dgrad")
+
+
+def _grouped(shapes: Sequence[tuple[int, ...]], dtype: str, phase: str) -> GroupedGemm:
+    """[rows, k] x [experts, k, n], or for a weight's gradient [n, rows] x [rows, k] with the ends of the experts."""
+    left, right = shapes[:2]
+    if len(right) == 3:
+        experts, depth, columns = right
+        rows = np.full(experts, left[0] / experts)
+        if phase == "forward":
+            return GroupedGemm(rows_per_expert=rows, k=depth, n=columns, dtype=dtype)
+        return GroupedGemm(rows_per_expert=rows, k=columns, n=depth, dtype=dtype, direction="dgrad")
+    experts = shapes[2][0]
+    rows = np.full(experts, left[1] / experts)
+    return GroupedGemm(rows_per_expert=rows, k=right[1], n=left[0], dtype=dtype, direction="wgrad")
+
+
+def _attention(op: RecordedOp, dtype: str) -> Attention:
+    (batch, heads, sequence, width), (_, kv_heads, _, _), (*_, value) = (shape for shape, _, _ in op.reads[:3])
+    return Attention(
+        batch=batch,
+        sequence=sequence,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=width,
+        value_dim=value,
+        causal=bool(op.facts.get("causal")),
+        dtype=dtype,
+        direction="forward" if op.phase == "forward" else "backward",
+    )

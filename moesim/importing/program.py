@@ -1,0 +1,64 @@
+"""Runs the function that a user names, on the meta device, and records the step that it describes."""
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from moesim.errors import UserError
+from moesim.importing.recording import record_step
+from moesim.importing.step_file import RecordedOp
+
+
+def record_program(name: str) -> list[RecordedOp]:
+    """The step of MODULE:FUNCTION (or FILE.py:FUNCTION), whose function returns the model and a closure of the loss.
+
+    The function runs with the meta device as torch's default. Raises UserError where it is not found or returns
+    something else, or where the step does not run on the meta device.
+    """
+    make = _function(name)
+    with torch.device("meta"):
+        made = make()
+        if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module) and callable(made[1])):
+            raise UserError(
+                f"{name} must return (model, closure that gives the loss); it returned {type(made).__name__}"
+            )
+        model, loss_of = made
+        real = [path for path, weight in model.named_parameters() if weight.device.type != "meta"]
+        if real:
+            raise UserError(f"{name}: {real[0]} is not on the meta device; make the model inside of the function")
+        return record_step(model, loss_of)
+
+
+def _function(name: str) -> Callable[[], Any]:
+    place, _, function = name.rpartition(":")
+    if not place:
+        raise UserError(f"{name!r} names no function; write MODULE:FUNCTION or FILE.py:FUNCTION")
+    module = _module(place)
+    found = getattr(module, function, None)
+    if not callable(found):
+        raise UserError(f"{place} has no function {function!r}")
+    return found  # type: ignore[no-any-return]
+
+
+def _module(place: str) -> Any:
+    if not place.endswith(".py"):
+        try:
+            return importlib.import_module(place)
+        except ImportError as error:
+            raise UserError(f"cannot import {place}: {error}") from None
+    path = Path(place)
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,175 @@
+"""The operations of one training step of anyone's torch module, recorded without a GPU: on the meta device.
+
+The module and its loss run once, forward and backward, under a dispatch mode that sees every aten operation with its
+shapes at full size; nothing is computed. Attention (`scaled_dot_product_attention`) is one operation, since the meta
+device would take it apart. Operations whose result depends on data cannot run there; routing through them is even
+where the module counts rows by `histc` or `bincount`, whose counts stay unknown.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from moesim.errors import UserError
+from moesim.importing.pricing import OPTIMIZER, SDPA
+from moesim.importing.step_file import RecordedOp, merged
+
+
+def record_step(model: nn.Module, loss_of: Callable[[], Tensor]) -> list[RecordedOp]:
+    """The operations of `loss_of()` and of its backward pass; `model` and what `loss_of` uses are on the meta device.
+
+    Raises UserError where an operation does not run there.
+    """
+    recorder = _Recorder()
+    with _module_paths(model, recorder), recorder, _Attention(recorder):
+        try:
+            loss = loss_of()
+            recorder.phase, recorder.module = "backward", ""
+            loss.backward()  # type: ignore[no-untyped-call]
+        except (NotImplementedError, RuntimeError) as error:
+            what = str(error).splitlines()[0][:160]
+            raise UserError(
+                f"{recorder.module or type(model).__name__} does not run on the meta device: {what}; "
+                "give it a form without operations that depend on data, e.g. grouped GEMMs for its experts"
+            ) from None
+    return merged([*recorder.ops, _optimizer(model)])
+
+
+def _optimizer(model: nn.Module) -> RecordedOp:
+    """One fused AdamW over the parameters that have gradients."""
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    dtype = str(weights[0].dtype).removeprefix("torch.")
+    count = sum(weight.numel() for weight in weights)
+    seen = (((count,), dtype, count * weights[0].element_size()),)
+    return RecordedOp(
+        name=OPTIMIZER, phase="optimizer", module="", reads=seen, writes=seen, facts={"parameters": count}
+    )
+
+
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call, unused-ignore]
+        self.ops: list[RecordedOp] = []
+        self.phase, self.module = "forward", ""
+        self.paused = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype is torch.bool:
+            return True  # a check of data; the step is taken to be one for which it holds
+        out = func(*args, **(kwargs or {}))
+        if not self.paused:
+            self._note(func, args, kwargs or {}, out)
+        return out
+
+    def _note(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        name = func._schema.name.removeprefix("aten::")
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        aliased = [result.alias_info for result in func._schema.returns]
+        if aliased and all(alias is not None and not alias.is_write for alias in aliased):
+            return  # a view
+        if name in FREE:
+            return
+        self.ops.append(
+            RecordedOp(
+                name=name,
+                phase=self.phase,
+                module=self.module,
+                reads=tuple(map(_seen, inputs)),
+                writes=tuple(map(_seen, results)),
+            )
+        )
+
+
+FREE = {
+    "detach",
+    "_unsafe_view",
+    "empty",
+    "empty_like",
+    "new_empty",
+    "empty_strided",
+    "new_empty_strided",
+    "lift_fresh",
+}
+
+
+def _seen(tensor: Tensor) -> tuple[tuple[int, ...], str, int]:
+    held = 1
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        held *= size if stride else 1
+    return tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), held * tensor.element_size()
+
+
+class _Attention(TorchFunctionMode):
+    """Takes attention as one operation, forward and backward."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is not torch.nn.functional.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        query, key, value = args[:3] if len(args) > 2 else (kwargs[name] for name in ("query", "key", "value"))
+        facts = {"causal": bool(kwargs.get("is_causal")) or kwargs.get("attn_mask") is not None}
+        return _AttentionFunction.apply(query, key, value, self.recorder, facts)  # type: ignore[no-untyped-call]
+
+
+class _AttentionFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, recorder: _Recorder, facts: Any) -> Tensor:
+        ctx.save_for_backward(query, key, value)
+        ctx.recorder, ctx.facts, ctx.module = recorder, facts, recorder.module
+        out = query.new_empty((*query.shape[:-1], value.shape[-1]))
+        _note_attention(recorder, recorder.module, facts, (query, key, value), (out,))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        saved = ctx.saved_tensors
+        gradients = tuple(torch.empty_like(tensor) for tensor in saved)
+        _note_attention(ctx.recorder, ctx.module, ctx.facts, saved, gradients)
+        return (*gradients, None, None)
+
+
+def _note_attention(recorder: _Recorder, module: str, facts: Any, reads: Any, writes: Any) -> None:
+    recorder.ops.append(
+        RecordedOp(
+            name=SDPA,
+            phase=recorder.phase,
+            module=module,
+            reads=tuple(map(_seen, reads)),
+            writes=tuple(map(_seen, writes)),
+            facts=facts,
+        )
+    )
+
+
+@contextmanager
+def _module_paths(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
+    """Tells the recorder which module runs."""
+    stack: list[str] = []
+    handles = []
+    for path, module in model.named_modules():
+
+        def enter(module: nn.Module, args: Any, path: str = path) -> None:
+            stack.append(path)
+            recorder.module = path
+
+        def leave(module: nn.Module, args: Any, out: Any) -> None:
+            stack.pop()
+            recorder.module = stack[-1] if stack else ""
+
+        handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,116 @@
+"""A recorded step as a file: strict JSON (gzipped where its name ends in .gz), equal operations kept once."""
+
+import gzip
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moesim.errors import UserError
+from moesim.files import write_atomically
+from moesim.strict_json import json_text, parse_json
+
+SCHEMA_VERSION = 1
+PHASES = ("forward", "backward", "optimizer")
+Seen = tuple[tuple[int, ...], str, int]  # shape, dtype as torch names it, bytes read or written
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordedOp:
+    """One operation: its aten name without overload, the tensors that it reads and writes, and where it ran.
+
+    Views launch nothing and are not recorded. `writes` are results, or what is changed in place. `count`: how often it
+    runs with the same shapes in the same module (layer numbers as *).
+    """
+
+    name: str
+    phase: str
+    module: str
+    reads: tuple[Seen, ...]
+    writes: tuple[Seen, ...]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    count: int = 1
+
+    def as_json(self) -> dict[str, Any]:
+        """As an object of the file."""
+        sides = {"reads": self.reads, "writes": self.writes}
+        tensors = {
+            side: [{"shape": list(shape), "dtype": dtype, "bytes": size} for shape, dtype, size in seen]
+            for side, seen in sides.items()
+        }
+        head = {"name": self.name, "phase": self.phase, "module": self.module, "count": self.count}
+        return head | tensors | {"facts": dict(self.facts)}
+
+
+def merged(ops: Sequence[RecordedOp]) -> list[RecordedOp]:
+    """Equal operations of a phase once, with their number, in the order of the first."""
+    counts: dict[str, int] = {}
+    first: dict[str, RecordedOp] = {}
+    for op in ops:
+        op = RecordedOp(**(vars(op) | {"module": _pattern(op.module), "count": 1})) if op.count == 1 else op
+        key = json_text(op.as_json() | {"count": 1})
+        first.setdefault(key, op)
+        counts[key] = counts.get(key, 0) + op.count
+    return [RecordedOp(**(vars(op) | {"count": counts[key]})) for key, op in first.items()]
+
+
+def _pattern(module: str) -> str:
+    return ".".join("*" if part.isdigit() else part for part in module.split("."))
+
+
+def save_step(path: Path, ops: Sequence[RecordedOp], *, source: str) -> None:
+    """Write the step; `source` says what was recorded."""
+    content = {"schema_version": SCHEMA_VERSION, "source": source, "ops": [op.as_json() for op in ops]}
+    data = json_text(content, indent=1).encode()
+    write_atomically(path, gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
+
+
+def load_step(path: Path) -> tuple[str, list[RecordedOp]]:
+    """The source and the operations of a file. Raises UserError, one line, for what is no such file."""
+    try:
+        data = path.read_bytes()
+        content = parse_json(gzip.decompress(data) if path.suffix == ".gz" else data)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or 'not gzipped'}") from None
+    except (ValueError, EOFError) as error:
+        raise UserError(f"{path} is no recorded step: {error}") from None
+    if not isinstance(content, dict) or content.get("schema_version") != SCHEMA_VERSION:
+        raise UserError(
+            f"{path} is no recorded step of version {SCHEMA_VERSION}; make it again with moesim import-step"
+        )
+    return str(content.get("source", "")), parsed_ops(content.get("ops"), where=str(path))
+
+
+def parsed_ops(found: Any, *, where: str) -> list[RecordedOp]:
+    """Operations from their JSON. Raises UserError naming the first that is malformed."""
+    if not isinstance(found, list) or not found:
+        raise UserError(f"{where} has no operations; make it again with moesim import-step")
+    return [_parsed(entry, where=f"{where}: ops[{number}]") for number, entry in enumerate(found)]
+
+
+def _parsed(entry: Any, *, where: str) -> RecordedOp:
+    try:
+        op = RecordedOp(
+            name=entry["name"],
+            phase=entry["phase"],
+            module=entry["module"],
+            reads=_tensors(entry["reads"]),
+            writes=_tensors(entry["writes"]),
+            facts=dict(entry["facts"]),
+            count=entry["count"],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{where} is malformed: {error}") from None
+    if op.phase not in PHASES or type(op.count) is not int or op.count < 1 or not isinstance(op.name, str):
+        raise UserError(f"{where} is malformed: phase must be one of {', '.join(PHASES)} and count at least 1")
+    return op
+
+
+def _tensors(found: Any) -> tuple[Seen, ...]:
+    seen = []
+    for tensor in found:
+        shape, size = tuple(tensor["shape"]), tensor["bytes"]
+        if not all(type(number) is int and number >= 0 for number in (*shape, size)):
+            raise ValueError("shapes and bytes are whole numbers that are not negative")
+        seen.append((shape, str(tensor["dtype"]), size))
+    return tuple(seen)

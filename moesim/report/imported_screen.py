@@ -1,0 +1,77 @@
+"""What `moesim import-step` shows: the step of another program, by operation."""
+
+from collections.abc import Sequence
+from typing import Any, TextIO
+
+from moesim.importing.pricing import PricedOp, StepEstimate
+from moesim.report.screen import number_table, section, show
+
+
+def print_estimate(
+    estimate: StepEstimate, *, source: str, gpu: str, rows: int, file: TextIO | None = None, width: int | None = None
+) -> None:
+    """Print the step, its dearest operations and those that no table knows."""
+    lines = [
+        ("step", f"{1e3 * estimate.step_s:.4g} ms", "the longer of the GPU's time and its host's"),
+        ("kernels", f"{1e3 * estimate.kernels_s:.4g} ms", f"{sum(op.count for op in estimate.ops)} operations"),
+        ("gaps between them", f"{1e3 * estimate.gaps_s:.4g} ms", ""),
+        ("host", f"{1e3 * estimate.host_s:.4g} ms", "to launch them; differs by machine: --host-per-op"),
+        *(
+            (phase, f"{1e3 * seconds:.4g} ms", f"{seconds / estimate.kernels_s:.1%} of the kernels")
+            for phase, seconds in by_phase(estimate).items()
+        ),
+        ("matched", f"{matched_share(estimate):.1%}", "of the kernels' time; the rest is priced by its bytes"),
+    ]
+    unknown = sorted({op.name for op in estimate.ops if not op.matched})
+    parts = [
+        section(f"{source} on {gpu}", number_table(("", "", ""), lines)),
+        section("dearest operations", number_table(_HEAD, [_row(op, estimate) for op in estimate.ops[:rows]])),
+    ]
+    if unknown:
+        parts.append(section("priced by their bytes alone", ", ".join(unknown)))
+    show(lambda options: parts, file=file, width=width or 140)
+
+
+_HEAD = ("", "phase", "module", "shapes", "times", "ms", "share", "rests on")
+
+
+def _row(op: PricedOp, estimate: StepEstimate) -> Sequence[str]:
+    total = op.count * op.seconds
+    return (
+        op.name,
+        op.phase,
+        op.module,
+        op.shapes,
+        str(op.count),
+        f"{1e3 * total:.3g}",
+        f"{total / estimate.kernels_s:.1%}",
+        op.source,
+    )
+
+
+def by_phase(estimate: StepEstimate) -> dict[str, float]:
+    """Seconds of kernels by phase."""
+    found: dict[str, float] = {}
+    for op in estimate.ops:
+        found[op.phase] = found.get(op.phase, 0.0) + op.count * op.seconds
+    return found
+
+
+def matched_share(estimate: StepEstimate) -> float:
+    """Share of the kernels' time in operations that the tables know."""
+    return sum(op.count * op.seconds for op in estimate.ops if op.matched) / estimate.kernels_s
+
+
+def estimate_json(estimate: StepEstimate, *, source: str, gpu: str) -> dict[str, Any]:
+    """The estimate for a program, SI units."""
+    return {
+        "source": source,
+        "gpu": gpu,
+        "step_time_s": estimate.step_s,
+        "kernels_s": estimate.kernels_s,
+        "gaps_s": estimate.gaps_s,
+        "host_s": estimate.host_s,
+        "kernels_by_phase_s": by_phase(estimate),
+        "matched_share": matched_share(estimate),
+        "ops": [vars(op) for op in estimate.ops],
+    }

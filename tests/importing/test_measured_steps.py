@@ -1,0 +1,48 @@
+"""Steps of transformers' own MoE models, measured on an H100, beside what their recorded operations are priced at."""
+
+import gzip
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moesim.importing.pricing import StepEstimate, step_estimate
+from moesim.importing.step_file import parsed_ops
+from moesim.kernels import kernel_model
+from moesim.strict_json import parse_json
+
+FILE = Path(__file__).parent.parent / "data" / "hf_steps.json.gz"
+
+
+@pytest.fixture(scope="module")
+def steps() -> dict[str, tuple[dict, StepEstimate]]:
+    kernels = kernel_model("h100")
+    found = parse_json(gzip.decompress(FILE.read_bytes()))["steps"]
+    return {step["name"]: (step, step_estimate(parsed_ops(step["ops"], where=step["name"]), kernels)) for step in found}
+
+
+def errors(steps: dict, *, blind: bool) -> dict[str, float]:
+    return {
+        name: estimate.step_s / step["measured"]["sustained_s"] - 1
+        for name, (step, estimate) in steps.items()
+        if step["blind"] is blind
+    }
+
+
+def test_steps_that_no_choice_saw(steps) -> None:
+    found = errors(steps, blind=True)
+    assert len(found) >= 6
+    assert np.median(np.abs(list(found.values()))) < 0.03, found
+    assert max(map(abs, found.values())) < 0.08, found
+
+
+def test_steps_that_gave_the_two_constants(steps) -> None:
+    found = errors(steps, blind=False)
+    assert len(found) >= 10
+    assert np.median(np.abs(list(found.values()))) < 0.03, found
+    assert max(map(abs, found.values())) < 0.08, found
+
+
+def test_every_operation_of_these_models_is_known(steps) -> None:
+    unknown = {op.name for _, estimate in steps.values() for op in estimate.ops if not op.matched}
+    assert unknown == set()

@@ -1,0 +1,116 @@
+"""A step that is recorded without a GPU has every operation of the module, with the FLOPs of its formula."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from moesim.errors import UserError
+from moesim.importing.pricing import kernels_of, step_estimate
+from moesim.importing.program import record_program
+from moesim.importing.recording import record_step
+from moesim.importing.step_file import load_step, save_step
+from moesim.kernels import kernel_model
+
+TOKENS, HIDDEN, WIDTH = 512, 64, 256
+
+
+def small_step():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(HIDDEN, WIDTH, bias=False), nn.SiLU(), nn.Linear(WIDTH, HIDDEN, bias=False))
+        inputs = torch.randn(TOKENS, HIDDEN, requires_grad=True)
+    return model, lambda: model(inputs).square().mean()
+
+
+def test_products_of_both_passes_have_their_flops() -> None:
+    ops = record_step(*small_step())
+    flops = sum(op.count * float(np.sum(kernel.flops)) for op in ops for kernel in kernels_of(op)[0])
+    assert flops == 3 * 2 * (2 * TOKENS * HIDDEN * WIDTH)  # forward and both gradients of two products
+    assert {op.phase for op in ops} == {"forward", "backward", "optimizer"}
+    (optimizer,) = (op for op in ops if op.phase == "optimizer")
+    assert optimizer.facts["parameters"] == 2 * HIDDEN * WIDTH
+
+
+def test_views_are_free_and_modules_are_named() -> None:
+    ops = record_step(*small_step())
+    assert not {"t", "transpose", "view", "expand", "detach"} & {op.name for op in ops}
+    assert [op.module for op in ops if op.name == "silu"] == ["*"]
+
+
+def test_attention_is_one_operation_each_way() -> None:
+    class Heads(nn.Module):
+        def forward(self, x):
+            return nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+
+    with torch.device("meta"):
+        inputs = torch.randn(2, 4, 128, 64, dtype=torch.bfloat16, requires_grad=True)
+        model = nn.Sequential(nn.Linear(64, 64, dtype=torch.bfloat16), Heads())
+    ops = [op for op in record_step(model, lambda: model(inputs).sum()) if op.name == "scaled_dot_product_attention"]
+    assert [(op.phase, op.facts["causal"]) for op in ops] == [("forward", True), ("backward", True)]
+    forward, backward = (float(kernels_of(op)[0][0].flops) for op in ops)
+    assert forward == 2 * 4 * (64 + 64) * 2 * 128**2 / 2
+    assert backward == 2.5 * forward
+
+
+def test_a_file_keeps_the_step(tmp_path: Path) -> None:
+    ops = record_step(*small_step())
+    for name in ("step.json", "step.json.gz"):
+        save_step(tmp_path / name, ops, source="here")
+        assert load_step(tmp_path / name) == ("here", ops)
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"schema_version": 1, "ops": [{"name": "mm"}]}'])
+def test_another_file_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "step.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match="step"):
+        load_step(path)
+
+
+def test_a_step_takes_the_longer_of_gpu_and_host() -> None:
+    ops = record_step(*small_step())
+    estimate = step_estimate(ops, kernel_model("h100"))
+    assert estimate.step_s == estimate.host_s > estimate.kernels_s + estimate.gaps_s  # a tiny model
+    fast = step_estimate(ops, kernel_model("h100"), host_per_op=0.0)
+    assert fast.step_s == fast.kernels_s + fast.gaps_s
+
+
+PROGRAM = """
+import torch
+from torch import nn
+
+def works():
+    model = nn.Linear(8, 8)
+    return model, lambda: model(torch.randn(4, 8)).sum()
+
+def depends_on_data():
+    model = nn.Linear(8, 8)
+    return model, lambda: model(torch.randn(4, 8).nonzero().float()).sum()
+
+def nothing():
+    return 3
+
+def real():
+    model = nn.Linear(8, 8, device="cpu")
+    return model, lambda: model(torch.randn(4, 8)).sum()
+"""
+
+
+def test_a_program_by_file_and_name(tmp_path: Path) -> None:
+    path = tmp_path / "program.py"
+    path.write_text(PROGRAM)
+    assert any(op.name in ("mm", "addmm") for op in record_program(f"{path}:works"))
+    for name, said in {
+        "depends_on_data": "does not run on the meta device",
+        "nothing": "must return",
+        "real": "is not on the meta device",
+        "missing": "no function",
+    }.items():
+        with pytest.raises(UserError, match=said):
+            record_program(f"{path}:{name}")
+    with pytest.raises(UserError, match="does not exist"):
+        record_program(f"{tmp_path}/other.py:works")
+    with pytest.raises(UserError, match="cannot import"):
+        record_program("no_such_module_here:works")
