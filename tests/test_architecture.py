@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from moesim.scenario.routers import ROUTERS
 from moesim.schedules import SCHEDULES
 
 PACKAGE = Path(__file__).parent.parent / "moesim"
@@ -177,6 +178,56 @@ def test_the_rule_finds_the_name_of_a_schedule() -> None:
     assert written_names("if kind in ('gpipe', 'zb_h1'): pass", SCHEDULES) == ["gpipe", "zb_h1"]
     assert written_names("settle = {'dualpipe': 6}", SCHEDULES)
     assert not written_names("def f():\n    'under dualpipe two ranks hold each stage'", SCHEDULES)
+
+
+def asked_names(source: str, names: Collection[str]) -> list[str]:
+    """Those of `names` that the source compares a kind with, matches, or lists in a constant of the module."""
+    tree = ast.parse(source)
+    parts: list[ast.AST] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Compare):
+            sides = [node.left, *node.comparators]
+            if any(re.search(r"\bkind$|_kind$", ast.unparse(side)) for side in sides):
+                parts += sides
+        elif isinstance(node, ast.MatchValue):
+            parts.append(node)
+    for line in tree.body:
+        value = line.value if isinstance(line, ast.Assign | ast.AnnAssign) else None
+        if isinstance(value, ast.Dict):
+            parts += [key for key in value.keys if key is not None]
+        elif isinstance(value, ast.Tuple | ast.List | ast.Set):
+            parts += value.elts
+    texts = (n.value for part in parts for n in ast.walk(part) if isinstance(n, ast.Constant))
+    return [text for text in texts if isinstance(text, str) and text in names]
+
+
+NAMES_OF_OTHERS = {
+    "scenario/hf_config.py": ROUTERS,  # families of released models
+    "scenario/hf_keys.py": ROUTERS,
+    "report/topology_layout.py": {"switch"},  # of a network
+    "report/topology_drawing.py": {"switch"},
+    "report/topology.py": {"switch"},
+    "validation/cases.py": {"uniform"},  # of routing that is drawn
+}
+
+
+@pytest.mark.parametrize("path", [path for path in files() if path != "scenario/routers.py"])
+def test_no_module_asks_for_a_router_by_its_name(path: str) -> None:
+    """What depends on the router is a fact in `moesim.scenario.routers`, so that a new router states it."""
+    names = set(ROUTERS) - set(NAMES_OF_OTHERS.get(path, ()))
+    assert not asked_names((PACKAGE / path).read_text(), names)
+
+
+def test_the_rule_finds_the_name_of_a_router() -> None:
+    for source in (
+        "a = shape.kind == 'deepseek_v3'",
+        "a = router.kind not in ('hash', 'deepseek_v3')",
+        "SIGMOIDS = ('deepseek_v3',)",
+        "TOP_K = {'deepseek_v3': 8}",
+        "match kind:\n    case 'deepseek_v3': pass",
+    ):
+        assert "deepseek_v3" in asked_names(source, ROUTERS)
+    assert not asked_names("router = GroupedRouter(kind='deepseek_v3')", ROUTERS)
 
 
 def loaded_after(statement: str) -> set[str]:

@@ -81,10 +81,11 @@ def _of_model(args: argparse.Namespace) -> tuple[int | None, int | None]:
 
 
 def _summary(args: argparse.Namespace, trace: object) -> dict[str, object]:
+    from moesim.scenario.routers import ROUTERS
     from moesim.trace import RoutingTrace
 
     assert isinstance(trace, RoutingTrace)
-    drawn = trace.router.kind == "popularity"
+    drawn = ROUTERS[trace.router.kind].drawn
     return {
         "trace": str(args.out),
         "read": f"counts, from which {trace.final.num_tokens} tokens were drawn" if drawn else "experts of every token",

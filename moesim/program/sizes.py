@@ -7,6 +7,7 @@ from moesim.program.operations import Operation
 from moesim.program.peers import GroupLinks, Peers
 from moesim.scenario import Model
 from moesim.scenario.model import Mla
+from moesim.scenario.routers import DEEPSEEK_MOE, RouterFacts
 
 Passes = tuple[list[Operation], list[Operation]]  # forward, backward (each in issue order)
 
@@ -16,8 +17,8 @@ class Step:
     """Sizes of one micro-batch on one rank: `batch` sequences of `sequence` tokens; `quantise` when dispatch is fp8.
 
     `tensor`, `context` and `expert_tensor` are the ranks that share products and tokens (see Parallelism), `links` what
-    their collectives cost; a rank alone needs none. `remote`: experts are spread over more than one rank. `sigmoid`:
-    the router's affinities are sigmoids. `shared_beside`: shared experts run beside the dispatch, where the software
+    their collectives cost; a rank alone needs none. `remote`: experts are spread over more than one rank. `router`:
+    the facts of the one that runs. `shared_beside`: shared experts run beside the dispatch, where the software
     can. `local`: the layer is one of model.local.
     """
 
@@ -26,7 +27,7 @@ class Step:
     sequence: int
     quantise: bool
     remote: bool
-    sigmoid: bool = False
+    router: RouterFacts = DEEPSEEK_MOE
     shared_beside: bool = True
     local: bool = False
     tensor: int = 1

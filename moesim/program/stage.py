@@ -19,6 +19,7 @@ from moesim.program.software import kernel_list
 from moesim.program.writer import KernelWriter
 from moesim.results.spans import Part, Phase
 from moesim.scenario import Scenario
+from moesim.scenario.routers import DEEPSEEK_MOE, facts_in_training
 from moesim.schedules import Pass
 
 
@@ -125,7 +126,7 @@ def step_sizes(scenario: Scenario, links: GroupLinks | None) -> Step:
         sequence=scenario.workload.sequence_length,
         quantise=scenario.dispatch.dtype == "fp8",
         remote=mesh.expert * mesh.expert_tensor > 1,
-        sigmoid=scenario.model.experts > 0 and scenario.router_shape().kind == "deepseek_v3",
+        router=facts_in_training(scenario.router_shape().kind) if scenario.model.experts else DEEPSEEK_MOE,
         shared_beside=scenario.overlap.shared_experts is not False,
         tensor=mesh.tensor,
         context=mesh.context,

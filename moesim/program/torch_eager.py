@@ -15,7 +15,7 @@ One micro-batch, forward (T tokens, K selections, R = T K rows that leave, I row
                 MLA: q and kv down, norm, up; rotary of q and of one key; concatenations of both
     dense FFN   RMS norm; W1/W3 product; silu and product; W2; residual sum
   every MoE layer
-    router      RMS norm; gate product; to fp32; softmax (or sigmoid, + bias); top-k; gather
+    router      RMS norm; gate product; to fp32; softmax (or sigmoid); + bias; top-k; gather; gates
     permute     ones and scatter-add counts; stable argsort of R ids; token of each row; gather of R rows
     dispatch    all-to-all of the counts; sums; read-back on the host; all-to-all of the rows, one per (token, expert)
     permute     local expert of each arrived row; stable argsort; inverse order; offsets; gather of I rows
@@ -91,31 +91,41 @@ def _router(w: KernelWriter, step: Step) -> Passes:
         [moved(w, "router.cast", "cast", forward("module", "cast"), bytes_=cast)],
         [moved(w.backward, "router.cast", "elementwise", backward("cast"), bytes_=cast)],
     )
-    if step.sigmoid:
-        each = 2 * FP32 * scores
-        affinities: Passes = (
-            [
-                moved(w, "router.sigmoid", "elementwise", forward("silu"), bytes_=each),
-                moved(w, "router.bias", "elementwise", forward("plain"), bytes_=each),
-            ],
+    each = 2 * FP32 * scores
+    affinities: Passes
+    if step.router.affinity == "sigmoid":
+        affinities = (
+            [moved(w, "router.sigmoid", "elementwise", forward("silu"), bytes_=each)],
             [moved(w.backward, "router.sigmoid", "elementwise", backward("silu"), bytes_=1.5 * each)],
-        )
-        gates: Passes = (
-            [small(w, "router.normalise", forward("reduce", "mul", "mul"), count=3)],
-            [small(w.backward, "router.normalise", backward("mul", "mul", "mul", "reduce", "accumulate"), count=6)],
         )
     else:
         softmax = w.memory("router.softmax", "softmax", rows=tokens, width=model.experts)
         back = w.backward.memory("router.softmax", "softmax_backward", rows=tokens, width=model.experts)
         affinities = [issued(softmax, forward("softmax"))], [issued(back, backward("softmax"))]
-        gates = [], []
+    if step.router.biased:
+        affinities[0].append(moved(w, "router.bias", "elementwise", forward("plain"), bytes_=each))
     return chain(
         accumulated(w, "router.branch", tokens, model.hidden),
         product(w, "router.gate", m=tokens, k=model.hidden, n=model.experts, module=False),
         to_fp32,
         affinities,
         ([topk, gather], gather_back),
-        gates,
+        _gates(w, step),
+    )
+
+
+def _gates(w: KernelWriter, step: Step) -> Passes:
+    """Affinities of the selected divided by their sum, times the factor, as the router's facts say."""
+    normalised, scaled = step.router.normalised, step.router.scaled
+    if not normalised and not scaled:
+        return [], []
+    name = "router.normalise" if normalised else "router.scale"
+    calls = ("reduce", "mul") * normalised + ("mul",) * scaled
+    backs = ("mul",) * scaled + ("mul", "mul", "reduce", "accumulate") * normalised
+    count = 5 * normalised + scaled  # a division's gradients: one of each side, negated, summed and added up
+    return (
+        [small(w, name, forward(*calls), count=len(calls))],
+        [small(w.backward, name, backward(*backs), count=count)],
     )
 
 

@@ -1,12 +1,12 @@
 """Is the router balanced at all? A router that nobody asked to balance is not what anybody would train at scale."""
 
 from moesim.scenario import Scenario, TrainRouting
+from moesim.scenario.routers import ROUTERS
 from moesim.trace import RoutingTrace
 from moesim.trace.metrics import expert_load_LE, imbalance, uniform_floor
 
 FAR_ABOVE_UNIFORM = 4.0  # times a uniform router's imbalance: published routers stay below, see docs/studies.md
 FAR_OF_POSSIBLE = 0.5  # of N / K, which all tokens with the same experts would give: for few experts that is soon
-NOTHING_TO_BALANCE = ("hash", "uniform", "expert_choice")  # not learned, or even by construction
 
 
 def balance_warnings(scenario: Scenario, trace: RoutingTrace) -> list[str]:
@@ -37,4 +37,6 @@ def _is_balanced(routing: TrainRouting) -> bool:
     balance = routing.balance
     coefficients = balance.expert, balance.device, balance.communication, balance.variance, balance.sequence
     biased = balance.loss_free is not None and balance.loss_free.gamma > 0
-    return routing.router.kind in NOTHING_TO_BALANCE or any(coefficients) or biased
+    facts = ROUTERS[routing.router.kind]
+    nothing_to_balance = not facts.learned or facts.by_experts  # even by construction
+    return nothing_to_balance or any(coefficients) or biased

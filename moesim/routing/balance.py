@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moesim.routing.routers import LEARNED_ROUTERS, Routing, normalise
+from moesim.routing.routers import Routing, normalise
+from moesim.scenario.routers import ROUTERS
 from moesim.scenario.routing import Balance, RouterShape
 
 
@@ -61,7 +62,7 @@ def routing_sums(routing: Routing, *, shape: RouterShape, num_sequences: int) ->
         sequence_terms = torch.zeros((), device=ids_TK.device)
     else:
         shares_TN = normalise(routing.probabilities_TN)
-        normal = LEARNED_ROUTERS[shape.kind].sums_to_one  # but for rounding, which is left as it is
+        normal = ROUTERS[shape.kind].sums_to_one  # but for rounding, which is left as it is
         probability_N = (routing.probabilities_TN if normal else shares_TN).sum(dim=0)
         length = num_tokens // num_sequences
         share_SN = shares_TN.reshape(num_sequences, -1, num_experts).mean(dim=1)

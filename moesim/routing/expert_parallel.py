@@ -10,7 +10,7 @@ dropped. Expert weights are those of `RoutedExperts`, gates those of the routers
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moesim.routing.experts import RoutedExperts, SharedExperts
-from moesim.routing.routers import DeepSeekMoERouter, DeepSeekV3Router, RouterInputs, Routing
+from moesim.routing.routers import LearnedRouter, RouterInputs, Routing
+from moesim.scenario.routers import facts_in_training
 from moesim.scenario.routing import RouterShape
 
 Mark = Callable[[Tensor, str], Tensor]
@@ -40,48 +41,41 @@ class ExpertGroup:
     handle: dist.ProcessGroup | None = None
 
 
-class SoftmaxGate(DeepSeekMoERouter):
-    """Softmax over all experts, then top-k; the product in the dtype of the weights, the softmax in float32.
+class ShardedGate(LearnedRouter):
+    """The router by its facts in plain torch kernels: product in the dtype of the weights, s in float32, torch's top-k.
 
+    Logits as affinities are taken as a softmax over all experts, whose normalised gates are the same. Without groups.
     Ids given in `forced_ids_TK` take the place of the selection, whose kernels run all the same.
     """
 
     forced_ids_TK: Tensor | None = None
 
+    def __init__(self, hidden: int, shape: RouterShape) -> None:
+        super().__init__(hidden, replace(shape, kind=facts_in_training(shape.kind).name))
+
     def forward(self, hidden_TH: Tensor, inputs: RouterInputs | None = None) -> Routing:
         """Route `hidden_TH`; `inputs` is not looked at."""
         del inputs
-        return self.route(functional.linear(hidden_TH, self.centroids_NH).float(), NO_INPUTS)
+        logits_TN = functional.linear(hidden_TH, self.centroids_NH).float()
+        affinities_TN = logits_TN.sigmoid() if self.facts.affinity == "sigmoid" else logits_TN.softmax(dim=-1)
+        ids_TK = self.select(affinities_TN)
+        affinities_TK = affinities_TN.gather(1, ids_TK)
+        return Routing(ids_TK, self.weigh(affinities_TK), affinities_TK, affinities_TN)
 
     def select(self, affinities_TN: Tensor) -> Tensor:
         """The best K, or the forced ids."""
-        ids_TK = affinities_TN.detach().topk(self.shape.top_k, dim=-1).indices
+        scores_TN = affinities_TN.detach()
+        if self.facts.biased:
+            scores_TN = scores_TN + self.bias_N
+        ids_TK = scores_TN.topk(self.shape.top_k, dim=-1).indices
         return ids_TK if self.forced_ids_TK is None else self.forced_ids_TK
 
-
-class SigmoidGate(DeepSeekV3Router):
-    """Sigmoid, then top-k of s + b, gates renormalised; otherwise as `SoftmaxGate`. Without groups."""
-
-    forced_ids_TK: Tensor | None = None
-
-    def forward(self, hidden_TH: Tensor, inputs: RouterInputs | None = None) -> Routing:
-        """Route `hidden_TH`; `inputs` is not looked at."""
-        del inputs
-        return self.route(functional.linear(hidden_TH, self.centroids_NH).float(), NO_INPUTS)
-
-    def route(self, logits_TN: Tensor, inputs: RouterInputs) -> Routing:
-        """Select on s + b, weigh by s."""
-        affinities_TN = logits_TN.sigmoid()
-        ids_TK = (affinities_TN.detach() + self.bias_N).topk(self.shape.top_k, dim=-1).indices
-        if self.forced_ids_TK is not None:
-            ids_TK = self.forced_ids_TK
-        affinities_TK = affinities_TN.gather(1, ids_TK)
-        gates_TK = affinities_TK / affinities_TK.sum(dim=1, keepdim=True) * self.shape.routed_scaling_factor
-        return Routing(ids_TK, gates_TK, affinities_TK, affinities_TN)
-
-
-NO_INPUTS = RouterInputs(torch.zeros(0, dtype=torch.int64), torch.Generator())
-SIGMOID_KINDS = ("deepseek_v3",)
+    def weigh(self, affinities_TK: Tensor) -> Tensor:
+        """s, divided by their sum and times the factor where the facts say so."""
+        gates_TK = affinities_TK
+        if self.facts.normalised:
+            gates_TK = gates_TK / gates_TK.sum(dim=1, keepdim=True)
+        return gates_TK * self.shape.routed_scaling_factor if self.facts.scaled else gates_TK
 
 
 class ExpertShard(RoutedExperts):
@@ -128,7 +122,7 @@ class ExpertParallelMoE(nn.Module):
         assert shape.num_experts % group.size == 0
         self.group = group
         self.num_local = shape.num_experts // group.size
-        self.router = (SigmoidGate if shape.kind in SIGMOID_KINDS else SoftmaxGate)(hidden, shape)
+        self.router = ShardedGate(hidden, shape)
         self.experts = ExpertShard(hidden=hidden, num_experts=self.num_local, width=width)
         self.shared: SharedExperts | None = None
         if shared_experts:

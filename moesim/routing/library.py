@@ -34,6 +34,7 @@ from moesim.errors import UserError
 from moesim.processes import same_imports, signals_interrupt
 from moesim.routing.library_points import SEQUENCE_LENGTH, LibraryPoint, library_points
 from moesim.routing.request import TrainingRequest
+from moesim.scenario.routers import ROUTERS
 from moesim.scenario.routing import NoCapacity
 from moesim.trace import RoutingTrace, StepCounts
 from moesim.trace.library.catalogue import INDEX, file_of, write_index
@@ -157,7 +158,7 @@ def _is_made(point: LibraryPoint, out: Path) -> bool:
 
 def _bunches(points: Sequence[LibraryPoint], *, lanes: int) -> Iterator[list[LibraryPoint]]:
     """Points that train together. Expert choice waits for the host in every layer, so each is alone, and first."""
-    alone = [point for point in points if point.request.router.kind == "expert_choice"]
+    alone = [point for point in points if ROUTERS[point.request.router.kind].by_experts]
     yield from ([point] for point in alone)
     # costly ones first, like beside like, so that the lanes of a bunch end together and the last bunch is short
     others = sorted((point for point in points if point not in alone), key=_cost, reverse=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from moesim.routing.request import TrainingRequest
+from moesim.scenario.routers import ROUTERS
 from moesim.scenario.routing import (
     Balance,
     Capacity,
@@ -164,15 +165,15 @@ def _routers(published: LibraryPoint, kinds: tuple[str, ...]) -> Iterator[Librar
     shape, balance = published.request.router, published.request.balance
     for kind in kinds:
         changes: dict[str, Any] = {"router": replace(shape, kind=kind, num_groups=1, group_limit=1)}
-        if kind == "deepseek_v3":
-            changes["router"] = replace(shape, kind=kind, routed_scaling_factor=1.0)
-        elif kind == "deepseek_v2":
-            changes["router"] = replace(shape, kind=kind)
-        if kind != "deepseek_v3" and balance.loss_free is not None:
+        facts = ROUTERS[kind]
+        if facts.grouped:
+            factor = 1.0 if facts.normalised else shape.routed_scaling_factor
+            changes["router"] = replace(shape, kind=kind, routed_scaling_factor=factor)
+        if not facts.biased and balance.loss_free is not None:
             changes["balance"] = balance.model_copy(update={"loss_free": None})
-        if kind in ("expert_choice", "hash"):
+        if facts.by_experts or not facts.learned:
             changes["balance"] = Balance()
-        if kind == "expert_choice":
+        if facts.by_experts:
             changes["capacity"] = NoCapacity()
         yield _vary(published, f"router-{kind}", "router", kind, **changes)
 

@@ -15,6 +15,7 @@ from moesim.errors import UserError
 from moesim.routing.request import TrainingRequest
 from moesim.routing.routers import Routing
 from moesim.routing.transformer import LanguageModel, Mode
+from moesim.scenario.routers import ROUTERS
 from moesim.seeding import stream_seed
 from moesim.trace.record import NO_EXPERT, TraceStep
 
@@ -54,7 +55,7 @@ def record(
     """
     length = request.sequence_length
     bytes_ST = held_out_sequences(held_out, num_sequences=num_sequences, length=length)
-    if request.router.kind == "expert_choice":
+    if ROUTERS[request.router.kind].by_experts:
         per_forward = request.micro_batch
     else:
         per_forward = max(1, TOKENS_PER_FORWARD // length)

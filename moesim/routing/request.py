@@ -11,6 +11,7 @@ import moesim
 from moesim.errors import UserError
 from moesim.routing.corpus import load_corpus
 from moesim.scenario import Scenario
+from moesim.scenario.routers import ROUTERS
 from moesim.scenario.routing import Balance, Capacity, DeviceCapacity, NoCapacity, RouterShape, Thin, TrainRouting
 from moesim.strict_json import json_text
 
@@ -18,8 +19,6 @@ RECIPE = 2  # raise when a change of the code changes the traces that equal requ
 LEAST_RECORDED_TOKENS = 65_536
 CHEAP_RECORDED_TOKENS = 262_144  # a few seconds of forward passes
 FIRST_RECORDED_TOKENS = 16_384
-TOP_K_OF_KIND = {"switch": 1, "gshard": 2}
-WITHOUT_AFFINITIES = ("hash", "uniform")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +64,7 @@ class TrainingRequest:
             steps=routing.steps,
             sequence_length=workload.sequence_length,
             recorded_sequences=-(-wanted // workload.sequence_length),
-            micro_batch=workload.micro_batch if router.kind == "expert_choice" else 1,
+            micro_batch=workload.micro_batch if ROUTERS[router.kind].by_experts else 1,
             shared_experts=scenario.model.shared_experts,
             balance=routing.balance,
             capacity=scenario.capacity,
@@ -148,15 +147,17 @@ class TrainingRequest:
                 f"routing.thin.tokens_per_step = {thin.tokens_per_step} is not a multiple of micro_batches * context = "
                 f"{thin.micro_batches * thin.context}; use {thin.micro_batches * thin.context * 8}"
             )
-        fixed_k = TOP_K_OF_KIND.get(router.kind)
+        facts = ROUTERS[router.kind]
+        fixed_k = facts.fixed_k
         if fixed_k is not None and router.top_k != fixed_k:
             yield (
                 f"routing.router.kind {router.kind} selects {fixed_k} expert(s) per token, but model.top_k = "
                 f"{router.top_k}; set it to {fixed_k}"
             )
-        if router.kind != "deepseek_v3" and balance.loss_free is not None:
+        if not facts.biased and balance.loss_free is not None:
+            others = " or ".join(other.name for other in ROUTERS.values() if other.biased)
             yield (
-                f"routing.balance.loss_free needs the bias of router deepseek_v3, not {router.kind}; "
+                f"routing.balance.loss_free needs the bias of router {others}, not {router.kind}; "
                 "remove it or change the router"
             )
         yield from self._balance_complaints()
@@ -165,7 +166,7 @@ class TrainingRequest:
         router, balance = self.router, self.balance
         coefficients = ("expert", "device", "communication", "variance", "sequence")
         used = [name for name in coefficients if getattr(balance, name)]
-        if used and router.kind in WITHOUT_AFFINITIES:
+        if used and ROUTERS[router.kind].affinity == "none":
             yield f"routing.balance.{used[0]} has no effect on router {router.kind}, which has no affinities; remove it"
         if _knows_devices(balance, self.capacity) and router.num_experts % router.num_devices:
             yield (

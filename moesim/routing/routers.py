@@ -6,13 +6,15 @@ All routers share one signature, `router(hidden_TH, inputs) -> Routing`, and are
 lowest expert id: the best K are taken by K times argmax, which names the first maximum (as fast as topk for these K).
 """
 
+import importlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from moesim.scenario.routers import ROUTERS
 from moesim.scenario.routing import RouterShape
 
 NUM_HASH_BUCKETS = 4096
@@ -26,7 +28,7 @@ class Routing(NamedTuple):
     `expert_ids_TK` (int64, -1 where a token has fewer selections), `gates_TK` (weights of the expert outputs, 0 where
     the id is -1), `affinities_TK` (the router's own scores s of the selected experts: they rank rows when capacity
     drops some; 0 where the id is -1) and `probabilities_TN` (s as the balance losses want it: of all experts, softmax
-    over logits where s are logits; up to a positive factor per token unless the router's `sums_to_one`; None for
+    over logits where s are logits; up to a positive factor per token unless its facts say `sums_to_one`; None for
     routers without affinities).
     """
 
@@ -76,15 +78,21 @@ def limit_groups(scores_TN: Tensor, *, num_groups: int, group_limit: int, best_o
 class LearnedRouter(nn.Module):
     """A router with one centroid per expert: logits = hidden . centroid, always in float32.
 
-    `sums_to_one`: a token's `probabilities_TN` are a softmax, so the balance losses need not normalise them.
+    This class routes by the router's facts alone: Switch (arXiv 2101.03961), DeepSeekMoE (arXiv 2401.06066) and OLMoE,
+    DeepSeek-V2 (arXiv 2405.04434) and -V3 (arXiv 2412.19437), and any other that selects the K best of s within the M
+    best groups. A bias b (buffer `bias_N`) selects as s + b, never weighs and has no gradient;
+    `moesim.routing.balance.loss_free_update` moves it.
     """
 
-    sums_to_one = True
+    bias_N: Tensor
 
     def __init__(self, hidden: int, shape: RouterShape) -> None:
         super().__init__()
-        self.shape = shape
+        self.shape, self.facts = shape, ROUTERS[shape.kind]
+        assert self.facts.fixed_k in (None, shape.top_k)
         self.centroids_NH = nn.Parameter(torch.empty(shape.num_experts, hidden))
+        if self.facts.biased:
+            self.register_buffer("bias_N", torch.zeros(shape.num_experts))
 
     def reset_parameters(self, generator: torch.Generator) -> None:
         """Draw the centroids so that unit-variance hidden states give logits of `LOGIT_STD_AT_START`."""
@@ -98,31 +106,29 @@ class LearnedRouter(nn.Module):
 
     def route(self, logits_TN: Tensor, inputs: RouterInputs) -> Routing:
         """Select and weigh experts from logits: the router's formula."""
-        affinities_TN = logits_TN.softmax(dim=-1)
+        del inputs
+        is_sigmoid = self.facts.affinity == "sigmoid"
+        affinities_TN = logits_TN.sigmoid() if is_sigmoid else logits_TN.softmax(dim=-1)
         expert_ids_TK = self.select(affinities_TN)
         affinities_TK = affinities_TN.gather(1, expert_ids_TK)
-        return Routing(expert_ids_TK, self.weigh(affinities_TK), affinities_TK, affinities_TN)
+        probabilities_TN = _without_underflow(affinities_TN, logits_TN) if is_sigmoid else affinities_TN
+        return Routing(expert_ids_TK, self.weigh(affinities_TK), affinities_TK, probabilities_TN)
 
     def select(self, affinities_TN: Tensor) -> Tensor:
-        """Ids [T, K] of the selected experts."""
-        return top_ids(affinities_TN, self.shape.top_k)
+        """Ids [T, K] of the selected experts: the best of s (+ b) within the best groups."""
+        shape = self.shape
+        limited_TN = limit_groups(
+            affinities_TN + self.bias_N if self.facts.biased else affinities_TN,
+            num_groups=shape.num_groups,
+            group_limit=shape.group_limit,
+            best_of=self.facts.best_of,
+        )
+        return top_ids(limited_TN, shape.top_k)
 
     def weigh(self, affinities_TK: Tensor) -> Tensor:
-        """Gates [T, K] of the selected experts."""
-        return affinities_TK
-
-
-class SwitchRouter(LearnedRouter):
-    """Switch Transformer (arXiv 2101.03961): softmax, top-1, gate = s."""
-
-    def select(self, affinities_TN: Tensor) -> Tensor:
-        """The one best expert."""
-        assert self.shape.top_k == 1
-        return top_ids(affinities_TN, 1)
-
-
-class DeepSeekMoERouter(LearnedRouter):
-    """DeepSeekMoE (arXiv 2401.06066) and OLMoE: softmax, top-K, gate = s, not renormalised."""
+        """Gates [T, K] of the selected experts: s, divided by their sum and times the factor where the facts say so."""
+        gates_TK = normalise(affinities_TK) if self.facts.normalised else affinities_TK
+        return gates_TK * self.shape.routed_scaling_factor if self.facts.scaled else gates_TK
 
 
 class GshardRouter(LearnedRouter):
@@ -156,46 +162,6 @@ class TopKSoftmaxRouter(LearnedRouter):
         expert_ids_TK = top_ids(logits_TN, self.shape.top_k)
         logits_TK = logits_TN.gather(1, expert_ids_TK)
         return Routing(expert_ids_TK, logits_TK.softmax(dim=-1), logits_TK, logits_TN.softmax(dim=-1))
-
-
-class DeepSeekV2Router(LearnedRouter):
-    """DeepSeek-V2 (arXiv 2405.04434): softmax; top-K within the M groups of highest affinity; gate = s * factor."""
-
-    def select(self, affinities_TN: Tensor) -> Tensor:
-        """Group-limited top-K, a group's score being its maximum."""
-        shape = self.shape
-        limited_TN = limit_groups(affinities_TN, num_groups=shape.num_groups, group_limit=shape.group_limit, best_of=1)
-        return top_ids(limited_TN, shape.top_k)
-
-    def weigh(self, affinities_TK: Tensor) -> Tensor:
-        """s times the routed scaling factor, not renormalised."""
-        return affinities_TK * self.shape.routed_scaling_factor
-
-
-class DeepSeekV3Router(LearnedRouter):
-    """DeepSeek-V3 (arXiv 2412.19437): sigmoid; s + b selects, s renormalised times the factor weighs.
-
-    The bias b (buffer `bias_N`) never weighs and has no gradient; `moesim.routing.balance.loss_free_update` moves it.
-    """
-
-    sums_to_one = False
-    bias_N: Tensor
-
-    def __init__(self, hidden: int, shape: RouterShape) -> None:
-        super().__init__(hidden, shape)
-        self.register_buffer("bias_N", torch.zeros(shape.num_experts))
-
-    def route(self, logits_TN: Tensor, inputs: RouterInputs) -> Routing:
-        """Group-limited top-K of s + b, a group's score being the sum of its two best."""
-        shape = self.shape
-        affinities_TN = logits_TN.sigmoid()
-        limited_TN = limit_groups(
-            affinities_TN + self.bias_N, num_groups=shape.num_groups, group_limit=shape.group_limit, best_of=2
-        )
-        expert_ids_TK = top_ids(limited_TN, shape.top_k)
-        affinities_TK = affinities_TN.gather(1, expert_ids_TK)
-        gates_TK = normalise(affinities_TK) * shape.routed_scaling_factor
-        return Routing(expert_ids_TK, gates_TK, affinities_TK, _without_underflow(affinities_TN, logits_TN))
 
 
 def normalise(scores_TX: Tensor) -> Tensor:
@@ -305,20 +271,6 @@ class UniformRouter(PopularityRouter):
 
 AnyRouter = LearnedRouter | FixedRouter
 
-LEARNED_ROUTERS: dict[str, type[LearnedRouter]] = {
-    "switch": SwitchRouter,
-    "gshard": GshardRouter,
-    "topk_softmax": TopKSoftmaxRouter,
-    "deepseek_moe": DeepSeekMoERouter,
-    "deepseek_v2": DeepSeekV2Router,
-    "deepseek_v3": DeepSeekV3Router,
-    "expert_choice": ExpertChoiceRouter,
-}
-FIXED_ROUTERS: dict[str, Callable[[RouterShape], HashRouter | UniformRouter]] = {
-    "hash": HashRouter,
-    "uniform": UniformRouter,
-}
-
 
 def build_router(
     shape: RouterShape, *, hidden: int, generator: torch.Generator, popularity_N: Sequence[float] | None = None
@@ -328,13 +280,15 @@ def build_router(
     `popularity_N` (relative frequencies >= 0) belongs to kind `popularity` alone. Raises KeyError for an unknown kind.
     """
     assert shape.group_limit * (shape.num_experts // shape.num_groups) >= shape.top_k
+    facts = ROUTERS[shape.kind]
+    assert facts.module is not None, "such a trace is replayed, not routed again"
+    module, _, name = facts.module.partition(":")
+    build = getattr(importlib.import_module(module), name)
     router: LearnedRouter | HashRouter | PopularityRouter
-    if shape.kind == "popularity":
+    if facts.drawn:
         assert popularity_N is not None
-        router = PopularityRouter(shape, popularity_N=popularity_N)
-    elif shape.kind in FIXED_ROUTERS:
-        router = FIXED_ROUTERS[shape.kind](shape)
+        router = build(shape, popularity_N=popularity_N)
     else:
-        router = LEARNED_ROUTERS[shape.kind](hidden, shape)
+        router = build(hidden, shape) if facts.learned else build(shape)
     router.reset_parameters(generator)
     return router

@@ -24,6 +24,7 @@ from moesim.routing.request import TrainingRequest
 from moesim.routing.static_experts import StaticExperts
 from moesim.routing.training import BETAS, WEIGHT_DECAY, draw_batch, learning_rate, update_biases
 from moesim.routing.transformer import LanguageModel, Mode
+from moesim.scenario.routers import ROUTERS
 from moesim.seeding import stream_seed
 from moesim.trace import TrainingCurves
 
@@ -45,7 +46,7 @@ class StaticTrainer:
     def __init__(self, request: TrainingRequest, corpus: Corpus, *, device: torch.device) -> None:
         assert request.thin.micro_batches == 1 and request.thin.hash_warmup_share == 0
         self.request, self.device = request, device
-        dynamic = request.router.kind == "expert_choice" or request.router.random_second
+        dynamic = ROUTERS[request.router.kind].by_experts or request.router.random_second
         self.captures = device.type == "cuda" and not dynamic
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -146,7 +147,7 @@ class StaticTrainer:
         """
         context, length = self.request.thin.context, bytes_ST.shape[1] - 1
         assert length % context == 0
-        alone = self.request.router.kind == "expert_choice"
+        alone = ROUTERS[self.request.router.kind].by_experts
         per_forward = 1 if alone else max(1, tokens_per_forward // length)
         losses, counts = [], []
         generator = torch.Generator().manual_seed(stream_seed(self.request.seed, "record", self.done))

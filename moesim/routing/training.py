@@ -29,7 +29,7 @@ from moesim.routing.corpus import Corpus, load_corpus
 from moesim.routing.progress import ProgressCallback, StepReport
 from moesim.routing.recording import record
 from moesim.routing.request import TrainingRequest
-from moesim.routing.routers import DeepSeekV3Router
+from moesim.routing.routers import LearnedRouter
 from moesim.routing.transformer import LanguageModel, Mode
 from moesim.scenario.routing import DeviceCapacity
 from moesim.seeding import stream, stream_seed
@@ -279,7 +279,7 @@ def update_biases(model: LanguageModel, request: TrainingRequest, counts_LN: Ite
     if request.balance.loss_free is None:
         return
     for layer, count_N in zip(model.moe_layers, counts_LN, strict=True):
-        assert isinstance(layer.router, DeepSeekV3Router)
+        assert isinstance(layer.router, LearnedRouter)
         loss_free_update(layer.router.bias_N, count_N, gamma=request.balance.loss_free.gamma)
 
 

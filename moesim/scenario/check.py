@@ -14,10 +14,9 @@ from moesim.scenario.check_size import check_gpus, check_size
 from moesim.scenario.cluster import Explicit, RoundRobin, keeps_groups
 from moesim.scenario.dispatch import DISPATCH
 from moesim.scenario.document import Path
+from moesim.scenario.routers import ROUTERS
 from moesim.scenario.routing import (
-    ExpertChoiceRouter,
     GroupedRouter,
-    GshardRouter,
     PopularityRouting,
     Router,
     UniformRouting,
@@ -202,14 +201,15 @@ def _check_counts(scenario: Scenario, routing: PopularityRouting, report: _Repor
 
 def _check_router(scenario: Scenario, router: Router, report: _Report) -> None:
     top_k = scenario.model.top_k
-    if router.kind == "switch" and top_k != 1:
-        raise report.user("routing.router.kind", f"switch selects 1 expert, but top_k = {top_k}; set model.top_k: 1")
-    if isinstance(router, GshardRouter) and top_k != 2:
-        raise report.user("routing.router.kind", f"gshard selects 2 experts, but top_k = {top_k}; set model.top_k: 2")
+    facts = ROUTERS[router.kind]
+    if (fixed_k := facts.fixed_k) is not None and top_k != fixed_k:
+        experts = "1 expert" if fixed_k == 1 else f"{fixed_k} experts"
+        what = f"{facts.name} selects {experts}, but top_k = {top_k}; set model.top_k: {fixed_k}"
+        raise report.user("routing.router.kind", what)
     if isinstance(router, GroupedRouter):
         _check_limit(scenario, router, report)
-    elif isinstance(router, ExpertChoiceRouter) and scenario.capacity.kind != "none":
-        message = "expert_choice fills its experts exactly (router.capacity_factor); use capacity: {kind: none}"
+    elif facts.by_experts and scenario.capacity.kind != "none":
+        message = f"{facts.name} fills its experts exactly (router.capacity_factor); use capacity: {{kind: none}}"
         raise report.user("capacity.kind", message)
 
 
@@ -244,10 +244,12 @@ def _check_groups(scenario: Scenario, report: _Report) -> None:
     if shape.group_limit * per_group < top_k:
         what = f"{shape.group_limit} groups of {per_group} experts hold fewer than top_k = {top_k}"
         raise report.user(limit_key, f"{what}; use at least {-(-top_k // per_group)}, or fewer groups")
-    is_v3 = isinstance(router, GroupedRouter) and router.kind == "deepseek_v3"
-    if is_v3 and per_group < 2 and shape.group_limit < shape.num_groups:
+    facts = ROUTERS[router.kind] if isinstance(router, GroupedRouter) else None
+    if facts is not None and per_group < facts.best_of and shape.group_limit < shape.num_groups:
         key = limit_key if by_device else groups_key
-        raise report.user(key, "deepseek_v3 scores a group by its two best experts; use groups of at least 2 experts")
+        best = "two best experts" if facts.best_of == 2 else f"{facts.best_of} best experts"
+        what = f"{facts.name} scores a group by its {best}; use groups of at least {facts.best_of} experts"
+        raise report.user(key, what)
 
 
 def _check_placement(scenario: Scenario, report: _Report) -> None:

@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.errors import UserError
+from moesim.scenario.routers import ROUTERS
 from moesim.scenario.routing import RouterShape
 from moesim.strict_json import json_text
-from moesim.trace.gates import WEIGHINGS, gates_of
+from moesim.trace.gates import gates_of
 from moesim.trace.masks import distinct_domains
 from moesim.trace.record import NO_EXPERT, RoutingTrace, StepCounts, TraceStep, TrainingCurves, group_of_expert
 
@@ -91,10 +92,12 @@ def _check_router(router: RouterShape) -> None:
             raise UserError(
                 f"the trace's router has {name} = {_short(getattr(router, name))}, no number from 0 to {_MOST_FACTOR:g}"
             )
-    if not isinstance(router.kind, str) or router.kind not in WEIGHINGS:
-        raise UserError(f"the trace's router is of kind {_short(router.kind)}; known are {', '.join(WEIGHINGS)}")
-    if router.random_second is not False and not (router.random_second is True and router.kind == "gshard"):
-        raise UserError("the trace's router has a random second expert, which only gshard has")
+    if not isinstance(router.kind, str) or router.kind not in ROUTERS:
+        raise UserError(f"the trace's router is of kind {_short(router.kind)}; known are {', '.join(ROUTERS)}")
+    facts = ROUTERS[router.kind]
+    if router.random_second is not False and not (router.random_second is True and facts.random_second):
+        others = " or ".join(other.name for other in ROUTERS.values() if other.random_second)
+        raise UserError(f"the trace's router has a random second expert, which only {others} has")
     if router.num_experts % router.num_groups:
         raise UserError(
             f"the trace's router has {router.num_groups} groups, which do not divide its {router.num_experts} experts"
@@ -119,7 +122,7 @@ def _check_step(step: TraceStep, router: RouterShape) -> None:
         raise UserError(f"{where} has arrays of wrong types; expert ids are int16, affinities and gates float32")
     if ids.min() < NO_EXPERT or ids.max() >= router.num_experts:
         raise UserError(f"{where} names experts outside 0..{router.num_experts - 1}; record it again")
-    if router.kind != "expert_choice" and (
+    if not ROUTERS[router.kind].by_experts and (
         ids.shape[-1] != router.top_k or (ids.min() == NO_EXPERT and not router.random_second)
     ):
         raise UserError(f"{where} does not give every token top_k = {router.top_k} experts; record it again")
@@ -143,14 +146,15 @@ def _check_weights(step: TraceStep, router: RouterShape, where: str) -> None:
         raise UserError(f"{where} has affinities or gates that are not finite; record it again")
     if ids.min() == NO_EXPERT and (affinities[ids == NO_EXPERT].any() or gates[ids == NO_EXPERT].any()):
         raise UserError(f"{where} has affinities or gates where a token has no expert; record it again")
-    weighing = WEIGHINGS[router.kind]
-    if not weighing.logits and (affinities.min() < 0 or affinities.max() > 1 + _GATE_ERROR):
+    facts = ROUTERS[router.kind]
+    logits = facts.affinity == "logits"
+    if not logits and (affinities.min() < 0 or affinities.max() > 1 + _GATE_ERROR):
         raise UserError(f"{where} has affinities outside 0 to 1, which {router.kind} does not make; record it again")
-    factor = router.routed_scaling_factor if weighing.scaled else 1.0
+    factor = router.routed_scaling_factor if facts.scaled else 1.0
     wrong = np.abs(gates_of(router, ids, affinities) - gates) > _GATE_ERROR * (np.abs(gates) + 1e-3 * factor)
     if router.random_second:  # the first keeps the gate that it had beside the second
         wrong = (gates < 0) | (gates > 1 + _GATE_ERROR)
-    elif weighing.normalised and not weighing.logits:
+    elif facts.normalised and not logits:
         wrong &= affinities.max(axis=-1, keepdims=True) > _LOST_AFFINITY
     if wrong.any():
         raise UserError(f"{where} has gates that {router.kind} does not make of its affinities; record it again")
@@ -165,7 +169,7 @@ def _check_counts(each: StepCounts, router: RouterShape, *, num_layers: int) -> 
     if counts.dtype != np.int32 or counts.min() < 0:
         raise UserError(f"{where} are no int32 numbers from 0 on; record it again")
     selected_LS = counts.sum(axis=2, dtype=np.int64)
-    every_token_has_k = router.kind != "expert_choice" and not router.random_second
+    every_token_has_k = not ROUTERS[router.kind].by_experts and not router.random_second
     if not selected_LS.all() or (every_token_has_k and (selected_LS % router.top_k).any()):
         raise UserError(f"{where} are not those of top_k = {router.top_k} experts per token; record it again")
 

@@ -9,9 +9,9 @@ import pytest
 from moe_cases import shape_of, small_request
 
 from moesim.routing.request import TrainingRequest
-from moesim.routing.routers import LEARNED_ROUTERS
 from moesim.routing.training import train_router
 from moesim.scenario import load_scenario
+from moesim.scenario.routers import ROUTERS
 from moesim.scenario.routing import Balance, RouterShape
 from moesim.trace import RoutingTrace, TraceStep
 from moesim.trace.metrics import expert_load_LE, imbalance
@@ -62,7 +62,7 @@ def load_of(loss: str, step: TraceStep, router: RouterShape) -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", COEFFICIENTS)
-@pytest.mark.parametrize("kind", LEARNED_ROUTERS)
+@pytest.mark.parametrize("kind", [kind for kind, facts in ROUTERS.items() if facts.learned])
 def test_a_larger_coefficient_never_ends_with_more_imbalance(corpus: Path, kind: str, loss: str) -> None:
     router = shape_of(kind)
     ends = [

@@ -10,8 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn import functional
 
-from moesim.routing.expert_parallel import ExpertGroup, ExpertParallelMoE, SigmoidGate, SoftmaxGate
-from moesim.routing.routers import DeepSeekMoERouter, DeepSeekV3Router, RouterInputs
+from moesim.routing.expert_parallel import ExpertGroup, ExpertParallelMoE, ShardedGate
 from moesim.routing.sharded_model import ShardedTrainer, build_sharded_model, unsupported
 from moesim.scenario.model import Gqa, LocalGlobal, Mla, Model
 from moesim.scenario.routing import RouterShape
@@ -110,22 +109,13 @@ def test_the_layer_is_the_sum_over_selected_experts() -> None:
     assert layer.last_count_N is not None and int(layer.last_count_N.sum()) == 12
 
 
-@pytest.mark.parametrize(
-    ("fast", "plain", "kind"),
-    [(SoftmaxGate, DeepSeekMoERouter, "deepseek_moe"), (SigmoidGate, DeepSeekV3Router, "deepseek_v3")],
-)
-def test_gates_route_as_the_routers_do(fast: Any, plain: Any, kind: str) -> None:
-    shape = RouterShape(kind=kind, num_experts=16, top_k=3, routed_scaling_factor=2.5)
-    gate, router = fast(8, shape), plain(8, shape)
-    generator = torch.Generator().manual_seed(2)
-    gate.reset_parameters(generator)
-    router.load_state_dict(gate.state_dict())
-    hidden_TH = torch.randn(50, 8, generator=generator)
-    ours, theirs = gate(hidden_TH), router(hidden_TH, RouterInputs(torch.zeros(50, dtype=torch.int64), generator))
-    assert torch.equal(ours.expert_ids_TK, theirs.expert_ids_TK)
-    torch.testing.assert_close(ours.gates_TK, theirs.gates_TK)
+def test_forced_ids_take_the_place_of_the_selection() -> None:
+    gate = ShardedGate(8, RouterShape(kind="deepseek_v3", num_experts=16, top_k=3, routed_scaling_factor=2.5))
+    gate.reset_parameters(torch.Generator().manual_seed(2))
     gate.forced_ids_TK = torch.tensor([[3, 1, 2]]).expand(50, 3)
-    assert torch.equal(gate(hidden_TH).expert_ids_TK, gate.forced_ids_TK)
+    routing = gate(torch.randn(50, 8, generator=torch.Generator().manual_seed(3)))
+    assert torch.equal(routing.expert_ids_TK, gate.forced_ids_TK)
+    torch.testing.assert_close(routing.gates_TK.sum(dim=1), torch.full((50,), 2.5))
 
 
 def test_a_rank_without_rows_still_answers() -> None:

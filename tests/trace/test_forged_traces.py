@@ -15,8 +15,9 @@ import pytest
 
 from moesim.errors import UserError
 from moesim.scenario import RouterShape
+from moesim.scenario.routers import ROUTERS
 from moesim.trace import RoutingTrace, StepCounts, TraceStep, TrainingCurves, load_trace, save_trace, trace_hash
-from moesim.trace.gates import WEIGHINGS, gates_of
+from moesim.trace.gates import gates_of
 from moesim.trace.store import MOST_BYTES
 
 ODD = [None, True, -1, 0, 1.5, 10**12, 10**30, 1e308, "x", "", [], {}, [10**12], {"0": 0}, "\u0000\n\u202e" * 50]
@@ -248,7 +249,7 @@ def test_every_field_is_checked_against_the_others(tmp_path: Path, change: Chang
     assert text in refused(tmp_path / "a.npz")
 
 
-@pytest.mark.parametrize("kind", sorted(WEIGHINGS))
+@pytest.mark.parametrize("kind", sorted(ROUTERS))
 def test_a_sound_trace_of_every_kind_passes(tmp_path: Path, kind: str) -> None:
     save_trace(sound(kind), tmp_path / "a.npz")
     assert trace_hash(load_trace(tmp_path / "a.npz")) == trace_hash(sound(kind))

@@ -9,12 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesim.errors import UserError
-from moesim.routing.routers import LEARNED_ROUTERS, RouterInputs, build_router
 from moesim.scenario import RouterShape
 from moesim.trace import RoutingTrace, StepCounts, TraceStep, TrainingCurves
 from moesim.trace.library.catalogue import file_of, find_entry, load_library, write_index
@@ -138,25 +136,6 @@ def test_logits_keep_their_order_and_half_a_level(values: list[float], ratio: fl
     level = max(np.log(ratio), (logits.max() - logits.min()) / (LEVELS - 2))
     assert np.abs(back - logits).max() <= level / 2 * 1.001 + 1e-5
     assert (np.diff(back[np.argsort(logits, kind="stable")]) >= 0).all()
-
-
-@pytest.mark.parametrize("kind", [*LEARNED_ROUTERS, "hash"])
-def test_gates_are_the_routers_own(kind: str) -> None:
-    grouped = kind in ("deepseek_v2", "deepseek_v3")
-    shape = RouterShape(
-        kind=kind,
-        num_experts=16,
-        top_k={"switch": 1, "gshard": 2}.get(kind, 4),
-        num_groups=4 if grouped else 1,
-        group_limit=2 if grouped else 1,
-        routed_scaling_factor=2.5,
-    )
-    generator = torch.Generator().manual_seed(1)
-    router = build_router(shape, hidden=8, generator=generator)
-    keys = torch.arange(32)
-    routing = router(torch.randn(32, 8, generator=generator), RouterInputs(keys, generator))
-    gates = gates_of(shape, routing.expert_ids_TK.numpy(), routing.affinities_TK.detach().numpy())
-    np.testing.assert_allclose(gates, routing.gates_TK.detach().numpy(), rtol=1e-5, atol=1e-7)
 
 
 def test_tokens_sorted_by_their_text_come_back_in_reading_order(tmp_path: Path) -> None:
