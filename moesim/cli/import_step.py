@@ -42,6 +42,8 @@ def execute(args: argparse.Namespace) -> int:
 
     if (args.program is None) == (args.show is None):
         raise UserError("say either which step to record (MODULE:FUNCTION) or which one to show (--show FILE)")
+    if args.host_per_op is not None and not args.host_per_op >= 0:
+        raise UserError(f"--host-per-op {args.host_per_op} is no time in microseconds; use e.g. 10")
     kernels = kernel_model(args.gpu)
     if args.show is not None:
         source, ops = load_step(args.show)

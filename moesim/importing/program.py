@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moesim.errors import UserError
+from moesim.errors import UserError, one_line
 from moesim.importing.recording import record_step
 from moesim.importing.step_file import RecordedOp
 
@@ -23,7 +23,10 @@ def record_program(name: str) -> list[RecordedOp]:
     """
     make = _function(name)
     with torch.device("meta"):
-        made = make()
+        try:
+            made = make()
+        except Exception as error:  # whatever the user's program raises
+            raise UserError(f"{name} raised {type(error).__name__}: {one_line(str(error))}") from None
         if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module) and callable(made[1])):
             raise UserError(
                 f"{name} must return (model, closure that gives the loss); it returned {type(made).__name__}"

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from moesim.errors import UserError
+from moesim.errors import UserError, one_line
 from moesim.importing.pricing import OPTIMIZER, SDPA
 from moesim.importing.step_file import RecordedOp, merged
 
@@ -28,22 +28,34 @@ def record_step(model: nn.Module, loss_of: Callable[[], Tensor]) -> list[Recorde
     """
     recorder = _Recorder()
     with _module_paths(model, recorder), recorder, _Attention(recorder):
-        try:
-            loss = loss_of()
-            recorder.phase, recorder.module = "backward", ""
-            loss.backward()  # type: ignore[no-untyped-call]
-        except (NotImplementedError, RuntimeError) as error:
-            what = str(error).splitlines()[0][:160]
+        loss = _run(loss_of, recorder, model)
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
             raise UserError(
-                f"{recorder.module or type(model).__name__} does not run on the meta device: {what}; "
-                "give it a form without operations that depend on data, e.g. grouped GEMMs for its experts"
-            ) from None
+                "the closure must return the loss: a tensor of one number that depends on weights with gradients"
+            )
+        recorder.phase, recorder.module = "backward", ""
+        _run(loss.backward, recorder, model)
     return merged([*recorder.ops, _optimizer(model)])
+
+
+def _run(what: Callable[[], Any], recorder: "_Recorder", model: nn.Module) -> Any:
+    try:
+        return what()
+    except (NotImplementedError, RuntimeError) as error:
+        raise UserError(
+            f"{recorder.module or type(model).__name__} does not run on the meta device: {one_line(str(error))}; "
+            "give it a form without operations that depend on data, e.g. grouped GEMMs for its experts"
+        ) from None
+    except Exception as error:  # whatever the user's program raises
+        place = recorder.module or type(model).__name__
+        raise UserError(f"{place} raised {type(error).__name__}: {one_line(str(error))}") from None
 
 
 def _optimizer(model: nn.Module) -> RecordedOp:
     """One fused AdamW over the parameters that have gradients."""
     weights = [weight for weight in model.parameters() if weight.requires_grad]
+    if not weights:
+        raise UserError(f"no parameter of {type(model).__name__} has requires_grad: there is nothing to train")
     dtype = str(weights[0].dtype).removeprefix("torch.")
     count = sum(weight.numel() for weight in weights)
     seen = (((count,), dtype, count * weights[0].element_size()),)

@@ -92,6 +92,21 @@ def depends_on_data():
 def nothing():
     return 3
 
+def raises():
+    raise KeyError("boom")
+
+def raises_late():
+    model = nn.Linear(8, 8)
+    return model, lambda: {}["boom"]
+
+def no_loss():
+    model = nn.Linear(8, 8)
+    return model, lambda: model(torch.randn(4, 8))
+
+def frozen():
+    model = nn.Linear(8, 8).requires_grad_(False)
+    return model, lambda: model(torch.randn(4, 8, requires_grad=True)).sum()
+
 def real():
     model = nn.Linear(8, 8, device="cpu")
     return model, lambda: model(torch.randn(4, 8)).sum()
@@ -107,6 +122,10 @@ def test_a_program_by_file_and_name(tmp_path: Path) -> None:
         "nothing": "must return",
         "real": "is not on the meta device",
         "missing": "no function",
+        "raises": "raised KeyError",
+        "raises_late": "raised KeyError",
+        "no_loss": "must return the loss",
+        "frozen": "nothing to train",
     }.items():
         with pytest.raises(UserError, match=said):
             record_program(f"{path}:{name}")
