@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moesim.errors import UserError
 from moesim.importing.step_file import RecordedOp
 from moesim.kernels import KernelModel
 from moesim.kernels.families import Attention, Gemm, GroupedGemm, MemoryBound
@@ -97,7 +98,7 @@ class StepEstimate:
 
 def step_estimate(ops: Sequence[RecordedOp], kernels: KernelModel, *, host_per_op: float = HOST_S) -> StepEstimate:
     """The operations priced, dearest first, at the clock that the load of the step leaves under the power limit."""
-    flops = sum(op.count * float(np.sum(kernel.flops)) for op in ops for kernel in kernels_of(op)[0])
+    flops = sum(op.count * float(np.sum(kernel.flops)) for op in ops for kernel in _kernels(op)[0])
     light_s = sum(each.count * each.seconds for each in _priced_at(ops, kernels.at_load(0.0)))
     found = _priced_at(ops, kernels.at_load(flops / light_s))
     number = sum(op.count for op in ops)
@@ -114,7 +115,7 @@ def _priced_at(ops: Sequence[RecordedOp], model: KernelModel) -> list[PricedOp]:
 
 
 def _priced(op: RecordedOp, model: KernelModel) -> PricedOp:
-    kernels, matched = kernels_of(op)
+    kernels, matched = _kernels(op)
     estimates = [model.seconds(kernel) for kernel in kernels]
     return PricedOp(
         name=op.name,
@@ -126,6 +127,21 @@ def _priced(op: RecordedOp, model: KernelModel) -> PricedOp:
         source=", ".join(sorted({str(estimate.source) for estimate in estimates})) or "free",
         matched=matched,
     )
+
+
+def _kernels(op: RecordedOp) -> tuple[list[Gemm | GroupedGemm | Attention | MemoryBound], bool]:
+    """`kernels_of`; an operation whose tensors cannot be its own is an error of the file."""
+    try:
+        kernels, matched = kernels_of(op)
+        possible = all(np.isfinite(kernel.moved_bytes).all() and np.all(kernel.moved_bytes >= 0) for kernel in kernels)
+    except (IndexError, KeyError, TypeError, ValueError, ZeroDivisionError):
+        possible = False
+    if not possible:
+        shapes = ", ".join("x".join(map(str, shape)) for shape, _, _ in op.reads)
+        raise UserError(
+            f"the recorded step has an operation {op.name} of shapes ({shapes}) that cannot be; record it again"
+        )
+    return kernels, matched
 
 
 def kernels_of(op: RecordedOp) -> tuple[list[Gemm | GroupedGemm | Attention | MemoryBound], bool]:

@@ -53,8 +53,8 @@ def _module(place: str) -> Any:
     if not place.endswith(".py"):
         try:
             return importlib.import_module(place)
-        except ImportError as error:
-            raise UserError(f"cannot import {place}: {error}") from None
+        except Exception as error:  # whatever the user's program raises
+            raise UserError(f"cannot import {place}: {type(error).__name__}: {one_line(str(error))}") from None
     path = Path(place)
     if not path.is_file():
         raise UserError(f"{path} does not exist")
@@ -63,5 +63,8 @@ def _module(place: str) -> Any:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the user's program raises
+        raise UserError(f"{path} raised {type(error).__name__}: {one_line(str(error))}") from None
     return module

@@ -42,10 +42,11 @@ def _run(what: Callable[[], Any], recorder: "_Recorder", model: nn.Module) -> An
     try:
         return what()
     except (NotImplementedError, RuntimeError) as error:
-        raise UserError(
-            f"{recorder.module or type(model).__name__} does not run on the meta device: {one_line(str(error))}; "
-            "give it a form without operations that depend on data, e.g. grouped GEMMs for its experts"
-        ) from None
+        remedy = "give it a form without operations that depend on data, e.g. grouped GEMMs for its experts"
+        if recorder.phase == "backward":
+            remedy = "switch activation checkpointing off, if it is on: it cannot be recorded"
+        place = recorder.module or type(model).__name__
+        raise UserError(f"{place} does not run on the meta device: {one_line(str(error))}; {remedy}") from None
     except Exception as error:  # whatever the user's program raises
         place = recorder.module or type(model).__name__
         raise UserError(f"{place} raised {type(error).__name__}: {one_line(str(error))}") from None
@@ -118,6 +119,9 @@ def _seen(tensor: Tensor) -> tuple[tuple[int, ...], str, int]:
     return tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), held * tensor.element_size()
 
 
+SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+
+
 class _Attention(TorchFunctionMode):
     """Takes attention as one operation, forward and backward."""
 
@@ -129,8 +133,9 @@ class _Attention(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func is not torch.nn.functional.scaled_dot_product_attention:
             return func(*args, **kwargs)
-        query, key, value = args[:3] if len(args) > 2 else (kwargs[name] for name in ("query", "key", "value"))
-        facts = {"causal": bool(kwargs.get("is_causal")) or kwargs.get("attn_mask") is not None}
+        given = dict(zip(SDPA_ARGUMENTS, args, strict=False)) | kwargs
+        query, key, value = (given[name] for name in SDPA_ARGUMENTS[:3])
+        facts = {"causal": bool(given.get("is_causal")) or given.get("attn_mask") is not None}
         return _AttentionFunction.apply(query, key, value, self.recorder, facts)  # type: ignore[no-untyped-call]
 
 

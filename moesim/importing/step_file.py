@@ -11,6 +11,7 @@ from moesim.files import write_atomically
 from moesim.strict_json import json_text, parse_json
 
 SCHEMA_VERSION = 1
+KEYS = {"name", "phase", "module", "count", "reads", "writes", "facts"}
 PHASES = ("forward", "backward", "optimizer")
 Seen = tuple[tuple[int, ...], str, int]  # shape, dtype as torch names it, bytes read or written
 
@@ -89,6 +90,8 @@ def parsed_ops(found: Any, *, where: str) -> list[RecordedOp]:
 
 
 def _parsed(entry: Any, *, where: str) -> RecordedOp:
+    if not isinstance(entry, dict) or entry.keys() != KEYS:
+        raise UserError(f"{where} is malformed: its keys must be {', '.join(sorted(KEYS))}")
     try:
         op = RecordedOp(
             name=entry["name"],
@@ -101,7 +104,8 @@ def _parsed(entry: Any, *, where: str) -> RecordedOp:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{where} is malformed: {error}") from None
-    if op.phase not in PHASES or type(op.count) is not int or op.count < 1 or not isinstance(op.name, str):
+    texts = isinstance(op.name, str) and isinstance(op.module, str)
+    if op.phase not in PHASES or type(op.count) is not int or op.count < 1 or not texts:
         raise UserError(f"{where} is malformed: phase must be one of {', '.join(PHASES)} and count at least 1")
     return op
 

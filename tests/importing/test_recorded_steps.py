@@ -1,5 +1,6 @@
 """A step that is recorded without a GPU has every operation of the module, with the FLOPs of its formula."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,30 @@ def test_a_file_keeps_the_step(tmp_path: Path) -> None:
     for name in ("step.json", "step.json.gz"):
         save_step(tmp_path / name, ops, source="here")
         assert load_step(tmp_path / name) == ("here", ops)
+
+
+@pytest.mark.parametrize("given", [(None, 0.0, True), ("mask",)])
+def test_attention_given_by_position_is_causal_too(given) -> None:
+    with torch.device("meta"):
+        inputs = torch.randn(2, 4, 128, 64, dtype=torch.bfloat16, requires_grad=True)
+        given = tuple(torch.zeros(128, 128) if each == "mask" else each for each in given)
+        model = nn.Linear(64, 64, dtype=torch.bfloat16)
+    attention = nn.functional.scaled_dot_product_attention
+    ops = record_step(model, lambda: attention(*[model(inputs)] * 3, *given).sum())
+    assert [op.facts["causal"] for op in ops if op.name == "scaled_dot_product_attention"] == [True, True]
+
+
+def test_a_recorded_operation_that_cannot_be_is_an_error_of_the_file() -> None:
+    good = record_step(*small_step())
+    for changes in (
+        {"name": "scaled_dot_product_attention", "reads": ()},
+        {"name": "mm", "reads": (((4, 4), "float32", 64),)},
+        {"name": "_fused_adamw_", "facts": {}},
+        {"name": "_fused_adamw_", "facts": {"parameters": -1}},
+        {"name": "_fused_adamw_", "facts": {"parameters": "many"}},
+    ):
+        with pytest.raises(UserError, match="cannot be"):
+            step_estimate([replace(good[0], **changes)], kernel_model("h100"))
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"schema_version": 1, "ops": [{"name": "mm"}]}'])
