@@ -44,16 +44,16 @@ def execute(args: argparse.Namespace) -> int:
         raise UserError("say either which step to record (MODULE:FUNCTION) or which one to show (--show FILE)")
     if args.host_per_op is not None and not args.host_per_op >= 0:
         raise UserError(f"--host-per-op {args.host_per_op} is no time in microseconds; use e.g. 10")
+    if args.out is not None:
+        check_writable(args.out)
+        if args.out.exists() and not args.force:
+            raise UserError(f"{args.out} exists already; choose another --out, or --force to replace it")
     kernels = kernel_model(args.gpu)
     if args.show is not None:
         source, ops = load_step(args.show)
     else:
         from moesim.importing.program import record_program  # torch, so only here
 
-        if args.out is not None:
-            check_writable(args.out)
-            if args.out.exists() and not args.force:
-                raise UserError(f"{args.out} exists already; choose another --out, or --force to replace it")
         source, ops = args.program, record_program(args.program)
     if args.out is not None:
         save_step(args.out, ops, source=source)

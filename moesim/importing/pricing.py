@@ -14,7 +14,7 @@ import numpy as np
 from moesim.errors import UserError
 from moesim.importing.step_file import RecordedOp
 from moesim.kernels import KernelModel
-from moesim.kernels.families import Attention, Gemm, GroupedGemm, MemoryBound
+from moesim.kernels.families import Attention, Gemm, GroupedGemm, Kernel, MemoryBound
 
 # Of an operation, from 11 steps of transformers 5.17 on an H100 (docs/software.md): between its kernels on the GPU, and
 # on the host where that sets the pace (two steps of small models).
@@ -22,39 +22,37 @@ GAP_S, HOST_S = 4.4e-6, 65e-6
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 SDPA = "scaled_dot_product_attention"
 OPTIMIZER = "_fused_adamw_"
-# aten operation -> (kind of memory-bound kernel, its bytes over those of operands and results)
+# aten operation -> kind of memory-bound kernel; its bytes are those of operands and results
 KINDS = {
-    "_to_copy": ("cast", 1.0),
-    "clone": ("copy", 1.0),
-    "copy_": ("copy", 1.0),
-    "cat": ("copy", 1.0),
-    "fill_": ("zero", 1.0),
-    "zero_": ("zero", 1.0),
-    "new_zeros": ("zero", 1.0),
-    "zeros": ("zero", 1.0),
-    "zeros_like": ("zero", 1.0),
-    "ones_like": ("zero", 1.0),
-    "silu": ("silu", 1.0),
-    "silu_backward": ("silu_backward", 1.0),
-    "_softmax": ("softmax", 1.0),
-    "_softmax_backward_data": ("softmax_backward", 1.0),
-    "_log_softmax": ("cross_entropy_fp32", 1.0),
-    "_log_softmax_backward_data": ("softmax_backward", 1.0),
-    "nll_loss_backward": ("zero", 0.5),  # the gradient is filled with zeros but for one number a row
-    "sum": ("reduce", 1.0),
-    "mean": ("reduce", 1.0),
-    "sort": ("sort", 1.0),
-    "topk": ("elementwise", 1.0),
-    "embedding_dense_backward": ("embedding_backward", 1.0),
+    "_to_copy": "cast",
+    "clone": "copy",
+    "copy_": "copy",
+    "cat": "copy",
+    "fill_": "zero",
+    "zero_": "zero",
+    "new_zeros": "zero",
+    "zeros": "zero",
+    "zeros_like": "zero",
+    "ones_like": "zero",
+    "silu": "silu",
+    "silu_backward": "silu_backward",
+    "_softmax": "softmax",
+    "_softmax_backward_data": "softmax_backward",
+    "_log_softmax": "cross_entropy_fp32",
+    "_log_softmax_backward_data": "softmax_backward",
+    "sum": "reduce",
+    "mean": "reduce",
+    "sort": "sort",
+    "embedding_dense_backward": "embedding_backward",
 }
 ELEMENTWISE = {
     "_local_scalar_dense", "abs", "add", "add_", "addcmul", "all", "amax", "amin", "any", "arange", "argsort",
     "bincount", "bitwise_and", "bitwise_not", "clamp", "clamp_", "complex", "constant_pad_nd", "cos", "cumsum",
     "div", "div_", "eq", "exp", "floor_divide", "full", "full_like", "ge", "gelu", "gelu_backward", "gt",
-    "histc", "le", "lift_fresh_copy", "logical_and", "logical_not", "logical_or", "lt", "masked_fill",
-    "masked_fill_", "max", "maximum", "min", "minimum", "mul", "mul_", "ne", "neg", "one_hot", "polar", "pow",
-    "randint", "relu", "remainder", "repeat", "rsqrt", "rsub", "scalar_tensor", "select_scatter", "sigmoid",
-    "sigmoid_", "sigmoid_backward", "sin", "sqrt", "sub", "sub_", "tanh", "threshold_backward", "tril", "triu",
+    "histc", "le", "lift_fresh_copy", "logical_and", "logical_not", "logical_or", "lt", "masked_fill_", "max",
+    "maximum", "min", "minimum", "mul", "mul_", "ne", "neg", "one_hot", "polar", "pow", "randint", "relu",
+    "remainder", "repeat", "rsqrt", "rsub", "scalar_tensor", "select_scatter", "sigmoid", "sigmoid_",
+    "sigmoid_backward", "sin", "sqrt", "sub", "sub_", "tanh", "threshold_backward", "topk", "tril", "triu",
     "view_as_complex", "where",
 }  # fmt: skip
 # Reads of a few rows out of many: what moves is the result, twice. Writes of rows into a larger tensor: the rows, and
@@ -98,9 +96,12 @@ class StepEstimate:
 
 def step_estimate(ops: Sequence[RecordedOp], kernels: KernelModel, *, host_per_op: float = HOST_S) -> StepEstimate:
     """The operations priced, dearest first, at the clock that the load of the step leaves under the power limit."""
-    flops = sum(op.count * float(np.sum(kernel.flops)) for op in ops for kernel in _kernels(op)[0])
-    light_s = sum(each.count * each.seconds for each in _priced_at(ops, kernels.at_load(0.0)))
-    found = _priced_at(ops, kernels.at_load(flops / light_s))
+    launched = [(op, *_kernels(op)) for op in ops]
+    light = kernels.at_load(0.0)
+    light_s = sum(op.count * _seconds(each, light) for op, each, _ in launched)
+    flops = sum(op.count * float(np.sum(kernel.flops)) for op, each, _ in launched for kernel in each)
+    model = kernels.at_load(flops / light_s)
+    found = [_priced(op, each, matched, model) for op, each, matched in launched]
     number = sum(op.count for op in ops)
     return StepEstimate(
         ops=tuple(sorted(found, key=lambda each: -each.count * each.seconds)),
@@ -110,26 +111,24 @@ def step_estimate(ops: Sequence[RecordedOp], kernels: KernelModel, *, host_per_o
     )
 
 
-def _priced_at(ops: Sequence[RecordedOp], model: KernelModel) -> list[PricedOp]:
-    return [_priced(op, model) for op in ops]
+def _seconds(kernels: Sequence[Kernel], model: KernelModel) -> float:
+    return float(sum(np.max(model.seconds(kernel).seconds) for kernel in kernels))
 
 
-def _priced(op: RecordedOp, model: KernelModel) -> PricedOp:
-    kernels, matched = _kernels(op)
-    estimates = [model.seconds(kernel) for kernel in kernels]
+def _priced(op: RecordedOp, kernels: Sequence[Kernel], matched: bool, model: KernelModel) -> PricedOp:
     return PricedOp(
         name=op.name,
         phase=op.phase,
         module=op.module,
         shapes=" ".join("x".join(map(str, shape)) or "1" for shape, _, _ in op.reads[:3]),
         count=op.count,
-        seconds=float(sum(np.max(estimate.seconds) for estimate in estimates)),
-        source=", ".join(sorted({str(estimate.source) for estimate in estimates})) or "free",
+        seconds=_seconds(kernels, model),
+        source=", ".join(sorted({str(model.seconds(kernel).source) for kernel in kernels})),
         matched=matched,
     )
 
 
-def _kernels(op: RecordedOp) -> tuple[list[Gemm | GroupedGemm | Attention | MemoryBound], bool]:
+def _kernels(op: RecordedOp) -> tuple[list[Kernel], bool]:
     """`kernels_of`; an operation whose tensors cannot be its own is an error of the file."""
     try:
         kernels, matched = kernels_of(op)
@@ -144,7 +143,7 @@ def _kernels(op: RecordedOp) -> tuple[list[Gemm | GroupedGemm | Attention | Memo
     return kernels, matched
 
 
-def kernels_of(op: RecordedOp) -> tuple[list[Gemm | GroupedGemm | Attention | MemoryBound], bool]:
+def kernels_of(op: RecordedOp) -> tuple[list[Kernel], bool]:
     """The kernels of one operation, and whether the tables know it."""
     shapes = [shape for shape, _, _ in op.reads]
     dtype = DTYPES.get(op.reads[0][1] if op.reads else "float32", "fp32")
@@ -163,7 +162,7 @@ def kernels_of(op: RecordedOp) -> tuple[list[Gemm | GroupedGemm | Attention | Me
     return _memory_bound(op)
 
 
-def _memory_bound(op: RecordedOp) -> tuple[list[Gemm | GroupedGemm | Attention | MemoryBound], bool]:
+def _memory_bound(op: RecordedOp) -> tuple[list[Kernel], bool]:
     read, written = (sum(size for _, _, size in seen) for seen in (op.reads, op.writes))
     if op.name in GATHERS:
         return [MemoryBound("permute", 2.0 * written)], True
@@ -175,11 +174,12 @@ def _memory_bound(op: RecordedOp) -> tuple[list[Gemm | GroupedGemm | Attention |
         return [MemoryBound("zero", float(written)), MemoryBound("copy", 2.0 * min(read, written))], True
     if op.name == "nll_loss_forward":
         return [MemoryBound("elementwise", 64.0 * op.reads[-1][2])], True  # a cache line a row
+    if op.name == "nll_loss_backward":
+        return [MemoryBound("zero", float(written))], True  # but for one number a row
     if op.name == "masked_fill":
         return [MemoryBound("copy", 2.0 * written), MemoryBound(*_plain(op, 2.0 * written))], True
     if op.name in KINDS:
-        kind, share = KINDS[op.name]
-        return [MemoryBound(kind, share * (read + written))], True
+        return [MemoryBound(KINDS[op.name], float(read + written))], True
     return [MemoryBound(*_plain(op, float(read + written)))], op.name in ELEMENTWISE
 
 

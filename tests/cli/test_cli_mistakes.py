@@ -7,6 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from moesim.importing.step_file import RecordedOp, load_step, save_step
+
+TENSOR = ((4096, 4096), "bfloat16", 2 * 4096**2)
+OP = RecordedOp(name="mm", phase="forward", module="", reads=(TENSOR, TENSOR), writes=(TENSOR,))
+
 
 def never(*args: object, **kwargs: object) -> None:
     raise AssertionError("the long work began")
@@ -61,6 +66,18 @@ def test_what_does_not_fit_runs_where_that_is_allowed(scenario: Path, moesim) ->
     allowed = moesim(*large, "--allow-infeasible")
     assert allowed.code == 0
     assert "100% of the routing samples do not fit into memory" in allowed.out + allowed.err
+
+
+def test_a_recorded_step_is_not_overwritten(tmp_path: Path, moesim) -> None:
+    save_step(tmp_path / "step.json", [OP], source="here")
+    (tmp_path / "other.json").write_text("kept")
+    show = ["import-step", "--show", str(tmp_path / "step.json"), "--out", str(tmp_path / "other.json"), "--quiet"]
+    answer = moesim(*show)
+    assert answer.code == 1
+    assert "--force" in answer.complaint
+    assert (tmp_path / "other.json").read_text() == "kept"
+    assert moesim(*show, "--force").code == 0
+    assert load_step(tmp_path / "other.json") == ("here", [OP])
 
 
 def test_a_folder_with_another_run_is_refused_before_the_work_begins(scenario: Path, moesim, monkeypatch) -> None:
