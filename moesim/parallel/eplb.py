@@ -45,10 +45,11 @@ def balance_experts(
         num_groups = num_nodes = 1
     expert_of_local_LE = _experts_by_node(load, num_groups=num_groups, num_nodes=num_nodes)
     layers, per_node = len(load), load.shape[1] // num_nodes
-    local_load_NE = np.take_along_axis(load, expert_of_local_LE, axis=1).reshape(-1, per_node)
+    local_load_NE: Floats = np.take_along_axis(load, expert_of_local_LE, axis=1).reshape(-1, per_node)
     copied_NY = copy_heaviest(local_load_NE, num_slots=num_slots // num_nodes)
     copies_NE = count_copies(copied_NY, num_experts=per_node)
-    slot_load_NY = np.take_along_axis(local_load_NE / copies_NE.astype(np.float32), copied_NY, axis=1)
+    each_NE: Floats = np.divide(local_load_NE, copies_NE, dtype=np.float32)
+    slot_load_NY: Floats = np.take_along_axis(each_NE, copied_NY, axis=1)
     packing = pack_evenly(slot_load_NY, num_packs=num_ranks // num_nodes)
     slot_NY = packing.pack_NI * (num_slots // num_ranks) + packing.place_NI
     local_NY = np.empty_like(copied_NY)
@@ -110,7 +111,8 @@ def _experts_by_node(load_LE: Floats, *, num_groups: int, num_nodes: int) -> Int
     """The experts of node 0, then of node 1 and so on, int64 [L, E]: groups packed to nodes by their loads."""
     layers, experts = load_LE.shape
     size = experts // num_groups
-    packing = pack_evenly(load_LE.reshape(layers, num_groups, size).sum(axis=2), num_packs=num_nodes)
+    load_LG = load_LE.reshape(layers, num_groups, size).sum(axis=2, dtype=np.float32)
+    packing = pack_evenly(load_LG, num_packs=num_nodes)
     turn_LG = packing.pack_NI * (num_groups // num_nodes) + packing.place_NI
     group_in_turn_LG = np.argsort(turn_LG, axis=1)
-    return (group_in_turn_LG[:, :, None] * size + np.arange(size)).reshape(layers, experts)
+    return np.asarray((group_in_turn_LG[:, :, None] * size + np.arange(size)).reshape(layers, experts))
