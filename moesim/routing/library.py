@@ -5,9 +5,9 @@ their own), and a few processes hide each other's starts, evaluations and compre
 rerun into the same folder makes only what is missing. Ctrl-C keeps what is finished.
 
 The shipped data: 9 minutes on one H200, torch 2.11, `--workers 5 --lanes 5`, the text being `stdlib` of CPython 3.11.7;
-15 entries with other balance losses on an H100 (each names its device). Made again on another H200 with one worker and
-three lanes, entries came out equal to the byte; an H100 gives other bits. Studies need few tokens of most entries;
-`--tokens` records more.
+15 entries with other balance losses and the 16 of 8x2, 64x8, 128x8 and 384x8 on H100s (each names its device). Made
+again on another H200 with one worker and three lanes, entries came out equal to the byte; an H100 gives other bits.
+Studies need few tokens of most entries; `--tokens` records more.
 """
 
 import argparse
@@ -297,7 +297,9 @@ def _write(point: LibraryPoint, trainer: "StaticTrainer", held_out: bytes, out: 
         "imbalance": float(trace.curves.imbalance[-part:].mean()),
         "dropped_share": float(trainer.dropped_share_P()[-part:].mean()),
     }
-    ratio = COARSE_RATIO if isinstance(request.capacity, NoCapacity) else FINE_RATIO
+    # logits lie closer together than the odds of probabilities: coarse steps would make the K gates of a token equal
+    coarse = isinstance(request.capacity, NoCapacity) and ROUTERS[request.router.kind].affinity != "logits"
+    ratio = COARSE_RATIO if coarse else FINE_RATIO
     write_entry(out / file_of(point.name), trace, facts=facts, ratio=ratio, order=read_order(out))
 
 

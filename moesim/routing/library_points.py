@@ -45,6 +45,7 @@ THIN = Thin(
 STEPS = 800
 GRANULARITY_WIDTH = 512  # top-K times the width of one expert
 GRANULARITIES = ((16, 2), (32, 4), (64, 8), (128, 16))
+PLANNED_TOKENS = {"8x2": 65_536, "64x8": 65_536, "128x8": 65_536, "384x8": 65_536}  # published settings, 16 ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +72,7 @@ def library_points(*, corpus: str = "stdlib", tokens: int | None = None, **thin:
     """
     steps = thin.pop("steps", STEPS)
     points = [*_v2_layout("64x6", 64, factor=1.0), *_v2_layout("160x6", 160, factor=16.0), *_v3_layout()]
-    points += [*_few_experts(), *_granularity()]
+    points += [*_few_experts(), *_granularity(), *_planned()]
     return tuple(
         replace(
             point,
@@ -284,3 +285,38 @@ def _granularity() -> Iterator[LibraryPoint]:
             )
             size = f"{num_experts}x{top_k}"
             yield LibraryPoint(layout="granularity", point=size, axis="granularity", value=size, request=request)
+
+
+def _planned() -> Iterator[LibraryPoint]:
+    """Layouts that people plan with, each with its published router and balance: nothing is dropped, no groups.
+
+    Coefficients are in DeepSeekMoE's form, whose loss is 1 at perfect balance. That of Mixtral and Qwen3 is K there in
+    transformers' code, so `router_aux_loss_coef` (0.02, 0.001) is multiplied by K; OLMoE's 0.01 (arXiv 2409.02060) is
+    divided by K in the code that trained it. Kimi-K2 balances by a bias and takes 0.001 within sequences (its
+    config.json). `no-balance` beside each: what its router does when left alone.
+    """
+    settings: tuple[tuple[str, RouterShape, Balance, int], ...] = (
+        ("8x2", _ungrouped("topk_softmax", 8, 2), Balance(expert=0.04), 0),
+        ("64x8", _ungrouped("deepseek_moe", 64, 8), Balance(expert=0.01), 0),
+        ("128x8", _ungrouped("topk_softmax", 128, 8), Balance(expert=0.008), 0),
+        (
+            "384x8",
+            _ungrouped("deepseek_v3", 384, 8, routed_scaling_factor=2.827),
+            Balance(sequence=1e-3, loss_free=LossFree(gamma=1e-3)),
+            1,
+        ),
+    )
+    for layout, router, balance, shared in settings:
+        for seed in SEEDS:
+            tokens = PLANNED_TOKENS[layout] if seed == 0 else SHARE_TOKENS
+            request = _request(router, balance=balance, capacity=NoCapacity(), shared=shared, tokens=tokens, seed=seed)
+            published = LibraryPoint(
+                layout=layout, point="published", axis="published", value="published", request=request
+            )
+            yield published
+            if seed == 0:
+                yield _vary(published, "no-balance", "balance", "none", balance=Balance())
+
+
+def _ungrouped(kind: str, num_experts: int, top_k: int, **more: Any) -> RouterShape:
+    return RouterShape(kind=kind, num_experts=num_experts, top_k=top_k, num_devices=NUM_GROUPS, **more)

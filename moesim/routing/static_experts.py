@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from moesim.routing.experts import RoutedExperts
 
-MOST_EXPERTS = 256  # ids are sorted as bytes, in a fourth of the time
+BYTE_EXPERTS = 256  # up to so many ids are sorted as bytes, in a fourth of the time
 
 
 class StaticExperts(RoutedExperts):
@@ -29,7 +29,6 @@ class StaticExperts(RoutedExperts):
 
     def forward(self, hidden_TH: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor, keep_TK: Tensor) -> Tensor:
         """sum_k gate * FFN_{id}(hidden) over the kept rows, [T, H]."""
-        assert self.num_experts <= MOST_EXPERTS
         dtype = torch.bfloat16 if hidden_TH.is_cuda else torch.float32
         self.kept_share = keep_TK.float().mean()
         order_R, place_TK, offsets_N = static_permutation(expert_ids_TK, num_experts=self.num_experts)
@@ -48,10 +47,11 @@ def static_permutation(expert_ids_TK: Tensor, *, num_experts: int) -> tuple[Tens
     Row `order_R[r]` of the [T * K] selections comes r-th, `place_TK` is the inverse, and expert n's rows end at
     `offsets_N[n]` (int32). Id -1, which weighs nothing, goes to expert 0.
     """
-    ids_R = expert_ids_TK.clamp_min(0).flatten().to(torch.uint8)
+    dtype = torch.uint8 if num_experts <= BYTE_EXPERTS else torch.int16
+    ids_R = expert_ids_TK.clamp_min(0).flatten().to(dtype)
     sorted_R, order_R = torch.sort(ids_R, stable=True)
     place_R = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R), device=order_R.device))
-    experts_N = torch.arange(num_experts, device=ids_R.device, dtype=torch.uint8)
+    experts_N = torch.arange(num_experts, device=ids_R.device, dtype=dtype)
     offsets_N = torch.searchsorted(sorted_R, experts_N, right=True, out_int32=True)
     return order_R, place_R.view_as(expert_ids_TK), offsets_N
 

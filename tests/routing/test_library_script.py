@@ -114,3 +114,13 @@ def test_interrupt_stops_a_bunch_between_steps(monkeypatch: pytest.MonkeyPatch, 
     with pytest.raises(library.Stopped):
         library.train_bunch([point], tmp_path)
     assert json.dumps([path.name for path in tmp_path.iterdir()]) == "[]"
+
+
+def test_layouts_people_plan_with_differ_from_their_unbalanced_twin_in_the_balance_alone() -> None:
+    points = {point.name: point.request for point in library_points()}
+    for layout in ("8x2", "64x8", "128x8", "384x8"):
+        published, alone = points[f"{layout}/published/seed0"], points[f"{layout}/no-balance/seed0"]
+        experts, top_k = map(int, layout.split("x"))
+        assert (published.router.num_experts, published.router.top_k) == (experts, top_k)
+        mine, other = published.to_json(), alone.to_json()
+        assert {key for key in mine if mine[key] != other[key]} == {"balance", "recorded_sequences"}
