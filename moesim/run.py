@@ -18,6 +18,7 @@ from moesim.parallel import Mesh, TrafficSample, TrafficSampler
 from moesim.parallel.memory import MemoryReport
 from moesim.parallel.memory_remedy import check_memory
 from moesim.parallel.memory_rows import RoutedRows, even_rows, routed_rows
+from moesim.parallel.stated import stated_trace
 from moesim.program import StepProgram, build_program
 from moesim.program.scenario_fabric import scenario_fabric, sharing_model
 from moesim.results import CATEGORIES, RESULT_SCHEMA_VERSION, RunRecord, SpanTable, Stream, attribute
@@ -40,7 +41,7 @@ from moesim.routing.progress import ProgressCallback
 from moesim.routing.request import TrainingRequest
 from moesim.scenario import Scenario
 from moesim.scenario.check import require_supported
-from moesim.scenario.routing import PopularityRouting, TraceRouting, TrainRouting
+from moesim.scenario.routing import PopularityRouting, StatedRouting, TraceRouting, TrainRouting
 from moesim.seeding import stream, stream_seed
 from moesim.trace import RoutingTrace, load_trace, popularity_trace, trace_hash, uniform_trace
 from moesim.trace.agreement import check_agreement, limit_difference
@@ -123,11 +124,10 @@ def obtain_trace(
     length = scenario.workload.sequence_length
     fewest, most = SYNTHETIC_TOKENS
     tokens = max(fewest, window, min(most, scenario.tokens_per_step))
-    common: dict[str, Any] = {
-        "num_sequences": -(-tokens // length),
-        "sequence_length": length,
-        "seed": stream_seed(scenario.seed, "synthetic-trace"),
-    }
+    num_sequences, seed = -(-tokens // length), stream_seed(scenario.seed, "synthetic-trace")
+    if isinstance(routing, StatedRouting):
+        return stated_trace(scenario, routing, num_layers=SYNTHETIC_LAYERS, num_sequences=num_sequences, seed=seed)
+    common: dict[str, Any] = {"num_sequences": num_sequences, "sequence_length": length, "seed": seed}
     if isinstance(routing, PopularityRouting):
         nested = not isinstance(routing.counts[0], int | float)
         layers = len(routing.counts) if nested else SYNTHETIC_LAYERS

@@ -13,6 +13,7 @@ from moesim.scenario.document import Node, Path, find, mapping_node, parse_yaml
 from moesim.scenario.forms import absolute_paths, explicit_model
 from moesim.scenario.messages import describe
 from moesim.scenario.overrides import apply_overrides
+from moesim.scenario.routing import ROUTING_KINDS
 
 
 def load_plan(path: str | FilePath, overrides: Sequence[str] = ()) -> Plan:
@@ -86,7 +87,7 @@ def _check(plan: Plan, root: Node) -> None:
         if objective in plan.objectives[:index]:
             raise error(f'"{objective}" is listed twice', "objectives", index)
     if plan.model.experts and "routing" not in plan.model_fields_set:
-        raise error("missing; a model with experts needs one kind of train, trace, popularity, uniform", "routing")
+        raise error(f"missing; a model with experts needs one kind of {ROUTING_KINDS}", "routing")
     if plan.choices.group_limit is not None:
         _check_group_limit(plan, error_of=lambda message: error(message, "choices", "group_limit"))
     _check_repeats(plan.choices, root, ("choices",))

@@ -8,7 +8,7 @@ from moesim.routing.progress import ProgressCallback
 from moesim.routing.request import TrainingRequest
 from moesim.run import obtain_trace
 from moesim.scenario import Scenario
-from moesim.scenario.routing import TraceRouting, TrainRouting
+from moesim.scenario.routing import StatedRouting, TraceRouting, TrainRouting
 from moesim.trace import RoutingTrace
 from moesim.trace.agreement import check_agreement
 
@@ -58,4 +58,7 @@ def _key(scenario: Scenario) -> Hashable:
     if isinstance(scenario.routing, TraceRouting):
         return scenario.router_shape()
     window = scenario.parallelism.expert * scenario.tokens_per_micro_batch
-    return scenario.router_shape(), max(TOKENS, window)
+    drawn = scenario.router_shape(), max(TOKENS, window)
+    if not isinstance(scenario.routing, StatedRouting):
+        return drawn
+    return *drawn, scenario.placement, scenario.parallelism.context, scenario.parallelism.tensor

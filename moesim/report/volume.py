@@ -21,7 +21,7 @@ from moesim.scenario import (
     Uncertainty,
     UniformRouting,
 )
-from moesim.scenario.routing import NO_GROUPS, Router
+from moesim.scenario.routing import NO_GROUPS, Router, StatedRouting
 from moesim.seeding import stream
 from moesim.trace import RoutingTrace
 
@@ -129,6 +129,11 @@ def _source(scenario: Scenario, trace: RoutingTrace | None) -> str:
 def _check_routing(scenario: Scenario, *, limits_fixed: bool) -> None:
     if scenario.model.experts == 0:
         raise UserError(f"{scenario.name}: the model is dense (model.experts = 0), so no token is dispatched")
+    if isinstance(scenario.routing, StatedRouting):
+        raise UserError(
+            f"{scenario.name}: routing.kind = {scenario.routing.kind} states the load of one size of expert group, not "
+            "of every size; use --set routing.kind=uniform"
+        )
     if limits_fixed:
         raise UserError(
             f"--limits: routing.kind = {scenario.routing.kind} keeps the limit that it was recorded with; "

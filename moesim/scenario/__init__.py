@@ -23,6 +23,7 @@ from moesim.scenario.loader import dump_scenario, load_scenario, load_scenario_t
 from moesim.scenario.model import Attention, Gqa, LocalGlobal, Mha, Mla, Model
 from moesim.scenario.routing import (
     Balance,
+    BalancednessRouting,
     Capacity,
     DeviceCapacity,
     ExpertCapacity,
@@ -59,6 +60,7 @@ __all__ = [
     "BYTES_PER_ELEMENT",
     "Attention",
     "Balance",
+    "BalancednessRouting",
     "Capacity",
     "Cluster",
     "Compute",

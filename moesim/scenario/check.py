@@ -3,6 +3,7 @@
 Every check raises through `_Report.user` (exit code 1) or `_Report.infeasible` (exit code 2), naming the key to change.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,10 +17,13 @@ from moesim.scenario.dispatch import DISPATCH
 from moesim.scenario.document import Path
 from moesim.scenario.routers import ROUTERS
 from moesim.scenario.routing import (
+    ROUTING_KINDS,
+    BalancednessRouting,
     GroupedRouter,
     PopularityRouting,
     Router,
     UniformRouting,
+    lowest_balancedness,
 )
 from moesim.scenario.schema import Scenario
 
@@ -173,13 +177,32 @@ def _check_routing(scenario: Scenario, report: _Report) -> None:
             raise report.user("routing", "a model without experts has no router; leave routing out")
         return
     if "routing" not in scenario.model_fields_set:
-        kinds = "train, trace, popularity, uniform"
-        raise report.user("routing", f"missing; a model with experts needs one kind of {kinds}")
+        raise report.user("routing", f"missing; a model with experts needs one kind of {ROUTING_KINDS}")
     if isinstance(routing, PopularityRouting):
         _check_counts(scenario, routing, report)
+    if isinstance(routing, BalancednessRouting):
+        _check_balancedness(scenario, routing, report)
     if routing.router is not None:
         _check_router(scenario, routing.router, report)
     _check_groups(scenario, report)
+
+
+def _check_balancedness(scenario: Scenario, routing: BalancednessRouting, report: _Report) -> None:
+    model, ranks = scenario.model, scenario.parallelism.expert
+    lowest = lowest_balancedness(experts=model.experts, top_k=model.top_k, ranks=ranks)
+    if routing.value >= lowest * (1 - 1e-9):
+        return
+    if ranks == 1:
+        what, why = "parallelism.expert = 1 rank is always balanced", "use 1"
+    else:
+        what = f"{ranks} ranks with {model.experts // ranks} experts each and top_k = {model.top_k} are never below"
+        what, why = f"{what} {lowest:.4g}", f"use {_rounded_up(lowest)} to 1"
+    raise report.user("routing.value", f"balancedness {routing.value:g}: {what}; {why}, or change parallelism.expert")
+
+
+def _rounded_up(value: float) -> str:
+    """Four digits of a number, never below it."""
+    return f"{math.ceil(value * 1e4 - 1e-6) / 1e4:g}"
 
 
 def _check_counts(scenario: Scenario, routing: PopularityRouting, report: _Report) -> None:

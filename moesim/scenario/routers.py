@@ -78,6 +78,9 @@ ROUTERS = {
         RouterFacts(name="hash", affinity="none", learned=False, module="moesim.routing.routers:HashRouter"),
         RouterFacts(name="uniform", affinity="none", learned=False, module="moesim.routing.routers:UniformRouter"),
         POPULARITY,
+        RouterFacts(
+            name="balancedness", affinity="none", learned=False, module=None
+        ),  # drawn for the ranks of a layout
         RouterFacts(name="recorded", learned=False, module=None),  # by others, with the gates that they recorded
         RouterFacts(name="selections", affinity="none", learned=False, module=None),  # by others, without gates
     )

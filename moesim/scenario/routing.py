@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import AllowInfNan, Discriminator, Field, Strict, Tag
 
 from moesim.scenario.base import (
     MOST_EXPERTS,
@@ -202,7 +202,37 @@ class UniformRouting(Section):
     )
 
 
-Routing = Annotated[TrainRouting | TraceRouting | PopularityRouting | UniformRouting, Field(discriminator="kind")]
+Balancedness = Annotated[float, Strict(), AllowInfNan(False), Field(gt=0, le=1)]
+
+
+class BalancednessRouting(Section):
+    """Synthetic routing where only one number is known: mean / max of the rows per expert-parallel rank.
+
+    That is the balancedness of SGLang's and EPLB's reports, here in every layer and micro-batch, before drops. One rank
+    of each layer is hot, the others share the rest evenly; which rank differs from layer to layer (`seed`). 1: all
+    ranks get the same rows. The number holds for the ranks of this scenario, however many there are. Each token has K
+    distinct experts, so that a rank takes at most min(K, its experts) of a token's rows: hence a lowest value.
+    """
+
+    kind: Literal["balancedness"] = Field(description="State how evenly ranks are loaded, as one number.")
+    value: Balancedness = Field(
+        description="Mean over the rows of an expert group's ranks / rows of the busiest, in every layer; 1: even."
+    )
+    router: Router | None = Field(
+        default=None, description="Only its groups and limit are used; absent: those of the model."
+    )
+
+
+def lowest_balancedness(*, experts: int, top_k: int, ranks: int) -> float:
+    """The lowest mean / max of rank rows: a rank takes at most min(K, experts / ranks) of a token's K rows."""
+    return top_k / (ranks * min(top_k, experts // ranks))
+
+
+Routing = Annotated[
+    TrainRouting | TraceRouting | PopularityRouting | UniformRouting | BalancednessRouting, Field(discriminator="kind")
+]
+ROUTING_KINDS = "train, trace, popularity, uniform, balancedness"  # for messages
+StatedRouting = BalancednessRouting  # its traces are drawn for the ranks of one layout
 
 
 class NoCapacity(Section):
@@ -255,8 +285,8 @@ class RouterShape:
 def resolve_router(routing: Routing, *, model: Model, num_devices: int) -> RouterShape:
     """The router shape of a `routing` section on `num_devices` ranks of an expert-parallel group.
 
-    A trained router keeps its own kind; `popularity` and `uniform` take groups and limit from their `router` or, where
-    it says nothing of them, from the model. A recorded trace brings its own: only the model's experts and top_k are
+    A trained router keeps its own kind; what is drawn takes groups and limit from its `router` or, where that says
+    nothing of them, from the model. A recorded trace brings its own: only the model's experts and top_k are
     known here, and the groups it must have.
     """
     router = routing.router

@@ -261,7 +261,7 @@ class Scenario(Section):
     # Only a dense model may leave the routing out.
     routing: Routing = Field(
         default=UniformRouting(kind="uniform"),
-        description="How tokens choose experts: train, trace, popularity or uniform; required with experts.",
+        description="How tokens choose experts; required with experts.",
     )
     capacity: Capacity = Field(
         default=NoCapacity(), description="Limit on the rows of an expert or a rank; absent: none."

@@ -6,7 +6,7 @@ Their gates are 1/K. Their affinities are random numbers: they mean nothing but 
 lowest affinity first, drop at random and not always the last tokens.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -104,11 +104,18 @@ def _build(
     if router.top_k > router.num_experts:
         raise UserError(f"top_k = {router.top_k} exceeds the model's {router.num_experts} experts; lower model.top_k")
     ids_LTK = np.stack([draw(layer, num_sequences * sequence_length).astype(np.int16) for layer in range(num_layers)])
-    full_shape = (num_layers, num_sequences, sequence_length, router.top_k)
+    return drawn_trace(router, ids_LTK, shape=shape, seed=seed, made_from=made_from)
+
+
+def drawn_trace(
+    router: RouterShape, ids_LTK: Array, *, shape: tuple[int, int, int], seed: int, made_from: Mapping[str, Json]
+) -> RoutingTrace:
+    """A trace of drawn experts: `shape` is (layers, sequences, tokens per sequence), `made_from` says how."""
+    full_shape = (*shape, router.top_k)
     affinities = stream(seed, "trace-affinities").random(full_shape, dtype=np.float32)
     step = TraceStep(
         step=0,
-        expert_ids_LSTK=ids_LTK.reshape(full_shape),
+        expert_ids_LSTK=ids_LTK.astype(np.int16, copy=False).reshape(full_shape),
         affinities_LSTK=affinities.astype(np.float16).astype(np.float32),
         gates_LSTK=np.full(full_shape, 1.0 / router.top_k, dtype=np.float32),
     )
