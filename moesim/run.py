@@ -38,14 +38,14 @@ from moesim.results.plausible import check_plausible
 from moesim.results.stages import action_seconds, stage_facts, stage_warnings
 from moesim.routing.cache import cached_trace
 from moesim.routing.progress import ProgressCallback
+from moesim.routing.replay import recorded_trace
 from moesim.routing.request import TrainingRequest
 from moesim.scenario import Scenario
 from moesim.scenario.check import require_supported
 from moesim.scenario.routing import PopularityRouting, StatedRouting, TraceRouting, TrainRouting
 from moesim.seeding import stream, stream_seed
-from moesim.trace import RoutingTrace, load_trace, popularity_trace, trace_hash, uniform_trace
-from moesim.trace.agreement import check_agreement, limit_difference
-from moesim.trace.library import is_library_name, load_library
+from moesim.trace import RoutingTrace, popularity_trace, trace_hash, uniform_trace
+from moesim.trace.agreement import check_agreement, import_notes, limit_difference, rests_on
 from moesim.trace.metrics import expert_load_LE, first_load_LE, imbalance
 from moesim.trace.sampling import MIN_COVERAGE_FOR_CONFIDENCE, MIN_COVERAGE_FOR_RANGE
 from moesim.units import format_bandwidth, format_bytes
@@ -117,14 +117,11 @@ def obtain_trace(
     if isinstance(routing, TrainRouting):
         return cached_trace(TrainingRequest.from_scenario(scenario), cache_dir, progress=progress)
     if isinstance(routing, TraceRouting):
-        trace = load_library(routing.file) if is_library_name(routing.file) else load_trace(Path(routing.file))
+        trace = recorded_trace(scenario, tokens=_synthetic_tokens(scenario), cache_dir=cache_dir)
         check_agreement(trace, routing, wanted=scenario.router_shape())
         return trace
-    window = window_tokens(scenario)
     length = scenario.workload.sequence_length
-    fewest, most = SYNTHETIC_TOKENS
-    tokens = max(fewest, window, min(most, scenario.tokens_per_step))
-    num_sequences, seed = -(-tokens // length), stream_seed(scenario.seed, "synthetic-trace")
+    num_sequences, seed = -(-_synthetic_tokens(scenario) // length), stream_seed(scenario.seed, "synthetic-trace")
     if isinstance(routing, StatedRouting):
         return stated_trace(scenario, routing, num_layers=SYNTHETIC_LAYERS, num_sequences=num_sequences, seed=seed)
     common: dict[str, Any] = {"num_sequences": num_sequences, "sequence_length": length, "seed": seed}
@@ -133,6 +130,12 @@ def obtain_trace(
         layers = len(routing.counts) if nested else SYNTHETIC_LAYERS
         return popularity_trace(scenario.router_shape(), counts=routing.counts, num_layers=layers, **common)
     return uniform_trace(scenario.router_shape(), num_layers=SYNTHETIC_LAYERS, **common)
+
+
+def _synthetic_tokens(scenario: Scenario) -> int:
+    """How many tokens of drawn routing a scenario gets."""
+    fewest, most = SYNTHETIC_TOKENS
+    return max(fewest, window_tokens(scenario), min(most, scenario.tokens_per_step))
 
 
 def coverage(scenario: Scenario, sample: TrafficSample) -> float:
@@ -307,6 +310,7 @@ def _record(
             *stage_warnings(stages, listed=scenario.parallelism.stages is not None),
             *(balance_warnings(scenario, trace) if trace else ()),
             *limit_difference(trace, scenario),
+            *import_notes(trace, scenario),
             *scenario.model.left_out,
         ],
     }
@@ -361,6 +365,7 @@ def _router_facts(scenario: Scenario, trace: RoutingTrace, sample: TrafficSample
         "batch_sequences": scenario.workload.global_batch,
         "trace_coverage": coverage(scenario, sample),
         "reused_share": sample.draw.reused_share,
+        "rests_on": rests_on(trace),
     }
 
 

@@ -1,4 +1,4 @@
-"""`moesim trace import KIND PATH --out FILE`: a routing trace from what other programs recorded."""
+"""`moesim trace import KIND PATH --out FILE`: a routing trace from what others recorded; KIND auto finds out."""
 
 import argparse
 from pathlib import Path
@@ -15,7 +15,8 @@ SUMMARY = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """KIND PATH, --out, --model, --experts, --top-k, --sequence-length, --tokens, --seed, --json, --quiet, --force."""
-    parser.add_argument("kind", metavar="KIND", help="flame, megatron, sglang, vllm, trtllm, olmoe or counts")
+    text = "flame, megatron, sglang, vllm, trtllm, olmoe or counts; auto tells the form by the content"
+    parser.add_argument("kind", metavar="KIND", help=text)
     parser.add_argument("path", metavar="PATH", type=Path, help="the file or folder that was recorded")
     parser.add_argument("--out", metavar="FILE", type=Path, required=True, help="the trace, for routing.kind: trace")
     text = "a model of the catalogue or a config.json: gives experts and top-K, and refuses what differs"
@@ -88,6 +89,7 @@ def _summary(args: argparse.Namespace, trace: object) -> dict[str, object]:
     drawn = ROUTERS[trace.router.kind].drawn
     return {
         "trace": str(args.out),
+        "form": trace.provenance["form"],
         "read": f"counts, from which {trace.final.num_tokens} tokens were drawn" if drawn else "experts of every token",
         "steps": [step.step for step in trace.steps],
         "layers": trace.provenance["layers"],

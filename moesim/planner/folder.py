@@ -17,6 +17,7 @@ from typing import Any
 from moesim.errors import MachineError, UserError
 from moesim.files import claimed, write_atomically
 from moesim.planner.plan import Plan
+from moesim.routing.replay import routing_digest
 from moesim.scenario import Scenario, dump_scenario
 from moesim.strict_json import json_text, parse_json
 from moesim.study import Point, PointRecord, PointsFile, read_points, run_points, scenario_id
@@ -27,8 +28,10 @@ PLAN_SCHEMA_VERSION = 1
 
 
 def plan_hash(plan: Plan) -> str:
-    """16 hexadecimal digits of the SHA-256 of the plan with all its defaults."""
-    text = json_text(plan.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    """16 hexadecimal digits of the SHA-256 of the plan with all its defaults, and of what its `routing.file` holds."""
+    settings, recording = plan.model_dump(mode="json"), routing_digest(plan.routing)
+    content = settings if recording is None else {"plan": settings, "recording": recording}
+    text = json_text(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -243,7 +243,9 @@ def training(result: Result) -> list[Fact]:
 def sources(result: Result) -> list[Fact]:
     """Which share of the estimated time rests on what, largest first."""
     shares = sorted(result["estimate_sources"].items(), key=lambda item: -item[1])
-    return [Fact(name, percent(share), "of estimated time") for name, share in shares]
+    found = [Fact(name, percent(share), "of estimated time") for name, share in shares]
+    routing = result["router"].get("rests_on")  # results of before, and of dense models, have none
+    return [*found, Fact("routing", routing)] if routing else found
 
 
 def attribution(result: Result) -> list[tuple[Category, float, float]]:

@@ -153,13 +153,18 @@ LIBRARY_PREFIX = "library:"  # `routing.file` that begins so names shipped routi
 
 
 class TraceRouting(Section):
-    """Replay a recorded trace: a file, or `library:NAME` (`moesim trace library:` lists the names).
+    """Replay a recorded trace: a file, `library:NAME` (`moesim trace library:` lists the names), or a file or folder
+    of what another program recorded, whose form its content tells.
 
-    The trace brings its router, groups and limit with it.
+    The trace brings its router, groups and limit with it; a recording of another program takes what it does not say
+    from the model and from workload.sequence_length.
     """
 
     kind: Literal["trace"] = Field(description="Replay recorded routing.")
-    file: Text = Field(description="A trace file relative to this file, or library:NAME for one that ships.")
+    file: Text = Field(
+        description="A trace file relative to this file, library:NAME for one that ships, or what FLAME-MoE, Megatron, "
+        "SGLang, vLLM, TensorRT-LLM or OLMoE recorded (file or folder), or counts as CSV or JSON."
+    )
     router: Router | None = Field(default=None, description="What the trace's router must be; absent: any.")
 
 

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from moesim.errors import UserError
+from moesim.routing.replay import routing_digest
 from moesim.scenario import Scenario
 from moesim.strict_json import json_text, parse_json
 
@@ -19,8 +20,12 @@ def content_hash(data: Any) -> str:
 
 
 def scenario_id(scenario: Scenario) -> str:
-    """16 hexadecimal digits of the SHA-256 of the resolved scenario: equal scenarios have equal ids."""
-    return content_hash(scenario.model_dump(mode="json"))[:16]
+    """16 hexadecimal digits of the SHA-256 of the resolved scenario and of what its `routing.file` holds.
+
+    Equal scenarios have equal ids until the recording that they replay is another one.
+    """
+    settings, recording = scenario.model_dump(mode="json"), routing_digest(scenario.routing)
+    return content_hash(settings if recording is None else {"scenario": settings, "recording": recording})[:16]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """Whether a recorded trace is what a scenario asks for: its experts always, its router where one is named."""
 
 from moesim.errors import UserError
+from moesim.scenario.routers import ROUTERS
 from moesim.scenario.routing import LIBRARY_PREFIX, GroupedRouter, RouterShape, TraceRouting
 from moesim.scenario.schema import Scenario
 from moesim.trace.record import RoutingTrace
@@ -49,3 +50,26 @@ def limit_difference(trace: RoutingTrace | None, scenario: Scenario) -> list[str
         f"the trace's router has {has} per token, the model's own at most {model.router_group_limit} of "
         f"{model.router_groups}: bytes and waiting are those of the trace"
     ]
+
+
+def import_notes(trace: RoutingTrace | None, scenario: Scenario) -> list[str]:
+    """What was left out, mapped or assumed when the trace was made of what another program recorded."""
+    if trace is None or rests_on(trace) is None:
+        return []
+    recorded = trace.provenance.get("notes")
+    notes = [str(note) for note in recorded] if isinstance(recorded, list) else []
+    routed = scenario.model.moe_layers + scenario.model.mtp_layers
+    if trace.num_layers > routed:
+        notes.append(f"the model has {routed} MoE layers, for which the first of its {trace.num_layers} stand")
+    elif trace.num_layers < routed:
+        notes.append(f"{trace.num_layers} recorded layer(s) stand in turn for the {routed} MoE layers of the model")
+    return [f"routing of {trace.provenance.get('path')}: {note}" for note in notes]
+
+
+def rests_on(trace: RoutingTrace) -> str | None:
+    """Which recording of another program the routing rests on; None for moesim's own."""
+    form, path = trace.provenance.get("form"), trace.provenance.get("path")
+    if not isinstance(form, str):
+        return None
+    how = "counts" if ROUTERS[trace.router.kind].drawn else "tokens"
+    return f"{how} of {path} ({form})"

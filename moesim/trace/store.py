@@ -93,6 +93,15 @@ def load_trace(path: str | os.PathLike[str]) -> RoutingTrace:
     return trace
 
 
+def is_trace_file(path: str | os.PathLike[str]) -> bool:
+    """Whether a file begins as traces do, whatever follows; False for a folder and where nothing can be read."""
+    try:
+        with Path(path).open("rb") as file:
+            return file.read(len(_MAGIC)) == _MAGIC
+    except OSError:
+        return False
+
+
 def trace_hash(trace: RoutingTrace) -> str:
     """sha256 (hex) of what the trace says: router, recorded steps and curves, not of how it came about."""
     digest = hashlib.sha256(json_text(asdict(trace.router), sort_keys=True).encode())

@@ -3,6 +3,8 @@
 import io
 import pickle
 import warnings
+import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +40,15 @@ def _as_numpy(value: Any) -> Any:
     return [_as_numpy(item) for item in value] if isinstance(value, list | tuple) else value
 
 
+def load_arrays(path: Path) -> dict[str, Any]:
+    """Arrays of a `.npy` or `.npz` file by name; objects in it are refused."""
+    try:
+        value = np.load(path, allow_pickle=False)
+        return {"the array": value} if isinstance(value, np.ndarray) else {name: value[name] for name in value.files}
+    except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        refuse(path, f"no file of arrays ({str(error).splitlines()[0][:100]})", "save it again with numpy.save")
+
+
 def load_parquet(path: Path) -> dict[str, Any]:
     """Columns of a parquet file by name: lists become arrays [rows, length]."""
     try:
@@ -52,6 +63,18 @@ def load_parquet(path: Path) -> dict[str, Any]:
         return {name: np.array(table[name].to_pylist()) for name in table.column_names}
     except ValueError:
         refuse(path, "has rows with lists of different lengths", "record the routing again")
+
+
+def load_parquet_names(path: Path) -> set[str]:
+    """Names of the columns of a parquet file, without its rows."""
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise UserError(f"{path}: parquet needs pyarrow; pip install 'moesim[import]'") from None
+    try:
+        return set(parquet.read_schema(path).names)
+    except (ArrowException, OSError) as error:
+        refuse(path, f"no parquet file ({str(error).splitlines()[0][:100]})", "fetch it again")
 
 
 def load_safetensors(path: Path) -> dict[str, Any]:
