@@ -175,15 +175,23 @@ def _forms_of_file(path: Path) -> set[str]:
     if head == b"PAR1":
         names = load_parquet_names(path)
         return {form.name for form in FORMS.values() if form.columns is not None and form.columns <= names}
-    archive = zipfile.is_zipfile(path)
-    if head == b"\x93NUM" or (archive and all(name.endswith(".npy") for name in zipfile.ZipFile(path).namelist())):
+    members = _members(path)
+    if head == b"\x93NUM" or (members and all(name.endswith(".npy") for name in members)):
         arrays = load_arrays(path).values()
         return {form.name for form in FORMS.values() if arrays and all(map(form.arrays, arrays))}
-    if archive or path.suffix == ".pt":
+    if members or path.suffix == ".pt":
         value = load_tensors(path)
         keys = {key for key in value if isinstance(key, str)} if isinstance(value, dict) else set()
         return {form.name for form in FORMS.values() if form.tensor_keys & keys or form.tensors(value)}
     return _forms_of_text(path)
+
+
+def _members(path: Path) -> list[str]:
+    """Names in a zip archive; none for any other file."""
+    if not zipfile.is_zipfile(path):
+        return []
+    with zipfile.ZipFile(path) as archive:
+        return archive.namelist()
 
 
 _MOST_TEXT = 64 << 20  # of a file that may be a table of counts

@@ -43,8 +43,11 @@ def _as_numpy(value: Any) -> Any:
 def load_arrays(path: Path) -> dict[str, Any]:
     """Arrays of a `.npy` or `.npz` file by name; objects in it are refused."""
     try:
-        value = np.load(path, allow_pickle=False)
-        return {"the array": value} if isinstance(value, np.ndarray) else {name: value[name] for name in value.files}
+        with path.open("rb") as file:
+            value = np.load(file, allow_pickle=False)
+            if isinstance(value, np.ndarray):
+                return {"the array": value}
+            return {name: value[name] for name in value.files}
     except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         refuse(path, f"no file of arrays ({str(error).splitlines()[0][:100]})", "save it again with numpy.save")
 
