@@ -44,6 +44,7 @@ from moesim.scenario.base import (
     Share,
     Text,
     Tokens,
+    TokensPerSecond,
     TrainTokens,
     Usd,
 )
@@ -164,7 +165,9 @@ class Constraints(Section):
     )
     tensor_in_node: Flag = Field(default=True, description="Whether tensor groups must lie inside one node.")
     expert_in_node: Flag = Field(default=False, description="Whether expert groups must lie inside one node.")
-    tokens_per_second: Usd | None = Field(default=None, description="Tokens per second at least; absent: any.")
+    tokens_per_second: TokensPerSecond | None = Field(
+        default=None, description="Tokens per second at least; absent: any."
+    )
 
 
 class Search(Section):

@@ -14,6 +14,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    JsonValue,
     PlainSerializer,
     Strict,
     WithJsonSchema,
@@ -60,31 +61,40 @@ def one_of(table: Collection[str]) -> AfterValidator:
     return AfterValidator(known)
 
 
+def _unit(name: str) -> dict[str, JsonValue]:
+    """Of a plain number, for the reference of the documentation; the JSON Schema for editors goes without."""
+    return {"unit": name}
+
+
 Seed = Annotated[int, Strict(), Field(ge=0)]
 PositiveFloat = Annotated[float, Strict(), AllowInfNan(False), Field(ge=1e-9, le=1e9)]
-Share = Annotated[float, Strict(), AllowInfNan(False), Field(ge=0, le=1)]
+Share = Annotated[float, Strict(), AllowInfNan(False), Field(ge=0, le=1, json_schema_extra=_unit("share"))]
 Flag = Annotated[bool, Strict()]
 Text = Annotated[str, Field(max_length=1_000)]
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 FileName = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[A-Za-z0-9._-]+$")]
 
-Gpus = Annotated[int, Strict(), Field(gt=0, le=MOST_GPUS)]
+Gpus = Annotated[int, Strict(), Field(gt=0, le=MOST_GPUS, json_schema_extra=_unit("GPUs"))]
 Index = Annotated[int, Strict(), Field(ge=0, lt=MOST_GPUS)]
-GpusPerNode = Annotated[int, Strict(), Field(gt=0, le=1_024)]
-Experts = Annotated[int, Strict(), Field(ge=0, le=MOST_EXPERTS)]
-PositiveExperts = Annotated[int, Strict(), Field(gt=0, le=MOST_EXPERTS)]
-Layers = Annotated[int, Strict(), Field(ge=0, le=MOST_LAYERS)]
-PositiveLayers = Annotated[int, Strict(), Field(gt=0, le=MOST_LAYERS)]
-Heads = Annotated[int, Strict(), Field(gt=0, le=4_096)]
-Width = Annotated[int, Strict(), Field(ge=0, le=2**20)]
-PositiveWidth = Annotated[int, Strict(), Field(gt=0, le=2**20)]
-Tokens = Annotated[int, Strict(), Field(gt=0, le=2**24)]  # of one sequence, of one training step, of a trace
-Sequences = Annotated[int, Strict(), Field(gt=0, le=2**20)]
-Samples = Annotated[int, Strict(), Field(gt=0, le=1_000)]
-TrainTokens = Annotated[float, Strict(), AllowInfNan(False), Field(ge=1, le=1e18)]
-Usd = Annotated[float, Strict(), AllowInfNan(False), Field(ge=1e-6, le=1e15)]
-Rent = Annotated[float, Strict(), AllowInfNan(False), Field(ge=0, le=1e6)]
-PositiveRent = Annotated[float, Strict(), AllowInfNan(False), Field(ge=1e-6, le=1e6)]
+GpusPerNode = Annotated[int, Strict(), Field(gt=0, le=1_024, json_schema_extra=_unit("GPUs"))]
+Experts = Annotated[int, Strict(), Field(ge=0, le=MOST_EXPERTS, json_schema_extra=_unit("experts"))]
+PositiveExperts = Annotated[int, Strict(), Field(gt=0, le=MOST_EXPERTS, json_schema_extra=_unit("experts"))]
+Layers = Annotated[int, Strict(), Field(ge=0, le=MOST_LAYERS, json_schema_extra=_unit("layers"))]
+PositiveLayers = Annotated[int, Strict(), Field(gt=0, le=MOST_LAYERS, json_schema_extra=_unit("layers"))]
+Heads = Annotated[int, Strict(), Field(gt=0, le=4_096, json_schema_extra=_unit("heads"))]
+Width = Annotated[int, Strict(), Field(ge=0, le=2**20, json_schema_extra=_unit("elements"))]
+PositiveWidth = Annotated[int, Strict(), Field(gt=0, le=2**20, json_schema_extra=_unit("elements"))]
+# Of one sequence, of one training step, of a trace.
+Tokens = Annotated[int, Strict(), Field(gt=0, le=2**24, json_schema_extra=_unit("tokens"))]
+Sequences = Annotated[int, Strict(), Field(gt=0, le=2**20, json_schema_extra=_unit("sequences"))]
+Samples = Annotated[int, Strict(), Field(gt=0, le=1_000, json_schema_extra=_unit("samples"))]
+TrainTokens = Annotated[float, Strict(), AllowInfNan(False), Field(ge=1, le=1e18, json_schema_extra=_unit("tokens"))]
+TokensPerSecond = Annotated[
+    float, Strict(), AllowInfNan(False), Field(ge=1e-6, le=1e15, json_schema_extra=_unit("tokens/s"))
+]
+Usd = Annotated[float, Strict(), AllowInfNan(False), Field(ge=1e-6, le=1e15, json_schema_extra=_unit("USD"))]
+Rent = Annotated[float, Strict(), AllowInfNan(False), Field(ge=0, le=1e6, json_schema_extra=_unit("USD/h"))]
+PositiveRent = Annotated[float, Strict(), AllowInfNan(False), Field(ge=1e-6, le=1e6, json_schema_extra=_unit("USD/h"))]
 CapacityFactor = Annotated[float, Strict(), AllowInfNan(False), Field(ge=1e-3, le=1e5)]
 Coefficient = Annotated[float, Strict(), AllowInfNan(False), Field(ge=0, le=1e3)]
 Efficiency = Annotated[float, Strict(), AllowInfNan(False), Field(ge=LEAST_SHARE, le=1)]

@@ -9,10 +9,11 @@ from moesim.scenario.schema import Scenario
 _GPU_FORMS = ["gpu", "nodes"]
 
 
-def json_schema() -> dict[str, Any]:
+def json_schema(*, units: bool = False) -> dict[str, Any]:
     """JSON Schema (2020-12) that accepts every form that `load_scenario` accepts at the level of single sections.
 
     Beyond the sections themselves: `model` by preset or hf_config with any field overridden, and the flat `cluster`.
+    `units`: with the key `unit` where a plain number has one, which is not of the standard.
     """
     schema = Scenario.model_json_schema(mode="validation")
     definitions = schema["$defs"]
@@ -22,6 +23,8 @@ def json_schema() -> dict[str, Any]:
     definitions["OwnGpu"]["properties"]["like"]["enum"] = list(gpu_names())
     _accept_model_forms(definitions["Model"])
     _accept_flat_cluster(definitions["Cluster"], definitions["Pool"])
+    if not units:
+        schema = _without_units(schema)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "moesim scenario"}
 
 
@@ -39,3 +42,10 @@ def _accept_flat_cluster(cluster: dict[str, Any], pool: dict[str, Any]) -> None:
         cluster["properties"][key] = pool["properties"][key]
     del cluster["required"]
     cluster["anyOf"] = [{"required": ["pools"]}, {"required": _GPU_FORMS}]
+
+
+def _without_units(schema: Any) -> Any:
+    if isinstance(schema, dict):
+        is_unit = isinstance(schema.get("unit"), str)
+        return {key: _without_units(value) for key, value in schema.items() if not (is_unit and key == "unit")}
+    return [_without_units(item) for item in schema] if isinstance(schema, list) else schema

@@ -16,7 +16,14 @@ from moesim.sweeper import reader
 
 _KEY = re.compile(r"\$[A-Za-z_][A-Za-z_0-9]*|[A-Za-z_0-9]+(\.[A-Za-z_0-9]+)*")
 _VARIABLE = re.compile(r"\$([A-Za-z_][A-Za-z_0-9]*)|\$\{([A-Za-z_][A-Za-z_0-9]*)\}")
-_AXIS_KEYS = ("key", "keys", "values", "labels", "repeat")
+# What each key of an axis says; the reference of the documentation prints these, too.
+AXIS_KEYS: Mapping[str, str] = {
+    "key": "A dotted key of a scenario, or $name: a variable that texts elsewhere in the study use as $name.",
+    "keys": "Several keys that take their values together, instead of key.",
+    "values": "The values that the key takes; with keys, a row of values for each place. Required.",
+    "labels": "A word for each value, for tables and pictures.",
+    "repeat": "Whether the values repeat one experiment, so that summaries average over them; true for seed alone.",
+}
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,7 @@ def read_axes(node: Node) -> list[Axis]:
 
 
 def _read_axis(node: Node) -> Axis:
-    parts = reader.mapping(node, "an axis", known=_AXIS_KEYS)
+    parts = reader.mapping(node, "an axis", known=AXIS_KEYS)
     if ("key" in parts) == ("keys" in parts):
         raise UserError(f"{node.where}: an axis needs key: K, or keys: [K1, K2] for values that go together")
     if "values" not in parts:

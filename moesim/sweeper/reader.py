@@ -1,6 +1,6 @@
 """Reading a study file: nodes with places to plain values, and one line for every mistake."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from moesim.errors import UserError
@@ -21,7 +21,7 @@ def read_file(path: Path) -> Node:
     return root
 
 
-def mapping(node: Node, what: str, *, known: Sequence[str] | None) -> dict[str, Node]:
+def mapping(node: Node, what: str, *, known: Collection[str] | None) -> dict[str, Node]:
     """The children of a mapping whose keys are all `known` (any keys when None). Raises UserError."""
     if not isinstance(node.value, dict):
         raise UserError(f"{node.where}: {what} is a mapping of keys to values")

@@ -30,8 +30,22 @@ from moesim.sweeper.axes import Axis, Setting, filled, grid, read_axes, read_poi
 from moesim.sweeper.metrics import METRICS
 from moesim.trace.library import find_entry, is_library_name
 
-STUDY_KEYS = ("name", "base", "set", "axes", "points", "reference", "plot")
-PLOT_KEYS = ("kind", "x", "y", "colour")
+# What each key of a study says; the reference of the documentation prints these, too.
+STUDY_KEYS: Mapping[str, str] = {
+    "name": "Name of the study and of its folder; letters, digits and . _ - alone. Required.",
+    "base": "The scenario that every point starts from, a file relative to the study. Required.",
+    "set": "Overrides for all points: dotted keys of a scenario and their values.",
+    "axes": "Axes, whose values span a grid, the last axis fastest.",
+    "points": "Single points, each a mapping of dotted keys to values, instead of axes or crossed with them.",
+    "reference": "Values of one place on an axis, against which the others are compared.",
+    "plot": "What `moesim plot` draws of it.",
+}
+PLOT_KEYS: Mapping[str, str] = {
+    "kind": "Kind of picture: curves, heat_map or cost_performance. Required.",
+    "x": "A key of an axis or a number of the result along x; not for cost_performance.",
+    "y": "A list of numbers of the result, such as step_time_s or imbalance.expert; for a heat_map, of a key as well.",
+    "colour": "A key of an axis that tells the curves apart.",
+}
 PLOT_KINDS = ("curves", "heat_map", "cost_performance")
 MOST_POINTS = 10_000
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
