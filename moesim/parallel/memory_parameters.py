@@ -70,12 +70,17 @@ def _layer(scenario: Scenario, *, moe: bool) -> Unit:
     if not moe:
         dense = ffn_parameters(model, model.dense_intermediate) / mesh.tensor
         return attention._replace(dense=attention.dense + dense)
-    expert, router = expert_parameters(model), router_parameters(model) + latent_parameters(model)
+    router = router_parameters(model) + latent_parameters(model)
     return Unit(
         attention.dense + router + shared_parameters(model) / mesh.tensor,
         attention.duplicated + router,
-        model.experts * expert / (mesh.expert * mesh.expert_tensor),
+        scenario.slots_per_rank * expert_parameters(model) / mesh.expert_tensor,
     )
+
+
+def expert_slice_parameters(scenario: Scenario) -> float:
+    """Elements of one expert on one rank."""
+    return expert_parameters(scenario.model) / scenario.parallelism.expert_tensor
 
 
 def table_parameters(scenario: Scenario) -> float:

@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.parallel.mesh import Mesh
-from moesim.parallel.sample import TrafficSample
 from moesim.parallel.stages import held_copies
+from moesim.parallel.traffic_sample import TrafficSample
 from moesim.scenario import Scenario
+from moesim.scenario.placement import keeps_groups
 
 Array = NDArray[Any]
 
@@ -60,10 +61,10 @@ def routed_rows(scenario: Scenario, samples: Sequence[TrafficSample]) -> RoutedR
 def _count_group(
     out: RoutedRows, scenario: Scenario, sample: TrafficSample, *, number: int, group: int, ranks_D: Array
 ) -> None:
-    placement, thin_layers = sample.placement, sample.sampler.trace.num_layers
+    placement = sample.placement
     counts: dict[int, tuple[Array, Array, Array]] = {}
     for layer in range(out.rows_SLBW.shape[1]):
-        thin = layer % thin_layers
+        thin = sample.sampler.counted_layer(layer)
         if thin not in counts:
             arrays = sample.thin_arrays(group, thin)
             held_BRD = held_copies(arrays, placement, scenario.dispatch.deduplicate)
@@ -87,7 +88,9 @@ def even_rows(scenario: Scenario) -> RoutedRows:
     if model.experts and scenario.dispatch.deduplicate != "per_expert":
         copies = min(copies, mesh.expert)
         router = scenario.router_shape()
-        if router.num_groups >= mesh.expert:
+        slots = scenario.placement.fixed_slots(num_experts=model.experts, num_ranks=mesh.expert)
+        whole = slots is not None and keeps_groups(slots, num_groups=router.num_groups)
+        if router.num_groups >= mesh.expert and whole:
             copies = min(copies, router.group_limit)
     return _alike(scenario, rows=tokens * model.top_k, copies=tokens * copies)
 

@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.scenario.cluster import Contiguous, Explicit, Placement, keeps_groups
+from moesim.scenario.placement import Placement
 
 EMPTY_SLOT = -1
 
@@ -48,38 +48,32 @@ class ExpertPlacement:
         assert (rank_of_expert_E >= 0).all(), "every expert has a slot"
         return rank_of_expert_E
 
-    def splits_groups(self, num_groups: int) -> bool:
-        """Whether the placement pulls a router group apart (see `keeps_groups`)."""
-        return not keeps_groups(self.slot_experts_DP.tolist(), num_groups=num_groups)
-
 
 def contiguous_placement(*, num_experts: int, num_ranks: int) -> ExpertPlacement:
     """Rank d holds experts d*E/D .. (d+1)*E/D - 1."""
     return ExpertPlacement(np.arange(num_experts, dtype=np.int64).reshape(num_ranks, num_experts // num_ranks))
 
 
-def round_robin_placement(*, num_experts: int, num_ranks: int) -> ExpertPlacement:
-    """Expert e sits on rank e mod D."""
-    return ExpertPlacement(np.arange(num_experts, dtype=np.int64).reshape(num_experts // num_ranks, num_ranks).T.copy())
+def place_lists(slots: Sequence[Sequence[int]]) -> ExpertPlacement:
+    """`slots[d]` lists the experts of rank d, each once; shorter ranks get empty slots."""
+    placed = ExpertPlacement(slot_table(slots))
+    assert sorted(expert for experts in slots for expert in experts) == list(range(placed.num_experts))
+    return placed
 
 
-def explicit_placement(slots: Sequence[Sequence[int]], *, num_experts: int, num_ranks: int) -> ExpertPlacement:
-    """`slots[d]` lists the experts of rank d; shorter ranks get empty slots."""
-    assert len(slots) == num_ranks
-    assert sorted(expert for experts in slots for expert in experts) == list(range(num_experts))
-    slot_experts_DP = np.full((num_ranks, max(map(len, slots))), EMPTY_SLOT, dtype=np.int64)
+def slot_table(slots: Sequence[Sequence[int]]) -> NDArray[np.int64]:
+    """Lists of experts as an array [D, P], with -1 behind those of shorter ranks."""
+    slot_experts_DP = np.full((len(slots), max(map(len, slots))), EMPTY_SLOT, dtype=np.int64)
     for rank, experts in enumerate(slots):
         slot_experts_DP[rank, : len(experts)] = experts
-    return ExpertPlacement(slot_experts_DP)
+    return slot_experts_DP
 
 
 def place_experts(placement: Placement, *, num_experts: int, num_ranks: int) -> ExpertPlacement:
     """The slots that the scenario's `placement` section describes, for one group of `num_ranks` ranks.
 
-    The scenario's checks have refused lists that are not complete and experts that do not spread evenly.
+    For placements in which every expert has one slot, the same in all layers; others are maps (`ExpertMap`).
     """
-    if isinstance(placement, Explicit):
-        return explicit_placement(placement.slots, num_experts=num_experts, num_ranks=num_ranks)
-    assert num_experts % num_ranks == 0
-    build = contiguous_placement if isinstance(placement, Contiguous) else round_robin_placement
-    return build(num_experts=num_experts, num_ranks=num_ranks)
+    slots = placement.fixed_slots(num_experts=num_experts, num_ranks=num_ranks)
+    assert slots is not None, "layers differ"
+    return place_lists(slots)

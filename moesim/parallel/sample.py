@@ -1,8 +1,12 @@
 """Routing samples of a whole step: from a trace and a plan to the traffic of every layer, group and micro-batch.
 
+Where experts have copies, or layers differ, slots stand for experts (`moesim.parallel.expert_map`): rows are counted
+by slot, and `placement` says on which rank a slot is. A counted layer is a layer of the trace, or of the model where
+each has a map of its own.
+
 Legend: L thin layers, B micro-batches, N data-parallel ranks, U sequences per rank and micro-batch (of a rank: their
 pieces), V pieces of one sequence on a rank, S pieces of recorded sequences, T tokens per piece, K selections, R/D ranks
-of an expert group, E experts, M nodes, P slots.
+of an expert group, E experts or slots, M nodes, P slots of a rank.
 
 A rank's tokens are whole sequences; under context or tensor parallelism the ranks of one data-parallel rank share
 them, each with its own pieces (`moesim.parallel.ownership`).
@@ -16,25 +20,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.errors import UserError
-from moesim.parallel.arrays import TrafficArrays
-from moesim.parallel.counts import count_blocks
-from moesim.parallel.dropping import device_keep_mask, expert_capacity, expert_keep_mask, ranks_of_rows
+from moesim.parallel.counts import count_blocks, count_rows
+from moesim.parallel.dropping import expert_capacity, expert_keep_mask, ranks_of_rows
+from moesim.parallel.expert_map import ExpertMap
+from moesim.parallel.layer_maps import LayerMaps, layer_maps
 from moesim.parallel.mesh import GroupLayout, Mesh
 from moesim.parallel.ownership import pieces_of_ranks
 from moesim.parallel.placement import ExpertPlacement, place_experts
 from moesim.parallel.relabelling import Relabelling, draw_relabellings, identity_relabelling
-from moesim.parallel.traffic import LayerTraffic
+from moesim.parallel.traffic_sample import TrafficSample, num_rows
 from moesim.scenario import Scenario
 from moesim.scenario.routing import DeviceCapacity, ExpertCapacity
 from moesim.seeding import stream
 from moesim.trace.record import RoutingTrace
-from moesim.trace.sampling import SequenceDraw, choose_protected, draw_sequences
+from moesim.trace.sampling import choose_protected, draw_sequences
 
 Array = NDArray[Any]
 
 
 class _PieceCounts(NamedTuple):
-    """Counts of every piece of the trace in one thin layer, int64; they add up over pieces."""
+    """Counts of every piece of the trace in one counted layer, int64; they add up over pieces. E: experts or slots."""
 
     rows_SE: Array
     rank_copies_SD: Array
@@ -46,17 +51,18 @@ class _PieceCounts(NamedTuple):
 class TrafficSampler:
     """A trace laid out on a plan: prepared once, drawn from many times.
 
-    Raises UserError when the trace does not fit the model, is shorter than one sequence, or has router groups that
-    the placement splits.
+    Raises UserError when the trace does not fit the model, or is shorter than one sequence (two, where one part of it
+    makes the placement and another one is simulated).
     """
 
     scenario: Scenario
     trace: RoutingTrace
-    _counts: dict[tuple[int, bytes], _PieceCounts] = field(init=False, default_factory=dict, repr=False)
+    _counts: dict[tuple[int, bytes, int], _PieceCounts] = field(init=False, default_factory=dict, repr=False)
     _ranks: dict[int, Array] = field(init=False, default_factory=dict, repr=False)
+    _maps: dict[int, ExpertMap] = field(init=False, default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        _check_fit(self.scenario, self.trace, self.placement)
+        _check_fit(self.scenario, self.trace)
         assert self.pieces_per_sequence * self.piece_length == self.scenario.workload.sequence_length
 
     @cached_property
@@ -66,12 +72,52 @@ class TrafficSampler:
 
     @cached_property
     def placement(self) -> ExpertPlacement:
-        """The experts of every model layer on the ranks of a group."""
+        """The experts of every model layer, or its slots where there are `maps`, on the ranks of a group."""
+        if self.maps is not None:
+            return self.maps.maps[0].placement
         return place_experts(
             self.scenario.placement,
             num_experts=self.scenario.model.experts,
             num_ranks=self.scenario.parallelism.expert,
         )
+
+    @cached_property
+    def maps(self) -> LayerMaps | None:
+        """Which slot holds which expert in every counted layer; None where each expert has its one place in all."""
+        return layer_maps(
+            self.scenario,
+            num_groups=self.trace.router.num_groups,
+            num_layers=self.trace.num_layers,
+            node_of_rank_D=self.layouts[0][0].node_of_rank_R,
+            load_LE=self.placing_load_LE,
+        )
+
+    def placing_load_LE(self) -> Array:
+        """Rows of every expert in each layer of the trace, before dropping, in the part that places the experts."""
+        held_back = self.num_placing_sequences if self.scenario.placement.held_back else None
+        ids_LSTK = self._all_sequences.final.expert_ids_LSTK[:, :held_back]
+        return count_rows(ids_LSTK, num_experts=self.trace.router.num_experts)
+
+    @property
+    def num_placing_sequences(self) -> int:
+        """Sequences that experts are placed by: none without a placement made from the trace."""
+        placement, sequences = self.scenario.placement, self._all_sequences.num_sequences
+        return sequences // (2 if placement.held_back else 1) if placement.made_from_trace else 0
+
+    def counted_layer(self, model_layer: int) -> int:
+        """The counted layer of a layer of the model with a router."""
+        if self.maps is not None and self.maps.per_model_layer:
+            return model_layer
+        return model_layer % self.trace.num_layers
+
+    def map_of(self, model_layer: int) -> ExpertMap | None:
+        """What the slots of a layer of the model hold."""
+        if self.maps is None:
+            return None
+        if model_layer not in self._maps:
+            counted = self.maps.maps[self.counted_layer(model_layer)]
+            self._maps[model_layer] = counted.reordered(self.relabellings[model_layer].expert_from_E)
+        return self._maps[model_layer]
 
     @cached_property
     def pieces_RV(self) -> NDArray[np.int64]:
@@ -90,8 +136,20 @@ class TrafficSampler:
 
     @cached_property
     def sequences(self) -> RoutingTrace:
-        """The trace cut into sequences of the workload's length."""
-        return self.trace.resequence(self.scenario.workload.sequence_length)
+        """The simulated part of the trace, cut into sequences of the workload's length."""
+        if not self.scenario.placement.held_back:
+            return self._all_sequences
+        return later_sequences(self._all_sequences, first=self.num_placing_sequences)
+
+    @cached_property
+    def _all_sequences(self) -> RoutingTrace:
+        whole = self.trace.resequence(self.scenario.workload.sequence_length)
+        if self.scenario.placement.held_back and whole.num_sequences < 2:
+            raise UserError(
+                "placement.made_on: earlier places by one half of the trace and simulates the other, but it holds one "
+                "sequence; use placement.made_on: same, or record more tokens"
+            )
+        return whole
 
     @cached_property
     def layouts(self) -> list[list[GroupLayout]]:
@@ -104,16 +162,17 @@ class TrafficSampler:
         """The expert permutation of every MoE layer of the model (prediction layers last).
 
         The same for every group, micro-batch and sample: it belongs to the model. A trace that has a layer of its own
-        for each of the model's keeps its experts where they are.
+        for each of the model's keeps its experts where they are. Slots that stand for experts know no router groups:
+        the experts of a rank change places with those of another rank, whichever they are.
         """
         model = self.scenario.model
         num_layers = model.moe_layers + model.mtp_layers
-        if self.trace.num_layers >= num_layers:
+        if self.trace.num_layers >= num_layers or (self.maps is not None and not self.maps.moved):
             return [identity_relabelling(self.placement)] * num_layers
         patterns = {layout.node_of_rank_R.tobytes(): layout for stage in self.layouts for layout in stage}
         return draw_relabellings(
             self.placement,
-            num_groups=self.trace.router.num_groups,
+            num_groups=self.trace.router.num_groups if self.maps is None else 1,
             nodes_of_ranks=[layout.node_of_rank_R for layout in patterns.values()],
             generators=(stream(self.scenario.seed, "relabelling", layer) for layer in range(num_layers)),
         )
@@ -145,23 +204,41 @@ class TrafficSampler:
         protected_BNU = choose_protected(draw.sequences_BNU.shape, share=share, rng=rng)
         return TrafficSample(self, draw, protected_BNU)
 
-    def expert_ids_STK(self, thin_layer: int) -> Array:
-        """Selections of every piece in one thin layer, before dropping."""
-        return self._pieces(self.sequences.final.expert_ids_LSTK[thin_layer])
+    def expert_ids_STK(self, layer: int) -> Array:
+        """Experts that every piece selects in one counted layer, before dropping."""
+        return self._pieces(self.sequences.final.expert_ids_LSTK[layer % self.trace.num_layers])
 
-    def affinities_STK(self, thin_layer: int) -> Array:
-        """Affinities of the selections of every piece in one thin layer."""
-        return self._pieces(self.sequences.final.affinities_LSTK[thin_layer])
+    def affinities_STK(self, layer: int) -> Array:
+        """Affinities of the selections of every piece in one counted layer."""
+        return self._pieces(self.sequences.final.affinities_LSTK[layer % self.trace.num_layers])
 
-    def ranks_STK(self, thin_layer: int) -> Array:
-        """The rank of the group that computes each selection; D where there is none."""
-        if thin_layer not in self._ranks:
-            self._ranks[thin_layer] = ranks_of_rows(
-                self.expert_ids_STK(thin_layer),
-                rank_of_expert_E=self.placement.rank_of_expert_E,
-                num_ranks=self.placement.num_ranks,
-            )
-        return self._ranks[thin_layer]
+    def ranks_STK(self, layer: int) -> Array:
+        """The rank of the group that computes each selection, where there are no `maps`; D where there is none."""
+        assert self.maps is None, "which rank depends on the source"
+        if layer not in self._ranks:
+            self._ranks[layer] = self.ranks_of(self.expert_ids_STK(layer))
+        return self._ranks[layer]
+
+    def ranks_of(self, ids_NTK: Array) -> Array:
+        """The ranks of experts, or of slots where there are `maps`; D for -1."""
+        return ranks_of_rows(
+            ids_NTK, rank_of_expert_E=self.placement.rank_of_expert_E, num_ranks=self.placement.num_ranks
+        )
+
+    def to_slots(self, ids_NTK: Array, layer: int, layout: GroupLayout, node_N: NDArray[np.int64]) -> Array:
+        """The slots of experts in a counted layer; the ids themselves where there are no `maps`.
+
+        `node_N`: the node of the group on which each block's tokens are.
+        """
+        if self.maps is None:
+            return ids_NTK
+        return self.maps.choice(layer, layout.node_of_rank_R).slots(ids_NTK, node_B=node_N)
+
+    def sources(self, layer: int, layout: GroupLayout) -> list[tuple[int, Any]]:
+        """(node, ranks on it) of ranks whose rows find their slots alike; one entry where all of a group's do."""
+        if self.maps is None or not self.maps.choice(layer, layout.node_of_rank_R).by_node:
+            return [(0, slice(None))]
+        return [(node, np.flatnonzero(layout.node_of_rank_R == node)) for node in range(layout.num_nodes)]
 
     @cached_property
     def counts_add_up(self) -> bool:
@@ -169,16 +246,17 @@ class TrafficSampler:
         capacity, pieces = self.scenario.capacity, self.scenario.workload.micro_batch * self.pieces_RV.shape[1]
         return capacity.kind == "none" or (isinstance(capacity, ExpertCapacity) and pieces == 1)
 
-    def piece_counts(self, thin_layer: int, layout: GroupLayout) -> _PieceCounts:
-        """The counts of every piece, made once per thin layer and way in which a group lies on nodes."""
+    def piece_counts(self, layer: int, layout: GroupLayout, *, node: int = 0) -> _PieceCounts:
+        """The counts of every piece on a node, made once per counted layer and way in which a group lies on nodes."""
         assert self.counts_add_up
-        key = (thin_layer, layout.node_of_rank_R.tobytes())
+        key = (layer, layout.node_of_rank_R.tobytes(), node)
         if key not in self._counts:
-            ids_STK = self.expert_ids_STK(thin_layer)
+            ids_STK = self.expert_ids_STK(layer)
             kept_STK = ids_STK
             if isinstance(self.scenario.capacity, ExpertCapacity):
-                kept_STK = self.keep_by_expert(ids_STK, self.affinities_STK(thin_layer))
-            self._counts[key] = _PieceCounts(*self.count(kept_STK, layout), _num_rows(ids_STK))
+                kept_STK = self.keep_by_expert(ids_STK, self.affinities_STK(layer))
+            kept_STK = self.to_slots(kept_STK, layer, layout, np.full(len(kept_STK), node))
+            self._counts[key] = _PieceCounts(*self.count(kept_STK, layout), num_rows(ids_STK))
         return self._counts[key]
 
     def count(self, kept_ids_NTK: Array, layout: GroupLayout) -> tuple[Array, Array, Array]:
@@ -194,7 +272,7 @@ class TrafficSampler:
         keep_NTK = expert_keep_mask(
             ids_NTK,
             affinities_NTK,
-            num_experts=self.placement.num_experts,
+            num_experts=self.trace.router.num_experts,
             capacity=self.expert_rows,
             by=capacity.by,
         )
@@ -204,160 +282,6 @@ class TrafficSampler:
         return array_STK.reshape(-1, self.piece_length, array_STK.shape[-1])
 
 
-@dataclass(frozen=True, eq=False)
-class TrafficSample:
-    """One routing sample of a step. Model layers are numbered among the MoE layers, from 0.
-
-    `protected_BNU`: the sequences that device capacity never drops. `spread`: the counterfactual of equal loads.
-    """
-
-    sampler: TrafficSampler
-    draw: SequenceDraw
-    protected_BNU: NDArray[np.bool_]
-    spread: bool = False
-    _thin: dict[tuple[int, int, int], TrafficArrays] = field(init=False, default_factory=dict, repr=False)
-
-    @property
-    def num_distinct_sequences(self) -> int:
-        """Different recorded sequences in the step."""
-        return self.draw.num_distinct
-
-    @property
-    def num_micro_batches(self) -> int:
-        """Micro-batches of the step."""
-        return int(self.draw.sequences_BNU.shape[0])
-
-    @property
-    def placement(self) -> ExpertPlacement:
-        """The experts of every model layer on the ranks of a group."""
-        return self.sampler.placement
-
-    def balanced(self) -> "TrafficSample":
-        """The same sample with every layer's copies and time of computing spread evenly (`TrafficArrays.balanced`).
-
-        It shares the counts of thin layers with this one, and spreads them after relabelling: a model layer decides
-        which copies stay on their own rank.
-        """
-        even = replace(self, spread=True)
-        object.__setattr__(even, "_thin", self._thin)
-        return even
-
-    def layer(self, group: int, micro_batch: int, model_layer: int, *, stage: int = 0) -> LayerTraffic:
-        """The traffic of one expert-parallel group (of `stage`), micro-batch and MoE layer."""
-        thin = self.thin_arrays(group, model_layer % self.sampler.trace.num_layers, stage=stage)
-        one = thin.select(slice(micro_batch, micro_batch + 1))
-        return self._model_layer(one, model_layer).micro_batch(0)
-
-    def arrays(self, group: int, model_layer: int, *, stage: int = 0) -> TrafficArrays:
-        """The traffic of one expert-parallel group and MoE layer over all micro-batches."""
-        thin = self.thin_arrays(group, model_layer % self.sampler.trace.num_layers, stage=stage)
-        return self._model_layer(thin, model_layer)
-
-    def _model_layer(self, thin: TrafficArrays, model_layer: int) -> TrafficArrays:
-        arrays = thin.relabel(self.sampler.relabellings[model_layer], self.placement)
-        return arrays.balanced(self.placement) if self.spread else arrays
-
-    def slot_rows_MDP(self, group: int, model_layer: int, *, stage: int = 0) -> Array:
-        """Rows that every (micro-batch, rank, slot) of one expert-parallel group and MoE layer computes."""
-        return self.arrays(group, model_layer, stage=stage).slot_rows_BDP(self.placement)
-
-    def pieces_BRU(self, group: int, *, stage: int = 0) -> NDArray[np.int64]:
-        """The pieces of recorded sequences that every rank of a group holds in every micro-batch."""
-        pieces_RV = self.sampler.pieces_RV
-        data_R, place_R = np.divmod(self._index_in_stage(group, stage), len(pieces_RV))
-        first_BRU = self.draw.sequences_BNU[:, data_R] * pieces_RV.size
-        pieces_BRUV = first_BRU[..., None] + pieces_RV[place_R][:, None]
-        return pieces_BRUV.reshape(*first_BRU.shape[:2], -1)
-
-    def thin_arrays(self, group: int, thin_layer: int, *, stage: int = 0) -> TrafficArrays:
-        """The traffic of one thin layer with the trace's own expert numbers; built once and kept."""
-        stage = self._first_alike(group, stage)
-        key = (stage, group, thin_layer)
-        if key not in self._thin:
-            self._thin[key] = self._build(group, thin_layer, stage)
-        return self._thin[key]
-
-    def _first_alike(self, group: int, stage: int) -> int:
-        """The first stage on which the group lies on nodes in the same way: its traffic is the same there."""
-        layouts = [stage_layouts[group] for stage_layouts in self.sampler.layouts]
-        mine = (layouts[stage].node_of_rank_R.tobytes(), layouts[stage].local_rank_R.tobytes())
-        return next(
-            number
-            for number, layout in enumerate(layouts)
-            if (layout.node_of_rank_R.tobytes(), layout.local_rank_R.tobytes()) == mine
-        )
-
-    def _build(self, group: int, thin_layer: int, stage: int) -> TrafficArrays:
-        count = self._sum_pieces if self.sampler.counts_add_up else self._drop_and_count
-        arrays = count(group, thin_layer, stage)
-        capacity = self.sampler.scenario.capacity
-        if isinstance(capacity, ExpertCapacity) and capacity.pad:
-            return arrays.pad(self.sampler.expert_rows, self.placement)
-        return arrays
-
-    def _index_in_stage(self, group: int, stage: int) -> NDArray[np.int64]:
-        mesh = self.sampler.mesh
-        return mesh.expert_groups(stage)[group] - mesh.rank(stage=stage, index=0)
-
-    def _sum_pieces(self, group: int, thin_layer: int, stage: int) -> TrafficArrays:
-        layout = self.sampler.layouts[stage][group]
-        counts = self.sampler.piece_counts(thin_layer, layout)
-        pieces_BRU = self.pieces_BRU(group, stage=stage)
-        rows_BRE = counts.rows_SE[pieces_BRU].sum(axis=2)
-        routed_B = counts.routed_S[pieces_BRU].sum(axis=(1, 2))
-        return TrafficArrays(
-            rows_BRE=rows_BRE,
-            rank_copies_BRD=counts.rank_copies_SD[pieces_BRU].sum(axis=2),
-            node_copies_BRM=counts.node_copies_SM[pieces_BRU].sum(axis=2),
-            routed_rows_B=routed_B,
-            dropped_rows_B=routed_B - rows_BRE.sum(axis=(1, 2)),
-            padded_rows_B=np.zeros_like(routed_B),
-            layout=layout,
-        )
-
-    def _drop_and_count(self, group: int, thin_layer: int, stage: int) -> TrafficArrays:
-        layout = self.sampler.layouts[stage][group]
-        pieces_BRU = self.pieces_BRU(group, stage=stage)
-        ids_STK = self.sampler.expert_ids_STK(thin_layer)
-        ranks, pieces = self.sampler.pieces_RV.shape
-        protected_BRU = self.protected_BNU[:, self._index_in_stage(group, stage) // ranks].repeat(pieces, axis=2)
-        blocks = (len(pieces_BRU[0]), -1, ids_STK.shape[-1])
-        counted, routed = [], []
-        for pieces_RU, protected_RU in zip(pieces_BRU, protected_BRU, strict=True):
-            kept_STK = self._keep(thin_layer, pieces_RU, protected_RU)
-            counted.append(self.sampler.count(kept_STK.reshape(blocks), layout))
-            routed.append(int(_num_rows(ids_STK[pieces_RU.reshape(-1)]).sum()))
-        rows_BRE, rank_copies_BRD, node_copies_BRM = (np.stack(arrays) for arrays in zip(*counted, strict=True))
-        return TrafficArrays(
-            rows_BRE=rows_BRE,
-            rank_copies_BRD=rank_copies_BRD,
-            node_copies_BRM=node_copies_BRM,
-            routed_rows_B=np.array(routed),
-            dropped_rows_B=np.array(routed) - rows_BRE.sum(axis=(1, 2)),
-            padded_rows_B=np.zeros(len(routed), dtype=np.int64),
-            layout=layout,
-        )
-
-    def _keep(self, thin_layer: int, pieces_RU: Array, protected_RU: Array) -> Array:
-        """The ids of the rows that a group keeps in one micro-batch, -1 for the others."""
-        sampler, capacity = self.sampler, self.sampler.scenario.capacity
-        pieces = pieces_RU.reshape(-1)
-        ids_STK = sampler.expert_ids_STK(thin_layer)[pieces]
-        affinities_STK = sampler.affinities_STK(thin_layer)[pieces]
-        if isinstance(capacity, ExpertCapacity):
-            blocks = (len(pieces_RU), -1, ids_STK.shape[-1])
-            return sampler.keep_by_expert(ids_STK.reshape(blocks), affinities_STK.reshape(blocks))
-        assert isinstance(capacity, DeviceCapacity)
-        keep_STK = device_keep_mask(
-            sampler.ranks_STK(thin_layer)[pieces],
-            affinities_STK,
-            protected_S=protected_RU.reshape(-1),
-            num_ranks=sampler.placement.num_ranks,
-            factor=capacity.factor,
-        )
-        return np.where(keep_STK, ids_STK, ids_STK.dtype.type(-1))
-
-
 def sample_traffic(
     scenario: Scenario, trace: RoutingTrace, *, rng: np.random.Generator, bootstrap: bool = False
 ) -> TrafficSample:
@@ -365,19 +289,22 @@ def sample_traffic(
     return TrafficSampler(scenario, trace).draw(rng, bootstrap=bootstrap)
 
 
-def _num_rows(ids_STK: Array) -> NDArray[np.int64]:
-    return np.asarray((ids_STK >= 0).sum(axis=(1, 2)))
+def later_sequences(trace: RoutingTrace, *, first: int) -> RoutingTrace:
+    """The trace without the sequences before number `first` of its final step."""
+    final, later = trace.final, slice(first, None)
+    kept = replace(
+        final,
+        expert_ids_LSTK=final.expert_ids_LSTK[:, later],
+        affinities_LSTK=final.affinities_LSTK[:, later],
+        gates_LSTK=final.gates_LSTK[:, later],
+    )
+    return replace(trace, steps=(*trace.steps[:-1], kept))
 
 
-def _check_fit(scenario: Scenario, trace: RoutingTrace, placement: ExpertPlacement) -> None:
+def _check_fit(scenario: Scenario, trace: RoutingTrace) -> None:
     model, router = scenario.model, trace.router
     if router.num_experts != model.experts or router.top_k != model.top_k:
         raise UserError(
             f"the trace routes each token to {router.top_k} of {router.num_experts} experts, the model to "
             f"{model.top_k} of {model.experts}; use a trace of this model's expert layout"
-        )
-    if router.num_groups > 1 and placement.splits_groups(router.num_groups):
-        raise UserError(
-            f"the placement splits the trace's {router.num_groups} router groups over ranks that also hold parts of "
-            "other groups; use placement: {kind: contiguous}"
         )

@@ -64,7 +64,9 @@ class _Builder:
         self.merge = merge and self.host == FREE_HOST
         self.compiled = pays_for_compiled_loops(scenario, samples=max(1, len(samples)))
         self.mesh = Mesh(scenario.parallelism, scenario.cluster)
-        self.parameters = ParameterGroups(scenario, self.mesh, self.schedule)
+        self.parameters = ParameterGroups(
+            scenario, self.mesh, self.schedule, map_of=samples[0].map_of if samples else None
+        )
         self.seconds: defaultdict[str, float] = defaultdict(float)  # by source
         self.handoff_seconds: dict[tuple[int, int], float] = {}
         # Two pipeline ranks that hold the same stage (DualPipe) share its blocks where the fabric treats them alike.

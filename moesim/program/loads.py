@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from moesim.network import Fabric, prepare_combine, prepare_dispatch
 from moesim.parallel import Deduplicate, ExpertPlacement, Mesh, TrafficArrays, token_bytes
+from moesim.parallel.expert_map import ExpertMap
 from moesim.parallel.stages import held_copies, stage_copies
 from moesim.program.operations import Transfer
 from moesim.program.peers import Peers, SideBySide, set_of_place
@@ -33,7 +34,10 @@ class RoutingSample(Protocol):
 
     @property
     def placement(self) -> ExpertPlacement:
-        """The experts of every layer on the ranks of a group."""
+        """The experts of every layer, or its slots, on the ranks of a group."""
+
+    def map_of(self, model_layer: int) -> ExpertMap | None:
+        """What the slots of a layer hold; None where every expert has one slot, the same in all layers."""
 
     def arrays(self, group: int, model_layer: int, *, stage: int = 0) -> TrafficArrays:
         """The traffic of one expert group (at place `stage` of the pipeline) and MoE layer over all micro-batches."""

@@ -7,9 +7,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.kernels import KernelModel
-from moesim.network import Fabric, all_gather_seconds, all_reduce_seconds, crowded, reduce_scatter_seconds
+from moesim.network import (
+    Fabric,
+    all_gather_seconds,
+    all_reduce_seconds,
+    crowded,
+    prepare_dispatch,
+    reduce_scatter_seconds,
+)
 from moesim.parallel import Mesh
-from moesim.parallel.memory_parameters import Unit, stage_units
+from moesim.parallel.copy_gradients import MapOfLayer, copy_gradient_bytes_DD, layers_of_stages
+from moesim.parallel.memory_parameters import Unit, expert_slice_parameters, stage_units
 from moesim.program.operations import Block
 from moesim.program.reductions import Members, Reduction
 from moesim.program.sharded import GRADIENTS, PARAMETERS
@@ -40,8 +48,9 @@ class ParameterGroups:
     Under a bidirectional schedule a stage sits on two pipeline ranks, which reduce its gradients together.
     """
 
-    def __init__(self, scenario: Scenario, mesh: Mesh, schedule: Schedule) -> None:
-        self.scenario, self.mesh, self.schedule = scenario, mesh, schedule
+    def __init__(self, scenario: Scenario, mesh: Mesh, schedule: Schedule, *, map_of: MapOfLayer | None = None) -> None:
+        """`map_of`: what the slots of a layer with a router hold, where experts may have copies."""
+        self.scenario, self.mesh, self.schedule, self.map_of = scenario, mesh, schedule, map_of
 
     def _holders(self, stage: int) -> list[int]:
         return [rank for rank, stages in enumerate(self.schedule.stages_of_rank) if stage in stages]
@@ -92,6 +101,7 @@ class ParameterGroups:
             seconds = reduce(crowded(fabric, members), members[0], count * size).seconds
             collectives.append(Reduction(f"{kind}.{name}", members, seconds, "network", buckets, stage, kind))
         collectives += self._repeated(fabric, size)
+        collectives += self._copies(fabric, size)
         world = np.arange(self.mesh.world_size)
         if self.scenario.workload.gradient_clipping is not None and len(world) > 1:
             seconds = all_reduce_seconds(fabric, world, BYTES_PER_ELEMENT["fp32"]).seconds
@@ -122,6 +132,29 @@ class ParameterGroups:
             for name, members, count in found
             if count
         ]
+
+    def _copies(self, fabric: Fabric, size: float) -> list[Reduction]:
+        """Sums over ranks of an expert group that hold copies of the same experts, of each pipeline rank.
+
+        Behind those over data-parallel ranks; of shards, where these keep shards.
+        """
+        found = []
+        for rank, stages in enumerate(self.schedule.stages_of_rank if self.map_of else ()):
+            assert self.map_of is not None
+            members = tuple(self.mesh.expert_groups(rank))
+            shards = len(self._expert_members(stages[0])[0]) if self.scenario.parallelism.zero.expert else 1
+            expert_bytes = expert_slice_parameters(self.scenario) * size / shards
+            bytes_DD = copy_gradient_bytes_DD(
+                [self.map_of(layer) for layer in layers_of_stages(self.scenario, stages)],
+                expert_bytes=expert_bytes,
+                num_ranks=len(members[0]),
+            )
+            if bytes_DD.any():
+                half = prepare_dispatch(
+                    crowded(fabric, members), [bytes_DD / expert_bytes], token_bytes=expert_bytes, ranks=members[0]
+                )
+                found.append(Reduction("all_reduce.copies", members, 2 * float(half.alone_R.max()), half.source))
+        return found
 
     def gathers(self, fabric: Fabric) -> list[Reduction]:
         """Gathers of updated weights where optimizer states are sharded and weights are not."""

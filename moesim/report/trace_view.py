@@ -34,7 +34,7 @@ def summarise(scenario: Scenario, trace: RoutingTrace) -> dict[str, Any]:
     router, final = trace.router, trace.final
     sampler = TrafficSampler(scenario, trace)
     sample = sampler.draw(stream(scenario.seed, "trace-view"))
-    arrays_L = [sample.thin_arrays(0, layer) for layer in range(trace.num_layers)]
+    arrays_L = [sample.thin_arrays(0, sampler.counted_layer(layer)) for layer in range(trace.num_layers)]
     rank_rows_LBD = np.stack([arrays.slot_rows_BDP(sampler.placement).sum(axis=-1) for arrays in arrays_L])
     window = sampler.placement.num_ranks * scenario.workload.micro_batch * sampler.piece_length
     floor = {"num_groups": router.num_groups, "group_limit": router.group_limit, "top_k": router.top_k}

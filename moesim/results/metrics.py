@@ -75,7 +75,9 @@ class TrafficFacts:
     def _add(self, sample: TrafficSample, group: int, layer: int, placement: ExpertPlacement) -> None:
         place = self.place_of_layer[self.scenario.model.moe_layer_numbers[layer]]
         arrays = sample.arrays(group, layer, stage=place)
-        rows_BE = arrays.rows_BRE.sum(axis=1)
+        rows_BE, held = arrays.rows_BRE.sum(axis=1), sample.map_of(layer)
+        if held is not None:
+            rows_BE = held.rows_of_experts(rows_BE)
         rank_rows_BD = arrays.slot_rows_BDP(placement).sum(axis=2)
         stages = stage_copies(arrays, placement, self.scenario.dispatch.deduplicate)
         sent_BRD = np.sum(stages, axis=0)

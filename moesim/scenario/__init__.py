@@ -5,22 +5,19 @@ from moesim.scenario.catalogue import GpuSpec, gpu_names, gpu_spec, model_names
 from moesim.scenario.check import check_scenario, require_supported
 from moesim.scenario.cluster import (
     Cluster,
-    Contiguous,
     Degraded,
     Dispatch,
-    Explicit,
     Fabric,
     Link,
     Network,
     Oversubscription,
-    Placement,
     Pool,
-    RoundRobin,
 )
 from moesim.scenario.gpu import OwnGpu
 from moesim.scenario.json_schema import json_schema
 from moesim.scenario.loader import dump_scenario, load_scenario, load_scenario_text, scenario_from_mapping
 from moesim.scenario.model import Attention, Gqa, LocalGlobal, Mha, Mla, Model
+from moesim.scenario.placement import Contiguous, Eplb, Explicit, Placement, RoundRobin
 from moesim.scenario.routing import (
     Balance,
     BalancednessRouting,
@@ -69,6 +66,7 @@ __all__ = [
     "Degraded",
     "DeviceCapacity",
     "Dispatch",
+    "Eplb",
     "ExpertCapacity",
     "ExpertChoiceRouter",
     "Explicit",

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from moesim.errors import ConflictError, InfeasibleError, UserError
 from moesim.scenario.check_numbers import either, nearest_divisors
 from moesim.scenario.check_pipeline import check_pipeline, check_recomputation, check_stages, require_supported_step
+from moesim.scenario.check_placement import check_placement
 from moesim.scenario.check_sharing import check_sharing
 from moesim.scenario.check_size import check_gpus, check_size
-from moesim.scenario.cluster import Explicit, RoundRobin, keeps_groups
 from moesim.scenario.dispatch import DISPATCH
 from moesim.scenario.document import Path
 from moesim.scenario.routers import ROUTERS
@@ -59,7 +59,6 @@ def check_scenario(scenario: Scenario, *, where: Callable[[Path], str] = _dotted
     check_pipeline(scenario, report)
     check_recomputation(scenario, report)
     _check_routing(scenario, report)
-    _check_placement(scenario, report)
     _check_dispatch(scenario, report)
 
 
@@ -140,9 +139,7 @@ def _check_cluster(scenario: Scenario, report: _Report) -> None:
 def _check_layout(scenario: Scenario, report: _Report) -> None:
     model, mesh = scenario.model, scenario.parallelism
     group = mesh.expert * mesh.expert_tensor
-    if model.experts and model.experts % mesh.expert:
-        fits = either(nearest_divisors(model.experts, mesh.expert))
-        raise report.user("parallelism.expert", f"{mesh.expert} does not divide experts = {model.experts}; use {fits}")
+    check_placement(scenario, report)
     if model.experts == 0 and group > 1:
         raise report.user("parallelism.expert", "a model without experts has no expert parallelism; use 1")
     if mesh.stage_ranks % group:
@@ -273,37 +270,6 @@ def _check_groups(scenario: Scenario, report: _Report) -> None:
         best = "two best experts" if facts.best_of == 2 else f"{facts.best_of} best experts"
         what = f"{facts.name} scores a group by its {best}; use groups of at least {facts.best_of} experts"
         raise report.user(key, what)
-
-
-def _check_placement(scenario: Scenario, report: _Report) -> None:
-    experts, num_ranks = scenario.model.experts, scenario.parallelism.expert
-    if experts == 0:
-        return
-    num_groups, placement = scenario.router_shape().num_groups, scenario.placement
-    slots = [list(range(r, experts, num_ranks)) for r in range(num_ranks)]
-    if isinstance(placement, Explicit):
-        _check_slots(placement.slots, experts, num_ranks, report)
-        slots = [list(ranks) for ranks in placement.slots]
-    elif not isinstance(placement, RoundRobin):
-        per_rank = experts // num_ranks
-        slots = [list(range(r * per_rank, (r + 1) * per_rank)) for r in range(num_ranks)]
-    if num_groups > 1 and not keeps_groups(slots, num_groups=num_groups):
-        what = f"{placement.kind} splits the router's {num_groups} groups of {experts // num_groups} experts over ranks"
-        remedy = f"use contiguous with parallelism.expert a divisor or a multiple of {num_groups}"
-        raise report.user("placement.kind", f"{what}; {remedy}")
-
-
-def _check_slots(slots: tuple[tuple[int, ...], ...], experts: int, num_ranks: int, report: _Report) -> None:
-    if len(slots) != num_ranks:
-        raise report.user("placement.slots", f"{len(slots)} lists for parallelism.expert = {num_ranks} ranks")
-    for rank, row in enumerate(slots):
-        if len(row) != experts // num_ranks:
-            what = f"rank {rank} has {len(row)} slots; each of the {num_ranks} ranks needs {experts // num_ranks}"
-            raise report.user(f"placement.slots.{rank}", what)
-    missing = sorted(set(range(experts)) - {expert for row in slots for expert in row})
-    if missing:
-        what = f"every expert 0 to {experts - 1} needs exactly one slot; expert {missing[0]} has none"
-        raise report.user("placement.slots", what)
 
 
 def _check_dispatch(scenario: Scenario, report: _Report) -> None:

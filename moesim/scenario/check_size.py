@@ -68,7 +68,8 @@ def _routing_sizes(scenario: Scenario) -> Iterator[_Size]:
     tokens = max(window, LEAST_TOKENS, asked)
     rows = tokens * model.top_k * layers
     yield _Size(rows, MOST_ROWS, "routing", "rows (tokens * top_k * layers) of a trace", "lower model.top_k or layers")
-    ranks, columns = mesh.expert, model.experts + 2 * mesh.expert
+    ranks = mesh.expert
+    columns = ranks * (scenario.slots_per_rank + 2)
     pieces = -(-tokens // work.sequence_length) * mesh.tensor * mesh.context * 2
     counts = pieces * columns * layers
     yield _Size(counts, MOST_COUNTS, "model.experts", "counts (parts of sequences * experts * layers)", "lower it")

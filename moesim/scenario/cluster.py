@@ -1,17 +1,14 @@
-"""The `cluster`, `network`, `dispatch` and `placement` sections: machines, links and how experts sit on them."""
+"""The `cluster`, `network` and `dispatch` sections: machines, links, and how tokens travel over them."""
 
-from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag, WithJsonSchema
 
 from moesim.scenario.base import (
-    MOST_EXPERTS,
     Bandwidth,
     BandwidthFactor,
     DType,
     Efficiency,
-    Experts,
     Flag,
     Gpus,
     GpusPerNode,
@@ -203,44 +200,3 @@ class Network(Section):
         "exact: max-min fair shares at every completion; absent: fluid among nodes where links that GPUs share can be "
         "a bottleneck, else ports.",
     )
-
-
-class Contiguous(Section):
-    """Rank r of an EP group holds experts r*N/D .. (r+1)*N/D - 1."""
-
-    kind: Literal["contiguous"] = Field(default="contiguous", description="Neighbouring experts on each rank.")
-
-
-class RoundRobin(Section):
-    """Expert e sits on rank e mod D. It splits a router's groups, so it needs a router without groups."""
-
-    kind: Literal["round_robin"] = Field(description="Expert e on rank e mod parallelism.expert.")
-
-
-class Explicit(Section):
-    """The experts of every rank, one by one."""
-
-    kind: Literal["explicit"] = Field(description="A list of experts for each rank.")
-    slots: tuple[tuple[Experts, ...], ...] = Field(
-        max_length=MOST_EXPERTS,
-        description="One list of experts per rank of an expert-parallel group, each expert once.",
-    )
-
-
-Placement = Annotated[Contiguous | RoundRobin | Explicit, Field(discriminator="kind")]
-
-
-def keeps_groups(slots: Sequence[Sequence[int]], *, num_groups: int) -> bool:
-    """Whether a placement (`slots[r]`: the experts of rank r, equally many on each) keeps a router's groups together.
-
-    Together means: every rank holds whole groups, or every group fills whole consecutive ranks.
-    """
-    per_rank, group_size = len(slots[0]), len(slots) * len(slots[0]) // num_groups
-    groups = [{expert // group_size for expert in experts} for experts in slots]
-    if per_rank >= group_size:
-        return all(len(held) * group_size == per_rank for held in groups)
-    if group_size % per_rank or any(len(held) > 1 for held in groups):
-        return False
-    ranks_per_group = group_size // per_rank
-    blocks = [groups[first : first + ranks_per_group] for first in range(0, len(groups), ranks_per_group)]
-    return all(len(set.union(*block)) == 1 for block in blocks)

@@ -25,8 +25,9 @@ from moesim.scenario.base import (
     TrainTokens,
     one_of,
 )
-from moesim.scenario.cluster import Cluster, Contiguous, Dispatch, Network, Placement
+from moesim.scenario.cluster import Cluster, Dispatch, Network
 from moesim.scenario.model import Model
+from moesim.scenario.placement import Contiguous, Placement
 from moesim.scenario.routing import Capacity, NoCapacity, RouterShape, Routing, UniformRouting, resolve_router
 from moesim.scenario.software import FUSED, SOFTWARE, SoftwareFacts
 from moesim.scenario.stage_split import stage_lengths
@@ -296,6 +297,15 @@ class Scenario(Section):
     def router_shape(self) -> RouterShape:
         """The router with its aliases resolved; `kind` is "trace" when a recorded trace brings its own."""
         return resolve_router(self.routing, model=self.model, num_devices=self.parallelism.expert)
+
+    @property
+    def slots_per_rank(self) -> int:
+        """Experts of each layer that a rank holds, copies included; of the rank with most."""
+        if self.model.experts == 0:
+            return 0
+        return max(
+            self.placement.slots_of_ranks(num_experts=self.model.experts, num_ranks=self.parallelism.expert), default=0
+        )
 
     def with_bandwidth(self, factor: float) -> "Scenario":
         """The scenario with `factor` times the bandwidth on every link; latencies stay."""

@@ -21,7 +21,8 @@ class SoftwareFacts:
     drops_gradients, whether gradients are made anew in every step.
     Of what it can do: shards_gradients (ZeRO 2 and 3), shares_layers (tensor, context and expert-tensor ranks),
     other_layers (dense layers anywhere, windows in some layers, networks that are not gated, experts of another
-    width), recomputes_parts, overlaps, and runs_here: whether it is what `moesim validate` runs.
+    width), recomputes_parts, overlaps, copies_experts (an expert in more than one slot), and runs_here: whether it is
+    what `moesim validate` runs.
     """
 
     name: str
@@ -42,6 +43,7 @@ class SoftwareFacts:
     other_layers: bool
     recomputes_parts: bool
     overlaps: bool
+    copies_experts: bool
     runs_here: bool
 
 
@@ -64,6 +66,7 @@ FUSED = SoftwareFacts(
     other_layers=True,
     recomputes_parts=True,
     overlaps=True,
+    copies_experts=True,
     runs_here=False,
 )
 TORCH_EAGER = SoftwareFacts(
@@ -85,6 +88,7 @@ TORCH_EAGER = SoftwareFacts(
     other_layers=False,
     recomputes_parts=False,
     overlaps=False,
+    copies_experts=False,
     runs_here=True,
 )
 SOFTWARE = {facts.name: facts for facts in (FUSED, TORCH_EAGER)}

@@ -54,6 +54,9 @@ class RecordedRows:
             num_ranks=self.scenario.parallelism.expert,
         )
 
+    def map_of(self, model_layer: int) -> None:
+        """Every expert has one slot, the same in all layers."""
+
     def arrays(self, group: int, model_layer: int, *, stage: int = 0) -> TrafficArrays:
         """The traffic of one expert group and MoE layer over all micro-batches."""
         mesh = Mesh(self.scenario.parallelism, self.scenario.cluster)

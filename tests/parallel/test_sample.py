@@ -254,10 +254,6 @@ def test_traces_that_do_not_fit_are_refused(make_scenario: Make) -> None:
     sampler = TrafficSampler(scenario, uniform_trace(short, **(size | {"num_sequences": 1, "sequence_length": 31})))
     with pytest.raises(UserError, match="31 tokens, less than one sequence of 32"):
         sampler.draw(stream(0, "x"))
-    grouped = RouterShape(kind="uniform", num_experts=32, top_k=4, num_groups=8, group_limit=3)
-    turns = make_scenario(routing={"kind": "uniform"}, placement={"kind": "round_robin"})
-    with pytest.raises(UserError, match="splits the trace's 8 router groups"):
-        TrafficSampler(turns, uniform_trace(grouped, **size))
 
 
 def test_expert_choice_traces_give_tokens_any_number_of_rows(make_scenario: Make) -> None:

@@ -56,6 +56,8 @@ def sample_of(scenario: Scenario, number: int = 0):
             "overlap": {"gradient_reduction": True},
         },
         {"model.mtp_layers": 1, "cluster.nodes": 2, "parallelism.pipeline": 2, "overlap": {"shared_experts": False}},
+        {"placement": {"kind": "eplb", "redundant_experts": 4}},
+        {"placement": {"kind": "eplb", "redundant_experts": 4, "split": "nearest"}, "parallelism.expert": 2},
     ],
 )
 def test_attribution_adds_up_on_every_rank(small, changes):
@@ -90,6 +92,9 @@ class Renumbered:
 
     def __init__(self, sample, rank_from_R: np.ndarray) -> None:
         self.sample, self.rank_from_R, self.placement = sample, rank_from_R, sample.placement
+
+    def map_of(self, layer: int) -> None:
+        return None
 
     def arrays(self, group: int, layer: int, *, stage: int = 0) -> TrafficArrays:
         arrays = self.sample.arrays(group, layer, stage=stage)

@@ -108,7 +108,6 @@ MISTAKES = {
     ),
     edited("kind: deepseek_v2, device_limit: 3", "kind: expert_choice")
     + "capacity: {kind: expert, factor: 1.0}\n": "f.yaml:13:18: capacity.kind: expert_choice fills its experts exactly",
-    GOOD + "placement: {kind: round_robin}\n": "f.yaml:13:19: placement.kind: round_robin splits the router's 8 groups",
     GOOD + "placement: {kind: explicit, slots: [[0, 1]]}\n": "f.yaml:13:36: placement.slots: 1 lists for parallelism",
     GOOD + "dispatch: {algorithm: hierarchical}\n": "f.yaml:13:11: dispatch.deduplicate: hierarchical sends one copy",
     GOOD
@@ -194,29 +193,8 @@ def test_numbers_that_are_not_finite_are_refused_from_dicts_too():
         scenario_from_mapping(data)
 
 
-def test_explicit_slots_are_a_permutation_that_keeps_groups_together():
-    def placed(slots):
-        return load_scenario_text(GOOD + f"placement: {{kind: explicit, slots: {slots}}}\n")
-
-    slots = [list(range(8 * rank, 8 * rank + 8)) for rank in range(8)]
-    assert placed(slots[::-1]).placement.kind == "explicit"
-    with pytest.raises(UserError, match="expert 0 has none"):
-        placed([[1, *slots[0][1:]], *slots[1:]])
-    with pytest.raises(UserError, match="rank 7 has 7 slots; each of the 8 ranks needs 8"):
-        placed([*slots[:7], slots[7][1:]])
-    with pytest.raises(UserError, match="explicit splits the router's 8 groups"):
-        placed([[8, *slots[0][1:]], [0, *slots[1][1:]], *slots[2:]])
-
-
 @pytest.mark.parametrize(("expert", "groups", "fits"), [(16, 8, True), (4, 8, True), (8, 8, True), (16, 32, True)])
 def test_contiguous_keeps_groups_when_sizes_nest(expert, groups, fits):
     text = GOOD.replace("device_limit: 3", f"groups: {groups}, group_limit: {groups}").replace("nodes: 1", "nodes: 2")
     scenario = load_scenario_text(text, overrides=["parallelism.data=16", f"parallelism.expert={expert}"])
     assert (scenario.router_shape().num_groups == groups) is fits
-
-
-def test_contiguous_ranks_that_cut_through_groups_are_refused():
-    overrides = ["model.experts=48", "parallelism.data=3", "parallelism.expert=3", "workload.global_batch=3"]
-    grouped = "routing.router={kind: deepseek_v2, groups: 8, group_limit: 3}"
-    with pytest.raises(UserError, match="contiguous splits the router's 8 groups of 6 experts over ranks"):
-        load_scenario_text(GOOD, overrides=[*overrides, grouped])

@@ -1,0 +1,134 @@
+"""Experts with any number of copies: which slots hold which expert in one layer, and to which copy a row goes.
+
+Where experts have copies, a slot takes the place of an expert in all counting: rows go to slots, slots sit on ranks.
+Slots are numbered rank by rank, empty ones left out.
+Legend: E experts, X slots, D ranks, P slots of a rank, M nodes of the group, C copies of an expert at most, B blocks of
+tokens, T tokens of a block, K selections of a token.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.parallel.placement import EMPTY_SLOT, ExpertPlacement
+from moesim.parallel.traffic import sum_columns
+
+Array = NDArray[Any]
+Ints = NDArray[np.int64]
+Split = Literal["even", "nearest"]
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertMap:
+    """One layer: slot_experts_DP, int64, is the expert in slot p of rank d, -1 where there is none."""
+
+    slot_experts_DP: Ints
+    num_experts: int
+
+    def __post_init__(self) -> None:
+        assert (self.copies_E >= 1).all(), "every expert has a slot"
+
+    @cached_property
+    def expert_X(self) -> Ints:
+        """The expert of every slot."""
+        return np.asarray(self.slot_experts_DP[self.slot_experts_DP != EMPTY_SLOT])
+
+    @cached_property
+    def copies_E(self) -> Ints:
+        """Slots that hold each expert."""
+        return np.bincount(self.expert_X, minlength=self.num_experts)
+
+    @cached_property
+    def placement(self) -> ExpertPlacement:
+        """The slots on their ranks, each with its own number in the place of an expert's."""
+        taken_DP = self.slot_experts_DP != EMPTY_SLOT
+        slot_DP = np.full(taken_DP.shape, EMPTY_SLOT, dtype=np.int64)
+        slot_DP[taken_DP] = np.arange(taken_DP.sum())
+        return ExpertPlacement(slot_DP)
+
+    @cached_property
+    def holds_DE(self) -> NDArray[np.bool_]:
+        """Whether a rank holds an expert, in one slot or more."""
+        holds_DE = np.zeros((len(self.slot_experts_DP), self.num_experts), dtype=bool)
+        holds_DE[self.placement.rank_of_expert_E, self.expert_X] = True
+        return holds_DE
+
+    def ranks_of(self, expert: int) -> tuple[int, ...]:
+        """The ranks of all copies of an expert, one entry per copy."""
+        return tuple(self.placement.rank_of_expert_E[self.expert_X == expert].tolist())
+
+    def reordered(self, slot_from_X: Ints) -> "ExpertMap":
+        """The map in which slot x holds what slot `slot_from_X[x]` holds here."""
+        slot_experts_DP = self.slot_experts_DP.copy()
+        slot_experts_DP[slot_experts_DP != EMPTY_SLOT] = self.expert_X[slot_from_X]
+        return ExpertMap(slot_experts_DP, self.num_experts)
+
+    def rows_of_experts(self, rows_BX: Array) -> Array:
+        """Rows of slots summed to rows of experts, [..., E]."""
+        return sum_columns(rows_BX, self.expert_X, self.num_experts)
+
+    def choice(self, split: Split, node_of_rank_D: Ints) -> "SlotChoice":
+        """How rows find their slot in a group whose ranks lie on these nodes."""
+        slot_EC = np.full((self.num_experts, int(self.copies_E.max())), -1, dtype=np.int64)
+        order_X = np.argsort(self.expert_X, kind="stable")
+        first_E = np.cumsum(self.copies_E) - self.copies_E
+        slot_EC[self.expert_X[order_X], np.arange(len(order_X)) - first_E[self.expert_X[order_X]]] = order_X
+        num_nodes = int(node_of_rank_D.max()) + 1
+        if split == "even" or num_nodes == 1:
+            return SlotChoice(slot_EC[None], self.copies_E[None])
+        node_EC = np.where(slot_EC < 0, -1, node_of_rank_D[self.placement.rank_of_expert_E[slot_EC]])
+        near_MEC = node_EC == np.arange(num_nodes)[:, None, None]
+        near_MEC |= ~near_MEC.any(axis=2, keepdims=True) & (slot_EC >= 0)
+        first_MEC = np.argsort(~near_MEC, axis=2, kind="stable")
+        slot_MEC = np.take_along_axis(np.broadcast_to(slot_EC, near_MEC.shape), first_MEC, axis=2)
+        return SlotChoice(slot_MEC, near_MEC.sum(axis=2))
+
+
+@dataclass(frozen=True, eq=False)
+class SlotChoice:
+    """slot_MEC: the slots to which rows from node m for expert e go; the first count_ME of them count.
+
+    M is 1 where the node of a row's source makes no difference.
+    """
+
+    slot_MEC: Ints
+    count_ME: Ints
+
+    @property
+    def by_node(self) -> bool:
+        """Whether rows of different nodes go to different copies."""
+        return len(self.slot_MEC) > 1
+
+    def slots(self, expert_ids_BTK: Array, *, node_B: Ints | None = None) -> Array:
+        """The slot of every row, of the ids' type; -1 stays. `node_B`: the node on which each block's tokens are.
+
+        The rows of a block for one expert go to its copies in turn, beginning with another copy in every block.
+        """
+        experts = self.slot_MEC.shape[1]
+        ids_BR = expert_ids_BTK.reshape(len(expert_ids_BTK), -1).astype(np.int64)
+        key_BR = ids_BR if node_B is None or not self.by_node else ids_BR + experts * node_B[:, None]
+        count = np.append(self.count_ME.reshape(-1), 1)
+        slot_C = np.vstack([self.slot_MEC.reshape(-1, self.slot_MEC.shape[2]), np.full(self.slot_MEC.shape[2], -1)])
+        key_BR = np.where(ids_BR < 0, len(count) - 1, key_BR)  # the last row: no expert, no slot
+        slot_BR = slot_C[key_BR, 0]
+        block_Q, row_Q = np.nonzero(count[key_BR] > 1)
+        key_Q = key_BR[block_Q, row_Q]
+        turn_Q = _turns(block_Q * len(count) + key_Q) + block_Q
+        slot_BR[block_Q, row_Q] = slot_C[key_Q, turn_Q % count[key_Q]]
+        return np.asarray(slot_BR.astype(expert_ids_BTK.dtype).reshape(expert_ids_BTK.shape))
+
+
+def _turns(key_Q: Ints) -> Ints:
+    """How many earlier entries are equal to each one."""
+    if not len(key_Q):
+        return key_Q
+    order_Q = np.argsort(key_Q, kind="stable")
+    sorted_Q = key_Q[order_Q]
+    starts_Q = np.append(True, sorted_Q[1:] != sorted_Q[:-1])
+    place_Q = np.arange(len(key_Q))
+    turn_Q = np.empty_like(key_Q)
+    turn_Q[order_Q] = place_Q - np.maximum.accumulate(np.where(starts_Q, place_Q, 0))
+    return turn_Q

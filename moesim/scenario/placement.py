@@ -1,0 +1,154 @@
+"""The `placement` section: which rank of an expert-parallel group holds which experts, and copies of which.
+
+A slot is a place for one expert on one rank; a group has as many slots as experts and copies. Slots are numbered rank
+by rank. Every section knows how many slots a rank has, and lists the experts of all slots where it needs no trace.
+Legend: E experts, X slots of all ranks, R ranks of the group.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from moesim.scenario.base import MOST_EXPERTS, Experts, Section, Text
+from moesim.scenario.placement_file import PlacementFile, read_placement
+
+Slots = list[list[int]]  # the experts of every rank
+
+
+class _Placement(Section):
+    """What all placements have."""
+
+    split: Literal["even", "nearest"] = Field(
+        default="even",
+        description="How the rows of an expert with copies split over them. even: a rank's rows go to all copies in "
+        "turn; nearest: in turn to the copies on the rank's own node, where there are any.",
+    )
+
+    @property
+    def made_from_trace(self) -> bool:
+        """Whether it is made from routed rows."""
+        return False
+
+    @property
+    def held_back(self) -> bool:
+        """Whether the part of the trace that it is made from is not simulated."""
+        return False
+
+    def fixed_slots(self, *, num_experts: int, num_ranks: int) -> Slots | None:
+        """The experts of every rank in every layer alike; None where layers differ."""
+        return None
+
+    def slots_of_ranks(self, *, num_experts: int, num_ranks: int) -> list[int]:
+        """How many slots each rank has."""
+        raise NotImplementedError
+
+
+class _Redundant(_Placement):
+    """A placement that is asked for copies by number."""
+
+    redundant_experts: Experts = Field(
+        default=0, description="Copies beyond the first one of every expert, in each layer and expert group."
+    )
+
+    def slots_of_ranks(self, *, num_experts: int, num_ranks: int) -> list[int]:
+        """As many on each rank."""
+        return [(num_experts + self.redundant_experts) // num_ranks] * num_ranks
+
+
+class Contiguous(_Redundant):
+    """Slot x holds expert x mod E: rank r of an EP group has experts r*E/R .. (r+1)*E/R - 1 where none has a copy."""
+
+    kind: Literal["contiguous"] = Field(default="contiguous", description="Neighbouring experts on each rank.")
+
+    def fixed_slots(self, *, num_experts: int, num_ranks: int) -> Slots:
+        """The experts of every rank."""
+        per_rank = (num_experts + self.redundant_experts) // num_ranks
+        return [[x % num_experts for x in range(r * per_rank, (r + 1) * per_rank)] for r in range(num_ranks)]
+
+
+class RoundRobin(_Redundant):
+    """Experts are dealt to the ranks in turn, copies behind them: expert e sits on rank e mod R."""
+
+    kind: Literal["round_robin"] = Field(description="Expert e on rank e mod parallelism.expert.")
+
+    def fixed_slots(self, *, num_experts: int, num_ranks: int) -> Slots:
+        """The experts of every rank."""
+        slots = num_experts + self.redundant_experts
+        return [[x % num_experts for x in range(r, slots, num_ranks)] for r in range(num_ranks)]
+
+
+class Explicit(_Placement):
+    """The experts of every rank, one by one: one list for all layers, or a file with a map of every layer."""
+
+    kind: Literal["explicit"] = Field(description="A list of experts for each rank.")
+    slots: Annotated[tuple[tuple[Experts, ...], ...], Field(max_length=MOST_EXPERTS)] | None = Field(
+        default=None,
+        description="One list of experts per rank of an expert-parallel group, each expert once or more.",
+    )
+    file: Text | None = Field(
+        default=None,
+        description="A map of every layer: SGLang's expert location (JSON with physical_to_logical_map), or "
+        "TensorRT-LLM's moe_load_balancer.yaml (initial_global_assignments); path relative to this file.",
+    )
+
+    def read_file(self) -> PlacementFile:
+        """The maps of the file. Raises UserError where it is none."""
+        assert self.file is not None, "the scenario's checks ask for one of slots and file"
+        return read_placement(Path(self.file))
+
+    def fixed_slots(self, *, num_experts: int, num_ranks: int) -> Slots | None:
+        """The list, where it holds for all layers."""
+        return None if self.slots is None else [list(experts) for experts in self.slots]
+
+    def slots_of_ranks(self, *, num_experts: int, num_ranks: int) -> list[int]:
+        """As the list says; those of a file are spread evenly."""
+        if self.slots is None:
+            return [self.read_file().num_slots // num_ranks] * num_ranks
+        return [len(experts) for experts in self.slots]
+
+
+class Eplb(_Redundant):
+    """DeepSeek's load balancer (`moesim.parallel.eplb`): the experts with most rows get copies, ranks equal loads."""
+
+    kind: Literal["eplb"] = Field(description="Balanced by DeepSeek's EPLB from the rows of the trace.")
+    policy: Literal["auto", "global"] = Field(
+        default="auto",
+        description="auto: hierarchical where the router's groups divide among the group's nodes, which then keep "
+        "whole groups; global: copies and ranks are chosen over all nodes.",
+    )
+    made_on: Literal["earlier", "same"] = Field(
+        default="earlier",
+        description="Rows that the placement is made from. earlier: the first half of the trace's sequences, while "
+        "the step is simulated with the second half; same: those that are simulated, which flatters it.",
+    )
+
+    @property
+    def made_from_trace(self) -> bool:
+        """Always."""
+        return True
+
+    @property
+    def held_back(self) -> bool:
+        """Whether the first half of the trace is not simulated."""
+        return self.made_on == "earlier"
+
+
+Placement = Annotated[Contiguous | RoundRobin | Explicit | Eplb, Field(discriminator="kind")]
+
+
+def keeps_groups(slots: Sequence[Sequence[int]], *, num_groups: int) -> bool:
+    """Whether a placement (`slots[r]`: the experts of rank r, equally many on each) keeps a router's groups together.
+
+    Together means: every rank holds whole groups, or every group fills whole consecutive ranks.
+    """
+    per_rank, group_size = len(slots[0]), len(slots) * len(slots[0]) // num_groups
+    groups = [{expert // group_size for expert in experts} for experts in slots]
+    if per_rank >= group_size:
+        return all(len(held) * group_size == per_rank for held in groups)
+    if group_size % per_rank or any(len(held) > 1 for held in groups):
+        return False
+    ranks_per_group = group_size // per_rank
+    blocks = [groups[first : first + ranks_per_group] for first in range(0, len(groups), ranks_per_group)]
+    return all(len(set.union(*block)) == 1 for block in blocks)

@@ -1,0 +1,201 @@
+"""Experts with copies: rows are conserved, split as stated, and sent where a plain count says."""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moesim.parallel import TrafficSample, TrafficSampler
+from moesim.parallel.copy_gradients import copy_gradient_bytes_DD
+from moesim.parallel.expert_map import ExpertMap
+from moesim.parallel.memory_parameters import local_parameters
+from moesim.parallel.memory_rows import routed_rows
+from moesim.scenario import Scenario
+from moesim.seeding import stream
+from moesim.trace import RoutingTrace, popularity_trace
+from moesim.trace.metrics import imbalance
+
+Make = Callable[..., Scenario]
+
+HOT = [60.0, 1, 1, 1, 9, 1, 1, 1] * 2 + [20.0, 1, 1, 1, 1, 1, 1, 1] * 2  # of 32 experts
+UNEVEN = [[*range(4 * rank, 4 * rank + 4), *([0] if rank % 2 else [8, 0])] for rank in range(8)]
+PLACEMENTS: tuple[dict[str, Any], ...] = (
+    {"kind": "contiguous"},
+    {"kind": "contiguous", "redundant_experts": 8},
+    {"kind": "round_robin"},
+    {"kind": "round_robin", "redundant_experts": 16, "split": "nearest"},
+    {"kind": "eplb"},
+    {"kind": "eplb", "redundant_experts": 16},
+    {"kind": "eplb", "redundant_experts": 16, "split": "nearest"},
+    {"kind": "eplb", "redundant_experts": 16, "policy": "global", "split": "nearest"},
+    {"kind": "explicit", "slots": UNEVEN},
+)
+CAPACITIES: tuple[dict[str, Any], ...] = (
+    {"kind": "none"},
+    {"kind": "expert", "factor": 1.5, "by": "score"},
+    {"kind": "device", "factor": 1.2, "protected_share": 0.1},
+)
+
+
+def trace_of(scenario: Scenario, *, sequences: int = 96, layers: int = 2) -> RoutingTrace:
+    shape = scenario.router_shape()
+    return popularity_trace(shape, counts=HOT, num_layers=layers, num_sequences=sequences, sequence_length=32, seed=1)
+
+
+def hot_scenario(make: Make, placement: dict[str, Any], **sections: Any) -> Scenario:
+    return make(routing={"kind": "popularity", "counts": HOT}, placement=placement, **sections)
+
+
+def drawn(scenario: Scenario, *, layers: int = 2) -> TrafficSample:
+    return TrafficSampler(scenario, trace_of(scenario, layers=layers)).draw(stream(0, "x"))
+
+
+@pytest.mark.parametrize("capacity", CAPACITIES, ids=lambda capacity: capacity["kind"])
+@pytest.mark.parametrize("placement", PLACEMENTS, ids=str)
+def test_rows_and_copies_equal_a_plain_count(
+    make_scenario: Make, placement: dict[str, Any], capacity: dict[str, Any]
+) -> None:
+    scenario = hot_scenario(make_scenario, placement, capacity=capacity)
+    sample = drawn(scenario)
+    for layer in (0, 3, 7):
+        arrays, held = sample.arrays(0, layer), sample.map_of(layer)
+        assert (arrays.rows_BRE.sum(axis=(1, 2)) + arrays.dropped_rows_B == arrays.routed_rows_B).all()
+        assert (arrays.routed_rows_B == 8 * 2 * 32 * 4).all()  # ranks, sequences, tokens, top-k
+        # A token goes to a rank once however many of its experts are there.
+        rank_rows_BRD = np.stack(
+            [arrays.micro_batch(b).rank_rows_RD(sample.placement) for b in range(len(arrays.rows_BRE))]
+        )
+        assert (arrays.rank_copies_BRD <= rank_rows_BRD).all()
+        assert (
+            arrays.node_copies_BRM
+            <= np.stack([arrays.rank_copies_BRD[..., :4].sum(-1), arrays.rank_copies_BRD[..., 4:].sum(-1)], -1)
+        ).all()
+        if held is not None:
+            assert held.rows_of_experts(arrays.rows_BRE).sum() == arrays.rows_BRE.sum()
+            assert (held.copies_E >= 1).all()
+            assert sample.placement.num_experts == held.copies_E.sum()
+
+
+def test_without_drops_every_placement_computes_the_same_rows_of_each_expert(make_scenario: Make) -> None:
+    """Placements that hold nothing back simulate the same sequences, so layers of the trace have the same rows."""
+    rows = []
+    for placement in (*PLACEMENTS[:4], {"kind": "eplb", "redundant_experts": 16, "made_on": "same"}):
+        sample = drawn(hot_scenario(make_scenario, placement, capacity={"kind": "none"}), layers=8)
+        arrays, held = sample.arrays(0, 3), sample.map_of(3)
+        rows.append(arrays.rows_BRE if held is None else held.rows_of_experts(arrays.rows_BRE))
+    for other in rows[1:]:
+        np.testing.assert_array_equal(rows[0], other)
+
+
+def test_one_rank_at_a_time_by_hand(make_scenario: Make) -> None:
+    """The slots that rows go to, chosen token by token in plain Python, give the counts of the arrays."""
+    placement = {"kind": "eplb", "redundant_experts": 16, "split": "nearest"}
+    scenario = hot_scenario(make_scenario, placement, capacity={"kind": "expert", "factor": 64.0, "by": "position"})
+    sample = drawn(scenario, layers=8)  # a layer of the trace for each of the model's: nothing changes places
+    held, arrays, pieces_BRU = sample.map_of(2), sample.arrays(0, 2), sample.pieces_BRU(0)
+    assert held is not None
+    ids_STK = sample.sampler.expert_ids_STK(2)
+    slots_of = {expert: np.flatnonzero(held.expert_X == expert).tolist() for expert in range(32)}
+    rank_of = sample.placement.rank_of_expert_E
+    for rank in (0, 5):
+        rows, turns, reached = Counter[int](), Counter[int](), Counter[int]()
+        for token in ids_STK[pieces_BRU[0, rank]].reshape(-1, 4):
+            ranks = set()
+            for expert in token.tolist():
+                able = [slot for slot in slots_of[expert] if rank_of[slot] // 4 == rank // 4] or slots_of[expert]
+                slot = able[(turns[expert] + rank) % len(able)]
+                turns[expert] += 1
+                rows[slot] += 1
+                ranks.add(int(rank_of[slot]))
+            reached.update(ranks)
+        assert arrays.rows_BRE[0, rank].tolist() == [rows[slot] for slot in range(48)]
+        assert arrays.rank_copies_BRD[0, rank].tolist() == [reached[other] for other in range(8)]
+
+
+def test_even_copies_differ_by_one_row_of_a_block() -> None:
+    held = ExpertMap(np.array([[0, 1], [0, 2], [0, 3]]), 4)
+    ids_BTK = np.random.default_rng(0).integers(0, 4, size=(5, 33, 1)).astype(np.int16)
+    ids_BTK[0, :3] = -1
+    slots = held.choice("even", np.array([0, 0, 1])).slots(ids_BTK)
+    assert ((slots == -1) == (ids_BTK == -1)).all() and slots.dtype == ids_BTK.dtype
+    for block, chosen in zip(ids_BTK, slots, strict=True):
+        assert (held.expert_X[chosen[block >= 0]] == block[block >= 0]).all()
+        counts = [int((chosen == slot).sum()) for slot in (0, 2, 4)]
+        assert max(counts) - min(counts) <= 1
+
+
+def test_nearest_stays_on_the_node_where_it_can() -> None:
+    held = ExpertMap(np.array([[0, 1], [0, 2], [0, 3], [4, 1]]), 5)
+    choice = held.choice("nearest", np.array([0, 0, 1, 1]))
+    ids_BTK = np.tile(np.arange(5, dtype=np.int16), 8).reshape(2, 20, 1)
+    slots = choice.slots(ids_BTK, node_B=np.array([0, 1]))
+    node_of_slot = np.array([0, 0, 0, 0, 1, 1, 1, 1])
+    both = {0, 1}  # experts with copies on both nodes
+    for node in (0, 1):
+        for expert, slot in zip(ids_BTK[node].ravel(), slots[node].ravel(), strict=True):
+            assert held.expert_X[slot] == expert
+            assert expert not in both or node_of_slot[slot] == node
+    assert set(slots[0][ids_BTK[0] == 0]) == {0, 2} and set(slots[1][ids_BTK[1] == 0]) == {4}
+    assert held.ranks_of(0) == (0, 1, 2) and held.ranks_of(1) == (0, 3)
+
+
+def test_experts_once_and_in_order_need_no_map(make_scenario: Make) -> None:
+    assert drawn(hot_scenario(make_scenario, {"kind": "contiguous"})).map_of(0) is None
+    explicit = {"kind": "explicit", "slots": [list(range(4 * rank, 4 * rank + 4)) for rank in range(8)]}
+    assert drawn(hot_scenario(make_scenario, explicit)).map_of(0) is None
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS, ids=str)
+def test_every_rank_holds_equally_many_slots_unless_listed(make_scenario: Make, placement: dict[str, Any]) -> None:
+    scenario = hot_scenario(make_scenario, placement)
+    table = drawn(scenario).placement.slot_experts_DP
+    assert table.shape == (8, scenario.slots_per_rank)
+    assert (table >= 0).all() or placement["kind"] == "explicit"
+
+
+def test_eplb_balances_rows_that_it_has_not_seen(make_scenario: Make) -> None:
+    """Placed by the first half of the trace, judged by the second: far below contiguous, and better with copies."""
+    found = {}
+    for name, placement in (
+        ("contiguous", {"kind": "contiguous"}),
+        ("eplb", {"kind": "eplb"}),
+        ("copies", {"kind": "eplb", "redundant_experts": 16}),
+        ("global", {"kind": "eplb", "redundant_experts": 16, "policy": "global"}),
+    ):
+        sample = drawn(hot_scenario(make_scenario, placement))
+        found[name] = np.mean([imbalance(sample.slot_rows_MDP(0, layer).sum(axis=2)).mean() for layer in range(8)])
+    assert found["copies"] < found["eplb"] < found["contiguous"]
+    assert found["global"] < 1.15 < 1.5 < found["contiguous"]
+
+
+def test_a_part_of_the_trace_places_and_another_one_is_simulated(make_scenario: Make) -> None:
+    scenario = hot_scenario(make_scenario, {"kind": "eplb"})
+    sampler = TrafficSampler(scenario, trace_of(scenario, sequences=97))
+    assert (sampler.num_placing_sequences, sampler.sequences.num_sequences) == (48, 49)
+    np.testing.assert_array_equal(sampler.sequences.final.expert_ids_LSTK, sampler.trace.final.expert_ids_LSTK[:, 48:])
+    rows_LE = np.array([np.bincount(ids.ravel(), minlength=32) for ids in sampler.trace.final.expert_ids_LSTK[:, :48]])
+    np.testing.assert_array_equal(sampler.placing_load_LE(), rows_LE)
+    same = hot_scenario(make_scenario, {"kind": "eplb", "made_on": "same"})
+    sampler = TrafficSampler(same, trace_of(same, sequences=97))
+    assert (sampler.num_placing_sequences, sampler.sequences.num_sequences) == (97, 97)
+
+
+def test_memory_holds_the_slots_and_the_rows_that_copies_get(make_scenario: Make) -> None:
+    once, twice = (hot_scenario(make_scenario, {"kind": "eplb", "redundant_experts": number}) for number in (0, 32))
+    expert = local_parameters(once, [0]).expert
+    assert local_parameters(twice, [0]).expert == 2 * expert
+    assert local_parameters(twice, [0]).dense == local_parameters(once, [0]).dense
+    sample = drawn(twice)
+    rows = routed_rows(twice, [sample])
+    for layer in range(8):
+        np.testing.assert_array_equal(rows.rows_SLBW[0, layer], sample.slot_rows_MDP(0, layer).sum(axis=2))
+
+
+def test_gradients_of_copies_travel_between_their_ranks() -> None:
+    """Three ranks hold expert 0, two hold expert 1: each sends its part to each other one, on one rank nothing."""
+    held = ExpertMap(np.array([[0, 1], [0, 2], [0, 1], [3, 3]]), 4)
+    bytes_DD = copy_gradient_bytes_DD([held, None, held], expert_bytes=12.0, num_ranks=4)
+    assert bytes_DD.tolist() == [[0, 8, 20, 0], [8, 0, 8, 0], [20, 8, 0, 0], [0, 0, 0, 0]]
+    assert not copy_gradient_bytes_DD([None], expert_bytes=12.0, num_ranks=4).any()
