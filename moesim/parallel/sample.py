@@ -198,6 +198,7 @@ class TrafficSampler:
             micro_batch=self.scenario.workload.micro_batch,
             rng=rng,
             bootstrap=bootstrap,
+            num_phases=self.sequences.num_phases,
         )
         capacity = self.scenario.capacity
         share = capacity.protected_share if isinstance(capacity, DeviceCapacity) else 0.0

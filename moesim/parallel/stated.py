@@ -3,9 +3,9 @@
 from moesim.parallel.ownership import pieces_of_ranks
 from moesim.parallel.placement import place_experts
 from moesim.scenario import Scenario
-from moesim.scenario.routing import StatedRouting
+from moesim.scenario.routing import BalancednessRouting, StatedRouting
 from moesim.trace.record import RoutingTrace
-from moesim.trace.stated import TraceSize, balancedness_trace
+from moesim.trace.stated import TraceSize, balancedness_trace, stress_trace
 
 
 def stated_trace(
@@ -17,15 +17,15 @@ def stated_trace(
     """
     layout, model = scenario.parallelism, scenario.model
     placement = place_experts(scenario.placement, num_experts=model.experts, num_ranks=layout.expert)
-    return balancedness_trace(
-        scenario.router_shape(),
-        value=routing.value,
-        rank_of_expert_E=placement.rank_of_expert_E,
-        size=TraceSize(
-            num_layers=num_layers,
-            num_sequences=num_sequences,
-            sequence_length=scenario.workload.sequence_length,
-            pieces_per_sequence=pieces_of_ranks(context=layout.context, tensor=layout.tensor).size,
-        ),
-        seed=seed,
+    router, ranks_E = scenario.router_shape(), placement.rank_of_expert_E
+    size = TraceSize(
+        num_layers=num_layers,
+        num_sequences=num_sequences,
+        sequence_length=scenario.workload.sequence_length,
+        pieces_per_sequence=pieces_of_ranks(context=layout.context, tensor=layout.tensor).size,
+    )
+    if isinstance(routing, BalancednessRouting):
+        return balancedness_trace(router, value=routing.value, rank_of_expert_E=ranks_E, size=size, seed=seed)
+    return stress_trace(
+        router, facts=routing.facts, severity=routing.severity, rank_of_expert_E=ranks_E, size=size, seed=seed
     )

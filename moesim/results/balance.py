@@ -2,6 +2,7 @@
 
 from moesim.scenario import Scenario, TrainRouting
 from moesim.scenario.routers import ROUTERS
+from moesim.scenario.routing import StatedRouting
 from moesim.trace import RoutingTrace
 from moesim.trace.metrics import expert_load_LE, imbalance, uniform_floor
 
@@ -18,6 +19,8 @@ def balance_warnings(scenario: Scenario, trace: RoutingTrace) -> list[str]:
         f"its busiest expert gets {ratio:.1f} times the mean rows, mean over layers (a uniform router: {floor:.2f})"
     )
     routing = scenario.routing
+    if isinstance(routing, StatedRouting):
+        return []  # as it was asked for
     if isinstance(routing, TrainRouting) and not _is_balanced(routing):
         return [
             f"the router was trained without a balance loss or bias: {measured}; routers are trained with one, e.g. "

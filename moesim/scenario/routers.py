@@ -21,7 +21,8 @@ class RouterFacts:
     routes by again. learned: it has centroids that are trained. by_experts: experts choose their tokens, so that tokens
     have any number. best_of: how many of its best experts make the score of a group. grouped: whether scenarios may
     give it groups. fixed_k: the only K that it has, where there is one. random_second: whether the second expert may be
-    left to chance. drawn: it is not recorded, its experts are drawn by how popular they are.
+    left to chance. pads: whether tokens may be padding, which goes to no expert. drawn: it is not recorded, its experts
+    are drawn by how popular they are.
     """
 
     name: str
@@ -36,6 +37,7 @@ class RouterFacts:
     grouped: bool = False
     fixed_k: int | None = None
     random_second: bool = False
+    pads: bool = False
     drawn: bool = False
 
     @property
@@ -81,6 +83,7 @@ ROUTERS = {
         RouterFacts(
             name="balancedness", affinity="none", learned=False, module=None
         ),  # drawn for the ranks of a layout
+        RouterFacts(name="stress", affinity="none", learned=False, module=None, pads=True),  # likewise
         RouterFacts(name="recorded", learned=False, module=None),  # by others, with the gates that they recorded
         RouterFacts(name="selections", affinity="none", learned=False, module=None),  # by others, without gates
     )

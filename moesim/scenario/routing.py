@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import AllowInfNan, Discriminator, Field, Strict, Tag
+from pydantic import AllowInfNan, Discriminator, Field, Strict, Tag, WithJsonSchema
 
 from moesim.scenario.base import (
     MOST_EXPERTS,
@@ -19,8 +19,10 @@ from moesim.scenario.base import (
     Share,
     Text,
     Tokens,
+    one_of,
 )
 from moesim.scenario.model import Model
+from moesim.scenario.stress import STRESS, StressFacts
 
 ThinWidth = Annotated[int, Field(strict=True, gt=0, le=16_384)]
 
@@ -233,11 +235,38 @@ def lowest_balancedness(*, experts: int, top_k: int, ranks: int) -> float:
     return top_k / (ranks * min(top_k, experts // ranks))
 
 
+PatternName = Annotated[str, one_of(STRESS), WithJsonSchema({"enum": list(STRESS), "type": "string"})]
+
+
+class StressRouting(Section):
+    """Synthetic routing that strains the scenario's ranks: one of the table `moesim.scenario.stress.STRESS`.
+
+    What is hot differs from layer to layer (`seed`). Each token that is routed has K distinct experts.
+    """
+
+    kind: Literal["stress"] = Field(description="Strain a layout by a synthetic pattern.")
+    pattern: PatternName = Field(
+        description="; ".join(f"{facts.name}: {facts.about}" for facts in STRESS.values()) + "."
+    )
+    severity: Share = Field(
+        default=1.0, description="From 0, balanced, to 1, as strong as K distinct experts per token allow."
+    )
+    router: Router | None = Field(
+        default=None, description="Only its groups and limit are used; absent: those of the model."
+    )
+
+    @property
+    def facts(self) -> StressFacts:
+        """The facts of the pattern."""
+        return STRESS[self.pattern]
+
+
 Routing = Annotated[
-    TrainRouting | TraceRouting | PopularityRouting | UniformRouting | BalancednessRouting, Field(discriminator="kind")
+    TrainRouting | TraceRouting | PopularityRouting | UniformRouting | BalancednessRouting | StressRouting,
+    Field(discriminator="kind"),
 ]
-ROUTING_KINDS = "train, trace, popularity, uniform, balancedness"  # for messages
-StatedRouting = BalancednessRouting  # its traces are drawn for the ranks of one layout
+ROUTING_KINDS = "train, trace, popularity, uniform, balancedness, stress"  # for messages
+StatedRouting = BalancednessRouting | StressRouting  # its traces are drawn for the ranks of one layout
 
 
 class NoCapacity(Section):

@@ -44,6 +44,9 @@ def check_trace(trace: RoutingTrace) -> None:
         raise UserError("the trace's earlier steps are not in ascending order; record it again")
     for step in trace.steps:
         _check_step(step, trace.router)
+    if not _is_count(trace.num_phases, least=1, most=trace.num_sequences) or trace.num_sequences % trace.num_phases:
+        what = f"{trace.num_sequences} sequences are not those of {_short(trace.num_phases)} phases"
+        raise UserError(f"the trace's {what}; record it again")
     if len({step.expert_ids_LSTK.shape[0] for step in trace.steps}) > 1:
         raise UserError("the trace's steps have different numbers of layers; record it again")
     for each in trace.earlier:
@@ -122,9 +125,7 @@ def _check_step(step: TraceStep, router: RouterShape) -> None:
         raise UserError(f"{where} has arrays of wrong types; expert ids are int16, affinities and gates float32")
     if ids.min() < NO_EXPERT or ids.max() >= router.num_experts:
         raise UserError(f"{where} names experts outside 0..{router.num_experts - 1}; record it again")
-    if not ROUTERS[router.kind].by_experts and (
-        ids.shape[-1] != router.top_k or (ids.min() == NO_EXPERT and not router.random_second)
-    ):
+    if not ROUTERS[router.kind].by_experts and (ids.shape[-1] != router.top_k or not _has_k(ids, router)):
         raise UserError(f"{where} does not give every token top_k = {router.top_k} experts; record it again")
     if (ids.max(axis=(1, 2, 3)) == NO_EXPERT).any():
         raise UserError(f"{where} has a layer in which no token has an expert; record it again")
@@ -137,6 +138,13 @@ def _check_step(step: TraceStep, router: RouterShape) -> None:
             raise UserError(
                 f"{where} sends a token to {most} groups, over the limit {router.group_limit}; record it again"
             )
+
+
+def _has_k(ids_LSTK: Array, router: RouterShape) -> bool:
+    """Whether every token has K experts, but for a second one that is left to chance and for padding."""
+    if router.random_second or ids_LSTK.min() != NO_EXPERT:
+        return True
+    return ROUTERS[router.kind].pads and bool(((ids_LSTK == NO_EXPERT).sum(axis=-1) % router.top_k == 0).all())
 
 
 def _check_weights(step: TraceStep, router: RouterShape, where: str) -> None:

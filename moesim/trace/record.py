@@ -89,7 +89,8 @@ class RoutingTrace:
 
     steps: ascending by step; the last one is the final router. earlier: steps of which only counts were kept, over
     sequences of the same held-out text, ascending. provenance: everything that made the trace
-    (configuration, corpus hash, versions), as JSON values.
+    (configuration, corpus hash, versions), as JSON values. num_phases: the sequences are so many equal runs, of which
+    the micro-batches of a step hold one each, in turn; 1: any of them.
     """
 
     router: RouterShape
@@ -97,6 +98,7 @@ class RoutingTrace:
     earlier: tuple[StepCounts, ...] = ()
     curves: TrainingCurves = field(default_factory=TrainingCurves)
     provenance: Mapping[str, Json] = field(default_factory=dict)
+    num_phases: int = 1
 
     @property
     def final(self) -> TraceStep:
@@ -126,6 +128,11 @@ class RoutingTrace:
         """
         if sequence_length == self.sequence_length:
             return self
+        if self.final.num_tokens // self.num_phases % sequence_length and self.num_phases > 1:
+            raise UserError(
+                f"the trace has {self.num_phases} phases of {self.final.num_tokens // self.num_phases} tokens, which "
+                f"workload.sequence_length = {sequence_length} does not divide; use {self.sequence_length}"
+            )
         if self.final.num_tokens < sequence_length:
             raise UserError(
                 f"the trace holds {self.final.num_tokens} tokens, less than one sequence of {sequence_length}; "

@@ -43,22 +43,28 @@ def draw_sequences(
     micro_batch: int,
     rng: np.random.Generator,
     bootstrap: bool = False,
+    num_phases: int = 1,
 ) -> SequenceDraw:
     """Deal whole sequences to every data-parallel rank and micro-batch of a step.
 
     Without replacement as long as the trace lasts; then it is dealt again, so that use differs by at most one, and no
     sequence comes twice in one micro-batch if the trace has enough for one. With `bootstrap` the trace itself is
-    first resampled with replacement (double bootstrap): repeats then stand for the trace's own uncertainty.
+    first resampled with replacement (double bootstrap): repeats then stand for the trace's own uncertainty. With phases
+    the micro-batches hold sequences of one of the trace's equal runs each, in turn, beginning with any.
     """
-    pool = np.arange(num_trace_sequences)
-    if bootstrap:
-        pool = rng.integers(num_trace_sequences, size=num_trace_sequences)
-    per_micro_batch = num_data_ranks * micro_batch
-    dealt = _deal(num_trace_sequences, hands=num_micro_batches, hand_size=per_micro_batch, rng=rng)
-    return SequenceDraw(
-        sequences_BNU=pool[dealt].reshape(num_micro_batches, num_data_ranks, micro_batch),
-        num_trace_sequences=num_trace_sequences,
-    )
+    assert num_trace_sequences % num_phases == 0
+    sequences_BNU = np.empty((num_micro_batches, num_data_ranks, micro_batch), dtype=np.int64)
+    first = rng.integers(num_phases) if num_phases > 1 else 0
+    phase_B = (first + np.arange(num_micro_batches)) % num_phases
+    size = num_trace_sequences // num_phases
+    for phase in np.unique(phase_B):
+        pool = np.arange(size)
+        if bootstrap:
+            pool = rng.integers(size, size=size)
+        hands = int((phase_B == phase).sum())
+        dealt = _deal(size, hands=hands, hand_size=num_data_ranks * micro_batch, rng=rng)
+        sequences_BNU[phase_B == phase] = phase * size + pool[dealt].reshape(hands, num_data_ranks, micro_batch)
+    return SequenceDraw(sequences_BNU=sequences_BNU, num_trace_sequences=num_trace_sequences)
 
 
 def _deal(num_cards: int, *, hands: int, hand_size: int, rng: np.random.Generator) -> NDArray[np.int64]:

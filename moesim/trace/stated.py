@@ -3,15 +3,15 @@
 Legend: L layers, S sequences, T tokens per sequence, K selections, E experts, D ranks of an expert group, P phases.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from moesim.scenario.routing import RouterShape
+from moesim.scenario.stress import StressFacts, StressLayout
 from moesim.seeding import stream
 from moesim.trace.quotas import draw_with_quotas
-from moesim.trace.record import Array, Json, RoutingTrace
+from moesim.trace.record import NO_EXPERT, Array, RoutingTrace
 from moesim.trace.synthetic import drawn_trace
 
 
@@ -26,6 +26,22 @@ class TraceSize:
     num_sequences: int
     sequence_length: int
     pieces_per_sequence: int = 1
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Layers, sequences, tokens of a sequence."""
+        return self.num_layers, self.num_sequences, self.sequence_length
+
+    @property
+    def piece_length(self) -> int:
+        """Tokens of a piece."""
+        return self.sequence_length // self.pieces_per_sequence
+
+    def tokens_of_pieces(self, live_S: Array) -> Array:
+        """Routed tokens of the pieces of all sequences in order; the first `live_S` of each sequence is routed."""
+        first_V = np.arange(self.pieces_per_sequence) * self.piece_length
+        live_S1 = np.rint(live_S * self.sequence_length).astype(np.int64)[:, None]
+        return np.asarray(np.clip(live_S1 - first_V, 0, self.piece_length).reshape(-1))
 
 
 def balancedness_shares(value: float, *, rank_of_expert_E: Array, hot_rank: int) -> Array:
@@ -55,27 +71,63 @@ def balancedness_trace(
     def draw(layer: int) -> Array:
         rng = stream(seed, "balancedness-trace", layer)
         hot_rank = int(rng.integers(num_ranks))
-        return draw_with_quotas(
-            balancedness_shares(value, rank_of_expert_E=rank_of_expert_E, hot_rank=hot_rank),
-            tokens_B=_tokens_of_pieces(size),
-            top_k=router.top_k,
-            order_E=np.argsort(rank_of_expert_E, kind="stable"),
-            num_groups=router.num_groups,
-            group_limit=router.group_limit,
-            rng=rng,
-        )
+        shares_E = balancedness_shares(value, rank_of_expert_E=rank_of_expert_E, hot_rank=hot_rank)
+        tokens_B = size.tokens_of_pieces(np.ones(size.num_sequences))
+        return _draw(router, shares_E, tokens_B=tokens_B, rank_of_expert_E=rank_of_expert_E, rng=rng)
 
-    made_from: Mapping[str, Json] = {"source": "balancedness", "value": value, "ranks": num_ranks}
     return drawn_trace(
         replace(router, kind="balancedness"),
         np.stack([draw(layer) for layer in range(size.num_layers)]),
-        shape=(size.num_layers, size.num_sequences, size.sequence_length),
+        shape=size.shape,
         seed=seed,
-        made_from=made_from,
+        made_from={"source": "balancedness", "value": value, "ranks": num_ranks},
     )
 
 
-def _tokens_of_pieces(size: TraceSize) -> Array:
-    """Tokens of every piece of all sequences in order."""
-    length = size.sequence_length // size.pieces_per_sequence
-    return np.full(size.num_sequences * size.pieces_per_sequence, length)
+def stress_trace(
+    router: RouterShape, *, facts: StressFacts, severity: float, rank_of_expert_E: Array, size: TraceSize, seed: int
+) -> RoutingTrace:
+    """The pattern `facts` on the ranks of a layout: its loads to whole rows in every sequence, its padding, its phases.
+
+    Padding stands at the end of a sequence. The trace has at least `size.num_sequences`, a multiple of the phases.
+    """
+    layout = StressLayout(rank_of_expert_E=rank_of_expert_E, top_k=router.top_k)
+    per_phase = -(-size.num_sequences // facts.num_phases)
+    size = replace(size, num_sequences=per_phase * facts.num_phases)
+    live_S = np.array([facts.live_share(number, severity=severity) for number in range(size.num_sequences)])
+    tokens_PB = size.tokens_of_pieces(live_S).reshape(facts.num_phases, -1)
+    slots_PBT = np.arange(size.piece_length) < tokens_PB[..., None]
+
+    def draw(layer: int) -> Array:
+        rng = stream(seed, "stress-trace", layer)
+        order_E = rng.permutation(router.num_experts)
+        ids_PBTK = np.full((*slots_PBT.shape, router.top_k), NO_EXPERT)
+        for phase, tokens_B in enumerate(tokens_PB):
+            shares_E = facts.shares_E(layout, order_E=order_E, phase=phase, severity=severity)
+            ids_PBTK[phase, slots_PBT[phase]] = _draw(
+                router, shares_E, tokens_B=tokens_B, rank_of_expert_E=rank_of_expert_E, rng=rng
+            )
+        return ids_PBTK.reshape(-1, router.top_k)
+
+    trace = drawn_trace(
+        replace(router, kind="stress"),
+        np.stack([draw(layer) for layer in range(size.num_layers)]),
+        shape=size.shape,
+        seed=seed,
+        made_from={"source": "stress", "pattern": facts.name, "severity": severity, "ranks": layout.num_ranks},
+    )
+    return replace(trace, num_phases=facts.num_phases)
+
+
+def _draw(
+    router: RouterShape, shares_E: Array, *, tokens_B: Array, rank_of_expert_E: Array, rng: np.random.Generator
+) -> Array:
+    return draw_with_quotas(
+        shares_E,
+        tokens_B=tokens_B,
+        top_k=router.top_k,
+        order_E=np.argsort(rank_of_expert_E, kind="stable"),
+        num_groups=router.num_groups,
+        group_limit=router.group_limit,
+        rng=rng,
+    )

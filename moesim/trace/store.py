@@ -66,6 +66,7 @@ def _packed_body(trace: RoutingTrace) -> bytes:
         "provenance": dict(trace.provenance),
         "steps": [step.step for step in trace.steps],
         "earlier": [each.step for each in trace.earlier],
+        **({"phases": trace.num_phases} if trace.num_phases > 1 else {}),
         "arrays": [
             {"name": name, "dtype": str(array.dtype), "shape": list(array.shape), "bytes": len(blob)}
             for name, array, blob in zip(_arrays(trace), arrays, packed, strict=True)
@@ -103,9 +104,11 @@ def is_trace_file(path: str | os.PathLike[str]) -> bool:
 
 
 def trace_hash(trace: RoutingTrace) -> str:
-    """sha256 (hex) of what the trace says: router, recorded steps and curves, not of how it came about."""
+    """sha256 (hex) of what the trace says: router, recorded steps, phases and curves, not of how it came about."""
     digest = hashlib.sha256(json_text(asdict(trace.router), sort_keys=True).encode())
     digest.update(json_text([step.step for step in trace.steps]).encode())
+    if trace.num_phases > 1:
+        digest.update(f"phases {trace.num_phases}".encode())
     for name, array in _arrays(trace).items():
         packed = _pack(array)
         digest.update(f"{name} {packed.dtype} {packed.shape}".encode())
@@ -212,6 +215,7 @@ def _parse(body: bytes) -> RoutingTrace:
         ),
         curves=TrainingCurves(**{name: arrays[f"curves.{name}"] for name in curves}),
         provenance=header["provenance"],
+        num_phases=header.get("phases", 1),
     )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from moesim.errors import UserError
 from moesim.scenario.routing import RouterShape
 from moesim.seeding import stream
-from moesim.trace.record import Array, Json, RoutingTrace, TraceStep
+from moesim.trace.record import NO_EXPERT, Array, Json, RoutingTrace, TraceStep
 from moesim.trace.selection import draw_by_weight_in_groups, draw_distinct, draw_distinct_in_groups
 
 _VOCABULARY = 4096  # distinct token kinds that the hash router tells apart
@@ -110,14 +110,21 @@ def _build(
 def drawn_trace(
     router: RouterShape, ids_LTK: Array, *, shape: tuple[int, int, int], seed: int, made_from: Mapping[str, Json]
 ) -> RoutingTrace:
-    """A trace of drawn experts: `shape` is (layers, sequences, tokens per sequence), `made_from` says how."""
+    """A trace of drawn experts: `shape` is (layers, sequences, tokens per sequence), `made_from` says how.
+
+    Tokens with -1 for experts are padding.
+    """
     full_shape = (*shape, router.top_k)
     affinities = stream(seed, "trace-affinities").random(full_shape, dtype=np.float32)
+    ids_LSTK = ids_LTK.astype(np.int16, copy=False).reshape(full_shape)
+    gates = np.full(full_shape, 1.0 / router.top_k, dtype=np.float32)
+    if (padding := ids_LSTK == NO_EXPERT).any():
+        affinities[padding] = gates[padding] = 0.0
     step = TraceStep(
         step=0,
-        expert_ids_LSTK=ids_LTK.astype(np.int16, copy=False).reshape(full_shape),
+        expert_ids_LSTK=ids_LSTK,
         affinities_LSTK=affinities.astype(np.float16).astype(np.float32),
-        gates_LSTK=np.full(full_shape, 1.0 / router.top_k, dtype=np.float32),
+        gates_LSTK=gates,
     )
     return RoutingTrace(router=router, steps=(step,), provenance={**made_from, "seed": seed})
 

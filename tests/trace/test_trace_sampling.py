@@ -41,6 +41,22 @@ def test_bootstrap_resamples_the_trace() -> None:
     assert draw(200, 10, 5, 4).num_distinct == 200
 
 
+@given(st.integers(1, 6), st.integers(1, 5), st.integers(1, 9), st.booleans(), st.integers(0, 5))
+def test_micro_batches_hold_sequences_of_one_phase_each_in_turn(size, phases, micro, bootstrap, seed) -> None:
+    drawn = draw_sequences(
+        size * phases,
+        num_micro_batches=micro,
+        num_data_ranks=3,
+        micro_batch=2,
+        rng=np.random.default_rng(seed),
+        bootstrap=bootstrap,
+        num_phases=phases,
+    )
+    phase_BNU = drawn.sequences_BNU // size
+    assert (phase_BNU == phase_BNU[:, :1, :1]).all()
+    assert (np.diff(phase_BNU[:, 0, 0]) % phases == 1 % phases).all()
+
+
 def test_protected_sequences_are_an_exact_share() -> None:
     protected = choose_protected((8, 8, 1), share=0.1, rng=np.random.default_rng(0))
     assert protected.sum() == 6
