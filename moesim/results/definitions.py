@@ -70,12 +70,12 @@ MEMORY_PARTS: Mapping[str, str] = {
 }
 
 ESTIMATE_SOURCES: Mapping[str, str] = {
-    "measured": "kernels of just these sizes that were measured on this GPU",
-    "interpolated": "kernels between measured sizes",
-    "extrapolated": "kernels beyond measured sizes",
-    "scaled": "kernels measured on another GPU, scaled by ratios of peaks and bandwidths",
-    "roofline": "FLOPs over peak and bytes over bandwidth, with usual efficiencies",
-    "network": "transfers: the model of the network with its calibrated shares and latencies",
+    "measured": "Kernels of just these sizes that were measured on this GPU.",
+    "interpolated": "Kernels between measured sizes.",
+    "extrapolated": "Kernels beyond measured sizes.",
+    "scaled": "Kernels measured on another GPU, scaled by ratios of peaks and bandwidths.",
+    "roofline": "FLOPs over peak and bytes over bandwidth, with usual efficiencies.",
+    "network": "Transfers: the model of the network with its calibrated shares and latencies.",
 }
 
 
@@ -245,6 +245,7 @@ _ROUTER = _section(
             "Rows of the fullest expert / mean over all recorded tokens, at the first of these.",
         ),
         "imbalance_last": ("ratio", "The same at the last."),
+        "rests_on": (NO_UNIT, "The recording of another program that was simulated; null for moesim's own routing."),
         "trace_hash": (NO_UNIT, "SHA-256 of the trace: the same routing has the same."),
         "trace_sequences": ("sequences", "Different sequences of the trace."),
         "batch_sequences": ("sequences", "Sequences of a batch, which are drawn from these."),
