@@ -1,7 +1,10 @@
 """The traces of routing that is stated for the ranks of a scenario: who holds which expert decides who is loaded."""
 
+import numpy as np
+from numpy.typing import NDArray
+
 from moesim.parallel.ownership import pieces_of_ranks
-from moesim.parallel.placement import place_experts
+from moesim.parallel.placement import place_lists
 from moesim.scenario import Scenario
 from moesim.scenario.routing import BalancednessRouting, StatedRouting
 from moesim.trace.record import RoutingTrace
@@ -13,11 +16,11 @@ def stated_trace(
 ) -> RoutingTrace:
     """The trace of `routing` on the scenario's expert groups, with sequences of its length.
 
-    Loads hold in every piece of a sequence that ranks share, so in whatever an expert group takes at a time.
+    Loads hold in every piece of a sequence that ranks share, so in whatever an expert group takes at a time. Ranks are
+    those of the placement, or neighbouring experts where it has copies or differs by layer: it is to cope with them.
     """
-    layout, model = scenario.parallelism, scenario.model
-    placement = place_experts(scenario.placement, num_experts=model.experts, num_ranks=layout.expert)
-    router, ranks_E = scenario.router_shape(), placement.rank_of_expert_E
+    layout = scenario.parallelism
+    router, ranks_E = scenario.router_shape(), _ranks_E(scenario)
     size = TraceSize(
         num_layers=num_layers,
         num_sequences=num_sequences,
@@ -29,3 +32,12 @@ def stated_trace(
     return stress_trace(
         router, facts=routing.facts, severity=routing.severity, rank_of_expert_E=ranks_E, size=size, seed=seed
     )
+
+
+def _ranks_E(scenario: Scenario) -> NDArray[np.int64]:
+    """The rank of every expert that loads are stated for."""
+    experts, ranks = scenario.model.experts, scenario.parallelism.expert
+    slots = scenario.placement.fixed_slots(num_experts=experts, num_ranks=ranks)
+    if slots is None or sum(map(len, slots)) > experts:
+        return np.arange(experts) * ranks // experts
+    return place_lists(slots).rank_of_expert_E

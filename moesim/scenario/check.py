@@ -185,16 +185,24 @@ def _check_routing(scenario: Scenario, report: _Report) -> None:
 
 
 def _check_balancedness(scenario: Scenario, routing: BalancednessRouting, report: _Report) -> None:
+    """The ranks are those of one placement without copies, and as uneven as asked for."""
     model, ranks = scenario.model, scenario.parallelism.expert
-    lowest = lowest_balancedness(experts=model.experts, top_k=model.top_k, ranks=ranks)
+    slots = scenario.placement.fixed_slots(num_experts=model.experts, num_ranks=ranks)
+    if slots is None or sum(map(len, slots)) > model.experts:
+        what = "a balancedness is that of ranks which hold every expert once, at the same place in all layers"
+        raise report.user("placement", f"{what}; leave placement out, or use another kind of routing")
+    lowest = lowest_balancedness([len(experts) for experts in slots], top_k=model.top_k)
     if routing.value >= lowest * (1 - 1e-9):
         return
+    fewest, asked = min(map(len, slots)), f"balancedness {routing.value:g}"
+    if lowest > 1:
+        what = f"a rank of {fewest} experts never has the rows of the others with top_k = {model.top_k}"
+        raise report.user("routing.value", f"{asked}: {what}; give ranks more equal numbers of experts")
+    what = f"{ranks} ranks of {fewest} experts and top_k = {model.top_k} are never below {lowest:.4g}"
+    remedy = f"use {_rounded_up(lowest)} to 1"
     if ranks == 1:
-        what, why = "parallelism.expert = 1 rank is always balanced", "use 1"
-    else:
-        what = f"{ranks} ranks with {model.experts // ranks} experts each and top_k = {model.top_k} are never below"
-        what, why = f"{what} {lowest:.4g}", f"use {_rounded_up(lowest)} to 1"
-    raise report.user("routing.value", f"balancedness {routing.value:g}: {what}; {why}, or change parallelism.expert")
+        what, remedy = "parallelism.expert = 1 rank is always balanced", "use 1"
+    raise report.user("routing.value", f"{asked}: {what}; {remedy}, or change parallelism.expert")
 
 
 def _rounded_up(value: float) -> str:

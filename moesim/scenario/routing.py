@@ -1,5 +1,7 @@
 """The `routing` and `capacity` sections: which router decides, how it is balanced, and what is dropped."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -230,9 +232,13 @@ class BalancednessRouting(Section):
     )
 
 
-def lowest_balancedness(*, experts: int, top_k: int, ranks: int) -> float:
-    """The lowest mean / max of rank rows: a rank takes at most min(K, experts / ranks) of a token's K rows."""
-    return top_k / (ranks * min(top_k, experts // ranks))
+def lowest_balancedness(experts_of_ranks: Sequence[int], *, top_k: int) -> float:
+    """The lowest mean / max of rank rows where any rank may be hot: it takes at most min(K, its experts) of K rows.
+
+    Infinite where a rank has no experts at all: it is never loaded as the others.
+    """
+    fewest = min(experts_of_ranks)
+    return top_k / (len(experts_of_ranks) * min(top_k, fewest)) if fewest else math.inf
 
 
 PatternName = Annotated[str, one_of(STRESS), WithJsonSchema({"enum": list(STRESS), "type": "string"})]

@@ -48,7 +48,7 @@ def balancedness_LB(scenario: Scenario, *, group: int = 0) -> np.ndarray:
 @pytest.mark.parametrize("ranks", [2, 8, 32])
 @pytest.mark.parametrize("value", [1.0, 0.8, 0.5, 0.2])
 def test_every_layer_and_micro_batch_has_the_stated_balancedness(value: float, ranks: int) -> None:
-    if value < lowest_balancedness(experts=64, top_k=6, ranks=ranks):
+    if value < lowest_balancedness([64 // ranks] * ranks, top_k=6):
         with pytest.raises(ConflictError, match=r"never below 0\.5; use 0\.5 to 1"):
             make(value, ranks=ranks)
         return
@@ -57,7 +57,7 @@ def test_every_layer_and_micro_batch_has_the_stated_balancedness(value: float, r
 
 @pytest.mark.parametrize(("experts", "top_k"), [(8, 2), (64, 8), (128, 8), (256, 8)])
 def test_the_lowest_value_is_reached_and_the_one_below_refused_with_it(experts: int, top_k: int) -> None:
-    lowest = lowest_balancedness(experts=experts, top_k=top_k, ranks=8)
+    lowest = lowest_balancedness([experts // 8] * 8, top_k=top_k)
     assert lowest == max(1 / 8, top_k / experts)  # all rows on one rank, or all of its experts for every token
     np.testing.assert_allclose(balancedness_LB(make(lowest, ranks=8, experts=experts, top_k=top_k)), lowest, rtol=1e-3)
     with pytest.raises(ConflictError, match=f"never below {lowest:.4g}; use {lowest:g} to 1"):
@@ -108,6 +108,24 @@ def test_tokens_have_distinct_experts_within_the_models_groups(value: float) -> 
         assert not has_duplicates(ids_STK)
         assert distinct_domains(ids_STK, domain_of_expert_E=np.arange(64) // 8).max() <= 3
     np.testing.assert_allclose(balancedness_LB(scenario), value, rtol=TOLERANCE)
+
+
+def test_ranks_may_hold_different_numbers_of_experts_as_far_as_the_smallest_reaches() -> None:
+    slots = [list(range(3)), list(range(3, 16)), list(range(16, 40)), list(range(40, 64))]
+    placement = f"{{kind: explicit, slots: {slots}}}"
+    np.testing.assert_allclose(balancedness_LB(make(0.5, ranks=4, placement=placement)), 0.5, rtol=TOLERANCE)
+    with pytest.raises(ConflictError, match=r"4 ranks of 3 experts and top_k = 6 are never below 0\.5"):
+        make(0.4, ranks=4, placement=placement)
+    with pytest.raises(ConflictError, match="a rank of 1 experts never has the rows of the others"):
+        make(1.0, ranks=4, placement=f"{{kind: explicit, slots: {[[0], list(range(1, 16)), *slots[2:]]}}}")
+
+
+@pytest.mark.parametrize(
+    "placement", ["{kind: eplb, redundant_experts: 8}", "{kind: contiguous, redundant_experts: 8}"]
+)
+def test_placements_with_copies_are_refused_in_one_line(placement: str) -> None:
+    with pytest.raises(ConflictError, match="placement: a balancedness is that of ranks which hold every expert once"):
+        make(0.5, ranks=8, placement=placement)
 
 
 def test_the_hot_rank_differs_by_layer_and_follows_the_seed() -> None:

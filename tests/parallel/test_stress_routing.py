@@ -92,7 +92,7 @@ def test_every_token_has_the_hot_expert() -> None:
 @pytest.mark.parametrize("top_k", [6, 12])
 def test_the_hot_rank_has_all_that_distinct_experts_allow(top_k: int) -> None:
     rows_LBD = rank_rows_LBD(make("hot_rank", **{"model.top_k": top_k}))
-    lowest = lowest_balancedness(experts=EXPERTS, top_k=top_k, ranks=RANKS)
+    lowest = lowest_balancedness([EXPERTS // RANKS] * RANKS, top_k=top_k)
     np.testing.assert_allclose(rows_LBD.mean(axis=2) / rows_LBD.max(axis=2), lowest, rtol=1e-3)
     hot_L = rows_LBD.argmax(axis=2)[:, 0]
     assert (rows_LBD.argmax(axis=2) == hot_L[:, None]).all()
@@ -185,6 +185,13 @@ def test_it_survives_the_file_and_follows_the_seed(pattern: str) -> None:
     assert load_scenario_text(dump_scenario(scenario)) == scenario
     hashes = [trace_hash(obtain_trace(make(pattern, seed=seed))) for seed in (0, 0, 1)]
     assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_copies_by_eplb_cope_with_a_hot_rank_that_stays() -> None:
+    before = rank_rows_LBD(make("hot_rank"))
+    after = rank_rows_LBD(make("hot_rank", placement="{kind: eplb, redundant_experts: 16}"))
+    assert (before.max(axis=2) == 8 * before.mean(axis=2)).all()
+    assert (after.max(axis=2) < 1.3 * after.mean(axis=2)).all()
 
 
 def test_a_pattern_is_added_by_an_entry_alone(monkeypatch) -> None:
