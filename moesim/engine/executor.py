@@ -1,16 +1,17 @@
 """The lockstep executor: one vector of clocks per stream, a position per (routing sample, rank).
 
     compute:   start = max(chain, stream, host issue);  finish = start + duration, slower while a transfer is open
-    transfer:  start = max(chain, stream, host issue);  finish = transfer.finish(start)
+    transfer:  start = max(chain, stream, host issue);  finish = transfer.finish(start), later for compute beside it
     read-back: the host waits for chain and stream
 
 Every compute operation that runs beside a transfer is listed behind it and every transfer directly behind what feeds
 it, so one walk in list order is exact: when a compute operation is placed, each transfer that can overlap it is known.
+What waits for a transfer is listed behind the compute beside it, so that its end can still move.
 
-Legend: S routing samples, R ranks.
+Legend: N kernels, F families of kernels, S routing samples, R ranks.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from types import ModuleType
 
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from moesim.engine.segments import (
     COMMUNICATION,
     COMPUTE,
+    FAMILY_NUMBERS,
     NO_TRANSFER,
     NUM_CHAIN_CLOCKS,
     NUM_CLOCKS,
@@ -28,11 +30,13 @@ from moesim.engine.segments import (
     Packed,
 )
 from moesim.engine.walk import Labels, Step
+from moesim.kernels import Beside
 from moesim.program.host import FREE_HOST, HostModel
 from moesim.program.operations import MAIN, NUM_CHAINS, SIDE, Kind, Run, Transfer
 from moesim.results.spans import Label, Part, SpanRecorder, Stream
 
 FloatArray = NDArray[np.float64]
+FREE_BESIDE = Beside(compute=1.0)
 Handed = tuple[Label, FloatArray, FloatArray]  # what, when it was sent, when it arrives
 
 
@@ -52,13 +56,14 @@ class GroupExecutor:
         samples: int,
         ranks: int,
         host: HostModel,
-        slowdown: float,
+        beside: Mapping[str, Beside],
         recorder: SpanRecorder,
         labels: Labels,
         compiled: bool = False,
     ) -> None:
         self.host_model = host
-        self.slowdown = slowdown  # of compute beside an open transfer, >= 1
+        self.beside_F3 = np.array([beside[family] for family in FAMILY_NUMBERS])
+        self._is_free_of_contention = bool((self.beside_F3 == FREE_BESIDE).all())
         self.recorder = recorder
         self.labels = labels
         self.clocks_KSR = np.zeros((NUM_CLOCKS, samples, ranks))  # numbered in `segments`; parts of it by name:
@@ -101,13 +106,14 @@ class GroupExecutor:
     def _execute_packed(
         self, packed: Packed, runs: Sequence[Run]
     ) -> Iterator[tuple[int, Transfer, FloatArray, FloatArray]]:
-        recorder, loops, clocks_KSR, slowdown = self.recorder, _loops(), self.clocks_KSR, self.slowdown
+        recorder, loops, clocks_KSR, beside_F3 = self.recorder, _loops(), self.clocks_KSR, self.beside_F3
         first, second = micro_batches = runs[0].micro_batch, runs[-1].micro_batch
         of_span = first if first == second else first + packed.which_G * (second - first)
         span = recorder.run(packed.labels_G, of_span).start
         spans = recorder.start_NSR, recorder.finish_NSR, recorder.own_NSR
-        for steps_N9, kernels, chain, which, transfers_M in packed.segments:
-            loops.advance(clocks_KSR, steps_N9, *packed.seconds_Q, *micro_batches, slowdown, chain, span, *spans)
+        for steps_NC, kernels, chain, which, transfers_M in packed.segments:
+            now = beside_F3, self._transfer_span, chain, span
+            loops.advance(clocks_KSR, steps_NC, *packed.seconds_Q, *micro_batches, *now, *spans)
             span += kernels
             if chain != NO_TRANSFER:
                 transfer = transfers_M[micro_batches[which] % len(transfers_M)]
@@ -191,18 +197,45 @@ class GroupExecutor:
         rows = recorder.run(step.labels_N, micro_batch)
         start_NSR, finish_NSR = recorder.start_NSR[rows], recorder.finish_NSR[rows]
         np.add(elapsed_NSR, start_SR, out=finish_NSR)
-        if self.slowdown > 1.0 and (start_SR < self._open_until_SR).any():
-            finish_NSR += self._lost(start_SR, elapsed_NSR)
+        if not self._is_free_of_contention and (start_SR < self._open_until_SR).any():
+            self._beside(step.families_N, start_SR, elapsed_NSR, finish_NSR)
         start_NSR[0], start_NSR[1:] = start_SR, finish_NSR[:-1]
         np.subtract(finish_NSR, start_NSR, out=recorder.own_NSR[rows], casting="same_kind")
         compute_SR[:] = chain_SR[:] = finish_NSR[-1]
 
-    def _lost(self, start_SR: FloatArray, work_NSR: FloatArray) -> FloatArray:
-        """Seconds that work done by kernel n loses: what falls beside the open transfer runs at 1 / slowdown."""
-        before_SR = np.maximum(self._open_from_SR - start_SR, 0.0)
-        beside_SR = np.maximum(self._open_until_SR - start_SR - before_SR, 0.0) / self.slowdown
-        beside_NSR = np.minimum(np.maximum(work_NSR - before_SR, 0.0), beside_SR)
-        return np.asarray(beside_NSR * (self.slowdown - 1.0))
+    def _beside(
+        self, families_N: NDArray[np.int32], last_SR: FloatArray, elapsed_NSR: FloatArray, finish_NSR: FloatArray
+    ) -> None:
+        """A run of kernels that begins at `last_SR`, in part beside the open transfer, of `finish_NSR` without it.
+
+        While both run a kernel does 1 / c of its work and the transfer 1 / t of its own in a second. A kernel that was
+        there first keeps its SMs for the family's wait, in which it loses nothing and the transfer gains nothing.
+        """
+        until_SR, before_SR, lost_SR = self._open_until_SR.copy(), np.zeros_like(last_SR), np.zeros_like(last_SR)
+        for kernel, family in enumerate(families_N):
+            compute, transfer, wait = self.beside_F3[family]
+            work_SR = elapsed_NSR[kernel] - before_SR
+            left_SR = np.maximum(until_SR - np.maximum(last_SR, self._open_from_SR), 0.0)
+            free_SR = np.minimum(np.maximum(self._open_from_SR - last_SR, 0.0), work_SR)
+            waits_SR = (left_SR > 0.0) & (last_SR <= self._open_from_SR)
+            longer_SR = np.where(waits_SR, np.minimum(wait, work_SR - free_SR), 0.0)
+            beside_SR = np.minimum(work_SR - (free_SR + longer_SR), left_SR * transfer / compute)
+            lost_SR += beside_SR * (compute - 1.0)
+            until_SR += longer_SR + beside_SR * (compute * (1.0 - 1.0 / transfer))
+            finish_NSR[kernel] += lost_SR
+            before_SR, last_SR = elapsed_NSR[kernel], finish_NSR[kernel]
+        self._lengthen(until_SR)
+
+    def _lengthen(self, until_SR: FloatArray) -> None:
+        """The latest transfer ends at `until_SR`, and what waits for it, too."""
+        before_SR = self._open_until_SR.copy()
+        if not (until_SR > before_SR).any():
+            return
+        span, later_SR = self._transfer_span, until_SR > before_SR
+        self.recorder.own_NSR[span] += until_SR - before_SR
+        self.recorder.finish_NSR[span] = np.where(later_SR, until_SR, self.recorder.finish_NSR[span])
+        for clock_SR in (*self.chains_CSR, self.communication_SR, self._open_until_SR):
+            np.copyto(clock_SR, until_SR, where=later_SR & (clock_SR == before_SR))
 
     def _transfer(self, step: Step, micro_batch: int) -> None:
         prepared = step.transfers_M[micro_batch % len(step.transfers_M)]

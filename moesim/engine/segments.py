@@ -3,7 +3,8 @@
 One call per segment moves all clocks of a group on, in the place of several numpy calls per run of kernels. Only where
 the host never limits: then every kernel and every transfer is one span, and reading back costs nothing.
 
-Legend: M micro-batches, N steps of a segment, G spans of an action, S routing samples, R ranks, Q packed durations.
+Legend: M micro-batches, N steps of a segment, C columns of one, G spans of an action, S routing samples, R ranks, Q
+packed durations.
 """
 
 from collections.abc import Sequence
@@ -12,23 +13,26 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from moesim.kernels.families import FAMILIES
 from moesim.program.operations import NUM_CHAINS, Block, Kind, Operation, Transfer
 
 FloatArray = NDArray[np.float64]
 
 # Columns of a table of steps, for kernels all of them. FIRST: a run of kernels starts here. Durations begin at OFFSET
 # of those of pass WHICH; LENGTH micro-batches take turns, and strides are 0 where all samples or ranks are alike.
-KIND, CHAIN, FIRST, WHICH, OFFSET, LENGTH, STRIDE_M, STRIDE_S, STRIDE_R = range(9)
+# FAMILY: its place in FAMILY_NUMBERS.
+KIND, CHAIN, FIRST, WHICH, OFFSET, LENGTH, STRIDE_M, STRIDE_S, STRIDE_R, FAMILY = range(10)
+FAMILY_NUMBERS = {family: number for number, family in enumerate(FAMILIES)}
 NO_TRANSFER = -1
 
 # The clocks of a group: the chains of both passes first.
 MAX_RUNS = 2  # passes that overlap in one action
 NUM_CHAIN_CLOCKS = MAX_RUNS * NUM_CHAINS
 COMPUTE, COMMUNICATION = NUM_CHAIN_CLOCKS, NUM_CHAIN_CLOCKS + 1
-OPEN_FROM, OPEN_UNTIL = NUM_CHAIN_CLOCKS + 2, NUM_CHAIN_CLOCKS + 3  # the latest transfer: compute beside it is slowed
-# Of the run of kernels that goes on: its start, work done, and seconds until and beside the open transfer.
-RUN_START, RUN_WORK, RUN_BEFORE, RUN_BESIDE = range(NUM_CHAIN_CLOCKS + 4, NUM_CHAIN_CLOCKS + 8)
-NUM_CLOCKS = NUM_CHAIN_CLOCKS + 8
+OPEN_FROM, OPEN_UNTIL = NUM_CHAIN_CLOCKS + 2, NUM_CHAIN_CLOCKS + 3  # the latest transfer, which slows compute
+# Of the run of kernels that goes on: its start, work done, and seconds lost beside the open transfer.
+RUN_START, RUN_WORK, RUN_LOST = range(NUM_CHAIN_CLOCKS + 4, NUM_CHAIN_CLOCKS + 7)
+NUM_CLOCKS = NUM_CHAIN_CLOCKS + 7
 
 
 class Segment(NamedTuple):
@@ -37,7 +41,7 @@ class Segment(NamedTuple):
     At the end of an action there may be none (`chain` is NO_TRANSFER). `spans`: how many kernels the steps have.
     """
 
-    steps_N9: NDArray[np.int64]
+    steps_NC: NDArray[np.int64]
     spans: int
     chain: int
     which: int
@@ -73,6 +77,7 @@ class PackedBlock:
         chain = which * NUM_CHAINS + operation.chain
         return (
             Kind.COMPUTE, chain, first, which, self.offset[id(operation)], length, samples * ranks, stride_s, stride_r,
+            FAMILY_NUMBERS[operation.family],
         )  # fmt: skip
 
 
@@ -92,7 +97,7 @@ def pack(order: Sequence[tuple[int, Operation]], blocks: Sequence[PackedBlock], 
             segments.append(Segment(_table(steps), spans, chain, which, operation.transfers_M))
             steps, spans = [], 0
         elif operation.kind in (Kind.FORK, Kind.JOIN):
-            steps.append((operation.kind, chain, *(0,) * (STRIDE_R - CHAIN)))
+            steps.append((operation.kind, chain, *(0,) * (FAMILY - CHAIN)))
         else:
             assert operation.kind is Kind.READBACK, operation.kind
     if steps:
@@ -103,4 +108,4 @@ def pack(order: Sequence[tuple[int, Operation]], blocks: Sequence[PackedBlock], 
 
 
 def _table(steps: Sequence[tuple[int, ...]]) -> NDArray[np.int64]:
-    return np.array(steps, dtype=np.int64).reshape(-1, STRIDE_R + 1)
+    return np.array(steps, dtype=np.int64).reshape(-1, FAMILY + 1)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.engine.segments import Packed, PackedBlock, pack
+from moesim.engine.segments import FAMILY_NUMBERS, Packed, PackedBlock, pack
 from moesim.program.operations import NUM_CHAINS, Block, Kind, Operation, Transfer, interleave
 from moesim.results.spans import Label
 
@@ -23,7 +23,8 @@ class Step(NamedTuple):
     """What the executor does at once.
 
     `which` pass of an action it belongs to; `chain` counts over both. `elapsed_MNSR`: seconds from the start of a run
-    of kernels to the end of each. `labels_N` are numbers of labels, `layer` that of the first kernel.
+    of kernels to the end of each. `labels_N` are numbers of labels, `families_N` of families (FAMILY_NUMBERS), `layer`
+    that of the first kernel.
     """
 
     kind: Kind
@@ -32,6 +33,7 @@ class Step(NamedTuple):
     launches: float
     layer: int
     labels_N: NDArray[np.int32]
+    families_N: NDArray[np.int32]
     elapsed_MNSR: FloatArray
     transfers_M: tuple[Transfer, ...]
 
@@ -81,6 +83,7 @@ class Labels:
             launches=sum(operation.launches for operation in operations),
             layer=first.label.layer,
             labels_N=np.array([self.number(operation.label) for operation in operations], dtype=np.int32),
+            families_N=np.array([FAMILY_NUMBERS[operation.family] for operation in operations], dtype=np.int32),
             elapsed_MNSR=_elapsed(operations),
             transfers_M=first.transfers_M,
         )

@@ -6,7 +6,7 @@ load_profile("h200").seconds(Gemm(m=4096, k=2048, n=3072))     # Estimate(second
 
 from moesim.kernels.calibrated import CalibratedModel
 from moesim.kernels.command import calibrate_command
-from moesim.kernels.estimate import SOURCES, Contention, Estimate, HostCosts, KernelModel, total, weakest
+from moesim.kernels.estimate import SOURCES, Beside, Contention, Estimate, HostCosts, KernelModel, total, weakest
 from moesim.kernels.families import MEMORY_KINDS, Attention, Gemm, GroupedGemm, Kernel, MemoryBound, memory_bytes
 from moesim.kernels.loading import kernel_model, load_profile
 from moesim.kernels.measured import contention_of
@@ -18,6 +18,7 @@ __all__ = [
     "MEMORY_KINDS",
     "SOURCES",
     "Attention",
+    "Beside",
     "CalibratedModel",
     "Contention",
     "Estimate",

@@ -1,5 +1,6 @@
 """What a duration is: seconds with the source it rests on, and the interface of everything that gives durations."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -32,13 +33,29 @@ def as_result(values: FloatArray) -> float | FloatArray:
     return float(values) if values.ndim == 0 else values
 
 
-@dataclass(frozen=True)
-class Contention:
-    """How much a compute kernel and a transfer slow each other while both run, as factors >= 1 on their durations."""
+class Beside(NamedTuple):
+    """What a kernel and a transfer cost each other while both run.
+
+    compute, transfer: factors >= 1 on their durations. wait: seconds until the kernel's blocks have left the transfer
+    its SMs; neither slows the other before.
+    """
 
     compute: float
-    transfer: float
+    transfer: float = 1.0
+    wait: float = 0.0
+
+
+@dataclass(frozen=True)
+class Contention:
+    """How much kernels of each family and transfers slow each other; `other` holds for families that are not there."""
+
+    by_family: Mapping[str, Beside]
+    other: Beside
     source: str
+
+    def of(self, family: str) -> Beside:
+        """That of a family of kernels."""
+        return self.by_family.get(family, self.other)
 
 
 @dataclass(frozen=True)
@@ -70,7 +87,7 @@ class KernelModel(Protocol):
 
     @property
     def contention(self) -> Contention:
-        """Mutual slow-down of a compute kernel and a transfer that overlap."""
+        """Mutual slow-down of kernels and transfers that overlap."""
 
     def at_load(self, flops_per_second: float) -> "KernelModel":
         """The kernels of a step of this mean load, all at one clock; itself without a power limit."""

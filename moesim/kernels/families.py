@@ -217,6 +217,7 @@ FAMILIES: dict[str, type[Kernel]] = {  # of the rows of a profile
     "attention": Attention,
     "memory_bound": MemoryBound,
 }
+FAMILY_OF: dict[type[Kernel], str] = {kind: family for family, kind in reversed(FAMILIES.items())}
 
 
 def kernel_of(row: Mapping[str, Any]) -> Kernel:

@@ -1,8 +1,11 @@
 """What a profile says beside kernels: host costs, contention, the usual width of memory-bound rows."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 
-from moesim.kernels.estimate import Contention, HostCosts
+from moesim.kernels.estimate import Beside, Contention, HostCosts
 from moesim.kernels.profile import Profile
 from moesim.kernels.roofline import CONTENTION, HOST, MEMORY_SHARE
 
@@ -10,6 +13,7 @@ from moesim.kernels.roofline import CONTENTION, HOST, MEMORY_SHARE
 _LAUNCHES = ("elementwise", "mul", "silu", "cast", "linear", "rms_norm", "softmax", "index_select", "cat", "reduce")
 _BACKWARD = ("elementwise", "silu", "linear", "rms_norm", "softmax", "index_select", "index_add")
 _OVERLAP_BYTES = 32 << 20  # smaller transfers end before contention settles
+_DISPATCH = "all_to_all"
 
 
 def host_costs_of(profile: Profile) -> HostCosts:
@@ -29,18 +33,38 @@ def host_costs_of(profile: Profile) -> HostCosts:
     )
 
 
-def contention_of(profile: Profile, family: str | None = None) -> Contention:
-    """Median slow-downs of compute kernels and transfers of at least 32 MiB that overlap all the time.
+def contention_of(profile: Profile) -> Contention:
+    """What kernels of each family and all-to-alls of at least 32 MiB cost each other where they overlap all the time.
 
-    With `family`, of compute kernels of that family alone.
+    From the rows with the library's own number of blocks. A row without a kind is an all-to-all.
     """
-    rows = [row for row in profile.family("contention") if row["bytes"] >= _OVERLAP_BYTES]
-    rows = [row for row in rows if family is None or row["compute"]["family"] == family]
-    if not rows:
+    rows = [row for row in profile.family("contention") if row["bytes"] >= _OVERLAP_BYTES and "max_ctas" not in row]
+    rows = [row for row in rows if row.get("kind", _DISPATCH) == _DISPATCH]
+    families = sorted({row["compute"]["family"] for row in rows})
+    if not families:
         return CONTENTION
-    compute = float(np.median([row["compute_beside"] / row["compute_alone"] for row in rows]))
-    transfer = float(np.median([row["transfer_beside"] / row["transfer_alone"] for row in rows]))
-    return Contention(compute=max(compute, 1.0), transfer=max(transfer, 1.0), source="measured")
+    found = {family: fit_beside([row for row in rows if row["compute"]["family"] == family]) for family in families}
+    middle = Beside(*(float(np.median([getattr(each, name) for each in found.values()])) for name in Beside._fields))
+    return Contention(by_family=found, other=middle, source="measured")
+
+
+def fit_beside(rows: Sequence[dict[str, Any]]) -> Beside:
+    """The three facts of one family that meet its rows best.
+
+    A transfer takes wait + factor * (its time alone), by least squares of relative errors. Until its wait is over the
+    kernel runs as if alone, which is taken out of how much slower the kernel was in all.
+    """
+    alone_N, beside_N = (np.array([row[name] for row in rows]) for name in ("transfer_alone", "transfer_beside"))
+    terms_N2 = np.stack([alone_N / beside_N, 1.0 / beside_N], axis=1)
+    factor, wait = np.linalg.lstsq(terms_N2, np.ones(len(rows)), rcond=None)[0] if len(rows) > 1 else (0.0, -1.0)
+    if wait < 0.0:
+        factor, wait = float(terms_N2[:, 0].sum() / (terms_N2[:, 0] ** 2).sum()), 0.0
+    if factor < 1.0:
+        factor, wait = 1.0, max(0.0, float(np.median(beside_N - alone_N)))
+    free_N = wait / (wait + factor * alone_N)
+    speed_N = np.array([row["compute_alone"] / row["compute_beside"] for row in rows])
+    slowed_N = (1.0 - free_N) / np.maximum(speed_N - free_N, 0.1 * (1.0 - free_N))
+    return Beside(max(1.0, float(np.median(slowed_N))), float(factor), float(wait))
 
 
 def typical_widths(profile: Profile) -> dict[str, float]:

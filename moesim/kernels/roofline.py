@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from moesim.errors import UserError
-from moesim.kernels.estimate import Contention, Estimate, HostCosts, as_result
+from moesim.kernels.estimate import Beside, Contention, Estimate, HostCosts, as_result
 from moesim.kernels.families import Attention, Gemm, GroupedGemm, Kernel, MemoryBound
 
 GEMM_SHARE = 0.80  # of the dense peak
@@ -20,7 +20,7 @@ ATTENTION_SHARE = {"forward": 0.60, "backward": 0.45}
 MEMORY_SHARE = 0.85  # of the datasheet bandwidth
 HOST = HostCosts(launch=6e-6, backward_launch=9e-6, readback=15e-6, kernel_floor=3e-6, source="roofline")
 # A collective that keeps 16 of 132 SMs busy leaves 88 % of them to the kernel beside it.
-CONTENTION = Contention(compute=1.14, transfer=1.0, source="roofline")
+CONTENTION = Contention(by_family={}, other=Beside(compute=1.14), source="roofline")
 
 
 class GpuRates(Protocol):

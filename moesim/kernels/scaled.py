@@ -6,6 +6,7 @@ time c, memory time b and the ratios rc, rm. Tiles, waves and libraries stay tho
 "scaled".
 """
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -52,7 +53,7 @@ class ScaledModel:
     @property
     def contention(self) -> Contention:
         """As measured, scaled in name only."""
-        return Contention(self.base.contention.compute, self.base.contention.transfer, source="scaled")
+        return replace(self.base.contention, source="scaled")
 
     def at_load(self, flops_per_second: float) -> "ScaledModel":
         """The kernels of a step that does this much in the mean: as far below its peak, the measured GPU does more."""

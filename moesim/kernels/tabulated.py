@@ -77,7 +77,7 @@ class TabulatedModel:
     @property
     def contention(self) -> Contention:
         """As measured, scaled in name only."""
-        return Contention(self.base.contention.compute, self.base.contention.transfer, source="scaled")
+        return replace(self.base.contention, source="scaled")
 
     @property
     def collectives(self) -> list[dict[str, Any]]:

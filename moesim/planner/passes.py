@@ -100,7 +100,7 @@ class Passes:
             samples=1,
             ranks=ranks,
             host=program.host,
-            slowdown=program.slowdown,
+            beside=program.beside,
             recorder=SpanRecorder(
                 rows=2 * sum(len(block.operations) for blocks in actions for block in blocks), samples=1, ranks=ranks
             ),

@@ -11,7 +11,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.kernels import KernelModel
+from moesim.kernels import Beside, KernelModel
+from moesim.kernels.families import FAMILIES
 from moesim.network import Fabric, group_shape, send_recv_seconds
 from moesim.parallel import Mesh
 from moesim.program.compiling import pays_for_compiled_loops
@@ -29,6 +30,7 @@ from moesim.program.writer import KernelWriter
 from moesim.results.spans import Part
 from moesim.scenario import Scenario
 from moesim.scenario.base import BYTES_PER_ELEMENT
+from moesim.scenario.dispatch import DISPATCH
 from moesim.schedules import Action, Handoff, Pass, Schedule, Work, build_schedule
 
 
@@ -106,7 +108,7 @@ class _Builder:
             reductions=tuple(reductions),
             gathers=tuple(gathers),
             host=self.host,
-            slowdown=self._slowdown(),
+            beside=self.beside,
             samples=max(1, len(self.samples)),
             source_seconds=dict(self.seconds),
             tensor_bytes=self.tensor_bytes,
@@ -114,10 +116,19 @@ class _Builder:
             contention=find_contention(self.fabric, groups, (*reductions, *gathers)),
         )
 
-    def _slowdown(self) -> float:
-        """Of compute beside a transfer: the SMs that communication holds, or what was measured."""
+    @cached_property
+    def beside(self) -> dict[str, Beside]:
+        """What kernels and open transfers cost each other, by family: the SMs that communication holds, or as measured.
+
+        A transfer with SMs of its own does not wait for those of a kernel.
+        """
         share = self.scenario.dispatch.sm_share
-        return self.kernels.contention.compute if share is None else 1.0 / (1.0 - share)
+        if share is not None:
+            return dict.fromkeys(FAMILIES, Beside(1.0 / (1.0 - share)))
+        measured = {family: self.kernels.contention.of(family) for family in FAMILIES}
+        if DISPATCH[self.scenario.dispatch.algorithm].owns_sms:
+            return {family: Beside(each.compute) for family, each in measured.items()}
+        return measured
 
     def _count(self, collective: Reduction, groups: Sequence[GroupProgram]) -> None:
         taking_part = sum(bool(collective.ranks & set(group.ranks_R.tolist())) for group in groups)
@@ -189,7 +200,7 @@ class _Builder:
         if not self.merge:
             return block
         if block not in self.merged:
-            self.merged[block] = block.merged()
+            self.merged[block] = block.merged(families_alike=len(set(self.beside.values())) == 1)
             self.whole[self.merged[block]] = block
         return self.merged[block]
 

@@ -49,7 +49,8 @@ class Transfer(Protocol):
 class Operation:
     """One operation of a block; `seconds_MSR` for compute, `transfers_M` for communication.
 
-    `launches` is how many kernels of middling cost the host issues for it. `source` says what the duration rests on.
+    `launches` is how many kernels of middling cost the host issues for it. `source` says what the duration rests on,
+    `family` which kernels of `moesim.kernels` it belongs to.
     `again`: the word of workload.recompute that repeats it in the backward pass, "" for none.
     """
 
@@ -61,6 +62,7 @@ class Operation:
     launches: float = 1
     source: str = ""
     again: str = ""
+    family: str = "memory_bound"
 
     @property
     def phase(self) -> Phase:
@@ -91,6 +93,7 @@ class Operation:
             launches=self.launches,
             source=self.source,
             again=self.again,
+            family=self.family,
         )
 
 
@@ -102,6 +105,7 @@ def compute(
     chain: int = MAIN,
     launches: float = 1,
     again: str = "",
+    family: str = "memory_bound",
 ) -> Operation:
     """A kernel (or a run of kernels) on the compute stream; `seconds` broadcasts to [M, S, R]."""
     seconds_MSR = np.asarray(seconds, dtype=np.float64)
@@ -114,6 +118,7 @@ def compute(
         source=source,
         launches=launches,
         again=again,
+        family=family,
     )
 
 
@@ -179,11 +184,14 @@ class Block:
     name: str
     operations: tuple[Operation, ...]
 
-    def merged(self) -> "Block":
-        """The same block with runs of kernels of one category as one operation: exact while the host never limits."""
+    def merged(self, *, families_alike: bool = True) -> "Block":
+        """The same block with runs of kernels of one category as one operation: exact while the host never limits.
+
+        Where transfers slow families differently (not `families_alike`), a run is of one family.
+        """
         runs: list[list[Operation]] = []
         for operation in self.operations:
-            if runs and _joins(runs[-1][-1], operation):
+            if runs and _joins(runs[-1][-1], operation, families_alike=families_alike):
                 runs[-1].append(operation)
             else:
                 runs.append([operation])
@@ -208,10 +216,13 @@ def _together(run: list[Operation]) -> Operation:
         seconds_MSR=sum(seconds[1:], start=seconds[0]),
         launches=sum(operation.launches for operation in run),
         source=first.source,
+        family=first.family,
     )
 
 
-def _joins(first: Operation, second: Operation) -> bool:
+def _joins(first: Operation, second: Operation, *, families_alike: bool) -> bool:
+    if not families_alike and first.family != second.family:
+        return False
     same = first.kind is second.kind is Kind.COMPUTE and first.chain == second.chain
     return same and first.label.category == second.label.category and first.label.layer == second.label.layer
 

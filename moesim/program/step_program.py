@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from moesim.kernels import Beside
 from moesim.network import PreparedTransfer
 from moesim.network.contention import LinkUse
 from moesim.program.host import FREE_HOST, HostModel
@@ -111,14 +112,15 @@ class StepProgram:
 
     `source_seconds`: operation seconds by what they rest on, summed over groups, mean over samples and ranks.
     `tensor_bytes`: what ranks that share layers (tensor, context, slices of experts) send in the step, all together.
-    `compiled`: whether compiled loops move the clocks. `contention`: None where groups cannot slow each other.
+    `beside`: what kernels of each family and open transfers cost each other. `compiled`: whether compiled loops move
+    the clocks. `contention`: None where groups cannot slow each other.
     """
 
     groups: tuple[GroupProgram, ...]
     reductions: tuple[Reduction, ...]
     gathers: tuple[Reduction, ...]
     host: HostModel
-    slowdown: float
+    beside: Mapping[str, Beside]
     samples: int
     source_seconds: dict[str, float]
     tensor_bytes: float = 0.0

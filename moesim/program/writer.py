@@ -7,9 +7,8 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moesim.kernels import Attention, Gemm, GroupedGemm, KernelModel, MemoryBound, memory_bytes
-from moesim.kernels.estimate import Estimate
-from moesim.kernels.families import AttentionDirection, GemmDirection
+from moesim.kernels import Attention, Gemm, GroupedGemm, Kernel, KernelModel, MemoryBound, memory_bytes
+from moesim.kernels.families import FAMILY_OF, AttentionDirection, GemmDirection
 from moesim.program.operations import MAIN, Operation, compute
 from moesim.results.spans import CATEGORY_OF_PART, Label, Part, Phase, Stream
 
@@ -84,7 +83,8 @@ class KernelWriter:
         """Of head, router gate and attention, which stay in bf16 where the large products are in fp8."""
         return "bf16" if self.dtype == "fp8" else self.dtype
 
-    def _operation(self, label: Label, estimate: Estimate, launches: float = 1) -> Operation:
+    def _operation(self, label: Label, kernel: Kernel, launches: float = 1) -> Operation:
+        estimate = self.model.seconds(kernel)
         return compute(
             label,
             self._spread(estimate.seconds),
@@ -92,6 +92,7 @@ class KernelWriter:
             chain=self.chain,
             launches=launches,
             again=self.again,
+            family=FAMILY_OF[type(kernel)],
         )
 
     def _spread(self, seconds: float | FloatArray) -> float | FloatArray:
@@ -107,7 +108,7 @@ class KernelWriter:
     ) -> Operation:
         """Y[m, n] = X[m, k] W[k, n], or one of its gradients."""
         kernel = Gemm(m=m, k=k, n=n, dtype=dtype or self.dtype, direction=direction)
-        return self._operation(self._gemm_label(name, direction), self.model.seconds(kernel))
+        return self._operation(self._gemm_label(name, direction), kernel)
 
     def _gemm_label(self, name: str, direction: GemmDirection) -> Label:
         phase, ending = GEMM_PHASES[direction]
@@ -125,7 +126,7 @@ class KernelWriter:
     ) -> Operation:
         """One launch over the local experts; rows [..., slots], seconds [...]."""
         kernel = GroupedGemm(rows_per_expert=rows, k=k, n=n, dtype=self.dtype, direction=direction)
-        operation = self._operation(self._gemm_label(name, direction), self.model.seconds(kernel))
+        operation = self._operation(self._gemm_label(name, direction), kernel)
         if not self.spread_S.any():
             return operation
         return replace(operation, seconds_MSR=self._even_experts(operation, kernel, rows=rows))
@@ -177,7 +178,7 @@ class KernelWriter:
             direction=direction,
         )
         writer = self.backward if direction == "backward" else self
-        return writer._operation(writer.label(name), self.model.seconds(kernel))
+        return writer._operation(writer.label(name), kernel)
 
     def memory(self, name: str, kind: str, *, rows: ArrayLike, width: ArrayLike = 1, launches: int = 1) -> Operation:
         """A memory-bound kernel over `rows` rows of `width` elements."""
@@ -185,4 +186,4 @@ class KernelWriter:
 
     def moved(self, name: str, kind: str, *, bytes_: ArrayLike, launches: int = 1) -> Operation:
         """A memory-bound kernel that reads and writes `bytes_` at the efficiency of `kind`."""
-        return self._operation(self.label(name), self.model.seconds(MemoryBound(kind, bytes_)), launches)
+        return self._operation(self.label(name), MemoryBound(kind, bytes_), launches)

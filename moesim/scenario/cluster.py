@@ -187,7 +187,7 @@ class Dispatch(Section):
     sm_share: Annotated[Share, Field(lt=1)] | None = Field(
         default=None,
         description="Share of each GPU's SMs that communication kernels hold while a transfer is open (20 of 132 in "
-        "DeepSeek-V3's training); absent: the measured slow-down of compute beside a transfer.",
+        "DeepSeek-V3's training); absent: as measured, compute and a transfer of NCCL slow each other.",
     )
 
 

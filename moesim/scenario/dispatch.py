@@ -17,9 +17,10 @@ class DispatchAlgorithm:
 
     sends: what each message is for. deduplicate: how often it can send a token, as in a scenario; per_node makes it two
     stages, over the network to one GPU of each node and on from there over NVLink. two_sided: a message waits until its
-    receiver has come, too. avoids_nvlink: NICs carry the messages inside a node. passes_own_rows: inside one node, rows
-    that stay on their rank pass through its ports like others. header_bytes: of every dispatched message. nvlink_share,
-    nic_share: of the nominal bandwidth in long transfers; None: what NCCL reaches (`NetworkParameters`). call_seconds,
+    receiver has come, too. owns_sms: its kernels hold SMs of their own, so that compute beside them does not make it
+    longer. avoids_nvlink: NICs carry the messages inside a node. passes_own_rows: inside one node, rows that stay on
+    their rank pass through its ports like others. header_bytes: of every dispatched message. nvlink_share, nic_share:
+    of the nominal bandwidth in long transfers; None: what NCCL reaches (`NetworkParameters`). call_seconds,
     message_seconds: of the software, per transfer and per message, the least that a transfer takes.
     """
 
@@ -28,6 +29,7 @@ class DispatchAlgorithm:
     sends: str
     deduplicate: tuple[Deduplicate, ...]
     two_sided: bool = True
+    owns_sms: bool = False
     avoids_nvlink: bool = False
     passes_own_rows: bool = False
     header_bytes: float = 0.0
@@ -56,6 +58,7 @@ HIERARCHICAL = DispatchAlgorithm(
     about="once per node, then fanned out over NVLink",
     sends="one copy per node",
     deduplicate=("per_node",),
+    owns_sms=True,
     passes_own_rows=True,
     nvlink_share=0.817,
     nic_share=0.87,
@@ -68,6 +71,7 @@ LOW_LATENCY = DispatchAlgorithm(
     sends="per selected expert",
     deduplicate=("per_expert",),
     two_sided=False,
+    owns_sms=True,
     avoids_nvlink=True,
     header_bytes=16.0,
     nvlink_share=0.817,

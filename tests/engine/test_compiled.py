@@ -38,6 +38,7 @@ def step_of(scenario: Scenario, *, compiled: bool) -> tuple[list[np.ndarray], np
     "changes",
     [
         {"dispatch.sm_share": 0.15},
+        {"compute.profile": "h200"},
         {"cluster.nodes": 2, "parallelism": {"data": 8, "expert": 8}, **HIERARCHICAL},
         {"cluster.nodes": 2, "parallelism": {"data": 8, "expert": 8}},
         {"dispatch.algorithm": "low_latency", "dispatch.deduplicate": "per_expert"},
@@ -78,9 +79,12 @@ from moesim.engine.executor import GroupExecutor
 from moesim.program.host import FREE_HOST
 from moesim.program.operations import Block, Run, compute, transfer
 from moesim.engine.walk import Labels
+from moesim.kernels import Beside
+from moesim.kernels.families import FAMILIES
 fabric = build_fabric(Cluster(pools=(Pool(gpu="h200", nodes=1),), fabric=Fabric()))
 prepared = prepare_transfer(fabric, np.ones((1, 8, 8)))
-group = GroupExecutor(samples=1, ranks=8, host=FREE_HOST, slowdown=1.5, labels=Labels(),
+beside = dict.fromkeys(FAMILIES, Beside(compute=1.5))
+group = GroupExecutor(samples=1, ranks=8, host=FREE_HOST, beside=beside, labels=Labels(),
                       recorder=SpanRecorder(rows=9, samples=1, ranks=8))
 kernel = compute(Label("experts", "experts", Stream.COMPUTE, 0), np.arange(8.0), source="roofline")
 group.execute([Run(Block("b", (kernel, transfer("combine", "combine_exposed", (prepared,), layer=0))), 0, False)])

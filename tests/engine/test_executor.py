@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 
-from moesim.engine.executor import GroupExecutor
+from moesim.engine.executor import FREE_BESIDE, GroupExecutor
 from moesim.engine.walk import Labels
+from moesim.kernels import Beside
+from moesim.kernels.families import FAMILIES
 from moesim.program.host import HostModel
 from moesim.program.operations import SIDE, Block, Operation, Run, compute, fork, join, readback, transfer
 from moesim.results import CATEGORIES, Label, SpanRecorder, Stream, attribute
@@ -22,9 +24,16 @@ class Barrier:
         return start_R.max(axis=1, keepdims=True) + self.alone_R
 
 
-def executor(ranks: int, *, samples: int = 1, host: HostModel = FREE, slowdown: float = 1.0) -> GroupExecutor:
+def executor(ranks: int, *, samples: int = 1, host: HostModel = FREE, beside: Beside = FREE_BESIDE) -> GroupExecutor:
     recorder = SpanRecorder(rows=100, samples=samples, ranks=ranks)
-    return GroupExecutor(samples=samples, ranks=ranks, host=host, slowdown=slowdown, recorder=recorder, labels=Labels())
+    return GroupExecutor(
+        samples=samples,
+        ranks=ranks,
+        host=host,
+        beside=dict.fromkeys(FAMILIES, beside),
+        recorder=recorder,
+        labels=Labels(),
+    )
 
 
 def run(group: GroupExecutor, *operations: Operation) -> dict[str, np.ndarray]:
@@ -74,7 +83,7 @@ def test_side_chain_hides_the_transfer_and_is_joined() -> None:
 
 
 def test_compute_beside_a_transfer_is_slowed_only_while_it_is_open() -> None:
-    group = executor(1, slowdown=2.0)
+    group = executor(1, beside=Beside(compute=2.0))
     run(
         group,
         fork(layer=0),
@@ -83,6 +92,51 @@ def test_compute_beside_a_transfer_is_slowed_only_while_it_is_open() -> None:
     )
     # Half of the work of the first second is done, the remaining 1.0 runs at full speed.
     assert group.compute_SR[0, 0] == pytest.approx(2.0)
+
+
+def beside_a_transfer(beside: Beside, *seconds: float, compiled: bool = False) -> tuple[GroupExecutor, float]:
+    """Kernels of a side chain beside a transfer of 1 s; the executor and when the main chain may go on."""
+    group = executor(1, beside=beside)
+    group._compiled = compiled
+    shared = (op("shared", "shared_experts", each, chain=SIDE) for each in seconds)
+    run(group, fork(layer=0), transfer("dispatch", "dispatch_exposed", (Barrier(1.0, 1, 1),), layer=0), *shared)
+    return group, float(group.chains_CSR[0, 0, 0])
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_transfer_beside_compute_is_slowed_only_while_both_run(compiled: bool) -> None:
+    both = Beside(compute=2.0, transfer=4.0)
+    # One second of work takes two beside the transfer, of which half a second is then done.
+    group, arrived = beside_a_transfer(both, 1.0, compiled=compiled)
+    assert group.compute_SR[0, 0] == pytest.approx(2.0)
+    assert arrived == group.communication_SR[0, 0] == pytest.approx(2.0 + 0.5)
+    # As three kernels the same; and work that outlasts the transfer goes on at full speed.
+    assert beside_a_transfer(both, 0.25, 0.5, 0.25, compiled=compiled)[1] == pytest.approx(2.5)
+    group, arrived = beside_a_transfer(both, 3.0, compiled=compiled)
+    assert arrived == pytest.approx(4.0) and group.compute_SR[0, 0] == pytest.approx(4.0 + 1.0)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_kernel_that_was_there_first_keeps_its_blocks_for_the_wait(compiled: bool) -> None:
+    # 0.3 s in which the transfer has no SM and the kernel runs as if alone; a shorter kernel is soon gone.
+    group, arrived = beside_a_transfer(Beside(compute=2.0, transfer=4.0, wait=0.3), 1.3, compiled=compiled)
+    assert group.compute_SR[0, 0] == pytest.approx(0.3 + 2.0) and arrived == pytest.approx(0.3 + 2.5)
+    group, arrived = beside_a_transfer(Beside(compute=2.0, transfer=4.0, wait=0.3), 0.1, compiled=compiled)
+    assert group.compute_SR[0, 0] == pytest.approx(0.1) and arrived == pytest.approx(1.1)
+
+
+def test_a_transfer_slowed_by_compute_has_a_longer_span_and_the_parts_still_add_up() -> None:
+    group = executor(1, beside=Beside(compute=1.0, transfer=2.0))
+    parts = run(
+        group,
+        fork(layer=0),
+        transfer("dispatch", "dispatch_exposed", (Barrier(1.0, 1, 1),), layer=0),
+        op("shared", "shared_experts", 0.5, chain=SIDE),
+        op("experts", "experts", 1.0),
+    )
+    # Beside half a second of compute a quarter of the transfer is done; three quarters are left behind it.
+    assert parts["shared_experts"][0] == pytest.approx(0.5) and parts["dispatch_exposed"][0] == pytest.approx(0.75)
+    assert group.compute_SR[0, 0] == pytest.approx(2.25)
 
 
 def test_the_host_limits_small_kernels_and_a_readback_drains_the_queue() -> None:

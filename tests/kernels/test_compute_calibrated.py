@@ -143,7 +143,8 @@ def test_every_model_speaks_the_protocol(h200: CalibratedModel) -> None:
     for model in models:
         host = (model.host.launch, model.host.backward_launch, model.host.readback, model.host.kernel_floor)
         assert all(0 < seconds < 1e-3 for seconds in host)
-        assert model.contention.compute >= 1 and model.contention.transfer >= 1
+        for facts in map(model.contention.of, ("gemm", "grouped_gemm", "attention", "memory_bound", "unknown")):
+            assert facts.compute >= 1 and facts.transfer >= 1 and 0 <= facts.wait < 1e-3
         assert model.name
 
 

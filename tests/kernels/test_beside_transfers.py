@@ -1,0 +1,90 @@
+"""Kernels and transfers at once: facts by family, fitted to all-to-alls of one session, held against all other rows."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moesim.kernels import Beside, Contention, load_profile
+from moesim.kernels.measured import contention_of, fit_beside
+from moesim.kernels.profile import SHIPPED, Profile, load_profile_file
+from moesim.strict_json import parse_json, unpacked
+
+OTHERS = Path(__file__).parents[1] / "data" / "contention_h100.json.gz"
+LEAST_BYTES = 32 << 20
+
+Row = dict[str, Any]
+
+
+def rows_of(facts: Beside, *, family: str = "gemm") -> list[Row]:
+    """What would be measured if `facts` were the truth."""
+    rows = []
+    for alone in (2e-4, 1e-3, 4e-3):
+        beside = facts.wait + facts.transfer * alone
+        free = facts.wait / beside
+        rows.append(
+            {
+                "family": "contention",
+                "compute": {"family": family},
+                "bytes": 1 << 26,
+                "transfer_alone": alone,
+                "transfer_beside": beside,
+                "compute_alone": 1e-4,
+                "compute_beside": 1e-4 / ((1.0 - free) / facts.compute + free),
+            }
+        )
+    return rows
+
+
+@pytest.mark.parametrize("facts", [Beside(1.4, 1.6, 5e-5), Beside(1.1, 2.7, 0.0), Beside(1.0, 1.0, 0.0)])
+def test_facts_are_found_again(facts: Beside) -> None:
+    assert fit_beside(rows_of(facts)) == pytest.approx(facts, abs=1e-9)
+
+
+def test_only_all_to_alls_with_the_blocks_of_the_library_count() -> None:
+    truth, other = Beside(1.4, 1.6, 5e-5), Beside(2.0, 3.0, 1e-4)
+    rows = rows_of(truth) + [row | {"kind": "all_reduce"} for row in rows_of(other)]
+    rows += [row | {"max_ctas": 4} for row in rows_of(other)] + [row | {"bytes": 1 << 20} for row in rows_of(other)]
+    found = contention_of(Profile(name="mine", sessions=[], rows=rows))
+    assert found.of("gemm") == pytest.approx(truth, abs=1e-9)
+    assert found.of("attention") == found.of("gemm"), "a family that was not measured takes the middle of the others"
+
+
+def errors(contention: Contention, rows: Sequence[Row]) -> tuple[list[float], list[float], list[float]]:
+    """|log| of predicted over measured: transfers, kernels, and transfers if nothing slowed them."""
+    transfers, kernels, ignored = [], [], []
+    for row in rows:
+        facts = contention.of(row["compute"]["family"])
+        beside = facts.wait + facts.transfer * row["transfer_alone"]
+        free = facts.wait / beside
+        slower = 1.0 / ((1.0 - free) / facts.compute + free)
+        transfers.append(abs(math.log(beside / row["transfer_beside"])))
+        kernels.append(abs(math.log(slower * row["compute_alone"] / row["compute_beside"])))
+        ignored.append(abs(math.log(row["transfer_alone"] / row["transfer_beside"])))
+    return transfers, kernels, ignored
+
+
+def large(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if row["bytes"] >= LEAST_BYTES]
+
+
+def test_rows_in_no_fit_are_met() -> None:
+    """Of an H100 on another day, of an H200, of other collectives, of other numbers of blocks: medians in docs."""
+    h100 = load_profile("h100").contention
+    others = parse_json(unpacked(OTHERS.read_bytes()))["rows"]
+    mine = large(load_profile_file(SHIPPED / "h100.json.gz").family("contention"))
+    sets = {
+        "another day": [row for row in others if row["session"] == "an H100, another day"],
+        "an H200": load_profile_file(SHIPPED / "h200.json.gz").family("contention"),
+        "other collectives": [row for row in mine if row["kind"] != "all_to_all"],
+        "fewer blocks": [row for row in others if "max_ctas" in row],
+    }
+    print()
+    for name, rows in sets.items():
+        transfers, kernels, ignored = (float(np.median(found)) for found in errors(h100, large(rows)))
+        print(f"{name:18} {len(large(rows)):4} rows: transfers {transfers:.1%}, kernels {kernels:.1%}", end=", ")
+        print(f"transfers if nothing slowed them {ignored:.0%}")
+        assert transfers < 0.20 and kernels < 0.15 and transfers < 0.5 * ignored
