@@ -9,7 +9,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from reference import pages
+import notebook
+import reference
 
 
 def on_config(config: Any) -> Any:
@@ -33,6 +34,6 @@ def on_files(files: Any, config: Any) -> Any:
     """Add what is made."""
     from mkdocs.structure.files import File
 
-    for path, text in pages().items():
+    for path, text in (reference.pages() | notebook.pages()).items():
         files.append(File.generated(config, path, content=text))
     return files

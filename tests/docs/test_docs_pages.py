@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
+import notebook
 import page_outputs
 import pytest
 import reference
@@ -18,6 +19,7 @@ from moesim.shipped import resolve
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES]
+MADE = reference.pages() | notebook.pages()
 _FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _SEPARATORS = ("&&", "|", ";", "||")
 VERBS = build()[1]
@@ -30,7 +32,7 @@ def name_of(path: Path) -> str:
 @pytest.fixture(scope="module")
 def texts() -> dict[str, str]:
     """All pages by path inside docs/, those that are made included."""
-    return {page.name: page.read_text(encoding="utf-8") for page in PAGES} | reference.pages()
+    return {page.name: page.read_text(encoding="utf-8") for page in PAGES} | MADE
 
 
 def anchors(text: str) -> set[str]:
@@ -134,7 +136,7 @@ def test_the_navigation_names_pages_that_exist(texts: dict[str, str]) -> None:
 
     found = named(config["nav"])
     assert len(found) == len(set(found)) and set(found) <= set(texts)
-    assert set(reference.pages()) <= set(found)
+    assert set(MADE) <= set(found)
     assert [name for name in config["extra_css"] + config["extra"]["polyfills"] if "//" in name] == []
     assert config["theme"]["font"] is False
 
