@@ -1,6 +1,7 @@
 """`routing.file` takes what others recorded: told by its content, read as an import reads it, said in the run."""
 
 import pickle
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -153,8 +154,12 @@ MISTAKES = [
     ("flame", {"experts": 64, "top_k": 8}, r"top-K is 6 there, but model.top_k says 8"),
     ("flame", {"experts": 32, "top_k": 6}, r"of 32 is chosen there; give the right model.experts"),
     ("trtllm/expert_statistic", {"experts": 32, "top_k": 4}, r"is 16 there, but model.experts says 32"),
-    ("trtllm/moe_load_balancer.yaml", {"experts": 16, "top_k": 4}, "a placement, not routing"),
-    ("vllm/eplb_log.txt", {"experts": 16, "top_k": 4}, "neither which experts nor how often"),
+    (
+        "trtllm/moe_load_balancer.yaml",
+        {"experts": 16, "top_k": 4},
+        r"a placement, not routing; placement: \{kind: explicit",
+    ),
+    ("vllm/eplb_log.txt", {"experts": 16, "top_k": 4}, r"neither which experts nor how often; .*over 4 steps"),
     ("flame/flame-moe-290m/samples", {"experts": 64, "top_k": 6}, r"tried flame, .*`moesim trace import KIND"),
     (".", {"experts": 64, "top_k": 6}, r"holds 2 folders named actives; name the folder of one run"),
 ]
@@ -336,6 +341,18 @@ def test_drawn_experts_get_the_shares_that_were_counted(experts: int, top_k: int
         ids = draw_by_weight(tokens, weights_E=weights_E, top_k=top_k, rng=rng)
         found_E = np.bincount(ids.ravel(), minlength=experts) / tokens
         assert np.allclose(found_E, share_E, atol=5 * np.sqrt(0.25 / tokens))
+
+
+def test_a_log_of_balancedness_says_which_routing_states_it() -> None:
+    """The mean of the log's own lines, avg_tokens / max_tokens."""
+    found = []
+    for line in (SAMPLES / "vllm/eplb_log.txt").read_text().splitlines():
+        mean, most = re.findall(r"avg_tokens=([\d.]+), max_tokens=([\d.]+)", line)[0]
+        found.append(float(mean) / float(most))
+    with pytest.raises(UserError) as caught:
+        import_routing("vllm", SAMPLES / "vllm/eplb_log.txt")
+    stated = re.findall(r"kind: balancedness, value: ([\d.]+)\}", str(caught.value))
+    assert float(stated[0]) == pytest.approx(np.mean(found), abs=1e-3)
 
 
 def test_every_form_is_told_from_every_other() -> None:

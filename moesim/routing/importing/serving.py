@@ -3,11 +3,12 @@
 Legend: L layers, T tokens, K selections, E experts, P physical slots, W steps of a window.
 """
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -149,10 +150,21 @@ def read_vllm(path: Path) -> Source:
     if path.suffix == ".pt":
         return _eplb_state(path)
     if path.suffix in (".txt", ".log"):
-        refuse(
-            path, "a log of balancedness says neither which experts nor how often", "use the JSON lines or EPLB state"
-        )
+        _refuse_log(path)
     return _token_records(path)
+
+
+_LOGGED = re.compile(r"EPLB step: .*balancedness=(\d*\.?\d+)")
+
+
+def _refuse_log(path: Path) -> NoReturn:
+    """The one line about a log of EPLB, with the balancedness that it states."""
+    steps = [float(value) for value in _LOGGED.findall(path.read_text(encoding="utf-8", errors="replace"))]
+    remedy = "use the JSON lines or EPLB state"
+    if steps:
+        mean = sum(steps) / len(steps)
+        remedy = f"its mean over {len(steps)} steps is routing: {{kind: balancedness, value: {mean:.3f}}}; or {remedy}"
+    refuse(path, "a log of balancedness says neither which experts nor how often", remedy)
 
 
 def _eplb_state(path: Path) -> Source:
@@ -221,7 +233,11 @@ def read_trtllm(path: Path) -> Source:
     `rankR.safetensors` (counts), with tensors named ITERATION_LAYER. `path` is that folder, or the one around it.
     """
     if path.suffix in (".yaml", ".yml"):
-        refuse(path, "an assignment of experts to slots is a placement, not routing", "name the folder of statistics")
+        refuse(
+            path,
+            "an assignment of experts to slots is a placement, not routing",
+            f"placement: {{kind: explicit, file: {path.name}}} takes it; routing is in the folder of statistics",
+        )
     around, notes = path, tuple[str, ...]()
     inside = sorted(path.glob("*/meta_info.json"))
     if len(inside) == 1 and not (path / "meta_info.json").is_file():
