@@ -34,6 +34,7 @@ from moesim.results.metrics import (
     no_imbalance,
     window_tokens,
 )
+from moesim.results.placement import placement_arrays, placement_facts
 from moesim.results.plausible import check_plausible
 from moesim.results.stages import action_seconds, stage_facts, stage_warnings
 from moesim.routing.cache import cached_trace
@@ -303,6 +304,7 @@ def _record(
         "effective": kept,
         "estimate_sources": outcome.source_shares,
         "router": {"kind": "none (dense model)", "train_loss": None, "validation_loss": None},
+        "placement": {"kind": "none (dense model)"},
         "warnings": [
             *_warnings(scenario, fabric, memory, plain),
             *_sharing_warnings(outcome.shared_links, cost_s),
@@ -327,7 +329,8 @@ def _record(
             scenario, facts, compute_time_SW=outcome.compute_time_SW, router=trace.router, cost_s=cost_s
         )
         result["router"] = _router_facts(scenario, trace, plain[0])
-        arrays |= _load_arrays(facts)
+        result["placement"] = placement_facts(scenario, plain, facts)
+        arrays |= _load_arrays(facts) | placement_arrays(scenario, plain, facts)
     return RunRecord(scenario=scenario, result=result, arrays=arrays, pipeline_spans=outcome.spans, trace=trace)
 
 

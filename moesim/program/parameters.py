@@ -153,7 +153,7 @@ class ParameterGroups:
                 half = prepare_dispatch(
                     crowded(fabric, members), [bytes_DD / expert_bytes], token_bytes=expert_bytes, ranks=members[0]
                 )
-                found.append(Reduction("all_reduce.copies", members, 2 * float(half.alone_R.max()), half.source))
+                found.append(Reduction("all_reduce.copies", members, 2 * float(half.alone_R.max()), "network"))
         return found
 
     def gathers(self, fabric: Fabric) -> list[Reduction]:

@@ -226,6 +226,24 @@ def balance(result: Result) -> list[Fact]:
     ]
 
 
+def placement(result: Result) -> list[Fact]:
+    """Where experts sit, what decided it, and the ranks' balance beside that of neighbouring experts; none as usual."""
+    found = result.get("placement", {"kind": "contiguous", "slots": 0, "experts": 0})  # results of before have none
+    if "slots" not in found or (found["kind"] == "contiguous" and found["slots"] == found["experts"]):
+        return []
+    copies = found["slots"] - found["experts"]
+    note = f"{found['slots_per_rank']} slots a rank; an expert has up to {found['most_copies']}" if copies else ""
+    made = {"earlier": "the trace's first half; the rest is simulated", "same": "the rows that are simulated"}
+    facts = [Fact("placement", found["kind"], made.get(found["made_on"], ""))]
+    if copies:
+        facts.append(Fact("copies", count(copies), note))
+        sent = bytes_column([found["copy_gradient_bytes"]])(found["copy_gradient_bytes"])
+        facts.append(Fact("their gradients", sent, "sent between copies in one step, all ranks"))
+    if found["rank_rows_contiguous"] is not None:
+        facts.append(Fact("ranks, contiguous", times(found["rank_rows_contiguous"]), "the same rows, experts in order"))
+    return [*facts, Fact("ranks, as placed", times(result["imbalance"]["rank_rows"]), "busiest / mean")]
+
+
 def training(result: Result) -> list[Fact]:
     """How the router was made, its loss where it was trained, and what training did to the balance of experts."""
     router = result["router"]

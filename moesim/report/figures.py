@@ -92,18 +92,18 @@ def steps(named: Sequence[tuple[str, Mapping[str, float]]]) -> go.Figure:
     return figure
 
 
-def expert_load(load_LE: FloatArray, *, first_layer: int) -> go.Figure:
-    """Heat map of model layer x expert: rows / mean rows of the layer, 1.0 is the mean; colours follow the logarithm.
+def load_map(load_LX: FloatArray, *, first_layer: int, of: str = "expert") -> go.Figure:
+    """Heat map of model layer x expert (or rank: `of`): rows / mean rows of the layer; colours follow the logarithm.
 
     `first_layer` is the number of the first layer with a router.
     """
-    layers, experts = load_LE.shape
-    figure = blank(height=int(np.clip(100 + 16 * layers, 260, 900)), x="expert", y="layer of the model")
-    colour_LE = np.log2(np.clip(load_LE, _LOAD_TICKS[0], _LOAD_TICKS[-1]))
+    layers, columns = load_LX.shape
+    figure = layer_map(layers, x=of)
+    colour_LX = np.log2(np.clip(load_LX, _LOAD_TICKS[0], _LOAD_TICKS[-1]))
     figure.add_heatmap(
         y=np.arange(first_layer, first_layer + layers),
-        z=colour_LE.astype(np.float32),
-        customdata=load_LE.astype(np.float32),
+        z=colour_LX.astype(np.float32),
+        customdata=load_LX.astype(np.float32),
         zmin=np.log2(_LOAD_TICKS[0]),
         zmax=np.log2(_LOAD_TICKS[-1]),
         colorscale=_HOT_AND_COLD,
@@ -114,10 +114,19 @@ def expert_load(load_LE: FloatArray, *, first_layer: int) -> go.Figure:
             "thickness": 14,
             "outlinewidth": 0,
         },
-        hovertemplate="layer %{y}, expert %{x}<br>%{customdata:.3f} of the mean<extra></extra>",
+        hovertemplate=f"layer %{{y}}, {of} %{{x}}<br>%{{customdata:.3f}} of the mean<extra></extra>",
     )
-    figure.update_xaxes(showgrid=False, range=[-0.5, experts - 0.5])
+    figure.update_xaxes(range=[-0.5, columns - 0.5])
+    return figure
+
+
+def layer_map(layers: int, *, x: str) -> go.Figure:
+    """An empty heat map with a row per layer of the model, the first on top."""
+    figure = blank(height=int(np.clip(100 + 16 * layers, 260, 900)), x=x, y="layer of the model")
+    figure.update_xaxes(showgrid=False)
     figure.update_yaxes(showgrid=False, autorange="reversed", tickformat="d")
+    if layers <= _MAX_LABELLED_RANKS:
+        figure.update_yaxes(dtick=1)
     return figure
 
 

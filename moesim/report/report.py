@@ -13,6 +13,7 @@ from moesim import __version__
 from moesim.report import facts, figures
 from moesim.report.categories import category
 from moesim.report.page import Page
+from moesim.report.placement_section import placement_section
 from moesim.report.step_sections import memory_section, pipeline_section, what_if_section
 from moesim.report.timeline import forward_of_one_layer
 from moesim.results.record import RunRecord
@@ -36,6 +37,7 @@ def render(record: RunRecord) -> str:
         pipeline_section,
         memory_section,
         _experts,
+        placement_section,
         _traffic,
         _ranks,
         _timeline,
@@ -142,7 +144,7 @@ def _experts(page: Page, record: RunRecord) -> None:
         "Rows that each expert receives over the whole step, divided by the mean of its layer. "
         "Colour follows the logarithm: blue is cold, orange is hot.",
     )
-    page.figure(figures.expert_load(load_LE, first_layer=record.scenario.model.dense_layers), name="expert-load")
+    page.figure(figures.load_map(load_LE, first_layer=record.scenario.model.dense_layers), name="expert-load")
     page.open("div", css="tables")
     page.facts("Imbalance", facts.balance(record.result))
     page.facts("Rows of one expert / mean, all layers", facts.spread(load_LE))

@@ -41,12 +41,14 @@ def _run_screen(result: Result, options: ConsoleOptions) -> list[RenderableType]
     time = section("where the time goes", _attribution(result, ascii_only=options.ascii_only))
     balance = section("imbalance (max / mean)", fact_table(facts.balance(result), notes=False))
     traffic = section("communication per step", fact_table(facts.communication(result), notes=False))
+    placed = facts.placement(result)
+    placement = [section("placement of experts", fact_table(placed, notes=False))] if placed else []
     router = section("router", fact_table(facts.training(result), notes=False))
     sources = section("estimates rest on", fact_table(facts.sources(result), notes=False))
     if options.max_width >= _TWO_COLUMNS:
-        body: list[RenderableType] = [side_by_side(time, Group(balance, traffic, router, sources))]
+        body: list[RenderableType] = [side_by_side(time, Group(balance, *placement, traffic, router, sources))]
     else:
-        body = [time, side_by_side(Group(balance, sources), Group(traffic, router))]
+        body = [time, side_by_side(Group(balance, *placement, sources), Group(traffic, router))]
     pipeline, runs = facts.stages(result)
     headline = indented(fact_table([*facts.headline(result), facts.memory(result), *pipeline], strong=True))
     return [head, headline, *body, *_stages(runs), *_what_if(result), *warnings(result.get("warnings", ()))]

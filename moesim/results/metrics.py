@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from moesim.parallel import ExpertPlacement, TrafficSample
 from moesim.parallel.stages import stage_copies
 from moesim.parallel.traffic import token_bytes
-from moesim.scenario import RouterShape, Scenario
+from moesim.scenario import Contiguous, RouterShape, Scenario
 from moesim.trace.metrics import imbalance, uniform_floor
 
 FloatArray = NDArray[np.float64]
@@ -65,6 +65,9 @@ class TrafficFacts:
         self.rank_load_LR = np.zeros((self.num_layers, scenario.parallelism.expert))
         self.copies_RD = np.zeros((scenario.parallelism.expert,) * 2)  # group 0, all layers and micro-batches
         self.remote_node_copies = self.own_node_copies = 0.0
+        # Rows of ranks if each had neighbouring experts: what another placement is compared with.
+        self.contiguous: list[float] = []
+        self.compares = scenario.placement != Contiguous() and scenario.model.experts % scenario.parallelism.expert == 0
         self.routed = self.dropped = self.padded = 0
         for sample in samples:
             for group in range(self.num_groups):
@@ -85,6 +88,8 @@ class TrafficFacts:
         self.rank_load_LR[layer] += self.uses_B @ rank_rows_BD
         self.imbalance["expert"].append(mean_imbalance(rows_BE))
         self.imbalance["rank_rows"].append(mean_imbalance(rank_rows_BD))
+        if self.compares:
+            self.contiguous.append(mean_imbalance(self._by_neighbours(rows_BE)))
         self.imbalance["rank_bytes"].append(mean_imbalance(sent_BRD.sum(axis=1)))
         sent_RD = np.einsum("b,brd->rd", self.uses_B, sent_BRD)
         own_node = float(sent_RD[arrays.layout.same_node_RD].sum())
@@ -95,6 +100,22 @@ class TrafficFacts:
         self.padded += int(self.uses_B @ arrays.padded_rows_B)
         if group == 0:
             self.copies_RD += sent_RD
+
+    def _by_neighbours(self, rows_BE: NDArray[Any]) -> NDArray[Any]:
+        """Rows of ranks with neighbouring experts."""
+        return np.asarray(rows_BE.reshape(len(rows_BE), self.scenario.parallelism.expert, -1).sum(axis=2))
+
+    @property
+    def contiguous_rank_rows(self) -> float | None:
+        """max / mean rows of ranks, as `imbalance["rank_rows"]`, if each had neighbouring experts without copies."""
+        if self.scenario.placement == Contiguous():
+            return float(np.mean(self.imbalance["rank_rows"]))
+        return float(np.mean(self.contiguous)) if self.compares else None
+
+    @property
+    def contiguous_load_LR(self) -> FloatArray | None:
+        """The rows of the whole step on each rank likewise; None where experts do not spread evenly over ranks."""
+        return self._by_neighbours(self.expert_load_LE) if self.compares else None
 
     @property
     def dropped_share(self) -> float:

@@ -30,6 +30,8 @@ class RunRecord:
       kept_bytes_PVBW          bytes that a micro-batch keeps on each rank of a stage until its backward ends, sample 0
       expert_load_LE           rows of an expert / mean rows, over the whole step and all samples
       rank_load_LR             rows of a rank / mean rows, likewise
+      placement_LDP            the expert in every slot of every rank, -1 for none; not for contiguous experts
+      rank_load_contiguous_LR  rows of a rank in one step of all samples, had it neighbouring experts; likewise
       traffic_RR               dispatched bytes from rank to rank in one step, both passes, group 0
     `pipeline_spans` holds expert group 0 of every pipeline rank in sample 0. `trace` is None for a dense model.
     """

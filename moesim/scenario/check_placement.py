@@ -5,7 +5,7 @@ from moesim.scenario.base import MOST_EXPERTS
 from moesim.scenario.check_numbers import either, nearest_divisors
 from moesim.scenario.check_pipeline import Report
 from moesim.scenario.placement import Explicit, keeps_groups
-from moesim.scenario.routing import ExpertCapacity
+from moesim.scenario.routing import ExpertCapacity, StatedRouting
 from moesim.scenario.schema import Scenario
 from moesim.scenario.software import FUSED
 
@@ -22,7 +22,7 @@ def check_placement(scenario: Scenario, report: Report) -> None:
     slots = sum(placement.slots_of_ranks(num_experts=experts, num_ranks=num_ranks))
     if slots > MOST_EXPERTS:
         raise report.user("placement", f"{slots:,} slots of {num_ranks} ranks; at most {MOST_EXPERTS:,} are simulated")
-    _check_software(scenario, report)
+    _check_places(scenario, report)
     if slots > experts and isinstance(scenario.capacity, ExpertCapacity) and scenario.capacity.pad:
         raise report.user("capacity.pad", "rows of experts with copies are not padded; use pad: false")
 
@@ -39,14 +39,21 @@ def _check_number(experts: int, redundant: int, num_ranks: int, report: Report) 
         raise report.user("placement.redundant_experts", f"{what}; use {fits}")
 
 
-def _check_software(scenario: Scenario, report: Report) -> None:
-    """Software without copies has each expert in one place, the same in all layers, and keeps groups together."""
+def _check_places(scenario: Scenario, report: Report) -> None:
+    """Loads that are stated for ranks, and software without copies, need each expert in one place, alike in all layers.
+
+    Such software keeps router groups together, too.
+    """
     software, placement = scenario.implementation.software, scenario.placement
-    if software.copies_experts:
-        return
     experts = scenario.model.experts
     slots = placement.fixed_slots(num_experts=experts, num_ranks=scenario.parallelism.expert)
-    if slots is None or sum(map(len, slots)) > experts:
+    once = slots is not None and sum(map(len, slots)) == experts
+    if isinstance(scenario.routing, StatedRouting) and not once:
+        what = f"routing.kind: {scenario.routing.kind} states the load of ranks, which a placement from loads or with"
+        raise report.user("placement.kind", f"{what} copies would change; use contiguous, or another routing")
+    if software.copies_experts:
+        return
+    if slots is None or not once:
         what = f"{software.name} holds every expert once, at the same place in all layers"
         raise report.user("placement.kind", f"{what}; use contiguous, or implementation: {{kind: {FUSED.name}}}")
     num_groups = scenario.router_shape().num_groups

@@ -1,0 +1,59 @@
+"""`moesim placement`: which rank holds which expert and its copies, for a scenario or for a server."""
+
+import argparse
+from pathlib import Path
+
+from moesim.cli.flags import add_cache, add_force, add_json, add_quiet, add_scenario, check_writable, load
+from moesim.cli.interrupt import interrupts_say, kept_of_training
+from moesim.cli.progress import watched_training
+from moesim.errors import UserError
+from moesim.strict_json import json_text
+
+NAME = "placement"
+SUMMARY = (
+    "Place the experts of a scenario, copies included; --out writes the map of every layer for SGLang (.json) or "
+    "TensorRT-LLM (.yaml), and for placement: {kind: explicit, file: ...}."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """SCENARIO, --set, --out, --cache, --json, --quiet, --force."""
+    add_scenario(parser)
+    parser.add_argument("--out", metavar="FILE", type=Path, help="write the map there: .json for SGLang, else .yaml")
+    add_cache(parser)
+    add_json(parser)
+    add_quiet(parser)
+    add_force(parser)
+    parser.set_defaults(execute=execute)
+
+
+def execute(args: argparse.Namespace) -> int:
+    """Place, write, show. Raises UserError, InfeasibleError and Interrupted."""
+    from moesim.files import write_atomically
+    from moesim.report.placement_view import WRITERS, place, placement_json, placement_text, print_placement
+
+    if args.out is not None:
+        if args.out.suffix not in WRITERS:
+            raise UserError(f"{args.out}: the ending says whose file it is; use {' or '.join(WRITERS)}")
+        if args.out.exists() and not args.force:
+            raise UserError(f"{args.out} exists; choose another --out, or --force to replace it")
+        check_writable(args.out)
+    scenario = load(args)
+    if scenario.model.experts == 0:
+        raise UserError(f"{scenario.name}: the model is dense (model.experts = 0), so there is nothing to place")
+    from moesim.run import obtain_trace
+
+    with interrupts_say(lambda: kept_of_training(scenario, args.cache)), watched_training(quiet=args.json) as progress:
+        trace = obtain_trace(scenario, progress=progress, cache_dir=args.cache)
+    assert trace is not None, "the model has experts"
+    view = place(scenario, trace)
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(args.out, placement_text(view, args.out).encode(), replace=args.force)
+    if args.json:
+        print(json_text(placement_json(view), indent=1))
+    elif not args.quiet:
+        print_placement(view)
+        if args.out is not None:
+            print(f"\nwritten to {args.out} for {WRITERS[args.out.suffix]}")
+    return 0

@@ -1,0 +1,86 @@
+"""The report's section on where experts sit: the map of slots with copies marked, and the load of ranks with it.
+
+Legend: L model layers with a router, D ranks of expert group 0, P slots of a rank, X slots of all ranks.
+"""
+
+import numpy as np
+import plotly.graph_objects as go
+from numpy.typing import NDArray
+
+from moesim.report import facts, figures
+from moesim.report.page import Page
+from moesim.results.record import RunRecord
+
+_LARGEST_LABELLED = 2_000  # slots of all layers up to which each shows its expert
+_COPIES = ("#e8e8e6", "#c6dbef", "#6baed6", "#2171b5", "#08306b")  # of one slot, two, three, four, five or more
+_EMPTY = -1
+
+
+def placement_section(page: Page, record: RunRecord) -> None:
+    """The map, and the loads before and after; nothing where every rank has neighbouring experts."""
+    slots = record.arrays.get("placement_LDP")
+    if slots is None:
+        return
+    first = record.scenario.model.dense_layers
+    page.text("h2", "Placement of experts")
+    page.text(
+        "p",
+        "The slots of each rank of expert group 0 in every layer with experts, by rank. Colour tells how many slots "
+        "hold the expert of this one: grey is one, blue are copies. Point at a slot to see its expert.",
+    )
+    page.figure(slot_map(slots.astype(np.int64), first_layer=first), name="placement")
+    before = record.arrays.get("rank_load_contiguous_LR")
+    after = record.arrays["rank_load_LR"]
+    page.open("div", css="figures")
+    for title, name, load_LR in (
+        ("Load of ranks, neighbouring experts", "rank-load-before", before),
+        ("Load of ranks, as placed", "rank-load-after", after),
+    ):
+        if load_LR is not None:
+            relative_LR = load_LR / np.maximum(load_LR.mean(axis=1, keepdims=True), 1e-300)
+            page.figure(figures.load_map(relative_LR, first_layer=first, of="rank"), name=name, title=title)
+    page.close("div")
+    page.facts("Placement", facts.placement(record.result))
+
+
+def slot_map(slots_LDP: NDArray[np.int64], *, first_layer: int) -> go.Figure:
+    """Heat map of layer x slot, ranks side by side with lines between them."""
+    layers, ranks, per_rank = slots_LDP.shape
+    slots_LX = slots_LDP.reshape(layers, -1)
+    copies_LX = copies_of_slots(slots_LX)
+    steps = len(_COPIES)
+    scale = [(edge / steps, colour) for step, colour in enumerate(_COPIES) for edge in (step, step + 1)]
+    figure = figures.layer_map(layers, x="rank")
+    show = slots_LX.size <= _LARGEST_LABELLED
+    rank_LX = np.broadcast_to(np.arange(ranks).repeat(per_rank), slots_LX.shape)
+    figure.add_heatmap(
+        y=np.arange(first_layer, first_layer + layers),
+        z=np.where(copies_LX > 0, np.minimum(copies_LX, steps), np.nan),
+        customdata=np.stack([slots_LX, rank_LX, copies_LX], 2),
+        text=np.where(slots_LX == _EMPTY, "", slots_LX.astype(str)) if show else None,
+        texttemplate="%{text}" if show else None,
+        zmin=0.5,
+        zmax=steps + 0.5,
+        colorscale=scale,
+        colorbar={
+            "title": {"text": "slots of the expert", "side": "right", "font": {"size": 13}},
+            "tickvals": list(range(1, steps + 1)),
+            "ticktext": [*map(str, range(1, steps)), f"\u2265 {steps}"],
+            "thickness": 14,
+            "outlinewidth": 0,
+        },
+        hovertemplate="layer %{y}, rank %{customdata[1]}<br>expert %{customdata[0]}, in %{customdata[2]} slots"
+        "<extra></extra>",
+    )
+    every = max(1, -(-ranks // 16))
+    named = np.arange(0, ranks, every)
+    figure.update_xaxes(tickvals=named * per_rank + (per_rank - 1) / 2, ticktext=[str(rank) for rank in named])
+    for rank in range(1, ranks):
+        figure.add_vline(x=rank * per_rank - 0.5, line={"width": 2, "color": "#ffffff" if ranks > 16 else "#1d2229"})
+    return figure
+
+
+def copies_of_slots(slots_LX: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How many slots of its layer hold the expert of each slot, 0 for an empty one."""
+    copies = [np.bincount(slots_X + 1)[slots_X + 1] * (slots_X != _EMPTY) for slots_X in slots_LX]
+    return np.stack(copies)
