@@ -205,6 +205,30 @@ _IMBALANCE = _section(
     },
 )
 
+_PLACEMENT = _section(
+    "placement",
+    {
+        "kind": (NO_UNIT, "Kind of the placement."),
+        "split": (NO_UNIT, "How the rows of an expert split over its copies."),
+        "experts": ("experts", "Experts of a layer."),
+        "slots": ("slots", "Places for experts on the ranks of an expert group, in a layer: experts and copies."),
+        "slots_per_rank": ("slots", "Those of one rank; of the one with most, where a list of slots is uneven."),
+        "most_copies": ("slots", "Slots of the expert with most, of all layers."),
+        "made_on": (
+            NO_UNIT,
+            "Part of the trace that it is made from: earlier (not the simulated part), same, or null for none.",
+        ),
+        "placing_sequences": ("sequences", "Sequences of the trace that it is made from."),
+        "simulated_sequences": ("sequences", "Sequences of the trace that batches are drawn from."),
+        "rank_rows_contiguous": (
+            "ratio",
+            "What `imbalance.rank_rows` were of the same rows with neighbouring experts on ranks and no copies; "
+            "null where these do not spread evenly.",
+        ),
+        "copy_gradient_bytes": ("B", "Bytes that ranks send each other to sum gradients of copies, in one step."),
+    },
+)
+
 _MEMORY = _section(
     "memory",
     {
@@ -297,6 +321,7 @@ SECTIONS: Sequence[tuple[str, str, Mapping[str, Definition]]] = (
         "layer, unless it says otherwise.",
         _IMBALANCE,
     ),
+    ("Placement of experts", "Which rank holds which experts, and what that does to the load of ranks.", _PLACEMENT),
     ("Memory", "Peak of every pipeline rank, and its parts on its fullest rank, which add up to it.", _MEMORY),
     ("Cost", "Rent alone.", _COST),
     ("The router", "What the routing comes from.", _ROUTER),
