@@ -188,6 +188,8 @@ def test_the_folder_of_a_run_names_its_trace(tmp_path: Path) -> None:
     save_trace(traced(SAMPLES / "flame", experts=64, top_k=6), tmp_path / "trace.npz")
     with pytest.raises(UserError, match=r"name its trace, .*trace\.npz"):
         traced(tmp_path, experts=64, top_k=6)
+    with pytest.raises(UserError, match="is a routing trace of moesim already"):
+        import_routing("auto", tmp_path / "trace.npz")
 
 
 def test_what_a_point_is_known_by_follows_the_content(tmp_path: Path, cache: Path) -> None:

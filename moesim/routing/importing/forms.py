@@ -21,6 +21,7 @@ from moesim.routing.importing.source import Source, refuse
 from moesim.routing.importing.tensors import load_arrays, load_parquet_names, load_tensors
 from moesim.routing.importing.training import read_flame, read_megatron, read_olmoe
 from moesim.strict_json import parse_json
+from moesim.trace.store import is_trace_file
 
 AUTO = "auto"  # the form that stands for "find out"
 
@@ -127,6 +128,8 @@ def form_of(path: Path) -> Form:
     """The form of a file or folder. Raises UserError, one line, where there is none or more than one."""
     if not path.exists():
         refuse(path, "no such file or folder", "name what was recorded")
+    if is_trace_file(path):
+        refuse(path, "is a routing trace of moesim already", "name it in routing.file")
     try:
         found = _forms_of_folder(path) if path.is_dir() else _forms_of_file(path)
     except OSError as error:
