@@ -168,7 +168,10 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     found = []
     for page in [path.resolve() for path in args.pages] or pages_with_commands():
-        text, differences = renewed(page, check=args.check)
+        try:
+            text, differences = renewed(page, check=args.check)
+        except PageError as error:
+            text, differences = page.read_text(encoding="utf-8"), [f"{page.relative_to(ROOT)}: {error}"]
         found += differences
         if not args.check:
             page.write_text(text, encoding="utf-8")

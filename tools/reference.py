@@ -24,7 +24,7 @@ from reference_keys import KeyPage, cell, table  # noqa: E402
 
 import moesim  # noqa: E402
 from moesim.cli.parser import build  # noqa: E402
-from moesim.planner.plan import Plan  # noqa: E402
+from moesim.planner.json_schema import plan_json_schema  # noqa: E402
 from moesim.results.definitions import SECTIONS  # noqa: E402
 from moesim.scenario import json_schema  # noqa: E402
 from moesim.sweeper.axes import AXIS_KEYS  # noqa: E402
@@ -122,7 +122,7 @@ def study() -> str:
     lines = [
         "# Keys of a study",
         "",
-        "A study simulates a scenario along axes over any of its keys: `moesim sweep STUDY`.",
+        "A study simulates a scenario along axes over any of its keys: `moesim sweep STUDY`. `moesim schema study` is for editors.",
         "",
     ]
     example = (ROOT / "scenarios/studies/capacity.yaml").read_text(encoding="utf-8")
@@ -156,9 +156,9 @@ def plan(scenario: dict[str, Any]) -> str:
     head = """# Keys of a plan
 
 What `moesim plan` takes: a goal, what may be rented, and what may be chosen. Sections that a scenario has too are
-[described there](scenario.md); `choices` has lists where a scenario has one value.
+[described there](scenario.md); `choices` has lists where a scenario has one value. `moesim schema plan` is for editors.
 """
-    schema = Plan.model_json_schema(mode="validation")
+    schema = plan_json_schema(units=True)
     return KeyPage(schema, elsewhere=KeyPage(scenario).titles, page="scenario.md").text(head)
 
 

@@ -1,25 +1,28 @@
-"""`moesim schema`: the JSON Schema of scenario files, for editors and other programs."""
+"""`moesim schema`: the JSON Schema of scenario, study and plan files, for editors and other programs."""
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from moesim.strict_json import json_text
 
 NAME = "schema"
-SUMMARY = "Print the JSON Schema of scenario files."
+SUMMARY = "Print the JSON Schema of scenario files, or of studies or plans."
+KINDS = ("scenario", "study", "plan")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """--out."""
+    """WHAT and --out."""
+    parser.add_argument(
+        "what", metavar="WHAT", nargs="?", choices=KINDS, default="scenario", help="whose keys: scenario if left out"
+    )
     parser.add_argument("--out", metavar="FILE", type=Path, help="write it there instead of printing it")
     parser.set_defaults(execute=execute)
 
 
 def execute(args: argparse.Namespace) -> int:
     """Print or write the schema."""
-    from moesim.scenario.json_schema import json_schema
-
-    text = json_text(json_schema(), indent=1)
+    text = json_text(_schema(args.what), indent=1)
     if args.out is None:
         print(text)
     else:
@@ -27,3 +30,17 @@ def execute(args: argparse.Namespace) -> int:
 
         write_atomically(args.out, (text + "\n").encode())
     return 0
+
+
+def _schema(what: str) -> dict[str, Any]:
+    if what == "plan":
+        from moesim.planner.json_schema import plan_json_schema
+
+        return plan_json_schema()
+    if what == "study":
+        from moesim.sweeper.json_schema import study_json_schema
+
+        return study_json_schema()
+    from moesim.scenario.json_schema import json_schema
+
+    return json_schema()

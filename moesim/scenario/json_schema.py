@@ -21,14 +21,15 @@ def json_schema(*, units: bool = False) -> dict[str, Any]:
     forms = pool_gpu.pop("oneOf", None) or pool_gpu.pop("anyOf")
     pool_gpu["anyOf"] = [{"enum": list(gpu_names())}, *(form for form in forms if "$ref" in form)]
     definitions["OwnGpu"]["properties"]["like"]["enum"] = list(gpu_names())
-    _accept_model_forms(definitions["Model"])
+    accept_model_forms(definitions["Model"])
     _accept_flat_cluster(definitions["Cluster"], definitions["Pool"])
     if not units:
-        schema = _without_units(schema)
+        schema = without_units(schema)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "moesim scenario"}
 
 
-def _accept_model_forms(model: dict[str, Any]) -> None:
+def accept_model_forms(model: dict[str, Any]) -> None:
+    """Let a model of the schema be a preset, a config.json or its fields; fields override the first two."""
     explicit = [key for key in model["required"] if key != "preset"]
     model["properties"]["preset"] = {"enum": [*model_names(), None], "description": "a model of the catalogue"}
     path = "path to a released config.json, relative to this file"
@@ -44,8 +45,9 @@ def _accept_flat_cluster(cluster: dict[str, Any], pool: dict[str, Any]) -> None:
     cluster["anyOf"] = [{"required": ["pools"]}, {"required": _GPU_FORMS}]
 
 
-def _without_units(schema: Any) -> Any:
+def without_units(schema: Any) -> Any:
+    """The schema without the key `unit`, which is not of the standard."""
     if isinstance(schema, dict):
         is_unit = isinstance(schema.get("unit"), str)
-        return {key: _without_units(value) for key, value in schema.items() if not (is_unit and key == "unit")}
-    return [_without_units(item) for item in schema] if isinstance(schema, list) else schema
+        return {key: without_units(value) for key, value in schema.items() if not (is_unit and key == "unit")}
+    return [without_units(item) for item in schema] if isinstance(schema, list) else schema
