@@ -122,8 +122,8 @@ def study() -> str:
     lines = [
         "# Keys of a study",
         "",
-        "A study simulates a scenario along axes over any of its keys: `moesim sweep STUDY`. For editors, `moesim schema "
-        "study` prints its JSON Schema.",
+        "A study simulates a scenario along axes over any of its keys: `moesim sweep STUDY`. For editors, "
+        "`moesim schema study` prints its JSON Schema.",
         "",
     ]
     example = (ROOT / "scenarios/studies/capacity.yaml").read_text(encoding="utf-8")
