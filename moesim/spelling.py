@@ -7,8 +7,14 @@ from collections.abc import Iterable
 
 def closest(word: str, known: Iterable[str]) -> str:
     """`; did you mean 'run'?` for a near miss, else nothing."""
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    near = nearest(word, known)
+    return "" if near is None else f"; did you mean {near!r}?"
+
+
+def nearest(word: str, known: Iterable[str], *, likeness: float = 0.6) -> str | None:
+    """The known word that is most like `word`, of those with at least `likeness` (1: the same); None without one."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=likeness)
+    return near[0] if near else None
 
 
 def same_product(word: str, known: Iterable[str]) -> str | None:

@@ -15,7 +15,7 @@ from moesim.scenario.cluster import (
 )
 from moesim.scenario.gpu import OwnGpu
 from moesim.scenario.json_schema import json_schema
-from moesim.scenario.loader import dump_scenario, load_scenario, load_scenario_text, scenario_from_mapping
+from moesim.scenario.loader import dump_scenario, load_scenario, load_scenario_text, scenario_from_mapping, yaml_text
 from moesim.scenario.model import Attention, Gqa, LocalGlobal, Mha, Mla, Model
 from moesim.scenario.placement import Contiguous, Eplb, Explicit, Placement, RoundRobin
 from moesim.scenario.routing import (
@@ -120,4 +120,5 @@ __all__ = [
     "model_names",
     "require_supported",
     "scenario_from_mapping",
+    "yaml_text",
 ]

@@ -45,6 +45,11 @@ def dump_scenario(scenario: Scenario) -> str:
     """
     data = _without_none(scenario.model_dump(mode="json"))
     data["model"] = scenario.model.model_dump(mode="json")  # null wins over a preset's value, so it is written
+    return yaml_text(data)
+
+
+def yaml_text(data: Mapping[str, Any]) -> str:
+    """Plain data as YAML that the strict reader takes for the same data."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120)
 
 

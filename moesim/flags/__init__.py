@@ -1,0 +1,1 @@
+"""Command lines of training software: launch scripts read into scenarios, and layouts written as flags."""

@@ -1,0 +1,90 @@
+"""Numbers and lists written as expressions, worked out from their syntax alone: nothing is ever evaluated as code."""
+
+import ast
+
+from moesim.scenario.base import MOST_LAYERS
+
+_LONGEST = 2_000  # characters
+_LARGEST = 10**18
+
+Pattern = int | list[int]
+
+
+def whole_number(text: str) -> int:
+    """What + - * / % and brackets of whole numbers come to; / rounds towards zero, as in a shell.
+
+    Raises ValueError for anything else.
+
+    >>> whole_number("(8 + 1) * 4 / 5")
+    7
+    """
+    return _number(_parsed(text.strip()))
+
+
+def pattern(text: str) -> Pattern:
+    """A whole number, or a list made of [ ] ( ) , + and *, such as a pattern of layers.
+
+    Raises ValueError for anything else, and for a list of more entries than a model may have layers.
+
+    >>> pattern("[0]*3+[1]*2"), pattern("([1]+[0])*2"), pattern("2")
+    ([0, 0, 0, 1, 1], [1, 0, 1, 0], 2)
+    """
+    return _pattern(_parsed(text.strip().strip("'\"")))
+
+
+def _parsed(text: str) -> ast.expr:
+    if len(text) > _LONGEST:
+        raise ValueError(f"{len(text):,} characters")
+    try:
+        return ast.parse(text, mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        raise ValueError(f"{text!r} is no expression of numbers") from None
+
+
+def _number(node: ast.expr) -> int:
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        return _bounded(node.value)
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        return -_number(node.operand)
+    if isinstance(node, ast.BinOp):
+        left, right = _number(node.left), _number(node.right)
+        match node.op:
+            case ast.Add():
+                return _bounded(left + right)
+            case ast.Sub():
+                return _bounded(left - right)
+            case ast.Mult():
+                return _bounded(left * right)
+            case ast.Div() | ast.FloorDiv() if right:
+                return int(left / right) if abs(left) < 2**52 else left // right
+            case ast.Mod() if right:
+                return left % right
+    raise ValueError(f"{ast.unparse(node)} is no whole number")
+
+
+def _bounded(number: int) -> int:
+    if abs(number) > _LARGEST:
+        raise ValueError("a number of more than 18 digits")
+    return number
+
+
+def _pattern(node: ast.expr) -> Pattern:
+    if isinstance(node, ast.List | ast.Tuple):
+        return [_number(entry) for entry in node.elts]
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add | ast.Mult):
+        left, right = _pattern(node.left), _pattern(node.right)
+        if isinstance(left, list) and isinstance(right, list) and isinstance(node.op, ast.Add):
+            return _short(left, right)
+        if isinstance(node.op, ast.Mult) and isinstance(left, list) != isinstance(right, list):
+            entries, times = (left, right) if isinstance(left, list) else (right, left)
+            assert isinstance(entries, list) and isinstance(times, int)
+            if len(entries) * times > MOST_LAYERS:
+                raise ValueError(f"more than {MOST_LAYERS} entries")
+            return entries * times
+    return _number(node)
+
+
+def _short(left: list[int], right: list[int]) -> list[int]:
+    if len(left) + len(right) > MOST_LAYERS:
+        raise ValueError(f"more than {MOST_LAYERS} entries")
+    return left + right

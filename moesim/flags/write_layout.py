@@ -1,0 +1,162 @@
+"""The flags of Megatron-LM for a scenario's parallel sizes, batch, precision, recomputation and dispatch."""
+
+from moesim.flags.commands import Draft
+from moesim.flags.stage_layouts import text_of
+from moesim.scenario import Contiguous, Mla, Scenario
+from moesim.scenario.dispatch import DISPATCH
+from moesim.scenario.stage_split import stage_lengths
+from moesim.schedules import INTERLEAVED, PLAIN
+
+_SHARDS = ("no_shard", "optim", "optim_grads", "optim_grads_params")
+_MODULES = {"rms_norm": "layernorm", "swiglu": "moe_act", "mla_up_projection": "mla_up_proj"}
+
+
+def write_layout(draft: Draft, scenario: Scenario) -> None:
+    """Add the flags of parallel groups, pipeline stages and optimizer shards."""
+    mesh = scenario.parallelism
+    draft.say_all(
+        {
+            "--tensor-model-parallel-size": mesh.tensor,
+            "--pipeline-model-parallel-size": mesh.pipeline,
+            "--context-parallel-size": mesh.context,
+        }
+    )
+    if scenario.model.experts:
+        draft.say("--expert-model-parallel-size", mesh.expert)
+        draft.say("--expert-tensor-parallel-size", mesh.expert_tensor)
+    draft.say("--sequence-parallel", when=mesh.tensor > 1)
+    _stages(draft, scenario)
+    zero = mesh.zero
+    draft.leave("parallelism.zero", f"experts as all else: stage {zero.dense}", when=_shards_differ(scenario))
+    draft.say("--use-distributed-optimizer", when=zero.dense > 0)
+    if zero.dense > 1:
+        draft.say("--use-megatron-fsdp")
+        draft.say("--data-parallel-sharding-strategy", _SHARDS[zero.dense])
+        draft.say("--ckpt-format", "fsdp_dtensor")  # the only one that it takes
+    placed = isinstance(scenario.placement, Contiguous)
+    draft.leave("placement", "neighbouring experts on each rank", when=scenario.model.experts > 0 and not placed)
+    draft.leave("cluster.pools", "one kind of node", when=len(scenario.cluster.pools) > 1)
+
+
+def _shards_differ(scenario: Scenario) -> bool:
+    zero = scenario.parallelism.zero
+    return scenario.model.experts > 0 and zero.dense != zero.expert
+
+
+def _stages(draft: Draft, scenario: Scenario) -> None:
+    mesh = scenario.parallelism
+    facts = mesh.schedule.facts
+    if mesh.pipeline == 1:
+        return
+    if facts not in (PLAIN, INTERLEAVED):
+        instead = f"{PLAIN.name}, so that stages wait longer for each other"
+        draft.leave("parallelism.schedule", f"no {facts.name} in Megatron-LM: {instead}")
+    lengths = stage_lengths(scenario)
+    if len(set(lengths)) > 1:
+        layout = text_of(lengths, prediction_layers=scenario.model.mtp_layers)
+        draft.say("--pipeline-model-parallel-layout", layout)
+    elif facts.virtual:
+        draft.say("--num-layers-per-virtual-pipeline-stage", lengths[0])
+
+
+def write_training(draft: Draft, scenario: Scenario) -> None:
+    """Add the flags of batch, number formats, recomputation, dispatch and overlap."""
+    work = scenario.workload
+    draft.say_all(
+        {
+            "--seq-length": work.sequence_length,
+            "--micro-batch-size": work.micro_batch,
+            "--global-batch-size": work.global_batch,
+        }
+    )
+    if work.train_tokens is not None:
+        draft.say("--train-samples", round(work.train_tokens / work.sequence_length))
+    draft.say("--clip-grad", 0.0 if work.gradient_clipping is None else work.gradient_clipping)
+    _precision(draft, scenario)
+    _recompute(draft, scenario)
+    _dispatch(draft, scenario)
+    _overlap(draft, scenario)
+    software = scenario.implementation.software
+    draft.leave("implementation", f"kernels of its own, not {software.about}", when=not software.overlaps)
+
+
+def _precision(draft: Draft, scenario: Scenario) -> None:
+    formats, key = scenario.workload.precision, "workload.precision"
+    half = next((name for name in (formats.weights, formats.gemm) if name in ("bf16", "fp16")), None)
+    half = half or ("bf16" if "fp8" in (formats.weights, formats.gemm) else None)
+    if half is not None:
+        draft.say(f"--{half}")
+    full = half or "fp32"
+    if formats.gemm == "fp8":
+        draft.say("--fp8-format", "e4m3")
+        draft.say("--fp8-recipe", "blockwise")
+    elif formats.gemm != full:
+        draft.leave(f"{key}.gemm", full)
+    sharded = scenario.parallelism.zero.dense > 0
+    if formats.weights == "fp8" and sharded and formats.gemm == "fp8":
+        draft.say("--fp8-param-gather")
+    elif formats.weights != full:
+        draft.leave(f"{key}.weights", full)
+    master = "none" if half is None else "fp32"
+    draft.leave(f"{key}.master", f"{master} master weights", when=formats.master != master)
+    _states(draft, scenario, half=half, sharded=sharded)
+
+
+def _states(draft: Draft, scenario: Scenario, *, half: str | None, sharded: bool) -> None:
+    """Gradients and moments: other formats need the distributed optimizer."""
+    formats, key = scenario.workload.precision, "workload.precision"
+    aware = half is not None and sharded and formats.optimizer != "fp32"
+    draft.say("--use-precision-aware-optimizer", when=aware)
+    draft.say("--exp-avg-dtype", formats.optimizer, when=aware)
+    draft.say("--exp-avg-sq-dtype", formats.optimizer, when=aware)
+    draft.leave(f"{key}.optimizer", "fp32 moments", when=formats.optimizer != "fp32" and not aware)
+    if half == "bf16" and formats.gradients == "bf16":
+        draft.say("--grad-reduce-in-bf16")
+        draft.say("--main-grads-dtype", "bf16", when=aware)
+    elif half == "fp16" and formats.gradients == "fp32":
+        draft.say("--accumulate-allreduce-grads-in-fp32")
+    elif formats.gradients != ("fp32" if half != "fp16" else "fp16"):
+        draft.leave(f"{key}.gradients", "fp32 gradients" if half != "fp16" else "fp16 gradients")
+
+
+def _recompute(draft: Draft, scenario: Scenario) -> None:
+    work = scenario.workload
+    if work.recompute == "full":
+        draft.say_all({"--recompute-granularity": "full", "--recompute-method": "uniform", "--recompute-num-layers": 1})
+        return
+    latent = isinstance(scenario.model.attention, Mla)
+    parts = [part for part in _MODULES if part in work.recomputed_parts and (latent or part != "mla_up_projection")]
+    if parts:
+        draft.say("--recompute-granularity", "selective")
+        draft.say("--recompute-modules", *(_MODULES[part] for part in parts))
+
+
+def _dispatch(draft: Draft, scenario: Scenario) -> None:
+    if scenario.parallelism.expert == 1:
+        return
+    dispatch = scenario.dispatch
+    facts = DISPATCH[dispatch.algorithm]
+    if facts.fans_out:
+        draft.say_all({"--moe-token-dispatcher-type": "flex", "--moe-flex-dispatcher-backend": "deepep"})
+        if dispatch.sm_share is not None:
+            sms = round(dispatch.sm_share * scenario.cluster.pools[0].spec.sm_count)
+            draft.say("--moe-flex-dispatcher-num-sms", max(1, sms))
+    else:
+        draft.say("--moe-token-dispatcher-type", "alltoall")
+        draft.leave("dispatch.algorithm", "NCCL's exchange", when=not facts.two_sided)
+        copies = "one copy for each selected expert"
+        draft.leave("dispatch.deduplicate", copies, when=dispatch.deduplicate != "per_expert")
+        draft.leave("dispatch.sm_share", "as NCCL chooses", when=dispatch.sm_share is not None)
+    draft.leave("dispatch.dtype", "tokens travel in bf16", when=dispatch.dtype != "bf16")
+    draft.leave("dispatch.combine_dtype", "outputs travel in bf16", when=dispatch.combine_dtype != "bf16")
+
+
+def _overlap(draft: Draft, scenario: Scenario) -> None:
+    overlap = scenario.overlap
+    beside = overlap.gradient_reduction
+    if beside is None:  # as the implementation does: with gradients in shards
+        beside = scenario.parallelism.zero.dense > 1
+    draft.say("--overlap-grad-reduce", when=beside)
+    shared = scenario.model.shared_width > 0 and overlap.shared_experts is not False
+    draft.say("--moe-shared-expert-overlap", when=shared and scenario.parallelism.expert > 1)
+    draft.leave("overlap.micro_batches", "no overlapped pairs", when=overlap.micro_batches is True)

@@ -1,0 +1,66 @@
+"""Names that YAML files use for Megatron-LM's flags: fields of Megatron-Core and of Megatron-Bridge that differ."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+
+@dataclass(frozen=True, kw_only=True)
+class Meaning:
+    """A key under another name. flag: its flag, None where it says nothing. when: the truth value that sets a switch.
+
+    words: flags with their words for each value of a key that stands for several; other values say nothing.
+    """
+
+    flag: str | None = None
+    when: bool = True
+    words: Mapping[str, tuple[tuple[str, ...], ...]] | None = None
+
+
+_NOTHING = Meaning()
+_RECIPES = {"delayed_scaling": "delayed", "current_scaling": "tensorwise", "subchannel_scaling": "blockwise"}
+_MIXED = {
+    "bf16_mixed": (("--bf16",),),
+    "bf16-mixed": (("--bf16",),),
+    "fp16_mixed": (("--fp16",),),
+    "fp16-mixed": (("--fp16",),),
+    "bf16_with_mxfp8_mixed": (("--bf16",), ("--fp8-format", "e4m3"), ("--fp8-recipe", "mxfp8")),
+    "bf16_with_nvfp4_mixed": (("--bf16",), ("--fp4-format", "e2m1")),
+} | {
+    f"bf16_with_fp8_{name}_mixed": (("--bf16",), ("--fp8-format", "hybrid"), ("--fp8-recipe", recipe))
+    for name, recipe in _RECIPES.items()
+}
+
+OTHER_NAMES: Mapping[str, Meaning] = MappingProxyType(
+    {
+        "num_moe_experts": Meaning(flag="--num-experts"),
+        "gated_linear_unit": Meaning(flag="--swiglu"),
+        "add_bias_linear": Meaning(flag="--disable-bias-linear", when=False),
+        "share_embeddings_and_output_weights": Meaning(flag="--untie-embeddings-and-output-weights", when=False),
+        "should_pad_vocab": Meaning(flag="--no-pad-vocab-size", when=False),
+        "num_layers_in_first_pipeline_stage": Meaning(flag="--decoder-first-pipeline-num-layers"),
+        "num_layers_in_last_pipeline_stage": Meaning(flag="--decoder-last-pipeline-num-layers"),
+        "virtual_pipeline_model_parallel_size": Meaning(flag="--num-virtual-stages-per-pipeline-rank"),
+        "sequence_length": Meaning(flag="--seq-length"),
+        "fp8": Meaning(flag="--fp8-format"),
+        "fp8_param": Meaning(flag="--fp8-param-gather"),
+        "fp4": Meaning(flag="--fp4-format"),
+        "grad_reduce_in_fp32": Meaning(flag="--grad-reduce-in-bf16", when=False),
+        "layernorm_epsilon": Meaning(flag="--norm-epsilon"),
+        "mixed_precision": Meaning(flag="--bf16", words=MappingProxyType(_MIXED)),
+        "params_dtype": _NOTHING,
+        "pipeline_dtype": _NOTHING,
+        "autocast_dtype": _NOTHING,
+        "activation_func": _NOTHING,
+    }
+)
+# Sections and keys without flags that matter: upper and lower case are alike.
+NO_FLAGS = frozenset(
+    {
+        "env_vars", "checkpoint", "logger", "scheduler", "rng", "profiling", "tokenizer", "dist", "ft", "straggler",
+        "nvrx_straggler", "tensor_inspect", "inprocess_restart", "rerun_state_machine", "validation", "test_type",
+        "before_script", "after_script", "metrics", "mode", "optimizer_config_override_provider", "data_path",
+        "blend", "blend_per_split", "generation_config", "hf_model_id", "rope_scaling", "transformer_layer_spec",
+        "perform_initialization", "init_method", "output_layer_init_method",
+    }
+)  # fmt: skip
