@@ -43,6 +43,7 @@ from moesim.routing.replay import recorded_trace
 from moesim.routing.request import TrainingRequest
 from moesim.scenario import Scenario
 from moesim.scenario.check import require_supported
+from moesim.scenario.cluster import NVL72_GPUS
 from moesim.scenario.routing import PopularityRouting, StatedRouting, TraceRouting, TrainRouting
 from moesim.seeding import stream, stream_seed
 from moesim.trace import RoutingTrace, popularity_trace, trace_hash, uniform_trace
@@ -408,6 +409,11 @@ def _warnings(scenario: Scenario, fabric: Fabric, memory: MemoryReport, plain: S
         warnings.append(
             "network.model: ports looks at the fabric's core links one by one: where several block at once a transfer "
             "may come out a fifth short; use fluid"
+        )
+    if fabric.preset == "nvl72" and crossing and len(mesh.expert_groups()[0]) <= NVL72_GPUS:
+        warnings.append(
+            f"{len(crossing)} of {len(mesh.expert_groups())} expert groups lie on two racks and dispatch through NICs; "
+            "choose parallelism.expert so that groups fill racks, or nodes so that each rack holds whole groups"
         )
     warnings += _nominal_nvlink(scenario)
     if plain and coverage(scenario, plain[0]) < MIN_COVERAGE_FOR_CONFIDENCE:

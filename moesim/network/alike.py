@@ -17,7 +17,7 @@ def group_shape(fabric: Fabric, ranks_R: NDArray[np.int64]) -> bytes:
     A digest of all routes between the ranks with links numbered by first use, of what these links are, and of the
     ranks' nodes. On a custom fabric, where routes are searched for, and beside failed links every group is its own.
     """
-    digest = hashlib.sha256(np.unique(fabric.node_of_rank_R[ranks_R], return_inverse=True)[1].tobytes())
+    digest = hashlib.sha256(np.unique(fabric.domain_of_rank_R[ranks_R], return_inverse=True)[1].tobytes())
     if fabric.ladder is None or fabric.ladder.any_failed:
         digest.update(np.ascontiguousarray(ranks_R).tobytes())
         return digest.digest()

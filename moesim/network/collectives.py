@@ -183,7 +183,7 @@ def _able(algorithm: str, fabric: Fabric, ranks: NDArray[np.int64]) -> bool:
 
 
 def _by_node(fabric: Fabric, ranks: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-    node_R = fabric.node_of_rank_R[ranks]
+    node_R = fabric.domain_of_rank_R[ranks]
     return [ranks[node_R == node] for node in dict.fromkeys(node_R.tolist())]
 
 

@@ -140,8 +140,8 @@ def _prepare(
         raise UserError(f'dispatch: algorithm "{algorithm}" is unknown; use {", ".join(DISPATCH)}')
     facts = DISPATCH[algorithm]
     protocol, reached = fabric.parameters.of_dispatch(facts), fabric.reached_by(facts)
-    node_R = fabric.node_of_rank_R[chosen]
-    _check(facts, len(copies_stages), one_node=bool((node_R == node_R[0]).all()))
+    domain_R = fabric.domain_of_rank_R[chosen]
+    _check(facts, len(copies_stages), one_node=bool((domain_R == domain_R[0]).all()))
     stages = [np.asarray(c, dtype=np.float64).reshape(-1, len(chosen), len(chosen)) for c in copies_stages]
     message_bytes = token_bytes if combine else token_bytes + facts.header_bytes
     loopback = facts.passes_own_rows and len(stages) == 1 and own_copies_R is not None
@@ -150,8 +150,9 @@ def _prepare(
         stages = [stages[0] + own[:, :, None] * np.eye(len(chosen))]
     if combine:
         stages = [np.swapaxes(copies, 1, 2) for copies in reversed(stages)]
+    avoids_nvlink = facts.avoids_nvlink and fabric.preset != "nvl72"  # whose trays have NVLink between them for it
     demands = [
-        make_demand(fabric, copies * message_bytes, ranks=chosen, avoid_nvlink=facts.avoids_nvlink, loopback=loopback)
+        make_demand(fabric, copies * message_bytes, ranks=chosen, avoid_nvlink=avoids_nvlink, loopback=loopback)
         for copies in stages
     ]
     loads = [demands[0], *(demands[0] + second for second in demands[1:])]  # of one stage, of both

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from moesim.errors import UserError
 from moesim.network.parameters import NetworkParameters
-from moesim.network.topology import Site, build_graph, leaf_of, sites_of, spine_of
+from moesim.network.topology import Site, build_graph, leaf_of, resolved, sites_of, spine_of
 from moesim.network.walks import Walks
 from moesim.scenario.cluster import Cluster, Degraded
 from moesim.scenario.cluster import Fabric as FabricSection
@@ -234,9 +234,9 @@ def build_fabric(cluster: Cluster, *, parameters: NetworkParameters | None = Non
         domain_of_rank_R=np.array([site.domain for site in sites], dtype=np.int32),
         gpus=tuple(site.gpu for site in sites),
         parameters=parameters,
-        preset=cluster.fabric.preset,
+        preset=cluster.preset,
         pxn=cluster.fabric.pxn,
-        ladder=None if cluster.fabric.preset == "custom" else _ladder(cluster.fabric, sites, links, failed),
+        ladder=None if cluster.preset == "custom" else _ladder(resolved(cluster), sites, links, failed),
         walks=Walks(graph, links, len(sites)),
     )
 

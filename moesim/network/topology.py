@@ -17,7 +17,7 @@ from moesim.scenario.base import link_bandwidth, link_latency
 from moesim.scenario.cluster import Cluster, Fabric, Oversubscription
 from moesim.strict_json import parse_json
 
-NVL72_GPUS = 72
+NVL72_TRAY_GPUS = 4  # and so many rails
 LEAF_SPINE_POD_NODES = 4  # nodes under one leaf when `pod_nodes` is absent: 32 NICs of 8-GPU nodes
 
 
@@ -47,19 +47,13 @@ class Site:
 
 def sites_of(cluster: Cluster) -> list[Site]:
     """Every GPU in rank order: pool by pool, node by node. Raises UserError where a domain does not fit the nodes."""
-    fabric = cluster.fabric
+    fabric = resolved(cluster)
     sites: list[Site] = []
     node = domain = 0
     default_pod = LEAF_SPINE_POD_NODES if fabric.preset == "leaf_spine" else None
     pod_nodes = fabric.pod_nodes or default_pod
     for pool in cluster.pools:
-        domain_nodes = 1
-        if fabric.preset == "nvl72":
-            if NVL72_GPUS % pool.gpus_per_node:
-                raise UserError(
-                    f"cluster: gpus_per_node = {pool.gpus_per_node} does not divide the 72 GPUs of nvl72; use 4 or 72"
-                )
-            domain_nodes = NVL72_GPUS // pool.gpus_per_node
+        domain_nodes = cluster.trays_per_domain(pool)
         sharing = _gpus_per_nic(fabric, pool.gpus_per_node)
         spec = pool.spec
         nvlink = spec.nvlink_bandwidth if fabric.nvlink is None else fabric.nvlink
@@ -75,6 +69,11 @@ def sites_of(cluster: Cluster) -> list[Site]:
             node += 1
         domain += -(-pool.nodes // domain_nodes)
     return sites
+
+
+def resolved(cluster: Cluster) -> Fabric:
+    """The fabric section with the preset that its GPUs come in where it names none."""
+    return cluster.fabric.model_copy(update={"preset": cluster.preset})
 
 
 def _gpus_per_nic(fabric: Fabric, gpus_per_node: int) -> int:
@@ -99,6 +98,8 @@ def leaf_of(site: Site, fabric: Fabric) -> str:
     """The leaf switch of a GPU's NIC: one per pod and rail, per pod and plane, or per pod."""
     if fabric.preset == "leaf_spine":
         return f"leaf{site.pod}"
+    if fabric.preset == "nvl72":  # however many GPUs a node is said to have
+        return f"leaf{site.pod}.{site.nic % NVL72_TRAY_GPUS}"
     return f"leaf{site.pod}.{site.nic % fabric.planes if fabric.preset == 'multi_plane' else site.nic}"
 
 
@@ -111,7 +112,7 @@ def spine_of(site: Site, fabric: Fabric) -> str:
 
 def build_graph(cluster: Cluster, sites: list[Site], parameters: NetworkParameters) -> "nx.DiGraph[str]":
     """The fabric of the cluster section. Edges carry bandwidth (bytes/s), latency (s), efficiency and tier."""
-    fabric = cluster.fabric
+    fabric = resolved(cluster)
     graph = _custom_graph(fabric, sites) if fabric.preset == "custom" else _preset_graph(fabric, sites, parameters)
     for link in graph.edges.values():
         link["bandwidth"] *= fabric.bandwidth_factor

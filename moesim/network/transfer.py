@@ -160,7 +160,7 @@ class _PairBytes(NamedTuple):
 
     def moved(self, fabric: Fabric, *, same_node: bool) -> float:
         """Bytes that leave their rank, for another rank of the same node or of another node."""
-        node_R = fabric.node_of_rank_R[self.ranks_R]
+        node_R = fabric.domain_of_rank_R[self.ranks_R]
         chosen_F = (node_R[self.source_F] == node_R[self.target_F]) == same_node
         chosen_F &= self.source_F != self.target_F
         return float(self.bytes_SF[:, chosen_F].mean(axis=0).sum())

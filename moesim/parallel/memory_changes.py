@@ -79,7 +79,7 @@ def _split(scenario: Scenario) -> Iterator[Change]:
     for factor in FACTORS:
         if mesh.expert * mesh.expert_tensor * factor <= mesh.stage_ranks and scenario.model.experts:
             yield Change((f"parallelism.expert_tensor={mesh.expert_tensor * factor}",))
-    smallest_node = min(pool.gpus_per_node for pool in scenario.cluster.pools)
+    smallest_node = min(scenario.cluster.domain_sizes)
     for axis, size, largest in (("tensor", mesh.tensor, smallest_node), ("context", mesh.context, mesh.stage_ranks)):
         for factor in FACTORS:
             if mesh.data % factor == 0 and size * factor <= largest:

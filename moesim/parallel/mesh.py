@@ -115,8 +115,8 @@ class Mesh:
 
     @cached_property
     def node_of_rank_W(self) -> Ranks:
-        """Node of every rank, numbered through the pools."""
-        sizes = [pool.gpus_per_node for pool in self.cluster.pools for _ in range(pool.nodes)]
+        """Node of every rank, numbered through the pools: its NVLink domain, in nvl72 the rack."""
+        sizes = self.cluster.domain_sizes
         return np.repeat(np.arange(len(sizes)), sizes)[: self.world_size]
 
     @cached_property

@@ -195,7 +195,7 @@ class Space:
         return Cluster(pools=(pool,), fabric=self.choices.fabric[layout.fabric])
 
     def _check_places(self, layout: Layout) -> None:
-        kept, per_node = self.plan.constraints, self.plan.goal.gpus[layout.gpu].gpus_per_node
+        kept, per_node = self.plan.constraints, max(self._cluster(layout).domain_sizes)
         groups = {
             "tensor group": (kept.tensor_in_node, layout.tensor),
             "expert group": (kept.expert_in_node, layout.expert * layout.expert_tensor),

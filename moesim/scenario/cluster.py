@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag, WithJsonSchema
 
+from moesim.errors import UserError
 from moesim.scenario.base import (
     Bandwidth,
     BandwidthFactor,
@@ -23,10 +24,11 @@ from moesim.scenario.base import (
     Text,
     one_of,
 )
-from moesim.scenario.catalogue import GpuSpec, gpu_spec
+from moesim.scenario.catalogue import GpuSpec, gpu_names, gpu_spec
 from moesim.scenario.dispatch import DIRECT, DISPATCH, Deduplicate
 from moesim.scenario.gpu import AnyGpu
 
+NVL72_GPUS = 72
 NIC_BANDWIDTH = 50e9  # bytes/s of a GPU's NIC per direction where the scenario names none: 400 Gbps
 
 
@@ -101,11 +103,16 @@ class Link(Section):
     both: Flag = Field(default=True, description="Whether a link like it leads back.")
 
 
+FabricPreset = Literal["nvlink_node", "rail_optimised", "multi_plane", "leaf_spine", "nvl72", "custom"]
+
+
 class Fabric(Section):
     """Links of the cluster. Bandwidths are per link and direction."""
 
-    preset: Literal["nvlink_node", "rail_optimised", "multi_plane", "leaf_spine", "nvl72", "custom"] = Field(
-        default="rail_optimised", description="Shape of the fabric; custom: made of links, or of file."
+    preset: FabricPreset | None = Field(
+        default=None,
+        description="Shape of the fabric; custom: made of links, or of file; absent: nvl72 for GPUs of such racks "
+        "(gb200, gb300), else rail_optimised.",
     )
     nvlink: Bandwidth | None = Field(
         default=None, description="NVLink of one GPU in one direction; absent: the catalogue's for the GPU."
@@ -167,6 +174,36 @@ class Cluster(Section):
     def num_gpus(self) -> int:
         """GPUs of all pools."""
         return sum(pool.nodes * pool.gpus_per_node for pool in self.pools)
+
+    @property
+    def preset(self) -> FabricPreset:
+        """The shape of the fabric: what the scenario names, or what its GPUs come in."""
+        if self.fabric.preset is not None:
+            return self.fabric.preset
+        return "nvl72" if all(pool.spec.nvlink_domain == NVL72_GPUS for pool in self.pools) else "rail_optimised"
+
+    def trays_per_domain(self, pool: Pool) -> int:
+        """Machines of a pool that one NVLink fabric joins. Raises UserError where GPUs or their number do not fit."""
+        if self.preset != "nvl72":
+            return 1
+        if pool.spec.nvlink_domain != NVL72_GPUS:
+            racks = ", ".join(name for name in gpu_names() if gpu_spec(name).nvlink_domain == NVL72_GPUS)
+            what = f"cluster.fabric: preset nvl72 joins GPUs of such a rack ({racks}), not {pool.gpu_name}"
+            raise UserError(f"{what}; use rail_optimised, or a gpu that is like one of them")
+        if NVL72_GPUS % pool.gpus_per_node:
+            text = f"cluster: gpus_per_node = {pool.gpus_per_node} does not divide the 72 GPUs of nvl72; use 4 or 72"
+            raise UserError(text)
+        return NVL72_GPUS // pool.gpus_per_node
+
+    @property
+    def domain_sizes(self) -> tuple[int, ...]:
+        """GPUs of each NVLink domain in rank order: a node's, or in nvl72 those of a rack; its last may be smaller."""
+        sizes: list[int] = []
+        for pool in self.pools:
+            trays = self.trays_per_domain(pool)
+            full, rest = divmod(pool.nodes, trays)
+            sizes += [trays * pool.gpus_per_node] * full + [rest * pool.gpus_per_node] * (rest > 0)
+        return tuple(sizes)
 
 
 AlgorithmName = Annotated[str, one_of(DISPATCH), WithJsonSchema({"enum": list(DISPATCH), "type": "string"})]

@@ -163,7 +163,7 @@ class _Parts:
     def _dispatched(self) -> float:
         """Dispatch and combine, forward and backward, and the exchange of ranks with slices of the same experts."""
         model, mesh, dispatch = self.model, self.scenario.parallelism, self.scenario.dispatch
-        ranks, node = mesh.expert, self.scenario.cluster.pools[0].gpus_per_node
+        ranks, node = mesh.expert, self.scenario.cluster.domain_sizes[0]
         nodes = max(1.0, ranks * mesh.expert_tensor / node)
         copies = model.top_k if self._per_expert else self._copies(ranks)
         between = (self._copies(nodes) if dispatch.deduplicate == "per_node" else copies) * (1 - 1 / nodes)

@@ -10,7 +10,7 @@ import pytest
 from network_cases import make_fabric, rank_finish, skewed_bytes
 
 from moesim.errors import UserError
-from moesim.network import Fabric, describe, lower_bound, transfer_times
+from moesim.network import Fabric, describe, lower_bound, prepare_dispatch, transfer_times
 from moesim.network import build_fabric as build
 from moesim.network.flows import build_flows, link_bytes, make_demand
 from moesim.network.loads import ladder_link_bytes
@@ -102,6 +102,45 @@ def test_nvl72_is_one_nvlink_domain_of_many_nodes() -> None:
     assert describe(fabric).switches["nvswitch"] == 2
     assert hops_of(fabric, fabric.routes(np.array([0]), np.array([71]))[0]) == ["gpu0", "nvswitch0", "gpu71"]
     assert "nic72" in hops_of(fabric, fabric.routes(np.array([0]), np.array([72]))[0])
+
+
+def test_rack_gpus_come_in_racks_and_others_do_not_fit_one() -> None:
+    assert make_fabric(18, gpu="gb200", gpus_per_node=4).preset == "nvl72"
+    assert make_fabric(2).preset == "rail_optimised"
+    assert make_fabric(2, gpu="gb200", gpus_per_node=4, preset="rail_optimised").preset == "rail_optimised"
+    with pytest.raises(UserError, match=r"such a rack \(gb200, gb300\), not h100; use rail_optimised"):
+        make_fabric(18, gpu="h100", gpus_per_node=4, preset="nvl72")
+
+
+@pytest.mark.parametrize("racks", [1, 2])
+@pytest.mark.parametrize("algorithm", ["direct", "hierarchical", "low_latency"])
+def test_trays_of_4_and_one_node_of_72_are_the_same_rack(racks: int, algorithm: str) -> None:
+    rng = np.random.default_rng(0)
+    copies_RR = rng.integers(0, 9, (72 * racks, 72 * racks)).astype(float)
+    np.fill_diagonal(copies_RR, 0.0)
+    stages = [copies_RR, copies_RR] if algorithm == "hierarchical" and racks > 1 else [copies_RR]
+    times = []
+    for trays, gpus in ((18 * racks, 4), (racks, 72)):
+        fabric = make_fabric(trays, gpu="gb200", gpus_per_node=gpus)
+        prepared = prepare_dispatch(fabric, stages, token_bytes=7168.0, algorithm=algorithm)
+        times.append(prepared.alone_R)
+        sizes = Cluster(pools=(Pool(gpu="gb200", nodes=trays, gpus_per_node=gpus),)).domain_sizes
+        assert sizes == (72,) * racks
+    np.testing.assert_allclose(times[0], times[1], rtol=1e-12)
+
+
+def test_in_a_rack_no_message_takes_a_nic() -> None:
+    """Neither those of low_latency, which avoid NVLink on a node of eight."""
+    copies_RR = 1.0 - np.eye(8)
+    for gpu, nodes, slower in (("gb200", 2, False), ("h200", 2, True)):
+        times = [
+            prepare_dispatch(
+                make_fabric(nodes, gpu=gpu, gpus_per_node=4, nic=nic), [copies_RR * 1000], token_bytes=7168.0,
+                algorithm="low_latency",
+            ).alone_R.max()
+            for nic in ("400 Gbps", "40 Gbps")
+        ]  # fmt: skip
+        assert (times[1] > 2 * times[0]) == slower
 
 
 def test_pools_follow_each_other_in_rank_order() -> None:

@@ -14,8 +14,8 @@ from moesim.scenario.cluster import Cluster, Pool
 from moesim.scenario.cluster import Fabric as Section
 
 
-def parts_of(nodes: int, *, gpus_per_node: int = 8, **keys: object) -> FabricParts:
-    pool = Pool(gpu="h200", nodes=nodes, gpus_per_node=gpus_per_node)
+def parts_of(nodes: int, *, gpu: str = "h200", gpus_per_node: int = 8, **keys: object) -> FabricParts:
+    pool = Pool(gpu=gpu, nodes=nodes, gpus_per_node=gpus_per_node)
     return fabric_parts(Cluster(pools=(pool,), fabric=Section.model_validate(keys)))
 
 
@@ -28,7 +28,7 @@ FABRICS = {
     "32 nodes": parts_of(32, preset="leaf_spine", oversubscription=2.0),
     "pods": parts_of(128, pod_nodes=16, oversubscription={"leaf": 2.0, "spine": 4.0}),
     "planes": parts_of(16, preset="multi_plane", planes=4),
-    "nvl72": parts_of(36, gpus_per_node=4, preset="nvl72"),
+    "nvl72": parts_of(36, gpu="gb200", gpus_per_node=4, preset="nvl72"),
     "ring": parts_of(1, gpus_per_node=4, preset="custom", links=RING),
 }
 

@@ -19,7 +19,8 @@ class GpuSpec:
 
     `scaled_from` names the GPU whose measured kernels stand for its own, scaled; None: it is measured itself.
     `peak_flops` maps a number format to FLOP/s (a format that the chip lacks is absent), `nvlink_bandwidth` is bytes/s
-    per direction, `price_per_gpu_hour` the default rent in USD with its own source.
+    per direction, `nvlink_domain` the GPUs of a rack that one NVSwitch fabric joins (None: those of a node),
+    `price_per_gpu_hour` the default rent in USD with its own source.
     """
 
     name: str
@@ -31,6 +32,7 @@ class GpuSpec:
     memory_bytes: float
     l2_bytes: float
     nvlink_bandwidth: float
+    nvlink_domain: int | None
     source: str
     price_per_gpu_hour: float
     price_source: str
@@ -87,9 +89,10 @@ def gpu_spec(name: str) -> GpuSpec:
             if isinstance(number, bool) or not isinstance(number, int | float) or not least <= number <= most:
                 text = f"must be between {least:g} and {most:g}, got {number!r}"
                 raise UserError(f"catalogue/gpus.yaml: {name}.{key}: {text}")
+    domain = entry.pop("nvlink_domain", None)
     peaks = {dtype: float(peak) for dtype, peak in entry.pop("peak_flops").items()}
     entry |= {key: float(value) for key, value in entry.items() if isinstance(value, int) and key != "sm_count"}
-    return GpuSpec(name=name, scaled_from=entry.pop("like", None), peak_flops=peaks, **entry)
+    return GpuSpec(name=name, scaled_from=entry.pop("like", None), peak_flops=peaks, nvlink_domain=domain, **entry)
 
 
 def model_names() -> tuple[str, ...]:
