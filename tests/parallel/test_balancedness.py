@@ -124,7 +124,7 @@ def test_ranks_may_hold_different_numbers_of_experts_as_far_as_the_smallest_reac
     "placement", ["{kind: eplb, redundant_experts: 8}", "{kind: contiguous, redundant_experts: 8}"]
 )
 def test_placements_with_copies_are_refused_in_one_line(placement: str) -> None:
-    with pytest.raises(ConflictError, match="placement: a balancedness is that of ranks which hold every expert once"):
+    with pytest.raises(ConflictError, match=r"^[^\n]*placement[^\n]*balancedness[^\n]*$"):
         make(0.5, ranks=8, placement=placement)
 
 
