@@ -5,7 +5,7 @@ from moesim.scenario.base import MOST_EXPERTS
 from moesim.scenario.check_numbers import either, nearest_divisors
 from moesim.scenario.check_pipeline import Report
 from moesim.scenario.placement import Explicit, keeps_groups
-from moesim.scenario.routing import ExpertCapacity, StatedRouting
+from moesim.scenario.routing import ExpertCapacity
 from moesim.scenario.schema import Scenario
 from moesim.scenario.software import FUSED
 
@@ -40,17 +40,11 @@ def _check_number(experts: int, redundant: int, num_ranks: int, report: Report) 
 
 
 def _check_places(scenario: Scenario, report: Report) -> None:
-    """Loads that are stated for ranks, and software without copies, need each expert in one place, alike in all layers.
-
-    Such software keeps router groups together, too.
-    """
+    """Software without copies needs each expert in one place, alike in all layers, and router groups together."""
     software, placement = scenario.implementation.software, scenario.placement
     experts = scenario.model.experts
     slots = placement.fixed_slots(num_experts=experts, num_ranks=scenario.parallelism.expert)
     once = slots is not None and sum(map(len, slots)) == experts
-    if isinstance(scenario.routing, StatedRouting) and not once:
-        what = f"routing.kind: {scenario.routing.kind} states the load of ranks, which a placement from loads or with"
-        raise report.user("placement.kind", f"{what} copies would change; use contiguous, or another routing")
     if software.copies_experts:
         return
     if slots is None or not once:

@@ -57,7 +57,7 @@ def test_what_is_not_modelled_with_copies_is_refused() -> None:
         place("{kind: eplb}", "implementation.kind=torch_eager")
     with pytest.raises(UserError, match=r"capacity\.pad: rows of experts with copies are not padded"):
         place("{kind: eplb, redundant_experts: 4}", "capacity={kind: expert, factor: 2.0, by: score, pad: true}")
-    with pytest.raises(UserError, match="balancedness states the load of ranks"):
+    with pytest.raises(UserError, match="a balancedness is that of ranks which hold every expert once"):
         place("{kind: eplb}", "routing={kind: balancedness, value: 0.8}")
     place("{kind: round_robin}", "routing={kind: balancedness, value: 0.8}")
     grouped = "routing={kind: uniform, router: {kind: deepseek_v2, groups: 4, group_limit: 2}}"
