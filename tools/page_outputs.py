@@ -3,7 +3,8 @@
 A block of a page that is fenced as `console` holds commands, each behind `$ `, and under each what it prints (both
 streams). A line `...` stands for lines that the page leaves out. Commands of a page run in one folder of their own, one
 after the other; a line that begins with `> ` goes on with the command above it; one that fails must say so in a line
-that begins with `moesim: `.
+that begins with `moesim: `. A block of another language whose first line is `# NAME`, with an ending, is that file in
+the folder.
 
     python tools/page_outputs.py [PAGE...]           # writes what the commands print into the pages
     python tools/page_outputs.py --check [PAGE...]   # says where a page shows something else; exit code 1
@@ -26,6 +27,7 @@ WIDTH = 98  # columns of a page's block of code
 LEFT_OUT = "..."
 TOLERANCE = 0.05
 _FENCE = re.compile(r"^```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_FILE = re.compile(r"^```\w+\n(# ([\w-]+\.\w+)\n.*?)^```$", re.MULTILINE | re.DOTALL)
 _NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
 _BARS = re.compile(r"[▏▎▍▌▋▊▉█]+")
 
@@ -144,7 +146,10 @@ def _near(ours: str, theirs: str) -> bool:
 def renewed(page: Path, *, check: bool) -> tuple[str, list[str]]:
     """The text of a page with what its commands print now, and where it shows something else."""
     found: list[str] = []
+    before = page.read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory() as folder:
+        for content, name in _FILE.findall(before):
+            (Path(folder) / name).write_text(content, encoding="utf-8")
 
         def block(match: re.Match[str]) -> str:
             lines = []
@@ -156,7 +161,7 @@ def renewed(page: Path, *, check: bool) -> tuple[str, list[str]]:
                 lines += ["$ " + shown.command.replace("\n", "\n> "), *printed]
             return "```console\n" + "".join(line + "\n" for line in lines) + "```"
 
-        text = _FENCE.sub(block, page.read_text(encoding="utf-8"))
+        text = _FENCE.sub(block, before)
     return text, found
 
 

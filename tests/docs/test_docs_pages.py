@@ -172,3 +172,11 @@ def test_commands_run_in_order_and_may_fail_with_a_message_alone(tmp_path: Path)
     assert page_outputs.printed_by("echo 'moesim: no'; exit 1", tmp_path) == ("moesim: no",)
     with pytest.raises(page_outputs.PageError, match="ends with 1"):
         page_outputs.printed_by("exit 1", tmp_path)
+
+
+def test_files_of_a_page_lie_where_its_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page_outputs, "ROOT", tmp_path)
+    page = tmp_path / "page.md"
+    page.write_text("```python\n# one.py\nprint(1)\n```\n\n```console\n$ cat one.py\n```\n")
+    text, _ = page_outputs.renewed(page, check=False)
+    assert text.endswith("```console\n$ cat one.py\n# one.py\nprint(1)\n```\n")
