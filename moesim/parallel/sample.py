@@ -30,6 +30,7 @@ from moesim.parallel.placement import ExpertPlacement, place_experts
 from moesim.parallel.relabelling import Relabelling, draw_relabellings, identity_relabelling
 from moesim.parallel.traffic_sample import TrafficSample, num_rows
 from moesim.scenario import Scenario
+from moesim.scenario.placement import Eplb
 from moesim.scenario.routing import DeviceCapacity, ExpertCapacity
 from moesim.seeding import stream
 from moesim.trace.record import RoutingTrace
@@ -94,15 +95,21 @@ class TrafficSampler:
 
     def placing_load_LE(self) -> Array:
         """Rows of every expert in each layer of the trace, before dropping, in the part that places the experts."""
-        held_back = self.num_placing_sequences if self.scenario.placement.held_back else None
-        ids_LSTK = self._all_sequences.final.expert_ids_LSTK[:, :held_back]
+        ids_LSTK = self._all_sequences.final.expert_ids_LSTK
+        ids_LSTK = ids_LSTK[:, slice(*self.placing_sequences)]
         return count_rows(ids_LSTK, num_experts=self.trace.router.num_experts)
 
     @property
-    def num_placing_sequences(self) -> int:
-        """Sequences that experts are placed by: none without a placement made from the trace."""
-        placement, sequences = self.scenario.placement, self._all_sequences.num_sequences
-        return sequences // (2 if placement.held_back else 1) if placement.made_from_trace else 0
+    def placing_sequences(self) -> tuple[int, int]:
+        """First and last sequence (not included) that experts are placed by; none where the trace places nothing."""
+        placement, half, last = self.scenario.placement, self._half, self._all_sequences.num_sequences
+        if isinstance(placement, Eplb):
+            return (0, half) if placement.made_on == "earlier" else (half if placement.held_back else 0, last)
+        return (0, 0)
+
+    @property
+    def _half(self) -> int:
+        return self._all_sequences.num_sequences // 2
 
     def counted_layer(self, model_layer: int) -> int:
         """The counted layer of a layer of the model with a router."""
@@ -139,15 +146,15 @@ class TrafficSampler:
         """The simulated part of the trace, cut into sequences of the workload's length."""
         if not self.scenario.placement.held_back:
             return self._all_sequences
-        return later_sequences(self._all_sequences, first=self.num_placing_sequences)
+        return later_sequences(self._all_sequences, first=self._half)
 
     @cached_property
     def _all_sequences(self) -> RoutingTrace:
         whole = self.trace.resequence(self.scenario.workload.sequence_length)
         if self.scenario.placement.held_back and whole.num_sequences < 2:
             raise UserError(
-                "placement.made_on: earlier places by one half of the trace and simulates the other, but it holds one "
-                "sequence; use placement.made_on: same, or record more tokens"
+                "placement: the second half of the trace's sequences is simulated, but it holds one sequence; use "
+                "made_on: same and judged_on: all, or record more tokens"
             )
         return whole
 

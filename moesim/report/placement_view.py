@@ -62,7 +62,7 @@ def place(scenario: Scenario, trace: RoutingTrace) -> PlacementView:
         slots_LX=np.stack([table.reshape(-1) for table in tables]),
         placed_L=placed_L,
         contiguous_L=placed_L if before is None and facts.contiguous_rank_rows is not None else _imbalance(before),
-        placing_sequences=sampler.num_placing_sequences,
+        placing_sequences=sampler.placing_sequences[1] - sampler.placing_sequences[0],
         simulated_sequences=sampler.sequences.num_sequences,
     )
 

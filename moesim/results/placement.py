@@ -38,7 +38,7 @@ def placement_facts(scenario: Scenario, samples: Sequence[TrafficSample], facts:
         "slots_per_rank": scenario.slots_per_rank,
         "most_copies": int(copies_LE.max()),
         "made_on": getattr(placement, "made_on", None),
-        "placing_sequences": sampler.num_placing_sequences,
+        "placing_sequences": sampler.placing_sequences[1] - sampler.placing_sequences[0],
         "simulated_sequences": sampler.sequences.num_sequences,
         "rank_rows_contiguous": facts.contiguous_rank_rows,
         "copy_gradient_bytes": _copy_gradient_bytes(scenario, samples[0]),

@@ -26,15 +26,16 @@ class _Placement(Section):
         "turn; nearest: in turn to the copies on the rank's own node, where there are any.",
     )
 
-    @property
-    def made_from_trace(self) -> bool:
-        """Whether it is made from routed rows."""
-        return False
+    judged_on: Literal["all", "later"] = Field(
+        default="all",
+        description="Sequences of the trace that are simulated. later: the second half alone, to compare with a "
+        "placement that is made from the first half, which always leaves that half out.",
+    )
 
     @property
     def held_back(self) -> bool:
-        """Whether the part of the trace that it is made from is not simulated."""
-        return False
+        """Whether the first half of the trace is not simulated."""
+        return self.judged_on == "later"
 
     def fixed_slots(self, *, num_experts: int, num_ranks: int) -> Slots | None:
         """The experts of every rank in every layer alike; None where layers differ."""
@@ -125,14 +126,9 @@ class Eplb(_Redundant):
     )
 
     @property
-    def made_from_trace(self) -> bool:
-        """Always."""
-        return True
-
-    @property
     def held_back(self) -> bool:
         """Whether the first half of the trace is not simulated."""
-        return self.made_on == "earlier"
+        return self.made_on == "earlier" or self.judged_on == "later"
 
 
 Placement = Annotated[Contiguous | RoundRobin | Explicit | Eplb, Field(discriminator="kind")]

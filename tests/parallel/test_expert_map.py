@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from moesim.errors import UserError
 from moesim.parallel import TrafficSample, TrafficSampler
 from moesim.parallel.copy_gradients import copy_gradient_bytes_DD
 from moesim.parallel.expert_map import ExpertMap
@@ -173,13 +174,25 @@ def test_eplb_balances_rows_that_it_has_not_seen(make_scenario: Make) -> None:
 def test_a_part_of_the_trace_places_and_another_one_is_simulated(make_scenario: Make) -> None:
     scenario = hot_scenario(make_scenario, {"kind": "eplb"})
     sampler = TrafficSampler(scenario, trace_of(scenario, sequences=97))
-    assert (sampler.num_placing_sequences, sampler.sequences.num_sequences) == (48, 49)
+    assert (sampler.placing_sequences, sampler.sequences.num_sequences) == ((0, 48), 49)
     np.testing.assert_array_equal(sampler.sequences.final.expert_ids_LSTK, sampler.trace.final.expert_ids_LSTK[:, 48:])
     rows_LE = np.array([np.bincount(ids.ravel(), minlength=32) for ids in sampler.trace.final.expert_ids_LSTK[:, :48]])
     np.testing.assert_array_equal(sampler.placing_load_LE(), rows_LE)
-    same = hot_scenario(make_scenario, {"kind": "eplb", "made_on": "same"})
-    sampler = TrafficSampler(same, trace_of(same, sequences=97))
-    assert (sampler.num_placing_sequences, sampler.sequences.num_sequences) == (97, 97)
+    for placement, placing, simulated in (
+        ({"kind": "eplb", "made_on": "same"}, (0, 97), 97),
+        ({"kind": "eplb", "made_on": "same", "judged_on": "later"}, (48, 97), 49),
+        ({"kind": "contiguous", "judged_on": "later"}, (0, 0), 49),
+        ({"kind": "contiguous"}, (0, 0), 97),
+    ):
+        other = hot_scenario(make_scenario, placement)
+        sampler = TrafficSampler(other, trace_of(other, sequences=97))
+        assert (sampler.placing_sequences, sampler.sequences.num_sequences) == (placing, simulated)
+
+
+def test_a_trace_of_one_sequence_has_no_halves(make_scenario: Make) -> None:
+    scenario = hot_scenario(make_scenario, {"kind": "eplb"})
+    with pytest.raises(UserError, match="the second half of the trace's sequences is simulated, but it holds one"):
+        TrafficSampler(scenario, trace_of(scenario, sequences=1)).draw(stream(0, "x"))
 
 
 def test_memory_holds_the_slots_and_the_rows_that_copies_get(make_scenario: Make) -> None:
