@@ -221,7 +221,7 @@ def _first_line(found: Any) -> str:
 
 def _signature(name: str, found: Any) -> list[str]:
     text = str(inspect.signature(found, eval_str=False))
-    text = re.sub(r"(?:[a-z_]+\.)+([A-Z])", r"\1", text).replace("collections.abc.", "")
+    text = re.sub(r"(?:[a-z_]+\.)+([A-Z])", r"\1", text)
     one_line = f"{name}{text}"
     if len(one_line) <= 98:
         return ["```python", one_line, "```"]
@@ -231,33 +231,35 @@ def _signature(name: str, found: Any) -> list[str]:
 
 
 def _class(found: type) -> list[str]:
-    lines = [*prose(inspect.getdoc(found) or ""), ""]
-    rows = []
-    for name, member in _public(found):
-        text = _first_line(member) if not isinstance(member, str) else ""
-        shown = f"`{name}()`" if inspect.isfunction(member) or inspect.ismethod(member) else f"`{name}`"
-        rows.append((shown, cell(text)))
-    return [*lines, *(table(("attribute", "what it is"), rows) if rows else [])]
+    rows = [(f"`{name}`", f"`{kind}`" if kind else "", cell(text)) for name, kind, text in _public(found)]
+    shown = table(("attribute", "type", "what it is"), rows) if rows else []
+    return [*prose(inspect.getdoc(found) or ""), *shown]
 
 
-def _public(found: type) -> Iterable[tuple[str, Any]]:
-    """Fields, then properties and methods, that the class itself defines."""
+def _public(found: type) -> Iterable[tuple[str, str, str]]:
+    """(name, type, first line of its docstring) of fields, then of properties and methods that the class defines."""
+    sections = getattr(found, "__pydantic_fields__", {})
     if dataclasses.is_dataclass(found):
-        yield from ((field.name, str(field.type)) for field in dataclasses.fields(found))
-    model_fields = getattr(found, "__pydantic_fields__", {})
-    yield from ((name, _Described(field.description)) for name, field in model_fields.items())
+        yield from ((field.name, _short(str(field.type)), "") for field in dataclasses.fields(found))
+    yield from ((name, "", section.description or "") for name, section in sections.items())
     for name, member in vars(found).items():
-        known = isinstance(member, property | classmethod | staticmethod) or inspect.isfunction(member)
-        cached = type(member).__name__ == "cached_property"
-        if not name.startswith("_") and (known or cached) and name not in model_fields and inspect.getdoc(member):
-            yield name, member.__func__ if isinstance(member, classmethod | staticmethod) else member
+        function = getattr(member, "fget", None) or getattr(member, "func", None) or getattr(member, "__func__", member)
+        if name.startswith("_") or name in sections or not inspect.isfunction(function) or not function.__doc__:
+            continue
+        is_value = function is not member and not isinstance(member, classmethod | staticmethod)
+        signature = inspect.signature(function)
+        returned = signature.return_annotation
+        kind = "" if returned is inspect.Signature.empty else _short(inspect.formatannotation(returned))
+        yield name if is_value else f"{name}()", kind, _first_line(function)
 
 
-class _Described:
-    """Stands for a field of a section: its docstring is what the schema says of it."""
-
-    def __init__(self, text: str | None) -> None:
-        self.__doc__ = text or ""
+def _short(kind: str) -> str:
+    """A type without the modules of its names."""
+    return (
+        re.sub(r"<class '([^']*)'>", r"\1", re.sub(r"(?:[A-Za-z_]+\.)+([A-Za-z])", r"\1", kind))
+        .replace("|", "or")
+        .strip("'")
+    )
 
 
 def prose(text: str) -> list[str]:
