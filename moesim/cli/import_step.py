@@ -1,32 +1,46 @@
-"""`moesim import-step`: a training step of one's own torch program, recorded without a GPU and priced for one."""
+"""`moesim import-step`: a training step of one's own torch program, recorded without a GPU or traced on one."""
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moesim.cli.flags import add_force, add_json, add_quiet, check_writable
 from moesim.errors import UserError
 from moesim.strict_json import json_text
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from moesim.importing.step_file import RecordedOp
+    from moesim.importing.traced_step import TracedStep
+
 NAME = "import-step"
-SUMMARY = "Record a training step of your own torch program on the meta device and estimate it on a GPU."
+SUMMARY = "Estimate a training step of your own torch program, recorded without a GPU or traced by torch's profiler."
+USUAL_GPU = "h100"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """PROGRAM, --show, --gpu, --out, --host-per-op, --json, --quiet, --force."""
+    """STEP, --show, --calibrate, --gpu, --out, --host-per-op, --rows, --json, --quiet, --force."""
     parser.add_argument(
-        "program",
-        metavar="MODULE:FUNCTION",
+        "step",
+        metavar="STEP",
         nargs="?",
-        help="a function without arguments, in a module or a .py file, that makes the model and returns it with a "
-        "closure that gives the loss; it runs on the meta device",
+        help="MODULE:FUNCTION or FILE.py:FUNCTION, a function without arguments that makes the model and returns it "
+        "with a closure that gives the loss (it runs on the meta device); or TRACE.json(.gz) of one step by "
+        "torch.profiler",
     )
-    parser.add_argument("--show", metavar="FILE", type=Path, help="record nothing: show a step that was recorded")
-    parser.add_argument("--gpu", default="h100", help="the GPU to estimate for, as `moesim gpus` names it; h100")
-    parser.add_argument("--out", metavar="FILE", type=Path, help="keep the recorded step (.json or .json.gz)")
+    parser.add_argument("--show", metavar="FILE", type=Path, help="show a step that --out kept")
+    parser.add_argument(
+        "--calibrate", metavar="STEP", type=Path, help="correct by this step of a trace (what --out kept, or the trace)"
+    )
+    parser.add_argument(
+        "--gpu", help="the GPU to estimate for, as `moesim gpus` names it; that of a trace by default, else h100"
+    )
+    parser.add_argument("--out", metavar="FILE", type=Path, help="keep the step (.json or .json.gz)")
     parser.add_argument(
         "--host-per-op", metavar="MICROSECONDS", type=float, help="what your host needs to launch one operation"
     )
-    parser.add_argument("--rows", metavar="N", type=int, default=20, help="operations to print, dearest first; 20")
+    parser.add_argument("--rows", metavar="N", type=int, default=20, help="lines to print, dearest first; 20")
     add_json(parser)
     add_quiet(parser)
     add_force(parser)
@@ -34,33 +48,106 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(args: argparse.Namespace) -> int:
-    """Record or load, estimate, show. Raises UserError."""
-    from moesim.importing.pricing import HOST_S, step_estimate
-    from moesim.importing.step_file import load_step, save_step
-    from moesim.kernels import kernel_model
-    from moesim.report.imported_screen import estimate_json, print_estimate
+    """Record, read or load, estimate, show. Raises UserError."""
+    _check(args)
+    corrected_by = _calibration(args)
+    if args.step is not None and _is_file(args.step):
+        from moesim.importing.traced_step import traced_step
 
-    if (args.program is None) == (args.show is None):
-        raise UserError("say either which step to record (MODULE:FUNCTION) or which one to show (--show FILE)")
+        traced = traced_step(Path(args.step), gpu=args.gpu)
+        _save(args, traced.ops, source=traced.source, calibration=traced.calibration.as_json())
+        return _show_traced(args, traced)
+    if args.show is not None:
+        from moesim.importing.step_file import load_step, step_content
+
+        source, ops = load_step(args.show)
+        if "calibration" in step_content(args.show) and args.calibrate is None:
+            from moesim.importing.traced_step import step_with_times
+
+            traced = step_with_times(args.show)
+            _save(args, ops, source=source, calibration=traced.calibration.as_json())
+            return _show_traced(args, traced)
+    else:
+        from moesim.importing.program import record_program  # torch, so only here
+
+        source, ops = args.step, record_program(args.step)
+    _save(args, ops, source=source)
+    return _show_estimate(args, ops, source=source, traced=corrected_by)
+
+
+def _calibration(args: argparse.Namespace) -> "TracedStep | None":
+    if args.calibrate is None:
+        return None
+    from moesim.importing.traced_step import step_with_times
+
+    return step_with_times(args.calibrate)
+
+
+def _check(args: argparse.Namespace) -> None:
+    if (args.step is None) == (args.show is None):
+        raise UserError(
+            "say either which step to import (MODULE:FUNCTION or TRACE.json) or which one to show (--show FILE)"
+        )
     if args.host_per_op is not None and not args.host_per_op >= 0:
         raise UserError(f"--host-per-op {args.host_per_op} is no time in microseconds; use e.g. 10")
+    if args.step is not None and _is_file(args.step) and args.calibrate is not None:
+        raise UserError(
+            "a trace is measured and needs no --calibrate; to set it beside a prediction that another trace corrects: "
+            "moesim validate --step TRACE.json --calibrate STEP.json"
+        )
     if args.out is not None:
         check_writable(args.out)
         if args.out.exists() and not args.force:
             raise UserError(f"{args.out} exists already; choose another --out, or --force to replace it")
-    kernels = kernel_model(args.gpu)
-    if args.show is not None:
-        source, ops = load_step(args.show)
-    else:
-        from moesim.importing.program import record_program  # torch, so only here
 
-        source, ops = args.program, record_program(args.program)
+
+def _is_file(step: str) -> bool:
+    return step.endswith((".json", ".json.gz")) or (":" not in step and Path(step).is_file())
+
+
+def _save(
+    args: argparse.Namespace,
+    ops: "Sequence[RecordedOp]",
+    *,
+    source: str,
+    calibration: "dict[str, object] | None" = None,
+) -> None:
+    from moesim.importing.step_file import save_step
+
     if args.out is not None:
-        save_step(args.out, ops, source=source)
-    host_s = HOST_S if args.host_per_op is None else 1e-6 * args.host_per_op
-    estimate = step_estimate(ops, kernels, host_per_op=host_s)
+        save_step(args.out, ops, source=source, calibration=calibration)
+
+
+def _show_traced(args: argparse.Namespace, traced: "TracedStep") -> int:
+    """A step of a trace on its own GPU as it was measured; on another one as its corrections predict it."""
+    from moesim.importing.pricing import step_estimate
+    from moesim.kernels import kernel_model
+    from moesim.report.traced_screen import print_traced, traced_json
+
+    if args.gpu not in (None, traced.calibration.gpu):
+        return _show_estimate(args, traced.ops, source=traced.source, traced=traced)
+    estimate = step_estimate(traced.ops, kernel_model(traced.calibration.gpu))
     if args.json:
-        print(json_text(estimate_json(estimate, source=source, gpu=args.gpu), indent=1))
+        print(json_text(traced_json(traced, estimate), indent=1))
     elif not args.quiet:
-        print_estimate(estimate, source=source, gpu=args.gpu, rows=args.rows)
+        print_traced(traced, estimate, rows=args.rows)
+    return 0
+
+
+def _show_estimate(
+    args: argparse.Namespace, ops: "Sequence[RecordedOp]", *, source: str, traced: "TracedStep | None"
+) -> int:
+    from moesim.importing.pricing import HOST_S, step_estimate
+    from moesim.kernels import kernel_model
+    from moesim.report.imported_screen import estimate_json, print_estimate
+
+    gpu = args.gpu or (traced.calibration.gpu if traced else USUAL_GPU)
+    host_s = HOST_S if args.host_per_op is None else 1e-6 * args.host_per_op
+    corrections = traced.calibration if traced else None
+    estimate = step_estimate(ops, kernel_model(gpu), host_per_op=host_s, corrections=corrections)
+    corrected_by = traced.source if traced else None
+    if args.json:
+        print(json_text(estimate_json(estimate, source=source, gpu=gpu, corrected_by=corrected_by), indent=1))
+    elif not args.quiet:
+        print_estimate(estimate, source=source, gpu=gpu, rows=args.rows, corrected_by=corrected_by)
     return 0

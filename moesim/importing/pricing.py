@@ -7,7 +7,8 @@ experts. What the table below does not know costs its bytes as an elementwise ke
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 
@@ -62,9 +63,23 @@ SCATTERS = {"index_put", "index_put_", "scatter", "scatter_", "scatter_add", "sc
 PADDED = {"slice_backward", "select_backward"}  # a new tensor of zeros with the rows in it
 
 
+PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
+_KNOWN = PRODUCTS | GATHERS | SCATTERS | PADDED | ELEMENTWISE | KINDS.keys()
+_KNOWN |= {"_grouped_mm", SDPA, OPTIMIZER, "nll_loss_forward", "nll_loss_backward", "masked_fill"}
+
+
+def knows(name: str) -> bool:
+    """Whether the tables have a kernel for an operation."""
+    return name in _KNOWN
+
+
 @dataclass(frozen=True, kw_only=True)
 class PricedOp:
-    """One kind of operation with one set of shapes: how often it runs and what one costs, and how that is known."""
+    """One kind of operation with one set of shapes: how often it runs and what one costs, and how that is known.
+
+    kind: what corrections are made for, its name, phase and kernels; family: that of its kernels alone. factor: the
+    correction in `seconds`. measured_s: what one took in a trace.
+    """
 
     name: str
     phase: str
@@ -74,6 +89,21 @@ class PricedOp:
     seconds: float
     source: str
     matched: bool
+    kind: str
+    family: str
+    factor: float = 1.0
+    measured_s: float | None = None
+
+
+class Corrections(Protocol):
+    """What a trace of the same software says: factors on the price of operations, and the gap between kernels."""
+
+    @property
+    def gap_s(self) -> float:
+        """Seconds between the kernels of one operation and of the next, while the host is ahead."""
+
+    def factor(self, *, kind: str, family: str) -> float:
+        """By which the price of an operation is multiplied."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,21 +124,43 @@ class StepEstimate:
         return max(self.kernels_s + self.gaps_s, self.host_s)
 
 
-def step_estimate(ops: Sequence[RecordedOp], kernels: KernelModel, *, host_per_op: float = HOST_S) -> StepEstimate:
+def step_estimate(
+    ops: Sequence[RecordedOp],
+    kernels: KernelModel,
+    *,
+    host_per_op: float = HOST_S,
+    corrections: Corrections | None = None,
+) -> StepEstimate:
     """The operations priced, dearest first, at the clock that the load of the step leaves under the power limit."""
-    launched = [(op, *_kernels(op)) for op in ops]
-    light = kernels.at_load(0.0)
-    light_s = sum(op.count * _seconds(each, light) for op, each, _ in launched)
-    flops = sum(op.count * float(np.sum(kernel.flops)) for op, each, _ in launched for kernel in each)
-    model = kernels.at_load(flops / light_s)
-    found = [_priced(op, each, matched, model) for op, each, matched in launched]
+    found = prices(ops, at_step_load(ops, kernels))
+    if corrections is not None:
+        found = [_corrected(op, corrections) for op in found]
     number = sum(op.count for op in ops)
     return StepEstimate(
         ops=tuple(sorted(found, key=lambda each: -each.count * each.seconds)),
         kernels_s=sum(each.count * each.seconds for each in found),
-        gaps_s=number * GAP_S,
+        gaps_s=number * (GAP_S if corrections is None else corrections.gap_s),
         host_s=number * host_per_op,
     )
+
+
+def at_step_load(ops: Sequence[RecordedOp], kernels: KernelModel) -> KernelModel:
+    """The kernels of a step of these operations, at the clock that their mean load leaves."""
+    launched = [(op.count, _kernels(op)[0]) for op in ops]
+    light = kernels.at_load(0.0)
+    light_s = sum(count * _seconds(each, light) for count, each in launched)
+    flops = sum(count * float(np.sum(kernel.flops)) for count, each in launched for kernel in each)
+    return kernels.at_load(flops / light_s)
+
+
+def prices(ops: Sequence[RecordedOp], model: KernelModel) -> list[PricedOp]:
+    """What each operation costs by a kernel model, in their order."""
+    return [_priced(op, *_kernels(op), model) for op in ops]
+
+
+def _corrected(op: PricedOp, corrections: Corrections) -> PricedOp:
+    factor = corrections.factor(kind=op.kind, family=op.family)
+    return replace(op, seconds=op.seconds * factor, factor=factor)
 
 
 def _seconds(kernels: Sequence[Kernel], model: KernelModel) -> float:
@@ -125,7 +177,21 @@ def _priced(op: RecordedOp, kernels: Sequence[Kernel], matched: bool, model: Ker
         seconds=_seconds(kernels, model),
         source=", ".join(sorted({str(model.seconds(kernel).source) for kernel in kernels})),
         matched=matched,
+        kind=f"{op.name.rstrip('_')} {op.phase} {'+'.join(map(_work, kernels))}",
+        family=FAMILIES[type(kernels[0])] + _direction(kernels[0]),
+        measured_s=op.measured_s,
     )
+
+
+FAMILIES = {Gemm: "gemm", GroupedGemm: "grouped gemm", Attention: "attention", MemoryBound: "memory"}
+
+
+def _direction(kernel: Kernel) -> str:
+    return "" if isinstance(kernel, MemoryBound) else f" {kernel.direction}"
+
+
+def _work(kernel: Kernel) -> str:
+    return kernel.kind if isinstance(kernel, MemoryBound) else kernel.direction
 
 
 def _kernels(op: RecordedOp) -> tuple[list[Kernel], bool]:
@@ -147,7 +213,7 @@ def kernels_of(op: RecordedOp) -> tuple[list[Kernel], bool]:
     """The kernels of one operation, and whether the tables know it."""
     shapes = [shape for shape, _, _ in op.reads]
     dtype = DTYPES.get(op.reads[0][1] if op.reads else "float32", "fp32")
-    if op.name in ("mm", "addmm", "bmm", "baddbmm"):
+    if op.name in PRODUCTS:
         left, right = shapes[-2:]
         batch = left[0] if len(left) == 3 else 1
         return [_gemm(batch * left[-2], left[-1], right[-1], dtype, op.phase)], True

@@ -2,7 +2,7 @@
 
 import gzip
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ class RecordedOp:
     """One operation: its aten name without overload, the tensors that it reads and writes, and where it ran.
 
     Views launch nothing and are not recorded. `writes` are results, or what is changed in place. `count`: how often it
-    runs with the same shapes in the same module (layer numbers as *).
+    runs with the same shapes in the same module (layer numbers as *). measured_s: the mean seconds of its kernels,
+    where a trace tells.
     """
 
     name: str
@@ -31,6 +32,7 @@ class RecordedOp:
     writes: tuple[Seen, ...]
     facts: Mapping[str, Any] = field(default_factory=dict)
     count: int = 1
+    measured_s: float | None = None
 
     def as_json(self) -> dict[str, Any]:
         """As an object of the file."""
@@ -40,34 +42,51 @@ class RecordedOp:
             for side, seen in sides.items()
         }
         head = {"name": self.name, "phase": self.phase, "module": self.module, "count": self.count}
-        return head | tensors | {"facts": dict(self.facts)}
+        measured = {} if self.measured_s is None else {"measured_s": self.measured_s}
+        return head | tensors | {"facts": dict(self.facts)} | measured
 
 
 def merged(ops: Sequence[RecordedOp]) -> list[RecordedOp]:
-    """Equal operations of a phase once, with their number, in the order of the first."""
+    """Equal operations of a phase once, with their number, in the order of the first; what was measured is averaged."""
     counts: dict[str, int] = {}
+    sums: dict[str, float] = {}
     first: dict[str, RecordedOp] = {}
     for op in ops:
-        op = RecordedOp(**(vars(op) | {"module": _pattern(op.module), "count": 1})) if op.count == 1 else op
-        key = json_text(op.as_json() | {"count": 1})
+        op = replace(op, module=_pattern(op.module)) if op.count == 1 else op
+        key = json_text(replace(op, count=1, measured_s=None).as_json())
         first.setdefault(key, op)
         counts[key] = counts.get(key, 0) + op.count
-    return [RecordedOp(**(vars(op) | {"count": counts[key]})) for key, op in first.items()]
+        if op.measured_s is not None:
+            sums[key] = sums.get(key, 0.0) + op.count * op.measured_s
+    return [
+        replace(op, count=counts[key], measured_s=sums[key] / counts[key] if key in sums else None)
+        for key, op in first.items()
+    ]
 
 
 def _pattern(module: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in module.split("."))
 
 
-def save_step(path: Path, ops: Sequence[RecordedOp], *, source: str) -> None:
-    """Write the step; `source` says what was recorded."""
+def save_step(
+    path: Path, ops: Sequence[RecordedOp], *, source: str, calibration: Mapping[str, Any] | None = None
+) -> None:
+    """Write the step; `source` says what was recorded, `calibration` what a trace says of it beyond its operations."""
     content = {"schema_version": SCHEMA_VERSION, "source": source, "ops": [op.as_json() for op in ops]}
+    if calibration is not None:
+        content["calibration"] = calibration
     data = json_text(content, indent=1).encode()
     write_atomically(path, gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
 
 
 def load_step(path: Path) -> tuple[str, list[RecordedOp]]:
     """The source and the operations of a file. Raises UserError, one line, for what is no such file."""
+    content = step_content(path)
+    return str(content.get("source", "")), parsed_ops(content.get("ops"), where=str(path))
+
+
+def step_content(path: Path) -> dict[str, Any]:
+    """The JSON object of a file of a step. Raises UserError, one line, for what is no such file."""
     try:
         data = path.read_bytes()
         content = parse_json(gzip.decompress(data) if path.suffix == ".gz" else data)
@@ -79,7 +98,7 @@ def load_step(path: Path) -> tuple[str, list[RecordedOp]]:
         raise UserError(
             f"{path} is no recorded step of version {SCHEMA_VERSION}; make it again with moesim import-step"
         )
-    return str(content.get("source", "")), parsed_ops(content.get("ops"), where=str(path))
+    return content
 
 
 def parsed_ops(found: Any, *, where: str) -> list[RecordedOp]:
@@ -90,7 +109,7 @@ def parsed_ops(found: Any, *, where: str) -> list[RecordedOp]:
 
 
 def _parsed(entry: Any, *, where: str) -> RecordedOp:
-    if not isinstance(entry, dict) or entry.keys() != KEYS:
+    if not isinstance(entry, dict) or entry.keys() - {"measured_s"} != KEYS:
         raise UserError(f"{where} is malformed: its keys must be {', '.join(sorted(KEYS))}")
     try:
         op = RecordedOp(
@@ -101,6 +120,7 @@ def _parsed(entry: Any, *, where: str) -> RecordedOp:
             writes=_tensors(entry["writes"]),
             facts=dict(entry["facts"]),
             count=entry["count"],
+            measured_s=None if entry.get("measured_s") is None else float(entry["measured_s"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{where} is malformed: {error}") from None

@@ -8,7 +8,7 @@ from moesim.kernels.calibrated import CalibratedModel
 from moesim.kernels.command import calibrate_command
 from moesim.kernels.estimate import SOURCES, Beside, Contention, Estimate, HostCosts, KernelModel, total, weakest
 from moesim.kernels.families import MEMORY_KINDS, Attention, Gemm, GroupedGemm, Kernel, MemoryBound, memory_bytes
-from moesim.kernels.loading import kernel_model, load_profile
+from moesim.kernels.loading import gpu_of_device, kernel_model, load_profile
 from moesim.kernels.measured import contention_of
 from moesim.kernels.report import leave_one_out_rows
 from moesim.kernels.roofline import Roofline
@@ -32,6 +32,7 @@ __all__ = [
     "ScaledModel",
     "calibrate_command",
     "contention_of",
+    "gpu_of_device",
     "kernel_model",
     "leave_one_out_rows",
     "load_profile",

@@ -4,6 +4,7 @@ Legend: R ranks, E local experts, Q queried kernels.
 """
 
 import hashlib
+import math
 import warnings
 from collections.abc import Sequence
 from copy import copy
@@ -117,10 +118,18 @@ class CalibratedModel:
         if self._cap is None:
             return self
         moved = self._cap.traffic * 0.5 * self.fallback.gpu.memory_bandwidth
-        clock = float(self._cap.log_clock(float(flops_per_second) + moved))
+        return self.in_step(math.exp(self._cap.log_clock(float(flops_per_second) + moved)))
+
+    def in_step(self, mhz: float) -> "CalibratedModel":
+        """The same kernels in a step that runs at this clock."""
         model = self._copied()
-        model._cap, model._shared_clock = PowerCap(free=clock, threshold=0.0, slope=0.0, traffic=0.0), True
+        model._cap, model._shared_clock = PowerCap(free=math.log(mhz), threshold=0.0, slope=0.0, traffic=0.0), True
         return model
+
+    @property
+    def step_clock_mhz(self) -> float | None:
+        """The clock that the kernels of a step share; None for kernels that have each its own."""
+        return math.exp(self._cap.free) if self._shared_clock and self._cap is not None else None
 
     def _copied(self) -> "CalibratedModel":
         """With the same cells, and nothing remembered of what depends on the clock."""

@@ -67,13 +67,15 @@ def scaled_from(name: str) -> str | None:
 
 def _catalogue_name(profile: Profile) -> str | None:
     """The catalogue's name of the profile's device, e.g. "h200" for "NVIDIA H200"."""
-    devices = {str(session.get("device", "")).lower() for session in profile.sessions}
-    matches = [
-        name
-        for name in _catalogue()
-        if devices and all(set(name.split("-")) <= set(device.split()) for device in devices)
-    ]
-    return matches[0] if matches else None
+    devices = {str(session.get("device", "")) for session in profile.sessions}
+    found = {gpu_of_device(device) for device in devices}
+    return found.pop() if len(found) == 1 else None
+
+
+def gpu_of_device(device: str) -> str | None:
+    """The catalogue's name of a device as its driver calls it, e.g. "h200" for "NVIDIA H200"."""
+    words = set(device.lower().replace("-", " ").split())
+    return next((name for name in _catalogue() if set(name.split("-")) <= words), None)
 
 
 def _model_of(profile: Profile) -> CalibratedModel | TabulatedModel:

@@ -8,9 +8,16 @@ from moesim.report.screen import number_table, section, show
 
 
 def print_estimate(
-    estimate: StepEstimate, *, source: str, gpu: str, rows: int, file: TextIO | None = None, width: int | None = None
+    estimate: StepEstimate,
+    *,
+    source: str,
+    gpu: str,
+    rows: int,
+    corrected_by: str | None = None,
+    file: TextIO | None = None,
+    width: int | None = None,
 ) -> None:
-    """Print the step, its dearest operations and those that no table knows."""
+    """Print the step, its dearest operations and those that no table knows; `corrected_by` names the trace's step."""
     lines = [
         ("step", f"{1e3 * estimate.step_s:.4g} ms", "the longer of the GPU's time and its host's"),
         ("kernels", f"{1e3 * estimate.kernels_s:.4g} ms", f"{sum(op.count for op in estimate.ops)} operations"),
@@ -22,10 +29,15 @@ def print_estimate(
         ),
         ("matched", f"{matched_share(estimate):.1%}", "of the kernels' time; the rest is priced by its bytes"),
     ]
+    head: tuple[str, ...] = _HEAD
+    correction = ""
+    if corrected_by is not None:
+        head, correction = (*_HEAD, "corrected by"), f", corrected by {corrected_by}"
+    dearest = [(*_row(op, estimate), f"{op.factor:.3f}")[: len(head)] for op in estimate.ops[:rows]]
     unknown = sorted({op.name for op in estimate.ops if not op.matched})
     parts = [
-        section(f"{source} on {gpu}", number_table(("", "", ""), lines)),
-        section("dearest operations", number_table(_HEAD, [_row(op, estimate) for op in estimate.ops[:rows]])),
+        section(f"{source} on {gpu}{correction}", number_table(("", "", ""), lines)),
+        section("dearest operations", number_table(head, dearest)),
     ]
     if unknown:
         parts.append(section("priced by their bytes alone", ", ".join(unknown)))
@@ -62,11 +74,12 @@ def matched_share(estimate: StepEstimate) -> float:
     return sum(op.count * op.seconds for op in estimate.ops if op.matched) / estimate.kernels_s
 
 
-def estimate_json(estimate: StepEstimate, *, source: str, gpu: str) -> dict[str, Any]:
+def estimate_json(estimate: StepEstimate, *, source: str, gpu: str, corrected_by: str | None = None) -> dict[str, Any]:
     """The estimate for a program, SI units."""
     return {
         "source": source,
         "gpu": gpu,
+        "corrected_by": corrected_by,
         "step_time_s": estimate.step_s,
         "kernels_s": estimate.kernels_s,
         "gaps_s": estimate.gaps_s,

@@ -1,0 +1,191 @@
+"""What a trace of a step corrects: factors on the price of each kind of operation, the clock of the GPU, its gaps.
+
+A kind is an operation's name, phase and kernels. Its factor is the measured over the predicted seconds of all its runs.
+One kind of one size is little evidence for another size, as transformers' steps show (docs/software.md): what is
+applied is the factor of the kernel's whole family, and of the kind's deviation from it what exceeds NOISE.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from moesim.errors import UserError
+from moesim.importing.pricing import PricedOp, at_step_load, prices
+from moesim.importing.step_file import RecordedOp, parsed_ops, step_content
+from moesim.importing.trace_host import StepTimes
+from moesim.kernels import CalibratedModel, KernelModel
+
+# How far, in logarithms, the factor of a kind at one size is from that at another. Chosen among 0.1 to 0.5 by the ten
+# pairs of a trace and another step of its family in which neither step is one of the seven that gave no number.
+NOISE = 0.3
+CLOCK_RANGE = (0.5, 1.06)  # over the clock of sustained benchmarks; the highest is 1,980 MHz of H100 and H200
+CLOCKED = ("gemm", "attention")  # families whose times follow the clock, and that routing does not touch
+LONG_S = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Correction:
+    """One kind: how many runs, their seconds measured and predicted, the spread of the logarithm of their quotient."""
+
+    kind: str
+    family: str
+    number: int
+    measured_s: float
+    predicted_s: float
+    spread: float
+
+    @property
+    def factor(self) -> float:
+        """Measured over predicted."""
+        return self.measured_s / self.predicted_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collective:
+    """Equal collectives: bytes of one rank's larger buffer, how many ranks, seconds in all, and those not hidden."""
+
+    name: str
+    phase: str
+    bytes: int
+    ranks: int
+    count: int
+    measured_s: float
+    exposed_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """What a trace says of the software and the machine beyond its operations.
+
+    device: as its driver calls it; gpu: whose kernel model the corrections are over. clock_mhz: at which the model
+    prices the step's products as they were measured; modelled_clock_mhz: that of the model for such a step.
+    """
+
+    device: str
+    gpu: str
+    corrections: tuple[Correction, ...]
+    collectives: tuple[Collective, ...]
+    times: StepTimes
+    clock_mhz: float | None
+    modelled_clock_mhz: float | None
+    unexplained_s: float
+
+    @property
+    def gap_s(self) -> float:
+        """Seconds between kernels, of one operation."""
+        return self.times.gap_per_op_s
+
+    @cached_property
+    def _of_kind(self) -> Mapping[str, float]:
+        return {each.kind: each.factor for each in self.corrections}
+
+    @cached_property
+    def _of_family(self) -> Mapping[str, float]:
+        measured: dict[str, float] = defaultdict(float)
+        predicted: dict[str, float] = defaultdict(float)
+        for each in self.corrections:
+            measured[each.family] += each.measured_s
+            predicted[each.family] += each.predicted_s
+        return {family: measured[family] / predicted[family] for family in measured}
+
+    def factor(self, *, kind: str, family: str) -> float:
+        """For another step: the family's factor, and of the kind's deviation what exceeds NOISE; 1 if unknown."""
+        common = self._of_family.get(family, 1.0)
+        deviation = math.log(self._of_kind.get(kind, common) / common)
+        return common * math.exp(deviation * max(0.0, 1.0 - (NOISE / deviation) ** 2)) if deviation else common
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data for the file of a step."""
+        return asdict(self)
+
+
+def corrections_of(ops: Sequence[RecordedOp], priced: Sequence[PricedOp]) -> tuple[Correction, ...]:
+    """One correction for each kind among measured operations, which `priced` has in the same order; dearest first."""
+    kinds: dict[str, list[tuple[RecordedOp, PricedOp]]] = defaultdict(list)
+    for op, price in zip(ops, priced, strict=True):
+        kinds[price.kind].append((op, price))
+    found = [_correction(kind, each) for kind, each in kinds.items()]
+    return tuple(sorted(found, key=lambda each: -each.measured_s))
+
+
+def _correction(kind: str, runs: Sequence[tuple[RecordedOp, PricedOp]]) -> Correction:
+    measured = [op.count * (op.measured_s or 0.0) for op, _ in runs]
+    predicted = [op.count * price.seconds for op, price in runs]
+    factor = sum(measured) / sum(predicted)
+    squares = (
+        each * math.log(max(each, 1e-9) / price / factor) ** 2 for each, price in zip(measured, predicted, strict=True)
+    )
+    return Correction(
+        kind=kind,
+        family=runs[0][1].family,
+        number=sum(op.count for op, _ in runs),
+        measured_s=sum(measured),
+        predicted_s=sum(predicted),
+        spread=math.sqrt(sum(squares) / sum(measured)) if sum(measured) else 0.0,
+    )
+
+
+def model_of_trace(ops: Sequence[RecordedOp], kernels: KernelModel) -> tuple[KernelModel, float | None, float | None]:
+    """The kernels of a traced step at the clock at which its long products take as long as measured; that clock, and
+    the one that the model would give such a step. A model without clocks answers for the load of the step.
+    """
+    usual = at_step_load(ops, kernels)
+    free = kernels.at_load(0.0)
+    if not isinstance(usual, CalibratedModel) or not isinstance(free, CalibratedModel):
+        return usual, None, None
+    long = [
+        op
+        for op, price in zip(ops, prices(ops, usual), strict=True)
+        if price.family.split()[0] in CLOCKED and (op.measured_s or 0.0) > LONG_S
+    ]
+    measured = _measured(long)
+    if not long or free.step_clock_mhz is None:
+        return usual, None, usual.step_clock_mhz
+    low, high = (factor * free.step_clock_mhz for factor in CLOCK_RANGE)
+    for _ in range(20):
+        middle = math.sqrt(low * high)
+        slow = sum(price.count * price.seconds for price in prices(long, usual.in_step(middle))) > measured
+        low, high = (middle, high) if slow else (low, middle)
+    return usual.in_step(low), low, usual.step_clock_mhz
+
+
+def _measured(ops: Iterable[RecordedOp]) -> float:
+    return sum(op.count * (op.measured_s or 0.0) for op in ops)
+
+
+def load_calibration(path: Path) -> tuple[str, list[RecordedOp], Calibration]:
+    """Source, operations and calibration of a step that came from a trace.
+
+    Raises UserError, one line, for another file or a malformed one.
+    """
+    content = step_content(path)
+    if "calibration" not in content:
+        raise UserError(
+            f"{path} was recorded without a GPU and has no measured times; make one of a trace: "
+            "moesim import-step TRACE.json --out STEP.json"
+        )
+    ops = parsed_ops(content.get("ops"), where=str(path))
+    try:
+        calibration = _parsed(content["calibration"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: calibration is malformed ({error}); make it again from the trace") from None
+    return str(content.get("source", "")), ops, calibration
+
+
+def _parsed(found: Mapping[str, Any]) -> Calibration:
+    corrections = tuple(Correction(**each) for each in found["corrections"])
+    times = StepTimes(**found["times"])
+    numbers = [each.measured_s for each in corrections] + [each.predicted_s for each in corrections]
+    if not corrections or not all(number > 0 for number in [*numbers, times.ops, times.span_s]):
+        raise ValueError("times must be positive")
+    rest = {key: found[key] for key in ("device", "gpu", "clock_mhz", "modelled_clock_mhz", "unexplained_s")}
+    return Calibration(
+        corrections=corrections,
+        collectives=tuple(Collective(**each) for each in found["collectives"]),
+        times=times,
+        **rest,
+    )

@@ -1,0 +1,178 @@
+"""What `moesim import-step TRACE` and `moesim validate --step` show: a traced step beside its prediction."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any, TextIO
+
+from rich.console import RenderableType
+
+from moesim.importing.calibration import Calibration
+from moesim.importing.pricing import StepEstimate
+from moesim.importing.traced_step import TracedStep
+from moesim.report.facts import Fact
+from moesim.report.imported_screen import matched_share
+from moesim.report.screen import fact_table, indented, number_table, section, show
+
+_KINDS = ("", "phase", "kernels", "times", "measured, ms", "predicted, ms", "share", "factor", "spread", "applied")
+_PARTS = ("", "measured, ms", "predicted, ms", "error", "share")
+Parts = dict[tuple[str, str], tuple[float, float]]
+
+
+def print_traced(
+    step: TracedStep, estimate: StepEstimate, *, rows: int, file: TextIO | None = None, width: int | None = None
+) -> None:
+    """Print the times of a trace, the factor of every kind of operation, and its collectives.
+
+    `estimate`: of the same operations, uncorrected.
+    """
+    calibration = step.calibration
+    total = sum(each.measured_s for each in calibration.corrections)
+    kinds = [
+        (
+            *_split(each.kind),
+            str(each.number),
+            f"{1e3 * each.measured_s:.3g}",
+            f"{1e3 * each.predicted_s:.3g}",
+            f"{each.measured_s / total:.1%}",
+            f"{each.factor:.3f}",
+            f"{each.spread:.0%}",
+            f"{calibration.factor(kind=each.kind, family=each.family):.3f}",
+        )
+        for each in calibration.corrections[:rows]
+    ]
+    parts: list[RenderableType] = [
+        section(f"{step.source} on {calibration.device} ({calibration.gpu})", fact_table(_times(step, estimate))),
+        section("kinds of operations, predicted at the clock of the trace", number_table(_KINDS, kinds)),
+    ]
+    left = len(calibration.corrections) - len(kinds)
+    if left > 0:
+        parts.append(indented(f"and {left} more kinds: --rows {len(calibration.corrections)} prints all"))
+    parts += _collectives(calibration)
+    unknown = sorted({op.name for op in estimate.ops if not op.matched})
+    if unknown:
+        parts.append(section("priced by their bytes alone", ", ".join(unknown)))
+    show(lambda options: parts, file=file, width=width or 140)
+
+
+def _split(kind: str) -> tuple[str, str, str]:
+    name, phase, work = kind.split(" ", 2)
+    return name, phase, work
+
+
+def _times(step: TracedStep, estimate: StepEstimate) -> list[Fact]:
+    calibration, times = step.calibration, step.calibration.times
+    measured = sum(each.measured_s for each in calibration.corrections)
+    predicted = sum(each.predicted_s for each in calibration.corrections)
+    lines = [
+        ("step in the trace", _ms(times.span_s), "from its first kernel to the end of its last; the profiler slows it"),
+        ("operations' kernels", _ms(measured), f"{times.ops} operations, {times.kernels} kernels and copies"),
+        ("  predicted", _ms(predicted), f"measured / predicted {measured / predicted:.3f}"),
+        ("gaps between kernels", _ms(times.gaps_s), f"{1e6 * times.gap_per_op_s:.2f} us an operation; host ahead"),
+        ("idle, host late", _ms(times.late_s), "the GPU waited for a launch; under the profiler"),
+        ("host", _ms(times.host_s), f"{1e6 * times.host_per_op_s:.0f} us an operation; with the profiler's own work"),
+        ("  waits for the GPU", _ms(times.waits_s), "not counted in it"),
+    ]
+    if calibration.clock_mhz is not None:
+        lines.append(("clock", f"{calibration.clock_mhz:.0f} MHz", "at which long products are priced as measured"))
+    if calibration.modelled_clock_mhz is not None:
+        lines.append(("  of the model", f"{calibration.modelled_clock_mhz:.0f} MHz", "for a step of this load"))
+    share = matched_share(estimate)
+    lines.append(("matched", f"{share:.1%}", "of the predicted time; the rest is priced by its bytes"))
+    if calibration.unexplained_s:
+        lines.append(("no operation", _ms(calibration.unexplained_s), "of kernels that nothing in the trace launched"))
+    return [Fact(*line) for line in lines]
+
+
+def _collectives(calibration: Calibration) -> list[RenderableType]:
+    if not calibration.collectives:
+        return []
+    head = ("", "phase", "ranks", "MB", "times", "measured, ms", "of it exposed, ms")
+    rows = [
+        (
+            each.name,
+            each.phase,
+            str(each.ranks),
+            f"{each.bytes / 1e6:.4g}",
+            str(each.count),
+            f"{1e3 * each.measured_s:.3g}",
+            f"{1e3 * each.exposed_s:.3g}",
+        )
+        for each in calibration.collectives
+    ]
+    return [
+        section("collectives: measured, not predicted; they include waiting for other ranks", number_table(head, rows))
+    ]
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.4g} ms"
+
+
+def parts_of(step: TracedStep, estimate: StepEstimate) -> Parts:
+    """Measured and predicted seconds of kernels by phase and family; `estimate`: of the operations of `step`."""
+    measured: dict[tuple[str, str], float] = defaultdict(float)
+    predicted: dict[tuple[str, str], float] = defaultdict(float)
+    for op in estimate.ops:
+        key = op.phase, op.family
+        predicted[key] += op.count * op.seconds
+        measured[key] += op.count * (op.measured_s or 0.0)
+    return {key: (measured[key], predicted[key]) for key in sorted(predicted, key=lambda key: -measured[key])}
+
+
+def print_beside(
+    step: TracedStep, estimate: StepEstimate, *, corrected_by: str | None, file: TextIO | None = None
+) -> None:
+    """Print a traced step beside its prediction: phases, the kinds of kernels in each, gaps, the step."""
+    parts, times = parts_of(step, estimate), step.calibration.times
+    total = sum(measured for measured, _ in parts.values())
+    rows: list[Sequence[str]] = []
+    for phase in ("forward", "backward", "optimizer"):
+        inside = {family: each for (where, family), each in parts.items() if where == phase}
+        if not inside:
+            continue
+        measured, predicted = (sum(each[side] for each in inside.values()) for side in (0, 1))
+        rows.append(_beside(phase, measured, predicted, total))
+        rows += [_beside(f"  {family}", *each, total) for family, each in inside.items()]
+    rows.append(_beside("kernels", total, estimate.kernels_s, total))
+    rows.append(_beside("gaps between kernels", times.gaps_s, estimate.gaps_s, total))
+    idle = max(0.0, estimate.host_s - estimate.kernels_s - estimate.gaps_s)
+    rows.append(_beside("idle, host late", times.late_s, idle, total))
+    compute = times.span_s - sum(each.exposed_s for each in step.calibration.collectives)
+    rows.append(_beside("step, without exposed collectives", compute, estimate.step_s, total))
+    ways = f"corrected by {corrected_by}" if corrected_by else "the kernel models alone, no correction"
+    shown: list[RenderableType] = [
+        section(f"{step.source} on {step.calibration.device}, beside {ways}", number_table(_PARTS, rows))
+    ]
+    shown += _collectives(step.calibration)
+    show(lambda options: shown, file=file, width=140)
+
+
+def _beside(name: str, measured: float, predicted: float, total: float) -> tuple[str, ...]:
+    error = f"{predicted / measured - 1:+.1%}" if measured else ""
+    return name, f"{1e3 * measured:.4g}", f"{1e3 * predicted:.4g}", error, f"{measured / total:.1%}"
+
+
+def traced_json(step: TracedStep, estimate: StepEstimate) -> dict[str, Any]:
+    """A traced step for a program, SI units."""
+    calibration = step.calibration
+    kinds = [
+        asdict(each) | {"factor": each.factor, "applied": calibration.factor(kind=each.kind, family=each.family)}
+        for each in calibration.corrections
+    ]
+    return {
+        "source": step.source,
+        **calibration.as_json(),
+        "corrections": kinds,
+        "parts": [
+            {"phase": phase, "family": family, "measured_s": measured, "predicted_s": predicted}
+            for (phase, family), (measured, predicted) in parts_of(step, estimate).items()
+        ],
+        "predicted": {
+            "step_time_s": estimate.step_s,
+            "kernels_s": estimate.kernels_s,
+            "gaps_s": estimate.gaps_s,
+            "host_s": estimate.host_s,
+        },
+        "ops": [asdict(op) for op in estimate.ops],
+    }

@@ -1,0 +1,62 @@
+"""`moesim import-step` of a trace and of a program that a trace corrects."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from moesim.importing.step_file import parsed_ops, save_step
+from moesim.strict_json import parse_json
+
+DATA = Path(__file__).parent.parent / "data"
+TRACE = DATA / "mixtral-8k.trace.json.gz"
+
+
+@pytest.fixture
+def kept(tmp_path: Path, moesim) -> Path:
+    path = tmp_path / "mixtral.json"
+    assert moesim("import-step", TRACE, "--out", path, "--quiet").code == 0
+    return path
+
+
+def test_a_trace_is_shown_and_kept(kept: Path, moesim) -> None:
+    shown, again = moesim("import-step", TRACE), moesim("import-step", "--show", kept)
+    assert shown.out == again.out
+    assert "_grouped_mm" in shown.out and "MHz" in shown.out and "host ahead" in shown.out
+    found = json.loads(moesim("import-step", TRACE, "--json").out)
+    assert found["gpu"] == "h100" and found["times"]["kernels"] == 754
+    assert sum(part["measured_s"] for part in found["parts"]) == pytest.approx(
+        sum(each["measured_s"] for each in found["corrections"])
+    )
+
+
+def test_a_step_is_corrected_by_a_trace_and_by_what_was_kept_of_it(kept: Path, tmp_path: Path, moesim) -> None:
+    step = parse_json(gzip.decompress((DATA / "hf_steps.json.gz").read_bytes()))["steps"][0]
+    save_step(tmp_path / "recorded.json", parsed_ops(step["ops"], where="here"), source="here")
+    call = ["import-step", "--show", tmp_path / "recorded.json", "--json"]
+    plain = json.loads(moesim(*call).out)
+    by_file, by_trace = (json.loads(moesim(*call, "--calibrate", path).out) for path in (kept, TRACE))
+    assert by_file == by_trace and plain["corrected_by"] is None and by_file["corrected_by"] == TRACE.name
+    assert by_file["kernels_s"] != pytest.approx(plain["kernels_s"])
+    assert sum(op["count"] * op["seconds"] / op["factor"] for op in by_file["ops"]) == pytest.approx(plain["kernels_s"])
+    assert {op["factor"] for op in plain["ops"]} == {1.0} and {op["factor"] for op in by_file["ops"]} != {1.0}
+
+
+def test_a_trace_on_another_gpu_is_corrected_by_itself(kept: Path, moesim) -> None:
+    shown = moesim("import-step", "--show", kept, "--gpu", "h200", "--json")
+    assert json.loads(shown.out)["corrected_by"] == TRACE.name
+
+
+def test_mistakes_are_one_line(kept: Path, tmp_path: Path, moesim) -> None:
+    for arguments, said in (
+        ((TRACE, "--calibrate", kept), "needs no --calibrate"),
+        ((tmp_path / "nowhere.json",), "cannot read"),
+        ((kept,), "--show"),
+        ((TRACE, "--gpu", "h1000"), "h100"),
+        ((TRACE, "--out", kept), "--force"),
+        (("--show", TRACE), "recorded step"),
+        (("no_such_module_here:step", "--calibrate", tmp_path / "nowhere.json"), "cannot read"),
+    ):
+        answer = moesim("import-step", *arguments)
+        assert answer.code == 1 and said in answer.complaint, (arguments, answer)
