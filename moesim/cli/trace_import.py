@@ -9,13 +9,14 @@ from moesim.strict_json import json_text
 
 NAME = "trace import"
 SUMMARY = (
-    "Make a routing trace of what others recorded: flame, megatron, sglang, vllm, trtllm, olmoe, or counts (CSV, JSON)."
+    "Make a routing trace of what others recorded: flame, megatron, sglang, vllm, trtllm, olmoe, a table (parquet), "
+    "counts (CSV, JSON)."
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """KIND PATH, --out, --model, --experts, --top-k, --sequence-length, --tokens, --seed, --json, --quiet, --force."""
-    text = "flame, megatron, sglang, vllm, trtllm, olmoe or counts; auto tells the form by the content"
+    text = "flame, megatron, sglang, vllm, trtllm, olmoe, table or counts; auto tells the form by the content"
     parser.add_argument("kind", metavar="KIND", help=text)
     parser.add_argument("path", metavar="PATH", type=Path, help="the file or folder that was recorded")
     parser.add_argument("--out", metavar="FILE", type=Path, required=True, help="the trace, for routing.kind: trace")

@@ -358,4 +358,54 @@ def test_a_log_of_balancedness_says_which_routing_states_it() -> None:
 
 
 def test_every_form_is_told_from_every_other() -> None:
-    assert {form for *_, form in SOURCES} == set(FORMS)
+    assert {form for *_, form in SOURCES} | {"table"} == set(FORMS)
+
+
+def _write(path: Path, columns: dict[str, Any]) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table(columns), path)
+
+
+def test_a_table_of_export_comes_back_whatever_the_order_of_its_rows(tmp_path: Path) -> None:
+    from pyarrow import parquet
+
+    from moesim.routing.importing.parquet import write_parquet
+
+    trace = traced(SAMPLES / "flame", experts=64, top_k=6, length=12)
+    write_parquet(trace, tmp_path / "table.parquet")
+    table = parquet.read_table(tmp_path / "table.parquet")
+    parquet.write_table(table.take(np.random.default_rng(0).permutation(len(table))), tmp_path / "mixed.parquet")
+    for name in ("table", "mixed"):
+        found = import_routing("auto", tmp_path / f"{name}.parquet", asked=Asked(experts=64))
+        assert found.sequence_length == 12
+        assert [step.step for step in found.steps] == [540, 5473]
+        for step, wanted in zip(found.steps, trace.steps, strict=True):
+            assert (step.expert_ids_LSTK == wanted.expert_ids_LSTK).all()
+            assert (step.gates_LSTK == wanted.gates_LSTK).all()
+
+
+def test_gates_with_a_factor_become_shares_and_the_run_says_so(tmp_path: Path) -> None:
+    gates = [[2.0, 0.5], [1.25, 1.25]] * 8
+    _write(tmp_path / "t.parquet", {"layer": [0] * 16, "experts": [[0, 1], [2, 3]] * 8, "gates": gates})
+    trace = traced(tmp_path / "t.parquet", experts=4, top_k=2)
+    assert np.allclose(trace.final.gates_LSTK.reshape(-1, 2), np.array(gates) / 2.0)
+    assert any("divided by 2" in note for note in trace.provenance["notes"])  # type: ignore[union-attr]
+
+
+BAD_TABLES = [
+    ({"layer": [0, 0], "experts": [[0, 1], [2]]}, "different lengths"),
+    ({"layer": [0, 0], "experts": [[0, 1], None]}, "empty rows"),
+    ({"layer": [0, 0, 1], "experts": [[0, 1]] * 3}, "of equal size"),
+    ({"layer": [0, 0], "experts": [0.5, 1.5]}, "no table of whole numbers"),
+    ({"layer": ["a", "b"], "experts": [[0, 1]] * 2}, "no table of whole numbers"),
+]
+
+
+@pytest.mark.parametrize(("columns", "message"), BAD_TABLES)
+def test_a_table_that_is_none_is_one_line(columns: dict[str, Any], message: str, tmp_path: Path) -> None:
+    _write(tmp_path / "t.parquet", columns)
+    with pytest.raises(UserError, match=message) as caught:
+        import_routing("auto", tmp_path / "t.parquet", asked=Asked(experts=4, sequence_length=1))
+    assert "\n" not in str(caught.value)

@@ -171,6 +171,18 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 
+# Any other family: what the module that computes the experts is given as their numbers and weights.
+OTHERS = Family(name="others", classes=(), place="mlp.experts", output=("ids", "gates"), score="own")
+EXPERTS_SUFFIX = "Experts"  # how transformers ends the names of the classes of such modules
+
+
+def experts_of(model: Any) -> Iterator[tuple[str, Any, Family]]:
+    """The same of every module that computes experts, for models whose routers are in no entry."""
+    for name, module in model.named_modules():
+        if type(module).__name__.endswith(EXPERTS_SUFFIX):
+            yield name, module, OTHERS
+
+
 def routers_of(model: Any) -> Iterator[tuple[str, Any, Family]]:
     """(name, module, family) of every router of a torch module, in the order of its layers."""
     known = {name: family for family in FAMILIES for name in family.classes}

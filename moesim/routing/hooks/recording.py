@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 import moesim
 from moesim.errors import UserError
-from moesim.routing.hooks.families import FAMILIES, Family, routers_of
+from moesim.routing.hooks.families import FAMILIES, OTHERS, Family, experts_of, routers_of
 from moesim.routing.hooks.loading import Text, check_folder, library, load_model, load_text, quietly
 from moesim.scenario.routers import ROUTERS, Affinity, RouterFacts
 from moesim.scenario.routing import RouterShape
@@ -58,6 +58,22 @@ class _Watch:
     scores: list[NDArray[np.float32]] = field(default_factory=list)
     experts: int = 0
 
+    def attach(self) -> Any:
+        """Begin to listen; gives the handle by which it ends."""
+        if self.family is OTHERS:
+            return self.router.register_forward_pre_hook(self.hear_inputs, with_kwargs=True)
+        return self.router.register_forward_hook(self.hear)
+
+    def hear_inputs(self, module: Any, inputs: Any, named: Any) -> None:
+        """A hook before the experts: their numbers are the whole numbers [T, K] that they are given."""
+        given = [each for each in (*inputs, *named.values()) if isinstance(each, torch.Tensor) and each.ndim == 2]
+        for ids_TK in given:
+            for gates_TK in given:
+                if ids_TK.dtype in _WHOLE and gates_TK.is_floating_point() and gates_TK.shape == ids_TK.shape:
+                    self.experts = _experts_in(module)
+                    self._keep(ids_TK.detach(), gates_TK.detach().float(), gates_TK.detach().float())
+                    return
+
     def hear(self, module: Any, inputs: Any, output: Any) -> None:
         """A forward hook: takes experts, gates and logits from where the family has them."""
         parts = dict(zip(self.family.output, output, strict=True))
@@ -68,9 +84,12 @@ class _Watch:
         else:
             gates_TK, ids_TK = parts["scores"].detach().float().topk(self.router.top_k, dim=-1)
         self.experts = logits_TE.shape[-1]
+        self._keep(ids_TK, gates_TK, self._scores(logits_TE, ids_TK, gates_TK))
+
+    def _keep(self, ids_TK: torch.Tensor, gates_TK: torch.Tensor, scores_TK: torch.Tensor) -> None:
         self.ids.append(ids_TK.to(torch.int16).cpu().numpy())
         self.gates.append(gates_TK.cpu().numpy())
-        self.scores.append(self._scores(logits_TE, ids_TK, gates_TK).cpu().numpy())
+        self.scores.append(scores_TK.cpu().numpy())
 
     def _scores(self, logits_TE: torch.Tensor, ids_TK: torch.Tensor, gates_TK: torch.Tensor) -> torch.Tensor:
         facts = self.facts()
@@ -90,6 +109,16 @@ class _Watch:
         return None
 
 
+_WHOLE = {torch.int16, torch.int32, torch.int64}
+
+
+def _experts_in(module: Any) -> int:
+    """How many experts a module computes: as it says, or the first axis of its weights."""
+    said = getattr(module, "num_experts", None)
+    sizes = {len(weight) for weight in module.parameters(recurse=False) if weight.ndim == 3}
+    return int(said) if isinstance(said, int) else int(max(sizes, default=0))
+
+
 def record_model(
     folder: Path, text: Path, *, reading: Reading | None = None, progress: Progress | None = None
 ) -> RoutingTrace:
@@ -105,19 +134,22 @@ def record_model(
 def _recorded(folder: Path, text: Path, *, reading: Reading, progress: Progress | None) -> RoutingTrace:
     device = _device(reading.device)
     model = load_model(folder, device=device)
-    watches = [_Watch(name=name, router=router, family=family) for name, router, family in routers_of(model)]
+    found = list(routers_of(model)) or list(experts_of(model))
+    watches = [_Watch(name=name, router=router, family=family) for name, router, family in found]
     if not watches:
         raise UserError(f"{folder}: {_without_routers(model)}")
     config = model.config.get_text_config()
     read = load_text(text, folder, vocabulary=int(config.vocab_size), most=reading.tokens)
     length = _sequence_length(reading, config, len(read.ids), text)
     ids_SN = read.ids[: len(read.ids) // length * length].reshape(-1, length)
-    handles = [watch.router.register_forward_hook(watch.hear) for watch in watches]
+    handles = [watch.attach() for watch in watches]
     try:
         _read(model, ids_SN, batch=reading.batch, device=device, folder=folder, progress=progress)
     finally:
         for handle in handles:
             handle.remove()
+    if not any(watch.ids for watch in watches):
+        raise UserError(f"{folder}: {_without_routers(model)}")
     return _trace(watches, folder, text, read=read, shape=tuple(ids_SN.shape))
 
 
@@ -190,13 +222,19 @@ def _trace(watches: list[_Watch], folder: Path, text: Path, *, read: Text, shape
         "routers": [heard[0].name, type(heard[0].router).__name__],
         "text": text.name,
         "text_sha256": read.sha256,
-        "notes": [*read.notes, *notes],
+        "notes": [*read.notes, *_note_of_others(heard[0]), *notes],
         "versions": {"moesim": moesim.__version__, "torch": torch.__version__, FORM: library().__version__},
     }
     step = TraceStep(step=0, expert_ids_LSTK=ids, affinities_LSTK=affinities, gates_LSTK=gates)
     trace = RoutingTrace(router=router, steps=(step,), provenance=provenance)
     check_trace(trace)
     return trace
+
+
+def _note_of_others(watch: _Watch) -> list[str]:
+    if watch.family is not OTHERS:
+        return []
+    return [f"routers of no known family: experts are those that {type(watch.router).__name__} was given"]
 
 
 def _parts(watch: _Watch) -> tuple[list[Any], list[Any], list[Any]]:

@@ -133,12 +133,14 @@ def _recorded(source: Source, asked: Asked, place: Path) -> tuple[RoutingTrace, 
             remedy=asked.words.remedy,
         )
     top_k = _agreed_top_k(width, asked, place)
+    source, notes = _as_shares(source)
     weighed = all(step.weights_LTK is not None for step in source.steps)
     shape = RouterShape(
         kind="recorded" if weighed else "selections", num_experts=_experts(source, asked, place), top_k=top_k
     )
     tokens = source.steps[-1].expert_ids_LTK.shape[1]
-    notes = [] if weighed else ["the source has no gates: equal ones stand for them, and capacity drops at random"]
+    if not weighed:
+        notes.append("the source has no gates: equal ones stand for them, and capacity drops at random")
     if asked.fill and tokens < (asked.sequence_length or length):
         source, length = _filled(source, asked.sequence_length or length), asked.sequence_length or length
         notes.append(
@@ -152,6 +154,18 @@ def _recorded(source: Source, asked: Asked, place: Path) -> tuple[RoutingTrace, 
         notes.append(f"no token chose an expert above {highest} of 0 to {shape.num_experts - 1}")
     steps = tuple(_trace_step(step, length, weighed=weighed, asked=asked, place=place) for step in source.steps)
     return RoutingTrace(router=shape, steps=steps), notes
+
+
+def _as_shares(source: Source) -> tuple[Source, list[str]]:
+    """Gates no larger than 1: a factor that a router multiplies all of them by is divided out again, and noted."""
+    most = max((float(step.weights_LTK.max()) for step in source.steps if step.weights_LTK is not None), default=0.0)
+    if most <= 1:
+        return source, []
+    steps = tuple(
+        replace(step, weights_LTK=None if step.weights_LTK is None else step.weights_LTK / np.float32(most))
+        for step in source.steps
+    )
+    return replace(source, steps=steps), [f"gates are divided by {most:.4g}, the largest, so that they are shares"]
 
 
 def _filled(source: Source, length: int) -> Source:

@@ -16,6 +16,7 @@ import numpy as np
 
 from moesim.errors import UserError
 from moesim.routing.importing.counts import read_counts, rows_of_csv
+from moesim.routing.importing.parquet import read_table
 from moesim.routing.importing.serving import read_sglang, read_trtllm, read_vllm
 from moesim.routing.importing.source import Source, refuse
 from moesim.routing.importing.tensors import load_arrays, load_parquet_names, load_tensors
@@ -117,6 +118,7 @@ FORMS: Mapping[str, Form] = MappingProxyType(
                 suffixes=(".pkl",),
                 folders=("expert_counts/*.pkl",),
             ),
+            Form(name="table", read=read_table, columns=frozenset({"layer", "experts"})),
             Form(name="counts", read=read_counts, tables=_is_counts),
         )
     }

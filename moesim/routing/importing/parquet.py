@@ -1,10 +1,18 @@
-"""A routing trace as a parquet table: step, layer, sequence, position, experts, affinities, gates; a row a token."""
+"""A routing trace as a parquet table and back: step, layer, sequence, position, experts, affinities, gates; a row a
+token.
 
+Legend: L layers, N tokens of all sequences, K selections.
+"""
+
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from moesim.errors import UserError
+from moesim.routing.importing.assembly import Layer, of_steps
+from moesim.routing.importing.source import Source, field_of, table_of
+from moesim.routing.importing.tensors import load_parquet
 from moesim.trace import RoutingTrace
 
 
@@ -39,6 +47,33 @@ def write_parquet(trace: RoutingTrace, path: Path) -> int:
                 rows += count
     partial.replace(path)
     return rows
+
+
+def read_table(path: Path) -> Source:
+    """The parquet table of `moesim trace export`, or any with its columns layer and experts; the others may lack.
+
+    Rows may stand in any order where step, sequence and position say theirs. Affinities are not read.
+    """
+    columns = load_parquet(path, columns=("step", "layer", "sequence", "position", "experts", "gates"))
+    ids_RK = table_of(field_of(columns, "experts", str(path)), f"{path}: column experts", axes=2)
+    rows = len(ids_RK)
+    none = np.zeros(rows, dtype=np.int64)
+    step_R, layer_R, sequence_R, position_R = (
+        table_of(columns.get(name, none), f"{path}: column {name}", axes=1)
+        for name in ("step", "layer", "sequence", "position")
+    )
+    field_of(columns, "layer", str(path))
+    order_R = np.lexsort((position_R, sequence_R, layer_R, step_R))
+    found: dict[int, dict[int, Layer]] = {}
+    for step, layer in sorted({*zip(step_R.tolist(), layer_R.tolist(), strict=True)}):
+        here_N = order_R[(step_R[order_R] == step) & (layer_R[order_R] == layer)]
+        gates_NK = columns["gates"][here_N] if "gates" in columns else None
+        found.setdefault(step, {})[layer] = ids_RK[here_N], gates_NK
+    lengths = np.unique(np.unique(sequence_R, return_counts=True)[1]) if "sequence" in columns else none[:0]
+    source = of_steps(found, str(path))
+    per_layer = len({(step, layer) for step in found for layer in found[step]})
+    alike = len(lengths) == 1 and int(lengths[0]) % per_layer == 0
+    return replace(source, sequence_length=int(lengths[0]) // per_layer if alike else None)
 
 
 def _schema() -> "object":

@@ -6,7 +6,7 @@ import warnings
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,20 +52,33 @@ def load_arrays(path: Path) -> dict[str, Any]:
         refuse(path, f"no file of arrays ({str(error).splitlines()[0][:100]})", "save it again with numpy.save")
 
 
-def load_parquet(path: Path) -> dict[str, Any]:
-    """Columns of a parquet file by name: lists become arrays [rows, length]."""
+def load_parquet(path: Path, *, columns: Sequence[str] | None = None) -> dict[str, Any]:
+    """Columns of a parquet file by name (those of `columns` that it has): lists become arrays [rows, length]."""
+    names = load_parquet_names(path)
+    from pyarrow import ArrowException, parquet
+
+    wanted = sorted(names) if columns is None else [name for name in columns if name in names]
     try:
-        from pyarrow import ArrowException, parquet
-    except ImportError:
-        raise UserError(f"{path}: parquet needs pyarrow; pip install 'moesim[import]'") from None
-    try:
-        table = parquet.read_table(path)
+        table = parquet.read_table(path, columns=wanted)
+        return {name: _as_rows(table[name], f"{path}: column {name}") for name in wanted}
     except (ArrowException, OSError) as error:
         refuse(path, f"no parquet file ({str(error).splitlines()[0][:100]})", "fetch it again")
-    try:
-        return {name: np.array(table[name].to_pylist()) for name in table.column_names}
-    except ValueError:
-        refuse(path, "has rows with lists of different lengths", "record the routing again")
+
+
+def _as_rows(column: Any, where: str) -> Any:
+    """A column of numbers [rows], or of lists of one length [rows, length]."""
+    import pyarrow
+    import pyarrow.compute
+
+    if column.null_count:
+        raise UserError(f"{where} has empty rows; record the routing again")
+    if not pyarrow.types.is_list(column.type) and not pyarrow.types.is_large_list(column.type):
+        return column.to_numpy()
+    lengths = {int(n) for chunk in column.chunks for n in pyarrow.compute.unique(chunk.value_lengths()).to_pylist()}
+    values = pyarrow.chunked_array([chunk.flatten() for chunk in column.chunks], type=column.type.value_type)
+    if len(lengths) != 1 or values.null_count:
+        raise UserError(f"{where} has rows with lists of different lengths, or none; record the routing again")
+    return values.to_numpy().reshape(-1, *lengths)
 
 
 def load_parquet_names(path: Path) -> set[str]:
