@@ -70,14 +70,18 @@ class Contiguous(_Redundant):
 
 
 class RoundRobin(_Redundant):
-    """Experts are dealt to the ranks in turn, copies behind them: expert e sits on rank e mod R."""
+    """Experts are dealt to the ranks in turn, expert e to rank e mod R, then copies, one rank further each round."""
 
     kind: Literal["round_robin"] = Field(description="Expert e on rank e mod parallelism.expert.")
 
     def fixed_slots(self, *, num_experts: int, num_ranks: int) -> Slots:
         """The experts of every rank."""
-        slots = num_experts + self.redundant_experts
-        return [[x % num_experts for x in range(r, slots, num_ranks)] for r in range(num_ranks)]
+        held: Slots = [[] for _ in range(num_ranks)]
+        for x in range(num_experts + self.redundant_experts):
+            # Where whole rounds end with the last expert a copy would else meet its expert on one rank.
+            further = x // num_experts if num_experts % num_ranks == 0 else 0
+            held[(x + further) % num_ranks].append(x % num_experts)
+        return held
 
 
 class Explicit(_Placement):

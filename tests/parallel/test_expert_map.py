@@ -15,7 +15,7 @@ from moesim.parallel.memory_parameters import local_parameters
 from moesim.parallel.memory_rows import routed_rows
 from moesim.scenario import Scenario
 from moesim.seeding import stream
-from moesim.trace import RoutingTrace, popularity_trace
+from moesim.trace import RoutingTrace, popularity_trace, uniform_trace
 from moesim.trace.metrics import imbalance
 
 Make = Callable[..., Scenario]
@@ -212,3 +212,42 @@ def test_gradients_of_copies_travel_between_their_ranks() -> None:
     bytes_DD = copy_gradient_bytes_DD([held, None, held], expert_bytes=12.0, num_ranks=4)
     assert bytes_DD.tolist() == [[0, 8, 20, 0], [8, 0, 8, 0], [20, 8, 0, 0], [0, 0, 0, 0]]
     assert not copy_gradient_bytes_DD([None], expert_bytes=12.0, num_ranks=4).any()
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS, ids=str)
+def test_layers_that_share_a_layer_of_the_trace_have_its_rows(make_scenario: Make, placement: dict[str, Any]) -> None:
+    """Each expert of a model layer has the rows of the trace's expert, on whichever ranks the layer has moved it to."""
+    scenario = hot_scenario(make_scenario, placement, capacity={"kind": "none"})
+    sample = drawn(scenario)
+    pieces_BRU = sample.pieces_BRU(0)
+    for layer in (0, 1, 6):
+        held = sample.map_of(layer)
+        if held is None:
+            continue
+        ids = sample.sampler.expert_ids_STK(layer % 2)
+        rows = [[np.bincount(ids[pieces].ravel(), minlength=32) for pieces in pieces_RU] for pieces_RU in pieces_BRU]
+        np.testing.assert_array_equal(held.rows_of_experts(sample.arrays(0, layer).rows_BRE), rows)
+
+
+def test_groups_stay_on_nodes_where_they_divide_among_them(make_scenario: Make) -> None:
+    """A token's experts lie in at most 3 of 8 groups: on a node each they reach 3 nodes, placed globally more."""
+    reached = {}
+    router = {"kind": "deepseek_v2", "groups": 8, "group_limit": 3}
+    for policy in ("auto", "global"):
+        scenario = make_scenario(
+            routing={"kind": "uniform", "router": router},
+            placement={"kind": "eplb", "redundant_experts": 32, "policy": policy},
+            cluster={"gpu": "h800", "nodes": 8, "gpus_per_node": 2},
+            parallelism={"data": 16, "expert": 16},
+            workload={"sequence_length": 32, "micro_batch": 2, "global_batch": 64},
+        )
+        trace = uniform_trace(scenario.router_shape(), num_layers=2, num_sequences=96, sequence_length=32, seed=3)
+        sampler = TrafficSampler(scenario, trace)
+        arrays = sampler.draw(stream(0, "x")).arrays(0, 0)
+        reached[policy] = arrays.node_copies_BRM.sum() / (2 * 32 * 16 * len(arrays.rows_BRE))
+        assert sampler.maps is not None
+        for held in sampler.maps.maps:
+            group_MX = held.slot_experts_DP.reshape(8, -1) // 4  # of the slots of each node
+            whole = all(len(set(groups)) == 1 for groups in group_MX.tolist())
+            assert whole == (policy == "auto")
+    assert reached["auto"] <= 3 < reached["global"]

@@ -45,4 +45,6 @@ def test_copies_follow_behind_the_experts() -> None:
     contiguous = lists(Contiguous(redundant_experts=4), experts=8, ranks=4)
     assert contiguous == [[0, 1, 2], [3, 4, 5], [6, 7, 0], [1, 2, 3]]
     turns = lists(RoundRobin(kind="round_robin", redundant_experts=4), experts=8, ranks=4)
-    assert turns == [[0, 4, 0], [1, 5, 1], [2, 6, 2], [3, 7, 3]]
+    assert turns == [[0, 4, 3], [1, 5, 0], [2, 6, 1], [3, 7, 2]]  # no copy beside its expert
+    uneven = lists(RoundRobin(kind="round_robin", redundant_experts=2), experts=6, ranks=4)
+    assert uneven == [[0, 4], [1, 5], [2, 0], [3, 1]]
