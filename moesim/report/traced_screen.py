@@ -121,7 +121,7 @@ def parts_of(step: TracedStep, estimate: StepEstimate) -> Parts:
 
 
 def print_beside(
-    step: TracedStep, estimate: StepEstimate, *, corrected_by: str | None, file: TextIO | None = None
+    step: TracedStep, estimate: StepEstimate, *, gpu: str, corrected_by: str | None, file: TextIO | None = None
 ) -> None:
     """Print a traced step beside its prediction: phases, the kinds of kernels in each, gaps, the step."""
     parts, times = parts_of(step, estimate), step.calibration.times
@@ -140,12 +140,23 @@ def print_beside(
     rows.append(_beside("idle, host late", times.late_s, idle, total))
     compute = times.span_s - sum(each.exposed_s for each in step.calibration.collectives)
     rows.append(_beside("step, without exposed collectives", compute, estimate.step_s, total))
-    ways = f"corrected by {corrected_by}" if corrected_by else "the kernel models alone, no correction"
+    ways = f"the kernel models of {gpu}, {f'corrected by {corrected_by}' if corrected_by else 'not corrected'}"
     shown: list[RenderableType] = [
-        section(f"{step.source} on {step.calibration.device}, beside {ways}", number_table(_PARTS, rows))
+        section(f"{step.source} on {step.calibration.device}, beside {ways}", number_table(_PARTS, rows)),
+        section("kinds of operations that are furthest off", number_table(_PARTS, _furthest(estimate, total))),
     ]
     shown += _collectives(step.calibration)
     show(lambda options: shown, file=file, width=140)
+
+
+def _furthest(estimate: StepEstimate, total: float, *, rows: int = 8) -> list[tuple[str, ...]]:
+    """The kinds whose predicted seconds differ most from what was measured."""
+    sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for op in estimate.ops:
+        sums[op.kind][0] += op.count * (op.measured_s or 0.0)
+        sums[op.kind][1] += op.count * op.seconds
+    dearest = sorted(sums.items(), key=lambda item: -abs(item[1][1] - item[1][0]))
+    return [_beside(kind, measured, predicted, total) for kind, (measured, predicted) in dearest[:rows]]
 
 
 def _beside(name: str, measured: float, predicted: float, total: float) -> tuple[str, ...]:

@@ -60,3 +60,35 @@ def test_mistakes_are_one_line(kept: Path, tmp_path: Path, moesim) -> None:
     ):
         answer = moesim("import-step", *arguments)
         assert answer.code == 1 and said in answer.complaint, (arguments, answer)
+
+
+def test_a_trace_stands_beside_its_prediction_part_by_part(kept: Path, moesim) -> None:
+    plain = json.loads(moesim("validate", "--step", TRACE, "--json").out)
+    assert json.loads(moesim("validate", "--step", kept, "--json").out) == plain
+    assert {part["phase"] for part in plain["parts"]} == {"forward", "backward", "optimizer"}
+    for side in ("measured_s", "predicted_s"):
+        assert sum(part[side] for part in plain["parts"]) == pytest.approx(
+            sum(op["count"] * op[{"measured_s": "measured_s", "predicted_s": "seconds"}[side]] for op in plain["ops"])
+        )
+    assert plain["corrected_by"] is None
+    other = json.loads(moesim("validate", "--step", TRACE, "--calibrate", DATA / "ddp.trace.json.gz", "--json").out)
+    assert other["corrected_by"] == "ddp.trace.json.gz" and other["parts"] != plain["parts"]
+    shown = moesim("validate", "--step", TRACE).out
+    assert "grouped gemm wgrad" in shown and "not corrected" in shown and "optimizer" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--calibrate", TRACE), "--step"),
+        (("--step", "nowhere.json"), "cannot read"),
+        (("--step", TRACE, "--calibrate", TRACE), "the step itself"),
+        (("--step", TRACE, "--report"), "leave them out"),
+        (("scenario.yaml", "--step", TRACE), "leave them out"),
+        (("--step", __file__), "no whole JSON"),
+        (("--step", TRACE, "--profile", "h1000"), "h1000"),
+    ],
+)
+def test_mistakes_of_validate_are_one_line(moesim, arguments, said: str) -> None:
+    answer = moesim("validate", *arguments)
+    assert answer.code == 1 and said in answer.complaint
