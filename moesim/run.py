@@ -369,7 +369,7 @@ def _router_facts(scenario: Scenario, trace: RoutingTrace, sample: TrafficSample
         "batch_sequences": scenario.workload.global_batch,
         "trace_coverage": coverage(scenario, sample),
         "reused_share": sample.draw.reused_share,
-        "rests_on": rests_on(trace),
+        **rests_on(trace),
     }
 
 

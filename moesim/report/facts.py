@@ -262,8 +262,8 @@ def sources(result: Result) -> list[Fact]:
     """Which share of the estimated time rests on what, largest first."""
     shares = sorted(result["estimate_sources"].items(), key=lambda item: -item[1])
     found = [Fact(name, percent(share), "of estimated time") for name, share in shares]
-    routing = result["router"].get("rests_on")  # results of before, and of dense models, have none
-    return [*found, Fact("routing", routing)] if routing else found
+    rests = {"routing": "rests_on", "sequences": "sequences_rest_on"}  # dense models and results of before have none
+    return found + [Fact(name, said) for name, key in rests.items() if (said := result["router"].get(key))]
 
 
 def attribution(result: Result) -> list[tuple[Category, float, float]]:

@@ -270,6 +270,10 @@ _ROUTER = _section(
         ),
         "imbalance_last": ("ratio", "The same at the last."),
         "rests_on": (NO_UNIT, "The recording of another program that was simulated; null for moesim's own routing."),
+        "sequences_rest_on": (
+            NO_UNIT,
+            "What cut the recording into sequences where it says nothing of them; null else.",
+        ),
         "trace_hash": (NO_UNIT, "SHA-256 of the trace: the same routing has the same."),
         "trace_sequences": ("sequences", "Different sequences of the trace."),
         "batch_sequences": ("sequences", "Sequences of a batch, which are drawn from these."),

@@ -54,7 +54,7 @@ def limit_difference(trace: RoutingTrace | None, scenario: Scenario) -> list[str
 
 def import_notes(trace: RoutingTrace | None, scenario: Scenario) -> list[str]:
     """What was left out, mapped or assumed when the trace was made of what another program recorded."""
-    if trace is None or rests_on(trace) is None:
+    if trace is None or rests_on(trace)["rests_on"] is None:
         return []
     recorded = trace.provenance.get("notes")
     notes = [str(note) for note in recorded] if isinstance(recorded, list) else []
@@ -66,10 +66,14 @@ def import_notes(trace: RoutingTrace | None, scenario: Scenario) -> list[str]:
     return [f"routing of {trace.provenance.get('path')}: {note}" for note in notes]
 
 
-def rests_on(trace: RoutingTrace) -> str | None:
-    """Which recording of another program the routing rests on; None for moesim's own."""
+def rests_on(trace: RoutingTrace) -> dict[str, str | None]:
+    """Which recording of another program the routing rests on, and what its sequences, None for moesim's own.
+
+    `sequences` is what cut the tokens where the recording does not say how: a key or a flag.
+    """
     form, path = trace.provenance.get("form"), trace.provenance.get("path")
     if not isinstance(form, str):
-        return None
+        return {"rests_on": None, "sequences_rest_on": None}
     how = "counts" if ROUTERS[trace.router.kind].drawn else "tokens"
-    return f"{how} of {path} ({form})"
+    cut = trace.provenance.get("sequences")
+    return {"rests_on": f"{how} of {path} ({form})", "sequences_rest_on": cut if isinstance(cut, str) else None}

@@ -73,6 +73,7 @@ def import_routing(kind: str, path: str | os.PathLike[str], *, asked: Asked | No
         "form": form.name,
         "path": place.name,
         "layers": list(source.layers),
+        "sequences": None if source.sequence_length is not None else asked.words.sequence_length,
         "notes": [*source.notes, *notes],
     }
     provenance.pop("counts", None)
