@@ -14,16 +14,20 @@ if TYPE_CHECKING:
 
 
 def add_scenario(
-    parser: argparse.ArgumentParser, *, text: str = "scenario file (YAML), or the name of one that ships"
+    parser: argparse.ArgumentParser,
+    *,
+    text: str = "scenario file (YAML), or the name of one that ships",
+    optional: bool = False,
 ) -> None:
-    """SCENARIO and --set."""
-    add_file(parser, "scenario", text=text)
+    """SCENARIO and --set; `optional`: something else may stand for the scenario."""
+    add_file(parser, "scenario", text=text, optional=optional)
     add_overrides(parser)
 
 
-def add_file(parser: argparse.ArgumentParser, kind: "Kind", *, text: str) -> None:
+def add_file(parser: argparse.ArgumentParser, kind: "Kind", *, text: str, optional: bool = False) -> None:
     """SCENARIO, STUDY or PLAN, completed by the names that ship; see `resolve`."""
-    argument: Any = parser.add_argument(kind, metavar=kind.upper(), type=Path, help=text)
+    nargs = "?" if optional else None
+    argument: Any = parser.add_argument(kind, metavar=kind.upper(), type=Path, nargs=nargs, help=text)
     argument.completer = partial(_files_and_names, kind)  # read by argcomplete alone
 
 

@@ -17,6 +17,7 @@ from moesim.cli.flags import (
     check_writable,
 )
 from moesim.cli.interrupt import interrupts_say
+from moesim.cli.launches import add_software, print_command
 from moesim.cli.rows import print_csv, texts
 from moesim.strict_json import json_text
 
@@ -28,13 +29,14 @@ SUMMARY = "Plan a training run: look at every layout that the choices allow, sim
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """PLAN, --set, --out, --workers, --cluster, --storage, --cache, --json, --csv, --quiet, --force."""
+    """PLAN, --set, --out, --workers, --cluster, --storage, --flags, --cache, --json, --csv, --quiet, --force."""
     add_file(parser, "plan", text="plan file (YAML), or the name of one that ships")
     add_overrides(parser)
     parser.add_argument("--out", metavar="DIR", type=Path, help="folder of the plan; runs/NAME by default")
     add_workers(parser)
     storage = "database of the search for many machines, e.g. postgresql://...; a journal in the folder by default"
     parser.add_argument("--storage", metavar="URL", help=storage)
+    add_software(parser, of="the best layout (of all of them in plan.json and on the page of `moesim plot`)")
     add_cache(parser)
     add_csv(add_json(parser))
     add_quiet(parser)
@@ -63,12 +65,15 @@ def execute(args: argparse.Namespace) -> int:
         from moesim.report.plan_screen import print_plan
 
         print_plan(content)
+        if args.flags:
+            print_command(content["outcomes"][content["ranking"][0]]["flags"][args.flags])
         print(f"\nwritten to {out_dir}: every layout above is a file in {out_dir / 'scenarios'} for `moesim run`")
     return 0
 
 
 def _row(layout: str, outcome: dict[str, Any], *, on_front: bool) -> dict[str, Any]:
-    return {"id": layout, **outcome, "values": texts(outcome["values"]), "on_front": on_front}
+    shown = {key: value for key, value in outcome.items() if key != "flags"}
+    return {"id": layout, **shown, "values": texts(outcome["values"]), "on_front": on_front}
 
 
 def _make(plan: "Plan", out_dir: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -80,4 +85,5 @@ def _make(plan: "Plan", out_dir: Path, args: argparse.Namespace) -> dict[str, An
     with opened_display(quiet=args.quiet) as display:
         watch = None if display is None else show_points(display)
         folder = Folder(out_dir, plan, workers=args.workers, cluster=args.cluster, cache_dir=args.cache, watch=watch)
-        return make_plan(folder, storage=args.storage, watching=watching_on(display), force=args.force)
+        watching = watching_on(display)
+        return make_plan(folder, storage=args.storage, watching=watching, force=args.force, flags=args.flags)

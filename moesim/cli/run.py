@@ -7,11 +7,21 @@ from typing import TYPE_CHECKING
 
 from moesim.cli.flags import add_cache, add_csv, add_force, add_json, add_quiet, add_scenario, check_writable, load
 from moesim.cli.interrupt import interrupts_say, kept_of_training
+from moesim.cli.launches import (
+    add_launch,
+    add_software,
+    flags_json,
+    print_command,
+    print_reading_summary,
+    read_launch_of,
+)
 from moesim.cli.progress import watched_training
 from moesim.cli.rows import print_csv
+from moesim.errors import UserError
 from moesim.strict_json import json_text
 
 if TYPE_CHECKING:
+    from moesim.flags.from_megatron import Reading
     from moesim.results import RunRecord
     from moesim.scenario import Scenario
 
@@ -21,8 +31,11 @@ SUMMARY = "Simulate a scenario: train or load its router, run one step on the cl
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """SCENARIO, --set, --out, --timeline, --what-if, --parts, --allow-infeasible, --cache, --json, --csv and more."""
-    add_scenario(parser)
+    """SCENARIO or --from-megatron, --set, --out, --timeline, --what-if, --parts, --flags, --json, --csv and more."""
+    add_scenario(parser, optional=True)
+    text = "simulate this Megatron-LM launch script or YAML file in place of a scenario; the script is read, never run"
+    parser.add_argument("--from-megatron", metavar="ARGS.sh|yaml", type=Path, help=text)
+    add_launch(parser)
     parser.add_argument("--out", metavar="DIR", type=Path, help="folder of the run; runs/NAME by default")
     parser.add_argument(
         "--timeline",
@@ -51,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="simulate a layout that does not fit into memory all the same, and warn (memory.check=warn)",
     )
+    add_software(parser, of="the layout")
     add_cache(parser)
     add_csv(add_json(parser))
     add_quiet(parser)
@@ -79,7 +93,8 @@ def execute(args: argparse.Namespace) -> int:
 
     if args.allow_infeasible:
         args.overrides = [*args.overrides, "memory.check=warn"]
-    scenario = load(args)
+    reading = _reading(args)
+    scenario = load(args) if reading is None else reading.scenario
     out_dir = args.out or Path("runs") / scenario.name
     check_writable(out_dir)
     if args.timeline:
@@ -90,8 +105,24 @@ def execute(args: argparse.Namespace) -> int:
         check_free(out_dir, force=args.force)
         record = _simulate(scenario, args)
         _write(record, out_dir, args)
+    if reading is not None and not (args.json or args.csv or args.quiet):
+        print_reading_summary(reading)
     _show(record, out_dir, args)
     return 0
+
+
+def _reading(args: argparse.Namespace) -> "Reading | None":
+    """The launch that is simulated in place of a scenario. Raises UserError where neither or both are named."""
+    if args.from_megatron is not None and args.scenario is not None:
+        raise UserError("--from-megatron stands for the scenario; leave SCENARIO out")
+    if args.from_megatron is not None:
+        return read_launch_of(args, args.from_megatron)
+    if args.scenario is None:
+        raise UserError("name a SCENARIO, or a launch with --from-megatron; `moesim scenarios` lists those that ship")
+    for flag, given in (("--gpu", args.gpu), ("--gpus", args.gpus), ("--var", args.variables)):
+        if given:
+            raise UserError(f"{flag} goes with --from-megatron; a scenario says it itself (--set cluster.gpu=h200)")
+    return None
 
 
 def _simulate(scenario: "Scenario", args: argparse.Namespace) -> "RunRecord":
@@ -118,7 +149,7 @@ def _write(record: "RunRecord", out_dir: Path, args: argparse.Namespace) -> None
 
 def _show(record: "RunRecord", out_dir: Path, args: argparse.Namespace) -> None:
     if args.json:
-        print(json_text(record.result, indent=1))
+        print(json_text({**record.result, **flags_json(record.scenario, args.flags)}, indent=1))
     elif args.csv:
         print_csv([record.result])
     elif not args.quiet:
@@ -129,6 +160,8 @@ def _show(record: "RunRecord", out_dir: Path, args: argparse.Namespace) -> None:
             from moesim.report.parts_screen import print_parts
 
             print_parts(record)
+        if args.flags:
+            print_command(flags_json(record.scenario, args.flags)["flags"][args.flags])
         print(f"\nwritten to {out_dir}: open {out_dir / 'report.html'}")
         if args.timeline is not None:
             print(f"timeline for ui.perfetto.dev: {out_dir / TIMELINE_FILE}")

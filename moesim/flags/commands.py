@@ -41,6 +41,7 @@ class Command:
     def as_json(self) -> dict[str, Any]:
         """As plain values."""
         return {
+            "software": self.software,
             "launcher": list(self.launcher),
             "flags": [list(flag) for flag in self.flags],
             "command": self.text,

@@ -82,7 +82,10 @@ def scenario_text(reading: Reading) -> str:
     head = [f"# Read from {reading.source}, a launch of Megatron-LM."]
     head += [f"# Assumed: {line}" for line in reading.taken]
     head += [f"# Not modelled: {line}" for line in reading.left_out]
-    data = {"schema_version": 1} | reading.scenario.model_dump(mode="json", exclude_defaults=True, exclude_none=True)
+    scenario = reading.scenario
+    data = {"schema_version": 1} | scenario.model_dump(mode="json", exclude_defaults=True, exclude_none=True)
+    if scenario.model.experts:  # required with experts, its default, too
+        data["routing"] = scenario.routing.model_dump(mode="json", exclude_defaults=True, exclude_none=True)
     pools = data["cluster"].pop("pools")
     data["cluster"] = {**pools[0], **data["cluster"]} if len(pools) == 1 else {"pools": pools, **data["cluster"]}
     return "\n".join(head) + "\n" + yaml_text(data)

@@ -172,12 +172,21 @@ class _Reading:
         rest = self._assign(command, known=live is True)
         if not rest or not all(isinstance(word, Word) for word in rest):
             return
-        spoken = [SpokenWord(text, word.line) for word in rest for text in self.variables.fields(word)]  # type: ignore[arg-type]
+        spoken = self._spoken([word for word in rest if isinstance(word, Word)])
         spoken = _inner(spoken)
         if spoken and spoken[0].text not in _PRINTS and _launches(spoken):
             self.doubtful |= live is None
             if live:
                 self.launches.append(spoken)
+
+    def _spoken(self, words: Sequence[Word]) -> list[SpokenWord]:
+        """What words become; an entry of an array keeps the line that it stands on there."""
+        lines = {word.text: word.line for array in self.arrays.values() for word in array}
+        return [
+            SpokenWord(text, lines.get(text, word.line) if text != word.plain else word.line)
+            for word in words
+            for text in self.variables.fields(word)
+        ]
 
     def _assign(self, command: Command, *, known: bool) -> Command:
         """Make the assignments at the beginning of a command; returns what is behind them."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from moesim.display import Display
 from moesim.errors import InfeasibleError
+from moesim.flags.software import WRITERS
 from moesim.planner.accounts import baseline, sensitivity
 from moesim.planner.bench import Progress, opened_bench
 from moesim.planner.folder import JOURNAL_FILE, Folder, plan_hash
@@ -47,12 +48,18 @@ def watching_on(display: Display | None) -> Watching:
 
 
 def make_plan(
-    folder: Folder, *, storage: str | None = None, watching: Watching | None = None, force: bool = False
+    folder: Folder,
+    *,
+    storage: str | None = None,
+    watching: Watching | None = None,
+    force: bool = False,
+    flags: str | None = None,
 ) -> dict[str, Any]:
     """Make the plan of `folder.plan`, write it into the folder and return what plan.json holds.
 
-    `storage` is a database URL for the search, in place of a journal in the folder. Raises InfeasibleError naming the
-    binding constraint when nothing meets the goal, and UserError for what cannot be done at all.
+    `storage` is a database URL for the search, in place of a journal in the folder; with `flags`, a name in
+    `moesim.flags.software.WRITERS`, every layout comes with its command line for that software. Raises InfeasibleError
+    naming the binding constraint when nothing meets the goal, and UserError for what cannot be done at all.
     """
     watching = watching or Watching()
     with folder.claimed(force=force):
@@ -64,7 +71,12 @@ def make_plan(
         if not ranking:
             work.require_simulated()
             raise InfeasibleError(work.why_nothing_fits())
-        return _written(folder, screened, work, ranking, checked, watching)
+        content = _content(folder, screened, work, ranking, checked, watching)
+        if flags is not None:
+            for layout in work.done.values():
+                content["outcomes"][layout.id]["flags"] = {flags: WRITERS[flags](layout.scenario).as_json()}
+        folder.write(content)
+        return content | {"name": folder.plan.name}
 
 
 def screen_plan(folder: Folder, *, storage: str | None, watching: Watching) -> Judge:
@@ -83,7 +95,7 @@ def screen_plan(folder: Folder, *, storage: str | None, watching: Watching) -> J
     return judge
 
 
-def _written(
+def _content(
     folder: Folder,
     judge: Judge,
     work: Simulations,
@@ -96,7 +108,7 @@ def _written(
     screened = {candidate.layout: candidate for candidate in judge.fitting}
     pairs = [(screened[c.layout].screened, work.done[c.layout].outcome) for c in checked if c.layout in work.done]
     error = screen_error(pairs, objective=lambda outcome: outcome.objective(plan.objectives[0]))
-    content = {
+    return {
         "status": "done",
         "goal": goal.model_dump(mode="json") | {"deadline_days": goal.deadline_days},
         "objectives": list(plan.objectives),
@@ -122,8 +134,6 @@ def _written(
         "baseline": baseline(folder, ranking[0], progress=watching.screening),
         "warnings": [*plan.model.left_out, *(plan.baseline.model.left_out if plan.baseline else ())],
     }
-    folder.write(content)
-    return content | {"name": plan.name}
 
 
 def _failure(record: PointRecord) -> dict[str, Any]:

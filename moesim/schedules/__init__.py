@@ -1,10 +1,11 @@
 """In WHICH ORDER pipeline ranks work: schedules as data, one table of their facts, and a walk without a clock."""
 
 from moesim.schedules.record import Action, Handoff, Pass, Schedule, Work
-from moesim.schedules.table import INTERLEAVED, PLAIN, SCHEDULES, SPLIT, PassTimes, ScheduleFacts, build_schedule
+from moesim.schedules.table import GPIPE, INTERLEAVED, PLAIN, SCHEDULES, SPLIT, PassTimes, ScheduleFacts, build_schedule
 from moesim.schedules.walk import Timetable, equal_seconds, walk_schedule
 
 __all__ = [
+    "GPIPE",
     "INTERLEAVED",
     "PLAIN",
     "SCHEDULES",

@@ -94,3 +94,18 @@ def test_layouts_are_told_in_short_words():
 
 def test_every_stage_of_the_funnel_has_its_words():
     assert list(STAGE_WORDS) == list(STAGES)
+
+
+def test_every_layout_comes_as_flags_when_asked(file, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["plan", str(file), "--out", str(out), "--workers", "1", "--flags", "megatron"]) == 0
+    screen = capsys.readouterr().out
+    stored = json.loads((out / "plan.json").read_text())
+    commands = {key: outcome["flags"]["megatron"]["command"] for key, outcome in stored["outcomes"].items()}
+    assert commands[stored["ranking"][0]] in screen
+    assert main(["plot", str(out), "--out", str(tmp_path / "plot.html"), "--quiet"]) == 0
+    page = (tmp_path / "plot.html").read_text()
+    assert page.count("flags for Megatron-LM") == len(stored["ranking"])
+    capsys.readouterr()
+    assert main(["plan", str(file), "--out", str(out), "--workers", "1", "--csv", "--flags", "megatron"]) == 0
+    assert "pretrain_gpt" not in capsys.readouterr().out

@@ -24,6 +24,7 @@ def add_plan(page: Page, plan: Plan) -> None:
             _add_opponent(page, plan, title, found, name=key.replace("_", "-"))
     _add_sensitivity(page, plan)
     _add_discarded(page, plan)
+    _add_flags(page, plan)
 
 
 def _add_opponent(page: Page, plan: Plan, title: str, found: Mapping[str, Any], *, name: str) -> None:
@@ -72,6 +73,23 @@ def _add_sensitivity(page: Page, plan: Plan) -> None:
             f"{flip['gpu']} would win below ${flip['usd_per_gpu_hour']:.2f} per GPU-hour, {flip['price_ratio']:.2f} "
             f"times the price of the winner's GPUs; now it is {flip['price_ratio_now']:.2f} times.",
         )
+
+
+def _add_flags(page: Page, plan: Plan) -> None:
+    """The command lines of the ranked layouts, where the plan was asked for them."""
+    outcomes = [plan["outcomes"][identity] for identity in plan.get("ranking", ())]
+    told = [outcome for outcome in outcomes if outcome.get("flags")]
+    if not told:
+        return
+    page.text("h2", "The layouts as flags")
+    for outcome in told:
+        for command in outcome["flags"].values():
+            page.open("details")
+            page.text("summary", f"{named(outcome)}: flags for {command['software']}")
+            page.text("pre", command["command"])
+            rows = [(entry["key"], entry["instead"]) for entry in command["unsaid"]]
+            page.table(("what these flags cannot say", "instead"), rows, styles=("", "note"))
+            page.close("details")
 
 
 def _add_discarded(page: Page, plan: Plan) -> None:

@@ -1,0 +1,71 @@
+"""The flags of verbs that read a launch of Megatron-LM, or write a layout as the flags of training software."""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moesim.errors import UserError
+
+if TYPE_CHECKING:
+    from moesim.flags.from_megatron import Reading
+    from moesim.scenario import Scenario
+
+SOFTWARE = ("megatron", "torchtitan")  # the keys of `moesim.flags.software.WRITERS`, known without loading it
+
+
+def add_launch(parser: argparse.ArgumentParser) -> None:
+    """--gpu, --gpus and --var: what flags do not say."""
+    parser.add_argument("--gpu", metavar="NAME", help="kind of GPU, of `moesim gpus`; h100 by default")
+    text = "GPUs in all, where the launcher's flags, variables or #SBATCH lines do not say it"
+    parser.add_argument("--gpus", metavar="N", type=int, help=text)
+    text = "set a variable of the script, or an argument by number (--var 1=data); may be repeated"
+    parser.add_argument("--var", dest="variables", metavar="NAME=VALUE", action="append", default=[], help=text)
+
+
+def read_launch_of(args: argparse.Namespace, path: Path) -> "Reading":
+    """The launch in the file at `path`, as --gpu, --gpus, --var and --set say. Raises UserError."""
+    from moesim.flags.from_megatron import read_megatron
+
+    if args.gpus is not None and args.gpus < 1:
+        raise UserError(f"--gpus {args.gpus} is not a number of GPUs; use 1 or more")
+    return read_megatron(
+        path, gpu=args.gpu, gpus=args.gpus, variables=_variables(args.variables), overrides=args.overrides
+    )
+
+
+def _variables(given: list[str]) -> Mapping[str, str]:
+    for text in given:
+        name, equals, _ = text.partition("=")
+        if not equals or not (name.isidentifier() or name.isdecimal()):
+            raise UserError(f"--var {text}: write NAME=VALUE, e.g. --var TP=2, or --var 1=data for an argument")
+    return {text.partition("=")[0]: text.partition("=")[2] for text in given}
+
+
+def add_software(parser: argparse.ArgumentParser, *, of: str) -> None:
+    """--flags."""
+    text = f"also print the command line of {of} for this software, and what its flags cannot say"
+    parser.add_argument("--flags", choices=SOFTWARE, help=text)
+
+
+def print_reading_summary(reading: "Reading") -> None:
+    """One paragraph before the results: what was read, and what was assumed."""
+    from moesim.report.flags_screen import print_summary
+
+    print_summary(reading)
+
+
+def print_command(command: Mapping[str, Any]) -> None:
+    """A command line behind the results; it is as in their JSON."""
+    from moesim.report.flags_screen import print_flags
+
+    print_flags(command)
+
+
+def flags_json(scenario: "Scenario", software: str | None) -> dict[str, Any]:
+    """The command line of a scenario as a part of its result's JSON; nothing where none is asked for."""
+    if software is None:
+        return {}
+    from moesim.flags.software import WRITERS
+
+    return {"flags": {software: WRITERS[software](scenario).as_json()}}
