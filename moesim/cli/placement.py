@@ -17,9 +17,11 @@ SUMMARY = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """SCENARIO, --set, --out, --cache, --json, --quiet, --force."""
+    """SCENARIO, --set, --out, --over-training, --cache, --json, --quiet, --force."""
     add_scenario(parser)
     parser.add_argument("--out", metavar="FILE", type=Path, help="write the map there: .json for SGLang, else .yaml")
+    text = "also how placements age between the recorded training steps, and what placing anew moves"
+    parser.add_argument("--over-training", action="store_true", help=text)
     add_cache(parser)
     add_json(parser)
     add_quiet(parser)
@@ -30,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(args: argparse.Namespace) -> int:
     """Place, write, show. Raises UserError, InfeasibleError and Interrupted."""
     from moesim.files import write_atomically
+    from moesim.report.placement_drift import age_placements, drift_json, print_drift
     from moesim.report.placement_view import WRITERS, place, placement_json, placement_text, print_placement
 
     if args.out is not None:
@@ -47,13 +50,17 @@ def execute(args: argparse.Namespace) -> int:
         trace = obtain_trace(scenario, progress=progress, cache_dir=args.cache)
     assert trace is not None, "the model has experts"
     view = place(scenario, trace)
+    aged = age_placements(scenario, trace) if args.over_training else []
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(args.out, placement_text(view, args.out).encode(), replace=args.force)
     if args.json:
-        print(json_text(placement_json(view), indent=1))
+        found = placement_json(view) | ({"over_training": drift_json(aged)} if aged else {})
+        print(json_text(found, indent=1))
     elif not args.quiet:
         print_placement(view)
+        if aged:
+            print_drift(aged)
         if args.out is not None:
             print(f"\nwritten to {args.out} for {WRITERS[args.out.suffix]}")
     return 0

@@ -12,6 +12,7 @@ A rank's tokens are whole sequences; under context or tensor parallelism the ran
 them, each with its own pieces (`moesim.parallel.ownership`).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -85,12 +86,21 @@ class TrafficSampler:
     @cached_property
     def maps(self) -> LayerMaps | None:
         """Which slot holds which expert in every counted layer; None where each expert has its one place in all."""
+        return self._maps_by(self.placing_load_LE)
+
+    def maps_of(self, load_LE: Array) -> LayerMaps:
+        """The maps that a placement made from the trace would have with these rows of experts."""
+        maps = self._maps_by(lambda: load_LE)
+        assert maps is not None, "the placement is made from rows"
+        return maps
+
+    def _maps_by(self, load_LE: Callable[[], Array]) -> LayerMaps | None:
         return layer_maps(
             self.scenario,
             num_groups=self.trace.router.num_groups,
             num_layers=self.trace.num_layers,
             node_of_rank_D=self.layouts[0][0].node_of_rank_R,
-            load_LE=self.placing_load_LE,
+            load_LE=load_LE,
         )
 
     def placing_load_LE(self) -> Array:

@@ -63,3 +63,22 @@ def test_ranks_with_different_numbers_of_slots_have_no_file(scenario: Path, moes
     rows[0] = [*rows[0], 1]
     answer = moesim("placement", scenario, "--set", f"placement={{kind: explicit, slots: {rows}}}")
     assert answer.code == 1 and "ranks have different numbers of slots" in answer.err
+
+
+def test_placements_age_as_the_router_trains(scenario: Path, moesim) -> None:
+    library = ("routing={kind: trace, file: 'library:64x6/no-balance'}", "model.experts=64", "model.top_k=6")
+    sets = [word for text in (*library, COPIES, "workload.sequence_length=512") for word in ("--set", text)]
+    answer = moesim("placement", scenario, *sets, "--over-training", "--json")
+    aged = json.loads(answer.out)["over_training"]
+    assert len(aged) == 7
+    for each in aged:
+        assert each["anew"] < each["previous"] and each["anew"] < each["contiguous"]
+        assert each["moved_bytes"] > 0 and each["moving_s"] > 0
+    assert aged[-1]["previous"] < aged[-1]["first"]
+    assert "one record ago" in moesim("placement", scenario, *sets, "--over-training").out
+    for text, words in (
+        ("placement.kind=contiguous", "places by no rows"),
+        (COPIES, "the trace has one recorded step"),
+    ):
+        refused = moesim("placement", scenario, "--set", text, "--over-training")
+        assert refused.code == 1 and words in refused.err

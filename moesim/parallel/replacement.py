@@ -1,0 +1,44 @@
+"""Placing experts anew while a router trains: how long a placement stays good, and what has to move for the next one.
+
+Legend: I recorded steps, L layers, E experts, D ranks of an expert group.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.parallel.expert_map import ExpertMap
+from moesim.trace.metrics import expert_load_LE
+from moesim.trace.record import RoutingTrace
+
+FloatArray = NDArray[np.float64]
+
+
+def recorded_loads(trace: RoutingTrace) -> dict[int, FloatArray]:
+    """Rows of every expert in each layer of the trace [L, E], before dropping, by recorded training step."""
+    loads = {each.step: each.counts_LSE.sum(axis=1, dtype=np.float64) for each in trace.earlier}
+    experts = trace.router.num_experts
+    return loads | {step.step: expert_load_LE(step, num_experts=experts).astype(np.float64) for step in trace.steps}
+
+
+def rank_loads(held: ExpertMap, load_E: FloatArray) -> FloatArray:
+    """Rows of every rank where each expert's split evenly over its copies, [D]."""
+    each_X = (load_E / held.copies_E)[held.expert_X]
+    loads_D = np.bincount(held.placement.rank_of_expert_E, weights=each_X, minlength=held.placement.num_ranks)
+    return np.asarray(loads_D, dtype=np.float64)
+
+
+def moves_DD(before: ExpertMap, after: ExpertMap, node_of_rank_D: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Experts that each rank sends each other one so that all hold what `after` says, [source, target].
+
+    A rank that has an expert already keeps it. Others get it from a rank that had it: one of their own node where
+    there is one, and of these the one that has least to send so far.
+    """
+    num_ranks = len(before.slot_experts_DP)
+    moves = np.zeros((num_ranks, num_ranks), dtype=np.int64)
+    for rank, expert in np.argwhere(after.holds_DE & ~before.holds_DE).tolist():
+        had = np.flatnonzero(before.holds_DE[:, expert])
+        near = had[node_of_rank_D[had] == node_of_rank_D[rank]]
+        able = near if len(near) else had
+        source = able[moves[able].sum(axis=1).argmin()]
+        moves[source, rank] += 1
+    return moves

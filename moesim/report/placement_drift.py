@@ -1,0 +1,152 @@
+"""`moesim placement --over-training`: how placements age along a recorded training, and what placing anew costs.
+
+Legend: I recorded steps but the first, L layers of the trace, D ranks of an expert group.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.errors import UserError
+from moesim.kernels import kernel_model
+from moesim.network import Fabric, crowded, prepare_dispatch
+from moesim.parallel import TrafficSampler
+from moesim.parallel.copy_gradients import layers_of_stages
+from moesim.parallel.layer_maps import LayerMaps
+from moesim.parallel.memory_parameters import expert_slice_parameters
+from moesim.parallel.replacement import moves_DD, rank_loads, recorded_loads
+from moesim.program.scenario_fabric import scenario_fabric
+from moesim.report.facts import bytes_column, seconds
+from moesim.report.screen import number_table, section, show
+from moesim.scenario import Scenario
+from moesim.scenario.base import BYTES_PER_ELEMENT
+from moesim.schedules import build_schedule
+from moesim.trace import RoutingTrace
+from moesim.trace.metrics import imbalance
+
+
+@dataclass(frozen=True, kw_only=True)
+class Aged:
+    """One recorded step: max / mean rows of ranks, mean over the layers of the trace, under placements of several ages.
+
+    `first`: placed at the first recorded step, `previous`: at the one before, `anew`: at this one. `contiguous`:
+    neighbouring experts; None where they do not spread evenly. `moved_bytes`, `moving_s`: from the previous placement
+    to the new one, all ranks, and as long as the slowest takes with nothing beside it.
+    """
+
+    step: int
+    contiguous: float | None
+    first: float
+    previous: float
+    anew: float
+    moved_bytes: float
+    moving_s: float
+
+
+def age_placements(scenario: Scenario, trace: RoutingTrace) -> list[Aged]:
+    """Every recorded step but the first. Raises UserError where nothing is placed by rows, or one step was recorded."""
+    loads = recorded_loads(trace)
+    sampler = TrafficSampler(scenario, trace)
+    if not sampler.placing_sequences[1]:
+        what = f"placement.kind: {scenario.placement.kind} places by no rows"
+        raise UserError(f"{scenario.name}: {what}; --over-training needs eplb")
+    if len(loads) < 2:
+        raise UserError(f"{scenario.name}: the trace has one recorded step; --over-training compares several")
+    steps = sorted(loads)
+    maps = {step: sampler.maps_of(loads[step]) for step in steps}
+    fabric = scenario_fabric(scenario, kernel_model(scenario.cluster.pools[0].spec, scenario.compute.profile))
+    found = []
+    for before, step in pairwise(steps):
+        moved, moving_s = _move(scenario, fabric, sampler, maps[before], maps[step])
+        found.append(
+            Aged(
+                step=step,
+                contiguous=_contiguous(scenario, loads[step]),
+                first=_placed(maps[steps[0]], loads[step]),
+                previous=_placed(maps[before], loads[step]),
+                anew=_placed(maps[step], loads[step]),
+                moved_bytes=moved,
+                moving_s=moving_s,
+            )
+        )
+    return found
+
+
+def _placed(maps: LayerMaps, load_LE: NDArray[np.float64]) -> float:
+    loads = [rank_loads(held, load_E) for held, load_E in zip(maps.maps, load_LE, strict=True)]
+    return float(imbalance(np.stack(loads)).mean())
+
+
+def _contiguous(scenario: Scenario, load_LE: NDArray[np.float64]) -> float | None:
+    ranks = scenario.parallelism.expert
+    if load_LE.shape[1] % ranks:
+        return None
+    return float(imbalance(load_LE.reshape(len(load_LE), ranks, -1).sum(axis=2)).mean())
+
+
+def _move(
+    scenario: Scenario, fabric: Fabric, sampler: TrafficSampler, before: LayerMaps, after: LayerMaps
+) -> tuple[float, float]:
+    """Bytes that all ranks send, and the seconds of the pipeline rank that takes longest."""
+    mesh, parallelism, size = sampler.mesh, scenario.parallelism, expert_state_bytes(scenario, sampler)
+    schedule = build_schedule(
+        parallelism.schedule.kind,
+        num_ranks=parallelism.pipeline,
+        num_micro_batches=scenario.num_micro_batches,
+        virtual=parallelism.schedule.virtual,
+    )
+    node_of_rank_D = sampler.layouts[0][0].node_of_rank_R
+    moved, longest = 0.0, 0.0
+    for rank, stages in enumerate(schedule.stages_of_rank):
+        moves = np.zeros((parallelism.expert,) * 2, dtype=np.int64)
+        for layer in layers_of_stages(scenario, stages):
+            order = sampler.relabellings[layer].expert_from_E
+            thin = sampler.counted_layer(layer)
+            moves += moves_DD(before.maps[thin].reordered(order), after.maps[thin].reordered(order), node_of_rank_D)
+        members = mesh.expert_groups(rank)
+        moved += float(moves.sum()) * size * len(members)
+        if moves.any():
+            sent = prepare_dispatch(crowded(fabric, members), [moves], token_bytes=size, ranks=members[0])
+            longest = max(longest, float(sent.alone_R.max()))
+    return moved, longest
+
+
+def expert_state_bytes(scenario: Scenario, sampler: TrafficSampler) -> float:
+    """What moves with an expert on one rank: weights, master copy and both moments; between steps no gradient."""
+    precision, zero = scenario.workload.precision, scenario.parallelism.zero.expert
+    shards = len(sampler.mesh.expert_gradient_groups()[0]) * scenario.parallelism.schedule.facts.copies
+    weights = BYTES_PER_ELEMENT[precision.weights] / (shards if zero >= 3 else 1)
+    states = 2 * BYTES_PER_ELEMENT[precision.optimizer] + BYTES_PER_ELEMENT["fp32"] * (precision.master == "fp32")
+    return expert_slice_parameters(scenario) * (weights + states / (shards if zero else 1))
+
+
+def drift_json(aged: Sequence[Aged]) -> list[dict[str, Any]]:
+    """Plain values, one mapping per recorded step."""
+    return [vars(each) for each in aged]
+
+
+def print_drift(aged: Sequence[Aged]) -> None:
+    """A line per recorded step."""
+    in_bytes = bytes_column([each.moved_bytes for each in aged])
+    rows = [
+        (
+            str(each.step),
+            "" if each.contiguous is None else f"{each.contiguous:.3f}",
+            f"{each.first:.3f}",
+            f"{each.previous:.3f}",
+            f"{each.anew:.3f}",
+            in_bytes(each.moved_bytes),
+            seconds(each.moving_s),
+        )
+        for each in aged
+    ]
+    head = ("training step", "contiguous", "placed at first", "one record ago", "anew", "moved", "in")
+    show(
+        lambda options: [
+            section("busiest rank / mean as the router trains, by when experts were placed", number_table(head, rows))
+        ]
+    )

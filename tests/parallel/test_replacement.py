@@ -1,0 +1,58 @@
+"""Placing anew while a router trains: loads add up, every expert comes from a rank that had it, nothing else moves."""
+
+import numpy as np
+import pytest
+
+from moesim.parallel.expert_map import ExpertMap
+from moesim.parallel.replacement import moves_DD, rank_loads, recorded_loads
+from moesim.scenario import RouterShape
+from moesim.trace import uniform_trace
+
+NODES = np.array([0, 0, 1, 1])
+
+
+def shuffled(seed: int, *, experts: int = 12, slots: int = 5) -> ExpertMap:
+    rng = np.random.default_rng(seed)
+    held = np.concatenate([np.arange(experts), rng.integers(experts, size=4 * slots - experts)])
+    return ExpertMap(rng.permutation(held).reshape(4, slots), experts)
+
+
+def test_loads_of_ranks_add_up() -> None:
+    load_E = np.random.default_rng(0).random(12)
+    held = ExpertMap(np.array([[0, 1], [0, 2], [0, 0]]), 3)
+    assert rank_loads(held, np.array([8.0, 3.0, 1.0])).tolist() == [5.0, 3.0, 4.0]
+    for seed in range(5):
+        assert rank_loads(shuffled(seed), load_E).sum() == pytest.approx(load_E.sum())
+
+
+def test_nothing_moves_to_where_it_is() -> None:
+    held = shuffled(1)
+    assert not moves_DD(held, held, NODES).any()
+    turned = ExpertMap(held.slot_experts_DP[:, ::-1].copy(), 12)  # the same experts in other slots of their ranks
+    assert not moves_DD(held, turned, NODES).any()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_each_rank_gets_what_it_lacks_from_those_that_had_it(seed: int) -> None:
+    before, after = shuffled(seed), shuffled(seed + 100)
+    moves = moves_DD(before, after, NODES)
+    assert moves.sum(axis=0).tolist() == (after.holds_DE & ~before.holds_DE).sum(axis=1).tolist()
+    assert not np.diag(moves).any()
+    # What crosses nodes had no holder on the node that gets it.
+    for node in (0, 1):
+        inside = node == NODES
+        lacking = after.holds_DE[inside] & ~before.holds_DE[inside] & ~before.holds_DE[inside].any(axis=0)
+        assert moves[~inside][:, inside].sum() == lacking.sum()
+
+
+def test_of_holders_alike_the_one_with_least_to_send_sends() -> None:
+    before = ExpertMap(np.array([[0, 1], [0, 1], [2, 2], [3, 3]]), 4)
+    after = ExpertMap(np.array([[0, 1], [0, 1], [0, 2], [1, 3]]), 4)
+    assert moves_DD(before, after, np.zeros(4, dtype=np.int64)).sum(axis=1).tolist() == [1, 1, 0, 0]
+
+
+def test_loads_come_from_every_recorded_step() -> None:
+    shape = RouterShape(kind="uniform", num_experts=8, top_k=2)
+    trace = uniform_trace(shape, num_layers=2, num_sequences=4, sequence_length=16, seed=0)
+    (load_LE,) = recorded_loads(trace).values()
+    assert load_LE.shape == (2, 8) and load_LE.sum(axis=1).tolist() == [128, 128]
