@@ -304,6 +304,7 @@ def _record(
         "cost": cost(scenario, step_s),
         "effective": kept,
         "estimate_sources": outcome.source_shares,
+        "software": {fact: getattr(scenario.implementation.software, fact) for fact in ("name", "listed", "checked")},
         "router": {"kind": "none (dense model)", "train_loss": None, "validation_loss": None},
         "placement": {"kind": "none (dense model)"},
         "warnings": [

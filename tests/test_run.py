@@ -11,6 +11,7 @@ from moesim.results import CATEGORIES
 from moesim.results.store import check_free, write_run
 from moesim.run import simulate
 from moesim.scenario import load_scenario
+from moesim.scenario.software import SOFTWARE
 from moesim.trace import load_trace, save_trace
 
 HOT = [40, 40, 40, 40] + [1] * 12
@@ -22,6 +23,8 @@ def test_result_has_the_documented_keys_and_adds_up(small):
     assert sum(result["attribution_s"].values()) == pytest.approx(result["step_time_s"], rel=1e-9)
     assert result["attribution_s"]["other"] <= 0.05 * result["step_time_s"]
     assert sum(result["estimate_sources"].values()) == pytest.approx(1.0)
+    known = SOFTWARE[result["software"]["name"]]
+    assert result["software"] == {"name": known.name, "listed": known.listed, "checked": known.checked}
     low, high = result["step_time_range_s"]
     assert low <= result["step_time_s"] <= high
     json.dumps(result, allow_nan=False)

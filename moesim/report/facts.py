@@ -266,6 +266,17 @@ def sources(result: Result) -> list[Fact]:
     return found + [Fact(name, said) for name, key in rests.items() if (said := result["router"].get(key))]
 
 
+def software(result: Result) -> list[Fact]:
+    """Whose kernels were priced, how their list was obtained and what it was checked against."""
+    known = result.get("software")  # results of earlier versions do not say
+    if known is None:
+        return []
+    return [
+        Fact("software", str(known["name"]), str(known["listed"])),
+        Fact("checked", "", str(known["checked"])),
+    ]
+
+
 def attribution(result: Result) -> list[tuple[Category, float, float]]:
     """(category, seconds, share of the step), largest first."""
     parts = sorted(in_order(result["attribution_s"]), key=lambda part: -part[1])

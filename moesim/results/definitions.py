@@ -251,6 +251,14 @@ _COST = _section(
     },
 )
 
+_SOFTWARE = _section(
+    "software",
+    {
+        "name": (NO_UNIT, "The software whose kernels were priced."),
+        "listed": (NO_UNIT, "How the list of its kernels was obtained."),
+        "checked": (NO_UNIT, "Which of its steps were set beside measured ones."),
+    },
+)
 _ROUTER = _section(
     "router",
     {
@@ -331,8 +339,8 @@ SECTIONS: Sequence[tuple[str, str, Mapping[str, Definition]]] = (
     ("The router", "What the routing comes from.", _ROUTER),
     (
         "What the estimates rest on",
-        "Share of the seconds of all operations, from the firmest source to the weakest.",
-        _each("estimate_sources", "share", ESTIMATE_SOURCES),
+        "Share of the seconds of all operations, from the firmest source to the weakest; and whose kernels they are.",
+        _each("estimate_sources", "share", ESTIMATE_SOURCES) | _SOFTWARE,
     ),
     ("What if", "Answers of `moesim run --what-if`, a list.", _WHAT_IF),
 )

@@ -11,6 +11,8 @@ from typing import Literal
 class SoftwareFacts:
     """The facts of one software.
 
+    listed: how its list of kernels was obtained; checked: what steps of it were set beside measured ones. Both end up
+    in every result, beside the sources of its kernels.
     exchanges_counts: ranks exchange how many rows they will send and read that back, so that nobody sends before the
     last has come. bf16_optimizer: states in bf16 are updated by a kernel for them, else by that for fp32.
     Of the backward pass: keeps_fp8_inputs, whether inputs of FP8 GEMMs are kept in FP8; repeats_keys, whether keys and
@@ -27,6 +29,8 @@ class SoftwareFacts:
 
     name: str
     about: str
+    listed: str
+    checked: str
     kernels: Literal["fused", "torch_eager"]
     exchanges_counts: bool
     bf16_optimizer: bool
@@ -50,6 +54,8 @@ class SoftwareFacts:
 FUSED = SoftwareFacts(
     name="fused",
     about="kernels of a production trainer",
+    listed="drawn up as the kernels of a well-tuned stack whose host never limits: a bound, not any one program",
+    checked="no measured step of it; its kernels by themselves (moesim calibrate --report)",
     kernels="fused",
     exchanges_counts=False,
     bf16_optimizer=False,
@@ -72,6 +78,8 @@ FUSED = SoftwareFacts(
 TORCH_EAGER = SoftwareFacts(
     name="torch_eager",
     about="those of a plain torch trainer",
+    listed="kernel by kernel from the project's own torch trainer, which moesim validate runs",
+    checked="measured steps on one and two H200 and H100 (moesim validate --report); no other GPU, no more ranks",
     kernels="torch_eager",
     exchanges_counts=True,
     bf16_optimizer=True,
