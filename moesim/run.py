@@ -34,7 +34,7 @@ from moesim.results.metrics import (
     no_imbalance,
     window_tokens,
 )
-from moesim.results.placement import placement_arrays, placement_facts
+from moesim.results.placement import placement_arrays, placement_facts, placement_warnings
 from moesim.results.plausible import check_plausible
 from moesim.results.stages import action_seconds, stage_facts, stage_warnings
 from moesim.routing.cache import cached_trace
@@ -310,6 +310,7 @@ def _record(
         "warnings": [
             *_warnings(scenario, fabric, memory, plain),
             *_sharing_warnings(outcome.shared_links, cost_s),
+            *placement_warnings(scenario),
             *dropping_warnings(kept),
             *stage_warnings(stages, listed=scenario.parallelism.stages is not None),
             *(balance_warnings(scenario, trace) if trace else ()),

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moesim.parallel.by_speed import place_by_speed
 from moesim.parallel.eplb import balance_experts
 from moesim.parallel.expert_map import ExpertMap, SlotChoice, Split
 from moesim.parallel.placement import slot_table
 from moesim.scenario import Scenario
-from moesim.scenario.placement import Eplb, Explicit, keeps_groups
+from moesim.scenario.placement import BySpeed, Eplb, Explicit, MadeFromRows, keeps_groups
 
 Ints = NDArray[np.int64]
 
@@ -50,19 +51,16 @@ def layer_maps(
     """
     placement, model, num_ranks = scenario.placement, scenario.model, scenario.parallelism.expert
     experts = model.experts
-    if isinstance(placement, Eplb):
-        nodes = np.bincount(node_of_rank_D)
-        in_order = len(set(nodes.tolist())) == 1 and (np.diff(node_of_rank_D) >= 0).all()
-        hierarchical = placement.policy == "auto" and in_order
-        slot_LX = balance_experts(
-            load_LE(),
-            num_slots=experts + placement.redundant_experts,
-            num_groups=num_groups,
-            num_nodes=len(nodes) if hierarchical else 1,
-            num_ranks=num_ranks,
-        )
+    if isinstance(placement, MadeFromRows):
+        if isinstance(placement, BySpeed):
+            num_slots, speed_D = experts + placement.redundant_experts, np.array(placement.speeds)
+            slot_LX = place_by_speed(load_LE(), num_slots=num_slots, speed_D=speed_D)
+        else:
+            assert isinstance(placement, Eplb)
+            slot_LX = _balanced(placement, load_LE(), num_groups=num_groups, node_of_rank_D=node_of_rank_D)
         maps = tuple(ExpertMap(slot_X.reshape(num_ranks, -1), experts) for slot_X in slot_LX)
-        return LayerMaps(maps, per_model_layer=False, moved=True, split=placement.split)
+        # Experts of a slow rank stay on it.
+        return LayerMaps(maps, per_model_layer=False, moved=isinstance(placement, Eplb), split=placement.split)
     slots = placement.fixed_slots(num_experts=experts, num_ranks=num_ranks)
     if slots is None:
         assert isinstance(placement, Explicit)
@@ -74,6 +72,19 @@ def layer_maps(
     one = ExpertMap(slot_table(slots), experts)
     moved = not isinstance(placement, Explicit)
     return LayerMaps((one,) * num_layers, per_model_layer=False, moved=moved, split=placement.split)
+
+
+def _balanced(placement: Eplb, load_LE: NDArray[Any], *, num_groups: int, node_of_rank_D: Ints) -> Ints:
+    """By EPLB; hierarchical only where each node holds as many ranks, one node's behind the other's."""
+    nodes = np.bincount(node_of_rank_D)
+    in_order = len(set(nodes.tolist())) == 1 and (np.diff(node_of_rank_D) >= 0).all()
+    return balance_experts(
+        load_LE,
+        num_slots=load_LE.shape[1] + placement.redundant_experts,
+        num_groups=num_groups,
+        num_nodes=len(nodes) if placement.policy == "auto" and in_order else 1,
+        num_ranks=len(node_of_rank_D),
+    )
 
 
 def _from_file(placement: Explicit, scenario: Scenario) -> tuple[ExpertMap, ...]:

@@ -31,7 +31,7 @@ from moesim.parallel.placement import ExpertPlacement, place_experts
 from moesim.parallel.relabelling import Relabelling, draw_relabellings, identity_relabelling
 from moesim.parallel.traffic_sample import TrafficSample, num_rows
 from moesim.scenario import Scenario
-from moesim.scenario.placement import Eplb
+from moesim.scenario.placement import MadeFromRows
 from moesim.scenario.routing import DeviceCapacity, ExpertCapacity
 from moesim.seeding import stream
 from moesim.trace.record import RoutingTrace
@@ -113,7 +113,7 @@ class TrafficSampler:
     def placing_sequences(self) -> tuple[int, int]:
         """First and last sequence (not included) that experts are placed by; none where the trace places nothing."""
         placement, half, last = self.scenario.placement, self._half, self._all_sequences.num_sequences
-        if isinstance(placement, Eplb):
+        if isinstance(placement, MadeFromRows):
             return (0, half) if placement.made_on == "earlier" else (half if placement.held_back else 0, last)
         return (0, 0)
 

@@ -241,6 +241,8 @@ def placement(result: Result) -> list[Fact]:
         facts.append(Fact("their gradients", sent, "sent between copies in one step, all ranks"))
     if found["rank_rows_contiguous"] is not None:
         facts.append(Fact("ranks, contiguous", times(found["rank_rows_contiguous"]), "the same rows, experts in order"))
+    if found.get("rank_rows_by_speed") is not None:
+        facts.append(Fact("rows / speed", times(found["rank_rows_by_speed"]), "of the rank that has most, over mean"))
     return [*facts, Fact("ranks, as placed", times(result["imbalance"]["rank_rows"]), "busiest / mean")]
 
 

@@ -225,6 +225,10 @@ _PLACEMENT = _section(
             "What `imbalance.rank_rows` were of the same rows with neighbouring experts on ranks and no copies; "
             "null where these do not spread evenly.",
         ),
+        "rank_rows_by_speed": (
+            "ratio",
+            "Rows of the step / speed, of the rank where that is most, over all rows / all speeds; null without speeds.",
+        ),
         "copy_gradient_bytes": ("B", "Bytes that ranks send each other to sum gradients of copies, in one step."),
     },
 )

@@ -16,7 +16,7 @@ from moesim.parallel.placement import EMPTY_SLOT
 from moesim.results.metrics import TrafficFacts
 from moesim.scenario import Scenario
 from moesim.scenario.base import BYTES_PER_ELEMENT
-from moesim.scenario.placement import Contiguous
+from moesim.scenario.placement import BySpeed, Contiguous, Placement
 
 FloatArray = NDArray[np.float64]
 
@@ -24,8 +24,9 @@ FloatArray = NDArray[np.float64]
 def placement_facts(scenario: Scenario, samples: Sequence[TrafficSample], facts: TrafficFacts) -> dict[str, Any]:
     """Slots, copies, what the placement was made from, and max / mean rows of ranks beside contiguous experts.
 
-    `rank_rows_contiguous`: of the same kept rows if each rank had neighbouring experts without copies; None where they
-    do not spread evenly. `copy_gradient_bytes`: that ranks of all groups send each other for copies in one step.
+    `rank_rows_by_speed`: rows over speed likewise, where ranks have speeds. `rank_rows_contiguous`: of the same kept
+    rows if each rank had neighbouring experts without copies; None where they do not spread evenly.
+    `copy_gradient_bytes`: that ranks of all groups send each other for copies in one step.
     """
     placement, experts, sampler = scenario.placement, scenario.model.experts, samples[0].sampler
     slot_LDP = slots_of_layers(samples[0], facts.num_layers)
@@ -41,8 +42,25 @@ def placement_facts(scenario: Scenario, samples: Sequence[TrafficSample], facts:
         "placing_sequences": sampler.placing_sequences[1] - sampler.placing_sequences[0],
         "simulated_sequences": sampler.sequences.num_sequences,
         "rank_rows_contiguous": facts.contiguous_rank_rows,
+        "rank_rows_by_speed": _by_speed(placement, facts),
         "copy_gradient_bytes": _copy_gradient_bytes(scenario, samples[0]),
     }
+
+
+def _by_speed(placement: Placement, facts: TrafficFacts) -> float | None:
+    """max / mean of rows / speed, the mean weighted by speed: 1 where rows are in proportion to speed."""
+    if not isinstance(placement, BySpeed):
+        return None
+    speed_D = np.array(placement.speeds)
+    share_LD = facts.rank_load_LR / facts.rank_load_LR.sum(axis=1, keepdims=True)
+    return float((share_LD / (speed_D / speed_D.sum())).max(axis=1).mean())
+
+
+def placement_warnings(scenario: Scenario) -> list[str]:
+    """What a placement assumes that the step does not have."""
+    if not isinstance(scenario.placement, BySpeed):
+        return []
+    return ["placement.speeds decide which rank gets how many rows, but all ranks are simulated as equally fast"]
 
 
 def placement_arrays(

@@ -4,7 +4,7 @@ from moesim.errors import UserError
 from moesim.scenario.base import MOST_EXPERTS
 from moesim.scenario.check_numbers import either, nearest_divisors
 from moesim.scenario.check_pipeline import Report
-from moesim.scenario.placement import Explicit, keeps_groups
+from moesim.scenario.placement import BySpeed, Explicit, keeps_groups
 from moesim.scenario.routing import ExpertCapacity
 from moesim.scenario.schema import Scenario
 from moesim.scenario.software import FUSED
@@ -19,6 +19,9 @@ def check_placement(scenario: Scenario, report: Report) -> None:
         _check_explicit(scenario, placement, report)
     else:
         _check_number(experts, placement.redundant_experts, num_ranks, report)
+    if isinstance(placement, BySpeed) and len(placement.speeds) != num_ranks:
+        what = f"{len(placement.speeds)} speeds for parallelism.expert = {num_ranks} ranks"
+        raise report.user("placement.speeds", f"{what}; give one per rank")
     slots = sum(placement.slots_of_ranks(num_experts=experts, num_ranks=num_ranks))
     if slots > MOST_EXPERTS:
         raise report.user("placement", f"{slots:,} slots of {num_ranks} ranks; at most {MOST_EXPERTS:,} are simulated")

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from moesim.scenario.base import MOST_EXPERTS, Experts, Section, Text
+from moesim.scenario.base import MOST_EXPERTS, MOST_GPUS, Experts, PositiveFloat, Section, Text
 from moesim.scenario.placement_file import PlacementFile, read_placement
 
 Slots = list[list[int]]  # the experts of every rank
@@ -114,15 +114,9 @@ class Explicit(_Placement):
         return [len(experts) for experts in self.slots]
 
 
-class Eplb(_Redundant):
-    """DeepSeek's load balancer (`moesim.parallel.eplb`): the experts with most rows get copies, ranks equal loads."""
+class MadeFromRows(_Redundant):
+    """A placement that is made from the rows of a trace, layer by layer."""
 
-    kind: Literal["eplb"] = Field(description="Balanced by DeepSeek's EPLB from the rows of the trace.")
-    policy: Literal["auto", "global"] = Field(
-        default="auto",
-        description="auto: hierarchical where the router's groups divide among the group's nodes, which then keep "
-        "whole groups; global: copies and ranks are chosen over all nodes.",
-    )
     made_on: Literal["earlier", "same"] = Field(
         default="earlier",
         description="Rows that the placement is made from. earlier: the first half of the trace's sequences, while "
@@ -135,7 +129,27 @@ class Eplb(_Redundant):
         return self.made_on == "earlier" or self.judged_on == "later"
 
 
-Placement = Annotated[Contiguous | RoundRobin | Explicit | Eplb, Field(discriminator="kind")]
+class Eplb(MadeFromRows):
+    """DeepSeek's load balancer (`moesim.parallel.eplb`): the experts with most rows get copies, ranks equal loads."""
+
+    kind: Literal["eplb"] = Field(description="Balanced by DeepSeek's EPLB from the rows of the trace.")
+    policy: Literal["auto", "global"] = Field(
+        default="auto",
+        description="auto: hierarchical where the router's groups divide among the group's nodes, which then keep "
+        "whole groups; global: copies and ranks are chosen over all nodes.",
+    )
+
+
+class BySpeed(MadeFromRows):
+    """As EPLB's global policy, with rows in proportion to each rank's speed (`moesim.parallel.by_speed`)."""
+
+    kind: Literal["by_speed"] = Field(description="Rows of a rank in proportion to its speed.")
+    speeds: Annotated[tuple[PositiveFloat, ...], Field(min_length=1, max_length=MOST_GPUS)] = Field(
+        description="Speed of every rank of an expert group against the others', such as 1.0 and 0.7."
+    )
+
+
+Placement = Annotated[Contiguous | RoundRobin | Explicit | Eplb | BySpeed, Field(discriminator="kind")]
 
 
 def keeps_groups(slots: Sequence[Sequence[int]], *, num_groups: int) -> bool:

@@ -78,3 +78,14 @@ def test_the_step_of_a_hot_expert_is_faster_with_copies_of_it(small) -> None:
     )
     assert copied["attribution_s"]["data_parallel"] > alone["attribution_s"]["data_parallel"]
     assert copied["memory"]["peak_bytes"] != alone["memory"]["peak_bytes"]
+
+
+def test_slow_ranks_get_fewer_rows(small) -> None:
+    speeds = [1.0, 1.0, 0.5, 1.0]
+    placement = {"kind": "by_speed", "speeds": speeds, "made_on": "same"}
+    counts = [10.0 * 0.8**expert for expert in range(16)]
+    record = simulate(small({"placement": placement, "routing": {"kind": "popularity", "counts": counts}}))
+    share_R = record.arrays["rank_load_LR"].mean(axis=0) / 4
+    assert share_R[2] < 0.75 * share_R[[0, 1, 3]].min()
+    assert record.result["placement"]["rank_rows_by_speed"] < 1.15
+    assert any("equally fast" in text for text in record.result["warnings"])
