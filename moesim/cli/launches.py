@@ -1,6 +1,7 @@
 """The flags of verbs that read a launch of Megatron-LM, or write a layout as the flags of training software."""
 
 import argparse
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,11 +16,13 @@ SOFTWARE = ("megatron", "torchtitan")  # the keys of `moesim.flags.software.WRIT
 
 
 def add_launch(parser: argparse.ArgumentParser) -> None:
-    """--gpu, --gpus and --var: what flags do not say."""
+    """--gpu, --gpus, --var and --args: what flags do not say."""
     parser.add_argument("--gpu", metavar="NAME", help="kind of GPU, of `moesim gpus`; h100 by default")
     text = "GPUs in all, where the launcher's flags, variables or #SBATCH lines do not say it"
     parser.add_argument("--gpus", metavar="N", type=int, help=text)
-    text = "set a variable of the script, or an argument by number (--var 1=data); may be repeated"
+    text = "arguments of the script, as they would be written behind its name"
+    parser.add_argument("--args", dest="arguments", metavar='"WORDS"', help=text)
+    text = "set a variable that the script takes from outside; may be repeated"
     parser.add_argument("--var", dest="variables", metavar="NAME=VALUE", action="append", default=[], help=text)
 
 
@@ -29,16 +32,23 @@ def read_launch_of(args: argparse.Namespace, path: Path) -> "Reading":
 
     if args.gpus is not None and args.gpus < 1:
         raise UserError(f"--gpus {args.gpus} is not a number of GPUs; use 1 or more")
-    return read_megatron(
-        path, gpu=args.gpu, gpus=args.gpus, variables=_variables(args.variables), overrides=args.overrides
-    )
+    variables = _arguments(args.arguments or "") | _variables(args.variables)
+    return read_megatron(path, gpu=args.gpu, gpus=args.gpus, variables=variables, overrides=args.overrides)
 
 
-def _variables(given: list[str]) -> Mapping[str, str]:
+def _arguments(text: str) -> dict[str, str]:
+    """The words of --args by their numbers."""
+    try:
+        return {str(number): word for number, word in enumerate(shlex.split(text), start=1)}
+    except ValueError as error:
+        raise UserError(f"--args {text}: {error}") from None
+
+
+def _variables(given: list[str]) -> dict[str, str]:
     for text in given:
         name, equals, _ = text.partition("=")
-        if not equals or not (name.isidentifier() or name.isdecimal()):
-            raise UserError(f"--var {text}: write NAME=VALUE, e.g. --var TP=2, or --var 1=data for an argument")
+        if not equals or not name.isidentifier():
+            raise UserError(f"--var {text}: write NAME=VALUE, e.g. --var TP=2")
     return {text.partition("=")[0]: text.partition("=")[2] for text in given}
 
 

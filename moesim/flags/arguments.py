@@ -42,18 +42,25 @@ def known_names() -> list[str]:
 class Arguments:
     """The flags of one launch by name; the last of several counts, as in argparse.
 
+    `overridden` are keys of the scenario that the user sets beside them.
+
     Raises UserError for a flag whose name is that of another but for a slip, and for what is refused.
     """
 
-    def __init__(self, given: Iterable[Given], *, source: str) -> None:
-        self.source = source
+    def __init__(self, given: Iterable[Given], *, source: str, overridden: Iterable[str] = ()) -> None:
+        self.source, self.overridden = source, frozenset(overridden)
         self._given: dict[str, Given] = {}
         self.left_out: list[str] = []
         self.taken: list[str] = []  # what was assumed where nothing is said
         for flag in given:
-            name = flag.name if _is_known(flag.name) else flag.name.replace("_", "-")
-            self._given[name] = Given(name, flag.words, flag.where)
-        self.unknown = [flag for name, flag in self._given.items() if not _is_known(name)]
+            name = flag.name if is_known(flag.name) else flag.name.replace("_", "-")
+            words = flag.words
+            if name in READ and READ[name].kind == "bare" and words and words[0].lower() in ("true", "false"):
+                if words[0].lower() == "false":  # as forks write what is off
+                    continue
+                words = ()
+            self._given[name] = Given(name, words, flag.where)
+        self.unknown = [flag for name, flag in self._given.items() if not is_known(name)]
         for flag in self.unknown:
             if (meant := nearest(flag.name, known_names(), likeness=A_SLIP)) is not None:
                 raise UserError(f"{flag.where}: {flag.name} is no flag of Megatron-LM; did you mean {meant!r}?")
@@ -80,7 +87,7 @@ class Arguments:
                 found["read"].append(flag)
             elif name in LEFT_OUT and not _says_nothing(flag):
                 found["left_out"].append(flag)
-            elif _is_known(name):
+            elif is_known(name):
                 found["harmless"].append(flag)
         return {fate: tuple(flags) for fate, flags in found.items()}
 
@@ -185,7 +192,8 @@ class Arguments:
             for mark in marks(word):
                 if mark.startswith("$"):
                     name = mark[1:]
-                    what = f"takes ${name}, which the script does not set; add --var {name}=VALUE"
+                    remedy = "give the arguments with --args" if name.isdecimal() else f"add --var {name}=VALUE"
+                    what = f"takes ${name}, which the script does not set; {remedy}"
                     raise UserError(f"{flag.where}: {flag.name} {what}")
                 raise UserError(f"{flag.where}: {flag.name}: {mark} is not known without running the script")
 
@@ -204,5 +212,6 @@ def _with_nearest(name: str) -> str:
     return name if near is None else f"{name} ({near}?)"
 
 
-def _is_known(name: str) -> bool:
+def is_known(name: str) -> bool:
+    """Whether a flag is one of Megatron-LM's or of its launchers'."""
     return name in READ or name in LEFT_OUT or harmless(name) is not None

@@ -1,6 +1,9 @@
 """Numbers and lists written as expressions, worked out from their syntax alone: nothing is ever evaluated as code."""
 
 import ast
+import operator
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 from moesim.scenario.base import MOST_LAYERS
 
@@ -9,16 +12,33 @@ _LARGEST = 10**18
 
 Pattern = int | list[int]
 
+_COMPARED: Mapping[type[ast.cmpop], Callable[[int, int], bool]] = MappingProxyType(
+    {
+        ast.Eq: operator.eq,
+        ast.NotEq: operator.ne,
+        ast.Lt: operator.lt,
+        ast.LtE: operator.le,
+        ast.Gt: operator.gt,
+        ast.GtE: operator.ge,
+    }
+)
+
 
 def whole_number(text: str) -> int:
-    """What + - * / % and brackets of whole numbers come to; / rounds towards zero, as in a shell.
+    """What a shell's arithmetic comes to: + - * / % and brackets, comparisons, && and ||, and one a ? b : c.
 
-    Raises ValueError for anything else.
+    / rounds towards zero; what holds is 1. Raises ValueError for anything else.
 
-    >>> whole_number("(8 + 1) * 4 / 5")
-    7
+    >>> whole_number("(8 + 1) * 4 / 5"), whole_number("(3 > 1) ? 7 : 0")
+    (7, 7)
     """
-    return _number(_parsed(text.strip()))
+    condition, asks, rest = text.partition("?")
+    if asks:
+        first, colon, second = rest.rpartition(":")
+        if not colon:
+            raise ValueError(f"{text!r} has a ? without a :")
+        return whole_number(first if whole_number(condition) else second)
+    return _number(_parsed(text.replace("&&", " and ").replace("||", " or ").strip()))
 
 
 def pattern(text: str) -> Pattern:
@@ -46,6 +66,11 @@ def _number(node: ast.expr) -> int:
         return _bounded(node.value)
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         return -_number(node.operand)
+    if isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in _COMPARED:
+        return int(_COMPARED[type(node.ops[0])](_number(node.left), _number(node.comparators[0])))
+    if isinstance(node, ast.BoolOp):
+        values = [bool(_number(value)) for value in node.values]
+        return int(all(values) if isinstance(node.op, ast.And) else any(values))
     if isinstance(node, ast.BinOp):
         left, right = _number(node.left), _number(node.right)
         match node.op:

@@ -58,7 +58,8 @@ def read_megatron(
     is read, `overrides` are `a.b=c` of the scenario. Raises UserError, one line that names the flag and its place.
     """
     launched = read_file(path, variables=variables or {})
-    args = Arguments(launched.flags, source=path.name)
+    keys = (override.partition("=")[0].strip() for override in overrides)
+    args = Arguments(launched.flags, source=path.name, overridden=keys)
     for remark in launched.remarks:
         args.take(remark)
     data = _scenario(args, launched, name=_name(path), gpu=gpu, gpus=gpus)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moesim.errors import UserError
-from moesim.flags.arguments import Given
+from moesim.flags.arguments import Given, is_known
 from moesim.flags.flag_table import READ
 from moesim.flags.launch_script import SpokenWord, read_launch
 from moesim.flags.shell_values import Variables, is_unset, marks
@@ -15,7 +15,7 @@ from moesim.flags.yaml_keys import NO_FLAGS, OTHER_NAMES, Meaning
 from moesim.scenario.document import Node, parse_yaml
 
 MOST_BYTES = 2_000_000
-_PER_NODE = ("--nproc-per-node", "--gpus-per-node", "--ntasks-per-node")  # torchrun's, and Slurm's
+_PER_NODE = ("--nproc-per-node", "--gpus-per-node", "--gres", "--ntasks-per-node")  # torchrun's, then Slurm's
 _NODES = ("--nnodes", "--nodes")
 _VARIABLES = (("GPUS_PER_NODE", "NPROC_PER_NODE", "NGPUS_PER_NODE"), ("NNODES", "NUM_NODES", "SLURM_NNODES"))
 _GROUPS, _GROUPED = "--num-query-groups", "--group-query-attention"
@@ -74,7 +74,7 @@ def _first(names: Sequence[str], *places: Mapping[str, tuple[str, ...]]) -> str 
         for name in names:
             words = place.get(name)
             if words and not marks(words[0]):
-                return words[0]
+                return words[0].rpartition(":")[2]  # Slurm's gpu:8, h100:8
     return None
 
 
@@ -156,9 +156,10 @@ class _YamlReader:
         flag = f"--{name.replace('_', '-')}"
         if isinstance(value, bool):
             off = [f"--no-{flag[2:]}", f"--disable-{flag[2:]}"]
-            if value:
+            negated = next((other for other in off if is_known(other)), None)
+            if value and (negated is None or is_known(flag)):
                 yield Given(flag, (), child.key_where)
-            elif (negated := next((other for other in off if other in READ), None)) is not None:
+            elif not value and negated is not None:
                 yield Given(negated, (), child.key_where)
             return
         yield Given(flag, self._texts(value), child.key_where)

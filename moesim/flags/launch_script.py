@@ -9,8 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from moesim.errors import UserError
+from moesim.flags.flag_table import READ
 from moesim.flags.shell_tests import verdict
-from moesim.flags.shell_values import Variables, unknown
+from moesim.flags.shell_values import Variables, is_unset, unknown
 from moesim.flags.shell_words import Array, Operator, Piece, Token, Word, tokens
 
 Command = list[Word | Array]
@@ -115,7 +116,7 @@ class _Reading:
                 self._command(command[1:], ending, "")
             return
         if head in _BLOCKS:
-            self.frames.append(_Frame(_BLOCKS[str(head)], None))
+            self.frames.append(_Frame(_BLOCKS[str(head)], self._runs(str(head), command[1:])))
             return
         if head == "function" or before == "function":
             in_command = isinstance(last := command[-1] if command else None, Word) and last.plain == "{"
@@ -127,6 +128,15 @@ class _Reading:
             return
         self._simple(command)
         self.guard = True
+
+    def _runs(self, head: str, rest: Command) -> bool | None:
+        """Whether a block runs at all: False of a loop over nothing or whose test fails, else None."""
+        words = [word for word in rest if isinstance(word, Word)]
+        if head == "while":
+            return False if verdict(words, self.variables) is False else None
+        listed = words[2:] if head == "for" and len(words) > 2 and words[1].plain == "in" else []
+        entries = [text for word in listed for text in self.variables.fields(word)]
+        return False if listed and all(is_unset(text) for text in entries) else None
 
     def _keyword(self, head: str) -> None:
         self.guard = True
@@ -257,7 +267,7 @@ def _inner(words: list[SpokenWord]) -> list[SpokenWord]:
     """The command that `eval` or `bash -c` is given as text, in place of the last word."""
     texts = [word.text for word in words]
     if texts[:1] == ["eval"]:
-        return _resplit(words[1:])
+        return _resplit([SpokenWord(" ".join(texts[1:]), words[0].line)])
     for shell in ("bash", "sh"):
         for index in range(len(texts) - 2):
             if texts[index].rpartition("/")[2] == shell and texts[index + 1] in ("-c", "-lc"):
@@ -279,7 +289,9 @@ def _launches(words: Sequence[SpokenWord]) -> bool:
     """Whether the words start a program in Python with flags, or are such a program's flags in a variable."""
     texts = [word.text for word in words]
     programs = [index for index, text in enumerate(texts) if text.endswith(".py")]
-    return bool(programs) and sum(text.startswith("--") for text in texts[programs[0] :]) >= 2
+    if programs:
+        return sum(text.startswith("--") for text in texts[programs[0] :]) >= 2
+    return sum(text.partition("=")[0].replace("_", "-") in READ for text in texts) >= 3
 
 
 def _opposite(value: bool | None) -> bool | None:

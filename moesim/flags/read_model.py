@@ -29,7 +29,9 @@ def _vocab(args: Arguments) -> int:
     if args.has("--padded-vocab-size"):
         return args.positive("--padded-vocab-size")
     if not args.has("--vocab-size"):
-        raise args.missing("--vocab-size", ": the tokenizer is not read")
+        if "model.vocab" in args.overridden:
+            return VOCAB_UNIT  # replaced
+        raise args.missing("--vocab-size", " (the tokenizer is not read), or pass --set model.vocab=N")
     size = args.positive("--vocab-size")
     if args.has("--no-pad-vocab-size"):
         return size

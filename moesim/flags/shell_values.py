@@ -14,7 +14,7 @@ from moesim.flags.shell_words import Piece, Word
 _MARK = re.compile("\x00([^\x00]*)\x00")
 _UNSET = "$"  # how the mark of a variable begins that the script does not set
 _NAME = re.compile(r"[A-Za-z_]\w*|[0-9@*#?$!-]")
-_BRACED = re.compile(r"([A-Za-z_]\w*|[0-9@*#])(?:\[([@*]|[0-9]{1,6})\])?(?:(:?[-=+])(.*))?", re.DOTALL)
+_BRACED = re.compile(r"([A-Za-z_]\w*|[0-9]{1,4}|[@*#])(?:\[([@*]|[0-9]{1,6})\])?(?:(:?[-=+])(.*))?", re.DOTALL)
 _BARE_NAME = re.compile(r"[A-Za-z_]\w*")
 _DEEPEST = 20  # defaults inside of defaults
 
@@ -47,11 +47,15 @@ class Variables:
 
     @classmethod
     def given(cls, values: Mapping[str, str]) -> "Variables":
-        """Variables that the user sets from outside; numbers are arguments of the script."""
-        return cls(dict(values))
+        """Variables that the user sets from outside; numbers are arguments of the script, all of them."""
+        numbers = sorted((name for name in values if name.isdecimal()), key=int)
+        positions: list[str] = [values[name] for name in numbers]
+        return cls({**values, "#": str(len(numbers)), "@": positions, "*": list(positions)})
 
     def fields(self, word: Word) -> list[str]:
         """The words that `word` becomes: none, one, or several where an unquoted value has blanks."""
+        if len(word.pieces) == 1 and self._is_empty_array(word.pieces[0]):
+            return []
         done = [""]
         any_quotes = False
         for piece in word.pieces:
@@ -60,6 +64,10 @@ class Variables:
             done[-1] += first
             done += rest
         return done if any_quotes else [text for text in done if text]
+
+    def _is_empty_array(self, piece: Piece) -> bool:
+        parts = list(self._parts(piece.text, 0)) if piece.quote == '"' else []
+        return len(parts) == 1 and parts[0] == (True, [])
 
     def text(self, word: Word) -> str:
         """What is assigned by `word`: one text, blanks and all."""
@@ -130,6 +138,8 @@ class Variables:
         if name is None:
             return at + 1, False, ["$"]
         values = self.values.get(name[0])
+        if name[0] in "@*" and isinstance(values, list):
+            return name.end(), True, values
         if isinstance(values, list):  # the first entry of an array alone, as in a shell
             return name.end(), False, [values[0] if values else ""]
         return name.end(), False, [f"\x00{_UNSET}{name[0]}\x00" if values is None else values]
@@ -137,7 +147,7 @@ class Variables:
     def _braced(self, inside: str, depth: int) -> tuple[bool, list[str]]:
         found = _BRACED.fullmatch(inside)
         if found is None or depth > _DEEPEST:
-            return False, [unknown(f"${{{inside}}}")]
+            return False, [unknown(f"the expansion ${{{inside}}}")]
         name, index, operator, word = found.groups()
         values = self.values.get(name)
         if index is not None and index.isdecimal() and isinstance(values, list):
@@ -169,7 +179,7 @@ class Variables:
         try:
             return str(whole_number(text))
         except ValueError:
-            return unknown(f"$(({text}))")
+            return unknown(f"the sum $(({text}))")
 
     def _number(self, name: str) -> str:
         value = self.values.get(name)

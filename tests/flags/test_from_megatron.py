@@ -210,6 +210,7 @@ def test_a_flag_and_its_absence(write: Write, more: str, key: str, value: object
         ("--hidden-size ten", "must be a whole number"),
         ("--hidden-size", "has no value behind it"),
         ("--hidden-size $WIDTH", "takes $WIDTH, which the script does not set; add --var WIDTH=VALUE"),
+        ("--hidden-size ${11}", "takes $11, which the script does not set; give the arguments with --args"),
         ("--hidden-size $(cat width)", "the output of a command is not known without running the script"),
         ("$(cat more_flags)", "it may hold flags"),
         (
@@ -263,6 +264,10 @@ WAYS = {
     "torchrun": ("", "torchrun --nproc-per-node=8 --nnodes=2"),
     "variables": ("GPUS_PER_NODE=8\nNNODES=2\n", "python"),
     "slurm": ("#SBATCH --nodes=2 --ntasks-per-node=8\n", "srun python"),
+    "slurm with one task": (
+        "#SBATCH --nodes=2\n#SBATCH --ntasks-per-node=1\n#SBATCH --gres=gpu:h100:8 # all\n",
+        "srun python",
+    ),
     "world size": ("WORLD_SIZE=16\n", "python"),
     "srun": ("", "srun -N 2 --ntasks-per-node 8 python"),
 }
@@ -272,6 +277,16 @@ WAYS = {
 def test_gpus_come_from_the_launcher_variables_or_slurm(write: Write, head: str, launcher: str) -> None:
     body = SMALL.format(per_node=8, nodes=1, more="").replace("torchrun --nproc_per_node 8 --nnodes 1", launcher)
     assert scenario(write(text=head + body)).cluster.num_gpus == 16
+
+
+def test_forks_write_what_is_on_and_off_and_need_no_python_file(write: Write) -> None:
+    text = SMALL.format(per_node=8, nodes=1, more="--sequence_parallel false --tensor_model_parallel_size 2")
+    text = text.replace(
+        "torchrun --nproc_per_node 8 --nnodes 1 pretrain_gpt.py", "NPROC_PER_NODE=8 NNODES=1 megatron pt"
+    )
+    reading = of(write(text=text.replace("--swiglu", "--swiglu true").replace("--num-layers", "--num_layers")))
+    assert reading.scenario.model.gated and reading.scenario.model.layers == 24
+    assert any("without --sequence-parallel" in line for line in reading.left_out)
 
 
 def test_gpus_come_from_the_user_or_are_asked_for(write: Write) -> None:
@@ -313,7 +328,18 @@ train: {micro_batch_size: 1, global_batch_size: 64, train_iters: 100}
 ddp: {use_distributed_optimizer: true, overlap_grad_reduce: true, grad_reduce_in_fp32: false}
 dataset: {sequence_length: 1024, num_workers: 8}
 mixed_precision: bf16_mixed
+optimizer: {optimizer: adam, lr: 1.0e-4, use_distributed_optimizer: true, store_param_remainders: true}
+scheduler: {lr_decay_style: cosine}
+comm_overlap: {tp_comm_overlap: false, tp_comm_overlap_cfg: {qkv_dgrad: {method: bulk}}}
 model:
+  _target_: megatron.bridge.models.gpt_provider.GPTModelProvider
+  activation_func: {_target_: torch.nn.functional.silu, _call_: false}
+  attention_backend: {_target_: megatron.core.transformer.enums.AttnBackend, _args_: [5]}
+  masked_softmax_fusion: true
+  batch_p2p_comm: true
+  params_dtype: {_target_: torch.bfloat16}
+  recompute_modules: [core_attn]
+  recompute_granularity: null
   num_layers: 24
   hidden_size: 1024
   ffn_hidden_size: 2688

@@ -55,6 +55,8 @@ def value(script: str, word: str, **given: str) -> str:
         ('B=1\n[ -z "$Z" ] && B=2', "$B", "2"),
         ("B=1\nfalse || B=3", "$B", "3"),
         ("f() {\n B=2\n}\nB=1", "$B", "1"),
+        ('B=1\nfor arg in "$@"; do\n case $arg in\n  x) B=2 ;;\n esac\ndone', "$B", "1"),
+        ("B=1\nwhile [[ $# -gt 0 ]]; do\n B=$1\n shift\ndone", "$B", "1"),
         ("cat <<EOF > x\nB=2 'unclosed\nEOF\nB=1", "$B", "1"),
     ],
 )
@@ -76,6 +78,7 @@ def test_arrays_join_and_grow() -> None:
         'CMD="python run.py $A"\neval $CMD',
         'CMD="python run.py ${A}"\nsrun -l bash -c "$CMD"',
         "python run.py $A 2>&1 | tee log.txt",
+        'python run.py $A "$@"',
         "echo python run.py --other 1 --b 2\nCUDA_DEVICE_MAX_CONNECTIONS=1 python run.py $A > log.txt &",
         "if [ ! -d out ]; then mkdir out; fi\npython run.py $A",
     ],
@@ -95,13 +98,14 @@ def test_arguments_and_variables_come_from_outside_alone(monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("script", "why"),
     [
+        ("while [ -f x ]; do B=1; done", "B is set at line 1 under a condition"),
         ("for i in 1 2; do B=$i; done", "B is set at line 1 under a condition"),
         ("if grep -q x y; then B=1; else B=2; fi", "B is set at line 1 under a condition"),
         ("if [ -d /data ]; then\n B=1\nfi", "B is set at line 2 under a condition"),
         ("case $X in\n a) B=1 ;;\nesac", "B is set at line 2 under a condition"),
         ("B=$(nvidia-smi | wc -l)", "the output of a command"),
         ("B=`hostname`", "the output of a command"),
-        ("B=${A%%.*}", "${A%%.*}"),
+        ("B=${A%%.*}", "the expansion ${A%%.*}"),
     ],
 )
 def test_what_only_a_run_would_know_is_marked_with_the_reason(script: str, why: str) -> None:
@@ -156,6 +160,76 @@ def test_anything_else_is_no_pattern(text: str) -> None:
         pattern(text)
 
 
-@pytest.mark.parametrize(("text", "number"), [("2+3*4", 14), ("(2+3)*4", 20), ("7/2", 3), ("7%4", 3), ("-7/2", -3)])
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("2+3*4", 14),
+        ("(4 > 1) ? 8 / 2 : 0", 4),
+        ("1 > 2 ? 1 : 3", 3),
+        ("1 && 0 || 2 > 1", 1),
+        ("(2+3)*4", 20),
+        ("7/2", 3),
+        ("7%4", 3),
+        ("-7/2", -3),
+    ],
+)
 def test_arithmetic(text: str, number: int) -> None:
     assert whole_number(text) == number
+
+
+STAGED = """
+set -e
+ENV=$1
+MODEL=$2
+TP=${10}
+if [ $ENV = one ]; then
+    NNODES=1
+    PORT=$(shuf -n 1 -i 10000-65535)
+elif [ $ENV = cluster ]; then
+    NNODES=${WORLD_SIZE}
+fi
+if [ $MODEL = A3B ]; then
+    LAYERS=48
+    moe_options=" \\
+        --num-experts 128 \\
+        --moe-layer-freq '([1]*48)' \\
+        "
+elif [ $MODEL = A22B ]; then
+    LAYERS=94
+    moe_options="--num-experts 128 --moe-layer-freq '([1]*94)'"
+fi
+if [ -z ${VP} ]; then
+    vp_option=""
+else
+    vp_option="--num-layers-per-virtual-pipeline-stage ${VP}"
+fi
+comm=""
+OVERLAP=$(( ($TP > 1) ? 1 : 0 ))
+if [ $OVERLAP -eq 1 ]; then
+    comm=" --tp-comm-overlap"
+fi
+NAME="x-$(date)-${TP}"
+mkdir -p "out/${NAME}"
+find . -name "*.json" -print0 | xargs -0 cp -t out
+run_cmd="torchrun --nproc_per_node 8 --nnodes $NNODES pretrain_qwen.py
+ --num-layers ${LAYERS} --save out/${NAME} ${moe_options} ${vp_option} ${comm}"
+echo ${run_cmd}
+eval ${run_cmd}
+set +x
+"""
+
+
+def test_a_script_with_stages_of_options_and_arguments() -> None:
+    given = {str(number): "x" for number in range(3, 10)} | {"1": "one", "2": "A22B", "10": "2", "VP": "4"}
+    found = words(STAGED, **given)
+    assert found[:8] == ["torchrun", "--nproc_per_node", "8", "--nnodes", "1", "pretrain_qwen.py", "--num-layers", "94"]
+    assert found[-6:] == [
+        "128",
+        "--moe-layer-freq",
+        "([1]*94)",
+        "--num-layers-per-virtual-pipeline-stage",
+        "4",
+        "--tp-comm-overlap",
+    ]
+    other = words(STAGED, **{**given, "2": "A3B", "10": "1", "VP": ""})
+    assert other[7] == "48" and other[-2:] == ["--moe-layer-freq", "([1]*48)"]
