@@ -4,7 +4,9 @@ direct        one all-to-all(v) of library calls, two-sided
 hierarchical  DeepEP's normal kernels: over the network to the GPU of the same rail on each target node, one copy per
               node, and on from there over NVLink, in a pipeline. Inside one node: NVLink only, own rows pass through
               the same channel buffers and so through the rank's queue
-low_latency   DeepEP's low-latency kernels: one one-sided message per row over the NICs, inside a node too
+low_latency   DeepEP's first low-latency kernels: one one-sided message per row over the NICs, inside a node too;
+              low_latency_nvlink, the later ones, take NVLink to peers of the node
+one_sided     stores into the peers' memory over NVLink
 
 Legend: S routing samples in lockstep, R ranks of the group (copies_RR: source, target), V ranks that feed a rank.
 """
@@ -141,7 +143,10 @@ def _prepare(
     facts = DISPATCH[algorithm]
     protocol, reached = fabric.parameters.of_dispatch(facts), fabric.reached_by(facts)
     domain_R = fabric.domain_of_rank_R[chosen]
-    _check(facts, len(copies_stages), one_node=bool((domain_R == domain_R[0]).all()))
+    one_domain = bool((domain_R == domain_R[0]).all())
+    if facts.needs_one_domain and not one_domain:
+        raise UserError(f"dispatch: algorithm {facts.name} needs all ranks in one NVLink domain; use direct")
+    _check(facts, len(copies_stages), one_node=one_domain)
     stages = [np.asarray(c, dtype=np.float64).reshape(-1, len(chosen), len(chosen)) for c in copies_stages]
     message_bytes = token_bytes if combine else token_bytes + facts.header_bytes
     loopback = facts.passes_own_rows and len(stages) == 1 and own_copies_R is not None

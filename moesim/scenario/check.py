@@ -3,6 +3,7 @@
 Every check raises through `_Report.user` (exit code 1) or `_Report.infeasible` (exit code 2), naming the key to change.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -280,9 +281,23 @@ def _check_groups(scenario: Scenario, report: _Report) -> None:
         raise report.user(key, what)
 
 
+def _check_one_domain(scenario: Scenario, report: _Report) -> None:
+    """Groups are blocks of consecutive ranks, so that each lies in one domain where none ends inside a block."""
+    mesh, sizes = scenario.parallelism, scenario.cluster.domain_sizes
+    block = mesh.expert * mesh.expert_tensor
+    ends = [end for end in itertools.accumulate(sizes) if end < mesh.world_size]
+    if any(end % block for end in ends):
+        name = scenario.dispatch.algorithm
+        what = f"{name} needs the {block} ranks of an expert group in one NVLink domain, which here has {max(sizes)}"
+        other = " or ".join(facts.name for facts in DISPATCH.values() if not facts.needs_one_domain)
+        raise report.user("dispatch.algorithm", f"{what}; use a parallelism.expert that divides it, or {other}")
+
+
 def _check_dispatch(scenario: Scenario, report: _Report) -> None:
     dispatch = scenario.dispatch
     facts = DISPATCH[dispatch.algorithm]
+    if facts.needs_one_domain and scenario.parallelism.expert > 1:
+        _check_one_domain(scenario, report)
     if dispatch.deduplicate in facts.deduplicate:
         return
     if dispatch.deduplicate == "per_node":

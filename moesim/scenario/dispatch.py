@@ -3,7 +3,7 @@
 A scenario names one in `dispatch.algorithm`; its checks, transfers and costs read the entry and no name.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Deduplicate = Literal["per_expert", "per_rank", "per_node"]
@@ -18,10 +18,11 @@ class DispatchAlgorithm:
     sends: what each message is for. deduplicate: how often it can send a token, as in a scenario; per_node makes it two
     stages, over the network to one GPU of each node and on from there over NVLink. two_sided: a message waits until its
     receiver has come, too. owns_sms: its kernels hold SMs of their own, so that compute beside them does not make it
-    longer. avoids_nvlink: NICs carry the messages inside a node. passes_own_rows: inside one node, rows that stay on
-    their rank pass through its ports like others. header_bytes: of every dispatched message. nvlink_share, nic_share:
-    of the nominal bandwidth in long transfers; None: what NCCL reaches (`NetworkParameters`). call_seconds,
-    message_seconds: of the software, per transfer and per message, the least that a transfer takes.
+    longer. avoids_nvlink: NICs carry the messages inside a node. needs_one_domain: a group's ranks must share an NVLink
+    domain. passes_own_rows: inside one node, rows that stay on their rank pass through its ports like others.
+    header_bytes: of every dispatched message. nvlink_share, nic_share: of the nominal bandwidth in long transfers;
+    None: what NCCL reaches (`NetworkParameters`). call_seconds, message_seconds: of the software, per transfer and per
+    message, the least that a transfer takes.
     """
 
     name: str
@@ -31,6 +32,7 @@ class DispatchAlgorithm:
     two_sided: bool = True
     owns_sms: bool = False
     avoids_nvlink: bool = False
+    needs_one_domain: bool = False
     passes_own_rows: bool = False
     header_bytes: float = 0.0
     nvlink_share: float | None = None
@@ -67,7 +69,7 @@ HIERARCHICAL = DispatchAlgorithm(
 )
 LOW_LATENCY = DispatchAlgorithm(
     name="low_latency",
-    about="one message per selected expert",
+    about="one message per selected expert, over the NICs inside a node, too (DeepEP's first low-latency kernels)",
     sends="per selected expert",
     deduplicate=("per_expert",),
     two_sided=False,
@@ -80,4 +82,23 @@ LOW_LATENCY = DispatchAlgorithm(
     message_seconds=13e-9,
     source=f"{_DEEPEP}; low-latency kernels EP8 to EP256",
 )
-DISPATCH = {facts.name: facts for facts in (DIRECT, HIERARCHICAL, LOW_LATENCY)}
+LOW_LATENCY_NVLINK = replace(
+    LOW_LATENCY,
+    name="low_latency_nvlink",
+    about="the same, but over NVLink to peers of the node (DeepEP's low-latency kernels since June 2025)",
+    avoids_nvlink=False,
+)
+ONE_SIDED = DispatchAlgorithm(
+    name="one_sided",
+    about="stores into the peers' memory, all within one NVLink domain (as TensorRT-LLM does on NVL72)",
+    sends="one copy per rank or selected expert",
+    deduplicate=("per_rank", "per_expert"),
+    two_sided=False,
+    owns_sms=True,
+    needs_one_domain=True,
+    nvlink_share=0.816,
+    call_seconds=6.7e-6,
+    source="stores of own kernels between two H100s (tools/measure_overlap.py): 367 of 450 GB/s; a call is two flags, "
+    "3.33 us each (ISCA 2025 DeepSeek-V3 paper)",
+)
+DISPATCH = {facts.name: facts for facts in (DIRECT, HIERARCHICAL, LOW_LATENCY, LOW_LATENCY_NVLINK, ONE_SIDED)}

@@ -1,6 +1,7 @@
 """The table of dispatch algorithms: one entry is enough, and what each reaches on the wires is its own."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from moesim.network import all_gather_seconds, prepare_dispatch
 from moesim.network.parameters import NetworkParameters
 from moesim.scenario import load_scenario_text
 from moesim.scenario.dispatch import DIRECT, DISPATCH, HIERARCHICAL
+from moesim.strict_json import parse_json, unpacked
 
 SMALL = """schema_version: 1
 name: small
@@ -21,6 +23,7 @@ cluster: {gpu: h200, nodes: 2, gpus_per_node: 8}
 parallelism: {data: 16, expert: 16}
 workload: {sequence_length: 1024, micro_batch: 1, global_batch: 16}
 """
+BETWEEN_NODES = sorted(name for name, facts in DISPATCH.items() if not facts.needs_one_domain)
 
 
 def test_an_algorithm_is_added_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,14 +58,14 @@ def seconds(algorithm: str, **keys: object) -> float:
     return float(prepared.alone_R.max())
 
 
-@pytest.mark.parametrize("algorithm", sorted(DISPATCH))
+@pytest.mark.parametrize("algorithm", BETWEEN_NODES)
 def test_each_algorithm_reaches_its_own_share_of_a_nic(algorithm: str) -> None:
     facts, library = DISPATCH[algorithm], NetworkParameters()
     share = library.nic_efficiency if facts.nic_share is None else facts.nic_share
     assert seconds(algorithm) == pytest.approx(1e9 / (50e9 * share), rel=0.1)
 
 
-@pytest.mark.parametrize("algorithm", sorted(DISPATCH))
+@pytest.mark.parametrize("algorithm", BETWEEN_NODES)
 def test_a_stated_share_holds_for_every_algorithm(algorithm: str) -> None:
     assert seconds(algorithm, nic_efficiency=1.0) == pytest.approx(1e9 / 50e9, rel=0.1)
     assert seconds(algorithm, nic_efficiency=0.5) == pytest.approx(1e9 / 25e9, rel=0.1)
@@ -97,3 +100,39 @@ def test_a_bandwidth_of_the_scenarios_own_is_not_shortened_silently(line: str, w
     )
     warnings = simulate(scenario).result["warnings"]
     assert any("cluster.fabric.nvlink: 160 GB/s is taken as nominal" in text for text in warnings) == warns
+
+
+def test_low_latency_over_nvlink_sends_the_rest_over_nics() -> None:
+    """Inside a node as fast as NVLink is, not as a NIC; between nodes less goes over NICs, and nothing else changes."""
+    copies_RR = np.full((16, 16), 60.0)
+    np.fill_diagonal(copies_RR, 0.0)
+    one, two = copies_RR[:8, :8], copies_RR
+    times = {
+        (name, nodes): prepare_dispatch(make_fabric(nodes), [copies], token_bytes=7392.0, algorithm=name).alone_R.max()
+        for name in ("low_latency", "low_latency_nvlink")
+        for nodes, copies in ((1, one), (2, two))
+    }
+    assert times["low_latency_nvlink", 1] < 0.3 * times["low_latency", 1]
+    sent_by_nics = 8 * 60 * (7392 + 16) / (50e9 * 0.87)
+    assert sent_by_nics < times["low_latency_nvlink", 2] < sent_by_nics + 30e-6 < times["low_latency", 2]
+
+
+def test_one_sided_stores_stay_in_one_domain() -> None:
+    racks = "cluster: {gpu: gb200, nodes: 18, gpus_per_node: 4}\nparallelism: {data: 64, expert: 64}\n"
+    lines = SMALL.splitlines(keepends=True)
+    text = "".join(line for line in lines if not line.startswith(("cluster", "parallelism")))
+    text = text.replace("global_batch: 16", "global_batch: 64") + "dispatch: {algorithm: one_sided}\n"
+    assert simulate(load_scenario_text(text + racks, source="f.yaml")).result["step_time_s"] > 0
+    with pytest.raises(UserError, match="one_sided needs the 16 ranks of an expert group in one NVLink domain"):
+        load_scenario_text(SMALL + "dispatch: {algorithm: one_sided}\n", source="f.yaml")
+    with pytest.raises(UserError, match="one_sided needs all ranks in one NVLink domain"):
+        prepare_dispatch(make_fabric(2), [np.ones((16, 16))], token_bytes=1.0, algorithm="one_sided")
+
+
+def test_one_sided_stores_reach_what_was_measured() -> None:
+    """Plain stores into the other of two H100s, both ways at once, from 8 blocks on: tools/measure_overlap.py."""
+    file = Path(__file__).parents[1] / "data" / "overlap_h100.json.gz"
+    rows = [row for row in parse_json(unpacked(file.read_bytes()))["puts"] if row["both"]]
+    best = max(row["bytes_per_second"] for row in rows)
+    assert best / 450e9 == pytest.approx(DISPATCH["one_sided"].nvlink_share, rel=0.01)
+    assert all(row["bytes_per_second"] > 0.85 * best for row in rows if row["blocks"] >= 8)
