@@ -227,7 +227,7 @@ _PLACEMENT = _section(
         ),
         "rank_rows_by_speed": (
             "ratio",
-            "Rows of the step / speed, of the rank where that is most, over all rows / all speeds; null without speeds.",
+            "Rows of the step / speed, of the rank where that is most, over all rows / all speeds; null without them.",
         ),
         "copy_gradient_bytes": ("B", "Bytes that ranks send each other to sum gradients of copies, in one step."),
     },
