@@ -16,6 +16,7 @@ from moesim.scenario.routing import RouterShape
 from moesim.seeding import stream
 from moesim.trace.record import NO_EXPERT, Array, Json, RoutingTrace, TraceStep
 from moesim.trace.selection import draw_by_weight_in_groups, draw_distinct, draw_distinct_in_groups
+from moesim.trace.shares import shares_of_counts, weights_of_shares
 
 _VOCABULARY = 4096  # distinct token kinds that the hash router tells apart
 
@@ -48,18 +49,24 @@ def popularity_trace(
     sequence_length: int,
     seed: int,
 ) -> RoutingTrace:
-    """K distinct experts per token by Gumbel top-k on the logarithm of measured counts.
+    """K distinct experts per token, each expert with the share of the tokens that its measured count says.
 
-    counts: one list of E for all layers, or one list per layer (then `num_layers` of them). With a group limit the
-    experts come from the M groups with the highest perturbed maximum, as in `deepseek_v2`.
+    counts: one list of E for all layers, or one list per layer (then `num_layers` of them). They are drawn one after
+    the other by weights that give these shares (`moesim.trace.shares`); a share above 1 becomes 0.999. With a group
+    limit the counts themselves are the weights, which flattens them, and the experts come from the M groups with the
+    highest perturbed maximum, as in `deepseek_v2`.
     Raises UserError when a list has not E entries or too few of them are above zero.
     """
     counts_LE = _counts_per_layer(counts, router=router, num_layers=num_layers)
+    weights_LE = counts_LE
+    if router.num_groups <= 1 or router.group_limit >= router.num_groups:
+        layers_LE, layer_L = np.unique(counts_LE, axis=0, return_inverse=True)
+        weights_LE = weights_of_shares(shares_of_counts(layers_LE, top_k=router.top_k), top_k=router.top_k)[layer_L]
 
     def draw(layer: int, num_tokens: int) -> Array:
         return draw_by_weight_in_groups(
             num_tokens,
-            weights_E=counts_LE[layer],
+            weights_E=weights_LE[layer],
             top_k=router.top_k,
             num_groups=router.num_groups,
             group_limit=router.group_limit,

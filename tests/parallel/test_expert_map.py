@@ -20,7 +20,7 @@ from moesim.trace.metrics import imbalance
 
 Make = Callable[..., Scenario]
 
-HOT = [60.0, 1, 1, 1, 9, 1, 1, 1] * 2 + [20.0, 1, 1, 1, 1, 1, 1, 1] * 2  # of 32 experts
+HOT = [11.0, 1, 1, 1, 5, 1, 1, 1] * 2 + [8.0, 1, 1, 1, 1, 1, 1, 1] * 2  # of 32 experts
 UNEVEN = [[*range(4 * rank, 4 * rank + 4), *([0] if rank % 2 else [8, 0])] for rank in range(8)]
 PLACEMENTS: tuple[dict[str, Any], ...] = (
     {"kind": "contiguous"},

@@ -15,13 +15,13 @@ from moesim import load_scenario, simulate
 from moesim.errors import UserError
 from moesim.report.facts import sources
 from moesim.routing.importing import FORMS, Asked, form_of, import_routing
-from moesim.routing.importing.shares import shares_of_counts, weights_of_shares
 from moesim.routing.replay import content_digest
 from moesim.run import obtain_trace
 from moesim.strict_json import json_text, parse_json
 from moesim.study import scenario_id
 from moesim.trace import RoutingTrace, trace_hash
 from moesim.trace.selection import draw_by_weight
+from moesim.trace.shares import shares_of_counts, weights_of_shares
 
 SAMPLES = Path(__file__).parent / "samples"
 

@@ -89,6 +89,15 @@ def test_top_one_replays_measured_counts() -> None:
     np.testing.assert_allclose(load_E, [0.4, 0.3, 0.2, 0.1], atol=0.01)
 
 
+def test_several_distinct_experts_replay_measured_counts_too() -> None:
+    """Drawn by the counts themselves the most popular expert would get 0.72 of the tokens."""
+    router = RouterShape(kind="popularity", num_experts=6, top_k=2)
+    counts = [90, 40, 30, 20, 20, 0]
+    made = popularity_trace(router, counts=counts, num_layers=2, num_sequences=20, sequence_length=4000, seed=0)
+    for load_E in expert_load_LE(made.final, num_experts=6):
+        np.testing.assert_allclose(load_E / 80_000, np.array(counts) / 100, atol=0.01)
+
+
 def test_layers_take_their_own_counts_and_bad_lists_are_refused() -> None:
     router = RouterShape(kind="popularity", num_experts=3, top_k=1)
     made = popularity_trace(router, counts=[[1, 0, 0], [0, 0, 5]], seed=0, **SMALL)

@@ -11,7 +11,6 @@ import numpy as np
 
 from moesim.errors import UserError
 from moesim.routing.importing.forms import AUTO, FORMS, Form, form_of
-from moesim.routing.importing.shares import shares_of_counts, weights_of_shares
 from moesim.routing.importing.source import Selections, Source
 from moesim.scenario.routing import RouterShape
 from moesim.seeding import stream
@@ -229,10 +228,9 @@ def _drawn(source: Source, asked: Asked, place: Path) -> tuple[RoutingTrace, lis
         raise UserError(f"{place}: {asked.words.top_k} = {top_k} exceeds its {experts} experts; give the right one")
     length = asked.sequence_length or source.sequence_length or DRAWN_LENGTH
     counts_LE = np.maximum(counts_LE, 0.5)  # an expert that was never seen may still be chosen
-    share_LE = shares_of_counts(counts_LE, top_k=top_k)
     trace = popularity_trace(
         RouterShape(kind="popularity", num_experts=experts, top_k=top_k),
-        counts=weights_of_shares(share_LE, top_k=top_k).tolist(),
+        counts=counts_LE.tolist(),
         num_layers=len(counts_LE),
         num_sequences=max(1, asked.tokens // length),
         sequence_length=length,

@@ -45,7 +45,8 @@ def weights_of_shares(share_LE: Floats, *, top_k: int) -> Floats:
         chance_LE = np.concatenate(
             [chances(weight_LE[start : start + at_once], top_k=top_k) for start in range(0, layers, at_once)]
         )
-        weight_LE = weight_LE * np.log1p(-share_LE) / np.log1p(-np.minimum(chance_LE, 1 - 1e-12))
+        found_LE = np.log1p(-np.minimum(chance_LE, 1 - 1e-12))
+        weight_LE = weight_LE * np.divide(np.log1p(-share_LE), found_LE, out=np.ones_like(share_LE), where=share_LE > 0)
     return np.asarray(weight_LE)
 
 
