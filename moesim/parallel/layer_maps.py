@@ -13,11 +13,28 @@ from numpy.typing import NDArray
 from moesim.parallel.by_speed import place_by_speed
 from moesim.parallel.eplb import balance_experts
 from moesim.parallel.expert_map import ExpertMap, SlotChoice, Split
+from moesim.parallel.memory_parameters import expert_slice_parameters
 from moesim.parallel.placement import slot_table
+from moesim.parallel.placement_search import Prices, search_ranks
+from moesim.parallel.traffic import token_bytes
 from moesim.scenario import Scenario
-from moesim.scenario.placement import BySpeed, Eplb, Explicit, MadeFromRows, keeps_groups
+from moesim.scenario.cluster import NIC_BANDWIDTH
+from moesim.scenario.placement import BySpeed, Eplb, Explicit, MadeFromRows, Search, keeps_groups
+from moesim.seeding import stream
 
 Ints = NDArray[np.int64]
+
+
+MOST_TOKENS = 16_384  # that a search looks at
+GEMM_SHARE, LINK_SHARE = 0.6, 0.8  # of peak and bandwidth, about, for the prices of a search
+
+
+@dataclass(frozen=True, eq=False)
+class PlacingRows:
+    """Rows to place by: of every expert in each layer, and the choices of the tokens where they are known."""
+
+    load_LE: NDArray[Any]
+    ids_LTK: NDArray[Any] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,24 +60,29 @@ class LayerMaps:
 
 
 def layer_maps(
-    scenario: Scenario, *, num_groups: int, num_layers: int, node_of_rank_D: Ints, load_LE: Callable[[], NDArray[Any]]
+    scenario: Scenario, *, num_groups: int, num_layers: int, node_of_rank_D: Ints, rows: Callable[[], PlacingRows]
 ) -> LayerMaps | None:
     """None where every expert has one slot, the same in all layers, and no router group is torn.
 
-    `num_groups`: of the trace's router; `num_layers`: of the trace. `load_LE` gives the rows to place by.
+    `num_groups`: of the trace's router; `num_layers`: of the trace. `rows` gives those to place by.
     """
     placement, model, num_ranks = scenario.placement, scenario.model, scenario.parallelism.expert
     experts = model.experts
     if isinstance(placement, MadeFromRows):
         if isinstance(placement, BySpeed):
             num_slots, speed_D = experts + placement.redundant_experts, np.array(placement.speeds)
-            slot_LX = place_by_speed(load_LE(), num_slots=num_slots, speed_D=speed_D)
+            slot_LX = place_by_speed(rows().load_LE, num_slots=num_slots, speed_D=speed_D)
+        elif isinstance(placement, Search):
+            slot_LX = _searched(scenario, placement, rows(), num_groups=num_groups, node_of_rank_D=node_of_rank_D)
         else:
             assert isinstance(placement, Eplb)
-            slot_LX = _balanced(placement, load_LE(), num_groups=num_groups, node_of_rank_D=node_of_rank_D)
+            hierarchical, load_LE = placement.policy == "auto", rows().load_LE
+            slot_LX = _balanced(
+                load_LE, placement.redundant_experts, num_groups, node_of_rank_D, hierarchical=hierarchical
+            )
         maps = tuple(ExpertMap(slot_X.reshape(num_ranks, -1), experts) for slot_X in slot_LX)
         # Experts of a slow rank stay on it.
-        return LayerMaps(maps, per_model_layer=False, moved=isinstance(placement, Eplb), split=placement.split)
+        return LayerMaps(maps, per_model_layer=False, moved=not isinstance(placement, BySpeed), split=placement.split)
     slots = placement.fixed_slots(num_experts=experts, num_ranks=num_ranks)
     if slots is None:
         assert isinstance(placement, Explicit)
@@ -74,17 +96,70 @@ def layer_maps(
     return LayerMaps((one,) * num_layers, per_model_layer=False, moved=moved, split=placement.split)
 
 
-def _balanced(placement: Eplb, load_LE: NDArray[Any], *, num_groups: int, node_of_rank_D: Ints) -> Ints:
-    """By EPLB; hierarchical only where each node holds as many ranks, one node's behind the other's."""
+def _balanced(
+    load_LE: NDArray[Any], redundant_experts: int, num_groups: int, node_of_rank_D: Ints, *, hierarchical: bool
+) -> Ints:
+    """By EPLB; hierarchical at most where each node holds as many ranks, one node's behind the other's."""
     nodes = np.bincount(node_of_rank_D)
     in_order = len(set(nodes.tolist())) == 1 and (np.diff(node_of_rank_D) >= 0).all()
     return balance_experts(
         load_LE,
-        num_slots=load_LE.shape[1] + placement.redundant_experts,
+        num_slots=load_LE.shape[1] + redundant_experts,
         num_groups=num_groups,
-        num_nodes=len(nodes) if placement.policy == "auto" and in_order else 1,
+        num_nodes=len(nodes) if hierarchical and in_order else 1,
         num_ranks=len(node_of_rank_D),
     )
+
+
+def _searched(
+    scenario: Scenario, placement: Search, rows: PlacingRows, *, num_groups: int, node_of_rank_D: Ints
+) -> Ints:
+    """By local search on tokens from all over the rows, from EPLB's slots and from the same in order of experts."""
+    assert rows.ids_LTK is not None, "a search looks at tokens"
+    num_ranks = len(node_of_rank_D)
+    slot_LX = _balanced(rows.load_LE, placement.redundant_experts, num_groups, node_of_rank_D, hierarchical=True)
+    rank_X = np.repeat(np.arange(num_ranks), slot_LX.shape[1] // num_ranks)
+    prices = _prices(scenario, num_nodes=int(node_of_rank_D.max()) + 1)
+    every = -(-rows.ids_LTK.shape[1] // MOST_TOKENS)
+    found = []
+    for layer, (expert_X, ids_TK) in enumerate(zip(slot_LX, rows.ids_LTK[:, ::every], strict=True)):
+        held = ExpertMap(expert_X.reshape(num_ranks, -1), rows.load_LE.shape[1])
+        slot_TK = held.choice("even", node_of_rank_D).slots(ids_TK[None])[0]
+        token_R, _ = np.nonzero(slot_TK >= 0)
+        by_slot_R = np.argsort(slot_TK[slot_TK >= 0], kind="stable")
+        ends_X = np.cumsum(np.bincount(slot_TK[slot_TK >= 0], minlength=len(expert_X)))
+        in_order_X = np.empty_like(rank_X)
+        first_X = np.zeros(len(expert_X), dtype=bool)
+        first_X[np.unique(expert_X, return_index=True)[1]] = True
+        in_order_X[np.lexsort((expert_X, ~first_X))] = rank_X  # copies behind all experts
+        ranks_X, _ = search_ranks(
+            np.split(token_R[by_slot_R], ends_X[:-1]),
+            [rank_X, in_order_X],
+            node_D=node_of_rank_D,
+            prices=prices,
+            num_tokens=len(ids_TK),
+            tries=placement.tries,
+            rng=stream(scenario.seed, "placement", layer),
+        )
+        found.append(expert_X[np.lexsort((expert_X, ranks_X))])
+    return np.stack(found)
+
+
+def _prices(scenario: Scenario, *, num_nodes: int) -> Prices:
+    """Of one row forward and backward, and of one copy of a token on its way out and back in both passes."""
+    pool, dispatch, fabric = scenario.cluster.pools[0], scenario.dispatch, scenario.cluster.fabric
+    width = scenario.model.row_width
+    size = 2 * (token_bytes(width, dispatch.dtype) + token_bytes(width, dispatch.combine_dtype))
+    inside = size / (LINK_SHARE * (fabric.nvlink or pool.spec.nvlink_bandwidth))
+    across = size / (LINK_SHARE * (fabric.nic or NIC_BANDWIDTH)) * (num_nodes - 1) / num_nodes
+    peak = pool.spec.peak_flops[scenario.workload.precision.gemm]
+    row = 6 * expert_slice_parameters(scenario) / (GEMM_SHARE * peak)
+    longest = max(inside, across)
+    if dispatch.deduplicate == "per_expert":
+        return Prices(row=row + longest, rank_copy=0.0, node_copy=0.0)
+    if dispatch.deduplicate == "per_rank":
+        return Prices(row=row, rank_copy=longest, node_copy=0.0)
+    return Prices(row=row, rank_copy=inside, node_copy=across)
 
 
 def _from_file(placement: Explicit, scenario: Scenario) -> tuple[ExpertMap, ...]:

@@ -24,7 +24,7 @@ from moesim.errors import UserError
 from moesim.parallel.counts import count_blocks, count_rows
 from moesim.parallel.dropping import expert_capacity, expert_keep_mask, ranks_of_rows
 from moesim.parallel.expert_map import ExpertMap
-from moesim.parallel.layer_maps import LayerMaps, layer_maps
+from moesim.parallel.layer_maps import LayerMaps, PlacingRows, layer_maps
 from moesim.parallel.mesh import GroupLayout, Mesh
 from moesim.parallel.ownership import pieces_of_ranks
 from moesim.parallel.placement import ExpertPlacement, place_experts
@@ -86,28 +86,28 @@ class TrafficSampler:
     @cached_property
     def maps(self) -> LayerMaps | None:
         """Which slot holds which expert in every counted layer; None where each expert has its one place in all."""
-        return self._maps_by(self.placing_load_LE)
+        return self._maps_by(self.placing_rows)
 
     def maps_of(self, load_LE: Array) -> LayerMaps:
-        """The maps that a placement made from the trace would have with these rows of experts."""
-        maps = self._maps_by(lambda: load_LE)
+        """The maps that a placement made from rows of experts, and from these alone, would have with others."""
+        maps = self._maps_by(lambda: PlacingRows(load_LE))
         assert maps is not None, "the placement is made from rows"
         return maps
 
-    def _maps_by(self, load_LE: Callable[[], Array]) -> LayerMaps | None:
+    def _maps_by(self, rows: Callable[[], PlacingRows]) -> LayerMaps | None:
         return layer_maps(
             self.scenario,
             num_groups=self.trace.router.num_groups,
             num_layers=self.trace.num_layers,
             node_of_rank_D=self.layouts[0][0].node_of_rank_R,
-            load_LE=load_LE,
+            rows=rows,
         )
 
-    def placing_load_LE(self) -> Array:
-        """Rows of every expert in each layer of the trace, before dropping, in the part that places the experts."""
-        ids_LSTK = self._all_sequences.final.expert_ids_LSTK
-        ids_LSTK = ids_LSTK[:, slice(*self.placing_sequences)]
-        return count_rows(ids_LSTK, num_experts=self.trace.router.num_experts)
+    def placing_rows(self) -> PlacingRows:
+        """The rows of each layer of the trace, before dropping, in the part that places the experts."""
+        ids_LSTK = self._all_sequences.final.expert_ids_LSTK[:, slice(*self.placing_sequences)]
+        load_LE = count_rows(ids_LSTK, num_experts=self.trace.router.num_experts)
+        return PlacingRows(load_LE, ids_LSTK.reshape(len(ids_LSTK), -1, ids_LSTK.shape[-1]))
 
     @property
     def placing_sequences(self) -> tuple[int, int]:

@@ -22,7 +22,7 @@ from moesim.parallel.replacement import moves_DD, rank_loads, recorded_loads
 from moesim.program.scenario_fabric import scenario_fabric
 from moesim.report.facts import bytes_column, seconds
 from moesim.report.screen import number_table, section, show
-from moesim.scenario import Scenario
+from moesim.scenario import Scenario, Search
 from moesim.scenario.base import BYTES_PER_ELEMENT
 from moesim.schedules import build_schedule
 from moesim.trace import RoutingTrace
@@ -54,6 +54,9 @@ def age_placements(scenario: Scenario, trace: RoutingTrace) -> list[Aged]:
     if not sampler.placing_sequences[1]:
         what = f"placement.kind: {scenario.placement.kind} places by no rows"
         raise UserError(f"{scenario.name}: {what}; --over-training needs eplb")
+    if isinstance(scenario.placement, Search):
+        what = "placement.kind: search looks at tokens, of which a trace keeps the last step's alone"
+        raise UserError(f"{scenario.name}: {what}; use eplb with --over-training")
     if len(loads) < 2:
         raise UserError(f"{scenario.name}: the trace has one recorded step; --over-training compares several")
     steps = sorted(loads)

@@ -17,7 +17,7 @@ from moesim.scenario.gpu import OwnGpu
 from moesim.scenario.json_schema import json_schema
 from moesim.scenario.loader import dump_scenario, load_scenario, load_scenario_text, scenario_from_mapping, yaml_text
 from moesim.scenario.model import Attention, Gqa, LocalGlobal, Mha, Mla, Model
-from moesim.scenario.placement import BySpeed, Contiguous, Eplb, Explicit, Placement, RoundRobin
+from moesim.scenario.placement import BySpeed, Contiguous, Eplb, Explicit, Placement, RoundRobin, Search
 from moesim.scenario.routing import (
     Balance,
     BalancednessRouting,
@@ -102,6 +102,7 @@ __all__ = [
     "RouterShape",
     "Routing",
     "Scenario",
+    "Search",
     "Section",
     "StressRouting",
     "Thin",

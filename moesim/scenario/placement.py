@@ -149,7 +149,18 @@ class BySpeed(MadeFromRows):
     )
 
 
-Placement = Annotated[Contiguous | RoundRobin | Explicit | Eplb | BySpeed, Field(discriminator="kind")]
+class Search(MadeFromRows):
+    """Local search from EPLB's and from neighbouring experts, traffic counted (`moesim.parallel.placement_search`)."""
+
+    kind: Literal["search"] = Field(
+        description="Found by exchanging experts while a layer is estimated to get faster, traffic included."
+    )
+    tries: Annotated[int, Field(strict=True, ge=0, le=1_000_000)] = Field(
+        default=4_000, description="Exchanges that are tried in each layer of the trace, from each of both starts."
+    )
+
+
+Placement = Annotated[Contiguous | RoundRobin | Explicit | Eplb | BySpeed | Search, Field(discriminator="kind")]
 
 
 def keeps_groups(slots: Sequence[Sequence[int]], *, num_groups: int) -> bool:

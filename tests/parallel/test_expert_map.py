@@ -177,7 +177,7 @@ def test_a_part_of_the_trace_places_and_another_one_is_simulated(make_scenario: 
     assert (sampler.placing_sequences, sampler.sequences.num_sequences) == ((0, 48), 49)
     np.testing.assert_array_equal(sampler.sequences.final.expert_ids_LSTK, sampler.trace.final.expert_ids_LSTK[:, 48:])
     rows_LE = np.array([np.bincount(ids.ravel(), minlength=32) for ids in sampler.trace.final.expert_ids_LSTK[:, :48]])
-    np.testing.assert_array_equal(sampler.placing_load_LE(), rows_LE)
+    np.testing.assert_array_equal(sampler.placing_rows().load_LE, rows_LE)
     for placement, placing, simulated in (
         ({"kind": "eplb", "made_on": "same"}, (0, 97), 97),
         ({"kind": "eplb", "made_on": "same", "judged_on": "later"}, (48, 97), 49),

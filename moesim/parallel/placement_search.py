@@ -1,0 +1,133 @@
+"""Placement by local search: slots change ranks while a layer is estimated to take less time, traffic included.
+
+EPLB looks at rows alone. Here a layer costs what its busiest rank computes and gets sent: experts that tokens choose
+together are worth a place on one rank, or on one node, where a token is sent once for both. The estimate is rough (rows
+and copies times a price each, nothing overlapped); a search that finds nothing better returns one of its starts.
+
+Legend: X slots of all ranks, which keep their experts and rows while they change ranks, D ranks, M nodes, T tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+Array = NDArray[Any]
+
+MEAN_SHARE = 0.1  # of a mean rank's traffic beside that of the busiest: more bytes are never free
+HOT_TRIES = 0.5  # share of tries that begin at the rank with most rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prices:
+    """Seconds of a row that a rank computes, of a copy of a token to a rank, and of one to a node."""
+
+    row: float
+    rank_copy: float
+    node_copy: float
+
+
+@dataclass(eq=False)
+class SearchState:
+    """Where slots are, and what follows from it. reach_D, reach_M: tokens with a slot on the rank, on the node."""
+
+    tokens_X: Sequence[Ints]
+    rank_X: Ints
+    node_D: Ints
+    prices: Prices
+    num_tokens: int
+    rows_D: Ints = field(init=False)
+    count_DT: Array = field(init=False)
+    count_MT: Array = field(init=False)
+    reach_D: Ints = field(init=False)
+    reach_M: Ints = field(init=False)
+
+    def __post_init__(self) -> None:
+        ranks, nodes = len(self.node_D), int(self.node_D.max()) + 1
+        self.count_DT = np.zeros((ranks, self.num_tokens), dtype=np.int16)
+        self.count_MT = np.zeros((nodes, self.num_tokens), dtype=np.int16)
+        self.rows_D = np.zeros(ranks, dtype=np.int64)
+        for tokens, rank in zip(self.tokens_X, self.rank_X.tolist(), strict=True):
+            self.rows_D[rank] += len(tokens)
+            self.count_DT[rank, tokens] += 1
+            self.count_MT[self.node_D[rank], tokens] += 1
+        self.reach_D = (self.count_DT > 0).sum(axis=1)
+        self.reach_M = (self.count_MT > 0).sum(axis=1)
+
+    def cost(self) -> float:
+        """Seconds of the layer."""
+        copies = self.reach_D.max() + MEAN_SHARE * self.reach_D.mean()
+        crossing = self.reach_M.max() + MEAN_SHARE * self.reach_M.mean()
+        return float(
+            self.prices.row * self.rows_D.max() + self.prices.rank_copy * copies + self.prices.node_copy * crossing
+        )
+
+    def swap(self, one: int, other: int) -> None:
+        """Two slots change ranks; a second time undoes it."""
+        first, second = int(self.rank_X[one]), int(self.rank_X[other])
+        mine, theirs = self.tokens_X[one], self.tokens_X[other]
+        self.rows_D[first] += len(theirs) - len(mine)
+        self.rows_D[second] += len(mine) - len(theirs)
+        _exchange(self.count_DT, self.reach_D, (first, mine), (second, theirs))
+        nodes = int(self.node_D[first]), int(self.node_D[second])
+        if nodes[0] != nodes[1]:
+            _exchange(self.count_MT, self.reach_M, (nodes[0], mine), (nodes[1], theirs))
+        self.rank_X[one], self.rank_X[other] = second, first
+
+
+def _exchange(count_DT: Array, reach_D: Ints, gives: tuple[int, Ints], takes: tuple[int, Ints]) -> None:
+    """The tokens of two slots change places. Those of both are counted twice, which cancels: they stay as they are."""
+    (first, mine), (second, theirs) = gives, takes
+    both = np.concatenate([mine, theirs])
+    for place, out, into in ((first, mine, theirs), (second, theirs, mine)):
+        count_T = count_DT[place]
+        before = np.count_nonzero(count_T[both])
+        count_T[out] -= 1
+        count_T[into] += 1
+        reach_D[place] += np.count_nonzero(count_T[both]) - before
+
+
+def search_ranks(
+    tokens_X: Sequence[Ints],
+    starts: Sequence[Ints],
+    *,
+    node_D: Ints,
+    prices: Prices,
+    num_tokens: int,
+    tries: int,
+    rng: np.random.Generator,
+) -> tuple[Ints, float]:
+    """The rank of every slot, with as many slots on each rank as in the starts, and its cost, no higher than theirs.
+
+    `tokens_X`: the tokens with a row in each slot. `starts`: ranks of all slots; each is improved by `tries` exchanges.
+    """
+    best: tuple[Ints, float] | None = None
+    for start in starts:
+        state = SearchState(tokens_X, start.copy(), node_D, prices, num_tokens)
+        cost = _improve(state, tries=tries, rng=rng)
+        if best is None or cost < best[1]:
+            best = state.rank_X, cost
+    assert best is not None
+    return best
+
+
+def _improve(state: SearchState, *, tries: int, rng: np.random.Generator) -> float:
+    cost, slots = state.cost(), len(state.rank_X)
+    from_hot_N = rng.random(tries) < HOT_TRIES
+    one_N, other_N = rng.integers(slots, size=(2, tries)).tolist()
+    for from_hot, one, other in zip(from_hot_N.tolist(), one_N, other_N, strict=True):
+        if from_hot:
+            hot_X = np.flatnonzero(state.rank_X == state.rows_D.argmax())
+            one = int(hot_X[one % len(hot_X)])
+        if state.rank_X[one] == state.rank_X[other]:
+            continue
+        state.swap(one, other)
+        changed = state.cost()
+        if changed < cost:
+            cost = changed
+        else:
+            state.swap(one, other)
+    return cost
