@@ -140,7 +140,7 @@ def model_of_trace(ops: Sequence[RecordedOp], kernels: KernelModel) -> tuple[Ker
     long = [
         op
         for op, price in zip(ops, prices(ops, usual), strict=True)
-        if price.family.split()[0] in CLOCKED and (op.measured_s or 0.0) > LONG_S
+        if price.family.split()[0] in CLOCKED and price.matched and (op.measured_s or 0.0) > LONG_S
     ]
     measured = _measured(long)
     if not long or free.step_clock_mhz is None:

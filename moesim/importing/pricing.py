@@ -23,6 +23,9 @@ GAP_S, HOST_S = 4.4e-6, 65e-6
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 SDPA = "scaled_dot_product_attention"
 OPTIMIZER = "_fused_adamw_"
+CHECK = (
+    "_local_scalar_dense"  # a number that the host reads back; of a condition, with the fact that it was taken to hold
+)
 # aten operation -> kind of memory-bound kernel; its bytes are those of operands and results
 KINDS = {
     "_to_copy": "cast",
@@ -45,15 +48,21 @@ KINDS = {
     "mean": "reduce",
     "sort": "sort",
     "embedding_dense_backward": "embedding_backward",
+    "native_layer_norm": "rms_norm",
+    "native_layer_norm_backward": "rms_norm_backward",
+    "_fused_rms_norm": "rms_norm",
+    "_fused_rms_norm_backward": "rms_norm_backward",
 }
 ELEMENTWISE = {
     "_local_scalar_dense", "abs", "add", "add_", "addcmul", "all", "amax", "amin", "any", "arange", "argsort",
     "bincount", "bitwise_and", "bitwise_not", "clamp", "clamp_", "complex", "constant_pad_nd", "cos", "cumsum",
     "div", "div_", "eq", "exp", "floor_divide", "full", "full_like", "ge", "gelu", "gelu_backward", "gt",
     "histc", "le", "lift_fresh_copy", "logical_and", "logical_not", "logical_or", "lt", "masked_fill_", "max",
-    "maximum", "min", "minimum", "mul", "mul_", "ne", "neg", "one_hot", "polar", "pow", "randint", "relu",
+    "maximum", "min", "minimum", "mul", "mul_", "native_dropout",
+    "native_dropout_backward", "ne", "neg", "one_hot", "polar", "pow", "randint", "relu",
     "remainder", "repeat", "rsqrt", "rsub", "scalar_tensor", "select_scatter", "sigmoid", "sigmoid_",
-    "sigmoid_backward", "sin", "sqrt", "sub", "sub_", "tanh", "threshold_backward", "topk", "tril", "triu",
+    "sigmoid_backward", "sin", "sqrt", "sub", "sub_", "tanh", "tanh_backward", "threshold_backward",
+    "topk", "tril", "triu",
     "view_as_complex", "where",
 }  # fmt: skip
 # Reads of a few rows out of many: what moves is the result, twice. Writes of rows into a larger tensor: the rows, and
@@ -78,7 +87,7 @@ class PricedOp:
     """One kind of operation with one set of shapes: how often it runs and what one costs, and how that is known.
 
     kind: what corrections are made for, its name, phase and kernels; family: that of its kernels alone. factor: the
-    correction in `seconds`. measured_s: what one took in a trace.
+    correction in `seconds`. measured_s: what one took in a trace. assumed: a condition on data that was taken to hold.
     """
 
     name: str
@@ -93,6 +102,7 @@ class PricedOp:
     family: str
     factor: float = 1.0
     measured_s: float | None = None
+    assumed: bool = False
 
 
 class Corrections(Protocol):
@@ -168,6 +178,7 @@ def _seconds(kernels: Sequence[Kernel], model: KernelModel) -> float:
 
 
 def _priced(op: RecordedOp, kernels: Sequence[Kernel], matched: bool, model: KernelModel) -> PricedOp:
+    variant = _variant(op, kernels[0])
     return PricedOp(
         name=op.name,
         phase=op.phase,
@@ -176,14 +187,26 @@ def _priced(op: RecordedOp, kernels: Sequence[Kernel], matched: bool, model: Ker
         count=op.count,
         seconds=_seconds(kernels, model),
         source=", ".join(sorted({str(model.seconds(kernel).source) for kernel in kernels})),
-        matched=matched,
-        kind=f"{op.name.rstrip('_')} {op.phase} {'+'.join(map(_work, kernels))}",
-        family=FAMILIES[type(kernels[0])] + _direction(kernels[0]),
+        matched=matched and not variant,
+        kind=f"{op.name.rstrip('_')} {op.phase} {'+'.join(map(_work, kernels))}{variant}",
+        family=f"{FAMILIES[type(kernels[0])]}{_direction(kernels[0])}{variant}",
         measured_s=op.measured_s,
+        assumed="taken" in op.facts,
     )
 
 
 FAMILIES = {Gemm: "gemm", GroupedGemm: "grouped gemm", Attention: "attention", MemoryBound: "memory"}
+
+
+def _variant(op: RecordedOp, kernel: Kernel) -> str:
+    """What no kernel was measured of and is priced as if it were not so; corrections are made for it apart.
+
+    Rows of a weight that begin at no multiple of 16 bytes (a vocabulary of 50,257) keep a library from its fast
+    kernels, and attention with dropout draws a random number for each score.
+    """
+    if isinstance(kernel, Gemm):
+        return " unaligned" if op.facts.get("unaligned") else ""
+    return " dropout" if isinstance(kernel, Attention) and op.facts.get("dropout") else ""
 
 
 def _direction(kernel: Kernel) -> str:

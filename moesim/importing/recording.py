@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from moesim.errors import UserError, one_line
-from moesim.importing.pricing import OPTIMIZER, SDPA
-from moesim.importing.step_file import RecordedOp, merged
+from moesim.importing.pricing import CHECK, OPTIMIZER, PRODUCTS, SDPA
+from moesim.importing.step_file import RecordedOp, merged, unaligned
 
 
 def record_step(model: nn.Module, loss_of: Callable[[], Tensor]) -> list[RecordedOp]:
@@ -74,7 +74,17 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-igno
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype is torch.bool:
-            return True  # a check of data; the step is taken to be one for which it holds
+            self.ops.append(  # the step is taken to be one for which it holds
+                RecordedOp(
+                    name=CHECK,
+                    phase=self.phase,
+                    module=self.module,
+                    reads=(_seen(args[0]),),
+                    writes=(),
+                    facts={"taken": True},
+                )
+            )
+            return True
         out = func(*args, **(kwargs or {}))
         if not self.paused:
             self._note(func, args, kwargs or {}, out)
@@ -96,8 +106,15 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-igno
                 module=self.module,
                 reads=tuple(map(_seen, inputs)),
                 writes=tuple(map(_seen, results)),
+                facts=_product_facts([*inputs[-2:], *results]) if name in PRODUCTS else {},
             )
         )
+
+
+def _product_facts(matrices: list[Tensor]) -> dict[str, Any]:
+    shapes, strides = [each.shape for each in matrices], [each.stride() for each in matrices]
+    slow = unaligned(shapes, strides, element_bytes=matrices[0].element_size())
+    return {"unaligned": True} if slow else {}
 
 
 FREE = {
@@ -123,7 +140,7 @@ SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal"
 
 
 class _Attention(TorchFunctionMode):
-    """Takes attention as one operation, forward and backward."""
+    """Takes attention as one operation, forward and backward, and dropout as a GPU does."""
 
     def __init__(self, recorder: _Recorder) -> None:
         super().__init__()
@@ -131,12 +148,22 @@ class _Attention(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
+        if func is torch.nn.functional.dropout:
+            return _dropout(func, *args, **kwargs)
         if func is not torch.nn.functional.scaled_dot_product_attention:
             return func(*args, **kwargs)
         given = dict(zip(SDPA_ARGUMENTS, args, strict=False)) | kwargs
         query, key, value = (given[name] for name in SDPA_ARGUMENTS[:3])
         facts = {"causal": bool(given.get("is_causal")) or given.get("attn_mask") is not None}
+        facts |= {"dropout": True} if given.get("dropout_p") else {}
         return _AttentionFunction.apply(query, key, value, self.recorder, facts)  # type: ignore[no-untyped-call]
+
+
+def _dropout(func: Any, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """The one kernel that a GPU has for it; the meta device would take it apart."""
+    if not training or inplace or not 0 < p < 1:
+        return func(input, p, training, inplace)  # type: ignore[no-any-return]
+    return torch.native_dropout(input, p, True)[0]
 
 
 class _AttentionFunction(torch.autograd.Function):

@@ -12,6 +12,7 @@ from moesim.strict_json import json_text, parse_json
 
 SCHEMA_VERSION = 1
 KEYS = {"name", "phase", "module", "count", "reads", "writes", "facts"}
+ALIGNMENT = 16
 PHASES = ("forward", "backward", "optimizer")
 Seen = tuple[tuple[int, ...], str, int]  # shape, dtype as torch names it, bytes read or written
 
@@ -44,6 +45,16 @@ class RecordedOp:
         head = {"name": self.name, "phase": self.phase, "module": self.module, "count": self.count}
         measured = {} if self.measured_s is None else {"measured_s": self.measured_s}
         return head | tensors | {"facts": dict(self.facts)} | measured
+
+
+def unaligned(shapes: Sequence[Sequence[int]], strides: Sequence[Sequence[int]], *, element_bytes: int) -> bool:
+    """Whether rows of a matrix begin at no multiples of 16 bytes, so that libraries have no fast product."""
+    return any(
+        stride * element_bytes % ALIGNMENT
+        for shape, steps in zip(shapes, strides, strict=False)
+        for size, stride in zip(shape, steps, strict=False)
+        if size > 1 and stride > 1
+    )
 
 
 def merged(ops: Sequence[RecordedOp]) -> list[RecordedOp]:

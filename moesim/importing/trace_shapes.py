@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moesim.importing.pricing import OPTIMIZER, SDPA, knows
-from moesim.importing.step_file import RecordedOp, Seen
+from moesim.importing.pricing import OPTIMIZER, PRODUCTS, SDPA, knows
+from moesim.importing.step_file import RecordedOp, Seen, unaligned
 from moesim.importing.trace_file import CpuOp
 from moesim.importing.trace_links import TracedOp
 
@@ -51,21 +51,22 @@ REDUCTIONS = {"sum", "mean", "amax", "amin", "all", "any", "prod", "var", "norm"
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionArguments:
-    """At which place of an operation's arguments the queries, the mask and the flag of causality stand."""
+    """At which place of an operation's arguments queries, mask, share of dropout and flag of causality stand."""
 
     query: int
     mask: int | None
+    dropout: int
     causal: int
 
 
 ATTENTION = {
-    "scaled_dot_product_attention": AttentionArguments(query=0, mask=3, causal=5),
-    "_scaled_dot_product_flash_attention": AttentionArguments(query=0, mask=None, causal=4),
-    "_scaled_dot_product_efficient_attention": AttentionArguments(query=0, mask=3, causal=6),
-    "_scaled_dot_product_cudnn_attention": AttentionArguments(query=0, mask=3, causal=6),
-    "_scaled_dot_product_flash_attention_backward": AttentionArguments(query=1, mask=None, causal=11),
-    "_scaled_dot_product_efficient_attention_backward": AttentionArguments(query=1, mask=4, causal=11),
-    "_scaled_dot_product_cudnn_attention_backward": AttentionArguments(query=1, mask=8, causal=14),
+    "scaled_dot_product_attention": AttentionArguments(query=0, mask=3, dropout=4, causal=5),
+    "_scaled_dot_product_flash_attention": AttentionArguments(query=0, mask=None, dropout=3, causal=4),
+    "_scaled_dot_product_efficient_attention": AttentionArguments(query=0, mask=3, dropout=5, causal=6),
+    "_scaled_dot_product_cudnn_attention": AttentionArguments(query=0, mask=3, dropout=5, causal=6),
+    "_scaled_dot_product_flash_attention_backward": AttentionArguments(query=1, mask=None, dropout=10, causal=11),
+    "_scaled_dot_product_efficient_attention_backward": AttentionArguments(query=1, mask=4, dropout=9, causal=11),
+    "_scaled_dot_product_cudnn_attention_backward": AttentionArguments(query=1, mask=8, dropout=13, causal=14),
 }
 
 
@@ -90,7 +91,7 @@ def recorded(traced: TracedOp, *, parameters: Seen) -> RecordedOp:
     reads = _tensors(traced)
     if bare in ATTENTION:
         at = ATTENTION[bare]
-        facts, reads = {"causal": _causal(traced.op, at)}, reads[at.query : at.query + 3]
+        facts, reads = _attention_facts(traced.op, at), reads[at.query : at.query + 3]
         writes: tuple[Seen, ...] = reads
     elif bare == OPTIMIZER:
         weights = [tensor for tensor in _tensors(traced, only=0) if tensor[0]] or [parameters]
@@ -98,6 +99,7 @@ def recorded(traced: TracedOp, *, parameters: Seen) -> RecordedOp:
         reads = writes = (((facts["parameters"],), weights[0][1], sum(size for _, _, size in weights)),)
     else:
         writes = _written(bare, traced, reads)
+        facts = _product_facts(traced.op, reads) if bare in PRODUCTS else {}
     return RecordedOp(
         name=SDPA if bare in ATTENTION else _name(bare, traced.phase),
         phase=traced.phase,
@@ -113,9 +115,20 @@ def _name(bare: str, phase: str) -> str:
     return renamed.get(bare, bare)
 
 
-def _causal(op: CpuOp, at: AttentionArguments) -> bool:
+def _product_facts(op: CpuOp, reads: Sequence[Seen]) -> dict[str, Any]:
+    """As a recorded step has them: the operands are the last two tensors, the result has their outer sizes."""
+    size = BYTES[reads[0][1]]
+    matrices = [(dims, steps) for dims, steps in zip(op.dims, op.strides, strict=False) if dims][-2:]
+    columns = reads[-1][0][-1]
+    shapes, strides = [dims for dims, _ in matrices] + [(2,)], [steps for _, steps in matrices] + [(columns,)]
+    return {"unaligned": True} if unaligned(shapes, strides, element_bytes=size) else {}
+
+
+def _attention_facts(op: CpuOp, at: AttentionArguments) -> dict[str, Any]:
     masked = at.mask is not None and len(op.dims) > at.mask and bool(op.dims[at.mask])
-    return masked or (len(op.concrete) > at.causal and op.concrete[at.causal] == "True")
+    causal = len(op.concrete) > at.causal and op.concrete[at.causal] == "True"
+    dropped = len(op.concrete) > at.dropout and re.fullmatch(r"[0.]*", str(op.concrete[at.dropout])) is None
+    return {"causal": masked or causal} | ({"dropout": True} if dropped else {})
 
 
 def _tensors(traced: TracedOp, *, only: int | None = None) -> tuple[Seen, ...]:
@@ -172,6 +185,8 @@ def _written(bare: str, traced: TracedOp, reads: Sequence[Seen]) -> tuple[Seen, 
     if bare == "index":
         strided = next((op.concrete[1] for op in traced.inner if op.name == "aten::as_strided"), None)
         return (_seen(_numbers(strided), first[1]),) if strided else (first,)
+    if bare == "native_dropout":
+        return (first, _seen(first[0], "bool"))  # and which elements are kept
     if bare in REDUCTIONS:
         return (_reduced(bare, traced.op, first),)
     return (_allocated(traced.inner, first[1]) or _broadcast(bare, reads),)

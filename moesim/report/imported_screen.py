@@ -40,10 +40,18 @@ def print_estimate(
         section("dearest operations", number_table(head, dearest)),
     ]
     if unknown:
-        parts.append(section("priced by their bytes alone", ", ".join(unknown)))
+        parts.append(section(UNKNOWN, ", ".join(unknown)))
+    taken = sorted({op.module or "outside of modules" for op in estimate.ops if op.assumed})
+    if taken:
+        parts.append(
+            section(
+                "conditions on data, taken to hold: what they leave out or run differs if they do not", ", ".join(taken)
+            )
+        )
     show(lambda options: parts, file=file, width=width or 140)
 
 
+UNKNOWN = "not known: priced by their bytes, attention with dropout and unaligned products as if they were not so"
 _HEAD = ("", "phase", "module", "shapes", "times", "ms", "share", "rests on")
 
 

@@ -11,7 +11,7 @@ from moesim.importing.calibration import Calibration
 from moesim.importing.pricing import StepEstimate
 from moesim.importing.traced_step import TracedStep
 from moesim.report.facts import Fact
-from moesim.report.imported_screen import matched_share
+from moesim.report.imported_screen import UNKNOWN, matched_share
 from moesim.report.screen import fact_table, indented, number_table, section, show
 
 _KINDS = ("", "phase", "kernels", "times", "measured, ms", "predicted, ms", "share", "factor", "spread", "applied")
@@ -51,7 +51,7 @@ def print_traced(
     parts += _collectives(calibration)
     unknown = sorted({op.name for op in estimate.ops if not op.matched})
     if unknown:
-        parts.append(section("priced by their bytes alone", ", ".join(unknown)))
+        parts.append(section(UNKNOWN, ", ".join(unknown)))
     show(lambda options: parts, file=file, width=width or 140)
 
 

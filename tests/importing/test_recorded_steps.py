@@ -158,3 +158,50 @@ def test_a_program_by_file_and_name(tmp_path: Path) -> None:
         record_program(f"{tmp_path}/other.py:works")
     with pytest.raises(UserError, match="cannot import"):
         record_program("no_such_module_here:works")
+
+
+def test_dropout_is_one_kernel_each_way() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(64, 64), nn.Dropout(0.1), nn.Dropout(0.0))
+        inputs = torch.randn(8, 64)
+    ops = [op for op in record_step(model, lambda: model(inputs).sum()) if "dropout" in op.name]
+    assert [(op.name, op.phase, op.count) for op in ops] == [
+        ("native_dropout", "forward", 1),
+        ("native_dropout_backward", "backward", 1),
+    ]
+    assert not {"bernoulli", "bernoulli_"} & {op.name for op in ops}
+
+
+@pytest.mark.parametrize(("width", "slow"), [(64, False), (65, True)])
+def test_products_whose_rows_begin_anywhere_are_priced_apart(width: int, slow: bool) -> None:
+    with torch.device("meta"):
+        model = nn.Linear(64, width, bias=False, dtype=torch.bfloat16)
+        inputs = torch.randn(33, 64, dtype=torch.bfloat16, requires_grad=True)  # an odd number of rows slows nothing
+    ops = [op for op in record_step(model, lambda: model(inputs).square().sum()) if op.name == "mm"]
+    priced = step_estimate(ops, kernel_model("h100")).ops
+    assert len(ops) == 3
+    assert {op.kind.endswith(" unaligned") for op in priced} == {slow}
+    assert {op.matched for op in priced} == {not slow}
+
+
+def test_attention_with_dropout_is_priced_apart() -> None:
+    with torch.device("meta"):
+        model = nn.Linear(64, 64, dtype=torch.bfloat16)
+        inputs = torch.randn(2, 4, 128, 64, dtype=torch.bfloat16)
+    attention = nn.functional.scaled_dot_product_attention
+    for share in (0.0, 0.1):
+        ops = record_step(model, lambda share=share: attention(*[model(inputs)] * 3, dropout_p=share).sum())
+        found = [op for op in step_estimate(ops, kernel_model("h100")).ops if op.family.startswith("attention")]
+        assert len(found) == 2 and {op.family.endswith(" dropout") for op in found} == {share > 0}
+
+
+def test_a_condition_on_data_is_noted() -> None:
+    class Skips(nn.Module):
+        def forward(self, x):
+            return x if (x > 0).all() else x.exp()
+
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(8, 8), Skips())
+        inputs = torch.randn(4, 8)
+    ops = record_step(model, lambda: model(inputs).sum())
+    assert [op.module for op in step_estimate(ops, kernel_model("h100")).ops if op.assumed] == ["*"]
