@@ -12,11 +12,16 @@ def one_line(message: str) -> str:
     >>> one_line("a.yaml:1:1: name:\\nwrong")
     'a.yaml:1:1: name:\\\\nwrong'
     """
-    line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in message)
+    line = printable(message)
     if len(line) <= LONGEST_LINE:
         return line
     tail = LONGEST_LINE // 3
     return line[: LONGEST_LINE - tail - len(_CUT)] + _CUT + line[-tail:]
+
+
+def printable(text: str) -> str:
+    """`text` with what no terminal should get (line breaks, escapes) written out."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 class UserError(Exception):

@@ -31,7 +31,8 @@ def execute(args: argparse.Namespace) -> int:
     action, *rest = args.words
     if action != "copy" or len(rest) != 2:
         raise UserError(
-            f"`scenarios {' '.join(args.words)}`: write `scenarios copy NAME DIR` or `scenarios copy all DIR`"
+            f"`scenarios {' '.join(args.words)}`: write `scenarios copy NAME DIR`, `scenarios copy all DIR` "
+            "or `scenarios from-megatron ARGS.sh`"
         )
     places = copy(rest[0], Path(rest[1]), force=args.force)
     if args.json:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from moesim.errors import UserError
+from moesim.errors import UserError, printable
 from moesim.flags.expressions import Pattern, pattern
 from moesim.flags.flag_table import READ
 from moesim.flags.shell_values import is_unset, marks
@@ -30,7 +30,7 @@ class Given:
         words = [
             f"${'...' if not is_unset(word) else marks(word)[0][1:]}" if marks(word) else word for word in self.words
         ]
-        text = " ".join([self.name, *words])
+        text = printable(" ".join([self.name, *words]))
         return text if len(text) <= _SHOWN + len(self.name) else f"{text[: _SHOWN + len(self.name)]}..."
 
 

@@ -1,6 +1,7 @@
 """The words of a shell script with their quotes and lines. Nothing is expanded here, and nothing is ever run."""
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -63,6 +64,8 @@ def tokens(text: str, *, source: str) -> tuple[Token, ...]:
     """
     if len(text) > MOST_CHARACTERS:
         raise UserError(f"{source}: {len(text):,} characters; a launch script has at most {MOST_CHARACTERS:,}")
+    if "\x00" in text:
+        raise UserError(f"{source}: holds a NUL character; it is no script")
     return tuple(_Lexer(text.replace("\r\n", "\n"), source).tokens(until=None))
 
 
@@ -71,10 +74,11 @@ class _Lexer:
 
     def __init__(self, text: str, source: str) -> None:
         self.text, self.source, self.at = text, source, 0
+        self._ends = [index for index, char in enumerate(text) if char == "\n"]
 
     @property
     def line(self) -> int:
-        return self.text.count("\n", 0, self.at) + 1
+        return bisect_left(self._ends, self.at) + 1
 
     def tokens(self, *, until: str | None) -> Iterator[Token]:
         """Tokens up to the operator `until`, or to the end of the text."""

@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from moesim.errors import UserError
 from moesim.flags.expressions import pattern, whole_number
@@ -233,3 +235,47 @@ def test_a_script_with_stages_of_options_and_arguments() -> None:
     ]
     other = words(STAGED, **{**given, "2": "A3B", "10": "1", "VP": ""})
     assert other[7] == "48" and other[-2:] == ["--moe-layer-freq", "([1]*48)"]
+
+
+BITS = st.sampled_from(
+    [
+        *"$}=()'\"\n ;|<>#`{[]@?:1A&\\\x00é",
+        *(
+            "${",
+            "((",
+            "))",
+            "[[",
+            "]]",
+            "&&",
+            "||",
+            "<<E",
+            "E",
+            "+=",
+            ":-",
+            ";;",
+            "if",
+            "then",
+            "fi",
+            "else",
+            "for",
+            "in",
+        ),
+        *("do", "done", "while", "case", "esac", "eval", "f()", "python run.py", "--x"),
+    ]
+)
+
+
+@settings(max_examples=400, deadline=2000)
+@given(bits=st.lists(BITS, max_size=25), glue=st.sampled_from(["", " "]))
+@example(bits=["A", "=", "(", "\n"] * 5, glue="")
+@example(bits=["$", "(", "(", "A", "))"], glue="")
+def test_any_text_is_read_or_refused_in_one_line(bits: list[str], glue: str) -> None:
+    try:
+        words(glue.join(bits))
+    except UserError as error:
+        assert "\n" not in str(error)
+
+
+def test_a_long_script_is_read_in_a_moment() -> None:
+    lines = "\n".join(f"A{number}=(--x {number} --y 'a b' \"$A{number - 1}\")" for number in range(3_000))
+    assert words(lines + "\npython run.py --a 1 --b 2")[-2:] == ["--b", "2"]

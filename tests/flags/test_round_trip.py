@@ -142,6 +142,7 @@ formats = st.sampled_from(["fp32", "bf16", "fp16", "fp8"])
     clip=st.sampled_from(["null", "1.0", "0.5"]), reduction=st.sampled_from(["null", "true", "false"]),
     shared=st.sampled_from(["null", "true", "false"]),
     dispatch=st.sampled_from(["{}", "{deduplicate: per_expert}", "{algorithm: low_latency, deduplicate: per_expert}",
+                              "{algorithm: low_latency_nvlink, deduplicate: per_expert}",
                               "{algorithm: hierarchical, deduplicate: per_node, sm_share: 0.25}",
                               "{dtype: fp8, combine_dtype: fp8}"]),
     capacity=st.sampled_from(["{kind: none}", "{kind: expert, factor: 1.5}", "{kind: device, factor: 1.0}",
