@@ -17,6 +17,7 @@ from moesim.sweeper.study import Misfit, Study
 _WIDEST_REASON = 160
 _WIDEST_TABLE = 1000
 _NO_SPREAD = 1e-4  # of the mean: a narrower interval is not shown
+_WIDEST_VALUE = 48  # characters of one value in the list of points
 
 
 def print_sweep(study: Study, outcome: SweepOutcome, *, file: TextIO | None = None, width: int | None = None) -> None:
@@ -55,11 +56,16 @@ def print_points(study: Study, finished: Mapping[str, PointRecord], *, file: Tex
         status = "infeasible" if isinstance(point, Misfit) else "to do"
         if point.id in finished:
             status = finished[point.id].status
-        values = [shown_value(point.values.get(key, "")) for axis in study.axes for key in axis.keys]
+        values = [_cut(shown_value(point.values.get(key, ""))) for axis in study.axes for key in axis.keys]
         table.add_row(*map(Text, (str(point.number), point.id, *values, status)))
     _print_table(console, table)
     for misfit in study.misfits:
         console.print(f"{misfit.number}: {misfit.reason}", markup=False, soft_wrap=True)
+
+
+def _cut(text: str) -> str:
+    """A value that is a list of counts would make the table as wide as that."""
+    return text if len(text) <= _WIDEST_VALUE else f"{text[: _WIDEST_VALUE - 3]}..."
 
 
 def _table(title: str, first: Sequence[str]) -> Table:

@@ -221,3 +221,11 @@ def test_points_are_listed_with_what_is_known(trial):
     assert text.count("to do") == 3
     assert text.count("failed") == 1
     assert "5: study.yaml" in text.replace(str(Path.cwd()) + "/", "")
+
+
+def test_the_list_of_points_is_not_as_wide_as_a_list_of_counts(capsys):
+    study = load_study(Path(__file__).parents[2] / "scenarios/studies/routing-deepseek-moe-16b.yaml")
+    print_points(study, {})
+    lines = capsys.readouterr().out.splitlines()
+    assert max(len(line.rstrip()) for line in lines) < 100
+    assert any("popularity" in line for line in lines)
