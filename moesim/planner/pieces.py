@@ -63,6 +63,10 @@ class PieceStore:
             self._rows[key] = even_rows(cell) if sample is None else routed_rows(cell, [sample])
         return self._rows[key]
 
+    def sample(self, scenario: Scenario) -> TrafficSample | None:
+        """One routing sample of the scenario's cell; None for a dense model."""
+        return self._sample(cell_of(scenario))
+
     def _sample(self, cell: Scenario) -> TrafficSample | None:
         """One routing sample of the cell."""
         key = (*_routing_key(cell), cell.cluster.pools[0].gpus_per_node)

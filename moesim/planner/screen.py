@@ -155,7 +155,9 @@ class Screen:
         kernels, fabric = self.pieces.kernels(scenario), self._fabric(scenario)
         software = kernel_list(scenario)
         mesh = Mesh(scenario.parallelism, scenario.cluster)
-        parameters = ParameterGroups(scenario, mesh, schedule)
+        copies = scenario.slots_per_rank * scenario.parallelism.expert > scenario.model.experts
+        sample = self.pieces.sample(scenario) if copies else None
+        parameters = ParameterGroups(scenario, mesh, schedule, map_of=sample.map_of if sample else None)
         reductions, gathers = parameters.reductions(fabric), parameters.gathers(fabric)
         writer = KernelWriter(kernels, dtype=scenario.workload.precision.gemm, part=Part.GRADIENTS)
         ends = []

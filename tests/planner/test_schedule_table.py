@@ -7,6 +7,7 @@ import pytest
 from moesim.errors import UserError
 from moesim.planner.screen import Screen
 from moesim.run import obtain_trace, simulate
+from moesim.scenario import Contiguous
 from moesim.schedules import PLAIN, SCHEDULES, SPLIT, Action, Pass, ScheduleFacts, Work
 
 CLOSE = 0.05  # of the simulated step
@@ -43,6 +44,17 @@ def screened_as_simulated(scenario):
 def test_the_screen_follows_every_schedule(small, kind, shape):
     ranks, rounds = shape
     screened_as_simulated(pipelined(small, kind, ranks=ranks, rounds=rounds))
+
+
+def test_the_screen_sums_the_gradients_of_copies(small):
+    """Large experts with few tokens, each of them twice: their sums are a good part of the step."""
+    scenario = pipelined(small, PLAIN.name, ranks=2, rounds=2)
+    model = scenario.model.model_copy(update={"expert_intermediate": 4096})
+    work = scenario.workload.model_copy(update={"sequence_length": 256})
+    copies = Contiguous(redundant_experts=model.experts)
+    copied = scenario.model_copy(update={"placement": copies, "model": model, "workload": work})
+    result = screened_as_simulated(copied)
+    assert result["attribution_s"]["data_parallel"] > 2 * CLOSE * result["step_time_s"]
 
 
 def split_at_once(num_ranks, num_micro_batches, virtual):
