@@ -3,8 +3,9 @@
 Written from its description (github.com/deepseek-ai/EPLB, README): experts with the largest load per copy are copied
 until all slots are taken, and items are packed greedily, the heaviest first into the lightest pack with room. The
 hierarchical policy first packs the router's groups of experts to nodes and copies inside each node, so that limits on
-nodes per token keep their worth; the global one copies over all ranks. Sums are of 32-bit floats, as there: where two
-loads round to the same number the one with the smaller index comes first, so that results equal theirs in ties too.
+nodes per token keep their worth; the global one copies over all ranks. Sums are of 32-bit floats, as there. Of experts
+with equal loads the one with the smaller index comes first; the published code sorts with torch's unstable sort, which
+beyond 16 items orders equal ones by version and CPU, so that there its own results differ as well.
 
 Legend: L layers, E experts, X slots of all ranks, N rows of a batch, I items, P packs, Y slots of a row.
 """
