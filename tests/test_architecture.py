@@ -17,8 +17,8 @@ PACKAGE = Path(__file__).parent.parent / "moesim"
 LAYER = {
     "units": 1, "errors": 1, "seeding": 1, "spelling": 1, "strict_json": 1, "processes": 1, "files": 1, "display": 1,
     "shipped": 1.5, "schedules": 1.5,
-    "scenario": 2, "flags": 2.5,
-    "trace": 3,
+    "scenario": 2,
+    "trace": 3, "flags": 3.5,
     "routing": 4, "parallel": 4,
     "kernels": 5, "network": 5,
     "results": 6,

@@ -16,10 +16,15 @@ SOFTWARE = ("megatron", "torchtitan")  # the keys of `moesim.flags.software.WRIT
 
 
 def add_launch(parser: argparse.ArgumentParser) -> None:
-    """--gpu, --gpus, --var and --args: what flags do not say."""
+    """--gpu, --gpus, --routing, --var and --args: what flags do not say."""
     parser.add_argument("--gpu", metavar="NAME", help="kind of GPU, of `moesim gpus`; h100 by default")
     text = "GPUs in all, where the launcher's flags, variables or #SBATCH lines do not say it"
     parser.add_argument("--gpus", metavar="N", type=int, help=text)
+    text = (
+        "routing to simulate with: a router of `moesim trace library:` (where one is laid out so), one trained as the "
+    )
+    text += "flags say (else), or all experts alike"
+    parser.add_argument("--routing", choices=("library", "train", "uniform"), help=text)
     text = "arguments of the script, as they would be written behind its name"
     parser.add_argument("--args", dest="arguments", metavar='"WORDS"', help=text)
     text = "set a variable that the script takes from outside; may be repeated"
@@ -33,7 +38,14 @@ def read_launch_of(args: argparse.Namespace, path: Path) -> "Reading":
     if args.gpus is not None and args.gpus < 1:
         raise UserError(f"--gpus {args.gpus} is not a number of GPUs; use 1 or more")
     variables = _arguments(args.arguments or "") | _variables(args.variables)
-    return read_megatron(path, gpu=args.gpu, gpus=args.gpus, variables=variables, overrides=args.overrides)
+    return read_megatron(
+        path,
+        gpu=args.gpu,
+        gpus=args.gpus,
+        variables=variables,
+        routing=args.routing,
+        overrides=args.overrides,
+    )
 
 
 def _arguments(text: str) -> dict[str, str]:

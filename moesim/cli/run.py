@@ -119,7 +119,13 @@ def _reading(args: argparse.Namespace) -> "Reading | None":
         return read_launch_of(args, args.from_megatron)
     if args.scenario is None:
         raise UserError("name a SCENARIO, or a launch with --from-megatron; `moesim scenarios` lists those that ship")
-    beside = {"--gpu": args.gpu, "--gpus": args.gpus, "--var": args.variables, "--args": args.arguments}
+    beside = {
+        "--gpu": args.gpu,
+        "--gpus": args.gpus,
+        "--routing": args.routing,
+        "--var": args.variables,
+        "--args": args.arguments,
+    }
     for flag, given in beside.items():
         if given:
             raise UserError(f"{flag} goes with --from-megatron; a scenario says it itself (--set cluster.gpu=h200)")

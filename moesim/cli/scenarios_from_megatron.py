@@ -18,7 +18,7 @@ SUMMARY = "Make a scenario of a Megatron-LM launch script or YAML file, and say 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """ARGS, --out, --gpu, --gpus, --var, --args, --set, --json, --quiet, --force."""
+    """ARGS, --out, --gpu, --gpus, --routing, --var, --args, --set, --json, --quiet, --force."""
     text = "launch script (shell; read, never run), or YAML with Megatron-LM's arguments or Megatron-Bridge's fields"
     parser.add_argument("launch", metavar="ARGS.sh|yaml", type=Path, help=text)
     parser.add_argument("--out", metavar="FILE.yaml", type=Path, help="write the scenario here, for `moesim run`")

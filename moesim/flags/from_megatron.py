@@ -12,7 +12,8 @@ from moesim.flags.flag_table import READ
 from moesim.flags.given_flags import Launched, read_file
 from moesim.flags.read_layout import dispatch_fields, layout_fields, overlap_fields
 from moesim.flags.read_model import model_fields
-from moesim.flags.read_training import capacity_fields, routing_fields, workload_fields
+from moesim.flags.read_training import capacity_fields, workload_fields
+from moesim.flags.routing_choice import Choice, routing_section
 from moesim.scenario import Scenario, gpu_spec, scenario_from_mapping, yaml_text
 
 DEFAULT_GPU = "h100"
@@ -50,19 +51,21 @@ def read_megatron(
     gpu: str | None = None,
     gpus: int | None = None,
     variables: Mapping[str, str] | None = None,
+    routing: Choice | None = None,
     overrides: Sequence[str] = (),
 ) -> Reading:
     """The launch in the file at `path` as a scenario on GPUs of the kind `gpu`; nothing of the file is run.
 
     `gpus` is the number of GPUs where the file does not say it (or says another), `variables` are set before the script
-    is read, `overrides` are `a.b=c` of the scenario. Raises UserError, one line that names the flag and its place.
+    is read, `routing` is what to simulate with (see `routing_section`), `overrides` are `a.b=c` of the scenario. Raises
+    UserError, one line that names the flag and its place.
     """
     launched = read_file(path, variables=variables or {})
     keys = (override.partition("=")[0].strip() for override in overrides)
     args = Arguments(launched.flags, source=path.name, overridden=keys)
     for remark in launched.remarks:
         args.take(remark)
-    data = _scenario(args, launched, name=_name(path), gpu=gpu, gpus=gpus)
+    data = _scenario(args, launched, name=_name(path), gpu=gpu, gpus=gpus, routing=routing)
     try:
         scenario = scenario_from_mapping(data, overrides)
     except UserError as error:
@@ -102,7 +105,9 @@ def _with_flags(args: Arguments, message: str) -> str:
     return f"{args.source}: {key}{message[found.end() :]}"
 
 
-def _scenario(args: Arguments, launched: Launched, *, name: str, gpu: str | None, gpus: int | None) -> dict[str, Any]:
+def _scenario(
+    args: Arguments, launched: Launched, *, name: str, gpu: str | None, gpus: int | None, routing: Choice | None
+) -> dict[str, Any]:
     if gpu is None:
         args.take(f"GPUs are {DEFAULT_GPU}: flags do not say it (--gpu NAME)")
     nodes, per_node = _machines(args, launched, gpus)
@@ -113,7 +118,7 @@ def _scenario(args: Arguments, launched: Launched, *, name: str, gpu: str | None
     data = {
         "name": name,
         "model": model,
-        **routing_fields(args),
+        **routing_section(args, model, routing),
         "capacity": capacity_fields(args),
         "cluster": {"gpu": kind, "nodes": nodes, "gpus_per_node": per_node},
         "parallelism": layout,

@@ -115,6 +115,43 @@ def test_stages_are_those_that_megatron_builds(write: Write, flags: str, built: 
     assert list(scenario(write(f"{flags} {pipeline}")).parallelism.stages or ()) == built
 
 
+V3 = "--num-experts 256 --moe-router-topk 8 --moe-router-score-function sigmoid"
+
+
+@pytest.mark.parametrize(
+    ("more", "choice", "kind", "router", "file"),
+    [
+        ("", None, "trace", "topk_softmax", "library:8x2/published"),
+        ("", "train", "train", "topk_softmax", None),
+        ("", "uniform", "uniform", "topk_softmax", None),
+        ("--moe-router-pre-softmax", None, "train", "deepseek_moe", None),  # none ships that routes so
+        (V3, None, "train", "deepseek_v3", None),
+        (
+            f"{V3} --moe-router-num-groups 8 --moe-router-group-topk 4",
+            None,
+            "trace",
+            "deepseek_v3",
+            "library:256x8/published",
+        ),
+        ("--moe-router-force-load-balancing", "train", "uniform", None, None),
+    ],
+)
+def test_routing_is_a_shipped_router_of_the_layout_or_as_asked_for(
+    write: Write, more: str, choice: str | None, kind: str, router: str | None, file: str | None
+) -> None:
+    reading = of(write(more), routing=choice)
+    routing = reading.scenario.routing
+    assert (routing.kind, routing.router and routing.router.kind) == (kind, router)
+    assert getattr(routing, "file", None) == file
+    assert choice is not None or any(line.startswith("routing: ") for line in reading.taken)
+    assert load_scenario_text(scenario_text(reading)) == reading.scenario
+
+
+def test_a_library_without_the_layout_is_one_line(write: Write) -> None:
+    with pytest.raises(UserError, match="the library has no router deepseek_v3 of 256 experts, 8 a token"):
+        of(write(V3), routing="library")
+
+
 def test_stage_layouts_are_read_as_they_are_written() -> None:
     assert stages_of("Et*3|(tt|)*29|mL")[-3:] == ("tt", "", "mL")
     assert stages_of("embedding,decoder|decoder,decoder,loss") == ("Et", "ttL")
@@ -176,7 +213,7 @@ def test_stage_layouts_are_read_as_they_are_written() -> None:
     ],
 )  # fmt: skip
 def test_a_flag_and_its_absence(write: Write, more: str, key: str, value: object) -> None:
-    found: object = scenario(write(more))
+    found: object = of(write(more), routing="train").scenario
     for part in key.split("."):
         found = getattr(found, part)
     assert found == value
