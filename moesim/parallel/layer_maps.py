@@ -3,7 +3,7 @@
 Legend: E experts, L thin layers of the trace, D ranks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,20 +69,9 @@ def layer_maps(
     placement, model, num_ranks = scenario.placement, scenario.model, scenario.parallelism.expert
     experts = model.experts
     if isinstance(placement, MadeFromRows):
-        if isinstance(placement, BySpeed):
-            num_slots, speed_D = experts + placement.redundant_experts, np.array(placement.speeds)
-            slot_LX = place_by_speed(rows().load_LE, num_slots=num_slots, speed_D=speed_D)
-        elif isinstance(placement, Search):
-            slot_LX = _searched(scenario, placement, rows(), num_groups=num_groups, node_of_rank_D=node_of_rank_D)
-        else:
-            assert isinstance(placement, Eplb)
-            hierarchical, load_LE = placement.policy == "auto", rows().load_LE
-            slot_LX = _balanced(
-                load_LE, placement.redundant_experts, num_groups, node_of_rank_D, hierarchical=hierarchical
-            )
+        slot_LX = PLACERS[type(placement)](Given(scenario, placement, rows(), num_groups, node_of_rank_D))
         maps = tuple(ExpertMap(slot_X.reshape(num_ranks, -1), experts) for slot_X in slot_LX)
-        # Experts of a slow rank stay on it.
-        return LayerMaps(maps, per_model_layer=False, moved=not isinstance(placement, BySpeed), split=placement.split)
+        return LayerMaps(maps, per_model_layer=False, moved=placement.ranks_alike, split=placement.split)
     slots = placement.fixed_slots(num_experts=experts, num_ranks=num_ranks)
     if slots is None:
         assert isinstance(placement, Explicit)
@@ -96,53 +85,94 @@ def layer_maps(
     return LayerMaps((one,) * num_layers, per_model_layer=False, moved=moved, split=placement.split)
 
 
-def _balanced(
-    load_LE: NDArray[Any], redundant_experts: int, num_groups: int, node_of_rank_D: Ints, *, hierarchical: bool
-) -> Ints:
-    """By EPLB; hierarchical at most where each node holds as many ranks, one node's behind the other's."""
-    nodes = np.bincount(node_of_rank_D)
-    in_order = len(set(nodes.tolist())) == 1 and (np.diff(node_of_rank_D) >= 0).all()
+@dataclass(frozen=True, eq=False)
+class Given:
+    """What a placement is made from; node_of_rank_D are the nodes of a group's ranks."""
+
+    scenario: Scenario
+    placement: MadeFromRows
+    rows: PlacingRows
+    num_groups: int
+    node_of_rank_D: Ints
+
+    @property
+    def num_slots(self) -> int:
+        """Slots of all ranks."""
+        return int(self.rows.load_LE.shape[1]) + self.placement.redundant_experts
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes, where each holds as many ranks, one node's behind the other's; else 1: then nodes play no part."""
+        ranks_M = np.bincount(self.node_of_rank_D)
+        in_order = (np.diff(self.node_of_rank_D) >= 0).all()
+        return len(ranks_M) if in_order and len(set(ranks_M.tolist())) == 1 else 1
+
+
+def _by_eplb(given: Given) -> Ints:
+    """EPLB, hierarchical where it can be and is not asked to look at all ranks at once."""
+    assert isinstance(given.placement, Eplb)
+    return _balanced(given, num_nodes=given.num_nodes if given.placement.policy == "auto" else 1)
+
+
+def _balanced(given: Given, *, num_nodes: int) -> Ints:
     return balance_experts(
-        load_LE,
-        num_slots=load_LE.shape[1] + redundant_experts,
-        num_groups=num_groups,
-        num_nodes=len(nodes) if hierarchical and in_order else 1,
-        num_ranks=len(node_of_rank_D),
+        given.rows.load_LE,
+        num_slots=given.num_slots,
+        num_groups=given.num_groups,
+        num_nodes=num_nodes,
+        num_ranks=len(given.node_of_rank_D),
     )
 
 
-def _searched(
-    scenario: Scenario, placement: Search, rows: PlacingRows, *, num_groups: int, node_of_rank_D: Ints
-) -> Ints:
-    """By local search on tokens from all over the rows, from EPLB's slots and from the same in order of experts."""
-    assert rows.ids_LTK is not None, "a search looks at tokens"
-    num_ranks = len(node_of_rank_D)
-    slot_LX = _balanced(rows.load_LE, placement.redundant_experts, num_groups, node_of_rank_D, hierarchical=True)
-    rank_X = np.repeat(np.arange(num_ranks), slot_LX.shape[1] // num_ranks)
-    prices = _prices(scenario, num_nodes=int(node_of_rank_D.max()) + 1)
-    every = -(-rows.ids_LTK.shape[1] // MOST_TOKENS)
-    found = []
-    for layer, (expert_X, ids_TK) in enumerate(zip(slot_LX, rows.ids_LTK[:, ::every], strict=True)):
-        held = ExpertMap(expert_X.reshape(num_ranks, -1), rows.load_LE.shape[1])
-        slot_TK = held.choice("even", node_of_rank_D).slots(ids_TK[None])[0]
-        token_R, _ = np.nonzero(slot_TK >= 0)
-        by_slot_R = np.argsort(slot_TK[slot_TK >= 0], kind="stable")
-        ends_X = np.cumsum(np.bincount(slot_TK[slot_TK >= 0], minlength=len(expert_X)))
-        in_order_X = np.empty_like(rank_X)
-        first_X = np.zeros(len(expert_X), dtype=bool)
-        first_X[np.unique(expert_X, return_index=True)[1]] = True
-        in_order_X[np.lexsort((expert_X, ~first_X))] = rank_X  # copies behind all experts
-        ranks_X, _ = search_ranks(
-            np.split(token_R[by_slot_R], ends_X[:-1]),
-            [rank_X, in_order_X],
-            node_D=node_of_rank_D,
-            prices=prices,
-            num_tokens=len(ids_TK),
-            tries=placement.tries,
-            rng=stream(scenario.seed, "placement", layer),
-        )
-        found.append(expert_X[np.lexsort((expert_X, ranks_X))])
-    return np.stack(found)
+def _by_speed(given: Given) -> Ints:
+    assert isinstance(given.placement, BySpeed)
+    return place_by_speed(given.rows.load_LE, num_slots=given.num_slots, speed_D=np.array(given.placement.speeds))
+
+
+def _by_search(given: Given) -> Ints:
+    """Local search on tokens from all over the rows, from EPLB's slots and from the same in order of experts."""
+    assert isinstance(given.placement, Search) and given.rows.ids_LTK is not None, "a search looks at tokens"
+    every = -(-given.rows.ids_LTK.shape[1] // MOST_TOKENS)
+    slot_LX = _balanced(given, num_nodes=given.num_nodes)
+    return np.stack(
+        [
+            _searched(given, expert_X, ids_TK, tries=given.placement.tries, layer=layer)
+            for layer, (expert_X, ids_TK) in enumerate(zip(slot_LX, given.rows.ids_LTK[:, ::every], strict=True))
+        ]
+    )
+
+
+def _searched(given: Given, expert_X: Ints, ids_TK: NDArray[Any], *, tries: int, layer: int) -> Ints:
+    """The experts of all slots of one layer, found from those of EPLB."""
+    num_ranks, nodes = len(given.node_of_rank_D), int(given.node_of_rank_D.max()) + 1
+    held = ExpertMap(expert_X.reshape(num_ranks, -1), given.rows.load_LE.shape[1])
+    slot_TK = held.choice("even", given.node_of_rank_D).slots(ids_TK[None])[0]
+    token_R, _ = np.nonzero(slot_TK >= 0)
+    slot_R = slot_TK[slot_TK >= 0]
+    ends_X = np.cumsum(np.bincount(slot_R, minlength=len(expert_X)))
+    rank_X = np.repeat(np.arange(num_ranks), len(expert_X) // num_ranks)
+    first_X = np.zeros(len(expert_X), dtype=bool)
+    first_X[np.unique(expert_X, return_index=True)[1]] = True
+    in_order_X = np.empty_like(rank_X)
+    in_order_X[np.lexsort((expert_X, ~first_X))] = rank_X  # copies behind all experts
+    ranks_X, _ = search_ranks(
+        np.split(token_R[np.argsort(slot_R, kind="stable")], ends_X[:-1]),
+        [rank_X, in_order_X],
+        node_D=given.node_of_rank_D,
+        prices=_prices(given.scenario, num_nodes=nodes),
+        num_tokens=len(ids_TK),
+        tries=tries,
+        rng=stream(given.scenario.seed, "placement", layer),
+    )
+    return np.asarray(expert_X[np.lexsort((expert_X, ranks_X))])
+
+
+# How a placement that is made from rows gets the experts of all slots [L, X].
+PLACERS: Mapping[type[MadeFromRows], Callable[[Given], Ints]] = {
+    Eplb: _by_eplb,
+    BySpeed: _by_speed,
+    Search: _by_search,
+}
 
 
 def _prices(scenario: Scenario, *, num_nodes: int) -> Prices:

@@ -128,6 +128,11 @@ class MadeFromRows(_Redundant):
         """Whether the first half of the trace is not simulated."""
         return self.made_on == "earlier" or self.judged_on == "later"
 
+    @property
+    def ranks_alike(self) -> bool:
+        """Whether experts that are placed together might be on any rank, so that layers differ in which."""
+        return True
+
 
 class Eplb(MadeFromRows):
     """DeepSeek's load balancer (`moesim.parallel.eplb`): the experts with most rows get copies, ranks equal loads."""
@@ -147,6 +152,11 @@ class BySpeed(MadeFromRows):
     speeds: Annotated[tuple[PositiveFloat, ...], Field(min_length=1, max_length=MOST_GPUS)] = Field(
         description="Speed of every rank of an expert group against the others', such as 1.0 and 0.7."
     )
+
+    @property
+    def ranks_alike(self) -> bool:
+        """A slow rank keeps its experts."""
+        return False
 
 
 class Search(MadeFromRows):

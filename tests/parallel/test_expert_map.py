@@ -31,6 +31,8 @@ PLACEMENTS: tuple[dict[str, Any], ...] = (
     {"kind": "eplb", "redundant_experts": 16},
     {"kind": "eplb", "redundant_experts": 16, "split": "nearest"},
     {"kind": "eplb", "redundant_experts": 16, "policy": "global", "split": "nearest"},
+    {"kind": "by_speed", "redundant_experts": 8, "speeds": [1.0, 1, 1, 1, 0.5, 1, 1, 1]},
+    {"kind": "search", "redundant_experts": 8, "tries": 50},
     {"kind": "explicit", "slots": UNEVEN},
 )
 CAPACITIES: tuple[dict[str, Any], ...] = (
