@@ -28,16 +28,16 @@ CHECK = (
 )
 # aten operation -> kind of memory-bound kernel; its bytes are those of operands and results
 KINDS = {
-    "_to_copy": "cast",
-    "clone": "copy",
-    "copy_": "copy",
-    "cat": "copy",
     "fill_": "zero",
     "zero_": "zero",
     "new_zeros": "zero",
     "zeros": "zero",
     "zeros_like": "zero",
+    "ones": "zero",
     "ones_like": "zero",
+    "_to_copy": "cast",
+    "clone": "copy",
+    "cat": "copy",
     "silu": "silu",
     "silu_backward": "silu_backward",
     "_softmax": "softmax",
@@ -53,6 +53,8 @@ KINDS = {
     "_fused_rms_norm": "rms_norm",
     "_fused_rms_norm_backward": "rms_norm_backward",
 }
+# Of what is copied over nothing is read: what moves is the result, twice.
+OVERWRITES = {"copy_", "_foreach_copy_", "split_with_sizes_copy", "_chunk_cat"}
 ELEMENTWISE = {
     "_local_scalar_dense", "abs", "add", "add_", "addcmul", "all", "amax", "amin", "any", "arange", "argsort",
     "bincount", "bitwise_and", "bitwise_not", "clamp", "clamp_", "complex", "constant_pad_nd", "cos", "cumsum",
@@ -73,7 +75,7 @@ PADDED = {"slice_backward", "select_backward"}  # a new tensor of zeros with the
 
 
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
-_KNOWN = PRODUCTS | GATHERS | SCATTERS | PADDED | ELEMENTWISE | KINDS.keys()
+_KNOWN = PRODUCTS | GATHERS | SCATTERS | PADDED | OVERWRITES | ELEMENTWISE | KINDS.keys()
 _KNOWN |= {"_grouped_mm", SDPA, OPTIMIZER, "nll_loss_forward", "nll_loss_backward", "masked_fill"}
 
 
@@ -267,6 +269,8 @@ def _memory_bound(op: RecordedOp) -> tuple[list[Kernel], bool]:
         return [MemoryBound("zero", float(written))], True  # but for one number a row
     if op.name == "masked_fill":
         return [MemoryBound("copy", 2.0 * written), MemoryBound(*_plain(op, 2.0 * written))], True
+    if op.name in OVERWRITES:
+        return [MemoryBound("copy", 2.0 * written)], True
     if op.name in KINDS:
         return [MemoryBound(KINDS[op.name], float(read + written))], True
     return [MemoryBound(*_plain(op, float(read + written)))], op.name in ELEMENTWISE

@@ -190,7 +190,7 @@ def _counted(index: int, tree: OpTree, knows: Callable[[str], bool]) -> int:
             return each
         if name == UNFUSED_ATTENTION:
             break
-        if knows(name):
+        if knows(name) and (found < 0 or tree.ops[found].name != name):  # a DTensor's calls itself on what a rank holds
             found = each
         if shaped < 0 and tree.ops[each].dims:
             shaped = each

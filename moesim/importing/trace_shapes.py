@@ -41,6 +41,7 @@ NUMBERED |= {"11": "bool", "15": "bfloat16", "23": "float8_e5m2", "24": "float8_
 BYTES = dict(FORMATS.values())
 NOT_TENSORS = {"", "Scalar", "ScalarList"}
 LIST = "TensorList"
+SCATTER = "reduce_scatter"
 ACCUMULATION = "torch::autograd::AccumulateGrad"
 ALIASES = {"_index_put_impl_": "index_put_"}
 # Gradients that are added in place in the backward pass; a recorded step has the form that makes a new tensor.
@@ -77,9 +78,15 @@ def knows_traced(name: str) -> bool:
 
 
 def parameters_seen(ops: Sequence[CpuOp], *, micro_batches: int) -> Seen:
-    """All parameters that get gradients as one tensor: the shapes of what is accumulated for each micro-batch."""
+    """The parameters that a rank updates as one tensor: the shapes of what is accumulated for each micro-batch, or what
+    is left of it for one rank where gradients are reduced and scattered.
+    """
     found = [op for op in ops if op.name == ACCUMULATION and op.dims]
-    count = sum(math.prod(op.dims[0]) for op in found) // max(micro_batches, 1)
+    scattered = [op.message for op in ops if op.message and SCATTER in str(op.message.get("Collective name"))]
+    count = sum(math.prod(op.dims[0]) for op in found)
+    if scattered:
+        count = sum(int(message.get("Out msg nelems", 0)) for message in scattered)
+    count //= max(micro_batches, 1)
     formats = [FORMATS.get(op.types[0], ("float32", 4))[0] for op in found if op.types]
     return _seen((count,), max(set(formats), key=formats.count, default="float32"))
 
@@ -171,6 +178,8 @@ def _written(bare: str, traced: TracedOp, reads: Sequence[Seen]) -> tuple[Seen, 
     first = reads[0]
     if bare.endswith("_") or bare.startswith("_foreach"):
         return (first,) if not bare.startswith("_foreach") else tuple(reads[: len(traced.op.dims[0])])
+    if bare in ("split_with_sizes_copy", "_chunk_cat"):  # all of it is moved; the trace lists the result, too
+        return tuple(_tensors(traced, only=0))
     if bare == "_to_copy":
         return (_seen(first[0], _numbered(traced.op.concrete, 1) or first[1]),)
     if bare == "cat":

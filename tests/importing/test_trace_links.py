@@ -100,3 +100,20 @@ def test_a_collective_is_no_operation_of_the_gpu_alone(trace, tmp_path: Path) ->
     (found,) = step.calibration.collectives
     assert (found.name, found.bytes, found.ranks, found.count) == ("allreduce", 200, 4, 1)
     assert found.measured_s == pytest.approx(30e-6) and found.exposed_s == pytest.approx(21e-6)
+
+
+def test_an_operation_on_shards_has_the_shapes_of_one_rank(trace, tmp_path: Path) -> None:
+    made = trace().step()
+    made.op("aten::add_", 400, 30, dims=[[64, 8], [64, 8]])  # the whole, as a DTensor has it
+    inner = made.op("aten::add_", 405, 20, dims=[[16, 8], [16, 8]])
+    made.kernel(inner, 406, 420, 3)
+    step = traced_step(made.save(tmp_path / "t.json"))
+    assert step.ops[-1].reads[0][0] == (16, 8)
+
+
+def test_parameters_of_one_rank_are_what_is_scattered_to_it(trace, tmp_path: Path) -> None:
+    made = trace().step()
+    message = {"Collective name": "_reduce_scatter_base", "dtype": "Float", "In msg nelems": 512, "Out msg nelems": 128}
+    made.kernel(made.op("record_param_comms", 60, 10, **message), 61, 108, 30, stream=9)
+    (optimizer,) = (op for op in traced_step(made.save(tmp_path / "t.json")).ops if op.phase == "optimizer")
+    assert optimizer.facts == {"parameters": 128}
