@@ -1,23 +1,46 @@
-"""How well corrections of one trace carry to other sizes of a model: the table of docs/software.md.
+"""How well corrections of one trace carry to other sizes of a model: the tables of docs/software.md.
 
-    python tools/calibration_table.py FOLDER        # of CASE.trace.json.gz, as measure_hf_steps.py names its cases
+    python tools/calibration_table.py                    # prints them from tests/data/calibrations.json.gz
+    python tools/calibration_table.py --traces FOLDER... # writes that file anew from CASE.trace.json.gz
 
-Every trace corrects every other step of tests/data/hf_steps.json.gz of its family.
+Every trace corrects every other step of its family, of tests/data/hf_steps.json.gz and tests/data/dense_steps.json.gz.
 """
 
 import argparse
 import gzip
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from moesim.importing.calibration import Calibration, parsed_calibration
 from moesim.importing.pricing import step_estimate
 from moesim.importing.step_file import parsed_ops
-from moesim.importing.traced_step import TracedStep, traced_step
+from moesim.importing.traced_step import traced_step
 from moesim.kernels import kernel_model
-from moesim.strict_json import parse_json
+from moesim.strict_json import json_text, parse_json
 
-STEPS = Path(__file__).parent.parent / "tests" / "data" / "hf_steps.json.gz"
+DATA = Path(__file__).parent.parent / "tests" / "data"
+MEASURED = ("hf_steps.json.gz", "dense_steps.json.gz")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """A step that the trace of another size corrects: seconds measured, predicted without and with the corrections."""
+
+    trace: str
+    step: str
+    blind: bool
+    measured_s: float
+    plain_s: float
+    corrected_s: float
+
+    @property
+    def errors(self) -> tuple[float, float]:
+        """Of the prediction without and with corrections."""
+        return self.plain_s / self.measured_s - 1, self.corrected_s / self.measured_s - 1
 
 
 def family(name: str) -> str:
@@ -26,34 +49,66 @@ def family(name: str) -> str:
     return "-".join(parts[:2]) if parts[1].startswith("v") else parts[0]
 
 
+def read(name: str) -> Any:
+    """The content of a file of the tests' data."""
+    return parse_json(gzip.decompress((DATA / name).read_bytes()))
+
+
+def calibrations() -> dict[str, Calibration]:
+    """What each trace corrects, by its case."""
+    return {name: parsed_calibration(found) for name, found in read("calibrations.json.gz").items()}
+
+
+def pairs(measured: str) -> Iterator[Pair]:
+    """Every trace with every other step of its family among those of a file."""
+    kernels, found = kernel_model("h100"), calibrations()
+    for step in read(measured)["steps"]:
+        ops = parsed_ops(step["ops"], where=step["name"])
+        plain_s = step_estimate(ops, kernels).step_s
+        for name, calibration in found.items():
+            if name != step["name"] and family(name) == family(step["name"]):
+                yield Pair(
+                    trace=name,
+                    step=step["name"],
+                    blind=step.get("blind", False),  # the dense steps were seen
+                    measured_s=step["sustained_s"] if "sustained_s" in step else step["measured"]["sustained_s"],
+                    plain_s=plain_s,
+                    corrected_s=step_estimate(ops, kernels, corrections=calibration).step_s,
+                )
+
+
+def keep(folders: list[Path]) -> None:
+    """Write what every trace corrects."""
+    found = {
+        path.name.split(".")[0]: traced_step(path).calibration.as_json()
+        for folder in folders
+        for path in sorted(folder.glob("*.trace.json.gz"))
+        if "steps" not in path.name
+    }
+    (DATA / "calibrations.json.gz").write_bytes(gzip.compress(json_text(found).encode(), mtime=0))
+
+
 def main() -> None:
     """Print a row for each pair, and what is in the middle and at worst."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    traces: dict[str, TracedStep] = {}
-    for path in sorted(parser.parse_args().folder.glob("*.trace.json.gz")):
-        if "steps" not in path.name:
-            traces[path.name.split(".")[0]] = traced_step(path)
-    kernels = kernel_model("h100")
-    steps = parse_json(gzip.decompress(STEPS.read_bytes()))["steps"]
-    errors: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
-    print("| calibrated at | step | not fitted | measured, ms | before | after |\n|---|---|---|---|---|---|")
-    for name, trace in traces.items():
-        for step in steps:
-            if step["name"] == name or family(step["name"]) != family(name):
-                continue
-            ops = parsed_ops(step["ops"], where=step["name"])
-            measured = step["measured"]["sustained_s"]
-            before = step_estimate(ops, kernels).step_s / measured - 1
-            after = step_estimate(ops, kernels, corrections=trace.calibration).step_s / measured - 1
-            errors[step["blind"]].append((before, after))
-            blind = "yes" if step["blind"] else ""
-            print(f"| {name} | {step['name']} | {blind} | {1e3 * measured:.1f} | {before:+.1%} | {after:+.1%} |")
-    for blind, found in errors.items():
-        both = np.abs(np.array(found))
-        middle, worst = np.median(both, axis=0), both.max(axis=0)
-        print(f"{len(found)} pairs, not fitted {blind}: median {middle[0]:.1%} -> {middle[1]:.1%}, ", end="")
-        print(f"worst {worst[0]:.1%} -> {worst[1]:.1%}")
+    parser.add_argument("--traces", type=Path, nargs="+")
+    folders = parser.parse_args().traces
+    if folders:
+        keep(folders)
+    for name in MEASURED:
+        found = list(pairs(name))
+        print(f"\n{name}\n| traced | predicted | not fitted | measured, ms | plain | corrected |")
+        print("|---|---|---|---|---|---|")
+        for pair in found:
+            plain, corrected = (f"{100 * error:+.1f} %" for error in pair.errors)
+            blind, ms = "yes" if pair.blind else "", f"{1e3 * pair.measured_s:.1f}"
+            print(f"| {pair.trace} | {pair.step} | {blind} | {ms} | {plain} | {corrected} |")
+        for blind in (True, False):
+            both = np.abs(np.array([pair.errors for pair in found if pair.blind is blind]))
+            if len(both):
+                middle, worst = 100 * np.median(both, axis=0), 100 * both.max(axis=0)
+                text = f"median {middle[0]:.1f} -> {middle[1]:.1f} %, worst {worst[0]:.1f} -> {worst[1]:.1f} %"
+                print(f"{len(both)} pairs, {'not ' if not blind else ''}left out of every choice: {text}")
 
 
 if __name__ == "__main__":

@@ -170,13 +170,14 @@ def load_calibration(path: Path) -> tuple[str, list[RecordedOp], Calibration]:
         )
     ops = parsed_ops(content.get("ops"), where=str(path))
     try:
-        calibration = _parsed(content["calibration"])
+        calibration = parsed_calibration(content["calibration"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: calibration is malformed ({error}); make it again from the trace") from None
     return str(content.get("source", "")), ops, calibration
 
 
-def _parsed(found: Mapping[str, Any]) -> Calibration:
+def parsed_calibration(found: Mapping[str, Any]) -> Calibration:
+    """As `as_json` gave it. Raises AttributeError, KeyError, TypeError or ValueError for anything else."""
     corrections = tuple(Correction(**each) for each in found["corrections"])
     times = StepTimes(**found["times"])
     numbers = [each.measured_s for each in corrections] + [each.predicted_s for each in corrections]

@@ -74,21 +74,19 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-igno
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype is torch.bool:
-            self.ops.append(  # the step is taken to be one for which it holds
-                RecordedOp(
-                    name=CHECK,
-                    phase=self.phase,
-                    module=self.module,
-                    reads=(_seen(args[0]),),
-                    writes=(),
-                    facts={"taken": True},
-                )
-            )
-            return True
+            self._condition(args[0])
+            return getattr(args[0], LIKELY, True)  # the step is taken to be one for which it is so
         out = func(*args, **(kwargs or {}))
         if not self.paused:
             self._note(func, args, kwargs or {}, out)
+        _mark_chance(func, args, out)
         return out
+
+    def _condition(self, asked: Tensor) -> None:
+        facts = {} if hasattr(asked, LIKELY) else {"taken": True}
+        self.ops.append(
+            RecordedOp(name=CHECK, phase=self.phase, module=self.module, reads=(_seen(asked),), writes=(), facts=facts)
+        )
 
     def _note(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         name = func._schema.name.removeprefix("aten::")
@@ -115,6 +113,20 @@ def _product_facts(matrices: list[Tensor]) -> dict[str, Any]:
     shapes, strides = [each.shape for each in matrices], [each.stride() for each in matrices]
     slow = unaligned(shapes, strides, element_bytes=matrices[0].element_size())
     return {"unaligned": True} if slow else {}
+
+
+UNIFORM, LIKELY = "_drawn_uniformly", "_likely"  # attributes of tensors
+COMPARED = {"lt": lambda limit: limit >= 0.5, "le": lambda limit: limit >= 0.5}
+COMPARED |= {"gt": lambda limit: limit < 0.5, "ge": lambda limit: limit < 0.5}
+
+
+def _mark_chance(func: Any, args: Any, out: Any) -> None:
+    """Whether a layer is dropped (`torch.rand([]) < share`) is the likelier of both."""
+    name = func._schema.name.removeprefix("aten::")
+    if name == "rand" and isinstance(out, Tensor):
+        setattr(out, UNIFORM, True)
+    elif name in COMPARED and hasattr(args[0], UNIFORM) and isinstance(args[1], int | float):
+        setattr(out, LIKELY, COMPARED[name](args[1]))
 
 
 FREE = {

@@ -139,7 +139,8 @@ def print_beside(
     idle = max(0.0, estimate.host_s - estimate.kernels_s - estimate.gaps_s)
     rows.append(_beside("idle, host late", times.late_s, idle, total))
     compute = times.span_s - sum(each.exposed_s for each in step.calibration.collectives)
-    rows.append(_beside("step, without exposed collectives", compute, estimate.step_s, total))
+    name = "step, without exposed collectives" if step.calibration.collectives else "step"
+    rows.append(_beside(name, compute, estimate.step_s, total))
     ways = f"the kernel models of {gpu}, {f'corrected by {corrected_by}' if corrected_by else 'not corrected'}"
     shown: list[RenderableType] = [
         section(f"{step.source} on {step.calibration.device}, beside {ways}", number_table(_PARTS, rows)),

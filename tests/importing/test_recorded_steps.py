@@ -205,3 +205,17 @@ def test_a_condition_on_data_is_noted() -> None:
         inputs = torch.randn(4, 8)
     ops = record_step(model, lambda: model(inputs).sum())
     assert [op.module for op in step_estimate(ops, kernel_model("h100")).ops if op.assumed] == ["*"]
+
+
+@pytest.mark.parametrize(("share", "dropped"), [(0.0, False), (0.1, False), (0.9, True)])
+def test_a_layer_is_dropped_where_that_is_likelier(share: float, dropped: bool) -> None:
+    class Drops(nn.Module):
+        def forward(self, x):
+            return x if torch.rand([]) < share else x.exp()
+
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(8, 8), Drops())
+        inputs = torch.randn(4, 8)
+        ops = record_step(model, lambda: model(inputs).sum())
+    assert ("exp" not in {op.name for op in ops}) is dropped
+    assert not any(op.assumed for op in step_estimate(ops, kernel_model("h100")).ops)

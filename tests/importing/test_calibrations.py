@@ -1,0 +1,42 @@
+"""Corrections of a trace at one size, applied to steps of other sizes that were measured on an H100."""
+
+import numpy as np
+import pytest
+from calibration_table import Pair, calibrations, pairs
+
+
+@pytest.fixture(scope="module")
+def moe() -> list[Pair]:
+    return list(pairs("hf_steps.json.gz"))
+
+
+@pytest.fixture(scope="module")
+def dense() -> list[Pair]:
+    return list(pairs("dense_steps.json.gz"))
+
+
+def after(found: list[Pair]) -> np.ndarray:
+    return np.abs([pair.errors[1] for pair in found])
+
+
+def test_where_the_price_list_is_right_corrections_do_little_harm(moe: list[Pair]) -> None:
+    for blind in (True, False):
+        found = after([pair for pair in moe if pair.blind is blind])
+        assert len(found) >= 10 and np.median(found) < 0.015 and found.max() < 0.04
+    assert 3 * sum(pair.blind for pair in moe) > len(moe), "at least a third was kept out of every choice"
+
+
+def test_where_it_is_wrong_they_put_it_right(dense: list[Pair]) -> None:
+    assert len(dense) == 6 and after(dense).max() < 0.04
+    plain = np.abs([pair.errors[0] for pair in dense])
+    assert (after(dense) < plain).all() and plain.max() > 0.2
+
+
+def test_no_step_is_corrected_by_its_own_trace(moe: list[Pair], dense: list[Pair]) -> None:
+    assert all(pair.trace != pair.step for pair in (*moe, *dense))
+
+
+def test_every_trace_was_of_an_h100_and_kept_its_times() -> None:
+    for found in calibrations().values():
+        assert found.gpu == "h100" and found.unexplained_s == 0
+        assert found.times.span_s == pytest.approx(found.times.busy_s + found.times.gaps_s + found.times.late_s)
