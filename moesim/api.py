@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from moesim.errors import InfeasibleError, UserError
+from moesim.flags.from_megatron import read_megatron
+from moesim.flags.routing_choice import Choice
+from moesim.flags.software import WRITERS
 from moesim.planner.folder import Folder
 from moesim.planner.loading import load_plan
 from moesim.planner.planning import Watching, make_plan
@@ -42,6 +45,8 @@ __all__ = [
     "RunRecord",
     "Scenario",
     "UserError",
+    "command_line",
+    "from_megatron",
     "gpus",
     "load_scenario",
     "load_trace",
@@ -65,6 +70,34 @@ def load_scenario(source: str | Path | Mapping[str, Any], overrides: Overrides |
     if isinstance(source, Mapping):
         return scenario_from_mapping(source, texts)
     return _load_file(resolve(source, "scenario"), texts)
+
+
+def from_megatron(
+    path: str | Path,
+    *,
+    gpu: str | None = None,
+    gpus: int | None = None,
+    variables: Mapping[str, str] | None = None,
+    routing: Choice | None = None,
+    overrides: Overrides | None = None,
+) -> Scenario:
+    """The scenario that a launch script or YAML file of Megatron-LM is; nothing of the script is run.
+
+    What flags do not say: the kind of `gpu` (h100), how many `gpus` (by the launcher), `variables` from outside, and
+    the `routing`: "library", "train" or "uniform". What the step does not model of it stands in `model.left_out`.
+    Raises UserError, one line that names the flag and its place.
+    """
+    texts = _override_texts(overrides)
+    return read_megatron(Path(path), gpu=gpu, gpus=gpus, variables=variables, routing=routing, overrides=texts).scenario
+
+
+def command_line(scenario: Scenario, software: str = "megatron") -> dict[str, Any]:
+    """The flags of a scenario's layout for "megatron" or "torchtitan": `command` for a shell, `flags` by word, and what
+    the software cannot do as `unsaid`, each entry a key and what it does instead. Raises UserError for another name.
+    """
+    if software not in WRITERS:
+        raise UserError(f"no flags are written for {software!r}; use one of {', '.join(WRITERS)}")
+    return WRITERS[software](scenario).as_json()
 
 
 def save_run(run: RunRecord, out: str | Path, *, force: bool = False) -> Path:

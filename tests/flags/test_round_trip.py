@@ -8,11 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import moesim
 from moesim.flags.flag_table import READ
 from moesim.flags.from_megatron import read_megatron
 from moesim.flags.to_megatron import megatron_command
 from moesim.flags.unread_flags import LEFT_OUT, harmless
-from moesim.scenario import Mla, Scenario, load_scenario, load_scenario_text
+from moesim.scenario import Mla, Scenario, load_scenario, load_scenario_text, model_names
+from moesim.scenario.catalogue import model_preset
+from moesim.scenario.flops import parameters
 from moesim.scenario.stage_split import stage_lengths
 from moesim.shipped import folder, names
 
@@ -165,3 +168,28 @@ overlap: {{gradient_reduction: {reduction}, shared_experts: {shared}}}
 """.format(**chosen)
     scenario = load_scenario_text(text)
     assert unexplained(scenario, read_back(scenario, tmp_path_factory.mktemp("flags") / "run.sh")) == []
+
+
+@pytest.mark.parametrize("name", model_names())
+def test_every_model_of_the_catalogue_comes_back(name: str, tmp_path: Path) -> None:
+    model = model_preset(name)
+    routing = "routing: {kind: uniform}\n" if model.get("experts") else ""
+    text = (
+        f"name: a\nmodel: {{preset: {name}}}\n{routing}cluster: {{gpu: h200, nodes: 1}}\n"
+        "parallelism: {data: 4, pipeline: 2, zero: {dense: 1, expert: 1}}\n"
+        "workload: {sequence_length: 8192, global_batch: 16, precision: {master: fp32, gradients: fp32}}"
+    )
+    scenario = load_scenario_text(text)
+    other = read_back(scenario, tmp_path / "run.sh")
+    assert unexplained(scenario, other) == []
+    assert parameters(other.model).total == pytest.approx(parameters(scenario.model).total, rel=1e-3)
+
+
+def test_both_ways_in_python(tmp_path: Path) -> None:
+    scenario = moesim.load_scenario("mixtral-8x22b-tp-folding")
+    told = moesim.command_line(scenario, "megatron")
+    (tmp_path / "run.sh").write_text(told["command"])
+    other = moesim.from_megatron(tmp_path / "run.sh", routing="uniform", overrides={"uncertainty.samples": 1})
+    assert unexplained(scenario, other) == [] and other.uncertainty.samples == 1
+    with pytest.raises(moesim.UserError, match="use one of megatron, torchtitan"):
+        moesim.command_line(scenario, "nemo")
