@@ -66,7 +66,7 @@ def shown_in(block: str) -> Iterator[Shown]:
 
 def printed_by(command: str, folder: Path) -> tuple[str, ...]:
     """The lines that a command prints in `folder`. Raises PageError where it fails without an error of moesim's."""
-    environment = {**os.environ, "COLUMNS": str(WIDTH), "PYTHONWARNINGS": "ignore"}
+    environment = {**os.environ, "COLUMNS": str(WIDTH), "PYTHONWARNINGS": "ignore", "PYTHONUTF8": "1"}
     done = subprocess.run(
         ["bash", "-c", command],
         cwd=folder,
