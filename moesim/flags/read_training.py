@@ -161,8 +161,8 @@ def _recompute(args: Arguments, stages: list[int]) -> str | list[str]:
                 name, "whole MoE layers that run twice, dispatch included, come with full recomputation only"
             )
         if module in _NOT_REPEATED:
-            if args.has("--recompute-modules"):
-                args.note("--recompute-modules", f"{module}: {_NOT_REPEATED[module]}")
+            named = ("--recompute-modules", "--recompute-granularity", "--recompute-activations")
+            args.note(next(name for name in named if args.has(name)), f"{module}: {_NOT_REPEATED[module]}")
         elif module in _PARTS:
             parts.append(_PARTS[module])
         else:

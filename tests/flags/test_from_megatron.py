@@ -282,6 +282,8 @@ def test_a_missing_flag_is_named(write: Write, missing: str) -> None:
 NOT_MODELLED = {
     "--overlap-moe-expert-parallel-comm": "--overlap-moe-expert-parallel-comm",
     "--tp-comm-overlap": "--tp-comm-overlap",
+    "--recompute-activations": "--recompute-activations: core_attn",
+    "--recompute-granularity selective": "--recompute-granularity selective: core_attn",
     "--rampup-batch-size 8 8 100": "--rampup-batch-size",
     "--fp8-format hybrid --fp8-recipe delayed": "--fp8-recipe",
     "--moe-token-dispatcher-type allgather --expert-model-parallel-size 8": "--moe-token-dispatcher-type",

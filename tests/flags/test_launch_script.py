@@ -90,6 +90,11 @@ def test_ways_to_start_the_program(command: str) -> None:
     assert found[-5:] == ["run.py", "--x", "1", "--y", "2"]
 
 
+def test_arrays_of_flags_without_a_command_are_a_launch() -> None:
+    script = "N=3\nARGS=(\n --num-layers $((N + 1)) # dense, too\n --moe-layer-freq [0]*$N+[1]*1\n)\nOTHER=(a b)"
+    assert words(script) == ["--num-layers", "4", "--moe-layer-freq", "[0]*3+[1]*1"]
+
+
 def test_arguments_and_variables_come_from_outside_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TP", "64")
     assert is_unset(value("", "$TP"))
