@@ -47,7 +47,8 @@ from moesim.scenario.cluster import NVL72_GPUS
 from moesim.scenario.routing import PopularityRouting, StatedRouting, TraceRouting, TrainRouting
 from moesim.seeding import stream, stream_seed
 from moesim.trace import RoutingTrace, popularity_trace, trace_hash, uniform_trace
-from moesim.trace.agreement import check_agreement, import_notes, limit_difference, rests_on
+from moesim.trace.agreement import check_agreement, import_notes, limit_difference
+from moesim.trace.basis import rests_on
 from moesim.trace.metrics import expert_load_LE, first_load_LE, imbalance
 from moesim.trace.sampling import MIN_COVERAGE_FOR_CONFIDENCE, MIN_COVERAGE_FOR_RANGE
 from moesim.units import format_bandwidth, format_bytes
@@ -130,7 +131,8 @@ def obtain_trace(
     if isinstance(routing, PopularityRouting):
         nested = not isinstance(routing.counts[0], int | float)
         layers = len(routing.counts) if nested else SYNTHETIC_LAYERS
-        return popularity_trace(scenario.router_shape(), counts=routing.counts, num_layers=layers, **common)
+        common |= {"counts": routing.counts, "counts_of": routing.source, "num_layers": layers}
+        return popularity_trace(scenario.router_shape(), **common)
     return uniform_trace(scenario.router_shape(), num_layers=SYNTHETIC_LAYERS, **common)
 
 
@@ -371,7 +373,7 @@ def _router_facts(scenario: Scenario, trace: RoutingTrace, sample: TrafficSample
         "batch_sequences": scenario.workload.global_batch,
         "trace_coverage": coverage(scenario, sample),
         "reused_share": sample.draw.reused_share,
-        **rests_on(trace),
+        **rests_on(trace, scenario),
     }
 
 

@@ -140,7 +140,7 @@ def count(model: "Model", *, sequence_length: int) -> dict[str, Any]:
 
     `training_flops_per_sequence` is 3 x the forward pass of all tokens by part, attention counted causal and whole.
     `state_bytes` holds weights, gradients, master copy and optimizer states of all parameters at common precisions.
-    Layers of multi-token prediction are outside of all totals.
+    Layers of multi-token prediction are outside of all totals. `routing`: what a scenario without that section gets.
     """
     from moesim.scenario.flops import TRAINING_PASSES, forward_flops_per_token, model_flops_per_token, parameters
 
@@ -151,6 +151,7 @@ def count(model: "Model", *, sequence_length: int) -> dict[str, Any]:
     }
     return {
         "sequence_length": sequence_length,
+        "routing": (model.routing or "uniform") if model.experts else None,
         "parameters": {"total": held.total, "activated": held.activated, **asdict(held)},
         "forward_flops_per_token": dict(forward["causal"]),
         "training_flops_per_token": {

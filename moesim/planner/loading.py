@@ -10,10 +10,9 @@ from moesim.errors import UserError
 from moesim.planner.plan import Choices, Plan
 from moesim.scenario import GroupedRouter, TraceRouting, gpu_spec
 from moesim.scenario.document import Node, Path, find, mapping_node, parse_yaml
-from moesim.scenario.forms import absolute_paths, explicit_model
+from moesim.scenario.forms import absolute_paths, default_routing, explicit_model
 from moesim.scenario.messages import describe
 from moesim.scenario.overrides import apply_overrides
-from moesim.scenario.routing import ROUTING_KINDS
 
 
 def load_plan(path: str | FilePath, overrides: Sequence[str] = ()) -> Plan:
@@ -59,8 +58,8 @@ def _validated(root: Node, overrides: Sequence[str], *, base: FilePath) -> Plan:
 
 
 def _explicit_models(root: Node, *, base: FilePath) -> Node:
-    """Presets and configurations written out, in the plan and in its baseline."""
-    root = explicit_model(root, base=base)
+    """Presets and configurations written out, in the plan and in its baseline, and the routing of the plan's model."""
+    root = default_routing(explicit_model(root, base=base))
     baseline = root.value.get("baseline")
     if baseline is None or not isinstance(baseline.value, dict):
         return root
@@ -86,8 +85,6 @@ def _check(plan: Plan, root: Node) -> None:
     for index, objective in enumerate(plan.objectives):
         if objective in plan.objectives[:index]:
             raise error(f'"{objective}" is listed twice', "objectives", index)
-    if plan.model.experts and "routing" not in plan.model_fields_set:
-        raise error(f"missing; a model with experts needs one kind of {ROUTING_KINDS}", "routing")
     if plan.choices.group_limit is not None:
         _check_group_limit(plan, error_of=lambda message: error(message, "choices", "group_limit"))
     _check_repeats(plan.choices, root, ("choices",))

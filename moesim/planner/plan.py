@@ -235,9 +235,9 @@ class Plan(Section):
     search: Search = Field(default=Search(), description="How many layouts are screened and simulated.")
     sensitivity: Sensitivity = Field(default=Sensitivity(), description="Changes under which layouts are ranked again.")
     baseline: Baseline | None = Field(default=None, description="A dense model to hold the plan against; absent: none.")
-    # Only a dense model may leave the routing out.
     routing: Routing = Field(
-        default=UniformRouting(kind="uniform"), description="How tokens choose experts; required with experts."
+        default=UniformRouting(kind="uniform"),
+        description="How tokens choose experts; absent: model.routing.",
     )
     placement: Placement = Field(
         default=Contiguous(), description="Which rank holds which experts; absent: neighbouring experts on each rank."

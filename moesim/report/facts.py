@@ -263,9 +263,20 @@ def training(result: Result) -> list[Fact]:
 def sources(result: Result) -> list[Fact]:
     """Which share of the estimated time rests on what, largest first."""
     shares = sorted(result["estimate_sources"].items(), key=lambda item: -item[1])
-    found = [Fact(name, percent(share), "of estimated time") for name, share in shares]
-    rests = {"routing": "rests_on", "sequences": "sequences_rest_on"}  # dense models and results of before have none
-    return found + [Fact(name, said) for name, key in rests.items() if (said := result["router"].get(key))]
+    return [Fact(name, percent(share), "of estimated time") for name, share in shares]
+
+
+def routing(result: Result) -> list[Fact]:
+    """What the routing rests on; nothing for dense models and results of earlier versions."""
+    router = result["router"]
+    if not router.get("rests_on"):
+        return []
+    facts = [Fact("routing", router["rests_on"], router.get("rests_on_how", ""))]
+    if router.get("model_default"):
+        facts.append(Fact("", "the model's default", "what a scenario without routing gets (moesim model NAME)"))
+    if cut := router.get("sequences_rest_on"):
+        facts.append(Fact("sequences", cut, "cut the recording, which does not say how"))
+    return facts
 
 
 def software(result: Result) -> list[Fact]:

@@ -56,6 +56,7 @@ def _model_screen(name: str, counts: Mapping[str, Any]) -> list[RenderableType]:
                         f"{training['non_causal'] * length / 1e12:.1f} TFLOP per sequence",
                         "attention counted whole",
                     ),
+                    *_routing(counts["routing"]),
                 ],
                 strong=True,
             )
@@ -79,6 +80,14 @@ def _model_screen(name: str, counts: Mapping[str, Any]) -> list[RenderableType]:
         *_keys(counts.get("config")),
         *warnings(counts["left_out"]),
     ]
+
+
+def _routing(named: str | None) -> list[Fact]:
+    """What a scenario without a routing section gets; nothing of a dense model."""
+    if named is None:
+        return []
+    which = "no router of its kind ships, a lower bound of imbalance" if named == "uniform" else "a trained router"
+    return [Fact("routing", named, f"where a scenario names none; {which}")]
 
 
 def _keys(config: Mapping[str, Any] | None) -> list[RenderableType]:

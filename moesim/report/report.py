@@ -217,6 +217,8 @@ def _background(page: Page, record: RunRecord) -> None:
     page.text("h2", "What this rests on")
     page.open("div", css="tables")
     page.facts("Sources of kernel and transfer times", facts.sources(record.result))
+    if rests := facts.routing(record.result):
+        page.facts("What the routing rests on", rests)
     if known := facts.software(record.result):
         page.facts("Software", known)
     page.facts("Samples of routing", facts.samples(record.result))

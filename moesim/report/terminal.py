@@ -51,6 +51,8 @@ def _run_screen(result: Result, options: ConsoleOptions) -> list[RenderableType]
         body = [time, side_by_side(Group(balance, *placement, sources), Group(traffic, router))]
     pipeline, runs = facts.stages(result)
     headline = indented(fact_table([*facts.headline(result), facts.memory(result), *pipeline], strong=True))
+    rests = facts.routing(result)
+    body += [section("estimates rest on the routing", fact_table(rests))] if rests else []
     known = facts.software(result)
     body += [section("estimates rest on the software", fact_table(known))] if known else []
     return [head, headline, *body, *_stages(runs), *_what_if(result), *warnings(result.get("warnings", ()))]

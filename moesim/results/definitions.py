@@ -281,7 +281,9 @@ _ROUTER = _section(
             "Rows of the fullest expert / mean over all recorded tokens, at the first of these.",
         ),
         "imbalance_last": ("ratio", "The same at the last."),
-        "rests_on": (NO_UNIT, "The recording of another program that was simulated; null for moesim's own routing."),
+        "rests_on": (NO_UNIT, "What its choices are: a router of the library, counts of whom, a draw, a recording."),
+        "rests_on_how": (NO_UNIT, "How that was made: on which text, at which loss; or what it leaves out."),
+        "model_default": (NO_UNIT, "Whether it is what the model gets where a scenario has no routing."),
         "sequences_rest_on": (
             NO_UNIT,
             "What cut the recording into sequences where it says nothing of them; null else.",

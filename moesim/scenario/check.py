@@ -18,7 +18,6 @@ from moesim.scenario.dispatch import DISPATCH
 from moesim.scenario.document import Path
 from moesim.scenario.routers import ROUTERS
 from moesim.scenario.routing import (
-    ROUTING_KINDS,
     BalancednessRouting,
     GroupedRouter,
     PopularityRouting,
@@ -174,8 +173,6 @@ def _check_routing(scenario: Scenario, report: _Report) -> None:
         if not isinstance(routing, UniformRouting):
             raise report.user("routing", "a model without experts has no router; leave routing out")
         return
-    if "routing" not in scenario.model_fields_set:
-        raise report.user("routing", f"missing; a model with experts needs one kind of {ROUTING_KINDS}")
     if isinstance(routing, PopularityRouting):
         _check_counts(scenario, routing, report)
     if isinstance(routing, BalancednessRouting):

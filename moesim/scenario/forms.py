@@ -1,7 +1,8 @@
 """The short forms that a scenario file may use, rewritten into the one form that the schema knows.
 
 `cluster: {gpu, nodes, ...}` becomes one entry of `cluster.pools`; `model: {preset | hf_config, ...}` becomes an
-explicit model; paths become absolute, relative to the scenario file (or, from `--set`, to the working directory).
+explicit model; a missing `routing` the model's own; paths become absolute, relative to the scenario file (or, from
+`--set`, to the working directory).
 """
 
 import os
@@ -53,6 +54,8 @@ def explicit_model(root: Node, *, base: Path) -> Node:
     elif "preset" in given and given["preset"].value is not None:
         with _located(given["preset"], "model.preset"):
             fields = model_preset(_text(given["preset"]))
+    if given.keys() & {"experts", "top_k"}:
+        fields.pop("routing", None)  # a router of other experts
     merged = _merge(_within(fields, given.get("layers")), given, model)
     experts = merged.value.get("experts")
     pattern = merged.value.get("dense_at")
@@ -62,6 +65,24 @@ def explicit_model(root: Node, *, base: Path) -> Node:
     if "dense_layers" not in merged.value and (experts is None or experts.value == 0) and "layers" in merged.value:
         merged = mapping_node({**merged.value, "dense_layers": merged.value["layers"]}, merged)
     return _with(root, model=merged)
+
+
+def default_routing(root: Node) -> Node:
+    """The scenario or plan with its model's routing (`model.routing`) where it has none; a dense model needs none."""
+    model = root.value.get("model")
+    fields = model.value if model is not None and isinstance(model.value, dict) else {}
+    experts, named = (fields[key].value if key in fields else None for key in ("experts", "routing"))
+    if "routing" in root.value or not experts:
+        return root
+    assert model is not None
+    return _with(root, routing=_node_of(routing_of(named if isinstance(named, str) else None), model))
+
+
+def routing_of(named: str | None) -> dict[str, str]:
+    """The routing section that a model's `routing` stands for: a router of the library, or uniform."""
+    if named is None or not named.startswith(LIBRARY_PREFIX):
+        return {"kind": "uniform"}
+    return {"kind": "trace", "file": named}
 
 
 def _within(fields: dict[str, Any], layers: Node | None) -> dict[str, Any]:

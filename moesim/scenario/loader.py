@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from moesim.errors import UserError
 from moesim.scenario.check import check_scenario
 from moesim.scenario.document import Node, Path, find, parse_yaml, plain_scalar
-from moesim.scenario.forms import absolute_paths, explicit_model, flat_cluster_to_pools
+from moesim.scenario.forms import absolute_paths, default_routing, explicit_model, flat_cluster_to_pools
 from moesim.scenario.messages import describe
 from moesim.scenario.overrides import apply_overrides
 from moesim.scenario.schema import Scenario
@@ -79,7 +79,7 @@ def _build(root: Node, overrides: Sequence[str], *, base: FilePath) -> Scenario:
     is_flat = _is_flat(root)
     root = apply_overrides(flat_cluster_to_pools(root), overrides)
     is_flat = is_flat or _is_flat(root)
-    root = absolute_paths(explicit_model(flat_cluster_to_pools(root), base=base), base=base)
+    root = absolute_paths(default_routing(explicit_model(flat_cluster_to_pools(root), base=base)), base=base)
     shown = _shown(is_flat)
     try:
         scenario = Scenario.model_validate(root.plain)

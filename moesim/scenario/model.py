@@ -150,6 +150,11 @@ class Model(Section):
     mtp_layers: Annotated[int, Field(strict=True, ge=0, le=64)] = Field(
         default=0, description="Layers of multi-token prediction behind the last layer, each with the head's work."
     )
+    routing: Annotated[Text, Field(pattern="^(uniform|library:.+)$")] | None = Field(
+        default=None,
+        description="How its tokens choose experts where a scenario has no routing: library:NAME, a router of its "
+        "layout that ships trained, or uniform; absent: uniform. Experts or top_k beside a preset take it away.",
+    )
     source: Text | None = Field(default=None, description="Where the architecture is published.")
     left_out: tuple[Text, ...] = Field(
         default=(),

@@ -194,6 +194,7 @@ class PopularityRouting(Section):
         description="One list of a count per expert for all layers, or a list of such lists: MoE layer l uses list l "
         "mod their number. Only ratios within a list matter."
     )
+    source: Text | None = Field(default=None, description="Whose counts these are, on which text; a run repeats it.")
     router: Router | None = Field(
         default=None, description="Only its groups and limit are used; absent: those of the model."
     )
@@ -271,7 +272,6 @@ Routing = Annotated[
     TrainRouting | TraceRouting | PopularityRouting | UniformRouting | BalancednessRouting | StressRouting,
     Field(discriminator="kind"),
 ]
-ROUTING_KINDS = "train, trace, popularity, uniform, balancedness, stress"  # for messages
 StatedRouting = BalancednessRouting | StressRouting  # its traces are drawn for the ranks of one layout
 
 

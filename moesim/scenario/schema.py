@@ -259,10 +259,9 @@ class Scenario(Section):
     )
     name: FileName = Field(description="Name of the scenario and of the folder of its run.")
     model: Model = Field(description="The language model: a preset, a config.json, or its architecture.")
-    # Only a dense model may leave the routing out.
     routing: Routing = Field(
         default=UniformRouting(kind="uniform"),
-        description="How tokens choose experts; required with experts.",
+        description="How tokens choose experts; absent: as model.routing says.",
     )
     capacity: Capacity = Field(
         default=NoCapacity(), description="Limit on the rows of an expert or a rank; absent: none."

@@ -1,9 +1,9 @@
 """Whether a recorded trace is what a scenario asks for: its experts always, its router where one is named."""
 
 from moesim.errors import UserError
-from moesim.scenario.routers import ROUTERS
 from moesim.scenario.routing import LIBRARY_PREFIX, GroupedRouter, RouterShape, TraceRouting
 from moesim.scenario.schema import Scenario
+from moesim.trace.basis import is_imported
 from moesim.trace.record import RoutingTrace
 
 
@@ -54,7 +54,7 @@ def limit_difference(trace: RoutingTrace | None, scenario: Scenario) -> list[str
 
 def import_notes(trace: RoutingTrace | None, scenario: Scenario) -> list[str]:
     """What was left out, mapped or assumed when the trace was made of what another program recorded."""
-    if trace is None or rests_on(trace)["rests_on"] is None:
+    if trace is None or not is_imported(trace):
         return []
     recorded = trace.provenance.get("notes")
     notes = [str(note) for note in recorded] if isinstance(recorded, list) else []
@@ -64,16 +64,3 @@ def import_notes(trace: RoutingTrace | None, scenario: Scenario) -> list[str]:
     elif trace.num_layers < routed:
         notes.append(f"{trace.num_layers} recorded layer(s) stand in turn for the {routed} MoE layers of the model")
     return [f"routing of {trace.provenance.get('path')}: {note}" for note in notes]
-
-
-def rests_on(trace: RoutingTrace) -> dict[str, str | None]:
-    """Which recording of another program the routing rests on, and what its sequences, None for moesim's own.
-
-    `sequences` is what cut the tokens where the recording does not say how: a key or a flag.
-    """
-    form, path = trace.provenance.get("form"), trace.provenance.get("path")
-    if not isinstance(form, str):
-        return {"rests_on": None, "sequences_rest_on": None}
-    how = "counts" if ROUTERS[trace.router.kind].drawn else "tokens"
-    cut = trace.provenance.get("sequences")
-    return {"rests_on": f"{how} of {path} ({form})", "sequences_rest_on": cut if isinstance(cut, str) else None}

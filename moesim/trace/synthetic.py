@@ -48,13 +48,14 @@ def popularity_trace(
     num_sequences: int,
     sequence_length: int,
     seed: int,
+    counts_of: str | None = None,
 ) -> RoutingTrace:
     """K distinct experts per token, each expert with the share of the tokens that its measured count says.
 
-    counts: one list of E for all layers, or one list per layer (then `num_layers` of them). They are drawn one after
-    the other by weights that give these shares (`moesim.trace.shares`); a share above 1 becomes 0.999. With a group
-    limit the counts themselves are the weights, which flattens them, and the experts come from the M groups with the
-    highest perturbed maximum, as in `deepseek_v2`.
+    counts: one list of E for all layers, or one list per layer (then `num_layers` of them); `counts_of` says whose.
+    They are drawn one after the other by weights that give these shares (`moesim.trace.shares`); a share above 1
+    becomes 0.999. With a group limit the counts themselves are the weights, which flattens them, and the experts come
+    from the M groups with the highest perturbed maximum, as in `deepseek_v2`.
     Raises UserError when a list has not E entries or too few of them are above zero.
     """
     counts_LE = _counts_per_layer(counts, router=router, num_layers=num_layers)
@@ -74,7 +75,7 @@ def popularity_trace(
         )
 
     shape = (num_layers, num_sequences, sequence_length)
-    made_from: dict[str, Json] = {"source": "popularity", "counts": counts_LE.tolist()}
+    made_from: dict[str, Json] = {"source": "popularity", "counts": counts_LE.tolist(), "counts_of": counts_of}
     return _build(replace(router, kind="popularity"), draw, shape, seed=seed, made_from=made_from)
 
 

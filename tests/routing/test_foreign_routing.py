@@ -13,7 +13,7 @@ import torch
 
 from moesim import load_scenario, simulate
 from moesim.errors import UserError
-from moesim.report.facts import sources
+from moesim.report.facts import routing as routing_facts
 from moesim.routing.importing import FORMS, Asked, form_of, import_routing
 from moesim.routing.replay import content_digest
 from moesim.run import obtain_trace
@@ -140,7 +140,7 @@ def test_the_run_says_where_the_length_of_sequences_comes_from() -> None:
     silent = simulate(scenario(SAMPLES / "flame", experts=64, top_k=6)).result
     assert any("workload.sequence_length = 8" in warning for warning in silent["warnings"])
     assert silent["router"]["sequences_rest_on"] == "workload.sequence_length"
-    assert [fact.value for fact in sources(silent)][-2:] == ["tokens of flame (flame)", "workload.sequence_length"]
+    assert [fact.value for fact in routing_facts(silent)] == ["tokens of flame (flame)", "workload.sequence_length"]
     said = simulate(scenario(SAMPLES / "olmoe/c4_results.jsonl", experts=64, top_k=8)).result
     assert not any("workload.sequence_length" in warning for warning in said["warnings"])
     assert said["router"]["sequences_rest_on"] is None

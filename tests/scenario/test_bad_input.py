@@ -74,7 +74,6 @@ MISTAKES = {
         "{preset: deepseek-moe-16b}", "deepseek-moe-16b"
     ): 'f.yaml:2:8: model: expected a mapping, got "deepseek-moe',
     without("workload"): "f.yaml:1:1: workload: missing; this key is required",
-    without("routing"): "f.yaml:1:1: routing: missing; a model with experts needs one kind of train, trace, ",
     edited(
         "expert: 8", "expert: 24"
     ): "f.yaml:11:32: parallelism.expert: 24 does not divide experts = 64; use 16 or 32",
