@@ -3,7 +3,7 @@
 Read from the trace's provenance, so that a trace in a file says the same as the scenario that made it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from moesim.scenario import Scenario, TraceRouting
 from moesim.scenario.forms import routing_of
 from moesim.scenario.routers import ROUTERS
 from moesim.trace.library import is_library_name
-from moesim.trace.record import Json, RoutingTrace
+from moesim.trace.record import RoutingTrace
 
 Basis = tuple[str, str]  # what it is, and what to know of it
 _NOT_KNOWN = "nothing is known of how it was made"
@@ -55,8 +55,8 @@ def _basis(trace: RoutingTrace) -> Basis:
         return _imported(trace)
     if isinstance(made.get("request"), Mapping):
         return _trained(trace)
-    known = _DRAWN.get(str(made.get("source")))
-    return known(made) if known is not None else ("a trace", _NOT_KNOWN)
+    said = made.get("rests_on"), made.get("rests_on_how")  # of what is drawn, by those who draw it
+    return (said[0], said[1]) if isinstance(said[0], str) and isinstance(said[1], str) else ("a trace", _NOT_KNOWN)
 
 
 def _imported(trace: RoutingTrace) -> Basis:
@@ -76,35 +76,3 @@ def _trained(trace: RoutingTrace) -> Basis:
     loss = trace.curves.validation_loss
     at = f", held-out loss {loss[-1]:.4f} nats per byte" if len(loss) else ""
     return "trained for this run", f"a small model's {trace.router.kind} router, {steps} steps on {text}{at}"
-
-
-def _uniform(made: Mapping[str, Json]) -> Basis:
-    return "drawn uniformly", "no router: all experts are equally likely, which is a lower bound of imbalance"
-
-
-def _popularity(made: Mapping[str, Json]) -> Basis:
-    whose = made.get("counts_of")
-    said = "whose is not said (routing.source)" if whose is None else f"of {whose}"
-    return "counts of experts", f"{said}; tokens are drawn by them: which experts go together is not known"
-
-
-def _hash(made: Mapping[str, Json]) -> Basis:
-    return "drawn by a fixed hash", "no router: a table of random experts for tokens by Zipf's law"
-
-
-def _balancedness(made: Mapping[str, Json]) -> Basis:
-    return f"balancedness {made.get('value'):g}", f"synthetic: stated for {made.get('ranks')} ranks, not measured"
-
-
-def _stress(made: Mapping[str, Json]) -> Basis:
-    what = f"stress, {made.get('pattern')} at severity {made.get('severity'):g}"
-    return what, f"synthetic: a pattern on {made.get('ranks')} ranks, not measured"
-
-
-_DRAWN: dict[str, Callable[[Mapping[str, Json]], Basis]] = {
-    "uniform": _uniform,
-    "popularity": _popularity,
-    "hash": _hash,
-    "balancedness": _balancedness,
-    "stress": _stress,
-}

@@ -80,7 +80,11 @@ def balancedness_trace(
         np.stack([draw(layer) for layer in range(size.num_layers)]),
         shape=size.shape,
         seed=seed,
-        made_from={"source": "balancedness", "value": value, "ranks": num_ranks},
+        made_from={
+            "source": "balancedness",
+            "rests_on": f"balancedness {value:g}",
+            "rests_on_how": f"synthetic: stated for {num_ranks} ranks, not measured",
+        },
     )
 
 
@@ -114,7 +118,11 @@ def stress_trace(
         np.stack([draw(layer) for layer in range(size.num_layers)]),
         shape=size.shape,
         seed=seed,
-        made_from={"source": "stress", "pattern": facts.name, "severity": severity, "ranks": layout.num_ranks},
+        made_from={
+            "source": "stress",
+            "rests_on": f"stress, {facts.name} at severity {severity:g}",
+            "rests_on_how": f"synthetic: a pattern on {layout.num_ranks} ranks, not measured",
+        },
     )
     return replace(trace, num_phases=facts.num_phases)
 

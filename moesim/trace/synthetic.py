@@ -37,7 +37,12 @@ def uniform_trace(
         )
 
     shape = (num_layers, num_sequences, sequence_length)
-    return _build(replace(router, kind="uniform"), draw, shape, seed=seed, made_from={"source": "uniform"})
+    made_from: dict[str, Json] = {
+        "source": "uniform",
+        "rests_on": "drawn uniformly",
+        "rests_on_how": "no router: all experts are equally likely, which is a lower bound of imbalance",
+    }
+    return _build(replace(router, kind="uniform"), draw, shape, seed=seed, made_from=made_from)
 
 
 def popularity_trace(
@@ -75,7 +80,13 @@ def popularity_trace(
         )
 
     shape = (num_layers, num_sequences, sequence_length)
-    made_from: dict[str, Json] = {"source": "popularity", "counts": counts_LE.tolist(), "counts_of": counts_of}
+    whose = "whose is not said (routing.source)" if counts_of is None else f"of {counts_of}"
+    made_from: dict[str, Json] = {
+        "source": "popularity",
+        "counts": counts_LE.tolist(),
+        "rests_on": "counts of experts",
+        "rests_on_how": f"{whose}; tokens are drawn by them: which experts go together is not known",
+    }
     return _build(replace(router, kind="popularity"), draw, shape, seed=seed, made_from=made_from)
 
 
@@ -95,7 +106,12 @@ def hash_trace(
         return np.asarray(table_VK[kind_T])
 
     shape = (num_layers, num_sequences, sequence_length)
-    made_from: dict[str, Json] = {"source": "hash", "vocabulary": _VOCABULARY}
+    made_from: dict[str, Json] = {
+        "source": "hash",
+        "vocabulary": _VOCABULARY,
+        "rests_on": "drawn by a fixed hash",
+        "rests_on_how": "no router: a table of random experts for kinds of tokens, which follow Zipf's law",
+    }
     plain = replace(router, kind="hash", num_groups=1, group_limit=1)
     return _build(plain, draw, shape, seed=seed, made_from=made_from)
 
