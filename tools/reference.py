@@ -27,6 +27,7 @@ from moesim.cli.parser import build  # noqa: E402
 from moesim.planner.json_schema import plan_json_schema  # noqa: E402
 from moesim.results.definitions import SECTIONS  # noqa: E402
 from moesim.scenario import json_schema  # noqa: E402
+from moesim.serving.json_schema import serving_json_schema  # noqa: E402
 from moesim.sweeper.axes import AXIS_KEYS  # noqa: E402
 from moesim.sweeper.metrics import METRICS  # noqa: E402
 from moesim.sweeper.study import PLOT_KEYS, STUDY_KEYS  # noqa: E402
@@ -41,6 +42,7 @@ def pages() -> dict[str, str]:
         "reference/scenario.md": KeyPage(scenario).text(SCENARIO_HEAD),
         "reference/study.md": study(),
         "reference/plan.md": plan(scenario),
+        "reference/serving.md": serving(scenario),
         "reference/metrics.md": metrics(),
         "reference/api.md": api(),
     }
@@ -160,6 +162,17 @@ What `moesim plan` takes: a goal, what may be rented, and what may be chosen. Se
 [described there](scenario.md); `choices` has lists where a scenario has one value. `moesim schema plan` is for editors.
 """
     schema = plan_json_schema(units=True)
+    return KeyPage(schema, elsewhere=KeyPage(scenario).titles, page="scenario.md").text(head)
+
+
+def serving(scenario: dict[str, Any]) -> str:
+    """The keys of a serving scenario; what a training one has too is linked."""
+    head = """# Keys of a serving scenario
+
+What `moesim serve` takes. Sections that a training scenario has too are [described there](scenario.md).
+`moesim schema serving` is for editors.
+"""
+    schema = serving_json_schema(units=True)
     return KeyPage(schema, elsewhere=KeyPage(scenario).titles, page="scenario.md").text(head)
 
 

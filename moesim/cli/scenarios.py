@@ -10,7 +10,7 @@ from moesim.strict_json import json_text
 
 NAME = "scenarios"
 SUMMARY = "List the scenarios, studies and plans that ship with moesim; `scenarios copy NAME|all DIR` copies them."
-HEADS = {"scenario": "scenarios", "study": "studies", "plan": "plans"}
+HEADS = {"scenario": "scenarios", "study": "studies", "plan": "plans", "serving": "serving"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

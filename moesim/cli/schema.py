@@ -1,4 +1,4 @@
-"""`moesim schema`: the JSON Schema of scenario, study and plan files, for editors and other programs."""
+"""`moesim schema`: the JSON Schema of scenario, study, plan and serving files, for editors and other programs."""
 
 import argparse
 from pathlib import Path
@@ -7,8 +7,8 @@ from typing import Any
 from moesim.strict_json import json_text
 
 NAME = "schema"
-SUMMARY = "Print the JSON Schema of scenario files, or of studies or plans."
-KINDS = ("scenario", "study", "plan")
+SUMMARY = "Print the JSON Schema of scenario files, or of studies, plans or serving scenarios."
+KINDS = ("scenario", "study", "plan", "serving")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +37,10 @@ def _schema(what: str) -> dict[str, Any]:
         from moesim.planner.json_schema import plan_json_schema
 
         return plan_json_schema()
+    if what == "serving":
+        from moesim.serving.json_schema import serving_json_schema
+
+        return serving_json_schema()
     if what == "study":
         from moesim.sweeper.json_schema import study_json_schema
 

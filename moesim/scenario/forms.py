@@ -18,7 +18,13 @@ from moesim.scenario.hf_config import read_hf_config
 from moesim.scenario.overrides import FLAT_CLUSTER_KEYS
 from moesim.scenario.routing import LIBRARY_PREFIX
 
-_PATHS = (("routing", "file"), ("routing", "corpus"), ("cluster", "fabric", "file"), ("placement", "file"))
+_PATHS = (
+    ("routing", "file"),
+    ("routing", "corpus"),
+    ("cluster", "fabric", "file"),
+    ("placement", "file"),
+    ("workload", "arrivals", "file"),
+)
 _NAMED_CORPORA = ("stdlib",)
 
 

@@ -13,9 +13,10 @@ from typing import Literal
 from moesim.errors import UserError
 from moesim.spelling import closest
 
-Kind = Literal["scenario", "study", "plan"]
-KINDS: dict[Kind, str] = {"scenario": ".", "study": "studies", "plan": "plans"}  # folder below that of the scenarios
-VERBS: dict[Kind, str] = {"scenario": "run", "study": "sweep", "plan": "plan"}  # what takes a name of the kind
+Kind = Literal["scenario", "study", "plan", "serving"]
+# folder below that of the scenarios
+KINDS: dict[Kind, str] = {"scenario": ".", "study": "studies", "plan": "plans", "serving": "serving"}
+VERBS: dict[Kind, str] = {"scenario": "run", "study": "sweep", "plan": "plan", "serving": "serve"}  # takes its names
 SCHEMA_FILE = "schema.json"  # named by the first line of scenarios, for editors
 
 _BASE = re.compile(r"^base: *([^#\n]*?) *(?:#.*)?$", re.MULTILINE)
@@ -40,7 +41,7 @@ def folder() -> Path:
 
 
 def shipped() -> tuple[Shipped, ...]:
-    """All shipped files: scenarios, then studies, then plans, each by name."""
+    """All shipped files: scenarios, then studies, plans and deployments, each by name."""
     return tuple(
         Shipped(kind=kind, name=path.stem, place=path.relative_to(folder()), purpose=_purpose(path))
         for kind, below in KINDS.items()

@@ -24,6 +24,7 @@ from moesim.results.definitions import (
 )
 from moesim.run import simulate
 from moesim.scenario import json_schema
+from moesim.serving.json_schema import serving_json_schema
 from moesim.sweeper.axes import AXIS_KEYS
 from moesim.sweeper.metrics import METRICS
 from moesim.sweeper.study import PLOT_KEYS, PLOT_KINDS, STUDY_KEYS
@@ -89,6 +90,7 @@ def test_every_key_of_a_plan_is_described_there_or_as_a_scenarios(pages: dict[st
     schema, scenario = plan_json_schema(), json_schema()
     described = KeyPage(scenario).titles
     assert check_keys(pages["reference/plan.md"], schema, but=described) > 50
+    assert check_keys(pages["reference/serving.md"], serving_json_schema(), but=described) > 25
     for name in described.keys() & schema["$defs"].keys():
         assert schema["$defs"][name]["properties"].keys() <= scenario["$defs"][name]["properties"].keys(), name
 

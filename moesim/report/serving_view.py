@@ -1,0 +1,136 @@
+"""What people see of a deployment under load: a screen, and a page with what happened over time."""
+
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+from plotly.offline import get_plotlyjs
+from plotly.subplots import make_subplots
+from rich.console import RenderableType
+from rich.text import Text
+
+from moesim.report.facts import Fact
+from moesim.report.page import Page
+from moesim.report.screen import fact_table, indented, number_table, section, show, warnings
+from moesim.units import format_bytes, format_seconds
+
+Result = Mapping[str, Any]
+
+_PARTS = {
+    "projections": "projections, norms, dense networks",
+    "attention": "attention over keys and values",
+    "experts": "router and routed experts",
+    "exchange": "dispatch, combine, all-reduces",
+    "head": "output head",
+    "host": "host",
+}
+_LATENCIES = {"ttft_s": "time to first token", "tpot_s": "time per token after it", "latency_s": "whole answer"}
+_SHARES = ("mean", "p50", "p90", "p99")
+_COLOUR = "#2474b5"
+
+
+def _gpus(result: Result) -> str:
+    return f"{result['gpus']} GPU{'s' if result['gpus'] > 1 else ''}"
+
+
+def serving_facts(result: Result) -> list[Fact]:
+    """The headline."""
+    memory, ranges = result["memory"], result.get("ranges", {})
+
+    def spread(key: str, unit: str = "") -> str:
+        return f"; {ranges[key][0]:,.4g} to {ranges[key][1]:,.4g}{unit} over {result['seeds']} seeds" if ranges else ""
+
+    facts = []
+    if "largest_requests_per_second" in result:
+        largest = result["largest_requests_per_second"]
+        facts.append(Fact("largest load", f"{largest:,.2f} /s", "requests that come while the limits are met"))
+    facts += [
+        Fact("requests", f"{result['requests']:,}", f"in {format_seconds(result['seconds'])} on {_gpus(result)}"),
+        Fact("good", f"{result['good_requests_per_second']:,.2f} /s", f"{result['good_share']:.1%} meet the limits"),
+        Fact(
+            "output tokens",
+            f"{result['output_tokens_per_second']:,.0f} /s",
+            f"{result['tokens_per_second_per_gpu']:,.0f} tokens/s per GPU with prompts"
+            + spread("output_tokens_per_second", " /s"),
+        ),
+        Fact(
+            "price",
+            f"${result['usd_per_million_output_tokens']:.4g} / M output tokens",
+            f"${result['usd_per_million_tokens']:.4g} / M tokens with prompts",
+        ),
+        Fact(
+            "memory",
+            format_bytes(memory["weights"]),
+            f"weights of a GPU; {format_bytes(memory['kv'])} for keys and values of {memory['kv_tokens']:,} tokens, "
+            f"at most {result['kv_peak_share']:.0%} used; {result['preempted']} preemptions",
+        ),
+        Fact(
+            "steps",
+            f"{result['steps']:,}",
+            f"{format_seconds(result['step_s']['mean'])} each, {result['tokens_per_step']:,.0f} tokens in the mean",
+        ),
+    ]
+    if result["rank_rows_imbalance"] is not None:
+        facts.append(Fact("rank rows", f"{result['rank_rows_imbalance']:.3f}x", "max / mean at the mean batch"))
+    rests = f"kernels: {', '.join(result['kernels_rest_on'])}; routing: {result['routing_rests_on']}"
+    facts.append(Fact("rests on", "no measured run", rests))
+    return facts
+
+
+def _latency_rows(result: Result) -> list[tuple[str, ...]]:
+    return [(name, *(format_seconds(result[key][share]) for share in _SHARES)) for key, name in _LATENCIES.items()]
+
+
+def _part_rows(result: Result) -> list[tuple[str, ...]]:
+    total = sum(result["time_s"].values()) or 1.0
+    parts = sorted(result["time_s"].items(), key=lambda item: -item[1])
+    return [(_PARTS[name], format_seconds(seconds), f"{seconds / total:.1%}") for name, seconds in parts if seconds > 0]
+
+
+def print_serving(result: Result, *, file: TextIO | None = None, width: int | None = None) -> None:
+    """Print the answers in one screen."""
+    content: list[RenderableType] = [
+        Text.assemble((result["name"], "bold"), ("  serving", "dim")),
+        indented(fact_table(serving_facts(result), strong=True)),
+        section("latency", number_table(("", *_SHARES), _latency_rows(result))),
+        section("where the time goes", number_table(("", "all steps", "share"), _part_rows(result))),
+        *warnings(result["warnings"]),
+    ]
+    show(lambda _: content, file=file, width=width)
+
+
+def serving_page(result: Result) -> str:
+    """Load, waiting requests, pages and steps over time, and the tables, as one HTML document without network."""
+    timeline = result["timeline"]
+    lines = (
+        ("tokens", "tokens of a step"),
+        ("generated", "tokens generated"),
+        ("waiting", "requests waiting"),
+        ("pages", "pages in use"),
+        ("seconds", "seconds of a step"),
+    )
+    figure = make_subplots(rows=len(lines), cols=1, shared_xaxes=True, vertical_spacing=0.03)
+    for row, (name, title) in enumerate(lines, start=1):
+        line = {"color": _COLOUR, "width": 1.2}
+        figure.add_scatter(x=timeline["end"], y=timeline[name], mode="lines", line=line, name=title, row=row, col=1)
+        figure.update_yaxes(title_text=title.replace(" of ", "<br>of "), rangemode="tozero", row=row, col=1)
+    figure.update_xaxes(title_text="seconds", row=len(lines), col=1)
+    figure.update_layout(height=190 * len(lines), showlegend=False, margin={"l": 80, "r": 20, "t": 10, "b": 40})
+    figure.update_layout(paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)")
+    page = Page()
+    page.text("h1", result["name"])
+    page.text("p", f"{result['requests']:,} requests served on {_gpus(result)}.")
+    for warning in result["warnings"]:
+        page.text("p", warning, css="warning")
+    page.open("div", css="tables")
+    page.facts("Answers", serving_facts(result))
+    for title, head, rows in (
+        ("Latency", ("", *_SHARES), _latency_rows(result)),
+        ("Where the time goes", ("", "all steps", "share"), _part_rows(result)),
+    ):
+        page.open("div")
+        page.text("h3", title)
+        page.table(head, rows, styles=("", *("number",) * (len(head) - 1)))
+        page.close("div")
+    page.close("div")
+    page.figure(figure, name="over-time", title="Over time")
+    return page.document(title=f"{result['name']} - serving", script=get_plotlyjs())

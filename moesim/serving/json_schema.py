@@ -1,0 +1,15 @@
+"""The JSON Schema of serving scenarios, for editors and the documentation."""
+
+from typing import Any
+
+from moesim.scenario.json_schema import accept_model_forms, without_units
+from moesim.serving.schema import ServingScenario
+
+
+def serving_json_schema(*, units: bool = False) -> dict[str, Any]:
+    """JSON Schema (2020-12) of the sections, with the short forms of a model; `units` as in that of a scenario."""
+    schema = ServingScenario.model_json_schema(mode="validation")
+    accept_model_forms(schema["$defs"]["Model"])
+    if not units:
+        schema = without_units(schema)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "moesim serving"}

@@ -1,0 +1,81 @@
+"""From a file to a ServingScenario: the loader of scenarios with another schema, and the checks across sections."""
+
+from collections.abc import Sequence
+from pathlib import Path as FilePath
+
+from pydantic import ValidationError
+
+from moesim.errors import UserError
+from moesim.scenario.document import Node, Path, find, parse_yaml
+from moesim.scenario.forms import absolute_paths, explicit_model, flat_cluster_to_pools
+from moesim.scenario.messages import describe
+from moesim.scenario.model import LocalGlobal, Mla
+from moesim.scenario.overrides import apply_overrides
+from moesim.serving.schema import ServingScenario
+
+
+def load_serving(path: str | FilePath, overrides: Sequence[str] = ()) -> ServingScenario:
+    """The serving scenario in the file `path` with `a.b=c` overrides applied.
+
+    Raises UserError, one line with `file:line:column` or `--set a.b=c`.
+    """
+    path = FilePath(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the scenario: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text; save the file as UTF-8") from None
+    return _validated(parse_yaml(text, source=str(path)), overrides, base=path.parent)
+
+
+def load_serving_text(text: str, *, source: str = "serving", overrides: Sequence[str] = ()) -> ServingScenario:
+    """As `load_serving`, from YAML text; paths are relative to the working directory."""
+    return _validated(parse_yaml(text, source=source), overrides, base=FilePath())
+
+
+def _validated(root: Node, overrides: Sequence[str], *, base: FilePath) -> ServingScenario:
+    if not isinstance(root.value, dict):
+        raise UserError(f"{root.where}: expected a mapping of sections; write name: ..., model: ..., workload: ...")
+    root = apply_overrides(flat_cluster_to_pools(root), overrides)
+    root = absolute_paths(explicit_model(flat_cluster_to_pools(root), base=base), base=base)
+    try:
+        scenario = ServingScenario.model_validate(root.plain)
+    except ValidationError as error:
+        details = error.errors(include_url=False)
+        raise UserError(describe(details, root, shown=_dotted, schema=ServingScenario)) from None
+    _check(scenario, root)
+    return scenario
+
+
+def _dotted(path: Path) -> str:
+    return ".".join(str(key) for key in path).replace("cluster.pools.0.", "cluster.")
+
+
+def _check(scenario: ServingScenario, root: Node) -> None:
+    mesh, model = scenario.parallelism, scenario.model
+
+    def refuse(path: Path, what: str) -> UserError:
+        return UserError(f"{find(root, path)[0].where}: {_dotted(path)}: {what}")
+
+    if mesh.world_size > scenario.cluster.num_gpus:
+        what = f"{mesh.world_size} ranks on {scenario.cluster.num_gpus} GPUs; lower data or tensor, or add nodes"
+        raise refuse(("parallelism",), what)
+    if mesh.expert not in (1, mesh.world_size):
+        what = f"{mesh.expert} is neither 1 nor all {mesh.world_size} ranks, which is what is modelled; use one of them"
+        raise refuse(("parallelism", "expert"), what)
+    if mesh.expert > 1 and model.experts % mesh.expert:
+        what = f"{model.experts} experts do not spread evenly over {mesh.expert} ranks; use a divisor"
+        raise refuse(("parallelism", "expert"), what)
+    if model.heads % mesh.tensor:
+        raise refuse(("parallelism", "tensor"), f"{mesh.tensor} does not divide the {model.heads} heads; use a divisor")
+    if isinstance(model.attention, LocalGlobal) and model.attention.global_every is not None:
+        raise refuse(("model", "attention"), "global tokens are not modelled in serving; set global_every: null")
+    if isinstance(model.attention, Mla) and model.attention.indexer is not None:
+        raise refuse(("model", "attention"), "sparse attention by an indexer is not modelled in serving; leave it out")
+    if len(scenario.cluster.pools) > 1:
+        raise refuse(("cluster",), "serving is modelled on GPUs of one pool; name one")
+    engine = scenario.engine
+    if not engine.chunked_prefill and engine.token_budget < 1_024:
+        what = f"{engine.token_budget} tokens never hold a long prompt whole; allow chunked_prefill, or raise it"
+        raise refuse(("engine", "token_budget"), what)
