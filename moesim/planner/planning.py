@@ -128,6 +128,7 @@ def _content(
             simulated.id: _shown(simulated, screened[layout]) | {"rank": _rank(ranking, simulated)}
             for layout, simulated in work.done.items()
         },
+        "routing": ranking[0].result["router"],  # the same for all layouts, but for what is stated for their ranks
         "why": why(ranking),
         "sensitivity": sensitivity(folder, work, ranking),
         "screen_error": None if error is None else error.as_json(),

@@ -37,6 +37,7 @@ def test_a_plan_is_printed_and_read_back(file, tmp_path, capsys):
         "why it wins",
         "what would alter the choice",
         "mb: sequences",
+        "estimates rest on the routing",
         "rows that they drop, and so do not compute for their price: 1: ",
     ):
         assert words in screen
@@ -45,6 +46,7 @@ def test_a_plan_is_printed_and_read_back(file, tmp_path, capsys):
     content = json.loads(capsys.readouterr().out)
     stored = json.loads((out / "plan.json").read_text())
     assert content["ranking"] == stored["ranking"]
+    assert stored["routing"]["rests_on"] in screen
     assert stored["kind"] == "plan"
     assert main(["plan", str(file), "--out", str(out), "--workers", "1", "--csv"]) == 0
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
