@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from moesim.errors import UserError
+from moesim.importing.odd_kernels import DROPOUT, SUMMED_BYTES, SUMMED_S, UNALIGNED
 from moesim.importing.step_file import RecordedOp
 from moesim.kernels import KernelModel
 from moesim.kernels.families import Attention, Gemm, GroupedGemm, Kernel, MemoryBound
@@ -28,13 +29,6 @@ CHECK = (
 )
 # aten operation -> kind of memory-bound kernel; its bytes are those of operands and results
 KINDS = {
-    "fill_": "zero",
-    "zero_": "zero",
-    "new_zeros": "zero",
-    "zeros": "zero",
-    "zeros_like": "zero",
-    "ones": "zero",
-    "ones_like": "zero",
     "_to_copy": "cast",
     "clone": "copy",
     "cat": "copy",
@@ -53,7 +47,8 @@ KINDS = {
     "_fused_rms_norm": "rms_norm",
     "_fused_rms_norm_backward": "rms_norm_backward",
 }
-# Of what is copied over nothing is read: what moves is the result, twice.
+# Of what is filled, and of what is copied over, nothing is read: what moves is the result, or twice that.
+FILLS = {"fill_", "new_zeros", "ones", "ones_like", "zero_", "zeros", "zeros_like"}
 OVERWRITES = {"copy_", "_foreach_copy_", "split_with_sizes_copy", "_chunk_cat"}
 ELEMENTWISE = {
     "_local_scalar_dense", "abs", "add", "add_", "addcmul", "all", "amax", "amin", "any", "arange", "argsort",
@@ -75,7 +70,7 @@ PADDED = {"slice_backward", "select_backward"}  # a new tensor of zeros with the
 
 
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
-_KNOWN = PRODUCTS | GATHERS | SCATTERS | PADDED | OVERWRITES | ELEMENTWISE | KINDS.keys()
+_KNOWN = PRODUCTS | GATHERS | SCATTERS | PADDED | FILLS | OVERWRITES | ELEMENTWISE | KINDS.keys()
 _KNOWN |= {"_grouped_mm", SDPA, OPTIMIZER, "nll_loss_forward", "nll_loss_backward", "masked_fill"}
 
 
@@ -180,16 +175,17 @@ def _seconds(kernels: Sequence[Kernel], model: KernelModel) -> float:
 
 
 def _priced(op: RecordedOp, kernels: Sequence[Kernel], matched: bool, model: KernelModel) -> PricedOp:
-    variant = _variant(op, kernels[0])
+    variant, ratio = _variant(op, kernels[0])
+    sorts_s = SUMMED_S if _sums_rows(op) else 0.0
     return PricedOp(
         name=op.name,
         phase=op.phase,
         module=op.module,
         shapes=" ".join("x".join(map(str, shape)) or "1" for shape, _, _ in op.reads[:3]),
         count=op.count,
-        seconds=_seconds(kernels, model),
+        seconds=_seconds(kernels, model) * ratio + sorts_s,
         source=", ".join(sorted({str(model.seconds(kernel).source) for kernel in kernels})),
-        matched=matched and not variant,
+        matched=matched,
         kind=f"{op.name.rstrip('_')} {op.phase} {'+'.join(map(_work, kernels))}{variant}",
         family=f"{FAMILIES[type(kernels[0])]}{_direction(kernels[0])}{variant}",
         measured_s=op.measured_s,
@@ -200,15 +196,17 @@ def _priced(op: RecordedOp, kernels: Sequence[Kernel], matched: bool, model: Ker
 FAMILIES = {Gemm: "gemm", GroupedGemm: "grouped gemm", Attention: "attention", MemoryBound: "memory"}
 
 
-def _variant(op: RecordedOp, kernel: Kernel) -> str:
-    """What no kernel was measured of and is priced as if it were not so; corrections are made for it apart.
+def _variant(op: RecordedOp, kernel: Kernel) -> tuple[str, float]:
+    """The name of a kernel that no profile holds, which is corrected apart, and what it costs over its sister."""
+    if isinstance(kernel, Gemm) and "aligned_bytes" in op.facts:
+        return " unaligned", UNALIGNED[op.facts["aligned_bytes"]][kernel.direction]
+    if isinstance(kernel, Attention) and op.facts.get("dropout"):
+        return " dropout", DROPOUT[kernel.direction]
+    return "", 1.0
 
-    Rows of a weight that begin at no multiple of 16 bytes (a vocabulary of 50,257) keep a library from its fast
-    kernels, and attention with dropout draws a random number for each score.
-    """
-    if isinstance(kernel, Gemm):
-        return " unaligned" if op.facts.get("unaligned") else ""
-    return " dropout" if isinstance(kernel, Attention) and op.facts.get("dropout") else ""
+
+def _sums_rows(op: RecordedOp) -> bool:
+    return op.phase == "backward" and op.name in ("index_put", "index_put_")
 
 
 def _direction(kernel: Kernel) -> str:
@@ -257,6 +255,8 @@ def _memory_bound(op: RecordedOp) -> tuple[list[Kernel], bool]:
     read, written = (sum(size for _, _, size in seen) for seen in (op.reads, op.writes))
     if op.name in GATHERS:
         return [MemoryBound("permute", 2.0 * written)], True
+    if _sums_rows(op):
+        return [MemoryBound("elementwise", SUMMED_BYTES * math.prod(op.reads[-1][0]))], True
     if op.name in SCATTERS:
         rows = min((size for shape, _, size in op.reads if len(shape) > 1), default=0)
         new = 0.0 if op.name.endswith("_") else 2.0 * written
@@ -269,6 +269,8 @@ def _memory_bound(op: RecordedOp) -> tuple[list[Kernel], bool]:
         return [MemoryBound("zero", float(written))], True  # but for one number a row
     if op.name == "masked_fill":
         return [MemoryBound("copy", 2.0 * written), MemoryBound(*_plain(op, 2.0 * written))], True
+    if op.name in FILLS:
+        return [MemoryBound("zero", float(written))], True
     if op.name in OVERWRITES:
         return [MemoryBound("copy", 2.0 * written)], True
     if op.name in KINDS:

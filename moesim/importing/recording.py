@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from moesim.errors import UserError, one_line
 from moesim.importing.pricing import CHECK, OPTIMIZER, PRODUCTS, SDPA
-from moesim.importing.step_file import RecordedOp, merged, unaligned
+from moesim.importing.step_file import RecordedOp, merged, product_facts
 
 
 def record_step(model: nn.Module, loss_of: Callable[[], Tensor]) -> list[RecordedOp]:
@@ -111,8 +111,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-igno
 
 def _product_facts(matrices: list[Tensor]) -> dict[str, Any]:
     shapes, strides = [each.shape for each in matrices], [each.stride() for each in matrices]
-    slow = unaligned(shapes, strides, element_bytes=matrices[0].element_size())
-    return {"unaligned": True} if slow else {}
+    return product_facts(shapes, strides, element_bytes=matrices[0].element_size())
 
 
 UNIFORM, LIKELY = "_drawn_uniformly", "_likely"  # attributes of tensors

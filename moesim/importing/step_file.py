@@ -1,6 +1,7 @@
 """A recorded step as a file: strict JSON (gzipped where its name ends in .gz), equal operations kept once."""
 
 import gzip
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -47,14 +48,20 @@ class RecordedOp:
         return head | tensors | {"facts": dict(self.facts)} | measured
 
 
-def unaligned(shapes: Sequence[Sequence[int]], strides: Sequence[Sequence[int]], *, element_bytes: int) -> bool:
-    """Whether rows of a matrix begin at no multiples of 16 bytes, so that libraries have no fast product."""
-    return any(
-        stride * element_bytes % ALIGNMENT
-        for shape, steps in zip(shapes, strides, strict=False)
-        for size, stride in zip(shape, steps, strict=False)
+def product_facts(
+    shapes: Sequence[Sequence[int]], strides: Sequence[Sequence[int]], *, element_bytes: int
+) -> dict[str, Any]:
+    """Of a product in 16 bits, the bytes at whose multiples rows of some matrix begin, where those are fewer than 16:
+    libraries have no fast kernels for it.
+    """
+    steps = [
+        stride * element_bytes
+        for shape, each in zip(shapes, strides, strict=False)
+        for size, stride in zip(shape, each, strict=False)
         if size > 1 and stride > 1
-    )
+    ]
+    aligned = math.gcd(ALIGNMENT, *steps)
+    return {"aligned_bytes": aligned} if element_bytes == 2 and aligned < ALIGNMENT else {}
 
 
 def merged(ops: Sequence[RecordedOp]) -> list[RecordedOp]:

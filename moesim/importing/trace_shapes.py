@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moesim.importing.pricing import OPTIMIZER, PRODUCTS, SDPA, knows
-from moesim.importing.step_file import RecordedOp, Seen, unaligned
+from moesim.importing.step_file import RecordedOp, Seen, product_facts
 from moesim.importing.trace_file import CpuOp
 from moesim.importing.trace_links import TracedOp
 
@@ -128,7 +128,7 @@ def _product_facts(op: CpuOp, reads: Sequence[Seen]) -> dict[str, Any]:
     matrices = [(dims, steps) for dims, steps in zip(op.dims, op.strides, strict=False) if dims][-2:]
     columns = reads[-1][0][-1]
     shapes, strides = [dims for dims, _ in matrices] + [(2,)], [steps for _, steps in matrices] + [(columns,)]
-    return {"unaligned": True} if unaligned(shapes, strides, element_bytes=size) else {}
+    return product_facts(shapes, strides, element_bytes=size)
 
 
 def _attention_facts(op: CpuOp, at: AttentionArguments) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def print_estimate(
     show(lambda options: parts, file=file, width=width or 140)
 
 
-UNKNOWN = "not known: priced by their bytes, attention with dropout and unaligned products as if they were not so"
+UNKNOWN = "priced by their bytes alone"
 _HEAD = ("", "phase", "module", "shapes", "times", "ms", "share", "rests on")
 
 

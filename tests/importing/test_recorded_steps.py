@@ -172,27 +172,30 @@ def test_dropout_is_one_kernel_each_way() -> None:
     assert not {"bernoulli", "bernoulli_"} & {op.name for op in ops}
 
 
-@pytest.mark.parametrize(("width", "slow"), [(64, False), (65, True)])
-def test_products_whose_rows_begin_anywhere_are_priced_apart(width: int, slow: bool) -> None:
+@pytest.mark.parametrize(("width", "aligned"), [(64, None), (65, 2), (66, 4), (68, 8)])
+def test_products_whose_rows_begin_anywhere_are_priced_as_such(width: int, aligned: int | None) -> None:
     with torch.device("meta"):
         model = nn.Linear(64, width, bias=False, dtype=torch.bfloat16)
         inputs = torch.randn(33, 64, dtype=torch.bfloat16, requires_grad=True)  # an odd number of rows slows nothing
     ops = [op for op in record_step(model, lambda: model(inputs).square().sum()) if op.name == "mm"]
-    priced = step_estimate(ops, kernel_model("h100")).ops
-    assert len(ops) == 3
-    assert {op.kind.endswith(" unaligned") for op in priced} == {slow}
-    assert {op.matched for op in priced} == {not slow}
+    assert [op.facts.get("aligned_bytes") for op in ops] == [aligned] * 3
+    plain = step_estimate([replace(op, facts={}) for op in ops], kernel_model("h100"))
+    priced = step_estimate(ops, kernel_model("h100"))
+    assert {op.kind.endswith(" unaligned") for op in priced.ops} == {aligned is not None}
+    assert (priced.kernels_s > 2.5 * plain.kernels_s) is (aligned is not None)
 
 
-def test_attention_with_dropout_is_priced_apart() -> None:
+def test_attention_with_dropout_is_priced_as_such() -> None:
     with torch.device("meta"):
         model = nn.Linear(64, 64, dtype=torch.bfloat16)
         inputs = torch.randn(2, 4, 128, 64, dtype=torch.bfloat16)
-    attention = nn.functional.scaled_dot_product_attention
+    attention, times = nn.functional.scaled_dot_product_attention, []
     for share in (0.0, 0.1):
         ops = record_step(model, lambda share=share: attention(*[model(inputs)] * 3, dropout_p=share).sum())
         found = [op for op in step_estimate(ops, kernel_model("h100")).ops if op.family.startswith("attention")]
         assert len(found) == 2 and {op.family.endswith(" dropout") for op in found} == {share > 0}
+        times.append(sum(op.seconds for op in found))
+    assert times[1] > 1.2 * times[0]
 
 
 def test_a_condition_on_data_is_noted() -> None:
