@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from moesim.importing.trace_file import MODULE, CpuOp, DeviceWork, Launch, Span, TraceEvents
+from moesim.importing.trace_layers import repeated_blocks
 
+LAYER = "layer"
 ENGINE = "autograd::engine::evaluate_function"
 OPTIMIZER_STEP = "Optimizer.step#"
 PROFILER_STEP = "ProfilerStep#"
@@ -84,7 +86,7 @@ class OpTree:
 
     def _modules(self, calls: Sequence[Span]) -> list[str]:
         """Of every operation: where it runs, or the operation whose gradient it makes."""
-        places = _innermost(calls, self.ops)
+        places = _innermost(calls, self.ops) if calls else self._layers()
         of_sequence: dict[int, str] = {}
         for op, phase, place in zip(self.ops, self.phases, places, strict=True):
             if phase == "forward" and op.sequence is not None:
@@ -95,6 +97,19 @@ class OpTree:
             parent = self.parents[index]
             inherited = places[parent] if parent >= 0 else ""
             places[index] = of_sequence.get(-1 if op.sequence is None else op.sequence, inherited) or inherited
+        return places
+
+    def _layers(self) -> list[str]:
+        """Of every operation of the first forward pass the number of its layer, without a stack."""
+        places = [""] * len(self.ops)
+        first = next((index for index, phase in enumerate(self.phases) if phase == "backward"), len(self.ops))
+        outer = [index for index in range(first) if self.parents[index] < 0 and self.phases[index] == "forward"]
+        layers = repeated_blocks([(self.ops[index].name, self.ops[index].dims) for index in outer])
+        for index, layer in zip(outer, layers, strict=True):
+            places[index] = "" if layer is None else f"{LAYER}.{layer}"
+        for index, parent in enumerate(self.parents[:first]):
+            if parent >= 0 and self.phases[index] == "forward":
+                places[index] = places[parent]
         return places
 
     def chain(self, index: int) -> Iterator[int]:
