@@ -230,6 +230,22 @@ def models(draw, experts):
 
 
 @st.composite
+def placements(draw, experts, ranks):
+    kind = draw(one("contiguous", "contiguous", "round_robin", "eplb", "by_speed", "search", "explicit"))
+    common = maybe(draw, split=one("nearest"), judged_on=one("later"))
+    if kind == "explicit":
+        copied = draw(st.lists(one(*range(experts)), min_size=ranks, max_size=ranks))
+        return {"kind": kind, "slots": [[*range(r, experts, ranks), copied[r]] for r in range(ranks)], **common}
+    made = {} if kind in ("contiguous", "round_robin") else maybe(draw, made_on=one("same"))
+    own = {
+        "by_speed": {"speeds": draw(st.lists(one(1e-9, 0.5, 1.0, 1e9), min_size=ranks, max_size=ranks))},
+        "search": {"tries": draw(one(0, 20))},
+        "eplb": maybe(draw, policy=one("global")),
+    }
+    return {"kind": kind, "redundant_experts": draw(one(0, ranks, 3 * ranks)), **own.get(kind, {}), **common, **made}
+
+
+@st.composite
 def coherent(draw):
     """A scenario whose sizes fit each other, with extreme numbers within their bounds."""
     tensor, context, pipeline = draw(one(1, 1, 2, 4)), draw(one(1, 1, 2)), draw(one(1, 1, 2, 4))
@@ -245,7 +261,7 @@ def coherent(draw):
         "model": draw(models(experts)),
         "routing": draw(routings(experts)),
         "capacity": draw(CAPACITIES),
-        "placement": {"kind": draw(one("contiguous", "contiguous", "round_robin"))},
+        "placement": draw(placements(experts, expert)),
         "cluster": {
             "gpu": draw(one("a100", "h100", "h200", "b200")), "gpus_per_node": size,
             "nodes": -(-stage * pipeline // size) + draw(one(0, 0, 1)), "fabric": draw(fabrics()),

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from moesim.scenario import Scenario
+from moesim.scenario import Contiguous, Scenario
 from moesim.scenario.routing import ExpertCapacity
 from moesim.schedules import PLAIN
 
@@ -57,7 +57,7 @@ def _kept(scenario: Scenario) -> Iterator[Change]:
 def _placed(scenario: Scenario) -> Iterator[Change]:
     """What lies where: experts, copies of tokens, stages and their order."""
     mesh = scenario.parallelism
-    if scenario.placement.kind != "contiguous":
+    if scenario.placement != Contiguous():
         yield Change(("placement={kind: contiguous}",))
     if scenario.dispatch.deduplicate == "per_expert":
         yield Change(("dispatch.deduplicate=per_rank",))

@@ -52,7 +52,8 @@ def _by_speed(placement: Placement, facts: TrafficFacts) -> float | None:
     if not isinstance(placement, BySpeed):
         return None
     speed_D = np.array(placement.speeds)
-    share_LD = facts.rank_load_LR / facts.rank_load_LR.sum(axis=1, keepdims=True)
+    rows_L1 = facts.rank_load_LR.sum(axis=1, keepdims=True)
+    share_LD = facts.rank_load_LR / np.where(rows_L1 > 0, rows_L1, 1.0)  # all rows of a layer may be dropped
     return float((share_LD / (speed_D / speed_D.sum())).max(axis=1).mean())
 
 
