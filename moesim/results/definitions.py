@@ -182,6 +182,10 @@ _IMBALANCE = _section(
     {
         "expert": ("ratio", "Rows of the fullest expert / mean, by layer, micro-batch and expert group, averaged."),
         "rank_rows": ("ratio", "Rows of the fullest rank / mean, likewise."),
+        "balancedness": (
+            "ratio",
+            "Mean of the ranks' rows / those of the fullest, likewise: what SGLang and EPLB report; 1 is even.",
+        ),
         "rank_bytes": ("ratio", "Bytes that the busiest rank sends in dispatch / mean, likewise."),
         "rank_time": (
             "ratio",

@@ -60,7 +60,7 @@ class TrafficFacts:
         self.num_groups = scenario.parallelism.stage_ranks // scenario.parallelism.expert
         self.num_layers = scenario.model.moe_layers
         placement = samples[0].placement
-        self.imbalance: dict[str, list[float]] = {"expert": [], "rank_rows": [], "rank_bytes": []}
+        self.imbalance: dict[str, list[float]] = {"expert": [], "rank_rows": [], "rank_bytes": [], "balancedness": []}
         self.expert_load_LE = np.zeros((self.num_layers, scenario.model.experts))
         self.rank_load_LR = np.zeros((self.num_layers, scenario.parallelism.expert))
         self.copies_RD = np.zeros((scenario.parallelism.expert,) * 2)  # group 0, all layers and micro-batches
@@ -88,6 +88,7 @@ class TrafficFacts:
         self.rank_load_LR[layer] += self.uses_B @ rank_rows_BD
         self.imbalance["expert"].append(mean_imbalance(rows_BE))
         self.imbalance["rank_rows"].append(mean_imbalance(rank_rows_BD))
+        self.imbalance["balancedness"].append(float((1.0 / imbalance(rank_rows_BD)).mean()))
         if self.compares:
             self.contiguous.append(mean_imbalance(self._by_neighbours(rows_BE)))
         self.imbalance["rank_bytes"].append(mean_imbalance(sent_BRD.sum(axis=1)))
@@ -198,6 +199,7 @@ def no_imbalance() -> dict[str, Any]:
         "expert": 1.0,
         "rank_rows": 1.0,
         "rank_bytes": 1.0,
+        "balancedness": 1.0,
         "rank_time": 1.0,
         "uniform_floor": 1.0,
         "uniform_floor_rank": 1.0,

@@ -32,6 +32,7 @@ _GROUPS = {
     "imbalance": (
         "expert",
         "rank_rows",
+        "balancedness",
         "rank_bytes",
         "rank_time",
         "uniform_floor",

@@ -144,6 +144,13 @@ def test_the_lower_the_balancedness_the_longer_the_step() -> None:
 def test_a_result_reports_what_was_stated() -> None:
     result = simulate(make(0.5, ranks=8)).result
     assert 1 / result["imbalance"]["rank_rows"] == pytest.approx(0.5, rel=TOLERANCE)
+    assert result["imbalance"]["balancedness"] == pytest.approx(0.5, rel=TOLERANCE)
+
+
+def test_a_balancedness_is_that_of_layers_and_micro_batches_averaged() -> None:
+    """A mean of quotients is no less than the quotient of means (Jensen)."""
+    found = simulate(make(1.0, ranks=8, routing="{kind: uniform}")).result["imbalance"]
+    assert 1 / found["rank_rows"] <= found["balancedness"] < 1
 
 
 def test_it_survives_the_file() -> None:
