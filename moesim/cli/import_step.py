@@ -88,6 +88,13 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(
             "say either which step to import (MODULE:FUNCTION or TRACE.json) or which one to show (--show FILE)"
         )
+    if args.step is not None and ":" not in args.step and not _is_file(args.step):
+        what = "is a folder" if Path(args.step).is_dir() else "does not exist"
+        raise UserError(
+            f"{args.step} {what}; name a trace (TRACE.json or .json.gz), MODULE:FUNCTION or FILE.py:FUNCTION"
+        )
+    if args.rows < 1:
+        raise UserError(f"--rows {args.rows} prints nothing; use 1 or more, or --quiet")
     if args.host_per_op is not None and not args.host_per_op >= 0:
         raise UserError(f"--host-per-op {args.host_per_op} is no time in microseconds; use e.g. 10")
     if args.step is not None and _is_file(args.step) and args.calibrate is not None:
