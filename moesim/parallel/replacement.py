@@ -27,6 +27,27 @@ def rank_loads(held: ExpertMap, load_E: FloatArray) -> FloatArray:
     return np.asarray(loads_D, dtype=np.float64)
 
 
+def renumbered(before: ExpertMap, after: ExpertMap, node_of_rank_D: NDArray[np.int64]) -> ExpertMap:
+    """`after` with the ranks of each node in the order that leaves experts where they are, as far as pairs tell.
+
+    Ranks of a node are alike, so which of them gets which slots is free: the pair of an old and a new one with most
+    experts in common is joined first, ties to the smaller old, then new one.
+    """
+    common_DD = before.holds_DE.astype(np.int64) @ after.holds_DE.T.astype(np.int64)
+    taken_from = np.empty(len(common_DD), dtype=np.int64)
+    for node in np.unique(node_of_rank_D):
+        members = np.flatnonzero(node_of_rank_D == node)
+        old, new = np.meshgrid(members, members, indexing="ij")
+        columns = (-common_DD[old, new]).ravel().tolist(), old.ravel().tolist(), new.ravel().tolist()
+        pairs = sorted(zip(*columns, strict=True))
+        joined: dict[int, int] = {}
+        for _, mine, theirs in pairs:
+            if mine not in joined and theirs not in joined.values():
+                joined[mine] = theirs
+        taken_from[list(joined)] = list(joined.values())
+    return ExpertMap(after.slot_experts_DP[taken_from], after.num_experts)
+
+
 def moves_DD(before: ExpertMap, after: ExpertMap, node_of_rank_D: NDArray[np.int64]) -> NDArray[np.int64]:
     """Experts that each rank sends each other one so that all hold what `after` says, [source, target].
 

@@ -18,7 +18,7 @@ from moesim.parallel import TrafficSampler
 from moesim.parallel.copy_gradients import layers_of_stages
 from moesim.parallel.layer_maps import LayerMaps
 from moesim.parallel.memory_parameters import expert_slice_parameters
-from moesim.parallel.replacement import moves_DD, rank_loads, recorded_loads
+from moesim.parallel.replacement import moves_DD, rank_loads, recorded_loads, renumbered
 from moesim.program.scenario_fabric import scenario_fabric
 from moesim.report.facts import bytes_column, seconds
 from moesim.report.screen import number_table, section, show
@@ -35,7 +35,8 @@ class Aged:
 
     `first`: placed at the first recorded step, `previous`: at the one before, `anew`: at this one. `contiguous`:
     neighbouring experts; None where they do not spread evenly. `moved_bytes`, `moving_s`: from the previous placement
-    to the new one, all ranks, and as long as the slowest takes with nothing beside it.
+    to the new one, all ranks, and as long as the slowest takes with nothing beside it; the ranks of a node are
+    renumbered so that experts stay.
     """
 
     step: int
@@ -109,7 +110,8 @@ def _move(
         for layer in layers_of_stages(scenario, stages):
             order = sampler.relabellings[layer].expert_from_E
             thin = sampler.counted_layer(layer)
-            moves += moves_DD(before.maps[thin].reordered(order), after.maps[thin].reordered(order), node_of_rank_D)
+            old, new = before.maps[thin].reordered(order), after.maps[thin].reordered(order)
+            moves += moves_DD(old, renumbered(old, new, node_of_rank_D), node_of_rank_D)
         members = mesh.expert_groups(rank)
         moved += float(moves.sum()) * size * len(members)
         if moves.any():

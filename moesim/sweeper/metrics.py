@@ -41,6 +41,7 @@ _GROUPS = {
         "whole_step_rank_rows",
         "cost_s",
     ),
+    "placement": ("slots_per_rank", "most_copies", "rank_rows_contiguous", "copy_gradient_bytes"),
     "memory": ("peak_bytes", "fits_share"),
     "cost": ("usd_per_step", "usd_per_million_tokens", "usd_total", "days"),
     "router": (

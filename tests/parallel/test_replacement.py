@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from moesim.parallel.expert_map import ExpertMap
-from moesim.parallel.replacement import moves_DD, rank_loads, recorded_loads
+from moesim.parallel.replacement import moves_DD, rank_loads, recorded_loads, renumbered
 from moesim.scenario import RouterShape
 from moesim.trace import uniform_trace
 
@@ -49,6 +49,26 @@ def test_of_holders_alike_the_one_with_least_to_send_sends() -> None:
     before = ExpertMap(np.array([[0, 1], [0, 1], [2, 2], [3, 3]]), 4)
     after = ExpertMap(np.array([[0, 1], [0, 1], [0, 2], [1, 3]]), 4)
     assert moves_DD(before, after, np.zeros(4, dtype=np.int64)).sum(axis=1).tolist() == [1, 1, 0, 0]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_renumbering_keeps_nodes_and_moves_no_more(seed: int) -> None:
+    before, after = shuffled(seed), shuffled(seed + 100)
+    new = renumbered(before, after, NODES)
+    for node in (0, 1):
+        held = [sorted(map(sorted, each.slot_experts_DP[node == NODES].tolist())) for each in (after, new)]
+        assert held[0] == held[1]
+    turned = ExpertMap(before.slot_experts_DP[[1, 0, 3, 2]], 12)  # the same on other ranks of the node
+    assert not moves_DD(before, renumbered(before, turned, NODES), NODES).any()
+
+
+def test_renumbering_saves_moves_on_average() -> None:
+    def moved(after: ExpertMap, before: ExpertMap) -> int:
+        return int(moves_DD(before, after, NODES).sum())
+
+    cases = [(shuffled(seed), shuffled(seed + 100)) for seed in range(20)]
+    with_it = sum(moved(renumbered(before, after, NODES), before) for before, after in cases)
+    assert with_it < sum(moved(after, before) for before, after in cases)
 
 
 def test_loads_come_from_every_recorded_step() -> None:

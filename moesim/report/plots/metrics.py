@@ -116,6 +116,8 @@ _KNOWN = {
         Metric("imbalance.rank_bytes", "bytes of ranks, busiest / mean", "ratio", LOWER),
         Metric("imbalance.rank_time", "computing time of ranks, slowest / mean", "ratio", LOWER),
         Metric("imbalance.cost_s", "cost of imbalance", "time", LOWER),
+        Metric("placement.rank_rows_contiguous", "rows of ranks with experts in order, busiest / mean", "ratio", LOWER),
+        Metric("placement.copy_gradient_bytes", "gradients between copies per step", "bytes", LOWER),
         Metric("communication.copies_per_token", "copies per token and layer", "number", LOWER),
         Metric("communication.dispatch_bytes", "dispatched per step", "bytes", LOWER),
         Metric("communication.combine_bytes", "combined per step", "bytes", LOWER),
