@@ -44,7 +44,7 @@ from moesim.routing.request import TrainingRequest
 from moesim.scenario import Scenario
 from moesim.scenario.check import require_supported
 from moesim.scenario.cluster import NVL72_GPUS
-from moesim.scenario.routing import PopularityRouting, StatedRouting, TraceRouting, TrainRouting
+from moesim.scenario.routing import PopularityRouting, Routing, StatedRouting, TraceRouting, TrainRouting
 from moesim.seeding import stream, stream_seed
 from moesim.trace import RoutingTrace, popularity_trace, trace_hash, uniform_trace
 from moesim.trace.agreement import check_agreement, import_notes, limit_difference
@@ -399,6 +399,13 @@ def _nominal_nvlink(scenario: Scenario) -> list[str]:
     ]
 
 
+def _longer_trace(routing: Routing) -> str:
+    """How a trace gets more sequences, where it can; what is drawn is drawn up to a limit."""
+    if isinstance(routing, TrainRouting):
+        return "; record more with routing.tokens"
+    return "; use a trace of more tokens" if isinstance(routing, TraceRouting) else ""
+
+
 def _warnings(scenario: Scenario, fabric: Fabric, memory: MemoryReport, plain: Sequence[TrafficSample]) -> list[str]:
     """What a reader must know before trusting the numbers."""
     warnings = []
@@ -423,11 +430,8 @@ def _warnings(scenario: Scenario, fabric: Fabric, memory: MemoryReport, plain: S
     if plain and coverage(scenario, plain[0]) < MIN_COVERAGE_FOR_CONFIDENCE:
         has_range = len(plain) > 1 and coverage(scenario, plain[0]) >= MIN_COVERAGE_FOR_RANGE
         effect = "the range is likely too narrow" if has_range else "no range is given"
-        warnings.append(
-            f"the trace has {plain[0].draw.num_trace_sequences} sequences for a batch of "
-            f"{scenario.workload.global_batch}: {effect}; "
-            "record more with routing.tokens"
-        )
+        of = f"{plain[0].draw.num_trace_sequences} sequences for a batch of {scenario.workload.global_batch}"
+        warnings.append(f"the trace has {of}: {effect}{_longer_trace(scenario.routing)}")
     if scenario.idle_gpus:
         warnings.append(f"{scenario.idle_gpus} GPUs of the cluster have no rank and are paid for all the same")
     return warnings

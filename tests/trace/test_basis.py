@@ -130,7 +130,8 @@ def test_a_library_router_is_named_with_its_text_and_loss() -> None:
 
 
 def test_the_facts_of_a_result_name_it() -> None:
-    result = simulate(make()).result
+    result = simulate(make("workload.global_batch=64")).result
+    assert any("use a trace of more tokens" in warning for warning in result["warnings"])  # no key records more of it
     named = facts.routing(result)
     assert named[0].value == result["router"]["rests_on"] == "library:64x6/M-unlimited"
     assert named[1].value == "the model's default"
