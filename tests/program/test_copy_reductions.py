@@ -11,6 +11,7 @@ from moesim.program.reductions import Reduction
 from moesim.run import draw_samples, obtain_trace, simulate
 from moesim.scenario.base import BYTES_PER_ELEMENT
 from moesim.scenario.dispatch import DIRECT
+from moesim.scenario.placement_file import tensorrt_llm_text
 
 
 def reductions(scenario) -> dict[str, list[Reduction]]:
@@ -89,3 +90,26 @@ def test_slow_ranks_get_fewer_rows(small) -> None:
     assert share_R[2] < 0.75 * share_R[[0, 1, 3]].min()
     assert record.result["placement"]["rank_rows_by_speed"] < 1.15
     assert any("equally fast" in text for text in record.result["warnings"])
+
+
+def test_slots_in_the_place_of_experts_change_no_bit(small, tmp_path) -> None:
+    """A map with each expert in its usual slot is counted by slots, and gives the result of counting by experts."""
+    path = tmp_path / "usual.yaml"
+    path.write_text(tensorrt_llm_text([range(16)] * 3, moe_layers=(1, 2, 3)))
+    rows = [[8.0, 1, 1, 1, 4, 1, 1, 1, 2, 1, 1, 1, 1, 1, 1, 1], [1.0] * 12 + [9.0] * 4, [1.0 + e for e in range(16)]]
+    for changes in (
+        {},
+        {"capacity": {"kind": "device", "factor": 1.0}},
+        {"capacity": {"kind": "expert", "factor": 1.25}},
+    ):
+        routed = {
+            "routing": {"kind": "popularity", "counts": rows},
+            "cluster.nodes": 2,
+            "cluster.gpus_per_node": 2,
+        } | changes
+        by_slots, by_experts = (
+            simulate(small(routed | {"placement": placement})).result
+            for placement in ({"kind": "explicit", "file": str(path)}, {"kind": "contiguous"})
+        )
+        for key in ("step_time_s", "step_time_range_s", "attribution_s", "communication", "imbalance", "memory"):
+            assert by_slots[key] == by_experts[key], key
