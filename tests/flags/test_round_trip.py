@@ -26,7 +26,7 @@ HARMLESS_SAID = {"--normalization", "--position-embedding-type", "--max-position
 def layout(scenario: Scenario) -> dict[str, Any]:
     """What a step is laid out by, in one form: every key that flags can say, with what absent keys mean."""
     model, mesh, work, shape = scenario.model, scenario.parallelism, scenario.workload, scenario.router_shape()
-    hidden = {"preset", "source", "left_out", "router_groups", "router_group_limit", "shared_experts",
+    hidden = {"preset", "source", "left_out", "routing", "router_groups", "router_group_limit", "shared_experts",
               "shared_intermediate", "attention"}  # fmt: skip
     found = {f"model.{key}": value for key, value in model.model_dump(exclude=hidden).items()}
     local = found.pop("model.local") or {}
