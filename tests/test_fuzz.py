@@ -19,6 +19,7 @@ from moesim.run import simulate
 from moesim.scenario import Scenario, dump_scenario, load_scenario_text
 from moesim.scenario.document import parse_yaml
 from moesim.scenario.routing import TrainRouting
+from moesim.scenario.stress import STRESS
 from moesim.strict_json import json_text
 from moesim.sweeper.study import load_study
 
@@ -197,8 +198,13 @@ WIDTH = one(8, 64, 1024, 2**16)
 @st.composite
 def routings(draw, experts):
     router = draw(one({}, {"router": {"kind": "deepseek_v3", "groups": 2, "group_limit": 1}}))
-    if draw(st.booleans()):
+    kind = draw(one("uniform", "balancedness", "stress", "popularity"))
+    if kind == "uniform":
         return {"kind": "uniform", **router}
+    if kind == "balancedness":
+        return {"kind": kind, "value": draw(one(1, 0.99, 0.5, 0.1)), **router}
+    if kind == "stress":
+        return {"kind": kind, "pattern": draw(one(*STRESS)), "severity": draw(one(0.0, 0.5, 1.0)), **router}
     rows = st.lists(one(0, 1e-12, 1, 2, 1000, 1e12), min_size=experts, max_size=experts)
     return {"kind": "popularity", "counts": draw(st.one_of(rows, st.lists(rows, min_size=1, max_size=3))), **router}
 

@@ -54,7 +54,10 @@ def _check_places(scenario: Scenario, report: Report) -> None:
         what = f"{software.name} holds every expert once, at the same place in all layers"
         raise report.user("placement.kind", f"{what}; use contiguous, or implementation: {{kind: {FUSED.name}}}")
     num_groups = scenario.router_shape().num_groups
-    if num_groups > 1 and not keeps_groups(slots, num_groups=num_groups):
+    if num_groups == 1 or experts % num_groups:
+        return  # groups that do not divide the experts are refused as such
+    even = len(set(map(len, slots))) == 1
+    if not even or not keeps_groups(slots, num_groups=num_groups):
         what = f"{placement.kind} splits the router's {num_groups} groups of {experts // num_groups} experts over ranks"
         raise report.user(
             "placement.kind", f"{what}, which {software.name} does not; use implementation: {{kind: {FUSED.name}}}"

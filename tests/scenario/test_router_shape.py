@@ -95,3 +95,11 @@ def test_groups_that_do_not_fit_are_refused_at_their_key(overrides, message):
     with pytest.raises(UserError) as error:
         shape("routing={kind: uniform}", *overrides)
     assert message in str(error.value)
+
+
+def test_groups_that_do_not_divide_the_experts_are_refused_under_any_software(small) -> None:
+    changes = {"implementation": {"kind": "torch_eager"}, "parallelism": {"data": 1, "expert": 1}}
+    changes |= {"model.experts": 1, "model.top_k": 1, "workload.global_batch": 2}
+    changes["routing"] = {"kind": "uniform", "router": {"kind": "deepseek_v3", "groups": 2, "group_limit": 1}}
+    with pytest.raises(UserError, match="2 does not divide experts = 1"):
+        small(changes)
