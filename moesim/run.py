@@ -3,7 +3,7 @@
 Legend: S plain routing samples, W ranks of the world, C categories.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from moesim.engine import simulate_step, step_kernels
 from moesim.kernels import KernelModel, kernel_model
+from moesim.kernels.errors import bases_of, clock_error_of
 from moesim.network import Fabric, NetworkParameters
 from moesim.parallel import Mesh, TrafficSample, TrafficSampler
 from moesim.parallel.memory import MemoryReport
@@ -37,6 +38,7 @@ from moesim.results.metrics import (
 from moesim.results.placement import placement_arrays, placement_facts, placement_warnings
 from moesim.results.plausible import check_plausible
 from moesim.results.stages import action_seconds, stage_facts, stage_warnings
+from moesim.results.uncertainty import Basis, error_parts, kernel_range, path_shares, whole_range
 from moesim.routing.cache import cached_trace
 from moesim.routing.progress import ProgressCallback
 from moesim.routing.replay import recorded_trace
@@ -82,7 +84,7 @@ def simulate(
     kernels = step_kernels(scenario, fabric=fabric, kernels=kernels, samples=plain)
     spread = [sample.balanced() for sample in plain]
     outcome = _simulate_samples(scenario, fabric, kernels, [*plain, *spread, *bootstrap])
-    record = _record(scenario, fabric, memory, trace, plain, outcome)
+    record = _record(scenario, fabric, kernels, memory, trace, plain, outcome)
     check_plausible(record, fabric)
     return record
 
@@ -176,7 +178,7 @@ class _Outcome:
     attribution_CSW: FloatArray
     compute_time_SW: FloatArray
     busy_SP: FloatArray
-    source_shares: dict[str, float]
+    source_seconds: Mapping[Basis, float]
     tensor_bytes: float
     spans: tuple[SpanTable, ...]
     critical_path: dict[str, Any]
@@ -221,7 +223,7 @@ def _simulate_samples(
         attribution_CSW=np.concatenate([part.attribution_CSW for part in parts], axis=1),
         compute_time_SW=np.concatenate([part.compute_time_SW for part in parts]),
         busy_SP=np.concatenate([part.busy_SP for part in parts]),
-        source_shares=parts[0].source_shares,
+        source_seconds=parts[0].source_seconds,
         tensor_bytes=parts[0].tensor_bytes,
         spans=parts[0].spans,
         critical_path=parts[0].critical_path,
@@ -248,7 +250,7 @@ def _simulate_program(program: StepProgram, *, first: bool) -> _Outcome:
         attribution_CSW=attribution_CSW,
         compute_time_SW=compute_time_SW,
         busy_SP=busy_SP,
-        source_shares=_shares(program.source_seconds),
+        source_seconds=program.source_seconds,
         tensor_bytes=program.tensor_bytes,
         spans=tuple(table.first_sample() for table in kept) if first else (),
         critical_path=path_facts(step.tables, pipeline_ranks=places) if first else {},
@@ -256,14 +258,37 @@ def _simulate_program(program: StepProgram, *, first: bool) -> _Outcome:
     )
 
 
-def _shares(seconds: dict[str, float]) -> dict[str, float]:
-    total = sum(seconds.values())
-    return {source: value / total for source, value in sorted(seconds.items())}
+def _shares(seconds: Mapping[Basis, float]) -> dict[str, float]:
+    """Of all operations' seconds by source."""
+    total, by_source = sum(seconds.values()), dict.fromkeys(sorted({basis.source for basis in seconds}), 0.0)
+    for basis, value in seconds.items():
+        by_source[basis.source] += value / total
+    return by_source
+
+
+def _ranges(
+    kernels: KernelModel, outcome: _Outcome, step_s: float, routing: list[float] | None, *, routed: bool
+) -> dict[str, Any]:
+    """The 90 % range of the step time, its two parts, and what the part of the kernels rests on.
+
+    No whole range where chance of routing is unknown; a dense model has none.
+    """
+    shares = path_shares(outcome.source_seconds, outcome.critical_path["seconds"])
+    parts = error_parts(shares, bases_of(kernels), clock_error=clock_error_of(kernels))
+    of_kernels = kernel_range(step_s, parts)
+    whole = whole_range(step_s, of_kernels, routing) if routing else None
+    return {
+        "step_time_range_s": of_kernels if whole is None and not routed else whole,
+        "step_time_routing_range_s": routing,
+        "step_time_kernel_range_s": of_kernels,
+        "step_time_errors": [part.as_json() for part in parts],
+    }
 
 
 def _record(
     scenario: Scenario,
     fabric: Fabric,
+    kernels: KernelModel,
     memory: MemoryReport,
     trace: RoutingTrace | None,
     plain: Sequence[TrafficSample],
@@ -287,8 +312,9 @@ def _record(
         "world_size": scenario.parallelism.world_size,
         "gpus": scenario.cluster.num_gpus,
         "samples": len(outcome.step_S),
+        "kernels": kernels.name,
         "step_time_s": step_s,
-        "step_time_range_s": range_s,
+        **_ranges(kernels, outcome, step_s, range_s, routed=trace is not None),
         "balanced_step_time_s": float(spread.step_S.mean()),
         "tokens_per_second": per_second,
         "tokens_per_second_per_gpu": per_second / scenario.cluster.num_gpus,
@@ -305,7 +331,7 @@ def _record(
         "memory": memory.as_json(),
         "cost": cost(scenario, step_s),
         "effective": kept,
-        "estimate_sources": outcome.source_shares,
+        "estimate_sources": _shares(outcome.source_seconds),
         "software": {fact: getattr(scenario.implementation.software, fact) for fact in ("name", "listed", "checked")},
         "router": {"kind": "none (dense model)", "train_loss": None, "validation_loss": None},
         "placement": {"kind": "none (dense model)"},

@@ -27,6 +27,10 @@ def test_result_has_the_documented_keys_and_adds_up(small):
     assert result["software"] == {"name": known.name, "listed": known.listed, "checked": known.checked}
     low, high = result["step_time_range_s"]
     assert low <= result["step_time_s"] <= high
+    for part in ("routing", "kernel"):
+        inner = result[f"step_time_{part}_range_s"]
+        assert low <= inner[0] <= result["step_time_s"] <= inner[1] <= high, part
+    assert sum(part["share"] for part in result["step_time_errors"] if part["source"] != "clock") <= 1 + 1e-9
     json.dumps(result, allow_nan=False)
 
 

@@ -13,7 +13,14 @@ from moesim.strict_json import json_text, parse_json
 
 ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "tests" / "data" / "steps.json"
-KEPT = ("step_time_s", "balanced_step_time_s", "step_time_range_s", "attribution_s", "attribution_balanced_s", "mfu")
+KEPT = (
+    "step_time_s",
+    "balanced_step_time_s",
+    "step_time_routing_range_s",
+    "attribution_s",
+    "attribution_balanced_s",
+    "mfu",
+)
 
 
 def measured(name: str) -> dict[str, object]:

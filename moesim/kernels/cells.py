@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moesim.kernels import physics
 from moesim.kernels.families import DTYPE_BYTES, FloatArray, gemm_sides
@@ -313,6 +314,11 @@ class Cell:
                 logs_Q[query] = self._clocked_P[measured]
                 exact += 1
         return exact
+
+    @property
+    def alone_P(self) -> NDArray[np.bool_]:
+        """Which measured kernels would be extrapolated from all others."""
+        return self._field.alone_P(self.kind.far)
 
     def leave_one_out(self, *, at_row_clock: bool) -> FloatArray:
         """Log of measured over predicted seconds, each row predicted from all others.

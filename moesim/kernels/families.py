@@ -128,11 +128,15 @@ class Attention:
 
 @dataclass(frozen=True)
 class MemoryKind:
-    """What a kind is in torch; bytes = rows * width * per_element + rows * per_row."""
+    """What a kind is in torch; bytes = rows * width * per_element + rows * per_row.
+
+    `searches`: it sorts, counts or adds to places that its values name, many times slower than its bytes would be.
+    """
 
     what: str
     per_element: float
     per_row: float = 0.0
+    searches: bool = False
 
 
 MEMORY_KINDS: dict[str, MemoryKind] = {
@@ -155,16 +159,16 @@ MEMORY_KINDS: dict[str, MemoryKind] = {
     "activation_backward": MemoryKind("gradients of both halves in eager torch", 10),
     "softmax": MemoryKind("fp32 softmax over width", 8),
     "softmax_backward": MemoryKind("fp32 gradient of softmax", 12),
-    "topk": MemoryKind("fp32 top-8 over width, values and indices", 4, 96),
-    "sort": MemoryKind("stable argsort of int64 ids; width 1", 16),
-    "histogram": MemoryKind("counts of int64 ids by scatter_add; width 1", 8),
+    "topk": MemoryKind("fp32 top-8 over width, values and indices", 4, 96, searches=True),
+    "sort": MemoryKind("stable argsort of int64 ids; width 1", 16, searches=True),
+    "histogram": MemoryKind("counts of int64 ids by scatter_add; width 1", 8, searches=True),
     "cross_entropy": MemoryKind("mean cross entropy of bf16 logits over width", 4),
     "cross_entropy_backward": MemoryKind("gradient of bf16 logits", 4),
     "cross_entropy_fp32": MemoryKind("mean cross entropy of fp32 logits over width", 8),
     "cross_entropy_fp32_backward": MemoryKind("gradient of fp32 logits", 8),
     "quantise": MemoryKind("bf16 to fp8 (e4m3) cast", 3),
     "embedding": MemoryKind("bf16 rows looked up in a table", 4, 8),
-    "embedding_backward": MemoryKind("bf16 gradient of the table, whose own bytes come on top", 2, 8),
+    "embedding_backward": MemoryKind("bf16 gradient of the table, whose own bytes come on top", 2, 8, searches=True),
     "optimizer_bf16": MemoryKind("fused AdamW; parameter, gradient and both states bf16", 14),
     "optimizer_fp32": MemoryKind("fused AdamW; parameter, gradient and both states fp32", 28),
 }
@@ -218,6 +222,14 @@ FAMILIES: dict[str, type[Kernel]] = {  # of the rows of a profile
     "memory_bound": MemoryBound,
 }
 FAMILY_OF: dict[type[Kernel], str] = {kind: family for family, kind in reversed(FAMILIES.items())}
+
+
+def error_family(kernel: Kernel) -> str:
+    """Whose errors a kernel shares: its family, apart `gemm fp8`, `grouped_gemm fp8` and `memory_bound searching`."""
+    family = FAMILY_OF[type(kernel)]
+    if isinstance(kernel, MemoryBound):
+        return f"{family} searching" if MEMORY_KINDS[kernel.kind].searches else family
+    return f"{family} fp8" if kernel.dtype == "fp8" else family
 
 
 def kernel_of(row: Mapping[str, Any]) -> Kernel:

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moesim.kernels.families import FloatArray
 
@@ -126,6 +127,17 @@ class ResidualField:
 
     def _distance(self, argument: float) -> float:
         return math.sqrt(max((argument - self._offset) / self._slope, 0.0))
+
+    def alone_P(self, far: float) -> NDArray[np.bool_]:
+        """Which points lie farther than `far` from all others, or outside the range of those."""
+        points_PF = self._centered_PF
+        squares_P = np.square(points_PF).sum(1)
+        squares_PP = squares_P[:, None] + squares_P - 2.0 * (points_PF @ points_PF.T)
+        np.fill_diagonal(squares_PP, np.inf)
+        lonely_P = squares_PP.min(axis=1) > far**2
+        second_low_F, second_high_F = np.sort(points_PF, axis=0)[[1, -2]]  # the range of the others, at its ends
+        outside_PF = (points_PF < second_low_F - _MARGIN) | (points_PF > second_high_F + _MARGIN)
+        return np.asarray(lonely_P | outside_PF.any(axis=1))
 
     @cached_property
     def leave_one_out_P(self) -> FloatArray:

@@ -11,7 +11,7 @@ from moesim.kernels.calibrated import CalibratedModel
 from moesim.kernels.estimate import KernelModel
 from moesim.kernels.measured import measured_rates
 from moesim.kernels.profile import SHIPPED, Profile, load_profile_file
-from moesim.kernels.roofline import Roofline
+from moesim.kernels.roofline import GpuRates, Roofline
 from moesim.kernels.scaled import ScaledModel
 from moesim.kernels.tabulated import TabulatedModel
 
@@ -57,6 +57,11 @@ def _catalogue() -> "Mapping[str, GpuSpec]":
 
 def _spec(name: str) -> "GpuSpec":
     return _catalogue()[name]
+
+
+def rates_of(name: str) -> GpuRates:
+    """Peaks and bandwidth of a GPU of the catalogue."""
+    return _spec(name)
 
 
 def scaled_from(name: str) -> str | None:

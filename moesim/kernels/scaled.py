@@ -46,6 +46,12 @@ class ScaledModel:
         return f"{self._target.name} (scaled from {self.base.name})"
 
     @property
+    def is_same_chip(self) -> bool:
+        """Whether peaks and memory are those of the measured GPU, so that scaling changes nothing."""
+        same_memory = self._measured.memory_bandwidth == self._target.memory_bandwidth
+        return same_memory and dict(self._measured.peak_flops) == dict(self._target.peak_flops)
+
+    @property
     def host(self) -> HostCosts:
         """The measured host: its processor is no part of the GPU."""
         return self.base.host

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.kernels import Beside, KernelModel
+from moesim.kernels.errors import TRANSFERS
 from moesim.kernels.families import FAMILIES
 from moesim.network import Fabric, group_shape, send_recv_seconds
 from moesim.parallel import Mesh
@@ -27,7 +28,8 @@ from moesim.program.software import kernel_list
 from moesim.program.stage import StagePlan, source_seconds, stage_blocks, tensor_bytes
 from moesim.program.step_program import GroupProgram, Sent, StepProgram, Task
 from moesim.program.writer import KernelWriter
-from moesim.results.spans import Part
+from moesim.results.spans import CATEGORY_OF_PART, Part
+from moesim.results.uncertainty import Basis
 from moesim.scenario import Scenario
 from moesim.scenario.base import BYTES_PER_ELEMENT
 from moesim.scenario.dispatch import DISPATCH
@@ -69,7 +71,7 @@ class _Builder:
         self.parameters = ParameterGroups(
             scenario, self.mesh, self.schedule, map_of=samples[0].map_of if samples else None
         )
-        self.seconds: defaultdict[str, float] = defaultdict(float)  # by source
+        self.seconds: defaultdict[Basis, float] = defaultdict(float)
         self.handoff_seconds: dict[tuple[int, int], float] = {}
         # Two pipeline ranks that hold the same stage (DualPipe) share its blocks where the fabric treats them alike.
         self.blocks: dict[tuple[int, int, bytes], dict[Pass, Block]] = {}
@@ -77,7 +79,7 @@ class _Builder:
         self.whole: dict[Block, Block] = {}  # the other way round
         # Of a pipeline rank: its actions with the hand-offs before and behind, the same for all of its groups.
         self.exchanges: dict[int, list[tuple[Action, tuple[Handoff, ...], tuple[Sent, ...]]]] = {}
-        self.block_seconds: dict[Block, list[tuple[str, float]]] = {}
+        self.block_seconds: dict[Block, list[tuple[Basis, float]]] = {}
         self.block_bytes: dict[Block, float] = {}
         self.tensor_bytes = 0.0
 
@@ -132,7 +134,9 @@ class _Builder:
 
     def _count(self, collective: Reduction, groups: Sequence[GroupProgram]) -> None:
         taking_part = sum(bool(collective.ranks & set(group.ranks_R.tolist())) for group in groups)
-        self.seconds[collective.source] += collective.seconds * taking_part
+        self.seconds[Basis(CATEGORY_OF_PART[collective.part], collective.source, TRANSFERS)] += (
+            collective.seconds * taking_part
+        )
 
     def _group(self, pipeline_rank: int, number: int, ranks_R: NDArray[np.int64]) -> GroupProgram:
         chunks = [
@@ -193,8 +197,8 @@ class _Builder:
             self.block_seconds[block] = list(source_seconds(block))
             self.block_bytes[block] = tensor_bytes(block)
         self.tensor_bytes += times * self.block_bytes[block]
-        for source, seconds in self.block_seconds[block]:
-            self.seconds[source] += times * seconds
+        for basis, seconds in self.block_seconds[block]:
+            self.seconds[basis] += times * seconds
 
     def _merged(self, block: Block) -> Block:
         if not self.merge:

@@ -50,7 +50,7 @@ class Operation:
     """One operation of a block; `seconds_MSR` for compute, `transfers_M` for communication.
 
     `launches` is how many kernels of middling cost the host issues for it. `source` says what the duration rests on,
-    `family` which kernels of `moesim.kernels` it belongs to.
+    `family` which kernels of `moesim.kernels` it belongs to, `error_family` whose errors it shares.
     `again`: the word of workload.recompute that repeats it in the backward pass, "" for none.
     """
 
@@ -63,6 +63,7 @@ class Operation:
     source: str = ""
     again: str = ""
     family: str = "memory_bound"
+    error_family: str = "memory_bound"
 
     @property
     def phase(self) -> Phase:
@@ -94,6 +95,7 @@ class Operation:
             source=self.source,
             again=self.again,
             family=self.family,
+            error_family=self.error_family,
         )
 
 
@@ -106,6 +108,7 @@ def compute(
     launches: float = 1,
     again: str = "",
     family: str = "memory_bound",
+    error_family: str = "memory_bound",
 ) -> Operation:
     """A kernel (or a run of kernels) on the compute stream; `seconds` broadcasts to [M, S, R]."""
     seconds_MSR = np.asarray(seconds, dtype=np.float64)
@@ -119,6 +122,7 @@ def compute(
         launches=launches,
         again=again,
         family=family,
+        error_family=error_family,
     )
 
 
@@ -217,6 +221,7 @@ def _together(run: list[Operation]) -> Operation:
         launches=sum(operation.launches for operation in run),
         source=first.source,
         family=first.family,
+        error_family=first.error_family,
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from moesim.kernels import KernelModel
+from moesim.kernels.errors import TRANSFERS
 from moesim.parallel import Mesh
 from moesim.parallel.memory_parameters import stage_units
 from moesim.program.gemms import column_parallel, gather_tokens
@@ -18,6 +19,7 @@ from moesim.program.sizes import Passes, Step, chain
 from moesim.program.software import kernel_list
 from moesim.program.writer import KernelWriter
 from moesim.results.spans import Part, Phase
+from moesim.results.uncertainty import Basis
 from moesim.scenario import Scenario
 from moesim.scenario.routers import DEEPSEEK_MOE, facts_in_training
 from moesim.schedules import Pass
@@ -162,12 +164,14 @@ def tensor_bytes(block: Block) -> float:
     )
 
 
-def source_seconds(block: Block) -> Iterable[tuple[str, float]]:
-    """(source, mean seconds) of every operation of a block."""
+def source_seconds(block: Block) -> Iterable[tuple[Basis, float]]:
+    """(what it rests on, mean seconds) of every operation of a block."""
     for operation in block.operations:
+        category = operation.label.category
         if operation.seconds_MSR is not None:
             alike = operation.seconds_MSR.size == 1  # most are: then spare the mean
-            yield operation.source, operation.seconds_MSR.item() if alike else float(operation.seconds_MSR.mean())
+            seconds = operation.seconds_MSR.item() if alike else float(operation.seconds_MSR.mean())
+            yield Basis(category, operation.source, operation.error_family), seconds
         elif operation.transfers_M:
             alone = [float(prepared.alone_R.mean()) for prepared in operation.transfers_M]
-            yield operation.source, sum(alone) / len(alone)
+            yield Basis(category, operation.source, TRANSFERS), sum(alone) / len(alone)

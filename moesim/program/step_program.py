@@ -14,6 +14,7 @@ from moesim.program.host import FREE_HOST, HostModel
 from moesim.program.operations import Block, Run, Transfer
 from moesim.program.reductions import Reduction
 from moesim.results.spans import CATEGORY_OF_PART, Collective, Label, Part, Phase, Stream
+from moesim.results.uncertainty import Basis
 from moesim.schedules import Handoff
 
 FloatArray = NDArray[np.float64]
@@ -122,7 +123,7 @@ class StepProgram:
     host: HostModel
     beside: Mapping[str, Beside]
     samples: int
-    source_seconds: dict[str, float]
+    source_seconds: Mapping[Basis, float]
     tensor_bytes: float = 0.0
     compiled: bool = False
     contention: Contention | None = None

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moesim.kernels import Attention, Gemm, GroupedGemm, Kernel, KernelModel, MemoryBound, memory_bytes
-from moesim.kernels.families import FAMILY_OF, AttentionDirection, GemmDirection
+from moesim.kernels.families import FAMILY_OF, AttentionDirection, GemmDirection, error_family
 from moesim.program.operations import MAIN, Operation, compute
 from moesim.results.spans import CATEGORY_OF_PART, Label, Part, Phase, Stream
 
@@ -93,6 +93,7 @@ class KernelWriter:
             launches=launches,
             again=self.again,
             family=FAMILY_OF[type(kernel)],
+            error_family=error_family(kernel),
         )
 
     def _spread(self, seconds: float | FloatArray) -> float | FloatArray:

@@ -223,6 +223,15 @@ def _background(page: Page, record: RunRecord) -> None:
         page.facts("Software", known)
     page.facts("Samples of routing", facts.samples(record.result))
     page.close("div")
+    if errors := facts.errors(record.result):
+        page.text("h3", "How wrong it may be")
+        page.table(facts.ERRORS_HEAD, errors, styles=("", "number", "number"), name="errors")
+        page.text(
+            "p",
+            "Nine of ten kernels of a row are within its error, as measured (docs/accuracy.md); in the range it is one "
+            "factor, common to all of them. The share is that of the critical path. Two runs on one GPU share these "
+            "errors: only the range of the routing tells them apart.",
+        )
     page.open("details")
     page.text("summary", "The resolved scenario")
     page.text("pre", yaml.safe_dump(record.scenario.model_dump(mode="json"), sort_keys=False, allow_unicode=True))

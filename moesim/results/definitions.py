@@ -94,6 +94,7 @@ _RUN = {
     "world_size": Definition("ranks", "Ranks of the layout: data x context x tensor x pipeline."),
     "gpus": Definition("GPUs", "GPUs of the cluster; those without a rank are paid for all the same."),
     "samples": Definition(NO_UNIT, "Routing samples behind every mean: whole steps with other sequences of the trace."),
+    "kernels": Definition(NO_UNIT, "Whose kernels were priced, and what they rest on."),
     "warnings.[]": Definition(NO_UNIT, "What to know before trusting the numbers, one text each."),
 }
 
@@ -101,9 +102,25 @@ _TIME = {
     "step_time_s": Definition("s", "Duration of one optimizer step: mean over the samples."),
     "step_time_range_s.[]": Definition(
         "s",
-        "Lower and upper end of the 90 % range of the step time, from samples of resampled traces, around the mean; "
-        "null from one sample or a trace that is too small.",
+        "Lower and upper end of the 90 % range of the step time: chance of routing and errors of kernels and transfers "
+        "together, in squares of logs. Null where the part of the routing is not known.",
     ),
+    "step_time_routing_range_s.[]": Definition(
+        "s",
+        "The part of the routing, from samples of resampled traces, around the mean: what tells two runs on one GPU "
+        "apart. Null from one sample, a trace that is too small and a dense model.",
+    ),
+    "step_time_kernel_range_s.[]": Definition(
+        "s", "The part of kernels and transfers: their known errors, one factor for each family and source."
+    ),
+    "step_time_errors.[].source": Definition(NO_UNIT, "What they rest on, as in `estimate_sources`, or `clock`."),
+    "step_time_errors.[].family": Definition(NO_UNIT, "Kernels that share one error."),
+    "step_time_errors.[].share": Definition("share", "Their seconds on the critical path / step time."),
+    "step_time_errors.[].log_error": Definition(
+        "log", "Log of the factor that nine of ten such predictions stay within, as measured."
+    ),
+    "step_time_errors.[].count": Definition("kernels", "On how many kernels that was measured."),
+    "step_time_errors.[].how": Definition(NO_UNIT, "How it was measured."),
     "balanced_step_time_s": Definition(
         "s", "The same step with the same rows and copies spread evenly over experts and ranks: mean over the samples."
     ),

@@ -29,7 +29,7 @@ RANGE = (0.05, 0.95)
 
 
 def mean_and_range(plain_S: FloatArray, bootstrap_S: FloatArray) -> tuple[float, list[float] | None]:
-    """Mean of the plain samples and the 90 % range of the bootstrap samples, recentred on that mean.
+    """Mean of the plain samples and the 90 % range of the bootstrap samples, recentred on that mean: chance of routing.
 
     None without bootstrap samples: a trace that is too small gives no range.
     """

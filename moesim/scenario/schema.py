@@ -219,7 +219,7 @@ class Implementation(Section):
 
 
 class Uncertainty(Section):
-    """Routing samples behind every headline number and its 90 % range."""
+    """Routing samples behind every headline number and the routing's part of its 90 % range."""
 
     samples: Samples = Field(default=8, description="Routing samples; 1: no range is given.")
     bank: Samples = Field(

@@ -12,6 +12,7 @@ from moesim.report import facts
 from moesim.report.categories import FAMILIES, Category, category, in_order
 from moesim.report.figures import blank, steps, time_unit
 from moesim.report.page import Page
+from moesim.report.plots.groups import range_of, same_kernels
 from moesim.report.plots.metrics import metric, paths_of, text
 from moesim.report.plots.points import Point, Source
 from moesim.report.plots.values import MISSING, flatten, plain, text_of
@@ -199,12 +200,15 @@ def verdict(first: Side, second: Side) -> str:
     said = f"The step of {second.name} takes {facts.seconds(other)}, {abs(100 * share):.1f} % {word} than {first.name}."
     if abs(share) <= facts.ROUND_OFF:
         said = f"Both steps take {facts.seconds(one)}."
-    ranges = [found for side in (first, second) if (found := side.result.get("step_time_range_s")) is not None]
+    alike = same_kernels(first.result, second.result)
+    ranges = [found for side in (first, second) if (found := range_of(side.result, alone=alike)) is not None]
     if len(ranges) < 2:
         return said + " One of them has no 90 % range, so chance cannot be told from difference."
+    whose = "of the routing" if alike else "of routing and kernels"
     if ranges[0][0] <= ranges[1][1] and ranges[1][0] <= ranges[0][1]:
-        return said + " Their 90 % ranges overlap: the difference may be chance of routing."
-    return said + " Their 90 % ranges do not overlap."
+        chance = "chance of routing" if alike else "chance of routing or an error of either GPU's kernels"
+        return said + f" Their 90 % ranges {whose} overlap: the difference may be {chance}."
+    return said + f" Their 90 % ranges {whose} do not overlap."
 
 
 def add_comparison(page: Page, first: Side, second: Side) -> None:

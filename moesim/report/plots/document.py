@@ -221,9 +221,12 @@ def _caption(collection: Collection, drawing: Drawing) -> str:
         among = "points shown" if len(collection.eligible) == len(collection.groups) else "layouts that meet the goal"
         front = f"The staircase is the Pareto front of the {among}: no other is better in both. "
         return (front if has_front(drawing) else "") + "The pointer brings up the whole layout of a point."
-    bands = (
-        "90 % intervals: Student's t over repetitions" if collection.repeats else "90 % ranges over resampled routing"
-    )
+    if collection.repeats:
+        bands = "90 % intervals: Student's t over repetitions"
+    elif all(group.alike for group in collection.groups):
+        bands = "90 % ranges over resampled routing (errors of the GPU's kernels are common to all)"
+    else:
+        bands = "90 % ranges of resampled routing and of the known errors of each GPU's kernels"
     return f"Bands and bars are {bands}, where there are any; axes need not begin at zero."
 
 

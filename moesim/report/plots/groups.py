@@ -55,11 +55,15 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Group:
-    """The points of one combination of values, apart from seeds. `at` holds the index of its value on every axis."""
+    """The points of one combination of values, apart from seeds. `at` holds the index of its value on every axis.
+
+    `alike`: whether the kernels of all groups rest on the same, so that ranges are of the routing alone.
+    """
 
     index: int
     at: tuple[int, ...]
     points: tuple[Point, ...]
+    alike: bool = True
 
     @property
     def results(self) -> list[Mapping[str, Any]]:
@@ -83,7 +87,7 @@ class Group:
             return None
         if len(values) > 1:
             return mean_and_interval(values)
-        low, high = own_range(metric, self.results[0])
+        low, high = own_range(metric, self.results[0], alone=self.alike)
         return Estimate(values[0], low, high, 1)
 
 
@@ -120,12 +124,28 @@ def mean_and_interval(values: Sequence[float]) -> Estimate:
     return Estimate(mean, mean - half, mean + half, len(values))
 
 
-def own_range(metric: Metric, result: Mapping[str, Any]) -> tuple[float | None, float | None]:
+def same_kernels(*results: Mapping[str, Any]) -> bool:
+    """Whether kernels of all runs rest on the same, so that their errors are common to them and tell none apart.
+
+    Results of earlier versions do not say, and have a range of the routing alone.
+    """
+    return len({result.get("kernels") for result in results}) <= 1
+
+
+def range_of(result: Mapping[str, Any], *, alone: bool) -> list[float] | None:
+    """The 90 % range of the step time: of the routing alone, or whole."""
+    key = "step_time_routing_range_s" if alone and "step_time_routing_range_s" in result else "step_time_range_s"
+    bounds: list[float] | None = result.get(key)
+    return bounds
+
+
+def own_range(metric: Metric, result: Mapping[str, Any], *, alone: bool = False) -> tuple[float | None, float | None]:
     """The 90 % range of one run for metrics that follow from its step time; (None, None) for others.
 
-    The range of a single routing sample has no width and says nothing.
+    alone: of the routing alone, for runs that share the errors of their kernels. The range of a single routing sample
+    has no width and says nothing.
     """
-    bounds, step_s, value = result.get("step_time_range_s"), result["step_time_s"], metric.of(result)
+    bounds, step_s, value = range_of(result, alone=alone), result["step_time_s"], metric.of(result)
     if not bounds or bounds[0] == bounds[1] or value is None or metric.path not in (*AS_STEP_TIME, *AS_RATE):
         return None, None
     factors = sorted(bound / step_s if metric.path in AS_STEP_TIME else step_s / bound for bound in bounds)
@@ -145,8 +165,9 @@ def collect(sources: Sequence[Source], points: Sequence[Point], *, split: bool =
     for point in points:
         own = (point.folder,) if runs_alone and not any(axis.repeat for axis in axes) else ()
         members.setdefault((*own, *(axis.index(point.values) for axis in shown)), []).append(point)
+    alike = same_kernels(*(point.result for point in points if point.result is not None))
     groups = tuple(
-        Group(index, tuple(axis.index(found[0].values) for axis in shown), tuple(found))
+        Group(index, tuple(axis.index(found[0].values) for axis in shown), tuple(found), alike)
         for index, found in enumerate(members.values())
     )
     repeats = tuple(axis for axis in axes if axis.repeat)

@@ -1,0 +1,169 @@
+"""How wrong each source of a kernel's time is, measured on the rows of the shipped profiles.
+
+Five questions, each answered by the log of measured over predicted seconds of rows that the prediction does not know:
+
+- one row left out: predicted from all others of its cell, at its own clock (`left_out`);
+- the largest left out: cells fitted to the rows that are large in no dimension predict those that are (`beyond`);
+- a GPU kind left out: every row of a kind predicted from the kind that stands for it, by `ScaledModel` (`kind_out`);
+- what a GPU of tables lacks: its dense GEMMs, and a measured GPU's other kernels, scaled with the shares that dense
+  GEMMs reach (`reached_out`);
+- the roofline on every row (`roofline_out`).
+
+Legend: P measured kernels.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from moesim.kernels.calibrated import CalibratedModel
+from moesim.kernels.cells import Cell, Row, kind_of
+from moesim.kernels.estimate import KernelModel
+from moesim.kernels.families import FAMILIES, Attention, FloatArray, Gemm, error_family, kernel_of
+from moesim.kernels.fitting import MIN_ROWS, cell_rows, fit_cell
+from moesim.kernels.fp8 import published_errors
+from moesim.kernels.roofline import GpuRates, Roofline
+from moesim.kernels.scaled import ScaledModel
+from moesim.kernels.tabulated import ReachedRates
+
+LEAST_SECONDS = 100e-6  # a step's time does not rest on shorter kernels, whose errors are larger
+_LARGE_FLOPS = 1e11  # from which the tensor cores are the limit
+_INSIDE = 0.85  # quantile of every feature up to which rows are fitted
+
+
+@dataclass(frozen=True)
+class Misses:
+    """Logs of measured over predicted seconds of kernels of one family, all predicted from one source."""
+
+    source: str
+    family: str
+    logs_P: FloatArray
+
+
+def left_out(model: CalibratedModel) -> list[Misses]:
+    """Every row predicted from all others of its cell; `extrapolated` where no other is near, and how much repeated
+    visits of one row differ (`measured`)."""
+    found: list[Misses] = []
+    for name in sorted(cell_rows(model.profile)):
+        cell = model.cell(name)
+        assert cell is not None
+        family = error_family(kernel_of(cell.rows[0]))
+        errors_P, far_P = cell.leave_one_out(at_row_clock=True), cell.alone_P
+        long_P = np.exp(cell.log_seconds_P) >= LEAST_SECONDS
+        for source, chosen_P in (("interpolated", ~far_P), ("extrapolated", far_P)):
+            found.append(Misses(source, family, errors_P[chosen_P & long_P]))
+        found.append(Misses("measured", family, _visits(cell.rows)))
+    return pooled(found)
+
+
+def _visits(rows: Iterable[Row]) -> FloatArray:
+    logs = [np.log(row["visits"]) for row in rows if len(row.get("visits", ())) > 1 and row["p50"] >= LEAST_SECONDS]
+    return np.concatenate([visits - np.median(visits) for visits in logs]) if logs else np.empty(0)
+
+
+def beyond(model: CalibratedModel) -> list[Misses]:
+    """Rows among the largest of their cell in some dimension, predicted by a fit to those that are among them in none:
+    what that fit calls `extrapolated`."""
+    found = []
+    for name, rows in sorted(cell_rows(model.profile).items()):
+        kind = kind_of(name)
+        features_PF = np.stack(np.broadcast_arrays(*kind.features(kind.sizes(rows))), axis=1)
+        inside_P = (features_PF <= np.quantile(features_PF, _INSIDE, axis=0)).all(axis=1)
+        inside = [row for row, is_inside in zip(rows, inside_P, strict=True) if is_inside]
+        outside = [row for row, is_inside in zip(rows, inside_P, strict=True) if not is_inside]
+        if len(inside) < MIN_ROWS:
+            continue
+        cell = Cell(kind, inside, fit_cell(kind, inside))
+        logs = [log for row in _long(outside) if (log := _extrapolated(cell, row)) is not None]
+        found.append(Misses("extrapolated", error_family(kernel_of(rows[0])), np.array(logs)))
+    return pooled(found)
+
+
+def _extrapolated(cell: Cell, row: Row) -> float | None:
+    """Log of measured over predicted seconds; None where the rows of the cell are near."""
+    columns = tuple(float(np.ravel(column)[0]) for column in cell.kind.sizes([row]))
+    seconds, source = cell.predict_one(columns, clock_mhz=row.get("clock_mhz"))
+    return float(np.log(row["p50"] / seconds)) if source == "extrapolated" else None
+
+
+def kind_out(rows: Iterable[Row], *, base: CalibratedModel, measured: GpuRates, target: GpuRates) -> list[Misses]:
+    """Rows of the GPU `target`, predicted from the profile of the GPU `measured` by the ratios of their data sheets.
+
+    Both at the clocks that their benchmarks, which were short, ran at.
+    """
+    return predicted(rows, ScaledModel(base.at_benchmark_clock(), measured=measured, target=target))
+
+
+def reached_out(
+    rows: Iterable[Row], *, base: CalibratedModel, measured: GpuRates, target: GpuRates, shares: Mapping[str, float]
+) -> list[Misses]:
+    """As `kind_out`, with the share of its peak that large dense GEMMs of the target reach known: what `TabulatedModel`
+    does for kernels that its tables lack."""
+    return kind_out(rows, base=base, measured=measured, target=ReachedRates(target, shares))
+
+
+def reached_shares(rows: Iterable[Row], *, base: CalibratedModel, measured: GpuRates, target: GpuRates) -> float:
+    """The share of the bf16 peak that large GEMMs reach, over the share that they reach on the measured GPU."""
+    free = base.at_benchmark_clock()
+    kernels = [(kernel_of(row), row["p50"]) for row in rows if row["family"] == "gemm"]
+    large = [(kernel, seconds) for kernel, seconds in kernels if float(kernel.flops) >= _LARGE_FLOPS]
+    ratio = float(np.median([float(np.asarray(free.seconds(kernel).seconds)) / seconds for kernel, seconds in large]))
+    return ratio * measured.peak_flops["bf16"] / target.peak_flops["bf16"]
+
+
+def gradients_by_ratio(rows: Iterable[Row], *, own: CalibratedModel, other: CalibratedModel) -> list[Misses]:
+    """Gradients of GEMMs and attention as their own forward kernel times what they take over it on the other GPU."""
+    own_free, other_free = own.at_benchmark_clock(), other.at_benchmark_clock()
+    found: dict[str, list[float]] = {}
+    for row in _long(rows):
+        kernel = kernel_of(row)
+        if not isinstance(kernel, Gemm | Attention) or kernel.direction == "forward":
+            continue
+        forward = replace(kernel, direction="forward")
+        ratio = np.asarray(other_free.seconds(kernel).seconds) / other_free.seconds(forward).seconds
+        seconds = float(own_free.seconds(forward).seconds * ratio)
+        found.setdefault(error_family(kernel), []).append(float(np.log(row["p50"] / seconds)))
+    return [Misses("scaled", family, np.array(logs)) for family, logs in sorted(found.items())]
+
+
+def roofline_out(rows: Iterable[Row], *, gpu: GpuRates) -> list[Misses]:
+    """Rows predicted from the data sheet of their own GPU alone."""
+    return predicted(rows, Roofline(gpu))
+
+
+def published_out() -> list[Misses]:
+    """Published block-scaled FP8 products, each third predicted by a fit to the others: on their own GPU."""
+    logs = np.concatenate([published_errors(left_out=third) for third in range(3)])
+    return [Misses("scaled", family, logs) for family in ("gemm fp8", "grouped_gemm fp8")]
+
+
+def predicted(rows: Iterable[Row], model: KernelModel) -> list[Misses]:
+    """Rows of kernels that take long enough to matter, by family and by the source that `model` returned."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for row in _long(rows):
+        kernel = kernel_of(row)
+        seconds, source = model.seconds(kernel)
+        key = source, error_family(kernel)
+        found.setdefault(key, []).append(float(np.log(row["p50"] / float(np.asarray(seconds)))))
+    return [Misses(source, family, np.array(logs)) for (source, family), logs in sorted(found.items())]
+
+
+def _long(rows: Iterable[Row]) -> Iterator[Row]:
+    """Rows of kernels that take long enough to matter."""
+    return (row for row in rows if row["family"] in FAMILIES and row["p50"] >= LEAST_SECONDS)
+
+
+def pooled(found: Iterable[Misses]) -> list[Misses]:
+    """Those of one source and family together; what has no row is left out."""
+    together: dict[tuple[str, str], list[FloatArray]] = {}
+    for misses in found:
+        together.setdefault((misses.source, misses.family), []).append(misses.logs_P)
+    return list(_filled(together))
+
+
+def _filled(together: Mapping[tuple[str, str], list[FloatArray]]) -> Iterator[Misses]:
+    for (source, family), parts in sorted(together.items()):
+        logs_P = np.concatenate(parts)
+        if len(logs_P):
+            yield Misses(source, family, logs_P)

@@ -1,0 +1,160 @@
+"""The rows of `errors.json`, made from the shipped profiles: which study of `error_study` answers for which basis."""
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
+
+from moesim.kernels import error_study
+from moesim.kernels.calibrated import CalibratedModel
+from moesim.kernels.error_study import Misses
+from moesim.kernels.errors import NETWORK, TRANSFERS, KnownError, known_error_of
+from moesim.kernels.estimate import KernelModel
+from moesim.kernels.families import FloatArray
+from moesim.kernels.loading import load_profile, rates_of
+from moesim.kernels.tabulated import TabulatedModel
+
+MEASURED = ("h100", "h200")  # kinds with rows of this project
+TABULATED = ("a100", "b200", "b300", "gb200", "gb300", "l40s", "rtx-pro-6000")
+STANDS_FOR = {"h100": "h200", "h200": "h100", **dict.fromkeys(TABULATED, "h200")}  # each kind is predicted from
+LEFT_OUT = "every row predicted from the others of its cell"
+VISITS = "visits of one row against their median"
+BEYOND = "rows large in some dimension, by a fit to those large in none"
+KIND_OUT = "every row of a kind predicted from another kind by the ratios of data sheets: {kinds}"
+REACHED = "the same with the share of the peak that dense GEMMs reach: {kinds}"
+RATIO = "gradient over forward of another kind (H100, H200); apart: error of the forward kernel"
+DATA_SHEET = "every row predicted from its own GPU's data sheet: {kinds}"
+PUBLISHED = "thirds of the published block-scaled products of H800 predicted from the others"
+NETWORK_HOW = "worst of the published all-reduces above 1 MiB and DeepEP's rows (tests/network); their constants fitted"
+NETWORK_WORST = 0.06
+_TABLE_FAMILIES = {"gemm": "gemm/bf16", "gemm fp8": "gemm/fp8", "attention": "attention"}
+
+
+def all_errors() -> Iterator[KnownError]:
+    """Every row of the table."""
+    yield from profile_errors(MEASURED, "measured")
+    for name in (*MEASURED, *TABULATED):
+        yield from profile_errors((name,), name)
+    yield from _gradients()
+    yield from kinds_left_out("tables", MEASURED, _reached, REACHED, families=("grouped_gemm", "memory_bound"))
+    yield from kinds_left_out("scaled", (*MEASURED, *TABULATED), kind_misses, KIND_OUT)
+    yield from kinds_left_out("any", (*MEASURED, *TABULATED), _roofline, DATA_SHEET)
+    for misses in error_study.published_out():
+        yield known_error_of([misses.logs_P], basis="any", source="scaled", family=misses.family, how=PUBLISHED)
+    worst = {"median": 0.0, "p50": 0.0, "p90": NETWORK_WORST, "apart": 0.0}
+    yield KnownError(basis="any", source=NETWORK, family=TRANSFERS, count=28, how=NETWORK_HOW, **worst)
+
+
+def profile_errors(names: tuple[str, ...], basis: str) -> Iterator[KnownError]:
+    """What the profiles tell of themselves: one row left out, repeated visits, and the largest left out."""
+    yield from _own_errors(names, basis, left_out_misses, LEFT_OUT)
+    yield from _own_errors(names, basis, _beyond, BEYOND)
+
+
+def left_out_errors(name: str) -> list[KnownError]:
+    """One row left out of one profile, and repeated visits: what takes no new fit."""
+    return list(_own_errors((name,), name, left_out_misses, LEFT_OUT))
+
+
+def _own_errors(
+    names: tuple[str, ...], basis: str, study: Callable[[str], list[Misses]], how_of: str
+) -> Iterator[KnownError]:
+    for (source, family), logs in _by_source([study(name) for name in names]).items():
+        if (how_of == BEYOND) != (source == "extrapolated"):
+            continue
+        how = VISITS if source == "measured" else how_of
+        apart = max(_apart(name, family) for name in names)
+        yield known_error_of(logs, basis=basis, source=source, family=family, how=how, apart=apart)
+
+
+def kinds_left_out(
+    basis: str,
+    names: tuple[str, ...],
+    study: Callable[[str], list[Misses]],
+    how: str,
+    *,
+    families: tuple[str, ...] = (),
+) -> Iterator[KnownError]:
+    """Rows of several kinds, each predicted without its own; of `families`, or of all."""
+    for (source, family), logs in _by_source([study(name) for name in names]).items():
+        if families and not family.startswith(families):
+            continue
+        kinds = ", ".join(name for name in names if any((m.source, m.family) == (source, family) for m in study(name)))
+        yield known_error_of(logs, basis=basis, source=source, family=family, how=how.format(kinds=kinds))
+
+
+def _gradients() -> Iterator[KnownError]:
+    """Of tables, which have forward kernels alone."""
+    ratios = {family: logs for (_, family), logs in _by_source([_ratios(name) for name in MEASURED]).items()}
+    for name in TABULATED:
+        for own in left_out_errors(name):
+            if own.source == "interpolated":
+                logs = ratios["attention" if own.family == "attention" else "gemm"]
+                apart = round(own.half_width, 4)
+                yield known_error_of(logs, basis=name, source="scaled", family=own.family, how=RATIO, apart=apart)
+
+
+def _by_source(found: Iterable[list[Misses]]) -> dict[tuple[str, str], list[FloatArray]]:
+    together: dict[tuple[str, str], list[FloatArray]] = {}
+    for misses in (misses for part in found for misses in part):
+        together.setdefault((misses.source, misses.family), []).append(misses.logs_P)
+    return dict(sorted(together.items()))
+
+
+def _apart(name: str, family: str) -> float:
+    """How far rows of tables are from own ones: p90 of what is left on H100 and H200."""
+    model = _model(name)
+    if not isinstance(model, TabulatedModel):
+        return 0.0
+    assert model.profile.tables is not None
+    facts = model.profile.tables["families"][_TABLE_FAMILIES[family]]
+    return float(facts["compared_on_h100_and_h200"]["p90_left"])
+
+
+@cache
+def _model(name: str) -> KernelModel:
+    return load_profile(name)
+
+
+def _own(name: str) -> CalibratedModel:
+    """The cells of a profile."""
+    model = _model(name)
+    if isinstance(model, TabulatedModel):
+        return model.tables
+    assert isinstance(model, CalibratedModel)
+    return model
+
+
+@cache
+def left_out_misses(name: str) -> list[Misses]:
+    """Of one profile."""
+    return error_study.left_out(_own(name))
+
+
+@cache
+def _beyond(name: str) -> list[Misses]:
+    return error_study.beyond(_own(name))
+
+
+@cache
+def kind_misses(name: str) -> list[Misses]:
+    """Every row of a kind predicted from the kind that stands for it."""
+    base = STANDS_FOR[name]
+    own, measured, target = _own(name), rates_of(base), rates_of(name)
+    return error_study.kind_out(own.profile.rows, base=_own(base), measured=measured, target=target)
+
+
+@cache
+def _reached(name: str) -> list[Misses]:
+    base, rows = STANDS_FOR[name], _own(name).profile.rows
+    measured, target = rates_of(base), rates_of(name)
+    share = error_study.reached_shares(rows, base=_own(base), measured=measured, target=target)
+    return error_study.reached_out(rows, base=_own(base), measured=measured, target=target, shares={"bf16": share})
+
+
+@cache
+def _ratios(name: str) -> list[Misses]:
+    return error_study.gradients_by_ratio(_own(name).profile.rows, own=_own(name), other=_own(STANDS_FOR[name]))
+
+
+@cache
+def _roofline(name: str) -> list[Misses]:
+    return error_study.roofline_out(_own(name).profile.rows, gpu=rates_of(name))
