@@ -20,7 +20,11 @@ def _unit_table(kind: str) -> dict[str, float]:
     if kind == "flop_rate":
         return {f"{prefix}{unit}": scale for prefix, scale in _DECIMAL.items() for unit in ("FLOP/s", "FLOPS", "FLOPs")}
     assert kind == "duration"
-    return {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ns": 1e-9}
+    return {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ns": 1e-9} | {
+        "min": 60.0,
+        "h": 3600.0,
+        "d": 86400.0,
+    }
 
 
 _NAMES = {"bytes": "an amount of bytes", "bandwidth": "a bandwidth", "duration": "a duration", "flop_rate": "a rate"}

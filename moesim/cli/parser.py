@@ -8,6 +8,7 @@ from moesim import __version__
 from moesim.cli import (
     calibrate,
     completion,
+    goodput,
     gpus,
     import_step,
     model,
@@ -48,6 +49,7 @@ _MODULES = (
     topology,
     volume,
     placement,
+    goodput,
     serve,
     calibrate,
     validate,

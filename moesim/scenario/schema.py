@@ -26,6 +26,7 @@ from moesim.scenario.base import (
     one_of,
 )
 from moesim.scenario.cluster import Cluster, Dispatch, Network
+from moesim.scenario.failures import Failures
 from moesim.scenario.model import Model
 from moesim.scenario.placement import Contiguous, Placement
 from moesim.scenario.routing import Capacity, NoCapacity, RouterShape, Routing, UniformRouting, resolve_router
@@ -288,6 +289,11 @@ class Scenario(Section):
     )
     uncertainty: Uncertainty = Field(
         default=Uncertainty(), description="Routing samples behind each number and its range."
+    )
+    failures: Failures | None = Field(
+        default=None,
+        description="What stops the job and how it goes on, for `moesim goodput`; a step knows nothing of it. "
+        "Absent: published rates, synchronous checkpoints.",
     )
     seed: Seed = Field(
         default=0, description="Seed of all random draws; the same seed gives the same result to the bit."

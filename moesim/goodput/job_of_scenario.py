@@ -1,0 +1,192 @@
+"""The seconds and rates of a job, from its scenario and the simulated step."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from moesim.engine.job import SECONDS_PER_DAY, Job, JobCause
+from moesim.errors import ConflictError, InfeasibleError
+from moesim.scenario import Scenario
+from moesim.scenario.base import BYTES_PER_ELEMENT
+from moesim.scenario.cluster import Degraded
+from moesim.scenario.failure_records import FailureRecord, record_of_gpu
+from moesim.scenario.failures import Failures, Slow
+from moesim.scenario.flops import parameters
+from moesim.units import format_seconds
+
+LEAST_WORK = 1e-3  # share of the time that must be left for work
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """The simulated step: its seconds, those of the rank that computes longest, and the step with slow links.
+
+    degraded_s: seconds of the step by (node, factor).
+    """
+
+    seconds: float
+    compute_s: float
+    degraded_s: Mapping[tuple[int, float], float]
+
+
+def failures_of(scenario: Scenario) -> Failures:
+    """The section, or its defaults."""
+    return scenario.failures or Failures()
+
+
+def record_for(scenario: Scenario) -> FailureRecord:
+    """The published record behind the rates."""
+    return failures_of(scenario).record_for(record_of_gpu(scenario.cluster.pools[0].gpu_name))
+
+
+def num_nodes(scenario: Scenario) -> int:
+    """Nodes that the job's ranks are on."""
+    left, nodes = scenario.parallelism.world_size, 0
+    for pool in scenario.cluster.pools:
+        used = min(pool.nodes, -(-left // pool.gpus_per_node))
+        nodes, left = nodes + used, max(0, left - used * pool.gpus_per_node)
+    return nodes
+
+
+def job_causes(scenario: Scenario) -> tuple[JobCause, ...]:
+    """Failures of the whole job by cause: those of the record, and the scenario's own."""
+    failures, record = failures_of(scenario), record_for(scenario)
+    nodes, gpus = num_nodes(scenario), scenario.parallelism.world_size
+    nics = gpus if scenario.cluster.fabric.nics_per_node is None else nodes * scenario.cluster.fabric.nics_per_node
+    parts = {"gpu": gpus, "nic": nics, "node": nodes, "job": 1}
+    causes = {
+        cause.name: JobCause(
+            name=cause.name,
+            per_second=failures.factor * record.per_hour(cause) * parts[cause.per] / 3600,
+            broken=cause.broken,
+        )
+        for cause in record.causes
+    }
+    for own in failures.causes:
+        causes[own.name] = JobCause(name=own.name, per_second=parts[own.per] / own.every, broken=own.broken)
+    return tuple(cause for cause in causes.values() if cause.per_second > 0)
+
+
+def checkpoint_bytes(scenario: Scenario) -> float:
+    """Weights, master copy and both moments of every parameter, each once, prediction layers included."""
+    count = parameters(scenario.model)
+    precision, size = scenario.workload.precision, BYTES_PER_ELEMENT
+    each = size[precision.weights] + 2 * size[precision.optimizer] + size["fp32"] * (precision.master == "fp32")
+    return (count.total + count.mtp) * each
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saving:
+    """One checkpoint: its bytes, seconds to write and to read it, and seconds that the job stands."""
+
+    bytes: float
+    write_s: float
+    read_s: float
+    blocking_s: float
+
+
+def saving_of(scenario: Scenario) -> Saving:
+    """How long a checkpoint takes. Each rank copies and writes an equal share."""
+    section, nodes = failures_of(scenario).checkpoint, num_nodes(scenario)
+    size = checkpoint_bytes(scenario) if section.size is None else section.size
+    writes = min(section.write_total or math.inf, nodes * section.write_per_node)
+    each = section.read_per_node or section.write_per_node
+    reads = min(section.read_total or section.write_total or math.inf, nodes * each)
+    copy_s = size / scenario.parallelism.world_size / section.copy_bandwidth
+    return Saving(
+        bytes=size,
+        write_s=size / writes,
+        read_s=size / reads,
+        blocking_s=copy_s if section.asynchronous else size / writes,
+    )
+
+
+def droppable_units(scenario: Scenario) -> int:
+    """Equal parts of the job that it can go on without: whole expert groups of data-parallel ranks, all stages."""
+    mesh = scenario.parallelism
+    group = math.lcm(mesh.context * mesh.tensor, mesh.expert * mesh.expert_tensor)
+    return mesh.stage_ranks // group
+
+
+def job_of(scenario: Scenario, step: Step, *, days: float, interval_steps: int) -> Job:
+    """The job of `days` with a checkpoint every `interval_steps`. Raises ConflictError and InfeasibleError."""
+    failures, saving = failures_of(scenario), saving_of(scenario)
+    units = droppable_units(scenario)
+    if failures.without_spare == "shrink" and units == 1:
+        what = "the ranks are one expert group of data-parallel ranks, of which none can be left out"
+        raise ConflictError(f"failures.without_spare: shrink: {what}; use wait, or more data-parallel ranks")
+    job = Job(
+        step_s=step.seconds,
+        interval_steps=interval_steps,
+        horizon_s=days * SECONDS_PER_DAY,
+        causes=job_causes(scenario),
+        blocking_s=saving.blocking_s,
+        write_s=saving.write_s if failures.checkpoint.asynchronous else 0.0,
+        detection_s=failures.detection,
+        restart_s=failures.restart,
+        load_s=saving.read_s,
+        spares=failures.spares,
+        repair_s=failures.repair or 0.0,
+        shrinks=failures.without_spare == "shrink",
+        units=units,
+        speeds=speeds_of(scenario, step),
+    )
+    require_time(job)
+    return job
+
+
+def require_time(job: Job) -> None:
+    """Raises InfeasibleError where failures hardly ever leave the time to recover and to save one step."""
+    needed = job.detection_s + job.restart_s + job.load_s + job.step_s + job.blocking_s + job.write_s
+    if job.per_second * needed <= -math.log(LEAST_WORK):
+        return
+    what = f"a failure every {_time(1 / job.per_second)} leaves no time for work: recovery and a saved step take"
+    raise InfeasibleError(f"failures: {what} {_time(needed)}; use lower rates, fewer GPUs or a faster recovery")
+
+
+def _time(seconds: float) -> str:
+    return format_seconds(seconds, digits=3) if seconds < 120 else f"{seconds / 60:,.1f} min"
+
+
+def least_steps(scenario: Scenario, step: Step) -> int:
+    """Steps between checkpoints at least: one is written before the next begins."""
+    saving = saving_of(scenario)
+    left = saving.write_s - saving.blocking_s if failures_of(scenario).checkpoint.asynchronous else 0.0
+    return max(1, math.ceil(left / step.seconds))
+
+
+def speeds_of(scenario: Scenario, step: Step) -> tuple[tuple[float, float], ...]:
+    """From when on a step takes how many times as long: slow ranks, slow links, jitter of all ranks.
+
+    The longest of n exponential delays of mean m is m (1 + 1/2 + ... + 1/n) in the mean. Of slow ranks the slowest
+    counts; the delays of links add up.
+    """
+    failures = failures_of(scenario)
+    share, ranks = step.compute_s / step.seconds, scenario.parallelism.world_size
+    always = failures.jitter * share * sum(1 / number for number in range(1, ranks + 1))
+    ends = {slow.start + slow.lasts for slow in failures.slow if slow.lasts is not None}
+    moments = sorted({0.0, *ends, *(slow.start for slow in failures.slow)})
+    return tuple((moment, 1.0 + always + _delay(failures.slow, moment, share, step)) for moment in moments)
+
+
+def _delay(slow: Sequence[Slow], moment: float, share: float, step: Step) -> float:
+    here = [each for each in slow if each.start <= moment and (each.lasts is None or moment < each.start + each.lasts)]
+    ranks = max((1 / each.factor - 1 for each in here if each.part == "rank"), default=0.0)
+    links = {(each.node, each.factor) for each in here if each.part == "node_links"}
+    return share * ranks + sum(max(0.0, step.degraded_s[link] / step.seconds - 1) for link in links)
+
+
+def degraded_links(scenario: Scenario) -> dict[tuple[int, float], Scenario]:
+    """The scenario with the links of one node slow, by (node, factor). Raises ConflictError for a node there is not."""
+    nodes = sum(pool.nodes for pool in scenario.cluster.pools)
+    found: dict[tuple[int, float], Scenario] = {}
+    for number, slow in enumerate(failures_of(scenario).slow):
+        if slow.part != "node_links":
+            continue
+        if slow.node >= nodes:
+            raise ConflictError(f"failures.slow.{number}.node: node {slow.node} of nodes 0 to {nodes - 1}")
+        fabric = scenario.cluster.fabric
+        worse = (*fabric.degraded, Degraded(node=slow.node, factor=slow.factor))
+        cluster = scenario.cluster.model_copy(update={"fabric": fabric.model_copy(update={"degraded": worse})})
+        found[slow.node, slow.factor] = scenario.model_copy(update={"cluster": cluster})
+    return found

@@ -1,0 +1,172 @@
+"""The `failures` section: what stops a job and how often, how it goes on, what it keeps, and who is slow."""
+
+from typing import Annotated, Literal
+
+from pydantic import (
+    BeforeValidator,
+    Discriminator,
+    Field,
+    PlainSerializer,
+    Strict,
+    Tag,
+    WithJsonSchema,
+    model_validator,
+)
+
+from moesim.scenario.base import Bandwidth, Bytes, Coefficient, Efficiency, Flag, Index, Name, Section, Text, one_of
+from moesim.scenario.failure_records import FAILURE_RECORDS, FailureRecord
+from moesim.units import parse_seconds
+
+LONGEST = 10 * 366 * 86400.0  # seconds of a period: ten years
+
+
+def _period(value: object) -> float:
+    seconds = parse_seconds(value)
+    if seconds > LONGEST:
+        raise ValueError(f'"{value}" is longer than ten years')
+    return seconds
+
+
+def _positive_period(value: object) -> float:
+    seconds = _period(value)
+    if seconds < 1e-3:
+        raise ValueError(f'"{value}" is shorter than 1 ms; write it as 30 min')
+    return seconds
+
+
+_EXAMPLE = WithJsonSchema({"type": "string", "examples": ["30 min"]})
+Period = Annotated[float, BeforeValidator(_period), PlainSerializer(lambda v: f"{v!r} s"), _EXAMPLE]
+PositivePeriod = Annotated[float, BeforeValidator(_positive_period), PlainSerializer(lambda v: f"{v!r} s"), _EXAMPLE]
+Steps = Annotated[int, Strict(), Field(gt=0, le=10**9)]
+RecordName = Annotated[str, one_of(FAILURE_RECORDS), WithJsonSchema({"enum": list(FAILURE_RECORDS), "type": "string"})]
+
+# Sources of the defaults.
+DETECTION_SECONDS = 600.0  # MegaScale (arXiv 2402.15627): detection and diagnosis take less than 10 minutes on average
+RESTART_SECONDS = 300.0  # arXiv 2410.21680 reckons with 5 minutes until a job computes again
+WRITE_PER_NODE = 10 * 2.0**30  # bytes/s: 3FS saves checkpoints with more than 10 GiB/s per node (arXiv 2408.14158)
+COPY_TO_HOST = 32e9  # bytes/s of a GPU: PCIe 4.0 x16 in one direction, nominal
+
+
+def _interval_form(value: object) -> str:
+    if isinstance(value, bool):
+        return "<text>"
+    if isinstance(value, int):
+        return "<number>"
+    return "<best>" if value == "best" else "<text>"
+
+
+# The tags in angle brackets never show: they only keep pydantic from reporting all forms for one mistake.
+Interval = Annotated[
+    Annotated[Steps, Tag("<number>")]
+    | Annotated[Literal["best"], Tag("<best>")]
+    | Annotated[PositivePeriod, Tag("<text>")],
+    Discriminator(lambda value: "<text>" if isinstance(value, float) else _interval_form(value)),
+]
+
+
+class Cause(Section):
+    """What stops the job beside the record, or in place of the record's cause of this name."""
+
+    name: Name = Field(description="Name of the cause; one of the record's replaces it.")
+    per: Literal["gpu", "nic", "node", "job"] = Field(
+        default="gpu", description="The part that fails, each of the job's for itself; job: the job as a whole."
+    )
+    every: PositivePeriod = Field(description="Mean time between failures of one part, such as 5000 d.")
+    broken: Flag = Field(
+        default=True, description="Whether the part's node leaves the job for repair, or the job just starts again."
+    )
+
+
+class Checkpoint(Section):
+    """What is saved, how often and how fast."""
+
+    interval: Interval = Field(
+        default="best",
+        description="Work between checkpoints: steps (a whole number), a time (30 min), or best, which the simulation "
+        "searches.",
+    )
+    asynchronous: Flag = Field(
+        default=False,
+        description="Whether the job goes on while storage writes; it then stands only for the copy to its hosts.",
+    )
+    size: Bytes | None = Field(
+        default=None, description="Bytes of one checkpoint; absent: weights, master copy and optimizer states."
+    )
+    write_per_node: Bandwidth = Field(default=WRITE_PER_NODE, description="What one node writes to storage.")
+    write_total: Bandwidth | None = Field(
+        default=None, description="What the storage takes in from all nodes together; absent: no limit."
+    )
+    read_per_node: Bandwidth | None = Field(
+        default=None, description="What one node reads when the job starts again; absent: as it writes."
+    )
+    read_total: Bandwidth | None = Field(
+        default=None, description="What the storage gives to all nodes together; absent: as it takes in."
+    )
+    copy_bandwidth: Bandwidth = Field(
+        default=COPY_TO_HOST, description="What a GPU copies to its host, when asynchronous."
+    )
+
+
+class Slow(Section):
+    """A part that is slow from a moment on: the whole job waits for it."""
+
+    part: Literal["rank", "node_links"] = Field(
+        description="rank: the compute of one rank; node_links: all links of one node, with which the step is "
+        "simulated again."
+    )
+    factor: Efficiency = Field(description="Share of its speed or bandwidth that is left.")
+    start: Period = Field(default=0.0, description="When it begins, from the start of the job.")
+    lasts: PositivePeriod | None = Field(default=None, description="How long it lasts; absent: to the end.")
+    node: Index = Field(default=0, description="The node whose links are slow; of no account for a rank.")
+
+
+class Failures(Section):
+    """What `moesim goodput` and plans with goal.failures add to the step: interruptions, checkpoints, slow parts."""
+
+    record: RecordName | None = Field(
+        default=None,
+        description="; ".join(f"{record.name}: {record.about}" for record in FAILURE_RECORDS.values())
+        + "; absent: that of the GPU, or llama3_h100.",
+    )
+    factor: Coefficient = Field(default=1.0, description="Factor on all rates of the record.")
+    causes: Annotated[tuple[Cause, ...], Field(max_length=1_000)] = Field(
+        default=(), description="Causes of one's own."
+    )
+    detection: Period = Field(
+        default=DETECTION_SECONDS, description="From a failure until the job is stopped and diagnosed."
+    )
+    restart: Period = Field(
+        default=RESTART_SECONDS,
+        description="From there until the job reads its checkpoint: scheduling, processes, communicators.",
+    )
+    spares: Annotated[int, Strict(), Field(ge=0, le=65_536)] | None = Field(
+        default=None, description="Nodes that stand by, paid for; absent: a node is always there, at no price."
+    )
+    without_spare: Literal["wait", "shrink"] = Field(
+        default="wait",
+        description="What the job does when no spare is left: wait for a repair, or go on with fewer data-parallel "
+        "ranks until one is there.",
+    )
+    repair: PositivePeriod | None = Field(default=None, description="How long a broken node is away; needed by spares.")
+    checkpoint: Checkpoint = Field(default=Checkpoint(), description="Checkpoints; absent: synchronous, best interval.")
+    slow: Annotated[tuple[Slow, ...], Field(max_length=1_000)] = Field(
+        default=(), description="Ranks and links that are slow for a while or to the end."
+    )
+    jitter: Coefficient = Field(
+        default=0.0,
+        description="Mean share by which the compute of each rank is longer in a step, drawn anew for each rank and "
+        "step from an exponential distribution; the step waits for the slowest.",
+    )
+    source: Text = Field(default="", description="Who says so, for rates and times of one's own.")
+
+    @model_validator(mode="after")
+    def _repairs(self) -> "Failures":
+        if self.spares is not None and self.repair is None:
+            raise ValueError("spares need repair beside them: how long a broken node is away, such as 24 h")
+        if self.spares is None and (self.repair is not None or self.without_spare != "wait"):
+            raise ValueError("repair and without_spare are of no account without spares; add spares: 0 or more")
+        return self
+
+    def record_for(self, default: FailureRecord) -> FailureRecord:
+        """The record that is named, or the default."""
+        return default if self.record is None else FAILURE_RECORDS[self.record]

@@ -1,0 +1,180 @@
+"""Days of training: every second is in one account, and failures cost what they must."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moesim.engine.job import FailureTimes, Job, JobCause, Ledger, draw_failures, run_job
+from moesim.goodput.answers import best_interval
+from moesim.goodput.interval import daly_seconds, young_seconds
+from moesim.seeding import stream
+
+DAY = 86400.0
+WAITS = ("lost_s", "detection_s", "restart_s", "repair_s")
+
+
+def job(**changes: Any) -> Job:
+    """Thirty days, a failure every three hours that breaks a node."""
+    values: dict[str, Any] = {
+        "step_s": 10.0,
+        "interval_steps": 60,
+        "horizon_s": 30 * DAY,
+        "causes": (JobCause(name="GPU", per_second=1 / 10_800, broken=True),),
+        "blocking_s": 20.0,
+        "detection_s": 600.0,
+        "restart_s": 300.0,
+        "load_s": 15.0,
+    }
+    return Job(**(values | changes))
+
+
+def ran(job: Job, seed: int = 0) -> Ledger:
+    return run_job(job, draw_failures(job, stream(seed, "failures")))
+
+
+def at(*seconds: float) -> FailureTimes:
+    return FailureTimes(at_F=np.array(seconds), cause_F=np.zeros(len(seconds), dtype=np.int64))
+
+
+def waited(ledger: Ledger) -> float:
+    return sum(sum(getattr(ledger, name).values()) for name in WAITS)
+
+
+def everything(ledger: Ledger) -> float:
+    return ledger.useful_s + ledger.slowed_s + ledger.checkpoint_s + waited(ledger)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 10_000),
+    steps=st.integers(1, 3_000),
+    every=st.floats(2_000, 1e6),
+    blocking=st.sampled_from([0.0, 0.3, 60.0]),
+    write=st.sampled_from([0.0, 9.0]),
+    spares=st.sampled_from([None, 0, 3]),
+    shrinks=st.booleans(),
+    speeds=st.sampled_from([((0.0, 1.0),), ((0.0, 1.25),), ((0.0, 1.0), (1e5, 1.5), (4e5, 1.1))]),
+)
+def test_every_second_is_in_one_account(seed, steps, every, blocking, write, spares, shrinks, speeds) -> None:
+    causes = (JobCause(name="a", per_second=1 / every, broken=True), JobCause(name="b", per_second=1e-5, broken=False))
+    what = job(
+        interval_steps=steps, causes=causes, blocking_s=blocking, write_s=write, spares=spares,
+        repair_s=20_000.0, shrinks=shrinks, units=8, speeds=speeds,
+    )  # fmt: skip
+    ledger = ran(what, seed)
+    assert everything(ledger) == pytest.approx(what.horizon_s, abs=0.5)
+    assert min(ledger.useful_s, ledger.slowed_s, ledger.checkpoint_s) >= -1e-6
+    assert all(seconds >= 0 for name in WAITS for seconds in getattr(ledger, name).values())
+    # the pauses of finished checkpoints, and at most one begun for each failure, speed and at the end
+    begun = sum(ledger.failures.values()) + len(speeds) + 1
+    assert -1e-3 <= ledger.checkpoint_s - ledger.checkpoints * blocking <= begun * blocking + 1e-3
+    kept = [useful for _, useful in ledger.kept]
+    assert kept == sorted(kept)
+
+
+@pytest.mark.parametrize("blocking", [0.0, 7.0, 20.0])
+def test_without_failures_only_checkpoints_cost(blocking: float) -> None:
+    quiet = job(causes=(), blocking_s=blocking)
+    ledger = ran(quiet)
+    cycles, rest = divmod(quiet.horizon_s, quiet.interval_s + blocking)
+    assert ledger.useful_s == pytest.approx(cycles * quiet.interval_s + min(rest, quiet.interval_s), abs=1e-3)
+    assert ledger.useful_s + ledger.checkpoint_s == pytest.approx(quiet.horizon_s, abs=1e-6)
+    assert waited(ledger) == 0
+
+
+def test_one_failure_by_hand() -> None:
+    """Intervals of 600 s with pauses of 20 s: at 1000 s 380 s of the second interval are lost."""
+    ledger = run_job(job(horizon_s=5_000.0), at(1_000.0))
+    assert ledger.lost_s == {"GPU": pytest.approx(380.0)}
+    assert ledger.detection_s == {"GPU": pytest.approx(600.0)}
+    assert ledger.restart_s == {"GPU": pytest.approx(315.0)}
+    # 5000 - 1000 - 915 = 3085 s: four whole intervals with pauses, and 605 s of a fifth of which 5 are a pause
+    assert ledger.checkpoint_s == pytest.approx(20 + 4 * 20 + 5)
+    assert ledger.useful_s == pytest.approx(600 + 4 * 600 + 600)
+
+
+def test_a_failure_while_it_recovers_begins_the_recovery_again() -> None:
+    ledger = run_job(job(horizon_s=5_000.0), at(1_000.0, 1_500.0))
+    assert ledger.detection_s == {"GPU": pytest.approx(500.0 + 600.0)}
+    assert ledger.lost_s == {"GPU": pytest.approx(380.0)}
+
+
+def test_what_is_not_written_yet_is_lost_too() -> None:
+    """Standing 20 s, readable 300 s later: at 800 s the work of the first interval is not."""
+    ledger = run_job(job(horizon_s=5_000.0, write_s=300.0), at(800.0))
+    assert ledger.lost_s == {"GPU": pytest.approx(600.0 + 180.0)}
+    assert run_job(job(horizon_s=5_000.0, write_s=100.0), at(800.0)).lost_s == {"GPU": pytest.approx(180.0)}
+
+
+def test_without_a_spare_it_waits_or_goes_on_smaller() -> None:
+    waits = job(horizon_s=50_000.0, spares=0, repair_s=20_000.0)
+    ledger = run_job(waits, at(1_000.0))
+    assert ledger.repair_s == {"GPU": pytest.approx(20_000.0 - 600.0)}
+    smaller = run_job(replace(waits, shrinks=True, units=4), at(1_000.0))
+    assert sum(smaller.repair_s.values()) == 0
+    # three of four units work until the node is back at 21,000 s and the job stops behind its next checkpoint
+    slowed = (4 / 3 - 1) * 3 / 4 * (21_000.0 - 1_915.0)
+    assert slowed * 0.95 < smaller.slowed_s < slowed * 1.1
+    assert smaller.restart_s["nodes rejoin"] == pytest.approx(315.0)
+    assert smaller.useful_s > ledger.useful_s
+    with_spare = run_job(replace(waits, spares=1), at(1_000.0))
+    assert with_spare.useful_s > smaller.useful_s
+
+
+def test_more_failures_never_raise_goodput() -> None:
+    def goodput(every: float) -> float:
+        what = job(causes=(JobCause(name="GPU", per_second=1 / every, broken=True),))
+        return float(np.mean([ran(what, seed).useful_s for seed in range(8)]))
+
+    values = [goodput(every) for every in (1e9, 80_000.0, 20_000.0, 5_000.0, 2_000.0)]
+    assert values == sorted(values, reverse=True)
+
+
+@pytest.mark.parametrize("key", ["detection_s", "restart_s", "load_s", "blocking_s"])
+def test_longer_pauses_never_raise_goodput(key: str) -> None:
+    values = [np.mean([ran(job(**{key: each}), seed).useful_s for seed in range(8)]) for each in (0.0, 200.0, 1_500.0)]
+    assert values == sorted(values, reverse=True)
+
+
+def test_the_same_seed_gives_the_same_ledger() -> None:
+    assert plain(ran(job(), 3)) == plain(ran(job(), 3))
+    assert plain(ran(job(), 3)) != plain(ran(job(), 4))
+
+
+def plain(ledger: Ledger) -> dict[str, Any]:
+    return {name: dict(value) if hasattr(value, "items") else value for name, value in vars(ledger).items()}
+
+
+def test_failures_come_at_their_rate_and_by_cause() -> None:
+    causes = (JobCause(name="a", per_second=3e-4, broken=True), JobCause(name="b", per_second=1e-4, broken=False))
+    what = job(horizon_s=365 * DAY, causes=causes)
+    drawn = draw_failures(what, stream(0, "failures"))
+    expected = 4e-4 * what.horizon_s
+    assert abs(len(drawn.at_F) - expected) < 5 * expected**0.5
+    assert np.mean(drawn.cause_F == 0) == pytest.approx(0.75, abs=0.03)
+
+
+@pytest.mark.parametrize(("cost", "between"), [(20.0, 11_000.0), (60.0, 40_000.0)])
+def test_the_best_interval_meets_the_formulas_in_the_simple_case(cost: float, between: float) -> None:
+    """Failures without a memory, no time to recover: what Young and Daly assume."""
+    causes = (JobCause(name="GPU", per_second=1 / between, broken=False),)
+    simple = job(step_s=1.0, blocking_s=cost, detection_s=0.0, restart_s=0.0, load_s=0.0, causes=causes,
+                 horizon_s=2_000 * between)  # fmt: skip
+    steps, _ = best_interval(simple, 0, least=1)
+    known = {"cost_s": cost, "between_failures_s": between}
+    assert steps == pytest.approx(young_seconds(**known), rel=0.08)
+    assert steps == pytest.approx(daly_seconds(**known), rel=0.08)
+
+
+def test_dearer_checkpoints_and_rarer_failures_make_the_best_interval_longer() -> None:
+    def best(**changes: Any) -> int:
+        return best_interval(job(step_s=1.0, horizon_s=200 * DAY, **changes), 0, least=1)[0]
+
+    rare = (JobCause(name="GPU", per_second=1 / 100_000, broken=False),)
+    often = best()
+    assert often < best(blocking_s=80.0)
+    assert often < best(causes=rare)
