@@ -60,7 +60,10 @@ Interval = Annotated[
     Annotated[Steps, Tag("<number>")]
     | Annotated[Literal["best"], Tag("<best>")]
     | Annotated[PositivePeriod, Tag("<text>")],
-    Discriminator(lambda value: "<text>" if isinstance(value, float) else _interval_form(value)),
+    Discriminator(_interval_form),
+    WithJsonSchema(
+        {"anyOf": [{"type": "integer", "minimum": 1, "maximum": 10**9}, {"type": "string", "examples": ["30 min"]}]}
+    ),
 ]
 
 
