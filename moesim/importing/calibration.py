@@ -174,6 +174,8 @@ def load_calibration(path: Path) -> tuple[str, list[RecordedOp], Calibration]:
         calibration = parsed_calibration(content["calibration"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: calibration is malformed ({error}); make it again from the trace") from None
+    if not _measured(ops) > 0:
+        raise UserError(f"{path}: no operation has measured seconds; make it again from the trace")
     return str(content.get("source", "")), ops, calibration
 
 
@@ -181,13 +183,20 @@ def parsed_calibration(found: Mapping[str, Any]) -> Calibration:
     """As `as_json` gave it. Raises AttributeError, KeyError, TypeError or ValueError for anything else."""
     corrections = tuple(Correction(**each) for each in found["corrections"])
     times = StepTimes(**found["times"])
-    numbers = [each.measured_s for each in corrections] + [each.predicted_s for each in corrections]
+    if not all(isinstance(text, str) for each in corrections for text in (each.kind, each.family)):
+        raise ValueError("kinds are texts")
+    numbers = [number for each in corrections for number in (each.measured_s, each.predicted_s, each.spread + 1.0)]
     if not corrections or not all(number > 0 for number in [*numbers, times.ops, times.span_s]):
         raise ValueError("times must be positive")
     rest = {key: found[key] for key in ("device", "gpu", "clock_mhz", "modelled_clock_mhz", "unexplained_s")}
+    collectives = tuple(Collective(**each) for each in found["collectives"])
+    told = [*asdict(times).values(), rest["unexplained_s"], rest["clock_mhz"] or 0.0, rest["modelled_clock_mhz"] or 0.0]
+    told += [number for each in collectives for number in (each.measured_s, each.exposed_s, each.bytes, each.count)]
+    if not all(math.isfinite(number) for number in told):
+        raise ValueError("a time is not finite")
     return Calibration(
         corrections=corrections,
-        collectives=tuple(Collective(**each) for each in found["collectives"]),
+        collectives=collectives,
         times=times,
         **rest,
     )

@@ -221,7 +221,9 @@ def _kernels(op: RecordedOp) -> tuple[list[Kernel], bool]:
     """`kernels_of`; an operation whose tensors cannot be its own is an error of the file."""
     try:
         kernels, matched = kernels_of(op)
+        _variant(op, kernels[0])
         possible = all(np.isfinite(kernel.moved_bytes).all() and np.all(kernel.moved_bytes >= 0) for kernel in kernels)
+        possible &= all(np.all(kernel.flops > 0) for kernel in kernels if isinstance(kernel, Attention))
     except (IndexError, KeyError, TypeError, ValueError, ZeroDivisionError):
         possible = False
     if not possible:

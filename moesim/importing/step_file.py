@@ -142,6 +142,8 @@ def _parsed(entry: Any, *, where: str) -> RecordedOp:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{where} is malformed: {error}") from None
+    if op.measured_s is not None and not 0 <= op.measured_s < math.inf:
+        raise UserError(f"{where} is malformed: measured_s is no time in seconds")
     texts = isinstance(op.name, str) and isinstance(op.module, str)
     if op.phase not in PHASES or type(op.count) is not int or op.count < 1 or not texts:
         raise UserError(f"{where} is malformed: phase must be one of {', '.join(PHASES)} and count at least 1")

@@ -34,7 +34,6 @@ class CpuOp:
     start: float
     end: float
     sequence: int | None
-    forward_thread: int | None
     dims: tuple[Any, ...]
     types: tuple[str, ...]
     strides: tuple[Any, ...]
@@ -49,8 +48,6 @@ class DeviceWork:
     name: str
     start: float
     end: float
-    stream: Any
-    device: Any
     correlation: int | None
     op_id: int | None
 
@@ -165,7 +162,7 @@ class _Kept:
             return
         try:
             kept = self._keep(category, event)
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"{self._path}: an event {str(event.get('name'))[:60]!r} is malformed ({error}); {AGAIN}"
             ) from None
@@ -186,7 +183,11 @@ class _Kept:
             case "cuda_runtime" | "cuda_driver":
                 args = event.get("args", {})
                 self._launches.append(
-                    Launch(**self._where(event), correlation=args.get("correlation"), op_id=args.get("External id"))
+                    Launch(
+                        **self._where(event),
+                        correlation=_scalar(args.get("correlation")),
+                        op_id=_scalar(args.get("External id")),
+                    )
                 )
             case "user_annotation":
                 self.of_torch = True
@@ -202,7 +203,7 @@ class _Kept:
         base = self._base = start if self._base is None else self._base
         return {
             "name": self._once(str(event["name"])),
-            "thread": self._once((event.get("pid"), event.get("tid"))),
+            "thread": self._once((_scalar(event.get("pid")), _scalar(event.get("tid")))),
             "start": 1e-6 * (start - base),
             "end": 1e-6 * (start + duration - base),
         }
@@ -213,12 +214,11 @@ class _Kept:
         return CpuOp(
             **self._where(event),
             id=int(args.get("External id", -1)),
-            sequence=args.get("Sequence number"),
-            forward_thread=args.get("Fwd thread id"),
-            dims=self._once(_tuple(args.get("Input Dims", ()))),
-            types=self._once(_tuple(args.get("Input type", ()))),
-            strides=self._once(_tuple(args.get("Input Strides", ()))),
-            concrete=self._once(_tuple(args.get("Concrete Inputs", ()))),
+            sequence=_scalar(args.get("Sequence number")),
+            dims=self._once(_sizes(args.get("Input Dims", []))),
+            types=self._once(tuple(map(str, args.get("Input type", [])))),
+            strides=self._once(_sizes(args.get("Input Strides", []))),
+            concrete=self._once(tuple(map(str, args.get("Concrete Inputs", [])))),
             message=message or None,
         )
 
@@ -228,10 +228,8 @@ class _Kept:
             name=where["name"],
             start=where["start"],
             end=where["end"],
-            stream=args.get("stream", event.get("tid")),
-            device=args.get("device", event.get("pid")),
-            correlation=args.get("correlation"),
-            op_id=args.get("External id"),
+            correlation=_scalar(args.get("correlation")),
+            op_id=_scalar(args.get("External id")),
         )
 
     def _once(self, value: Any) -> Any:
@@ -266,5 +264,31 @@ MESSAGE = (
 )
 
 
-def _tuple(value: Any) -> Any:
-    return tuple(map(_tuple, value)) if isinstance(value, list | tuple) else value
+def _scalar(value: Any) -> Any:
+    """A number or a text, by which events are matched. Raises TypeError for anything else."""
+    if value is not None and not isinstance(value, int | str):
+        raise TypeError(f"{str(value)[:40]} is neither a number nor a text")
+    return value
+
+
+def _sizes(found: Any) -> tuple[Any, ...]:
+    """Of every argument its sizes, of a list those of each tensor; none for what is no tensor. Raises TypeError."""
+    return tuple(_shape(each) if not _nested(each) else tuple(map(_shape, each)) for each in _list(found))
+
+
+def _nested(found: Any) -> bool:
+    return isinstance(found, list) and any(isinstance(each, list) for each in found)
+
+
+def _shape(found: Any) -> tuple[int, ...]:
+    if not all(type(size) is int and abs(size) < 1 << 62 for size in _list(found)):
+        raise TypeError(f"{str(found)[:40]} are no sizes")
+    return tuple(found)
+
+
+def _list(found: Any) -> list[Any]:
+    if found == "":  # how older versions write an argument that is no tensor
+        return []
+    if not isinstance(found, list):
+        raise TypeError(f"{str(found)[:40]} is no list")
+    return found

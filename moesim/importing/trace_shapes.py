@@ -145,7 +145,7 @@ def _tensors(traced: TracedOp, *, only: int | None = None) -> tuple[Seen, ...]:
         if kind in NOT_TENSORS or (only is not None and place != only):
             continue
         strides = op.strides[place] if place < len(op.strides) else ()
-        if kind == LIST:
+        if kind == LIST or any(isinstance(each, tuple) for each in dims):
             name = _listed_format(traced.kernel)
             each = strides if len(strides) == len(dims) else ((),) * len(dims)
             found += [_seen(shape, name, stride) for shape, stride in zip(dims, each, strict=True)]
@@ -156,7 +156,8 @@ def _tensors(traced: TracedOp, *, only: int | None = None) -> tuple[Seen, ...]:
 
 def _seen(shape: Sequence[int], dtype: str, strides: Sequence[int] = ()) -> Seen:
     """A dimension of stride 0 repeats what is held once."""
-    held = strides if len(strides) == len(shape) else (1,) * len(shape)
+    known = len(strides) == len(shape) and all(isinstance(stride, int) for stride in strides)
+    held = strides if known else (1,) * len(shape)
     number = math.prod(size for size, stride in zip(shape, held, strict=True) if stride)
     return tuple(shape), dtype, number * BYTES[dtype]
 

@@ -79,6 +79,8 @@ def test_a_recorded_operation_that_cannot_be_is_an_error_of_the_file() -> None:
         {"name": "scaled_dot_product_attention", "reads": ()},
         {"name": "mm", "reads": (((4, 4), "float32", 64),)},
         {"name": "_fused_adamw_", "facts": {}},
+        {"name": "mm", "reads": (((4, 4), "float32", 64),) * 2, "facts": {"aligned_bytes": 5}},
+        {"name": "index_put", "phase": "backward", "reads": ()},
         {"name": "_fused_adamw_", "facts": {"parameters": -1}},
         {"name": "_fused_adamw_", "facts": {"parameters": "many"}},
     ):

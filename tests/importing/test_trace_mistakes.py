@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,15 @@ def test_a_malformed_calibration(tmp_path: Path) -> None:
             load_calibration(tmp_path / "step.json")
 
 
+def test_a_step_without_its_measured_seconds(tmp_path: Path) -> None:
+    step = traced_step(REAL)
+    for seconds, said in ((None, "no operation has measured seconds"), (-1.0, "no time in seconds")):
+        ops = [replace(op, measured_s=seconds) for op in step.ops]
+        save_step(tmp_path / "step.json", ops, source="here", calibration=step.calibration.as_json())
+        with pytest.raises(UserError, match=said):
+            load_calibration(tmp_path / "step.json")
+
+
 def test_too_much_for_one_step(trace, tmp_path: Path, monkeypatch) -> None:
     path = trace().step().save(tmp_path / "t.json")
     monkeypatch.setattr(trace_file, "MOST_KEPT", 5)
@@ -141,3 +151,22 @@ def test_a_stream_has_the_values_of_the_whole_text(members, items, size) -> None
     assert list(streamed_members(pieces, array="many")) == [*members.items(), *(("many", item) for item in items)]
     with pytest.raises(ValueError, match=r"middle|delimiter|Unterminated|Expecting|value"):
         list(streamed_members([text[:-1]], array="many"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"args": 3},
+        {"args": {"External id": "x"}},
+        {"args": {"Input Dims": 3}},
+        {"args": {"Input Dims": [["x"]]}},
+        {"args": {"Input Dims": [[1, [2]]]}},
+        {"args": {"Sequence number": {}}},
+        {"tid": []},
+        {"name": None, "ts": None},
+    ],
+)
+def test_a_malformed_operation(trace, tmp_path: Path, changes) -> None:
+    made = trace().step()
+    made.events[0] |= changes
+    refused(made.save(tmp_path / "t.json"), "malformed")
