@@ -6,11 +6,13 @@ from pathlib import Path
 
 from moesim.errors import UserError
 from moesim.kernels.benchmarks.session import partial_folder
-from moesim.kernels.calibrated import CalibratedModel
+from moesim.kernels.error_table import STANDS_FOR, kind_misses
 from moesim.kernels.fitting import fit_profile
 from moesim.kernels.loading import load_profile, scaled_from
 from moesim.kernels.profile import load_profile_file, save_profile
-from moesim.kernels.report import error_table, leave_one_out_rows
+from moesim.kernels.report import error_table, kind_table, leave_one_out_rows
+from moesim.kernels.scaled import ScaledModel
+from moesim.kernels.tabulated import TabulatedModel
 
 
 def calibrate_command(
@@ -27,7 +29,8 @@ def calibrate_command(
 ) -> int:
     """Run `moesim calibrate` and return its exit code.
 
-    With `report`, print the leave-one-out errors of `profile` (a name or file; `out` or the shipped one when absent).
+    With `report`, print the leave-one-out errors of `profile` (a name or file; `out` or the shipped one when absent),
+    and of a shipped one how well another GPU kind predicts it.
     Otherwise benchmark `device` (cuda or cpu; under torchrun on all its processes) for about `budget` seconds into the
     profile file `out`; `families` is a comma-separated choice. An existing `out` is never replaced: `extend` adds what
     it lacks, and an interrupted calibration into it goes on, and says so. Raises UserError for a user's mistake; an
@@ -85,9 +88,17 @@ def _report(name: str, *, by_cell: bool) -> int:
     if path.exists():
         load_profile_file(path)  # says what is wrong with a file before anything is fitted
     model = load_profile(name)
-    if not isinstance(model, CalibratedModel):
+    if isinstance(model, ScaledModel):
         source = scaled_from(name)
         raise UserError(f"{name} is derived from {source} and has no measured rows; report on {source}")
-    rows = leave_one_out_rows(model, by_cell=by_cell)
-    Console().print(error_table(rows, title=f"Leave-one-out errors of {model.name}"))
+    own = model.tables if isinstance(model, TabulatedModel) else model
+    console = Console()
+    title = f"Leave-one-out errors of {own.name}"
+    if own is not model:
+        title += ", rows of published tables"
+    console.print(error_table(leave_one_out_rows(own, by_cell=by_cell), title=title))
+    base = STANDS_FOR.get(name.lower())
+    if base is not None:
+        console.print()
+        console.print(kind_table(kind_misses(name.lower()), title=f"{own.name} predicted from {base} by data sheets"))
     return os.EX_OK

@@ -3,6 +3,7 @@
 Legend: P measured kernels.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ import numpy as np
 
 from moesim.kernels.calibrated import CalibratedModel
 from moesim.kernels.cells import cell_of
+from moesim.kernels.error_study import Misses
 from moesim.kernels.families import FloatArray
 
 if TYPE_CHECKING:
@@ -78,6 +80,26 @@ def _family(cell_name: str) -> str:
     return "gemm fp8" if family == "gemm" and rest.startswith("fp8") else family
 
 
+_KIND_CAPTION = """error = |measured / predicted - 1|, rows of 100 us and more,
+predicted without any row of this GPU;
+bias: median of measured / predicted - 1"""
+
+
+def kind_table(found: list[Misses], *, title: str) -> "Table":
+    """Errors of one GPU kind's rows predicted from another kind, by family and by the source of the prediction."""
+    from rich.table import Table  # here: whoever predicts a kernel does without
+
+    table = Table(title=title, caption=_KIND_CAPTION)
+    table.add_column("kernels", no_wrap=True)
+    for header in ("source", "count", "median / p90", "bias"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for misses in sorted(found, key=lambda misses: (misses.family, misses.source)):
+        median, p90 = np.percentile(np.abs(np.expm1(misses.logs_P)), [50, 90])
+        bias = f"{float(np.expm1(np.median(misses.logs_P))):+.1%}"
+        table.add_row(misses.family, misses.source, str(len(misses.logs_P)), f"{median:.1%} / {p90:.1%}", bias)
+    return table
+
+
 def error_table(rows: list[ErrorRow], *, title: str) -> "Table":
     """The rows as a table for the terminal."""
     from rich.table import Table  # here: whoever predicts a kernel does without
@@ -89,5 +111,6 @@ def error_table(rows: list[ErrorRow], *, title: str) -> "Table":
     for row in rows:
         known, unknown = f"{row.median:.1%} / {row.p90:.1%}", f"{row.median_unclocked:.1%} / {row.p90_unclocked:.1%}"
         target = f"{row.target[0]:.0%} / {row.target[1]:.0%}" if row.target else ""
-        table.add_row(row.name, str(row.count), known, unknown, f"{row.spread:.1%}", target)
+        spread = "" if math.isnan(row.spread) else f"{row.spread:.1%}"  # tables have no visits
+        table.add_row(row.name, str(row.count), known, unknown, spread, target)
     return table

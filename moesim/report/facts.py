@@ -92,11 +92,12 @@ def _parts_of_range(result: Result) -> str:
     """` (routing 0.1 %, kernels 2.6 %)`: half of either part's width, as a share of the step; nothing where no part is
     recorded, as before there were two."""
     names = (("routing", "step_time_routing_range_s"), ("kernels", "step_time_kernel_range_s"))
-    widths = [
-        f"{name} {percent((found[1] - found[0]) / 2 / result['step_time_s'])}"
+    halves = {
+        name: (found[1] - found[0]) / 2 / result["step_time_s"]
         for name, key in names
         if (found := result.get(key)) is not None
-    ]
+    }
+    widths = [f"{name} {percent(half, digits=0 if half >= 0.0995 else 1)}" for name, half in halves.items()]
     return f" ({', '.join(widths)})" if widths else ""
 
 

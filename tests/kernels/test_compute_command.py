@@ -44,7 +44,7 @@ def test_a_tiny_budget_on_the_cpu_gives_a_profile_to_simulate_with(
         (("--out", "done.json", "--device", "cpu", "--extend"), "profile of schema version 7"),
         (("--report", "--profile", "done.json"), "profile of schema version 7"),
         (("--report", "--profile", "absent.json"), "cannot read this profile"),
-        (("--report", "--profile", "b200"), "derived from h200"),
+        (("--report", "--profile", "h800"), "derived from h100"),
     ],
 )
 def test_mistakes_leave_with_one_line_and_write_nothing(

@@ -25,7 +25,7 @@ from plot_cases import (
 from moesim.errors import UserError
 from moesim.report.plots import Asked, plot_page
 from moesim.report.plots.choice import Drawing, choose
-from moesim.report.plots.comparison import changes, differences, sides, verdict, waterfall
+from moesim.report.plots.comparison import Side, changes, differences, sides, verdict, waterfall
 from moesim.report.plots.cost_performance import cost_performance, pareto_front
 from moesim.report.plots.curves import curves
 from moesim.report.plots.dots import dots, suits_dots
@@ -250,6 +250,21 @@ def test_a_comparison_accounts_for_all_of_the_difference(tmp_path: Path) -> None
     bars = waterfall(first, second).data[0]
     assert bars.x[0] + sum(bars.x[1:-1]) == pytest.approx(bars.x[-1])
     assert "35.0 % longer" in verdict(first, second) and "do not overlap" in verdict(first, second)
+
+
+def test_runs_on_one_gpu_are_told_apart_by_routing_and_on_two_by_their_kernels_too() -> None:
+    """1 s and 1.1 s, 1 % of routing each; their kernels are known to a fifth."""
+
+    def side(name: str, step_s: float, kernels: str) -> Side:
+        ranges = {
+            "step_time_range_s": [0.8 * step_s, 1.2 * step_s],
+            "step_time_routing_range_s": [0.99 * step_s, 1.01 * step_s],
+        }
+        return Side(name, {}, result_of(step_s) | ranges | {"kernels": kernels})
+
+    first, again, other = side("a", 1.0, "h200"), side("b", 1.1, "h200"), side("c", 1.1, "b200")
+    assert "of the routing do not overlap" in verdict(first, again)
+    assert "of routing and kernels overlap" in verdict(first, other)
 
 
 def test_small_changes_are_summed_up_and_not_lost(tmp_path: Path) -> None:
