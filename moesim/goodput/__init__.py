@@ -1,7 +1,18 @@
 """From a scenario to days of training: what failures, checkpoints and slow parts leave of the step's speed."""
 
-from moesim.goodput.answers import Goodput, goodput, goodput_of_step
+from moesim.goodput.answers import Goodput, goodput, goodput_of_step, kept_share
 from moesim.goodput.interval import daly_seconds, young_seconds
-from moesim.goodput.job_of_scenario import checkpoint_bytes
+from moesim.goodput.job_of_scenario import LEAST_WORK, Step, check_failures, checkpoint_bytes
 
-__all__ = ["Goodput", "checkpoint_bytes", "daly_seconds", "goodput", "goodput_of_step", "young_seconds"]
+__all__ = [
+    "LEAST_WORK",
+    "Goodput",
+    "Step",
+    "check_failures",
+    "checkpoint_bytes",
+    "daly_seconds",
+    "goodput",
+    "goodput_of_step",
+    "kept_share",
+    "young_seconds",
+]

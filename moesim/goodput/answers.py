@@ -10,6 +10,7 @@ import numpy as np
 
 from moesim.engine.job import SECONDS_PER_DAY, Job, Ledger, draw_failures, run_job
 from moesim.errors import ConflictError, InfeasibleError, UserError
+from moesim.goodput.estimate import daly_steps, expected_share
 from moesim.goodput.interval import daly_seconds, search_steps, young_seconds
 from moesim.goodput.job_of_scenario import (
     LEAST_WORK,
@@ -74,24 +75,37 @@ def step_of(record: RunRecord, degraded_s: Mapping[tuple[int, float], float]) ->
 
 def goodput_of_step(scenario: Scenario, step: Step, *, days: float, seeds: int) -> Goodput:
     """The same for a step that is simulated already."""
-    wanted = failures_of(scenario).checkpoint.interval
     least = least_steps(scenario, step)
     first = job_of(scenario, step, days=days, interval_steps=least)
     _check_count(first)
     found, points = best_interval(first, scenario.seed, least=least)
-    if wanted == "best":
-        steps = found
-    else:
-        steps = wanted if isinstance(wanted, int) else max(1, round(wanted / step.seconds))
-        if steps < least:
-            what = f"a checkpoint takes {saving_of(scenario).write_s:.3g} s to write, longer than {steps} steps"
-            raise ConflictError(f"failures.checkpoint.interval: {what}; use {least} steps or more")
-    job = job_of(scenario, step, days=days, interval_steps=steps)
+    given = given_steps(scenario, step)
+    job = with_interval(first, found if given is None else given)
     ledgers = tuple(run_job(job, draw_failures(job, stream(scenario.seed, "failures", n))) for n in range(seeds))
     if float(np.mean([ledger.useful_s for ledger in ledgers])) < LEAST_WORK * job.horizon_s:
         what = f"of {days:g} days {100 * LEAST_WORK:g} % or less is work that is kept"
         raise InfeasibleError(f"failures: {what}; use lower rates, more spares, or shorter detection and restart")
     return Goodput(result=_result(scenario, job, ledgers, found, points), ledgers=ledgers, job=job)
+
+
+def given_steps(scenario: Scenario, step: Step) -> int | None:
+    """The scenario's interval in whole steps; None for best. Raises ConflictError where writing takes longer."""
+    wanted, least = failures_of(scenario).checkpoint.interval, least_steps(scenario, step)
+    if wanted == "best":
+        return None
+    steps = wanted if isinstance(wanted, int) else max(1, round(wanted / step.seconds))
+    if steps < least:
+        what = f"a checkpoint takes {saving_of(scenario).write_s:.3g} s to write, longer than {steps} steps"
+        raise ConflictError(f"failures.checkpoint.interval: {what}; use {least} steps or more")
+    return steps
+
+
+def kept_share(scenario: Scenario, step: Step, *, days: float) -> float:
+    """Goodput in closed form, with Daly's interval where the best is asked for. Raises as goodput_of_step does."""
+    job = job_of(scenario, step, days=days, interval_steps=least_steps(scenario, step))
+    given = given_steps(scenario, step)
+    steps = daly_steps(job, least=job.interval_steps) if given is None else given
+    return expected_share(with_interval(job, steps))
 
 
 def _check_count(job: Job) -> None:

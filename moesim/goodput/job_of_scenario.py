@@ -108,13 +108,17 @@ def droppable_units(scenario: Scenario) -> int:
     return mesh.stage_ranks // group
 
 
+def check_failures(scenario: Scenario) -> None:
+    """Raises ConflictError for a job that is to shrink and cannot."""
+    if failures_of(scenario).without_spare == "shrink" and droppable_units(scenario) == 1:
+        what = "the ranks are one expert group of data-parallel ranks, of which none can be left out"
+        raise ConflictError(f"failures.without_spare: shrink: {what}; use wait, or more data-parallel ranks")
+
+
 def job_of(scenario: Scenario, step: Step, *, days: float, interval_steps: int) -> Job:
     """The job of `days` with a checkpoint every `interval_steps`. Raises ConflictError and InfeasibleError."""
     failures, saving = failures_of(scenario), saving_of(scenario)
-    units = droppable_units(scenario)
-    if failures.without_spare == "shrink" and units == 1:
-        what = "the ranks are one expert group of data-parallel ranks, of which none can be left out"
-        raise ConflictError(f"failures.without_spare: shrink: {what}; use wait, or more data-parallel ranks")
+    check_failures(scenario)
     job = Job(
         step_s=step.seconds,
         interval_steps=interval_steps,
@@ -128,7 +132,7 @@ def job_of(scenario: Scenario, step: Step, *, days: float, interval_steps: int) 
         spares=failures.spares,
         repair_s=failures.repair or 0.0,
         shrinks=failures.without_spare == "shrink",
-        units=units,
+        units=droppable_units(scenario),
         speeds=speeds_of(scenario, step),
     )
     require_time(job)

@@ -60,7 +60,7 @@ def verdict_on(space: Space, screen: Screen, layout: Layout) -> Verdict:
         detail = f"the smallest layout needs {format_bytes(peak)} of the {format_bytes(usable)} of a {gpu}"
         loss = Loss("memory", gpu, f"{detail} ({scenario.name})", peak / usable)
         return Verdict(None, Violation(0.0, peak / usable - 1, 1.0), loss)
-    outcome = outcome_of(scenario, screen.step_seconds(scenario))
+    outcome = outcome_of(scenario, screen.step_seconds(scenario), screen=True)
     miss = missed(plan, outcome)
     if miss is None or miss.factor <= SLACK:
         return Verdict(Candidate(layout, outcome, peak, None), Violation(0.0, 0.0, 0.0), None)

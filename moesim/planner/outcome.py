@@ -1,23 +1,33 @@
 """What a layout comes to for the goal, and how outcomes compare: limits, objectives, the Pareto front."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
+from moesim.errors import InfeasibleError
+from moesim.goodput import LEAST_WORK, Step, goodput_of_step, kept_share
+from moesim.goodput.job_of_scenario import job_causes
 from moesim.planner.plan import Objective, Plan
-from moesim.results.economy import cost, utilisation
+from moesim.results.economy import cost, price_per_hour, utilisation
 from moesim.scenario import Scenario
 
 Item = TypeVar("Item")
 
 
 class Outcome(NamedTuple):
-    """Seconds of a step; USD and days for all tokens of the goal; MFU (causal); tokens per second."""
+    """Seconds of a step; USD and days for all tokens of the goal; MFU (causal); tokens per second.
+
+    goodput: share of the time that is kept work, where the plan has failures: USD, days and tokens per second are with
+    them, MFU is the step's. days_with_failures: of those days, expected.
+    """
 
     step_s: float
     usd: float
     days: float
     mfu: float
     tokens_per_second: float
+    goodput: float = 1.0
+    days_with_failures: float = 0.0
 
     def objective(self, name: Objective) -> float:
         """The value of an objective, the lower the better."""
@@ -28,16 +38,48 @@ class Outcome(NamedTuple):
         return tuple(self.objective(name) for name in names)
 
 
-def outcome_of(scenario: Scenario, step_s: float) -> Outcome:
-    """What a step of `step_s` seconds comes to."""
+GOODPUT_SEEDS = 8  # draws of failures behind the goodput of a simulated layout
+MOST_GOODPUT_DAYS = 366.0  # of a training that are drawn; the rest is taken to be like them
+DAY = 86400.0
+
+
+def outcome_of(scenario: Scenario, step_s: float, *, screen: bool = False) -> Outcome:
+    """What a step of `step_s` seconds comes to, with failures where the scenario has the section.
+
+    Goodput is simulated; `screen`: in closed form. Raises ConflictError for failures that do not fit the layout.
+    """
     economy = cost(scenario, step_s)
-    return Outcome(
+    plain = Outcome(
         step_s=step_s,
         usd=economy["usd_total"],
         days=economy["days"],
         mfu=utilisation(scenario, step_s)["causal"],
         tokens_per_second=scenario.tokens_per_step / step_s,
     )
+    if scenario.failures is None:
+        return plain
+    goodput, pool = _goodput(scenario, plain, screen=screen), scenario.cluster.pools[0]
+    days = plain.days / goodput
+    per_day = sum(cause.per_second for cause in job_causes(scenario)) * DAY
+    spares = (scenario.failures.spares or 0) * pool.gpus_per_node * pool.usd_per_gpu_hour
+    return plain._replace(
+        usd=(price_per_hour(scenario) + spares) * 24 * days,
+        days=days,
+        tokens_per_second=plain.tokens_per_second * goodput,
+        goodput=goodput,
+        days_with_failures=-days * math.expm1(-per_day),
+    )
+
+
+def _goodput(scenario: Scenario, plain: Outcome, *, screen: bool) -> float:
+    """The least that counts as work where failures leave no time: such a layout takes a thousand times as long."""
+    step, days = Step(seconds=plain.step_s, compute_s=0.0, degraded_s={}), min(plain.days, MOST_GOODPUT_DAYS)
+    try:
+        if screen:
+            return max(LEAST_WORK, kept_share(scenario, step, days=days))
+        return float(goodput_of_step(scenario, step, days=days, seeds=GOODPUT_SEEDS).result["goodput"])
+    except InfeasibleError:
+        return LEAST_WORK
 
 
 class Miss(NamedTuple):

@@ -7,7 +7,7 @@ that the planner may take, key by key; a key that is not listed has the value of
 from datetime import date
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, model_validator
 
 from moesim.scenario import (
     Capacity,
@@ -48,6 +48,7 @@ from moesim.scenario.base import (
     TrainTokens,
     Usd,
 )
+from moesim.scenario.failures import Failures
 from moesim.scenario.schema import AnyRecompute
 
 
@@ -215,6 +216,15 @@ class Baseline(Section):
     )
 
 
+def _no_slow_parts(failures: Failures | None) -> Failures | None:
+    if failures is not None and (failures.slow or failures.jitter):
+        raise ValueError("slow and jitter are not part of a plan; leave them to `moesim goodput` of its best layouts")
+    return failures
+
+
+PlanFailures = Annotated[Failures | None, AfterValidator(_no_slow_parts)]
+
+
 class Plan(Section):
     """A whole plan file."""
 
@@ -257,5 +267,10 @@ class Plan(Section):
     )
     uncertainty: Uncertainty = Field(
         default=Uncertainty(samples=1, bank=4), description="Routing samples behind each number; one by default."
+    )
+    failures: PlanFailures = Field(
+        default=None,
+        description="What stops the job, as in a scenario: layouts are ranked, and the goal is met, by days and USD "
+        "with failures; {} for published rates. Absent: nothing ever fails.",
     )
     seed: Seed = Field(default=0, description="Seed of all random draws; the same seed gives the same plan.")

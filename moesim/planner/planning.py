@@ -110,6 +110,7 @@ def _content(
     error = screen_error(pairs, objective=lambda outcome: outcome.objective(plan.objectives[0]))
     return {
         "status": "done",
+        "failures": plan.failures is not None,
         "goal": goal.model_dump(mode="json") | {"deadline_days": goal.deadline_days},
         "objectives": list(plan.objectives),
         "mfu_peak": plan.workload.precision.gemm,
@@ -145,6 +146,14 @@ def _rank(ranking: Sequence[Simulated], layout: Simulated) -> int | None:
     return next((rank for rank, other in enumerate(ranking, start=1) if other.id == layout.id), None)
 
 
+def _price(layout: Simulated) -> float:
+    """USD per million tokens, of useful ones with failures."""
+    tokens, plain = layout.scenario.workload.train_tokens, layout.result["cost"]["usd_per_million_tokens"]
+    if layout.scenario.failures is None or tokens is None:
+        return float(plain)
+    return layout.outcome.usd / (tokens / 1e6)
+
+
 def _shown(layout: Simulated, candidate: Candidate) -> dict[str, Any]:
     """What a table shows of one layout."""
     memory = layout.result["memory"]
@@ -152,7 +161,7 @@ def _shown(layout: Simulated, candidate: Candidate) -> dict[str, Any]:
         "name": layout.scenario.name,
         "values": dict(layout.values),
         **layout.outcome._asdict(),
-        "usd_per_million_tokens": layout.result["cost"]["usd_per_million_tokens"],
+        "usd_per_million_tokens": _price(layout),
         "dropped_share": layout.result["dropped_share"],
         "peak_bytes": memory["peak_bytes"],
         "capacity_bytes": min(memory["capacity_bytes_by_pipeline_rank"]),

@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from moesim.errors import UserError
+from moesim.goodput import check_failures
 from moesim.planner.plan import Choices, Plan
 from moesim.scenario import (
     Capacity,
@@ -176,6 +177,7 @@ class Space:
             network=plan.network,
             compute=plan.compute,
             uncertainty=plan.uncertainty,
+            failures=plan.failures,
             seed=plan.seed,
         )
         _check(scenario)
@@ -296,7 +298,7 @@ def _kind(section: Any) -> dict[str, str]:
 
 def _check(scenario: Scenario) -> None:
     """Raises Discarded for what the scenario's own checks refuse."""
-    for stage, check in (("refused", check_scenario), ("unsupported", require_supported)):
+    for stage, check in (("refused", check_scenario), ("refused", check_failures), ("unsupported", require_supported)):
         try:
             check(scenario)
         except UserError as error:

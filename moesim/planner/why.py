@@ -27,8 +27,10 @@ class Simulated(NamedTuple):
 
     @property
     def gpu_hours(self) -> float:
-        """GPU-hours for all tokens of the goal."""
-        return self.outcome.days * 24 * self.scenario.cluster.num_gpus
+        """GPU-hours for all tokens of the goal, those of spares included."""
+        failures, cluster = self.scenario.failures, self.scenario.cluster
+        spares = ((failures and failures.spares) or 0) * cluster.pools[0].gpus_per_node
+        return self.outcome.days * 24 * (cluster.num_gpus + spares)
 
 
 def ranked(plan: Plan, layouts: Sequence[Simulated], outcome: Callable[[Simulated], Outcome]) -> list[Simulated]:

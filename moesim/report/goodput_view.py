@@ -195,6 +195,6 @@ def by_interval(result: Result) -> go.Figure:
             figure.add_scatter(x=[at, at], y=[low, high], mode="lines", name=label,
                                line={"color": colour, "width": 2, "dash": dash}, hoverinfo="name")  # fmt: skip
     figure.update_layout(showlegend=True)
-    figure.update_xaxes(type="log")
+    figure.update_xaxes(type="log", dtick="D2")
     figure.update_yaxes(tickformat=".1%")
     return figure

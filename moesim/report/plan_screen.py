@@ -179,7 +179,7 @@ def _word(key: str, value: Any) -> str:
 
 def _ranking(plan: Plan) -> Table:
     rows = []
-    front = set(plan["front"])
+    front, failing = set(plan["front"]), plan.get("failures", False)
     for rank, point in enumerate(plan["ranking"][:_ROWS], start=1):
         outcome = plan["outcomes"][point]
         values = outcome["values"]
@@ -193,8 +193,11 @@ def _ranking(plan: Plan) -> Table:
             format_seconds(outcome["step_s"]),
             percent(outcome["mfu"]),
             percent(outcome["peak_bytes"] / outcome["capacity_bytes"], digits=0),
+            *((percent(outcome["goodput"]), f"{outcome['days_with_failures']:.1f}") if failing else ()),
         ))  # fmt: skip
-    head = ("", "GPUs", "layout", "cost", "days", "$/M tok", "step", "MFU", "mem")
+    head: tuple[str, ...] = ("", "GPUs", "layout", "cost", "days", "$/M tok", "step", "MFU", "mem")
+    if failing:
+        head += ("goodput", "failing")
     return _table(head, rows, marked=0)
 
 
@@ -227,7 +230,9 @@ def _abbreviations(plan: Plan) -> str:
     sizes = [f"{_SHORT[key]} {_LONG[key]}" for key in keys if key in _LONG]
     ways = f"{', '.join(sizes)}: ways of parallelism; " if sizes else ""
     peak = f"MFU: of the {plan['mfu_peak']} peak, causal attention; " if "mfu_peak" in plan else ""
-    return f"{ways}mb: sequences per micro-batch; {peak}mem: share of a GPU's memory"
+    failing = "; cost, days, $/M tok: with failures; goodput: kept work of all time; failing: days with failures"
+    short = f"{ways}mb: sequences per micro-batch; {peak}mem: share of a GPU's memory"
+    return short + (failing if plan.get("failures") else "")
 
 
 def _dropping(plan: Plan) -> list[str]:
