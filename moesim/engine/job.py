@@ -15,7 +15,7 @@ import simpy
 from numpy.typing import NDArray
 
 SECONDS_PER_DAY = 86400.0
-INSTANT = 1e-6  # seconds that the rounding of a clock of years may leave over
+INSTANT = 1e-4  # seconds that the rounding of a clock of centuries may leave over
 REJOIN = "nodes rejoin"  # what a planned restart is booked on
 
 

@@ -38,8 +38,7 @@ class Outcome(NamedTuple):
         return tuple(self.objective(name) for name in names)
 
 
-GOODPUT_SEEDS = 8  # draws of failures behind the goodput of a simulated layout
-MOST_GOODPUT_DAYS = 366.0  # of a training that are drawn; the rest is taken to be like them
+GOODPUT_FAILURES = 4_000  # behind the goodput of a simulated layout: fewer would let chance decide between near ties
 DAY = 86400.0
 
 
@@ -58,9 +57,9 @@ def outcome_of(scenario: Scenario, step_s: float, *, screen: bool = False) -> Ou
     )
     if scenario.failures is None:
         return plain
-    goodput, pool = _goodput(scenario, plain, screen=screen), scenario.cluster.pools[0]
-    days = plain.days / goodput
     per_day = sum(cause.per_second for cause in job_causes(scenario)) * DAY
+    goodput, pool = _goodput(scenario, plain, per_day, screen=screen), scenario.cluster.pools[0]
+    days = plain.days / goodput
     spares = (scenario.failures.spares or 0) * pool.gpus_per_node * pool.usd_per_gpu_hour
     return plain._replace(
         usd=(price_per_hour(scenario) + spares) * 24 * days,
@@ -71,13 +70,17 @@ def outcome_of(scenario: Scenario, step_s: float, *, screen: bool = False) -> Ou
     )
 
 
-def _goodput(scenario: Scenario, plain: Outcome, *, screen: bool) -> float:
-    """The least that counts as work where failures leave no time: such a layout takes a thousand times as long."""
-    step, days = Step(seconds=plain.step_s, compute_s=0.0, degraded_s={}), min(plain.days, MOST_GOODPUT_DAYS)
+def _goodput(scenario: Scenario, plain: Outcome, per_day: float, *, screen: bool) -> float:
+    """That of a training as long as GOODPUT_FAILURES take, the expected one of the plan's.
+
+    The least that counts as work where failures leave no time: such a layout takes a thousand times as long.
+    """
+    step = Step(seconds=plain.step_s, compute_s=0.0, degraded_s={})
+    days = GOODPUT_FAILURES / per_day if per_day else plain.days
     try:
         if screen:
             return max(LEAST_WORK, kept_share(scenario, step, days=days))
-        return float(goodput_of_step(scenario, step, days=days, seeds=GOODPUT_SEEDS).result["goodput"])
+        return float(goodput_of_step(scenario, step, days=days, seeds=1).result["goodput"])
     except InfeasibleError:
         return LEAST_WORK
 
