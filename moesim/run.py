@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from moesim.engine import simulate_step, step_kernels
 from moesim.kernels import KernelModel, kernel_model
-from moesim.kernels.errors import bases_of, clock_error_of
+from moesim.kernels.errors import bases_of, clock_error_of, kernels_rest_on
 from moesim.network import Fabric, NetworkParameters
 from moesim.parallel import Mesh, TrafficSample, TrafficSampler
 from moesim.parallel.memory import MemoryReport
@@ -312,7 +312,7 @@ def _record(
         "world_size": scenario.parallelism.world_size,
         "gpus": scenario.cluster.num_gpus,
         "samples": len(outcome.step_S),
-        "kernels": kernels.name,
+        "kernels": kernels_rest_on(kernels),
         "step_time_s": step_s,
         **_ranges(kernels, outcome, step_s, range_s, routed=trace is not None),
         "balanced_step_time_s": float(spread.step_S.mean()),

@@ -89,6 +89,11 @@ def bases_of(model: KernelModel) -> tuple[str, ...]:
     return (model.profile.name, "measured", "any") if isinstance(model, CalibratedModel) else ("any",)
 
 
+def kernels_rest_on(model: KernelModel) -> str:
+    """The model's name, and that it is a data sheet where it is: runs of one such name share the errors of kernels."""
+    return f"{model.name} (data sheet)" if bases_of(model) == ("any",) else model.name
+
+
 def clock_error_of(model: KernelModel) -> float:
     """Log seconds by which a step's kernels may be off because the kind's clock under load is not known; mostly 0."""
     return model.clock_error if isinstance(model, TabulatedModel) else 0.0
