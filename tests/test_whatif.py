@@ -37,6 +37,9 @@ def test_the_unchanged_step_gives_the_unchanged_time(small) -> None:
     assert mean_step_seconds(record.scenario, record.trace) == pytest.approx(record.result["step_time_s"], rel=1e-12)
 
 
+# Durations of kernels asked for in batches of another shape: sums of the processor's linear algebra round differently,
+# which the Gaussian process behind them magnifies.
+ROUNDING = 1e-7
 LINKS = [{"source": f"gpu{rank}", "target": "switch", "bandwidth": "50 GB/s", "latency": "3 us"} for rank in range(4)]
 FAST_LINKS = [link | {"bandwidth": "100 GB/s"} for link in LINKS]
 FABRICS = {  # and the same with links twice as fast; gpu h200: 450 GB/s of NVLink per direction, 50 GB/s of network
@@ -59,7 +62,9 @@ def test_the_faster_network_is_the_scenario_with_faster_links(small, name, model
     record = simulate(small(common | {"cluster.fabric": slow}))
     changed = simulate(small(common | {"cluster.fabric": fast}))
     assert changed.result["step_time_s"] < record.result["step_time_s"]
-    assert answers(record)["double_bandwidth"]["step_time_s"] == pytest.approx(changed.result["step_time_s"], rel=1e-9)
+    assert answers(record)["double_bandwidth"]["step_time_s"] == pytest.approx(
+        changed.result["step_time_s"], rel=ROUNDING
+    )
 
 
 def test_every_answer_is_the_run_of_the_changed_scenario(small) -> None:
@@ -72,7 +77,7 @@ def test_every_answer_is_the_run_of_the_changed_scenario(small) -> None:
         "no_group_limit": {"routing": {"kind": "uniform"}},
     }.items():
         step_s = simulate(small(settings | change)).result["step_time_s"]
-        assert found[name]["step_time_s"] == pytest.approx(step_s, rel=1e-12), name
+        assert found[name]["step_time_s"] == pytest.approx(step_s, rel=ROUNDING), name
 
 
 def test_what_does_not_apply_says_why(small) -> None:
