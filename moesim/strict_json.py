@@ -44,10 +44,13 @@ def json_text(
     )
 
 
-def parse_json(text: str | bytes) -> Any:
-    """The value that JSON text holds. Raises ValueError for what is not strict JSON, nesting beyond reason included."""
+def parse_json(text: str | bytes, *, constants: bool = False) -> Any:
+    """The value that JSON text holds. Raises ValueError for what is not strict JSON, nesting beyond reason included.
+
+    `constants`: Infinity and NaN, which others write, are texts of these names.
+    """
     try:
-        return json.loads(text, parse_constant=_refuse, parse_float=_finite)
+        return json.loads(text, parse_constant=str if constants else _refuse, parse_float=_finite)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 

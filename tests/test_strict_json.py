@@ -43,3 +43,11 @@ def test_what_is_not_strict_json_is_refused(text: str) -> None:
 def test_the_text_is_what_the_standard_library_writes() -> None:
     value = {"b": 0.1, "a": [3, {"c": "x"}]}
     assert json_text(value, indent=1, sort_keys=True) == json.dumps(value, indent=1, sort_keys=True)
+
+
+def test_constants_that_others_write_are_texts_where_asked_for() -> None:
+    assert parse_json('{"a": [0.0, Infinity], "b": NaN, "c": -Infinity}', constants=True) == {
+        "a": [0.0, "Infinity"],
+        "b": "NaN",
+        "c": "-Infinity",
+    }

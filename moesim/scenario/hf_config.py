@@ -72,7 +72,7 @@ def _fields(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from None
     try:
-        fields = parse_json(text)
+        fields = parse_json(text, constants=True)  # Nemotron's files have Infinity
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(fields, dict):

@@ -1,4 +1,5 @@
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -189,3 +190,13 @@ def test_a_file_that_is_no_config_is_refused(tmp_path, content, message):
     path.write_text(content)
     with pytest.raises(UserError, match=message):
         read_hf_config(tmp_path)
+
+
+def test_infinity_where_no_number_is_read_does_no_harm_and_is_no_number_elsewhere(tmp_path):
+    config = json.loads((CONFIGS / "qwen3-30b-a3b-transformers5.json").read_text())
+    text = json.dumps(config)[:-1]
+    (tmp_path / "config.json").write_text(text + ', "time_step_limit": [0.0, Infinity]}')
+    assert read_hf_config(tmp_path / "config.json").fields["experts"] == 128
+    (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_size": math.inf}))
+    with pytest.raises(UserError, match='"hidden_size" = "Infinity" must be'):
+        read_hf_config(tmp_path / "config.json")
