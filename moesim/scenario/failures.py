@@ -21,7 +21,10 @@ LONGEST = 10 * 366 * 86400.0  # seconds of a period: ten years
 
 
 def _period(value: object) -> float:
-    seconds = parse_seconds(value)
+    try:
+        seconds = parse_seconds(value)
+    except ValueError as error:
+        raise ValueError(str(error).replace("3.3 us", "30 min")) from None
     if seconds > LONGEST:
         raise ValueError(f'"{value}" is longer than ten years')
     return seconds
@@ -168,6 +171,10 @@ class Failures(Section):
             raise ValueError("spares need repair beside them: how long a broken node is away, such as 24 h")
         if self.spares is None and (self.repair is not None or self.without_spare != "wait"):
             raise ValueError("repair and without_spare are of no account without spares; add spares: 0 or more")
+        names = [cause.name for cause in self.causes]
+        twice = next((name for index, name in enumerate(names) if name in names[:index]), None)
+        if twice is not None:
+            raise ValueError(f'causes: "{twice}" is listed twice; give each cause its own name')
         return self
 
     def record_for(self, default: FailureRecord) -> FailureRecord:

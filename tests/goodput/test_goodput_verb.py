@@ -71,6 +71,8 @@ def test_csv_has_the_numbers_of_the_json(call) -> None:
         (["--set", "failures.record=llama4"], 1, "llama3_h100"),
         (["--set", "failures.detection=10"], 1, "unit"),
         (["--set", "failures.spares=2"], 1, "repair"),
+        (["--set", "failures.restart=300"], 1, "30 min"),
+        (["--set", "failures={causes: [{name: a, every: 3 d}, {name: a, every: 4 d}]}"], 1, "listed twice"),
         (["--set", "failures.checkpoint.interval=0"], 1, "interval"),
         (["--set", "failures.checkpoint.interval=often"], 1, "interval"),
         (["--set", "failures={spares: 0, repair: 1 d, without_spare: shrink}"], 1, "wait"),
