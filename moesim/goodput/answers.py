@@ -31,7 +31,7 @@ from moesim.seeding import stream
 
 SEARCH_FAILURES = 4_000  # that the search for an interval draws in all, about: its optimum scatters by a few per cent
 MOST_FAILURES = 1_000_000  # of one draw
-MOST_SEARCHED = 64  # draws of the search
+MOST_SEARCHED = 256  # draws of the search
 RANGE = (5.0, 95.0)  # percentiles of a 90 % range
 MOST_DAYS = 3_660.0
 WAITS = ("detection", "restart", "repair")
