@@ -12,7 +12,7 @@ import numpy as np
 
 POINTS = 17  # simulated intervals
 WIDTH = 8.0  # times longer and shorter than Young's
-NEAR = 4.0  # times the least overhead up to which points shape the fit
+NEAR = 1.5  # times the least overhead up to which points shape the fit
 
 
 def young_seconds(*, cost_s: float, between_failures_s: float) -> float:

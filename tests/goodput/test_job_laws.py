@@ -166,8 +166,8 @@ def test_the_best_interval_meets_the_formulas_in_the_simple_case(cost: float, be
                  horizon_s=2_000 * between)  # fmt: skip
     steps, _ = best_interval(simple, 0, least=1)
     known = {"cost_s": cost, "between_failures_s": between}
-    assert steps == pytest.approx(young_seconds(**known), rel=0.08)
-    assert steps == pytest.approx(daly_seconds(**known), rel=0.08)
+    assert steps == pytest.approx(young_seconds(**known), rel=0.06)
+    assert steps == pytest.approx(daly_seconds(**known), rel=0.04)
 
 
 def test_dearer_checkpoints_and_rarer_failures_make_the_best_interval_longer() -> None:
