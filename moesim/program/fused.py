@@ -1,4 +1,4 @@
-"""`implementation: {kind: fused}`: a well-tuned training stack, as operations.
+"""`implementation: {kind: fused}`: an ideal training stack, a bound, as operations.
 
 What it assumes. Kernels are fused where such stacks fuse them: residual add with the norm, rotary embedding in one
 pass, softmax and top-k of the router in one kernel, SiLU-times-gate (in FP8 with the casts of its result, and of the

@@ -53,7 +53,7 @@ class SoftwareFacts:
 
 FUSED = SoftwareFacts(
     name="fused",
-    about="kernels of a production trainer",
+    about="kernels of an ideal trainer whose host never limits: a bound",
     listed="drawn up as the kernels of a well-tuned stack whose host never limits: a bound, not any one program",
     checked="no measured step of it; its kernels by themselves (moesim calibrate --report)",
     kernels="fused",
