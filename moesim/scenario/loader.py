@@ -76,6 +76,9 @@ def _build(root: Node, overrides: Sequence[str], *, base: FilePath) -> Scenario:
     if not isinstance(root.value, dict):
         kind = "a list" if isinstance(root.value, list) else f"the value {root.value!r}"
         raise UserError(f"{root.where}: expected a mapping of sections, got {kind}; write name: ..., model: ...")
+    node, reached = find(root, ("workload", "kind"))
+    if reached == ("workload", "kind") and node.value == "serving":
+        raise UserError(f"{node.where}: workload.kind: this is a serving scenario; simulate it with `moesim serve`")
     is_flat = _is_flat(root)
     root = apply_overrides(flat_cluster_to_pools(root), overrides)
     is_flat = is_flat or _is_flat(root)

@@ -13,6 +13,8 @@ from moesim.scenario.model import LocalGlobal, Mla
 from moesim.scenario.overrides import apply_overrides
 from moesim.serving.schema import ServingScenario
 
+_KIND = ("workload", "kind")
+
 
 def load_serving(path: str | FilePath, overrides: Sequence[str] = ()) -> ServingScenario:
     """The serving scenario in the file `path` with `a.b=c` overrides applied.
@@ -37,6 +39,9 @@ def load_serving_text(text: str, *, source: str = "serving", overrides: Sequence
 def _validated(root: Node, overrides: Sequence[str], *, base: FilePath) -> ServingScenario:
     if not isinstance(root.value, dict):
         raise UserError(f"{root.where}: expected a mapping of sections; write name: ..., model: ..., workload: ...")
+    kind, path = find(root, _KIND)
+    if "workload" in root.value and (path != _KIND or kind.value == "training"):
+        raise UserError(f"{kind.where}: workload: this is a training scenario; simulate it with `moesim run`")
     root = apply_overrides(flat_cluster_to_pools(root), overrides)
     root = absolute_paths(explicit_model(flat_cluster_to_pools(root), base=base), base=base)
     try:

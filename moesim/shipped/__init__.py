@@ -17,6 +17,7 @@ Kind = Literal["scenario", "study", "plan", "serving"]
 # folder below that of the scenarios
 KINDS: dict[Kind, str] = {"scenario": ".", "study": "studies", "plan": "plans", "serving": "serving"}
 VERBS: dict[Kind, str] = {"scenario": "run", "study": "sweep", "plan": "plan", "serving": "serve"}  # takes its names
+WORDS: dict[Kind, str] = {"serving": "serving scenario"}  # where the kind by itself is no word for one of them
 SCHEMA_FILE = "schema.json"  # named by the first line of scenarios, for editors
 
 _BASE = re.compile(r"^base: *([^#\n]*?) *(?:#.*)?$", re.MULTILINE)
@@ -69,7 +70,9 @@ def resolve(path: str | Path, kind: Kind) -> Path:
         return folder() / KINDS[kind] / f"{path.name}.yaml"
     if bare:
         hint = closest(path.name, known) or "; `moesim scenarios` lists those that ship"
-        raise UserError(f"{path}: there is no such file, and no {kind} of this name ships with moesim{hint}")
+        raise UserError(
+            f"{path}: there is no such file, and no {WORDS.get(kind, kind)} of this name ships with moesim{hint}"
+        )
     if path.stem in known and path.suffix in (".yaml", ".yml"):
         raise UserError(f"{path}: there is no such file; the {kind} that ships: moesim {VERBS[kind]} {path.stem}")
     return path

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from moesim.errors import InfeasibleError, UserError
+from moesim.scenario import load_scenario_text
 from moesim.serving import largest_load, load_serving, load_serving_text, serve, serve_seeds
 from moesim.serving.answers import Deployment
 from moesim.serving.batch import Batch, Job
@@ -193,3 +194,10 @@ def test_every_deployment_that_ships_is_served(name: str) -> None:
     result = serve(scenario)
     assert result["output_tokens_per_second"] > 0 and 0 < result["kv_peak_share"] <= 1
     assert sum(result["time_s"].values()) == pytest.approx(result["steps"] * result["step_s"]["mean"])
+
+
+def test_each_loader_names_the_verb_of_the_other() -> None:
+    with pytest.raises(UserError, match=r"f\.yaml:8:9: workload\.kind: this is a serving scenario.*`moesim serve`"):
+        load_scenario_text(SMALL, source="f.yaml")
+    with pytest.raises(UserError, match=r"this is a training scenario; simulate it with `moesim run`"):
+        load_serving(resolve("quickstart", "scenario"))
