@@ -86,7 +86,7 @@ def _routing(named: str | None) -> list[Fact]:
     """What a scenario without a routing section gets; nothing of a dense model."""
     if named is None:
         return []
-    which = "no router of its kind ships, a lower bound of imbalance" if named == "uniform" else "a trained router"
+    which = "no router is known to be its own; a lower bound of imbalance" if named == "uniform" else "a trained router"
     return [Fact("routing", named, f"where a scenario names none; {which}")]
 
 

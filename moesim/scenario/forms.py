@@ -6,13 +6,13 @@ explicit model; a missing `routing` the model's own; paths become absolute, rela
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from moesim.errors import UserError
-from moesim.scenario.catalogue import model_preset
+from moesim.scenario.catalogue import model_names, model_preset
 from moesim.scenario.document import Node, find, list_node, mapping_node
 from moesim.scenario.hf_config import read_hf_config
 from moesim.scenario.overrides import FLAT_CLUSTER_KEYS
@@ -57,6 +57,7 @@ def explicit_model(root: Node, *, base: Path) -> Node:
             raise UserError(f"{node.key_where}: model.hf_config: conflicts with model.preset; keep one of them")
         with _located(node, "model.hf_config"):
             fields = dict(read_hf_config(_resolve(_text(node), node, base)).fields)
+            fields |= {"routing": routing_of_layout(fields)} if fields.get("experts") else {}
     elif "preset" in given and given["preset"].value is not None:
         with _located(given["preset"], "model.preset"):
             fields = model_preset(_text(given["preset"]))
@@ -82,6 +83,18 @@ def default_routing(root: Node) -> Node:
         return root
     assert model is not None
     return _with(root, routing=_node_of(routing_of(named if isinstance(named, str) else None), model))
+
+
+_SAME = ("layers", "hidden", "experts", "top_k", "expert_intermediate")
+
+
+def routing_of_layout(fields: Mapping[str, Any]) -> str:
+    """`model.routing` of the catalogue's model of these sizes, which is the same one: uniform where there is none."""
+    for name in model_names():
+        known = model_preset(name)
+        if all(fields.get(key) == known.get(key) for key in _SAME):
+            return str(known.get("routing") or "uniform")
+    return "uniform"
 
 
 def routing_of(named: str | None) -> dict[str, str]:

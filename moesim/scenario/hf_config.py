@@ -68,7 +68,7 @@ def flat(fields: Mapping[str, Any], sections: tuple[str, ...], *, name: str) -> 
 
 def _fields(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from None
     try:

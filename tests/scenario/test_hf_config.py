@@ -200,3 +200,19 @@ def test_infinity_where_no_number_is_read_does_no_harm_and_is_no_number_elsewher
     (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_size": math.inf}))
     with pytest.raises(UserError, match='"hidden_size" = "Infinity" must be'):
         read_hf_config(tmp_path / "config.json")
+
+
+def test_a_file_of_a_known_model_gets_that_models_routing_and_another_one_uniform(tmp_path):
+    text = (
+        "name: a\nmodel: {hf_config: config.json}\ncluster: {gpu: h100, nodes: 64}\nparallelism: {data: 8, expert: 8}\n"
+    )
+    text += "workload: {sequence_length: 4096, global_batch: 8}\nmemory: {check: warn}\n"
+    (tmp_path / "scenario.yaml").write_text("schema_version: 1\n" + text)
+    for name, routing in (
+        ("qwen3-30b-a3b-transformers5", {"kind": "trace", "file": "library:128x8/published"}),
+        ("kimi-k2", {"kind": "trace", "file": "library:384x8/published"}),
+        ("minimax-m2", {"kind": "uniform"}),
+    ):
+        (tmp_path / "config.json").write_text((CONFIGS / f"{name}.json").read_text())
+        found = load_scenario(tmp_path / "scenario.yaml").routing.model_dump()
+        assert {key: found[key] for key in routing} == routing, name
