@@ -14,14 +14,15 @@ from numpy.typing import NDArray
 from moesim.engine import simulate_step, step_kernels
 from moesim.kernels import KernelModel, kernel_model
 from moesim.kernels.errors import bases_of, clock_error_of, kernels_rest_on
-from moesim.network import Fabric, NetworkParameters
-from moesim.parallel import Mesh, TrafficSample, TrafficSampler
+from moesim.network import Fabric
+from moesim.parallel import TrafficSample, TrafficSampler
 from moesim.parallel.memory import MemoryReport
 from moesim.parallel.memory_remedy import check_memory
 from moesim.parallel.memory_rows import RoutedRows, even_rows, routed_rows
 from moesim.parallel.stated import stated_trace
 from moesim.program import StepProgram, build_program
-from moesim.program.scenario_fabric import scenario_fabric, sharing_model
+from moesim.program.scenario_fabric import scenario_fabric
+from moesim.program.warnings import coverage, layout_warnings, sharing_warnings
 from moesim.results import CATEGORIES, RESULT_SCHEMA_VERSION, RunRecord, SpanTable, Stream, attribute
 from moesim.results.balance import balance_warnings
 from moesim.results.critical_path import path_facts
@@ -45,15 +46,13 @@ from moesim.routing.replay import recorded_trace
 from moesim.routing.request import TrainingRequest
 from moesim.scenario import Scenario
 from moesim.scenario.check import require_supported
-from moesim.scenario.cluster import NVL72_GPUS
-from moesim.scenario.routing import PopularityRouting, Routing, StatedRouting, TraceRouting, TrainRouting
+from moesim.scenario.routing import PopularityRouting, StatedRouting, TraceRouting, TrainRouting
 from moesim.seeding import stream, stream_seed
 from moesim.trace import RoutingTrace, popularity_trace, trace_hash, uniform_trace
 from moesim.trace.agreement import check_agreement, import_notes, limit_difference
 from moesim.trace.basis import rests_on
 from moesim.trace.metrics import expert_load_LE, first_load_LE, imbalance
-from moesim.trace.sampling import MIN_COVERAGE_FOR_CONFIDENCE, MIN_COVERAGE_FOR_RANGE
-from moesim.units import format_bandwidth, format_bytes
+from moesim.trace.sampling import MIN_COVERAGE_FOR_RANGE
 
 FloatArray = NDArray[np.float64]
 
@@ -142,11 +141,6 @@ def _synthetic_tokens(scenario: Scenario) -> int:
     """How many tokens of drawn routing a scenario gets."""
     fewest, most = SYNTHETIC_TOKENS
     return max(fewest, window_tokens(scenario), min(most, scenario.tokens_per_step))
-
-
-def coverage(scenario: Scenario, sample: TrafficSample) -> float:
-    """Trace sequences / batch sequences: how far the trace carries a statement about the batch."""
-    return sample.draw.num_trace_sequences / scenario.workload.global_batch
 
 
 def draw_samples(
@@ -336,8 +330,8 @@ def _record(
         "router": {"kind": "none (dense model)", "train_loss": None, "validation_loss": None},
         "placement": {"kind": "none (dense model)"},
         "warnings": [
-            *_warnings(scenario, fabric, memory, plain),
-            *_sharing_warnings(outcome.shared_links, cost_s),
+            *layout_warnings(scenario, fabric, memory, plain),
+            *sharing_warnings(outcome.shared_links, cost_s),
             *placement_warnings(scenario),
             *dropping_warnings(kept),
             *stage_warnings(stages, listed=scenario.parallelism.stages is not None),
@@ -401,63 +395,3 @@ def _router_facts(scenario: Scenario, trace: RoutingTrace, sample: TrafficSample
         "reused_share": sample.draw.reused_share,
         **rests_on(trace, scenario),
     }
-
-
-def _sharing_warnings(shared_links: int, cost_s: float) -> list[str]:
-    """What groups that fill links together do to each other."""
-    if not shared_links:
-        return []
-    effect = "groups of ranks can fill the same links of the fabric and then slow each other"
-    if cost_s < 0:
-        effect += "; equal loads keep them in step, which slows them most: hence a negative cost of imbalance"
-    return [f"{effect} (links: {shared_links})"]
-
-
-def _nominal_nvlink(scenario: Scenario) -> list[str]:
-    """A bandwidth of the scenario's own may be one that transfers reach; it is taken as the links' nominal one."""
-    fabric = scenario.cluster.fabric
-    usual = {pool.spec.nvlink_bandwidth for pool in scenario.cluster.pools}
-    if fabric.nvlink is None or fabric.nvlink in usual or fabric.nvlink_efficiency is not None:
-        return []
-    return [
-        f"cluster.fabric.nvlink: {format_bandwidth(fabric.nvlink)} is taken as nominal, of which long transfers reach "
-        f"{NetworkParameters().nvlink_efficiency:.1%}; if it is what they reach, add nvlink_efficiency: 1"
-    ]
-
-
-def _longer_trace(routing: Routing) -> str:
-    """How a trace gets more sequences, where it can; what is drawn is drawn up to a limit."""
-    if isinstance(routing, TrainRouting):
-        return "; record more with routing.tokens"
-    return "; use a trace of more tokens" if isinstance(routing, TraceRouting) else ""
-
-
-def _warnings(scenario: Scenario, fabric: Fabric, memory: MemoryReport, plain: Sequence[TrafficSample]) -> list[str]:
-    """What a reader must know before trusting the numbers."""
-    warnings = []
-    if memory.fits_share < 1:
-        warnings.append(
-            f"{1 - memory.fits_share:.0%} of the routing samples do not fit into memory: the fullest needs "
-            f"{format_bytes(memory.peak_bytes)}"
-        )
-    mesh = Mesh(scenario.parallelism, scenario.cluster)
-    crossing = [ranks_R for ranks_R in mesh.expert_groups() if mesh.layout(ranks_R).num_nodes > 1]
-    if fabric.core_can_block and any(sharing_model(scenario, fabric, ranks_R) == "ports" for ranks_R in crossing):
-        warnings.append(
-            "network.model: ports looks at the fabric's core links one by one: where several block at once a transfer "
-            "may come out a fifth short; use fluid"
-        )
-    if fabric.preset == "nvl72" and crossing and len(mesh.expert_groups()[0]) <= NVL72_GPUS:
-        warnings.append(
-            f"{len(crossing)} of {len(mesh.expert_groups())} expert groups lie on two racks and dispatch through NICs; "
-            "choose parallelism.expert so that groups fill racks, or nodes so that each rack holds whole groups"
-        )
-    warnings += _nominal_nvlink(scenario)
-    if plain and coverage(scenario, plain[0]) < MIN_COVERAGE_FOR_CONFIDENCE:
-        has_range = len(plain) > 1 and coverage(scenario, plain[0]) >= MIN_COVERAGE_FOR_RANGE
-        effect = "the range is likely too narrow" if has_range else "no range is given"
-        of = f"{plain[0].draw.num_trace_sequences} sequences for a batch of {scenario.workload.global_batch}"
-        warnings.append(f"the trace has {of}: {effect}{_longer_trace(scenario.routing)}")
-    if scenario.idle_gpus:
-        warnings.append(f"{scenario.idle_gpus} GPUs of the cluster have no rank and are paid for all the same")
-    return warnings

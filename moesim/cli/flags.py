@@ -103,6 +103,21 @@ def load(args: argparse.Namespace) -> "Scenario":
     return load_scenario(resolve(args.scenario, "scenario"), args.overrides)
 
 
+def check_new(path: Path, *, force: bool) -> None:
+    """Refuse a file that is there, unless `force`, and a place that cannot be written to. Raises UserError."""
+    if path.exists() and not force:
+        raise UserError(f"{path} exists; choose another --out, or --force to replace it")
+    check_writable(path)
+
+
+def check_positive(args: argparse.Namespace, *names: str) -> None:
+    """Refuse numbers below 1 among flags, which may be absent. Raises UserError."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value} must be 1 or more")
+
+
 def check_writable(path: Path) -> None:
     """Refuse a place that cannot be written to, before any long work. Raises UserError."""
     existing = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from moesim.cli.flags import add_cache, add_force, add_json, add_quiet, add_scenario, check_writable, load
+from moesim.cli.flags import add_cache, add_force, add_json, add_quiet, add_scenario, check_new, load
 from moesim.cli.interrupt import interrupts_say, kept_of_training
 from moesim.cli.progress import watched_training
 from moesim.errors import UserError
@@ -38,9 +38,7 @@ def execute(args: argparse.Namespace) -> int:
     if args.out is not None:
         if args.out.suffix not in WRITERS:
             raise UserError(f"{args.out}: the ending says whose file it is; use {' or '.join(WRITERS)}")
-        if args.out.exists() and not args.force:
-            raise UserError(f"{args.out} exists; choose another --out, or --force to replace it")
-        check_writable(args.out)
+        check_new(args.out, force=args.force)
     scenario = load(args)
     if scenario.model.experts == 0:
         raise UserError(f"{scenario.name}: the model is dense (model.experts = 0), so there is nothing to place")

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from moesim.cli.flags import add_file, add_force, add_json, add_overrides, add_quiet
+from moesim.cli.flags import add_file, add_force, add_json, add_overrides, add_quiet, check_positive
 from moesim.cli.page import add_page, place_of_page, write_page
 from moesim.errors import UserError
 from moesim.strict_json import json_text
@@ -29,8 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """Serve, print, plot. Raises UserError and InfeasibleError."""
-    if args.seeds < 1:
-        raise UserError(f"--seeds {args.seeds} must be 1 or more")
+    check_positive(args, "seeds")
     if args.max_load and args.seeds > 1:
         raise UserError("--max-load searches with one draw of arrivals; leave --seeds out")
     from moesim.serving import load_serving

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moesim.cli.flags import add_cache, add_force, add_json, add_quiet, add_scenario, check_writable, load
+from moesim.cli.flags import add_cache, add_force, add_json, add_quiet, add_scenario, check_new, load
 from moesim.cli.interrupt import interrupts_say, kept_of_training
 from moesim.cli.library import show_library
 from moesim.cli.progress import watched_training
@@ -35,9 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(args: argparse.Namespace) -> int:
     """Make the trace, save it where asked, show it. Raises UserError, InfeasibleError and Interrupted."""
     if args.out is not None:
-        if args.out.exists() and not args.force:
-            raise UserError(f"{args.out} exists; choose another --out, or --force to replace it")
-        check_writable(args.out)
+        check_new(args.out, force=args.force)
     if str(args.scenario).startswith("library:"):
         return show_library(args)
     scenario = load(args)

@@ -3,8 +3,7 @@
 import argparse
 from pathlib import Path
 
-from moesim.cli.flags import add_force, add_quiet, check_writable
-from moesim.errors import UserError
+from moesim.cli.flags import add_force, add_quiet, check_new
 
 NAME = "trace export"
 SUMMARY = "Write a routing trace (a file or library:NAME) as a parquet table: a row per step, layer and token."
@@ -21,9 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """Write the table. Raises UserError."""
-    if args.out.exists() and not args.force:
-        raise UserError(f"{args.out} exists; choose another --out, or --force to replace it")
-    check_writable(args.out)
+    check_new(args.out, force=args.force)
     from moesim.api import load_trace
     from moesim.routing.importing.parquet import write_parquet
 

@@ -3,8 +3,7 @@
 import argparse
 from pathlib import Path
 
-from moesim.cli.flags import add_force, add_json, add_quiet, check_writable
-from moesim.errors import UserError
+from moesim.cli.flags import add_force, add_json, add_quiet, check_new, check_positive
 from moesim.strict_json import json_text
 
 NAME = "trace hf"
@@ -29,13 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """Load the model, read the text, save the trace, say what was seen. Raises UserError."""
-    if args.out.exists() and not args.force:
-        raise UserError(f"{args.out} exists; choose another --out, or --force to replace it")
-    check_writable(args.out)
-    for flag in ("tokens", "sequence_length", "batch"):
-        value = getattr(args, flag)
-        if value is not None and value < 1:
-            raise UserError(f"--{flag.replace('_', '-')} {value} must be 1 or more")
+    check_new(args.out, force=args.force)
+    check_positive(args, "tokens", "sequence_length", "batch")
     from moesim.display import opened_display
     from moesim.routing.hooks import Reading, record_model
     from moesim.trace import save_trace

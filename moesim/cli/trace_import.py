@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from moesim.cli.flags import add_force, add_json, add_quiet, check_writable
+from moesim.cli.flags import add_force, add_json, add_quiet, check_new, check_positive
 from moesim.errors import UserError
 from moesim.strict_json import json_text
 
@@ -41,14 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """Read the source, save the trace, say what was read. Raises UserError."""
-    if args.out.exists() and not args.force:
-        raise UserError(f"{args.out} exists; choose another --out, or --force to replace it")
-    check_writable(args.out)
-    for flag, value in (("experts", args.experts), ("top-k", args.top_k), ("tokens", args.tokens)):
-        if value is not None and value < 1:
-            raise UserError(f"--{flag} {value} must be 1 or more")
-    if args.sequence_length is not None and args.sequence_length < 1:
-        raise UserError(f"--sequence-length {args.sequence_length} must be 1 or more")
+    check_new(args.out, force=args.force)
+    check_positive(args, "experts", "top_k", "tokens", "sequence_length")
     from moesim.routing.importing import Asked, import_routing
     from moesim.trace import save_trace
 

@@ -23,7 +23,6 @@ from moesim.goodput.job_of_scenario import (
     saving_of,
 )
 from moesim.results import RunRecord
-from moesim.results.economy import price_per_hour
 from moesim.routing.progress import ProgressCallback
 from moesim.run import simulate
 from moesim.scenario import Scenario
@@ -156,7 +155,7 @@ def _result(
     low, high = (float(np.percentile(shares, each)) for each in RANGE)
     tokens = scenario.tokens_per_step * job.horizon_s / job.step_s * mean
     pool = scenario.cluster.pools[0]
-    hourly = price_per_hour(scenario) + (job.spares or 0) * pool.gpus_per_node * pool.usd_per_gpu_hour
+    hourly = scenario.cluster.usd_per_hour + (job.spares or 0) * pool.gpus_per_node * pool.usd_per_gpu_hour
     usd = hourly * job.horizon_s / 3600
     budget = scenario.workload.train_tokens
     per_day = tokens / (job.horizon_s / SECONDS_PER_DAY)
@@ -172,7 +171,7 @@ def _result(
         "goodput_range": [low, high] if len(ledgers) > 1 else None,
         "tokens_per_day": per_day,
         "usd_per_million_useful_tokens": usd / (tokens / 1e6),
-        "usd_per_million_tokens_without_failures": price_per_hour(scenario) * job.step_s / 3600
+        "usd_per_million_tokens_without_failures": scenario.cluster.usd_per_hour * job.step_s / 3600
         / (scenario.tokens_per_step / 1e6),
         "usd_total": None if budget is None else usd / tokens * budget,
         "days_total": None if budget is None else budget / per_day,

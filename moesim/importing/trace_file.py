@@ -19,8 +19,6 @@ from moesim.strict_json import streamed_members
 PIECE = 1 << 20
 MOST_KEPT = 2_000_000  # events; about 1 GB of memory
 AGAIN = "profile one training step with torch.profiler (record_shapes=True) and export_chrome_trace"
-DEVICE_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
-LAUNCHES = ("cuda_runtime", "cuda_driver")
 MODULE = "nn.Module: "
 
 

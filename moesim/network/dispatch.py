@@ -155,7 +155,7 @@ def _prepare(
         stages = [stages[0] + own[:, :, None] * np.eye(len(chosen))]
     if combine:
         stages = [np.swapaxes(copies, 1, 2) for copies in reversed(stages)]
-    avoids_nvlink = facts.avoids_nvlink and fabric.preset != "nvl72"  # whose trays have NVLink between them for it
+    avoids_nvlink = facts.avoids_nvlink and not fabric.is_rack_scale
     demands = [
         make_demand(fabric, copies * message_bytes, ranks=chosen, avoid_nvlink=avoids_nvlink, loopback=loopback)
         for copies in stages

@@ -65,6 +65,11 @@ class Fabric:
 
     _reached: dict[tuple[float, float], "Fabric"] = field(init=False, repr=False, default_factory=dict)
 
+    @property
+    def is_rack_scale(self) -> bool:
+        """Whether NVLink joins the trays of a rack, so that nothing within it needs a NIC."""
+        return self.preset == "nvl72"
+
     def reached_by(self, algorithm: DispatchAlgorithm) -> "Fabric":
         """The links as the software of a dispatch algorithm finds them: with the shares of bandwidth that it reaches.
 

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from moesim.errors import UserError
 from moesim.planner.plan import Choices, Plan
 from moesim.scenario import GroupedRouter, TraceRouting, gpu_spec
-from moesim.scenario.document import Node, Path, find, mapping_node, parse_yaml
+from moesim.scenario.document import Node, Path, find, mapping_node, read_yaml
 from moesim.scenario.forms import absolute_paths, default_routing, explicit_model
 from moesim.scenario.messages import describe
 from moesim.scenario.overrides import apply_overrides
@@ -21,13 +21,7 @@ def load_plan(path: str | FilePath, overrides: Sequence[str] = ()) -> Plan:
     Raises UserError, one line with `file:line:column` or `--set a.b=c`.
     """
     path = FilePath(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the plan: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8 text; save the file as UTF-8") from None
-    return _validated(parse_yaml(text, source=str(path)), overrides, base=path.parent)
+    return _validated(read_yaml(path, what="plan"), overrides, base=path.parent)
 
 
 def plan_from_mapping(data: Mapping[str, Any], overrides: Sequence[str] = ()) -> Plan:

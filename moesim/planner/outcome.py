@@ -8,7 +8,7 @@ from moesim.errors import InfeasibleError
 from moesim.goodput import LEAST_WORK, Step, goodput_of_step, kept_share
 from moesim.goodput.job_of_scenario import job_causes
 from moesim.planner.plan import Objective, Plan
-from moesim.results.economy import cost, price_per_hour, utilisation
+from moesim.results.economy import cost, utilisation
 from moesim.scenario import Scenario
 
 Item = TypeVar("Item")
@@ -62,7 +62,7 @@ def outcome_of(scenario: Scenario, step_s: float, *, screen: bool = False) -> Ou
     days = plain.days / goodput
     spares = (scenario.failures.spares or 0) * pool.gpus_per_node * pool.usd_per_gpu_hour
     return plain._replace(
-        usd=(price_per_hour(scenario) + spares) * 24 * days,
+        usd=(scenario.cluster.usd_per_hour + spares) * 24 * days,
         days=days,
         tokens_per_second=plain.tokens_per_second * goodput,
         goodput=goodput,

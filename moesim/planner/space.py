@@ -184,6 +184,17 @@ class Space:
         return scenario
 
     def _cluster(self, layout: Layout) -> Cluster:
+        key = layout.gpu, layout.gpus, layout.fabric
+        if key not in self._clusters:
+            self._clusters[key] = self._new_cluster(layout)
+        return self._clusters[key]
+
+    @cached_property
+    def _clusters(self) -> dict[tuple[int, int, int], Cluster]:
+        """Those made so far: few are asked for again and again."""
+        return {}
+
+    def _new_cluster(self, layout: Layout) -> Cluster:
         offer = self.plan.goal.gpus[layout.gpu]
         per_node = min(layout.gpus, offer.gpus_per_node)
         if layout.gpus % per_node:
@@ -197,7 +208,7 @@ class Space:
         return Cluster(pools=(pool,), fabric=self.choices.fabric[layout.fabric])
 
     def _check_places(self, layout: Layout) -> None:
-        kept, per_node = self.plan.constraints, max(self._cluster(layout).domain_sizes)
+        kept, per_node = self.plan.constraints, self._cluster(layout).domain_sizes[0]
         groups = {
             "tensor group": (kept.tensor_in_node, layout.tensor),
             "expert group": (kept.expert_in_node, layout.expert * layout.expert_tensor),

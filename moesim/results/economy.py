@@ -28,14 +28,9 @@ def utilisation(scenario: Scenario, step_s: float) -> dict[str, Any]:
     return mfu
 
 
-def price_per_hour(scenario: Scenario) -> float:
-    """USD per hour of all GPUs of the cluster, idle ones included."""
-    return sum(pool.usd_per_gpu_hour * pool.nodes * pool.gpus_per_node for pool in scenario.cluster.pools)
-
-
 def cost(scenario: Scenario, step_s: float) -> dict[str, Any]:
     """USD per step, per million tokens and for the token budget, and the days it takes; None without a budget."""
-    per_step = price_per_hour(scenario) * step_s / SECONDS_PER_HOUR
+    per_step = scenario.cluster.usd_per_hour * step_s / SECONDS_PER_HOUR
     budget = scenario.workload.train_tokens
     steps = None if budget is None else budget / scenario.tokens_per_step
     return {

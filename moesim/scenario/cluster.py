@@ -1,5 +1,6 @@
 """The `cluster`, `network` and `dispatch` sections: machines, links, and how tokens travel over them."""
 
+from functools import cached_property
 from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag, WithJsonSchema
@@ -176,6 +177,11 @@ class Cluster(Section):
         return sum(pool.nodes * pool.gpus_per_node for pool in self.pools)
 
     @property
+    def usd_per_hour(self) -> float:
+        """The rent of all GPUs, idle ones included."""
+        return sum(pool.usd_per_gpu_hour * pool.nodes * pool.gpus_per_node for pool in self.pools)
+
+    @property
     def preset(self) -> FabricPreset:
         """The shape of the fabric: what the scenario names, or what its GPUs come in."""
         if self.fabric.preset is not None:
@@ -195,7 +201,7 @@ class Cluster(Section):
             raise UserError(text)
         return NVL72_GPUS // pool.gpus_per_node
 
-    @property
+    @cached_property
     def domain_sizes(self) -> tuple[int, ...]:
         """GPUs of each NVLink domain in rank order: a node's, or in nvl72 those of a rack; its last may be smaller."""
         sizes: list[int] = []

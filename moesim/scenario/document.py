@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path as FilePath
 from typing import Any
 
 import yaml
@@ -60,6 +61,21 @@ def mapping_node(children: dict[str, Node], like: Node) -> Node:
 def list_node(children: list[Node], like: Node) -> Node:
     """A list at the place of the node `like`."""
     return Node(children, like.where, like.key_where, 1 + sum(child.size for child in children))
+
+
+def read_yaml(path: FilePath, *, what: str) -> Node:
+    """The document in a file that holds a `what`. Raises UserError, one line, where it cannot be read or parsed."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the {what}: {error.strerror}") from None
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        column = error.start - (content.rfind(b"\n", 0, error.start) + 1) + 1
+        raise UserError(f"{path}:{line}:{column}: not UTF-8 text; save the file as UTF-8") from None
+    return parse_yaml(text, source=str(path))
 
 
 def find(node: Node, path: Path) -> tuple[Node, Path]:

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from moesim.errors import UserError
 from moesim.scenario.check import check_scenario
-from moesim.scenario.document import Node, Path, find, parse_yaml, plain_scalar
+from moesim.scenario.document import Node, Path, find, parse_yaml, plain_scalar, read_yaml
 from moesim.scenario.forms import absolute_paths, default_routing, explicit_model, flat_cluster_to_pools
 from moesim.scenario.messages import describe
 from moesim.scenario.overrides import apply_overrides
@@ -25,7 +25,7 @@ def load_scenario(path: str | FilePath, overrides: Sequence[str] = ()) -> Scenar
     not fit on its cluster.
     """
     path = FilePath(path)
-    root = parse_yaml(_read(path), source=str(path))
+    root = read_yaml(path, what="scenario")
     if root.value is None:
         raise UserError(f"{path}: the file is empty; a scenario needs name, model, routing, cluster and workload")
     return _build(root, overrides, base=path.parent)
@@ -56,19 +56,6 @@ def yaml_text(data: Mapping[str, Any]) -> str:
 def load_scenario_text(text: str, *, source: str = _LABEL, overrides: Sequence[str] = ()) -> Scenario:
     """As `load_scenario`, from YAML text; paths are relative to the working directory."""
     return _build(parse_yaml(text, source=source), overrides, base=FilePath())
-
-
-def _read(path: FilePath) -> str:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the scenario: {error.strerror}") from None
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        column = error.start - (content.rfind(b"\n", 0, error.start) + 1) + 1
-        raise UserError(f"{path}:{line}:{column}: not UTF-8 text; save the file as UTF-8") from None
 
 
 def _build(root: Node, overrides: Sequence[str], *, base: FilePath) -> Scenario:

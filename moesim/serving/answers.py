@@ -127,7 +127,7 @@ def _result(deployment: Deployment, requests: Requests, served: Served) -> dict[
     gpus = scenario.parallelism.world_size
     seconds = float(served.done_N.max())
     output, prompt = int(requests.output_N.sum()), int(requests.input_N.sum())
-    usd = scenario.cluster.pools[0].usd_per_gpu_hour * scenario.cluster.num_gpus * seconds / 3600.0
+    usd = scenario.cluster.usd_per_hour * seconds / 3600.0
     good = _good(served, requests, scenario.workload.slo)
     several_N = requests.output_N > 1
     steps = np.array(served.step_seconds)

@@ -317,7 +317,6 @@ class _Tables:
         self.length_G = np.unique(np.geomspace(16, 1 << 20, 33).round())
         sizes = partial(Attention, batch=1, heads=heads, kv_heads=kv_heads, head_dim=dim, value_dim=value_dim)
         self._prompt_G = np.array([float(costs.seconds(sizes(sequence=length))) for length in self.length_G])
-        self.floor = float(costs.seconds(MemoryBound("reduce", 1e3)))
 
     def generating(self, generated_D: NDArray[np.int64], context_D: NDArray[np.int64]) -> FloatArray:
         """Seconds of all layers for generated tokens with so many keys together."""

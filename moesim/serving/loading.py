@@ -6,7 +6,7 @@ from pathlib import Path as FilePath
 from pydantic import ValidationError
 
 from moesim.errors import UserError
-from moesim.scenario.document import Node, Path, find, parse_yaml
+from moesim.scenario.document import Node, Path, find, parse_yaml, read_yaml
 from moesim.scenario.forms import absolute_paths, explicit_model, flat_cluster_to_pools
 from moesim.scenario.messages import describe
 from moesim.scenario.model import LocalGlobal, Mla
@@ -22,13 +22,7 @@ def load_serving(path: str | FilePath, overrides: Sequence[str] = ()) -> Serving
     Raises UserError, one line with `file:line:column` or `--set a.b=c`.
     """
     path = FilePath(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the scenario: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8 text; save the file as UTF-8") from None
-    return _validated(parse_yaml(text, source=str(path)), overrides, base=path.parent)
+    return _validated(read_yaml(path, what="scenario"), overrides, base=path.parent)
 
 
 def load_serving_text(text: str, *, source: str = "serving", overrides: Sequence[str] = ()) -> ServingScenario:

@@ -5,18 +5,12 @@ from pathlib import Path
 
 from moesim.errors import UserError
 from moesim.scenario.catalogue import suggest
-from moesim.scenario.document import Node, parse_yaml
+from moesim.scenario.document import Node, read_yaml
 
 
 def read_file(path: Path) -> Node:
     """The mapping in a study file. Raises UserError."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the study: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8 text; save the file as UTF-8") from None
-    root = parse_yaml(text, source=str(path))
+    root = read_yaml(path, what="study")
     mapping(root, "a study", known=None)
     return root
 

@@ -1,0 +1,80 @@
+"""What a reader of a result must know of the layout, the fabric and the trace before trusting its numbers."""
+
+from collections.abc import Sequence
+
+from moesim.network import Fabric, NetworkParameters
+from moesim.parallel import Mesh, TrafficSample
+from moesim.parallel.memory import MemoryReport
+from moesim.program.scenario_fabric import sharing_model
+from moesim.scenario import Scenario
+from moesim.scenario.cluster import NVL72_GPUS
+from moesim.scenario.routing import Routing, TraceRouting, TrainRouting
+from moesim.trace.sampling import MIN_COVERAGE_FOR_CONFIDENCE, MIN_COVERAGE_FOR_RANGE
+from moesim.units import format_bandwidth, format_bytes
+
+
+def coverage(scenario: Scenario, sample: TrafficSample) -> float:
+    """Trace sequences / batch sequences: how far the trace carries a statement about the batch."""
+    return sample.draw.num_trace_sequences / scenario.workload.global_batch
+
+
+def sharing_warnings(shared_links: int, cost_s: float) -> list[str]:
+    """What groups that fill links together do to each other."""
+    if not shared_links:
+        return []
+    effect = "groups of ranks can fill the same links of the fabric and then slow each other"
+    if cost_s < 0:
+        effect += "; equal loads keep them in step, which slows them most: hence a negative cost of imbalance"
+    return [f"{effect} (links: {shared_links})"]
+
+
+def _nominal_nvlink(scenario: Scenario) -> list[str]:
+    """A bandwidth of the scenario's own may be one that transfers reach; it is taken as the links' nominal one."""
+    fabric = scenario.cluster.fabric
+    usual = {pool.spec.nvlink_bandwidth for pool in scenario.cluster.pools}
+    if fabric.nvlink is None or fabric.nvlink in usual or fabric.nvlink_efficiency is not None:
+        return []
+    return [
+        f"cluster.fabric.nvlink: {format_bandwidth(fabric.nvlink)} is taken as nominal, of which long transfers reach "
+        f"{NetworkParameters().nvlink_efficiency:.1%}; if it is what they reach, add nvlink_efficiency: 1"
+    ]
+
+
+def _longer_trace(routing: Routing) -> str:
+    """How a trace gets more sequences, where it can; what is drawn is drawn up to a limit."""
+    if isinstance(routing, TrainRouting):
+        return "; record more with routing.tokens"
+    return "; use a trace of more tokens" if isinstance(routing, TraceRouting) else ""
+
+
+def layout_warnings(
+    scenario: Scenario, fabric: Fabric, memory: MemoryReport, plain: Sequence[TrafficSample]
+) -> list[str]:
+    """What a reader must know before trusting the numbers."""
+    warnings = []
+    if memory.fits_share < 1:
+        warnings.append(
+            f"{1 - memory.fits_share:.0%} of the routing samples do not fit into memory: the fullest needs "
+            f"{format_bytes(memory.peak_bytes)}"
+        )
+    mesh = Mesh(scenario.parallelism, scenario.cluster)
+    crossing = [ranks_R for ranks_R in mesh.expert_groups() if mesh.layout(ranks_R).num_nodes > 1]
+    if fabric.core_can_block and any(sharing_model(scenario, fabric, ranks_R) == "ports" for ranks_R in crossing):
+        warnings.append(
+            "network.model: ports looks at the fabric's core links one by one: where several block at once a transfer "
+            "may come out a fifth short; use fluid"
+        )
+    if fabric.is_rack_scale and crossing and len(mesh.expert_groups()[0]) <= NVL72_GPUS:
+        warnings.append(
+            f"{len(crossing)} of {len(mesh.expert_groups())} expert groups lie on two racks and dispatch through NICs; "
+            "choose parallelism.expert so that groups fill racks, or nodes so that each rack holds whole groups"
+        )
+    warnings += _nominal_nvlink(scenario)
+    if plain and coverage(scenario, plain[0]) < MIN_COVERAGE_FOR_CONFIDENCE:
+        has_range = len(plain) > 1 and coverage(scenario, plain[0]) >= MIN_COVERAGE_FOR_RANGE
+        effect = "the range is likely too narrow" if has_range else "no range is given"
+        of = f"{plain[0].draw.num_trace_sequences} sequences for a batch of {scenario.workload.global_batch}"
+        warnings.append(f"the trace has {of}: {effect}{_longer_trace(scenario.routing)}")
+    if scenario.idle_gpus:
+        warnings.append(f"{scenario.idle_gpus} GPUs of the cluster have no rank and are paid for all the same")
+    return warnings
