@@ -1,6 +1,5 @@
 """The `cluster`, `network` and `dispatch` sections: machines, links, and how tokens travel over them."""
 
-from functools import cached_property
 from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag, WithJsonSchema
@@ -201,7 +200,7 @@ class Cluster(Section):
             raise UserError(text)
         return NVL72_GPUS // pool.gpus_per_node
 
-    @cached_property
+    @property
     def domain_sizes(self) -> tuple[int, ...]:
         """GPUs of each NVLink domain in rank order: a node's, or in nvl72 those of a rack; its last may be smaller."""
         sizes: list[int] = []

@@ -323,3 +323,11 @@ def test_a_rail_of_shared_nics_degrades_both_gpus() -> None:
     fabric = make_fabric(2, nics_per_node=4, degraded=[{"rail": 3, "factor": 0.5}])
     slow = {link for link, bandwidth in zip(fabric.links, fabric.bandwidth_X, strict=True) if bandwidth == 25e9}
     assert slow == {edge for edge in fabric.links if set(edge) & {"nic2", "nic10"}}
+
+
+def test_domains_follow_a_changed_copy_of_the_cluster() -> None:
+    """A copy of a section takes along what was kept in it, so that nothing derived may be kept there."""
+    pool = Pool(gpu="gb200", nodes=18, gpus_per_node=4)
+    cluster = Cluster(pools=(pool,))
+    assert cluster.domain_sizes == (72,)
+    assert cluster.model_copy(update={"pools": (pool.model_copy(update={"nodes": 2}),)}).domain_sizes == (8,)
