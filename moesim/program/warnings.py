@@ -6,16 +6,12 @@ from moesim.network import Fabric, NetworkParameters
 from moesim.parallel import Mesh, TrafficSample
 from moesim.parallel.memory import MemoryReport
 from moesim.program.scenario_fabric import sharing_model
+from moesim.results.metrics import trace_coverage
 from moesim.scenario import Scenario
 from moesim.scenario.cluster import NVL72_GPUS
 from moesim.scenario.routing import Routing, TraceRouting, TrainRouting
 from moesim.trace.sampling import MIN_COVERAGE_FOR_CONFIDENCE, MIN_COVERAGE_FOR_RANGE
 from moesim.units import format_bandwidth, format_bytes
-
-
-def coverage(scenario: Scenario, sample: TrafficSample) -> float:
-    """Trace sequences / batch sequences: how far the trace carries a statement about the batch."""
-    return sample.draw.num_trace_sequences / scenario.workload.global_batch
 
 
 def sharing_warnings(shared_links: int, cost_s: float) -> list[str]:
@@ -70,8 +66,8 @@ def layout_warnings(
             "choose parallelism.expert so that groups fill racks, or nodes so that each rack holds whole groups"
         )
     warnings += _nominal_nvlink(scenario)
-    if plain and coverage(scenario, plain[0]) < MIN_COVERAGE_FOR_CONFIDENCE:
-        has_range = len(plain) > 1 and coverage(scenario, plain[0]) >= MIN_COVERAGE_FOR_RANGE
+    if plain and trace_coverage(scenario, plain[0]) < MIN_COVERAGE_FOR_CONFIDENCE:
+        has_range = len(plain) > 1 and trace_coverage(scenario, plain[0]) >= MIN_COVERAGE_FOR_RANGE
         effect = "the range is likely too narrow" if has_range else "no range is given"
         of = f"{plain[0].draw.num_trace_sequences} sequences for a batch of {scenario.workload.global_batch}"
         warnings.append(f"the trace has {of}: {effect}{_longer_trace(scenario.routing)}")

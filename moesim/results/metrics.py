@@ -161,6 +161,11 @@ class TrafficFacts:
         )
 
 
+def trace_coverage(scenario: Scenario, sample: TrafficSample) -> float:
+    """Trace sequences / batch sequences: how far the trace carries a statement about the batch."""
+    return sample.draw.num_trace_sequences / scenario.workload.global_batch
+
+
 def window_tokens(scenario: Scenario) -> int:
     """Tokens of one expert group's micro-batch: the window of every imbalance that is not over the whole step."""
     return scenario.parallelism.expert * scenario.tokens_per_rank

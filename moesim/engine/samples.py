@@ -1,0 +1,78 @@
+"""All routing samples of a scenario through the engine: in lockstep, as many at once as memory allows.
+
+Legend: S routing samples, W ranks of the world, C categories, P pipeline ranks, R ranks of a group.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from moesim.engine.step import simulate_step
+from moesim.kernels import KernelModel
+from moesim.network import Fabric
+from moesim.parallel import TrafficSample
+from moesim.program import StepProgram, build_program
+from moesim.results import CATEGORIES, Stream, attribute
+from moesim.results.critical_path import path_facts
+from moesim.results.outcome import Outcome
+from moesim.results.stages import action_seconds
+from moesim.scenario import Scenario
+
+SPAN_MEMORY = 400e6  # bytes of spans simulated at once: more samples than fit run in several passes
+BYTES_PER_SPAN = 20
+SPANS_PER_LAYER = 70  # about, both directions
+MERGED_SPAN_MEMORY = 900e6  # the same where a single sample is larger: kernels are merged, and pairs go together
+MERGED_SPANS_PER_LAYER = 22
+
+
+def simulate_samples(
+    scenario: Scenario, fabric: Fabric, kernels: KernelModel, samples: Sequence[TrafficSample]
+) -> Outcome:
+    """Simulate the samples in lockstep, as many at once as memory allows."""
+    runs = scenario.num_micro_batches * scenario.parallelism.world_size // scenario.parallelism.pipeline
+    bytes_per_sample = scenario.model.layers * SPANS_PER_LAYER * runs * BYTES_PER_SPAN
+    merge = bytes_per_sample > SPAN_MEMORY
+    at_once = max(1, int(SPAN_MEMORY / bytes_per_sample))
+    if merge:
+        at_once = max(1, int(MERGED_SPAN_MEMORY / (bytes_per_sample * MERGED_SPANS_PER_LAYER / SPANS_PER_LAYER)))
+    parts = [
+        _simulate_program(
+            build_program(
+                scenario,
+                fabric=fabric,
+                kernels=kernels,
+                samples=samples[start : start + at_once],
+                merge=merge,
+            ),
+            first=start == 0,
+        )
+        for start in range(0, max(1, len(samples)), at_once)
+    ]
+    return Outcome.joined(parts)
+
+
+def _simulate_program(program: StepProgram, *, first: bool) -> Outcome:
+    """`first`: sample 0 is among the samples, whose spans and critical path are kept."""
+    step = simulate_step(program)
+    places = [group.pipeline_rank for group in program.groups]
+    kept = [table for group, table in zip(program.groups, step.tables, strict=True) if group.number == 0]
+    world = sum(len(group.ranks_R) for group in program.groups)
+    attribution_CSW = np.zeros((len(CATEGORIES), program.samples, world))
+    compute_time_SW = np.zeros((program.samples, world))
+    busy_SP = np.zeros((program.samples, 1 + max(places)))
+    for place, table in zip(places, step.tables, strict=True):
+        attribution_CSW[:, :, table.ranks_R] = attribute(table, compiled=program.compiled)
+        rows_N = table.rows(Stream.COMPUTE)
+        compute_time_SW[:, table.ranks_R] = (table.finish_NSR[rows_N] - table.start_NSR[rows_N]).sum(axis=0)
+        busy_SP[:, place] += action_seconds(table).mean(axis=1) / places.count(place)
+    return Outcome(
+        step_S=step.step_S,
+        attribution_CSW=attribution_CSW,
+        compute_time_SW=compute_time_SW,
+        busy_SP=busy_SP,
+        source_seconds=program.source_seconds,
+        tensor_bytes=program.tensor_bytes,
+        spans=tuple(table.first_sample() for table in kept) if first else (),
+        critical_path=path_facts(step.tables, pipeline_ranks=places) if first else {},
+        shared_links=len(program.contention.capacity_L) if program.contention else 0,
+    )

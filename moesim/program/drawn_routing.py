@@ -1,0 +1,85 @@
+"""The routing that drives a scenario: obtained once, then drawn as traffic samples.
+
+Legend: S plain routing samples.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from moesim.parallel import TrafficSample, TrafficSampler
+from moesim.parallel.memory_rows import RoutedRows, even_rows, routed_rows
+from moesim.parallel.stated import stated_trace
+from moesim.results.metrics import trace_coverage, window_tokens
+from moesim.routing.cache import cached_trace
+from moesim.routing.progress import ProgressCallback
+from moesim.routing.replay import recorded_trace
+from moesim.routing.request import TrainingRequest
+from moesim.scenario import Scenario
+from moesim.scenario.routing import PopularityRouting, StatedRouting, TraceRouting, TrainRouting
+from moesim.seeding import stream, stream_seed
+from moesim.trace import RoutingTrace, popularity_trace, uniform_trace
+from moesim.trace.agreement import check_agreement
+from moesim.trace.sampling import MIN_COVERAGE_FOR_RANGE
+
+SYNTHETIC_LAYERS = 2  # distinct layers of a synthetic trace; model layers take them in turn
+SYNTHETIC_TOKENS = (65_536, 262_144)  # at least, and at most while one expert group's micro-batch fits
+
+
+def obtain_trace(
+    scenario: Scenario, *, progress: ProgressCallback | None = None, cache_dir: Path | None = None
+) -> RoutingTrace | None:
+    """The routing of the scenario: trained (or cached), read from a file or the library, or drawn; None when dense."""
+    if scenario.model.experts == 0:
+        return None
+    routing = scenario.routing
+    if isinstance(routing, TrainRouting):
+        return cached_trace(TrainingRequest.from_scenario(scenario), cache_dir, progress=progress)
+    if isinstance(routing, TraceRouting):
+        trace = recorded_trace(scenario, tokens=_synthetic_tokens(scenario), cache_dir=cache_dir)
+        check_agreement(trace, routing, wanted=scenario.router_shape())
+        return trace
+    length = scenario.workload.sequence_length
+    num_sequences, seed = -(-_synthetic_tokens(scenario) // length), stream_seed(scenario.seed, "synthetic-trace")
+    if isinstance(routing, StatedRouting):
+        return stated_trace(scenario, routing, num_layers=SYNTHETIC_LAYERS, num_sequences=num_sequences, seed=seed)
+    common: dict[str, Any] = {"num_sequences": num_sequences, "sequence_length": length, "seed": seed}
+    if isinstance(routing, PopularityRouting):
+        nested = not isinstance(routing.counts[0], int | float)
+        layers = len(routing.counts) if nested else SYNTHETIC_LAYERS
+        common |= {"counts": routing.counts, "counts_of": routing.source, "num_layers": layers}
+        return popularity_trace(scenario.router_shape(), **common)
+    return uniform_trace(scenario.router_shape(), num_layers=SYNTHETIC_LAYERS, **common)
+
+
+def _synthetic_tokens(scenario: Scenario) -> int:
+    """How many tokens of drawn routing a scenario gets."""
+    fewest, most = SYNTHETIC_TOKENS
+    return max(fewest, window_tokens(scenario), min(most, scenario.tokens_per_step))
+
+
+def draw_samples(
+    scenario: Scenario, trace: RoutingTrace | None, *, bootstrap: bool = True
+) -> tuple[list[TrafficSample], list[TrafficSample]]:
+    """Plain routing samples, and as many from resampled traces for the range.
+
+    None for the range from one sample, or from a trace that is too small.
+    """
+    if trace is None:
+        return [], []
+    sampler = TrafficSampler(scenario, trace)
+    count = scenario.uncertainty.samples
+    plain = [sampler.draw(stream(scenario.seed, "sample", number)) for number in range(count)]
+    if not bootstrap or count == 1 or trace_coverage(scenario, plain[0]) < MIN_COVERAGE_FOR_RANGE:
+        return plain, []
+    again = [sampler.draw(stream(scenario.seed, "bootstrap", number), bootstrap=True) for number in range(count)]
+    return plain, again
+
+
+def rows_of_variant(
+    scenario: Scenario, variant: Scenario, trace: RoutingTrace | None, plain: Sequence[TrafficSample]
+) -> RoutedRows:
+    """The rows of a variant of the scenario under the same routing; those of the scenario itself are drawn already."""
+    if trace is None:
+        return even_rows(variant)
+    return routed_rows(variant, plain if variant is scenario else draw_samples(variant, trace)[0])

@@ -1,0 +1,247 @@
+"""A result told in the words of `moesim.results.definitions`, from what a simulated step gave.
+
+Legend: S routing samples, W ranks of the world, C categories, L layers, E experts, R ranks of a group, P pipeline
+ranks, V stages of one, B micro-batches.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.kernels import KernelModel
+from moesim.kernels.errors import bases_of, clock_error_of, kernels_rest_on
+from moesim.parallel import TrafficSample
+from moesim.parallel.memory import MemoryReport
+from moesim.results.balance import balance_warnings
+from moesim.results.economy import cost, utilisation
+from moesim.results.effective import dropping_warnings, effective
+from moesim.results.metrics import (
+    TrafficFacts,
+    imbalance_facts,
+    mean_and_range,
+    no_communication,
+    no_imbalance,
+    trace_coverage,
+)
+from moesim.results.outcome import Outcome
+from moesim.results.placement import placement_arrays, placement_facts, placement_warnings
+from moesim.results.record import RESULT_SCHEMA_VERSION, RunRecord
+from moesim.results.spans import CATEGORIES
+from moesim.results.stages import stage_facts, stage_warnings
+from moesim.results.uncertainty import Basis, error_parts, kernel_range, path_shares, whole_range
+from moesim.scenario import Scenario
+from moesim.trace import RoutingTrace, trace_hash
+from moesim.trace.agreement import import_notes, limit_difference
+from moesim.trace.basis import rests_on
+from moesim.trace.metrics import expert_load_LE, first_load_LE, imbalance
+
+FloatArray = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Simulated:
+    """One scenario, simulated: the plain samples, those with all loads equal, and the times of resampled traces.
+
+    `plain` and `trace` are empty for a dense model, whose two outcomes are one. `step_s`: mean over plain samples.
+    """
+
+    scenario: Scenario
+    kernels: KernelModel
+    memory: MemoryReport
+    trace: RoutingTrace | None
+    plain: tuple[TrafficSample, ...]
+    outcome: Outcome
+    balanced: Outcome
+    resampled_S: FloatArray
+
+    @classmethod
+    def of(
+        cls,
+        scenario: Scenario,
+        kernels: KernelModel,
+        memory: MemoryReport,
+        trace: RoutingTrace | None,
+        plain: Sequence[TrafficSample],
+        everything: Outcome,
+    ) -> "Simulated":
+        """`everything` holds the plain samples, then their counterfactuals, then the resampled traces."""
+        count = len(plain)
+        return cls(
+            scenario=scenario,
+            kernels=kernels,
+            memory=memory,
+            trace=trace,
+            plain=tuple(plain),
+            outcome=everything.samples(slice(count)) if plain else everything,
+            balanced=everything.samples(slice(count, 2 * count)) if plain else everything,
+            resampled_S=everything.step_S[2 * count :] if plain else everything.step_S[:0],
+        )
+
+    @property
+    def step_s(self) -> float:
+        """Mean seconds of a step."""
+        return float(self.outcome.step_S.mean())
+
+    @property
+    def imbalance_cost_s(self) -> float:
+        """Seconds of a step that equal loads would save."""
+        return float((self.outcome.step_S - self.balanced.step_S).mean())
+
+
+def assemble(done: Simulated, *, layout_warnings: Sequence[str]) -> RunRecord:
+    """The record of a run; `layout_warnings` come before those that its own numbers give."""
+    scenario, trace = done.scenario, done.trace
+    facts = TrafficFacts(scenario, done.plain) if done.plain else None
+    stages = stage_facts(scenario, done.outcome.busy_SP.mean(axis=0))
+    kept = effective(scenario, kept_share=facts.kept_share if facts else 1.0, step_s=done.step_s)
+    result: dict[str, Any] = {
+        "schema_version": RESULT_SCHEMA_VERSION,
+        "kind": scenario.workload.kind,
+        "scenario_name": scenario.name,
+        "world_size": scenario.parallelism.world_size,
+        "gpus": scenario.cluster.num_gpus,
+        "samples": len(done.outcome.step_S),
+        "kernels": kernels_rest_on(done.kernels),
+        **_times(done),
+        "stages": stages,
+        "communication": (facts.communication() if facts else no_communication())
+        | {"tensor_bytes": done.outcome.tensor_bytes},
+        "imbalance": no_imbalance(),
+        "dropped_share": facts.dropped_share if facts else 0.0,
+        "padded_share": facts.padded_share if facts else 0.0,
+        "memory": done.memory.as_json(),
+        "cost": cost(scenario, done.step_s),
+        "effective": kept,
+        "estimate_sources": _shares(done.outcome.source_seconds),
+        "software": {fact: getattr(scenario.implementation.software, fact) for fact in ("name", "listed", "checked")},
+        "router": {"kind": "none (dense model)", "train_loss": None, "validation_loss": None},
+        "placement": {"kind": "none (dense model)"},
+        "warnings": [
+            *layout_warnings,
+            *placement_warnings(scenario),
+            *dropping_warnings(kept),
+            *stage_warnings(stages, listed=scenario.parallelism.stages is not None),
+            *(balance_warnings(scenario, trace) if trace else ()),
+            *limit_difference(trace, scenario),
+            *import_notes(trace, scenario),
+            *scenario.model.left_out,
+        ],
+    }
+    arrays = _arrays(done)
+    if facts is not None and trace is not None:
+        result |= _routing_sections(done, facts, trace)
+        arrays |= _load_arrays(facts) | placement_arrays(scenario, done.plain, facts)
+    return RunRecord(scenario=scenario, result=result, arrays=arrays, pipeline_spans=done.outcome.spans, trace=trace)
+
+
+def _times(done: Simulated) -> dict[str, Any]:
+    """Step time with its ranges, throughput, and what the time goes to."""
+    scenario = done.scenario
+    step_s, range_s = mean_and_range(done.outcome.step_S, done.resampled_S)
+    per_second = scenario.tokens_per_step / step_s
+    return {
+        "step_time_s": step_s,
+        **_ranges(done, range_s),
+        "balanced_step_time_s": float(done.balanced.step_S.mean()),
+        "tokens_per_second": per_second,
+        "tokens_per_second_per_gpu": per_second / scenario.cluster.num_gpus,
+        "mfu": utilisation(scenario, step_s),
+        "attribution_s": _by_category(done.outcome.attribution_CSW),
+        "attribution_balanced_s": _by_category(done.balanced.attribution_CSW),
+        "critical_path": done.outcome.critical_path,
+    }
+
+
+def _ranges(done: Simulated, routing: list[float] | None) -> dict[str, Any]:
+    """The 90 % range of the step time, its two parts, and what the part of the kernels rests on.
+
+    No whole range where chance of routing is unknown; a dense model has none.
+    """
+    shares = path_shares(done.outcome.source_seconds, done.outcome.critical_path["seconds"])
+    parts = error_parts(shares, bases_of(done.kernels), clock_error=clock_error_of(done.kernels))
+    of_kernels = kernel_range(done.step_s, parts)
+    whole = whole_range(done.step_s, of_kernels, routing) if routing else None
+    return {
+        "step_time_range_s": of_kernels if whole is None and done.trace is None else whole,
+        "step_time_routing_range_s": routing,
+        "step_time_kernel_range_s": of_kernels,
+        "step_time_errors": [part.as_json() for part in parts],
+    }
+
+
+def _shares(seconds: Mapping[Basis, float]) -> dict[str, float]:
+    """Of all operations' seconds by source."""
+    total, by_source = sum(seconds.values()), dict.fromkeys(sorted({basis.source for basis in seconds}), 0.0)
+    for basis, value in seconds.items():
+        by_source[basis.source] += value / total
+    return by_source
+
+
+def _by_category(attribution_CSW: FloatArray) -> dict[str, float]:
+    means_C = attribution_CSW.mean(axis=(1, 2))
+    return {name: float(seconds) for name, seconds in zip(CATEGORIES, means_C, strict=True)}
+
+
+def _arrays(done: Simulated) -> dict[str, FloatArray]:
+    """The arrays of a result that every model has."""
+    return {
+        "step_time_S": done.outcome.step_S,
+        "attribution_CW": done.outcome.attribution_CSW.mean(axis=1),
+        "attribution_balanced_C": done.balanced.attribution_CSW.mean(axis=(1, 2)),
+        "compute_time_W": done.outcome.compute_time_SW.mean(axis=0),
+        "held_bytes_P": done.memory.held_P,
+        "kept_bytes_PVBW": done.memory.kept_PCBW,
+    }
+
+
+def _routing_sections(done: Simulated, facts: TrafficFacts, trace: RoutingTrace) -> dict[str, Any]:
+    """The sections that only a model with experts fills."""
+    imbalance_section = imbalance_facts(
+        done.scenario,
+        facts,
+        compute_time_SW=done.outcome.compute_time_SW,
+        router=trace.router,
+        cost_s=done.imbalance_cost_s,
+    )
+    return {
+        "imbalance": imbalance_section,
+        "router": _router_facts(done.scenario, trace, done.plain[0]),
+        "placement": placement_facts(done.scenario, done.plain, facts),
+    }
+
+
+def _load_arrays(facts: TrafficFacts) -> dict[str, FloatArray]:
+    def relative(rows: FloatArray) -> FloatArray:
+        """Over the mean of the layer; 0 where a layer kept no row at all."""
+        means = rows.mean(axis=1, keepdims=True)
+        return np.asarray(rows / np.where(means > 0, means, 1.0))
+
+    return {
+        "expert_load_LE": relative(facts.expert_load_LE),
+        "rank_load_LR": relative(facts.rank_load_LR),
+        "traffic_RR": facts.traffic_RR(),
+    }
+
+
+def _router_facts(scenario: Scenario, trace: RoutingTrace, sample: TrafficSample) -> dict[str, Any]:
+    """The section `router` of a result: how it was trained, how even it is, and how far its trace carries."""
+    curves = trace.curves
+    load_first = imbalance(first_load_LE(trace))
+    load_last = imbalance(expert_load_LE(trace.final, num_experts=trace.router.num_experts))
+    return {
+        "kind": trace.router.kind,
+        "train_loss": float(curves.train_loss[-1]) if len(curves.train_loss) else None,
+        "validation_loss": float(curves.validation_loss[-1]) if len(curves.validation_loss) else None,
+        "steps": [step.step for step in trace.steps],
+        "imbalance_first": float(load_first.mean()),
+        "imbalance_last": float(load_last.mean()),
+        "trace_hash": trace_hash(trace),
+        "trace_sequences": sample.draw.num_trace_sequences,
+        "batch_sequences": scenario.workload.global_batch,
+        "trace_coverage": trace_coverage(scenario, sample),
+        "reused_share": sample.draw.reused_share,
+        **rests_on(trace, scenario),
+    }
