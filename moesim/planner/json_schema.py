@@ -4,7 +4,7 @@ from typing import Any
 
 from moesim.planner.plan import Plan
 from moesim.scenario.catalogue import gpu_names
-from moesim.scenario.json_schema import accept_model_forms, without_units
+from moesim.scenario.json_schema import accept_model_forms, accept_named_implementation, without_units
 
 
 def plan_json_schema(*, units: bool = False) -> dict[str, Any]:
@@ -14,6 +14,7 @@ def plan_json_schema(*, units: bool = False) -> dict[str, Any]:
     """
     schema = Plan.model_json_schema(mode="validation")
     accept_model_forms(schema["$defs"]["Model"])
+    accept_named_implementation(schema)
     schema["$defs"]["Offer"]["properties"]["gpu"]["enum"] = list(gpu_names())
     if not units:
         schema = without_units(schema)

@@ -10,7 +10,7 @@ from moesim.errors import UserError
 from moesim.planner.plan import Choices, Plan
 from moesim.scenario import GroupedRouter, TraceRouting, gpu_spec
 from moesim.scenario.document import Node, Path, find, mapping_node, read_yaml
-from moesim.scenario.forms import absolute_paths, default_routing, explicit_model
+from moesim.scenario.forms import absolute_paths, default_routing, explicit_model, named_implementation
 from moesim.scenario.messages import describe
 from moesim.scenario.overrides import apply_overrides
 
@@ -40,7 +40,7 @@ def _node_of(value: Any) -> Node:
 def _validated(root: Node, overrides: Sequence[str], *, base: FilePath) -> Plan:
     if not isinstance(root.value, dict):
         raise UserError(f"{root.where}: expected a mapping of sections; write name: ..., model: ..., goal: ...")
-    root = apply_overrides(root, overrides)
+    root = named_implementation(apply_overrides(named_implementation(root), overrides))
     root = absolute_paths(_explicit_models(root, base=base), base=base)
     try:
         plan = Plan.model_validate(root.plain)

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, model_validator
 
 from moesim.scenario import (
+    AnyImplementation,
     Capacity,
     Compute,
     Contiguous,
@@ -252,7 +253,9 @@ class Plan(Section):
     placement: Placement = Field(
         default=Contiguous(), description="Which rank holds which experts; absent: neighbouring experts on each rank."
     )
-    implementation: Implementation = Field(default=Implementation(), description="The software that is simulated.")
+    implementation: AnyImplementation = Field(
+        default=Implementation(), description="The software that is simulated: its name, or a mapping with its kind."
+    )
     overlap: Overlap = Field(
         default=Overlap(), description="What runs beside what; absent: as the implementation does."
     )

@@ -14,6 +14,7 @@ from moesim.scenario.cluster import (
     Pool,
 )
 from moesim.scenario.gpu import OwnGpu
+from moesim.scenario.implementation import AnyImplementation, Implementation
 from moesim.scenario.json_schema import json_schema
 from moesim.scenario.loader import dump_scenario, load_scenario, load_scenario_text, scenario_from_mapping, yaml_text
 from moesim.scenario.model import Attention, Gqa, LocalGlobal, Mha, Mla, Model
@@ -42,7 +43,6 @@ from moesim.scenario.routing import (
 )
 from moesim.scenario.schema import (
     Compute,
-    Implementation,
     Memory,
     Overlap,
     Parallelism,
@@ -56,6 +56,7 @@ from moesim.scenario.schema import (
 
 __all__ = [
     "BYTES_PER_ELEMENT",
+    "AnyImplementation",
     "Attention",
     "Balance",
     "BalancednessRouting",

@@ -1,8 +1,8 @@
 """The short forms that a scenario file may use, rewritten into the one form that the schema knows.
 
-`cluster: {gpu, nodes, ...}` becomes one entry of `cluster.pools`; `model: {preset | hf_config, ...}` becomes an
-explicit model; a missing `routing` the model's own; paths become absolute, relative to the scenario file (or, from
-`--set`, to the working directory).
+`cluster: {gpu, nodes, ...}` becomes one entry of `cluster.pools`; `implementation: NAME` a mapping with that kind;
+`model: {preset | hf_config, ...}` becomes an explicit model; a missing `routing` the model's own; paths become
+absolute, relative to the scenario file (or, from `--set`, to the working directory).
 """
 
 import os
@@ -42,6 +42,14 @@ def flat_cluster_to_pools(root: Node) -> Node:
     rest = {key: child for key, child in cluster.value.items() if key not in FLAT_CLUSTER_KEYS}
     pools = list_node([mapping_node(flat, cluster)], cluster)
     return _with(root, cluster=mapping_node({"pools": pools, **rest}, cluster))
+
+
+def named_implementation(root: Node) -> Node:
+    """The scenario or plan with `implementation: NAME` written as its kind."""
+    named = root.value.get("implementation")
+    if named is None or not isinstance(named.value, str):
+        return root
+    return _with(root, implementation=mapping_node({"kind": named}, named))
 
 
 def explicit_model(root: Node, *, base: Path) -> Node:

@@ -5,6 +5,7 @@ from typing import Any
 from moesim.scenario.catalogue import gpu_names, model_names
 from moesim.scenario.overrides import FLAT_CLUSTER_KEYS
 from moesim.scenario.schema import Scenario
+from moesim.scenario.software import SOFTWARE
 
 _GPU_FORMS = ["gpu", "nodes"]
 
@@ -22,6 +23,7 @@ def json_schema(*, units: bool = False) -> dict[str, Any]:
     pool_gpu["anyOf"] = [{"enum": list(gpu_names())}, *(form for form in forms if "$ref" in form)]
     definitions["OwnGpu"]["properties"]["like"]["enum"] = list(gpu_names())
     accept_model_forms(definitions["Model"])
+    accept_named_implementation(schema)
     _accept_flat_cluster(definitions["Cluster"], definitions["Pool"])
     if not units:
         schema = without_units(schema)
@@ -36,6 +38,14 @@ def accept_model_forms(model: dict[str, Any]) -> None:
     model["properties"]["hf_config"] = {"type": "string", "description": path}
     del model["required"]
     model["anyOf"] = [{"required": ["preset"]}, {"required": ["hf_config"]}, {"required": explicit}]
+
+
+def accept_named_implementation(schema: dict[str, Any]) -> None:
+    """Let the implementation be a name of the table instead of a mapping."""
+    named = {"enum": list(SOFTWARE), "type": "string"}
+    section = schema["properties"]["implementation"]
+    form = {"$ref": section.pop("$ref")} if "$ref" in section else {"anyOf": section.pop("anyOf")}
+    section["anyOf"] = [named, form]
 
 
 def _accept_flat_cluster(cluster: dict[str, Any], pool: dict[str, Any]) -> None:

@@ -10,7 +10,13 @@ from pydantic import ValidationError
 from moesim.errors import UserError
 from moesim.scenario.check import check_scenario
 from moesim.scenario.document import Node, Path, find, parse_yaml, plain_scalar, read_yaml
-from moesim.scenario.forms import absolute_paths, default_routing, explicit_model, flat_cluster_to_pools
+from moesim.scenario.forms import (
+    absolute_paths,
+    default_routing,
+    explicit_model,
+    flat_cluster_to_pools,
+    named_implementation,
+)
 from moesim.scenario.messages import describe
 from moesim.scenario.overrides import apply_overrides
 from moesim.scenario.schema import Scenario
@@ -67,9 +73,10 @@ def _build(root: Node, overrides: Sequence[str], *, base: FilePath) -> Scenario:
     if reached == ("workload", "kind") and node.value == "serving":
         raise UserError(f"{node.where}: workload.kind: this is a serving scenario; simulate it with `moesim serve`")
     is_flat = _is_flat(root)
-    root = apply_overrides(flat_cluster_to_pools(root), overrides)
+    root = apply_overrides(flat_cluster_to_pools(named_implementation(root)), overrides)
     is_flat = is_flat or _is_flat(root)
-    root = absolute_paths(default_routing(explicit_model(flat_cluster_to_pools(root), base=base)), base=base)
+    root = named_implementation(flat_cluster_to_pools(root))
+    root = absolute_paths(default_routing(explicit_model(root, base=base)), base=base)
     shown = _shown(is_flat)
     try:
         scenario = Scenario.model_validate(root.plain)

@@ -27,10 +27,10 @@ from moesim.scenario.base import (
 )
 from moesim.scenario.cluster import Cluster, Dispatch, Network
 from moesim.scenario.failures import Failures
+from moesim.scenario.implementation import AnyImplementation, Implementation
 from moesim.scenario.model import Model
 from moesim.scenario.placement import Contiguous, Placement
 from moesim.scenario.routing import Capacity, NoCapacity, RouterShape, Routing, UniformRouting, resolve_router
-from moesim.scenario.software import FUSED, SOFTWARE, SoftwareFacts
 from moesim.scenario.stage_split import stage_lengths
 from moesim.schedules import PLAIN, SCHEDULES, ScheduleFacts
 
@@ -202,23 +202,6 @@ class Overlap(Section):
     )
 
 
-SoftwareName = Annotated[str, one_of(SOFTWARE), WithJsonSchema({"enum": list(SOFTWARE), "type": "string"})]
-
-
-class Implementation(Section):
-    """Which software is simulated: one of the table `moesim.scenario.software.SOFTWARE`."""
-
-    kind: SoftwareName = Field(
-        default=FUSED.name,
-        description="; ".join(f"{facts.name}: {facts.about}" for facts in SOFTWARE.values()) + ".",
-    )
-
-    @property
-    def software(self) -> SoftwareFacts:
-        """The facts of the software."""
-        return SOFTWARE[self.kind]
-
-
 class Uncertainty(Section):
     """Routing samples behind every headline number and the routing's part of its 90 % range."""
 
@@ -274,7 +257,9 @@ class Scenario(Section):
     parallelism: Parallelism = Field(default=Parallelism(), description="How ranks share the work; absent: one rank.")
     workload: Training = Field(description="What one step trains on, and in which number formats.")
     dispatch: Dispatch = Field(default=Dispatch(), description="How tokens travel to experts on other ranks and back.")
-    implementation: Implementation = Field(default=Implementation(), description="The software that is simulated.")
+    implementation: AnyImplementation = Field(
+        default=Implementation(), description="The software that is simulated: its name, or a mapping with its kind."
+    )
     overlap: Overlap = Field(
         default=Overlap(), description="What runs beside what; absent: as the implementation does."
     )

@@ -44,3 +44,8 @@ def test_what_a_software_cannot_do_is_refused_by_name(
 def test_every_software_has_a_list_of_kernels() -> None:
     assert {facts.kernels for facts in SOFTWARE.values()} == set(KERNEL_LISTS)
     assert all(name == facts.name for name, facts in SOFTWARE.items())
+
+
+def test_a_software_is_named_by_a_word_or_by_its_kind(small) -> None:
+    for name in SOFTWARE:
+        assert small({"implementation": name}) == small({"implementation": {"kind": name}})
