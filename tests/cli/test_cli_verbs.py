@@ -251,7 +251,7 @@ def test_ctrl_c_keeps_training_steps_and_then_the_trained_router(scenario: Path,
     assert not Path("runs").exists()
     second: list[int] = []
     monkeypatch.setattr("moesim.cli.run.watched_training", interrupting_bar(-1, second))
-    monkeypatch.setattr("moesim.run.build_program", press_ctrl_c)
+    monkeypatch.setattr("moesim.engine.samples.build_program", press_ctrl_c)
     answer = moesim("run", scenario, "--set", TRAINED)
     assert (first, second) == ([1, 2], [3, 4])
     assert answer.code == 130
