@@ -24,7 +24,7 @@ from reference_keys import KeyPage, cell, table  # noqa: E402
 
 import moesim  # noqa: E402
 from moesim.cli.parser import build  # noqa: E402
-from moesim.planner.json_schema import plan_json_schema  # noqa: E402
+from moesim.planner.loading import plan_json_schema  # noqa: E402
 from moesim.results.definitions import SECTIONS  # noqa: E402
 from moesim.scenario import json_schema  # noqa: E402
 from moesim.serving.json_schema import serving_json_schema  # noqa: E402

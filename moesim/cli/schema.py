@@ -34,7 +34,7 @@ def execute(args: argparse.Namespace) -> int:
 
 def _schema(what: str) -> dict[str, Any]:
     if what == "plan":
-        from moesim.planner.json_schema import plan_json_schema
+        from moesim.planner.loading import plan_json_schema
 
         return plan_json_schema()
     if what == "serving":

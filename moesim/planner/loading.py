@@ -9,8 +9,10 @@ from pydantic import ValidationError
 from moesim.errors import UserError
 from moesim.planner.plan import Choices, Plan
 from moesim.scenario import GroupedRouter, TraceRouting, gpu_spec
+from moesim.scenario.catalogue import gpu_names
 from moesim.scenario.document import Node, Path, find, mapping_node, read_yaml
 from moesim.scenario.forms import absolute_paths, default_routing, explicit_model, named_implementation
+from moesim.scenario.json_schema import accept_model_forms, accept_named_implementation, without_units
 from moesim.scenario.messages import describe
 from moesim.scenario.overrides import apply_overrides
 
@@ -104,3 +106,17 @@ def _check_repeats(choices: Choices, root: Node, where: Path) -> None:
             if value in values[:index]:
                 path = (*where, key, index)
                 raise UserError(f"{find(root, path)[0].where}: {_dotted(path)}: listed twice; keep one")
+
+
+def plan_json_schema(*, units: bool = False) -> dict[str, Any]:
+    """JSON Schema (2020-12) that accepts every form that `load_plan` accepts at the level of single sections.
+
+    `units`: as in the schema of a scenario.
+    """
+    schema = Plan.model_json_schema(mode="validation")
+    accept_model_forms(schema["$defs"]["Model"])
+    accept_named_implementation(schema)
+    schema["$defs"]["Offer"]["properties"]["gpu"]["enum"] = list(gpu_names())
+    if not units:
+        schema = without_units(schema)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "moesim plan"}

@@ -191,7 +191,9 @@ class Search(Section):
     simulate: Annotated[int, Field(strict=True, gt=0, le=10_000)] = Field(
         default=8, description="Layouts simulated for their own sake, at most."
     )
-    check: Layouts = Field(default=6, description="Further layouts drawn at random and simulated, to judge the screen.")
+    check: Layouts = Field(
+        default=6, description="Further layouts drawn at random and simulated, to judge the screen by."
+    )
 
 
 class Sensitivity(Section):

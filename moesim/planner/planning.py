@@ -12,18 +12,17 @@ from typing import Any
 from moesim.display import Display
 from moesim.errors import InfeasibleError
 from moesim.flags.software import WRITERS
-from moesim.planner.accounts import baseline, sensitivity
-from moesim.planner.bench import Progress, opened_bench
+from moesim.planner.evaluation import SLACK, Candidate, Evaluator, Progress, opened_pool
+from moesim.planner.explanation import Simulated, why
 from moesim.planner.folder import JOURNAL_FILE, Folder, plan_hash
-from moesim.planner.judge import SLACK, Candidate, Judge
 from moesim.planner.outcome import front
 from moesim.planner.screen import Screen
 from moesim.planner.search import enumerate_space, search_space, uses_nsga2
 from moesim.planner.selection import screen_error
+from moesim.planner.sensitivity import baseline, sensitivity
 from moesim.planner.simulations import Simulations
 from moesim.planner.space import Space
 from moesim.planner.traces import Traces
-from moesim.planner.why import Simulated, why
 from moesim.routing.progress import ProgressCallback, show_training
 from moesim.study import PointRecord
 
@@ -79,25 +78,25 @@ def make_plan(
         return content | {"name": folder.plan.name}
 
 
-def screen_plan(folder: Folder, *, storage: str | None, watching: Watching) -> Judge:
+def screen_plan(folder: Folder, *, storage: str | None, watching: Watching) -> Evaluator:
     """Look at the plan's combinations: all, or those that the search asks for. Nothing is simulated."""
     plan = folder.plan
-    judge = Judge(Space.of(plan), Screen(Traces(folder.cache_dir, watching.training).of))
-    searched = uses_nsga2(plan.search, judge.space.size)
-    expected = plan.search.trials if searched else judge.space.size
-    with opened_bench(judge, workers=folder.workers, cache_dir=folder.cache_dir, expected=expected) as bench:
+    evaluator = Evaluator(Space.of(plan), Screen(Traces(folder.cache_dir, watching.training).of))
+    searched = uses_nsga2(plan.search, evaluator.space.size)
+    expected = plan.search.trials if searched else evaluator.space.size
+    with opened_pool(evaluator, workers=folder.workers, cache_dir=folder.cache_dir, expected=expected) as pool:
         if not searched:
-            enumerate_space(bench, progress=watching.screening)
-            return judge
+            enumerate_space(pool, progress=watching.screening)
+            return evaluator
         place: str | Path = storage or folder.path / JOURNAL_FILE
         name = f"moesim-{plan.name}-{plan_hash(plan)}"
-        search_space(bench, storage=place, study_name=name, progress=watching.screening)
-    return judge
+        search_space(pool, storage=place, study_name=name, progress=watching.screening)
+    return evaluator
 
 
 def _content(
     folder: Folder,
-    judge: Judge,
+    evaluator: Evaluator,
     work: Simulations,
     ranking: list[Simulated],
     checked: Sequence[Candidate],
@@ -105,7 +104,7 @@ def _content(
 ) -> dict[str, Any]:
     plan = folder.plan
     goal = plan.goal
-    screened = {candidate.layout: candidate for candidate in judge.fitting}
+    screened = {candidate.layout: candidate for candidate in evaluator.fitting}
     pairs = [(screened[c.layout].screened, work.done[c.layout].outcome) for c in checked if c.layout in work.done]
     error = screen_error(pairs, objective=lambda outcome: outcome.objective(plan.objectives[0]))
     return {
@@ -115,9 +114,9 @@ def _content(
         "objectives": list(plan.objectives),
         "mfu_peak": plan.workload.precision.gemm,
         "counts": {
-            "combinations": judge.space.size,
-            "method": "nsga2" if uses_nsga2(plan.search, judge.space.size) else "enumerate",
-            **judge.funnel.as_json(),
+            "combinations": evaluator.space.size,
+            "method": "nsga2" if uses_nsga2(plan.search, evaluator.space.size) else "enumerate",
+            **evaluator.rejections.as_json(),
             "slack": SLACK,
             "simulated": len(work.done),
             "not_simulated": [_failure(record) for record in work.failed.values()],

@@ -1,4 +1,4 @@
-"""The fast estimate of a layout: pieces per layer, a walked pipeline, collectives, optimizer, and the memory.
+"""The fast estimate of a layout: parts per layer, a walked pipeline, collectives, optimizer, and the memory.
 
 What it leaves out: groups and micro-batches differ, here all take as long as the first two of the first group. Every
 plan says how far off that is; nothing is ranked by it in the end.
@@ -14,8 +14,8 @@ from moesim.network import Fabric, send_recv_seconds
 from moesim.parallel import Mesh
 from moesim.parallel.memory import memory_report
 from moesim.parallel.memory_rows import RoutedRows
-from moesim.planner.passes import NOTHING, Cut, PassSeconds
-from moesim.planner.pieces import PieceStore, TraceOf
+from moesim.planner.layer_times import LayerTimes, TraceOf
+from moesim.planner.pass_times import NOTHING, PartSeconds, PassSeconds
 from moesim.planner.pipeline import pipeline_finish, prepare_walk, short_micro_batches
 from moesim.program.operations import Operation
 from moesim.program.parameters import ParameterGroups, optimizer_block
@@ -79,13 +79,13 @@ class Screen:
     """The screen of one space. `trace_of` gives the routing of a scenario, once per router."""
 
     trace_of: TraceOf
-    pieces: PieceStore = field(init=False)
+    layer_times: LayerTimes = field(init=False)
     _fabrics: dict[object, Fabric] = field(init=False, default_factory=dict, repr=False)
     _ends: dict[object, list[_EndOfStep]] = field(init=False, default_factory=dict, repr=False)
     _peaks: dict[object, float] = field(init=False, default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "pieces", PieceStore(self.trace_of))
+        object.__setattr__(self, "layer_times", LayerTimes(self.trace_of))
 
     def memory(self, scenario: Scenario) -> tuple[float, float]:
         """Bytes that the fullest GPU needs, and those it has."""
@@ -100,15 +100,15 @@ class Screen:
         layout = scenario.parallelism, stage_lengths(scenario)
         key = layout, work.micro_batch, work.recompute, few, scenario.capacity, scenario.dispatch, router
         if key not in self._peaks:
-            self._peaks[key] = peak_bytes(scenario, self.pieces.rows(scenario), micro_batches=few)
+            self._peaks[key] = peak_bytes(scenario, self.layer_times.rows(scenario), micro_batches=few)
         return self._peaks[key], scenario.cluster.pools[0].spec.memory_bytes
 
     def step_seconds(self, scenario: Scenario) -> float:
         """Seconds of one optimizer step."""
-        pieces, ends = self._pieces(scenario), self._ends_of_step(scenario)
+        parts, ends = self._parts(scenario), self._ends_of_step(scenario)
         mesh = scenario.parallelism
         walk = prepare_walk(*_short_schedule(scenario))
-        seconds = _durations(scenario, pieces, walk.schedule, ends)
+        seconds = _durations(scenario, parts, walk.schedule, ends)
         finish = pipeline_finish(
             mesh.schedule,
             pipeline=mesh.pipeline,
@@ -126,13 +126,13 @@ class Screen:
             for rank, (end, done) in enumerate(zip(ends, finish, strict=True))
         )
 
-    def _pieces(self, scenario: Scenario) -> Cut:
-        return self.pieces.of(scenario, self._fabric(scenario).parameters)
+    def _parts(self, scenario: Scenario) -> PartSeconds:
+        return self.layer_times.of(scenario, self._fabric(scenario).parameters)
 
     def _fabric(self, scenario: Scenario) -> Fabric:
         key = scenario.cluster, scenario.parallelism.world_size
         if key not in self._fabrics:
-            self._fabrics[key] = scenario_fabric(scenario, self.pieces.kernels(scenario))
+            self._fabrics[key] = scenario_fabric(scenario, self.layer_times.kernels(scenario))
         return self._fabrics[key]
 
     def _handoff_seconds(self, scenario: Scenario) -> float:
@@ -152,11 +152,11 @@ class Screen:
         return self._ends[key]
 
     def _made_ends(self, scenario: Scenario, schedule: Schedule) -> list[_EndOfStep]:
-        kernels, fabric = self.pieces.kernels(scenario), self._fabric(scenario)
+        kernels, fabric = self.layer_times.kernels(scenario), self._fabric(scenario)
         software = kernel_list(scenario)
         mesh = Mesh(scenario.parallelism, scenario.cluster)
         copies = scenario.slots_per_rank * scenario.parallelism.expert > scenario.model.experts
-        sample = self.pieces.sample(scenario) if copies else None
+        sample = self.layer_times.sample(scenario) if copies else None
         parameters = ParameterGroups(scenario, mesh, schedule, map_of=sample.map_of if sample else None)
         reductions, gathers = parameters.reductions(fabric), parameters.gathers(fabric)
         writer = KernelWriter(kernels, dtype=scenario.workload.precision.gemm, part=Part.GRADIENTS)
@@ -187,22 +187,22 @@ def _short_schedule(scenario: Scenario) -> tuple[str, int, int, int]:
     return mesh.schedule.kind, mesh.pipeline, few, mesh.schedule.virtual
 
 
-def stage_seconds(scenario: Scenario, pieces: Cut) -> list[PassSeconds]:
+def stage_seconds(scenario: Scenario, parts: PartSeconds) -> list[PassSeconds]:
     """Seconds of one micro-batch through each stage of the model."""
     stages = []
     for number, layers in enumerate(scenario.stage_layers):
         dense = sum(map(scenario.model.is_dense, layers))
-        seconds = pieces.dense_layer.times(dense) + pieces.moe_layer.times(len(layers) - dense)
-        seconds += pieces.embedding if number == 0 else NOTHING
-        seconds += pieces.head if number == scenario.parallelism.num_stages - 1 else NOTHING
+        seconds = parts.dense_layer.times(dense) + parts.moe_layer.times(len(layers) - dense)
+        seconds += parts.embedding if number == 0 else NOTHING
+        seconds += parts.head if number == scenario.parallelism.num_stages - 1 else NOTHING
         stages.append(seconds)
     return stages
 
 
 def _durations(
-    scenario: Scenario, pieces: Cut, schedule: Schedule, ends: list[_EndOfStep]
+    scenario: Scenario, parts: PartSeconds, schedule: Schedule, ends: list[_EndOfStep]
 ) -> Callable[[int, Action], float]:
-    stages = stage_seconds(scenario, pieces)
+    stages = stage_seconds(scenario, parts)
     beside = scenario.overlap.micro_batches is not False
 
     def seconds(rank: int, action: Action) -> float:

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moesim.errors import UserError
-from moesim.planner.bench import Bench, Progress
-from moesim.planner.judge import Verdict
+from moesim.planner.evaluation import Evaluation, EvaluationPool, Progress
 from moesim.planner.plan import Objective, Search
 from moesim.planner.space import Layout
 from moesim.seeding import stream_seed
@@ -27,20 +26,22 @@ def uses_nsga2(search: Search, size: int) -> bool:
     return search.method == "nsga2" or (search.method == "auto" and size > search.enumerate_at_most)
 
 
-def enumerate_space(bench: Bench, *, progress: Progress | None = None) -> None:
-    """Judge every combination."""
-    bench.judge_all(list(bench.judge.space.layouts()), progress=progress)
+def enumerate_space(pool: EvaluationPool, *, progress: Progress | None = None) -> None:
+    """Evaluator every combination."""
+    pool.evaluate_all(list(pool.evaluator.space.layouts()), progress=progress)
 
 
-def search_space(bench: Bench, *, storage: "str | Path", study_name: str, progress: Progress | None = None) -> None:
-    """Judge the combinations that NSGA-II asks for, `search.trials` in all, finished ones in `storage` included.
+def search_space(
+    pool: EvaluationPool, *, storage: "str | Path", study_name: str, progress: Progress | None = None
+) -> None:
+    """Evaluate the combinations that NSGA-II asks for, `search.trials` in all, finished ones in `storage` included.
 
     A generation is asked for at once, for it depends on the one before it alone. `storage` is a journal file or a
     database URL; several processes may work on one database together. Raises UserError for a storage out of reach.
     """
     import optuna
 
-    space, search = bench.judge.space, bench.judge.space.plan.search
+    space, search = pool.evaluator.space, pool.evaluator.space.plan.search
     study = _study(storage, study_name, search.population, len(space.plan.objectives))
     axes = {name: values for name, values in space.axes.items() if len(values) > 1}
     fixed = {name: values[0] for name, values in space.axes.items() if len(values) == 1}
@@ -59,25 +60,27 @@ def search_space(bench: Bench, *, storage: "str | Path", study_name: str, progre
 
     complete = (optuna.trial.TrialState.COMPLETE,)
     done = study.get_trials(deepcopy=False, states=complete)
-    bench.judge_all([layout_of(earlier.params) for earlier in done])
+    pool.evaluate_all([layout_of(earlier.params) for earlier in done])
     finished = len(done)
     while finished < search.trials:
         left = min(search.population - finished % search.population, search.trials - finished)
         trials = [asked(number) for number in range(finished, finished + left)]
         layouts = [layout_of(trial.params) for trial in trials]
-        bench.judge_all(layouts)
+        pool.evaluate_all(layouts)
         for trial, layout in zip(trials, layouts, strict=True):
-            _tell(study, trial, bench.judge.judge(layout), objectives=space.plan.objectives)
+            _tell(study, trial, pool.evaluator.evaluate(layout), objectives=space.plan.objectives)
             finished += 1
             if progress is not None:
                 progress(finished, search.trials)
         finished = len(study.get_trials(deepcopy=False, states=complete))  # others may work on the same database
 
 
-def _tell(study: "optuna.Study", trial: "optuna.Trial", verdict: Verdict, *, objectives: Sequence[Objective]) -> None:
-    for name, amount in verdict.violation._asdict().items():
+def _tell(
+    study: "optuna.Study", trial: "optuna.Trial", evaluation: Evaluation, *, objectives: Sequence[Objective]
+) -> None:
+    for name, amount in evaluation.violation._asdict().items():
         trial.set_constraint(name, amount)
-    candidate = verdict.candidate
+    candidate = evaluation.candidate
     values = [NOT_A_LAYOUT] * len(objectives) if candidate is None else candidate.screened.objectives(objectives)
     study.tell(trial, values)
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moesim.planner.judge import Candidate, Judge
+from moesim.planner.evaluation import Candidate, Evaluator
 from moesim.planner.outcome import Outcome
 from moesim.planner.plan import Objective, Plan
 from moesim.planner.space import Layout
@@ -60,9 +60,9 @@ def challengers(
     return [candidate for candidate in others if hoped(candidate) < best.objective(name)]
 
 
-def random_sample(judge: Judge, plan: Plan) -> list[Candidate]:
-    """Layouts drawn from all that fit into memory, whether or not they meet the goal: what the screen is judged by."""
-    fitting = sorted(judge.fitting, key=lambda candidate: str(candidate.layout))
+def random_sample(evaluator: Evaluator, plan: Plan) -> list[Candidate]:
+    """Layouts drawn from all that fit into memory, whether or not they meet the goal: for a measure of the screen."""
+    fitting = sorted(evaluator.fitting, key=lambda candidate: str(candidate.layout))
     rng = stream(plan.seed, "check-of-the-screen")
     chosen = rng.permutation(len(fitting))[: plan.search.check]
     return [fitting[index] for index in sorted(chosen.tolist())]

@@ -5,14 +5,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moesim.errors import UserError
+from moesim.planner.evaluation import Candidate, Evaluator
+from moesim.planner.explanation import Simulated, ranked
 from moesim.planner.folder import Folder
-from moesim.planner.funnel import STAGES
-from moesim.planner.judge import Candidate, Judge
 from moesim.planner.outcome import Miss, missed, outcome_of
 from moesim.planner.plan import Plan
+from moesim.planner.rejections import STAGES
 from moesim.planner.selection import by_objective, challengers, first_choice, random_sample
 from moesim.planner.space import Layout
-from moesim.planner.why import Simulated, ranked
 from moesim.study import PointRecord
 
 
@@ -21,7 +21,7 @@ class Simulations:
     """The simulated layouts of one space. `failed`: what came of those that were not done."""
 
     folder: Folder
-    judge: Judge
+    evaluator: Evaluator
     done: dict[Layout, Simulated] = field(default_factory=dict)
     failed: dict[Layout, PointRecord] = field(default_factory=dict)
 
@@ -33,7 +33,7 @@ class Simulations:
     def simulate_best(self) -> None:
         """Simulate the most promising candidates, then those that the screen's error leaves in doubt, then the next."""
         budget = self.plan.search.simulate
-        candidates = self.judge.candidates or self._nearest_misses()
+        candidates = self.evaluator.candidates or self._nearest_misses()
         self.simulate(first_choice(candidates, self.plan, budget))
         while (left := budget - len(self.done) - len(self.failed)) > 0:
             rivals = self.in_doubt() or self._others(candidates)
@@ -45,7 +45,7 @@ class Simulations:
         """Candidates not simulated that the screen's worst error could lift above the best simulated one."""
         ranking = self.ranking()
         outcomes = {layout: simulated.outcome for layout, simulated in self.done.items()}
-        left = [candidate for candidate in self.judge.candidates if candidate.layout not in self.failed]
+        left = [candidate for candidate in self.evaluator.candidates if candidate.layout not in self.failed]
         return challengers(left, outcomes, self.plan, best=ranking[0].outcome if ranking else None)
 
     def _others(self, candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -54,20 +54,20 @@ class Simulations:
 
     def _nearest_misses(self) -> list[Candidate]:
         """Of the layouts that fit into memory but miss the goal the two nearest: their simulation says by how much."""
-        last = max((list(STAGES).index(c.miss.stage) for c in self.judge.fitting if c.miss), default=0)
-        stuck = [c for c in self.judge.fitting if c.miss and list(STAGES).index(c.miss.stage) == last]
+        last = max((list(STAGES).index(c.miss.stage) for c in self.evaluator.fitting if c.miss), default=0)
+        stuck = [c for c in self.evaluator.fitting if c.miss and list(STAGES).index(c.miss.stage) == last]
         return sorted(stuck, key=lambda c: c.miss.factor if c.miss else 0.0)[:2]
 
     def simulate_sample(self) -> list[Candidate]:
         """Simulate layouts drawn at random; the drawn ones."""
-        chosen = random_sample(self.judge, self.plan)
+        chosen = random_sample(self.evaluator, self.plan)
         self.simulate(chosen)
         return chosen
 
     def simulate(self, candidates: Sequence[Candidate]) -> None:
         """Simulate what is not simulated yet."""
         new = [c.layout for c in candidates if c.layout not in self.done and c.layout not in self.failed]
-        space = self.judge.space
+        space = self.evaluator.space
         scenarios = [(space.scenario(layout), self._values(layout)) for layout in new]
         for layout, record, (scenario, values) in zip(new, self.folder.simulate(scenarios), scenarios, strict=True):
             if record.result is None:
@@ -77,8 +77,8 @@ class Simulations:
             self.done[layout] = Simulated(record.id, scenario, values, outcome, record.result)
 
     def _values(self, layout: Layout) -> dict[str, Any]:
-        values = self.judge.space.values(layout)
-        return values if self.judge.space.model is self.plan.model else {"model": "baseline", **values}
+        values = self.evaluator.space.values(layout)
+        return values if self.evaluator.space.model is self.plan.model else {"model": "baseline", **values}
 
     @property
     def usable(self) -> list[Simulated]:
@@ -103,11 +103,11 @@ class Simulations:
         """The binding constraint in one line."""
         misses = [(layout, missed(self.plan, layout.outcome)) for layout in self.usable]
         near: list[tuple[Simulated, Miss]] = [(layout, miss) for layout, miss in misses if miss is not None]
-        head = f"{self.plan.name}: none of {self.judge.funnel.looked_at:,} combinations meets the goal; "
+        head = f"{self.plan.name}: none of {self.evaluator.rejections.looked_at:,} combinations meets the goal; "
         if not near:
-            if self.failed and self.judge.candidates:
+            if self.failed and self.evaluator.candidates:
                 return f"{head}memory: {next(iter(self.failed.values())).reason}"
-            return head + self.judge.funnel.why_empty()
+            return head + self.evaluator.rejections.why_empty()
         last = max(list(STAGES).index(miss.stage) for _, miss in near)
         stuck = [pair for pair in near if list(STAGES).index(pair[1].stage) == last]
         layout, miss = min(stuck, key=lambda pair: pair[1].factor)

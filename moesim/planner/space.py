@@ -40,7 +40,7 @@ LABEL_DIGITS = 6
 
 
 class Discarded(Exception):
-    """A combination that is no candidate: the stage of the funnel where it fell out, a short reason, the whole one."""
+    """A combination that is no candidate: the stage that rejects it, the reason in short and whole."""
 
     def __init__(self, stage: str, reason: str, detail: str = "") -> None:
         super().__init__(detail or reason)

@@ -12,7 +12,7 @@ from reference_keys import KeyPage, cell
 import moesim
 from moesim.cli.parser import build
 from moesim.kernels.estimate import SOURCES
-from moesim.planner.json_schema import plan_json_schema
+from moesim.planner.loading import plan_json_schema
 from moesim.results import CATEGORIES
 from moesim.results.definitions import (
     CATEGORY_DEFINITIONS,

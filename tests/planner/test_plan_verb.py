@@ -9,7 +9,7 @@ import yaml
 from plan_cases import PLAN, changed
 
 from moesim.cli import main
-from moesim.planner.funnel import STAGES
+from moesim.planner.rejections import STAGES
 from moesim.report.plan_screen import STAGE_WORDS, layout_words
 
 QUICK = {
@@ -94,7 +94,7 @@ def test_layouts_are_told_in_short_words():
     assert words == "pp2 dp8 mb1 zero1/0 interleaved(virtual=2) device(factor=1.5) recompute=swiglu M3"
 
 
-def test_every_stage_of_the_funnel_has_its_words():
+def test_every_reason_of_a_rejection_has_its_words():
     assert list(STAGE_WORDS) == list(STAGES)
 
 

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moesim.planner.bench import Bench, opened_bench
-from moesim.planner.judge import Judge
+from moesim.planner.evaluation import EvaluationPool, Evaluator, opened_pool
 from moesim.planner.loading import load_plan
 from moesim.planner.screen import Screen
 from moesim.planner.search import enumerate_space
@@ -34,23 +33,23 @@ def pace() -> float:
 @pytest.mark.parametrize("name", ["deepseek-moe-16b", "mixtral-8x22b"])
 def test_the_screen_looks_at_fifty_layouts_a_second_on_each_core(name):
     plan = load_plan(PLANS / f"{name}.yaml")
-    judge = Judge(Space.of(plan), Screen(Traces(None).of))
+    evaluator = Evaluator(Space.of(plan), Screen(Traces(None).of))
     before = pace()
     start = time.process_time()
-    enumerate_space(Bench(judge))
+    enumerate_space(EvaluationPool(evaluator))
     seconds = time.process_time() - start
     slowed = max(1.0, (before + pace()) / 2 / IDLE_PACE)
-    layouts = len(judge.fitting) + judge.funnel.count("memory")
-    print(f"\n{name}: {layouts} layouts of {judge.space.size} combinations in {seconds:.1f} s of processor time,")
+    layouts = len(evaluator.fitting) + evaluator.rejections.count("memory")
+    print(f"\n{name}: {layouts} layouts of {evaluator.space.size} combinations in {seconds:.1f} s of processor time,")
     print(f"{layouts / seconds:.0f} per second, {1e3 * seconds / layouts:.1f} ms each,")
     print(f"on a core {slowed:.1f} times slower than an idle one")
     assert layouts / seconds * slowed > LAYOUTS_PER_SECOND
 
-    together = Judge(Space.of(plan), Screen(Traces(None).of))
+    together = Evaluator(Space.of(plan), Screen(Traces(None).of))
     start = time.perf_counter()
-    with opened_bench(together, workers=2, cache_dir=None, expected=together.space.size) as bench:
-        assert bench.place is not None
-        enumerate_space(bench)
+    with opened_pool(together, workers=2, cache_dir=None, expected=together.space.size) as pool:
+        assert pool.place is not None
+        enumerate_space(pool)
     wall = time.perf_counter() - start
     print(f"two processes: {layouts / wall:.0f} per second of wall clock, at a load of {os.getloadavg()[0]:.1f}")
-    assert together.fitting == judge.fitting
+    assert together.fitting == evaluator.fitting

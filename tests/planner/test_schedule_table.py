@@ -16,7 +16,7 @@ CLOSE = 0.05  # of the simulated step
 def pipelined(small, kind, *, ranks, rounds):
     """A small step on `ranks` pipeline ranks with `rounds` micro-batches for each.
 
-    Stages of 4 layers, as many as the screen's pieces have: fewer hide less of each other in an overlapped pair (with 2
+    Stages of 4 layers, as many as the screen's parts have: fewer hide less of each other in an overlapped pair (with 2
     the screen of dualpipe is 6 % short).
     """
     virtual = {"virtual": 2} if SCHEDULES[kind].virtual else {}

@@ -4,8 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from moesim.planner.bench import Bench
-from moesim.planner.judge import Judge
+from moesim.planner.evaluation import EvaluationPool, Evaluator
 from moesim.planner.outcome import Outcome, outcome_of
 from moesim.planner.pipeline import FILLED, pipeline_finish, prepare_walk
 from moesim.planner.screen import Screen
@@ -57,11 +56,11 @@ def test_the_screen_ranks_as_the_simulation_does(small_plan):
     plan = small_plan(
         {"choices.schedule": [{"kind": "1f1b"}, {"kind": "zb_h1"}, {"kind": "interleaved", "virtual": 2}]}
     )
-    judge = Judge(Space.of(plan), Screen(obtain_trace))
-    enumerate_space(Bench(judge))
+    evaluator = Evaluator(Space.of(plan), Screen(obtain_trace))
+    enumerate_space(EvaluationPool(evaluator))
     pairs: list[tuple[Outcome, Outcome]] = []
-    for candidate in judge.fitting[::9]:
-        scenario = judge.space.scenario(candidate.layout)
+    for candidate in evaluator.fitting[::9]:
+        scenario = evaluator.space.scenario(candidate.layout)
         result = simulate(scenario).result
         pairs.append((candidate.screened, outcome_of(scenario, result["step_time_s"])))
         assert candidate.peak_bytes == pytest.approx(result["memory"]["peak_bytes"], rel=0.02)

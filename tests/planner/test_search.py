@@ -5,8 +5,7 @@ import warnings
 import pytest
 
 from moesim.errors import UserError
-from moesim.planner.bench import Bench
-from moesim.planner.judge import Judge
+from moesim.planner.evaluation import EvaluationPool, Evaluator
 from moesim.planner.plan import Search
 from moesim.planner.screen import Screen
 from moesim.planner.search import enumerate_space, search_space, uses_nsga2
@@ -16,14 +15,14 @@ from moesim.run import obtain_trace
 CHANGES = {"search": {"method": "nsga2", "trials": 90, "population": 15}, "goal.usd": 120}
 
 
-def _judge(plan):
-    return Judge(Space.of(plan), Screen(obtain_trace))
+def _evaluator(plan):
+    return Evaluator(Space.of(plan), Screen(obtain_trace))
 
 
 def _searched(plan, path):
-    judge = _judge(plan)
-    search_space(Bench(judge), storage=path, study_name="a-test")
-    return judge
+    evaluator = _evaluator(plan)
+    search_space(EvaluationPool(evaluator), storage=path, study_name="a-test")
+    return evaluator
 
 
 def test_small_spaces_are_enumerated_and_large_ones_searched():
@@ -35,10 +34,10 @@ def test_small_spaces_are_enumerated_and_large_ones_searched():
 
 def test_the_search_finds_what_enumeration_finds(small_plan, tmp_path):
     plan = small_plan(CHANGES)
-    every = _judge(plan)
-    enumerate_space(Bench(every))
+    every = _evaluator(plan)
+    enumerate_space(EvaluationPool(every))
     found = _searched(plan, tmp_path / "journal")
-    assert found.funnel.looked_at <= 90 < every.funnel.looked_at
+    assert found.rejections.looked_at <= 90 < every.rejections.looked_at
     best = min(candidate.screened.usd for candidate in every.candidates)
     assert min(candidate.screened.usd for candidate in found.candidates) <= 1.1 * best
     soonest = min(candidate.screened.days for candidate in every.candidates)
@@ -54,12 +53,12 @@ def test_an_interrupted_search_goes_on_as_if_it_had_not_been(small_plan, tmp_pat
         if done == stop:
             raise KeyboardInterrupt
 
-    judge = _judge(plan)
+    evaluator = _evaluator(plan)
     with pytest.raises(KeyboardInterrupt):
-        search_space(Bench(judge), storage=tmp_path / "parts", study_name="a-test", progress=interrupt)
+        search_space(EvaluationPool(evaluator), storage=tmp_path / "parts", study_name="a-test", progress=interrupt)
     resumed = _searched(plan, tmp_path / "parts")
     assert resumed.fitting == whole.fitting
-    assert resumed.funnel.as_json() == whole.funnel.as_json()
+    assert resumed.rejections.as_json() == whole.rejections.as_json()
 
 
 def test_a_finished_search_looks_at_nothing_new(small_plan, tmp_path):
@@ -67,7 +66,7 @@ def test_a_finished_search_looks_at_nothing_new(small_plan, tmp_path):
     first = _searched(plan, tmp_path / "journal")
     size = (tmp_path / "journal").stat().st_size
     again = _searched(plan, tmp_path / "journal")
-    assert again.funnel.as_json() == first.funnel.as_json()
+    assert again.rejections.as_json() == first.rejections.as_json()
     assert (tmp_path / "journal").stat().st_size - size < 500  # opening it writes a line
 
 
@@ -75,8 +74,8 @@ def test_a_database_keeps_the_search_too(small_plan, tmp_path):
     plan = small_plan(CHANGES | {"search.trials": 4, "search.population": 2})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)  # SQLAlchemy closes its connections when collected
-        judge = _searched(plan, f"sqlite:///{tmp_path}/search.db")
-    assert 1 <= judge.funnel.looked_at <= 4
+        evaluator = _searched(plan, f"sqlite:///{tmp_path}/search.db")
+    assert 1 <= evaluator.rejections.looked_at <= 4
     assert (tmp_path / "search.db").exists()
 
 

@@ -2,9 +2,8 @@
 
 import pytest
 
-from moesim.planner.bench import Bench
-from moesim.planner.funnel import STAGES, Funnel
-from moesim.planner.judge import Judge
+from moesim.planner.evaluation import EvaluationPool, Evaluator
+from moesim.planner.rejections import STAGES, Rejections
 from moesim.planner.screen import Screen
 from moesim.planner.search import enumerate_space
 from moesim.planner.space import Discarded, Space
@@ -63,15 +62,15 @@ def test_listed_data_sizes_must_fill_the_gpus(small_plan):
     assert {scenario.parallelism.data for scenario in kept.values()} == {2}
 
 
-def test_the_funnel_counts_every_combination_once(small_plan):
+def test_rejections_count_every_combination_once(small_plan):
     plan = small_plan({"goal.days": 0.5, "goal.usd": 60})
-    judge = Judge(Space.of(plan), Screen(obtain_trace))
-    enumerate_space(Bench(judge))
-    enumerate_space(Bench(judge))  # a second look changes nothing
-    counted = judge.funnel.as_json()
-    assert counted["looked_at"] == judge.space.size
+    evaluator = Evaluator(Space.of(plan), Screen(obtain_trace))
+    enumerate_space(EvaluationPool(evaluator))
+    enumerate_space(EvaluationPool(evaluator))  # a second look changes nothing
+    counted = evaluator.rejections.as_json()
+    assert counted["looked_at"] == evaluator.space.size
     assert counted["kept"] + sum(entry["count"] for entry in counted["discarded"]) == counted["looked_at"]
-    assert counted["kept"] == len(judge.candidates) > 0
+    assert counted["kept"] == len(evaluator.candidates) > 0
     by_stage = {entry["stage"] for entry in counted["discarded"]}
     assert {"offer", "sizes", "same", "budget"} <= by_stage
 
@@ -92,15 +91,15 @@ def test_the_dense_baseline_has_no_expert_parallelism(small_plan):
     assert all(scenario.parallelism.expert == 1 and scenario.model.experts == 0 for scenario in kept.values())
 
 
-def test_an_empty_funnel_names_the_last_constraint_and_the_nearest_miss():
-    funnel = Funnel()
-    funnel.discard("sizes", "a", "b")
-    funnel.discard("memory", "h100", "needs 93 GB of 80 GB", 93 / 80)
-    funnel.discard("memory", "h100", "needs 99 GB of 80 GB", 99 / 80)
-    assert funnel.binding == "memory"
-    assert funnel.why_empty() == "memory: needs 93 GB of 80 GB"
-    funnel.keep()
-    assert funnel.binding is None
+def test_where_none_is_left_the_last_constraint_and_the_nearest_miss_are_named():
+    rejections = Rejections()
+    rejections.discard("sizes", "a", "b")
+    rejections.discard("memory", "h100", "needs 93 GB of 80 GB", 93 / 80)
+    rejections.discard("memory", "h100", "needs 99 GB of 80 GB", 99 / 80)
+    assert rejections.binding == "memory"
+    assert rejections.why_empty() == "memory: needs 93 GB of 80 GB"
+    rejections.keep()
+    assert rejections.binding is None
 
 
 def test_bandwidths_are_told_as_networks_are_sold(small_plan):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from moesim.network.parameters import NetworkParameters
 from moesim.parallel.memory import memory_report
 from moesim.parallel.memory_rows import even_rows
-from moesim.planner.pieces import PieceStore
+from moesim.planner.layer_times import LayerTimes
 from moesim.planner.screen import Screen
 from moesim.planner.traces import Traces
 from moesim.report import facts, print_facts
@@ -77,15 +77,15 @@ def test_ranks_hold_the_stages_that_the_schedule_gives_them(small, schedule) -> 
 
 @pytest.mark.parametrize("name", PIPELINED)
 def test_the_estimate_is_near_the_simulated_parts(name) -> None:
-    """Ratios to a layer with experts, against the pieces of the shipped scenario run by the executor: within 15 %."""
+    """Ratios to a layer with experts, against the parts of the shipped scenario run by the executor: within 15 %."""
     scenario = load_scenario(SCENARIOS / f"{name}.yaml")
-    cut = PieceStore(Traces(None).of).of(scenario, NetworkParameters())
+    cut = LayerTimes(Traces(None).of).of(scenario, NetworkParameters())
     parts, model = part_seconds(scenario), scenario.model
 
-    def simulated(piece) -> float:
+    def simulated(part) -> float:
         if scenario.parallelism.schedule.kind == "dualpipe":
-            return piece.pair
-        return piece.forward + (piece.backward or piece.gradient_of_input + piece.gradient_of_weights)
+            return part.pair
+        return part.forward + (part.backward or part.gradient_of_input + part.gradient_of_weights)
 
     layer = simulated(cut.moe_layer)
     last = parts.head + model.mtp_layers * parts.prediction

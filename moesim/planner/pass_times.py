@@ -18,7 +18,7 @@ SETTLED = 4  # likewise where collectives of one reach into the next
 
 
 class PassSeconds(NamedTuple):
-    """Seconds of one micro-batch through a piece: forward, backward, backward without and only with weights' gradients.
+    """Seconds of one micro-batch through a part: forward, backward, backward without and only with weights' gradients.
 
     `pair` is a forward pass overlapped with a backward pass. What the schedule does not have is 0.
     """
@@ -33,15 +33,15 @@ class PassSeconds(NamedTuple):
         return PassSeconds(*(a + b for a, b in zip(self, other, strict=True)))
 
     def times(self, count: float) -> "PassSeconds":
-        """`count` such pieces one behind the other."""
+        """`count` such parts one behind the other."""
         return PassSeconds(*(count * seconds for seconds in self))
 
 
 NOTHING = PassSeconds(0.0, 0.0, 0.0, 0.0, 0.0)
 
 
-class Cut(NamedTuple):
-    """The pieces of one rank group: a dense layer, a layer with experts, and the two ends of the model."""
+class PartSeconds(NamedTuple):
+    """The parts of one rank group: a dense layer, a layer with experts, and the two ends of the model."""
 
     dense_layer: PassSeconds
     moe_layer: PassSeconds
@@ -111,10 +111,10 @@ class Passes:
         return float(max(np.max(executor.done_SR), np.max(executor.reduced_SR)))
 
 
-def cut_pieces(passes: Passes, model: Model) -> Cut:
-    """The pieces of a short `model`, operation by operation as their labels say where they belong."""
+def part_seconds(passes: Passes, model: Model) -> PartSeconds:
+    """The parts of a short `model`, operation by operation as their labels say where they belong."""
     dense, moe = range(model.dense_layers), range(model.dense_layers, model.layers)
-    return Cut(
+    return PartSeconds(
         dense_layer=passes.cut(lambda op: op.label.layer in dense).times(1 / max(1, len(dense))),
         moe_layer=passes.cut(lambda op: op.label.layer in moe).times(1 / max(1, len(moe))),
         embedding=passes.cut(_is_embedding),
@@ -122,11 +122,11 @@ def cut_pieces(passes: Passes, model: Model) -> Cut:
     )
 
 
-def with_sharding(cut: Cut, scenario: Scenario, *, few: Passes, more: Passes, layers: int) -> Cut:
-    """The pieces where ZeRO gathers and reduces layer by layer: collectives reach across layers and micro-batches.
+def with_sharding(cut: PartSeconds, scenario: Scenario, *, few: Passes, more: Passes, layers: int) -> PartSeconds:
+    """The parts where ZeRO gathers and reduces layer by layer: collectives reach across layers and micro-batches.
 
     What a layer takes is the difference between passes over `layers` more of them (`more`, `few`), and the head is what
-    is then left; the parts of backward passes and pairs keep the proportions of the pieces cut apart (`cut`).
+    is then left; the parts of backward passes and pairs keep the proportions of the parts cut apart (`cut`).
     """
     (few_forward, few_both), (forward, both) = few.whole(), more.whole()
     layer_forward, layer_both = (forward - few_forward) / layers, (both - few_both) / layers
@@ -141,14 +141,14 @@ def with_sharding(cut: Cut, scenario: Scenario, *, few: Passes, more: Passes, la
     return found._replace(head=_stretched(cut.head, rest_forward, rest_backward))
 
 
-def _stretched(piece: PassSeconds, forward: float, backward: float) -> PassSeconds:
-    """The piece with other seconds of its two passes; their parts in proportion."""
-    factor = backward / piece.backward if piece.backward else 0.0
-    saved = piece.forward + piece.backward - piece.pair
+def _stretched(part: PassSeconds, forward: float, backward: float) -> PassSeconds:
+    """The part with other seconds of its two passes; their parts in proportion."""
+    factor = backward / part.backward if part.backward else 0.0
+    saved = part.forward + part.backward - part.pair
     return PassSeconds(
         forward=forward,
         backward=backward,
-        gradient_of_input=factor * piece.gradient_of_input,
-        gradient_of_weights=factor * piece.gradient_of_weights,
+        gradient_of_input=factor * part.gradient_of_input,
+        gradient_of_weights=factor * part.gradient_of_weights,
         pair=forward + backward - saved,
     )

@@ -1,4 +1,4 @@
-"""Many processes judge as one does: the same verdicts in the same order, and none is lost with its process."""
+"""Many processes evaluator as one does: the same evaluations in the same order, and none is lost with its process."""
 
 import os
 import signal
@@ -7,8 +7,7 @@ import pytest
 from plan_cases import build_plan
 
 from moesim.errors import UserError
-from moesim.planner.bench import SMALL, Bench, grouped, opened_bench
-from moesim.planner.judge import Judge
+from moesim.planner.evaluation import SMALL, EvaluationPool, Evaluator, grouped, opened_pool
 from moesim.planner.screen import Screen
 from moesim.planner.space import Space
 from moesim.planner.traces import Traces
@@ -20,19 +19,19 @@ def plan():
     return build_plan({"goal.days": 0.5, "goal.usd": 60, "choices.recompute": ["none"], "choices.gpus": [2, 4]})
 
 
-def _judge(plan):
-    return Judge(Space.of(plan), Screen(Traces(None).of))
+def _evaluator(plan):
+    return Evaluator(Space.of(plan), Screen(Traces(None).of))
 
 
 @pytest.fixture(scope="module")
 def alone(plan):
-    judge = _judge(plan)
-    Bench(judge).judge_all(list(judge.space.layouts()))
-    return judge
+    evaluator = _evaluator(plan)
+    EvaluationPool(evaluator).evaluate_all(list(evaluator.space.layouts()))
+    return evaluator
 
 
 def test_processes_give_the_verdicts_of_one_in_the_same_order_though_one_is_killed(plan, alone):
-    judge = _judge(plan)
+    evaluator = _evaluator(plan)
     told = []
     with opened_workers(count=2, cluster=None) as place:
         collect, killed = place.collect, []
@@ -45,17 +44,17 @@ def test_processes_give_the_verdicts_of_one_in_the_same_order_though_one_is_kill
             return found
 
         place.collect = collect_and_kill_another
-        Bench(judge, place).judge_all(
-            list(judge.space.layouts()), progress=lambda done, size: told.append((done, size))
+        EvaluationPool(evaluator, place).evaluate_all(
+            list(evaluator.space.layouts()), progress=lambda done, size: told.append((done, size))
         )
     assert killed
-    assert judge.fitting == alone.fitting
-    assert judge.funnel.as_json() == alone.funnel.as_json()
-    assert told[-1] == (judge.space.size, judge.space.size)
+    assert evaluator.fitting == alone.fitting
+    assert evaluator.rejections.as_json() == alone.rejections.as_json()
+    assert told[-1] == (evaluator.space.size, evaluator.space.size)
 
 
 def test_a_group_that_always_kills_its_process_is_an_error(plan):
-    judge = _judge(plan)
+    evaluator = _evaluator(plan)
     with opened_workers(count=1, cluster=None) as place:
         collect = place.collect
 
@@ -65,7 +64,7 @@ def test_a_group_that_always_kills_its_process_is_an_error(plan):
 
         place.collect = collect_nothing
         with pytest.raises(UserError, match="was memory short"):
-            Bench(judge, place).judge_all(list(judge.space.layouts())[:1])
+            EvaluationPool(evaluator, place).evaluate_all(list(evaluator.space.layouts())[:1])
 
 
 def test_groups_hold_every_combination_once(plan):
@@ -77,8 +76,8 @@ def test_groups_hold_every_combination_once(plan):
 
 
 def test_few_combinations_start_no_process(plan):
-    judge = _judge(plan)
-    with opened_bench(judge, workers=4, cache_dir=None, expected=SMALL) as bench:
-        assert bench.place is None
-    with opened_bench(judge, workers=1, cache_dir=None, expected=10 * SMALL) as bench:
-        assert bench.place is None
+    evaluator = _evaluator(plan)
+    with opened_pool(evaluator, workers=4, cache_dir=None, expected=SMALL) as pool:
+        assert pool.place is None
+    with opened_pool(evaluator, workers=1, cache_dir=None, expected=10 * SMALL) as pool:
+        assert pool.place is None

@@ -1,12 +1,13 @@
-"""Seconds of the pieces that steps are made of: one kind of layer, embedding, head; executed on one rank group.
+"""Seconds of the parts that steps are made of: one kind of layer, embedding, head; executed on one rank group.
 
-A piece is cut out of the program of a small step, that of one rank group on its nodes with a few layers and two
+A part is cut out of the program of a small step, that of one rank group on its nodes with a few layers and two
 micro-batches, and run by the executor of the simulation itself: waiting for hot ranks, overlap and recomputation count.
-Layouts that differ in data and pipeline parallelism, schedule or ZeRO share their pieces.
+Layouts that differ in data and pipeline parallelism, schedule or ZeRO share their parts.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from moesim.engine.step_clock import step_kernels
 from moesim.kernels import KernelModel, kernel_model
@@ -14,26 +15,25 @@ from moesim.network import Fabric, build_fabric
 from moesim.network.parameters import NetworkParameters
 from moesim.parallel import Mesh, TrafficSample, TrafficSampler
 from moesim.parallel.memory_rows import RoutedRows, even_rows, routed_rows
-from moesim.planner.clocks import SharedClocks
-from moesim.planner.passes import Cut, Passes, cut_pieces, with_sharding
+from moesim.planner.pass_times import PartSeconds, Passes, part_seconds, with_sharding
 from moesim.program import build_program
 from moesim.scenario import GpuSpec, Parallelism, PipelineSchedule, PopularityRouting, Scenario, Zero
 from moesim.schedules import PLAIN, SPLIT, ScheduleFacts
 from moesim.seeding import stream
 from moesim.trace import RoutingTrace
 
-LAYERS = 4  # MoE layers of a piece, one behind the other: each has its own hot ranks
+LAYERS = 4  # MoE layers of a part, one behind the other: each has its own hot ranks
 MICRO_BATCHES = 4  # that it is drawn for, at most
 
 TraceOf = Callable[[Scenario], RoutingTrace | None]
 
 
 @dataclass(frozen=True)
-class PieceStore:
+class LayerTimes:
     """Pieces of one model by what determines them, each made once; `trace_of` gives the routing of a scenario."""
 
     trace_of: TraceOf
-    _pieces: dict[tuple[object, ...], Cut] = field(init=False, default_factory=dict, repr=False)
+    _parts: dict[tuple[object, ...], PartSeconds] = field(init=False, default_factory=dict, repr=False)
     _kernels: dict[tuple[GpuSpec, str | None], KernelModel] = field(init=False, default_factory=dict, repr=False)
     _samples: dict[tuple[object, ...], TrafficSample | None] = field(init=False, default_factory=dict, repr=False)
     _clocked: dict[tuple[object, ...], KernelModel] = field(init=False, default_factory=dict, repr=False)
@@ -46,64 +46,64 @@ class PieceStore:
             self._kernels[key] = SharedClocks(kernel_model(*key))
         return self._kernels[key]
 
-    def of(self, scenario: Scenario, parameters: NetworkParameters) -> Cut:
-        """The pieces of the scenario on a network with these constants."""
-        cell = cell_of(scenario)
-        key = (*_routing_key(cell), cell.cluster, cell.dispatch, cell.workload.recompute, parameters)
-        if key not in self._pieces:
-            self._pieces[key] = self._made(cell, parameters)
-        return self._pieces[key]
+    def of(self, scenario: Scenario, parameters: NetworkParameters) -> PartSeconds:
+        """The parts of the scenario on a network with these constants."""
+        group = one_group_of(scenario)
+        key = (*_routing_key(group), group.cluster, group.dispatch, group.workload.recompute, parameters)
+        if key not in self._parts:
+            self._parts[key] = self._made(group, parameters)
+        return self._parts[key]
 
     def rows(self, scenario: Scenario) -> RoutedRows:
         """Rows and copies of the ranks of one rank group in every layer, for the memory."""
-        cell = cell_of(scenario)
-        key = (*_routing_key(cell), cell.dispatch)
+        group = one_group_of(scenario)
+        key = (*_routing_key(group), group.dispatch)
         if key not in self._rows:
-            sample = self._sample(cell)
-            self._rows[key] = even_rows(cell) if sample is None else routed_rows(cell, [sample])
+            sample = self._sample(group)
+            self._rows[key] = even_rows(group) if sample is None else routed_rows(group, [sample])
         return self._rows[key]
 
     def sample(self, scenario: Scenario) -> TrafficSample | None:
-        """One routing sample of the scenario's cell; None for a dense model."""
-        return self._sample(cell_of(scenario))
+        """One routing sample of the scenario's group; None for a dense model."""
+        return self._sample(one_group_of(scenario))
 
-    def _sample(self, cell: Scenario) -> TrafficSample | None:
-        """One routing sample of the cell."""
-        key = (*_routing_key(cell), cell.cluster.pools[0].gpus_per_node)
+    def _sample(self, group: Scenario) -> TrafficSample | None:
+        """One routing sample of the group."""
+        key = (*_routing_key(group), group.cluster.pools[0].gpus_per_node)
         if key not in self._samples:
-            trace = self.trace_of(cell)
-            made = None if trace is None else TrafficSampler(cell, trace).draw(stream(cell.seed, "sample", 0))
+            trace = self.trace_of(group)
+            made = None if trace is None else TrafficSampler(group, trace).draw(stream(group.seed, "sample", 0))
             self._samples[key] = made
         return self._samples[key]
 
-    def _at_step_clock(self, cell: Scenario, fabric: Fabric, samples: list[TrafficSample]) -> KernelModel:
+    def _at_step_clock(self, group: Scenario, fabric: Fabric, samples: list[TrafficSample]) -> KernelModel:
         """Kernels at the clock that the power limit leaves the step; few layers tell its load to a few per cent."""
-        few = _scheduled(_with_few_layers(cell, LAYERS), PLAIN)  # the order of work plays no part
+        few = _scheduled(_with_few_layers(group, LAYERS), PLAIN)  # the order of work plays no part
         key = (*_routing_key(few), few.cluster, few.dispatch, few.workload.recompute, fabric.parameters)
         if key not in self._clocked:
-            kernels = self.kernels(cell)
+            kernels = self.kernels(group)
             self._clocked[key] = step_kernels(few, fabric=fabric, kernels=kernels, samples=samples)
         return self._clocked[key]
 
-    def _made(self, cell: Scenario, parameters: NetworkParameters) -> Cut:
-        sample = self._sample(cell)
+    def _made(self, group: Scenario, parameters: NetworkParameters) -> PartSeconds:
+        sample = self._sample(group)
         samples = [] if sample is None else [sample]
-        fabric = build_fabric(cell.cluster, parameters=parameters)
-        kernels = self._at_step_clock(cell, fabric, samples)
-        sharded = Mesh(cell.parallelism, cell.cluster).shards_by_layer
-        facts = cell.parallelism.schedule.facts
+        fabric = build_fabric(group.cluster, parameters=parameters)
+        kernels = self._at_step_clock(group, fabric, samples)
+        sharded = Mesh(group.parallelism, group.cluster).shards_by_layer
+        facts = group.parallelism.schedule.facts
         orders = (PLAIN, SPLIT) if sharded else _orders(facts)
 
         def passes(layers: int) -> Passes:
-            short = _with_few_layers(cell, layers)
+            short = _with_few_layers(group, layers)
             programs = [
                 build_program(_scheduled(short, one), fabric=fabric, kernels=kernels, samples=samples) for one in orders
             ]
             return Passes.of(programs, pairs=sharded or facts.overlaps_pairs)
 
-        short, more = _with_few_layers(cell, LAYERS), passes(LAYERS)
-        cut = cut_pieces(more, short.model)
-        fewer = short.model.layers - _with_few_layers(cell, LAYERS // 2).model.layers
+        short, more = _with_few_layers(group, LAYERS), passes(LAYERS)
+        cut = part_seconds(more, short.model)
+        fewer = short.model.layers - _with_few_layers(group, LAYERS // 2).model.layers
         if fewer and sharded:
             cut = with_sharding(cut, short, few=passes(LAYERS // 2), more=more, layers=fewer)
         return cut
@@ -119,13 +119,13 @@ def _orders(facts: ScheduleFacts) -> tuple[ScheduleFacts, ...]:
     return (PLAIN,) * facts.full_backward + (SPLIT,) * facts.split_backward
 
 
-def _scheduled(cell: Scenario, facts: ScheduleFacts) -> Scenario:
+def _scheduled(group: Scenario, facts: ScheduleFacts) -> Scenario:
     schedule = PipelineSchedule(kind=facts.name)
-    return cell.model_copy(update={"parallelism": cell.parallelism.model_copy(update={"schedule": schedule})})
+    return group.model_copy(update={"parallelism": group.parallelism.model_copy(update={"schedule": schedule})})
 
 
-def cell_of(scenario: Scenario) -> Scenario:
-    """The smallest scenario with the same pieces: the ranks of one rank group, on their nodes, without a pipeline.
+def one_group_of(scenario: Scenario) -> Scenario:
+    """The smallest scenario with the same parts: the ranks of one rank group, on their nodes, without a pipeline.
 
     Its schedule only says whether backward passes are split; ZeRO counts where it works layer by layer.
     """
@@ -136,7 +136,7 @@ def cell_of(scenario: Scenario) -> Scenario:
     batches = min(MICRO_BATCHES, scenario.num_drawn_micro_batches)
     return scenario.model_copy(
         update={
-            "name": "cell",
+            "name": "one rank group",
             "parallelism": Parallelism(
                 data=data,
                 context=mesh.context,
@@ -156,12 +156,12 @@ def cell_of(scenario: Scenario) -> Scenario:
     )
 
 
-def _with_few_layers(cell: Scenario, layers: int) -> Scenario:
+def _with_few_layers(group: Scenario, layers: int) -> Scenario:
     """One dense layer and `layers` with experts; a dense model has `layers` dense ones. Fewer where there are fewer."""
-    model = cell.model
+    model = group.model
     moe = min(layers, model.moe_layers)
     dense = min(1 if moe else layers, model.dense_layers)
-    return cell.model_copy(update={"model": model.with_few_layers(dense=dense, moe=moe)})
+    return group.model_copy(update={"model": model.with_few_layers(dense=dense, moe=moe)})
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,14 +177,39 @@ class _Same:
         return id(self.it)
 
 
-def _routing_key(cell: Scenario) -> tuple[object, ...]:
-    """What decides the rows and copies of a cell; counts of experts are long, so they count by identity."""
-    routing = cell.routing
+def _routing_key(group: Scenario) -> tuple[object, ...]:
+    """What decides the rows and copies of a group; counts of experts are long, so they count by identity."""
+    routing = group.routing
     return (
-        cell.parallelism,
-        cell.workload.micro_batch,
-        cell.workload.global_batch,
+        group.parallelism,
+        group.workload.micro_batch,
+        group.workload.global_batch,
         _Same(routing.counts) if isinstance(routing, PopularityRouting) else routing,
-        cell.router_shape() if cell.model.experts else None,
-        cell.capacity,
+        group.router_shape() if group.model.experts else None,
+        group.capacity,
     )
+
+
+LOAD_GRID = 5e12  # FLOP/s, half a per cent of an H100's peak: the clock follows load by less than that
+
+
+@dataclass(frozen=True, eq=False)
+class SharedClocks:
+    """`kernels` whose `at_load` gives the same model again for the same load, loads being rounded to LOAD_GRID.
+
+    Everything else is that of `kernels`.
+    """
+
+    kernels: KernelModel
+    _known: dict[float, KernelModel] = field(init=False, default_factory=dict, repr=False)
+
+    def at_load(self, flops_per_second: float) -> Any:
+        """The kernels in a step of about this mean load; itself where there is no power limit."""
+        load = round(flops_per_second / LOAD_GRID) * LOAD_GRID
+        if load not in self._known:
+            self._known[load] = self.kernels.at_load(load)
+        found = self._known[load]
+        return self if found is self.kernels else found
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.kernels, name)

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from moesim.planner.bench import Progress, opened_bench
+from moesim.planner.evaluation import Evaluator, Progress, opened_pool
+from moesim.planner.explanation import Simulated, change, price_changes, price_flips
 from moesim.planner.folder import VARIANTS_FILE, Folder
-from moesim.planner.judge import Judge
 from moesim.planner.outcome import Outcome, missed, outcome_of
 from moesim.planner.plan import Plan
 from moesim.planner.screen import Screen
@@ -13,7 +13,6 @@ from moesim.planner.search import enumerate_space
 from moesim.planner.selection import by_objective
 from moesim.planner.simulations import Simulations
 from moesim.planner.space import Space
-from moesim.planner.why import Simulated, change, price_changes, price_flips
 
 
 def sensitivity(folder: Folder, work: Simulations, ranking: Sequence[Simulated]) -> dict[str, Any]:
@@ -63,18 +62,20 @@ def baseline(folder: Folder, winner: Simulated, *, progress: Progress | None) ->
     plan = folder.plan
     if plan.baseline is None:
         return None
-    judge = Judge(Space.of_baseline(plan), Screen(lambda scenario: None))
-    with opened_bench(judge, workers=folder.workers, cache_dir=folder.cache_dir, expected=judge.space.size) as bench:
-        enumerate_space(bench, progress=progress)
-    work = Simulations(folder, judge)
-    chosen = by_objective(judge.candidates or judge.fitting, plan.objectives)[: plan.baseline.simulate]
+    evaluator = Evaluator(Space.of_baseline(plan), Screen(lambda scenario: None))
+    with opened_pool(
+        evaluator, workers=folder.workers, cache_dir=folder.cache_dir, expected=evaluator.space.size
+    ) as pool:
+        enumerate_space(pool, progress=progress)
+    work = Simulations(folder, evaluator)
+    chosen = by_objective(evaluator.candidates or evaluator.fitting, plan.objectives)[: plan.baseline.simulate]
     work.simulate(chosen)
     model = plan.baseline.model.preset or "dense"
-    found: dict[str, Any] = {"model": model, "source": plan.baseline.source, "counts": judge.funnel.as_json()}
+    found: dict[str, Any] = {"model": model, "source": plan.baseline.source, "counts": evaluator.rejections.as_json()}
     if not work.usable:
         return found | {
             "id": None,
-            "note": judge.funnel.why_empty() if not judge.fitting else "none could be simulated",
+            "note": evaluator.rejections.why_empty() if not evaluator.fitting else "none could be simulated",
         }
     best = min(
         work.usable, key=lambda layout: (_missing(plan, layout.outcome), layout.outcome.objectives(plan.objectives))

@@ -20,7 +20,7 @@ STAGES = {
 
 
 @dataclass
-class Funnel:
+class Rejections:
     """Counts of combinations; `nearest` holds, for each limit, the discarded one that came closest: (factor, text)."""
 
     looked_at: int = 0
