@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from moesim.cli.flags import add_csv, add_json
-from moesim.cli.rows import print_csv
+from moesim.cli.outputs import print_csv
 from moesim.strict_json import json_text
 
 NAME = "gpus"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moesim.cli.flags import add_csv, add_json, add_overrides
-from moesim.cli.rows import print_csv
+from moesim.cli.outputs import print_csv
 from moesim.errors import UserError
 from moesim.strict_json import json_text
 

@@ -16,9 +16,9 @@ from moesim.cli.flags import (
     check_workers,
     check_writable,
 )
-from moesim.cli.interrupt import interrupts_say
 from moesim.cli.launches import add_software, print_command
-from moesim.cli.rows import print_csv, texts
+from moesim.cli.outputs import print_csv, texts
+from moesim.cli.session import interrupts_say
 from moesim.strict_json import json_text
 
 if TYPE_CHECKING:

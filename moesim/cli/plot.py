@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from moesim.cli.flags import add_force, add_quiet, check_writable
-from moesim.cli.page import write_page
+from moesim.cli.outputs import write_page
 from moesim.errors import UserError
 
 NAME = "plot"

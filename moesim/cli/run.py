@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moesim.cli.flags import add_cache, add_csv, add_force, add_json, add_quiet, add_scenario, check_writable, load
-from moesim.cli.interrupt import interrupts_say, kept_of_training
 from moesim.cli.launches import (
     add_launch,
     add_software,
@@ -15,8 +14,8 @@ from moesim.cli.launches import (
     print_reading_summary,
     read_launch_of,
 )
-from moesim.cli.progress import watched_training
-from moesim.cli.rows import print_csv
+from moesim.cli.outputs import print_csv
+from moesim.cli.session import interrupts_say, kept_of_training, watched_training
 from moesim.errors import UserError
 from moesim.strict_json import json_text
 

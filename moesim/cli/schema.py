@@ -42,7 +42,7 @@ def _schema(what: str) -> dict[str, Any]:
 
         return serving_json_schema()
     if what == "study":
-        from moesim.sweeper.json_schema import study_json_schema
+        from moesim.sweeper.study import study_json_schema
 
         return study_json_schema()
     from moesim.scenario.json_schema import json_schema

@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from moesim.cli.flags import add_file, add_force, add_json, add_overrides, add_quiet, check_positive
-from moesim.cli.page import add_page, place_of_page, write_page
+from moesim.cli.outputs import add_page, place_of_page, write_page
 from moesim.errors import UserError
 from moesim.strict_json import json_text
 

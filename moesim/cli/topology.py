@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from moesim.cli.flags import add_force, add_json, add_scenario, load
-from moesim.cli.page import add_page, place_of_page, write_page
+from moesim.cli.outputs import add_page, place_of_page, write_page
 from moesim.strict_json import json_text
 
 NAME = "topology"

@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moesim.cli.flags import add_cache, add_force, add_json, add_quiet, add_scenario, check_new, load
-from moesim.cli.interrupt import interrupts_say, kept_of_training
 from moesim.cli.library import show_library
-from moesim.cli.progress import watched_training
+from moesim.cli.session import interrupts_say, kept_of_training, watched_training
 from moesim.errors import UserError
 from moesim.strict_json import json_text
 

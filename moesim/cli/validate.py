@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from moesim.cli.flags import add_json, add_overrides, add_quiet
-from moesim.cli.interrupt import interrupts_say
+from moesim.cli.session import interrupts_say
 from moesim.errors import UserError
 from moesim.strict_json import json_text
 

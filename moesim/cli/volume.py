@@ -5,9 +5,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 from moesim.cli.flags import add_cache, add_force, add_json, add_scenario, load
-from moesim.cli.interrupt import interrupts_say, kept_of_training
-from moesim.cli.page import add_page, place_of_page, write_page
-from moesim.cli.progress import watched_training
+from moesim.cli.outputs import add_page, place_of_page, write_page
+from moesim.cli.session import interrupts_say, kept_of_training, watched_training
 from moesim.errors import UserError
 from moesim.strict_json import json_text
 

@@ -27,7 +27,7 @@ def uses_nsga2(search: Search, size: int) -> bool:
 
 
 def enumerate_space(pool: EvaluationPool, *, progress: Progress | None = None) -> None:
-    """Evaluator every combination."""
+    """Evaluate every combination."""
     pool.evaluate_all(list(pool.evaluator.space.layouts()), progress=progress)
 
 

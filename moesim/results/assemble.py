@@ -16,8 +16,7 @@ from moesim.kernels.errors import bases_of, clock_error_of, kernels_rest_on
 from moesim.parallel import TrafficSample
 from moesim.parallel.memory import MemoryReport
 from moesim.results.balance import balance_warnings
-from moesim.results.economy import cost, utilisation
-from moesim.results.effective import dropping_warnings, effective
+from moesim.results.economy import cost, dropping_warnings, effective, utilisation
 from moesim.results.metrics import (
     TrafficFacts,
     imbalance_facts,

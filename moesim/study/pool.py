@@ -14,8 +14,7 @@ from moesim.routing.request import TrainingRequest
 from moesim.scenario.routing import TrainRouting
 from moesim.study.point import Point, PointRecord
 from moesim.study.progress import Progress, Watch
-from moesim.study.work import Trained, simulate_point, train_point
-from moesim.study.workers import Lost, Workers, opened_workers
+from moesim.study.workers import Lost, Trained, Workers, opened_workers, simulate_point, train_point
 
 TRIES = 2  # of a task whose process is killed
 

@@ -26,7 +26,7 @@ from moesim.strict_json import json_text
 from moesim.study import Point
 from moesim.study.point import content_hash
 from moesim.sweeper import reader
-from moesim.sweeper.axes import Axis, Setting, filled, grid, read_axes, read_points, read_settings
+from moesim.sweeper.axes import AXIS_KEYS, Axis, Setting, filled, grid, read_axes, read_points, read_settings
 from moesim.sweeper.metrics import METRICS
 from moesim.trace.library import find_entry, is_library_name
 
@@ -278,3 +278,48 @@ def _checked_plot(node: Node, axes: Sequence[Axis]) -> dict[str, Any]:
         reader.distinct(reader.items(parts["y"], "y"), lambda item: reader.chosen(item, "y", known=known), "the metric")
     plain: dict[str, Any] = node.plain
     return plain
+
+
+_TEXT = {"type": "string", "minLength": 1}
+_LIST = {"type": "array", "minItems": 1}
+_SETTINGS = {"type": "object"}  # dotted keys of a scenario and their values
+
+
+def study_json_schema() -> dict[str, Any]:
+    """JSON Schema (2020-12) of a study; the values of a scenario's keys are not looked into."""
+    axis = _mapping(
+        AXIS_KEYS,
+        required=("values",),
+        key=_TEXT,
+        keys=_LIST | {"items": _TEXT},
+        values=_LIST,
+        labels=_LIST,
+        repeat={"type": "boolean"},
+    )
+    plot = _mapping(
+        PLOT_KEYS,
+        required=("kind",),
+        kind={"enum": list(PLOT_KINDS)},
+        x=_TEXT,
+        y=_LIST | {"items": _TEXT},
+        colour=_TEXT,
+    )
+    study = _mapping(
+        STUDY_KEYS,
+        required=("name", "base"),
+        name=_TEXT | {"pattern": "^[A-Za-z0-9._-]+$"},
+        base=_TEXT,
+        set=_SETTINGS,
+        axes=_LIST | {"items": axis},
+        points=_LIST | {"items": _SETTINGS},
+        reference=_SETTINGS,
+        plot=plot,
+    )
+    study["anyOf"] = [{"required": ["axes"]}, {"required": ["points"]}]
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **study, "title": "moesim study"}
+
+
+def _mapping(texts: Mapping[str, str], *, required: tuple[str, ...], **types: Mapping[str, Any]) -> dict[str, Any]:
+    """A mapping that has the keys of `texts` alone, each with its type."""
+    properties = {key: {**types[key], "description": text} for key, text in texts.items()}
+    return {"type": "object", "additionalProperties": False, "properties": properties, "required": list(required)}

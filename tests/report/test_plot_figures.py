@@ -31,9 +31,9 @@ from moesim.report.plots.curves import curves
 from moesim.report.plots.dots import dots, suits_dots
 from moesim.report.plots.groups import Collection, collect
 from moesim.report.plots.heat_map import heat_map
-from moesim.report.plots.looks import colours, log_ticks
 from moesim.report.plots.metrics import metric
 from moesim.report.plots.points import read_sources, with_values
+from moesim.report.plots.styling import colours, log_ticks
 
 HOSTILE = "<b>bold</b><script>alert(1)</script>\"'&amp;"
 numbers = st.floats(0.0, 10.0).map(lambda value: round(value, 1))

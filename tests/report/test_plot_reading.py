@@ -24,8 +24,7 @@ from plot_cases import (
 from moesim.errors import UserError
 from moesim.report.plots.groups import Collection, collect, mean_and_interval, own_range
 from moesim.report.plots.metrics import metric, paths_of
-from moesim.report.plots.points import read_sources, with_values
-from moesim.report.plots.values import short_names, text_of
+from moesim.report.plots.points import read_sources, short_names, text_of, with_values
 from moesim.study.intervals import T_95
 
 

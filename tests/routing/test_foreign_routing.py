@@ -20,8 +20,7 @@ from moesim.run import obtain_trace
 from moesim.strict_json import json_text, parse_json
 from moesim.study import scenario_id
 from moesim.trace import RoutingTrace, trace_hash
-from moesim.trace.selection import draw_by_weight
-from moesim.trace.shares import shares_of_counts, weights_of_shares
+from moesim.trace.selection import draw_by_weight, shares_of_counts, weights_of_shares
 
 SAMPLES = Path(__file__).parent / "samples"
 

@@ -13,7 +13,7 @@ from moesim.errors import UserError
 from moesim.study import PointsFile
 from moesim.sweeper import SweepFolder, load_study, print_points, print_sweep, sweep
 from moesim.sweeper.metrics import METRICS, STANDARD
-from moesim.sweeper.rows import Mean, changes, mean_interval
+from moesim.sweeper.table import Mean, changes, mean_interval
 
 STUDY = """
 name: trial

@@ -14,8 +14,7 @@ from moesim.report.figures import blank, steps, time_unit
 from moesim.report.page import Page
 from moesim.report.plots.groups import range_of, same_kernels
 from moesim.report.plots.metrics import metric, paths_of, text
-from moesim.report.plots.points import Point, Source
-from moesim.report.plots.values import MISSING, flatten, plain, text_of
+from moesim.report.plots.points import MISSING, Point, Source, flatten, plain, text_of
 
 _SMALL = 0.003  # share of the step below which a change joins "smaller changes"
 _SHOWN = (

@@ -7,7 +7,9 @@ import plotly.graph_objects as go
 from moesim.report.figures import blank
 from moesim.report.plots.choice import Drawing
 from moesim.report.plots.groups import Collection, Group
-from moesim.report.plots.looks import (
+from moesim.report.plots.metrics import HIGHER, NEITHER, Metric
+from moesim.report.plots.points import plain, text_of
+from moesim.report.plots.styling import (
     FRONT,
     MARKERS,
     colours,
@@ -18,8 +20,6 @@ from moesim.report.plots.looks import (
     units_for,
     with_pointer,
 )
-from moesim.report.plots.metrics import HIGHER, NEITHER, Metric
-from moesim.report.plots.values import plain, text_of
 
 _LONGEST_LABEL = 16
 _HEIGHT = 560

@@ -23,17 +23,15 @@ from moesim.report.plots.choice import (
 )
 from moesim.report.plots.comparison import add_comparison, sides, verdict
 from moesim.report.plots.cost_performance import cost_performance, drawn_groups, has_front
-from moesim.report.plots.curves import curves, point_marks
+from moesim.report.plots.curves import along_axis, curves, point_marks
 from moesim.report.plots.dots import dots, suits_dots
 from moesim.report.plots.groups import Axis, Collection, Group, collect
 from moesim.report.plots.heat_map import heat_axes, heat_map
-from moesim.report.plots.lines import along_axis
-from moesim.report.plots.looks import label_of
 from moesim.report.plots.metrics import HEADLINE, LOWER, Metric, metric, text
 from moesim.report.plots.plan_sections import add_plan
-from moesim.report.plots.points import DONE, PRESET, Source, read_sources, with_values
+from moesim.report.plots.points import DONE, MISSING, PRESET, Source, read_sources, with_values
 from moesim.report.plots.script import SCRIPT
-from moesim.report.plots.values import MISSING
+from moesim.report.plots.styling import label_of
 
 _MOST_FILTERS = 12
 _MOST_NAMES = 8

@@ -7,11 +7,11 @@ from plotly.subplots import make_subplots
 
 from moesim.report.figures import dressed
 from moesim.report.plots.choice import AxisKey, Drawing
+from moesim.report.plots.curves import error_bars, lines_along
 from moesim.report.plots.groups import Collection
-from moesim.report.plots.lines import error_bars, lines_along
-from moesim.report.plots.looks import hover_text, legend_title, set_metric_axis, title_of, units_for, with_pointer
 from moesim.report.plots.metrics import Metric, Unit
-from moesim.report.plots.values import plain
+from moesim.report.plots.points import plain
+from moesim.report.plots.styling import hover_text, legend_title, set_metric_axis, title_of, units_for, with_pointer
 
 _MOST_PLACES, _LONGEST_NAME, _LONGEST_TITLE = 10, 14, 18
 _TOP, _TOP_WITHOUT_LEGEND, _BOTTOM, _ROW = 108, 56, 40, 26

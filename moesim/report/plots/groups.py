@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moesim.report.plots.metrics import Metric
-from moesim.report.plots.points import DONE, Point, Source
-from moesim.report.plots.values import MISSING, is_number, short_names, text_of
+from moesim.report.plots.points import DONE, MISSING, Point, Source, is_number, short_names, text_of
 from moesim.strict_json import json_text
 from moesim.study.intervals import half_width_90
 

@@ -8,10 +8,9 @@ from moesim.report.figures import blank
 from moesim.report.plots.choice import AxisKey, Drawing
 from moesim.report.plots.curves import NO_RESULT
 from moesim.report.plots.groups import Collection, Group
-from moesim.report.plots.looks import hover_text, name_of, units_for, with_pointer
 from moesim.report.plots.metrics import LOWER, Metric
-from moesim.report.plots.points import DONE
-from moesim.report.plots.values import plain
+from moesim.report.plots.points import DONE, plain
+from moesim.report.plots.styling import hover_text, name_of, units_for, with_pointer
 
 _LARGEST_WITH_NUMBERS = 200
 

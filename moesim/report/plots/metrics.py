@@ -7,7 +7,7 @@ from typing import Any
 
 from moesim.report import facts
 from moesim.report.categories import CATEGORIES, category
-from moesim.report.plots.values import is_number
+from moesim.report.plots.points import is_number
 from moesim.units import format_bytes
 
 Result = Mapping[str, Any]

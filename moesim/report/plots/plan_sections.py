@@ -8,7 +8,7 @@ from moesim.report.categories import category
 from moesim.report.page import Page
 from moesim.report.plan_screen import named, verdict
 from moesim.report.plots.comparison import cascade
-from moesim.report.plots.values import plain
+from moesim.report.plots.points import plain
 
 Plan = Mapping[str, Any]
 

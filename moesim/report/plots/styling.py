@@ -10,7 +10,7 @@ from moesim.report import facts
 from moesim.report.plots.choice import AxisKey, Variable
 from moesim.report.plots.groups import Axis, Collection, Estimate, Group
 from moesim.report.plots.metrics import HEADLINE, Metric, Unit, metric, text, unit_for
-from moesim.report.plots.values import MISSING, is_number, plain, short_names, text_of
+from moesim.report.plots.points import MISSING, is_number, plain, short_names, text_of
 
 # blue, orange, green-blue, magenta, purple, yellow, grey, brown: distinct under every common colour blindness
 CATEGORICAL = ("#2474b5", "#e07b1a", "#0a7f86", "#b3256b", "#7a4fbf", "#d9b310", "#7a828e", "#9c5f2e")
