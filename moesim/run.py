@@ -11,6 +11,7 @@ from moesim.program.warnings import layout_warnings, sharing_warnings
 from moesim.results import RunRecord
 from moesim.results.assemble import Simulated, assemble
 from moesim.results.plausible import check_plausible
+from moesim.results.replacing import replacing_facts
 from moesim.routing.progress import ProgressCallback
 from moesim.scenario import Scenario
 from moesim.scenario.check import require_supported
@@ -42,7 +43,14 @@ def simulate(
         *layout_warnings(scenario, fabric, memory, plain),
         *sharing_warnings(everything.shared_links, done.imbalance_cost_s),
     ]
-    record = assemble(done, layout_warnings=warnings)
+
+    def seconds_placed(variant: Scenario, steps_ago: float) -> float:
+        """The step of the plain samples with experts placed so many training steps before."""
+        again = draw_samples(variant, trace, bootstrap=False, placed_ago=steps_ago)[0]
+        return float(simulate_samples(variant, fabric, kernels, again).step_S.mean())
+
+    replacing = replacing_facts(plain[0].sampler, fabric, step_s=done.step_s, seconds=seconds_placed) if plain else None
+    record = assemble(done, layout_warnings=warnings, replacing=replacing)
     check_plausible(record, fabric)
     return record
 

@@ -3,9 +3,12 @@
 Legend: I recorded steps, L layers, E experts, D ranks of an expert group.
 """
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
+from moesim.errors import UserError
 from moesim.parallel.expert_map import ExpertMap
 from moesim.trace.metrics import expert_load_LE
 from moesim.trace.record import RoutingTrace
@@ -18,6 +21,44 @@ def recorded_loads(trace: RoutingTrace) -> dict[int, FloatArray]:
     loads = {each.step: each.counts_LSE.sum(axis=1, dtype=np.float64) for each in trace.earlier}
     experts = trace.router.num_experts
     return loads | {step.step: expert_load_LE(step, num_experts=experts).astype(np.float64) for step in trace.steps}
+
+
+def recorded_ages(trace: RoutingTrace) -> list[int]:
+    """How many training steps before the simulated router each step was recorded, ascending from 0."""
+    steps = {each.step for each in trace.earlier} | {each.step for each in trace.steps}
+    return sorted(trace.final.step - step for step in steps)
+
+
+def check_interval(trace: RoutingTrace, every: int) -> None:
+    """Raises UserError where the trace does not reach back for so long."""
+    oldest = recorded_ages(trace)[-1]
+    if oldest == 0:
+        raise UserError(
+            "placement.every: the trace has one recorded step, and with it no drift; use routing: {kind: train}, a "
+            "router of the library (moesim trace library:), or a recording of several steps"
+        )
+    if every > oldest:
+        first, last = trace.final.step - oldest, trace.final.step
+        what = f"{every:,} steps, but rows are recorded from training step {first:,} to {last:,}"
+        raise UserError(f"placement.every: {what}; use at most {oldest:,}")
+
+
+def loads_ago(trace: RoutingTrace, load_LE: NDArray[Any], *, steps_ago: float) -> FloatArray:
+    """The rows `load_LE` of a part of the final router's tokens, as they were so many training steps before.
+
+    They differ by as much as the rows of all recorded tokens do, times the part's share of these: the part keeps what
+    is its own in its text. Between two recorded steps rows go from one to the other evenly.
+    """
+    recorded = recorded_loads(trace)
+    steps = sorted(recorded)
+    then = trace.final.step - steps_ago
+    after = min(max(int(np.searchsorted(steps, then)), 1), len(steps) - 1)
+    first, second = steps[after - 1], steps[after]
+    weight = (then - first) / (second - first)
+    then_LE = (1 - weight) * recorded[first] + weight * recorded[second]
+    now_LE = recorded[trace.final.step]
+    share = load_LE.sum() / max(now_LE.sum(), 1.0)
+    return np.asarray(np.maximum(load_LE + share * (then_LE - now_LE), 0.0))
 
 
 def rank_loads(held: ExpertMap, load_E: FloatArray) -> FloatArray:

@@ -29,9 +29,10 @@ from moesim.parallel.mesh import GroupLayout, Mesh
 from moesim.parallel.ownership import pieces_of_ranks
 from moesim.parallel.placement import ExpertPlacement, place_experts
 from moesim.parallel.relabelling import Relabelling, draw_relabellings, identity_relabelling
+from moesim.parallel.replacement import check_interval, loads_ago
 from moesim.parallel.traffic_sample import TrafficSample, num_rows
 from moesim.scenario import Scenario
-from moesim.scenario.placement import MadeFromRows
+from moesim.scenario.placement import MadeFromCounts, MadeFromRows
 from moesim.scenario.routing import DeviceCapacity, ExpertCapacity
 from moesim.seeding import stream
 from moesim.trace.record import RoutingTrace
@@ -54,17 +55,21 @@ class TrafficSampler:
     """A trace laid out on a plan: prepared once, drawn from many times.
 
     Raises UserError when the trace does not fit the model, or is shorter than one sequence (two, where one part of it
-    makes the placement and another one is simulated).
+    makes the placement and another one is simulated). `placed_ago`: training steps since the experts were placed; None:
+    as the scenario's placement says.
     """
 
     scenario: Scenario
     trace: RoutingTrace
+    placed_ago: float | None = None
     _counts: dict[tuple[int, bytes, int], _PieceCounts] = field(init=False, default_factory=dict, repr=False)
     _ranks: dict[int, Array] = field(init=False, default_factory=dict, repr=False)
     _maps: dict[int, ExpertMap] = field(init=False, default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         _check_fit(self.scenario, self.trace)
+        if isinstance(self.scenario.placement, MadeFromCounts) and self.scenario.placement.every is not None:
+            check_interval(self.trace, self.scenario.placement.every)
         assert self.pieces_per_sequence * self.piece_length == self.scenario.workload.sequence_length
 
     @cached_property
@@ -107,7 +112,17 @@ class TrafficSampler:
         """The rows of each layer of the trace, before dropping, in the part that places the experts."""
         ids_LSTK = self._all_sequences.final.expert_ids_LSTK[:, slice(*self.placing_sequences)]
         load_LE = count_rows(ids_LSTK, num_experts=self.trace.router.num_experts)
+        if self.steps_ago:
+            return PlacingRows(loads_ago(self.trace, load_LE, steps_ago=self.steps_ago))
         return PlacingRows(load_LE, ids_LSTK.reshape(len(ids_LSTK), -1, ids_LSTK.shape[-1]))
+
+    @property
+    def steps_ago(self) -> float:
+        """Training steps since the experts were placed."""
+        placement = self.scenario.placement
+        if not isinstance(placement, MadeFromRows):
+            return 0.0
+        return placement.steps_ago if self.placed_ago is None else self.placed_ago
 
     @property
     def placing_sequences(self) -> tuple[int, int]:

@@ -59,15 +59,15 @@ def _synthetic_tokens(scenario: Scenario) -> int:
 
 
 def draw_samples(
-    scenario: Scenario, trace: RoutingTrace | None, *, bootstrap: bool = True
+    scenario: Scenario, trace: RoutingTrace | None, *, bootstrap: bool = True, placed_ago: float | None = None
 ) -> tuple[list[TrafficSample], list[TrafficSample]]:
     """Plain routing samples, and as many from resampled traces for the range.
 
-    None for the range from one sample, or from a trace that is too small.
+    None for the range from one sample, or from a trace that is too small. `placed_ago`: as the sampler's.
     """
     if trace is None:
         return [], []
-    sampler = TrafficSampler(scenario, trace)
+    sampler = TrafficSampler(scenario, trace, placed_ago=placed_ago)
     count = scenario.uncertainty.samples
     plain = [sampler.draw(stream(scenario.seed, "sample", number)) for number in range(count)]
     if not bootstrap or count == 1 or trace_coverage(scenario, plain[0]) < MIN_COVERAGE_FOR_RANGE:

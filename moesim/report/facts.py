@@ -260,7 +260,25 @@ def placement(result: Result) -> list[Fact]:
         facts.append(Fact("ranks, contiguous", times(found["rank_rows_contiguous"]), "the same rows, experts in order"))
     if found.get("rank_rows_by_speed") is not None:
         facts.append(Fact("rows / speed", times(found["rank_rows_by_speed"]), "of the rank that has most, over mean"))
-    return [*facts, Fact("ranks, as placed", times(result["imbalance"]["rank_rows"]), "busiest / mean")]
+    facts.append(Fact("ranks, as placed", times(result["imbalance"]["rank_rows"]), "busiest / mean"))
+    return facts + replacing(found.get("replacing"))
+
+
+def replacing(found: Result | None) -> list[Fact]:
+    """What placing experts anew costs and brings; none where they are placed once."""
+    if found is None:
+        return []
+    moved = bytes_column([found["moved_bytes"]])(found["moved_bytes"])
+    best = "placing once" if found["best_every"] is None else f"every {count(found['best_every'])} steps"
+    facts = [
+        Fact("placed anew", f"every {count(found['every'])} steps", f"{found['mean_age']:g} steps ago in the mean"),
+        Fact("moved each time", moved, f"in {seconds(found['moving_s'])}, with nothing beside it"),
+        Fact("step with moving", seconds(found["step_time_s"]), f"{seconds(found['moving_per_step_s'])} of it"),
+        Fact("placed once", seconds(found["never_step_time_s"]), f"{count(found['never_age'])} steps ago"),
+    ]
+    if found["contiguous_step_time_s"] is not None:
+        facts.append(Fact("experts in order", seconds(found["contiguous_step_time_s"]), "never placed by rows"))
+    return [*facts, Fact("best", best, f"{seconds(found['best_step_time_s'])} a step")]
 
 
 def training(result: Result) -> list[Fact]:

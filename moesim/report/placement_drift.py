@@ -13,18 +13,14 @@ from numpy.typing import NDArray
 
 from moesim.errors import UserError
 from moesim.kernels import kernel_model
-from moesim.network import Fabric, crowded, prepare_dispatch
 from moesim.parallel import TrafficSampler
-from moesim.parallel.copy_gradients import layers_of_stages
 from moesim.parallel.layer_maps import LayerMaps
-from moesim.parallel.memory_parameters import expert_slice_parameters
-from moesim.parallel.replacement import moves_DD, rank_loads, recorded_loads, renumbered
+from moesim.parallel.replacement import rank_loads, recorded_loads
 from moesim.program.scenario_fabric import scenario_fabric
 from moesim.report.facts import bytes_column, seconds
 from moesim.report.screen import number_table, section, show
+from moesim.results.replacing import moving
 from moesim.scenario import Scenario, Search
-from moesim.scenario.base import BYTES_PER_ELEMENT
-from moesim.schedules import build_schedule
 from moesim.trace import RoutingTrace
 from moesim.trace.metrics import imbalance
 
@@ -65,7 +61,7 @@ def age_placements(scenario: Scenario, trace: RoutingTrace) -> list[Aged]:
     fabric = scenario_fabric(scenario, kernel_model(scenario.cluster.pools[0].spec, scenario.compute.profile))
     found = []
     for before, step in pairwise(steps):
-        moved, moving_s = _move(scenario, fabric, sampler, maps[before], maps[step])
+        moved, moving_s = moving(sampler, fabric, maps[before], maps[step])
         found.append(
             Aged(
                 step=step,
@@ -90,43 +86,6 @@ def _contiguous(scenario: Scenario, load_LE: NDArray[np.float64]) -> float | Non
     if load_LE.shape[1] % ranks:
         return None
     return float(imbalance(load_LE.reshape(len(load_LE), ranks, -1).sum(axis=2)).mean())
-
-
-def _move(
-    scenario: Scenario, fabric: Fabric, sampler: TrafficSampler, before: LayerMaps, after: LayerMaps
-) -> tuple[float, float]:
-    """Bytes that all ranks send, and the seconds of the pipeline rank that takes longest."""
-    mesh, parallelism, size = sampler.mesh, scenario.parallelism, expert_state_bytes(scenario, sampler)
-    schedule = build_schedule(
-        parallelism.schedule.kind,
-        num_ranks=parallelism.pipeline,
-        num_micro_batches=scenario.num_micro_batches,
-        virtual=parallelism.schedule.virtual,
-    )
-    node_of_rank_D = sampler.layouts[0][0].node_of_rank_R
-    moved, longest = 0.0, 0.0
-    for rank, stages in enumerate(schedule.stages_of_rank):
-        moves = np.zeros((parallelism.expert,) * 2, dtype=np.int64)
-        for layer in layers_of_stages(scenario, stages):
-            order = sampler.relabellings[layer].expert_from_E
-            thin = sampler.counted_layer(layer)
-            old, new = before.maps[thin].reordered(order), after.maps[thin].reordered(order)
-            moves += moves_DD(old, renumbered(old, new, node_of_rank_D), node_of_rank_D)
-        members = mesh.expert_groups(rank)
-        moved += float(moves.sum()) * size * len(members)
-        if moves.any():
-            sent = prepare_dispatch(crowded(fabric, members), [moves], token_bytes=size, ranks=members[0])
-            longest = max(longest, float(sent.alone_R.max()))
-    return moved, longest
-
-
-def expert_state_bytes(scenario: Scenario, sampler: TrafficSampler) -> float:
-    """What moves with an expert on one rank: weights, master copy and both moments; between steps no gradient."""
-    precision, zero = scenario.workload.precision, scenario.parallelism.zero.expert
-    shards = len(sampler.mesh.expert_gradient_groups()[0]) * scenario.parallelism.schedule.facts.copies
-    weights = BYTES_PER_ELEMENT[precision.weights] / (shards if zero >= 3 else 1)
-    states = 2 * BYTES_PER_ELEMENT[precision.optimizer] + BYTES_PER_ELEMENT["fp32"] * (precision.master == "fp32")
-    return expert_slice_parameters(scenario) * (weights + states / (shards if zero else 1))
 
 
 def drift_json(aged: Sequence[Aged]) -> list[dict[str, Any]]:

@@ -3,6 +3,9 @@
 Legend: L model layers with a router, D ranks of expert group 0, P slots of a rank, X slots of all ranks.
 """
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import NDArray
@@ -14,6 +17,7 @@ from moesim.results.record import RunRecord
 _LARGEST_LABELLED = 2_000  # slots of all layers up to which each shows its expert
 _COPIES = ("#e8e8e6", "#c6dbef", "#6baed6", "#2171b5", "#08306b")  # of one slot, two, three, four, five or more
 _EMPTY = -1
+_LINE = "#2474b5"
 
 
 def placement_section(page: Page, record: RunRecord) -> None:
@@ -41,6 +45,92 @@ def placement_section(page: Page, record: RunRecord) -> None:
             page.figure(figures.load_map(relative_LR, first_layer=first, of="rank"), name=name, title=title)
     page.close("div")
     page.facts("Placement", facts.placement(record.result))
+    found = record.result["placement"].get("replacing")
+    if found is not None:
+        page.text("h3", "Placed anew as the router trains")
+        page.text(
+            "p",
+            "Left: the step by how many training steps ago experts were placed, each point a simulated step. Right: "
+            "the mean step by the interval between two placings, its share of moving experts included; short intervals "
+            "pay for moving, long ones for old placements.",
+        )
+        page.open("div", css="figures")
+        page.figure(by_age(found), name="placement-age", title="Step by age of the placement")
+        page.figure(by_interval(found), name="placement-interval", title="Mean step by interval, moving included")
+        page.close("div")
+
+
+def _milliseconds(points: Sequence[Mapping[str, Any]], key: str = "step_time_s") -> list[float]:
+    return [1e3 * point[key] for point in points]
+
+
+def by_age(found: Mapping[str, Any]) -> go.Figure:
+    """Simulated steps by the age of their placement, beside the step with neighbouring experts."""
+    figure = figures.blank(height=340, x="training steps since experts were placed", y="ms of a step")
+    points = found["ages"]
+    figure.add_scatter(
+        x=[point["age"] for point in points],
+        y=_milliseconds(points),
+        mode="markers",
+        name="simulated",
+        marker={"color": _LINE, "size": 8},
+        hovertemplate="%{x:.4g} steps ago: %{y:.4g} ms<extra></extra>",
+    )
+    figure.add_scatter(
+        x=[point["age"] for point in points],
+        y=_milliseconds(points, "mean_step_time_s"),
+        mode="lines",
+        name="nearest curve that never falls",
+        line={"color": _LINE, "width": 2},
+        hoverinfo="skip",
+    )
+    if found["contiguous_step_time_s"] is not None:
+        _level(figure, found["contiguous_step_time_s"], (0, points[-1]["age"]), name="experts in order", dash="dot")
+    figure.update_layout(showlegend=True)
+    return figure
+
+
+def by_interval(found: Mapping[str, Any]) -> go.Figure:
+    """Mean step by interval, with those of experts placed once and in order, the best and the chosen one marked."""
+    figure = figures.blank(height=340, x="training steps between two placings", y="ms of a step, moving included")
+    points = found["intervals"]
+    figure.add_scatter(
+        x=[point["every"] for point in points],
+        y=_milliseconds(points),
+        mode="lines+markers",
+        name="placed anew",
+        line={"color": _LINE, "width": 2},
+        hovertemplate="every %{x} steps: %{y:.4g} ms<extra></extra>",
+    )
+    ends = (points[0]["every"], points[-1]["every"])
+    _level(figure, found["never_step_time_s"], ends, name="placed once", dash="dash")
+    if found["contiguous_step_time_s"] is not None:
+        _level(figure, found["contiguous_step_time_s"], ends, name="experts in order", dash="dot")
+    marks = [(found["every"], found["step_time_s"], "chosen", "#1d2229")]
+    if found["best_every"] is not None:
+        marks.append((found["best_every"], found["best_step_time_s"], "best", "#b3256b"))
+    for every, step_s, name, colour in marks:
+        figure.add_scatter(
+            x=[every],
+            y=[1e3 * step_s],
+            mode="markers",
+            name=f"{name}: every {every} steps",
+            marker={"color": colour, "size": 11, "symbol": "diamond"},
+        )
+    figure.update_xaxes(type="log")
+    figure.update_layout(showlegend=True)
+    return figure
+
+
+def _level(figure: go.Figure, step_s: float, ends: tuple[float, float], *, name: str, dash: str) -> None:
+    figure.add_scatter(
+        x=list(ends),
+        y=[1e3 * step_s] * 2,
+        mode="lines",
+        name=name,
+        line={"color": "#7a828e", "width": 1.5, "dash": dash},
+        hovertemplate=f"{name}: %{{y:.4g}} ms<extra></extra>",
+    )
 
 
 def slot_map(slots_LDP: NDArray[np.int64], *, first_layer: int) -> go.Figure:

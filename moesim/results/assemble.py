@@ -28,6 +28,7 @@ from moesim.results.metrics import (
 from moesim.results.outcome import Outcome
 from moesim.results.placement import placement_arrays, placement_facts, placement_warnings
 from moesim.results.record import RESULT_SCHEMA_VERSION, RunRecord
+from moesim.results.replacing import replacing_warnings
 from moesim.results.spans import CATEGORIES
 from moesim.results.stages import stage_facts, stage_warnings
 from moesim.results.uncertainty import Basis, error_parts, kernel_range, path_shares, whole_range
@@ -90,8 +91,11 @@ class Simulated:
         return float((self.outcome.step_S - self.balanced.step_S).mean())
 
 
-def assemble(done: Simulated, *, layout_warnings: Sequence[str]) -> RunRecord:
-    """The record of a run; `layout_warnings` come before those that its own numbers give."""
+def assemble(done: Simulated, *, layout_warnings: Sequence[str], replacing: dict[str, Any] | None = None) -> RunRecord:
+    """The record of a run; `layout_warnings` come before those that its own numbers give.
+
+    `replacing`: what placing experts anew costs and brings, None where they are placed once.
+    """
     scenario, trace = done.scenario, done.trace
     facts = TrafficFacts(scenario, done.plain) if done.plain else None
     stages = stage_facts(scenario, done.outcome.busy_SP.mean(axis=0))
@@ -121,6 +125,7 @@ def assemble(done: Simulated, *, layout_warnings: Sequence[str]) -> RunRecord:
         "warnings": [
             *layout_warnings,
             *placement_warnings(scenario),
+            *replacing_warnings(replacing),
             *dropping_warnings(kept),
             *stage_warnings(stages, listed=scenario.parallelism.stages is not None),
             *(balance_warnings(scenario, trace) if trace else ()),
@@ -132,6 +137,7 @@ def assemble(done: Simulated, *, layout_warnings: Sequence[str]) -> RunRecord:
     arrays = _arrays(done)
     if facts is not None and trace is not None:
         result |= _routing_sections(done, facts, trace)
+        result["placement"] |= {} if replacing is None else {"replacing": replacing}
         arrays |= _load_arrays(facts) | placement_arrays(scenario, done.plain, facts)
     return RunRecord(scenario=scenario, result=result, arrays=arrays, pipeline_spans=done.outcome.spans, trace=trace)
 

@@ -252,6 +252,39 @@ _PLACEMENT = _section(
         ),
         "copy_gradient_bytes": ("B", "Bytes that ranks send each other to sum gradients of copies, in one step."),
     },
+) | _section(
+    "placement.replacing",
+    {
+        "every": ("steps", "Training steps from one placing to the next; all of this is there with `placement.every`."),
+        "mean_age": ("steps", "Since the experts were placed, in the mean: `step_time_s` of the run is such a step."),
+        "moved_bytes": ("B", "Weights, master copies and moments of experts that ranks send each other, each time."),
+        "moving_s": ("s", "How long that takes each time, with nothing beside it."),
+        "moving_per_step_s": ("s", "The same / `every`."),
+        "step_time_s": ("s", "Mean step with its share of moving, by the curve through `ages`."),
+        "fresh_step_time_s": (
+            "s",
+            "The step with experts placed by the simulated router's own rows, by the curve.",
+        ),
+        "never_age": ("steps", "Since the first recorded step."),
+        "never_step_time_s": (
+            "s",
+            "The step with experts placed at the first recorded step alone, by the curve.",
+        ),
+        "contiguous_step_time_s": ("s", "That with neighbouring experts; null where these do not spread evenly."),
+        "best_every": ("steps", "The interval with the shortest mean step; null where placing once is no longer."),
+        "best_step_time_s": ("s", "Mean step with that, its share of moving included."),
+        "pays_from": ("steps", "The shortest interval that costs less than placing once; null where none does."),
+        "ages.[].age": ("steps", "Since the experts were placed, in a simulated step."),
+        "ages.[].step_time_s": ("s", "How long it takes."),
+        "ages.[].mean_step_time_s": ("s", "The same on the curve: the nearest one that never falls as placements age."),
+        "intervals.[].every": ("steps", "An interval."),
+        "intervals.[].moved_bytes": ("B", "What is moved after it."),
+        "intervals.[].moving_s": ("s", "How long that takes."),
+        "intervals.[].step_time_s": (
+            "s",
+            "Mean step with it, its share of moving included.",
+        ),
+    },
 )
 
 _MEMORY = _section(

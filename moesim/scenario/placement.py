@@ -133,8 +133,29 @@ class MadeFromRows(_Redundant):
         """Whether experts that are placed together might be on any rank, so that layers differ in which."""
         return True
 
+    @property
+    def steps_ago(self) -> float:
+        """Training steps since the experts were placed, where they are placed again and again; else 0."""
+        return 0.0
 
-class Eplb(MadeFromRows):
+
+class MadeFromCounts(MadeFromRows):
+    """One that looks at rows of experts alone, not at tokens: a trace keeps them of many training steps."""
+
+    every: Annotated[int, Field(strict=True, gt=0, le=10**9)] | None = Field(
+        default=None,
+        description="Place the experts anew every so many training steps, by the rows that the trace recorded along "
+        "the training: the step is simulated as long after the last placing as it is in the mean; placement.replacing "
+        "of the result says what moving the experts costs. Absent: placed once, by the simulated router's own rows.",
+    )
+
+    @property
+    def steps_ago(self) -> float:
+        """The mean over the steps from one placing to the next, which are 1 to `every` steps behind it."""
+        return 0.0 if self.every is None else (self.every + 1) / 2
+
+
+class Eplb(MadeFromCounts):
     """DeepSeek's load balancer (`moesim.parallel.eplb`): the experts with most rows get copies, ranks equal loads."""
 
     kind: Literal["eplb"] = Field(description="Balanced by DeepSeek's EPLB from the rows of the trace.")
@@ -145,7 +166,7 @@ class Eplb(MadeFromRows):
     )
 
 
-class BySpeed(MadeFromRows):
+class BySpeed(MadeFromCounts):
     """As EPLB's global policy, with rows in proportion to each rank's speed (`moesim.parallel.by_speed`)."""
 
     kind: Literal["by_speed"] = Field(description="Rows of a rank in proportion to its speed.")

@@ -42,6 +42,15 @@ _GROUPS = {
         "cost_s",
     ),
     "placement": ("slots_per_rank", "most_copies", "rank_rows_contiguous", "copy_gradient_bytes"),
+    "placement.replacing": (
+        "step_time_s",
+        "moving_per_step_s",
+        "moving_s",
+        "moved_bytes",
+        "never_step_time_s",
+        "best_every",
+        "best_step_time_s",
+    ),
     "memory": ("peak_bytes", "fits_share"),
     "cost": ("usd_per_step", "usd_per_million_tokens", "usd_total", "days"),
     "router": (

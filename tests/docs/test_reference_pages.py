@@ -147,6 +147,9 @@ def test_definitions_are_of_what_results_can_have(small) -> None:
         *(f"estimate_sources.{source}" for source in ESTIMATE_SOURCES),
         "critical_path.seconds_by_rank.*",
         "warnings.[]",
+        *(
+            path for path in DEFINITIONS if path.startswith("placement.replacing.")
+        ),  # by tests/results/test_replacing.py
     }
     assert DEFINITIONS.keys() - rare <= paths(record.result)
     for found in DEFINITIONS.values():

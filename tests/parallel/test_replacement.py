@@ -1,12 +1,23 @@
 """Placing anew while a router trains: loads add up, every expert comes from a rank that had it, nothing else moves."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from moesim.errors import UserError
 from moesim.parallel.expert_map import ExpertMap
-from moesim.parallel.replacement import moves_DD, rank_loads, recorded_loads, renumbered
+from moesim.parallel.replacement import (
+    check_interval,
+    loads_ago,
+    moves_DD,
+    rank_loads,
+    recorded_ages,
+    recorded_loads,
+    renumbered,
+)
 from moesim.scenario import RouterShape
-from moesim.trace import uniform_trace
+from moesim.trace import RoutingTrace, StepCounts, uniform_trace
 
 NODES = np.array([0, 0, 1, 1])
 
@@ -76,3 +87,45 @@ def test_loads_come_from_every_recorded_step() -> None:
     trace = uniform_trace(shape, num_layers=2, num_sequences=4, sequence_length=16, seed=0)
     (load_LE,) = recorded_loads(trace).values()
     assert load_LE.shape == (2, 8) and load_LE.sum(axis=1).tolist() == [128, 128]
+
+
+def drifting(*, steps: tuple[int, ...] = (0, 40, 100), seed: int = 0) -> RoutingTrace:
+    """A trace of 8 experts whose rows were others at the earlier steps."""
+    shape = RouterShape(kind="uniform", num_experts=8, top_k=2)
+    trace = uniform_trace(shape, num_layers=2, num_sequences=4, sequence_length=16, seed=0)
+    rng = np.random.default_rng(seed)
+    earlier = tuple(
+        StepCounts(step=step, counts_LSE=rng.multinomial(128, rng.dirichlet(np.ones(8)), size=(2, 1)).astype(np.int32))
+        for step in steps[:-1]
+    )
+    return replace(trace, steps=(replace(trace.final, step=steps[-1]),), earlier=earlier)
+
+
+def test_rows_go_back_to_what_was_recorded_then() -> None:
+    trace = drifting()
+    recorded = recorded_loads(trace)
+    assert recorded_ages(trace) == [0, 60, 100]
+    for step in recorded:
+        np.testing.assert_allclose(loads_ago(trace, recorded[100], steps_ago=100 - step), recorded[step], atol=1e-9)
+    half_way = loads_ago(trace, recorded[100], steps_ago=80)
+    np.testing.assert_allclose(half_way, (recorded[0] + recorded[40]) / 2)
+    part_LE = recorded[100] / 4
+    np.testing.assert_allclose(loads_ago(trace, part_LE, steps_ago=60), recorded[40] / 4)  # a part drifts as the whole
+
+
+def test_what_is_a_parts_own_stays_as_loads_drift() -> None:
+    trace = drifting()
+    now, then = recorded_loads(trace)[100], recorded_loads(trace)[40]
+    own_LE = now / 2 + 40.0 * (np.arange(8) == 3)
+    share = own_LE.sum() / now.sum()
+    np.testing.assert_allclose(loads_ago(trace, own_LE, steps_ago=60), np.maximum(own_LE + share * (then - now), 0.0))
+    assert (loads_ago(trace, own_LE, steps_ago=60)[:, 3] > then[:, 3] * share).all()
+
+
+def test_an_interval_beyond_the_recording_is_refused() -> None:
+    check_interval(drifting(), 100)
+    with pytest.raises(UserError, match="from training step 0 to 100; use at most 100"):
+        check_interval(drifting(), 101)
+    alone = replace(drifting(), earlier=())
+    with pytest.raises(UserError, match="one recorded step"):
+        check_interval(alone, 1)
