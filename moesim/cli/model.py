@@ -29,7 +29,7 @@ PARTS = ("weights", "gradients", "master", "optimizer")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """NAME, --list, --set, --sequence-length, --json, --csv."""
-    text = "a model of the catalogue, a Hugging Face config.json or a scenario file"
+    text = "a model of the catalogue, a Hugging Face config.json (or its folder) or a scenario file"
     name: Any = parser.add_argument("model", metavar="NAME", nargs="?", help=text)
     name.completer = _names  # read by argcomplete alone
     parser.add_argument("--list", action="store_true", help="list the catalogue, as without NAME")
@@ -104,6 +104,8 @@ def find(name: str, overrides: list[str]) -> "Model":
     from moesim.scenario.overrides import override_label
 
     suffix = Path(name).suffix
+    if name not in model_names() and Path(name).is_dir():
+        name, suffix = str(Path(name) / "config.json"), ".json"
     if name not in model_names() and suffix in (".yaml", ".yml"):
         return load_scenario(name, overrides).model
     if name not in model_names() and suffix != ".json":
@@ -126,8 +128,10 @@ def find(name: str, overrides: list[str]) -> "Model":
 
 def _source(name: str, model: "Model") -> dict[str, Any]:
     """What became of the keys of a config.json, and what of the model's source is left out."""
+    from moesim.scenario import model_names
+
     found: dict[str, Any] = {"left_out": list(model.left_out)}
-    if Path(name).suffix == ".json":
+    if Path(name).suffix == ".json" or (Path(name).is_dir() and name not in model_names()):
         from moesim.scenario.hf_config import read_hf_config
 
         keys = read_hf_config(Path(name)).keys

@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from moesim.errors import UserError
-from moesim.scenario.hf_families import FAMILIES, NOT_MODELLED
+from moesim.scenario.hf_families import FAMILIES, NOT_MODELLED, Family
 from moesim.scenario.hf_fields import Config
 from moesim.scenario.hf_keys import Keys, shown, sort_keys
 from moesim.strict_json import parse_json
+
+
+KV_HEADS = "num_key_value_heads"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,12 +46,19 @@ def read_hf_config(path: Path) -> HfModel:
         )
     how = FAMILIES[family]
     fields = flat(fields, how.sections, name=path.name)
-    config = Config(fields, path.name)
+    config = Config(_with_kv_heads(fields, how), path.name)
     config.get("model_type")
+    if KV_HEADS not in fields and how.kv_heads is not None:
+        config.left_out.append(f'{path.name} has no "{KV_HEADS}": {how.kv_heads}, as transformers has for {family}')
     model = how.read(config)
     keys = sort_keys(fields, name=path.name, model_type=family, family=how, read=config.read, noted=config.left_out)
     source = f"config.json of model type {family}"
     return HfModel(fields=model | {"source": source, "left_out": list(keys.left_out)}, keys=keys)
+
+
+def _with_kv_heads(fields: Mapping[str, Any], how: Family) -> dict[str, Any]:
+    """The fields with the family's own default; a null in the file means as many as heads."""
+    return dict(fields) if how.kv_heads is None else {KV_HEADS: how.kv_heads} | dict(fields)
 
 
 def flat(fields: Mapping[str, Any], sections: tuple[str, ...], *, name: str) -> dict[str, Any]:

@@ -12,12 +12,16 @@ from moesim.scenario.hf_layers import Fields
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """How one `model_type` is read; `sections`: nested objects whose keys are read as if they stood outside."""
+    """How one `model_type` is read; `sections`: nested objects whose keys are read as if they stood outside.
+
+    `kv_heads`: what transformers takes where a file has no `num_key_value_heads`; None where that is every head.
+    """
 
     read: Callable[[Config], Fields]
     harmless: tuple[str, ...] = ()
     expected: Mapping[str, Expected] = field(default_factory=lambda: MappingProxyType({}))
     sections: tuple[str, ...] = ()
+    kv_heads: int | None = None
 
 
 _ROUTER = ("norm_topk_prob", "output_router_logits", "router_aux_loss_coef", "router_jitter_noise")
@@ -77,18 +81,22 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "kimi_k25": Family(
             read=readers.deepseek_v3, harmless=(*_MLA, *_MEDIA_KEYS), expected=_MEDIA, sections=("text_config",)
         ),
-        "glm4_moe": Family(read=readers.glm4_moe, harmless=_GLM),
+        "glm4_moe": Family(read=readers.glm4_moe, harmless=_GLM, kv_heads=8),
         "glm4_moe_lite": Family(read=readers.glm4_moe_lite, harmless=_MLA),
         "glm4v_moe": Family(
-            read=readers.glm4_moe, harmless=(*_GLM, *_MEDIA_KEYS), expected=_MEDIA, sections=("text_config",)
+            read=readers.glm4_moe,
+            harmless=(*_GLM, *_MEDIA_KEYS),
+            expected=_MEDIA,
+            sections=("text_config",),
+            kv_heads=8,
         ),
-        "glm4v_moe_text": Family(read=readers.glm4_moe, harmless=_GLM),
-        "solar_open": Family(read=readers.glm4_moe, harmless=_GLM),
+        "glm4v_moe_text": Family(read=readers.glm4_moe, harmless=_GLM, kv_heads=8),
+        "solar_open": Family(read=readers.glm4_moe, harmless=_GLM, kv_heads=8),
         "exaone_moe": Family(read=readers.exaone_moe, harmless=_DEEPSEEK_ROUTER),
         "dots1": Family(read=readers.dots1, harmless=_DEEPSEEK_ROUTER),
-        "mixtral": Family(read=readers.mixtral, harmless=_ROUTER),
+        "mixtral": Family(read=readers.mixtral, harmless=_ROUTER, kv_heads=8),
         "qwen2_moe": Family(read=readers.qwen2_moe, harmless=_QWEN_MOE),
-        "qwen3_moe": Family(read=readers.qwen3_moe, harmless=_QWEN_MOE, expected=_QWEN3_MOE),
+        "qwen3_moe": Family(read=readers.qwen3_moe, harmless=_QWEN_MOE, expected=_QWEN3_MOE, kv_heads=4),
         "qwen3_vl_moe": Family(
             read=readers.qwen3_moe, harmless=(*_QWEN_MOE, *_MEDIA_KEYS), expected=_MEDIA, sections=("text_config",)
         ),
@@ -96,20 +104,26 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "olmoe": Family(read=readers.olmoe, harmless=_ROUTER),
         "flex_olmo": Family(read=readers.olmoe, harmless=_ROUTER),
         # lm_head_bias: one number for each entry of the vocabulary
-        "phimoe": Family(read=readers.mixtral, harmless=(*_ROUTER, "input_jitter_noise", "lm_head_bias")),
+        "phimoe": Family(read=readers.mixtral, harmless=(*_ROUTER, "input_jitter_noise", "lm_head_bias"), kv_heads=8),
         "granitemoe": Family(read=readers.granite, harmless=(*_ROUTER, *_GRANITE)),
         "granitemoeshared": Family(read=readers.granite, harmless=(*_ROUTER, *_GRANITE)),
-        "minimax_m2": Family(read=readers.minimax_m2, harmless=(*_ROUTER, *_MINIMAX)),
+        "minimax_m2": Family(read=readers.minimax_m2, harmless=(*_ROUTER, *_MINIMAX), kv_heads=8),
         "hunyuan_v1_moe": Family(read=readers.hunyuan, harmless=(*_ROUTER, *_HUNYUAN)),
-        "ernie4_5_moe": Family(read=readers.ernie, harmless=(*_ROUTER, *_ERNIE), expected=_BIASES),
+        "ernie4_5_moe": Family(read=readers.ernie, harmless=(*_ROUTER, *_ERNIE), expected=_BIASES, kv_heads=4),
         "dbrx": Family(
             read=readers.dbrx, harmless=(*_ROUTER, *_DBRX), expected=_DBRX_ACT, sections=("attn_config", "ffn_config")
         ),
         "llama4": Family(
-            read=readers.llama4, harmless=(*_ROUTER, *_LLAMA4, *_MEDIA_KEYS), expected=_MEDIA, sections=("text_config",)
+            read=readers.llama4,
+            harmless=(*_ROUTER, *_LLAMA4, *_MEDIA_KEYS),
+            expected=_MEDIA,
+            sections=("text_config",),
+            kv_heads=8,
         ),
-        "llama4_text": Family(read=readers.llama4, harmless=(*_ROUTER, *_LLAMA4)),
-        "gpt_oss": Family(read=readers.gpt_oss, harmless=(*_ROUTER, "initial_context_length", "swiglu_limit")),
+        "llama4_text": Family(read=readers.llama4, harmless=(*_ROUTER, *_LLAMA4), kv_heads=8),
+        "gpt_oss": Family(
+            read=readers.gpt_oss, harmless=(*_ROUTER, "initial_context_length", "swiglu_limit"), kv_heads=8
+        ),
         "bailing_moe": Family(read=readers.bailing, harmless=(*_ROUTER, *_BAILING), expected=_BIASES),
         "bailing_moe_v2": Family(read=readers.bailing, harmless=(*_ROUTER, *_BAILING), expected=_BIASES),
         "deepseek_v32": Family(read=readers.deepseek_v32, harmless=(*_MLA, *_DSA)),

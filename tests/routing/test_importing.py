@@ -1,6 +1,7 @@
 """Every form of recorded routing arrives as what its program wrote, is simulated, and is never run as code."""
 
 import pickle
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,21 @@ def test_slots_become_the_experts_of_their_own_layer(layers: int, tokens: int, s
     found = logical_ids(physical_LTK, map_LP, "here")
     for layer, token, column in np.ndindex(found.shape):
         assert found[layer, token, column] == map_LP[layer, physical_LTK[layer, token, column]]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["1,2,3,4", "", "5,6,7"], "line 3 has 3 counts, line 1 has 4"),
+        (["a,b", "1,x"], "line 2: 'x' is no count"),
+        (["1,2", "3,-4"], "line 2: '-4' is no count"),
+        (["1,inf"], "line 1: 'inf' is no count"),
+    ],
+)
+def test_a_bad_line_of_counts_is_named(tmp_path: Path, lines: list[str], message: str) -> None:
+    (tmp_path / "counts.csv").write_text("\n".join(lines))
+    with pytest.raises(UserError, match=re.escape(message)):
+        import_routing("counts", tmp_path / "counts.csv", asked=Asked(top_k=1))
 
 
 def test_counts_set_the_popularity_that_is_drawn(tmp_path: Path) -> None:

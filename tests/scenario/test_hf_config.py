@@ -123,6 +123,17 @@ def test_head_width_and_kv_heads_have_their_usual_defaults(tmp_path):
     assert (read.kv_heads, read.head_dim, read.attention.kind) == (32, 128, "mha")
 
 
+def test_a_family_with_few_key_value_heads_keeps_its_own_number_where_the_file_has_none(tmp_path):
+    config = config_of("mixtral-8x7b")
+    del config["num_key_value_heads"]
+    found = read_hf_config(written(tmp_path, config))
+    read = Model.model_validate(found.fields)
+    assert (read.kv_heads, read.attention.kind) == (8, "gqa")
+    assert any("num_key_value_heads" in line for line in read.left_out)
+    config["num_key_value_heads"] = None
+    assert Model.model_validate(read_hf_config(written(tmp_path, config)).fields).kv_heads == 32
+
+
 def test_a_scenario_reads_a_config_beside_it_and_overrides_fields(tmp_path):
     written(tmp_path, config_of("olmoe-1b-7b"))
     text = "name: s\nmodel: {hf_config: config.json, layers: 4}\nrouting: {kind: uniform}\n"

@@ -1,5 +1,6 @@
 """The reader of plain counts: how often experts were chosen, as CSV or JSON."""
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ def read_counts(path: Path) -> Source:
     if not path.is_file():
         refuse(path, "no such file", "name a CSV or JSON file of counts, a row per layer")
     text = path.read_text(encoding="utf-8", errors="replace")
-    value = _rows_of_json(path, text) if path.suffix == ".json" else rows_of_csv(text)
+    value = _rows_of_json(path, text) if path.suffix == ".json" else _checked_rows(path, text)
     return of_counts([numbers_of(value, str(path), axes=2)], str(path))
 
 
@@ -32,6 +33,28 @@ def _rows_of_json(path: Path, text: str) -> Any:
     except ValueError as error:
         refuse(path, f"is no JSON ({error})", "write a list of counts per layer")
     return value.get("weight", value.get("counts")) if isinstance(value, dict) else value
+
+
+def _checked_rows(path: Path, text: str) -> list[list[float]]:
+    """The numbers of every line. Raises UserError with the first line that has other than counts, or too many."""
+    rows = rows_of_csv(text)
+    numbers = [number for number, line in enumerate(text.splitlines(), start=1) if line.strip()][-len(rows) :]
+    for number, row in zip(numbers, rows, strict=True):
+        for cell in row:
+            if not _is_count(cell):
+                what = f"no table of counts: line {number}: {cell.strip()[:20]!r} is no count"
+                refuse(path, what, "counts are finite numbers that are not negative")
+        if len(row) != len(rows[0]):
+            have = f"line {number} has {len(row)} counts, line {numbers[0]} has {len(rows[0])}"
+            refuse(path, have, "write one for every expert of a layer")
+    return [[float(cell) for cell in row] for row in rows]
+
+
+def _is_count(cell: str) -> bool:
+    try:
+        return 0 <= float(cell) < math.inf
+    except ValueError:
+        return False
 
 
 def rows_of_csv(text: str) -> list[list[str]]:
