@@ -15,7 +15,6 @@ from moesim.scenario.hf_fields import Config
 from moesim.scenario.hf_keys import Keys, shown, sort_keys
 from moesim.strict_json import parse_json
 
-
 KV_HEADS = "num_key_value_heads"
 
 

@@ -105,7 +105,8 @@ def test_slots_become_the_experts_of_their_own_layer(layers: int, tokens: int, s
         (["1,2,3,4", "", "5,6,7"], "line 3 has 3 counts, line 1 has 4"),
         (["a,b", "1,x"], "line 2: 'x' is no count"),
         (["1,2", "3,-4"], "line 2: '-4' is no count"),
-        (["1,inf"], "line 1: 'inf' is no count"),
+        (["1,2", "1,inf"], "line 2: 'inf' is no count"),
+        (["e0,e1"], "no table of counts"),
     ],
 )
 def test_a_bad_line_of_counts_is_named(tmp_path: Path, lines: list[str], message: str) -> None:

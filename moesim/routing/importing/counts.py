@@ -38,7 +38,8 @@ def _rows_of_json(path: Path, text: str) -> Any:
 def _checked_rows(path: Path, text: str) -> list[list[float]]:
     """The numbers of every line. Raises UserError with the first line that has other than counts, or too many."""
     rows = rows_of_csv(text)
-    numbers = [number for number, line in enumerate(text.splitlines(), start=1) if line.strip()][-len(rows) :]
+    filled = [number for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
+    numbers = filled[len(filled) - len(rows) :]
     for number, row in zip(numbers, rows, strict=True):
         for cell in row:
             if not _is_count(cell):
