@@ -21,6 +21,8 @@ _PARTS = {
     "experts": "router and routed experts",
     "exchange": "dispatch, combine, all-reduces",
     "head": "output head",
+    "draft": "drafted tokens",
+    "swap": "keys and values to and from host memory",
     "host": "host",
 }
 _LATENCIES = {"ttft_s": "time to first token", "tpot_s": "time per token after it", "latency_s": "whole answer"}

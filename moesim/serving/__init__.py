@@ -1,10 +1,10 @@
 """Serving: requests that arrive on a clock, batches that form from them, and what the steps cost on a cluster.
 
 schema    WHAT is served: model, routing, cluster, requests, engine
-requests  when requests come and how long they are
-costs     HOW LONG a step takes: kernels, routing, dispatch
-memory    weights, and pages for keys and values
-batch     what a data group of ranks works on
+requests  when requests come, how long they are, what they share
+keys      which keys a token sees and stores; memory: weights, and pages for them
+batch     what a data group of ranks works on; prefixes: what it keeps of prompts
+pricing   HOW LONG a kernel takes; attention, experts: tables of kernels, routing, dispatch; costs: a step of them
 clock     WHEN: SimPy processes of arrivals and of steps
 answers   latencies, throughput, price, the largest load
 """

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from moesim.errors import InfeasibleError, UserError
 from moesim.serving.clock import Served, run_clock
 from moesim.serving.costs import StepCosts
-from moesim.serving.memory import ServingMemoryReport, memory_of
+from moesim.serving.memory import ServingMemoryReport, layout_of, memory_of
 from moesim.serving.requests import Requests, draw_requests
 from moesim.serving.schema import ServingScenario, Slo
 
@@ -30,9 +30,11 @@ class Deployment:
     def requests(self, seed: int) -> Requests:
         """The requests of one seed. Raises InfeasibleError where one of them can never be held."""
         load = self.scenario.workload
-        requests = draw_requests(load.arrivals, count=load.requests, seed=seed)
+        requests = draw_requests(load, seed=seed)
         longest = int((requests.input_N + requests.output_N).max())
-        if longest > self.memory.kv_tokens:
+        speculation = self.scenario.engine.speculation
+        most = longest + (len(speculation.acceptance) + 1 if speculation else 1)
+        if layout_of(self.scenario).pages(most) > self.memory.pages:
             raise InfeasibleError(
                 f"memory: a request of {longest:,} tokens does not fit into the {self.memory.kv_tokens:,} tokens of "
                 "keys and values that a rank holds; use more ranks, workload.weights: int4, kv: fp8, or shorter ones"
@@ -41,7 +43,7 @@ class Deployment:
 
     def serve(self, requests: Requests) -> Served:
         """Answer them all."""
-        return run_clock(self.costs, requests, pages=self.memory.kv_tokens // self.scenario.engine.page)
+        return run_clock(self.costs, requests, memory=self.memory)
 
 
 def serve(scenario: ServingScenario) -> dict[str, Any]:
@@ -133,6 +135,8 @@ def _result(deployment: Deployment, requests: Requests, served: Served) -> dict[
     steps = np.array(served.step_seconds)
     busy = float(steps.sum()) or 1.0
     mean_tokens = float(np.average(served.step_tokens, weights=steps))
+    mean_rows = float(np.average(served.step_rows, weights=steps))
+    answered, rows = served.count("answered"), served.count("rows")
     return {
         "name": scenario.name,
         "gpus": gpus,
@@ -156,11 +160,18 @@ def _result(deployment: Deployment, requests: Requests, served: Served) -> dict[
         "tokens_per_step": mean_tokens,
         "generated_per_step": float(np.average(served.step_generated, weights=steps)),
         "time_s": dict(served.parts),
-        "rank_rows_imbalance": _imbalance(costs, mean_tokens),
-        "preempted": served.preempted,
+        "rank_rows_imbalance": costs.experts.at(mean_tokens, mean_rows).imbalance
+        if costs.experts is not None and costs.together
+        else None,
+        "dropped_share": _dropped_share(costs, served),
+        "prefix_hit_share": served.count("found_tokens") / max(1, served.count("prompt_tokens")),
+        "tokens_per_request_step": served.count("given") / answered if answered else 1.0,
+        "padding_share": served.count("padding") / max(1, rows),
+        "preempted": served.count("preempted"),
+        "swapped": served.count("swapped"),
         "memory": asdict(deployment.memory),
-        "kv_peak_share": max(served.step_pages) * scenario.engine.page
-        / (deployment.memory.kv_tokens * (scenario.parallelism.data if costs.together else 1)),
+        "kv_peak_share": max(served.step_pages)
+        / (deployment.memory.pages * len(served.batches) / (1 if costs.together else scenario.parallelism.data)),
         "timeline": _timeline(served),
         "warnings": _warnings(requests, served),
         "kernels_rest_on": list(costs.rests_on),
@@ -185,12 +196,13 @@ def _shares(values_N: NDArray[np.float64]) -> dict[str, float]:
     }
 
 
-def _imbalance(costs: StepCosts, tokens: float) -> float | None:
-    """Max over mean of the rows of ranks at the mean batch; None without ranks that share experts."""
-    if not costs.imbalance or not costs.together:
-        return None
-    sizes = sorted(costs.imbalance)
-    return float(np.interp(tokens, sizes, [costs.imbalance[size] for size in sizes]))
+def _dropped_share(costs: StepCosts, served: Served) -> float:
+    """Of all rows that experts were sent, over all steps."""
+    if costs.experts is None or costs.scenario.engine.capacity_factor is None:
+        return 0.0
+    pairs = zip(served.step_tokens, served.step_rows, strict=True)
+    shares = [costs.experts.at(tokens, generated).dropped for tokens, generated in pairs]
+    return float(np.average(shares, weights=served.step_tokens))
 
 
 def _timeline(served: Served) -> dict[str, list[float]]:

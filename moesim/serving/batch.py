@@ -1,172 +1,383 @@
 """What one data group works on: requests that wait, prompts in parts, requests that are being answered, and pages.
 
-A request that is being answered grows by one token a step, so that a group is told by sums: how many there are, the
-keys they have together, and when each will be done, counted in steps. Pages are whole: a request takes another one
-whenever its stored tokens have filled the last.
+Requests that are being answered lie in arrays [S], so that a step is a few operations whatever their number. Pages are
+layer-pages (`moesim.serving.keys`): a request holds those of its tokens, and shared prefixes are held once.
+
+Legend: S requests that are being answered.
 """
 
 import heapq
-from collections import deque
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
+from moesim.serving.keys import KeyLayout
+from moesim.serving.prefixes import PrefixCache
 from moesim.serving.schema import Engine
 
+IntArray = NDArray[np.int64]
 
-@dataclass(slots=True)
+
+@dataclass(slots=True, eq=False)
 class Job:
-    """A request in work: `prompt` tokens to compute (again, after a preemption), then `left` tokens to generate."""
+    """A request in work: `prompt` tokens to compute (again, after a preemption), then `left` tokens to generate.
+
+    `turn` orders those that wait: by arrival, later for classes that wait longer. `prefix`: which shared beginning of
+    `prefix_tokens` tokens it has, -1: none.
+    """
 
     request: int
     prompt: int
     left: int
-    done: int = 0  # tokens of the prompt that are computed
-    joined: int = -1  # the group's step in which it began to be answered, -1: not yet
-    is_out: bool = False  # done or preempted: what is still listed of it does not count
+    turn: float = 0.0
+    urgency: int = 0  # its class, 0 the most urgent
+    prefix: int = -1
+    prefix_tokens: int = 0
+    done: int = 0  # tokens of the prompt that are computed or were found
+    shared: int = 0  # tokens of it whose pages the cache holds
+    swapped: int = 0  # tokens whose keys and values lie in host memory
+
+
+class Chunk(NamedTuple):
+    """A part of a prompt: tokens of it behind `before` others."""
+
+    job: Job
+    tokens: int
+    before: int
 
 
 @dataclass(frozen=True, slots=True)
 class Formed:
-    """One step of a group: tokens generated, keys they see, and (job, tokens, tokens before) of parts of prompts."""
+    """One step of a group.
+
+    `generated` requests get tokens, for which `rows` rows each are computed (more than one: drafted tokens); `keys`
+    that they see, by kind of layer; parts of prompts; `padding` rows that stand for nothing; layer-pages `moved`
+    between GPU and host.
+    """
 
     generated: int
-    context: int
-    chunks: tuple[tuple[Job, int, int], ...]
+    rows: int
+    keys: tuple[int, ...]
+    chunks: tuple[Chunk, ...]
+    padding: int
+    moved: int
 
     @property
     def tokens(self) -> int:
-        """Tokens that are computed."""
-        return self.generated + sum(tokens for _, tokens, _ in self.chunks)
+        """Rows that are computed."""
+        return self.generated * self.rows + sum(chunk.tokens for chunk in self.chunks) + self.padding
+
+
+@dataclass(slots=True)
+class Counts:
+    """What a group did: for the answers."""
+
+    preempted: int = 0
+    swapped: int = 0  # of the preempted: to host memory
+    prompt_tokens: int = 0  # of admitted prompts
+    found_tokens: int = 0  # of them: in the prefix cache
+    answered: int = 0  # steps of one request each in which it got tokens
+    given: int = 0  # tokens of those steps
+    padding: int = 0
+    rows: int = 0
 
 
 class Batch:
-    """The state of one data group; `pages` is its room for keys and values."""
+    """The state of one data group; `pages` is its room, `host_pages` that in host memory, in layer-pages."""
 
-    def __init__(self, engine: Engine, *, pages: int) -> None:
-        self.engine, self.pages = engine, pages
-        self.waiting: deque[Job] = deque()
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        layout: KeyLayout,
+        pages: int,
+        host_pages: int = 0,
+        rng: np.random.Generator | None = None,
+    ) -> None:
+        self.engine, self.layout, self.pages, self.host_pages = engine, layout, pages, host_pages
+        self.rows = 1 + (len(engine.speculation.acceptance) if engine.speculation else 0)
+        self.most_running = min(engine.running, max(1, engine.token_budget // self.rows))
+        self._rng = rng or np.random.default_rng(0)
+        self._waiting: list[tuple[float, int, Job]] = []
         self.prompts: list[Job] = []
-        self.used_pages = self.generating = self.context = self.steps = self.preempted = 0
-        self._ends: list[tuple[int, int, Job]] = []  # a heap: step in which it is done
-        self._residues = np.zeros(engine.page, dtype=np.int64)  # of those that are answered: stored tokens - steps
-        self._order: list[Job] = []  # as admitted
-        self._admitted = 0
+        self._jobs: list[Job] = []  # those being answered, as in the arrays
+        self._stored_S, self._left_S = (np.zeros(engine.running, dtype=np.int64) for _ in range(2))
+        self._shared_S = np.zeros(engine.running, dtype=np.int64)  # layer-pages of them that the cache holds
+        self.cache = PrefixCache(layout)
+        self._prompt_pages = self._host_used = self._moved = 0
+        self.held_pages = 0  # layer-pages that the step holds, those that it may fill with them
+        self.counts = Counts()
+
+    @property
+    def generating(self) -> int:
+        """Requests that are being answered."""
+        return len(self._jobs)
 
     @property
     def running(self) -> int:
         """Requests in work."""
-        return self.generating + len(self.prompts)
+        return len(self._jobs) + len(self.prompts)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait."""
+        return len(self._waiting)
 
     @property
     def is_idle(self) -> bool:
         """Whether nothing waits and nothing runs."""
-        return not self.waiting and self.running == 0
+        return not self._waiting and self.running == 0
 
     @property
     def load(self) -> int:
         """What a new request would stand behind."""
-        return self.running + len(self.waiting)
+        return self.running + len(self._waiting)
+
+    @property
+    def used_pages(self) -> int:
+        """Layer-pages in use, those of the prefix cache with them."""
+        return self._answered_pages(0) + self._prompt_pages + self.cache.pages
+
+    @property
+    def stored_S(self) -> IntArray:
+        """Tokens stored of each request that is being answered."""
+        return self._stored_S[: len(self._jobs)]
+
+    def _answered_pages(self, ahead: int) -> int:
+        n = len(self._jobs)
+        if not n:
+            return 0
+        return int((self.layout.pages(self._stored_S[:n] + ahead) - self._shared_S[:n]).sum())
+
+    def add(self, job: Job) -> None:
+        """A request that arrives."""
+        heapq.heappush(self._waiting, (job.turn, job.request, job))
 
     def form(self) -> Formed:
         """The next step: every request that is answered, then as much of the prompts as the budget leaves."""
-        self._make_room()
-        left = self.engine.token_budget - self.generating
-        chunks: list[tuple[Job, int, int]] = []
-        self._admit(left - sum(job.prompt - job.done for job in self.prompts))
+        self._moved = 0
+        needed = self._make_room()
+        budget = self.engine.token_budget - self.generating * self.rows
+        by_length = self.engine.batching == "by_length"
+        if by_length:
+            needed = self._admit_alike(needed)
+        else:
+            needed = self._admit(budget - sum([job.prompt - job.done for job in self.prompts]), needed)
+        self.held_pages = needed + self.cache.pages
+        left = self.engine.token_budget - self.generating * self.rows
+        chunks: list[Chunk] = []
         for job in self.prompts:
             if left <= 0:
                 break
             tokens = min(left, job.prompt - job.done)
             if not self.engine.chunked_prefill and tokens < job.prompt - job.done and chunks:
                 break
-            chunks.append((job, tokens, job.done))
+            chunks.append(Chunk(job, tokens, job.done))
             left -= tokens
-        return Formed(self.generating, self.context, tuple(chunks))
+        padding = 0
+        if by_length and len(chunks) > 1:
+            longest = max(chunk.tokens for chunk in chunks)
+            padding = sum(longest - chunk.tokens for chunk in chunks)
+        keys = self.layout.seen(self.stored_S) if self._jobs else (0,) * len(self.layout.kinds)
+        return Formed(self.generating, self.rows, keys, tuple(chunks), padding, self._moved)
 
     def finish(self, formed: Formed) -> tuple[list[Job], list[Job]]:
         """After the step: jobs that gave their first token (or their first again), and jobs that are done."""
-        self.used_pages += self._grown
-        self.steps += 1
-        self.context += formed.generated
-        done = []
-        while self._ends and self._ends[0][0] <= self.steps:
-            job = heapq.heappop(self._ends)[2]
-            if not job.is_out:
-                self._leave(job)
-                done.append(job)
+        self.counts.padding += formed.padding
+        self.counts.rows += formed.tokens
+        done = self._advance() if self._jobs else []
         first = []
         for job, tokens, _ in formed.chunks:
             job.done += tokens
-            if job.done == job.prompt:
-                self.prompts.remove(job)
-                first.append(job)
-                job.left -= 1
-                if job.left == 0:
-                    self.used_pages -= self._pages_of(job.prompt)
-                    job.is_out = True
-                    done.append(job)
-                else:
-                    self._join(job)
+            if job.done < job.prompt:
+                continue
+            self.prompts.remove(job)
+            self._prompt_pages -= self._own_pages(job, job.prompt)
+            if self.engine.prefix_cache and job.prefix >= 0 and not job.shared:
+                self._keep_prefix(job)
+            first.append(job)
+            job.left -= 1
+            if job.left == 0:
+                self._release(job)
+                done.append(job)
+            else:
+                self._join(job, stored=job.prompt)
         return first, done
 
-    def stored(self, job: Job) -> int:
-        """Tokens whose keys and values are stored for a job that is being answered."""
-        return job.prompt + self.steps - job.joined
+    def _advance(self) -> list[Job]:
+        """Every request that is answered gets its tokens; those that are done leave."""
+        n = len(self._jobs)
+        given_S = np.minimum(self._accepted(n), self._left_S[:n])
+        self._stored_S[:n] += given_S
+        self._left_S[:n] -= given_S
+        self.counts.answered += n
+        self.counts.given += int(given_S.sum())
+        places = np.flatnonzero(self._left_S[:n] == 0)
+        done = [self._jobs[place] for place in places]
+        for place in places[::-1].tolist():
+            job = self._take(place)
+            job.left = 0
+            self._release(job)
+        return done
 
-    @property
-    def _grown(self) -> int:
-        """Pages that the next step fills: of jobs whose stored tokens are whole pages."""
-        return int(self._residues[-self.steps % self.engine.page])
+    def _accepted(self, n: int) -> IntArray:
+        """Tokens of a step for each of n requests: one, and the drafted ones up to the first that is refused."""
+        speculation = self.engine.speculation
+        if speculation is None:
+            return np.ones(n, dtype=np.int64)
+        kept_SD = self._rng.random((n, len(speculation.acceptance))) < np.array(speculation.acceptance)
+        return np.asarray(1 + np.cumprod(kept_SD, axis=1, dtype=np.int64).sum(axis=1))
 
-    def _pages_of(self, tokens: int) -> int:
-        return -(-tokens // self.engine.page)
+    def _own_pages(self, job: Job, tokens: int) -> int:
+        return int(self.layout.pages(tokens)) - self.layout.shared_pages(job.shared)
 
-    def _admit(self, budget: int) -> None:
-        if self.engine.batching == "static" and self.running:
+    def _release(self, job: Job) -> None:
+        if job.shared:
+            self.cache.leave(job.prefix)
+
+    def _keep_prefix(self, job: Job) -> None:
+        """The cache takes over the pages of a prefix that was just computed, unless another request was first."""
+        whole = job.prefix_tokens // self.engine.page * self.engine.page
+        if whole == 0 or job.prefix in self.cache:
             return
-        while self.waiting and budget > 0 and self.running < self.engine.running:
-            needed = self._pages_of(self.waiting[0].prompt)
-            if self.used_pages + self._grown + needed > self.pages:
-                return
-            job = self.waiting.popleft()
-            self.used_pages += needed
-            self.prompts.append(job)
-            self._order.append(job)
-            budget -= job.prompt
+        extra = int(self.layout.pages(whole)) - self.layout.shared_pages(whole)
+        if (
+            self._answered_pages(0) + self._prompt_pages + self.cache.pages + extra + self._own_pages(job, job.prompt)
+            <= self.pages
+        ):
+            self.cache.keep(job.prefix, whole)
+            job.shared = whole
 
-    def _join(self, job: Job) -> None:
-        job.joined = self.steps
-        self.generating += 1
-        self.context += job.prompt
-        self._residues[(job.prompt - self.steps) % self.engine.page] += 1
-        self._admitted += 1
-        heapq.heappush(self._ends, (self.steps + job.left, self._admitted, job))
+    def _join(self, job: Job, *, stored: int) -> None:
+        place = len(self._jobs)
+        self._jobs.append(job)
+        self._stored_S[place], self._left_S[place] = stored, job.left
+        self._shared_S[place] = self.layout.shared_pages(job.shared)
 
-    def _leave(self, job: Job) -> None:
-        """Take a job that is being answered out, with its pages."""
-        stored = self.stored(job)
-        self.generating -= 1
-        self.context -= stored
-        self._residues[(stored - self.steps) % self.engine.page] -= 1
-        self.used_pages -= self._pages_of(stored)
-        job.is_out = True
+    def _take(self, place: int) -> Job:
+        """Take a request that is being answered out of the arrays; the last one takes its place."""
+        job, last = self._jobs[place], len(self._jobs) - 1
+        job.left = int(self._left_S[place])
+        self._jobs[place] = self._jobs[last]
+        for values_S in (self._stored_S, self._left_S, self._shared_S):
+            values_S[place] = values_S[last]
+        self._jobs.pop()
+        return job
 
-    def _make_room(self) -> None:
-        """Preempt the latest jobs until the pages suffice that the next step fills."""
-        while self.used_pages + self._grown > self.pages:
-            job = self._order.pop()
-            if job.is_out:
+    def _make_room(self) -> int:
+        """Preempt the latest jobs until the pages suffice that the next step can fill; those pages."""
+        while True:
+            needed = self._answered_pages(self.rows) + self._prompt_pages
+            if needed + self.cache.pages <= self.pages:
+                return needed
+            if self.cache.evict():
                 continue
-            self.preempted += 1
-            if job.joined < 0:
-                self.prompts.remove(job)
-                self.used_pages -= self._pages_of(job.prompt)
-                job.done = 0
-                self.waiting.appendleft(job)
+            self._preempt(max(self._jobs + self.prompts, key=lambda job: (job.turn, job.request)))
+
+    def _preempt(self, job: Job) -> None:
+        """Its pages are given up, or moved to host memory; it waits in its old turn."""
+        self.counts.preempted += 1
+        if job in self.prompts:
+            self.prompts.remove(job)
+            self._prompt_pages -= self._own_pages(job, job.prompt)
+            job.done = 0
+        else:
+            place = self._jobs.index(job)
+            stored = int(self._stored_S[place])
+            self._take(place)
+            pages = int(self.layout.pages(stored))  # those of a shared prefix, too
+            if self.engine.preemption == "swap" and self._host_used + pages <= self.host_pages:
+                self.counts.swapped += 1
+                self._host_used += pages
+                self._moved += pages
+                job.swapped = stored
+            else:
+                # all but the token computed last is stored; computing it again gives the next one
+                job.prompt, job.done = stored + 1, 0
+        self._release(job)
+        job.shared = 0
+        self.add(job)
+
+    def _admit(self, budget: int, needed: int) -> int:
+        """Begin with those that wait, in turn; the layer-pages that are needed then."""
+        if self.engine.batching == "static" and self.running:
+            return needed
+        while self._waiting and budget > 0:
+            job = self._waiting[0][2]
+            if self.running >= self.most_running or not self._fits(job, needed):
+                victim = self._less_urgent(job)
+                if victim is None:
+                    return needed
+                self._preempt(victim)
+                needed = self._answered_pages(self.rows) + self._prompt_pages
                 continue
-            stored = self.stored(job)
-            self._leave(job)
-            # all but the token computed last is stored; computing it again gives the next one
-            again = Job(job.request, stored + 1, job.left - (self.steps - job.joined))
-            self.waiting.appendleft(again)
+            heapq.heappop(self._waiting)
+            needed += self._start(job)
+            budget -= job.prompt - job.done
+        return needed
+
+    def _less_urgent(self, job: Job) -> Job | None:
+        """The latest job in work of a class that gives way to that of `job`."""
+        others = [other for other in self._jobs + self.prompts if other.urgency > job.urgency and other.turn > job.turn]
+        return max(others, key=lambda other: (other.urgency, other.turn, other.request), default=None)
+
+    def _pages_to_start(self, job: Job, shared: int) -> int:
+        tokens = job.swapped + self.rows if job.swapped else job.prompt
+        return int(self.layout.pages(tokens)) - self.layout.shared_pages(shared)
+
+    def _found(self, job: Job) -> int:
+        """Tokens of its prompt that the cache holds in whole pages: never all of them, as the last gives a token."""
+        if job.swapped or not self.engine.prefix_cache or job.prefix not in self.cache:
+            return 0
+        return min(self.cache.tokens(job.prefix), (job.prompt - 1) // self.engine.page * self.engine.page)
+
+    def _fits(self, job: Job, needed: int) -> bool:
+        """Whether its pages are there, once prefixes that nobody uses have left the cache."""
+        while needed + self.cache.pages + self._pages_to_start(job, self._found(job)) > self.pages:
+            if not self.cache.evict(but=job.prefix) and not self.cache.evict():
+                return False
+        return True
+
+    def _start(self, job: Job) -> int:
+        """Begin with a request that waited; the pages that it takes."""
+        if job.swapped:
+            stored, pages = job.swapped, int(self.layout.pages(job.swapped))
+            self._host_used -= pages
+            self._moved += pages
+            job.swapped = 0
+            self._join(job, stored=stored)
+            return int(self.layout.pages(stored + self.rows))
+        job.done = job.shared = self._found(job)
+        if job.shared:
+            self.cache.use(job.prefix)
+        self.counts.prompt_tokens += job.prompt
+        self.counts.found_tokens += job.done
+        self.prompts.append(job)
+        own = self._own_pages(job, job.prompt)
+        self._prompt_pages += own
+        return own
+
+    def _admit_alike(self, needed: int) -> int:
+        """A whole batch at once: the request whose turn it is, and those nearest to its length."""
+        if self.running or not self._waiting:
+            return needed
+        oldest = self._waiting[0][2]
+        ordered = sorted(
+            (entry[2] for entry in self._waiting),
+            key=lambda job: (job is not oldest, abs(job.prompt - oldest.prompt), job.turn, job.request),
+        )
+        longest, chosen = 0, set[int]()
+        for job in ordered:
+            longest = max(longest, job.prompt)
+            padded = longest * (len(chosen) + 1)
+            if chosen and (padded > self.engine.token_budget or len(chosen) == self.most_running):
+                break
+            if not self._fits(job, needed):
+                break
+            needed += self._start(job)
+            chosen.add(job.request)
+        self._waiting = [entry for entry in self._waiting if entry[2].request not in chosen]
+        heapq.heapify(self._waiting)
+        return needed

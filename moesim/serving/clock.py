@@ -1,18 +1,22 @@
-"""Serving on a clock: a process lets requests arrive, and one for each set of groups that step together serves them."""
+"""Serving on a clock: a process lets requests arrive, and one for each set of groups that step together serves them.
 
-from collections.abc import Generator
-from dataclasses import dataclass, field, fields
+A data group of several stages works on as many batches in turn, a stage behind each other: a round lasts as long as the
+slowest of them takes through all stages.
+"""
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import simpy
 from numpy.typing import NDArray
 
-from moesim.serving.batch import Batch, Job
-from moesim.serving.costs import StepCost, StepCosts
+from moesim.seeding import stream
+from moesim.serving.batch import Batch, Formed
+from moesim.serving.costs import PARTS, StepCost, StepCosts
+from moesim.serving.memory import ServingMemoryReport, layout_of
 from moesim.serving.requests import Requests
-
-PARTS = tuple(part.name for part in fields(StepCost))
 
 
 @dataclass
@@ -21,30 +25,47 @@ class Served:
 
     first_N: NDArray[np.float64]
     done_N: NDArray[np.float64]
+    batches: Sequence[Batch] = ()
     step_end: list[float] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
     step_tokens: list[int] = field(default_factory=list)
     step_generated: list[int] = field(default_factory=list)
+    step_rows: list[int] = field(default_factory=list)  # of generated tokens, drafted ones with them
     step_waiting: list[int] = field(default_factory=list)
     step_pages: list[int] = field(default_factory=list)
     parts: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
-    preempted: int = 0
+
+    def count(self, name: str) -> int:
+        """A sum of `moesim.serving.batch.Counts` over all batches."""
+        return sum(getattr(batch.counts, name) for batch in self.batches)
 
 
-def run_clock(costs: StepCosts, requests: Requests, *, pages: int) -> Served:
+def run_clock(costs: StepCosts, requests: Requests, *, memory: ServingMemoryReport) -> Served:
     """Serve all requests to their end."""
     scenario = costs.scenario
     env = simpy.Environment()
-    batches = [Batch(scenario.engine, pages=pages) for _ in range(scenario.parallelism.data)]
-    sets = [list(range(len(batches)))] if costs.together else [[number] for number in range(len(batches))]
-    served = Served(np.full(len(requests), np.nan), np.full(len(requests), np.nan))
+    mesh, layout = scenario.parallelism, layout_of(scenario)
+    stages = mesh.pipeline
+    engine = scenario.engine.model_copy(update={"running": -(-scenario.engine.running // stages)})
+    batches = [
+        Batch(
+            engine,
+            layout=layout,
+            pages=memory.pages,
+            host_pages=memory.host_pages,
+            rng=stream(scenario.seed, "accepted drafts", number),
+        )
+        for number in range(mesh.data * stages)
+    ]
+    groups = [batches[group * stages : (group + 1) * stages] for group in range(mesh.data)]
+    sets = [groups] if costs.together else [[group] for group in groups]
+    served = Served(np.full(len(requests), np.nan), np.full(len(requests), np.nan), batches)
     bells = [_Bell(env) for _ in sets]
-    set_of = {group: number for number, groups in enumerate(sets) for group in groups}
-    env.process(_arrivals(env, requests, batches, bells, set_of))
-    for bell, groups in zip(bells, sets, strict=True):
-        env.process(_steps(env, costs, [batches[group] for group in groups], bell, served))
+    bell_of = [bells[0 if costs.together else number // stages] for number in range(len(batches))]
+    env.process(_arrivals(env, requests, batches, bell_of))
+    for bell, members in zip(bells, sets, strict=True):
+        env.process(_steps(env, costs, members, bell, served))
     env.run()
-    served.preempted = sum(batch.preempted for batch in batches)
     assert not np.isnan(served.done_N).any(), "a request was never answered"
     return served
 
@@ -66,45 +87,49 @@ class _Bell:
 
 
 def _arrivals(
-    env: simpy.Environment, requests: Requests, batches: list[Batch], bells: list[_Bell], set_of: dict[int, int]
+    env: simpy.Environment, requests: Requests, batches: Sequence[Batch], bell_of: Sequence[_Bell]
 ) -> Generator[Any, Any, None]:
     for number in range(len(requests)):
         delay = float(requests.arrival_N[number]) - env.now
         if delay > 0:
             yield env.timeout(delay)
-        group = min(range(len(batches)), key=lambda each: (batches[each].load, each))
-        batches[group].waiting.append(Job(number, int(requests.input_N[number]), int(requests.output_N[number])))
-        bells[set_of[group]].ring()
+        chosen = min(range(len(batches)), key=lambda each: (batches[each].load, each))
+        batches[chosen].add(requests.job(number))
+        bell_of[chosen].ring()
 
 
 def _steps(
-    env: simpy.Environment, costs: StepCosts, batches: list[Batch], bell: _Bell, served: Served
+    env: simpy.Environment, costs: StepCosts, groups: Sequence[Sequence[Batch]], bell: _Bell, served: Served
 ) -> Generator[Any, Any, None]:
+    """`groups`: the batches of each data group that steps with the others."""
+    batches = [batch for group in groups for batch in group]
     while True:
         if all(batch.is_idle for batch in batches):
             yield bell.wait()
             continue
-        formed = [batch.form() for batch in batches]
-        tokens_D = np.array([each.tokens for each in formed])
-        generated_D = np.array([each.generated for each in formed])
-        context_D = np.array([each.context for each in formed])
-        chunks = [(d, tokens, before) for d, each in enumerate(formed) for _, tokens, before in each.chunks]
-        cost = costs.step(tokens_D, generated_D, context_D, chunks)
-        seconds = cost.total
-        assert tokens_D.sum() > 0 and seconds > 0
-        yield env.timeout(seconds)
-        for part in PARTS:
-            served.parts[part] += getattr(cost, part)
-        for batch, each in zip(batches, formed, strict=True):
+        formed = [[batch.form() for batch in group] for group in groups]
+        turns = [in_turn for in_turn in zip(*formed, strict=True) if any(each.tokens for each in in_turn)]
+        cost = max((costs.step(in_turn) for in_turn in turns), key=lambda each: each.total)
+        assert cost.total > 0
+        yield env.timeout(cost.total)
+        waiting, pages = sum(batch.num_waiting for batch in batches), sum(batch.held_pages for batch in batches)
+        for batch, each in zip(batches, (each for group in formed for each in group), strict=True):
             first, done = batch.finish(each)
             for job in first:
                 if np.isnan(served.first_N[job.request]):
                     served.first_N[job.request] = env.now
             for job in done:
                 served.done_N[job.request] = env.now
-        served.step_end.append(env.now)
-        served.step_seconds.append(seconds)
-        served.step_tokens.append(int(tokens_D.sum()))
-        served.step_generated.append(int(generated_D.sum()))
-        served.step_waiting.append(sum(len(batch.waiting) for batch in batches))
-        served.step_pages.append(sum(batch.used_pages for batch in batches))
+        served.step_pages.append(pages)
+        _note(served, env.now, cost, [each for group in formed for each in group], waiting)
+
+
+def _note(served: Served, now: float, cost: StepCost, formed: Sequence[Formed], waiting: int) -> None:
+    for part in PARTS:
+        served.parts[part] += getattr(cost, part)
+    served.step_end.append(now)
+    served.step_seconds.append(cost.total)
+    served.step_tokens.append(sum(each.tokens for each in formed))
+    served.step_generated.append(sum(each.generated for each in formed))
+    served.step_rows.append(sum(each.generated * each.rows for each in formed))
+    served.step_waiting.append(waiting)

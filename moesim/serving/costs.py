@@ -1,37 +1,29 @@
 """How long a step takes: tables over tokens of what its kernels, its routing and its transfers cost, and their sum.
 
-A step computes, on every rank of a data group, one token of each request that is being answered and parts of prompts.
+A step computes, on every rank of a data group, the rows of each request that is being answered and parts of prompts.
 Tables hold seconds of one layer at a few numbers of tokens; between them they are interpolated.
 
-Legend: G numbers of tokens, N tokens, K experts of a token, R ranks, E experts of a rank, D data groups.
+Legend: G numbers of tokens, D data groups.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property, partial
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.kernels import Attention, Gemm, GroupedGemm, Kernel, KernelModel, MemoryBound, kernel_model, memory_bytes
-from moesim.kernels.estimate import SOURCES
-from moesim.network import Fabric, all_reduce_seconds, build_fabric, prepare_combine, prepare_dispatch
-from moesim.parallel.mesh import GroupLayout
-from moesim.parallel.traffic import node_stages, without_diagonal
-from moesim.run import obtain_trace
-from moesim.scenario import BYTES_PER_ELEMENT, Mla, Model, scenario_from_mapping
-from moesim.scenario.model import LocalGlobal
-from moesim.seeding import stream
-from moesim.serving.memory import KV_BYTES, SCALES, WEIGHT_BYTES
+from moesim.kernels import GroupedGemm
+from moesim.network import all_reduce_seconds, build_fabric, send_recv_seconds
+from moesim.scenario import Mla
+from moesim.serving.attention import AttentionTables
+from moesim.serving.batch import Formed
+from moesim.serving.experts import ExpertTables
+from moesim.serving.memory import drafting_layers, memory_of
+from moesim.serving.pricing import Pricing
 from moesim.serving.schema import ServingScenario
-from moesim.trace import RoutingTrace
 
 FloatArray = NDArray[np.float64]
 
-SAMPLES = 6  # draws of tokens behind each number of tokens of the routing's table
-MOST_DRAWN = 16_384
-RECORDED = 16_384  # tokens of routing that are made
 ACTIVATION_BYTES = 2.0  # bf16
 
 
@@ -44,327 +36,157 @@ class StepCost:
     experts: float
     exchange: float
     head: float
+    draft: float
+    swap: float
     host: float
 
     @property
     def total(self) -> float:
         """All of it: nothing runs beside anything else."""
-        return self.projections + self.attention + self.experts + self.exchange + self.head + self.host
+        return float(sum(getattr(self, part) for part in PARTS))
+
+
+PARTS = tuple(part.name for part in fields(StepCost))
 
 
 class StepCosts:
-    """The tables of one deployment.
-
-    `tokens_D`, `generated_D`: tokens and generated tokens of each data group in a step; `context_D`: keys that the
-    generated ones attend to, summed; `chunks`: (group, tokens, tokens before) of the parts of prompts. `imbalance` is
-    that of rows of ranks, and `sources` what the kernels rest on.
-    """
+    """The tables of one deployment."""
 
     def __init__(self, scenario: ServingScenario) -> None:
         self.scenario, self.model = scenario, scenario.model
-        self.kernels: KernelModel = kernel_model(scenario.cluster.pools[0].spec, scenario.compute.profile)
-        self.fabric: Fabric = build_fabric(scenario.cluster)
+        self.pricing = Pricing(scenario)
         self.together = scenario.parallelism.expert > 1
-        self.sources: set[str] = set()
-        self.imbalance: dict[int, float] = {}
+        self.page_bytes = memory_of(scenario).page_bytes
         most = scenario.engine.token_budget
         self.tokens_G = np.unique(np.geomspace(1, most, 2 * int(np.ceil(np.log2(most))) + 1).round()).astype(int)
         layer = [self._dense_part(int(tokens)) for tokens in self.tokens_G]
         self.layer_G, self.dense_G, self.head_G = (np.array(column) for column in zip(*layer, strict=True))
-        self._attention = _Tables(self)
-        self._build_experts()
+        self.draft_G = self._drafting_layer() if drafting_layers(scenario) else np.zeros_like(self.layer_G)
+        self.reduce_G, self.send_G = self._messages()
+        self.attention = AttentionTables(scenario, self.pricing)
+        self.experts = ExpertTables(scenario, self.pricing) if self.model.moe_layers else None
 
-    def step(
-        self,
-        tokens_D: NDArray[np.int64],
-        generated_D: NDArray[np.int64],
-        context_D: NDArray[np.int64],
-        chunks: list[tuple[int, int, int]],
-    ) -> StepCost:
+    def step(self, formed: Sequence[Formed]) -> StepCost:
         """Seconds of a step of all data groups together, or of a single one: the slowest counts in each part."""
-        model = self.model
-        at_least = np.maximum(tokens_D, 1) if self.together else tokens_D
-        projections = model.layers * self._at(at_least, self.layer_G) + model.dense_layers * self._at(
-            at_least, self.dense_G
-        )
-        attention_D = self._attention.generating(generated_D, context_D)
-        ended_D = generated_D.copy()
-        for group, tokens, before in chunks:
-            attention_D[group] += self._attention.prompt(tokens, before)
-            ended_D[group] += 1
-        slowest = int(np.argmax(projections + attention_D))
-        experts = exchange = 0.0
-        if model.moe_layers:
-            total = int(at_least.sum()) if self.together else int(at_least.max())
-            experts = model.moe_layers * float(np.interp(total, self.total_G, self.experts_G))
-            exchange = model.moe_layers * float(np.interp(total, self.total_G, self.exchange_G))
-        exchange += 2 * model.layers * float(np.interp(at_least.max(), self.tokens_G, self.reduce_G))
+        model, mesh = self.model, self.scenario.parallelism
+        tokens_D = np.array([max(each.tokens, 1) if self.together else each.tokens for each in formed])
+        layer_D, dense_D = self._at(tokens_D, self.layer_G), self._at(tokens_D, self.dense_G)
+        projections_D = model.layers * layer_D + model.dense_layers * dense_D
+        attention_D = self._attention(formed)
+        slowest = int(np.argmax(projections_D + attention_D))
+        generated_D = np.array([each.generated * each.rows for each in formed])
+        experts, exchange = self._experts(tokens_D, generated_D)
+        longest = float(tokens_D.max())
+        reduces = 2 * model.layers * float(np.interp(longest, self.tokens_G, self.reduce_G))
+        sends = (mesh.pipeline - 1) * float(np.interp(longest, self.tokens_G, self.send_G))
+        ended_D = generated_D + np.array([len(each.chunks) for each in formed])
+        moved = max(each.moved for each in formed) * self.page_bytes
         return StepCost(
-            projections=float(projections[slowest]),
+            projections=float(projections_D[slowest]),
             attention=float(attention_D[slowest]),
-            experts=experts,
-            exchange=exchange,
+            experts=model.moe_layers * experts,
+            exchange=model.moe_layers * exchange + reduces + sends,
             head=float(self._at(ended_D, self.head_G).max()),
+            draft=self._draft(formed, experts + exchange),
+            swap=moved / self.scenario.engine.host_link,
             host=self.scenario.engine.host,
         )
-
-    def _at(self, tokens_D: NDArray[np.int64], seconds_G: FloatArray) -> FloatArray:
-        return np.where(tokens_D > 0, np.interp(tokens_D, self.tokens_G, seconds_G), 0.0)
-
-    def seconds(self, kernel: Kernel) -> Any:
-        """Of a kernel, with a note of what they rest on."""
-        estimate = self.kernels.seconds(kernel)
-        self.sources.add(estimate.source)
-        return estimate.seconds
 
     @property
     def rests_on(self) -> tuple[str, ...]:
         """Sources of kernel durations, the firmest first."""
-        return tuple(source for source in SOURCES if source in self.sources)
+        return self.pricing.rests_on
 
-    def gemm(self, m: float, k: int, n: int, *, wide: bool = False) -> float:
-        """Seconds of a product whose weights are stored in workload.weights (bf16 where `wide`)."""
-        load = self.scenario.workload
-        if wide:
-            return float(self.seconds(Gemm(m=m, k=k, n=n)))
-        seconds = float(self.seconds(Gemm(m=m, k=k, n=n, dtype=load.gemm)))
-        return seconds - self._spared(k * n, floor=seconds)
+    def _attention(self, formed: Sequence[Formed]) -> FloatArray:
+        """Seconds [D] of all layers."""
+        seconds_D = self.attention.generating(np.array([each.keys for each in formed]), formed[0].rows)
+        for group, each in enumerate(formed):
+            for chunk in each.chunks:
+                seconds_D[group] += self.attention.prompt(chunk.tokens, chunk.before)
+        return seconds_D
 
-    def _spared(self, weights: float, *, floor: float) -> float:
-        """Seconds that narrower weights spare the memory: at most 0.8 of a product's, which still computes."""
-        load = self.scenario.workload
-        spared = weights * (BYTES_PER_ELEMENT[load.gemm] - WEIGHT_BYTES[load.weights] - SCALES[load.weights])
-        return min(max(0.0, spared) / self.scenario.cluster.pools[0].spec.memory_bandwidth, 0.8 * floor)
+    def _experts(self, tokens_D: NDArray[np.int64], generated_D: NDArray[np.int64]) -> tuple[float, float]:
+        """One layer's routed experts, and its dispatch and combine."""
+        if self.experts is None:
+            return 0.0, 0.0
+        total, generated = (tokens_D.sum(), generated_D.sum()) if self.together else (tokens_D.max(), generated_D.max())
+        cost = self.experts.at(float(total), float(generated))
+        return cost.seconds, cost.exchange
 
-    def moved(self, kind: str, rows: float, width: float) -> float:
-        """Seconds of a memory-bound kernel."""
-        return float(self.seconds(MemoryBound(kind, memory_bytes(kind, rows=rows, width=width))))
+    def _draft(self, formed: Sequence[Formed], experts: float) -> float:
+        """Seconds of a layer of multi-token prediction and of the head, once for each drafted token."""
+        if not drafting_layers(self.scenario):
+            return 0.0
+        drafted = formed[0].rows - 1
+        generated_D = np.array([each.generated for each in formed])
+        layer_D = self._at(generated_D, self.draft_G) + self._at(generated_D, self.head_G)
+        attention_D = self.attention.one_layer(np.array([each.keys[-1] for each in formed]), 1)
+        once = float((layer_D + attention_D).max())
+        if once and self.experts is not None:
+            once += sum(self._experts(generated_D, generated_D))
+        prompts = sum(len(each.chunks) for each in formed)  # their keys are needed, too: the layer once for all
+        return drafted * once + (self._prompt_draft(formed, experts) if prompts else 0.0)
+
+    def _prompt_draft(self, formed: Sequence[Formed], experts: float) -> float:
+        tokens_D = np.array([sum(chunk.tokens for chunk in each.chunks) for each in formed])
+        return float(self._at(tokens_D, self.draft_G).max()) + experts
+
+    def _at(self, tokens_D: NDArray[np.int64], seconds_G: FloatArray) -> FloatArray:
+        return np.asarray(np.where(tokens_D > 0, np.interp(tokens_D, self.tokens_G, seconds_G), 0.0))
+
+    def _messages(self) -> tuple[FloatArray, FloatArray]:
+        """Seconds [G] of an all-reduce of the ranks of a data group, and of a message to the next stage."""
+        fabric, mesh = build_fabric(self.scenario.cluster), self.scenario.parallelism
+        ranks, found = np.arange(mesh.tensor), []
+        for tokens in self.tokens_G.tolist():
+            size = tokens * self.model.hidden * ACTIVATION_BYTES
+            send = 0.0
+            if mesh.pipeline > 1:
+                send = send_recv_seconds(fabric, 0, mesh.stage_size, size / mesh.tensor).seconds
+            found.append((all_reduce_seconds(fabric, ranks, size).seconds, send))
+        return np.array(found)[:, 0], np.array(found)[:, 1]
 
     def _dense_part(self, tokens: int) -> tuple[float, float, float]:
         """Seconds of a layer without attention's core and routed experts, of a dense network, and of the head."""
-        model, tensor = self.model, self.scenario.parallelism.tensor
-        layer = self._projections(tokens) + 2 * self.moved("rms_norm", tokens, model.hidden)
-        layer += 2 * self.moved("elementwise", tokens, model.hidden)
+        model, tensor, pricing = self.model, self.scenario.parallelism.tensor, self.pricing
+        layer = self._projections(tokens) + 2 * pricing.moved("rms_norm", tokens, model.hidden)
+        layer += 2 * pricing.moved("elementwise", tokens, model.hidden)
         shared = self._network(tokens, model.shared_width // tensor) if model.shared_experts else 0.0
         layer += shared * model.moe_layers / model.layers
         dense = self._network(tokens, model.dense_intermediate // tensor) if model.dense_layers else 0.0
-        head = self.gemm(tokens, model.hidden, model.vocab // tensor, wide=True)
-        head += self.moved("softmax", tokens, model.vocab // tensor)
+        head = pricing.gemm(tokens, model.hidden, model.vocab // tensor, wide=True)
+        head += pricing.moved("softmax", tokens, model.vocab // tensor)
         return layer, dense, head
+
+    def _drafting_layer(self) -> FloatArray:
+        """Seconds [G] of a drafting layer without attention and experts: embedding and last output are joined first."""
+        hidden, dense_G = self.model.hidden, np.zeros(1) if self.model.moe_layers else self.dense_G
+        join_G = np.array([self.pricing.gemm(float(tokens), 2 * hidden, hidden) for tokens in self.tokens_G])
+        return np.asarray(join_G + self.layer_G + dense_G)
 
     def _network(self, tokens: int, width: int) -> float:
         matrices, hidden = self.model.ffn_matrices, self.model.hidden
-        up = self.gemm(tokens, hidden, (matrices - 1) * width) + self.gemm(tokens, width, hidden)
-        return up + self.moved("elementwise", tokens, width)
+        up = self.pricing.gemm(tokens, hidden, (matrices - 1) * width) + self.pricing.gemm(tokens, width, hidden)
+        return up + self.pricing.moved("elementwise", tokens, width)
 
     def _projections(self, tokens: int) -> float:
-        model, tensor = self.model, self.scenario.parallelism.tensor
+        model, tensor, gemm = self.model, self.scenario.parallelism.tensor, self.pricing.gemm
         heads, dim = model.heads // tensor, model.head_dim
         if not isinstance(model.attention, Mla):
             wide = (heads + 2 * -(-model.kv_heads // tensor)) * dim
-            rotary = self.moved("elementwise", tokens, wide)
-            return (
-                self.gemm(tokens, model.hidden, wide) + rotary + self.gemm(tokens, heads * dim, model.hidden)
-            )  # one product for queries, keys and values
+            rotary = self.pricing.moved("elementwise", tokens, wide)
+            # one product for queries, keys and values
+            return gemm(tokens, model.hidden, wide) + rotary + gemm(tokens, heads * dim, model.hidden)
         mla = model.attention
         query = heads * (dim + mla.rope_head_dim)
         value = mla.value_head_dim or dim
-        seconds = self.gemm(tokens, model.hidden, mla.kv_lora_rank + mla.rope_head_dim)
+        seconds = gemm(tokens, model.hidden, mla.kv_lora_rank + mla.rope_head_dim)
         if mla.q_lora_rank is None:
-            seconds += self.gemm(tokens, model.hidden, query)
+            seconds += gemm(tokens, model.hidden, query)
         else:
-            seconds += self.gemm(tokens, model.hidden, mla.q_lora_rank) + self.gemm(tokens, mla.q_lora_rank, query)
+            seconds += gemm(tokens, model.hidden, mla.q_lora_rank) + gemm(tokens, mla.q_lora_rank, query)
         # queries into the latent space and outputs out of it: a product for each head
         for k, n in ((dim, mla.kv_lora_rank), (mla.kv_lora_rank, value)):
             kernel = GroupedGemm(rows_per_expert=np.full(heads, tokens), k=k, n=n, dtype=self.scenario.workload.gemm)
-            seconds += float(self.seconds(kernel))
-        return seconds + self.moved("elementwise", tokens, query) + self.gemm(tokens, heads * value, model.hidden)
-
-    @cached_property
-    def trace(self) -> RoutingTrace | None:
-        """The routing, made or read as for training on as many ranks."""
-        if not self.model.experts:
-            return None
-        return obtain_trace(scenario_from_mapping(_as_training(self.scenario)))
-
-    def _build_experts(self) -> None:
-        """Tables over the tokens of all ranks: [G] seconds of a layer's experts, and of dispatch and combine."""
-        mesh = self.scenario.parallelism
-        ranks = np.arange(mesh.tensor)
-        self.reduce_G = np.array(
-            [
-                all_reduce_seconds(self.fabric, ranks, tokens * self.model.hidden * ACTIVATION_BYTES).seconds
-                for tokens in self.tokens_G.tolist()
-            ]
-        )
-        groups = mesh.data if self.together else 1
-        most = self.scenario.engine.token_budget * groups
-        self.total_G = np.unique(np.geomspace(1, most, int(np.ceil(1.5 * np.log2(most))) + 1).round()).astype(int)
-        found = [self._experts(int(total)) for total in self.total_G] if self.trace is not None else [(0.0, 0.0)]
-        self.experts_G, self.exchange_G = (np.array(column) for column in zip(*found, strict=True))
-        if self.trace is None:
-            self.total_G = np.array([1])
-
-    def _experts(self, total: int) -> tuple[float, float]:
-        """Mean over samples and layers of the slowest rank's experts, and of dispatch and combine."""
-        assert self.trace is not None
-        model, mesh = self.model, self.scenario.parallelism
-        ids_LNK = self.trace.final.expert_ids_LSTK.reshape(self.trace.num_layers, -1, model.top_k)
-        rng = stream(self.scenario.seed, "serving routing", total)
-        drawn = min(total, MOST_DRAWN)  # more of them are as many times these
-        experts, exchange, imbalance = [], [], []
-        for sample in range(SAMPLES):
-            ids_NK = ids_LNK[sample % len(ids_LNK)]
-            drawn_NK = ids_NK[rng.integers(0, len(ids_NK), drawn)].astype(np.int64)
-            rows_E = np.bincount(drawn_NK[drawn_NK >= 0], minlength=model.experts)
-            rows_E = np.rint(rows_E * (total / drawn)).astype(np.int64)
-            rows_RE = rows_E.reshape(mesh.expert, -1)
-            rank_R = rows_RE.sum(axis=1)
-            imbalance.append(float(rank_R.max() / rank_R.mean()))
-            experts.append(self._grouped(rows_RE, tensor=1 if self.together else mesh.tensor))
-            exchange.append(self._exchange(drawn_NK, times=total / drawn) if self.together else 0.0)
-        local = total / mesh.expert
-        router = self.gemm(max(local, 1.0), model.hidden, model.experts, wide=True)
-        router += self.moved("topk", max(local, 1.0), model.experts)
-        router += self.moved("permute", local * model.top_k, model.row_width)
-        router += self.moved("unpermute", local * model.top_k, model.row_width)
-        self.imbalance[total] = float(np.mean(imbalance))
-        return float(np.mean(experts)) + router, float(np.mean(exchange))
-
-    def _grouped(self, rows_RE: NDArray[np.int64], *, tensor: int) -> float:
-        """Seconds of both products of the slowest rank."""
-        model, width = self.model, self.model.expert_intermediate // tensor
-        seconds_R = np.zeros(len(rows_RE))
-        for k, n in ((model.row_width, (model.ffn_matrices - 1) * width), (width, model.row_width)):
-            kernel = GroupedGemm(rows_per_expert=rows_RE, k=k, n=n, dtype=self.scenario.workload.gemm)
-            found_R = np.asarray(self.seconds(kernel))
-            active_R = np.count_nonzero(rows_RE, axis=1)
-            spared_R = [self._spared(a * k * n, floor=s) for a, s in zip(active_R, found_R, strict=True)]
-            seconds_R += found_R - np.array(spared_R)
-        activation = memory_bytes("elementwise", rows=rows_RE.sum(axis=1), width=width)
-        seconds_R += np.asarray(self.seconds(MemoryBound("elementwise", activation)))
-        return float(seconds_R.max())
-
-    def _exchange(self, drawn_NK: NDArray[np.int64], *, times: float) -> float:
-        """Dispatch and combine of so many times these tokens, which lie evenly on the ranks."""
-        model, mesh, dispatch = self.model, self.scenario.parallelism, self.scenario.dispatch
-        ranks, tokens = mesh.expert, len(drawn_NK)
-        source_N = np.arange(tokens) * ranks // max(tokens, 1)
-        target_NK = np.where(drawn_NK >= 0, drawn_NK // (model.experts // ranks), -1)
-        to_NR = np.zeros((tokens, ranks + 1), dtype=np.int64)
-        np.add.at(to_NR, (np.arange(tokens)[:, None], target_NK), 1)
-        to_NR = to_NR[:, :ranks]
-        copies_NR = to_NR if dispatch.deduplicate == "per_expert" else (to_NR > 0).astype(np.int64)
-        copies_RR = _sum_by(source_N, copies_NR, ranks)
-        layout = self._layout
-        stages: tuple[FloatArray, ...] = (without_diagonal(copies_RR),)
-        if dispatch.deduplicate == "per_node" and layout.num_nodes > 1:
-            nodes_NM = np.stack(
-                [to_NR[:, layout.node_of_rank_R == node].any(axis=1) for node in range(layout.num_nodes)], axis=1
-            ).astype(np.int64)
-            stages = node_stages(copies_RR, _sum_by(source_N, nodes_NM, ranks), layout)
-        seconds = 0.0
-        for prepare, dtype in ((prepare_dispatch, dispatch.dtype), (prepare_combine, dispatch.combine_dtype)):
-            prepared = prepare(
-                self.fabric,
-                stages,
-                token_bytes=times * model.row_width * BYTES_PER_ELEMENT[dtype],
-                algorithm=dispatch.algorithm,
-                ranks=np.arange(ranks),
-                model=self.scenario.network.model or "ports",
-            )
-            seconds += float(prepared.alone_R.max())
-        return seconds
-
-    @cached_property
-    def _layout(self) -> GroupLayout:
-        sizes = self.scenario.cluster.domain_sizes
-        node_R = np.repeat(np.arange(len(sizes)), sizes)[: self.scenario.parallelism.expert]
-        first_R = np.searchsorted(node_R, node_R, side="left")
-        return GroupLayout(node_R, np.arange(len(node_R)) - first_R)
-
-
-def _sum_by(source_N: NDArray[np.int64], values_NX: NDArray[np.int64], ranks: int) -> FloatArray:
-    sums_RX = np.zeros((ranks, values_NX.shape[1]))
-    np.add.at(sums_RX, source_N, values_NX)
-    return sums_RX
-
-
-class _Tables:
-    """Attention's core: generated tokens by the bytes of keys and values or by their products, prompts by kernels."""
-
-    def __init__(self, costs: StepCosts) -> None:
-        scenario, model = costs.scenario, costs.model
-        tensor = scenario.parallelism.tensor
-        self.windows = _windows(model)
-        heads = model.heads // tensor
-        kv = KV_BYTES[scenario.workload.kv]
-        if isinstance(model.attention, Mla):
-            mla = model.attention
-            self.key_bytes = (mla.kv_lora_rank + mla.rope_head_dim) * kv
-            self.key_flops = 2.0 * heads * (2 * mla.kv_lora_rank + mla.rope_head_dim)
-            kv_heads, dim = heads, model.head_dim + mla.rope_head_dim
-            value_dim = mla.value_head_dim or model.head_dim
-        else:
-            kv_heads = -(-model.kv_heads // tensor)
-            self.key_bytes = 2 * kv_heads * model.head_dim * kv
-            self.key_flops = 4.0 * heads * model.head_dim
-            dim = value_dim = model.head_dim
-        bytes_G = np.geomspace(1e3, 1e11, 33)
-        self._bytes_G = bytes_G
-        self._read_G = np.array([float(costs.seconds(MemoryBound("reduce", each))) for each in bytes_G])
-        self.rate = 0.5 * scenario.cluster.pools[0].spec.peak_flops["bf16"]  # of products with few rows a key
-        self.length_G = np.unique(np.geomspace(16, 1 << 20, 33).round())
-        sizes = partial(Attention, batch=1, heads=heads, kv_heads=kv_heads, head_dim=dim, value_dim=value_dim)
-        self._prompt_G = np.array([float(costs.seconds(sizes(sequence=length))) for length in self.length_G])
-
-    def generating(self, generated_D: NDArray[np.int64], context_D: NDArray[np.int64]) -> FloatArray:
-        """Seconds of all layers for generated tokens with so many keys together."""
-        seconds_D = np.zeros(len(generated_D))
-        for layers, window in self.windows:
-            keys_D = np.minimum(context_D, generated_D * window) if window else context_D
-            read_D = np.interp(keys_D * self.key_bytes, self._bytes_G, self._read_G)
-            seconds_D += layers * np.maximum(read_D, keys_D * self.key_flops / self.rate)
-        return np.where(generated_D > 0, seconds_D, 0.0)
-
-    def prompt(self, tokens: int, before: int) -> float:
-        """Seconds of all layers for a part of a prompt: as a causal square of as many pairs."""
-        seconds = 0.0
-        for layers, window in self.windows:
-            pairs = tokens * before + tokens * (tokens + 1) / 2
-            if window:
-                pairs = min(pairs, float(tokens * window))
-            seconds += layers * float(np.interp(np.sqrt(2.0 * pairs), self.length_G, self._prompt_G))
-        return seconds
-
-
-def _windows(model: Model) -> list[tuple[int, int]]:
-    """(layers, keys that a token sees at most; 0: all)."""
-    if isinstance(model.attention, LocalGlobal):
-        return [(model.layers, model.attention.window)]
-    if model.local is None:
-        return [(model.layers, 0)]
-    local = sum(model.is_local(layer) for layer in range(model.layers))
-    return [(local, model.local.window), (model.layers - local, 0)]
-
-
-def _as_training(scenario: ServingScenario) -> Mapping[str, Any]:
-    """A training scenario with the same model, routing and experts per rank: what makes its routing."""
-    expert = scenario.parallelism.expert
-    plain = scenario.model_dump(mode="json", exclude_none=True)
-    return {
-        "schema_version": 1,
-        "name": scenario.name,
-        "model": scenario.model.model_dump(mode="json"),
-        "routing": plain["routing"],
-        "cluster": plain["cluster"],
-        "parallelism": {"data": expert, "expert": expert},
-        "workload": {
-            "kind": "training",
-            "sequence_length": 1_024,
-            "micro_batch": 1,
-            "global_batch": max(expert, RECORDED // 1_024 // expert * expert),
-        },
-        "memory": {"check": "warn"},
-        "seed": scenario.seed,
-    }
+            seconds += float(self.pricing.seconds(kernel))
+        return seconds + self.pricing.moved("elementwise", tokens, query) + gemm(tokens, heads * value, model.hidden)

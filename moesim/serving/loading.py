@@ -1,6 +1,6 @@
 """From a file to a ServingScenario: the loader of scenarios with another schema, and the checks across sections."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path as FilePath
 
 from pydantic import ValidationError
@@ -9,7 +9,7 @@ from moesim.errors import UserError
 from moesim.scenario.document import Node, Path, find, parse_yaml, read_yaml
 from moesim.scenario.forms import absolute_paths, explicit_model, flat_cluster_to_pools
 from moesim.scenario.messages import describe
-from moesim.scenario.model import LocalGlobal, Mla
+from moesim.scenario.model import Mla
 from moesim.scenario.overrides import apply_overrides
 from moesim.serving.schema import ServingScenario
 
@@ -58,23 +58,45 @@ def _check(scenario: ServingScenario, root: Node) -> None:
         return UserError(f"{find(root, path)[0].where}: {_dotted(path)}: {what}")
 
     if mesh.world_size > scenario.cluster.num_gpus:
-        what = f"{mesh.world_size} ranks on {scenario.cluster.num_gpus} GPUs; lower data or tensor, or add nodes"
+        what = (
+            f"{mesh.world_size} ranks on {scenario.cluster.num_gpus} GPUs; lower data, tensor or pipeline, or add nodes"
+        )
         raise refuse(("parallelism",), what)
-    if mesh.expert not in (1, mesh.world_size):
-        what = f"{mesh.expert} is neither 1 nor all {mesh.world_size} ranks, which is what is modelled; use one of them"
-        raise refuse(("parallelism", "expert"), what)
+    if mesh.expert not in (1, mesh.stage_size):
+        what = f"{mesh.expert} is neither 1 nor all {mesh.stage_size} ranks of a stage, which is what is modelled"
+        raise refuse(("parallelism", "expert"), f"{what}; use one of them")
     if mesh.expert > 1 and model.experts % mesh.expert:
         what = f"{model.experts} experts do not spread evenly over {mesh.expert} ranks; use a divisor"
         raise refuse(("parallelism", "expert"), what)
     if model.heads % mesh.tensor:
         raise refuse(("parallelism", "tensor"), f"{mesh.tensor} does not divide the {model.heads} heads; use a divisor")
-    if isinstance(model.attention, LocalGlobal) and model.attention.global_every is not None:
-        raise refuse(("model", "attention"), "global tokens are not modelled in serving; set global_every: null")
+    if mesh.pipeline > model.layers:
+        what = f"{mesh.pipeline} stages for {model.layers} layers; use at most as many"
+        raise refuse(("parallelism", "pipeline"), what)
     if isinstance(model.attention, Mla) and model.attention.indexer is not None:
         raise refuse(("model", "attention"), "sparse attention by an indexer is not modelled in serving; leave it out")
     if len(scenario.cluster.pools) > 1:
         raise refuse(("cluster",), "serving is modelled on GPUs of one pool; name one")
+    if scenario.decode_routing is not None and not model.moe_layers:
+        raise refuse(("decode_routing",), "a model without experts has no routing; leave it out")
+    _check_workload(scenario, refuse)
     engine = scenario.engine
     if not engine.chunked_prefill and engine.token_budget < 1_024:
         what = f"{engine.token_budget} tokens never hold a long prompt whole; allow chunked_prefill, or raise it"
         raise refuse(("engine", "token_budget"), what)
+    speculation = engine.speculation
+    if speculation is not None and speculation.draft == "mtp" and not model.mtp_layers:
+        what = "the model has no layer of multi-token prediction; set model.mtp_layers: 1, or draft: lookup"
+        raise refuse(("engine", "speculation", "draft"), what)
+    if speculation is not None and engine.token_budget <= len(speculation.acceptance):
+        what = f"{engine.token_budget} rows hold no request with its drafted tokens; raise it"
+        raise refuse(("engine", "token_budget"), what)
+    if engine.capacity_factor is not None and not model.moe_layers:
+        raise refuse(("engine", "capacity_factor"), "a model without experts drops nothing; leave it out")
+
+
+def _check_workload(scenario: ServingScenario, refuse: Callable[[Path, str], UserError]) -> None:
+    priorities = scenario.workload.priorities
+    if priorities is not None and abs(sum(priorities.shares) - 1.0) > 1e-6:
+        what = f"the shares add up to {sum(priorities.shares):g}; make them 1"
+        raise refuse(("workload", "priorities", "shares"), what)

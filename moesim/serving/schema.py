@@ -6,7 +6,9 @@ from pydantic import Field
 
 from moesim.scenario import Cluster, Compute, Dispatch, Model, Network, Routing, UniformRouting
 from moesim.scenario.base import (
+    Bandwidth,
     Bytes,
+    CapacityFactor,
     FileName,
     Flag,
     Gpus,
@@ -84,6 +86,31 @@ class Slo(Section):
     share: Share = Field(default=0.9, description="Share of the requests that must meet both.")
 
 
+class Prefixes(Section):
+    """Beginnings that prompts share: system prompts, tools, examples. They come on top of the prompts' own tokens."""
+
+    number: Requests = Field(description="Different prefixes.")
+    tokens: Tokens = Field(description="Tokens of a prefix, before those that the arrivals draw.")
+    share: Share = Field(default=1.0, description="Share of the requests that begin with one.")
+    skew: Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0, le=10)] = Field(
+        default=1.0, description="Prefix number n is chosen as often as n to the power of -skew; 0: all alike."
+    )
+
+
+class Priorities(Section):
+    """Classes of requests, the most urgent first. An urgent one overtakes those that came shortly before it."""
+
+    shares: tuple[Share, ...] = Field(
+        min_length=2,
+        max_length=16,
+        description="Shares of the requests by class, the most urgent first, 1 in all.",
+    )
+    patience: Seconds = Field(
+        default=60.0,
+        description="Seconds by which a request is put behind those of the next more urgent class.",
+    )
+
+
 class Serving(Section):
     """The requests, and in which number formats they are answered."""
 
@@ -96,14 +123,34 @@ class Serving(Section):
     gemm: Literal["bf16", "fp8"] = Field(default="bf16", description="Number format of the products.")
     kv: Literal["bf16", "fp8"] = Field(default="bf16", description="Number format of stored keys and values.")
     slo: Slo = Field(default=Slo(), description="Limits of good answers; absent: all are good.")
+    prefixes: Prefixes | None = Field(default=None, description="Beginnings that prompts share; absent: none.")
+    priorities: Priorities | None = Field(default=None, description="Classes of requests; absent: all are alike.")
+
+
+class Speculation(Section):
+    """Tokens that are drafted and checked together with the next one."""
+
+    draft: Literal["mtp", "lookup"] = Field(
+        default="mtp",
+        description="Who drafts: mtp, a layer of multi-token prediction, run once for each drafted token; lookup, "
+        "matches in the prompt, at no cost.",
+    )
+    acceptance: tuple[Share, ...] = Field(
+        min_length=1,
+        max_length=16,
+        description="For each drafted token in turn the probability that it is accepted when those before it were, "
+        "independently of all else: [0.85, 0.7] drafts two and gives 1 + 0.85 + 0.85 x 0.7 tokens a step in the mean.",
+    )
 
 
 class Engine(Section):
     """How a rank forms its batches."""
 
-    batching: Literal["continuous", "static"] = Field(
+    batching: Literal["continuous", "static", "by_length"] = Field(
         default="continuous",
-        description="continuous: requests join and leave between steps; static: a batch is answered to its end.",
+        description="continuous: requests join and leave between steps; static: a batch is answered to its end; "
+        "by_length: a static batch of requests of like length, as many as token_budget holds when all are padded to "
+        "the longest.",
     )
     token_budget: Tokens = Field(default=8_192, description="Tokens that a rank computes in one step at most.")
     running: Annotated[int, Field(strict=True, gt=0, le=65_536)] = Field(
@@ -116,6 +163,24 @@ class Engine(Section):
         default=64, description="Tokens of one page of keys and values."
     )
     host: Latency = Field(default=0.0, description="Seconds of the host in every step that nothing hides.")
+    preemption: Literal["recompute", "swap"] = Field(
+        default="recompute",
+        description="What becomes of the keys and values of a request that is preempted: computed again, or moved to "
+        "host memory and back (while it has room).",
+    )
+    host_memory: Bytes = Field(default=64e9, description="Host memory of a GPU that keys and values may be moved to.")
+    host_link: Bandwidth = Field(
+        default=25e9, description="Bandwidth between a GPU and host memory, each way; PCIe 4 x16 moves about 25 GB/s."
+    )
+    prefix_cache: Flag = Field(
+        default=True, description="Whether keys and values of shared prefixes are kept and found again."
+    )
+    speculation: Speculation | None = Field(default=None, description="Drafted tokens; absent: one token a step.")
+    capacity_factor: CapacityFactor | None = Field(
+        default=None,
+        description="Rows that an expert takes in a step at most, as a multiple of their mean over experts (rounded "
+        "up); the others are dropped. Absent: none.",
+    )
 
 
 class ServingParallelism(Section):
@@ -123,15 +188,24 @@ class ServingParallelism(Section):
 
     data: Gpus = Field(default=1, description="Groups of ranks with batches of their own.")
     tensor: Gpus = Field(default=1, description="Ranks that share the heads and dense matrices of one batch.")
+    pipeline: Gpus = Field(
+        default=1,
+        description="Stages that the layers are cut into; every data group then works on as many batches in turn.",
+    )
     expert: Gpus = Field(
         default=1,
-        description="Ranks that the experts are spread over: 1 (each data group holds all) or all ranks, which then "
-        "take their steps together.",
+        description="Ranks that the experts are spread over: 1 (each data group holds all) or all ranks of a stage, "
+        "which then take their steps together.",
     )
 
     @property
     def world_size(self) -> int:
         """Ranks in all."""
+        return self.data * self.tensor * self.pipeline
+
+    @property
+    def stage_size(self) -> int:
+        """Ranks of a stage."""
         return self.data * self.tensor
 
 
@@ -154,6 +228,10 @@ class ServingScenario(Section):
     model: Model = Field(description="The language model: a preset, a config.json, or its architecture.")
     routing: Routing = Field(
         default=UniformRouting(kind="uniform"), description="How tokens choose experts; uniform where absent."
+    )
+    decode_routing: Routing | None = Field(
+        default=None,
+        description="How generated tokens choose experts, where that was recorded apart; absent: as routing.",
     )
     cluster: Cluster = Field(description="The GPUs and the links between them.")
     parallelism: ServingParallelism = Field(default=ServingParallelism(), description="How ranks share the work.")

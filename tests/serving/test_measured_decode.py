@@ -9,6 +9,7 @@ import pytest
 
 from moesim.kernels import GroupedGemm, MemoryBound, load_profile
 from moesim.serving import load_serving_text
+from moesim.serving.batch import Formed
 from moesim.serving.costs import StepCosts
 from moesim.strict_json import parse_json, unpacked
 
@@ -38,8 +39,8 @@ def test_steps_are_what_they_take_but_for_small_kernels(measured: dict[str, Any]
         errors, missing = [], []
         for row in measured["steps"]:
             if row["model"] == name:
-                batch = np.array([row["batch"]])
-                predicted = costs.step(batch, batch, batch * row["keys"], []).total
+                batch = row["batch"]
+                predicted = costs.step([Formed(batch, 1, (batch * row["keys"],), (), 0, 0)]).total
                 errors.append(math.log(predicted / row["seconds"]))
                 missing.append((row["seconds"] - predicted) / sizes["layers"])
         middle, worst = np.median(errors), min(errors)

@@ -1,0 +1,247 @@
+"""Tables over the tokens of a step: routed experts of the slowest rank, dispatch and combine, imbalance and drops.
+
+Tokens are drawn from the scenario's routing: generated ones each by itself, as they belong to different requests, and
+those of prompts in runs, as they follow each other. Where generated tokens were recorded apart (`decode_routing`), they
+are drawn from there.
+
+Legend: G numbers of tokens, M shares of generated tokens among them, N tokens, K experts of a token, R ranks,
+E experts.
+"""
+
+from bisect import bisect_left
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.kernels import GroupedGemm, MemoryBound, memory_bytes
+from moesim.network import Fabric, build_fabric, prepare_combine, prepare_dispatch
+from moesim.parallel.mesh import GroupLayout
+from moesim.parallel.traffic import node_stages, without_diagonal
+from moesim.program.drawn_routing import obtain_trace
+from moesim.scenario import BYTES_PER_ELEMENT, Routing, scenario_from_mapping
+from moesim.seeding import stream
+from moesim.serving.pricing import Pricing
+from moesim.serving.schema import ServingScenario
+from moesim.trace import RoutingTrace
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+
+SAMPLES = 6  # draws of tokens behind each number of tokens
+MOST_DRAWN = 16_384
+RECORDED = 16_384  # tokens of routing that are made
+RUN = 256  # tokens of a prompt that follow each other
+SHARES = (0.0, 0.5, 1.0)  # of generated tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertCost:
+    """One layer: seconds of the slowest rank and of the exchange, max over mean of rows of ranks, share dropped."""
+
+    seconds: float
+    exchange: float
+    imbalance: float
+    dropped: float
+
+
+class ExpertTables:
+    """One layer by tokens of all ranks that step together and the share of generated ones; filled where it is asked."""
+
+    def __init__(self, scenario: ServingScenario, pricing: Pricing) -> None:
+        self.scenario, self.model, self.pricing = scenario, scenario.model, pricing
+        self.together = scenario.parallelism.expert > 1
+        groups = scenario.parallelism.data if self.together else 1
+        rows = 1 + (len(scenario.engine.speculation.acceptance) if scenario.engine.speculation else 0)
+        most = max(scenario.engine.token_budget, rows) * groups
+        points = int(np.ceil(1.5 * np.log2(most))) + 1
+        self.total_G: list[int] = np.unique(np.geomspace(1, most, points).round()).astype(int).tolist()
+        self.fabric: Fabric = build_fabric(scenario.cluster)
+        self._found: dict[tuple[int, float], FloatArray] = {}
+
+    def at(self, total: float, generated: float) -> ExpertCost:
+        """A step of `total` tokens, of which `generated` are generated."""
+        share = min(1.0, generated / max(total, 1.0))
+        below = 0 if share < SHARES[1] else 1
+        weight = (share - SHARES[below]) / (SHARES[below + 1] - SHARES[below])
+        values = np.zeros(4)
+        for place, part in ((below, 1.0 - weight), (below + 1, weight)):
+            if part > 0.0:
+                values += part * self._between(total, SHARES[place])
+        seconds, exchange, imbalance, dropped = values.tolist()
+        return ExpertCost(seconds=seconds, exchange=exchange, imbalance=imbalance, dropped=dropped)
+
+    def _between(self, total: float, share: float) -> FloatArray:
+        """Interpolated between the two nearest numbers of tokens."""
+        right = min(max(bisect_left(self.total_G, total), 1), len(self.total_G) - 1) if len(self.total_G) > 1 else 0
+        left = max(right - 1, 0)
+        low, high = self.total_G[left], self.total_G[right]
+        weight = min(max((total - low) / (high - low), 0.0), 1.0) if high > low else 0.0
+        return (1.0 - weight) * self._of(low, share) + (weight * self._of(high, share) if weight else 0.0)
+
+    @cached_property
+    def prompts(self) -> RoutingTrace:
+        """How tokens of prompts choose."""
+        return self._trace(self.scenario.routing)
+
+    @cached_property
+    def generated(self) -> RoutingTrace:
+        """How generated tokens choose."""
+        routing = self.scenario.decode_routing
+        return self.prompts if routing is None else self._trace(routing)
+
+    def _trace(self, routing: Routing) -> RoutingTrace:
+        trace = obtain_trace(scenario_from_mapping(_as_training(self.scenario, routing)))
+        assert trace is not None, "a model with experts has routing"
+        return trace
+
+    def _of(self, total: int, share: float) -> FloatArray:
+        """The four numbers of ExpertCost, means over draws and layers."""
+        if (total, share) not in self._found:
+            self._found[total, share] = self._drawn_mean(total, share)
+        return self._found[total, share]
+
+    def _drawn_mean(self, total: int, share: float) -> FloatArray:
+        model, mesh = self.model, self.scenario.parallelism
+        drawn = min(total, MOST_DRAWN)  # more of them are as many times these
+        generated = round(drawn * share)
+        rng = stream(self.scenario.seed, "serving routing", total, round(10 * share))
+        found = np.zeros((SAMPLES, 4))
+        for sample in range(SAMPLES):
+            ids_NK = np.concatenate(
+                [
+                    _drawn(self.generated, sample, generated, 1, rng),
+                    _drawn(self.prompts, sample, drawn - generated, RUN, rng),
+                ]
+            )
+            dropped = self._drop(ids_NK)
+            rows_E = np.bincount(ids_NK[ids_NK >= 0], minlength=model.experts)
+            rows_E = np.rint(rows_E * (total / drawn)).astype(np.int64)
+            rows_RE = rows_E.reshape(mesh.expert, -1)
+            rank_R = rows_RE.sum(axis=1)
+            exchange = 0.0
+            if self.together:
+                exchange = self._exchange(ids_NK[rng.permutation(drawn)], times=total / drawn)
+            imbalance = float(rank_R.max() / max(rank_R.mean(), 1e-9))
+            found[sample] = (self._grouped(rows_RE), exchange, imbalance, dropped)
+        means = np.asarray(found.mean(axis=0))
+        means[0] += self._router(total / mesh.expert)
+        return means
+
+    def _drop(self, ids_NK: IntArray) -> float:
+        """Rows beyond the capacity of their expert are marked -1; the share that they are."""
+        factor = self.scenario.engine.capacity_factor
+        if factor is None:
+            return 0.0
+        most = int(np.ceil(factor * ids_NK.size / self.model.experts))
+        flat = ids_NK.reshape(-1)  # a view: what is dropped is marked in place
+        order = np.argsort(flat, kind="stable")
+        ordered = flat[order]
+        place = np.arange(len(flat)) - np.searchsorted(ordered, ordered, side="left")
+        over = order[(place >= most) & (ordered >= 0)]
+        flat[over] = -1
+        return len(over) / max(1, len(flat))
+
+    def _router(self, local: float) -> float:
+        """Router, choice, and moving rows to the order of experts and back, of the tokens of one rank."""
+        model, pricing = self.model, self.pricing
+        seconds = pricing.gemm(max(local, 1.0), model.hidden, model.experts, wide=True)
+        seconds += pricing.moved("topk", max(local, 1.0), model.experts)
+        seconds += pricing.moved("permute", local * model.top_k, model.row_width)
+        return seconds + pricing.moved("unpermute", local * model.top_k, model.row_width)
+
+    def _grouped(self, rows_RE: IntArray) -> float:
+        """Seconds of both products of the slowest rank."""
+        model, pricing = self.model, self.pricing
+        width = model.expert_intermediate // (1 if self.together else self.scenario.parallelism.tensor)
+        seconds_R = np.zeros(len(rows_RE))
+        for k, n in ((model.row_width, (model.ffn_matrices - 1) * width), (width, model.row_width)):
+            kernel = GroupedGemm(rows_per_expert=rows_RE, k=k, n=n, dtype=self.scenario.workload.gemm)
+            found_R = np.asarray(pricing.seconds(kernel))
+            active_R = np.count_nonzero(rows_RE, axis=1)
+            spared_R = [pricing.spared(a * k * n, floor=s) for a, s in zip(active_R, found_R, strict=True)]
+            seconds_R += found_R - np.array(spared_R)
+        activation = memory_bytes("elementwise", rows=rows_RE.sum(axis=1), width=width)
+        seconds_R += np.asarray(pricing.seconds(MemoryBound("elementwise", activation)))
+        return float(seconds_R.max())
+
+    def _exchange(self, drawn_NK: IntArray, *, times: float) -> float:
+        """Dispatch and combine of so many times these tokens, which lie evenly on the ranks."""
+        model, mesh, dispatch = self.model, self.scenario.parallelism, self.scenario.dispatch
+        ranks, tokens, layout = mesh.expert, len(drawn_NK), self._layout
+        source_N = np.arange(tokens) * ranks // max(tokens, 1)
+        target_NK = np.where(drawn_NK >= 0, drawn_NK // (model.experts // ranks), -1)
+        once_NK = target_NK if dispatch.deduplicate == "per_expert" else _first_of_each(target_NK)
+        copies_RR = _copies(source_N, once_NK, ranks)
+        stages: tuple[FloatArray, ...] = (without_diagonal(copies_RR),)
+        if dispatch.deduplicate == "per_node" and layout.num_nodes > 1:
+            node_NK = np.where(target_NK >= 0, layout.node_of_rank_R[target_NK], -1)
+            stages = node_stages(copies_RR, _copies(source_N, _first_of_each(node_NK), ranks, layout.num_nodes), layout)
+        seconds = 0.0
+        prepare: Callable[..., Any]
+        for prepare, dtype in ((prepare_dispatch, dispatch.dtype), (prepare_combine, dispatch.combine_dtype)):
+            prepared = prepare(
+                self.fabric,
+                stages,
+                token_bytes=times * model.row_width * BYTES_PER_ELEMENT[dtype],
+                algorithm=dispatch.algorithm,
+                ranks=np.arange(ranks),
+                model=self.scenario.network.model or "ports",
+            )
+            seconds += float(prepared.alone_R.max())
+        return seconds
+
+    @cached_property
+    def _layout(self) -> GroupLayout:
+        sizes = self.scenario.cluster.domain_sizes
+        node_R = np.repeat(np.arange(len(sizes)), sizes)[: self.scenario.parallelism.expert]
+        first_R = np.searchsorted(node_R, node_R, side="left")
+        return GroupLayout(node_R, np.arange(len(node_R)) - first_R)
+
+
+def _drawn(trace: RoutingTrace, layer: int, count: int, run: int, rng: np.random.Generator) -> IntArray:
+    """[count, K] choices of tokens in runs of `run` that follow each other in the trace."""
+    ids_LSTK = trace.final.expert_ids_LSTK
+    ids_NK = ids_LSTK[layer % len(ids_LSTK)].reshape(-1, ids_LSTK.shape[-1])
+    starts = rng.integers(0, len(ids_NK), -(-count // run))
+    places = (starts[:, None] + np.arange(run)).reshape(-1)[:count] % len(ids_NK)
+    return np.asarray(ids_NK[places].astype(np.int64))
+
+
+def _first_of_each(target_NK: IntArray) -> IntArray:
+    """The targets of each token, every one once; the others are -1."""
+    ordered_NK = np.sort(target_NK, axis=1)
+    ordered_NK[:, 1:][ordered_NK[:, 1:] == ordered_NK[:, :-1]] = -1
+    return ordered_NK
+
+
+def _copies(source_N: IntArray, target_NK: IntArray, ranks: int, targets: int | None = None) -> FloatArray:
+    """[R, targets] copies from each rank to each target; -1 goes nowhere."""
+    targets = targets or ranks
+    places_NK = source_N[:, None] * targets + target_NK
+    return np.bincount(places_NK[target_NK >= 0], minlength=ranks * targets).reshape(ranks, targets).astype(float)
+
+
+def _as_training(scenario: ServingScenario, routing: Routing) -> Mapping[str, Any]:
+    """A training scenario with the same model, routing and experts per rank: what makes its routing."""
+    expert = scenario.parallelism.expert
+    plain = scenario.model_dump(mode="json", exclude_none=True)
+    return {
+        "schema_version": 1,
+        "name": scenario.name,
+        "model": scenario.model.model_dump(mode="json"),
+        "routing": routing.model_dump(mode="json", exclude_none=True),
+        "cluster": plain["cluster"],
+        "parallelism": {"data": expert, "expert": expert},
+        "workload": {
+            "kind": "training",
+            "sequence_length": 1_024,
+            "micro_batch": 1,
+            "global_batch": max(expert, RECORDED // 1_024 // expert * expert),
+        },
+        "memory": {"check": "warn"},
+        "seed": scenario.seed,
+    }

@@ -1,0 +1,107 @@
+"""Which keys a token sees and stores: of all tokens, of a window, of a chunk, or of a window and every n-th token.
+
+Room is counted in layer-pages: `page` tokens of one layer (or of as many as all kinds of layers share).
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from math import gcd
+from typing import Any
+
+import numpy as np
+
+from moesim.scenario import Model
+from moesim.scenario.model import LocalGlobal
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerKeys:
+    """Layers of one kind. window 0: all tokens; every > 0: one in so many beyond the window, too."""
+
+    layers: int
+    window: int = 0
+    every: int = 0
+    is_chunked: bool = False
+
+    def seen(self, tokens: Any) -> Any:
+        """Keys that a token sees when it is number `tokens` (an int or an array), which are those stored of it."""
+        if not self.window:
+            return tokens
+        if self.is_chunked:
+            return np.where(tokens > 0, (tokens - 1) % self.window + 1, 0)
+        near = np.minimum(tokens, self.window)
+        return near + np.maximum(tokens - self.window, 0) // self.every if self.every else near
+
+    def seen_by_part(self, tokens: int, before: int) -> float:
+        """(query, key) pairs of `tokens` tokens behind `before` others, each seeing what came before it and itself."""
+        if not self.window:
+            return tokens * before + tokens * (tokens + 1) / 2
+        return float(self._pairs_of(before + tokens) - self._pairs_of(before))
+
+    def _pairs_of(self, tokens: int) -> float:
+        """Pairs of the first so many tokens."""
+        window = self.window
+        if self.is_chunked:
+            whole, rest = divmod(tokens, window)
+            return whole * window * (window + 1) / 2 + rest * (rest + 1) / 2
+        near, beyond = min(tokens, window), max(tokens - window, 0)
+        pairs = near * (near + 1) / 2 + float(beyond) * window
+        if self.every:
+            whole, rest = divmod(beyond, self.every)
+            pairs += self.every * whole * (whole - 1) / 2 + whole * (rest + 1)
+        return pairs
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyLayout:
+    """What all layers of a model store; `page` tokens to a page."""
+
+    kinds: tuple[LayerKeys, ...]
+    page: int
+
+    @cached_property
+    def unit(self) -> int:
+        """Layers behind one layer-page."""
+        return gcd(*(kind.layers for kind in self.kinds))
+
+    @cached_property
+    def _is_plain(self) -> bool:
+        return len(self.kinds) == 1 and not self.kinds[0].window
+
+    def pages(self, tokens: Any) -> Any:
+        """Layer-pages that a request of so many tokens holds (an int or an array)."""
+        if self._is_plain:
+            return -(-tokens // self.page)
+        return sum(kind.layers // self.unit * self._pages(kind, tokens) for kind in self.kinds)
+
+    def shared_pages(self, tokens: int) -> int:
+        """Those of them that requests with the same first tokens share: of layers that see all tokens."""
+        if not tokens:
+            return 0
+        return sum(kind.layers // self.unit * (tokens // self.page) for kind in self.kinds if not kind.window)
+
+    def seen(self, tokens_S: Any) -> tuple[int, ...]:
+        """Keys that tokens see together, by kind of layer."""
+        return tuple(int(kind.seen(tokens_S).sum()) for kind in self.kinds)
+
+    def _pages(self, kind: LayerKeys, tokens: Any) -> Any:
+        if not kind.window:
+            return -(-tokens // self.page)
+        most = -(-kind.window // self.page) + 1  # a window that moves covers parts of two pages
+        far = np.maximum(tokens - kind.window, 0) // kind.every if kind.every else 0
+        return np.minimum(-(-tokens // self.page), most) + -(-far // self.page)
+
+
+def key_layout(model: Model, *, page: int, extra: int = 0) -> KeyLayout:
+    """That of a model's layers, with `extra` ones behind them that are like the last."""
+    attention, local, layers = model.attention, model.local, model.layers + extra
+    if isinstance(attention, LocalGlobal):
+        kind = LayerKeys(layers=layers, window=attention.window, every=attention.global_every or 0)
+        return KeyLayout(kinds=(kind,), page=page)
+    number = sum(model.is_local(layer) for layer in range(layers))
+    if local is None or number == 0:
+        return KeyLayout(kinds=(LayerKeys(layers=layers),), page=page)
+    kinds = [LayerKeys(layers=number, window=local.window, is_chunked=local.chunked)]
+    if number < layers:
+        kinds.append(LayerKeys(layers=layers - number))
+    return KeyLayout(kinds=tuple(kinds), page=page)
