@@ -44,7 +44,7 @@ def describe(fabric: Fabric) -> FabricFacts:
     values = zip(fabric.tier_X, fabric.bandwidth_X, fabric.latency_X, fabric.efficiency_X, strict=True)
     alike = Counter((tier, float(b), float(latency), float(share)) for tier, b, latency, share in values)
     return FabricFacts(
-        preset=fabric.preset,
+        preset=fabric.kind.name,
         num_gpus=fabric.num_ranks,
         num_nodes=int(fabric.node_of_rank_R.max()) + 1,
         switches=dict(Counter(kind for kind in kinds.values() if kind not in ("gpu", "nic"))),

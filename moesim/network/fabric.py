@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 
 from moesim.errors import UserError
 from moesim.network.parameters import NetworkParameters
-from moesim.network.topology import Site, build_graph, leaf_of, resolved, sites_of, spine_of
+from moesim.network.topology import Site, build_graph, sites_of
 from moesim.network.walks import Walks
 from moesim.scenario.cluster import Cluster, Degraded
-from moesim.scenario.cluster import Fabric as FabricSection
 from moesim.scenario.dispatch import DispatchAlgorithm
+from moesim.scenario.fabrics import FabricKind
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int32]
@@ -52,7 +52,7 @@ class Fabric:
     domain_of_rank_R: IntArray
     gpus: tuple[str, ...]
     parameters: NetworkParameters
-    preset: str
+    kind: FabricKind
     pxn: bool
     ladder: "Ladder | None" = field(repr=False)
     walks: Walks = field(repr=False)
@@ -68,7 +68,7 @@ class Fabric:
     @property
     def is_rack_scale(self) -> bool:
         """Whether NVLink joins the trays of a rack, so that nothing within it needs a NIC."""
-        return self.preset == "nvl72"
+        return self.kind.rack_gpus is not None
 
     def reached_by(self, algorithm: DispatchAlgorithm) -> "Fabric":
         """The links as the software of a dispatch algorithm finds them: with the shares of bandwidth that it reaches.
@@ -239,9 +239,9 @@ def build_fabric(cluster: Cluster, *, parameters: NetworkParameters | None = Non
         domain_of_rank_R=np.array([site.domain for site in sites], dtype=np.int32),
         gpus=tuple(site.gpu for site in sites),
         parameters=parameters,
-        preset=cluster.preset,
+        kind=cluster.fabric_kind,
         pxn=cluster.fabric.pxn,
-        ladder=None if cluster.preset == "custom" else _ladder(resolved(cluster), sites, links, failed),
+        ladder=None if cluster.fabric_kind.listed else _ladder(sites, links, failed),
         walks=Walks(graph, links, len(sites)),
     )
 
@@ -269,9 +269,7 @@ def _degrade(graph: "nx.DiGraph[str]", change: Degraded, sites: list[Site]) -> N
         graph.edges[edge]["bandwidth"] *= change.factor
 
 
-def _ladder(
-    section: FabricSection, sites: list[Site], links: tuple[tuple[str, str], ...], failed: set[tuple[str, str]]
-) -> Ladder:
+def _ladder(sites: list[Site], links: tuple[tuple[str, str], ...], failed: set[tuple[str, str]]) -> Ladder:
     ids = {link: index for index, link in enumerate(links)}
     ids |= dict.fromkeys(failed, len(links))
 
@@ -281,8 +279,8 @@ def _ladder(
     gpus = [f"gpu{s.rank}" for s in sites]
     nics = [s.nic_name for s in sites]
     switches = [f"nvswitch{s.domain}" for s in sites]
-    leaves = [leaf_of(s, section) for s in sites]
-    spines = [spine_of(s, section) for s in sites]
+    leaves = [s.leaf for s in sites]
+    spines = [s.spine for s in sites]
     cores = ["core"] * len(sites)
 
     def numbers(names: list[str]) -> IntArray:
@@ -297,7 +295,6 @@ def _ladder(
     port_up_R, port_down_R = both(nics, leaves)
     leaf_up_R, leaf_down_R = both(leaves, spines)
     spine_up_R, spine_down_R = both(spines, cores)
-    planes = section.planes if section.preset == "multi_plane" else 1
     return Ladder(
         nvlink_up_R=nvlink_up_R,
         nvlink_down_R=nvlink_down_R,
@@ -309,7 +306,7 @@ def _ladder(
         spine_down_R=spine_down_R,
         leaf_R=numbers(leaves),
         spine_R=numbers(spines),
-        plane_R=np.array([s.nic % planes for s in sites], dtype=np.int32),
+        plane_R=np.array([s.plane for s in sites], dtype=np.int32),
         node_R=np.array([s.node for s in sites], dtype=np.int32),
         rail_R=np.array([s.rail for s in sites], dtype=np.int32),
         node_size_R=np.array([s.node_size for s in sites], dtype=np.int32),

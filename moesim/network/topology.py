@@ -15,17 +15,16 @@ from moesim.errors import UserError
 from moesim.network.parameters import NetworkParameters
 from moesim.scenario.base import link_bandwidth, link_latency
 from moesim.scenario.cluster import Cluster, Fabric, Oversubscription
+from moesim.scenario.fabrics import FabricKind, kinds_with
 from moesim.strict_json import parse_json
-
-NVL72_TRAY_GPUS = 4  # and so many rails
-LEAF_SPINE_POD_NODES = 4  # nodes under one leaf when `pod_nodes` is absent: 32 NICs of 8-GPU nodes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
     """Where one GPU sits: its node, rail (index in the node), NVLink domain and pod, what it is, and its NVLink.
 
-    `nic` counts the node's NICs from 0 (GPUs next to each other share one), `nic_rank` is the first GPU on it.
+    `nic` counts the node's NICs from 0 (GPUs next to each other share one), `nic_rank` is the first GPU on it; `leaf`,
+    `spine` and `plane` are the switches and the network above it.
     """
 
     rank: int
@@ -38,6 +37,9 @@ class Site:
     pod: int
     nic: int
     nic_rank: int
+    leaf: str
+    spine: str
+    plane: int
 
     @property
     def nic_name(self) -> str:
@@ -47,23 +49,25 @@ class Site:
 
 def sites_of(cluster: Cluster) -> list[Site]:
     """Every GPU in rank order: pool by pool, node by node. Raises UserError where a domain does not fit the nodes."""
-    fabric = resolved(cluster)
+    fabric, kind = cluster.fabric, cluster.fabric_kind
     sites: list[Site] = []
     node = domain = 0
-    default_pod = LEAF_SPINE_POD_NODES if fabric.preset == "leaf_spine" else None
-    pod_nodes = fabric.pod_nodes or default_pod
+    pod_nodes, planes = fabric.pod_nodes or kind.pod_nodes, fabric.planes
     for pool in cluster.pools:
         domain_nodes = cluster.trays_per_domain(pool)
-        sharing = _gpus_per_nic(fabric, pool.gpus_per_node)
+        sharing = _gpus_per_nic(fabric, kind, pool.gpus_per_node)
         spec = pool.spec
         nvlink = spec.nvlink_bandwidth if fabric.nvlink is None else fabric.nvlink
         for index in range(pool.nodes):
+            pod = node // pod_nodes if pod_nodes else 0
             for rail in range(pool.gpus_per_node):
+                nic = rail // sharing
                 sites.append(
                     Site(
                         rank=len(sites), gpu=spec.name, nvlink=nvlink, node=node, node_size=pool.gpus_per_node,
-                        rail=rail, domain=domain + index // domain_nodes, pod=node // pod_nodes if pod_nodes else 0,
-                        nic=rail // sharing, nic_rank=len(sites) - rail % sharing,
+                        rail=rail, domain=domain + index // domain_nodes, pod=pod, nic=nic,
+                        nic_rank=len(sites) - rail % sharing, leaf=kind.leaf(nic, pod=pod, planes=planes),
+                        spine=kind.spine(nic, pod=pod, planes=planes), plane=kind.plane(nic, planes=planes),
                     )
                 )  # fmt: skip
             node += 1
@@ -71,20 +75,13 @@ def sites_of(cluster: Cluster) -> list[Site]:
     return sites
 
 
-def resolved(cluster: Cluster) -> Fabric:
-    """The fabric section with the preset that its GPUs come in where it names none."""
-    return cluster.fabric.model_copy(update={"preset": cluster.preset})
-
-
-def _gpus_per_nic(fabric: Fabric, gpus_per_node: int) -> int:
+def _gpus_per_nic(fabric: Fabric, kind: FabricKind, gpus_per_node: int) -> int:
     """GPUs that share a NIC. Raises UserError where the node's GPUs cannot be shared out evenly."""
     if fabric.nics_per_node is None:
         return 1
-    if fabric.preset in ("nvlink_node", "custom"):
-        raise UserError(
-            f"cluster.fabric: nics_per_node = {fabric.nics_per_node} needs a preset with NICs, not {fabric.preset}; "
-            "drop it"
-        )
+    if not kind.has_network:
+        what = f"nics_per_node = {fabric.nics_per_node} needs a preset with NICs, not {kind.name}"
+        raise UserError(f"cluster.fabric: {what}; drop it")
     if gpus_per_node % fabric.nics_per_node:
         fits = ", ".join(str(n) for n in range(1, gpus_per_node + 1) if gpus_per_node % n == 0)
         raise UserError(
@@ -94,52 +91,37 @@ def _gpus_per_nic(fabric: Fabric, gpus_per_node: int) -> int:
     return gpus_per_node // fabric.nics_per_node
 
 
-def leaf_of(site: Site, fabric: Fabric) -> str:
-    """The leaf switch of a GPU's NIC: one per pod and rail, per pod and plane, or per pod."""
-    if fabric.preset == "leaf_spine":
-        return f"leaf{site.pod}"
-    if fabric.preset == "nvl72":  # however many GPUs a node is said to have
-        return f"leaf{site.pod}.{site.nic % NVL72_TRAY_GPUS}"
-    return f"leaf{site.pod}.{site.nic % fabric.planes if fabric.preset == 'multi_plane' else site.nic}"
-
-
-def spine_of(site: Site, fabric: Fabric) -> str:
-    """The spine above a GPU's leaf: one per plane, one for all leaves (leaf_spine), else one per pod."""
-    if fabric.preset == "multi_plane":
-        return f"spine.{site.nic % fabric.planes}"
-    return "spine" if fabric.preset == "leaf_spine" else f"spine{site.pod}"
-
-
 def build_graph(cluster: Cluster, sites: list[Site], parameters: NetworkParameters) -> "nx.DiGraph[str]":
     """The fabric of the cluster section. Edges carry bandwidth (bytes/s), latency (s), efficiency and tier."""
-    fabric = resolved(cluster)
-    graph = _custom_graph(fabric, sites) if fabric.preset == "custom" else _preset_graph(fabric, sites, parameters)
+    fabric, kind = cluster.fabric, cluster.fabric_kind
+    graph = _listed_graph(fabric, sites) if kind.listed else _built_graph(fabric, kind, sites, parameters)
     for link in graph.edges.values():
         link["bandwidth"] *= fabric.bandwidth_factor
     return graph
 
 
-def _preset_graph(fabric: Fabric, sites: list[Site], parameters: NetworkParameters) -> "nx.DiGraph[str]":
+def _built_graph(
+    fabric: Fabric, kind: FabricKind, sites: list[Site], parameters: NetworkParameters
+) -> "nx.DiGraph[str]":
     graph: nx.DiGraph[str] = nx.DiGraph()
     _add_nvlink(graph, fabric, sites, parameters)
-    _check_preset(fabric, sites)
-    if fabric.preset != "nvlink_node":
-        _add_network(graph, fabric, sites, parameters)
+    _check_keys(fabric, kind, sites)
+    if kind.has_network:
+        _add_network(graph, fabric, kind, sites, parameters)
     return graph
 
 
-def _check_preset(fabric: Fabric, sites: list[Site]) -> None:
-    if fabric.preset == "nvlink_node" and sites[-1].node > 0:
-        raise UserError("cluster.fabric: preset nvlink_node joins no nodes; use rail_optimised for nodes > 1")
+def _check_keys(fabric: Fabric, kind: FabricKind, sites: list[Site]) -> None:
+    if not kind.has_network and sites[-1].node > 0:
+        raise UserError(f"cluster.fabric: preset {kind.name} joins no nodes; use rail_optimised for nodes > 1")
     nics = {s.node_size if fabric.nics_per_node is None else fabric.nics_per_node for s in sites}
-    if fabric.preset == "multi_plane" and (fabric.planes < 2 or any(count % fabric.planes for count in nics)):
+    if kind.has_planes and (fabric.planes < 2 or any(count % fabric.planes for count in nics)):
         owners = "gpus_per_node" if fabric.nics_per_node is None else f"nics_per_node = {fabric.nics_per_node}"
-        raise UserError(f"cluster.fabric: multi_plane needs planes >= 2 that divide {owners}, e.g. planes: {max(nics)}")
-    if fabric.preset != "multi_plane" and fabric.planes != 1:
-        raise UserError(f"cluster.fabric: planes = {fabric.planes} needs preset multi_plane, not {fabric.preset}")
-    if oversubscription_of(fabric).spine != 1 and (
-        fabric.preset in ("leaf_spine", "multi_plane") or sites[-1].pod == 0
-    ):
+        raise UserError(f"cluster.fabric: {kind.name} needs planes >= 2 that divide {owners}, e.g. planes: {max(nics)}")
+    if not kind.has_planes and fabric.planes != 1:
+        able = kinds_with("has_planes")
+        raise UserError(f"cluster.fabric: planes = {fabric.planes} needs preset {able}, not {kind.name}")
+    if oversubscription_of(fabric).spine != 1 and (kind.one_spine or sites[-1].pod == 0):
         raise UserError(
             "cluster.fabric: oversubscription.spine needs a tier above the spine: preset rail_optimised or nvl72 with "
             "pod_nodes below the number of nodes"
@@ -183,7 +165,9 @@ def _add_nvlink(graph: "nx.DiGraph[str]", fabric: Fabric, sites: list[Site], par
               reached=reached)  # fmt: skip
 
 
-def _add_network(graph: "nx.DiGraph[str]", fabric: Fabric, sites: list[Site], parameters: NetworkParameters) -> None:
+def _add_network(
+    graph: "nx.DiGraph[str]", fabric: Fabric, kind: FabricKind, sites: list[Site], parameters: NetworkParameters
+) -> None:
     bandwidth = parameters.nic_bandwidth if fabric.nic is None else fabric.nic
     nic_latency = parameters.nic_latency if fabric.nic_latency is None else fabric.nic_latency
     leaf_latency = parameters.leaf_latency if fabric.leaf_latency is None else fabric.leaf_latency
@@ -192,7 +176,7 @@ def _add_network(graph: "nx.DiGraph[str]", fabric: Fabric, sites: list[Site], pa
     below: dict[str, float] = {}
     parent: dict[str, str] = {}
     for site in sites:
-        gpu, nic, leaf, spine = f"gpu{site.rank}", site.nic_name, leaf_of(site, fabric), spine_of(site, fabric)
+        gpu, nic, leaf, spine = f"gpu{site.rank}", site.nic_name, site.leaf, site.spine
         graph.add_node(nic, kind="nic", node=site.node)
         graph.add_node(leaf, kind="leaf")
         # The NIC's latency counts the way between GPU and NIC too, which is never slower than the port.
@@ -207,14 +191,14 @@ def _add_network(graph: "nx.DiGraph[str]", fabric: Fabric, sites: list[Site], pa
         up = below[leaf] / ratio.leaf
         _both(graph, leaf, spine, tier="leaf", bandwidth=up, latency=leaf_latency, reached=reached)
         below[spine] = below.get(spine, 0.0) + up
-    if fabric.preset in ("rail_optimised", "nvl72") and sites[-1].pod > 0:
+    if not kind.one_spine and sites[-1].pod > 0:
         graph.add_node("core", kind="core")
         for spine in dict.fromkeys(parent.values()):
             up = below[spine] / ratio.spine
             _both(graph, spine, "core", tier="spine", bandwidth=up, latency=leaf_latency, reached=reached)
 
 
-def _custom_graph(fabric: Fabric, sites: list[Site]) -> "nx.DiGraph[str]":
+def _listed_graph(fabric: Fabric, sites: list[Site]) -> "nx.DiGraph[str]":
     if bool(fabric.links) == bool(fabric.file):
         raise UserError("cluster.fabric: preset custom needs either links or file (a networkx node-link JSON)")
     graph: nx.DiGraph[str] = nx.DiGraph()

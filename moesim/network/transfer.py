@@ -280,7 +280,7 @@ def transfer_source(fabric: Fabric, model: Model, *, reached: str | None = None)
     shares = "links' nominal bandwidth times achieved share"
     if model == "ports" and fabric.core_can_block:
         shares = f"the core can block, which ports may underestimate by a fifth: use fluid; {shares}"
-    return f"{model} sharing of {fabric.preset} links ({shares}: {reached or fabric.parameters.nic_source})"
+    return f"{model} sharing of {fabric.kind.name} links ({shares}: {reached or fabric.parameters.nic_source})"
 
 
 def lower_bound(fabric: Fabric, bytes_RR: FloatArray, *, ranks: Ranks = None) -> float:

@@ -8,7 +8,6 @@ from moesim.parallel.memory import MemoryReport
 from moesim.program.scenario_fabric import sharing_model
 from moesim.results.metrics import trace_coverage
 from moesim.scenario import Scenario
-from moesim.scenario.cluster import NVL72_GPUS
 from moesim.scenario.routing import Routing, TraceRouting, TrainRouting
 from moesim.trace.sampling import MIN_COVERAGE_FOR_CONFIDENCE, MIN_COVERAGE_FOR_RANGE
 from moesim.units import format_bandwidth, format_bytes
@@ -60,7 +59,8 @@ def layout_warnings(
             "network.model: ports looks at the fabric's core links one by one: where several block at once a transfer "
             "may come out a fifth short; use fluid"
         )
-    if fabric.is_rack_scale and crossing and len(mesh.expert_groups()[0]) <= NVL72_GPUS:
+    rack = fabric.kind.rack_gpus
+    if rack is not None and crossing and len(mesh.expert_groups()[0]) <= rack:
         warnings.append(
             f"{len(crossing)} of {len(mesh.expert_groups())} expert groups lie on two racks and dispatch through NICs; "
             "choose parallelism.expert so that groups fill racks, or nodes so that each rack holds whole groups"

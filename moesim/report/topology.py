@@ -120,7 +120,7 @@ def _names(names: Sequence[str]) -> str:
 
 def sources(parts: FabricParts) -> list[Fact]:
     """Where the latencies and achieved shares come from that the scenario does not set; a custom fabric sets all."""
-    if parts.fabric.preset == "custom":
+    if parts.fabric.kind.listed:
         return [Fact("links", "as listed", "the scenario's bandwidths and latencies; long transfers reach all of it")]
     known = parts.fabric.parameters
     tiers = {link.tier: link for link in parts.links}

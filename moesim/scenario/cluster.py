@@ -26,9 +26,9 @@ from moesim.scenario.base import (
 )
 from moesim.scenario.catalogue import GpuSpec, gpu_names, gpu_spec
 from moesim.scenario.dispatch import DIRECT, DISPATCH, Deduplicate
+from moesim.scenario.fabrics import FABRICS, FabricKind, usual_fabric
 from moesim.scenario.gpu import AnyGpu
 
-NVL72_GPUS = 72
 NIC_BANDWIDTH = 50e9  # bytes/s of a GPU's NIC per direction where the scenario names none: 400 Gbps
 
 
@@ -103,7 +103,7 @@ class Link(Section):
     both: Flag = Field(default=True, description="Whether a link like it leads back.")
 
 
-FabricPreset = Literal["nvlink_node", "rail_optimised", "multi_plane", "leaf_spine", "nvl72", "custom"]
+FabricPreset = Annotated[str, one_of(FABRICS), WithJsonSchema({"enum": list(FABRICS), "type": "string"})]
 
 
 class Fabric(Section):
@@ -111,8 +111,9 @@ class Fabric(Section):
 
     preset: FabricPreset | None = Field(
         default=None,
-        description="Shape of the fabric; custom: made of links, or of file; absent: nvl72 for GPUs of such racks "
-        "(gb200, gb300), else rail_optimised.",
+        description="Shape of the fabric. "
+        + "; ".join(f"{kind.name}: {kind.about}" for kind in FABRICS.values())
+        + "; absent: nvl72 for GPUs of such racks (gb200, gb300), else rail_optimised.",
     )
     nvlink: Bandwidth | None = Field(
         default=None, description="NVLink of one GPU in one direction; absent: the catalogue's for the GPU."
@@ -181,24 +182,25 @@ class Cluster(Section):
         return sum(pool.usd_per_gpu_hour * pool.nodes * pool.gpus_per_node for pool in self.pools)
 
     @property
-    def preset(self) -> FabricPreset:
-        """The shape of the fabric: what the scenario names, or what its GPUs come in."""
+    def fabric_kind(self) -> FabricKind:
+        """The facts of the fabric: of what the scenario names, or of what its GPUs come in."""
         if self.fabric.preset is not None:
-            return self.fabric.preset
-        return "nvl72" if all(pool.spec.nvlink_domain == NVL72_GPUS for pool in self.pools) else "rail_optimised"
+            return FABRICS[self.fabric.preset]
+        return usual_fabric([pool.spec.nvlink_domain for pool in self.pools])
 
     def trays_per_domain(self, pool: Pool) -> int:
         """Machines of a pool that one NVLink fabric joins. Raises UserError where GPUs or their number do not fit."""
-        if self.preset != "nvl72":
+        kind = self.fabric_kind
+        if kind.rack_gpus is None:
             return 1
-        if pool.spec.nvlink_domain != NVL72_GPUS:
-            racks = ", ".join(name for name in gpu_names() if gpu_spec(name).nvlink_domain == NVL72_GPUS)
-            what = f"cluster.fabric: preset nvl72 joins GPUs of such a rack ({racks}), not {pool.gpu_name}"
+        if pool.spec.nvlink_domain != kind.rack_gpus:
+            racks = ", ".join(name for name in gpu_names() if gpu_spec(name).nvlink_domain == kind.rack_gpus)
+            what = f"cluster.fabric: preset {kind.name} joins GPUs of such a rack ({racks}), not {pool.gpu_name}"
             raise UserError(f"{what}; use rail_optimised, or a gpu that is like one of them")
-        if NVL72_GPUS % pool.gpus_per_node:
-            text = f"cluster: gpus_per_node = {pool.gpus_per_node} does not divide the 72 GPUs of nvl72; use 4 or 72"
-            raise UserError(text)
-        return NVL72_GPUS // pool.gpus_per_node
+        if kind.rack_gpus % pool.gpus_per_node:
+            what = f"gpus_per_node = {pool.gpus_per_node} does not divide the {kind.rack_gpus} GPUs of {kind.name}"
+            raise UserError(f"cluster: {what}; use {kind.rails} or {kind.rack_gpus}")
+        return kind.rack_gpus // pool.gpus_per_node
 
     @property
     def domain_sizes(self) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ from moesim.network.flows import build_flows, link_bytes, make_demand
 from moesim.network.loads import ladder_link_bytes
 from moesim.scenario.cluster import Cluster, Link, Pool
 from moesim.scenario.cluster import Fabric as Section
+from moesim.scenario.fabrics import FABRICS, FabricKind
 
 PRESETS: list[dict[str, object]] = [
     {"preset": "rail_optimised"},
@@ -105,9 +106,9 @@ def test_nvl72_is_one_nvlink_domain_of_many_nodes() -> None:
 
 
 def test_rack_gpus_come_in_racks_and_others_do_not_fit_one() -> None:
-    assert make_fabric(18, gpu="gb200", gpus_per_node=4).preset == "nvl72"
-    assert make_fabric(2).preset == "rail_optimised"
-    assert make_fabric(2, gpu="gb200", gpus_per_node=4, preset="rail_optimised").preset == "rail_optimised"
+    assert make_fabric(18, gpu="gb200", gpus_per_node=4).kind.name == "nvl72"
+    assert make_fabric(2).kind.name == "rail_optimised"
+    assert make_fabric(2, gpu="gb200", gpus_per_node=4, preset="rail_optimised").kind.name == "rail_optimised"
     with pytest.raises(UserError, match=r"such a rack \(gb200, gb300\), not h100; use rail_optimised"):
         make_fabric(18, gpu="h100", gpus_per_node=4, preset="nvl72")
 
@@ -331,3 +332,16 @@ def test_domains_follow_a_changed_copy_of_the_cluster() -> None:
     cluster = Cluster(pools=(pool,))
     assert cluster.domain_sizes == (72,)
     assert cluster.model_copy(update={"pools": (pool.model_copy(update={"nodes": 2}),)}).domain_sizes == (8,)
+
+
+def test_a_kind_of_fabric_is_added_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two networks, each with one leaf for a pod of two nodes: named in a scenario, routed and described."""
+    kind = FabricKind(
+        name="twins", about="two networks of leaves and a spine", has_planes=True, rails=2, one_spine=True, pod_nodes=2
+    )
+    monkeypatch.setitem(FABRICS, kind.name, kind)
+    fabric = make_fabric(4, preset="twins", planes=2)
+    assert describe(fabric).switches == {"nvswitch": 4, "leaf": 4, "spine": 2}
+    assert "leaf1.1" in hops_of(fabric, fabric.routes(np.array([1]), np.array([17]))[0])
+    with pytest.raises(UserError, match="planes = 2 needs preset multi_plane or twins, not leaf_spine"):
+        make_fabric(2, preset="leaf_spine", planes=2)
