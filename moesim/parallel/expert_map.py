@@ -6,7 +6,7 @@ Legend: E experts, X slots, D ranks, P slots of a rank, M nodes of the group, C 
 tokens, T tokens of a block, K selections of a token.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -18,15 +18,21 @@ from moesim.parallel.traffic import sum_columns
 
 Array = NDArray[Any]
 Ints = NDArray[np.int64]
-Split = Literal["even", "nearest"]
+Split = Literal["even", "nearest", "weighted"]
+
+TURNS = 60  # of an expert whose copies get rows by weight: shares are whole numbers of these
 
 
 @dataclass(frozen=True, eq=False)
 class ExpertMap:
-    """One layer: slot_experts_DP, int64, is the expert in slot p of rank d, -1 where there is none."""
+    """One layer: slot_experts_DP, int64, is the expert in slot p of rank d, -1 where there is none.
+
+    weight_X: what share of its expert's rows each slot gets under a weighted split; None: all alike.
+    """
 
     slot_experts_DP: Ints
     num_experts: int
+    weight_X: NDArray[np.float64] | None = None
 
     def __post_init__(self) -> None:
         assert (self.copies_E >= 1).all(), "every expert has a slot"
@@ -64,7 +70,18 @@ class ExpertMap:
         """The map in which slot x holds what slot `slot_from_X[x]` holds here."""
         slot_experts_DP = self.slot_experts_DP.copy()
         slot_experts_DP[slot_experts_DP != EMPTY_SLOT] = self.expert_X[slot_from_X]
-        return ExpertMap(slot_experts_DP, self.num_experts)
+        return replace(
+            self,
+            slot_experts_DP=slot_experts_DP,
+            weight_X=None if self.weight_X is None else self.weight_X[slot_from_X],
+        )
+
+    @cached_property
+    def share_X(self) -> NDArray[np.float64]:
+        """The share of its expert's rows that goes to each slot, under an even or a weighted split."""
+        weight_X = np.ones(len(self.expert_X)) if self.weight_X is None else self.weight_X
+        whole_E = np.bincount(self.expert_X, weights=weight_X, minlength=self.num_experts)
+        return np.asarray(weight_X / whole_E[self.expert_X])
 
     def rows_of_experts(self, rows_BX: Array) -> Array:
         """Rows of slots summed to rows of experts, [..., E]."""
@@ -77,6 +94,11 @@ class ExpertMap:
         first_E = np.cumsum(self.copies_E) - self.copies_E
         slot_EC[self.expert_X[order_X], np.arange(len(order_X)) - first_E[self.expert_X[order_X]]] = order_X
         num_nodes = int(node_of_rank_D.max()) + 1
+        if split == "weighted":
+            turns = [self._turns_of(slots[slots >= 0]) for slots in slot_EC]
+            longest = max(map(len, turns))
+            slot_ET = np.stack([np.pad(slots, (0, longest - len(slots)), constant_values=-1) for slots in turns])
+            return SlotChoice(slot_ET[None], np.array([[len(slots) for slots in turns]]))
         if split == "even" or num_nodes == 1:
             return SlotChoice(slot_EC[None], self.copies_E[None])
         node_EC = np.where(slot_EC < 0, -1, node_of_rank_D[self.placement.rank_of_expert_E[slot_EC]])
@@ -85,6 +107,16 @@ class ExpertMap:
         first_MEC = np.argsort(~near_MEC, axis=2, kind="stable")
         slot_MEC = np.take_along_axis(np.broadcast_to(slot_EC, near_MEC.shape), first_MEC, axis=2)
         return SlotChoice(slot_MEC, near_MEC.sum(axis=2))
+
+    def _turns_of(self, slot_C: Ints) -> Ints:
+        """The slots of an expert in the order of turns, each as often as its share says and spread over all of them."""
+        if len(slot_C) == 1:
+            return slot_C
+        exact_C = TURNS * self.share_X[slot_C]
+        count_C = np.floor(exact_C).astype(np.int64)
+        count_C[np.argsort(count_C - exact_C, kind="stable")[: TURNS - int(count_C.sum())]] += 1
+        place_T = np.concatenate([(np.arange(count) + 0.5) / count for count in count_C.tolist() if count])
+        return np.asarray(np.repeat(slot_C, count_C)[np.argsort(place_T, kind="stable")])
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,7 +4,7 @@ Legend: E experts, L thin layers of the trace, D ranks.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from moesim.parallel.expert_map import ExpertMap, SlotChoice, Split
 from moesim.parallel.memory_parameters import expert_slice_parameters
 from moesim.parallel.placement import slot_table
 from moesim.parallel.placement_search import Prices, search_ranks
+from moesim.parallel.split_weights import balanced_weights
 from moesim.parallel.traffic import token_bytes
 from moesim.scenario import Scenario
 from moesim.scenario.cluster import NIC_BANDWIDTH
@@ -69,18 +70,22 @@ def layer_maps(
     placement, model, num_ranks = scenario.placement, scenario.model, scenario.parallelism.expert
     experts = model.experts
     if isinstance(placement, MadeFromRows):
-        slot_LX = PLACERS[type(placement)](Given(scenario, placement, rows(), num_groups, node_of_rank_D))
+        given = Given(scenario, placement, rows(), num_groups, node_of_rank_D)
+        slot_LX = PLACERS[type(placement)](given)
         maps = tuple(ExpertMap(slot_X.reshape(num_ranks, -1), experts) for slot_X in slot_LX)
+        if placement.split == "weighted":
+            maps = _weighted(given, maps)
         return LayerMaps(maps, per_model_layer=False, moved=placement.ranks_alike, split=placement.split)
     slots = placement.fixed_slots(num_experts=experts, num_ranks=num_ranks)
     if slots is None:
         assert isinstance(placement, Explicit)
-        given = _from_file(placement, scenario)
-        return LayerMaps(given, per_model_layer=True, moved=False, split=placement.split)
+        found = _from_file(placement, scenario)
+        return LayerMaps(found, per_model_layer=True, moved=False, split=placement.split)
     even = len(set(map(len, slots))) == 1
     if sum(map(len, slots)) == experts and (num_groups == 1 or (even and keeps_groups(slots, num_groups=num_groups))):
         return None
-    one = ExpertMap(slot_table(slots), experts)
+    weights = placement.weights if isinstance(placement, Explicit) else None
+    one = ExpertMap(slot_table(slots), experts, None if weights is None else np.concatenate(weights))
     moved = not isinstance(placement, Explicit)
     return LayerMaps((one,) * num_layers, per_model_layer=False, moved=moved, split=placement.split)
 
@@ -101,11 +106,27 @@ class Given:
         return int(self.rows.load_LE.shape[1]) + self.placement.redundant_experts
 
     @property
+    def speed_D(self) -> NDArray[np.float64]:
+        """Speeds of the group's ranks that the placement counts with; all alike where it has none."""
+        if isinstance(self.placement, BySpeed):
+            return np.array(self.placement.speeds)
+        return np.ones(len(self.node_of_rank_D))
+
+    @property
     def num_nodes(self) -> int:
         """Nodes, where each holds as many ranks, one node's behind the other's; else 1: then nodes play no part."""
         ranks_M = np.bincount(self.node_of_rank_D)
         in_order = (np.diff(self.node_of_rank_D) >= 0).all()
         return len(ranks_M) if in_order and len(set(ranks_M.tolist())) == 1 else 1
+
+
+def _weighted(given: Given, maps: tuple[ExpertMap, ...]) -> tuple[ExpertMap, ...]:
+    """The maps with weights of slots for which the rows that they were made from load ranks evenly."""
+    speed_D = given.speed_D
+    return tuple(
+        replace(held, weight_X=balanced_weights(held, load_E, speed_D=speed_D))
+        for held, load_E in zip(maps, given.rows.load_LE, strict=True)
+    )
 
 
 def _by_eplb(given: Given) -> Ints:
@@ -126,7 +147,7 @@ def _balanced(given: Given, *, num_nodes: int) -> Ints:
 
 def _by_speed(given: Given) -> Ints:
     assert isinstance(given.placement, BySpeed)
-    return place_by_speed(given.rows.load_LE, num_slots=given.num_slots, speed_D=np.array(given.placement.speeds))
+    return place_by_speed(given.rows.load_LE, num_slots=given.num_slots, speed_D=given.speed_D)
 
 
 def _by_search(given: Given) -> Ints:

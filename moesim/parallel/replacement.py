@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from moesim.errors import UserError
 from moesim.parallel.expert_map import ExpertMap
+from moesim.parallel.placement import EMPTY_SLOT
 from moesim.trace.metrics import expert_load_LE
 from moesim.trace.record import RoutingTrace
 
@@ -62,8 +63,8 @@ def loads_ago(trace: RoutingTrace, load_LE: NDArray[Any], *, steps_ago: float) -
 
 
 def rank_loads(held: ExpertMap, load_E: FloatArray) -> FloatArray:
-    """Rows of every rank where each expert's split evenly over its copies, [D]."""
-    each_X = (load_E / held.copies_E)[held.expert_X]
+    """Rows of every rank where each expert's split over its copies evenly, or by their weights, [D]."""
+    each_X = load_E[held.expert_X] * held.share_X
     loads_D = np.bincount(held.placement.rank_of_expert_E, weights=each_X, minlength=held.placement.num_ranks)
     return np.asarray(loads_D, dtype=np.float64)
 
@@ -86,7 +87,9 @@ def renumbered(before: ExpertMap, after: ExpertMap, node_of_rank_D: NDArray[np.i
             if mine not in joined and theirs not in joined.values():
                 joined[mine] = theirs
         taken_from[list(joined)] = list(joined.values())
-    return ExpertMap(after.slot_experts_DP[taken_from], after.num_experts)
+    slot_DP = after.placement.slot_experts_DP[taken_from]
+    weight_X = None if after.weight_X is None else after.weight_X[slot_DP[slot_DP != EMPTY_SLOT]]
+    return ExpertMap(after.slot_experts_DP[taken_from], after.num_experts, weight_X)
 
 
 def moves_DD(before: ExpertMap, after: ExpertMap, node_of_rank_D: NDArray[np.int64]) -> NDArray[np.int64]:

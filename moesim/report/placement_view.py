@@ -4,7 +4,6 @@ Legend: L model layers with a router (prediction layers last), X slots of all ra
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,12 +17,10 @@ from moesim.report.facts import Fact, count, times
 from moesim.report.screen import fact_table, indented, number_table, section, show
 from moesim.results.metrics import TrafficFacts
 from moesim.scenario import Scenario
-from moesim.scenario.placement_file import SGLANG, sglang_text, tensorrt_llm_text
+from moesim.scenario.placement_file import SGLANG, WRITERS, Layers
 from moesim.seeding import stream
 from moesim.trace import RoutingTrace
 from moesim.trace.metrics import imbalance
-
-WRITERS = {".json": "SGLang", ".yaml": "TensorRT-LLM", ".yml": "TensorRT-LLM"}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -75,12 +72,13 @@ def _imbalance(load_LR: NDArray[np.float64] | None) -> NDArray[np.float64] | Non
     return None if load_LR is None else imbalance(load_LR)
 
 
-def placement_text(view: PlacementView, path: Path) -> str:
-    """The file for `path`, whose ending says whose: SGLang's .json, TensorRT-LLM's .yaml."""
-    model, slots = view.scenario.model, view.slots_LX.tolist()
-    if WRITERS[path.suffix] == "SGLang":
-        return sglang_text(slots, moe_layers=model.moe_layer_numbers, num_layers=model.layers)
-    return tensorrt_llm_text(slots, moe_layers=model.moe_layer_numbers)
+def placement_text(view: PlacementView, software: str) -> str:
+    """The file of a program that serves, one of WRITERS."""
+    model = view.scenario.model
+    layers = Layers(
+        moe_layers=model.moe_layer_numbers, num_layers=model.layers, num_ranks=view.scenario.parallelism.expert
+    )
+    return WRITERS[software][2](view.slots_LX.tolist(), layers)
 
 
 def placement_json(view: PlacementView) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from moesim.errors import UserError
 from moesim.scenario.base import MOST_EXPERTS
 from moesim.scenario.check_numbers import either, nearest_divisors
 from moesim.scenario.check_pipeline import Report
-from moesim.scenario.placement import BySpeed, Explicit, keeps_groups
+from moesim.scenario.placement import BySpeed, Explicit, MadeFromRows, keeps_groups
 from moesim.scenario.routing import ExpertCapacity
 from moesim.scenario.schema import Scenario
 from moesim.scenario.software import FUSED
@@ -19,6 +19,7 @@ def check_placement(scenario: Scenario, report: Report) -> None:
         _check_explicit(scenario, placement, report)
     else:
         _check_number(experts, placement.redundant_experts, num_ranks, report)
+    _check_split(scenario, report)
     if isinstance(placement, BySpeed) and len(placement.speeds) != num_ranks:
         what = f"{len(placement.speeds)} speeds for parallelism.expert = {num_ranks} ranks"
         raise report.user("placement.speeds", f"{what}; give one per rank")
@@ -91,6 +92,30 @@ def _check_explicit(scenario: Scenario, placement: Explicit, report: Report) -> 
     for layer, slots in zip(model.moe_layer_numbers, maps, strict=True):
         if fault := _fault(slots, experts):
             raise report.user("placement.file", f"{found.path.name}: layer {layer}: {fault}")
+
+
+def _check_split(scenario: Scenario, report: Report) -> None:
+    """Weights are there where a split is by weights and no rows give them, and there alone."""
+    placement = scenario.placement
+    weights = placement.weights if isinstance(placement, Explicit) else None
+    if weights is not None and placement.split != "weighted":
+        raise report.user("placement.weights", "are of no account without split: weighted; add it, or drop them")
+    if placement.split != "weighted" or isinstance(placement, MadeFromRows):
+        return
+    if weights is None:
+        what = f"weighted needs weights, which {placement.kind} without rows to place by has not"
+        raise report.user("placement.split", f"{what}; use an explicit map with slots and weights, or eplb")
+    assert isinstance(placement, Explicit)
+    if placement.slots is None:
+        raise report.user("placement.weights", "go with slots; a file of maps has none")
+    if list(map(len, weights)) != list(map(len, placement.slots)):
+        raise report.user("placement.weights", "must be lists as long as those of slots, one number per slot")
+    given = [0.0] * scenario.model.experts
+    for row, numbers in zip(placement.slots, weights, strict=True):
+        for expert, weight in zip(row, numbers, strict=True):
+            given[expert] += weight
+    if 0.0 in given:
+        raise report.user("placement.weights", f"expert {given.index(0.0)} has no weight in any slot; give it one")
 
 
 def _check_slots(slots: tuple[tuple[int, ...], ...], experts: int, num_ranks: int, report: Report) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from moesim.scenario.base import MOST_EXPERTS, MOST_GPUS, Experts, PositiveFloat, Section, Text
+from moesim.scenario.base import MOST_EXPERTS, MOST_GPUS, Coefficient, Experts, PositiveFloat, Section, Text
 from moesim.scenario.placement_file import PlacementFile, read_placement
 
 Slots = list[list[int]]  # the experts of every rank
@@ -20,10 +20,11 @@ Slots = list[list[int]]  # the experts of every rank
 class _Placement(Section):
     """What all placements have."""
 
-    split: Literal["even", "nearest"] = Field(
+    split: Literal["even", "nearest", "weighted"] = Field(
         default="even",
         description="How the rows of an expert with copies split over them. even: a rank's rows go to all copies in "
-        "turn; nearest: in turn to the copies on the rank's own node, where there are any.",
+        "turn; nearest: in turn to the copies on the rank's own node, where there are any; weighted: to each copy its "
+        "share, by weights of an explicit map, or such that the rows that experts are placed by load ranks evenly.",
     )
 
     judged_on: Literal["all", "later"] = Field(
@@ -92,10 +93,15 @@ class Explicit(_Placement):
         default=None,
         description="One list of experts per rank of an expert-parallel group, each expert once or more.",
     )
+    weights: Annotated[tuple[tuple[Coefficient, ...], ...], Field(max_length=MOST_EXPERTS)] | None = Field(
+        default=None,
+        description="With split: weighted, one number per slot: an expert's rows go to its slots in proportion.",
+    )
     file: Text | None = Field(
         default=None,
-        description="A map of every layer: SGLang's expert location (JSON with physical_to_logical_map), or "
-        "TensorRT-LLM's moe_load_balancer.yaml (initial_global_assignments); path relative to this file.",
+        description="A map of every layer: SGLang's expert location or vLLM's maps (JSON, physical_to_logical_map), "
+        "vLLM Ascend's expert map (layer_list), or TensorRT-LLM's moe_load_balancer.yaml (initial_global_assignments); "
+        "path relative to this file.",
     )
 
     def read_file(self) -> PlacementFile:

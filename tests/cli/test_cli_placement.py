@@ -52,6 +52,15 @@ def test_nothing_is_replaced_unasked_and_mistakes_are_one_line(scenario: Path, m
         answer = moesim("placement", scenario, *arguments)
         assert answer.code == 1 and words in answer.err and answer.err.count("\n") == 1
     assert path.read_text() == "mine"
+    for arguments, words in (
+        (["--for", "vllm"], "add --out FILE"),
+        (["--for", "vllm", "--out", tmp_path / "a.yaml"], "TensorRT-LLM reads .yaml, the others .json"),
+    ):
+        answer = moesim("placement", scenario, *arguments)
+        assert answer.code == 1 and words in answer.err and answer.err.count("\n") == 1
+    vllm = tmp_path / "vllm.json"
+    assert moesim("placement", scenario, "--set", COPIES, "--out", vllm, "--for", "vllm").out.endswith("for vLLM\n")
+    assert set(json.loads(vllm.read_text())) > {"logical_replica_count"}
     assert moesim("placement", scenario, "--out", path, "--force", "--quiet").out == ""
     assert "physical_to_logical_map" in path.read_text()
 

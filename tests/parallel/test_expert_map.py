@@ -2,8 +2,10 @@
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+import networkx as nx
 import numpy as np
 import pytest
 
@@ -13,6 +15,8 @@ from moesim.parallel.copy_gradients import copy_gradient_bytes_DD
 from moesim.parallel.expert_map import ExpertMap
 from moesim.parallel.memory_parameters import local_parameters
 from moesim.parallel.memory_rows import routed_rows
+from moesim.parallel.replacement import rank_loads
+from moesim.parallel.split_weights import balanced_weights
 from moesim.scenario import Scenario
 from moesim.seeding import stream
 from moesim.trace import RoutingTrace, popularity_trace, uniform_trace
@@ -31,6 +35,13 @@ PLACEMENTS: tuple[dict[str, Any], ...] = (
     {"kind": "eplb", "redundant_experts": 16},
     {"kind": "eplb", "redundant_experts": 16, "split": "nearest"},
     {"kind": "eplb", "redundant_experts": 16, "policy": "global", "split": "nearest"},
+    {"kind": "eplb", "redundant_experts": 16, "split": "weighted"},
+    {
+        "kind": "explicit",
+        "slots": UNEVEN,
+        "split": "weighted",
+        "weights": [[i + 1.0 for i, _ in enumerate(r)] for r in UNEVEN],
+    },
     {"kind": "by_speed", "redundant_experts": 8, "speeds": [1.0, 1, 1, 1, 0.5, 1, 1, 1]},
     {"kind": "search", "redundant_experts": 8, "tries": 50},
     {"kind": "explicit", "slots": UNEVEN},
@@ -127,6 +138,40 @@ def test_even_copies_differ_by_one_row_of_a_block() -> None:
         assert (held.expert_X[chosen[block >= 0]] == block[block >= 0]).all()
         counts = [int((chosen == slot).sum()) for slot in (0, 2, 4)]
         assert max(counts) - min(counts) <= 1
+
+
+def test_weighted_copies_get_their_shares_in_every_stretch() -> None:
+    weight_X = np.array([3.0, 1.0, 1.0, 1.0, 0.0, 1.0])
+    held = ExpertMap(np.array([[0, 1], [0, 2], [0, 3]]), 4, weight_X)
+    slots = held.choice("weighted", np.array([0, 0, 1])).slots(np.zeros((4, 240, 1), dtype=np.int16))
+    for chosen in slots[..., 0]:
+        assert np.bincount(chosen, minlength=5).tolist() == [180, 0, 60, 0, 0]
+        for start in range(0, 240, 20):  # no copy gets its rows in one run
+            assert 4 <= int((chosen[start : start + 20] == 2).sum()) <= 6
+    others = np.array([[[1], [2], [3]]], dtype=np.int16)
+    assert held.choice("weighted", np.array([0, 0, 1])).slots(others).ravel().tolist() == [1, 3, 5]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_balanced_weights_leave_the_busiest_rank_no_less(seed: int) -> None:
+    """Equal to the least possible, by the flow from experts to ranks; and never above that of an even split."""
+    rng = np.random.default_rng(seed)
+    load_E = rng.zipf(1.4, 24).clip(max=500).astype(np.float64)
+    copies = np.concatenate([np.arange(24), rng.integers(24, size=8)])
+    held = ExpertMap(rng.permutation(copies).reshape(8, 4), 24)
+    speed_D = rng.uniform(0.5, 1.5, 8) if seed % 2 else np.ones(8)
+    weighted = replace(held, weight_X=balanced_weights(held, load_E, speed_D=speed_D))
+    done_D = rank_loads(weighted, load_E) / speed_D
+    assert rank_loads(weighted, load_E).sum() == pytest.approx(load_E.sum())
+    assert done_D.max() <= (rank_loads(held, load_E) / speed_D).max() + 1e-9
+    graph = nx.DiGraph()
+    for expert in range(24):
+        graph.add_edge("in", ("expert", expert), capacity=load_E[expert])
+        for rank in held.ranks_of(expert):
+            graph.add_edge(("expert", expert), ("rank", rank))
+    for rank in range(8):
+        graph.add_edge(("rank", rank), "out", capacity=0.999 * done_D.max() * speed_D[rank])
+    assert nx.maximum_flow_value(graph, "in", "out") < load_E.sum() * (1 - 1e-9)
 
 
 def test_nearest_stays_on_the_node_where_it_can() -> None:

@@ -11,7 +11,7 @@ from moesim.program.reductions import Reduction
 from moesim.run import draw_samples, obtain_trace, simulate
 from moesim.scenario.base import BYTES_PER_ELEMENT
 from moesim.scenario.dispatch import DIRECT
-from moesim.scenario.placement_file import tensorrt_llm_text
+from moesim.scenario.placement_file import Layers, tensorrt_llm_text
 
 
 def reductions(scenario) -> dict[str, list[Reduction]]:
@@ -95,7 +95,7 @@ def test_slow_ranks_get_fewer_rows(small) -> None:
 def test_slots_in_the_place_of_experts_change_no_bit(small, tmp_path) -> None:
     """A map with each expert in its usual slot is counted by slots, and gives the result of counting by experts."""
     path = tmp_path / "usual.yaml"
-    path.write_text(tensorrt_llm_text([range(16)] * 3, moe_layers=(1, 2, 3)))
+    path.write_text(tensorrt_llm_text([range(16)] * 3, Layers(moe_layers=(1, 2, 3), num_layers=4, num_ranks=1)))
     rows = [[8.0, 1, 1, 1, 4, 1, 1, 1, 2, 1, 1, 1, 1, 1, 1, 1], [1.0] * 12 + [9.0] * 4, [1.0 + e for e in range(16)]]
     for changes in (
         {},
