@@ -2,7 +2,7 @@
 
 from moesim.schedules.record import Action, Handoff, Pass, Schedule, Work
 from moesim.schedules.table import GPIPE, INTERLEAVED, PLAIN, SCHEDULES, SPLIT, PassTimes, ScheduleFacts, build_schedule
-from moesim.schedules.walk import Timetable, equal_seconds, walk_schedule
+from moesim.schedules.walk import Seconds, Timetable, Walk, equal_seconds, walk_schedule
 
 __all__ = [
     "GPIPE",
@@ -16,7 +16,9 @@ __all__ = [
     "PassTimes",
     "Schedule",
     "ScheduleFacts",
+    "Seconds",
     "Timetable",
+    "Walk",
     "Work",
     "build_schedule",
     "equal_seconds",

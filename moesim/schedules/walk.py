@@ -1,11 +1,14 @@
 """How long a schedule takes when the seconds of its actions are known: a walk over every rank's list, without a clock.
 
-The planner's fast screen; the simulator walks the same lists operation by operation. Legend: P pipeline ranks.
+The planner's screen and the closed forms use it; the simulator runs the same lists operation by operation.
+
+Legend: P pipeline ranks, A actions of a rank.
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +16,7 @@ from numpy.typing import NDArray
 from moesim.schedules.record import Action, Handoff, Pass, Schedule
 
 FloatArray = NDArray[np.float64]
+Seconds = Callable[[int, Action], float]  # of an action of a pipeline rank
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -34,47 +38,97 @@ class Timetable:
         return np.array([self.seconds - (finish_A - start_A).sum() for start_A, finish_A in pairs])
 
 
-def walk_schedule(
-    schedule: Schedule, *, seconds: Callable[[int, Action], float], handoff_seconds: float = 0.0
-) -> Timetable:
-    """Every rank runs its actions in order, each as soon as what it needs has arrived.
+@dataclass(frozen=True, eq=False)
+class Walk:
+    """The actions of all ranks in an order in which each can run as soon as those before it have.
 
-    `seconds(rank, action)` is the duration; a hand-off between different ranks arrives `handoff_seconds` after the
-    action that sends it. A schedule whose ranks wait for each other is a bug: it is asserted against.
+    The order depends on the schedule alone: it is found once, and each set of durations then only adds up. Per action:
+    its rank, the action itself, the one before it on its rank (-1: none), those of the same rank and those of other
+    ranks that send it what it needs.
     """
-    arrived: dict[Handoff, float] = {}
-    starts: list[list[float]] = [[] for _ in schedule.actions]
-    finishes: list[list[float]] = [[] for _ in schedule.actions]
-    waiting: dict[Handoff, int] = {}
-    runnable = deque(range(schedule.num_ranks))
-    while runnable:
-        rank = runnable.popleft()
-        for action in schedule.actions[rank][len(finishes[rank]) :]:
-            needs = schedule.receives(rank, action)
-            missing = [handoff for handoff in needs if handoff not in arrived]
-            if missing:
-                waiting[missing[0]] = rank
-                break
-            clock = finishes[rank][-1] if finishes[rank] else 0.0
-            start = max([clock, *(arrived[handoff] for handoff in needs)])
-            finish = start + seconds(rank, action)
-            starts[rank].append(start)
-            finishes[rank].append(finish)
-            for handoff in schedule.sends(rank, action):
-                arrived[handoff] = finish + (handoff_seconds if handoff.target != rank else 0.0)
-                if handoff in waiting:
-                    runnable.append(waiting.pop(handoff))
-    assert all(map(_complete, schedule.actions, finishes)), "ranks wait for each other"
-    return Timetable(start_PA=tuple(map(np.array, starts)), finish_PA=tuple(map(np.array, finishes)))
+
+    schedule: Schedule
+    ranks: Sequence[int]
+    actions: Sequence[Action]
+    before: Sequence[int]
+    own: Sequence[tuple[int, ...]]
+    sent: Sequence[tuple[int, ...]]
+
+    @classmethod
+    def of(cls, schedule: Schedule) -> "Walk":
+        """The walk of a schedule. One whose ranks wait for each other is a bug: it is asserted against."""
+        walk = cls(schedule, [], [], [], [], [])
+        made: dict[Handoff, int] = {}
+        done, latest = [0] * schedule.num_ranks, [-1] * schedule.num_ranks
+        waiting: dict[Handoff, int] = {}
+        runnable = deque(range(schedule.num_ranks))
+        while runnable:
+            rank = runnable.popleft()
+            for action in schedule.actions[rank][done[rank] :]:
+                needs = schedule.receives(rank, action)
+                missing = next((handoff for handoff in needs if handoff not in made), None)
+                if missing is not None:
+                    waiting[missing] = rank
+                    break
+                walk._append(rank, action, before=latest[rank], needs=[(handoff, made[handoff]) for handoff in needs])
+                latest[rank] = len(walk.actions) - 1
+                done[rank] += 1
+                for handoff in schedule.sends(rank, action):
+                    made[handoff] = latest[rank]
+                    if handoff in waiting:
+                        runnable.append(waiting.pop(handoff))
+        assert len(walk.actions) == sum(map(len, schedule.actions)), "ranks wait for each other"
+        return walk
+
+    def _append(self, rank: int, action: Action, *, before: int, needs: Sequence[tuple[Handoff, int]]) -> None:
+        columns: Any = self.ranks, self.actions, self.before, self.own, self.sent
+        own = tuple(maker for handoff, maker in needs if handoff.source == rank)
+        sent = tuple(maker for handoff, maker in needs if handoff.source != rank)
+        for column, value in zip(columns, (rank, action, before, own, sent), strict=True):
+            column.append(value)
+
+    def times(self, seconds: Seconds, *, handoff_seconds: float = 0.0) -> tuple[list[float], list[float]]:
+        """When each action starts and ends, in the order of the walk; seconds from the start of the step.
+
+        What one rank sends another arrives `handoff_seconds` after the action that sends it.
+        """
+        starts: list[float] = []
+        ends: list[float] = []
+        for rank, action, before, own, sent in zip(
+            self.ranks, self.actions, self.before, self.own, self.sent, strict=True
+        ):
+            start = ends[before] if before >= 0 else 0.0
+            for source in own:
+                start = max(start, ends[source])
+            for source in sent:
+                start = max(start, ends[source] + handoff_seconds)
+            starts.append(start)
+            ends.append(start + seconds(rank, action))
+        return starts, ends
+
+    def finish(self, seconds: Seconds, *, handoff_seconds: float = 0.0) -> list[float]:
+        """When each rank has done all its actions."""
+        last = [0.0] * self.schedule.num_ranks
+        for rank, end in zip(self.ranks, self.times(seconds, handoff_seconds=handoff_seconds)[1], strict=True):
+            last[rank] = end
+        return last
 
 
-def _complete(actions: tuple[Action, ...], finishes: list[float]) -> bool:
-    return len(actions) == len(finishes)
+def walk_schedule(schedule: Schedule, *, seconds: Seconds, handoff_seconds: float = 0.0) -> Timetable:
+    """Every rank runs its actions in order, each as soon as what it needs has arrived; see `Walk.times`."""
+    walk = Walk.of(schedule)
+    starts, ends = walk.times(seconds, handoff_seconds=handoff_seconds)
+
+    def by_rank(times: list[float]) -> tuple[FloatArray, ...]:
+        rows: list[list[float]] = [[] for _ in schedule.actions]
+        for rank, time in zip(walk.ranks, times, strict=True):
+            rows[rank].append(time)
+        return tuple(map(np.array, rows))
+
+    return Timetable(start_PA=by_rank(starts), finish_PA=by_rank(ends))
 
 
-def equal_seconds(
-    *, forward: float, backward: float, weight: float, pair: float | None = None
-) -> Callable[[int, Action], float]:
+def equal_seconds(*, forward: float, backward: float, weight: float, pair: float | None = None) -> Seconds:
     """Durations alike on all chunks: `backward` is the full one and `weight` its part.
 
     `pair` is that of an overlapped pair, the sum of both passes when absent.
