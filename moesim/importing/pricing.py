@@ -13,10 +13,10 @@ from typing import Protocol
 import numpy as np
 
 from moesim.errors import UserError
-from moesim.importing.odd_kernels import DROPOUT, SUMMED_BYTES, SUMMED_S, UNALIGNED
 from moesim.importing.step_file import RecordedOp
 from moesim.kernels import KernelModel
 from moesim.kernels.families import Attention, Gemm, GroupedGemm, Kernel, MemoryBound
+from moesim.kernels.odd_kernels import DROPOUT, SUMMED_BYTES, SUMMED_S, UNALIGNED
 
 # Of an operation, from 11 steps of transformers 5.17 on an H100 (docs/software.md): between its kernels on the GPU, and
 # on the host where that sets the pace (two steps of small models).

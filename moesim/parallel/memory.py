@@ -339,10 +339,14 @@ class _PipelineRank:
     @cached_property
     def phases(self) -> list[Phase]:
         """Moments of the step, one of which is its peak."""
-        if not self.scenario.implementation.software.drops_gradients:
-            return [Phase(name="peak", live="all", live_SW=self.live[0], gradients=True, parts=self._temporaries)]
+        switches = self.scenario.implementation.switches
         model, last = self.scenario.model, self.schedule.num_stages - 1 in self.stages
-        vocab_bytes = FP32 * model.vocab * self.tokens * last
+        vocab_bytes = FP32 * model.vocab * self.tokens * last / switches.loss_chunks
+        if not switches.fresh_gradients:
+            always: dict[str, Any] = {"live": "all", "live_SW": self.live[0], "gradients": True}
+            peak = Phase(name="peak", parts=self._temporaries, **always)
+            in_place = switches.loss == "fused" or not last
+            return [peak] if in_place else [peak, Phase(name="loss", parts={"loss": 2 * vocab_bytes}, **always)]
         table = table_parameters(self.scenario) * BYTES_PER_ELEMENT[self.scenario.workload.precision.gradients]
         both = model.tied_embeddings and last and 0 in self.stages
         dense, expert = holders(self.scenario, replicas=self.schedule.num_replicas)

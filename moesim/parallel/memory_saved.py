@@ -1,26 +1,27 @@
-"""What the forward pass keeps for the backward pass, tensor by tensor, as the two implementations do.
+"""What the forward pass keeps for the backward pass, tensor by tensor.
 
 Sizes are bytes per token, per computed row (token and expert), or per copy of a token that a rank sends. Tokens are
 those of one rank: tensor parallelism with sequence parallelism and context parallelism divide the tokens, and either
 form keeps a rank's share of every tensor (arXiv 2205.05198), so no width below is divided by the tensor ranks.
 
-`fused`: bf16 between kernels (2 bytes). Inputs of matrix products are kept in the GEMM's format (fp8: 1 byte and 4 per
+Between kernels lies bf16 (2 bytes). Inputs of matrix products are kept in the GEMM's format (fp8: 1 byte and 4 per
 128 values, as DeepSeek-V3 caches them, and SwiGLU's inputs likewise, arXiv 2412.19437 section 3.3.3), but the router's
-input and the attention's output in bf16. Gates are multiplied into the product inside an expert, so that no result of
-an expert is kept.
-`torch_eager`: what autograd keeps of `moesim.routing.sharded_model`: silu's output beside its inputs, repeated keys and
-values of grouped queries, attention's output in two orders, float32 log-probabilities of the head, and the results of
-experts before and behind their gates.
+input and the attention's output in bf16. What else is kept follows from the switches of the software
+(`moesim.scenario.switches`), as autograd keeps it: an unfused norm its input in fp32 and its result before the weight;
+an unfused activation silu's output beside its inputs; repeated keys and values; attention's output in two orders where
+it is copied, and the scores of an unfused one; logits in fp32, of one chunk; gates inside of an expert no result of it,
+gates on results these.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from moesim.parallel.traffic import FP8_SCALE_BLOCK
 from moesim.scenario import Model, Scenario
 from moesim.scenario.model import Mla
-from moesim.scenario.software import SoftwareFacts
+from moesim.scenario.switches import Switches
 
 FP32, INT64 = 4.0, 8.0  # bytes
 
@@ -48,14 +49,19 @@ class SavedTensors:
     scenario: Scenario
     activation_bytes: float = 2.0  # per element between kernels
 
+    @cached_property
+    def _switches(self) -> Switches:
+        return self.scenario.implementation.switches
+
     @property
-    def _software(self) -> SoftwareFacts:
-        return self.scenario.implementation.software
+    def _whole(self) -> int:
+        """How often tensor ranks keep what lies between products: each its share, or everything."""
+        return 1 if self._switches.sequence_parallel else self.scenario.parallelism.tensor
 
     @property
     def _product_input(self) -> float:
         """Bytes per element of a matrix product's input."""
-        if self.scenario.workload.precision.gemm == "fp8" and self._software.keeps_fp8_inputs:
+        if self.scenario.workload.precision.gemm == "fp8" and self.scenario.implementation.software.casts_fp8:
             return 1.0 + FP32 / FP8_SCALE_BLOCK
         return self.activation_bytes
 
@@ -80,9 +86,9 @@ class SavedTensors:
         return [*self._attention(), *norm, *ffn]
 
     def head(self) -> list[Saved]:
-        """Final norm, and the logits: in place in bf16 when fused, float32 log-probabilities when eager."""
+        """Final norm, and the logits: in place in bf16 when fused, else float32 log-probabilities; of one chunk."""
         vocab = self.scenario.model.vocab
-        logits = FP32 if self._software.fp32_logits else self.activation_bytes
+        logits = (self.activation_bytes if self._switches.loss == "fused" else FP32) / self._switches.loss_chunks
         return [
             *self._norm("embedding_head", self.scenario.model.hidden, full=True),
             Saved("embedding_head", vocab * logits),
@@ -99,8 +105,10 @@ class SavedTensors:
 
     def _norm(self, part: Part, width: int, *, full: bool = False) -> Iterator[Saved]:
         """Input and root mean square of a norm, and its output, which feeds a product (`full`: also unquantised)."""
-        yield Saved(part, width * self.activation_bytes + FP32)
-        yield Saved(part, width * (self.activation_bytes if full else self._product_input), again="rms_norm")
+        each = self.activation_bytes + (FP32 if self._switches.norm == "unfused" else 0.0)
+        kept = self.activation_bytes if full else self._product_input
+        yield Saved(part, self._whole * (width * each + FP32))
+        yield Saved(part, self._whole * (width * kept), again="rms_norm")
 
     def _attention(self) -> Iterator[Saved]:
         model, a = self.scenario.model, self.activation_bytes
@@ -111,10 +119,18 @@ class SavedTensors:
         if isinstance(model.attention, Mla):
             yield from self._latent(model, model.attention, value)
         else:
-            kv_heads = model.heads if self._software.repeats_keys else model.kv_heads
+            kv_heads = model.heads if self._switches.repeat_keys else model.kv_heads
             yield Saved("attention", (model.heads + 2 * kv_heads) * model.head_dim * a)
-        yield Saved("attention", model.heads * FP32)  # log-sum-exp
-        yield Saved("attention", model.heads * value * a * self._software.attention_outputs)
+        yield Saved("attention", model.heads * self._per_query)
+        yield Saved("attention", model.heads * value * a * (1 if self._switches.layout_copies == "none" else 2))
+
+    @property
+    def _per_query(self) -> float:
+        """Bytes of a head for one query: a log-sum-exp, or its scores, and where some are dropped those and a mask."""
+        if self._switches.attention == "fused":
+            return FP32
+        keys = self.scenario.workload.sequence_length
+        return keys * (self.activation_bytes + self._switches.dropout * (self.activation_bytes + 1.0))
 
     def _latent(self, model: Model, mla: Mla, value: int) -> Iterator[Saved]:
         a, query = self.activation_bytes, model.heads * (model.head_dim + mla.rope_head_dim)
@@ -123,30 +139,41 @@ class SavedTensors:
         yield Saved("attention", query * a, again="mla_up_projection" if mla.q_lora_rank is not None else "")
         yield from self._norm("attention", mla.kv_lora_rank)
         yield Saved("attention", mla.rope_head_dim * a)
-        unsplit = model.heads * model.head_dim * a * self._software.splits_keys  # values are a view of keys and values
+        unsplit = (
+            model.heads * model.head_dim * a * (self._switches.layout_copies != "none")
+        )  # values are a view of keys and values
         yield Saved("attention", query * a + model.heads * value * a + unsplit, again="mla_up_projection")
 
     def _gated(self, part: Part, width: float, unit: Unit = "token") -> Iterator[Saved]:
         """W1 x and W3 x, and silu(W1 x) * W3 x, the input of W2; eager keeps silu(W1 x) too."""
         inputs = (self.scenario.model.ffn_matrices - 1) * self._product_input
-        kept = 3 * self.activation_bytes if self._software.keeps_activation else inputs
+        unfused = self._switches.activation == "unfused"
+        kept = (2 * self.scenario.model.ffn_matrices - 3) * self.activation_bytes if unfused else inputs
         yield Saved(part, width * kept, unit)
         yield Saved(part, width * self._product_input, unit, again="swiglu")
 
     def _moe(self) -> Iterator[Saved]:
         model, mesh = self.scenario.model, self.scenario.parallelism
         yield Saved("router", model.experts * FP32)  # affinities
-        yield Saved("router", model.top_k * (INT64 + FP32 * self._software.gates_inside))  # ids, and gates
+        yield Saved("router", model.top_k * (INT64 + FP32 * (self._switches.gates == "inside")))  # ids, and gates
         if model.shared_experts:
             yield from self._gated("shared_experts", model.shared_width)
         if model.expert_hidden:  # inputs of the projections down and back
             yield Saved("router", (model.hidden + model.row_width) * self._product_input)
         yield Saved("permuted_rows", model.row_width * self._product_input, "row")
         yield from self._gated("experts", model.expert_intermediate / mesh.expert_tensor, "row")
-        if self._software.gates_inside:
+        if self._switches.gates == "inside":
+            if self._switches.activation == "unfused":  # what the gates multiply
+                yield Saved("experts", model.expert_intermediate / mesh.expert_tensor * self.activation_bytes, "row")
             yield Saved("permuted_rows", INT64 + FP32, "row")  # where it came from, and its gate
             return
         if mesh.expert > 1:
             yield Saved("permuted_rows", 2 * INT64, "row")  # the order of arrived rows, and its inverse
-        # A rank's own rows: results with and without their gates, the gates, and two indices.
-        yield Saved("permuted_rows", (2 * model.hidden + 1) * self.activation_bytes + 2 * INT64, "copy")
+        # A rank's own rows: results without their gates, in the format of these, and with them where they are added in
+        # bf16; the gates, and two indices.
+        if self._switches.gates == "bf16":
+            results = (1 + (self._switches.combine == "index_add")) * model.hidden + 1
+            yield Saved("permuted_rows", results * self.activation_bytes + 2 * INT64, "copy")
+        else:
+            each = FP32 if self._switches.combine == "index_add" else self.activation_bytes
+            yield Saved("permuted_rows", model.hidden * each + FP32 + 2 * INT64, "copy")

@@ -18,7 +18,8 @@ from moesim.planner.layer_times import LayerTimes, TraceOf
 from moesim.planner.pass_times import NOTHING, PartSeconds, PassSeconds
 from moesim.planner.pipeline import pipeline_finish, prepare_walk, short_micro_batches
 from moesim.program.operations import Operation
-from moesim.program.parameters import ParameterGroups, optimizer_block
+from moesim.program.optimizer import optimizer_block
+from moesim.program.parameters import ParameterGroups
 from moesim.program.reductions import Reduction
 from moesim.program.scenario_fabric import scenario_fabric
 from moesim.program.software import kernel_list
@@ -170,7 +171,7 @@ class Screen:
                 _EndOfStep(
                     reductions=tuple(reduction for reduction in reductions if first in reduction.ranks),
                     rest=_total([*before, *after, *update]) + gathered,
-                    accumulation=_total(software.accumulation(writer, parameters=of_rank.held)),
+                    accumulation=_total(software.accumulation(writer, parameters=of_rank.held, first=False)),
                 )
             )
         return ends

@@ -21,7 +21,8 @@ from moesim.program.contention import find_contention
 from moesim.program.host import FREE_HOST
 from moesim.program.loads import RoutingSample, group_loads
 from moesim.program.operations import Block, Run
-from moesim.program.parameters import ParameterGroups, optimizer_block
+from moesim.program.optimizer import optimizer_block
+from moesim.program.parameters import ParameterGroups
 from moesim.program.peers import GroupLinks
 from moesim.program.reductions import Reduction
 from moesim.program.software import kernel_list
@@ -144,7 +145,12 @@ class _Builder:
         ]
         parameters = self.parameters.of_rank(pipeline_rank)
         writer = KernelWriter(self.kernels, dtype=self.scenario.workload.precision.gemm, part=Part.GRADIENTS)
-        accumulate = Block("accumulate", tuple(self.software.accumulation(writer, parameters=parameters.held)))
+        accumulate = {
+            first: Block(
+                "accumulate", tuple(self.software.accumulation(writer, parameters=parameters.held, first=first))
+            )
+            for first in (True, False)
+        }
         before, after = self.software.flat_copies(writer, parameters=parameters.reduced)
         tasks: list[Task] = []
         last_tasks: dict[int, int] = {}
@@ -156,8 +162,9 @@ class _Builder:
             ]
             tasks += self._tasks(runs, receives, sends)
             backwards = sum(work.kind in (Pass.BACKWARD, Pass.INPUT) for work in action.works)
-            if backwards and done_backwards >= len(chunks) and accumulate.operations:
-                tasks.append(Task(runs=(Run(accumulate, action.works[-1].micro_batch, True),)))
+            added = accumulate[done_backwards < len(chunks)]
+            if backwards and added.operations:
+                tasks.append(Task(runs=(Run(added, action.works[-1].micro_batch, True),)))
             done_backwards += backwards
             for work in action.works:
                 if work.kind in (Pass.BACKWARD, Pass.WEIGHT):

@@ -6,6 +6,9 @@ backward pass each of them has its opposite. Only the share of a gathered input 
 weight's gradient, beside the product of the input's gradient; the reduce-scatter of the input's gradient runs beside
 the product of the weight's. Activations travel in bf16.
 
+Without sequence parallelism every tensor rank holds all tokens: nothing is gathered, and partial sums are summed by an
+all-reduce instead of a reduce-scatter.
+
 So a layer of attention and dense network gathers 2 + 4 times and scatters 2 + 2 times, of which 2 + 2 lie beside
 products. A rank without tensor peers has the plain products.
 """
@@ -17,6 +20,8 @@ from moesim.program.fp8_casts import NO_CASTS, FusedCasts, fp8_casts
 from moesim.program.operations import MAIN, SIDE, Operation, fork, join, transfer
 from moesim.program.peers import PeerCollective, Peers
 from moesim.program.sizes import Passes, Step
+from moesim.program.torch_host import backward, forward
+from moesim.program.torch_kernels import issued
 from moesim.program.writer import KernelWriter
 from moesim.results.spans import Collective, Phase
 from moesim.scenario.base import BYTES_PER_ELEMENT
@@ -33,16 +38,27 @@ class _Kernels(NamedTuple):
 
 
 def _kernels(
-    w: KernelWriter, name: str, *, m: int, k: int, n: int, dtype: str | None, fused_casts: FusedCasts
+    w: KernelWriter,
+    name: str,
+    *,
+    m: int,
+    k: int,
+    n: int,
+    dtype: str | None,
+    fused_casts: FusedCasts,
+    module: bool = True,
 ) -> _Kernels:
+    """One node of autograd issues both GEMMs of the backward pass."""
     casts = NO_CASTS
     if (dtype or w.dtype) == "fp8":
         casts = fp8_casts(w, name, inputs=m * k, outputs=m * n, **fused_casts)
     dgrad, wgrad = w.gemm_backward(name, m=m, k=k, n=n, dtype=dtype)
+    half = backward("product") / 2
+    launches = forward("module", "product") if module else forward("product")
     return _Kernels(
-        [*casts.forward, w.gemm(name, m=m, k=k, n=n, dtype=dtype)],
-        [*casts.input_gradient, dgrad],
-        [*casts.weight_gradient, wgrad],
+        [*casts.forward, issued(w.gemm(name, m=m, k=k, n=n, dtype=dtype), launches)],
+        [*casts.input_gradient, issued(dgrad, half)],
+        [*casts.weight_gradient, issued(wgrad, half)],
     )
 
 
@@ -54,10 +70,14 @@ def projection(
     k: int,
     n: int,
     dtype: str | None = None,
+    module: bool = True,
     **fused_casts: Unpack[FusedCasts],
 ) -> Passes:
-    """A product that no other rank takes part in; `fused_casts`: what kernels before it did, see `fp8_casts`."""
-    kernels = _kernels(w, name, m=m, k=k, n=n, dtype=dtype, fused_casts=fused_casts)
+    """A product that no other rank takes part in; `fused_casts`: what kernels before it did, see `fp8_casts`.
+
+    module: whether it is a module of its own, which the host calls.
+    """
+    kernels = _kernels(w, name, m=m, k=k, n=n, dtype=dtype, fused_casts=fused_casts, module=module)
     return kernels.forward, [*kernels.input_gradient, *kernels.weight_gradient]
 
 
@@ -74,7 +94,7 @@ def collective(
     """A transfer of the `tensor` category among peers of the rank group."""
     assert step.links is not None
     members = peers.set_of_place(len(step.links.ranks_R))
-    return transfer(
+    operation = transfer(
         name,
         "tensor",
         (prepared,),
@@ -85,10 +105,16 @@ def collective(
         chain=chain,
         peers=members,
     )
+    return issued(operation, (forward if w.phase is Phase.FORWARD else backward)("exchange"))
 
 
 def gather_tokens(w: KernelWriter, name: str, step: Step, *, width: int, chain: int = MAIN) -> list[Operation]:
-    """All-gather of the tensor ranks' tokens, `width` values each; nothing for a rank alone."""
+    """All-gather of the tensor ranks' tokens, `width` values each; nothing for a rank that holds all of them."""
+    return gather_columns(w, name, step, width=width, chain=chain) if step.switches.sequence_parallel else []
+
+
+def gather_columns(w: KernelWriter, name: str, step: Step, *, width: int, chain: int = MAIN) -> list[Operation]:
+    """All-gather of what each tensor rank has of all tokens; nothing for a rank alone."""
     if step.tensor == 1:
         return []
     assert step.links is not None
@@ -103,6 +129,9 @@ def scatter_tokens(w: KernelWriter, name: str, step: Step, *, width: int, chain:
         return []
     assert step.links is not None
     size = float(step.gathered_tokens * width * ACTIVATION_BYTES)
+    if not step.switches.sequence_parallel:
+        prepared = step.links.reduce(step.tensor_peers, size)
+        return [collective(w, name, step, prepared, step.tensor_peers, kind=Collective.ALL_REDUCE, chain=chain)]
     prepared = step.links.scatter(step.tensor_peers, size)
     return [collective(w, name, step, prepared, step.tensor_peers, kind=Collective.REDUCE_SCATTER, chain=chain)]
 

@@ -248,7 +248,7 @@ def _count(arrays_S: Sequence[TrafficArrays], placement: ExpertPlacement, dedupl
 
 def _counts(scenario: Scenario, fabric: Fabric, slot_rows_SRP: NDArray[Any], ranks_R: IntArray) -> Transfer | None:
     """One int64 per (rank, slot of the target), sent by everyone to everyone before the rows."""
-    if not scenario.implementation.software.exchanges_counts or len(ranks_R) == 1:
+    if not scenario.implementation.switches.counts or len(ranks_R) == 1:
         return None
     samples, ranks, slots = slot_rows_SRP.shape
     each_SRR = np.broadcast_to(1.0 - np.eye(ranks), (samples, ranks, ranks))
@@ -275,7 +275,7 @@ def _transfers(
         "ranks": ranks_R,
         "own_copies_R": own_MSR.reshape(-1, ranks),
         "model": sharing_model(scenario, fabric, ranks_R),
-        "synchronised": scenario.implementation.software.exchanges_counts,
+        "synchronised": scenario.implementation.switches.counts,
         "compiled": compiled,
     }
     out = prepare_dispatch(fabric, stages_QRR, token_bytes=token_bytes(hidden, dispatch.dtype), **common)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.kernels import KernelModel
 from moesim.network import (
     Fabric,
     all_gather_seconds,
@@ -18,11 +17,9 @@ from moesim.network import (
 from moesim.parallel import Mesh
 from moesim.parallel.copy_gradients import MapOfLayer, copy_gradient_bytes_DD, layers_of_stages
 from moesim.parallel.memory_parameters import Unit, expert_slice_parameters, stage_units
-from moesim.program.operations import Block
 from moesim.program.reductions import Members, Reduction
 from moesim.program.sharded import GRADIENTS, PARAMETERS
-from moesim.program.writer import KernelWriter
-from moesim.results.spans import Collective, Part, Phase
+from moesim.results.spans import Collective, Part
 from moesim.scenario import Scenario
 from moesim.scenario.base import BYTES_PER_ELEMENT
 from moesim.schedules import Schedule
@@ -89,8 +86,8 @@ class ParameterGroups:
     def reductions(self, fabric: Fabric) -> list[Reduction]:
         """Sums of gradients at the end of the step, stage by stage, and of the gradients' norm when it is clipped."""
         precision = self.scenario.workload.precision
-        size = BYTES_PER_ELEMENT[precision.gradients]
-        beside = self.scenario.overlap.gradient_reduction is True
+        size = BYTES_PER_ELEMENT[self.scenario.implementation.switches.reduce_dtype or precision.gradients]
+        beside = self.scenario.reduces_beside
         collectives = []
         for name, stage, count, sharding, members in self._kinds():
             if sharding >= GRADIENTS:
@@ -186,16 +183,3 @@ class ParameterGroups:
 def _joined(groups_of_holder: Sequence[Sequence[Ranks]]) -> Members:
     """The groups of one place of the pipeline, each with those of equal index at the other places."""
     return tuple(np.concatenate(together) for together in zip(*groups_of_holder, strict=True))
-
-
-def optimizer_block(scenario: Scenario, kernels: KernelModel, *, parameters: float) -> Block:
-    """Fused AdamW over `parameters` local parameters: gradient read, weight, master copy and both states updated."""
-    precision = scenario.workload.precision
-    size = BYTES_PER_ELEMENT
-    per_parameter = size[precision.gradients] + 4 * size[precision.optimizer] + 2 * size[precision.weights]
-    if precision.master == "fp32":
-        per_parameter += 2 * size["fp32"] - size[precision.weights]  # the weights are then only written
-    in_bf16 = scenario.implementation.software.bf16_optimizer and precision.optimizer == "bf16"
-    kind = "optimizer_bf16" if in_bf16 else "optimizer_fp32"
-    writer = KernelWriter(kernels, dtype=precision.gemm, part=Part.OPTIMIZER).during(Phase.OPTIMIZER)
-    return Block("optimizer", (writer.moved("adamw", kind, bytes_=parameters * per_parameter),))

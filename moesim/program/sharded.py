@@ -45,6 +45,7 @@ class ShardedStage:
         experts = Peers(ranks // mesh.expert_block, mesh.expert_block)
         self.links = links
         self.precision = scenario.workload.precision
+        self.reduce_dtype = scenario.implementation.switches.reduce_dtype or self.precision.gradients
         self.beside = scenario.overlap.gradient_reduction is not False
         self.kinds = [
             (name, peers, stage)
@@ -72,7 +73,7 @@ class ShardedStage:
 
     def scatter(self, part: ShardedPart) -> list[Operation]:
         """The sums of a part's gradients to their shards; where weight gradients are put off, behind those."""
-        size = BYTES_PER_ELEMENT[self.precision.gradients]
+        size = BYTES_PER_ELEMENT[self.reduce_dtype]
         return [
             self._collective(
                 self.links.scatter(peers, getattr(part.unit, name) * size),

@@ -8,6 +8,8 @@ from moesim.program.peers import GroupLinks, Peers
 from moesim.scenario import Model
 from moesim.scenario.model import Mla
 from moesim.scenario.routers import DEEPSEEK_MOE, RouterFacts
+from moesim.scenario.software import FUSED
+from moesim.scenario.switches import Switches
 
 Passes = tuple[list[Operation], list[Operation]]  # forward, backward (each in issue order)
 
@@ -19,7 +21,9 @@ class Step:
     `tensor`, `context` and `expert_tensor` are the ranks that share products and tokens (see Parallelism), `links` what
     their collectives cost; a rank alone needs none. `remote`: experts are spread over more than one rank. `router`:
     the facts of the one that runs. `shared_beside`: shared experts run beside the dispatch, where the software
-    can. `local`: the layer is one of model.local.
+    can; `shared_last`: else behind the combine. `plain_queries`: latent attention may have queries
+    that are not compressed. `deduplicated`: a token travels once for several
+    of its experts. `local`: the layer is one of model.local.
     """
 
     model: Model
@@ -29,6 +33,10 @@ class Step:
     remote: bool
     router: RouterFacts = DEEPSEEK_MOE
     shared_beside: bool = True
+    shared_last: bool = False
+    switches: Switches = FUSED.switches
+    plain_queries: bool = True
+    deduplicated: bool = False
     local: bool = False
     tensor: int = 1
     context: int = 1
@@ -38,12 +46,12 @@ class Step:
     @cached_property
     def tokens(self) -> int:
         """Tokens of one micro-batch that one rank holds: sequence parallelism splits them over tensor ranks, too."""
-        return self.batch * self.sequence // (self.context * self.tensor)
+        return self.batch * self.sequence // (self.context * (self.tensor if self.switches.sequence_parallel else 1))
 
     @property
     def gathered_tokens(self) -> int:
         """Tokens that the products of a tensor-parallel rank see: those of all its tensor ranks."""
-        return self.tokens * self.tensor
+        return self.tokens * (self.tensor if self.switches.sequence_parallel else 1)
 
     @property
     def heads(self) -> int:

@@ -1,13 +1,14 @@
-"""The kernels of a software: a module lists them part by part and says what its host costs.
+"""The kernels of a software: what lists them, part by part, and says what its host costs.
 
 What else a step asks of a software are facts (`moesim.scenario.software`).
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
 from moesim.kernels import KernelModel
-from moesim.program import fused, torch_eager
 from moesim.program.host import HostModel
+from moesim.program.listed import SwitchedKernels
 from moesim.program.loads import LayerLoads
 from moesim.program.operations import Operation
 from moesim.program.sizes import Passes, Step
@@ -16,7 +17,7 @@ from moesim.scenario import Scenario
 
 
 class KernelList(Protocol):
-    """The surface of such a module: the modules `fused` and `torch_eager` of this package have this shape."""
+    """The surface of such a list, of one scenario."""
 
     def host_model(self, kernels: KernelModel) -> HostModel:
         """What each launch and read-back costs the host."""
@@ -30,16 +31,16 @@ class KernelList(Protocol):
     def head_part(self, w: KernelWriter, step: Step) -> Passes:
         """Final norm, logits and loss."""
 
-    def accumulation(self, w: KernelWriter, *, parameters: float) -> list[Operation]:
-        """What the second and later micro-batches do to add their gradients to those before."""
+    def accumulation(self, w: KernelWriter, *, parameters: float, first: bool) -> list[Operation]:
+        """What the first, or a later, micro-batch does to add its gradients to those before."""
 
     def flat_copies(self, w: KernelWriter, *, parameters: float) -> tuple[list[Operation], list[Operation]]:
         """What comes before and after the reductions of the gradients of `parameters` parameters."""
 
 
-KERNEL_LISTS: dict[str, KernelList] = {"fused": fused, "torch_eager": torch_eager}
+KERNEL_LISTS: dict[str, Callable[[Scenario], KernelList]] = {"switched": SwitchedKernels}
 
 
 def kernel_list(scenario: Scenario) -> KernelList:
     """The kernels of the scenario's software."""
-    return KERNEL_LISTS[scenario.implementation.software.kernels]
+    return KERNEL_LISTS[scenario.implementation.software.kernels](scenario)

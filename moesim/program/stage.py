@@ -10,7 +10,7 @@ from moesim.kernels import KernelModel
 from moesim.kernels.errors import TRANSFERS
 from moesim.parallel import Mesh
 from moesim.parallel.memory_parameters import stage_units
-from moesim.program.gemms import column_parallel, gather_tokens
+from moesim.program.gemms import column_parallel, gather_columns
 from moesim.program.loads import LayerLoads
 from moesim.program.operations import Block, Kind, Operation
 from moesim.program.peers import GroupLinks, PeerCollective, SideBySide
@@ -110,7 +110,7 @@ def _passes(
 def _prediction_join(w: KernelWriter, step: Step) -> Passes:
     """The product that joins a token's state and its successor's embedding; tensor ranks then gather its columns."""
     hidden = step.model.hidden
-    whole, again = (gather_tokens(writer, "mtp.join.whole", step, width=hidden) for writer in (w, w.backward))
+    whole, again = (gather_columns(writer, "mtp.join.whole", step, width=hidden) for writer in (w, w.backward))
     return chain(column_parallel(w, "mtp.join", step, k=2 * hidden, n=hidden), (whole, again))
 
 
@@ -121,7 +121,7 @@ def _of_layer(part: Passes, layer: int, index: int, layers: int) -> Passes:
 
 def step_sizes(scenario: Scenario, links: GroupLinks | None) -> Step:
     """The sizes of one micro-batch on one rank."""
-    mesh = scenario.parallelism
+    mesh, software = scenario.parallelism, scenario.implementation.software
     return Step(
         model=scenario.model,
         batch=scenario.workload.micro_batch,
@@ -129,7 +129,11 @@ def step_sizes(scenario: Scenario, links: GroupLinks | None) -> Step:
         quantise=scenario.dispatch.dtype == "fp8",
         remote=mesh.expert * mesh.expert_tensor > 1,
         router=facts_in_training(scenario.router_shape().kind) if scenario.model.experts else DEEPSEEK_MOE,
-        shared_beside=scenario.overlap.shared_experts is not False,
+        shared_beside=scenario.shared_beside,
+        shared_last=not software.shared_beside,
+        switches=scenario.implementation.switches,
+        plain_queries=software.plain_queries,
+        deduplicated=scenario.dispatch.deduplicate != "per_expert",
         tensor=mesh.tensor,
         context=mesh.context,
         expert_tensor=mesh.expert_tensor,

@@ -3,6 +3,7 @@
 from typing import Protocol
 
 from moesim.errors import UserError
+from moesim.scenario.check_software import require_software
 from moesim.scenario.model import Mla
 from moesim.scenario.schema import Scenario
 from moesim.scenario.software import FUSED
@@ -87,29 +88,4 @@ def require_supported_step(scenario: Scenario, report: Report) -> None:
     if isinstance(scenario.model.attention, Mla) and scenario.model.attention.indexer is not None:
         what = "sparse attention with an indexer (DSA) is counted by `moesim model`, but no step with it is modelled"
         raise report.user("model.attention.indexer", f"{what}; drop it to take full attention instead")
-    _require_software(scenario, report)
-
-
-def _require_software(scenario: Scenario, report: Report) -> None:
-    """Raises UserError for what the software cannot do."""
-    software = scenario.implementation.software
-    if not software.other_layers:
-        for key in ("dense_at", "local", "shared_intermediate", "expert_hidden"):
-            if getattr(scenario.model, key):
-                raise report.user(f"model.{key}", f"{software.name} has none; use {FUSED.name}")
-        if not scenario.model.gated:
-            raise report.user("model.gated", f"networks of {software.name} are gated; use {FUSED.name}")
-    if not software.shares_layers:
-        for axis in ("tensor", "context", "expert_tensor"):
-            if (size := getattr(scenario.parallelism, axis)) > 1:
-                message = f"{software.name} has no such ranks ({size}); use {FUSED.name}"
-                raise report.user(f"parallelism.{axis}", message)
-    if scenario.workload.recomputed_parts and not software.recomputes_parts:
-        message = f"{software.name} can only recompute whole layers; use none or full, or implementation {FUSED.name}"
-        raise report.user("workload.recompute", message)
-    if not software.overlaps:
-        for key in type(scenario.overlap).model_fields:
-            if getattr(scenario.overlap, key):
-                raise report.user(
-                    f"overlap.{key}", f"{software.name} overlaps nothing; leave it out, or use {FUSED.name}"
-                )
+    require_software(scenario, report)

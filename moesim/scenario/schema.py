@@ -284,6 +284,18 @@ class Scenario(Section):
         default=0, description="Seed of all random draws; the same seed gives the same result to the bit."
     )
 
+    @property
+    def shared_beside(self) -> bool:
+        """Whether shared experts run beside dispatch and combine, as said or as the software does by itself."""
+        said = self.overlap.shared_experts
+        return self.implementation.software.shared_beside if said is None else said
+
+    @property
+    def reduces_beside(self) -> bool:
+        """Whether gradients are reduced beside the last backward pass, as said or as the software does by itself."""
+        said = self.overlap.gradient_reduction
+        return self.implementation.software.reduces_beside if said is None else said
+
     def router_shape(self) -> RouterShape:
         """The router with its aliases resolved; `kind` is "trace" when a recorded trace brings its own."""
         return resolve_router(self.routing, model=self.model, num_devices=self.parallelism.expert)

@@ -1,10 +1,9 @@
-"""What the step, its memory and the checks of a scenario ask of a software, as data: one entry per software.
-
-The kernels themselves are listed in `moesim.program`, as `kernels` names the list.
-"""
+"""What the step, its memory and the checks of a scenario ask of a software, as data: one entry per software."""
 
 from dataclasses import dataclass
 from typing import Literal
+
+from moesim.scenario.switches import Switches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,43 +11,38 @@ class SoftwareFacts:
     """The facts of one software.
 
     listed: how its list of kernels was obtained; checked: what steps of it were set beside measured ones. Both end up
-    in every result, beside the sources of its kernels.
-    exchanges_counts: ranks exchange how many rows they will send and read that back, so that nobody sends before the
-    last has come. bf16_optimizer: states in bf16 are updated by a kernel for them, else by that for fp32.
-    Of the backward pass: keeps_fp8_inputs, whether inputs of FP8 GEMMs are kept in FP8; repeats_keys, whether keys and
-    values of grouped queries are repeated to the number of heads; attention_outputs, in how many orders attention's
-    output is kept; splits_keys, whether latent keys are kept before they are joined; keeps_activation, whether silu's
-    output is kept beside its inputs; fp32_logits, whether the head keeps logits in fp32 and holds bf16 ones beside
-    them; gates_inside, whether gates are multiplied inside of an expert, so that no result of one is kept;
-    drops_gradients, whether gradients are made anew in every step.
+    in every result, beside the sources of its kernels. switches: the settings that its list is written with.
+    kernels: which writer writes it. bound: an ideal that no program reaches.
+    By itself, where a scenario says nothing: shared_beside, whether shared experts run beside the dispatch;
+    reduces_beside, whether gradients are reduced beside the last backward pass.
     Of what it can do: shards_gradients (ZeRO 2 and 3), shares_layers (tensor, context and expert-tensor ranks),
     other_layers (dense layers anywhere, windows in some layers, networks that are not gated, experts of another
-    width), recomputes_parts, overlaps, copies_experts (an expert in more than one slot), and runs_here: whether it is
-    what `moesim validate` runs.
+    width), recomputes_parts, overlaps, copies_experts (an expert in more than one slot), casts_fp8 (products of FP8
+    with casts of their own), plain_queries (latent attention without compressed queries), expert_ranks (experts on
+    several ranks), and runs_here: whether it is
+    what `moesim validate` runs. bf16_optimizer: states in bf16 are updated by a kernel for them, else by that for fp32.
     """
 
     name: str
     about: str
     listed: str
     checked: str
-    kernels: Literal["fused", "torch_eager"]
-    exchanges_counts: bool
-    bf16_optimizer: bool
-    keeps_fp8_inputs: bool
-    repeats_keys: bool
-    attention_outputs: int
-    splits_keys: bool
-    keeps_activation: bool
-    fp32_logits: bool
-    gates_inside: bool
-    drops_gradients: bool
-    shards_gradients: bool
-    shares_layers: bool
-    other_layers: bool
-    recomputes_parts: bool
-    overlaps: bool
-    copies_experts: bool
-    runs_here: bool
+    switches: Switches
+    kernels: Literal["switched"] = "switched"
+    bound: bool = False
+    shared_beside: bool = False
+    reduces_beside: bool = False
+    bf16_optimizer: bool = False
+    shards_gradients: bool = True
+    shares_layers: bool = True
+    other_layers: bool = True
+    recomputes_parts: bool = True
+    overlaps: bool = True
+    copies_experts: bool = True
+    casts_fp8: bool = True
+    plain_queries: bool = True
+    expert_ranks: bool = True
+    runs_here: bool = False
 
 
 FUSED = SoftwareFacts(
@@ -56,47 +50,142 @@ FUSED = SoftwareFacts(
     about="kernels of an ideal trainer whose host never limits: a bound",
     listed="drawn up as the kernels of a well-tuned stack whose host never limits: a bound, not any one program",
     checked="no measured step of it; its kernels by themselves (moesim calibrate --report)",
-    kernels="fused",
-    exchanges_counts=False,
-    bf16_optimizer=False,
-    keeps_fp8_inputs=True,
-    repeats_keys=False,
-    attention_outputs=1,
-    splits_keys=False,
-    keeps_activation=False,
-    fp32_logits=False,
-    gates_inside=True,
-    drops_gradients=False,
-    shards_gradients=True,
-    shares_layers=True,
+    switches=Switches(),
+    bound=True,
+    shared_beside=True,
+)
+MEGATRON = SoftwareFacts(
+    name="megatron",
+    about="Megatron-Core with Transformer Engine, at the defaults of its flags",
+    listed="from Megatron-Core's source, layers of its Transformer Engine specification, defaults of its arguments",
+    checked="no measured step of it; every kernel that it shares with torch_eager or transformers as those",
+    switches=Switches(
+        norm="kernel",
+        router="unfused",
+        permute="mask",
+        gather_backward="index_add",
+        combine="index_add",
+        loss="parallel",
+        embedding="torch",
+        gradient_norm="kernel",
+        weight_copy=True,
+        host="launches",
+        counts=True,
+    ),
+)
+DEEPSEEK = SoftwareFacts(
+    name="deepseek",
+    about="the stack that DeepSeek-V3 was trained with, as it is published",
+    listed="from the DeepSeek-V3 report (fused casts, overlapped pairs, bf16 moments) and its libraries DeepEP and "
+    "DeepGEMM; the trainer itself is not public: what is not told is taken as fused, its host as ahead",
+    checked="no measured step of it; the exchange beside DeepEP's published bandwidths",
+    switches=Switches(gradient_norm="kernel", weight_copy=True, embedding="torch", counts=True),
+    shared_beside=True,
+)
+TRANSFORMERS = SoftwareFacts(
+    name="transformers",
+    about="Hugging Face transformers 5, grouped_mm experts, SDPA, one fused AdamW",
+    listed="operation by operation from modeling code of transformers 5.17, as recorded on the meta device",
+    checked="recorded steps of Qwen3-MoE, Mixtral, OLMoE and DeepSeek-V3 (docs/software.md); on one H100 such "
+    "recordings were within 3.2 % of measured steps; not on more ranks",
+    switches=Switches(
+        norm="unfused",
+        qkv="separate",
+        rotary="cached",
+        layout_copies="double",
+        router="unfused",
+        permute="sentinels",
+        gather_backward="index_put",
+        combine="sum",
+        gates="fp32",
+        ffn_inputs="separate",
+        activation="unfused",
+        loss="fp32",
+        embedding="torch",
+        gradient_norm="foreach",
+        accumulation="autograd",
+        fresh_gradients=True,
+        host="launches",
+        counts=True,
+    ),
+    bf16_optimizer=True,
+    shares_layers=False,
     other_layers=True,
-    recomputes_parts=True,
+    recomputes_parts=False,
     overlaps=True,
-    copies_experts=True,
-    runs_here=False,
+    reduces_beside=True,
+    copies_experts=False,
+    casts_fp8=False,
+    expert_ranks=False,
+)
+TORCHTITAN = SoftwareFacts(
+    name="torchtitan",
+    about="torchtitan 0.3 without torch.compile",
+    listed="from torchtitan 0.3's model code (common/moe.py, rope.py, attention.py, loss.py), eager mode",
+    checked="no measured step of it; every kernel that it shares with torch_eager or transformers as those",
+    switches=Switches(
+        norm="kernel",
+        qkv="separate",
+        rotary="complex",
+        layout_copies="single",
+        router="unfused",
+        router_dtype="fp32",
+        permute="sort",
+        gather_backward="index_put",
+        combine="index_add",
+        gates="fp32",
+        expert_inputs="separate",
+        ffn_inputs="separate",
+        activation="unfused",
+        loss="fp32",
+        loss_chunks=8,
+        embedding="torch",
+        gradient_norm="foreach",
+        accumulation="autograd",
+        reduce_dtype="fp32",
+        host="launches",
+        counts=True,
+    ),
+    bf16_optimizer=True,
+    reduces_beside=True,
+    recomputes_parts=False,
+    copies_experts=False,
+    casts_fp8=False,
 )
 TORCH_EAGER = SoftwareFacts(
     name="torch_eager",
     about="those of a plain torch trainer",
     listed="kernel by kernel from the project's own torch trainer, which moesim validate runs",
     checked="measured steps on one and two H200 and H100 (moesim validate --report); no other GPU, no more ranks",
-    kernels="torch_eager",
-    exchanges_counts=True,
+    switches=Switches(
+        norm="kernel",
+        qkv="separate",
+        rotary="unfused",
+        repeat_keys=True,
+        layout_copies="single",
+        router="unfused",
+        permute="sort",
+        gather_backward="index_add",
+        combine="index_add",
+        gates="bf16",
+        activation="unfused",
+        loss="fp32",
+        embedding="torch",
+        accumulation="autograd",
+        flat_gradients=True,
+        fresh_gradients=True,
+        host="launches",
+        counts=True,
+    ),
     bf16_optimizer=True,
-    keeps_fp8_inputs=False,
-    repeats_keys=True,
-    attention_outputs=2,
-    splits_keys=True,
-    keeps_activation=True,
-    fp32_logits=True,
-    gates_inside=False,
-    drops_gradients=True,
     shards_gradients=False,
     shares_layers=False,
     other_layers=False,
     recomputes_parts=False,
     overlaps=False,
     copies_experts=False,
+    casts_fp8=False,
+    plain_queries=False,
     runs_here=True,
 )
-SOFTWARE = {facts.name: facts for facts in (FUSED, TORCH_EAGER)}
+SOFTWARE = {facts.name: facts for facts in (FUSED, MEGATRON, DEEPSEEK, TRANSFORMERS, TORCHTITAN, TORCH_EAGER)}

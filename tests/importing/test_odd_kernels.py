@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moesim.importing.odd_kernels import DROPOUT, SUMMED_BYTES, SUMMED_S, UNALIGNED
 from moesim.kernels import Gemm, KernelModel, MemoryBound, kernel_model
+from moesim.kernels.odd_kernels import DROPOUT, SUMMED_BYTES, SUMMED_S, UNALIGNED
 from moesim.strict_json import parse_json
 
 FILE = Path(__file__).parent.parent / "data" / "odd_kernels_h100.json.gz"

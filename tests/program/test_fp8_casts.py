@@ -9,8 +9,8 @@ import pytest
 from moesim.kernels.families import MemoryBound
 from moesim.kernels.loading import kernel_model
 from moesim.program.fp8_casts import ALONG_SHARE, BOTH_WAYS_SHARE, TURNING_SHARE, FusedCasts, fp8_casts
-from moesim.program.fused import dense_ffn_part
 from moesim.program.gemms import column_parallel, projection, row_parallel
+from moesim.program.networks import dense_ffn_part
 from moesim.program.operations import Operation
 from moesim.program.sizes import Step
 from moesim.program.writer import KernelWriter

@@ -12,12 +12,12 @@ from moesim.scenario.software import FUSED, SOFTWARE
 
 
 def test_a_software_with_one_other_fact_is_added_in_one_place(small, monkeypatch: pytest.MonkeyPatch) -> None:
-    exact = replace(FUSED, name="exact_head", fp32_logits=True)
+    exact = replace(FUSED, name="exact_head", switches=replace(FUSED.switches, loss="fp32"))
     with pytest.raises(UserError, match="fused"):
         small({"implementation.kind": exact.name})
     monkeypatch.setitem(SOFTWARE, exact.name, exact)
     plain, other = (simulate(small({"implementation.kind": name})).result for name in ("fused", exact.name))
-    assert other["step_time_s"] == plain["step_time_s"]
+    assert other["step_time_s"] > plain["step_time_s"]
     assert other["memory"]["peak_bytes"] > plain["memory"]["peak_bytes"]
 
 

@@ -11,7 +11,7 @@ from moe_cases import small_request
 
 from moesim.errors import UserError
 from moesim.kernels import kernel_model
-from moesim.program import torch_eager
+from moesim.program.router import router_part
 from moesim.program.stage import step_sizes
 from moesim.program.writer import KernelWriter
 from moesim.results.spans import Part
@@ -143,7 +143,7 @@ def router_kernels(kind: str) -> set[str]:
     router = PlainRouter.model_construct(kind=kind)
     scenario = scenario.model_copy(update={"routing": TrainRouting.model_construct(kind="train", router=router)})
     writer = KernelWriter(kernel_model(scenario.cluster.pools[0].spec, "roofline"), dtype="bf16", part=Part.ROUTER)
-    passes = torch_eager._router(writer, step_sizes(scenario, None))
+    passes = router_part(writer, step_sizes(scenario, None))
     return {operation.label.name for operations in passes for operation in operations}
 
 

@@ -1,0 +1,106 @@
+"""Both ends of the model by the switches: embedding, final norm, logits and loss."""
+
+import math
+
+from moesim.program.gemms import ACTIVATION_BYTES, collective, column_parallel, gather_tokens, scatter_tokens
+from moesim.program.norms import norm
+from moesim.program.operations import Operation
+from moesim.program.sizes import Passes, Step, chain
+from moesim.program.torch_host import backward, forward
+from moesim.program.torch_kernels import BF16, FP32, issued, moved, small
+from moesim.program.writer import KernelWriter
+from moesim.results.spans import Collective, Part, Phase
+from moesim.scenario.base import BYTES_PER_ELEMENT
+
+# Megatron-Core's cross entropy over shares of the vocabulary, in fp32: (name, kind, bytes per logit, operation).
+PARALLEL = (
+    ("cast", "cast", BF16 + FP32, "cast"),
+    ("max", "reduce", FP32, "reduce"),
+    ("shift", "mul", 2 * FP32, "plain"),
+    ("exp", "elementwise", 2 * FP32, "plain"),
+    ("sum", "reduce", FP32, "reduce"),
+    ("divide", "mul", 2 * FP32, "plain"),
+)
+PARALLEL_BACKWARD = (("scale", "mul", 2 * FP32, "mul"), ("cast", "cast", BF16 + FP32, "cast"))
+
+
+def embedding_part(w: KernelWriter, step: Step) -> Passes:
+    """Token embedding; tensor ranks look up their share of the vocabulary for all tokens and add up.
+
+    By torch its gradient starts from a table of zeros; tables of positions, where a step makes them once.
+    """
+    rows, width = step.gathered_tokens, step.model.hidden
+    ahead = issued(w.memory("embedding", "embedding", rows=rows, width=width), forward("module", "index_select"))
+    kind = "embedding" if step.switches.embedding == "gather" else "embedding_backward"
+    back = issued(w.backward.memory("embedding", kind, rows=rows, width=width), backward("index_select"))
+    tables = [small(w, "positions", forward(*["plain"] * 18), count=18)] if step.switches.rotary == "cached" else []
+    return (
+        [ahead, *scatter_tokens(w, "embedding.scatter", step, width=width), *tables],
+        [*gather_tokens(w.backward, "embedding.gather", step, width=width), back],
+    )
+
+
+def head_part(w: KernelWriter, step: Step) -> Passes:
+    """Final norm, logits and mean cross entropy; in chunks, a weight's gradients are added up chunk by chunk."""
+    model, chunks = step.model, step.switches.loss_chunks
+    columns = math.ceil(model.vocab / step.tensor)
+    logits = column_parallel(w, "head", step, k=model.hidden, n=model.vocab, dtype=w.wide_dtype)
+    more: Passes = ([], [])
+    if chunks > 1:
+        late, size = w.during(Phase.WEIGHT_GRADIENT), 3.0 * BF16 * columns * model.hidden
+        more = ([], [moved(late, "head.chunks", "elementwise", backward("accumulate"), bytes_=(chunks - 1) * size)])
+    return chain(
+        norm(w, "final_norm", step, tokens=step.tokens, width=model.hidden), more, logits, _loss(w.at(Part.LOSS), step)
+    )
+
+
+def _loss(w: KernelWriter, step: Step) -> Passes:
+    """Mean cross entropy; tensor ranks with a share of the vocabulary add up maxima, sums and the targets' logits."""
+    ways = {"fused": _in_place, "fp32": _in_fp32, "parallel": _step_by_step}
+    ahead, back = ways[step.switches.loss](w, step)
+    if step.tensor == 1:
+        return ahead, back
+    assert step.links is not None
+    prepared = step.links.reduce(step.tensor_peers, float(step.gathered_tokens * BYTES_PER_ELEMENT["fp32"]))
+    sums = [
+        collective(w, f"cross_entropy.{what}", step, prepared, step.tensor_peers, kind=Collective.ALL_REDUCE)
+        for what in ("max", "sum", "target")
+    ]
+    return [*sums, *ahead], back
+
+
+def _in_place(w: KernelWriter, step: Step) -> Passes:
+    """The logits read once, and their gradients written in their place."""
+    logits = step.gathered_tokens * math.ceil(step.model.vocab / step.tensor) * ACTIVATION_BYTES
+    ahead = [w.moved("cross_entropy", "elementwise", bytes_=logits)]
+    return ahead, [w.backward.moved("cross_entropy", "elementwise", bytes_=2 * logits)]
+
+
+def _in_fp32(w: KernelWriter, step: Step) -> Passes:
+    """A copy in fp32, torch's cross entropy of it, and the gradient back in bf16."""
+    tokens, columns = step.gathered_tokens, math.ceil(step.model.vocab / step.tensor)
+    cast = float(BF16 + FP32) * tokens * columns
+    loss = w.memory("cross_entropy", "cross_entropy_fp32", rows=tokens, width=columns)
+    loss_back = w.backward.memory("cross_entropy", "cross_entropy_fp32_backward", rows=tokens, width=columns)
+    return chain(
+        (
+            [moved(w, "logits.cast", "cast", forward("view", "cast"), bytes_=cast)],
+            [moved(w.backward, "logits.cast", "elementwise", backward("cast", "view"), bytes_=cast)],  # vectorised
+        ),
+        ([issued(loss, forward("cross_entropy"))], [issued(loss_back, backward("cross_entropy"))]),
+        ([small(w, "loss", forward("mul"))], [small(w.backward, "loss", backward("mul", "mul"), count=2)]),
+    )
+
+
+def _step_by_step(w: KernelWriter, step: Step) -> Passes:
+    """In fp32 kernel by kernel, the last result in place of the logits, and the gradient back in bf16."""
+    logits = float(step.gathered_tokens * math.ceil(step.model.vocab / step.tensor))
+    ahead: list[Operation] = [
+        moved(w, f"cross_entropy.{name}", kind, forward(call), bytes_=bytes_ * logits)
+        for name, kind, bytes_, call in PARALLEL
+    ]
+    back = [
+        moved(w.backward, f"cross_entropy.{name}", kind, backward(call), bytes_=bytes_ * logits)
+        for name, kind, bytes_, call in PARALLEL_BACKWARD
+    ]
+    return ahead, back

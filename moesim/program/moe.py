@@ -1,0 +1,115 @@
+"""A layer with experts: router, permutation, dispatch, experts, combine, shared experts; and the order of them.
+
+One micro-batch, forward:
+    router     norm, gate product, selection                          (`moesim.program.router`)
+    permute    [quantise to the dispatch dtype,] rows that leave      (`moesim.program.rows`)
+    dispatch   [counts, their read-back,] transfer   | beside it, where the software does so: shared experts
+    permute    the arrived copies in the order of the experts
+    experts    W1/W3, activation, W2                                  (`moesim.program.networks`)
+    permute    results in the order of arrival
+    combine    transfer
+    permute    weighted sum of a token's results
+The backward pass walks the same way back: the gradient of combine travels as a dispatch and the gradient of dispatch as
+a combine. With one expert-parallel rank there is no transfer and rows are gathered once.
+
+The router is whole on every rank and routes the tokens that the rank holds. Expert-tensor ranks hold slices of the same
+experts: behind the dispatch they gather each other's arrived copies, before the combine they reduce and scatter the
+partial sums (Megatron-Core's all-to-all dispatcher).
+
+Legend: see `moesim.program.loads`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from moesim.program.loads import LayerLoads
+from moesim.program.networks import Shared, experts_part, latent_part, shared_experts
+from moesim.program.norms import branch, residual
+from moesim.program.operations import Operation, Transfer, fork, join, readback, transfer
+from moesim.program.router import router_part
+from moesim.program.rows import expand, permute, reduce, unpermute
+from moesim.program.sizes import Passes, Step, chain
+from moesim.program.torch_host import backward, forward
+from moesim.program.torch_kernels import issued, small
+from moesim.program.writer import KernelWriter
+from moesim.results.spans import Collective, Part, Phase
+
+
+def _exchange(w: KernelWriter, name: str, category: str, transfers_M: Sequence[Transfer], **more: Any) -> Operation:
+    launches = (forward if w.phase is Phase.FORWARD else backward)("exchange")
+    way: dict[str, Any] = {"layer": w.layer, "phase": w.phase, "part": w.part, **more}
+    return issued(transfer(w.label(name).name, category, tuple(transfers_M), **way), launches)
+
+
+def _counted(w: KernelWriter, step: Step, loads: LayerLoads) -> list[Operation]:
+    """The exchange of how many rows will come, and its read-back."""
+    if loads.counts is None or not step.switches.counts:
+        return []
+    counted = w.at(Part.PERMUTE).at(Part.ROW_COUNTS)
+    return [
+        _exchange(counted, "dispatch.counts", "dispatch_exposed", (loads.counts,)),
+        small(counted, "dispatch.sums", forward("reduce", "reduce", "cat", "view", "view"), count=3),
+        readback("dispatch.readback", layer=w.layer),
+    ]
+
+
+def _send(loads: LayerLoads, w: KernelWriter, *, beside: list[Operation]) -> list[Operation]:
+    """Rows to their experts, kernels beside that, and then to the other slices of these experts."""
+    out = [_exchange(w, w.part, "dispatch_exposed", loads.dispatch_M, peers=loads.peers)] if loads.dispatch_M else []
+    way = {"peers": loads.slice_peers, "collective": Collective.ALL_GATHER}
+    shares = [_exchange(w, "experts.gather", "tensor", loads.gather_M, **way)] if loads.gather_M else []
+    return [*out, *beside, *shares]
+
+
+def _return(loads: LayerLoads, w: KernelWriter) -> list[Operation]:
+    """The way back of `_send`."""
+    way = {"peers": loads.slice_peers, "collective": Collective.REDUCE_SCATTER}
+    shares = [_exchange(w, "experts.scatter", "tensor", loads.scatter_M, **way)] if loads.scatter_M else []
+    back = [_exchange(w, w.part, "combine_exposed", loads.combine_M, peers=loads.peers)] if loads.combine_M else []
+    return [*shares, *back]
+
+
+def _remote(w: KernelWriter, step: Step, loads: LayerLoads, shared: tuple[Shared, Shared], experts: Passes) -> Passes:
+    """Everything between router and latent projection where rows travel."""
+    p = w.at(Part.PERMUTE)
+    moves = permute(p, step, loads), expand(p, step, loads), reduce(p, step, loads)
+    last = unpermute(p if step.switches.combine == "fused" else p.at(Part.COMBINE), step, loads)
+    quantise = [writer.memory("quantise", "quantise", rows=step.tokens, width=step.model.row_width)
+                for writer in (p, p.backward) if step.quantise]  # fmt: skip
+    ahead, behind = shared
+    in_order = step.shared_last and not step.shared_beside  # nothing of the layer runs beside anything
+    begin, end = ([], []) if in_order else ([fork(layer=w.layer)], [join(layer=w.layer)])
+    forward_pass = [*ahead.before, *quantise[:1], *moves[0][0], *_counted(w.at(Part.DISPATCH), step, loads), *begin]
+    forward_pass += [*_send(loads, w.at(Part.DISPATCH), beside=ahead.beside), *moves[1][0], *experts[0], *moves[2][0]]
+    forward_pass += [*_return(loads, w.at(Part.COMBINE)), *end, *ahead.behind, *last[0], *ahead.last]
+    backward_pass = [*behind.last, *behind.before, *quantise[1:], *last[1], *begin]
+    backward_pass += _send(loads, w.at(Part.COMBINE).backward, beside=behind.beside)
+    backward_pass += [*moves[2][1], *experts[1], *moves[1][1], *_return(loads, w.at(Part.DISPATCH).backward), *end]
+    return forward_pass, [*backward_pass, *behind.behind, *moves[0][1]]
+
+
+def _alone(w: KernelWriter, step: Step, loads: LayerLoads, shared: tuple[Shared, Shared], experts: Passes) -> Passes:
+    """The same where all experts are on one rank."""
+    p, (ahead, behind) = w.at(Part.PERMUTE), shared
+    first, second = permute(p, step, loads), expand(p, step, loads)
+    last = unpermute(p if step.switches.combine == "fused" else p.at(Part.COMBINE), step, loads)
+    return (
+        [*first[0], *second[0], *ahead.beside, *experts[0], *last[0], *ahead.last],
+        [*behind.last, *last[1], *behind.beside, *experts[1], *second[1], *first[1]],
+    )
+
+
+def moe_part(w: KernelWriter, step: Step, loads: LayerLoads) -> Passes:
+    """Router, shared experts, routed experts and what moves tokens between them; residual sum."""
+    rest = w.at(Part.ROUTER).at(Part.RESIDUAL)
+    down, up = latent_part(w.at(Part.EXPERTS), step)
+    shared = shared_experts(w.at(Part.SHARED_EXPERTS), step)
+    flow = _remote if step.remote else _alone
+    return chain(
+        branch(rest, "ffn.branch", step),
+        router_part(w.at(Part.ROUTER), step),
+        down,
+        flow(w, step, loads, shared, experts_part(w.at(Part.EXPERTS), step, loads)),
+        up,
+        residual(rest, "ffn.residual", step),
+    )

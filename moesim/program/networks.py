@@ -1,0 +1,251 @@
+"""Feed-forward networks by the switches: dense ones, shared experts, and the routed experts of every rank.
+
+Legend: see `moesim.program.loads`.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from moesim.kernels.families import GemmDirection
+from moesim.program.fp8_casts import NO_CASTS, fp8_casts
+from moesim.program.gemms import (
+    ACTIVATION_BYTES,
+    column_parallel,
+    gather_tokens,
+    projection,
+    row_parallel,
+    scatter_tokens,
+)
+from moesim.program.loads import LayerLoads
+from moesim.program.norms import branch, norm, residual, summed_gradients
+from moesim.program.operations import SIDE, Operation
+from moesim.program.sizes import Passes, Step, chain
+from moesim.program.torch_host import backward, forward
+from moesim.program.torch_kernels import BF16, accumulated, issued, moved
+from moesim.program.writer import KernelWriter
+from moesim.results.spans import Part, Phase
+from moesim.scenario.base import BYTES_PER_ELEMENT
+
+
+def _activation_bytes(w: KernelWriter, inputs: int) -> tuple[float, float]:
+    """Bytes per value of the result, forward and backward, of a fused activation of so many inputs.
+
+    All inputs read and one result written; backward those read and the gradients written. In FP8 the result is written
+    in FP8, and each gradient in FP8 both ways, which are as many bytes as in bf16.
+    """
+    result = BYTES_PER_ELEMENT["fp8"] if w.dtype == "fp8" else ACTIVATION_BYTES
+    return inputs * ACTIVATION_BYTES + result, (2 * inputs + 1) * ACTIVATION_BYTES
+
+
+def _activation(w: KernelWriter, name: str, step: Step, *, rows: ArrayLike, width: int, joined: bool) -> Passes:
+    """silu of one half of the columns times the other half, or, where networks are not gated, of all columns.
+
+    Unfused two kernels, backward three products and, where both halves come from one product, a joining copy.
+    """
+    inputs, again = step.model.ffn_matrices - 1, w.repeated_by("swiglu")
+    values = np.asarray(rows) * float(width)
+    if step.switches.activation == "fused":
+        forward_bytes, backward_bytes = _activation_bytes(w, inputs)
+        return (
+            [issued(again.moved(name, "elementwise", bytes_=forward_bytes * values), forward("silu"))],
+            [issued(w.backward.moved(name, "elementwise", bytes_=backward_bytes * values), backward("silu"))],
+        )
+    if inputs == 1:
+        return (
+            [moved(again, name, "silu", forward("silu"), bytes_=2 * BF16 * values)],
+            [moved(w.backward, name, "silu_backward", backward("silu"), bytes_=3 * BF16 * values)],
+        )
+    if joined:
+        back = w.backward.memory(name, "activation_backward", rows=rows, width=width)
+        return (
+            [issued(again.memory(name, "activation", rows=rows, width=width), forward("chunk", "silu", "mul"))],
+            [issued(back, backward("mul", "mul", "silu", "chunk"))],
+        )
+    product = 3.0 * BF16 * values
+    return (
+        [
+            moved(again, f"{name}.silu", "silu", forward("silu"), bytes_=2 * BF16 * values),
+            moved(again, name, "elementwise", forward("mul"), bytes_=product),
+        ],
+        [
+            *[moved(w.backward, name, "elementwise", backward("mul"), bytes_=product)] * 2,
+            moved(w.backward, f"{name}.silu", "silu_backward", backward("silu"), bytes_=product),
+        ],
+    )
+
+
+class _Network:
+    """W2(silu(W1 x) * W3 x), shared by tensor ranks; where the model's networks are not gated, W2 act(W1 x)."""
+
+    def __init__(self, w: KernelWriter, name: str, step: Step, *, width: int) -> None:
+        self.w, self.name, self.step = w, name, step
+        self.width = width // step.tensor
+        self.separate = step.switches.ffn_inputs == "separate" and step.model.gated
+        self.activation = _activation(
+            w, f"{name}.activation", step, rows=step.gathered_tokens, width=self.width, joined=not self.separate
+        )
+        self.inputs = step.model.ffn_matrices - 1
+        self.in_fp8 = step.switches.activation == "fused"  # which then writes FP8, and gradients both ways
+
+    def in_line(self) -> Passes:
+        """All of it on the writer's chain, collectives beside products where they can be."""
+        w, name, step, hidden = self.w, self.name, self.step, self.step.model.hidden
+        width, in_fp8 = self.width * step.tensor, self.in_fp8
+        if self.separate:
+            ends = self.enter(), self.leave()
+            return chain((ends[0][0], ends[1][1]), self.products(), (ends[1][0], ends[0][1]))
+        return chain(
+            column_parallel(w, f"{name}.w13", step, k=hidden, n=self.inputs * width, gradient_is_turned=in_fp8),
+            self.activation,
+            row_parallel(w, f"{name}.w2", step, k=width, n=hidden, input_is_fp8=in_fp8),
+        )
+
+    def products(self) -> Passes:
+        """The kernels alone, for gathered tokens."""
+        m, hidden, in_fp8 = self.step.gathered_tokens, self.step.model.hidden, self.in_fp8
+        last = projection(self.w, f"{self.name}.w2", m=m, k=self.width, n=hidden, input_is_fp8=in_fp8)
+        if self.separate:
+            return chain(
+                projection(self.w, f"{self.name}.w1", m=m, k=hidden, n=self.width, gradient_is_turned=in_fp8),
+                accumulated(self.w, f"{self.name}.w1.branch", m, hidden),
+                projection(self.w, f"{self.name}.w3", m=m, k=hidden, n=self.width, gradient_is_turned=in_fp8),
+                self.activation,
+                last,
+            )
+        first = projection(
+            self.w, f"{self.name}.w13", m=m, k=hidden, n=self.inputs * self.width, gradient_is_turned=in_fp8
+        )
+        return chain(first, self.activation, last)
+
+    def enter(self) -> Passes:
+        """The gathers before the kernels; backward those of the result's gradient and, once more, of the input."""
+        w, name, step, hidden = self.w, self.name, self.step, self.step.model.hidden
+        backward = gather_tokens(w.backward, f"{name}.w2.gather", step, width=hidden)
+        backward += gather_tokens(w.during(Phase.WEIGHT_GRADIENT), f"{name}.w13.gather.wgrad", step, width=hidden)
+        return gather_tokens(w, f"{name}.w13.gather", step, width=hidden), backward
+
+    def leave(self) -> Passes:
+        """The reduce-scatters behind the kernels."""
+        w, name, step, hidden = self.w, self.name, self.step, self.step.model.hidden
+        forward = scatter_tokens(w, f"{name}.w2.scatter", step, width=hidden)
+        return forward, scatter_tokens(w.backward, f"{name}.w13.scatter", step, width=hidden)
+
+
+def dense_ffn_part(w: KernelWriter, step: Step) -> Passes:
+    """Norm, the dense feed-forward network and residual sum."""
+    model, rest = step.model, w.at(Part.RESIDUAL)
+    return chain(
+        branch(rest, "ffn.branch", step),
+        norm(w, "ffn_norm", step, tokens=step.tokens, width=model.hidden),
+        _Network(w, "ffn", step, width=model.dense_intermediate).in_line(),
+        residual(rest, "ffn.residual", step),
+    )
+
+
+def _grouped(w: KernelWriter, name: str, *, rows: NDArray[np.int64], k: int, n: int, **casts: object) -> Passes:
+    """A product of every local expert with its rows, between the casts of FP8."""
+    half = backward("grouped") / 2
+
+    def kernel(direction: GemmDirection, launches: float) -> Operation:
+        return issued(w.grouped_gemm(name, rows=rows, k=k, n=n, direction=direction), launches)
+
+    found = NO_CASTS
+    if w.dtype == "fp8":
+        total = rows.sum(-1)
+        found = fp8_casts(w, name, inputs=total * float(k), outputs=total * float(n), **casts)  # type: ignore[arg-type]
+    return (
+        [*found.forward, kernel("forward", forward("grouped"))],
+        [*found.input_gradient, kernel("dgrad", half), *found.weight_gradient, kernel("wgrad", half)],
+    )
+
+
+def experts_part(w: KernelWriter, step: Step, loads: LayerLoads) -> Passes:
+    """The routed experts of every rank; durations follow the rows of its slots."""
+    h, width = step.model.row_width, step.model.expert_intermediate // step.expert_tensor
+    inputs, slots = step.model.ffn_matrices - 1, loads.slot_rows_MSRP
+    separate = step.switches.expert_inputs == "separate" and inputs > 1
+    arrives = step.quantise and step.remote  # in FP8, as the dispatch carries it, both ways
+    in_fp8 = step.switches.activation == "fused"
+    first = {"input_is_fp8": arrives, "gradient_is_turned": in_fp8}
+    if separate:
+        rows_h = 3.0 * BF16 * loads.rows_MSR * float(h)
+        total = moved(w.backward, "experts.branch", "elementwise", backward("accumulate"), bytes_=rows_h)
+        products = chain(
+            _grouped(w, "experts.w1", rows=slots, k=h, n=width, **first),
+            ([], [total]),
+            _grouped(w, "experts.w3", rows=slots, k=h, n=width, **first),
+        )
+    else:
+        products = _grouped(w, "experts.w13", rows=slots, k=h, n=inputs * width, **first)
+    rows = loads.rows_MSR
+    return chain(
+        products,
+        _filled(w, "experts.w13.fill", step, rows * float(inputs * width)),
+        _activation(w, "experts.activation", step, rows=rows, width=width, joined=not separate),
+        _gates_inside(w, step, rows * float(width)),
+        _grouped(w, "experts.w2", rows=slots, k=width, n=h, input_is_fp8=in_fp8, gradient_is_fp8=arrives),
+        _filled(w, "experts.w2.fill", step, rows * float(h)),
+    )
+
+
+def _filled(w: KernelWriter, name: str, step: Step, values: NDArray[np.float64]) -> Passes:
+    """Results whose rows of no expert are filled with zeros in a copy, as software does that has such rows."""
+    if step.switches.permute != "sentinels":
+        return [], []
+    each, kinds = 2.0 * BF16 * values, ("copy", "mul")
+    return (
+        [moved(w, name, kind, forward("mul") / 2, bytes_=each) for kind in kinds],
+        [moved(w.backward, name, kind, backward("mul") / 2, bytes_=each) for kind in kinds],
+    )
+
+
+def _gates_inside(w: KernelWriter, step: Step, values: NDArray[np.float64]) -> Passes:
+    """A row's gate on its activation, where that is no fused kernel."""
+    if step.switches.gates != "inside" or step.switches.activation == "fused":
+        return [], []
+    back = w.backward
+    return (
+        [moved(w, "experts.gates", "mul", forward("mul"), bytes_=2 * BF16 * values)],
+        [moved(back, "experts.gates", "mul_backward", backward("mul", "mul", "reduce"), bytes_=5 * BF16 * values)],
+    )
+
+
+def latent_part(w: KernelWriter, step: Step) -> tuple[Passes, Passes]:
+    """The projections of tokens to the width of the experts' rows, and of their results back; none for most models."""
+    model = step.model
+    if not model.expert_hidden:
+        return ([], []), ([], [])
+    hidden, width, tokens = model.hidden, model.expert_hidden, step.tokens
+    down = projection(w, "experts.down", m=tokens, k=hidden, n=width)
+    return down, projection(w, "experts.up", m=tokens, k=width, n=hidden)
+
+
+class Shared(NamedTuple):
+    """One direction of the shared experts: before the dispatch, beside it, behind the combine, last of all."""
+
+    before: list[Operation]
+    beside: list[Operation]
+    behind: list[Operation]
+    last: list[Operation]
+
+
+def shared_experts(w: KernelWriter, step: Step) -> tuple[Shared, Shared]:
+    """Forward, backward. Beside the dispatch their collectives lie around it, as in Megatron-Core's overlap."""
+    model = step.model
+    if not model.shared_experts:
+        return Shared([], [], [], []), Shared([], [], [], [])
+    width, more = model.shared_width, summed_gradients(w, "shared.branch", step, tokens=step.tokens)
+    total = residual(w, "shared.sum", step)
+    if not (step.remote and step.shared_beside):
+        whole = chain(more, _Network(w, "shared", step, width=width).in_line(), total)
+        if step.shared_last:
+            return Shared([], [], [], whole[0]), Shared([], [], [], whole[1])
+        return Shared([], whole[0], [], []), Shared([], whole[1], [], [])
+    network = _Network(w.at(Part.SHARED_EXPERTS, chain=SIDE), "shared", step, width=width)
+    enter, products, leave = network.enter(), network.products(), network.leave()
+    return (
+        Shared(enter[0], products[0], leave[0], total[0]),
+        Shared(enter[1], products[1], [*leave[1], *more[1]], []),
+    )

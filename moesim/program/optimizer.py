@@ -1,0 +1,71 @@
+"""The optimizer by the switches: Adam over the parameters that a rank updates, and the norm of their gradients.
+
+Of p parameters with gradients of g bytes, moments of o, weights of w, and perhaps a master copy of 4:
+    fused     one kernel: g + 4 o + 2 w; with a master copy g + 4 o + 8 and the weights written, w, or, where they are
+              cast behind it, 4 + w by a kernel of its own
+    foreach   torch's eight kernels over lists of tensors: 4 w + 2 g + 14 o, of the master copy where there is one
+    loop      the same eight over every tensor
+"""
+
+from moesim.kernels import KernelModel
+from moesim.program.operations import Block, Operation
+from moesim.program.torch_host import forward
+from moesim.program.torch_kernels import issued, moved
+from moesim.program.writer import KernelWriter
+from moesim.results.spans import Part, Phase
+from moesim.scenario import Scenario
+from moesim.scenario.base import BYTES_PER_ELEMENT
+
+TENSORS_OF_LAYER = 12  # of weights, about: what a loop over them launches
+
+
+def optimizer_block(scenario: Scenario, kernels: KernelModel, *, parameters: float) -> Block:
+    """AdamW over `parameters` local parameters, behind the norm of their gradients where these are clipped."""
+    precision, software = scenario.workload.precision, scenario.implementation.software
+    switches = scenario.implementation.switches
+    w = KernelWriter(kernels, dtype=precision.gemm, part=Part.OPTIMIZER).during(Phase.OPTIMIZER)
+    in_bf16 = software.bf16_optimizer and precision.optimizer == "bf16"
+    kind = "optimizer_bf16" if in_bf16 else "optimizer_fp32"
+    size, has_master = BYTES_PER_ELEMENT, precision.master == "fp32"
+    gradients, moments = size[precision.gradients], size[precision.optimizer]
+    weights = size["fp32"] if has_master else size[precision.weights]
+    out: list[Operation] = _norm(w, scenario, parameters=parameters)
+    cast_behind = has_master and (switches.weight_copy or switches.optimizer != "fused")
+    if switches.optimizer == "fused":
+        per_parameter = gradients + 4 * moments + 2 * size[precision.weights]
+        if has_master:
+            per_parameter += 2 * size["fp32"] - size[precision.weights]  # the weights are then only written
+        if cast_behind:
+            per_parameter -= size[precision.weights]
+        out.append(w.moved("adamw", kind, bytes_=parameters * per_parameter))
+    else:
+        tensors = TENSORS_OF_LAYER * scenario.model.layers / scenario.parallelism.pipeline
+        launches = forward("plain") * (tensors if switches.optimizer == "loop" else 1)
+        steps = {
+            "decay": 2 * weights,
+            "first_moment": 2 * moments + gradients,
+            "second_moment": 2 * moments,
+            "square": 2 * moments + gradients,
+            "root": 2 * moments,
+            "correction": 2 * moments,
+            "epsilon": 2 * moments,
+            "update": 2 * weights + 2 * moments,
+        }
+        for name, bytes_each in steps.items():
+            step = w.moved(f"adamw.{name}", "elementwise", bytes_=parameters * bytes_each)
+            out.append(issued(step, launches))
+    if cast_behind:
+        bytes_each = size["fp32"] + size[precision.weights]
+        out.append(w.moved("weights.cast", "cast", bytes_=parameters * bytes_each))
+    return Block("optimizer", tuple(out))
+
+
+def _norm(w: KernelWriter, scenario: Scenario, *, parameters: float) -> list[Operation]:
+    """The norm of the gradients, and by torch's foreach also their scaling, which it does at any norm."""
+    way = scenario.implementation.switches.gradient_norm
+    if scenario.workload.gradient_clipping is None or way == "free":
+        return []
+    size = parameters * BYTES_PER_ELEMENT[scenario.workload.precision.gradients]
+    read = moved(w, "gradients.norm", "reduce", forward("reduce"), bytes_=size)
+    scaled = moved(w, "gradients.scale", "elementwise", forward("mul"), bytes_=2 * size)
+    return [read, scaled] if way == "foreach" else [read]

@@ -1,0 +1,291 @@
+"""How rows get in the order of the experts and back, by the switches, on one rank: permute, expand, reduce, unpermute.
+
+    permute    tokens to the rows (or, deduplicated, the copies of tokens) that leave
+    expand     what has arrived to the rows of the local experts
+    reduce     results back to what arrived
+    unpermute  the weighted sum of a token's results
+Fused each is a gather of rows or a sum that reads every row once and writes every sum once. Otherwise ids are sorted,
+or masks of tokens by experts made, rows gathered, scaled and added by kernels of their own; gradients of a gather are
+added into zeros.
+
+Legend: see `moesim.program.loads`.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from moesim.kernels.odd_kernels import SUMMED_BYTES, SUMMED_S
+from moesim.program.loads import LayerLoads
+from moesim.program.operations import Operation, compute, readback
+from moesim.program.sizes import Passes, Step, chain
+from moesim.program.torch_host import backward, forward
+from moesim.program.torch_kernels import BF16, FP32, INT64, issued, moved, small
+from moesim.program.writer import KernelWriter
+
+MAP_BYTES = 37.0  # per token and expert: gates and map filled, scattered into, and the map as numbers and as flags
+
+
+def _sum_bytes(read_rows: ArrayLike, written_rows: ArrayLike, hidden: int) -> NDArray[np.float64]:
+    """A fused weighted sum reads every row once and writes every sum once."""
+    return np.asarray((np.asarray(read_rows) + np.asarray(written_rows)) * float(hidden * BF16))
+
+
+def _summed(w: KernelWriter, name: str, *, values: ArrayLike) -> list[Operation]:
+    """`values` numbers added to the rows that ids name, which are sorted first."""
+    add = w.moved(name, "elementwise", bytes_=SUMMED_BYTES * np.asarray(values, dtype=np.float64))
+    passes = compute(w.label(f"{name}.sort"), SUMMED_S, source=add.source, chain=w.chain, launches=0.0)
+    return [issued(passes, 0.0), issued(add, 0.0)]
+
+
+def _gathered(
+    w: KernelWriter, step: Step, name: str, *, rows: NDArray[Any], of: ArrayLike, width: int, bytes_each: float = BF16
+) -> Passes:
+    """`rows` rows gathered from `of` rows; backward they are added into as many zeros."""
+    zeros = bytes_each * width * np.asarray(of, dtype=np.float64)
+    zero = moved(w.backward, name, "zero", backward("index_select"), bytes_=zeros)
+    if bytes_each == BF16:
+        ahead = issued(w.memory(name, "permute", rows=rows, width=width), forward("index_select"))
+    else:
+        ahead = moved(w, name, "permute", forward("index_select"), bytes_=2 * bytes_each * width * rows)
+    if step.switches.gather_backward == "index_put":
+        return [ahead], [zero, *_summed(w.backward, name, values=rows * float(width))]
+    return [ahead], [zero, issued(w.backward.memory(name, "unpermute", rows=rows, width=width), 0.0)]
+
+
+def _rows_gathered(w: KernelWriter, step: Step, name: str, *, rows: NDArray[Any], of: ArrayLike) -> Passes:
+    """As `_gathered`, of whole rows; a fused sum of gradients needs no zeros."""
+    width = step.model.row_width
+    if step.switches.gather_backward == "fused":
+        add = w.backward.moved(name, "elementwise", bytes_=_sum_bytes(rows, of, width))
+        return [issued(w.memory(name, "permute", rows=rows, width=width), forward("index_select"))], [add]
+    return _gathered(w, step, name, rows=rows, of=of, width=width)
+
+
+def _masked_on_arrival(step: Step) -> bool:
+    """Whether masks are made of copies that have arrived: the dispatch takes tokens as they are."""
+    return step.switches.permute == "mask" and step.deduplicated and step.remote
+
+
+def permute(w: KernelWriter, step: Step, loads: LayerLoads) -> Passes:
+    """The rows, or copies of tokens, that leave this rank, or stay where it is alone."""
+    way = "fused" if _masked_on_arrival(step) else step.switches.permute
+    out = loads.copies_out_MSR if step.remote or way != "fused" else loads.rows_MSR
+    if way == "fused":
+        add = w.backward.moved("permute", "elementwise", bytes_=_sum_bytes(out, step.tokens, step.model.row_width))
+        rows = [issued(w.memory("permute", "permute", rows=out, width=step.model.row_width), forward("index_select"))]
+        return rows, [add]
+    order = {"sort": _sorted_ids, "mask": _masked_ids, "sentinels": _checked_ids}
+    ahead = order[way](w, step, out)
+    return chain(ahead, _rows_gathered(w, step, "permute.gather", rows=out, of=step.tokens), _emptied(w, step, out))
+
+
+def _sorted_ids(w: KernelWriter, step: Step, out: NDArray[Any]) -> Passes:
+    """Counts by scatter-add; a stable argsort of the ids; the token of each row."""
+    del step
+    return [
+        small(w, "permute.zeros", forward("zeros", "view")),
+        moved(w, "permute.ones", "zero", forward("zeros"), bytes_=float(INT64) * out),
+        issued(w.memory("permute.count", "histogram", rows=out), forward("plain")),
+        issued(w.memory("permute.sort", "sort", rows=out), forward("sort")),
+        moved(w, "permute.tokens", "copy", forward("plain"), bytes_=2.0 * INT64 * out),
+    ], []
+
+
+def _masked_ids(w: KernelWriter, step: Step, out: NDArray[Any]) -> Passes:
+    """A map of tokens by experts turned around; what it selects of the numbers of tokens, and of gates.
+
+    How much that is the host reads back, once for each.
+    """
+    places = float(step.tokens * step.model.experts)
+    turned = moved(w, "permute.turn", "mul", forward("cat"), bytes_=2.0 * places)
+    gates = moved(w, "permute.turn_gates", "mul", forward("cat"), bytes_=2.0 * FP32 * places)
+
+    def select(name: str, bytes_each: int) -> list[Operation]:
+        bytes_ = 2.0 * places + (INT64 + 2.0 * bytes_each) * out
+        return [moved(w, name, "elementwise", forward("gather"), bytes_=bytes_), readback(name, layer=w.layer)]
+
+    made = moved(
+        w, "permute.map", "elementwise", forward("zeros", "gather", "zeros", "gather"), bytes_=MAP_BYTES * places
+    )
+    back = moved(w.backward, "permute.select_gates", "elementwise", backward("gather"), bytes_=2.0 * FP32 * places)
+    return [made, turned, *select("permute.select", INT64), gates, *select("permute.select_gates", FP32)], [back]
+
+
+def _checked_ids(w: KernelWriter, step: Step, out: NDArray[Any]) -> Passes:
+    """A sort of the ids, the token and the gate of each row, counts, and which rows belong to no expert."""
+    size = float(FP32 if step.switches.gates == "fp32" else BF16)
+    ids = float(INT64) * out
+    ahead = [
+        issued(w.memory("permute.sort", "sort", rows=out), forward("sort")),
+        moved(w, "permute.tokens", "elementwise", forward("plain"), bytes_=2 * ids),
+        moved(w, "permute.ids", "cast", forward("cast"), bytes_=1.5 * ids),
+        small(w, "permute.offsets", forward("plain", "cumsum"), count=2),
+        moved(w, "permute.check", "elementwise", forward("plain"), bytes_=1.125 * ids),
+        moved(w, "permute.clamp", "elementwise", forward("plain"), bytes_=2 * ids),
+    ]
+    gates = _gathered(w, step, "permute.gates", rows=out, of=out, width=1, bytes_each=size)
+    return chain((ahead, []), gates)
+
+
+def _emptied(w: KernelWriter, step: Step, out: NDArray[Any]) -> Passes:
+    """Rows of no expert set to zero in place; backward in a copy."""
+    if step.switches.permute != "sentinels":
+        return [], []
+    each = 2.0 * BF16 * step.model.row_width * out
+    return (
+        [moved(w, "permute.fill", "mul", forward("plain"), bytes_=each)],
+        [moved(w.backward, "permute.fill", kind, backward("mul") / 2, bytes_=each) for kind in ("copy", "mul")],
+    )
+
+
+def expand(w: KernelWriter, step: Step, loads: LayerLoads) -> Passes:
+    """The rows of the local experts, from the copies that have arrived; where nothing travels, where they end."""
+    rows, hidden = loads.rows_MSR, step.model.row_width
+    way = step.switches.permute
+    if not step.remote:
+        return ([small(w, "permute.offsets", forward("cumsum"))], []) if way == "sort" else ([], [])
+    if way == "fused":
+        gradient = _sum_bytes(rows, loads.copies_in_MSR, hidden)
+        return (
+            [w.memory("expand", "permute", rows=rows, width=hidden)],
+            [w.backward.moved("expand", "elementwise", bytes_=gradient)],
+        )
+    if _masked_on_arrival(step):
+        gathered = _rows_gathered(w, step, "permute.gather", rows=rows, of=loads.copies_in_MSR)
+        return chain(_masked_ids(w, step, rows), gathered)
+    if way == "mask":
+        return _chunks(w, "permute.chunks", rows, hidden)
+    order = [
+        small(w, "permute.local_ids", forward("plain", "plain", "cumsum"), count=3),
+        moved(w, "permute.local_rows", "zero", forward("plain"), bytes_=float(INT64) * rows),
+        moved(w, "permute.local_experts", "copy", forward("index_select"), bytes_=2.0 * INT64 * rows),
+        issued(w.memory("permute.local_sort", "sort", rows=rows), forward("sort")),
+        moved(w, "permute.numbers", "zero", forward("empty", "plain"), bytes_=float(INT64) * rows),
+        moved(w, "permute.inverse", "elementwise", forward("plain"), bytes_=3.0 * INT64 * rows),
+        small(w, "permute.offsets", forward("reduce", "cumsum"), count=2),
+    ]
+    return chain((order, []), _rows_gathered(w, step, "permute.expand", rows=rows, of=rows))
+
+
+def _chunks(w: KernelWriter, name: str, rows: NDArray[Any], hidden: int) -> Passes:
+    """Chunks of rows, by rank and expert, joined in another order."""
+    each = 2.0 * BF16 * hidden * rows
+    return (
+        [moved(w, name, "copy", forward("chunk", "cat"), bytes_=each)],
+        [moved(w.backward, name, "copy", backward("chunk", "cat"), bytes_=each)],
+    )
+
+
+def reduce(w: KernelWriter, step: Step, loads: LayerLoads) -> Passes:
+    """What travels back: results in the order of arrival, those of one copy summed where it had several experts."""
+    rows, hidden = loads.rows_MSR, step.model.row_width
+    if not step.remote:
+        return [], []
+    if step.switches.permute == "fused":
+        return (
+            [w.moved("reduce", "elementwise", bytes_=_sum_bytes(rows, loads.copies_in_MSR, hidden))],
+            [w.backward.memory("reduce", "permute", rows=rows, width=hidden)],
+        )
+    if _masked_on_arrival(step):
+        return _added(w, rows, of=loads.copies_in_MSR, hidden=hidden)
+    if step.switches.permute == "mask":
+        return _chunks(w, "permute.restore", rows, hidden)
+    return _rows_gathered(w, step, "permute.restore", rows=rows, of=rows)
+
+
+def unpermute(w: KernelWriter, step: Step, loads: LayerLoads) -> Passes:
+    """The weighted sum of every token's results."""
+    hidden = step.model.row_width
+    if step.switches.combine == "fused" or _masked_on_arrival(step):
+        back = loads.copies_out_MSR if step.remote else loads.rows_MSR
+        return (
+            [w.moved("unpermute", "elementwise", bytes_=_sum_bytes(back, step.tokens, hidden))],
+            [w.backward.memory("unpermute", "permute", rows=back, width=hidden)],
+        )
+    out = loads.copies_out_MSR
+    if step.switches.combine == "sum":
+        return chain(_scaled(w, step, out), _summed_in_order(w, step, out))
+    add = _added(w, out, of=step.tokens, hidden=hidden)
+    if step.switches.gates == "inside":
+        return add
+    if step.switches.gates == "fp32":
+        return chain(_gates(w, out), _scaled(w, step, out), _narrowed(w, out * float(hidden)), add)
+    scale = (
+        [issued(w.memory("combine.scale", "mul", rows=out, width=hidden), forward("mul"))],
+        [
+            issued(
+                w.backward.memory("combine.scale", "mul_backward", rows=out, width=hidden),
+                backward("mul", "mul", "reduce"),
+            ),
+            small(w.backward, "combine.cast", backward("view", "cast")),
+        ],
+    )
+    cast = [moved(w, "combine.cast", "cast", forward("cast", "view"), bytes_=float(BF16 + FP32) * out)]
+    zeros, added = add[0]
+    return [*_gates(w, out)[0], *cast, zeros, *scale[0], added], [*add[1], *scale[1], *_gates(w, out)[1]]
+
+
+def _added(w: KernelWriter, rows: NDArray[Any], *, of: ArrayLike, hidden: int) -> Passes:
+    """`rows` rows added into `of` rows of zeros; backward a gather."""
+    zeros = float(BF16) * hidden * np.asarray(of, dtype=np.float64)
+    back = w.backward.memory("combine.add", "unpermute_backward", rows=rows, width=hidden)
+    return (
+        [
+            moved(w, "combine.zeros", "zero", forward("zeros"), bytes_=zeros),
+            issued(w.memory("combine.add", "unpermute", rows=rows, width=hidden), forward("index_add")),
+        ],
+        [issued(back, backward("index_add"))],
+    )
+
+
+def _gates(w: KernelWriter, out: NDArray[Any]) -> Passes:
+    """The gate of each row."""
+    bytes_ = float(INT64 + 2 * FP32) * out
+    return (
+        [moved(w, "combine.gates", "elementwise", forward("view", "index_select"), bytes_=bytes_)],
+        [moved(w.backward, "combine.gates", "elementwise", backward("index_select", "view"), bytes_=bytes_)],
+    )
+
+
+def _scaled(w: KernelWriter, step: Step, out: NDArray[Any]) -> Passes:
+    """Rows times their gates, in the format of the gates; backward of either, and the sums of the gates'."""
+    values = out * float(step.model.row_width)
+    wide = step.switches.gates == "fp32"
+    size = float(FP32 if wide else BF16)
+    back = w.backward
+    narrow = [moved(back, "combine.narrow", "cast", backward("cast"), bytes_=(FP32 + BF16) * values)] if wide else []
+    return (
+        [moved(w, "combine.scale", "mul", forward("mul"), bytes_=(BF16 + size) * values)],
+        [
+            moved(back, "combine.scale", "elementwise", backward("mul"), bytes_=(2 * size + BF16) * values),
+            moved(back, "combine.scale", "mul", backward("mul"), bytes_=2 * size * values),
+            *narrow,
+            moved(back, "combine.scale", "reduce", backward("reduce"), bytes_=size * values),
+        ],
+    )
+
+
+def _narrowed(w: KernelWriter, values: NDArray[Any]) -> Passes:
+    """fp32 results to bf16."""
+    bytes_ = (FP32 + BF16) * values
+    return (
+        [moved(w, "combine.narrow", "cast", forward("cast"), bytes_=bytes_)],
+        [moved(w.backward, "combine.widen", "cast", backward("cast"), bytes_=bytes_)],
+    )
+
+
+def _summed_in_order(w: KernelWriter, step: Step, out: NDArray[Any]) -> Passes:
+    """Rows back in the order of tokens by the inverse of the sort, and a sum over each token's."""
+    hidden = step.model.row_width
+    wide = step.switches.gates == "fp32"
+    size, total = float(FP32 if wide else BF16), float(step.tokens * hidden)
+    ids = [moved(w, "combine.inverse", "elementwise", forward("plain", "plain"), bytes_=4.0 * INT64 * out)]
+    values = out * float(hidden)
+    sums = (
+        [moved(w, "combine.sum", "reduce", forward("reduce"), bytes_=size * (values + total))],
+        [moved(w.backward, "combine.sum", "copy", backward("reduce"), bytes_=size * (values + total))],
+    )
+    rows = _gathered(w, step, "combine.rows", rows=out, of=out, width=hidden, bytes_each=size)
+    return chain((ids, []), rows, sums, _narrowed(w, np.asarray(total)) if wide else ([], []))
