@@ -54,10 +54,12 @@ def _gathered(
     return [ahead], [zero, issued(w.backward.memory(name, "unpermute", rows=rows, width=width), 0.0)]
 
 
-def _rows_gathered(w: KernelWriter, step: Step, name: str, *, rows: NDArray[Any], of: ArrayLike) -> Passes:
+def _rows_gathered(
+    w: KernelWriter, step: Step, name: str, *, rows: NDArray[Any], of: ArrayLike, fused: bool = False
+) -> Passes:
     """As `_gathered`, of whole rows; a fused sum of gradients needs no zeros."""
     width = step.model.row_width
-    if step.switches.gather_backward == "fused":
+    if fused or step.switches.gather_backward == "fused":
         add = w.backward.moved(name, "elementwise", bytes_=_sum_bytes(rows, of, width))
         return [issued(w.memory(name, "permute", rows=rows, width=width), forward("index_select"))], [add]
     return _gathered(w, step, name, rows=rows, of=of, width=width)
@@ -72,10 +74,9 @@ def permute(w: KernelWriter, step: Step, loads: LayerLoads) -> Passes:
     """The rows, or copies of tokens, that leave this rank, or stay where it is alone."""
     way = "fused" if _masked_on_arrival(step) else step.switches.permute
     out = loads.copies_out_MSR if step.remote or way != "fused" else loads.rows_MSR
+    inside = _masked_on_arrival(step)  # of the dispatch's own kernels
     if way == "fused":
-        add = w.backward.moved("permute", "elementwise", bytes_=_sum_bytes(out, step.tokens, step.model.row_width))
-        rows = [issued(w.memory("permute", "permute", rows=out, width=step.model.row_width), forward("index_select"))]
-        return rows, [add]
+        return _rows_gathered(w, step, "permute", rows=out, of=step.tokens, fused=inside)
     order = {"sort": _sorted_ids, "mask": _masked_ids, "sentinels": _checked_ids}
     ahead = order[way](w, step, out)
     return chain(ahead, _rows_gathered(w, step, "permute.gather", rows=out, of=step.tokens), _emptied(w, step, out))
@@ -147,11 +148,7 @@ def expand(w: KernelWriter, step: Step, loads: LayerLoads) -> Passes:
     if not step.remote:
         return ([small(w, "permute.offsets", forward("cumsum"))], []) if way == "sort" else ([], [])
     if way == "fused":
-        gradient = _sum_bytes(rows, loads.copies_in_MSR, hidden)
-        return (
-            [w.memory("expand", "permute", rows=rows, width=hidden)],
-            [w.backward.moved("expand", "elementwise", bytes_=gradient)],
-        )
+        return _rows_gathered(w, step, "expand", rows=rows, of=loads.copies_in_MSR)
     if _masked_on_arrival(step):
         gathered = _rows_gathered(w, step, "permute.gather", rows=rows, of=loads.copies_in_MSR)
         return chain(_masked_ids(w, step, rows), gathered)

@@ -6,7 +6,7 @@ E experts of this rank, R = T K rows that leave, I rows that arrive.
 The plain eager way: rows sorted by expert (stable argsort), counts exchanged and read back on the host, one row per
 (token, expert) in one all-to-all, a second sort by local expert, two grouped products, and the way back. Nothing is
 dropped. Expert weights are those of `RoutedExperts`, gates those of the routers, shared experts `SharedExperts`.
-the settings of `torch_eager` (`moesim.scenario.software`) have the kernels of this file one by one, in
+The settings of `torch_eager` (`moesim.scenario.software`) have the kernels of this file one by one, in
 `moesim.program.rows` and `router`: change both together.
 """
 
