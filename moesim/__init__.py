@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moesim.api import (
+        Goodput,
         GpuSpec,
         InfeasibleError,
         PointRecord,
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
         UserError,
         command_line,
         from_megatron,
+        goodput,
         gpus,
         load_scenario,
         load_trace,
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "Goodput",
     "GpuSpec",
     "InfeasibleError",
     "PointRecord",
@@ -38,6 +41,7 @@ __all__ = [
     "UserError",
     "command_line",
     "from_megatron",
+    "goodput",
     "gpus",
     "load_scenario",
     "load_trace",

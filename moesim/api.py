@@ -20,6 +20,7 @@ from moesim.flags.software import WRITERS
 from moesim.planner.folder import Folder
 from moesim.planner.loading import load_plan
 from moesim.planner.planning import Watching, make_plan
+from moesim.reliability import Goodput, goodput
 from moesim.results import RunRecord
 from moesim.routing.progress import ProgressCallback
 from moesim.run import obtain_trace, simulate
@@ -38,6 +39,7 @@ from moesim.whatif import what_if
 Overrides = Mapping[str, Any]
 
 __all__ = [
+    "Goodput",
     "GpuSpec",
     "InfeasibleError",
     "PointRecord",
@@ -47,6 +49,7 @@ __all__ = [
     "UserError",
     "command_line",
     "from_megatron",
+    "goodput",
     "gpus",
     "load_scenario",
     "load_trace",

@@ -25,7 +25,7 @@ LAYER = {
     "program": 7,
     "engine": 7.5,
     "run": 8,
-    "study": 8.5, "importing": 8.5, "serving": 8.5, "goodput": 8.5,
+    "study": 8.5, "importing": 8.5, "serving": 8.5, "reliability": 8.5,
     "planner": 9, "report": 9, "sweeper": 9, "validation": 9, "whatif": 9,
     "api": 9.5,
     "cli": 10,

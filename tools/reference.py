@@ -25,6 +25,7 @@ from reference_keys import KeyPage, cell, table  # noqa: E402
 import moesim  # noqa: E402
 from moesim.cli.parser import build  # noqa: E402
 from moesim.planner.loading import plan_json_schema  # noqa: E402
+from moesim.reliability.definitions import GOODPUT_DEFINITIONS as GOODPUT  # noqa: E402
 from moesim.results.definitions import SECTIONS  # noqa: E402
 from moesim.scenario import json_schema  # noqa: E402
 from moesim.serving.json_schema import serving_json_schema  # noqa: E402
@@ -182,6 +183,8 @@ def metrics() -> str:
     for title, sentence, section in SECTIONS:
         rows = [(f"`{_shown_path(path)}`", cell(found.unit), cell(found.text)) for path, found in section.items()]
         lines += [f"## {title}", "", sentence, "", *table(("key", "unit", "what it is"), rows), ""]
+    rows = [(f"`{_shown_path(path)}`", cell(found.unit), cell(found.text)) for path, found in GOODPUT.items()]
+    lines += ["## Days with failures", "", GOODPUT_HEAD, "", *table(("key", "unit", "what it is"), rows), ""]
     lines += ["## Arrays", "", ARRAYS_HEAD, "", "```", *_arrays(), "```", ""]
     return "\n".join(lines)
 
@@ -189,6 +192,8 @@ def metrics() -> str:
 METRICS_HEAD = """`result.json` of a run's folder, `moesim run --json`, `moesim.simulate(...).result` in Python and the
 columns of `--csv` hold the same numbers under the same names. A `[]` stands for the items of a list. Names end in their
 unit where they have one."""
+GOODPUT_HEAD = """`moesim goodput --json`, the `.json` beside its page and `moesim.goodput(...).result` in Python.
+`schema_version` grows when a number changes its meaning or name."""
 ARRAYS_HEAD = "`arrays.npz` of a run's folder, and `arrays` of a `RunRecord` in Python; the last letters are the axes."
 
 

@@ -6,18 +6,16 @@ from typing import TYPE_CHECKING
 from moesim.cli.flags import add_cache, add_csv, add_force, add_json, add_quiet, add_scenario, load
 from moesim.cli.outputs import add_page, place_of_page, print_csv, write_page
 from moesim.cli.session import interrupts_say, kept_of_training, watched_training
-from moesim.errors import UserError
 from moesim.strict_json import json_text
 
 if TYPE_CHECKING:
-    from moesim.goodput import Goodput
+    from moesim.reliability import Goodput
     from moesim.scenario import Scenario
 
 NAME = "goodput"
 SUMMARY = (
     "Train for days with failures, checkpoints and slow parts: kept work, lost time by cause, best interval, price."
 )
-MOST_SEEDS = 1_000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,8 +34,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """Simulate, print, plot. Raises UserError, InfeasibleError and Interrupted."""
-    if not 1 <= args.seeds <= MOST_SEEDS:
-        raise UserError(f"--seeds {args.seeds} must be 1 to {MOST_SEEDS:,}")
     scenario = load(args)
     path = None if args.csv and args.out is None else place_of_page(args, name=scenario.name, file=f"{NAME}.html")
     found = _goodput(scenario, args)
@@ -45,18 +41,19 @@ def execute(args: argparse.Namespace) -> int:
 
     if path is not None:
         write_page(goodput_page(found), path, force=args.force)
+        write_page(json_text(found.result, indent=1) + "\n", path.with_suffix(".json"), force=args.force)
     if args.json:
         print(json_text(found.result, indent=1))
     elif args.csv:
         print_csv([found.result])
-    elif not args.quiet:
+    elif not args.quiet and path is not None:
         print_goodput(found.result)
-        print(f"\nplotted in {path}")
+        print(f"\nplotted in {path}, its numbers in {path.with_suffix('.json')}")
     return 0
 
 
 def _goodput(scenario: "Scenario", args: argparse.Namespace) -> "Goodput":
-    from moesim.goodput import goodput
+    from moesim.reliability import goodput
 
     quiet = args.quiet or args.json or args.csv
     with interrupts_say(lambda: kept_of_training(scenario, args.cache)), watched_training(quiet=quiet) as progress:

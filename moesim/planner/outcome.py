@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
 from moesim.errors import InfeasibleError
-from moesim.goodput import LEAST_WORK, Step, goodput_of_step, kept_share
-from moesim.goodput.job_of_scenario import job_causes
 from moesim.planner.plan import Objective, Plan
+from moesim.reliability import LEAST_WORK, Step, goodput_of_step, kept_share
+from moesim.reliability.job_of_scenario import job_causes
 from moesim.results.economy import cost, utilisation
 from moesim.scenario import Scenario
 

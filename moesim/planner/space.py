@@ -13,8 +13,8 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from moesim.errors import UserError
-from moesim.goodput import check_failures
 from moesim.planner.plan import Choices, Plan
+from moesim.reliability import check_failures
 from moesim.scenario import (
     Capacity,
     Cluster,

@@ -10,7 +10,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from moesim.engine.job import SECONDS_PER_DAY, Ledger
-from moesim.goodput import Goodput
+from moesim.reliability import Goodput
 from moesim.report.facts import Fact, percent
 from moesim.report.figures import blank
 from moesim.report.page import Page

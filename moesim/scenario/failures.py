@@ -123,7 +123,18 @@ class Slow(Section):
     factor: Efficiency = Field(description="Share of its speed or bandwidth that is left.")
     start: Period = Field(default=0.0, description="When it begins, from the start of the job.")
     lasts: PositivePeriod | None = Field(default=None, description="How long it lasts; absent: to the end.")
+    every: PositivePeriod | None = Field(
+        default=None,
+        description="It flaps: from start on it comes at random, in the mean so long behind the end of the last time, "
+        "and lasts as long as lasts says; absent: it comes once.",
+    )
     node: Index = Field(default=0, description="The node whose links are slow; of no account for a rank.")
+
+    @model_validator(mode="after")
+    def _ends(self) -> "Slow":
+        if self.every is not None and self.lasts is None:
+            raise ValueError("what comes again needs lasts beside every: how long each time lasts, such as 30 s")
+        return self
 
 
 class Failures(Section):

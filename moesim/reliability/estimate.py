@@ -3,7 +3,7 @@
 import math
 
 from moesim.engine.job import Job
-from moesim.goodput.interval import daly_seconds
+from moesim.reliability.interval import daly_seconds
 
 
 def expected_share(job: Job) -> float:

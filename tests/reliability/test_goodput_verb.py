@@ -3,12 +3,17 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import moesim
 from moesim.cli import main
-from moesim.goodput import checkpoint_bytes, goodput_of_step
-from moesim.goodput.job_of_scenario import Step, job_causes, job_of, speeds_of
 from moesim.parallel.memory_parameters import local_parameters
+from moesim.reliability import checkpoint_bytes, goodput_of_step
+from moesim.reliability.definitions import GOODPUT_DEFINITIONS
+from moesim.reliability.job_of_scenario import Step, job_causes, job_of, speeds_of
+from moesim.results.definitions import paths
+from moesim.scenario import Scenario
 from moesim.scenario.failure_records import FAILURE_RECORDS, LLAMA3_H100
 
 STEP = Step(seconds=10.0, compute_s=6.0, degraded_s={})
@@ -44,6 +49,15 @@ def test_json_adds_up_and_repeats(call) -> None:
     useful = result["usd_per_million_tokens_without_failures"] / result["usd_per_million_useful_tokens"]
     assert useful == pytest.approx(result["goodput"])  # without spares every hour is paid alike
     assert not list(Path().iterdir())
+    rare = {"warnings.[]"}
+    assert GOODPUT_DEFINITIONS.keys() - rare == paths(result) - rare
+
+
+def test_python_gives_what_the_verb_prints(call) -> None:
+    overrides = {"uncertainty.samples": 1, "compute.profile": "roofline", "failures.factor": 300}
+    scenario = moesim.load_scenario("uniform-dropless", overrides | {"workload.global_batch": 8})
+    found = moesim.goodput(scenario, days=20, seeds=3)
+    assert found.result == json.loads(call("--json")[1]) and len(found.ledgers) == 3
 
 
 def test_the_screen_and_the_page_show_the_answers(call) -> None:
@@ -51,6 +65,8 @@ def test_the_screen_and_the_page_show_the_answers(call) -> None:
     assert code == 0
     assert "Young" in out and "software bug" in out and "arXiv 2407.21783" in out
     page = Path("runs/uniform-dropless/goodput.html").read_text()
+    kept = json.loads(Path("runs/uniform-dropless/goodput.json").read_text())
+    assert kept["schema_version"] == 1 and kept["kind"] == "goodput"
     for title in ("Goodput over time", "Lost time by cause", "Goodput by time between checkpoints", "best, simulated"):
         assert title in page
     assert call()[0] == 0  # the same page again is no mistake
@@ -77,6 +93,8 @@ def test_csv_has_the_numbers_of_the_json(call) -> None:
         (["--set", "failures.checkpoint.interval=often"], 1, "interval"),
         (["--set", "failures={spares: 0, repair: 1 d, without_spare: shrink}"], 1, "wait"),
         (["--set", "failures={slow: [{part: node_links, factor: 0.5, node: 7}]}"], 1, "failures.slow.0.node"),
+        (["--set", "failures={slow: [{part: rank, factor: 0.5, every: 1 h}]}"], 1, "needs lasts"),
+        (["--set", "failures={slow: [{part: rank, factor: 0.5, every: 5 s, lasts: 1 s}]}"], 1, "at most 100,000"),
         (["--set", "failures={checkpoint: {asynchronous: true, interval: 1, write_per_node: 100 MB/s}}"], 1, "steps"),
         (["--set", "failures={causes: [{name: all, per: gpu, every: 5 min}]}"], 2, "no time for work"),
     ],
@@ -117,12 +135,31 @@ def test_a_checkpoint_holds_every_parameter_once(small) -> None:
     assert checkpoint_bytes(kept) == pytest.approx(count * (2 + 4 + 2 * 2))
 
 
+def speeds_at(scenario: Scenario, *, days: float = 20, seed: int = 0) -> tuple[tuple[float, float], ...]:
+    return speeds_of(scenario, STEP, horizon_s=days * 86400, rng=np.random.default_rng(seed))
+
+
+def test_what_flaps_is_slow_for_its_share_of_the_time(small) -> None:
+    flapping = {"part": "rank", "factor": 0.5, "every": "55 min", "lasts": "5 min", "start": "1 d"}
+    scenario = small(OFTEN | {"failures.slow": [flapping]})
+    speeds = speeds_at(scenario)
+    assert speeds[0] == (0.0, 1.0) and speeds[1][0] > 86_400 and {factor for _, factor in speeds} == {1.0, 1.6}
+    starts = np.array([start for start, _ in speeds] + [20 * 86_400])
+    slow = np.diff(starts)[np.array([factor for _, factor in speeds]) > 1].sum()
+    assert slow / (19 * 86_400) == pytest.approx(5 / 60, rel=0.15)  # about 456 times
+    assert speeds == speeds_at(scenario) != speeds_at(scenario, seed=1)
+    without, found = (goodput_of_step(each, STEP, days=20, seeds=2).result for each in (small(OFTEN), scenario))
+    assert found["goodput"] < without["goodput"]
+    slowed = found["time_s"]["slowed"] / (found["time_s"]["useful"] + found["time_s"]["slowed"])
+    assert slowed == pytest.approx((19 / 20) * (5 / 60) * 0.6 / 1.6, rel=0.2)
+
+
 def test_slow_parts_slow_the_step_while_they_last(small) -> None:
     slow = [{"part": "rank", "factor": 0.5, "start": "1 h", "lasts": "2 h"}, {"part": "rank", "factor": 0.8}]
-    speeds = speeds_of(small({"failures.slow": slow}), STEP)
+    speeds = speeds_at(small({"failures.slow": slow}))
     assert [start for start, _ in speeds] == [0.0, 3600.0, 10_800.0]
     assert [factor for _, factor in speeds] == pytest.approx([1 + 0.6 * 0.25, 1.6, 1 + 0.6 * 0.25])
-    jitter = speeds_of(small({"failures.jitter": 0.1}), STEP)
+    jitter = speeds_at(small({"failures.jitter": 0.1}))
     assert jitter[0][1] == pytest.approx(1 + 0.1 * 0.6 * (1 + 1 / 2 + 1 / 3 + 1 / 4))
 
 

@@ -1,5 +1,6 @@
 """Days of training: every second is in one account, and failures cost what they must."""
 
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -9,9 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesim.engine.job import FailureTimes, Job, JobCause, Ledger, draw_failures, run_job
-from moesim.goodput.answers import best_interval
-from moesim.goodput.interval import daly_seconds, young_seconds
+from moesim.reliability import Step, goodput_of_step
+from moesim.reliability.answers import best_interval
+from moesim.reliability.interval import daly_seconds, young_seconds
+from moesim.scenario import load_scenario
 from moesim.seeding import stream
+from moesim.shipped import resolve
 
 DAY = 86400.0
 WAITS = ("lost_s", "detection_s", "restart_s", "repair_s")
@@ -178,3 +182,12 @@ def test_dearer_checkpoints_and_rarer_failures_make_the_best_interval_longer() -
     often = best()
     assert often < best(blocking_s=80.0)
     assert often < best(causes=rare)
+
+
+def test_a_year_on_sixteen_thousand_gpus_is_quick() -> None:
+    """CPU seconds of the whole answer, search for an interval and twenty draws; ten are promised."""
+    scenario = load_scenario(resolve("llama3-405b-16384xh100", "scenario"))
+    started = time.process_time()
+    found = goodput_of_step(scenario, Step(seconds=15.0, compute_s=10.0, degraded_s={}), days=365, seeds=20)
+    assert time.process_time() - started < 10
+    assert found.result["failures"] == pytest.approx(419 / 54 * 365, rel=0.02)

@@ -10,17 +10,19 @@ import numpy as np
 
 from moesim.engine.job import SECONDS_PER_DAY, Job, Ledger, draw_failures, run_job
 from moesim.errors import ConflictError, InfeasibleError, UserError
-from moesim.goodput.estimate import daly_steps, expected_share
-from moesim.goodput.interval import daly_seconds, search_steps, young_seconds
-from moesim.goodput.job_of_scenario import (
+from moesim.reliability.estimate import daly_steps, expected_share
+from moesim.reliability.interval import daly_seconds, search_steps, young_seconds
+from moesim.reliability.job_of_scenario import (
     LEAST_WORK,
     Step,
     degraded_links,
     failures_of,
+    flaps,
     job_of,
     least_steps,
     record_for,
     saving_of,
+    speeds_of,
 )
 from moesim.results import RunRecord
 from moesim.routing.progress import ProgressCallback
@@ -28,6 +30,8 @@ from moesim.run import simulate
 from moesim.scenario import Scenario
 from moesim.seeding import stream
 
+GOODPUT_SCHEMA_VERSION = 1
+MOST_SEEDS = 1_000
 SEARCH_FAILURES = 4_000  # that the search for an interval draws in all, about: its optimum scatters by a few per cent
 MOST_FAILURES = 1_000_000  # of one draw
 MOST_SEARCHED = 256  # draws of the search
@@ -48,14 +52,20 @@ class Goodput:
 def goodput(
     scenario: Scenario,
     *,
-    days: float,
-    seeds: int,
+    days: float = 54.0,
+    seeds: int = 20,
     progress: ProgressCallback | None = None,
     cache_dir: Path | None = None,
 ) -> Goodput:
-    """Simulate the scenario's step, then `days` of it `seeds` times. Raises UserError and InfeasibleError."""
+    """Simulate the scenario's step, then `days` of it with failures and checkpoints, `seeds` times.
+
+    `result` of what is returned is what `moesim goodput --json` prints, `ledgers` where the seconds of every draw went.
+    Raises UserError, and InfeasibleError where failures leave no time for work.
+    """
     if not 0 < days <= MOST_DAYS:
         raise UserError(f"{days:g} days: give more than 0 and at most {MOST_DAYS:,.0f}")
+    if not 1 <= seeds <= MOST_SEEDS:
+        raise UserError(f"--seeds {seeds} must be 1 to {MOST_SEEDS:,}")
     degraded = degraded_links(scenario)
     record = simulate(scenario, progress=progress, cache_dir=cache_dir)
     seconds = {
@@ -77,14 +87,30 @@ def goodput_of_step(scenario: Scenario, step: Step, *, days: float, seeds: int) 
     least = least_steps(scenario, step)
     first = job_of(scenario, step, days=days, interval_steps=least)
     _check_count(first)
-    found, points = best_interval(first, scenario.seed, least=least)
+    steady = replace(first, speeds=mean_speed(first)) if flaps(scenario) else first  # a search of a thousand draws
+    found, points = best_interval(steady, scenario.seed, least=least)
     given = given_steps(scenario, step)
     job = with_interval(first, found if given is None else given)
-    ledgers = tuple(run_job(job, draw_failures(job, stream(scenario.seed, "failures", n))) for n in range(seeds))
+    ledgers = tuple(_ledger(scenario, step, job, seed) for seed in range(seeds))
     if float(np.mean([ledger.useful_s for ledger in ledgers])) < LEAST_WORK * job.horizon_s:
         what = f"of {days:g} days {100 * LEAST_WORK:g} % or less is work that is kept"
         raise InfeasibleError(f"failures: {what}; use lower rates, more spares, or shorter detection and restart")
     return Goodput(result=_result(scenario, job, ledgers, found, points), ledgers=ledgers, job=job)
+
+
+def _ledger(scenario: Scenario, step: Step, job: Job, seed: int) -> Ledger:
+    """One draw of failures, and of the times at which something that flaps is slow."""
+    drawn = job
+    if seed and flaps(scenario):
+        speeds = speeds_of(scenario, step, horizon_s=job.horizon_s, rng=stream(scenario.seed, "slow", seed))
+        drawn = replace(job, speeds=speeds)
+    return run_job(drawn, draw_failures(drawn, stream(scenario.seed, "failures", seed)))
+
+
+def mean_speed(job: Job) -> tuple[tuple[float, float]]:
+    """One speed for all days: the mean of those that the job has, over time."""
+    starts_S = np.array([min(start, job.horizon_s) for start, _ in job.speeds] + [job.horizon_s])
+    return ((0.0, float(np.average([factor for _, factor in job.speeds], weights=np.diff(starts_S)))),)
 
 
 def given_steps(scenario: Scenario, step: Step) -> int | None:
@@ -160,7 +186,7 @@ def _result(
     budget = scenario.workload.train_tokens
     per_day = tokens / (job.horizon_s / SECONDS_PER_DAY)
     return {
-        "schema_version": 1,
+        "schema_version": GOODPUT_SCHEMA_VERSION,
         "kind": "goodput",
         "name": scenario.name,
         "gpus": scenario.cluster.num_gpus,

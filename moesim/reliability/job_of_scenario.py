@@ -1,20 +1,25 @@
 """The seconds and rates of a job, from its scenario and the simulated step."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from moesim.engine.job import SECONDS_PER_DAY, Job, JobCause
-from moesim.errors import ConflictError, InfeasibleError
+from moesim.errors import ConflictError, InfeasibleError, UserError
 from moesim.scenario import Scenario
 from moesim.scenario.base import BYTES_PER_ELEMENT
 from moesim.scenario.cluster import Degraded
 from moesim.scenario.failure_records import FailureRecord, record_of_gpu
 from moesim.scenario.failures import Failures, Slow
 from moesim.scenario.flops import parameters
+from moesim.seeding import stream
 from moesim.units import format_seconds
 
 LEAST_WORK = 1e-3  # share of the time that must be left for work
+MOST_EPISODES = 100_000  # of one draw
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +138,7 @@ def job_of(scenario: Scenario, step: Step, *, days: float, interval_steps: int) 
         repair_s=failures.repair or 0.0,
         shrinks=failures.without_spare == "shrink",
         units=droppable_units(scenario),
-        speeds=speeds_of(scenario, step),
+        speeds=speeds_of(scenario, step, horizon_s=days * SECONDS_PER_DAY, rng=stream(scenario.seed, "slow", 0)),
     )
     require_time(job)
     return job
@@ -159,7 +164,41 @@ def least_steps(scenario: Scenario, step: Step) -> int:
     return max(1, math.ceil(left / step.seconds))
 
 
-def speeds_of(scenario: Scenario, step: Step) -> tuple[tuple[float, float], ...]:
+@dataclass(frozen=True, kw_only=True)
+class Episode:
+    """One time at which something is slow, in seconds of the job."""
+
+    start: float
+    end: float
+    slow: Slow
+
+
+def episodes_of(failures: Failures, *, horizon_s: float, rng: np.random.Generator) -> list[Episode]:
+    """Every slow time of the job; what flaps is drawn. Raises UserError for more than MOST_EPISODES."""
+    found: list[Episode] = []
+    for number, slow in enumerate(failures.slow):
+        if slow.every is None or slow.lasts is None:
+            found.append(Episode(start=slow.start, end=slow.start + (slow.lasts or math.inf), slow=slow))
+            continue
+        expected = max(0.0, horizon_s - slow.start) / (slow.every + slow.lasts)
+        if expected > MOST_EPISODES:
+            what = f"about {expected:,.0f} times are expected, at most {MOST_EPISODES:,} are simulated"
+            raise UserError(f"failures.slow.{number}.every: {what}; use fewer days, or jitter")
+        at = slow.start + rng.exponential(slow.every)
+        while at < horizon_s:
+            found.append(Episode(start=at, end=at + slow.lasts, slow=slow))
+            at += slow.lasts + rng.exponential(slow.every)
+    return found
+
+
+def flaps(scenario: Scenario) -> bool:
+    """Whether draws differ in when something is slow."""
+    return any(slow.every is not None for slow in failures_of(scenario).slow)
+
+
+def speeds_of(
+    scenario: Scenario, step: Step, *, horizon_s: float, rng: np.random.Generator
+) -> tuple[tuple[float, float], ...]:
     """From when on a step takes how many times as long: slow ranks, slow links, jitter of all ranks.
 
     The longest of n exponential delays of mean m is m (1 + 1/2 + ... + 1/n) in the mean. Of slow ranks the slowest
@@ -168,16 +207,26 @@ def speeds_of(scenario: Scenario, step: Step) -> tuple[tuple[float, float], ...]
     failures = failures_of(scenario)
     share, ranks = step.compute_s / step.seconds, scenario.parallelism.world_size
     always = failures.jitter * share * sum(1 / number for number in range(1, ranks + 1))
-    ends = {slow.start + slow.lasts for slow in failures.slow if slow.lasts is not None}
-    moments = sorted({0.0, *ends, *(slow.start for slow in failures.slow)})
-    return tuple((moment, 1.0 + always + _delay(failures.slow, moment, share, step)) for moment in moments)
+    episodes = episodes_of(failures, horizon_s=horizon_s, rng=rng)
+    changes: dict[float, list[tuple[Slow, int]]] = {0.0: []}
+    for each in episodes:
+        changes.setdefault(each.start, []).append((each.slow, 1))
+        if each.end < math.inf:
+            changes.setdefault(each.end, []).append((each.slow, -1))
+    active: Counter[tuple[str, int, float]] = Counter()
+    found = []
+    for moment in sorted(changes):
+        for slow, step_of_count in changes[moment]:
+            active[slow.part, slow.node, slow.factor] += step_of_count
+        found.append((moment, 1.0 + always + _delay(active, share, step)))
+    return tuple(found)
 
 
-def _delay(slow: Sequence[Slow], moment: float, share: float, step: Step) -> float:
-    here = [each for each in slow if each.start <= moment and (each.lasts is None or moment < each.start + each.lasts)]
-    ranks = max((1 / each.factor - 1 for each in here if each.part == "rank"), default=0.0)
-    links = {(each.node, each.factor) for each in here if each.part == "node_links"}
-    return share * ranks + sum(max(0.0, step.degraded_s[link] / step.seconds - 1) for link in links)
+def _delay(active: Counter[tuple[str, int, float]], share: float, step: Step) -> float:
+    here = [key for key, count in active.items() if count > 0]
+    ranks = max((1 / factor - 1 for part, _, factor in here if part == "rank"), default=0.0)
+    links = {(node, factor) for part, node, factor in here if part == "node_links"}
+    return share * ranks + sum(max(0.0, step.degraded_s[link] / step.seconds - 1) for link in sorted(links))
 
 
 def degraded_links(scenario: Scenario) -> dict[tuple[int, float], Scenario]:
