@@ -6,6 +6,7 @@ Legend: S routing samples, W ranks of the world, C categories, P pipeline ranks,
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moesim.engine.step import simulate_step
 from moesim.kernels import KernelModel
@@ -43,6 +44,7 @@ def simulate_samples(
                 kernels=kernels,
                 samples=samples[start : start + at_once],
                 merge=merge,
+                twins=True,
             ),
             first=start == 0,
         )
@@ -56,15 +58,22 @@ def _simulate_program(program: StepProgram, *, first: bool) -> Outcome:
     step = simulate_step(program)
     places = [group.pipeline_rank for group in program.groups]
     kept = [table for group, table in zip(program.groups, step.tables, strict=True) if group.number == 0]
-    world = sum(len(group.ranks_R) for group in program.groups)
+    world = sum(group.all_ranks_TR.size for group in program.groups)
     attribution_CSW = np.zeros((len(CATEGORIES), program.samples, world))
     compute_time_SW = np.zeros((program.samples, world))
     busy_SP = np.zeros((program.samples, 1 + max(places)))
-    for place, table in zip(places, step.tables, strict=True):
-        attribution_CSW[:, :, table.ranks_R] = attribute(table, compiled=program.compiled)
+    count = sum(len(group.all_ranks_TR) for group in program.groups if group.pipeline_rank == places[0])
+    busy_gS: dict[tuple[int, int], NDArray[np.float64]] = {}
+    for group, table in zip(program.groups, step.tables, strict=True):
+        ranks_TR = group.all_ranks_TR
+        attribution_CSW[:, :, ranks_TR] = attribute(table, compiled=program.compiled)[:, :, None]
         rows_N = table.rows(Stream.COMPUTE)
-        compute_time_SW[:, table.ranks_R] = (table.finish_NSR[rows_N] - table.start_NSR[rows_N]).sum(axis=0)
-        busy_SP[:, place] += action_seconds(table).mean(axis=1) / places.count(place)
+        compute_SR = (table.finish_NSR[rows_N] - table.start_NSR[rows_N]).sum(axis=0)
+        compute_time_SW[:, ranks_TR] = compute_SR[:, None]
+        busy_S = action_seconds(table).mean(axis=1) / count
+        busy_gS |= {(group.pipeline_rank, int(first)): busy_S for first in ranks_TR[:, 0]}
+    for (place, _), busy_S in sorted(busy_gS.items(), key=lambda item: item[0]):  # summed in the order of the ranks
+        busy_SP[:, place] += busy_S
     return Outcome(
         step_S=step.step_S,
         attribution_CSW=attribution_CSW,

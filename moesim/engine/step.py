@@ -114,10 +114,10 @@ class _Meeting:
         """[S, W]: the latest of the members' times, `which` = 0: first gradient there, 1: all of them."""
         values: list[Any] = [self.arrived[id(group)].value for group in self.groups]
         times_gSR = [value[which] for value in values]
-        world = 1 + max(int(group.ranks_R.max()) for group in self.groups)
+        world = 1 + max(int(group.all_ranks_TR.max()) for group in self.groups)
         ready_SW = np.full((len(times_gSR[0]), world), -np.inf)
         for group, times_SR in zip(self.groups, times_gSR, strict=True):
-            ready_SW[:, group.ranks_R] = times_SR
+            ready_SW[:, group.all_ranks_TR] = times_SR[:, None]
         return last_arrivals(self.reduction.members, ready_SW)
 
 

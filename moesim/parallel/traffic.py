@@ -111,6 +111,14 @@ class LayerTraffic:
 
 def sum_columns(values_RX: Array, domain_of_column_X: NDArray[np.int64], num_domains: int) -> Array:
     """Sums over the columns of each domain, e.g. rows per expert to rows per rank: [..., R, num_domains]."""
+    counts_D = np.bincount(domain_of_column_X, minlength=num_domains)
+    if (counts_D == counts_D[0]).all() and (np.diff(domain_of_column_X) >= 0).all():  # equal blocks side by side
+        blocks = values_RX.reshape(*values_RX.shape[:-1], num_domains, -1)
+        if blocks.shape[-1] <= 64:  # a sum of whole arrays is far faster than many short ones
+            total = blocks[..., 0].copy()
+            for column in range(1, blocks.shape[-1]):
+                total += blocks[..., column]
+            return total
     one_hot_XD = np.equal.outer(domain_of_column_X, np.arange(num_domains)).astype(np.float64)
     values_NX = np.ascontiguousarray(values_RX, dtype=np.float64).reshape(-1, values_RX.shape[-1])
     sums = values_NX @ one_hot_XD  # exact: counts stay below 2**53; rows in one product, which is far faster

@@ -73,6 +73,20 @@ class TrafficSample:
         thin = self.thin_arrays(group, self.sampler.counted_layer(model_layer), stage=stage)
         return self._model_layer(thin, model_layer)
 
+    def same_traffic(self, group: int, other: int, *, stage: int = 0) -> bool:
+        """Whether two expert groups drew the same pieces, lie on nodes in the same way and protect the same."""
+        layouts = self.sampler.layouts[stage]
+        first, second = layouts[group], layouts[other]
+        alike = np.array_equal(first.node_of_rank_R, second.node_of_rank_R) and np.array_equal(
+            first.local_rank_R, second.local_rank_R
+        )
+        if not alike or not np.array_equal(self.pieces_BRU(group, stage=stage), self.pieces_BRU(other, stage=stage)):
+            return False
+        data_R, other_R = (
+            self._index_in_stage(which, stage) // len(self.sampler.pieces_RV) for which in (group, other)
+        )
+        return np.array_equal(self.protected_BNU[:, data_R], self.protected_BNU[:, other_R])
+
     def _model_layer(self, thin: TrafficArrays, model_layer: int) -> TrafficArrays:
         arrays = thin.relabel(self.sampler.relabellings[model_layer], self.placement)
         return arrays.balanced(self.placement) if self.spread else arrays

@@ -28,6 +28,7 @@ from moesim.program.reductions import Reduction
 from moesim.program.software import kernel_list
 from moesim.program.stage import StagePlan, source_seconds, stage_blocks, tensor_bytes
 from moesim.program.step_program import GroupProgram, Sent, StepProgram, Task
+from moesim.program.twins import twin_numbers
 from moesim.program.writer import KernelWriter
 from moesim.results.spans import CATEGORY_OF_PART, Part
 from moesim.results.uncertainty import Basis
@@ -44,12 +45,14 @@ def build_program(
     kernels: KernelModel,
     samples: Sequence[RoutingSample],
     merge: bool = False,
+    twins: bool = False,
 ) -> StepProgram:
     """The step of all rank groups; `samples` run in lockstep and are empty for a dense model.
 
     `merge` joins runs of kernels of one category into one operation, which changes no time while the host never limits.
+    `twins`: of rank groups that do the same at the same times only one is there, with the ranks of the others.
     """
-    return _Builder(scenario, fabric, kernels, samples, merge).program()
+    return _Builder(scenario, fabric, kernels, samples, merge, twins).program()
 
 
 class _Builder:
@@ -62,12 +65,14 @@ class _Builder:
         kernels: KernelModel,
         samples: Sequence[RoutingSample],
         merge: bool,
+        twins: bool,
     ) -> None:
         self.scenario, self.fabric, self.kernels, self.samples = scenario, fabric, kernels, samples
         self.software = kernel_list(scenario)
         self.host = self.software.host_model(kernels)
         self.merge = merge and self.host == FREE_HOST
         self.compiled = pays_for_compiled_loops(scenario, samples=max(1, len(samples)))
+        self.twins = twins
         self.mesh = Mesh(scenario.parallelism, scenario.cluster)
         self.parameters = ParameterGroups(
             scenario, self.mesh, self.schedule, map_of=samples[0].map_of if samples else None
@@ -97,13 +102,13 @@ class _Builder:
 
     def program(self) -> StepProgram:
         """Everything together."""
-        groups = [
-            self._group(pipeline_rank, number, ranks_R)
-            for pipeline_rank in range(self.schedule.num_ranks)
-            for number, ranks_R in enumerate(self.mesh.rank_groups(pipeline_rank))
-        ]
         reductions = self.parameters.reductions(self.fabric)
         gathers = self.parameters.gathers(self.fabric)
+        stages, collectives = self.schedule.num_ranks, (*reductions, *gathers)
+        classes = [[number] for number in range(len(self.mesh.rank_groups()))]
+        if self.twins:
+            classes = twin_numbers(self.mesh, self.fabric, self.samples, collectives, stages=stages)
+        groups = [group for stage in range(stages) for group in self._groups(stage, classes)]
         for collective in (*reductions, *gathers):
             self._count(collective, groups)
         return StepProgram(
@@ -134,10 +139,27 @@ class _Builder:
         return measured
 
     def _count(self, collective: Reduction, groups: Sequence[GroupProgram]) -> None:
-        taking_part = sum(bool(collective.ranks & set(group.ranks_R.tolist())) for group in groups)
+        taking_part = sum(
+            len(group.all_ranks_TR) for group in groups if not collective.ranks.isdisjoint(group.ranks_R.tolist())
+        )
         self.seconds[Basis(CATEGORY_OF_PART[collective.part], collective.source, TRANSFERS)] += (
             collective.seconds * taking_part
         )
+
+    def _groups(self, pipeline_rank: int, classes: Sequence[Sequence[int]]) -> list[GroupProgram]:
+        """One group for each class of equal ones; the seconds of all are counted, in the order of their numbers."""
+        ranks = self.mesh.rank_groups(pipeline_rank)
+        groups = []
+        for numbers in classes:
+            group = self._group(pipeline_rank, numbers[0], ranks[numbers[0]])
+            groups.append(replace(group, twins=tuple(ranks[number] for number in numbers[1:])))
+        blocks = [Counter(run.block for task in group.tasks for run in task.runs) for group in groups]
+        class_of = {number: index for index, numbers in enumerate(classes) for number in numbers}
+        for _, index in sorted(class_of.items()):
+            for block, times in blocks[index].items():
+                self._count_block(self.whole.get(block, block), times)
+            self._count_block(groups[index].optimizer, 1)
+        return groups
 
     def _group(self, pipeline_rank: int, number: int, ranks_R: NDArray[np.int64]) -> GroupProgram:
         chunks = [
@@ -174,7 +196,7 @@ class _Builder:
         if before:
             tasks.append(Task(runs=(Run(Block("flatten", tuple(before)), -1, False),)))
         optimizer = optimizer_block(self.scenario, self.kernels, parameters=parameters.updated)
-        group = GroupProgram(
+        return GroupProgram(
             number=number,
             pipeline_rank=pipeline_rank,
             ranks_R=ranks_R,
@@ -182,10 +204,6 @@ class _Builder:
             optimizer=Block("optimizer", (*after, *optimizer.operations)),
             last_tasks=last_tasks,
         )
-        for block, times in Counter(run.block for task in tasks for run in task.runs).items():
-            self._count_block(self.whole.get(block, block), times)
-        self._count_block(group.optimizer, 1)
-        return group
 
     def _exchanges(self, pipeline_rank: int) -> list[tuple[Action, tuple[Handoff, ...], tuple[Sent, ...]]]:
         if pipeline_rank not in self.exchanges:

@@ -42,6 +42,9 @@ class RoutingSample(Protocol):
     def arrays(self, group: int, model_layer: int, *, stage: int = 0) -> TrafficArrays:
         """The traffic of one expert group (at place `stage` of the pipeline) and MoE layer over all micro-batches."""
 
+    def same_traffic(self, group: int, other: int, *, stage: int = 0) -> bool:
+        """Whether two expert groups are known to have the same traffic in every layer and micro-batch."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerLoads:

@@ -53,6 +53,8 @@ class Task:
 class GroupProgram:
     """What one expert group executes. Groups with equal `number` on other pipeline ranks are its neighbours.
 
+    `twins`: the ranks of every other group of the pipeline rank that does the same at the same times, and is not
+    simulated for itself (`moesim.program.twins`).
     `last_tasks`: of each stage whose gradients may be reduced while other stages have tasks left, the index of the task
     that makes the last of them.
     """
@@ -63,6 +65,12 @@ class GroupProgram:
     tasks: tuple[Task, ...]
     optimizer: Block
     last_tasks: Mapping[int, int] = field(default_factory=dict)
+    twins: tuple[NDArray[np.int64], ...] = ()
+
+    @property
+    def all_ranks_TR(self) -> NDArray[np.int64]:
+        """Its ranks and those of its twins."""
+        return np.stack([self.ranks_R, *self.twins])
 
     @property
     def place(self) -> Place:

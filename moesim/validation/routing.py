@@ -57,6 +57,10 @@ class RecordedRows:
     def map_of(self, model_layer: int) -> None:
         """Every expert has one slot, the same in all layers."""
 
+    def same_traffic(self, group: int, other: int, *, stage: int = 0) -> bool:
+        """Recorded rows are each rank's own."""
+        return group == other
+
     def arrays(self, group: int, model_layer: int, *, stage: int = 0) -> TrafficArrays:
         """The traffic of one expert group and MoE layer over all micro-batches."""
         mesh = Mesh(self.scenario.parallelism, self.scenario.cluster)

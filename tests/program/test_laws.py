@@ -96,6 +96,9 @@ class Renumbered:
     def map_of(self, layer: int) -> None:
         return None
 
+    def same_traffic(self, group: int, other: int, *, stage: int = 0) -> bool:
+        return group == other
+
     def arrays(self, group: int, layer: int, *, stage: int = 0) -> TrafficArrays:
         arrays = self.sample.arrays(group, layer, stage=stage)
         experts = self.placement.slot_experts_DP[self.rank_from_R].reshape(-1)
