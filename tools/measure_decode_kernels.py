@@ -38,7 +38,7 @@ MODELS: dict[str, dict[str, int]] = {  # layers are those measured, not all of t
         "width": 512, "shared": 0, "vocab": 49155,
     },
 }  # fmt: skip
-ROWS = (1, 8, 32, 128, 512)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 Calls = list[Callable[[], Any]]
 
 
@@ -115,8 +115,8 @@ def routing_kernels(rows: int, experts: int, top: int) -> Iterator[tuple[str, in
     ordered, order = ids.sort()
     numbers, back = torch.arange(experts, device="cuda"), torch.empty_like(order)
     places = torch.arange(len(order), device="cuda")
-    yield "topk", 1, lambda: logits.topk(top, -1)
-    yield "sort", 1, lambda: ids.sort()
+    yield "topk", 2, lambda: logits.topk(top, -1)
+    yield "sort", 5, lambda: ids.sort()
     yield "searchsorted", 1, lambda: torch.searchsorted(ordered, numbers, right=True, out_int32=True)
     yield "scatter", 1, lambda: back.scatter_(0, order, places)
     yield "divide", 1, lambda: order // top
@@ -135,7 +135,11 @@ def sampling_kernels(rows: int, vocab: int) -> Iterator[tuple[str, int, Callable
         chosen = (values.softmax(-1) / torch.empty_like(values).exponential_()).argmax(-1, keepdim=True)
         return ids.gather(-1, chosen)
 
+    single = logits.float()
     yield "greedy", 1, lambda: logits.argmax(-1)
+    yield "cast_wide", 1, lambda: logits.float()
+    yield "softmax_wide", 1, lambda: single.softmax(-1)
+    yield "argmax_wide", 1, lambda: single.argmax(-1)
     yield "drawn", 5, drawn
     yield "top_50", 7, top_50
 
@@ -234,6 +238,36 @@ def steps(found: dict[str, Any], end: float) -> None:
             torch.cuda.empty_cache()
 
 
+def compiled(found: dict[str, Any], end: float) -> None:
+    """The same layers compiled by torch.compile, as a graph: small kernels are fused as far as inductor fuses them."""
+    table = Rows(found, "compiled")
+    for name, m in MODELS.items():
+        for batch, keys in ((64, 1024), (4, 1024)):
+            if time.monotonic() > end - 25:
+                return
+            torch.compiler.reset()
+            layers = [Layer(m, batch, keys) for _ in range(m["layers"])]
+            call = torch.compile(Layer.__call__, dynamic=False)
+            head, x = weights(m["vocab"], m["hidden"]), weights(batch, m["hidden"])
+
+            def run(layers: Any = layers, head: Any = head, x: Any = x, call: Any = call) -> torch.Tensor:
+                for layer in layers:
+                    x = call(layer, x)
+                return functional.linear(x, head).float().softmax(-1).argmax(-1)
+
+            start = time.monotonic()
+            run()
+            row: dict[str, Any] = {"model": name, "batch": batch, "keys": keys, "seconds": graph_seconds([run])}
+            row["kernels"] = kernels_of(run)
+            table.add(**row)
+            print(
+                "compiled", name, batch, row["seconds"], len(row["kernels"]), time.monotonic() - start, file=sys.stderr
+            )
+            del layers, head, x, run
+            gc.collect()
+            torch.cuda.empty_cache()
+
+
 def kernels_of(run: Callable[[], Any]) -> list[tuple[str, float]]:
     """(name, seconds) of the kernels of one call."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
@@ -277,7 +311,7 @@ def main() -> None:
     end = time.monotonic() + arguments.seconds
     found: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "models": MODELS}
     with torch.inference_mode():
-        for part in (host, steps, small, products, attention):
+        for part in (host, small, compiled, steps, products, attention):
             start = time.monotonic()
             try:
                 part(found, end)

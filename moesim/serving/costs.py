@@ -7,17 +7,20 @@ Legend: G numbers of tokens, D data groups.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moesim.kernels import GroupedGemm
-from moesim.network import all_reduce_seconds, build_fabric, send_recv_seconds
+from moesim.network import Fabric, all_reduce_seconds, build_fabric, send_recv_seconds
 from moesim.scenario import Mla
 from moesim.serving.attention import AttentionTables
 from moesim.serving.batch import Formed
+from moesim.serving.decode_kernels import small_all_reduce
 from moesim.serving.experts import ExpertTables
+from moesim.serving.layers import Small, end_kernels, num_launches
 from moesim.serving.memory import drafting_layers, memory_of
 from moesim.serving.pricing import Pricing
 from moesim.serving.schema import ServingScenario
@@ -81,7 +84,7 @@ class StepCosts:
         sends = (mesh.pipeline - 1) * float(np.interp(longest, self.tokens_G, self.send_G))
         ended_D = generated_D + np.array([len(each.chunks) for each in formed])
         moved = max(each.moved for each in formed) * self.page_bytes
-        return StepCost(
+        cost = StepCost(
             projections=float(projections_D[slowest]),
             attention=float(attention_D[slowest]),
             experts=model.moe_layers * experts,
@@ -89,8 +92,26 @@ class StepCosts:
             head=float(self._at(ended_D, self.head_G).max()),
             draft=self._draft(formed, experts + exchange),
             swap=moved / self.scenario.engine.host_link,
-            host=self.scenario.engine.host,
+            host=0.0,
         )
+        return replace(cost, host=self._host(longest, cost.total))
+
+    def _host(self, tokens: float, device: float) -> float:
+        """Seconds of the host that show: of every step, and of launching kernels that the GPU does not wait for."""
+        software = self.pricing.software
+        launching = self.num_kernels * software.launch if tokens > software.graph_tokens else 0.0
+        return self.scenario.engine.host + software.step + max(0.0, launching - device)
+
+    @cached_property
+    def num_kernels(self) -> int:
+        """Kernels of a step; a grouped product is two, as its sizes are prepared by one."""
+        model, lists, tensor = self.model, self.pricing.lists, self.scenario.parallelism.tensor
+        products = 6 if isinstance(model.attention, Mla) else 2
+        around = num_launches(lists.attention(model, tensor, 1.0)) + products + 1 + (2 if tensor > 1 else 0)
+        network = num_launches(lists.network(1.0, 1)) + 2
+        experts = num_launches(lists.experts(model, 1.0, 1.0, 1)) + 5 + (2 if self.together else 0)
+        experts += network if model.shared_experts else 0
+        return model.layers * around + model.dense_layers * network + model.moe_layers * experts + 4
 
     @property
     def rests_on(self) -> tuple[str, ...]:
@@ -99,7 +120,8 @@ class StepCosts:
 
     def _attention(self, formed: Sequence[Formed]) -> FloatArray:
         """Seconds [D] of all layers."""
-        seconds_D = self.attention.generating(np.array([each.keys for each in formed]), formed[0].rows)
+        requests_D = np.array([each.generated for each in formed])
+        seconds_D = self.attention.generating(np.array([each.keys for each in formed]), requests_D, formed[0].rows)
         for group, each in enumerate(formed):
             for chunk in each.chunks:
                 seconds_D[group] += self.attention.prompt(chunk.tokens, chunk.before)
@@ -120,7 +142,7 @@ class StepCosts:
         drafted = formed[0].rows - 1
         generated_D = np.array([each.generated for each in formed])
         layer_D = self._at(generated_D, self.draft_G) + self._at(generated_D, self.head_G)
-        attention_D = self.attention.one_layer(np.array([each.keys[-1] for each in formed]), 1)
+        attention_D = self.attention.one_layer(np.array([each.keys[-1] for each in formed]), generated_D, 1)
         once = float((layer_D + attention_D).max())
         if once and self.experts is not None:
             once += sum(self._experts(generated_D, generated_D))
@@ -143,20 +165,31 @@ class StepCosts:
             send = 0.0
             if mesh.pipeline > 1:
                 send = send_recv_seconds(fabric, 0, mesh.stage_size, size / mesh.tensor).seconds
-            found.append((all_reduce_seconds(fabric, ranks, size).seconds, send))
+            found.append((self._all_reduce(fabric, ranks, size), send))
         return np.array(found)[:, 0], np.array(found)[:, 1]
+
+    def _all_reduce(self, fabric: Fabric, ranks: NDArray[np.int64], size: float) -> float:
+        """NCCL's, or an engine's own where that is faster and the ranks share a node."""
+        seconds = all_reduce_seconds(fabric, ranks, size).seconds
+        if not self.pricing.software.own_all_reduce or len(ranks) > self.scenario.cluster.domain_sizes[0]:
+            return seconds
+        own = small_all_reduce(self.pricing.gpu, len(ranks), size)
+        return seconds if own is None else min(own, seconds)
 
     def _dense_part(self, tokens: int) -> tuple[float, float, float]:
         """Seconds of a layer without attention's core and routed experts, of a dense network, and of the head."""
         model, tensor, pricing = self.model, self.scenario.parallelism.tensor, self.pricing
-        layer = self._projections(tokens) + 2 * pricing.moved("rms_norm", tokens, model.hidden)
-        layer += 2 * pricing.moved("elementwise", tokens, model.hidden)
+        layer = self._projections(tokens) + pricing.small(pricing.lists.attention(model, tensor, tokens))
         shared = self._network(tokens, model.shared_width // tensor) if model.shared_experts else 0.0
         layer += shared * model.moe_layers / model.layers
-        dense = self._network(tokens, model.dense_intermediate // tensor) if model.dense_layers else 0.0
+        dense = 0.0
+        if model.dense_layers:
+            dense = self._network(tokens, model.dense_intermediate // tensor)
+            dense += pricing.small([Small("rms_norm", tokens, model.hidden)])
+        chosen = self.scenario.engine.sampling
+        kinds = pricing.lists.greedy if chosen == "greedy" else (chosen,)
         head = pricing.gemm(tokens, model.hidden, model.vocab // tensor, wide=True)
-        head += pricing.moved("softmax", tokens, model.vocab // tensor)
-        return layer, dense, head
+        return layer, dense, head + pricing.small(end_kernels(model, tensor, tokens, kinds))
 
     def _drafting_layer(self) -> FloatArray:
         """Seconds [G] of a drafting layer without attention and experts: embedding and last output are joined first."""
@@ -167,16 +200,14 @@ class StepCosts:
     def _network(self, tokens: int, width: int) -> float:
         matrices, hidden = self.model.ffn_matrices, self.model.hidden
         up = self.pricing.gemm(tokens, hidden, (matrices - 1) * width) + self.pricing.gemm(tokens, width, hidden)
-        return up + self.pricing.moved("elementwise", tokens, width)
+        return up + self.pricing.small(self.pricing.lists.network(tokens, width))
 
     def _projections(self, tokens: int) -> float:
         model, tensor, gemm = self.model, self.scenario.parallelism.tensor, self.pricing.gemm
         heads, dim = model.heads // tensor, model.head_dim
         if not isinstance(model.attention, Mla):
             wide = (heads + 2 * -(-model.kv_heads // tensor)) * dim
-            rotary = self.pricing.moved("elementwise", tokens, wide)
-            # one product for queries, keys and values
-            return gemm(tokens, model.hidden, wide) + rotary + gemm(tokens, heads * dim, model.hidden)
+            return gemm(tokens, model.hidden, wide) + gemm(tokens, heads * dim, model.hidden)  # one product for q, k, v
         mla = model.attention
         query = heads * (dim + mla.rope_head_dim)
         value = mla.value_head_dim or dim
@@ -189,4 +220,4 @@ class StepCosts:
         for k, n in ((dim, mla.kv_lora_rank), (mla.kv_lora_rank, value)):
             kernel = GroupedGemm(rows_per_expert=np.full(heads, tokens), k=k, n=n, dtype=self.scenario.workload.gemm)
             seconds += float(self.pricing.seconds(kernel))
-        return seconds + self.pricing.moved("elementwise", tokens, query) + gemm(tokens, heads * value, model.hidden)
+        return seconds + gemm(tokens, heads * value, model.hidden)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.kernels import GroupedGemm, MemoryBound, memory_bytes
+from moesim.kernels import GroupedGemm
 from moesim.network import Fabric, build_fabric, prepare_combine, prepare_dispatch
 from moesim.parallel.mesh import GroupLayout
 from moesim.parallel.traffic import node_stages, without_diagonal
@@ -128,7 +128,7 @@ class ExpertTables:
             imbalance = float(rank_R.max() / max(rank_R.mean(), 1e-9))
             found[sample] = (self._grouped(rows_RE), exchange, imbalance, dropped)
         means = np.asarray(found.mean(axis=0))
-        means[0] += self._router(total / mesh.expert)
+        means[0] += self._router(total / mesh.expert, means[2])
         return means
 
     def _drop(self, ids_NK: IntArray) -> float:
@@ -145,18 +145,22 @@ class ExpertTables:
         flat[over] = -1
         return len(over) / max(1, len(flat))
 
-    def _router(self, local: float) -> float:
-        """Router, choice, and moving rows to the order of experts and back, of the tokens of one rank."""
+    def _router(self, local: float, imbalance: float) -> float:
+        """Router, and the small kernels around the experts, of a rank's tokens and of the fullest rank's rows."""
         model, pricing = self.model, self.pricing
-        seconds = pricing.gemm(max(local, 1.0), model.hidden, model.experts, wide=True)
-        seconds += pricing.moved("topk", max(local, 1.0), model.experts)
-        seconds += pricing.moved("permute", local * model.top_k, model.row_width)
-        return seconds + pricing.moved("unpermute", local * model.top_k, model.row_width)
+        tokens = max(local, 1.0)
+        rows = max(local * model.top_k * imbalance, 1.0)
+        kernels = pricing.lists.experts(model, tokens, rows, self._width)
+        return pricing.gemm(tokens, model.hidden, model.experts, wide=True) + pricing.small(kernels)
+
+    @property
+    def _width(self) -> int:
+        return self.model.expert_intermediate // (1 if self.together else self.scenario.parallelism.tensor)
 
     def _grouped(self, rows_RE: IntArray) -> float:
         """Seconds of both products of the slowest rank."""
         model, pricing = self.model, self.pricing
-        width = model.expert_intermediate // (1 if self.together else self.scenario.parallelism.tensor)
+        width = self._width
         seconds_R = np.zeros(len(rows_RE))
         for k, n in ((model.row_width, (model.ffn_matrices - 1) * width), (width, model.row_width)):
             kernel = GroupedGemm(rows_per_expert=rows_RE, k=k, n=n, dtype=self.scenario.workload.gemm)
@@ -164,8 +168,6 @@ class ExpertTables:
             active_R = np.count_nonzero(rows_RE, axis=1)
             spared_R = [pricing.spared(a * k * n, floor=s) for a, s in zip(active_R, found_R, strict=True)]
             seconds_R += found_R - np.array(spared_R)
-        activation = memory_bytes("elementwise", rows=rows_RE.sum(axis=1), width=width)
-        seconds_R += np.asarray(pricing.seconds(MemoryBound("elementwise", activation)))
         return float(seconds_R.max())
 
     def _exchange(self, drawn_NK: IntArray, *, times: float) -> float:

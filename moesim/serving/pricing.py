@@ -1,20 +1,41 @@
-"""What one kernel of serving takes: the kernels of training, with weights that are stored in fewer bits."""
+"""What one kernel of serving takes: the kernels of training as they run in a row, small kernels, narrower weights."""
 
+from collections.abc import Iterable
 from typing import Any
 
-from moesim.kernels import Gemm, Kernel, KernelModel, MemoryBound, kernel_model, memory_bytes
+import numpy as np
+
+from moesim.kernels import Gemm, GroupedGemm, Kernel, KernelModel, MemoryBound, kernel_model, memory_bytes
 from moesim.kernels.estimate import SOURCES
+from moesim.kernels.tabulated import TabulatedModel
 from moesim.scenario import BYTES_PER_ELEMENT
+from moesim.serving.decode_kernels import Fitted, attention_of, facts, small_on
+from moesim.serving.layers import LISTS, Lists, Small
 from moesim.serving.memory import SCALES, WEIGHT_BYTES
 from moesim.serving.schema import ServingScenario
+from moesim.serving.software import ServingSoftware, serving_software
+
+# Beyond what was measured in the L2, a small kernel takes what its kind takes in memory.
+IN_MEMORY = {
+    "rms_norm": "rms_norm", "add": "elementwise", "mul": "elementwise", "copy": "copy", "cast": "cast", "roll": "copy",
+    "silu_mul": "activation", "gather": "permute", "sum_of_8": "unpermute", "softmax": "softmax", "topk": "topk",
+    "sort": "sort", "cast_wide": "cast", "softmax_wide": "softmax", "argmax_wide": "reduce", "greedy": "reduce",
+    "drawn": "softmax", "top_50": "softmax",
+}  # fmt: skip
+LARGE = 4e6  # elements
+LEAST_SHARE = 0.5  # of a product launched alone that it takes in a row of kernels at least
 
 
 class Pricing:
-    """Seconds of kernels on a scenario's GPU, with a note of the sources that they rest on."""
+    """Seconds of kernels on a scenario's GPU under its software, with a note of the sources that they rest on."""
 
     def __init__(self, scenario: ServingScenario) -> None:
         self.load, self.gpu = scenario.workload, scenario.cluster.pools[0].spec
+        self.software: ServingSoftware = serving_software()[scenario.engine.software]
+        self.lists: Lists = LISTS[self.software.kernels]
         self.kernels: KernelModel = kernel_model(self.gpu, scenario.compute.profile)
+        # Tables were measured in a row already; a profile's kernels were launched alone.
+        self._gaps = dict.fromkeys(facts()["gap"], 0.0) if isinstance(self.kernels, TabulatedModel) else facts()["gap"]
         self._sources: set[str] = set()
 
     @property
@@ -26,7 +47,16 @@ class Pricing:
         """Of a kernel: a float, or an array in the shape of its sizes."""
         estimate = self.kernels.seconds(kernel)
         self._sources.add(estimate.source)
+        gap = self._gaps["gemm"] if isinstance(kernel, Gemm) else self._gaps["grouped"]
+        if isinstance(kernel, Gemm | GroupedGemm):
+            return np.maximum(estimate.seconds - gap, LEAST_SHARE * np.asarray(estimate.seconds))
         return estimate.seconds
+
+    def attention(self, kind: str) -> tuple[float, ...]:
+        """Parameters of the attention of generated tokens, of a kind as `moesim.serving.decode_kernels` has them."""
+        fitted: Fitted = attention_of(self.gpu, stack=self.software.attention, kind=kind)
+        self._sources.add(fitted.source)
+        return fitted.parameters
 
     def gemm(self, m: float, k: int, n: int, *, wide: bool = False) -> float:
         """Seconds of a product whose weights are stored in workload.weights (bf16 where `wide`)."""
@@ -41,6 +71,15 @@ class Pricing:
         spared = weights * (BYTES_PER_ELEMENT[self.load.gemm] - stored)
         return min(max(0.0, spared) / self.gpu.memory_bandwidth, 0.8 * floor)
 
-    def moved(self, kind: str, rows: float, width: float) -> float:
-        """Seconds of a memory-bound kernel."""
-        return float(self.seconds(MemoryBound(kind, memory_bytes(kind, rows=rows, width=width))))
+    def small(self, kernels: Iterable[Small]) -> float:
+        """Seconds of small kernels in a row."""
+        return sum(self._small(kernel) for kernel in kernels)
+
+    def _small(self, kernel: Small) -> float:
+        kind, rows, width = kernel
+        seconds = small_on(self.gpu, kind, rows, width)
+        self._sources.add("scaled")
+        if rows * width <= LARGE or kind not in IN_MEMORY:
+            return seconds
+        name = IN_MEMORY[kind]
+        return max(seconds, float(self.seconds(MemoryBound(name, memory_bytes(name, rows=rows, width=width)))))

@@ -162,7 +162,16 @@ class Engine(Section):
     page: Annotated[int, Field(strict=True, gt=0, le=65_536)] = Field(
         default=64, description="Tokens of one page of keys and values."
     )
-    host: Latency = Field(default=0.0, description="Seconds of the host in every step that nothing hides.")
+    host: Latency = Field(default=0.0, description="Seconds of the host in every step beside those of software.")
+    software: Literal["fused", "torch_graphs", "torch_compiled", "torch_eager"] = Field(
+        default="fused",
+        description="What runs a step: fused, an engine with fused kernels and CUDA graphs; or plain torch, as CUDA "
+        "graphs, compiled and as CUDA graphs, or launched kernel by kernel.",
+    )
+    sampling: Literal["greedy", "drawn", "top_50"] = Field(
+        default="greedy",
+        description="How a token is chosen: the largest, a draw, or a draw among the 50 largest.",
+    )
     preemption: Literal["recompute", "swap"] = Field(
         default="recompute",
         description="What becomes of the keys and values of a request that is preempted: computed again, or moved to "

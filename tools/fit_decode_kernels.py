@@ -1,0 +1,221 @@
+"""Fits the kernels of decoding (`moesim/serving/decode_kernels.py`) and prints the errors of rows kept out.
+
+    python tools/fit_decode_kernels.py [--write]
+
+Rows: tests/data/decode_kernels_h100.json.gz, measured by tools/measure_decode_kernels.py, and the tables of the package
+aiconfigurator-core (pip install 'moesim[tables]'): of each shape the fastest framework's kernel. Left out are rows of
+tables whose keys and values the L2 holds, as a step finds them in memory, and batches of under 64 keys.
+"""
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.optimize import least_squares, nnls
+
+from moesim.files import write_atomically
+from moesim.kernels import Gemm, GroupedGemm, load_profile
+from moesim.kernels.tables.gpus import COMPARED, TABLE_GPUS
+from moesim.kernels.tables.package import LICENCE, PACKAGE, Package
+from moesim.serving.decode_kernels import FILE, attention_seconds, grouped_shape, latent_shape, small_seconds
+from moesim.strict_json import json_text, parse_json, unpacked
+
+MEASURED = Path(__file__).parents[1] / "tests" / "data" / "decode_kernels_h100.json.gz"
+L2_BYTES = {"h100": 50e6, "h200": 50e6, "a100": 40e6, "l40s": 96e6, "rtx-pro-6000": 128e6}  # others: 126 MB
+FEW = 128  # rows of products that the memory bounds
+START = np.log([5e-6, 300.0, 1e-10, 1e-8, 2.5e12, 3e14])
+LATENT, ROPE = 512, 64
+BY_ROWS = ("topk", "sort", "searchsorted", "scatter", "divide", "gather")  # steps, not a law, over rows
+OTHER_KERNELS = {("softmax", 2048), ("softmax", 7168)}  # wide rows take another kernel; routers have few experts
+Row = tuple[float, float, int, int, int, float]  # requests, keys, heads, kv heads, head dim, seconds
+
+
+def errors_of(predicted: Any, measured: Any, kept_out: Any) -> dict[str, float]:
+    """Median and 90th percentile of |log| of the rows that were kept out, and their signed median."""
+    off = np.log(np.asarray(predicted) / np.asarray(measured))[np.asarray(kept_out)]
+    return {
+        "rows": len(off),
+        "median": _digits(np.median(np.abs(off))),
+        "p90": _digits(np.quantile(np.abs(off), 0.9)),
+        "signed": _digits(np.median(off)),
+    }
+
+
+def _digits(value: float, digits: int = 4) -> float:
+    return float(f"{value:.{digits}g}")
+
+
+def fit_attention(rows: list[Row], *, size: float, is_latent: bool, kept_out: Any) -> dict[str, Any]:
+    """Parameters of `attention_seconds` and the errors of the rows kept out."""
+    requests, keys, heads, kv, dim, seconds = (np.array(column, float) for column in zip(*rows, strict=True))
+    shape = latent_shape(heads, LATENT, ROPE, size=size) if is_latent else grouped_shape(heads, kv, dim, size=size)
+    used = ~np.asarray(kept_out)
+
+    def off(logs: Any) -> Any:
+        return (np.log(attention_seconds(np.exp(logs), shape, requests, keys)) - np.log(seconds))[used]
+
+    starts = [START, START + np.log([1, 1, 300, 1, 0.5, 0.3])]
+    bounds = (np.log([5e-7, 1, 1e-13, 1e-12, 1e11, 5e12]), np.log([5e-5, 1e5, 1e-6, 1e-6, 2e13, 1e16]))
+    fits = [least_squares(off, start, loss="soft_l1", f_scale=0.1, bounds=bounds) for start in starts]
+    best = np.exp(min(fits, key=lambda fit: fit.cost).x)
+    errors = errors_of(attention_seconds(best, shape, requests, keys), seconds, kept_out)
+    return {"parameters": [_digits(value) for value in best], "kept_out": errors}
+
+
+def table_rows(package: Package, folder: str, *, kv: str, is_latent: bool, l2: float) -> tuple[list[Row], set[str]]:
+    """Rows of a GPU's tables, of each shape the fastest, and the tables that they come from."""
+    best: dict[tuple[int, ...], float] = {}
+    used = set()
+    names = ("mla", "generation_mla_perf") if is_latent else ("attention", "generation_attention_perf")
+    for table in package.tables(folder, *names):
+        chosen = table["kv_cache_dtype"] == kv
+        chosen &= (table["num_heads"] >= 8) if is_latent else np.isin(table["head_dim"], (64, 128, 256))
+        if "window_size" in table.columns:
+            chosen &= table["window_size"] == 0
+        for i in np.flatnonzero(chosen):
+            requests, keys = int(table["batch_size"][i]), int(table["isl"][i] + table["step"][i])
+            heads = int(table["num_heads"][i])
+            kv_heads, dim = (0, 0) if is_latent else (int(table["num_key_value_heads"][i]), int(table["head_dim"][i]))
+            held = (
+                requests * keys * (LATENT + ROPE if is_latent else 2 * kv_heads * dim) * (2 if kv == "bfloat16" else 1)
+            )
+            if keys < 64 or requests > 512 or heads < 2 or l2 * 0.1 < held < 1.2 * l2:
+                continue
+            used.add(table.source)
+            shape = (requests, keys, heads, kv_heads, dim)
+            best[shape] = min(best.get(shape, math.inf), float(table["latency"][i]) * 1e-3)
+    return [(*shape, seconds) for shape, seconds in best.items()], used  # type: ignore[misc]
+
+
+def engines(package: Package) -> dict[str, Any]:
+    """Attention of serving engines by GPU, from the tables."""
+    found: dict[str, Any] = {}
+    for gpu, entry in (COMPARED | TABLE_GPUS).items():
+        found[gpu] = {}
+        for kind, is_latent in (("grouped", False), ("latent", True)):
+            for dtype, kv, size in (("bf16", "bfloat16", 2.0), ("fp8", "fp8", 1.0)):
+                rows, used = table_rows(package, entry.folder, kv=kv, is_latent=is_latent, l2=L2_BYTES.get(gpu, 126e6))
+                if len(rows) < 100:
+                    continue
+                rows = rows[:: max(1, len(rows) // 3000)]
+                kept_out = np.arange(len(rows)) % 3 == 2
+                fitted = fit_attention(rows, size=size, is_latent=is_latent, kept_out=kept_out)
+                found[gpu][f"{kind}/{dtype}"] = fitted | {"source": ", ".join(sorted(used))}
+                print(f"{gpu:14} {kind}/{dtype:5} {fitted['kept_out']}", flush=True)
+    return found
+
+
+def all_reduces(package: Package) -> dict[str, Any]:
+    """[bytes, seconds] of the fastest all-reduce of an engine by GPU and number of ranks."""
+    found: dict[str, Any] = {}
+    for gpu, entry in (COMPARED | TABLE_GPUS).items():
+        best: dict[int, dict[int, float]] = {}
+        for table in package.tables(entry.folder, "comm", "custom_allreduce_perf"):
+            eager = np.char.endswith(table["kernel_source"].astype(str), "eager")
+            for i in np.flatnonzero(~eager):
+                ranks, size = int(table["num_gpus"][i]), int(2 * table["message_size"][i])  # elements of 2 bytes
+                seconds = best.setdefault(ranks, {})
+                seconds[size] = min(seconds.get(size, math.inf), float(table["latency"][i]) * 1e-3)
+        if best:
+            found[gpu] = {
+                str(ranks): [[size, _digits(seconds[size])] for size in sorted(seconds)]
+                for ranks, seconds in sorted(best.items())
+            }
+    return found
+
+
+def torch_attention(measured: dict[str, Any]) -> dict[str, Any]:
+    """Attention of torch as measured."""
+    names = ("batch", "keys", "heads", "kv_heads", "head_dim", "seconds")
+    rows: list[Row] = [tuple(row[name] for name in names) for row in measured["attention"]]  # type: ignore[misc]
+    kept_out = np.array([row["kept_out"] for row in measured["attention"]])
+    fitted = fit_attention(rows, size=2.0, is_latent=False, kept_out=kept_out)
+    print("torch attention", fitted["kept_out"])
+    return {"h100": {"grouped/bf16": fitted | {"source": "measured on one H100"}}}
+
+
+def small_kernels(measured: dict[str, Any]) -> dict[str, Any]:
+    """Parameters of every small kernel; several launches that belong together count as one kind."""
+    kinds: dict[str, Any] = {}
+    off = []
+    for kind in dict.fromkeys(row["kind"] for row in measured["small"]):
+        rows = [row for row in measured["small"] if row["kind"] == kind and (kind, row["width"]) not in OTHER_KERNELS]
+        count, width, seconds = (np.array([row[key] for row in rows], float) for key in ("rows", "width", "seconds"))
+        kept_out = np.array([row["kept_out"] for row in rows])
+        fitted: dict[str, Any]
+        if kind in BY_ROWS:
+            used = [(n, np.log(seconds[(count == n) & ~kept_out]).mean()) for n in np.unique(count)]
+            fitted = {"points": [[int(n), _digits(math.exp(log))] for n, log in used if not math.isnan(log)]}
+        else:
+            terms = np.stack([np.ones_like(count), width, count, count * width], axis=1) / seconds[:, None]
+            parameters, _ = nnls(terms[~kept_out], np.ones((~kept_out).sum()))
+            fitted = {"parameters": [_digits(value) for value in parameters]}
+        predicted = np.array([small_seconds(fitted, n, w) for n, w in zip(count, width, strict=True)])
+        off += np.log(predicted / seconds)[kept_out].tolist()
+        kinds[kind] = {"kernels": rows[0]["kernels"]} | fitted | {"kept_out": errors_of(predicted, seconds, kept_out)}
+        print(f"small {kind:14} {kinds[kind]['kept_out']}")
+    print(f"all small: median {np.median(np.abs(off)):.1%}, p90 {np.quantile(np.abs(off), 0.9):.1%}")
+    return kinds
+
+
+def gaps(measured: dict[str, Any]) -> dict[str, float]:
+    """Seconds by which a product in a row of kernels is shorter than one launched alone: median over few rows."""
+    h100 = load_profile("h100")
+    alone = {
+        "gemm": [(row, Gemm(m=row["m"], k=row["k"], n=row["n"])) for row in measured["gemm"] if row["m"] <= FEW],
+        "grouped": [
+            (row, GroupedGemm(rows_per_expert=np.array([row["rows_per_expert"]]), k=row["k"], n=row["n"]))
+            for row in measured["grouped"]
+        ],
+    }
+    found: dict[str, float] = {}
+    for family, rows in alone.items():
+        predicted = np.array([float(np.ravel(h100.seconds(kernel).seconds)[0]) for _, kernel in rows])
+        seconds = np.array([row["seconds"] for row, _ in rows])
+        kept_out = np.array([row["kept_out"] for row, _ in rows])
+        short = seconds < 60e-6
+        found[family] = _digits(np.median((predicted - seconds)[short & ~kept_out]))
+        print(family, "before", errors_of(predicted, seconds, kept_out))
+        print(family, f"less {found[family] * 1e6:.2f} us", errors_of(predicted - found[family], seconds, kept_out))
+    return found
+
+
+def host(measured: dict[str, Any]) -> dict[str, float]:
+    """Seconds of the host: of a kernel of an eager layer, of a replay, of reading the tokens."""
+    bound = [row for row in measured["steps"] if row["eager_seconds"] > 1.5 * row["seconds"]]  # by the host
+    kernels, seconds = (np.array([row[key] for row in bound], float) for key in ("kernels", "eager_seconds"))
+    kept_out = np.array([row["kept_out"] for row in bound])
+    launch = float(np.median((seconds / kernels)[~kept_out]))
+    print("eager launch", launch, errors_of(launch * kernels, seconds, kept_out))
+    replay = [row["submit"] for row in measured["host"] if row["kind"] == "replay"]
+    launches = next(row["seconds"] / row["kernels"] for row in measured["host"] if row["kind"] == "launches")
+    readback = next(row["seconds"] for row in measured["host"] if row["kind"] == "readback")
+    fixed = {"launch": _digits(launches), "eager_launch": _digits(launch)}
+    return fixed | {"replay": _digits(float(np.median(replay))), "readback": _digits(readback)}
+
+
+def main() -> None:
+    """Fit, print, and with --write record."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true")
+    arguments = parser.parse_args()
+    measured, package = parse_json(unpacked(MEASURED.read_bytes())), Package.found(None)
+    found = {
+        "sources": {
+            "measured": f"{measured['device']}, torch {measured['torch']}, as CUDA graphs",
+            "tables": f"{PACKAGE} {package.version}, {LICENCE}",
+        },
+        "small": {"kinds": small_kernels(measured)},
+        "gap": gaps(measured),
+        "host": host(measured),
+        "attention": {"torch": torch_attention(measured), "engines": engines(package)},
+        "all_reduce": all_reduces(package),
+    }
+    if arguments.write:
+        write_atomically(FILE, json_text(found, indent=1).encode())
+
+
+if __name__ == "__main__":
+    main()
