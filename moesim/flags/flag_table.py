@@ -47,6 +47,7 @@ _MODEL = {
     "--window-size": ("word", "model.local.window"),
     "--window-attn-skip-freq": ("pattern", "model.local.layers"),
     "--softmax-type": ("word", "model.attention_sinks"),
+    "--qk-layernorm": ("bare", "model.query_key_norms"),
     "--add-qkv-bias": ("bare", "model.attention_bias"),
     "--disable-bias-linear": ("bare", "model.attention_bias, model.expert_bias"),
     "--ffn-hidden-size": ("count", "model.dense_intermediate"),

@@ -82,6 +82,8 @@ def _biases(args: Arguments) -> Fields:
     fields: Fields = {}
     if args.word("--softmax-type", "vanilla") == "learnable":
         fields["attention_sinks"] = True
+    if args.has("--qk-layernorm") and not args.has("--multi-latent-attention"):
+        fields["query_key_norms"] = True  # latent attention norms what it compresses, with the flag or without
     if args.has("--disable-bias-linear"):
         return fields | ({"attention_bias": "qkv"} if args.has("--add-qkv-bias") else {})
     args.note("--disable-bias-linear", "biases of dense feed-forward networks are not counted, those of others are")

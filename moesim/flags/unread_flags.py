@@ -124,7 +124,7 @@ _POSITIONS = "how positions are told: their table is not counted"
 HARMLESS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         _NUMERICS: (
-            "--normalization", "--norm-epsilon", "--apply-layernorm-1p", "--qk-layernorm", "--qk-l2-norm",
+            "--normalization", "--norm-epsilon", "--apply-layernorm-1p", "--qk-l2-norm",
             "--qk-clip", "--qk-clip-alpha", "--qk-clip-threshold", "--hidden-dropout", "--attention-dropout",
             "--glu-linear-offset", "--activation-func-clamp-value", "--apply-residual-connection-post-layernorm",
             "--attention-softmax-in-fp32", "--apply-query-key-layer-scaling", "--no-query-key-layer-scaling",

@@ -68,6 +68,7 @@ def _attention(draft: Draft, scenario: Scenario) -> None:
         draft.say("--window-size", f"{model.local.window - 1},0")
         draft.say("--window-attn-skip-freq", runs(int(model.is_local(layer)) for layer in range(model.layers)))
         draft.leave("model.local.chunked", "a window of as many tokens", when=model.local.chunked)
+    draft.say("--qk-layernorm", when=model.query_key_norms and not isinstance(attention, Mla))
     draft.say("--softmax-type", "learnable", when=model.attention_sinks)
     _biases(draft, scenario)
 

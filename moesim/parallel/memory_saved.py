@@ -121,6 +121,10 @@ class SavedTensors:
         else:
             kv_heads = model.heads if self._switches.repeat_keys else model.kv_heads
             yield Saved("attention", (model.heads + 2 * kv_heads) * model.head_dim * a)
+            has_norms = model.query_key_norms and self.scenario.implementation.software.query_key_norms
+            if has_norms and self._switches.norm != "fused":  # what they norm
+                each = a + (FP32 if self._switches.norm == "unfused" else 0.0)
+                yield Saved("attention", (model.heads + model.kv_heads) * (model.head_dim * each + FP32))
         yield Saved("attention", model.heads * self._per_query)
         yield Saved("attention", model.heads * value * a * (1 if self._switches.layout_copies == "none" else 2))
 

@@ -48,6 +48,13 @@ def _repeated(w: KernelWriter, name: str, step: Step, *, narrow: int, wide: int)
     )
 
 
+def _normed(w: KernelWriter, name: str, step: Step, *, heads: int) -> Passes:
+    """A norm of every head; fused with what turns it where norms are, and not of a software that has none."""
+    if not step.model.query_key_norms or not step.software.query_key_norms or step.switches.norm == "fused":
+        return [], []
+    return norm(w, f"{name}.norm", step, tokens=step.gathered_tokens * heads, width=step.model.head_dim)
+
+
 def _input(w: KernelWriter, name: str, step: Step, *, width: int) -> Passes:
     """What tensor ranks exchange for products that share an input: gathered once, also for the weights' gradients."""
     late = w.during(Phase.WEIGHT_GRADIENT)
@@ -74,9 +81,11 @@ def _separate(w: KernelWriter, step: Step) -> Passes:
         _input(w, "qkv", step, width=h),
         projection(w, "q", m=tokens, k=h, n=wide),
         accumulated(w, "q.branch", tokens, h),
+        _normed(w, "q", step, heads=step.heads),
         turn("q", wide),
         projection(w, "k", m=tokens, k=h, n=narrow),
         accumulated(w, "k.branch", tokens, h),
+        _normed(w, "k", step, heads=step.kv_heads),
         turn("k", narrow),
         projection(w, "v", m=tokens, k=h, n=narrow),
         rotary(w, "rotary", step, width=wide + narrow, head_dim=d) if fused else ([], []),
@@ -86,7 +95,11 @@ def _separate(w: KernelWriter, step: Step) -> Passes:
 def _joined(w: KernelWriter, step: Step) -> Passes:
     model, d = step.model, step.model.head_dim
     wide, narrow = step.heads * d, step.kv_heads * d
-    product = column_parallel(w, "qkv", step, k=model.hidden, n=(model.heads + 2 * model.kv_heads) * d)
+    product = chain(
+        column_parallel(w, "qkv", step, k=model.hidden, n=(model.heads + 2 * model.kv_heads) * d),
+        _normed(w, "q", step, heads=step.heads),
+        _normed(w, "k", step, heads=step.kv_heads),
+    )
     if step.switches.rotary == "fused":
         return chain(product, rotary(w, "rotary", step, width=wide + narrow, head_dim=d))
     return chain(
@@ -113,7 +126,7 @@ def _latent(w: KernelWriter, step: Step, mla: Mla) -> Passes:
     value, up = mla.value_head_dim or d, w.repeated_by("mla_up_projection")
     wide = model.heads * (d + rope)
     query: list[Passes]
-    if mla.q_lora_rank is None and step.plain_queries:
+    if mla.q_lora_rank is None and step.software.plain_queries:
         query = [column_parallel(w, "q", step, k=h, n=wide)]
         if copies != "none":
             query.append(accumulated(w, "q.branch", step.tokens, h))

@@ -77,7 +77,7 @@ def _remote(w: KernelWriter, step: Step, loads: LayerLoads, shared: tuple[Shared
     quantise = [writer.memory("quantise", "quantise", rows=step.tokens, width=step.model.row_width)
                 for writer in (p, p.backward) if step.quantise]  # fmt: skip
     ahead, behind = shared
-    in_order = step.shared_last and not step.shared_beside  # nothing of the layer runs beside anything
+    in_order = not (step.software.shared_beside or step.shared_beside)  # nothing of the layer runs beside anything
     begin, end = ([], []) if in_order else ([fork(layer=w.layer)], [join(layer=w.layer)])
     forward_pass = [*ahead.before, *quantise[:1], *moves[0][0], *_counted(w.at(Part.DISPATCH), step, loads), *begin]
     forward_pass += [*_send(loads, w.at(Part.DISPATCH), beside=ahead.beside), *moves[1][0], *experts[0], *moves[2][0]]

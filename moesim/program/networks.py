@@ -240,7 +240,7 @@ def shared_experts(w: KernelWriter, step: Step) -> tuple[Shared, Shared]:
     total = residual(w, "shared.sum", step)
     if not (step.remote and step.shared_beside):
         whole = chain(more, _Network(w, "shared", step, width=width).in_line(), total)
-        if step.shared_last:
+        if not step.software.shared_beside:
             return Shared([], [], [], whole[0]), Shared([], [], [], whole[1])
         return Shared([], whole[0], [], []), Shared([], whole[1], [], [])
     network = _Network(w.at(Part.SHARED_EXPERTS, chain=SIDE), "shared", step, width=width)

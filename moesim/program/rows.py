@@ -70,10 +70,15 @@ def _masked_on_arrival(step: Step) -> bool:
     return step.switches.permute == "mask" and step.deduplicated and step.remote
 
 
+def _leaving(step: Step, loads: LayerLoads) -> NDArray[Any]:
+    """Rows, or copies of tokens, that a rank sends; all rows where it sends none."""
+    return loads.copies_out_MSR if step.remote else loads.rows_MSR
+
+
 def permute(w: KernelWriter, step: Step, loads: LayerLoads) -> Passes:
     """The rows, or copies of tokens, that leave this rank, or stay where it is alone."""
     way = "fused" if _masked_on_arrival(step) else step.switches.permute
-    out = loads.copies_out_MSR if step.remote or way != "fused" else loads.rows_MSR
+    out = _leaving(step, loads)
     inside = _masked_on_arrival(step)  # of the dispatch's own kernels
     if way == "fused":
         return _rows_gathered(w, step, "permute", rows=out, of=step.tokens, fused=inside)
@@ -196,12 +201,12 @@ def unpermute(w: KernelWriter, step: Step, loads: LayerLoads) -> Passes:
     """The weighted sum of every token's results."""
     hidden = step.model.row_width
     if step.switches.combine == "fused" or _masked_on_arrival(step):
-        back = loads.copies_out_MSR if step.remote else loads.rows_MSR
+        back = _leaving(step, loads)
         return (
             [w.moved("unpermute", "elementwise", bytes_=_sum_bytes(back, step.tokens, hidden))],
             [w.backward.memory("unpermute", "permute", rows=back, width=hidden)],
         )
-    out = loads.copies_out_MSR
+    out = _leaving(step, loads)
     if step.switches.combine == "sum":
         return chain(_scaled(w, step, out), _summed_in_order(w, step, out))
     add = _added(w, out, of=step.tokens, hidden=hidden)

@@ -8,7 +8,7 @@ from moesim.program.peers import GroupLinks, Peers
 from moesim.scenario import Model
 from moesim.scenario.model import Mla
 from moesim.scenario.routers import DEEPSEEK_MOE, RouterFacts
-from moesim.scenario.software import FUSED
+from moesim.scenario.software import FUSED, SoftwareFacts
 from moesim.scenario.switches import Switches
 
 Passes = tuple[list[Operation], list[Operation]]  # forward, backward (each in issue order)
@@ -21,9 +21,8 @@ class Step:
     `tensor`, `context` and `expert_tensor` are the ranks that share products and tokens (see Parallelism), `links` what
     their collectives cost; a rank alone needs none. `remote`: experts are spread over more than one rank. `router`:
     the facts of the one that runs. `shared_beside`: shared experts run beside the dispatch, where the software
-    can; `shared_last`: else behind the combine. `plain_queries`: latent attention may have queries
-    that are not compressed. `deduplicated`: a token travels once for several
-    of its experts. `local`: the layer is one of model.local.
+    can. `software`: whose kernels they are, with `switches` as the scenario sets them. `deduplicated`: a token travels
+    once for several of its experts. `local`: the layer is one of model.local.
     """
 
     model: Model
@@ -33,9 +32,8 @@ class Step:
     remote: bool
     router: RouterFacts = DEEPSEEK_MOE
     shared_beside: bool = True
-    shared_last: bool = False
+    software: SoftwareFacts = FUSED
     switches: Switches = FUSED.switches
-    plain_queries: bool = True
     deduplicated: bool = False
     local: bool = False
     tensor: int = 1

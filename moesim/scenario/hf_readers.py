@@ -1,7 +1,8 @@
 """Readers of `config.json`, one for every layout: from a family's words to the fields of the `model` section.
 
 What a family calls `intermediate_size` is the width of its dense FFN, or of one expert where no layer is dense.
-Transformers 5 writes `num_local_experts` for every family. Norms of single heads are no field: under 0.01 % of a model.
+Transformers 5 writes `num_local_experts` for every family. The weights of norms of single heads are not counted: under
+0.01 % of a model.
 """
 
 from moesim.scenario.hf_fields import Config
@@ -60,13 +61,13 @@ def qwen2(config: Config) -> Fields:
 
 def qwen3(config: Config) -> Fields:
     """A dense model."""
-    fields = common_fields(config)
+    fields = common_fields(config) | {"query_key_norms": True}
     return _all_dense(config, fields | _qwen_windows(config, fields))
 
 
 def qwen3_moe(config: Config) -> Fields:
     """Experts in all layers but those named dense."""
-    fields = common_fields(config)
+    fields = common_fields(config) | {"query_key_norms": True}
     fields |= _qwen_windows(config, fields) | experts(config, width="moe_intermediate_size")
     return fields | _qwen_dense_at(config, fields)
 
@@ -138,7 +139,8 @@ def glm4_moe(config: Config) -> Fields:
     fields = common_fields(config, bias="qkv")
     fields |= _deepseek_experts(config, fields)
     mtp_layers = config.count("num_nextn_predict_layers", "num_mtp_layers", default=0)
-    return fields | {"mtp_layers": mtp_layers} | router_groups(config, method="noaux_tc")
+    normed = {"query_key_norms": True} if config.flag("use_qk_norm") else {}
+    return fields | normed | {"mtp_layers": mtp_layers} | router_groups(config, method="noaux_tc")
 
 
 def dots1(config: Config) -> Fields:
@@ -175,7 +177,7 @@ def mixtral(config: Config) -> Fields:
 
 def olmoe(config: Config) -> Fields:
     """Experts in every layer; Phi-3.5-MoE is read as Mixtral."""
-    return common_fields(config) | experts(config, width="intermediate_size")
+    return common_fields(config) | experts(config, width="intermediate_size") | {"query_key_norms": True}
 
 
 def deepseek_v32(config: Config) -> Fields:

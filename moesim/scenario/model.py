@@ -119,6 +119,11 @@ class Model(Section):
     attention_bias: Literal["none", "qkv", "all"] = Field(
         default="none", description="Biases of attention: of queries, keys and values, or also of the output."
     )
+    query_key_norms: Flag = Field(
+        default=False,
+        description="Whether queries and keys are normed before they turn; free where norms are fused, its weights not "
+        "counted.",
+    )
     attention_sinks: Flag = Field(default=False, description="Whether every head has a learned sink.")
     experts: Experts = Field(default=0, description="Routed experts of each MoE layer; 0: a dense model.")
     top_k: Experts = Field(default=0, description="Experts that each token is routed to.")

@@ -11,16 +11,16 @@ class SoftwareFacts:
     """The facts of one software.
 
     listed: how its list of kernels was obtained; checked: what steps of it were set beside measured ones. Both end up
-    in every result, beside the sources of its kernels. switches: the settings that its list is written with.
-    kernels: which writer writes it. bound: an ideal that no program reaches.
+    in every result, beside the sources of its kernels. switches: the settings that its list is written with. kernels:
+    which writer writes it. bound: an ideal that no program reaches.
     By itself, where a scenario says nothing: shared_beside, whether shared experts run beside the dispatch;
     reduces_beside, whether gradients are reduced beside the last backward pass.
     Of what it can do: shards_gradients (ZeRO 2 and 3), shares_layers (tensor, context and expert-tensor ranks),
-    other_layers (dense layers anywhere, windows in some layers, networks that are not gated, experts of another
-    width), recomputes_parts, overlaps, copies_experts (an expert in more than one slot), casts_fp8 (products of FP8
-    with casts of their own), plain_queries (latent attention without compressed queries), expert_ranks (experts on
-    several ranks), and runs_here: whether it is
-    what `moesim validate` runs. bf16_optimizer: states in bf16 are updated by a kernel for them, else by that for fp32.
+    other_layers (dense layers anywhere, windows in some layers, networks that are not gated, experts of another width),
+    recomputes_parts, overlaps, copies_experts (an expert in more than one slot), casts_fp8 (products of FP8 with casts
+    of their own), plain_queries (latent attention without compressed queries), query_key_norms (where a model has
+    them), expert_ranks (experts on several ranks), and runs_here: whether it is what `moesim validate` runs.
+    bf16_optimizer: states in bf16 are updated by a kernel for them, else by that for fp32.
     """
 
     name: str
@@ -41,6 +41,7 @@ class SoftwareFacts:
     copies_experts: bool = True
     casts_fp8: bool = True
     plain_queries: bool = True
+    query_key_norms: bool = True
     expert_ranks: bool = True
     runs_here: bool = False
 
@@ -186,6 +187,7 @@ TORCH_EAGER = SoftwareFacts(
     copies_experts=False,
     casts_fp8=False,
     plain_queries=False,
+    query_key_norms=False,
     runs_here=True,
 )
 SOFTWARE = {facts.name: facts for facts in (FUSED, MEGATRON, DEEPSEEK, TRANSFORMERS, TORCHTITAN, TORCH_EAGER)}
