@@ -43,7 +43,7 @@ FAMILIES = {
     "olmoe-1b-7b": ("olmoe", COMMON | {"experts": "num_experts", "expert_intermediate": "intermediate_size"}),
     "llama2-7b": ("llama", DENSE),
     "deepseek-67b": ("llama", DENSE),
-    "deepseek-7b": ("qwen2", DENSE),
+    "deepseek-7b": ("llama", DENSE),
 }
 
 
