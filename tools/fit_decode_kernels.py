@@ -19,6 +19,9 @@ from moesim.files import write_atomically
 from moesim.kernels import Gemm, GroupedGemm, load_profile
 from moesim.kernels.tables.gpus import COMPARED, TABLE_GPUS
 from moesim.kernels.tables.package import LICENCE, PACKAGE, Package
+from moesim.network import build_fabric, prepare_combine, prepare_dispatch
+from moesim.parallel.traffic import without_diagonal
+from moesim.scenario import Cluster
 from moesim.serving.decode_kernels import FILE, attention_seconds, grouped_shape, latent_shape, small_seconds
 from moesim.strict_json import json_text, parse_json, unpacked
 
@@ -126,6 +129,34 @@ def all_reduces(package: Package) -> dict[str, Any]:
     return found
 
 
+def exchange_floors(package: Package) -> dict[str, float]:
+    """Least seconds of DeepEP's low-latency kernels in a node of eight H100, blended with those of the transfer."""
+    table = package.table(COMPARED["h100"].folder, "comm", "wideep_deepep_ll_perf", framework="sglang")
+    assert table is not None
+    cluster = Cluster.model_validate({"pools": [{"gpu": "h100", "nodes": 1, "gpus_per_node": 8}]})
+    fabric, rng, found = build_fabric(cluster), np.random.default_rng(0), {}
+    shapes = np.stack([table[name] for name in ("hidden_size", "num_token", "num_topk", "num_experts")], axis=1)
+    rows = np.flatnonzero((shapes[:, 3] % 8 == 0) & (shapes[:, 3] >= 64))
+    copies = []
+    for _, tokens, top, experts in shapes[rows].tolist():
+        ranks = np.argsort(rng.random((8, tokens, experts)), axis=2)[:, :, :top] // (experts // 8)
+        copies.append(np.stack([np.bincount(each.reshape(-1), minlength=8) for each in ranks]).astype(float))
+    kept_out = np.arange(len(rows)) % 3 == 2
+    for name, prepare, size in (("dispatch", prepare_dispatch, 1.0), ("combine", prepare_combine, 2.0)):
+        moved = np.array([
+            prepare(fabric, (without_diagonal(copies_RR),), token_bytes=hidden * size, algorithm="low_latency_nvlink",
+                    ranks=np.arange(8), model="ports").alone_R.max()
+            for copies_RR, hidden in zip(copies, shapes[rows, 0].tolist(), strict=True)
+        ])  # fmt: skip
+        seconds = table[f"{name}_avg_t_us"][rows] * 1e-6
+        floors = np.arange(0.0, 30e-6, 1e-7)
+        off = [np.median(np.abs(np.log(np.hypot(floor, moved) / seconds))[~kept_out]) for floor in floors]
+        found[name] = _digits(floors[int(np.argmin(off))])
+        print(f"{name} before", errors_of(moved, seconds, kept_out))
+        print(f"{name} floor {found[name]}", errors_of(np.hypot(found[name], moved), seconds, kept_out))
+    return found | {"source": table.source}
+
+
 def torch_attention(measured: dict[str, Any]) -> dict[str, Any]:
     """Attention of torch as measured."""
     names = ("batch", "keys", "heads", "kv_heads", "head_dim", "seconds")
@@ -212,6 +243,7 @@ def main() -> None:
         "host": host(measured),
         "attention": {"torch": torch_attention(measured), "engines": engines(package)},
         "all_reduce": all_reduces(package),
+        "exchange_floor": exchange_floors(package),
     }
     if arguments.write:
         write_atomically(FILE, json_text(found, indent=1).encode())

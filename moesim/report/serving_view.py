@@ -71,10 +71,27 @@ def serving_facts(result: Result) -> list[Fact]:
             f"{format_seconds(result['step_s']['mean'])} each, {result['tokens_per_step']:,.0f} tokens in the mean",
         ),
     ]
+    facts += _engine_facts(result)
     if result["rank_rows_imbalance"] is not None:
         facts.append(Fact("rank rows", f"{result['rank_rows_imbalance']:.3f}x", "max / mean at the mean batch"))
     rests = f"kernels: {', '.join(result['kernels_rest_on'])}; routing: {result['routing_rests_on']}"
     facts.append(Fact("rests on", "no measured run", rests))
+    return facts
+
+
+def _engine_facts(result: Result) -> list[Fact]:
+    """What caches, drafts, dropping, padding and host memory did, where they did anything."""
+    facts = []
+    if result["prefix_hit_share"]:
+        facts.append(Fact("prefix cache", f"{result['prefix_hit_share']:.1%}", "of the prompts' tokens were found"))
+    if result["tokens_per_request_step"] > 1:
+        facts.append(Fact("drafts", f"{result['tokens_per_request_step']:.3f}", "tokens of a request in a step"))
+    if result["dropped_share"]:
+        facts.append(Fact("dropped rows", f"{result['dropped_share']:.2%}", "of all rows that experts were sent"))
+    if result["padding_share"]:
+        facts.append(Fact("padding", f"{result['padding_share']:.1%}", "of all rows that were computed"))
+    if result["swapped"]:
+        facts.append(Fact("swapped", f"{result['swapped']:,}", "preempted requests that went to host memory"))
     return facts
 
 

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from moesim.errors import InfeasibleError, UserError
-from moesim.scenario import load_scenario_text
+from moesim.scenario import gpu_spec, load_scenario_text
 from moesim.serving import largest_load, load_serving, load_serving_text, serve, serve_seeds
 from moesim.serving.answers import Deployment
 from moesim.serving.batch import Batch, Chunk, Formed, Job
 from moesim.serving.costs import StepCosts
+from moesim.serving.decode_kernels import small_all_reduce
 from moesim.serving.keys import KeyLayout, LayerKeys
 from moesim.serving.requests import Requests
 from moesim.serving.schema import Engine, ServingScenario
@@ -219,6 +220,44 @@ def test_stages_answer_as_much_with_less_memory_each() -> None:
     assert two["gpus"] == 4 and two["memory"]["weights"] < 0.75 * one["memory"]["weights"]
     assert two["memory"]["kv_tokens"] > 1.5 * one["memory"]["kv_tokens"]
     assert one["tpot_s"]["p50"] == pytest.approx(two["tpot_s"]["p50"], rel=0.3)
+
+
+def test_ranks_that_share_matrices_are_faster_and_pay_two_all_reduces_a_layer() -> None:
+    one, two, four = (
+        Deployment(small(f"parallelism={{data: 1, tensor: {ranks}}}", "model.kv_heads=16")) for ranks in (1, 2, 4)
+    )
+    steps = [each.costs.step(formed(each.costs, (64, 64 * 1000, None))) for each in (one, two, four)]
+    assert steps[0].exchange == 0.0 < steps[1].exchange < steps[2].exchange
+    assert steps[0].attention > 1.6 * steps[1].attention > 1.6 * 1.4 * steps[2].attention
+    assert one.memory.weights > 1.9 * two.memory.weights and one.memory.kv_per_token == 2 * two.memory.kv_per_token
+    layers, width = 4, 64 * 2048 * 2
+    own = small_all_reduce(gpu_spec("h100"), 2, width)
+    assert own is not None and steps[1].exchange <= 2 * layers * own * 1.001  # NCCL where that is faster
+
+
+def test_batches_of_like_length_hold_the_oldest_and_its_neighbours_padded_to_the_longest() -> None:
+    rng, budget = np.random.default_rng(0), 4096
+    engine = Engine(batching="by_length", token_budget=budget, page=16)
+    batch = Batch(engine, layout=LAYOUTS["all"], pages=100_000)
+    lengths = rng.integers(20, 900, 80).tolist()
+    for number, length in enumerate(lengths):
+        batch.add(Job(number, length, 5, turn=number))
+    step = batch.form()
+    chosen = [chunk.job.prompt for chunk in step.chunks]
+    apart = sorted(abs(length - lengths[0]) for length in lengths)
+    assert step.chunks[0].job.request == 0
+    assert max(abs(length - lengths[0]) for length in chosen) == apart[len(chosen) - 1]
+    assert step.tokens == len(chosen) * max(chosen) <= budget < (len(chosen) + 1) * (lengths[0] + apart[len(chosen)])
+    batch.finish(step)
+    assert batch.form().chunks == ()  # to its end first
+
+
+def test_steps_without_graphs_last_as_long_as_the_host_launches() -> None:
+    fused, eager = (Deployment(small(f"engine.software={name}")).costs for name in ("fused", "torch_eager"))
+    few = formed(eager, (1, 100, None), (1, 100, None), (1, 100, None), (1, 100, None))
+    launching = eager.num_kernels * eager.pricing.software.launch
+    assert eager.step(few).total == pytest.approx(launching + eager.pricing.software.step)
+    assert fused.step(few).host == fused.pricing.software.step and fused.step(few).total < 0.3 * launching
 
 
 def test_generated_tokens_may_choose_otherwise_than_prompts(deployment: Deployment) -> None:
