@@ -28,6 +28,7 @@ from moesim.results import RunRecord
 from moesim.routing.progress import ProgressCallback
 from moesim.run import simulate
 from moesim.scenario import Scenario
+from moesim.scenario.failures import ASSUMED
 from moesim.seeding import stream
 
 GOODPUT_SCHEMA_VERSION = 1
@@ -271,9 +272,19 @@ def _checkpoint(
 
 
 def _sources(scenario: Scenario) -> list[str]:
+    """Where rates come from, and which defaults are assumed."""
     failures, record = failures_of(scenario), record_for(scenario)
     own = [f"causes of the scenario{': ' + failures.source if failures.source else ''}"] if failures.causes else []
-    return [f"rates: {record.name} ({record.source})" if record.causes else "rates: none published", *own]
+    checked = "" if record.checked else "; quoted, not compared with its text: an assumption"
+    rates = f"rates: {record.name} ({record.source}{checked})" if record.causes else "rates: none published"
+    checkpoint = failures.checkpoint
+    given = {
+        "detection": "detection" in failures.model_fields_set,
+        "restart": "restart" in failures.model_fields_set,
+        "write_per_node": "write_per_node" in checkpoint.model_fields_set,
+        "copy_bandwidth": "copy_bandwidth" in checkpoint.model_fields_set or not checkpoint.asynchronous,
+    }
+    return [rates, *own, *(f"{key} assumed, {ASSUMED[key]}" for key, known in given.items() if not known)]
 
 
 def _warnings(scenario: Scenario) -> list[str]:

@@ -63,6 +63,6 @@ GOODPUT_DEFINITIONS: Mapping[str, Definition] = {
     "days_with_failures": Definition("days", "Days on which at least one came."),
     **{f"causes.[].{name}": Definition(*row) for name, row in _CAUSE.items()},
     **{f"checkpoint.{name}": Definition(*row) for name, row in _CHECKPOINT.items()},
-    "rests_on.[]": Definition(NO_UNIT, "Where the rates come from, one text each."),
+    "rests_on.[]": Definition(NO_UNIT, "Where the rates come from, and which defaults are assumed, one text each."),
     "warnings.[]": Definition(NO_UNIT, "What to know before trusting the numbers."),
 }

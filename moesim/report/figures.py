@@ -154,6 +154,26 @@ def traffic(bytes_RR: FloatArray) -> go.Figure:
     return figure
 
 
+def waits(waits_RR: FloatArray, ranks_R: NDArray[np.int64]) -> go.Figure:
+    """Heat map of milliseconds that each rank [R] waited for each other one and, in the last column, for others."""
+    ranks = len(waits_RR)
+    figure = blank(height=int(np.clip(160 + 34 * ranks, 280, 700)), x="for rank", y="rank waits")
+    names = [str(rank) for rank in ranks_R]
+    figure.add_heatmap(
+        x=[*names, "others"],
+        y=names,
+        z=(1e3 * waits_RR).astype(np.float32),
+        colorscale=[(0.0, "#f4f4f2"), (1.0, FAMILIES["waiting"])],
+        xgap=1 if ranks <= 64 else 0,
+        ygap=1 if ranks <= 64 else 0,
+        colorbar={"title": {"text": "ms per step", "side": "right", "font": {"size": 13}}, "thickness": 14},
+        hovertemplate="rank %{y} waits %{z:.4g} ms for %{x}<extra></extra>",
+    )
+    figure.update_xaxes(type="category", showgrid=False)
+    figure.update_yaxes(type="category", showgrid=False, autorange="reversed")
+    return figure
+
+
 def _rank_axis(update: Any, ranks: int) -> None:
     update(tickformat="d", **({"dtick": 1} if ranks <= _MAX_LABELLED_RANKS else {}))
 

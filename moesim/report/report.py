@@ -16,6 +16,7 @@ from moesim.report.page import Page
 from moesim.report.placement_section import placement_section
 from moesim.report.step_sections import memory_section, pipeline_section, what_if_section
 from moesim.report.timeline import forward_of_one_layer
+from moesim.results.attribution import waited_for
 from moesim.results.record import RunRecord
 from moesim.results.spans import CATEGORIES
 
@@ -189,6 +190,26 @@ def _ranks(page: Page, record: RunRecord) -> None:
         for name, v_W in (("computing", compute_W), ("exposed communication", exposed_W), ("waiting", waiting_W))
     ]
     page.table(("over all ranks", "least", "median", "mean", "most"), rows, styles=("", *["number"] * 4))
+    _waits(page, record)
+
+
+def _waits(page: Page, record: RunRecord) -> None:
+    """Who waited for whom, in the first group of the pipeline rank that waits most; nothing where nobody does."""
+    if not record.pipeline_spans:
+        return
+    waiting_W = record.arrays["attribution_CW"][CATEGORIES.index("imbalance_wait")]
+    place = int(waiting_W.reshape(len(record.pipeline_spans), -1).mean(axis=1).argmax())
+    waits_RR, ranks_R = waited_for(record.pipeline_spans[place]), record.pipeline_spans[place].ranks_R
+    if waits_RR.sum() == 0:
+        return
+    page.text("h3", "Who waited for whom")
+    where = f"expert group 0 of pipeline rank {place}" if place else "expert group 0"
+    page.text(
+        "p",
+        f"Time of one step in {where} that ranks stood in a transfer until the last of the group came to it, by who "
+        "that was; the last column is for ranks outside of it. First routing sample.",
+    )
+    page.figure(figures.waits(waits_RR, ranks_R), name="waits")
 
 
 def _training(page: Page, record: RunRecord) -> None:

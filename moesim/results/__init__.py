@@ -1,6 +1,6 @@
 """Facts that a simulation leaves, and the numbers derived from them."""
 
-from moesim.results.attribution import attribute, overlapped_transfer
+from moesim.results.attribution import attribute, overlapped_transfer, waited_for
 from moesim.results.record import RESULT_SCHEMA_VERSION, RunRecord
 from moesim.results.spans import CATEGORIES, ActionRows, Label, SpanRecorder, SpanTable, Stream
 
@@ -15,4 +15,5 @@ __all__ = [
     "Stream",
     "attribute",
     "overlapped_transfer",
+    "waited_for",
 ]

@@ -115,6 +115,35 @@ def attribute(table: SpanTable, *, compiled: bool = False) -> FloatArray:
     return seconds_CQ.reshape(len(CATEGORIES), samples, ranks)
 
 
+def waited_for(table: SpanTable) -> FloatArray:
+    """Seconds of the first sample that every rank [R] stood waiting for every other one, [R, R + 1].
+
+    In a transfer ranks wait for the last of their group to come to it. The last column is for others: for whom the last
+    one itself waits, as in a collective over several groups, or in hand-offs. A row adds up to the `imbalance_wait` of
+    its rank.
+    """
+    first = table.first_sample()
+    ranks = first.start_NSR.shape[2]
+    waits_RR = np.zeros((ranks, ranks + 1))
+    _, begin_NR, end_NR = _stream_intervals(first, Stream.COMPUTE)
+    covered = _Coverage(*_joined(begin_NR, end_NR), compiled=False)
+    for stream in (Stream.COMMUNICATION, Stream.REDUCTION, Stream.PIPELINE, Stream.HOST):
+        rows_N, start_NR, finish_NR = _stream_intervals(first, stream)
+        if not len(rows_N):
+            continue
+        own_NR = np.minimum(first.own_NSR[rows_N].reshape(start_NR.shape).astype(np.float64), finish_NR - start_NR)
+        own_exposed_NR = own_NR - (covered.until(finish_NR) - covered.until(finish_NR - own_NR))
+        covered = _Coverage(start_NR, finish_NR, covered, compiled=False)
+        wait_NR = covered.exposed_NQ - own_exposed_NR
+        together = stream in (Stream.COMMUNICATION, Stream.REDUCTION)
+        last_N = start_NR.argmax(axis=1)
+        later_NR = together & (start_NR < start_NR.max(axis=1, keepdims=True))
+        for rank in range(ranks):
+            peer_N = np.where(later_NR[:, rank], last_N, ranks)
+            waits_RR[rank] += np.bincount(peer_N, weights=wait_NR[:, rank], minlength=ranks + 1)
+    return np.where(np.abs(waits_RR) < ROUND_OFF * table.step_S.max(), 0.0, waits_RR)
+
+
 def _idle(table: SpanTable, begin_NQ: FloatArray, end_NQ: FloatArray, covered: _Coverage) -> FloatArray:
     """Seconds per column without any span: gaps of the compute stream less what other streams cover in them."""
     _, samples, ranks = table.start_NSR.shape

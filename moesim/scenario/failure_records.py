@@ -24,7 +24,10 @@ class RecordedCause:
 
 @dataclass(frozen=True, kw_only=True)
 class FailureRecord:
-    """Interruptions of `gpus` GPUs in `days` days. kinds: the GPUs of the catalogue that they were."""
+    """Interruptions of `gpus` GPUs in `days` days. kinds: the GPUs of the catalogue that they were.
+
+    checked: whether the figures here were compared with the published table; else they are quoted, an assumption.
+    """
 
     name: str
     about: str
@@ -35,6 +38,7 @@ class FailureRecord:
     days: float
     causes: tuple[RecordedCause, ...]
     source: str
+    checked: bool
 
     def per_hour(self, cause: RecordedCause) -> float:
         """Interruptions of one part (GPU, NIC, node, or the whole job) in an hour."""
@@ -78,6 +82,7 @@ LLAMA3_H100 = FailureRecord(
         _cause("system memory", 2, "node", broken=True),
     ),
     source="arXiv 2407.21783, table 5",
+    checked=True,
 )
 RSC1_A100 = FailureRecord(
     name="rsc1_a100",
@@ -89,6 +94,7 @@ RSC1_A100 = FailureRecord(
     days=1,
     causes=(_cause("node failure", 6.5, "node", broken=True),),
     source="arXiv 2410.21680, RSC-1",
+    checked=False,
 )
 RSC2_A100 = FailureRecord(
     name="rsc2_a100",
@@ -100,6 +106,7 @@ RSC2_A100 = FailureRecord(
     days=1,
     causes=(_cause("node failure", 2.34, "node", broken=True),),
     source="arXiv 2410.21680, RSC-2",
+    checked=False,
 )
 NO_FAILURES = FailureRecord(
     name="none",
@@ -111,6 +118,7 @@ NO_FAILURES = FailureRecord(
     days=1,
     causes=(),
     source="scenario",
+    checked=True,
 )
 FAILURE_RECORDS = {record.name: record for record in (LLAMA3_H100, RSC1_A100, RSC2_A100, NO_FAILURES)}
 

@@ -43,11 +43,18 @@ PositivePeriod = Annotated[float, BeforeValidator(_positive_period), PlainSerial
 Steps = Annotated[int, Strict(), Field(gt=0, le=10**9)]
 RecordName = Annotated[str, one_of(FAILURE_RECORDS), WithJsonSchema({"enum": list(FAILURE_RECORDS), "type": "string"})]
 
-# Sources of the defaults.
-DETECTION_SECONDS = 600.0  # MegaScale (arXiv 2402.15627): detection and diagnosis take less than 10 minutes on average
-RESTART_SECONDS = 300.0  # arXiv 2410.21680 reckons with 5 minutes until a job computes again
-WRITE_PER_NODE = 10 * 2.0**30  # bytes/s: 3FS saves checkpoints with more than 10 GiB/s per node (arXiv 2408.14158)
-COPY_TO_HOST = 32e9  # bytes/s of a GPU: PCIe 4.0 x16 in one direction, nominal
+DETECTION_SECONDS = 600.0
+RESTART_SECONDS = 300.0
+WRITE_PER_NODE = 10 * 2.0**30  # bytes/s
+COPY_TO_HOST = 32e9  # bytes/s of a GPU
+
+# Where the defaults are taken from. None of the three papers' texts could be compared here: each is an assumption.
+ASSUMED = {
+    "detection": "10 min: MegaScale (arXiv 2402.15627) is quoted for less than that in the mean",
+    "restart": "5 min: what arXiv 2410.21680 is quoted to reckon with until a job computes again",
+    "write_per_node": "10 GiB/s: 3FS (arXiv 2408.14158) is quoted for more than that when it saves checkpoints",
+    "copy_bandwidth": "32 GB/s: the nominal rate of PCIe 4.0 x16 in one direction",
+}
 
 
 def _interval_form(value: object) -> str:

@@ -177,6 +177,17 @@ def test_a_scenario_with_failures_comes_back_from_its_text(small) -> None:
         assert load_scenario_text(dump_scenario(scenario)) == scenario
 
 
+def test_an_answer_says_what_it_assumes(small) -> None:
+    by_default = goodput_of_step(small(OFTEN), STEP, days=2, seeds=1).result["rests_on"]
+    assert [text.split(" assumed")[0] for text in by_default[-3:]] == ["detection", "restart", "write_per_node"]
+    told = {"failures.detection": "5 min", "failures.restart": "2 min"}
+    told |= {"failures.checkpoint": {"write_per_node": "5 GB/s"}}
+    found = goodput_of_step(small(OFTEN | told), STEP, days=2, seeds=1).result["rests_on"]
+    assert not any("assumed" in text for text in found)
+    quoted = goodput_of_step(small({"failures.record": "rsc1_a100"}), STEP, days=2, seeds=1).result["rests_on"]
+    assert "an assumption" in quoted[0] and "2410.21680" in quoted[0]
+
+
 def test_an_interval_is_whole_steps(small) -> None:
     scenario = small(OFTEN | {"failures.checkpoint": {"interval": "61 s"}})
     assert goodput_of_step(scenario, STEP, days=2, seeds=1).job.interval_steps == 6
