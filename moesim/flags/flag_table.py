@@ -88,7 +88,7 @@ _LAYOUT = {
     "--context-parallel-size": ("count", "parallelism.context"),
     "--expert-model-parallel-size": ("count", "parallelism.expert"),
     "--expert-tensor-parallel-size": ("count", "parallelism.expert_tensor"),
-    "--sequence-parallel": ("bare", "parallelism.tensor"),
+    "--sequence-parallel": ("bare", "implementation.sequence_parallel"),
     "--num-layers-per-virtual-pipeline-stage": ("count", "parallelism.schedule"),
     "--num-virtual-stages-per-pipeline-rank": ("count", "parallelism.schedule"),
     "--pipeline-model-parallel-layout": ("word", "parallelism.stages"),
@@ -137,6 +137,21 @@ _TRAINING = {
     "--exp-avg-dtype": ("word", "workload.precision.optimizer"),
     "--exp-avg-sq-dtype": ("word", "workload.precision.optimizer"),
 }
+_KERNELS = {
+    "--moe-permute-fusion": ("bare", "implementation.permute"),
+    "--moe-router-fusion": ("bare", "implementation.router"),
+    "--cross-entropy-loss-fusion": ("bare", "implementation.loss"),
+    "--fused-residual-rmsnorm": ("bare", "implementation.norm"),
+    "--no-gradient-accumulation-fusion": ("bare", "implementation.accumulation"),
+    "--no-rope-fusion": ("bare", "implementation.rotary"),
+    "--no-bias-swiglu-fusion": ("bare", "implementation.activation"),
+    "--no-bias-gelu-fusion": ("bare", "implementation.activation"),
+    "--enable-cuda-graph": ("bare", "implementation.cuda_graphs"),
+    "--external-cuda-graph": ("bare", "implementation.cuda_graphs"),
+    "--attention-backend": ("word", "implementation.attention"),
+    "--attention-dropout": ("number", "implementation.dropout"),
+    "--moe-router-dtype": ("word", "implementation.router_dtype"),
+}
 _LAUNCHER = {
     "--nproc-per-node": ("word", "cluster.gpus_per_node"),
     "--nnodes": ("word", "cluster.nodes"),
@@ -146,6 +161,7 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
     "--moe-token-dispatcher-type": ("allgather", "alltoall", "flex", "alltoall_seq"),
     "--moe-flex-dispatcher-backend": ("deepep", "hybridep", "ncclep"),
     "--moe-token-drop-policy": ("probs", "position"),
+    "--attention-backend": ("flash", "fused", "unfused", "local", "auto"),
     "--softmax-type": ("vanilla", "off-by-one", "learnable"),
     "--data-parallel-sharding-strategy": ("no_shard", "optim", "optim_grads", "optim_grads_params"),
     "--recompute-granularity": ("full", "selective"),
@@ -160,7 +176,7 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
 READ: Mapping[str, Flag] = MappingProxyType(
     {
         name: Flag(name=name, kind=kind, key=key, choices=_CHOICES.get(name, ()))  # type: ignore[arg-type]
-        for part in (_MODEL, _ROUTING, _LAYOUT, _TRAINING, _LAUNCHER)
+        for part in (_MODEL, _ROUTING, _LAYOUT, _TRAINING, _KERNELS, _LAUNCHER)
         for name, (kind, key) in part.items()
     }
 )

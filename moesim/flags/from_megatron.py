@@ -14,6 +14,7 @@ from moesim.flags.read_layout import dispatch_fields, layout_fields, overlap_fie
 from moesim.flags.read_model import model_fields
 from moesim.flags.read_training import capacity_fields, workload_fields
 from moesim.flags.routing_choice import Choice, routing_section
+from moesim.flags.software_flags import implementation_fields
 from moesim.scenario import Scenario, gpu_spec, scenario_from_mapping, yaml_text
 
 DEFAULT_GPU = "h100"
@@ -124,6 +125,7 @@ def _scenario(
         "parallelism": layout,
         "workload": workload_fields(args, data=layout["data"], stages=layout.get("stages", [model["layers"]])),
         "dispatch": dispatch_fields(args, sm_count=gpu_spec(kind).sm_count),
+        "implementation": implementation_fields(args, model),
         "overlap": overlap_fields(args),
     }
     model["left_out"] = [line[:_WORDS] for line in args.left_out]

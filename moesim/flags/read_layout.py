@@ -39,8 +39,6 @@ def layout_fields(args: Arguments, *, num_gpus: int) -> Fields:
             args.take(
                 f"--expert-tensor-parallel-size {tensor}, that of attention, as Megatron-LM has it without a word"
             )
-    if tensor > 1 and not args.has("--sequence-parallel"):
-        args.note("--sequence-parallel", "tensor ranks are simulated with it: each norms its share of the tokens")
     return fields | _stages(args, pipeline)
 
 

@@ -12,6 +12,7 @@ from moesim.flags.commands import Command, Draft
 from moesim.flags.to_megatron import launch_words
 from moesim.scenario import NoCapacity, Precision, Scenario
 from moesim.scenario.dispatch import DISPATCH
+from moesim.scenario.software import TORCHTITAN
 from moesim.scenario.stage_split import stage_lengths
 from moesim.schedules import GPIPE, INTERLEAVED, PLAIN
 
@@ -144,7 +145,8 @@ def _dispatch(draft: Draft, scenario: Scenario) -> None:
         told = "one copy for each selected expert, unless the config names DeepEP or HybridEP"
         draft.leave("dispatch", told, when=not plain or dispatch.dtype != "bf16")
     draft.say("--training.disable_cuda_graphs", when=mesh.expert > 1 or mesh.pipeline > 1)
-    draft.leave("implementation", "its own kernels", when=not scenario.implementation.software.overlaps)
+    own = scenario.implementation.software is TORCHTITAN and not scenario.implementation.set_anew
+    draft.leave("implementation", "its own kernels", when=not own)
 
 
 def _recompute(draft: Draft, scenario: Scenario) -> None:

@@ -103,8 +103,7 @@ LEFT_OUT: Mapping[str, LeftOut] = MappingProxyType(
         "--use-mp-args-from-checkpoint-args": _CHECKPOINT,
         "--freeze-all-layers": LeftOut(what="all weights are trained"),
         "--use-mup": LeftOut(what="widths are those of the flags"),
-        "--attention-backend": LeftOut(what="attention runs fused", unless=("auto", "flash", "fused")),
-        "--transformer-impl": LeftOut(what="fused kernels are simulated", unless=("transformer_engine",)),
+        "--transformer-impl": LeftOut(what="Transformer Engine is simulated", unless=("transformer_engine",)),
         "--moe-router-force-biased": LeftOut(what="experts are not forced by a bias"),
         "--moe-apply-probs-on-input": LeftOut(what="gates weigh the experts' outputs"),
         "--dsa-indexer-topk-freq": LeftOut(what="every layer has an indexer", unless=("1",), refused=True),
@@ -116,7 +115,7 @@ _HYPER = "how the optimizer moves the weights: no work of a step"
 _START = "how weights begin, and checkpoints"
 _DATA = "which text is read"
 _LOGS = "logs, profiles, evaluation and their intervals"
-_KERNELS = "kernels of a well-tuned stack are assumed"
+_KERNELS = "kernels that megatron has anyway, or that no switch tells apart"
 _PROCESSES = "how processes start, find each other and end"
 _OTHERS = "of other programs: serving, BERT, vision, retrieval, reinforcement learning, distillation"
 _POSITIONS = "how positions are told: their table is not counted"
@@ -125,11 +124,11 @@ HARMLESS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         _NUMERICS: (
             "--normalization", "--norm-epsilon", "--apply-layernorm-1p", "--qk-l2-norm",
-            "--qk-clip", "--qk-clip-alpha", "--qk-clip-threshold", "--hidden-dropout", "--attention-dropout",
+            "--qk-clip", "--qk-clip-alpha", "--qk-clip-threshold", "--hidden-dropout",
             "--glu-linear-offset", "--activation-func-clamp-value", "--apply-residual-connection-post-layernorm",
             "--attention-softmax-in-fp32", "--apply-query-key-layer-scaling", "--no-query-key-layer-scaling",
             "--fp16-lm-cross-entropy", "--calculate-per-token-loss", "--disable-bf16-reduced-precision-matmul",
-            "--squared-relu", "--openai-gelu", "--onnx-safe", "--moe-router-dtype", "--moe-z-loss-coeff",
+            "--squared-relu", "--openai-gelu", "--onnx-safe", "--moe-z-loss-coeff",
             "--moe-input-jitter-eps", "--mscale", "--mscale-all-dim", "--mtp-loss-scaling-factor",
             "--mtp-detach-heads", "--dsa-indexer-loss-coeff", "--dsa-indexer-use-sparse-loss",
             "--dsa-indexer-rope-interleaved", "--no-dsa-indexer-rotate-activation",
@@ -190,17 +189,17 @@ HARMLESS: Mapping[str, tuple[str, ...]] = MappingProxyType(
             "--rerun-mode", "--enable-one-logger", "--app-tag-run-name", "--app-tag-run-version",
         ),
         _KERNELS: (
-            "--use-mcore-models", "--moe-grouped-gemm", "--moe-permute-fusion", "--moe-router-fusion",
-            "--use-flash-attn", "--flash-attention-version", "--cross-entropy-loss-fusion",
-            "--cross-entropy-fusion-impl", "--no-masked-softmax-fusion", "--no-bias-gelu-fusion",
-            "--no-bias-swiglu-fusion", "--no-bias-dropout-fusion", "--no-rope-fusion", "--no-persist-layer-norm",
-            "--no-gradient-accumulation-fusion", "--fused-residual-rmsnorm", "--use-fused-weighted-squared-relu",
+            "--use-mcore-models", "--moe-grouped-gemm",
+            "--use-flash-attn", "--flash-attention-version",
+            "--cross-entropy-fusion-impl", "--no-masked-softmax-fusion",
+            "--no-bias-dropout-fusion", "--no-persist-layer-norm",
+            "--use-fused-weighted-squared-relu",
             "--use-transformer-engine-op-fuser", "--use-te-activation-func", "--use-grouped-gemm-for-shared-expert",
             "--use-grouped-gemm-for-dense-mlp", "--moe-single-grouped-weight", "--moe-single-grouped-bias",
             "--moe-shared-expert-glu-interleave-size", "--moe-mlp-glu-interleave-size", "--mla-down-proj-fusion",
             "--cache-mla-latents", "--dsa-kernel-backend", "--batch-invariant-mode", "--disable-jit-fuser",
-            "--moe-router-padding-for-quantization", "--moe-router-padding-for-fp8", "--enable-cuda-graph",
-            "--external-cuda-graph", "--moe-permute-fusion-into-hybridep",
+            "--moe-router-padding-for-quantization", "--moe-router-padding-for-fp8",
+            "--moe-permute-fusion-into-hybridep",
             "--moe-hybridep-pad-uneven-dispatch-inputs", "--moe-hybridep-num-blocks-permute",
             "--moe-hybridep-num-blocks-unpermute", "--moe-hybridep-num-sms-preprocessing",
             "--moe-ncclep-static-shape", "--moe-ncclep-zero-copy", "--high-priority-a2a-comm-stream",

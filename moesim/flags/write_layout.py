@@ -1,6 +1,7 @@
 """The flags of Megatron-LM for a scenario's parallel sizes, batch, precision, recomputation and dispatch."""
 
 from moesim.flags.commands import Draft
+from moesim.flags.software_flags import write_implementation
 from moesim.flags.stage_layouts import text_of
 from moesim.scenario import Contiguous, Mla, Scenario
 from moesim.scenario.dispatch import DISPATCH
@@ -24,7 +25,6 @@ def write_layout(draft: Draft, scenario: Scenario) -> None:
     if scenario.model.experts:
         draft.say("--expert-model-parallel-size", mesh.expert)
         draft.say("--expert-tensor-parallel-size", mesh.expert_tensor)
-    draft.say("--sequence-parallel", when=mesh.tensor > 1)
     _stages(draft, scenario)
     zero = mesh.zero
     draft.leave("parallelism.zero", f"experts as all else: stage {zero.dense}", when=_shards_differ(scenario))
@@ -76,8 +76,7 @@ def write_training(draft: Draft, scenario: Scenario) -> None:
     _recompute(draft, scenario)
     _dispatch(draft, scenario)
     _overlap(draft, scenario)
-    software = scenario.implementation.software
-    draft.leave("implementation", f"kernels of its own, not {software.about}", when=not software.overlaps)
+    write_implementation(draft, scenario)
 
 
 def _precision(draft: Draft, scenario: Scenario) -> None:
@@ -154,9 +153,9 @@ def _dispatch(draft: Draft, scenario: Scenario) -> None:
 def _overlap(draft: Draft, scenario: Scenario) -> None:
     overlap = scenario.overlap
     beside = overlap.gradient_reduction
-    if beside is None:  # as the implementation does: with gradients in shards
-        beside = scenario.parallelism.zero.dense > 1
+    if beside is None:  # as the implementation does
+        beside = scenario.reduces_beside or scenario.parallelism.zero.dense > 1
     draft.say("--overlap-grad-reduce", when=beside)
-    shared = scenario.model.shared_width > 0 and overlap.shared_experts is not False
+    shared = scenario.model.shared_width > 0 and scenario.shared_beside
     draft.say("--moe-shared-expert-overlap", when=shared and scenario.parallelism.expert > 1)
     draft.leave("overlap.micro_batches", "no overlapped pairs", when=overlap.micro_batches is True)

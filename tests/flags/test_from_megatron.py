@@ -409,3 +409,22 @@ def test_yaml_by_arguments_and_by_the_fields_of_configurations(write: Write) -> 
     assert found.workload.precision.gradients == "bf16" and found.workload.precision.weights == "bf16"
     assert found.workload.sequence_length == 1024 and found.overlap.gradient_reduction is True
     assert not bridge.left_out
+
+
+def test_kernels_of_a_launch_are_those_of_its_flags(tmp_path: Path) -> None:
+    script = (Path(__file__).parent / "launch" / "mixtral_8x7b.sh").read_text()
+
+    def read(*flags: str, without: str = "") -> Any:
+        place = tmp_path / "run.sh"
+        place.write_text(script.replace("--bf16", " ".join(["--bf16", *flags])).replace(without or "\0", ""))
+        return read_megatron(place, gpu="h100").scenario.implementation
+
+    plain = read()
+    assert plain.kind == "megatron"
+    assert plain.set_anew.keys() <= {"dropout", "permute", "gather_backward", "combine", "router"}
+    for flag, settings in KERNELS.items():
+        if "gelu" not in flag:  # of networks that are not gated
+            assert vars(read(flag).switches).items() >= settings.items(), flag
+    assert read("--attention-backend unfused").switches.attention == "unfused"
+    assert not read("--attention-dropout 0").switches.dropout
+    assert read("--moe-router-dtype fp32").switches.router_dtype == "fp32"

@@ -20,7 +20,7 @@ from moesim.scenario.stage_split import stage_lengths
 from moesim.shipped import folder, names
 
 HARMLESS_SAID = {"--normalization", "--position-embedding-type", "--max-position-embeddings", "--moe-grouped-gemm",
-                 "--moe-permute-fusion", "--ckpt-format"}  # fmt: skip
+                 "--ckpt-format"}  # fmt: skip
 
 
 def layout(scenario: Scenario) -> dict[str, Any]:
@@ -54,9 +54,16 @@ def layout(scenario: Scenario) -> dict[str, Any]:
         share = scenario.dispatch.sm_share
         found["dispatch.sm_share"] = None if share is None else round(share * sms)
         if model.shared_width:
-            found["overlap.shared_experts"] = scenario.overlap.shared_experts is not False
-    reduced = scenario.overlap.gradient_reduction
-    found["overlap.gradient_reduction"] = mesh.zero.dense > 1 if reduced is None else reduced
+            found["overlap.shared_experts"] = scenario.shared_beside
+    reduced, beside = scenario.overlap.gradient_reduction, scenario.reduces_beside or mesh.zero.dense > 1
+    found["overlap.gradient_reduction"] = beside if reduced is None else reduced
+    switches = vars(scenario.implementation.switches)
+    found |= {f"implementation.{name}": value for name, value in switches.items()}
+    found["implementation.kind"] = scenario.implementation.kind
+    if not model.experts:
+        del found["implementation.router_dtype"]
+    if mesh.tensor == 1:
+        del found["implementation.sequence_parallel"]
     return found
 
 

@@ -1,0 +1,85 @@
+"""The `implementation` section and the flags of Megatron-LM that choose kernels: both ways, by one table.
+
+A launch of Megatron-LM is `megatron`; every flag below sets switches of it (`moesim.scenario.switches`) otherwise.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from moesim.flags.arguments import Arguments
+from moesim.flags.commands import Draft
+from moesim.scenario import Scenario
+from moesim.scenario.software import MEGATRON
+
+# Bare flags, and what they set. An activation's is that of gated networks, or of those that are not.
+KERNELS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "--moe-permute-fusion": {"permute": "fused", "gather_backward": "fused", "combine": "fused"},
+        "--moe-router-fusion": {"router": "fused"},
+        "--cross-entropy-loss-fusion": {"loss": "fused"},
+        "--fused-residual-rmsnorm": {"norm": "fused"},
+        "--no-gradient-accumulation-fusion": {"accumulation": "buffer"},
+        "--no-rope-fusion": {"rotary": "cached"},
+        "--no-bias-swiglu-fusion": {"activation": "unfused"},
+        "--no-bias-gelu-fusion": {"activation": "unfused"},
+        "--enable-cuda-graph": {"cuda_graphs": "attention"},
+        "--external-cuda-graph": {"cuda_graphs": "attention"},
+    }
+)
+_OF_EXPERTS = ("--moe-permute-fusion", "--moe-router-fusion")
+_ACTIVATION = {True: "--no-bias-swiglu-fusion", False: "--no-bias-gelu-fusion"}  # of gated networks, of others
+_SAME = ("--external-cuda-graph",)  # another flag says as much
+DROPOUT = 0.1  # of attention, as Megatron-LM has it without a word
+
+
+def implementation_fields(args: Arguments, model: Mapping[str, Any]) -> dict[str, Any]:
+    """The section: Megatron-Core at its defaults, and the switches that the flags set."""
+    fields: dict[str, Any] = {"kind": MEGATRON.name}
+    other = _ACTIVATION[not model.get("gated", True)]
+    for flag, settings in KERNELS.items():
+        if args.has(flag) and flag != other:
+            fields |= settings
+    if args.word("--attention-backend", "auto") in ("unfused", "local"):
+        fields["attention"] = "unfused"
+    if args.word("--moe-router-dtype", "") in ("fp32", "fp64"):
+        fields["router_dtype"] = "fp32"
+    if args.number("--attention-dropout", DROPOUT) > 0:
+        fields["dropout"] = True
+        if not args.has("--attention-dropout"):
+            args.take(f"--attention-dropout {DROPOUT}, as Megatron-LM has it without a word")
+    if not args.has("--sequence-parallel") and args.count("--tensor-model-parallel-size", 1) > 1:
+        if model.get("experts"):
+            args.note("--sequence-parallel", "with experts tensor ranks are simulated with it, as Megatron-LM wants it")
+        else:
+            fields["sequence_parallel"] = False
+    return fields
+
+
+def write_implementation(draft: Draft, scenario: Scenario) -> None:
+    """Flags of the kernels that the scenario's software has; what Megatron-Core has otherwise is left."""
+    software, model, mesh = scenario.implementation.software, scenario.model, scenario.parallelism
+    wanted = vars(scenario.implementation.switches)
+    got = dict(vars(MEGATRON.switches))
+    for flag, settings in KERNELS.items():
+        fits = all(wanted[name] == value for name, value in settings.items())
+        meant = (
+            flag not in _SAME and flag != _ACTIVATION[not model.gated] and (model.experts or flag not in _OF_EXPERTS)
+        )
+        if fits and meant and any(got[name] != value for name, value in settings.items()):
+            draft.say(flag)
+            got |= settings
+    draft.say("--attention-backend", "unfused", when=wanted["attention"] == "unfused")
+    draft.say("--attention-dropout", DROPOUT if wanted["dropout"] else 0.0)
+    draft.say("--moe-router-dtype", "fp32", when=wanted["router_dtype"] == "fp32" and model.experts > 0)
+    draft.say("--sequence-parallel", when=mesh.tensor > 1 and (wanted["sequence_parallel"] or model.experts > 0))
+    got |= {name: wanted[name] for name in ("attention", "dropout")}
+    if model.experts:
+        got["router_dtype"] = wanted["router_dtype"]
+    if mesh.tensor > 1:
+        got["sequence_parallel"] = wanted["sequence_parallel"] or model.experts > 0
+    if software is not MEGATRON:
+        draft.leave("implementation", f"Megatron-Core's kernels, not {software.about}")
+        return
+    for name, value in got.items():
+        draft.leave(f"implementation.{name}", f"{value}", when=value != wanted[name])
