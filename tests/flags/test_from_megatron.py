@@ -7,8 +7,9 @@ import pytest
 
 from moesim.errors import InfeasibleError, UserError
 from moesim.flags.from_megatron import Reading, read_megatron, scenario_text
+from moesim.flags.software_flags import KERNELS
 from moesim.flags.stage_layouts import stages_of, text_of
-from moesim.scenario import Scenario, load_scenario_text
+from moesim.scenario import Implementation, Scenario, load_scenario_text
 from moesim.scenario.catalogue import model_preset
 from moesim.scenario.flops import parameters
 
@@ -414,9 +415,9 @@ def test_yaml_by_arguments_and_by_the_fields_of_configurations(write: Write) -> 
 def test_kernels_of_a_launch_are_those_of_its_flags(tmp_path: Path) -> None:
     script = (Path(__file__).parent / "launch" / "mixtral_8x7b.sh").read_text()
 
-    def read(*flags: str, without: str = "") -> Any:
+    def read(*flags: str) -> Implementation:
         place = tmp_path / "run.sh"
-        place.write_text(script.replace("--bf16", " ".join(["--bf16", *flags])).replace(without or "\0", ""))
+        place.write_text(script.replace("--bf16", " ".join(["--bf16", *flags])))
         return read_megatron(place, gpu="h100").scenario.implementation
 
     plain = read()
