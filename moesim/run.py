@@ -30,12 +30,12 @@ def simulate(
     """
     require_supported(scenario)
     trace = obtain_trace(scenario, progress=progress, cache_dir=cache_dir)
-    kernels = kernel_model(scenario.cluster.pools[0].spec, scenario.compute.profile)
-    fabric = scenario_fabric(scenario, kernels)
+    base = kernel_model(scenario.cluster.pools[0].spec, scenario.compute.profile)
+    fabric = scenario_fabric(scenario, base)
     assert (trace is None) == (scenario.model.experts == 0), "an MoE step is driven by a routing trace"
     plain, bootstrap = draw_samples(scenario, trace)
     memory = check_memory(scenario, lambda variant: rows_of_variant(scenario, variant, trace, plain))
-    kernels = step_kernels(scenario, fabric=fabric, kernels=kernels, samples=plain)
+    kernels = step_kernels(scenario, fabric=fabric, kernels=base, samples=plain)
     balanced = [sample.balanced() for sample in plain]
     everything = simulate_samples(scenario, fabric, kernels, [*plain, *balanced, *bootstrap])
     done = Simulated.of(scenario, kernels, memory, trace, plain, everything)
@@ -47,7 +47,8 @@ def simulate(
     def seconds_placed(variant: Scenario, steps_ago: float) -> float:
         """The step of the plain samples with experts placed so many training steps before."""
         again = draw_samples(variant, trace, bootstrap=False, placed_ago=steps_ago)[0]
-        return float(simulate_samples(variant, fabric, kernels, again).step_S.mean())
+        clocked = step_kernels(variant, fabric=fabric, kernels=base, samples=again)
+        return float(simulate_samples(variant, fabric, clocked, again).step_S.mean())
 
     replacing = replacing_facts(plain[0].sampler, fabric, step_s=done.step_s, seconds=seconds_placed) if plain else None
     record = assemble(done, layout_warnings=warnings, replacing=replacing)

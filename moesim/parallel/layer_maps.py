@@ -108,9 +108,8 @@ class Given:
     @property
     def speed_D(self) -> NDArray[np.float64]:
         """Speeds of the group's ranks that the placement counts with; all alike where it has none."""
-        if isinstance(self.placement, BySpeed):
-            return np.array(self.placement.speeds)
-        return np.ones(len(self.node_of_rank_D))
+        speeds = self.placement.rank_speeds
+        return np.ones(len(self.node_of_rank_D)) if speeds is None else np.array(speeds)
 
     @property
     def num_nodes(self) -> int:
@@ -146,15 +145,18 @@ def _balanced(given: Given, *, num_nodes: int) -> Ints:
 
 
 def _by_speed(given: Given) -> Ints:
-    assert isinstance(given.placement, BySpeed)
     return place_by_speed(given.rows.load_LE, num_slots=given.num_slots, speed_D=given.speed_D)
 
 
 def _by_search(given: Given) -> Ints:
-    """Local search on tokens from all over the rows, from EPLB's slots and from the same in order of experts."""
+    """Local search on tokens from all over the rows, from EPLB's slots and from the same in order of experts.
+
+    Where ranks have speeds the slots are those of `by_speed`.
+    """
     assert isinstance(given.placement, Search) and given.rows.ids_LTK is not None, "a search looks at tokens"
     every = -(-given.rows.ids_LTK.shape[1] // MOST_TOKENS)
-    slot_LX = _balanced(given, num_nodes=given.num_nodes)
+    alike = given.placement.rank_speeds is None
+    slot_LX = _balanced(given, num_nodes=given.num_nodes) if alike else _by_speed(given)
     return np.stack(
         [
             _searched(given, expert_X, ids_TK, tries=given.placement.tries, layer=layer)
@@ -180,6 +182,7 @@ def _searched(given: Given, expert_X: Ints, ids_TK: NDArray[Any], *, tries: int,
         np.split(token_R[np.argsort(slot_R, kind="stable")], ends_X[:-1]),
         [rank_X, in_order_X],
         node_D=given.node_of_rank_D,
+        speed_D=given.speed_D,
         prices=_prices(given.scenario, num_nodes=nodes),
         num_tokens=len(ids_TK),
         tries=tries,

@@ -32,13 +32,17 @@ class Prices:
 
 @dataclass(eq=False)
 class SearchState:
-    """Where slots are, and what follows from it. reach_D, reach_M: tokens with a slot on the rank, on the node."""
+    """Where slots are, and what follows from it. reach_D, reach_M: tokens with a slot on the rank, on the node.
+
+    speed_D: of the ranks against each other.
+    """
 
     tokens_X: Sequence[Ints]
     rank_X: Ints
     node_D: Ints
     prices: Prices
     num_tokens: int
+    speed_D: NDArray[np.float64]
     rows_D: Ints = field(init=False)
     count_DT: Array = field(init=False)
     count_MT: Array = field(init=False)
@@ -57,12 +61,17 @@ class SearchState:
         self.reach_D = (self.count_DT > 0).sum(axis=1)
         self.reach_M = (self.count_MT > 0).sum(axis=1)
 
+    @property
+    def load_D(self) -> NDArray[np.float64]:
+        """Rows of every rank over its speed."""
+        return np.asarray(self.rows_D / self.speed_D)
+
     def cost(self) -> float:
         """Seconds of the layer."""
         copies = self.reach_D.max() + MEAN_SHARE * self.reach_D.mean()
         crossing = self.reach_M.max() + MEAN_SHARE * self.reach_M.mean()
         return float(
-            self.prices.row * self.rows_D.max() + self.prices.rank_copy * copies + self.prices.node_copy * crossing
+            self.prices.row * self.load_D.max() + self.prices.rank_copy * copies + self.prices.node_copy * crossing
         )
 
     def swap(self, one: int, other: int) -> None:
@@ -95,6 +104,7 @@ def search_ranks(
     starts: Sequence[Ints],
     *,
     node_D: Ints,
+    speed_D: NDArray[np.float64],
     prices: Prices,
     num_tokens: int,
     tries: int,
@@ -102,11 +112,12 @@ def search_ranks(
 ) -> tuple[Ints, float]:
     """The rank of every slot, with as many slots on each rank as in the starts, and its cost, no higher than theirs.
 
-    `tokens_X`: the tokens with a row in each slot. `starts`: ranks of all slots; each is improved by `tries` exchanges.
+    `tokens_X`: the tokens with a row in each slot. `starts`: ranks of all slots; each is improved by `tries`
+    exchanges. `speed_D`: of the ranks against each other.
     """
     best: tuple[Ints, float] | None = None
     for start in starts:
-        state = SearchState(tokens_X, start.copy(), node_D, prices, num_tokens)
+        state = SearchState(tokens_X, start.copy(), node_D, prices, num_tokens, speed_D)
         cost = _improve(state, tries=tries, rng=rng)
         if best is None or cost < best[1]:
             best = state.rank_X, cost
@@ -120,7 +131,7 @@ def _improve(state: SearchState, *, tries: int, rng: np.random.Generator) -> flo
     one_N, other_N = rng.integers(slots, size=(2, tries)).tolist()
     for from_hot, one, other in zip(from_hot_N.tolist(), one_N, other_N, strict=True):
         if from_hot:
-            hot_X = np.flatnonzero(state.rank_X == state.rows_D.argmax())
+            hot_X = np.flatnonzero(state.rank_X == state.load_D.argmax())
             one = int(hot_X[one % len(hot_X)])
         if state.rank_X[one] == state.rank_X[other]:
             continue

@@ -16,7 +16,7 @@ from moesim.parallel.placement import EMPTY_SLOT
 from moesim.results.metrics import TrafficFacts
 from moesim.scenario import Scenario
 from moesim.scenario.base import BYTES_PER_ELEMENT
-from moesim.scenario.placement import BySpeed, Contiguous, Placement
+from moesim.scenario.placement import Contiguous, MadeFromRows, Placement
 
 FloatArray = NDArray[np.float64]
 
@@ -49,9 +49,10 @@ def placement_facts(scenario: Scenario, samples: Sequence[TrafficSample], facts:
 
 def _by_speed(placement: Placement, facts: TrafficFacts) -> float | None:
     """max / mean of rows / speed, the mean weighted by speed: 1 where rows are in proportion to speed."""
-    if not isinstance(placement, BySpeed):
+    speeds = placement.rank_speeds if isinstance(placement, MadeFromRows) else None
+    if speeds is None:
         return None
-    speed_D = np.array(placement.speeds)
+    speed_D = np.array(speeds)
     rows_L1 = facts.rank_load_LR.sum(axis=1, keepdims=True)
     share_LD = facts.rank_load_LR / np.where(rows_L1 > 0, rows_L1, 1.0)  # all rows of a layer may be dropped
     return float((share_LD / (speed_D / speed_D.sum())).max(axis=1).mean())
@@ -59,7 +60,8 @@ def _by_speed(placement: Placement, facts: TrafficFacts) -> float | None:
 
 def placement_warnings(scenario: Scenario) -> list[str]:
     """What a placement assumes that the step does not have."""
-    if not isinstance(scenario.placement, BySpeed):
+    placement = scenario.placement
+    if not isinstance(placement, MadeFromRows) or placement.rank_speeds is None:
         return []
     return ["placement.speeds decide which rank gets how many rows, but all ranks are simulated as equally fast"]
 

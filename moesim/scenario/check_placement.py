@@ -4,7 +4,7 @@ from moesim.errors import UserError
 from moesim.scenario.base import MOST_EXPERTS
 from moesim.scenario.check_numbers import either, nearest_divisors
 from moesim.scenario.check_pipeline import Report
-from moesim.scenario.placement import BySpeed, Explicit, MadeFromRows, keeps_groups
+from moesim.scenario.placement import Explicit, MadeFromRows, keeps_groups
 from moesim.scenario.routing import ExpertCapacity
 from moesim.scenario.schema import Scenario
 from moesim.scenario.software import FUSED
@@ -20,8 +20,9 @@ def check_placement(scenario: Scenario, report: Report) -> None:
     else:
         _check_number(experts, placement.redundant_experts, num_ranks, report)
     _check_split(scenario, report)
-    if isinstance(placement, BySpeed) and len(placement.speeds) != num_ranks:
-        what = f"{len(placement.speeds)} speeds for parallelism.expert = {num_ranks} ranks"
+    speeds = placement.rank_speeds if isinstance(placement, MadeFromRows) else None
+    if speeds is not None and len(speeds) != num_ranks:
+        what = f"{len(speeds)} speeds for parallelism.expert = {num_ranks} ranks"
         raise report.user("placement.speeds", f"{what}; give one per rank")
     slots = sum(placement.slots_of_ranks(num_experts=experts, num_ranks=num_ranks))
     if slots > MOST_EXPERTS:

@@ -15,6 +15,7 @@ from moesim.scenario.base import MOST_EXPERTS, MOST_GPUS, Coefficient, Experts, 
 from moesim.scenario.placement_file import PlacementFile, read_placement
 
 Slots = list[list[int]]  # the experts of every rank
+Speeds = Annotated[tuple[PositiveFloat, ...], Field(min_length=1, max_length=MOST_GPUS)]
 
 
 class _Placement(Section):
@@ -144,6 +145,11 @@ class MadeFromRows(_Redundant):
         """Training steps since the experts were placed, where they are placed again and again; else 0."""
         return 0.0
 
+    @property
+    def rank_speeds(self) -> tuple[float, ...] | None:
+        """The speeds of an expert group's ranks that rows are placed by; None: all alike."""
+        return None
+
 
 class MadeFromCounts(MadeFromRows):
     """One that looks at rows of experts alone, not at tokens: a trace keeps them of many training steps."""
@@ -176,7 +182,7 @@ class BySpeed(MadeFromCounts):
     """As EPLB's global policy, with rows in proportion to each rank's speed (`moesim.parallel.by_speed`)."""
 
     kind: Literal["by_speed"] = Field(description="Rows of a rank in proportion to its speed.")
-    speeds: Annotated[tuple[PositiveFloat, ...], Field(min_length=1, max_length=MOST_GPUS)] = Field(
+    speeds: Speeds = Field(
         description="Speed of every rank of an expert group against the others', such as 1.0 and 0.7."
     )
 
@@ -184,6 +190,11 @@ class BySpeed(MadeFromCounts):
     def ranks_alike(self) -> bool:
         """A slow rank keeps its experts."""
         return False
+
+    @property
+    def rank_speeds(self) -> tuple[float, ...]:
+        """As given."""
+        return self.speeds
 
 
 class Search(MadeFromRows):
@@ -195,6 +206,19 @@ class Search(MadeFromRows):
     tries: Annotated[int, Field(strict=True, ge=0, le=1_000_000)] = Field(
         default=4_000, description="Exchanges that are tried in each layer of the trace, from each of both starts."
     )
+    speeds: Speeds | None = Field(
+        default=None, description="Speed of every rank of an expert group, as by_speed has it; absent: all alike."
+    )
+
+    @property
+    def ranks_alike(self) -> bool:
+        """Where speeds are given a slow rank keeps its experts."""
+        return self.speeds is None
+
+    @property
+    def rank_speeds(self) -> tuple[float, ...] | None:
+        """As given."""
+        return self.speeds
 
 
 Placement = Annotated[Contiguous | RoundRobin | Explicit | Eplb | BySpeed | Search, Field(discriminator="kind")]

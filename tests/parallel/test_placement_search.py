@@ -19,12 +19,15 @@ Make = Callable[..., Scenario]
 PRICES = Prices(row=1.0, rank_copy=2.0, node_copy=3.0)
 
 
+ROWS_ALONE = Prices(row=1e-6, rank_copy=0.0, node_copy=0.0)
+
+
 def tokens_of_slots(rng: np.random.Generator, *, slots: int, tokens: int) -> list[np.ndarray]:
     return [np.flatnonzero(rng.random(tokens) < share) for share in rng.random(slots) ** 3]
 
 
 def state(tokens_X: list[np.ndarray], rank_X: np.ndarray, node_D: np.ndarray, tokens: int) -> SearchState:
-    return SearchState(tokens_X, rank_X.copy(), node_D, PRICES, tokens)
+    return SearchState(tokens_X, rank_X.copy(), node_D, PRICES, tokens, np.ones(len(node_D)))
 
 
 @settings(max_examples=40, deadline=None)
@@ -62,7 +65,14 @@ def test_it_is_never_worse_than_its_starts_and_keeps_the_slots(seed: int, tries:
 
     def search() -> tuple[np.ndarray, float]:
         return search_ranks(
-            tokens_X, starts, node_D=node_D, prices=PRICES, num_tokens=60, tries=tries, rng=np.random.default_rng(1)
+            tokens_X,
+            starts,
+            node_D=node_D,
+            speed_D=np.ones(4),
+            prices=PRICES,
+            num_tokens=60,
+            tries=tries,
+            rng=np.random.default_rng(1),
         )
 
     found, cost = search()
@@ -82,6 +92,7 @@ def test_experts_that_tokens_choose_together_come_together() -> None:
         tokens_X,
         [start],
         node_D=np.zeros(4, dtype=np.int64),
+        speed_D=np.ones(4),
         prices=PRICES,
         num_tokens=800,
         tries=3_000,
@@ -92,6 +103,22 @@ def test_experts_that_tokens_choose_together_come_together() -> None:
         apart.reach_D.sum() == 1_600 and state(tokens_X, found, np.zeros(4, dtype=np.int64), 800).reach_D.sum() == 800
     )
     assert cost < apart.cost()
+
+
+def test_a_slow_rank_gets_rows_in_proportion_and_is_never_worse_off_than_by_speed() -> None:
+    rng = np.random.default_rng(0)
+    tokens_X, start = tokens_of_slots(rng, slots=24, tokens=400), np.repeat(np.arange(4), 6)
+    nodes, speed_D = np.zeros(4, dtype=np.int64), np.array([1.0, 1.0, 0.5, 1.0])
+    keys: dict[str, Any] = {"node_D": nodes, "prices": ROWS_ALONE, "num_tokens": 400, "tries": 2_000}
+    found, cost = search_ranks(tokens_X, [start], speed_D=speed_D, rng=np.random.default_rng(1), **keys)
+    blind, _ = search_ranks(tokens_X, [start], speed_D=np.ones(4), rng=np.random.default_rng(1), **keys)
+
+    def slowest(rank_X: np.ndarray) -> float:
+        rows_D = np.bincount(rank_X, weights=[len(tokens) for tokens in tokens_X], minlength=4)
+        return float((rows_D / speed_D).max())
+
+    assert cost == pytest.approx(ROWS_ALONE.row * slowest(found))
+    assert slowest(found) < slowest(blind) and slowest(found) <= slowest(start)
 
 
 @pytest.mark.parametrize("redundant", [0, 16])

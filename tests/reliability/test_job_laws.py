@@ -138,6 +138,23 @@ def test_more_failures_never_raise_goodput() -> None:
     assert values == sorted(values, reverse=True)
 
 
+def test_more_spares_and_quicker_repair_never_lower_goodput() -> None:
+    def goodput(**changes: Any) -> float:
+        values: dict[str, Any] = {"repair_s": 40_000.0, "spares": 0}
+        return float(np.mean([ran(job(**values | changes), seed).useful_s for seed in range(8)]))
+
+    by_spares = [goodput(spares=spares) for spares in (0, 1, 2, 4, 8, None)]
+    assert by_spares == sorted(by_spares) and by_spares[0] < by_spares[-1]
+    by_repair = [goodput(repair_s=seconds) for seconds in (80_000.0, 20_000.0, 5_000.0, 1.0)]
+    assert by_repair == sorted(by_repair)
+    assert goodput(shrinks=True, units=8) > goodput()  # going on smaller beats standing still
+
+
+def test_writing_beside_work_beats_standing_for_it() -> None:
+    stands, beside = job(blocking_s=120.0), job(blocking_s=5.0, write_s=120.0)
+    assert all(ran(beside, seed).useful_s > ran(stands, seed).useful_s for seed in range(4))
+
+
 @pytest.mark.parametrize("key", ["detection_s", "restart_s", "load_s", "blocking_s"])
 def test_longer_pauses_never_raise_goodput(key: str) -> None:
     values = [np.mean([ran(job(**{key: each}), seed).useful_s for seed in range(8)]) for each in (0.0, 200.0, 1_500.0)]

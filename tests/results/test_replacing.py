@@ -19,7 +19,7 @@ from moesim.scenario import Scenario
 from moesim.scenario.base import BYTES_PER_ELEMENT
 
 
-def placed(every: int | None = 100, **overrides: Any) -> Scenario:
+def placed(every: int | None = 100, /, **overrides: Any) -> Scenario:
     keys = {
         "routing": {"kind": "trace", "file": "library:64x6/no-balance"},
         "capacity.kind": "none",
@@ -83,8 +83,13 @@ def test_a_run_says_what_moving_costs_and_brings(found: dict[str, Any]) -> None:
     assert any("placed 50.5 steps ago" in text for text in found["warnings"])
 
 
-def test_placed_once_nothing_of_it_is_there() -> None:
-    assert "replacing" not in moesim.simulate(placed(None)).result["placement"]
+def test_ages_are_steps_that_other_scenarios_have_alone(found: dict[str, Any]) -> None:
+    facts = found["placement"]["replacing"]
+    once = moesim.simulate(placed(None)).result
+    assert "replacing" not in once["placement"]
+    assert facts["ages"][0] == pytest.approx({**facts["ages"][0], "age": 0.0, "step_time_s": once["step_time_s"]})
+    in_order = placed(None, placement={"kind": "contiguous", "judged_on": "later"})
+    assert facts["contiguous_step_time_s"] == moesim.simulate(in_order).result["step_time_s"]
 
 
 def moved(scenario: Scenario, ages: tuple[float, float]) -> tuple[float, float]:
