@@ -4,7 +4,7 @@ from typing import Any
 
 from moesim.flags.arguments import Arguments
 from moesim.flags.stage_layouts import stages_of
-from moesim.scenario.dispatch import DIRECT, HIERARCHICAL
+from moesim.scenario.dispatch import DIRECT, DISPATCH, HIERARCHICAL
 from moesim.schedules import INTERLEAVED, PLAIN
 
 Fields = dict[str, Any]
@@ -120,20 +120,20 @@ def _layers_of_ranks(args: Arguments, pipeline: int) -> list[int]:
 
 
 def dispatch_fields(args: Arguments, *, sm_count: int) -> Fields:
-    """The fields of `dispatch`: NCCL's exchange of one copy for each expert, or DeepEP's of one for each node."""
+    """The fields of `dispatch`: NCCL's exchange of one copy for each expert, its gathers, or one copy for each node."""
     ranks = args.count("--expert-model-parallel-size", 1) * args.count("--num-experts", 0)
     kind = args.word("--moe-token-dispatcher-type", "allgather")
     if not ranks or args.count("--expert-model-parallel-size", 1) == 1:
         return {"algorithm": DIRECT.name, "deduplicate": "per_expert"}
-    if kind == "allgather":
-        what = "every rank gathering all tokens is not modelled; alltoall is simulated, which sends fewer bytes"
-        args.note("--moe-token-dispatcher-type", what)
-    if kind != "flex":
-        return {"algorithm": DIRECT.name, "deduplicate": "per_expert"}
-    backend = args.word("--moe-flex-dispatcher-backend", "deepep")
-    if backend != "deepep":
+    backend = args.word("--moe-flex-dispatcher-backend", "deepep") if kind == "flex" else None
+    words = {facts.megatron: facts for facts in DISPATCH.values() if facts.megatron is not None}
+    facts = words.get((kind, backend))
+    if facts is None and backend is not None:
         args.note("--moe-flex-dispatcher-backend", "simulated as DeepEP, whose bandwidth was published")
-    fields: Fields = {"algorithm": HIERARCHICAL.name, "deduplicate": "per_node"}
+    facts = facts or (DIRECT if backend is None else HIERARCHICAL)
+    fields: Fields = {"algorithm": facts.name, "deduplicate": facts.deduplicate[0]}
+    if not facts.owns_sms:
+        return fields
     sms = next((args.positive(name) for name in _SMS if args.has(name)), None)
     if sms is not None:
         fields["sm_share"] = min(sms / sm_count, 0.99)

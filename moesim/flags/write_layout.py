@@ -135,16 +135,17 @@ def _dispatch(draft: Draft, scenario: Scenario) -> None:
         return
     dispatch = scenario.dispatch
     facts = DISPATCH[dispatch.algorithm]
-    if facts.fans_out:
-        draft.say_all({"--moe-token-dispatcher-type": "flex", "--moe-flex-dispatcher-backend": "deepep"})
+    kind, backend = facts.megatron or ("alltoall", None)
+    draft.say("--moe-token-dispatcher-type", kind)
+    if backend is not None:
+        draft.say("--moe-flex-dispatcher-backend", backend)
         if dispatch.sm_share is not None:
             sms = round(dispatch.sm_share * scenario.cluster.pools[0].spec.sm_count)
             draft.say("--moe-flex-dispatcher-num-sms", max(1, sms))
     else:
-        draft.say("--moe-token-dispatcher-type", "alltoall")
-        draft.leave("dispatch.algorithm", "NCCL's exchange", when=not facts.two_sided)
+        draft.leave("dispatch.algorithm", "NCCL's exchange", when=facts.megatron is None)
         copies = "one copy for each selected expert"
-        draft.leave("dispatch.deduplicate", copies, when=dispatch.deduplicate != "per_expert")
+        draft.leave("dispatch.deduplicate", copies, when=dispatch.deduplicate in ("per_rank", "per_node"))
         draft.leave("dispatch.sm_share", "as NCCL chooses", when=dispatch.sm_share is not None)
     draft.leave("dispatch.dtype", "tokens travel in bf16", when=dispatch.dtype != "bf16")
     draft.leave("dispatch.combine_dtype", "outputs travel in bf16", when=dispatch.combine_dtype != "bf16")

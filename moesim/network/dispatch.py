@@ -7,6 +7,8 @@ hierarchical  DeepEP's normal kernels: over the network to the GPU of the same r
 low_latency   DeepEP's first low-latency kernels: one one-sided message per row over the NICs, inside a node too;
               low_latency_nvlink, the later ones, take NVLink to peers of the node
 one_sided     stores into the peers' memory over NVLink
+hybrid_ep     Hybrid-EP: the same two stages as `hierarchical`, by one-sided stores
+allgather     an all-gather of all tokens, and a reduce-scatter of the outputs
 
 Legend: S routing samples in lockstep, R ranks of the group (copies_RR: source, target), V ranks that feed a rank.
 """
@@ -18,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.errors import UserError
+from moesim.network.collectives import all_gather_seconds, reduce_scatter_seconds
 from moesim.network.fabric import Fabric
 from moesim.network.flows import Demand, Ranks, as_ranks, make_demand
 from moesim.network.parameters import Protocol
@@ -94,6 +97,7 @@ def prepare_dispatch(
     synchronised: bool = False,
     per_rank_starts: bool = True,
     sm_share: float = 0.0,
+    sms: float | None = None,
     compiled: bool | None = None,
 ) -> PreparedTransfer:
     """Tokens on their way to their experts.
@@ -101,12 +105,14 @@ def prepare_dispatch(
     `copies_stages`: copies from rank to rank, [R, R] or [S, R, R], as `LayerTraffic.send_stages(..., token_bytes=1)`
     gives them: one matrix, or for deduplication per node the network stage (with direct NVLink copies) and the
     fan-out. `own_copies_R` [R] or [S, R]: tokens that stay on their rank, which only the single-node kernels of
-    `hierarchical` move. `compiled`: see `Ports`. Raises UserError where algorithm and deduplication do not fit.
+    `hierarchical` move. `sms`: those of a GPU that its kernels hold; None: as usual. `compiled`: see `Ports`. Of
+    an algorithm that gathers the matrix is a ring's (`moesim.parallel.traffic.ring_copies`). Raises UserError where
+    algorithm and deduplication do not fit.
     """
     return _prepare(
         fabric, copies_stages, token_bytes=token_bytes, algorithm=algorithm, ranks=ranks, own_copies_R=own_copies_R,
-        model=model, synchronised=synchronised, per_rank_starts=per_rank_starts, sm_share=sm_share, combine=False,
-        compiled=compiled,
+        model=model, synchronised=synchronised, per_rank_starts=per_rank_starts, sm_share=sm_share, sms=sms,
+        combine=False, compiled=compiled,
     )  # fmt: skip
 
 
@@ -122,26 +128,29 @@ def prepare_combine(
     synchronised: bool = False,
     per_rank_starts: bool = True,
     sm_share: float = 0.0,
+    sms: float | None = None,
     compiled: bool | None = None,
 ) -> PreparedTransfer:
     """Expert outputs on their way back: the stages of the dispatch reversed. Arguments as for `prepare_dispatch`."""
     return _prepare(
         fabric, copies_stages, token_bytes=token_bytes, algorithm=algorithm, ranks=ranks, own_copies_R=own_copies_R,
-        model=model, synchronised=synchronised, per_rank_starts=per_rank_starts, sm_share=sm_share, combine=True,
-        compiled=compiled,
+        model=model, synchronised=synchronised, per_rank_starts=per_rank_starts, sm_share=sm_share, sms=sms,
+        combine=True, compiled=compiled,
     )  # fmt: skip
 
 
 def _prepare(
     fabric: Fabric, copies_stages: Stages, *, token_bytes: float, algorithm: Algorithm, ranks: Ranks,
     own_copies_R: FloatArray | None, model: Model, synchronised: bool, per_rank_starts: bool, sm_share: float,
-    combine: bool, compiled: bool | None,
+    sms: float | None, combine: bool, compiled: bool | None,
 ) -> PreparedTransfer:  # fmt: skip
     chosen = as_ranks(fabric, ranks)
     if algorithm not in DISPATCH:
         raise UserError(f'dispatch: algorithm "{algorithm}" is unknown; use {", ".join(DISPATCH)}')
     facts = DISPATCH[algorithm]
-    protocol, reached = fabric.parameters.of_dispatch(facts), fabric.reached_by(facts)
+    if facts.gathers:
+        return _prepare_gather(fabric, facts, copies_stages, chosen, token_bytes=token_bytes, combine=combine)
+    protocol, reached = fabric.parameters.of_dispatch(facts), fabric.reached_by(facts, sms=sms)
     domain_R = fabric.domain_of_rank_R[chosen]
     one_domain = bool((domain_R == domain_R[0]).all())
     if facts.needs_one_domain and not one_domain:
@@ -176,8 +185,44 @@ def _prepare(
         overhead_R=_overhead(protocol, stages, message_bytes).reshape(np.shape(copies_stages[0])[:-1]),
         sm_share=sm_share,
         traffic=Traffic(fabric, demands, reached=reached),
-        source=f"{algorithm}: {protocol.source}; "
+        source=f"{algorithm}: {protocol.source}{_on_sms(facts, sms)}; "
         + transfer_source(fabric, model, reached=None if reached is fabric else facts.source),
+    )
+
+
+class _Met:
+    """A collective: all are done `seconds_S` after the last has come."""
+
+    def __init__(self, seconds_S: FloatArray) -> None:
+        self._seconds_S = seconds_S
+
+    def part(self, samples: slice) -> "_Met":
+        """See Sharing."""
+        return _Met(self._seconds_S[samples])
+
+    def finish(self, start_SR: FloatArray) -> FloatArray:
+        """See Sharing."""
+        last_SR = np.broadcast_to(start_SR.max(axis=1, keepdims=True), start_SR.shape)
+        return np.asarray(last_SR + self._seconds_S[:, None])
+
+
+def _prepare_gather(
+    fabric: Fabric, facts: DispatchAlgorithm, copies_stages: Stages, chosen: NDArray[np.int64], *, token_bytes: float,
+    combine: bool,
+) -> PreparedTransfer:  # fmt: skip
+    """All tokens to all ranks by an all-gather, outputs back by a reduce-scatter: NCCL's, with its constants."""
+    assert len(copies_stages) == 1, len(copies_stages)
+    ranks = len(chosen)
+    copies_SRR = np.asarray(copies_stages[0], dtype=np.float64).reshape(-1, ranks, ranks)
+    total_S = copies_SRR.sum(axis=(1, 2)) / max(1, ranks - 1) * token_bytes
+    call = reduce_scatter_seconds if combine else all_gather_seconds
+    known = {total: call(fabric, chosen, total) for total in dict.fromkeys(total_S.tolist())}
+    demand = make_demand(fabric, copies_SRR * token_bytes, ranks=chosen)
+    return PreparedTransfer(
+        _Met(np.array([known[total].seconds for total in total_S.tolist()])),
+        shape=np.shape(copies_stages[0])[:-1],
+        traffic=Traffic(fabric, [demand]),
+        source=f"{facts.name}: {facts.source}: {next(iter(known.values())).source}",
     )
 
 
@@ -187,6 +232,11 @@ def _overhead(protocol: Protocol, stages: list[FloatArray], message_bytes: float
     payload_SR = messages_SR * message_bytes
     transition_SR = protocol.transition_seconds * payload_SR / (payload_SR + protocol.transition_bytes)
     return np.asarray(protocol.call_seconds + messages_SR * protocol.message_seconds + transition_SR)
+
+
+def _on_sms(facts: DispatchAlgorithm, sms: float | None) -> str:
+    sms = facts.sms if sms is None else sms
+    return f", {sms:.0f} SMs at {facts.bytes_per_sm / 1e9:.1f} GB/s each (two H100)" if sms else ""
 
 
 def _check(facts: DispatchAlgorithm, num_stages: int, *, one_node: bool) -> None:

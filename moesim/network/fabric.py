@@ -16,7 +16,7 @@ from moesim.network.parameters import NetworkParameters
 from moesim.network.topology import Site, build_graph, sites_of
 from moesim.network.walks import Walks
 from moesim.scenario.cluster import Cluster, Degraded
-from moesim.scenario.dispatch import DispatchAlgorithm
+from moesim.scenario.dispatch import DispatchAlgorithm, nvlink_share_of_sms
 from moesim.scenario.fabrics import FabricKind
 
 FloatArray = NDArray[np.float64]
@@ -63,25 +63,36 @@ class Fabric:
         init=False, repr=False, default_factory=dict
     )
 
-    _reached: dict[tuple[float, float], "Fabric"] = field(init=False, repr=False, default_factory=dict)
+    _reached: dict[tuple[float, float, float], "Fabric"] = field(init=False, repr=False, default_factory=dict)
 
     @property
     def is_rack_scale(self) -> bool:
         """Whether NVLink joins the trays of a rack, so that nothing within it needs a NIC."""
         return self.kind.rack_gpus is not None
 
-    def reached_by(self, algorithm: DispatchAlgorithm) -> "Fabric":
+    def reached_by(self, algorithm: DispatchAlgorithm, *, sms: float | None = None) -> "Fabric":
         """The links as the software of a dispatch algorithm finds them: with the shares of bandwidth that it reaches.
 
-        Links whose share the scenario states are the same for everybody.
+        `sms`: those of each GPU that its kernels hold, where the scenario says so. Links whose share the scenario
+        states are the same for everybody.
         """
+        sms = algorithm.sms if sms is None else sms
         nvlink, nic = algorithm.nvlink_share, algorithm.nic_share
-        key = (-1.0 if nvlink is None else nvlink, -1.0 if nic is None else nic)  # -1: as NCCL
-        if key == (-1.0, -1.0):
+        key = (
+            -1.0 if nvlink is None else nvlink,
+            -1.0 if nic is None else nic,
+            (sms or 0.0) * algorithm.bytes_per_sm,
+        )  # -1: NCCL
+        if key == (-1.0, -1.0, 0.0):
             return self
         if key not in self._reached:
-            own_X = np.array([key[0] if tier == "nvlink" else key[1] for tier in self.tier_X])
+            is_nvlink_X = np.array([tier == "nvlink" for tier in self.tier_X], dtype=bool)
+            own_X = np.where(is_nvlink_X, key[0], key[1])
             share_X = np.where(self.stated_X | (own_X < 0), self.efficiency_X, own_X)
+            if sms:
+                for link in np.flatnonzero(is_nvlink_X & ~self.stated_X):
+                    share, nvlink = float(share_X[link]), float(self.bandwidth_X[link])
+                    share_X[link] = nvlink_share_of_sms(share, sms=sms, nvlink=nvlink, per_sm=algorithm.bytes_per_sm)
             self._reached[key] = replace(self, efficiency_X=share_X, capacity_X=self.bandwidth_X * share_X)
         return self._reached[key]
 

@@ -4,11 +4,10 @@ from moesim.parallel.arrays import TrafficArrays, balanced
 from moesim.parallel.mesh import GroupLayout, Mesh
 from moesim.parallel.placement import ExpertPlacement, place_experts
 from moesim.parallel.sample import TrafficSampler, sample_traffic
-from moesim.parallel.traffic import Deduplicate, LayerTraffic, TierBytes, token_bytes
+from moesim.parallel.traffic import LayerTraffic, TierBytes, token_bytes
 from moesim.parallel.traffic_sample import TrafficSample
 
 __all__ = [
-    "Deduplicate",
     "ExpertPlacement",
     "GroupLayout",
     "LayerTraffic",

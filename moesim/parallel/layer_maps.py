@@ -209,6 +209,8 @@ def _prices(scenario: Scenario, *, num_nodes: int) -> Prices:
     peak = pool.spec.peak_flops[scenario.workload.precision.gemm]
     row = 6 * expert_slice_parameters(scenario) / (GEMM_SHARE * peak)
     longest = max(inside, across)
+    if dispatch.deduplicate == "all_ranks":
+        return Prices(row=row, rank_copy=0.0, node_copy=0.0)  # wherever experts lie
     if dispatch.deduplicate == "per_expert":
         return Prices(row=row + longest, rank_copy=0.0, node_copy=0.0)
     if dispatch.deduplicate == "per_rank":

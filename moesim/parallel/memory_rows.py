@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.parallel.mesh import Mesh
-from moesim.parallel.stages import held_copies
+from moesim.parallel.stages import copies_out, held_copies
 from moesim.parallel.traffic_sample import TrafficSample
 from moesim.scenario import Scenario
 from moesim.scenario.placement import keeps_groups
@@ -67,9 +67,10 @@ def _count_group(
         thin = sample.sampler.counted_layer(layer)
         if thin not in counts:
             arrays = sample.thin_arrays(group, thin)
-            held_BRD = held_copies(arrays, placement, scenario.dispatch.deduplicate)
+            deduplicate = scenario.dispatch.deduplicate
+            held_BRD = held_copies(arrays, placement, deduplicate, tokens=scenario.tokens_per_rank)
             rows_BD = arrays.slot_rows_BDP(placement).sum(axis=2)
-            counts[thin] = rows_BD, held_BRD.sum(axis=2), held_BRD.sum(axis=1)
+            counts[thin] = rows_BD, copies_out(held_BRD, deduplicate), held_BRD.sum(axis=1)
         rows_BD, out_BR, in_BD = counts[thin]
         rank_from_D = sample.sampler.relabellings[layer].rank_from_D  # relabelling moves whole ranks
         out.rows_SLBW[number, layer][:, ranks_D] = rows_BD[:, rank_from_D]
@@ -80,11 +81,13 @@ def _count_group(
 def even_rows(scenario: Scenario) -> RoutedRows:
     """One sample of equal loads without drops: T K rows a rank, and as many copies of a token as it can need at most.
 
-    That is min(K, D) with deduplication, or fewer where a router's groups are ranks; K without.
+    That is min(K, D) with deduplication, or fewer where a router's groups are ranks; K without. A gather brings all.
     """
     model, mesh = scenario.model, scenario.parallelism
     tokens = float(scenario.tokens_per_rank)
     copies = model.top_k
+    if scenario.dispatch.deduplicate == "all_ranks":
+        return _alike(scenario, rows=tokens * model.top_k, copies=tokens, copies_in=tokens * mesh.expert)
     if model.experts and scenario.dispatch.deduplicate != "per_expert":
         copies = min(copies, mesh.expert)
         router = scenario.router_shape()
@@ -100,12 +103,14 @@ def no_rows(scenario: Scenario) -> RoutedRows:
     return _alike(scenario, rows=0.0, copies=0.0)
 
 
-def _alike(scenario: Scenario, *, rows: float, copies: float) -> RoutedRows:
+def _alike(scenario: Scenario, *, rows: float, copies: float, copies_in: float | None = None) -> RoutedRows:
     model = scenario.model
     layers = (model.moe_layers + model.mtp_layers) * bool(model.experts)
     shape = (1, layers, 1, scenario.parallelism.stage_ranks)
     return RoutedRows(
-        rows_SLBW=np.full(shape, rows), copies_out_SLBW=np.full(shape, copies), copies_in_SLBW=np.full(shape, copies)
+        rows_SLBW=np.full(shape, rows),
+        copies_out_SLBW=np.full(shape, copies),
+        copies_in_SLBW=np.full(shape, copies if copies_in is None else copies_in),
     )
 
 

@@ -5,7 +5,7 @@ Legend: R source ranks, D destination ranks (the same ranks), E experts, M nodes
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from moesim.parallel.mesh import GroupLayout
 from moesim.parallel.placement import ExpertPlacement
 from moesim.scenario.base import BYTES_PER_ELEMENT, DType
+from moesim.scenario.dispatch import Deduplicate
 
-Deduplicate = Literal["per_expert", "per_rank", "per_node"]
 Array = NDArray[Any]
 FloatArray = NDArray[np.float64]
 
@@ -75,29 +75,36 @@ class LayerTraffic:
         return sum_columns(self.rows_RE, placement.rank_of_expert_E, placement.num_ranks)
 
     def send_stages(
-        self, placement: ExpertPlacement, deduplicate: Deduplicate, token_bytes: float
+        self, placement: ExpertPlacement, deduplicate: Deduplicate, token_bytes: float, *, tokens: float = 0.0
     ) -> tuple[Array, ...]:
         """Bytes from rank to rank, float64 [R, D] with zero diagonal, one matrix per stage of the dispatch.
 
         per_expert and per_rank: one stage. per_node: first one copy per distinct remote node to the GPU of the same
         rail there, beside the copies for ranks of the own node, which go straight over NVLink; then the fan-out from
-        the rail's GPU to the token's ranks on that node. Combine uses the transposed matrices in reverse order.
+        the rail's GPU to the token's ranks on that node. all_ranks: the `tokens` of every rank round a
+        ring. Combine uses the transposed matrices in reverse order.
         """
         if deduplicate == "per_node":
             return tuple(
                 token_bytes * copies_RD
                 for copies_RD in node_stages(self.rank_copies_RD, self.node_copies_RM, self.layout)
             )
+        if deduplicate == "all_ranks":
+            return (token_bytes * ring_copies(tokens, self.layout.num_ranks),)
         copies_RD = self.rank_rows_RD(placement) if deduplicate == "per_expert" else self.rank_copies_RD
         return (token_bytes * without_diagonal(copies_RD),)
 
-    def send_bytes_RD(self, placement: ExpertPlacement, deduplicate: Deduplicate, token_bytes: float) -> Array:
+    def send_bytes_RD(
+        self, placement: ExpertPlacement, deduplicate: Deduplicate, token_bytes: float, *, tokens: float = 0.0
+    ) -> Array:
         """Bytes from rank to rank, float64 [R, D] with zero diagonal, all stages together."""
-        return np.asarray(sum(self.send_stages(placement, deduplicate, token_bytes)))
+        return np.asarray(sum(self.send_stages(placement, deduplicate, token_bytes, tokens=tokens)))
 
-    def tier_bytes(self, placement: ExpertPlacement, deduplicate: Deduplicate, token_bytes: float) -> TierBytes:
+    def tier_bytes(
+        self, placement: ExpertPlacement, deduplicate: Deduplicate, token_bytes: float, *, tokens: float = 0.0
+    ) -> TierBytes:
         """Bytes within nodes and between nodes, all stages together."""
-        bytes_RD = self.send_bytes_RD(placement, deduplicate, token_bytes)
+        bytes_RD = self.send_bytes_RD(placement, deduplicate, token_bytes, tokens=tokens)
         same_node_RD = self.layout.same_node_RD
         return TierBytes(float(bytes_RD[same_node_RD].sum()), float(bytes_RD[~same_node_RD].sum()))
 
@@ -123,6 +130,15 @@ def sum_columns(values_RX: Array, domain_of_column_X: NDArray[np.int64], num_dom
     values_NX = np.ascontiguousarray(values_RX, dtype=np.float64).reshape(-1, values_RX.shape[-1])
     sums = values_NX @ one_hot_XD  # exact: counts stay below 2**53; rows in one product, which is far faster
     return np.asarray(sums.astype(values_RX.dtype)).reshape(*values_RX.shape[:-1], num_domains)
+
+
+def ring_copies(tokens: float, ranks: int) -> FloatArray:
+    """Copies of an all-gather among ranks with `tokens` each, [R, D]: each sends all but one rank's to the next."""
+    copies_RD = np.zeros((ranks, ranks))
+    if ranks > 1:
+        own_R = np.arange(ranks)
+        copies_RD[own_R, (own_R + 1) % ranks] = tokens * (ranks - 1)
+    return copies_RD
 
 
 def node_stages(rank_copies_RD: Array, node_copies_RM: Array, layout: GroupLayout) -> tuple[FloatArray, FloatArray]:

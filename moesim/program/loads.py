@@ -15,14 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.network import Fabric, prepare_combine, prepare_dispatch
-from moesim.parallel import Deduplicate, ExpertPlacement, Mesh, TrafficArrays, token_bytes
+from moesim.parallel import ExpertPlacement, Mesh, TrafficArrays, token_bytes
 from moesim.parallel.expert_map import ExpertMap
-from moesim.parallel.stages import held_copies, stage_copies
+from moesim.parallel.stages import copies_out, held_copies, stage_copies
 from moesim.program.operations import Transfer
 from moesim.program.peers import Peers, SideBySide, set_of_place
 from moesim.program.scenario_fabric import sharing_model
 from moesim.scenario import Scenario
-from moesim.scenario.dispatch import DIRECT
+from moesim.scenario.dispatch import DIRECT, Deduplicate
 
 IntArray = NDArray[np.int64]
 
@@ -200,7 +200,12 @@ def _expert_group(
     """The loads of one expert group; see group_loads."""
     placement, deduplicate = samples[0].placement, scenario.dispatch.deduplicate
     counted = [
-        _count([sample.arrays(group, layer, stage=stage) for sample in samples], placement, deduplicate)
+        _count(
+            [sample.arrays(group, layer, stage=stage) for sample in samples],
+            placement,
+            deduplicate,
+            tokens=scenario.tokens_per_rank,
+        )
         for layer in layers
     ]
     dispatch_M: list[Transfer] = []
@@ -236,12 +241,15 @@ class _Counted(NamedTuple):
     spread_S: tuple[bool, ...]
 
 
-def _count(arrays_S: Sequence[TrafficArrays], placement: ExpertPlacement, deduplicate: Deduplicate) -> _Counted:
-    held_MSRD = np.stack([held_copies(arrays, placement, deduplicate) for arrays in arrays_S], axis=1)
-    stages_S = [stage_copies(arrays, placement, deduplicate) for arrays in arrays_S]
+def _count(
+    arrays_S: Sequence[TrafficArrays], placement: ExpertPlacement, deduplicate: Deduplicate, *, tokens: int
+) -> _Counted:
+    held_S = [held_copies(arrays, placement, deduplicate, tokens=tokens) for arrays in arrays_S]
+    held_MSRD = np.stack(held_S, axis=1)
+    stages_S = [stage_copies(arrays, placement, deduplicate, tokens=tokens) for arrays in arrays_S]
     return _Counted(
         slot_rows_MSRP=np.stack([arrays.slot_rows_BDP(placement) for arrays in arrays_S], axis=1),
-        copies_out_MSR=held_MSRD.sum(axis=3),
+        copies_out_MSR=np.stack([copies_out(held_BRD, deduplicate) for held_BRD in held_S], axis=1),
         copies_in_MSR=held_MSRD.sum(axis=2),
         own_MSR=np.einsum("msrr->msr", held_MSRD).copy(),
         stages_MSRR=[np.stack(stage, axis=1) for stage in zip(*stages_S, strict=True)],
@@ -278,6 +286,7 @@ def _transfers(
         "ranks": ranks_R,
         "own_copies_R": own_MSR.reshape(-1, ranks),
         "model": sharing_model(scenario, fabric, ranks_R),
+        "sms": dispatch.sms(scenario.cluster.pools[0].spec.sm_count),
         "synchronised": scenario.implementation.switches.counts,
         "compiled": compiled,
     }

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from moesim.errors import UserError
 from moesim.parallel import LayerTraffic, TrafficArrays, TrafficSampler, token_bytes
 from moesim.routing.progress import ProgressCallback
@@ -182,9 +184,14 @@ def _count(laid_out: Scenario, trace: RoutingTrace, limit: int | None) -> Volume
     copies = intra = inter = 0.0
     for layer in range(trace.num_layers):
         traffic = _all_micro_batches(sample.thin_arrays(0, layer))
-        counted = {"per_node": traffic.node_copies_RM, "per_rank": traffic.rank_copies_RD}
+        tokens_of_rank = laid_out.tokens_per_step / devices
+        counted = {
+            "per_node": traffic.node_copies_RM,
+            "per_rank": traffic.rank_copies_RD,
+            "all_ranks": np.full((devices, devices), tokens_of_rank),
+        }
         copies += float(counted.get(dispatch.deduplicate, traffic.rows_RE).sum())
-        tiers = traffic.tier_bytes(sampler.placement, dispatch.deduplicate, copy_bytes)
+        tiers = traffic.tier_bytes(sampler.placement, dispatch.deduplicate, copy_bytes, tokens=tokens_of_rank)
         intra, inter = intra + tiers.intra_node, inter + tiers.inter_node
     tokens = trace.num_layers * laid_out.tokens_per_step
     return VolumePoint(

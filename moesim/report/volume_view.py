@@ -56,8 +56,13 @@ def _title(study: VolumeStudy) -> str:
 
 
 def _copies_title(study: VolumeStudy) -> str:
-    to = {"per_node": "to each node", "per_rank": "to each rank", "per_expert": "to each expert"}
-    return f"copies of one token, one {to[study.scenario.dispatch.deduplicate]} it needs, its own included"
+    to = {
+        "per_node": "to each node it needs",
+        "per_rank": "to each rank it needs",
+        "per_expert": "to each expert it needs",
+        "all_ranks": "to each rank of the group",
+    }
+    return f"copies of one token, one {to[study.scenario.dispatch.deduplicate]}, its own included"
 
 
 def volume_facts(study: VolumeStudy) -> list[Fact]:

@@ -82,7 +82,8 @@ class TrafficFacts:
         if held is not None:
             rows_BE = held.rows_of_experts(rows_BE)
         rank_rows_BD = arrays.slot_rows_BDP(placement).sum(axis=2)
-        stages = stage_copies(arrays, placement, self.scenario.dispatch.deduplicate)
+        deduplicate, tokens = self.scenario.dispatch.deduplicate, self.scenario.tokens_per_rank
+        stages = stage_copies(arrays, placement, deduplicate, tokens=tokens)
         sent_BRD = np.sum(stages, axis=0)
         self.expert_load_LE[layer] += self.uses_B @ rows_BE
         self.rank_load_LR[layer] += self.uses_B @ rank_rows_BD

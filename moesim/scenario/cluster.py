@@ -224,15 +224,21 @@ class Dispatch(Section):
         description="; ".join(f"{facts.name}: {facts.about}" for facts in DISPATCH.values()) + ".",
     )
     deduplicate: Deduplicate = Field(
-        default="per_rank", description="A token is sent once per selected expert, per rank or per node."
+        default="per_rank",
+        description="A token is sent once per selected expert, per rank or per node, or to all ranks of the group.",
     )
     dtype: DType = Field(default="bf16", description="Number format of the tokens on their way to the experts.")
     combine_dtype: DType = Field(default="bf16", description="Number format of the expert outputs on their way back.")
     sm_share: Annotated[Share, Field(lt=1)] | None = Field(
         default=None,
         description="Share of each GPU's SMs that communication kernels hold while a transfer is open (20 of 132 in "
-        "DeepSeek-V3's training); absent: as measured, compute and a transfer of NCCL slow each other.",
+        "DeepSeek-V3's training), which also bounds what NVLink moves; absent: as measured, compute and a transfer of "
+        "NCCL slow each other.",
     )
+
+    def sms(self, sm_count: float) -> float | None:
+        """SMs of a GPU with `sm_count` that communication kernels hold; None: as the software chooses."""
+        return None if self.sm_share is None else self.sm_share * sm_count
 
 
 class Network(Section):

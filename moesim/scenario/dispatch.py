@@ -6,9 +6,19 @@ A scenario names one in `dispatch.algorithm`; its checks, transfers and costs re
 from dataclasses import dataclass, replace
 from typing import Literal
 
-Deduplicate = Literal["per_expert", "per_rank", "per_node"]
+Deduplicate = Literal["per_expert", "per_rank", "per_node", "all_ranks"]
 
 _DEEPEP = "DeepEP README (H800, 400 Gb/s NICs), normal kernels, EP8 and EP32"
+# What an SM moves over NVLink both ways at once, and how sharply the sum bends at what the port reaches: all-to-alls of
+# 512 MiB between two H100 by the number of NCCL's blocks (tests/data/fabric_h100.json.gz; held out: 2.0 %).
+BYTES_PER_SM = 14.4e9
+SM_SHARPNESS = 3.5
+
+
+def nvlink_share_of_sms(share: float, *, sms: float, nvlink: float, per_sm: float = BYTES_PER_SM) -> float:
+    """The share of `nvlink` (bytes/s) that kernels on `sms` SMs reach, each of them `per_sm`; many reach `share`."""
+    port, own = share * nvlink, sms * per_sm
+    return float((port**-SM_SHARPNESS + own**-SM_SHARPNESS) ** (-1 / SM_SHARPNESS) / nvlink)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,13 +26,16 @@ class DispatchAlgorithm:
     """The facts of one algorithm.
 
     sends: what each message is for. deduplicate: how often it can send a token, as in a scenario; per_node makes it two
-    stages, over the network to one GPU of each node and on from there over NVLink. two_sided: a message waits until its
-    receiver has come, too. owns_sms: its kernels hold SMs of their own, so that compute beside them does not make it
-    longer. avoids_nvlink: NICs carry the messages inside a node. needs_one_domain: a group's ranks must share an NVLink
-    domain. passes_own_rows: inside one node, rows that stay on their rank pass through its ports like others.
-    header_bytes: of every dispatched message. nvlink_share, nic_share: of the nominal bandwidth in long transfers;
-    None: what NCCL reaches (`NetworkParameters`). call_seconds, message_seconds: of the software, per transfer and per
-    message, the least that a transfer takes.
+    stages, over the network to one GPU of each node and on from there over NVLink; all_ranks sends every token to all,
+    as an all-gather, and sums the outputs by a reduce-scatter. two_sided: a message waits until its receiver has come,
+    too. owns_sms: its kernels hold SMs of their own, so that compute beside them does not make it longer. sms: how many
+    its kernels take where the scenario says nothing; None: so many that they limit nothing. bytes_per_sm: what one of
+    them moves over NVLink in each second. megatron: its words for Megatron-LM, the dispatcher's type and the flex
+    dispatcher's backend. avoids_nvlink: NICs carry the messages inside a node. needs_one_domain: a group's ranks must
+    share an NVLink domain. passes_own_rows: inside one node, rows that stay on their rank pass through its ports like
+    others. header_bytes: of every dispatched message. nvlink_share, nic_share: of the nominal bandwidth in long
+    transfers; None: what NCCL reaches (`NetworkParameters`). call_seconds, message_seconds: of the software, per
+    transfer and per message, the least that a transfer takes.
     """
 
     name: str
@@ -31,6 +44,9 @@ class DispatchAlgorithm:
     deduplicate: tuple[Deduplicate, ...]
     two_sided: bool = True
     owns_sms: bool = False
+    sms: float | None = None
+    bytes_per_sm: float = BYTES_PER_SM
+    megatron: tuple[str, str | None] | None = None
     avoids_nvlink: bool = False
     needs_one_domain: bool = False
     passes_own_rows: bool = False
@@ -46,12 +62,18 @@ class DispatchAlgorithm:
         """Whether it sends one copy to each node."""
         return "per_node" in self.deduplicate
 
+    @property
+    def gathers(self) -> bool:
+        """Whether every rank gets all tokens, whatever their experts."""
+        return "all_ranks" in self.deduplicate
+
 
 DIRECT = DispatchAlgorithm(
     name="direct",
     about="each copy straight to its rank",
     sends="one copy per rank or selected expert",
     deduplicate=("per_expert", "per_rank"),
+    megatron=("alltoall", None),
     call_seconds=33e-6,
     source="NCCL 2.27.7 on 8 H200 (stas00/ml-engineering network/benchmarks): launch of one call",
 )
@@ -61,11 +83,37 @@ HIERARCHICAL = DispatchAlgorithm(
     sends="one copy per node",
     deduplicate=("per_node",),
     owns_sms=True,
+    sms=24.0,
+    megatron=("flex", "deepep"),
     passes_own_rows=True,
-    nvlink_share=0.817,
+    nvlink_share=0.8345,  # of many SMs: with 24 of them 0.817 of an H800's port, as published
     nic_share=0.87,
     call_seconds=66e-6,
     source=_DEEPEP,
+)
+HYBRID_EP = DispatchAlgorithm(
+    name="hybrid_ep",
+    about="once per node (in a rack: per rack), then fanned out, by one-sided stores of few SMs (Hybrid-EP)",
+    sends="one copy per node",
+    deduplicate=("per_node",),
+    two_sided=False,
+    owns_sms=True,
+    sms=16.0,
+    megatron=("flex", "hybridep"),
+    nvlink_share=0.816,
+    nic_share=0.87,
+    call_seconds=6.7e-6,
+    source="none of its own: stores of own kernels between two H100s, bandwidth by the number of blocks there, 0.87 of "
+    "a NIC as DeepEP's, a call is two flags of 3.33 us (ISCA 2025 DeepSeek-V3 paper)",
+)
+ALLGATHER = DispatchAlgorithm(
+    name="allgather",
+    about="every rank gathers all tokens of the group and takes its own, outputs are summed by a reduce-scatter",
+    sends="every token to all ranks",
+    deduplicate=("all_ranks",),
+    megatron=("allgather", None),
+    call_seconds=33e-6,
+    source="NCCL's all-gather and reduce-scatter",
 )
 LOW_LATENCY = DispatchAlgorithm(
     name="low_latency",
@@ -96,9 +144,11 @@ ONE_SIDED = DispatchAlgorithm(
     two_sided=False,
     owns_sms=True,
     needs_one_domain=True,
+    bytes_per_sm=40e9,  # 8 blocks: 322 GB/s
     nvlink_share=0.816,
     call_seconds=6.7e-6,
     source="stores of own kernels between two H100s (tools/measure_overlap.py): 367 of 450 GB/s; a call is two flags, "
     "3.33 us each (ISCA 2025 DeepSeek-V3 paper)",
 )
-DISPATCH = {facts.name: facts for facts in (DIRECT, HIERARCHICAL, LOW_LATENCY, LOW_LATENCY_NVLINK, ONE_SIDED)}
+_ALL = (DIRECT, HIERARCHICAL, LOW_LATENCY, LOW_LATENCY_NVLINK, ONE_SIDED, HYBRID_EP, ALLGATHER)
+DISPATCH = {facts.name: facts for facts in _ALL}

@@ -168,6 +168,9 @@ class _Parts:
         copies = model.top_k if self._per_expert else self._copies(ranks)
         between = (self._copies(nodes) if dispatch.deduplicate == "per_node" else copies) * (1 - 1 / nodes)
         inside = copies * (1 / nodes - 1 / ranks)
+        if dispatch.deduplicate == "all_ranks":  # round a ring, which leaves a node once
+            between = (ranks - 1) * (nodes / ranks if nodes > 1 else 0.0)
+            inside = ranks - 1 - between
         if dispatch.deduplicate == "per_node":
             inside = copies * (1 - 1 / ranks)  # fanned out behind the network
         width = model.row_width * (BYTES_PER_ELEMENT[dispatch.dtype] + BYTES_PER_ELEMENT[dispatch.combine_dtype])

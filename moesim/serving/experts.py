@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from moesim.kernels import GroupedGemm
 from moesim.network import Fabric, build_fabric, prepare_combine, prepare_dispatch
 from moesim.parallel.mesh import GroupLayout
-from moesim.parallel.traffic import node_stages, without_diagonal
+from moesim.parallel.traffic import node_stages, ring_copies, without_diagonal
 from moesim.program.drawn_routing import obtain_trace
 from moesim.scenario import BYTES_PER_ELEMENT, Routing, scenario_from_mapping
 from moesim.scenario.dispatch import DISPATCH
@@ -181,6 +181,8 @@ class ExpertTables:
         once_NK = target_NK if dispatch.deduplicate == "per_expert" else _first_of_each(target_NK)
         copies_RR = _copies(source_N, once_NK, ranks)
         stages: tuple[FloatArray, ...] = (without_diagonal(copies_RR),)
+        if dispatch.deduplicate == "all_ranks":
+            stages = (ring_copies(tokens / ranks, ranks),)
         if dispatch.deduplicate == "per_node" and layout.num_nodes > 1:
             node_NK = np.where(target_NK >= 0, layout.node_of_rank_R[target_NK], -1)
             stages = node_stages(copies_RR, _copies(source_N, _first_of_each(node_NK), ranks, layout.num_nodes), layout)
@@ -196,6 +198,7 @@ class ExpertTables:
                 stages,
                 token_bytes=times * model.row_width * BYTES_PER_ELEMENT[dtype],
                 algorithm=dispatch.algorithm,
+                sms=dispatch.sms(self.scenario.cluster.pools[0].spec.sm_count),
                 ranks=np.arange(ranks),
                 model=self.scenario.network.model or "ports",
             )

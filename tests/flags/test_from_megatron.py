@@ -287,7 +287,9 @@ NOT_MODELLED = {
     "--recompute-granularity selective": "--recompute-granularity selective: core_attn",
     "--rampup-batch-size 8 8 100": "--rampup-batch-size",
     "--fp8-format hybrid --fp8-recipe delayed": "--fp8-recipe",
-    "--moe-token-dispatcher-type allgather --expert-model-parallel-size 8": "--moe-token-dispatcher-type",
+    "--moe-token-dispatcher-type flex --moe-flex-dispatcher-backend ncclep --expert-model-parallel-size 8": (
+        "--moe-flex-dispatcher-backend"
+    ),
     "--tensor-model-parallel-size 2": "--sequence-parallel",
     "--frobnicate 3": "--frobnicate",
 }
@@ -429,3 +431,17 @@ def test_kernels_of_a_launch_are_those_of_its_flags(tmp_path: Path) -> None:
     assert read("--attention-backend unfused").switches.attention == "unfused"
     assert not read("--attention-dropout 0").switches.dropout
     assert read("--moe-router-dtype fp32").switches.router_dtype == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("flags", "algorithm", "deduplicate"),
+    [
+        ("--moe-token-dispatcher-type allgather", "allgather", "all_ranks"),
+        ("--moe-token-dispatcher-type alltoall", "direct", "per_expert"),
+        ("--moe-token-dispatcher-type flex", "hierarchical", "per_node"),
+        ("--moe-token-dispatcher-type flex --moe-flex-dispatcher-backend hybridep", "hybrid_ep", "per_node"),
+    ],
+)
+def test_every_dispatcher_has_its_algorithm(write: Write, flags: str, algorithm: str, deduplicate: str) -> None:
+    dispatch = of(write(f"{flags} --expert-model-parallel-size 8")).scenario.dispatch
+    assert (dispatch.algorithm, dispatch.deduplicate) == (algorithm, deduplicate)

@@ -9,8 +9,9 @@ from network_cases import make_fabric
 
 from moesim import simulate
 from moesim.errors import UserError
-from moesim.network import all_gather_seconds, prepare_dispatch
+from moesim.network import all_gather_seconds, prepare_combine, prepare_dispatch, reduce_scatter_seconds
 from moesim.network.parameters import NetworkParameters
+from moesim.parallel.traffic import ring_copies
 from moesim.scenario import load_scenario_text
 from moesim.scenario.dispatch import DIRECT, DISPATCH, HIERARCHICAL
 from moesim.strict_json import parse_json, unpacked
@@ -23,7 +24,7 @@ cluster: {gpu: h200, nodes: 2, gpus_per_node: 8}
 parallelism: {data: 16, expert: 16}
 workload: {sequence_length: 1024, micro_batch: 1, global_batch: 16}
 """
-BETWEEN_NODES = sorted(name for name, facts in DISPATCH.items() if not facts.needs_one_domain)
+BETWEEN_NODES = sorted(name for name, facts in DISPATCH.items() if not facts.needs_one_domain and not facts.gathers)
 
 
 def test_an_algorithm_is_added_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,7 +45,7 @@ def test_an_algorithm_is_added_in_one_place(monkeypatch: pytest.MonkeyPatch) -> 
     assert slow > plain and two > 0
     with pytest.raises(UserError, match=r"set dispatch\.deduplicate: per_rank"):
         load_scenario_text(SMALL + "dispatch: {algorithm: pigeons, deduplicate: per_expert}\n", source="f.yaml")
-    with pytest.raises(UserError, match=r"set dispatch\.algorithm: hierarchical or relay"):
+    with pytest.raises(UserError, match=r"set dispatch\.algorithm: hierarchical or hybrid_ep or relay"):
         load_scenario_text(SMALL + "dispatch: {algorithm: pigeons, deduplicate: per_node}\n", source="f.yaml")
 
 
@@ -136,3 +137,42 @@ def test_one_sided_stores_reach_what_was_measured() -> None:
     best = max(row["bytes_per_second"] for row in rows)
     assert best / 450e9 == pytest.approx(DISPATCH["one_sided"].nvlink_share, rel=0.01)
     assert all(row["bytes_per_second"] > 0.85 * best for row in rows if row["blocks"] >= 8)
+
+
+def test_gathered_tokens_take_an_all_gather_and_outputs_a_reduce_scatter() -> None:
+    """Whatever was routed; the last to come holds up all. Bytes are those round a ring, which leaves a node once."""
+    fabric, tokens = make_fabric(2), 1000.0
+    stages = [ring_copies(tokens, 16)]
+    out = prepare_dispatch(fabric, stages, token_bytes=4096.0, algorithm="allgather")
+    back = prepare_combine(fabric, stages, token_bytes=4096.0, algorithm="allgather")
+    assert out.alone_R == pytest.approx(all_gather_seconds(fabric, None, 16 * tokens * 4096.0).seconds)
+    assert back.alone_R == pytest.approx(reduce_scatter_seconds(fabric, None, 16 * tokens * 4096.0).seconds)
+    start_R = np.zeros(16)
+    start_R[3] = 1.0
+    assert out.finish(start_R) == pytest.approx(1.0 + out.alone_R)
+    scenarios = [
+        load_scenario_text(SMALL + f"dispatch: {{algorithm: {words}}}\n", source="f.yaml")
+        for words in ("allgather, deduplicate: all_ranks", "direct, deduplicate: per_rank")
+    ]
+    gathered, sent = (simulate(scenario).result for scenario in scenarios)
+    moved = gathered["communication"]
+    assert moved["copies_per_token"] == 15.0 and moved["dispatch_bytes"] == moved["combine_bytes"]
+    assert moved["inter_node_bytes"] == pytest.approx(moved["intra_node_bytes"] / 7)
+    assert gathered["memory"]["peak_bytes"] > sent["memory"]["peak_bytes"]
+    with pytest.raises(UserError, match=r"sends every token to all ranks, not per_rank; set .*: all_ranks"):
+        load_scenario_text(SMALL + "dispatch: {algorithm: allgather}\n", source="f.yaml")
+
+
+def test_hybrid_ep_sends_once_per_domain_and_fans_out() -> None:
+    """Over nodes as fast as the NIC lets two stages be; in a rack everything stays on NVLink."""
+    copies_RR = np.full((72, 72), 1000.0) * (1 - np.eye(72))
+    racks = [
+        prepare_dispatch(
+            make_fabric(18, gpu="gb200", gpus_per_node=4, nic=nic), [copies_RR], token_bytes=7168.0,
+            algorithm="hybrid_ep",
+        ).alone_R.max()
+        for nic in ("400 Gbps", "40 Gbps")
+    ]  # fmt: skip
+    assert racks[0] == racks[1]
+    with pytest.raises(UserError, match="hybrid_ep over several nodes needs deduplicate: per_node"):
+        prepare_dispatch(make_fabric(2), [np.ones((16, 16))], token_bytes=1.0, algorithm="hybrid_ep")
