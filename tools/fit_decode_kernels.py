@@ -22,7 +22,14 @@ from moesim.kernels.tables.package import LICENCE, PACKAGE, Package
 from moesim.network import build_fabric, prepare_combine, prepare_dispatch
 from moesim.parallel.traffic import without_diagonal
 from moesim.scenario import Cluster
-from moesim.serving.decode_kernels import FILE, attention_seconds, grouped_shape, latent_shape, small_seconds
+from moesim.serving.decode_kernels import (
+    FILE,
+    attention_seconds,
+    batched_seconds,
+    grouped_shape,
+    latent_shape,
+    small_seconds,
+)
 from moesim.strict_json import json_text, parse_json, unpacked
 
 MEASURED = Path(__file__).parents[1] / "tests" / "data" / "decode_kernels_h100.json.gz"
@@ -30,6 +37,8 @@ L2_BYTES = {"h100": 50e6, "h200": 50e6, "a100": 40e6, "l40s": 96e6, "rtx-pro-600
 FEW = 128  # rows of products that the memory bounds
 START = np.log([5e-6, 300.0, 1e-10, 1e-8, 2.5e12, 3e14])
 LATENT, ROPE = 512, 64
+WORST = 0.25  # a family that is further off is not taken
+FORMATS = {"bf16": ("bfloat16", 2.0), "fp8": ("fp8_block", 1.0), "int4": ("int4_wo", 0.5)}  # of weights of experts
 BY_ROWS = ("topk", "sort", "searchsorted", "scatter", "divide", "gather")  # steps, not a law, over rows
 OTHER_KERNELS = {("softmax", 2048), ("softmax", 7168)}  # wide rows take another kernel; routers have few experts
 Row = tuple[float, float, int, int, int, float]  # requests, keys, heads, kv heads, head dim, seconds
@@ -126,6 +135,96 @@ def all_reduces(package: Package) -> dict[str, Any]:
                 str(ranks): [[size, _digits(seconds[size])] for size in sorted(seconds)]
                 for ranks, seconds in sorted(best.items())
             }
+    return found
+
+
+def fused_experts(package: Package) -> dict[str, Any]:
+    """Routed experts of serving engines by GPU and format of weights; rows of balanced tokens on one rank."""
+    found: dict[str, Any] = {}
+    for gpu, entry in (COMPARED | TABLE_GPUS).items():
+        found[gpu] = {}
+        for kind, (dtype, size) in FORMATS.items():
+            rows, used = _expert_rows(package, entry.folder, dtype)
+            if len(rows) < 100:
+                continue
+            columns = np.array(rows)
+            fitted = _fit_experts(columns, size=size, kept_out=np.arange(len(rows)) % 3 == 2)
+            found[gpu][kind] = fitted | {"source": ", ".join(sorted(used))}
+            print(f"{gpu:14} experts {kind:5} {fitted['kept_out']}", flush=True)
+    return found
+
+
+def _expert_rows(package: Package, folder: str, dtype: str) -> tuple[list[tuple[float, ...]], set[str]]:
+    """(tokens, hidden, width, experts of a token, experts, seconds), of each shape the fastest."""
+    best: dict[tuple[int, ...], float] = {}
+    used = set()
+    names = ("num_tokens", "hidden_size", "inter_size", "topk", "num_experts", "moe_tp_size")
+    for table in package.tables(folder, "moe", "moe_perf"):
+        chosen = (table["moe_dtype"] == dtype) & (table["distribution"] == "balanced") & (table["moe_ep_size"] == 1)
+        chosen &= ~np.char.endswith(table["kernel_source"].astype(str), "nongated")
+        for i in np.flatnonzero(chosen):
+            tokens, hidden, width, top, experts, shared = (int(table[name][i]) for name in names)
+            shape = (tokens, hidden, width // shared, top, experts)
+            if shape[2] < 128 or top > 16:
+                continue
+            used.add(table.source)
+            best[shape] = min(best.get(shape, math.inf), float(table["latency"][i]) * 1e-3)
+    return [(*shape, seconds) for shape, seconds in best.items()], used
+
+
+def _fit_experts(rows: Any, *, size: float, kept_out: Any) -> dict[str, Any]:
+    tokens, hidden, width, top, experts, seconds = rows.T
+    active = np.minimum(experts, tokens * top)
+    weights = 3 * hidden * width
+
+    def of(parameters: Any, block: int) -> Any:
+        floor, expert, row_bandwidth, bandwidth, rate = parameters
+        padded = active * np.ceil(tokens * top / active / block) * block
+        busy = np.cbrt((active * weights * size / bandwidth) ** 3 + (2.0 * padded * weights / rate) ** 3)
+        return floor + expert * active + busy + tokens * top * (4.0 * hidden + 8.0 * width) / row_bandwidth
+
+    start = np.log([2e-5, 3e-8, 2e12, 2.5e12, 4e14])
+    bounds = (np.log([1e-6, 1e-12, 1e11, 1e11, 1e13]), np.log([1e-4, 1e-5, 3e13, 2e13, 1e16]))
+    tried = []
+    for block in (16, 32, 64, 128):
+
+        def off(logs: Any, block: int = block) -> Any:
+            return (np.log(of(np.exp(logs), block)) - np.log(seconds))[~kept_out]
+
+        fit = least_squares(off, start, loss="soft_l1", f_scale=0.1, bounds=bounds)
+        tried.append((fit.cost, block, np.exp(fit.x)))
+    _, block, best = min(tried, key=lambda each: each[0])
+    errors = errors_of(of(best, block), seconds, kept_out)
+    return {"parameters": [_digits(value) for value in best], "block": block, "kept_out": errors}
+
+
+def batched(package: Package) -> dict[str, Any]:
+    """Products for each head, of latents of 512: queries of 128 into them, outputs of 128 out of them."""
+    found: dict[str, Any] = {}
+    for gpu, entry in (COMPARED | TABLE_GPUS).items():
+        found[gpu] = {}
+        for kind, dtype, size in (("bf16", "bfloat16", 2.0), ("fp8", "fp8", 1.0)):
+            best: dict[tuple[int, int], float] = {}
+            for table in package.tables(entry.folder, "mla_bmm", "mla_bmm_perf"):
+                for i in np.flatnonzero((table["bmm_dtype"] == dtype) & (table["num_heads"] >= 4)):
+                    shape = int(table["num_heads"][i]), int(table["num_tokens"][i])
+                    best[shape] = min(best.get(shape, math.inf), float(table["latency"][i]) * 1e-3)
+            if len(best) < 50:
+                continue
+            heads, tokens = np.array(list(best), float).T
+            seconds, kept_out = np.array(list(best.values())), np.arange(len(best)) % 3 == 2
+
+            def of(parameters: Any, heads: Any = heads, tokens: Any = tokens, size: float = size) -> Any:
+                return batched_seconds(parameters, heads, tokens, 128, LATENT, size=size)
+
+            def off(logs: Any, of: Any = of, seconds: Any = seconds, kept_out: Any = kept_out) -> Any:
+                return (np.log(of(np.exp(logs))) - np.log(seconds))[~kept_out]
+
+            fitted = np.exp(least_squares(off, np.log([4e-6, 3e12, 4e14]), loss="soft_l1", f_scale=0.1).x)
+            errors = errors_of(of(fitted), seconds, kept_out)
+            print(f"{gpu:14} batched {kind:5} {errors}", flush=True)
+            if errors["median"] < WORST:
+                found[gpu][kind] = {"parameters": [_digits(value) for value in fitted], "kept_out": errors}
     return found
 
 
@@ -244,6 +343,8 @@ def main() -> None:
         "attention": {"torch": torch_attention(measured), "engines": engines(package)},
         "all_reduce": all_reduces(package),
         "exchange_floor": exchange_floors(package),
+        "experts": fused_experts(package),
+        "batched": batched(package),
     }
     if arguments.write:
         write_atomically(FILE, json_text(found, indent=1).encode())

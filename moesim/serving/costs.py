@@ -13,7 +13,6 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.kernels import GroupedGemm
 from moesim.network import Fabric, all_reduce_seconds, build_fabric, send_recv_seconds
 from moesim.scenario import Mla
 from moesim.serving.attention import AttentionTables
@@ -109,7 +108,7 @@ class StepCosts:
         products = 6 if isinstance(model.attention, Mla) else 2
         around = num_launches(lists.attention(model, tensor, 1.0)) + products + 1 + (2 if tensor > 1 else 0)
         network = num_launches(lists.network(1.0, 1)) + 2
-        experts = num_launches(lists.experts(model, 1.0, 1.0, 1)) + 5 + (2 if self.together else 0)
+        experts = num_launches(lists.experts(model, 1.0, 1.0, 1)) + 5 + (2 if self.together else 0)  # torch's
         experts += network if model.shared_experts else 0
         return model.layers * around + model.dense_layers * network + model.moe_layers * experts + 4
 
@@ -218,6 +217,5 @@ class StepCosts:
             seconds += gemm(tokens, model.hidden, mla.q_lora_rank) + gemm(tokens, mla.q_lora_rank, query)
         # queries into the latent space and outputs out of it: a product for each head
         for k, n in ((dim, mla.kv_lora_rank), (mla.kv_lora_rank, value)):
-            kernel = GroupedGemm(rows_per_expert=np.full(heads, tokens), k=k, n=n, dtype=self.scenario.workload.gemm)
-            seconds += float(self.pricing.seconds(kernel))
+            seconds += self.pricing.batched(heads, tokens, k, n)
         return seconds + gemm(tokens, heads * value, model.hidden)

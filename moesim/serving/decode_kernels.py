@@ -74,6 +74,30 @@ def attention_seconds(parameters: Any, shape: KeyShape, requests: Any, keys: Any
     return floor * (1.0 + keys / (keys + half)) + in_turn * keys + busy + block * requests * shape.blocks
 
 
+def fused_experts_seconds(
+    parameters: Any, block: int, rows_RE: NDArray[Any], *, hidden: int, width: int, matrices: int, size: float
+) -> FloatArray:
+    """All routed experts of a rank in an engine's kernels [R]: sorting, both products, activation, weighted sum.
+
+    parameters: floor (s), seconds of an expert that has rows, bandwidth of rows (bytes/s), bandwidth of weights of
+    `size` bytes an element, rate (FLOP/s). Rows of an expert fill up blocks of `block`.
+    """
+    floor, expert, row_bandwidth, bandwidth, rate = parameters
+    weights = matrices * hidden * width
+    active_R = np.count_nonzero(rows_RE, axis=-1)
+    padded_R = (np.ceil(rows_RE / block) * block).sum(axis=-1)
+    busy_R = np.cbrt((active_R * weights * size / bandwidth) ** 3 + (2.0 * padded_R * weights / rate) ** 3)
+    moved_R = rows_RE.sum(axis=-1) * (4.0 * hidden + 8.0 * width)
+    return np.asarray(floor + expert * active_R + busy_R + moved_R / row_bandwidth)
+
+
+def batched_seconds(parameters: Any, batch: Any, tokens: Any, k: Any, n: Any, *, size: float) -> Any:
+    """A product [tokens, k] x [k, n] for each of a batch; parameters: floor (s), bandwidth, rate."""
+    floor, bandwidth, rate = parameters
+    read = batch * (k * n + tokens * (k + n)) * size / bandwidth
+    return floor + np.cbrt(read**3 + (2.0 * batch * tokens * k * n / rate) ** 3)
+
+
 def small_seconds(fitted: Mapping[str, Any], rows: float, width: float, *, slower: float = 1.0) -> float:
     """A small kernel in a row of others.
 
@@ -89,34 +113,47 @@ def small_seconds(fitted: Mapping[str, Any], rows: float, width: float, *, slowe
 
 @dataclass(frozen=True)
 class Fitted:
-    """Parameters of one family on one GPU, and what they rest on."""
+    """Parameters of one family on one GPU, what they rest on, and the entry that they come from."""
 
     parameters: tuple[float, ...]
     source: str
+    entry: Mapping[str, Any]
+
+
+def fitted_of(family: str, gpu: GpuSpec, *kinds: str, rates: Mapping[int, str]) -> Fitted:
+    """Those of the first of `kinds` that a GPU has, else of the GPU that it is like, else of the H100.
+
+    `family`: a path in `decode_kernels.json`, as in "attention/engines". Parameters of another GPU are scaled by the
+    ratio of what `rates` says of their places: "memory" or "peak". Another kind or GPU makes the source "scaled".
+    """
+    table: Mapping[str, Any] = facts()
+    for part in family.split("/"):
+        table = table[part]
+    for name in (gpu.name, gpu.scaled_from or "h100", "h100"):
+        for kind in kinds:
+            entry = table.get(name, {}).get(kind)
+            if entry is None:
+                continue
+            base = gpu_spec(name)
+            ratios = {
+                "memory": gpu.memory_bandwidth / base.memory_bandwidth,
+                "peak": gpu.peak_flops["bf16"] / base.peak_flops["bf16"],
+            }
+            own = (each * ratios.get(rates.get(place, ""), 1.0) for place, each in enumerate(entry["parameters"]))
+            is_own = name == gpu.name and kind == kinds[0]
+            return Fitted(tuple(own), "interpolated" if is_own else "scaled", entry)
+    raise AssertionError(f"no kernel of kind {kinds} in {family}")
 
 
 def attention_of(gpu: GpuSpec, *, stack: str, kind: str) -> Fitted:
-    """Those of a stack of software (`engines`, `torch`) for kind `grouped/bf16`, `latent/fp8`, ... on a GPU.
+    """Attention of a stack of software (`engines`, `torch`), of kind `grouped/bf16`, `latent/fp8`, ...
 
-    A GPU without rows has those of the one that it is like, or of the H100, with bandwidth and rate scaled to its own;
-    keys in fp8 without rows those of bf16, whose bytes are half as many ("scaled").
+    Keys in fp8 without rows have the parameters of bf16, and half its bytes. torch has no kernel of absorbed latents.
     """
-    table, wide = facts()["attention"][stack], kind.split("/")[0] + "/bf16"
-    for name in (gpu.name, gpu.scaled_from or "h100", "h100"):
-        for known in (kind, wide):
-            if known not in table.get(name, {}):
-                continue
-            floor, half, in_turn, block, bandwidth, rate = table[name][known]["parameters"]
-            if name == gpu.name:
-                parameters = (floor, half, in_turn, block, bandwidth, rate)
-                return Fitted(parameters, "interpolated" if known == kind else "scaled")
-            base = gpu_spec(name)
-            memory = gpu.memory_bandwidth / base.memory_bandwidth
-            peak = gpu.peak_flops["bf16"] / base.peak_flops["bf16"]
-            return Fitted((floor, half, in_turn, block, bandwidth * memory, rate * peak), "scaled")
-    if stack != "engines":
-        return attention_of(gpu, stack="engines", kind=kind)  # torch has no kernel of absorbed latents
-    raise AssertionError(f"no attention of kind {kind}")
+    wide = kind.split("/")[0] + "/bf16"
+    if wide not in facts()["attention"][stack]["h100"]:
+        stack = "engines"
+    return fitted_of(f"attention/{stack}", gpu, kind, wide, rates={4: "memory", 5: "peak"})
 
 
 def small_on(gpu: GpuSpec, kind: str, rows: float, width: float) -> float:

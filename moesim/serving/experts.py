@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.kernels import GroupedGemm
 from moesim.network import Fabric, build_fabric, prepare_combine, prepare_dispatch
 from moesim.parallel.mesh import GroupLayout
 from moesim.parallel.traffic import node_stages, ring_copies, without_diagonal
@@ -160,17 +159,10 @@ class ExpertTables:
         return self.model.expert_intermediate // (1 if self.together else self.scenario.parallelism.tensor)
 
     def _grouped(self, rows_RE: IntArray) -> float:
-        """Seconds of both products of the slowest rank."""
-        model, pricing = self.model, self.pricing
-        width = self._width
-        seconds_R = np.zeros(len(rows_RE))
-        for k, n in ((model.row_width, (model.ffn_matrices - 1) * width), (width, model.row_width)):
-            kernel = GroupedGemm(rows_per_expert=rows_RE, k=k, n=n, dtype=self.scenario.workload.gemm)
-            found_R = np.asarray(pricing.seconds(kernel))
-            active_R = np.count_nonzero(rows_RE, axis=1)
-            spared_R = [pricing.spared(a * k * n, floor=s) for a, s in zip(active_R, found_R, strict=True)]
-            seconds_R += found_R - np.array(spared_R)
-        return float(seconds_R.max())
+        """Seconds of the slowest rank's experts."""
+        model = self.model
+        sizes = {"hidden": model.row_width, "width": self._width, "matrices": model.ffn_matrices}
+        return float(self.pricing.experts(rows_RE, **sizes).max())
 
     def _exchange(self, drawn_NK: IntArray, *, times: float) -> float:
         """Dispatch and combine of so many times these tokens, which lie evenly on the ranks."""

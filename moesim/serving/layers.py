@@ -61,15 +61,9 @@ def _fused_network(tokens: float, width: int) -> list[Small]:
 
 
 def _fused_experts(model: Model, tokens: float, rows: float, width: int) -> list[Small]:
-    """Norm with residual, top-k in one kernel, sorting rows in two, activation, weighted sum over experts."""
-    return [
-        Small("rms_norm", tokens, model.hidden),
-        Small("softmax", tokens, model.experts),
-        Small("searchsorted", tokens, model.experts),
-        Small("scatter", rows / max(model.top_k, 1), model.experts),
-        Small("mul", rows, width),
-        Small("sum_of_8", rows / max(model.top_k, 1), model.row_width),
-    ]
+    """Norm with residual, top-k in one kernel; what sorts, activates and sums belongs to the experts' own kernels."""
+    del rows, width
+    return [Small("rms_norm", tokens, model.hidden), Small("softmax", tokens, model.experts)]
 
 
 def _torch_attention(model: Model, tensor: int, tokens: float) -> list[Small]:

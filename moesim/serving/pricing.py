@@ -4,12 +4,21 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moesim.kernels import Gemm, GroupedGemm, Kernel, KernelModel, MemoryBound, kernel_model, memory_bytes
 from moesim.kernels.estimate import SOURCES
 from moesim.kernels.tabulated import TabulatedModel
 from moesim.scenario import BYTES_PER_ELEMENT
-from moesim.serving.decode_kernels import Fitted, attention_of, facts, small_on
+from moesim.serving.decode_kernels import (
+    Fitted,
+    attention_of,
+    batched_seconds,
+    facts,
+    fitted_of,
+    fused_experts_seconds,
+    small_on,
+)
 from moesim.serving.layers import LISTS, Lists, Small
 from moesim.serving.memory import SCALES, WEIGHT_BYTES
 from moesim.serving.schema import ServingScenario
@@ -63,7 +72,32 @@ class Pricing:
         if wide:
             return float(self.seconds(Gemm(m=m, k=k, n=n)))
         seconds = float(self.seconds(Gemm(m=m, k=k, n=n, dtype=self.load.gemm)))
-        return seconds - self.spared(k * n, floor=seconds)
+        seconds -= self.spared(k * n, floor=seconds)
+        return seconds + (self.small([Small("cast", m, k)]) if self.load.gemm == "fp8" else 0.0)
+
+    def batched(self, batch: int, tokens: float, k: int, n: int) -> float:
+        """Seconds of a product for each of a batch: queries into latents, and outputs out of them, head by head."""
+        fitted = fitted_of("batched", self.gpu, self.load.gemm, "bf16", rates={1: "memory", 2: "peak"})
+        self._sources.add(fitted.source)
+        size = BYTES_PER_ELEMENT[self.load.gemm]
+        return float(batched_seconds(fitted.parameters, batch, tokens, k, n, size=size))
+
+    def experts(self, rows_RE: NDArray[np.int64], *, hidden: int, width: int, matrices: int) -> NDArray[np.float64]:
+        """Seconds [R] of the routed experts of every rank: of an engine's kernels, or of torch's two products."""
+        if self.software.experts == "engines":
+            kind = "int4" if self.load.weights == "int4" else self.load.gemm
+            fitted = fitted_of("experts", self.gpu, kind, "bf16", rates={2: "memory", 3: "memory", 4: "peak"})
+            self._sources.add(fitted.source)
+            size = WEIGHT_BYTES[self.load.weights] + SCALES[self.load.weights]
+            sizes = {"hidden": hidden, "width": width, "matrices": matrices}
+            return fused_experts_seconds(fitted.parameters, fitted.entry["block"], rows_RE, size=size, **sizes)
+        seconds_R = np.zeros(len(rows_RE))
+        for k, n in ((hidden, (matrices - 1) * width), (width, hidden)):
+            found_R = np.asarray(self.seconds(GroupedGemm(rows_per_expert=rows_RE, k=k, n=n, dtype=self.load.gemm)))
+            active_R = np.count_nonzero(rows_RE, axis=1)
+            spared_R = [self.spared(a * k * n, floor=s) for a, s in zip(active_R, found_R, strict=True)]
+            seconds_R += found_R - np.array(spared_R)
+        return seconds_R
 
     def spared(self, weights: float, *, floor: float) -> float:
         """Seconds that narrower weights spare the memory: at most 0.8 of a product's, which still computes."""

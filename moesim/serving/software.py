@@ -15,7 +15,8 @@ from moesim.serving.decode_kernels import facts
 class ServingSoftware:
     """The facts of one software.
 
-    kernels: the list of small kernels of a layer. attention: whose kernel reads stored keys. graph_tokens: steps of at
+    kernels: the list of small kernels of a layer. attention, experts: whose kernels
+    read stored keys and compute routed experts. graph_tokens: steps of at
     most so many tokens are replayed as CUDA graphs; in longer ones, and without graphs, the host launches every kernel,
     which shows where the GPU is faster. launch: seconds of such a launch. step: seconds of a step in which the GPU
     waits: the replay, and reading the tokens back. own_all_reduce: whether small all-reduces take a kernel of the
@@ -28,6 +29,7 @@ class ServingSoftware:
     checked: str
     kernels: Literal["fused", "compiled", "torch"]
     attention: Literal["engines", "torch"]
+    experts: Literal["engines", "torch"]
     graph_tokens: int
     launch: float
     step: float
@@ -48,6 +50,7 @@ def serving_software() -> Mapping[str, ServingSoftware]:
             checked="no measured step; its kernels by themselves",
             kernels="fused",
             attention="engines",
+            experts="engines",
             graph_tokens=512,
             launch=host["launch"],
             step=wait,
@@ -60,6 +63,7 @@ def serving_software() -> Mapping[str, ServingSoftware]:
             checked="decoding steps on one H100 (pytest -s tests/serving)",
             kernels="torch",
             attention="torch",
+            experts="torch",
             graph_tokens=1 << 30,
             launch=host["eager_launch"],
             step=wait,
@@ -72,6 +76,7 @@ def serving_software() -> Mapping[str, ServingSoftware]:
             checked="decoding steps on one H100 (pytest -s tests/serving)",
             kernels="compiled",
             attention="torch",
+            experts="torch",
             graph_tokens=1 << 30,
             launch=host["eager_launch"],
             step=wait,
@@ -84,6 +89,7 @@ def serving_software() -> Mapping[str, ServingSoftware]:
             checked="decoding steps on one H100 (pytest -s tests/serving)",
             kernels="torch",
             attention="torch",
+            experts="torch",
             graph_tokens=0,
             launch=host["eager_launch"],
             step=host["readback"],

@@ -17,7 +17,14 @@ from moesim.scenario import gpu_spec
 from moesim.serving import load_serving_text
 from moesim.serving.batch import Formed
 from moesim.serving.costs import StepCosts
-from moesim.serving.decode_kernels import attention_of, attention_seconds, facts, grouped_shape, small_on
+from moesim.serving.decode_kernels import (
+    attention_of,
+    attention_seconds,
+    facts,
+    fused_experts_seconds,
+    grouped_shape,
+    small_on,
+)
 from moesim.serving.pricing import Pricing
 from moesim.serving.schema import Engine, ServingScenario
 from moesim.serving.software import serving_software
@@ -149,6 +156,20 @@ def test_more_keys_and_more_requests_never_take_less() -> None:
                 assert np.all(np.diff(attention_seconds(parameters, shape, requests, 1000.0)) > 0)
                 reads = 8 * 1e6 * shape.key_bytes / gpu_spec(gpu).memory_bandwidth
                 assert attention_seconds(parameters, shape, 8, 1e6) > 0.85 * reads  # no faster than the memory
+
+
+def test_more_rows_and_more_experts_never_take_less_than_their_weights_do() -> None:
+    sizes = {"hidden": 4096, "width": 1536, "matrices": 3}
+    for gpu, kinds in facts()["experts"].items():
+        for kind, entry in kinds.items():
+            size = {"bf16": 2.0, "fp8": 1.0, "int4": 0.5}[kind]
+            rows_RE = np.outer([1, 2, 15, 16, 17, 64, 500, 4000], np.ones(32, dtype=np.int64))
+            spread_RE = np.tril(np.ones((32, 32), dtype=np.int64))
+            for each_RE in (rows_RE, spread_RE):
+                seconds_R = fused_experts_seconds(entry["parameters"], entry["block"], each_RE, size=size, **sizes)
+                assert np.all(np.diff(seconds_R) > 0)
+                weights_R = np.count_nonzero(each_RE, axis=1) * 3 * 4096 * 1536 * size
+                assert np.all(seconds_R > 0.85 * weights_R / gpu_spec(gpu).memory_bandwidth)
 
 
 def test_every_software_can_be_named() -> None:
