@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from moesim.kernels.benchmarks.buffers import Pool
-from moesim.kernels.benchmarks.calibrate import _PREPARE
+from moesim.kernels.benchmarks.calibrate import prepare
 from moesim.kernels.benchmarks.collectives import prepare_collective
 
 _BF16 = {"dtype": "bf16", "direction": "forward"}
@@ -48,7 +48,7 @@ def main() -> None:
     torch.cuda.set_device(rank)
     dist.init_process_group("nccl", device_id=torch.device("cuda", rank))
     pool = Pool(device="cuda", num_bytes=8 << 30)
-    calls = [_PREPARE[kernel["family"]](kernel, pool, 128e6)[0] for kernel in KERNELS]
+    calls = [prepare(kernel, pool, 128e6)[0] for kernel in KERNELS]
     side: Any = torch.cuda.Stream()
     rng = np.random.default_rng(2026)
     rows = []

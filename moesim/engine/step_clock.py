@@ -22,7 +22,6 @@ from moesim.scenario.flops import model_flops_per_token
 from moesim.scenario.schema import PipelineSchedule
 
 FEW_LAYERS = 8
-FP8_SHARE = 0.5  # of the power of a bf16 FLOP, as in `moesim.kernels.cells`
 
 
 def step_kernels(
@@ -34,7 +33,7 @@ def step_kernels(
         return kernels  # a model without a power limit
     part = small_part(scenario)
     outcome = simulate_step(build_program(part, fabric=fabric, kernels=light, samples=samples[:1], merge=True))
-    return kernels.at_load(unevenness(outcome.tables) * step_flops(part) / float(outcome.step_S.mean()))
+    return kernels.at_load(unevenness(outcome.tables) * step_flops(part, kernels) / float(outcome.step_S.mean()))
 
 
 def small_part(scenario: Scenario) -> Scenario:
@@ -65,9 +64,9 @@ def unevenness(tables: Sequence[SpanTable]) -> float:
     return float(busy_R.max() / busy_R.mean())
 
 
-def step_flops(scenario: Scenario) -> float:
+def step_flops(scenario: Scenario, kernels: KernelModel) -> float:
     """Model FLOPs of one rank and step, those of FP8 products counted by their power."""
     workload = scenario.workload
     per_token = model_flops_per_token(scenario.model, sequence_length=workload.sequence_length, causal=True)
-    share = FP8_SHARE if workload.precision.gemm == "fp8" else 1.0
+    share = kernels.power_share(workload.precision.kernels)
     return share * per_token * scenario.tokens_per_step / scenario.parallelism.world_size

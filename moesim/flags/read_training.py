@@ -3,6 +3,7 @@
 from typing import Any
 
 from moesim.flags.arguments import Arguments
+from moesim.scenario.recipes import RECIPES
 
 Fields = dict[str, Any]
 
@@ -110,10 +111,15 @@ def _precision(args: Arguments) -> Fields:
         args.take("neither --bf16 nor --fp16: everything is fp32, as Megatron-LM has it without a word")
         return {"gemm": "fp32", "weights": "fp32", "gradients": "fp32", "master": "none", "optimizer": "fp32"}
     fields: Fields = {"gemm": half, "weights": half, "gradients": _gradients(args, half), "master": "fp32"}
-    if args.has("--fp8-format"):
+    if args.has("--fp4-format"):
+        fields["gemm"] = "fp4"
+    elif args.has("--fp8-format"):
         fields["gemm"] = "fp8"
-        if args.word("--fp8-recipe", "delayed") != "blockwise":
-            what = "casts to FP8 are priced as those of blockwise scales"
+        word = args.word("--fp8-recipe", "delayed")
+        known = {recipe.megatron: recipe.name for recipe in RECIPES.values() if recipe.gemm == "fp8"}
+        fields["recipe"] = known.get(word, "per_tensor")
+        if word not in known:
+            what = "casts to FP8 are priced as those of scales found in the step (tensorwise)"
             args.note("--fp8-recipe" if args.has("--fp8-recipe") else "--fp8-format", what)
         if args.has("--fp8-param-gather"):
             fields["weights"] = "fp8"

@@ -71,7 +71,6 @@ LEFT_OUT: Mapping[str, LeftOut] = MappingProxyType(
         "--cpu-offloading-num-layers": LeftOut(what=_HOST_MEMORY.what, unless=("0",), refused=True),
         "--fine-grained-activation-offloading": _HOST_MEMORY,
         "--moe-paged-stash": _HOST_MEMORY,
-        "--fp4-format": LeftOut(what="no GPU has kernels for FP4 here", refused=True),
         "--perform-rl-step": LeftOut(what="steps of reinforcement learning are not modelled", refused=True),
         "--hybrid-context-parallel": _LENGTHS,
         "--max-seqlen-per-dp-cp-rank": _LENGTHS,

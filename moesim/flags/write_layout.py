@@ -82,13 +82,15 @@ def write_training(draft: Draft, scenario: Scenario) -> None:
 def _precision(draft: Draft, scenario: Scenario) -> None:
     formats, key = scenario.workload.precision, "workload.precision"
     half = next((name for name in (formats.weights, formats.gemm) if name in ("bf16", "fp16")), None)
-    half = half or ("bf16" if "fp8" in (formats.weights, formats.gemm) else None)
+    half = half or ("bf16" if formats.scaling or formats.weights == "fp8" else None)
     if half is not None:
         draft.say(f"--{half}")
     full = half or "fp32"
-    if formats.gemm == "fp8":
+    if formats.gemm == "fp4":
+        draft.say("--fp4-format", "e2m1")
+    elif formats.scaling:
         draft.say("--fp8-format", "e4m3")
-        draft.say("--fp8-recipe", "blockwise")
+        draft.say("--fp8-recipe", formats.scaling.megatron)
     elif formats.gemm != full:
         draft.leave(f"{key}.gemm", full)
     sharded = scenario.parallelism.zero.dense > 0

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,10 @@ from moesim.kernels.families import (
     GroupedGemm,
     Kernel,
     MemoryBound,
+    chip_format,
     gemm_sides,
+    is_narrow,
+    kernel_of,
 )
 from moesim.kernels.fitting import SUSTAINED, cell_rows, fit_cell, fit_sustained
 from moesim.kernels.fp8 import fp8_grouped_gemm
@@ -36,6 +39,9 @@ from moesim.kernels.power import PowerCap
 from moesim.kernels.profile import Profile
 from moesim.kernels.roofline import Roofline
 from moesim.seeding import stream
+
+if TYPE_CHECKING:
+    from moesim.kernels.scaled import ScaledModel
 
 FAMILIES = ("gemm", "grouped_gemm", "attention", "memory_bound", "host")
 # Memory-bound kernels below this share of the bandwidth (index-adds, strided products) wait for the SMs and the L2, and
@@ -63,8 +69,11 @@ class CalibratedModel:
         fallback: Roofline,
         clock_mhz: float | None = None,
         expected_families: Sequence[str] = FAMILIES,
+        relative: "ScaledModel | None" = None,
     ) -> None:
+        """`relative`: another measured GPU scaled to this one, for kinds of kernels that this profile lacks."""
         self.profile = profile
+        self.relative = relative
         self.fallback = fallback
         self.clock_mhz = clock_mhz
         self._shared_clock = False
@@ -107,6 +116,17 @@ class CalibratedModel:
         model._cap, model._shared_clock = None, False
         return model
 
+    def power_share(self, dtype: str) -> float:
+        """Of a bf16 FLOP's power, one of this dtype's."""
+        cap = PowerCap(0.0, 0.0, 0.0, 0.0) if self._cap is None else self._cap
+        return cap.share_of(dtype)
+
+    def without_relative(self) -> "CalibratedModel":
+        """What this GPU's own rows tell alone."""
+        model = self._copied()
+        model.relative = None
+        return model
+
     @cached_property
     def _cap(self) -> PowerCap | None:
         """The clock under the power limit; None where no sustained rows tell it."""
@@ -123,7 +143,7 @@ class CalibratedModel:
     def in_step(self, mhz: float) -> "CalibratedModel":
         """The same kernels in a step that runs at this clock."""
         model = self._copied()
-        model._cap, model._shared_clock = PowerCap(free=math.log(mhz), threshold=0.0, slope=0.0, traffic=0.0), True
+        model._cap, model._shared_clock = PowerCap(math.log(mhz), threshold=0.0, slope=0.0, traffic=0.0), True
         return model
 
     @property
@@ -185,13 +205,42 @@ class CalibratedModel:
     def _gemm(self, kernel: Gemm) -> Estimate:
         cell = self.cell(gemm_cell(kernel.dtype, kernel.direction))
         if cell is None:
-            return self.fallback.seconds(kernel)
+            return self._without_cell(kernel)
         sizes, shape = _floats(*gemm_sides(kernel.m, kernel.k, kernel.n, kernel.direction))
         found = self._predict(cell, (*sizes, DTYPE_BYTES[kernel.dtype]), shape, self._cap)
-        if kernel.dtype != "fp8" or not self._shared_clock:
+        return self._as_measured(kernel, found)
+
+    def _as_measured(self, kernel: Gemm | GroupedGemm, found: Estimate) -> Estimate:
+        """No FP8 product runs faster than any that was measured; the law of a step's clock is that of bf16."""
+        if not is_narrow(kernel.dtype):
             return found
-        # The law of a step's clock is that of bf16: it would let FP8 GEMMs run faster than any was measured.
-        return Estimate(as_result(np.maximum(found.seconds, kernel.flops / cell.highest_rate)), found.source)
+        least = kernel.flops / self.fastest.get(chip_format(kernel.dtype), math.inf)
+        return Estimate(as_result(np.maximum(found.seconds, least)), found.source)
+
+    @cached_property
+    def fastest(self) -> dict[str, float]:
+        """FLOP/s of the fastest measured product by the units it runs on, of those with operands of a byte or less."""
+        rates: dict[str, float] = {}
+        for row in self.profile.rows:
+            if is_narrow(row.get("dtype", "bf16")) and "p50" in row:
+                units, rate = chip_format(row["dtype"]), float(kernel_of(row).flops) / row["p50"]
+                rates[units] = max(rate, rates.get(units, 0.0))
+        return rates
+
+    def _without_cell(self, kernel: Kernel) -> Estimate:
+        """Of a kind that this profile has no rows of: by the relative that has, or by the roofline.
+
+        A dense FP8 product takes as much longer as there than the library's forward product of the same sides.
+        """
+        if self.relative is None or not self.relative.has(kernel):
+            return self.fallback.seconds(kernel)
+        if not isinstance(kernel, Gemm) or self.cell(gemm_cell("fp8", "forward")) is None:
+            return self.relative.seconds(kernel)
+        rows, columns, depth = gemm_sides(kernel.m, kernel.k, kernel.n, kernel.direction)
+        plain = Gemm(m=rows, k=depth, n=columns, dtype="fp8")
+        found, other = self._gemm(plain), self.relative.at_benchmark_clock()
+        ratio = np.asarray(other.seconds(kernel).seconds) / other.seconds(plain).seconds
+        return self._as_measured(kernel, Estimate(as_result(np.asarray(found.seconds * ratio)), "scaled"))
 
     def _attention(self, kernel: Attention) -> Estimate:
         """FP32 takes the roofline."""
@@ -214,15 +263,17 @@ class CalibratedModel:
     def _memory_bound(self, kernel: MemoryBound) -> Estimate:
         cell = self.cell(f"memory_bound/{kernel.kind}")
         if cell is None:
-            return self.fallback.seconds(kernel)
+            return self._without_cell(kernel)
         width = self._widths[kernel.kind] if kernel.width is None else kernel.width
         columns, shape = _floats(kernel.bytes, width)
         follows = self._shared_clock and cell.parameters[1] < SLOW_SHARE * self.fallback.gpu.memory_bandwidth
         return self._predict(cell, columns, shape, self._cap if follows else None)
 
     def _known_grouped(self, kernel: GroupedGemm) -> Estimate:
-        if kernel.dtype == "fp8":
-            return fp8_grouped_gemm(kernel, gpu=self.fallback.gpu)
+        if kernel.dtype == "fp8_block":
+            return self._as_measured(kernel, fp8_grouped_gemm(kernel, gpu=self.fallback.gpu))
+        if kernel.dtype == "fp8" and self.relative is not None and not self._has_grouped(kernel):
+            return self._without_cell(kernel)
         rows_RE = np.asarray(kernel.rows_per_expert, float)
         rows_key = _array_key(rows_RE)
         key = (rows_key, kernel.k, kernel.n, kernel.dtype, kernel.direction)
@@ -256,7 +307,9 @@ class CalibratedModel:
 
     def _grouped(self, totals: RowTotals, kernel: GroupedGemm) -> Estimate:
         experts = totals.rows_QE.shape[-1]
-        small_Q = physics.takes_small_tiles(totals.rows / experts, kernel.k, kernel.n, direction=kernel.direction)
+        small_Q = physics.takes_small_tiles(
+            totals.rows / experts, kernel.k, kernel.n, direction=kernel.direction, fp8=is_narrow(kernel.dtype)
+        )
         if not isinstance(small_Q, np.ndarray):
             return self._grouped_alike(totals, kernel, small=bool(small_Q))
         if small_Q.all() or not small_Q.any():
@@ -271,13 +324,30 @@ class CalibratedModel:
 
     def _grouped_alike(self, totals: RowTotals, kernel: GroupedGemm, *, small: bool) -> Estimate:
         """GEMMs that all take small tiles, or none."""
-        cell = self.cell(grouped_cell(kernel.direction, small=small)) if kernel.dtype in ("bf16", "fp16") else None
+        known = kernel.dtype in ("bf16", "fp16", "fp8")
+        cell = self.cell(grouped_cell(kernel.direction, dtype=kernel.dtype, small=small)) if known else None
         if cell is None:
             return self.fallback.seconds(replace(kernel, rows_per_expert=totals.rows_QE))
-        columns = physics.grouped_sizes(
-            totals, float(kernel.k), float(kernel.n), direction=kernel.direction, small=small
-        )
-        return self._predict(cell, columns, totals.rows_QE.shape[:-1], self._cap)
+        sizes = (float(kernel.k), float(kernel.n))
+        fp8 = is_narrow(kernel.dtype)
+        columns = physics.grouped_sizes(totals, *sizes, direction=kernel.direction, small=small, fp8=fp8)
+        found = self._predict(cell, columns, totals.rows_QE.shape[:-1], self._cap)
+        return self._as_measured(replace(kernel, rows_per_expert=totals.rows_QE), found) if fp8 else found
+
+    def _has_grouped(self, kernel: GroupedGemm) -> bool:
+        names = (grouped_cell(kernel.direction, dtype=kernel.dtype, small=small) for small in (True, False))
+        return any(name in self._rows for name in names)
+
+    def has(self, kernel: Kernel) -> bool:
+        """Whether rows of such kernels were measured."""
+        match kernel:
+            case Gemm():
+                return gemm_cell(kernel.dtype, kernel.direction) in self._rows
+            case GroupedGemm():
+                return self._has_grouped(kernel)
+            case MemoryBound():
+                return f"memory_bound/{kernel.kind}" in self._rows
+        return f"attention/{kernel.direction}" in self._rows
 
 
 def _key(kernel: Kernel) -> tuple[Any, ...]:

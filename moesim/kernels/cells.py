@@ -10,26 +10,25 @@ import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moesim.kernels import physics
-from moesim.kernels.families import DTYPE_BYTES, FloatArray, gemm_sides
+from moesim.kernels.families import DTYPE_BYTES, FloatArray, gemm_sides, is_narrow
 from moesim.kernels.gaussian import ResidualField, Shape
 from moesim.kernels.physics import Columns, Parameters, arithmetic_of
 from moesim.kernels.power import LEAST_EXPONENT, PowerCap
 
 Row = dict[str, Any]
-TENSOR_DTYPES = {"bf16": "bf16", "fp16": "bf16", "fp8": "fp8"}
+TENSOR_DTYPES = {dtype: dtype for dtype in ("bf16", "fp8", "fp8_block", "nvfp4")} | {"fp16": "bf16"}
 
 
 @dataclass(frozen=True)
 class Kind:
     """How one kind of cell works: size columns of profile rows, physics, features for the residual, work for the clock,
-    and what draws power: FLOPs (those of FP8 halved) and bytes.
+    and what draws power: FLOPs and bytes.
 
     Columns hold a value per row, or the floats of a single kernel.
     """
@@ -97,14 +96,17 @@ def _gemm_features(columns: Columns) -> tuple[Any, ...]:
 
 def _grouped_row_sizes(rows: list[Row]) -> Columns:
     """Rows of one cell, in any number of experts: those of one number are computed together."""
-    direction, small = rows[0]["direction"], cell_of(rows[0]) == grouped_cell(rows[0]["direction"], small=True)
+    direction, fp8 = rows[0]["direction"], is_narrow(rows[0]["dtype"])
+    small = str(cell_of(rows[0])).endswith("/small")
     sizes_PC = np.empty((len(rows), len(physics.GROUPED_COLUMNS)))
     experts_P = np.array([len(row["rows_per_expert"]) for row in rows])
     for experts in np.unique(experts_P):
         chosen_P = experts_P == experts
         part = [rows[index] for index in np.flatnonzero(chosen_P)]
         totals = physics.RowTotals.of(np.array([row["rows_per_expert"] for row in part], float))
-        sizes = physics.grouped_sizes(totals, _column(part, "k"), _column(part, "n"), direction=direction, small=small)
+        sizes = physics.grouped_sizes(
+            totals, _column(part, "k"), _column(part, "n"), direction=direction, small=small, fp8=fp8
+        )
         sizes_PC[chosen_P] = np.stack(np.broadcast_arrays(*sizes), axis=1)
     return tuple(sizes_PC.T)
 
@@ -157,7 +159,7 @@ def _memory_features(columns: Columns) -> tuple[Any, ...]:
 KINDS: dict[str, Kind] = {
     "gemm": Kind(
         _gemm_sizes, physics.gemm_log_seconds, _gemm_features, lambda s: 2.0 * s[0] * s[1] * s[2],
-        lambda s: (s[0] * s[1] * s[2] * s[3], s[3] * s[2] * (s[0] + s[1]) + 2.0 * s[0] * s[1]),
+        lambda s: (2.0 * s[0] * s[1] * s[2], s[3] * s[2] * (s[0] + s[1]) + 2.0 * s[0] * s[1]),
         physics.GEMM_START, noise=1e-2,
     ),
     "grouped_gemm": Kind(
@@ -167,6 +169,14 @@ KINDS: dict[str, Kind] = {
     "grouped_wgrad": Kind(
         _grouped_row_sizes, physics.grouped_wgrad_log_seconds, _grouped_features, _grouped_work, _grouped_drawn,
         physics.GROUPED_START, noise=8e-3, shape="rational",
+    ),
+    "grouped_gemm_fp8": Kind(
+        _grouped_row_sizes, physics.grouped_log_seconds, _grouped_features, _grouped_work, _grouped_drawn,
+        physics.GROUPED_FP8_START, noise=8e-3, shape="rational",
+    ),
+    "grouped_wgrad_fp8": Kind(
+        _grouped_row_sizes, physics.grouped_wgrad_log_seconds, _grouped_features, _grouped_work, _grouped_drawn,
+        physics.GROUPED_FP8_START, noise=8e-3, shape="rational",
     ),
     "attention": Kind(
         _attention_row_sizes, physics.attention_log_seconds, _attention_features, lambda s: s[0], lambda s: s[:2],
@@ -183,33 +193,34 @@ KINDS: dict[str, Kind] = {
 def kind_of(cell: str) -> Kind:
     """The kind of a cell named as `cell_of` names it."""
     family = cell.split("/")[0]
-    return KINDS["grouped_wgrad" if family == "grouped_gemm" and "/wgrad" in cell else family]
+    if family == "grouped_gemm":
+        family = ("grouped_wgrad" if "/wgrad" in cell else family) + ("_fp8" if "/fp8/" in cell else "")
+    return KINDS[family]
 
 
 def cell_of(row: Row) -> str | None:
     """The cell that a profile row belongs to, e.g. "gemm/bf16/forward"; None for rows of no kernel."""
     family = row["family"]
     if family in ("gemm", "gemm_fp8"):
-        return f"gemm/{row['dtype']}/{row['direction']}"
+        return gemm_cell(row["dtype"], row["direction"])
     if family == "grouped_gemm":
         rows_E, direction = row["rows_per_expert"], row["direction"]
-        mean_rows = sum(rows_E) / len(rows_E)
-        small = physics.takes_small_tiles(mean_rows, row["k"], row["n"], direction=direction)
-        return grouped_cell(direction, small=small)
+        mean_rows, dtype = sum(rows_E) / len(rows_E), row["dtype"]
+        small = physics.takes_small_tiles(mean_rows, row["k"], row["n"], direction=direction, fp8=is_narrow(dtype))
+        return grouped_cell(direction, dtype=dtype, small=small)
     if family == "attention":
         return f"attention/{row['direction']}"
     return f"memory_bound/{row['kind']}" if family == "memory_bound" else None
 
 
 def gemm_cell(dtype: str, direction: str) -> str:
-    """fp16 runs at the rate of bf16; the library's fp8 has one layout: a gradient is a forward of other sides."""
-    tensor_dtype = TENSOR_DTYPES.get(dtype, "")
-    return f"gemm/{tensor_dtype}/{'forward' if tensor_dtype == 'fp8' else direction}"
+    """fp16 runs at the rate of bf16."""
+    return f"gemm/{TENSOR_DTYPES.get(dtype, '')}/{direction}"
 
 
-def grouped_cell(direction: str, *, small: bool) -> str:
+def grouped_cell(direction: str, *, dtype: str, small: bool) -> str:
     """Grouped products with small tiles (few rows per expert) and large ones are different kernels."""
-    return f"grouped_gemm/{direction}/{'small' if small else 'large'}"
+    return f"grouped_gemm/{'fp8/' if is_narrow(dtype) else ''}{direction}/{'small' if small else 'large'}"
 
 
 def _checksum(rows: list[Row], sizes_PC: FloatArray) -> int:
@@ -240,11 +251,6 @@ class Cell:
         self.fit = replace(fit, weights=self._field.weights_P, rows=checksum)
         self._measured = {tuple(sizes): index for index, sizes in enumerate(self.sizes_PC.tolist())}
 
-    @cached_property
-    def highest_rate(self) -> float:
-        """The most work per second among the measured kernels."""
-        return float((self.kind.work(self.columns) / np.exp(self.log_seconds_P)).max())
-
     @property
     def sustained_exponent(self) -> float:
         """How strongly seconds fall with a sustained clock."""
@@ -266,6 +272,7 @@ class Cell:
     def _sustained(self, logs: Any, columns: Columns, cap: PowerCap) -> Any:
         """Log seconds of a kernel that runs on and on, at the clock that the power limit leaves it."""
         flops, moved = self.kind.drawn(columns)
+        flops = flops * cap.share_of(self.rows[0].get("dtype", "bf16"))
         load = (flops + cap.traffic * moved) / (math.exp(logs) if isinstance(logs, float) else np.exp(logs))
         return logs - self.sustained_exponent * (cap.log_clock(load) - self.expected_clock(columns))
 
@@ -327,6 +334,12 @@ class Cell:
         """
         errors_P = self._field.leave_one_out_P
         return errors_P if at_row_clock else errors_P - self.shift_P
+
+    def errors_of(self, rows: list[Row], *, at_row_clock: bool) -> FloatArray:
+        """Log of measured over predicted seconds of rows of this cell that are not in it, as `leave_one_out`."""
+        columns = self.kind.sizes(rows)
+        errors_P = np.log(_column(rows, "p50")) - np.log(self.predict(columns)[0])
+        return errors_P + self.fit.alpha * self.clock_excess(columns, clocks_of(rows)) if at_row_clock else errors_P
 
 
 def clocks_of(rows: list[Row]) -> FloatArray:

@@ -10,7 +10,7 @@ from moesim.kernels.error_table import STANDS_FOR, kind_misses
 from moesim.kernels.fitting import fit_profile
 from moesim.kernels.loading import load_profile, scaled_from
 from moesim.kernels.profile import load_profile_file, save_profile
-from moesim.kernels.report import error_table, kind_table, leave_one_out_rows
+from moesim.kernels.report import error_table, held_out_rows, kind_table, leave_one_out_rows
 from moesim.kernels.scaled import ScaledModel
 from moesim.kernels.tabulated import TabulatedModel
 
@@ -97,6 +97,9 @@ def _report(name: str, *, by_cell: bool) -> int:
     if own is not model:
         title += ", rows of published tables"
     console.print(error_table(leave_one_out_rows(own, by_cell=by_cell), title=title))
+    if kept_out := held_out_rows(own, by_cell=by_cell):
+        console.print()
+        console.print(error_table(kept_out, title=f"Errors of {own.name} on rows kept out of every fit", caption=None))
     base = STANDS_FOR.get(name.lower())
     if base is not None:
         console.print()

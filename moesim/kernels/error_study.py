@@ -92,7 +92,9 @@ def kind_out(rows: Iterable[Row], *, base: CalibratedModel, measured: GpuRates, 
 
     Both at the clocks that their benchmarks, which were short, ran at.
     """
-    return predicted(rows, ScaledModel(base.at_benchmark_clock(), measured=measured, target=target))
+    free = base.without_relative().at_benchmark_clock()
+    known = [row for row in rows if row["family"] in FAMILIES and free.has(kernel_of(row))]
+    return predicted(known, ScaledModel(free, measured=measured, target=target))
 
 
 def reached_out(
@@ -114,13 +116,15 @@ def reached_shares(rows: Iterable[Row], *, base: CalibratedModel, measured: GpuR
 
 def gradients_by_ratio(rows: Iterable[Row], *, own: CalibratedModel, other: CalibratedModel) -> list[Misses]:
     """Gradients of GEMMs and attention as their own forward kernel times what they take over it on the other GPU."""
-    own_free, other_free = own.at_benchmark_clock(), other.at_benchmark_clock()
+    own_free, other_free = own.at_benchmark_clock(), other.without_relative().at_benchmark_clock()
     found: dict[str, list[float]] = {}
     for row in _long(rows):
         kernel = kernel_of(row)
         if not isinstance(kernel, Gemm | Attention) or kernel.direction == "forward":
             continue
         forward = replace(kernel, direction="forward")
+        if not other_free.has(kernel):
+            continue
         ratio = np.asarray(other_free.seconds(kernel).seconds) / other_free.seconds(forward).seconds
         seconds = float(own_free.seconds(forward).seconds * ratio)
         found.setdefault(error_family(kernel), []).append(float(np.log(row["p50"] / seconds)))

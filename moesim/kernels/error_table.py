@@ -1,5 +1,6 @@
 """The rows of `errors.json`, made from the shipped profiles: which study of `error_study` answers for which basis."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 
@@ -30,6 +31,10 @@ NETWORK_HOW = (
 NETWORK_ROWS = 16
 NETWORK_WORST = 0.06
 _TABLE_FAMILIES = {"gemm": "gemm/bf16", "gemm fp8": "gemm/fp8", "attention": "attention"}
+BLACKWELL = ("b200", "b300", "gb200", "gb300", "rtx-pro-6000")
+MXFP8 = "rows of per-tensor fp8; apart: those rows, and how much longer rows with block scales and their casts take"
+OTHER_KINDS = "rows of tables, each kind's from the others of it; apart: another kind by data sheets"
+FEWER_BITS = "grouped products with a scale a row of H100, each from the others; apart: grouped products by data sheets"
 
 
 def all_errors() -> Iterator[KnownError]:
@@ -42,6 +47,7 @@ def all_errors() -> Iterator[KnownError]:
     yield from kinds_left_out("scaled", (*MEASURED, *TABULATED), kind_misses, KIND_OUT)
     yield from kinds_left_out("any", (*MEASURED, *TABULATED), _roofline, DATA_SHEET)
     yield from _published()
+    yield from _fewer_bits()
     worst = {"median": 0.0, "p50": 0.0, "p90": NETWORK_WORST, "apart": 0.0}
     yield KnownError(basis="any", source=NETWORK, family=TRANSFERS, count=NETWORK_ROWS, how=NETWORK_HOW, **worst)
 
@@ -107,6 +113,34 @@ def _gradients() -> Iterator[KnownError]:
                 yield known_error_of(logs, basis=name, source="scaled", family=own.family, how=RATIO, apart=apart)
 
 
+def _fewer_bits() -> Iterator[KnownError]:
+    """Of mxfp8, and of nvfp4 and grouped products where only tables of other kinds tell of such formats."""
+    made: list[KnownError] = []
+    for name in BLACKWELL:
+        model = _model(name)
+        assert isinstance(model, TabulatedModel) and model.profile.tables is not None
+        logs = _interpolated(name, "gemm fp8")
+        block = float(model.profile.tables["families"]["gemm/nvfp4"]["block_over_fp8_p90"])
+        apart = round(math.hypot(_apart(name, "gemm fp8"), block), 4)
+        made.append(known_error_of(logs, basis=name, source="scaled", family="gemm mxfp8", how=MXFP8, apart=apart))
+    yield from made
+    kinds = list(kinds_left_out("scaled", (*MEASURED, *TABULATED), kind_misses, ""))
+    dense = max(row.p90 for row in kinds if row.family == "gemm fp8")
+    grouped = round(max(row.p90 for row in kinds if row.family == "grouped_gemm"), 4)
+    for family in ("gemm mxfp8", "gemm fp4"):
+        logs = [log for name in BLACKWELL for log in _interpolated(name, family.replace("mxfp8", "fp8"))]
+        apart = round(math.hypot(max(row.apart for row in made), dense), 4)
+        yield known_error_of(logs, basis="scaled", source="scaled", family=family, how=OTHER_KINDS, apart=apart)
+    for basis in ("tables", "scaled"):
+        for family in ("grouped_gemm mxfp8", "grouped_gemm fp4"):
+            logs = _interpolated("h100", "grouped_gemm fp8")
+            yield known_error_of(logs, basis=basis, source="scaled", family=family, how=FEWER_BITS, apart=grouped)
+
+
+def _interpolated(name: str, family: str) -> list[FloatArray]:
+    return [m.logs_P for m in left_out_misses(name) if (m.source, m.family) == ("interpolated", family)]
+
+
 def _by_source(found: Iterable[list[Misses]]) -> dict[tuple[str, str], list[FloatArray]]:
     together: dict[tuple[str, str], list[FloatArray]] = {}
     for misses in (misses for part in found for misses in part):
@@ -120,8 +154,10 @@ def _apart(name: str, family: str) -> float:
     if not isinstance(model, TabulatedModel):
         return 0.0
     assert model.profile.tables is not None
-    facts = model.profile.tables["families"][_TABLE_FAMILIES[family]]
-    return float(facts["compared_on_h100_and_h200"]["p90_left"])
+    families = model.profile.tables["families"]
+    if family == "gemm fp4":  # whether the cast is in the rows is not known
+        return float(families["gemm/nvfp4"]["cast_p90"])
+    return float(families[_TABLE_FAMILIES[family]]["compared_on_h100_and_h200"]["p90_left"])
 
 
 @cache

@@ -92,5 +92,8 @@ class KernelModel(Protocol):
     def at_load(self, flops_per_second: float) -> "KernelModel":
         """The kernels of a step of this mean load, all at one clock; itself without a power limit."""
 
+    def power_share(self, dtype: str) -> float:
+        """Of the power of a bf16 FLOP, that of one in products of this dtype."""
+
     def seconds(self, kernel: Kernel) -> Estimate:
         """Seconds of a kernel, in the shape of its sizes; UserError where the GPU has no units for its dtype."""

@@ -25,8 +25,26 @@ AttentionDirection = Literal["forward", "backward"]
 
 GEMM_DIRECTIONS: tuple[GemmDirection, ...] = ("forward", "dgrad", "wgrad")
 ATTENTION_DIRECTIONS: tuple[AttentionDirection, ...] = ("forward", "backward")
-DTYPE_BYTES = {"fp32": 4.0, "tf32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0}
+DTYPE_BYTES = {"fp32": 4.0, "tf32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "fp8_block": 1.0}
+DTYPE_BYTES |= {"mxfp8": 1.0 + 1 / 32, "nvfp4": 0.5 + 1 / 16}
+"""Bytes of an operand's element: `fp8` with one scale for all, `fp8_block` with one for 1 x 128 or 128 x 128 (whose
+bytes do not count), `mxfp8` with one byte for 32, `nvfp4` with one for 16."""
 OUTPUT_BYTES = 2.0  # GEMMs write bf16, also those of fp8 operands
+
+
+def peak_format(dtype: str) -> str:
+    """The number format under which a data sheet states the peak of such products."""
+    return {"fp8_block": "fp8", "nvfp4": "fp4"}.get(dtype, dtype)
+
+
+def chip_format(dtype: str) -> str:
+    """The units that products of a dtype run on: fp8 whatever their scales are, or fp4."""
+    return {"mxfp8": "fp8"}.get(dtype, peak_format(dtype))
+
+
+def is_narrow(dtype: str) -> bool:
+    """Whether operands have a byte or less, and so need casts around their products."""
+    return DTYPE_BYTES[dtype] < DTYPE_BYTES["bf16"]
 
 
 def gemm_sides(m: Any, k: Any, n: Any, direction: str) -> tuple[Any, Any, Any]:
@@ -131,12 +149,14 @@ class MemoryKind:
     """What a kind is in torch; bytes = rows * width * per_element + rows * per_row.
 
     `searches`: it sorts, counts or adds to places that its values name, many times slower than its bytes would be.
+    `apart`: a Triton kernel of this project beside FP8 products, measured with the family fp8.
     """
 
     what: str
     per_element: float
     per_row: float = 0.0
     searches: bool = False
+    apart: bool = False
 
 
 MEMORY_KINDS: dict[str, MemoryKind] = {
@@ -153,6 +173,7 @@ MEMORY_KINDS: dict[str, MemoryKind] = {
     "permute_backward": MemoryKind("index_add of the gathered rows into zeros", 6, 8),
     "unpermute": MemoryKind("index_add of bf16 rows into tokens; rows are those read", 6, 8),
     "unpermute_backward": MemoryKind("index_select of the tokens' gradients; rows are those written", 4, 8),
+    "index_put": MemoryKind("backward of x[index]: bf16 rows summed into zeros by sorted index", 6, 8, searches=True),
     "silu": MemoryKind("bf16 silu", 4),
     "silu_backward": MemoryKind("bf16 gradient of silu", 6),
     "activation": MemoryKind("silu(a) * b of the halves of [rows, 2 width] in eager torch: two kernels", 6),
@@ -167,6 +188,17 @@ MEMORY_KINDS: dict[str, MemoryKind] = {
     "cross_entropy_fp32": MemoryKind("mean cross entropy of fp32 logits over width", 8),
     "cross_entropy_fp32_backward": MemoryKind("gradient of fp32 logits", 8),
     "quantise": MemoryKind("bf16 to fp8 (e4m3) cast", 3),
+    "fp8_cast": MemoryKind("bf16 to fp8 with a scale for 1 x 128, along rows", 3 + 4 / 128, apart=True),
+    "fp8_cast_both": MemoryKind("bf16 to fp8 along rows and, transposed, along columns", 4 + 8 / 128, apart=True),
+    "fp8_cast_tiles": MemoryKind("bf16 to fp8 with a scale for 128 x 128: weights", 3, apart=True),
+    "fp8_turn": MemoryKind("fp8 along rows to fp8 along columns, transposed", 2 + 8 / 128, apart=True),
+    "fp8_widen": MemoryKind("fp8 along rows to bf16", 3 + 4 / 128, apart=True),
+    "fp8_swiglu": MemoryKind(
+        "silu(a) * b of bf16 halves to fp8 along rows; width is the result's", 5 + 4 / 128, apart=True
+    ),
+    "largest": MemoryKind("largest magnitude of a bf16 matrix", 2, apart=True),
+    "scaled_cast": MemoryKind("bf16 to fp8 with one scale", 3, apart=True),
+    "scaled_cast_both": MemoryKind("bf16 to fp8 with one scale, and its transpose", 4, apart=True),
     "embedding": MemoryKind("bf16 rows looked up in a table", 4, 8),
     "embedding_backward": MemoryKind("bf16 gradient of the table, whose own bytes come on top", 2, 8, searches=True),
     "optimizer_bf16": MemoryKind("fused AdamW; parameter, gradient and both states bf16", 14),
@@ -225,11 +257,12 @@ FAMILY_OF: dict[type[Kernel], str] = {kind: family for family, kind in reversed(
 
 
 def error_family(kernel: Kernel) -> str:
-    """Whose errors a kernel shares: its family, apart `gemm fp8`, `grouped_gemm fp8` and `memory_bound searching`."""
+    """Whose errors a kernel shares: its family, apart `gemm fp8` (mxfp8, fp4), `grouped_gemm fp8` and
+    `memory_bound searching`."""
     family = FAMILY_OF[type(kernel)]
     if isinstance(kernel, MemoryBound):
         return f"{family} searching" if MEMORY_KINDS[kernel.kind].searches else family
-    return f"{family} fp8" if kernel.dtype == "fp8" else family
+    return f"{FAMILY_OF[type(kernel)]} {peak_format(kernel.dtype)}" if is_narrow(kernel.dtype) else family
 
 
 def kernel_of(row: Mapping[str, Any]) -> Kernel:

@@ -95,10 +95,10 @@ def fit_cell(kind: Kind, rows: list[Row]) -> Fit:
 
 
 def cell_rows(profile: Profile) -> dict[str, list[Row]]:
-    """Rows per cell, of cells with enough of them."""
+    """Rows per cell, of cells with enough of them; those marked `held_out` are for reports alone."""
     cells: dict[str, list[Row]] = {}
     for row in profile.rows:
-        name = cell_of(row)
+        name = None if row.get("held_out") else cell_of(row)
         if name is not None and row.get("p50", 0.0) > 0.0:
             cells.setdefault(name, []).append(row)
     return {name: rows for name, rows in cells.items() if len(rows) >= MIN_ROWS}

@@ -30,6 +30,7 @@ PUBLISHED_ROWS = (
     (4096, 2112, 7168, 1127), (4096, 24576, 1536, 1212), (4096, 32768, 512, 775), (4096, 7168, 16384, 1520),
     (4096, 4096, 7168, 1410), (4096, 7168, 2048, 1168),
 )  # fmt: skip
+FASTEST_PUBLISHED = 1e12 * max(row[3] for row in PUBLISHED_ROWS)  # FLOP/s
 _H800_PEAK, _H800_BANDWIDTH = 1978.9e12, 3.35e12  # datasheet: dense fp8 FLOP/s, HBM3 bytes/s
 _SM = 132.0  # of the published GPU; others are taken to have as many waves
 FP8_ROW_ALIGNMENT = 128  # rows per expert of the published kernels

@@ -18,6 +18,8 @@ from moesim.kernels.tabulated import TabulatedModel
 if TYPE_CHECKING:
     from moesim.scenario import GpuSpec
 
+# Whose FP8 kernels, beyond the library's forward products, stand for those of another GPU of the same chip.
+FP8_OF = {"h200": "h100"}
 # Those whose block-scaled FP8 kernels have published rates (`moesim.kernels.fp8`).
 PUBLISHED_FP8 = ("h800",)
 
@@ -93,7 +95,7 @@ def _model_of(profile: Profile) -> CalibratedModel | TabulatedModel:
             )
         return TabulatedModel(profile, base=base, measured=_spec(profile.tables["base"]), target=_spec(gpu))
     if gpu is not None:
-        return CalibratedModel(profile, fallback=Roofline(_CatalogueRates(gpu)))
+        return CalibratedModel(profile, fallback=Roofline(_CatalogueRates(gpu)), relative=_relative(gpu))
     rates = measured_rates(profile)
     if rates is None:
         raise UserError(
@@ -102,6 +104,14 @@ def _model_of(profile: Profile) -> CalibratedModel | TabulatedModel:
         )
     seen = _SeenRates(profile.name, {"bf16": rates[0], "fp16": rates[0]}, rates[1])
     return CalibratedModel(profile, fallback=Roofline(seen))
+
+
+def _relative(gpu: str) -> ScaledModel | None:
+    if gpu not in FP8_OF:
+        return None
+    other = load_profile(FP8_OF[gpu])
+    assert isinstance(other, CalibratedModel)
+    return ScaledModel(other, measured=_spec(FP8_OF[gpu]), target=_CatalogueRates(gpu))
 
 
 def _shipped_file(name: str) -> Path | None:

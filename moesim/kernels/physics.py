@@ -121,15 +121,19 @@ GROUPED_COLUMNS = (
     "work", "longest", "tile", "read", "written", "l2", "squares",
 )  # fmt: skip
 GROUPED_START = np.log([9e-6, 6e12, 2e-6, 3.2e12, 8.5e14, 1e-8, 8e12, 1.0, 1.0])
+GROUPED_FP8_START = GROUPED_START + np.log([1.0, 2.0, 1.0, 1.0, 2.0, 1.0, 1.0, 1.0, 1.0])
 
 
-def takes_small_tiles(mean_rows: Any, k: float, n: float, *, direction: str) -> Any:
+FP8_NARROW = 2048  # of a weight's sides: narrower ones have slow gradients in torch's scaled grouped GEMM
+
+
+def takes_small_tiles(mean_rows: Any, k: float, n: float, *, direction: str, fp8: bool = False) -> Any:
     """Whether torch's grouped_mm takes its small tiles: at most 128 rows per mean expert, or as narrow an output.
 
-    mean_rows, of all experts, may be an array.
+    mean_rows, of all experts, may be an array. fp8: its grouped GEMM with scales, by where its rows change their rate.
     """
     if direction == "wgrad":
-        return k <= 128 or n <= 128
+        return min(k, n) < FP8_NARROW if fp8 else k <= 128 or n <= 128
     narrow = (n if direction == "forward" else k) <= 128
     return narrow or mean_rows < 129.0
 
@@ -167,13 +171,15 @@ def _sums(values_QE: FloatArray) -> Any:
     return sums if sums.ndim else float(sums)
 
 
-def grouped_sizes(totals: RowTotals, k: Any, n: Any, *, direction: str, small: bool) -> Columns:
+def grouped_sizes(totals: RowTotals, k: Any, n: Any, *, direction: str, small: bool, fp8: bool = False) -> Columns:
     """The columns GROUPED_COLUMNS of grouped products; k and n may be arrays too.
 
     Tiles are those of the CUTLASS kernel behind torch's grouped_mm on Hopper: 64 x 128 x 128 when `takes_small_tiles`,
-    else 128 x 256 x 64, in clusters of two along the rows, so that an expert's tiles round up to even numbers.
+    else 128 x 256 x 64, in clusters of two along the rows, so that an expert's tiles round up to even numbers. With fp8
+    operands (one byte) large tiles are taken to be 128 x 256 x 128.
     """
-    tile_m, tile_n, tile_k = (64.0, 128.0, 128.0) if small else (128.0, 256.0, 64.0)
+    tile_m, tile_n, tile_k = (64.0, 128.0, 128.0) if small else (128.0, 256.0, 128.0 if fp8 else 64.0)
+    size = 1.0 if fp8 else 2.0
     rows_QE, rows = totals.rows_QE, totals.rows
     experts = float(rows_QE.shape[-1])
     ops = arithmetic_of((k, n))
@@ -183,16 +189,16 @@ def grouped_sizes(totals: RowTotals, k: Any, n: Any, *, direction: str, small: b
         deepest = rows_QE.max(-1) if rows_QE.ndim > 1 else float(rows_QE.max())
         longest = arithmetic_of((deepest,)).ceil(deepest / tile_k) * tile_k
         tiles, work = per_expert * experts, per_expert * steps
-        l2_bytes = rows * (2.0 * (k * ops.ceil(n / tile_n) + n * ops.ceil(k / (2.0 * tile_m))))
-        read, written = rows * (2.0 * (k + n)), 2.0 * experts * k * n
+        l2_bytes = rows * (size * (k * ops.ceil(n / tile_n) + n * ops.ceil(k / (2.0 * tile_m))))
+        read, written = rows * (size * (k + n)), 2.0 * experts * k * n
     else:
         width, depth = (n, k) if direction == "forward" else (k, n)
         pairs = _sums(np.ceil(rows_QE / (2.0 * tile_m)))
         tiles_n = ops.ceil(width / tile_n)
         tiles, longest = pairs * (2.0 * tiles_n), ops.ceil(depth / tile_k) * tile_k
         work = 0.0  # follows from the tiles
-        l2_bytes = rows * (2.0 * depth * tiles_n) + pairs * (2.0 * depth * width)
-        read, written = rows * (2.0 * depth) + totals.active * (2.0 * k * n), rows * (2.0 * width)
+        l2_bytes = rows * (size * depth * tiles_n) + pairs * (size * depth * width)
+        read, written = rows * (size * depth) + totals.active * (size * k * n), rows * (2.0 * width)
     return (
         rows, experts, totals.active, k, n, float(small), tiles,
         work, longest, tile_m * tile_n, read, written, l2_bytes, totals.squares,

@@ -4,7 +4,8 @@ Short benchmarks end before the limit acts, and their clocks are those of the mi
 Rows of the family `sustained` (0.15 s of one kernel behind 0.15 s of the same) give
     log clock = log free - slope * max(load - threshold, 0),    load = (FLOPs + traffic * bytes) / seconds
 with the seconds that the cell predicts; a kernel then takes (expected / clock) ** exponent times as long, where
-expected is the clock of its benchmarks. FLOPs of FP8 operands count half: half as many bits are multiplied for each.
+expected is the clock of its benchmarks. FLOPs of FP8 operands count a share, half where
+nothing tells: 10 dense products that an H200 ran without pause ask for that, 17 on an H100 for 0.6.
 
 Legend: P sustained rows.
 """
@@ -15,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from moesim.kernels.families import FloatArray
+from moesim.kernels.families import FloatArray, chip_format
 
 MIN_ROWS = 20
+FP8_SHARE = 0.5  # of the power of a bf16 FLOP where nothing was measured: half as many bits; nvfp4 half of that
 # Exponents fitted within a cell are too small: its benchmarks' clocks differ little, and are read with errors. This is
 # what sustained rows show, whose clocks differ by a third.
 LEAST_EXPONENT = 0.5
@@ -28,12 +30,19 @@ _HUBER = 0.08
 
 @dataclass(frozen=True)
 class PowerCap:
-    """log MHz at low loads, the load (FLOP/s) from which the clock falls, its fall per FLOP/s, FLOPs worth a byte."""
+    """log MHz at low loads, the load (FLOP/s) from which the clock falls, its fall per FLOP/s, FLOPs worth a byte, and
+    the share of a bf16 FLOP's power that one in FP8 takes.
+    """
 
     free: float
     threshold: float
     slope: float
     traffic: float
+    fp8_share: float = FP8_SHARE
+
+    def share_of(self, dtype: str) -> float:
+        """Of a bf16 FLOP's power, one of this dtype's."""
+        return {"fp8": self.fp8_share, "fp4": 0.5 * self.fp8_share}.get(chip_format(dtype), 1.0)
 
     def log_clock(self, load: Any) -> Any:
         """Log MHz of a kernel of this load (a float or an array)."""
@@ -49,7 +58,7 @@ class PowerCap:
 @dataclass(frozen=True)
 class SustainedRows:
     """What the cap is fitted to, per sustained row: log seconds measured and as its cell predicts them, FLOPs (those of
-    FP8 halved), bytes, the log clock and the clock's exponent of its cell.
+    FP8 by their share), bytes, the log clock and the clock's exponent of its cell.
     """
 
     measured_P: FloatArray

@@ -6,7 +6,7 @@ Legend: P measured kernels.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -75,9 +75,33 @@ def leave_one_out_rows(model: CalibratedModel, *, by_cell: bool = False) -> list
     return found
 
 
+def held_out_rows(model: CalibratedModel, *, by_cell: bool = False) -> list[ErrorRow]:
+    """Errors of the rows that are kept out of every fit, per family or per cell."""
+    cells: dict[str, list[dict[str, Any]]] = {}
+    for row in model.profile.rows:
+        if row.get("held_out") and (name := cell_of(row)) is not None:
+            cells.setdefault(name, []).append(row)
+    groups: dict[str, list[str]] = {}
+    for name in sorted(cells):
+        groups.setdefault(name if by_cell else _family(name), []).append(name)
+    found = []
+    for group, members in groups.items():
+        known = [(cell, cells[name]) for name in members if (cell := model.cell(name)) is not None]
+        if not known:
+            continue
+        clocked_P, unclocked_P = (
+            np.concatenate([cell.errors_of(rows, at_row_clock=at_clock) for cell, rows in known])
+            for at_clock in (True, False)
+        )
+        found.append(_row(group, clocked_P, unclocked_P, _spreads(row for _, rows in known for row in rows)))
+    return found
+
+
 def _family(cell_name: str) -> str:
     family, rest = cell_name.split("/", 1)
-    return "gemm fp8" if family == "gemm" and rest.startswith("fp8") else family
+    if family.startswith("memory"):
+        return family
+    return f"{family} fp8" if rest.startswith("fp8") else f"{family} fp4" if rest.startswith("nvfp4") else family
 
 
 _KIND_CAPTION = """error = |measured / predicted - 1|, rows of 100 us and more,
@@ -100,11 +124,11 @@ def kind_table(found: list[Misses], *, title: str) -> "Table":
     return table
 
 
-def error_table(rows: list[ErrorRow], *, title: str) -> "Table":
+def error_table(rows: list[ErrorRow], *, title: str, caption: str | None = _CAPTION) -> "Table":
     """The rows as a table for the terminal."""
     from rich.table import Table  # here: whoever predicts a kernel does without
 
-    table = Table(title=title, caption=_CAPTION)
+    table = Table(title=title, caption=caption)
     table.add_column("kernels", no_wrap=True)
     for header in ("count", "median / p90", "without clock", "visits", "target"):
         table.add_column(header, justify="right", no_wrap=True)

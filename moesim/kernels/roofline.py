@@ -12,7 +12,7 @@ import numpy as np
 
 from moesim.errors import UserError
 from moesim.kernels.estimate import Beside, Contention, Estimate, HostCosts, as_result
-from moesim.kernels.families import Attention, Gemm, GroupedGemm, Kernel, MemoryBound
+from moesim.kernels.families import Attention, Gemm, GroupedGemm, Kernel, MemoryBound, peak_format
 
 GEMM_SHARE = 0.80  # of the dense peak
 GROUPED_GEMM_SHARE = 0.70
@@ -46,6 +46,11 @@ class Roofline:
         """The GPU's catalogue name."""
         return self.gpu.name
 
+    def power_share(self, dtype: str) -> float:
+        """All alike: a datasheet knows no power limit."""
+        del dtype
+        return 1.0
+
     def at_load(self, flops_per_second: float) -> "Roofline":
         """Itself: a datasheet knows no power limit."""
         del flops_per_second
@@ -62,6 +67,7 @@ class Roofline:
         return Estimate(as_result(np.maximum(busy, HOST.kernel_floor)), "roofline")
 
     def _peak(self, dtype: str) -> float:
+        dtype = peak_format(dtype)
         if dtype not in self.gpu.peak_flops:
             known = ", ".join(sorted(self.gpu.peak_flops))
             raise UserError(f"{self.gpu.name} has no {dtype} matrix units; use one of: {known}")

@@ -6,6 +6,7 @@ time c, memory time b and the ratios rc, rm. Tiles, waves and libraries stay tho
 "scaled".
 """
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -13,8 +14,8 @@ import numpy as np
 
 from moesim.kernels.calibrated import CalibratedModel
 from moesim.kernels.estimate import Contention, Estimate, HostCosts, as_result, weakest
-from moesim.kernels.families import Gemm, GroupedGemm, Kernel, MemoryBound
-from moesim.kernels.fp8 import fp8_gemm, fp8_grouped_gemm
+from moesim.kernels.families import Gemm, GroupedGemm, Kernel, MemoryBound, chip_format, is_narrow, peak_format
+from moesim.kernels.fp8 import FASTEST_PUBLISHED, fp8_gemm, fp8_grouped_gemm
 from moesim.kernels.roofline import GpuRates, Roofline
 
 if TYPE_CHECKING:
@@ -51,6 +52,10 @@ class ScaledModel:
         same_memory = self._measured.memory_bandwidth == self._target.memory_bandwidth
         return same_memory and dict(self._measured.peak_flops) == dict(self._target.peak_flops)
 
+    def power_share(self, dtype: str) -> float:
+        """That of the measured GPU."""
+        return self.base.power_share(dtype)
+
     @property
     def host(self) -> HostCosts:
         """The measured host: its processor is no part of the GPU."""
@@ -71,13 +76,14 @@ class ScaledModel:
 
     def seconds(self, kernel: Kernel) -> Estimate:
         """What the measured GPU takes, scaled; a dtype that the target lacks raises UserError."""
-        dtype = "bf16" if isinstance(kernel, MemoryBound) else kernel.dtype
+        dtype = "bf16" if isinstance(kernel, MemoryBound) else peak_format(kernel.dtype)
         if dtype not in self._target.peak_flops:
             return self.fallback.seconds(kernel)
-        if isinstance(kernel, GroupedGemm) and dtype == "fp8":
-            return fp8_grouped_gemm(kernel, gpu=self._target)
-        if isinstance(kernel, Gemm) and dtype == "fp8" and self._published_fp8:
-            return fp8_gemm(kernel, gpu=self._target)
+        if not isinstance(kernel, MemoryBound) and kernel.dtype == "fp8_block":
+            if isinstance(kernel, GroupedGemm):
+                return self._within(kernel, fp8_grouped_gemm(kernel, gpu=self._target))
+            if isinstance(kernel, Gemm) and self._published_fp8:
+                return self._within(kernel, fp8_gemm(kernel, gpu=self._target))
         found = self.base.seconds(kernel)
         peak = self._measured.peak_flops[dtype]
         compute, memory = kernel.flops / peak, kernel.moved_bytes / self._measured.memory_bandwidth
@@ -86,4 +92,28 @@ class ScaledModel:
         factor = np.maximum(compute * ratio, memory * self._memory_ratio) / limit
         floor = np.minimum(found.seconds, self.base.host.kernel_floor)
         seconds = np.asarray(floor + (found.seconds - floor) * factor)
-        return Estimate(as_result(seconds), weakest(found.source, "scaled"))
+        scaled = Estimate(as_result(seconds), weakest(found.source, "scaled"))
+        return self._within(kernel, scaled) if isinstance(kernel, Gemm | GroupedGemm) else scaled
+
+    def has(self, kernel: Kernel) -> bool:
+        """Whether the measured GPU has rows of such kernels."""
+        return isinstance(self.base, CalibratedModel) and self.base.has(kernel)
+
+    def at_benchmark_clock(self) -> "ScaledModel":
+        """The same at the clocks of the measured GPU's benchmarks, which were short."""
+        assert isinstance(self.base, CalibratedModel)
+        base = self.base.at_benchmark_clock()
+        return ScaledModel(base, measured=self._measured, target=self._target, published_fp8=self._published_fp8)
+
+    def _within(self, kernel: Gemm | GroupedGemm, found: Estimate) -> Estimate:
+        """No faster than the fastest such product known of the chip: published, or the measured GPU's, scaled."""
+        fastest = self.fastest.get(chip_format(kernel.dtype), math.inf) if is_narrow(kernel.dtype) else math.inf
+        return Estimate(as_result(np.maximum(found.seconds, kernel.flops / fastest)), found.source)
+
+    @property
+    def fastest(self) -> dict[str, float]:
+        """FLOP/s of the fastest product known, by its units."""
+        ours, theirs = self._target.peak_flops, self._measured.peak_flops
+        both = [units for units in self.base.fastest if units in ours and units in theirs]
+        scaled = {units: self.base.fastest[units] * ours[units] / theirs[units] for units in both}
+        return scaled | {"fp8": max(FASTEST_PUBLISHED, scaled["fp8"])} if self._published_fp8 else scaled

@@ -7,6 +7,7 @@
 - All follow one clock of the kind's own law (`moesim.kernels.clock_laws`).
 """
 
+import math
 from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass, replace
@@ -17,11 +18,40 @@ import numpy as np
 from moesim.kernels.calibrated import CalibratedModel
 from moesim.kernels.clock_laws import ClockLaw
 from moesim.kernels.estimate import Contention, Estimate, HostCosts, as_result, weakest
-from moesim.kernels.families import Attention, Gemm, Kernel, MemoryBound, gemm_sides
+from moesim.kernels.families import (
+    Attention,
+    Gemm,
+    GroupedGemm,
+    Kernel,
+    MemoryBound,
+    chip_format,
+    gemm_sides,
+    is_narrow,
+    peak_format,
+)
 from moesim.kernels.power import LEAST_EXPONENT
 from moesim.kernels.profile import Profile
 from moesim.kernels.roofline import GpuRates, Roofline
 from moesim.kernels.scaled import ScaledModel
+
+AS_PER_TENSOR = (
+    "mxfp8",
+    "nvfp4",
+)  # whose scales cost the tensor cores nothing, so that gradients are as per-tensor ones
+
+
+@dataclass(frozen=True)
+class _Rates:
+    """A data sheet with one peak of another value."""
+
+    name: str
+    peak_flops: Mapping[str, float]
+    memory_bandwidth: float
+
+
+def replace_peak(gpu: GpuRates, dtype: str, peak: float) -> GpuRates:
+    """`gpu` with this peak of `dtype`."""
+    return _Rates(gpu.name, {**gpu.peak_flops, dtype: peak}, gpu.memory_bandwidth)
 
 
 @dataclass(frozen=True)
@@ -40,7 +70,8 @@ class ReachedRates:
     def peak_flops(self) -> Mapping[str, float]:
         """FLOP/s by number format; formats without a share of their own have that of bf16."""
         common = self.shares["bf16"]
-        return {dtype: peak * self.shares.get(dtype, common) for dtype, peak in self.gpu.peak_flops.items()}
+        shares = {"mxfp8": self.shares.get("fp8", common)} | dict(self.shares)
+        return {dtype: peak * shares.get(dtype, common) for dtype, peak in self.gpu.peak_flops.items()}
 
     @property
     def memory_bandwidth(self) -> float:
@@ -69,6 +100,10 @@ class TabulatedModel:
         """The target GPU and where its durations come from."""
         return f"{self.target.name} (tables, rest scaled from {self.base.name})"
 
+    def power_share(self, dtype: str) -> float:
+        """That of the measured GPU."""
+        return self.base.power_share(dtype)
+
     @property
     def host(self) -> HostCosts:
         """The measured host: its processor is no part of the GPU."""
@@ -92,10 +127,17 @@ class TabulatedModel:
         model.clock_error = self.law.error_at(flops_per_second)
         return model
 
+    @property
+    def fastest(self) -> dict[str, float]:
+        """FLOP/s of the fastest product of the tables, by its units."""
+        return self.tables.fastest
+
     def seconds(self, kernel: Kernel) -> Estimate:
         """From the tables, or scaled; a dtype that the GPU lacks raises UserError."""
         if isinstance(kernel, Gemm) and self._has_forward(kernel):
-            return self.tables.seconds(kernel) if kernel.direction == "forward" else self._gradient(kernel)
+            return self._narrow(kernel) if is_narrow(kernel.dtype) else self._dense(kernel)
+        if isinstance(kernel, GroupedGemm) and kernel.dtype in AS_PER_TENSOR:
+            return self._narrow_grouped(kernel)
         if isinstance(kernel, Attention) and self.tables.cell("attention/forward") is not None:
             if kernel.direction == "forward":
                 return self.tables.seconds(kernel)
@@ -103,7 +145,41 @@ class TabulatedModel:
         return self._at_own_clock(kernel)
 
     def _has_forward(self, kernel: Gemm) -> bool:
-        return kernel.dtype in ("bf16", "fp16", "fp8") and kernel.dtype in self.target.peak_flops
+        formats = ("bf16", "fp16", "fp8", "fp8_block", "mxfp8", "nvfp4")
+        return kernel.dtype in formats and peak_format(kernel.dtype) in self.target.peak_flops
+
+    def _dense(self, kernel: Gemm) -> Estimate:
+        return self.tables.seconds(kernel) if kernel.direction == "forward" else self._gradient(kernel)
+
+    def _narrow(self, kernel: Gemm) -> Estimate:
+        """FP8 from per-tensor rows: block-scaled products take as much longer as on the measured GPU, mxfp8 as long.
+
+        nvfp4 has rows of its own. Gradients of both have the ratios of per-tensor ones: their scales are applied by the
+        tensor cores.
+        """
+        rows, columns, depth = gemm_sides(kernel.m, kernel.k, kernel.n, kernel.direction)
+        table = "nvfp4" if kernel.dtype == "nvfp4" else "fp8"
+        found = self.tables.seconds(Gemm(m=rows, k=depth, n=columns, dtype=table))
+        ours = replace(kernel, dtype="fp8" if kernel.dtype in AS_PER_TENSOR else kernel.dtype)
+        plain = Gemm(m=rows, k=depth, n=columns, dtype="fp8")
+        source = found.source if kernel.dtype == table else weakest(found.source, "scaled")
+        if (ours.dtype, ours.direction) == (plain.dtype, plain.direction):
+            return Estimate(found.seconds, source)
+        ratio = np.asarray(self._base_free.seconds(ours).seconds) / self._base_free.seconds(plain).seconds
+        least = kernel.flops / self.fastest[chip_format(kernel.dtype)]
+        seconds = np.maximum(np.asarray(found.seconds * ratio), least)
+        return Estimate(as_result(seconds), weakest(found.source, "scaled"))
+
+    def _narrow_grouped(self, kernel: GroupedGemm) -> Estimate:
+        """As per-tensor products of the measured GPU, by the ratio of its fp8 peak to the peak of this format."""
+        peak = self._reached.peak_flops[peak_format(kernel.dtype)]
+        target = ReachedRates(replace_peak(self._reached.gpu, "fp8", peak), {"bf16": 1.0})
+        model = ScaledModel(self._base_free, measured=self._measured, target=target)
+        seconds, source = model.seconds(replace(kernel, dtype="fp8"))
+        log_clock = self._own_log_clock(kernel, seconds)
+        least = kernel.flops / self.fastest[chip_format(kernel.dtype)]
+        seconds = np.maximum(seconds * np.exp(-LEAST_EXPONENT * log_clock), least)
+        return Estimate(as_result(np.asarray(seconds)), source)
 
     def _gradient(self, kernel: Gemm) -> Estimate:
         rows, columns, depth = gemm_sides(kernel.m, kernel.k, kernel.n, kernel.direction)
@@ -120,8 +196,10 @@ class TabulatedModel:
         seconds, source = self._scaled.seconds(kernel)
         if isinstance(kernel, MemoryBound):
             return Estimate(seconds, source)
-        log_clock = self._own_log_clock(kernel, seconds)
-        return Estimate(as_result(np.asarray(seconds * np.exp(-LEAST_EXPONENT * log_clock))), source)
+        seconds = seconds * np.exp(-LEAST_EXPONENT * self._own_log_clock(kernel, seconds))
+        if is_narrow(kernel.dtype):
+            seconds = np.maximum(seconds, kernel.flops / self.fastest.get(chip_format(kernel.dtype), math.inf))
+        return Estimate(as_result(np.asarray(seconds)), source)
 
     def _own_log_clock(self, kernel: Kernel, seconds: Any) -> Any:
         if self.log_clock is not None:

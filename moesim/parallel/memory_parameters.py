@@ -113,6 +113,17 @@ def stage_units(scenario: Scenario, stage: int, *, held: Sequence[int] = ()) -> 
     return units
 
 
+def product_weights(scenario: Scenario, stage: int) -> tuple[float, float]:
+    """Dense and expert weights of a rank that products of few bits read: those of a stage's layers, no tables, norms or
+    routers.
+    """
+    layers = [not scenario.model.is_dense(layer) for layer in scenario.stage_layers[stage]]
+    if stage == scenario.parallelism.num_stages - 1:
+        layers += [True] * scenario.model.mtp_layers
+    units = [_layer(scenario, moe=moe) for moe in layers]
+    return sum(unit.dense - unit.duplicated for unit in units), sum(unit.expert for unit in units)
+
+
 def local_parameters(scenario: Scenario, stages: Sequence[int]) -> LocalParameters:
     """What a rank holds of the given stages of the model."""
     units = [
@@ -141,17 +152,34 @@ def state_bytes(scenario: Scenario, stages: Sequence[int], *, replicas: int) -> 
     size = BYTES_PER_ELEMENT
     dense_ranks, expert_ranks = holders(scenario, replicas=replicas)
     parts: dict[str, float] = {}
-    for name, count, largest, ranks, stage in (
-        ("dense", local.dense, local.largest_dense, dense_ranks, zero.dense),
-        ("experts", local.expert, local.largest_expert, expert_ranks, zero.expert),
+    read = [product_weights(scenario, stage) for stage in stages]
+    dense_products, expert_products = sum(dense for dense, _ in read), sum(expert for _, expert in read)
+    copy = _copy_bytes(scenario)
+    for name, count, products, largest, ranks, stage in (
+        ("dense", local.dense, dense_products, local.largest_dense, dense_ranks, zero.dense),
+        ("experts", local.expert, expert_products, local.largest_expert, expert_ranks, zero.expert),
     ):
         gathered = largest * size[precision.gradients] * (stage >= 2 and ranks > 1)
         gathered += 2 * largest * size[precision.weights] * (stage >= 3 and ranks > 1)
         parts |= {
             f"weights.{name}": count * size[precision.weights] / (ranks if stage >= 3 else 1),
+            f"cast_weights.{name}": products * copy / (ranks if stage >= 3 else 1),
             f"gradients.{name}": count * size[precision.gradients] / (ranks if stage >= 2 else 1),
             f"master.{name}": count * size["fp32"] * (precision.master == "fp32") / (ranks if stage >= 1 else 1),
             f"optimizer.{name}": 2 * count * size[precision.optimizer] / (ranks if stage >= 1 else 1),
             f"gathered.{name}": gathered,
         }
     return parts
+
+
+def _copy_bytes(scenario: Scenario) -> float:
+    """Bytes of a weight's copies for products of few bits, in both orders, beyond those of the weight itself.
+
+    With an fp32 master copy the others stand in the weight's place: nothing else reads it.
+    """
+    precision = scenario.workload.precision
+    if precision.scaling is None or not scenario.implementation.software.casts_fp8:
+        return 0.0
+    weight = BYTES_PER_ELEMENT[precision.weights]
+    spared = weight if precision.master == "fp32" or precision.weights == "fp8" else 0.0
+    return max(0.0, 2 * precision.scaling.value_bytes - spared)

@@ -15,6 +15,7 @@ from moesim.units import format_bytes
 # The key that a user would look at first, by the largest part.
 KEYS = {
     "weights": "parallelism",
+    "cast_weights": "parallelism",
     "gathered": "parallelism.zero",
     "gradients": "parallelism.zero",
     "master": "parallelism.zero",

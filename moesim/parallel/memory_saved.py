@@ -4,13 +4,13 @@ Sizes are bytes per token, per computed row (token and expert), or per copy of a
 those of one rank: tensor parallelism with sequence parallelism and context parallelism divide the tokens, and either
 form keeps a rank's share of every tensor (arXiv 2205.05198), so no width below is divided by the tensor ranks.
 
-Between kernels lies bf16 (2 bytes). Inputs of matrix products are kept in the GEMM's format (fp8: 1 byte and 4 per
-128 values, as DeepSeek-V3 caches them, and SwiGLU's inputs likewise, arXiv 2412.19437 section 3.3.3), but the router's
-input and the attention's output in bf16. What else is kept follows from the switches of the software
-(`moesim.scenario.switches`), as autograd keeps it: an unfused norm its input in fp32 and its result before the weight;
-an unfused activation silu's output beside its inputs; repeated keys and values; attention's output in two orders where
-it is copied, and the scores of an unfused one; logits in fp32, of one chunk; gates inside of an expert no result of it,
-gates on results these.
+Between kernels lies bf16 (2 bytes). Inputs of matrix products are kept in the GEMM's format with its scales (blockwise
+fp8: 1 byte and 4 per 128 values, as DeepSeek-V3 caches them, and SwiGLU's inputs likewise, arXiv 2412.19437 section
+3.3.3), but the router's input and the attention's output in bf16. What else is kept follows from the switches of the
+software (`moesim.scenario.switches`), as autograd keeps it: an unfused norm its input in fp32 and its result before the
+weight; an unfused activation silu's output beside its inputs; repeated keys and values; attention's output in two
+orders where it is copied, and the scores of an unfused one; logits in fp32, of one chunk; gates inside of an expert no
+result of it, gates on results these.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from moesim.parallel.traffic import FP8_SCALE_BLOCK
 from moesim.scenario import Model, Scenario
 from moesim.scenario.model import Mla
 from moesim.scenario.switches import Switches
@@ -61,9 +60,9 @@ class SavedTensors:
     @property
     def _product_input(self) -> float:
         """Bytes per element of a matrix product's input."""
-        if self.scenario.workload.precision.gemm == "fp8" and self.scenario.implementation.software.casts_fp8:
-            return 1.0 + FP32 / FP8_SCALE_BLOCK
-        return self.activation_bytes
+        recipe = self.scenario.workload.precision.scaling
+        keeps = recipe is not None and self.scenario.implementation.software.casts_fp8
+        return recipe.value_bytes if recipe and keeps else self.activation_bytes
 
     def kept(self, *, moe: bool) -> list[Saved]:
         """What one layer keeps under the scenario's recomputation."""

@@ -160,12 +160,13 @@ class Screen:
         sample = self.layer_times.sample(scenario) if copies else None
         parameters = ParameterGroups(scenario, mesh, schedule, map_of=sample.map_of if sample else None)
         reductions, gathers = parameters.reductions(fabric), parameters.gathers(fabric)
-        writer = KernelWriter(kernels, dtype=scenario.workload.precision.gemm, part=Part.GRADIENTS)
+        writer = KernelWriter(kernels, dtype=scenario.workload.precision.kernels, part=Part.GRADIENTS)
         ends = []
         for rank in range(schedule.num_ranks):
             of_rank, first = parameters.of_rank(rank), mesh.rank(stage=rank, index=0)
             before, after = software.flat_copies(writer, parameters=of_rank.reduced)
-            update = optimizer_block(scenario, kernels, parameters=of_rank.updated).operations
+            block = optimizer_block(scenario, kernels, parameters=of_rank.updated, products=of_rank.products)
+            update = block.operations
             gathered = sum(gather.seconds for gather in gathers if first in gather.ranks)
             ends.append(
                 _EndOfStep(

@@ -166,7 +166,7 @@ class _Builder:
             self._blocks(stage, pipeline_rank, number, ranks_R) for stage in self.schedule.stages_of_rank[pipeline_rank]
         ]
         parameters = self.parameters.of_rank(pipeline_rank)
-        writer = KernelWriter(self.kernels, dtype=self.scenario.workload.precision.gemm, part=Part.GRADIENTS)
+        writer = KernelWriter(self.kernels, dtype=self.scenario.workload.precision.kernels, part=Part.GRADIENTS)
         accumulate = {
             first: Block(
                 "accumulate", tuple(self.software.accumulation(writer, parameters=parameters.held, first=first))
@@ -195,7 +195,9 @@ class _Builder:
             last_tasks = {}  # all gradients go together, or the stream is busy in every pass
         if before:
             tasks.append(Task(runs=(Run(Block("flatten", tuple(before)), -1, False),)))
-        optimizer = optimizer_block(self.scenario, self.kernels, parameters=parameters.updated)
+        optimizer = optimizer_block(
+            self.scenario, self.kernels, parameters=parameters.updated, products=parameters.products
+        )
         return GroupProgram(
             number=number,
             pipeline_rank=pipeline_rank,

@@ -1,14 +1,18 @@
-"""Casts around the GEMMs of block-scaled FP8 training (1 x 128 activations, 128 x 128 weights; arXiv 2412.19437, 3.3).
+"""Casts around products of operands of a byte or less, and of their weights (recipes: `moesim.scenario.recipes`).
 
-Y = X W runs in FP8 forward, for dX and for dW, whose depth is the tokens: there both operands need scales along tokens.
+Y = X W runs in few bits forward, for dX and for dW, whose depth is the tokens: there both operands need scales along
+tokens, and Hopper's tensor cores need FP8 operands that lie along the depth.
 
-    X    to FP8 along its rows before the forward GEMM, unless the kernel before it wrote FP8; that copy is kept
-    dY   to FP8 along rows (for dX) and along columns (for dW) in one kernel, unless the kernel before it did so
-    X    from FP8 along rows to FP8 along columns before dW
+    blockwise   X to FP8 along its rows before the forward GEMM, unless the kernel before it wrote FP8; that copy is
+                kept, and turned (FP8 along rows to FP8 along columns) before dW. dY to FP8 along rows (for dX) and
+                along columns (for dW) in one kernel, unless the kernel before it did so.
+    per_tensor  the largest magnitude of X in one pass, then FP8 and its transpose in another; dY likewise.
+    mxfp8       X both ways in one pass, dY likewise: scales along the depth differ by direction.
+    nvfp4       as per_tensor (it has a scale of the whole operand, too), in 4 bits.
 
-Weights are cast once in a step, whatever the number of micro-batches, and not counted. Kernels that turn a matrix are
-slower than plain ones. By own Triton kernels on an H100 (82 sizes; `moesim calibrate --families fp8`), from 100 MB on,
-casts along rows reach 0.93 of an elementwise kernel's bandwidth (2.6 to 2.8 TB/s), casts both ways 0.77, turning 0.61.
+What arrives from a dispatch in FP8 with scales of 1 x 128 is widened first where the recipe is another. Weights are
+cast once in a step, in both orders, whatever the number of micro-batches. Every kernel is a memory-bound kind of its
+own, measured as Triton kernels of this project on an H100 (`moesim calibrate --families fp8`).
 """
 
 from typing import NamedTuple, TypedDict, Unpack
@@ -20,9 +24,11 @@ from moesim.program.operations import Operation
 from moesim.program.writer import KernelWriter
 from moesim.results.spans import Phase
 from moesim.scenario.base import BYTES_PER_ELEMENT
+from moesim.scenario.recipes import RECIPES
 
-WIDE, NARROW = BYTES_PER_ELEMENT["bf16"], BYTES_PER_ELEMENT["fp8"]
-ALONG_SHARE, BOTH_WAYS_SHARE, TURNING_SHARE = 0.93, 0.77, 0.61  # of an elementwise kernel's bandwidth
+WIDE = BYTES_PER_ELEMENT["bf16"]
+ALONG, TURN, WIDEN, LARGEST = "fp8_cast", "fp8_turn", "fp8_widen", "largest"  # kinds of memory-bound kernels
+DISPATCHED = RECIPES["blockwise"].value_bytes  # as rows travel between ranks
 
 
 class Casts(NamedTuple):
@@ -34,15 +40,16 @@ class Casts(NamedTuple):
 
 
 class FusedCasts(TypedDict, total=False):
-    """What the kernels before a GEMM did already.
+    """What the kernels before a GEMM did already, where the recipe lets them.
 
     input_is_fp8: X comes in FP8 along rows. gradient_is_fp8: so does dY, and only has to be turned. gradient_is_turned:
-    it comes both ways.
+    it comes both ways. arrives: the first two are of a dispatch that carries FP8, not of a kernel.
     """
 
     input_is_fp8: bool
     gradient_is_fp8: bool
     gradient_is_turned: bool
+    arrives: bool
 
 
 NO_CASTS = Casts([], [], [])
@@ -52,16 +59,49 @@ def fp8_casts(
     w: KernelWriter, name: str, *, inputs: ArrayLike, outputs: ArrayLike, **fused: Unpack[FusedCasts]
 ) -> Casts:
     """The casts of one GEMM with so many input and output values, numbers or [M, S, R]."""
-    late = w.during(Phase.WEIGHT_GRADIENT)
-    forward = [] if fused.get("input_is_fp8") else [_moved(w, f"{name}.cast", inputs, WIDE + NARROW, ALONG_SHARE)]
-    turned = [_moved(late, f"{name}.turn", inputs, 2 * NARROW, TURNING_SHARE)]
+    assert w.recipe is not None
+    return _fused(w, name, inputs, outputs, fused) if w.recipe.fuses else _apart(w, name, inputs, outputs, fused)
+
+
+def _fused(w: KernelWriter, name: str, inputs: ArrayLike, outputs: ArrayLike, fused: FusedCasts) -> Casts:
+    """Scales of blocks: kernels before a GEMM may have written them, and what is kept is turned when it is needed."""
+    assert w.recipe is not None
+    late, size = w.during(Phase.WEIGHT_GRADIENT), w.recipe.value_bytes
+    forward = [] if fused.get("input_is_fp8") else [_moved(w, f"{name}.cast", ALONG, inputs, WIDE + size)]
+    turned = [_moved(late, f"{name}.turn", TURN, inputs, 2 * size)] if w.recipe.turns else []
     if fused.get("gradient_is_turned"):
         return Casts(forward, [], turned)
     if fused.get("gradient_is_fp8"):
-        return Casts(forward, [], [_moved(late, f"{name}.turn_gradient", outputs, 2 * NARROW, TURNING_SHARE), *turned])
-    both = _moved(w.backward, f"{name}.cast", outputs, WIDE + 2 * NARROW, BOTH_WAYS_SHARE)
-    return Casts(forward, [both], turned)
+        return Casts(forward, [], [_moved(late, f"{name}.turn_gradient", TURN, outputs, 2 * size), *turned])
+    return Casts(forward, _both_ways(w.backward, name, outputs), turned)
 
 
-def _moved(w: KernelWriter, name: str, values: ArrayLike, bytes_each: float, share: float) -> Operation:
-    return w.moved(name, "elementwise", bytes_=np.asarray(values, dtype=np.float64) * (bytes_each / share))
+def _apart(w: KernelWriter, name: str, inputs: ArrayLike, outputs: ArrayLike, fused: FusedCasts) -> Casts:
+    """Every operand is cast both ways by kernels of its own; what a dispatch brought is widened before."""
+    arrives, widened = fused.get("arrives"), WIDE + DISPATCHED
+    forward, backward = _both_ways(w, name, inputs), _both_ways(w.backward, name, outputs)
+    if arrives and fused.get("input_is_fp8") and not fused.get("gradient_is_fp8"):
+        forward.insert(0, _moved(w, f"{name}.widen", WIDEN, inputs, widened))
+    if arrives and fused.get("gradient_is_fp8"):
+        backward.insert(0, _moved(w.backward, f"{name}.widen", WIDEN, outputs, widened))
+    return Casts(forward, backward, [])
+
+
+def _both_ways(w: KernelWriter, name: str, values: ArrayLike) -> list[Operation]:
+    """One operand in both orders, behind the pass that finds its largest magnitude where the recipe wants it."""
+    assert w.recipe is not None
+    found = [_moved(w, f"{name}.largest", LARGEST, values, WIDE)] if w.recipe.searches else []
+    return [*found, _moved(w, f"{name}.cast", w.recipe.both_kind, values, WIDE + 2 * w.recipe.value_bytes)]
+
+
+def weight_casts(w: KernelWriter, *, weights: float, are_narrow: bool) -> list[Operation]:
+    """The casts of so many weights after an update; `are_narrow`: the optimizer wrote them in FP8, in one order."""
+    if w.recipe is None or not weights:
+        return []
+    if are_narrow:
+        return [_moved(w, "weights.turn", TURN, weights, 2 * w.recipe.value_bytes)]
+    return _both_ways(w, "weights", weights)
+
+
+def _moved(w: KernelWriter, name: str, kind: str, values: ArrayLike, bytes_each: float) -> Operation:
+    return w.moved(name, kind, bytes_=np.asarray(values, dtype=np.float64) * bytes_each)

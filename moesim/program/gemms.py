@@ -50,7 +50,7 @@ def _kernels(
 ) -> _Kernels:
     """One node of autograd issues both GEMMs of the backward pass."""
     casts = NO_CASTS
-    if (dtype or w.dtype) == "fp8":
+    if w.recipe and dtype in (None, w.dtype):
         casts = fp8_casts(w, name, inputs=m * k, outputs=m * n, **fused_casts)
     dgrad, wgrad = w.gemm_backward(name, m=m, k=k, n=n, dtype=dtype)
     half = backward("product") / 2

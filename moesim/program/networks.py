@@ -26,16 +26,15 @@ from moesim.program.torch_host import backward, forward
 from moesim.program.torch_kernels import BF16, accumulated, issued, moved
 from moesim.program.writer import KernelWriter
 from moesim.results.spans import Part, Phase
-from moesim.scenario.base import BYTES_PER_ELEMENT
 
 
 def _activation_bytes(w: KernelWriter, inputs: int) -> tuple[float, float]:
     """Bytes per value of the result, forward and backward, of a fused activation of so many inputs.
 
     All inputs read and one result written; backward those read and the gradients written. In FP8 the result is written
-    in FP8, and each gradient in FP8 both ways, which are as many bytes as in bf16.
+    in FP8 where the recipe fuses, and each gradient in FP8 both ways, which are as many bytes as in bf16.
     """
-    result = BYTES_PER_ELEMENT["fp8"] if w.dtype == "fp8" else ACTIVATION_BYTES
+    result = w.recipe.value_bytes if w.recipe and w.recipe.fuses else ACTIVATION_BYTES
     return inputs * ACTIVATION_BYTES + result, (2 * inputs + 1) * ACTIVATION_BYTES
 
 
@@ -48,8 +47,9 @@ def _activation(w: KernelWriter, name: str, step: Step, *, rows: ArrayLike, widt
     values = np.asarray(rows) * float(width)
     if step.switches.activation == "fused":
         forward_bytes, backward_bytes = _activation_bytes(w, inputs)
+        kind = "fp8_swiglu" if w.recipe and w.recipe.fuses else "elementwise"
         return (
-            [issued(again.moved(name, "elementwise", bytes_=forward_bytes * values), forward("silu"))],
+            [issued(again.moved(name, kind, bytes_=forward_bytes * values), forward("silu"))],
             [issued(w.backward.moved(name, "elementwise", bytes_=backward_bytes * values), backward("silu"))],
         )
     if inputs == 1:
@@ -152,7 +152,7 @@ def _grouped(w: KernelWriter, name: str, *, rows: NDArray[np.int64], k: int, n: 
         return issued(w.grouped_gemm(name, rows=rows, k=k, n=n, direction=direction), launches)
 
     found = NO_CASTS
-    if w.dtype == "fp8":
+    if w.recipe:
         total = rows.sum(-1)
         found = fp8_casts(w, name, inputs=total * float(k), outputs=total * float(n), **casts)  # type: ignore[arg-type]
     return (
@@ -168,7 +168,7 @@ def experts_part(w: KernelWriter, step: Step, loads: LayerLoads) -> Passes:
     separate = step.switches.expert_inputs == "separate" and inputs > 1
     arrives = step.quantise and step.remote  # in FP8, as the dispatch carries it, both ways
     in_fp8 = step.switches.activation == "fused"
-    first = {"input_is_fp8": arrives, "gradient_is_turned": in_fp8}
+    first = {"input_is_fp8": arrives, "gradient_is_turned": in_fp8, "arrives": arrives}
     if separate:
         rows_h = 3.0 * BF16 * loads.rows_MSR * float(h)
         total = moved(w.backward, "experts.branch", "elementwise", backward("accumulate"), bytes_=rows_h)
@@ -185,7 +185,9 @@ def experts_part(w: KernelWriter, step: Step, loads: LayerLoads) -> Passes:
         _filled(w, "experts.w13.fill", step, rows * float(inputs * width)),
         _activation(w, "experts.activation", step, rows=rows, width=width, joined=not separate),
         _gates_inside(w, step, rows * float(width)),
-        _grouped(w, "experts.w2", rows=slots, k=width, n=h, input_is_fp8=in_fp8, gradient_is_fp8=arrives),
+        _grouped(
+            w, "experts.w2", rows=slots, k=width, n=h, input_is_fp8=in_fp8, gradient_is_fp8=arrives, arrives=arrives
+        ),
         _filled(w, "experts.w2.fill", step, rows * float(h)),
     )
 

@@ -5,9 +5,11 @@ Of p parameters with gradients of g bytes, moments of o, weights of w, and perha
               cast behind it, 4 + w by a kernel of its own
     foreach   torch's eight kernels over lists of tensors: 4 w + 2 g + 14 o, of the master copy where there is one
     loop      the same eight over every tensor
+Behind it the weights of products in fp8 or fp4 are cast (`moesim.program.fp8_casts`).
 """
 
 from moesim.kernels import KernelModel
+from moesim.program.fp8_casts import weight_casts
 from moesim.program.operations import Block, Operation
 from moesim.program.torch_host import forward
 from moesim.program.torch_kernels import issued, moved
@@ -19,11 +21,14 @@ from moesim.scenario.base import BYTES_PER_ELEMENT
 TENSORS_OF_LAYER = 12  # of weights, about: what a loop over them launches
 
 
-def optimizer_block(scenario: Scenario, kernels: KernelModel, *, parameters: float) -> Block:
-    """AdamW over `parameters` local parameters, behind the norm of their gradients where these are clipped."""
+def optimizer_block(scenario: Scenario, kernels: KernelModel, *, parameters: float, products: float = 0.0) -> Block:
+    """AdamW over `parameters` local parameters, behind the norm of their gradients where these are clipped.
+
+    `products`: local weights that products of few bits read; they are cast anew behind it.
+    """
     precision, software = scenario.workload.precision, scenario.implementation.software
     switches = scenario.implementation.switches
-    w = KernelWriter(kernels, dtype=precision.gemm, part=Part.OPTIMIZER).during(Phase.OPTIMIZER)
+    w = KernelWriter(kernels, dtype=precision.kernels, part=Part.OPTIMIZER).during(Phase.OPTIMIZER)
     in_bf16 = software.bf16_optimizer and precision.optimizer == "bf16"
     kind = "optimizer_bf16" if in_bf16 else "optimizer_fp32"
     size, has_master = BYTES_PER_ELEMENT, precision.master == "fp32"
@@ -57,6 +62,7 @@ def optimizer_block(scenario: Scenario, kernels: KernelModel, *, parameters: flo
     if cast_behind:
         bytes_each = size["fp32"] + size[precision.weights]
         out.append(w.moved("weights.cast", "cast", bytes_=parameters * bytes_each))
+    out += weight_casts(w, weights=products, are_narrow=precision.weights == "fp8")
     return Block("optimizer", tuple(out))
 
 

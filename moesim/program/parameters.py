@@ -16,7 +16,7 @@ from moesim.network import (
 )
 from moesim.parallel import Mesh
 from moesim.parallel.copy_gradients import MapOfLayer, copy_gradient_bytes_DD, layers_of_stages
-from moesim.parallel.memory_parameters import Unit, expert_slice_parameters, stage_units
+from moesim.parallel.memory_parameters import Unit, expert_slice_parameters, product_weights, stage_units
 from moesim.program.reductions import Members, Reduction
 from moesim.program.sharded import GRADIENTS, PARAMETERS
 from moesim.results.spans import Collective, Part
@@ -31,12 +31,14 @@ Ranks = NDArray[np.int64]
 class RankParameters:
     """Parameters of one rank, in elements.
 
-    `reduced`: those whose gradients other ranks hold too; `updated`: those whose optimizer states it keeps.
+    `reduced`: those whose gradients other ranks hold too; `updated`: those whose optimizer states it keeps; `products`:
+    those that are cast where products are of few bits.
     """
 
     held: float
     reduced: float
     updated: float
+    products: float
 
 
 class ParameterGroups:
@@ -70,9 +72,10 @@ class ParameterGroups:
     def of_rank(self, pipeline_rank: int) -> RankParameters:
         """Parameters of every rank at one place of the pipeline."""
         zero = self.scenario.parallelism.zero
-        held = reduced = updated = 0.0
+        held = reduced = updated = products = 0.0
         for stage in self.schedule.stages_of_rank[pipeline_rank]:
             local = self._local(stage)
+            products += sum(product_weights(self.scenario, stage))
             kinds = (
                 (local.dense, zero.dense, len(self._dense_members(stage)[0])),
                 (local.expert, zero.expert, len(self._expert_members(stage)[0])),
@@ -81,7 +84,7 @@ class ParameterGroups:
                 held += count
                 reduced += count if copies > 1 else 0
                 updated += count / copies if sharding else count
-        return RankParameters(held=held, reduced=reduced, updated=updated)
+        return RankParameters(held=held, reduced=reduced, updated=updated, products=products)
 
     def reductions(self, fabric: Fabric) -> list[Reduction]:
         """Sums of gradients at the end of the step, stage by stage, and of the gradients' norm when it is clipped."""

@@ -71,7 +71,7 @@ def _passes(
     model, software, step = scenario.model, kernel_list(scenario), step_sizes(scenario, links)
 
     def writer(part: Part, layer: int = -1, spread_S: Sequence[bool] = ()) -> KernelWriter:
-        dtype = scenario.workload.precision.gemm
+        dtype = scenario.workload.precision.kernels
         return KernelWriter(kernels, dtype=dtype, part=part, layer=layer, spread_S=spread_S)
 
     def layer_parts(layers: Sequence[int], of_layers: LayerLoads | None) -> dict[int, Passes]:

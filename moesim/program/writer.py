@@ -11,6 +11,7 @@ from moesim.kernels import Attention, Gemm, GroupedGemm, Kernel, KernelModel, Me
 from moesim.kernels.families import FAMILY_OF, AttentionDirection, GemmDirection, error_family
 from moesim.program.operations import MAIN, Operation, compute
 from moesim.results.spans import CATEGORY_OF_PART, Label, Part, Phase, Stream
+from moesim.scenario.recipes import RECIPE_OF_KERNELS, Recipe
 
 FloatArray = NDArray[np.float64]
 
@@ -32,9 +33,10 @@ def _ends_in_a_tile(slots: int) -> FloatArray:
 class KernelWriter:
     """Writes operations of one part and layer with the durations of one kernel model.
 
-    Names end with what the kernel is in the backward pass. `dtype` is that of the large GEMMs. In the samples of
-    `spread_S`, the counterfactuals without imbalance, every rank takes the mean of its rank group for a kernel whose
-    duration follows what was routed to it, and less where experts with equal rows would take less (`_even_experts`).
+    Names end with what the kernel is in the backward pass. `dtype` is what kernel models call the large GEMMs' format.
+    In the samples of `spread_S`, the counterfactuals without imbalance, every rank takes the mean of its rank group for
+    a kernel whose duration follows what was routed to it, and less where experts with equal rows would take less
+    (`_even_experts`).
     """
 
     def __init__(
@@ -80,8 +82,13 @@ class KernelWriter:
 
     @property
     def wide_dtype(self) -> str:
-        """Of head, router gate and attention, which stay in bf16 where the large products are in fp8."""
-        return "bf16" if self.dtype == "fp8" else self.dtype
+        """Of head, router gate and attention, which stay in bf16 where the large products are in fp8 or fp4."""
+        return "bf16" if self.recipe else self.dtype
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """How the large products are scaled; None for products of two bytes and more."""
+        return RECIPE_OF_KERNELS.get(self.dtype)
 
     def _operation(self, label: Label, kernel: Kernel, launches: float = 1) -> Operation:
         estimate = self.model.seconds(kernel)

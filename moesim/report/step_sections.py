@@ -14,6 +14,7 @@ from moesim.units import format_bytes
 
 _KIND_OF_PART = {
     "weights": "weights",
+    "cast_weights": "weights",
     "gathered": "weights",
     "gradients": "gradients",
     "master": "optimizer states",

@@ -45,6 +45,8 @@ MEMORY_PARTS: Mapping[str, str] = {
     "weights.experts": f"Weights of {_EXPERTS}.",
     "gradients.dense": f"Gradients of {_DENSE}.",
     "gradients.experts": f"Gradients of {_EXPERTS}.",
+    "cast_weights.dense": f"Copies for products of fp8 or fp4, beyond the weights themselves, of {_DENSE}.",
+    "cast_weights.experts": f"Copies for products of fp8 or fp4, beyond the weights themselves, of {_EXPERTS}.",
     "master.dense": f"The fp32 copy of the weights of {_DENSE}.",
     "master.experts": f"The fp32 copy of the weights of {_EXPERTS}.",
     "optimizer.dense": f"Both moments of Adam for {_DENSE}.",

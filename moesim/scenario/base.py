@@ -33,6 +33,7 @@ from moesim.units import (
 )
 
 DType = Literal["fp32", "bf16", "fp16", "fp8"]
+GemmFormat = Literal["fp32", "bf16", "fp16", "fp8", "fp4"]
 BYTES_PER_ELEMENT: dict[str, float] = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
 
 MOST_GPUS = 65_536  # the fabric of as many takes seconds and half a gigabyte

@@ -12,6 +12,7 @@ from moesim.errors import ConflictError, InfeasibleError, UserError
 from moesim.scenario.check_numbers import either, nearest_divisors
 from moesim.scenario.check_pipeline import check_pipeline, check_recomputation, check_stages, require_supported_step
 from moesim.scenario.check_placement import check_placement
+from moesim.scenario.check_precision import check_formats, check_recipe
 from moesim.scenario.check_sharing import check_sharing
 from moesim.scenario.check_size import check_gpus, check_size
 from moesim.scenario.dispatch import DISPATCH
@@ -117,15 +118,14 @@ def _check_model(scenario: Scenario, report: _Report) -> None:
 
 def _check_cluster(scenario: Scenario, report: _Report) -> None:
     precision, dispatch = scenario.workload.precision, scenario.dispatch
+    check_recipe(precision, report)
     for index, pool in enumerate(scenario.cluster.pools):
         try:
             spec = pool.spec
         except UserError as error:
             place = report.where(_path(f"cluster.pools.{index}.gpu"))
             raise UserError(f"{place}: {error}") from None  # no conflict: nothing else could make it known
-        if precision.gemm not in spec.peak_flops:
-            formats = ", ".join(spec.peak_flops)
-            raise report.user("workload.precision.gemm", f"{spec.name} has no {precision.gemm}; it has {formats}")
+        check_formats(precision, spec, report)
     names = [pool.name for pool in scenario.cluster.pools]
     for index, name in enumerate(names):
         if name in names[:index]:

@@ -46,8 +46,9 @@ def _refused(scenario: Scenario) -> Iterator[tuple[str, str]]:
     """(key, message) of what the software does not have, and of switches that cannot be honoured."""
     software, mesh = scenario.implementation.software, scenario.parallelism
     switches = scenario.implementation.switches
-    if scenario.workload.precision.gemm == "fp8" and not software.casts_fp8:
-        yield "workload.precision.gemm", f"{software.name} has no products in fp8; use bf16, or {FUSED.name}"
+    if scenario.workload.precision.scaling and not software.casts_fp8:
+        gemm = scenario.workload.precision.gemm
+        yield "workload.precision.gemm", f"{software.name} has no products in {gemm}; use bf16, or {FUSED.name}"
     if mesh.expert > 1 and not software.expert_ranks:
         what = f"{software.name} shares experts by copies of all tokens on every rank, which is not modelled"
         yield "parallelism.expert", f"{what}; use 1"

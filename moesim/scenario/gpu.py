@@ -22,6 +22,8 @@ class Peaks(Section):
     bf16: FlopRate | None = Field(default=None, description="Dense peak of the tensor cores in bf16.")
     fp16: FlopRate | None = Field(default=None, description="Dense peak in fp16; absent: in proportion to bf16.")
     fp8: FlopRate | None = Field(default=None, description="Dense peak in fp8; absent: in proportion to bf16.")
+    mxfp8: FlopRate | None = Field(default=None, description="Dense peak in mxfp8; absent: in proportion to bf16.")
+    fp4: FlopRate | None = Field(default=None, description="Dense peak in nvfp4; absent: in proportion to bf16.")
     tf32: FlopRate | None = Field(default=None, description="Dense peak in tf32; absent: in proportion to bf16.")
     fp32: FlopRate | None = Field(default=None, description="Peak of the plain cores; absent: in proportion to bf16.")
 

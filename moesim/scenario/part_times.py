@@ -63,7 +63,7 @@ class _Parts:
     def __init__(self, scenario: "Scenario") -> None:
         self.scenario, self.model = scenario, scenario.model
         self.gpu: GpuSpec = scenario.cluster.pools[0].spec
-        self.gemm = scenario.workload.precision.gemm
+        self.precision = scenario.workload.precision
         self.recompute = scenario.workload.recompute
         # Forward passes of a layer per backward pass.
         self.forwards = 2 if self.recompute == "full" else 1
@@ -73,8 +73,8 @@ class _Parts:
         self, parameters: float, *, share: float = PRODUCT_SHARE, wide: bool = False, layer: bool = False
     ) -> float:
         """Products with weights of so many elements, one forward and two backward; `layer`: as often as layers run."""
-        dtype = "bf16" if wide and self.gemm == "fp8" else self.gemm
-        rate = share * self.gpu.peak_flops[dtype] * (FP8_SHARE if dtype == "fp8" else 1.0)
+        dtype = self.precision.wide if wide else self.precision.gemm
+        rate = share * self.gpu.peak_flops[dtype] * (1.0 if wide or self.precision.scaling is None else FP8_SHARE)
         return 2 * parameters * (2 + (self.forwards if layer else 1)) / rate
 
     def moved(self, bytes_: float) -> float:
@@ -96,7 +96,7 @@ class _Parts:
     def _attention(self) -> float:
         model, length = self.model, self.scenario.workload.sequence_length
         scores = attention_score_flops(model, sequence_length=length, causal=True)
-        peak = self.gpu.peak_flops["bf16" if self.gemm == "fp8" else self.gemm]
+        peak = self.gpu.peak_flops[self.precision.wide]
         core = scores * (self.forwards + 2.5) / (ATTENTION_SHARE * peak)
         rotary = 4 * WIDE * (model.heads + model.kv_heads) * model.head_dim
         again = self.forwards == 1 and self.recompute != "none"  # what is cheap is made again

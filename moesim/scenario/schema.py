@@ -11,6 +11,7 @@ from moesim.scenario.base import (
     DType,
     FileName,
     Flag,
+    GemmFormat,
     Gpus,
     Layers,
     PositiveFloat,
@@ -30,6 +31,7 @@ from moesim.scenario.failures import Failures
 from moesim.scenario.implementation import AnyImplementation, Implementation
 from moesim.scenario.model import Model
 from moesim.scenario.placement import Contiguous, Placement
+from moesim.scenario.recipes import DEFAULT, RECIPES, Recipe
 from moesim.scenario.routing import Capacity, NoCapacity, RouterShape, Routing, UniformRouting, resolve_router
 from moesim.scenario.stage_split import stage_lengths
 from moesim.schedules import PLAIN, SCHEDULES, ScheduleFacts
@@ -122,9 +124,14 @@ class Parallelism(Section):
 class Precision(Section):
     """Number formats. Activations between kernels are bf16 whatever they are."""
 
-    gemm: DType = Field(
+    gemm: GemmFormat = Field(
         default="bf16",
-        description="Number format of matrix products; fp8 leaves head, router gate and attention in bf16.",
+        description="Number format of matrix products; fp8 and fp4 leave head, router gate and attention in bf16.",
+    )
+    recipe: Literal["per_tensor", "blockwise", "mxfp8", "nvfp4"] | None = Field(
+        default=None,
+        description="How products of fp8 or fp4 are scaled: per_tensor, blockwise (as DeepSeek-V3), mxfp8 (fp8 of "
+        "Blackwell) or nvfp4 (fp4 of Blackwell); absent: blockwise for fp8, nvfp4 for fp4.",
     )
     weights: DType = Field(default="bf16", description="Number format of the weights.")
     gradients: DType = Field(default="bf16", description="Number format of the gradients, in memory and when reduced.")
@@ -132,6 +139,21 @@ class Precision(Section):
         default="none", description="Master copy of the weights; none: the optimizer updates them in place."
     )
     optimizer: DType = Field(default="fp32", description="Number format of the optimizer's two moments.")
+
+    @property
+    def scaling(self) -> Recipe | None:
+        """The facts of the recipe; None for products of two bytes and more."""
+        return RECIPES[self.recipe or DEFAULT[self.gemm]] if self.gemm in DEFAULT else None
+
+    @property
+    def kernels(self) -> str:
+        """What kernel models call the format of the products."""
+        return self.scaling.kernels if self.scaling else self.gemm
+
+    @property
+    def wide(self) -> str:
+        """Format of what such products leave out."""
+        return "bf16" if self.scaling else self.gemm
 
 
 Recomputable = Literal["rms_norm", "swiglu", "mla_up_projection"]

@@ -58,4 +58,5 @@ def test_the_part_that_is_simulated_is_one_group_of_few_layers() -> None:
     assert part.parallelism.world_size == 2 and part.parallelism.pipeline == 1
     assert part.model.layers == FEW_LAYERS < whole.model.layers
     assert part.num_micro_batches == whole.num_drawn_micro_batches
-    assert 0 < step_flops(part) < step_flops(whole) * 2
+    kernels = kernel_model("h200")
+    assert 0 < step_flops(part, kernels) < step_flops(whole, kernels) * 2

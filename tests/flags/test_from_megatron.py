@@ -256,7 +256,6 @@ def test_a_flag_and_its_absence(write: Write, more: str, key: str, value: object
             "parallelism.expert (--expert-model-parallel-size): 3 does not divide experts",
         ),
         ("--optimizer-cpu-offload", "in the host's memory"),
-        ("--fp4-format e2m1", "FP4"),
         ("--num-distributed-optimizer-instances 2", "a part of the data-parallel ranks"),
     ],
 )

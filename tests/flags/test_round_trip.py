@@ -39,6 +39,7 @@ def layout(scenario: Scenario) -> dict[str, Any]:
     found |= {f"parallelism.{key}": value for key, value in mesh.model_dump(exclude={"stages", "schedule"}).items()}
     found |= {"parallelism.schedule": mesh.schedule.model_dump(), "parallelism.stages": stage_lengths(scenario)}
     found |= {f"workload.precision.{key}": value for key, value in work.precision.model_dump().items()}
+    found["workload.precision.recipe"] = work.precision.scaling  # what an absent one means
     latent = isinstance(model.attention, Mla)
     parts = {part for part in work.recomputed_parts if latent or part != "mla_up_projection"}
     found |= {"workload.recompute": "full" if work.recompute == "full" else parts}

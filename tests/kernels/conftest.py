@@ -11,3 +11,11 @@ def h200() -> CalibratedModel:
     model = load_profile("h200")
     assert isinstance(model, CalibratedModel)
     return model
+
+
+@pytest.fixture(scope="session")
+def h100() -> CalibratedModel:
+    """The model of the shipped H100 profile."""
+    model = load_profile("h100")
+    assert isinstance(model, CalibratedModel)
+    return model

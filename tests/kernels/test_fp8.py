@@ -6,9 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moesim.kernels import CalibratedModel, Gemm, ScaledModel, load_profile
-from moesim.kernels.families import GEMM_DIRECTIONS
+from moesim.errors import UserError
+from moesim.kernels import CalibratedModel, Gemm, GroupedGemm, ScaledModel, kernel_model, load_profile
+from moesim.kernels.families import GEMM_DIRECTIONS, chip_format, peak_format
 from moesim.kernels.fp8 import PUBLISHED_ROWS, WEIGHT_GRADIENT_SHARE, fp8_gemm, published_errors
+from moesim.kernels.report import held_out_rows
+from moesim.kernels.tabulated import TabulatedModel
 from moesim.scenario import gpu_spec
 
 GPU = gpu_spec("h800")
@@ -26,7 +29,7 @@ def test_the_published_gpu_answers_with_the_published_kernels() -> None:
     h800 = load_profile("h800")
     errors = []
     for m, n, k, tflops in PUBLISHED_ROWS:
-        found = h800.seconds(Gemm(m=m, k=k, n=n, dtype="fp8"))
+        found = h800.seconds(Gemm(m=m, k=k, n=n, dtype="fp8_block"))
         assert found.source == "scaled"
         errors.append(abs(2.0 * m * n * k / (tflops * 1e12) / float(found.seconds) - 1.0))
     assert np.median(errors) < 0.08
@@ -38,13 +41,13 @@ def test_more_of_anything_never_takes_less_than_a_tile_less() -> None:
         for along in range(3):
             fixed: list[Any] = [4096.0, 4096.0, 4096.0]
             fixed[along] = sizes
-            seconds = np.asarray(fp8_gemm(Gemm(*fixed, dtype="fp8", direction=direction), gpu=GPU).seconds)
+            seconds = np.asarray(fp8_gemm(Gemm(*fixed, dtype="fp8_block", direction=direction), gpu=GPU).seconds)
             assert (np.diff(seconds) > 0).all()
 
 
 def test_no_product_passes_the_peak_and_large_weight_gradients_reach_their_share() -> None:
     flops = 2.0 * 8192 * 8192 * 8192
-    whole = Gemm(8192, 8192, 8192, dtype="fp8")
+    whole = Gemm(8192, 8192, 8192, dtype="fp8_block")
     forward, wgrad = (float(fp8_gemm(kernel, gpu=GPU).seconds) for kernel in (whole, replace(whole, direction="wgrad")))
     assert flops / forward < GPU.peak_flops["fp8"]
     assert forward / wgrad == pytest.approx(WEIGHT_GRADIENT_SHARE, abs=0.02)
@@ -53,17 +56,64 @@ def test_no_product_passes_the_peak_and_large_weight_gradients_reach_their_share
 def test_faster_chips_take_less_and_a_clock_changes_nothing_published() -> None:
     h800 = load_profile("h800")
     assert isinstance(h800, ScaledModel)
-    kernel = Gemm(4096, 4096, 7168, dtype="fp8")
+    kernel = Gemm(4096, 4096, 7168, dtype="fp8_block")
     assert h800.at_load(1e14).seconds(kernel) == h800.seconds(kernel)
     assert float(fp8_gemm(kernel, gpu=gpu_spec("b200")).seconds) < float(h800.seconds(kernel).seconds)
 
 
-def test_at_no_load_of_a_step_does_an_fp8_product_pass_the_highest_measured_rate() -> None:
-    for name in ("h100", "h200"):
-        model = load_profile(name)
-        assert isinstance(model, CalibratedModel)
-        highest = max(2.0 * row["m"] * row["k"] * row["n"] / row["p50"] for row in model.profile.family("gemm_fp8"))
-        m = np.array([4096, 8192, 16384, 32768])
-        seconds = np.asarray(model.at_load(0.0).seconds(Gemm(m, 16384, 16384, dtype="fp8")).seconds)
-        assert (2.0 * m * 16384 * 16384 / seconds <= highest * (1 + 1e-9)).all()
-        assert (np.diff(seconds) > 0).all()
+@pytest.mark.parametrize("name", ["h100", "h200", "h800", "b200", "gb300"])
+def test_at_no_load_of_a_step_does_a_product_of_few_bits_pass_the_fastest_known(name: str) -> None:
+    model = kernel_model(name).at_load(0.0)
+    assert isinstance(model, CalibratedModel | ScaledModel | TabulatedModel)
+    rows = np.array([4096, 8192, 16384, 32768])
+    for dtype in ("fp8", "fp8_block", "mxfp8", "nvfp4"):
+        if peak_format(dtype) not in gpu_spec(name).peak_flops:
+            continue
+        fastest = model.fastest[chip_format(dtype)]
+        for direction in GEMM_DIRECTIONS:
+            dense = Gemm(rows, 16384, 16384, dtype=dtype, direction=direction)
+            grouped = GroupedGemm(np.stack([rows] * 8, axis=1), 16384, 16384, dtype=dtype, direction=direction)
+            for kernel in (dense, grouped):
+                assert (kernel.flops / np.asarray(model.seconds(kernel).seconds) <= fastest * (1 + 1e-9)).all()
+
+
+def test_every_direction_of_every_recipe_has_rows_of_its_own_on_h100() -> None:
+    h100 = load_profile("h100")
+    assert isinstance(h100, CalibratedModel)
+    for direction in GEMM_DIRECTIONS:
+        for dtype in ("fp8", "fp8_block"):
+            assert h100.has(Gemm(1, 1, 1, dtype=dtype, direction=direction))
+        assert h100.has(GroupedGemm([1], 1, 1, dtype="fp8", direction=direction))
+    free = h100.at_benchmark_clock()
+    forward, wgrad = (Gemm(16384, 7168, 4096, dtype="fp8_block", direction=d) for d in ("forward", "wgrad"))
+    assert 1.2 < float(free.seconds(wgrad).seconds) / float(free.seconds(forward).seconds) < 1.8
+
+
+def test_rows_kept_out_of_the_fit_are_met() -> None:
+    """Half of the FP8 rows of H100, by shape; printed by `moesim calibrate --report --profile h100`."""
+    h100 = load_profile("h100")
+    assert isinstance(h100, CalibratedModel)
+    found = {row.name: row for row in held_out_rows(h100, by_cell=True)}
+    for dtype, (median, p90) in {"fp8": (0.04, 0.11), "fp8_block": (0.05, 0.18)}.items():
+        for direction in GEMM_DIRECTIONS:
+            row = found[f"gemm/{dtype}/{direction}"]
+            assert row.count > 100 and row.median < median and row.p90 < p90
+    assert not {name for name in found if "bf16" in name}
+
+
+def test_another_gpu_of_the_chip_takes_its_ratios_from_there() -> None:
+    h100, h200 = load_profile("h100"), load_profile("h200")
+    plain, wgrad = (Gemm(8192, 4096, 4096, dtype="fp8", direction=d) for d in ("forward", "wgrad"))
+    assert h200.seconds(plain).source != "scaled" and h200.seconds(wgrad).source == "scaled"
+    ratios = [float(model.seconds(wgrad).seconds) / float(model.seconds(plain).seconds) for model in (h100, h200)]
+    assert ratios[1] == pytest.approx(ratios[0], rel=0.15)
+
+
+def test_formats_that_a_chip_lacks_are_refused() -> None:
+    for dtype in ("mxfp8", "nvfp4"):
+        with pytest.raises(UserError, match="matrix units"):
+            kernel_model("h100").seconds(Gemm(4096, 4096, 4096, dtype=dtype))
+    b200 = kernel_model("b200")
+    large = Gemm(16384, 8192, 8192)
+    seconds = [float(b200.seconds(replace(large, dtype=dtype)).seconds) for dtype in ("bf16", "mxfp8", "nvfp4")]
+    assert seconds[0] > 1.5 * seconds[1] > 1.5 * seconds[2]

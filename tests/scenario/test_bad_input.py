@@ -129,7 +129,7 @@ MISTAKES = {
     edited("moe-16b}", "moe-16b, kv_heads: 4}"): "f.yaml:2:45: model.kv_heads: mha needs kv_heads = heads = 16",
     edited("moe-16b}", "moe-16b, top_k: 65}"): "f.yaml:2:42: model.top_k: 65 is not between 1 and experts = 64",
     edited("gpu: h200", "gpu: a100").replace("workload: {", "workload: {precision: {gemm: fp8}, "): (
-        "f.yaml:12:30: workload.precision.gemm: a100 has no fp8; it has bf16, fp16, tf32, fp32"
+        "f.yaml:12:30: workload.precision.gemm: a100 has no fp8; it has bf16, fp16, fp32"
     ),
 }
 

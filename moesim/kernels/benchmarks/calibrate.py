@@ -27,7 +27,7 @@ from moesim.kernels.benchmarks.collectives import (
     prepare_collective,
 )
 from moesim.kernels.benchmarks.device import Sampler, environment
-from moesim.kernels.benchmarks.fp8 import fp8_flops, long_gemms, prepare_fp8
+from moesim.kernels.benchmarks.fp8 import is_fp8_row, long_gemms, prepare_fp8
 from moesim.kernels.benchmarks.host import host_calls
 from moesim.kernels.benchmarks.kernels import Prepared, prepare_attention, prepare_gemm, prepare_grouped_gemm
 from moesim.kernels.benchmarks.memory_kernels import prepare_memory_bound
@@ -37,16 +37,24 @@ from moesim.kernels.benchmarks.shapes import CPU_LIMITS, GPU_LIMITS, Limits, fam
 from moesim.kernels.benchmarks.sustained import measure_sustained
 from moesim.kernels.benchmarks.timing import CpuTimer, CudaTimer, summarise
 from moesim.kernels.profile import Profile
+from moesim.seeding import stream
 
 Preparer = Callable[[dict[str, Any], Pool, float], Prepared]
 _PREPARE: dict[str, Preparer] = {
     "gemm": prepare_gemm,
     "gemm_fp8": prepare_gemm,
-    "fp8": prepare_fp8,
     "grouped_gemm": prepare_grouped_gemm,
     "attention": prepare_attention,
     "memory_bound": prepare_memory_bound,
 }
+
+
+def prepare(row: Row, pool: Pool, beyond: float) -> Prepared:
+    """The call of a row of any single-device family."""
+    return (prepare_fp8 if is_fp8_row(row) else _PREPARE[row["family"]])(row, pool, beyond)
+
+
+SINGLE = (*_PREPARE, "fp8")  # families of one device; rows of fp8 say which kernels they are
 # Shares of the whole budget. The single-device families come first: they need no other rank.
 BUDGET_SHARES = {
     "host": 0.03,
@@ -70,9 +78,12 @@ _CONTENDERS: tuple[dict[str, Any], ...] = (
     {"family": "attention", "batch": 2, "sequence": 4096, "heads": 16, "kv_heads": 16}
     | {"head_dim": 128, "value_dim": 128, "causal": True, "direction": "forward"},
     {"family": "memory_bound", "kind": "elementwise", "rows": 32768, "width": 4096, "bytes": 805306368.0},
+    {"family": "gemm", "m": 16384, "k": 2048, "n": 6144, "dtype": "bf16", "direction": "wgrad"},
+    {"family": "attention", "batch": 2, "sequence": 4096, "heads": 16, "kv_heads": 16}
+    | {"head_dim": 128, "value_dim": 128, "causal": True, "direction": "backward"},
 )
 _PROFILED_TOGETHER = 24
-_CONTENTION_SIZES = (4 << 20, 64 << 20, 512 << 20)
+_CONTENTION_SIZES = (4 << 20, 16 << 20, 64 << 20, 256 << 20, 512 << 20)
 _BESIDE = ("all_to_all", "all_reduce", "all_gather", "reduce_scatter")
 _LONG_FP8 = 40  # FP8 GEMMs that run without pause
 
@@ -148,7 +159,7 @@ def _run_family(bench: Bench, family: str, seconds: float) -> None:
     mine = [row for i, row in enumerate(rows) if (i + bench.session.visit) % bench.ranks == bench.session.rank]
 
     def measure(row: Row) -> Row:
-        call, facts = _PREPARE[family](row, bench.pool, bench.beyond)
+        call, facts = prepare(row, bench.pool, bench.beyond)
         timing: Row = bench.timer.time(call).as_row()
         return timing | facts
 
@@ -179,16 +190,16 @@ def _run_host(bench: Bench, seconds: float) -> None:
 def _run_sustained(bench: Bench, seconds: float) -> None:
     """Kernels that run on and on: the clock under the power limit. The ranks share the shapes."""
     fp8 = list(long_gemms(family_shapes("fp8", bench.limits)))[:_LONG_FP8]
-    rows: list[Row] = [{"family": "sustained", "of": {"family": "fp8"} | shape} for shape in fp8]
+    rows: list[Row] = [{"family": "sustained", "of": shape} for shape in fp8]
     rows += [{"family": "sustained"} | shape for shape in family_shapes("sustained", bench.limits)]
     mine = [row for i, row in enumerate(rows) if i % bench.ranks == bench.session.rank]
 
     def measure(row: Row) -> Row:
         of = row["of"]
-        call, _ = _PREPARE[of["family"]](of, bench.pool, bench.beyond)
+        call, _ = prepare(of, bench.pool, bench.beyond)
         return measure_sustained(
             call,
-            flops=fp8_flops(of) if of["family"] == "fp8" else kernel_flops(of),
+            flops=kernel_flops(of),
             probe=lambda call: bench.timer.probe(call)[0],
             sampler=bench.sampler,
         )
@@ -243,11 +254,12 @@ def _run_contention(bench: Bench, seconds: float) -> None:
         for contender in _CONTENDERS
         for kind in _BESIDE
     ]
+    rows = [rows[index] for index in stream(0, "benchmark shapes", "contention").permutation(len(rows))]
     for row in _agreed(bench, rows, seconds):
 
         def measure(row: Row = row) -> Row:
             contender = row["compute"]
-            compute, _ = _PREPARE[contender["family"]](contender, bench.pool, bench.beyond)
+            compute, _ = prepare(contender, bench.pool, bench.beyond)
             overlap = Overlap(compute, prepare_collective(row, bench.device), sleep=bench.timer.sleep)
             measured: Row = {}
             measured |= measure_overlap(
@@ -305,7 +317,7 @@ def _run_all(bench: Bench, families: tuple[str, ...], budget: float) -> None:
     for visit in range(bench.visits):
         bench.session.visit = visit
         for family in families:
-            if family not in _PREPARE:
+            if family not in SINGLE:
                 continue
             if bench.ranks > 1:
                 dist.barrier()

@@ -1,8 +1,8 @@
 """FP8 as training does it: scaled GEMMs in three directions, grouped ones, and the casts between them.
 
-Recipes: `tensor` (one scale an operand), `row` (one a row), `block` (1 x 128 along the reduced side for activations and
-gradients, 128 x 128 for weights; the weight gradient reduces over tokens, so both of its operands are 1 x 128). e4m3
-operands, bf16 out. Casts are Triton kernels: what a training stack runs beside its GEMMs.
+Formats: `fp8` (one scale an operand; grouped GEMMs one a row), `fp8_block` (1 x 128 along the reduced side for
+activations and gradients, 128 x 128 for weights; the weight gradient reduces over tokens, so both of its operands are
+1 x 128). e4m3 operands, bf16 out. Casts are Triton kernels: what a training stack runs beside its GEMMs.
 
 Legend: m tokens, k and n the sides of the forward weight; a GEMM is [rows, depth] x [depth, columns].
 """
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from moesim.kernels.benchmarks.buffers import Pool, Rotation, keep_outputs
 from moesim.kernels.benchmarks.timing import Call
+from moesim.kernels.families import MEMORY_KINDS, gemm_sides, memory_bytes
 from moesim.seeding import stream
 
 Shape = dict[str, Any]
@@ -24,15 +25,8 @@ _SIDES = (512, 1024, 1536, 2048, 3072, 4096, 5120, 7168, 8192, 14336, 16384)
 _TOKENS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 _DIRECTIONS = ("forward", "dgrad", "wgrad")
 _EXPERT_MATRICES = ((2048, 1536), (4096, 2048), (7168, 4096), (2048, 7168), (4096, 14336), (2048, 2816))
-CASTS = {
-    "quantise_rows": 3.0 + 4.0 / BLOCK,
-    "quantise_both": 4.0 + 8.0 / BLOCK,
-    "quantise_weight": 3.0,
-    "transpose_fp8": 2.0 + 8.0 / BLOCK,
-    "dequantise": 3.0 + 4.0 / BLOCK,
-    "swiglu_quantise": 5.0 + 4.0 / BLOCK,
-}
-"""Bytes read and written per element of [rows, width] (of the output, for swiglu_quantise)."""
+CASTS = tuple(kind for kind, facts in MEMORY_KINDS.items() if facts.apart)
+_BLOCK_DTYPE = "fp8_block"
 
 
 def fp8_shapes(count: int) -> list[Shape]:
@@ -46,35 +40,39 @@ def fp8_shapes(count: int) -> list[Shape]:
     while len(shapes) < count:
         m, k, n = int(rng.choice(_TOKENS)), int(rng.choice(_SIDES)), int(rng.choice(_SIDES))
         if m * k * n <= 5e12:
-            for recipe in ("block", "row", "tensor"):
+            for dtype in ("fp8_block", "fp8"):
                 for direction in _DIRECTIONS:
-                    add({"op": "gemm", "recipe": recipe, "direction": direction, "m": m, "k": k, "n": n})
+                    add({"family": "gemm_fp8", "dtype": dtype, "direction": direction, "m": m, "k": k, "n": n})
         experts, (k, n) = int(rng.choice((2, 4, 8, 16, 32, 64))), _EXPERT_MATRICES[rng.integers(len(_EXPERT_MATRICES))]
         rows = int(rng.choice((2048, 8192, 16384, 32768, 65536)))
         share_E = rng.dirichlet([float(rng.choice((0.5, 4.0, 50.0)))] * experts)
         rows_E = [max(16, int(rows * share) // 16 * 16) for share in share_E]
         if rows * k * n <= 5e12 and experts * k * n <= 2e9:
             for direction in _DIRECTIONS:
-                add({"op": "grouped_gemm", "direction": direction, "rows_per_expert": rows_E, "k": k, "n": n})
+                sizes = {"rows_per_expert": rows_E, "k": k, "n": n}
+                add({"family": "grouped_gemm", "dtype": "fp8", "direction": direction} | sizes)
         rows = int(rng.choice((2048, 8192, 32768, 65536)))
         for cast in CASTS:
             width = int(rng.choice((1024, 2048, 4096, 7168)))
-            moved = rows * width * CASTS[cast]
-            add({"op": "cast", "kind": cast, "rows": rows, "width": width, "bytes": moved})
+            moved = float(memory_bytes(cast, rows=rows, width=width))
+            add({"family": "memory_bound", "kind": cast, "rows": rows, "width": width, "bytes": moved})
     return list(shapes.values())
 
 
 def prepare_fp8(shape: Shape, pool: Pool, beyond: float) -> tuple[Call, dict[str, Any]]:
     """The call of one shape. Raises RuntimeError or ValueError where this torch or device cannot run it."""
-    make, compute, moved = _PREPARE[shape["op"]](shape, pool)
+    make, compute, moved = _PREPARE[shape["family"]](shape, pool)
     operands = Rotation(make, bytes_per_call=moved, beyond=beyond)
     return keep_outputs(lambda index: compute(operands(index)), sets=len(operands)), {}
 
 
-def gemm_sides(shape: Shape) -> tuple[int, int, int]:
-    """(rows, columns, depth) of the GEMM that a direction of [m, k] x [k, n] is."""
-    m, k, n = shape["m"], shape["k"], shape["n"]
-    return {"forward": (m, n, k), "dgrad": (m, k, n), "wgrad": (n, k, m)}[shape["direction"]]
+def is_fp8_row(row: Shape) -> bool:
+    """Whether this module measures the kernel of a row, not `kernels` or `memory_kernels`."""
+    if row["family"] == "memory_bound":
+        return row["kind"] in CASTS
+    if row["family"] == "gemm_fp8":
+        return bool(row["dtype"] == _BLOCK_DTYPE or row["direction"] != "forward")
+    return bool(row["family"] == "grouped_gemm" and row["dtype"] == "fp8")
 
 
 def _scales(rows: int, depth: int, *, recipe: str, device: str) -> tuple[torch.Tensor, Any]:
@@ -82,16 +80,15 @@ def _scales(rows: int, depth: int, *, recipe: str, device: str) -> tuple[torch.T
     kinds: Any = F.ScalingType
     if recipe == "tensor":
         return torch.ones((), device=device), kinds.TensorWise
-    if recipe == "row":
-        return torch.ones(rows, 1, device=device), kinds.RowWise
     if recipe == "block_rows":  # 1 x 128, the outer side major
         return torch.ones(depth // BLOCK, rows, device=device).t(), kinds.BlockWise1x128
-    return torch.ones(rows // BLOCK, depth // BLOCK, device=device), kinds.BlockWise128x128
+    padded = -(-depth // BLOCK // 4) * 4  # rows of scales end at a multiple of four
+    return torch.ones(-(-rows // BLOCK), padded, device=device), kinds.BlockWise128x128
 
 
 def _gemm(shape: Shape, pool: Pool) -> tuple[Callable[[], Any], Callable[[Any], Any], float]:
-    rows, columns, depth = gemm_sides(shape)
-    recipe, device = shape["recipe"], pool.device
+    rows, columns, depth = gemm_sides(shape["m"], shape["k"], shape["n"], shape["direction"])
+    recipe, device = {"fp8": "tensor", _BLOCK_DTYPE: "block"}[shape["dtype"]], pool.device
     of_a = "block_rows" if recipe == "block" else recipe
     of_b = of_a if shape["direction"] == "wgrad" else ("block_whole" if recipe == "block" else recipe)
     scale_a, kind_a = _scales(rows, depth, recipe=of_a, device=device)
@@ -140,24 +137,17 @@ def _cast(shape: Shape, pool: Pool) -> tuple[Callable[[], Any], Callable[[Any], 
     rows, width, kind = shape["rows"], shape["width"], shape["kind"]
 
     def make() -> torch.Tensor:
-        if kind in ("transpose_fp8", "dequantise"):
+        if kind in ("fp8_turn", "fp8_widen"):
             return pool.take(rows, width, dtype=E4M3)
-        return pool.take(rows, 2 * width if kind == "swiglu_quantise" else width)
+        return pool.take(rows, 2 * width if kind == "fp8_swiglu" else width)
 
     return make, cast_call(kind, rows=rows, width=width, device=pool.device), float(shape["bytes"])
 
 
-_PREPARE = {"gemm": _gemm, "grouped_gemm": _grouped_gemm, "cast": _cast}
-
-
-def fp8_flops(shape: Shape) -> float:
-    """FLOPs of a GEMM or grouped GEMM; 0 for casts."""
-    if shape["op"] == "cast":
-        return 0.0
-    rows = shape["m"] if shape["op"] == "gemm" else sum(shape["rows_per_expert"])
-    return float(2.0 * rows * shape["k"] * shape["n"])
+_PREPARE = {"gemm_fp8": _gemm, "grouped_gemm": _grouped_gemm, "memory_bound": _cast}
 
 
 def long_gemms(shapes: list[Shape]) -> Iterator[Shape]:
     """The dense GEMMs that are worth running on and on: large ones."""
-    return (shape for shape in shapes if shape["op"] == "gemm" and fp8_flops(shape) >= 4e11)
+    dense = (shape for shape in shapes if shape["family"] == "gemm_fp8")
+    return (shape for shape in dense if 2.0 * shape["m"] * shape["k"] * shape["n"] >= 4e11)

@@ -1,4 +1,4 @@
-"""The casts of block-scaled FP8 training as Triton kernels: to FP8 along rows, both ways, per tile, and back.
+"""The casts of FP8 training as Triton kernels: block-scaled along rows, both ways, per tile, and back; with one scale.
 
 Each program reads a tile of 128 x 128 once; 448 is the largest number of e4m3; scales are fp32, one for 1 x 128
 numbers (or one a tile for weights).
@@ -54,6 +54,25 @@ def _turn(x, scale, out, out_scale, R, W, B: tl.constexpr):  # type: ignore[no-u
 
 
 @triton.jit  # type: ignore[untyped-decorator, misc, unused-ignore]
+def _largest(x, out, R, W, B: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The largest magnitude of the whole matrix."""
+    _, _, place = _tile(R, W, B)
+    value = tl.load(x + place).to(tl.float32)
+    tl.atomic_max(out, tl.max(tl.max(tl.abs(value), axis=1), axis=0))
+
+
+@triton.jit  # type: ignore[untyped-decorator, misc, unused-ignore]
+def _scaled(x, scale, out, turned, R, W, BOTH: tl.constexpr, B: tl.constexpr):  # type: ignore[no-untyped-def]
+    """With one known scale of the whole matrix; BOTH: also transposed."""
+    row_B, column_B, place = _tile(R, W, B)
+    value = (tl.load(x + place).to(tl.float32) * tl.load(scale)).to(tl.float8e4nv)
+    tl.store(out + place, value)
+    if BOTH:
+        across = column_B[:, None].to(tl.int64) * R + row_B[None, :]
+        tl.store(turned + across, tl.trans(value))
+
+
+@triton.jit  # type: ignore[untyped-decorator, misc, unused-ignore]
 def _back(x, scale, out, R, W, B: tl.constexpr):  # type: ignore[no-untyped-def]
     row_B, _, place = _tile(R, W, B)
     value = tl.load(x + place).to(tl.float32) * tl.load(scale + tl.program_id(1) * R + row_B)[:, None]
@@ -106,8 +125,24 @@ def cast_call(kind: str, *, rows: int, width: int, device: str) -> Callable[[tor
         _swiglu[grid](x, out, scale, rows, width, **options)
         return out
 
+    one, most = torch.ones(1, device=device), torch.zeros(1, device=device)
+
+    def largest(x: torch.Tensor) -> Any:
+        _largest[grid](x, most, rows, width, **options)
+        return most
+
+    def scaled(both: bool) -> Callable[[torch.Tensor], Any]:
+        def call(x: torch.Tensor) -> Any:
+            out = fp8(rows, width)
+            turned = fp8(width, rows) if both else out
+            _scaled[grid](x, one, out, turned, rows, width, BOTH=both, **options)
+            return out, turned
+
+        return call
+
     calls = {
-        "quantise_rows": quantise(0), "quantise_both": quantise(1), "quantise_weight": quantise(2),
-        "transpose_fp8": turn, "dequantise": back, "swiglu_quantise": swiglu,
+        "fp8_cast": quantise(0), "fp8_cast_both": quantise(1), "fp8_cast_tiles": quantise(2),
+        "fp8_turn": turn, "fp8_widen": back, "fp8_swiglu": swiglu,
+        "largest": largest, "scaled_cast": scaled(False), "scaled_cast_both": scaled(True),
     }  # fmt: skip
     return calls[kind]

@@ -102,6 +102,11 @@ def _permute_backward(pool: Pool, rows: int, width: int) -> Callable[[], Any]:
     return lambda: torch.zeros_like(like).index_add_(0, ids, source)
 
 
+def _index_put(pool: Pool, rows: int, width: int) -> Callable[[], Any]:
+    x, ids = _leaf(pool, _tokens(rows), width), _ids(pool, rows, _tokens(rows))
+    return _gradient_of(pool, x[ids], [x])
+
+
 def _silu(pool: Pool, rows: int, width: int) -> Callable[[], Any]:
     x = pool.take(rows, width)
     return lambda: F.silu(x)
@@ -212,6 +217,7 @@ _MAKERS: dict[str, Maker] = {
     "permute_backward": _permute_backward,
     "unpermute": _unpermute,
     "unpermute_backward": _permute,
+    "index_put": _index_put,
     "silu": _silu,
     "silu_backward": _silu_backward,
     "activation": _activation,

@@ -200,10 +200,21 @@ def _widths(kind: str) -> tuple[int, ...]:
     return HIDDEN
 
 
+_LATER = ("index_put",)  # kinds whose shapes come from a stream of their own, so that those of the others stay
+
+
 def _memory_bound(rng: np.random.Generator, limits: Limits, per_kind: int) -> list[Shape]:
+    first = [kind for kind, facts in MEMORY_KINDS.items() if not facts.apart and kind not in _LATER]
+    shapes = _stratified(rng, limits, per_kind, first)
+    for kind in _LATER:
+        shapes += _stratified(stream(0, "benchmark shapes", kind), limits, per_kind, [kind])
+    return shapes + _large_optimizers(limits)
+
+
+def _stratified(rng: np.random.Generator, limits: Limits, per_kind: int, kinds: list[str]) -> list[Shape]:
     shapes = []
     for position in range(per_kind):
-        for kind in MEMORY_KINDS:
+        for kind in kinds:
             width = int(rng.choice(_widths(kind)))
             row_bytes = float(memory_bytes(kind, rows=1, width=width))
             high = min(limits.bytes, 1e8 if kind in ("sort", "histogram") else limits.bytes)
@@ -215,7 +226,7 @@ def _memory_bound(rng: np.random.Generator, limits: Limits, per_kind: int) -> li
             multiple = 64 if kind.startswith("optimizer") else 1
             rows = max(1, round(moved / row_bytes / multiple)) * multiple
             shapes.append({"kind": kind, "rows": rows, "width": width, "bytes": rows * row_bytes})
-    return shapes + _large_optimizers(limits)
+    return shapes
 
 
 _OPTIMIZER_STEPS = 6  # sizes between the bound of other kernels and that of the optimizer, both kinds at each

@@ -10,17 +10,25 @@ from moesim.errors import UserError
 from moesim.kernels.calibrated import CalibratedModel
 from moesim.kernels.clock_laws import KIND_POWER, clock_law
 from moesim.kernels.estimate import Estimate
-from moesim.kernels.families import kernel_of
+from moesim.kernels.families import kernel_of, peak_format
 from moesim.kernels.fitting import fit_profile
 from moesim.kernels.profile import Profile
 from moesim.kernels.roofline import GpuRates, Roofline
 from moesim.kernels.tables.comparison import Comparison, compare, compared_collectives, table_rows, unseen
 from moesim.kernels.tables.gpus import COMPARED, TABLE_GPUS
 from moesim.kernels.tables.package import LICENCE, PACKAGE, Package
-from moesim.kernels.tables.rows import Row, collective_rows, decode_rows, thinned
+from moesim.kernels.tables.rows import (
+    Row,
+    block_over_fp8,
+    cast_share,
+    collective_rows,
+    decode_rows,
+    nvfp4_rows,
+    thinned,
+)
 
 # Rows that ship, thinned evenly; all others test what was fitted.
-KEPT = {"gemm/bf16": 700, "gemm/fp8": 500, "attention": 350, "mla": 60, "decode": 80, "collective": 120}
+KEPT = {"gemm/bf16": 700, "gemm/fp8": 500, "attention": 350, "mla": 60, "nvfp4": 400, "decode": 80, "collective": 120}
 _CORRECTED = ("gemm/bf16", "gemm/fp8")  # the same libraries as behind own rows
 _HELD_OUT = 2000
 _LARGE = 1e11  # FLOPs from which the tensor cores are the limit
@@ -54,18 +62,35 @@ def from_tables(
         chosen = thinned(rows, KEPT[family], name=f"{name} {family}")
         families[family] = _facts(rows, chosen, comparison, corrected=family in _CORRECTED)
         kept += chosen
+    fours = nvfp4_rows(package, gpu.folder)
+    if fours:
+        chosen = thinned(fours, KEPT["nvfp4"], name=f"{name} nvfp4")
+        kept += chosen
     profile = Profile(name=name, sessions=[], rows=kept)
     fit_profile(profile)
     model = CalibratedModel(profile, fallback=Roofline(rates(name)), expected_families=())
-    for family in families:
+    if fours:
+        share = cast_share(fours, bandwidth=rates(name).memory_bandwidth, least_flops=_LARGE)
+        held_out = _held_out(model, fours, kept, "gemm/nvfp4", own_of=float)
+        facts = {"rows_of_table": len(fours), "kept": len(chosen), "as_in_table": True}
+        block = block_over_fp8(package, gpu.folder, least_flops=_LARGE)
+        spreads = {"cast_p90": round(share, 3), "block_over_fp8_p90": round(block, 3)}
+        families["gemm/nvfp4"] = facts | spreads | {"held_out": held_out}
+    for family in comparisons:
+        if family not in families:
+            continue
         rows = table_rows(package, gpu.folder, family)
-        families[family]["held_out"] = _held_out(model, rows, kept, comparisons[family], family)
+        families[family]["held_out"] = _held_out(
+            model, rows, kept, family, own_of=comparisons[family].own if family in _CORRECTED else float
+        )
     base = own[gpu.base]
     shares = {
-        dtype: _peak_share(profile.family(rows), base, rates(name), rates(gpu.base), dtype)
-        for dtype, rows in (("bf16", "gemm"), ("fp8", "gemm_fp8"))
-        if profile.family(rows)
+        dtype: _peak_share(rows, base, rates(name), rates(gpu.base), dtype)
+        for dtype, family in (("bf16", "gemm"), ("fp8", "gemm_fp8"))
+        if (rows := [row for row in profile.family(family) if row["dtype"] == dtype])
     }
+    if fours:
+        shares["fp4"] = round(shares["fp8"] * _over_fp8(profile.family("gemm_fp8"), rates(name)), 4)
     law = clock_law(name, short=_short_rate(profile.family("gemm")))
     for extra, found in (
         ("decode", decode_rows(package, gpu.folder)),
@@ -98,13 +123,13 @@ def _facts(rows: list[Row], chosen: list[Row], comparison: Comparison, *, correc
 
 
 def _held_out(
-    model: CalibratedModel, rows: list[Row], kept: list[Row], comparison: Comparison, family: str
+    model: CalibratedModel, rows: list[Row], kept: list[Row], family: str, *, own_of: Callable[[float], float]
 ) -> dict[str, float]:
     """Errors |table / predicted - 1| of rows that were not kept: how well the fit stands for the table."""
     others = thinned(unseen(rows, kept), _HELD_OUT, name=f"{model.name} {family} held out")
     if not others:
         return {"rows": 0}
-    seconds = [comparison.own(row["p50"]) if family in _CORRECTED else row["p50"] for row in others]
+    seconds = [own_of(row["p50"]) for row in others]
     found = np.array([float(_at_benchmark_clock(model, row).seconds) for row in others])
     median, p90 = np.percentile(np.abs(np.array(seconds) / found - 1.0), [50, 90])
     return {"rows": len(others), "median": round(float(median), 4), "p90": round(float(p90), 4)}
@@ -121,6 +146,16 @@ def _peak_share(rows: list[Row], base: CalibratedModel, target: GpuRates, measur
     large = [(kernel, seconds) for kernel, seconds in kernels if float(kernel.flops) >= _LARGE]
     ratios = [float(free.seconds(kernel).seconds) / seconds for kernel, seconds in large]
     return round(float(np.median(ratios)) * measured.peak_flops[dtype] / target.peak_flops[dtype], 4)
+
+
+def _over_fp8(rows: list[Row], gpu: GpuRates) -> float:
+    """Share of the fp4 peak that large nvfp4 GEMMs reach, over the share of the fp8 peak that those of fp8 do."""
+    found: dict[str, list[float]] = {"nvfp4": [], "fp8": []}
+    for row in rows:
+        if (flops := float(kernel_of(row).flops)) >= _LARGE:
+            found[row["dtype"]].append(flops / row["p50"])
+    shares = {dtype: float(np.median(rates)) / gpu.peak_flops[peak_format(dtype)] for dtype, rates in found.items()}
+    return shares["nvfp4"] / shares["fp8"]
 
 
 def _short_rate(rows: list[Row]) -> float:

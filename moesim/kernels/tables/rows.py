@@ -7,12 +7,14 @@ the frameworks' context-phase kernels. MLA rows are the core attention of 192-wi
 Legend: N rows of a table.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moesim.kernels.families import DTYPE_BYTES
 from moesim.kernels.tables.package import Package, Table
 from moesim.seeding import stream
 
@@ -21,6 +23,7 @@ _GEMM_FRAMEWORK = "trtllm"
 _LEAST_ROWS, _LEAST_SIDE, _WIDEST = 64, 256, 65536  # of the outputs; of the two other sides
 _HEAD_DIMS = (64, 128, 256)
 _LEAST_SEQUENCE = 256
+_CAST_RATE = 0.8  # of the memory's bandwidth
 MLA_KEYS, MLA_VALUES = 192, 128
 _COLLECTIVES = {
     "all_reduce": "all_reduce", "alltoall": "all_to_all", "all_gather": "all_gather",
@@ -34,6 +37,51 @@ def thinned(rows: list[Row], count: int, *, name: str) -> list[Row]:
         return rows
     chosen = stream(0, "thinned", name).choice(len(rows), count, replace=False)
     return [rows[index] for index in sorted(chosen.tolist())]
+
+
+def nvfp4_rows(package: Package, folder: str) -> list[Row]:
+    """Forward GEMMs of nvfp4, the fastest framework per shape, as the tables have them; empty where they have none.
+
+    Nothing tells whether the cast of the activations is in them: `cast_share` is what it would be.
+    """
+    best: dict[tuple[int, ...], Row] = {}
+    for table in package.tables(folder, "gemm", "gemm_perf"):
+        m, n, k = (table[side] for side in "mnk")
+        wide = (np.minimum(n, k) >= _LEAST_SIDE) & (np.maximum(n, k) <= _WIDEST)
+        for i in np.flatnonzero((table["gemm_dtype"] == "nvfp4") & (m >= _LEAST_ROWS) & (m % 16 == 0) & wide):
+            shape, seconds = (int(m[i]), int(k[i]), int(n[i])), float(table["latency"][i]) * 1e-3
+            if seconds > 1e-6 and (shape not in best or seconds < best[shape]["p50"]):
+                sizes = dict(zip("mkn", shape, strict=True))
+                best[shape] = {
+                    "family": "gemm_fp8", **sizes, "dtype": "nvfp4", "direction": "forward",
+                    "p50": _rounded(seconds), "source": table.source,
+                }  # fmt: skip
+    return list(best.values())
+
+
+def cast_share(rows: list[Row], *, bandwidth: float, least_flops: float) -> float:
+    """Log of large rows over rows less the cast of their activations at most of the bandwidth, 90th percentile."""
+    rows = [row for row in rows if 2.0 * row["m"] * row["k"] * row["n"] >= least_flops]
+    each = 2.0 + DTYPE_BYTES["nvfp4"]
+    casts = np.array([row["m"] * row["k"] * each / (_CAST_RATE * bandwidth) for row in rows])
+    seconds = np.array([row["p50"] for row in rows])
+    return float(np.percentile(-np.log1p(-np.minimum(casts / seconds, 0.9)), 90))
+
+
+def block_over_fp8(package: Package, folder: str, *, least_flops: float) -> float:
+    """|log| of rows with block scales, the fastest framework's, over per-tensor ones of the same large shape: p90.
+
+    The first hold their casts, which nobody measured apart; of the second they are taken off.
+    """
+    rows = gemm_rows(package, folder, "fp8")
+    plain: dict[tuple[int, ...], float] = {(row["m"], row["k"], row["n"]): row["p50"] for row in rows}
+    fastest: dict[tuple[int, ...], float] = {}
+    for table in package.tables(folder, "gemm", "gemm_perf"):
+        for i in np.flatnonzero(table["gemm_dtype"] == "fp8_block"):
+            shape = int(table["m"][i]), int(table["k"][i]), int(table["n"][i])
+            if shape in plain and 2.0 * math.prod(shape) >= least_flops:
+                fastest[shape] = min(float(table["latency"][i]) * 1e-3, fastest.get(shape, math.inf))
+    return float(np.percentile([abs(np.log(seconds / plain[shape])) for shape, seconds in fastest.items()], 90))
 
 
 def gemm_rows(package: Package, folder: str, dtype: str) -> list[Row]:
