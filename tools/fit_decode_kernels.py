@@ -26,6 +26,7 @@ from moesim.serving.decode_kernels import (
     FILE,
     attention_seconds,
     batched_seconds,
+    fused_experts_seconds,
     grouped_shape,
     latent_shape,
     small_seconds,
@@ -152,6 +153,27 @@ def fused_experts(package: Package) -> dict[str, Any]:
             found[gpu][kind] = fitted | {"source": ", ".join(sorted(used))}
             print(f"{gpu:14} experts {kind:5} {fitted['kept_out']}", flush=True)
     return found
+
+
+def check_spread_experts(package: Package, fitted: dict[str, Any]) -> None:
+    """Prints the errors for decoding experts of SGLang that are spread over ranks: tables that shaped nothing."""
+    for gpu, entry in COMPARED.items():
+        table = package.table(entry.folder, "moe", "wideep_generation_moe_perf", framework="sglang")
+        if table is None:
+            continue
+        predicted, seconds = [], []
+        for i in np.flatnonzero(table["distribution"] == "uniform"):
+            names = ("num_tokens", "topk", "num_experts", "moe_ep_size", "hidden_size", "inter_size")
+            tokens, top, experts, ranks, hidden, width = (int(table[name][i]) for name in names)
+            held = experts // ranks
+            rows = np.full((1, held), tokens * top // ranks // held)
+            rows[0, : tokens * top // ranks % held] += 1
+            if 0 < rows.sum() <= 64 * held:
+                own = fitted[gpu]["fp8"]
+                sizes = {"hidden": hidden, "width": width, "matrices": 3, "size": 1.0}
+                predicted.append(float(fused_experts_seconds(own["parameters"], own["block"], rows, **sizes)[0]))
+                seconds.append(float(table["latency"][i]) * 1e-3)
+        print(f"{gpu} spread experts, {table.source}", errors_of(predicted, seconds, np.ones(len(seconds), bool)))
 
 
 def _expert_rows(package: Package, folder: str, dtype: str) -> tuple[list[tuple[float, ...]], set[str]]:
@@ -332,7 +354,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true")
     arguments = parser.parse_args()
     measured, package = parse_json(unpacked(MEASURED.read_bytes())), Package.found(None)
-    found = {
+    found: dict[str, Any] = {
         "sources": {
             "measured": f"{measured['device']}, torch {measured['torch']}, as CUDA graphs",
             "tables": f"{PACKAGE} {package.version}, {LICENCE}",
@@ -346,6 +368,7 @@ def main() -> None:
         "experts": fused_experts(package),
         "batched": batched(package),
     }
+    check_spread_experts(package, found["experts"])
     if arguments.write:
         write_atomically(FILE, json_text(found, indent=1).encode())
 

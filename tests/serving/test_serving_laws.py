@@ -165,6 +165,22 @@ def test_prefixes_are_found_again_and_spare_their_steps() -> None:
     assert kept["ttft_s"]["p50"] < lost["ttft_s"]["p50"] and kept["input_tokens"] == lost["input_tokens"]
 
 
+def test_what_is_swapped_is_not_computed_again() -> None:
+    tight = (
+        "memory.share=0.002",
+        "workload.arrivals.rate=400.0",
+        "engine.host_memory=8 GB",
+        "engine.host_link=25 GB/s",
+    )
+    again, moved = (Deployment(small(*tight, f"engine.preemption={kind}")) for kind in ("recompute", "swap"))
+    requests = again.requests(0)
+    computed, swapped = again.serve(requests), moved.serve(requests)
+    assert computed.count("preempted") > 10 < swapped.count("swapped") and computed.count("swapped") == 0
+    assert swapped.count("prompt_tokens") == requests.input_N.sum() < computed.count("prompt_tokens")
+    assert swapped.parts["swap"] > 0.0 == computed.parts["swap"]
+    assert max(swapped.step_pages) <= 4 * moved.memory.pages
+
+
 def test_urgent_requests_come_first_and_others_are_not_forgotten() -> None:
     load = (
         "workload.arrivals.rate=2000.0",
@@ -288,6 +304,21 @@ def test_logs_of_requests_are_read(tmp_path) -> None:
     burst = tmp_path / "burst.csv"
     burst.write_text("Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n5,ChatGPT,472,18,490,x\n")
     assert Deployment(small(f"workload.arrivals={{kind: trace, file: {burst}}}")).requests(0).input_N.tolist() == [472]
+    burst.write_text(
+        "time,input,output,prefix,prefix tokens,priority\n"
+        "0,900,5,7,512,1\n0.5,800,5,7,512,0\n1,30,5,,,0\n2,90,5,3,900,1\n"
+    )
+    shared = Deployment(
+        small(f"workload.arrivals={{kind: trace, file: {burst}}}", "workload.priorities={shares: [0.5, 0.5]}")
+    )
+    jobs = [shared.requests(0).job(number) for number in range(4)]
+    assert [(job.prefix, job.prefix_tokens, job.urgency) for job in jobs] == [
+        (7, 512, 1),
+        (7, 512, 0),
+        (-1, 0, 0),
+        (3, 90, 1),
+    ]
+    assert jobs[0].turn == 60.0 and jobs[1].turn == 0.5
     head = "time,input,output\n"
     for text, fault in (("a,b\n1,2\n", "no column"), (head, "no request"), (head + "1,x,2\n", ":2: ")):
         azure.write_text(text)
