@@ -4,20 +4,23 @@ from pathlib import Path
 
 from moesim.engine import simulate_samples, step_kernels
 from moesim.kernels import kernel_model
+from moesim.parallel import TrafficSampler
 from moesim.parallel.memory_remedy import check_memory
 from moesim.program.drawn_routing import draw_samples, obtain_trace, rows_of_variant
 from moesim.program.scenario_fabric import scenario_fabric
 from moesim.program.warnings import layout_warnings, sharing_warnings
 from moesim.results import RunRecord
-from moesim.results.assemble import Simulated, assemble
+from moesim.results.assemble import Searched, Simulated, assemble
 from moesim.results.plausible import check_plausible
 from moesim.results.replacing import replacing_facts
-from moesim.routing.progress import ProgressCallback
-from moesim.scenario import Scenario
+from moesim.routing.progress import ProgressCallback, SearchReport
+from moesim.scenario import Scenario, Search
 from moesim.scenario.check import require_supported
 from moesim.trace import RoutingTrace
 
-__all__ = ["draw_samples", "mean_step_seconds", "obtain_trace", "simulate"]
+__all__ = ["draw_samples", "mean_step_seconds", "measured_placement", "obtain_trace", "simulate"]
+
+TRAFFIC_WEIGHTS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)  # that a measured search of placements tries
 
 
 def simulate(
@@ -30,6 +33,7 @@ def simulate(
     """
     require_supported(scenario)
     trace = obtain_trace(scenario, progress=progress, cache_dir=cache_dir)
+    scenario, searched = measured_placement(scenario, trace, progress=progress)
     base = kernel_model(scenario.cluster.pools[0].spec, scenario.compute.profile)
     fabric = scenario_fabric(scenario, base)
     assert (trace is None) == (scenario.model.experts == 0), "an MoE step is driven by a routing trace"
@@ -51,7 +55,7 @@ def simulate(
         return float(simulate_samples(variant, fabric, clocked, again).step_S.mean())
 
     replacing = replacing_facts(plain[0].sampler, fabric, step_s=done.step_s, seconds=seconds_placed) if plain else None
-    record = assemble(done, layout_warnings=warnings, replacing=replacing)
+    record = assemble(done, layout_warnings=warnings, replacing=replacing, searched=searched)
     check_plausible(record, fabric)
     return record
 
@@ -62,9 +66,34 @@ def mean_step_seconds(scenario: Scenario, trace: RoutingTrace | None) -> float:
     Raises as `simulate` does.
     """
     require_supported(scenario)
+    scenario, _ = measured_placement(scenario, trace)
     kernels = kernel_model(scenario.cluster.pools[0].spec, scenario.compute.profile)
     plain = draw_samples(scenario, trace, bootstrap=False)[0]
     check_memory(scenario, lambda variant: rows_of_variant(scenario, variant, trace, plain))
     fabric = scenario_fabric(scenario, kernels)
     kernels = step_kernels(scenario, fabric=fabric, kernels=kernels, samples=plain)
     return float(simulate_samples(scenario, fabric, kernels, plain).step_S.mean())
+
+
+def measured_placement(
+    scenario: Scenario, trace: RoutingTrace | None, *, progress: ProgressCallback | None = None
+) -> tuple[Scenario, list[Searched]]:
+    """The scenario with the weight of traffic whose placement gives the shortest step, and all that were simulated.
+
+    They are simulated on the rows that experts are placed by. Where nothing is to be measured the scenario as it is,
+    and none.
+    """
+    placement = scenario.placement
+    if trace is None or not isinstance(placement, Search) or not placement.measured or placement.traffic is not None:
+        return scenario, []
+    part = TrafficSampler(scenario, trace).placing_part()
+    found = []
+    for number, traffic in enumerate(TRAFFIC_WEIGHTS, start=1):
+        tried = placement.model_copy(update={"traffic": traffic, "made_on": "same", "judged_on": "all"})
+        step_s = mean_step_seconds(scenario.model_copy(update={"placement": tried}), part)
+        found.append(Searched(traffic=traffic, step_time_s=step_s))
+        if progress is not None:
+            progress(SearchReport(tried=number, total=len(TRAFFIC_WEIGHTS), step_time_s=step_s))
+    best = min(found, key=lambda each: each.step_time_s).traffic
+    chosen = placement.model_copy(update={"traffic": best})
+    return scenario.model_copy(update={"placement": chosen}), found

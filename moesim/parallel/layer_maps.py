@@ -159,13 +159,13 @@ def _by_search(given: Given) -> Ints:
     slot_LX = _balanced(given, num_nodes=given.num_nodes) if alike else _by_speed(given)
     return np.stack(
         [
-            _searched(given, expert_X, ids_TK, tries=given.placement.tries, layer=layer)
+            _searched(given, given.placement, expert_X, ids_TK, layer=layer)
             for layer, (expert_X, ids_TK) in enumerate(zip(slot_LX, given.rows.ids_LTK[:, ::every], strict=True))
         ]
     )
 
 
-def _searched(given: Given, expert_X: Ints, ids_TK: NDArray[Any], *, tries: int, layer: int) -> Ints:
+def _searched(given: Given, placement: Search, expert_X: Ints, ids_TK: NDArray[Any], *, layer: int) -> Ints:
     """The experts of all slots of one layer, found from those of EPLB."""
     num_ranks, nodes = len(given.node_of_rank_D), int(given.node_of_rank_D.max()) + 1
     held = ExpertMap(expert_X.reshape(num_ranks, -1), given.rows.load_LE.shape[1])
@@ -183,9 +183,11 @@ def _searched(given: Given, expert_X: Ints, ids_TK: NDArray[Any], *, tries: int,
         [rank_X, in_order_X],
         node_D=given.node_of_rank_D,
         speed_D=given.speed_D,
-        prices=_prices(given.scenario, num_nodes=nodes),
+        prices=_prices(
+            given.scenario, num_nodes=nodes, traffic=1.0 if placement.traffic is None else placement.traffic
+        ),
         num_tokens=len(ids_TK),
-        tries=tries,
+        tries=placement.tries,
         rng=stream(given.scenario.seed, "placement", layer),
     )
     return np.asarray(expert_X[np.lexsort((expert_X, ranks_X))])
@@ -199,11 +201,14 @@ PLACERS: Mapping[type[MadeFromRows], Callable[[Given], Ints]] = {
 }
 
 
-def _prices(scenario: Scenario, *, num_nodes: int) -> Prices:
-    """Of one row forward and backward, and of one copy of a token on its way out and back in both passes."""
+def _prices(scenario: Scenario, *, num_nodes: int, traffic: float = 1.0) -> Prices:
+    """Of one row forward and backward, and of one copy of a token on its way out and back in both passes.
+
+    `traffic`: what copies cost is so many times that.
+    """
     pool, dispatch, fabric = scenario.cluster.pools[0], scenario.dispatch, scenario.cluster.fabric
     width = scenario.model.row_width
-    size = 2 * (token_bytes(width, dispatch.dtype) + token_bytes(width, dispatch.combine_dtype))
+    size = traffic * 2 * (token_bytes(width, dispatch.dtype) + token_bytes(width, dispatch.combine_dtype))
     inside = size / (LINK_SHARE * (fabric.nvlink or pool.spec.nvlink_bandwidth))
     across = size / (LINK_SHARE * (fabric.nic or NIC_BANDWIDTH)) * (num_nodes - 1) / num_nodes
     peak = pool.spec.peak_flops[scenario.workload.precision.gemm]

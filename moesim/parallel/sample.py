@@ -132,6 +132,11 @@ class TrafficSampler:
             return (0, half) if placement.made_on == "earlier" else (half if placement.held_back else 0, last)
         return (0, 0)
 
+    def placing_part(self) -> RoutingTrace:
+        """The part of the trace that places the experts, as a trace of its own."""
+        first, last = self.placing_sequences
+        return some_sequences(self._all_sequences, first=first, last=last)
+
     @property
     def _half(self) -> int:
         return self._all_sequences.num_sequences // 2
@@ -171,7 +176,7 @@ class TrafficSampler:
         """The simulated part of the trace, cut into sequences of the workload's length."""
         if not self.scenario.placement.held_back:
             return self._all_sequences
-        return later_sequences(self._all_sequences, first=self._half)
+        return some_sequences(self._all_sequences, first=self._half)
 
     @cached_property
     def _all_sequences(self) -> RoutingTrace:
@@ -322,14 +327,14 @@ def sample_traffic(
     return TrafficSampler(scenario, trace).draw(rng, bootstrap=bootstrap)
 
 
-def later_sequences(trace: RoutingTrace, *, first: int) -> RoutingTrace:
-    """The trace without the sequences before number `first` of its final step."""
-    final, later = trace.final, slice(first, None)
+def some_sequences(trace: RoutingTrace, *, first: int, last: int | None = None) -> RoutingTrace:
+    """The trace with the sequences from number `first` up to `last` (not included) of its final step alone."""
+    final, chosen = trace.final, slice(first, last)
     kept = replace(
         final,
-        expert_ids_LSTK=final.expert_ids_LSTK[:, later],
-        affinities_LSTK=final.affinities_LSTK[:, later],
-        gates_LSTK=final.gates_LSTK[:, later],
+        expert_ids_LSTK=final.expert_ids_LSTK[:, chosen],
+        affinities_LSTK=final.affinities_LSTK[:, chosen],
+        gates_LSTK=final.gates_LSTK[:, chosen],
     )
     return replace(trace, steps=(*trace.steps[:-1], kept))
 

@@ -261,6 +261,14 @@ def placement(result: Result) -> list[Fact]:
     if found.get("rank_rows_by_speed") is not None:
         facts.append(Fact("rows / speed", times(found["rank_rows_by_speed"]), "of the rank that has most, over mean"))
     facts.append(Fact("ranks, as placed", times(result["imbalance"]["rank_rows"]), "busiest / mean"))
+    if found.get("searched"):
+        best = min(found["searched"], key=lambda each: each["step_time_s"])
+        tried = f"of {len(found['searched'])} that were simulated on the rows to place by"
+        facts.append(
+            Fact(
+                "weight of traffic", f"{best['traffic']:g}", f"{seconds(best['step_time_s'])} a step, the least {tried}"
+            )
+        )
     return facts + replacing(found.get("replacing"))
 
 

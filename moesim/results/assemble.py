@@ -91,10 +91,25 @@ class Simulated:
         return float((self.outcome.step_S - self.balanced.step_S).mean())
 
 
-def assemble(done: Simulated, *, layout_warnings: Sequence[str], replacing: dict[str, Any] | None = None) -> RunRecord:
+@dataclass(frozen=True, kw_only=True)
+class Searched:
+    """A placement that a search simulated: the weight of traffic in it, and the step on the rows to place by."""
+
+    traffic: float
+    step_time_s: float
+
+
+def assemble(
+    done: Simulated,
+    *,
+    layout_warnings: Sequence[str],
+    replacing: dict[str, Any] | None = None,
+    searched: Sequence[Searched] = (),
+) -> RunRecord:
     """The record of a run; `layout_warnings` come before those that its own numbers give.
 
-    `replacing`: what placing experts anew costs and brings, None where they are placed once.
+    `replacing`: what placing experts anew costs and brings, None where they are placed once. `searched`: placements
+    that were simulated to choose this one.
     """
     scenario, trace = done.scenario, done.trace
     facts = TrafficFacts(scenario, done.plain) if done.plain else None
@@ -138,6 +153,7 @@ def assemble(done: Simulated, *, layout_warnings: Sequence[str], replacing: dict
     if facts is not None and trace is not None:
         result |= _routing_sections(done, facts, trace)
         result["placement"] |= {} if replacing is None else {"replacing": replacing}
+        result["placement"] |= {"searched": [vars(each) for each in searched]} if searched else {}
         arrays |= _load_arrays(facts) | placement_arrays(scenario, done.plain, facts)
     return RunRecord(scenario=scenario, result=result, arrays=arrays, pipeline_spans=done.outcome.spans, trace=trace)
 

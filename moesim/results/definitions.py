@@ -253,6 +253,11 @@ _PLACEMENT = _section(
             "Rows of the step / speed, of the rank where that is most, over all rows / all speeds; null without them.",
         ),
         "copy_gradient_bytes": ("B", "Bytes that ranks send each other to sum gradients of copies, in one step."),
+        "searched.[].traffic": (
+            "ratio",
+            "Weight of traffic in a search that was simulated (`placement.measured`).",
+        ),
+        "searched.[].step_time_s": ("s", "Its step on the rows that experts are placed by; the shortest is taken."),
     },
 ) | _section(
     "placement.replacing",

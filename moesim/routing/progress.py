@@ -15,13 +15,25 @@ class StepReport(NamedTuple):
     imbalance: float
 
 
-ProgressCallback = Callable[[StepReport], None]
+class SearchReport(NamedTuple):
+    """One placement of experts that was simulated: `tried` counts from 1."""
+
+    tried: int
+    total: int
+    step_time_s: float
+
+
+ProgressCallback = Callable[[StepReport | SearchReport], None]
 
 
 def show_training(display: Display) -> ProgressCallback:
     """What shows every report on the display."""
 
-    def show(report: StepReport) -> None:
+    def show(report: StepReport | SearchReport) -> None:
+        if isinstance(report, SearchReport):
+            note = f"step {1e3 * report.step_time_s:.4g} ms"
+            display.show("placing the experts", completed=report.tried, total=report.total, note=note)
+            return
         note = f"loss {report.train_loss:.3f}, imbalance {report.imbalance:.2f}"
         display.show("training the router", completed=report.step, total=report.num_steps, note=note)
 

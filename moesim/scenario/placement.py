@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from moesim.scenario.base import MOST_EXPERTS, MOST_GPUS, Coefficient, Experts, PositiveFloat, Section, Text
+from moesim.scenario.base import MOST_EXPERTS, MOST_GPUS, Coefficient, Experts, Flag, PositiveFloat, Section, Text
 from moesim.scenario.placement_file import PlacementFile, read_placement
 
 Slots = list[list[int]]  # the experts of every rank
@@ -208,6 +208,14 @@ class Search(MadeFromRows):
     )
     speeds: Speeds | None = Field(
         default=None, description="Speed of every rank of an expert group, as by_speed has it; absent: all alike."
+    )
+    traffic: Coefficient | None = Field(
+        default=None, description="Weight of tokens' copies beside rows in that estimate; absent: 1, or as measured."
+    )
+    measured: Flag = Field(
+        default=False,
+        description="Search with several weights of traffic, simulate a step of each on the rows that experts are "
+        "placed by, and take the fastest; of no account where traffic is given.",
     )
 
     @property

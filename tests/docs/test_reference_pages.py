@@ -148,7 +148,7 @@ def test_definitions_are_of_what_results_can_have(small) -> None:
         "critical_path.seconds_by_rank.*",
         "warnings.[]",
         *(
-            path for path in DEFINITIONS if path.startswith("placement.replacing.")
+            path for path in DEFINITIONS if path.startswith(("placement.replacing.", "placement.searched."))
         ),  # by tests/results/test_replacing.py
     }
     assert DEFINITIONS.keys() - rare <= paths(record.result)
