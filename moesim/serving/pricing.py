@@ -1,6 +1,7 @@
 """What one kernel of serving takes: the kernels of training as they run in a row, small kernels, narrower weights."""
 
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ from numpy.typing import NDArray
 from moesim.kernels import Gemm, GroupedGemm, Kernel, KernelModel, MemoryBound, kernel_model, memory_bytes
 from moesim.kernels.estimate import SOURCES
 from moesim.kernels.tabulated import TabulatedModel
-from moesim.scenario import BYTES_PER_ELEMENT
+from moesim.scenario import BYTES_PER_ELEMENT, GpuSpec
 from moesim.serving.decode_kernels import (
     Fitted,
     attention_of,
@@ -35,6 +36,12 @@ LARGE = 4e6  # elements
 LEAST_SHARE = 0.5  # of a product launched alone that it takes in a row of kernels at least
 
 
+@cache
+def _shipped_model(gpu: GpuSpec) -> KernelModel:
+    """That of a GPU's shipped profile, read once: many deployments are priced in a search."""
+    return kernel_model(gpu)
+
+
 class Pricing:
     """Seconds of kernels on a scenario's GPU under its software, with a note of the sources that they rest on."""
 
@@ -42,7 +49,8 @@ class Pricing:
         self.load, self.gpu = scenario.workload, scenario.cluster.pools[0].spec
         self.software: ServingSoftware = serving_software()[scenario.engine.software]
         self.lists: Lists = LISTS[self.software.kernels]
-        self.kernels: KernelModel = kernel_model(self.gpu, scenario.compute.profile)
+        profile = scenario.compute.profile
+        self.kernels: KernelModel = _shipped_model(self.gpu) if profile is None else kernel_model(self.gpu, profile)
         # Tables were measured in a row already; a profile's kernels were launched alone.
         self._gaps = dict.fromkeys(facts()["gap"], 0.0) if isinstance(self.kernels, TabulatedModel) else facts()["gap"]
         self._sources: set[str] = set()
