@@ -3,7 +3,7 @@
 schema    WHAT is served: model, routing, cluster, requests, engine
 requests  when requests come, how long they are, what they share
 keys      which keys a token sees and stores; memory: weights, and pages for them
-batch     what a data group of ranks works on; prefixes: what it keeps of prompts
+batch     what a data group of ranks works on; prefixes: what it keeps of prompts; balancing: who gets a request
 pricing   HOW LONG a kernel takes; attention, experts: tables of kernels, routing, dispatch; costs: a step of them
 clock     WHEN: SimPy processes of arrivals and of steps
 answers   latencies, throughput, price, the largest load

@@ -106,6 +106,7 @@ class Batch:
         self._stored_S, self._left_S = (np.zeros(engine.running, dtype=np.int64) for _ in range(2))
         self._shared_S = np.zeros(engine.running, dtype=np.int64)  # layer-pages of them that the cache holds
         self.cache = PrefixCache(layout)
+        self._expected: dict[int, int] = {}  # requests with a prefix that wait or whose prompts are computed
         self._prompt_pages = self._host_used = self._moved = 0
         self.held_pages = 0  # layer-pages that the step holds, those that it may fill with them
         self.counts = Counts()
@@ -151,8 +152,14 @@ class Batch:
             return 0
         return int((self.layout.pages(self._stored_S[:n] + ahead) - self._shared_S[:n]).sum())
 
+    def knows(self, prefix: int) -> bool:
+        """Whether a prefix is held, or a request that will compute it is here."""
+        return prefix >= 0 and (prefix in self.cache or self._expected.get(prefix, 0) > 0)
+
     def add(self, job: Job) -> None:
-        """A request that arrives."""
+        """A request that arrives, or waits again."""
+        if job.prefix >= 0:
+            self._expected[job.prefix] = self._expected.get(job.prefix, 0) + 1
         heapq.heappush(self._waiting, (job.turn, job.request, job))
 
     def form(self) -> Formed:
@@ -194,6 +201,7 @@ class Batch:
             if job.done < job.prompt:
                 continue
             self.prompts.remove(job)
+            self._forget(job)
             self._prompt_pages -= self._own_pages(job, job.prompt)
             if self.engine.prefix_cache and job.prefix >= 0 and not job.shared:
                 self._keep_prefix(job)
@@ -229,6 +237,10 @@ class Batch:
             return np.ones(n, dtype=np.int64)
         kept_SD = self._rng.random((n, len(speculation.acceptance))) < np.array(speculation.acceptance)
         return np.asarray(1 + np.cumprod(kept_SD, axis=1, dtype=np.int64).sum(axis=1))
+
+    def _forget(self, job: Job) -> None:
+        if job.prefix >= 0:
+            self._expected[job.prefix] -= 1
 
     def _own_pages(self, job: Job, tokens: int) -> int:
         return int(self.layout.pages(tokens)) - self.layout.shared_pages(job.shared)
@@ -281,6 +293,7 @@ class Batch:
         self.counts.preempted += 1
         if job in self.prompts:
             self.prompts.remove(job)
+            self._forget(job)
             self._prompt_pages -= self._own_pages(job, job.prompt)
             job.done = 0
         else:
@@ -347,6 +360,7 @@ class Batch:
             self._host_used -= pages
             self._moved += pages
             job.swapped = 0
+            self._forget(job)
             self._join(job, stored=stored)
             return int(self.layout.pages(stored + self.rows))
         job.done = job.shared = self._found(job)

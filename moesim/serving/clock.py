@@ -13,6 +13,7 @@ import simpy
 from numpy.typing import NDArray
 
 from moesim.seeding import stream
+from moesim.serving.balancing import BALANCING
 from moesim.serving.batch import Batch, Formed
 from moesim.serving.costs import PARTS, StepCost, StepCosts
 from moesim.serving.memory import ServingMemoryReport, layout_of
@@ -62,7 +63,7 @@ def run_clock(costs: StepCosts, requests: Requests, *, memory: ServingMemoryRepo
     served = Served(np.full(len(requests), np.nan), np.full(len(requests), np.nan), batches)
     bells = [_Bell(env) for _ in sets]
     bell_of = [bells[0 if costs.together else number // stages] for number in range(len(batches))]
-    env.process(_arrivals(env, requests, batches, bell_of))
+    env.process(_arrivals(env, requests, batches, bell_of, scenario.engine.balancing))
     for bell, members in zip(bells, sets, strict=True):
         env.process(_steps(env, costs, members, bell, served))
     env.run()
@@ -87,14 +88,16 @@ class _Bell:
 
 
 def _arrivals(
-    env: simpy.Environment, requests: Requests, batches: Sequence[Batch], bell_of: Sequence[_Bell]
+    env: simpy.Environment, requests: Requests, batches: Sequence[Batch], bell_of: Sequence[_Bell], balancing: str
 ) -> Generator[Any, Any, None]:
+    choose = BALANCING[balancing]
     for number in range(len(requests)):
         delay = float(requests.arrival_N[number]) - env.now
         if delay > 0:
             yield env.timeout(delay)
-        chosen = min(range(len(batches)), key=lambda each: (batches[each].load, each))
-        batches[chosen].add(requests.job(number))
+        job = requests.job(number)
+        chosen = choose(batches, job)
+        batches[chosen].add(job)
         bell_of[chosen].ring()
 
 

@@ -184,6 +184,11 @@ class Engine(Section):
     prefix_cache: Flag = Field(
         default=True, description="Whether keys and values of shared prefixes are kept and found again."
     )
+    balancing: Literal["least_loaded", "by_prefix"] = Field(
+        default="least_loaded",
+        description="Which data group a request goes to: that with the fewest; or one that knows its prefix, unless it "
+        "has over twice as many and four more than the emptiest.",
+    )
     speculation: Speculation | None = Field(default=None, description="Drafted tokens; absent: one token a step.")
     capacity_factor: CapacityFactor | None = Field(
         default=None,

@@ -9,6 +9,7 @@ from moesim.errors import InfeasibleError, UserError
 from moesim.scenario import gpu_spec, load_scenario_text
 from moesim.serving import largest_load, load_serving, load_serving_text, serve, serve_seeds
 from moesim.serving.answers import Deployment
+from moesim.serving.balancing import BALANCING
 from moesim.serving.batch import Batch, Chunk, Formed, Job
 from moesim.serving.costs import StepCosts
 from moesim.serving.decode_kernels import small_all_reduce
@@ -83,7 +84,7 @@ def test_tokens_are_conserved_and_pages_never_exceed_memory(seed: int, pages: in
         rows += formed.tokens
         ended += [job.request for job in done]
         assert batch.used_pages <= pages
-    assert sorted(ended) == list(range(60)) and batch.generating == 0
+    assert sorted(ended) == list(range(60)) and batch.generating == 0 and not any(batch._expected.values())
     assert batch.used_pages == batch.cache.pages and batch.counts.found_tokens > 0
     outputs = sum(output for _, output in sizes)
     assert given + batch.counts.given == outputs
@@ -163,6 +164,13 @@ def test_prefixes_are_found_again_and_spare_their_steps() -> None:
     most = 0.9 * 2000 / (0.9 * 2000 + 500)
     assert lost["prefix_hit_share"] == 0.0 and 0.5 * most < kept["prefix_hit_share"] < most + 0.05
     assert kept["ttft_s"]["p50"] < lost["ttft_s"]["p50"] and kept["input_tokens"] == lost["input_tokens"]
+
+
+def test_requests_that_go_where_their_prefix_is_find_more_of_it() -> None:
+    load = ("workload.prefixes={number: 40, tokens: 2000, skew: 0.5}", "workload.arrivals.rate=60.0")
+    apart, together = (serve(small(*load, f"engine.balancing={kind}")) for kind in BALANCING)
+    assert together["prefix_hit_share"] > 1.15 * apart["prefix_hit_share"]
+    assert together["time_s"]["projections"] < apart["time_s"]["projections"]
 
 
 def test_what_is_swapped_is_not_computed_again() -> None:
