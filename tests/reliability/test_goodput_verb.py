@@ -56,8 +56,8 @@ def test_json_adds_up_and_repeats(call) -> None:
 def test_python_gives_what_the_verb_prints(call) -> None:
     overrides = {"uncertainty.samples": 1, "compute.profile": "roofline", "failures.factor": 300}
     scenario = moesim.load_scenario("uniform-dropless", overrides | {"workload.global_batch": 8})
-    found = moesim.goodput(scenario, days=20, seeds=3)
-    assert found.result == json.loads(call("--json")[1]) and len(found.ledgers) == 3
+    found = moesim.goodput(scenario, days=4, seeds=2)
+    assert found.result == json.loads(call("--json", "--days", "4", "--seeds", "2")[1]) and len(found.ledgers) == 2
 
 
 def test_the_screen_and_the_page_show_the_answers(call) -> None:
@@ -73,8 +73,9 @@ def test_the_screen_and_the_page_show_the_answers(call) -> None:
 
 
 def test_csv_has_the_numbers_of_the_json(call) -> None:
-    head, row = (line.split(",") for line in call("--csv")[1].splitlines())
-    result = json.loads(call("--json")[1])
+    short = ("--days", "4", "--seeds", "2")
+    head, row = (line.split(",") for line in call("--csv", *short)[1].splitlines())
+    result = json.loads(call("--json", *short)[1])
     assert float(row[head.index("time_s.useful")]) == result["time_s"]["useful"]
 
 

@@ -14,13 +14,14 @@ from moesim.scenario import Scenario, Search
 
 def searched(**placement: Any) -> Scenario:
     keys: dict[str, Any] = {
-        "routing": {"kind": "trace", "file": "library:64x6/published/seed0"},
+        "routing": {"kind": "trace", "file": "library:64x6/no-balance"},
+        "model.layers": 5,
         "capacity.kind": "none",
         "workload.sequence_length": 1024,
         "workload.global_batch": 16,
         "workload.micro_batch": 2,
         "uncertainty.samples": 1,
-        "placement": {"kind": "search", "tries": 300} | placement,
+        "placement": {"kind": "search", "tries": 100} | placement,
     }
     return moesim.load_scenario("quickstart", keys)
 
