@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, TextIO
 
+from plotly.graph_objects import Figure
 from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 from rich.console import RenderableType
@@ -117,6 +118,20 @@ def print_serving(result: Result, *, file: TextIO | None = None, width: int | No
     show(lambda _: content, file=file, width=width)
 
 
+def _heat_map(held: Mapping[str, Any]) -> Figure:
+    """Share of the pages: moments across, data groups down."""
+    by_group = list(zip(*held["share"], strict=True))
+    figure = Figure()
+    bar = {"tickformat": ".0%", "title": {"text": "of its pages"}}
+    figure.add_heatmap(x=held["seconds"], z=by_group, colorscale="Blues", zmin=0, colorbar=bar)
+    figure.update_xaxes(title_text="seconds")
+    figure.update_yaxes(title_text="data group", autorange="reversed")
+    height = min(900, max(220, 14 * len(by_group) + 120))
+    figure.update_layout(height=height, margin={"l": 80, "r": 20, "t": 10, "b": 40})
+    figure.update_layout(paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)")
+    return figure
+
+
 def serving_page(result: Result) -> str:
     """Load, waiting requests, pages and steps over time, and the tables, as one HTML document without network."""
     timeline = result["timeline"]
@@ -152,4 +167,7 @@ def serving_page(result: Result) -> str:
         page.close("div")
     page.close("div")
     page.figure(figure, name="over-time", title="Over time")
+    held = result["kv_share_over_time"]
+    if len(held["share"][0]) > 1:
+        page.figure(_heat_map(held), name="groups-over-time", title="Pages in use of every data group over time")
     return page.document(title=f"{result['name']} - serving", script=get_plotlyjs())

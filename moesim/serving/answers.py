@@ -15,6 +15,7 @@ from moesim.serving.schema import ServingScenario, Slo
 
 SHARES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 MOST_POINTS = 2_000  # of the timeline
+MOST_MOMENTS = 200  # of the pages of every group
 LEAST_ANSWERS = 5.0  # times as long as an answer takes must requests come, for a steady load
 NARROW = 0.02  # of the largest load, when the search ends
 
@@ -173,6 +174,7 @@ def _result(deployment: Deployment, requests: Requests, served: Served) -> dict[
         "kv_peak_share": max(served.step_pages)
         / (deployment.memory.pages * len(served.batches) / (1 if costs.together else scenario.parallelism.data)),
         "timeline": _timeline(served),
+        "kv_share_over_time": _held_over_time(served, scenario.parallelism.data, deployment.memory.pages),
         "warnings": _warnings(requests, served),
         "kernels_rest_on": list(costs.rests_on),
         "routing_rests_on": scenario.routing.kind if scenario.model.experts else "no experts",
@@ -203,6 +205,23 @@ def _dropped_share(costs: StepCosts, served: Served) -> float:
     pairs = zip(served.step_tokens, served.step_rows, strict=True)
     shares = [costs.experts.at(tokens, generated).dropped for tokens, generated in pairs]
     return float(np.average(shares, weights=served.step_tokens))
+
+
+def _held_over_time(served: Served, groups: int, pages: int) -> dict[str, Any]:
+    """The share of its pages that every data group held at moments at equal distances: [moments, groups]."""
+    room = pages * len(served.batches) / groups
+    ends = np.array(served.step_end)
+    moments = np.linspace(0.0, ends.max(), min(MOST_MOMENTS, len(ends)) + 1)[1:]
+    share_MD = np.zeros((len(moments), groups))
+    held_D, step = np.zeros(groups), 0
+    order = np.argsort(ends, kind="stable")
+    for moment, until in enumerate(np.searchsorted(ends[order], moments, side="right")):
+        for place in order[step:until]:
+            first, values_D = served.step_held[place]
+            held_D[first : first + len(values_D)] = values_D
+        step = int(until)
+        share_MD[moment] = held_D / room
+    return {"seconds": moments.tolist(), "share": np.round(share_MD, 4).tolist()}
 
 
 def _timeline(served: Served) -> dict[str, list[float]]:

@@ -34,6 +34,7 @@ class Served:
     step_rows: list[int] = field(default_factory=list)  # of generated tokens, drafted ones with them
     step_waiting: list[int] = field(default_factory=list)
     step_pages: list[int] = field(default_factory=list)
+    step_held: list[tuple[int, NDArray[np.int64]]] = field(default_factory=list)  # first group, pages of each
     parts: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
 
     def count(self, name: str) -> int:
@@ -64,8 +65,8 @@ def run_clock(costs: StepCosts, requests: Requests, *, memory: ServingMemoryRepo
     bells = [_Bell(env) for _ in sets]
     bell_of = [bells[0 if costs.together else number // stages] for number in range(len(batches))]
     env.process(_arrivals(env, requests, batches, bell_of, scenario.engine.balancing))
-    for bell, members in zip(bells, sets, strict=True):
-        env.process(_steps(env, costs, members, bell, served))
+    for first, (bell, members) in enumerate(zip(bells, sets, strict=True)):
+        env.process(_steps(env, costs, members, bell, served, first))
     env.run()
     assert not np.isnan(served.done_N).any(), "a request was never answered"
     return served
@@ -102,9 +103,14 @@ def _arrivals(
 
 
 def _steps(
-    env: simpy.Environment, costs: StepCosts, groups: Sequence[Sequence[Batch]], bell: _Bell, served: Served
+    env: simpy.Environment,
+    costs: StepCosts,
+    groups: Sequence[Sequence[Batch]],
+    bell: _Bell,
+    served: Served,
+    first_group: int,
 ) -> Generator[Any, Any, None]:
-    """`groups`: the batches of each data group that steps with the others."""
+    """`groups`: the batches of each data group that steps with the others, from number `first_group` on."""
     batches = [batch for group in groups for batch in group]
     while True:
         if all(batch.is_idle for batch in batches):
@@ -115,7 +121,8 @@ def _steps(
         cost = max((costs.step(in_turn) for in_turn in turns), key=lambda each: each.total)
         assert cost.total > 0
         yield env.timeout(cost.total)
-        waiting, pages = sum(batch.num_waiting for batch in batches), sum(batch.held_pages for batch in batches)
+        waiting = sum(batch.num_waiting for batch in batches)
+        held_D = np.array([sum(batch.held_pages for batch in group) for group in groups])
         for batch, each in zip(batches, (each for group in formed for each in group), strict=True):
             first, done = batch.finish(each)
             for job in first:
@@ -123,7 +130,8 @@ def _steps(
                     served.first_N[job.request] = env.now
             for job in done:
                 served.done_N[job.request] = env.now
-        served.step_pages.append(pages)
+        served.step_pages.append(int(held_D.sum()))
+        served.step_held.append((first_group, held_D))
         _note(served, env.now, cost, [each for group in formed for each in group], waiting)
 
 

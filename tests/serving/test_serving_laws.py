@@ -241,6 +241,9 @@ def test_stages_answer_as_much_with_less_memory_each() -> None:
         serve(small(mesh, "workload.arrivals.rate=20.0"))
         for mesh in ("parallelism={data: 2, expert: 2}", "parallelism={data: 2, expert: 2, pipeline: 2}")
     )
+    for result, groups in ((one, 2), (two, 2)):
+        share_MD = np.array(result["kv_share_over_time"]["share"])
+        assert share_MD.shape == (200, groups) and 0.5 * result["kv_peak_share"] < share_MD.max() <= 1.0
     assert two["gpus"] == 4 and two["memory"]["weights"] < 0.75 * one["memory"]["weights"]
     assert two["memory"]["kv_tokens"] > 1.5 * one["memory"]["kv_tokens"]
     assert one["tpot_s"]["p50"] == pytest.approx(two["tpot_s"]["p50"], rel=0.3)
