@@ -108,7 +108,7 @@ class StepCosts:
         products = 6 if isinstance(model.attention, Mla) else 2
         around = num_launches(lists.attention(model, tensor, 1.0)) + products + 1 + (2 if tensor > 1 else 0)
         network = num_launches(lists.network(1.0, 1)) + 2
-        experts = num_launches(lists.experts(model, 1.0, 1.0, 1)) + 5 + (2 if self.together else 0)  # torch's
+        experts = num_launches(lists.experts(model, 1.0, 1.0, 1)) + 5 + (2 if self.together else 0)
         experts += network if model.shared_experts else 0
         return model.layers * around + model.dense_layers * network + model.moe_layers * experts + 4
 
