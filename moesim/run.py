@@ -3,11 +3,10 @@
 from pathlib import Path
 
 from moesim.engine import simulate_samples, step_kernels
-from moesim.kernels import kernel_model
 from moesim.parallel import TrafficSampler
 from moesim.parallel.memory_remedy import check_memory
 from moesim.program.drawn_routing import draw_samples, obtain_trace, rows_of_variant
-from moesim.program.scenario_fabric import scenario_fabric
+from moesim.program.scenario_fabric import scenario_fabric, scenario_kernels
 from moesim.program.warnings import layout_warnings, sharing_warnings
 from moesim.results import RunRecord
 from moesim.results.assemble import Searched, Simulated, assemble
@@ -34,7 +33,7 @@ def simulate(
     require_supported(scenario)
     trace = obtain_trace(scenario, progress=progress, cache_dir=cache_dir)
     scenario, searched = measured_placement(scenario, trace, progress=progress)
-    base = kernel_model(scenario.cluster.pools[0].spec, scenario.compute.profile)
+    base = scenario_kernels(scenario)
     fabric = scenario_fabric(scenario, base)
     assert (trace is None) == (scenario.model.experts == 0), "an MoE step is driven by a routing trace"
     plain, bootstrap = draw_samples(scenario, trace)
@@ -67,7 +66,7 @@ def mean_step_seconds(scenario: Scenario, trace: RoutingTrace | None) -> float:
     """
     require_supported(scenario)
     scenario, _ = measured_placement(scenario, trace)
-    kernels = kernel_model(scenario.cluster.pools[0].spec, scenario.compute.profile)
+    kernels = scenario_kernels(scenario)
     plain = draw_samples(scenario, trace, bootstrap=False)[0]
     check_memory(scenario, lambda variant: rows_of_variant(scenario, variant, trace, plain))
     fabric = scenario_fabric(scenario, kernels)

@@ -56,14 +56,16 @@ class GroupExecutor:
         samples: int,
         ranks: int,
         host: HostModel,
-        beside: Mapping[str, Beside],
+        beside_R: Sequence[Mapping[str, Beside]],
         recorder: SpanRecorder,
         labels: Labels,
         compiled: bool = False,
     ) -> None:
         self.host_model = host
-        self.beside_F3 = np.array([beside[family] for family in FAMILY_NUMBERS])
-        self._is_free_of_contention = bool((self.beside_F3 == FREE_BESIDE).all())
+        self.beside_F3R = np.moveaxis(
+            np.array([[beside[family] for family in FAMILY_NUMBERS] for beside in beside_R]), 0, -1
+        ).copy()
+        self._is_free_of_contention = bool((self.beside_F3R == np.array(FREE_BESIDE)[:, None]).all())
         self.recorder = recorder
         self.labels = labels
         self.clocks_KSR = np.zeros((NUM_CLOCKS, samples, ranks))  # numbered in `segments`; parts of it by name:
@@ -106,13 +108,13 @@ class GroupExecutor:
     def _execute_packed(
         self, packed: Packed, runs: Sequence[Run]
     ) -> Iterator[tuple[int, Transfer, FloatArray, FloatArray]]:
-        recorder, loops, clocks_KSR, beside_F3 = self.recorder, _loops(), self.clocks_KSR, self.beside_F3
+        recorder, loops, clocks_KSR, beside_F3R = self.recorder, _loops(), self.clocks_KSR, self.beside_F3R
         first, second = micro_batches = runs[0].micro_batch, runs[-1].micro_batch
         of_span = first if first == second else first + packed.which_G * (second - first)
         span = recorder.run(packed.labels_G, of_span).start
         spans = recorder.start_NSR, recorder.finish_NSR, recorder.own_NSR
         for steps_NC, kernels, chain, which, transfers_M in packed.segments:
-            now = beside_F3, self._transfer_span, chain, span
+            now = beside_F3R, self._transfer_span, chain, span
             loops.advance(clocks_KSR, steps_NC, *packed.seconds_Q, *micro_batches, *now, *spans)
             span += kernels
             if chain != NO_TRANSFER:
@@ -213,7 +215,7 @@ class GroupExecutor:
         """
         until_SR, before_SR, lost_SR = self._open_until_SR.copy(), np.zeros_like(last_SR), np.zeros_like(last_SR)
         for kernel, family in enumerate(families_N):
-            compute, transfer, wait = self.beside_F3[family]
+            compute, transfer, wait = self.beside_F3R[family]
             work_SR = elapsed_NSR[kernel] - before_SR
             left_SR = np.maximum(until_SR - np.maximum(last_SR, self._open_from_SR), 0.0)
             free_SR = np.minimum(np.maximum(self._open_from_SR - last_SR, 0.0), work_SR)

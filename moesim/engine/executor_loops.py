@@ -98,7 +98,7 @@ def advance(
     second_Q: FloatArray,
     first_micro_batch: int,
     second_micro_batch: int,
-    beside_F3: FloatArray,
+    beside_F3R: FloatArray,
     open_span: int,
     chain: int,
     span: int,
@@ -141,7 +141,8 @@ def advance(
                 last, work = compute_SR[sample, rank], work_SR[sample, rank]
                 if last < until_SR[sample, rank]:
                     more = work - before_SR[sample, rank]
-                    longer = _lose(clocks_KSR, beside_F3[step_C[FAMILY]], more, sample, rank)
+                    beside_3 = beside_F3R[step_C[FAMILY], :, min(rank, beside_F3R.shape[2] - 1)]
+                    longer = _lose(clocks_KSR, beside_3, more, sample, rank)
                     if longer > 0.0:
                         _lengthen(clocks_KSR, open_span, longer, sample, rank, finish_GSR, own_GSR)
                 finish = work + start_SR[sample, rank] + lost_SR[sample, rank]

@@ -16,6 +16,7 @@ from moesim.program import StepProgram, build_program
 from moesim.results import CATEGORIES, Stream, attribute
 from moesim.results.critical_path import path_facts
 from moesim.results.outcome import Outcome
+from moesim.results.pools import waits
 from moesim.results.stages import action_seconds
 from moesim.scenario import Scenario
 
@@ -74,6 +75,7 @@ def _simulate_program(program: StepProgram, *, first: bool) -> Outcome:
         busy_gS |= {(group.pipeline_rank, int(first)): busy_S for first in ranks_TR[:, 0]}
     for (place, _), busy_S in sorted(busy_gS.items(), key=lambda item: item[0]):  # summed in the order of the ranks
         busy_SP[:, place] += busy_S
+    collectives = [(each.name, each.members) for each in (*program.reductions, *program.gathers)]
     return Outcome(
         step_S=step.step_S,
         attribution_CSW=attribution_CSW,
@@ -84,4 +86,5 @@ def _simulate_program(program: StepProgram, *, first: bool) -> Outcome:
         spans=tuple(table.first_sample() for table in kept) if first else (),
         critical_path=path_facts(step.tables, pipeline_ranks=places) if first else {},
         shared_links=len(program.contention.capacity_L) if program.contention else 0,
+        waits=waits(step.tables, [group.place for group in program.groups], collectives) if first else {},
     )

@@ -263,7 +263,7 @@ def _simulate(program: StepProgram, labels: Labels) -> StepOutcome:
             samples=program.samples,
             ranks=len(group.ranks_R),
             host=program.host,
-            beside=program.beside,
+            beside_R=group.beside_R,
             recorder=recorder,
             labels=labels,
             compiled=program.compiled,

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from moesim.engine.step import simulate_step
-from moesim.kernels import KernelModel
+from moesim.kernels import KernelModel, MixedKernels
 from moesim.network import Fabric
 from moesim.program.build import build_program
 from moesim.program.loads import RoutingSample
@@ -20,6 +20,7 @@ from moesim.results.spans import SpanTable, Stream
 from moesim.scenario import Scenario
 from moesim.scenario.flops import model_flops_per_token
 from moesim.scenario.schema import PipelineSchedule
+from moesim.scenario.speeds import Speeds
 
 FEW_LAYERS = 8
 
@@ -27,13 +28,31 @@ FEW_LAYERS = 8
 def step_kernels(
     scenario: Scenario, *, fabric: Fabric, kernels: KernelModel, samples: Sequence[RoutingSample]
 ) -> KernelModel:
-    """`kernels` at the clock of the scenario's step, from a simulation of the first sample's `small_part`."""
+    """`kernels` at the clock of the scenario's step, from a simulation of the first sample's `small_part`.
+
+    Of several kinds of GPU each gets the clock of a small part whose ranks are all of its kind.
+    """
+    if isinstance(kernels, MixedKernels):
+        alone = {kind: _only(scenario, kind) for kind in kernels.models}
+        return MixedKernels(
+            {
+                kind: step_kernels(alone[kind], fabric=fabric, kernels=model, samples=samples)
+                for kind, model in kernels.models.items()
+            }
+        )
     light = kernels.at_load(0.0)
     if light is kernels:
         return kernels  # a model without a power limit
     part = small_part(scenario)
     outcome = simulate_step(build_program(part, fabric=fabric, kernels=light, samples=samples[:1], merge=True))
     return kernels.at_load(unevenness(outcome.tables) * step_flops(part, kernels) / float(outcome.step_S.mean()))
+
+
+def _only(scenario: Scenario, kind: int) -> Scenario:
+    """The scenario with the GPUs of one pool in all pools."""
+    gpu = scenario.cluster.pools[kind].gpu
+    pools = tuple(pool.model_copy(update={"gpu": gpu}) for pool in scenario.cluster.pools)
+    return scenario.model_copy(update={"cluster": scenario.cluster.model_copy(update={"pools": pools})})
 
 
 def small_part(scenario: Scenario) -> Scenario:
@@ -44,10 +63,12 @@ def small_part(scenario: Scenario) -> Scenario:
     dense = min(FEW_LAYERS if model.experts == 0 else 1, model.dense_layers)
     few = model.with_few_layers(dense=dense, moe=min(FEW_LAYERS, model.moe_layers))
     batches = scenario.num_drawn_micro_batches
-    alone = {"data": data, "pipeline": 1, "stages": None, "schedule": PipelineSchedule()}
+    alone: dict[str, object] = {"data": data, "pipeline": 1, "stages": None, "schedule": PipelineSchedule()}
+    alone |= {"across_pools": None, "batch_share": "even"}
     return scenario.model_copy(
         update={
             "parallelism": mesh.model_copy(update=alone),
+            "cluster": scenario.cluster.model_copy(update={"speeds": Speeds()}),
             "model": few.model_copy(update={"mtp_layers": 0}),
             "workload": workload.model_copy(update={"global_batch": batches * data * workload.micro_batch}),
         }

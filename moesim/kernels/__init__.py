@@ -10,6 +10,7 @@ from moesim.kernels.estimate import SOURCES, Beside, Contention, Estimate, HostC
 from moesim.kernels.families import MEMORY_KINDS, Attention, Gemm, GroupedGemm, Kernel, MemoryBound, memory_bytes
 from moesim.kernels.loading import gpu_of_device, kernel_model, load_profile
 from moesim.kernels.measured import contention_of
+from moesim.kernels.mixed import MixedKernels, kernels_of_kind
 from moesim.kernels.report import leave_one_out_rows
 from moesim.kernels.roofline import Roofline
 from moesim.kernels.scaled import ScaledModel
@@ -28,12 +29,14 @@ __all__ = [
     "Kernel",
     "KernelModel",
     "MemoryBound",
+    "MixedKernels",
     "Roofline",
     "ScaledModel",
     "calibrate_command",
     "contention_of",
     "gpu_of_device",
     "kernel_model",
+    "kernels_of_kind",
     "leave_one_out_rows",
     "load_profile",
     "memory_bytes",

@@ -15,6 +15,7 @@ from moesim.errors import InternalError
 from moesim.kernels.calibrated import CalibratedModel
 from moesim.kernels.estimate import SOURCES, KernelModel
 from moesim.kernels.families import FloatArray
+from moesim.kernels.mixed import MixedKernels
 from moesim.kernels.scaled import ScaledModel
 from moesim.kernels.tabulated import TabulatedModel
 from moesim.strict_json import parse_json
@@ -80,8 +81,12 @@ def _by_key() -> dict[tuple[str, str, str], KnownError]:
 def bases_of(model: KernelModel) -> tuple[str, ...]:
     """The bases whose errors hold for a model, the nearest first.
 
-    A GPU whose rates are those of the measured one (H800 and H100) has that one's errors: nothing is scaled.
+    A GPU whose rates are those of the measured one (H800 and H100) has that one's errors: nothing is scaled. Of several
+    kinds of GPU those that hold for all of them.
     """
+    if isinstance(model, MixedKernels):
+        first, *others = map(bases_of, model.models.values())
+        return tuple(basis for basis in first if all(basis in other for other in others))
     if isinstance(model, ScaledModel):
         return bases_of(model.base) if model.is_same_chip else ("scaled", "any")
     if isinstance(model, TabulatedModel):
@@ -91,11 +96,15 @@ def bases_of(model: KernelModel) -> tuple[str, ...]:
 
 def kernels_rest_on(model: KernelModel) -> str:
     """The model's name, and that it is a data sheet where it is: runs of one such name share the errors of kernels."""
+    if isinstance(model, MixedKernels):
+        return " and ".join(dict.fromkeys(map(kernels_rest_on, model.models.values())))
     return f"{model.name} (data sheet)" if bases_of(model) == ("any",) else model.name
 
 
 def clock_error_of(model: KernelModel) -> float:
     """Log seconds by which a step's kernels may be off because the kind's clock under load is not known; mostly 0."""
+    if isinstance(model, MixedKernels):
+        return max(map(clock_error_of, model.models.values()))
     return model.clock_error if isinstance(model, TabulatedModel) else 0.0
 
 

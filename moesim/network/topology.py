@@ -30,6 +30,7 @@ class Site:
     rank: int
     gpu: str
     nvlink: float  # bytes/s in one direction
+    nic_bandwidth: float | None  # of its port, likewise; None: the fabric's
     node: int
     node_size: int
     rail: int
@@ -64,9 +65,9 @@ def sites_of(cluster: Cluster) -> list[Site]:
                 nic = rail // sharing
                 sites.append(
                     Site(
-                        rank=len(sites), gpu=spec.name, nvlink=nvlink, node=node, node_size=pool.gpus_per_node,
-                        rail=rail, domain=domain + index // domain_nodes, pod=pod, nic=nic,
-                        nic_rank=len(sites) - rail % sharing, leaf=kind.leaf(nic, pod=pod, planes=planes),
+                        rank=len(sites), gpu=spec.name, nvlink=nvlink, nic_bandwidth=pool.nic, node=node,
+                        node_size=pool.gpus_per_node, rail=rail, domain=domain + index // domain_nodes, pod=pod,
+                        nic=nic, nic_rank=len(sites) - rail % sharing, leaf=kind.leaf(nic, pod=pod, planes=planes),
                         spine=kind.spine(nic, pod=pod, planes=planes), plane=kind.plane(nic, planes=planes),
                     )
                 )  # fmt: skip
@@ -168,7 +169,7 @@ def _add_nvlink(graph: "nx.DiGraph[str]", fabric: Fabric, sites: list[Site], par
 def _add_network(
     graph: "nx.DiGraph[str]", fabric: Fabric, kind: FabricKind, sites: list[Site], parameters: NetworkParameters
 ) -> None:
-    bandwidth = parameters.nic_bandwidth if fabric.nic is None else fabric.nic
+    usual = parameters.nic_bandwidth if fabric.nic is None else fabric.nic
     nic_latency = parameters.nic_latency if fabric.nic_latency is None else fabric.nic_latency
     leaf_latency = parameters.leaf_latency if fabric.leaf_latency is None else fabric.leaf_latency
     reached = _Reached.of(fabric.nic_efficiency, parameters.nic_efficiency)
@@ -177,6 +178,7 @@ def _add_network(
     parent: dict[str, str] = {}
     for site in sites:
         gpu, nic, leaf, spine = f"gpu{site.rank}", site.nic_name, site.leaf, site.spine
+        bandwidth = usual if site.nic_bandwidth is None else site.nic_bandwidth
         graph.add_node(nic, kind="nic", node=site.node)
         graph.add_node(leaf, kind="leaf")
         # The NIC's latency counts the way between GPU and NIC too, which is never slower than the port.

@@ -31,10 +31,10 @@ from moesim.parallel.memory_parameters import holders, state_bytes, table_parame
 from moesim.parallel.memory_phases import Phase, Sizes, eager_phases
 from moesim.parallel.memory_rows import RoutedRows
 from moesim.parallel.memory_saved import FP32, Part, Saved, SavedTensors, Unit
-from moesim.parallel.mesh import Mesh
 from moesim.parallel.traffic import token_bytes
 from moesim.scenario import Scenario
 from moesim.scenario.base import BYTES_PER_ELEMENT
+from moesim.scenario.mixed import pools_of_ranks
 from moesim.scenario.model import Mla
 from moesim.schedules import Pass, Schedule, build_schedule
 
@@ -43,12 +43,24 @@ Array = NDArray[Any]
 WORKSPACE_BYTES = 2 * 32 * 2**20  # cuBLAS on Hopper: 32 MiB for the handle of each thread, forward and backward
 
 
+@dataclass(frozen=True, kw_only=True)
+class PoolMemory:
+    """Of the ranks on the GPUs of one pool: bytes of its fullest rank, of one GPU, and in which samples all fit."""
+
+    name: str
+    gpu: str
+    peak_bytes: float
+    capacity_bytes: float
+    fits_S: tuple[bool, ...]
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MemoryReport:
     """Peak memory of each pipeline rank.
 
     parts: by pipeline rank, bytes by part on its fullest rank in its fullest sample, adding up to its peak.
-    peak_SP: bytes of the fullest rank of each pipeline rank, by sample. capacity_P: bytes of the smallest GPU there.
+    peak_SP: bytes of the fullest rank of each pipeline rank, by sample; of those on the pool that comes closest to its
+    capacity there, where it has several. capacity_P, gpus: bytes and name of one of these. pools: those with ranks.
     held_P: bytes that stay through the step (states and what is reserved). kept_PCBW: bytes that a micro-batch keeps
     in each chunk between its forward pass and the end of its backward pass, sample 0.
     """
@@ -59,6 +71,7 @@ class MemoryReport:
     held_P: FloatArray
     kept_PCBW: FloatArray
     gpus: tuple[str, ...]
+    pools: tuple[PoolMemory, ...]
 
     @property
     def peak_bytes(self) -> float:
@@ -68,7 +81,7 @@ class MemoryReport:
     @property
     def fits_share(self) -> float:
         """Share of routing samples in which every rank fits."""
-        return float((self.peak_SP <= self.capacity_P).all(axis=1).mean())
+        return float(np.all([pool.fits_S for pool in self.pools], axis=0).mean())
 
     @property
     def fullest(self) -> int:
@@ -102,26 +115,35 @@ def memory_report(scenario: Scenario, rows: RoutedRows) -> MemoryReport:
         virtual=work.virtual,
     )
     ranks = [_PipelineRank(scenario, rows, schedule, rank) for rank in range(schedule.num_ranks)]
-    capacities = _capacities(scenario)
+    fullest = [_fullest_pool(scenario, rank) for rank in ranks]
     return MemoryReport(
-        parts=tuple(rank.parts for rank in ranks),
-        peak_SP=np.stack([rank.peak_SW.max(axis=1) for rank in ranks], axis=1),
-        capacity_P=np.array([capacity for capacity, _ in capacities]),
+        parts=tuple(rank.parts(pool) for rank, pool in zip(ranks, fullest, strict=True)),
+        peak_SP=np.stack([rank.peak_SW[:, rank.on(p)].max(axis=1) for rank, p in zip(ranks, fullest, strict=True)], 1),
+        capacity_P=np.array([scenario.cluster.pools[pool].spec.memory_bytes for pool in fullest]),
         held_P=np.array([sum(rank.states.values()) + scenario.memory.reserved for rank in ranks]),
         kept_PCBW=np.stack([rank.kept_CBW for rank in ranks]),
-        gpus=tuple(name for _, name in capacities),
+        gpus=tuple(scenario.cluster.pools[pool].gpu_name for pool in fullest),
+        pools=tuple(_pool_memory(scenario, ranks, pool) for pool in sorted({p for rank in ranks for p in rank.pools})),
     )
 
 
-def _capacities(scenario: Scenario) -> list[tuple[float, str]]:
-    """Memory and name of the smallest GPU of each pipeline rank."""
-    by_gpu = [
-        (pool.spec.memory_bytes, pool.gpu_name)
-        for pool in scenario.cluster.pools
-        for _ in range(pool.nodes * pool.gpus_per_node)
-    ]
-    size = Mesh(scenario.parallelism, scenario.cluster).stage_ranks
-    return [min(by_gpu[rank * size : (rank + 1) * size]) for rank in range(scenario.parallelism.pipeline)]
+def _fullest_pool(scenario: Scenario, rank: "_PipelineRank") -> int:
+    """The pool whose ranks come closest to their capacity on this pipeline rank."""
+    pools = scenario.cluster.pools
+    return max(rank.pools, key=lambda pool: rank.peak_SW[:, rank.on(pool)].max() / pools[pool].spec.memory_bytes)
+
+
+def _pool_memory(scenario: Scenario, ranks: Sequence["_PipelineRank"], number: int) -> PoolMemory:
+    pool = scenario.cluster.pools[number]
+    peak_S = np.max([rank.peak_SW[:, rank.on(number)].max(axis=1) for rank in ranks if number in rank.pools], axis=0)
+    capacity = pool.spec.memory_bytes
+    return PoolMemory(
+        name=pool.name,
+        gpu=pool.gpu_name,
+        peak_bytes=float(peak_S.max()),
+        capacity_bytes=capacity,
+        fits_S=tuple((peak_S <= capacity).tolist()),
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,6 +154,24 @@ class _PipelineRank:
     rows: RoutedRows
     schedule: Schedule
     rank: int
+
+    @cached_property
+    def pool_W(self) -> NDArray[np.int64]:
+        """The pool of every rank of the stage."""
+        cluster, mesh = self.scenario.cluster, self.scenario.parallelism
+        if len(cluster.pools) == 1:
+            return np.zeros(mesh.stage_ranks, dtype=np.int64)
+        first = self.rank * mesh.stage_ranks
+        return np.array(pools_of_ranks(cluster, mesh)[first : first + mesh.stage_ranks], dtype=np.int64)
+
+    @property
+    def pools(self) -> list[int]:
+        """Those that have ranks here."""
+        return sorted(set(self.pool_W.tolist()))
+
+    def on(self, pool: int) -> NDArray[np.intp]:
+        """The ranks on a pool."""
+        return np.flatnonzero(self.pool_W == pool)
 
     @cached_property
     def saved(self) -> SavedTensors:
@@ -378,11 +418,11 @@ class _PipelineRank:
         """Peak bytes of every rank in every sample."""
         return np.asarray(np.max([self._phase_SW(phase) for phase in self.phases], axis=0), dtype=np.float64)
 
-    @cached_property
-    def parts(self) -> dict[str, float]:
-        """Bytes by part on the fullest rank in the fullest sample, largest first."""
-        sample, place = np.unravel_index(int(self.peak_SW.argmax()), self.peak_SW.shape)
-        at = (int(sample), int(place))
+    def parts(self, pool: int) -> dict[str, float]:
+        """Bytes by part on the fullest rank of a pool in the fullest sample, largest first."""
+        at_W = self.on(pool)
+        sample, place = np.unravel_index(int(self.peak_SW[:, at_W].argmax()), (len(self.peak_SW), len(at_W)))
+        at = (int(sample), int(at_W[place]))
         phase = max(self.phases, key=lambda phase: self._phase_SW(phase)[at])
         shape, memory = self.peak_SW.shape, self.scenario.memory
         moving = {f"activations.{part}": size for part, size in self._live_parts(phase, *at).items()}

@@ -104,10 +104,8 @@ def training_changes(scenario: Scenario) -> Iterator[Change]:
 
 
 def more_gpus(scenario: Scenario) -> Iterator[Change]:
-    """More nodes of the same kind for more expert or pipeline ranks; none where the cluster mixes pools."""
+    """More nodes of every pool for more expert or pipeline ranks."""
     mesh = scenario.parallelism
-    if len(scenario.cluster.pools) > 1:
-        return
     stages = ("parallelism.stages=null",) if mesh.stages is not None else ()
     frugal = [f"parallelism.zero.{part}=1" for part in ("dense", "expert") if not getattr(mesh.zero, part)]
     if scenario.workload.recompute != "full":
@@ -115,11 +113,13 @@ def more_gpus(scenario: Scenario) -> Iterator[Change]:
     if pads(scenario):
         frugal.append("capacity.pad=false")
     for factor in FACTORS:
-        nodes = f"cluster.pools.0.nodes={scenario.cluster.pools[0].nodes * factor}"
+        nodes = [
+            f"cluster.pools.{number}.nodes={pool.nodes * factor}" for number, pool in enumerate(scenario.cluster.pools)
+        ]
         for way in (
             (f"parallelism.data={mesh.data * factor}", f"parallelism.expert={mesh.expert * factor}"),
             (f"parallelism.pipeline={mesh.pipeline * factor}", *stages),
         ):
-            yield Change((nodes, *way))
+            yield Change((*nodes, *way))
             if frugal:
-                yield Change((nodes, *way, *frugal))
+                yield Change((*nodes, *way, *frugal))

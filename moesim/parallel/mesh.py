@@ -1,8 +1,9 @@
 """The mesh of ranks: which ranks form which group, and on which node each of them sits.
 
 Ranks are numbered with tensor fastest, then context, data and pipeline (slowest); GPU i of the cluster runs rank i,
-and GPUs are numbered node by node through the pools. The layers with experts see the same ranks of a stage in another
-order, chosen apart (parallel folding, arXiv 2504.14960): expert-tensor fastest, then expert, then expert-data.
+and GPUs are numbered node by node through the pools, dealt out by `moesim.scenario.mixed` where an axis crosses them.
+The layers with experts see the same ranks of a stage in another order, chosen apart (parallel folding, arXiv
+2504.14960): expert-tensor fastest, then expert, then expert-data.
 Legend: W ranks of the world, R and D ranks of one expert-parallel group, M nodes that the group touches.
 """
 
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.scenario.cluster import Cluster
+from moesim.scenario.mixed import ranked_cluster
 from moesim.scenario.schema import Parallelism
 
 Ranks = NDArray[np.int64]
@@ -115,8 +117,8 @@ class Mesh:
 
     @cached_property
     def node_of_rank_W(self) -> Ranks:
-        """Node of every rank, numbered through the pools: its NVLink domain, in nvl72 the rack."""
-        sizes = self.cluster.domain_sizes
+        """Node of every rank, numbered in the order of ranks: its NVLink domain, in nvl72 the rack."""
+        sizes = ranked_cluster(self.cluster, self.parallelism).domain_sizes
         return np.repeat(np.arange(len(sizes)), sizes)[: self.world_size]
 
     @cached_property

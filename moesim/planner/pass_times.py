@@ -100,7 +100,7 @@ class Passes:
             samples=1,
             ranks=ranks,
             host=program.host,
-            beside=program.beside,
+            beside_R=program.groups[0].beside_R,
             recorder=SpanRecorder(
                 rows=2 * sum(len(block.operations) for blocks in actions for block in blocks), samples=1, ranks=ranks
             ),

@@ -4,14 +4,15 @@ Legend: S routing samples, R ranks of a group.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.kernels import Beside, KernelModel
+from moesim.kernels import Beside, KernelModel, kernels_of_kind
 from moesim.kernels.errors import TRANSFERS
 from moesim.kernels.families import FAMILIES
 from moesim.network import Fabric, group_shape, send_recv_seconds
@@ -24,6 +25,7 @@ from moesim.program.operations import Block, Run
 from moesim.program.optimizer import optimizer_block
 from moesim.program.parameters import ParameterGroups
 from moesim.program.peers import GroupLinks
+from moesim.program.rank_kinds import BlocksOf, RankKinds
 from moesim.program.reductions import Reduction
 from moesim.program.software import kernel_list
 from moesim.program.stage import StagePlan, source_seconds, stage_blocks, tensor_bytes
@@ -74,31 +76,39 @@ class _Builder:
         self.compiled = pays_for_compiled_loops(scenario, samples=max(1, len(samples)))
         self.twins = twins
         self.mesh = Mesh(scenario.parallelism, scenario.cluster)
+        self.ranks = RankKinds.of(scenario)
+        self.schedules: dict[int, Schedule] = {}
         self.parameters = ParameterGroups(
             scenario, self.mesh, self.schedule, map_of=samples[0].map_of if samples else None
         )
         self.seconds: defaultdict[Basis, float] = defaultdict(float)
         self.handoff_seconds: dict[tuple[int, int], float] = {}
         # Two pipeline ranks that hold the same stage (DualPipe) share its blocks where the fabric treats them alike.
-        self.blocks: dict[tuple[int, int, bytes], dict[Pass, Block]] = {}
+        self.blocks: dict[tuple[int, int, bytes, bytes], Mapping[Pass, Block]] = {}
         self.merged: dict[Block, Block] = {}
         self.whole: dict[Block, Block] = {}  # the other way round
         # Of a pipeline rank: its actions with the hand-offs before and behind, the same for all of its groups.
-        self.exchanges: dict[int, list[tuple[Action, tuple[Handoff, ...], tuple[Sent, ...]]]] = {}
+        self.exchanges: dict[tuple[int, int], list[tuple[Action, tuple[Handoff, ...], tuple[Sent, ...]]]] = {}
         self.block_seconds: dict[Block, list[tuple[Basis, float]]] = {}
         self.block_bytes: dict[Block, float] = {}
         self.tensor_bytes = 0.0
 
-    @cached_property
+    @property
     def schedule(self) -> Schedule:
-        """Who does what on each pipeline rank."""
-        chosen = self.scenario.parallelism.schedule
-        return build_schedule(
-            chosen.kind,
-            num_ranks=self.scenario.parallelism.pipeline,
-            num_micro_batches=self.scenario.num_micro_batches,
-            virtual=chosen.virtual,
-        )
+        """Who does what on each pipeline rank, with most micro-batches."""
+        return self._schedule(self.scenario.num_micro_batches)
+
+    def _schedule(self, micro_batches: int) -> Schedule:
+        """The same with so many, which groups on different pools may have different numbers of."""
+        if micro_batches not in self.schedules:
+            chosen = self.scenario.parallelism.schedule
+            self.schedules[micro_batches] = build_schedule(
+                chosen.kind,
+                num_ranks=self.scenario.parallelism.pipeline,
+                num_micro_batches=micro_batches,
+                virtual=chosen.virtual,
+            )
+        return self.schedules[micro_batches]
 
     def program(self) -> StepProgram:
         """Everything together."""
@@ -107,7 +117,9 @@ class _Builder:
         stages, collectives = self.schedule.num_ranks, (*reductions, *gathers)
         classes = [[number] for number in range(len(self.mesh.rank_groups()))]
         if self.twins:
-            classes = twin_numbers(self.mesh, self.fabric, self.samples, collectives, stages=stages)
+            classes = twin_numbers(
+                self.mesh, self.fabric, self.samples, collectives, stages=stages, facts_of=self.ranks.key
+            )
         groups = [group for stage in range(stages) for group in self._groups(stage, classes)]
         for collective in (*reductions, *gathers):
             self._count(collective, groups)
@@ -116,7 +128,6 @@ class _Builder:
             reductions=tuple(reductions),
             gathers=tuple(gathers),
             host=self.host,
-            beside=self.beside,
             samples=max(1, len(self.samples)),
             source_seconds=dict(self.seconds),
             tensor_bytes=self.tensor_bytes,
@@ -124,16 +135,16 @@ class _Builder:
             contention=find_contention(self.fabric, groups, (*reductions, *gathers)),
         )
 
-    @cached_property
-    def beside(self) -> dict[str, Beside]:
-        """What kernels and open transfers cost each other, by family: the SMs that communication holds, or as measured.
+    def beside(self, kind: int) -> dict[str, Beside]:
+        """What kernels and open transfers cost each other on a kind of GPU, by family: the SMs that communication
+        holds, or as measured.
 
         A transfer with SMs of its own does not wait for those of a kernel.
         """
         share = self.scenario.dispatch.sm_share
         if share is not None:
             return dict.fromkeys(FAMILIES, Beside(1.0 / (1.0 - share)))
-        measured = {family: self.kernels.contention.of(family) for family in FAMILIES}
+        measured = {family: kernels_of_kind(self.kernels, kind).contention.of(family) for family in FAMILIES}
         if DISPATCH[self.scenario.dispatch.algorithm].owns_sms:
             return {family: Beside(each.compute) for family, each in measured.items()}
         return measured
@@ -165,59 +176,78 @@ class _Builder:
         chunks = [
             self._blocks(stage, pipeline_rank, number, ranks_R) for stage in self.schedule.stages_of_rank[pipeline_rank]
         ]
-        parameters = self.parameters.of_rank(pipeline_rank)
-        writer = KernelWriter(self.kernels, dtype=self.scenario.workload.precision.kernels, part=Part.GRADIENTS)
-        accumulate = {
-            first: Block(
-                "accumulate", tuple(self.software.accumulation(writer, parameters=parameters.held, first=first))
-            )
-            for first in (True, False)
-        }
-        before, after = self.software.flat_copies(writer, parameters=parameters.reduced)
+        ends = self._priced(ranks_R, lambda kernels: self._end_blocks(kernels, pipeline_rank))
         tasks: list[Task] = []
         last_tasks: dict[int, int] = {}
         done_backwards = 0
-        for action, receives, sends in self._exchanges(pipeline_rank):
+        for action, receives, sends in self._exchanges(pipeline_rank, int(self.ranks.batches_W[ranks_R[0]])):
             runs = [
                 Run(self._merged(chunks[w.chunk][w.kind]), w.micro_batch, w.kind is not Pass.FORWARD)
                 for w in action.works
             ]
             tasks += self._tasks(runs, receives, sends)
             backwards = sum(work.kind in (Pass.BACKWARD, Pass.INPUT) for work in action.works)
-            added = accumulate[done_backwards < len(chunks)]
+            added = ends["first" if done_backwards < len(chunks) else "later"]
             if backwards and added.operations:
                 tasks.append(Task(runs=(Run(added, action.works[-1].micro_batch, True),)))
             done_backwards += backwards
             for work in action.works:
                 if work.kind in (Pass.BACKWARD, Pass.WEIGHT):
                     last_tasks[self.schedule.stage(pipeline_rank, work)] = len(tasks) - 1
-        if before or self.mesh.shards_by_layer:
+        flatten = ends["flatten"]
+        if flatten.operations or self.mesh.shards_by_layer:
             last_tasks = {}  # all gradients go together, or the stream is busy in every pass
-        if before:
-            tasks.append(Task(runs=(Run(Block("flatten", tuple(before)), -1, False),)))
-        optimizer = optimizer_block(
-            self.scenario, self.kernels, parameters=parameters.updated, products=parameters.products
-        )
+        if flatten.operations:
+            tasks.append(Task(runs=(Run(flatten, -1, False),)))
+        kinds = self.ranks.kinds(ranks_R)
         return GroupProgram(
             number=number,
             pipeline_rank=pipeline_rank,
             ranks_R=ranks_R,
             tasks=tuple(tasks),
-            optimizer=Block("optimizer", (*after, *optimizer.operations)),
+            optimizer=ends["optimizer"],
             last_tasks=last_tasks,
+            beside_R=tuple(self.beside(kind) for kind in (kinds if len(kinds) == 1 else self.ranks.kind_W[ranks_R])),
         )
 
-    def _exchanges(self, pipeline_rank: int) -> list[tuple[Action, tuple[Handoff, ...], tuple[Sent, ...]]]:
-        if pipeline_rank not in self.exchanges:
-            self.exchanges[pipeline_rank] = [
+    def _priced(self, ranks_R: NDArray[np.int64], write: BlocksOf) -> Mapping[Any, Block]:
+        """The blocks that `write` makes of a kernel model, for the GPUs of these ranks."""
+        made = self.ranks.blocks(self.kernels, ranks_R, write)
+        for block, sources in made.sources.items():
+            self.block_seconds[block] = list(sources)
+            self.block_bytes[block] = tensor_bytes(block)
+        return made.blocks
+
+    def _end_blocks(self, kernels: KernelModel, pipeline_rank: int) -> dict[str, Block]:
+        """What follows the passes: gradients added up (the first time and later), made flat, and the optimizer."""
+        parameters = self.parameters.of_rank(pipeline_rank)
+        writer = KernelWriter(kernels, dtype=self.scenario.workload.precision.kernels, part=Part.GRADIENTS)
+        before, after = self.software.flat_copies(writer, parameters=parameters.reduced)
+        added = {
+            name: self.software.accumulation(writer, parameters=parameters.held, first=name == "first")
+            for name in ("first", "later")
+        }
+        optimizer = optimizer_block(self.scenario, kernels, parameters=parameters.updated, products=parameters.products)
+        return {
+            **{name: Block("accumulate", tuple(operations)) for name, operations in added.items()},
+            "flatten": Block("flatten", tuple(before)),
+            "optimizer": Block("optimizer", (*after, *optimizer.operations)),
+        }
+
+    def _exchanges(
+        self, pipeline_rank: int, micro_batches: int
+    ) -> list[tuple[Action, tuple[Handoff, ...], tuple[Sent, ...]]]:
+        key, schedule = (pipeline_rank, micro_batches), self._schedule(micro_batches)
+        if key not in self.exchanges:
+            self.exchanges[key] = [
                 (
                     action,
-                    self.schedule.receives(pipeline_rank, action),
-                    tuple(self._sent(action.works, sent) for sent in self.schedule.sends(pipeline_rank, action)),
+                    schedule.receives(pipeline_rank, action),
+                    tuple(self._sent(action.works, sent) for sent in schedule.sends(pipeline_rank, action)),
                 )
-                for action in self.schedule.actions[pipeline_rank]
+                for action in schedule.actions[pipeline_rank]
             ]
-        return self.exchanges[pipeline_rank]
+        return self.exchanges[key]
 
     def _count_block(self, block: Block, times: int) -> None:
         if block not in self.block_seconds:
@@ -231,9 +261,14 @@ class _Builder:
         if not self.merge:
             return block
         if block not in self.merged:
-            self.merged[block] = block.merged(families_alike=len(set(self.beside.values())) == 1)
+            self.merged[block] = block.merged(families_alike=self.families_alike)
             self.whole[self.merged[block]] = block
         return self.merged[block]
+
+    @cached_property
+    def families_alike(self) -> bool:
+        """Whether kernels of all families and open transfers cost each other the same, on every kind of GPU."""
+        return all(len(set(self.beside(kind).values())) == 1 for kind in np.unique(self.ranks.kind_W).tolist())
 
     def _tasks(self, runs: Sequence[Run], receives: tuple[Handoff, ...], sends: tuple[Sent, ...]) -> list[Task]:
         """One task; a pair that the software does not overlap is one after the other."""
@@ -265,18 +300,18 @@ class _Builder:
             self.handoff_seconds[source, target] = send_recv_seconds(self.fabric, first, second, size).seconds
         return self.handoff_seconds[source, target]
 
-    def _blocks(self, stage: int, pipeline_rank: int, number: int, ranks_R: NDArray[np.int64]) -> dict[Pass, Block]:
+    def _blocks(self, stage: int, pipeline_rank: int, number: int, ranks_R: NDArray[np.int64]) -> Mapping[Pass, Block]:
         holders = sum(stage in stages for stages in self.schedule.stages_of_rank)
         if holders == 1:
             return self._write_blocks(stage, pipeline_rank, number, ranks_R)
-        key = (stage, number, group_shape(self.fabric, ranks_R))
+        key = (stage, number, group_shape(self.fabric, ranks_R), self.ranks.key(ranks_R))
         if key not in self.blocks:
             self.blocks[key] = self._write_blocks(stage, pipeline_rank, number, ranks_R)
         return self.blocks[key]
 
     def _write_blocks(
         self, stage: int, pipeline_rank: int, number: int, ranks_R: NDArray[np.int64]
-    ) -> dict[Pass, Block]:
+    ) -> Mapping[Pass, Block]:
         model, layers = self.scenario.model, self.scenario.stage_layers[stage]
         last = stage == self.schedule.num_stages - 1
         chosen = [layer for layer in layers if not model.is_dense(layer)]
@@ -303,4 +338,4 @@ class _Builder:
             held=tuple(other for other in self.schedule.stages_of_rank[pipeline_rank] if other < stage),
         )
         links = GroupLinks(self.fabric, ranks_R, samples=max(1, len(self.samples)))
-        return stage_blocks(self.scenario, self.kernels, plan, loads, links)
+        return self._priced(ranks_R, lambda kernels: stage_blocks(self.scenario, kernels, plan, loads, links))

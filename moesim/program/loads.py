@@ -23,6 +23,7 @@ from moesim.program.peers import Peers, SideBySide, set_of_place
 from moesim.program.scenario_fabric import sharing_model
 from moesim.scenario import Scenario
 from moesim.scenario.dispatch import DIRECT, Deduplicate
+from moesim.scenario.mixed import fewest_sms
 
 IntArray = NDArray[np.int64]
 
@@ -286,7 +287,7 @@ def _transfers(
         "ranks": ranks_R,
         "own_copies_R": own_MSR.reshape(-1, ranks),
         "model": sharing_model(scenario, fabric, ranks_R),
-        "sms": dispatch.sms(scenario.cluster.pools[0].spec.sm_count),
+        "sms": dispatch.sms(fewest_sms(scenario.cluster, scenario.parallelism, ranks_R.tolist())),
         "synchronised": scenario.implementation.switches.counts,
         "compiled": compiled,
     }

@@ -3,23 +3,34 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.kernels import KernelModel
+from moesim.kernels import KernelModel, MixedKernels, kernel_model
 from moesim.network import Fabric, build_fabric
 from moesim.network.calibration import measured_parameters
 from moesim.network.transfer import Model
 from moesim.scenario import Scenario
 from moesim.scenario.check_size import MOST_PAIRS
+from moesim.scenario.mixed import kinds_of_pools, rank_counts, ranked_cluster, specs_of_ranks
+
+
+def scenario_kernels(scenario: Scenario) -> KernelModel:
+    """The kernels of the GPUs that have ranks: one model, or one for each kind."""
+    cluster = scenario.cluster
+    counts, kinds = rank_counts(cluster, scenario.parallelism), kinds_of_pools(cluster)
+    used = dict.fromkeys(kind for kind, count in zip(kinds, counts, strict=True) if count)
+    models = {kind: kernel_model(cluster.pools[kind].spec, scenario.compute.profile) for kind in used}
+    return next(iter(models.values())) if len(models) == 1 else MixedKernels(models)
 
 
 def scenario_fabric(scenario: Scenario, kernels: KernelModel) -> Fabric:
     """The cluster's links, with the collectives that were measured on as many ranks where the profile has them.
 
-    Larger worlds than any that was measured keep the constants calibrated on published rows.
+    Larger worlds than any that was measured keep the constants calibrated on published rows, as do mixed GPUs.
     """
     rows = [row for row in getattr(kernels, "collectives", ()) if row["ranks"] == scenario.parallelism.world_size]
-    bandwidth = scenario.cluster.pools[0].spec.nvlink_bandwidth
+    specs = specs_of_ranks(scenario.cluster, scenario.parallelism)
+    bandwidth = specs[0].nvlink_bandwidth
     parameters = measured_parameters(rows, link_bandwidth=bandwidth, source=f"measured, profile {kernels.name}")
-    return build_fabric(scenario.cluster, parameters=parameters)
+    return build_fabric(ranked_cluster(scenario.cluster, scenario.parallelism), parameters=parameters)
 
 
 def sharing_model(scenario: Scenario, fabric: Fabric, ranks_R: NDArray[np.integer]) -> Model:

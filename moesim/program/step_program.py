@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moesim.kernels import Beside
+from moesim.kernels.families import FAMILIES
 from moesim.network import PreparedTransfer
 from moesim.network.contention import LinkUse
 from moesim.program.host import FREE_HOST, HostModel
@@ -18,6 +20,7 @@ from moesim.results.uncertainty import Basis
 from moesim.schedules import Handoff
 
 FloatArray = NDArray[np.float64]
+FREE: Mapping[str, Beside] = MappingProxyType(dict.fromkeys(FAMILIES, Beside(1.0)))
 Place = tuple[int, int]  # pipeline rank, number of the group
 
 
@@ -57,6 +60,7 @@ class GroupProgram:
     simulated for itself (`moesim.program.twins`).
     `last_tasks`: of each stage whose gradients may be reduced while other stages have tasks left, the index of the task
     that makes the last of them.
+    `beside_R`: what kernels of each family and open transfers cost each other: one mapping for all, or one per rank.
     """
 
     number: int
@@ -66,6 +70,7 @@ class GroupProgram:
     optimizer: Block
     last_tasks: Mapping[int, int] = field(default_factory=dict)
     twins: tuple[NDArray[np.int64], ...] = ()
+    beside_R: tuple[Mapping[str, Beside], ...] = (FREE,)
 
     @property
     def all_ranks_TR(self) -> NDArray[np.int64]:
@@ -121,7 +126,7 @@ class StepProgram:
 
     `source_seconds`: operation seconds by what they rest on, summed over groups, mean over samples and ranks.
     `tensor_bytes`: what ranks that share layers (tensor, context, slices of experts) send in the step, all together.
-    `beside`: what kernels of each family and open transfers cost each other. `compiled`: whether compiled loops move
+    `compiled`: whether compiled loops move
     the clocks. `contention`: None where groups cannot slow each other.
     """
 
@@ -129,7 +134,6 @@ class StepProgram:
     reductions: tuple[Reduction, ...]
     gathers: tuple[Reduction, ...]
     host: HostModel
-    beside: Mapping[str, Beside]
     samples: int
     source_seconds: Mapping[Basis, float]
     tensor_bytes: float = 0.0

@@ -6,7 +6,10 @@ they can fill together nobody is anybody's twin.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
 
 from moesim.network import Fabric, group_shape
 from moesim.parallel import Mesh
@@ -15,10 +18,19 @@ from moesim.program.reductions import Reduction
 
 
 def twin_numbers(
-    mesh: Mesh, fabric: Fabric, samples: Sequence[RoutingSample], collectives: Sequence[Reduction], *, stages: int
+    mesh: Mesh,
+    fabric: Fabric,
+    samples: Sequence[RoutingSample],
+    collectives: Sequence[Reduction],
+    *,
+    stages: int,
+    facts_of: Callable[[NDArray[np.int64]], bytes],
 ) -> list[list[int]]:
     """The numbers of groups that are alike on every one of `stages` pipeline ranks, the first of each list standing for
-    all; lists in the order of their first number."""
+    all; lists in the order of their first number.
+
+    `facts_of`: equal for groups whose GPUs are alike one by one.
+    """
     groups_of_stage = [mesh.rank_groups(stage) for stage in range(stages)]
     count = len(groups_of_stage[0])
     alone = [[number] for number in range(count)]
@@ -37,7 +49,7 @@ def twin_numbers(
     by_shape: dict[tuple[int, tuple[bytes, ...]], list[int]] = {}
     for index, twins in enumerate(alike):
         for number in twins:
-            shapes = tuple(group_shape(fabric, groups[number]) for groups in groups_of_stage)
+            shapes = tuple(group_shape(fabric, groups[number]) + facts_of(groups[number]) for groups in groups_of_stage)
             by_shape.setdefault((index, shapes), []).append(number)
     classes = sorted(by_shape.values())
     return classes if _met_alike(mesh, collectives, classes, stages=stages) else alone

@@ -23,6 +23,7 @@ from moesim.report.memory_over_time import memory_events
 from moesim.results import Label, RunRecord, SpanTable, Stream
 from moesim.results.spans import Collective, Part
 from moesim.scenario import Scenario
+from moesim.scenario.mixed import specs_of_ranks
 from moesim.strict_json import json_text
 
 Event = dict[str, Any]
@@ -97,14 +98,17 @@ def check_ranks(scenario: Scenario, ranks: Sequence[int]) -> None:
 
 def _head(record: RunRecord, chosen: Sequence[int]) -> Event:
     scenario = record.scenario
-    gpu = scenario.cluster.pools[0].spec
-    device = {"name": gpu.name, "totalGlobalMem": gpu.memory_bytes, "numSms": gpu.sm_count}
+    specs = specs_of_ranks(scenario.cluster, scenario.parallelism)
+    devices = [
+        {"id": rank, "name": gpu.name, "totalGlobalMem": gpu.memory_bytes, "numSms": gpu.sm_count}
+        for rank, gpu in ((rank, specs[rank]) for rank in chosen)
+    ]
     return {
         "schemaVersion": 1,
         "displayTimeUnit": "ms",
         "baseTimeNanoseconds": 0,
         "traceName": f"moesim {scenario.name}",
-        "deviceProperties": [{"id": rank, **device} for rank in chosen],
+        "deviceProperties": devices,
         "distributedInfo": {"backend": "nccl", "rank": chosen[0], "world_size": scenario.parallelism.world_size},
         "moesim": {"sample": 0, "step_time_us": 1e6 * float(record.spans.step_S[0]), "ranks": list(chosen)},
     }

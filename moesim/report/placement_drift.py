@@ -12,11 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.errors import UserError
-from moesim.kernels import kernel_model
 from moesim.parallel import TrafficSampler
 from moesim.parallel.layer_maps import LayerMaps
 from moesim.parallel.replacement import rank_loads, recorded_loads
-from moesim.program.scenario_fabric import scenario_fabric
+from moesim.program.scenario_fabric import scenario_fabric, scenario_kernels
 from moesim.report.facts import bytes_column, seconds
 from moesim.report.screen import number_table, section, show
 from moesim.results.replacing import moving
@@ -58,7 +57,7 @@ def age_placements(scenario: Scenario, trace: RoutingTrace) -> list[Aged]:
         raise UserError(f"{scenario.name}: the trace has one recorded step; --over-training compares several")
     steps = sorted(loads)
     maps = {step: sampler.maps_of(loads[step]) for step in steps}
-    fabric = scenario_fabric(scenario, kernel_model(scenario.cluster.pools[0].spec, scenario.compute.profile))
+    fabric = scenario_fabric(scenario, scenario_kernels(scenario))
     found = []
     for before, step in pairwise(steps):
         moved, moving_s = moving(sampler, fabric, maps[before], maps[step])

@@ -14,7 +14,7 @@ from moesim.report import facts, figures
 from moesim.report.categories import category
 from moesim.report.page import Page
 from moesim.report.placement_section import placement_section
-from moesim.report.step_sections import memory_section, pipeline_section, what_if_section
+from moesim.report.step_sections import memory_section, pipeline_section, pools_section, what_if_section
 from moesim.report.timeline import forward_of_one_layer
 from moesim.results.attribution import waited_for
 from moesim.results.record import RunRecord
@@ -37,6 +37,7 @@ def render(record: RunRecord) -> str:
         what_if_section,
         pipeline_section,
         memory_section,
+        pools_section,
         _experts,
         placement_section,
         _traffic,

@@ -128,3 +128,46 @@ def what_if_section(page: Page, record: RunRecord) -> None:
     page.text("p", "The same step simulated again with the same seeds and one thing changed.")
     head = ("question", "step time", "change", "USD / M tokens", "")
     page.table(head, rows, styles=("", "number", "number", "number", "note"))
+
+
+def pools_section(page: Page, record: RunRecord) -> None:
+    """What each pool does and costs, where there are several, and which ranks waited for which."""
+    pools, waiting = record.result.get("pools", ()), record.result.get("waiting")  # older runs have neither
+    if len(pools) > 1:
+        page.text("h2", "Pools")
+        head = ("pool", "GPU", "ranks", "micro-batches", "computes", "memory", "of", "samples that fit", "USD / step")
+        page.table(
+            head,
+            [
+                (
+                    pool["name"],
+                    pool["gpu"],
+                    f"{pool['ranks']} of {pool['gpus']}",
+                    str(pool["micro_batches"]),
+                    *(
+                        (facts.seconds(pool["compute_s"]), format_bytes(pool["peak_bytes"]))
+                        if pool["ranks"]
+                        else ("-", "-")
+                    ),
+                    format_bytes(pool["capacity_bytes"]),
+                    facts.percent(pool["fits_share"]) if pool["ranks"] else "-",
+                    f"${pool['usd_per_step']:.4g} ({pool['price_source']})",
+                )
+                for pool in pools
+            ],
+            styles=("", "", *["number"] * 6, "note"),
+        )
+    if waiting and waiting["pairs"]:
+        page.text("h2", "Who waited for whom")
+        page.text(
+            "p",
+            "Of the first routing sample: the last rank to come to a transfer or a collective is waited for by all "
+            "others in it, and at a hand-off the pipeline rank before. Waiting counts whether or not a rank computes "
+            "meanwhile; of rank groups that do the same one stands for all.",
+        )
+        page.open("div", css="figures")
+        for_rank = [(str(one["rank"]), facts.seconds(one["seconds_of_others"])) for one in waiting["waited_for"]]
+        page.table(("rank waited for", "seconds of others"), for_rank, styles=("number", "number"))
+        pairs = [(str(p["rank"]), str(p["waits_for"]), facts.seconds(p["seconds"])) for p in waiting["pairs"]]
+        page.table(("rank", "waits for", "seconds"), pairs, styles=("number",) * 3)
+        page.close("div")

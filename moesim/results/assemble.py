@@ -27,6 +27,7 @@ from moesim.results.metrics import (
 )
 from moesim.results.outcome import Outcome
 from moesim.results.placement import placement_arrays, placement_facts, placement_warnings
+from moesim.results.pools import pool_facts, waiting_facts
 from moesim.results.record import RESULT_SCHEMA_VERSION, RunRecord
 from moesim.results.replacing import replacing_warnings
 from moesim.results.spans import CATEGORIES
@@ -131,6 +132,8 @@ def assemble(
         "dropped_share": facts.dropped_share if facts else 0.0,
         "padded_share": facts.padded_share if facts else 0.0,
         "memory": done.memory.as_json(),
+        "pools": pool_facts(scenario, done.memory, step_s=done.step_s, compute_time_SW=done.outcome.compute_time_SW),
+        "waiting": waiting_facts(done.outcome.waits),
         "cost": cost(scenario, done.step_s),
         "effective": kept,
         "estimate_sources": _shares(done.outcome.source_seconds),

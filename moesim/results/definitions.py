@@ -316,6 +316,36 @@ _COST = _section(
     },
 )
 
+_POOLS = _section(
+    "pools.[]",
+    {
+        "name": (NO_UNIT, "Name of the pool."),
+        "gpu": (NO_UNIT, "Its GPU."),
+        "gpus": ("GPUs", "All of them."),
+        "ranks": ("ranks", "Those with a rank."),
+        "micro_batches": ("micro-batches", "What each data-parallel rank of the pool runs in a step."),
+        "compute_s": ("s", "Computing time of a rank in a step, mean; null without ranks."),
+        "slowest_speed": ("ratio", "Speed of its slowest rank over that of its kind (`cluster.speeds`)."),
+        "peak_bytes": ("B", "Peak memory of its fullest rank; null without ranks."),
+        "capacity_bytes": ("B", "Memory of one of its GPUs."),
+        "fits_share": ("share", "Routing samples in which all of its ranks fit; null without ranks."),
+        "usd_per_gpu_hour": ("USD/h", "Rent of one of its GPUs."),
+        "usd_per_step": ("USD", "Rent of all of its GPUs for one step."),
+        "price_source": (NO_UNIT, "Who says so."),
+    },
+)
+
+_WAITING = _section(
+    "waiting",
+    {
+        "pairs.[].rank": ("rank", "Who waited."),
+        "pairs.[].waits_for": ("rank", "For whom: the last to come to a transfer, or the sender of a hand-off."),
+        "pairs.[].seconds": ("s", "How long in a step, hidden behind compute or not."),
+        "waited_for.[].rank": ("rank", "A rank that others waited for."),
+        "waited_for.[].seconds_of_others": ("s", "Seconds of all others together."),
+    },
+)
+
 _SOFTWARE = _section(
     "software",
     {
@@ -403,6 +433,13 @@ SECTIONS: Sequence[tuple[str, str, Mapping[str, Definition]]] = (
     ("Placement of experts", "Which rank holds which experts, and what that does to the load of ranks.", _PLACEMENT),
     ("Memory", "Peak of every pipeline rank, and its parts on its fullest rank, which add up to it.", _MEMORY),
     ("Cost", "Rent alone.", _COST),
+    ("Pools", "What every pool of the cluster does and costs, a list.", _POOLS),
+    (
+        "Who waited for whom",
+        "The pairs of ranks with most seconds, and the ranks that were waited for most, in the first sample; of rank "
+        "groups that do the same one stands for all.",
+        _WAITING,
+    ),
     ("The router", "What the routing comes from.", _ROUTER),
     (
         "What the estimates rest on",

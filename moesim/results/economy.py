@@ -9,28 +9,43 @@ from typing import Any
 
 from moesim.scenario import Scenario
 from moesim.scenario.flops import forward_flops_per_token, model_flops_per_token
+from moesim.scenario.mixed import kinds_of_pools, rank_counts
 
 SECONDS_PER_HOUR = 3600.0
 SECONDS_PER_DAY = 86400.0
 
 
 def utilisation(scenario: Scenario, step_s: float) -> dict[str, Any]:
-    """MFU = model FLOPs / (ranks * dense peak * step time), for both counts of attention.
+    """MFU = model FLOPs / (dense peaks of all ranks * step time), for both counts of attention.
 
     `peak` names the number format whose peak `causal` and `non_causal` divide by, that of the large matrix products;
     `*_of_bf16_peak` are the same FLOPs over the bf16 peak, so that runs in different formats compare.
     """
     workload = scenario.workload
-    gpu = scenario.cluster.pools[0].spec
-    ranks = scenario.parallelism.world_size
+    cluster = scenario.cluster
+    ranks_of = [(cluster.pools[kind].spec, ranks) for kind, ranks in _ranks_of_kinds(scenario).items() if ranks]
+
+    def peak(dtype: str) -> float:
+        """Of all ranks together."""
+        return sum(ranks * gpu.peak_flops[dtype] for gpu, ranks in ranks_of)
+
     mfu: dict[str, Any] = {"peak": workload.precision.gemm}
     for count, causal in (("causal", True), ("non_causal", False)):
         flops = scenario.tokens_per_step * model_flops_per_token(
             scenario.model, sequence_length=workload.sequence_length, causal=causal
         )
-        mfu[count] = flops / (ranks * gpu.peak_flops[workload.precision.gemm] * step_s)
-        mfu[f"{count}_of_bf16_peak"] = flops / (ranks * gpu.peak_flops["bf16"] * step_s)
+        mfu[count] = flops / (peak(workload.precision.gemm) * step_s)
+        mfu[f"{count}_of_bf16_peak"] = flops / (peak("bf16") * step_s)
     return mfu
+
+
+def _ranks_of_kinds(scenario: Scenario) -> dict[int, int]:
+    """Ranks by kind of GPU, the number of the first pool that has it."""
+    found: dict[int, int] = {}
+    counts = rank_counts(scenario.cluster, scenario.parallelism)
+    for kind, count in zip(kinds_of_pools(scenario.cluster), counts, strict=True):
+        found[kind] = found.get(kind, 0) + count
+    return found
 
 
 def cost(scenario: Scenario, step_s: float) -> dict[str, Any]:

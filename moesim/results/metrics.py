@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.parallel import ExpertPlacement, TrafficSample
+from moesim.parallel import ExpertPlacement, Mesh, TrafficSample
 from moesim.parallel.stages import stage_copies
 from moesim.parallel.traffic import token_bytes
 from moesim.scenario import Contiguous, RouterShape, Scenario
+from moesim.scenario.mixed import pools_of_ranks
 from moesim.trace.metrics import imbalance, uniform_floor
 
 FloatArray = NDArray[np.float64]
@@ -52,7 +53,14 @@ class TrafficFacts:
         self.scenario = scenario
         # How many micro-batches of the step hold the sequences of each drawn one.
         drawn = scenario.num_drawn_micro_batches
-        self.uses_B = np.bincount(np.arange(scenario.num_micro_batches) % drawn, minlength=drawn)
+        self.uses_of = {
+            count: np.bincount(np.arange(count) % drawn, minlength=drawn) for count in scenario.micro_batches_of_pools
+        }
+        pools = pools_of_ranks(scenario.cluster, scenario.parallelism) if len(scenario.cluster.pools) > 1 else ()
+        groups = Mesh(scenario.parallelism, scenario.cluster).expert_groups()
+        self.batches_of_group = [
+            scenario.micro_batches_of_pools[pools[int(ranks_R[0])] if pools else 0] for ranks_R in groups
+        ]
         places = enumerate(scenario.stage_layers)
         self.place_of_layer = {
             layer: stage % scenario.parallelism.pipeline for stage, layers in places for layer in layers
@@ -77,7 +85,7 @@ class TrafficFacts:
 
     def _add(self, sample: TrafficSample, group: int, layer: int, placement: ExpertPlacement) -> None:
         place = self.place_of_layer[self.scenario.model.moe_layer_numbers[layer]]
-        arrays = sample.arrays(group, layer, stage=place)
+        arrays, uses_B = sample.arrays(group, layer, stage=place), self.uses_of[self.batches_of_group[group]]
         rows_BE, held = arrays.rows_BRE.sum(axis=1), sample.map_of(layer)
         if held is not None:
             rows_BE = held.rows_of_experts(rows_BE)
@@ -85,21 +93,21 @@ class TrafficFacts:
         deduplicate, tokens = self.scenario.dispatch.deduplicate, self.scenario.tokens_per_rank
         stages = stage_copies(arrays, placement, deduplicate, tokens=tokens)
         sent_BRD = np.sum(stages, axis=0)
-        self.expert_load_LE[layer] += self.uses_B @ rows_BE
-        self.rank_load_LR[layer] += self.uses_B @ rank_rows_BD
+        self.expert_load_LE[layer] += uses_B @ rows_BE
+        self.rank_load_LR[layer] += uses_B @ rank_rows_BD
         self.imbalance["expert"].append(mean_imbalance(rows_BE))
         self.imbalance["rank_rows"].append(mean_imbalance(rank_rows_BD))
         self.imbalance["balancedness"].append(float((1.0 / imbalance(rank_rows_BD)).mean()))
         if self.compares:
             self.contiguous.append(mean_imbalance(self._by_neighbours(rows_BE)))
         self.imbalance["rank_bytes"].append(mean_imbalance(sent_BRD.sum(axis=1)))
-        sent_RD = np.einsum("b,brd->rd", self.uses_B, sent_BRD)
+        sent_RD = np.einsum("b,brd->rd", uses_B, sent_BRD)
         own_node = float(sent_RD[arrays.layout.same_node_RD].sum())
         self.own_node_copies += own_node
         self.remote_node_copies += float(sent_RD.sum()) - own_node
-        self.routed += int(self.uses_B @ arrays.routed_rows_B)
-        self.dropped += int(self.uses_B @ arrays.dropped_rows_B)
-        self.padded += int(self.uses_B @ arrays.padded_rows_B)
+        self.routed += int(uses_B @ arrays.routed_rows_B)
+        self.dropped += int(uses_B @ arrays.dropped_rows_B)
+        self.padded += int(uses_B @ arrays.padded_rows_B)
         if group == 0:
             self.copies_RD += sent_RD
 

@@ -20,7 +20,7 @@ FloatArray = NDArray[np.float64]
 class Outcome:
     """Samples simulated in lockstep. `spans`: group 0 of every pipeline rank, first sample; `critical_path`: of it.
 
-    `shared_links`: how many links groups of ranks can fill together.
+    `shared_links`: how many links groups of ranks can fill together. `waits`: seconds of sample 0 by (who, for whom).
     """
 
     step_S: FloatArray
@@ -32,6 +32,7 @@ class Outcome:
     spans: tuple[SpanTable, ...]
     critical_path: dict[str, Any]
     shared_links: int
+    waits: Mapping[tuple[int, int], float]
 
     def samples(self, chosen: slice) -> "Outcome":
         """The outcome of some of the samples."""

@@ -50,14 +50,17 @@ def check_plausible(record: RunRecord, fabric: Fabric) -> None:
 def bounds(record: RunRecord, fabric: Fabric) -> Iterator[Bound]:
     """What physics asks of a step: FLOPs over peak, bytes over bandwidth."""
     scenario, result = record.scenario, record.result
-    gpu, gemm = scenario.cluster.pools[0].spec, scenario.workload.precision.gemm
+    cluster, mesh, gemm = scenario.cluster, scenario.parallelism, scenario.workload.precision.gemm
+    gpu = max((pool.spec for pool in cluster.pools), key=lambda spec: spec.memory_bandwidth)
+    speed_W = cluster.speeds.of_ranks(mesh.world_size, seed=scenario.seed)
+    fastest = 1.0 if speed_W is None else max(1.0, float(speed_W.max()))
     # MFU = FLOPs / (ranks * peak * step), so FLOPs / (ranks * peak) is MFU times the step. Of kept rows and of causal
     # attention: dropped rows and the other half of the scores are not computed.
-    compute_s = result["effective"]["mfu_causal"] * result["step_time_s"]
+    compute_s = result["effective"]["mfu_causal"] * result["step_time_s"] / fastest
     yield Bound(compute_s, f"its FLOPs at the {gemm} peak of {gpu.name} (MFU {result['effective']['mfu_causal']:.0%})")
     held = record.arrays["held_bytes_P"].max() - scenario.memory.reserved
     # Weights, gradients and optimizer states are all touched once; what fits into the cache may be touched there.
-    memory_s = float(held - gpu.l2_bytes) / gpu.memory_bandwidth
+    memory_s = float(held - gpu.l2_bytes) / (gpu.memory_bandwidth * fastest)
     yield Bound(memory_s, f"weights, gradients and optimizer states at the memory bandwidth of {gpu.name}")
     moved = result["communication"]["intra_node_bytes"] + result["communication"]["inter_node_bytes"]
     ports = {f"gpu{rank}" for rank in range(scenario.parallelism.world_size)}

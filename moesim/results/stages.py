@@ -37,7 +37,8 @@ def stage_facts(scenario: Scenario, busy_P: FloatArray) -> dict[str, Any]:
     each of its two). slowest_over_mean: 1 is perfectly even.
     """
     lengths = [len(layers) for layers in scenario.stage_layers]
-    seconds_P = busy_P / scenario.num_micro_batches
+    work, mesh = scenario.workload, scenario.parallelism
+    seconds_P = busy_P / (work.global_batch / (mesh.data * work.micro_batch))  # of the mean of all ranks
     return {
         "slowest_over_mean": float(seconds_P.max() / seconds_P.mean()),
         "pipeline_ranks": [

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from moesim.errors import ConflictError, InfeasibleError, UserError
+from moesim.scenario.check_mixed import check_batch, check_mixed
 from moesim.scenario.check_numbers import either, nearest_divisors
 from moesim.scenario.check_pipeline import check_pipeline, check_recomputation, check_stages, require_supported_step
 from moesim.scenario.check_placement import check_placement
@@ -17,6 +18,7 @@ from moesim.scenario.check_sharing import check_sharing
 from moesim.scenario.check_size import check_gpus, check_size
 from moesim.scenario.dispatch import DISPATCH
 from moesim.scenario.document import Path
+from moesim.scenario.mixed import ranked_cluster
 from moesim.scenario.routers import ROUTERS
 from moesim.scenario.routing import (
     BalancednessRouting,
@@ -55,7 +57,8 @@ def check_scenario(scenario: Scenario, *, where: Callable[[Path], str] = _dotted
     _check_model(scenario, report)
     _check_cluster(scenario, report)
     _check_layout(scenario, report)
-    _check_batch(scenario, report)
+    check_mixed(scenario, report)
+    check_batch(scenario, report)
     check_size(scenario, report)
     check_pipeline(scenario, report)
     check_recomputation(scenario, report)
@@ -69,20 +72,7 @@ def require_supported(scenario: Scenario, *, where: Callable[[Path], str] = _dot
     The one place to relax when the core learns another way to train.
     """
     report = _Report(where)
-    _require_one_kind_of_gpu(scenario, report)
     require_supported_step(scenario, report)
-
-
-def _require_one_kind_of_gpu(scenario: Scenario, report: _Report) -> None:
-    """GPUs without a rank may be of any kind: they compute nothing."""
-    first, *others = scenario.cluster.pools
-    before = first.nodes * first.gpus_per_node
-    for index, pool in enumerate(others, start=1):
-        if pool.gpu != first.gpu and before < scenario.parallelism.world_size:
-            what = f"ranks on {pool.gpu_name} beside ranks on {first.gpu_name}"
-            why = "steps on several kinds of GPU are not modelled yet"
-            raise report.user(f"cluster.pools.{index}.gpu", f"{what}; {why}; use one kind, or fewer ranks")
-        before += pool.nodes * pool.gpus_per_node
 
 
 def _check_model(scenario: Scenario, report: _Report) -> None:
@@ -153,18 +143,6 @@ def _check_layout(scenario: Scenario, report: _Report) -> None:
         axes = f"data {mesh.data} * context {mesh.context} * tensor {mesh.tensor} * pipeline {mesh.pipeline}"
         what = f"{mesh.world_size} ranks ({axes}) need more than the {scenario.cluster.num_gpus} GPUs of the cluster"
         raise report.infeasible("parallelism", f"{what}; add nodes or lower parallelism.data")
-
-
-def _check_batch(scenario: Scenario, report: _Report) -> None:
-    work, data = scenario.workload, scenario.parallelism.data
-    unit = data * work.micro_batch
-    if work.global_batch % unit:
-        below = work.global_batch // unit * unit
-        fits = either(size for size in (below, below + unit) if size)
-        what = (
-            f"{work.global_batch} sequences do not split into data * micro_batch = {data} * {work.micro_batch} = {unit}"
-        )
-        raise report.user("workload.global_batch", f"{what}; use {fits}")
 
 
 def _check_routing(scenario: Scenario, report: _Report) -> None:
@@ -280,7 +258,7 @@ def _check_groups(scenario: Scenario, report: _Report) -> None:
 
 def _check_one_domain(scenario: Scenario, report: _Report) -> None:
     """Groups are blocks of consecutive ranks, so that each lies in one domain where none ends inside a block."""
-    mesh, sizes = scenario.parallelism, scenario.cluster.domain_sizes
+    mesh, sizes = scenario.parallelism, ranked_cluster(scenario.cluster, scenario.parallelism).domain_sizes
     block = mesh.expert * mesh.expert_tensor
     ends = [end for end in itertools.accumulate(sizes) if end < mesh.world_size]
     if any(end % block for end in ends):

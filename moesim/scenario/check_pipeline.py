@@ -30,13 +30,15 @@ def check_pipeline(scenario: Scenario, report: Report) -> None:
         raise report.user("parallelism.schedule.virtual", message)
     p, m = mesh.pipeline, scenario.num_micro_batches
     unit = mesh.data * scenario.workload.micro_batch
+    if facts.even and p % 2:
+        message = f"{facts.name} needs an even number of ranks, got {p}; use {p + 1}, or another schedule"
+        raise report.user("parallelism.pipeline", message)
+    if mesh.batch_share != "even":
+        return  # `check_mixed` looks at the numbers of every pool
     if facts.whole_rounds and m % p:
         sizes = " or ".join(str(count * unit) for count in (m // p * p, m // p * p + p) if count)
         what = f"{facts.name} needs micro-batches in rounds of pipeline = {p}, got {m}"
         raise report.user("workload.global_batch", f"{what}; use {sizes}")
-    if facts.even and p % 2:
-        message = f"{facts.name} needs an even number of ranks, got {p}; use {p + 1}, or another schedule"
-        raise report.user("parallelism.pipeline", message)
     least = facts.least_rounds * p
     if (facts.even and m % 2) or m < least:
         fits = max(least, m + m % 2 if facts.even else m) * unit

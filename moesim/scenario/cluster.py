@@ -28,6 +28,7 @@ from moesim.scenario.catalogue import GpuSpec, gpu_names, gpu_spec
 from moesim.scenario.dispatch import DIRECT, DISPATCH, Deduplicate
 from moesim.scenario.fabrics import FABRICS, FabricKind, usual_fabric
 from moesim.scenario.gpu import AnyGpu
+from moesim.scenario.speeds import Speeds
 
 NIC_BANDWIDTH = 50e9  # bytes/s of a GPU's NIC per direction where the scenario names none: 400 Gbps
 
@@ -39,6 +40,9 @@ class Pool(Section):
     gpu: AnyGpu = Field(description="Kind of GPU: a name of the catalogue, or the figures of one of your own.")
     nodes: Gpus = Field(description="Machines of the pool.")
     gpus_per_node: GpusPerNode = Field(default=8, description="GPUs of each machine.")
+    nic: Bandwidth | None = Field(
+        default=None, description="Network port of one NIC of the pool in one direction; absent: that of the fabric."
+    )
     price_per_gpu_hour: Rent | None = Field(
         default=None, description="Rent of one GPU in USD per hour; absent: the catalogue's, with its source."
     )
@@ -170,6 +174,7 @@ class Cluster(Section):
 
     pools: tuple[Pool, ...] = Field(min_length=1, max_length=1_000, description="Machines by kind of GPU.")
     fabric: Fabric = Field(default=Fabric(), description="The links between the GPUs.")
+    speeds: Speeds = Field(default=Speeds(), description="Ranks slower or faster than their kind; absent: none.")
 
     @property
     def num_gpus(self) -> int:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from moesim.scenario.base import BYTES_PER_ELEMENT
 from moesim.scenario.catalogue import GpuSpec
-from moesim.scenario.cluster import NIC_BANDWIDTH
+from moesim.scenario.cluster import NIC_BANDWIDTH, Pool
 from moesim.scenario.flops import (
     attention_layer_parameters,
     attention_score_flops,
@@ -40,9 +40,9 @@ class PartSeconds(NamedTuple):
     prediction: float
 
 
-def part_seconds(scenario: "Scenario") -> PartSeconds:
-    """The estimate of every part; 0 for what the model does not have."""
-    parts = _Parts(scenario)
+def part_seconds(scenario: "Scenario", *, pool: Pool | None = None) -> PartSeconds:
+    """The estimate of every part on the GPUs of a pool (the first if none is named); 0 for what the model lacks."""
+    parts = _Parts(scenario, scenario.cluster.pools[0] if pool is None else pool)
     model = scenario.model
     moe = parts.moe_layer() if model.experts else 0.0
     head = parts.head()
@@ -60,9 +60,9 @@ def part_seconds(scenario: "Scenario") -> PartSeconds:
 class _Parts:
     """The terms of the estimate for one scenario."""
 
-    def __init__(self, scenario: "Scenario") -> None:
-        self.scenario, self.model = scenario, scenario.model
-        self.gpu: GpuSpec = scenario.cluster.pools[0].spec
+    def __init__(self, scenario: "Scenario", pool: Pool) -> None:
+        self.scenario, self.model, self.pool = scenario, scenario.model, pool
+        self.gpu: GpuSpec = pool.spec
         self.precision = scenario.workload.precision
         self.recompute = scenario.workload.recompute
         # Forward passes of a layer per backward pass.
@@ -90,7 +90,7 @@ class _Parts:
         """Bytes inside the node and between nodes: each over its own links."""
         fabric = self.scenario.cluster.fabric
         nvlink = fabric.nvlink or self.gpu.nvlink_bandwidth
-        nic = fabric.nic or NIC_BANDWIDTH
+        nic = self.pool.nic or fabric.nic or NIC_BANDWIDTH
         return max(inside / nvlink, between / nic) / (LINK_SHARE * fabric.bandwidth_factor)
 
     def _attention(self) -> float:

@@ -29,6 +29,7 @@ from moesim.scenario.base import (
 from moesim.scenario.cluster import Cluster, Dispatch, Network
 from moesim.scenario.failures import Failures
 from moesim.scenario.implementation import AnyImplementation, Implementation
+from moesim.scenario.mixed import micro_batches_of_pools
 from moesim.scenario.model import Model
 from moesim.scenario.placement import Contiguous, Placement
 from moesim.scenario.recipes import DEFAULT, RECIPES, Recipe
@@ -79,6 +80,18 @@ class PipelineSchedule(Section):
         return SCHEDULES[self.kind]
 
 
+def list_or_word(value: object) -> str:
+    """The form of a key that takes either."""
+    return "<list>" if isinstance(value, list | tuple) else "<word>"
+
+
+AnyBatchShare = Annotated[
+    Annotated[Literal["even", "by_speed"], Tag("<word>")]
+    | Annotated[tuple[Sequences, ...], Field(min_length=1, max_length=1_000), Tag("<list>")],
+    Discriminator(list_or_word),
+]
+
+
 class Parallelism(Section):
     """World size = data * context * tensor * pipeline; ranks in the order tensor, context, data, pipeline (slowest).
 
@@ -103,6 +116,18 @@ class Parallelism(Section):
         default=None,
         description="Layers of each pipeline stage, first stage first; absent: so that ranks take about equally long, "
         "embedding, head and prediction layers counted.",
+    )
+
+    across_pools: Literal["pipeline", "data", "expert"] | None = Field(
+        default=None,
+        description="The axis whose ranks are on different pools. pipeline: whole stages in the order of the pools; "
+        "data: every stage has data-parallel ranks of every pool; expert: every expert group has ranks of every pool. "
+        "Absent: GPUs in the order of the pools run the ranks in theirs.",
+    )
+    batch_share: AnyBatchShare = Field(
+        default="even",
+        description="Micro-batches of data-parallel ranks on different pools. even: equally many; by_speed: in "
+        "proportion to the estimated speed of their GPUs; a list: so many for each rank of each pool.",
     )
 
     @property
@@ -160,15 +185,11 @@ Recomputable = Literal["rms_norm", "swiglu", "mla_up_projection"]
 SELECTIVE: frozenset[str] = frozenset({"rms_norm", "swiglu", "mla_up_projection"})
 
 
-def _recompute_form(value: object) -> str:
-    return "<list>" if isinstance(value, list | tuple) else "<word>"
-
-
 # The tags in angle brackets never show: they only keep pydantic from reporting both forms for one mistake.
 AnyRecompute = Annotated[
     Annotated[Literal["none", "selective", "full"], Tag("<word>")]
     | Annotated[tuple[Recomputable, ...], Field(min_length=1), Tag("<list>")],
-    Discriminator(_recompute_form),
+    Discriminator(list_or_word),
 ]
 
 
@@ -353,8 +374,15 @@ class Scenario(Section):
 
     @property
     def num_micro_batches(self) -> int:
-        """Micro-batches that each rank runs in one step: global_batch / (data * micro_batch)."""
-        return self.workload.global_batch // (self.parallelism.data * self.workload.micro_batch)
+        """Micro-batches that each rank runs in one step: global_batch / (data * micro_batch), the most of all."""
+        if self.parallelism.batch_share == "even":
+            return self.workload.global_batch // (self.parallelism.data * self.workload.micro_batch)
+        return max(self.micro_batches_of_pools)
+
+    @property
+    def micro_batches_of_pools(self) -> tuple[int, ...]:
+        """The same of the ranks of every pool, where pools share the batch by speed or as listed."""
+        return micro_batches_of_pools(self)
 
     @property
     def num_drawn_micro_batches(self) -> int:

@@ -11,6 +11,7 @@ from functools import lru_cache
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
+from moesim.scenario.mixed import speeds_of_stages
 from moesim.scenario.part_times import part_seconds
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def stage_lengths(scenario: "Scenario") -> Lengths:
             short=round(parts.dense_layer / layer, DIGITS),
             first=round(parts.embedding / layer, DIGITS),
             last=round(last / layer, DIGITS),
+            speed_of_rank=speeds_of_stages(scenario),
         )
     )
 
@@ -60,7 +62,8 @@ class ModelEnds:
 
     All others take 1.
 
-    `first` and `last` are what the ends of the model take beside their layers.
+    `first` and `last` are what the ends of the model take beside their layers. `speed_of_rank`: of each pipeline rank
+    against the fastest, empty where all are alike.
     """
 
     layers: int
@@ -70,6 +73,11 @@ class ModelEnds:
     short: float = 1.0
     first: float = 0.0
     last: float = 0.0
+    speed_of_rank: tuple[float, ...] = ()
+
+    def seconds_on(self, rank: int, seconds: float) -> float:
+        """What takes so long on the fastest rank, on this one."""
+        return seconds / self.speed_of_rank[rank] if self.speed_of_rank else seconds
 
     def shorts(self, lengths: Lengths) -> Lengths:
         """How many of the short layers each stage holds."""
@@ -97,7 +105,7 @@ class ModelEnds:
         of_rank = [0.0] * (max(self.rank_of_stage) + 1)
         seconds = self.of_stages(lengths, self.shorts(lengths) if shorts is None else shorts)
         for rank, value in zip(self.rank_of_stage, seconds, strict=True):
-            of_rank[rank] += value
+            of_rank[rank] += self.seconds_on(rank, value)
         return of_rank
 
     def slowest(self, lengths: Lengths) -> float:
@@ -141,7 +149,7 @@ def _filled(ends: ModelEnds, shorts: Lengths) -> Lengths:
         stage = min(range(len(lengths)), key=urgency)
         lengths[stage] += 1
         seconds[stage] += 1
-        of_rank[ends.rank_of_stage[stage]] += 1
+        of_rank[ends.rank_of_stage[stage]] += ends.seconds_on(ends.rank_of_stage[stage], 1)
     return tuple(lengths)
 
 

@@ -9,9 +9,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moesim.engine import simulate_step, step_kernels
-from moesim.kernels import kernel_model
 from moesim.program import build_program
-from moesim.program.scenario_fabric import scenario_fabric
+from moesim.program.scenario_fabric import scenario_fabric, scenario_kernels
 from moesim.results.spans import Label, Part, Phase, SpanTable
 from moesim.validation.cases import Case
 from moesim.validation.routing import RecordedRows
@@ -35,7 +34,7 @@ def predict(case: Case, rows_RBLE: ArrayLike) -> dict[str, Any]:
     """
     scenario = case.scenario
     sample = RecordedRows(scenario, np.asarray(rows_RBLE, dtype=np.int64))
-    kernels = kernel_model(scenario.cluster.pools[0].spec, scenario.compute.profile)
+    kernels = scenario_kernels(scenario)
     fabric = scenario_fabric(scenario, kernels)
     kernels = step_kernels(scenario, fabric=fabric, kernels=kernels, samples=[sample])
     program = build_program(scenario, fabric=fabric, kernels=kernels, samples=[sample])

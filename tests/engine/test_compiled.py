@@ -84,7 +84,7 @@ from moesim.kernels.families import FAMILIES
 fabric = build_fabric(Cluster(pools=(Pool(gpu="h200", nodes=1),), fabric=Fabric()))
 prepared = prepare_transfer(fabric, np.ones((1, 8, 8)))
 beside = dict.fromkeys(FAMILIES, Beside(compute=1.5))
-group = GroupExecutor(samples=1, ranks=8, host=FREE_HOST, beside=beside, labels=Labels(),
+group = GroupExecutor(samples=1, ranks=8, host=FREE_HOST, beside_R=(beside,), labels=Labels(),
                       recorder=SpanRecorder(rows=9, samples=1, ranks=8))
 kernel = compute(Label("experts", "experts", Stream.COMPUTE, 0), np.arange(8.0), source="roofline")
 group.execute([Run(Block("b", (kernel, transfer("combine", "combine_exposed", (prepared,), layer=0))), 0, False)])

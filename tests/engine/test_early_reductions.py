@@ -7,9 +7,7 @@ import numpy as np
 import pytest
 
 from moesim.engine import simulate_step
-from moesim.engine.executor import FREE_BESIDE
 from moesim.kernels import kernel_model
-from moesim.kernels.families import FAMILIES
 from moesim.network import build_fabric
 from moesim.parallel import TrafficSampler
 from moesim.program import StepProgram, build_program
@@ -56,7 +54,6 @@ def two_replicas(*, early: bool) -> StepProgram:
         ),
         gathers=(),
         host=FREE_HOST,
-        beside=dict.fromkeys(FAMILIES, FREE_BESIDE),
         samples=1,
         source_seconds={},
     )

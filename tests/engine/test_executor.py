@@ -30,7 +30,7 @@ def executor(ranks: int, *, samples: int = 1, host: HostModel = FREE, beside: Be
         samples=samples,
         ranks=ranks,
         host=host,
-        beside=dict.fromkeys(FAMILIES, beside),
+        beside_R=(dict.fromkeys(FAMILIES, beside),),
         recorder=recorder,
         labels=Labels(),
     )

@@ -32,7 +32,7 @@ class Alone:
 def walked(row: Mapping[str, Any], families: list[str], beside: Mapping[str, Beside]) -> tuple[float, float]:
     """When the kernels and when the transfer are done, both begun at 0."""
     recorder = SpanRecorder(rows=20, samples=1, ranks=1)
-    group = GroupExecutor(samples=1, ranks=1, host=FREE_HOST, beside=beside, recorder=recorder, labels=Labels())
+    group = GroupExecutor(samples=1, ranks=1, host=FREE_HOST, beside_R=(beside,), recorder=recorder, labels=Labels())
     share = row["compute_alone"] / sum(row["seconds"])
     label = Label("kernel", "experts", Stream.COMPUTE, 0)
     kernels = [

@@ -5,9 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from moesim.engine.executor import FREE_BESIDE
 from moesim.engine.step import simulate_step
-from moesim.kernels.families import FAMILIES
 from moesim.program.host import FREE_HOST
 from moesim.program.operations import Block, Run, compute, interleave, transfer
 from moesim.program.step_program import GroupProgram, Sent, StepProgram, Task
@@ -62,7 +60,6 @@ def equal_program(
         reductions=(),
         gathers=(),
         host=FREE_HOST,
-        beside=dict.fromkeys(FAMILIES, FREE_BESIDE),
         samples=1,
         source_seconds={},
     )

@@ -1,0 +1,58 @@
+"""The `cluster.speeds` section: ranks whose GPUs are slower or faster than their kind.
+
+Thermal spread: on GPUs of one kind the same kernels take 8 % longer or shorter in the mean and up to 22 % (Sinha et
+al., "Not All GPUs Are Created Equal", SC 2022, five clusters); with a normal distribution a mean difference of 8 %
+between two GPUs is a spread of about 7 %.
+"""
+
+from typing import Annotated, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import AllowInfNan, Field, Strict
+
+from moesim.scenario.base import MOST_GPUS, Index, Section
+from moesim.seeding import stream
+
+Speed = Annotated[float, Strict(), AllowInfNan(False), Field(ge=1e-3, le=2)]
+WIDEST = 3.0  # spreads from the middle beyond which nothing is drawn
+
+
+class RankSpeed(Section):
+    """One rank and its speed."""
+
+    rank: Index = Field(description="The rank, counted from 0.")
+    factor: Speed = Field(
+        description="Its speed over that of its kind of GPU: 0.8 makes kernels take 1.25 times as long."
+    )
+
+
+class Speeds(Section):
+    """Speeds of ranks over those of their kinds of GPU; where several keys are given, factors multiply."""
+
+    factors: tuple[Speed, ...] | None = Field(
+        default=None, min_length=1, max_length=MOST_GPUS, description="The speed of every rank; absent: 1."
+    )
+    ranks: tuple[RankSpeed, ...] = Field(default=(), max_length=MOST_GPUS, description="Speeds of single ranks.")
+    spread: Annotated[float, Strict(), AllowInfNan(False), Field(ge=0, le=0.3)] = Field(
+        default=0.0,
+        description="Standard deviation of speeds that are drawn for every rank, by the seed: 0.07 as on real clusters "
+        "(Sinha et al., SC 2022).",
+    )
+    shape: Literal["normal", "lognormal"] = Field(
+        default="normal", description="Distribution that they are drawn from: around 1, within three spreads."
+    )
+
+    def of_ranks(self, world: int, *, seed: int) -> NDArray[np.float64] | None:
+        """[W]: the speed of every rank; None where all are as fast as their kind."""
+        if self == Speeds():
+            return None
+        speed_W = np.ones(world)
+        if self.factors is not None:
+            speed_W *= np.array(self.factors[:world])
+        for one in self.ranks:
+            speed_W[one.rank] *= one.factor
+        if self.spread:
+            drawn_W = np.clip(stream(seed, "speeds").normal(size=world), -WIDEST, WIDEST) * self.spread
+            speed_W *= np.exp(drawn_W) if self.shape == "lognormal" else 1.0 + drawn_W
+        return speed_W
