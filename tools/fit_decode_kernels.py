@@ -4,7 +4,7 @@
 
 Rows: tests/data/decode_kernels_h100.json.gz, measured by tools/measure_decode_kernels.py, and the tables of the package
 aiconfigurator-core (pip install 'moesim[tables]'): of each shape the fastest framework's kernel. Left out are rows of
-tables whose keys and values the L2 holds, as a step finds them in memory, and batches of under 64 keys.
+tables whose keys and values the L2 holds, as a step finds them in memory, and batches of under 64 keys. Needs scipy.
 """
 
 import argparse
