@@ -83,6 +83,7 @@ def _simulate_program(program: StepProgram, *, first: bool) -> Outcome:
         busy_SP=busy_SP,
         source_seconds=program.source_seconds,
         tensor_bytes=program.tensor_bytes,
+        transfer_sources=program.transfer_sources,
         spans=tuple(table.first_sample() for table in kept) if first else (),
         critical_path=path_facts(step.tables, pipeline_ranks=places) if first else {},
         shared_links=len(program.contention.capacity_L) if program.contention else 0,

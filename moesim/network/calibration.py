@@ -68,7 +68,7 @@ def measured_parameters(
         found["dispatch"] = ((DIRECT.name, found.pop(DIRECT.name)),)
     if "ring" in found:
         found["tree"] = found["ring"]  # the library chose; what it achieved holds for either
-    return replace(parameters, **found)
+    return replace(parameters, by_gpu=not found, **found)
 
 
 def fit_protocol(bytes_N: FloatArray, seconds_N: FloatArray, wire_N: FloatArray, *, source: str) -> Protocol:

@@ -18,11 +18,12 @@ from moesim.errors import UserError
 from moesim.network.contention import LinkUse, common_use
 from moesim.network.fabric import NONE, Fabric
 from moesim.network.flows import Ranks, as_ranks, checked_bytes
+from moesim.network.library import NVLS_MIN_RANKS, protocol_of, reduces_in_switch
 from moesim.network.parameters import Protocol
 
 Algorithm = Literal["auto", "ring", "tree", "nvls", "hierarchical"]
-NVLS_GPUS = frozenset({"h100", "h800", "h200", "b200", "gb200"})  # NVSwitch of the third generation and later
-NVLS_MIN_RANKS = 3
+HalfRing = Literal["reduce_scatter", "all_gather"]
+HALF_RINGS: tuple[HalfRing, ...] = ("reduce_scatter", "all_gather")
 
 
 class CollectiveEstimate(NamedTuple):
@@ -58,17 +59,19 @@ def all_reduce_seconds(
             raise UserError(f'all-reduce: algorithm "{algorithm}" is unknown; use auto, {", ".join(_ALL_REDUCE)}')
         return _ALL_REDUCE[algorithm](fabric, chosen, num_bytes)
     able = [name for name in _ALL_REDUCE if _able(name, fabric, chosen)]
+    if fabric.nccl_kind(chosen) is not None:  # what the library chose is in its table
+        able = ["nvls" if "nvls" in able else "ring"]
     return min((_ALL_REDUCE[name](fabric, chosen, num_bytes) for name in able), key=lambda estimate: estimate.seconds)
 
 
 def reduce_scatter_seconds(fabric: Fabric, ranks: Ranks, num_bytes: float) -> CollectiveEstimate:
     """Ring reduce-scatter: `num_bytes` on every rank before, num_bytes / n after; n - 1 steps."""
-    return _half_ring(fabric, as_ranks(fabric, ranks), num_bytes, fabric.parameters.reduce_scatter)
+    return _half_ring(fabric, as_ranks(fabric, ranks), num_bytes, "reduce_scatter")
 
 
 def all_gather_seconds(fabric: Fabric, ranks: Ranks, num_bytes: float) -> CollectiveEstimate:
     """Ring all-gather: num_bytes / n on every rank before, `num_bytes` after; n - 1 steps."""
-    return _half_ring(fabric, as_ranks(fabric, ranks), num_bytes, fabric.parameters.all_gather)
+    return _half_ring(fabric, as_ranks(fabric, ranks), num_bytes, "all_gather")
 
 
 def crowded(fabric: Fabric, members: Sequence[NDArray[np.int64]]) -> Fabric:
@@ -111,19 +114,33 @@ def _estimate(
     return CollectiveEstimate(seconds, name, protocol.source)
 
 
-def _half_ring(fabric: Fabric, ranks: NDArray[np.int64], num_bytes: float, protocol: Protocol) -> CollectiveEstimate:
+def _measured(fabric: Fabric, ranks: NDArray[np.int64], call: str) -> Protocol | None:
+    """The constants of a call inside one NVLink domain, hops included, where there is a table for these GPUs."""
+    kind = fabric.nccl_kind(ranks)
+    if kind is None:
+        return None
+    return protocol_of(kind, call, len(ranks), launch_seconds=fabric.parameters.launch_seconds)
+
+
+def _half_ring(fabric: Fabric, ranks: NDArray[np.int64], num_bytes: float, call: HalfRing) -> CollectiveEstimate:
     n = len(ranks)
     if n == 1 or checked_bytes(num_bytes) == 0:
         return CollectiveEstimate(0.0, "none", "nothing to do")
     ring = _ring_pattern(fabric, ranks)
     wire = (n - 1) / n * num_bytes * ring.seconds_per_byte
-    return _estimate(protocol, "ring", num_bytes, wire, n - 1, ring.latency)
+    measured = _measured(fabric, ranks, call)
+    if measured is not None:
+        return _estimate(measured, "ring", num_bytes, wire, 0, 0.0)
+    return _estimate(getattr(fabric.parameters, call), "ring", num_bytes, wire, n - 1, ring.latency)
 
 
 def _ring(fabric: Fabric, ranks: NDArray[np.int64], num_bytes: float) -> CollectiveEstimate:
     n = len(ranks)
     ring = _ring_pattern(fabric, ranks)
     wire = 2 * (n - 1) / n * num_bytes * ring.seconds_per_byte
+    measured = _measured(fabric, ranks, "all_reduce")
+    if measured is not None and not _able("nvls", fabric, ranks):
+        return _estimate(measured, "ring", num_bytes, wire, 0, 0.0)
     return _estimate(fabric.parameters.ring, "ring", num_bytes, wire, 2 * (n - 1), ring.latency)
 
 
@@ -143,6 +160,9 @@ def _nvls(fabric: Fabric, ranks: NDArray[np.int64], num_bytes: float) -> Collect
     n = len(ranks)
     ring = _ring_pattern(fabric, ranks)
     wire = (1 + 1 / n) * num_bytes * ring.seconds_per_byte
+    measured = _measured(fabric, ranks, "all_reduce")
+    if measured is not None:
+        return _estimate(measured, "nvls", num_bytes, wire, 0, 0.0)
     return _estimate(fabric.parameters.nvls, "nvls", num_bytes, wire, 2, ring.latency)
 
 
@@ -153,7 +173,7 @@ def _hierarchical(fabric: Fabric, ranks: NDArray[np.int64], num_bytes: float) ->
         )
     nodes = _by_node(fabric, ranks)
     parameters = fabric.parameters
-    inner = [_half_ring(fabric, nodes[0], num_bytes, p) for p in (parameters.reduce_scatter, parameters.all_gather)]
+    inner = [_half_ring(fabric, nodes[0], num_bytes, call) for call in HALF_RINGS]
     # All shares cross at once: the pattern counts every rank's NIC and the core links that they share.
     rows = np.stack(nodes)
     pattern = _pattern(fabric, rows.ravel(), np.roll(rows, -1, axis=0).ravel(), np.ones(rows.size))
@@ -175,7 +195,8 @@ _ALL_REDUCE: dict[str, Callable[[Fabric, NDArray[np.int64], float], CollectiveEs
 def _able(algorithm: str, fabric: Fabric, ranks: NDArray[np.int64]) -> bool:
     if algorithm == "nvls":
         one_switch = len(set(fabric.domain_of_rank_R[ranks].tolist())) == 1
-        return one_switch and len(ranks) >= NVLS_MIN_RANKS and {fabric.gpus[r] for r in ranks} <= NVLS_GPUS
+        able = all(reduces_in_switch(kind) for kind in {fabric.nccl[rank] for rank in ranks.tolist()})
+        return one_switch and len(ranks) >= NVLS_MIN_RANKS and able
     if algorithm == "hierarchical":
         sizes = {len(members) for members in _by_node(fabric, ranks)}
         return len(sizes) == 1 and 1 < sizes.pop() < len(ranks)

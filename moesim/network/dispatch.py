@@ -23,6 +23,7 @@ from moesim.errors import UserError
 from moesim.network.collectives import all_gather_seconds, reduce_scatter_seconds
 from moesim.network.fabric import Fabric
 from moesim.network.flows import Demand, Ranks, as_ranks, make_demand
+from moesim.network.library import protocol_of
 from moesim.network.parameters import Protocol
 from moesim.network.ports import Ports, loops
 from moesim.network.transfer import (
@@ -151,6 +152,10 @@ def _prepare(
     if facts.gathers:
         return _prepare_gather(fabric, facts, copies_stages, chosen, token_bytes=token_bytes, combine=combine)
     protocol, reached = fabric.parameters.of_dispatch(facts), fabric.reached_by(facts, sms=sms)
+    nccl = fabric.nccl_kind(chosen) if facts.nvlink_share is None else None
+    if nccl is not None:
+        launch = fabric.parameters.launch_seconds
+        protocol = protocol_of(nccl, "all_to_all", len(chosen), launch_seconds=launch)
     domain_R = fabric.domain_of_rank_R[chosen]
     one_domain = bool((domain_R == domain_R[0]).all())
     if facts.needs_one_domain and not one_domain:
@@ -186,7 +191,12 @@ def _prepare(
         sm_share=sm_share,
         traffic=Traffic(fabric, demands, reached=reached),
         source=f"{algorithm}: {protocol.source}{_on_sms(facts, sms)}; "
-        + transfer_source(fabric, model, reached=None if reached is fabric else facts.source),
+        + transfer_source(
+            fabric,
+            model,
+            reached=None if reached is fabric else facts.source,
+            one_domain=one_domain and not avoids_nvlink,
+        ),
     )
 
 

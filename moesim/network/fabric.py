@@ -17,7 +17,7 @@ from moesim.network.topology import Site, build_graph, sites_of
 from moesim.network.walks import Walks
 from moesim.scenario.cluster import Cluster, Degraded
 from moesim.scenario.dispatch import DispatchAlgorithm, nvlink_share_of_sms
-from moesim.scenario.fabrics import FabricKind
+from moesim.scenario.fabrics import TRANSPORTS, FabricKind
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int32]
@@ -51,6 +51,7 @@ class Fabric:
     rail_of_rank_R: IntArray
     domain_of_rank_R: IntArray
     gpus: tuple[str, ...]
+    nccl: tuple[str | None, ...]
     parameters: NetworkParameters
     kind: FabricKind
     pxn: bool
@@ -95,6 +96,24 @@ class Fabric:
                     share_X[link] = nvlink_share_of_sms(share, sms=sms, nvlink=nvlink, per_sm=algorithm.bytes_per_sm)
             self._reached[key] = replace(self, efficiency_X=share_X, capacity_X=self.bandwidth_X * share_X)
         return self._reached[key]
+
+    def nccl_kind(self, ranks_R: IntegerArray) -> str | None:
+        """The kind of GPU whose tables of NCCL's calls hold among these ranks; None where none does.
+
+        They must be alike in one NVLink domain, with links whose share the scenario does not state.
+        """
+        if not self.parameters.by_gpu or self.kind.listed or self._states_nvlink or len(ranks_R) < 2:
+            return None
+        if (self.domain_of_rank_R[ranks_R] != self.domain_of_rank_R[ranks_R[0]]).any():
+            return None
+        kinds = {self.nccl[rank] for rank in ranks_R.tolist()}
+        return kinds.pop() if len(kinds) == 1 else None
+
+    @cached_property
+    def _states_nvlink(self) -> bool:
+        return any(
+            stated and tier == "nvlink" for stated, tier in zip(self.stated_X.tolist(), self.tier_X, strict=True)
+        )
 
     @property
     def num_ranks(self) -> int:
@@ -222,7 +241,7 @@ def build_fabric(cluster: Cluster, *, parameters: NetworkParameters | None = Non
 
     Raises UserError for a preset that does not fit the nodes, and for a degraded link, node or rail that is not there.
     """
-    parameters = parameters or NetworkParameters()
+    parameters = (parameters or NetworkParameters()).over(TRANSPORTS[cluster.fabric.transport])
     sites = sites_of(cluster)
     graph = build_graph(cluster, sites, parameters)
     for change in cluster.fabric.degraded:
@@ -249,6 +268,7 @@ def build_fabric(cluster: Cluster, *, parameters: NetworkParameters | None = Non
         rail_of_rank_R=np.array([site.rail for site in sites], dtype=np.int32),
         domain_of_rank_R=np.array([site.domain for site in sites], dtype=np.int32),
         gpus=tuple(site.gpu for site in sites),
+        nccl=tuple(site.nccl for site in sites),
         parameters=parameters,
         kind=cluster.fabric_kind,
         pxn=cluster.fabric.pxn,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from moesim.errors import UserError
 from moesim.scenario.cluster import NIC_BANDWIDTH
 from moesim.scenario.dispatch import DISPATCH, DispatchAlgorithm
+from moesim.scenario.fabrics import INFINIBAND, Transport
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,6 @@ class Protocol:
 
 
 _ALL_REDUCE = "NCCL 2.27.7 on 8 H200 (stas00/ml-engineering network/benchmarks)"
-_LATENCY = "ISCA 2025 DeepSeek-V3 paper, 64-byte latencies"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,13 +42,19 @@ class NetworkParameters:
 
     Latencies are per link and direction, so that GPU to GPU over NVSwitch takes two of `nvlink_latency`, over one leaf
     two of `nic_latency`, and over the spine two of `leaf_latency` more. Efficiencies are the share of the nominal
-    bandwidth that NCCL reaches in long transfers; dispatch algorithms may have shares of their own.
+    bandwidth that NCCL reaches in long transfers; dispatch algorithms may have shares of their own. `by_gpu`: inside
+    one NVLink domain NCCL's calls take what was measured for the kind of GPU (`moesim.network.library`) and, on top,
+    what torch needs to launch one.
     """
 
+    by_gpu: bool = True
+    launch_seconds: float = 19e-6
+    launch_source: str = f"{_ALL_REDUCE}, torch launch included, less nccl-tests on the same GPUs: 16 to 25 us"
+
     nvlink_latency: float = 3.33e-6 / 2
-    nic_latency: float = 2.8e-6 / 2
-    leaf_latency: float = (3.7e-6 - 2.8e-6) / 2
-    latency_source: str = _LATENCY
+    nic_latency: float = INFINIBAND.nic_latency
+    leaf_latency: float = INFINIBAND.leaf_latency
+    latency_source: str = INFINIBAND.source
     nic_bandwidth: float = NIC_BANDWIDTH
     nvlink_efficiency: float = 0.817
     nvlink_source: str = f"{_ALL_REDUCE}: ring all-reduce of 16 GiB, 367.6 of 450 GB/s"
@@ -73,6 +79,17 @@ class NetworkParameters:
     )
     point_to_point: Protocol = Protocol(call_seconds=33e-6, source=f"{_ALL_REDUCE}: launch of one call")
     dispatch: tuple[tuple[str, Protocol], ...] = ()  # measured, in the place of what the table of algorithms states
+
+    def over(self, transport: Transport) -> "NetworkParameters":
+        """The same with the latencies of what carries messages between nodes."""
+        if transport is INFINIBAND:
+            return self
+        return dataclasses.replace(
+            self,
+            nic_latency=transport.nic_latency,
+            leaf_latency=transport.leaf_latency,
+            latency_source=f"{transport.name}: {transport.source}; NVLink: {INFINIBAND.source}",
+        )
 
     def of_dispatch(self, algorithm: DispatchAlgorithm) -> Protocol:
         """The software cost of a dispatch algorithm."""
@@ -101,6 +118,8 @@ def load_parameters(values: Mapping[str, object], *, source: str) -> NetworkPara
             (dispatch if name in DISPATCH else changes)[name] = dataclasses.replace(current, source=source, **fields)
         else:
             changes[name] = _number(value, name, source, isinstance(current, float))
+    if dispatch or any(isinstance(value, Protocol) for value in changes.values()):
+        changes["by_gpu"] = False
     return dataclasses.replace(defaults, dispatch=tuple(dispatch.items()), **changes)  # type: ignore[arg-type]
 
 

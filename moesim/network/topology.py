@@ -12,6 +12,7 @@ from typing import NamedTuple
 import networkx as nx
 
 from moesim.errors import UserError
+from moesim.network.library import kind_of
 from moesim.network.parameters import NetworkParameters
 from moesim.scenario.base import link_bandwidth, link_latency
 from moesim.scenario.cluster import Cluster, Fabric, Oversubscription
@@ -23,12 +24,14 @@ from moesim.strict_json import parse_json
 class Site:
     """Where one GPU sits: its node, rail (index in the node), NVLink domain and pod, what it is, and its NVLink.
 
-    `nic` counts the node's NICs from 0 (GPUs next to each other share one), `nic_rank` is the first GPU on it; `leaf`,
-    `spine` and `plane` are the switches and the network above it.
+    `nccl` is the kind of GPU whose table of NCCL's calls holds (`moesim.network.library`). `nic` counts the node's NICs
+    from 0 (GPUs next to each other share one), `nic_rank` is the first GPU on it; `leaf`, `spine` and `plane` are the
+    switches and the network above it.
     """
 
     rank: int
     gpu: str
+    nccl: str | None
     nvlink: float  # bytes/s in one direction
     nic_bandwidth: float | None  # of its port, likewise; None: the fabric's
     node: int
@@ -58,6 +61,7 @@ def sites_of(cluster: Cluster) -> list[Site]:
         domain_nodes = cluster.trays_per_domain(pool)
         sharing = _gpus_per_nic(fabric, kind, pool.gpus_per_node)
         spec = pool.spec
+        nccl = kind_of(spec.name, spec.scaled_from)
         nvlink = spec.nvlink_bandwidth if fabric.nvlink is None else fabric.nvlink
         for index in range(pool.nodes):
             pod = node // pod_nodes if pod_nodes else 0
@@ -65,7 +69,7 @@ def sites_of(cluster: Cluster) -> list[Site]:
                 nic = rail // sharing
                 sites.append(
                     Site(
-                        rank=len(sites), gpu=spec.name, nvlink=nvlink, nic_bandwidth=pool.nic, node=node,
+                        rank=len(sites), gpu=spec.name, nccl=nccl, nvlink=nvlink, nic_bandwidth=pool.nic, node=node,
                         node_size=pool.gpus_per_node, rail=rail, domain=domain + index // domain_nodes, pod=pod,
                         nic=nic, nic_rank=len(sites) - rail % sharing, leaf=kind.leaf(nic, pod=pod, planes=planes),
                         spine=kind.spine(nic, pod=pod, planes=planes), plane=kind.plane(nic, planes=planes),

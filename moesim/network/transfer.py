@@ -275,8 +275,10 @@ def prepare_transfer(
     )
 
 
-def transfer_source(fabric: Fabric, model: Model, *, reached: str | None = None) -> str:
+def transfer_source(fabric: Fabric, model: Model, *, reached: str | None = None, one_domain: bool = False) -> str:
     """Where a transfer's time comes from; `reached`: the source of shares of the bandwidth that are not NCCL's."""
+    if one_domain:
+        return f"{model} sharing of NVLink ports"
     shares = "links' nominal bandwidth times achieved share"
     if model == "ports" and fabric.core_can_block:
         shares = f"the core can block, which ports may underestimate by a fifth: use fluid; {shares}"

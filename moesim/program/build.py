@@ -131,6 +131,7 @@ class _Builder:
             samples=max(1, len(self.samples)),
             source_seconds=dict(self.seconds),
             tensor_bytes=self.tensor_bytes,
+            transfer_sources=_transfer_sources(groups, collectives),
             compiled=self.compiled and not self.mesh.shards_by_layer,
             contention=find_contention(self.fabric, groups, (*reductions, *gathers)),
         )
@@ -339,3 +340,16 @@ class _Builder:
         )
         links = GroupLinks(self.fabric, ranks_R, samples=max(1, len(self.samples)))
         return self._priced(ranks_R, lambda kernels: stage_blocks(self.scenario, kernels, plan, loads, links))
+
+
+def _transfer_sources(groups: Sequence[GroupProgram], collectives: Sequence[Reduction]) -> tuple[str, ...]:
+    """What the kinds of transfers and collectives rest on, in the order in which they first appear."""
+    blocks = dict.fromkeys(run.block for group in groups for task in group.tasks for run in task.runs)
+    found = {
+        (operation.label.name, getattr(operation.transfers_M[0], "source", ""))
+        for block in blocks
+        for operation in block.operations
+        if operation.transfers_M
+    }
+    found |= {(collective.name.partition(".")[0], collective.rests_on) for collective in collectives}
+    return tuple(f"{name}: {source}" for name, source in sorted(found) if source)

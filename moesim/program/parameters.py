@@ -1,7 +1,7 @@
 """Parameters of every pipeline rank: what it holds, reduces and updates, and the collectives on them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -98,14 +98,16 @@ class ParameterGroups:
             buckets = max(1, len(self.scenario.stage_layers[stage])) if beside else 0
             reduce = reduce_scatter_seconds if sharding else all_reduce_seconds
             kind = Collective.REDUCE_SCATTER if sharding else Collective.ALL_REDUCE
-            seconds = reduce(crowded(fabric, members), members[0], count * size).seconds
-            collectives.append(Reduction(f"{kind}.{name}", members, seconds, "network", buckets, stage, kind))
+            call = reduce(crowded(fabric, members), members[0], count * size)
+            reduction = Reduction(f"{kind}.{name}", members, call.seconds, "network", buckets, stage, kind)
+            collectives.append(replace(reduction, rests_on=call.source))
         collectives += self._repeated(fabric, size)
         collectives += self._copies(fabric, size)
         world = np.arange(self.mesh.world_size)
         if self.scenario.workload.gradient_clipping is not None and len(world) > 1:
-            seconds = all_reduce_seconds(fabric, world, BYTES_PER_ELEMENT["fp32"]).seconds
-            collectives.append(Reduction("all_reduce.norm", (world,), seconds, "network"))
+            call = all_reduce_seconds(fabric, world, BYTES_PER_ELEMENT["fp32"])
+            norm = Reduction("all_reduce.norm", (world,), call.seconds, "network", rests_on=call.source)
+            collectives.append(norm)
         return collectives
 
     def _repeated(self, fabric: Fabric, size: float) -> list[Reduction]:
@@ -163,13 +165,15 @@ class ParameterGroups:
             Reduction(
                 f"all_gather.{name}",
                 members,
-                all_gather_seconds(crowded(fabric, members), members[0], count * size).seconds,
+                call.seconds,
                 "network",
                 collective=Collective.ALL_GATHER,
                 part=Part.PARAMETERS,
+                rests_on=call.source,
             )
             for name, _, count, sharding, members in self._kinds()
             if 0 < sharding < PARAMETERS
+            for call in (all_gather_seconds(crowded(fabric, members), members[0], count * size),)
         ]
 
     def _kinds(self) -> list[tuple[str, int, float, int, Members]]:

@@ -57,11 +57,13 @@ def set_of_place(places: Sequence[NDArray[np.integer]], ranks: int) -> tuple[int
 class PeerCollective:
     """A collective in every set of peers: its ranks are done `seconds_R` after the last of them has come.
 
-    `sent_bytes`: what each rank puts on the wire. The same for all of `samples`.
+    `sent_bytes`: what each rank puts on the wire; `source`: where the seconds come from. The same for all `samples`.
     """
 
-    def __init__(self, peers: Peers, seconds_R: FloatArray, *, sent_bytes: float, samples: int = 1) -> None:
-        self.peers = peers
+    def __init__(
+        self, peers: Peers, seconds_R: FloatArray, *, sent_bytes: float, samples: int = 1, source: str = ""
+    ) -> None:
+        self.peers, self.source = peers, source
         self.sent_bytes = sent_bytes
         self.alone_R = np.repeat(seconds_R[None], samples, axis=0)
         self._seconds_1GNI = peers.split(self.alone_R[:1])
@@ -74,7 +76,7 @@ class PeerCollective:
     @cached_property
     def of_one_sample(self) -> "PeerCollective":
         """The same for a sample alone."""
-        return type(self)(self.peers, self.alone_R[0], sent_bytes=self.sent_bytes)
+        return type(self)(self.peers, self.alone_R[0], sent_bytes=self.sent_bytes, source=self.source)
 
     def finish(self, start_R: FloatArray) -> FloatArray:
         """See Transfer."""
@@ -99,6 +101,7 @@ class SideBySide:
         self, parts: Sequence[Transfer], places: Sequence[NDArray[np.integer]], *, moved_bytes: float = 0.0
     ) -> None:
         self.parts, self.places, self.moved_bytes = parts, places, moved_bytes
+        self.source: str = getattr(parts[0], "source", "")
         first = parts[0].alone_R
         self.alone_R = np.empty((len(first), sum(map(len, places))))
         for part, members in zip(parts, places, strict=True):
@@ -161,6 +164,9 @@ class GroupLinks:
         if key not in self._known:
             seconds_R = np.empty(len(self.ranks_R))
             for places in peers.places(len(self.ranks_R)):
-                seconds_R[places] = estimate(self.fabric, self.ranks_R[places], num_bytes).seconds
-            self._known[key] = PeerCollective(peers, seconds_R, sent_bytes=sent_bytes, samples=self.samples)
+                found = estimate(self.fabric, self.ranks_R[places], num_bytes)
+                seconds_R[places] = found.seconds
+            self._known[key] = PeerCollective(
+                peers, seconds_R, sent_bytes=sent_bytes, samples=self.samples, source=found.source
+            )
         return self._known[key]

@@ -21,7 +21,7 @@ class Reduction:
 
     `buckets` is how many parts it is cut into that may begin while the last backward pass still makes gradients; 0: it
     begins when all gradients are there. `stage`: whose gradients they are; -1: of no single stage.
-    `part`: gradients, or the parameters that the optimizer has updated.
+    `rests_on`: where its seconds come from. `part`: gradients, or the parameters that the optimizer has updated.
     """
 
     name: str
@@ -32,6 +32,7 @@ class Reduction:
     stage: int = -1
     collective: Collective = Collective.ALL_REDUCE
     part: Part = Part.GRADIENTS
+    rests_on: str = ""
 
     @cached_property
     def ranks(self) -> frozenset[int]:

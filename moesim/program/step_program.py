@@ -126,6 +126,7 @@ class StepProgram:
 
     `source_seconds`: operation seconds by what they rest on, summed over groups, mean over samples and ranks.
     `tensor_bytes`: what ranks that share layers (tensor, context, slices of experts) send in the step, all together.
+    `transfer_sources`: what transfers and collectives rest on, one text for each kind.
     `compiled`: whether compiled loops move
     the clocks. `contention`: None where groups cannot slow each other.
     """
@@ -137,6 +138,7 @@ class StepProgram:
     samples: int
     source_seconds: Mapping[Basis, float]
     tensor_bytes: float = 0.0
+    transfer_sources: tuple[str, ...] = ()
     compiled: bool = False
     contention: Contention | None = None
 

@@ -309,6 +309,12 @@ def sources(result: Result) -> list[Fact]:
     return [Fact(name, percent(share), "of estimated time") for name, share in shares]
 
 
+def transfer_sources(result: Result) -> list[Fact]:
+    """What transfers and collectives rest on; results of earlier versions do not say."""
+    named = (text.partition(": ") for text in result.get("transfer_sources", ()))
+    return [Fact(name, "", source) for name, _, source in named]
+
+
 ERRORS_HEAD = ("", "of the step", "known error")
 
 

@@ -239,6 +239,8 @@ def _background(page: Page, record: RunRecord) -> None:
     page.text("h2", "What this rests on")
     page.open("div", css="tables")
     page.facts("Sources of kernel and transfer times", facts.sources(record.result))
+    if moved := facts.transfer_sources(record.result):
+        page.facts("What transfers rest on", moved)
     if rests := facts.routing(record.result):
         page.facts("What the routing rests on", rests)
     if known := facts.software(record.result):

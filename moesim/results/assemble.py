@@ -137,6 +137,7 @@ def assemble(
         "cost": cost(scenario, done.step_s),
         "effective": kept,
         "estimate_sources": _shares(done.outcome.source_seconds),
+        "transfer_sources": list(done.outcome.transfer_sources),
         "software": {fact: getattr(scenario.implementation.software, fact) for fact in ("name", "listed", "checked")},
         "router": {"kind": "none (dense model)", "train_loss": None, "validation_loss": None},
         "placement": {"kind": "none (dense model)"},

@@ -97,6 +97,7 @@ _RUN = {
     "gpus": Definition("GPUs", "GPUs of the cluster; those without a rank are paid for all the same."),
     "samples": Definition(NO_UNIT, "Routing samples behind every mean: whole steps with other sequences of the trace."),
     "kernels": Definition(NO_UNIT, "Whose kernels were priced, and what they rest on."),
+    "transfer_sources.[]": Definition(NO_UNIT, "What a kind of transfer or collective rests on, one text each."),
     "warnings.[]": Definition(NO_UNIT, "What to know before trusting the numbers, one text each."),
 }
 

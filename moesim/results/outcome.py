@@ -29,6 +29,7 @@ class Outcome:
     busy_SP: FloatArray
     source_seconds: Mapping[Basis, float]
     tensor_bytes: float
+    transfer_sources: tuple[str, ...]
     spans: tuple[SpanTable, ...]
     critical_path: dict[str, Any]
     shared_links: int

@@ -26,7 +26,7 @@ from moesim.scenario.base import (
 )
 from moesim.scenario.catalogue import GpuSpec, gpu_names, gpu_spec
 from moesim.scenario.dispatch import DIRECT, DISPATCH, Deduplicate
-from moesim.scenario.fabrics import FABRICS, FabricKind, usual_fabric
+from moesim.scenario.fabrics import FABRICS, INFINIBAND, TRANSPORTS, FabricKind, usual_fabric
 from moesim.scenario.gpu import AnyGpu
 from moesim.scenario.speeds import Speeds
 
@@ -108,6 +108,7 @@ class Link(Section):
 
 
 FabricPreset = Annotated[str, one_of(FABRICS), WithJsonSchema({"enum": list(FABRICS), "type": "string"})]
+TransportName = Annotated[str, one_of(TRANSPORTS), WithJsonSchema({"enum": list(TRANSPORTS), "type": "string"})]
 
 
 class Fabric(Section):
@@ -136,15 +137,18 @@ class Fabric(Section):
         default=None,
         description="NICs of each node, shared evenly by GPUs next to each other; absent: one for each GPU.",
     )
+    transport: TransportName = Field(
+        default=INFINIBAND.name, description="What carries messages between nodes: the latencies of its links."
+    )
     nic_latency: Latency | None = Field(
-        default=None, description="Latency between GPU and leaf switch; absent: the calibrated value."
+        default=None, description="Latency between GPU and leaf switch; absent: the transport's."
     )
     nic_efficiency: Efficiency | None = Field(
         default=None,
         description="Share of the network's bandwidth that long transfers reach; absent: that of each software.",
     )
     leaf_latency: Latency | None = Field(
-        default=None, description="Latency of a link above the leaf switches; absent: the calibrated value."
+        default=None, description="Latency of a link above the leaf switches; absent: the transport's."
     )
     pod_nodes: Gpus | None = Field(
         default=None,

@@ -84,3 +84,39 @@ def usual_fabric(nvlink_domains: Collection[int | None]) -> FabricKind:
 def kinds_with(fact: str) -> str:
     """The names of the kinds of which a fact is true, for messages."""
     return " or ".join(kind.name for kind in FABRICS.values() if getattr(kind, fact))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transport:
+    """What carries messages between nodes: seconds of 64 bytes from GPU to GPU under one leaf, and over the spine."""
+
+    name: str
+    one_leaf: float
+    over_spine: float
+    source: str
+
+    @property
+    def nic_latency(self) -> float:
+        """Between a GPU and its leaf switch."""
+        return self.one_leaf / 2
+
+    @property
+    def leaf_latency(self) -> float:
+        """Of a link above the leaf switches."""
+        return (self.over_spine - self.one_leaf) / 2
+
+
+_PAPER = "ISCA 2025 DeepSeek-V3 paper, 64-byte latencies"
+INFINIBAND = Transport(name="infiniband", one_leaf=2.8e-6, over_spine=3.7e-6, source=_PAPER)
+_TRANSPORTS = (
+    INFINIBAND,
+    Transport(name="roce", one_leaf=3.6e-6, over_spine=5.6e-6, source=_PAPER),
+    Transport(
+        name="efa",
+        one_leaf=10.4e-6,
+        over_spine=10.4e-6,
+        source="OSU latency of 64 bytes between two hpc6a of one placement group (aws/aws-parallelcluster issue 6449), "
+        "MPI included; a message is spread over all paths",
+    ),
+)
+TRANSPORTS = {transport.name: transport for transport in _TRANSPORTS}

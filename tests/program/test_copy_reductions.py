@@ -35,7 +35,10 @@ def test_only_copies_are_reduced(small) -> None:
 
 def test_two_copies_of_everything_cost_an_all_reduce_of_pairs(small) -> None:
     """Slot x holds expert x mod E: ranks r and r + 2 hold the same, and reduce it as rings of two do, in two calls."""
-    scenario = small({"placement": {"kind": "contiguous", "redundant_experts": small().model.experts}})
+    fabric = {"nvlink_efficiency": 0.8}  # the same for all calls
+    stated = {"gpu": "h200", "nodes": 1, "gpus_per_node": 4, "fabric": fabric}
+    doubled = {"kind": "contiguous", "redundant_experts": small().model.experts}
+    scenario = small({"placement": doubled, "cluster": stated})
     (reduction,) = reductions(scenario)["all_reduce.copies"]
     model, fabric = scenario.model, build_fabric(scenario.cluster)
     per_rank = scenario.slots_per_rank * model.moe_layers * expert_slice_parameters(scenario)
