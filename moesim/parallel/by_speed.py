@@ -9,8 +9,32 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.parallel.eplb import copy_heaviest, count_copies
+from moesim.parallel.mesh import Mesh
+from moesim.scenario import Scenario
+from moesim.scenario.mixed import pools_of_ranks, relative_speeds
+from moesim.scenario.placement import MadeFromRows
 
 Ints = NDArray[np.int64]
+
+
+def speeds_of_group(scenario: Scenario) -> NDArray[np.float64] | None:
+    """The speed of every rank of an expert group that experts are placed by [D]; None where all are alike, or unheeded.
+
+    Those that the placement states, or else the cluster's: of the ranks' kinds of GPU, by data sheets, times
+    `cluster.speeds`. Where groups differ, which have one placement, it is the mean of their ranks in the same place.
+    """
+    placement, mesh = scenario.placement, scenario.parallelism
+    if not isinstance(placement, MadeFromRows) or not placement.heeds_speeds:
+        return None
+    if placement.rank_speeds is not None:
+        return np.array(placement.rank_speeds)
+    factor_W = scenario.cluster.speeds.of_ranks(mesh.world_size, seed=scenario.seed)
+    speed_W = np.array(relative_speeds(scenario))[list(pools_of_ranks(scenario.cluster, mesh))]
+    speed_W = speed_W / speed_W.max() if factor_W is None else factor_W * speed_W / speed_W.max()
+    ranks = Mesh(mesh, scenario.cluster)
+    groups = np.concatenate([np.array(ranks.expert_groups(stage)) for stage in range(mesh.pipeline)])
+    speed_D = speed_W[groups].mean(axis=0)
+    return None if np.allclose(speed_D, speed_D[0], rtol=1e-12) else speed_D
 
 
 def place_by_speed(load_LE: NDArray[np.generic], *, num_slots: int, speed_D: NDArray[np.float64]) -> Ints:

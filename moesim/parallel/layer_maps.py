@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.parallel.by_speed import place_by_speed
+from moesim.parallel.by_speed import place_by_speed, speeds_of_group
 from moesim.parallel.eplb import balance_experts
 from moesim.parallel.expert_map import ExpertMap, SlotChoice, Split
 from moesim.parallel.memory_parameters import expert_slice_parameters
@@ -75,7 +75,8 @@ def layer_maps(
         maps = tuple(ExpertMap(slot_X.reshape(num_ranks, -1), experts) for slot_X in slot_LX)
         if placement.split == "weighted":
             maps = _weighted(given, maps)
-        return LayerMaps(maps, per_model_layer=False, moved=placement.ranks_alike, split=placement.split)
+        moved = placement.ranks_alike and speeds_of_group(scenario) is None
+        return LayerMaps(maps, per_model_layer=False, moved=moved, split=placement.split)
     slots = placement.fixed_slots(num_experts=experts, num_ranks=num_ranks)
     if slots is None:
         assert isinstance(placement, Explicit)
@@ -108,8 +109,8 @@ class Given:
     @property
     def speed_D(self) -> NDArray[np.float64]:
         """Speeds of the group's ranks that the placement counts with; all alike where it has none."""
-        speeds = self.placement.rank_speeds
-        return np.ones(len(self.node_of_rank_D)) if speeds is None else np.array(speeds)
+        speed_D = speeds_of_group(self.scenario)
+        return np.ones(len(self.node_of_rank_D)) if speed_D is None else speed_D
 
     @property
     def num_nodes(self) -> int:
@@ -155,7 +156,7 @@ def _by_search(given: Given) -> Ints:
     """
     assert isinstance(given.placement, Search) and given.rows.ids_LTK is not None, "a search looks at tokens"
     every = -(-given.rows.ids_LTK.shape[1] // MOST_TOKENS)
-    alike = given.placement.rank_speeds is None
+    alike = speeds_of_group(given.scenario) is None
     slot_LX = _balanced(given, num_nodes=given.num_nodes) if alike else _by_speed(given)
     return np.stack(
         [

@@ -203,12 +203,12 @@ def _waits(page: Page, record: RunRecord) -> None:
     waits_RR, ranks_R = waited_for(record.pipeline_spans[place]), record.pipeline_spans[place].ranks_R
     if waits_RR.sum() == 0:
         return
-    page.text("h3", "Who waited for whom")
+    page.text("h3", "Exposed waiting, by who came last")
     where = f"expert group 0 of pipeline rank {place}" if place else "expert group 0"
     page.text(
         "p",
-        f"Time of one step in {where} that ranks stood in a transfer until the last of the group came to it, by who "
-        "that was; the last column is for ranks outside of it. First routing sample.",
+        f"Time of one step in {where} that ranks stood still in a transfer until the last of the group came to it, by "
+        "who that was; the last column is for ranks outside of it. First routing sample.",
     )
     page.figure(figures.waits(waits_RR, ranks_R), name="waits")
 

@@ -10,13 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.parallel import TrafficSample
+from moesim.parallel.by_speed import speeds_of_group
 from moesim.parallel.copy_gradients import copy_gradient_bytes_DD
 from moesim.parallel.memory_parameters import expert_slice_parameters
 from moesim.parallel.placement import EMPTY_SLOT
 from moesim.results.metrics import TrafficFacts
 from moesim.scenario import Scenario
 from moesim.scenario.base import BYTES_PER_ELEMENT
-from moesim.scenario.placement import Contiguous, MadeFromRows, Placement
+from moesim.scenario.placement import Contiguous, MadeFromRows
 
 FloatArray = NDArray[np.float64]
 
@@ -42,17 +43,16 @@ def placement_facts(scenario: Scenario, samples: Sequence[TrafficSample], facts:
         "placing_sequences": sampler.placing_sequences[1] - sampler.placing_sequences[0],
         "simulated_sequences": sampler.sequences.num_sequences,
         "rank_rows_contiguous": facts.contiguous_rank_rows,
-        "rank_rows_by_speed": _by_speed(placement, facts),
+        "rank_rows_by_speed": _by_speed(scenario, facts),
         "copy_gradient_bytes": _copy_gradient_bytes(scenario, samples[0]),
     }
 
 
-def _by_speed(placement: Placement, facts: TrafficFacts) -> float | None:
+def _by_speed(scenario: Scenario, facts: TrafficFacts) -> float | None:
     """max / mean of rows / speed, the mean weighted by speed: 1 where rows are in proportion to speed."""
-    speeds = placement.rank_speeds if isinstance(placement, MadeFromRows) else None
-    if speeds is None:
+    speed_D = speeds_of_group(scenario)
+    if speed_D is None:
         return None
-    speed_D = np.array(speeds)
     rows_L1 = facts.rank_load_LR.sum(axis=1, keepdims=True)
     share_LD = facts.rank_load_LR / np.where(rows_L1 > 0, rows_L1, 1.0)  # all rows of a layer may be dropped
     return float((share_LD / (speed_D / speed_D.sum())).max(axis=1).mean())
@@ -63,7 +63,8 @@ def placement_warnings(scenario: Scenario) -> list[str]:
     placement = scenario.placement
     if not isinstance(placement, MadeFromRows) or placement.rank_speeds is None:
         return []
-    return ["placement.speeds decide which rank gets how many rows, but all ranks are simulated as equally fast"]
+    what = "placement.speeds decide which rank gets how many rows"
+    return [f"{what}, but ranks are simulated as fast as cluster.speeds and their GPUs say"]
 
 
 def placement_arrays(

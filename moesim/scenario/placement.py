@@ -147,8 +147,13 @@ class MadeFromRows(_Redundant):
 
     @property
     def rank_speeds(self) -> tuple[float, ...] | None:
-        """The speeds of an expert group's ranks that rows are placed by; None: all alike."""
+        """The speeds of an expert group's ranks that the section states."""
         return None
+
+    @property
+    def heeds_speeds(self) -> bool:
+        """Whether rows are placed by the speeds of ranks, the stated ones or else the cluster's."""
+        return False
 
 
 class MadeFromCounts(MadeFromRows):
@@ -182,8 +187,10 @@ class BySpeed(MadeFromCounts):
     """As EPLB's global policy, with rows in proportion to each rank's speed (`moesim.parallel.by_speed`)."""
 
     kind: Literal["by_speed"] = Field(description="Rows of a rank in proportion to its speed.")
-    speeds: Speeds = Field(
-        description="Speed of every rank of an expert group against the others', such as 1.0 and 0.7."
+    speeds: Speeds | None = Field(
+        default=None,
+        description="Speed of every rank of an expert group against the others', such as 1.0 and 0.7; absent: as the "
+        "pools' kinds of GPU and cluster.speeds have it.",
     )
 
     @property
@@ -192,9 +199,14 @@ class BySpeed(MadeFromCounts):
         return False
 
     @property
-    def rank_speeds(self) -> tuple[float, ...]:
+    def rank_speeds(self) -> tuple[float, ...] | None:
         """As given."""
         return self.speeds
+
+    @property
+    def heeds_speeds(self) -> bool:
+        """It does."""
+        return True
 
 
 class Search(MadeFromRows):
@@ -207,7 +219,7 @@ class Search(MadeFromRows):
         default=4_000, description="Exchanges that are tried in each layer of the trace, from each of both starts."
     )
     speeds: Speeds | None = Field(
-        default=None, description="Speed of every rank of an expert group, as by_speed has it; absent: all alike."
+        default=None, description="Speed of every rank of an expert group; absent: the cluster's, as by_speed has it."
     )
     traffic: Coefficient | None = Field(
         default=None, description="Weight of tokens' copies beside rows in that estimate; absent: 1, or as measured."
@@ -219,14 +231,14 @@ class Search(MadeFromRows):
     )
 
     @property
-    def ranks_alike(self) -> bool:
-        """Where speeds are given a slow rank keeps its experts."""
-        return self.speeds is None
-
-    @property
     def rank_speeds(self) -> tuple[float, ...] | None:
         """As given."""
         return self.speeds
+
+    @property
+    def heeds_speeds(self) -> bool:
+        """It does."""
+        return True
 
 
 Placement = Annotated[Contiguous | RoundRobin | Explicit | Eplb | BySpeed | Search, Field(discriminator="kind")]

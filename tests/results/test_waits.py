@@ -16,7 +16,7 @@ SMALL = {"workload.global_batch": 8, "uncertainty.samples": 1, "compute.profile"
 def test_the_matrix_adds_up_to_the_waits(name: str) -> None:
     record = moesim.simulate(moesim.load_scenario(name, SMALL | {"workload.micro_batch": 1}))
     (table,) = record.pipeline_spans
-    assert "Who waited for whom" in render(record)
+    assert "Exposed waiting, by who came last" in render(record)
     waits_RR = waited_for(table)
     np.testing.assert_allclose(waits_RR.sum(axis=1), attribute(table)[WAIT, 0], atol=1e-9)
     assert (waits_RR >= 0).all() and not np.diag(waits_RR).any()

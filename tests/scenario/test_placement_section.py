@@ -47,7 +47,6 @@ def place(text: str, *overrides: str) -> None:
         ("{kind: epbl}", '"epbl" is unknown; .*eplb'),
         ("{kind: eplb, redundant: 4}", "placement.redundant: unknown key; .*redundant_experts"),
         ("{kind: eplb, split: near}", "placement.split: .*nearest"),
-        ("{kind: by_speed}", "placement.speeds: missing"),
         ("{kind: by_speed, speeds: [1.0, 0.5]}", "2 speeds for parallelism.expert = 4 ranks; give one per rank"),
         ("{kind: by_speed, speeds: [1.0, 0.5, 1.0, 0.0]}", "must be at least 1e-09"),
         ("{kind: contiguous, split: weighted}", "weighted needs weights, which contiguous .* use an explicit map"),
