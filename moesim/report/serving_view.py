@@ -72,6 +72,22 @@ def serving_facts(result: Result) -> list[Fact]:
             f"{format_seconds(result['step_s']['mean'])} each, {result['tokens_per_step']:,.0f} tokens in the mean",
         ),
     ]
+    facts.append(
+        Fact(
+            "input, output",
+            f"${result['usd_per_million_input_tokens']:.4g}, ${result['usd_per_million_generated_tokens']:.4g}",
+            "/ M prompt tokens, / M generated tokens: the rent split by what it was spent on",
+        )
+    )
+    if (moved := result["transfer"]) is not None:
+        facts.append(
+            Fact(
+                "transfer",
+                format_bytes(moved["bytes"]),
+                f"keys and values between instances; {format_seconds(moved['shown_s']['mean'])} shown of "
+                f"{format_seconds(moved['seconds']['mean'])} in the mean",
+            )
+        )
     facts += _engine_facts(result)
     if result["rank_rows_imbalance"] is not None:
         facts.append(Fact("rank rows", f"{result['rank_rows_imbalance']:.3f}x", "max / mean at the mean batch"))
@@ -106,23 +122,71 @@ def _part_rows(result: Result) -> list[tuple[str, ...]]:
     return [(_PARTS[name], format_seconds(seconds), f"{seconds / total:.1%}") for name, seconds in parts if seconds > 0]
 
 
+def _pools(result: Result) -> list[RenderableType]:
+    """The instances, where there are several."""
+    if len(result["pools"]) == 1 and result["pools"][0]["replicas"] == 1:
+        return []
+    return [section("instances", number_table(_POOL_HEAD, _pool_rows(result)))]
+
+
 def print_serving(result: Result, *, file: TextIO | None = None, width: int | None = None) -> None:
     """Print the answers in one screen."""
     content: list[RenderableType] = [
         Text.assemble((result["name"], "bold"), ("  serving", "dim")),
         indented(fact_table(serving_facts(result), strong=True)),
         section("latency", number_table(("", *_SHARES), _latency_rows(result))),
+        *_pools(result),
         section("where the time goes", number_table(("", "all steps", "share"), _part_rows(result))),
         *warnings(result["warnings"]),
     ]
     show(lambda _: content, file=file, width=width)
 
 
+def _pool_rows(result: Result) -> list[tuple[str, ...]]:
+    return [
+        (
+            f"{pool['name']}: {pool['replicas']} of {pool['gpus'] // pool['replicas']} GPUs",
+            f"{pool['busy_share']:.0%}",
+            format_seconds(pool["step_s"]["mean"]),
+            f"{pool['tokens_per_step']:,.0f}",
+            format_bytes(pool["memory"]["weights"]),
+            format_bytes(pool["memory"]["kv"]),
+            f"{pool['kv_peak_share']:.0%}",
+            "" if pool["rank_rows_imbalance"] is None else f"{pool['rank_rows_imbalance']:.3f}x",
+        )
+        for pool in result["pools"]
+    ]
+
+
+_POOL_HEAD = ("instances", "busy", "step", "tokens", "weights", "KV", "used", "rank rows")
+_LINES = (
+    ("tokens", "tokens of a step"),
+    ("generated", "tokens generated"),
+    ("waiting", "requests waiting"),
+    ("pages", "pages in use"),
+    ("seconds", "seconds of a step"),
+)
+
+
+def _over_time(pool: Result) -> Figure:
+    """Load, waiting requests, pages and steps of one pool."""
+    timeline = pool["timeline"]
+    figure = make_subplots(rows=len(_LINES), cols=1, shared_xaxes=True, vertical_spacing=0.03)
+    for row, (name, title) in enumerate(_LINES, start=1):
+        line = {"color": _COLOUR, "width": 1.2}
+        figure.add_scatter(x=timeline["end"], y=timeline[name], mode="lines", line=line, name=title, row=row, col=1)
+        figure.update_yaxes(title_text=title.replace(" of ", "<br>of "), rangemode="tozero", row=row, col=1)
+    figure.update_xaxes(title_text="seconds", row=len(_LINES), col=1)
+    figure.update_layout(height=190 * len(_LINES), showlegend=False, margin={"l": 80, "r": 20, "t": 10, "b": 40})
+    figure.update_layout(paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)")
+    return figure
+
+
 def _heat_map(held: Mapping[str, Any]) -> Figure:
     """Share of the pages: moments across, data groups down."""
     by_group = list(zip(*held["share"], strict=True))
     figure = Figure()
-    bar = {"tickformat": ".0%", "title": {"text": "of its pages"}}
+    bar = {"tickformat": ".1%", "title": {"text": "of its pages"}}
     figure.add_heatmap(x=held["seconds"], z=by_group, colorscale="Blues", zmin=0, colorbar=bar)
     figure.update_xaxes(title_text="seconds")
     figure.update_yaxes(title_text="data group", autorange="reversed")
@@ -134,22 +198,6 @@ def _heat_map(held: Mapping[str, Any]) -> Figure:
 
 def serving_page(result: Result) -> str:
     """Load, waiting requests, pages and steps over time, and the tables, as one HTML document without network."""
-    timeline = result["timeline"]
-    lines = (
-        ("tokens", "tokens of a step"),
-        ("generated", "tokens generated"),
-        ("waiting", "requests waiting"),
-        ("pages", "pages in use"),
-        ("seconds", "seconds of a step"),
-    )
-    figure = make_subplots(rows=len(lines), cols=1, shared_xaxes=True, vertical_spacing=0.03)
-    for row, (name, title) in enumerate(lines, start=1):
-        line = {"color": _COLOUR, "width": 1.2}
-        figure.add_scatter(x=timeline["end"], y=timeline[name], mode="lines", line=line, name=title, row=row, col=1)
-        figure.update_yaxes(title_text=title.replace(" of ", "<br>of "), rangemode="tozero", row=row, col=1)
-    figure.update_xaxes(title_text="seconds", row=len(lines), col=1)
-    figure.update_layout(height=190 * len(lines), showlegend=False, margin={"l": 80, "r": 20, "t": 10, "b": 40})
-    figure.update_layout(paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)")
     page = Page()
     page.text("h1", result["name"])
     page.text("p", f"{result['requests']:,} requests served on {_gpus(result)}.")
@@ -160,14 +208,18 @@ def serving_page(result: Result) -> str:
     for title, head, rows in (
         ("Latency", ("", *_SHARES), _latency_rows(result)),
         ("Where the time goes", ("", "all steps", "share"), _part_rows(result)),
+        ("Instances", _POOL_HEAD, _pool_rows(result)),
     ):
         page.open("div")
         page.text("h3", title)
         page.table(head, rows, styles=("", *("number",) * (len(head) - 1)))
         page.close("div")
     page.close("div")
-    page.figure(figure, name="over-time", title="Over time")
-    held = result["kv_share_over_time"]
-    if len(held["share"][0]) > 1:
-        page.figure(_heat_map(held), name="groups-over-time", title="Pages in use of every data group over time")
+    several = len(result["pools"]) > 1
+    for pool in result["pools"]:
+        of = f": {pool['name']}" if several else ""
+        page.figure(_over_time(pool), name=f"over-time-{pool['name']}", title=f"Over time{of}")
+        held, title = pool["kv_share_over_time"], f"Pages in use of every data group over time{of}"
+        if len(held["share"][0]) > 1:
+            page.figure(_heat_map(held), name=f"groups-over-time-{pool['name']}", title=title)
     return page.document(title=f"{result['name']} - serving", script=get_plotlyjs())

@@ -1,6 +1,6 @@
 """From what happened on the clock to answers: latencies, throughput, price, memory, and the largest load."""
 
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,13 +9,12 @@ from numpy.typing import NDArray
 from moesim.errors import InfeasibleError, UserError
 from moesim.serving.clock import Served, run_clock
 from moesim.serving.costs import StepCosts
-from moesim.serving.memory import ServingMemoryReport, layout_of, memory_of
+from moesim.serving.fleet import Pool, fleet_gpus, pools_of, run_fleet
+from moesim.serving.memory import ServingMemoryReport, layout_of
+from moesim.serving.pool_answers import SHARES, pool_answers, shares_of
 from moesim.serving.requests import Requests, draw_requests
 from moesim.serving.schema import ServingScenario, Slo
 
-SHARES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
-MOST_POINTS = 2_000  # of the timeline
-MOST_MOMENTS = 200  # of the pages of every group
 LEAST_ANSWERS = 5.0  # times as long as an answer takes must requests come, for a steady load
 NARROW = 0.02  # of the largest load, when the search ends
 
@@ -25,26 +24,35 @@ class Deployment:
 
     def __init__(self, scenario: ServingScenario) -> None:
         self.scenario = scenario
-        self.memory: ServingMemoryReport = memory_of(scenario)
-        self.costs = StepCosts(scenario)
+        self.pools: tuple[Pool, ...] = pools_of(scenario)
+        self.memory: ServingMemoryReport = self.pools[-1].memory
+        self.costs: StepCosts = self.pools[-1].costs
 
     def requests(self, seed: int) -> Requests:
         """The requests of one seed. Raises InfeasibleError where one of them can never be held."""
         load = self.scenario.workload
         requests = draw_requests(load, seed=seed)
-        longest = int((requests.input_N + requests.output_N).max())
-        speculation = self.scenario.engine.speculation
-        most = longest + (len(speculation.acceptance) + 1 if speculation else 1)
-        if layout_of(self.scenario).pages(most) > self.memory.pages:
-            raise InfeasibleError(
-                f"memory: a request of {longest:,} tokens does not fit into the {self.memory.kv_tokens:,} tokens of "
-                "keys and values that a rank holds; use more ranks, workload.weights: int4, kv: fp8, or shorter ones"
-            )
+        for pool in self.pools:
+            _check_longest(pool, requests)
         return requests
 
     def serve(self, requests: Requests) -> Served:
         """Answer them all."""
-        return run_clock(self.costs, requests, memory=self.memory)
+        if len(self.pools) == 1 and self.pools[0].replicas == 1:
+            return run_clock(self.costs, requests, memory=self.memory)
+        return run_fleet(self.pools, requests)
+
+
+def _check_longest(pool: Pool, requests: Requests) -> None:
+    answer_N = 1 if pool.name == "prefill" else requests.output_N
+    longest = int((requests.input_N + answer_N).max())
+    speculation = pool.scenario.engine.speculation
+    most = longest + (len(speculation.acceptance) + 1 if speculation else 1)
+    if layout_of(pool.scenario).pages(most) > pool.memory.pages:
+        raise InfeasibleError(
+            f"memory: a request of {longest:,} tokens does not fit into the {pool.memory.kv_tokens:,} tokens of "
+            "keys and values that a rank holds; use more ranks, workload.weights: int4, kv: fp8, or shorter ones"
+        )
 
 
 def serve(scenario: ServingScenario) -> dict[str, Any]:
@@ -127,17 +135,22 @@ def _tpot_N(served: Served, requests: Requests) -> NDArray[np.float64]:
 
 def _result(deployment: Deployment, requests: Requests, served: Served) -> dict[str, Any]:
     scenario, costs = deployment.scenario, deployment.costs
-    gpus = scenario.parallelism.world_size
+    gpus = fleet_gpus(scenario)
     seconds = float(served.done_N.max())
     output, prompt = int(requests.output_N.sum()), int(requests.input_N.sum())
     usd = scenario.cluster.usd_per_hour * seconds / 3600.0
     good = _good(served, requests, scenario.workload.slo)
     several_N = requests.output_N > 1
-    steps = np.array(served.step_seconds)
-    busy = float(steps.sum()) or 1.0
-    mean_tokens = float(np.average(served.step_tokens, weights=steps))
-    mean_rows = float(np.average(served.step_rows, weights=steps))
+    tpot_N = _tpot_N(served, requests)[several_N] if several_N.any() else np.zeros(1)
+    pools = [
+        pool_answers(pool, each, seconds)
+        for pool, each in zip(deployment.pools, (*served.earlier, served), strict=True)
+    ]
+    last = {key: value for key, value in pools[-1].items() if key not in ("name", "replicas", "gpus")}
+    last["time_s"] = {part: sum(pool["time_s"][part] for pool in pools) for part in last["time_s"]}
+    last["kernels_rest_on"] = list(dict.fromkeys(source for pool in pools for source in pool["kernels_rest_on"]))
     answered, rows = served.count("answered"), served.count("rows")
+    prompts = (served.earlier or (served,))[0]
     return {
         "name": scenario.name,
         "gpus": gpus,
@@ -150,35 +163,45 @@ def _result(deployment: Deployment, requests: Requests, served: Served) -> dict[
         "output_tokens": output,
         "output_tokens_per_second": output / seconds,
         "tokens_per_second_per_gpu": (output + prompt) / seconds / gpus,
+        "tokens_per_second_per_user": 1.0 / max(float(tpot_N.mean()), 1e-12),
+        "usd_per_million_input_tokens": usd * _prompt_share(pools) / prompt * 1e6,
+        "usd_per_million_generated_tokens": usd * (1.0 - _prompt_share(pools)) / output * 1e6,
         "usd_per_million_output_tokens": usd / output * 1e6,
         "usd_per_million_tokens": usd / (output + prompt) * 1e6,
-        "ttft_s": _shares(served.first_N - requests.arrival_N),
-        "tpot_s": _shares(_tpot_N(served, requests)[several_N] if several_N.any() else np.zeros(1)),
-        "latency_s": _shares(served.done_N - requests.arrival_N),
-        "step_s": _shares(steps),
-        "steps": len(steps),
-        "busy_share": min(1.0, busy / (seconds * (1 if costs.together else scenario.parallelism.data))),
-        "tokens_per_step": mean_tokens,
-        "generated_per_step": float(np.average(served.step_generated, weights=steps)),
-        "time_s": dict(served.parts),
-        "rank_rows_imbalance": costs.experts.at(mean_tokens, mean_rows).imbalance
-        if costs.experts is not None and costs.together
-        else None,
+        "ttft_s": shares_of(served.first_N - requests.arrival_N),
+        "tpot_s": shares_of(tpot_N),
+        "latency_s": shares_of(served.done_N - requests.arrival_N),
+        **last,
         "dropped_share": _dropped_share(costs, served),
-        "prefix_hit_share": served.count("found_tokens") / max(1, served.count("prompt_tokens")),
+        "prefix_hit_share": prompts.count("found_tokens") / max(1, prompts.count("prompt_tokens")),
         "tokens_per_request_step": served.count("given") / answered if answered else 1.0,
         "padding_share": served.count("padding") / max(1, rows),
-        "preempted": served.count("preempted"),
-        "swapped": served.count("swapped"),
-        "memory": asdict(deployment.memory),
-        "kv_peak_share": max(served.step_pages)
-        / (deployment.memory.pages * len(served.batches) / (1 if costs.together else scenario.parallelism.data)),
-        "timeline": _timeline(served),
-        "kv_share_over_time": _held_over_time(served, scenario.parallelism.data, deployment.memory.pages),
+        "pools": pools,
+        "transfer": _transfer(served),
         "warnings": _warnings(requests, served),
-        "kernels_rest_on": list(costs.rests_on),
         "routing_rests_on": scenario.routing.kind if scenario.model.experts else "no experts",
     }  # fmt: skip
+
+
+def _prompt_share(pools: Sequence[Mapping[str, Any]]) -> float:
+    """Of what the GPUs are paid for, the share of prompts: that of their own GPUs, else that of tokens in the steps."""
+    if len(pools) > 1:
+        return float(pools[0]["gpus"] / sum(pool["gpus"] for pool in pools))
+    return float(pools[0]["prompt_time_share"])
+
+
+def _transfer(served: Served) -> dict[str, Any] | None:
+    """Keys and values between instances: tokens, bytes, seconds on the link and those that requests waited."""
+    moved = served.transfers
+    if moved is None:
+        return None
+    seconds, shown = (np.array(values or [0.0]) for values in (moved.seconds, moved.shown))
+    return {
+        "tokens": moved.tokens,
+        "bytes": moved.bytes,
+        "seconds": shares_of(seconds),
+        "shown_s": shares_of(shown),
+    }
 
 
 def _warnings(requests: Requests, served: Served) -> list[str]:
@@ -192,12 +215,6 @@ def _warnings(requests: Requests, served: Served) -> list[str]:
     ]
 
 
-def _shares(values_N: NDArray[np.float64]) -> dict[str, float]:
-    return {"mean": float(values_N.mean())} | {
-        name: float(np.quantile(values_N, share)) for name, share in SHARES.items()
-    }
-
-
 def _dropped_share(costs: StepCosts, served: Served) -> float:
     """Of all rows that experts were sent, over all steps."""
     if costs.experts is None or costs.scenario.engine.capacity_factor is None:
@@ -205,27 +222,3 @@ def _dropped_share(costs: StepCosts, served: Served) -> float:
     pairs = zip(served.step_tokens, served.step_rows, strict=True)
     shares = [costs.experts.at(tokens, generated).dropped for tokens, generated in pairs]
     return float(np.average(shares, weights=served.step_tokens))
-
-
-def _held_over_time(served: Served, groups: int, pages: int) -> dict[str, Any]:
-    """The share of its pages that every data group held at moments at equal distances: [moments, groups]."""
-    room = pages * len(served.batches) / groups
-    ends = np.array(served.step_end)
-    moments = np.linspace(0.0, ends.max(), min(MOST_MOMENTS, len(ends)) + 1)[1:]
-    share_MD = np.zeros((len(moments), groups))
-    held_D, step = np.zeros(groups), 0
-    order = np.argsort(ends, kind="stable")
-    for moment, until in enumerate(np.searchsorted(ends[order], moments, side="right")):
-        for place in order[step:until]:
-            first, values_D = served.step_held[place]
-            held_D[first : first + len(values_D)] = values_D
-        step = int(until)
-        share_MD[moment] = held_D / room
-    return {"seconds": moments.tolist(), "share": np.round(share_MD, 4).tolist()}
-
-
-def _timeline(served: Served) -> dict[str, list[float]]:
-    """Every so many steps: when it ended, its length, tokens, waiting requests and pages."""
-    every = max(1, -(-len(served.step_end) // MOST_POINTS))
-    columns = ("end", "seconds", "tokens", "generated", "waiting", "pages")
-    return {name: [float(value) for value in getattr(served, f"step_{name}")[::every]] for name in columns}

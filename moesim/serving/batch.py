@@ -38,6 +38,7 @@ class Job:
     done: int = 0  # tokens of the prompt that are computed or were found
     shared: int = 0  # tokens of it whose pages the cache holds
     swapped: int = 0  # tokens whose keys and values lie in host memory
+    received: bool = False  # they come from another instance instead
 
 
 class Chunk(NamedTuple):
@@ -108,6 +109,7 @@ class Batch:
         self.cache = PrefixCache(layout)
         self._expected: dict[int, int] = {}  # requests with a prefix that wait or whose prompts are computed
         self._prompt_pages = self._host_used = self._moved = 0
+        self.coming = 0  # requests that are on their way here
         self.held_pages = 0  # layer-pages that the step holds, those that it may fill with them
         self.counts = Counts()
 
@@ -134,7 +136,7 @@ class Batch:
     @property
     def load(self) -> int:
         """What a new request would stand behind."""
-        return self.running + len(self._waiting)
+        return self.running + len(self._waiting) + self.coming
 
     @property
     def used_pages(self) -> int:
@@ -161,6 +163,10 @@ class Batch:
         if job.prefix >= 0:
             self._expected[job.prefix] = self._expected.get(job.prefix, 0) + 1
         heapq.heappush(self._waiting, (job.turn, job.request, job))
+
+    def hold(self, pages: int) -> None:
+        """Layer-pages of a prompt that is done stay taken until they are sent; negative ones are free again."""
+        self._prompt_pages += pages
 
     def form(self) -> Formed:
         """The next step: every request that is answered, then as much of the prompts as the budget leaves."""
@@ -357,9 +363,10 @@ class Batch:
         """Begin with a request that waited; the pages that it takes."""
         if job.swapped:
             stored, pages = job.swapped, int(self.layout.pages(job.swapped))
-            self._host_used -= pages
-            self._moved += pages
-            job.swapped = 0
+            if not job.received:
+                self._host_used -= pages
+                self._moved += pages
+            job.swapped, job.received = 0, False
             self._forget(job)
             self._join(job, stored=stored)
             return int(self.layout.pages(stored + self.rows))

@@ -4,7 +4,7 @@ A data group of several stages works on as many batches in turn, a stage behind 
 slowest of them takes through all stages.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,10 +14,21 @@ from numpy.typing import NDArray
 
 from moesim.seeding import stream
 from moesim.serving.balancing import BALANCING
-from moesim.serving.batch import Batch, Formed
-from moesim.serving.costs import PARTS, StepCost, StepCosts
+from moesim.serving.batch import Batch, Formed, Job
+from moesim.serving.costs import StepCosts
 from moesim.serving.memory import ServingMemoryReport, layout_of
 from moesim.serving.requests import Requests
+from moesim.serving.step import PARTS, StepCost
+
+
+@dataclass
+class Transfers:
+    """Keys and values that went from instances for prompts to those that decode, and what their requests waited."""
+
+    tokens: int = 0
+    bytes: float = 0.0
+    seconds: list[float] = field(default_factory=list)  # of each on its link
+    shown: list[float] = field(default_factory=list)  # from the first token until all had come
 
 
 @dataclass
@@ -26,7 +37,10 @@ class Served:
 
     first_N: NDArray[np.float64]
     done_N: NDArray[np.float64]
-    batches: Sequence[Batch] = ()
+    batches: tuple[Batch, ...] = ()
+    num_sets: int = 0  # of groups that step together
+    earlier: "tuple[Served, ...]" = ()  # what instances for prompts did before
+    transfers: Transfers | None = None  # between them and these
     step_end: list[float] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
     step_tokens: list[int] = field(default_factory=list)
@@ -43,33 +57,84 @@ class Served:
 
 
 def run_clock(costs: StepCosts, requests: Requests, *, memory: ServingMemoryReport) -> Served:
-    """Serve all requests to their end."""
-    scenario = costs.scenario
+    """Serve all requests to their end on one instance."""
     env = simpy.Environment()
-    mesh, layout = scenario.parallelism, layout_of(scenario)
-    stages = mesh.pipeline
-    engine = scenario.engine.model_copy(update={"running": -(-scenario.engine.running // stages)})
-    batches = [
-        Batch(
-            engine,
-            layout=layout,
-            pages=memory.pages,
-            host_pages=memory.host_pages,
-            rng=stream(scenario.seed, "accepted drafts", number),
-        )
-        for number in range(mesh.data * stages)
-    ]
-    groups = [batches[group * stages : (group + 1) * stages] for group in range(mesh.data)]
-    sets = [groups] if costs.together else [[group] for group in groups]
-    served = Served(np.full(len(requests), np.nan), np.full(len(requests), np.nan), batches)
-    bells = [_Bell(env) for _ in sets]
-    bell_of = [bells[0 if costs.together else number // stages] for number in range(len(batches))]
-    env.process(_arrivals(env, requests, batches, bell_of, scenario.engine.balancing))
-    for first, (bell, members) in enumerate(zip(bells, sets, strict=True)):
-        env.process(_steps(env, costs, members, bell, served, first))
+    served = Served(np.full(len(requests), np.nan), np.full(len(requests), np.nan))
+    instance = Instance(env, costs, memory, served)
+    env.process(arrivals(env, requests, instance.give))
     env.run()
     assert not np.isnan(served.done_N).any(), "a request was never answered"
     return served
+
+
+class Instance:
+    """The batches of all data groups of one set of GPUs with all weights, and the processes that step them.
+
+    All note in `served`. `formed` is called with the batches of a step
+    that was formed, `done` with each request that its batch is done with.
+    """
+
+    def __init__(
+        self,
+        env: simpy.Environment,
+        costs: StepCosts,
+        memory: ServingMemoryReport,
+        served: Served,
+        *,
+        formed: Callable[[Sequence[Batch]], None] = lambda _: None,
+        done: Callable[[Batch, Job], None] = lambda _, __: None,
+    ) -> None:
+        scenario = costs.scenario
+        stages, data = scenario.parallelism.pipeline, scenario.parallelism.data
+        engine = scenario.engine.model_copy(update={"running": -(-scenario.engine.running // stages)})
+        first = len(served.batches)
+        self.batches = [
+            Batch(
+                engine,
+                layout=layout_of(scenario),
+                pages=memory.pages,
+                host_pages=memory.host_pages,
+                rng=stream(scenario.seed, "accepted drafts", first + number),
+            )
+            for number in range(data * stages)
+        ]
+        served.batches += tuple(self.batches)
+        groups = [self.batches[group * stages : (group + 1) * stages] for group in range(data)]
+        sets = [groups] if costs.together else [[group] for group in groups]
+        bells = [_Bell(env) for _ in sets]
+        self._bell_of = [bells[0 if costs.together else number // stages] for number in range(len(self.batches))]
+        self._choose = BALANCING[engine.balancing]
+        for number, (bell, members) in enumerate(zip(bells, sets, strict=True)):
+            group = first // stages + number * len(members)
+            env.process(_steps(env, costs, members, bell, served, first_group=group, formed=formed, done=done))
+        served.num_sets += len(sets)
+
+    @property
+    def load(self) -> int:
+        """Requests that are here."""
+        return sum(batch.load for batch in self.batches)
+
+    def give(self, job: Job) -> Batch:
+        """A request comes; the batch that has it."""
+        batch = self.expect(job)
+        self.take(batch, job)
+        return batch
+
+    def expect(self, job: Job) -> Batch:
+        """The batch that a request on its way is meant for."""
+        batch = self.batches[self._choose(self.batches, job)]
+        batch.coming += 1
+        return batch
+
+    def take(self, batch: Batch, job: Job) -> None:
+        """A request that was expected comes."""
+        batch.coming -= 1
+        batch.add(job)
+        self.ring(batch)
+
+    def ring(self, batch: Batch) -> None:
+        """There is room again in one of the batches."""
+        self._bell_of[self.batches.index(batch)].ring()
 
 
 class _Bell:
@@ -88,18 +153,13 @@ class _Bell:
             self.event.succeed()
 
 
-def _arrivals(
-    env: simpy.Environment, requests: Requests, batches: Sequence[Batch], bell_of: Sequence[_Bell], balancing: str
-) -> Generator[Any, Any, None]:
-    choose = BALANCING[balancing]
+def arrivals(env: simpy.Environment, requests: Requests, give: Callable[[Job], object]) -> Generator[Any, Any, None]:
+    """Requests come in their time."""
     for number in range(len(requests)):
         delay = float(requests.arrival_N[number]) - env.now
         if delay > 0:
             yield env.timeout(delay)
-        job = requests.job(number)
-        chosen = choose(batches, job)
-        batches[chosen].add(job)
-        bell_of[chosen].ring()
+        give(requests.job(number))
 
 
 def _steps(
@@ -108,31 +168,40 @@ def _steps(
     groups: Sequence[Sequence[Batch]],
     bell: _Bell,
     served: Served,
+    *,
     first_group: int,
+    formed: Callable[[Sequence[Batch]], None],
+    done: Callable[[Batch, Job], None],
 ) -> Generator[Any, Any, None]:
-    """`groups`: the batches of each data group that steps with the others, from number `first_group` on."""
+    """`groups`: the batches of each data group that steps with the others; from number `first_group` on."""
     batches = [batch for group in groups for batch in group]
     while True:
         if all(batch.is_idle for batch in batches):
             yield bell.wait()
             continue
-        formed = [[batch.form() for batch in group] for group in groups]
-        turns = [in_turn for in_turn in zip(*formed, strict=True) if any(each.tokens for each in in_turn)]
+        step = [[batch.form() for batch in group] for group in groups]
+        turns = [in_turn for in_turn in zip(*step, strict=True) if any(each.tokens for each in in_turn)]
+        if not turns:  # pages are taken by prompts that are on their way to another instance
+            yield bell.wait()
+            continue
+        formed(batches)
         cost = max((costs.step(in_turn) for in_turn in turns), key=lambda each: each.total)
         assert cost.total > 0
         yield env.timeout(cost.total)
         waiting = sum(batch.num_waiting for batch in batches)
         held_D = np.array([sum(batch.held_pages for batch in group) for group in groups])
-        for batch, each in zip(batches, (each for group in formed for each in group), strict=True):
-            first, done = batch.finish(each)
+        for batch, each in zip(batches, (each for group in step for each in group), strict=True):
+            first, ended = batch.finish(each)
             for job in first:
                 if np.isnan(served.first_N[job.request]):
                     served.first_N[job.request] = env.now
-            for job in done:
+            for job in ended:
                 served.done_N[job.request] = env.now
+                done(batch, job)
         served.step_pages.append(int(held_D.sum()))
-        served.step_held.append((first_group, held_D))
-        _note(served, env.now, cost, [each for group in formed for each in group], waiting)
+        idle_D = [all(batch.is_idle for batch in group) for group in groups]
+        served.step_held.append((first_group, np.where(idle_D, 0, held_D)))
+        _note(served, env.now, cost, [each for group in step for each in group], waiting)
 
 
 def _note(served: Served, now: float, cost: StepCost, formed: Sequence[Formed], waiting: int) -> None:

@@ -7,7 +7,7 @@ Legend: G numbers of tokens, D data groups.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -15,40 +15,21 @@ from numpy.typing import NDArray
 
 from moesim.network import Fabric, all_reduce_seconds, build_fabric, send_recv_seconds
 from moesim.scenario import Mla
+from moesim.scenario.dispatch import DISPATCH
 from moesim.serving.attention import AttentionTables
 from moesim.serving.batch import Formed
 from moesim.serving.decode_kernels import small_all_reduce
 from moesim.serving.experts import ExpertTables
 from moesim.serving.layers import Small, end_kernels, num_launches
 from moesim.serving.memory import drafting_layers, memory_of
+from moesim.serving.overlap import overlapped
 from moesim.serving.pricing import Pricing
 from moesim.serving.schema import ServingScenario
+from moesim.serving.step import StepCost
 
 FloatArray = NDArray[np.float64]
 
 ACTIVATION_BYTES = 2.0  # bf16
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepCost:
-    """Seconds of one step by part."""
-
-    projections: float
-    attention: float
-    experts: float
-    exchange: float
-    head: float
-    draft: float
-    swap: float
-    host: float
-
-    @property
-    def total(self) -> float:
-        """All of it: nothing runs beside anything else."""
-        return float(sum(getattr(self, part) for part in PARTS))
-
-
-PARTS = tuple(part.name for part in fields(StepCost))
 
 
 class StepCosts:
@@ -70,6 +51,14 @@ class StepCosts:
 
     def step(self, formed: Sequence[Formed]) -> StepCost:
         """Seconds of a step of all data groups together, or of a single one: the slowest counts in each part."""
+        if not self.scenario.engine.two_batches:
+            return self._one_batch(formed)
+        dispatch, sms = self.scenario.dispatch, self.scenario.cluster.pools[0].spec.sm_count
+        taken = dispatch.sms(sms) or DISPATCH[dispatch.algorithm].sms or 0.0
+        cost = overlapped(formed, self._one_batch, layers=self.model.moe_layers, taken=min(1.0, taken / sms))
+        return replace(cost, host=self._host(float(max(each.tokens for each in formed)), cost.total - cost.host))
+
+    def _one_batch(self, formed: Sequence[Formed]) -> StepCost:
         model, mesh = self.model, self.scenario.parallelism
         tokens_D = np.array([max(each.tokens, 1) if self.together else each.tokens for each in formed])
         layer_D, dense_D = self._at(tokens_D, self.layer_G), self._at(tokens_D, self.dense_G)

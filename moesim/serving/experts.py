@@ -24,6 +24,7 @@ from moesim.program.drawn_routing import obtain_trace
 from moesim.scenario import BYTES_PER_ELEMENT, Routing, scenario_from_mapping
 from moesim.scenario.dispatch import DISPATCH
 from moesim.seeding import stream
+from moesim.serving.copies import ExpertSlots
 from moesim.serving.decode_kernels import facts
 from moesim.serving.pricing import Pricing
 from moesim.serving.schema import ServingScenario
@@ -106,7 +107,7 @@ class ExpertTables:
         return self._found[total, share]
 
     def _drawn_mean(self, total: int, share: float) -> FloatArray:
-        model, mesh = self.model, self.scenario.parallelism
+        mesh = self.scenario.parallelism
         drawn = min(total, MOST_DRAWN)  # more of them are as many times these
         generated = round(drawn * share)
         rng = stream(self.scenario.seed, "serving routing", total, round(10 * share))
@@ -119,13 +120,17 @@ class ExpertTables:
                 ]
             )
             dropped = self._drop(ids_NK)
-            rows_E = np.bincount(ids_NK[ids_NK >= 0], minlength=model.experts)
+            slots = self._slots[sample]
+            ids_NK = slots.of(ids_NK)
+            rows_E = np.bincount(ids_NK[ids_NK >= 0], minlength=slots.num_slots)
             rows_E = np.rint(rows_E * (total / drawn)).astype(np.int64)
             rows_RE = rows_E.reshape(mesh.expert, -1)
             rank_R = rows_RE.sum(axis=1)
             exchange = 0.0
             if self.together:
-                exchange = self._exchange(ids_NK[rng.permutation(drawn)], times=total / drawn)
+                exchange = self._exchange(
+                    ids_NK[rng.permutation(drawn)], times=total / drawn, per_rank=slots.num_slots // mesh.expert
+                )
             imbalance = float(rank_R.max() / max(rank_R.mean(), 1e-9))
             found[sample] = (self._grouped(rows_RE), exchange, imbalance, dropped)
         means = np.asarray(found.mean(axis=0))
@@ -164,12 +169,26 @@ class ExpertTables:
         sizes = {"hidden": model.row_width, "width": self._width, "matrices": model.ffn_matrices}
         return float(self.pricing.experts(rows_RE, **sizes).max())
 
-    def _exchange(self, drawn_NK: IntArray, *, times: float) -> float:
-        """Dispatch and combine of so many times these tokens, which lie evenly on the ranks."""
+    @cached_property
+    def _slots(self) -> list[ExpertSlots]:
+        """Where experts and their copies are, for each sample."""
+        engine, experts, ranks = self.scenario.engine, self.model.experts, self.scenario.parallelism.expert
+        slots, found = experts + engine.redundant_experts, []
+        for sample in range(SAMPLES):
+            load_E = None
+            if self.together and (engine.redundant_experts or engine.expert_placement == "eplb"):
+                traces = (self.prompts, self.generated)
+                counts = [np.bincount(_layer(each, sample).reshape(-1), minlength=experts) for each in traces]
+                load_E = np.sum(counts, axis=0, dtype=float)
+            found.append(ExpertSlots(load_E, experts=experts, slots=slots, ranks=ranks))
+        return found
+
+    def _exchange(self, drawn_NK: IntArray, *, times: float, per_rank: int) -> float:
+        """Dispatch and combine of so many times these tokens (their slots), which lie evenly on the ranks."""
         model, mesh, dispatch = self.model, self.scenario.parallelism, self.scenario.dispatch
         ranks, tokens, layout = mesh.expert, len(drawn_NK), self._layout
         source_N = np.arange(tokens) * ranks // max(tokens, 1)
-        target_NK = np.where(drawn_NK >= 0, drawn_NK // (model.experts // ranks), -1)
+        target_NK = np.where(drawn_NK >= 0, drawn_NK // per_rank, -1)
         once_NK = target_NK if dispatch.deduplicate == "per_expert" else _first_of_each(target_NK)
         copies_RR = _copies(source_N, once_NK, ranks)
         stages: tuple[FloatArray, ...] = (without_diagonal(copies_RR),)
@@ -205,10 +224,15 @@ class ExpertTables:
         return GroupLayout(node_R, np.arange(len(node_R)) - first_R)
 
 
+def _layer(trace: RoutingTrace, layer: int) -> IntArray:
+    """[N, K] choices of all recorded tokens in one layer."""
+    ids_LSTK = trace.final.expert_ids_LSTK
+    return np.asarray(ids_LSTK[layer % len(ids_LSTK)].reshape(-1, ids_LSTK.shape[-1]))
+
+
 def _drawn(trace: RoutingTrace, layer: int, count: int, run: int, rng: np.random.Generator) -> IntArray:
     """[count, K] choices of tokens in runs of `run` that follow each other in the trace."""
-    ids_LSTK = trace.final.expert_ids_LSTK
-    ids_NK = ids_LSTK[layer % len(ids_LSTK)].reshape(-1, ids_LSTK.shape[-1])
+    ids_NK = _layer(trace, layer)
     starts = rng.integers(0, len(ids_NK), -(-count // run))
     places = (starts[:, None] + np.arange(run)).reshape(-1)[:count] % len(ids_NK)
     return np.asarray(ids_NK[places].astype(np.int64))

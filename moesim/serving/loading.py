@@ -11,6 +11,7 @@ from moesim.scenario.forms import absolute_paths, explicit_model, flat_cluster_t
 from moesim.scenario.messages import describe
 from moesim.scenario.model import Mla
 from moesim.scenario.overrides import apply_overrides
+from moesim.serving.fleet import fleet_gpus, prefill_scenario
 from moesim.serving.schema import ServingScenario
 
 _KIND = ("workload", "kind")
@@ -57,17 +58,9 @@ def _check(scenario: ServingScenario, root: Node) -> None:
     def refuse(path: Path, what: str) -> UserError:
         return UserError(f"{find(root, path)[0].where}: {_dotted(path)}: {what}")
 
-    if mesh.world_size > scenario.cluster.num_gpus:
-        what = (
-            f"{mesh.world_size} ranks on {scenario.cluster.num_gpus} GPUs; lower data, tensor or pipeline, or add nodes"
-        )
-        raise refuse(("parallelism",), what)
     if mesh.expert not in (1, mesh.stage_size):
         what = f"{mesh.expert} is neither 1 nor all {mesh.stage_size} ranks of a stage, which is what is modelled"
         raise refuse(("parallelism", "expert"), f"{what}; use one of them")
-    if mesh.expert > 1 and model.experts % mesh.expert:
-        what = f"{model.experts} experts do not spread evenly over {mesh.expert} ranks; use a divisor"
-        raise refuse(("parallelism", "expert"), what)
     if model.heads % mesh.tensor:
         raise refuse(("parallelism", "tensor"), f"{mesh.tensor} does not divide the {model.heads} heads; use a divisor")
     if mesh.pipeline > model.layers:
@@ -79,6 +72,7 @@ def _check(scenario: ServingScenario, root: Node) -> None:
         raise refuse(("cluster",), "serving is modelled on GPUs of one pool; name one")
     if scenario.decode_routing is not None and not model.moe_layers:
         raise refuse(("decode_routing",), "a model without experts has no routing; leave it out")
+    _check_fleet(scenario, refuse)
     _check_workload(scenario, refuse)
     engine = scenario.engine
     if not engine.chunked_prefill and engine.token_budget < 1_024:
@@ -93,6 +87,38 @@ def _check(scenario: ServingScenario, root: Node) -> None:
         raise refuse(("engine", "token_budget"), what)
     if engine.capacity_factor is not None and not model.moe_layers:
         raise refuse(("engine", "capacity_factor"), "a model without experts drops nothing; leave it out")
+
+
+def _check_fleet(scenario: ServingScenario, refuse: Callable[[Path, str], UserError]) -> None:
+    gpus, prefill = fleet_gpus(scenario), scenario.fleet.prefill
+    if gpus > scenario.cluster.num_gpus:
+        what = f"{gpus} GPUs in all instances, {scenario.cluster.num_gpus} in the cluster; lower replicas or add nodes"
+        raise refuse(("fleet",), what)
+    parts: list[tuple[ServingScenario, Path]] = [(scenario, ("engine", "redundant_experts"))]
+    if prefill is not None:
+        where = ("fleet", "prefill", "parallelism")
+        mesh, model = prefill.parallelism, scenario.model
+        if mesh.expert not in (1, mesh.stage_size):
+            what = f"expert {mesh.expert} is neither 1 nor all {mesh.stage_size} ranks of a stage; use one of them"
+            raise refuse(where, what)
+        if model.heads % mesh.tensor or mesh.pipeline > model.layers:
+            what = f"tensor must divide {model.heads} heads, and pipeline be at most {model.layers} layers"
+            raise refuse(where, f"{what}; change them")
+        parts.append((prefill_scenario(scenario), ("fleet", "prefill", "redundant_experts")))
+    for part, place in parts:
+        slots, ranks = scenario.model.experts + part.engine.redundant_experts, part.parallelism.expert
+        if part.engine.redundant_experts and ranks == 1:
+            raise refuse(place, "a rank that holds all experts needs no copies; spread them, or leave it out")
+        if slots % ranks:
+            least = -scenario.model.experts % ranks
+            what = f"{slots} experts with their copies do not spread evenly over {ranks} ranks"
+            raise refuse(place, f"{what}; use {least}, or {ranks} more")
+    if scenario.engine.two_batches and scenario.parallelism.expert == 1:
+        raise refuse(
+            ("engine", "two_batches"), "nothing is dispatched that could be hidden; spread experts, or drop it"
+        )
+    if scenario.engine.two_batches and scenario.parallelism.pipeline > 1:
+        raise refuse(("engine", "two_batches"), "not modelled with pipeline stages; use one stage")
 
 
 def _check_workload(scenario: ServingScenario, refuse: Callable[[Path, str], UserError]) -> None:

@@ -91,10 +91,11 @@ def _weights(scenario: ServingScenario) -> float:
     ends = max(count.embedding, count.head) if mesh.pipeline > 1 else count.embedding + count.head
     wide = ends / mesh.tensor + (count.norms + count.router) * stage
     split = (count.attention + count.dense_ffn + count.shared_experts + count.latent) * stage / mesh.tensor
-    experts = count.routed_experts * stage / ranks
+    copied = 1.0 + scenario.engine.redundant_experts / max(1, model.experts)  # slots for each expert
+    experts = copied * count.routed_experts * stage / ranks
     if drafting_layers(scenario):
         routed = count.routed_experts / max(1, model.moe_layers)
-        experts += routed / ranks
+        experts += copied * routed / ranks
         split += max(0.0, count.mtp / model.mtp_layers - routed) / mesh.tensor
     return wide * WIDE_BYTES + (split + experts) * stored
 

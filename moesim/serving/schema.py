@@ -9,6 +9,7 @@ from moesim.scenario.base import (
     Bandwidth,
     Bytes,
     CapacityFactor,
+    Experts,
     FileName,
     Flag,
     Gpus,
@@ -24,6 +25,7 @@ from moesim.scenario.schema import RESERVED_BYTES
 
 Rate = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=1e-6, le=1e7)]
 Requests = Annotated[int, Field(strict=True, gt=0, le=10_000_000)]
+PositiveShare = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0, le=1)]
 Seconds = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0, le=1e6)]
 
 
@@ -190,6 +192,21 @@ class Engine(Section):
         "has over twice as many and four more than the emptiest.",
     )
     speculation: Speculation | None = Field(default=None, description="Drafted tokens; absent: one token a step.")
+    expert_placement: Literal["contiguous", "eplb"] = Field(
+        default="contiguous",
+        description="Which rank holds which experts: neighbours, or as DeepSeek's balancer places them by the rows of "
+        "the whole routing trace.",
+    )
+    redundant_experts: Experts = Field(
+        default=0,
+        description="Copies of experts beside one of each, on all ranks together, placed by eplb: they take memory, "
+        "and an expert's rows are split over its copies.",
+    )
+    two_batches: Flag = Field(
+        default=False,
+        description="Whether the requests of a step are halved so that one half is computed while dispatch and combine "
+        "of the other are on their way.",
+    )
     capacity_factor: CapacityFactor | None = Field(
         default=None,
         description="Rows that an expert takes in a step at most, as a multiple of their mean over experts (rounded "
@@ -223,6 +240,38 @@ class ServingParallelism(Section):
         return self.data * self.tensor
 
 
+class PrefillPool(Section):
+    """Instances that compute prompts alone; the deployment's own parallelism and engine then are those that decode."""
+
+    replicas: Gpus = Field(default=1, description="Prefill instances, each with all weights.")
+    parallelism: ServingParallelism = Field(
+        default=ServingParallelism(), description="How the ranks of a prefill instance share the work."
+    )
+    token_budget: Tokens = Field(default=8_192, description="Tokens that a rank computes in one prefill step at most.")
+    redundant_experts: Experts = Field(
+        default=0, description="Copies of experts on a prefill instance, as engine.redundant_experts."
+    )
+    transfer: Literal["by_layer", "at_end"] = Field(
+        default="by_layer",
+        description="When keys and values are sent to the decode instance: those of a layer as soon as it is computed, "
+        "beside the layers behind it, or all at the end of the prompt.",
+    )
+    nic_share: PositiveShare = Field(
+        default=1.0, description="Share of a GPU's bandwidth to other instances that sending keys and values gets."
+    )
+
+
+class Fleet(Section):
+    """Instances of a deployment side by side, each request given to the least loaded one."""
+
+    replicas: Gpus = Field(
+        default=1, description="Instances with `parallelism` and all weights; with prefill those that decode."
+    )
+    prefill: PrefillPool | None = Field(
+        default=None, description="Instances of their own for prompts (prefill/decode disaggregation); absent: none."
+    )
+
+
 class ServingMemory(Section):
     """Memory of a GPU that neither weights nor keys and values can use."""
 
@@ -249,6 +298,7 @@ class ServingScenario(Section):
     )
     cluster: Cluster = Field(description="The GPUs and the links between them.")
     parallelism: ServingParallelism = Field(default=ServingParallelism(), description="How ranks share the work.")
+    fleet: Fleet = Field(default=Fleet(), description="Instances side by side, and those for prompts alone.")
     workload: Serving = Field(description="The requests and what they are answered in.")
     engine: Engine = Field(default=Engine(), description="How batches are formed.")
     memory: ServingMemory = Field(default=ServingMemory(), description="Memory that is not there for pages.")

@@ -1,0 +1,168 @@
+"""Fleets: instances side by side, prompts on instances of their own, copies of experts, two batches."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from moesim.errors import UserError
+from moesim.serving import largest_load, load_serving_text, serve
+from moesim.serving.answers import Deployment
+from moesim.serving.clock import run_clock
+from moesim.serving.copies import ExpertSlots
+from moesim.serving.fleet import kv_bytes, run_fleet
+from moesim.serving.overlap import shown_exchange
+from moesim.serving.requests import Requests
+from moesim.serving.schema import ServingScenario
+from moesim.strict_json import json_text
+
+TWO_POOLS = """schema_version: 1
+name: two-pools
+model: {preset: deepseek-moe-16b, layers: 4}
+routing: {kind: uniform}
+cluster: {gpu: h100, nodes: 2, gpus_per_node: 8}
+parallelism: {data: 4, expert: 4}
+fleet:
+  replicas: 2
+  prefill: {replicas: 3, parallelism: {data: 2, expert: 2}, transfer: at_end}
+workload:
+  kind: serving
+  requests: 250
+  arrivals:
+    kind: poisson
+    rate: 150.0
+    input: {kind: log_normal, mean: 500, variation: 0.8, most: 4000}
+    output: {kind: log_normal, mean: 40, variation: 0.8, most: 300}
+"""
+ONE_POOL = TWO_POOLS.replace("  prefill: {replicas: 3, parallelism: {data: 2, expert: 2}, transfer: at_end}\n", "")
+
+
+def two_pools(*overrides: str) -> ServingScenario:
+    return load_serving_text(TWO_POOLS, overrides=overrides)
+
+
+@pytest.fixture(scope="module")
+def deployment() -> Deployment:
+    return Deployment(two_pools())
+
+
+def test_every_token_crosses_once_and_its_bytes_are_those_stored(deployment: Deployment) -> None:
+    requests = deployment.requests(0)
+    served = deployment.serve(requests)
+    moved, sent = served.transfers, requests.output_N > 1
+    assert moved is not None and moved.tokens == requests.input_N[sent].sum()
+    assert moved.bytes == sum(kv_bytes(deployment.pools[-1].scenario, int(each)) for each in requests.input_N[sent])
+    model = deployment.scenario.model
+    assert kv_bytes(deployment.scenario, 100) == 100 * model.layers * 2 * model.kv_heads * model.head_dim * 2
+    (prompts,) = served.earlier
+    assert prompts.count("rows") == requests.input_N.sum() and prompts.count("answered") == 0
+    assert served.count("given") == (requests.output_N - 1).sum() and served.count("prompt_tokens") == 0
+    assert all(batch.used_pages == 0 for batch in (*prompts.batches, *served.batches))
+
+
+def test_with_links_that_take_no_time_the_halves_are_those_of_deployments_by_themselves() -> None:
+    """One instance each: prompts as a deployment that gives one token, answers from when their keys have come."""
+    deployment = Deployment(two_pools("fleet.replicas=1", "fleet.prefill.replicas=1"))
+    requests = deployment.requests(0)
+    both = run_fleet(deployment.pools, requests, instant=True)
+    prefill = deployment.pools[0]
+    alone = run_clock(prefill.costs, replace(requests, output_N=np.ones_like(requests.output_N)), memory=prefill.memory)
+    assert np.array_equal(both.first_N, alone.done_N)
+    slow = run_fleet(deployment.pools, requests)
+    assert np.array_equal(slow.first_N, both.first_N)  # what decodes never slows prompts while there is room
+    one = Requests(arrival_N=np.zeros(1), input_N=np.array([700]), output_N=np.array([3]))
+    served = run_fleet(deployment.pools, one, instant=True)
+    assert served.done_N[0] - served.first_N[0] == pytest.approx(sum(served.step_seconds))
+    late = run_fleet(deployment.pools, one)
+    assert late.transfers is not None
+    assert late.done_N[0] - served.done_N[0] == pytest.approx(late.transfers.shown[0]) == late.transfers.seconds[0]
+
+
+def test_sending_by_layer_shows_a_layers_share_of_a_transfer_that_is_faster_than_its_prompt() -> None:
+    deployment = Deployment(two_pools("fleet.prefill.transfer=by_layer"))
+    one = Requests(arrival_N=np.zeros(1), input_N=np.array([2000]), output_N=np.array([3]))
+    moved = run_fleet(deployment.pools, one).transfers
+    assert moved is not None and moved.shown[0] == pytest.approx(moved.seconds[0] / deployment.scenario.model.layers)
+
+
+def test_full_decode_instances_hold_prompts_back_and_nothing_is_lost() -> None:
+    """The pages of a prompt stay taken where it was computed until its decode instance has begun with it."""
+    deployment = Deployment(two_pools("fleet.replicas=1", "engine.running=4", "workload.arrivals.rate=2000.0"))
+    requests = deployment.requests(0)
+    prefill = replace(deployment.pools[0], memory=replace(deployment.pools[0].memory, pages=80))
+    served = run_fleet((prefill, deployment.pools[-1]), requests)
+    assert max(served.earlier[0].step_pages) <= 80 * 2
+    free = deployment.serve(requests)
+    assert served.first_N.mean() > 1.5 * free.first_N.mean()
+
+
+def test_the_same_seed_gives_the_same_bytes() -> None:
+    assert json_text(serve(two_pools())) == json_text(serve(two_pools()))
+
+
+def test_more_instances_carry_more() -> None:
+    load = ("workload.slo={ttft: 0.2, tpot: 0.004}", "workload.requests=250")
+    loads = [
+        largest_load(load_serving_text(ONE_POOL, overrides=(*load, f"fleet.replicas={replicas}")))
+        for replicas in (1, 2)
+    ]
+    one, two = (each["largest_requests_per_second"] for each in loads)
+    assert two > 1.3 * one and loads[1]["gpus"] == 2 * loads[0]["gpus"]
+
+
+def test_copies_take_rows_in_turn_and_even_out_ranks() -> None:
+    load_E = np.array([50.0, 10, 10, 10, 10, 5, 3, 2])
+    slots = ExpertSlots(load_E, experts=8, slots=12, ranks=4)
+    rng = np.random.default_rng(0)
+    ids_NK = rng.choice(8, (4_000, 1), p=load_E / load_E.sum())
+    ids_NK[:7] = -1
+    found_NK = slots.of(ids_NK)
+    assert np.array_equal(found_NK[:7], ids_NK[:7])
+    rows_X = np.bincount(found_NK[7:, 0], minlength=12)
+    for expert in range(8):
+        copies = slots.slot_X[slots.first_E[expert] :][: slots.copies_E[expert]]
+        rows = (ids_NK == expert).sum()
+        assert rows_X[copies].sum() == rows and np.ptp(rows_X[copies]) <= 1
+    plain = np.bincount(ids_NK[7:, 0], minlength=8).reshape(4, 2).sum(axis=1)
+    assert rows_X.reshape(4, 3).sum(axis=1).max() < 0.7 * plain.max()
+
+
+def test_redundant_experts_take_memory_and_lower_the_imbalance() -> None:
+    skewed = f"routing={{kind: popularity, counts: {[30] * 2 + [4] * 62}}}"
+    plain, copied = (
+        Deployment(load_serving_text(ONE_POOL, overrides=(skewed, f"engine.redundant_experts={copies}")))
+        for copies in (0, 8)
+    )
+    assert copied.memory.weights > plain.memory.weights and copied.memory.kv < plain.memory.kv
+    tables = plain.costs.experts, copied.costs.experts
+    assert tables[0] is not None and tables[1] is not None
+    assert tables[1].at(8_000, 8_000).imbalance < 0.9 * tables[0].at(8_000, 8_000).imbalance
+
+
+def test_two_batches_hide_what_is_shorter_and_pay_for_the_sms_of_the_exchange() -> None:
+    assert shown_exchange(10.0, 4.0, layers=10**9, taken=0.0) == pytest.approx(0.0, abs=1e-6)
+    assert shown_exchange(10.0, 4.0, layers=10**9, taken=0.25) == pytest.approx(1.0)
+    assert shown_exchange(4.0, 10.0, layers=10**9, taken=0.0) == pytest.approx(6.0)
+    assert shown_exchange(4.0, 4.0, layers=2, taken=0.0) == pytest.approx(1.0)
+    one, two = (
+        serve(load_serving_text(ONE_POOL, overrides=("workload.arrivals.rate=3000.0", f"engine.two_batches={two}")))
+        for two in ("false", "true")
+    )
+    assert two["time_s"]["exchange"] < one["time_s"]["exchange"]
+    assert two["time_s"]["projections"] + two["time_s"]["experts"] > one["time_s"]["projections"]
+
+
+@pytest.mark.parametrize(
+    ("override", "what"),
+    [
+        ("fleet.replicas=9", "42 GPUs in all instances, 16 in the cluster"),
+        ("fleet.prefill.parallelism={data: 2, expert: 4}", "neither 1 nor all 2"),
+        ("engine.redundant_experts=3", "do not spread evenly"),
+        ("fleet.prefill.redundant_experts=3", "do not spread evenly"),
+        ("fleet.prefil={}", "prefill"),
+    ],
+)
+def test_mistakes_are_named(override: str, what: str) -> None:
+    with pytest.raises(UserError) as error:
+        two_pools(override)
+    assert what in str(error.value) and "\n" not in str(error.value)
