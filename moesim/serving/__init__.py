@@ -5,8 +5,10 @@ requests  when requests come, how long they are, what they share
 keys      which keys a token sees and stores; memory: weights, and pages for them
 batch     what a data group of ranks works on; prefixes: what it keeps of prompts; balancing: who gets a request
 pricing   HOW LONG a kernel takes; attention, experts: tables of kernels, routing, dispatch; costs: a step of them
+copies    where experts and copies of them are; overlap: two half batches; step: the cost of one by part
 clock     WHEN: SimPy processes of arrivals and of steps
-answers   latencies, throughput, price, the largest load
+fleet     instances side by side, those for prompts apart, and what is sent between them
+answers   latencies, throughput, price, the largest load; pool_answers: of one kind of instances
 """
 
 from moesim.serving.answers import largest_load, serve, serve_seeds

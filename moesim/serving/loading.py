@@ -58,6 +58,11 @@ def _check(scenario: ServingScenario, root: Node) -> None:
     def refuse(path: Path, what: str) -> UserError:
         return UserError(f"{find(root, path)[0].where}: {_dotted(path)}: {what}")
 
+    if mesh.world_size > scenario.cluster.num_gpus:
+        what = (
+            f"{mesh.world_size} ranks on {scenario.cluster.num_gpus} GPUs; lower data, tensor or pipeline, or add nodes"
+        )
+        raise refuse(("parallelism",), what)
     if mesh.expert not in (1, mesh.stage_size):
         what = f"{mesh.expert} is neither 1 nor all {mesh.stage_size} ranks of a stage, which is what is modelled"
         raise refuse(("parallelism", "expert"), f"{what}; use one of them")
