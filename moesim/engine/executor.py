@@ -14,6 +14,7 @@ Legend: N kernels, F families of kernels, S routing samples, R ranks.
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from types import ModuleType
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,14 +31,23 @@ from moesim.engine.segments import (
     Packed,
 )
 from moesim.engine.walk import Labels, Step
-from moesim.kernels import Beside
+from moesim.kernels import Beside, slowed_at
 from moesim.program.host import FREE_HOST, HostModel
 from moesim.program.operations import MAIN, NUM_CHAINS, SIDE, Kind, Run, Transfer
+from moesim.program.peers import PeerCollective
+from moesim.program.step_program import FREE, FREE_BESIDE
 from moesim.results.spans import Label, Part, SpanRecorder, Stream
 
 FloatArray = NDArray[np.float64]
-FREE_BESIDE = Beside(compute=1.0)
 Handed = tuple[Label, FloatArray, FloatArray]  # what, when it was sent, when it arrives
+
+
+class _Window(NamedTuple):
+    """An open transfer: since when, until when, and what it and kernels cost each other."""
+
+    from_SR: FloatArray
+    until_SR: FloatArray
+    beside_F3R: FloatArray
 
 
 @cache
@@ -60,12 +70,23 @@ class GroupExecutor:
         recorder: SpanRecorder,
         labels: Labels,
         compiled: bool = False,
+        beside_collectives_R: Sequence[Mapping[str, Beside]] = (FREE,),
+        collective_rate: float = 0.0,
     ) -> None:
+        """`beside_collectives_R`: as `beside_R`, where the transfer is a library's collective; absent: these are free.
+
+        `collective_rate`: bytes/s of a rank that they were measured at, see `moesim.kernels.Contention`.
+        """
         self.host_model = host
-        self.beside_F3R = np.moveaxis(
-            np.array([[beside[family] for family in FAMILY_NUMBERS] for beside in beside_R]), 0, -1
-        ).copy()
-        self._is_free_of_contention = bool((self.beside_F3R == np.array(FREE_BESIDE)[:, None]).all())
+        self.beside_F3R = _facts(beside_R)
+        self.collectives_F3R = _facts(beside_collectives_R)
+        self._is_free_of_contention = all(
+            bool((facts_F3R == np.array(FREE_BESIDE)[:, None]).all())
+            for facts_F3R in (self.beside_F3R, self.collectives_F3R)
+        )
+        self._open_F3R = self._reducing_F3R = self.beside_F3R  # of the latest transfer, and collective of a layer
+        self._collective_rate = collective_rate
+        self._facts_of: dict[PeerCollective, FloatArray] = {}
         self.recorder = recorder
         self.labels = labels
         self.clocks_KSR = np.zeros((NUM_CLOCKS, samples, ranks))  # numbered in `segments`; parts of it by name:
@@ -74,6 +95,8 @@ class GroupExecutor:
         self._open_from_SR, self._open_until_SR = self.clocks_KSR[OPEN_FROM], self.clocks_KSR[OPEN_UNTIL]
         self.host_SR = np.zeros((samples, ranks))
         self.reduced_SR = np.zeros((samples, ranks))  # when the latest collective on gradients or parameters was done
+        # The collectives of layers that follow each other without a pause: when they began, and the row of the last.
+        self._reducing_from_SR, self._reducing_span = np.zeros((samples, ranks)), -1
         self.last_begin_SR = np.zeros((samples, ranks))  # when the current action began
         self.records_all = False  # also waits of no length: samples simulated apart then have the same rows
         self._host_is_free = host == FREE_HOST
@@ -108,20 +131,20 @@ class GroupExecutor:
     def _execute_packed(
         self, packed: Packed, runs: Sequence[Run]
     ) -> Iterator[tuple[int, Transfer, FloatArray, FloatArray]]:
-        recorder, loops, clocks_KSR, beside_F3R = self.recorder, _loops(), self.clocks_KSR, self.beside_F3R
+        recorder, loops, clocks_KSR = self.recorder, _loops(), self.clocks_KSR
         first, second = micro_batches = runs[0].micro_batch, runs[-1].micro_batch
         of_span = first if first == second else first + packed.which_G * (second - first)
         span = recorder.run(packed.labels_G, of_span).start
         spans = recorder.start_NSR, recorder.finish_NSR, recorder.own_NSR
         for steps_NC, kernels, chain, which, transfers_M in packed.segments:
-            now = beside_F3R, self._transfer_span, chain, span
+            now = self._open_F3R, self._transfer_span, chain, span
             loops.advance(clocks_KSR, steps_NC, *packed.seconds_Q, *micro_batches, *now, *spans)
             span += kernels
             if chain != NO_TRANSFER:
                 transfer = transfers_M[micro_batches[which] % len(transfers_M)]
                 done_SR = transfer.finish(spans[0][span])
                 loops.settle(clocks_KSR, chain, span, done_SR, transfer.alone_R, *spans)
-                self._transfer_span = span
+                self._transfer_span, self._open_F3R = span, self._facts_beside(transfer)
                 yield chain, transfer, self._open_from_SR, self._open_until_SR
                 span += 1
 
@@ -175,8 +198,12 @@ class GroupExecutor:
             case Kind.COLLECTIVE:
                 prepared = step.transfers_M[0]
                 start_SR = np.maximum(chains_CSR[chain], self.reduced_SR)
+                goes_on_SR = (self._reducing_span >= 0) & (start_SR == self.reduced_SR)
+                self._reducing_from_SR = np.where(goes_on_SR, self._reducing_from_SR, start_SR)
                 self.reduced_SR = prepared.finish(start_SR)
                 own_SR = np.minimum(prepared.alone_R, self.reduced_SR - start_SR)
+                assert isinstance(prepared, PeerCollective)
+                self._reducing_span, self._reducing_F3R = self.recorder.count, self._facts_at_rate(prepared)
                 self.recorder.add(int(step.labels_N[0]), run.micro_batch, start_SR, self.reduced_SR, own_SR)
             case Kind.AWAIT:
                 np.maximum(chains_CSR[chain], self.reduced_SR, out=chains_CSR[chain])
@@ -199,34 +226,17 @@ class GroupExecutor:
         rows = recorder.run(step.labels_N, micro_batch)
         start_NSR, finish_NSR = recorder.start_NSR[rows], recorder.finish_NSR[rows]
         np.add(elapsed_NSR, start_SR, out=finish_NSR)
-        if not self._is_free_of_contention and (start_SR < self._open_until_SR).any():
-            self._beside(step.families_N, start_SR, elapsed_NSR, finish_NSR)
+        if not self._is_free_of_contention:
+            if (start_SR < self._open_until_SR).any():
+                window = _Window(self._open_from_SR, self._open_until_SR, self._open_F3R)
+                self._lengthen(_beside(step.families_N, start_SR, elapsed_NSR, finish_NSR, window))
+            if self._reducing_span >= 0 and (start_SR < self.reduced_SR).any():
+                window = _Window(self._reducing_from_SR, self.reduced_SR, self._reducing_F3R)
+                alone_NSR = finish_NSR - start_SR
+                self._lengthen_reductions(_beside(step.families_N, start_SR, alone_NSR, finish_NSR, window))
         start_NSR[0], start_NSR[1:] = start_SR, finish_NSR[:-1]
         np.subtract(finish_NSR, start_NSR, out=recorder.own_NSR[rows], casting="same_kind")
         compute_SR[:] = chain_SR[:] = finish_NSR[-1]
-
-    def _beside(
-        self, families_N: NDArray[np.int32], last_SR: FloatArray, elapsed_NSR: FloatArray, finish_NSR: FloatArray
-    ) -> None:
-        """A run of kernels that begins at `last_SR`, in part beside the open transfer, of `finish_NSR` without it.
-
-        While both run a kernel does 1 / c of its work and the transfer 1 / t of its own in a second. A kernel that was
-        there first keeps its SMs for the family's wait, in which it loses nothing and the transfer gains nothing.
-        """
-        until_SR, before_SR, lost_SR = self._open_until_SR.copy(), np.zeros_like(last_SR), np.zeros_like(last_SR)
-        for kernel, family in enumerate(families_N):
-            compute, transfer, wait = self.beside_F3R[family]
-            work_SR = elapsed_NSR[kernel] - before_SR
-            left_SR = np.maximum(until_SR - np.maximum(last_SR, self._open_from_SR), 0.0)
-            free_SR = np.minimum(np.maximum(self._open_from_SR - last_SR, 0.0), work_SR)
-            waits_SR = (left_SR > 0.0) & (last_SR <= self._open_from_SR)
-            longer_SR = np.where(waits_SR, np.minimum(wait, work_SR - free_SR), 0.0)
-            beside_SR = np.minimum(work_SR - (free_SR + longer_SR), left_SR * transfer / compute)
-            lost_SR += beside_SR * (compute - 1.0)
-            until_SR += longer_SR + beside_SR * (compute * (1.0 - 1.0 / transfer))
-            finish_NSR[kernel] += lost_SR
-            before_SR, last_SR = elapsed_NSR[kernel], finish_NSR[kernel]
-        self._lengthen(until_SR)
 
     def _lengthen(self, until_SR: FloatArray) -> None:
         """The latest transfer ends at `until_SR`, and what waits for it, too."""
@@ -239,6 +249,26 @@ class GroupExecutor:
         for clock_SR in (*self.chains_CSR, self.communication_SR, self._open_until_SR):
             np.copyto(clock_SR, until_SR, where=later_SR & (clock_SR == before_SR))
 
+    def _lengthen_reductions(self, until_SR: FloatArray) -> None:
+        """The latest collective of a layer ends at `until_SR`; nothing waits for it yet."""
+        span, later_SR = self._reducing_span, until_SR - self.reduced_SR
+        self.recorder.own_NSR[span] += later_SR
+        self.recorder.finish_NSR[span] += later_SR
+        self.reduced_SR = until_SR
+
+    def _facts_beside(self, transfer: Transfer) -> FloatArray:
+        """What kernels and this transfer cost each other, by family."""
+        return self._facts_at_rate(transfer) if isinstance(transfer, PeerCollective) else self.beside_F3R
+
+    def _facts_at_rate(self, transfer: PeerCollective) -> FloatArray:
+        known_F3R = self._facts_of.get(transfer)
+        if known_F3R is None:
+            known_F3R = self.collectives_F3R.copy()
+            rate = transfer.sent_bytes / float(transfer.alone_R.max())
+            known_F3R[:, 1] = slowed_at(known_F3R[:, 1], rate=rate, measured_rate=self._collective_rate)
+            self._facts_of[transfer] = known_F3R
+        return known_F3R
+
     def _transfer(self, step: Step, micro_batch: int) -> None:
         prepared = step.transfers_M[micro_batch % len(step.transfers_M)]
         start_SR = self._issue(step, np.maximum(self.chains_CSR[step.chain], self.communication_SR), micro_batch)
@@ -246,7 +276,7 @@ class GroupExecutor:
         self.communication_SR[:] = self.chains_CSR[step.chain] = finish_SR
         self._open_from_SR[:], self._open_until_SR[:] = start_SR, finish_SR
         own_SR = np.minimum(prepared.alone_R, finish_SR - start_SR)
-        self._transfer_span = self.recorder.count
+        self._transfer_span, self._open_F3R = self.recorder.count, self._facts_beside(prepared)
         self.recorder.add(int(step.labels_N[0]), micro_batch, start_SR, finish_SR, own_SR)
 
     def early_collective(
@@ -264,3 +294,37 @@ class GroupExecutor:
         self.reduced_SR = finish_SR
         own_SR = np.minimum(np.full_like(start_SR, own), finish_SR - start_SR)
         self.recorder.add(self.labels.number(label), -1, start_SR, finish_SR, own_SR)
+
+
+def _facts(beside_R: Sequence[Mapping[str, Beside]]) -> FloatArray:
+    """[F, 3, R], or [F, 3, 1] where they are the same for all ranks."""
+    return np.moveaxis(np.array([[beside[family] for family in FAMILY_NUMBERS] for beside in beside_R]), 0, -1).copy()
+
+
+def _beside(
+    families_N: NDArray[np.int32],
+    last_SR: FloatArray,
+    elapsed_NSR: FloatArray,
+    finish_NSR: FloatArray,
+    window: _Window,
+) -> FloatArray:
+    """A run of kernels that begins at `last_SR`, in part beside an open transfer, of `finish_NSR` without it, which is
+    moved on. Returns when the transfer then ends.
+
+    While both run a kernel does 1 / c of its work and the transfer 1 / t of its own in a second. A kernel that was
+    there first keeps its SMs for the family's wait, in which it loses nothing and the transfer gains nothing.
+    """
+    until_SR, before_SR, lost_SR = window.until_SR.copy(), np.zeros_like(last_SR), np.zeros_like(last_SR)
+    for kernel, family in enumerate(families_N):
+        compute, transfer, wait = window.beside_F3R[family]
+        work_SR = elapsed_NSR[kernel] - before_SR
+        left_SR = np.maximum(until_SR - np.maximum(last_SR, window.from_SR), 0.0)
+        free_SR = np.minimum(np.maximum(window.from_SR - last_SR, 0.0), work_SR)
+        waits_SR = (left_SR > 0.0) & (last_SR <= window.from_SR)
+        longer_SR = np.where(waits_SR, np.minimum(wait, work_SR - free_SR), 0.0)
+        beside_SR = np.minimum(work_SR - (free_SR + longer_SR), left_SR * transfer / compute)
+        lost_SR += beside_SR * (compute - 1.0)
+        until_SR += longer_SR + beside_SR * (compute * (1.0 - 1.0 / transfer))
+        finish_NSR[kernel] += lost_SR
+        before_SR, last_SR = elapsed_NSR[kernel], finish_NSR[kernel]
+    return until_SR

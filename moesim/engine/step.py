@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 from moesim.engine.executor import GroupExecutor
 from moesim.engine.hub import Carried, Hub
 from moesim.engine.walk import Labels
+from moesim.kernels import Beside, slowed_at
 from moesim.network.contention import LinkUse
-from moesim.program.contention import samples_of
+from moesim.program.contention import TINY, samples_of
 from moesim.program.operations import Run
 from moesim.program.reductions import Reduction, last_arrivals
 from moesim.program.step_program import GroupProgram, Sent, SharedPart, StepProgram, collective_label, handoff_label
@@ -64,8 +65,9 @@ class _Meeting:
         groups: tuple[GroupProgram, ...],
         hub: Hub | None,
         use: LinkUse | None,
+        beside: Beside,
     ) -> None:
-        self.reduction = reduction
+        self.reduction, self.beside = reduction, beside
         self.groups = [group for group in groups if reduction.ranks & set(group.ranks_R.tolist())]
         self.arrived = {id(group): env.event() for group in self.groups}
         self.everyone: simpy.Event = env.all_of(list(self.arrived.values()))
@@ -103,12 +105,25 @@ class _Meeting:
         reduction = self.reduction
         finish_SW = self._last(0) + reduction.seconds
         if reduction.buckets:
-            # The last bucket cannot begin before the last gradient is there.
-            finish_SW = np.maximum(finish_SW, self._last(1) + reduction.seconds / reduction.buckets)
+            finish_SW = self._beside_kernels(self._last(0), self._last(1))
         if hub is not None and use is not None:
             member_W = np.isfinite(finish_SW[0])
             finish_SW[:, member_W] = yield from hub.carry_alike(finish_SW[:, member_W], reduction.seconds, use)
         return finish_SW
+
+    def _beside_kernels(self, first_SW: FloatArray, done_SW: FloatArray) -> FloatArray:
+        """When a collective in buckets is done that may begin at `first_SW`, while kernels run to `done_SW`.
+
+        While both run, each does a part of its work: for `both_SW` seconds. What the kernels lose is in the end of the
+        last bucket, which cannot begin before the last gradient is there. Members that take no part have -inf.
+        """
+        seconds, (compute, transfer, _) = self.reduction.seconds, self.beside
+        with np.errstate(invalid="ignore"):
+            kernels_SW = np.maximum(np.nan_to_num(done_SW - first_SW), 0.0)
+        both_SW = np.minimum(seconds * transfer, kernels_SW * compute)
+        finish_SW = first_SW + seconds + both_SW * (1.0 - 1.0 / transfer)
+        last_SW = done_SW + both_SW * (1.0 - 1.0 / compute) + seconds / self.reduction.buckets
+        return np.asarray(np.maximum(finish_SW, last_SW))
 
     def _last(self, which: int) -> FloatArray:
         """[S, W]: the latest of the members' times, `which` = 0: first gradient there, 1: all of them."""
@@ -133,7 +148,7 @@ class _Step:
         collectives = (*program.reductions, *program.gathers)
         uses = contention.collectives if contention else (None,) * len(collectives)
         meetings = [
-            _Meeting(self.env, collective, program.groups, self.hub, use)
+            _Meeting(self.env, collective, program.groups, self.hub, use, _beside(program, collective))
             for collective, use in zip(collectives, uses, strict=True)
         ]
         self.reductions, self.gathers = meetings[: len(program.reductions)], meetings[len(program.reductions) :]
@@ -235,6 +250,12 @@ class _Step:
             self.env.process(_deliver(self.hub, handed, finish_SR, arrival_SR, sent.seconds, use))
 
 
+def _beside(program: StepProgram, collective: Reduction) -> Beside:
+    """What kernels and this collective on gradients cost each other."""
+    facts, rate = program.beside_reductions, collective.sent_bytes / max(collective.seconds, TINY)
+    return facts._replace(transfer=slowed_at(facts.transfer, rate=rate, measured_rate=program.collective_rate))
+
+
 def _deliver(
     hub: Hub, handed: simpy.Event, finish_SR: FloatArray, arrival_SR: FloatArray, seconds: float, use: LinkUse
 ) -> Wait:
@@ -267,6 +288,8 @@ def _simulate(program: StepProgram, labels: Labels) -> StepOutcome:
             recorder=recorder,
             labels=labels,
             compiled=program.compiled,
+            beside_collectives_R=group.beside_collectives_R,
+            collective_rate=program.collective_rate,
         )
         executor.records_all = program.contention is not None
         executors.append(executor)

@@ -6,7 +6,17 @@ load_profile("h200").seconds(Gemm(m=4096, k=2048, n=3072))     # Estimate(second
 
 from moesim.kernels.calibrated import CalibratedModel
 from moesim.kernels.command import calibrate_command
-from moesim.kernels.estimate import SOURCES, Beside, Contention, Estimate, HostCosts, KernelModel, total, weakest
+from moesim.kernels.estimate import (
+    SOURCES,
+    Beside,
+    Contention,
+    Estimate,
+    HostCosts,
+    KernelModel,
+    slowed_at,
+    total,
+    weakest,
+)
 from moesim.kernels.families import MEMORY_KINDS, Attention, Gemm, GroupedGemm, Kernel, MemoryBound, memory_bytes
 from moesim.kernels.loading import gpu_of_device, kernel_model, load_profile
 from moesim.kernels.measured import contention_of
@@ -40,6 +50,7 @@ __all__ = [
     "leave_one_out_rows",
     "load_profile",
     "memory_bytes",
+    "slowed_at",
     "total",
     "weakest",
 ]

@@ -82,6 +82,11 @@ class CalibratedModel:
         self._widths = typical_widths(profile)
         self.host: HostCosts = host_costs_of(profile)
         self.contention: Contention = contention_of(profile)
+        if relative is not None and not self.contention.collectives:
+            facts = relative.contention
+            self.contention = replace(
+                self.contention, collectives=facts.collectives, collective_rate=facts.collective_rate
+            )
         present = {row["family"] for row in profile.rows}
         self.missing_families = tuple(family for family in expected_families if family not in present)
         if self.missing_families:

@@ -1,8 +1,10 @@
 """What a duration is: seconds with the source it rests on, and the interface of everything that gives durations."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
 
 from moesim.kernels.families import FloatArray, Kernel
 
@@ -47,15 +49,45 @@ class Beside(NamedTuple):
 
 @dataclass(frozen=True)
 class Contention:
-    """How much kernels of each family and transfers slow each other; `other` holds for families that are not there."""
+    """How much kernels of each family and transfers slow each other; `other` holds for families that are not there.
+
+    `collectives`: the same beside all-reduces, all-gathers and reduce-scatters of a library; empty: as other transfers.
+    `collective_rate`: bytes/s that a rank sent in them alone. One that a slower link holds up is slowed only as far as
+    its blocks, slowed, would then be the slower part: its factor is max(1, transfer * its rate / this one).
+    """
 
     by_family: Mapping[str, Beside]
     other: Beside
     source: str
+    collectives: Mapping[str, Beside] = field(default_factory=dict)
+    collective_rate: float = 0.0
 
     def of(self, family: str) -> Beside:
-        """That of a family of kernels."""
+        """That of a family of kernels beside a dispatch or combine."""
         return self.by_family.get(family, self.other)
+
+    def beside_collective(self, family: str) -> Beside:
+        """That of a family of kernels beside a library's collective."""
+        if not self.collectives:
+            return self.of(family)
+        return self.collectives.get(family, self.mean_collective)
+
+    @property
+    def mean_collective(self) -> Beside:
+        """The middle of all families', for work that is not taken apart."""
+        found = list(self.collectives.values()) or [self.other]
+        return Beside(*(float(np.median([each[fact] for each in found])) for fact in range(len(Beside._fields))))
+
+
+def slowed_at(transfer: Any, *, rate: float, measured_rate: float) -> Any:
+    """The factors (a float or an array) on a transfer that sends `rate` bytes/s alone, of one measured at another rate.
+
+    >>> float(slowed_at(1.5, rate=50e9, measured_rate=300e9)), float(slowed_at(1.5, rate=300e9, measured_rate=300e9))
+    (1.0, 1.5)
+    """
+    if measured_rate <= 0.0 or rate <= 0.0:
+        return transfer
+    return np.maximum(1.0, transfer * min(1.0, rate / measured_rate))
 
 
 @dataclass(frozen=True)

@@ -34,18 +34,36 @@ def host_costs_of(profile: Profile) -> HostCosts:
 
 
 def contention_of(profile: Profile) -> Contention:
-    """What kernels of each family and all-to-alls of at least 32 MiB cost each other where they overlap all the time.
+    """What kernels of each family and transfers of at least 32 MiB cost each other where they overlap all the time.
 
-    From the rows with the library's own number of blocks. A row without a kind is an all-to-all.
+    From the rows with the library's own number of blocks, all-to-alls and other collectives apart; those marked
+    `held_out` are for reports alone. A row without a kind is an all-to-all.
     """
     rows = [row for row in profile.family("contention") if row["bytes"] >= _OVERLAP_BYTES and "max_ctas" not in row]
-    rows = [row for row in rows if row.get("kind", _DISPATCH) == _DISPATCH]
-    families = sorted({row["compute"]["family"] for row in rows})
-    if not families:
+    rows = [row for row in rows if not row.get("held_out")]
+    found = _by_family([row for row in rows if row.get("kind", _DISPATCH) == _DISPATCH])
+    if not found:
         return CONTENTION
-    found = {family: fit_beside([row for row in rows if row["compute"]["family"] == family]) for family in families}
     middle = Beside(*(float(np.median([getattr(each, name) for each in found.values()])) for name in Beside._fields))
-    return Contention(by_family=found, other=middle, source="measured")
+    others = [row for row in rows if row.get("kind", _DISPATCH) != _DISPATCH]
+    rates = [_sent_share(row["kind"], row["ranks"]) * row["bytes"] / row["transfer_alone"] for row in others]
+    return Contention(
+        by_family=found,
+        other=middle,
+        source="measured",
+        collectives=_by_family(others),
+        collective_rate=float(np.median(rates)) if rates else 0.0,
+    )
+
+
+def _sent_share(kind: str, ranks: int) -> float:
+    """Of the whole buffer, what a rank sends in a ring."""
+    return (2.0 if kind == "all_reduce" else 1.0) * (ranks - 1) / ranks
+
+
+def _by_family(rows: Sequence[dict[str, Any]]) -> dict[str, Beside]:
+    families = sorted({row["compute"]["family"] for row in rows})
+    return {family: fit_beside([row for row in rows if row["compute"]["family"] == family]) for family in families}
 
 
 def fit_beside(rows: Sequence[dict[str, Any]]) -> Beside:

@@ -29,7 +29,7 @@ from moesim.program.rank_kinds import BlocksOf, RankKinds
 from moesim.program.reductions import Reduction
 from moesim.program.software import kernel_list
 from moesim.program.stage import StagePlan, source_seconds, stage_blocks, tensor_bytes
-from moesim.program.step_program import GroupProgram, Sent, StepProgram, Task
+from moesim.program.step_program import FREE, FREE_BESIDE, GroupProgram, Sent, StepProgram, Task
 from moesim.program.twins import twin_numbers
 from moesim.program.writer import KernelWriter
 from moesim.results.spans import CATEGORY_OF_PART, Part
@@ -128,6 +128,8 @@ class _Builder:
             reductions=tuple(reductions),
             gathers=tuple(gathers),
             host=self.host,
+            beside_reductions=self.kernels.contention.mean_collective,
+            collective_rate=self.kernels.contention.collective_rate,
             samples=max(1, len(self.samples)),
             source_seconds=dict(self.seconds),
             tensor_bytes=self.tensor_bytes,
@@ -135,6 +137,14 @@ class _Builder:
             compiled=self.compiled and not self.mesh.shards_by_layer,
             contention=find_contention(self.fabric, groups, (*reductions, *gathers)),
         )
+
+    def beside_collectives(self, kind: int) -> Mapping[str, Beside]:
+        """As `beside`, where a library's kernels make collectives among ranks that share layers; free without any."""
+        sizes = self.scenario.parallelism
+        if not (self.mesh.shards_by_layer or max(sizes.tensor, sizes.context, sizes.expert_tensor) > 1):
+            return FREE
+        facts = kernels_of_kind(self.kernels, kind).contention
+        return {family: facts.beside_collective(family) for family in FAMILIES}
 
     def beside(self, kind: int) -> dict[str, Beside]:
         """What kernels and open transfers cost each other on a kind of GPU, by family: the SMs that communication
@@ -201,6 +211,7 @@ class _Builder:
         if flatten.operations:
             tasks.append(Task(runs=(Run(flatten, -1, False),)))
         kinds = self.ranks.kinds(ranks_R)
+        of_rank = kinds if len(kinds) == 1 else self.ranks.kind_W[ranks_R]
         return GroupProgram(
             number=number,
             pipeline_rank=pipeline_rank,
@@ -208,7 +219,8 @@ class _Builder:
             tasks=tuple(tasks),
             optimizer=ends["optimizer"],
             last_tasks=last_tasks,
-            beside_R=tuple(self.beside(kind) for kind in (kinds if len(kinds) == 1 else self.ranks.kind_W[ranks_R])),
+            beside_R=tuple(self.beside(kind) for kind in of_rank),
+            beside_collectives_R=tuple(self.beside_collectives(kind) for kind in of_rank),
         )
 
     def _priced(self, ranks_R: NDArray[np.int64], write: BlocksOf) -> Mapping[Any, Block]:
@@ -269,7 +281,10 @@ class _Builder:
     @cached_property
     def families_alike(self) -> bool:
         """Whether kernels of all families and open transfers cost each other the same, on every kind of GPU."""
-        return all(len(set(self.beside(kind).values())) == 1 for kind in np.unique(self.ranks.kind_W).tolist())
+        return all(
+            len({*self.beside(kind).values(), *self.beside_collectives(kind).values()} - {FREE_BESIDE}) <= 1
+            for kind in np.unique(self.ranks.kind_W).tolist()
+        )
 
     def _tasks(self, runs: Sequence[Run], receives: tuple[Handoff, ...], sends: tuple[Sent, ...]) -> list[Task]:
         """One task; a pair that the software does not overlap is one after the other."""

@@ -99,8 +99,9 @@ class ParameterGroups:
             reduce = reduce_scatter_seconds if sharding else all_reduce_seconds
             kind = Collective.REDUCE_SCATTER if sharding else Collective.ALL_REDUCE
             call = reduce(crowded(fabric, members), members[0], count * size)
+            sent = (1 if sharding else 2) * count * size * (1 - 1 / len(members[0]))
             reduction = Reduction(f"{kind}.{name}", members, call.seconds, "network", buckets, stage, kind)
-            collectives.append(replace(reduction, rests_on=call.source))
+            collectives.append(replace(reduction, rests_on=call.source, sent_bytes=sent))
         collectives += self._repeated(fabric, size)
         collectives += self._copies(fabric, size)
         world = np.arange(self.mesh.world_size)

@@ -22,6 +22,7 @@ class Reduction:
     `buckets` is how many parts it is cut into that may begin while the last backward pass still makes gradients; 0: it
     begins when all gradients are there. `stage`: whose gradients they are; -1: of no single stage.
     `rests_on`: where its seconds come from. `part`: gradients, or the parameters that the optimizer has updated.
+    `sent_bytes`: what each rank puts on the wire, 0 where nobody asks.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Reduction:
     collective: Collective = Collective.ALL_REDUCE
     part: Part = Part.GRADIENTS
     rests_on: str = ""
+    sent_bytes: float = 0.0
 
     @cached_property
     def ranks(self) -> frozenset[int]:

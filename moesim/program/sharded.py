@@ -8,7 +8,7 @@ with pipelines they refuse the stages or keep whole gradients instead, here ever
 
 Dense parameters are gathered among data * context ranks, experts among the ranks with the same ones. Collectives follow
 each other on a stream of their own, so that a rank that is behind holds the others up. Unless the scenario says
-overlap.gradient_reduction: false they run beside the layers, which neither slow them nor are slowed.
+overlap.gradient_reduction: false they run beside the layers, and both slow each other (`moesim.kernels.measured`).
 """
 
 from collections.abc import Sequence

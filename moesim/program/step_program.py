@@ -19,6 +19,7 @@ from moesim.results.spans import CATEGORY_OF_PART, Collective, Label, Part, Phas
 from moesim.results.uncertainty import Basis
 from moesim.schedules import Handoff
 
+FREE_BESIDE = Beside(compute=1.0)
 FloatArray = NDArray[np.float64]
 FREE: Mapping[str, Beside] = MappingProxyType(dict.fromkeys(FAMILIES, Beside(1.0)))
 Place = tuple[int, int]  # pipeline rank, number of the group
@@ -60,7 +61,8 @@ class GroupProgram:
     simulated for itself (`moesim.program.twins`).
     `last_tasks`: of each stage whose gradients may be reduced while other stages have tasks left, the index of the task
     that makes the last of them.
-    `beside_R`: what kernels of each family and open transfers cost each other: one mapping for all, or one per rank.
+    `beside_R`: what kernels of each family and open transfers cost each other: one mapping for all, or one per rank;
+    `beside_collectives_R`: likewise where the transfers are a library's collectives.
     """
 
     number: int
@@ -71,6 +73,7 @@ class GroupProgram:
     last_tasks: Mapping[int, int] = field(default_factory=dict)
     twins: tuple[NDArray[np.int64], ...] = ()
     beside_R: tuple[Mapping[str, Beside], ...] = (FREE,)
+    beside_collectives_R: tuple[Mapping[str, Beside], ...] = (FREE,)
 
     @property
     def all_ranks_TR(self) -> NDArray[np.int64]:
@@ -127,8 +130,9 @@ class StepProgram:
     `source_seconds`: operation seconds by what they rest on, summed over groups, mean over samples and ranks.
     `tensor_bytes`: what ranks that share layers (tensor, context, slices of experts) send in the step, all together.
     `transfer_sources`: what transfers and collectives rest on, one text for each kind.
-    `compiled`: whether compiled loops move
-    the clocks. `contention`: None where groups cannot slow each other.
+    `beside_reductions`: what collectives on gradients and all kernels cost each other; `collective_rate`: bytes/s of a
+    rank at which this and the groups' facts hold (see `moesim.kernels.Contention`). `compiled`: whether compiled loops
+    move the clocks. `contention`: None where groups cannot slow each other.
     """
 
     groups: tuple[GroupProgram, ...]
@@ -136,6 +140,8 @@ class StepProgram:
     gathers: tuple[Reduction, ...]
     host: HostModel
     samples: int
+    beside_reductions: Beside = FREE_BESIDE
+    collective_rate: float = 0.0
     source_seconds: Mapping[Basis, float]
     tensor_bytes: float = 0.0
     transfer_sources: tuple[str, ...] = ()

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from moesim.engine import simulate_step
-from moesim.kernels import kernel_model
+from moesim.engine.executor import FREE_BESIDE
+from moesim.kernels import Beside, kernel_model
 from moesim.network import build_fabric
 from moesim.parallel import TrafficSampler
 from moesim.program import StepProgram, build_program
@@ -85,6 +86,22 @@ def test_two_replicas_by_hand():
     late = simulate_step(two_replicas(early=False))
     assert late.step_S[0] == 12.0
     assert [exposed(table) for table in late.tables] == [5.0, 5.0]
+
+
+def test_reductions_and_the_backward_pass_beside_them_slow_each_other():
+    """Stage 1 of the slow replica may begin at 2 s and has kernels until 4 s beside it; nothing else is beside any."""
+    free, slowed = (
+        simulate_step(replace(two_replicas(early=True), beside_reductions=facts)).step_S[0]
+        for facts in (FREE_BESIDE, Beside(compute=1.5, transfer=2.0))
+    )
+    assert free == 9.5
+    # Of its 2.5 s the reduction does half of what it could in 3 s beside kernels, which do 2 s of work in them:
+    # done at 2 + 2.5 + 1.5 s, and not before the kernels at 4 + 1 s and a bucket of 1.25 s behind them.
+    program = two_replicas(early=True)
+    alone = replace(program, reductions=program.reductions[1:], beside_reductions=Beside(compute=1.5, transfer=2.0))
+    _, slow = simulate_step(alone).tables
+    assert spans(slow, Stream.BACKGROUND) == [(2.0, 6.25)]
+    assert slowed >= free
 
 
 def program_of(scenario: Scenario, *, samples: int = 1) -> StepProgram:

@@ -8,7 +8,20 @@ from moesim.engine.walk import Labels
 from moesim.kernels import Beside
 from moesim.kernels.families import FAMILIES
 from moesim.program.host import HostModel
-from moesim.program.operations import SIDE, Block, Operation, Run, compute, fork, join, readback, transfer
+from moesim.program.operations import (
+    SIDE,
+    Block,
+    Operation,
+    Run,
+    collective,
+    compute,
+    fork,
+    join,
+    readback,
+    transfer,
+    wait,
+)
+from moesim.program.peers import PeerCollective, Peers
 from moesim.results import CATEGORIES, Label, SpanRecorder, Stream, attribute
 
 FREE = HostModel(forward_launch=0.0, backward_launch=0.0, readback=0.0)
@@ -114,6 +127,39 @@ def test_a_transfer_beside_compute_is_slowed_only_while_both_run(compiled: bool)
     assert beside_a_transfer(both, 0.25, 0.5, 0.25, compiled=compiled)[1] == pytest.approx(2.5)
     group, arrived = beside_a_transfer(both, 3.0, compiled=compiled)
     assert arrived == pytest.approx(4.0) and group.compute_SR[0, 0] == pytest.approx(4.0 + 1.0)
+
+
+def beside_a_gather(facts: Beside, *seconds: float) -> tuple[GroupExecutor, float]:
+    """Kernels beside the gather of a layer's weights, 1 s; the executor and when what waits for it may go on."""
+    group = executor(1)
+    group.collectives_F3R[:] = np.array(facts)[:, None]
+    group._is_free_of_contention = facts == FREE_BESIDE
+    label = Label("all_gather", "data_parallel", Stream.REDUCTION, 0)
+    kernels = [op("work", "attention", each) for each in seconds]
+    gather = PeerCollective(Peers(1), np.ones(1), sent_bytes=1e9)
+    run(group, collective(label, gather), *kernels, wait(layer=0))
+    return group, float(group.chains_CSR[0, 0, 0])
+
+
+def test_a_collective_that_a_slower_link_holds_up_is_slowed_less() -> None:
+    for measured, factor in ((1e9, 4.0), (2e9, 2.0), (1e10, 1.0)):
+        group = executor(1)
+        group.collectives_F3R[:] = np.array(Beside(compute=2.0, transfer=4.0))[:, None]
+        group._collective_rate = measured
+        facts_F3R = group._facts_beside(PeerCollective(Peers(1), np.ones(1), sent_bytes=1e9))
+        assert (facts_F3R[:, 1] == factor).all() and (facts_F3R[:, 0] == 2.0).all()
+
+
+def test_kernels_and_the_collectives_of_layers_slow_each_other_while_both_run() -> None:
+    both = Beside(compute=2.0, transfer=4.0)
+    assert beside_a_gather(FREE_BESIDE, 0.25, 0.5)[1] == pytest.approx(1.0)
+    group, arrived = beside_a_gather(both, 0.25, 0.75)
+    assert group.compute_SR[0, 0] == pytest.approx(2.0) and arrived == pytest.approx(2.0 + 0.5)
+    rows = group.recorder.table(labels=group.labels.all(), ranks_R=np.arange(1), step_S=np.array([2.5]))
+    assert rows.finish_NSR[rows.rows(Stream.REDUCTION), 0, 0].tolist() == pytest.approx([2.5])
+    group, arrived = beside_a_gather(both, 3.0)
+    assert arrived == pytest.approx(5.0), "of the kernel 2 s are done beside 4 s of the gather, and 1 s is left"
+    assert group.reduced_SR[0, 0] == pytest.approx(4.0)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

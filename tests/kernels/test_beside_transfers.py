@@ -1,14 +1,14 @@
 """Kernels and transfers at once: facts by family, fitted to all-to-alls of one session, held against all other rows."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from moesim.kernels import Beside, Contention, load_profile
+from moesim.kernels import Beside, load_profile
 from moesim.kernels.measured import contention_of, fit_beside
 from moesim.kernels.profile import SHIPPED, Profile, load_profile_file
 from moesim.strict_json import parse_json, unpacked
@@ -30,6 +30,7 @@ def rows_of(facts: Beside, *, family: str = "gemm") -> list[Row]:
                 "family": "contention",
                 "compute": {"family": family},
                 "bytes": 1 << 26,
+                "ranks": 2,
                 "transfer_alone": alone,
                 "transfer_beside": beside,
                 "compute_alone": 1e-4,
@@ -48,16 +49,21 @@ def test_only_all_to_alls_with_the_blocks_of_the_library_count() -> None:
     truth, other = Beside(1.4, 1.6, 5e-5), Beside(2.0, 3.0, 1e-4)
     rows = rows_of(truth) + [row | {"kind": "all_reduce"} for row in rows_of(other)]
     rows += [row | {"max_ctas": 4} for row in rows_of(other)] + [row | {"bytes": 1 << 20} for row in rows_of(other)]
+    rows += [row | {"held_out": 1} for row in rows_of(other)]
     found = contention_of(Profile(name="mine", sessions=[], rows=rows))
     assert found.of("gemm") == pytest.approx(truth, abs=1e-9)
+    assert found.beside_collective("gemm") == pytest.approx(other, abs=1e-9)
     assert found.of("attention") == found.of("gemm"), "a family that was not measured takes the middle of the others"
 
 
-def errors(contention: Contention, rows: Sequence[Row]) -> tuple[list[float], list[float], list[float]]:
+Facts = Callable[[str], Beside]
+
+
+def errors(facts_of: Facts, rows: Sequence[Row]) -> tuple[list[float], list[float], list[float]]:
     """|log| of predicted over measured: transfers, kernels, and transfers if nothing slowed them."""
     transfers, kernels, ignored = [], [], []
     for row in rows:
-        facts = contention.of(row["compute"]["family"])
+        facts = facts_of(row["compute"]["family"])
         beside = facts.wait + facts.transfer * row["transfer_alone"]
         free = facts.wait / beside
         slower = 1.0 / ((1.0 - free) / facts.compute + free)
@@ -72,19 +78,32 @@ def large(rows: Sequence[Row]) -> list[Row]:
 
 
 def test_rows_in_no_fit_are_met() -> None:
-    """Of an H100 on another day, of an H200, of other collectives, of other numbers of blocks: medians in docs."""
+    """Of an H100 on another day, of an H200, of other numbers of blocks, half of the collectives: medians in docs."""
     h100 = load_profile("h100").contention
     others = parse_json(unpacked(OTHERS.read_bytes()))["rows"]
-    mine = large(load_profile_file(SHIPPED / "h100.json.gz").family("contention"))
-    sets = {
-        "another day": [row for row in others if row["session"] == "an H100, another day"],
-        "an H200": load_profile_file(SHIPPED / "h200.json.gz").family("contention"),
-        "other collectives": [row for row in mine if row["kind"] != "all_to_all"],
-        "fewer blocks": [row for row in others if "max_ctas" in row],
+    mine = load_profile_file(SHIPPED / "h100.json.gz").family("contention")
+    held_out = [row for row in mine if row.get("held_out")]
+    collectives = [row for row in held_out if row["kind"] != "all_to_all"]
+    last = max(row["session"] for row in mine)
+    sets: dict[str, tuple[Facts, list[Row]]] = {
+        "another day": (h100.of, [row for row in others if row["session"] == "an H100, another day"]),
+        "a third day": (h100.of, [row for row in held_out if row["kind"] == "all_to_all"]),
+        "an H200": (h100.of, load_profile_file(SHIPPED / "h200.json.gz").family("contention")),
+        "collectives, the other half": (h100.beside_collective, [r for r in collectives if r["session"] == last]),
+        "collectives, another day": (h100.beside_collective, [r for r in collectives if r["session"] < last]),
+        "fewer blocks": (h100.of, [row for row in others if "max_ctas" in row]),
     }
     print()
-    for name, rows in sets.items():
-        transfers, kernels, ignored = (float(np.median(found)) for found in errors(h100, large(rows)))
-        print(f"{name:18} {len(large(rows)):4} rows: transfers {transfers:.1%}, kernels {kernels:.1%}", end=", ")
+    for name, (facts_of, rows) in sets.items():
+        transfers, kernels, ignored = (float(np.median(found)) for found in errors(facts_of, large(rows)))
+        print(f"{name:27} {len(large(rows)):4} rows: transfers {transfers:.1%}, kernels {kernels:.1%}", end=", ")
         print(f"transfers if nothing slowed them {ignored:.0%}")
         assert transfers < 0.20 and kernels < 0.15 and transfers < 0.5 * ignored
+    dispatch, own = (errors(facts, large(collectives)) for facts in (h100.of, h100.beside_collective))
+    for of_dispatch, of_own in zip(dispatch[:2], own[:2], strict=True):
+        assert np.median(of_own) < 0.7 * np.median(of_dispatch), "collectives have facts of their own"
+
+
+def test_a_gpu_of_the_same_chip_has_its_collectives() -> None:
+    h100, h200 = load_profile("h100").contention, load_profile("h200").contention
+    assert h200.collectives == h100.collectives and h200.by_family != h100.by_family
