@@ -249,9 +249,9 @@ def _link_load(
     fabric: Fabric, sources_F: NDArray[np.int64], targets_F: NDArray[np.int64], shares_F: NDArray[np.float64]
 ) -> NDArray[np.float64]:
     """Shares of a step's bytes over each link, [X]."""
-    path_FP = fabric.routes(sources_F, targets_F)
+    path_QP, flow_Q, share_Q = fabric.split_routes(sources_F, targets_F)
     load_X = np.zeros(len(fabric.links))
-    for hop in range(path_FP.shape[1]):
-        used = path_FP[:, hop] != NONE
-        np.add.at(load_X, path_FP[used, hop], shares_F[used])
+    for hop in range(path_QP.shape[1]):
+        used = path_QP[:, hop] != NONE
+        np.add.at(load_X, path_QP[used, hop], (shares_F[flow_Q] * share_Q)[used])
     return load_X

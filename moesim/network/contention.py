@@ -4,7 +4,8 @@ A transfer that is alone moves its bytes at a steady pace over its links: that i
 down where the demands exceed a link's capacity; its progress per second is 1 while alone.
 
 Legend: K open transfers, X links (of the fabric, or some of them), S routing samples, R ranks, F flows, P hops,
-C common links of the fabric, Q (flow, common link) pairs, O overloaded links.
+C common links of the fabric, Q (flow, common link) pairs or routes, U their hops, Y (flow, link) pairs, O overloaded
+links.
 """
 
 from dataclasses import dataclass
@@ -124,9 +125,9 @@ def common_use(
     avoid_nvlink: bool = False,
 ) -> LinkUse:
     """What flows of `bytes_SF` between ranks of the fabric put on its common links."""
-    flow_Q, link_Q = _common_hops(fabric, source_F, target_F, avoid_nvlink=avoid_nvlink)
+    flow_Q, link_Q, share_Q = _common_hops(fabric, source_F, target_F, avoid_nvlink=avoid_nvlink)
     num_links = len(fabric.common_links_X)
-    bytes_SQ = bytes_SF[:, flow_Q]
+    bytes_SQ = bytes_SF[:, flow_Q] * share_Q
     return LinkUse(
         bytes_SX=np.stack([np.bincount(link_Q, weights=bytes_Q, minlength=num_links) for bytes_Q in bytes_SQ]),
         flows_SX=np.stack([np.bincount(link_Q, weights=bytes_Q > 0, minlength=num_links) for bytes_Q in bytes_SQ]),
@@ -135,19 +136,28 @@ def common_use(
 
 def _common_hops(
     fabric: Fabric, source_F: NDArray[np.integer], target_F: NDArray[np.integer], *, avoid_nvlink: bool
-) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
-    """The (flow, common link) pairs of flows between ranks of the fabric; a group sends many matrices over the same."""
+) -> tuple[NDArray[np.integer], NDArray[np.integer], FloatArray]:
+    """The (flow, common link) pairs of flows between ranks of the fabric, with the share of the flow's bytes that goes
+    there; a group sends many matrices over the same."""
     key = (source_F.tobytes(), target_F.tobytes(), bytes([avoid_nvlink]))
     if key not in fabric.common_hops:
         number = np.full(len(fabric.links) + 1, NONE)
         number[fabric.common_links_X] = np.arange(len(fabric.common_links_X))
-        link_FP = number[fabric.routes(source_F, target_F, avoid_nvlink=avoid_nvlink)]
+        path_FP, flow_F, share_F = fabric.split_routes(source_F, target_F, avoid_nvlink=avoid_nvlink)
+        link_FP = number[path_FP]
         on_link_Q = np.nonzero(link_FP != NONE)
-        fabric.common_hops[key] = on_link_Q[0], link_FP[on_link_Q]
+        fabric.common_hops[key] = flow_F[on_link_Q[0]], link_FP[on_link_Q], share_F[on_link_Q[0]]
     return fabric.common_hops[key]
 
 
 def path_rates(fabric: Fabric, source_F: NDArray[np.integer], target_F: NDArray[np.integer]) -> FloatArray:
     """Bytes/s of each flow if it were alone: what the slowest link of its route can carry."""
-    capacity = np.append(fabric.capacity_X, np.inf)  # index -1: no link
-    return np.asarray(capacity[fabric.routes(source_F, target_F)].min(axis=1, initial=np.inf))
+    path_QP, flow_Q, share_Q = fabric.split_routes(source_F, target_F)
+    route_U, hop_U = np.nonzero(path_QP != NONE)
+    link_U, flow_U = path_QP[route_U, hop_U], flow_Q[route_U]
+    pair_Y, place_U = np.unique(flow_U * len(fabric.links) + link_U, return_inverse=True)
+    share_Y = np.bincount(place_U, weights=share_Q[route_U], minlength=len(pair_Y))
+    flow_Y, link_Y = np.divmod(pair_Y, len(fabric.links))
+    rate_F = np.full(len(source_F), np.inf)
+    np.minimum.at(rate_F, flow_Y, fabric.capacity_X[link_Y] / share_Y)
+    return rate_F

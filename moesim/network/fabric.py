@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from moesim.errors import UserError
 from moesim.network.parameters import NetworkParameters
 from moesim.network.topology import Site, build_graph, sites_of
-from moesim.network.walks import Walks
+from moesim.network.walks import SplitRoutes, Walks
 from moesim.scenario.cluster import Cluster, Degraded
 from moesim.scenario.dispatch import DispatchAlgorithm, nvlink_share_of_sms
 from moesim.scenario.fabrics import TRANSPORTS, FabricKind
@@ -55,12 +55,13 @@ class Fabric:
     parameters: NetworkParameters
     kind: FabricKind
     pxn: bool
+    multipath: bool
     ladder: "Ladder | None" = field(repr=False)
     walks: Walks = field(repr=False)
     # What endpoints.pair_ports, flow_ports and contention.common_use found on these links; a copy with others has none.
     pair_ports: dict[tuple[bytes, bool], object] = field(init=False, repr=False, default_factory=dict)
     flow_ports: dict[tuple[bytes, bool, bytes], object] = field(init=False, repr=False, default_factory=dict)
-    common_hops: dict[tuple[bytes, ...], tuple[IntegerArray, IntegerArray]] = field(
+    common_hops: dict[tuple[bytes, ...], tuple[IntegerArray, IntegerArray, FloatArray]] = field(
         init=False, repr=False, default_factory=dict
     )
 
@@ -161,6 +162,15 @@ class Fabric:
             path_FP[broken_F] = NONE
             path_FP[broken_F, : detour_BP.shape[1]] = detour_BP
         return path_FP
+
+    def split_routes(
+        self, sources_F: NDArray[np.integer], targets_F: NDArray[np.integer], *, avoid_nvlink: bool = False
+    ) -> SplitRoutes:
+        """`routes`, or with `multipath` all equal ones with each flow's bytes parted among them."""
+        if self.multipath:
+            return self.walks.all_routes(sources_F, targets_F)
+        path_FP = self.routes(sources_F, targets_F, avoid_nvlink=avoid_nvlink)
+        return SplitRoutes(path_FP, np.arange(len(path_FP)), np.ones(len(path_FP)))
 
     def path_latency(self, path_FP: IntArray) -> FloatArray:
         """Seconds of latency along each route."""
@@ -272,6 +282,7 @@ def build_fabric(cluster: Cluster, *, parameters: NetworkParameters | None = Non
         parameters=parameters,
         kind=cluster.fabric_kind,
         pxn=cluster.fabric.pxn,
+        multipath=cluster.fabric.multipath,
         ladder=None if cluster.fabric_kind.listed else _ladder(sites, links, failed),
         walks=Walks(graph, links, len(sites)),
     )

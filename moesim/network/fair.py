@@ -86,7 +86,8 @@ class FairSharing:
         """Arrival of each pair's last byte, latency included, [S, R, R]; -inf for pairs without traffic."""
         flows = self._flows
         finish_SRR = np.full((len(start_SR), flows.num_ranks, flows.num_ranks), -np.inf)
-        finish_SRR[:, flows.source_F, flows.target_F] = self._arrivals(start_SR)
+        for finish_RR, arrival_F in zip(finish_SRR, self._arrivals(start_SR), strict=True):
+            np.maximum.at(finish_RR, (flows.source_F, flows.target_F), arrival_F)
         return finish_SRR
 
     def finish(self, start_SR: FloatArray) -> FloatArray:

@@ -83,7 +83,8 @@ def make_demand(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Flows:
-    """The pairs with traffic in at least one sample, in row-major order of (source, target).
+    """The pairs with traffic in at least one sample, in row-major order of (source, target); a pair whose bytes take
+    several routes has a flow for each.
 
     `source_F` and `target_F` count within the group. `path_FP` holds the links that can be a bottleneck (links of the
     fabric, -1 for none, in no particular order); `latency_F` counts every link. `bytes_SF` may be 0 in some samples.
@@ -100,14 +101,33 @@ class Flows:
 def build_flows(fabric: Fabric, demand: Demand) -> Flows:
     """One flow for each pair with bytes, with its route."""
     source_F, target_F = (i.astype(np.int32) for i in np.nonzero((demand.bytes_SRR > 0).any(axis=0)))
+    bytes_SF = demand.bytes_SRR[:, source_F, target_F]
+    if fabric.multipath:
+        return _spread_flows(fabric, demand.ranks_R, source_F, target_F, bytes_SF)
     path_FP, latency_F = route_pairs(fabric, demand.ranks_R, source_F, target_F, avoid_nvlink=demand.avoid_nvlink)
     return Flows(
         num_ranks=len(demand.ranks_R),
         source_F=source_F,
         target_F=target_F,
-        bytes_SF=demand.bytes_SRR[:, source_F, target_F],
+        bytes_SF=bytes_SF,
         path_FP=path_FP,
         latency_F=latency_F,
+    )
+
+
+def _spread_flows(
+    fabric: Fabric, ranks_R: NDArray[np.int64], source_F: IntArray, target_F: IntArray, bytes_SF: FloatArray
+) -> Flows:
+    """One flow for every route of a pair, with its share of the bytes."""
+    path_QP, flow_Q, share_Q = fabric.split_routes(ranks_R[source_F], ranks_R[target_F])
+    binding_X = np.append(np.where(fabric.redundant_X, NONE, np.arange(len(fabric.links))), NONE).astype(np.int32)
+    return Flows(
+        num_ranks=len(ranks_R),
+        source_F=source_F[flow_Q],
+        target_F=target_F[flow_Q],
+        bytes_SF=bytes_SF[:, flow_Q] * share_Q,
+        path_FP=_packed(binding_X[path_QP]),
+        latency_F=fabric.path_latency(path_QP),
     )
 
 

@@ -1,6 +1,6 @@
 """Bytes per link from sums over a byte matrix, without routing its pairs one by one.
 
-Legend: R ranks, B switches of one tier (leaves or spines), X links.
+Legend: R ranks, B ranks, then switches of one tier (leaves, spines), X links.
 """
 
 import numpy as np
@@ -37,18 +37,21 @@ def ladder_link_bytes(fabric: Fabric, demand: Demand) -> FloatArray | None:
     for hop in range(2):
         np.add.at(loads_X, ladder.nic_up_R2[ranks_R, hop], sent_R)
         np.add.at(loads_X, ladder.nic_down_R2[ranks_R, hop], received_R)
-    for of_R, up_R, down_R in (
+    tiers = (
         (ladder.leaf_R, ladder.leaf_up_R, ladder.leaf_down_R),
         (ladder.spine_R, ladder.spine_up_R, ladder.spine_down_R),
-    ):
-        if redundant_X[up_R[ranks_R]].all() and redundant_X[down_R[ranks_R]].all():
-            continue
-        first, switch_R = np.unique(of_R[ranks_R], return_index=True, return_inverse=True)[1:]
-        if len(first) == 1:
-            continue
-        member_RB = (switch_R[:, None] == np.arange(len(first))).astype(np.float64)
-        between_BB = member_RB.T @ (far_RR @ member_RB)
-        np.fill_diagonal(between_BB, 0.0)
-        np.add.at(loads_X, up_R[ranks_R[first]], between_BB.sum(axis=1))
-        np.add.at(loads_X, down_R[ranks_R[first]], between_BB.sum(axis=0))
+    )
+    between_BB, first_B = far_RR, ranks_R  # a rank of each switch, and the bytes from switch to switch
+    for of_R, up_R, down_R in tiers:
+        _, first, switch = np.unique(of_R[first_B], return_index=True, return_inverse=True)
+        if len(first) == 1 or all(redundant_X[links[ranks_R]].all() for _, *above in tiers for links in above):
+            break
+        below = [np.flatnonzero(switch == number) for number in range(len(first))]
+        rows = np.stack([between_BB[own].sum(axis=0) for own in below])
+        between_BB = np.stack([rows[:, own].sum(axis=1) for own in below], axis=1)
+        first_B = first_B[first]
+        if not (redundant_X[up_R[ranks_R]].all() and redundant_X[down_R[ranks_R]].all()):
+            crossing_BB = between_BB * (1 - np.eye(len(first)))
+            np.add.at(loads_X, up_R[first_B], crossing_BB.sum(axis=1))
+            np.add.at(loads_X, down_R[first_B], crossing_BB.sum(axis=0))
     return np.where(fabric.redundant_X, 0.0, loads_X[:-1])

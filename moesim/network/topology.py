@@ -100,6 +100,9 @@ def build_graph(cluster: Cluster, sites: list[Site], parameters: NetworkParamete
     """The fabric of the cluster section. Edges carry bandwidth (bytes/s), latency (s), efficiency and tier."""
     fabric, kind = cluster.fabric, cluster.fabric_kind
     graph = _listed_graph(fabric, sites) if kind.listed else _built_graph(fabric, kind, sites, parameters)
+    if fabric.multipath and not kind.listed:
+        what = f"multipath needs preset {kinds_with('listed')}, not {kind.name}"
+        raise UserError(f"cluster.fabric: {what}, where a leaf's links to its spine are one of their sum; drop it")
     for link in graph.edges.values():
         link["bandwidth"] *= fabric.bandwidth_factor
     return graph

@@ -41,5 +41,7 @@ def sharing_model(scenario: Scenario, fabric: Fabric, ranks_R: NDArray[np.intege
     """
     if scenario.network.model is not None:
         return scenario.network.model
+    if fabric.multipath:
+        return "fluid"  # ports looks at one route of each pair
     spread = fabric.ladder is None or bool((fabric.node_of_rank_R[ranks_R] != fabric.node_of_rank_R[ranks_R[0]]).any())
     return "fluid" if fabric.core_can_block and spread and len(ranks_R) ** 2 <= MOST_PAIRS["fluid"] else "ports"

@@ -270,6 +270,9 @@ def _check_one_domain(scenario: Scenario, report: _Report) -> None:
 
 def _check_dispatch(scenario: Scenario, report: _Report) -> None:
     dispatch = scenario.dispatch
+    if scenario.cluster.fabric.multipath and scenario.network.model == "ports":
+        what = "ports looks at one route of each pair and cluster.fabric.multipath takes all; use fluid, or exact"
+        raise report.user("network.model", what)
     facts = DISPATCH[dispatch.algorithm]
     if facts.needs_one_domain and scenario.parallelism.expert > 1:
         _check_one_domain(scenario, report)

@@ -161,6 +161,11 @@ class Fabric(Section):
     pxn: Flag = Field(
         default=False, description="Whether a copy to another rail first crosses NVLink, so that it stays on its rail."
     )
+    multipath: Flag = Field(
+        default=False,
+        description="Whether a message takes all equal routes of preset custom at once (adaptive routing, packet "
+        "spraying), each with its share, and not one of them.",
+    )
     bandwidth_factor: BandwidthFactor = Field(
         default=1.0, description="Factor on the bandwidth of every link, wherever it comes from; latencies stay."
     )

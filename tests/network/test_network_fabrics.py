@@ -10,8 +10,9 @@ import pytest
 from network_cases import make_fabric, rank_finish, skewed_bytes
 
 from moesim.errors import UserError
-from moesim.network import Fabric, describe, lower_bound, prepare_dispatch, transfer_times
+from moesim.network import Fabric, describe, lower_bound, prepare_dispatch, send_recv_seconds, transfer_times
 from moesim.network import build_fabric as build
+from moesim.network.contention import common_use, path_rates
 from moesim.network.flows import build_flows, link_bytes, make_demand
 from moesim.network.loads import ladder_link_bytes
 from moesim.scenario.cluster import Cluster, Link, Pool
@@ -345,3 +346,36 @@ def test_a_kind_of_fabric_is_added_in_one_place(monkeypatch: pytest.MonkeyPatch)
     assert "leaf1.1" in hops_of(fabric, fabric.routes(np.array([1]), np.array([17]))[0])
     with pytest.raises(UserError, match="planes = 2 needs preset multi_plane or twins, not leaf_spine"):
         make_fabric(2, preset="leaf_spine", planes=2)
+
+
+def two_spines(**keys: object) -> Fabric:
+    """Two leaves of two GPUs, 4 GB/s each, with 1 GB/s to each of two spines."""
+    links = [Link(source=f"gpu{g}", target=f"leaf{g // 2}", bandwidth="4 GB/s") for g in range(4)]
+    links += [Link(source=f"leaf{n}", target=s, bandwidth="1 GB/s") for n in (0, 1) for s in ("a", "b")]
+    return make_fabric(2, gpus_per_node=2, preset="custom", links=links, **keys)
+
+
+@pytest.mark.parametrize("model", ["exact", "fluid"])
+def test_a_message_can_take_all_equal_routes(model: str) -> None:
+    """Alone twice as fast as over one of them; two between the same leaves share what both had."""
+    one, all_of_them = two_spines(), two_spines(multipath=True)
+    bytes_RR = np.zeros((4, 4))
+    bytes_RR[0, 2] = 1e9
+    assert transfer_times(one, bytes_RR, model=model)[0, 2] == pytest.approx(1.0, rel=0.01)
+    assert transfer_times(all_of_them, bytes_RR, model=model)[0, 2] == pytest.approx(0.5, rel=0.01)
+    assert lower_bound(all_of_them, bytes_RR) == pytest.approx(0.5)
+    assert path_rates(all_of_them, np.array([0, 0]), np.array([2, 1])) == pytest.approx([2e9, 4e9])
+    assert send_recv_seconds(all_of_them, 0, 2, 1e9).seconds < 0.52 * send_recv_seconds(one, 0, 2, 1e9).seconds
+    bytes_RR[1, 3] = 1e9
+    assert transfer_times(all_of_them, bytes_RR, model=model).max() == pytest.approx(1.0, rel=0.01)
+    use = common_use(all_of_them, np.array([0]), np.array([2]), np.array([[1e9]]))
+    assert sorted(use.bytes_SX[0][use.bytes_SX[0] > 0]) == pytest.approx([0.5e9] * 2)  # up; down follows
+
+
+def test_multipath_has_nothing_to_choose_in_a_preset_and_ports_cannot_see_it() -> None:
+    with pytest.raises(UserError, match="multipath needs preset custom, not leaf_spine"):
+        make_fabric(2, preset="leaf_spine", multipath=True)
+    many = [Link(source="gpu0", target=f"s{n}", bandwidth="1 GB/s") for n in range(65)]
+    many += [Link(source=f"s{n}", target="gpu1", bandwidth="1 GB/s") for n in range(65)]
+    with pytest.raises(UserError, match="more than 64 equal routes from gpu0 to gpu1"):
+        lower_bound(make_fabric(1, gpus_per_node=2, preset="custom", links=many, multipath=True), np.ones((2, 2)))
