@@ -274,6 +274,11 @@ def _check_dispatch(scenario: Scenario, report: _Report) -> None:
         what = "ports looks at one route of each pair and cluster.fabric.multipath takes all; use fluid, or exact"
         raise report.user("network.model", what)
     facts = DISPATCH[dispatch.algorithm]
+    kind = scenario.cluster.fabric_kind
+    if facts.avoids_nvlink and kind.rack_gpus is None and not (kind.has_network or kind.listed):
+        able = " or ".join(other.name for other in DISPATCH.values() if not other.avoids_nvlink)
+        what = f"{facts.name} sends over NICs inside a node, too, and {kind.name} has none; use {able}"
+        raise report.user("dispatch.algorithm", what)
     if facts.needs_one_domain and scenario.parallelism.expert > 1:
         _check_one_domain(scenario, report)
     if dispatch.deduplicate in facts.deduplicate:

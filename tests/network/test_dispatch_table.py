@@ -176,3 +176,11 @@ def test_hybrid_ep_sends_once_per_domain_and_fans_out() -> None:
     assert racks[0] == racks[1]
     with pytest.raises(UserError, match="hybrid_ep over several nodes needs deduplicate: per_node"):
         prepare_dispatch(make_fabric(2), [np.ones((16, 16))], token_bytes=1.0, algorithm="hybrid_ep")
+
+
+def test_messages_over_nics_need_nics() -> None:
+    one = SMALL.replace("nodes: 2, gpus_per_node: 8", "nodes: 1, gpus_per_node: 8, fabric: {preset: nvlink_node}")
+    one = one.replace("data: 16, expert: 16", "data: 8, expert: 8") + "dispatch: {deduplicate: per_expert, algorithm: "
+    load_scenario_text(one + "low_latency_nvlink}\n", source="f.yaml")
+    with pytest.raises(UserError, match=r"low_latency sends over NICs inside a node, too, and nvlink_node has none"):
+        load_scenario_text(one + "low_latency}\n", source="f.yaml")
