@@ -51,6 +51,7 @@ from moesim.scenario.base import (
 )
 from moesim.scenario.failures import Failures
 from moesim.scenario.schema import AnyRecompute
+from moesim.scenario.software import MEGATRON
 
 
 def _day(value: object) -> date:
@@ -256,7 +257,9 @@ class Plan(Section):
         default=Contiguous(), description="Which rank holds which experts; absent: neighbouring experts on each rank."
     )
     implementation: AnyImplementation = Field(
-        default=Implementation(), description="The software that is simulated: its name, or a mapping with its kind."
+        default=Implementation(kind=MEGATRON.name),
+        description="The software that is simulated: its name, or a mapping with its kind; absent: megatron, which has "
+        "all of these layouts.",
     )
     overlap: Overlap = Field(
         default=Overlap(), description="What runs beside what; absent: as the implementation does."

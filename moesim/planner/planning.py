@@ -16,6 +16,7 @@ from moesim.planner.evaluation import SLACK, Candidate, Evaluator, Progress, ope
 from moesim.planner.explanation import Simulated, why
 from moesim.planner.folder import JOURNAL_FILE, Folder, plan_hash
 from moesim.planner.outcome import front
+from moesim.planner.plan import Plan
 from moesim.planner.screen import Screen
 from moesim.planner.search import enumerate_space, search_space, uses_nsga2
 from moesim.planner.selection import screen_error
@@ -23,6 +24,7 @@ from moesim.planner.sensitivity import baseline, sensitivity
 from moesim.planner.simulations import Simulations
 from moesim.planner.space import Space
 from moesim.planner.traces import Traces
+from moesim.results.assemble import software_facts
 from moesim.routing.progress import ProgressCallback, show_training
 from moesim.study import PointRecord
 
@@ -133,8 +135,23 @@ def _content(
         "sensitivity": sensitivity(folder, work, ranking),
         "screen_error": None if error is None else error.as_json(),
         "baseline": baseline(folder, ranking[0], progress=watching.screening),
-        "warnings": [*plan.model.left_out, *(plan.baseline.model.left_out if plan.baseline else ())],
+        "software": software_facts(plan.implementation),
+        "warnings": [
+            *_software_warnings(plan),
+            *plan.model.left_out,
+            *(plan.baseline.model.left_out if plan.baseline else ()),
+        ],
     }
+
+
+def _software_warnings(plan: Plan) -> list[str]:
+    """What layouts are ranked by, where it is no program, or where the plan does not say it."""
+    software = plan.implementation.software
+    if software.bound:
+        return [f"layouts are ranked by {software.name}, {software.about}: near ones may rank otherwise in a program"]
+    if "implementation" not in plan.model_fields_set:
+        return [f"the plan names no implementation: layouts are ranked as {software.name} runs them"]
+    return []
 
 
 def _failure(record: PointRecord) -> dict[str, Any]:

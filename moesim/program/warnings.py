@@ -42,6 +42,18 @@ def _longer_trace(routing: Routing) -> str:
     return "; use a trace of more tokens" if isinstance(routing, TraceRouting) else ""
 
 
+def _sent_once(scenario: Scenario) -> list[str]:
+    """A dispatch of fewer copies than the software has."""
+    software, dispatch = scenario.implementation.software, scenario.dispatch
+    travels = scenario.model.experts and scenario.parallelism.expert > 1 and scenario.model.top_k > 1
+    if software.deduplicates or dispatch.deduplicate != "per_rank" or not travels:
+        return []
+    return [
+        f"dispatch.deduplicate: per_rank sends a token once to a rank; {software.name}'s exchange sends it for each "
+        "expert: per_expert"
+    ]
+
+
 def layout_warnings(
     scenario: Scenario, fabric: Fabric, memory: MemoryReport, plain: Sequence[TrafficSample]
 ) -> list[str]:
@@ -53,6 +65,7 @@ def layout_warnings(
             f"{format_bytes(memory.peak_bytes)}"
         )
     mesh = Mesh(scenario.parallelism, scenario.cluster)
+    warnings += _sent_once(scenario)
     crossing = [ranks_R for ranks_R in mesh.expert_groups() if mesh.layout(ranks_R).num_nodes > 1]
     if fabric.core_can_block and any(sharing_model(scenario, fabric, ranks_R) == "ports" for ranks_R in crossing):
         warnings.append(

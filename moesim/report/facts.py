@@ -351,6 +351,7 @@ def software(result: Result) -> list[Fact]:
         return []
     return [
         Fact("software", str(known["name"]), str(known["listed"])),
+        *([Fact("set otherwise", "", str(known["switches"]))] if known.get("switches") else []),
         Fact("checked", "", str(known["checked"])),
     ]
 

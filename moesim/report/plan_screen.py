@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moesim.report.categories import category
-from moesim.report.facts import Fact, percent, routing
+from moesim.report.facts import Fact, percent, routing, software
 from moesim.report.screen import fact_table, indented, number_table, section, show, warnings
 from moesim.units import format_seconds
 
@@ -58,6 +58,8 @@ def _screen(plan: Plan) -> list[RenderableType]:
     blocks += [_note(line) for line in _flips(plan)]
     if plan["baseline"] is not None:
         blocks.append(section("against a dense model", fact_table(_baseline(plan))))
+    if known := software(plan):
+        blocks.append(section("estimates rest on the software", fact_table(known)))
     if rests := routing({"router": plan.get("routing", {})}):
         blocks.append(section("estimates rest on the routing", fact_table(rests)))
     return blocks + warnings(plan.get("warnings", ()))

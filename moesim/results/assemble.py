@@ -33,7 +33,7 @@ from moesim.results.replacing import replacing_warnings
 from moesim.results.spans import CATEGORIES
 from moesim.results.stages import stage_facts, stage_warnings
 from moesim.results.uncertainty import Basis, error_parts, kernel_range, path_shares, whole_range
-from moesim.scenario import Scenario
+from moesim.scenario import AnyImplementation, Scenario
 from moesim.trace import RoutingTrace, trace_hash
 from moesim.trace.agreement import import_notes, limit_difference
 from moesim.trace.basis import rests_on
@@ -138,7 +138,7 @@ def assemble(
         "effective": kept,
         "estimate_sources": _shares(done.outcome.source_seconds),
         "transfer_sources": list(done.outcome.transfer_sources),
-        "software": {fact: getattr(scenario.implementation.software, fact) for fact in ("name", "listed", "checked")},
+        "software": software_facts(scenario.implementation),
         "router": {"kind": "none (dense model)", "train_loss": None, "validation_loss": None},
         "placement": {"kind": "none (dense model)"},
         "warnings": [
@@ -270,3 +270,18 @@ def _router_facts(scenario: Scenario, trace: RoutingTrace, sample: TrafficSample
         "reused_share": sample.draw.reused_share,
         **rests_on(trace, scenario),
     }
+
+
+def software_facts(implementation: AnyImplementation) -> dict[str, str]:
+    """Whose kernels are priced, which switches are set otherwise, where their list is from and what checked it."""
+    software, changed = implementation.software, implementation.set_anew
+    return {
+        "name": software.name,
+        "switches": ", ".join(f"{name}: {_word(setting)}" for name, setting in changed.items()),
+        "listed": software.listed,
+        "checked": software.checked,
+    }
+
+
+def _word(setting: object) -> str:
+    return str(setting).lower() if isinstance(setting, bool) else str(setting)

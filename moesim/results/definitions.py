@@ -351,6 +351,7 @@ _SOFTWARE = _section(
     "software",
     {
         "name": (NO_UNIT, "The software whose kernels were priced."),
+        "switches": (NO_UNIT, "Its switches that the scenario sets otherwise than it has them; empty: none."),
         "listed": (NO_UNIT, "How the list of its kernels was obtained."),
         "checked": (NO_UNIT, "Which of its steps were set beside measured ones."),
     },

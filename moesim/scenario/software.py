@@ -17,10 +17,11 @@ class SoftwareFacts:
     reduces_beside, whether gradients are reduced beside the last backward pass.
     Of what it can do: shards_gradients (ZeRO 2 and 3), shares_layers (tensor, context and expert-tensor ranks),
     other_layers (dense layers anywhere, windows in some layers, networks that are not gated, experts of another width),
-    recomputes_parts, overlaps, copies_experts (an expert in more than one slot), casts_fp8 (products of FP8 with casts
-    of their own), plain_queries (latent attention without compressed queries), query_key_norms (where a model has
-    them), expert_ranks (experts on several ranks), and runs_here: whether it is what `moesim validate` runs.
-    bf16_optimizer: states in bf16 are updated by a kernel for them, else by that for fp32.
+    recomputes_parts, overlaps, copies_experts (an expert in more than one slot), deduplicates (a token goes once to a
+    rank for several experts), casts_fp8 (products of FP8 with casts of their own), plain_queries (latent attention
+    without compressed queries), query_key_norms (where a model has them), expert_ranks (experts on several ranks), and
+    runs_here: whether it is what `moesim validate` runs. bf16_optimizer: states in bf16 are updated by a kernel for
+    them, else by that for fp32.
     """
 
     name: str
@@ -40,6 +41,7 @@ class SoftwareFacts:
     overlaps: bool = True
     copies_experts: bool = True
     casts_fp8: bool = True
+    deduplicates: bool = True
     plain_queries: bool = True
     query_key_norms: bool = True
     expert_ranks: bool = True
@@ -73,6 +75,7 @@ MEGATRON = SoftwareFacts(
         host="launches",
         counts=True,
     ),
+    deduplicates=False,
 )
 DEEPSEEK = SoftwareFacts(
     name="deepseek",
@@ -151,6 +154,7 @@ TORCHTITAN = SoftwareFacts(
     reduces_beside=True,
     recomputes_parts=False,
     copies_experts=False,
+    deduplicates=False,
     casts_fp8=False,
 )
 TORCH_EAGER = SoftwareFacts(
@@ -185,6 +189,7 @@ TORCH_EAGER = SoftwareFacts(
     recomputes_parts=False,
     overlaps=False,
     copies_experts=False,
+    deduplicates=False,
     casts_fp8=False,
     plain_queries=False,
     query_key_norms=False,

@@ -38,6 +38,7 @@ PLAN: dict[str, Any] = {
         "micro_batch": [1, 2],
         "recompute": ["none", "full"],
     },
+    "implementation": "fused",
     "compute": {"profile": "roofline"},
     "search": {"simulate": 4, "check": 4},
     "sensitivity": {"candidates": 1, "bandwidth": [0.5]},

@@ -94,3 +94,9 @@ def test_the_hash_of_a_plan_follows_its_content(file):
     plan = load_plan(file)
     assert plan_hash(plan) == plan_hash(load_plan(file))
     assert plan_hash(plan) != plan_hash(load_plan(file, ["goal.usd=1"]))
+
+
+def test_a_plan_that_names_no_software_is_ranked_as_megatron_runs_it(file):
+    assert load_plan(file).implementation.kind == "megatron"
+    assert "implementation" not in load_plan(file).model_fields_set
+    assert load_plan(file, ["implementation=fused"]).implementation.kind == "fused"
