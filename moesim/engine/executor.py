@@ -11,7 +11,7 @@ What waits for a transfer is listed behind the compute beside it, so that its en
 Legend: N kernels, F families of kernels, S routing samples, R ranks.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from types import ModuleType
 from typing import NamedTuple
@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from moesim.engine.conditions import Conditions
 from moesim.engine.segments import (
     COMMUNICATION,
     COMPUTE,
@@ -32,6 +33,7 @@ from moesim.engine.segments import (
 )
 from moesim.engine.walk import Labels, Step
 from moesim.kernels import Beside, slowed_at
+from moesim.program.changes import ChangingTransfer
 from moesim.program.host import FREE_HOST, HostModel
 from moesim.program.operations import MAIN, NUM_CHAINS, SIDE, Kind, Run, Transfer
 from moesim.program.peers import PeerCollective
@@ -72,6 +74,8 @@ class GroupExecutor:
         compiled: bool = False,
         beside_collectives_R: Sequence[Mapping[str, Beside]] = (FREE,),
         collective_rate: float = 0.0,
+        conditions: Conditions | None = None,
+        ranks_R: NDArray[np.int64] | None = None,
     ) -> None:
         """`beside_collectives_R`: as `beside_R`, where the transfer is a library's collective; absent: these are free.
 
@@ -98,9 +102,11 @@ class GroupExecutor:
         # The collectives of layers that follow each other without a pause: when they began, and the row of the last.
         self._reducing_from_SR, self._reducing_span = np.zeros((samples, ranks)), -1
         self.last_begin_SR = np.zeros((samples, ranks))  # when the current action began
+        self._reduces_inside = False  # actions hold collectives on gradients or parameters
         self.records_all = False  # also waits of no length: samples simulated apart then have the same rows
         self._host_is_free = host == FREE_HOST
-        self._compiled = compiled and self._host_is_free
+        self._compiled = compiled and self._host_is_free and conditions is None
+        self._conditions, self._ranks_R = conditions, np.arange(ranks) if ranks_R is None else ranks_R
         self._transfer_span = -1  # the row of the latest transfer
 
     @property
@@ -109,6 +115,27 @@ class GroupExecutor:
         done_SR: FloatArray = np.maximum(self.compute_SR, self.communication_SR)
         np.maximum(done_SR, self.chains_CSR.max(axis=0), out=done_SR)
         return done_SR
+
+    def saved(self) -> Callable[[], None]:
+        """What brings the clocks back to now; spans since then are written over."""
+        clocks_KSR, host_SR, count = self.clocks_KSR.copy(), self.host_SR.copy(), self.recorder.count
+        open_ = self._transfer_span, self._open_F3R
+        reducing = self._reducing_from_SR, self._reducing_span, self._reducing_F3R
+        reduced_SR, recorder = self.reduced_SR, self.recorder
+        rows = [row for row in (self._transfer_span, self._reducing_span) if row >= 0]  # may still become longer
+        times = [(row, recorder.finish_NSR[row].copy(), recorder.own_NSR[row].copy()) for row in rows]
+
+        def restore() -> None:
+            self.clocks_KSR[:], self.host_SR[:] = clocks_KSR, host_SR
+            recorder.count = count
+            self._transfer_span, self._open_F3R = open_
+            self._reducing_from_SR, self._reducing_span, self._reducing_F3R = reducing
+            if self._reduces_inside:
+                self.reduced_SR = reduced_SR
+            for row, finish_SR, own_SR in times:
+                recorder.finish_NSR[row], recorder.own_NSR[row] = finish_SR, own_SR
+
+        return restore
 
     def execute(self, runs: Sequence[Run]) -> None:
         """Do one action: a pass, or two passes that overlap."""
@@ -196,14 +223,15 @@ class GroupExecutor:
             case Kind.JOIN:
                 np.maximum(chains_CSR[chain], chains_CSR[chain + SIDE], out=chains_CSR[chain])
             case Kind.COLLECTIVE:
-                prepared = step.transfers_M[0]
+                self._reduces_inside = True
                 start_SR = np.maximum(chains_CSR[chain], self.reduced_SR)
+                prepared = step.transfers_M[0]
                 goes_on_SR = (self._reducing_span >= 0) & (start_SR == self.reduced_SR)
                 self._reducing_from_SR = np.where(goes_on_SR, self._reducing_from_SR, start_SR)
-                self.reduced_SR = prepared.finish(start_SR)
-                own_SR = np.minimum(prepared.alone_R, self.reduced_SR - start_SR)
-                assert isinstance(prepared, PeerCollective)
-                self._reducing_span, self._reducing_F3R = self.recorder.count, self._facts_at_rate(prepared)
+                self.reduced_SR, own_SR = self._carried(prepared, start_SR)
+                plain = _as_before(prepared)
+                assert isinstance(plain, PeerCollective)
+                self._reducing_span, self._reducing_F3R = self.recorder.count, self._facts_at_rate(plain)
                 self.recorder.add(int(step.labels_N[0]), run.micro_batch, start_SR, self.reduced_SR, own_SR)
             case Kind.AWAIT:
                 np.maximum(chains_CSR[chain], self.reduced_SR, out=chains_CSR[chain])
@@ -223,6 +251,8 @@ class GroupExecutor:
         elapsed_NSR = elapsed_MNSR[micro_batch % len(elapsed_MNSR)]
         chain_SR, compute_SR = self.chains_CSR[step.chain], self.compute_SR
         start_SR = self._issue(step, np.maximum(chain_SR, compute_SR), micro_batch)
+        if self._conditions is not None:
+            elapsed_NSR = self._conditions.elapsed(start_SR, elapsed_NSR, self._ranks_R)
         rows = recorder.run(step.labels_N, micro_batch)
         start_NSR, finish_NSR = recorder.start_NSR[rows], recorder.finish_NSR[rows]
         np.add(elapsed_NSR, start_SR, out=finish_NSR)
@@ -272,15 +302,21 @@ class GroupExecutor:
     def _transfer(self, step: Step, micro_batch: int) -> None:
         prepared = step.transfers_M[micro_batch % len(step.transfers_M)]
         start_SR = self._issue(step, np.maximum(self.chains_CSR[step.chain], self.communication_SR), micro_batch)
-        finish_SR = prepared.finish(start_SR)
+        finish_SR, own_SR = self._carried(prepared, start_SR)
         self.communication_SR[:] = self.chains_CSR[step.chain] = finish_SR
         self._open_from_SR[:], self._open_until_SR[:] = start_SR, finish_SR
-        own_SR = np.minimum(prepared.alone_R, finish_SR - start_SR)
-        self._transfer_span, self._open_F3R = self.recorder.count, self._facts_beside(prepared)
+        self._transfer_span, self._open_F3R = self.recorder.count, self._facts_beside(_as_before(prepared))
         self.recorder.add(int(step.labels_N[0]), micro_batch, start_SR, finish_SR, own_SR)
 
+    def _carried(self, prepared: Transfer, start_SR: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """When a transfer is done, and its own part."""
+        if self._conditions is not None and isinstance(prepared, ChangingTransfer):
+            return self._conditions.transfer(prepared, start_SR)
+        finish_SR = prepared.finish(start_SR)
+        return finish_SR, np.minimum(prepared.alone_R, finish_SR - start_SR)
+
     def early_collective(
-        self, labels: tuple[Label, Label], *, start_SR: FloatArray, finish_SR: FloatArray, own: float
+        self, labels: tuple[Label, Label], *, start_SR: FloatArray, finish_SR: FloatArray, own: float | FloatArray
     ) -> None:
         """A collective begun while tasks were left: the part until these were done, and the part behind them."""
         done_SR = np.clip(self.done_SR, start_SR, finish_SR)
@@ -289,11 +325,16 @@ class GroupExecutor:
         self.recorder.add(self.labels.number(labels[0]), -1, start_SR, done_SR, own_SR - behind_SR)
         self.recorder.add(self.labels.number(labels[1]), -1, done_SR, finish_SR, behind_SR)
 
-    def collective(self, label: Label, *, start_SR: FloatArray, finish_SR: FloatArray, own: float) -> None:
+    def collective(self, label: Label, *, start_SR: FloatArray, finish_SR: FloatArray, own: float | FloatArray) -> None:
         """A collective with ranks outside the group, begun at start and done at finish; `own` seconds are its own."""
         self.reduced_SR = finish_SR
         own_SR = np.minimum(np.full_like(start_SR, own), finish_SR - start_SR)
         self.recorder.add(self.labels.number(label), -1, start_SR, finish_SR, own_SR)
+
+
+def _as_before(transfer: Transfer) -> Transfer:
+    """A transfer on links as they are before the step."""
+    return transfer.states[0] if isinstance(transfer, ChangingTransfer) else transfer
 
 
 def _facts(beside_R: Sequence[Mapping[str, Beside]]) -> FloatArray:

@@ -13,6 +13,8 @@ from moesim.kernels import KernelModel
 from moesim.network import Fabric
 from moesim.parallel import TrafficSample
 from moesim.program import StepProgram, build_program
+from moesim.program.changes import changes_in, with_changes
+from moesim.program.scenario_fabric import scenario_fabric
 from moesim.results import CATEGORIES, Stream, attribute
 from moesim.results.critical_path import path_facts
 from moesim.results.outcome import Outcome
@@ -37,20 +39,22 @@ def simulate_samples(
     at_once = max(1, int(SPAN_MEMORY / bytes_per_sample))
     if merge:
         at_once = max(1, int(MERGED_SPAN_MEMORY / (bytes_per_sample * MERGED_SPANS_PER_LAYER / SPANS_PER_LAYER)))
-    parts = [
-        _simulate_program(
-            build_program(
-                scenario,
-                fabric=fabric,
-                kernels=kernels,
-                samples=samples[start : start + at_once],
-                merge=merge,
-                twins=True,
-            ),
-            first=start == 0,
-        )
-        for start in range(0, max(1, len(samples)), at_once)
-    ]
+    parts = []
+    for start in range(0, max(1, len(samples)), at_once):
+        some = samples[start : start + at_once]
+        steps_S = [(start + index) % scenario.uncertainty.samples for index in range(max(1, len(some)))]
+        found = changes_in(scenario, steps_S)
+        if found is None:
+            program = build_program(scenario, fabric=fabric, kernels=kernels, samples=some, merge=merge, twins=True)
+        else:
+            changes, states = found
+            fabrics = [fabric, *(scenario_fabric(state, kernels) for state in states[1:])]
+            programs = [
+                build_program(state, fabric=links, kernels=kernels, samples=some, merge=merge)
+                for state, links in zip(states, fabrics, strict=True)
+            ]
+            program = with_changes(programs, changes)
+        parts.append(_simulate_program(program, first=start == 0))
     return Outcome.joined(parts)
 
 

@@ -4,6 +4,7 @@ A process yields only where the order is not known beforehand: hand-offs between
 other groups attend. An event's value is a vector of times, so vectors run ahead of the clock and nothing needs a
 timeout; each hand-off has one writer and one reader, so results do not depend on the order of events.
 
+Where speeds or links change (`moesim.engine.conditions`) an action ends only when the clock has come to its end.
 Where groups can fill links together (`moesim.program.contention`), processes also wait for the windows of transfers
 over these links to open and to close, and a hub slows those that are open at once. Routing samples are then simulated
 one after the other.
@@ -20,6 +21,7 @@ import numpy as np
 import simpy
 from numpy.typing import NDArray
 
+from moesim.engine.conditions import Conditions
 from moesim.engine.executor import GroupExecutor
 from moesim.engine.hub import Carried, Hub
 from moesim.engine.walk import Labels
@@ -50,6 +52,7 @@ class Early(NamedTuple):
     reduction: Reduction
     start_SR: FloatArray
     finish_SR: FloatArray
+    own: FloatArray | float
 
 
 class _Meeting:
@@ -66,8 +69,12 @@ class _Meeting:
         hub: Hub | None,
         use: LinkUse | None,
         beside: Beside,
+        conditions: Conditions | None = None,
+        seconds: tuple[float, ...] = (),
     ) -> None:
         self.reduction, self.beside = reduction, beside
+        self.conditions, self.seconds = conditions, seconds or (reduction.seconds,)
+        self.longer: FloatArray | float = 0.0  # [S, W]: than on links as they are before the step
         self.groups = [group for group in groups if reduction.ranks & set(group.ranks_R.tolist())]
         self.arrived = {id(group): env.event() for group in self.groups}
         self.everyone: simpy.Event = env.all_of(list(self.arrived.values()))
@@ -77,14 +84,20 @@ class _Meeting:
         """Bring this group's times, wait for all, and go on when the collective is done."""
         reduction = self.reduction
         start_SR, finish_SR = yield from self._meet(group, executor, executor.last_begin_SR, executor.done_SR)
-        executor.collective(collective_label(reduction), start_SR=start_SR, finish_SR=finish_SR, own=reduction.seconds)
+        own = self.own_seconds(group)
+        executor.collective(collective_label(reduction), start_SR=start_SR, finish_SR=finish_SR, own=own)
 
     def attend_early(
         self, group: GroupProgram, executor: GroupExecutor, begin_SR: FloatArray, done_SR: FloatArray
     ) -> Generator[simpy.Event, Any, Early]:
         """Meet while the group goes on: its gradients were made from `begin_SR` to `done_SR`."""
         start_SR, executor.reduced_SR = yield from self._meet(group, executor, begin_SR, done_SR)
-        return Early(self.reduction, start_SR, executor.reduced_SR)
+        return Early(self.reduction, start_SR, executor.reduced_SR, self.own_seconds(group))
+
+    def own_seconds(self, group: GroupProgram) -> FloatArray | float:
+        """What it takes once all are there."""
+        longer = self.longer
+        return self.reduction.seconds + (longer[:, group.ranks_R] if isinstance(longer, np.ndarray) else longer)
 
     def _meet(
         self, group: GroupProgram, executor: GroupExecutor, begin_SR: FloatArray, done_SR: FloatArray
@@ -103,6 +116,8 @@ class _Meeting:
         """Wait for all; gives when each rank is done, [S, W]."""
         yield self.everyone
         reduction = self.reduction
+        if self.conditions is not None:
+            return (yield from self._hold_on_clock(self.conditions))
         finish_SW = self._last(0) + reduction.seconds
         if reduction.buckets:
             finish_SW = self._beside_kernels(self._last(0), self._last(1))
@@ -124,6 +139,28 @@ class _Meeting:
         finish_SW = first_SW + seconds + both_SW * (1.0 - 1.0 / transfer)
         last_SW = done_SW + both_SW * (1.0 - 1.0 / compute) + seconds / self.reduction.buckets
         return np.asarray(np.maximum(finish_SW, last_SW))
+
+    def _hold_on_clock(self, conditions: Conditions) -> Carried:
+        """The same while links may change."""
+        reduction, first_SW, last_SW = self.reduction, self._last(0), self._last(1)
+        member_W = np.isfinite(first_SW[0])
+        finish_SW = first_SW.copy()
+
+        def walk() -> FloatArray:
+            ends_SW = conditions.seconds(first_SW[:, member_W], self.seconds)
+            plain_SW = first_SW[:, member_W] + reduction.seconds
+            if reduction.buckets:
+                share = 1.0 / reduction.buckets
+                plain_SW = self._beside_kernels(first_SW[:, member_W], last_SW[:, member_W])
+                ends_SW = np.maximum(ends_SW, conditions.seconds(last_SW[:, member_W], self.seconds, share=share))
+                ends_SW = np.maximum(ends_SW, plain_SW)
+            finish_SW[:, member_W] = ends_SW
+            self.longer = np.zeros_like(finish_SW)
+            self.longer[:, member_W] = ends_SW - plain_SW
+            return ends_SW
+
+        yield from conditions.settle(walk, lambda: None)
+        return finish_SW
 
     def _last(self, which: int) -> FloatArray:
         """[S, W]: the latest of the members' times, `which` = 0: first gradient there, 1: all of them."""
@@ -147,9 +184,21 @@ class _Step:
         self.hub = Hub(self.env, contention.capacity_L) if contention else None
         collectives = (*program.reductions, *program.gathers)
         uses = contention.collectives if contention else (None,) * len(collectives)
+        changes = program.changes
+        self.conditions = Conditions(self.env, changes) if changes else None
+        seconds = changes.collective_seconds if changes else ((),) * len(collectives)
         meetings = [
-            _Meeting(self.env, collective, program.groups, self.hub, use, _beside(program, collective))
-            for collective, use in zip(collectives, uses, strict=True)
+            _Meeting(
+                self.env,
+                collective,
+                program.groups,
+                self.hub,
+                use,
+                _beside(program, collective),
+                self.conditions,
+                by_state,
+            )
+            for collective, use, by_state in zip(collectives, uses, seconds, strict=True)
         ]
         self.reductions, self.gathers = meetings[: len(program.reductions)], meetings[len(program.reductions) :]
 
@@ -175,7 +224,7 @@ class _Step:
                 reducing = self.env.process(self._reduce_early(group, executor, due[number], times, reducing))
         yield from self._reduce(group, executor, due[len(group.tasks) - 1], reducing)
         executor.wait_for_reductions()
-        executor.execute([Run(group.optimizer, -1, False)])
+        yield from self._execute(group, executor, [Run(group.optimizer, -1, False)])
         for meeting in self.gathers:
             if id(group) in meeting.arrived:
                 yield from meeting.attend(group, executor)
@@ -207,14 +256,23 @@ class _Step:
         So the rows are in the same order whenever the others come.
         """
         done: list[Early] = [] if before is None else (yield before)
-        for reduction, start_SR, finish_SR in done:
+        for reduction, start_SR, finish_SR, own in done:
             labels = collective_label(reduction, Stream.BACKGROUND), collective_label(reduction)
-            executor.early_collective(labels, start_SR=start_SR, finish_SR=finish_SR, own=reduction.seconds)
+            executor.early_collective(labels, start_SR=start_SR, finish_SR=finish_SR, own=own)
         for meeting in meetings:
             yield from meeting.attend(group, executor)
 
     def _execute(self, group: GroupProgram, executor: GroupExecutor, runs: Sequence[Run]) -> Wait:
         """Do one action; its transfers over overloaded links take as long as the hub lets them."""
+        if self.conditions is not None:
+            restore = executor.saved()
+
+            def walk() -> FloatArray:
+                executor.execute(runs)
+                return executor.done_SR
+
+            yield from self.conditions.settle(walk, restore)
+            return
         uses = self.contention.transfers.get(group.place) if self.contention else None
         if uses is None or self.hub is None:
             executor.execute(runs)
@@ -242,6 +300,9 @@ class _Step:
     def _send(self, group: GroupProgram, sent: Sent, finish_SR: FloatArray) -> None:
         """Hand over what was ready at `finish_SR`."""
         handed = self.handoffs[sent.handoff, group.number]
+        if self.conditions is not None:
+            self.env.process(_deliver_on_clock(self.conditions, handed, finish_SR, sent))
+            return
         arrival_SR = finish_SR + sent.seconds
         use = self.contention.handoffs.get((group.place, sent.handoff.target)) if self.contention else None
         if use is None or self.hub is None:
@@ -262,6 +323,18 @@ def _deliver(
     """A hand-off over overloaded links."""
     late_SR = yield from hub.carry_alike(arrival_SR, seconds, use)
     handed.succeed((finish_SR, late_SR))
+
+
+def _deliver_on_clock(conditions: Conditions, handed: simpy.Event, finish_SR: FloatArray, sent: Sent) -> Wait:
+    """A hand-off over links that may change."""
+    arrival_SR = finish_SR.copy()
+
+    def walk() -> FloatArray:
+        arrival_SR[:] = conditions.seconds(finish_SR, sent.by_state or (sent.seconds,))
+        return arrival_SR
+
+    yield from conditions.settle(walk, lambda: None)
+    handed.succeed((finish_SR, arrival_SR))
 
 
 def simulate_step(program: StepProgram) -> StepOutcome:
@@ -290,6 +363,8 @@ def _simulate(program: StepProgram, labels: Labels) -> StepOutcome:
             compiled=program.compiled,
             beside_collectives_R=group.beside_collectives_R,
             collective_rate=program.collective_rate,
+            conditions=step.conditions,
+            ranks_R=group.ranks_R,
         )
         executor.records_all = program.contention is not None
         executors.append(executor)

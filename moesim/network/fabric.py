@@ -15,7 +15,8 @@ from moesim.errors import UserError
 from moesim.network.parameters import NetworkParameters
 from moesim.network.topology import Site, build_graph, sites_of
 from moesim.network.walks import SplitRoutes, Walks
-from moesim.scenario.cluster import Cluster, Degraded
+from moesim.scenario.cluster import Cluster
+from moesim.scenario.degraded import Degraded
 from moesim.scenario.dispatch import DispatchAlgorithm, nvlink_share_of_sms
 from moesim.scenario.fabrics import TRANSPORTS, FabricKind
 

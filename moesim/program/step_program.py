@@ -27,11 +27,15 @@ Place = tuple[int, int]  # pipeline rank, number of the group
 
 @dataclass(frozen=True, kw_only=True)
 class Sent:
-    """A hand-off that run `which` of a task makes; it arrives `seconds` later."""
+    """A hand-off that run `which` of a task makes; it arrives `seconds` later.
+
+    `by_state`: the same with the links in every state of `Changes`, where there are several.
+    """
 
     handoff: Handoff
     which: int
     seconds: float
+    by_state: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +124,20 @@ class Contention:
     collectives: tuple[LinkUse | None, ...]
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Changes:
+    """What changes in a step: `instants_K`, sorted, the first at 0; from each on the speed of every rank over what it
+    is else, `speed_KSW`, and the state that the links are in, `state_KS`.
+
+    `collective_seconds`: of every reduction and gather, in their order, by state of the links.
+    """
+
+    instants_K: FloatArray
+    speed_KSW: FloatArray
+    state_KS: NDArray[np.int64]
+    collective_seconds: tuple[tuple[float, ...], ...] = ()
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepProgram:
     """One optimizer step. `reductions` follow a group's last task, then its optimizer, then `gathers`.
@@ -132,7 +150,8 @@ class StepProgram:
     `transfer_sources`: what transfers and collectives rest on, one text for each kind.
     `beside_reductions`: what collectives on gradients and all kernels cost each other; `collective_rate`: bytes/s of a
     rank at which this and the groups' facts hold (see `moesim.kernels.Contention`). `compiled`: whether compiled loops
-    move the clocks. `contention`: None where groups cannot slow each other.
+    move the clocks. `contention`: None where groups cannot slow each other. `changes`: None where ranks and
+    links stay as they are.
     """
 
     groups: tuple[GroupProgram, ...]
@@ -147,6 +166,7 @@ class StepProgram:
     transfer_sources: tuple[str, ...] = ()
     compiled: bool = False
     contention: Contention | None = None
+    changes: Changes | None = None
 
     def rows(self, group: GroupProgram) -> int:
         """Most spans that a group can emit: every operation, and a host stall before it unless the host is free."""

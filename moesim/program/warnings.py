@@ -84,6 +84,11 @@ def layout_warnings(
         effect = "the range is likely too narrow" if has_range else "no range is given"
         of = f"{plain[0].draw.num_trace_sequences} sequences for a batch of {scenario.workload.global_batch}"
         warnings.append(f"the trace has {of}: {effect}{_longer_trace(scenario.routing)}")
+    if (scenario.cluster.slowdowns or scenario.cluster.fabric.changes) and len(fabric.common_links_X):
+        warnings.append(
+            "ranks or links change during the step: that groups of ranks slow each other on links of the core is then "
+            "left out"
+        )
     if scenario.idle_gpus:
         warnings.append(f"{scenario.idle_gpus} GPUs of the cluster have no rank and are paid for all the same")
     return warnings

@@ -11,7 +11,7 @@ from moesim.engine.job import SECONDS_PER_DAY, Job, JobCause
 from moesim.errors import ConflictError, InfeasibleError, UserError
 from moesim.scenario import Scenario
 from moesim.scenario.base import BYTES_PER_ELEMENT
-from moesim.scenario.cluster import Degraded
+from moesim.scenario.degraded import Degraded
 from moesim.scenario.failure_records import FailureRecord, record_of_gpu
 from moesim.scenario.failures import Failures, Slow
 from moesim.scenario.flops import parameters

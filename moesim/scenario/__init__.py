@@ -5,7 +5,6 @@ from moesim.scenario.catalogue import GpuSpec, gpu_names, gpu_spec, model_names
 from moesim.scenario.check import check_scenario, require_supported
 from moesim.scenario.cluster import (
     Cluster,
-    Degraded,
     Dispatch,
     Fabric,
     Link,
@@ -13,6 +12,7 @@ from moesim.scenario.cluster import (
     Oversubscription,
     Pool,
 )
+from moesim.scenario.degraded import Degraded
 from moesim.scenario.gpu import OwnGpu
 from moesim.scenario.implementation import AnyImplementation, Implementation
 from moesim.scenario.json_schema import json_schema

@@ -1,9 +1,11 @@
 """The checks of clusters of several pools: which axis crosses them, how they share the batch, ranks that differ."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Protocol
 
 from moesim.errors import UserError
+from moesim.scenario.changes import LinkChange, Slowdown
 from moesim.scenario.check_numbers import either
 from moesim.scenario.mixed import data_ranks_of_pools, is_mixed, pools_of_ranks, ranked_cluster
 from moesim.scenario.schema import Scenario
@@ -20,6 +22,7 @@ def check_mixed(scenario: Scenario, report: Report) -> None:
     """Raises UserError where ranks cannot be on the pools as the scenario says."""
     mesh, cluster = scenario.parallelism, scenario.cluster
     _check_speeds(scenario, report)
+    _check_changes(scenario, report)
     axis = mesh.across_pools
     if axis is not None and len(cluster.pools) == 1:
         raise report.user("parallelism.across_pools", f"{axis} crosses no pool: there is one; name several, or drop it")
@@ -46,6 +49,31 @@ def _check_speeds(scenario: Scenario, report: Report) -> None:
     for index, one in enumerate(speeds.ranks):
         if one.rank >= world:
             raise report.user(f"cluster.speeds.ranks.{index}.rank", f"rank {one.rank} of ranks 0 to {world - 1}")
+
+
+def _check_changes(scenario: Scenario, report: Report) -> None:
+    cluster, world = scenario.cluster, scenario.parallelism.world_size
+    nodes = sum(pool.nodes for pool in cluster.pools)
+    steps = scenario.uncertainty.samples if scenario.model.experts else 1
+    lists: tuple[tuple[str, Sequence[Slowdown | LinkChange]], ...] = (
+        ("cluster.slowdowns", cluster.slowdowns),
+        ("cluster.fabric.changes", cluster.fabric.changes),
+    )
+    for where, changes in lists:
+        for index, one in enumerate(changes):
+            key, rank, node = f"{where}.{index}", getattr(one, "rank", None), one.node
+            named = [name for name in ("rank", "node", "link", "rail") if getattr(one, name, None) is not None]
+            if len(named) != 1:
+                raise report.user(key, "names " + (" and ".join(named) or "nothing") + "; name one")
+            if rank is not None and rank >= world:
+                raise report.user(f"{key}.rank", f"rank {rank} of ranks 0 to {world - 1}")
+            if node is not None and node >= nodes:
+                raise report.user(f"{key}.node", f"node {node} of nodes 0 to {nodes - 1}")
+            if one.until is not None and one.until <= one.at:
+                raise report.user(f"{key}.until", f"{one.until:g} s is not behind at = {one.at:g} s")
+            if one.from_step >= steps:
+                what = f"step {one.from_step} of the {steps} that are simulated"
+                raise report.user(f"{key}.from_step", f"{what}; a step is a routing sample (uncertainty.samples)")
 
 
 def _check_boundaries(scenario: Scenario, report: Report) -> None:

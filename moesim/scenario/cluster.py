@@ -13,9 +13,7 @@ from moesim.scenario.base import (
     Flag,
     Gpus,
     GpusPerNode,
-    Index,
     Latency,
-    LinkFactor,
     Name,
     Oversubscribed,
     Rent,
@@ -25,6 +23,8 @@ from moesim.scenario.base import (
     one_of,
 )
 from moesim.scenario.catalogue import GpuSpec, gpu_names, gpu_spec
+from moesim.scenario.changes import LinkChange, Slowdown
+from moesim.scenario.degraded import Degraded
 from moesim.scenario.dispatch import DIRECT, DISPATCH, Deduplicate
 from moesim.scenario.fabrics import FABRICS, INFINIBAND, TRANSPORTS, FabricKind, usual_fabric
 from moesim.scenario.gpu import AnyGpu
@@ -84,17 +84,6 @@ AnyOversubscription = Annotated[
     Annotated[Oversubscribed, Tag("<number>")] | Annotated[Oversubscription, Tag("<mapping>")],
     Discriminator(_oversubscription_form),
 ]
-
-
-class Degraded(Section):
-    """A link, node or rail whose bandwidth is multiplied by `factor`."""
-
-    link: tuple[Name, Name] | None = Field(default=None, description="One directed link by the names of its two ends.")
-    node: Index | None = Field(default=None, description="All links of this node, counted from 0.")
-    rail: Index | None = Field(
-        default=None, description="The network links of the GPUs with this index in their nodes."
-    )
-    factor: LinkFactor = Field(description="Share of the bandwidth that is left; 0: the links have failed.")
 
 
 class Link(Section):
@@ -172,6 +161,9 @@ class Fabric(Section):
     degraded: tuple[Degraded, ...] = Field(
         default=(), max_length=10_000, description="Links that are slow or have failed."
     )
+    changes: tuple[LinkChange, ...] = Field(
+        default=(), max_length=100, description="Links that are slow or down for a part of a step, or in some steps."
+    )
     links: tuple[Link, ...] = Field(default=(), max_length=100_000, description="The links of preset custom.")
     file: Text | None = Field(
         default=None, description="The links of preset custom as a networkx node-link JSON file, relative to this file."
@@ -183,6 +175,9 @@ class Cluster(Section):
 
     pools: tuple[Pool, ...] = Field(min_length=1, max_length=1_000, description="Machines by kind of GPU.")
     fabric: Fabric = Field(default=Fabric(), description="The links between the GPUs.")
+    slowdowns: tuple[Slowdown, ...] = Field(
+        default=(), max_length=1_000, description="Ranks that are slow for a part of a step, or in some steps."
+    )
     speeds: Speeds = Field(default=Speeds(), description="Ranks slower or faster than their kind; absent: none.")
 
     @property
