@@ -360,11 +360,13 @@ class _Builder:
 def _transfer_sources(groups: Sequence[GroupProgram], collectives: Sequence[Reduction]) -> tuple[str, ...]:
     """What the kinds of transfers and collectives rest on, in the order in which they first appear."""
     blocks = dict.fromkeys(run.block for group in groups for task in group.tasks for run in task.runs)
-    found = {
-        (operation.label.name, getattr(operation.transfers_M[0], "source", ""))
+    labels = {
+        (operation.label.part, operation.label.collective, getattr(operation.transfers_M[0], "source", ""))
         for block in blocks
         for operation in block.operations
         if operation.transfers_M
     }
-    found |= {(collective.name.partition(".")[0], collective.rests_on) for collective in collectives}
+    exchanges = Part.DISPATCH, Part.COMBINE
+    found = {(str(part if part in exchanges else collective), source) for part, collective, source in labels}
+    found |= {(str(collective.collective), collective.rests_on) for collective in collectives}
     return tuple(f"{name}: {source}" for name, source in sorted(found) if source)
