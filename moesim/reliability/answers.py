@@ -15,12 +15,13 @@ from moesim.reliability.interval import daly_seconds, search_steps, young_second
 from moesim.reliability.job_of_scenario import (
     LEAST_WORK,
     Step,
+    dearest_node,
     degraded_links,
     failures_of,
     flaps,
     job_of,
     least_steps,
-    record_for,
+    recorded_parts,
     saving_of,
     speeds_of,
 )
@@ -28,6 +29,7 @@ from moesim.results import RunRecord
 from moesim.routing.progress import ProgressCallback
 from moesim.run import simulate
 from moesim.scenario import Scenario
+from moesim.scenario.failure_records import FailureRecord
 from moesim.scenario.failures import ASSUMED
 from moesim.seeding import stream
 
@@ -181,8 +183,7 @@ def _result(
     mean = float(np.mean(shares))
     low, high = (float(np.percentile(shares, each)) for each in RANGE)
     tokens = scenario.tokens_per_step * job.horizon_s / job.step_s * mean
-    pool = scenario.cluster.pools[0]
-    hourly = scenario.cluster.usd_per_hour + (job.spares or 0) * pool.gpus_per_node * pool.usd_per_gpu_hour
+    hourly = scenario.cluster.usd_per_hour + (job.spares or 0) * dearest_node(scenario)
     usd = hourly * job.horizon_s / 3600
     budget = scenario.workload.train_tokens
     per_day = tokens / (job.horizon_s / SECONDS_PER_DAY)
@@ -273,10 +274,9 @@ def _checkpoint(
 
 def _sources(scenario: Scenario) -> list[str]:
     """Where rates come from, and which defaults are assumed."""
-    failures, record = failures_of(scenario), record_for(scenario)
+    failures = failures_of(scenario)
     own = [f"causes of the scenario{': ' + failures.source if failures.source else ''}"] if failures.causes else []
-    checked = "" if record.checked else "; quoted, not compared with its text: an assumption"
-    rates = f"rates: {record.name} ({record.source}{checked})" if record.causes else "rates: none published"
+    rates = [_rates(parts.record) for parts in recorded_parts(scenario)]
     checkpoint = failures.checkpoint
     given = {
         "detection": "detection" in failures.model_fields_set,
@@ -284,13 +284,19 @@ def _sources(scenario: Scenario) -> list[str]:
         "write_per_node": "write_per_node" in checkpoint.model_fields_set,
         "copy_bandwidth": "copy_bandwidth" in checkpoint.model_fields_set or not checkpoint.asynchronous,
     }
-    return [rates, *own, *(f"{key} assumed, {ASSUMED[key]}" for key, known in given.items() if not known)]
+    return [*rates, *own, *(f"{key} assumed, {ASSUMED[key]}" for key, known in given.items() if not known)]
+
+
+def _rates(record: FailureRecord) -> str:
+    checked = "" if record.checked else "; quoted, not compared with its text: an assumption"
+    return f"rates: {record.name} ({record.source}{checked})" if record.causes else "rates: none published"
 
 
 def _warnings(scenario: Scenario) -> list[str]:
-    record, gpu = record_for(scenario), scenario.cluster.pools[0].gpu_name
-    found = []
-    if record.causes and gpu not in record.kinds:
-        found.append(f"rates of {', '.join(record.kinds)} stand in for {gpu}, of which no record is known; "
-                     "failures.causes says better")  # fmt: skip
-    return found
+    return [
+        f"rates of {', '.join(parts.record.kinds)} stand in for {gpu}, of which no record is known; "
+        "failures.causes says better"
+        for parts in recorded_parts(scenario)
+        for gpu in parts.kinds
+        if parts.record.causes and gpu not in parts.record.kinds
+    ]

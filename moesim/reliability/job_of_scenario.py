@@ -15,6 +15,7 @@ from moesim.scenario.degraded import Degraded
 from moesim.scenario.failure_records import FailureRecord, record_of_gpu
 from moesim.scenario.failures import Failures, Slow
 from moesim.scenario.flops import parameters
+from moesim.scenario.mixed import rank_counts
 from moesim.seeding import stream
 from moesim.units import format_seconds
 
@@ -39,37 +40,68 @@ def failures_of(scenario: Scenario) -> Failures:
     return scenario.failures or Failures()
 
 
-def record_for(scenario: Scenario) -> FailureRecord:
-    """The published record behind the rates."""
-    return failures_of(scenario).record_for(record_of_gpu(scenario.cluster.pools[0].gpu_name))
+@dataclass(frozen=True, kw_only=True)
+class RecordedParts:
+    """Parts of the job whose failures one record tells of: its pools' GPUs, NICs and nodes with ranks."""
+
+    record: FailureRecord
+    gpus: int
+    nodes: int
+    kinds: tuple[str, ...]
+
+
+def recorded_parts(scenario: Scenario) -> tuple[RecordedParts, ...]:
+    """The published records behind the rates, each with the parts of the pools that it stands for."""
+    found: dict[str, RecordedParts] = {}
+    counts = rank_counts(scenario.cluster, scenario.parallelism)
+    for pool, gpus in zip(scenario.cluster.pools, counts, strict=True):
+        if not gpus:
+            continue
+        record = failures_of(scenario).record_for(record_of_gpu(pool.gpu_name))
+        known = found.get(record.name, RecordedParts(record=record, gpus=0, nodes=0, kinds=()))
+        kinds = tuple(dict.fromkeys((*known.kinds, pool.gpu_name)))
+        nodes = known.nodes + -(-gpus // pool.gpus_per_node)
+        found[record.name] = RecordedParts(record=record, gpus=known.gpus + gpus, nodes=nodes, kinds=kinds)
+    return tuple(found.values())
 
 
 def num_nodes(scenario: Scenario) -> int:
     """Nodes that the job's ranks are on."""
-    left, nodes = scenario.parallelism.world_size, 0
-    for pool in scenario.cluster.pools:
-        used = min(pool.nodes, -(-left // pool.gpus_per_node))
-        nodes, left = nodes + used, max(0, left - used * pool.gpus_per_node)
-    return nodes
+    return sum(parts.nodes for parts in recorded_parts(scenario))
+
+
+def dearest_node(scenario: Scenario) -> float:
+    """USD per hour of a spare node, which may have to stand in for one of any pool."""
+    return max(pool.gpus_per_node * pool.usd_per_gpu_hour for pool in scenario.cluster.pools)
 
 
 def job_causes(scenario: Scenario) -> tuple[JobCause, ...]:
-    """Failures of the whole job by cause: those of the record, and the scenario's own."""
-    failures, record = failures_of(scenario), record_for(scenario)
-    nodes, gpus = num_nodes(scenario), scenario.parallelism.world_size
-    nics = gpus if scenario.cluster.fabric.nics_per_node is None else nodes * scenario.cluster.fabric.nics_per_node
-    parts = {"gpu": gpus, "nic": nics, "node": nodes, "job": 1}
-    causes = {
-        cause.name: JobCause(
-            name=cause.name,
-            per_second=failures.factor * record.per_hour(cause) * parts[cause.per] / 3600,
-            broken=cause.broken,
-        )
-        for cause in record.causes
-    }
+    """Failures of the whole job by cause: those of the records, by the parts of their pools, and the scenario's own.
+
+    What strikes the whole job comes from each record by its share of the GPUs.
+    """
+    failures, world = failures_of(scenario), scenario.parallelism.world_size
+    causes: dict[str, JobCause] = {}
+    for parts in recorded_parts(scenario):
+        counts: dict[str, float] = _counts(scenario, gpus=parts.gpus, nodes=parts.nodes) | {"job": parts.gpus / world}
+        for cause in parts.record.causes:
+            rate = failures.factor * parts.record.per_hour(cause) * counts[cause.per] / 3600
+            before = causes.get(cause.name)
+            causes[cause.name] = JobCause(
+                name=cause.name,
+                per_second=rate + (before.per_second if before else 0.0),
+                broken=cause.broken or (before is not None and before.broken),
+            )
+    of_job = _counts(scenario, gpus=world, nodes=num_nodes(scenario)) | {"job": 1}
     for own in failures.causes:
-        causes[own.name] = JobCause(name=own.name, per_second=parts[own.per] / own.every, broken=own.broken)
+        causes[own.name] = JobCause(name=own.name, per_second=of_job[own.per] / own.every, broken=own.broken)
     return tuple(cause for cause in causes.values() if cause.per_second > 0)
+
+
+def _counts(scenario: Scenario, *, gpus: int, nodes: int) -> dict[str, float]:
+    """Parts by kind; NICs as the fabric says."""
+    each = scenario.cluster.fabric.nics_per_node
+    return {"gpu": gpus, "nic": gpus if each is None else nodes * each, "node": nodes}
 
 
 def checkpoint_bytes(scenario: Scenario) -> float:
