@@ -18,7 +18,7 @@ from moesim.kernels.estimate import (
     weakest,
 )
 from moesim.kernels.families import MEMORY_KINDS, Attention, Gemm, GroupedGemm, Kernel, MemoryBound, memory_bytes
-from moesim.kernels.loading import gpu_of_device, kernel_model, load_profile
+from moesim.kernels.loading import gpu_of_device, in_regime, kernel_model, load_profile
 from moesim.kernels.measured import contention_of
 from moesim.kernels.mixed import MixedKernels, kernels_of_kind
 from moesim.kernels.report import leave_one_out_rows
@@ -45,6 +45,7 @@ __all__ = [
     "calibrate_command",
     "contention_of",
     "gpu_of_device",
+    "in_regime",
     "kernel_model",
     "kernels_of_kind",
     "leave_one_out_rows",

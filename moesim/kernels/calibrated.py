@@ -20,6 +20,7 @@ from moesim.kernels.cells import TENSOR_DTYPES, Cell, Fit, gemm_cell, grouped_ce
 from moesim.kernels.estimate import Contention, Estimate, HostCosts, as_result, weakest
 from moesim.kernels.families import (
     DTYPE_BYTES,
+    MEMORY_KINDS,
     Attention,
     FloatArray,
     Gemm,
@@ -77,6 +78,7 @@ class CalibratedModel:
         self.fallback = fallback
         self.clock_mhz = clock_mhz
         self._shared_clock = False
+        self._log_fall = 0.0  # of a step's clock below that of low loads
         self._rows = cell_rows(profile)
         self._cells: dict[str, Cell] = {}
         self._widths = typical_widths(profile)
@@ -148,6 +150,7 @@ class CalibratedModel:
     def in_step(self, mhz: float) -> "CalibratedModel":
         """The same kernels in a step that runs at this clock."""
         model = self._copied()
+        model._log_fall = 0.0 if self._cap is None else max(0.0, self._cap.free - math.log(mhz))
         model._cap, model._shared_clock = PowerCap(math.log(mhz), threshold=0.0, slope=0.0, traffic=0.0), True
         return model
 
@@ -272,7 +275,9 @@ class CalibratedModel:
         width = self._widths[kernel.kind] if kernel.width is None else kernel.width
         columns, shape = _floats(kernel.bytes, width)
         follows = self._shared_clock and cell.parameters[1] < SLOW_SHARE * self.fallback.gpu.memory_bandwidth
-        return self._predict(cell, columns, shape, self._cap if follows else None)
+        found = self._predict(cell, columns, shape, self._cap if follows else None)
+        share = MEMORY_KINDS[kernel.kind].clock
+        return found if share == 0.0 else found._replace(seconds=found.seconds * math.exp(share * self._log_fall))
 
     def _known_grouped(self, kernel: GroupedGemm) -> Estimate:
         if kernel.dtype == "fp8_block":

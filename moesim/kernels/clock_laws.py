@@ -41,7 +41,12 @@ KIND_POWER = {
         1000, f"{_SHEETS}; power_limit column of {_PACKAGE[15:]}", 1.55e15, 1.1e15,
         "requirements of this project: a loaded B200 reaches about 1,100 TFLOP/s, short runs 1,550",
     ),
-    "a100": KindPower(400, _SHEETS, nearest="h200"),
+    "h100": KindPower(700, "NVIDIA H100 SXM5 datasheet", 7.6e14, 6.5e14, "own sustained rows, large GEMMs"),
+    "a100": KindPower(
+        400, _SHEETS, 2.707e14, 2.712e14,
+        "271 TFLOP/s, mean of 100 products behind 50 of their kind, 60 ms in all (maximum achievable matmul FLOPS of "
+        "github:stas00/ml-engineering); large GEMMs of the tables, which are short, have 270.7",
+    ),
     "gb200": KindPower(1200, _SHEETS, nearest="b200"),
     "b300": KindPower(1100, _PACKAGE, nearest="b200"),
     "gb300": KindPower(1400, _SHEETS, nearest="b200"),
@@ -53,7 +58,7 @@ KIND_POWER = {
 def full_fall(kind: KindPower) -> float:
     """By how much the log of the clock falls at the rate of short runs, of a kind with a sustained rate."""
     assert kind.short is not None and kind.sustained is not None
-    return float(np.log(kind.short / kind.sustained) / LEAST_EXPONENT)
+    return max(0.0, float(np.log(kind.short / kind.sustained) / LEAST_EXPONENT))
 
 
 @dataclass(frozen=True)

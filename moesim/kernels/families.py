@@ -149,7 +149,9 @@ class MemoryKind:
     """What a kind is in torch; bytes = rows * width * per_element + rows * per_row.
 
     `searches`: it sorts, counts or adds to places that its values name, many times slower than its bytes would be.
-    `apart`: a Triton kernel of this project beside FP8 products, measured with the family fp8.
+    `apart`: a Triton kernel of this project beside FP8 products, measured with the family fp8. `clock`: how strongly
+    its seconds fall with the clock that a step's load leaves, though it moves many bytes: of optimizer steps behind
+    0.25 s of products on an H100 (tests/kernels/test_regimes.py).
     """
 
     what: str
@@ -157,6 +159,7 @@ class MemoryKind:
     per_row: float = 0.0
     searches: bool = False
     apart: bool = False
+    clock: float = 0.0
 
 
 MEMORY_KINDS: dict[str, MemoryKind] = {
@@ -201,8 +204,8 @@ MEMORY_KINDS: dict[str, MemoryKind] = {
     "scaled_cast_both": MemoryKind("bf16 to fp8 with one scale, and its transpose", 4, apart=True),
     "embedding": MemoryKind("bf16 rows looked up in a table", 4, 8),
     "embedding_backward": MemoryKind("bf16 gradient of the table, whose own bytes come on top", 2, 8, searches=True),
-    "optimizer_bf16": MemoryKind("fused AdamW; parameter, gradient and both states bf16", 14),
-    "optimizer_fp32": MemoryKind("fused AdamW; parameter, gradient and both states fp32", 28),
+    "optimizer_bf16": MemoryKind("fused AdamW; parameter, gradient and both states bf16", 14, clock=0.4),
+    "optimizer_fp32": MemoryKind("fused AdamW; parameter, gradient and both states fp32", 28, clock=0.12),
 }
 
 

@@ -168,6 +168,23 @@ def kernel_model(gpu: "str | GpuSpec", profile: str | None = None) -> KernelMode
     return _scaled(base, measured, spec)
 
 
+def in_regime(model: KernelModel, regime: str | float) -> KernelModel:
+    """A measured GPU's kernels as they run: `sustained` (without pause, under the power limit), `short` (at the clocks
+    of short benchmarks) or at a clock in MHz. Raises UserError for another word, and for a GPU without own rows.
+    """
+    if regime == "sustained":
+        return model
+    if not isinstance(model, CalibratedModel):
+        raise UserError(
+            f"{model.name}: only kernels of a measured GPU have a regime; use one of: h100, h200, or a profile"
+        )
+    if regime == "short":
+        return model.at_benchmark_clock()
+    if isinstance(regime, str):
+        raise UserError(f"no regime {regime!r}; use sustained, short, or a clock in MHz")
+    return model.at_clock(regime)
+
+
 def _scaled(base: CalibratedModel | TabulatedModel, measured: str, target: "GpuSpec") -> ScaledModel:
     return ScaledModel(base, measured=_spec(measured), target=target, published_fp8=target.name in PUBLISHED_FP8)
 
