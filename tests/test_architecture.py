@@ -21,6 +21,7 @@ LAYER = {
     "trace": 3, "flags": 3.5,
     "routing": 4, "parallel": 4,
     "kernels": 5, "network": 5,
+    "recorded": 5.5,
     "results": 6,
     "program": 7,
     "engine": 7.5,

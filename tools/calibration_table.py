@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from moesim.importing.calibration import Calibration, parsed_calibration
-from moesim.importing.pricing import step_estimate
-from moesim.importing.step_file import parsed_ops
 from moesim.importing.traced_step import traced_step
 from moesim.kernels import kernel_model
+from moesim.recorded.pricing import step_estimate
+from moesim.recorded.step_file import parsed_ops
 from moesim.strict_json import json_text, parse_json
 
 DATA = Path(__file__).parent.parent / "tests" / "data"

@@ -19,8 +19,6 @@ from pathlib import Path
 import numpy as np
 from measure_hf_steps import CASES, Case
 
-from moesim.importing.pricing import kernels_of, step_estimate
-from moesim.importing.step_file import RecordedOp, parsed_ops
 from moesim.kernels import kernel_model
 from moesim.kernels.estimate import Estimate
 from moesim.kernels.families import Kernel, MemoryBound
@@ -28,6 +26,8 @@ from moesim.kernels.roofline import Roofline
 from moesim.network import build_fabric
 from moesim.program import build_program
 from moesim.program.drawn_routing import draw_samples, obtain_trace
+from moesim.recorded.pricing import kernels_of, step_estimate
+from moesim.recorded.step_file import RecordedOp, parsed_ops
 from moesim.results.spans import Part, Phase
 from moesim.run import simulate
 from moesim.scenario import Scenario, gpu_spec, scenario_from_mapping

@@ -11,8 +11,8 @@ from moesim.strict_json import json_text
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from moesim.importing.step_file import RecordedOp
     from moesim.importing.traced_step import TracedStep
+    from moesim.recorded.step_file import RecordedOp
 
 NAME = "import-step"
 SUMMARY = "Estimate a training step of your own torch program, recorded without a GPU or traced by torch's profiler."
@@ -58,7 +58,7 @@ def execute(args: argparse.Namespace) -> int:
         _save(args, traced.ops, source=traced.source, calibration=traced.calibration.as_json())
         return _show_traced(args, traced)
     if args.show is not None:
-        from moesim.importing.step_file import load_step, step_content
+        from moesim.recorded.step_file import load_step, step_content
 
         source, ops = load_step(args.show)
         if "calibration" in step_content(args.show) and args.calibrate is None:
@@ -119,7 +119,7 @@ def _save(
     source: str,
     calibration: "dict[str, object] | None" = None,
 ) -> None:
-    from moesim.importing.step_file import save_step
+    from moesim.recorded.step_file import save_step
 
     if args.out is not None:
         save_step(args.out, ops, source=source, calibration=calibration)
@@ -127,8 +127,8 @@ def _save(
 
 def _show_traced(args: argparse.Namespace, traced: "TracedStep") -> int:
     """A step of a trace on its own GPU as it was measured; on another one as its corrections predict it."""
-    from moesim.importing.pricing import step_estimate
     from moesim.kernels import kernel_model
+    from moesim.recorded.pricing import step_estimate
     from moesim.report.traced_screen import print_traced, traced_json
 
     if args.gpu not in (None, traced.calibration.gpu):
@@ -144,8 +144,8 @@ def _show_traced(args: argparse.Namespace, traced: "TracedStep") -> int:
 def _show_estimate(
     args: argparse.Namespace, ops: "Sequence[RecordedOp]", *, source: str, traced: "TracedStep | None"
 ) -> int:
-    from moesim.importing.pricing import HOST_S, step_estimate
     from moesim.kernels import kernel_model
+    from moesim.recorded.pricing import HOST_S, step_estimate
     from moesim.report.imported_screen import estimate_json, print_estimate
 
     gpu = args.gpu or (traced.calibration.gpu if traced else USUAL_GPU)

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from moesim.errors import UserError
-from moesim.importing.pricing import PricedOp, at_step_load, prices
-from moesim.importing.step_file import RecordedOp, parsed_ops, step_content
 from moesim.importing.trace_host import StepTimes
 from moesim.kernels import CalibratedModel, KernelModel
+from moesim.recorded.pricing import PricedOp, at_step_load, prices
+from moesim.recorded.step_file import RecordedOp, parsed_ops, step_content
 
 # How far, in logarithms, the factor of a kind at one size is from that at another. Chosen among 0.1 to 0.5 by the ten
 # pairs of a trace and another step of its family in which neither step is one of the seven that gave no number.
@@ -123,7 +123,7 @@ def _correction(kind: str, runs: Sequence[tuple[RecordedOp, PricedOp]]) -> Corre
     return Correction(
         kind=kind,
         family=runs[0][1].family,
-        number=sum(op.count for op, _ in runs),
+        number=round(sum(op.count for op, _ in runs)),
         measured_s=sum(measured),
         predicted_s=sum(predicted),
         spread=math.sqrt(sum(squares) / sum(measured)) if sum(measured) else 0.0,

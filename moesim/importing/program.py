@@ -12,7 +12,7 @@ from torch import nn
 
 from moesim.errors import UserError, one_line
 from moesim.importing.recording import record_step
-from moesim.importing.step_file import RecordedOp
+from moesim.recorded.step_file import RecordedOp
 
 
 def record_program(name: str) -> list[RecordedOp]:

@@ -6,7 +6,9 @@ device would take it apart. Operations whose result depends on data cannot run t
 where the module counts rows by `histc` or `bincount`, whose counts stay unknown.
 """
 
-from collections.abc import Callable, Iterator
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,8 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from moesim.errors import UserError, one_line
-from moesim.importing.pricing import CHECK, OPTIMIZER, PRODUCTS, SDPA
-from moesim.importing.step_file import RecordedOp, merged, product_facts
+from moesim.recorded.layers import EXPERT, EXPERTS_GEMM, MOE, kinds_of_layers, place_of, with_layers
+from moesim.recorded.memory_bound import LAID_OUT
+from moesim.recorded.pricing import CHECK, OPTIMIZER, PRODUCTS, SDPA
+from moesim.recorded.step_file import RecordedOp, layout_facts, merged, pieces_facts, product_facts, scan_facts
 
 
 def record_step(model: nn.Module, loss_of: Callable[[], Tensor]) -> list[RecordedOp]:
@@ -35,7 +39,7 @@ def record_step(model: nn.Module, loss_of: Callable[[], Tensor]) -> list[Recorde
             )
         recorder.phase, recorder.module = "backward", ""
         _run(loss.backward, recorder, model)
-    return merged([*recorder.ops, _optimizer(model)])
+    return merged([*with_layers(recorder.ops), _optimizer(model, recorder.ops)])
 
 
 def _run(what: Callable[[], Any], recorder: "_Recorder", model: nn.Module) -> Any:
@@ -52,17 +56,34 @@ def _run(what: Callable[[], Any], recorder: "_Recorder", model: nn.Module) -> An
         raise UserError(f"{place} raised {type(error).__name__}: {one_line(str(error))}") from None
 
 
-def _optimizer(model: nn.Module) -> RecordedOp:
-    """One fused AdamW over the parameters that have gradients."""
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
+def _optimizer(model: nn.Module, ops: Sequence[RecordedOp]) -> RecordedOp:
+    """One fused AdamW over the parameters that have gradients; in its facts, those of one layer of each kind and, in
+    every MoE layer, of one expert.
+    """
+    weights = {path: weight for path, weight in model.named_parameters() if weight.requires_grad}
     if not weights:
         raise UserError(f"no parameter of {type(model).__name__} has requires_grad: there is nothing to train")
-    dtype = str(weights[0].dtype).removeprefix("torch.")
-    count = sum(weight.numel() for weight in weights)
-    seen = (((count,), dtype, count * weights[0].element_size()),)
-    return RecordedOp(
-        name=OPTIMIZER, phase="optimizer", module="", reads=seen, writes=seen, facts={"parameters": count}
-    )
+    first = next(iter(weights.values()))
+    dtype = str(first.dtype).removeprefix("torch.")
+    count = sum(weight.numel() for weight in weights.values())
+    seen = (((count,), dtype, count * first.element_size()),)
+    facts = {"parameters": count, "layer_parameters": _layer_parameters(weights, ops)}
+    return RecordedOp(name=OPTIMIZER, phase="optimizer", module="", reads=seen, writes=seen, facts=facts, layer="")
+
+
+def _layer_parameters(weights: Mapping[str, Tensor], ops: Sequence[RecordedOp]) -> dict[str, float]:
+    kinds = kinds_of_layers(ops)
+    experts = next((op.reads[1][0][0] for op in ops if op.name == EXPERTS_GEMM and len(op.reads[1][0]) == 3), 0)
+    found: dict[str, float] = {}
+    for path, weight in weights.items():
+        kind = kinds.get(place_of(path) or ("", -1))
+        if kind is None:
+            continue
+        own = weight.dim() == 3 and weight.shape[0] == experts
+        name = EXPERT if own else kind
+        found[name] = found.get(name, 0.0) + weight.numel() / (experts if own else 1)
+    numbers = Counter(kinds.values())
+    return {name: total / numbers[MOE if name == EXPERT else name] for name, total in found.items()}
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
@@ -70,7 +91,21 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-igno
         super().__init__()  # type: ignore[no-untyped-call, unused-ignore]
         self.ops: list[RecordedOp] = []
         self.phase, self.module = "forward", ""
+        self.entered: list[tuple[int, str]] = []  # autograd's next number when another module begins to run
         self.paused = False
+
+    def enter(self, module: str) -> None:
+        """From here on `module` runs, and makes the nodes of autograd."""
+        self.module = module
+        self.entered.append((torch._C._autograd._get_sequence_nr(), module))
+
+    def running(self) -> str:
+        """The module whose operation it is; in the backward pass that whose operation's gradient it makes."""
+        node = torch._C._current_autograd_node()
+        if self.phase == "forward" or node is None:
+            return self.module
+        place = bisect_right(self.entered, node._sequence_nr(), key=lambda each: each[0])
+        return self.entered[place - 1][1] if place else ""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype is torch.bool:
@@ -101,12 +136,25 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-igno
             RecordedOp(
                 name=name,
                 phase=self.phase,
-                module=self.module,
+                module=self.running(),
                 reads=tuple(map(_seen, inputs)),
                 writes=tuple(map(_seen, results)),
-                facts=_product_facts([*inputs[-2:], *results]) if name in PRODUCTS else {},
+                facts=_facts(name, args, inputs, results),
             )
         )
+
+
+def _facts(name: str, args: Any, inputs: list[Tensor], results: list[Tensor]) -> dict[str, Any]:
+    if name == "cumsum":
+        return scan_facts(args[0].shape, args[1])
+    if name in PRODUCTS:
+        return _product_facts([*inputs[-2:], *results])
+    if name not in LAID_OUT or not inputs:
+        return {}
+    if name == "cat":
+        return pieces_facts([each.shape for each in inputs], [each.stride() for each in inputs])
+    tensors = [*inputs, *results] if name == "clone" else inputs
+    return layout_facts([each.shape for each in tensors], [each.stride() for each in tensors])
 
 
 def _product_facts(matrices: list[Tensor]) -> dict[str, Any]:
@@ -216,11 +264,11 @@ def _module_paths(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
 
         def enter(module: nn.Module, args: Any, path: str = path) -> None:
             stack.append(path)
-            recorder.module = path
+            recorder.enter(path)
 
         def leave(module: nn.Module, args: Any, out: Any) -> None:
             stack.pop()
-            recorder.module = stack[-1] if stack else ""
+            recorder.enter(stack[-1] if stack else "")
 
         handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
     try:

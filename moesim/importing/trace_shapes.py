@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moesim.importing.pricing import OPTIMIZER, PRODUCTS, SDPA, knows
-from moesim.importing.step_file import RecordedOp, Seen, product_facts
 from moesim.importing.trace_file import CpuOp
 from moesim.importing.trace_links import TracedOp
+from moesim.recorded.memory_bound import LAID_OUT
+from moesim.recorded.pricing import OPTIMIZER, PRODUCTS, SDPA, knows
+from moesim.recorded.step_file import RecordedOp, Seen, layout_facts, pieces_facts, product_facts, scan_facts
 
 NAMESPACE = "aten::"
 # A number format as a trace names it -> as torch does, and its bytes.
@@ -106,7 +107,7 @@ def recorded(traced: TracedOp, *, parameters: Seen) -> RecordedOp:
         reads = writes = (((facts["parameters"],), weights[0][1], sum(size for _, _, size in weights)),)
     else:
         writes = _written(bare, traced, reads)
-        facts = _product_facts(traced.op, reads) if bare in PRODUCTS else {}
+        facts = _product_facts(traced.op, reads) if bare in PRODUCTS else _layout_facts(traced.op, bare)
     return RecordedOp(
         name=SDPA if bare in ATTENTION else _name(bare, traced.phase),
         phase=traced.phase,
@@ -131,6 +132,26 @@ def _product_facts(op: CpuOp, reads: Sequence[Seen]) -> dict[str, Any]:
     return product_facts(shapes, strides, element_bytes=size)
 
 
+def _layout_facts(op: CpuOp, bare: str) -> dict[str, Any]:
+    if bare == "cumsum" and op.dims and len(op.concrete) > 1 and str(op.concrete[1]).lstrip("-").isdigit():
+        return scan_facts(op.dims[0], int(op.concrete[1]))
+    if bare not in LAID_OUT:
+        return {}
+    if bare == "cat":
+        return pieces_facts(op.dims[0], op.strides[0]) if op.dims and op.strides and op.types[0] == LIST else {}
+    tensors = [
+        (dims, steps)
+        for dims, steps, kind in zip(op.dims, op.strides, op.types, strict=False)
+        if kind not in NOT_TENSORS and kind != LIST and all(isinstance(step, int) for step in steps)
+    ]
+    result = [(dims, _contiguous(dims)) for dims, _ in tensors[:1] if bare == "clone"]
+    return layout_facts(*zip(*tensors, *result, strict=True)) if tensors else {}
+
+
+def _contiguous(dims: Sequence[int]) -> list[int]:
+    return [math.prod(dims[place + 1 :]) for place in range(len(dims))]
+
+
 def _attention_facts(op: CpuOp, at: AttentionArguments) -> dict[str, Any]:
     masked = at.mask is not None and len(op.dims) > at.mask and bool(op.dims[at.mask])
     causal = len(op.concrete) > at.causal and op.concrete[at.causal] == "True"
@@ -146,7 +167,7 @@ def _tensors(traced: TracedOp, *, only: int | None = None) -> tuple[Seen, ...]:
             continue
         strides = op.strides[place] if place < len(op.strides) else ()
         if kind == LIST or any(isinstance(each, tuple) for each in dims):
-            name = _listed_format(traced.kernel)
+            name = next((FORMATS[other][0] for other in op.types if other in FORMATS), _listed_format(traced.kernel))
             each = strides if len(strides) == len(dims) else ((),) * len(dims)
             found += [_seen(shape, name, stride) for shape, stride in zip(dims, each, strict=True)]
         else:
@@ -183,8 +204,10 @@ def _written(bare: str, traced: TracedOp, reads: Sequence[Seen]) -> tuple[Seen, 
         return tuple(_tensors(traced, only=0))
     if bare == "_to_copy":
         return (_seen(first[0], _numbered(traced.op.concrete, 1) or first[1]),)
+    if bare in PRODUCTS and len(reads) > 1:
+        return (_seen((*reads[-2][0][:-1], reads[-1][0][-1]), reads[-1][1]),)
     if bare == "cat":
-        return (_seen((sum(math.prod(shape) for shape, _, _ in reads),), first[1]),)
+        return (_joined(traced.op, reads),)
     if bare == "embedding_dense_backward":
         rows = traced.op.concrete[2] if len(traced.op.concrete) > 2 else ""
         return (_seen((int(rows) if str(rows).isdigit() else 1, first[0][-1]), first[1]),)
@@ -209,6 +232,15 @@ def _allocated(inner: Sequence[CpuOp], dtype: str) -> Seen | None:
             place = 1 if op.name == "aten::empty" else 2
             return _seen(_numbers(op.concrete[0]), _numbered(op.concrete, place) or dtype)
     return None
+
+
+def _joined(op: CpuOp, reads: Sequence[Seen]) -> Seen:
+    shape: list[int] = max((list(shape) for shape, _, _ in reads), key=len)
+    dim = int(str(op.concrete[1])) if len(op.concrete) > 1 and str(op.concrete[1]).lstrip("-").isdigit() else 0
+    if not shape or not -len(shape) <= dim < len(shape):
+        return _seen((sum(math.prod(shape) for shape, _, _ in reads),), reads[0][1])
+    shape[dim] = sum(each[dim] for each, _, _ in reads if len(each) == len(shape))
+    return _seen(shape, reads[0][1])
 
 
 def _reduced(bare: str, op: CpuOp, first: Seen) -> Seen:

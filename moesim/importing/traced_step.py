@@ -14,8 +14,6 @@ from moesim.importing.calibration import (
     load_calibration,
     model_of_trace,
 )
-from moesim.importing.pricing import prices
-from moesim.importing.step_file import RecordedOp, merged
 from moesim.importing.trace_file import AGAIN, TraceEvents, is_step_file, read_trace
 from moesim.importing.trace_host import exposed_seconds, step_times
 from moesim.importing.trace_links import (
@@ -29,6 +27,9 @@ from moesim.importing.trace_links import (
 )
 from moesim.importing.trace_shapes import knows_traced, parameters_seen, recorded
 from moesim.kernels import gpu_of_device, kernel_model
+from moesim.recorded.layers import with_layers
+from moesim.recorded.pricing import prices
+from moesim.recorded.step_file import RecordedOp, merged
 
 ELEMENT_BYTES = {"Float": 4, "Double": 8, "Half": 2, "BFloat16": 2, "Long": 8, "Int": 4, "Short": 2}
 ONE_STEP = "profile one step alone: torch.profiler.schedule(wait=1, warmup=1, active=1)"
@@ -63,7 +64,8 @@ def traced_step(path: Path, *, gpu: str | None = None) -> TracedStep:
     own = [each for each in links.ops if each.op.message is None]
     _check_shapes(path, own)
     parameters = parameters_seen(events.ops, micro_batches=_micro_batches(tree))
-    ops = merged([replace(recorded(each, parameters=parameters), measured_s=each.seconds) for each in own])
+    each_op = [replace(recorded(each, parameters=parameters), measured_s=each.seconds) for each in own]
+    ops = merged(with_layers(each_op))
     device = events.gpu or "a GPU that the trace does not name"
     known = gpu or (gpu_of_device(device) if events.gpu else None)
     if known is None:

@@ -1,7 +1,8 @@
 """What kernels cost that no profile holds, over their plain sisters: ratios measured by themselves on an H100.
 
 `python tools/measure_odd_kernels.py` measures them, tests/data/odd_kernels_h100.json.gz keeps the rows that these
-numbers are the medians of. Other GPUs are taken to have the same ratios.
+numbers are the medians of; those that are marked come from traced steps of the first size of 13 programs
+(`python tools/measure_library_steps.py`). Other GPUs are taken to have the same ratios.
 """
 
 from collections.abc import Mapping
@@ -13,8 +14,27 @@ UNALIGNED: Mapping[int, Mapping[str, float]] = {
     4: {"forward": 2.8, "dgrad": 3.3, "wgrad": 2.9},
     8: {"forward": 2.9, "dgrad": 3.3, "wgrad": 2.95},
 }
+UNALIGNED_BATCH = 2.0  # of a batch of them (traced)
 # Causal attention that draws a random number for each score, over that without.
 DROPOUT: Mapping[str, float] = {"forward": 2.2, "backward": 1.2}
 # Sums into rows by places that are sorted first (the backward pass of `x[ids]`): seconds of the sort's passes, and the
 # bytes of an elementwise kernel that take as long as one added element does, whatever its format.
 SUMMED_S, SUMMED_BYTES = 5e-5, 8.0
+# The gradient of a table of rows: zeros over all of it, a sort of the ids, and their rows added up; up to FEW_IDS ids
+# by another kernel, which has no sort and takes the ids one behind the other.
+TABLE_S, TABLE_BYTES = 1.15e-4, 36.0
+FEW_IDS, FEW_S, FEW_BYTES = 3072, 4.4e-8, 8.0  # seconds and bytes of each id, and of each of its numbers
+# Kernels that take number by number, since operands are broadcast or lie in memory in another order: the bytes of the
+# measured row scaling (`mul`) that take as long as one number of the result, by its own bytes (traced).
+SINGLY: Mapping[int, float] = {1: 4.0, 2: 4.0, 4: 5.0, 8: 8.0}
+# Writes of rows by their places, and of rows behind each other in the last dimension: bytes of an elementwise kernel
+# per number, whatever its format.
+PUT_BYTES, SIDE_BY_SIDE_BYTES = 13.5, 12.5
+# Rows added to rows at places of the same shape (`scatter_add`), bytes per number.
+SCATTER_ADD_BYTES = 12.0
+# The gradient of log-softmax over a vocabulary in fp32, over the bytes of that of short rows (traced).
+LONG_ROWS = 0.675
+# Softmax of 16-bit numbers whose rows are too long for the registers of a warp, over that of short ones.
+WARP_NUMBERS, WIDE_SOFTMAX = 1024, 2.0
+BINCOUNT_S = 7.2e-5  # counts, behind which the host waits for the largest
+SCAN_S = 1.75e-7  # of each step along a dimension that is not the last

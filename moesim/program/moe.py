@@ -41,7 +41,7 @@ def _exchange(w: KernelWriter, name: str, category: str, transfers_M: Sequence[T
     return issued(transfer(w.label(name).name, category, tuple(transfers_M), **way), launches)
 
 
-def _counted(w: KernelWriter, step: Step, loads: LayerLoads) -> list[Operation]:
+def counted_rows(w: KernelWriter, step: Step, loads: LayerLoads) -> list[Operation]:
     """The exchange of how many rows will come, and its read-back."""
     if loads.counts is None or not step.switches.counts:
         return []
@@ -53,7 +53,7 @@ def _counted(w: KernelWriter, step: Step, loads: LayerLoads) -> list[Operation]:
     ]
 
 
-def _send(loads: LayerLoads, w: KernelWriter, *, beside: list[Operation]) -> list[Operation]:
+def send(loads: LayerLoads, w: KernelWriter, *, beside: list[Operation]) -> list[Operation]:
     """Rows to their experts, kernels beside that, and then to the other slices of these experts."""
     out = [_exchange(w, w.part, "dispatch_exposed", loads.dispatch_M, peers=loads.peers)] if loads.dispatch_M else []
     way = {"peers": loads.slice_peers, "collective": Collective.ALL_GATHER}
@@ -61,8 +61,8 @@ def _send(loads: LayerLoads, w: KernelWriter, *, beside: list[Operation]) -> lis
     return [*out, *beside, *shares]
 
 
-def _return(loads: LayerLoads, w: KernelWriter) -> list[Operation]:
-    """The way back of `_send`."""
+def send_back(loads: LayerLoads, w: KernelWriter) -> list[Operation]:
+    """The way back of `send`."""
     way = {"peers": loads.slice_peers, "collective": Collective.REDUCE_SCATTER}
     shares = [_exchange(w, "experts.scatter", "tensor", loads.scatter_M, **way)] if loads.scatter_M else []
     back = [_exchange(w, w.part, "combine_exposed", loads.combine_M, peers=loads.peers)] if loads.combine_M else []
@@ -79,12 +79,12 @@ def _remote(w: KernelWriter, step: Step, loads: LayerLoads, shared: tuple[Shared
     ahead, behind = shared
     in_order = not (step.software.shared_beside or step.shared_beside)  # nothing of the layer runs beside anything
     begin, end = ([], []) if in_order else ([fork(layer=w.layer)], [join(layer=w.layer)])
-    forward_pass = [*ahead.before, *quantise[:1], *moves[0][0], *_counted(w.at(Part.DISPATCH), step, loads), *begin]
-    forward_pass += [*_send(loads, w.at(Part.DISPATCH), beside=ahead.beside), *moves[1][0], *experts[0], *moves[2][0]]
-    forward_pass += [*_return(loads, w.at(Part.COMBINE)), *end, *ahead.behind, *last[0], *ahead.last]
+    forward_pass = [*ahead.before, *quantise[:1], *moves[0][0], *counted_rows(w.at(Part.DISPATCH), step, loads), *begin]
+    forward_pass += [*send(loads, w.at(Part.DISPATCH), beside=ahead.beside), *moves[1][0], *experts[0], *moves[2][0]]
+    forward_pass += [*send_back(loads, w.at(Part.COMBINE)), *end, *ahead.behind, *last[0], *ahead.last]
     backward_pass = [*behind.last, *behind.before, *quantise[1:], *last[1], *begin]
-    backward_pass += _send(loads, w.at(Part.COMBINE).backward, beside=behind.beside)
-    backward_pass += [*moves[2][1], *experts[1], *moves[1][1], *_return(loads, w.at(Part.DISPATCH).backward), *end]
+    backward_pass += send(loads, w.at(Part.COMBINE).backward, beside=behind.beside)
+    backward_pass += [*moves[2][1], *experts[1], *moves[1][1], *send_back(loads, w.at(Part.DISPATCH).backward), *end]
     return forward_pass, [*backward_pass, *behind.behind, *moves[0][1]]
 
 

@@ -11,6 +11,7 @@ from moesim.program.host import HostModel
 from moesim.program.listed import SwitchedKernels
 from moesim.program.loads import LayerLoads
 from moesim.program.operations import Operation
+from moesim.program.recorded import RecordedKernels
 from moesim.program.sizes import Passes, Step
 from moesim.program.writer import KernelWriter
 from moesim.scenario import Scenario
@@ -38,7 +39,7 @@ class KernelList(Protocol):
         """What comes before and after the reductions of the gradients of `parameters` parameters."""
 
 
-KERNEL_LISTS: dict[str, Callable[[Scenario], KernelList]] = {"switched": SwitchedKernels}
+KERNEL_LISTS: dict[str, Callable[[Scenario], KernelList]] = {"switched": SwitchedKernels, "recorded": RecordedKernels}
 
 
 def kernel_list(scenario: Scenario) -> KernelList:

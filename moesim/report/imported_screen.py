@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, TextIO
 
-from moesim.importing.pricing import PricedOp, StepEstimate
+from moesim.recorded.pricing import PricedOp, StepEstimate
 from moesim.report.screen import number_table, section, show
 
 

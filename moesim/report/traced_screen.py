@@ -8,8 +8,8 @@ from typing import Any, TextIO
 from rich.console import RenderableType
 
 from moesim.importing.calibration import Calibration
-from moesim.importing.pricing import StepEstimate
 from moesim.importing.traced_step import TracedStep
+from moesim.recorded.pricing import StepEstimate
 from moesim.report.facts import Fact
 from moesim.report.imported_screen import UNKNOWN, matched_share
 from moesim.report.screen import fact_table, indented, number_table, section, show

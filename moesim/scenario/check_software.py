@@ -5,7 +5,7 @@ from typing import Protocol
 
 from moesim.errors import UserError
 from moesim.scenario.schema import Scenario
-from moesim.scenario.software import FUSED
+from moesim.scenario.software import FUSED, IMPORTED
 
 
 class Report(Protocol):
@@ -13,6 +13,9 @@ class Report(Protocol):
 
     def user(self, key: str, message: str) -> UserError:
         """A mistake of the user at `key`."""
+
+
+FREE_OF_FILE = ("reduce_dtype", "counts", "accumulation")  # what a recorded step of one rank leaves open
 
 
 def require_software(scenario: Scenario, report: Report) -> None:
@@ -46,6 +49,7 @@ def _refused(scenario: Scenario) -> Iterator[tuple[str, str]]:
     """(key, message) of what the software does not have, and of switches that cannot be honoured."""
     software, mesh = scenario.implementation.software, scenario.parallelism
     switches = scenario.implementation.switches
+    yield from _refused_of_file(scenario)
     if scenario.workload.precision.scaling and not software.casts_fp8:
         gemm = scenario.workload.precision.gemm
         yield "workload.precision.gemm", f"{software.name} has no products in {gemm}; use bf16, or {FUSED.name}"
@@ -64,3 +68,15 @@ def _refused(scenario: Scenario) -> Iterator[tuple[str, str]]:
     if switches.cuda_graphs == "step" and scenario.model.experts and reads:
         what = f"the host reads back how many rows there are (implementation.{reads}), which no graph can hold"
         yield "implementation.cuda_graphs", f"{what}; use attention"
+
+
+def _refused_of_file(scenario: Scenario) -> Iterator[tuple[str, str]]:
+    """A recorded step without its file, a file of a software that reads none, and switches that a file decides."""
+    given, reads_file = scenario.implementation, scenario.implementation.software.kernels == "recorded"
+    if reads_file and given.file is None:
+        yield "implementation.file", "is missing; name the file that moesim import-step STEP --out FILE wrote"
+    if not reads_file and given.file is not None:
+        yield "implementation.file", f"{given.kind} reads no file; drop this key, or use kind: {IMPORTED.name}"
+    fixed = [name for name in given.set_anew if name not in FREE_OF_FILE] if reads_file else []
+    if fixed:
+        yield f"implementation.{fixed[0]}", "is as the recorded program has it; drop this key, or record it otherwise"

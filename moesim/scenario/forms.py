@@ -23,6 +23,7 @@ _PATHS = (
     ("routing", "corpus"),
     ("cluster", "fabric", "file"),
     ("placement", "file"),
+    ("implementation", "file"),
     ("workload", "arrivals", "file"),
 )
 _NAMED_CORPORA = ("stdlib",)

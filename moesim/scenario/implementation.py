@@ -24,6 +24,10 @@ class Implementation(Section):
         default=FUSED.name,
         description="; ".join(f"{facts.name}: {facts.about}" for facts in SOFTWARE.values()) + ".",
     )
+    file: str | None = Field(
+        default=None,
+        description="Of kind imported: the step that `moesim import-step STEP --out FILE` recorded on one GPU.",
+    )
     norm: of.Norm | None = Field(
         default=None,
         description="Norms: fused with the residual sum, a kernel beside a sum, or unfused in eight; " + _OWN,
@@ -138,7 +142,7 @@ class Implementation(Section):
     def set_anew(self) -> dict[str, object]:
         """The switches that are not as the software has them."""
         own = self.software.switches
-        given = {name: getattr(self, name) for name in type(self).model_fields if name != "kind"}
+        given = {name: getattr(self, name) for name in type(self).model_fields if name not in ("kind", "file")}
         return {name: value for name, value in given.items() if value is not None and value != getattr(own, name)}
 
     @property

@@ -1,6 +1,6 @@
 """What the step, its memory and the checks of a scenario ask of a software, as data: one entry per software."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from moesim.scenario.switches import Switches
@@ -29,7 +29,7 @@ class SoftwareFacts:
     listed: str
     checked: str
     switches: Switches
-    kernels: Literal["switched"] = "switched"
+    kernels: Literal["switched", "recorded"] = "switched"
     bound: bool = False
     shared_beside: bool = False
     reduces_beside: bool = False
@@ -195,4 +195,19 @@ TORCH_EAGER = SoftwareFacts(
     query_key_norms=False,
     runs_here=True,
 )
-SOFTWARE = {facts.name: facts for facts in (FUSED, MEGATRON, DEEPSEEK, TRANSFORMERS, TORCHTITAN, TORCH_EAGER)}
+IMPORTED = SoftwareFacts(
+    name="imported",
+    about="your own program, from the file of moesim import-step",
+    listed="operation by operation from the program itself, recorded on the meta device or traced on a GPU",
+    checked="transformers and torchtitan on one and two H100, by steps of other sizes (docs/imported-steps.md)",
+    switches=replace(
+        TRANSFORMERS.switches, permute="sort", gather_backward="index_put", combine="index_add", gradient_norm="free"
+    ),
+    kernels="recorded",
+    bf16_optimizer=True,
+    shares_layers=False,
+    recomputes_parts=False,
+    reduces_beside=True,
+    casts_fp8=False,
+)
+SOFTWARE = {facts.name: facts for facts in (FUSED, MEGATRON, DEEPSEEK, TRANSFORMERS, TORCHTITAN, TORCH_EAGER, IMPORTED)}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moesim.importing.step_file import parsed_ops, save_step
+from moesim.recorded.step_file import parsed_ops, save_step
 from moesim.strict_json import parse_json
 
 DATA = Path(__file__).parent.parent / "data"

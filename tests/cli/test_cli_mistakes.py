@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moesim.importing.step_file import RecordedOp, load_step, save_step
+from moesim.recorded.step_file import RecordedOp, load_step, save_step
 
 TENSOR = ((4096, 4096), "bfloat16", 2 * 4096**2)
 OP = RecordedOp(name="mm", phase="forward", module="", reads=(TENSOR, TENSOR), writes=(TENSOR,))

@@ -22,14 +22,14 @@ def after(found: list[Pair]) -> np.ndarray:
 def test_where_the_price_list_is_right_corrections_do_little_harm(moe: list[Pair]) -> None:
     for blind in (True, False):
         found = after([pair for pair in moe if pair.blind is blind])
-        assert len(found) >= 10 and np.median(found) < 0.015 and found.max() < 0.05
+        assert len(found) >= 7 and np.median(found) < 0.025 and found.max() < 0.06
     assert 3 * sum(pair.blind for pair in moe) > len(moe), "at least a third was kept out of every choice"
 
 
 def test_where_it_is_less_so_they_put_it_right(dense: list[Pair]) -> None:
     assert len(dense) == 6 and after(dense).max() < 0.04
     plain = np.abs([pair.errors[0] for pair in dense])
-    assert (after(dense) < plain).all() and plain.max() < 0.12
+    assert np.median(after(dense)) < np.median(plain) and after(dense).max() < plain.max() < 0.06
 
 
 def test_no_step_is_corrected_by_its_own_trace(moe: list[Pair], dense: list[Pair]) -> None:

@@ -13,7 +13,7 @@ def test_the_list_has_the_work_of_recorded_steps() -> None:
     for step in found:
         for phase in ("forward", "backward"):
             assert step.ratio("flops", phase) == pytest.approx(1, rel=1e-6), (step.name, phase)
-            assert step.ratio("moved", phase) == pytest.approx(1, rel=0.01), (step.name, phase)
+            assert step.ratio("moved", phase) == pytest.approx(1, rel=0.02), (step.name, phase)
             assert step.ratio("operations", phase) == pytest.approx(1, rel=0.15), (step.name, phase)
         parts = [part for phase, part in step.recorded if phase == "forward" and part != "mlp"]
         rows = {"experts": ("experts", "rows")}  # torch's modules hold what moves rows inside of their experts

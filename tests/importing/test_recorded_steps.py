@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from moesim.errors import UserError
-from moesim.importing.pricing import kernels_of, step_estimate
 from moesim.importing.program import record_program
 from moesim.importing.recording import record_step
-from moesim.importing.step_file import load_step, save_step
 from moesim.kernels import kernel_model
+from moesim.recorded.pricing import kernels_of, step_estimate
+from moesim.recorded.step_file import load_step, save_step
 
 TOKENS, HIDDEN, WIDTH = 512, 64, 256
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from moesim.errors import UserError
 from moesim.importing import trace_file
 from moesim.importing.calibration import load_calibration
-from moesim.importing.step_file import save_step
 from moesim.importing.traced_step import step_with_times, traced_step
+from moesim.recorded.step_file import save_step
 from moesim.strict_json import streamed_members
 
 REAL = Path(__file__).parent.parent / "data" / "mixtral-8k.trace.json.gz"

@@ -5,18 +5,19 @@ operands and results at the bandwidth of the measured kind that is nearest. Grou
 experts. What the table below does not know costs its bytes as an elementwise kernel does, and is listed as unmatched.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moesim.errors import UserError
-from moesim.importing.step_file import RecordedOp
 from moesim.kernels import KernelModel
 from moesim.kernels.families import Attention, Gemm, GroupedGemm, Kernel, MemoryBound
-from moesim.kernels.odd_kernels import DROPOUT, SUMMED_BYTES, SUMMED_S, UNALIGNED
+from moesim.kernels.odd_kernels import DROPOUT, UNALIGNED, UNALIGNED_BATCH
+from moesim.recorded.memory_bound import MEMORY_BOUND, memory_kernels
+from moesim.recorded.step_file import RecordedOp
 
 # Of an operation, from 11 steps of transformers 5.17 on an H100 (docs/software.md): between its kernels on the GPU, and
 # on the host where that sets the pace (two steps of small models).
@@ -27,51 +28,12 @@ OPTIMIZER = "_fused_adamw_"
 CHECK = (
     "_local_scalar_dense"  # a number that the host reads back; of a condition, with the fact that it was taken to hold
 )
-# aten operation -> kind of memory-bound kernel; its bytes are those of operands and results
-KINDS = {
-    "_to_copy": "cast",
-    "clone": "copy",
-    "cat": "copy",
-    "silu": "silu",
-    "silu_backward": "silu_backward",
-    "_softmax": "softmax",
-    "_softmax_backward_data": "softmax_backward",
-    "_log_softmax": "cross_entropy_fp32",
-    "_log_softmax_backward_data": "softmax_backward",
-    "sum": "reduce",
-    "mean": "reduce",
-    "sort": "sort",
-    "embedding_dense_backward": "embedding_backward",
-    "native_layer_norm": "rms_norm",
-    "native_layer_norm_backward": "rms_norm_backward",
-    "_fused_rms_norm": "rms_norm",
-    "_fused_rms_norm_backward": "rms_norm_backward",
-}
-# Of what is filled, and of what is copied over, nothing is read: what moves is the result, or twice that.
-FILLS = {"fill_", "new_zeros", "ones", "ones_like", "zero_", "zeros", "zeros_like"}
-OVERWRITES = {"copy_", "_foreach_copy_", "split_with_sizes_copy", "_chunk_cat"}
-ELEMENTWISE = {
-    "_local_scalar_dense", "abs", "add", "add_", "addcmul", "all", "amax", "amin", "any", "arange", "argsort",
-    "bincount", "bitwise_and", "bitwise_not", "clamp", "clamp_", "complex", "constant_pad_nd", "cos", "cumsum",
-    "div", "div_", "eq", "exp", "floor_divide", "full", "full_like", "ge", "gelu", "gelu_backward", "gt",
-    "histc", "le", "lift_fresh_copy", "logical_and", "logical_not", "logical_or", "lt", "masked_fill_", "max",
-    "maximum", "min", "minimum", "mul", "mul_", "native_dropout",
-    "native_dropout_backward", "ne", "neg", "one_hot", "polar", "pow", "randint", "relu",
-    "remainder", "repeat", "rsqrt", "rsub", "scalar_tensor", "select_scatter", "sigmoid", "sigmoid_",
-    "sigmoid_backward", "sin", "sqrt", "sub", "sub_", "tanh", "tanh_backward", "threshold_backward",
-    "topk", "tril", "triu",
-    "view_as_complex", "where",
-}  # fmt: skip
-# Reads of a few rows out of many: what moves is the result, twice. Writes of rows into a larger tensor: the rows, and
-# where the result is a new tensor this one, too.
-GATHERS = {"index", "index_select", "gather", "embedding"}
-SCATTERS = {"index_put", "index_put_", "scatter", "scatter_", "scatter_add", "scatter_add_", "index_add", "index_add_"}
-PADDED = {"slice_backward", "select_backward"}  # a new tensor of zeros with the rows in it
-
-
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
-_KNOWN = PRODUCTS | GATHERS | SCATTERS | PADDED | FILLS | OVERWRITES | ELEMENTWISE | KINDS.keys()
-_KNOWN |= {"_grouped_mm", SDPA, OPTIMIZER, "nll_loss_forward", "nll_loss_backward", "masked_fill"}
+_KNOWN = PRODUCTS | MEMORY_BOUND | {"_grouped_mm", SDPA, OPTIMIZER}
+
+
+TILE_ROWS = 256  # rows that grouped products round up to at most: two tiles of 128
+FEWEST_FLOPS = 16.0  # per byte, below which a batch of products is bound by memory
 
 
 def knows(name: str) -> bool:
@@ -91,7 +53,7 @@ class PricedOp:
     phase: str
     module: str
     shapes: str
-    count: int
+    count: float
     seconds: float
     source: str
     matched: bool
@@ -176,14 +138,14 @@ def _seconds(kernels: Sequence[Kernel], model: KernelModel) -> float:
 
 def _priced(op: RecordedOp, kernels: Sequence[Kernel], matched: bool, model: KernelModel) -> PricedOp:
     variant, ratio = _variant(op, kernels[0])
-    sorts_s = SUMMED_S if _sums_rows(op) else 0.0
+    fixed_s = memory_kernels(op)[1] if isinstance(kernels[0], MemoryBound) and op.name in MEMORY_BOUND else 0.0
     return PricedOp(
         name=op.name,
         phase=op.phase,
         module=op.module,
         shapes=" ".join("x".join(map(str, shape)) or "1" for shape, _, _ in op.reads[:3]),
         count=op.count,
-        seconds=_seconds(kernels, model) * ratio + sorts_s,
+        seconds=_seconds(kernels, model) * ratio + fixed_s,
         source=", ".join(sorted({str(model.seconds(kernel).source) for kernel in kernels})),
         matched=matched,
         kind=f"{op.name.rstrip('_')} {op.phase} {'+'.join(map(_work, kernels))}{variant}",
@@ -199,14 +161,11 @@ FAMILIES = {Gemm: "gemm", GroupedGemm: "grouped gemm", Attention: "attention", M
 def _variant(op: RecordedOp, kernel: Kernel) -> tuple[str, float]:
     """The name of a kernel that no profile holds, which is corrected apart, and what it costs over its sister."""
     if isinstance(kernel, Gemm) and "aligned_bytes" in op.facts:
-        return " unaligned", UNALIGNED[op.facts["aligned_bytes"]][kernel.direction]
+        alone = UNALIGNED[op.facts["aligned_bytes"]][kernel.direction]
+        return " unaligned", alone if len(op.reads[-1][0]) == 2 else min(alone, UNALIGNED_BATCH)
     if isinstance(kernel, Attention) and op.facts.get("dropout"):
         return " dropout", DROPOUT[kernel.direction]
     return "", 1.0
-
-
-def _sums_rows(op: RecordedOp) -> bool:
-    return op.phase == "backward" and op.name in ("index_put", "index_put_")
 
 
 def _direction(kernel: Kernel) -> str:
@@ -241,7 +200,11 @@ def kernels_of(op: RecordedOp) -> tuple[list[Kernel], bool]:
     if op.name in PRODUCTS:
         left, right = shapes[-2:]
         batch = left[0] if len(left) == 3 else 1
-        return [_gemm(batch * left[-2], left[-1], right[-1], dtype, op.phase)], True
+        gemm = _gemm(batch * left[-2], left[-1], right[-1], dtype, op.phase)
+        bytes_ = sum(size for _, _, size in (*op.reads, *op.writes))
+        if len(left) == 3 and float(gemm.flops) < FEWEST_FLOPS * bytes_:
+            return [MemoryBound("elementwise", float(bytes_))], True  # weighted sums of a few rows
+        return [gemm], True
     if op.name == "_grouped_mm":
         return [_grouped(shapes, dtype, op.phase)], True
     if op.name == SDPA:
@@ -250,40 +213,8 @@ def kernels_of(op: RecordedOp) -> tuple[list[Kernel], bool]:
         wide = op.reads[0][1] == "float32"
         kind, bytes_each = ("optimizer_fp32", 28.0) if wide else ("optimizer_bf16", 14.0)
         return [MemoryBound(kind, bytes_each * op.facts["parameters"])], True
-    return _memory_bound(op)
-
-
-def _memory_bound(op: RecordedOp) -> tuple[list[Kernel], bool]:
-    read, written = (sum(size for _, _, size in seen) for seen in (op.reads, op.writes))
-    if op.name in GATHERS:
-        return [MemoryBound("permute", 2.0 * written)], True
-    if _sums_rows(op):
-        return [MemoryBound("elementwise", SUMMED_BYTES * math.prod(op.reads[-1][0]))], True
-    if op.name in SCATTERS:
-        rows = min((size for shape, _, size in op.reads if len(shape) > 1), default=0)
-        new = 0.0 if op.name.endswith("_") else 2.0 * written
-        return [MemoryBound("permute", 2.0 * rows + new)], True
-    if op.name in PADDED:
-        return [MemoryBound("zero", float(written)), MemoryBound("copy", 2.0 * min(read, written))], True
-    if op.name == "nll_loss_forward":
-        return [MemoryBound("elementwise", 64.0 * op.reads[-1][2])], True  # a cache line a row
-    if op.name == "nll_loss_backward":
-        return [MemoryBound("zero", float(written))], True  # but for one number a row
-    if op.name == "masked_fill":
-        return [MemoryBound("copy", 2.0 * written), MemoryBound(*_plain(op, 2.0 * written))], True
-    if op.name in FILLS:
-        return [MemoryBound("zero", float(written))], True
-    if op.name in OVERWRITES:
-        return [MemoryBound("copy", 2.0 * written)], True
-    if op.name in KINDS:
-        return [MemoryBound(KINDS[op.name], float(read + written))], True
-    return [MemoryBound(*_plain(op, float(read + written)))], op.name in ELEMENTWISE
-
-
-def _plain(op: RecordedOp, bytes_: float) -> tuple[str, float]:
-    """An elementwise kernel; where an operand is broadcast torch runs one that is measured as rows times a number."""
-    sizes = {math.prod(shape) for shape, _, _ in (*op.reads, *op.writes) if math.prod(shape) > 1}
-    return ("mul" if len(sizes) > 1 else "elementwise"), bytes_
+    kernels, _, matched = memory_kernels(op)
+    return [*kernels], matched
 
 
 def _gemm(rows: int, depth: int, columns: int, dtype: str, phase: str) -> Gemm:
@@ -300,13 +231,21 @@ def _grouped(shapes: Sequence[tuple[int, ...]], dtype: str, phase: str) -> Group
     left, right = shapes[:2]
     if len(right) == 3:
         experts, depth, columns = right
-        rows = np.full(experts, left[0] / experts)
+        rows = _rows_of_experts(left[0], experts)
         if phase == "forward":
             return GroupedGemm(rows_per_expert=rows, k=depth, n=columns, dtype=dtype)
         return GroupedGemm(rows_per_expert=rows, k=columns, n=depth, dtype=dtype, direction="dgrad")
     experts = shapes[2][0]
-    rows = np.full(experts, left[1] / experts)
+    rows = _rows_of_experts(left[1], experts)
     return GroupedGemm(rows_per_expert=rows, k=right[1], n=left[0], dtype=dtype, direction="wgrad")
+
+
+def _rows_of_experts(rows: float, experts: int) -> NDArray[np.float64]:
+    """Even, but for where they end in a tile: anywhere, since kernels compute whole tiles and routing hits no multiple
+    of them.
+    """
+    mean = rows / experts
+    return np.asarray(mean + ((np.arange(experts) + 0.5) / experts - 0.5) * min(TILE_ROWS, 2.0 * mean))
 
 
 def _attention(op: RecordedOp, dtype: str) -> Attention:

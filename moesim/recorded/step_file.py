@@ -13,6 +13,7 @@ from moesim.strict_json import json_text, parse_json
 
 SCHEMA_VERSION = 1
 KEYS = {"name", "phase", "module", "count", "reads", "writes", "facts"}
+OPTIONAL = {"measured_s", "layer", "layers"}
 ALIGNMENT = 16
 PHASES = ("forward", "backward", "optimizer")
 Seen = tuple[tuple[int, ...], str, int]  # shape, dtype as torch names it, bytes read or written
@@ -24,7 +25,8 @@ class RecordedOp:
 
     Views launch nothing and are not recorded. `writes` are results, or what is changed in place. `count`: how often it
     runs with the same shapes in the same module (layer numbers as *). measured_s: the mean seconds of its kernels,
-    where a trace tells.
+    where a trace tells. layer: the kind of layer that it works for, "" outside of the layers and None where the file
+    does not say; layers: how many layers of that kind the step has.
     """
 
     name: str
@@ -33,8 +35,10 @@ class RecordedOp:
     reads: tuple[Seen, ...]
     writes: tuple[Seen, ...]
     facts: Mapping[str, Any] = field(default_factory=dict)
-    count: int = 1
+    count: float = 1
     measured_s: float | None = None
+    layer: str | None = None
+    layers: int = 1
 
     def as_json(self) -> dict[str, Any]:
         """As an object of the file."""
@@ -45,7 +49,8 @@ class RecordedOp:
         }
         head = {"name": self.name, "phase": self.phase, "module": self.module, "count": self.count}
         measured = {} if self.measured_s is None else {"measured_s": self.measured_s}
-        return head | tensors | {"facts": dict(self.facts)} | measured
+        placed = {} if self.layer is None else {"layer": self.layer, "layers": self.layers}
+        return head | tensors | {"facts": dict(self.facts)} | measured | placed
 
 
 def product_facts(
@@ -64,9 +69,44 @@ def product_facts(
     return {"aligned_bytes": aligned} if element_bytes == 2 and aligned < ALIGNMENT else {}
 
 
+def layout_facts(shapes: Sequence[Sequence[int]], strides: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Of an elementwise operation, whether its largest operands lie in memory other than as their result does, or
+    differently among themselves: kernels then take number by number instead of several at once.
+    """
+    each = [
+        (tuple(shape), tuple(step for size, step in zip(shape, stride, strict=False) if size > 1))
+        for shape, stride in zip(shapes, strides, strict=False)
+    ]
+    largest = max((math.prod(shape) for shape, _ in each), default=0)
+    ways = {(tuple(size for size in shape if size > 1), steps) for shape, steps in each if math.prod(shape) == largest}
+    if largest < 2 or any(len(sizes) != len(steps) for sizes, steps in ways):
+        return {}
+    dense = all(
+        math.prod(sizes) == 1 + sum((number - 1) * step for number, step in zip(sizes, steps, strict=True))
+        for sizes, steps in ways
+    )
+    return {} if len(ways) == 1 and dense else {"strided": True}
+
+
+def pieces_facts(shapes: Sequence[Sequence[int]], strides: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Of tensors that are joined, whether some of them lies with gaps or in another order."""
+    for shape, stride in zip(shapes, strides, strict=False):
+        step = 1
+        for size, each in zip(reversed(shape), reversed(stride), strict=False):
+            if size > 1 and each != step:
+                return {"strided": True}
+            step *= size
+    return {}
+
+
+def scan_facts(shape: Sequence[int], dim: int) -> dict[str, Any]:
+    """Of a running sum, its steps where it goes along another dimension than the last."""
+    return {"steps": shape[dim]} if shape and dim % len(shape) != len(shape) - 1 else {}
+
+
 def merged(ops: Sequence[RecordedOp]) -> list[RecordedOp]:
     """Equal operations of a phase once, with their number, in the order of the first; what was measured is averaged."""
-    counts: dict[str, int] = {}
+    counts: dict[str, float] = {}
     sums: dict[str, float] = {}
     first: dict[str, RecordedOp] = {}
     for op in ops:
@@ -127,7 +167,7 @@ def parsed_ops(found: Any, *, where: str) -> list[RecordedOp]:
 
 
 def _parsed(entry: Any, *, where: str) -> RecordedOp:
-    if not isinstance(entry, dict) or entry.keys() - {"measured_s"} != KEYS:
+    if not isinstance(entry, dict) or entry.keys() - OPTIONAL != KEYS:
         raise UserError(f"{where} is malformed: its keys must be {', '.join(sorted(KEYS))}")
     try:
         op = RecordedOp(
@@ -139,12 +179,16 @@ def _parsed(entry: Any, *, where: str) -> RecordedOp:
             facts=dict(entry["facts"]),
             count=entry["count"],
             measured_s=None if entry.get("measured_s") is None else float(entry["measured_s"]),
+            layer=entry.get("layer"),
+            layers=entry.get("layers", 1),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{where} is malformed: {error}") from None
     if op.measured_s is not None and not 0 <= op.measured_s < math.inf:
         raise UserError(f"{where} is malformed: measured_s is no time in seconds")
-    texts = isinstance(op.name, str) and isinstance(op.module, str)
+    texts = all(isinstance(text, str) for text in (op.name, op.module, op.layer or ""))
+    if type(op.layers) is not int or op.layers < 1:
+        raise UserError(f"{where} is malformed: layers is no number of layers")
     if op.phase not in PHASES or type(op.count) is not int or op.count < 1 or not texts:
         raise UserError(f"{where} is malformed: phase must be one of {', '.join(PHASES)} and count at least 1")
     return op

@@ -1,0 +1,297 @@
+"""`implementation: {kind: imported, file: STEP}`: the operations of the user's own program, at the scenario's sizes.
+
+The recorded step (`moesim import-step`) gives each layer of a kind its operations, in order; what lies outside of the
+layers belongs to embedding or head. Every operation is scaled to the tokens of a micro-batch and the model's experts
+(`moesim.recorded`); between the first and the last grouped GEMM of a layer, operations on rows follow the rows that the
+routing brings to each rank. Between operations the GPU pauses as recorded programs do, and the host launches each.
+
+Where experts are spread over ranks, the exchange of row counts, dispatch, the sort of what arrives by local expert, and
+combine are put around the experts, as torch programs do it; the recorded step knows one rank alone.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.errors import UserError
+from moesim.kernels import KernelModel
+from moesim.kernels.families import FAMILY_OF, GroupedGemm, error_family
+from moesim.program.host import FREE_HOST, HostModel
+from moesim.program.loads import LayerLoads
+from moesim.program.moe import counted_rows, send, send_back
+from moesim.program.operations import Operation, compute
+from moesim.program.rows import expand, reduce
+from moesim.program.sizes import Passes, Step
+from moesim.program.torch_host import backward
+from moesim.program.torch_kernels import issued, moved
+from moesim.program.writer import KernelWriter
+from moesim.recorded.layers import DENSE, EXPERTS_GEMM, MOE
+from moesim.recorded.pricing import GAP_S, HOST_S, OPTIMIZER, SDPA, kernels_of, prices, step_estimate
+from moesim.recorded.scaling import scaled_op
+from moesim.recorded.sizes import MatchedOp, StepSizes, matched, sizes_of
+from moesim.recorded.step_file import RecordedOp, load_step
+from moesim.results.spans import Part, Phase
+from moesim.scenario import Scenario
+
+GRID = 9  # row counts between the fewest and the most of a rank at which an operation is priced
+BF16 = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordedStep:
+    """A file of a step: what it has in the layers of each kind, before and behind them, with its sizes."""
+
+    sizes: StepSizes
+    ops: tuple[MatchedOp, ...]
+    experts_module: str  # of a layer, "" where the file does not say
+
+    def of_layer(self, kind: str, phase: str) -> list[MatchedOp]:
+        """The operations of the layers of a kind."""
+        return [each for each in self.ops if each.op.layer == kind and each.op.phase == phase]
+
+    def outside(self, phase: str) -> tuple[list[MatchedOp], list[MatchedOp]]:
+        """What comes before the first operation of a layer, and what behind it."""
+        ops = [each for each in self.ops if each.op.phase == phase and each.op.name != OPTIMIZER]
+        first = next((place for place, each in enumerate(ops) if each.op.layer), len(ops))
+        return ops[:first], [each for each in ops[first:] if not each.op.layer]
+
+
+@lru_cache(maxsize=4)
+def _read(path: Path, changed: float) -> RecordedStep:
+    _, ops = load_step(path)
+    sizes = sizes_of(ops, where=str(path))
+    if any("collective" in op.facts for op in ops):
+        raise UserError(f"{path} was recorded on several ranks; record one rank alone: the scenario adds the others")
+    experts = next((_module_in_layer(op.module) for op in ops if op.name == EXPERTS_GEMM), "")
+    return RecordedStep(sizes=sizes, ops=tuple(matched(ops, sizes)), experts_module=experts)
+
+
+def recorded_step(path: Path) -> RecordedStep:
+    """The step of a file. Raises UserError, one line, for what is none or cannot be scaled."""
+    try:
+        changed = path.stat().st_mtime
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    return _read(path, changed)
+
+
+class RecordedKernels:
+    """The list of one scenario; see `moesim.program.software.KernelList`."""
+
+    def __init__(self, scenario: Scenario) -> None:
+        """Raises UserError where the recorded program has other widths than the scenario's model."""
+        assert scenario.implementation.file is not None
+        self.scenario = scenario
+        self.step = recorded_step(Path(scenario.implementation.file))
+        self._check()
+
+    def _check(self) -> None:
+        model, sizes = self.scenario.model, self.step.sizes
+        pairs = [("hidden", model.hidden, sizes.hidden), ("vocab", model.vocab, sizes.vocabulary)]
+        if model.experts:
+            pairs.append(("expert_intermediate", model.expert_intermediate, sizes.expert_width))
+            pairs.append(("top_k", model.top_k, sizes.top_k))
+        for key, wanted, has in pairs:
+            if wanted != has:
+                raise UserError(
+                    f"{self.scenario.implementation.file} was recorded with {key} {has}, and model.{key} is {wanted}; "
+                    f"record the program at that size, or set model.{key}={has}"
+                )
+        moe = sum(not model.is_dense(layer) for layer in range(model.layers))
+        for kind, wanted, has in (
+            (MOE, moe, sizes.moe_layers),
+            (DENSE, model.layers - moe, sizes.dense_layers),
+        ):
+            if wanted and not has:
+                raise UserError(
+                    f"{self.scenario.implementation.file} has no {kind} layers, and the model has {wanted}; record a "
+                    "step with at least one of each kind"
+                )
+
+    def host_model(self, kernels: KernelModel) -> HostModel:
+        """What `moesim import-step` takes for each operation; free where the host stays ahead of the GPU all the step.
+
+        It does not where it reads back how many rows will come from other ranks.
+        """
+        mesh, workload = self.scenario.parallelism, self.scenario.workload
+        if mesh.expert * mesh.expert_tensor == 1:
+            one = replace(
+                self.step.sizes,
+                sequences=workload.micro_batch,
+                sequence_length=workload.sequence_length,
+                experts=self.scenario.model.experts or self.step.sizes.experts,
+            )
+            ops = [op for each in self.step.ops if (op := scaled_op(each, self.step.sizes, one)) is not None]
+            estimate = step_estimate(ops, kernels)
+            if estimate.kernels_s + estimate.gaps_s >= estimate.host_s:
+                return FREE_HOST
+        return HostModel(forward_launch=HOST_S, backward_launch=HOST_S, readback=kernels.host.readback)
+
+    def _to(self, step: Step) -> StepSizes:
+        sizes = self.step.sizes
+        return replace(
+            sizes,
+            sequences=step.batch,
+            sequence_length=step.sequence,
+            experts=step.model.experts or sizes.experts,
+            dense_layers=1,
+            moe_layers=1,
+        )
+
+    def embedding_part(self, w: KernelWriter, step: Step) -> Passes:
+        """What comes before the layers; backward, what comes behind their gradients."""
+        return self._plain(w, step, self.step.outside("forward")[0], self.step.outside("backward")[1])
+
+    def head_part(self, w: KernelWriter, step: Step) -> Passes:
+        """What comes behind the layers, and the gradients before theirs."""
+        return self._plain(w, step, self.step.outside("forward")[1], self.step.outside("backward")[0])
+
+    def _plain(self, w: KernelWriter, step: Step, ahead: Sequence[MatchedOp], back: Sequence[MatchedOp]) -> Passes:
+        to = self._to(step)
+        writers = w, w.backward
+        forward_pass, backward_pass = (
+            [self._operation(writer, each, to) for each in ops]
+            for writer, ops in zip(writers, (ahead, back), strict=True)
+        )
+        return forward_pass, backward_pass
+
+    def layer_part(self, w: KernelWriter, step: Step, loads: LayerLoads | None) -> Passes:
+        """One layer of either kind; `loads` is None for a dense layer."""
+        kind = DENSE if loads is None else MOE
+        passes = []
+        for phase, writer in (("forward", w), ("backward", w.backward)):
+            ops = self.step.of_layer(kind, phase)
+            if loads is None:
+                passes.append([self._operation(self._at(writer, each), each, self._to(step)) for each in ops])
+            else:
+                passes.append(self._moe_pass(writer, step, loads, ops))
+        return passes[0], passes[1]
+
+    def _moe_pass(self, w: KernelWriter, step: Step, loads: LayerLoads, ops: Sequence[MatchedOp]) -> list[Operation]:
+        """The operations in order, with the ways of the rows around the experts where these are on several ranks."""
+        to = self._to(step)
+        grouped = [place for place, each in enumerate(ops) if each.op.name == EXPERTS_GEMM]
+        first, last = (grouped[0], grouped[-1]) if grouped else (len(ops), -1)
+        before = [self._operation(self._at(w, each), each, to) for each in ops[:first]]
+        behind = [self._operation(self._at(w, each), each, to) for each in ops[max(last + 1, first) :]]
+        within = [self._of_rows(self._at(w, each), each, to, loads) for each in ops[first : last + 1]]
+        if not step.remote:
+            return [*before, *within, *behind]
+        out, back = self._ways(w, step, loads)
+        return [*before, *out, *within, *back, *behind]
+
+    def _ways(self, w: KernelWriter, step: Step, loads: LayerLoads) -> tuple[list[Operation], list[Operation]]:
+        p = w.at(Part.PERMUTE)
+        forward_of = replace_phase(p)
+        arrived, leaving = expand(forward_of, step, loads), reduce(forward_of, step, loads)
+        if w.phase is Phase.FORWARD:
+            counted = counted_rows(w.at(Part.DISPATCH), step, loads)
+            out = [*counted, *send(loads, w.at(Part.DISPATCH), beside=[]), *arrived[0]]
+            return out, [*leaving[0], *send_back(loads, w.at(Part.COMBINE))]
+        out = [*send(loads, w.at(Part.COMBINE), beside=[]), *leaving[1]]
+        return out, [*arrived[1], *send_back(loads, w.at(Part.DISPATCH))]
+
+    def _at(self, w: KernelWriter, each: MatchedOp) -> KernelWriter:
+        """A writer for the part of the model that an operation works for."""
+        symbols = {symbol for shape in (*each.reads, *each.writes) for symbol in shape}
+        if each.op.name == SDPA:
+            return w.at(Part.ATTENTION)
+        if each.op.name == EXPERTS_GEMM:
+            return w.at(Part.EXPERTS)
+        if "R" in symbols:
+            width = self.step.sizes.expert_width
+            inner = any(shape[-1:] in ((width,), (2 * width,)) for shape, _, _ in (*each.op.reads, *each.op.writes))
+            return w.at(Part.EXPERTS) if inner else w.at(Part.PERMUTE)
+        if "E" in symbols or "K" in symbols:
+            return w.at(Part.ROUTER)
+        return w.at(self._part_of_module(each))
+
+    def _part_of_module(self, each: MatchedOp) -> Part:
+        name = _module_in_layer(each.op.module)
+        if name and name == self.step.experts_module:
+            return Part.SHARED_EXPERTS if each.op.layer == MOE else Part.DENSE_FFN
+        return Part.ATTENTION
+
+    def _operation(self, w: KernelWriter, each: MatchedOp, to: StepSizes) -> Operation:
+        op = scaled_op(each, self.step.sizes, to)
+        assert op is not None
+        (priced,) = prices([op], w.model)
+        return self._written(w, op, priced.seconds, priced.source)
+
+    def _written(self, w: KernelWriter, op: RecordedOp, seconds: float | NDArray[np.float64], source: str) -> Operation:
+        kernel = kernels_of(op)[0][0]
+        phase = _phase(op, w)
+        label = w.during(phase).label(op.name)._replace(name=op.name)
+        return compute(
+            label,
+            w._spread(np.asarray(seconds) * op.count + GAP_S * op.count),
+            source=source,
+            chain=w.chain,
+            launches=op.count,
+            family=FAMILY_OF[type(kernel)],
+            error_family=error_family(kernel),
+        )
+
+    def _of_rows(self, w: KernelWriter, each: MatchedOp, to: StepSizes, loads: LayerLoads) -> Operation:
+        """An operation that follows the rows of every rank, or of every expert."""
+        if not each.has_rows:
+            return self._operation(w, each, to)
+        op = scaled_op(each, self.step.sizes, to)
+        assert op is not None
+        kernel = kernels_of(op)[0][0]
+        if isinstance(kernel, GroupedGemm):
+            of_slots = w.grouped_gemm(
+                op.name, rows=loads.slot_rows_MSRP, k=kernel.k, n=kernel.n, direction=kernel.direction
+            )
+            assert of_slots.seconds_MSR is not None
+            seconds_MSR = of_slots.seconds_MSR * op.count + GAP_S * op.count
+            return replace(of_slots, seconds_MSR=seconds_MSR, launches=op.count)
+        rows_MSR = np.asarray(loads.rows_MSR, dtype=np.float64)
+        grid = np.unique(np.linspace(max(rows_MSR.min(), 1.0), max(rows_MSR.max(), 1.0), GRID).round())
+        found = [
+            prices([scaled], w.model)[0]
+            for rows in grid
+            if (scaled := scaled_op(each, self.step.sizes, replace(to, given_rows=int(rows)))) is not None
+        ]
+        seconds = np.interp(rows_MSR, grid, [priced.seconds for priced in found])
+        return self._written(w, op, seconds, found[0].source)
+
+    def accumulation(self, w: KernelWriter, *, parameters: float, first: bool) -> list[Operation]:
+        """Autograd adds the gradients of later micro-batches to those of the first."""
+        if first:
+            return []
+        w = w.during(Phase.WEIGHT_GRADIENT)
+        return [moved(w, "gradients.add", "elementwise", backward("accumulate"), bytes_=3.0 * BF16 * parameters)]
+
+    def flat_copies(self, w: KernelWriter, *, parameters: float) -> tuple[list[Operation], list[Operation]]:
+        """Into the buckets of data parallelism, and back out of them."""
+        if not parameters:
+            return [], []
+        w, both = w.during(Phase.NONE), 2.0 * BF16 * parameters
+        return (
+            [issued(moved(w, "gradients.flatten", "copy", 1.0, bytes_=both), 1.0)],
+            [issued(moved(w, "gradients.unflatten", "copy", 1.0, bytes_=both), 1.0)],
+        )
+
+
+def replace_phase(w: KernelWriter) -> KernelWriter:
+    """A writer that begins in the forward pass, as parts of both passes do."""
+    return w.during(Phase.FORWARD)
+
+
+def _phase(op: RecordedOp, w: KernelWriter) -> Phase:
+    if op.phase == "forward":
+        return Phase.FORWARD
+    direction = getattr(kernels_of(op)[0][0], "direction", "")
+    return Phase.WEIGHT_GRADIENT if direction == "wgrad" else Phase.INPUT_GRADIENT
+
+
+def _module_in_layer(module: str) -> str:
+    """`mlp` of `model.layers.*.mlp.experts`."""
+    parts = module.split(".")
+    at = next((place for place, part in enumerate(parts) if part == "*"), len(parts))
+    return parts[at + 1] if at + 1 < len(parts) else ""

@@ -1,0 +1,105 @@
+"""A recorded step at other sizes: other tokens, numbers of layers and experts, experts of a token.
+
+Every matched dimension takes its new size, bytes follow. Layers of a kind are repeated, what lies outside of them is
+not. What is not matched stays as it was recorded.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from moesim.errors import UserError
+from moesim.recorded.layers import DENSE, EXPERT, MOE
+from moesim.recorded.pricing import OPTIMIZER
+from moesim.recorded.sizes import MatchedOp, StepSizes, Symbols, matched
+from moesim.recorded.step_file import RecordedOp, Seen
+
+CONSTANT = {"W", "1", "?"}
+
+
+def scaled(ops: Sequence[RecordedOp], sizes: StepSizes, to: StepSizes) -> list[RecordedOp]:
+    """The step at the sizes `to`, one optimizer step over it. Raises UserError for layers of a kind it has none of."""
+    check_scalable(sizes, to)
+    return [each for op in matched(ops, sizes) if (each := scaled_op(op, sizes, to)) is not None]
+
+
+def check_scalable(sizes: StepSizes, to: StepSizes) -> None:
+    """Raises UserError where the step has nothing that could be repeated."""
+    for name, has, wanted in (
+        ("dense", sizes.dense_layers, to.dense_layers),
+        ("MoE", sizes.moe_layers, to.moe_layers),
+    ):
+        if wanted and not has:
+            raise UserError(
+                f"the recorded step has no {name} layers, of which {wanted} are wanted; record one that has"
+            )
+    for name, has, wanted in (
+        ("hidden", sizes.hidden, to.hidden),
+        ("vocabulary", sizes.vocabulary, to.vocabulary),
+        ("expert width", sizes.expert_width, to.expert_width),
+    ):
+        if has != wanted:
+            raise UserError(f"the step was recorded with {name} {has}, and {wanted} is wanted; record it at that width")
+
+
+def scaled_op(matched_op: MatchedOp, sizes: StepSizes, to: StepSizes) -> RecordedOp | None:
+    """One kind of operation at other sizes; None where none of its layers is left."""
+    op = matched_op.op
+    if op.name == OPTIMIZER:
+        return _optimizer(op, sizes, to)
+    layers = {DENSE: to.dense_layers, MOE: to.moe_layers}.get(op.layer or "", 1)
+    if not layers:
+        return None
+    return replace(
+        op,
+        reads=_tensors(op.reads, matched_op.reads, sizes, to),
+        writes=_tensors(op.writes, matched_op.writes, sizes, to),
+        count=_times(op, layers) if op.layer else op.count,
+        layers=layers,
+    )
+
+
+def _times(op: RecordedOp, layers: int) -> float:
+    count = op.count * layers / op.layers
+    return int(count) if count == int(count) else count
+
+
+def _tensors(
+    tensors: tuple[Seen, ...], symbols: tuple[Symbols, ...], sizes: StepSizes, to: StepSizes
+) -> tuple[Seen, ...]:
+    return tuple(_tensor(*each, sizes, to) for each in zip(tensors, symbols, strict=True))
+
+
+def _tensor(seen: Seen, symbols: Symbols, sizes: StepSizes, to: StepSizes) -> Seen:
+    shape, dtype, bytes_ = seen
+    new = tuple(_dimension(size, symbol, sizes, to) for size, symbol in zip(shape, symbols, strict=True))
+    ratio = 1.0
+    for before, after in zip(shape, new, strict=True):
+        ratio *= after / before if before else 1.0
+    return new, dtype, round(bytes_ * ratio)
+
+
+def _dimension(size: int, symbol: str, sizes: StepSizes, to: StepSizes) -> int:
+    if symbol in CONSTANT:
+        return size
+    before, after = sizes.of(symbol), to.of(symbol)
+    if before == after:
+        return size
+    offset = size - before
+    if symbol == "R" and sizes.experts:  # padding of every expert
+        return after + round(offset * to.experts / sizes.experts) if offset > 1 else after + offset
+    if abs(offset) <= 1:
+        return after + offset
+    return size // before * after  # sequences and heads in one dimension
+
+
+def _optimizer(op: RecordedOp, sizes: StepSizes, to: StepSizes) -> RecordedOp:
+    own = op.facts.get("layer_parameters")
+    if own is None:
+        return op
+    more = own.get(DENSE, 0.0) * (to.dense_layers - sizes.dense_layers)
+    more += own.get(MOE, 0.0) * (to.moe_layers - sizes.moe_layers)
+    more += own.get(EXPERT, 0.0) * (to.moe_layers * to.experts - sizes.moe_layers * sizes.experts)
+    count = round(op.facts["parameters"] + more)
+    each = op.reads[0][2] / op.facts["parameters"]
+    seen = (((count,), op.reads[0][1], round(count * each)),)
+    return replace(op, reads=seen, writes=seen, facts=dict(op.facts) | {"parameters": count})

@@ -1,0 +1,280 @@
+"""The sizes of a recorded step, and which dimension of each operation's tensors is which of them.
+
+A dimension is matched by its value and its place: tokens, sequences and rows of experts by where an operation has them
+(the rows of a product's first matrix, not of a weight), experts in the layers that have them alone. Widths are what
+weights have. What is matched to nothing is kept as it was recorded, and listed.
+
+Legend of symbols: B sequences, S tokens of each, T = B S, R = T K rows of experts, E experts, K experts of a token,
+W a width of the model, 1 a small number, ? nothing that is known.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from moesim.errors import UserError
+from moesim.recorded.layers import DENSE, EXPERTS_GEMM, MOE
+from moesim.recorded.pricing import OPTIMIZER, PRODUCTS, SDPA
+from moesim.recorded.step_file import RecordedOp, Seen
+
+SMALL_NUMBER = 16
+PADDED_ROWS = 16  # of one expert, at most
+NEAR = (0, 1, -1)  # a row for padding, or labels that are shifted by one
+TABLES = ("embedding", "embedding_dense_backward")
+Symbols = tuple[str, ...]  # of the dimensions of a tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSizes:
+    """What a step can be scaled in: sequences and tokens of each of one micro-batch, experts, those of a token, layers
+    of each kind. hidden, expert_width and vocabulary are those of the program; 0 where it has none.
+    """
+
+    sequences: int
+    sequence_length: int
+    experts: int
+    top_k: int
+    dense_layers: int
+    moe_layers: int
+    hidden: int
+    expert_width: int
+    vocabulary: int
+    given_rows: int | None = None  # of experts, where other than those of all tokens come to a rank
+
+    @property
+    def tokens(self) -> int:
+        """Of one micro-batch."""
+        return self.sequences * self.sequence_length
+
+    @property
+    def rows(self) -> int:
+        """(token, expert) pairs of one layer."""
+        return self.tokens * self.top_k if self.given_rows is None else self.given_rows
+
+    def of(self, symbol: str) -> int:
+        """The size that a symbol stands for."""
+        return {
+            "B": self.sequences,
+            "S": self.sequence_length,
+            "T": self.tokens,
+            "R": self.rows,
+            "E": self.experts,
+            "K": self.top_k,
+        }[symbol]
+
+
+def sizes_of(ops: Sequence[RecordedOp], *, where: str) -> StepSizes:
+    """The sizes of a recorded step, read off its lookups, its attention and its experts.
+
+    Raises UserError where the step has no lookup of tokens in a table, or no kinds of layers.
+    """
+    lookup = next((op for op in ops if op.name == "embedding" and op.phase == "forward" and len(op.reads) > 1), None)
+    if lookup is None:
+        raise UserError(
+            f"{where} has no lookup of tokens in a table (embedding), which tells how many tokens a step has"
+        )
+    if all(op.layer is None for op in ops):
+        raise UserError(f"{where} does not say which layer an operation works for; import the step again")
+    table, ids = lookup.reads[0][0], lookup.reads[1][0]
+    sequences, length = _sequences(ops, ids, where=where)
+    layers = {op.layer: op.layers for op in ops if op.layer}
+    experts, top_k, width = _experts(ops, sequences * length)
+    return StepSizes(
+        sequences=sequences,
+        sequence_length=length,
+        experts=experts,
+        top_k=top_k,
+        dense_layers=layers.get(DENSE, 0),
+        moe_layers=layers.get(MOE, 0),
+        hidden=table[-1],
+        expert_width=width,
+        vocabulary=table[0],
+    )
+
+
+def _sequences(ops: Sequence[RecordedOp], ids: tuple[int, ...], *, where: str) -> tuple[int, int]:
+    if len(ids) >= 2:
+        return ids[-2], ids[-1]
+    for op in ops:
+        if op.name == SDPA:
+            batch, _, length, _ = op.reads[0][0]
+            return batch, length
+    if len(ids) == 1:
+        return 1, ids[0]
+    raise UserError(f"{where} looks up tokens without a dimension; record a step of whole sequences")
+
+
+def _experts(ops: Sequence[RecordedOp], tokens: int) -> tuple[int, int, int]:
+    """Experts, how many of them a token takes, and their width: the depth of the last of their products."""
+    found = [op for op in ops if op.name == EXPERTS_GEMM and op.phase == "forward" and len(op.reads[1][0]) == 3]
+    if not found:
+        return 0, 0, 0
+    experts, width, _ = found[-1].reads[1][0]
+    return experts, max(1, found[0].reads[0][0][0] // tokens), width
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatchedOp:
+    """An operation with the symbols of the dimensions of what it reads and writes."""
+
+    op: RecordedOp
+    reads: tuple[Symbols, ...]
+    writes: tuple[Symbols, ...]
+
+    @property
+    def known(self) -> bool:
+        """Whether every dimension is matched."""
+        return not any("?" in symbols for symbols in (*self.reads, *self.writes))
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether it follows what was routed to the experts of a rank."""
+        return any("R" in symbols for symbols in (*self.reads, *self.writes))
+
+
+def matched(ops: Sequence[RecordedOp], sizes: StepSizes) -> list[MatchedOp]:
+    """Every operation with its symbols."""
+    matcher = _Matcher(sizes, _widths(ops, sizes))
+    return [matcher.match(op) for op in ops]
+
+
+def _widths(ops: Sequence[RecordedOp], sizes: StepSizes) -> frozenset[int]:
+    """What weights, heads and tables have as dimensions, and what they make together."""
+    found = {sizes.hidden, sizes.vocabulary, sizes.expert_width, 2 * sizes.expert_width}
+    for op in ops:
+        if op.phase == "forward" and op.name in PRODUCTS and len(op.reads[-1][0]) == 2:
+            found |= set(op.reads[-1][0])
+        if op.name == EXPERTS_GEMM and op.phase == "forward":
+            found |= set(op.reads[1][0][1:])
+        if op.name == SDPA:
+            found |= {size for shape, _, _ in op.reads for size in (shape[1], shape[3], shape[1] * shape[3])}
+    for op in ops:
+        for shape, _, _ in op.reads:
+            if len(shape) == 4 and shape[0] == sizes.sequences:
+                others = [size for size in shape[1:] if size != sizes.sequence_length]
+                found |= set(others) if len(others) == 2 and math.prod(others) in found else set()
+    halves = {size // 2 for size in found if size % 2 == 0} | {size // 4 for size in found if size % 4 == 0}
+    return frozenset(found | halves)
+
+
+class _Matcher:
+    def __init__(self, sizes: StepSizes, widths: frozenset[int]) -> None:
+        self.sizes, self.widths = sizes, widths
+
+    def match(self, op: RecordedOp) -> MatchedOp:
+        if op.name == OPTIMIZER:
+            return MatchedOp(op=op, reads=(("W",),) * len(op.reads), writes=(("W",),) * len(op.writes))
+        reads = self._reads(op)
+        return MatchedOp(op=op, reads=reads, writes=tuple(self._tensor(op, seen) for seen in self._written(op)))
+
+    def _written(self, op: RecordedOp) -> tuple[Seen, ...]:
+        return op.writes
+
+    def _reads(self, op: RecordedOp) -> tuple[Symbols, ...]:
+        if op.name == SDPA:
+            return tuple(("B", "W", "S", "W") for _ in op.reads)
+        if op.name in TABLES:
+            forward = op.name == "embedding"
+            return tuple(
+                ("W",) * len(shape) if forward and place == 0 else self._shape(op, shape)
+                for place, (shape, _, _) in enumerate(op.reads)
+            )
+        if op.name == EXPERTS_GEMM and len(op.reads[1][0]) == 2:  # the gradients of weights
+            return (("W", "R"), ("R", "W"), *(("E",) for _ in op.reads[2:]))
+        if op.name in PRODUCTS and len(op.reads[-1][0]) == 2:
+            return self._product(op)
+        return tuple(self._tensor(op, seen) for seen in op.reads)
+
+    def _product(self, op: RecordedOp) -> tuple[Symbols, ...]:
+        """Tokens or rows are the rows of the first matrix, or the depth of the gradient of a weight."""
+        (rows, depth), (_, columns) = op.reads[-2][0], op.reads[-1][0]
+        first = self._many(op, rows)
+        if first:
+            return (
+                *(self._weight(op, seen) for seen in op.reads[:-2]),
+                (first, self._width(depth)),
+                self._weight(op, op.reads[-1]),
+            )
+        inner = self._many(op, depth)
+        if inner:
+            sides = (self._one(op, rows), self._one(op, columns))
+            return (*(self._weight(op, seen) for seen in op.reads[:-2]), (sides[0], inner), (inner, sides[1]))
+        return tuple(self._weight(op, seen) for seen in op.reads)
+
+    def _weight(self, op: RecordedOp, seen: Seen) -> Symbols:
+        return tuple(self._one(op, size) for size in seen[0])
+
+    def _many(self, op: RecordedOp, size: int) -> str:
+        """Tokens or rows, or nothing."""
+        if size == self.sizes.tokens:
+            return "T"
+        if op.layer == MOE and self._is_rows(size):
+            return "R"
+        return "T" if size - self.sizes.tokens in NEAR else ""
+
+    def _is_rows(self, size: int) -> bool:
+        extra = size - self.sizes.rows
+        return self.sizes.top_k > 0 and 0 <= extra <= 1 + PADDED_ROWS * self.sizes.experts
+
+    def _tensor(self, op: RecordedOp, seen: Seen) -> Symbols:
+        shape = seen[0]
+        if op.name == EXPERTS_GEMM and len(shape) == 3:
+            return ("E", "W", "W")
+        return self._shape(op, shape)
+
+    def _shape(self, op: RecordedOp, shape: tuple[int, ...]) -> Symbols:
+        symbols = [""] * len(shape)
+        for place, symbol in self._token_places(op, shape):
+            symbols[place] = symbol
+        has_tokens = any(symbols)
+        for place, size in enumerate(shape):
+            if not symbols[place]:
+                symbols[place] = self._one(op, size, beside_tokens=has_tokens)
+        return tuple(symbols)
+
+    def _token_places(self, op: RecordedOp, shape: tuple[int, ...]) -> Iterable[tuple[int, str]]:
+        sizes = self.sizes
+        for at in (0, 1):  # behind what was stacked
+            if len(shape) - at >= 2 and shape[at] in ((sizes.sequences, 1) if at == 0 else (sizes.sequences,)):
+                later = [place for place, size in enumerate(shape) if place > at and self._near_length(size)]
+                if later and (len(shape) - at >= 3 or shape[at] == sizes.sequences):
+                    squares = len(shape) == 4 and later[-2:] == [2, 3]
+                    symbol = "B" if shape[at] == sizes.sequences else "1"
+                    return [(at, symbol), *((place, "S") for place in (later if squares else later[:1]))]
+        if len(shape) == 3 and shape[0] % sizes.sequences == 0 and shape[1] == sizes.sequence_length:
+            heads = shape[0] // sizes.sequences  # batches of products have heads and sequences in one dimension
+            if heads in self.widths and shape[0] != sizes.tokens:
+                square = shape[2] - sizes.sequence_length in NEAR
+                return [(0, "B"), (1, "S"), *([(2, "S")] if square else [])]
+        for place, size in enumerate(shape):
+            found = self._many(op, size)
+            if found:
+                return [(place, found)]
+        if len(shape) == 2 and shape == (sizes.sequence_length,) * 2:
+            return [(0, "S"), (1, "S")]
+        positions = [place for place, size in enumerate(shape) if size == sizes.sequence_length]
+        return [(positions[0], "S")] if positions and len(shape) <= 2 else []
+
+    def _near_length(self, size: int) -> bool:
+        return size - self.sizes.sequence_length in NEAR
+
+    def _one(self, op: RecordedOp, size: int, *, beside_tokens: bool = False) -> str:
+        if op.layer == MOE and size == self.sizes.experts and size > 1:
+            return "E"
+        if op.layer == MOE and beside_tokens and size == self.sizes.top_k and size > 1:
+            return "K"
+        return self._width(size)
+
+    def _width(self, size: int) -> str:
+        if size in self.widths:
+            return "W"
+        return "1" if size <= SMALL_NUMBER else "?"
+
+
+def recorded_sizes(sizes: StepSizes) -> Mapping[str, int]:
+    """What a screen shows of them."""
+    names = {"sequences": sizes.sequences, "tokens each": sizes.sequence_length, "hidden": sizes.hidden}
+    names |= {"vocabulary": sizes.vocabulary, "dense layers": sizes.dense_layers, "MoE layers": sizes.moe_layers}
+    if sizes.experts:
+        names |= {"experts": sizes.experts, "of a token": sizes.top_k, "expert width": sizes.expert_width}
+    return names

@@ -1,0 +1,150 @@
+"""A recorded step at other sizes is what recording it anew there gives, and so is a scenario that runs it."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_moe import HEADS, HIDDEN, TOP_K, VOCAB, WIDTH, small_step
+
+import moesim
+from moesim.errors import UserError
+from moesim.importing.recording import record_step
+from moesim.kernels import kernel_model
+from moesim.recorded.layers import DENSE, MOE
+from moesim.recorded.pricing import step_estimate
+from moesim.recorded.scaling import scaled
+from moesim.recorded.sizes import matched, sizes_of
+from moesim.recorded.step_file import RecordedOp, load_step, save_step
+
+FIRST = {"sequences": 4, "length": 8192, "layers": 3, "experts": 16}
+OTHERS = [{"sequences": 8}, {"length": 4096}, {"layers": 5}, {"experts": 32}, {"sequences": 1, "length": 2048}]
+
+
+def recorded(**changes: int) -> list[RecordedOp]:
+    return record_step(*small_step(**(FIRST | changes)))
+
+
+@pytest.fixture(scope="module")
+def first() -> list[RecordedOp]:
+    return recorded()
+
+
+@pytest.fixture(scope="module")
+def file(first: list[RecordedOp], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("step") / "step.json"
+    save_step(path, first, source="small_moe")
+    return path
+
+
+def scenario(file: Path, **more: Any) -> moesim.Scenario:
+    model = {
+        "layers": 3, "hidden": HIDDEN, "heads": HEADS, "kv_heads": HEADS, "head_dim": HIDDEN // HEADS,
+        "vocab": VOCAB, "experts": 16, "top_k": TOP_K, "expert_intermediate": WIDTH, "dense_layers": 1,
+        "dense_intermediate": 2 * HIDDEN,
+    }  # fmt: skip
+    precision = {"gemm": "bf16", "weights": "bf16", "gradients": "bf16", "master": "none", "optimizer": "bf16"}
+    workload = {
+        "kind": "training",
+        "sequence_length": 8192,
+        "micro_batch": 4,
+        "global_batch": 4,
+        "precision": precision,
+    }
+    changes = {
+        "model": model,
+        "routing": {"kind": "uniform"},
+        "capacity": {"kind": "none"},
+        "cluster": {
+            "gpu": "h100",
+            "nodes": 1,
+            "gpus_per_node": 1,
+            "fabric": {"preset": "rail_optimised", "nic": "400 Gbps"},
+        },
+        "parallelism": {"data": 1, "expert": 1, "pipeline": 1, "tensor": 1},
+        "workload": workload,
+        "implementation": {"kind": "imported", "file": str(file)},
+        "uncertainty.samples": 2,
+    }
+    return moesim.load_scenario("quickstart", changes | more)
+
+
+def test_every_operation_has_its_layer_and_every_dimension_its_symbol(first: list[RecordedOp]) -> None:
+    sizes = sizes_of(first, where="it")
+    assert (sizes.sequences, sizes.sequence_length, sizes.experts, sizes.top_k) == (4, 8192, 16, TOP_K)
+    assert (sizes.dense_layers, sizes.moe_layers, sizes.expert_width) == (1, 2, WIDTH)
+    assert all(each.known for each in matched(first, sizes))
+    of_layers = {kind: {op.phase for op in first if op.layer == kind} for kind in (DENSE, MOE)}
+    assert of_layers == {kind: {"forward", "backward"} for kind in (DENSE, MOE)}
+
+
+@pytest.mark.parametrize("change", OTHERS, ids=str)
+def test_scaled_is_recorded_anew(first: list[RecordedOp], change: dict[str, int]) -> None:
+    anew, kernels = recorded(**change), kernel_model("h100")
+    sizes, to = sizes_of(first, where="it"), sizes_of(anew, where="it")
+    estimates = [step_estimate(ops, kernels) for ops in (scaled(first, sizes, to), anew)]
+    assert estimates[0].kernels_s == pytest.approx(estimates[1].kernels_s, rel=0.01)
+    assert estimates[0].gaps_s == pytest.approx(estimates[1].gaps_s, rel=0.01)
+    phases = [
+        {
+            phase: sum(op.count * op.seconds for op in each.ops if op.phase == phase)
+            for phase in ("backward", "optimizer")
+        }
+        for each in estimates
+    ]
+    assert phases[0] == pytest.approx(phases[1], rel=0.01)
+
+
+def test_a_scenario_of_it_takes_the_predicted_time(first: list[RecordedOp], file: Path) -> None:
+    predicted = step_estimate(first, kernel_model("h100"))
+    result = moesim.simulate(scenario(file)).result
+    assert result["step_time_s"] == pytest.approx(predicted.step_s, rel=0.01)
+
+
+def test_a_scenario_at_other_sizes_takes_that_of_a_step_recorded_there(file: Path, tmp_path: Path) -> None:
+    anew = tmp_path / "anew.json"
+    save_step(anew, recorded(layers=5, length=16384, sequences=1), source="small_moe")
+    larger = {
+        "model.layers": 5,
+        "workload.sequence_length": 16384,
+        "workload.micro_batch": 1,
+        "workload.global_batch": 1,
+    }
+    times = [moesim.simulate(scenario(each, **larger)).result["step_time_s"] for each in (file, anew)]
+    assert times[0] == pytest.approx(times[1], rel=0.01)
+
+
+def test_expert_ranks_add_a_dispatch_and_skewed_routing_costs(file: Path) -> None:
+    ranks = {"cluster.gpus_per_node": 4, "parallelism.data": 4, "parallelism.expert": 4, "workload.global_batch": 16}
+    even, skewed = (
+        moesim.simulate(scenario(file, **ranks, routing=routing)).result
+        for routing in ({"kind": "uniform"}, {"kind": "balancedness", "value": 0.6})
+    )
+    assert even["communication"]["dispatch_bytes"] > 0
+    assert skewed["step_time_s"] > 1.03 * even["step_time_s"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"implementation": {"kind": "imported"}}, "implementation.file: is missing"),
+        ({"implementation": {"kind": "fused", "file": __file__}}, "fused reads no file"),
+        ({"implementation.norm": "fused"}, "implementation.norm: is as the recorded program has it"),
+        ({"model.hidden": 2048}, "model.hidden=1024"),
+        ({"model.top_k": 2}, "recorded with top_k 4"),
+        ({"implementation.file": "nowhere.json"}, "does not exist"),
+        ({"implementation.file": __file__}, "is no recorded step"),
+    ],
+)
+def test_mistakes_are_told_in_a_line(file: Path, changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError) as caught:
+        moesim.simulate(scenario(file, **changes))
+    assert told in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_file_without_layers_must_be_made_again(first: list[RecordedOp], tmp_path: Path) -> None:
+    old = tmp_path / "old.json"
+    save_step(old, [replace(op, layer=None) for op in first], source="small_moe")
+    with pytest.raises(UserError, match="does not say which layer"):
+        moesim.simulate(scenario(old))
+    assert load_step(old)[1][0].layer is None

@@ -1,0 +1,335 @@
+"""Training steps of programs of libraries, measured and traced on the GPUs at hand, for docs/imported-steps.md.
+
+    python tools/measure_library_steps.py --out FOLDER [--mode one] [--half 0 | 1] [--seconds 200] [--list]
+    torchrun --nproc-per-node 2 tools/measure_library_steps.py --out FOLDER --mode many
+
+A case is a few layers of a published architecture in bf16, by transformers or by torchtitan (its DeepSeek model), on
+one GPU or on two: DDP, FSDP2 (each layer a unit), or torchtitan's expert parallelism with one all-reduce of all other
+gradients behind the backward pass. Forward, loss, backward, fused AdamW, eager. The first size of each program is
+traced; the third is kept out of every choice of the simulator. Needs torch, transformers, torchtitan and GPUs, and
+nothing of moesim.
+"""
+
+import argparse
+import functools
+import gc
+import gzip
+import importlib.util
+import json
+import math
+import os
+import statistics
+import sys
+import time
+import traceback
+import types
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn.functional import cross_entropy
+from torch.profiler import ProfilerActivity, profile
+
+sys.path.append(str(Path(__file__).parent))
+from measure_hf_steps import (
+    DEEPSEEK_V2_LITE,
+    DEEPSEEK_V3_LIKE,
+    GLM_SMALL,
+    MIXTRAL,
+    MIXTRAL_SMALL,
+    OLMOE,
+    QWEN3,
+)
+
+GPT_OSS = {"num_local_experts": 32, "vocab_size": 201088}
+TITAN = "torchtitan"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A program, its layers and the sequences and tokens of one rank's step."""
+
+    name: str
+    family: str
+    layers: int
+    batch: int
+    sequence: int
+    sizes: dict[str, Any]
+    mode: str = "one"
+    traced: bool = False
+    blind: bool = False
+
+
+def _three(name: str, family: str, sizes: dict[str, Any], *shapes: tuple[int, int, int], mode: str = "one") -> Any:
+    """Layers, sequences and tokens of each size of one program: traced, seen, blind."""
+    return [
+        Case(
+            name=f"{name}-{letter}",
+            family=family,
+            layers=layers,
+            batch=batch,
+            sequence=sequence,
+            sizes=sizes,
+            mode=mode,
+            traced=letter == "a",
+            blind=letter == "c",
+        )
+        for letter, (layers, batch, sequence) in zip("abc", shapes, strict=True)
+    ]
+
+
+CASES = (
+    *_three("qwen3", "Qwen3MoeConfig", QWEN3, (3, 2, 4096), (5, 1, 8192), (2, 6, 4096)),
+    *_three("mixtral", "MixtralConfig", MIXTRAL, (2, 1, 4096), (3, 4, 2048), (2, 4, 4096)),
+    *_three("olmoe", "OlmoeConfig", OLMOE, (4, 2, 2048), (8, 4, 2048), (5, 3, 4096)),
+    *_three("deepseek-v2-lite", "DeepseekV2Config", DEEPSEEK_V2_LITE, (3, 2, 2048), (5, 4, 2048), (4, 3, 4096)),
+    *_three("deepseek-v3-like", "DeepseekV3Config", DEEPSEEK_V3_LIKE, (3, 2, 2048), (5, 4, 2048), (4, 6, 2048)),
+    *_three("glm-small", "Glm4MoeConfig", GLM_SMALL, (4, 2, 2048), (3, 3, 4096), (6, 6, 2048)),
+    *_three("gpt-oss", "GptOssConfig", GPT_OSS, (3, 1, 2048), (2, 2, 2048), (4, 3, 1024)),
+    *_three("titan", TITAN, DEEPSEEK_V2_LITE, (3, 2, 2048), (4, 2, 4096), (3, 6, 2048)),
+    *_three("ddp-olmoe", "OlmoeConfig", OLMOE, (4, 2, 2048), (4, 4, 2048), (6, 2, 4096), mode="ddp"),
+    *_three("ddp-mixtral", "MixtralConfig", MIXTRAL_SMALL, (2, 2, 4096), (4, 2, 2048), (3, 4, 4096), mode="ddp"),
+    *_three("fsdp-qwen3", "Qwen3MoeConfig", QWEN3, (3, 2, 2048), (4, 2, 4096), (6, 1, 4096), mode="fsdp2"),
+    *_three("fsdp-mixtral", "MixtralConfig", MIXTRAL, (2, 1, 4096), (2, 4, 2048), (3, 2, 4096), mode="fsdp2"),
+    *_three("ep-titan", TITAN, DEEPSEEK_V2_LITE, (3, 2, 2048), (4, 2, 4096), (3, 4, 2048), mode="ep"),
+)
+STEPS_AHEAD = 3
+
+
+def closure(case: Case, model: torch.nn.Module, device: str) -> Any:
+    """The loss of one micro-batch of random tokens."""
+    tokens = torch.randint(case.sizes["vocab_size"], (case.batch, case.sequence), device=device)
+    if case.family == TITAN:
+        return lambda: cross_entropy(model(tokens).flatten(0, 1).float(), tokens.flatten())
+    return lambda: model(input_ids=tokens, labels=tokens, use_cache=False).loss
+
+
+def module(case: Case, device: str) -> torch.nn.Module:
+    """The program's module in bf16 on a device."""
+    with torch.device(device):
+        return _titan(case, device) if case.family == TITAN else _transformers(case)
+
+
+def _transformers(case: Case) -> torch.nn.Module:
+    import transformers
+
+    config = getattr(transformers, case.family)(
+        num_hidden_layers=case.layers,
+        **case.sizes,
+        max_position_embeddings=max(4096, case.sequence),
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+        use_cache=False,
+    )
+    attention = "eager" if case.family == "GptOssConfig" else "sdpa"
+    return transformers.AutoModelForCausalLM.from_config(
+        config, dtype=torch.bfloat16, attn_implementation=attention, experts_implementation="grouped_mm"
+    )
+
+
+def _titan(case: Case, device: str) -> torch.nn.Module:
+    arguments, moe_arguments, model_class = titan_classes()
+    size = case.sizes
+    moe = moe_arguments(
+        num_experts=size["n_routed_experts"],
+        num_shared_experts=size["n_shared_experts"],
+        top_k=size["num_experts_per_tok"],
+        score_func="softmax",
+        score_before_experts=False,
+    )
+    given = arguments(
+        vocab_size=size["vocab_size"],
+        dim=size["hidden_size"],
+        inter_dim=size["intermediate_size"],
+        moe_inter_dim=size["moe_intermediate_size"],
+        n_layers=case.layers,
+        n_heads=size["num_attention_heads"],
+        moe_args=moe,
+        max_seq_len=case.sequence,
+    )
+    given.moe_impl = "standard"  # as the trainer sets it
+    model = model_class(given)
+    if device != "meta":
+        with torch.no_grad():
+            model.init_weights(buffer_device=torch.device(device))
+    for weight in model.parameters():
+        weight.data = weight.data.to(torch.bfloat16)
+    return model  # type: ignore[no-any-return]
+
+
+@functools.cache
+def titan_classes() -> Any:
+    """Of torchtitan's DeepSeek model, without what its trainer alone imports (datasets, tokenizers, tyro)."""
+    found = importlib.util.find_spec("torchtitan")
+    assert found is not None and found.submodule_search_locations, "pip install torchtitan==0.2.2"
+    root = Path(next(iter(found.submodule_search_locations)))
+
+    def package(name: str, path: str, **members: Any) -> None:
+        made = types.ModuleType(f"torchtitan{name}")
+        made.__path__ = [str(root / path)]
+        vars(made).update(members)
+        sys.modules[made.__name__] = made
+
+    nothing = type("Nothing", (), {})
+    for name in ("", ".models", ".models.deepseek_v3", ".protocols", ".distributed", ".components"):
+        package(name, name[1:].replace(".", "/"))
+    package(".config", "config", JobConfig=nothing, TORCH_DTYPE_MAP={})
+    package(".components.tokenizer", "components", BaseTokenizer=nothing)
+    from torchtitan.protocols.model import ModelProtocol
+
+    package(".protocols.train_spec", "protocols", ModelProtocol=ModelProtocol)
+    from torchtitan.models.deepseek_v3.model.args import DeepSeekV3ModelArgs
+    from torchtitan.models.deepseek_v3.model.model import DeepSeekV3Model
+    from torchtitan.models.moe import MoEArgs
+
+    return DeepSeekV3ModelArgs, MoEArgs, DeepSeekV3Model
+
+
+def spread(case: Case, model: torch.nn.Module) -> tuple[Any, Any]:
+    """The module over all ranks, and what comes between the backward pass and the optimizer."""
+    if case.mode == "ddp":
+        local = int(os.environ["LOCAL_RANK"])
+        return torch.nn.parallel.DistributedDataParallel(model, device_ids=[local]), lambda: None
+    if case.mode == "fsdp2":
+        from torch.distributed.fsdp import fully_shard
+
+        for layer in model.model.layers:
+            fully_shard(layer)
+        return fully_shard(model), lambda: None
+    if case.mode == "ep":
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.tensor.parallel import parallelize_module
+        from torchtitan.distributed.expert_parallel import ExpertParallel
+
+        mesh = init_device_mesh("cuda", (dist.get_world_size(),), mesh_dim_names=("ep",))
+        for name, part in model.named_modules():
+            if name.endswith("moe.experts"):
+                parallelize_module(part, mesh, ExpertParallel())
+        dense = [weight for name, weight in model.named_parameters() if ".moe.experts." not in name]
+        return model, lambda: _sum_gradients(dense)
+    return model, lambda: None
+
+
+def _sum_gradients(weights: list[torch.nn.Parameter]) -> None:
+    gradients = [weight.grad for weight in weights if weight.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    torch._foreach_copy_(
+        gradients,
+        [
+            each.view_as(gradient)
+            for each, gradient in zip(flat.split([g.numel() for g in gradients]), gradients, strict=True)
+        ],
+    )
+
+
+def measure(case: Case, out: Path, *, seconds: float) -> dict[str, Any]:
+    """Seconds of steps in a row; a traced case writes the trace of one more."""
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    torch.cuda.reset_peak_memory_stats()
+    torch.manual_seed(0)
+    model, between = spread(case, module(case, device))
+    torch.manual_seed(1 + int(os.environ.get("RANK", 0)))
+    loss_of = closure(case, model, device)
+    experts = [weight for name, weight in model.named_parameters() if ".moe.experts." in name]
+    others = [weight for name, weight in model.named_parameters() if ".moe.experts." not in name]
+    groups = [experts, others] if case.mode == "ep" else [[*model.parameters()]]
+    optimizer = torch.optim.AdamW([{"params": group} for group in groups], lr=1e-5, fused=True)
+
+    def step() -> None:
+        loss_of().backward()
+        between()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    for _ in range(3):
+        step()
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    for _ in range(2):
+        step()
+    torch.cuda.synchronize()
+    count = torch.tensor([max(12, math.ceil(seconds / ((time.perf_counter() - begin) / 2)))], device=device)
+    if dist.is_initialized():
+        dist.broadcast(count, 0)
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(int(count) + 1)]
+    marks[0].record()
+    for number, mark in enumerate(marks[1:]):
+        step()
+        mark.record()
+        if number >= STEPS_AHEAD:
+            marks[number - STEPS_AHEAD].synchronize()
+    torch.cuda.synchronize()
+    times = [first.elapsed_time(second) / 1e3 for first, second in pairwise(marks)]
+    found = {"sustained_s": statistics.median(times[len(times) // 2 :]), "spread_s": statistics.stdev(times[2:])}
+    found |= {"steps": len(times), "parameters": sum(weight.numel() for weight in model.parameters())}
+    found["memory"] = torch.cuda.max_memory_allocated()
+    if case.traced:
+        _trace(case, step, out)
+    return found
+
+
+def _trace(case: Case, step: Any, out: Path) -> None:
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], record_shapes=True) as profiler:
+        step()
+        torch.cuda.synchronize()
+    if int(os.environ.get("RANK", 0)) == 0:
+        plain = out / f"{case.name}.trace.json"
+        profiler.export_chrome_trace(str(plain))
+        (out / f"{case.name}.trace.json.gz").write_bytes(gzip.compress(plain.read_bytes(), 9))
+        plain.unlink()
+
+
+def main() -> None:
+    """Measure the cases in turn until the time is up."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--mode", choices=("one", "many"), default="one")
+    parser.add_argument("--only", default="")
+    parser.add_argument("--half", type=int)
+    parser.add_argument("--seconds", type=float, default=200.0)
+    parser.add_argument("--each", type=float, default=2.0)
+    parser.add_argument("--list", action="store_true")
+    args = parser.parse_args()
+    cases = [case for case in CASES if (case.mode == "one") == (args.mode == "one") and args.only in case.name]
+    cases = cases if args.half is None else cases[args.half :: 2]
+    if args.list:
+        print(*(json.dumps(asdict(case)) for case in cases), sep="\n")
+        return
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.mode == "many":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl")
+    begin, done = time.perf_counter(), []
+    file = args.out / f"steps-{args.mode}-{args.half or 0}.json"
+    for case in cases:
+        started = time.perf_counter()
+        late = torch.tensor([float(started - begin > args.seconds - 12)], device="cuda")
+        if dist.is_initialized():
+            dist.broadcast(late, 0)
+        if late.item():
+            print(f"{case.name}: no time left", flush=True)
+            continue
+        try:
+            found = measure(case, args.out, seconds=args.each)
+        except Exception as error:  # the next case may well run
+            place = traceback.format_exc(limit=-2)
+            found = {"error": f"{type(error).__name__}: {error}; {place}"[:1200]}
+        done.append({"case": asdict(case), **found})
+        if int(os.environ.get("RANK", 0)) == 0:
+            shown = found.get("error", f"{1e3 * found.get('sustained_s', 0):.1f} ms")
+            print(f"{case.name}: {shown[:900]} ({time.perf_counter() - started:.0f} s)", flush=True)
+            machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
+            file.write_text(json.dumps({"machine": machine, "steps": done}))
+        gc.collect()
+        torch.cuda.empty_cache()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
