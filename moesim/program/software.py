@@ -39,7 +39,10 @@ class KernelList(Protocol):
         """What comes before and after the reductions of the gradients of `parameters` parameters."""
 
 
-KERNEL_LISTS: dict[str, Callable[[Scenario], KernelList]] = {"switched": SwitchedKernels, "recorded": RecordedKernels}
+KERNEL_LISTS: dict[str, Callable[[Scenario], KernelList]] = {
+    "switched": SwitchedKernels,
+    "own_program": RecordedKernels,
+}
 
 
 def kernel_list(scenario: Scenario) -> KernelList:

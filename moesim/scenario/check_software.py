@@ -72,7 +72,7 @@ def _refused(scenario: Scenario) -> Iterator[tuple[str, str]]:
 
 def _refused_of_file(scenario: Scenario) -> Iterator[tuple[str, str]]:
     """A recorded step without its file, a file of a software that reads none, and switches that a file decides."""
-    given, reads_file = scenario.implementation, scenario.implementation.software.kernels == "recorded"
+    given, reads_file = scenario.implementation, scenario.implementation.software.kernels == "own_program"
     if reads_file and given.file is None:
         yield "implementation.file", "is missing; name the file that moesim import-step STEP --out FILE wrote"
     if not reads_file and given.file is not None:

@@ -29,7 +29,7 @@ class SoftwareFacts:
     listed: str
     checked: str
     switches: Switches
-    kernels: Literal["switched", "recorded"] = "switched"
+    kernels: Literal["switched", "own_program"] = "switched"
     bound: bool = False
     shared_beside: bool = False
     reduces_beside: bool = False
@@ -203,7 +203,7 @@ IMPORTED = SoftwareFacts(
     switches=replace(
         TRANSFORMERS.switches, permute="sort", gather_backward="index_put", combine="index_add", gradient_norm="free"
     ),
-    kernels="recorded",
+    kernels="own_program",
     bf16_optimizer=True,
     shares_layers=False,
     recomputes_parts=False,
