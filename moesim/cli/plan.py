@@ -17,8 +17,9 @@ from moesim.cli.flags import (
     check_writable,
 )
 from moesim.cli.launches import add_software, print_command
-from moesim.cli.outputs import print_csv, texts
+from moesim.cli.outputs import print_csv, texts, write_page
 from moesim.cli.session import interrupts_say
+from moesim.errors import UserError
 from moesim.strict_json import json_text
 
 if TYPE_CHECKING:
@@ -48,9 +49,13 @@ def execute(args: argparse.Namespace) -> int:
     """Make the plan, or go on with it. Raises UserError, InfeasibleError and Interrupted."""
     check_workers(args)
     from moesim.planner.loading import load_plan
+    from moesim.planner.serving_plan import is_serving_plan
     from moesim.shipped import resolve
 
-    plan = load_plan(resolve(args.plan, "plan"), args.overrides)
+    path = resolve(args.plan, "plan")
+    if is_serving_plan(path, args.overrides):
+        return _plan_serving(path, args)
+    plan = load_plan(path, args.overrides)
     out_dir = args.out or Path("runs") / plan.name
     check_writable(out_dir)
     with interrupts_say(lambda: f"what is finished is kept in {out_dir}; run the same command again to go on"):
@@ -69,6 +74,47 @@ def execute(args: argparse.Namespace) -> int:
             print_command(content["outcomes"][content["ranking"][0]]["flags"][args.flags])
         print(f"\nwritten to {out_dir}: every layout above is a file in {out_dir / 'scenarios'} for `moesim run`")
     return 0
+
+
+def _plan_serving(path: Path, args: argparse.Namespace) -> int:
+    """A plan of serving, with its page. Raises UserError, InfeasibleError and Interrupted."""
+    for flag, value in (("--cluster", args.cluster), ("--storage", args.storage), ("--flags", args.flags)):
+        if value is not None:
+            raise UserError(f"{flag} is for plans of training; leave it out")
+    from moesim.display import opened_display
+    from moesim.planner.serving_plan import load_serving_plan
+    from moesim.planner.serving_planning import make_serving_plan
+
+    plan = load_serving_plan(path, args.overrides)
+    out_dir = args.out or Path("runs") / plan.name
+    check_writable(out_dir)
+    with (
+        interrupts_say(lambda: f"what is finished is kept in {out_dir}; run the same command again to go on"),
+        opened_display(quiet=args.quiet) as display,
+    ):
+
+        def progress(done: int, total: int) -> None:
+            if display is not None:
+                display.show("combinations", completed=done, total=total)
+
+        content = {"name": plan.name, **make_serving_plan(plan, out_dir, progress=progress, force=args.force)}
+    from moesim.report.serving_plan_view import print_serving_plan, serving_plan_page
+
+    write_page(serving_plan_page(content), out_dir / "plan.html", force=True)
+    if args.json:
+        print(json_text(content, indent=1))
+    elif args.csv:
+        print_csv([{key: each[key] for key in _SERVING_COLUMNS} for each in content["ranking"]])
+    elif not args.quiet:
+        print_serving_plan(content)
+        print(f"\nwritten to {out_dir}: plan.html, and every row above as a file in scenarios/ for `moesim serve`")
+    return 0
+
+
+_SERVING_COLUMNS = (
+    "words", "units", "gpus", "usd_per_hour", "usd_per_million_output_tokens", "good_share",
+    "tokens_per_second_per_user",
+)  # fmt: skip
 
 
 def _row(layout: str, outcome: dict[str, Any], *, on_front: bool) -> dict[str, Any]:

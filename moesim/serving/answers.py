@@ -62,6 +62,11 @@ def serve(scenario: ServingScenario) -> dict[str, Any]:
     return _result(deployment, requests, deployment.serve(requests))
 
 
+def answers_at(deployment: Deployment, requests: Requests) -> dict[str, Any]:
+    """The answers of a deployment for requests of its own, such as a share of its scenario's."""
+    return _result(deployment, requests, deployment.serve(requests))
+
+
 def serve_seeds(scenario: ServingScenario, seeds: int) -> dict[str, Any]:
     """As `serve`, with `ranges`: the least and most of the headline numbers over seeds seed, seed + 1 ..."""
     deployment = Deployment(scenario)

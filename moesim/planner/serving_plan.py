@@ -1,0 +1,244 @@
+"""Plans of serving: which GPUs, how many, and in which instances, for a load of requests and its limits.
+
+A plan file with `goal: {serve: ...}` holds the sections of a serving scenario but cluster, parallelism and fleet, which
+the planner chooses.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path as FilePath
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError
+
+from moesim.errors import UserError
+from moesim.planner.plan import MOST_VALUES, Offer, Sizes
+from moesim.scenario import Compute, Dispatch, Fabric, Model, Network, Routing, UniformRouting, gpu_spec
+from moesim.scenario.base import FileName, Gpus, Section, Seed, Text, Tokens
+from moesim.scenario.document import Node, find, mapping_node, read_yaml
+from moesim.scenario.forms import absolute_paths, explicit_model
+from moesim.scenario.messages import describe
+from moesim.scenario.overrides import apply_overrides
+from moesim.serving import ServingScenario, load_serving_text
+from moesim.serving.schema import Engine, Serving, ServingMemory
+
+Ratio = Annotated[str, Field(pattern=r"^(none|[1-9][0-9]?:[1-9][0-9]?)$")]
+CHOSEN = ("schema_version", "goal", "choices", "alternative")
+
+
+class Serve(Section):
+    """What is best among what answers the load within its limits."""
+
+    best: Literal["usd", "gpus"] = Field(default="usd", description="Least USD per hour, or fewest GPUs.")
+
+
+class ServingGoal(Section):
+    """Answer `workload` within `workload.slo` on GPUs of one of the offers."""
+
+    serve: Serve = Field(description="That this is a plan of serving, and what is best.")
+    gpus: tuple[Offer, ...] = Field(min_length=1, max_length=MOST_VALUES, description="GPUs that can be rented.")
+
+
+class ServingChoices(Section):
+    """Values that the planner may take, one list per key; how many instances it finds itself."""
+
+    data: Sizes = Field(default=(1,), description="Data groups of an instance.")
+    tensor: Sizes = Field(default=(1,), description="Tensor-parallel sizes.")
+    pipeline: Sizes = Field(default=(1,), description="Pipeline stages.")
+    experts: Annotated[tuple[Literal["spread", "whole"], ...], Field(min_length=1)] = Field(
+        default=("spread",),
+        description="spread: over all ranks of a stage (expert parallelism); whole: each data group holds all.",
+    )
+    prefill_to_decode: Annotated[tuple[Ratio, ...], Field(min_length=1, max_length=100)] = Field(
+        default=("none",),
+        description='Prefill instances to decode instances of the same size, such as "3:1"; none: instances do both.',
+    )
+    token_budget: Annotated[tuple[Tokens, ...], Field(min_length=1)] | None = Field(
+        default=None, description="Token budgets of a step; absent: as engine.token_budget."
+    )
+
+
+class Alternative(Section):
+    """Another model under the same load, such as a distilled dense student: what it costs, not how well it answers."""
+
+    model: Model = Field(description="The other model.")
+    source: Text = Field(min_length=1, description="Why it may stand in, and what is not known of that.")
+
+
+class ServingPlan(Section):
+    """A whole plan file of serving."""
+
+    schema_version: Annotated[int, Field(ge=1, le=1, strict=True)] = Field(
+        default=1, description="Version of this format."
+    )
+    name: Annotated[FileName, Field(max_length=100)] = Field(description="Name of the plan and of its folder.")
+    model: Model = Field(description="The language model: a preset, a config.json, or its architecture.")
+    goal: ServingGoal = Field(description="What must be reached, and what may be rented for it.")
+    choices: ServingChoices = Field(default=ServingChoices(), description="Values that the planner may take.")
+    alternative: Alternative | None = Field(default=None, description="Another model to hold the plan against.")
+    fabric: Fabric = Field(default=Fabric(), description="The fabric between nodes, as in a scenario's cluster.fabric.")
+    routing: Routing = Field(default=UniformRouting(kind="uniform"), description="How tokens choose experts.")
+    decode_routing: Routing | None = Field(default=None, description="How generated tokens do; absent: as routing.")
+    workload: Serving = Field(description="The requests and their limits, as in a serving scenario.")
+    engine: Engine = Field(default=Engine(), description="How batches are formed.")
+    memory: ServingMemory = Field(default=ServingMemory(), description="Memory that is not there for pages.")
+    dispatch: Dispatch = Field(default=Dispatch(), description="How tokens travel to experts and back.")
+    network: Network = Field(default=Network(), description="Model of the network; ports if absent.")
+    compute: Compute = Field(default=Compute(), description="Source of kernel durations.")
+    seed: Seed = Field(default=0, description="Seed of all random draws.")
+    most_instances: Gpus = Field(default=1_024, description="Instances, or sets of both kinds, at most.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unit:
+    """One combination: the smallest set of instances, which is repeated until it carries the load."""
+
+    offer: int
+    data: int
+    tensor: int
+    pipeline: int
+    experts: str
+    prefill_to_decode: str
+    token_budget: int
+    is_alternative: bool = False
+
+    @property
+    def instance_gpus(self) -> int:
+        """GPUs of an instance."""
+        return self.data * self.tensor * self.pipeline
+
+    @property
+    def ratio(self) -> tuple[int, int]:
+        """Prefill and decode instances of a unit."""
+        if self.prefill_to_decode == "none":
+            return 0, 1
+        prefill, decode = self.prefill_to_decode.split(":")
+        return int(prefill), int(decode)
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of a unit."""
+        return self.instance_gpus * sum(self.ratio)
+
+    def words(self, plan: ServingPlan) -> str:
+        """In short, such as `h100: ep8 dp8, 3:1`."""
+        sizes = [("dp", self.data), ("tp", self.tensor), ("pp", self.pipeline)]
+        ep = self.data * self.tensor if self.experts == "spread" else 1
+        parts = [f"{name}{size}" for name, size in [("ep", ep), *sizes] if size > 1] or ["one GPU"]
+        ratio = "" if self.prefill_to_decode == "none" else f", {self.prefill_to_decode} prefill:decode"
+        budget = f", budget {self.token_budget}" if len(plan.choices.token_budget or ()) > 1 else ""
+        return f"{plan.goal.gpus[self.offer].gpu}: {' '.join(parts)}{ratio}{budget}"
+
+
+def is_serving_plan(path: FilePath, overrides: Sequence[str] = ()) -> bool:
+    """Whether a plan file has `goal: {serve: ...}`."""
+    root = apply_overrides(read_yaml(path, what="plan"), overrides)
+    goal = root.value.get("goal") if isinstance(root.value, dict) else None
+    return goal is not None and isinstance(goal.value, dict) and "serve" in goal.value
+
+
+def load_serving_plan(path: str | FilePath, overrides: Sequence[str] = ()) -> ServingPlan:
+    """The plan in the file `path`; models explicit, paths absolute. Raises UserError, one line."""
+    path = FilePath(path)
+    root = apply_overrides(read_yaml(path, what="plan"), overrides)
+    root = explicit_model(root, base=path.parent)
+    other = root.value.get("alternative")
+    if other is not None and isinstance(other.value, dict):
+        root = mapping_node({**root.value, "alternative": explicit_model(other, base=path.parent)}, root)
+    root = absolute_paths(root, base=path.parent)
+    try:
+        plan = ServingPlan.model_validate(root.plain)
+    except ValidationError as error:
+        details = error.errors(include_url=False)
+        raise UserError(describe(details, root, shown=_dotted, schema=ServingPlan, subject="plan")) from None
+    _check(plan, root)
+    return plan
+
+
+def _dotted(path: tuple[str | int, ...]) -> str:
+    return ".".join(str(key) for key in path)
+
+
+def _check(plan: ServingPlan, root: Node) -> None:
+    def refuse(what: str, *path: str | int) -> UserError:
+        return UserError(f"{find(root, path)[0].where}: {_dotted(path)}: {what}")
+
+    for index, offer in enumerate(plan.goal.gpus):
+        try:
+            gpu_spec(offer.gpu)
+        except UserError as unknown:
+            raise refuse(str(unknown), "goal", "gpus", index, "gpu") from None
+    if plan.workload.slo.ttft is None and plan.workload.slo.tpot is None:
+        raise refuse("a plan needs a limit; set slo: {ttft: ...} or {tpot: ...} (seconds)", "workload")
+    if not plan.model.moe_layers and plan.choices.experts != ("whole",):
+        raise refuse("a model without experts spreads none; write experts: [whole]", "choices")
+
+
+def _spreads(plan: ServingPlan) -> bool:
+    return plan.alternative is not None and plan.alternative.model.moe_layers > 0
+
+
+def units_of(plan: ServingPlan) -> list[Unit]:
+    """Every combination of the choices, offer by offer; of the alternative, which spreads no experts, too."""
+    choices = plan.choices
+    budgets = choices.token_budget or (plan.engine.token_budget,)
+    found: list[Unit] = []
+    for other in (False, True) if plan.alternative else (False,):
+        experts: tuple[str, ...] = ("whole",) if other and not _spreads(plan) else choices.experts
+        parts = product(choices.data, choices.tensor, choices.pipeline)
+        ways = list(product(experts, choices.prefill_to_decode, budgets))
+        for offer, (data, tensor, pipeline) in product(range(len(plan.goal.gpus)), parts):
+            for spread, ratio, budget in ways:
+                unit = Unit(
+                    offer=offer, data=data, tensor=tensor, pipeline=pipeline,
+                    experts="whole" if data * tensor == 1 else spread,  # on one rank both are the same
+                    prefill_to_decode=ratio, token_budget=budget, is_alternative=other,
+                )  # fmt: skip
+                if unit not in found:
+                    found.append(unit)
+    return found
+
+
+def scenario_text(plan: ServingPlan, unit: Unit, *, units: int) -> str:
+    """The serving scenario of so many units as YAML."""
+    offer, (prefill, decode) = plan.goal.gpus[unit.offer], unit.ratio
+    gpus = unit.gpus * units
+    per_node = min(offer.gpus_per_node, gpus)
+    spread = unit.data * unit.tensor if unit.experts == "spread" else 1
+    mesh = {"data": unit.data, "tensor": unit.tensor, "pipeline": unit.pipeline, "expert": spread}
+    settings: dict[str, Any] = plan.model_dump(mode="json", exclude_none=True, exclude={*CHOSEN, "fabric", "name"})
+    settings.pop("most_instances")
+    if unit.is_alternative:
+        assert plan.alternative is not None
+        settings["model"] = plan.alternative.model.model_dump(mode="json", exclude_none=True)
+        if not _spreads(plan):
+            settings["routing"] = {"kind": "uniform"}
+            settings.pop("decode_routing", None)
+            for key in ("redundant_experts", "expert_placement", "two_batches", "capacity_factor"):
+                settings["engine"].pop(key, None)
+    settings["engine"]["token_budget"] = unit.token_budget
+    fleet: dict[str, Any] = {"replicas": decode * units}
+    if prefill:
+        fleet["prefill"] = {"replicas": prefill * units, "parallelism": mesh, "token_budget": unit.token_budget}
+    cluster = {
+        "gpu": offer.gpu, "nodes": -(-gpus // per_node), "gpus_per_node": per_node,
+        "price_per_gpu_hour": offer.usd_per_gpu_hour, "fabric": plan.fabric.model_dump(mode="json", exclude_none=True),
+    }  # fmt: skip
+    head = {"schema_version": 1, "name": plan.name, "cluster": cluster, "parallelism": mesh, "fleet": fleet}
+    return yaml.safe_dump({**head, **settings}, sort_keys=False, width=110)
+
+
+def scenario_of(plan: ServingPlan, unit: Unit, *, units: int) -> ServingScenario:
+    """The same, checked. Raises UserError for sizes that a scenario may not have."""
+    return load_serving_text(scenario_text(plan, unit, units=units), source=plan.name)
+
+
+def values_of(unit: Unit, plan: ServingPlan) -> Mapping[str, Any]:
+    """What was chosen."""
+    return {
+        "gpu": plan.goal.gpus[unit.offer].gpu, "data": unit.data, "tensor": unit.tensor, "pipeline": unit.pipeline,
+        "experts": unit.experts, "prefill_to_decode": unit.prefill_to_decode, "token_budget": unit.token_budget,
+        "model": "alternative" if unit.is_alternative else "model",
+    }  # fmt: skip

@@ -1,0 +1,96 @@
+"""Plans of serving: the fewest instances that meet the limits, the front, going on, and what nothing meets."""
+
+import pytest
+
+from moesim.errors import InfeasibleError, UserError
+from moesim.planner.serving_plan import is_serving_plan, load_serving_plan, scenario_of, units_of
+from moesim.planner.serving_planning import POINTS_FILE, make_serving_plan, pareto
+from moesim.report.serving_plan_view import print_serving_plan, serving_plan_page
+from moesim.serving import load_serving, serve
+
+TEXT = """name: small
+model: {preset: deepseek-moe-16b, layers: 2}
+routing: {kind: uniform}
+goal:
+  serve: {best: gpus}
+  gpus: [{gpu: h100, at_most: 8, usd_per_gpu_hour: 2.95, source: a quote}]
+choices: {data: [1, 2], prefill_to_decode: [none, "1:1"]}
+workload:
+  kind: serving
+  requests: 80
+  arrivals:
+    kind: poisson
+    rate: 600.0
+    input: {kind: fixed, tokens: 600}
+    output: {kind: fixed, tokens: 20}
+  slo: {ttft: 0.2, tpot: 0.0025}
+alternative: {model: {preset: deepseek-moe-16b, layers: 1}, source: made for this test}
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "small.yaml"
+    path.write_text(TEXT)
+    return path
+
+
+def test_the_first_is_the_least_what_it_writes_serves_within_the_limits_and_it_goes_on(file, tmp_path, capsys) -> None:
+    assert is_serving_plan(file)
+    plan, out = load_serving_plan(file), tmp_path / "out"
+    content = make_serving_plan(plan, out)
+    ranking = content["ranking"]
+    assert [each["gpus"] for each in ranking] == sorted(each["gpus"] for each in ranking) and ranking[0]["whole"]
+    for each in ranking:
+        assert each["good_share"] >= 0.9 and each["usd_per_hour"] == pytest.approx(2.95 * each["gpus"])
+    served = serve(load_serving(out / "scenarios" / "0001.yaml"))
+    assert served["good_share"] == ranking[0]["good_share"] and served["gpus"] == ranking[0]["gpus"]
+    points = out / POINTS_FILE
+    lines = points.read_text().splitlines()
+    points.write_text("\n".join(lines[:-2]) + '\n{"key": "cut')  # an interrupted call
+    (out / "plan.json").write_text((out / "plan.json").read_text().replace('"done"', '"unfinished"'))
+    assert make_serving_plan(plan, out)["ranking"] == ranking
+    assert len(points.read_text().splitlines()) == len(lines)
+    with pytest.raises(UserError, match="holds another plan"):
+        make_serving_plan(load_serving_plan(file, ["seed=1"]), out)
+    print_serving_plan({"name": "small", **content}, width=120)
+    assert "not by how well it answers" in capsys.readouterr().out
+    assert "made for this test" in serving_plan_page({"name": "small", **content})
+
+
+def test_what_nothing_meets_names_the_nearest(file, tmp_path) -> None:
+    plan = load_serving_plan(file, ["workload.slo.tpot=0.00001", "choices.data=[2]"])
+    with pytest.raises(InfeasibleError, match="nearest: h100: ep2 dp2"):
+        make_serving_plan(plan, tmp_path / "out")
+
+
+def test_units_are_the_combinations_and_those_of_the_alternative(file) -> None:
+    plan = load_serving_plan(file)
+    units = units_of(plan)
+    assert len(units) == 8 and sum(unit.is_alternative for unit in units) == 4
+    pair = next(unit for unit in units if unit.prefill_to_decode == "1:1" and unit.data == 2)
+    assert pair.gpus == 4 and scenario_of(plan, pair, units=2).cluster.num_gpus == 8
+
+
+def test_the_front_is_what_nothing_beats_in_both() -> None:
+    pairs = ((3.0, 1.0), (1.0, 3.0), (2.0, 0.5), (2.0, 2.0))
+    loads = [
+        {"tokens_per_second_per_user": x, "output_tokens_per_second_per_gpu": y, "is_alternative": False}
+        for x, y in pairs
+    ]
+    assert pareto(loads) == [0, 3, 1]
+
+
+@pytest.mark.parametrize(
+    ("override", "what"),
+    [
+        ("choices.dat=[1]", 'did you mean "data"'),
+        ("goal.gpus.0.gpu=h900", "unknown GPU"),
+        ("choices.prefill_to_decode=[3-1]", "prefill_to_decode"),
+        ("workload.slo={}", "a plan needs a limit"),
+    ],
+)
+def test_mistakes_are_named(file, override: str, what: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_serving_plan(file, [override])
+    assert what in str(error.value) and "\n" not in str(error.value)
