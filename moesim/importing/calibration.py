@@ -1,7 +1,7 @@
 """What a trace of a step corrects: factors on the price of each kind of operation, the clock of the GPU, its gaps.
 
 A kind is an operation's name, phase and kernels. Its factor is the measured over the predicted seconds of all its runs.
-One kind of one size is little evidence for another size, as transformers' steps show (docs/software.md): what is
+One kind of one size is little evidence for another size, as transformers' steps show (docs/imported-steps.md): what is
 applied is the factor of the kernel's whole family, and of the kind's deviation from it what exceeds NOISE.
 """
 

@@ -199,7 +199,7 @@ IMPORTED = SoftwareFacts(
     name="imported",
     about="your own program, from the file of moesim import-step",
     listed="operation by operation from the program itself, recorded on the meta device or traced on a GPU",
-    checked="transformers and torchtitan on one and two H100, by steps of other sizes (docs/imported-steps.md)",
+    checked="transformers on one H100, by steps of other sizes than the recorded (docs/imported-steps.md); not on more",
     switches=replace(
         TRANSFORMERS.switches, permute="sort", gather_backward="index_put", combine="index_add", gradient_norm="free"
     ),
