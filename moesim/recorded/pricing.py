@@ -19,8 +19,8 @@ from moesim.kernels.odd_kernels import DROPOUT, UNALIGNED, UNALIGNED_BATCH
 from moesim.recorded.memory_bound import MEMORY_BOUND, memory_kernels
 from moesim.recorded.step_file import RecordedOp
 
-# Of an operation, from 11 steps of transformers 5.17 on an H100 (docs/imported-steps.md): between its kernels on the GPU, and
-# on the host where that sets the pace (two steps of small models).
+# Of an operation, from 11 steps of transformers 5.17 on an H100 (docs/imported-steps.md): between its kernels on the
+# GPU, and on the host where that sets the pace (two steps of small models).
 GAP_S, HOST_S = 4.4e-6, 65e-6
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 SDPA = "scaled_dot_product_attention"
