@@ -1,4 +1,4 @@
-"""How well corrections of one trace carry to other sizes of a model: the tables of docs/software.md.
+"""How well corrections of one trace carry to other sizes of a model: the tables of docs/imported-steps.md.
 
     python tools/calibration_table.py                    # prints them from tests/data/calibrations.json.gz
     python tools/calibration_table.py --traces FOLDER... # writes that file anew from CASE.trace.json.gz

@@ -1,4 +1,4 @@
-"""Training steps of transformers' dense models, measured and traced on the GPU at hand, for docs/software.md.
+"""Training steps of transformers' dense models, measured and traced on the GPU at hand, for docs/imported-steps.md.
 
     python tools/measure_dense_steps.py --out FOLDER          # on a GPU: steps.json, CASE.trace.json.gz
     python tools/measure_dense_steps.py --record FOLDER       # without: writes tests/data/dense_steps.json.gz
