@@ -1,8 +1,8 @@
 """The `cluster.speeds` section: ranks whose GPUs are slower or faster than their kind.
 
-Thermal spread: on GPUs of one kind the same kernels take 8 % longer or shorter in the mean and up to 22 % (Sinha et
-al., "Not All GPUs Are Created Equal", SC 2022, five clusters); with a normal distribution a mean difference of 8 %
-between two GPUs is a spread of about 7 %.
+Thermal spread: on five clusters of one kind of GPU each, times of the same program varied by 8 % in the mean, 22 % on the
+worst of them, with outliers of 1.5 times the median (Sinha et al., "Not All GPUs Are Created Equal", SC 2022, arXiv
+2208.11035). That is the width of a distribution: as a standard deviation it is a few per cent.
 """
 
 from typing import Annotated, Literal
@@ -36,8 +36,8 @@ class Speeds(Section):
     ranks: tuple[RankSpeed, ...] = Field(default=(), max_length=MOST_GPUS, description="Speeds of single ranks.")
     spread: Annotated[float, Strict(), AllowInfNan(False), Field(ge=0, le=0.3)] = Field(
         default=0.0,
-        description="Standard deviation of speeds that are drawn for every rank, by the seed: 0.07 as on real clusters "
-        "(Sinha et al., SC 2022).",
+        description="Standard deviation of speeds that are drawn for every rank, by the seed, such as 0.02; "
+        "clusters of one kind of GPU were 8 % wide in the mean (Sinha et al., SC 2022).",
     )
     shape: Literal["normal", "lognormal"] = Field(
         default="normal", description="Distribution that they are drawn from: around 1, within three spreads."
