@@ -1,8 +1,9 @@
 """What kernels cost that no profile holds, over their plain sisters: ratios measured by themselves on an H100.
 
-`python tools/measure_odd_kernels.py` measures them, tests/data/odd_kernels_h100.json.gz keeps the rows that these
-numbers are the medians of; those that are marked come from traced steps of the first size of 13 programs
-(`python tools/measure_library_steps.py`). Other GPUs are taken to have the same ratios.
+`python tools/measure_odd_kernels.py` and `tools/measure_index_kernels.py` measure them,
+tests/data/odd_kernels_h100.json.gz keeps the rows that these numbers are the medians of; those that are marked come
+from traced steps of the first size of 13 programs (`python tools/measure_library_steps.py`). Other GPUs are taken to
+have the same ratios.
 """
 
 from collections.abc import Mapping

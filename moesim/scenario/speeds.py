@@ -1,7 +1,7 @@
 """The `cluster.speeds` section: ranks whose GPUs are slower or faster than their kind.
 
-Thermal spread: on five clusters of one kind of GPU each, times of the same program varied by 8 % in the mean, 22 % on the
-worst of them, with outliers of 1.5 times the median (Sinha et al., "Not All GPUs Are Created Equal", SC 2022, arXiv
+Thermal spread: on five clusters of one kind of GPU each, times of the same program varied by 8 % in the mean, 22 % on
+the worst of them, with outliers of 1.5 times the median (Sinha et al., "Not All GPUs Are Created Equal", SC 2022, arXiv
 2208.11035). That is the width of a distribution: as a standard deviation it is a few per cent.
 """
 
