@@ -12,6 +12,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from math import gcd
 from typing import Any
 
 import numpy as np
@@ -254,7 +255,7 @@ def _copies(source_N: IntArray, target_NK: IntArray, ranks: int, targets: int | 
 
 def _as_training(scenario: ServingScenario, routing: Routing) -> Mapping[str, Any]:
     """A training scenario with the same model, routing and experts per rank: what makes its routing."""
-    expert = scenario.parallelism.expert
+    expert = gcd(scenario.parallelism.expert, scenario.model.experts)  # with copies the ranks need not divide them
     plain = scenario.model_dump(mode="json", exclude_none=True)
     return {
         "schema_version": 1,
