@@ -376,7 +376,14 @@ def test_every_deployment_that_ships_is_served(name: str) -> None:
     scenario = load_serving(resolve(name, "serving"), ["workload.requests=40"])
     result = serve(scenario)
     assert result["output_tokens_per_second"] > 0 and 0 < result["kv_peak_share"] <= 1
-    assert sum(result["time_s"].values()) == pytest.approx(result["steps"] * result["step_s"]["mean"])
+    busy = sum(pool["steps"] * pool["step_s"]["mean"] for pool in result["pools"])
+    assert sum(result["time_s"].values()) == pytest.approx(busy)
+
+
+def test_copies_let_experts_spread_over_ranks_that_do_not_divide_them() -> None:
+    scenario = load_serving(resolve("deepseek-v3-prefill-ep32-decode-ep144-h800", "serving"))
+    assert scenario.model.experts % scenario.parallelism.expert
+    assert (scenario.model.experts + scenario.engine.redundant_experts) % scenario.parallelism.expert == 0
 
 
 def test_each_loader_names_the_verb_of_the_other() -> None:
