@@ -369,7 +369,7 @@ def test_a_mutated_small_scenario_is_simulated_or_refused_in_one_line(value):
     check(value)
 
 
-@settings(max_examples=15, **QUIET)
+@settings(max_examples=8, **QUIET)
 @given(coherent())
 def test_extreme_numbers_within_bounds_are_simulated(value):
     check(value)

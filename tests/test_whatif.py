@@ -54,7 +54,7 @@ FABRICS = {  # and the same with links twice as fast; gpu h200: 450 GB/s of NVLi
 
 
 @pytest.mark.parametrize("name", FABRICS)
-@pytest.mark.parametrize("model", ["ports", "fluid"])
+@pytest.mark.parametrize("model", ["ports", pytest.param("fluid", marks=pytest.mark.slow)])
 def test_the_faster_network_is_the_scenario_with_faster_links(small, name, model) -> None:
     """Measured kernels: the clock under the power limit is found by a step of its own, on the same links."""
     slow, fast = FABRICS[name]

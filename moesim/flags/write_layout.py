@@ -35,7 +35,10 @@ def write_layout(draft: Draft, scenario: Scenario) -> None:
         draft.say("--ckpt-format", "fsdp_dtensor")  # the only one that it takes
     placed = isinstance(scenario.placement, Contiguous)
     draft.leave("placement", "neighbouring experts on each rank", when=scenario.model.experts > 0 and not placed)
-    draft.leave("cluster.pools", "one kind of node", when=len(scenario.cluster.pools) > 1)
+    mixed = len(scenario.cluster.pools) > 1
+    draft.leave("cluster.pools", "one kind of node", when=mixed)
+    draft.leave("parallelism.across_pools", "one kind of node", when=mixed and mesh.across_pools is not None)
+    draft.leave("parallelism.batch_share", "even shares", when=mixed and mesh.batch_share != "even")
 
 
 def _shards_differ(scenario: Scenario) -> bool:

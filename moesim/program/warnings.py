@@ -49,8 +49,8 @@ def _sent_once(scenario: Scenario) -> list[str]:
     if software.deduplicates or dispatch.deduplicate != "per_rank" or not travels:
         return []
     return [
-        f"dispatch.deduplicate: per_rank sends a token once to a rank; {software.name}'s exchange sends it for each "
-        "expert: per_expert"
+        f"dispatch.deduplicate: per_rank, as simulated here, sends a token once to a rank; {software.name}'s exchange "
+        "sends it for each expert: dispatch.deduplicate: per_expert simulates that"
     ]
 
 

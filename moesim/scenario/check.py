@@ -285,7 +285,8 @@ def _check_dispatch(scenario: Scenario, report: _Report) -> None:
         return
     if dispatch.deduplicate == "per_node":
         able = " or ".join(other.name for other in DISPATCH.values() if other.fans_out)
-        message = f"{facts.name} has no fan-out inside a node; set dispatch.algorithm: {able}"
+        or_copies = f", or dispatch.deduplicate: {' or '.join(facts.deduplicate)}"
+        message = f"{facts.name} has no fan-out inside a node; set dispatch.algorithm: {able}{or_copies}"
         raise report.user("dispatch.algorithm", message)
     able = " or ".join(facts.deduplicate)
     message = f"{facts.name} sends {facts.sends}, not {dispatch.deduplicate}; set dispatch.deduplicate: {able}"

@@ -11,6 +11,8 @@ from moesim.planner.outcome import outcome_of
 from moesim.planner.planning import make_plan
 from moesim.report.plan_screen import print_plan
 
+pytestmark = pytest.mark.slow
+
 OFTEN = {"record": "none", "causes": [{"name": "GPU", "per": "gpu", "every": "3 d"}]}
 
 

@@ -11,6 +11,8 @@ from moesim.routing.progress import SearchReport, StepReport
 from moesim.run import TRAFFIC_WEIGHTS, mean_step_seconds, measured_placement, obtain_trace
 from moesim.scenario import Scenario, Search
 
+pytestmark = pytest.mark.slow
+
 
 def searched(**placement: Any) -> Scenario:
     keys: dict[str, Any] = {
