@@ -113,7 +113,12 @@ def _engine_facts(result: Result) -> list[Fact]:
 
 
 def _latency_rows(result: Result) -> list[tuple[str, ...]]:
-    return [(name, *(format_seconds(result[key][share]) for share in _SHARES)) for key, name in _LATENCIES.items()]
+    of = [("", result), *((f", class {each['class']}", each) for each in result["classes"])]
+    return [
+        (name + whose, *(format_seconds(values[key][share]) for share in _SHARES))
+        for key, name in _LATENCIES.items()
+        for whose, values in of
+    ]
 
 
 def _part_rows(result: Result) -> list[tuple[str, ...]]:

@@ -176,6 +176,7 @@ def _result(deployment: Deployment, requests: Requests, served: Served) -> dict[
         "ttft_s": shares_of(served.first_N - requests.arrival_N),
         "tpot_s": shares_of(tpot_N),
         "latency_s": shares_of(served.done_N - requests.arrival_N),
+        "classes": _classes(requests, served),
         **last,
         "dropped_share": _dropped_share(costs, served),
         "prefix_hit_share": prompts.count("found_tokens") / max(1, prompts.count("prompt_tokens")),
@@ -186,6 +187,26 @@ def _result(deployment: Deployment, requests: Requests, served: Served) -> dict[
         "warnings": _warnings(requests, served),
         "routing_rests_on": scenario.routing.kind if scenario.model.experts else "no experts",
     }  # fmt: skip
+
+
+def _classes(requests: Requests, served: Served) -> list[dict[str, Any]]:
+    """The latencies of every class, the most urgent first; none where all requests are alike."""
+    if requests.class_N is None:
+        return []
+    tpot_N, found = _tpot_N(served, requests), []
+    for number in np.unique(requests.class_N).tolist():
+        of_N = requests.class_N == number
+        several_N = of_N & (requests.output_N > 1)
+        found.append(
+            {
+                "class": int(number),
+                "requests": int(of_N.sum()),
+                "ttft_s": shares_of((served.first_N - requests.arrival_N)[of_N]),
+                "tpot_s": shares_of(tpot_N[several_N] if several_N.any() else np.zeros(1)),
+                "latency_s": shares_of((served.done_N - requests.arrival_N)[of_N]),
+            }
+        )
+    return found
 
 
 def _prompt_share(pools: Sequence[Mapping[str, Any]]) -> float:

@@ -363,6 +363,13 @@ def test_a_largest_load_needs_limits_that_can_be_met() -> None:
         largest_load(small("workload.slo={tpot: 0.000001}", "workload.requests=20"))
 
 
+def test_classes_have_latencies_of_their_own_and_all_requests() -> None:
+    classes = serve(small("workload.priorities={shares: [0.3, 0.7], patience: 1.0}", "workload.requests=60"))["classes"]
+    assert [each["class"] for each in classes] == [0, 1]
+    assert sum(each["requests"] for each in classes) == 60
+    assert serve(small("workload.requests=10"))["classes"] == []
+
+
 def test_every_number_of_an_answer_is_defined() -> None:
     page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
     answers = serve_seeds(small("workload.requests=20"), 2)
