@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measure_odd_kernels import BF16, made
 from torch.nn.functional import one_hot, softmax
 
-BF16, F32 = torch.bfloat16, torch.float32
+F32 = torch.float32
 Row = dict[str, Any]
 Case = tuple[str, Callable[[], object], Row]
 
@@ -44,11 +45,6 @@ def seconds(run: Callable[[], object], count: int = 10) -> float:
         torch.cuda.synchronize()
         best = min(best, first.elapsed_time(last) / count / 1e3)
     return best
-
-
-def made(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
-    """Random numbers on the GPU."""
-    return torch.randn(*shape, device="cuda", dtype=F32).to(dtype)
 
 
 def embeddings() -> Iterator[Case]:

@@ -4,7 +4,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from moesim.cli.flags import add_cache, add_csv, add_force, add_json, add_quiet, add_scenario, load
-from moesim.cli.outputs import add_page, place_of_page, print_csv, write_page
+from moesim.cli.outputs import add_page, place_of_page, print_csv, write_output
 from moesim.cli.session import interrupts_say, kept_of_training, watched_training
 from moesim.strict_json import json_text
 
@@ -40,8 +40,8 @@ def execute(args: argparse.Namespace) -> int:
     from moesim.report.goodput_view import goodput_page, print_goodput
 
     if path is not None:
-        write_page(goodput_page(found), path, force=args.force)
-        write_page(json_text(found.result, indent=1) + "\n", path.with_suffix(".json"), force=args.force)
+        write_output(goodput_page(found), path, force=args.force)
+        write_output(json_text(found.result, indent=1) + "\n", path.with_suffix(".json"), force=args.force)
     if args.json:
         print(json_text(found.result, indent=1))
     elif args.csv:

@@ -34,12 +34,12 @@ def place_of_page(args: argparse.Namespace, *, name: str, file: str) -> Path | N
     return path
 
 
-def write_page(document: str, path: Path, *, force: bool) -> None:
-    """Write the page, whole or not at all. Raises UserError where another file is in its place, unless `force`.
+def write_output(text: str, path: Path, *, force: bool) -> None:
+    """Write a file, whole or not at all. Raises UserError where another file is in its place, unless `force`.
 
-    A page that is there already is left alone: the same call twice is no mistake.
+    A file of the same content is left alone: the same call twice is no mistake.
     """
-    data = document.encode("utf-8")
+    data = text.encode("utf-8")
     if path.exists() and not force:
         if path.read_bytes() == data:
             return

@@ -17,7 +17,7 @@ from moesim.cli.flags import (
     check_writable,
 )
 from moesim.cli.launches import add_software, print_command
-from moesim.cli.outputs import print_csv, texts, write_page
+from moesim.cli.outputs import print_csv, texts, write_output
 from moesim.cli.session import interrupts_say
 from moesim.errors import UserError
 from moesim.strict_json import json_text
@@ -100,7 +100,7 @@ def _plan_serving(path: Path, args: argparse.Namespace) -> int:
         content = {"name": plan.name, **make_serving_plan(plan, out_dir, progress=progress, force=args.force)}
     from moesim.report.serving_plan_view import print_serving_plan, serving_plan_page
 
-    write_page(serving_plan_page(content), out_dir / "plan.html", force=True)
+    write_output(serving_plan_page(content), out_dir / "plan.html", force=True)
     if args.json:
         print(json_text(content, indent=1))
     elif args.csv:

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from moesim.cli.flags import add_force, add_quiet, check_writable
-from moesim.cli.outputs import write_page
+from moesim.cli.outputs import write_output
 from moesim.errors import UserError
 
 NAME = "plot"
@@ -53,7 +53,7 @@ def execute(args: argparse.Namespace) -> int:
     from moesim.report.plots import Asked, plot_page
 
     asked = Asked(kind=args.kind, x=args.x, ys=tuple(args.y), colour=args.colour)
-    write_page(plot_page(args.runs, asked, points=args.points), path, force=args.force)
+    write_output(plot_page(args.runs, asked, points=args.points), path, force=args.force)
     if not args.quiet:
         print(f"plotted in {path}")
     return 0

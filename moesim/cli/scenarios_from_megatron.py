@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from moesim.cli.flags import add_force, add_json, add_overrides, add_quiet, check_writable
 from moesim.cli.launches import add_launch, read_launch_of
+from moesim.cli.outputs import write_output
 from moesim.errors import UserError
 from moesim.strict_json import json_text
 
@@ -38,7 +39,9 @@ def execute(args: argparse.Namespace) -> int:
         check_writable(args.out)
     reading = read_launch_of(args, args.launch)
     if args.out is not None:
-        _write(reading, args.out, force=args.force)
+        from moesim.flags.from_megatron import scenario_text
+
+        write_output(scenario_text(reading), args.out, force=args.force)
     if args.json:
         print(json_text(_content(reading), indent=1))
     elif not args.quiet:
@@ -48,19 +51,6 @@ def execute(args: argparse.Namespace) -> int:
         told = f"written to {args.out}: moesim run {args.out}" if args.out else "--out FILE.yaml writes the scenario"
         print(f"\n{told}")
     return 0
-
-
-def _write(reading: "Reading", path: Path, *, force: bool) -> None:
-    from moesim.files import write_atomically
-    from moesim.flags.from_megatron import scenario_text
-
-    data = scenario_text(reading).encode("utf-8")
-    if path.exists() and not force:
-        if path.read_bytes() == data:
-            return
-        raise UserError(f"{path} exists and differs; choose another --out, or --force to replace it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, data, replace=force)
 
 
 def _content(reading: "Reading") -> dict[str, object]:

@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from moesim.cli.flags import add_file, add_force, add_json, add_overrides, add_quiet, check_positive
-from moesim.cli.outputs import add_page, place_of_page, write_page
+from moesim.cli.outputs import add_page, place_of_page, write_output
 from moesim.errors import UserError
 from moesim.strict_json import json_text
 
@@ -41,7 +41,7 @@ def execute(args: argparse.Namespace) -> int:
     from moesim.report.serving_view import print_serving, serving_page
 
     if path is not None:
-        write_page(serving_page(result), path, force=args.force)
+        write_output(serving_page(result), path, force=args.force)
     if args.json:
         print(json_text(result, indent=1))
     elif not args.quiet:

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from moesim.cli.flags import add_force, add_json, add_scenario, load
-from moesim.cli.outputs import add_page, place_of_page, write_page
+from moesim.cli.outputs import add_page, place_of_page, write_output
 from moesim.strict_json import json_text
 
 NAME = "topology"
@@ -29,7 +29,7 @@ def execute(args: argparse.Namespace) -> int:
 
     parts = fabric_parts(scenario.cluster)
     if path is not None:
-        write_page(fabric_page(scenario.name, parts), path, force=args.force)
+        write_output(fabric_page(scenario.name, parts), path, force=args.force)
     if args.json:
         print(json_text(fabric_json(parts), indent=1))
     else:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 from moesim.cli.flags import add_cache, add_force, add_json, add_scenario, load
-from moesim.cli.outputs import add_page, place_of_page, write_page
+from moesim.cli.outputs import add_page, place_of_page, write_output
 from moesim.cli.session import interrupts_say, kept_of_training, watched_training
 from moesim.errors import UserError
 from moesim.strict_json import json_text
@@ -46,7 +46,7 @@ def execute(args: argparse.Namespace) -> int:
     from moesim.report.volume_view import print_volume, volume_json, volume_page
 
     if path is not None:
-        write_page(volume_page(study), path, force=args.force)
+        write_output(volume_page(study), path, force=args.force)
     if args.json:
         print(json_text(volume_json(study), indent=1))
     else:

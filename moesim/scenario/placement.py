@@ -183,7 +183,23 @@ class Eplb(MadeFromCounts):
     )
 
 
-class BySpeed(MadeFromCounts):
+class _HeedsSpeeds(MadeFromRows):
+    """A placement that gives slow ranks less."""
+
+    speeds: Speeds | None = Field(default=None, description="Speed of every rank of an expert group.")
+
+    @property
+    def rank_speeds(self) -> tuple[float, ...] | None:
+        """As given."""
+        return self.speeds
+
+    @property
+    def heeds_speeds(self) -> bool:
+        """It does."""
+        return True
+
+
+class BySpeed(_HeedsSpeeds, MadeFromCounts):
     """As EPLB's global policy, with rows in proportion to each rank's speed (`moesim.parallel.by_speed`)."""
 
     kind: Literal["by_speed"] = Field(description="Rows of a rank in proportion to its speed.")
@@ -198,18 +214,8 @@ class BySpeed(MadeFromCounts):
         """A slow rank keeps its experts."""
         return False
 
-    @property
-    def rank_speeds(self) -> tuple[float, ...] | None:
-        """As given."""
-        return self.speeds
 
-    @property
-    def heeds_speeds(self) -> bool:
-        """It does."""
-        return True
-
-
-class Search(MadeFromRows):
+class Search(_HeedsSpeeds):
     """Local search from EPLB's and from neighbouring experts, traffic counted (`moesim.parallel.placement_search`)."""
 
     kind: Literal["search"] = Field(
@@ -229,16 +235,6 @@ class Search(MadeFromRows):
         description="Search with several weights of traffic, simulate a step of each on the rows that experts are "
         "placed by, and take the fastest; of no account where traffic is given.",
     )
-
-    @property
-    def rank_speeds(self) -> tuple[float, ...] | None:
-        """As given."""
-        return self.speeds
-
-    @property
-    def heeds_speeds(self) -> bool:
-        """It does."""
-        return True
 
 
 Placement = Annotated[Contiguous | RoundRobin | Explicit | Eplb | BySpeed | Search, Field(discriminator="kind")]
