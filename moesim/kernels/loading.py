@@ -114,6 +114,12 @@ def _relative(gpu: str) -> ScaledModel | None:
     return ScaledModel(other, measured=_spec(FP8_OF[gpu]), target=_CatalogueRates(gpu))
 
 
+@cache
+def _shipped_model(path: Path) -> CalibratedModel | TabulatedModel:
+    """Of a file that ships, read once a process: a model answers alike however often it was asked."""
+    return _model_of(load_profile_file(path))
+
+
 def _shipped_file(name: str) -> Path | None:
     for suffix in (".json.gz", ".json"):
         path = SHIPPED / f"{name}{suffix}"
@@ -136,7 +142,7 @@ def load_profile(name_or_path: str | Path) -> CalibratedModel | TabulatedModel |
     name = str(name_or_path)
     shipped = _shipped_file(name.lower())
     if shipped is not None:
-        return _model_of(load_profile_file(shipped))
+        return _shipped_model(shipped)
     measured = scaled_from(name)
     if measured is not None:
         base = load_profile(measured)

@@ -52,6 +52,9 @@ def _mistakes(value: Any, wanted: Any, *, place: str) -> Iterator[str]:
         if not isinstance(value, list) or not value:
             yield f"{place}: must be a list of numbers, got {value!r}"
             return
+        least, most = wanted[0]
+        if all(type(item) in (int, float) and least <= item <= most for item in value):
+            return
         for index, item in enumerate(value):
             yield from _mistakes(item, wanted[0], place=f"{place}.{index}")
     elif isinstance(wanted, _Bounds):
