@@ -19,6 +19,8 @@ def _unit_table(kind: str) -> dict[str, float]:
         return table
     if kind == "flop_rate":
         return {f"{prefix}{unit}": scale for prefix, scale in _DECIMAL.items() for unit in ("FLOP/s", "FLOPS", "FLOPs")}
+    if kind == "frequency":
+        return {f"{prefix}Hz": scale for prefix, scale in _DECIMAL.items()}
     assert kind == "duration"
     return {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ns": 1e-9} | {
         "min": 60.0,
@@ -27,12 +29,19 @@ def _unit_table(kind: str) -> dict[str, float]:
     }
 
 
-_NAMES = {"bytes": "an amount of bytes", "bandwidth": "a bandwidth", "duration": "a duration", "flop_rate": "a rate"}
+_NAMES = {
+    "bytes": "an amount of bytes",
+    "bandwidth": "a bandwidth",
+    "duration": "a duration",
+    "flop_rate": "a rate",
+    "frequency": "a frequency",
+}
 _EXAMPLES = {
     "bytes": "141 GB or 64 MiB",
     "bandwidth": "400 Gbps or 450 GB/s",
     "duration": "3.3 us",
     "flop_rate": "148 TFLOP/s",
+    "frequency": "1500 MHz",
 }
 _TABLES = {kind: _unit_table(kind) for kind in _EXAMPLES}
 
@@ -72,6 +81,11 @@ def parse_flop_rate(value: object) -> float:
     return _parse(value, "flop_rate")
 
 
+def parse_hertz(value: object) -> float:
+    """Hertz of a text such as "1500 MHz". Raises ValueError for a missing or wrong unit."""
+    return _parse(value, "frequency")
+
+
 def _rounded(value: float, digits: int) -> float:
     """`value` to `digits` significant digits: rounding comes before the choice of prefix, so 999,999 is "1 M"."""
     return float(f"{value:.{digits}g}")
@@ -98,6 +112,11 @@ def format_bandwidth(value: float, *, digits: int = 4) -> str:
 def format_flop_rate(value: float, *, digits: int = 4) -> str:
     """Decimal FLOP per second, e.g. "148 TFLOP/s"."""
     return _scaled(value, "FLOP/s", digits)
+
+
+def format_hertz(value: float, *, digits: int = 4) -> str:
+    """Hertz, e.g. "1.5 GHz"."""
+    return _scaled(value, "Hz", digits)
 
 
 def format_seconds(value: float, *, digits: int = 4) -> str:

@@ -77,6 +77,7 @@ class CalibratedModel:
         self.relative = relative
         self.fallback = fallback
         self.clock_mhz = clock_mhz
+        self.regime: str | None = None  # one that a scenario asks for, which no step's load changes
         self._shared_clock = False
         self._log_fall = 0.0  # of a step's clock below that of low loads
         self._rows = cell_rows(profile)
@@ -123,6 +124,12 @@ class CalibratedModel:
         model._cap, model._shared_clock = None, False
         return model
 
+    def held(self, regime: str) -> "CalibratedModel":
+        """The same kernels whatever the load of a step is; `regime` says in words how they run."""
+        model = self._copied()
+        model.regime = regime
+        return model
+
     def power_share(self, dtype: str) -> float:
         """Of a bf16 FLOP's power, one of this dtype's."""
         cap = PowerCap(0.0, 0.0, 0.0, 0.0) if self._cap is None else self._cap
@@ -142,7 +149,7 @@ class CalibratedModel:
 
     def at_load(self, flops_per_second: float) -> "CalibratedModel":
         """The same kernels in a step of this mean load, half of its time at the memory's full bandwidth."""
-        if self._cap is None:
+        if self._cap is None or self.regime is not None:
             return self
         moved = self._cap.traffic * 0.5 * self.fallback.gpu.memory_bandwidth
         return self.in_step(math.exp(self._cap.log_clock(float(flops_per_second) + moved)))

@@ -98,13 +98,17 @@ def kernels_rest_on(model: KernelModel) -> str:
     """The model's name, and that it is a data sheet where it is: runs of one such name share the errors of kernels."""
     if isinstance(model, MixedKernels):
         return " and ".join(dict.fromkeys(map(kernels_rest_on, model.models.values())))
-    return f"{model.name} (data sheet)" if bases_of(model) == ("any",) else model.name
+    regime = getattr(model, "regime", None)
+    name = f"{model.name} (data sheet)" if bases_of(model) == ("any",) else model.name
+    return name if regime is None else f"{name}, {regime}"
 
 
 def clock_error_of(model: KernelModel) -> float:
     """Log seconds by which a step's kernels may be off because the kind's clock under load is not known; mostly 0."""
     if isinstance(model, MixedKernels):
         return max(map(clock_error_of, model.models.values()))
+    if isinstance(model, ScaledModel):
+        return clock_error_of(model.base)
     return model.clock_error if isinstance(model, TabulatedModel) else 0.0
 
 

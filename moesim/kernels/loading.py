@@ -14,6 +14,7 @@ from moesim.kernels.profile import SHIPPED, Profile, load_profile_file
 from moesim.kernels.roofline import GpuRates, Roofline
 from moesim.kernels.scaled import ScaledModel
 from moesim.kernels.tabulated import TabulatedModel
+from moesim.spelling import closest
 
 if TYPE_CHECKING:
     from moesim.scenario import GpuSpec
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 FP8_OF = {"h200": "h100"}
 # Those whose block-scaled FP8 kernels have published rates (`moesim.kernels.fp8`).
 PUBLISHED_FP8 = ("h800",)
+REGIMES = ("sustained", "short")
+_NO_CLOCK = "at a clock run only GPUs whose clocks were measured; use sustained or short"
 
 
 @dataclass(frozen=True)
@@ -156,12 +159,14 @@ def load_profile(name_or_path: str | Path) -> CalibratedModel | TabulatedModel |
     return _model_of(load_profile_file(path))
 
 
-def kernel_model(gpu: "str | GpuSpec", profile: str | None = None) -> KernelModel:
-    """The kernel model of a GPU, by its name in the catalogue or by its facts.
+def kernel_model(gpu: "str | GpuSpec", profile: str | None = None, *, regime: str | float | None = None) -> KernelModel:
+    """The kernel model of a GPU, by its name in the catalogue or by its facts, in a regime where one is given.
 
     profile: a shipped name or a file; "roofline" for the datasheet alone; None for that of the GPU itself, or of the
     one that it is scaled from. A profile measured on another GPU of the catalogue is scaled to this one.
     """
+    if regime is not None:
+        return in_regime(kernel_model(gpu, profile), regime)
     spec = _spec_of(gpu)
     if profile == "roofline":
         return Roofline(spec)
@@ -175,20 +180,29 @@ def kernel_model(gpu: "str | GpuSpec", profile: str | None = None) -> KernelMode
 
 
 def in_regime(model: KernelModel, regime: str | float) -> KernelModel:
-    """A measured GPU's kernels as they run: `sustained` (without pause, under the power limit), `short` (at the clocks
-    of short benchmarks) or at a clock in MHz. Raises UserError for another word, and for a GPU without own rows.
+    """A GPU's kernels as they run: `sustained` (without pause, under the power limit), `short` (at the clocks of short
+    benchmarks) or at a clock in MHz; no step's load changes that. Raises UserError for another word, for a data sheet,
+    and for a clock of a GPU whose clocks nobody here measured.
     """
+    if not isinstance(model, CalibratedModel | TabulatedModel | ScaledModel):
+        raise UserError(f"{model.name}: a data sheet has no regime of kernels; leave it out, or name a profile")
+    if isinstance(regime, str) and regime not in REGIMES:
+        raise UserError(f"no regime {regime!r}; use {', '.join(REGIMES)}, or a clock in MHz{closest(regime, REGIMES)}")
+    if isinstance(model, ScaledModel):
+        if not isinstance(regime, str) and not model.is_same_chip:
+            raise UserError(
+                f"{model.name}: at a clock run only GPUs whose clocks were measured; use sustained or short"
+            )
+        base = in_regime(model.base, regime)
+        assert isinstance(base, CalibratedModel | TabulatedModel)
+        return model.of_base(base)
     if regime == "sustained":
-        return model
-    if not isinstance(model, CalibratedModel):
-        raise UserError(
-            f"{model.name}: only kernels of a measured GPU have a regime; use one of: h100, h200, or a profile"
-        )
+        return model.held("without pause")
     if regime == "short":
-        return model.at_benchmark_clock()
-    if isinstance(regime, str):
-        raise UserError(f"no regime {regime!r}; use sustained, short, or a clock in MHz")
-    return model.at_clock(regime)
+        return model.at_benchmark_clock().held("in short runs")
+    if not isinstance(model, CalibratedModel):
+        raise UserError(f"{model.name}: {_NO_CLOCK}")
+    return model.at_clock(float(regime)).held(f"at {regime:.0f} MHz")
 
 
 def _scaled(base: CalibratedModel | TabulatedModel, measured: str, target: "GpuSpec") -> ScaledModel:

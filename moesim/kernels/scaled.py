@@ -72,7 +72,7 @@ class ScaledModel:
         base = self.base.at_load(flops_per_second * ratio)
         if base is self.base:
             return self
-        return ScaledModel(base, measured=self._measured, target=self._target, published_fp8=self._published_fp8)
+        return self.of_base(base)
 
     def seconds(self, kernel: Kernel) -> Estimate:
         """What the measured GPU takes, scaled; a dtype that the target lacks raises UserError."""
@@ -99,11 +99,18 @@ class ScaledModel:
         """Whether the measured GPU has rows of such kernels."""
         return isinstance(self.base, CalibratedModel) and self.base.has(kernel)
 
+    @property
+    def regime(self) -> str | None:
+        """That of the measured GPU, where a scenario asks for one."""
+        return self.base.regime
+
+    def of_base(self, base: "CalibratedModel | TabulatedModel") -> "ScaledModel":
+        """The same scaling of other kernels of the measured GPU."""
+        return ScaledModel(base, measured=self._measured, target=self._target, published_fp8=self._published_fp8)
+
     def at_benchmark_clock(self) -> "ScaledModel":
         """The same at the clocks of the measured GPU's benchmarks, which were short."""
-        assert isinstance(self.base, CalibratedModel)
-        base = self.base.at_benchmark_clock()
-        return ScaledModel(base, measured=self._measured, target=self._target, published_fp8=self._published_fp8)
+        return self.of_base(self.base.at_benchmark_clock())
 
     def _within(self, kernel: Gemm | GroupedGemm, found: Estimate) -> Estimate:
         """No faster than the fastest such product known of the chip: published, or the measured GPU's, scaled."""

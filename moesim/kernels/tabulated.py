@@ -93,6 +93,7 @@ class TabulatedModel:
         self._measured, self._reached = measured, ReachedRates(target, profile.tables["peak_shares"])
         self._scaled = ScaledModel(self._base_free, measured=measured, target=self._reached)
         self.log_clock: float | None = None  # of a step, relative to the tables'
+        self.regime: str | None = None  # one that a scenario asks for, which no step's load changes
         self.clock_error = self.law.error
 
     @property
@@ -121,10 +122,24 @@ class TabulatedModel:
 
     def at_load(self, flops_per_second: float) -> "TabulatedModel":
         """The kernels of a step of this mean load, at the clock that the kind's law leaves it."""
+        if self.regime is not None:
+            return self
         model = copy(self)
         model.tables = self.tables.at_load(flops_per_second)
         model.log_clock = float(self.law.cap.log_clock(float(flops_per_second)))
         model.clock_error = self.law.error_at(flops_per_second)
+        return model
+
+    def at_benchmark_clock(self) -> "TabulatedModel":
+        """The same kernels at the clocks of the tables' short runs, of which no law has to be known."""
+        model = copy(self)
+        model.tables, model.log_clock, model.clock_error = self.tables.at_benchmark_clock(), 0.0, 0.0
+        return model
+
+    def held(self, regime: str) -> "TabulatedModel":
+        """The same kernels whatever the load of a step is; `regime` says in words how they run."""
+        model = copy(self)
+        model.regime = regime
         return model
 
     @property

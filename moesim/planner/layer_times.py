@@ -17,7 +17,7 @@ from moesim.parallel import Mesh, TrafficSample, TrafficSampler
 from moesim.parallel.memory_rows import RoutedRows, even_rows, routed_rows
 from moesim.planner.pass_times import PartSeconds, Passes, part_seconds, with_sharding
 from moesim.program import build_program
-from moesim.scenario import GpuSpec, Parallelism, PipelineSchedule, PopularityRouting, Scenario, Zero
+from moesim.scenario import Compute, GpuSpec, Parallelism, PipelineSchedule, PopularityRouting, Scenario, Zero
 from moesim.schedules import PLAIN, SPLIT, ScheduleFacts
 from moesim.seeding import stream
 from moesim.trace import RoutingTrace
@@ -34,16 +34,16 @@ class LayerTimes:
 
     trace_of: TraceOf
     _parts: dict[tuple[object, ...], PartSeconds] = field(init=False, default_factory=dict, repr=False)
-    _kernels: dict[tuple[GpuSpec, str | None], KernelModel] = field(init=False, default_factory=dict, repr=False)
+    _kernels: dict[tuple[GpuSpec, Compute], KernelModel] = field(init=False, default_factory=dict, repr=False)
     _samples: dict[tuple[object, ...], TrafficSample | None] = field(init=False, default_factory=dict, repr=False)
     _clocked: dict[tuple[object, ...], KernelModel] = field(init=False, default_factory=dict, repr=False)
     _rows: dict[tuple[object, ...], RoutedRows] = field(init=False, default_factory=dict, repr=False)
 
     def kernels(self, scenario: Scenario) -> KernelModel:
         """The kernel model of the scenario's GPU."""
-        key = scenario.cluster.pools[0].spec, scenario.compute.profile
+        key = spec, compute = scenario.cluster.pools[0].spec, scenario.compute
         if key not in self._kernels:
-            self._kernels[key] = SharedClocks(kernel_model(*key))
+            self._kernels[key] = SharedClocks(kernel_model(spec, compute.profile, regime=compute.held_regime))
         return self._kernels[key]
 
     def of(self, scenario: Scenario, parameters: NetworkParameters) -> PartSeconds:

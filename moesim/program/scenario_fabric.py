@@ -17,7 +17,10 @@ def scenario_kernels(scenario: Scenario) -> KernelModel:
     cluster = scenario.cluster
     counts, kinds = rank_counts(cluster, scenario.parallelism), kinds_of_pools(cluster)
     used = dict.fromkeys(kind for kind, count in zip(kinds, counts, strict=True) if count)
-    models = {kind: kernel_model(cluster.pools[kind].spec, scenario.compute.profile) for kind in used}
+    compute = scenario.compute
+    models = {
+        kind: kernel_model(cluster.pools[kind].spec, compute.profile, regime=compute.held_regime) for kind in used
+    }
     return next(iter(models.values())) if len(models) == 1 else MixedKernels(models)
 
 

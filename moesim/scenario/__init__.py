@@ -5,6 +5,7 @@ from moesim.scenario.catalogue import GpuSpec, gpu_names, gpu_spec, model_names
 from moesim.scenario.check import check_scenario, require_supported
 from moesim.scenario.cluster import (
     Cluster,
+    Compute,
     Dispatch,
     Fabric,
     Link,
@@ -42,7 +43,6 @@ from moesim.scenario.routing import (
     UniformRouting,
 )
 from moesim.scenario.schema import (
-    Compute,
     Memory,
     Overlap,
     Parallelism,

@@ -25,10 +25,12 @@ from moesim.units import (
     format_bandwidth,
     format_bytes,
     format_flop_rate,
+    format_hertz,
     format_seconds,
     parse_bandwidth,
     parse_bytes,
     parse_flop_rate,
+    parse_hertz,
     parse_seconds,
 )
 
@@ -158,6 +160,10 @@ def _flop_rate(value: object) -> float:
     return _between(1e9, 1e20, format_flop_rate, parse_flop_rate(value))
 
 
+def _clock(value: object) -> float:
+    return _between(1e8, 1e10, format_hertz, parse_hertz(value))
+
+
 # Quantities are texts with a unit in the file and SI numbers inside; dumping writes the text again, exact to the bit.
 Bandwidth = Annotated[
     float, BeforeValidator(link_bandwidth), PlainSerializer(lambda v: f"{v!r} B/s"), _text("400 Gbps")
@@ -171,3 +177,4 @@ MemoryBandwidth = Annotated[
 FlopRate = Annotated[
     float, BeforeValidator(_flop_rate), PlainSerializer(lambda v: f"{v!r} FLOP/s"), _text("989 TFLOP/s")
 ]
+Clock = Annotated[float, BeforeValidator(_clock), PlainSerializer(lambda v: f"{v!r} Hz"), _text("1500 MHz")]

@@ -1,13 +1,15 @@
-"""The `cluster`, `network` and `dispatch` sections: machines, links, and how tokens travel over them."""
+"""The `cluster`, `network`, `dispatch` and `compute` sections: machines, links, how tokens travel over them, and how
+fast kernels are."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Discriminator, Field, Tag, WithJsonSchema
+from pydantic import Discriminator, Field, Tag, WithJsonSchema, model_validator
 
 from moesim.errors import UserError
 from moesim.scenario.base import (
     Bandwidth,
     BandwidthFactor,
+    Clock,
     DType,
     Efficiency,
     Flag,
@@ -259,3 +261,36 @@ class Network(Section):
         "exact: max-min fair shares at every completion; absent: fluid among nodes where links that GPUs share can be "
         "a bottleneck, else ports.",
     )
+
+
+class Compute(Section):
+    """Where kernel durations come from."""
+
+    profile: Text | None = Field(
+        default=None, description="A profile by name or path, or roofline; absent: the best that there is for the GPU."
+    )
+    regime: Literal["step", "sustained", "short", "at_clock"] = Field(
+        default="step",
+        description="How kernels run: step, all at the clock that the power limit leaves the whole step; sustained, "
+        "each as it would without pause; short, as benchmarks of milliseconds find it; at_clock, at `clock`.",
+    )
+    clock: Clock | None = Field(
+        default=None, description="SM clock of regime at_clock; only of GPUs whose clocks were measured."
+    )
+
+    @model_validator(mode="after")
+    def _one_clock(self) -> Self:
+        if self.regime == "at_clock" and self.clock is None:
+            raise ValueError("regime at_clock needs a clock; add compute.clock, such as 1500 MHz")
+        if self.regime != "at_clock" and self.clock is not None:
+            raise ValueError(
+                f"clock goes with regime at_clock, not with {self.regime}; set compute.regime or leave it out"
+            )
+        return self
+
+    @property
+    def held_regime(self) -> str | float | None:
+        """For `moesim.kernels.in_regime`: the regime, or the clock in MHz; None where a step finds its own clock."""
+        if self.regime == "step":
+            return None
+        return self.regime if self.clock is None else self.clock / 1e6

@@ -21,12 +21,11 @@ from moesim.scenario.base import (
     Seed,
     Sequences,
     Share,
-    Text,
     Tokens,
     TrainTokens,
     one_of,
 )
-from moesim.scenario.cluster import Cluster, Dispatch, Network
+from moesim.scenario.cluster import Cluster, Compute, Dispatch, Network
 from moesim.scenario.failures import Failures
 from moesim.scenario.implementation import AnyImplementation, Implementation
 from moesim.scenario.mixed import micro_batches_of_pools
@@ -251,14 +250,6 @@ class Uncertainty(Section):
     samples: Samples = Field(default=8, description="Routing samples; 1: no range is given.")
     bank: Samples = Field(
         default=8, description="Micro-batches whose sequences a sample draws; further ones use them in turn."
-    )
-
-
-class Compute(Section):
-    """Where kernel durations come from."""
-
-    profile: Text | None = Field(
-        default=None, description="A profile by name or path, or roofline; absent: the best that there is for the GPU."
     )
 
 

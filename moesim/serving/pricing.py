@@ -49,8 +49,11 @@ class Pricing:
         self.load, self.gpu = scenario.workload, scenario.cluster.pools[0].spec
         self.software: ServingSoftware = serving_software()[scenario.engine.software]
         self.lists: Lists = LISTS[self.software.kernels]
-        profile = scenario.compute.profile
-        self.kernels: KernelModel = _shipped_model(self.gpu) if profile is None else kernel_model(self.gpu, profile)
+        profile, regime = scenario.compute.profile, scenario.compute.held_regime
+        shipped = profile is None and regime is None
+        self.kernels: KernelModel = (
+            _shipped_model(self.gpu) if shipped else kernel_model(self.gpu, profile, regime=regime)
+        )
         # Tables were measured in a row already; a profile's kernels were launched alone.
         self._gaps = dict.fromkeys(facts()["gap"], 0.0) if isinstance(self.kernels, TabulatedModel) else facts()["gap"]
         self._sources: set[str] = set()

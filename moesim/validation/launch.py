@@ -15,8 +15,7 @@ from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 from moesim.errors import UserError
 from moesim.files import write_atomically
 from moesim.processes import same_imports, without_main
-from moesim.scenario import dump_scenario
-from moesim.scenario.schema import Compute
+from moesim.scenario import Compute, dump_scenario
 from moesim.strict_json import json_text, parse_json
 from moesim.validation.cases import Case
 from moesim.validation.routing import forced_ids

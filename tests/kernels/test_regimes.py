@@ -6,8 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+import moesim
 from moesim.errors import UserError
-from moesim.kernels import CalibratedModel, MemoryBound, in_regime, kernel_model
+from moesim.kernels import CalibratedModel, Gemm, MemoryBound, in_regime, kernel_model
+from moesim.kernels.errors import kernels_rest_on
 from moesim.kernels.families import kernel_of
 from moesim.strict_json import parse_json, unpacked
 
@@ -82,7 +84,22 @@ def test_skewed_weight_gradients_are_slower_by_what_is_predicted(h100: Calibrate
 
 
 def test_a_wrong_regime_is_refused_in_one_line(h100: CalibratedModel) -> None:
-    with pytest.raises(UserError, match="sustained, short, or a clock"):
-        in_regime(h100, "brief")
-    with pytest.raises(UserError, match="measured GPU"):
-        in_regime(kernel_model("b200"), "short")
+    with pytest.raises(UserError, match="sustained, short, or a clock in MHz; did you mean 'sustained'"):
+        in_regime(h100, "sustain")
+    with pytest.raises(UserError, match="whose clocks were measured"):
+        in_regime(kernel_model("b200"), 1500.0)
+    with pytest.raises(UserError, match="data sheet has no regime"):
+        in_regime(kernel_model("h100", "roofline"), "short")
+    with pytest.raises(UserError, match="needs a clock"):
+        moesim.load_scenario("quickstart", {"compute.regime": "at_clock"})
+
+
+@pytest.mark.parametrize("gpu", ["h100", "h800", "b200", "gb300", "a800"])
+def test_no_load_of_a_step_changes_a_regime(gpu: str) -> None:
+    """A heavy product is as fast in short runs as in a step that does little, and slower without pause."""
+    model, heavy = kernel_model(gpu), Gemm(m=16384, k=8192, n=8192)
+    short, sustained = in_regime(model, "short"), in_regime(model, "sustained")
+    assert short.at_load(1e15) is short and sustained.at_load(1e15) is sustained
+    seconds = [float(kernels.seconds(heavy).seconds) for kernels in (short, model.at_load(5e14), sustained)]
+    assert seconds == sorted(seconds)
+    assert kernels_rest_on(short) == f"{kernels_rest_on(model)}, in short runs"
