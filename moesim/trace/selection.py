@@ -3,6 +3,7 @@
 Legend: T tokens, K selections, E experts, G groups, M group limit.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ Array = NDArray[Any]
 
 _CHUNK_VALUES = 1 << 23  # random keys drawn at a time: 32 MiB
 _MAX_REDRAWS = 30
+_TABLE_CELLS = 1 << 13
 
 
 def draw_distinct(num_tokens: int, *, num_experts: int, top_k: int, rng: np.random.Generator) -> Array:
@@ -55,21 +57,49 @@ def draw_by_weight(num_tokens: int, *, weights_E: Array, top_k: int, rng: np.ran
     draw again where the expert is taken; tokens still without one (a few experts hold nearly all the weight) are
     drawn from the weights of their free experts.
     """
-    cumulative_E = np.cumsum(weights_E) / np.sum(weights_E)
+    find = _inverse_of(np.cumsum(weights_E) / np.sum(weights_E), num_tokens)
     last = int(np.flatnonzero(weights_E)[-1])
-    ids_TK = np.empty((num_tokens, top_k), dtype=np.int64)
+    narrow = np.int16 if len(weights_E) < 2**15 else np.int64  # many values at a time
+    ids_KT = np.empty((top_k, num_tokens), dtype=narrow)
     for column in range(top_k):
-        open_T = np.arange(num_tokens)
+        open_T: Array | None = None  # tokens still without an expert; at first all
         for _ in range(_MAX_REDRAWS):
-            choice_T = np.minimum(np.searchsorted(cumulative_E, rng.random(len(open_T)), side="right"), last)
-            taken_T = (ids_TK[open_T, :column] == choice_T[:, None]).any(axis=1)
-            ids_TK[open_T, column] = choice_T
-            open_T = open_T[taken_T]
+            drawn_T = rng.random(num_tokens if open_T is None else len(open_T))
+            choice_T = np.minimum(find(drawn_T), last).astype(narrow)
+            earlier = ids_KT[:column] if open_T is None else ids_KT[:column, open_T]
+            taken_T = np.zeros(len(choice_T), dtype=bool)
+            for earlier_T in earlier:
+                taken_T |= earlier_T == choice_T
+            if open_T is None:
+                ids_KT[column] = choice_T
+                open_T = np.flatnonzero(taken_T)
+            else:
+                ids_KT[column, open_T] = choice_T
+                open_T = open_T[taken_T]
             if not len(open_T):
                 break
-        if len(open_T):
-            ids_TK[open_T, column] = _draw_free(ids_TK[open_T, :column], weights_E, rng)
-    return ids_TK
+        if open_T is not None and len(open_T):
+            ids_KT[column, open_T] = _draw_free(ids_KT[:column, open_T].T.astype(np.int64), weights_E, rng)
+    return np.ascontiguousarray(ids_KT.T, dtype=np.int64)
+
+
+def _inverse_of(cumulative_E: Array, num_tokens: int) -> Callable[[Array], Array]:
+    """What numpy's searchsorted (side right) finds for numbers in [0, 1), for many from a table: most cells of it lie
+    between two values, and only the others need the search."""
+    if num_tokens < _TABLE_CELLS:
+        return lambda drawn_T: np.searchsorted(cumulative_E, drawn_T, side="right")
+    edges = np.arange(_TABLE_CELLS + 1) / _TABLE_CELLS
+    least_N = np.searchsorted(cumulative_E, edges[:-1], side="right")
+    certain_N = least_N == np.searchsorted(cumulative_E, edges[1:], side="left")
+
+    def find(drawn_T: Array) -> Array:
+        cell_T = (drawn_T * _TABLE_CELLS).astype(np.int64)  # exact: a power of two
+        found_T: Array = least_N[cell_T]
+        unsure_U = np.flatnonzero(~certain_N[cell_T])
+        found_T[unsure_U] = np.searchsorted(cumulative_E, drawn_T[unsure_U], side="right")
+        return found_T
+
+    return find
 
 
 def draw_by_weight_in_groups(
