@@ -14,7 +14,7 @@ from moesim.scenario.routing import Capacity, DeviceCapacity, ExpertCapacity, Ro
 
 
 def expert_capacity(*, factor: float, top_k: int, num_tokens: int, num_experts: int) -> int:
-    """Rows that one expert computes: C = ceil(factor K T / N), but no more than T: a token chooses it once at most."""
+    """Rows that one expert computes: C = ceil(factor K T / E), but no more than T: a token chooses it once at most."""
     return math.ceil(min(factor * top_k * num_tokens / num_experts, num_tokens))
 
 
@@ -51,7 +51,7 @@ def device_keep_mask(
 
     T runs over all tokens of the EP group in one micro-batch. Rows of protected sequences (`protected_S` bool, indexed
     by `sequence_T`) are always kept and may alone exceed the budget; the others fill what is left, highest affinity
-    first (ties to the earlier row). Device d holds experts d N/D .. (d + 1) N/D - 1.
+    first (ties to the earlier row). Device d holds experts d E/D .. (d + 1) E/D - 1.
     """
     assert num_experts % num_devices == 0
     ids_R = expert_ids_TK.reshape(-1)

@@ -320,7 +320,7 @@ def _record(trainer: "StaticTrainer", held_out: bytes) -> RoutingTrace:
         router=request.router,
         steps=(replace(last, **kept),),
         earlier=tuple(
-            StepCounts(step=each.step, counts_LSE=each.counts_LSN[layers, ::every]) for each in trainer.evaluations[:-1]
+            StepCounts(step=each.step, counts_LSE=each.counts_LSE[layers, ::every]) for each in trainer.evaluations[:-1]
         ),
         curves=trainer.curves(),
         provenance={

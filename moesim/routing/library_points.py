@@ -274,7 +274,7 @@ def _few_experts() -> Iterator[LibraryPoint]:
 
 
 def _granularity() -> Iterator[LibraryPoint]:
-    """N x K experts at constant N * width and K * width: DeepSeekMoE's router, no groups, nothing dropped or shared."""
+    """E x K experts at constant E * width and K * width: DeepSeekMoE's router, no groups, nothing dropped or shared."""
     for num_experts, top_k in GRANULARITIES:
         router = RouterShape(kind="deepseek_moe", num_experts=num_experts, top_k=top_k, num_devices=NUM_GROUPS)
         thin = THIN.model_copy(update={"expert_intermediate": GRANULARITY_WIDTH // top_k})

@@ -149,7 +149,7 @@ def _draw_weights(model: ShardedModel, group: ExpertGroup, seed: int) -> None:
         if isinstance(module, RoutedExperts):
             for local in range(module.num_experts):
                 expert = group.rank * module.num_experts + local
-                for weight in (module.w13_NHF, module.w2_NIH):
+                for weight in (module.w13_EHF, module.w2_EIH):
                     generator.manual_seed(stream_seed(seed, "weight", name, expert, weight.shape[1]))
                     weight[local].normal_(std=weight.shape[1] ** -0.5, generator=generator)
             continue

@@ -1,6 +1,6 @@
 """Routed experts with shapes that never depend on the routing, so that a CUDA graph can capture a training step.
 
-Legend: T tokens, H hidden size, K selections per token, N routed experts, R rows = T * K, I expert width.
+Legend: T tokens, H hidden size, K selections per token, E routed experts, R rows = T * K, I expert width.
 
 `RoutedExperts` leaves rows that are not kept out of its products, and the host must know how many are left. Here every
 row is computed and a row that is not kept weighs nothing: the same output and gradients for up to 1 / kept share more
@@ -31,29 +31,29 @@ class StaticExperts(RoutedExperts):
         """sum_k gate * FFN_{id}(hidden) over the kept rows, [T, H]."""
         dtype = torch.bfloat16 if hidden_TH.is_cuda else torch.float32
         self.kept_share = keep_TK.float().mean()
-        order_R, place_TK, offsets_N = static_permutation(expert_ids_TK, num_experts=self.num_experts)
+        order_R, place_TK, offsets_E = static_permutation(expert_ids_TK, num_experts=self.num_experts)
         rows_RH = _Dispatch.apply(hidden_TH.to(dtype), order_R, place_TK)  # type: ignore[no-untyped-call]
         weights_R = _Permute.apply((gates_TK * keep_TK).flatten(), order_R, place_TK)  # type: ignore[no-untyped-call]
-        gate_RI, up_RI = functional.grouped_mm(rows_RH, self.w13_NHF.to(dtype), offs=offsets_N).chunk(2, dim=-1)
+        gate_RI, up_RI = functional.grouped_mm(rows_RH, self.w13_EHF.to(dtype), offs=offsets_E).chunk(2, dim=-1)
         inner_RI = functional.silu(gate_RI) * up_RI * weights_R.to(dtype).unsqueeze(1)
-        outer_RH = functional.grouped_mm(inner_RI, self.w2_NIH.to(dtype), offs=offsets_N)
+        outer_RH = functional.grouped_mm(inner_RI, self.w2_EIH.to(dtype), offs=offsets_E)
         output_TH: Tensor = _Combine.apply(outer_RH, order_R, place_TK)  # type: ignore[no-untyped-call]
         return output_TH.to(hidden_TH.dtype)
 
 
 def static_permutation(expert_ids_TK: Tensor, *, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Expert order of the flattened rows: (order_R, place_TK, offsets_N).
+    """Expert order of the flattened rows: (order_R, place_TK, offsets_E).
 
     Row `order_R[r]` of the [T * K] selections comes r-th, `place_TK` is the inverse, and expert n's rows end at
-    `offsets_N[n]` (int32). Id -1, which weighs nothing, goes to expert 0.
+    `offsets_E[n]` (int32). Id -1, which weighs nothing, goes to expert 0.
     """
     dtype = torch.uint8 if num_experts <= BYTE_EXPERTS else torch.int16
     ids_R = expert_ids_TK.clamp_min(0).flatten().to(dtype)
     sorted_R, order_R = torch.sort(ids_R, stable=True)
     place_R = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R), device=order_R.device))
-    experts_N = torch.arange(num_experts, device=ids_R.device, dtype=dtype)
-    offsets_N = torch.searchsorted(sorted_R, experts_N, right=True, out_int32=True)
-    return order_R, place_R.view_as(expert_ids_TK), offsets_N
+    experts_E = torch.arange(num_experts, device=ids_R.device, dtype=dtype)
+    offsets_E = torch.searchsorted(sorted_R, experts_E, right=True, out_int32=True)
+    return order_R, place_R.view_as(expert_ids_TK), offsets_E
 
 
 def _sum_of_rows(rows_RH: Tensor, place_TK: Tensor) -> Tensor:

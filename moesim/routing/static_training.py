@@ -1,6 +1,6 @@
 """Training whose steps ask the host for nothing: batches, learning rate and log lie on the device.
 
-Legend: P steps, B sequences of a batch, T tokens per sequence, S evaluated sequences, L layers, N routed experts.
+Legend: P steps, B sequences of a batch, T tokens per sequence, S evaluated sequences, L layers, E routed experts.
 
 The same model, data and update as `moesim.routing.training.Trainer`, arranged so that one step is one CUDA graph: many
 small models then share a GPU without waiting for a host (`train_together`). On a CPU the same step simply runs.
@@ -33,11 +33,11 @@ LANE_STEPS = 20  # steps queued per model before the host waits, so that an inte
 
 
 class Evaluation(NamedTuple):
-    """Held-out loss (nats per byte, no drops) and selections per layer, sequence and expert [L, S, N] at `step`."""
+    """Held-out loss (nats per byte, no drops) and selections per layer, sequence and expert [L, S, E] at `step`."""
 
     step: int
     loss: float
-    counts_LSN: NDArray[np.int32]
+    counts_LSE: NDArray[np.int32]
 
 
 class StaticTrainer:
@@ -123,9 +123,9 @@ class StaticTrainer:
             for layer in self.model.moe_layers:
                 layer.experts.clip_gradients(request.thin.expert_grad_clip)
         self.optimizer.step()
-        counts_LN = torch.stack([sums.count_N for sums in sums_L])
-        update_biases(self.model, self.request, counts_LN)
-        imbalance = (counts_LN.amax(dim=1) / counts_LN.mean(dim=1)).mean()
+        counts_LE = torch.stack([sums.count_E for sums in sums_L])
+        update_biases(self.model, self.request, counts_LE)
+        imbalance = (counts_LE.amax(dim=1) / counts_LE.mean(dim=1)).mean()
         experts = [layer.experts for layer in self.model.moe_layers]
         kept = [each.kept_share if isinstance(each, StaticExperts) else torch.ones_like(imbalance) for each in experts]
         self.log_P3.index_copy_(
@@ -159,18 +159,18 @@ class StaticTrainer:
                 targets = chunk[:, 1:].flatten()
                 losses.append(functional.cross_entropy(logits_BTV.float().flatten(0, 1), targets, reduction="sum"))
                 ids = [each.expert_ids_TK.view(len(chunk), -1) for each in routings]
-                counts.append(torch.stack([self._count_SN(ids_SR) for ids_SR in ids]))
+                counts.append(torch.stack([self._count_SE(ids_SR) for ids_SR in ids]))
             loss = float(torch.stack(losses).double().sum()) / (len(bytes_ST) * length)
-            counts_LSN = torch.cat(counts, dim=1).cpu().numpy()
-        evaluation = Evaluation(self.done, loss, counts_LSN)
+            counts_LSE = torch.cat(counts, dim=1).cpu().numpy()
+        evaluation = Evaluation(self.done, loss, counts_LSE)
         self.evaluations.append(evaluation)
         return evaluation
 
-    def _count_SN(self, ids_SR: Tensor) -> Tensor:
+    def _count_SE(self, ids_SR: Tensor) -> Tensor:
         num_experts = self.request.router.num_experts
-        count_SN = torch.zeros(len(ids_SR), num_experts + 1, dtype=torch.int32, device=ids_SR.device)
+        count_SE = torch.zeros(len(ids_SR), num_experts + 1, dtype=torch.int32, device=ids_SR.device)
         ids_SR = torch.where(ids_SR < 0, num_experts, ids_SR)
-        return count_SN.scatter_add_(1, ids_SR, torch.ones_like(ids_SR, dtype=torch.int32))[:, :num_experts]
+        return count_SE.scatter_add_(1, ids_SR, torch.ones_like(ids_SR, dtype=torch.int32))[:, :num_experts]
 
     def curves(self) -> TrainingCurves:
         """All that was measured so far."""

@@ -1,6 +1,6 @@
 """Training the thin language model and recording its routing.
 
-Legend: B sequences, T tokens per sequence, K selections, N routed experts, S sequences of a micro-batch, L layers.
+Legend: B sequences, T tokens per sequence, K selections, E routed experts, S sequences of a micro-batch, L layers.
 
 Same request, same trace, to the bit, on one machine: every draw comes from a named stream of (seed, step, micro-batch),
 so nothing depends on what ran before; one CPU thread computes, because how sums are split over threads changes bits;
@@ -150,17 +150,17 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, num_steps=request.steps, peak=request.thin.learning_rate)
         self.optimizer.zero_grad(set_to_none=True)
-        loss, counts_LN = self._backward(step)
+        loss, counts_LE = self._backward(step)
         if not math.isfinite(loss):
             raise UserError(f"training diverged at step {step + 1} (loss {loss}); lower routing.thin.learning_rate")
         if request.thin.expert_grad_clip is not None:
             for layer in self.model.moe_layers:
                 layer.experts.clip_gradients(request.thin.expert_grad_clip)
         self.optimizer.step()
-        update_biases(self.model, self.request, counts_LN)
+        update_biases(self.model, self.request, counts_LE)
         self.step += 1
         self.train_loss.append(loss)
-        self.imbalance.append(float(np.mean([load_imbalance(count_N) for count_N in counts_LN])))
+        self.imbalance.append(float(np.mean([load_imbalance(count_E) for count_E in counts_LE])))
         self._validate()
         return StepReport(self.step, request.steps, loss, self.imbalance[-1])
 
@@ -172,13 +172,13 @@ class Trainer:
         request = self.request
         num, scope = request.thin.micro_batches, request.balance.scope
         held_back: list[tuple[Tensor, list[RoutingSums]]] = []
-        counts_LN: list[Tensor] = []
+        counts_LE: list[Tensor] = []
         loss = 0.0
         for micro in range(num):
             entropy, sums_L = self._forward(step, micro)
             loss += float(entropy.detach()) / num
-            counts = [sums.count_N for sums in sums_L]
-            counts_LN = counts if not counts_LN else [a + b for a, b in zip(counts_LN, counts, strict=True)]
+            counts = [sums.count_E for sums in sums_L]
+            counts_LE = counts if not counts_LE else [a + b for a, b in zip(counts_LE, counts, strict=True)]
             if scope == "global_batch":
                 held_back.append((entropy / num, sums_L))
             else:
@@ -186,7 +186,7 @@ class Trainer:
         if held_back:
             totals_L = [reduce(add, layer) for layer in zip(*(sums_L for _, sums_L in held_back), strict=True)]
             torch.autograd.backward(reduce(add, (entropy for entropy, _ in held_back)) + self._balance(totals_L))
-        return loss, counts_LN
+        return loss, counts_LE
 
     def _forward(self, step: int, micro: int) -> tuple[Tensor, list[RoutingSums]]:
         request = self.request
@@ -274,13 +274,13 @@ def learning_rate(step: int, *, num_steps: int, peak: float) -> float:
     return peak * (FINAL_LEARNING_RATE + (1 - FINAL_LEARNING_RATE) * 0.5 * (1 + math.cos(math.pi * passed)))
 
 
-def update_biases(model: LanguageModel, request: TrainingRequest, counts_LN: Iterable[Tensor]) -> None:
-    """Loss-free balancing after a step in which experts of each layer got `counts_LN` rows; nothing without it."""
+def update_biases(model: LanguageModel, request: TrainingRequest, counts_LE: Iterable[Tensor]) -> None:
+    """Loss-free balancing after a step in which experts of each layer got `counts_LE` rows; nothing without it."""
     if request.balance.loss_free is None:
         return
-    for layer, count_N in zip(model.moe_layers, counts_LN, strict=True):
+    for layer, count_E in zip(model.moe_layers, counts_LE, strict=True):
         assert isinstance(layer.router, LearnedRouter)
-        loss_free_update(layer.router.bias_N, count_N, gamma=request.balance.loss_free.gamma)
+        loss_free_update(layer.router.bias_E, count_E, gamma=request.balance.loss_free.gamma)
 
 
 def device_of(request: TrainingRequest) -> torch.device:

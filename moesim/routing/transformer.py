@@ -1,6 +1,6 @@
 """The thin byte-level language model: small in width, depth and vocabulary, its expert layout the real model's.
 
-Legend: B sequences, T tokens per sequence, H hidden size, K selections per token, N routed experts, V vocabulary;
+Legend: B sequences, T tokens per sequence, H hidden size, K selections per token, E routed experts, V vocabulary;
 S sequences of the micro-batch (= B).
 """
 

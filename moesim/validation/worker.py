@@ -176,7 +176,7 @@ class Runner:
             self.trainer.force_routing(ids_L)
             with torch.no_grad():
                 self.trainer.forward(tokens_BS, targets_BS)
-            counts: list[Tensor | None] = [layer.last_count_N for layer in self.trainer.model.moe_layers]
+            counts: list[Tensor | None] = [layer.last_count_E for layer in self.trainer.model.moe_layers]
             counted.append([count.tolist() for count in counts if count is not None])
         return counted
 

@@ -20,8 +20,8 @@ T = SEQUENCES * LENGTH
 def skewed_rows(seed: int) -> tuple[Tensor, Tensor]:
     """Ids [T, K] that favour low experts, one in ten of them -1, and affinities with some ties."""
     generator = torch.Generator().manual_seed(seed)
-    weights_TN = torch.linspace(3, 0, 16).exp().expand(T, 16)
-    ids_TK = torch.multinomial(weights_TN, 4, generator=generator)
+    weights_TE = torch.linspace(3, 0, 16).exp().expand(T, 16)
+    ids_TK = torch.multinomial(weights_TE, 4, generator=generator)
     affinities_TK = torch.randint(0, 40, ids_TK.shape, generator=generator) / 40
     none_TK = torch.rand(ids_TK.shape, generator=generator) < 0.1
     return ids_TK.masked_fill(none_TK, -1), affinities_TK

@@ -79,7 +79,7 @@ def test_two_ranks_train_as_one(two_ranks: list[list[Any]], forced: bool) -> Non
             mine = gradient.chunk(2)[rank] if ".experts." in name else gradient
             other = others.get(name, torch.zeros_like(mine))
             torch.testing.assert_close(other, mine, rtol=1e-4, atol=1e-6)
-    assert any(name.endswith("experts.w2_NIH") for name in gradients)
+    assert any(name.endswith("experts.w2_EIH") for name in gradients)
 
 
 def test_micro_batches_add_up_to_one_batch() -> None:
@@ -103,10 +103,10 @@ def test_the_layer_is_the_sum_over_selected_experts() -> None:
     expected_TH = torch.zeros(6, 16)
     for token in range(6):
         for expert, gate in zip(routing.expert_ids_TK[token].tolist(), routing.gates_TK[token], strict=True):
-            first, second = (hidden_TH[token] @ layer.experts.w13_NHF[expert]).chunk(2)
-            expected_TH[token] += gate * ((functional.silu(first) * second) @ layer.experts.w2_NIH[expert])
+            first, second = (hidden_TH[token] @ layer.experts.w13_EHF[expert]).chunk(2)
+            expected_TH[token] += gate * ((functional.silu(first) * second) @ layer.experts.w2_EIH[expert])
     torch.testing.assert_close(layer(hidden_TH), expected_TH, rtol=1e-4, atol=1e-6)
-    assert layer.last_count_N is not None and int(layer.last_count_N.sum()) == 12
+    assert layer.last_count_E is not None and int(layer.last_count_E.sum()) == 12
 
 
 def test_forced_ids_take_the_place_of_the_selection() -> None:

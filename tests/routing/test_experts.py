@@ -17,8 +17,8 @@ def expert_inputs(seed: int) -> tuple[RoutedExperts, Tensor, Tensor, Tensor, Ten
     experts = RoutedExperts(hidden=H, num_experts=N, width=WIDTH)
     experts.reset_parameters(generator)
     hidden_TH = torch.randn(T, H, generator=generator).requires_grad_()
-    weights_TN = torch.linspace(2, -2, N).exp().masked_fill(torch.arange(N) == 2, 1e-12).expand(T, N)
-    ids_TK = torch.multinomial(weights_TN, K, generator=generator)  # expert 2 gets nothing
+    weights_TE = torch.linspace(2, -2, N).exp().masked_fill(torch.arange(N) == 2, 1e-12).expand(T, N)
+    ids_TK = torch.multinomial(weights_TE, K, generator=generator)  # expert 2 gets nothing
     ids_TK[5:9, 1] = -1
     gates_TK = torch.rand(T, K, generator=generator).requires_grad_()
     keep_TK = torch.rand(T, K, generator=generator) < 0.8
@@ -34,10 +34,10 @@ def plain(experts: RoutedExperts, hidden_TH: Tensor, ids_TK: Tensor, gates_TK: T
             expert = int(ids_TK[token, k])
             if expert < 0 or not keep_TK[token, k]:
                 continue
-            w1, w3 = experts.w13_NHF[expert].double().chunk(2, dim=1)
+            w1, w3 = experts.w13_EHF[expert].double().chunk(2, dim=1)
             x = hidden_TH[token].double()
             inner = functional.silu(x @ w1) * (x @ w3)
-            total = total + gates_TK[token, k].double() * (inner @ experts.w2_NIH[expert].double())
+            total = total + gates_TK[token, k].double() * (inner @ experts.w2_EIH[expert].double())
         rows.append(total)
     return torch.stack(rows)
 
@@ -45,7 +45,7 @@ def plain(experts: RoutedExperts, hidden_TH: Tensor, ids_TK: Tensor, gates_TK: T
 @pytest.mark.parametrize("seed", [0, 1])
 def test_values_and_gradients_equal_the_loop(seed: int) -> None:
     experts, hidden_TH, ids_TK, gates_TK, keep_TK = expert_inputs(seed)
-    leaves = [hidden_TH, gates_TK, experts.w13_NHF, experts.w2_NIH]
+    leaves = [hidden_TH, gates_TK, experts.w13_EHF, experts.w2_EIH]
     weight_TH = torch.randn(T, H, generator=torch.Generator().manual_seed(9))
     output_TH = experts(hidden_TH, ids_TK, gates_TK, keep_TK)
     gradients = torch.autograd.grad((output_TH * weight_TH).sum(), leaves)
@@ -60,10 +60,10 @@ def test_values_and_gradients_equal_the_loop(seed: int) -> None:
 @settings(max_examples=20, deadline=None)
 def test_permutation_holds_each_kept_row_once_in_expert_then_token_order(seed: int) -> None:
     _, _, ids_TK, _, keep_TK = expert_inputs(seed)
-    rows_R, count_N = permutation(ids_TK, keep_TK, num_experts=N)
+    rows_R, count_E = permutation(ids_TK, keep_TK, num_experts=N)
     wanted = [r for e in range(N) for r in range(T * K) if ids_TK.flatten()[r] == e and keep_TK.flatten()[r]]
     assert rows_R.tolist() == wanted
-    assert int(count_N.sum()) == len(wanted) and int(count_N[2]) == 0
+    assert int(count_E.sum()) == len(wanted) and int(count_E[2]) == 0
 
 
 def test_dropped_rows_are_neither_computed_nor_added(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,14 +79,14 @@ def test_dropped_rows_are_neither_computed_nor_added(monkeypatch: pytest.MonkeyP
 def test_gradient_clipping_limits_each_expert_alone() -> None:
     experts, hidden_TH, ids_TK, gates_TK, keep_TK = expert_inputs(4)
     experts(hidden_TH, ids_TK, gates_TK, keep_TK).square().sum().backward()
-    assert experts.w13_NHF.grad is not None and experts.w2_NIH.grad is not None
+    assert experts.w13_EHF.grad is not None and experts.w2_EIH.grad is not None
 
-    def norms_N() -> Tensor:
-        return torch.cat([experts.w13_NHF.grad.flatten(1), experts.w2_NIH.grad.flatten(1)], dim=1).norm(dim=1)
+    def norms_E() -> Tensor:
+        return torch.cat([experts.w13_EHF.grad.flatten(1), experts.w2_EIH.grad.flatten(1)], dim=1).norm(dim=1)
 
-    before_N, limit = norms_N(), float(norms_N().median())
+    before_E, limit = norms_E(), float(norms_E().median())
     experts.clip_gradients(limit)
-    torch.testing.assert_close(norms_N(), before_N.clamp_max(limit), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(norms_E(), before_E.clamp_max(limit), rtol=1e-5, atol=1e-6)
 
 
 def test_shared_experts_are_the_sum_of_their_parts() -> None:

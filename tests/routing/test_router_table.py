@@ -60,9 +60,9 @@ def recorded(shape: RouterShape) -> tuple[torch.nn.Module, torch.Tensor, Routing
     """A fresh router with a bias where it has one, hidden states, and how it routes them."""
     generator = torch.Generator().manual_seed(1)
     drawn = [1.0 + expert for expert in range(16)] if ROUTERS[shape.kind].drawn else None
-    router = build_router(shape, hidden=8, generator=generator, popularity_N=drawn)
+    router = build_router(shape, hidden=8, generator=generator, popularity_E=drawn)
     if ROUTERS[shape.kind].biased:
-        router.bias_N.normal_(std=0.3, generator=generator)
+        router.bias_E.normal_(std=0.3, generator=generator)
     hidden_TH = 2 * torch.randn(TOKENS, 8, generator=generator)
     return router, hidden_TH, router(hidden_TH, RouterInputs(torch.arange(TOKENS), generator))
 
@@ -91,14 +91,14 @@ def test_recorder_expert_parallel_path_and_codec_give_the_same_gates(kind: str) 
 @pytest.mark.parametrize("kind", SHARDED)
 def test_probabilities_sum_to_one_where_the_facts_say_so(kind: str) -> None:
     _, _, routing = recorded(shape_of(ROUTERS[kind], groups=True))
-    sums_T = routing.probabilities_TN.detach().sum(dim=1)
+    sums_T = routing.probabilities_TE.detach().sum(dim=1)
     assert bool(((sums_T - 1).abs() < 1e-5).all()) == ROUTERS[kind].sums_to_one
 
 
 @pytest.mark.parametrize("kind", ROUTED)
 def test_probabilities_are_there_for_what_has_affinities(kind: str) -> None:
     _, _, routing = recorded(shape_of(ROUTERS[kind]))
-    assert (routing.probabilities_TN is None) == (ROUTERS[kind].affinity == "none")
+    assert (routing.probabilities_TE is None) == (ROUTERS[kind].affinity == "none")
 
 
 def test_every_router_that_a_scenario_can_name_has_facts() -> None:

@@ -48,9 +48,9 @@ def test_same_training_as_the_plain_trainer(kind: str, corpus: Path) -> None:
     np.testing.assert_allclose(curves.imbalance, plain.curves.imbalance, rtol=1e-5)
     assert evaluation.loss == pytest.approx(plain.provenance["recorded_loss"], rel=1e-5)
     recorded = plain.final.expert_ids_LSTK
-    for layer, counts_SN in enumerate(evaluation.counts_LSN):
-        for sequence, count_N in enumerate(counts_SN):
-            np.testing.assert_array_equal(count_N, np.bincount(recorded[layer, sequence].ravel(), minlength=16))
+    for layer, counts_SE in enumerate(evaluation.counts_LSE):
+        for sequence, count_E in enumerate(counts_SE):
+            np.testing.assert_array_equal(count_E, np.bincount(recorded[layer, sequence].ravel(), minlength=16))
     assert sum(steps) == request.steps == evaluation.step
     dropped_P = trainer.dropped_share_P()
     assert (dropped_P > 0).any() == (kind != "deepseek_v3"), "those with a capacity drop rows of untrained routers"
@@ -108,7 +108,7 @@ def test_same_output_and_gradients_as_routed_experts(missing: float) -> None:
 
 def test_permutation_is_by_expert_and_stable() -> None:
     ids_TK = torch.tensor([[2, 0], [1, 2], [0, 255]])
-    order_R, place_TK, offsets_N = static_permutation(ids_TK, num_experts=256)
+    order_R, place_TK, offsets_E = static_permutation(ids_TK, num_experts=256)
     assert order_R.tolist() == [1, 4, 2, 0, 3, 5]
     assert order_R[place_TK.flatten()].tolist() == list(range(6))
-    assert offsets_N[:4].tolist() == [2, 3, 5, 5] and offsets_N[-2:].tolist() == [5, 6]
+    assert offsets_E[:4].tolist() == [2, 3, 5, 5] and offsets_E[-2:].tolist() == [5, 6]

@@ -186,8 +186,8 @@ def test_micro_batches_with_global_scope_equal_one_large_batch(corpus: Path) -> 
         size = len(windows) // micro_batches
         parts = [(windows[i * size : (i + 1) * size], protected) for i in range(micro_batches)]
         trainer._batch = lambda step, micro, parts=parts: parts[micro]  # type: ignore[method-assign]
-        loss, counts_LN = trainer._backward(0)
-        gradients.append((loss, counts_LN, [p.grad for p in trainer.model.parameters() if p.grad is not None]))
+        loss, counts_LE = trainer._backward(0)
+        gradients.append((loss, counts_LE, [p.grad for p in trainer.model.parameters() if p.grad is not None]))
     (loss, counts, grads), (split_loss, split_counts, split_grads) = gradients
     assert split_loss == pytest.approx(loss, rel=1e-5)
     assert all((a == b).all() for a, b in zip(counts, split_counts, strict=True))
@@ -216,9 +216,9 @@ def test_hash_warm_up_routes_by_keys_alone(corpus: Path) -> None:
     trainer = trainer_of(small_request(corpus, thin={"hash_warmup_share": 0.5}, steps=4))
     trainer.step = 1
     trainer.advance()
-    assert all(layer.router.get_parameter("centroids_NH").grad is None for layer in trainer.model.moe_layers)
+    assert all(layer.router.get_parameter("centroids_EH").grad is None for layer in trainer.model.moe_layers)
     trainer.advance()
-    assert all(layer.router.get_parameter("centroids_NH").grad is not None for layer in trainer.model.moe_layers)
+    assert all(layer.router.get_parameter("centroids_EH").grad is not None for layer in trainer.model.moe_layers)
 
 
 def test_the_learning_rate_warms_up_and_decays() -> None:
@@ -279,7 +279,7 @@ def test_a_larger_expert_coefficient_balances_better() -> None:
                 recorded_sequences=64,
             )
         )
-        loads_LN = np.stack([np.bincount(layer.ravel(), minlength=16) for layer in trace.final.expert_ids_LSTK])
-        imbalance.append(float((loads_LN.max(1) / loads_LN.mean(1)).mean()))
+        loads_LE = np.stack([np.bincount(layer.ravel(), minlength=16) for layer in trace.final.expert_ids_LSTK])
+        imbalance.append(float((loads_LE.max(1) / loads_LE.mean(1)).mean()))
     assert imbalance[0] > imbalance[1] > imbalance[2]
     assert imbalance[2] < 1.5

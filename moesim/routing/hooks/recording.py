@@ -141,16 +141,16 @@ def _recorded(folder: Path, text: Path, *, reading: Reading, progress: Progress 
     config = model.config.get_text_config()
     read = load_text(text, folder, vocabulary=int(config.vocab_size), most=reading.tokens)
     length = _sequence_length(reading, config, len(read.ids), text)
-    ids_SN = read.ids[: len(read.ids) // length * length].reshape(-1, length)
+    ids_ST = read.ids[: len(read.ids) // length * length].reshape(-1, length)
     handles = [watch.attach() for watch in watches]
     try:
-        _read(model, ids_SN, batch=reading.batch, device=device, folder=folder, progress=progress)
+        _read(model, ids_ST, batch=reading.batch, device=device, folder=folder, progress=progress)
     finally:
         for handle in handles:
             handle.remove()
     if not any(watch.ids for watch in watches):
         raise UserError(f"{folder}: {_without_routers(model)}")
-    return _trace(watches, folder, text, read=read, shape=tuple(ids_SN.shape))
+    return _trace(watches, folder, text, read=read, shape=tuple(ids_ST.shape))
 
 
 def _device(name: str) -> torch.device:
@@ -186,10 +186,10 @@ def _sequence_length(reading: Reading, config: Any, tokens: int, text: Path) -> 
 
 
 def _read(
-    model: Any, ids_SN: torch.Tensor, *, batch: int, device: torch.device, folder: Path, progress: Progress | None
+    model: Any, ids_ST: torch.Tensor, *, batch: int, device: torch.device, folder: Path, progress: Progress | None
 ) -> None:
-    for start in range(0, len(ids_SN), batch):
-        part = ids_SN[start : start + batch].to(device)
+    for start in range(0, len(ids_ST), batch):
+        part = ids_ST[start : start + batch].to(device)
         try:
             with torch.inference_mode():
                 model(input_ids=part, use_cache=False)
@@ -200,7 +200,7 @@ def _read(
                 "--sequence-length, or another --device"
             ) from error
         if progress is not None:
-            progress(min(start + batch, len(ids_SN)) * ids_SN.shape[1], ids_SN.numel())
+            progress(min(start + batch, len(ids_ST)) * ids_ST.shape[1], ids_ST.numel())
 
 
 def _trace(watches: list[_Watch], folder: Path, text: Path, *, read: Text, shape: tuple[int, ...]) -> RoutingTrace:
