@@ -27,6 +27,7 @@ _HOT_AND_COLD = [  # blue is cold, orange is hot, grey is the mean: distinct und
     (0.75, "#f28e2b"),
     (1.0, "#7f2704"),
 ]
+_LEAST_SPAN = 0.1  # of the mean traffic, on both sides of it: equal traffic has one colour
 _LOAD_TICKS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 
 
@@ -135,8 +136,12 @@ def traffic(bytes_RR: FloatArray) -> go.Figure:
     ranks = len(bytes_RR)
     figure = blank(height=460, x="to rank", y="from rank")
     shown_RR = np.where(np.eye(ranks, dtype=bool), np.nan, bytes_RR / 1e9)
+    sent = shown_RR[~np.isnan(shown_RR)]
+    mean = float(sent.mean()) if len(sent) else 0.0
     figure.add_heatmap(
         z=shown_RR.astype(np.float32),
+        zmin=min(float(sent.min(initial=mean)), (1 - _LEAST_SPAN) * mean),
+        zmax=max(float(sent.max(initial=mean)), (1 + _LEAST_SPAN) * mean),
         colorscale="Cividis",
         xgap=1 if ranks <= 64 else 0,
         ygap=1 if ranks <= 64 else 0,
@@ -239,8 +244,8 @@ def _with_perfect_line(figure: go.Figure) -> go.Figure:
 
 
 def layer_imbalance(imbalance_by_step: Mapping[int, FloatArray]) -> go.Figure:
-    """Busiest expert / mean on held-out text per layer of the trained model, a group of bars per recorded step."""
-    figure = blank(height=320, x="layer of the trained model", y="busiest expert / mean")
+    """Busiest expert / mean per layer of the trace, a group of bars per recorded step."""
+    figure = blank(height=320, x="layer of the trace", y="busiest expert / mean")
     last = max(imbalance_by_step)
     for step, value_L in imbalance_by_step.items():
         figure.add_bar(

@@ -144,7 +144,7 @@ def _experts(page: Page, record: RunRecord) -> None:
     page.text(
         "p",
         "Rows that each expert receives over the whole step, divided by the mean of its layer. "
-        "Colour follows the logarithm: blue is cold, orange is hot.",
+        "Colour follows the logarithm: blue is cold, orange is hot, grey is even.",
     )
     page.figure(figures.load_map(load_LE, first_layer=record.scenario.model.dense_layers), name="expert-load")
     page.open("div", css="tables")
@@ -162,7 +162,7 @@ def _traffic(page: Page, record: RunRecord) -> None:
     page.text(
         "p",
         "Dispatched bytes of one step inside expert group 0, forward and backward. "
-        "A rank's copies to itself are no traffic. The colours run from the least to the most, not from zero.",
+        "A rank's copies to itself are no traffic. The colours run from the least to the most, and at least 10 % to both sides of the mean.",
     )
     page.open("div", css="figures")
     page.figure(figures.traffic(bytes_RR), name="traffic")
@@ -229,7 +229,7 @@ def _training(page: Page, record: RunRecord) -> None:
     page.figure(
         figures.layer_imbalance(facts.trace_imbalance(trace)),
         name="imbalance-layers",
-        title="Imbalance of experts on held-out text",
+        title="Imbalance of experts" + (" on held-out text" if len(curves.steps) else ""),
     )
     page.facts("Router", [*facts.training(record.result), *facts.trace_facts(trace)])
     page.close("div")

@@ -144,7 +144,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
 _LINEAR = "(linear attention)"
 NOT_MODELLED: Mapping[str, str] = MappingProxyType(
     {
-        "nemotron_h": "Mamba-2 layers (hybrid_override_pattern)",
+        "nemotron_h": "Mamba-2 layers (hybrid_override_pattern) and experts of two matrices (relu2)",
         "jamba": "Mamba layers (attn_layer_period)",
         "granitemoehybrid": "Mamba-2 layers (layer_types)",
         "qwen3_next": f"gated DeltaNet layers {_LINEAR}",
