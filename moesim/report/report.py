@@ -162,7 +162,8 @@ def _traffic(page: Page, record: RunRecord) -> None:
     page.text(
         "p",
         "Dispatched bytes of one step inside expert group 0, forward and backward. "
-        "A rank's copies to itself are no traffic. The colours run from the least to the most, and at least 10 % to both sides of the mean.",
+        "A rank's copies to itself are no traffic. The colours run from the least to the most, at "
+        "least 10 % to both sides of the mean.",
     )
     page.open("div", css="figures")
     page.figure(figures.traffic(bytes_RR), name="traffic")
