@@ -45,7 +45,7 @@ def execute(args: argparse.Namespace) -> int:
         return _from_tables(args)
     from moesim.kernels.command import calibrate_command
 
-    return calibrate_command(
+    code = calibrate_command(
         device=args.device,
         out=args.out,
         report=args.report,
@@ -56,6 +56,31 @@ def execute(args: argparse.Namespace) -> int:
         extend=args.extend,
         quiet=args.quiet,
     )
+    if args.report:
+        _report_calls(args.profile or str(args.out or "h200"))
+    return code
+
+
+def _report_calls(name: str) -> None:
+    """NCCL's constants that a profile measured itself, with the errors on rows kept out of their fits."""
+    from rich.console import Console
+
+    from moesim.kernels import CalibratedModel, gpu_of_device, load_profile
+    from moesim.network.calibration_report import call_errors, call_table, seen_bandwidth
+    from moesim.network.library import kind_of
+    from moesim.scenario import gpu_spec
+
+    model = load_profile(name)
+    if not isinstance(model, CalibratedModel) or not model.collectives:
+        return
+    rows, devices = model.collectives, [str(session.get("device", "")) for session in model.profile.sessions]
+    gpu = next((known for device in devices if (known := gpu_of_device(device)) is not None), None)
+    bandwidth = seen_bandwidth(rows) if gpu is None else gpu_spec(gpu).nvlink_bandwidth
+    kind = None if gpu is None else kind_of(gpu, gpu_spec(gpu).scaled_from)
+    found = call_errors(rows, link_bandwidth=bandwidth, kind=kind)
+    console = Console()
+    console.print()
+    console.print(call_table(found, title=f"NCCL's calls as {model.name} measured them"))
 
 
 def _from_tables(args: argparse.Namespace) -> int:

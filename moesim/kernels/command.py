@@ -6,11 +6,12 @@ from pathlib import Path
 
 from moesim.errors import UserError
 from moesim.kernels.benchmarks.session import partial_folder
+from moesim.kernels.calibrated import CalibratedModel
 from moesim.kernels.error_table import STANDS_FOR, kind_misses
 from moesim.kernels.fitting import fit_profile
 from moesim.kernels.loading import load_profile, scaled_from
 from moesim.kernels.profile import load_profile_file, save_profile
-from moesim.kernels.report import error_table, held_out_rows, kind_table, leave_one_out_rows
+from moesim.kernels.report import beside_rows, beside_table, error_table, held_out_rows, kind_table, leave_one_out_rows
 from moesim.kernels.scaled import ScaledModel
 from moesim.kernels.tabulated import TabulatedModel
 
@@ -100,6 +101,9 @@ def _report(name: str, *, by_cell: bool) -> int:
     if kept_out := held_out_rows(own, by_cell=by_cell):
         console.print()
         console.print(error_table(kept_out, title=f"Errors of {own.name} on rows kept out of every fit", caption=None))
+    if isinstance(own, CalibratedModel) and (beside := beside_rows(own)):
+        console.print()
+        console.print(beside_table(beside, title=f"Kernels and transfers of {own.name} at once"))
     base = STANDS_FOR.get(name.lower())
     if base is not None:
         console.print()

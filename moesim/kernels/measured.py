@@ -5,15 +5,17 @@ from typing import Any
 
 import numpy as np
 
-from moesim.kernels.estimate import Beside, Contention, HostCosts
+from moesim.kernels.estimate import Beside, BesideSend, Contention, HostCosts
 from moesim.kernels.profile import Profile
 from moesim.kernels.roofline import CONTENTION, HOST, MEMORY_SHARE
 
 # Operations whose host time stands for "an eager kernel": one launch each, in the backward one or two.
 _LAUNCHES = ("elementwise", "mul", "silu", "cast", "linear", "rms_norm", "softmax", "index_select", "cat", "reduce")
 _BACKWARD = ("elementwise", "silu", "linear", "rms_norm", "softmax", "index_select", "index_add")
-_OVERLAP_BYTES = 32 << 20  # smaller transfers end before contention settles
-_DISPATCH = "all_to_all"
+OVERLAP_BYTES = 32 << 20  # smaller transfers end before contention settles
+DISPATCH, SEND = "all_to_all", "send_recv"
+_SHARES = tuple(float(share) for share in np.arange(1, 101) / 20)
+_MOSTS = tuple(float(most) for most in np.arange(1, 41) / 10)
 
 
 def host_costs_of(profile: Profile) -> HostCosts:
@@ -39,13 +41,14 @@ def contention_of(profile: Profile) -> Contention:
     From the rows with the library's own number of blocks, all-to-alls and other collectives apart; those marked
     `held_out` are for reports alone. A row without a kind is an all-to-all.
     """
-    rows = [row for row in profile.family("contention") if row["bytes"] >= _OVERLAP_BYTES and "max_ctas" not in row]
+    rows = [row for row in profile.family("contention") if row["bytes"] >= OVERLAP_BYTES and "max_ctas" not in row]
     rows = [row for row in rows if not row.get("held_out")]
-    found = _by_family([row for row in rows if row.get("kind", _DISPATCH) == _DISPATCH])
+    found = _by_family([row for row in rows if row.get("kind", DISPATCH) == DISPATCH])
     if not found:
         return CONTENTION
     middle = Beside(*(float(np.median([getattr(each, name) for each in found.values()])) for name in Beside._fields))
-    others = [row for row in rows if row.get("kind", _DISPATCH) != _DISPATCH]
+    others = [row for row in rows if row.get("kind", DISPATCH) not in (DISPATCH, SEND)]
+    sends = [row for row in profile.family("contention") if row.get("kind") == SEND and not row.get("held_out")]
     rates = [_sent_share(row["kind"], row["ranks"]) * row["bytes"] / row["transfer_alone"] for row in others]
     return Contention(
         by_family=found,
@@ -53,6 +56,7 @@ def contention_of(profile: Profile) -> Contention:
         source="measured",
         collectives=_by_family(others),
         collective_rate=float(np.median(rates)) if rates else 0.0,
+        sends={family: fit_send(found) for family, found in _families(_with_usual_alone(sends)).items()},
     )
 
 
@@ -61,9 +65,37 @@ def _sent_share(kind: str, ranks: int) -> float:
     return (2.0 if kind == "all_reduce" else 1.0) * (ranks - 1) / ranks
 
 
-def _by_family(rows: Sequence[dict[str, Any]]) -> dict[str, Beside]:
+def _families(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     families = sorted({row["compute"]["family"] for row in rows})
-    return {family: fit_beside([row for row in rows if row["compute"]["family"] == family]) for family in families}
+    return {family: [row for row in rows if row["compute"]["family"] == family] for family in families}
+
+
+def _by_family(rows: Sequence[dict[str, Any]]) -> dict[str, Beside]:
+    return {family: fit_beside(found) for family, found in _families(rows).items()}
+
+
+def _with_usual_alone(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same with what messages of each size took alone in the middle: which kernel came later is no matter then."""
+    alone: dict[tuple[Any, ...], list[float]] = {}
+    for row in rows:
+        alone.setdefault((row["bytes"], row.get("session")), []).append(row["transfer_alone"])
+    return [row | {"transfer_alone": float(np.median(alone[row["bytes"], row.get("session")]))} for row in rows]
+
+
+def fit_send(rows: Sequence[dict[str, Any]]) -> BesideSend:
+    """The facts of one family beside messages that meet its rows best: least absolute errors of logs over a grid."""
+    kernel_N, alone_N, beside_N = (
+        np.array([row[name] for row in rows]) for name in ("compute_alone", "transfer_alone", "transfer_beside")
+    )
+
+    def error(share: float, most: float) -> float:
+        predicted_N = alone_N + BesideSend(1.0, share, most).later(alone_N, kernel=kernel_N)
+        return float(np.abs(np.log(predicted_N / beside_N)).sum())
+
+    _, share, most = min((error(share, most), share, most) for share in _SHARES for most in _MOSTS)
+    large = [row for row in rows if row["bytes"] >= OVERLAP_BYTES] or rows
+    slower = float(np.median([row["compute_beside"] / row["compute_alone"] for row in large]))
+    return BesideSend(max(1.0, slower), share, most)
 
 
 def fit_beside(rows: Sequence[dict[str, Any]]) -> Beside:

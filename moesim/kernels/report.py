@@ -14,6 +14,7 @@ from moesim.kernels.calibrated import CalibratedModel
 from moesim.kernels.cells import cell_of
 from moesim.kernels.error_study import Misses
 from moesim.kernels.families import FloatArray
+from moesim.kernels.measured import DISPATCH, OVERLAP_BYTES, SEND
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -137,4 +138,49 @@ def error_table(rows: list[ErrorRow], *, title: str, caption: str | None = _CAPT
         target = f"{row.target[0]:.0%} / {row.target[1]:.0%}" if row.target else ""
         spread = "" if math.isnan(row.spread) else f"{row.spread:.1%}"  # tables have no visits
         table.add_row(row.name, str(row.count), known, unknown, spread, target)
+    return table
+
+
+_BESIDE_CAPTION = """error = |measured / predicted - 1| of transfers of 32 MiB and more and of the kernels beside them,
+rows that no factor was fitted to; alone: if nothing slowed the transfers"""
+
+
+def beside_rows(model: CalibratedModel) -> list[tuple[str, int, float, float, float]]:
+    """Kept-out rows of kernels beside transfers, by kind: count, median errors of transfers, of kernels, and of
+    transfers as if they were alone."""
+    kept = [row for row in model.profile.family("contention") if row.get("held_out") and row["bytes"] >= OVERLAP_BYTES]
+    found = []
+    for kind in sorted({str(row.get("kind", "all_to_all")) for row in kept}):
+        rows = [row for row in kept if row.get("kind", "all_to_all") == kind]
+        errors_N3 = np.array([_beside_errors(model, kind, row) for row in rows])
+        transfer, kernel, alone = np.median(errors_N3, axis=0).tolist()
+        found.append((kind, len(rows), transfer, kernel, alone))
+    return found
+
+
+def _beside_errors(model: CalibratedModel, kind: str, row: dict[str, Any]) -> tuple[float, float, float]:
+    family, alone = row["compute"]["family"], float(row["transfer_alone"])
+    if kind == SEND:
+        sends = model.contention.beside_send(family)
+        transfer, slower = alone + float(sends.later(alone, kernel=row["compute_alone"])), sends.compute
+    else:
+        facts = model.contention.of(family) if kind == DISPATCH else model.contention.beside_collective(family)
+        transfer = facts.wait + facts.transfer * alone
+        free = facts.wait / transfer
+        slower = 1.0 / ((1.0 - free) / facts.compute + free)
+    measured = float(row["transfer_beside"])
+    kernel = float(row["compute_beside"]) / (slower * float(row["compute_alone"]))
+    return abs(measured / transfer - 1.0), abs(kernel - 1.0), abs(measured / alone - 1.0)
+
+
+def beside_table(rows: list[tuple[str, int, float, float, float]], *, title: str) -> "Table":
+    """The same for the terminal."""
+    from rich.table import Table  # here: whoever predicts a kernel does without
+
+    table = Table(title=title, caption=_BESIDE_CAPTION)
+    table.add_column("transfers", no_wrap=True)
+    for header in ("kept out", "transfers", "kernels", "alone"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for kind, count, *errors in rows:
+        table.add_row(kind, str(count), *(f"{error:.1%}" for error in errors))
     return table

@@ -1,83 +1,129 @@
-"""Network constants from measured collectives, for plans no larger than what was measured.
+"""Constants of NCCL's calls from a profile's measured collectives, by call and number of ranks.
 
-Legend: n payload of one rank in bytes.
+Legend: n payload of one rank in bytes, N rows.
 
 A measured call of n bytes takes call + wire(n) / efficiency + transition * n / (n + transition_bytes) (see `Protocol`).
 The wire is what the links give at the default share of their bandwidth. The call is read off the smallest sizes, the
-transition fitted by least squares of the relative error over a grid of efficiencies and transition bytes.
+transition fitted by least squares of the relative error over a grid of efficiencies and transition bytes. Rows that say
+`held_out` are in no fit; rows with `max_ctas` tell what so many SMs move.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.network.parameters import NetworkParameters, Protocol
-from moesim.scenario.dispatch import DIRECT
+from moesim.network.library import NVLS_MIN_RANKS, busiest_port_bytes, reduces_in_switch
+from moesim.network.parameters import NetworkParameters, OwnCall, Protocol
+from moesim.strict_json import json_text, parse_json
 
 FloatArray = NDArray[np.float64]
+Row = Mapping[str, Any]
 SMALL_BYTES = 64 * 1024  # at and below, a call is latency alone
 MIN_ROWS = 4  # fewer sizes cannot tell a transition from bandwidth
 _TRANSITION_BYTES = np.geomspace(2.0**18, 2.0**30, 49)
 _EFFICIENCIES = np.arange(50, 111) / 100
+SM_CALL, _SM_BYTES = "all_to_all", 256 << 20  # whose rows tell what an SM moves, and from how many bytes on
 
 
 class Measured(NamedTuple):
-    """Which rows a protocol is fitted to: their kinds, and how often round the ring a rank's buffer goes."""
+    """Which rows a call is fitted to; `on_path`: links' latency comes on top of its constants."""
 
-    protocol: str
+    call: str
     kinds: tuple[str, ...]
-    rounds: int = 0  # 0: no ring, one hop
+    on_path: bool = False
 
 
 MEASURED = (
-    Measured(DIRECT.name, ("all_to_all", "all_to_all_uneven")),
-    Measured("ring", ("all_reduce",), rounds=2),
-    Measured("all_gather", ("all_gather",), rounds=1),
-    Measured("reduce_scatter", ("reduce_scatter",), rounds=1),
-    Measured("point_to_point", ("send_recv",)),
+    Measured("send_recv", ("send_recv",), on_path=True),  # first: what one direction reaches alone
+    Measured("all_to_all", ("all_to_all", "all_to_all_uneven"), on_path=True),
+    Measured("all_reduce", ("all_reduce",)),
+    Measured("all_gather", ("all_gather",)),
+    Measured("reduce_scatter", ("reduce_scatter",)),
 )
 
 
+def fitted_rows(rows: Sequence[Row]) -> list[Row]:
+    """Those that constants are fitted to."""
+    return [row for row in rows if not row.get("held_out")]
+
+
 def measured_parameters(
-    rows: Sequence[Mapping[str, Any]], *, link_bandwidth: float, source: str
+    rows: Sequence[Row], *, link_bandwidth: float, source: str, world: int | None = None, kind: str | None = None
 ) -> NetworkParameters | None:
-    """The default constants with those of the measured kinds of call in their place, each from its own rows.
+    """The default constants with those of the calls that `rows` measured before them, each from its own rows.
 
     `rows` are a profile's collectives (`kind`, `bytes` of one rank's buffer, `ranks`, `p50` seconds on the device, the
-    host's part not included); `link_bandwidth` is NVLink's per direction (bytes/s). None when there are none.
+    host's part not included); `link_bandwidth` is NVLink's per direction (bytes/s). A call among as many ranks as the
+    `world` has takes what was measured; in larger worlds torch's launch comes on top, as it does of tables. `kind`: of
+    GPU, which says whether its switch reduces (`moesim.network.library`). None when there are no rows.
     """
-    if not rows:
+    chosen = fitted_rows(rows)
+    if not chosen:
         return None
-    parameters = NetworkParameters()
-    found: dict[str, Any] = {}
-    bandwidth = link_bandwidth * parameters.nvlink_efficiency
-    for name, kinds, rounds in MEASURED:
-        chosen = [row for row in rows if row["kind"] in kinds and _payload(row) > 0]
+    counts = sorted({int(row["ranks"]) for row in chosen})
+    texts = tuple(json_text(row, sort_keys=True) for row in chosen)
+    reduces = reduces_in_switch(kind)
+    parameters = _fitted(texts, link_bandwidth=link_bandwidth, source=source, reduces=reduces)
+    whole_world = world is None or world in counts
+    return replace(parameters, launch_seconds=0.0) if parameters.own and whole_world else parameters
+
+
+@lru_cache(maxsize=16)
+def _fitted(texts: tuple[str, ...], *, link_bandwidth: float, source: str, reduces: bool) -> NetworkParameters:
+    """The constants of rows, given as texts so that a process fits those of a profile once."""
+    rows = [parse_json(text) for text in texts]
+    own = tuple(
+        call for ranks in sorted({int(row["ranks"]) for row in rows})
+        for call in _calls(
+            [row for row in rows if int(row["ranks"]) == ranks and "max_ctas" not in row],
+            ranks=ranks, link_bandwidth=link_bandwidth, source=source, reduces=reduces,
+        )
+    )  # fmt: skip
+    return replace(NetworkParameters(), own=own, **_of_sms(rows, link_bandwidth=link_bandwidth, source=source))
+
+
+def _calls(
+    rows: Sequence[Row], *, ranks: int, link_bandwidth: float, source: str, reduces: bool
+) -> Iterator[OwnCall]:  # fmt: skip
+    defaults = NetworkParameters()
+    port = link_bandwidth * defaults.nvlink_efficiency
+    one_way = 1.0
+    for call, kinds, on_path in MEASURED:
+        chosen = [row for row in rows if row["kind"] in kinds and payload_of(row) > 0]
+        in_switch = call == "all_reduce" and reduces and ranks >= NVLS_MIN_RANKS
+        if in_switch:  # a ring's rows do not tell what the switch does
+            chosen = [row for row in chosen if row.get("nvls") != 0]
         if len(chosen) < MIN_ROWS:
             continue
-        hops = rounds * (int(chosen[0]["ranks"]) - 1) if rounds else 1
-        latency = hops * 2 * parameters.nvlink_latency
-        payload_N = np.array([_payload(row) for row in chosen])
-        seconds_N = np.array([float(row["p50"]) for row in chosen]) - latency
-        wire_N = np.array([_wire_bytes(row, rounds) for row in chosen]) / bandwidth
-        found[name] = fit_protocol(payload_N, seconds_N, wire_N, source=source)
-    if DIRECT.name in found:
-        found["dispatch"] = ((DIRECT.name, found.pop(DIRECT.name)),)
-    if "ring" in found:
-        found["tree"] = found["ring"]  # the library chose; what it achieved holds for either
-    return replace(parameters, by_gpu=not found, **found)
+        payload_N = np.array([payload_of(row) for row in chosen])
+        seconds_N = np.array([float(row["p50"]) for row in chosen]) - (2 * defaults.nvlink_latency if on_path else 0.0)
+        if call == "all_to_all":
+            mean_N = np.array([directions(row).mean() for row in chosen])
+            wire_N, least_N = mean_N / port, payload_N / port / one_way
+            found = fit_protocol(payload_N, seconds_N, wire_N, source=source, least_N=least_N)
+            found = replace(found, one_way=max(one_way, found.efficiency))
+        elif call == "send_recv":
+            found = fit_protocol(payload_N, seconds_N, payload_N / port, source=source)
+            one_way = found.efficiency
+        else:
+            bytes_N = busiest_port_bytes(call, payload_N, ranks=ranks, reduces_in_switch=in_switch)
+            found = fit_protocol(payload_N, seconds_N, bytes_N / port, source=source)
+        yield OwnCall(call, 2 if call == "send_recv" else ranks, found)
 
 
-def fit_protocol(bytes_N: FloatArray, seconds_N: FloatArray, wire_N: FloatArray, *, source: str) -> Protocol:
-    """The call, efficiency and transition that explain `seconds_N`."""
+def fit_protocol(
+    bytes_N: FloatArray, seconds_N: FloatArray, wire_N: FloatArray, *, source: str, least_N: FloatArray | float = 0.0
+) -> Protocol:
+    """The call, efficiency and transition that explain `seconds_N`; `least_N`: seconds that any efficiency leaves."""
     small_N = bytes_N <= max(SMALL_BYTES, float(bytes_N.min()))
-    call = max(0.0, float((seconds_N - wire_N)[small_N].mean()))
+    call = max(0.0, float((seconds_N - np.maximum(wire_N, least_N))[small_N].mean()))
     best = (np.inf, 1.0, 0.0, 1.0)
     for efficiency in _EFFICIENCIES:
-        left_N = (seconds_N - wire_N / efficiency - call) / seconds_N
+        left_N = (seconds_N - np.maximum(wire_N / efficiency, least_N) - call) / seconds_N
         for size in _TRANSITION_BYTES:
             shape_N = bytes_N / (bytes_N + size) / seconds_N
             height = max(0.0, float(shape_N @ left_N / (shape_N @ shape_N)))
@@ -89,16 +135,50 @@ def fit_protocol(bytes_N: FloatArray, seconds_N: FloatArray, wire_N: FloatArray,
     )
 
 
-def _payload(row: Mapping[str, Any]) -> float:
+def fit_sms(sms_N: FloatArray, rate_N: FloatArray, *, link_bandwidth: float) -> tuple[float, float, float]:
+    """Bytes/s of one SM, the sharpness and the port's bytes/s that explain what so many SMs move (see
+    `moesim.scenario.dispatch.nvlink_share_of_sms`): least squares of logs over a grid."""
+    ports = np.linspace(0.4, 1.0, 121) * link_bandwidth
+    per_sms = np.geomspace(0.01, 0.2, 301) * link_bandwidth
+    best = (np.inf, 0.0, 0.0, 0.0)
+    for sharpness in np.arange(2.0, 6.25, 0.25):
+        own_AN = (per_sms[:, None] * sms_N) ** -sharpness
+        for port in ports:
+            predicted_AN = (own_AN + port**-sharpness) ** (-1 / sharpness)
+            error_A = np.square(np.log(predicted_AN / rate_N)).sum(axis=1)
+            at = int(error_A.argmin())
+            best = min(best, (float(error_A[at]), float(per_sms[at]), float(sharpness), float(port)))
+    return best[1:]
+
+
+def sm_rates(rows: Sequence[Row]) -> tuple[FloatArray, FloatArray]:
+    """SMs and bytes/s that a GPU sends, of all-to-alls held to `max_ctas` blocks; NCCL takes a power of two of them."""
+    chosen = [row for row in rows if "max_ctas" in row and row["kind"] == SM_CALL and row["bytes"] >= _SM_BYTES]
+    sms_N = 2.0 ** np.ceil(np.log2(np.array([row["max_ctas"] for row in chosen], dtype=float)))
+    return sms_N, np.array([payload_of(row) / float(row["p50"]) for row in chosen])
+
+
+def _of_sms(rows: Sequence[Row], *, link_bandwidth: float, source: str) -> dict[str, Any]:
+    sms_N, rate_N = sm_rates(rows)
+    if len(sms_N) < MIN_ROWS:
+        return {}
+    per_sm, sharpness, _ = fit_sms(sms_N, rate_N, link_bandwidth=link_bandwidth)
+    return {"bytes_per_sm": per_sm, "sm_sharpness": sharpness, "sm_source": source}
+
+
+def directions(row: Row) -> FloatArray:
+    """Bytes that the busiest rank of an exchange sends to others and receives from them."""
+    if "bytes_matrix" not in row:
+        return np.full(2, payload_of(row))
+    sent_RR = np.array(row["bytes_matrix"], dtype=np.float64)
+    np.fill_diagonal(sent_RR, 0.0)
+    ways_2R = np.stack([sent_RR.sum(axis=1), sent_RR.sum(axis=0)])
+    return np.asarray(ways_2R[:, ways_2R.max(axis=0).argmax()])
+
+
+def payload_of(row: Row) -> float:
     """Bytes that a call is about: what the busiest rank exchanges with others, else its whole buffer."""
     if row["kind"] == "all_to_all_uneven":
-        sent_RR = np.array(row["bytes_matrix"], dtype=np.float64)
-        np.fill_diagonal(sent_RR, 0.0)
-        return float(max(sent_RR.sum(axis=0).max(), sent_RR.sum(axis=1).max()))
+        return float(directions(row).max())
     share = 1.0 - 1.0 / float(row["ranks"]) if row["kind"] == "all_to_all" else 1.0
     return float(row["bytes"]) * share
-
-
-def _wire_bytes(row: Mapping[str, Any], rounds: int) -> float:
-    """Bytes through the busiest port: a ring sends each rank's buffer (n - 1) / n times in each of its rounds."""
-    return _payload(row) * (rounds * (1.0 - 1.0 / float(row["ranks"])) if rounds else 1.0)

@@ -18,7 +18,7 @@ from moesim.errors import UserError
 from moesim.network.contention import LinkUse, common_use
 from moesim.network.fabric import NONE, Fabric
 from moesim.network.flows import Ranks, as_ranks, checked_bytes
-from moesim.network.library import NVLS_MIN_RANKS, protocol_of, reduces_in_switch
+from moesim.network.library import NVLS_MIN_RANKS, measured_call, reduces_in_switch
 from moesim.network.parameters import Protocol
 
 Algorithm = Literal["auto", "ring", "tree", "nvls", "hierarchical"]
@@ -59,7 +59,7 @@ def all_reduce_seconds(
             raise UserError(f'all-reduce: algorithm "{algorithm}" is unknown; use auto, {", ".join(_ALL_REDUCE)}')
         return _ALL_REDUCE[algorithm](fabric, chosen, num_bytes)
     able = [name for name in _ALL_REDUCE if _able(name, fabric, chosen)]
-    if fabric.nccl_kind(chosen) is not None:  # what the library chose is in its table
+    if measured_call(fabric, "all_reduce", chosen) is not None:  # what the library chose is in its table
         able = ["nvls" if "nvls" in able else "ring"]
     return min((_ALL_REDUCE[name](fabric, chosen, num_bytes) for name in able), key=lambda estimate: estimate.seconds)
 
@@ -104,7 +104,8 @@ def send_recv_seconds(fabric: Fabric, source: int, target: int, num_bytes: float
         return CollectiveEstimate(0.0, "none", "nothing to do")
     pattern = _pattern(fabric, np.array([source]), np.array([target]), np.ones(1))
     wire = pattern.seconds_per_byte * num_bytes
-    return _estimate(fabric.parameters.point_to_point, "point_to_point", num_bytes, wire, 1, pattern.latency)
+    protocol = measured_call(fabric, "send_recv", np.array([source, target])) or fabric.parameters.point_to_point
+    return _estimate(protocol, "point_to_point", num_bytes, wire, 1, pattern.latency)
 
 
 def _estimate(
@@ -114,21 +115,13 @@ def _estimate(
     return CollectiveEstimate(seconds, name, protocol.source)
 
 
-def _measured(fabric: Fabric, ranks: NDArray[np.int64], call: str) -> Protocol | None:
-    """The constants of a call inside one NVLink domain, hops included, where there is a table for these GPUs."""
-    kind = fabric.nccl_kind(ranks)
-    if kind is None:
-        return None
-    return protocol_of(kind, call, len(ranks), launch_seconds=fabric.parameters.launch_seconds)
-
-
 def _half_ring(fabric: Fabric, ranks: NDArray[np.int64], num_bytes: float, call: HalfRing) -> CollectiveEstimate:
     n = len(ranks)
     if n == 1 or checked_bytes(num_bytes) == 0:
         return CollectiveEstimate(0.0, "none", "nothing to do")
     ring = _ring_pattern(fabric, ranks)
     wire = (n - 1) / n * num_bytes * ring.seconds_per_byte
-    measured = _measured(fabric, ranks, call)
+    measured = measured_call(fabric, call, ranks)
     if measured is not None:
         return _estimate(measured, "ring", num_bytes, wire, 0, 0.0)
     return _estimate(getattr(fabric.parameters, call), "ring", num_bytes, wire, n - 1, ring.latency)
@@ -138,7 +131,7 @@ def _ring(fabric: Fabric, ranks: NDArray[np.int64], num_bytes: float) -> Collect
     n = len(ranks)
     ring = _ring_pattern(fabric, ranks)
     wire = 2 * (n - 1) / n * num_bytes * ring.seconds_per_byte
-    measured = _measured(fabric, ranks, "all_reduce")
+    measured = measured_call(fabric, "all_reduce", ranks)
     if measured is not None and not _able("nvls", fabric, ranks):
         return _estimate(measured, "ring", num_bytes, wire, 0, 0.0)
     return _estimate(fabric.parameters.ring, "ring", num_bytes, wire, 2 * (n - 1), ring.latency)
@@ -160,7 +153,7 @@ def _nvls(fabric: Fabric, ranks: NDArray[np.int64], num_bytes: float) -> Collect
     n = len(ranks)
     ring = _ring_pattern(fabric, ranks)
     wire = (1 + 1 / n) * num_bytes * ring.seconds_per_byte
-    measured = _measured(fabric, ranks, "all_reduce")
+    measured = measured_call(fabric, "all_reduce", ranks)
     if measured is not None:
         return _estimate(measured, "nvls", num_bytes, wire, 0, 0.0)
     return _estimate(fabric.parameters.nvls, "nvls", num_bytes, wire, 2, ring.latency)

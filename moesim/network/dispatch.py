@@ -23,8 +23,8 @@ from moesim.errors import UserError
 from moesim.network.collectives import all_gather_seconds, reduce_scatter_seconds
 from moesim.network.fabric import Fabric
 from moesim.network.flows import Demand, Ranks, as_ranks, make_demand
-from moesim.network.library import protocol_of
-from moesim.network.parameters import Protocol
+from moesim.network.library import measured_call
+from moesim.network.parameters import NetworkParameters, Protocol
 from moesim.network.ports import Ports, loops
 from moesim.network.transfer import (
     FloatArray,
@@ -35,7 +35,7 @@ from moesim.network.transfer import (
     prepare_sharing,
     transfer_source,
 )
-from moesim.scenario.dispatch import DISPATCH, DispatchAlgorithm
+from moesim.scenario.dispatch import DISPATCH, SM_SOURCE, DispatchAlgorithm
 
 Algorithm = str  # a name of `moesim.scenario.dispatch.DISPATCH`
 Stages = Sequence[NDArray[np.floating] | NDArray[np.integer]]
@@ -152,10 +152,8 @@ def _prepare(
     if facts.gathers:
         return _prepare_gather(fabric, facts, copies_stages, chosen, token_bytes=token_bytes, combine=combine)
     protocol, reached = fabric.parameters.of_dispatch(facts), fabric.reached_by(facts, sms=sms)
-    nccl = fabric.nccl_kind(chosen) if facts.nvlink_share is None else None
-    if nccl is not None:
-        launch = fabric.parameters.launch_seconds
-        protocol = protocol_of(nccl, "all_to_all", len(chosen), launch_seconds=launch)
+    if facts.nvlink_share is None:  # NCCL's
+        protocol = measured_call(fabric, "all_to_all", chosen) or protocol
     domain_R = fabric.domain_of_rank_R[chosen]
     one_domain = bool((domain_R == domain_R[0]).all())
     if facts.needs_one_domain and not one_domain:
@@ -177,7 +175,7 @@ def _prepare(
     loads = [demands[0], *(demands[0] + second for second in demands[1:])]  # of one stage, of both
     parts = [
         prepare_sharing(
-            reached, part.slowed(protocol.efficiency), model=model, two_sided=facts.two_sided,
+            reached, part.slowed(protocol), model=model, two_sided=facts.two_sided,
             per_rank_starts=per_rank_starts, compiled=compiled,
         )
         for part in loads
@@ -190,7 +188,7 @@ def _prepare(
         overhead_R=_overhead(protocol, stages, message_bytes).reshape(np.shape(copies_stages[0])[:-1]),
         sm_share=sm_share,
         traffic=Traffic(fabric, demands, reached=reached),
-        source=f"{algorithm}: {protocol.source}{_on_sms(facts, sms)}; "
+        source=f"{algorithm}: {protocol.source}{_on_sms(facts, fabric.parameters, sms)}; "
         + transfer_source(
             fabric,
             model,
@@ -244,9 +242,13 @@ def _overhead(protocol: Protocol, stages: list[FloatArray], message_bytes: float
     return np.asarray(protocol.call_seconds + messages_SR * protocol.message_seconds + transition_SR)
 
 
-def _on_sms(facts: DispatchAlgorithm, sms: float | None) -> str:
+def _on_sms(facts: DispatchAlgorithm, parameters: NetworkParameters, sms: float | None) -> str:
     sms = facts.sms if sms is None else sms
-    return f", {sms:.0f} SMs at {facts.bytes_per_sm / 1e9:.1f} GB/s each (two H100)" if sms else ""
+    if not sms:
+        return ""
+    if facts.bytes_per_sm is not None:
+        return f", {sms:.0f} SMs at {facts.bytes_per_sm / 1e9:.1f} GB/s each ({SM_SOURCE})"
+    return f", {sms:.0f} SMs at {parameters.bytes_per_sm / 1e9:.1f} GB/s each ({parameters.sm_source})"
 
 
 def _check(facts: DispatchAlgorithm, num_stages: int, *, one_node: bool) -> None:

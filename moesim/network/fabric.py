@@ -81,10 +81,11 @@ class Fabric:
         """
         sms = algorithm.sms if sms is None else sms
         nvlink, nic = algorithm.nvlink_share, algorithm.nic_share
+        per_sm = self.parameters.bytes_per_sm if algorithm.bytes_per_sm is None else algorithm.bytes_per_sm
         key = (
             -1.0 if nvlink is None else nvlink,
             -1.0 if nic is None else nic,
-            (sms or 0.0) * algorithm.bytes_per_sm,
+            (sms or 0.0) * per_sm,
         )  # -1: NCCL
         if key == (-1.0, -1.0, 0.0):
             return self
@@ -95,7 +96,10 @@ class Fabric:
             if sms:
                 for link in np.flatnonzero(is_nvlink_X & ~self.stated_X):
                     share, nvlink = float(share_X[link]), float(self.bandwidth_X[link])
-                    share_X[link] = nvlink_share_of_sms(share, sms=sms, nvlink=nvlink, per_sm=algorithm.bytes_per_sm)
+                    sharpness = self.parameters.sm_sharpness
+                    share_X[link] = nvlink_share_of_sms(
+                        share, sms=sms, nvlink=nvlink, per_sm=per_sm, sharpness=sharpness
+                    )
             self._reached[key] = replace(self, efficiency_X=share_X, capacity_X=self.bandwidth_X * share_X)
         return self._reached[key]
 
@@ -104,12 +108,17 @@ class Fabric:
 
         They must be alike in one NVLink domain, with links whose share the scenario does not state.
         """
-        if not self.parameters.by_gpu or self.kind.listed or self._states_nvlink or len(ranks_R) < 2:
+        if not self.parameters.by_gpu or not self.are_alike(ranks_R):
             return None
+        return self.nccl[int(ranks_R[0])]
+
+    def are_alike(self, ranks_R: IntegerArray) -> bool:
+        """Whether these ranks are GPUs of one kind in one NVLink domain whose share the scenario does not state."""
+        if self.kind.listed or self._states_nvlink or len(ranks_R) < 2:
+            return False
         if (self.domain_of_rank_R[ranks_R] != self.domain_of_rank_R[ranks_R[0]]).any():
-            return None
-        kinds = {self.nccl[rank] for rank in ranks_R.tolist()}
-        return kinds.pop() if len(kinds) == 1 else None
+            return False
+        return len({self.nccl[rank] for rank in ranks_R.tolist()}) == 1
 
     @cached_property
     def _states_nvlink(self) -> bool:

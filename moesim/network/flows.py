@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from moesim.errors import UserError
 from moesim.network.fabric import NONE, Fabric
+from moesim.network.parameters import Protocol
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int32]
@@ -36,9 +37,27 @@ class Demand:
         assert self.avoid_nvlink == other.avoid_nvlink and (self.ranks_R == other.ranks_R).all()
         return dataclasses.replace(self, bytes_SRR=self.bytes_SRR + other.bytes_SRR)
 
-    def slowed(self, efficiency: float) -> "Demand":
-        """The demand of software that reaches `efficiency` of what the links achieve: more bytes' worth of time."""
-        return self if efficiency == 1.0 else dataclasses.replace(self, bytes_SRR=self.bytes_SRR / efficiency)
+    def slowed(self, protocol: Protocol) -> "Demand":
+        """The demand of software that reaches a share of what the links achieve: more bytes' worth of time.
+
+        Of an exchange (`Protocol.one_way`) each rank has a share of its own, by how much it sends and receives; a pair
+        has that of the end that takes longer.
+        """
+        if protocol.one_way is None:
+            efficiency = protocol.efficiency
+            return self if efficiency == 1.0 else dataclasses.replace(self, bytes_SRR=self.bytes_SRR / efficiency)
+        sent_SR, received_SR = self.bytes_SRR.sum(axis=2), self.bytes_SRR.sum(axis=1)
+        busier_SR = np.maximum(sent_SR, received_SR)
+        busy_SR = port_bytes(busier_SR, (sent_SR + received_SR) / 2, protocol)
+        slower_SR = np.divide(busy_SR, busier_SR, out=np.zeros_like(busy_SR), where=busier_SR > 0)
+        leads_SRR = busy_SR[:, :, None] >= busy_SR[:, None, :]
+        slower_SRR = np.where(leads_SRR, slower_SR[:, :, None], slower_SR[:, None, :])
+        return dataclasses.replace(self, bytes_SRR=self.bytes_SRR * slower_SRR)
+
+
+def port_bytes(busier_N: FloatArray, mean_N: FloatArray, protocol: Protocol) -> FloatArray:
+    """Bytes' worth of time of a rank's port in an exchange, by its busier direction and the mean of both."""
+    return np.asarray(np.maximum(busier_N / (protocol.one_way or 1.0), mean_N / protocol.efficiency))
 
 
 def as_ranks(fabric: Fabric, ranks: Ranks) -> NDArray[np.int64]:

@@ -7,9 +7,10 @@ Legend: n ranks.
 """
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,9 @@ from numpy.typing import NDArray
 from moesim.network.parameters import Protocol
 from moesim.scenario.catalogue import gpu_names
 from moesim.strict_json import parse_json
+
+if TYPE_CHECKING:
+    from moesim.network.fabric import Fabric
 
 # Kinds of GPU with tables, and whether their switches reduce (NVLS: NVSwitch of the third generation and later).
 KINDS = {"a100": False, "h100": True, "h200": True, "b200": True, "b300": True, "gb200": True, "gb300": True}
@@ -56,6 +60,21 @@ def ranks_measured(kind: str, call: str) -> Collection[int]:
     return [int(count) for count in _tables()["kinds"][kind]["calls"][call]]
 
 
+def measured_call(fabric: "Fabric", call: str, ranks_R: NDArray[np.integer]) -> Protocol | None:
+    """The constants of NCCL's call inside one NVLink domain: measured on these very GPUs, else of their kind's tables.
+
+    Its hops are in them, but for `all_to_all` and `send_recv`, whose paths come on top. None where nothing is.
+    """
+    launch = fabric.parameters.launch_seconds
+    own = next((each for each in fabric.parameters.own if (each.call, each.ranks) == (call, len(ranks_R))), None)
+    if own is not None and fabric.are_alike(ranks_R):
+        return replace(own.protocol, call_seconds=own.protocol.call_seconds + launch)
+    kind = fabric.nccl_kind(ranks_R)
+    if kind is None or call not in _tables()["kinds"][kind]["calls"]:
+        return None
+    return protocol_of(kind, call, len(ranks_R), launch_seconds=launch)
+
+
 @cache
 def protocol_of(kind: str, call: str, ranks: int, *, launch_seconds: float) -> Protocol:
     """The constants of a call among `ranks`, its hops in `call_seconds`; of the nearest number of ranks measured.
@@ -78,5 +97,6 @@ def protocol_of(kind: str, call: str, ranks: int, *, launch_seconds: float) -> P
         efficiency=efficiency,
         transition_seconds=transition,
         transition_bytes=size,
+        one_way=max(1.0, efficiency) if call == "all_to_all" else None,  # alone, a direction has the port's share
         source=f"NCCL {table['nccl']} on {nearest} {kind.upper()} ({_tables()['source']})",
     )

@@ -4,10 +4,11 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from moesim.errors import UserError
 from moesim.scenario.cluster import NIC_BANDWIDTH
-from moesim.scenario.dispatch import DISPATCH, DispatchAlgorithm
+from moesim.scenario.dispatch import BYTES_PER_SM, DISPATCH, SM_SHARPNESS, SM_SOURCE, DispatchAlgorithm
 from moesim.scenario.fabrics import INFINIBAND, Transport
 
 
@@ -18,6 +19,11 @@ class Protocol:
     seconds = call + messages * message + links(bytes) / efficiency + transition * n / (n + transition_bytes)
     where n is the payload in bytes. The last term is what a call loses between its small-message protocol (low latency,
     few channels) and its large-message protocol (full bandwidth). `efficiency` is relative to what the links achieve.
+
+    `one_way`: each direction of a rank's port is a link of its own, which a rank that only sends or only receives uses
+    at this efficiency, while `efficiency` is that of exchanges, where the same SMs copy both ways: a rank's port is
+    busy for max(busier direction / one_way, mean of both / efficiency). None: no exchange, or one that nothing but the
+    port holds up.
     """
 
     call_seconds: float = 0.0
@@ -25,12 +31,22 @@ class Protocol:
     efficiency: float = 1.0
     transition_seconds: float = 0.0
     transition_bytes: float = 1.0
+    one_way: float | None = None
     source: str
 
     def overhead_seconds(self, payload_bytes: float, *, messages: float = 0.0) -> float:
         """Everything but the time on the links."""
         transition = self.transition_seconds * payload_bytes / (payload_bytes + self.transition_bytes)
         return self.call_seconds + messages * self.message_seconds + transition
+
+
+class OwnCall(NamedTuple):
+    """A call inside one NVLink domain as measured on the GPUs at hand: its hops are in `protocol`, but for exchanges
+    and messages, whose paths on the links come on top."""
+
+    call: str
+    ranks: int
+    protocol: Protocol
 
 
 _ALL_REDUCE = "NCCL 2.27.7 on 8 H200 (stas00/ml-engineering network/benchmarks)"
@@ -44,10 +60,15 @@ class NetworkParameters:
     two of `nic_latency`, and over the spine two of `leaf_latency` more. Efficiencies are the share of the nominal
     bandwidth that NCCL reaches in long transfers; dispatch algorithms may have shares of their own. `by_gpu`: inside
     one NVLink domain NCCL's calls take what was measured for the kind of GPU (`moesim.network.library`) and, on top,
-    what torch needs to launch one.
+    what torch needs to launch one. `own`: calls measured on the GPUs at hand, which go before those tables for as many
+    ranks; `bytes_per_sm`, `sm_sharpness`: what NCCL's SMs move over NVLink (`moesim.scenario.dispatch`).
     """
 
     by_gpu: bool = True
+    own: tuple[OwnCall, ...] = ()
+    bytes_per_sm: float = BYTES_PER_SM
+    sm_sharpness: float = SM_SHARPNESS
+    sm_source: str = SM_SOURCE
     launch_seconds: float = 19e-6
     launch_source: str = f"{_ALL_REDUCE}, torch launch included, less nccl-tests on the same GPUs: 16 to 25 us"
 

@@ -4,8 +4,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.kernels import KernelModel, MixedKernels, kernel_model
+from moesim.kernels.tabulated import TabulatedModel
 from moesim.network import Fabric, build_fabric
 from moesim.network.calibration import measured_parameters
+from moesim.network.library import kind_of
 from moesim.network.transfer import Model
 from moesim.scenario import Scenario
 from moesim.scenario.check_size import MOST_PAIRS
@@ -25,14 +27,20 @@ def scenario_kernels(scenario: Scenario) -> KernelModel:
 
 
 def scenario_fabric(scenario: Scenario, kernels: KernelModel) -> Fabric:
-    """The cluster's links, with the collectives that were measured on as many ranks where the profile has them.
+    """The cluster's links, with the collectives that the profile measured for as many ranks of one NVLink domain.
 
-    Larger worlds than any that was measured keep the constants calibrated on published rows, as do mixed GPUs.
+    Calls among more ranks keep the constants of tables and published rows, as do mixed GPUs.
     """
-    rows = [row for row in getattr(kernels, "collectives", ()) if row["ranks"] == scenario.parallelism.world_size]
-    specs = specs_of_ranks(scenario.cluster, scenario.parallelism)
-    bandwidth = specs[0].nvlink_bandwidth
-    parameters = measured_parameters(rows, link_bandwidth=bandwidth, source=f"measured, profile {kernels.name}")
+    spec = specs_of_ranks(scenario.cluster, scenario.parallelism)[0]
+    kind = kind_of(spec.name, spec.scaled_from)
+    tabulated = kind is not None and isinstance(kernels, TabulatedModel)  # whose collectives the library's tables have
+    parameters = measured_parameters(
+        () if tabulated else getattr(kernels, "collectives", ()),
+        link_bandwidth=spec.nvlink_bandwidth,
+        source=f"measured, profile {kernels.name}",
+        world=scenario.parallelism.world_size,
+        kind=kind,
+    )
     return build_fabric(ranked_cluster(scenario.cluster, scenario.parallelism), parameters=parameters)
 
 

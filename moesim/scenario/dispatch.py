@@ -13,12 +13,15 @@ _DEEPEP = "DeepEP README (H800, 400 Gb/s NICs), normal kernels, EP8 and EP32"
 # 512 MiB between two H100 by the number of NCCL's blocks (tests/data/fabric_h100.json.gz; held out: 2.0 %).
 BYTES_PER_SM = 14.4e9
 SM_SHARPNESS = 3.5
+SM_SOURCE = "two H100"
 
 
-def nvlink_share_of_sms(share: float, *, sms: float, nvlink: float, per_sm: float = BYTES_PER_SM) -> float:
+def nvlink_share_of_sms(
+    share: float, *, sms: float, nvlink: float, per_sm: float = BYTES_PER_SM, sharpness: float = SM_SHARPNESS
+) -> float:
     """The share of `nvlink` (bytes/s) that kernels on `sms` SMs reach, each of them `per_sm`; many reach `share`."""
     port, own = share * nvlink, sms * per_sm
-    return float((port**-SM_SHARPNESS + own**-SM_SHARPNESS) ** (-1 / SM_SHARPNESS) / nvlink)
+    return float((port**-sharpness + own**-sharpness) ** (-1 / sharpness) / nvlink)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,12 +33,13 @@ class DispatchAlgorithm:
     as an all-gather, and sums the outputs by a reduce-scatter. two_sided: a message waits until its receiver has come,
     too. owns_sms: its kernels hold SMs of their own, so that compute beside them does not make it longer. sms: how many
     its kernels take where the scenario says nothing; None: so many that they limit nothing. bytes_per_sm: what one of
-    them moves over NVLink in each second. megatron: its words for Megatron-LM, the dispatcher's type and the flex
-    dispatcher's backend. avoids_nvlink: NICs carry the messages inside a node. needs_one_domain: a group's ranks must
-    share an NVLink domain. passes_own_rows: inside one node, rows that stay on their rank pass through its ports like
-    others. header_bytes: of every dispatched message. nvlink_share, nic_share: of the nominal bandwidth in long
-    transfers; None: what NCCL reaches (`NetworkParameters`). call_seconds, message_seconds: of the software, per
-    transfer and per message, the least that a transfer takes.
+    them moves over NVLink in each second; None: as NCCL's (`NetworkParameters`). megatron: its words for
+    Megatron-LM, the dispatcher's type and the flex dispatcher's backend. avoids_nvlink: NICs carry the messages
+    inside a node. needs_one_domain: a group's ranks must share an NVLink domain. passes_own_rows: inside one node,
+    rows that stay on their rank pass through its ports like others. header_bytes: of every dispatched message.
+    nvlink_share, nic_share: of the nominal bandwidth in long transfers; None: what NCCL reaches
+    (`NetworkParameters`). call_seconds, message_seconds: of the software, per transfer and per message, the least
+    that a transfer takes.
     """
 
     name: str
@@ -45,7 +49,7 @@ class DispatchAlgorithm:
     two_sided: bool = True
     owns_sms: bool = False
     sms: float | None = None
-    bytes_per_sm: float = BYTES_PER_SM
+    bytes_per_sm: float | None = None
     megatron: tuple[str, str | None] | None = None
     avoids_nvlink: bool = False
     needs_one_domain: bool = False

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from moesim.kernels import Beside, load_profile
-from moesim.kernels.measured import contention_of, fit_beside
+from moesim.kernels.estimate import BesideSend
+from moesim.kernels.measured import contention_of, fit_beside, fit_send
 from moesim.kernels.profile import SHIPPED, Profile, load_profile_file
 from moesim.strict_json import parse_json, unpacked
 
@@ -83,11 +84,14 @@ def test_rows_in_no_fit_are_met() -> None:
     others = parse_json(unpacked(OTHERS.read_bytes()))["rows"]
     mine = load_profile_file(SHIPPED / "h100.json.gz").family("contention")
     held_out = [row for row in mine if row.get("held_out")]
-    collectives = [row for row in held_out if row["kind"] != "all_to_all"]
-    last = max(row["session"] for row in mine)
+    collectives = [row for row in held_out if row["kind"] not in ("all_to_all", "send_recv")]
+    last = max(row["session"] for row in collectives)
+    fourth = [row for row in others if row["session"] == "an H100, a fourth day"]
     sets: dict[str, tuple[Facts, list[Row]]] = {
         "another day": (h100.of, [row for row in others if row["session"] == "an H100, another day"]),
         "a third day": (h100.of, [row for row in held_out if row["kind"] == "all_to_all"]),
+        "a fourth day": (h100.of, [r for r in fourth if r["kind"] == "all_to_all"]),
+        "collectives, a fourth day": (h100.beside_collective, [r for r in fourth if r["kind"] != "all_to_all"]),
         "an H200": (h100.of, load_profile_file(SHIPPED / "h200.json.gz").family("contention")),
         "collectives, the other half": (h100.beside_collective, [r for r in collectives if r["session"] == last]),
         "collectives, another day": (h100.beside_collective, [r for r in collectives if r["session"] < last]),
@@ -102,6 +106,42 @@ def test_rows_in_no_fit_are_met() -> None:
     dispatch, own = (errors(facts, large(collectives)) for facts in (h100.of, h100.beside_collective))
     for of_dispatch, of_own in zip(dispatch[:2], own[:2], strict=True):
         assert np.median(of_own) < 0.7 * np.median(of_dispatch), "collectives have facts of their own"
+
+
+SENDS = Path(__file__).parents[1] / "data" / "fabric_h100.json.gz"
+
+
+def test_messages_beside_kernels_are_later_by_a_share_of_the_kernel() -> None:
+    """Facts of their own, fitted to half of the profile's rows: the other half, and GEMMs of another day."""
+    facts = load_profile("h100").contention
+    mine = load_profile_file(SHIPPED / "h100.json.gz").family("contention")
+    other_day = [row for row in parse_json(unpacked(SENDS.read_bytes()))["beside"] if row["max_ctas"] == 0]
+    print()
+    for name, rows in (("held out", [row for row in mine if row.get("held_out")]), ("another day", other_day)):
+        rows = large([row for row in rows if row["kind"] == "send_recv"])
+        own, as_dispatch = [], []
+        for row in rows:
+            family, alone = row["compute"]["family"], row["transfer_alone"]
+            later = float(facts.beside_send(family).later(alone, kernel=row["compute_alone"]))
+            own.append(abs(math.log((alone + later) / row["transfer_beside"])))
+            of = facts.of(family)
+            as_dispatch.append(abs(math.log((of.wait + of.transfer * alone) / row["transfer_beside"])))
+        print(f"messages, {name:12} {len(rows):3} rows: {np.median(own):.1%}, worst {max(own):.0%}", end=", ")
+        print(f"by the facts of all-to-alls {np.median(as_dispatch):.0%}")
+        assert np.median(own) < 0.10 and np.median(own) < 0.5 * np.median(as_dispatch)
+
+
+@pytest.mark.parametrize("truth", [BesideSend(1.3, 0.5, 2.0), BesideSend(1.0, 1.0, 3.0)])
+def test_facts_of_messages_are_found_again(truth: BesideSend) -> None:
+    rows = []
+    for alone in (1e-4, 1e-3, 4e-3):
+        for kernel in (1e-4, 5e-4, 3e-3):
+            beside = alone + float(truth.later(alone, kernel=kernel))
+            assert alone < beside < alone + min(truth.share * kernel, truth.most * alone)
+            rows.append({"compute_alone": kernel, "transfer_alone": alone, "transfer_beside": beside, "bytes": 1 << 26})
+    assert fit_send([row | {"compute_beside": truth.compute * row["compute_alone"]} for row in rows]) == pytest.approx(
+        truth, rel=1e-6
+    )
 
 
 def test_a_gpu_of_the_same_chip_has_its_collectives() -> None:

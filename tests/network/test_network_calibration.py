@@ -1,5 +1,6 @@
 """Network constants from measured collectives: made-up measurements are found again."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from moesim.network import (
     reduce_scatter_seconds,
     send_recv_seconds,
 )
-from moesim.network.calibration import fit_protocol, measured_parameters
+from moesim.network.calibration import fit_protocol, fit_sms, measured_parameters
 from moesim.network.parameters import NetworkParameters
 from moesim.scenario.cluster import Cluster, Pool
 
@@ -86,7 +87,9 @@ def test_the_shipped_collectives_are_reproduced() -> None:
 
 
 def of_kind(profile: str, kind: str) -> list[dict[str, Any]]:
-    return sorted((row for row in load_profile(profile).collectives if row["kind"] == kind), key=lambda r: r["bytes"])
+    """Calls with the library's own number of blocks, as if all were for fits."""
+    rows = [row for row in load_profile(profile).collectives if row["kind"] == kind and "max_ctas" not in row]
+    return sorted(({**row, "held_out": 0} for row in rows), key=lambda row: row["bytes"])
 
 
 @pytest.mark.parametrize("profile", ["h100", "h200"])
@@ -115,6 +118,37 @@ def test_a_kind_without_rows_of_its_own_keeps_its_constants() -> None:
     parameters = measured_parameters(
         measured("all_gather", lambda size: 8e-6 + size / 200e9), link_bandwidth=BANDWIDTH, source="gathers"
     )
-    assert parameters is not None and parameters.all_gather.source == "gathers"
-    assert parameters.reduce_scatter == NetworkParameters().reduce_scatter
-    assert parameters.ring == NetworkParameters().ring
+    assert parameters is not None and parameters == replace(NetworkParameters(), own=parameters.own, launch_seconds=0.0)
+    (own,) = parameters.own
+    assert (own.call, own.ranks, own.protocol.source) == ("all_gather", 2, "gathers")
+
+
+def test_measured_calls_hold_for_as_many_ranks_of_one_domain_and_no_others() -> None:
+    """In a world of sixteen, a pair of a node takes what two GPUs took; four ranks, or a pair across nodes, do not."""
+    rows = [row for kind in SECONDS for row in measured(kind, lambda size: 1e-3 + size / 1e9)]
+    parameters = measured_parameters(rows, link_bandwidth=BANDWIDTH, source="slow", world=16, kind="h200")
+    assert parameters is not None and parameters.launch_seconds > 0
+    fabric = build_fabric(Cluster(pools=(Pool(gpu="h200", nodes=2, gpus_per_node=8),)), parameters=parameters)
+    for ranks, slow in ((np.arange(2), True), (np.arange(4), False), (np.array([0, 8]), False)):
+        for call in (all_reduce_seconds, all_gather_seconds, reduce_scatter_seconds):
+            assert (call(fabric, ranks, 1e6).seconds > 1.5e-3) == slow
+            assert (call(fabric, ranks, 1e6).source == "slow") == slow
+    assert send_recv_seconds(fabric, 0, 5, 1e6).seconds > 1.5e-3 > send_recv_seconds(fabric, 0, 8, 1e6).seconds
+
+
+def test_a_rings_rows_do_not_tell_what_a_switch_sums() -> None:
+    """All-reduces measured with NVLS off are no all-reduces of eight H200, but those of eight A100."""
+    rows = [row | {"ranks": 8, "nvls": 0} for row in measured("all_reduce", lambda size: 1e-3 + size / 1e9)]
+    for kind, found in (("h200", ()), ("a100", ("all_reduce",))):
+        parameters = measured_parameters(rows, link_bandwidth=BANDWIDTH, source="ring", kind=kind)
+        assert parameters is not None and tuple(own.call for own in parameters.own) == found
+    assert measured_parameters(
+        [row | {"nvls": 1} for row in rows], link_bandwidth=BANDWIDTH, source="", kind="h200"
+    ).own
+
+
+def test_what_sms_move_is_found_again() -> None:
+    sms_N = np.array([1.0, 2.0, 4.0, 8.0, 16.0, 32.0])
+    truth_N = ((20e9 * sms_N) ** -3.0 + 330e9**-3.0) ** (-1 / 3.0)
+    per_sm, sharpness, port = fit_sms(sms_N, truth_N, link_bandwidth=BANDWIDTH)
+    assert (per_sm, sharpness, port) == pytest.approx((20e9, 3.0, 330e9), rel=0.02)

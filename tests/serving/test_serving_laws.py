@@ -149,13 +149,16 @@ def test_static_batches_wait_and_continuous_ones_do_not() -> None:
 
 
 def test_skewed_routing_costs_time_and_shows_as_imbalance(deployment: Deployment) -> None:
-    """With many tokens; with few of them the bytes of weights count, and fewer experts are touched."""
+    """With many tokens; with few of them the bytes of weights count, and fewer experts are touched.
+
+    The exchange has fewer copies then, and the hot rank mostly receives: it does not take longer.
+    """
     skewed = Deployment(small(f"routing={{kind: popularity, counts: {[20] * 4 + [1] * 60}}}")).costs.experts
     even = deployment.costs.experts
     assert even is not None and skewed is not None
     most, least = skewed.at(30_000, 0), even.at(30_000, 0)
     assert most.imbalance > 1.5 > least.imbalance > 1.0
-    assert most.seconds > 1.3 * least.seconds and most.exchange > 1.1 * least.exchange
+    assert most.seconds > 1.3 * least.seconds and 0.7 < most.exchange / least.exchange < 1.3
 
 
 def test_prefixes_are_found_again_and_spare_their_steps() -> None:

@@ -21,6 +21,7 @@ from moesim.errors import UserError
 from moesim.kernels.benchmarks.buffers import Pool
 from moesim.kernels.benchmarks.collectives import (
     Overlap,
+    block_shapes,
     collective_shapes,
     fixed_counts,
     measure_overlap,
@@ -65,8 +66,8 @@ BUDGET_SHARES = {
     "gemm_fp8": 0.06,
     "fp8": 0.06,
     "sustained": 0.10,
-    "collective": 0.06,
-    "contention": 0.04,
+    "collective": 0.10,
+    "contention": 0.10,
 }
 NUM_VISITS = 3  # of every shape, apart in time and on different ranks: the clock under a power limit never stands still
 _BF16 = {"dtype": "bf16", "direction": "forward"}
@@ -84,7 +85,17 @@ _CONTENDERS: tuple[dict[str, Any], ...] = (
 )
 _PROFILED_TOGETHER = 24
 _CONTENTION_SIZES = (4 << 20, 16 << 20, 64 << 20, 256 << 20, 512 << 20)
-_BESIDE = ("all_to_all", "all_reduce", "all_gather", "reduce_scatter")
+_BESIDE = ("all_to_all", "all_reduce", "all_gather", "reduce_scatter", "send_recv")
+_GEMMS_BESIDE_SENDS: tuple[dict[str, Any], ...] = tuple(
+    {"family": "gemm", "m": m, "k": k, "n": n} | _BF16
+    for m, k, n in (
+        (2048, 2048, 1408),
+        (4096, 7168, 4096),
+        (8192, 7168, 18432),
+        (16384, 7168, 2048),
+        (32768, 1024, 4096),
+    )
+)
 _LONG_FP8 = 40  # FP8 GEMMs that run without pause
 
 
@@ -231,14 +242,22 @@ def _settings() -> Row:
     return {"max_ctas": int(limit)} if limit else {}
 
 
+def _without_switch(shape: Row) -> Row:
+    """Whether NVSwitch was kept from summing, of the calls in which it could."""
+    off = os.environ.get("NCCL_NVLS_ENABLE") == "0" and shape["kind"] == "all_reduce" and shape["ranks"] > 2
+    return {"nvls": 0} if off else {}
+
+
 def _run_collectives(bench: Bench, seconds: float) -> None:
     largest = 1 << 30 if bench.device == "cuda" else 1 << 17
-    shapes = collective_shapes(bench.ranks, largest=largest)
-    rows = [{"family": "collective"} | shape | _settings() for shape in shapes]
+    shapes = list(collective_shapes(bench.ranks, largest=largest))
+    if bench.device == "cuda" and not _settings():
+        shapes += block_shapes(bench.ranks)
+    rows = [{"family": "collective"} | shape | _settings() | _without_switch(shape) for shape in shapes]
     for row in _agreed(bench, rows, seconds):
 
         def measure(row: Row = row) -> Row:
-            call = prepare_collective(row, bench.device)
+            call = prepare_collective(row, bench.device, own_limit=not _settings())
             timing = bench.timer.time_fixed(call, **fixed_counts(row["bytes"])).as_row()
             slowest = {name: _largest_over_ranks(timing[name], bench.device) for name in ("p20", "p50", "p80")}
             return {**timing, **slowest}
@@ -247,20 +266,26 @@ def _run_collectives(bench: Bench, seconds: float) -> None:
     bench.progress("collective", 1.0)
 
 
+def contention_shapes(ranks: int) -> list[Row]:
+    """Kernels and transfers that overlap; every other size of every kernel is held out."""
+    found: list[Row] = []
+    for kind in _BESIDE:
+        contenders = (*_CONTENDERS, *_GEMMS_BESIDE_SENDS) if kind == "send_recv" else _CONTENDERS
+        for turn, contender in enumerate(contenders):
+            for index, size in enumerate(_CONTENTION_SIZES):
+                row = {"family": "contention", "compute": contender, "kind": kind, "bytes": size, "ranks": ranks}
+                found.append(row | ({"held_out": 1} if (turn + index) % 2 else {}))
+    return [found[index] for index in stream(0, "benchmark shapes", "contention").permutation(len(found))]
+
+
 def _run_contention(bench: Bench, seconds: float) -> None:
-    rows = [
-        {"family": "contention", "compute": contender, "kind": kind, "bytes": size, "ranks": bench.ranks} | _settings()
-        for size in _CONTENTION_SIZES
-        for contender in _CONTENDERS
-        for kind in _BESIDE
-    ]
-    rows = [rows[index] for index in stream(0, "benchmark shapes", "contention").permutation(len(rows))]
+    rows = [row | _settings() for row in contention_shapes(bench.ranks)]
     for row in _agreed(bench, rows, seconds):
 
         def measure(row: Row = row) -> Row:
             contender = row["compute"]
             compute, _ = prepare(contender, bench.pool, bench.beyond)
-            overlap = Overlap(compute, prepare_collective(row, bench.device), sleep=bench.timer.sleep)
+            overlap = Overlap(compute, prepare_collective(row, bench.device, own_limit=False), sleep=bench.timer.sleep)
             measured: Row = {}
             measured |= measure_overlap(
                 overlap, largest_over_ranks=lambda value: _largest_over_ranks(value, bench.device)

@@ -1,10 +1,12 @@
 """Collectives between the processes of a torchrun, alone and beside compute kernels.
 
-All processes issue the same calls in the same order with counts fixed by the size, and the slowest one counts.
+All processes issue the same calls in the same order with counts fixed by the size, and the slowest one counts. Rows
+that `held_out` marks are for reports alone: sizes, splits and numbers of blocks between those that are fitted.
 Legend: R ranks.
 """
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -15,33 +17,84 @@ from moesim.kernels.benchmarks.timing import Call
 from moesim.seeding import stream
 
 _SIZES = (*(8 * 1024 * 4**power for power in range(9)), 1 << 30)  # 8 KiB .. 512 MiB, 1 GiB
+_BETWEEN = tuple(64 * 1024 * 4**power for power in range(7))  # 64 KiB .. 256 MiB
 _KINDS = ("all_to_all", "all_to_all_uneven", "all_reduce", "all_gather", "reduce_scatter", "send_recv", "exchange")
+_ONE_WAY = ((3, 1), (7, 1), (1, 0))  # what even ranks send to odd ones, and those back
+_ONE_WAY_SIZES = tuple(1 << power for power in range(19, 30))  # 512 KiB .. 512 MiB, every other one in the fits
+_BLOCKS = (1, 2, 4, 6, 8, 12, 16, 20, 24, 32)  # of NCCL, every other number in the fits
+_BLOCK_KINDS = ("all_to_all", "all_reduce", "all_gather", "send_recv")
+_BLOCK_SIZES = (64 << 20, 512 << 20)
+_TOKEN_BYTES = (
+    4096  # uneven shares are of whole rows, as tokens are: off the vector width of 16 bytes copies are slower
+)
+
+Shape = dict[str, Any]
 
 
-def collective_shapes(ranks: int, *, largest: int = 1 << 30) -> Iterator[dict[str, Any]]:
+def collective_shapes(ranks: int, *, largest: int = 1 << 30) -> Iterator[Shape]:
     """Kinds and sizes; `bytes` is the buffer of one rank: what it sends in an all-to-all (own part included), what an
     all-reduce sums, what an all-gather or reduce-scatter hands out or takes in as a whole, what a send moves.
+
+    First what the constants are fitted to, then exchanges that go mostly one way, then what is held out.
     """
     rng = stream(0, "uneven all-to-all", ranks)
     for size in _SIZES:
         if size > largest:
             break
         for kind in _KINDS:
-            shape: dict[str, Any] = {"kind": kind, "bytes": size, "ranks": ranks}
+            shape: Shape = {"kind": kind, "bytes": size, "ranks": ranks}
             if kind == "all_to_all_uneven":
                 shares_RR = rng.dirichlet(np.full(ranks, 1.0), size=ranks)
-                # Whole rows of 4 KiB, as tokens are: sizes off the vector width of 16 bytes take a slower path.
-                shape["bytes_matrix"] = (np.rint(shares_RR * (size / 4096)).astype(int) * 4096).tolist()
+                shape["bytes_matrix"] = (np.rint(shares_RR * (size / _TOKEN_BYTES)).astype(int) * _TOKEN_BYTES).tolist()
             yield shape
+    one_way = [_one_way(ranks, size, shares) for size in _ONE_WAY_SIZES for shares in _ONE_WAY]
+    yield from (shape for shape in one_way if shape["bytes"] <= largest)
+    even = [{"kind": kind, "bytes": size, "ranks": ranks, "held_out": 1} for size in _BETWEEN for kind in _KINDS]
+    yield from (shape for shape in even if shape["bytes"] <= largest and shape["kind"] != "all_to_all_uneven")
+
+
+def block_shapes(ranks: int) -> Iterator[Shape]:
+    """Calls held to `max_ctas` blocks: what so many SMs move."""
+    for index, blocks in enumerate(_BLOCKS):
+        held_out = {"held_out": 1} if index % 2 else {}
+        for kind in _BLOCK_KINDS:
+            for size in _BLOCK_SIZES:
+                yield {"kind": kind, "bytes": size, "ranks": ranks, "max_ctas": blocks, **held_out}
+
+
+def _one_way(ranks: int, size: int, shares: tuple[int, int]) -> Shape:
+    """Even ranks send `size` bytes times the first share to the odd ones, those the second; the rest stays."""
+    odd_R = np.arange(ranks) % 2 == 1
+    sent_R = np.where(odd_R, shares[1], shares[0]) * size / sum(shares)
+    others_R = np.where(odd_R, (~odd_R).sum(), odd_R.sum())
+    bytes_RR = np.where(odd_R[:, None] != odd_R, (sent_R / np.maximum(others_R, 1))[:, None], 0.0)
+    bytes_RR = bytes_RR // _TOKEN_BYTES * _TOKEN_BYTES + np.diag(np.full(ranks, size * shares[1] / sum(shares)))
+    shape: Shape = {"kind": "all_to_all_uneven", "bytes": size, "ranks": ranks}
+    held_out = {"held_out": 1} if _ONE_WAY_SIZES.index(size) % 2 else {}
+    return shape | {"bytes_matrix": bytes_RR.astype(int).tolist()} | held_out
+
+
+@cache
+def _limited(blocks: int) -> Any:
+    """A group of all ranks whose communicator takes at most so many blocks."""
+    options = dist.ProcessGroupNCCL.Options()
+    options.config.min_ctas = 1
+    options.config.max_ctas = blocks
+    return dist.new_group(pg_options=options)
 
 
 def _values(count: int, device: str) -> torch.Tensor:
     return torch.randn(max(count, 1), device=device).to(torch.bfloat16)[:count]
 
 
-def prepare_collective(shape: dict[str, Any], device: str) -> Call:
-    """The call of one collective on this rank, over two rotating buffers."""
+def prepare_collective(shape: Shape, device: str, *, own_limit: bool = True) -> Call:
+    """The call of one collective on this rank, over two rotating buffers.
+
+    `own_limit`: `max_ctas` of the shape is asked of a communicator of its own; else the environment has set it.
+    """
     rank, ranks, kind = dist.get_rank(), dist.get_world_size(), shape["kind"]
+    held = shape.get("max_ctas") if own_limit else None
+    group = _limited(held) if held else dist.group.WORLD
     count = shape["bytes"] // 2 // ranks * ranks
     if kind == "all_to_all_uneven":
         elements_RR = np.asarray(shape["bytes_matrix"]) // 2
@@ -53,15 +106,15 @@ def prepare_collective(shape: dict[str, Any], device: str) -> Call:
 
     def all_to_all(i: int) -> object:
         out, source = outputs[i % 2][: sum(received)], inputs[i % 2][: sum(sent)]
-        return dist.all_to_all_single(out, source, received, sent)
+        return dist.all_to_all_single(out, source, received, sent, group=group)
 
     def peer_to_peer(both: bool) -> Call:
         peer = rank ^ 1
         sends, receives = both or rank % 2 == 0, both or rank % 2 == 1
 
         def run(i: int) -> None:
-            operations = [dist.P2POp(dist.isend, inputs[i % 2], peer)] if sends else []
-            operations += [dist.P2POp(dist.irecv, outputs[i % 2], peer)] if receives else []
+            operations = [dist.P2POp(dist.isend, inputs[i % 2], peer, group=group)] if sends else []
+            operations += [dist.P2POp(dist.irecv, outputs[i % 2], peer, group=group)] if receives else []
             for work in dist.batch_isend_irecv(operations) if peer < ranks else []:
                 work.wait()
 
@@ -73,9 +126,9 @@ def prepare_collective(shape: dict[str, Any], device: str) -> Call:
     calls: dict[str, Call] = {
         "all_to_all": all_to_all,
         "all_to_all_uneven": all_to_all,
-        "all_reduce": lambda i: dist.all_reduce(inputs[i % 2]),
-        "all_gather": lambda i: gather(outputs[i % 2], inputs[i % 2][: count // ranks]),
-        "reduce_scatter": lambda i: scatter(outputs[i % 2][: count // ranks], inputs[i % 2]),
+        "all_reduce": lambda i: dist.all_reduce(inputs[i % 2], group=group),
+        "all_gather": lambda i: gather(outputs[i % 2], inputs[i % 2][: count // ranks], group=group),
+        "reduce_scatter": lambda i: scatter(outputs[i % 2][: count // ranks], inputs[i % 2], group=group),
         "send_recv": peer_to_peer(False),
         "exchange": peer_to_peer(True),
     }

@@ -31,6 +31,11 @@ def row_key(row: Row) -> str:
     return json_text(facts, sort_keys=True)
 
 
+def _shape_key(row: Row) -> str:
+    """As `row_key`, whether or not the row is held out of the fits: what is measured is the same."""
+    return row_key({name: value for name, value in row.items() if name != "held_out"})
+
+
 def partial_folder(out: Path) -> Path:
     """Where a calibration into `out` keeps its rows until they are merged; there only while one is unfinished."""
     return out.with_name(out.name + ".partial")
@@ -77,12 +82,12 @@ class Session:
         raise AssertionError("counting does not end")
 
     def _count(self, row: Row, visits: int) -> None:
-        key = row_key(row)
+        key = _shape_key(row)
         self.done[key] = self.done.get(key, 0) + visits
 
     def wants(self, row: Row) -> bool:
         """Whether the shape still lacks the visit that is under way."""
-        return self.done.get(row_key(row), 0) <= self.visit
+        return self.done.get(_shape_key(row), 0) <= self.visit
 
     def close(self) -> None:
         """Close this rank's file; rows stay on disk. Where nothing was measured, nothing is left to go on with."""
