@@ -18,8 +18,10 @@ from moesim.flags.from_megatron import read_megatron
 from moesim.flags.routing_choice import Choice
 from moesim.flags.software import WRITERS
 from moesim.planner.folder import Folder
-from moesim.planner.loading import load_plan
+from moesim.planner.loading import load_any_plan
 from moesim.planner.planning import Watching, make_plan
+from moesim.planner.serving_plan import ServingPlan
+from moesim.planner.serving_planning import make_serving_plan
 from moesim.reliability import Goodput, goodput
 from moesim.results import RunRecord
 from moesim.routing.progress import ProgressCallback
@@ -152,9 +154,12 @@ def plan(
 
     Returns what plan.json holds: `ranking` lists the ids of layouts, the best first, `outcomes` has the numbers of each
     (`usd`, `days`, `step_s`, `mfu`), `why` and `sensitivity` say what decided. `progress` is told of each training step
-    of a router. Raises UserError, and InfeasibleError when nothing meets the goal.
+    of a router. A plan of serving (`goal: {serve: ...}`) is simulated in this process; its `ranking` has the numbers.
+    Raises UserError, and InfeasibleError when nothing meets the goal.
     """
-    loaded = load_plan(resolve(goal, "plan"), _override_texts(overrides))
+    loaded = load_any_plan(resolve(goal, "plan"), _override_texts(overrides))
+    if isinstance(loaded, ServingPlan):
+        return make_serving_plan(loaded, Path(out), force=force)
     folder = Folder(Path(out), loaded, workers=workers, cache_dir=cache_dir)
     return make_plan(folder, watching=Watching(training=progress), force=force)
 

@@ -25,6 +25,7 @@ from reference_keys import KeyPage, cell, table  # noqa: E402
 import moesim  # noqa: E402
 from moesim.cli.parser import build  # noqa: E402
 from moesim.planner.loading import plan_json_schema  # noqa: E402
+from moesim.planner.serving_plan import serving_plan_json_schema  # noqa: E402
 from moesim.reliability.definitions import GOODPUT_DEFINITIONS as GOODPUT  # noqa: E402
 from moesim.results.definitions import SECTIONS  # noqa: E402
 from moesim.scenario import json_schema  # noqa: E402
@@ -44,6 +45,7 @@ def pages() -> dict[str, str]:
         "reference/study.md": study(),
         "reference/plan.md": plan(scenario),
         "reference/serving.md": serving(scenario),
+        "reference/serving-plan.md": serving_plan(scenario),
         "reference/metrics.md": metrics(),
         "reference/api.md": api(),
     }
@@ -65,7 +67,8 @@ def _index() -> str:
 Made of the program itself when the site is built.
 
 - [The command line](commands.md): every verb and flag.
-- Keys of [a scenario](scenario.md), [a study](study.md) and [a plan](plan.md).
+- Keys of [a scenario](scenario.md), [a study](study.md) and [a plan](plan.md); for serving, of
+  [a scenario](serving.md) and [a plan](serving-plan.md).
 - [The numbers of a result](metrics.md): what each means, and its unit.
 - [The Python interface](api.md).
 """
@@ -174,6 +177,17 @@ What `moesim serve` takes. Sections that a training scenario has too are [descri
 `moesim schema serving` is for editors.
 """
     schema = serving_json_schema(units=True)
+    return KeyPage(schema, elsewhere=KeyPage(scenario).titles, page="scenario.md").text(head)
+
+
+def serving_plan(scenario: dict[str, Any]) -> str:
+    """The keys of a plan of serving; what a training scenario has too is linked."""
+    head = """# Keys of a plan of serving
+
+What `moesim plan` takes with `goal: {serve: ...}`. Sections that a training scenario has too are
+[described there](scenario.md). `moesim schema plan` is for editors.
+"""
+    schema = serving_plan_json_schema(units=True)
     return KeyPage(schema, elsewhere=KeyPage(scenario).titles, page="scenario.md").text(head)
 
 

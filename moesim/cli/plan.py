@@ -24,9 +24,13 @@ from moesim.strict_json import json_text
 
 if TYPE_CHECKING:
     from moesim.planner.plan import Plan
+    from moesim.planner.serving_plan import ServingPlan
 
 NAME = "plan"
-SUMMARY = "Plan a training run: look at every layout that the choices allow, simulate the best, rank and explain them."
+SUMMARY = (
+    "Plan a training run, or a deployment for a load: look at every layout that the choices allow, simulate the best, "
+    "rank and explain them."
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,14 +52,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(args: argparse.Namespace) -> int:
     """Make the plan, or go on with it. Raises UserError, InfeasibleError and Interrupted."""
     check_workers(args)
-    from moesim.planner.loading import load_plan
-    from moesim.planner.serving_plan import is_serving_plan
+    from moesim.planner.loading import load_any_plan
+    from moesim.planner.serving_plan import ServingPlan
     from moesim.shipped import resolve
 
-    path = resolve(args.plan, "plan")
-    if is_serving_plan(path, args.overrides):
-        return _plan_serving(path, args)
-    plan = load_plan(path, args.overrides)
+    plan = load_any_plan(resolve(args.plan, "plan"), args.overrides)
+    if isinstance(plan, ServingPlan):
+        return _plan_serving(plan, args)
     out_dir = args.out or Path("runs") / plan.name
     check_writable(out_dir)
     with interrupts_say(lambda: f"what is finished is kept in {out_dir}; run the same command again to go on"):
@@ -76,16 +79,14 @@ def execute(args: argparse.Namespace) -> int:
     return 0
 
 
-def _plan_serving(path: Path, args: argparse.Namespace) -> int:
+def _plan_serving(plan: "ServingPlan", args: argparse.Namespace) -> int:
     """A plan of serving, with its page. Raises UserError, InfeasibleError and Interrupted."""
     for flag, value in (("--cluster", args.cluster), ("--storage", args.storage), ("--flags", args.flags)):
         if value is not None:
             raise UserError(f"{flag} is for plans of training; leave it out")
     from moesim.display import opened_display
-    from moesim.planner.serving_plan import load_serving_plan
     from moesim.planner.serving_planning import make_serving_plan
 
-    plan = load_serving_plan(path, args.overrides)
     out_dir = args.out or Path("runs") / plan.name
     check_writable(out_dir)
     with (

@@ -1,4 +1,4 @@
-"""`moesim plot`: runs, sweeps and plans as one HTML page that needs no network."""
+"""`moesim plot`: runs, sweeps, plans and deployments as one HTML page that needs no network."""
 
 import argparse
 from pathlib import Path
@@ -9,7 +9,8 @@ from moesim.errors import UserError
 
 NAME = "plot"
 SUMMARY = (
-    "Plot sweeps, plans and runs: cost against performance, curves with their uncertainty, heat maps, comparisons."
+    "Plot sweeps, plans, runs and what serves: cost against performance, curves with their uncertainty, heat maps, "
+    "comparisons."
 )
 DEFAULT = "plot.html"
 KINDS = ("curves", "heat_map", "cost_performance", "comparison")
@@ -18,7 +19,11 @@ KINDS = ("curves", "heat_map", "cost_performance", "comparison")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """RUNS, --kind, --x, --y, --colour, --points, --out, --quiet, --force."""
     parser.add_argument(
-        "runs", metavar="RUNS", nargs="+", type=Path, help="folders that moesim run, sweep or plan wrote, in any mix"
+        "runs",
+        metavar="RUNS",
+        nargs="+",
+        type=Path,
+        help="folders of moesim run, sweep or plan, in any mix; or what serve wrote",
     )
     parser.add_argument(
         "--kind", choices=KINDS, help="what to draw; by default what the study's plot section says, or what suits"
@@ -51,9 +56,22 @@ def execute(args: argparse.Namespace) -> int:
         raise UserError(f"{path} is a folder; name a file, such as {path / DEFAULT}")
     check_writable(path)
     from moesim.report.plots import Asked, plot_page
+    from moesim.report.serving_trade_off import serving_plot
 
+    page = serving_plot(args.runs, x=args.x, y=args.y[0] if args.y else None)
+    if page is not None:
+        for flag, value in (("--kind", args.kind), ("--colour", args.colour), ("--points", args.points)):
+            if value is not None:
+                raise UserError(f"{flag} is for runs of training; leave it out")
+        if len(args.y) > 1:
+            raise UserError("--y: one number goes upwards of what serves; name one")
+        return _write(page, path, args)
     asked = Asked(kind=args.kind, x=args.x, ys=tuple(args.y), colour=args.colour)
-    write_output(plot_page(args.runs, asked, points=args.points), path, force=args.force)
+    return _write(plot_page(args.runs, asked, points=args.points), path, args)
+
+
+def _write(page: str, path: Path, args: argparse.Namespace) -> int:
+    write_output(page, path, force=args.force)
     if not args.quiet:
         print(f"plotted in {path}")
     return 0

@@ -34,9 +34,9 @@ def execute(args: argparse.Namespace) -> int:
 
 def _schema(what: str) -> dict[str, Any]:
     if what == "plan":
-        from moesim.planner.loading import plan_json_schema
+        from moesim.planner.loading import any_plan_json_schema
 
-        return plan_json_schema()
+        return any_plan_json_schema()
     if what == "serving":
         from moesim.serving.json_schema import serving_json_schema
 

@@ -42,11 +42,12 @@ def execute(args: argparse.Namespace) -> int:
 
     if path is not None:
         write_output(serving_page(result), path, force=args.force)
+        write_output(json_text(result, indent=1) + "\n", path.with_suffix(".json"), force=args.force)
     if args.json:
         print(json_text(result, indent=1))
     elif not args.quiet:
         print_serving(result)
-        print(f"\nplotted in {path}")
+        print(f"\nplotted in {path}, its numbers in {path.with_suffix('.json')}" if path else "")
     return 0
 
 

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from moesim.errors import UserError
 from moesim.planner.plan import Choices, Plan
+from moesim.planner.serving_plan import ServingPlan, is_serving_plan, serving_plan_json_schema, serving_plan_of
 from moesim.scenario import GroupedRouter, TraceRouting, gpu_spec
 from moesim.scenario.catalogue import gpu_names
 from moesim.scenario.document import Node, Path, find, mapping_node, read_yaml
@@ -24,6 +25,24 @@ def load_plan(path: str | FilePath, overrides: Sequence[str] = ()) -> Plan:
     """
     path = FilePath(path)
     return _validated(read_yaml(path, what="plan"), overrides, base=path.parent)
+
+
+def load_any_plan(path: str | FilePath, overrides: Sequence[str] = ()) -> Plan | ServingPlan:
+    """As `load_plan`, of whichever goal the file has: training, or serving with `goal: {serve: ...}`."""
+    path = FilePath(path)
+    return _any(read_yaml(path, what="plan"), overrides, base=path.parent)
+
+
+def any_plan_from_mapping(data: Mapping[str, Any], overrides: Sequence[str] = ()) -> Plan | ServingPlan:
+    """As `plan_from_mapping`, of whichever goal."""
+    return _any(_node_of(data), overrides, base=FilePath())
+
+
+def _any(root: Node, overrides: Sequence[str], *, base: FilePath) -> Plan | ServingPlan:
+    changed = apply_overrides(named_implementation(root), overrides) if isinstance(root.value, dict) else root
+    if is_serving_plan(changed):
+        return serving_plan_of(changed, base=base)
+    return _validated(root, overrides, base=base)
 
 
 def plan_from_mapping(data: Mapping[str, Any], overrides: Sequence[str] = ()) -> Plan:
@@ -43,6 +62,9 @@ def _validated(root: Node, overrides: Sequence[str], *, base: FilePath) -> Plan:
     if not isinstance(root.value, dict):
         raise UserError(f"{root.where}: expected a mapping of sections; write name: ..., model: ..., goal: ...")
     root = named_implementation(apply_overrides(named_implementation(root), overrides))
+    if is_serving_plan(root):
+        where = find(root, ("goal", "serve"))[0].where
+        raise UserError(f"{where}: goal.serve: this is a plan of serving; make it with `moesim plan`")
     root = absolute_paths(_explicit_models(root, base=base), base=base)
     try:
         plan = Plan.model_validate(root.plain)
@@ -120,3 +142,21 @@ def plan_json_schema(*, units: bool = False) -> dict[str, Any]:
     if not units:
         schema = without_units(schema)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "moesim plan"}
+
+
+def any_plan_json_schema() -> dict[str, Any]:
+    """JSON Schema of a plan file of either goal: the keys of one or of the other."""
+    forms = {"Plan": plan_json_schema(), "ServingPlan": serving_plan_json_schema()}
+    definitions: dict[str, Any] = {}
+    for name, form in forms.items():
+        own = form.pop("$defs")
+        for key, section in own.items():
+            known = definitions.setdefault(key, section)
+            assert known == section, f"{key} is another section in the other plan"
+        definitions[name] = {key: value for key, value in form.items() if key not in ("$schema", "title")}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "moesim plan",
+        "anyOf": [{"$ref": f"#/$defs/{name}"} for name in forms],
+        "$defs": definitions,
+    }

@@ -17,8 +17,10 @@ from moesim.errors import UserError
 from moesim.planner.plan import MOST_VALUES, Offer, Sizes
 from moesim.scenario import Compute, Dispatch, Fabric, Model, Network, Routing, UniformRouting, gpu_spec
 from moesim.scenario.base import FileName, Gpus, Section, Seed, Text, Tokens
+from moesim.scenario.catalogue import gpu_names
 from moesim.scenario.document import Node, find, mapping_node, read_yaml
 from moesim.scenario.forms import absolute_paths, explicit_model
+from moesim.scenario.json_schema import accept_model_forms, without_units
 from moesim.scenario.messages import describe
 from moesim.scenario.overrides import apply_overrides
 from moesim.serving import ServingScenario, load_serving_text
@@ -132,9 +134,8 @@ class Unit:
         return f"{plan.goal.gpus[self.offer].gpu}: {' '.join(parts)}{ratio}{budget}"
 
 
-def is_serving_plan(path: FilePath, overrides: Sequence[str] = ()) -> bool:
+def is_serving_plan(root: Node) -> bool:
     """Whether a plan file has `goal: {serve: ...}`."""
-    root = apply_overrides(read_yaml(path, what="plan"), overrides)
     goal = root.value.get("goal") if isinstance(root.value, dict) else None
     return goal is not None and isinstance(goal.value, dict) and "serve" in goal.value
 
@@ -142,12 +143,16 @@ def is_serving_plan(path: FilePath, overrides: Sequence[str] = ()) -> bool:
 def load_serving_plan(path: str | FilePath, overrides: Sequence[str] = ()) -> ServingPlan:
     """The plan in the file `path`; models explicit, paths absolute. Raises UserError, one line."""
     path = FilePath(path)
-    root = apply_overrides(read_yaml(path, what="plan"), overrides)
-    root = explicit_model(root, base=path.parent)
+    return serving_plan_of(apply_overrides(read_yaml(path, what="plan"), overrides), base=path.parent)
+
+
+def serving_plan_of(root: Node, *, base: FilePath) -> ServingPlan:
+    """The plan of a document; paths are relative to `base`. Raises UserError, one line."""
+    root = explicit_model(root, base=base)
     other = root.value.get("alternative")
     if other is not None and isinstance(other.value, dict):
-        root = mapping_node({**root.value, "alternative": explicit_model(other, base=path.parent)}, root)
-    root = absolute_paths(root, base=path.parent)
+        root = mapping_node({**root.value, "alternative": explicit_model(other, base=base)}, root)
+    root = absolute_paths(root, base=base)
     try:
         plan = ServingPlan.model_validate(root.plain)
     except ValidationError as error:
@@ -155,6 +160,16 @@ def load_serving_plan(path: str | FilePath, overrides: Sequence[str] = ()) -> Se
         raise UserError(describe(details, root, shown=_dotted, schema=ServingPlan, subject="plan")) from None
     _check(plan, root)
     return plan
+
+
+def serving_plan_json_schema(*, units: bool = False) -> dict[str, Any]:
+    """JSON Schema (2020-12) of the sections, with the short forms of a model; `units` as in that of a scenario."""
+    schema = ServingPlan.model_json_schema(mode="validation")
+    accept_model_forms(schema["$defs"]["Model"])
+    schema["$defs"]["Offer"]["properties"]["gpu"]["enum"] = list(gpu_names())
+    if not units:
+        schema = without_units(schema)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "moesim plan of serving"}
 
 
 def _dotted(path: tuple[str | int, ...]) -> str:

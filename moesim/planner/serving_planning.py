@@ -15,7 +15,10 @@ from typing import Any
 from moesim.errors import InfeasibleError, UserError
 from moesim.files import claimed, write_atomically
 from moesim.planner.serving_plan import ServingPlan, Unit, scenario_of, scenario_text, units_of, values_of
+from moesim.routing.replay import content_digest, routing_digest
 from moesim.serving.answers import Deployment, answers_at
+from moesim.serving.requests import draw_requests
+from moesim.serving.schema import TraceArrivals
 from moesim.strict_json import json_text, parse_json
 
 PLAN_FILE, POINTS_FILE = "plan.json", "points.jsonl"
@@ -23,8 +26,10 @@ WHOLE = 3  # best combinations that are simulated as whole fleets
 KEPT = (
     "good_share", "requests_per_second", "output_tokens_per_second", "tokens_per_second_per_gpu",
     "tokens_per_second_per_user", "ttft_s", "tpot_s", "latency_s", "rank_rows_imbalance", "kv_peak_share", "memory",
-    "preempted",
+    "preempted", "warnings",
 )  # fmt: skip
+
+_OF_LOADS = ("requests_per_second", "good_share", "tokens_per_second_per_gpu", "tokens_per_second_per_user")
 
 Progress = Callable[[int, int], None]
 
@@ -70,8 +75,15 @@ class Found:
 
 
 def plan_digest(plan: ServingPlan) -> str:
-    """16 hexadecimal digits of the SHA-256 of the plan with all its defaults."""
-    text = json_text(plan.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    """16 hexadecimal digits of the SHA-256 of the plan with all its defaults and of what its files hold."""
+    content: dict[str, Any] = {"plan": plan.model_dump(mode="json")}
+    arrivals = plan.workload.arrivals
+    named = [arrivals.file if isinstance(arrivals, TraceArrivals) else None, plan.fabric.file, plan.compute.profile]
+    files = {str(name): content_digest(Path(name)) for name in named if name is not None and Path(name).is_file()}
+    recordings = [routing_digest(routing) for routing in (plan.routing, plan.decode_routing)]
+    if files or any(recordings):
+        content |= {"files": files, "recordings": recordings}
+    text = json_text(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -225,15 +237,14 @@ def _why_nothing(plan: ServingPlan, found: Sequence[Found]) -> str:
     )
 
 
-def _shown(plan: ServingPlan, each: Found) -> dict[str, Any]:
-    """What a table shows of one combination."""
+def _shown(plan: ServingPlan, each: Found, *, output: float) -> dict[str, Any]:
+    """What a table shows of one combination; `output` tokens per second are asked for, so that prices compare."""
     units = each.units or 0
     usd, record = _usd(plan, each.unit, units), each.record
-    output = float(record["output_tokens_per_second"]) * (1 if record.get("whole") else units)
     return {
         "words": each.unit.words(plan), "values": dict(values_of(each.unit, plan)), "units": units,
         "gpus": units * each.unit.gpus, "usd_per_hour": usd,
-        "usd_per_million_output_tokens": usd / 3600 / output * 1e6 if output else None,
+        "usd_per_million_output_tokens": usd / 3600 / output * 1e6,
         "output_tokens_per_second": output,
         **{name: record[name] for name in KEPT if name != "output_tokens_per_second"},
         "whole": bool(record.get("whole")),
@@ -244,6 +255,8 @@ def _content(
     plan: ServingPlan, found: Sequence[Found], ranking: Sequence[Found], others: Sequence[Found], points: Points
 ) -> dict[str, Any]:
     by_words = {str(each.unit): each.unit for each in found}
+    requests = draw_requests(plan.workload, seed=plan.seed)
+    asked = float(requests.output_N.sum()) / max(float(requests.arrival_N[-1]), 1e-9)
     loads = []
     for key, record in points.known.items():
         unit = by_words.get(key.partition("|")[0])
@@ -251,14 +264,14 @@ def _content(
             continue
         gpus = unit.gpus * (record["units"] if record.get("whole") else 1)
         per_gpu = float(record["output_tokens_per_second"]) / gpus
-        user = float(record["tokens_per_second_per_user"])
         loads.append(
             {
                 "words": unit.words(plan),
                 "is_alternative": unit.is_alternative,
                 "meets": _meets(plan, record),
-                "tokens_per_second_per_user": user,
+                "gpus": gpus,
                 "output_tokens_per_second_per_gpu": per_gpu,
+                **{name: record[name] for name in (*_OF_LOADS, "ttft_s", "tpot_s", "latency_s")},
             }
         )
     alternative = plan.alternative
@@ -270,13 +283,18 @@ def _content(
         "offers": [offer.model_dump(mode="json") for offer in plan.goal.gpus],
         "combinations": len(found),
         "simulations": len(points.known),
-        "ranking": [_shown(plan, each) for each in ranking],
+        "ranking": [_shown(plan, each, output=asked) for each in ranking],
+        "warnings": list(ranking[0].record["warnings"]),
         "missed": [{"words": each.unit.words(plan), "reason": each.reason} for each in found if each.units is None],
         "loads": loads,
         "front": pareto(loads),
         "alternative": None
         if alternative is None
-        else {"source": alternative.source, "best": _shown(plan, others[0]) if others else None},
+        else {
+            "source": alternative.source,
+            "model": alternative.model.preset or "the other model",
+            "best": _shown(plan, others[0], output=asked) if others else None,
+        },
     }
 
 

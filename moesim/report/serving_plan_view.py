@@ -11,7 +11,8 @@ from rich.text import Text
 
 from moesim.report.facts import Fact
 from moesim.report.page import Page
-from moesim.report.screen import fact_table, indented, number_table, section, show
+from moesim.report.screen import fact_table, indented, number_table, section, show, warnings
+from moesim.report.serving_trade_off import Dots, trade_off
 from moesim.units import format_seconds
 
 Plan = Mapping[str, Any]
@@ -45,7 +46,8 @@ def _rows(plan: Plan) -> list[tuple[str, ...]]:
     ]
     other = plan["alternative"]
     if other is not None and other["best"] is not None:
-        rows.append(_row("other", other["best"]))
+        words = f"{other['best']['words']}; {other['model']}"
+        rows.append(_row("other", {**other["best"], "words": words}))
     return rows
 
 
@@ -76,7 +78,10 @@ def _facts(plan: Plan) -> list[Fact]:
 
 
 def _notes(plan: Plan) -> list[str]:
-    notes = ["~ simulated as one unit with its share of the requests; the others as whole fleets behind one router"]
+    notes = [
+        "~ simulated as one unit with its share of the requests; the others as whole fleets behind one router",
+        "$/M output: rent over the output tokens that the load asks for",
+    ]
     other = plan["alternative"]
     if other is not None:
         found = "" if other["best"] is not None else "; none of its combinations meets the goal"
@@ -107,6 +112,7 @@ def print_serving_plan(plan: Plan, *, file: TextIO | None = None, width: int | N
         indented(fact_table(_facts(plan), strong=True)),
         section("what carries the load", _table(plan)),
         *(indented(Text(note, style="dim")) for note in _notes(plan)),
+        *warnings(plan["warnings"]),
         section("front of interactivity and throughput", number_table(_FRONT_HEAD, _front(plan)[:_ROWS])),
     ]
     if plan["missed"]:
@@ -115,39 +121,31 @@ def print_serving_plan(plan: Plan, *, file: TextIO | None = None, width: int | N
     show(lambda _: content, file=file, width=width)
 
 
+def _kind_of(load: Plan) -> str:
+    if load["is_alternative"]:
+        return "alternative"
+    return "within the limits" if load["meets"] else "beyond the limits"
+
+
+_KINDS = {"within the limits": _BLUE, "beyond the limits": "#b9c4cc", "alternative": "#d9822b"}
+
+
 def _figure(plan: Plan) -> Figure:
     """Every simulated load: tokens per second of a user across, of a GPU upwards; the front as a line."""
-    x, y = "tokens_per_second_per_user", "output_tokens_per_second_per_gpu"
-    figure = Figure()
-
-    def kind(load: Plan) -> str:
-        if load["is_alternative"]:
-            return "alternative"
-        return "within the limits" if load["meets"] else "beyond the limits"
-
-    for name, colour in {"within the limits": _BLUE, "beyond the limits": "#b9c4cc", "alternative": "#d9822b"}.items():
-        loads = [load for load in plan["loads"] if kind(load) == name]
-        if loads:
-            figure.add_scatter(
-                x=[load[x] for load in loads], y=[load[y] for load in loads], text=[load["words"] for load in loads],
-                mode="markers", name=name, marker={"color": colour, "size": 8},
-            )  # fmt: skip
+    groups = [
+        Dots(name, colour, [(load["words"], load) for load in plan["loads"] if _kind_of(load) == name])
+        for name, colour in _KINDS.items()
+    ]
     front = [plan["loads"][place] for place in plan["front"]]
-    figure.add_scatter(
-        x=[load[x] for load in front], y=[load[y] for load in front], mode="lines", name="front",
-        line={"color": _BLUE, "width": 1.2, "dash": "dot"}, hoverinfo="skip",
-    )  # fmt: skip
-    figure.update_xaxes(title_text="tokens per second of a user (interactivity)", rangemode="tozero")
-    figure.update_yaxes(title_text="output tokens per second of a GPU", rangemode="tozero")
-    figure.update_layout(height=460, margin={"l": 80, "r": 20, "t": 10, "b": 50}, legend={"orientation": "h", "y": 1.1})
-    figure.update_layout(paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)")
-    return figure
+    return trade_off([each for each in groups if each.loads], fronts=[("front", _BLUE, front)])
 
 
 def serving_plan_page(plan: Plan) -> str:
     """The plan as one HTML document without network."""
     page = Page()
     page.text("h1", plan["name"])
+    for warning in plan["warnings"]:
+        page.text("p", warning, css="warning")
     page.facts("Goal", _facts(plan))
     page.text("h2", "What carries the load")
     page.table(_HEAD, _rows(plan), styles=("", "", *("number",) * (len(_HEAD) - 2)))

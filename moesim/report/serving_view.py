@@ -1,8 +1,9 @@
 """What people see of a deployment under load: a screen, and a page with what happened over time."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
+import numpy as np
 from plotly.graph_objects import Figure
 from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
@@ -29,19 +30,25 @@ _PARTS = {
 _LATENCIES = {"ttft_s": "time to first token", "tpot_s": "time per token after it", "latency_s": "whole answer"}
 _SHARES = ("mean", "p50", "p90", "p99")
 _COLOUR = "#2474b5"
+_PAGES = {"tickformat": ".1%", "title": {"text": "of its pages"}}
+_ROWS = {"ticksuffix": "x", "title": {"text": "of the mean"}}
+_ROWS_NOTE = (
+    "Each column is one draw of routing in one layer, for a step of the size that there was then; steps last as the "
+    "means over several draws and layers say. What is above the scale is as dark as its end."
+)
 
 
 def _gpus(result: Result) -> str:
-    return f"{result['gpus']} GPU{'s' if result['gpus'] > 1 else ''}"
+    return _gpus_of(result["gpus"])
+
+
+def _gpus_of(count: int) -> str:
+    return f"{count} GPU{'s' if count > 1 else ''}"
 
 
 def serving_facts(result: Result) -> list[Fact]:
     """The headline."""
-    memory, ranges = result["memory"], result.get("ranges", {})
-
-    def spread(key: str, unit: str = "") -> str:
-        return f"; {ranges[key][0]:,.4g} to {ranges[key][1]:,.4g}{unit} over {result['seeds']} seeds" if ranges else ""
-
+    memory = result["memory"]
     facts = []
     if "largest_requests_per_second" in result:
         largest = result["largest_requests_per_second"]
@@ -52,14 +59,16 @@ def serving_facts(result: Result) -> list[Fact]:
         Fact(
             "output tokens",
             f"{result['output_tokens_per_second']:,.0f} /s",
-            f"{result['tokens_per_second_per_gpu']:,.0f} tokens/s per GPU with prompts"
-            + spread("output_tokens_per_second", " /s"),
+            f"{result['output_tokens_per_second_per_gpu']:,.0f} /s per GPU, "
+            f"{result['tokens_per_second_per_gpu']:,.0f} with prompts; {result['tokens_per_second_per_user']:,.1f} /s "
+            "for a user",
         ),
         Fact(
             "price",
             f"${result['usd_per_million_output_tokens']:.4g} / M output tokens",
-            f"${result['usd_per_million_tokens']:.4g} / M tokens with prompts",
+            f"all rent over them; ${result['usd_per_million_tokens']:.4g} / M tokens with prompts",
         ),
+        *_price_facts(result),
         Fact(
             "memory",
             format_bytes(memory["weights"]),
@@ -72,13 +81,6 @@ def serving_facts(result: Result) -> list[Fact]:
             f"{format_seconds(result['step_s']['mean'])} each, {result['tokens_per_step']:,.0f} tokens in the mean",
         ),
     ]
-    facts.append(
-        Fact(
-            "input, output",
-            f"${result['usd_per_million_input_tokens']:.4g}, ${result['usd_per_million_generated_tokens']:.4g}",
-            "/ M prompt tokens, / M generated tokens: the rent split by what it was spent on",
-        )
-    )
     if (moved := result["transfer"]) is not None:
         facts.append(
             Fact(
@@ -94,6 +96,25 @@ def serving_facts(result: Result) -> list[Fact]:
     rests = f"kernels: {', '.join(result['kernels_rest_on'])}; routing: {result['routing_rests_on']}"
     facts.append(Fact("rests on", "no measured run", rests))
     return facts
+
+
+def _price_facts(result: Result) -> list[Fact]:
+    """The rent split between prompts and answers; of prompts also without what the prefix cache held."""
+    new = ""
+    if result["cached_input_tokens"]:
+        new = (
+            f", cached prefixes counted; ${result['usd_per_million_new_input_tokens']:.4g} / M without the "
+            f"{result['prefix_hit_share']:.0%} that were cached"
+        )
+    share = result["usd_per_million_input_tokens"] * result["input_tokens"]
+    rent = result["usd_per_million_tokens"] * (result["input_tokens"] + result["output_tokens"])
+    prompts, answers = (
+        f"{part:.0%} of the rent, as their rows took of the time of steps" for part in (share / rent, 1 - share / rent)
+    )
+    return [
+        Fact("- prompts", f"${result['usd_per_million_input_tokens']:.4g} / M prompt tokens", prompts + new),
+        Fact("- answers", f"${result['usd_per_million_generated_tokens']:.4g} / M output tokens", answers),
+    ]
 
 
 def _engine_facts(result: Result) -> list[Fact]:
@@ -127,6 +148,30 @@ def _part_rows(result: Result) -> list[tuple[str, ...]]:
     return [(_PARTS[name], format_seconds(seconds), f"{seconds / total:.1%}") for name, seconds in parts if seconds > 0]
 
 
+_RANGED: Mapping[str, tuple[str, Callable[[float], str]]] = {
+    "good_share": ("requests within the limits", lambda value: f"{value:.1%}"),
+    "good_requests_per_second": ("good requests /s", lambda value: f"{value:,.3g}"),
+    "output_tokens_per_second": ("output tokens /s", lambda value: f"{value:,.0f}"),
+    "tokens_per_second_per_gpu": ("tokens /s per GPU with prompts", lambda value: f"{value:,.0f}"),
+    "tokens_per_second_per_user": ("tokens /s for a user", lambda value: f"{value:,.1f}"),
+    "usd_per_million_output_tokens": ("USD / M output tokens, all rent", lambda value: f"{value:.4g}"),
+    "usd_per_million_input_tokens": ("USD / M prompt tokens, their rent", lambda value: f"{value:.4g}"),
+    "usd_per_million_generated_tokens": ("USD / M output tokens, their rent", lambda value: f"{value:.4g}"),
+    **{
+        f"{key}.{share}": (f"{name}, {share}", format_seconds)
+        for key, name in _LATENCIES.items()
+        for share in ("p50", "p90", "p99")
+    },
+}
+_RANGE_HEAD = ("", "least", "most")
+
+
+def _range_rows(result: Result) -> list[tuple[str, ...]]:
+    """Least and most over seeds; nothing for one seed."""
+    ranges = result.get("ranges", {})
+    return [(name, *(shown(value) for value in ranges[key])) for key, (name, shown) in _RANGED.items() if key in ranges]
+
+
 def _pools(result: Result) -> list[RenderableType]:
     """The instances, where there are several."""
     if len(result["pools"]) == 1 and result["pools"][0]["replicas"] == 1:
@@ -140,6 +185,11 @@ def print_serving(result: Result, *, file: TextIO | None = None, width: int | No
         Text.assemble((result["name"], "bold"), ("  serving", "dim")),
         indented(fact_table(serving_facts(result), strong=True)),
         section("latency", number_table(("", *_SHARES), _latency_rows(result))),
+        *(
+            [section(f"over {result['seeds']} seeds", number_table(_RANGE_HEAD, rows))]
+            if (rows := _range_rows(result))
+            else []
+        ),
         *_pools(result),
         section("where the time goes", number_table(("", "all steps", "share"), _part_rows(result))),
         *warnings(result["warnings"]),
@@ -150,7 +200,7 @@ def print_serving(result: Result, *, file: TextIO | None = None, width: int | No
 def _pool_rows(result: Result) -> list[tuple[str, ...]]:
     return [
         (
-            f"{pool['name']}: {pool['replicas']} of {pool['gpus'] // pool['replicas']} GPUs",
+            f"{pool['name']}: {pool['replicas']} of {_gpus_of(pool['gpus'] // pool['replicas'])}",
             f"{pool['busy_share']:.0%}",
             format_seconds(pool["step_s"]["mean"]),
             f"{pool['tokens_per_step']:,.0f}",
@@ -187,15 +237,15 @@ def _over_time(pool: Result) -> Figure:
     return figure
 
 
-def _heat_map(held: Mapping[str, Any]) -> Figure:
-    """Share of the pages: moments across, data groups down."""
-    by_group = list(zip(*held["share"], strict=True))
+def _heat_map(seconds: Sequence[float], by_moment: Sequence[Sequence[float]], **shown: Any) -> Figure:
+    """Moments across; `of` what down; `bar` says what the colours are."""
+    by_row = list(zip(*by_moment, strict=True))
     figure = Figure()
-    bar = {"tickformat": ".1%", "title": {"text": "of its pages"}}
-    figure.add_heatmap(x=held["seconds"], z=by_group, colorscale="Blues", zmin=0, colorbar=bar)
+    most = float(np.quantile(np.array(by_row), 0.995)) or 1.0  # the last steps of few tokens would set the scale
+    figure.add_heatmap(x=seconds, z=by_row, colorscale="Blues", zmin=0, zmax=most, colorbar=shown["bar"])
     figure.update_xaxes(title_text="seconds")
-    figure.update_yaxes(title_text="data group", autorange="reversed")
-    height = min(900, max(220, 14 * len(by_group) + 120))
+    figure.update_yaxes(title_text=shown["of"], autorange="reversed")
+    height = min(640, max(220, 14 * len(by_row) + 120))
     figure.update_layout(height=height, margin={"l": 80, "r": 20, "t": 10, "b": 40})
     figure.update_layout(paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)")
     return figure
@@ -208,23 +258,34 @@ def serving_page(result: Result) -> str:
     page.text("p", f"{result['requests']:,} requests served on {_gpus(result)}.")
     for warning in result["warnings"]:
         page.text("p", warning, css="warning")
-    page.open("div", css="tables")
     page.facts("Answers", serving_facts(result))
+    page.open("div", css="tables")
     for title, head, rows in (
         ("Latency", ("", *_SHARES), _latency_rows(result)),
         ("Where the time goes", ("", "all steps", "share"), _part_rows(result)),
-        ("Instances", _POOL_HEAD, _pool_rows(result)),
+        (f"Over {result['seeds']} seeds" if "seeds" in result else "", _RANGE_HEAD, _range_rows(result)),
     ):
+        if not rows:
+            continue
         page.open("div")
         page.text("h3", title)
         page.table(head, rows, styles=("", *("number",) * (len(head) - 1)))
         page.close("div")
     page.close("div")
+    page.text("h3", "Instances")
+    page.table(_POOL_HEAD, _pool_rows(result), styles=("", *("number",) * (len(_POOL_HEAD) - 1)))
     several = len(result["pools"]) > 1
     for pool in result["pools"]:
         of = f": {pool['name']}" if several else ""
         page.figure(_over_time(pool), name=f"over-time-{pool['name']}", title=f"Over time{of}")
-        held, title = pool["kv_share_over_time"], f"Pages in use of every data group over time{of}"
+        held, rows = pool["kv_share_over_time"], pool["expert_rows_over_time"]
         if len(held["share"][0]) > 1:
-            page.figure(_heat_map(held), name=f"groups-over-time-{pool['name']}", title=title)
+            figure = _heat_map(held["seconds"], held["share"], of="data group", bar=_PAGES)
+            title = f"Pages in use of every data group over time{of}"
+            page.figure(figure, name=f"groups-over-time-{pool['name']}", title=title)
+        if rows is not None:
+            figure = _heat_map(rows["seconds"], rows["times_mean"], of=rows["of"], bar=_ROWS)
+            title = f"Rows of every {rows['of']} over their mean, over time{of}"
+            page.figure(figure, name=f"rows-over-time-{pool['name']}", title=title)
+            page.text("p", _ROWS_NOTE, css="caption")
     return page.document(title=f"{result['name']} - serving", script=get_plotlyjs())

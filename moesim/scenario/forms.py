@@ -21,6 +21,8 @@ from moesim.scenario.routing import LIBRARY_PREFIX
 _PATHS = (
     ("routing", "file"),
     ("routing", "corpus"),
+    ("decode_routing", "file"),
+    ("decode_routing", "corpus"),
     ("cluster", "fabric", "file"),
     ("placement", "file"),
     ("implementation", "file"),

@@ -17,17 +17,21 @@ def json_schema(*, units: bool = False) -> dict[str, Any]:
     `units`: with the key `unit` where a plain number has one, which is not of the standard.
     """
     schema = Scenario.model_json_schema(mode="validation")
-    definitions = schema["$defs"]
+    accept_model_forms(schema["$defs"]["Model"])
+    accept_named_implementation(schema)
+    accept_cluster_forms(schema["$defs"])
+    if not units:
+        schema = without_units(schema)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "moesim scenario"}
+
+
+def accept_cluster_forms(definitions: dict[str, Any]) -> None:
+    """Let GPUs be names of the catalogue, and a cluster be its one pool written flat."""
     pool_gpu = definitions["Pool"]["properties"]["gpu"]
     forms = pool_gpu.pop("oneOf", None) or pool_gpu.pop("anyOf")
     pool_gpu["anyOf"] = [{"enum": list(gpu_names())}, *(form for form in forms if "$ref" in form)]
     definitions["OwnGpu"]["properties"]["like"]["enum"] = list(gpu_names())
-    accept_model_forms(definitions["Model"])
-    accept_named_implementation(schema)
     _accept_flat_cluster(definitions["Cluster"], definitions["Pool"])
-    if not units:
-        schema = without_units(schema)
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "moesim scenario"}
 
 
 def accept_model_forms(model: dict[str, Any]) -> None:

@@ -16,6 +16,12 @@ from moesim.serving.requests import Requests, draw_requests
 from moesim.serving.schema import ServingScenario, Slo
 
 LEAST_ANSWERS = 5.0  # times as long as an answer takes must requests come, for a steady load
+RANGED = (  # headline numbers whose least and most over seeds are given, beside the latencies
+    "good_share", "good_requests_per_second", "requests_per_second", "output_tokens_per_second",
+    "tokens_per_second_per_gpu", "tokens_per_second_per_user", "usd_per_million_output_tokens",
+    "usd_per_million_tokens", "usd_per_million_input_tokens", "usd_per_million_new_input_tokens",
+    "usd_per_million_generated_tokens",
+)  # fmt: skip
 NARROW = 0.02  # of the largest load, when the search ends
 
 
@@ -83,7 +89,7 @@ def serve_seeds(scenario: ServingScenario, seeds: int) -> dict[str, Any]:
         for latency in ("ttft_s", "tpot_s", "latency_s")
         for share in SHARES
     }
-    for key in ("output_tokens_per_second", "usd_per_million_output_tokens"):
+    for key in RANGED:
         ranges[key] = [min(each[key] for each in results), max(each[key] for each in results)]
     return first | {"seeds": seeds, "ranges": ranges}
 
@@ -156,7 +162,11 @@ def _result(deployment: Deployment, requests: Requests, served: Served) -> dict[
     last["kernels_rest_on"] = list(dict.fromkeys(source for pool in pools for source in pool["kernels_rest_on"]))
     answered, rows = served.count("answered"), served.count("rows")
     prompts = (served.earlier or (served,))[0]
+    hit_share = prompts.count("found_tokens") / max(1, prompts.count("prompt_tokens"))
+    cached = round(hit_share * prompt)  # never all: the last token of a prompt is computed
     return {
+        "schema_version": 1,
+        "kind": "serving",
         "name": scenario.name,
         "gpus": gpus,
         "requests": len(requests),
@@ -167,8 +177,11 @@ def _result(deployment: Deployment, requests: Requests, served: Served) -> dict[
         "input_tokens": prompt,
         "output_tokens": output,
         "output_tokens_per_second": output / seconds,
+        "output_tokens_per_second_per_gpu": output / seconds / gpus,
         "tokens_per_second_per_gpu": (output + prompt) / seconds / gpus,
         "tokens_per_second_per_user": 1.0 / max(float(tpot_N.mean()), 1e-12),
+        "cached_input_tokens": cached,
+        "usd_per_million_new_input_tokens": usd * _prompt_share(pools) / (prompt - cached) * 1e6,
         "usd_per_million_input_tokens": usd * _prompt_share(pools) / prompt * 1e6,
         "usd_per_million_generated_tokens": usd * (1.0 - _prompt_share(pools)) / output * 1e6,
         "usd_per_million_output_tokens": usd / output * 1e6,
@@ -179,7 +192,7 @@ def _result(deployment: Deployment, requests: Requests, served: Served) -> dict[
         "classes": _classes(requests, served),
         **last,
         "dropped_share": _dropped_share(costs, served),
-        "prefix_hit_share": prompts.count("found_tokens") / max(1, prompts.count("prompt_tokens")),
+        "prefix_hit_share": hit_share,
         "tokens_per_request_step": served.count("given") / answered if answered else 1.0,
         "padding_share": served.count("padding") / max(1, rows),
         "pools": pools,

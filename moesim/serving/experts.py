@@ -114,12 +114,7 @@ class ExpertTables:
         rng = stream(self.scenario.seed, "serving routing", total, round(10 * share))
         found = np.zeros((SAMPLES, 4))
         for sample in range(SAMPLES):
-            ids_NK = np.concatenate(
-                [
-                    _drawn(self.generated, sample, generated, 1, rng),
-                    _drawn(self.prompts, sample, drawn - generated, RUN, rng),
-                ]
-            )
+            ids_NK = self._tokens(sample, generated, drawn - generated, rng)
             dropped = self._drop(ids_NK)
             slots = self._slots[sample]
             ids_NK = slots.of(ids_NK)
@@ -137,6 +132,28 @@ class ExpertTables:
         means = np.asarray(found.mean(axis=0))
         means[0] += self._router(total / mesh.expert, means[2])
         return means
+
+    def _tokens(self, sample: int, generated: int, prompts: int, rng: np.random.Generator) -> IntArray:
+        """[N, K] choices in one layer of so many generated tokens and tokens of prompts."""
+        parts = [
+            _drawn(self.generated, sample, generated, 1, rng),
+            _drawn(self.prompts, sample, prompts, RUN, rng),
+        ]
+        return np.concatenate(parts)
+
+    def drawn_rows(self, total: int, generated: int, rng: np.random.Generator) -> FloatArray:
+        """Rows in one layer in a step of so many tokens, one draw of them: [R] of ranks that share experts, else [E].
+
+        Of more than MOST_DRAWN tokens so many are drawn.
+        """
+        drawn = min(total, MOST_DRAWN)
+        of_answers = round(generated * drawn / max(total, 1))
+        ids_NK = self._tokens(0, of_answers, drawn - of_answers, rng)
+        self._drop(ids_NK)
+        slots = self._slots[0]
+        ids_NK = slots.of(ids_NK)
+        rows_E = np.bincount(ids_NK[ids_NK >= 0], minlength=slots.num_slots) * (total / max(drawn, 1))
+        return np.asarray(rows_E.reshape(self.scenario.parallelism.expert, -1).sum(axis=1) if self.together else rows_E)
 
     def _drop(self, ids_NK: IntArray) -> float:
         """Rows beyond the capacity of their expert are marked -1; the share that they are."""

@@ -36,7 +36,8 @@ def _validated(root: Node, overrides: Sequence[str], *, base: FilePath) -> Servi
         raise UserError(f"{root.where}: expected a mapping of sections; write name: ..., model: ..., workload: ...")
     kind, path = find(root, _KIND)
     if "workload" in root.value and (path != _KIND or kind.value == "training"):
-        raise UserError(f"{kind.where}: workload: this is a training scenario; simulate it with `moesim run`")
+        what = "this is a training scenario; simulate it with `moesim run`, or name one of serving"
+        raise UserError(f"{kind.where}: workload: {what} (`moesim scenarios` lists those that ship)")
     root = apply_overrides(flat_cluster_to_pools(root), overrides)
     root = absolute_paths(explicit_model(flat_cluster_to_pools(root), base=base), base=base)
     try:

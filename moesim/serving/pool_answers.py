@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moesim.seeding import stream
 from moesim.serving.clock import Served
 from moesim.serving.fleet import Pool
 
@@ -45,6 +46,7 @@ def pool_answers(pool: Pool, served: Served, seconds: float) -> dict[str, Any]:
         "kv_peak_share": max(served.step_pages, default=0) / pages,
         "timeline": _timeline(served),
         "kv_share_over_time": _held_over_time(served, pool.replicas * pool.scenario.parallelism.data, memory.pages),
+        "expert_rows_over_time": _rows_over_time(pool, served),
         "kernels_rest_on": list(costs.rests_on),
     }
 
@@ -78,3 +80,23 @@ def _held_over_time(served: Served, groups: int, pages: int) -> dict[str, Any]:
         step = int(until)
         share_MD[moment] = held_D / room
     return {"seconds": moments.tolist(), "share": np.round(share_MD, 4).tolist()}
+
+
+def _rows_over_time(pool: Pool, served: Served) -> dict[str, Any] | None:
+    """Rows of every rank, or of every expert where ranks do not share them, over their mean, at moments [moments, ...].
+
+    Each is one draw of routing in one layer for a step of the size that there was; steps last as their mean over draws
+    and layers says. Null without experts or steps.
+    """
+    experts, scenario = pool.costs.experts, pool.scenario
+    if experts is None or not served.step_end:
+        return None
+    ends, rng = np.array(served.step_end), stream(scenario.seed, "expert rows over time", pool.name)
+    order = np.argsort(ends, kind="stable")
+    moments = np.linspace(0.0, ends.max(), min(MOST_MOMENTS, len(ends)) + 1)[1:]
+    found = []
+    for place in np.minimum(np.searchsorted(ends[order], moments), len(ends) - 1):
+        step = order[place]
+        rows = experts.drawn_rows(int(served.step_tokens[step]), int(served.step_rows[step]), rng)
+        found.append(np.round(rows / max(rows.mean(), 1e-9), 3).tolist())
+    return {"of": "rank" if pool.costs.together else "expert", "seconds": moments.tolist(), "times_mean": found}

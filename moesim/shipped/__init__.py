@@ -68,6 +68,12 @@ def resolve(path: str | Path, kind: Kind) -> Path:
     bare = len(path.parts) == 1 and not path.suffix
     if bare and path.name in known:
         return folder() / KINDS[kind] / f"{path.name}.yaml"
+    other = next((each for each in KINDS if each != kind and path.name in names(each)), None) if bare else None
+    if other is not None:
+        what = f"the {WORDS.get(other, other)} of this name is for `moesim {VERBS[other]}`"
+        if kind == "serving":
+            what += f"; serving scenarios that ship: {', '.join(known)}"
+        raise UserError(f"{path}: {what}")
     if bare:
         hint = closest(path.name, known) or "; `moesim scenarios` lists those that ship"
         raise UserError(

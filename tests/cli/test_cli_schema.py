@@ -11,10 +11,12 @@ import yaml
 
 from moesim.cli.schema import KINDS
 from moesim.planner.plan import Plan
+from moesim.planner.serving_plan import ServingPlan
 from moesim.sweeper.study import STUDY_KEYS
 
 SCENARIOS = Path(__file__).parents[2] / "scenarios"
-FOLDERS = {"scenario": SCENARIOS, "study": SCENARIOS / "studies", "plan": SCENARIOS / "plans"}
+_BELOW = {"study": "studies", "plan": "plans", "serving": "serving"}
+FOLDERS = {"scenario": SCENARIOS, **{kind: SCENARIOS / below for kind, below in _BELOW.items()}}
 FILES = [(kind, path) for kind, folder in FOLDERS.items() for path in sorted(folder.glob("*.yaml"))]
 _TYPES: Mapping[str, Any] = {
     "object": dict,
@@ -87,6 +89,8 @@ def test_shipped_files_are_accepted_and_a_mistake_is_not(schemas: dict[str, Any]
 
 def test_keys_are_those_of_the_files(moesim) -> None:
     assert json.loads(moesim("schema", "study").out)["properties"].keys() == STUDY_KEYS.keys()
-    assert json.loads(moesim("schema", "plan").out)["properties"].keys() == Plan.model_fields.keys()
+    forms = json.loads(moesim("schema", "plan").out)["$defs"]
+    for plan in (Plan, ServingPlan):
+        assert forms[plan.__name__]["properties"].keys() == plan.model_fields.keys()
     assert moesim("schema").out == moesim("schema", "scenario").out
     assert moesim("schema", "planet").code == 1

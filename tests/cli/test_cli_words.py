@@ -146,7 +146,9 @@ def test_a_bare_name_is_a_shipped_file_unless_there_is_a_file_of_that_name(scena
         (["run", "scenarios/quickstart.yaml"], "moesim run quickstart"),
         (["sweep", "capacitiy"], "did you mean 'capacity'?"),
         (["plan", "plans/mixtral-8x22b.yaml"], "moesim plan mixtral-8x22b"),
-        (["plan", "quickstart"], "no plan of this name ships"),
+        (["plan", "quickstart"], "the scenario of this name is for `moesim run`"),
+        (["plan", "quickstrt"], "no plan of this name ships"),
+        (["serve", "quickstart"], "serving scenarios that ship: deepseek-moe-16b-8xh100, "),
     ],
 )
 def test_a_file_that_is_missing_names_what_ships(scenario: Path, moesim, argv: list[str], said: str) -> None:

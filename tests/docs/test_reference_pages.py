@@ -13,6 +13,7 @@ import moesim
 from moesim.cli.parser import build
 from moesim.kernels.estimate import SOURCES
 from moesim.planner.loading import plan_json_schema
+from moesim.planner.serving_plan import serving_plan_json_schema
 from moesim.results import CATEGORIES
 from moesim.results.definitions import (
     CATEGORY_DEFINITIONS,
@@ -91,6 +92,7 @@ def test_every_key_of_a_plan_is_described_there_or_as_a_scenarios(pages: dict[st
     described = KeyPage(scenario).titles
     assert check_keys(pages["reference/plan.md"], schema, but=described) > 50
     assert check_keys(pages["reference/serving.md"], serving_json_schema(), but=described) > 25
+    assert check_keys(pages["reference/serving-plan.md"], serving_plan_json_schema(), but=described) > 25
     for name in described.keys() & schema["$defs"].keys():
         assert schema["$defs"][name]["properties"].keys() <= scenario["$defs"][name]["properties"].keys(), name
 

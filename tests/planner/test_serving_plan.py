@@ -3,9 +3,11 @@
 import pytest
 
 from moesim.errors import InfeasibleError, UserError
-from moesim.planner.serving_plan import is_serving_plan, load_serving_plan, scenario_of, units_of
-from moesim.planner.serving_planning import POINTS_FILE, make_serving_plan, pareto
+from moesim.planner.loading import load_any_plan, load_plan
+from moesim.planner.serving_plan import ServingPlan, load_serving_plan, scenario_of, units_of
+from moesim.planner.serving_planning import POINTS_FILE, make_serving_plan, pareto, plan_digest
 from moesim.report.serving_plan_view import print_serving_plan, serving_plan_page
+from moesim.report.serving_trade_off import serving_plot
 from moesim.serving import load_serving, serve
 
 TEXT = """name: small
@@ -36,8 +38,10 @@ def file(tmp_path):
 
 
 def test_the_first_is_the_least_what_it_writes_serves_within_the_limits_and_it_goes_on(file, tmp_path, capsys) -> None:
-    assert is_serving_plan(file)
-    plan, out = load_serving_plan(file), tmp_path / "out"
+    plan, out = load_any_plan(file), tmp_path / "out"
+    assert isinstance(plan, ServingPlan) and plan == load_serving_plan(file)
+    with pytest.raises(UserError, match="this is a plan of serving"):
+        load_plan(file)
     content = make_serving_plan(plan, out)
     ranking = content["ranking"]
     assert [each["gpus"] for each in ranking] == sorted(each["gpus"] for each in ranking) and ranking[0]["whole"]
@@ -53,9 +57,26 @@ def test_the_first_is_the_least_what_it_writes_serves_within_the_limits_and_it_g
     assert len(points.read_text().splitlines()) == len(lines)
     with pytest.raises(UserError, match="holds another plan"):
         make_serving_plan(load_serving_plan(file, ["seed=1"]), out)
+    front = [content["loads"][place] for place in content["front"]]
+    page = serving_plot([out])
+    assert page is not None and all(f"{load['tokens_per_second_per_user']:,.1f}" in page for load in front)
+    with pytest.raises(UserError, match=r"did you mean 'ttft_s\.p90'"):
+        serving_plot([out], x="ttft.p90")
+    with pytest.raises(UserError, match="not of serving"):
+        serving_plot([out, tmp_path])
     print_serving_plan({"name": "small", **content}, width=120)
     assert "not by how well it answers" in capsys.readouterr().out
     assert "made for this test" in serving_plan_page({"name": "small", **content})
+
+
+def test_a_trace_that_changed_makes_it_another_plan(file, tmp_path) -> None:
+    log = tmp_path / "log.csv"
+    log.write_text("time,input,output\n0,100,5\n1,100,5\n")
+    plan = load_serving_plan(file, [f"workload.arrivals={{kind: trace, file: {log}}}"])
+    before = plan_digest(plan)
+    assert before == plan_digest(plan) != plan_digest(load_serving_plan(file))
+    log.write_text("time,input,output\n0,100,5\n1,100,6\n")
+    assert plan_digest(plan) != before
 
 
 def test_what_nothing_meets_names_the_nearest(file, tmp_path) -> None:

@@ -373,6 +373,32 @@ def test_classes_have_latencies_of_their_own_and_all_requests() -> None:
     assert serve(small("workload.requests=10"))["classes"] == []
 
 
+def test_the_rent_is_split_and_what_was_cached_is_told_apart() -> None:
+    load = ("workload.prefixes={number: 4, tokens: 2000, share: 0.9}", "workload.requests=60")
+    found = serve(small(*load))
+    rent = found["usd_per_million_tokens"] * (found["input_tokens"] + found["output_tokens"])
+    prompts = found["usd_per_million_input_tokens"] * found["input_tokens"]
+    assert prompts + found["usd_per_million_generated_tokens"] * found["output_tokens"] == pytest.approx(rent)
+    new = found["input_tokens"] - found["cached_input_tokens"]
+    assert 0 < new < found["input_tokens"] and found["usd_per_million_new_input_tokens"] * new == pytest.approx(prompts)
+
+
+def test_ranges_hold_what_the_first_seed_gave() -> None:
+    found = serve_seeds(small("workload.requests=40", "workload.slo={ttft: 0.02}"), 3)
+    for key, (least, most) in found["ranges"].items():
+        name, _, share = key.partition(".")
+        assert least <= (found[name][share] if share else found[name]) <= most, key
+    assert {"good_share", "good_requests_per_second", "usd_per_million_input_tokens"} <= found["ranges"].keys()
+
+
+def test_rows_over_time_have_their_mean_and_the_imbalance_of_steps() -> None:
+    found = serve(small("workload.requests=60"))["pools"][0]
+    rows = found["expert_rows_over_time"]
+    times = np.array(rows["times_mean"])
+    assert rows["of"] == "rank" and times.shape == (len(rows["seconds"]), 4)
+    assert np.allclose(times.mean(axis=1), 1.0, atol=0.01) and times.max() > 1.0
+
+
 def test_every_number_of_an_answer_is_defined() -> None:
     page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
     answers = serve_seeds(small("workload.requests=20"), 2)
