@@ -209,6 +209,7 @@ NAMES_OF_OTHERS = {
     "report/topology_drawing.py": {"switch"},
     "report/topology.py": {"switch"},
     "validation/cases.py": {"uniform"},  # of routing that is drawn
+    "validation/node_cases.py": {"uniform"},
 }
 
 

@@ -183,8 +183,6 @@ TORCH_EAGER = SoftwareFacts(
         counts=True,
     ),
     bf16_optimizer=True,
-    shards_gradients=False,
-    shares_layers=False,
     other_layers=False,
     recomputes_parts=False,
     overlaps=False,

@@ -30,10 +30,13 @@ class Case:
         """Tokens of one micro-batch on one rank."""
         return self.scenario.tokens_per_micro_batch
 
-    def sample(self) -> TrafficSample:
-        """The routing that both the real run and the simulation use: drawn once, from the scenario's seed."""
+    def sample(self) -> TrafficSample | None:
+        """The routing that both the real run and the simulation use: drawn once, from the scenario's seed; None where
+        the model has no experts.
+        """
         trace = obtain_trace(self.scenario)
-        assert trace is not None
+        if trace is None:
+            return None
         return TrafficSampler(self.scenario, trace).draw(stream(self.scenario.seed, "sample", 0))
 
 
@@ -55,14 +58,14 @@ CPU_MODEL: dict[str, Any] = {
 CPU_TOKENS = (512, 1024)
 
 
-def _counts(model: dict[str, Any], skew: float) -> Counts:
+def popularity_counts(model: dict[str, Any], skew: float) -> Counts:
     """Popularity per MoE layer and expert: 1000 / (number + 1) ** skew."""
-    shape = scenario_from_mapping(_data("shape", model, 1, 64, {"kind": "uniform"}, "h200")).model
+    shape = scenario_from_mapping(case_data("shape", model, 1, 64, {"kind": "uniform"}, "h200")).model
     row = [1000.0 / (expert + 1) ** skew for expert in range(shape.experts)]
     return [row] * shape.moe_layers
 
 
-def _data(
+def case_data(
     name: str, model: dict[str, Any], gpus: int, tokens: int, routing: dict[str, Any], gpu: str
 ) -> dict[str, Any]:
     length = min(tokens, SEQUENCE_LENGTH)
@@ -90,9 +93,9 @@ def build_case(label: str, model: dict[str, Any], *, gpus: int, tokens: int, ske
     exponent = SKEWS[skew] * (COARSE_SKEW / SKEWS["skewed"] if label == "coarse8" else 1.0)
     routing: dict[str, Any] = {"kind": "uniform"}
     if exponent:
-        routing = {"kind": "popularity", "counts": _counts(model, exponent)}
+        routing = {"kind": "popularity", "counts": popularity_counts(model, exponent)}
     name = f"{label}-{tokens}-{skew}-{gpus}gpu"
-    return Case(name, scenario_from_mapping(_data(name, model, gpus, tokens, routing, gpu)))
+    return Case(name, scenario_from_mapping(case_data(name, model, gpus, tokens, routing, gpu)))
 
 
 def standard_cases(device: str, gpus: int) -> Iterator[Case]:
@@ -127,15 +130,25 @@ def check_runnable(scenario: Scenario) -> None:
     """Raise UserError for what the measured software does not do."""
     from moesim.routing.sharded_model import unsupported
 
-    mesh = scenario.parallelism
+    mesh, switches = scenario.parallelism, scenario.implementation.switches
     complaints = {
         "implementation.kind must be torch_eager: that is the software that is run": (
             not scenario.implementation.software.runs_here
         ),
-        "only data and expert parallelism are run; set pipeline, tensor, context and expert_tensor to 1": (
-            mesh.world_size != mesh.data or mesh.expert_tensor != 1
+        "pipelines, context and expert_tensor ranks are not run; set them to 1": (
+            mesh.world_size != mesh.data * mesh.tensor or mesh.expert_tensor != 1
         ),
-        "ZeRO is not run; set parallelism.zero to {dense: 0, expert: 0}": mesh.zero.dense + mesh.zero.expert > 0,
+        "tensor ranks are run of models without experts; set model.experts: 0, or tensor to 1": (
+            mesh.tensor > 1 and scenario.model.experts > 0
+        ),
+        "tensor ranks are run without ZeRO, sequence parallelism and torch's loss; set parallelism.zero to "
+        "{dense: 0, expert: 0} and implementation.sequence_parallel: false, loss: parallel": (
+            mesh.tensor > 1
+            and (mesh.zero.dense + mesh.zero.expert > 0 or switches.sequence_parallel or switches.loss != "parallel")
+        ),
+        "ZeRO 1, and 3 without expert ranks, are run; set parallelism.zero to {dense: 0, expert: 0}": (
+            mesh.zero.dense == 2 or mesh.zero.dense != mesh.zero.expert or (mesh.zero.dense == 3 and mesh.expert > 1)
+        ),
         "the software that is run drops nothing; set capacity to {kind: none}": scenario.capacity.kind != "none",
         "one row per (token, expert) is sent; set dispatch.deduplicate to per_expert": (
             scenario.dispatch.deduplicate != "per_expert"
@@ -143,7 +156,6 @@ def check_runnable(scenario: Scenario) -> None:
         "optimizer states are bf16; set workload.precision.optimizer to bf16": (
             scenario.workload.precision.optimizer != "bf16"
         ),
-        "the model has no experts; choose one that has": scenario.model.experts == 0,
     }
     found = [text for text, wrong in complaints.items() if wrong]
     reason = unsupported(scenario.model)

@@ -54,14 +54,20 @@ class Marks:
     def part_seconds(self) -> dict[str, float]:
         """Seconds per part over all layers, forward and backward: keys `forward.router`, `backward.experts`, ..."""
         seconds: dict[str, float] = {}
+        for key, value in self.parts():
+            seconds[key] = seconds.get(key, 0.0) + value
+        return seconds
+
+    def parts(self) -> list[tuple[str, float]]:
+        """The same, one part of one layer after the other."""
+        found = []
         for phase, stamps in self.stamps.items():
             for (first, begin), (second, end) in pairwise(stamps):
                 part = second if phase == "forward" else first
                 if part == "start" or (phase == "backward" and second == "shared"):
                     continue  # what lies between two layers
-                key = f"{phase}.{part}"
-                seconds[key] = seconds.get(key, 0.0) + self.clock.seconds(begin, end)
-        return seconds
+                found.append((f"{phase}.{part}", self.clock.seconds(begin, end)))
+        return found
 
 
 class _Stamped(torch.autograd.Function):

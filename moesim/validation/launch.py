@@ -121,7 +121,9 @@ def _process(rank: int, cases: list[Case], device: str, scratch: str, folder: st
         )
     for case in cases:
         try:
-            ids = forced_ids(case.sample(), rank=rank)
+            sample = case.sample()
+            micro_batches = case.scenario.num_micro_batches
+            ids = [[] for _ in range(micro_batches)] if sample is None else forced_ids(sample, rank=rank)
             result = measure_rank(case.scenario, ids, rank=rank, device=place, effort=effort)
         except torch.OutOfMemoryError:
             os._exit(OUT_OF_MEMORY)  # at once: a clean end would wait for collectives that never come
@@ -159,6 +161,9 @@ def _merge(ranks: list[dict[str, Any]]) -> dict[str, Any]:
     }
     if "kernels" in ranks[0]:
         measured["kernels"] = ranks[0]["kernels"]
+    if "steps" in ranks[0]:
+        measured["steps"] = [rank["steps"] for rank in ranks]
+        measured["marks"] = {"names": ranks[0]["marks"][0][0], "seconds": [[m for _, m in r["marks"]] for r in ranks]}
     return measured
 
 

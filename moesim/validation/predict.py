@@ -33,11 +33,11 @@ def predict(case: Case, rows_RBLE: ArrayLike) -> dict[str, Any]:
     `rows_RBLE`: the rows that each rank sent to each expert in the real run, by micro-batch and MoE layer.
     """
     scenario = case.scenario
-    sample = RecordedRows(scenario, np.asarray(rows_RBLE, dtype=np.int64))
+    samples = [RecordedRows(scenario, np.asarray(rows_RBLE, dtype=np.int64))] if scenario.model.experts else []
     kernels = scenario_kernels(scenario)
     fabric = scenario_fabric(scenario, kernels)
-    kernels = step_kernels(scenario, fabric=fabric, kernels=kernels, samples=[sample])
-    program = build_program(scenario, fabric=fabric, kernels=kernels, samples=[sample])
+    kernels = step_kernels(scenario, fabric=fabric, kernels=kernels, samples=samples)
+    program = build_program(scenario, fabric=fabric, kernels=kernels, samples=samples)
     outcome = simulate_step(program)
     tables = [_cut(table) for table in outcome.tables]
     weights = [len(table.ranks_R) for table in outcome.tables]
@@ -49,11 +49,11 @@ def predict(case: Case, rows_RBLE: ArrayLike) -> dict[str, Any]:
 
 
 def _cut(table: SpanTable) -> tuple[dict[str, float], dict[str, float]]:
-    """Every span with the idle time before it belongs to its part: nothing of this software overlaps."""
+    """Every span with the idle time before it belongs to its part; of spans that overlap, by what each ends later."""
     parts = dict.fromkeys(("forward", "backward", "reduction", "optimizer"), 0.0)
     layers: dict[str, float] = {}
     finish_NR = table.finish_NSR[:, 0]
-    elapsed_N = np.diff(finish_NR, axis=0, prepend=0.0).mean(axis=1)
+    elapsed_N = np.diff(np.maximum.accumulate(finish_NR, axis=0), axis=0, prepend=0.0).mean(axis=1)
     for row, seconds in _with_stalls(table, elapsed_N):
         label = table.labels[row]
         parts[_part_of_step(label)] += seconds

@@ -4,6 +4,7 @@ Legend: B sequences, S tokens per sequence, T = B S tokens, K selections, L MoE 
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -14,11 +15,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moesim.kernels.benchmarks.device import Sampler
-from moesim.routing.expert_parallel import ExpertGroup
-from moesim.routing.sharded_model import ShardedTrainer, build_sharded_model
 from moesim.scenario import Scenario
 from moesim.seeding import stream
 from moesim.validation.clock import Clock, Marks
+from moesim.validation.programs import build_trainer
 from moesim.validation.routing import Ids
 
 PARTS = ("forward", "backward", "reduction", "optimizer")
@@ -27,7 +27,8 @@ PARTS = ("forward", "backward", "reduction", "optimizer")
 @dataclass(frozen=True, kw_only=True)
 class Effort:
     """How long to measure: about `seconds` of steps (at least `least`, at most `most`) behind about half as much of
-    warm-up (at least `warm` steps), then `instrumented` steps; `profile` keeps one step's kernels by name.
+    warm-up (at least `warm` steps), then `instrumented` steps; `profile` keeps one step's kernels by name, `single` the
+    seconds of every step and of every part of every layer on each rank.
     """
 
     seconds: float = 2.0
@@ -36,33 +37,7 @@ class Effort:
     warm: int = 4
     instrumented: int = 4
     profile: bool = False
-
-
-@dataclass(frozen=True)
-class Groups:
-    """Process groups of this rank: of its expert group, of all ranks, of the ranks with the same experts."""
-
-    expert: ExpertGroup
-    everyone: dist.ProcessGroup | None
-    replicas: dist.ProcessGroup | None
-
-
-def build_groups(scenario: Scenario, rank: int) -> Groups:
-    """Expert groups are consecutive ranks; every rank makes every group, as torch.distributed wants."""
-    world, size = scenario.parallelism.world_size, scenario.parallelism.expert
-    if world == 1:
-        return Groups(ExpertGroup(), None, None)
-    everyone = dist.group.WORLD
-    expert = replicas = None
-    for first in range(0, world, size):
-        handle = dist.new_group(list(range(first, first + size))) if 1 < size < world else everyone
-        if first <= rank < first + size:
-            expert = handle
-    for index in range(size if size < world else 0):
-        handle = dist.new_group(list(range(index, world, size)))
-        if rank % size == index:
-            replicas = handle
-    return Groups(ExpertGroup(rank % size, size, expert if size > 1 else None), everyone, replicas)
+    single: bool = False
 
 
 class Runner:
@@ -70,19 +45,10 @@ class Runner:
 
     def __init__(self, scenario: Scenario, ids: list[list[Ids]], *, rank: int, device: torch.device) -> None:
         world = scenario.parallelism.world_size
-        groups = build_groups(scenario, rank)
         self.device, self.clock, self.world = device, Clock(device), world
-        shape = scenario.router_shape()
-        model = build_sharded_model(scenario.model, shape, group=groups.expert, device=device, seed=scenario.seed)
-        self.trainer = ShardedTrainer(
-            model,
-            world=world,
-            micro_batches=scenario.num_micro_batches,
-            dense_group=groups.everyone,
-            replica_group=groups.replicas,
-        )
+        self.trainer = build_trainer(scenario, rank=rank, device=device)
         self.ids_BL = [[torch.from_numpy(layer.astype(np.int64)).to(device) for layer in layers] for layers in ids]
-        rng = stream(scenario.seed, "tokens", rank)
+        rng = stream(scenario.seed, "tokens", rank // scenario.parallelism.tensor)  # tensor ranks have the same
         workload = scenario.workload
         shape_BS = (len(ids), workload.micro_batch, workload.sequence_length + 1)
         tokens = torch.from_numpy(rng.integers(0, scenario.model.vocab, size=shape_BS)).to(device)
@@ -117,8 +83,9 @@ class Runner:
             seconds[part] += self.clock.seconds(begin, end)
         return {**seconds, "step": self.clock.seconds(stamps[0][1], stamps[-1][1]), "host": issued}
 
-    def instrumented_step(self) -> dict[str, float]:
-        """One step with marks in the MoE layers; seconds per part over all layers and micro-batches."""
+    def instrumented_step(self) -> tuple[dict[str, float], list[tuple[str, float]]]:
+        """One step with marks in the MoE layers: seconds per part over all layers and micro-batches, and of every part
+        one after the other."""
         seconds: dict[str, float] = {}
         marks = []
         self.together()
@@ -131,10 +98,10 @@ class Runner:
         self.trainer.optimize()
         self.trainer.set_mark()
         self.clock.wait()
-        for mark in marks:
-            for key, value in mark.part_seconds().items():
-                seconds[key] = seconds.get(key, 0.0) + value
-        return seconds
+        single = [part for mark in marks for part in mark.parts()]
+        for key, value in single:
+            seconds[key] = seconds.get(key, 0.0) + value
+        return seconds, single
 
     def memory(self) -> dict[str, int]:
         """Bytes of one step: held between steps, the allocator's peak in each part, and what it reserves; {} on CPU."""
@@ -199,7 +166,7 @@ def measure_rank(
         state = sampler.since(begin)
     rows = runner.rows()
     runner.instrumented_step()  # the first one pays for what is new in it
-    layers = [runner.instrumented_step() for _ in range(effort.instrumented)]
+    layers, singles = zip(*(runner.instrumented_step() for _ in range(effort.instrumented)), strict=True)
     result = {
         "parts": _medians(steps),
         "spread": _spread([step["step"] for step in steps]),
@@ -209,12 +176,19 @@ def measure_rank(
         "memory_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else 0,
     }
     result["memory"] = runner.memory()
+    if effort.single:
+        result["steps"] = [[_short(step[part]) for part in (*PARTS, "step", "host")] for step in steps]
+        result["marks"] = [([n for n, _ in single], [_short(s) for _, s in single]) for single in singles]
     if effort.profile and device.type == "cuda":
         result["kernels"] = _profile(runner)
     return result
 
 
-def _medians(rows: list[dict[str, float]]) -> dict[str, float]:
+def _short(seconds: float) -> float:
+    return float(f"{seconds:.4g}")
+
+
+def _medians(rows: Sequence[dict[str, float]]) -> dict[str, float]:
     return {key: float(np.median([row[key] for row in rows])) for key in rows[0]}
 
 

@@ -21,6 +21,7 @@ from moesim.validation.table import Row, Table, load_table, recompute, save_tabl
 
 def rows_of(case: Case) -> list[Any]:
     sample = case.sample()
+    assert sample is not None
     layers = range(case.scenario.model.moe_layers)
     return [[[sample.layer(0, 0, layer).rows_RE[rank].tolist() for layer in layers]] for rank in range(case.gpus)]
 
@@ -132,6 +133,8 @@ CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"dispatch": {"deduplicate": "per_rank"}}, "per_expert"),
     ({"workload": {"kind": "training", "sequence_length": 64, "global_batch": 2}}, "bf16"),
     ({"parallelism": {"data": 2, "expert": 2, "zero": {"dense": 1}}}, "ZeRO"),
+    ({"parallelism": {"data": 2, "expert": 2, "zero": {"dense": 3, "expert": 3}}}, "without expert ranks"),
+    ({"parallelism": {"data": 1, "tensor": 2, "expert": 1}}, "without experts"),
 ]
 
 
