@@ -29,7 +29,6 @@ from moesim.engine.segments import (
     NUM_CLOCKS,
     OPEN_FROM,
     OPEN_UNTIL,
-    Packed,
 )
 from moesim.engine.walk import Labels, Step
 from moesim.kernels import Beside, slowed_at
@@ -139,16 +138,16 @@ class GroupExecutor:
 
     def execute(self, runs: Sequence[Run]) -> None:
         """Do one action: a pass, or two passes that overlap."""
-        for _ in self.execute_in_parts(runs):
+        parts = self._execute_packed(runs, whole=True) if self._compiled else self.execute_in_parts(runs)
+        for _ in parts:
             pass
 
     def execute_in_parts(self, runs: Sequence[Run]) -> Iterator[tuple[int, Transfer, FloatArray, FloatArray]]:
         """As `execute`, stopping behind each transfer, which may then be `delay`ed: its chain, it, start and finish."""
-        blocks = tuple(run.block for run in runs)
         if self._compiled:
-            yield from self._execute_packed(self.labels.packed(blocks), runs)
+            yield from self._execute_packed(runs, whole=False)
             return
-        for step in self.labels.steps(blocks, runs=self._host_is_free):
+        for step in self.labels.steps(tuple(run.block for run in runs), runs=self._host_is_free):
             run = runs[step.which]
             self._take(step, run)
             if step.kind is Kind.TRANSFER:
@@ -156,17 +155,22 @@ class GroupExecutor:
                 yield step.chain, transfer, self._open_from_SR, self._open_until_SR
 
     def _execute_packed(
-        self, packed: Packed, runs: Sequence[Run]
+        self, runs: Sequence[Run], *, whole: bool
     ) -> Iterator[tuple[int, Transfer, FloatArray, FloatArray]]:
+        """`whole`: without a stop behind transfers in which all ranks meet."""
+        packed = self.labels.packed(tuple(run.block for run in runs), whole=whole)
         recorder, loops, clocks_KSR = self.recorder, _loops(), self.clocks_KSR
         first, second = micro_batches = runs[0].micro_batch, runs[-1].micro_batch
         of_span = first if first == second else first + packed.which_G * (second - first)
         span = recorder.run(packed.labels_G, of_span).start
         spans = recorder.start_NSR, recorder.finish_NSR, recorder.own_NSR
-        for steps_NC, kernels, chain, which, transfers_M in packed.segments:
-            now = self._open_F3R, self._transfer_span, chain, span
-            loops.advance(clocks_KSR, steps_NC, *packed.seconds_Q, *micro_batches, *now, *spans)
-            span += kernels
+        for steps_NC, rows, chain, which, transfers_M in packed.segments:
+            now = self.beside_F3R, self._open_F3R, self._transfer_span, chain, span
+            durations = *packed.seconds_Q, packed.alike_S, *micro_batches
+            opened = loops.advance(clocks_KSR, steps_NC, *durations, *now, *spans)
+            if opened >= 0:
+                self._transfer_span, self._open_F3R = opened, self.beside_F3R
+            span += rows
             if chain != NO_TRANSFER:
                 transfer = transfers_M[micro_batches[which] % len(transfers_M)]
                 done_SR = transfer.finish(spans[0][span])

@@ -37,43 +37,49 @@ FloatArray = NDArray[np.float64]
 Own = NDArray[np.float32]
 
 COMPUTE_FACTOR, TRANSFER_FACTOR, WAIT = range(3)  # fields of moesim.kernels.Beside
-_KERNEL, _FORK = int(Kind.COMPUTE), int(Kind.FORK)
+_KERNEL, _TRANSFER, _FORK, _JOIN = int(Kind.COMPUTE), int(Kind.TRANSFER), int(Kind.FORK), int(Kind.JOIN)
 
 
 @numba.njit(cache=True)
-def _part_or_join(main_SR: FloatArray, side_SR: FloatArray, part: bool) -> None:
-    for sample in range(len(main_SR)):
-        for rank in range(main_SR.shape[1]):
-            if part:
-                side_SR[sample, rank] = main_SR[sample, rank]
-            else:
-                main_SR[sample, rank] = max(main_SR[sample, rank], side_SR[sample, rank])
+def _is_same(values_R: NDArray[np.floating]) -> bool:
+    for rank in range(1, len(values_R)):  # noqa: SIM110 (numba knows no generators)
+        if values_R[rank] != values_R[0]:
+            return False
+    return True
 
 
 @numba.njit(cache=True)
-def _begin_run(clocks_KSR: FloatArray, chain: int) -> None:
-    for sample in range(clocks_KSR.shape[1]):
-        for rank in range(clocks_KSR.shape[2]):
-            start = max(clocks_KSR[chain, sample, rank], clocks_KSR[COMPUTE, sample, rank])
-            clocks_KSR[RUN_START, sample, rank] = clocks_KSR[COMPUTE, sample, rank] = start
-            clocks_KSR[RUN_WORK, sample, rank] = clocks_KSR[RUN_LOST, sample, rank] = 0.0
+def _are_alike(clocks_KSR: FloatArray, sample: int) -> bool:
+    """Whether every clock of a sample shows the same on all ranks."""
+    for clock in range(len(clocks_KSR)):  # noqa: SIM110
+        if not _is_same(clocks_KSR[clock, sample]):
+            return False
+    return True
 
 
 @numba.njit(cache=True)
-def _lose(clocks_KSR: FloatArray, beside_3: FloatArray, work: float, sample: int, rank: int) -> float:
-    """Seconds by which the open transfer ends later for `work` seconds of a kernel beside it; what these lose is added
-    up in RUN_LOST. See `GroupExecutor._beside`."""
-    last, opened = clocks_KSR[COMPUTE, sample, rank], clocks_KSR[OPEN_FROM, sample, rank]
-    left = clocks_KSR[OPEN_UNTIL, sample, rank] - max(last, opened)
+def _spread(values_R: NDArray[np.floating]) -> None:
+    """All ranks are where the first one is."""
+    for rank in range(1, len(values_R)):
+        values_R[rank] = values_R[0]
+
+
+@numba.njit(cache=True, error_model="numpy")
+def _lose(beside_3: FloatArray, last: float, opened: float, until: float, work: float) -> tuple[float, float]:
+    """Seconds by which the open transfer ends later for `work` seconds of a kernel beside it, and those that it loses.
+
+    `last`: when the kernel begins; the transfer runs from `opened` to `until`. See `executor._beside`.
+    """
+    left = until - max(last, opened)
     free = min(max(opened - last, 0.0), work)
     if left <= 0.0 or free >= work:
-        return 0.0
+        return 0.0, 0.0
     longer = min(beside_3[WAIT], work - free) if last <= opened else 0.0
     free += longer
     beside = min(work - free, left * beside_3[TRANSFER_FACTOR] / beside_3[COMPUTE_FACTOR])
-    clocks_KSR[RUN_LOST, sample, rank] += beside * (beside_3[COMPUTE_FACTOR] - 1.0)
+    lost = beside * (beside_3[COMPUTE_FACTOR] - 1.0)
     longer += beside * (beside_3[COMPUTE_FACTOR] * (1.0 - 1.0 / beside_3[TRANSFER_FACTOR]))
-    return float(longer)
+    return longer, lost
 
 
 @numba.njit(cache=True)
@@ -91,71 +97,138 @@ def _lengthen(
 
 
 @numba.njit(cache=True)
+def _kernel(
+    clocks_KSR: FloatArray, step_C: NDArray[np.int64], seconds_Q: FloatArray, place: int, beside_F3R: FloatArray,
+    open_span: int, row: int, sample: int, ranks: int, start_GSR: FloatArray, finish_GSR: FloatArray, own_GSR: Own,
+) -> None:  # fmt: skip
+    """One kernel on the first `ranks` ranks, its durations from `place` on."""
+    chain_R, compute_R = clocks_KSR[step_C[CHAIN], sample], clocks_KSR[COMPUTE, sample]
+    begun_R, work_R, lost_R = clocks_KSR[RUN_START, sample], clocks_KSR[RUN_WORK, sample], clocks_KSR[RUN_LOST, sample]
+    opened_R, until_R = clocks_KSR[OPEN_FROM, sample], clocks_KSR[OPEN_UNTIL, sample]
+    start_R, finish_R, own_R = start_GSR[row, sample], finish_GSR[row, sample], own_GSR[row, sample]
+    if step_C[FIRST]:
+        for rank in range(ranks):
+            begun_R[rank] = compute_R[rank] = max(chain_R[rank], compute_R[rank])
+            work_R[rank] = lost_R[rank] = 0.0
+    stride, kinds, family = step_C[STRIDE_R], beside_F3R.shape[2], step_C[FAMILY]
+    for rank in range(ranks):
+        before, last = work_R[rank], compute_R[rank]
+        work = before + seconds_Q[place + rank * stride]
+        if last < until_R[rank]:
+            beside_3 = beside_F3R[family, :, min(rank, kinds - 1)]
+            longer, lost = _lose(beside_3, last, opened_R[rank], until_R[rank], work - before)
+            lost_R[rank] += lost
+            if longer > 0.0:
+                _lengthen(clocks_KSR, open_span, longer, sample, rank, finish_GSR, own_GSR)
+        finish = work + begun_R[rank] + lost_R[rank]
+        start_R[rank], finish_R[rank], own_R[rank] = last, finish, finish - last
+        work_R[rank] = work
+        chain_R[rank] = compute_R[rank] = finish
+
+
+@numba.njit(cache=True)
+def _meeting(
+    clocks_KSR: FloatArray, step_C: NDArray[np.int64], seconds_Q: FloatArray, place: int, row: int, sample: int,
+    ranks: int, start_GSR: FloatArray, finish_GSR: FloatArray, own_GSR: Own,
+) -> None:  # fmt: skip
+    """One transfer in which nobody begins before the last of the first `ranks` ranks has come."""
+    chain_R, free_R = clocks_KSR[step_C[CHAIN], sample], clocks_KSR[COMMUNICATION, sample]
+    opened_R, until_R = clocks_KSR[OPEN_FROM, sample], clocks_KSR[OPEN_UNTIL, sample]
+    last = -np.inf
+    for rank in range(ranks):
+        opened_R[rank] = max(chain_R[rank], free_R[rank])
+        last = max(last, opened_R[rank])
+    for rank in range(ranks):
+        alone = seconds_Q[place + rank * step_C[STRIDE_R]]
+        start, done = opened_R[rank], last + alone
+        chain_R[rank] = free_R[rank] = until_R[rank] = done
+        start_GSR[row, sample, rank], finish_GSR[row, sample, rank] = start, done
+        own_GSR[row, sample, rank] = min(alone, done - start)
+
+
+@numba.njit(cache=True)
+def _part_or_join(main_R: FloatArray, side_R: FloatArray, part: bool) -> None:
+    for rank in range(len(main_R)):
+        if part:
+            side_R[rank] = main_R[rank]
+        else:
+            main_R[rank] = max(main_R[rank], side_R[rank])
+
+
+@numba.njit(cache=True)
 def advance(
     clocks_KSR: FloatArray,
     steps_NC: NDArray[np.int64],
     first_Q: FloatArray,
     second_Q: FloatArray,
+    alike_S: NDArray[np.bool_],
     first_micro_batch: int,
     second_micro_batch: int,
     beside_F3R: FloatArray,
+    open_F3R: FloatArray,
     open_span: int,
     chain: int,
     span: int,
     start_GSR: FloatArray,
     finish_GSR: FloatArray,
     own_GSR: Own,
-) -> None:
+) -> int:
     """Take the steps of a segment, writing spans from `span` on, and write when its transfer (on `chain`) may start.
 
     `first_Q`, `first_micro_batch`: durations and micro-batch of the first pass of the action; `second_...` likewise.
-    `open_span`: the row of the latest transfer, which kernels beside it make longer.
+    `alike_S` (one entry may stand for all samples): whether all ranks have the same durations. Where they have, and
+    the same clocks, one rank is walked for all.
+    `open_span`: the row of the latest transfer, which kernels beside it make longer by `open_F3R`; transfers among the
+    steps have `beside_F3R`. Returns the row of the latest transfer then, or -1 where it is the same.
     """
     samples, ranks = clocks_KSR.shape[1:]
-    compute_SR, start_SR, work_SR = clocks_KSR[COMPUTE], clocks_KSR[RUN_START], clocks_KSR[RUN_WORK]
-    lost_SR, until_SR = clocks_KSR[RUN_LOST], clocks_KSR[OPEN_UNTIL]
-    before_SR = np.empty((samples, ranks))
-    row = span
-    for step in range(len(steps_NC)):
-        step_C = steps_NC[step]
-        chain_SR = clocks_KSR[step_C[CHAIN]]
-        if step_C[KIND] != _KERNEL:
-            _part_or_join(chain_SR, clocks_KSR[step_C[CHAIN] + SIDE], step_C[KIND] == _FORK)
-            continue
-        if step_C[FIRST]:
-            _begin_run(clocks_KSR, step_C[CHAIN])
-        seconds_Q, micro_batch = first_Q, first_micro_batch
-        if step_C[WHICH] == 1:
-            seconds_Q, micro_batch = second_Q, second_micro_batch
-        for sample in range(samples):
-            for rank in range(ranks):
-                before_SR[sample, rank] = work_SR[sample, rank]
+    opened = -1
+    for sample in range(samples):
+        alike = alike_S[min(sample, len(alike_S) - 1)] and beside_F3R.shape[2] == open_F3R.shape[2] == 1
+        alike = alike and _are_alike(clocks_KSR, sample)
+        if alike and open_span >= 0:
+            alike = _is_same(own_GSR[open_span, sample])
+        width, row, latest, facts_F3R = (1 if alike else ranks), span, open_span, open_F3R
+        before = 0.0
+        if alike and open_span >= 0:
+            before = own_GSR[open_span, sample, 0]
+        for step in range(len(steps_NC)):
+            step_C = steps_NC[step]
+            if step_C[KIND] == _FORK or step_C[KIND] == _JOIN:
+                chain_R, side_R = clocks_KSR[step_C[CHAIN], sample], clocks_KSR[step_C[CHAIN] + SIDE, sample]
+                _part_or_join(chain_R[:width], side_R[:width], step_C[KIND] == _FORK)
+                continue
+            seconds_Q, micro_batch = first_Q, first_micro_batch
+            if step_C[WHICH] == 1:
+                seconds_Q, micro_batch = second_Q, second_micro_batch
             place = step_C[OFFSET] + micro_batch % step_C[LENGTH] * step_C[STRIDE_M] + sample * step_C[STRIDE_S]
-            if step_C[STRIDE_R] == 0:
-                for rank in range(ranks):
-                    work_SR[sample, rank] += seconds_Q[place]
+            spans = start_GSR, finish_GSR, own_GSR
+            if step_C[KIND] == _KERNEL:
+                _kernel(clocks_KSR, step_C, seconds_Q, place, facts_F3R, latest, row, sample, width, *spans)
             else:
-                for rank in range(ranks):
-                    work_SR[sample, rank] += seconds_Q[place + rank]
-            for rank in range(ranks):
-                last, work = compute_SR[sample, rank], work_SR[sample, rank]
-                if last < until_SR[sample, rank]:
-                    more = work - before_SR[sample, rank]
-                    beside_3 = beside_F3R[step_C[FAMILY], :, min(rank, beside_F3R.shape[2] - 1)]
-                    longer = _lose(clocks_KSR, beside_3, more, sample, rank)
-                    if longer > 0.0:
-                        _lengthen(clocks_KSR, open_span, longer, sample, rank, finish_GSR, own_GSR)
-                finish = work + start_SR[sample, rank] + lost_SR[sample, rank]
-                start_GSR[row, sample, rank] = last
-                finish_GSR[row, sample, rank] = finish
-                own_GSR[row, sample, rank] = finish - last
-                chain_SR[sample, rank] = compute_SR[sample, rank] = finish
-        row += 1
+                _meeting(clocks_KSR, step_C, seconds_Q, place, row, sample, width, *spans)
+                latest = opened = row
+                facts_F3R = beside_F3R
+            row += 1
+        if alike:
+            for clock in range(len(clocks_KSR)):
+                _spread(clocks_KSR[clock, sample])
+            for filled in range(span, row):
+                _spread(start_GSR[filled, sample])
+                _spread(finish_GSR[filled, sample])
+                _spread(own_GSR[filled, sample])
+            if open_span >= 0 and own_GSR[open_span, sample, 0] != before:
+                _spread(finish_GSR[open_span, sample])
+                _spread(own_GSR[open_span, sample])
     if chain != NO_TRANSFER:
+        row = span
+        for step in range(len(steps_NC)):
+            row += steps_NC[step, KIND] == _KERNEL or steps_NC[step, KIND] == _TRANSFER
         for sample in range(samples):
             for rank in range(ranks):
                 ready, free = clocks_KSR[chain, sample, rank], clocks_KSR[COMMUNICATION, sample, rank]
                 start_GSR[row, sample, rank] = max(ready, free)
+    return opened
 
 
 @numba.njit(cache=True)

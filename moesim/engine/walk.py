@@ -44,8 +44,8 @@ class Labels:
     def __init__(self) -> None:
         self._number: dict[Label, int] = {}
         self._steps: dict[tuple[bool, tuple[Block, ...]], tuple[Step, ...]] = {}
-        self._packed: dict[tuple[Block, ...], Packed] = {}
-        self._packed_blocks: dict[Block, PackedBlock] = {}
+        self._packed: dict[tuple[bool, tuple[Block, ...]], Packed] = {}
+        self._packed_blocks: dict[tuple[bool, Block], PackedBlock] = {}
 
     def number(self, label: Label) -> int:
         """The number of a label, new ones in order of first use."""
@@ -62,17 +62,17 @@ class Labels:
             self._steps[key] = tuple(self._step(which, part) for which, part in _parts(_order(blocks), runs=runs))
         return self._steps[key]
 
-    def packed(self, blocks: tuple[Block, ...]) -> Packed:
-        """The same for compiled loops."""
-        if blocks not in self._packed:
+    def packed(self, blocks: tuple[Block, ...], *, whole: bool) -> Packed:
+        """The same for compiled loops; `whole`: these also take transfers in which all ranks meet."""
+        if (whole, blocks) not in self._packed:
             for block in blocks:
-                if block not in self._packed_blocks:
-                    self._packed_blocks[block] = PackedBlock(block)
+                if (whole, block) not in self._packed_blocks:
+                    self._packed_blocks[whole, block] = PackedBlock(block, whole=whole)
             order = _order(blocks)
             labels = [self.number(o.label) for _, o in order if o.kind in (Kind.COMPUTE, Kind.TRANSFER)]
-            packed = [self._packed_blocks[block] for block in blocks]
-            self._packed[blocks] = pack(order, packed, np.array(labels, dtype=np.int32))
-        return self._packed[blocks]
+            packed = [self._packed_blocks[whole, block] for block in blocks]
+            self._packed[whole, blocks] = pack(order, packed, np.array(labels, dtype=np.int32))
+        return self._packed[whole, blocks]
 
     def _step(self, which: int, operations: Sequence[Operation]) -> Step:
         first = operations[0]

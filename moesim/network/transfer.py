@@ -220,6 +220,11 @@ class PreparedTransfer:
         return part
 
     @property
+    def is_synchronised(self) -> bool:
+        """Whether nobody sends before the last has come: ranks are done `alone_R` seconds behind it."""
+        return self._synchronised
+
+    @property
     def traffic(self) -> Traffic:
         """The bytes."""
         return self._all_traffic.part(self._samples)

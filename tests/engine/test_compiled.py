@@ -6,11 +6,12 @@ import sys
 import numpy as np
 import pytest
 
-from moesim.engine import simulate_step
+from moesim.engine import segments, simulate_step
 from moesim.kernels import kernel_model
 from moesim.network import build_fabric
 from moesim.parallel import TrafficSampler
 from moesim.program import build_program
+from moesim.program.operations import Block
 from moesim.results import attribute
 from moesim.run import obtain_trace
 from moesim.scenario import Scenario
@@ -66,6 +67,54 @@ def test_compiled_and_interpreted_steps_are_the_same(small, changes, monkeypatch
     for here, there in zip(compiled, interpreted, strict=True):
         np.testing.assert_allclose(here, there, rtol=1e-12)
     np.testing.assert_allclose(compiled_parts, interpreted_parts, atol=1e-12)
+
+
+UNIFORM = {"routing": {"kind": "uniform"}}  # else it is skewed
+DUALPIPE = {
+    "parallelism": {"data": 4, "expert": 4, "pipeline": 2, "schedule": {"kind": "dualpipe"}, "zero": {"dense": 1}},
+    "cluster.nodes": 2,
+    "workload.global_batch": 32,
+    "implementation.kind": "deepseek",
+}
+MIXED = {
+    "cluster": {
+        "pools": [
+            {"name": "new", "gpu": "h200", "nodes": 1, "gpus_per_node": 4},
+            {"name": "old", "gpu": "h100", "nodes": 1, "gpus_per_node": 4},
+        ]
+    }
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"implementation.kind": "megatron"},
+        {"implementation.kind": "megatron", **UNIFORM},
+        {"dispatch.algorithm": "low_latency", "dispatch.deduplicate": "per_expert"},
+        DUALPIPE,
+        {**DUALPIPE, **UNIFORM, "dispatch.sm_share": 0.15},
+        {"implementation.kind": "megatron", **MIXED},
+        {"implementation.kind": "megatron", "cluster.speeds": {"spread": 0.05}},
+    ],
+)
+def test_ranks_that_are_alike_are_walked_once(small, changes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither that nor transfers in the midst of an action change a bit."""
+    monkeypatch.setattr("moesim.program.build.pays_for_compiled_loops", lambda *_, **__: True)
+    short, short_parts = step_of(small(changes), compiled=True)
+    monkeypatch.setattr("moesim.engine.segments.PreparedTransfer", type(None))  # none is taken in the midst
+
+    packed = segments.PackedBlock.__init__
+
+    def each_rank(self: segments.PackedBlock, block: Block, *, whole: bool) -> None:
+        packed(self, block, whole=whole)
+        self.alike_S = np.zeros(1, dtype=bool)
+
+    monkeypatch.setattr(segments.PackedBlock, "__init__", each_rank)
+    full, full_parts = step_of(small(changes), compiled=True)
+    for here, there in zip(short, full, strict=True):
+        np.testing.assert_array_equal(here, there)
+    np.testing.assert_array_equal(short_parts, full_parts)
 
 
 def test_small_groups_do_without_numba() -> None:
