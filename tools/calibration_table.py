@@ -18,12 +18,13 @@ import numpy as np
 from moesim.importing.calibration import Calibration, parsed_calibration
 from moesim.importing.traced_step import traced_step
 from moesim.kernels import kernel_model
-from moesim.recorded.pricing import step_estimate
+from moesim.recorded.estimate import HOST, SLOWER_HOST, step_estimate
 from moesim.recorded.step_file import parsed_ops
 from moesim.strict_json import json_text, parse_json
 
 DATA = Path(__file__).parent.parent / "tests" / "data"
-MEASURED = ("hf_steps.json.gz", "dense_steps.json.gz")
+# File of steps -> the host of the machine that they were measured on.
+MEASURED = {"hf_steps.json.gz": SLOWER_HOST, "dense_steps.json.gz": HOST}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,7 @@ def pairs(measured: str) -> Iterator[Pair]:
     kernels, found = kernel_model("h100"), calibrations()
     for step in read(measured)["steps"]:
         ops = parsed_ops(step["ops"], where=step["name"])
-        plain_s = step_estimate(ops, kernels).step_s
+        plain_s = step_estimate(ops, kernels, host=MEASURED[measured]).step_s
         for name, calibration in found.items():
             if name != step["name"] and family(name) == family(step["name"]):
                 yield Pair(
@@ -73,7 +74,7 @@ def pairs(measured: str) -> Iterator[Pair]:
                     blind=step.get("blind", False),  # the dense steps were seen
                     measured_s=step["sustained_s"] if "sustained_s" in step else step["measured"]["sustained_s"],
                     plain_s=plain_s,
-                    corrected_s=step_estimate(ops, kernels, corrections=calibration).step_s,
+                    corrected_s=step_estimate(ops, kernels, host=MEASURED[measured], corrections=calibration).step_s,
                 )
 
 

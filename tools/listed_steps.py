@@ -26,7 +26,8 @@ from moesim.kernels.roofline import Roofline
 from moesim.network import build_fabric
 from moesim.program import build_program
 from moesim.program.drawn_routing import draw_samples, obtain_trace
-from moesim.recorded.pricing import kernels_of, step_estimate
+from moesim.recorded.estimate import step_estimate
+from moesim.recorded.pricing import kernels_of
 from moesim.recorded.step_file import RecordedOp, parsed_ops
 from moesim.results.spans import Part, Phase
 from moesim.run import simulate

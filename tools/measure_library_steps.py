@@ -11,6 +11,7 @@ nothing of moesim.
 """
 
 import argparse
+import contextlib
 import functools
 import gc
 import gzip
@@ -30,6 +31,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._profiler import _ExperimentalConfig
 from torch.nn.functional import cross_entropy
 from torch.profiler import ProfilerActivity, profile
 
@@ -63,8 +65,15 @@ class Case:
     blind: bool = False
 
 
-def _three(name: str, family: str, sizes: dict[str, Any], *shapes: tuple[int, int, int], mode: str = "one") -> Any:
-    """Layers, sequences and tokens of each size of one program: traced, seen, blind."""
+def _three(
+    name: str,
+    family: str,
+    sizes: dict[str, Any],
+    *shapes: tuple[int, int, int],
+    mode: str = "one",
+    letters: str = "abc",
+) -> Any:
+    """Layers, sequences and tokens of each size of one program: a traced, b seen, c to e blind."""
     return [
         Case(
             name=f"{name}-{letter}",
@@ -75,10 +84,20 @@ def _three(name: str, family: str, sizes: dict[str, Any], *shapes: tuple[int, in
             sizes=sizes,
             mode=mode,
             traced=letter == "a",
-            blind=letter == "c",
+            blind=letter in "cde",
         )
-        for letter, (layers, batch, sequence) in zip("abc", shapes, strict=True)
+        for letter, (layers, batch, sequence) in zip(letters, shapes, strict=True)
     ]
+
+
+def _small(name: str, family: str, sizes: dict[str, Any], *, mode: str = "one", blind: bool = False) -> Case:
+    """Eight layers of few experts and tokens, whose host is the bound."""
+    experts = {key: 8 for key in ("num_experts", "num_local_experts", "n_routed_experts") if key in sizes}
+    tops = {"num_experts_per_tok": 2, "vocab_size": 4096} | (
+        {"n_group": 1, "topk_group": 1} if "n_group" in sizes else {}
+    )
+    small = sizes | experts | tops
+    return Case(name=name, family=family, layers=8, batch=1, sequence=256, sizes=small, mode=mode, blind=blind)
 
 
 CASES = (
@@ -95,6 +114,53 @@ CASES = (
     *_three("fsdp-qwen3", "Qwen3MoeConfig", QWEN3, (3, 2, 2048), (4, 2, 4096), (6, 1, 4096), mode="fsdp2"),
     *_three("fsdp-mixtral", "MixtralConfig", MIXTRAL, (2, 1, 4096), (2, 4, 2048), (3, 2, 4096), mode="fsdp2"),
     *_three("ep-titan", TITAN, DEEPSEEK_V2_LITE, (3, 2, 2048), (4, 2, 4096), (3, 4, 2048), mode="ep"),
+)
+SECOND_CASES = (
+    *_three("qwen3", "Qwen3MoeConfig", QWEN3, (4, 2, 6144), letters="d"),
+    *_three("mixtral", "MixtralConfig", MIXTRAL, (2, 5, 2048), letters="d"),
+    *_three("olmoe", "OlmoeConfig", OLMOE, (6, 5, 2048), letters="d"),
+    *_three("deepseek-v2-lite", "DeepseekV2Config", DEEPSEEK_V2_LITE, (6, 1, 8192), letters="d"),
+    *_three("deepseek-v3-like", "DeepseekV3Config", DEEPSEEK_V3_LIKE, (7, 2, 4096), letters="d"),
+    *_three("glm-small", "Glm4MoeConfig", GLM_SMALL, (5, 1, 8192), letters="d"),
+    *_three("gpt-oss", "GptOssConfig", GPT_OSS, (3, 2, 1536), letters="d"),
+    *_three("titan", TITAN, DEEPSEEK_V2_LITE, (5, 2, 3072), letters="d"),
+    _small("small-qwen3", "Qwen3MoeConfig", QWEN3),
+    _small("small-mixtral", "MixtralConfig", MIXTRAL_SMALL, blind=True),
+    _small("small-olmoe", "OlmoeConfig", OLMOE),
+    _small("small-deepseek-v2-lite", "DeepseekV2Config", DEEPSEEK_V2_LITE),
+    _small("small-deepseek-v3-like", "DeepseekV3Config", DEEPSEEK_V3_LIKE, blind=True),
+    _small("small-glm", "Glm4MoeConfig", GLM_SMALL, blind=True),
+    _small("small-gpt-oss", "GptOssConfig", GPT_OSS),
+    _small("small-titan", TITAN, DEEPSEEK_V2_LITE),
+    *_three("ep-titan", TITAN, DEEPSEEK_V2_LITE, (5, 2, 2048), (2, 6, 4096), mode="ep", letters="de"),
+    *_three("fsdp-titan", TITAN, DEEPSEEK_V2_LITE, (3, 2, 2048), (4, 2, 4096), (3, 4, 2048), mode="fsdp2"),
+    *_three("ddp-qwen3", "Qwen3MoeConfig", QWEN3, (3, 1, 4096), (2, 4, 2048), mode="ddp", letters="ac"),
+    *_three("fsdp-olmoe", "OlmoeConfig", OLMOE, (4, 2, 2048), (6, 4, 2048), mode="fsdp2", letters="ac"),
+    *_three(
+        "ddp-deepseek-v2-lite",
+        "DeepseekV2Config",
+        DEEPSEEK_V2_LITE,
+        (3, 2, 2048),
+        (4, 2, 4096),
+        mode="ddp",
+        letters="ac",
+    ),
+    *_three("fsdp-glm-small", "Glm4MoeConfig", GLM_SMALL, (3, 2, 2048), (5, 3, 4096), mode="fsdp2", letters="ac"),
+    *_three("ddp-glm-small", "Glm4MoeConfig", GLM_SMALL, (3, 2, 2048), (4, 3, 4096), mode="ddp", letters="ac"),
+    *_three(
+        "fsdp-deepseek-v2-lite",
+        "DeepseekV2Config",
+        DEEPSEEK_V2_LITE,
+        (3, 2, 2048),
+        (5, 2, 4096),
+        mode="fsdp2",
+        letters="ac",
+    ),
+    *_three("ddp-gpt-oss", "GptOssConfig", GPT_OSS, (2, 1, 2048), (3, 2, 1024), mode="ddp", letters="ac"),
+    *_three("fsdp-gpt-oss", "GptOssConfig", GPT_OSS, (2, 1, 2048), (3, 2, 1024), mode="fsdp2", letters="ac"),
+    _small("ddp-small-olmoe", "OlmoeConfig", OLMOE, mode="ddp"),
+    _small("fsdp-small-qwen3", "Qwen3MoeConfig", QWEN3, mode="fsdp2"),
+    _small("fsdp-small-mixtral", "MixtralConfig", MIXTRAL_SMALL, mode="fsdp2", blind=True),
 )
 STEPS_AHEAD = 3
 
@@ -182,11 +248,36 @@ def titan_classes() -> Any:
     from torchtitan.protocols.model import ModelProtocol
 
     package(".protocols.train_spec", "protocols", ModelProtocol=ModelProtocol)
+    with _triton():
+        import torchtitan.models.moe.kernels  # noqa: F401
     from torchtitan.models.deepseek_v3.model.args import DeepSeekV3ModelArgs
     from torchtitan.models.deepseek_v3.model.model import DeepSeekV3Model
     from torchtitan.models.moe import MoEArgs
 
     return DeepSeekV3ModelArgs, MoEArgs, DeepSeekV3Model
+
+
+class _NoKernel:
+    """A kernel of Triton that does nothing: on the meta device."""
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *args, **kwargs: None
+
+
+@contextlib.contextmanager
+def _triton() -> Any:
+    """Triton, or where there is none what torchtitan needs of it to be imported and recorded on the meta device."""
+    if importlib.util.find_spec("triton") is not None:
+        yield
+        return
+    stub, language = types.ModuleType("triton"), types.ModuleType("triton.language")
+    vars(stub).update(jit=lambda function: _NoKernel(), language=language)
+    vars(language).update(constexpr=int)
+    sys.modules |= {"triton": stub, "triton.language": language}
+    try:
+        yield
+    finally:
+        del sys.modules["triton"], sys.modules["triton.language"]
 
 
 def spread(case: Case, model: torch.nn.Module) -> tuple[Any, Any]:
@@ -197,7 +288,8 @@ def spread(case: Case, model: torch.nn.Module) -> tuple[Any, Any]:
     if case.mode == "fsdp2":
         from torch.distributed.fsdp import fully_shard
 
-        for layer in model.model.layers:
+        layers = model.layers.values() if case.family == TITAN else model.model.layers
+        for layer in layers:
             fully_shard(layer)
         return fully_shard(model), lambda: None
     if case.mode == "ep":
@@ -274,7 +366,9 @@ def measure(case: Case, out: Path, *, seconds: float) -> dict[str, Any]:
 
 
 def _trace(case: Case, step: Any, out: Path) -> None:
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], record_shapes=True) as profiler:
+    waits = _ExperimentalConfig(enable_cuda_sync_events=True) if case.mode != "one" else None
+    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+    with profile(activities=activities, record_shapes=True, experimental_config=waits) as profiler:
         step()
         torch.cuda.synchronize()
     if int(os.environ.get("RANK", 0)) == 0:
@@ -289,13 +383,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--mode", choices=("one", "many"), default="one")
+    parser.add_argument("--set", choices=("first", "second"), default="first", help="second: measured on another day")
     parser.add_argument("--only", default="")
+    parser.add_argument("--skip", default="", help="torchtitan leaves another order of attention kernels behind")
     parser.add_argument("--half", type=int)
     parser.add_argument("--seconds", type=float, default=200.0)
     parser.add_argument("--each", type=float, default=2.0)
     parser.add_argument("--list", action="store_true")
     args = parser.parse_args()
-    cases = [case for case in CASES if (case.mode == "one") == (args.mode == "one") and args.only in case.name]
+    known = {"first": CASES, "second": SECOND_CASES}[args.set]
+    cases = [case for case in known if (case.mode == "one") == (args.mode == "one") and args.only in case.name]
+    cases = [case for case in cases if not args.skip or args.skip not in case.name]
     cases = cases if args.half is None else cases[args.half :: 2]
     if args.list:
         print(*(json.dumps(asdict(case)) for case in cases), sep="\n")

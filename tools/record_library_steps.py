@@ -1,42 +1,41 @@
-"""Programs of transformers recorded at their first size, beside the measured seconds of all their sizes.
+"""Programs of transformers and torchtitan recorded at their first size, beside the measured seconds of all their sizes.
 
     python tools/record_library_steps.py STEPS.json... [--out tests/data/library_steps.json.gz]
 
-STEPS.json: what tools/measure_library_steps.py writes. Prints measured beside predicted, from the first size scaled.
+STEPS.json: what tools/measure_library_steps.py writes. Prints measured beside predicted, from the first size scaled; a
+step on two GPUs is spread over them as its wrapper does it. A step of a program that has no first size is recorded
+itself. `python tools/library_table.py` prints the tables.
 """
 
 import argparse
 import gzip
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from measure_library_steps import CASES, TITAN, Case, closure, module
+from library_table import Program, predicted_s
+from measure_library_steps import CASES, SECOND_CASES, Case, closure, module
 
 from moesim.importing.recording import record_step
-from moesim.kernels import kernel_model
-from moesim.recorded.pricing import step_estimate
-from moesim.recorded.scaling import scaled
-from moesim.recorded.sizes import sizes_of
+from moesim.recorded.step_file import RecordedOp
 
-VERSIONS = {"gpu": "NVIDIA H100 80GB HBM3", "torch": "2.11", "transformers": "5.17"}
+VERSIONS = {"gpu": "NVIDIA H100 80GB HBM3", "torch": "2.11", "transformers": "5.17", "torchtitan": "0.2.2"}
 
 
-def recorded(first: Case, seconds: dict[str, float]) -> dict[str, Any]:
-    """The operations of a program's first size, and the measured steps of all its sizes."""
+def recorded(case: Case) -> list[RecordedOp]:
+    """The operations of a case on one GPU."""
     with torch.device("meta"):
-        model = module(first, "meta")
-        operations = record_step(model, closure(first, model, "meta"))
-    found, kernels, steps = sizes_of(operations, where=first.name), kernel_model("h100"), []
-    for case in CASES:
-        if case.name[:-2] != first.name[:-2] or case.name not in seconds:
+        model = module(case, "meta")
+        return record_step(model, closure(case, model, "meta"))
+
+
+def program(first: Case, seconds: dict[str, float]) -> dict[str, Any]:
+    """The operations of a program's first size, and the measured steps of all its sizes."""
+    ops, steps = recorded(first), []
+    for case in (*CASES, *SECOND_CASES):
+        if _program(case) != _program(first) or case.name not in seconds:
             continue
-        layers = case.layers - found.dense_layers
-        to = replace(found, sequences=case.batch, sequence_length=case.sequence, moe_layers=layers)
-        predicted, measured = step_estimate(scaled(operations, found, to), kernels).step_s, seconds[case.name]
-        print(f"{case.name}: {1e3 * measured:.1f} ms, {1e3 * predicted:.1f} predicted, {predicted / measured - 1:+.1%}")
         steps.append(
             {
                 "name": case.name,
@@ -45,22 +44,38 @@ def recorded(first: Case, seconds: dict[str, float]) -> dict[str, Any]:
                 "tokens": case.sequence,
                 "blind": case.blind,
                 "first": case.traced,
-                "sustained_s": measured,
+                "sustained_s": seconds[case.name],
             }
         )
-    return {"ops": [operation.as_json() for operation in operations], "steps": steps}
+    return {"mode": first.mode, "ops": [operation.as_json() for operation in ops], "steps": steps}
+
+
+def _program(case: Case) -> str:
+    return case.name if "small-" in case.name and case.name.split("-")[-1] not in "abcde" else case.name[:-2]
 
 
 def main() -> None:
     """Record, compare, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("steps", metavar="STEPS.json", type=Path, nargs="+")
+    parser.add_argument("--without", nargs="*", default=[], help="steps that ran with other kernels than is recorded")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     rows = [row for path in args.steps for row in json.loads(path.read_text(encoding="utf-8"))["steps"]]
     seconds = {row["case"]["name"]: row["sustained_s"] for row in rows if "sustained_s" in row}
-    firsts = [case for case in CASES if case.traced and case.mode == "one" and case.family != TITAN]
-    programs = {first.name[:-2]: recorded(first, seconds) for first in firsts}
+    seconds = {name: took for name, took in seconds.items() if name not in args.without}
+    firsts: dict[str, Case] = {}
+    for case in (*CASES, *SECOND_CASES):
+        if case.name in seconds:
+            firsts.setdefault(_program(case), case)
+    programs = {name: program(first, seconds) for name, first in firsts.items()}
+    for found in programs.values():
+        for step in found["steps"]:
+            predicted, measured = predicted_s(Program.of(found), step), step["sustained_s"]
+            if not step["blind"]:
+                print(
+                    f"{step['name']}: {1e3 * measured:.1f} ms, {1e3 * predicted:.1f}, {predicted / measured - 1:+.1%}"
+                )
     if args.out is not None:
         args.out.write_bytes(gzip.compress(json.dumps(VERSIONS | {"programs": programs}).encode(), mtime=0))
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 NAME = "import-step"
 SUMMARY = "Estimate a training step of your own torch program, recorded without a GPU or traced by torch's profiler."
-USUAL_GPU = "h100"
+USUAL_GPU, NODE = "h100", 8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--host-per-op", metavar="MICROSECONDS", type=float, help="what your host needs to launch one operation"
     )
+    parser.add_argument(
+        "--ranks", metavar="N", type=int, help="spread a recorded step over N GPUs of one node: data parallelism"
+    )
+    parser.add_argument(
+        "--spread", choices=("ddp", "fsdp2"), help="how: DistributedDataParallel (default), fully_shard of each layer"
+    )
     parser.add_argument("--rows", metavar="N", type=int, default=20, help="lines to print, dearest first; 20")
     add_json(parser)
     add_quiet(parser)
@@ -61,7 +67,7 @@ def execute(args: argparse.Namespace) -> int:
         from moesim.recorded.step_file import load_step, step_content
 
         source, ops = load_step(args.show)
-        if "calibration" in step_content(args.show) and args.calibrate is None:
+        if "calibration" in step_content(args.show) and args.calibrate is None and args.ranks is None:
             from moesim.importing.traced_step import step_with_times
 
             traced = step_with_times(args.show)
@@ -102,6 +108,15 @@ def _check(args: argparse.Namespace) -> None:
             "a trace is measured and needs no --calibrate; to set it beside a prediction that another trace corrects: "
             "moesim validate --step TRACE.json --calibrate STEP.json"
         )
+    if args.spread is not None and args.ranks is None:
+        raise UserError(f"--spread {args.spread} says how, not over how many GPUs; add --ranks N")
+    if args.ranks is not None and not 2 <= args.ranks <= NODE:
+        raise UserError(
+            f"--ranks {args.ranks} is no number of GPUs of one node (2 to {NODE}); for more, use the step as the "
+            "software of a scenario: implementation: {kind: imported, file: STEP.json}"
+        )
+    if args.ranks is not None and args.step is not None and _is_file(args.step):
+        raise UserError("--ranks spreads a recorded step; a trace has its own ranks: moesim validate --step TRACE.json")
     if args.out is not None:
         check_writable(args.out)
         if args.out.exists() and not args.force:
@@ -128,7 +143,7 @@ def _save(
 def _show_traced(args: argparse.Namespace, traced: "TracedStep") -> int:
     """A step of a trace on its own GPU as it was measured; on another one as its corrections predict it."""
     from moesim.kernels import kernel_model
-    from moesim.recorded.pricing import step_estimate
+    from moesim.recorded.estimate import step_estimate
     from moesim.report.traced_screen import print_traced, traced_json
 
     if args.gpu not in (None, traced.calibration.gpu):
@@ -145,13 +160,21 @@ def _show_estimate(
     args: argparse.Namespace, ops: "Sequence[RecordedOp]", *, source: str, traced: "TracedStep | None"
 ) -> int:
     from moesim.kernels import kernel_model
-    from moesim.recorded.pricing import HOST_S, step_estimate
+    from moesim.recorded.estimate import HOST, step_estimate
     from moesim.report.imported_screen import estimate_json, print_estimate
 
     gpu = args.gpu or (traced.calibration.gpu if traced else USUAL_GPU)
-    host_s = HOST_S if args.host_per_op is None else 1e-6 * args.host_per_op
+    host = HOST if args.host_per_op is None else HOST._replace(op=1e-6 * args.host_per_op, view=0.0)
     corrections = traced.calibration if traced else None
-    estimate = step_estimate(ops, kernel_model(gpu), host_per_op=host_s, corrections=corrections)
+    kernels = kernel_model(gpu)
+    ranks = None
+    if args.ranks is not None:
+        from moesim.program.scenario_fabric import node_fabric
+        from moesim.recorded.spread import DDP, Ranks
+
+        fabric = node_fabric(kernels, gpu=gpu, ranks=args.ranks)
+        ranks = Ranks(wrapper=args.spread or DDP, fabric=fabric, ranks=tuple(range(args.ranks)))
+    estimate = step_estimate(ops, kernels, host=host, corrections=corrections, ranks=ranks)
     corrected_by = traced.source if traced else None
     if args.json:
         print(json_text(estimate_json(estimate, source=source, gpu=gpu, corrected_by=corrected_by), indent=1))

@@ -69,7 +69,7 @@ def execute(args: argparse.Namespace) -> int:
 def _beside_trace(args: argparse.Namespace) -> int:
     from moesim.importing.traced_step import step_with_times
     from moesim.kernels import kernel_model
-    from moesim.recorded.pricing import step_estimate
+    from moesim.recorded.estimate import step_estimate
     from moesim.report.traced_screen import print_beside, traced_json
 
     if args.scenario is not None or args.report:

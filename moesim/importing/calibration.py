@@ -16,7 +16,8 @@ from typing import Any
 from moesim.errors import UserError
 from moesim.importing.trace_host import StepTimes
 from moesim.kernels import CalibratedModel, KernelModel
-from moesim.recorded.pricing import PricedOp, at_step_load, prices
+from moesim.recorded.estimate import at_step_load
+from moesim.recorded.pricing import PricedOp, prices
 from moesim.recorded.step_file import RecordedOp, parsed_ops, step_content
 
 # How far, in logarithms, the factor of a kind at one size is from that at another. Chosen among 0.1 to 0.5 by the ten
@@ -47,7 +48,9 @@ class Correction:
 
 @dataclass(frozen=True, kw_only=True)
 class Collective:
-    """Equal collectives: bytes of one rank's larger buffer, how many ranks, seconds in all, and those not hidden."""
+    """Equal collectives: bytes of one rank's larger buffer, how many ranks, seconds in all, and those not hidden; the
+    same of the fabric's models, in the order and behind the waits of the trace. None: no model for its kind.
+    """
 
     name: str
     phase: str
@@ -56,6 +59,8 @@ class Collective:
     count: int
     measured_s: float
     exposed_s: float
+    predicted_s: float | None = None
+    predicted_exposed_s: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +68,9 @@ class Calibration:
     """What a trace says of the software and the machine beyond its operations.
 
     device: as its driver calls it; gpu: whose kernel model the corrections are over. clock_mhz: at which the model
-    prices the step's products as they were measured; modelled_clock_mhz: that of the model for such a step.
+    prices the step's products as they were measured; modelled_clock_mhz: that of the model for such a step. slowed_s:
+    by how much kernels are longer beside collectives, which is taken out of what they are measured at;
+    predicted_slowed_s: the same by the models, in the order of the trace.
     """
 
     device: str
@@ -74,6 +81,8 @@ class Calibration:
     clock_mhz: float | None
     modelled_clock_mhz: float | None
     unexplained_s: float
+    slowed_s: float = 0.0
+    predicted_slowed_s: float = 0.0
 
     @property
     def gap_s(self) -> float:
@@ -189,6 +198,7 @@ def parsed_calibration(found: Mapping[str, Any]) -> Calibration:
     if not corrections or not all(number > 0 for number in [*numbers, times.ops, times.span_s]):
         raise ValueError("times must be positive")
     rest = {key: found[key] for key in ("device", "gpu", "clock_mhz", "modelled_clock_mhz", "unexplained_s")}
+    rest |= {key: found.get(key, 0.0) for key in ("slowed_s", "predicted_slowed_s")}
     collectives = tuple(Collective(**each) for each in found["collectives"])
     told = [*asdict(times).values(), rest["unexplained_s"], rest["clock_mhz"] or 0.0, rest["modelled_clock_mhz"] or 0.0]
     told += [number for each in collectives for number in (each.measured_s, each.exposed_s, each.bytes, each.count)]

@@ -10,6 +10,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +23,16 @@ from moesim.errors import UserError, one_line
 from moesim.recorded.layers import EXPERT, EXPERTS_GEMM, MOE, kinds_of_layers, place_of, with_layers
 from moesim.recorded.memory_bound import LAID_OUT
 from moesim.recorded.pricing import CHECK, OPTIMIZER, PRODUCTS, SDPA
-from moesim.recorded.step_file import RecordedOp, layout_facts, merged, pieces_facts, product_facts, scan_facts
+from moesim.recorded.step_file import (
+    GRADIENTS,
+    VIEWS,
+    RecordedOp,
+    layout_facts,
+    merged,
+    pieces_facts,
+    product_facts,
+    scan_facts,
+)
 
 
 def record_step(model: nn.Module, loss_of: Callable[[], Tensor]) -> list[RecordedOp]:
@@ -31,7 +41,7 @@ def record_step(model: nn.Module, loss_of: Callable[[], Tensor]) -> list[Recorde
     Raises UserError where an operation does not run there.
     """
     recorder = _Recorder()
-    with _module_paths(model, recorder), recorder, _Attention(recorder):
+    with _module_paths(model, recorder), _gradients(model, recorder), recorder, _Attention(recorder):
         loss = _run(loss_of, recorder, model)
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
             raise UserError(
@@ -93,6 +103,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-igno
         self.phase, self.module = "forward", ""
         self.entered: list[tuple[int, str]] = []  # autograd's next number when another module begins to run
         self.paused = False
+        self.views = 0
 
     def enter(self, module: str) -> None:
         """From here on `module` runs, and makes the nodes of autograd."""
@@ -129,8 +140,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-igno
         results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         aliased = [result.alias_info for result in func._schema.returns]
         if aliased and all(alias is not None and not alias.is_write for alias in aliased):
-            return  # a view
+            self.views += 1
+            return
         if name in FREE:
+            self.views += 1
             return
         self.ops.append(
             RecordedOp(
@@ -139,9 +152,33 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-igno
                 module=self.running(),
                 reads=tuple(map(_seen, inputs)),
                 writes=tuple(map(_seen, results)),
-                facts=_facts(name, args, inputs, results),
+                facts=_facts(name, args, inputs, results) | self._views(),
             )
         )
+
+    def note(self, name: str, module: str, reads: Any, writes: Any, facts: Mapping[str, Any] | None = None) -> None:
+        """An operation that the meta device would take apart, as the one that it is on a GPU."""
+        self.ops.append(
+            RecordedOp(
+                name=name,
+                phase=self.phase,
+                module=module,
+                reads=tuple(map(_seen, reads)),
+                writes=tuple(map(_seen, writes)),
+                facts={**(facts or {}), **self._views()},
+            )
+        )
+
+    def _views(self) -> dict[str, Any]:
+        """How many views and empty tensors the host has made since the last operation."""
+        made, self.views = self.views, 0
+        return {VIEWS: made} if made else {}
+
+    def accumulated(self, weight: Tensor) -> None:
+        """The gradient of a weight is whole: said by the operation that was the last one."""
+        last = self.ops[-1]
+        made = [*last.facts.get(GRADIENTS, ()), list(weight.shape)]
+        self.ops[-1] = replace(last, facts={**last.facts, GRADIENTS: made})
 
 
 def _facts(name: str, args: Any, inputs: list[Tensor], results: list[Tensor]) -> dict[str, Any]:
@@ -209,6 +246,8 @@ class _Attention(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func is torch.nn.functional.dropout:
             return _dropout(func, *args, **kwargs)
+        if func in (torch.nn.functional.rms_norm, torch.rms_norm):
+            return _rms_norm(self.recorder, *args, **kwargs)
         if func is not torch.nn.functional.scaled_dot_product_attention:
             return func(*args, **kwargs)
         given = dict(zip(SDPA_ARGUMENTS, args, strict=False)) | kwargs
@@ -225,34 +264,59 @@ def _dropout(func: Any, input: Tensor, p: float = 0.5, training: bool = True, in
     return torch.native_dropout(input, p, True)[0]
 
 
+def _rms_norm(
+    recorder: _Recorder, input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    """The one kernel that a GPU has for it, forward and backward; the meta device would take it apart."""
+    return _NormFunction.apply(input, weight, recorder)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _NormFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor | None, recorder: _Recorder) -> Tensor:
+        out = torch.empty_like(input)
+        scale = input.new_empty((*input.shape[:-1], 1), dtype=torch.float32)
+        given = [input] if weight is None else [input, weight]
+        ctx.save_for_backward(*given, scale)
+        ctx.recorder, ctx.module = recorder, recorder.module
+        recorder.note("_fused_rms_norm", recorder.module, given, (out, scale))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        input, *weight, scale = ctx.saved_tensors
+        made = [torch.empty_like(each) for each in (input, *weight)]
+        ctx.recorder.note("_fused_rms_norm_backward", ctx.module, (gradient, input, scale, *weight), made)
+        return (*made, *([] if weight else [None]), None)
+
+
 class _AttentionFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, recorder: _Recorder, facts: Any) -> Tensor:
         ctx.save_for_backward(query, key, value)
         ctx.recorder, ctx.facts, ctx.module = recorder, facts, recorder.module
         out = query.new_empty((*query.shape[:-1], value.shape[-1]))
-        _note_attention(recorder, recorder.module, facts, (query, key, value), (out,))
+        recorder.note(SDPA, recorder.module, (query, key, value), (out,), facts)
         return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         saved = ctx.saved_tensors
         gradients = tuple(torch.empty_like(tensor) for tensor in saved)
-        _note_attention(ctx.recorder, ctx.module, ctx.facts, saved, gradients)
+        ctx.recorder.note(SDPA, ctx.module, saved, gradients, ctx.facts)
         return (*gradients, None, None)
 
 
-def _note_attention(recorder: _Recorder, module: str, facts: Any, reads: Any, writes: Any) -> None:
-    recorder.ops.append(
-        RecordedOp(
-            name=SDPA,
-            phase=recorder.phase,
-            module=module,
-            reads=tuple(map(_seen, reads)),
-            writes=tuple(map(_seen, writes)),
-            facts=facts,
-        )
-    )
+@contextmanager
+def _gradients(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
+    """Tells the recorder when the gradient of a weight is whole."""
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    handles = [weight.register_post_accumulate_grad_hook(recorder.accumulated) for weight in weights]  # type: ignore[no-untyped-call, unused-ignore]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

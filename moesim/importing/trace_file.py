@@ -48,6 +48,7 @@ class DeviceWork:
     end: float
     correlation: int | None
     op_id: int | None
+    stream: int | str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -228,6 +229,7 @@ class _Kept:
             end=where["end"],
             correlation=_scalar(args.get("correlation")),
             op_id=_scalar(args.get("External id")),
+            stream=_scalar(args.get("stream")),
         )
 
     def _once(self, value: Any) -> Any:

@@ -1,6 +1,5 @@
 """From the file of a trace to a step: its operations with what they took, and what that corrects."""
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -9,18 +8,17 @@ from pathlib import Path
 from moesim.errors import UserError
 from moesim.importing.calibration import (
     Calibration,
-    Collective,
     corrections_of,
     load_calibration,
     model_of_trace,
 )
+from moesim.importing.trace_collectives import collectives_of, seconds_alone
 from moesim.importing.trace_file import AGAIN, TraceEvents, is_step_file, read_trace
-from moesim.importing.trace_host import exposed_seconds, step_times
+from moesim.importing.trace_host import step_times
 from moesim.importing.trace_links import (
     ENGINE,
     OPTIMIZER_STEP,
     PROFILER_STEP,
-    LinkedTrace,
     OpTree,
     TracedOp,
     linked,
@@ -31,7 +29,6 @@ from moesim.recorded.layers import with_layers
 from moesim.recorded.pricing import prices
 from moesim.recorded.step_file import RecordedOp, merged
 
-ELEMENT_BYTES = {"Float": 4, "Double": 8, "Half": 2, "BFloat16": 2, "Long": 8, "Int": 4, "Short": 2}
 ONE_STEP = "profile one step alone: torch.profiler.schedule(wait=1, warmup=1, active=1)"
 
 
@@ -64,22 +61,32 @@ def traced_step(path: Path, *, gpu: str | None = None) -> TracedStep:
     own = [each for each in links.ops if each.op.message is None]
     _check_shapes(path, own)
     parameters = parameters_seen(events.ops, micro_batches=_micro_batches(tree))
-    each_op = [replace(recorded(each, parameters=parameters), measured_s=each.seconds) for each in own]
-    ops = merged(with_layers(each_op))
     device = events.gpu or "a GPU that the trace does not name"
     known = gpu or (gpu_of_device(device) if events.gpu else None)
     if known is None:
         raise UserError(f"{path} is a trace of {device}; say which GPU of `moesim gpus` that is with --gpu")
-    model, clock, modelled = model_of_trace(ops, kernel_model(known))
+    kernels = kernel_model(known)
+    alone = seconds_alone(links, kernels.contention)
+    each_op = [
+        replace(recorded(each, parameters=parameters), measured_s=seconds)
+        for each, seconds in zip(own, alone, strict=True)
+    ]
+    ops = merged(with_layers(each_op))
+    model, clock, modelled = model_of_trace(ops, kernels)
+    times = step_times(events, ops=len(own))
+    priced = [price.seconds + times.gap_per_op_s for price in prices(each_op, model)]
+    sent, slowed_s = collectives_of(links, priced, kernels, gpu=known)
     calibration = Calibration(
         device=device,
         gpu=known,
         corrections=corrections_of(ops, prices(ops, model)),
-        collectives=_collectives(links),
-        times=step_times(events, ops=len(own)),
+        collectives=sent,
+        times=times,
         clock_mhz=clock,
         modelled_clock_mhz=modelled,
         unexplained_s=sum(work.end - work.start for work in links.unexplained),
+        slowed_s=sum(each.seconds for each in own) - sum(alone),
+        predicted_slowed_s=slowed_s,
     )
     return TracedStep(source=path.name, ops=tuple(ops), calibration=calibration)
 
@@ -137,29 +144,3 @@ def _micro_batches(tree: OpTree) -> int:
         if parent < 0 and (op.dims or phase == "backward")
     ]
     return sum(first == "forward" and second == "backward" for first, second in pairwise(outer))
-
-
-def _collectives(links: LinkedTrace) -> tuple[Collective, ...]:
-    """Equal ones once, dearest first."""
-    groups: dict[tuple[str, str, int, int], list[TracedOp]] = defaultdict(list)
-    for each in links.ops:
-        message = each.op.message
-        if message is not None:
-            name, size = str(message.get("Collective name", "")), ELEMENT_BYTES.get(str(message.get("dtype")), 1)
-            elements = max(int(message.get("In msg nelems", 0)), int(message.get("Out msg nelems", 0)))
-            groups[name, each.phase, size * elements, int(message.get("Group size", 0))].append(each)
-    compute = [work for each in links.ops if each.op.message is None for work in each.work]
-    compute.sort(key=lambda work: work.start)
-    found = [
-        Collective(
-            name=name,
-            phase=phase,
-            bytes=size,
-            ranks=ranks,
-            count=len(each),
-            measured_s=sum(one.seconds for one in each),
-            exposed_s=sum(exposed_seconds(one.work, compute) for one in each),
-        )
-        for (name, phase, size, ranks), each in groups.items()
-    ]
-    return tuple(sorted(found, key=lambda each: -each.measured_s))

@@ -37,5 +37,14 @@ SCATTER_ADD_BYTES = 12.0
 LONG_ROWS = 0.675
 # Softmax of 16-bit numbers whose rows are too long for the registers of a warp, over that of short ones.
 WARP_NUMBERS, WIDE_SOFTMAX = 1024, 2.0
+# Rows of 16-bit numbers that begin at no multiple of 16 bytes (scores beside a sink: 2,049 of them), over aligned ones:
+# softmax, its gradient, and rows that are joined (traced).
+ODD_SOFTMAX, ODD_SOFTMAX_BACKWARD, ODD_CAT = 1.9, 1.23, 1.44
+# A copy into a part of each row of a larger tensor, over one of whole rows (traced).
+PART_OF_ROWS = 1.8
+# Rows that are added to one row follow each other: seconds of each, on the row that most are added to (traced).
+REPEATED_S = 9.5e-7
+# Batches of products whose depth is 1, and of those of one row, over the bytes that they move (traced).
+OUTER_BATCH, ROW_BATCH = 5.5, 1.8
 BINCOUNT_S = 7.2e-5  # counts, behind which the host waits for the largest
 SCAN_S = 1.75e-7  # of each step along a dimension that is not the last

@@ -74,6 +74,17 @@ def all_gather_seconds(fabric: Fabric, ranks: Ranks, num_bytes: float) -> Collec
     return _half_ring(fabric, as_ranks(fabric, ranks), num_bytes, "all_gather")
 
 
+def all_to_all_seconds(fabric: Fabric, ranks: Ranks, num_bytes: float) -> CollectiveEstimate:
+    """An exchange in which every rank sends `num_bytes` / n to each of n, of which its own stay."""
+    chosen = as_ranks(fabric, ranks)
+    n = len(chosen)
+    if n == 1 or checked_bytes(num_bytes) == 0:
+        return CollectiveEstimate(0.0, "none", "nothing to do")
+    wire = (n - 1) / n * num_bytes * _ring_pattern(fabric, chosen).seconds_per_byte
+    protocol = _measured(fabric, chosen, "all_to_all") or fabric.parameters.point_to_point
+    return _estimate(protocol, "all_to_all", num_bytes, wire, 0, 0.0)
+
+
 def crowded(fabric: Fabric, members: Sequence[NDArray[np.int64]]) -> Fabric:
     """The links as the first of `members` finds them when a ring runs among each of these at the same time.
 

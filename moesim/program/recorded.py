@@ -29,8 +29,9 @@ from moesim.program.sizes import Passes, Step
 from moesim.program.torch_host import backward
 from moesim.program.torch_kernels import issued, moved
 from moesim.program.writer import KernelWriter
+from moesim.recorded.estimate import HOST, step_estimate
 from moesim.recorded.layers import DENSE, EXPERTS_GEMM, MOE
-from moesim.recorded.pricing import GAP_S, HOST_S, OPTIMIZER, SDPA, kernels_of, prices, step_estimate
+from moesim.recorded.pricing import GAP_S, OPTIMIZER, SDPA, kernels_of, prices
 from moesim.recorded.scaling import scaled_op
 from moesim.recorded.sizes import MatchedOp, StepSizes, matched, sizes_of
 from moesim.recorded.step_file import RecordedOp, load_step
@@ -129,7 +130,7 @@ class RecordedKernels:
             estimate = step_estimate(ops, kernels)
             if estimate.kernels_s + estimate.gaps_s >= estimate.host_s:
                 return FREE_HOST
-        return HostModel(forward_launch=HOST_S, backward_launch=HOST_S, readback=kernels.host.readback)
+        return HostModel(forward_launch=HOST.op, backward_launch=HOST.op, readback=kernels.host.readback)
 
     def _to(self, step: Step) -> StepSizes:
         sizes = self.step.sizes

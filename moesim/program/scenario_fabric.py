@@ -10,7 +10,9 @@ from moesim.network.calibration import measured_parameters
 from moesim.network.library import kind_of
 from moesim.network.transfer import Model
 from moesim.scenario import Scenario
+from moesim.scenario.catalogue import gpu_spec
 from moesim.scenario.check_size import MOST_PAIRS
+from moesim.scenario.cluster import Cluster, Pool
 from moesim.scenario.mixed import kinds_of_pools, rank_counts, ranked_cluster, specs_of_ranks
 
 
@@ -42,6 +44,15 @@ def scenario_fabric(scenario: Scenario, kernels: KernelModel) -> Fabric:
         kind=kind,
     )
     return build_fabric(ranked_cluster(scenario.cluster, scenario.parallelism), parameters=parameters)
+
+
+def node_fabric(kernels: KernelModel, *, gpu: str, ranks: int) -> Fabric:
+    """The links of one node of `ranks` GPUs of the catalogue, with the collectives that were measured on as many."""
+    rows = [row for row in getattr(kernels, "collectives", ()) if row["ranks"] == ranks]
+    bandwidth = gpu_spec(gpu).nvlink_bandwidth
+    parameters = measured_parameters(rows, link_bandwidth=bandwidth, source=f"measured, profile {kernels.name}")
+    cluster = Cluster(pools=(Pool(gpu=gpu, nodes=1, gpus_per_node=ranks),))
+    return build_fabric(cluster, parameters=parameters)
 
 
 def sharing_model(scenario: Scenario, fabric: Fabric, ranks_R: NDArray[np.integer]) -> Model:

@@ -14,7 +14,12 @@ from moesim.kernels.odd_kernels import (
     FEW_IDS,
     FEW_S,
     LONG_ROWS,
+    ODD_CAT,
+    ODD_SOFTMAX,
+    ODD_SOFTMAX_BACKWARD,
+    PART_OF_ROWS,
     PUT_BYTES,
+    REPEATED_S,
     SCAN_S,
     SCATTER_ADD_BYTES,
     SIDE_BY_SIDE_BYTES,
@@ -34,7 +39,6 @@ KINDS = {
     "stack": "copy",
     "silu": "silu",
     "silu_backward": "silu_backward",
-    "_softmax_backward_data": "softmax_backward",
     "_log_softmax": "cross_entropy_fp32",
     "sum": "reduce",
     "mean": "reduce",
@@ -65,6 +69,8 @@ SCATTERS = {"scatter", "scatter_"}
 PADDED = {"slice_backward", "select_backward"}  # a new tensor of zeros with the rows in it
 
 
+PADDING = 0.1  # rows more than places, at most, that are taken to be padding
+
 # Elementwise operations whose kernels depend on how their operands lie in memory.
 LAID_OUT = ELEMENTWISE | {"_to_copy", "cat", "clone", "silu", "silu_backward"}
 
@@ -82,7 +88,9 @@ def memory_kernels(op: RecordedOp) -> tuple[list[MemoryBound], float, bool]:
         new = 0.0 if op.name.endswith("_") else 2.0 * written
         return [MemoryBound("permute", 2.0 * rows + new)], 0.0, True
     if op.name in PADDED:
-        return [MemoryBound("zero", float(written)), MemoryBound("copy", 2.0 * min(read, written))], 0.0, True
+        part = op.reads and op.writes and op.reads[0][0][-1:] != op.writes[0][0][-1:]
+        copied = 2.0 * min(read, written) * (PART_OF_ROWS if part else 1.0)
+        return [MemoryBound("zero", float(written)), MemoryBound("copy", copied)], 0.0, True
     if op.name in FILLS:
         return [MemoryBound("zero", float(written))], 0.0, True
     if op.name in OVERWRITES:
@@ -129,9 +137,25 @@ def _table_gradient(op: RecordedOp) -> Special:
 def _index_put(op: RecordedOp) -> Special:
     rows = op.reads[-1] if len(op.reads) > 1 else op.reads[0]
     if op.phase == "backward":  # added up
-        return [MemoryBound("elementwise", SUMMED_BYTES * _numbers(rows))], SUMMED_S
+        return [MemoryBound("elementwise", SUMMED_BYTES * _numbers(rows))], SUMMED_S + REPEATED_S * _repeated(op)
     copied = [] if op.name.endswith("_") else [MemoryBound("copy", 2.0 * _bytes(op.writes))]
     return [*copied, MemoryBound("elementwise", PUT_BYTES * _numbers(rows))], 0.0
+
+
+def _repeated(op: RecordedOp) -> float:
+    """How many rows are added to the same one at most, beyond the first: evenly many; where there are a few more than
+    places, these are padding and all go to one.
+    """
+    places, rows = (op.writes or op.reads)[0][0], op.reads[-1][0]
+    if not places or not rows or not places[0]:
+        return 0.0
+    more = rows[0] - places[0]
+    return max(rows[0] / places[0], float(more if more < PADDING * places[0] else 0.0)) - 1.0 if more > 0 else 0.0
+
+
+def _odd_rows(seen: Seen) -> bool:
+    """Whether rows of 16-bit numbers begin at no multiple of 16 bytes."""
+    return ITEM_BYTES.get(seen[1], 4) == 2 and len(seen[0]) > 1 and seen[0][-1] % 8 > 0 and seen[0][-1] > WARP_NUMBERS
 
 
 def _index_add(op: RecordedOp) -> Special:
@@ -154,7 +178,7 @@ def _cat(op: RecordedOp) -> Special:
     """A copy; number by number where pieces of rows that lie apart are put side by side in the last dimension."""
     whole = float(_bytes(op.reads) + _bytes(op.writes))
     if not op.facts.get("strided"):
-        return [MemoryBound("copy", whole)], 0.0
+        return [MemoryBound("copy", whole * (ODD_CAT if op.writes and _odd_rows(op.writes[0]) else 1.0))], 0.0
     return [MemoryBound("elementwise", SIDE_BY_SIDE_BYTES * sum(map(_numbers, op.reads)))], 0.0
 
 
@@ -183,7 +207,13 @@ def _sort(op: RecordedOp) -> Special:
 def _softmax(op: RecordedOp) -> Special:
     whole = float(_bytes(op.reads) + _bytes(op.writes))
     long = op.reads[0][0][-1:] > (WARP_NUMBERS,)
-    return [MemoryBound("softmax", whole * (WIDE_SOFTMAX if long else 1.0))], 0.0
+    odd = ODD_SOFTMAX if _odd_rows(op.reads[0]) else 1.0
+    return [MemoryBound("softmax", whole * (WIDE_SOFTMAX if long else 1.0) * odd)], 0.0
+
+
+def _softmax_backward(op: RecordedOp) -> Special:
+    whole = float(_bytes(op.reads) + _bytes(op.writes))
+    return [MemoryBound("softmax_backward", whole * (ODD_SOFTMAX_BACKWARD if _odd_rows(op.reads[0]) else 1.0))], 0.0
 
 
 def _log_softmax_backward(op: RecordedOp) -> Special:
@@ -205,6 +235,7 @@ SPECIAL: dict[str, Callable[[RecordedOp], Special]] = {
     "_foreach_copy_": lambda op: ([MemoryBound("cast", 2.0 * _bytes(op.writes))], 0.0),
     "_log_softmax_backward_data": _log_softmax_backward,
     "_softmax": _softmax,
+    "_softmax_backward_data": _softmax_backward,
     "_to_copy": _cast,
     "argsort": _sort,
     "bincount": lambda op: ([_elementwise(op)], BINCOUNT_S),

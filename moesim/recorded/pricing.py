@@ -6,8 +6,7 @@ experts. What the table below does not know costs its bytes as an elementwise ke
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,13 +14,13 @@ from numpy.typing import NDArray
 from moesim.errors import UserError
 from moesim.kernels import KernelModel
 from moesim.kernels.families import Attention, Gemm, GroupedGemm, Kernel, MemoryBound
-from moesim.kernels.odd_kernels import DROPOUT, UNALIGNED, UNALIGNED_BATCH
+from moesim.kernels.odd_kernels import DROPOUT, OUTER_BATCH, ROW_BATCH, UNALIGNED, UNALIGNED_BATCH
 from moesim.recorded.memory_bound import MEMORY_BOUND, memory_kernels
 from moesim.recorded.step_file import RecordedOp
 
-# Of an operation, from 11 steps of transformers 5.17 on an H100 (docs/imported-steps.md): between its kernels on the
-# GPU, and on the host where that sets the pace (two steps of small models).
-GAP_S, HOST_S = 4.4e-6, 65e-6
+# Between the kernels of one operation and of the next while the host is ahead, the median of 11 steps of transformers
+# 5.17 on an H100 (docs/imported-steps.md).
+GAP_S = 3.3e-6
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 SDPA = "scaled_dot_product_attention"
 OPTIMIZER = "_fused_adamw_"
@@ -64,75 +63,12 @@ class PricedOp:
     assumed: bool = False
 
 
-class Corrections(Protocol):
-    """What a trace of the same software says: factors on the price of operations, and the gap between kernels."""
-
-    @property
-    def gap_s(self) -> float:
-        """Seconds between the kernels of one operation and of the next, while the host is ahead."""
-
-    def factor(self, *, kind: str, family: str) -> float:
-        """By which the price of an operation is multiplied."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepEstimate:
-    """Seconds of a step on one GPU: its kernels, the gaps between them, and what its host needs to launch them.
-
-    The host runs ahead of the GPU, so that the step takes the longer of both.
-    """
-
-    ops: tuple[PricedOp, ...]
-    kernels_s: float
-    gaps_s: float
-    host_s: float
-
-    @property
-    def step_s(self) -> float:
-        """Seconds of the step."""
-        return max(self.kernels_s + self.gaps_s, self.host_s)
-
-
-def step_estimate(
-    ops: Sequence[RecordedOp],
-    kernels: KernelModel,
-    *,
-    host_per_op: float = HOST_S,
-    corrections: Corrections | None = None,
-) -> StepEstimate:
-    """The operations priced, dearest first, at the clock that the load of the step leaves under the power limit."""
-    found = prices(ops, at_step_load(ops, kernels))
-    if corrections is not None:
-        found = [_corrected(op, corrections) for op in found]
-    number = sum(op.count for op in ops)
-    return StepEstimate(
-        ops=tuple(sorted(found, key=lambda each: -each.count * each.seconds)),
-        kernels_s=sum(each.count * each.seconds for each in found),
-        gaps_s=number * (GAP_S if corrections is None else corrections.gap_s),
-        host_s=number * host_per_op,
-    )
-
-
-def at_step_load(ops: Sequence[RecordedOp], kernels: KernelModel) -> KernelModel:
-    """The kernels of a step of these operations, at the clock that their mean load leaves."""
-    launched = [(op.count, _kernels(op)[0]) for op in ops]
-    light = kernels.at_load(0.0)
-    light_s = sum(count * _seconds(each, light) for count, each in launched)
-    flops = sum(count * float(np.sum(kernel.flops)) for count, each in launched for kernel in each)
-    return kernels.at_load(flops / light_s)
-
-
 def prices(ops: Sequence[RecordedOp], model: KernelModel) -> list[PricedOp]:
     """What each operation costs by a kernel model, in their order."""
-    return [_priced(op, *_kernels(op), model) for op in ops]
+    return [_priced(op, *checked_kernels(op), model) for op in ops]
 
 
-def _corrected(op: PricedOp, corrections: Corrections) -> PricedOp:
-    factor = corrections.factor(kind=op.kind, family=op.family)
-    return replace(op, seconds=op.seconds * factor, factor=factor)
-
-
-def _seconds(kernels: Sequence[Kernel], model: KernelModel) -> float:
+def seconds_of(kernels: Sequence[Kernel], model: KernelModel) -> float:
     return float(sum(np.max(model.seconds(kernel).seconds) for kernel in kernels))
 
 
@@ -145,7 +81,7 @@ def _priced(op: RecordedOp, kernels: Sequence[Kernel], matched: bool, model: Ker
         module=op.module,
         shapes=" ".join("x".join(map(str, shape)) or "1" for shape, _, _ in op.reads[:3]),
         count=op.count,
-        seconds=_seconds(kernels, model) * ratio + fixed_s,
+        seconds=seconds_of(kernels, model) * ratio + fixed_s,
         source=", ".join(sorted({str(model.seconds(kernel).source) for kernel in kernels})),
         matched=matched,
         kind=f"{op.name.rstrip('_')} {op.phase} {'+'.join(map(_work, kernels))}{variant}",
@@ -176,7 +112,7 @@ def _work(kernel: Kernel) -> str:
     return kernel.kind if isinstance(kernel, MemoryBound) else kernel.direction
 
 
-def _kernels(op: RecordedOp) -> tuple[list[Kernel], bool]:
+def checked_kernels(op: RecordedOp) -> tuple[list[Kernel], bool]:
     """`kernels_of`; an operation whose tensors cannot be its own is an error of the file."""
     try:
         kernels, matched = kernels_of(op)
@@ -200,10 +136,13 @@ def kernels_of(op: RecordedOp) -> tuple[list[Kernel], bool]:
     if op.name in PRODUCTS:
         left, right = shapes[-2:]
         batch = left[0] if len(left) == 3 else 1
-        gemm = _gemm(batch * left[-2], left[-1], right[-1], dtype, op.phase)
-        bytes_ = sum(size for _, _, size in (*op.reads, *op.writes))
-        if len(left) == 3 and float(gemm.flops) < FEWEST_FLOPS * bytes_:
-            return [MemoryBound("elementwise", float(bytes_))], True  # weighted sums of a few rows
+        rows, columns = left[-2], right[-1]
+        if batch > 1 and rows < columns:  # the transposed product: what is long goes into the rows of the batch
+            rows, columns = columns, rows
+        gemm = _gemm(batch * rows, left[-1], columns, dtype, op.phase)
+        bytes_ = float(sum(size for _, _, size in (*op.reads, *op.writes)))
+        if len(left) == 3 and float(gemm.flops) < FEWEST_FLOPS * bytes_:  # weighted sums of a few rows
+            return [MemoryBound("elementwise", bytes_ * _thin(batch, left, right))], True
         return [gemm], True
     if op.name == "_grouped_mm":
         return [_grouped(shapes, dtype, op.phase)], True
@@ -215,6 +154,15 @@ def kernels_of(op: RecordedOp) -> tuple[list[Kernel], bool]:
         return [MemoryBound(kind, bytes_each * op.facts["parameters"])], True
     kernels, _, matched = memory_kernels(op)
     return [*kernels], matched
+
+
+def _thin(batch: int, left: tuple[int, ...], right: tuple[int, ...]) -> float:
+    """What a batch of thin products costs over its bytes: one row out of several, and a column times a row."""
+    if batch == 1 or min(left[-1], left[-2]) > 1:
+        return 1.0
+    if left[-1] == 1:
+        return OUTER_BATCH if left[-2] > 1 else 1.0
+    return ROW_BATCH if left[-1] < right[-1] else 1.0
 
 
 def _gemm(rows: int, depth: int, columns: int, dtype: str, phase: str) -> Gemm:

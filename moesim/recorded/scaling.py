@@ -4,14 +4,15 @@ Every matched dimension takes its new size, bytes follow. Layers of a kind are r
 not. What is not matched stays as it was recorded.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from moesim.errors import UserError
 from moesim.recorded.layers import DENSE, EXPERT, MOE
 from moesim.recorded.pricing import OPTIMIZER
 from moesim.recorded.sizes import MatchedOp, StepSizes, Symbols, matched
-from moesim.recorded.step_file import RecordedOp, Seen
+from moesim.recorded.step_file import GRADIENTS, RecordedOp, Seen
 
 CONSTANT = {"W", "1", "?"}
 
@@ -53,9 +54,18 @@ def scaled_op(matched_op: MatchedOp, sizes: StepSizes, to: StepSizes) -> Recorde
         op,
         reads=_tensors(op.reads, matched_op.reads, sizes, to),
         writes=_tensors(op.writes, matched_op.writes, sizes, to),
+        facts=_facts(op, sizes, to),
         count=_times(op, layers) if op.layer else op.count,
         layers=layers,
     )
+
+
+def _facts(op: RecordedOp, sizes: StepSizes, to: StepSizes) -> Mapping[str, Any]:
+    """With the shapes of weights at other numbers of experts."""
+    if GRADIENTS not in op.facts or op.layer != MOE or sizes.experts == to.experts:
+        return op.facts
+    shapes = [[to.experts if size == sizes.experts else size for size in shape] for shape in op.facts[GRADIENTS]]
+    return {**op.facts, GRADIENTS: shapes}
 
 
 def _times(op: RecordedOp, layers: int) -> float:

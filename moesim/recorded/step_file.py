@@ -15,6 +15,9 @@ SCHEMA_VERSION = 1
 KEYS = {"name", "phase", "module", "count", "reads", "writes", "facts"}
 OPTIONAL = {"measured_s", "layer", "layers"}
 ALIGNMENT = 16
+# Facts of an operation: shapes of the weights whose gradients are whole behind it, in their order; how many views and
+# empty tensors the host has made since the operation before it.
+GRADIENTS, VIEWS = "gradients", "views"
 PHASES = ("forward", "backward", "optimizer")
 Seen = tuple[tuple[int, ...], str, int]  # shape, dtype as torch names it, bytes read or written
 

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import Any, TextIO
 
-from moesim.recorded.pricing import PricedOp, StepEstimate
+from moesim.recorded.estimate import StepEstimate
+from moesim.recorded.pricing import PricedOp
 from moesim.report.screen import number_table, section, show
 
 
@@ -18,11 +19,15 @@ def print_estimate(
     width: int | None = None,
 ) -> None:
     """Print the step, its dearest operations and those that no table knows; `corrected_by` names the trace's step."""
+    line = estimate.timeline
+    alone = ", of one rank without the others" if line.sent else ""
     lines = [
-        ("step", f"{1e3 * estimate.step_s:.4g} ms", "the longer of the GPU's time and its host's"),
-        ("kernels", f"{1e3 * estimate.kernels_s:.4g} ms", f"{sum(op.count for op in estimate.ops)} operations"),
+        ("step", f"{1e3 * estimate.step_s:.4g} ms", "of one rank, with all of the following in its order"),
+        ("kernels", f"{1e3 * estimate.kernels_s:.4g} ms", f"{sum(op.count for op in estimate.ops)} operations{alone}"),
         ("gaps between them", f"{1e3 * estimate.gaps_s:.4g} ms", ""),
-        ("host", f"{1e3 * estimate.host_s:.4g} ms", "to launch them; differs by machine: --host-per-op"),
+        ("idle, host late", f"{1e3 * line.host_late_s:.4g} ms", "the GPU waits for a launch"),
+        ("  host", f"{1e3 * estimate.host_s:.4g} ms", "to launch all; differs by machine: --host-per-op"),
+        *_of_ranks(estimate),
         *(
             (phase, f"{1e3 * seconds:.4g} ms", f"{seconds / estimate.kernels_s:.1%} of the kernels")
             for phase, seconds in by_phase(estimate).items()
@@ -49,6 +54,22 @@ def print_estimate(
             )
         )
     show(lambda options: parts, file=file, width=width or 140)
+
+
+def _of_ranks(estimate: StepEstimate) -> list[tuple[str, str, str]]:
+    """What other ranks add: collectives, copies into and out of their buffers, and that both slow each other."""
+    line = estimate.timeline
+    if not line.sent:
+        return []
+    names = sorted({each.name for each in line.sent})
+    per_call = ", ".join(f"{sum(each.name == name for each in line.sent)} {name}" for name in names)
+    total = sum(each.num_bytes for each in line.sent)
+    return [
+        ("collectives", f"{1e3 * sum(line.sent_s):.4g} ms", f"{per_call}, {total / 1e9:.3g} GB"),
+        ("  exposed", f"{1e3 * sum(line.exposed_s):.4g} ms", "that no kernel hides"),
+        ("  slowed kernels", f"{1e3 * line.slowed_s:.4g} ms", "by collectives beside them"),
+        ("  copies", f"{1e3 * line.copies_s:.4g} ms", "into and out of buffers, on the stream that computes"),
+    ]
 
 
 UNKNOWN = "priced by their bytes alone"
@@ -92,6 +113,22 @@ def estimate_json(estimate: StepEstimate, *, source: str, gpu: str, corrected_by
         "kernels_s": estimate.kernels_s,
         "gaps_s": estimate.gaps_s,
         "host_s": estimate.host_s,
+        "host_late_s": estimate.timeline.host_late_s,
+        "collectives": [
+            {
+                "name": each.name,
+                "phase": each.phase,
+                "bytes": each.num_bytes,
+                "ranks": each.ranks,
+                "seconds": took,
+                "exposed_s": exposed,
+            }
+            for each, took, exposed in zip(
+                estimate.timeline.sent, estimate.timeline.sent_s, estimate.timeline.exposed_s, strict=True
+            )
+        ],
+        "slowed_s": estimate.timeline.slowed_s,
+        "copies_s": estimate.timeline.copies_s,
         "kernels_by_phase_s": by_phase(estimate),
         "matched_share": matched_share(estimate),
         "ops": [vars(op) for op in estimate.ops],

@@ -9,7 +9,7 @@ from rich.console import RenderableType
 
 from moesim.importing.calibration import Calibration
 from moesim.importing.traced_step import TracedStep
-from moesim.recorded.pricing import StepEstimate
+from moesim.recorded.estimate import StepEstimate
 from moesim.report.facts import Fact
 from moesim.report.imported_screen import UNKNOWN, matched_share
 from moesim.report.screen import fact_table, indented, number_table, section, show
@@ -87,7 +87,7 @@ def _times(step: TracedStep, estimate: StepEstimate) -> list[Fact]:
 def _collectives(calibration: Calibration) -> list[RenderableType]:
     if not calibration.collectives:
         return []
-    head = ("", "phase", "ranks", "MB", "times", "measured, ms", "of it exposed, ms")
+    head = ("", "phase", "ranks", "MB", "times", "measured, ms", "predicted, ms", "exposed, ms", "predicted, ms")
     rows = [
         (
             each.name,
@@ -96,13 +96,17 @@ def _collectives(calibration: Calibration) -> list[RenderableType]:
             f"{each.bytes / 1e6:.4g}",
             str(each.count),
             f"{1e3 * each.measured_s:.3g}",
+            _ms_or_none(each.predicted_s),
             f"{1e3 * each.exposed_s:.3g}",
+            _ms_or_none(each.predicted_exposed_s),
         )
         for each in calibration.collectives
     ]
-    return [
-        section("collectives: measured, not predicted; they include waiting for other ranks", number_table(head, rows))
-    ]
+    return [section("collectives; measured ones include waiting for other ranks", number_table(head, rows))]
+
+
+def _ms_or_none(seconds: float | None) -> str:
+    return "no model" if seconds is None else f"{1e3 * seconds:.3g}"
 
 
 def _ms(seconds: float) -> str:
@@ -136,11 +140,15 @@ def print_beside(
         rows += [_beside(f"  {family}", *each, total) for family, each in inside.items()]
     rows.append(_beside("kernels", total, estimate.kernels_s, total))
     rows.append(_beside("gaps between kernels", times.gaps_s, estimate.gaps_s, total))
-    idle = max(0.0, estimate.host_s - estimate.kernels_s - estimate.gaps_s)
-    rows.append(_beside("idle, host late", times.late_s, idle, total))
-    compute = times.span_s - sum(each.exposed_s for each in step.calibration.collectives)
-    name = "step, without exposed collectives" if step.calibration.collectives else "step"
-    rows.append(_beside(name, compute, estimate.step_s, total))
+    rows.append(_beside("idle, host late", times.late_s, estimate.timeline.host_late_s, total))
+    sent, predicted_s = step.calibration.collectives, estimate.step_s
+    if sent:
+        exposed = sum(each.exposed_s for each in sent), sum(each.predicted_exposed_s or 0.0 for each in sent)
+        slowed = step.calibration.slowed_s, step.calibration.predicted_slowed_s
+        rows.append(_beside("collectives, exposed", *exposed, total))
+        rows.append(_beside("kernels, slowed by them", *slowed, total))
+        predicted_s += exposed[1] + slowed[1]
+    rows.append(_beside("step", times.span_s, predicted_s, total))
     ways = f"the kernel models of {gpu}, {f'corrected by {corrected_by}' if corrected_by else 'not corrected'}"
     shown: list[RenderableType] = [
         section(f"{step.source} on {step.calibration.device}, beside {ways}", number_table(_PARTS, rows)),

@@ -11,8 +11,8 @@ import moesim
 from moesim.errors import UserError
 from moesim.importing.recording import record_step
 from moesim.kernels import kernel_model
+from moesim.recorded.estimate import step_estimate
 from moesim.recorded.layers import DENSE, MOE
-from moesim.recorded.pricing import step_estimate
 from moesim.recorded.scaling import scaled
 from moesim.recorded.sizes import matched, sizes_of
 from moesim.recorded.step_file import RecordedOp, load_step, save_step

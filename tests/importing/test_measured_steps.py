@@ -1,21 +1,19 @@
 """Steps of transformers' own MoE models, measured on an H100, beside what their recorded operations are priced at."""
 
 import gzip
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from library_table import Program, group_of, predicted_s, programs
 
 from moesim.kernels import KernelModel, kernel_model
-from moesim.recorded.pricing import StepEstimate, step_estimate
-from moesim.recorded.scaling import scaled
-from moesim.recorded.sizes import sizes_of
+from moesim.recorded.estimate import SLOWER_HOST, StepEstimate, step_estimate
 from moesim.recorded.step_file import parsed_ops
 from moesim.strict_json import parse_json
 
 FILE = Path(__file__).parent.parent / "data" / "hf_steps.json.gz"
-LIBRARY = FILE.with_name("library_steps.json.gz")
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +25,13 @@ def kernels() -> KernelModel:
 def steps() -> dict[str, tuple[dict, StepEstimate]]:
     kernels = kernel_model("h100")
     found = parse_json(gzip.decompress(FILE.read_bytes()))["steps"]
-    return {step["name"]: (step, step_estimate(parsed_ops(step["ops"], where=step["name"]), kernels)) for step in found}
+    return {
+        step["name"]: (
+            step,
+            step_estimate(parsed_ops(step["ops"], where=step["name"]), kernels, host=SLOWER_HOST),
+        )
+        for step in found
+    }
 
 
 def errors(steps: dict, *, blind: bool) -> dict[str, float]:
@@ -49,7 +53,7 @@ def test_steps_that_gave_the_two_constants(steps) -> None:
     found = errors(steps, blind=False)
     assert len(found) >= 10
     assert np.median(np.abs(list(found.values()))) < 0.015, found
-    assert max(map(abs, found.values())) < 0.04, found
+    assert max(map(abs, found.values())) < 0.05, found
 
 
 def test_every_operation_of_these_models_is_known(steps) -> None:
@@ -57,18 +61,43 @@ def test_every_operation_of_these_models_is_known(steps) -> None:
     assert unknown == set()
 
 
-def test_other_sizes_from_one_recording(kernels: KernelModel) -> None:
-    """Of seven programs, recorded at their first size alone; the third of three sizes was kept out of every choice."""
+def library_errors(*, of: Callable[[str, str], bool]) -> dict[bool, list[float]]:
+    """Errors of the steps kept out of every choice, and of the seen ones."""
     errors: dict[bool, list[float]] = {True: [], False: []}
-    for program in parse_json(gzip.decompress(LIBRARY.read_bytes()))["programs"].values():
-        ops = parsed_ops(program["ops"], where="program")
-        sizes = sizes_of(ops, where="program")
-        for step in program["steps"]:
-            moe_layers = step["layers"] - sizes.dense_layers
-            to = replace(sizes, sequences=step["sequences"], sequence_length=step["tokens"], moe_layers=moe_layers)
-            predicted = step_estimate(scaled(ops, sizes, to), kernels).step_s
+    for name, found in programs().items():
+        if not of(*group_of(name, found["mode"])):
+            continue
+        program = Program.of(found)
+        for step in found["steps"]:
             if not step["first"]:
-                errors[step["blind"]].append(abs(predicted / step["sustained_s"] - 1))
-    assert len(errors[True]) == len(errors[False]) == 7
-    assert np.median(errors[True]) < 0.02 and max(errors[True]) < 0.05
-    assert np.median(errors[False]) < 0.025 and max(errors[False]) < 0.07
+                error = abs(predicted_s(program, step) / step["sustained_s"] - 1)
+                errors[step["blind"]].append(error)
+    return errors
+
+
+def test_other_sizes_from_one_recording() -> None:
+    """Of eight programs, recorded at their first size alone; half of the steps were kept out of every choice."""
+    errors = library_errors(of=lambda _, mode: mode == "one")
+    assert len(errors[True]) == 16 and len(errors[False]) == 8
+    assert np.median(errors[True]) < 0.012 and max(errors[True]) < 0.04
+    assert np.median(errors[False]) < 0.02 and max(errors[False]) < 0.025
+
+
+@pytest.mark.parametrize(("wrapper", "blind", "seen", "worst"), [("ddp", 3, 2, 0.03), ("fsdp2", 4, 3, 0.055)])
+def test_two_gpus_from_a_recording_of_one(wrapper: str, blind: int, seen: int, worst: float) -> None:
+    errors = library_errors(of=lambda _, mode: mode == wrapper)
+    assert len(errors[True]) == blind and len(errors[False]) == seen
+    assert np.median(errors[True]) < 0.045 and max(*errors[True], *errors[False]) < worst
+
+
+@pytest.mark.slow
+def test_experts_on_two_gpus_from_a_recording_of_one() -> None:
+    errors = library_errors(of=lambda _, mode: mode == "ep")
+    assert len(errors[True]) == 3 and max(*errors[True], *errors[False]) < 0.03
+
+
+def test_small_models_show_what_a_host_is_known_by() -> None:
+    """Two programs whose operations cost the host other than those that gave the constants are a fifth or more off."""
+    errors = library_errors(of=lambda software, mode: mode.startswith("small") and software == "transformers")
+    assert len(errors[True]) == 4 and len(errors[False]) == 5
+    assert max(errors[False]) < 0.07 and max(errors[True]) < 0.2

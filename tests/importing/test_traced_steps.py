@@ -13,7 +13,8 @@ from moesim.importing.trace_file import read_trace
 from moesim.importing.trace_host import exposed_seconds
 from moesim.importing.traced_step import TracedStep, step_with_times, traced_step
 from moesim.kernels import kernel_model
-from moesim.recorded.pricing import SDPA, prices, step_estimate
+from moesim.recorded.estimate import step_estimate
+from moesim.recorded.pricing import SDPA, prices
 from moesim.recorded.step_file import load_step, parsed_ops, save_step
 from moesim.strict_json import parse_json
 
@@ -73,7 +74,7 @@ def test_no_second_of_a_kernel_is_lost(step: TracedStep, two_gpus: TracedStep) -
         work = read_trace(path).device_work
         own = sum(op.count * op.measured_s for op in found.ops)
         shared = sum(each.measured_s for each in found.calibration.collectives)
-        total = own + shared + found.calibration.unexplained_s
+        total = own + shared + found.calibration.unexplained_s + found.calibration.slowed_s
         assert total == pytest.approx(sum(each.end - each.start for each in work))
         assert own == pytest.approx(sum(each.measured_s for each in found.calibration.corrections))
 

@@ -1,0 +1,105 @@
+"""What a recorded step takes: its operations priced, in their order, launched by a host, on one rank or on several."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+
+from moesim.kernels import KernelModel
+from moesim.kernels.families import FAMILY_OF
+from moesim.recorded.order import in_order
+from moesim.recorded.pricing import CHECK, GAP_S, PricedOp, checked_kernels, prices, seconds_of
+from moesim.recorded.spread import Host, Ranks, Spreading
+from moesim.recorded.step_file import VIEWS, RecordedOp
+from moesim.recorded.timeline import Timeline, Work, timeline
+
+# What torch's operations, views, buckets of DDP and units of FSDP2 cost the host, from seven steps of small models on
+# two machines with H100s (docs/imported-steps.md); one step of another such machine asks for half as much again.
+HOST = Host(op=30e-6, view=3e-6, bucket=550e-6, unit=2e-3)
+SLOWER_HOST = HOST._replace(op=47e-6)
+MOST_RUNS = 64  # of one operation in a layer that are launched one by one
+
+
+class Corrections(Protocol):
+    """What a trace of the same software says: factors on the price of operations, and the gap between kernels."""
+
+    @property
+    def gap_s(self) -> float:
+        """Seconds between the kernels of one operation and of the next, while the host is ahead."""
+
+    def factor(self, *, kind: str, family: str) -> float:
+        """By which the price of an operation is multiplied."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepEstimate:
+    """Seconds of a step: its kernels, the gaps between them, what its host needs to launch them, and, with all of it in
+    its order, what the step takes (`timeline`).
+    """
+
+    ops: tuple[PricedOp, ...]
+    kernels_s: float
+    gaps_s: float
+    host_s: float
+    timeline: Timeline
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of the step."""
+        return self.timeline.step_s
+
+
+def step_estimate(
+    ops: Sequence[RecordedOp],
+    kernels: KernelModel,
+    *,
+    host: Host = HOST,
+    corrections: Corrections | None = None,
+    ranks: Ranks | None = None,
+) -> StepEstimate:
+    """The operations priced, dearest first, at the clock that the load of the step leaves under the power limit.
+
+    `ranks`: over which the step's wrapper spreads it; the operations are those of one of them alone.
+    """
+    at_load = at_step_load(ops, kernels)
+    found = prices(ops, at_load)
+    gap_s = GAP_S
+    if corrections is not None:
+        found, gap_s = [_corrected(op, corrections) for op in found], corrections.gap_s
+
+    def works_of(place: int, times: float) -> list[Work]:
+        op, runs = ops[place], max(1, min(MOST_RUNS, round(times)))
+        each = Work(
+            seconds=(found[place].seconds + gap_s) * times / runs,
+            host_s=(host.op + host.view * op.facts.get(VIEWS, 0)) * times / runs,
+            family=FAMILY_OF[type(checked_kernels(op)[0][0])],
+            reads_back=op.name == CHECK and ("taken" in op.facts or op.measured_s is not None),  # else the host drew it
+        )
+        return [each] * runs
+
+    if ranks is None:
+        works = [work for block in in_order(ops) for place, times in block.runs for work in works_of(place, times)]
+    else:
+        works = Spreading(ops=ops, works_of=works_of, ranks=ranks, kernels=at_load, host=host, gap_s=gap_s).works()
+    return StepEstimate(
+        ops=tuple(sorted(found, key=lambda each: -each.count * each.seconds)),
+        kernels_s=sum(each.count * each.seconds for each in found),
+        gaps_s=sum(op.count for op in ops) * gap_s,
+        host_s=sum(work.host_s for work in works),
+        timeline=timeline(works, kernels.contention),
+    )
+
+
+def at_step_load(ops: Sequence[RecordedOp], kernels: KernelModel) -> KernelModel:
+    """The kernels of a step of these operations, at the clock that their mean load leaves."""
+    launched = [(op.count, checked_kernels(op)[0]) for op in ops]
+    light = kernels.at_load(0.0)
+    light_s = sum(count * seconds_of(each, light) for count, each in launched)
+    flops = sum(count * float(np.sum(kernel.flops)) for count, each in launched for kernel in each)
+    return kernels.at_load(flops / light_s)
+
+
+def _corrected(op: PricedOp, corrections: Corrections) -> PricedOp:
+    factor = corrections.factor(kind=op.kind, family=op.family)
+    return replace(op, seconds=op.seconds * factor, factor=factor)

@@ -1,0 +1,127 @@
+"""Steps of transformers and torchtitan on one and two H100s beside what recordings of their first sizes predict.
+
+    python tools/library_table.py        # the tables of docs/imported-steps.md, from tests/data/library_steps.json.gz
+
+One GPU, DistributedDataParallel and fully_shard by `moesim.recorded`, expert parallelism by a scenario whose
+`implementation` is the recorded step.
+"""
+
+import gzip
+import tempfile
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import moesim
+from moesim.kernels import KernelModel, kernel_model
+from moesim.program.scenario_fabric import node_fabric
+from moesim.recorded.estimate import step_estimate
+from moesim.recorded.scaling import scaled
+from moesim.recorded.sizes import StepSizes, sizes_of
+from moesim.recorded.spread import WRAPPERS, Ranks
+from moesim.recorded.step_file import RecordedOp, parsed_ops, save_step
+from moesim.strict_json import parse_json
+
+DATA = Path(__file__).parent.parent / "tests" / "data" / "library_steps.json.gz"
+EP, GPU = "ep", "h100"
+EP_SCENARIO: dict[str, Any] = {
+    "routing": {"kind": "uniform"},
+    "capacity": {"kind": "none"},
+    "cluster": {"gpu": GPU, "nodes": 1, "gpus_per_node": 2, "fabric": {"preset": "rail_optimised", "nic": "400 Gbps"}},
+    "parallelism": {"data": 2, "expert": 2, "pipeline": 1, "tensor": 1},
+    "dispatch": {"algorithm": "direct", "deduplicate": "per_expert", "dtype": "bf16", "combine_dtype": "bf16"},
+    "uncertainty.samples": 2,
+}
+PRECISION = {"gemm": "bf16", "weights": "bf16", "gradients": "bf16", "master": "none", "optimizer": "bf16"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """A recorded program: how it is spread, its operations at its first size, and that size."""
+
+    mode: str
+    ops: tuple[RecordedOp, ...]
+    sizes: StepSizes
+
+    @classmethod
+    def of(cls, found: Any) -> "Program":
+        """From the file."""
+        ops = parsed_ops(found["ops"], where="program")
+        return cls(mode=found["mode"], ops=tuple(ops), sizes=sizes_of(ops, where="program"))
+
+
+@cache
+def _kernels() -> KernelModel:
+    return kernel_model(GPU)
+
+
+@cache
+def _pair(mode: str) -> Ranks:
+    return Ranks(wrapper=mode, fabric=node_fabric(_kernels(), gpu=GPU, ranks=2), ranks=(0, 1))
+
+
+def predicted_s(program: Program, step: Any, *, corrections: Any = None) -> float:
+    """Seconds of a step of the program at another size."""
+    if program.mode == EP:
+        return _by_scenario(program, step)
+    moe_layers = step["layers"] - program.sizes.dense_layers
+    size = {"sequences": step["sequences"], "sequence_length": step["tokens"], "moe_layers": moe_layers}
+    ops = scaled(program.ops, program.sizes, replace(program.sizes, **size))
+    ranks = _pair(program.mode) if program.mode in WRAPPERS else None
+    return step_estimate(ops, _kernels(), ranks=ranks, corrections=corrections).step_s
+
+
+def _by_scenario(program: Program, step: Any) -> float:
+    workload = {"kind": "training", "sequence_length": step["tokens"], "micro_batch": step["sequences"]}
+    workload |= {"global_batch": 2 * step["sequences"], "precision": PRECISION}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "step.json"
+        save_step(file, program.ops, source="library_table")
+        changes = EP_SCENARIO | {
+            "model": {"preset": "deepseek-v2-lite", "layers": step["layers"]},
+            "workload": workload,
+            "implementation": {"kind": "imported", "file": str(file)},
+        }
+        return float(moesim.simulate(moesim.load_scenario("quickstart", changes)).result["step_time_s"])
+
+
+def programs() -> dict[str, Any]:
+    """Of the file, by name."""
+    found: dict[str, Any] = parse_json(gzip.decompress(DATA.read_bytes()))["programs"]
+    return found
+
+
+def group_of(name: str, mode: str) -> tuple[str, str]:
+    """Software and how it is spread; programs of small models, whose host is the bound, apart."""
+    software = "torchtitan" if "titan" in name else "transformers"
+    return software, "small models, host-bound" if "small-" in name and "glm-small" not in name else mode
+
+
+def main() -> None:
+    """Print a row for each step, and a line for each group."""
+    groups: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+    print("| step | on | layers | sequences x tokens | kept out | measured, ms | predicted, ms | error |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name, found in programs().items():
+        program = Program.of(found)
+        for step in found["steps"]:
+            error = predicted_s(program, step) / step["sustained_s"] - 1
+            kept = "yes" if step["blind"] else "first" if step["first"] else ""
+            kind = {"yes": "kept out of every choice", "first": "first size, whose trace gave prices"}.get(kept, "seen")
+            groups[(*group_of(name, program.mode), kind)].append(abs(error))
+            size = f"{step['layers']} | {step['sequences']} x {step['tokens']}"
+            print(
+                f"| {step['name']} | {program.mode} | {size} | {kept} "
+                f"| {1e3 * step['sustained_s']:.1f} | {1e3 * step['sustained_s'] * (1 + error):.1f} | {error:+.1%} |"
+            )
+    print("\n| software | on | steps | which | median | worst |\n|---|---|---|---|---|---|")
+    for (software, mode, kind), errors in sorted(groups.items()):
+        print(f"| {software} | {mode} | {len(errors)} | {kind} | {np.median(errors):.1%} | {max(errors):.1%} |")
+
+
+if __name__ == "__main__":
+    main()
