@@ -81,7 +81,7 @@ def all_to_all_seconds(fabric: Fabric, ranks: Ranks, num_bytes: float) -> Collec
     if n == 1 or checked_bytes(num_bytes) == 0:
         return CollectiveEstimate(0.0, "none", "nothing to do")
     wire = (n - 1) / n * num_bytes * _ring_pattern(fabric, chosen).seconds_per_byte
-    protocol = _measured(fabric, chosen, "all_to_all") or fabric.parameters.point_to_point
+    protocol = measured_call(fabric, "all_to_all", chosen) or fabric.parameters.point_to_point
     return _estimate(protocol, "all_to_all", num_bytes, wire, 0, 0.0)
 
 

@@ -8,9 +8,10 @@ from moesim.kernels.tabulated import TabulatedModel
 from moesim.network import Fabric, build_fabric
 from moesim.network.calibration import measured_parameters
 from moesim.network.library import kind_of
+from moesim.network.parameters import NetworkParameters
 from moesim.network.transfer import Model
 from moesim.scenario import Scenario
-from moesim.scenario.catalogue import gpu_spec
+from moesim.scenario.catalogue import GpuSpec, gpu_spec
 from moesim.scenario.check_size import MOST_PAIRS
 from moesim.scenario.cluster import Cluster, Pool
 from moesim.scenario.mixed import kinds_of_pools, rank_counts, ranked_cluster, specs_of_ranks
@@ -34,25 +35,26 @@ def scenario_fabric(scenario: Scenario, kernels: KernelModel) -> Fabric:
     Calls among more ranks keep the constants of tables and published rows, as do mixed GPUs.
     """
     spec = specs_of_ranks(scenario.cluster, scenario.parallelism)[0]
-    kind = kind_of(spec.name, spec.scaled_from)
-    tabulated = kind is not None and isinstance(kernels, TabulatedModel)  # whose collectives the library's tables have
-    parameters = measured_parameters(
-        () if tabulated else getattr(kernels, "collectives", ()),
-        link_bandwidth=spec.nvlink_bandwidth,
-        source=f"measured, profile {kernels.name}",
-        world=scenario.parallelism.world_size,
-        kind=kind,
-    )
+    parameters = _parameters(kernels, spec, world=scenario.parallelism.world_size)
     return build_fabric(ranked_cluster(scenario.cluster, scenario.parallelism), parameters=parameters)
 
 
 def node_fabric(kernels: KernelModel, *, gpu: str, ranks: int) -> Fabric:
     """The links of one node of `ranks` GPUs of the catalogue, with the collectives that were measured on as many."""
-    rows = [row for row in getattr(kernels, "collectives", ()) if row["ranks"] == ranks]
-    bandwidth = gpu_spec(gpu).nvlink_bandwidth
-    parameters = measured_parameters(rows, link_bandwidth=bandwidth, source=f"measured, profile {kernels.name}")
     cluster = Cluster(pools=(Pool(gpu=gpu, nodes=1, gpus_per_node=ranks),))
-    return build_fabric(cluster, parameters=parameters)
+    return build_fabric(cluster, parameters=_parameters(kernels, gpu_spec(gpu), world=ranks))
+
+
+def _parameters(kernels: KernelModel, spec: GpuSpec, *, world: int) -> NetworkParameters | None:
+    kind = kind_of(spec.name, spec.scaled_from)
+    tabulated = kind is not None and isinstance(kernels, TabulatedModel)  # whose collectives the library's tables have
+    return measured_parameters(
+        () if tabulated else getattr(kernels, "collectives", ()),
+        link_bandwidth=spec.nvlink_bandwidth,
+        source=f"measured, profile {kernels.name}",
+        world=world,
+        kind=kind,
+    )
 
 
 def sharing_model(scenario: Scenario, fabric: Fabric, ranks_R: NDArray[np.integer]) -> Model:
