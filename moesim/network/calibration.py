@@ -25,6 +25,7 @@ Row = Mapping[str, Any]
 SMALL_BYTES = 64 * 1024  # at and below, a call is latency alone
 MIN_ROWS = 4  # fewer sizes cannot tell a transition from bandwidth
 _TRANSITION_BYTES = np.geomspace(2.0**18, 2.0**30, 49)
+_OVER = 1 / 8  # of the largest size measured: a transition half done beyond is not told apart from bandwidth
 _EFFICIENCIES = np.arange(50, 111) / 100
 SM_CALL, _SM_BYTES = "all_to_all", 256 << 20  # whose rows tell what an SM moves, and from how many bytes on
 
@@ -122,9 +123,11 @@ def fit_protocol(
     small_N = bytes_N <= max(SMALL_BYTES, float(bytes_N.min()))
     call = max(0.0, float((seconds_N - np.maximum(wire_N, least_N))[small_N].mean()))
     best = (np.inf, 1.0, 0.0, 1.0)
+    largest = max(float(_TRANSITION_BYTES[0]), float(bytes_N.max()) * _OVER)
+    told = [size for size in _TRANSITION_BYTES if size <= largest]
     for efficiency in _EFFICIENCIES:
         left_N = (seconds_N - np.maximum(wire_N / efficiency, least_N) - call) / seconds_N
-        for size in _TRANSITION_BYTES:
+        for size in told:
             shape_N = bytes_N / (bytes_N + size) / seconds_N
             height = max(0.0, float(shape_N @ left_N / (shape_N @ shape_N)))
             error = float(np.square(left_N - height * shape_N).sum())

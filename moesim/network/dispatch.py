@@ -149,6 +149,8 @@ def _prepare(
     if algorithm not in DISPATCH:
         raise UserError(f'dispatch: algorithm "{algorithm}" is unknown; use {", ".join(DISPATCH)}')
     facts = DISPATCH[algorithm]
+    if sms is not None and not 0 <= sms < np.inf:  # 0: copy engines, which no SM limits
+        raise UserError(f"dispatch: sms = {sms} is no number of SMs; use e.g. 24, or None for the algorithm's own")
     if facts.gathers:
         return _prepare_gather(fabric, facts, copies_stages, chosen, token_bytes=token_bytes, combine=combine)
     protocol, reached = fabric.parameters.of_dispatch(facts), fabric.reached_by(facts, sms=sms)

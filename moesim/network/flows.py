@@ -62,10 +62,13 @@ def port_bytes(busier_N: FloatArray, mean_N: FloatArray, protocol: Protocol) -> 
 
 def as_ranks(fabric: Fabric, ranks: Ranks) -> NDArray[np.int64]:
     """Ranks of the fabric as an array; None means all. Raises UserError for ranks that are not there."""
-    chosen = np.arange(fabric.num_ranks) if ranks is None else np.asarray(ranks, dtype=np.int64)
-    if chosen.ndim != 1 or not len(chosen) or chosen.min() < 0 or chosen.max() >= fabric.num_ranks:
+    if ranks is None:
+        return np.arange(fabric.num_ranks)
+    chosen = np.asarray(ranks)
+    whole = chosen.dtype.kind in "iu" and chosen.ndim == 1 and len(chosen) > 0
+    if not whole or chosen.min() < 0 or chosen.max() >= fabric.num_ranks:
         raise UserError(f"ranks: {ranks} are no list of ranks of the fabric; use some of 0 to {fabric.num_ranks - 1}")
-    return chosen
+    return chosen.astype(np.int64, copy=False)
 
 
 def checked_bytes(num_bytes: float) -> float:
@@ -83,6 +86,8 @@ def make_demand(
     Raises UserError for another shape, and for bytes that are negative or not finite.
     """
     chosen = as_ranks(fabric, ranks)
+    if ranks is not None and len(np.unique(chosen)) < len(chosen):
+        raise UserError(f"ranks: {np.bincount(chosen).argmax()} is there twice; name each rank of the group once")
     bytes_SRR = np.asarray(bytes_RR, dtype=np.float64)
     size = len(chosen)
     if bytes_SRR.ndim not in (2, 3) or bytes_SRR.shape[-2:] != (size, size) or not len(bytes_SRR):

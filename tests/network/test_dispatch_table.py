@@ -130,6 +130,12 @@ def test_one_sided_stores_stay_in_one_domain() -> None:
         prepare_dispatch(make_fabric(2), [np.ones((16, 16))], token_bytes=1.0, algorithm="one_sided")
 
 
+@pytest.mark.parametrize("sms", [-3, float("nan"), float("inf")])
+def test_sms_that_are_none_are_refused(sms: float) -> None:
+    with pytest.raises(UserError, match="is no number of SMs"):
+        prepare_dispatch(make_fabric(1), [np.ones((8, 8))], token_bytes=1.0, sms=sms)
+
+
 def test_one_sided_stores_reach_what_was_measured() -> None:
     """Plain stores into the other of two H100s, both ways at once, from 8 blocks on: tools/measure_overlap.py."""
     file = Path(__file__).parents[1] / "data" / "overlap_h100.json.gz"

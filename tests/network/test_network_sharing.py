@@ -339,6 +339,8 @@ def test_flows_that_never_begin_are_a_mistake_of_the_program(model: str) -> None
         ({"bytes_RR": matrix(3, f12=float("inf"))}, r"bytes\[1, 2\]: inf"),
         ({"bytes_RR": np.zeros((2, 2))}, r"shape \(2, 2\) does not fit 3 ranks"),
         ({"ranks": [0, 1, 7]}, "some of 0 to 2"),
+        ({"ranks": [0, 1, 1]}, "ranks: 1 is there twice"),
+        ({"ranks": [0.0, 1.5, 2.0]}, "some of 0 to 2"),
         ({"start_R": np.array([0.0, np.nan, 0.0])}, "finite number of seconds for each of 3 ranks"),
         ({"start_R": np.zeros(2)}, "each of 3 ranks"),
     ],
