@@ -27,7 +27,7 @@ def execute(args: argparse.Namespace) -> int:
     elif args.csv:
         print_csv(found)
     else:
-        from moesim.report.gpu_screen import print_gpus
+        from moesim.report.catalogue_screens import print_gpus
 
         print_gpus(found)
     return 0

@@ -30,7 +30,7 @@ def show_library(args: argparse.Namespace) -> int:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         save_trace(trace, args.out, replace=args.force)
     if args.json or not args.quiet:
-        from moesim.report.library_view import entry_facts, print_entry
+        from moesim.report.catalogue_screens import entry_facts, print_entry
 
         if args.json:
             print(json_text(entry_facts(entry, trace), indent=1))
@@ -47,6 +47,6 @@ def _list(entries: "list[LibraryEntry]", args: argparse.Namespace) -> None:
     if args.json:
         print(json_text([asdict(entry) for entry in entries], indent=1))
     elif not args.quiet:
-        from moesim.report.library_view import print_entries
+        from moesim.report.catalogue_screens import print_entries
 
         print_entries(entries)

@@ -58,7 +58,7 @@ def execute(args: argparse.Namespace) -> int:
     elif args.csv:
         print_csv([{"name": args.model} | counts])
     else:
-        from moesim.report.model_screen import print_model
+        from moesim.report.catalogue_screens import print_model
 
         print_model(args.model, counts)
     return 0
@@ -85,7 +85,7 @@ def _list(args: argparse.Namespace) -> int:
     elif args.csv:
         print_csv([{"name": name} | _with_units(size) for name, size in sizes.items()])
     else:
-        from moesim.report.model_screen import print_catalogue
+        from moesim.report.catalogue_screens import print_catalogue
 
         print_catalogue(sizes)
     return 0

@@ -48,6 +48,6 @@ def _list(*, as_json: bool, quiet: bool) -> None:
         rows = [{"kind": f.kind, "name": f.name, "file": f.place.as_posix(), "purpose": f.purpose} for f in files]
         print(json_text(rows, indent=1))
     elif not quiet:
-        from moesim.report.shipped_screen import print_shipped
+        from moesim.report.catalogue_screens import print_shipped
 
         print_shipped([(HEADS[kind], VERBS[kind], [f for f in files if f.kind == kind]) for kind in KINDS])

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.trace.masks import domain_masks
+from moesim.trace.metrics import domain_masks
 
 Array = NDArray[Any]
 

@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.parallel.by_speed import place_by_speed, speeds_of_group
+from moesim.parallel.copies import balanced_weights
 from moesim.parallel.eplb import balance_experts
 from moesim.parallel.expert_map import ExpertMap, SlotChoice, Split
 from moesim.parallel.memory_parameters import expert_slice_parameters
 from moesim.parallel.placement import slot_table
 from moesim.parallel.placement_search import Prices, search_ranks
-from moesim.parallel.split_weights import balanced_weights
 from moesim.parallel.traffic import token_bytes
 from moesim.scenario import Scenario
 from moesim.scenario.cluster import NIC_BANDWIDTH

@@ -21,7 +21,7 @@ from moesim.routing.replay import routing_digest
 from moesim.scenario import Scenario, dump_scenario
 from moesim.strict_json import json_text, parse_json
 from moesim.study import Point, PointRecord, PointsFile, read_points, run_points, scenario_id
-from moesim.study.progress import Watch
+from moesim.study.pool import Watch
 
 PLAN_FILE, POINTS_FILE, VARIANTS_FILE, JOURNAL_FILE = "plan.json", "points.jsonl", "variants.jsonl", "search.journal"
 PLAN_SCHEMA_VERSION = 1

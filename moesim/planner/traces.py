@@ -10,7 +10,7 @@ from moesim.run import obtain_trace
 from moesim.scenario import Scenario
 from moesim.scenario.routing import StatedRouting, TraceRouting, TrainRouting
 from moesim.trace import RoutingTrace
-from moesim.trace.agreement import check_agreement
+from moesim.trace.basis import check_agreement
 
 TOKENS = 262_144  # recorded or drawn: as many as for a whole step, though a layout may be screened on a part of one
 

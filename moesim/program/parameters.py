@@ -15,7 +15,7 @@ from moesim.network import (
     reduce_scatter_seconds,
 )
 from moesim.parallel import Mesh
-from moesim.parallel.copy_gradients import MapOfLayer, copy_gradient_bytes_DD, layers_of_stages
+from moesim.parallel.copies import MapOfLayer, copy_gradient_bytes_DD, layers_of_stages
 from moesim.parallel.memory_parameters import Unit, expert_slice_parameters, product_weights, stage_units
 from moesim.program.reductions import Members, Reduction
 from moesim.program.sharded import GRADIENTS, PARAMETERS

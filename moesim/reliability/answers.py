@@ -10,8 +10,7 @@ import numpy as np
 
 from moesim.engine.job import SECONDS_PER_DAY, Job, Ledger, draw_failures, run_job
 from moesim.errors import ConflictError, InfeasibleError, UserError
-from moesim.reliability.estimate import daly_steps, expected_share
-from moesim.reliability.interval import daly_seconds, search_steps, young_seconds
+from moesim.reliability.estimate import daly_seconds, daly_steps, expected_share, search_steps, young_seconds
 from moesim.reliability.job_of_scenario import (
     LEAST_WORK,
     Step,

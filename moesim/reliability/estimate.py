@@ -1,9 +1,54 @@
-"""Goodput in closed form, for screens over thousands of layouts: exact where nobody waits for repairs."""
+"""Goodput in closed form and the best time between checkpoints: Young's and Daly's formulas, and by simulation."""
 
 import math
+from collections.abc import Callable
+
+import numpy as np
 
 from moesim.engine.job import Job
-from moesim.reliability.interval import daly_seconds
+
+POINTS = 17  # simulated intervals
+WIDTH = 8.0  # times longer and shorter than Young's
+NEAR = 1.5  # times the least overhead up to which points shape the fit
+
+
+def young_seconds(*, cost_s: float, between_failures_s: float) -> float:
+    """Work between checkpoints: sqrt(2 d M)."""
+    return math.sqrt(2 * cost_s * between_failures_s)
+
+
+def daly_seconds(*, cost_s: float, between_failures_s: float) -> float:
+    """Work between checkpoints: sqrt(2 d M) (1 + x / 3 + x^2 / 9) - d with x = sqrt(d / 2M), and M for d >= 2M."""
+    if cost_s >= 2 * between_failures_s:
+        return between_failures_s
+    x = math.sqrt(cost_s / (2 * between_failures_s))
+    return young_seconds(cost_s=cost_s, between_failures_s=between_failures_s) * (1 + x / 3 + x**2 / 9) - cost_s
+
+
+def search_steps(
+    overhead: Callable[[int], float], *, around: float, least: int, most: int
+) -> tuple[int, list[tuple[int, float]]]:
+    """The whole number of steps with the least overhead, and the simulated (steps, overhead) that it comes from.
+
+    Points around a first guess are simulated; through those near the best one goes a / t + b t + c, the form that the
+    costs of checkpoints and of lost work have. Single points scatter, the fit does not.
+    """
+    first = max(least, min(most, round(around)))
+    low, high = max(least, first / WIDTH), max(least, min(most, first * WIDTH))
+    steps = sorted({max(least, round(each)) for each in np.geomspace(low, high, POINTS)})
+    points = [(each, overhead(each)) for each in steps]
+    best = min(value for _, value in points)
+    near = [(each, value) for each, value in points if value <= best + (NEAR - 1) * max(best, 1e-9)]
+    if len(near) < 4:
+        return min(points, key=lambda point: point[1])[0], points
+    t_P = np.array([each for each, _ in near], dtype=np.float64)
+    value_P = np.array([value for _, value in near])
+    design = np.stack([1 / t_P, t_P, np.ones_like(t_P)], axis=1) / value_P[:, None]
+    (a, b, _), *_ = np.linalg.lstsq(design, np.ones_like(t_P), rcond=None)
+    if a <= 0:  # checkpoints cost nothing: as often as possible
+        return steps[0], points
+    found = math.sqrt(a / b) if b > 0 else float(steps[-1])
+    return int(max(steps[0], min(steps[-1], round(found)))), points
 
 
 def expected_share(job: Job) -> float:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from moesim.errors import UserError
 from moesim.parallel import Mesh
-from moesim.report.memory_over_time import memory_events
+from moesim.report.span_views import memory_events
 from moesim.results import Label, RunRecord, SpanTable, Stream
 from moesim.results.spans import Collective, Part
 from moesim.scenario import Scenario

@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 
 from moesim.report.categories import FAMILIES, category, in_order
-from moesim.report.timeline import Window
+from moesim.report.span_views import Window
 from moesim.trace import TrainingCurves
 
 FloatArray = NDArray[np.float64]

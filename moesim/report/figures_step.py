@@ -5,18 +5,18 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import plotly.graph_objects as go
 
-from moesim.report import pipeline
+from moesim.report import span_views
 from moesim.report.figures import blank, time_unit
-from moesim.report.pipeline import Bar
+from moesim.report.span_views import Bar
 
 PASSES = {  # kind -> label, colour: blue, orange, green-blue and purple differ under every common colour blindness
-    pipeline.FORWARD: ("forward", "#2474b5"),
-    pipeline.BACKWARD: ("backward", "#e07b1a"),
-    pipeline.INPUT: ("backward, inputs", "#b85300"),
-    pipeline.WEIGHT: ("backward, weights", "#f6bf7e"),
-    pipeline.PAIR: ("forward and backward overlapped", "#7a4fa3"),
-    pipeline.REDUCE: ("gradients and parameters between ranks", "#d9b310"),
-    pipeline.UPDATE: ("optimizer", "#4d5561"),
+    span_views.FORWARD: ("forward", "#2474b5"),
+    span_views.BACKWARD: ("backward", "#e07b1a"),
+    span_views.INPUT: ("backward, inputs", "#b85300"),
+    span_views.WEIGHT: ("backward, weights", "#f6bf7e"),
+    span_views.PAIR: ("forward and backward overlapped", "#7a4fa3"),
+    span_views.REDUCE: ("gradients and parameters between ranks", "#d9b310"),
+    span_views.UPDATE: ("optimizer", "#4d5561"),
 }
 PARTS = {  # kind of memory -> colour
     "weights": "#0b4f8a",

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.report.figures_step import PASSES
-from moesim.report.pipeline import Bar, gantt
 from moesim.report.screen import number_table, section, show
+from moesim.report.span_views import Bar, gantt
 from moesim.results import RunRecord
 
 

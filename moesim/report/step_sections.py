@@ -8,7 +8,7 @@ from moesim.report import facts, figures_step
 from moesim.report.categories import category
 from moesim.report.figures_step import PARTS
 from moesim.report.page import Page
-from moesim.report.pipeline import gantt, idle_share
+from moesim.report.span_views import gantt, idle_share
 from moesim.results import CATEGORIES, RunRecord
 from moesim.units import format_bytes
 

@@ -35,8 +35,7 @@ from moesim.results.stages import stage_facts, stage_warnings
 from moesim.results.uncertainty import Basis, error_parts, kernel_range, path_shares, whole_range
 from moesim.scenario import AnyImplementation, Scenario
 from moesim.trace import RoutingTrace, trace_hash
-from moesim.trace.agreement import import_notes, limit_difference
-from moesim.trace.basis import rests_on
+from moesim.trace.basis import import_notes, limit_difference, rests_on
 from moesim.trace.metrics import expert_load_LE, first_load_LE, imbalance
 
 FloatArray = NDArray[np.float64]

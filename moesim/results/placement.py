@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from moesim.parallel import TrafficSample
 from moesim.parallel.by_speed import speeds_of_group
-from moesim.parallel.copy_gradients import copy_gradient_bytes_DD
+from moesim.parallel.copies import copy_gradient_bytes_DD
 from moesim.parallel.memory_parameters import expert_slice_parameters
 from moesim.parallel.placement import EMPTY_SLOT
 from moesim.results.metrics import TrafficFacts

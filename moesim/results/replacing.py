@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from moesim.network import Fabric, crowded, prepare_dispatch
 from moesim.parallel import TrafficSampler
-from moesim.parallel.copy_gradients import layers_of_stages
+from moesim.parallel.copies import layers_of_stages
 from moesim.parallel.layer_maps import LayerMaps
 from moesim.parallel.memory_parameters import expert_slice_parameters
 from moesim.parallel.replacement import moves_DD, recorded_ages, renumbered

@@ -9,12 +9,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from moesim.errors import ConflictError, InfeasibleError, UserError
+from moesim.scenario.check_layout import (
+    check_formats,
+    check_pipeline,
+    check_recipe,
+    check_recomputation,
+    check_sharing,
+    check_stages,
+    either,
+    nearest_divisors,
+    require_supported_step,
+)
 from moesim.scenario.check_mixed import check_batch, check_mixed
-from moesim.scenario.check_numbers import either, nearest_divisors
-from moesim.scenario.check_pipeline import check_pipeline, check_recomputation, check_stages, require_supported_step
 from moesim.scenario.check_placement import check_placement
-from moesim.scenario.check_precision import check_formats, check_recipe
-from moesim.scenario.check_sharing import check_sharing
 from moesim.scenario.check_size import check_gpus, check_size
 from moesim.scenario.dispatch import DISPATCH
 from moesim.scenario.document import Path

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from moesim.errors import UserError
 from moesim.scenario.changes import LinkChange, Slowdown
-from moesim.scenario.check_numbers import either
+from moesim.scenario.check_layout import either
 from moesim.scenario.mixed import data_ranks_of_pools, is_mixed, pools_of_ranks, ranked_cluster
 from moesim.scenario.schema import Scenario
 

@@ -16,7 +16,7 @@ from moesim.scenario.routers import ROUTERS
 from moesim.scenario.routing import RouterShape
 from moesim.strict_json import json_text
 from moesim.trace.gates import gates_of
-from moesim.trace.masks import distinct_domains
+from moesim.trace.metrics import distinct_domains
 from moesim.trace.record import NO_EXPERT, RoutingTrace, StepCounts, TraceStep, TrainingCurves, group_of_expert
 
 Array = NDArray[Any]

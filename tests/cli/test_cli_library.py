@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moesim.report.library_view import print_entries
+from moesim.report.catalogue_screens import print_entries
 from moesim.routing.cache import checkpoint_path, trace_path
 from moesim.routing.request import TrainingRequest
 from moesim.scenario import load_scenario

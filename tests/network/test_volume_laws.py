@@ -12,7 +12,7 @@ from moesim.report.volume import VolumeStudy, study_volume
 from moesim.run import obtain_trace
 from moesim.scenario import Scenario, load_scenario
 from moesim.seeding import stream
-from moesim.trace.masks import distinct_domains
+from moesim.trace.metrics import distinct_domains
 
 SCENARIOS = Path(__file__).parents[2] / "scenarios"
 # Smaller than what ships, with the same K: 128 experts on nodes of 2.

@@ -13,7 +13,7 @@ from moesim.scenario.routing import lowest_balancedness
 from moesim.seeding import stream
 from moesim.trace import check_trace, trace_hash
 from moesim.trace.check import has_duplicates
-from moesim.trace.masks import distinct_domains
+from moesim.trace.metrics import distinct_domains
 
 TOLERANCE = 0.01  # of the stated value, with a thousand rows per rank: what docs/routing.md states
 

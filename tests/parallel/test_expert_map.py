@@ -11,12 +11,11 @@ import pytest
 
 from moesim.errors import UserError
 from moesim.parallel import TrafficSample, TrafficSampler
-from moesim.parallel.copy_gradients import copy_gradient_bytes_DD
+from moesim.parallel.copies import balanced_weights, copy_gradient_bytes_DD
 from moesim.parallel.expert_map import ExpertMap
 from moesim.parallel.memory_parameters import local_parameters
 from moesim.parallel.memory_rows import routed_rows
 from moesim.parallel.replacement import rank_loads
-from moesim.parallel.split_weights import balanced_weights
 from moesim.scenario import Scenario
 from moesim.seeding import stream
 from moesim.trace import RoutingTrace, popularity_trace, uniform_trace

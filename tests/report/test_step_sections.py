@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from moesim.report import facts
-from moesim.report.pipeline import BACKWARD, FORWARD, INPUT, PAIR, WEIGHT, gantt, idle_share
 from moesim.report.report import render
+from moesim.report.span_views import BACKWARD, FORWARD, INPUT, PAIR, WEIGHT, gantt, idle_share
 from moesim.report.step_sections import PARTS, by_kind
 from moesim.results import CATEGORIES
 from moesim.run import simulate

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesim.trace.check import has_duplicates
-from moesim.trace.masks import distinct_domains
+from moesim.trace.metrics import distinct_domains
 from moesim.trace.quotas import capped_shares, draw_with_quotas, whole_quotas
 
 

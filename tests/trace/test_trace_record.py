@@ -9,7 +9,7 @@ from moesim.errors import UserError
 from moesim.scenario import RouterShape
 from moesim.trace import RoutingTrace, TraceStep, TrainingCurves, check_trace, uniform_trace
 from moesim.trace.check import has_duplicates
-from moesim.trace.masks import distinct_domains
+from moesim.trace.metrics import distinct_domains
 from moesim.trace.record import group_of_expert
 
 ROUTER = RouterShape(kind="deepseek_v2", num_experts=16, top_k=3, num_groups=4, group_limit=2)

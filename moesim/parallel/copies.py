@@ -1,15 +1,12 @@
-"""Which share of an expert's rows each of its copies gets, so that ranks are loaded as evenly as the slots allow.
+"""Copies of an expert: which share of its rows each of them gets, and the sum of their gradients."""
 
-The loads whose squares over speed have the least sum are also those whose busiest rank has least to do: what ranks can
-be given with fixed slots is the base of a polymatroid (Fujishige, Math. Oper. Res. 5(2), 1980). They are found expert
-by expert, each time filling the ranks of its copies up to one level, until nothing changes.
-Legend: X slots, D ranks, E experts, C ranks with a copy of an expert.
-"""
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moesim.parallel.expert_map import ExpertMap
+from moesim.scenario import Scenario
 
 FloatArray = NDArray[np.float64]
 
@@ -48,3 +45,32 @@ def _fill(load_C: FloatArray, speed_C: FloatArray, rows: float) -> FloatArray:
     fits = np.append(level_C[:-1] <= (load_C / speed_C)[order_C][1:], True)
     level = level_C[np.argmax(fits)]
     return np.asarray(np.maximum(speed_C * level - load_C, 0.0))
+
+
+MapOfLayer = Callable[[int], ExpertMap | None]
+
+
+def copy_gradient_bytes_DD(maps: Iterable[ExpertMap | None], *, expert_bytes: float, num_ranks: int) -> FloatArray:
+    """Bytes from rank to rank in each of the two halves, of all layers together, zero on the diagonal.
+
+    With C ranks that hold an expert every ordered pair of them moves `expert_bytes` / C in each half.
+    """
+    bytes_DD = np.zeros((num_ranks, num_ranks))
+    for held in maps:
+        if held is None:
+            continue
+        holders_E = held.holds_DE.sum(axis=0)
+        share_E = np.where(holders_E > 1, expert_bytes / holders_E, 0.0)
+        holds_DE = held.holds_DE.astype(np.float64)
+        bytes_DD += (holds_DE * share_E) @ holds_DE.T
+    np.fill_diagonal(bytes_DD, 0.0)
+    return bytes_DD
+
+
+def layers_of_stages(scenario: Scenario, stages: Sequence[int]) -> list[int]:
+    """The layers with a router of some stages, numbered among those; prediction layers lie on the last stage."""
+    model = scenario.model
+    layers = [layer for stage in stages for layer in scenario.stage_layers[stage] if not model.is_dense(layer)]
+    if scenario.parallelism.num_stages - 1 in stages:
+        layers += range(model.layers, model.layers + model.mtp_layers)
+    return [model.moe_number(layer) for layer in layers]

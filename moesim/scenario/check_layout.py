@@ -1,0 +1,203 @@
+"""Checks across sections of the layout: what is shared out must divide, pipelines and stages, number formats."""
+
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
+from typing import Protocol, get_args
+
+from moesim.errors import UserError
+from moesim.scenario.base import GemmFormat
+from moesim.scenario.catalogue import GpuSpec
+from moesim.scenario.check_software import require_software
+from moesim.scenario.model import LocalGlobal, Mla
+from moesim.scenario.recipes import RECIPES
+from moesim.scenario.schema import Precision, Scenario
+from moesim.scenario.software import FUSED
+from moesim.schedules import PLAIN, SCHEDULES, SPLIT
+
+
+class Report(Protocol):
+    """Makes the error of a dotted key."""
+
+    def user(self, key: str, message: str) -> UserError:
+        """A mistake of the user at `key`."""
+
+
+def check_pipeline(scenario: Scenario, report: Report) -> None:
+    """Raises UserError when the schedule, the ranks and the micro-batches do not fit each other."""
+    mesh, schedule = scenario.parallelism, scenario.parallelism.schedule
+    facts = schedule.facts
+    if facts.virtual and schedule.virtual < 2:
+        message = f"{facts.name} needs at least 2 stages per rank; set it to 2 or more, or use kind: {PLAIN.name}"
+        raise report.user("parallelism.schedule.virtual", message)
+    if not facts.virtual and schedule.virtual != 1:
+        others = " or ".join(other.name for other in SCHEDULES.values() if other.virtual)
+        message = f"{facts.name} has no virtual stages; use kind: {others}, or drop this key"
+        raise report.user("parallelism.schedule.virtual", message)
+    p, m = mesh.pipeline, scenario.num_micro_batches
+    unit = mesh.data * scenario.workload.micro_batch
+    if facts.even and p % 2:
+        message = f"{facts.name} needs an even number of ranks, got {p}; use {p + 1}, or another schedule"
+        raise report.user("parallelism.pipeline", message)
+    if mesh.batch_share != "even":
+        return  # `check_mixed` looks at the numbers of every pool
+    if facts.whole_rounds and m % p:
+        sizes = " or ".join(str(count * unit) for count in (m // p * p, m // p * p + p) if count)
+        what = f"{facts.name} needs micro-batches in rounds of pipeline = {p}, got {m}"
+        raise report.user("workload.global_batch", f"{what}; use {sizes}")
+    least = facts.least_rounds * p
+    if (facts.even and m % 2) or m < least:
+        fits = max(least, m + m % 2 if facts.even else m) * unit
+        kind = "an even number of micro-batches" if facts.even else "micro-batches"
+        at_least = f", at least {facts.least_rounds} * pipeline = {least}" if least else ""
+        raise report.user("workload.global_batch", f"{facts.name} needs {kind}{at_least}, got {m}; use {fits}")
+
+
+def check_stages(scenario: Scenario, report: Report) -> None:
+    """Raises UserError when the layers do not go into the stages."""
+    mesh, layers = scenario.parallelism, scenario.model.layers
+    if mesh.stages is None:
+        if mesh.num_stages > layers:
+            message = f"{mesh.num_stages} stages for {layers} layers; use fewer, or say where they go with stages"
+            raise report.user("parallelism.pipeline", message)
+        return
+    if len(mesh.stages) != mesh.num_stages:
+        virtual = " * schedule.virtual" if mesh.schedule.virtual > 1 else ""
+        what = f"{len(mesh.stages)} numbers of layers for pipeline{virtual} = {mesh.num_stages} stages"
+        raise report.user("parallelism.stages", f"{what}; give one per stage")
+    if sum(mesh.stages) != layers:
+        what = f"{sum(mesh.stages)} layers in all stages together, but model.layers = {layers}"
+        raise report.user("parallelism.stages", f"{what}; make them add up")
+
+
+def check_recomputation(scenario: Scenario, report: Report) -> None:
+    """Raises UserError for parts to recompute that the model does not have."""
+    recompute, attention = scenario.workload.recompute, scenario.model.attention
+    part = "mla_up_projection"
+    if isinstance(recompute, tuple) and part in recompute and not isinstance(attention, Mla):
+        what = f"{part} is a part of latent attention, but model.attention is {attention.kind}"
+        raise report.user(f"workload.recompute.{recompute.index(part)}", f"{what}; drop it")
+
+
+def require_supported_step(scenario: Scenario, report: Report) -> None:
+    """Raises UserError for ways of running a step that the simulation core does not have yet, naming the key."""
+    mesh, software = scenario.parallelism, scenario.implementation.software
+    facts = mesh.schedule.facts
+    shared = f"{facts.name} puts each stage on {facts.copies} pipeline ranks; use 0 or 1, or {SPLIT.name}"
+    for part in ("dense", "expert"):
+        if (stage := getattr(mesh.zero, part)) < 2:
+            continue
+        for refused, why in (
+            (not software.shards_gradients, f"{software.name} keeps whole gradients; use 0 or 1, or {FUSED.name}"),
+            (facts.copies > 1, shared),
+        ):
+            if refused:
+                raise report.user(f"parallelism.zero.{part}", f"{stage} shards layer by layer, but {why}")
+    if isinstance(scenario.model.attention, Mla) and scenario.model.attention.indexer is not None:
+        what = "sparse attention with an indexer (DSA) is counted by `moesim model`, but no step with it is modelled"
+        raise report.user("model.attention.indexer", f"{what}; drop it to take full attention instead")
+    require_software(scenario, report)
+
+
+DIVISOR_SEARCH = 10**6  # beyond that nobody reads the remedy, and a slip of the keyboard must not take for ever
+
+
+def nearest_divisors(number: int, target: int, *, multiple_of: int = 1) -> list[int]:
+    """The divisors of `number` just below and just above `target` that are multiples of `multiple_of`.
+
+    Where none lies within a million of `target`, the smallest (`multiple_of` itself) or largest one stands in.
+    """
+
+    def first(candidates: range, instead: int) -> list[int]:
+        near = candidates[:DIVISOR_SEARCH]
+        tried = [instead] if candidates[DIVISOR_SEARCH:] else []
+        fitting = (d for d in chain(near, tried) if number % d == 0 and d % multiple_of == 0)
+        return list(islice(fitting, 1))
+
+    below = first(range(min(target - 1, number), 0, -1), multiple_of)
+    return below + first(range(target + 1, number + 1), number)
+
+
+def either(values: Iterable[int]) -> str:
+    """The numbers as a choice: `2 or 4`."""
+    return " or ".join(str(value) for value in values)
+
+
+KEY = "workload.precision"
+
+
+def check_recipe(precision: Precision, report: Report) -> None:
+    """A recipe belongs to the format of the products."""
+    if precision.recipe is None:
+        return
+    meant = RECIPES[precision.recipe].gemm
+    if precision.gemm != meant:
+        known = [recipe.name for recipe in RECIPES.values() if recipe.gemm == precision.gemm]
+        remedy = f"use {' or '.join(known)}, or gemm: {meant}" if known else f"set precision.gemm: {meant}, or drop it"
+        what = f"{precision.recipe} is for products of {meant}, but precision.gemm is {precision.gemm}"
+        raise report.user(f"{KEY}.recipe", f"{what}; {remedy}")
+
+
+def check_formats(precision: Precision, spec: GpuSpec, report: Report) -> None:
+    """The GPU has units for the products and their recipe."""
+    if precision.gemm not in spec.peak_flops:
+        formats = ", ".join(name for name in spec.peak_flops if name in get_args(GemmFormat))
+        raise report.user(f"{KEY}.gemm", f"{spec.name} has no {precision.gemm}; it has {formats}")
+    recipe = precision.scaling
+    if recipe is not None and recipe.peak not in spec.peak_flops:
+        others = " or ".join(_recipes_of(precision.gemm, spec))
+        raise report.user(f"{KEY}.recipe", f"{spec.name} has no {recipe.name}; use {others}")
+
+
+def _recipes_of(gemm: str, spec: GpuSpec) -> Iterator[str]:
+    return (recipe.name for recipe in RECIPES.values() if recipe.gemm == gemm and recipe.peak in spec.peak_flops)
+
+
+def check_sharing(scenario: Scenario, report: Report) -> None:
+    """Raises UserError when ranks cannot share the sequences and matrices of a layer evenly, or cannot be folded."""
+    model, mesh = scenario.model, scenario.parallelism
+    shared = [("tensor", mesh.tensor, "model.heads", model.heads)]
+    if not isinstance(model.attention, Mla):
+        shared.append(("tensor", mesh.tensor, "model.kv_heads", model.kv_heads))
+    if model.dense_layers:
+        shared.append(("tensor", mesh.tensor, "model.dense_intermediate", model.dense_intermediate))
+    if model.shared_experts:
+        name = f"model.shared_experts * {'shared' if model.shared_intermediate else 'expert'}_intermediate"
+        shared.append(("tensor", mesh.tensor, name, model.shared_width))
+    shared.append(("expert_tensor", mesh.expert_tensor, "model.expert_intermediate", model.expert_intermediate))
+    for key, size, name, value in shared:
+        if value % size:
+            fits = either(nearest_divisors(value, size))
+            raise report.user(f"parallelism.{key}", f"{size} does not divide {name} = {value}; use {fits}")
+    _check_sequence(scenario, report)
+    _check_folding(scenario, report)
+
+
+def _check_sequence(scenario: Scenario, report: Report) -> None:
+    """Tensor ranks share the tokens of two chunks of each of 2 * context."""
+    mesh, length = scenario.parallelism, scenario.workload.sequence_length
+    chunks = 2 * mesh.context if mesh.context > 1 else 1
+    for key, name, parts in (
+        ("context", f"{mesh.context}", mesh.context),
+        ("context", f"2 * context = {chunks}", chunks),
+        ("tensor", f"{mesh.tensor} ranks * {chunks} chunks = {mesh.tensor * chunks}", mesh.tensor * chunks),
+    ):
+        if length % parts:
+            unit = parts // getattr(mesh, key)
+            fits = either(near // unit for near in nearest_divisors(length, parts, multiple_of=unit))
+            what = f"{name} does not divide workload.sequence_length = {length}"
+            raise report.user(f"parallelism.{key}", f"{what}; use {fits}")
+    attention = scenario.model.attention
+    if mesh.context > 1 and isinstance(attention, LocalGlobal) and attention.window < length:
+        message = "a ring of whole sequences has no windows; use 1, or another model.attention than local_global"
+        raise report.user("parallelism.context", message)
+    if mesh.context > 1 and scenario.model.local is not None and scenario.model.local.window < length:
+        raise report.user("parallelism.context", "a ring of whole sequences has no windows; use 1, or drop model.local")
+
+
+def _check_folding(scenario: Scenario, report: Report) -> None:
+    mesh = scenario.parallelism
+    attention, experts = mesh.context * mesh.tensor, mesh.expert * mesh.expert_tensor
+    small, large = sorted((attention, experts))
+    if large % small:
+        what = f"expert * expert_tensor = {experts} and context * tensor = {attention} ranks do not fit into each other"
+        raise report.user("parallelism.expert", f"{what}; make one of them a multiple of the other")
