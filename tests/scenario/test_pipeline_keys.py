@@ -120,11 +120,6 @@ def test_only_latent_attention_has_up_projections():
 @pytest.mark.parametrize(
     ("override", "software"),
     [
-        ("parallelism.tensor=2", "torch_eager"),
-        ("parallelism.context=2", "torch_eager"),
-        ("parallelism={data: 16, pipeline: 4, expert: 8, expert_tensor: 2}", "torch_eager"),
-        ("parallelism.zero.dense=2", "torch_eager"),
-        ("parallelism.zero.expert=3", "torch_eager"),
         ("workload.recompute=selective", "torch_eager"),
         ("overlap.shared_experts=true", "torch_eager"),
     ],
