@@ -111,7 +111,7 @@ def test_what_cannot_be_simulated_is_a_record_with_its_reason(points, tmp_path):
         [
             {"seed": 1},
             {"routing": {**TRAINED, "thin": {"hidden": 13}}},
-            {"parallelism": {"data": 2, "tensor": 2, "expert": 2}, "implementation.kind": "torch_eager"},
+            {"workload.recompute": "selective", "implementation.kind": "torch_eager"},
             {"model.layers": 400, "model.hidden": 8192, "model.dense_intermediate": 65536},
         ]
     )
@@ -124,7 +124,7 @@ def test_what_cannot_be_simulated_is_a_record_with_its_reason(points, tmp_path):
         3: "infeasible",
     }
     assert "routing.thin.hidden = 13" in by_number[1].reason
-    assert "parallelism.tensor" in by_number[2].reason
+    assert "workload.recompute" in by_number[2].reason
     assert by_number[3].reason
 
 
