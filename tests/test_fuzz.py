@@ -20,6 +20,7 @@ from moesim.scenario import Scenario, dump_scenario, load_scenario_text
 from moesim.scenario.document import parse_yaml
 from moesim.scenario.routing import TrainRouting
 from moesim.scenario.stress import STRESS
+from moesim.serving import load_serving_text
 from moesim.strict_json import json_text
 from moesim.sweeper.study import load_study
 
@@ -74,6 +75,7 @@ def plain(text):
 
 SCENARIOS = [plain(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*.yaml"))]
 PLANS = [plain(path.read_text(encoding="utf-8")) for path in sorted((FOLDER / "plans").glob("*.yaml"))]
+SERVING = [plain(path.read_text(encoding="utf-8")) for path in sorted((FOLDER / "serving").glob("*.yaml"))]
 STUDIES = [plain(path.read_text(encoding="utf-8")) for path in sorted((FOLDER / "studies").glob("*.yaml"))]
 
 
@@ -385,6 +387,17 @@ def test_a_mutated_shipped_scenario_loads_or_is_refused_in_one_line(value):
 @given(mutated(PLANS))
 def test_a_mutated_plan_loads_or_is_refused_in_one_line(value):
     check_plan(value)
+
+
+@settings(max_examples=40, **QUIET)
+@given(mutated(SERVING))
+def test_a_mutated_deployment_loads_or_is_refused_in_one_line(value):
+    begin = time.monotonic()
+    try:
+        load_serving_text(dumped(value))
+    except UserError as error:
+        refused_in_one_line(error)
+    assert time.monotonic() - begin < SECONDS_TO_LOAD
 
 
 def check_plan(value):

@@ -300,8 +300,8 @@ def _content(
 
 def pareto(loads: Sequence[Mapping[str, Any]]) -> list[int]:
     """Places of the loads that no other beats in tokens per second of a user and of a GPU, the fastest first."""
-    own = [place for place, load in enumerate(loads) if not load["is_alternative"]]
     x, y = "tokens_per_second_per_user", "output_tokens_per_second_per_gpu"
+    own = [place for place, load in enumerate(loads) if not load["is_alternative"] and load[x] is not None]
     kept: list[int] = []
     for place in sorted(own, key=lambda each: (-loads[each][x], -loads[each][y])):
         if not kept or loads[place][y] > loads[kept[-1]][y]:

@@ -148,6 +148,6 @@ def _row(name: str, load: Load) -> tuple[str, ...]:
         f"{load['good_share']:.1%}",
         format_seconds(load["ttft_s"]["p90"]),
         format_seconds(load["tpot_s"]["p90"]),
-        f"{load[X]:,.1f}",
+        "" if load[X] is None else f"{load[X]:,.1f}",
         f"{load[Y]:,.1f}",
     )

@@ -60,8 +60,7 @@ def serving_facts(result: Result) -> list[Fact]:
             "output tokens",
             f"{result['output_tokens_per_second']:,.0f} /s",
             f"{result['output_tokens_per_second_per_gpu']:,.0f} /s per GPU, "
-            f"{result['tokens_per_second_per_gpu']:,.0f} with prompts; {result['tokens_per_second_per_user']:,.1f} /s "
-            "for a user",
+            f"{result['tokens_per_second_per_gpu']:,.0f} with prompts{_of_a_user(result)}",
         ),
         Fact(
             "price",
@@ -98,6 +97,11 @@ def serving_facts(result: Result) -> list[Fact]:
     return facts
 
 
+def _of_a_user(result: Result) -> str:
+    rate = result["tokens_per_second_per_user"]
+    return "" if rate is None else f"; {rate:,.1f} /s for a user"
+
+
 def _price_facts(result: Result) -> list[Fact]:
     """The rent split between prompts and answers; of prompts also without what the prefix cache held."""
     new = ""
@@ -108,9 +112,10 @@ def _price_facts(result: Result) -> list[Fact]:
         )
     share = result["usd_per_million_input_tokens"] * result["input_tokens"]
     rent = result["usd_per_million_tokens"] * (result["input_tokens"] + result["output_tokens"])
-    prompts, answers = (
-        f"{part:.0%} of the rent, as their rows took of the time of steps" for part in (share / rent, 1 - share / rent)
+    by = (
+        "of the rent, that of their own GPUs" if len(result["pools"]) > 1 else "of the rent, by their rows in the steps"
     )
+    prompts, answers = (f"{abs(part):.0%} {by}" for part in (share / rent, 1.0 - share / rent))
     return [
         Fact("- prompts", f"${result['usd_per_million_input_tokens']:.4g} / M prompt tokens", prompts + new),
         Fact("- answers", f"${result['usd_per_million_generated_tokens']:.4g} / M output tokens", answers),
@@ -138,6 +143,7 @@ def _latency_rows(result: Result) -> list[tuple[str, ...]]:
     return [
         (name + whose, *(format_seconds(values[key][share]) for share in _SHARES))
         for key, name in _LATENCIES.items()
+        if key != "tpot_s" or result["tokens_per_second_per_user"] is not None
         for whose, values in of
     ]
 

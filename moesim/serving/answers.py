@@ -90,6 +90,8 @@ def serve_seeds(scenario: ServingScenario, seeds: int) -> dict[str, Any]:
         for share in SHARES
     }
     for key in RANGED:
+        if first[key] is None:  # answers of one token have no time per token
+            continue
         ranges[key] = [min(each[key] for each in results), max(each[key] for each in results)]
     return first | {"seeds": seeds, "ranges": ranges}
 
@@ -179,7 +181,7 @@ def _result(deployment: Deployment, requests: Requests, served: Served) -> dict[
         "output_tokens_per_second": output / seconds,
         "output_tokens_per_second_per_gpu": output / seconds / gpus,
         "tokens_per_second_per_gpu": (output + prompt) / seconds / gpus,
-        "tokens_per_second_per_user": 1.0 / max(float(tpot_N.mean()), 1e-12),
+        "tokens_per_second_per_user": 1.0 / float(tpot_N.mean()) if several_N.any() else None,
         "cached_input_tokens": cached,
         "usd_per_million_new_input_tokens": usd * _prompt_share(pools) / (prompt - cached) * 1e6,
         "usd_per_million_input_tokens": usd * _prompt_share(pools) / prompt * 1e6,
@@ -246,12 +248,17 @@ def _transfer(served: Served) -> dict[str, Any] | None:
 def _warnings(requests: Requests, served: Served) -> list[str]:
     """What a reader must know before trusting the numbers."""
     span, answer = float(requests.arrival_N[-1]), float((served.done_N - requests.arrival_N).mean())
-    if span >= LEAST_ANSWERS * answer:
-        return []
-    return [
-        f"requests come for {span:.3g} s and an answer takes {answer:.3g} s: no steady load is seen; raise "
-        "workload.requests"
-    ]
+    found = []
+    if requests.left_out:
+        found.append(
+            f"lines of the log that ask for no token of a prompt or an answer were left out: {requests.left_out:,}"
+        )
+    if span < LEAST_ANSWERS * answer:
+        found.append(
+            f"requests come for {span:.3g} s and an answer takes {answer:.3g} s: no steady load is seen; raise "
+            "workload.requests"
+        )
+    return found
 
 
 def _dropped_share(costs: StepCosts, served: Served) -> float:

@@ -49,7 +49,9 @@ def prefill_scenario(scenario: ServingScenario) -> ServingScenario:
     prefill = scenario.fleet.prefill
     assert prefill is not None
     engine = {"token_budget": prefill.token_budget, "redundant_experts": prefill.redundant_experts, "speculation": None}
-    changes = {"parallelism": prefill.parallelism, "engine": scenario.engine.model_copy(update=engine)}
+    changes: dict[str, Any] = {"parallelism": prefill.parallelism, "engine": scenario.engine.model_copy(update=engine)}
+    if prefill.dispatch is not None:
+        changes["dispatch"] = prefill.dispatch
     return scenario.model_copy(update=changes)
 
 

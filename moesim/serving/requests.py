@@ -1,25 +1,15 @@
 """When requests come and how long they are: drawn, or read from a log."""
 
-import csv
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from datetime import datetime
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.errors import UserError
 from moesim.seeding import stream
 from moesim.serving.batch import Job
+from moesim.serving.request_log import read_log
 from moesim.serving.schema import Arrivals, FixedLength, Gamma, Length, Serving, TraceArrivals
-
-# Columns by what publishers call them, in small letters: Azure LLM inference traces, BurstGPT, and plain words.
-_TIMES = ("timestamp", "time", "arrival")
-_INPUTS = ("contexttokens", "request tokens", "input", "input tokens", "prompt tokens")
-_OUTPUTS = ("generatedtokens", "response tokens", "output", "output tokens", "generated tokens")
-_OPTIONAL = ("prefix", "prefix tokens", "priority")  # of a log: a whole number each, -1 for none
-
 
 IntArray = NDArray[np.int64]
 
@@ -39,6 +29,7 @@ class Requests:
     prefix_N: IntArray | None = None
     prefix_tokens_N: IntArray | None = None
     patience: float = 0.0
+    left_out: int = 0  # lines of a log that ask for nothing
 
     def __len__(self) -> int:
         return len(self.arrival_N)
@@ -86,7 +77,7 @@ def draw_requests(load: Serving, *, seed: int) -> Requests:
 
 def _arrivals(arrivals: Arrivals, *, count: int, seed: int) -> Requests:
     if isinstance(arrivals, TraceArrivals):
-        return _read(Path(arrivals.file), count=count, speed=arrivals.speed)
+        return _read(arrivals, count=count)
     gaps = stream(seed, "arrivals")
     shape = 1.0 / arrivals.variation**2 if isinstance(arrivals, Gamma) else 1.0
     gap_N = gaps.gamma(shape, 1.0 / (shape * arrivals.rate), size=count)
@@ -106,62 +97,17 @@ def _lengths(law: Length, count: int, rng: np.random.Generator) -> NDArray[np.in
     return np.clip(np.rint(drawn_N), 1, law.most).astype(np.int64)
 
 
-def _read(path: Path, *, count: int, speed: float) -> Requests:
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(_rows(csv.reader(file), path, count=count))
-    except OSError as error:
-        raise UserError(f"workload.arrivals.file: {path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"workload.arrivals.file: {path}: not UTF-8 text; save the CSV as UTF-8") from None
-    if not rows:
-        raise UserError(f"workload.arrivals.file: {path}: no request in it; give a CSV with a line for each")
-    rows.sort(key=lambda row: row[0])
-    time_N, input_N, output_N, prefix_N, prefix_tokens_N, class_N = (
-        np.array(column) for column in zip(*rows, strict=True)
-    )
-    input_N = np.maximum(input_N, 1).astype(np.int64)
-    prefix_N = np.where(prefix_tokens_N > 0, prefix_N, -1).astype(np.int64)
+def _read(arrivals: TraceArrivals, *, count: int) -> Requests:
+    columns = arrivals.columns.model_dump(exclude_none=True) if arrivals.columns else {}
+    log = read_log(Path(arrivals.file), count=count, unit=arrivals.unit, columns=columns)
+    prefix_N, prefix_tokens_N, class_N = log.optional_NO.T.astype(np.int64)
+    input_N = log.input_N.astype(np.int64)
     return Requests(
-        arrival_N=(time_N - time_N[0]) / speed,
+        arrival_N=log.time_N / arrivals.speed,
         input_N=input_N,
-        output_N=np.maximum(output_N, 1).astype(np.int64),
-        class_N=class_N.astype(np.int64) if class_N.max() >= 0 else None,
-        prefix_N=prefix_N,
-        prefix_tokens_N=np.clip(prefix_tokens_N, 0, input_N).astype(np.int64),
+        output_N=log.output_N.astype(np.int64),
+        class_N=np.maximum(class_N, 0) if class_N.max() >= 0 else None,
+        prefix_N=np.where(prefix_tokens_N > 0, prefix_N, -1),
+        prefix_tokens_N=np.clip(prefix_tokens_N, 0, input_N),
+        left_out=log.left_out,
     )
-
-
-def _rows(lines: Iterable[list[str]], path: Path, *, count: int) -> Iterable[tuple[float, ...]]:
-    """Time, tokens of prompt and answer, and what the log says of prefix, its tokens and the class (-1: nothing)."""
-    lines = iter(lines)
-    header = [name.strip().lower() for name in next(lines, [])]
-    places = [_place(header, names, path) for names in (_TIMES, _INPUTS, _OUTPUTS)]
-    optional = [header.index(name) if name in header else None for name in _OPTIONAL]
-    for number, line in enumerate(lines, start=2):
-        if number - 2 >= count:
-            return
-        try:
-            time, *tokens = (line[place] for place in places)
-            others = (-1.0 if place is None or not line[place].strip() else float(line[place]) for place in optional)
-            yield _seconds(time), float(tokens[0]), float(tokens[1]), *others
-        except (ValueError, IndexError):
-            what = f"{path}:{number}: needs a time and two numbers of tokens (and numbers in {', '.join(_OPTIONAL)})"
-            raise UserError(f"workload.arrivals.file: {what}; mend or drop the line") from None
-
-
-def _place(header: list[str], names: tuple[str, ...], path: Path) -> int:
-    for name in names:
-        if name in header:
-            return header.index(name)
-    what = f"{path}: no column {' or '.join(repr(name) for name in names)}"
-    raise UserError(f"workload.arrivals.file: {what} in its first line; name the columns")
-
-
-def _seconds(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        head, _, fraction = text.strip().partition(".")  # Azure writes seven digits of a second
-        digits = "".join(sign for sign in fraction if sign.isdigit())
-        return datetime.fromisoformat(head).timestamp() + (float(f"0.{digits}") if digits else 0.0)

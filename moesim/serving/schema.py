@@ -67,12 +67,24 @@ class Gamma(Section):
     output: Length = Field(description="Tokens that are generated.")
 
 
+class LogColumns(Section):
+    """Columns of a log by the names that its first line gives them; absent: by those that publishers give."""
+
+    time: Text | None = Field(default=None, description="Column of the time of arrival.")
+    input: Text | None = Field(default=None, description="Column of the tokens of the prompt.")
+    output: Text | None = Field(default=None, description="Column of the tokens that are generated.")
+
+
 class TraceArrivals(Section):
     """Requests of a log: CSV with a time and two numbers of tokens in each line, as Azure and BurstGPT publish them."""
 
     kind: Literal["trace"] = Field(description="Arrivals and lengths of a CSV file.")
     file: Text = Field(description="The CSV file, relative to this one.")
     speed: PositiveFloat = Field(default=1.0, description="How many times as fast the requests come as in the file.")
+    unit: Literal["s", "ms", "us"] = Field(
+        default="s", description="Unit of times that are numbers, where the name of their column says none."
+    )
+    columns: LogColumns | None = Field(default=None, description="Columns that are called otherwise; absent: none are.")
 
 
 Arrivals = Annotated[Poisson | Gamma | TraceArrivals, Field(discriminator="kind")]
@@ -250,6 +262,10 @@ class PrefillPool(Section):
     token_budget: Tokens = Field(default=8_192, description="Tokens that a rank computes in one prefill step at most.")
     redundant_experts: Experts = Field(
         default=0, description="Copies of experts on a prefill instance, as engine.redundant_experts."
+    )
+    dispatch: Dispatch | None = Field(
+        default=None,
+        description="How tokens of prompts travel to experts, where that is another way; absent: as dispatch.",
     )
     transfer: Literal["by_layer", "at_end"] = Field(
         default="by_layer",

@@ -305,41 +305,6 @@ def test_narrow_weights_leave_more_room_and_steps_of_few_tokens_are_faster() -> 
     assert narrow["tpot_s"]["p50"] < wide["tpot_s"]["p50"]
 
 
-def test_logs_of_requests_are_read(tmp_path) -> None:
-    azure = tmp_path / "azure.csv"
-    azure.write_text(
-        "TIMESTAMP,ContextTokens,GeneratedTokens\n"
-        "2023-11-16 18:15:46.6805900,374,44\n2023-11-16 18:15:50.9951690,396,109\n2023-11-16 18:15:51.2225670,879,55\n"
-    )
-    deployment = Deployment(small(f"workload.arrivals={{kind: trace, file: {azure}}}"))
-    requests = deployment.requests(0)
-    np.testing.assert_allclose(requests.arrival_N, [0.0, 4.314579, 4.541977], atol=1e-6)
-    assert requests.input_N.tolist() == [374, 396, 879] and requests.output_N.tolist() == [44, 109, 55]
-    burst = tmp_path / "burst.csv"
-    burst.write_text("Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n5,ChatGPT,472,18,490,x\n")
-    assert Deployment(small(f"workload.arrivals={{kind: trace, file: {burst}}}")).requests(0).input_N.tolist() == [472]
-    burst.write_text(
-        "time,input,output,prefix,prefix tokens,priority\n"
-        "0,900,5,7,512,1\n0.5,800,5,7,512,0\n1,30,5,,,0\n2,90,5,3,900,1\n"
-    )
-    shared = Deployment(
-        small(f"workload.arrivals={{kind: trace, file: {burst}}}", "workload.priorities={shares: [0.5, 0.5]}")
-    )
-    jobs = [shared.requests(0).job(number) for number in range(4)]
-    assert [(job.prefix, job.prefix_tokens, job.urgency) for job in jobs] == [
-        (7, 512, 1),
-        (7, 512, 0),
-        (-1, 0, 0),
-        (3, 90, 1),
-    ]
-    assert jobs[0].turn == 60.0 and jobs[1].turn == 0.5
-    head = "time,input,output\n"
-    for text, fault in (("a,b\n1,2\n", "no column"), (head, "no request"), (head + "1,x,2\n", ":2: ")):
-        azure.write_text(text)
-        with pytest.raises(UserError, match=fault):
-            Deployment(small(f"workload.arrivals={{kind: trace, file: {azure}}}")).requests(0)
-
-
 @pytest.mark.parametrize(
     ("override", "fault", "error"),
     [
