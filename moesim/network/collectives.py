@@ -1,7 +1,10 @@
 """Collectives of equal shares: all-reduce, reduce-scatter, all-gather, and one message from rank to rank.
 
 A ring step moves bytes from every rank to the next: along the node over NVLink, and to the next node over all NICs of
-the node's ranks at once (as many channels as NICs). The slowest link of that pattern sets the bandwidth.
+the node's ranks at once (as many channels as NICs). The slowest link of that pattern sets the bandwidth. A chunk passes
+all hops of the ring but one, one behind the other: of a ring over several nodes few of them are NICs'. A tree is one of
+nodes, with a chain of ranks in each. Of calls across nodes no sizes were measured: they lose between small and large
+messages what they lose inside one node.
 
 Legend: X links, F flows of the pattern, R ranks.
 """
@@ -18,7 +21,7 @@ from moesim.errors import UserError
 from moesim.network.contention import LinkUse, common_use
 from moesim.network.fabric import NONE, Fabric
 from moesim.network.flows import Ranks, as_ranks, checked_bytes
-from moesim.network.library import NVLS_MIN_RANKS, measured_call, reduces_in_switch
+from moesim.network.library import NVLS_MIN_RANKS, hop_seconds, measured_call, reduces_in_switch
 from moesim.network.parameters import Protocol
 
 Algorithm = Literal["auto", "ring", "tree", "nvls", "hierarchical"]
@@ -35,10 +38,35 @@ class CollectiveEstimate(NamedTuple):
 
 
 class _Pattern(NamedTuple):
-    """What one ring step costs: seconds per byte of each rank's share, and the latency of its slowest hop."""
+    """What one step costs: seconds per byte of each rank's share, and the latency of its slowest hop."""
 
     seconds_per_byte: float
     latency: float
+
+
+class _Hops(NamedTuple):
+    """Latencies of a hop between nodes (the slowest) and of one inside a node, and how many there are in the ring."""
+
+    between: float
+    inside: float
+    nodes: int
+    ranks: int
+
+    @property
+    def ring(self) -> float:
+        """Seconds that a chunk takes round the ring, all but its shortest hop."""
+        if self.nodes == 1:
+            return (self.ranks - 1) * self.inside
+        inside = self.ranks - self.nodes
+        shortest = min(self.between, self.inside) if inside else self.between
+        return self.nodes * self.between + inside * self.inside - shortest
+
+    @property
+    def tree(self) -> float:
+        """Seconds from the leaves of a tree of nodes to its root, through the chain of ranks in a node of each."""
+        if self.nodes == 1:
+            return math.ceil(math.log2(self.ranks)) * self.inside
+        return math.ceil(math.log2(self.nodes)) * self.between + (math.ceil(self.ranks / self.nodes) - 1) * self.inside
 
 
 def all_reduce_seconds(
@@ -120,9 +148,12 @@ def send_recv_seconds(fabric: Fabric, source: int, target: int, num_bytes: float
 
 
 def _estimate(
-    protocol: Protocol, name: str, payload: float, wire_seconds: float, hops: float, latency: float
-) -> CollectiveEstimate:
-    seconds = wire_seconds / protocol.efficiency + hops * latency + protocol.overhead_seconds(payload, messages=hops)
+    protocol: Protocol, name: str, payload: float, wire_seconds: float, hops: float, latency: float,
+    *, messages: float | None = None,
+) -> CollectiveEstimate:  # fmt: skip
+    """`hops` of `latency` each; `messages` of the software, as many as hops where nothing is said."""
+    overhead = protocol.overhead_seconds(payload, messages=hops if messages is None else messages)
+    seconds = wire_seconds / protocol.efficiency + hops * latency + overhead
     return CollectiveEstimate(seconds, name, protocol.source)
 
 
@@ -130,30 +161,37 @@ def _half_ring(fabric: Fabric, ranks: NDArray[np.int64], num_bytes: float, call:
     n = len(ranks)
     if n == 1 or checked_bytes(num_bytes) == 0:
         return CollectiveEstimate(0.0, "none", "nothing to do")
-    ring = _ring_pattern(fabric, ranks)
+    flows = _ring_flows(fabric, ranks)
+    ring = _pattern(fabric, *flows)
     wire = (n - 1) / n * num_bytes * ring.seconds_per_byte
     measured = measured_call(fabric, call, ranks)
     if measured is not None:
         return _estimate(measured, "ring", num_bytes, wire, 0, 0.0)
-    return _estimate(getattr(fabric.parameters, call), "ring", num_bytes, wire, n - 1, ring.latency)
+    hops, protocol = _hops(fabric, ranks, flows), getattr(fabric.parameters, call)
+    found = _estimate(protocol, "ring", num_bytes, wire, 1, hops.ring, messages=n - 1)
+    return _across(fabric, ranks, (call,), found, num_bytes=num_bytes)
 
 
 def _ring(fabric: Fabric, ranks: NDArray[np.int64], num_bytes: float) -> CollectiveEstimate:
     n = len(ranks)
-    ring = _ring_pattern(fabric, ranks)
+    flows = _ring_flows(fabric, ranks)
+    ring = _pattern(fabric, *flows)
     wire = 2 * (n - 1) / n * num_bytes * ring.seconds_per_byte
     measured = measured_call(fabric, "all_reduce", ranks)
     if measured is not None and not _able("nvls", fabric, ranks):
         return _estimate(measured, "ring", num_bytes, wire, 0, 0.0)
-    return _estimate(fabric.parameters.ring, "ring", num_bytes, wire, 2 * (n - 1), ring.latency)
+    hops, protocol = _hops(fabric, ranks, flows), fabric.parameters.ring
+    found = _estimate(protocol, "ring", num_bytes, wire, 2, hops.ring, messages=2 * (n - 1))
+    return _across(fabric, ranks, HALF_RINGS, found, num_bytes=num_bytes)
 
 
 def _tree(fabric: Fabric, ranks: NDArray[np.int64], num_bytes: float) -> CollectiveEstimate:
-    ring = _ring_pattern(fabric, ranks)  # a double binary tree loads ports as a chain does: bytes up and bytes down
-    hops = 2 * math.ceil(math.log2(len(ranks)))
-    return _estimate(
-        fabric.parameters.tree, "tree", num_bytes, 2 * num_bytes * ring.seconds_per_byte, hops, ring.latency
-    )
+    flows = _ring_flows(fabric, ranks)
+    ring = _pattern(fabric, *flows)  # a double binary tree loads ports as a chain does: bytes up and bytes down
+    wire, hops, protocol = 2 * num_bytes * ring.seconds_per_byte, _hops(fabric, ranks, flows), fabric.parameters.tree
+    messages = 2 * math.ceil(math.log2(len(ranks)))
+    found = _estimate(protocol, "tree", num_bytes, wire, 2, hops.tree, messages=messages)
+    return _across(fabric, ranks, HALF_RINGS, found, num_bytes=num_bytes)
 
 
 def _nvls(fabric: Fabric, ranks: NDArray[np.int64], num_bytes: float) -> CollectiveEstimate:
@@ -205,6 +243,32 @@ def _able(algorithm: str, fabric: Fabric, ranks: NDArray[np.int64]) -> bool:
         sizes = {len(members) for members in _by_node(fabric, ranks)}
         return len(sizes) == 1 and 1 < sizes.pop() < len(ranks)
     return True
+
+
+def _hops(fabric: Fabric, ranks: NDArray[np.int64], flows: "_RingFlows") -> _Hops:
+    domain_R = fabric.domain_of_rank_R
+    latency_F = fabric.path_latency(fabric.routes(flows.sources_F, flows.targets_F))
+    crosses_F = domain_R[flows.sources_F] != domain_R[flows.targets_F]
+    inside = float(latency_F[~crosses_F].max(initial=0.0))
+    kind = fabric.nccl[int(ranks[0])]
+    if crosses_F.any() and kind is not None and fabric.parameters.by_gpu:
+        inside = min(inside, hop_seconds(kind))
+    return _Hops(float(latency_F[crosses_F].max(initial=0.0)), inside, len(set(domain_R[ranks].tolist())), len(ranks))
+
+
+def _across(
+    fabric: Fabric, ranks: NDArray[np.int64], calls: Sequence[HalfRing], found: CollectiveEstimate, *, num_bytes: float
+) -> CollectiveEstimate:
+    """A call across nodes, with what `calls` lose inside the first of them between small and large messages."""
+    nodes = _by_node(fabric, ranks)
+    inside = [measured_call(fabric, call, nodes[0]) for call in calls] if len(nodes) > 1 else []
+    known = [protocol for protocol in inside if protocol is not None]
+    if not known:
+        return found
+    lost = sum(protocol.overhead_seconds(num_bytes) - protocol.call_seconds for protocol in known)
+    sources = dict.fromkeys(protocol.source for protocol in known)
+    source = f"{found.source}; what large messages lose: {', '.join(sources)}"
+    return found._replace(seconds=found.seconds + lost, source=source)
 
 
 def _by_node(fabric: Fabric, ranks: NDArray[np.int64]) -> list[NDArray[np.int64]]:

@@ -55,6 +55,11 @@ def reduces_in_switch(kind: str | None) -> bool:
     return kind is not None and KINDS[kind]
 
 
+def hop_seconds(kind: str) -> float:
+    """What a rank more adds to a ring of a kind of GPU, of small messages."""
+    return float(_tables()["kinds"][kind]["hop_seconds"])
+
+
 def ranks_measured(kind: str, call: str) -> Collection[int]:
     """Numbers of ranks with a table."""
     return [int(count) for count in _tables()["kinds"][kind]["calls"][call]]

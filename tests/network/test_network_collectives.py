@@ -1,5 +1,7 @@
 """Collectives and dispatch implementations: volumes, what binds them, and what they refuse."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from network_cases import make_fabric, star
@@ -150,6 +152,23 @@ def test_every_algorithm_runs_with_every_model(model: str) -> None:
         reference = prepare_dispatch(fabric, copies, token_bytes=7392.0, algorithm=algorithm, model="exact")
         np.testing.assert_allclose(prepared.finish(start_R), reference.finish(start_R), rtol=0.03)
         assert algorithm in prepared.source and prepared.sm_share == 0.0
+
+
+@pytest.mark.parametrize("call", [all_reduce_seconds, all_gather_seconds, reduce_scatter_seconds])
+def test_calls_across_nodes_begin_later_with_every_node_and_lose_what_a_node_loses(call) -> None:
+    """Few hops of a ring are NICs'; no bandwidth rises with nodes, and every size takes longer than a smaller one."""
+    sizes = 2.0 ** np.arange(10, 34)
+    fabrics = {nodes: make_fabric(nodes) for nodes in (2, 4, 16, 64)}
+    seconds = {
+        nodes: np.array([call(fabric, None, size).seconds for size in sizes]) for nodes, fabric in fabrics.items()
+    }
+    for fewer, more in pairwise(seconds):
+        assert (seconds[fewer] < seconds[more]).all()
+    for found in seconds.values():
+        assert (np.diff(found) > 0).all()
+    rails = [call(fabrics[16], np.arange(0, 128, 8), 1024.0).seconds, call(fabrics[16], None, 1024.0).seconds]
+    hop = 2 * fabrics[16].parameters.nic_latency
+    assert rails[1] - rails[0] < 0.5 * 2 * 112 * hop, "the hops of 112 ranks more are not NICs'"
 
 
 @pytest.mark.parametrize("model", ["ports", "fluid", "exact"])

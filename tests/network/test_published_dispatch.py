@@ -4,11 +4,15 @@ Normal kernels: GB/s of the documented byte count over 4096 tokens of 7168 value
 128 tokens to 8 experts each. Dispatch in fp8 with scales (7392 bytes), combine in bf16 (14336 bytes).
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from network_cases import make_fabric
 
 from moesim.network import deepep_bytes, prepare_combine, prepare_dispatch
+from moesim.scenario.dispatch import DISPATCH
+from moesim.scenario.dispatch import LOW_LATENCY as LOW_LATENCY_NICS
 
 FP8, BF16 = 7392.0, 14336.0
 LOW_LATENCY = {8: (163, 318), 16: (173, 329), 32: (182, 350), 64: (186, 353), 128: (192, 369), 256: (194, 360)}
@@ -46,6 +50,33 @@ def test_normal_kernels_over_four_nodes(dispatch: bool, published: float) -> Non
     )
     counted = deepep_bytes(counted_copies=4096 * 3.621, hidden=7168, fp8=dispatch)
     assert counted / prepared.alone_R.max() == pytest.approx(published * 1e9, rel=0.06)
+
+
+def low_latency_errors(counts: tuple[int, ...]) -> np.ndarray:
+    """|log| of predicted over published, of dispatches and combines."""
+    errors = []
+    for ranks in counts:
+        fabric, copies = make_fabric(ranks // 8, gpu="h800"), [np.full((ranks, ranks), 128 * 8 / ranks)]
+        for call, size, published in zip(
+            (prepare_dispatch, prepare_combine), (FP8, BF16), LOW_LATENCY[ranks], strict=True
+        ):
+            seconds = call(fabric, copies, token_bytes=size, algorithm="low_latency").alone_R.max()
+            errors.append(abs(np.log(seconds / (published * 1e-6))))
+    return np.array(errors)
+
+
+def test_nics_share_does_not_fall_with_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One share and no cost of a message, fitted to every other number of nodes, meets the numbers between."""
+    shares = {}
+    for share in np.arange(0.76, 0.92, 0.02):
+        trial = replace(LOW_LATENCY_NICS, nic_share=float(share), message_seconds=0.0)
+        monkeypatch.setitem(DISPATCH, trial.name, trial)
+        shares[float(share)] = low_latency_errors((8, 32, 128)).sum()
+    best = min(shares, key=lambda share: shares[share])
+    monkeypatch.setitem(DISPATCH, "low_latency", replace(LOW_LATENCY_NICS, nic_share=best, message_seconds=0.0))
+    assert low_latency_errors((16, 64, 256)).max() < 0.05
+    monkeypatch.undo()
+    assert low_latency_errors((16, 64, 256)).max() < 0.05
 
 
 @pytest.mark.parametrize("ranks", LOW_LATENCY)
