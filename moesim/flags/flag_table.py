@@ -26,6 +26,18 @@ class Flag:
     choices: tuple[str, ...] = ()
 
 
+# Modules of --recompute-modules, and their words in workload.recompute.
+RECOMPUTED: Mapping[str, str] = MappingProxyType(
+    {
+        "layernorm": "rms_norm",
+        "moe_act": "swiglu",
+        "mla_up_proj": "mla_up_projection",
+        "core_attn": "core_attention",
+        "mlp": "dense_ffn",
+        "shared_experts": "shared_experts",
+        "moe": "moe",
+    }
+)
 _FORMATS = ("fp32", "bf16", "fp16", "fp8")
 
 _MODEL = {
@@ -150,6 +162,7 @@ _KERNELS = {
     "--enable-cuda-graph": ("bare", "implementation.cuda_graphs"),
     "--external-cuda-graph": ("bare", "implementation.cuda_graphs"),
     "--attention-backend": ("word", "implementation.attention"),
+    "--transformer-impl": ("word", "implementation.kind"),
     "--attention-dropout": ("number", "implementation.dropout"),
     "--moe-router-dtype": ("word", "implementation.router_dtype"),
 }
@@ -162,6 +175,7 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
     "--moe-token-dispatcher-type": ("allgather", "alltoall", "flex", "alltoall_seq"),
     "--moe-flex-dispatcher-backend": ("deepep", "hybridep", "ncclep"),
     "--moe-token-drop-policy": ("probs", "position"),
+    "--transformer-impl": ("local", "transformer_engine", "inference_optimized"),
     "--attention-backend": ("flash", "fused", "unfused", "local", "auto"),
     "--softmax-type": ("vanilla", "off-by-one", "learnable"),
     "--data-parallel-sharding-strategy": ("no_shard", "optim", "optim_grads", "optim_grads_params"),

@@ -3,17 +3,12 @@
 from typing import Any
 
 from moesim.flags.arguments import Arguments
+from moesim.flags.flag_table import RECOMPUTED
 from moesim.scenario.recipes import RECIPES
 
 Fields = dict[str, Any]
 
-_PARTS = {"layernorm": "rms_norm", "moe_act": "swiglu", "mla_up_proj": "mla_up_projection"}
-_NOT_REPEATED = {
-    "core_attn": "attention is fused and keeps no scores; it does not run twice",
-    "mlp": "dense networks keep their inputs and do not run twice",
-    "shared_experts": "shared experts keep their inputs and do not run twice",
-    "gdn_norm_out": "no layer has one",
-}
+_NOT_REPEATED = {"gdn_norm_out": "no layer has one"}
 _SCOPES = {"aux_loss": ("expert", "micro_batch"), "seq_aux_loss": ("sequence", "micro_batch"),
            "global_aux_loss": ("expert", "global_batch")}  # fmt: skip
 
@@ -161,22 +156,15 @@ def _recompute(args: Arguments, stages: list[int]) -> str | list[str]:
         return "none"
     parts = []
     for module in modules:
-        if module == "moe":
-            name = "--moe-layer-recompute" if args.has("--moe-layer-recompute") else "--recompute-modules"
-            raise args.refuse(
-                name, "whole MoE layers that run twice, dispatch included, come with full recomputation only"
-            )
         if module in _NOT_REPEATED:
             named = ("--recompute-modules", "--recompute-granularity", "--recompute-activations")
             args.note(next(name for name in named if args.has(name)), f"{module}: {_NOT_REPEATED[module]}")
-        elif module in _PARTS:
-            parts.append(_PARTS[module])
+        elif module in RECOMPUTED:
+            parts.append(RECOMPUTED[module])
         else:
-            raise args.refuse(
-                "--recompute-modules", f"{module} is none of {', '.join([*_PARTS, *_NOT_REPEATED, 'moe'])}"
-            )
+            raise args.refuse("--recompute-modules", f"{module} is none of {', '.join([*RECOMPUTED, *_NOT_REPEATED])}")
     if not args.has("--multi-latent-attention"):
-        parts = [part for part in parts if part != _PARTS["mla_up_proj"]]
+        parts = [part for part in parts if part != RECOMPUTED["mla_up_proj"]]
     return list(dict.fromkeys(parts)) or "none"
 
 

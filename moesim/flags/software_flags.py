@@ -1,6 +1,7 @@
 """The `implementation` section and the flags of Megatron-LM that choose kernels: both ways, by one table.
 
-A launch of Megatron-LM is `megatron`; every flag below sets switches of it (`moesim.scenario.switches`) otherwise.
+A launch of Megatron-LM is `megatron`, or `megatron_local` without Transformer Engine; every flag below sets switches
+(`moesim.scenario.switches`) otherwise, those of Transformer Engine's fusions only of the former.
 """
 
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ from typing import Any
 from moesim.flags.arguments import Arguments
 from moesim.flags.commands import Draft
 from moesim.scenario import Scenario
-from moesim.scenario.software import MEGATRON
+from moesim.scenario.software import MEGATRON, MEGATRON_LOCAL
 
 # Bare flags, and what they set. An activation's is that of gated networks, or of those that are not.
 KERNELS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
@@ -27,6 +28,8 @@ KERNELS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "--external-cuda-graph": {"cuda_graphs": "attention"},
     }
 )
+# Without Transformer Engine, too.
+_OF_ANY = ("--cross-entropy-loss-fusion", "--enable-cuda-graph", "--external-cuda-graph")
 _OF_EXPERTS = ("--moe-permute-fusion", "--moe-router-fusion")
 _ACTIVATION = {True: "--no-bias-swiglu-fusion", False: "--no-bias-gelu-fusion"}  # of gated networks, of others
 _SAME = ("--external-cuda-graph",)  # another flag says as much
@@ -35,12 +38,13 @@ DROPOUT = 0.1  # of attention, as Megatron-LM has it without a word
 
 def implementation_fields(args: Arguments, model: Mapping[str, Any]) -> dict[str, Any]:
     """The section: Megatron-Core at its defaults, and the switches that the flags set."""
-    fields: dict[str, Any] = {"kind": MEGATRON.name}
+    local = args.word("--transformer-impl", "transformer_engine") == "local"
+    fields: dict[str, Any] = {"kind": (MEGATRON_LOCAL if local else MEGATRON).name}
     other = _ACTIVATION[not model.get("gated", True)]
     for flag, settings in KERNELS.items():
-        if args.has(flag) and flag != other:
+        if args.has(flag) and flag != other and (not local or flag in _OF_ANY):
             fields |= settings
-    if args.word("--attention-backend", "auto") in ("unfused", "local"):
+    if args.word("--attention-backend", "auto") in ("unfused", "local") and not local:
         fields["attention"] = "unfused"
     if args.word("--moe-router-dtype", "") in ("fp32", "fp64"):
         fields["router_dtype"] = "fp32"
@@ -60,25 +64,32 @@ def write_implementation(draft: Draft, scenario: Scenario) -> None:
     """Flags of the kernels that the scenario's software has; what Megatron-Core has otherwise is left."""
     software, model, mesh = scenario.implementation.software, scenario.model, scenario.parallelism
     wanted = vars(scenario.implementation.switches)
-    got = dict(vars(MEGATRON.switches))
+    local = software is MEGATRON_LOCAL
+    draft.say("--transformer-impl", "local", when=local)
+    got = dict(vars((MEGATRON_LOCAL if local else MEGATRON).switches))
     for flag, settings in KERNELS.items():
         fits = all(wanted[name] == value for name, value in settings.items())
         meant = (
             flag not in _SAME and flag != _ACTIVATION[not model.gated] and (model.experts or flag not in _OF_EXPERTS)
         )
-        if fits and meant and any(got[name] != value for name, value in settings.items()):
+        if (
+            fits
+            and meant
+            and (not local or flag in _OF_ANY)
+            and any(got[name] != value for name, value in settings.items())
+        ):
             draft.say(flag)
             got |= settings
     draft.say("--attention-backend", "unfused", when=wanted["attention"] == "unfused")
     draft.say("--attention-dropout", DROPOUT if wanted["dropout"] else 0.0)
     draft.say("--moe-router-dtype", "fp32", when=wanted["router_dtype"] == "fp32" and model.experts > 0)
     draft.say("--sequence-parallel", when=mesh.tensor > 1 and (wanted["sequence_parallel"] or model.experts > 0))
-    got |= {name: wanted[name] for name in ("attention", "dropout")}
+    got |= {name: wanted[name] for name in (("dropout",) if local else ("attention", "dropout"))}
     if model.experts:
         got["router_dtype"] = wanted["router_dtype"]
     if mesh.tensor > 1:
         got["sequence_parallel"] = wanted["sequence_parallel"] or model.experts > 0
-    if software is not MEGATRON:
+    if software not in (MEGATRON, MEGATRON_LOCAL):
         draft.leave("implementation", f"Megatron-Core's kernels, not {software.about}")
         return
     for name, value in got.items():

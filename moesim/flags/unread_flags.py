@@ -102,7 +102,6 @@ LEFT_OUT: Mapping[str, LeftOut] = MappingProxyType(
         "--use-mp-args-from-checkpoint-args": _CHECKPOINT,
         "--freeze-all-layers": LeftOut(what="all weights are trained"),
         "--use-mup": LeftOut(what="widths are those of the flags"),
-        "--transformer-impl": LeftOut(what="Transformer Engine is simulated", unless=("transformer_engine",)),
         "--moe-router-force-biased": LeftOut(what="experts are not forced by a bias"),
         "--moe-apply-probs-on-input": LeftOut(what="gates weigh the experts' outputs"),
         "--dsa-indexer-topk-freq": LeftOut(what="every layer has an indexer", unless=("1",), refused=True),

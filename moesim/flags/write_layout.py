@@ -1,6 +1,7 @@
 """The flags of Megatron-LM for a scenario's parallel sizes, batch, precision, recomputation and dispatch."""
 
 from moesim.flags.commands import Draft
+from moesim.flags.flag_table import RECOMPUTED
 from moesim.flags.software_flags import write_implementation
 from moesim.flags.stage_layouts import text_of
 from moesim.scenario import Contiguous, Mla, Scenario
@@ -9,7 +10,7 @@ from moesim.scenario.stage_split import stage_lengths
 from moesim.schedules import INTERLEAVED, PLAIN
 
 _SHARDS = ("no_shard", "optim", "optim_grads", "optim_grads_params")
-_MODULES = {"rms_norm": "layernorm", "swiglu": "moe_act", "mla_up_projection": "mla_up_proj"}
+_MODULES = {part: module for module, part in RECOMPUTED.items()}
 
 
 def write_layout(draft: Draft, scenario: Scenario) -> None:

@@ -46,5 +46,8 @@ PART_OF_ROWS = 1.8
 REPEATED_S = 9.5e-7
 # Batches of products whose depth is 1, and of those of one row, over the bytes that they move (traced).
 OUTER_BATCH, ROW_BATCH = 5.5, 1.8
+# The gradient of a gated activation that torch compiled, over an elementwise kernel of its bytes; and gradients in bf16
+# that are added to a buffer in fp32 (traced, Megatron-Core 0.19 without Transformer Engine).
+COMPILED_BACKWARD, ADDED_WIDE = 1.3, 1.23
 BINCOUNT_S = 7.2e-5  # counts, behind which the host waits for the largest
 SCAN_S = 1.75e-7  # of each step along a dimension that is not the last

@@ -14,7 +14,7 @@ result of it, gates on results these.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -30,12 +30,12 @@ Unit = Literal["token", "row", "copy"]
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """A tensor kept for the backward pass; `again` is the word of workload.recompute that stops it from being kept."""
+    """A tensor kept for the backward pass; `again`: the words of workload.recompute that stop it from being kept."""
 
     part: Part
     bytes: float
     unit: Unit = "token"
-    again: str = ""
+    again: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,19 +69,24 @@ class SavedTensors:
         everything = self.layer(moe=moe)
         if self.scenario.workload.recompute == "full":
             return [Saved("attention", self.scenario.model.hidden * self.activation_bytes)]
-        return [saved for saved in everything if saved.again not in self.scenario.workload.recomputed_parts]
+        return [saved for saved in everything if not self._words.intersection(saved.again)]
 
     def repeated(self, *, moe: bool) -> list[Saved]:
         """What one layer's backward pass first computes again."""
         everything = self.layer(moe=moe)
         if self.scenario.workload.recompute == "full":
             return everything
-        return [saved for saved in everything if saved.again in self.scenario.workload.recomputed_parts]
+        return [saved for saved in everything if self._words.intersection(saved.again)]
+
+    @property
+    def _words(self) -> frozenset[str]:
+        return self.scenario.workload.recomputed_parts
 
     def layer(self, *, moe: bool) -> list[Saved]:
         """All that one layer keeps without recomputation."""
-        ffn = self._moe() if moe else self._gated("dense_ffn", self.scenario.model.dense_intermediate)
-        norm = self._norm("router" if moe else "dense_ffn", self.scenario.model.hidden, full=moe)
+        model = self.scenario.model
+        ffn = self._routed() if moe else self._gated("dense_ffn", model.dense_intermediate, again=("dense_ffn",))
+        norm = self._norm("router" if moe else "dense_ffn", model.hidden, full=moe)
         return [*self._attention(), *norm, *ffn]
 
     def head(self) -> list[Saved]:
@@ -107,7 +112,7 @@ class SavedTensors:
         each = self.activation_bytes + (FP32 if self._switches.norm == "unfused" else 0.0)
         kept = self.activation_bytes if full else self._product_input
         yield Saved(part, self._whole * (width * each + FP32))
-        yield Saved(part, self._whole * (width * kept), again="rms_norm")
+        yield Saved(part, self._whole * (width * kept), again=("rms_norm",))
 
     def _attention(self) -> Iterator[Saved]:
         model, a = self.scenario.model, self.activation_bytes
@@ -124,7 +129,7 @@ class SavedTensors:
             if has_norms and self._switches.norm != "fused":  # what they norm
                 each = a + (FP32 if self._switches.norm == "unfused" else 0.0)
                 yield Saved("attention", (model.heads + model.kv_heads) * (model.head_dim * each + FP32))
-        yield Saved("attention", model.heads * self._per_query)
+        yield Saved("attention", model.heads * self._per_query, again=("core_attention",))
         yield Saved("attention", model.heads * value * a * (1 if self._switches.layout_copies == "none" else 2))
 
     @property
@@ -133,34 +138,40 @@ class SavedTensors:
         if self._switches.attention == "fused":
             return FP32
         keys = self.scenario.workload.sequence_length
+        if self._switches.attention == "fp32":  # the softmax and its copy in bf16
+            return keys * (FP32 + self.activation_bytes + self._switches.dropout)
         return keys * (self.activation_bytes + self._switches.dropout * (self.activation_bytes + 1.0))
 
     def _latent(self, model: Model, mla: Mla, value: int) -> Iterator[Saved]:
         a, query = self.activation_bytes, model.heads * (model.head_dim + mla.rope_head_dim)
         if mla.q_lora_rank is not None:
             yield from self._norm("attention", mla.q_lora_rank)
-        yield Saved("attention", query * a, again="mla_up_projection" if mla.q_lora_rank is not None else "")
+        yield Saved("attention", query * a, again=("mla_up_projection",) if mla.q_lora_rank is not None else ())
         yield from self._norm("attention", mla.kv_lora_rank)
         yield Saved("attention", mla.rope_head_dim * a)
         unsplit = (
             model.heads * model.head_dim * a * (self._switches.layout_copies != "none")
         )  # values are a view of keys and values
-        yield Saved("attention", query * a + model.heads * value * a + unsplit, again="mla_up_projection")
+        yield Saved("attention", query * a + model.heads * value * a + unsplit, again=("mla_up_projection",))
 
-    def _gated(self, part: Part, width: float, unit: Unit = "token") -> Iterator[Saved]:
+    def _gated(self, part: Part, width: float, unit: Unit = "token", *, again: tuple[str, ...] = ()) -> Iterator[Saved]:
         """W1 x and W3 x, and silu(W1 x) * W3 x, the input of W2; eager keeps silu(W1 x) too."""
         inputs = (self.scenario.model.ffn_matrices - 1) * self._product_input
         unfused = self._switches.activation == "unfused"
         kept = (2 * self.scenario.model.ffn_matrices - 3) * self.activation_bytes if unfused else inputs
-        yield Saved(part, width * kept, unit)
-        yield Saved(part, width * self._product_input, unit, again="swiglu")
+        yield Saved(part, width * kept, unit, again)
+        yield Saved(part, width * self._product_input, unit, (*again, "swiglu"))
+
+    def _routed(self) -> Iterator[Saved]:
+        """What lies behind the norm of a layer with experts, which recomputation may take as a whole."""
+        return (replace(saved, again=(*saved.again, "moe")) for saved in self._moe())
 
     def _moe(self) -> Iterator[Saved]:
         model, mesh = self.scenario.model, self.scenario.parallelism
         yield Saved("router", model.experts * FP32)  # affinities
         yield Saved("router", model.top_k * (INT64 + FP32 * (self._switches.gates == "inside")))  # ids, and gates
         if model.shared_experts:
-            yield from self._gated("shared_experts", model.shared_width)
+            yield from self._gated("shared_experts", model.shared_width, again=("shared_experts",))
         if model.expert_hidden:  # inputs of the projections down and back
             yield Saved("router", (model.hidden + model.row_width) * self._product_input)
         yield Saved("permuted_rows", model.row_width * self._product_input, "row")

@@ -15,7 +15,7 @@ from functools import partial
 
 import numpy as np
 
-from moesim.kernels.odd_kernels import DROPOUT
+from moesim.kernels.odd_kernels import DROPOUT, SINGLY
 from moesim.program.gemms import (
     ACTIVATION_BYTES,
     collective,
@@ -28,9 +28,9 @@ from moesim.program.gemms import (
 from moesim.program.norms import branch, norm, residual
 from moesim.program.operations import SIDE, Operation, fork, join
 from moesim.program.rotary import rotary
-from moesim.program.sizes import Passes, Step, chain
+from moesim.program.sizes import Passes, Step, chain, repeated_by
 from moesim.program.torch_host import backward, forward
-from moesim.program.torch_kernels import BF16, accumulated, copied, issued, moved, reordered
+from moesim.program.torch_kernels import BF16, FP32, accumulated, copied, issued, moved, reordered
 from moesim.program.writer import KernelWriter
 from moesim.results.spans import Collective, Part, Phase
 from moesim.scenario.model import LocalGlobal, Mla
@@ -95,8 +95,11 @@ def _separate(w: KernelWriter, step: Step) -> Passes:
 def _joined(w: KernelWriter, step: Step) -> Passes:
     model, d = step.model, step.model.head_dim
     wide, narrow = step.heads * d, step.kv_heads * d
+    whole = 2.0 * BF16 * step.gathered_tokens * (wide + 2 * narrow)
+    pieces = [moved(w.backward, "qkv.pieces", "copy", backward("cat"), bytes_=whole)]
     product = chain(
         column_parallel(w, "qkv", step, k=model.hidden, n=(model.heads + 2 * model.kv_heads) * d),
+        ([], [] if step.switches.layout_copies == "none" else pieces),
         _normed(w, "q", step, heads=step.heads),
         _normed(w, "k", step, heads=step.kv_heads),
     )
@@ -214,14 +217,29 @@ def _attend(w: KernelWriter, step: Step, attend: "partial[Operation]") -> Callab
 
 
 def _unfused_attention(w: KernelWriter, step: Step, *, head_dim: int, value_dim: int) -> Passes:
-    """Products over all pairs, also those that the mask takes away; scores are read and written in bf16."""
+    """Products over all pairs, also those that the mask takes away; softmax in bf16, or between casts in fp32."""
     rows = step.batch * step.heads * step.sequence
     scores = float(rows) * step.sequence
     wide = w.wide_dtype
     products = projection(w, "attention.scores", m=rows, k=head_dim, n=step.sequence, dtype=wide, module=False)
     sums = projection(w, "attention.values", m=rows, k=step.sequence, n=value_dim, dtype=wide, module=False)
     back = w.backward
-    softmax = (
+    in_fp32 = (
+        [
+            moved(w, "attention.widen", "cast", forward("cast"), bytes_=(BF16 + FP32) * scores),
+            moved(w, "attention.mask", "mul", forward("plain"), bytes_=float(SINGLY[FP32]) * scores),
+            moved(w, "attention.softmax", "softmax", forward("softmax"), bytes_=2 * FP32 * scores),
+            moved(w, "attention.narrow", "elementwise", forward("cast"), bytes_=(BF16 + FP32) * scores),
+        ],
+        [
+            moved(back, "attention.widen", "cast", backward("cast"), bytes_=(BF16 + FP32) * scores),
+            *[moved(back, "attention.softmax", "elementwise", backward("mul"), bytes_=3 * FP32 * scores)] * 2,
+            moved(back, "attention.mask.copy", "copy", backward("mul") / 2, bytes_=2 * FP32 * scores),
+            moved(back, "attention.mask", "mul", backward("mul") / 2, bytes_=float(SINGLY[FP32]) * scores),
+            moved(back, "attention.narrow", "elementwise", backward("cast"), bytes_=(BF16 + FP32) * scores),
+        ],
+    )
+    in_bf16 = (
         [
             moved(w, "attention.mask", "elementwise", forward("plain"), bytes_=2 * BF16 * scores),
             moved(w, "attention.softmax", "softmax", forward("softmax"), bytes_=2 * BF16 * scores),
@@ -236,6 +254,7 @@ def _unfused_attention(w: KernelWriter, step: Step, *, head_dim: int, value_dim:
         [moved(w, "attention.dropout", "elementwise", forward("mul"), bytes_=drop)],
         [moved(back, "attention.dropout", "elementwise", backward("mul"), bytes_=drop)],
     )
+    softmax = in_fp32 if step.switches.attention == "fp32" else in_bf16
     return chain(products, softmax, dropout if step.switches.dropout else ([], []), sums)
 
 
@@ -251,7 +270,7 @@ def _core_attention(w: KernelWriter, step: Step) -> Passes:
         value_dim=_value_width(step),
     )
     attend = _attend(w, step, plain)
-    if step.switches.attention == "unfused":
+    if step.switches.attention != "fused":
         return _unfused_attention(w, step, head_dim=model.head_dim + extra, value_dim=_value_width(step))
     if step.context > 1:
         return _ring_attention(w, step, attend)
@@ -320,7 +339,7 @@ def attention_part(w: KernelWriter, step: Step) -> Passes:
         branch(w.at(Part.RESIDUAL), "attention.branch", step),
         norm(w, "attention_norm", step, tokens=step.tokens, width=step.model.hidden),
         _latent(w, step, mla) if isinstance(mla, Mla) else _grouped_query(w, step),
-        _core_attention(w, step),
+        repeated_by("core_attention", _core_attention(w, step)),
         ([], []) if step.switches.layout_copies == "none" else merge,
         row_parallel(w, "attention_out", step, k=step.model.heads * _value_width(step), n=step.model.hidden),
         residual(w.at(Part.RESIDUAL), "attention.residual", step),

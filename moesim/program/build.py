@@ -236,8 +236,9 @@ class _Builder:
         parameters = self.parameters.of_rank(pipeline_rank)
         writer = KernelWriter(kernels, dtype=self.scenario.workload.precision.kernels, part=Part.GRADIENTS)
         before, after = self.software.flat_copies(writer, parameters=parameters.reduced)
+        held = parameters.held / len(self.schedule.stages_of_rank[pipeline_rank])  # a backward pass is of one stage
         added = {
-            name: self.software.accumulation(writer, parameters=parameters.held, first=name == "first")
+            name: self.software.accumulation(writer, parameters=held, first=name == "first")
             for name in ("first", "later")
         }
         optimizer = optimizer_block(self.scenario, kernels, parameters=parameters.updated, products=parameters.products)

@@ -2,6 +2,7 @@
 
 import math
 
+from moesim.kernels.odd_kernels import SINGLY
 from moesim.program.gemms import ACTIVATION_BYTES, collective, column_parallel, gather_tokens, scatter_tokens
 from moesim.program.norms import norm
 from moesim.program.operations import Operation
@@ -12,16 +13,18 @@ from moesim.program.writer import KernelWriter
 from moesim.results.spans import Collective, Part, Phase
 from moesim.scenario.base import BYTES_PER_ELEMENT
 
-# Megatron-Core's cross entropy over shares of the vocabulary, in fp32: (name, kind, bytes per logit, operation).
+# Megatron-Core's cross entropy over shares of the vocabulary, in fp32: (name, kind, bytes per logit, operation). A
+# number of each row beside the logits is a broadcast operand (`SINGLY`), and a cast to bf16 is vectorised, as traced.
+ROWWISE = float(SINGLY[FP32])
 PARALLEL = (
     ("cast", "cast", BF16 + FP32, "cast"),
     ("max", "reduce", FP32, "reduce"),
-    ("shift", "mul", 2 * FP32, "plain"),
+    ("shift", "mul", ROWWISE, "plain"),
     ("exp", "elementwise", 2 * FP32, "plain"),
     ("sum", "reduce", FP32, "reduce"),
-    ("divide", "mul", 2 * FP32, "plain"),
+    ("divide", "mul", ROWWISE, "plain"),
 )
-PARALLEL_BACKWARD = (("scale", "mul", 2 * FP32, "mul"), ("cast", "cast", BF16 + FP32, "cast"))
+PARALLEL_BACKWARD = (("scale", "mul", ROWWISE, "mul"), ("cast", "elementwise", BF16 + FP32, "cast"))
 
 
 def embedding_part(w: KernelWriter, step: Step) -> Passes:

@@ -8,6 +8,7 @@ Each part is a module that asks for the settings of its own switches: `attention
 from dataclasses import dataclass, replace
 
 from moesim.kernels import KernelModel
+from moesim.kernels.odd_kernels import ADDED_WIDE
 from moesim.program import ends
 from moesim.program.attention import attention_part
 from moesim.program.host import FREE_HOST, HostModel
@@ -45,9 +46,10 @@ class SwitchedKernels:
         """The host issues every operation and waits at read-backs, or never limits, also where graphs hold the step."""
         if self._switches.host == "free" or self._switches.cuda_graphs == "step":
             return FREE_HOST
+        times = self.scenario.compute.host_factor
         return HostModel(
-            forward_launch=kernels.host.launch,
-            backward_launch=kernels.host.backward_launch,
+            forward_launch=times * kernels.host.launch,
+            backward_launch=times * kernels.host.backward_launch,
             readback=kernels.host.readback,
         )
 
@@ -79,12 +81,18 @@ class SwitchedKernels:
         every micro-batch: bf16 gradients read, the sum read and written. Autograd adds from the second one on.
         """
         way, w = self._switches.accumulation, w.during(Phase.WEIGHT_GRADIENT)
+        zeros = self._gradient_bytes * parameters
+        out = (
+            [moved(w, "gradients.zero", "zero", forward("plain"), bytes_=zeros)]
+            if first and self._switches.zeroed_gradients
+            else []
+        )
         if way == "gemm" or (first and way == "autograd"):
-            return []
+            return out
         size = 3.0 * self._gradient_bytes
         if way == "buffer":
-            size = BYTES_PER_ELEMENT["bf16"] + 2.0 * self._gradient_bytes
-        return [moved(w, "gradients.add", "elementwise", backward("accumulate"), bytes_=size * parameters)]
+            size = ADDED_WIDE * (BYTES_PER_ELEMENT["bf16"] + 2.0 * self._gradient_bytes)
+        return [*out, moved(w, "gradients.add", "elementwise", backward("accumulate"), bytes_=size * parameters)]
 
     def flat_copies(self, w: KernelWriter, *, parameters: float) -> tuple[list[Operation], list[Operation]]:
         """Gradients of `parameters` parameters into one flat buffer before their all-reduce, and back behind it."""

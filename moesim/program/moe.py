@@ -28,7 +28,7 @@ from moesim.program.norms import branch, residual
 from moesim.program.operations import Operation, Transfer, fork, join, readback, transfer
 from moesim.program.router import router_part
 from moesim.program.rows import expand, permute, reduce, unpermute
-from moesim.program.sizes import Passes, Step, chain
+from moesim.program.sizes import Passes, Step, chain, repeated_by
 from moesim.program.torch_host import backward, forward
 from moesim.program.torch_kernels import issued, small
 from moesim.program.writer import KernelWriter
@@ -91,11 +91,11 @@ def _remote(w: KernelWriter, step: Step, loads: LayerLoads, shared: tuple[Shared
 def _alone(w: KernelWriter, step: Step, loads: LayerLoads, shared: tuple[Shared, Shared], experts: Passes) -> Passes:
     """The same where all experts are on one rank."""
     p, (ahead, behind) = w.at(Part.PERMUTE), shared
-    first, second = permute(p, step, loads), expand(p, step, loads)
+    first, second, third = permute(p, step, loads), expand(p, step, loads), reduce(p, step, loads)
     last = unpermute(p if step.switches.combine == "fused" else p.at(Part.COMBINE), step, loads)
     return (
-        [*first[0], *second[0], *ahead.beside, *experts[0], *last[0], *ahead.last],
-        [*behind.last, *last[1], *behind.beside, *experts[1], *second[1], *first[1]],
+        [*first[0], *second[0], *ahead.beside, *experts[0], *third[0], *last[0], *ahead.last],
+        [*behind.last, *last[1], *behind.beside, *third[1], *experts[1], *second[1], *first[1]],
     )
 
 
@@ -105,11 +105,14 @@ def moe_part(w: KernelWriter, step: Step, loads: LayerLoads) -> Passes:
     down, up = latent_part(w.at(Part.EXPERTS), step)
     shared = shared_experts(w.at(Part.SHARED_EXPERTS), step)
     flow = _remote if step.remote else _alone
-    return chain(
-        branch(rest, "ffn.branch", step),
+    layer = chain(
         router_part(w.at(Part.ROUTER), step),
         down,
         flow(w, step, loads, shared, experts_part(w.at(Part.EXPERTS), step, loads)),
         up,
+    )
+    return chain(
+        branch(rest, "ffn.branch", step),
+        repeated_by("moe", layer, but=Part.NORM),
         residual(rest, "ffn.residual", step),
     )

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moesim.kernels.families import GemmDirection
+from moesim.kernels.odd_kernels import COMPILED_BACKWARD
 from moesim.program.fp8_casts import NO_CASTS, fp8_casts
 from moesim.program.gemms import (
     ACTIVATION_BYTES,
@@ -21,7 +22,7 @@ from moesim.program.gemms import (
 from moesim.program.loads import LayerLoads
 from moesim.program.norms import branch, norm, residual, summed_gradients
 from moesim.program.operations import SIDE, Operation
-from moesim.program.sizes import Passes, Step, chain
+from moesim.program.sizes import Passes, Step, chain, repeated_by
 from moesim.program.torch_host import backward, forward
 from moesim.program.torch_kernels import BF16, accumulated, issued, moved
 from moesim.program.writer import KernelWriter
@@ -41,10 +42,24 @@ def _activation_bytes(w: KernelWriter, inputs: int) -> tuple[float, float]:
 def _activation(w: KernelWriter, name: str, step: Step, *, rows: ArrayLike, width: int, joined: bool) -> Passes:
     """silu of one half of the columns times the other half, or, where networks are not gated, of all columns.
 
-    Unfused two kernels, backward three products and, where both halves come from one product, a joining copy.
+    Unfused two kernels, backward three products and, where both halves come from one product, a joining copy. What
+    torch compiles reads and writes as little as a fused kernel; its backward kernel is slower than one by its bytes.
     """
     inputs, again = step.model.ffn_matrices - 1, w.repeated_by("swiglu")
     values = np.asarray(rows) * float(width)
+    if step.switches.activation == "compiled":
+        return (
+            [moved(again, name, "elementwise", forward("compiled"), bytes_=(inputs + 1) * BF16 * values)],
+            [
+                moved(
+                    w.backward,
+                    name,
+                    "elementwise",
+                    backward("compiled"),
+                    bytes_=COMPILED_BACKWARD * (2 * inputs + 1) * BF16 * values,
+                )
+            ],
+        )
     if step.switches.activation == "fused":
         forward_bytes, backward_bytes = _activation_bytes(w, inputs)
         kind = "fp8_swiglu" if w.recipe and w.recipe.fuses else "elementwise"
@@ -139,24 +154,29 @@ def dense_ffn_part(w: KernelWriter, step: Step) -> Passes:
     return chain(
         branch(rest, "ffn.branch", step),
         norm(w, "ffn_norm", step, tokens=step.tokens, width=model.hidden),
-        _Network(w, "ffn", step, width=model.dense_intermediate).in_line(),
+        repeated_by("dense_ffn", _Network(w, "ffn", step, width=model.dense_intermediate).in_line()),
         residual(rest, "ffn.residual", step),
     )
 
 
-def _grouped(w: KernelWriter, name: str, *, rows: NDArray[np.int64], k: int, n: int, **casts: object) -> Passes:
-    """A product of every local expert with its rows, between the casts of FP8."""
-    half = backward("grouped") / 2
+def _grouped(
+    w: KernelWriter, name: str, step: Step, *, rows: NDArray[np.int64], k: int, n: int, **casts: object
+) -> Passes:
+    """A product of every local expert with its rows, between the casts of FP8; in one launch, or in one for each."""
+    each = step.switches.expert_products == "each"
+    times = rows.shape[-1] if each else 1
+    ahead, half = ("expert", times * backward("expert") / 4) if each else ("grouped", backward("grouped") / 2)
 
     def kernel(direction: GemmDirection, launches: float) -> Operation:
-        return issued(w.grouped_gemm(name, rows=rows, k=k, n=n, direction=direction), launches)
+        way = w.gemm_of_each if each else w.grouped_gemm
+        return issued(way(name, rows=rows, k=k, n=n, direction=direction), launches)
 
     found = NO_CASTS
     if w.recipe:
         total = rows.sum(-1)
         found = fp8_casts(w, name, inputs=total * float(k), outputs=total * float(n), **casts)  # type: ignore[arg-type]
     return (
-        [*found.forward, kernel("forward", forward("grouped"))],
+        [*found.forward, kernel("forward", times * forward(ahead) / (2 if each else 1))],
         [*found.input_gradient, kernel("dgrad", half), *found.weight_gradient, kernel("wgrad", half)],
     )
 
@@ -173,12 +193,12 @@ def experts_part(w: KernelWriter, step: Step, loads: LayerLoads) -> Passes:
         rows_h = 3.0 * BF16 * loads.rows_MSR * float(h)
         total = moved(w.backward, "experts.branch", "elementwise", backward("accumulate"), bytes_=rows_h)
         products = chain(
-            _grouped(w, "experts.w1", rows=slots, k=h, n=width, **first),
+            _grouped(w, "experts.w1", step, rows=slots, k=h, n=width, **first),
             ([], [total]),
-            _grouped(w, "experts.w3", rows=slots, k=h, n=width, **first),
+            _grouped(w, "experts.w3", step, rows=slots, k=h, n=width, **first),
         )
     else:
-        products = _grouped(w, "experts.w13", rows=slots, k=h, n=inputs * width, **first)
+        products = _grouped(w, "experts.w13", step, rows=slots, k=h, n=inputs * width, **first)
     rows = loads.rows_MSR
     return chain(
         products,
@@ -186,9 +206,29 @@ def experts_part(w: KernelWriter, step: Step, loads: LayerLoads) -> Passes:
         _activation(w, "experts.activation", step, rows=rows, width=width, joined=not separate),
         _gates_inside(w, step, rows * float(width)),
         _grouped(
-            w, "experts.w2", rows=slots, k=width, n=h, input_is_fp8=in_fp8, gradient_is_fp8=arrives, arrives=arrives
+            w,
+            "experts.w2",
+            step,
+            rows=slots,
+            k=width,
+            n=h,
+            input_is_fp8=in_fp8,
+            gradient_is_fp8=arrives,
+            arrives=arrives,
         ),
         _filled(w, "experts.w2.fill", step, rows * float(h)),
+        _joined_rows(w, step, rows * float(h)),
+    )
+
+
+def _joined_rows(w: KernelWriter, step: Step, values: NDArray[np.float64]) -> Passes:
+    """Results of experts that run one by one in one tensor; backward the gradients of their inputs."""
+    if step.switches.expert_products == "grouped":
+        return [], []
+    both = 2.0 * BF16 * values
+    return (
+        [moved(w, "experts.join", "copy", forward("cat"), bytes_=both)],
+        [moved(w.backward, "experts.split", "copy", backward("cat"), bytes_=both)],
     )
 
 
@@ -208,6 +248,9 @@ def _gates_inside(w: KernelWriter, step: Step, values: NDArray[np.float64]) -> P
     if step.switches.gates != "inside" or step.switches.activation == "fused":
         return [], []
     back = w.backward
+    if step.switches.activation == "compiled":  # the gates' gradients are the sums of a kernel of its own
+        sums = BF16 * step.model.ffn_matrices * values
+        return [], [moved(back, "experts.gates", "elementwise", backward("compiled"), bytes_=sums)]
     return (
         [moved(w, "experts.gates", "mul", forward("mul"), bytes_=2 * BF16 * values)],
         [moved(back, "experts.gates", "mul_backward", backward("mul", "mul", "reduce"), bytes_=5 * BF16 * values)],
@@ -238,15 +281,21 @@ def shared_experts(w: KernelWriter, step: Step) -> tuple[Shared, Shared]:
     model = step.model
     if not model.shared_experts:
         return Shared([], [], [], []), Shared([], [], [], [])
-    width, more = model.shared_width, summed_gradients(w, "shared.branch", step, tokens=step.tokens)
+    word, width, more = (
+        "shared_experts",
+        model.shared_width,
+        summed_gradients(w, "shared.branch", step, tokens=step.tokens),
+    )
     total = residual(w, "shared.sum", step)
     if not (step.remote and step.shared_beside):
-        whole = chain(more, _Network(w, "shared", step, width=width).in_line(), total)
+        whole = chain(more, repeated_by(word, _Network(w, "shared", step, width=width).in_line()), total)
         if not step.software.shared_beside:
             return Shared([], [], [], whole[0]), Shared([], [], [], whole[1])
         return Shared([], whole[0], [], []), Shared([], whole[1], [], [])
     network = _Network(w.at(Part.SHARED_EXPERTS, chain=SIDE), "shared", step, width=width)
-    enter, products, leave = network.enter(), network.products(), network.leave()
+    enter, products, leave = (
+        repeated_by(word, passes) for passes in (network.enter(), network.products(), network.leave())
+    )
     return (
         Shared(enter[0], products[0], leave[0], total[0]),
         Shared(enter[1], products[1], [*leave[1], *more[1]], []),

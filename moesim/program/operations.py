@@ -51,7 +51,7 @@ class Operation:
 
     `launches` is how many kernels of middling cost the host issues for it. `source` says what the duration rests on,
     `family` which kernels of `moesim.kernels` it belongs to, `error_family` whose errors it shares.
-    `again`: the word of workload.recompute that repeats it in the backward pass, "" for none.
+    `again`: the words of workload.recompute that repeat it in the backward pass.
     """
 
     kind: Kind
@@ -61,7 +61,7 @@ class Operation:
     transfers_M: tuple[Transfer, ...] = ()
     launches: float = 1
     source: str = ""
-    again: str = ""
+    again: tuple[str, ...] = ()
     family: str = "memory_bound"
     error_family: str = "memory_bound"
 
@@ -106,7 +106,7 @@ def compute(
     source: str,
     chain: int = MAIN,
     launches: float = 1,
-    again: str = "",
+    again: tuple[str, ...] = (),
     family: str = "memory_bound",
     error_family: str = "memory_bound",
 ) -> Operation:

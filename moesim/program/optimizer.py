@@ -34,7 +34,8 @@ def optimizer_block(scenario: Scenario, kernels: KernelModel, *, parameters: flo
     size, has_master = BYTES_PER_ELEMENT, precision.master == "fp32"
     gradients, moments = size[precision.gradients], size[precision.optimizer]
     weights = size["fp32"] if has_master else size[precision.weights]
-    out: list[Operation] = _norm(w, scenario, parameters=parameters)
+    tensors = _tensors(scenario)
+    out: list[Operation] = _norm(w, scenario, parameters=parameters, tensors=tensors)
     cast_behind = has_master and (switches.weight_copy or switches.optimizer != "fused")
     if switches.optimizer == "fused":
         per_parameter = gradients + 4 * moments + 2 * size[precision.weights]
@@ -44,7 +45,6 @@ def optimizer_block(scenario: Scenario, kernels: KernelModel, *, parameters: flo
             per_parameter -= size[precision.weights]
         out.append(w.moved("adamw", kind, bytes_=parameters * per_parameter))
     else:
-        tensors = TENSORS_OF_LAYER * scenario.model.layers / scenario.parallelism.pipeline
         launches = forward("plain") * (tensors if switches.optimizer == "loop" else 1)
         steps = {
             "decay": 2 * weights,
@@ -61,17 +61,32 @@ def optimizer_block(scenario: Scenario, kernels: KernelModel, *, parameters: flo
             out.append(issued(step, launches))
     if cast_behind:
         bytes_each = size["fp32"] + size[precision.weights]
-        out.append(w.moved("weights.cast", "cast", bytes_=parameters * bytes_each))
+        copies = tensors * forward("plain") if switches.gradient_norm == "loop" else 1.0
+        out.append(issued(w.moved("weights.cast", "cast", bytes_=parameters * bytes_each), copies))
     out += weight_casts(w, weights=products, are_narrow=precision.weights == "fp8")
     return Block("optimizer", tuple(out))
 
 
-def _norm(w: KernelWriter, scenario: Scenario, *, parameters: float) -> list[Operation]:
-    """The norm of the gradients, and by torch's foreach also their scaling, which it does at any norm."""
+def _tensors(scenario: Scenario) -> float:
+    """Weights of a rank, about; experts that run one by one have two each."""
+    of_layer = float(TENSORS_OF_LAYER)
+    if scenario.implementation.switches.expert_products == "each":
+        of_layer += 2 * scenario.model.experts / scenario.parallelism.expert
+    return of_layer * scenario.model.layers / scenario.parallelism.pipeline
+
+
+def _norm(w: KernelWriter, scenario: Scenario, *, parameters: float, tensors: float) -> list[Operation]:
+    """The norm of the gradients; by torch's foreach also their scaling, which it does at any norm.
+
+    In a loop each tensor's norm is read back, and its scaled copy copied over it.
+    """
     way = scenario.implementation.switches.gradient_norm
     if scenario.workload.gradient_clipping is None or way == "free":
         return []
     size = parameters * BYTES_PER_ELEMENT[scenario.workload.precision.gradients]
     read = moved(w, "gradients.norm", "reduce", forward("reduce"), bytes_=size)
     scaled = moved(w, "gradients.scale", "elementwise", forward("mul"), bytes_=2 * size)
+    if way == "loop":
+        looped = moved(w, "gradients.scale", "elementwise", tensors * forward("mul", "plain"), bytes_=4 * size)
+        return [issued(read, tensors * forward("reduce", "reduce")), looped]
     return [read, scaled] if way == "foreach" else [read]

@@ -119,6 +119,7 @@ class RecordedKernels:
         It does not where it reads back how many rows will come from other ranks.
         """
         mesh, workload = self.scenario.parallelism, self.scenario.workload
+        launch = HOST.op * self.scenario.compute.host_factor
         if mesh.expert * mesh.expert_tensor == 1:
             one = replace(
                 self.step.sizes,
@@ -127,10 +128,10 @@ class RecordedKernels:
                 experts=self.scenario.model.experts or self.step.sizes.experts,
             )
             ops = [op for each in self.step.ops if (op := scaled_op(each, self.step.sizes, one)) is not None]
-            estimate = step_estimate(ops, kernels)
+            estimate = step_estimate(ops, kernels, host=HOST._replace(op=launch))
             if estimate.kernels_s + estimate.gaps_s >= estimate.host_s:
                 return FREE_HOST
-        return HostModel(forward_launch=HOST.op, backward_launch=HOST.op, readback=kernels.host.readback)
+        return HostModel(forward_launch=launch, backward_launch=launch, readback=kernels.host.readback)
 
     def _to(self, step: Step) -> StepSizes:
         sizes = self.step.sizes

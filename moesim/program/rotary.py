@@ -23,6 +23,8 @@ def rotary(w: KernelWriter, name: str, step: Step, *, width: int, head_dim: int,
     way = step.switches.rotary
     if way == "cached":
         return _halves(w, name, numbers) if in_pairs else _rotated_half(w, name, numbers)
+    if way == "remade":
+        return _remade(w, name, float(numbers))
     if way == "complex":
         return _complex(w, name, float(numbers))
     if way == "unfused":
@@ -49,6 +51,23 @@ def _rotated_half(w: KernelWriter, name: str, numbers: float) -> Passes:
             *_kernels(back, f"{name}.turn", backward("mul"), numbers, product, total),
             *_kernels(back, f"{name}.heads", backward("view", "cat"), numbers, ("copy", 2.0 * BF16)),
         ],
+    )
+
+
+def _remade(w: KernelWriter, name: str, numbers: float) -> Passes:
+    """As Megatron-Core writes it: tables for each tensor, products of it and of its halves turned round, and a copy.
+
+    A negated half and halves that are joined lie in strides.
+    """
+    product, negated, joined = ("mul", 2.0 * BF16), ("mul", 1.0 * BF16), ("mul", 3.0 * BF16)
+    total, copy, zeros = ("elementwise", 3.0 * BF16), ("copy", 2.0 * BF16), ("zero", 1.0 * BF16)
+    tables = small(w, f"{name}.tables", forward(*["plain"] * 6), count=6)
+    back = w.backward
+    return (
+        [tables, *_kernels(w, f"{name}.turn", forward("mul"), numbers, product, negated, joined, product, total, copy)],
+        _kernels(
+            back, f"{name}.turn", backward("mul"), numbers, product, negated, joined, product, total, zeros, total
+        ),
     )
 
 

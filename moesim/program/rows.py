@@ -25,6 +25,8 @@ from moesim.program.torch_kernels import BF16, FP32, INT64, issued, moved, small
 from moesim.program.writer import KernelWriter
 
 MAP_BYTES = 37.0  # per token and expert: gates and map filled, scattered into, and the map as numbers and as flags
+FLAG_SORT_BYTES = 24.0  # per flag sorted, of an elementwise kernel (traced)
+FLOOR = 4096.0  # bytes of a kernel that takes the least
 
 
 def _sum_bytes(read_rows: ArrayLike, written_rows: ArrayLike, hidden: int) -> NDArray[np.float64]:
@@ -100,23 +102,29 @@ def _sorted_ids(w: KernelWriter, step: Step, out: NDArray[Any]) -> Passes:
 
 
 def _masked_ids(w: KernelWriter, step: Step, out: NDArray[Any]) -> Passes:
-    """A map of tokens by experts turned around; what it selects of the numbers of tokens, and of gates.
+    """A map of tokens by experts turned around; a sort of its flags tells the tokens, and the gates, of each row.
 
-    How much that is the host reads back, once for each.
+    How many rows each expert has the host reads back.
     """
     places = float(step.tokens * step.model.experts)
-    turned = moved(w, "permute.turn", "mul", forward("cat"), bytes_=2.0 * places)
-    gates = moved(w, "permute.turn_gates", "mul", forward("cat"), bytes_=2.0 * FP32 * places)
+    chosen = float(step.tokens * step.model.top_k)
 
-    def select(name: str, bytes_each: int) -> list[Operation]:
-        bytes_ = 2.0 * places + (INT64 + 2.0 * bytes_each) * out
-        return [moved(w, name, "elementwise", forward("gather"), bytes_=bytes_), readback(name, layer=w.layer)]
+    def each(name: str, kernels: int, bytes_each: float) -> Operation:
+        """So many kernels over all places."""
+        cost = forward(*["plain"] * kernels)
+        return moved(w, name, "elementwise", cost, bytes_=max(places * bytes_each, kernels * FLOOR))
 
-    made = moved(
-        w, "permute.map", "elementwise", forward("zeros", "gather", "zeros", "gather"), bytes_=MAP_BYTES * places
-    )
-    back = moved(w.backward, "permute.select_gates", "elementwise", backward("gather"), bytes_=2.0 * FP32 * places)
-    return [made, turned, *select("permute.select", INT64), gates, *select("permute.select_gates", FP32)], [back]
+    ahead = [
+        each("permute.map", 8, MAP_BYTES),
+        each("permute.count", 3, 17.0),
+        readback("permute.readback", layer=w.layer),
+        each("permute.turn", 2, 2.0 + 2.0 * FP32),
+        each("permute.sort", 8, FLAG_SORT_BYTES),
+        moved(w, "permute.tokens", "elementwise", forward("plain", "gather"), bytes_=(2 * INT64 + 2 * FP32) * out),
+    ]
+    sorted_ = max(FP32 * places + 3 * FLAG_SORT_BYTES * chosen, 14 * FLOOR)
+    back = moved(w.backward, "permute.gates", "elementwise", backward("gather", "gather", "gather"), bytes_=sorted_)
+    return ahead, [back]
 
 
 def _checked_ids(w: KernelWriter, step: Step, out: NDArray[Any]) -> Passes:
@@ -151,6 +159,8 @@ def expand(w: KernelWriter, step: Step, loads: LayerLoads) -> Passes:
     rows, hidden = loads.rows_MSR, step.model.row_width
     way = step.switches.permute
     if not step.remote:
+        if way == "mask" and not step.gathers:
+            return _chunks(w, "permute.chunks", rows, hidden)
         return ([small(w, "permute.offsets", forward("cumsum"))], []) if way == "sort" else ([], [])
     if way == "fused":
         return _rows_gathered(w, step, "expand", rows=rows, of=loads.copies_in_MSR)
@@ -184,7 +194,8 @@ def reduce(w: KernelWriter, step: Step, loads: LayerLoads) -> Passes:
     """What travels back: results in the order of arrival, those of one copy summed where it had several experts."""
     rows, hidden = loads.rows_MSR, step.model.row_width
     if not step.remote:
-        return [], []
+        in_chunks = step.switches.permute == "mask" and not step.gathers
+        return _chunks(w, "permute.restore", rows, hidden) if in_chunks else ([], [])
     if step.switches.permute == "fused":
         return (
             [w.moved("reduce", "elementwise", bytes_=_sum_bytes(rows, loads.copies_in_MSR, hidden))],

@@ -1,10 +1,11 @@
 """What every implementation's list of kernels starts from: the sizes of one micro-batch, and passes to chain."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from moesim.program.operations import Operation
 from moesim.program.peers import GroupLinks, Peers
+from moesim.results.spans import Part
 from moesim.scenario import Model
 from moesim.scenario.model import Mla
 from moesim.scenario.routers import DEEPSEEK_MOE, RouterFacts
@@ -22,7 +23,7 @@ class Step:
     their collectives cost; a rank alone needs none. `remote`: experts are spread over more than one rank. `router`:
     the facts of the one that runs. `shared_beside`: shared experts run beside the dispatch, where the software
     can. `software`: whose kernels they are, with `switches` as the scenario sets them. `deduplicated`: a token travels
-    once for several of its experts. `local`: the layer is one of model.local.
+    once for several of its experts; `gathers`: every rank gets all tokens. `local`: the layer is one of model.local.
     """
 
     model: Model
@@ -35,6 +36,7 @@ class Step:
     software: SoftwareFacts = FUSED
     switches: Switches = FUSED.switches
     deduplicated: bool = False
+    gathers: bool = False
     local: bool = False
     tensor: int = 1
     context: int = 1
@@ -70,6 +72,15 @@ class Step:
     def context_peers(self) -> Peers:
         """Ranks that share each sequence, one per tensor index."""
         return Peers(self.context, self.tensor)
+
+
+def repeated_by(word: str, passes: Passes, *, but: Part | None = None) -> Passes:
+    """The passes with a forward one that this word of workload.recompute repeats whole, but for one part."""
+    forward, backward = passes
+    return [
+        operation if operation.part is but and but is not None else replace(operation, again=(*operation.again, word))
+        for operation in forward
+    ], backward
 
 
 def chain(*parts: Passes) -> Passes:

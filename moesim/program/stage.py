@@ -5,6 +5,7 @@ Legend: L layers of the stage.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from moesim.kernels import KernelModel
 from moesim.kernels.errors import TRANSFERS
@@ -12,7 +13,7 @@ from moesim.parallel import Mesh
 from moesim.parallel.memory_parameters import stage_units
 from moesim.program.gemms import column_parallel, gather_columns
 from moesim.program.loads import LayerLoads
-from moesim.program.operations import Block, Kind, Operation
+from moesim.program.operations import MAIN, Block, Kind, Operation
 from moesim.program.peers import GroupLinks, PeerCollective, SideBySide
 from moesim.program.sharded import ShardedPart, ShardedStage
 from moesim.program.sizes import Passes, Step, chain
@@ -21,6 +22,7 @@ from moesim.program.writer import KernelWriter
 from moesim.results.spans import Part, Phase
 from moesim.results.uncertainty import Basis
 from moesim.scenario import Scenario
+from moesim.scenario.dispatch import DISPATCH
 from moesim.scenario.routers import DEEPSEEK_MOE, facts_in_training
 from moesim.schedules import Pass
 
@@ -69,6 +71,8 @@ def _passes(
     scenario: Scenario, kernels: KernelModel, plan: StagePlan, loads: LayerLoads | None, links: GroupLinks | None = None
 ) -> Passes:
     model, software, step = scenario.model, kernel_list(scenario), step_sizes(scenario, links)
+    host = kernels.host
+    launch = host.launch / host.backward_launch if host.backward_launch else 1.0
 
     def writer(part: Part, layer: int = -1, spread_S: Sequence[bool] = ()) -> KernelWriter:
         dtype = scenario.workload.precision.kernels
@@ -83,7 +87,7 @@ def _passes(
         for local in dict.fromkeys(map(model.is_local, layers)):
             of_kind = replace(step, local=local)
             part = software.layer_part(writer(Part.ATTENTION, layers[0], spread_S), of_kind, of_layers)
-            wholes[local] = _with_recomputation(scenario, part)
+            wholes[local] = _with_recomputation(scenario, part, forward_launches=launch)
         return {
             layer: _of_layer(wholes[model.is_local(layer)], layer, index, len(layers))
             for index, layer in enumerate(layers)
@@ -133,6 +137,7 @@ def step_sizes(scenario: Scenario, links: GroupLinks | None) -> Step:
         software=software,
         switches=scenario.implementation.switches,
         deduplicated=scenario.dispatch.deduplicate != "per_expert",
+        gathers=DISPATCH[scenario.dispatch.algorithm].gathers,
         tensor=mesh.tensor,
         context=mesh.context,
         expert_tensor=mesh.expert_tensor,
@@ -140,21 +145,29 @@ def step_sizes(scenario: Scenario, links: GroupLinks | None) -> Step:
     )
 
 
-def _with_recomputation(scenario: Scenario, part: Passes) -> Passes:
-    """One layer whose backward pass first repeats what was not kept."""
+def _with_recomputation(scenario: Scenario, part: Passes, *, forward_launches: float) -> Passes:
+    """One layer whose backward pass first repeats what was not kept.
+
+    `forward_launches`: what a launch of the forward pass costs the host, in those of the backward pass.
+    """
     forward, backward = part
+    again_of = partial(_repeated, forward_launches=forward_launches)
     if scenario.workload.recompute == "full":
-        return forward, [*map(_again, forward), *backward]
-    repeated = [operation for operation in forward if operation.again in scenario.workload.recomputed_parts]
-    return forward, [*map(_again, repeated), *backward]
+        return forward, [*map(again_of, forward), *backward]
+    words = scenario.workload.recomputed_parts
+    repeated = [operation for operation in forward if words.intersection(operation.again)]
+    again = list(map(again_of, repeated))
+    if not any(operation.kind is Kind.FORK for operation in again):  # nothing runs beside them
+        again = [replace(operation, chain=MAIN) for operation in again]
+    return forward, [*again, *backward]
 
 
-def _again(operation: Operation) -> Operation:
+def _repeated(operation: Operation, *, forward_launches: float) -> Operation:
     """The same operation in the backward pass: compute counts as recomputation, transfers keep their own category."""
     category = "recompute" if operation.kind is Kind.COMPUTE else operation.label.category
     name = f"{operation.label.name}.again"
     label = operation.label._replace(name=name, category=category, phase=Phase.RECOMPUTE)
-    return replace(operation, label=label)
+    return replace(operation, label=label, launches=operation.launches * forward_launches)
 
 
 def tensor_bytes(block: Block) -> float:

@@ -16,6 +16,8 @@ FORWARD_MICROSECONDS = {
     "empty": 2.6,
     "chunk": 4.1,
     "module": 6.0,
+    "compiled": 30.0,  # a function that torch compiled (as the next, from traced and measured steps)
+    "expert": 100.0,  # of Megatron-Core, in modules of its own: two products by functions of Python, one activation
     "plain": 7.6,  # an elementwise operation without autograd
     "zeros": 8.9,
     "silu": 8.9,
@@ -58,6 +60,8 @@ BACKWARD_MICROSECONDS = {
     "grouped": 53.5,
     "attention": 62.4,
     "exchange": 190.0,
+    "compiled": 30.0,
+    "expert": 100.0,
 }
 FORWARD_UNIT = 12.3  # what the profile h200 gives as the cost of one launch
 BACKWARD_UNIT = 25.8

@@ -49,7 +49,7 @@ class KernelWriter:
         self.phase = Phase.FORWARD
         self.layer = layer
         self.chain = MAIN
-        self.again = ""
+        self.again: tuple[str, ...] = ()
         self.spread_S = np.array(spread_S, dtype=bool)
 
     def _with(self, **changes: object) -> "KernelWriter":
@@ -73,7 +73,7 @@ class KernelWriter:
 
     def repeated_by(self, word: str) -> "KernelWriter":
         """A writer of kernels that this word of workload.recompute repeats in the backward pass."""
-        return self._with(again=word)
+        return self._with(again=(*self.again, word))
 
     def label(self, name: str) -> Label:
         """The label of a kernel."""
@@ -138,6 +138,16 @@ class KernelWriter:
         if not self.spread_S.any():
             return operation
         return replace(operation, seconds_MSR=self._even_experts(operation, kernel, rows=rows))
+
+    def gemm_of_each(
+        self, name: str, *, rows: NDArray[np.int64], k: int, n: int, direction: GemmDirection = "forward"
+    ) -> Operation:
+        """One product for each local expert, behind each other; rows [..., slots], seconds [...]."""
+        kernel = Gemm(m=np.maximum(rows, 1), k=k, n=n, dtype=self.dtype, direction=direction)
+        estimate = self.model.seconds(kernel)
+        seconds = (np.asarray(estimate.seconds) * (rows > 0)).sum(-1)
+        operation = self._operation(self._gemm_label(name, direction), kernel)
+        return replace(operation, seconds_MSR=np.asarray(self._spread(seconds)))
 
     def _even_experts(self, operation: Operation, kernel: GroupedGemm, *, rows: NDArray[np.int64]) -> FloatArray:
         """Seconds [M, S, R] where counterfactual samples take no longer than experts with equal rows.

@@ -56,8 +56,11 @@ def _refused(scenario: Scenario) -> Iterator[tuple[str, str]]:
     if mesh.expert > 1 and not software.expert_ranks:
         what = f"{software.name} shares experts by copies of all tokens on every rank, which is not modelled"
         yield "parallelism.expert", f"{what}; use 1"
-    if switches.attention == "unfused" and mesh.context > 1:
-        yield "implementation.attention", "unfused needs whole sequences; use parallelism.context: 1, or fused"
+    if switches.attention != "fused" and mesh.context > 1:
+        yield (
+            "implementation.attention",
+            f"{switches.attention} needs whole sequences; use parallelism.context: 1, or fused",
+        )
     if not switches.sequence_parallel and mesh.tensor > 1 and scenario.model.experts:
         what = "layers with experts share their tokens among tensor ranks"
         yield "implementation.sequence_parallel", f"{what}; use true, or parallelism.tensor: 1"

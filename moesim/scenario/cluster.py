@@ -18,6 +18,7 @@ from moesim.scenario.base import (
     Latency,
     Name,
     Oversubscribed,
+    PositiveFloat,
     Rent,
     Section,
     Share,
@@ -268,6 +269,11 @@ class Compute(Section):
 
     profile: Text | None = Field(
         default=None, description="A profile by name or path, or roofline; absent: the best that there is for the GPU."
+    )
+    host_factor: PositiveFloat = Field(
+        default=1.0,
+        description="How many times as long as on the profile's host a launch takes on yours; a virtual machine was "
+        "5.5 times as slow (docs/software.md).",
     )
     regime: Literal["step", "sustained", "short", "at_clock"] = Field(
         default="step",

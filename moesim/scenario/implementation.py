@@ -37,15 +37,16 @@ class Implementation(Section):
     )
     rotary: of.Rotary | None = Field(
         default=None,
-        description="Rotary embedding: fused, by cached tables, by complex numbers, or unfused with tables made in "
-        "every layer; " + _OWN,
+        description="Rotary embedding: fused, by cached tables, by tables remade for each tensor, by complex numbers, "
+        "or unfused with tables made in every layer; " + _OWN,
     )
     repeat_keys: Flag | None = Field(
         default=None, description="Whether keys and values of grouped queries are repeated to all heads; " + _OWN
     )
-    attention: of.Kernels | None = Field(
+    attention: of.Attention | None = Field(
         default=None,
-        description="Attention: one fused kernel, or unfused products and softmax over all pairs; " + _OWN,
+        description="Attention: one fused kernel, or products and softmax over all pairs, this in bf16 (unfused) or "
+        "fp32; " + _OWN,
     )
     dropout: Flag | None = Field(default=None, description="Whether attention drops scores at random; " + _OWN)
     layout_copies: of.LayoutCopies | None = Field(
@@ -72,14 +73,18 @@ class Implementation(Section):
     gates: of.Gates | None = Field(
         default=None, description="Gates: inside of the activation, or on results in bf16 or fp32; " + _OWN
     )
+    expert_products: of.ExpertProducts | None = Field(
+        default=None, description="Products of routed experts: grouped in one launch, or each by itself; " + _OWN
+    )
     expert_inputs: of.Products | None = Field(
         default=None, description="W1 and W3 of routed experts: joined in one product, or separate; " + _OWN
     )
     ffn_inputs: of.Products | None = Field(
         default=None, description="W1 and W3 of dense networks and shared experts: joined, or separate; " + _OWN
     )
-    activation: of.Kernels | None = Field(
-        default=None, description="Activation times gate: one fused kernel, or two and backward four; " + _OWN
+    activation: of.Activation | None = Field(
+        default=None,
+        description="Activation times gate: one fused kernel, one compiled by torch, or two and backward four; " + _OWN,
     )
     loss: of.Loss | None = Field(
         default=None,
@@ -97,8 +102,8 @@ class Implementation(Section):
     )
     gradient_norm: of.GradientNorm | None = Field(
         default=None,
-        description="What clipping costs on the GPU: free, a kernel over all gradients, or foreach, that and a scaling "
-        "of all; " + _OWN,
+        description="What clipping costs on the GPU: free, a kernel over all gradients, foreach, that and a scaling of "
+        "all, or loop, the same tensor by tensor with a copy; " + _OWN,
     )
     weight_copy: Flag | None = Field(
         default=None, description="Whether weights are cast from their master copy behind the optimizer; " + _OWN
@@ -110,6 +115,9 @@ class Implementation(Section):
     )
     flat_gradients: Flag | None = Field(
         default=None, description="Whether gradients are copied into one buffer to be reduced, and back; " + _OWN
+    )
+    zeroed_gradients: Flag | None = Field(
+        default=None, description="Whether the buffer of gradients is filled with zeros before every step; " + _OWN
     )
     fresh_gradients: Flag | None = Field(
         default=None, description="Whether gradients are dropped after every step; " + _OWN

@@ -180,7 +180,9 @@ class Precision(Section):
         return "bf16" if self.scaling else self.gemm
 
 
-Recomputable = Literal["rms_norm", "swiglu", "mla_up_projection"]
+Recomputable = Literal[
+    "rms_norm", "swiglu", "mla_up_projection", "core_attention", "dense_ffn", "shared_experts", "moe"
+]
 SELECTIVE: frozenset[str] = frozenset({"rms_norm", "swiglu", "mla_up_projection"})
 
 
@@ -198,8 +200,10 @@ class Training(Section):
     `recompute` says which activations the backward pass computes again instead of keeping them:
     `none`; a list of what is cheap to make again - `rms_norm` (outputs of norms), `swiglu` (the product of the two
     halves in any feed-forward network), `mla_up_projection` (queries, keys and values of latent attention from their
-    compressed form); `selective`, all of these; `full`, everything but the input of each layer, so that its forward
-    pass, dispatch and combine included, runs twice. DeepSeek-V3 trained with [rms_norm, mla_up_projection].
+    compressed form) -, and of parts that keep their input alone: `core_attention` (scores, softmax and values),
+    `dense_ffn`, `shared_experts`, `moe` (all behind the norm of a layer with experts, dispatch and combine included);
+    `selective`, the first three; `full`, everything but the input of each layer, so that its forward pass runs twice.
+    DeepSeek-V3 trained with [rms_norm, mla_up_projection].
 
     """
 

@@ -60,8 +60,10 @@ FUSED = SoftwareFacts(
 MEGATRON = SoftwareFacts(
     name="megatron",
     about="Megatron-Core with Transformer Engine, at the defaults of its flags",
-    listed="from Megatron-Core's source, layers of its Transformer Engine specification, defaults of its arguments",
-    checked="no measured step of it; every kernel that it shares with torch_eager or transformers as those",
+    listed="from Megatron-Core's source, layers of its Transformer Engine specification, defaults of its arguments; "
+    "what these share with its local layers from traces of those",
+    checked="no step with Transformer Engine; 28 steps of megatron_local, which shares rows, loss, router, activation "
+    "and buffers (docs/software.md)",
     switches=Switches(
         norm="kernel",
         router="unfused",
@@ -70,19 +72,41 @@ MEGATRON = SoftwareFacts(
         combine="index_add",
         loss="parallel",
         embedding="torch",
+        activation="compiled",
         gradient_norm="kernel",
         weight_copy=True,
+        zeroed_gradients=True,
         host="launches",
         counts=True,
     ),
     deduplicates=False,
+)
+MEGATRON_LOCAL = replace(
+    MEGATRON,
+    name="megatron_local",
+    about="Megatron-Core without Transformer Engine: its local layers, unfused attention, one product an expert",
+    listed="kernel by kernel from traces of Megatron-Core 0.19.2 on one and two H100",
+    checked="28 measured steps on one and two H100, 15 of them in no choice (docs/software.md); not on more ranks",
+    switches=replace(
+        MEGATRON.switches,
+        rotary="remade",
+        repeat_keys=True,
+        attention="fp32",
+        layout_copies="single",
+        expert_products="each",
+        optimizer="foreach",
+        gradient_norm="loop",
+        accumulation="buffer",
+    ),
+    casts_fp8=False,
 )
 DEEPSEEK = SoftwareFacts(
     name="deepseek",
     about="the stack that DeepSeek-V3 was trained with, as it is published",
     listed="from the DeepSeek-V3 report (fused casts, overlapped pairs, bf16 moments) and its libraries DeepEP and "
     "DeepGEMM; the trainer itself is not public: what is not told is taken as fused, its host as ahead",
-    checked="no measured step of it; the exchange beside DeepEP's published bandwidths",
+    checked="no measured step of it, nor can there be: its trainer is not public; the exchange beside DeepEP's "
+    "published bandwidths, its FP8 products beside DeepGEMM's",
     switches=Switches(gradient_norm="kernel", weight_copy=True, embedding="torch", counts=True),
     shared_beside=True,
 )
@@ -126,7 +150,7 @@ TORCHTITAN = SoftwareFacts(
     name="torchtitan",
     about="torchtitan 0.3 without torch.compile",
     listed="from torchtitan 0.3's model code (common/moe.py, rope.py, attention.py, loss.py), eager mode",
-    checked="no measured step of it; every kernel that it shares with torch_eager or transformers as those",
+    checked="6 measured steps of 0.2.2's DeepSeek model on one and two H100 (docs/software.md); not with FSDP2",
     switches=Switches(
         norm="kernel",
         qkv="separate",
@@ -208,4 +232,7 @@ IMPORTED = SoftwareFacts(
     reduces_beside=True,
     casts_fp8=False,
 )
-SOFTWARE = {facts.name: facts for facts in (FUSED, MEGATRON, DEEPSEEK, TRANSFORMERS, TORCHTITAN, TORCH_EAGER, IMPORTED)}
+SOFTWARE = {
+    facts.name: facts
+    for facts in (FUSED, MEGATRON, MEGATRON_LOCAL, DEEPSEEK, TRANSFORMERS, TORCHTITAN, TORCH_EAGER, IMPORTED)
+}

@@ -68,7 +68,7 @@ def test_the_layouts_of_the_launch_scripts() -> None:
     assert (mixtral.parallelism.schedule.kind, mixtral.parallelism.stages) == ("interleaved", (4,) * 8)
     assert deepseek.parallelism.stages == (3, *(2,) * 29, 0, 0)
     assert deepseek.workload.precision.gemm == "fp8" and deepseek.workload.precision.optimizer == "bf16"
-    assert deepseek.workload.recomputed_parts == {"rms_norm", "swiglu", "mla_up_projection"}
+    assert deepseek.workload.recomputed_parts == {"rms_norm", "swiglu", "mla_up_projection", "dense_ffn"}
     assert deepseek.dispatch.algorithm == "hierarchical" and deepseek.dispatch.sm_share == 20 / 132
     assert deepseek.workload.train_tokens == 585937500 * 4096
     qwen = of(LAUNCH / "qwen3_30b.yaml", variables={"TP": "4", "PP": "2"}).scenario
@@ -179,8 +179,11 @@ def test_stage_layouts_are_read_as_they_are_written() -> None:
         ("--recompute-granularity full --recompute-method uniform", "workload.recompute", "full"),
         ("--recompute-granularity full --recompute-method block --recompute-num-layers 24",
          "workload.recompute", "full"),
-        ("--recompute-activations", "workload.recompute", "none"),
+        ("--recompute-activations", "workload.recompute", ("core_attention",)),
         ("--recompute-granularity selective --recompute-modules moe_act", "workload.recompute", ("swiglu",)),
+        ("--recompute-granularity selective --recompute-modules moe shared_experts mlp core_attn", "workload.recompute",
+         ("moe", "shared_experts", "dense_ffn", "core_attention")),
+        ("--moe-layer-recompute", "workload.recompute", ("moe",)),
         ("--moe-expert-capacity-factor 1.5 --moe-token-drop-policy position", "capacity.by", "position"),
         ("--moe-expert-capacity-factor 1.5 --moe-pad-expert-input-to-capacity", "capacity.pad", True),
         ("--moe-expert-capacity-factor -1", "capacity.kind", "none"),
@@ -239,7 +242,6 @@ def test_a_flag_and_its_absence(write: Write, more: str, key: str, value: object
         ),
         ("--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout 'Ex*12|L'", "'*12x' is none of"),
         ("--recompute-granularity full --recompute-method block --recompute-num-layers 4", "use at least 24"),
-        ("--recompute-granularity selective --recompute-modules moe", "full recomputation only"),
         ("--recompute-granularity selective --recompute-modules mo_act", "mo_act is none of"),
         ("--moe-layer-freq [0]*2+[1]*2", "0 or 1 for each of 24 layers, has 4 entries"),
         ("--moe-layer-freq 'exit()'", "must be a number or a list"),
@@ -282,8 +284,6 @@ def test_a_missing_flag_is_named(write: Write, missing: str) -> None:
 NOT_MODELLED = {
     "--overlap-moe-expert-parallel-comm": "--overlap-moe-expert-parallel-comm",
     "--tp-comm-overlap": "--tp-comm-overlap",
-    "--recompute-activations": "--recompute-activations: core_attn",
-    "--recompute-granularity selective": "--recompute-granularity selective: core_attn",
     "--rampup-batch-size 8 8 100": "--rampup-batch-size",
     "--fp8-format hybrid --fp8-recipe delayed": "--fp8-recipe",
     "--moe-token-dispatcher-type flex --moe-flex-dispatcher-backend ncclep --expert-model-parallel-size 8": (

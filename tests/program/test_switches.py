@@ -89,14 +89,18 @@ BYTES: dict[tuple[str, Any], float] = {
     ("norm", "kernel"): NORMS * (4 + 6 - 8 - 8) + SUMS + ROUTED,
     ("norm", "unfused"): NORMS * (36 + 92 - 8 - 8) + SUMS + ROUTED,
     ("rotary", "cached"): PASSES * TURNED * (20 + 34 - 8),
+    ("rotary", "remade"): PASSES * TURNED * (26 + 30 - 8),
     ("rotary", "complex"): PASSES * TURNED * (20 + 20 - 8),
     ("attention", "unfused"): SCORES * (4 + 4 + 6 + 4),
-    ("layout_copies", "single"): PASSES * 4.0 * TOKENS * HEADS * HEAD,
+    ("attention", "fp32"): SCORES * (6 + 5 + 8 + 6 + 6 + 12 + 12 + 8 + 5 + 6),
+    ("activation", "compiled"): PASSES * ROWS * WIDTH * (6 + 1.3 * 10 + 6 - 16),
+    ("expert_products", "each"): PASSES * ROWS * HIDDEN * 2 * 4,
+    ("layout_copies", "single"): PASSES * 4.0 * TOKENS * HEAD * (HEADS + HEADS + 2 * KV),
     ("router_dtype", "fp32"): PASSES * 2 * 6.0 * HIDDEN * (TOKENS + EXPERTS),
     ("gather_backward", "index_add"): PASSES * (HIDDEN * (2.0 * TOKENS + 6 * ROWS - 2 * (TOKENS + ROWS)) + 8 * ROWS),
     ("gather_backward", "index_put"): PASSES * HIDDEN * (2.0 * TOKENS + 8 * ROWS - 2 * (TOKENS + ROWS)),
     ("combine", "index_add"): PASSES * (HIDDEN * (2.0 * TOKENS + 6 * ROWS - 2 * (TOKENS + ROWS)) + 8 * ROWS),
-    ("loss", "parallel"): LOGITS * (38 + 14 - 6),
+    ("loss", "parallel"): LOGITS * (32 + 11 - 6),
     ("loss_chunks", 8): MICRO_BATCHES * 7 * 3.0 * BF16 * VOCAB * HIDDEN,
     ("repeat_keys", True): PASSES * 2 * TOKENS * HEAD * (4.0 * HEADS + 2 * (HEADS + KV)),
     ("qkv", "separate"): PASSES * 2 * 3.0 * BF16 * TOKENS * HIDDEN,
@@ -120,10 +124,12 @@ def test_gradients_and_weights_move_the_bytes_of_the_parameters(one_rank) -> Non
     plain = counted(one_rank(changes=formats))
     p = parameters(one_rank())
     expected = {
-        ("accumulation", "buffer"): MICRO_BATCHES * (2 + 4 + 4),
+        ("accumulation", "buffer"): MICRO_BATCHES * 1.23 * (2 + 4 + 4),
         ("accumulation", "autograd"): (MICRO_BATCHES - 1) * 3 * 4,
         ("gradient_norm", "kernel"): 4,
         ("gradient_norm", "foreach"): 4 + 8,
+        ("gradient_norm", "loop"): 4 + 16,
+        ("zeroed_gradients", True): 4,
         ("weight_copy", True): 4,
         ("optimizer", "foreach"): (4 * 4 + 2 * 4 + 14 * 4) - (4 + 4 * 4 + 8 + 2) + (4 + 2),
         ("optimizer", "loop"): (4 * 4 + 2 * 4 + 14 * 4) - (4 + 4 * 4 + 8 + 2) + (4 + 2),
@@ -236,7 +242,7 @@ def test_every_switch_is_a_key_and_says_what_it_is(one_rank) -> None:
     assert keys == {field.name for field in fields(Switches)}
     assert all(field.description for field in Implementation.model_fields.values())
     tried = {name for name, _ in BYTES} | {name for ways in SLOWER.values() for name in ways}
-    tried |= {"accumulation", "gradient_norm", "weight_copy", "optimizer", "cuda_graphs", "counts"}
+    tried |= {"zeroed_gradients", "accumulation", "gradient_norm", "weight_copy", "optimizer", "cuda_graphs", "counts"}
     tried |= {"sequence_parallel", "reduce_dtype", "flat_gradients", "fresh_gradients"}  # (these two by torch_eager)
     assert tried >= keys - {"ffn_inputs"}
 
