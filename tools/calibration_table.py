@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from library_table import EP, Program, predicted_s, programs
 
 from moesim.importing.calibration import Calibration, parsed_calibration
 from moesim.importing.traced_step import traced_step
@@ -23,6 +24,7 @@ from moesim.recorded.step_file import parsed_ops
 from moesim.strict_json import json_text, parse_json
 
 DATA = Path(__file__).parent.parent / "tests" / "data"
+LIBRARY = "library_steps.json.gz"
 # File of steps -> the host of the machine that they were measured on.
 MEASURED = {"hf_steps.json.gz": SLOWER_HOST, "dense_steps.json.gz": HOST}
 
@@ -78,6 +80,26 @@ def pairs(measured: str) -> Iterator[Pair]:
                 )
 
 
+def library_pairs() -> Iterator[Pair]:
+    """The trace of the first size of a program of tests/data/library_steps.json.gz with its other sizes."""
+    known = calibrations()
+    for name, found in programs().items():
+        calibration = known.get(f"{name}-a")
+        if calibration is None or found["mode"] == EP:
+            continue
+        program = Program.of(found)
+        for step in found["steps"]:
+            if not step["first"]:
+                yield Pair(
+                    trace=f"{name}-a",
+                    step=step["name"],
+                    blind=step["blind"],
+                    measured_s=step["sustained_s"],
+                    plain_s=predicted_s(program, step),
+                    corrected_s=predicted_s(program, step, corrections=calibration),
+                )
+
+
 def keep(folders: list[Path]) -> None:
     """Write what every trace corrects."""
     found = {
@@ -96,8 +118,8 @@ def main() -> None:
     folders = parser.parse_args().traces
     if folders:
         keep(folders)
-    for name in MEASURED:
-        found = list(pairs(name))
+    for name in (*MEASURED, LIBRARY):
+        found = list(library_pairs() if name == LIBRARY else pairs(name))
         print(f"\n{name}\n| traced | predicted | not fitted | measured, ms | plain | corrected |")
         print("|---|---|---|---|---|---|")
         for pair in found:
