@@ -99,6 +99,8 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(
             f"{args.step} {what}; name a trace (TRACE.json or .json.gz), MODULE:FUNCTION or FILE.py:FUNCTION"
         )
+    if args.step is not None and args.step.endswith(".py"):
+        raise UserError(f"{args.step} is a program; name its function that makes the step: {args.step}:FUNCTION")
     if args.rows < 1:
         raise UserError(f"--rows {args.rows} prints nothing; use 1 or more, or --quiet")
     if args.host_per_op is not None and not args.host_per_op >= 0:
@@ -160,7 +162,7 @@ def _show_estimate(
     args: argparse.Namespace, ops: "Sequence[RecordedOp]", *, source: str, traced: "TracedStep | None"
 ) -> int:
     from moesim.kernels import kernel_model
-    from moesim.recorded.estimate import HOST, step_estimate
+    from moesim.recorded.estimate import HOST, scalable_share, step_estimate
     from moesim.report.imported_screen import estimate_json, print_estimate
 
     gpu = args.gpu or (traced.calibration.gpu if traced else USUAL_GPU)
@@ -179,5 +181,6 @@ def _show_estimate(
     if args.json:
         print(json_text(estimate_json(estimate, source=source, gpu=gpu, corrected_by=corrected_by), indent=1))
     elif not args.quiet:
-        print_estimate(estimate, source=source, gpu=gpu, rows=args.rows, corrected_by=corrected_by)
+        share = scalable_share(ops, kernels)
+        print_estimate(estimate, source=source, gpu=gpu, rows=args.rows, corrected_by=corrected_by, scalable=share)
     return 0

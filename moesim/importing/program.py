@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +26,7 @@ def record_program(name: str) -> list[RecordedOp]:
     with torch.device("meta"):
         try:
             made = make()
-        except Exception as error:  # whatever the user's program raises
+        except (Exception, SystemExit) as error:  # whatever the user's program raises
             raise UserError(f"{name} raised {type(error).__name__}: {one_line(str(error))}") from None
         if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module) and callable(made[1])):
             raise UserError(
@@ -46,14 +47,30 @@ def _function(name: str) -> Callable[[], Any]:
     found = getattr(module, function, None)
     if not callable(found):
         raise UserError(f"{place} has no function {function!r}")
+    wanted = _needed(found)
+    if wanted:
+        raise UserError(
+            f"{name} takes {', '.join(wanted)}, and nothing is given to it; name a function without arguments that "
+            "calls it with yours"
+        )
     return found  # type: ignore[no-any-return]
+
+
+def _needed(function: Callable[..., Any]) -> list[str]:
+    """The arguments without defaults."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # of builtins
+        return []
+    kinds = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+    return [each.name for each in parameters if each.default is inspect.Parameter.empty and each.kind not in kinds]
 
 
 def _module(place: str) -> Any:
     if not place.endswith(".py"):
         try:
             return importlib.import_module(place)
-        except Exception as error:  # whatever the user's program raises
+        except (Exception, SystemExit) as error:  # whatever the user's program raises
             raise UserError(f"cannot import {place}: {type(error).__name__}: {one_line(str(error))}") from None
     path = Path(place)
     if not path.is_file():
@@ -65,6 +82,6 @@ def _module(place: str) -> Any:
     sys.modules[path.stem] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever the user's program raises
+    except (Exception, SystemExit) as error:  # whatever the user's program raises
         raise UserError(f"{path} raised {type(error).__name__}: {one_line(str(error))}") from None
     return module

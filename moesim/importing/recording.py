@@ -57,6 +57,8 @@ def _run(what: Callable[[], Any], recorder: "_Recorder", model: nn.Module) -> An
         return what()
     except (NotImplementedError, RuntimeError) as error:
         remedy = "give it a form without operations that depend on data, e.g. grouped GEMMs for its experts"
+        if "copy out of meta" in str(error):
+            remedy = "leave its tensors on the device that they are made on (no .cpu(), .cuda() or .tolist())"
         if recorder.phase == "backward":
             remedy = "switch activation checkpointing off, if it is on: it cannot be recorded"
         place = recorder.module or type(model).__name__

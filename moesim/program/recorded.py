@@ -37,6 +37,7 @@ from moesim.recorded.sizes import MatchedOp, StepSizes, matched, sizes_of
 from moesim.recorded.step_file import RecordedOp, load_step
 from moesim.results.spans import Part, Phase
 from moesim.scenario import Scenario
+from moesim.scenario.model import Model
 
 GRID = 9  # row counts between the fewest and the most of a rank at which an operation is priced
 BF16 = 2.0
@@ -59,6 +60,18 @@ class RecordedStep:
         ops = [each for each in self.ops if each.op.phase == phase and each.op.name != OPTIMIZER]
         first = next((place for place, each in enumerate(ops) if each.op.layer), len(ops))
         return ops[:first], [each for each in ops[first:] if not each.op.layer]
+
+
+def kept_sizes(path: Path) -> str:
+    """What of a recorded step does not follow the scenario: operations with a dimension that matches none of the step's
+    sizes, and those that no table knows, by name; "" where there are none.
+    """
+    step = recorded_step(path)
+    kept = sorted({each.op.name for each in step.ops if not each.known})
+    unknown = sorted({each.op.name for each in step.ops if not kernels_of(each.op)[1]})
+    told = [f"keep a dimension at its recorded size, which matches none of the step's: {', '.join(kept)}"] * bool(kept)
+    told += [f"are priced by their bytes alone: {', '.join(unknown)}"] * bool(unknown)
+    return "; ".join(told)
 
 
 @lru_cache(maxsize=4)
@@ -92,15 +105,14 @@ class RecordedKernels:
 
     def _check(self) -> None:
         model, sizes = self.scenario.model, self.step.sizes
-        pairs = [("hidden", model.hidden, sizes.hidden), ("vocab", model.vocab, sizes.vocabulary)]
-        if model.experts:
+        pairs = [("hidden", model.hidden, sizes.hidden)]
+        if model.experts and not sizes.knows_expert_width:
             pairs.append(("expert_intermediate", model.expert_intermediate, sizes.expert_width))
-            pairs.append(("top_k", model.top_k, sizes.top_k))
         for key, wanted, has in pairs:
             if wanted != has:
                 raise UserError(
-                    f"{self.scenario.implementation.file} was recorded with {key} {has}, and model.{key} is {wanted}; "
-                    f"record the program at that size, or set model.{key}={has}"
+                    f"{self.scenario.implementation.file} was recorded with {key} {has}, which cannot be scaled, and "
+                    f"model.{key} is {wanted}; record the program at that size, or set model.{key}={has}"
                 )
         moe = sum(not model.is_dense(layer) for layer in range(model.layers))
         for kind, wanted, has in (
@@ -125,7 +137,8 @@ class RecordedKernels:
                 self.step.sizes,
                 sequences=workload.micro_batch,
                 sequence_length=workload.sequence_length,
-                experts=self.scenario.model.experts or self.step.sizes.experts,
+                vocabulary=self.scenario.model.vocab,
+                **_of_experts(self.scenario.model, self.step.sizes),
             )
             ops = [op for each in self.step.ops if (op := scaled_op(each, self.step.sizes, one)) is not None]
             estimate = step_estimate(ops, kernels, host=HOST._replace(op=launch))
@@ -139,7 +152,8 @@ class RecordedKernels:
             sizes,
             sequences=step.batch,
             sequence_length=step.sequence,
-            experts=step.model.experts or sizes.experts,
+            vocabulary=step.model.vocab,
+            **_of_experts(step.model, sizes),
             dense_layers=1,
             moe_layers=1,
         )
@@ -278,6 +292,13 @@ class RecordedKernels:
             [issued(moved(w, "gradients.flatten", "copy", 1.0, bytes_=both), 1.0)],
             [issued(moved(w, "gradients.unflatten", "copy", 1.0, bytes_=both), 1.0)],
         )
+
+
+def _of_experts(model: Model, sizes: StepSizes) -> dict[str, int]:
+    """The sizes of a model's experts; those of the file where it has none."""
+    if not model.experts:
+        return {"experts": sizes.experts}
+    return {"experts": model.experts, "top_k": model.top_k, "expert_width": model.expert_intermediate}
 
 
 def replace_phase(w: KernelWriter) -> KernelWriter:

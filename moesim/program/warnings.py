@@ -1,10 +1,12 @@
 """What a reader of a result must know of the layout, the fabric and the trace before trusting its numbers."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from moesim.network import Fabric, NetworkParameters
 from moesim.parallel import Mesh, TrafficSample
 from moesim.parallel.memory import MemoryReport
+from moesim.program.recorded import kept_sizes
 from moesim.program.scenario_fabric import sharing_model
 from moesim.results.metrics import trace_coverage
 from moesim.scenario import Scenario
@@ -54,6 +56,13 @@ def _sent_once(scenario: Scenario) -> list[str]:
     ]
 
 
+def _recorded(scenario: Scenario) -> list[str]:
+    """What of a step of one's own does not follow the scenario."""
+    file = scenario.implementation.file
+    kept = "" if file is None else kept_sizes(Path(file))
+    return [f"of the recorded step {Path(str(file)).name} some operations {kept}"] if kept else []
+
+
 def layout_warnings(
     scenario: Scenario, fabric: Fabric, memory: MemoryReport, plain: Sequence[TrafficSample]
 ) -> list[str]:
@@ -65,7 +74,7 @@ def layout_warnings(
             f"{format_bytes(memory.peak_bytes)}"
         )
     mesh = Mesh(scenario.parallelism, scenario.cluster)
-    warnings += _sent_once(scenario)
+    warnings += [*_sent_once(scenario), *_recorded(scenario)]
     crossing = [ranks_R for ranks_R in mesh.expert_groups() if mesh.layout(ranks_R).num_nodes > 1]
     if fabric.core_can_block and any(sharing_model(scenario, fabric, ranks_R) == "ports" for ranks_R in crossing):
         warnings.append(

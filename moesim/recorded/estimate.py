@@ -6,10 +6,12 @@ from typing import Protocol
 
 import numpy as np
 
+from moesim.errors import UserError
 from moesim.kernels import KernelModel
 from moesim.kernels.families import FAMILY_OF
 from moesim.recorded.order import in_order
 from moesim.recorded.pricing import CHECK, GAP_S, PricedOp, checked_kernels, prices, seconds_of
+from moesim.recorded.sizes import matched, sizes_of
 from moesim.recorded.spread import Host, Ranks, Spreading
 from moesim.recorded.step_file import VIEWS, RecordedOp
 from moesim.recorded.timeline import Timeline, Work, timeline
@@ -89,6 +91,20 @@ def step_estimate(
         host_s=sum(work.host_s for work in works),
         timeline=timeline(works, kernels.contention),
     )
+
+
+def scalable_share(ops: Sequence[RecordedOp], kernels: KernelModel) -> tuple[float, tuple[str, ...]] | None:
+    """Of the kernels' time, the share of operations whose every dimension matches a size of the step, and the names of
+    the others. None where the step does not tell its sizes, so that it cannot be scaled.
+    """
+    try:
+        sizes = sizes_of(ops, where="the step")
+    except UserError:
+        return None
+    found = list(zip(matched(ops, sizes), prices(ops, at_step_load(ops, kernels)), strict=True))
+    total = sum(price.count * price.seconds for _, price in found)
+    known = sum(price.count * price.seconds for each, price in found if each.known)
+    return known / total, tuple(sorted({each.op.name for each, _ in found if not each.known}))
 
 
 def at_step_load(ops: Sequence[RecordedOp], kernels: KernelModel) -> KernelModel:

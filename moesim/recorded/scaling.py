@@ -1,9 +1,11 @@
-"""A recorded step at other sizes: other tokens, numbers of layers and experts, experts of a token.
+"""A recorded step at other sizes: other tokens, numbers of layers and experts, experts of a token and their width, and
+another vocabulary.
 
 Every matched dimension takes its new size, bytes follow. Layers of a kind are repeated, what lies outside of them is
 not. What is not matched stays as it was recorded.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 from moesim.errors import UserError
 from moesim.recorded.layers import DENSE, EXPERT, MOE
 from moesim.recorded.pricing import OPTIMIZER
-from moesim.recorded.sizes import MatchedOp, StepSizes, Symbols, matched
+from moesim.recorded.sizes import MatchedOp, StepSizes, Symbols, matched, of_experts
 from moesim.recorded.step_file import GRADIENTS, RecordedOp, Seen
 
 CONSTANT = {"W", "1", "?"}
@@ -20,7 +22,9 @@ CONSTANT = {"W", "1", "?"}
 def scaled(ops: Sequence[RecordedOp], sizes: StepSizes, to: StepSizes) -> list[RecordedOp]:
     """The step at the sizes `to`, one optimizer step over it. Raises UserError for layers of a kind it has none of."""
     check_scalable(sizes, to)
-    return [each for op in matched(ops, sizes) if (each := scaled_op(op, sizes, to)) is not None]
+    found = [each for op in matched(ops, sizes) if (each := scaled_op(op, sizes, to)) is not None]
+    parameters = sum(op.count * math.prod(shape) for op in found for shape in op.facts.get(GRADIENTS, ()))
+    return [_updating(op, round(parameters)) if op.name == OPTIMIZER and parameters else op for op in found]
 
 
 def check_scalable(sizes: StepSizes, to: StepSizes) -> None:
@@ -34,12 +38,14 @@ def check_scalable(sizes: StepSizes, to: StepSizes) -> None:
                 f"the recorded step has no {name} layers, of which {wanted} are wanted; record one that has"
             )
     for name, has, wanted in (
-        ("hidden", sizes.hidden, to.hidden),
-        ("vocabulary", sizes.vocabulary, to.vocabulary),
-        ("expert width", sizes.expert_width, to.expert_width),
+        ("hidden size", sizes.hidden, to.hidden),
+        *([] if sizes.knows_expert_width else [("expert width", sizes.expert_width, to.expert_width)]),
     ):
         if has != wanted:
-            raise UserError(f"the step was recorded with {name} {has}, and {wanted} is wanted; record it at that width")
+            raise UserError(
+                f"the step was recorded with {name} {has}, which no shape tells from other widths, and {wanted} is "
+                "wanted; record it at that width"
+            )
 
 
 def scaled_op(matched_op: MatchedOp, sizes: StepSizes, to: StepSizes) -> RecordedOp | None:
@@ -62,10 +68,24 @@ def scaled_op(matched_op: MatchedOp, sizes: StepSizes, to: StepSizes) -> Recorde
 
 def _facts(op: RecordedOp, sizes: StepSizes, to: StepSizes) -> Mapping[str, Any]:
     """With the shapes of weights at other numbers of experts."""
-    if GRADIENTS not in op.facts or op.layer != MOE or sizes.experts == to.experts:
+    if GRADIENTS not in op.facts:
         return op.facts
-    shapes = [[to.experts if size == sizes.experts else size for size in shape] for shape in op.facts[GRADIENTS]]
-    return {**op.facts, GRADIENTS: shapes}
+    return {**op.facts, GRADIENTS: [_weight(op, shape, sizes, to) for shape in op.facts[GRADIENTS]]}
+
+
+def _weight(op: RecordedOp, shape: Sequence[int], sizes: StepSizes, to: StepSizes) -> list[int]:
+    new = {sizes.experts: to.experts} if op.layer == MOE and sizes.experts else {}
+    if not op.layer:
+        new = {sizes.vocabulary: to.vocabulary}
+    elif of_experts(op, shape, sizes):
+        new |= {factor * sizes.expert_width: factor * to.expert_width for factor in (1, 2)}
+    return [new.get(size, size) for size in shape]
+
+
+def _updating(op: RecordedOp, parameters: int) -> RecordedOp:
+    each = op.reads[0][2] / op.facts["parameters"]
+    seen = (((parameters,), op.reads[0][1], round(parameters * each)),)
+    return replace(op, reads=seen, writes=seen, facts={**op.facts, "parameters": parameters})
 
 
 def _times(op: RecordedOp, layers: int) -> float:
@@ -109,7 +129,4 @@ def _optimizer(op: RecordedOp, sizes: StepSizes, to: StepSizes) -> RecordedOp:
     more = own.get(DENSE, 0.0) * (to.dense_layers - sizes.dense_layers)
     more += own.get(MOE, 0.0) * (to.moe_layers - sizes.moe_layers)
     more += own.get(EXPERT, 0.0) * (to.moe_layers * to.experts - sizes.moe_layers * sizes.experts)
-    count = round(op.facts["parameters"] + more)
-    each = op.reads[0][2] / op.facts["parameters"]
-    seen = (((count,), op.reads[0][1], round(count * each)),)
-    return replace(op, reads=seen, writes=seen, facts=dict(op.facts) | {"parameters": count})
+    return _updating(op, round(op.facts["parameters"] + more))

@@ -5,7 +5,8 @@ A dimension is matched by its value and its place: tokens, sequences and rows of
 weights have. What is matched to nothing is kept as it was recorded, and listed.
 
 Legend of symbols: B sequences, S tokens of each, T = B S, R = T K rows of experts, E experts, K experts of a token,
-W a width of the model, 1 a small number, ? nothing that is known.
+V vocabulary, F the width of an expert and J twice that, W another width of the model, 1 a small number, ? nothing that
+is known.
 """
 
 import math
@@ -60,7 +61,15 @@ class StepSizes:
             "R": self.rows,
             "E": self.experts,
             "K": self.top_k,
+            "V": self.vocabulary,
+            "F": self.expert_width,
+            "J": 2 * self.expert_width,
         }[symbol]
+
+    @property
+    def knows_expert_width(self) -> bool:
+        """Whether the width of experts can be told from that of the model."""
+        return self.hidden not in (self.expert_width, 2 * self.expert_width)
 
 
 def sizes_of(ops: Sequence[RecordedOp], *, where: str) -> StepSizes:
@@ -138,6 +147,11 @@ def matched(ops: Sequence[RecordedOp], sizes: StepSizes) -> list[MatchedOp]:
     return [matcher.match(op) for op in ops]
 
 
+def of_experts(op: RecordedOp, shape: Sequence[int], sizes: StepSizes) -> bool:
+    """Whether a tensor is a weight of all experts, or its gradient."""
+    return op.layer == MOE and len(shape) == 3 and shape[0] == sizes.experts and sizes.knows_expert_width
+
+
 def _widths(ops: Sequence[RecordedOp], sizes: StepSizes) -> frozenset[int]:
     """What weights, heads and tables have as dimensions, and what they make together."""
     found = {sizes.hidden, sizes.vocabulary, sizes.expert_width, 2 * sizes.expert_width}
@@ -164,11 +178,21 @@ class _Matcher:
     def match(self, op: RecordedOp) -> MatchedOp:
         if op.name == OPTIMIZER:
             return MatchedOp(op=op, reads=(("W",),) * len(op.reads), writes=(("W",),) * len(op.writes))
-        reads = self._reads(op)
-        return MatchedOp(op=op, reads=reads, writes=tuple(self._tensor(op, seen) for seen in self._written(op)))
+        reads, writes = self._reads(op), tuple(self._tensor(op, seen) for seen in op.writes)
+        named = [
+            tuple(self._named(op, seen[0], symbols) for seen, symbols in zip(tensors, each, strict=True))
+            for tensors, each in ((op.reads, reads), (op.writes, writes))
+        ]
+        return MatchedOp(op=op, reads=named[0], writes=named[1])
 
-    def _written(self, op: RecordedOp) -> tuple[Seen, ...]:
-        return op.writes
+    def _named(self, op: RecordedOp, shape: tuple[int, ...], symbols: Symbols) -> Symbols:
+        """With the names of widths that can be others: of the vocabulary outside of the layers, of an expert's rows."""
+        names = {self.sizes.vocabulary: "V"} if not op.layer else {}
+        if of_experts(op, shape, self.sizes) or ("R" in symbols and self.sizes.knows_expert_width):
+            names = {self.sizes.expert_width: "F", 2 * self.sizes.expert_width: "J"}
+        return tuple(
+            names.get(size, symbol) if symbol == "W" else symbol for size, symbol in zip(shape, symbols, strict=True)
+        )
 
     def _reads(self, op: RecordedOp) -> tuple[Symbols, ...]:
         if op.name == SDPA:

@@ -15,10 +15,13 @@ def print_estimate(
     gpu: str,
     rows: int,
     corrected_by: str | None = None,
+    scalable: tuple[float, tuple[str, ...]] | None = None,
     file: TextIO | None = None,
     width: int | None = None,
 ) -> None:
-    """Print the step, its dearest operations and those that no table knows; `corrected_by` names the trace's step."""
+    """Print the step, its dearest operations and those that no table knows; `corrected_by` names the trace's step;
+    `scalable`: as `scalable_share` has it.
+    """
     line = estimate.timeline
     alone = ", of one rank without the others" if line.sent else ""
     lines = [
@@ -34,6 +37,8 @@ def print_estimate(
         ),
         ("matched", f"{matched_share(estimate):.1%}", "of the kernels' time; the rest is priced by its bytes"),
     ]
+    if scalable is not None:
+        lines.append(("scalable", f"{scalable[0]:.1%}", "of it: every dimension matches a size of the step"))
     head: tuple[str, ...] = _HEAD
     correction = ""
     if corrected_by is not None:
@@ -46,6 +51,8 @@ def print_estimate(
     ]
     if unknown:
         parts.append(section(UNKNOWN, ", ".join(unknown)))
+    if scalable is not None and scalable[1]:
+        parts.append(section("keep a dimension at its recorded size", ", ".join(scalable[1])))
     taken = sorted({op.module or "outside of modules" for op in estimate.ops if op.assumed})
     if taken:
         parts.append(

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_moe
 from small_moe import HEADS, HIDDEN, TOP_K, VOCAB, WIDTH, small_step
 
 import moesim
@@ -95,9 +96,50 @@ def test_scaled_is_recorded_anew(first: list[RecordedOp], change: dict[str, int]
     assert phases[0] == pytest.approx(phases[1], rel=0.01)
 
 
+@pytest.mark.parametrize(
+    ("widths", "change"),
+    [
+        ({"WIDTH": 640}, {"WIDTH": 1280}),
+        ({"WIDTH": 640}, {"TOP_K": 2}),
+        ({}, {"VOCAB": 32768}),
+        ({"WIDTH": 640}, {"WIDTH": 320, "TOP_K": 8, "VOCAB": 24576}),
+    ],
+    ids=str,
+)
+def test_other_widths_are_recorded_anew(
+    widths: dict[str, int], change: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Experts of another width, more or fewer of them for a token, another vocabulary."""
+    for name, value in widths.items():
+        monkeypatch.setattr(small_moe, name, value)
+    before = recorded()
+    for name, value in change.items():
+        monkeypatch.setattr(small_moe, name, value)
+    anew, kernels = recorded(), kernel_model("h100")
+    sizes, to = sizes_of(before, where="it"), sizes_of(anew, where="it")
+    ours, theirs = (step_estimate(ops, kernels) for ops in (scaled(before, sizes, to), anew))
+    assert ours.kernels_s == pytest.approx(theirs.kernels_s, rel=0.01)
+    assert len(ours.ops) == len(theirs.ops)
+
+
+def test_a_width_that_no_shape_tells_is_refused(first: list[RecordedOp]) -> None:
+    """Two experts' widths beside each other are the hidden size here."""
+    sizes = sizes_of(first, where="it")
+    with pytest.raises(UserError, match="record it at that width"):
+        scaled(first, sizes, replace(sizes, expert_width=256))
+
+
 def test_a_scenario_of_it_takes_the_predicted_time(first: list[RecordedOp], file: Path) -> None:
     predicted = step_estimate(first, kernel_model("h100"))
     result = moesim.simulate(scenario(file)).result
+    assert result["step_time_s"] == pytest.approx(predicted.step_s, rel=0.01)
+
+
+def test_a_scenario_of_another_vocabulary_and_top_k(first: list[RecordedOp], file: Path) -> None:
+    sizes = sizes_of(first, where="it")
+    other = scaled(first, sizes, replace(sizes, vocabulary=32768, top_k=2))
+    predicted = step_estimate(other, kernel_model("h100"))
+    result = moesim.simulate(scenario(file, **{"model.vocab": 32768, "model.top_k": 2})).result
     assert result["step_time_s"] == pytest.approx(predicted.step_s, rel=0.01)
 
 
@@ -131,7 +173,11 @@ def test_expert_ranks_add_a_dispatch_and_skewed_routing_costs(file: Path) -> Non
         ({"implementation": {"kind": "fused", "file": __file__}}, "fused reads no file"),
         ({"implementation.norm": "fused"}, "implementation.norm: is as the recorded program has it"),
         ({"model.hidden": 2048}, "model.hidden=1024"),
-        ({"model.top_k": 2}, "recorded with top_k 4"),
+        ({"model.expert_intermediate": 256}, "recorded with expert_intermediate 512"),
+        (
+            {"parallelism.tensor": 2, "parallelism.data": 1, "cluster.gpus_per_node": 2},
+            "has whole layers: spread it by",
+        ),
         ({"implementation.file": "nowhere.json"}, "does not exist"),
         ({"implementation.file": __file__}, "is no recorded step"),
     ],

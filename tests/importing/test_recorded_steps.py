@@ -226,3 +226,26 @@ def test_a_layer_is_dropped_where_that_is_likelier(share: float, dropped: bool) 
         ops = record_step(model, lambda: model(inputs).sum())
     assert ("exp" not in {op.name for op in ops}) is dropped
     assert not any(op.assumed for op in step_estimate(ops, kernel_model("h100")).ops)
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("def step(model): return model", "takes model, and nothing is given"),
+        ("def step(): raise SystemExit(3)", "SystemExit"),
+        ("step = 3", "no function 'step'"),
+        ("def step(): return made(lambda m: m(torch.randn(4, 8).cpu()).sum())", "on the device that they are made on"),
+        ("def step(): return made(lambda m: m(torch.randn(4, 8)).sum().item())", "does not run on the meta device"),
+        ("def step(): return made(lambda m: m(torch.randn(4, 8)).nonzero().sum())", "without operations that depend"),
+    ],
+)
+def test_programs_that_cannot_be_recorded_are_told_the_remedy(body: str, said: str, tmp_path: Path) -> None:
+    made = """import torch
+def made(loss):
+    model = torch.nn.Linear(8, 8)
+    return model, lambda: loss(model)
+"""
+    (tmp_path / "its_step.py").write_text(made + body)
+    with pytest.raises(UserError, match=said) as error:
+        record_program(f"{tmp_path / 'its_step.py'}:step")
+    assert "\n" not in str(error.value)

@@ -84,6 +84,13 @@ def test_cut_off(tmp_path: Path, keep: float) -> None:
         (b"[]", "no whole JSON"),
         (b"\x00\x01SQLite format 3", "no whole JSON"),
         (b"\x1f\x8bnonsense", "gzip"),
+        (b"named .gz, and is none", "no whole JSON"),
+        (b'[{"Name": "a list of Nsight Systems"}]', "no whole JSON"),
+        (b'{"NvtxEvent": 1}\n{"CudaEvent": {"startNs": "1"}}', "no trace of torch's profiler"),  # its lines of JSON
+        (
+            b'{"traceEvents": [{"ph": "X", "ts": 1.0, "dur": 2, "name": "fusion.1"}]}',
+            "no trace of torch's profiler",
+        ),  # JAX
         (b'{"traceEvents": [{"ph": "X", "cat": "toplevel", "name": "a", "ts": 1, "dur": 1}]}', "toplevel"),
         (b'{"traceEvents": [{"ph": "X", "cat": "cpu_op", "name": "a"}]}', "malformed"),
         (b'{"traceEvents": [{"ph": "X", "cat": "cpu_op", "name": "a", "ts": "x"}]}', "malformed"),
