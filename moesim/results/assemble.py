@@ -6,6 +6,7 @@ ranks, V stages of one, B micro-batches.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -277,7 +278,7 @@ def software_facts(implementation: AnyImplementation) -> dict[str, str]:
     return {
         "name": software.name,
         "switches": ", ".join(f"{name}: {_word(setting)}" for name, setting in changed.items()),
-        "listed": software.listed,
+        "listed": software.listed + (f": {Path(implementation.file).name}" if implementation.file else ""),
         "checked": software.checked,
     }
 
