@@ -38,5 +38,5 @@ def test_no_step_is_corrected_by_its_own_trace(moe: list[Pair], dense: list[Pair
 
 def test_every_trace_was_of_an_h100_and_kept_its_times() -> None:
     for found in calibrations().values():
-        assert found.gpu == "h100" and found.unexplained_s == 0
+        assert found.gpu == "h100" and found.unexplained_s < 1e-4 * found.times.span_s
         assert found.times.span_s == pytest.approx(found.times.busy_s + found.times.gaps_s + found.times.late_s)
