@@ -84,10 +84,13 @@ class _State:
     slowed: float = 0.0
     queue: deque[_Running] = field(default_factory=deque)
     done: dict[int, _Running] = field(default_factory=dict)
+    factors: dict[str, Beside] = field(default_factory=dict)
 
     def beside(self, running: _Running, family: str) -> Beside:
         """The factors of a kernel's family and of this collective."""
-        found = self.contention.beside_collective(family)
+        if family not in self.factors:
+            self.factors[family] = self.contention.beside_collective(family)
+        found = self.factors[family]
         rate = running.sent.wire_bytes / running.sent.seconds
         slower = float(slowed_at(found.transfer, rate=rate, measured_rate=self.contention.collective_rate))
         return found._replace(transfer=slower)

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from calibration_table import Pair, calibrations, pairs
+from calibration_table import Pair, calibrations, library_pairs, pairs
 
 
 @pytest.fixture(scope="module")
@@ -40,3 +40,12 @@ def test_every_trace_was_of_an_h100_and_kept_its_times() -> None:
     for found in calibrations().values():
         assert found.gpu == "h100" and found.unexplained_s < 1e-4 * found.times.span_s
         assert found.times.span_s == pytest.approx(found.times.busy_s + found.times.gaps_s + found.times.late_s)
+
+
+@pytest.mark.slow
+def test_other_sizes_on_one_gpu_and_on_two_corrected_by_the_first() -> None:
+    found = list(library_pairs())
+    assert {pair.trace.split("-")[0] for pair in found} >= {"qwen3", "titan", "ddp", "fsdp"}
+    for blind in (True, False):
+        errors = np.abs([pair.errors[1] for pair in found if pair.blind is blind])
+        assert len(errors) >= 13 and np.median(errors) < 0.02 and errors.max() < 0.065
