@@ -84,6 +84,7 @@ def _facts(plan: Plan) -> list[Fact]:
 def _notes(plan: Plan) -> list[str]:
     notes = [
         "~ simulated as one unit with its share of the requests; the others as whole fleets behind one router",
+        "ep: ranks that share experts, dp: data groups, tp: tensor ranks, pp: stages of an instance",
         "$/M output: rent over the output tokens that the load asks for",
     ]
     other = plan["alternative"]

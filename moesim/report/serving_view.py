@@ -244,10 +244,11 @@ def _over_time(pool: Result) -> Figure:
 
 
 def _heat_map(seconds: Sequence[float], by_moment: Sequence[Sequence[float]], **shown: Any) -> Figure:
-    """Moments across; `of` what down; `bar` says what the colours are."""
+    """Moments across; `of` what down; `bar` says what the colours are, whose scale ends between `ends`."""
     by_row = list(zip(*by_moment, strict=True))
     figure = Figure()
-    most = float(np.quantile(np.array(by_row), 0.995)) or 1.0  # the last steps of few tokens would set the scale
+    low, high = shown["ends"]  # few tokens at the end would set the scale
+    most = float(np.clip(np.quantile(np.array(by_row), 0.995), low, high))
     figure.add_heatmap(x=seconds, z=by_row, colorscale="Blues", zmin=0, zmax=most, colorbar=shown["bar"])
     figure.update_xaxes(title_text="seconds")
     figure.update_yaxes(title_text=shown["of"], autorange="reversed")
@@ -286,11 +287,11 @@ def serving_page(result: Result) -> str:
         page.figure(_over_time(pool), name=f"over-time-{pool['name']}", title=f"Over time{of}")
         held, rows = pool["kv_share_over_time"], pool["expert_rows_over_time"]
         if len(held["share"][0]) > 1:
-            figure = _heat_map(held["seconds"], held["share"], of="data group", bar=_PAGES)
+            figure = _heat_map(held["seconds"], held["share"], of="data group", bar=_PAGES, ends=(1e-6, 1.0))
             title = f"Pages in use of every data group over time{of}"
             page.figure(figure, name=f"groups-over-time-{pool['name']}", title=title)
         if rows is not None:
-            figure = _heat_map(rows["seconds"], rows["times_mean"], of=rows["of"], bar=_ROWS)
+            figure = _heat_map(rows["seconds"], rows["times_mean"], of=rows["of"], bar=_ROWS, ends=(2.0, 3.0))
             title = f"Rows of every {rows['of']} over their mean, over time{of}"
             page.figure(figure, name=f"rows-over-time-{pool['name']}", title=title)
             page.text("p", _ROWS_NOTE, css="caption")
