@@ -21,7 +21,7 @@ from moesim.kernels.tables.gpus import COMPARED, TABLE_GPUS
 from moesim.kernels.tables.package import LICENCE, PACKAGE, Package
 from moesim.network import build_fabric, prepare_combine, prepare_dispatch
 from moesim.parallel.traffic import without_diagonal
-from moesim.scenario import Cluster
+from moesim.scenario import Cluster, gpu_spec
 from moesim.serving.decode_kernels import (
     FILE,
     attention_seconds,
@@ -60,8 +60,12 @@ def _digits(value: float, digits: int = 4) -> float:
     return float(f"{value:.{digits}g}")
 
 
-def fit_attention(rows: list[Row], *, size: float, is_latent: bool, kept_out: Any) -> dict[str, Any]:
-    """Parameters of `attention_seconds` and the errors of the rows kept out."""
+def fit_attention(rows: list[Row], *, gpu: str, size: float, is_latent: bool, kept_out: Any) -> dict[str, Any]:
+    """Parameters of `attention_seconds`, none above what the GPU can do, and the errors of the rows kept out."""
+    memory, peak = (
+        gpu_spec(gpu).memory_bandwidth,
+        max(gpu_spec(gpu).peak_flops[name] for name in ("bf16", "fp8") if name in gpu_spec(gpu).peak_flops),
+    )
     requests, keys, heads, kv, dim, seconds = (np.array(column, float) for column in zip(*rows, strict=True))
     shape = latent_shape(heads, LATENT, ROPE, size=size) if is_latent else grouped_shape(heads, kv, dim, size=size)
     used = ~np.asarray(kept_out)
@@ -70,8 +74,11 @@ def fit_attention(rows: list[Row], *, size: float, is_latent: bool, kept_out: An
         return (np.log(attention_seconds(np.exp(logs), shape, requests, keys)) - np.log(seconds))[used]
 
     starts = [START, START + np.log([1, 1, 300, 1, 0.5, 0.3])]
-    bounds = (np.log([5e-7, 1, 1e-13, 1e-12, 1e11, 5e12]), np.log([5e-5, 1e5, 1e-6, 1e-6, 2e13, 1e16]))
-    fits = [least_squares(off, start, loss="soft_l1", f_scale=0.1, bounds=bounds) for start in starts]
+    bounds = (np.log([5e-7, 1, 1e-13, 1e-12, 1e11, 5e12]), np.log([5e-5, 1e5, 1e-6, 1e-6, memory, peak]))
+    fits = [
+        least_squares(off, np.clip(start, bounds[0], bounds[1] - 1e-3), loss="soft_l1", f_scale=0.1, bounds=bounds)
+        for start in starts
+    ]
     best = np.exp(min(fits, key=lambda fit: fit.cost).x)
     errors = errors_of(attention_seconds(best, shape, requests, keys), seconds, kept_out)
     return {"parameters": [_digits(value) for value in best], "kept_out": errors}
@@ -114,7 +121,7 @@ def engines(package: Package) -> dict[str, Any]:
                     continue
                 rows = rows[:: max(1, len(rows) // 3000)]
                 kept_out = np.arange(len(rows)) % 3 == 2
-                fitted = fit_attention(rows, size=size, is_latent=is_latent, kept_out=kept_out)
+                fitted = fit_attention(rows, gpu=gpu, size=size, is_latent=is_latent, kept_out=kept_out)
                 found[gpu][f"{kind}/{dtype}"] = fitted | {"source": ", ".join(sorted(used))}
                 print(f"{gpu:14} {kind}/{dtype:5} {fitted['kept_out']}", flush=True)
     return found
@@ -149,7 +156,7 @@ def fused_experts(package: Package) -> dict[str, Any]:
             if len(rows) < 100:
                 continue
             columns = np.array(rows)
-            fitted = _fit_experts(columns, size=size, kept_out=np.arange(len(rows)) % 3 == 2)
+            fitted = _fit_experts(columns, gpu=gpu, size=size, kept_out=np.arange(len(rows)) % 3 == 2)
             found[gpu][kind] = fitted | {"source": ", ".join(sorted(used))}
             print(f"{gpu:14} experts {kind:5} {fitted['kept_out']}", flush=True)
     return found
@@ -194,7 +201,7 @@ def _expert_rows(package: Package, folder: str, dtype: str) -> tuple[list[tuple[
     return [(*shape, seconds) for shape, seconds in best.items()], used
 
 
-def _fit_experts(rows: Any, *, size: float, kept_out: Any) -> dict[str, Any]:
+def _fit_experts(rows: Any, *, gpu: str, size: float, kept_out: Any) -> dict[str, Any]:
     tokens, hidden, width, top, experts, seconds = rows.T
     active = np.minimum(experts, tokens * top)
     weights = 3 * hidden * width
@@ -205,8 +212,8 @@ def _fit_experts(rows: Any, *, size: float, kept_out: Any) -> dict[str, Any]:
         busy = np.cbrt((active * weights * size / bandwidth) ** 3 + (2.0 * padded * weights / rate) ** 3)
         return floor + expert * active + busy + tokens * top * (4.0 * hidden + 8.0 * width) / row_bandwidth
 
-    start = np.log([2e-5, 3e-8, 2e12, 2.5e12, 4e14])
-    bounds = (np.log([1e-6, 1e-12, 1e11, 1e11, 1e13]), np.log([1e-4, 1e-5, 3e13, 2e13, 1e16]))
+    start = np.log([2e-5, 3e-8, 2e12, min(2.5e12, 0.9 * gpu_spec(gpu).memory_bandwidth), 4e14])
+    bounds = (np.log([1e-6, 1e-12, 1e11, 1e11, 1e13]), np.log([1e-4, 1e-5, 3e13, gpu_spec(gpu).memory_bandwidth, 1e16]))
     tried = []
     for block in (16, 32, 64, 128):
 
@@ -283,7 +290,7 @@ def torch_attention(measured: dict[str, Any]) -> dict[str, Any]:
     names = ("batch", "keys", "heads", "kv_heads", "head_dim", "seconds")
     rows: list[Row] = [tuple(row[name] for name in names) for row in measured["attention"]]  # type: ignore[misc]
     kept_out = np.array([row["kept_out"] for row in measured["attention"]])
-    fitted = fit_attention(rows, size=2.0, is_latent=False, kept_out=kept_out)
+    fitted = fit_attention(rows, gpu="h100", size=2.0, is_latent=False, kept_out=kept_out)
     print("torch attention", fitted["kept_out"])
     return {"h100": {"grouped/bf16": fitted | {"source": "measured on one H100"}}}
 

@@ -44,6 +44,8 @@ class StepCosts:
         self.tokens_G = np.unique(np.geomspace(1, most, 2 * int(np.ceil(np.log2(most))) + 1).round()).astype(int)
         layer = [self._dense_part(int(tokens)) for tokens in self.tokens_G]
         self.layer_G, self.dense_G, self.head_G = (np.array(column) for column in zip(*layer, strict=True))
+        latent = [self._latents(int(tokens)) for tokens in self.tokens_G]
+        self.absorbed_G, self.apart_G = (np.array(column) for column in zip(*latent, strict=True))
         self.draft_G = self._drafting_layer() if drafting_layers(scenario) else np.zeros_like(self.layer_G)
         self.reduce_G, self.send_G = self._messages()
         self.attention = AttentionTables(scenario, self.pricing)
@@ -62,10 +64,11 @@ class StepCosts:
         model, mesh = self.model, self.scenario.parallelism
         tokens_D = np.array([max(each.tokens, 1) if self.together else each.tokens for each in formed])
         layer_D, dense_D = self._at(tokens_D, self.layer_G), self._at(tokens_D, self.dense_G)
-        projections_D = model.layers * layer_D + model.dense_layers * dense_D
+        generated_D = np.array([each.generated * each.rows for each in formed])
+        latent_D = self._at(generated_D, self.absorbed_G) + self._at(self._taken_apart(formed), self.apart_G)
+        projections_D = model.layers * (layer_D + latent_D) + model.dense_layers * dense_D
         attention_D = self._attention(formed)
         slowest = int(np.argmax(projections_D + attention_D))
-        generated_D = np.array([each.generated * each.rows for each in formed])
         experts, exchange = self._experts(tokens_D, generated_D)
         longest = float(tokens_D.max())
         reduces = 2 * model.layers * float(np.interp(longest, self.tokens_G, self.reduce_G))
@@ -129,7 +132,7 @@ class StepCosts:
             return 0.0
         drafted = formed[0].rows - 1
         generated_D = np.array([each.generated for each in formed])
-        layer_D = self._at(generated_D, self.draft_G) + self._at(generated_D, self.head_G)
+        layer_D = self._at(generated_D, self.draft_G + self.absorbed_G) + self._at(generated_D, self.head_G)
         attention_D = self.attention.one_layer(np.array([each.keys[-1] for each in formed]), generated_D, 1)
         once = float((layer_D + attention_D).max())
         if once and self.experts is not None:
@@ -139,10 +142,15 @@ class StepCosts:
 
     def _prompt_draft(self, formed: Sequence[Formed], experts: float) -> float:
         tokens_D = np.array([sum(chunk.tokens for chunk in each.chunks) for each in formed])
-        return float(self._at(tokens_D, self.draft_G).max()) + experts
+        return (
+            float((self._at(tokens_D, self.draft_G) + self._at(self._taken_apart(formed), self.apart_G)).max())
+            + experts
+        )
 
     def _at(self, tokens_D: NDArray[np.int64], seconds_G: FloatArray) -> FloatArray:
-        return np.asarray(np.where(tokens_D > 0, np.interp(tokens_D, self.tokens_G, seconds_G), 0.0))
+        """Interpolated; beyond the table in proportion."""
+        beyond_D = np.maximum(tokens_D / self.tokens_G[-1], 1.0)
+        return np.asarray(np.where(tokens_D > 0, np.interp(tokens_D, self.tokens_G, seconds_G) * beyond_D, 0.0))
 
     def _messages(self) -> tuple[FloatArray, FloatArray]:
         """Seconds [G] of an all-reduce of the ranks of a data group, and of a message to the next stage."""
@@ -198,13 +206,24 @@ class StepCosts:
             return gemm(tokens, model.hidden, wide) + gemm(tokens, heads * dim, model.hidden)  # one product for q, k, v
         mla = model.attention
         query = heads * (dim + mla.rope_head_dim)
-        value = mla.value_head_dim or dim
         seconds = gemm(tokens, model.hidden, mla.kv_lora_rank + mla.rope_head_dim)
         if mla.q_lora_rank is None:
             seconds += gemm(tokens, model.hidden, query)
         else:
             seconds += gemm(tokens, model.hidden, mla.q_lora_rank) + gemm(tokens, mla.q_lora_rank, query)
-        # queries into the latent space and outputs out of it: a product for each head
-        for k, n in ((dim, mla.kv_lora_rank), (mla.kv_lora_rank, value)):
-            seconds += self.pricing.batched(heads, tokens, k, n)
-        return seconds + gemm(tokens, heads * value, model.hidden)
+        return seconds + gemm(tokens, heads * (mla.value_head_dim or dim), model.hidden)
+
+    def _latents(self, tokens: int) -> tuple[float, float]:
+        """Seconds of a layer of MLA: of generated tokens, whose queries go into the latent space and outputs out of
+        it, a product for each head; and of tokens of prompts, whose latents become keys and values in one product."""
+        mla, dim = self.model.attention, self.model.head_dim
+        if not isinstance(mla, Mla):
+            return 0.0, 0.0
+        heads, value = self.model.heads // self.scenario.parallelism.tensor, mla.value_head_dim or dim
+        absorbed = self.pricing.batched(heads, tokens, dim, mla.kv_lora_rank)
+        absorbed += self.pricing.batched(heads, tokens, mla.kv_lora_rank, value)
+        return absorbed, self.pricing.gemm(tokens, mla.kv_lora_rank, heads * (dim + value))
+
+    def _taken_apart(self, formed: Sequence[Formed]) -> NDArray[np.int64]:
+        """Latents [D] that become keys and values: those of parts of prompts, and of what lies before them again."""
+        return np.array([sum(chunk.tokens + chunk.before for chunk in each.chunks) + each.padding for each in formed])

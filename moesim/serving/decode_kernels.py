@@ -92,7 +92,10 @@ def fused_experts_seconds(
 
 
 def batched_seconds(parameters: Any, batch: Any, tokens: Any, k: Any, n: Any, *, size: float) -> Any:
-    """A product [tokens, k] x [k, n] for each of a batch; parameters: floor (s), bandwidth, rate."""
+    """A product [tokens, k] x [k, n] for each of a batch; parameters: floor (s), bandwidth, rate.
+
+    Where tables were measured again and again with the same weights, the bandwidth is that of the L2.
+    """
     floor, bandwidth, rate = parameters
     read = batch * (k * n + tokens * (k + n)) * size / bandwidth
     return floor + np.cbrt(read**3 + (2.0 * batch * tokens * k * n / rate) ** 3)
@@ -124,7 +127,8 @@ def fitted_of(family: str, gpu: GpuSpec, *kinds: str, rates: Mapping[int, str]) 
     """Those of the first of `kinds` that a GPU has, else of the GPU that it is like, else of the H100.
 
     `family`: a path in `decode_kernels.json`, as in "attention/engines". Parameters of another GPU are scaled by the
-    ratio of what `rates` says of their places: "memory" or "peak". Another kind or GPU makes the source "scaled".
+    ratio of what `rates` says of their places: "memory" or "peak", and are never more than that: a step finds weights
+    and keys in memory. Another kind or GPU makes the source "scaled".
     """
     table: Mapping[str, Any] = facts()
     for part in family.split("/"):
@@ -140,6 +144,8 @@ def fitted_of(family: str, gpu: GpuSpec, *kinds: str, rates: Mapping[int, str]) 
                 "peak": gpu.peak_flops["bf16"] / base.peak_flops["bf16"],
             }
             own = (each * ratios.get(rates.get(place, ""), 1.0) for place, each in enumerate(entry["parameters"]))
+            most = {"memory": gpu.memory_bandwidth, "peak": max(gpu.peak_flops.values())}
+            own = (min(each, most.get(rates.get(place, ""), each)) for place, each in enumerate(own))
             is_own = name == gpu.name and kind == kinds[0]
             return Fitted(tuple(own), "interpolated" if is_own else "scaled", entry)
     raise AssertionError(f"no kernel of kind {kinds} in {family}")

@@ -48,7 +48,13 @@ def prefill_scenario(scenario: ServingScenario) -> ServingScenario:
     """One instance for prompts as a deployment of its own."""
     prefill = scenario.fleet.prefill
     assert prefill is not None
-    engine = {"token_budget": prefill.token_budget, "redundant_experts": prefill.redundant_experts, "speculation": None}
+    engine: dict[str, Any] = {
+        "token_budget": prefill.token_budget,
+        "redundant_experts": prefill.redundant_experts,
+        "speculation": None,
+    }
+    if prefill.two_batches is not None:
+        engine["two_batches"] = prefill.two_batches
     changes: dict[str, Any] = {"parallelism": prefill.parallelism, "engine": scenario.engine.model_copy(update=engine)}
     if prefill.dispatch is not None:
         changes["dispatch"] = prefill.dispatch

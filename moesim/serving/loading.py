@@ -119,10 +119,11 @@ def _check_fleet(scenario: ServingScenario, refuse: Callable[[Path, str], UserEr
             least = -scenario.model.experts % ranks
             what = f"{slots} experts with their copies do not spread evenly over {ranks} ranks"
             raise refuse(place, f"{what}; use {least}, or {ranks} more")
+    hidden = "nothing is dispatched that could be hidden; spread experts, or drop it"
     if scenario.engine.two_batches and scenario.parallelism.expert == 1:
-        raise refuse(
-            ("engine", "two_batches"), "nothing is dispatched that could be hidden; spread experts, or drop it"
-        )
+        raise refuse(("engine", "two_batches"), hidden)
+    if prefill is not None and prefill.two_batches and prefill.parallelism.expert == 1:
+        raise refuse(("fleet", "prefill", "two_batches"), hidden)
     if scenario.engine.two_batches and scenario.parallelism.pipeline > 1:
         raise refuse(("engine", "two_batches"), "not modelled with pipeline stages; use one stage")
 

@@ -265,7 +265,11 @@ class PrefillPool(Section):
     )
     dispatch: Dispatch | None = Field(
         default=None,
-        description="How tokens of prompts travel to experts, where that is another way; absent: as dispatch.",
+        description="How tokens of prompts travel to experts: engines take kernels for many tokens here, as "
+        "hierarchical, where decoding takes those of low latency. Absent: as dispatch.",
+    )
+    two_batches: Flag | None = Field(
+        default=None, description="As engine.two_batches, on prefill instances; absent: as there."
     )
     transfer: Literal["by_layer", "at_end"] = Field(
         default="by_layer",

@@ -152,6 +152,12 @@ def test_two_batches_hide_what_is_shorter_and_pay_for_the_sms_of_the_exchange() 
     assert two["time_s"]["projections"] + two["time_s"]["experts"] > one["time_s"]["projections"]
 
 
+def test_prompts_may_travel_by_kernels_of_their_own() -> None:
+    own = "{replicas: 3, parallelism: {data: 2, expert: 2}, dispatch: {algorithm: hierarchical, deduplicate: per_node}}"
+    (plain, decode), (other, same) = Deployment(two_pools()).pools, Deployment(two_pools(f"fleet.prefill={own}")).pools
+    assert other.scenario.dispatch != plain.scenario.dispatch and same.scenario.dispatch == decode.scenario.dispatch
+
+
 @pytest.mark.parametrize(
     ("override", "what"),
     [
@@ -160,6 +166,7 @@ def test_two_batches_hide_what_is_shorter_and_pay_for_the_sms_of_the_exchange() 
         ("engine.redundant_experts=3", "do not spread evenly"),
         ("fleet.prefill.redundant_experts=3", "do not spread evenly"),
         ("fleet.prefil={}", "prefill"),
+        ("fleet.prefill={parallelism: {data: 2, expert: 1}, two_batches: true}", "nothing is dispatched"),
     ],
 )
 def test_mistakes_are_named(override: str, what: str) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from moesim.kernels import Gemm, GroupedGemm
-from moesim.scenario import gpu_spec
+from moesim.scenario import gpu_names, gpu_spec
 from moesim.serving import load_serving_text
 from moesim.serving.batch import Formed
 from moesim.serving.costs import StepCosts
@@ -21,6 +21,7 @@ from moesim.serving.decode_kernels import (
     attention_of,
     attention_seconds,
     facts,
+    fitted_of,
     fused_experts_seconds,
     grouped_shape,
     small_on,
@@ -170,6 +171,22 @@ def test_more_rows_and_more_experts_never_take_less_than_their_weights_do() -> N
                 assert np.all(np.diff(seconds_R) > 0)
                 weights_R = np.count_nonzero(each_RE, axis=1) * 3 * 4096 * 1536 * size
                 assert np.all(seconds_R > 0.85 * weights_R / gpu_spec(gpu).memory_bandwidth)
+
+
+def test_no_kernel_is_faster_than_its_gpu() -> None:
+    """Every GPU of the catalogue, with kernels of its own or scaled: bandwidths and rates below the data sheet."""
+    for name in gpu_names():
+        gpu = gpu_spec(name)
+        peak = max(gpu.peak_flops.values())
+        for kind in ("grouped/bf16", "grouped/fp8", "latent/bf16", "latent/fp8"):
+            floor, *_, bandwidth, rate = attention_of(gpu, stack="engines", kind=kind).parameters
+            assert 1e-6 < floor < 5e-5 and bandwidth <= gpu.memory_bandwidth and rate <= peak
+        for kind in ("bf16", "fp8", "int4"):
+            rates = {2: "memory", 3: "memory", 4: "peak"}
+            *_, rows, weights, rate = fitted_of("experts", gpu, kind, "bf16", rates=rates).parameters
+            assert max(rows, weights) <= gpu.memory_bandwidth and rate <= peak
+            floor, bandwidth, rate = fitted_of("batched", gpu, kind, "bf16", rates={1: "memory", 2: "peak"}).parameters
+            assert 1e-6 < floor < 5e-5 and bandwidth <= gpu.memory_bandwidth and rate <= peak
 
 
 def test_every_software_can_be_named() -> None:
