@@ -67,7 +67,7 @@ def _pair(mode: str) -> Ranks:
 def predicted_s(program: Program, step: Any, *, corrections: Any = None) -> float:
     """Seconds of a step of the program at another size."""
     if program.mode == EP:
-        return _by_scenario(program, step)
+        return by_scenario(program, step, ranks=EP_SCENARIO["parallelism"])
     moe_layers = step["layers"] - program.sizes.dense_layers
     size = {"sequences": step["sequences"], "sequence_length": step["tokens"], "moe_layers": moe_layers}
     ops = scaled(program.ops, program.sizes, replace(program.sizes, **size))
@@ -75,7 +75,8 @@ def predicted_s(program: Program, step: Any, *, corrections: Any = None) -> floa
     return step_estimate(ops, _kernels(), ranks=ranks, corrections=corrections).step_s
 
 
-def _by_scenario(program: Program, step: Any) -> float:
+def by_scenario(program: Program, step: Any, *, ranks: Any) -> float:
+    """The same by a scenario of two GPUs, of a program of DeepSeek-V2-Lite's sizes."""
     workload = {"kind": "training", "sequence_length": step["tokens"], "micro_batch": step["sequences"]}
     workload |= {"global_batch": 2 * step["sequences"], "precision": PRECISION}
     with tempfile.TemporaryDirectory() as folder:
@@ -84,6 +85,7 @@ def _by_scenario(program: Program, step: Any) -> float:
         changes = EP_SCENARIO | {
             "model": {"preset": "deepseek-v2-lite", "layers": step["layers"]},
             "workload": workload,
+            "parallelism": ranks,
             "implementation": {"kind": "imported", "file": str(file)},
         }
         return float(moesim.simulate(moesim.load_scenario("quickstart", changes)).result["step_time_s"])

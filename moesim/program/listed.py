@@ -94,6 +94,10 @@ class SwitchedKernels:
             size = ADDED_WIDE * (BYTES_PER_ELEMENT["bf16"] + 2.0 * self._gradient_bytes)
         return [*out, moved(w, "gradients.add", "elementwise", backward("accumulate"), bytes_=size * parameters)]
 
+    def shard_copies(self, w: KernelWriter, *, parameters: float) -> tuple[list[Operation], list[Operation]]:
+        """Weights and gradients lie in the buffers of their collectives."""
+        return [], []
+
     def flat_copies(self, w: KernelWriter, *, parameters: float) -> tuple[list[Operation], list[Operation]]:
         """Gradients of `parameters` parameters into one flat buffer before their all-reduce, and back behind it."""
         if not parameters or not self._switches.flat_gradients:

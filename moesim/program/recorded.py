@@ -283,6 +283,16 @@ class RecordedKernels:
         w = w.during(Phase.WEIGHT_GRADIENT)
         return [moved(w, "gradients.add", "elementwise", backward("accumulate"), bytes_=3.0 * BF16 * parameters)]
 
+    def shard_copies(self, w: KernelWriter, *, parameters: float) -> tuple[list[Operation], list[Operation]]:
+        """As torch's fully_shard: out of the gathered buffer, and into the one that is scattered."""
+        if not parameters:
+            return [], []
+        both = 2.0 * BF16 * parameters
+        return (
+            [issued(moved(w, "weights.apart", "copy", 1.0, bytes_=both), 1.0)],
+            [issued(moved(w.during(Phase.WEIGHT_GRADIENT), "gradients.join", "copy", 1.0, bytes_=both), 1.0)],
+        )
+
     def flat_copies(self, w: KernelWriter, *, parameters: float) -> tuple[list[Operation], list[Operation]]:
         """Into the buckets of data parallelism, and back out of them."""
         if not parameters:

@@ -38,6 +38,9 @@ class KernelList(Protocol):
     def flat_copies(self, w: KernelWriter, *, parameters: float) -> tuple[list[Operation], list[Operation]]:
         """What comes before and after the reductions of the gradients of `parameters` parameters."""
 
+    def shard_copies(self, w: KernelWriter, *, parameters: float) -> tuple[list[Operation], list[Operation]]:
+        """What takes the gathered weights of a part apart, and what joins its gradients before they are scattered."""
+
 
 KERNEL_LISTS: dict[str, Callable[[Scenario], KernelList]] = {
     "switched": SwitchedKernels,

@@ -15,7 +15,7 @@ from moesim.program.gemms import column_parallel, gather_columns
 from moesim.program.loads import LayerLoads
 from moesim.program.operations import MAIN, Block, Kind, Operation
 from moesim.program.peers import GroupLinks, PeerCollective, SideBySide
-from moesim.program.sharded import ShardedPart, ShardedStage
+from moesim.program.sharded import PARAMETERS, ShardedPart, ShardedStage
 from moesim.program.sizes import Passes, Step, chain
 from moesim.program.software import kernel_list
 from moesim.program.writer import KernelWriter
@@ -107,7 +107,14 @@ def _passes(
     if links is None or not Mesh(scenario.parallelism, scenario.cluster).shards_by_layer:
         return chain(*(passes for _, passes in parts))
     units = stage_units(scenario, plan.stage, held=plan.held)
-    named = [ShardedPart(passes, unit, layer) for (layer, passes), unit in zip(parts, units, strict=True)]
+    zero = scenario.parallelism.zero
+    named = []
+    for (layer, (ahead, back)), unit in zip(parts, units, strict=True):
+        gathered = unit.dense * (zero.dense >= PARAMETERS) + unit.expert * (zero.expert >= PARAMETERS)
+        w = writer(Part.PARAMETERS, layer)
+        apart, together = software.shard_copies(w, parameters=gathered)
+        again, _ = software.shard_copies(w.backward, parameters=gathered)
+        named.append(ShardedPart(([*apart, *ahead], [*again, *back, *together]), unit, layer))
     return ShardedStage(scenario, links).passes(named)
 
 

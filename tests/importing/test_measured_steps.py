@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from library_table import Program, group_of, predicted_s, programs
+from library_table import Program, by_scenario, group_of, predicted_s, programs
 
 from moesim.kernels import KernelModel, kernel_model
 from moesim.recorded.estimate import SLOWER_HOST, StepEstimate, step_estimate
@@ -94,6 +94,16 @@ def test_two_gpus_from_a_recording_of_one(wrapper: str, blind: int, seen: int, w
 def test_experts_on_two_gpus_from_a_recording_of_one() -> None:
     errors = library_errors(of=lambda _, mode: mode == "ep")
     assert len(errors[True]) == 3 and max(*errors[True], *errors[False]) < 0.03
+
+
+@pytest.mark.slow
+def test_fully_sharded_steps_by_a_scenario() -> None:
+    """ZeRO 3 of a scenario whose software is the recorded step, copies of fully_shard included."""
+    found = programs()["fsdp-titan"]
+    ranks = {"data": 2, "expert": 1, "pipeline": 1, "tensor": 1, "zero": {"dense": 3, "expert": 3}}
+    program = Program.of(found)
+    for step in found["steps"]:
+        assert abs(by_scenario(program, step, ranks=ranks) / step["sustained_s"] - 1) < 0.065
 
 
 def test_small_models_show_what_a_host_is_known_by() -> None:
