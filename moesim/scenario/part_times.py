@@ -1,8 +1,9 @@
 """About how long each part of a model takes: what the layers are split into pipeline stages by.
 
-What one token of a rank costs, forward and backward: FLOPs over peak, bytes of memory over its bandwidth, and what the
-ranks of a layer send each other where the schedule does not hide it. It needs no routing and no kernel profile, so that
-every reader of a scenario - memory, plans, the simulation - sees the same split. Only ratios of parts count.
+What one token of a rank costs, forward and backward: FLOPs over peak, bytes that the software's kernels move over the
+memory's bandwidth, and what the ranks of a layer send each other where the schedule does not hide it. It needs no
+routing and no kernel profile, so that every reader of a scenario - memory, plans, the simulation - sees the same split.
+Only ratios of parts count.
 
 Legend: h hidden size, K experts per token, D ranks of an expert group, c copies of a token that leave for other ranks.
 """
@@ -28,6 +29,20 @@ PRODUCT_SHARE, GROUPED_SHARE, ATTENTION_SHARE, MEMORY_SHARE, LINK_SHARE = 0.8, 0
 FP8_SHARE = 0.7  # of the share of bf16
 SM_SHARE = 0.12  # of the SMs, held by communication where the scenario names no share
 WIDE = BYTES_PER_ELEMENT["bf16"]  # activations
+# Bytes of the settings of a software, forward and backward, as its kernels move them (`moesim.program`): of a norm and
+# the sum around it, per value; of a rotary embedding, per number that turns; of an activation, per value of the result;
+# of attention's scores, per pair; of the loss, per logit in all; and beyond fused ones, per value of a row: where
+# gradients of rows are gathered, results combined, scaled by gates, and ordered.
+NORMS = {"fused": (8.0, 8.0), "kernel": (10.0, 12.0), "unfused": (42.0, 98.0)}
+ROTARY = {"fused": (4.0, 4.0), "cached": (20.0, 34.0), "remade": (26.0, 30.0), "complex": (20.0, 20.0)}
+ROTARY |= {"unfused": (22.0, 30.0)}
+ACTIVATIONS = {"fused": (6.0, 10.0), "compiled": (6.0, 19.0), "unfused": (10.0, 26.0)}
+SCORES = {"fused": (0.0, 0.0), "unfused": (8.0, 10.0), "fp32": (25.0, 49.0)}
+LOGITS = {"fused": 6.0, "parallel": 43.0, "fp32": 28.0}
+GATHERED = {"fused": 0.0, "index_add": 4.0, "index_put": 6.0}
+COMBINED = {"fused": 0.0, "index_add": 4.0, "sum": 28.0}
+GATES = {"inside": 0.0, "bf16": 14.0, "fp32": 46.0}
+ORDERED = {"fused": 0.0, "sort": 8.0, "mask": 16.0, "sentinels": 12.0}
 
 
 class PartSeconds(NamedTuple):
@@ -67,7 +82,12 @@ class _Parts:
         self.recompute = scenario.workload.recompute
         # Forward passes of a layer per backward pass.
         self.forwards = 2 if self.recompute == "full" else 1
-        self.norm_bytes = 16 * self.model.hidden  # read, add, write and write, forward and backward
+        self.switches = scenario.implementation.switches
+        self.norm_bytes = sum(NORMS[self.switches.norm]) * self.model.hidden
+
+    def _both_ways(self, bytes_: tuple[float, float]) -> float:
+        """Of kernels that run forward, as often as the forward pass does, and backward."""
+        return self.forwards * bytes_[0] + bytes_[1]
 
     def products(
         self, parameters: float, *, share: float = PRODUCT_SHARE, wide: bool = False, layer: bool = False
@@ -95,10 +115,12 @@ class _Parts:
 
     def _attention(self) -> float:
         model, length = self.model, self.scenario.workload.sequence_length
-        scores = attention_score_flops(model, sequence_length=length, causal=True)
+        fused = self.switches.attention == "fused"
+        scores = attention_score_flops(model, sequence_length=length, causal=fused)
         peak = self.gpu.peak_flops[self.precision.wide]
-        core = scores * (self.forwards + 2.5) / (ATTENTION_SHARE * peak)
-        rotary = 4 * WIDE * (model.heads + model.kv_heads) * model.head_dim
+        core = scores * (self.forwards + (2.5 if fused else 2.0)) / (ATTENTION_SHARE * peak)
+        core += self.moved(self._both_ways(SCORES[self.switches.attention]) * model.heads * length)
+        rotary = self._both_ways(ROTARY[self.switches.rotary]) * (model.heads + model.kv_heads) * model.head_dim
         again = self.forwards == 1 and self.recompute != "none"  # what is cheap is made again
         bytes_ = self.norm_bytes * (1 + (self.forwards - 1 + again) / 2) + rotary
         products = self.products(attention_layer_parameters(model), layer=True)
@@ -110,8 +132,8 @@ class _Parts:
         return products + self.moved(self._activation_bytes(width)) + (2 * self.forwards + 1) * self.shared_tokens()
 
     def _activation_bytes(self, width: float) -> float:
-        """silu(a) * b reads two values and writes one; its gradient reads three and writes two."""
-        return (3 * self.forwards + 5) * WIDE * width
+        """Fused, silu(a) * b reads two values and writes one; its gradient reads three and writes two."""
+        return self._both_ways(ACTIVATIONS[self.switches.activation]) * width
 
     def dense_layer(self) -> float:
         """Attention and the dense network."""
@@ -154,7 +176,9 @@ class _Parts:
         copies = self.model.top_k if self._per_expert else self._copies(mesh.expert)
         per_row = (8 * copies + 6 * model.top_k + 2) if mesh.expert * mesh.expert_tensor > 1 else 6 * model.top_k + 2
         quantise = 3 if self.scenario.dispatch.dtype == "fp8" else 0
-        return (1 + self.forwards) * (per_row + quantise) * model.row_width
+        ways = self.switches
+        more = GATHERED[ways.gather_backward] + COMBINED[ways.combine] + GATES[ways.gates] + ORDERED[ways.permute]
+        return ((1 + self.forwards) * (per_row + quantise) + more * model.top_k) * model.row_width
 
     @property
     def _per_expert(self) -> bool:
@@ -181,4 +205,10 @@ class _Parts:
         """Norm, logits and loss."""
         model = self.model
         logits = self.products(model.hidden * model.vocab, wide=True)
-        return logits + self.moved(self.norm_bytes + 6 * model.vocab) + self.shared_tokens()
+        bytes_ = self.norm_bytes + LOGITS[self.switches.loss] * model.vocab
+        work, mesh = self.scenario.workload, self.scenario.parallelism
+        tokens = work.micro_batch * work.sequence_length / mesh.context  # of which tensor ranks share columns
+        bytes_ += (
+            3 * WIDE * (self.switches.loss_chunks - 1) * model.vocab * model.hidden / tokens
+        )  # their gradients' sums
+        return logits + self.moved(bytes_) + self.shared_tokens()

@@ -75,10 +75,17 @@ def test_ranks_hold_the_stages_that_the_schedule_gives_them(small, schedule) -> 
     assert stages_of_ranks(mesh) == built.stages_of_rank
 
 
-@pytest.mark.parametrize("name", PIPELINED)
-def test_the_estimate_is_near_the_simulated_parts(name) -> None:
-    """Ratios to a layer with experts, against the parts run by the executor: within 15 %, of fused kernels."""
-    scenario = load_scenario(SCENARIOS / f"{name}.yaml", ["implementation=fused"])
+@pytest.mark.parametrize(
+    ("name", "software"),
+    [
+        *[(name, "fused") for name in PIPELINED],
+        *[("mixtral-8x22b-tp-folding", name) for name in ("megatron", "megatron_local", "torchtitan")],
+        *[("qwen3-235b-256xh100", name) for name in ("megatron", "torchtitan")],
+    ],
+)
+def test_the_estimate_is_near_the_simulated_parts(name, software) -> None:
+    """Ratios to a layer with experts, against the parts run by the executor: within 15 %, by software."""
+    scenario = load_scenario(SCENARIOS / f"{name}.yaml", [f"implementation={software}"])
     cut = LayerTimes(Traces(None).of).of(scenario, NetworkParameters())
     parts, model = part_seconds(scenario), scenario.model
 
