@@ -40,14 +40,15 @@ def execute(args: argparse.Namespace) -> int:
     result = _answers(scenario, args)
     from moesim.report.serving_view import print_serving, serving_page
 
-    if path is not None:
-        write_output(serving_page(result), path, force=args.force)
-        write_output(json_text(result, indent=1) + "\n", path.with_suffix(".json"), force=args.force)
     if args.json:
         print(json_text(result, indent=1))
     elif not args.quiet:
-        print_serving(result)
-        print(f"\nplotted in {path}, its numbers in {path.with_suffix('.json')}" if path else "")
+        print_serving(result)  # first: what was simulated is not lost where a file is in the way
+    if path is not None:
+        write_output(serving_page(result), path, force=args.force)
+        write_output(json_text(result, indent=1) + "\n", path.with_suffix(".json"), force=args.force)
+        if not args.quiet and not args.json:
+            print(f"\nplotted in {path}, its numbers in {path.with_suffix('.json')}")
     return 0
 
 

@@ -28,6 +28,7 @@ _PATHS = (
     ("implementation", "file"),
     ("workload", "arrivals", "file"),
 )
+_LIBRARY = (("routing", "file"), ("decode_routing", "file"))  # which may name a trace that ships
 _NAMED_CORPORA = ("stdlib",)
 
 
@@ -135,7 +136,7 @@ def absolute_paths(root: Node, *, base: Path) -> Node:
         node, reached = find(root, path)
         if reached != path or not isinstance(node.value, str) or node.value in _NAMED_CORPORA:
             continue
-        if path == ("routing", "file") and node.value.startswith(LIBRARY_PREFIX):
+        if path in _LIBRARY and node.value.startswith(LIBRARY_PREFIX):
             continue
         target = _resolve(node.value, node, base)
         if not target.exists():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moesim.errors import InfeasibleError, UserError
-from moesim.scenario import gpu_spec, load_scenario_text
+from moesim.scenario import TraceRouting, gpu_spec, load_scenario_text
 from moesim.serving import largest_load, load_serving, load_serving_text, serve, serve_seeds
 from moesim.serving.answers import Deployment
 from moesim.serving.balancing import BALANCING
@@ -296,6 +296,16 @@ def test_generated_tokens_may_choose_otherwise_than_prompts(deployment: Deployme
     assert apart is not None and even is not None
     none, half, all_of_them = (apart.at(30_000, generated).imbalance for generated in (0, 15_000, 30_000))
     assert none == even.at(30_000, 0).imbalance < half < all_of_them
+
+
+def test_generated_tokens_have_a_trace_of_their_own_beside_the_file_or_one_that_ships(tmp_path: Path) -> None:
+    shipped = small('decode_routing={kind: trace, file: "library:64x6/published"}').decode_routing
+    assert isinstance(shipped, TraceRouting) and shipped.file == "library:64x6/published"
+    (tmp_path / "own.routing").touch()
+    file = tmp_path / "small.yaml"
+    file.write_text(SMALL + "decode_routing: {kind: trace, file: own.routing}\n")
+    own = load_serving(file).decode_routing
+    assert isinstance(own, TraceRouting) and own.file == str(tmp_path / "own.routing")
 
 
 def test_narrow_weights_leave_more_room_and_steps_of_few_tokens_are_faster() -> None:
