@@ -20,10 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.engine.conditions import Conditions
+from moesim.engine.lateness import Among, Lateness
 from moesim.engine.segments import (
     COMMUNICATION,
     COMPUTE,
     FAMILY_NUMBERS,
+    MET,
     NO_TRANSFER,
     NUM_CHAIN_CLOCKS,
     NUM_CLOCKS,
@@ -32,6 +34,7 @@ from moesim.engine.segments import (
 )
 from moesim.engine.walk import Labels, Step
 from moesim.kernels import Beside, slowed_at
+from moesim.kernels.jitter import NO_JITTER, Jitter
 from moesim.program.changes import ChangingTransfer
 from moesim.program.host import FREE_HOST, HostModel
 from moesim.program.operations import MAIN, NUM_CHAINS, SIDE, Kind, Run, Transfer
@@ -75,6 +78,7 @@ class GroupExecutor:
         collective_rate: float = 0.0,
         conditions: Conditions | None = None,
         ranks_R: NDArray[np.int64] | None = None,
+        jitter: Jitter = NO_JITTER,
     ) -> None:
         """`beside_collectives_R`: as `beside_R`, where the transfer is a library's collective; absent: these are free.
 
@@ -107,6 +111,9 @@ class GroupExecutor:
         self._compiled = compiled and self._host_is_free and conditions is None
         self._conditions, self._ranks_R = conditions, np.arange(ranks) if ranks_R is None else ranks_R
         self._transfer_span = -1  # the row of the latest transfer
+        self.lateness: Lateness | None = None  # None: ranks are alike
+        if not jitter.is_none:
+            self.lateness = Lateness(jitter, clocks_4SR=self.clocks_KSR[MET:])
 
     @property
     def done_SR(self) -> FloatArray:
@@ -123,8 +130,11 @@ class GroupExecutor:
         reduced_SR, recorder = self.reduced_SR, self.recorder
         rows = [row for row in (self._transfer_span, self._reducing_span) if row >= 0]  # may still become longer
         times = [(row, recorder.finish_NSR[row].copy(), recorder.own_NSR[row].copy()) for row in rows]
+        restore_lateness = self.lateness.saved() if self.lateness is not None else None
 
         def restore() -> None:
+            if restore_lateness is not None:
+                restore_lateness()
             self.clocks_KSR[:], self.host_SR[:] = clocks_KSR, host_SR
             recorder.count = count
             self._transfer_span, self._open_F3R = open_
@@ -164,16 +174,21 @@ class GroupExecutor:
         of_span = first if first == second else first + packed.which_G * (second - first)
         span = recorder.run(packed.labels_G, of_span).start
         spans = recorder.start_NSR, recorder.finish_NSR, recorder.own_NSR
+        jitter_3 = np.zeros(3) if self.lateness is None else self.lateness.loops
         for steps_NC, rows, chain, which, transfers_M in packed.segments:
             now = self.beside_F3R, self._open_F3R, self._transfer_span, chain, span
-            durations = *packed.seconds_Q, packed.alike_S, *micro_batches
+            durations = *packed.seconds_Q, packed.alike_S, *micro_batches, jitter_3
             opened = loops.advance(clocks_KSR, steps_NC, *durations, *now, *spans)
             if opened >= 0:
                 self._transfer_span, self._open_F3R = opened, self.beside_F3R
+                if self.lateness is not None:
+                    self.lateness.all_have_met()
             span += rows
             if chain != NO_TRANSFER:
                 transfer = transfers_M[micro_batches[which] % len(transfers_M)]
                 done_SR = transfer.finish(spans[0][span])
+                if self.lateness is not None:
+                    done_SR = self._with_lateness(transfer, spans[0][span], done_SR)
                 loops.settle(clocks_KSR, chain, span, done_SR, transfer.alone_R, *spans)
                 self._transfer_span, self._open_F3R = span, self._facts_beside(transfer)
                 yield chain, transfer, self._open_from_SR, self._open_until_SR
@@ -188,7 +203,7 @@ class GroupExecutor:
 
     def begin(self, arrived: Sequence[Handed]) -> None:
         """All chains wait until what the next action needs has arrived; waiting for what is on its way is a span."""
-        ready_SR = np.maximum(self.chains_CSR.max(axis=0), self.compute_SR)
+        ready_SR = before_SR = np.maximum(self.chains_CSR.max(axis=0), self.compute_SR)
         for label, sent_SR, arrival_SR in arrived:
             if self.records_all or (arrival_SR > ready_SR).any():
                 start_SR = np.clip(sent_SR, ready_SR, np.maximum(arrival_SR, ready_SR))
@@ -197,11 +212,26 @@ class GroupExecutor:
                 ready_SR = finish_SR
         self.chains_CSR[:] = ready_SR
         self.last_begin_SR = ready_SR
+        if self.lateness is not None and arrived:
+            self.lateness.met_SR += ready_SR - before_SR  # standing idle is no work
 
     def wait_for_reductions(self) -> None:
         """All chains wait until the latest collective is done."""
         self.begin([])
         np.maximum(self.chains_CSR, self.reduced_SR, out=self.chains_CSR)
+        if self.lateness is not None:
+            np.maximum(self.lateness.met_SR, self.chains_CSR[MAIN], out=self.lateness.met_SR)
+
+    def meet_others(self, among: Among) -> None:
+        """With no collective between groups to do it in, wait for the slowest of all ranks."""
+        if self.lateness is None:
+            return
+        late_SR = self.lateness.among_groups(self.done_SR, among)
+        if self._reduces_inside and self._reducing_span >= 0:
+            self.recorder.finish_NSR[self._reducing_span] += late_SR
+            self.reduced_SR = self.reduced_SR + late_SR
+        else:
+            self.chains_CSR += late_SR
 
     def finished(self, which: int) -> FloatArray:
         """When pass `which` of the last action handed over what it gives."""
@@ -245,6 +275,8 @@ class GroupExecutor:
         if self._host_is_free or not (self.records_all or (self.host_SR > ready_SR).any()):
             return ready_SR
         start_SR = np.maximum(ready_SR, self.host_SR)
+        if self.lateness is not None:
+            self.lateness.paced_SR = np.where(self.host_SR > ready_SR, start_SR, self.lateness.paced_SR)
         if step.kind is Kind.COMPUTE:
             stall = Label("host", "host", Stream.HOST, step.layer, part=Part.STALL)
             self.recorder.add(self.labels.number(stall), micro_batch, ready_SR, start_SR, start_SR - ready_SR)
@@ -307,10 +339,19 @@ class GroupExecutor:
         prepared = step.transfers_M[micro_batch % len(step.transfers_M)]
         start_SR = self._issue(step, np.maximum(self.chains_CSR[step.chain], self.communication_SR), micro_batch)
         finish_SR, own_SR = self._carried(prepared, start_SR)
+        if self.lateness is not None:
+            finish_SR = self._with_lateness(prepared, start_SR, finish_SR)
         self.communication_SR[:] = self.chains_CSR[step.chain] = finish_SR
         self._open_from_SR[:], self._open_until_SR[:] = start_SR, finish_SR
         self._transfer_span, self._open_F3R = self.recorder.count, self._facts_beside(_as_before(prepared))
         self.recorder.add(int(step.labels_N[0]), micro_batch, start_SR, finish_SR, own_SR)
+
+    def _with_lateness(self, transfer: Transfer, start_SR: FloatArray, finish_SR: FloatArray) -> FloatArray:
+        """When a transfer is done that begins when the slowest rank comes, chips and hosts being what they are."""
+        assert self.lateness is not None
+        finish_SR = finish_SR + self.lateness.at_transfer(transfer, start_SR)
+        self.lateness.met_SR[:] = finish_SR
+        return finish_SR
 
     def _carried(self, prepared: Transfer, start_SR: FloatArray) -> tuple[FloatArray, FloatArray]:
         """When a transfer is done, and its own part."""

@@ -6,6 +6,8 @@ Clocks and columns of steps are numbered in `segments`. (numba's cache looks at 
 change, change this file.)
 """
 
+import math
+
 import numba
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +19,9 @@ from moesim.engine.segments import (
     FAMILY,
     FIRST,
     KIND,
+    LATE,
     LENGTH,
+    MET,
     NO_TRANSFER,
     NUM_CHAIN_CLOCKS,
     OFFSET,
@@ -29,6 +33,8 @@ from moesim.engine.segments import (
     STRIDE_M,
     STRIDE_R,
     STRIDE_S,
+    UNMET,
+    WAITED,
     WHICH,
 )
 from moesim.program.operations import SIDE, Kind
@@ -127,9 +133,34 @@ def _kernel(
 
 
 @numba.njit(cache=True)
+def _late(clocks_KSR: FloatArray, jitter_3: FloatArray, last: float, sample: int, ranks: int) -> float:
+    """Seconds by which a meeting begins later than `last`, when the last of the first `ranks` ranks comes by its own
+    work: `moesim.engine.lateness`, of ranks that all meet and whose host never limits.
+    """
+    constant, white, factor = jitter_3
+    met_R, opened_R = clocks_KSR[MET, sample], clocks_KSR[OPEN_FROM, sample]
+    most, num_ranks = 0.0, len(met_R)
+    for rank in range(ranks):
+        work = max(opened_R[rank] - met_R[rank], 0.0)
+        most = max(most, work)
+        clocks_KSR[UNMET, sample, rank] += work
+        clocks_KSR[WAITED, sample, rank] += factor * math.log(num_ranks) * (constant * work)
+    scale = math.sqrt((constant * most) ** 2 + white * most) * factor
+    late = 0.0
+    if scale > 0.0:
+        total = 0.0
+        for rank in range(ranks):
+            total += math.exp((opened_R[rank] - last) / scale)
+        late = scale * math.log(total * (num_ranks / ranks))
+    for rank in range(ranks):
+        clocks_KSR[LATE, sample, rank] += late
+    return late
+
+
+@numba.njit(cache=True)
 def _meeting(
-    clocks_KSR: FloatArray, step_C: NDArray[np.int64], seconds_Q: FloatArray, place: int, row: int, sample: int,
-    ranks: int, start_GSR: FloatArray, finish_GSR: FloatArray, own_GSR: Own,
+    clocks_KSR: FloatArray, step_C: NDArray[np.int64], seconds_Q: FloatArray, place: int, jitter_3: FloatArray,
+    row: int, sample: int, ranks: int, start_GSR: FloatArray, finish_GSR: FloatArray, own_GSR: Own,
 ) -> None:  # fmt: skip
     """One transfer in which nobody begins before the last of the first `ranks` ranks has come."""
     chain_R, free_R = clocks_KSR[step_C[CHAIN], sample], clocks_KSR[COMMUNICATION, sample]
@@ -138,9 +169,15 @@ def _meeting(
     for rank in range(ranks):
         opened_R[rank] = max(chain_R[rank], free_R[rank])
         last = max(last, opened_R[rank])
+    late = 0.0
+    if jitter_3[2] > 0.0:
+        late = _late(clocks_KSR, jitter_3, last, sample, ranks)
     for rank in range(ranks):
         alone = seconds_Q[place + rank * step_C[STRIDE_R]]
         start, done = opened_R[rank], last + alone
+        if late > 0.0:
+            done += late
+        clocks_KSR[MET, sample, rank] = done
         chain_R[rank] = free_R[rank] = until_R[rank] = done
         start_GSR[row, sample, rank], finish_GSR[row, sample, rank] = start, done
         own_GSR[row, sample, rank] = min(alone, done - start)
@@ -164,6 +201,7 @@ def advance(
     alike_S: NDArray[np.bool_],
     first_micro_batch: int,
     second_micro_batch: int,
+    jitter_3: FloatArray,
     beside_F3R: FloatArray,
     open_F3R: FloatArray,
     open_span: int,
@@ -178,6 +216,7 @@ def advance(
     `first_Q`, `first_micro_batch`: durations and micro-batch of the first pass of the action; `second_...` likewise.
     `alike_S` (one entry may stand for all samples): whether all ranks have the same durations. Where they have, and
     the same clocks, one rank is walked for all.
+    `jitter_3`: the two standard deviations of a rank's work and what they count times (`Lateness.loops`), 0 for none.
     `open_span`: the row of the latest transfer, which kernels beside it make longer by `open_F3R`; transfers among the
     steps have `beside_F3R`. Returns the row of the latest transfer then, or -1 where it is the same.
     """
@@ -206,7 +245,7 @@ def advance(
             if step_C[KIND] == _KERNEL:
                 _kernel(clocks_KSR, step_C, seconds_Q, place, facts_F3R, latest, row, sample, width, *spans)
             else:
-                _meeting(clocks_KSR, step_C, seconds_Q, place, row, sample, width, *spans)
+                _meeting(clocks_KSR, step_C, seconds_Q, place, jitter_3, row, sample, width, *spans)
                 latest = opened = row
                 facts_F3R = beside_F3R
             row += 1

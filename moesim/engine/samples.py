@@ -65,7 +65,7 @@ def _simulate_program(program: StepProgram, *, first: bool) -> Outcome:
     kept = [table for group, table in zip(program.groups, step.tables, strict=True) if group.number == 0]
     world = sum(group.all_ranks_TR.size for group in program.groups)
     attribution_CSW = np.zeros((len(CATEGORIES), program.samples, world))
-    compute_time_SW = np.zeros((program.samples, world))
+    compute_time_SW, jitter_SW = (np.zeros((program.samples, world)) for _ in range(2))
     busy_SP = np.zeros((program.samples, 1 + max(places)))
     count = sum(len(group.all_ranks_TR) for group in program.groups if group.pipeline_rank == places[0])
     busy_gS: dict[tuple[int, int], NDArray[np.float64]] = {}
@@ -77,12 +77,15 @@ def _simulate_program(program: StepProgram, *, first: bool) -> Outcome:
         compute_time_SW[:, ranks_TR] = compute_SR[:, None]
         busy_S = action_seconds(table).mean(axis=1) / count
         busy_gS |= {(group.pipeline_rank, int(first)): busy_S for first in ranks_TR[:, 0]}
+    for group, late_SR in zip(program.groups, step.late_gSR, strict=bool(step.late_gSR)):
+        jitter_SW[:, group.all_ranks_TR] = late_SR[:, None]
     for (place, _), busy_S in sorted(busy_gS.items(), key=lambda item: item[0]):  # summed in the order of the ranks
         busy_SP[:, place] += busy_S
     collectives = [(each.name, each.members) for each in (*program.reductions, *program.gathers)]
     return Outcome(
         step_S=step.step_S,
         attribution_CSW=attribution_CSW,
+        jitter_SW=np.minimum(jitter_SW, attribution_CSW[CATEGORIES.index("imbalance_wait")]),
         compute_time_SW=compute_time_SW,
         busy_SP=busy_SP,
         source_seconds=program.source_seconds,

@@ -34,7 +34,10 @@ COMPUTE, COMMUNICATION = NUM_CHAIN_CLOCKS, NUM_CHAIN_CLOCKS + 1
 OPEN_FROM, OPEN_UNTIL = NUM_CHAIN_CLOCKS + 2, NUM_CHAIN_CLOCKS + 3  # the latest transfer, which slows compute
 # Of the run of kernels that goes on: its start, work done, and seconds lost beside the open transfer.
 RUN_START, RUN_WORK, RUN_LOST = range(NUM_CHAIN_CLOCKS + 4, NUM_CHAIN_CLOCKS + 7)
-NUM_CLOCKS = NUM_CHAIN_CLOCKS + 7
+# Of jitter (`moesim.engine.lateness`): when ranks last met, how much later meetings began in all, and, since groups
+# last met, the work before meetings and what was waited in them for slow chips.
+MET, LATE, UNMET, WAITED = range(NUM_CHAIN_CLOCKS + 7, NUM_CHAIN_CLOCKS + 11)
+NUM_CLOCKS = NUM_CHAIN_CLOCKS + 11
 
 
 class Segment(NamedTuple):

@@ -24,8 +24,10 @@ from numpy.typing import NDArray
 from moesim.engine.conditions import Conditions
 from moesim.engine.executor import GroupExecutor
 from moesim.engine.hub import Carried, Hub
+from moesim.engine.lateness import ALONE, Among
 from moesim.engine.walk import Labels
 from moesim.kernels import Beside, slowed_at
+from moesim.kernels.jitter import NO_JITTER
 from moesim.network.contention import LinkUse
 from moesim.program.contention import TINY, samples_of
 from moesim.program.operations import Run
@@ -40,10 +42,14 @@ Wait = Generator[simpy.Event, Any, None]
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """The spans of every group and the duration of the step in every sample."""
+    """The spans of every group and the duration of the step in every sample.
+
+    `late_gSR`: of every group the seconds [S, R] by which meetings began later for jitter; empty where ranks are alike.
+    """
 
     tables: tuple[SpanTable, ...]
     step_S: FloatArray
+    late_gSR: tuple[FloatArray, ...] = ()
 
 
 class Early(NamedTuple):
@@ -71,9 +77,11 @@ class _Meeting:
         beside: Beside,
         conditions: Conditions | None = None,
         seconds: tuple[float, ...] = (),
+        among: Among = ALONE,
     ) -> None:
         self.reduction, self.beside = reduction, beside
         self.conditions, self.seconds = conditions, seconds or (reduction.seconds,)
+        self.among = among
         self.longer: FloatArray | float = 0.0  # [S, W]: than on links as they are before the step
         self.groups = [group for group in groups if reduction.ranks & set(group.ranks_R.tolist())]
         self.arrived = {id(group): env.event() for group in self.groups}
@@ -83,7 +91,9 @@ class _Meeting:
     def attend(self, group: GroupProgram, executor: GroupExecutor) -> Wait:
         """Bring this group's times, wait for all, and go on when the collective is done."""
         reduction = self.reduction
-        start_SR, finish_SR = yield from self._meet(group, executor, executor.last_begin_SR, executor.done_SR)
+        done_SR, lateness = executor.done_SR, executor.lateness
+        late_SR = 0.0 if lateness is None else lateness.among_groups(done_SR, self.among)
+        start_SR, finish_SR = yield from self._meet(group, executor, executor.last_begin_SR, done_SR, late_SR)
         own = self.own_seconds(group)
         executor.collective(collective_label(reduction), start_SR=start_SR, finish_SR=finish_SR, own=own)
 
@@ -100,15 +110,24 @@ class _Meeting:
         return self.reduction.seconds + (longer[:, group.ranks_R] if isinstance(longer, np.ndarray) else longer)
 
     def _meet(
-        self, group: GroupProgram, executor: GroupExecutor, begin_SR: FloatArray, done_SR: FloatArray
+        self,
+        group: GroupProgram,
+        executor: GroupExecutor,
+        begin_SR: FloatArray,
+        done_SR: FloatArray,
+        late_SR: FloatArray | float = 0.0,
     ) -> Generator[simpy.Event, Any, tuple[FloatArray, FloatArray]]:
-        """When the collective begins for each rank of the group, and when it is done."""
+        """When the collective begins for each rank of the group, and when it is done.
+
+        `late_SR`: how much later than by its own work the slowest rank of all is done.
+        """
         reduction = self.reduction
         first_SR = done_SR
         if reduction.buckets:
             first_SR = begin_SR + (done_SR - begin_SR) / reduction.buckets
         first_SR = np.maximum(first_SR, executor.reduced_SR)  # one collective after the other
-        self.arrived[id(group)].succeed((first_SR, np.maximum(done_SR, executor.reduced_SR)))
+        first = first_SR if reduction.buckets else first_SR + late_SR
+        self.arrived[id(group)].succeed((first, np.maximum(done_SR + late_SR, executor.reduced_SR)))
         finish_SW = yield self.over
         return first_SR, finish_SW[:, group.ranks_R]
 
@@ -179,6 +198,8 @@ class _Step:
     def __init__(self, program: StepProgram) -> None:
         self.program = program
         self.env = simpy.Environment()
+        sizes = [group.all_ranks_TR.shape for group in program.groups]
+        self.among = Among(sum(twins * ranks for twins, ranks in sizes), sum(twins for twins, _ in sizes))
         self.handoffs: defaultdict[tuple[Handoff, int], simpy.Event] = defaultdict(self.env.event)
         self.contention = contention = program.contention
         self.hub = Hub(self.env, contention.capacity_L) if contention else None
@@ -197,6 +218,7 @@ class _Step:
                 _beside(program, collective),
                 self.conditions,
                 by_state,
+                self.among,
             )
             for collective, use, by_state in zip(collectives, uses, seconds, strict=True)
         ]
@@ -223,6 +245,8 @@ class _Step:
                 times = executor.last_begin_SR, executor.done_SR
                 reducing = self.env.process(self._reduce_early(group, executor, due[number], times, reducing))
         yield from self._reduce(group, executor, due[len(group.tasks) - 1], reducing)
+        if not due[len(group.tasks) - 1]:
+            executor.meet_others(self.among)
         executor.wait_for_reductions()
         yield from self._execute(group, executor, [Run(group.optimizer, -1, False)])
         for meeting in self.gathers:
@@ -345,7 +369,8 @@ def simulate_step(program: StepProgram) -> StepOutcome:
     outcomes = [_simulate(sample, labels) for sample in samples_of(program)]
     step_S = np.concatenate([outcome.step_S for outcome in outcomes])
     tables = (_side_by_side(tables, step_S) for tables in zip(*(outcome.tables for outcome in outcomes), strict=True))
-    return StepOutcome(tuple(tables), step_S)
+    late_gSR = tuple(np.concatenate(late) for late in zip(*(outcome.late_gSR for outcome in outcomes), strict=True))
+    return StepOutcome(tuple(tables), step_S, late_gSR)
 
 
 def _simulate(program: StepProgram, labels: Labels) -> StepOutcome:
@@ -365,6 +390,7 @@ def _simulate(program: StepProgram, labels: Labels) -> StepOutcome:
             collective_rate=program.collective_rate,
             conditions=step.conditions,
             ranks_R=group.ranks_R,
+            jitter=NO_JITTER if step.among.ranks == 1 else program.jitter,
         )
         executor.records_all = program.contention is not None
         executors.append(executor)
@@ -377,7 +403,8 @@ def _simulate(program: StepProgram, labels: Labels) -> StepOutcome:
         executor.recorder.table(labels=labels.all(), ranks_R=group.ranks_R, step_S=step_S)
         for executor, group in zip(executors, program.groups, strict=True)
     )
-    return StepOutcome(tables, step_S)
+    late_gSR = tuple(executor.lateness.total_SR for executor in executors if executor.lateness is not None)
+    return StepOutcome(tables, step_S, late_gSR)
 
 
 def _side_by_side(tables: Sequence[SpanTable], step_S: FloatArray) -> SpanTable:

@@ -68,7 +68,7 @@ def small_part(scenario: Scenario) -> Scenario:
     return scenario.model_copy(
         update={
             "parallelism": mesh.model_copy(update=alone),
-            "cluster": scenario.cluster.model_copy(update={"speeds": Speeds(), "slowdowns": ()}),
+            "cluster": scenario.cluster.model_copy(update={"speeds": Speeds(), "slowdowns": (), "jitter": False}),
             "model": few.model_copy(update={"mtp_layers": 0}),
             "workload": workload.model_copy(update={"global_batch": batches * data * workload.micro_batch}),
         }

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from moesim.kernels import physics
 from moesim.kernels.cells import TENSOR_DTYPES, Cell, Fit, gemm_cell, grouped_cell, kind_of
+from moesim.kernels.clock_laws import KIND_POWER
 from moesim.kernels.estimate import Contention, Estimate, HostCosts, as_result, weakest
 from moesim.kernels.families import (
     DTYPE_BYTES,
@@ -34,6 +35,7 @@ from moesim.kernels.families import (
 )
 from moesim.kernels.fitting import SUSTAINED, cell_rows, fit_cell, fit_sustained
 from moesim.kernels.fp8 import fp8_grouped_gemm
+from moesim.kernels.jitter import NO_JITTER, Jitter, spread_of
 from moesim.kernels.measured import contention_of, host_costs_of, typical_widths
 from moesim.kernels.physics import RowTotals
 from moesim.kernels.power import PowerCap
@@ -114,6 +116,12 @@ class CalibratedModel:
     def collectives(self) -> list[dict[str, Any]]:
         """Measured collectives: kind, bytes of one rank's buffer, ranks, p20/p50/p80 seconds of the slowest rank."""
         return self.profile.family("collective")
+
+    @property
+    def jitter(self) -> Jitter:
+        """How far GPUs are apart at the step's clock; none of a device that no table of kinds has, as a CPU."""
+        kind = self.fallback.gpu.name
+        return spread_of(kind).at_fall(self._log_fall) if kind in KIND_POWER else NO_JITTER
 
     def at_clock(self, mhz: float) -> "CalibratedModel":
         """The same kernels at another SM clock: seconds scale by clock ** -alpha, with alpha measured per cell."""

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from moesim.kernels.families import FloatArray, Kernel
+from moesim.kernels.jitter import Jitter
 
 SOURCES = ("measured", "interpolated", "scaled", "extrapolated", "roofline")  # from the firmest to the weakest
 _FIRMNESS = {source: index for index, source in enumerate(SOURCES)}
@@ -145,6 +146,10 @@ class KernelModel(Protocol):
     @property
     def contention(self) -> Contention:
         """Mutual slow-down of kernels and transfers that overlap."""
+
+    @property
+    def jitter(self) -> Jitter:
+        """How far GPUs of the kind, and their hosts, are apart that do the same."""
 
     def at_load(self, flops_per_second: float) -> "KernelModel":
         """The kernels of a step of this mean load, all at one clock; itself without a power limit."""

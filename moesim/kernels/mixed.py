@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from moesim.kernels.estimate import Contention, Estimate, HostCosts, KernelModel
 from moesim.kernels.families import Kernel
+from moesim.kernels.jitter import Jitter
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +36,11 @@ class MixedKernels:
     def contention(self) -> Contention:
         """See `KernelModel`."""
         return self.first.contention
+
+    @property
+    def jitter(self) -> Jitter:
+        """See `KernelModel`."""
+        return self.first.jitter
 
     def at_load(self, flops_per_second: float) -> "MixedKernels":
         """See `KernelModel`: every kind at the clock that this load leaves it."""

@@ -13,6 +13,7 @@ import numpy as np
 from moesim.errors import UserError
 from moesim.kernels.estimate import Beside, Contention, Estimate, HostCosts, as_result
 from moesim.kernels.families import Attention, Gemm, GroupedGemm, Kernel, MemoryBound, peak_format
+from moesim.kernels.jitter import NO_JITTER
 
 GEMM_SHARE = 0.80  # of the dense peak
 GROUPED_GEMM_SHARE = 0.70
@@ -39,7 +40,7 @@ class Roofline:
 
     def __init__(self, gpu: GpuRates) -> None:
         self.gpu = gpu
-        self.host, self.contention = HOST, CONTENTION
+        self.host, self.contention, self.jitter = HOST, CONTENTION, NO_JITTER
 
     @property
     def name(self) -> str:

@@ -16,6 +16,7 @@ from moesim.kernels.calibrated import CalibratedModel
 from moesim.kernels.estimate import Contention, Estimate, HostCosts, as_result, weakest
 from moesim.kernels.families import Gemm, GroupedGemm, Kernel, MemoryBound, chip_format, is_narrow, peak_format
 from moesim.kernels.fp8 import FASTEST_PUBLISHED, fp8_gemm, fp8_grouped_gemm
+from moesim.kernels.jitter import Jitter
 from moesim.kernels.roofline import GpuRates, Roofline
 
 if TYPE_CHECKING:
@@ -65,6 +66,11 @@ class ScaledModel:
     def contention(self) -> Contention:
         """As measured, scaled in name only."""
         return replace(self.base.contention, source="scaled")
+
+    @property
+    def jitter(self) -> Jitter:
+        """As of the measured GPU."""
+        return self.base.jitter
 
     def at_load(self, flops_per_second: float) -> "ScaledModel":
         """The kernels of a step that does this much in the mean: as far below its peak, the measured GPU does more."""

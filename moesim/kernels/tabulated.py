@@ -29,6 +29,7 @@ from moesim.kernels.families import (
     is_narrow,
     peak_format,
 )
+from moesim.kernels.jitter import Jitter, spread_of
 from moesim.kernels.power import LEAST_EXPONENT
 from moesim.kernels.profile import Profile
 from moesim.kernels.roofline import GpuRates, Roofline
@@ -119,6 +120,11 @@ class TabulatedModel:
     def collectives(self) -> list[dict[str, Any]]:
         """NCCL calls of the tables."""
         return self.profile.family("collective")
+
+    @property
+    def jitter(self) -> Jitter:
+        """As measured on another GPU, at the clock of this kind."""
+        return spread_of(self.target.name).at_fall(-self.log_clock if self.log_clock is not None else 0.0)
 
     def at_load(self, flops_per_second: float) -> "TabulatedModel":
         """The kernels of a step of this mean load, at the clock that the kind's law leaves it."""

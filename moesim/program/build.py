@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 from moesim.kernels import Beside, KernelModel, kernels_of_kind
 from moesim.kernels.errors import TRANSFERS
 from moesim.kernels.families import FAMILIES
+from moesim.kernels.jitter import NO_JITTER, Jitter
 from moesim.network import Fabric, group_shape, send_recv_seconds
 from moesim.parallel import Mesh
 from moesim.program.compiling import pays_for_compiled_loops
 from moesim.program.contention import find_contention
-from moesim.program.host import FREE_HOST
+from moesim.program.host import FREE_HOST, HostModel
 from moesim.program.loads import RoutingSample, group_loads
 from moesim.program.operations import Block, Run
 from moesim.program.optimizer import optimizer_block
@@ -37,6 +38,7 @@ from moesim.results.uncertainty import Basis
 from moesim.scenario import Scenario
 from moesim.scenario.base import BYTES_PER_ELEMENT
 from moesim.scenario.dispatch import DISPATCH
+from moesim.scenario.speeds import Speeds
 from moesim.schedules import Action, Handoff, Pass, Schedule, Work, build_schedule
 
 
@@ -136,6 +138,7 @@ class _Builder:
             transfer_sources=_transfer_sources(groups, collectives),
             compiled=self.compiled and not self.mesh.shards_by_layer,
             contention=find_contention(self.fabric, groups, (*reductions, *gathers)),
+            jitter=_jitter(self.scenario, self.kernels, self.host),
         )
 
     def beside_collectives(self, kind: int) -> Mapping[str, Beside]:
@@ -356,6 +359,16 @@ class _Builder:
         )
         links = GroupLinks(self.fabric, ranks_R, samples=max(1, len(self.samples)))
         return self._priced(ranks_R, lambda kernels: stage_blocks(self.scenario, kernels, plan, loads, links))
+
+
+def _jitter(scenario: Scenario, kernels: KernelModel, host: HostModel) -> Jitter:
+    """How far ranks are apart: stated speeds stand for the chips', and a host that never limits has none."""
+    if not scenario.cluster.jitter:
+        return NO_JITTER
+    found = kernels.jitter
+    if scenario.cluster.speeds != Speeds():
+        found = replace(found, constant=0.0)
+    return replace(found, host=0.0, host_white=0.0) if host == FREE_HOST else found
 
 
 def _transfer_sources(groups: Sequence[GroupProgram], collectives: Sequence[Reduction]) -> tuple[str, ...]:

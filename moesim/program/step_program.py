@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from moesim.kernels import Beside
 from moesim.kernels.families import FAMILIES
+from moesim.kernels.jitter import NO_JITTER, Jitter
 from moesim.network import PreparedTransfer
 from moesim.network.contention import LinkUse
 from moesim.program.host import FREE_HOST, HostModel
@@ -150,8 +151,8 @@ class StepProgram:
     `transfer_sources`: what transfers and collectives rest on, one text for each kind.
     `beside_reductions`: what collectives on gradients and all kernels cost each other; `collective_rate`: bytes/s of a
     rank at which this and the groups' facts hold (see `moesim.kernels.Contention`). `compiled`: whether compiled loops
-    move the clocks. `contention`: None where groups cannot slow each other. `changes`: None where ranks and
-    links stay as they are.
+    move the clocks. `contention`: None where groups cannot slow each other. `jitter`: how far ranks are apart that do
+    the same. `changes`: None where ranks and links stay as they are.
     """
 
     groups: tuple[GroupProgram, ...]
@@ -166,6 +167,7 @@ class StepProgram:
     transfer_sources: tuple[str, ...] = ()
     compiled: bool = False
     contention: Contention | None = None
+    jitter: Jitter = NO_JITTER
     changes: Changes | None = None
 
     def rows(self, group: GroupProgram) -> int:

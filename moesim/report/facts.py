@@ -363,6 +363,11 @@ def attribution(result: Result) -> list[tuple[Category, float, float]]:
     return [(category, value, value / step_s) for category, value in parts if value > ROUND_OFF * step_s]
 
 
+def jitter(result: Result) -> float:
+    """Seconds of the waiting that are for chips and hosts slower than others by chance; older runs do not tell."""
+    return float(result.get("waiting", {}).get("jitter_s", 0.0))
+
+
 def what_if(result: Result) -> list[tuple[str, str, str, str, str]]:
     """(question, step time, difference with its share, price of a million tokens, why there is no answer)."""
     rows = []

@@ -88,6 +88,9 @@ def _attribution(result: Result, *, ascii_only: bool) -> Table:
     for category, seconds, share in shown:
         length = Text(bar(share * scale, ascii_only=ascii_only), style=_STYLES[category.family])
         table.add_row(category.label, facts.seconds(seconds), facts.percent(share), length)
+        jitter_s = facts.jitter(result) if category.key == "imbalance_wait" else 0.0
+        if jitter_s > 0:
+            table.add_row("  of which jitter", facts.seconds(jitter_s), facts.percent(jitter_s / seconds * share), "")
     if rest:
         table.add_row("smaller parts", facts.seconds(rest), facts.percent(rest / result["step_time_s"]), "")
     table.add_row(Text("step", style="bold"), facts.seconds(result["step_time_s"]), facts.percent(1.0), "")

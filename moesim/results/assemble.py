@@ -133,7 +133,7 @@ def assemble(
         "padded_share": facts.padded_share if facts else 0.0,
         "memory": done.memory.as_json(),
         "pools": pool_facts(scenario, done.memory, step_s=done.step_s, compute_time_SW=done.outcome.compute_time_SW),
-        "waiting": waiting_facts(done.outcome.waits),
+        "waiting": waiting_facts(done.outcome.waits, jitter_s=float(done.outcome.jitter_SW.mean())),
         "cost": cost(scenario, done.step_s),
         "effective": kept,
         "estimate_sources": _shares(done.outcome.source_seconds),

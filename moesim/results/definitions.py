@@ -339,6 +339,11 @@ _POOLS = _section(
 _WAITING = _section(
     "waiting",
     {
+        "jitter_s": (
+            "s",
+            "Of attribution_s.imbalance_wait, for ranks that are slower than others by chance: chips and hosts of one "
+            "kind differ (cluster.jitter). At most so much, where other work hides a part.",
+        ),
         "pairs.[].rank": ("rank", "Who waited."),
         "pairs.[].waits_for": ("rank", "For whom: the last to come to a transfer, or the sender of a hand-off."),
         "pairs.[].seconds": ("s", "How long in a step, hidden behind compute or not."),

@@ -20,11 +20,14 @@ FloatArray = NDArray[np.float64]
 class Outcome:
     """Samples simulated in lockstep. `spans`: group 0 of every pipeline rank, first sample; `critical_path`: of it.
 
-    `shared_links`: how many links groups of ranks can fill together. `waits`: seconds of sample 0 by (who, for whom).
+    `jitter_SW`: at most so many seconds of the waiting in `attribution_CSW` are for chips and hosts that are slower
+    than others by chance. `shared_links`: how many links groups of ranks can fill together. `waits`: seconds of sample
+    0 by (who, for whom).
     """
 
     step_S: FloatArray
     attribution_CSW: FloatArray
+    jitter_SW: FloatArray
     compute_time_SW: FloatArray
     busy_SP: FloatArray
     source_seconds: Mapping[Basis, float]
@@ -41,6 +44,7 @@ class Outcome:
             self,
             step_S=self.step_S[chosen],
             attribution_CSW=self.attribution_CSW[:, chosen],
+            jitter_SW=self.jitter_SW[chosen],
             compute_time_SW=self.compute_time_SW[chosen],
             busy_SP=self.busy_SP[chosen],
         )
@@ -52,6 +56,7 @@ class Outcome:
             parts[0],
             step_S=np.concatenate([part.step_S for part in parts]),
             attribution_CSW=np.concatenate([part.attribution_CSW for part in parts], axis=1),
+            jitter_SW=np.concatenate([part.jitter_SW for part in parts]),
             compute_time_SW=np.concatenate([part.compute_time_SW for part in parts]),
             busy_SP=np.concatenate([part.busy_SP for part in parts]),
             shared_links=max(part.shared_links for part in parts),

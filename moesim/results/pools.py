@@ -94,15 +94,18 @@ def _add_transfers(found: Seconds, table: SpanTable) -> None:
         for one in np.unique(set_R):
             at_R = np.flatnonzero(set_R == one)
             last_N = at_R[start_NR[np.ix_(chosen_N, at_R)].argmax(axis=1)]
-            np.add.at(seconds_RR.T, last_N, _columns(wait_NR[chosen_N], at_R, len(seconds_RR)))
+            start_NM = start_NR[np.ix_(chosen_N, at_R)]
+            earlier_NM = start_NM < start_NM.max(axis=1, keepdims=True)  # others wait for chance alone
+            wait_NM = np.where(earlier_NM, wait_NR[np.ix_(chosen_N, at_R)], 0.0)
+            np.add.at(seconds_RR.T, last_N, _columns(wait_NM, at_R, len(seconds_RR)))
     whom, who = np.nonzero(seconds_RR.T > 0)
     _add(found, table.ranks_R[who], table.ranks_R[whom], seconds_RR[who, whom])
 
 
-def _columns(wait_NR: FloatArray, at_R: NDArray[np.intp], ranks: int) -> FloatArray:
+def _columns(wait_NM: FloatArray, at_R: NDArray[np.intp], ranks: int) -> FloatArray:
     """The waits of the ranks `at_R`, 0 for the others."""
-    kept_NR = np.zeros((len(wait_NR), ranks))
-    kept_NR[:, at_R] = np.maximum(wait_NR[:, at_R], 0.0)
+    kept_NR = np.zeros((len(wait_NM), ranks))
+    kept_NR[:, at_R] = np.maximum(wait_NM, 0.0)
     return kept_NR
 
 
@@ -139,13 +142,16 @@ def _add_collectives(found: Seconds, tables: Sequence[SpanTable], collectives: S
                     found[rank, last] += ready[name, rank][1]
 
 
-def waiting_facts(found: Waits) -> dict[str, Any]:
-    """The section `waiting` of a result: the pairs with most seconds, and the ranks that were waited for most."""
+def waiting_facts(found: Waits, *, jitter_s: float) -> dict[str, Any]:
+    """The section `waiting` of a result: the pairs with most seconds, the ranks that were waited for most, and what of
+    the waiting is for jitter.
+    """
     for_rank: defaultdict[int, float] = defaultdict(float)
     for (_, whom), seconds in found.items():
         for_rank[whom] += seconds
     pairs = sorted(found.items(), key=lambda pair: (-pair[1], pair[0]))[:MOST_PAIRS]
     return {
+        "jitter_s": jitter_s,
         "pairs": [{"rank": who, "waits_for": whom, "seconds": seconds} for (who, whom), seconds in pairs],
         "waited_for": [
             {"rank": rank, "seconds_of_others": seconds}

@@ -181,6 +181,11 @@ class Cluster(Section):
     slowdowns: tuple[Slowdown, ...] = Field(
         default=(), max_length=1_000, description="Ranks that are slow for a part of a step, or in some steps."
     )
+    jitter: Flag = Field(
+        default=True,
+        description="Whether ranks that meet wait for the slowest of their chips and hosts, as far apart as measured; "
+        "stated speeds take the place of the chips'.",
+    )
     speeds: Speeds = Field(default=Speeds(), description="Ranks slower or faster than their kind; absent: none.")
 
     @property

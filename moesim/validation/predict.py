@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from moesim.engine import simulate_step, step_kernels
 from moesim.program import build_program
 from moesim.program.scenario_fabric import scenario_fabric, scenario_kernels
-from moesim.results.spans import Label, Part, Phase, SpanTable
+from moesim.results.spans import Label, Part, Phase, SpanTable, Stream
 from moesim.validation.cases import Case
 from moesim.validation.routing import RecordedRows
 
@@ -28,7 +28,8 @@ LAYER_PARTS = {
 
 
 def predict(case: Case, rows_RBLE: ArrayLike) -> dict[str, Any]:
-    """Step seconds, seconds of its parts (mean over ranks), and of the parts of all MoE layers together.
+    """Step seconds, seconds of its parts (mean over ranks), of the parts of all MoE layers together, of waiting in
+    transfers, and what meetings are later for jitter.
 
     `rows_RBLE`: the rows that each rank sent to each expert in the real run, by micro-batch and MoE layer.
     """
@@ -45,6 +46,8 @@ def predict(case: Case, rows_RBLE: ArrayLike) -> dict[str, Any]:
         "step": float(outcome.step_S[0]),
         "parts": _mean([parts for parts, _ in tables], weights),
         "layer_parts": _mean([layers for _, layers in tables], weights),
+        "waiting": float(np.average([_waiting(table) for table in outcome.tables], weights=weights)),
+        "jitter": float(np.mean([late_SR.mean() for late_SR in outcome.late_gSR])) if outcome.late_gSR else 0.0,
     }
 
 
@@ -62,6 +65,13 @@ def _cut(table: SpanTable) -> tuple[dict[str, float], dict[str, float]]:
             key = f"{'backward' if label.phase in BACKWARD else 'forward'}.{part}"
             layers[key] = layers.get(key, 0.0) + seconds
     return parts, layers
+
+
+def _waiting(table: SpanTable) -> float:
+    """Seconds that a rank stands in transfers before its own part begins, in the mean."""
+    rows_N = table.rows(Stream.COMMUNICATION)
+    wait_NR = (table.finish_NSR[rows_N] - table.start_NSR[rows_N] - table.own_NSR[rows_N])[:, 0]
+    return float(wait_NR.sum(axis=0).mean())
 
 
 def _with_stalls(table: SpanTable, elapsed_N: NDArray[np.float64]) -> list[tuple[int, float]]:
