@@ -26,7 +26,7 @@ NOISE = 0.3
 CLOCK_RANGE = (0.5, 1.06)  # over the clock of sustained benchmarks; the highest is 1,980 MHz of H100 and H200
 # Families whose times follow the clock, that routing does not touch and that a profile holds.
 CLOCKED = ("gemm forward", "gemm dgrad", "gemm wgrad", "attention forward", "attention backward")
-LONG_S = 1e-4
+LONG_S, OTHER = 1e-4, 1.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +152,7 @@ def model_of_trace(ops: Sequence[RecordedOp], kernels: KernelModel) -> tuple[Ker
         for op, price in zip(ops, prices(ops, usual), strict=True)
         if price.family in CLOCKED and (op.measured_s or 0.0) > LONG_S
     ]
+    long = _alike(long, usual)
     measured = _measured(long)
     if not long or free.step_clock_mhz is None:
         return usual, None, usual.step_clock_mhz
@@ -161,6 +162,13 @@ def model_of_trace(ops: Sequence[RecordedOp], kernels: KernelModel) -> tuple[Ker
         slow = sum(price.count * price.seconds for price in prices(long, usual.in_step(middle))) > measured
         low, high = (middle, high) if slow else (low, middle)
     return usual.in_step(low), low, usual.step_clock_mhz
+
+
+def _alike(ops: Sequence[RecordedOp], model: KernelModel) -> list[RecordedOp]:
+    """Without those that take much longer or shorter than the others by the model: other kernels, no other clock."""
+    ratios = [(op.measured_s or 0.0) / price.seconds for op, price in zip(ops, prices(ops, model), strict=True)]
+    middle = sorted(ratios)[len(ratios) // 2] if ratios else 1.0
+    return [op for op, ratio in zip(ops, ratios, strict=True) if middle / OTHER < ratio < middle * OTHER]
 
 
 def _measured(ops: Iterable[RecordedOp]) -> float:

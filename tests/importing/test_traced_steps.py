@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moesim.importing.calibration import NOISE, load_calibration
+from moesim.importing.calibration import NOISE, load_calibration, model_of_trace
 from moesim.importing.trace_file import read_trace
 from moesim.importing.trace_host import exposed_seconds
 from moesim.importing.traced_step import TracedStep, step_with_times, traced_step
@@ -151,3 +151,11 @@ def test_exposed_seconds_are_those_that_no_other_work_covers() -> None:
     assert exposed_seconds([Work(1, 5), Work(6, 10)], others) == pytest.approx((3 - 2) + (5 - 4) + (8 - 6))
     assert exposed_seconds([Work(1, 5)], []) == 4
     assert exposed_seconds([Work(9, 12)], others) == 0
+
+
+def test_one_kernel_of_another_kind_is_no_slow_clock(step: TracedStep) -> None:
+    """Attention by a library whose kernels take eight times as long."""
+    kernels = kernel_model("h100")
+    other = [replace(op, measured_s=8 * op.measured_s) if op.name == SDPA else op for op in step.ops]
+    clocks = [model_of_trace(ops, kernels)[1] for ops in (step.ops, other)]
+    assert clocks[1] == pytest.approx(clocks[0], rel=0.04)
