@@ -227,7 +227,7 @@ def _why_nothing(plan: ServingPlan, found: Sequence[Found]) -> str:
     simulated = [each for each in found if each.record and not each.unit.is_alternative]
     if not simulated:
         reasons = [each.reason for each in found]
-        return f"{head}; {reasons[0] if reasons else 'there is none'}"
+        return f"{head}; {reasons[0] if reasons else 'there is none'}; offer more or other GPUs, or choose other sizes"
     nearest = max(simulated, key=lambda each: float(each.record["good_share"]))
     ttft, tpot = (nearest.record[name]["p90"] for name in ("ttft_s", "tpot_s"))
     asked = f"{plan.workload.slo.share:.0%} are asked"

@@ -100,3 +100,15 @@ def test_mistakes_are_one_line(runs: tuple[Path, Path], moesim, argv: list[str],
 def test_flags_and_studies_know_the_kinds_that_are_drawn() -> None:
     assert KINDS == choice.KINDS
     assert set(PLOT_KINDS) == set(KINDS) - {choice.COMPARISON}, "a study has more than two points"
+
+
+def test_deployments_are_drawn_and_their_answers_are_shown_before_a_file_is_in_the_way(scenario: Path, moesim) -> None:
+    serve = ("serve", "qwen3-30b-one-h100", "--set", "model.layers=2", "--set")
+    first = moesim(*serve, "workload.requests=6")
+    folder = Path("runs/qwen3-30b-one-h100")
+    assert first.code == 0 and json.loads((folder / "serve.json").read_text())["requests"] == 6
+    again = moesim(*serve, "workload.requests=7")
+    assert again.code == 1 and "7" in again.out and "exists and differs" in again.err
+    assert moesim("plot", folder, folder / "serve.json", "--x", "ttft_s.p90").out == "plotted in plot.html\n"
+    assert "is for runs of training" in moesim("plot", folder, "--kind", "curves").complaint
+    assert "not of serving" in moesim("plot", folder, "runs").complaint

@@ -69,6 +69,11 @@ def test_the_first_is_the_least_what_it_writes_serves_within_the_limits_and_it_g
     assert "made for this test" in serving_plan_page({"name": "small", **content})
 
 
+def test_what_is_too_large_for_the_offers_has_a_remedy(file, tmp_path) -> None:
+    with pytest.raises(InfeasibleError, match=r"more GPUs than offered .*offer more or other GPUs"):
+        make_serving_plan(load_serving_plan(file, ["choices.data=[64]"]), tmp_path / "out")
+
+
 def test_a_trace_that_changed_makes_it_another_plan(file, tmp_path) -> None:
     log = tmp_path / "log.csv"
     log.write_text("time,input,output\n0,100,5\n1,100,5\n")
