@@ -166,6 +166,15 @@ def test_expert_ranks_add_a_dispatch_and_skewed_routing_costs(file: Path) -> Non
     assert skewed["step_time_s"] > 1.03 * even["step_time_s"]
 
 
+def test_what_matches_no_size_is_a_warning_of_the_run(first: list[RecordedOp], tmp_path: Path) -> None:
+    odd = (((12347, 89), "bfloat16", 2 * 12347 * 89),)
+    own = replace(first[0], name="my_kernel", phase="forward", reads=odd, writes=odd, facts={}, count=1, layer="")
+    save_step(tmp_path / "odd.json", [*first, own], source="small_moe")
+    told = [text for text in moesim.simulate(scenario(tmp_path / "odd.json")).result["warnings"] if "odd.json" in text]
+    assert len(told) == 1
+    assert "keep a dimension at its recorded size" in told[0] and "priced by their bytes alone: my_kernel" in told[0]
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
