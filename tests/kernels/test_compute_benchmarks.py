@@ -17,6 +17,7 @@ from moesim.kernels import (
     load_profile,
 )
 from moesim.kernels.benchmarks import calibrate, sustained
+from moesim.kernels.benchmarks.collectives import block_shapes, collective_shapes, contention_shapes
 from moesim.kernels.benchmarks.device import Sampler
 from moesim.kernels.benchmarks.session import Session, row_key
 from moesim.kernels.benchmarks.shapes import CPU_LIMITS, GPU_LIMITS, family_shapes, kernel_flops
@@ -103,6 +104,35 @@ def test_keys_ignore_what_was_measured() -> None:
     row = rows(1)[0]
     assert row_key(row | TIMED | {"clock_mhz": 1500, "rank": 1}) == row_key(row)
     assert row_key(row) != row_key(row | {"m": 9})
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_half_of_what_is_measured_between_gpus_is_for_fits(ranks: int) -> None:
+    """Every kind of call and every kernel beside a transfer has rows on either side, and none is on both."""
+    calls = [*collective_shapes(ranks), *block_shapes(ranks)]
+    assert len({row_key({**shape, "held_out": 0}) for shape in calls}) == len(calls)
+    for kind in {shape["kind"] for shape in calls}:
+        sides = {bool(shape.get("held_out")) for shape in calls if shape["kind"] == kind}
+        assert sides == {False, True}, kind
+    overlaps = contention_shapes(ranks)
+    kernels = {row_key(row["compute"]) for row in overlaps}
+    for kernel in kernels:
+        held = [bool(row.get("held_out")) for row in overlaps if row_key(row["compute"]) == kernel]
+        assert 0.3 < np.mean(held) < 0.7
+    for shape in calls:
+        if "bytes_matrix" in shape:
+            sent_RR = np.array(shape["bytes_matrix"])
+            assert sent_RR.shape == (ranks, ranks) and (sent_RR >= 0).all()
+            assert (sent_RR.sum(axis=1) <= shape["bytes"] * 1.01 + 4096 * ranks).all()
+
+
+def test_what_is_held_out_is_not_measured_twice(tmp_path: Path) -> None:
+    session = Session(out=tmp_path / "mine.json.gz")
+    session.open()
+    row = {"family": "collective", "kind": "all_reduce", "bytes": 1 << 20, "ranks": 2}
+    session.add(row | {"p50": 1e-5})
+    assert not session.wants(row) and not session.wants(row | {"held_out": 1})
+    session.close()
 
 
 def test_the_timer_reads_its_clock_and_counts_calls() -> None:

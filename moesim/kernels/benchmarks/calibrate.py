@@ -23,6 +23,7 @@ from moesim.kernels.benchmarks.collectives import (
     Overlap,
     block_shapes,
     collective_shapes,
+    contention_shapes,
     fixed_counts,
     measure_overlap,
     prepare_collective,
@@ -38,7 +39,6 @@ from moesim.kernels.benchmarks.shapes import CPU_LIMITS, GPU_LIMITS, Limits, fam
 from moesim.kernels.benchmarks.sustained import measure_sustained
 from moesim.kernels.benchmarks.timing import CpuTimer, CudaTimer, summarise
 from moesim.kernels.profile import Profile
-from moesim.seeding import stream
 
 Preparer = Callable[[dict[str, Any], Pool, float], Prepared]
 _PREPARE: dict[str, Preparer] = {
@@ -70,32 +70,7 @@ BUDGET_SHARES = {
     "contention": 0.10,
 }
 NUM_VISITS = 3  # of every shape, apart in time and on different ranks: the clock under a power limit never stands still
-_BF16 = {"dtype": "bf16", "direction": "forward"}
-_CONTENDERS: tuple[dict[str, Any], ...] = (
-    {"family": "gemm", "m": 8192, "k": 4096, "n": 4096} | _BF16,
-    {"family": "gemm", "m": 4096, "k": 2048, "n": 2816} | _BF16,
-    {"family": "grouped_gemm", "rows_per_expert": [768] * 32, "k": 2048, "n": 2816} | _BF16,
-    {"family": "grouped_gemm", "rows_per_expert": [4096] * 4, "k": 4096, "n": 14336} | _BF16,
-    {"family": "attention", "batch": 2, "sequence": 4096, "heads": 16, "kv_heads": 16}
-    | {"head_dim": 128, "value_dim": 128, "causal": True, "direction": "forward"},
-    {"family": "memory_bound", "kind": "elementwise", "rows": 32768, "width": 4096, "bytes": 805306368.0},
-    {"family": "gemm", "m": 16384, "k": 2048, "n": 6144, "dtype": "bf16", "direction": "wgrad"},
-    {"family": "attention", "batch": 2, "sequence": 4096, "heads": 16, "kv_heads": 16}
-    | {"head_dim": 128, "value_dim": 128, "causal": True, "direction": "backward"},
-)
 _PROFILED_TOGETHER = 24
-_CONTENTION_SIZES = (4 << 20, 16 << 20, 64 << 20, 256 << 20, 512 << 20)
-_BESIDE = ("all_to_all", "all_reduce", "all_gather", "reduce_scatter", "send_recv")
-_GEMMS_BESIDE_SENDS: tuple[dict[str, Any], ...] = tuple(
-    {"family": "gemm", "m": m, "k": k, "n": n} | _BF16
-    for m, k, n in (
-        (2048, 2048, 1408),
-        (4096, 7168, 4096),
-        (8192, 7168, 18432),
-        (16384, 7168, 2048),
-        (32768, 1024, 4096),
-    )
-)
 _LONG_FP8 = 40  # FP8 GEMMs that run without pause
 
 
@@ -264,18 +239,6 @@ def _run_collectives(bench: Bench, seconds: float) -> None:
 
         _attempt(bench, row, measure)
     bench.progress("collective", 1.0)
-
-
-def contention_shapes(ranks: int) -> list[Row]:
-    """Kernels and transfers that overlap; every other size of every kernel is held out."""
-    found: list[Row] = []
-    for kind in _BESIDE:
-        contenders = (*_CONTENDERS, *_GEMMS_BESIDE_SENDS) if kind == "send_recv" else _CONTENDERS
-        for turn, contender in enumerate(contenders):
-            for index, size in enumerate(_CONTENTION_SIZES):
-                row = {"family": "contention", "compute": contender, "kind": kind, "bytes": size, "ranks": ranks}
-                found.append(row | ({"held_out": 1} if (turn + index) % 2 else {}))
-    return [found[index] for index in stream(0, "benchmark shapes", "contention").permutation(len(found))]
 
 
 def _run_contention(bench: Bench, seconds: float) -> None:

@@ -24,8 +24,31 @@ _ONE_WAY_SIZES = tuple(1 << power for power in range(19, 30))  # 512 KiB .. 512 
 _BLOCKS = (1, 2, 4, 6, 8, 12, 16, 20, 24, 32)  # of NCCL, every other number in the fits
 _BLOCK_KINDS = ("all_to_all", "all_reduce", "all_gather", "send_recv")
 _BLOCK_SIZES = (64 << 20, 512 << 20)
-_TOKEN_BYTES = (
-    4096  # uneven shares are of whole rows, as tokens are: off the vector width of 16 bytes copies are slower
+_TOKEN_BYTES = 4096  # uneven shares are whole rows, as tokens are: off the vector width of 16 bytes copies are slower
+_BF16 = {"dtype": "bf16", "direction": "forward"}
+_CONTENDERS: tuple[dict[str, Any], ...] = (
+    {"family": "gemm", "m": 8192, "k": 4096, "n": 4096} | _BF16,
+    {"family": "gemm", "m": 4096, "k": 2048, "n": 2816} | _BF16,
+    {"family": "grouped_gemm", "rows_per_expert": [768] * 32, "k": 2048, "n": 2816} | _BF16,
+    {"family": "grouped_gemm", "rows_per_expert": [4096] * 4, "k": 4096, "n": 14336} | _BF16,
+    {"family": "attention", "batch": 2, "sequence": 4096, "heads": 16, "kv_heads": 16}
+    | {"head_dim": 128, "value_dim": 128, "causal": True, "direction": "forward"},
+    {"family": "memory_bound", "kind": "elementwise", "rows": 32768, "width": 4096, "bytes": 805306368.0},
+    {"family": "gemm", "m": 16384, "k": 2048, "n": 6144, "dtype": "bf16", "direction": "wgrad"},
+    {"family": "attention", "batch": 2, "sequence": 4096, "heads": 16, "kv_heads": 16}
+    | {"head_dim": 128, "value_dim": 128, "causal": True, "direction": "backward"},
+)
+_CONTENTION_SIZES = (4 << 20, 16 << 20, 64 << 20, 256 << 20, 512 << 20)
+_BESIDE = ("all_to_all", "all_reduce", "all_gather", "reduce_scatter", "send_recv")
+_GEMMS_BESIDE_SENDS: tuple[dict[str, Any], ...] = tuple(
+    {"family": "gemm", "m": m, "k": k, "n": n} | _BF16
+    for m, k, n in (
+        (2048, 2048, 1408),
+        (4096, 7168, 4096),
+        (8192, 7168, 18432),
+        (16384, 7168, 2048),
+        (32768, 1024, 4096),
+    )
 )
 
 Shape = dict[str, Any]
@@ -60,6 +83,18 @@ def block_shapes(ranks: int) -> Iterator[Shape]:
         for kind in _BLOCK_KINDS:
             for size in _BLOCK_SIZES:
                 yield {"kind": kind, "bytes": size, "ranks": ranks, "max_ctas": blocks, **held_out}
+
+
+def contention_shapes(ranks: int) -> list[Shape]:
+    """Kernels and transfers that overlap; every other size of every kernel is held out."""
+    found: list[Shape] = []
+    for kind in _BESIDE:
+        contenders = (*_CONTENDERS, *_GEMMS_BESIDE_SENDS) if kind == "send_recv" else _CONTENDERS
+        for turn, contender in enumerate(contenders):
+            for index, size in enumerate(_CONTENTION_SIZES):
+                row: Shape = {"family": "contention", "compute": contender, "kind": kind, "bytes": size, "ranks": ranks}
+                found.append(row | ({"held_out": 1} if (turn + index) % 2 else {}))
+    return [found[index] for index in stream(0, "benchmark shapes", "contention").permutation(len(found))]
 
 
 def _one_way(ranks: int, size: int, shares: tuple[int, int]) -> Shape:
