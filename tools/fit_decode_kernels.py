@@ -42,6 +42,12 @@ WORST = 0.25  # a family that is further off is not taken
 FORMATS = {"bf16": ("bfloat16", 2.0), "fp8": ("fp8_block", 1.0), "int4": ("int4_wo", 0.5)}  # of weights of experts
 BY_ROWS = ("topk", "sort", "searchsorted", "scatter", "divide", "gather")  # steps, not a law, over rows
 OTHER_KERNELS = {("softmax", 2048), ("softmax", 7168)}  # wide rows take another kernel; routers have few experts
+# Several kernels of transformers in one, from profiles of Qwen3's layers with 4, 32 and 64 rows
+# (tools/measure_engine.py).
+OF_TRANSFORMERS = {
+    "norm_in_eight": {"kernels": 8, "parameters": [14.5e-6, 0.0, 0.0, 1.6e-11]},
+    "rotary_in_five": {"kernels": 5, "parameters": [11.9e-6, 0.0, 0.0, 1.0e-11]},
+}
 Row = tuple[float, float, int, int, int, float]  # requests, keys, heads, kv heads, head dim, seconds
 
 
@@ -366,7 +372,7 @@ def main() -> None:
             "measured": f"{measured['device']}, torch {measured['torch']}, as CUDA graphs",
             "tables": f"{PACKAGE} {package.version}, {LICENCE}",
         },
-        "small": {"kinds": small_kernels(measured)},
+        "small": {"kinds": small_kernels(measured) | OF_TRANSFORMERS},
         "gap": gaps(measured),
         "host": host(measured),
         "attention": {"torch": torch_attention(measured), "engines": engines(package)},

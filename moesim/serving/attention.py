@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from moesim.kernels import Attention
 from moesim.scenario import Mla
+from moesim.serving.batch import Formed
 from moesim.serving.decode_kernels import KeyShape, attention_seconds, grouped_shape, latent_shape
 from moesim.serving.keys import KeyLayout, key_layout
 from moesim.serving.memory import KV_BYTES
@@ -19,6 +20,11 @@ from moesim.serving.schema import ServingScenario
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
+
+# Kernels of transformers' attention in profiles of Qwen3's layers on one H100: seconds that a block of FlashAttention 2
+# takes for a key in turn, and one of 64 rows of cuDNN's under a mask; shares of the memory's bandwidth that reading and
+# writing keys reaches, and that writing them turned and repeated for each head does.
+FLASH_KEY, MASKED_KEY, MASKED_ROWS, GATHERED, TURNED = 65e-9, 22.7e-9, 64, 0.89, 0.24
 
 
 class AttentionTables:
@@ -38,6 +44,7 @@ class AttentionTables:
             kv_heads = -(-model.kv_heads // tensor)
             self.shape = grouped_shape(heads, kv_heads, model.head_dim, size=size)
             dim, value_dim, kind = model.head_dim, model.head_dim, "grouped"
+        self.heads, self.kv_heads, self.dim, self.gpu = heads, kv_heads, dim, pricing.gpu
         self.parameters = pricing.attention(f"{kind}/{scenario.workload.kv}")
         self.length_G = np.unique(np.geomspace(16, 1 << 20, 33).round())
         sizes = partial(Attention, batch=1, heads=heads, kv_heads=kv_heads, head_dim=dim, value_dim=value_dim)
@@ -55,6 +62,34 @@ class AttentionTables:
         return np.asarray(
             np.where(keys_D > 0, attention_seconds(self.parameters, several, requests_D, mean_D), 0.0), dtype=float
         )
+
+    def gathered(self, each: Formed, *, fill: int, is_replayed: bool) -> float:
+        """Seconds of all layers where keys are copied out of their pages first.
+
+        Replayed, and beside prompts, a block for each head and request goes through its keys, two blocks to an SM.
+        """
+        requests, rows = each.generated, max(each.rows, 1)
+        mean = each.keys[0] / max(requests, 1)
+        alone = float(self.one_layer(np.array([each.keys[0]]), np.array([requests]), rows)[0])
+        if requests and (is_replayed or each.chunks or self.heads == self.kv_heads):
+            alone = max(alone, mean * FLASH_KEY * max(1.0, requests * self.heads / (2 * self.gpu.sm_count)))
+        read = 0 if not requests and not any(chunk.before for chunk in each.chunks) else self._keys(each)
+        read = -(-read // fill) * fill
+        moved = 4.0 * self.kv_heads * self.dim * 2.0 * read / (GATHERED * self.gpu.memory_bandwidth)
+        prompts = sum(self.prompt(chunk.tokens, chunk.before) for chunk in each.chunks)
+        return self.layout.kinds[0].layers * (alone + moved) + prompts
+
+    def masked(self, each: Formed) -> float:
+        """Seconds of all layers where keys are gathered, copied for each head, and all rows see all of them."""
+        keys = self._keys(each)
+        tiles = self.heads * np.ceil(each.tokens / MASKED_ROWS)
+        kernel = keys * MASKED_KEY * max(1.0, tiles / self.gpu.sm_count)
+        bandwidth, size = self.gpu.memory_bandwidth, 2.0 * self.dim * keys
+        moved = 4.0 * self.kv_heads * size / (GATHERED * bandwidth) + 2.0 * self.heads * size / (TURNED * bandwidth)
+        return float(self.layout.kinds[0].layers * (kernel + moved))
+
+    def _keys(self, each: Formed) -> int:
+        return each.keys[0] + each.generated + sum(chunk.tokens + chunk.before for chunk in each.chunks)
 
     def prompt(self, tokens: int, before: int) -> float:
         """Seconds of all layers for a part of a prompt: as a causal square of as many pairs."""

@@ -58,11 +58,15 @@ class StepCosts:
         dispatch, sms = self.scenario.dispatch, self.scenario.cluster.pools[0].spec.sm_count
         taken = dispatch.sms(sms) or DISPATCH[dispatch.algorithm].sms or 0.0
         cost = overlapped(formed, self._one_batch, layers=self.model.moe_layers, taken=min(1.0, taken / sms))
-        return replace(cost, host=self._host(float(max(each.tokens for each in formed)), cost.total - cost.host))
+        return replace(
+            cost, host=self._host(float(max(each.tokens for each in formed)), cost.total - cost.host, formed)
+        )
 
     def _one_batch(self, formed: Sequence[Formed]) -> StepCost:
         model, mesh = self.model, self.scenario.parallelism
         tokens_D = np.array([max(each.tokens, 1) if self.together else each.tokens for each in formed])
+        fill = self.pricing.software.fill_rows  # rows that fill a replayed step up are computed and routed, too
+        tokens_D = -(-tokens_D // fill) * fill
         layer_D, dense_D = self._at(tokens_D, self.layer_G), self._at(tokens_D, self.dense_G)
         generated_D = np.array([each.generated * each.rows for each in formed])
         latent_D = self._at(generated_D, self.absorbed_G) + self._at(self._taken_apart(formed), self.apart_G)
@@ -74,6 +78,7 @@ class StepCosts:
         reduces = 2 * model.layers * float(np.interp(longest, self.tokens_G, self.reduce_G))
         sends = (mesh.pipeline - 1) * float(np.interp(longest, self.tokens_G, self.send_G))
         ended_D = generated_D + np.array([len(each.chunks) for each in formed])
+        ended_D = np.minimum(-(-ended_D // fill) * fill, max(self.scenario.engine.running, int(ended_D.max())))
         moved = max(each.moved for each in formed) * self.page_bytes
         cost = StepCost(
             projections=float(projections_D[slowest]),
@@ -85,19 +90,24 @@ class StepCosts:
             swap=moved / self.scenario.engine.host_link,
             host=0.0,
         )
-        return replace(cost, host=self._host(longest, cost.total))
+        return replace(cost, host=self._host(longest, cost.total, formed))
 
-    def _host(self, tokens: float, device: float) -> float:
+    def _host(self, tokens: float, device: float, formed: Sequence[Formed]) -> float:
         """Seconds of the host that show: of every step, and of launching kernels that the GPU does not wait for."""
         software = self.pricing.software
         launching = self.num_kernels * software.launch if tokens > software.graph_tokens else 0.0
-        return self.scenario.engine.host + software.step + max(0.0, launching - device)
+        requests = max(each.generated + len(each.chunks) for each in formed)
+        keys = max(sum(each.keys) + sum(chunk.tokens + chunk.before for chunk in each.chunks) for each in formed)
+        ahead = self.scenario.engine.host + software.step + software.request * requests + software.listed_key * keys
+        if software.hides_host:
+            return max(0.0, launching + ahead - device)
+        return ahead + max(0.0, launching + software.plan - device)
 
     @cached_property
     def num_kernels(self) -> int:
         """Kernels of a step; a grouped product is two, as its sizes are prepared by one."""
         model, lists, tensor = self.model, self.pricing.lists, self.scenario.parallelism.tensor
-        products = 6 if isinstance(model.attention, Mla) else 2
+        products = 6 if isinstance(model.attention, Mla) else 4 if self.pricing.software.separate_heads else 2
         around = num_launches(lists.attention(model, tensor, 1.0)) + products + 1 + (2 if tensor > 1 else 0)
         network = num_launches(lists.network(1.0, 1)) + 2
         experts = num_launches(lists.experts(model, 1.0, 1.0, 1)) + 5 + (2 if self.together else 0)
@@ -111,6 +121,12 @@ class StepCosts:
 
     def _attention(self, formed: Sequence[Formed]) -> FloatArray:
         """Seconds [D] of all layers."""
+        software = self.pricing.software
+        if software.paged == "masked":
+            return np.array([self.attention.masked(each) for each in formed])
+        if software.paged:
+            fill, is_replayed = software.fill_keys, software.graph_tokens > 0
+            return np.array([self.attention.gathered(each, fill=fill, is_replayed=is_replayed) for each in formed])
         requests_D = np.array([each.generated for each in formed])
         seconds_D = self.attention.generating(np.array([each.keys for each in formed]), requests_D, formed[0].rows)
         for group, each in enumerate(formed):
@@ -202,7 +218,11 @@ class StepCosts:
         model, tensor, gemm = self.model, self.scenario.parallelism.tensor, self.pricing.gemm
         heads, dim = model.heads // tensor, model.head_dim
         if not isinstance(model.attention, Mla):
-            wide = (heads + 2 * -(-model.kv_heads // tensor)) * dim
+            keys = -(-model.kv_heads // tensor) * dim
+            if self.pricing.software.separate_heads:
+                apart = gemm(tokens, model.hidden, heads * dim) + 2 * gemm(tokens, model.hidden, keys)
+                return apart + gemm(tokens, heads * dim, model.hidden)
+            wide = heads * dim + 2 * keys
             return gemm(tokens, model.hidden, wide) + gemm(tokens, heads * dim, model.hidden)  # one product for q, k, v
         mla = model.attention
         query = heads * (dim + mla.rope_head_dim)

@@ -94,6 +94,28 @@ def _torch_experts(model: Model, tokens: float, rows: float, width: int) -> list
     return [*kernels, Small("sum_of_8", each, model.row_width)]
 
 
+def _transformers_attention(model: Model, tensor: int, tokens: float) -> list[Small]:
+    """Norms in eight kernels, of queries and keys, too; rotary of both in five each, residual, writing into pages."""
+    queries, keys = _widths(model, tensor)
+    kernels = [Small("norm_in_eight", tokens, width) for width in (model.hidden, queries, keys)]
+    kernels += [Small("rotary_in_five", tokens, width) for width in (queries, keys)]
+    kernels += [Small("add", tokens, model.hidden)] + [Small("copy", tokens, queries)] * 2
+    return kernels + [Small("copy", tokens, keys)] * 6
+
+
+def _transformers_experts(model: Model, tokens: float, rows: float, width: int) -> list[Small]:
+    """Norm, residual; softmax, top-k and its sum; sort and counts; rows, masks, activation, gates; rows back, sum."""
+    each = rows / max(model.top_k, 1)
+    kernels = [Small("norm_in_eight", tokens, model.hidden), Small("add", tokens, model.hidden)]
+    kernels += [Small("softmax", tokens, model.experts), Small("topk", tokens, model.experts)]
+    kernels += [Small("sum_of_8", tokens, 1), Small("mul", tokens, 1), Small("cast", tokens, 1)]
+    kernels += [Small("sort", each, model.experts)] + [Small("mul", rows, 1)] * 6 + [Small("copy", rows, 1)] * 5
+    kernels += [Small("gather", rows, model.row_width), Small("mul", rows, model.row_width)]
+    kernels += [Small("mul", rows, 2 * width), Small("silu_mul", rows, width)]
+    kernels += [Small("mul", rows, model.row_width)] * 2 + [Small("gather", rows, model.row_width)]
+    return [*kernels, Small("sum_of_8", each, model.row_width)]
+
+
 def _compiled_attention(model: Model, tensor: int, tokens: float) -> list[Small]:
     """Norm with residual; rotary, the split of queries, keys and values, and the cache are three kernels."""
     queries, keys = _widths(model, tensor)
@@ -118,6 +140,7 @@ LISTS: Mapping[str, Lists] = {
     "fused": Lists(_fused_attention, _fused_network, _fused_experts, ("greedy",)),
     "compiled": Lists(_compiled_attention, _fused_network, _compiled_experts, _FLOAT),
     "torch": Lists(_torch_attention, _torch_network, _torch_experts, _FLOAT),
+    "transformers": Lists(_transformers_attention, _torch_network, _transformers_experts, _FLOAT),
 }
 
 

@@ -13,6 +13,7 @@ from moesim.scenario.model import Mla
 from moesim.scenario.overrides import apply_overrides
 from moesim.serving.fleet import fleet_gpus, prefill_scenario
 from moesim.serving.schema import ServingScenario
+from moesim.serving.software import serving_software
 
 _KIND = ("workload", "kind")
 
@@ -80,6 +81,9 @@ def _check(scenario: ServingScenario, root: Node) -> None:
         raise refuse(("decode_routing",), "a model without experts has no routing; leave it out")
     _check_fleet(scenario, refuse)
     _check_workload(scenario, refuse)
+    if serving_software()[scenario.engine.software].paged and (mesh.world_size > 1 or isinstance(model.attention, Mla)):
+        what = f"{scenario.engine.software} is known on one GPU with grouped queries alone; use them, or fused"
+        raise refuse(("engine", "software"), what)
     engine = scenario.engine
     if not engine.chunked_prefill and engine.token_budget < 1_024:
         what = f"{engine.token_budget} tokens never hold a long prompt whole; allow chunked_prefill, or raise it"

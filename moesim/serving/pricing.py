@@ -30,7 +30,7 @@ IN_MEMORY = {
     "rms_norm": "rms_norm", "add": "elementwise", "mul": "elementwise", "copy": "copy", "cast": "cast", "roll": "copy",
     "silu_mul": "activation", "gather": "permute", "sum_of_8": "unpermute", "softmax": "softmax", "topk": "topk",
     "sort": "sort", "cast_wide": "cast", "softmax_wide": "softmax", "argmax_wide": "reduce", "greedy": "reduce",
-    "drawn": "softmax", "top_50": "softmax",
+    "drawn": "softmax", "top_50": "softmax", "norm_in_eight": "rms_norm", "rotary_in_five": "elementwise",
 }  # fmt: skip
 LARGE = 4e6  # elements
 LEAST_SHARE = 0.5  # of a product launched alone that it takes in a row of kernels at least

@@ -177,10 +177,20 @@ class Engine(Section):
         default=64, description="Tokens of one page of keys and values."
     )
     host: Latency = Field(default=0.0, description="Seconds of the host in every step beside those of software.")
-    software: Literal["fused", "torch_graphs", "torch_compiled", "torch_eager"] = Field(
+    software: Literal[
+        "fused",
+        "torch_graphs",
+        "torch_compiled",
+        "torch_eager",
+        "transformers",
+        "transformers_flash",
+        "transformers_graphs",
+        "transformers_async",
+    ] = Field(
         default="fused",
         description="What runs a step: fused, an engine with fused kernels and CUDA graphs; or plain torch, as CUDA "
-        "graphs, compiled and as CUDA graphs, or launched kernel by kernel.",
+        "graphs, compiled and as CUDA graphs, or launched kernel by kernel; or continuous batching of transformers on "
+        "one GPU, with its attention, with FlashAttention, with CUDA graphs, and with the host beside the GPU.",
     )
     sampling: Literal["greedy", "drawn", "top_50"] = Field(
         default="greedy",

@@ -4,7 +4,7 @@ One entry per software; kernels are listed by `moesim.serving.layers`, as `kerne
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
 
@@ -20,20 +20,33 @@ class ServingSoftware:
     most so many tokens are replayed as CUDA graphs; in longer ones, and without graphs, the host launches every kernel,
     which shows where the GPU is faster. launch: seconds of such a launch. step: seconds of a step in which the GPU
     waits: the replay, and reading the tokens back. own_all_reduce: whether small all-reduces take a kernel of the
-    engine's own.
+    engine's own. paged: "gathered", the keys of a step are copied out of their pages before attention; "masked", and
+    all rows of a step see all its keys, under a mask; empty: kernels that read pages. fill_rows, fill_keys: rows and
+    keys of a replayed step are filled up to multiples of them. request, listed_key: seconds of the host in a step for
+    each request and for each key that it lists. plan: seconds of the host for a size of attention not met before,
+    which every step has. hides_host: whether it prepares a step beside the one before it. separate_heads: whether
+    queries, keys and values are three products.
     """
 
     name: str
     about: str
     listed: str
     checked: str
-    kernels: Literal["fused", "compiled", "torch"]
+    kernels: Literal["fused", "compiled", "torch", "transformers"]
     attention: Literal["engines", "torch"]
     experts: Literal["engines", "torch"]
     graph_tokens: int
     launch: float
     step: float
     own_all_reduce: bool
+    paged: Literal["", "gathered", "masked"] = ""
+    fill_rows: int = 1
+    fill_keys: int = 1
+    request: float = 0.0
+    listed_key: float = 0.0
+    plan: float = 0.0
+    hides_host: bool = False
+    separate_heads: bool = False
 
 
 @cache
@@ -95,5 +108,47 @@ def serving_software() -> Mapping[str, ServingSoftware]:
             step=host["readback"],
             own_all_reduce=False,
         ),
+        *_transformers(host["eager_launch"]),
     )
     return {entry.name: entry for entry in entries}
+
+
+# The host of transformers' continuous batching, from runs of Qwen3's layers on one H100
+# (tests/data/engine_h100.json.gz: "one", "burst-16" and "steady"): of a step, of each key that it lists, of each
+# request's mask, of the inputs and the replay of a graph, of a plan that cuDNN makes for attention of a new size.
+STEP, LISTED_KEY, MASK, SUBMIT, PLAN = 0.85e-3, 0.14e-6, 11.5e-6, 1.35e-3, 45e-3
+
+
+def _transformers(launch: float) -> tuple[ServingSoftware, ...]:
+    """Continuous batching of transformers 5.17, on one GPU."""
+    plain = ServingSoftware(
+        name="transformers",
+        about="continuous batching of transformers 5.17 with its paged|sdpa attention, launched kernel by kernel",
+        listed="from its source, and profiles of Qwen3's and OLMoE's layers on one H100 (tools/measure_engine.py)",
+        checked="streams of requests on one H100 (pytest -s tests/serving/test_measured_engine.py)",
+        kernels="transformers",
+        attention="torch",
+        experts="torch",
+        graph_tokens=0,
+        launch=launch,
+        step=STEP,
+        own_all_reduce=False,
+        paged="masked",
+        request=MASK,
+        listed_key=LISTED_KEY,
+        plan=PLAN,
+        separate_heads=True,
+    )
+    about = "the same with FlashAttention 2 over gathered keys"
+    flash = replace(plain, name="transformers_flash", about=about, paged="gathered", request=0.0, plan=0.0)
+    graphs = replace(
+        flash,
+        name="transformers_graphs",
+        about=f"{about}, replayed as CUDA graphs",
+        graph_tokens=1 << 30,
+        step=STEP + SUBMIT,
+        fill_rows=64,
+        fill_keys=16_384,
+    )
+    hidden = f"{about}, replayed as CUDA graphs, the host beside the GPU"
+    return plain, flash, graphs, replace(graphs, name="transformers_async", about=hidden, hides_host=True)
