@@ -12,7 +12,8 @@ def print_table(table: Table, *, console: Console | None = None) -> None:
     """Steps and their parts, the parts of the MoE layers, the slowdowns by skew, and the summary."""
     console = console or Console()
     console.print(_steps(table))
-    console.print(_layers(table))
+    if any(row.measured["layer_parts"] for row in table.rows):
+        console.print(_layers(table))
     if table.slowdowns():
         console.print(_slowdowns(table))
     console.print(_summary(table))
@@ -55,7 +56,8 @@ def _layers(table: Table) -> RichTable:
     for part in parts:
         shown.add_column(part, justify="right")
     for row in table.rows:
-        shown.add_row(row.case.name, *(_layer_cell(row, part) for part in parts))
+        if row.measured["layer_parts"]:
+            shown.add_row(row.case.name, *(_layer_cell(row, part) for part in parts))
     return shown
 
 

@@ -3,12 +3,15 @@
 `tests/data/node_h100.json.gz` is the table of one call of tools/measure_node.py. Half of its steps are in no choice.
 """
 
+import io
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from moesim.validation.node_cases import is_held_out
+from moesim.validation.show import print_table
 from moesim.validation.table import Row, Table, load_table, recompute
 
 TABLE = Path(__file__).parent.parent / "data" / "node_h100.json.gz"
@@ -19,6 +22,14 @@ FROM_TOKENS = 4096  # below, the host sets the pace
 def kept_out() -> tuple[Row, ...]:
     table = load_table(TABLE)
     return recompute(Table(table.device, tuple(row for row in table.rows if is_held_out(row.case.name)))).rows
+
+
+def test_tables_with_dense_models_are_shown() -> None:
+    table, written = load_table(TABLE), io.StringIO()
+    dense = [row for row in table.rows if row.case.scenario.model.experts == 0]
+    for rows in (dense, table.rows):
+        print_table(Table(table.device, tuple(rows)), console=Console(width=200, file=written))
+    assert all(row.case.name in written.getvalue() for row in table.rows)
 
 
 @pytest.mark.slow
