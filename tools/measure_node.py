@@ -34,7 +34,7 @@ def torchrun(ranks: int, program: Sequence[str], deadline: float) -> bool:
     try:
         subprocess.run(
             command, check=True, timeout=max(1.0, deadline - time.monotonic()),
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "NCCL_NVLS_ENABLE": "0"},
+            env={"NCCL_NVLS_ENABLE": "0"} | os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         return False
@@ -42,11 +42,11 @@ def torchrun(ranks: int, program: Sequence[str], deadline: float) -> bool:
 
 
 def transfers(gpus: int, out: Path, deadline: float) -> None:
-    """At every number of ranks."""
+    """At every number of ranks what is not measured yet."""
     for ranks in (size for size in (2, 4, 8) if size <= gpus):
         path = out / f"transfers-{ranks}.json.gz"
-        if path.exists() or time.monotonic() > deadline:
-            continue
+        if time.monotonic() > deadline:
+            return
         budget = min(SECONDS_OF_TRANSFERS, deadline - time.monotonic())
         options = [
             "--out",
