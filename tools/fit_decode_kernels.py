@@ -68,10 +68,8 @@ def _digits(value: float, digits: int = 4) -> float:
 
 def fit_attention(rows: list[Row], *, gpu: str, size: float, is_latent: bool, kept_out: Any) -> dict[str, Any]:
     """Parameters of `attention_seconds`, none above what the GPU can do, and the errors of the rows kept out."""
-    memory, peak = (
-        gpu_spec(gpu).memory_bandwidth,
-        max(gpu_spec(gpu).peak_flops[name] for name in ("bf16", "fp8") if name in gpu_spec(gpu).peak_flops),
-    )
+    peaks, narrow = gpu_spec(gpu).peak_flops, "fp8" if size < 2.0 else "bf16"
+    memory, peak = gpu_spec(gpu).memory_bandwidth, peaks.get(narrow, peaks["bf16"])
     requests, keys, heads, kv, dim, seconds = (np.array(column, float) for column in zip(*rows, strict=True))
     shape = latent_shape(heads, LATENT, ROPE, size=size) if is_latent else grouped_shape(heads, kv, dim, size=size)
     used = ~np.asarray(kept_out)

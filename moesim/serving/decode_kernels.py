@@ -144,7 +144,8 @@ def fitted_of(family: str, gpu: GpuSpec, *kinds: str, rates: Mapping[int, str]) 
                 "peak": gpu.peak_flops["bf16"] / base.peak_flops["bf16"],
             }
             own = (each * ratios.get(rates.get(place, ""), 1.0) for place, each in enumerate(entry["parameters"]))
-            most = {"memory": gpu.memory_bandwidth, "peak": max(gpu.peak_flops.values())}
+            computed = "fp8" if "fp8" in kind and "fp8" in gpu.peak_flops else "bf16"
+            most = {"memory": gpu.memory_bandwidth, "peak": gpu.peak_flops[computed]}
             own = (min(each, most.get(rates.get(place, ""), each)) for place, each in enumerate(own))
             is_own = name == gpu.name and kind == kinds[0]
             return Fitted(tuple(own), "interpolated" if is_own else "scaled", entry)
