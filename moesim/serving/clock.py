@@ -71,7 +71,8 @@ class Instance:
     """The batches of all data groups of one set of GPUs with all weights, and the processes that step them.
 
     All note in `served`. `formed` is called with the batches of a step
-    that was formed, `done` with each request that its batch is done with.
+    that was formed, `done` with each request that its batch is done with; `shared` tells for how many seconds from now
+    on other transfers have the ports of the ranks' exchange.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Instance:
         *,
         formed: Callable[[Sequence[Batch]], None] = lambda _: None,
         done: Callable[[Batch, Job], None] = lambda _, __: None,
+        shared: Callable[[Sequence[Batch]], float] = lambda _: 0.0,
     ) -> None:
         scenario = costs.scenario
         stages, data = scenario.parallelism.pipeline, scenario.parallelism.data
@@ -106,7 +108,8 @@ class Instance:
         self._choose = BALANCING[engine.balancing]
         for number, (bell, members) in enumerate(zip(bells, sets, strict=True)):
             group = first // stages + number * len(members)
-            env.process(_steps(env, costs, members, bell, served, first_group=group, formed=formed, done=done))
+            told: dict[str, Any] = {"first_group": group, "formed": formed, "done": done, "shared": shared}
+            env.process(_steps(env, costs, members, bell, served, **told))
         served.num_sets += len(sets)
 
     @property
@@ -172,6 +175,7 @@ def _steps(
     first_group: int,
     formed: Callable[[Sequence[Batch]], None],
     done: Callable[[Batch, Job], None],
+    shared: Callable[[Sequence[Batch]], float],
 ) -> Generator[Any, Any, None]:
     """`groups`: the batches of each data group that steps with the others; from number `first_group` on."""
     batches = [batch for group in groups for batch in group]
@@ -186,6 +190,7 @@ def _steps(
             continue
         formed(batches)
         cost = max((costs.step(in_turn) for in_turn in turns), key=lambda each: each.total)
+        cost = cost.beside(shared(batches))
         assert cost.total > 0
         yield env.timeout(cost.total)
         waiting = sum(batch.num_waiting for batch in batches)

@@ -7,12 +7,13 @@ prompts come first in the cluster, instance by instance.
 What a transfer takes: the bytes that the receiving ranks will store, sent by as many ranks side by side as the smaller
 of both tensor groups has. Those of a data group go out, and come in, one after the other. `by_layer`: a prompt's
 transfer may begin with its computation, and ends one layer's share after it at the earliest. Pages of the prompt are
-free when its decode instance begins with it, which is not before everything has come. All-to-alls of the instances are
-not slowed by transfers.
+free when its decode instance begins with it, which is not before everything has come. All-to-alls over NICs take
+longer by what transfers of the busiest data group keep the same NICs busy beside them (`StepCost.beside`).
 """
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -108,6 +109,11 @@ def run_fleet(pools: Sequence[Pool], requests: Requests, *, instant: bool = Fals
     return served
 
 
+def _exchanges_over_nics(scenario: ServingScenario) -> bool:
+    mesh = scenario.parallelism
+    return mesh.expert > 1 and mesh.stage_size > scenario.cluster.domain_sizes[0]
+
+
 def _instances(env: simpy.Environment, pool: Pool, served: Served, **told: Any) -> list[Instance]:
     return [Instance(env, pool.costs, pool.memory, served, **told) for _ in range(pool.replicas)]
 
@@ -151,11 +157,22 @@ class _Sender:
         self.fabric: Fabric = build_fabric(decode.scenario.cluster)
         self.layout = layout_of(prefill.scenario)
         self.began: dict[int, float] = {}
-        self.prefill = _instances(env, prefill, served.earlier[0], formed=self._note_begin, done=self._computed)
-        self.decode = _instances(env, decode, served, formed=self._free_pages)
+        told: list[dict[str, Any]] = [{}, {}]
+        for each, pool, links in zip(told, pools, ("out", "into"), strict=True):
+            if not instant and _exchanges_over_nics(pool.scenario):
+                each["shared"] = partial(self._busy, links)
+        self.prefill = _instances(
+            env, prefill, served.earlier[0], formed=self._note_begin, done=self._computed, **told[0]
+        )
+        self.decode = _instances(env, decode, served, formed=self._free_pages, **told[1])
         self.out, self.into = _links(self.prefill, prefill), _links(self.decode, decode)
         self.instance_of = {batch: instance for instance in self.prefill for batch in instance.batches}
         self.waiting: dict[Batch, list[_Sent]] = {batch: [] for each in self.decode for batch in each.batches}
+
+    def _busy(self, links: str, batches: Sequence[Batch]) -> float:
+        """Seconds for which the busiest link of these batches has transfers, at all that a NIC reaches."""
+        own: dict[Batch, _Link] = getattr(self, links)
+        return self.nic_share * max(0.0, max(own[batch].free for batch in batches) - self.env.now)
 
     def begin(self, job: Job) -> None:
         """A request comes: its prompt and one token are computed on an instance for prompts."""

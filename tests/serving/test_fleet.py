@@ -14,6 +14,7 @@ from moesim.serving.fleet import kv_bytes, run_fleet
 from moesim.serving.overlap import shown_exchange
 from moesim.serving.requests import Requests
 from moesim.serving.schema import ServingScenario
+from moesim.serving.step import StepCost
 from moesim.strict_json import json_text
 
 TWO_POOLS = """schema_version: 1
@@ -150,6 +151,18 @@ def test_two_batches_hide_what_is_shorter_and_pay_for_the_sms_of_the_exchange() 
     )
     assert two["time_s"]["exchange"] < one["time_s"]["exchange"]
     assert two["time_s"]["projections"] + two["time_s"]["experts"] > one["time_s"]["projections"]
+
+
+def test_transfers_through_the_nics_of_an_exchange_make_it_longer_and_no_more_than_their_bytes() -> None:
+    wide = "{replicas: 1, parallelism: {data: 8, expert: 8}, transfer: at_end}"
+    sets = ("cluster.nodes=4", "cluster.gpus_per_node=4", "parallelism={data: 8, expert: 8}", "fleet.replicas=1")
+    deployment = Deployment(two_pools(*sets, f"fleet.prefill={wide}", "workload.arrivals.rate=2000.0"))
+    requests = deployment.requests(0)
+    both, free = (run_fleet(deployment.pools, requests, instant=each) for each in (False, True))
+    assert both.transfers is not None and both.earlier[0].parts["exchange"] > free.earlier[0].parts["exchange"]
+    assert both.earlier[0].parts["exchange"] - free.earlier[0].parts["exchange"] < sum(both.transfers.seconds)
+    cost = StepCost(projections=1.0, attention=1.0, experts=1.0, exchange=1.0, head=0.0, draft=0.0, swap=0.0, host=0.0)
+    assert cost.beside(0.0) == cost and cost.beside(2.0).total == 4.5 and cost.beside(9.0).exchange == 2.0
 
 
 def test_prompts_may_travel_by_kernels_of_their_own() -> None:
