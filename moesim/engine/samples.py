@@ -55,6 +55,7 @@ def simulate_samples(
             ]
             program = with_changes(programs, changes)
         parts.append(_simulate_program(program, first=start == 0))
+        del program  # before the next one is built: each takes a gigabyte on 16,384 ranks
     return Outcome.joined(parts)
 
 

@@ -1,0 +1,38 @@
+"""CPU seconds and memory of whole runs on large clusters, with room for a busy machine."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+SIXTEEN_THOUSAND = ("cluster.nodes=2048", "parallelism.data=1024", "workload.global_batch=122880")
+
+
+def usage_of(*arguments: str) -> tuple[float, float]:
+    """CPU seconds and peak memory in GB of a `moesim` of its own."""
+    process = subprocess.Popen([sys.executable, "-m", "moesim", *arguments])
+    _, status, usage = os.wait4(process.pid, 0)
+    assert status == 0
+    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e9
+
+
+@pytest.mark.parametrize(
+    ("scenario", "changes", "seconds", "gigabytes"),
+    [
+        ("deepseek-v3-2048xh800", (), 20.0, 2.5),
+        ("llama3-405b-16384xh100", (), 10.0, 0.6),
+        ("deepseek-v3-2048xh800", SIXTEEN_THOUSAND, 90.0, 7.5),
+    ],
+)
+def test_a_large_run_stays_small(
+    scenario: str, changes: tuple[str, ...], seconds: float, gigabytes: float, tmp_path: Path
+) -> None:
+    settings = [word for change in changes for word in ("--set", change)]
+    used, peak = usage_of("run", scenario, *settings, "--quiet", "--out", str(tmp_path / "run"))
+    print(f"\n{scenario} {' '.join(changes)}: {used:.1f} s of CPU, {peak:.2f} GB")
+    assert used < seconds
+    assert peak < gigabytes
