@@ -16,7 +16,8 @@ def usage_of(*arguments: str) -> tuple[float, float]:
     """CPU seconds and peak memory in GB of a `moesim` of its own."""
     process = subprocess.Popen([sys.executable, "-m", "moesim", *arguments])
     _, status, usage = os.wait4(process.pid, 0)
-    assert status == 0
+    process.returncode = os.waitstatus_to_exitcode(status)  # it has been waited for
+    assert process.returncode == 0
     return usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e9
 
 
