@@ -18,6 +18,8 @@ from moesim.kernels.families import Gemm, GroupedGemm, Kernel, MemoryBound, peak
 from moesim.program.operations import Operation
 from moesim.program.writer import KernelWriter
 from moesim.results.spans import Label
+from moesim.scenario import load_scenario
+from moesim.shipped import resolve
 
 Line = tuple[Label, Kernel, float, str]
 
@@ -74,8 +76,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], help="key=value")
     parser.add_argument("--layer", type=int, action="append", help="only these; -1 for what is in no layer")
     given = parser.parse_args()
-    changes = dict(pair.split("=", 1) for pair in given.set)
-    scenario = moesim.load_scenario(given.scenario, changes)
+    scenario = load_scenario(resolve(given.scenario, "scenario"), given.set)
     with Recorder() as recorder:
         moesim.simulate(scenario)
     gpu = scenario.cluster.pools[0].spec

@@ -335,35 +335,41 @@ class CalibratedModel:
 
     def _grouped(self, totals: RowTotals, kernel: GroupedGemm) -> Estimate:
         experts = totals.rows_QE.shape[-1]
-        small_Q = physics.takes_small_tiles(
+        tiles_Q = physics.grouped_tiles(
             totals.rows / experts, kernel.k, kernel.n, direction=kernel.direction, fp8=is_narrow(kernel.dtype)
         )
-        if not isinstance(small_Q, np.ndarray):
-            return self._grouped_alike(totals, kernel, small=bool(small_Q))
-        if small_Q.all() or not small_Q.any():
-            return self._grouped_alike(totals, kernel, small=bool(small_Q.any()))
-        seconds_Q, sources = np.empty(len(small_Q)), []
-        for small in (True, False):
-            chosen_Q = small_Q == small
-            part = self._grouped_alike(totals.chosen(chosen_Q), kernel, small=small)
+        if not isinstance(tiles_Q, np.ndarray):
+            return self._grouped_alike(totals, kernel, tiles=tiles_Q)
+        first, *others = np.unique(tiles_Q).tolist()
+        if not others:
+            return self._grouped_alike(totals, kernel, tiles=first)
+        seconds_Q, sources = np.empty(len(tiles_Q)), []
+        for tiles in (first, *others):
+            chosen_Q = tiles_Q == tiles
+            part = self._grouped_alike(totals.chosen(chosen_Q), kernel, tiles=tiles)
             seconds_Q[chosen_Q] = part.seconds
             sources.append(part.source)
         return Estimate(seconds_Q, weakest(*sources))
 
-    def _grouped_alike(self, totals: RowTotals, kernel: GroupedGemm, *, small: bool) -> Estimate:
-        """GEMMs that all take small tiles, or none."""
+    def _grouped_alike(self, totals: RowTotals, kernel: GroupedGemm, *, tiles: int) -> Estimate:
+        """GEMMs that all take the same tiles; where a profile has too few rows of those, its large ones stand in."""
         known = kernel.dtype in ("bf16", "fp16", "fp8")
-        cell = self.cell(grouped_cell(kernel.direction, dtype=kernel.dtype, small=small)) if known else None
+        if known and tiles == 2 and grouped_cell(kernel.direction, dtype=kernel.dtype, tiles=tiles) not in self._rows:
+            tiles = 1
+        cell = self.cell(grouped_cell(kernel.direction, dtype=kernel.dtype, tiles=tiles)) if known else None
         if cell is None:
             return self.fallback.seconds(replace(kernel, rows_per_expert=totals.rows_QE))
         sizes = (float(kernel.k), float(kernel.n))
         fp8 = is_narrow(kernel.dtype)
-        columns = physics.grouped_sizes(totals, *sizes, direction=kernel.direction, small=small, fp8=fp8)
+        columns = physics.grouped_sizes(totals, *sizes, direction=kernel.direction, tiles=tiles, fp8=fp8)
         found = self._predict(cell, columns, totals.rows_QE.shape[:-1], self._cap)
         return self._as_measured(replace(kernel, rows_per_expert=totals.rows_QE), found) if fp8 else found
 
     def _has_grouped(self, kernel: GroupedGemm) -> bool:
-        names = (grouped_cell(kernel.direction, dtype=kernel.dtype, small=small) for small in (True, False))
+        names = (
+            grouped_cell(kernel.direction, dtype=kernel.dtype, tiles=tiles)
+            for tiles in range(len(physics.GROUPED_TILES))
+        )
         return any(name in self._rows for name in names)
 
     def has(self, kernel: Kernel) -> bool:

@@ -97,7 +97,7 @@ def _gemm_features(columns: Columns) -> tuple[Any, ...]:
 def _grouped_row_sizes(rows: list[Row]) -> Columns:
     """Rows of one cell, in any number of experts: those of one number are computed together."""
     direction, fp8 = rows[0]["direction"], is_narrow(rows[0]["dtype"])
-    small = str(cell_of(rows[0])).endswith("/small")
+    tiles = physics.GROUPED_TILES.index(str(cell_of(rows[0])).rsplit("/", 1)[1])
     sizes_PC = np.empty((len(rows), len(physics.GROUPED_COLUMNS)))
     experts_P = np.array([len(row["rows_per_expert"]) for row in rows])
     for experts in np.unique(experts_P):
@@ -105,7 +105,7 @@ def _grouped_row_sizes(rows: list[Row]) -> Columns:
         part = [rows[index] for index in np.flatnonzero(chosen_P)]
         totals = physics.RowTotals.of(np.array([row["rows_per_expert"] for row in part], float))
         sizes = physics.grouped_sizes(
-            totals, _column(part, "k"), _column(part, "n"), direction=direction, small=small, fp8=fp8
+            totals, _column(part, "k"), _column(part, "n"), direction=direction, tiles=tiles, fp8=fp8
         )
         sizes_PC[chosen_P] = np.stack(np.broadcast_arrays(*sizes), axis=1)
     return tuple(sizes_PC.T)
@@ -206,8 +206,8 @@ def cell_of(row: Row) -> str | None:
     if family == "grouped_gemm":
         rows_E, direction = row["rows_per_expert"], row["direction"]
         mean_rows, dtype = sum(rows_E) / len(rows_E), row["dtype"]
-        small = physics.takes_small_tiles(mean_rows, row["k"], row["n"], direction=direction, fp8=is_narrow(dtype))
-        return grouped_cell(direction, dtype=dtype, small=small)
+        tiles = physics.grouped_tiles(mean_rows, row["k"], row["n"], direction=direction, fp8=is_narrow(dtype))
+        return grouped_cell(direction, dtype=dtype, tiles=tiles)
     if family == "attention":
         return f"attention/{row['direction']}"
     return f"memory_bound/{row['kind']}" if family == "memory_bound" else None
@@ -218,9 +218,9 @@ def gemm_cell(dtype: str, direction: str) -> str:
     return f"gemm/{TENSOR_DTYPES.get(dtype, '')}/{direction}"
 
 
-def grouped_cell(direction: str, *, dtype: str, small: bool) -> str:
-    """Grouped products with small tiles (few rows per expert) and large ones are different kernels."""
-    return f"grouped_gemm/{'fp8/' if is_narrow(dtype) else ''}{direction}/{'small' if small else 'large'}"
+def grouped_cell(direction: str, *, dtype: str, tiles: int) -> str:
+    """Grouped products with other tiles are other kernels: small ones (few rows per expert), large ones, long sides."""
+    return f"grouped_gemm/{'fp8/' if is_narrow(dtype) else ''}{direction}/{physics.GROUPED_TILES[tiles]}"
 
 
 def _checksum(rows: list[Row], sizes_PC: FloatArray) -> int:

@@ -3,17 +3,33 @@
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moesim.errors import UserError
 from moesim.kernels.benchmarks.session import partial_folder
 from moesim.kernels.calibrated import CalibratedModel
 from moesim.kernels.error_table import STANDS_FOR, kind_misses
+from moesim.kernels.errors import errors_that_hold
+from moesim.kernels.estimate import KernelModel
 from moesim.kernels.fitting import fit_profile
 from moesim.kernels.loading import load_profile, scaled_from
 from moesim.kernels.profile import load_profile_file, save_profile
-from moesim.kernels.report import beside_rows, beside_table, error_table, held_out_rows, kind_table, leave_one_out_rows
+from moesim.kernels.report import (
+    beside_rows,
+    beside_table,
+    error_table,
+    held_out_rows,
+    held_table,
+    kind_table,
+    leave_one_out_rows,
+)
 from moesim.kernels.scaled import ScaledModel
 from moesim.kernels.tabulated import TabulatedModel
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_WIDTH = 96  # columns that the widest table takes
 
 
 def calibrate_command(
@@ -89,11 +105,12 @@ def _report(name: str, *, by_cell: bool) -> int:
     if path.exists():
         load_profile_file(path)  # says what is wrong with a file before anything is fitted
     model = load_profile(name)
-    if isinstance(model, ScaledModel):
-        source = scaled_from(name)
-        raise UserError(f"{name} is derived from {source} and has no measured rows; report on {source}")
-    own = model.tables if isinstance(model, TabulatedModel) else model
     console = Console()
+    console.width = max(console.width, _WIDTH)  # of a file or a pipe: no number is cut
+    if isinstance(model, ScaledModel):
+        console.print(f"{name} has no rows of its own: it is derived from {scaled_from(name)}; see the report on that")
+        return _print_held(console, name, model)
+    own = model.tables if isinstance(model, TabulatedModel) else model
     title = f"Leave-one-out errors of {own.name}"
     if own is not model:
         title += ", rows of published tables"
@@ -108,4 +125,15 @@ def _report(name: str, *, by_cell: bool) -> int:
     if base is not None:
         console.print()
         console.print(kind_table(kind_misses(name.lower()), title=f"{own.name} predicted from {base} by data sheets"))
+    return _print_held(console, own.name, model)
+
+
+def _print_held(console: "Console", name: str, model: KernelModel) -> int:
+    """What the ranges of results on this GPU are made of."""
+    clock = None
+    base = model.base if isinstance(model, ScaledModel) else model
+    if isinstance(base, TabulatedModel) and not base.law.known:
+        clock = base.law.error, base.law.source
+    console.print()
+    console.print(held_table(errors_that_hold(model), title=f"Ranges of results on {name}", clock=clock))
     return os.EX_OK

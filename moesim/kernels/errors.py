@@ -127,3 +127,17 @@ def known_error(bases: tuple[str, ...], source: str, family: str) -> KnownError:
             if found is not None:
                 return found
     raise InternalError(f"no known error of {family} from {source} on {', '.join(bases)}")
+
+
+def errors_that_hold(model: KernelModel) -> list[KnownError]:
+    """What ranges of steps on this model's GPU are made of, data sheets (`roofline`) apart: of each source and family
+    the nearest basis that has it, where the GPU has units for it.
+    """
+    assert isinstance(model, CalibratedModel | TabulatedModel | ScaledModel)
+    lacking = {"fp8", "mxfp8", "fp4"} - set(model.fallback.gpu.peak_flops)
+    found: dict[tuple[str, str], KnownError] = {}
+    for basis in bases_of(model):
+        for (of, source, family), row in _by_key().items():
+            if of == basis and source not in (NETWORK, "roofline") and family.split()[-1] not in lacking:
+                found.setdefault((source, family), row)
+    return sorted(found.values(), key=lambda row: (SOURCES.index(row.source), row.family))

@@ -199,6 +199,11 @@ MEMORY_KINDS: dict[str, MemoryKind] = {
     "fp8_swiglu": MemoryKind(
         "silu(a) * b of bf16 halves to fp8 along rows; width is the result's", 5 + 4 / 128, apart=True
     ),
+    "fp8_swiglu_backward": MemoryKind(
+        "gradients of both halves of silu(a) * b, in fp8 along rows and, transposed, along columns; width is dY's",
+        10 + 16 / 128,
+        apart=True,
+    ),
     "largest": MemoryKind("largest magnitude of a bf16 matrix", 2, apart=True),
     "scaled_cast": MemoryKind("bf16 to fp8 with one scale", 3, apart=True),
     "scaled_cast_both": MemoryKind("bf16 to fp8 with one scale, and its transpose", 4, apart=True),

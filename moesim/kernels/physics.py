@@ -124,18 +124,28 @@ GROUPED_START = np.log([9e-6, 6e12, 2e-6, 3.2e12, 8.5e14, 1e-8, 8e12, 1.0, 1.0])
 GROUPED_FP8_START = GROUPED_START + np.log([1.0, 2.0, 1.0, 1.0, 2.0, 1.0, 1.0, 1.0, 1.0])
 
 
-FP8_NARROW = 2048  # of a weight's sides: narrower ones have slow gradients in torch's scaled grouped GEMM
+FP8_LONG = 2048  # two sides as long, and torch's grouped GEMM with scales takes other tiles
+GROUPED_TILES = ("small", "large", "long")
 
 
-def takes_small_tiles(mean_rows: Any, k: float, n: float, *, direction: str, fp8: bool = False) -> Any:
-    """Whether torch's grouped_mm takes its small tiles: at most 128 rows per mean expert, or as narrow an output.
+def grouped_tiles(mean_rows: Any, k: float, n: float, *, direction: str, fp8: bool = False) -> Any:
+    """Which tiles torch's grouped_mm takes, as an index of GROUPED_TILES: an array where mean_rows, of all experts, is.
 
-    mean_rows, of all experts, may be an array. fp8: its grouped GEMM with scales, by where its rows change their rate.
+    Small ones for at most 128 rows per mean expert, or as narrow an output. Its grouped product with scales (`fp8`) has
+    tiles of its own where two of an expert's three sides reach 2048 (pytorch 2.11, aten/.../ScaledGroupMM.cu).
     """
     if direction == "wgrad":
-        return min(k, n) < FP8_NARROW if fp8 else k <= 128 or n <= 128
-    narrow = (n if direction == "forward" else k) <= 128
-    return narrow or mean_rows < 129.0
+        rows, columns, depth = n, k, np.floor(mean_rows)
+    else:
+        columns, depth = (n, k) if direction == "forward" else (k, n)
+        rows = np.floor(mean_rows)
+    large: Any = 1
+    if fp8:
+        long = FP8_LONG
+        reached = (rows >= long) * 1 + (columns >= long) * 1 + (depth >= long) * 1
+        large = np.where(reached >= 2, 2, 1)
+    tiles = np.where((rows <= 128) | (columns <= 128), 0, large)
+    return tiles if tiles.ndim else int(tiles)
 
 
 @dataclass(frozen=True)
@@ -171,36 +181,41 @@ def _sums(values_QE: FloatArray) -> Any:
     return sums if sums.ndim else float(sums)
 
 
-def grouped_sizes(totals: RowTotals, k: Any, n: Any, *, direction: str, small: bool, fp8: bool = False) -> Columns:
+_TILES = ((64.0, 128.0, 128.0), (128.0, 256.0, 64.0), (256.0, 128.0, 128.0), (128.0, 128.0, 128.0))
+
+
+def grouped_sizes(totals: RowTotals, k: Any, n: Any, *, direction: str, tiles: int, fp8: bool = False) -> Columns:
     """The columns GROUPED_COLUMNS of grouped products; k and n may be arrays too.
 
-    Tiles are those of the CUTLASS kernel behind torch's grouped_mm on Hopper: 64 x 128 x 128 when `takes_small_tiles`,
-    else 128 x 256 x 64, in clusters of two along the rows, so that an expert's tiles round up to even numbers. With fp8
-    operands (one byte) large tiles are taken to be 128 x 256 x 128.
+    Tiles are those of the CUTLASS kernels behind torch's grouped_mm on Hopper, by `grouped_tiles`: 64 x 128 x 128 or
+    128 x 256 x 64, and with fp8 operands (one byte) 256 x 128 x 128, or 128 x 128 x 128 for weight gradients, which do
+    not sum in the tensor cores alone; in clusters of two along the rows, so that an expert's tiles round up to even
+    numbers.
     """
-    tile_m, tile_n, tile_k = (64.0, 128.0, 128.0) if small else (128.0, 256.0, 128.0 if fp8 else 64.0)
+    tile_m, tile_n, tile_k = _TILES[tiles if tiles < 2 or direction != "wgrad" else 3]
     size = 1.0 if fp8 else 2.0
     rows_QE, rows = totals.rows_QE, totals.rows
     experts = float(rows_QE.shape[-1])
     ops = arithmetic_of((k, n))
     if direction == "wgrad":
-        per_expert = ops.ceil(k / (2.0 * tile_m)) * 2.0 * ops.ceil(n / tile_n)
+        tall, wide = (n, k) if fp8 else (k, n)
+        per_expert = ops.ceil(tall / (2.0 * tile_m)) * 2.0 * ops.ceil(wide / tile_n)
         steps = _sums(np.ceil(rows_QE / tile_k)) * tile_k
         deepest = rows_QE.max(-1) if rows_QE.ndim > 1 else float(rows_QE.max())
         longest = arithmetic_of((deepest,)).ceil(deepest / tile_k) * tile_k
-        tiles, work = per_expert * experts, per_expert * steps
-        l2_bytes = rows * (size * (k * ops.ceil(n / tile_n) + n * ops.ceil(k / (2.0 * tile_m))))
+        count, work = per_expert * experts, per_expert * steps
+        l2_bytes = rows * (size * (tall * ops.ceil(wide / tile_n) + wide * ops.ceil(tall / (2.0 * tile_m))))
         read, written = rows * (size * (k + n)), 2.0 * experts * k * n
     else:
         width, depth = (n, k) if direction == "forward" else (k, n)
         pairs = _sums(np.ceil(rows_QE / (2.0 * tile_m)))
         tiles_n = ops.ceil(width / tile_n)
-        tiles, longest = pairs * (2.0 * tiles_n), ops.ceil(depth / tile_k) * tile_k
+        count, longest = pairs * (2.0 * tiles_n), ops.ceil(depth / tile_k) * tile_k
         work = 0.0  # follows from the tiles
         l2_bytes = rows * (size * depth * tiles_n) + pairs * (size * depth * width)
         read, written = rows * (size * depth) + totals.active * (size * k * n), rows * (2.0 * width)
     return (
-        rows, experts, totals.active, k, n, float(small), tiles,
+        rows, experts, totals.active, k, n, float(tiles == 0), count,
         work, longest, tile_m * tile_n, read, written, l2_bytes, totals.squares,
     )  # fmt: skip
 

@@ -13,6 +13,7 @@ import numpy as np
 from moesim.kernels.calibrated import CalibratedModel
 from moesim.kernels.cells import cell_of
 from moesim.kernels.error_study import Misses
+from moesim.kernels.errors import KnownError
 from moesim.kernels.families import FloatArray
 from moesim.kernels.measured import DISPATCH, OVERLAP_BYTES, SEND
 
@@ -131,13 +132,37 @@ def error_table(rows: list[ErrorRow], *, title: str, caption: str | None = _CAPT
 
     table = Table(title=title, caption=caption)
     table.add_column("kernels", no_wrap=True)
-    for header in ("count", "median / p90", "without clock", "visits", "target"):
+    aimed = any(row.target for row in rows)
+    for header in ("count", "median / p90", "without clock", "visits", *(["target"] if aimed else [])):
         table.add_column(header, justify="right", no_wrap=True)
     for row in rows:
         known, unknown = f"{row.median:.1%} / {row.p90:.1%}", f"{row.median_unclocked:.1%} / {row.p90_unclocked:.1%}"
         target = f"{row.target[0]:.0%} / {row.target[1]:.0%}" if row.target else ""
         spread = "" if math.isnan(row.spread) else f"{row.spread:.1%}"  # tables have no visits
-        table.add_row(row.name, str(row.count), known, unknown, spread, target)
+        table.add_row(row.name, str(row.count), known, unknown, spread, *([target] if aimed else []))
+    return table
+
+
+_HELD_CAPTION = """range = the factor that nine of ten predictions stay within, less 1;
+the 90 % range of a result holds it of each family by its share of the step"""
+
+
+def held_table(found: list[KnownError], *, title: str, clock: tuple[float, str] | None) -> "Table":
+    """The errors behind the range of a result by source and family; `clock`: log error at full load, and its source."""
+    from rich.table import Table  # here: whoever predicts a kernel does without
+
+    table = Table(title=title, caption=_HELD_CAPTION)
+    for header in ("source", "kernels"):
+        table.add_column(header, no_wrap=True)
+    for header in ("median", "range"):
+        table.add_column(header, justify="right", no_wrap=True)
+    table.add_column("found by")
+    for row in found:
+        median, widened = math.expm1(row.p50), math.expm1(row.half_width)
+        table.add_row(row.source, row.family, f"{median:.1%}", f"{widened:.0%}", row.how)
+    if clock is not None:
+        error, how = clock
+        table.add_row("clock", "all that compute", "", f"{math.expm1(error):.0%}", f"at full load; {how}")
     return table
 
 

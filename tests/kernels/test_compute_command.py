@@ -36,6 +36,15 @@ def test_a_tiny_budget_on_the_cpu_gives_a_profile_to_simulate_with(
     assert capsys.readouterr().out == ""
 
 
+def test_the_report_of_a_derived_gpu_tells_its_ranges(capsys: pytest.CaptureFixture[str]) -> None:
+    """It has no rows; what is known of the GPU that it is derived from holds, and the clock where none is known."""
+    assert call("--report", "--profile", "h800") == 0
+    shown = capsys.readouterr().out
+    assert "derived from h100" in shown and "Ranges of results on h800" in shown and "clock" not in shown
+    assert call("--report", "--profile", "gb300") == 0
+    assert "no sustained rate known" in " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -44,7 +53,7 @@ def test_a_tiny_budget_on_the_cpu_gives_a_profile_to_simulate_with(
         (("--out", "done.json", "--device", "cpu", "--extend"), "profile of schema version 7"),
         (("--report", "--profile", "done.json"), "profile of schema version 7"),
         (("--report", "--profile", "absent.json"), "cannot read this profile"),
-        (("--report", "--profile", "h800"), "derived from h100"),
+        (("--report", "--profile", "h801"), "no profile 'h801'"),
     ],
 )
 def test_mistakes_leave_with_one_line_and_write_nothing(

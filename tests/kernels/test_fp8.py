@@ -10,6 +10,7 @@ from moesim.errors import UserError
 from moesim.kernels import CalibratedModel, Gemm, GroupedGemm, ScaledModel, kernel_model, load_profile
 from moesim.kernels.families import GEMM_DIRECTIONS, chip_format, peak_format
 from moesim.kernels.fp8 import PUBLISHED_ROWS, WEIGHT_GRADIENT_SHARE, fp8_gemm, published_errors
+from moesim.kernels.physics import grouped_tiles
 from moesim.kernels.report import held_out_rows
 from moesim.kernels.tabulated import TabulatedModel
 from moesim.scenario import gpu_spec
@@ -117,3 +118,14 @@ def test_formats_that_a_chip_lacks_are_refused() -> None:
     large = Gemm(16384, 8192, 8192)
     seconds = [float(b200.seconds(replace(large, dtype=dtype)).seconds) for dtype in ("bf16", "mxfp8", "nvfp4")]
     assert seconds[0] > 1.5 * seconds[1] > 1.5 * seconds[2]
+
+
+def test_grouped_products_take_the_tiles_of_their_three_sides() -> None:
+    """torch's rule: small up to 128 rows or columns, other tiles where two of three sides reach 2048; bf16 has two."""
+    assert grouped_tiles(128.9, 7168, 2048, direction="forward", fp8=True) == 0
+    assert grouped_tiles(300.0, 7168, 2048, direction="forward", fp8=True) == 2
+    assert grouped_tiles(300.0, 7168, 1536, direction="forward", fp8=True) == 1
+    assert grouped_tiles(2048.0, 1536, 4096, direction="wgrad", fp8=True) == 2  # as deep as there are rows
+    assert grouped_tiles(300.0, 7168, 2048, direction="forward") == 1
+    mixed = grouped_tiles(np.array([10.0, 300.0, 3000.0]), 1024, 4096, direction="dgrad", fp8=True)
+    assert mixed.tolist() == [0, 1, 2]

@@ -90,6 +90,27 @@ def _swiglu(x, out, scale, R, W, B: tl.constexpr):  # type: ignore[no-untyped-de
     tl.store(scale + tl.program_id(1) * R + row_B, largest_B)
 
 
+@triton.jit  # type: ignore[untyped-decorator, misc, unused-ignore]
+def _swiglu_backward(gradient, x, out, scale, turned, turned_scale, R, W, B: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Both halves' gradients, each in FP8 along rows and, transposed, along columns."""
+    row_B, column_B, place = _tile(R, W, B)
+    upper = tl.load(gradient + place).to(tl.float32)
+    source = row_B[:, None].to(tl.int64) * (2 * W) + column_B[None, :]
+    gate, value = tl.load(x + source).to(tl.float32), tl.load(x + source + W).to(tl.float32)
+    open_gate = tl.sigmoid(gate)
+    of_gate = upper * value * (open_gate * (1 + gate * (1 - open_gate)))
+    of_value = upper * gate * open_gate
+    for half in tl.static_range(2):
+        found = of_gate if half == 0 else of_value
+        largest_B = tl.max(tl.abs(found), axis=1) / 448.0 + 1e-12
+        tl.store(out + source + half * W, (found / largest_B[:, None]).to(tl.float8e4nv))
+        tl.store(scale + (tl.program_id(1) + half * (W // B)) * R + row_B, largest_B)
+        tall_B = tl.max(tl.abs(found), axis=0) / 448.0 + 1e-12
+        across = (column_B[:, None].to(tl.int64) + half * W) * R + row_B[None, :]
+        tl.store(turned + across, tl.trans(found / tall_B[None, :]).to(tl.float8e4nv))
+        tl.store(turned_scale + tl.program_id(0) * (2 * W) + half * W + column_B, tall_B)
+
+
 def cast_call(kind: str, *, rows: int, width: int, device: str) -> Callable[[torch.Tensor], Any]:
     """The call of one cast of [rows, width], both multiples of 128; outputs are allocated anew by each call."""
     grid, options = (rows // BLOCK, width // BLOCK), {"B": BLOCK, "num_warps": 8}
@@ -125,6 +146,14 @@ def cast_call(kind: str, *, rows: int, width: int, device: str) -> Callable[[tor
         _swiglu[grid](x, out, scale, rows, width, **options)
         return out
 
+    values = torch.randn(rows, 2 * width, dtype=torch.bfloat16, device=device) if "backward" in kind else None
+
+    def swiglu_backward(gradient: torch.Tensor) -> Any:
+        out, scale = fp8(rows, 2 * width), scales(2 * width // BLOCK, rows)
+        turned, turned_scale = fp8(2 * width, rows), scales(rows // BLOCK, 2 * width)
+        _swiglu_backward[grid](gradient, values, out, scale, turned, turned_scale, rows, width, **options)
+        return out, turned
+
     one, most = torch.ones(1, device=device), torch.zeros(1, device=device)
 
     def largest(x: torch.Tensor) -> Any:
@@ -143,6 +172,7 @@ def cast_call(kind: str, *, rows: int, width: int, device: str) -> Callable[[tor
     calls = {
         "fp8_cast": quantise(0), "fp8_cast_both": quantise(1), "fp8_cast_tiles": quantise(2),
         "fp8_turn": turn, "fp8_widen": back, "fp8_swiglu": swiglu,
+        "fp8_swiglu_backward": swiglu_backward,
         "largest": largest, "scaled_cast": scaled(False), "scaled_cast_both": scaled(True),
     }  # fmt: skip
     return calls[kind]
