@@ -63,12 +63,11 @@ def _activation(w: KernelWriter, name: str, step: Step, *, rows: ArrayLike, widt
     if step.switches.activation == "fused":
         forward_bytes, backward_bytes = _activation_bytes(w, inputs)
         narrow = w.recipe is not None and w.recipe.fuses
-        kind, back = ("fp8_swiglu" if narrow else "elementwise"), "elementwise"
-        if narrow and inputs == 2:
-            back = "fp8_swiglu_backward"
+        kind = "fp8_swiglu" if narrow else "elementwise"
+        gradient = "fp8_swiglu_backward" if narrow and inputs == 2 else "elementwise"
         return (
             [issued(again.moved(name, kind, bytes_=forward_bytes * values), forward("silu"))],
-            [issued(w.backward.moved(name, back, bytes_=backward_bytes * values), backward("silu"))],
+            [issued(w.backward.moved(name, gradient, bytes_=backward_bytes * values), backward("silu"))],
         )
     if inputs == 1:
         return (
