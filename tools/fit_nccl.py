@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow.parquet
 
 from moesim.network.calibration import fit_protocol
-from moesim.network.library import KINDS, busiest_port_bytes
+from moesim.network.nccl import KINDS, busiest_port_bytes
 from moesim.network.parameters import NetworkParameters
 from moesim.scenario.catalogue import gpu_spec
 

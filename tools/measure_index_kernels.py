@@ -1,4 +1,4 @@
-"""Kernels of indices and layouts by themselves, on the GPU at hand: for the prices of moesim/kernels/odd_kernels.py.
+"""Kernels of indices and layouts by themselves, on the GPU at hand: for the prices of moesim/kernels/unprofiled.py.
 
     python tools/measure_index_kernels.py FILE.json
 

@@ -1,4 +1,4 @@
-"""Kernels beside their plain sisters, on the GPU at hand: for the ratios of moesim/kernels/odd_kernels.py.
+"""Kernels beside their plain sisters, on the GPU at hand: for the ratios of moesim/kernels/unprofiled.py.
 
     python tools/measure_odd_kernels.py FILE.json
 

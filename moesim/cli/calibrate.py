@@ -11,7 +11,7 @@ SUMMARY = "Measure this machine's kernels and write a profile for compute.profil
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """--device, --out, --extend, --budget, --families, --report, --profile, --from-tables, --gpu, --by-cell, -q."""
+    """--device, --out, --extend, --budget, --families, --report, --profile, --from-tables, --gpu, --by-class, -q."""
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="what to measure; cuda by default")
     parser.add_argument("--out", metavar="FILE", type=Path, help="the profile to write (.json.gz)")
     parser.add_argument("--extend", action="store_true", help="add to an existing profile what it lacks")
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="measure nothing: make the profile of --gpu from the tables of aiconfigurator-core (or of that folder)",
     )
     parser.add_argument("--gpu", metavar="NAME", help="whose tables to read, as the catalogue names it; e.g. b200")
-    parser.add_argument("--by-cell", action="store_true", help="report by dtype and direction, not by family alone")
+    parser.add_argument("--by-class", action="store_true", help="report by dtype and direction, not by family alone")
     add_quiet(parser)
     parser.set_defaults(execute=execute)
 
@@ -52,7 +52,7 @@ def execute(args: argparse.Namespace) -> int:
         profile=args.profile,
         budget=args.budget,
         families=args.families,
-        by_cell=args.by_cell,
+        by_class=args.by_class,
         extend=args.extend,
         quiet=args.quiet,
     )
@@ -67,7 +67,7 @@ def _report_calls(name: str) -> None:
 
     from moesim.kernels import CalibratedModel, gpu_of_device, load_profile
     from moesim.network.calibration_report import call_errors, call_table, seen_bandwidth
-    from moesim.network.library import kind_of
+    from moesim.network.nccl import kind_of
     from moesim.scenario import gpu_spec
 
     model = load_profile(name)

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.engine.conditions import Conditions
+from moesim.engine.executor_steps import Labels, Step
 from moesim.engine.lateness import Among, Lateness
 from moesim.engine.segments import (
     COMMUNICATION,
@@ -32,13 +33,12 @@ from moesim.engine.segments import (
     OPEN_FROM,
     OPEN_UNTIL,
 )
-from moesim.engine.walk import Labels, Step
 from moesim.kernels import Beside, slowed_at
 from moesim.kernels.jitter import NO_JITTER, Jitter
 from moesim.program.changes import ChangingTransfer
+from moesim.program.group_collectives import PeerCollective
 from moesim.program.host import FREE_HOST, HostModel
 from moesim.program.operations import MAIN, NUM_CHAINS, SIDE, Kind, Run, Transfer
-from moesim.program.peers import PeerCollective
 from moesim.program.step_program import FREE, FREE_BESIDE
 from moesim.results.spans import Label, Part, SpanRecorder, Stream
 

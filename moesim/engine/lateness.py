@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from moesim.kernels.jitter import Jitter, expected_most, spread_of_most
 from moesim.program.changes import ChangingTransfer
+from moesim.program.group_collectives import PeerCollective, RingHop, SideBySide
 from moesim.program.operations import Transfer
-from moesim.program.peers import PeerCollective, RingHop, SideBySide
 
 FloatArray = NDArray[np.float64]
 

@@ -45,7 +45,9 @@ def simulate_samples(
         steps_S = [(start + index) % scenario.uncertainty.samples for index in range(max(1, len(some)))]
         found = changes_in(scenario, steps_S)
         if found is None:
-            program = build_program(scenario, fabric=fabric, kernels=kernels, samples=some, merge=merge, twins=True)
+            program = build_program(
+                scenario, fabric=fabric, kernels=kernels, samples=some, merge=merge, equal_groups=True
+            )
         else:
             changes, states = found
             fabrics = [fabric, *(scenario_fabric(state, kernels) for state in states[1:])]

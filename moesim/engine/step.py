@@ -1,13 +1,13 @@
 """One optimizer step as SimPy processes: a process per expert group and pipeline rank, events where they wait.
 
-A process yields only where the order is not known beforehand: hand-offs between stages, and collectives that ranks of
+A process yields only where the order is not known beforehand: p2p sends between stages, and collectives that ranks of
 other groups attend. An event's value is a vector of times, so vectors run ahead of the clock and nothing needs a
-timeout; each hand-off has one writer and one reader, so results do not depend on the order of events.
+timeout; each p2p send has one writer and one reader, so results do not depend on the order of events.
 
 Where speeds or links change (`moesim.engine.conditions`) an action ends only when the clock has come to its end.
 Where groups can fill links together (`moesim.program.contention`), processes also wait for the windows of transfers
-over these links to open and to close, and a hub slows those that are open at once. Routing samples are then simulated
-one after the other.
+over these links to open and to close, and those that are open at once slow each other. Routing samples are then
+simulated one after the other.
 
 Legend: S routing samples, R ranks of a group, W ranks of the world, L overloaded links.
 """
@@ -23,18 +23,18 @@ from numpy.typing import NDArray
 
 from moesim.engine.conditions import Conditions
 from moesim.engine.executor import GroupExecutor
-from moesim.engine.hub import Carried, Hub
+from moesim.engine.executor_steps import Labels
 from moesim.engine.lateness import ALONE, Among
-from moesim.engine.walk import Labels
+from moesim.engine.shared_links import Carried, SharedLinks
 from moesim.kernels import Beside, slowed_at
 from moesim.kernels.jitter import NO_JITTER
 from moesim.network.contention import LinkUse
 from moesim.program.contention import TINY, samples_of
 from moesim.program.operations import Run
 from moesim.program.reductions import Reduction, last_arrivals
-from moesim.program.step_program import GroupProgram, Sent, SharedPart, StepProgram, collective_label, handoff_label
+from moesim.program.step_program import GroupProgram, Sent, SharedPart, StepProgram, collective_label, p2p_label
 from moesim.results.spans import SpanRecorder, SpanTable, Stream
-from moesim.schedules import Handoff
+from moesim.schedules import P2P
 
 FloatArray = NDArray[np.float64]
 Wait = Generator[simpy.Event, Any, None]
@@ -64,7 +64,7 @@ class Early(NamedTuple):
 class _Meeting:
     """One collective: each group that takes part brings its times, all get everyone's.
 
-    `hub` and `use`: the overloaded links that it uses, if any.
+    `shared_links` and `use`: the overloaded links that it uses, if any.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class _Meeting:
         env: simpy.Environment,
         reduction: Reduction,
         groups: tuple[GroupProgram, ...],
-        hub: Hub | None,
+        shared_links: SharedLinks | None,
         use: LinkUse | None,
         beside: Beside,
         conditions: Conditions | None = None,
@@ -86,7 +86,7 @@ class _Meeting:
         self.groups = [group for group in groups if reduction.ranks & set(group.ranks_R.tolist())]
         self.arrived = {id(group): env.event() for group in self.groups}
         self.everyone: simpy.Event = env.all_of(list(self.arrived.values()))
-        self.over: simpy.Event = env.process(self._hold(hub, use))
+        self.over: simpy.Event = env.process(self._hold(shared_links, use))
 
     def attend(self, group: GroupProgram, executor: GroupExecutor) -> Wait:
         """Bring this group's times, wait for all, and go on when the collective is done."""
@@ -131,7 +131,7 @@ class _Meeting:
         finish_SW = yield self.over
         return first_SR, finish_SW[:, group.ranks_R]
 
-    def _hold(self, hub: Hub | None, use: LinkUse | None) -> Carried:
+    def _hold(self, shared_links: SharedLinks | None, use: LinkUse | None) -> Carried:
         """Wait for all; gives when each rank is done, [S, W]."""
         yield self.everyone
         reduction = self.reduction
@@ -140,9 +140,9 @@ class _Meeting:
         finish_SW = self._last(0) + reduction.seconds
         if reduction.buckets:
             finish_SW = self._beside_kernels(self._last(0), self._last(1))
-        if hub is not None and use is not None:
+        if shared_links is not None and use is not None:
             member_W = np.isfinite(finish_SW[0])
-            finish_SW[:, member_W] = yield from hub.carry_alike(finish_SW[:, member_W], reduction.seconds, use)
+            finish_SW[:, member_W] = yield from shared_links.carry_equal(finish_SW[:, member_W], reduction.seconds, use)
         return finish_SW
 
     def _beside_kernels(self, first_SW: FloatArray, done_SW: FloatArray) -> FloatArray:
@@ -199,10 +199,12 @@ class _Step:
         self.program = program
         self.env = simpy.Environment()
         sizes = [group.all_ranks_TR.shape for group in program.groups]
-        self.among = Among(sum(twins * ranks for twins, ranks in sizes), sum(twins for twins, _ in sizes))
-        self.handoffs: defaultdict[tuple[Handoff, int], simpy.Event] = defaultdict(self.env.event)
+        self.among = Among(
+            sum(equal_groups * ranks for equal_groups, ranks in sizes), sum(equal_groups for equal_groups, _ in sizes)
+        )
+        self.p2ps: defaultdict[tuple[P2P, int], simpy.Event] = defaultdict(self.env.event)
         self.contention = contention = program.contention
-        self.hub = Hub(self.env, contention.capacity_L) if contention else None
+        self.shared_links = SharedLinks(self.env, contention.capacity_L) if contention else None
         collectives = (*program.reductions, *program.gathers)
         uses = contention.collectives if contention else (None,) * len(collectives)
         changes = program.changes
@@ -213,7 +215,7 @@ class _Step:
                 self.env,
                 collective,
                 program.groups,
-                self.hub,
+                self.shared_links,
                 use,
                 _beside(program, collective),
                 self.conditions,
@@ -233,9 +235,9 @@ class _Step:
         reducing: simpy.Event | None = None
         for number, task in enumerate(group.tasks):
             arrived = []
-            for handoff in task.receives:
-                sent_SR, arrival_SR = yield self.handoffs[handoff, group.number]
-                arrived.append((handoff_label(handoff), sent_SR, arrival_SR))
+            for p2p in task.receives:
+                sent_SR, arrival_SR = yield self.p2ps[p2p, group.number]
+                arrived.append((p2p_label(p2p), sent_SR, arrival_SR))
             executor.begin(arrived)
             yield from self._execute(group, executor, task.runs)
             executor.recorder.end_action(task.passes, task.micro_batches)
@@ -287,7 +289,7 @@ class _Step:
             yield from meeting.attend(group, executor)
 
     def _execute(self, group: GroupProgram, executor: GroupExecutor, runs: Sequence[Run]) -> Wait:
-        """Do one action; its transfers over overloaded links take as long as the hub lets them."""
+        """Do one action; its transfers over overloaded links take as long as the shared links let them."""
         if self.conditions is not None:
             restore = executor.saved()
 
@@ -298,7 +300,7 @@ class _Step:
             yield from self.conditions.settle(walk, restore)
             return
         uses = self.contention.transfers.get(group.place) if self.contention else None
-        if uses is None or self.hub is None:
+        if uses is None or self.shared_links is None:
             executor.execute(runs)
             return
         for chain, transfer, start_SR, finish_SR in executor.execute_in_parts(runs):
@@ -308,10 +310,12 @@ class _Step:
                     executor.delay(chain, late_SR)
 
     def _carry(self, parts: Sequence[SharedPart], start_SR: FloatArray, finish_SR: FloatArray) -> Carried:
-        """Put a transfer, or several side by side, through the hub; returns when the ranks are done."""
-        assert self.hub is not None
+        """Put a transfer, or several side by side, through the shared links; returns when the ranks are done."""
+        assert self.shared_links is not None
         carried = [
-            self.env.process(self.hub.carry(part.transfer.window(start_SR[:, at_R]), part.use, finish_SR[:, at_R]))
+            self.env.process(
+                self.shared_links.carry(part.transfer.window(start_SR[:, at_R]), part.use, finish_SR[:, at_R])
+            )
             for part in parts
             for at_R in (part.places_R,)
         ]
@@ -323,16 +327,16 @@ class _Step:
 
     def _send(self, group: GroupProgram, sent: Sent, finish_SR: FloatArray) -> None:
         """Hand over what was ready at `finish_SR`."""
-        handed = self.handoffs[sent.handoff, group.number]
+        handed = self.p2ps[sent.p2p, group.number]
         if self.conditions is not None:
             self.env.process(_deliver_on_clock(self.conditions, handed, finish_SR, sent))
             return
         arrival_SR = finish_SR + sent.seconds
-        use = self.contention.handoffs.get((group.place, sent.handoff.target)) if self.contention else None
-        if use is None or self.hub is None:
+        use = self.contention.p2ps.get((group.place, sent.p2p.target)) if self.contention else None
+        if use is None or self.shared_links is None:
             handed.succeed((finish_SR, arrival_SR))
         else:
-            self.env.process(_deliver(self.hub, handed, finish_SR, arrival_SR, sent.seconds, use))
+            self.env.process(_deliver(self.shared_links, handed, finish_SR, arrival_SR, sent.seconds, use))
 
 
 def _beside(program: StepProgram, collective: Reduction) -> Beside:
@@ -342,15 +346,20 @@ def _beside(program: StepProgram, collective: Reduction) -> Beside:
 
 
 def _deliver(
-    hub: Hub, handed: simpy.Event, finish_SR: FloatArray, arrival_SR: FloatArray, seconds: float, use: LinkUse
+    shared_links: SharedLinks,
+    handed: simpy.Event,
+    finish_SR: FloatArray,
+    arrival_SR: FloatArray,
+    seconds: float,
+    use: LinkUse,
 ) -> Wait:
-    """A hand-off over overloaded links."""
-    late_SR = yield from hub.carry_alike(arrival_SR, seconds, use)
+    """A p2p send over overloaded links."""
+    late_SR = yield from shared_links.carry_equal(arrival_SR, seconds, use)
     handed.succeed((finish_SR, late_SR))
 
 
 def _deliver_on_clock(conditions: Conditions, handed: simpy.Event, finish_SR: FloatArray, sent: Sent) -> Wait:
-    """A hand-off over links that may change."""
+    """A p2p send over links that may change."""
     arrival_SR = finish_SR.copy()
 
     def walk() -> FloatArray:

@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.kernels import physics
-from moesim.kernels.cells import TENSOR_DTYPES, Cell, Fit, gemm_cell, grouped_cell, kind_of
 from moesim.kernels.clock_laws import KIND_POWER
 from moesim.kernels.estimate import Contention, Estimate, HostCosts, as_result, weakest
 from moesim.kernels.families import (
@@ -33,9 +32,10 @@ from moesim.kernels.families import (
     is_narrow,
     kernel_of,
 )
-from moesim.kernels.fitting import SUSTAINED, cell_rows, fit_cell, fit_sustained
+from moesim.kernels.fitting import SUSTAINED, class_rows, fit_class, fit_sustained
 from moesim.kernels.fp8 import fp8_grouped_gemm
 from moesim.kernels.jitter import NO_JITTER, Jitter, spread_of
+from moesim.kernels.kernel_classes import TENSOR_DTYPES, Fit, KernelClass, gemm_class, grouped_class, kind_of
 from moesim.kernels.measured import contention_of, host_costs_of, typical_widths
 from moesim.kernels.physics import RowTotals
 from moesim.kernels.power import PowerCap
@@ -82,8 +82,8 @@ class CalibratedModel:
         self.regime: str | None = None  # one that a scenario asks for, which no step's load changes
         self._shared_clock = False
         self._log_fall = 0.0  # of a step's clock below that of low loads
-        self._rows = cell_rows(profile)
-        self._cells: dict[str, Cell] = {}
+        self._rows = class_rows(profile)
+        self._classes: dict[str, KernelClass] = {}
         self._widths = typical_widths(profile)
         self.host: HostCosts = host_costs_of(profile)
         self.contention: Contention = contention_of(profile)
@@ -124,7 +124,7 @@ class CalibratedModel:
         return spread_of(kind).at_fall(self._log_fall) if kind in KIND_POWER else NO_JITTER
 
     def at_clock(self, mhz: float) -> "CalibratedModel":
-        """The same kernels at another SM clock: seconds scale by clock ** -alpha, with alpha measured per cell."""
+        """The same kernels at another SM clock: seconds scale by clock ** -alpha, with alpha measured per class."""
         model = self._copied()
         model.clock_mhz = mhz
         return model
@@ -156,7 +156,9 @@ class CalibratedModel:
     def _cap(self) -> PowerCap | None:
         """The clock under the power limit; None where no sustained rows tell it."""
         stored = self.profile.fits.get(SUSTAINED)
-        return fit_sustained(self.profile.family(SUSTAINED), self.cell) if stored is None else PowerCap(**stored)
+        return (
+            fit_sustained(self.profile.family(SUSTAINED), self.kernel_class) if stored is None else PowerCap(**stored)
+        )
 
     def at_load(self, flops_per_second: float) -> "CalibratedModel":
         """The same kernels in a step of this mean load, half of its time at the memory's full bandwidth."""
@@ -178,30 +180,30 @@ class CalibratedModel:
         return math.exp(self._cap.free) if self._shared_clock and self._cap is not None else None
 
     def _copied(self) -> "CalibratedModel":
-        """With the same cells, and nothing remembered of what depends on the clock."""
+        """With the same classes, and nothing remembered of what depends on the clock."""
         model = copy(self)
         model._forget()
         return model
 
-    def cell(self, name: str) -> Cell | None:
-        """The fitted cell, made at first use; None when the profile has no such rows."""
-        if name not in self._cells:
+    def kernel_class(self, name: str) -> KernelClass | None:
+        """The fitted class, made at first use; None when the profile has no such rows."""
+        if name not in self._classes:
             rows = self._rows.get(name)
             if rows is None:
                 return None
             stored = self.profile.fits.get(name)
-            fit = fit_cell(kind_of(name), rows) if stored is None else Fit.from_json(stored)
-            self._cells[name] = Cell(kind_of(name), rows, fit)
-        return self._cells[name]
+            fit = fit_class(kind_of(name), rows) if stored is None else Fit.from_json(stored)
+            self._classes[name] = KernelClass(kind_of(name), rows, fit)
+        return self._classes[name]
 
     def _predict(
-        self, cell: Cell, columns: physics.Columns, shape: tuple[int, ...], cap: PowerCap | None = None
+        self, kernel_class: KernelClass, columns: physics.Columns, shape: tuple[int, ...], cap: PowerCap | None = None
     ) -> Estimate:
         """Of floats (shape empty), or of arrays that broadcast to `shape`."""
         if not shape:
-            return Estimate(*cell.predict_one(columns, clock_mhz=self.clock_mhz, cap=cap))
+            return Estimate(*kernel_class.predict_one(columns, clock_mhz=self.clock_mhz, cap=cap))
         flat = tuple(_flat(column, shape) if isinstance(column, np.ndarray) else column for column in columns)
-        seconds_Q, source = cell.predict(flat, clock_mhz=self.clock_mhz, cap=cap)
+        seconds_Q, source = kernel_class.predict(flat, clock_mhz=self.clock_mhz, cap=cap)
         return Estimate(seconds_Q.reshape(shape), source)
 
     def seconds(self, kernel: Kernel) -> Estimate:
@@ -229,11 +231,11 @@ class CalibratedModel:
                 return self._memory_bound(kernel)
 
     def _gemm(self, kernel: Gemm) -> Estimate:
-        cell = self.cell(gemm_cell(kernel.dtype, kernel.direction))
-        if cell is None:
-            return self._without_cell(kernel)
+        kernel_class = self.kernel_class(gemm_class(kernel.dtype, kernel.direction))
+        if kernel_class is None:
+            return self._without_class(kernel)
         sizes, shape = _floats(*gemm_sides(kernel.m, kernel.k, kernel.n, kernel.direction))
-        found = self._predict(cell, (*sizes, DTYPE_BYTES[kernel.dtype]), shape, self._cap)
+        found = self._predict(kernel_class, (*sizes, DTYPE_BYTES[kernel.dtype]), shape, self._cap)
         return self._as_measured(kernel, found)
 
     def _as_measured(self, kernel: Gemm | GroupedGemm, found: Estimate) -> Estimate:
@@ -253,14 +255,14 @@ class CalibratedModel:
                 rates[units] = max(rate, rates.get(units, 0.0))
         return rates
 
-    def _without_cell(self, kernel: Kernel) -> Estimate:
+    def _without_class(self, kernel: Kernel) -> Estimate:
         """Of a kind that this profile has no rows of: by the relative that has, or by the roofline.
 
         A dense FP8 product takes as much longer as there than the library's forward product of the same sides.
         """
         if self.relative is None or not self.relative.has(kernel):
             return self.fallback.seconds(kernel)
-        if not isinstance(kernel, Gemm) or self.cell(gemm_cell("fp8", "forward")) is None:
+        if not isinstance(kernel, Gemm) or self.kernel_class(gemm_class("fp8", "forward")) is None:
             return self.relative.seconds(kernel)
         rows, columns, depth = gemm_sides(kernel.m, kernel.k, kernel.n, kernel.direction)
         plain = Gemm(m=rows, k=depth, n=columns, dtype="fp8")
@@ -270,8 +272,10 @@ class CalibratedModel:
 
     def _attention(self, kernel: Attention) -> Estimate:
         """FP32 takes the roofline."""
-        cell = self.cell(f"attention/{kernel.direction}") if TENSOR_DTYPES.get(kernel.dtype) == "bf16" else None
-        if cell is None:
+        kernel_class = (
+            self.kernel_class(f"attention/{kernel.direction}") if TENSOR_DTYPES.get(kernel.dtype) == "bf16" else None
+        )
+        if kernel_class is None:
             return self.fallback.seconds(kernel)
         (batch, sequence), shape = _floats(kernel.batch, kernel.sequence)
         columns = physics.attention_sizes(
@@ -284,16 +288,16 @@ class CalibratedModel:
             causal=float(kernel.causal),
             direction=kernel.direction,
         )
-        return self._predict(cell, columns, shape, self._cap)
+        return self._predict(kernel_class, columns, shape, self._cap)
 
     def _memory_bound(self, kernel: MemoryBound) -> Estimate:
-        cell = self.cell(f"memory_bound/{kernel.kind}")
-        if cell is None:
-            return self._without_cell(kernel)
+        kernel_class = self.kernel_class(f"memory_bound/{kernel.kind}")
+        if kernel_class is None:
+            return self._without_class(kernel)
         width = self._widths[kernel.kind] if kernel.width is None else kernel.width
         columns, shape = _floats(kernel.bytes, width)
-        follows = self._shared_clock and cell.parameters[1] < SLOW_SHARE * self.fallback.gpu.memory_bandwidth
-        found = self._predict(cell, columns, shape, self._cap if follows else None)
+        follows = self._shared_clock and kernel_class.parameters[1] < SLOW_SHARE * self.fallback.gpu.memory_bandwidth
+        found = self._predict(kernel_class, columns, shape, self._cap if follows else None)
         share = MEMORY_KINDS[kernel.kind].clock
         return found if share == 0.0 else found._replace(seconds=found.seconds * math.exp(share * self._log_fall))
 
@@ -301,7 +305,7 @@ class CalibratedModel:
         if kernel.dtype == "fp8_block":
             return self._as_measured(kernel, fp8_grouped_gemm(kernel, gpu=self.fallback.gpu))
         if kernel.dtype == "fp8" and self.relative is not None and not self._has_grouped(kernel):
-            return self._without_cell(kernel)
+            return self._without_class(kernel)
         rows_RE = np.asarray(kernel.rows_per_expert, float)
         rows_key = _array_key(rows_RE)
         key = (rows_key, kernel.k, kernel.n, kernel.dtype, kernel.direction)
@@ -354,20 +358,22 @@ class CalibratedModel:
     def _grouped_alike(self, totals: RowTotals, kernel: GroupedGemm, *, tiles: int) -> Estimate:
         """GEMMs that all take the same tiles; where a profile has too few rows of those, its large ones stand in."""
         known = kernel.dtype in ("bf16", "fp16", "fp8")
-        if known and tiles == 2 and grouped_cell(kernel.direction, dtype=kernel.dtype, tiles=tiles) not in self._rows:
+        if known and tiles == 2 and grouped_class(kernel.direction, dtype=kernel.dtype, tiles=tiles) not in self._rows:
             tiles = 1
-        cell = self.cell(grouped_cell(kernel.direction, dtype=kernel.dtype, tiles=tiles)) if known else None
-        if cell is None:
+        kernel_class = (
+            self.kernel_class(grouped_class(kernel.direction, dtype=kernel.dtype, tiles=tiles)) if known else None
+        )
+        if kernel_class is None:
             return self.fallback.seconds(replace(kernel, rows_per_expert=totals.rows_QE))
         sizes = (float(kernel.k), float(kernel.n))
         fp8 = is_narrow(kernel.dtype)
         columns = physics.grouped_sizes(totals, *sizes, direction=kernel.direction, tiles=tiles, fp8=fp8)
-        found = self._predict(cell, columns, totals.rows_QE.shape[:-1], self._cap)
+        found = self._predict(kernel_class, columns, totals.rows_QE.shape[:-1], self._cap)
         return self._as_measured(replace(kernel, rows_per_expert=totals.rows_QE), found) if fp8 else found
 
     def _has_grouped(self, kernel: GroupedGemm) -> bool:
         names = (
-            grouped_cell(kernel.direction, dtype=kernel.dtype, tiles=tiles)
+            grouped_class(kernel.direction, dtype=kernel.dtype, tiles=tiles)
             for tiles in range(len(physics.GROUPED_TILES))
         )
         return any(name in self._rows for name in names)
@@ -376,7 +382,7 @@ class CalibratedModel:
         """Whether rows of such kernels were measured."""
         match kernel:
             case Gemm():
-                return gemm_cell(kernel.dtype, kernel.direction) in self._rows
+                return gemm_class(kernel.dtype, kernel.direction) in self._rows
             case GroupedGemm():
                 return self._has_grouped(kernel)
             case MemoryBound():

@@ -40,7 +40,7 @@ def calibrate_command(
     profile: str | None = None,
     budget: float = 420.0,
     families: str | None = None,
-    by_cell: bool = False,
+    by_class: bool = False,
     extend: bool = False,
     quiet: bool = False,
 ) -> int:
@@ -54,7 +54,7 @@ def calibrate_command(
     interrupt (exit code 130) keeps what was measured.
     """
     if report:
-        return _report(profile or str(out or "h200"), by_cell=by_cell)
+        return _report(profile or str(out or "h200"), by_class=by_class)
     if out is None:
         raise UserError("calibrate: say where the profile goes with --out FILE.json.gz, or ask for --report")
     path = Path(out)
@@ -98,7 +98,7 @@ def _check_out(path: Path, *, extend: bool) -> None:
         raise UserError(f"{path} exists already; choose another --out, or --extend to add what it lacks")
 
 
-def _report(name: str, *, by_cell: bool) -> int:
+def _report(name: str, *, by_class: bool) -> int:
     from rich.console import Console
 
     path = Path(name)
@@ -114,8 +114,8 @@ def _report(name: str, *, by_cell: bool) -> int:
     title = f"Leave-one-out errors of {own.name}"
     if own is not model:
         title += ", rows of published tables"
-    console.print(error_table(leave_one_out_rows(own, by_cell=by_cell), title=title))
-    if kept_out := held_out_rows(own, by_cell=by_cell):
+    console.print(error_table(leave_one_out_rows(own, by_class=by_class), title=title))
+    if kept_out := held_out_rows(own, by_class=by_class):
         console.print()
         console.print(error_table(kept_out, title=f"Errors of {own.name} on rows kept out of every fit", caption=None))
     if isinstance(own, CalibratedModel) and (beside := beside_rows(own)):

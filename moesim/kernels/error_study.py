@@ -2,8 +2,8 @@
 
 Five questions, each answered by the log of measured over predicted seconds of rows that the prediction does not know:
 
-- one row left out: predicted from all others of its cell, at its own clock (`left_out`);
-- the largest left out: cells fitted to the rows that are large in no dimension predict those that are (`beyond`);
+- one row left out: predicted from all others of its class, at its own clock (`left_out`);
+- the largest left out: classes fitted to the rows that are large in no dimension predict those that are (`beyond`);
 - a GPU kind left out: every row of a kind predicted from the kind that stands for it, by `ScaledModel` (`kind_out`);
 - what a GPU of tables lacks: its dense GEMMs, and a measured GPU's other kernels, scaled with the shares that dense
   GEMMs reach (`reached_out`);
@@ -18,11 +18,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from moesim.kernels.calibrated import CalibratedModel
-from moesim.kernels.cells import Cell, Row, kind_of
 from moesim.kernels.estimate import KernelModel
 from moesim.kernels.families import FAMILIES, Attention, FloatArray, Gemm, error_family, kernel_of
-from moesim.kernels.fitting import MIN_ROWS, cell_rows, fit_cell
+from moesim.kernels.fitting import MIN_ROWS, class_rows, fit_class
 from moesim.kernels.fp8 import published_errors
+from moesim.kernels.kernel_classes import KernelClass, Row, kind_of
 from moesim.kernels.roofline import GpuRates, Roofline
 from moesim.kernels.scaled import ScaledModel
 from moesim.kernels.tabulated import ReachedRates
@@ -42,18 +42,18 @@ class Misses:
 
 
 def left_out(model: CalibratedModel) -> list[Misses]:
-    """Every row predicted from all others of its cell; `extrapolated` where no other is near, and how much repeated
+    """Every row predicted from all others of its class; `extrapolated` where no other is near, and how much repeated
     visits of one row differ (`measured`)."""
     found: list[Misses] = []
-    for name in sorted(cell_rows(model.profile)):
-        cell = model.cell(name)
-        assert cell is not None
-        family = error_family(kernel_of(cell.rows[0]))
-        errors_P, far_P = cell.leave_one_out(at_row_clock=True), cell.alone_P
-        long_P = np.exp(cell.log_seconds_P) >= LEAST_SECONDS
+    for name in sorted(class_rows(model.profile)):
+        kernel_class = model.kernel_class(name)
+        assert kernel_class is not None
+        family = error_family(kernel_of(kernel_class.rows[0]))
+        errors_P, far_P = kernel_class.leave_one_out(at_row_clock=True), kernel_class.alone_P
+        long_P = np.exp(kernel_class.log_seconds_P) >= LEAST_SECONDS
         for source, chosen_P in (("interpolated", ~far_P), ("extrapolated", far_P)):
             found.append(Misses(source, family, errors_P[chosen_P & long_P]))
-        found.append(Misses("measured", family, _visits(cell.rows)))
+        found.append(Misses("measured", family, _visits(kernel_class.rows)))
     return pooled(found)
 
 
@@ -63,10 +63,10 @@ def _visits(rows: Iterable[Row]) -> FloatArray:
 
 
 def beyond(model: CalibratedModel) -> list[Misses]:
-    """Rows among the largest of their cell in some dimension, predicted by a fit to those that are among them in none:
+    """Rows among the largest of their class in some dimension, predicted by a fit to those that are among them in none:
     what that fit calls `extrapolated`."""
     found = []
-    for name, rows in sorted(cell_rows(model.profile).items()):
+    for name, rows in sorted(class_rows(model.profile).items()):
         kind = kind_of(name)
         features_PF = np.stack(np.broadcast_arrays(*kind.features(kind.sizes(rows))), axis=1)
         inside_P = (features_PF <= np.quantile(features_PF, _INSIDE, axis=0)).all(axis=1)
@@ -74,16 +74,16 @@ def beyond(model: CalibratedModel) -> list[Misses]:
         outside = [row for row, is_inside in zip(rows, inside_P, strict=True) if not is_inside]
         if len(inside) < MIN_ROWS:
             continue
-        cell = Cell(kind, inside, fit_cell(kind, inside))
-        logs = [log for row in _long(outside) if (log := _extrapolated(cell, row)) is not None]
+        kernel_class = KernelClass(kind, inside, fit_class(kind, inside))
+        logs = [log for row in _long(outside) if (log := _extrapolated(kernel_class, row)) is not None]
         found.append(Misses("extrapolated", error_family(kernel_of(rows[0])), np.array(logs)))
     return pooled(found)
 
 
-def _extrapolated(cell: Cell, row: Row) -> float | None:
-    """Log of measured over predicted seconds; None where the rows of the cell are near."""
-    columns = tuple(float(np.ravel(column)[0]) for column in cell.kind.sizes([row]))
-    seconds, source = cell.predict_one(columns, clock_mhz=row.get("clock_mhz"))
+def _extrapolated(kernel_class: KernelClass, row: Row) -> float | None:
+    """Log of measured over predicted seconds; None where the rows of the class are near."""
+    columns = tuple(float(np.ravel(column)[0]) for column in kernel_class.kind.sizes([row]))
+    seconds, source = kernel_class.predict_one(columns, clock_mhz=row.get("clock_mhz"))
     return float(np.log(row["p50"] / seconds)) if source == "extrapolated" else None
 
 

@@ -16,7 +16,7 @@ from moesim.kernels.tabulated import TabulatedModel
 MEASURED = ("h100", "h200")  # kinds with rows of this project
 TABULATED = ("a100", "b200", "b300", "gb200", "gb300", "l40s", "rtx-pro-6000")
 STANDS_FOR = {"h100": "h200", "h200": "h100", **dict.fromkeys(TABULATED, "h200")}  # each kind is predicted from
-LEFT_OUT = "every row predicted from the others of its cell"
+LEFT_OUT = "every row predicted from the others of its class"
 VISITS = "visits of one row against their median"
 BEYOND = "rows large in some dimension, by a fit to those large in none"
 KIND_OUT = "every row of a kind predicted from another kind by the ratios of data sheets: {kinds}"
@@ -166,7 +166,7 @@ def _model(name: str) -> KernelModel:
 
 
 def _own(name: str) -> CalibratedModel:
-    """The cells of a profile."""
+    """The classes of a profile."""
     model = _model(name)
     if isinstance(model, TabulatedModel):
         return model.tables

@@ -1,4 +1,4 @@
-"""Fitting the few physical parameters of each cell: robust least squares on log seconds, in plain numpy.
+"""Fitting the few physical parameters of each class: robust least squares on log seconds, in plain numpy.
 
 Legend: P measured kernels, C size columns, D parameters.
 """
@@ -7,15 +7,15 @@ from collections.abc import Callable
 
 import numpy as np
 
-from moesim.kernels.cells import Cell, Fit, Kind, Row, cell_of, clocks_of, kind_of
 from moesim.kernels.families import FloatArray
+from moesim.kernels.kernel_classes import Fit, KernelClass, Kind, Row, class_of, clocks_of, kind_of
 from moesim.kernels.power import PowerCap, SustainedRows, fit_power_cap
 from moesim.kernels.profile import Profile
 
 SUSTAINED = "sustained"  # family of rows, and name of the fit to them
 _PRIOR = 0.05  # pull of every parameter towards its start: keeps what the data do not determine physical
 _HUBER = 0.1  # log seconds beyond which an error counts linearly
-MIN_ROWS = 8  # a cell with fewer rows is left to the roofline
+MIN_ROWS = 8  # a class with fewer rows is left to the roofline
 _MIN_CLOCK_ROWS = 60  # fewer cannot tell the clock's effect from chance
 _MAX_FIT_ROWS = 700  # the physics has ten parameters; more rows cost time and change nothing
 
@@ -66,16 +66,16 @@ def _expected_clock(work_P: FloatArray, clocks_P: FloatArray) -> FloatArray:
     return np.asarray(np.polynomial.polynomial.polyfit(logs, np.log(clocks_P[known_P]), degree))
 
 
-def _clock_exponent(cell: Cell, excess_P: FloatArray) -> float:
+def _clock_exponent(kernel_class: KernelClass, excess_P: FloatArray) -> float:
     """How strongly seconds fall with the clock: the slope of what is left without it, between 0 and 1."""
     spread = float(np.square(excess_P).sum())
     if spread < 1e-6 or len(excess_P) < _MIN_CLOCK_ROWS:
         return 0.0
-    errors_P = np.clip(cell.leave_one_out(at_row_clock=True), -0.2, 0.2)
+    errors_P = np.clip(kernel_class.leave_one_out(at_row_clock=True), -0.2, 0.2)
     return float(np.clip(-(errors_P * excess_P).sum() / spread, 0.0, 1.0))
 
 
-def fit_cell(kind: Kind, rows: list[Row]) -> Fit:
+def fit_class(kind: Kind, rows: list[Row]) -> Fit:
     """Physics without the clock, the clock's exponent from what is left, the physics again, then the residual field."""
     columns = tuple(np.broadcast_arrays(*kind.sizes(rows)))
     clock = _expected_clock(kind.work(columns), clocks_of(rows))
@@ -88,44 +88,45 @@ def fit_cell(kind: Kind, rows: list[Row]) -> Fit:
         return least_squares(lambda theta: kind.log_seconds(tuple(np.exp(theta).tolist()), some), target_P, start)
 
     theta = fitted(np.zeros(len(rows)), kind.start)
-    unclocked = Cell(kind, rows, Fit(theta, clock, 0.0))
+    unclocked = KernelClass(kind, rows, Fit(theta, clock, 0.0))
     excess_P = unclocked.clock_excess(unclocked.columns, clocks_of(rows))
     alpha = _clock_exponent(unclocked, excess_P)
-    return Cell(kind, rows, Fit(fitted(alpha * excess_P, theta), clock, alpha)).fit
+    return KernelClass(kind, rows, Fit(fitted(alpha * excess_P, theta), clock, alpha)).fit
 
 
-def cell_rows(profile: Profile) -> dict[str, list[Row]]:
-    """Rows per cell, of cells with enough of them; those marked `held_out` are for reports alone."""
-    cells: dict[str, list[Row]] = {}
+def class_rows(profile: Profile) -> dict[str, list[Row]]:
+    """Rows per class, of classes with enough of them; those marked `held_out` are for reports alone."""
+    kernel_classes: dict[str, list[Row]] = {}
     for row in profile.rows:
-        name = None if row.get("held_out") else cell_of(row)
+        name = None if row.get("held_out") else class_of(row)
         if name is not None and row.get("p50", 0.0) > 0.0:
-            cells.setdefault(name, []).append(row)
-    return {name: rows for name, rows in cells.items() if len(rows) >= MIN_ROWS}
+            kernel_classes.setdefault(name, []).append(row)
+    return {name: rows for name, rows in kernel_classes.items() if len(rows) >= MIN_ROWS}
 
 
-def fit_sustained(rows: list[Row], cell_named: Callable[[str], Cell | None]) -> PowerCap | None:
-    """The power cap from rows of the family `sustained`, of kernels that have a cell."""
+def fit_sustained(rows: list[Row], class_named: Callable[[str], KernelClass | None]) -> PowerCap | None:
+    """The power cap from rows of the family `sustained`, of kernels that have a class."""
     found = []
     for row in rows:
-        name = cell_of(row["of"])
-        cell = None if name is None else cell_named(name)
-        if cell is None:
+        name = class_of(row["of"])
+        kernel_class = None if name is None else class_named(name)
+        if kernel_class is None:
             continue
-        columns = tuple(float(np.ravel(column)[0]) for column in cell.kind.sizes([row["of"]]))
-        seconds, _ = cell.predict_one(columns)
-        clock = cell.expected_clock(columns)
+        columns = tuple(float(np.ravel(column)[0]) for column in kernel_class.kind.sizes([row["of"]]))
+        seconds, _ = kernel_class.predict_one(columns)
+        clock = kernel_class.expected_clock(columns)
         logs = np.log([row["p50"], seconds])
-        found.append((*logs, *cell.kind.drawn(columns), clock, cell.sustained_exponent))
+        found.append((*logs, *kernel_class.kind.drawn(columns), clock, kernel_class.sustained_exponent))
     return fit_power_cap(SustainedRows(*np.array(found, float).reshape(-1, 6).T))
 
 
 def fit_profile(profile: Profile) -> None:
-    """Fit every cell and the power cap, and keep the result in `profile.fits`."""
-    cells = {
-        name: Cell(kind_of(name), rows, fit_cell(kind_of(name), rows)) for name, rows in cell_rows(profile).items()
+    """Fit every class and the power cap, and keep the result in `profile.fits`."""
+    kernel_classes = {
+        name: KernelClass(kind_of(name), rows, fit_class(kind_of(name), rows))
+        for name, rows in class_rows(profile).items()
     }
-    profile.fits = {name: cell.fit.as_json() for name, cell in cells.items()}
-    cap = fit_sustained(profile.family(SUSTAINED), cells.get)
+    profile.fits = {name: kernel_class.fit.as_json() for name, kernel_class in kernel_classes.items()}
+    cap = fit_sustained(profile.family(SUSTAINED), kernel_classes.get)
     if cap is not None:
         profile.fits[SUSTAINED] = cap.as_json()

@@ -3,7 +3,7 @@
 Short benchmarks end before the limit acts, and their clocks are those of the mixture of kernels that ran around them.
 Rows of the family `sustained` (0.15 s of one kernel behind 0.15 s of the same) give
     log clock = log free - slope * max(load - threshold, 0),    load = (FLOPs + traffic * bytes) / seconds
-with the seconds that the cell predicts; a kernel then takes (expected / clock) ** exponent times as long, where
+with the seconds that the class predicts; a kernel then takes (expected / clock) ** exponent times as long, where
 expected is the clock of its benchmarks. FLOPs of FP8 operands count a share, half where
 nothing tells: 10 dense products that an H200 ran without pause ask for that, 17 on an H100 for 0.6.
 
@@ -20,7 +20,7 @@ from moesim.kernels.families import FloatArray, chip_format
 
 MIN_ROWS = 20
 FP8_SHARE = 0.5  # of the power of a bf16 FLOP where nothing was measured: half as many bits; nvfp4 half of that
-# Exponents fitted within a cell are too small: its benchmarks' clocks differ little, and are read with errors. This is
+# Exponents fitted within a class are too small: its benchmarks' clocks differ little, and are read with errors. This is
 # what sustained rows show, whose clocks differ by a third.
 LEAST_EXPONENT = 0.5
 _THRESHOLDS = np.linspace(1.5e14, 4.7e14, 17)
@@ -57,8 +57,8 @@ class PowerCap:
 
 @dataclass(frozen=True)
 class SustainedRows:
-    """What the cap is fitted to, per sustained row: log seconds measured and as its cell predicts them, FLOPs (those of
-    FP8 by their share), bytes, the log clock and the clock's exponent of its cell.
+    """What the cap is fitted to, per sustained row: log seconds measured and as its class predicts them, FLOPs (those
+    of FP8 by their share), bytes, the log clock and the clock's exponent of its class.
     """
 
     measured_P: FloatArray

@@ -10,7 +10,7 @@ JSON, gzipped where the name ends in .gz:
 A profile of tables (`moesim.kernels.tables`) also has {"tables": {"base", "clock", "peak_shares", "families", ...}}.
 
 A session is one call of the benchmarks; `visits` are apart in time and, with several GPUs, on different ones. `fits`
-are the physical parameters of `moesim.kernels.cells`, kept because fitting takes longer than loading.
+are the physical parameters of `moesim.kernels.kernel_classes`, kept because fitting takes longer than loading.
 """
 
 from dataclasses import dataclass, field

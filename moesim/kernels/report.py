@@ -1,4 +1,4 @@
-"""How well a calibrated model predicts kernels it has not seen: leave-one-out errors per cell and family.
+"""How well a calibrated model predicts kernels it has not seen: leave-one-out errors per class and family.
 
 Legend: P measured kernels.
 """
@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moesim.kernels.calibrated import CalibratedModel
-from moesim.kernels.cells import cell_of
 from moesim.kernels.error_study import Misses
 from moesim.kernels.errors import KnownError
 from moesim.kernels.families import FloatArray
+from moesim.kernels.kernel_classes import class_of
 from moesim.kernels.measured import DISPATCH, OVERLAP_BYTES, SEND
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ visits: median range of repeated measurements of one kernel"""
 
 @dataclass(frozen=True)
 class ErrorRow:
-    """Errors |measured / predicted - 1| of a cell or a family, every kernel predicted from all others.
+    """Errors |measured / predicted - 1| of a class or a family, every kernel predicted from all others.
 
     `median` and `p90` know the clock at which each kernel was measured; `median_unclocked` and `p90_unclocked` do not,
     and so include how the clock moves under the power limit. `spread` is the median range of repeated visits.
@@ -60,47 +60,60 @@ def _spreads(rows: Iterable[dict[str, list[float]]]) -> list[float]:
     return [(max(seconds) - min(seconds)) / float(np.median(seconds)) for seconds in visits]
 
 
-def leave_one_out_rows(model: CalibratedModel, *, by_cell: bool = False) -> list[ErrorRow]:
-    """Errors per family, or per cell."""
-    names = sorted({name for name in map(cell_of, model.profile.rows) if name is not None})
+def leave_one_out_rows(model: CalibratedModel, *, by_class: bool = False) -> list[ErrorRow]:
+    """Errors per family, or per class."""
+    names = sorted({name for name in map(class_of, model.profile.rows) if name is not None})
     groups: dict[str, list[str]] = {}
     for name in names:
-        groups.setdefault(name if by_cell else _family(name), []).append(name)
+        groups.setdefault(name if by_class else _family(name), []).append(name)
     found = []
     for group, members in groups.items():
-        cells = [cell for cell in map(model.cell, members) if cell is not None]
-        if not cells:
+        kernel_classes = [kernel_class for kernel_class in map(model.kernel_class, members) if kernel_class is not None]
+        if not kernel_classes:
             continue
-        clocked_P = np.concatenate([cell.leave_one_out(at_row_clock=True) for cell in cells])
-        unclocked_P = np.concatenate([cell.leave_one_out(at_row_clock=False) for cell in cells])
-        found.append(_row(group, clocked_P, unclocked_P, _spreads(row for cell in cells for row in cell.rows)))
+        clocked_P = np.concatenate([kernel_class.leave_one_out(at_row_clock=True) for kernel_class in kernel_classes])
+        unclocked_P = np.concatenate(
+            [kernel_class.leave_one_out(at_row_clock=False) for kernel_class in kernel_classes]
+        )
+        found.append(
+            _row(
+                group,
+                clocked_P,
+                unclocked_P,
+                _spreads(row for kernel_class in kernel_classes for row in kernel_class.rows),
+            )
+        )
     return found
 
 
-def held_out_rows(model: CalibratedModel, *, by_cell: bool = False) -> list[ErrorRow]:
-    """Errors of the rows that are kept out of every fit, per family or per cell."""
-    cells: dict[str, list[dict[str, Any]]] = {}
+def held_out_rows(model: CalibratedModel, *, by_class: bool = False) -> list[ErrorRow]:
+    """Errors of the rows that are kept out of every fit, per family or per class."""
+    kernel_classes: dict[str, list[dict[str, Any]]] = {}
     for row in model.profile.rows:
-        if row.get("held_out") and (name := cell_of(row)) is not None:
-            cells.setdefault(name, []).append(row)
+        if row.get("held_out") and (name := class_of(row)) is not None:
+            kernel_classes.setdefault(name, []).append(row)
     groups: dict[str, list[str]] = {}
-    for name in sorted(cells):
-        groups.setdefault(name if by_cell else _family(name), []).append(name)
+    for name in sorted(kernel_classes):
+        groups.setdefault(name if by_class else _family(name), []).append(name)
     found = []
     for group, members in groups.items():
-        known = [(cell, cells[name]) for name in members if (cell := model.cell(name)) is not None]
+        known = [
+            (kernel_class, kernel_classes[name])
+            for name in members
+            if (kernel_class := model.kernel_class(name)) is not None
+        ]
         if not known:
             continue
         clocked_P, unclocked_P = (
-            np.concatenate([cell.errors_of(rows, at_row_clock=at_clock) for cell, rows in known])
+            np.concatenate([kernel_class.errors_of(rows, at_row_clock=at_clock) for kernel_class, rows in known])
             for at_clock in (True, False)
         )
         found.append(_row(group, clocked_P, unclocked_P, _spreads(row for _, rows in known for row in rows)))
     return found
 
 
-def _family(cell_name: str) -> str:
-    family, rest = cell_name.split("/", 1)
+def _family(class_name: str) -> str:
+    family, rest = class_name.split("/", 1)
     if family.startswith("memory"):
         return family
     return f"{family} fp8" if rest.startswith("fp8") else f"{family} fp4" if rest.startswith("nvfp4") else family

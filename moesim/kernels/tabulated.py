@@ -1,6 +1,6 @@
 """A GPU known from published tables of kernels; what they lack is scaled from a measured GPU by measured ratios.
 
-- Forward GEMMs (bf16, and fp8 where the chip has it) and forward attention are cells fitted to the tables' rows.
+- Forward GEMMs (bf16, and fp8 where the chip has it) and forward attention are classes fitted to the tables' rows.
 - Their gradients take as much longer than the forward kernel of the same sides as on the measured GPU ("scaled").
 - Grouped GEMMs scale with the ratio of the peaks, each times the share of it that dense GEMMs reach ("scaled").
 - Memory-bound kernels scale with the bandwidths of the datasheets ("scaled"); host and contention are as measured.
@@ -159,7 +159,7 @@ class TabulatedModel:
             return self._narrow(kernel) if is_narrow(kernel.dtype) else self._dense(kernel)
         if isinstance(kernel, GroupedGemm) and kernel.dtype in AS_PER_TENSOR:
             return self._narrow_grouped(kernel)
-        if isinstance(kernel, Attention) and self.tables.cell("attention/forward") is not None:
+        if isinstance(kernel, Attention) and self.tables.kernel_class("attention/forward") is not None:
             if kernel.direction == "forward":
                 return self.tables.seconds(kernel)
             return self._relative(kernel, replace(kernel, direction="forward"))
@@ -213,7 +213,7 @@ class TabulatedModel:
         return Estimate(as_result(np.asarray(found.seconds * ratio)), weakest(found.source, "scaled"))
 
     def _at_own_clock(self, kernel: Kernel) -> Estimate:
-        """Scaled, at this kind's clock: compute follows it as the measured cells do, the memory does not."""
+        """Scaled, at this kind's clock: compute follows it as the measured classes do, the memory does not."""
         seconds, source = self._scaled.seconds(kernel)
         if isinstance(kernel, MemoryBound):
             return Estimate(seconds, source)

@@ -1,6 +1,5 @@
 """How long bytes take: the fabric, fair sharing of its links, dispatch implementations and collectives."""
 
-from moesim.network.alike import group_shape
 from moesim.network.collectives import (
     CollectiveEstimate,
     all_gather_seconds,
@@ -11,6 +10,7 @@ from moesim.network.collectives import (
 )
 from moesim.network.describe import FabricFacts, describe
 from moesim.network.dispatch import deepep_bytes, prepare_combine, prepare_dispatch
+from moesim.network.equal_groups import group_shape
 from moesim.network.fabric import Fabric, build_fabric
 from moesim.network.parameters import NetworkParameters, Protocol, load_parameters
 from moesim.network.transfer import PreparedTransfer, lower_bound, prepare_transfer, transfer_times

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.network.library import NVLS_MIN_RANKS, busiest_port_bytes, reduces_in_switch
+from moesim.network.nccl import NVLS_MIN_RANKS, busiest_port_bytes, reduces_in_switch
 from moesim.network.parameters import NetworkParameters, OwnCall, Protocol
 from moesim.strict_json import json_text, parse_json
 
@@ -60,7 +60,7 @@ def measured_parameters(
     `rows` are a profile's collectives (`kind`, `bytes` of one rank's buffer, `ranks`, `p50` seconds on the device, the
     host's part not included); `link_bandwidth` is NVLink's per direction (bytes/s). A call among as many ranks as the
     `world` has takes what was measured; in larger worlds torch's launch comes on top, as it does of tables. `kind`: of
-    GPU, which says whether its switch reduces (`moesim.network.library`). None when there are no rows.
+    GPU, which says whether its switch reduces (`moesim.network.nccl`). None when there are no rows.
     """
     chosen = fitted_rows(rows)
     if not chosen:

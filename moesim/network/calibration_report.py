@@ -17,7 +17,7 @@ from moesim.network.calibration import (
     sm_rates,
 )
 from moesim.network.flows import port_bytes
-from moesim.network.library import NVLS_MIN_RANKS, busiest_port_bytes, reduces_in_switch
+from moesim.network.nccl import NVLS_MIN_RANKS, busiest_port_bytes, reduces_in_switch
 from moesim.network.parameters import NetworkParameters, Protocol
 from moesim.scenario.dispatch import nvlink_share_of_sms
 

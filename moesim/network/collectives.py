@@ -21,7 +21,7 @@ from moesim.errors import UserError
 from moesim.network.contention import LinkUse, common_use
 from moesim.network.fabric import NONE, Fabric
 from moesim.network.flows import Ranks, as_ranks, checked_bytes
-from moesim.network.library import NVLS_MIN_RANKS, hop_seconds, measured_call, reduces_in_switch
+from moesim.network.nccl import NVLS_MIN_RANKS, hop_seconds, measured_call, reduces_in_switch
 from moesim.network.parameters import Protocol
 
 Algorithm = Literal["auto", "ring", "tree", "nvls", "hierarchical"]

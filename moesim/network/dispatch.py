@@ -23,7 +23,7 @@ from moesim.errors import UserError
 from moesim.network.collectives import all_gather_seconds, reduce_scatter_seconds
 from moesim.network.fabric import Fabric
 from moesim.network.flows import Demand, Ranks, as_ranks, make_demand
-from moesim.network.library import measured_call
+from moesim.network.nccl import measured_call
 from moesim.network.parameters import NetworkParameters, Protocol
 from moesim.network.ports import Ports, loops
 from moesim.network.transfer import (

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from moesim.errors import UserError
 from moesim.network.parameters import NetworkParameters
+from moesim.network.shortest_routes import ShortestRoutes, SplitRoutes
 from moesim.network.topology import Site, build_graph, sites_of
-from moesim.network.walks import SplitRoutes, Walks
 from moesim.scenario.cluster import Cluster
 from moesim.scenario.degraded import Degraded
 from moesim.scenario.dispatch import DispatchAlgorithm, nvlink_share_of_sms
@@ -58,7 +58,7 @@ class Fabric:
     pxn: bool
     multipath: bool
     ladder: "Ladder | None" = field(repr=False)
-    walks: Walks = field(repr=False)
+    shortest_routes: ShortestRoutes = field(repr=False)
     # What endpoints.pair_ports, flow_ports and contention.common_use found on these links; a copy with others has none.
     pair_ports: dict[tuple[bytes, bool], object] = field(init=False, repr=False, default_factory=dict)
     flow_ports: dict[tuple[bytes, bool, bytes], object] = field(init=False, repr=False, default_factory=dict)
@@ -108,11 +108,11 @@ class Fabric:
 
         They must be alike in one NVLink domain, with links whose share the scenario does not state.
         """
-        if not self.parameters.by_gpu or not self.are_alike(ranks_R):
+        if not self.parameters.by_gpu or not self.are_equal(ranks_R):
             return None
         return self.nccl[int(ranks_R[0])]
 
-    def are_alike(self, ranks_R: IntegerArray) -> bool:
+    def are_equal(self, ranks_R: IntegerArray) -> bool:
         """Whether these ranks are GPUs of one kind in one NVLink domain whose share the scenario does not state."""
         if self.kind.listed or self._states_nvlink or len(ranks_R) < 2:
             return False
@@ -162,11 +162,11 @@ class Fabric:
         a failure takes a shortest way around it. Raises UserError where there is none.
         """
         if self.ladder is None:
-            return self.walks.routes(sources_F, targets_F)
+            return self.shortest_routes.routes(sources_F, targets_F)
         path_FP = self.ladder.routes(sources_F, targets_F, avoid_nvlink=avoid_nvlink, pxn=self.pxn)
         broken_F = (path_FP == self.ladder.failed).any(axis=1) if self.ladder.any_failed else np.zeros(0, bool)
         if broken_F.any():
-            detour_BP = self.walks.routes(sources_F[broken_F], targets_F[broken_F])
+            detour_BP = self.shortest_routes.routes(sources_F[broken_F], targets_F[broken_F])
             width = max(path_FP.shape[1], detour_BP.shape[1])
             path_FP = np.pad(path_FP, ((0, 0), (0, width - path_FP.shape[1])), constant_values=NONE)
             path_FP[broken_F] = NONE
@@ -178,7 +178,7 @@ class Fabric:
     ) -> SplitRoutes:
         """`routes`, or with `multipath` all equal ones with each flow's bytes parted among them."""
         if self.multipath:
-            return self.walks.all_routes(sources_F, targets_F)
+            return self.shortest_routes.all_routes(sources_F, targets_F)
         path_FP = self.routes(sources_F, targets_F, avoid_nvlink=avoid_nvlink)
         return SplitRoutes(path_FP, np.arange(len(path_FP)), np.ones(len(path_FP)))
 
@@ -294,7 +294,7 @@ def build_fabric(cluster: Cluster, *, parameters: NetworkParameters | None = Non
         pxn=cluster.fabric.pxn,
         multipath=cluster.fabric.multipath,
         ladder=None if cluster.fabric_kind.listed else _ladder(sites, links, failed),
-        walks=Walks(graph, links, len(sites)),
+        shortest_routes=ShortestRoutes(graph, links, len(sites)),
     )
 
 

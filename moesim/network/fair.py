@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from moesim.errors import InternalError
 from moesim.network.fabric import NONE, Fabric
-from moesim.network.filling import drain_components, join_links
+from moesim.network.fair_loops import drain_components, join_links
 from moesim.network.flows import Demand, Flows, build_flows
 
 FloatArray = NDArray[np.float64]

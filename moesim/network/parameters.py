@@ -59,7 +59,7 @@ class NetworkParameters:
     Latencies are per link and direction, so that GPU to GPU over NVSwitch takes two of `nvlink_latency`, over one leaf
     two of `nic_latency`, and over the spine two of `leaf_latency` more. Efficiencies are the share of the nominal
     bandwidth that NCCL reaches in long transfers; dispatch algorithms may have shares of their own. `by_gpu`: inside
-    one NVLink domain NCCL's calls take what was measured for the kind of GPU (`moesim.network.library`) and, on top,
+    one NVLink domain NCCL's calls take what was measured for the kind of GPU (`moesim.network.nccl`) and, on top,
     what torch needs to launch one. `own`: calls measured on the GPUs at hand, which go before those tables for as many
     ranks; `bytes_per_sm`, `sm_sharpness`: what NCCL's SMs move over NVLink (`moesim.scenario.dispatch`).
     """

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import networkx as nx
 
 from moesim.errors import UserError
-from moesim.network.library import kind_of
+from moesim.network.nccl import kind_of
 from moesim.network.parameters import NetworkParameters
 from moesim.scenario.base import link_bandwidth, link_latency
 from moesim.scenario.cluster import Cluster, Fabric, Oversubscription
@@ -24,7 +24,7 @@ from moesim.strict_json import parse_json
 class Site:
     """Where one GPU sits: its node, rail (index in the node), NVLink domain and pod, what it is, and its NVLink.
 
-    `nccl` is the kind of GPU whose table of NCCL's calls holds (`moesim.network.library`). `nic` counts the node's NICs
+    `nccl` is the kind of GPU whose table of NCCL's calls holds (`moesim.network.nccl`). `nic` counts the node's NICs
     from 0 (GPUs next to each other share one), `nic_rank` is the first GPU on it; `leaf`, `spine` and `plane` are the
     switches and the network above it.
     """

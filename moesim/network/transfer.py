@@ -15,9 +15,9 @@ from moesim.errors import UserError
 from moesim.network.contention import LinkUse, Window, common_use, opening
 from moesim.network.fabric import Fabric
 from moesim.network.flows import Demand, Ranks, build_flows, link_bytes, make_demand
-from moesim.network.loads import ladder_link_bytes
+from moesim.network.kept_answers import CommonStart, Remembered
+from moesim.network.link_loads import ladder_link_bytes
 from moesim.network.ports import Ports
-from moesim.network.starts import CommonStart, Remembered
 
 FloatArray = NDArray[np.float64]
 Model = Literal["ports", "fluid", "exact"]

@@ -75,7 +75,7 @@ def layer_maps(
         maps = tuple(ExpertMap(slot_X.reshape(num_ranks, -1), experts) for slot_X in slot_LX)
         if placement.split == "weighted":
             maps = _weighted(given, maps)
-        moved = placement.ranks_alike and speeds_of_group(scenario) is None
+        moved = placement.ranks_equal and speeds_of_group(scenario) is None
         return LayerMaps(maps, per_model_layer=False, moved=moved, split=placement.split)
     slots = placement.fixed_slots(num_experts=experts, num_ranks=num_ranks)
     if slots is None:

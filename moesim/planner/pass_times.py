@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moesim.engine.executor import GroupExecutor
-from moesim.engine.walk import Labels
+from moesim.engine.executor_steps import Labels
 from moesim.program import StepProgram
 from moesim.program.operations import Block, Operation, Run
 from moesim.results.spans import Part, SpanRecorder

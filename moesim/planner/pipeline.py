@@ -37,7 +37,7 @@ def short_micro_batches(schedule: PipelineSchedule, *, pipeline: int, num_micro_
 
 
 def pipeline_finish(
-    schedule: PipelineSchedule, *, pipeline: int, num_micro_batches: int, seconds: Seconds, handoff_seconds: float
+    schedule: PipelineSchedule, *, pipeline: int, num_micro_batches: int, seconds: Seconds, p2p_seconds: float
 ) -> list[float]:
     """When each pipeline rank has done its last action, seconds from the start of the step."""
 
@@ -45,7 +45,7 @@ def pipeline_finish(
 
     def finish(micro_batches: int) -> list[float]:
         walk = prepare_walk(schedule.kind, pipeline, micro_batches, schedule.virtual)
-        return walk.finish(kept, handoff_seconds=handoff_seconds)
+        return walk.finish(kept, p2p_seconds=p2p_seconds)
 
     short, long = (count * pipeline for count in schedule.facts.settles)
     if num_micro_batches <= long:

@@ -115,7 +115,7 @@ class Screen:
             pipeline=mesh.pipeline,
             num_micro_batches=scenario.num_micro_batches,
             seconds=seconds,
-            handoff_seconds=self._handoff_seconds(scenario),
+            p2p_seconds=self._p2p_seconds(scenario),
         )
         if walk.schedule.num_replicas > 1:
             finish = [max(finish)] * len(finish)  # both holders of a stage reduce its gradients together
@@ -136,7 +136,7 @@ class Screen:
             self._fabrics[key] = scenario_fabric(scenario, self.layer_times.kernels(scenario))
         return self._fabrics[key]
 
-    def _handoff_seconds(self, scenario: Scenario) -> float:
+    def _p2p_seconds(self, scenario: Scenario) -> float:
         mesh = scenario.parallelism
         if mesh.pipeline == 1:
             return 0.0

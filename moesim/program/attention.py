@@ -15,7 +15,7 @@ from functools import partial
 
 import numpy as np
 
-from moesim.kernels.odd_kernels import DROPOUT, SINGLY
+from moesim.kernels.unprofiled import DROPOUT, SINGLY
 from moesim.program.gemms import (
     ACTIVATION_BYTES,
     collective,

@@ -20,18 +20,18 @@ from moesim.network import Fabric, group_shape, send_recv_seconds
 from moesim.parallel import Mesh
 from moesim.program.compiling import pays_for_compiled_loops
 from moesim.program.contention import find_contention
+from moesim.program.equal_groups import equal_group_numbers
+from moesim.program.group_collectives import GroupLinks
 from moesim.program.host import FREE_HOST, HostModel
 from moesim.program.loads import RoutingSample, group_loads
 from moesim.program.operations import Block, Run
 from moesim.program.optimizer import optimizer_block
 from moesim.program.parameters import ParameterGroups
-from moesim.program.peers import GroupLinks
 from moesim.program.rank_kinds import BlocksOf, RankKinds
 from moesim.program.reductions import Reduction
 from moesim.program.software import kernel_list
 from moesim.program.stage import StagePlan, source_seconds, stage_blocks, tensor_bytes
 from moesim.program.step_program import FREE, FREE_BESIDE, GroupProgram, Sent, StepProgram, Task
-from moesim.program.twins import twin_numbers
 from moesim.program.writer import KernelWriter
 from moesim.results.spans import CATEGORY_OF_PART, Part
 from moesim.results.uncertainty import Basis
@@ -39,7 +39,7 @@ from moesim.scenario import Scenario
 from moesim.scenario.base import BYTES_PER_ELEMENT
 from moesim.scenario.dispatch import DISPATCH
 from moesim.scenario.speeds import Speeds
-from moesim.schedules import Action, Handoff, Pass, Schedule, Work, build_schedule
+from moesim.schedules import P2P, Action, Pass, Schedule, Work, build_schedule
 
 
 def build_program(
@@ -49,14 +49,14 @@ def build_program(
     kernels: KernelModel,
     samples: Sequence[RoutingSample],
     merge: bool = False,
-    twins: bool = False,
+    equal_groups: bool = False,
 ) -> StepProgram:
     """The step of all rank groups; `samples` run in lockstep and are empty for a dense model.
 
     `merge` joins runs of kernels of one category into one operation, which changes no time while the host never limits.
-    `twins`: of rank groups that do the same at the same times only one is there, with the ranks of the others.
+    `equal_groups`: of rank groups that do the same at the same times only one is there, with the ranks of the others.
     """
-    return _Builder(scenario, fabric, kernels, samples, merge, twins).program()
+    return _Builder(scenario, fabric, kernels, samples, merge, equal_groups).program()
 
 
 class _Builder:
@@ -69,14 +69,14 @@ class _Builder:
         kernels: KernelModel,
         samples: Sequence[RoutingSample],
         merge: bool,
-        twins: bool,
+        equal_groups: bool,
     ) -> None:
         self.scenario, self.fabric, self.kernels, self.samples = scenario, fabric, kernels, samples
         self.software = kernel_list(scenario)
         self.host = self.software.host_model(kernels)
         self.merge = merge and self.host == FREE_HOST
         self.compiled = pays_for_compiled_loops(scenario, samples=max(1, len(samples)))
-        self.twins = twins
+        self.equal_groups = equal_groups
         self.mesh = Mesh(scenario.parallelism, scenario.cluster)
         self.ranks = RankKinds.of(scenario)
         self.schedules: dict[int, Schedule] = {}
@@ -84,13 +84,13 @@ class _Builder:
             scenario, self.mesh, self.schedule, map_of=samples[0].map_of if samples else None
         )
         self.seconds: defaultdict[Basis, float] = defaultdict(float)
-        self.handoff_seconds: dict[tuple[int, int], float] = {}
+        self.p2p_seconds: dict[tuple[int, int], float] = {}
         # Two pipeline ranks that hold the same stage (DualPipe) share its blocks where the fabric treats them alike.
         self.blocks: dict[tuple[int, int, bytes, bytes], Mapping[Pass, Block]] = {}
         self.merged: dict[Block, Block] = {}
         self.whole: dict[Block, Block] = {}  # the other way round
-        # Of a pipeline rank: its actions with the hand-offs before and behind, the same for all of its groups.
-        self.exchanges: dict[tuple[int, int], list[tuple[Action, tuple[Handoff, ...], tuple[Sent, ...]]]] = {}
+        # Of a pipeline rank: its actions with the p2p sends before and behind, the same for all of its groups.
+        self.exchanges: dict[tuple[int, int], list[tuple[Action, tuple[P2P, ...], tuple[Sent, ...]]]] = {}
         self.block_seconds: dict[Block, list[tuple[Basis, float]]] = {}
         self.block_bytes: dict[Block, float] = {}
         self.tensor_bytes = 0.0
@@ -118,8 +118,8 @@ class _Builder:
         gathers = self.parameters.gathers(self.fabric)
         stages, collectives = self.schedule.num_ranks, (*reductions, *gathers)
         classes = [[number] for number in range(len(self.mesh.rank_groups()))]
-        if self.twins:
-            classes = twin_numbers(
+        if self.equal_groups:
+            classes = equal_group_numbers(
                 self.mesh, self.fabric, self.samples, collectives, stages=stages, facts_of=self.ranks.key
             )
         groups = [group for stage in range(stages) for group in self._groups(stage, classes)]
@@ -177,7 +177,7 @@ class _Builder:
         groups = []
         for numbers in classes:
             group = self._group(pipeline_rank, numbers[0], ranks[numbers[0]])
-            groups.append(replace(group, twins=tuple(ranks[number] for number in numbers[1:])))
+            groups.append(replace(group, equal_groups=tuple(ranks[number] for number in numbers[1:])))
         blocks = [Counter(run.block for task in group.tasks for run in task.runs) for group in groups]
         class_of = {number: index for index, numbers in enumerate(classes) for number in numbers}
         for _, index in sorted(class_of.items()):
@@ -253,7 +253,7 @@ class _Builder:
 
     def _exchanges(
         self, pipeline_rank: int, micro_batches: int
-    ) -> list[tuple[Action, tuple[Handoff, ...], tuple[Sent, ...]]]:
+    ) -> list[tuple[Action, tuple[P2P, ...], tuple[Sent, ...]]]:
         key, schedule = (pipeline_rank, micro_batches), self._schedule(micro_batches)
         if key not in self.exchanges:
             self.exchanges[key] = [
@@ -278,19 +278,19 @@ class _Builder:
         if not self.merge:
             return block
         if block not in self.merged:
-            self.merged[block] = block.merged(families_alike=self.families_alike)
+            self.merged[block] = block.merged(families_equal=self.families_equal)
             self.whole[self.merged[block]] = block
         return self.merged[block]
 
     @cached_property
-    def families_alike(self) -> bool:
+    def families_equal(self) -> bool:
         """Whether kernels of all families and open transfers cost each other the same, on every kind of GPU."""
         return all(
             len({*self.beside(kind).values(), *self.beside_collectives(kind).values()} - {FREE_BESIDE}) <= 1
             for kind in np.unique(self.ranks.kind_W).tolist()
         )
 
-    def _tasks(self, runs: Sequence[Run], receives: tuple[Handoff, ...], sends: tuple[Sent, ...]) -> list[Task]:
+    def _tasks(self, runs: Sequence[Run], receives: tuple[P2P, ...], sends: tuple[Sent, ...]) -> list[Task]:
         """One task; a pair that the software does not overlap is one after the other."""
         if len(runs) == 1 or self.scenario.overlap.micro_batches is not False:
             return [Task(runs=tuple(runs), receives=receives, sends=sends)]
@@ -301,24 +301,24 @@ class _Builder:
             Task(runs=(runs[1],), sends=late),
         ]
 
-    def _sent(self, works: tuple[Work, ...], handoff: Handoff) -> Sent:
-        payload = Pass.FORWARD if handoff.payload == "activation" else Pass.BACKWARD
+    def _sent(self, works: tuple[Work, ...], p2p: P2P) -> Sent:
+        payload = Pass.FORWARD if p2p.payload == "activation" else Pass.BACKWARD
         which = next(
             index
             for index, work in enumerate(works)
-            if work.micro_batch == handoff.micro_batch and (work.kind is Pass.FORWARD) == (payload is Pass.FORWARD)
+            if work.micro_batch == p2p.micro_batch and (work.kind is Pass.FORWARD) == (payload is Pass.FORWARD)
         )
-        return Sent(handoff=handoff, which=which, seconds=self._handoff_seconds(handoff.source, handoff.target))
+        return Sent(p2p=p2p, which=which, seconds=self._p2p_seconds(p2p.source, p2p.target))
 
-    def _handoff_seconds(self, source: int, target: int) -> float:
+    def _p2p_seconds(self, source: int, target: int) -> float:
         """A rank's share of one micro-batch's hidden states (bf16) to its neighbour in another stage."""
         if source == target:
             return 0.0
-        if (source, target) not in self.handoff_seconds:
+        if (source, target) not in self.p2p_seconds:
             size = self.scenario.tokens_per_rank * self.scenario.model.hidden * BYTES_PER_ELEMENT["bf16"]
             first, second = self.mesh.rank(stage=source, index=0), self.mesh.rank(stage=target, index=0)
-            self.handoff_seconds[source, target] = send_recv_seconds(self.fabric, first, second, size).seconds
-        return self.handoff_seconds[source, target]
+            self.p2p_seconds[source, target] = send_recv_seconds(self.fabric, first, second, size).seconds
+        return self.p2p_seconds[source, target]
 
     def _blocks(self, stage: int, pipeline_rank: int, number: int, ranks_R: NDArray[np.int64]) -> Mapping[Pass, Block]:
         holders = sum(stage in stages for stages in self.schedule.stages_of_rank)

@@ -1,8 +1,8 @@
 """Which links the transfers of a step can fill together, and what each of them puts there.
 
 Only links above the ports of single GPUs count (leaves, spines, links of custom fabrics), and of these only those whose
-users' largest demands add up to more than the link carries: transfers over them go through a hub. All others cannot
-slow each other and are simulated without. Dispatches and combines, hand-offs between stages and the collectives at the
+users' largest demands add up to more than the link carries: transfers over them share these. All others cannot slow
+each other and are simulated without. Dispatches and combines, p2p sends between stages and the collectives at the
 end of the step take part; collectives inside layers do not.
 
 Legend: S routing samples, R ranks, C common links of the fabric, L overloaded ones of them.
@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from moesim.network import Fabric, PreparedTransfer
 from moesim.network.collectives import ring_use
 from moesim.network.contention import TOLERANCE, LinkUse, common_use, path_rates
+from moesim.program.group_collectives import PeerCollective, SideBySide
 from moesim.program.operations import Block, Operation, Transfer
-from moesim.program.peers import PeerCollective, SideBySide
 from moesim.program.reductions import Reduction
 from moesim.program.step_program import Contention, GroupProgram, Place, SharedPart, StepProgram
 
@@ -34,10 +34,10 @@ def find_contention(
     if not len(fabric.common_links_X):
         return None
     transfers = {group.place: _transfer_uses(group) for group in groups}
-    handoffs = _handoff_uses(fabric, groups)
+    p2ps = _p2p_uses(fabric, groups)
     rings = [ring_use(fabric, collective.members, collective.seconds) for collective in collectives]
     capacity_C = fabric.capacity_X[fabric.common_links_X]
-    over_C = _overloaded(capacity_C, groups, transfers, handoffs, list(zip(collectives, rings, strict=True)))
+    over_C = _overloaded(capacity_C, groups, transfers, p2ps, list(zip(collectives, rings, strict=True)))
     if not over_C.any():
         return None
     chosen = {
@@ -51,7 +51,7 @@ def find_contention(
             for place, of_group in chosen.items()
             if any(of_group.values())
         },
-        handoffs={key: use for key, (_, whole) in handoffs.items() if (use := whole.on(over_C))},
+        p2ps={key: use for key, (_, whole) in p2ps.items() if (use := whole.on(over_C))},
         collectives=tuple(use.on(over_C) for use in rings),
     )
 
@@ -60,7 +60,7 @@ def _overloaded(
     capacity_C: FloatArray,
     groups: Sequence[GroupProgram],
     transfers: Mapping[Place, Mapping[Transfer, Parts]],
-    handoffs: Mapping[tuple[Place, int], tuple[float, LinkUse]],
+    p2ps: Mapping[tuple[Place, int], tuple[float, LinkUse]],
     collectives: Sequence[tuple[Reduction, LinkUse]],
 ) -> NDArray[np.bool_]:
     """Whether the largest demands of all users of each common link add up to more than it carries."""
@@ -72,7 +72,7 @@ def _overloaded(
             for parts in uses.values()
         ]
         most[place] = np.max([none_C, *demands], axis=0)
-    for (place, _), (seconds, use) in handoffs.items():
+    for (place, _), (seconds, use) in p2ps.items():
         most[place] = most[place] + _demand(use, np.array([seconds]))
     total_C = sum(most.values(), start=none_C)
     for collective, use in collectives:
@@ -118,13 +118,13 @@ def _on(over_C: NDArray[np.bool_], parts: Parts) -> Parts:
     return tuple(part._replace(use=use) for part in parts if (use := part.use.on(over_C)))
 
 
-def _handoff_uses(fabric: Fabric, groups: Sequence[GroupProgram]) -> dict[tuple[Place, int], tuple[float, LinkUse]]:
-    """Seconds and use of each group's hand-offs to another pipeline rank: one message from every rank."""
+def _p2p_uses(fabric: Fabric, groups: Sequence[GroupProgram]) -> dict[tuple[Place, int], tuple[float, LinkUse]]:
+    """Seconds and use of each group's p2p sends to another pipeline rank: one message from every rank."""
     ranks_of = {group.place: group.ranks_R for group in groups}
     efficiency = fabric.parameters.point_to_point.efficiency
     uses = {}
     for group in groups:
-        sent = {sent.handoff.target: sent.seconds for task in group.tasks for sent in task.sends}
+        sent = {sent.p2p.target: sent.seconds for task in group.tasks for sent in task.sends}
         for target, seconds in sent.items():
             if target != group.pipeline_rank:
                 there_R = ranks_of[target, group.number]

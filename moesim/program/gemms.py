@@ -17,8 +17,8 @@ import math
 from typing import NamedTuple, Unpack
 
 from moesim.program.fp8_casts import NO_CASTS, FusedCasts, fp8_casts
+from moesim.program.group_collectives import PeerCollective, Peers
 from moesim.program.operations import MAIN, SIDE, Operation, fork, join, transfer
-from moesim.program.peers import PeerCollective, Peers
 from moesim.program.sizes import Passes, Step
 from moesim.program.torch_host import backward, forward
 from moesim.program.torch_kernels import issued

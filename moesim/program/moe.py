@@ -2,7 +2,7 @@
 
 One micro-batch, forward:
     router     norm, gate product, selection                          (`moesim.program.router`)
-    permute    [quantise to the dispatch dtype,] rows that leave      (`moesim.program.rows`)
+    permute    [quantise to the dispatch dtype,] rows that leave      (`moesim.program.permutation`)
     dispatch   [counts, their read-back,] transfer   | beside it, where the software does so: shared experts
     permute    the arrived copies in the order of the experts
     experts    W1/W3, activation, W2                                  (`moesim.program.networks`)
@@ -26,8 +26,8 @@ from moesim.program.loads import LayerLoads
 from moesim.program.networks import Shared, experts_part, latent_part, shared_experts
 from moesim.program.norms import branch, residual
 from moesim.program.operations import Operation, Transfer, fork, join, readback, transfer
+from moesim.program.permutation import expand, permute, reduce, unpermute
 from moesim.program.router import router_part
-from moesim.program.rows import expand, permute, reduce, unpermute
 from moesim.program.sizes import Passes, Step, chain, repeated_by
 from moesim.program.torch_host import backward, forward
 from moesim.program.torch_kernels import issued, small

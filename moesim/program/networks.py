@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moesim.kernels.families import GemmDirection
-from moesim.kernels.odd_kernels import COMPILED_BACKWARD
+from moesim.kernels.unprofiled import COMPILED_BACKWARD
 from moesim.program.fp8_casts import NO_CASTS, fp8_casts
 from moesim.program.gemms import (
     ACTIVATION_BYTES,

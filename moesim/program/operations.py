@@ -188,14 +188,14 @@ class Block:
     name: str
     operations: tuple[Operation, ...]
 
-    def merged(self, *, families_alike: bool = True) -> "Block":
+    def merged(self, *, families_equal: bool = True) -> "Block":
         """The same block with runs of kernels of one category as one operation: exact while the host never limits.
 
-        Where transfers slow families differently (not `families_alike`), a run is of one family.
+        Where transfers slow families differently (not `families_equal`), a run is of one family.
         """
         runs: list[list[Operation]] = []
         for operation in self.operations:
-            if runs and _joins(runs[-1][-1], operation, families_alike=families_alike):
+            if runs and _joins(runs[-1][-1], operation, families_equal=families_equal):
                 runs[-1].append(operation)
             else:
                 runs.append([operation])
@@ -225,8 +225,8 @@ def _together(run: list[Operation]) -> Operation:
     )
 
 
-def _joins(first: Operation, second: Operation, *, families_alike: bool) -> bool:
-    if not families_alike and first.family != second.family:
+def _joins(first: Operation, second: Operation, *, families_equal: bool) -> bool:
+    if not families_equal and first.family != second.family:
         return False
     same = first.kind is second.kind is Kind.COMPUTE and first.chain == second.chain
     return same and first.label.category == second.label.category and first.label.layer == second.label.layer

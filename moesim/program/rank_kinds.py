@@ -48,14 +48,14 @@ class RankKinds:
         )
 
     @cached_property
-    def are_alike(self) -> bool:
+    def are_equal(self) -> bool:
         """Whether all ranks are."""
         one_kind = len(np.unique(self.kind_W)) == len(np.unique(self.batches_W)) == 1
         return one_kind and self.speed_W is None
 
     def key(self, ranks_R: IntArray) -> bytes:
         """Equal for groups whose ranks are alike one by one."""
-        if self.are_alike:
+        if self.are_equal:
             return b""
         speeds = b"" if self.speed_W is None else self.speed_W[ranks_R].tobytes()
         return self.kind_W[ranks_R].tobytes() + self.batches_W[ranks_R].tobytes() + speeds

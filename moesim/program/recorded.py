@@ -24,7 +24,7 @@ from moesim.program.host import FREE_HOST, HostModel
 from moesim.program.loads import LayerLoads
 from moesim.program.moe import counted_rows, send, send_back
 from moesim.program.operations import Operation, compute
-from moesim.program.rows import expand, reduce
+from moesim.program.permutation import expand, reduce
 from moesim.program.sizes import Passes, Step
 from moesim.program.torch_host import backward
 from moesim.program.torch_kernels import issued, moved

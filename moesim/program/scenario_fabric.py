@@ -7,7 +7,7 @@ from moesim.kernels import KernelModel, MixedKernels, kernel_model
 from moesim.kernels.tabulated import TabulatedModel
 from moesim.network import Fabric, build_fabric
 from moesim.network.calibration import measured_parameters
-from moesim.network.library import kind_of
+from moesim.network.nccl import kind_of
 from moesim.network.parameters import NetworkParameters
 from moesim.network.transfer import Model
 from moesim.scenario import Scenario

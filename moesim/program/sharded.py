@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 from moesim.parallel import Mesh
 from moesim.parallel.memory_parameters import Unit
+from moesim.program.group_collectives import GroupLinks, PeerCollective, Peers
 from moesim.program.operations import Operation, collective, wait
-from moesim.program.peers import GroupLinks, PeerCollective, Peers
 from moesim.program.sizes import Passes
 from moesim.results.spans import CATEGORY_OF_PART, Collective, Label, Part, Phase, Stream
 from moesim.scenario import Scenario

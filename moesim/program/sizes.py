@@ -3,8 +3,8 @@
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from moesim.program.group_collectives import GroupLinks, Peers
 from moesim.program.operations import Operation
-from moesim.program.peers import GroupLinks, Peers
 from moesim.results.spans import Part
 from moesim.scenario import Model
 from moesim.scenario.model import Mla

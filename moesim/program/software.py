@@ -8,11 +8,11 @@ from typing import Protocol
 
 from moesim.kernels import KernelModel
 from moesim.program.host import HostModel
-from moesim.program.listed import SwitchedKernels
 from moesim.program.loads import LayerLoads
 from moesim.program.operations import Operation
 from moesim.program.recorded import RecordedKernels
 from moesim.program.sizes import Passes, Step
+from moesim.program.switched import SwitchedKernels
 from moesim.program.writer import KernelWriter
 from moesim.scenario import Scenario
 

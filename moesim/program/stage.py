@@ -12,9 +12,9 @@ from moesim.kernels.errors import TRANSFERS
 from moesim.parallel import Mesh
 from moesim.parallel.memory_parameters import stage_units
 from moesim.program.gemms import column_parallel, gather_columns
+from moesim.program.group_collectives import GroupLinks, PeerCollective, SideBySide
 from moesim.program.loads import LayerLoads
 from moesim.program.operations import MAIN, Block, Kind, Operation
-from moesim.program.peers import GroupLinks, PeerCollective, SideBySide
 from moesim.program.sharded import PARAMETERS, ShardedPart, ShardedStage
 from moesim.program.sizes import Passes, Step, chain
 from moesim.program.software import kernel_list

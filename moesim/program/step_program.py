@@ -18,7 +18,7 @@ from moesim.program.operations import Block, Run, Transfer
 from moesim.program.reductions import Reduction
 from moesim.results.spans import CATEGORY_OF_PART, Collective, Label, Part, Phase, Stream
 from moesim.results.uncertainty import Basis
-from moesim.schedules import Handoff
+from moesim.schedules import P2P
 
 FREE_BESIDE = Beside(compute=1.0)
 FloatArray = NDArray[np.float64]
@@ -28,12 +28,12 @@ Place = tuple[int, int]  # pipeline rank, number of the group
 
 @dataclass(frozen=True, kw_only=True)
 class Sent:
-    """A hand-off that run `which` of a task makes; it arrives `seconds` later.
+    """A p2p send that run `which` of a task makes; it arrives `seconds` later.
 
     `by_state`: the same with the links in every state of `Changes`, where there are several.
     """
 
-    handoff: Handoff
+    p2p: P2P
     which: int
     seconds: float
     by_state: tuple[float, ...] = ()
@@ -44,7 +44,7 @@ class Task:
     """One action of a pipeline schedule: its runs (two when they overlap) begin when all of `receives` has arrived."""
 
     runs: tuple[Run, ...]
-    receives: tuple[Handoff, ...] = ()
+    receives: tuple[P2P, ...] = ()
     sends: tuple[Sent, ...] = ()
 
     @property
@@ -62,8 +62,8 @@ class Task:
 class GroupProgram:
     """What one expert group executes. Groups with equal `number` on other pipeline ranks are its neighbours.
 
-    `twins`: the ranks of every other group of the pipeline rank that does the same at the same times, and is not
-    simulated for itself (`moesim.program.twins`).
+    `equal_groups`: the ranks of every other group of the pipeline rank that does the same at the same times, and is not
+    simulated for itself (`moesim.program.equal_groups`).
     `last_tasks`: of each stage whose gradients may be reduced while other stages have tasks left, the index of the task
     that makes the last of them.
     `beside_R`: what kernels of each family and open transfers cost each other: one mapping for all, or one per rank;
@@ -76,14 +76,14 @@ class GroupProgram:
     tasks: tuple[Task, ...]
     optimizer: Block
     last_tasks: Mapping[int, int] = field(default_factory=dict)
-    twins: tuple[NDArray[np.int64], ...] = ()
+    equal_groups: tuple[NDArray[np.int64], ...] = ()
     beside_R: tuple[Mapping[str, Beside], ...] = (FREE,)
     beside_collectives_R: tuple[Mapping[str, Beside], ...] = (FREE,)
 
     @property
     def all_ranks_TR(self) -> NDArray[np.int64]:
-        """Its ranks and those of its twins."""
-        return np.stack([self.ranks_R, *self.twins])
+        """Its ranks and those of its equal groups."""
+        return np.stack([self.ranks_R, *self.equal_groups])
 
     @property
     def place(self) -> Place:
@@ -114,14 +114,14 @@ class SharedPart(NamedTuple):
 class Contention:
     """Links that transfers of a step can fill together, and what each puts on them; see `moesim.program.contention`.
 
-    `capacity_L`: their bytes/s. `transfers`: per group those of its transfers that use them. `handoffs`: by sending
+    `capacity_L`: their bytes/s. `transfers`: per group those of its transfers that use them. `p2ps`: by sending
     group and the pipeline rank that receives. `collectives`: in the order of reductions and gathers, None for those
     that do not use them.
     """
 
     capacity_L: FloatArray
     transfers: Mapping[Place, Mapping[Transfer, tuple[SharedPart, ...]]]
-    handoffs: Mapping[tuple[Place, int], LinkUse]
+    p2ps: Mapping[tuple[Place, int], LinkUse]
     collectives: tuple[LinkUse | None, ...]
 
 
@@ -173,20 +173,20 @@ class StepProgram:
     def rows(self, group: GroupProgram) -> int:
         """Most spans that a group can emit: every operation, and a host stall before it unless the host is free."""
         per_operation = 1 if self.host == FREE_HOST else 2
-        handoffs = sum(len(task.receives) for task in group.tasks)
+        p2ps = sum(len(task.receives) for task in group.tasks)
         # A reduction that begins early may outlast the tasks and then has a span for either part.
-        return per_operation * group.num_operations + handoffs + 2 * len(self.reductions) + len(self.gathers)
+        return per_operation * group.num_operations + p2ps + 2 * len(self.reductions) + len(self.gathers)
 
 
-def handoff_label(handoff: Handoff) -> Label:
-    """The label of waiting for a hand-off that is on its way."""
-    phase = Phase.FORWARD if handoff.payload == "activation" else Phase.INPUT_GRADIENT
+def p2p_label(p2p: P2P) -> Label:
+    """The label of waiting for a p2p send that is on its way."""
+    phase = Phase.FORWARD if p2p.payload == "activation" else Phase.INPUT_GRADIENT
     return Label(
-        handoff.payload,
+        p2p.payload,
         "pipeline",
         Stream.PIPELINE,
         -1,
-        handoff.source,
+        p2p.source,
         phase=phase,
         part=Part.PIPELINE,
         collective=Collective.SEND_RECEIVE,

@@ -1,14 +1,14 @@
 """Memory-bound kernels of recorded operations: which kinds of the profiles they are, and how many bytes of these.
 
 What moves is what an operation reads and writes, with the exceptions that the tables name. Kernels that no profile
-holds cost the bytes of a measured one that take as long (`moesim.kernels.odd_kernels`).
+holds cost the bytes of a measured one that take as long (`moesim.kernels.unprofiled`).
 """
 
 import math
 from collections.abc import Callable
 
 from moesim.kernels.families import MemoryBound, memory_bytes
-from moesim.kernels.odd_kernels import (
+from moesim.kernels.unprofiled import (
     BINCOUNT_S,
     FEW_BYTES,
     FEW_IDS,

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from moesim.errors import UserError
 from moesim.kernels import KernelModel
 from moesim.kernels.families import Attention, Gemm, GroupedGemm, Kernel, MemoryBound
-from moesim.kernels.odd_kernels import DROPOUT, OUTER_BATCH, ROW_BATCH, UNALIGNED, UNALIGNED_BATCH
+from moesim.kernels.unprofiled import DROPOUT, OUTER_BATCH, ROW_BATCH, UNALIGNED, UNALIGNED_BATCH
 from moesim.recorded.memory_bound import MEMORY_BOUND, memory_kernels
 from moesim.recorded.step_file import RecordedOp
 

@@ -44,7 +44,7 @@ def print_plan(plan: Plan, *, file: TextIO | None = None, width: int | None = No
 def _screen(plan: Plan) -> list[RenderableType]:
     head = Text(str(plan["name"]), style="bold")
     head.append(f"  {_goal(plan['goal'])}", style="dim")
-    blocks: list[RenderableType] = [head, section("what was looked at", _funnel(plan))]
+    blocks: list[RenderableType] = [head, section("what was looked at", _rejections(plan))]
     blocks.append(section(f"layouts by simulated {_objectives(plan)}", _ranking(plan)))
     blocks += [_note(_legend(plan)), _note(_abbreviations(plan)), *map(_note, _dropping(plan))]
     for key, title in (
@@ -93,7 +93,7 @@ STAGE_WORDS = {
 }
 
 
-def _funnel(plan: Plan) -> Table:
+def _rejections(plan: Plan) -> Table:
     counts = plan["counts"]
     by_stage: dict[str, int] = {}
     examples: dict[str, str] = {}

@@ -92,7 +92,7 @@ def gantt(tables: Sequence[SpanTable]) -> tuple[Bar, ...]:
 def _bars(table: SpanTable, pipeline_rank: int) -> Iterator[Bar]:
     for action in table.actions:
         rows = slice(action.first, action.last)
-        own_N = table.micro_batch_N[rows] >= 0  # waiting for hand-offs belongs to no micro-batch
+        own_N = table.micro_batch_N[rows] >= 0  # waiting for p2p sends belongs to no micro-batch
         if own_N.any():
             start, finish = table.start_NSR[rows, 0, 0][own_N].min(), table.finish_NSR[rows, 0, 0][own_N].max()
             yield Bar(

@@ -162,7 +162,7 @@ def pools_section(page: Page, record: RunRecord) -> None:
         page.text(
             "p",
             "Of the first routing sample: the last rank to come to a transfer or a collective is waited for by all "
-            "others in it, and at a hand-off the pipeline rank before. Waiting counts whether or not a rank computes "
+            "others in it, and at a p2p send the pipeline rank before. Waiting counts whether or not a rank computes "
             "meanwhile; of rank groups that do the same one stands for all. At most "
             f"{facts.seconds(facts.jitter(record.result))} of a rank's waiting are for chips and hosts of one kind "
             "that are slower than others by chance.",

@@ -98,7 +98,7 @@ def _levels(parts: FabricParts) -> Iterator[_Merged]:
         yield merged
     for kind in ("gpu", "node", "nvswitch", "leaf", "spine", "switch"):
         if kind in merged.kind.values():
-            merged = _merge_twins(merged, kind)
+            merged = _merge_equal(merged, kind)
             yield merged
 
 
@@ -198,7 +198,7 @@ def _merge_nodes(parts: FabricParts, merged: _Merged) -> _Merged:
     return _merge(merged, class_of, {name: "node" for name in class_of.values() if name.startswith("node")})
 
 
-def _merge_twins(merged: _Merged, kind: str) -> _Merged:
+def _merge_equal(merged: _Merged, kind: str) -> _Merged:
     """Classes of one kind with equal neighbours, and equally whole links to them, become one."""
     sides: dict[str, set[tuple[str, bool, bool]]] = defaultdict(set)
     for (below, above), bundle in merged.bundles.items():

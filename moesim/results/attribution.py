@@ -1,7 +1,7 @@
 """Where the time of every rank goes, derived from spans alone.
 
 Every instant of a rank in [0, step] is in one state, by priority: compute; a transfer (own part, or waiting for peers);
-a reduction; a hand-off between stages; standing still for the host; nothing (bubble). Spans of one stream never overlap
+a reduction; a p2p send between stages; standing still for the host; nothing (bubble). Spans of one stream never overlap
 each other on one rank, so the time that compute covers inside [u, v] is C(v) - C(u) with C the compute done until then;
 the next stream adds what it covers outside of that, and so on. Reductions in the background, with passes still to come,
 hold nobody up and are no state.
@@ -136,7 +136,7 @@ def waited_for(table: SpanTable) -> FloatArray:
     """Seconds of the first sample that every rank [R] stood waiting for every other one, [R, R + 1].
 
     In a transfer ranks wait for the last of their group to come to it. The last column is for others: for whom the last
-    one itself waits, as in a collective over several groups, or in hand-offs. A row adds up to the `imbalance_wait` of
+    one itself waits, as in a collective over several groups, or in p2p sends. A row adds up to the `imbalance_wait` of
     its rank.
     """
     first = table.first_sample()

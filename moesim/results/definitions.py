@@ -345,7 +345,7 @@ _WAITING = _section(
             "kind differ (cluster.jitter). At most so much, where other work hides a part.",
         ),
         "pairs.[].rank": ("rank", "Who waited."),
-        "pairs.[].waits_for": ("rank", "For whom: the last to come to a transfer, or the sender of a hand-off."),
+        "pairs.[].waits_for": ("rank", "For whom: the last to come to a transfer, or the sender of a p2p send."),
         "pairs.[].seconds": ("s", "How long in a step, hidden behind compute or not."),
         "waited_for.[].rank": ("rank", "A rank that others waited for."),
         "waited_for.[].seconds_of_others": ("s", "Seconds of all others together."),
@@ -415,7 +415,7 @@ SECTIONS: Sequence[tuple[str, str, Mapping[str, Definition]]] = (
     (
         "Where the time goes",
         "Mean over ranks and samples. Every instant of a rank is in one category - computing wins over a transfer, "
-        "that over a reduction, that over a hand-off, that over the host - so that they add up to the step time.",
+        "that over a reduction, that over a p2p send, that over the host - so that they add up to the step time.",
         _each("attribution_s", "s", CATEGORY_DEFINITIONS),
     ),
     (

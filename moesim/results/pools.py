@@ -60,7 +60,7 @@ def pool_facts(
 def waits(tables: Sequence[SpanTable], places: Sequence[tuple[int, int]], collectives: Sequence[Collective]) -> Waits:
     """Seconds that ranks waited for others in sample 0, by (who waits, for whom).
 
-    In a transfer or a collective the last one to come is waited for; at a hand-off the neighbour in the pipeline.
+    In a transfer or a collective the last one to come is waited for; at a p2p send the neighbour in the pipeline.
     `places`: pipeline rank and number of the group of every table. Of groups that do the same one stands for all. What
     a rank waits in a transfer counts whether or not it computes beside it.
     """
@@ -68,7 +68,7 @@ def waits(tables: Sequence[SpanTable], places: Sequence[tuple[int, int]], collec
     neighbours = {place: table.ranks_R for place, table in zip(places, tables, strict=True)}
     for table, (_, number) in zip(tables, places, strict=True):
         _add_transfers(found, table)
-        _add_handoffs(found, table, {rank: ranks for (rank, other), ranks in neighbours.items() if other == number})
+        _add_p2p(found, table, {rank: ranks for (rank, other), ranks in neighbours.items() if other == number})
     _add_collectives(found, tables, collectives)
     return dict(found)
 
@@ -109,11 +109,11 @@ def _columns(wait_NM: FloatArray, at_R: NDArray[np.intp], ranks: int) -> FloatAr
     return kept_NR
 
 
-def _add_handoffs(found: Seconds, table: SpanTable, ranks_of: Mapping[int, NDArray[np.int64]]) -> None:
+def _add_p2p(found: Seconds, table: SpanTable, ranks_of: Mapping[int, NDArray[np.int64]]) -> None:
     rows_N = table.rows(Stream.PIPELINE)
     if not len(rows_N):
         return
-    # Before a hand-off's span a rank stood idle from the end of what it did before.
+    # Before a p2p send's span a rank stood idle from the end of what it did before.
     done_NR = np.maximum.accumulate(table.finish_NSR[:, 0], axis=0)
     for row in rows_N.tolist():
         source = table.labels[table.label_N[row]].sender

@@ -38,7 +38,7 @@ class Stream(IntEnum):
     """Where a span runs on its GPU, by priority of the attribution.
 
     COMMUNICATION carries dispatch, combine and what else sits in a token's way; REDUCTION collectives on gradients and
-    parameters; PIPELINE hand-offs between stages; HOST times at which the device stood still for the host; BACKGROUND
+    parameters; PIPELINE p2p sends between stages; HOST times at which the device stood still for the host; BACKGROUND
     the part of a collective on gradients beside later passes, which nothing waits for: no time is attributed to it.
     """
 
@@ -120,7 +120,7 @@ class Label(NamedTuple):
     """What a span is: its name, its category of the attribution, its stream and its layer (-1 outside the layers).
 
     The name is for people: what a program asks stands in `phase`, `part` and `collective`.
-    `sender` is the pipeline rank that a hand-off comes from, -1 for everything else. `peers` is the number of the set
+    `sender` is the pipeline rank that a p2p send comes from, -1 for everything else. `peers` is the number of the set
     in which each rank of the group takes part in a transfer; empty where all of them meet.
     """
 

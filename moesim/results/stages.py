@@ -19,7 +19,7 @@ UNEVEN = 0.05  # above which a run warns: slowest over mean
 
 
 def action_seconds(table: SpanTable) -> FloatArray:
-    """Seconds [S, R] from the first to the last span of each action, summed: waiting for hand-offs is not in it."""
+    """Seconds [S, R] from the first to the last span of each action, summed: waiting for p2p sends is not in it."""
     total_SR = np.zeros(table.start_NSR.shape[1:])
     for action in table.actions:
         own_N = np.flatnonzero(table.micro_batch_N[action.first : action.last] >= 0)

@@ -7,7 +7,7 @@ The plain eager way: rows sorted by expert (stable argsort), counts exchanged an
 (token, expert) in one all-to-all, a second sort by local expert, two grouped products, and the way back. Nothing is
 dropped. Expert weights are those of `RoutedExperts`, gates those of the routers, shared experts `SharedExperts`.
 The settings of `torch_eager` (`moesim.scenario.software`) have the kernels of this file one by one, in
-`moesim.program.rows` and `router`: change both together.
+`moesim.program.permutation` and `router`: change both together.
 """
 
 from collections.abc import Callable

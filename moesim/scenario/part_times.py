@@ -171,7 +171,7 @@ class _Parts:
         return within * (1 - (1 - 1 / within) ** self.model.top_k)
 
     def _permuted_bytes(self) -> float:
-        """Gathers and sums of rows, forward and backward: see `moesim.program.rows`."""
+        """Gathers and sums of rows, forward and backward: see `moesim.program.permutation`."""
         model, mesh = self.model, self.scenario.parallelism
         copies = self.model.top_k if self._per_expert else self._copies(mesh.expert)
         per_row = (8 * copies + 6 * model.top_k + 2) if mesh.expert * mesh.expert_tensor > 1 else 6 * model.top_k + 2

@@ -136,7 +136,7 @@ class MadeFromRows(_Redundant):
         return self.made_on == "earlier" or self.judged_on == "later"
 
     @property
-    def ranks_alike(self) -> bool:
+    def ranks_equal(self) -> bool:
         """Whether experts that are placed together might be on any rank, so that layers differ in which."""
         return True
 
@@ -210,7 +210,7 @@ class BySpeed(_HeedsSpeeds, MadeFromCounts):
     )
 
     @property
-    def ranks_alike(self) -> bool:
+    def ranks_equal(self) -> bool:
         """A slow rank keeps its experts."""
         return False
 

@@ -57,7 +57,7 @@ class Action:
 
 
 @dataclass(frozen=True, slots=True)
-class Handoff:
+class P2P:
     """The activation (or gradient) of a micro-batch that `stage` on rank `target` needs from rank `source`.
 
     Unique within a schedule, so that it can name the event on which a receiver waits. Both ranks may be the same one.
@@ -106,31 +106,31 @@ class Schedule:
         """The stage that a work of `rank` passes through."""
         return self.stages_of_rank[rank][work.chunk]
 
-    def receives(self, rank: int, action: Action) -> tuple[Handoff, ...]:
+    def receives(self, rank: int, action: Action) -> tuple[P2P, ...]:
         """What must have arrived before `rank` begins `action`, that of the rank itself included.
 
         A forward pass needs the activation of the stage before, a backward pass (full or of the input) the gradient
         of the stage behind. The ends of the model need nothing.
         """
-        return tuple(handoff for work in action.works for handoff in self._receives(rank, work))
+        return tuple(p2p for work in action.works for p2p in self._receives(rank, work))
 
-    def sends(self, rank: int, action: Action) -> tuple[Handoff, ...]:
+    def sends(self, rank: int, action: Action) -> tuple[P2P, ...]:
         """What `rank` hands over when `action` ends."""
-        return tuple(handoff for work in action.works for handoff in self._sends(rank, work))
+        return tuple(p2p for work in action.works for p2p in self._sends(rank, work))
 
-    def _receives(self, rank: int, work: Work) -> Iterator[Handoff]:
+    def _receives(self, rank: int, work: Work) -> Iterator[P2P]:
         stage, route = self.stage(rank, work), self.routes[work.micro_batch]
         if work.kind is Pass.FORWARD and stage > 0:
-            yield Handoff("activation", work.micro_batch, stage, route[stage - 1][0], rank)
+            yield P2P("activation", work.micro_batch, stage, route[stage - 1][0], rank)
         if work.kind in (Pass.BACKWARD, Pass.INPUT) and stage < self.num_stages - 1:
-            yield Handoff("gradient", work.micro_batch, stage, route[stage + 1][0], rank)
+            yield P2P("gradient", work.micro_batch, stage, route[stage + 1][0], rank)
 
-    def _sends(self, rank: int, work: Work) -> Iterator[Handoff]:
+    def _sends(self, rank: int, work: Work) -> Iterator[P2P]:
         stage, route = self.stage(rank, work), self.routes[work.micro_batch]
         if work.kind is Pass.FORWARD and stage < self.num_stages - 1:
-            yield Handoff("activation", work.micro_batch, stage + 1, rank, route[stage + 1][0])
+            yield P2P("activation", work.micro_batch, stage + 1, rank, route[stage + 1][0])
         if work.kind in (Pass.BACKWARD, Pass.INPUT) and stage > 0:
-            yield Handoff("gradient", work.micro_batch, stage - 1, rank, route[stage - 1][0])
+            yield P2P("gradient", work.micro_batch, stage - 1, rank, route[stage - 1][0])
 
     @cached_property
     def live_PAC(self) -> tuple[NDArray[np.int64], ...]:

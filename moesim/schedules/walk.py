@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.schedules.record import Action, Handoff, Pass, Schedule
+from moesim.schedules.record import P2P, Action, Pass, Schedule
 
 FloatArray = NDArray[np.float64]
 Seconds = Callable[[int, Action], float]  # of an action of a pipeline rank
@@ -58,39 +58,39 @@ class Walk:
     def of(cls, schedule: Schedule) -> "Walk":
         """The walk of a schedule. One whose ranks wait for each other is a bug: it is asserted against."""
         walk = cls(schedule, [], [], [], [], [])
-        made: dict[Handoff, int] = {}
+        made: dict[P2P, int] = {}
         done, latest = [0] * schedule.num_ranks, [-1] * schedule.num_ranks
-        waiting: dict[Handoff, int] = {}
+        waiting: dict[P2P, int] = {}
         runnable = deque(range(schedule.num_ranks))
         while runnable:
             rank = runnable.popleft()
             for action in schedule.actions[rank][done[rank] :]:
                 needs = schedule.receives(rank, action)
-                missing = next((handoff for handoff in needs if handoff not in made), None)
+                missing = next((p2p for p2p in needs if p2p not in made), None)
                 if missing is not None:
                     waiting[missing] = rank
                     break
-                walk._append(rank, action, before=latest[rank], needs=[(handoff, made[handoff]) for handoff in needs])
+                walk._append(rank, action, before=latest[rank], needs=[(p2p, made[p2p]) for p2p in needs])
                 latest[rank] = len(walk.actions) - 1
                 done[rank] += 1
-                for handoff in schedule.sends(rank, action):
-                    made[handoff] = latest[rank]
-                    if handoff in waiting:
-                        runnable.append(waiting.pop(handoff))
+                for p2p in schedule.sends(rank, action):
+                    made[p2p] = latest[rank]
+                    if p2p in waiting:
+                        runnable.append(waiting.pop(p2p))
         assert len(walk.actions) == sum(map(len, schedule.actions)), "ranks wait for each other"
         return walk
 
-    def _append(self, rank: int, action: Action, *, before: int, needs: Sequence[tuple[Handoff, int]]) -> None:
+    def _append(self, rank: int, action: Action, *, before: int, needs: Sequence[tuple[P2P, int]]) -> None:
         columns: Any = self.ranks, self.actions, self.before, self.own, self.sent
-        own = tuple(maker for handoff, maker in needs if handoff.source == rank)
-        sent = tuple(maker for handoff, maker in needs if handoff.source != rank)
+        own = tuple(maker for p2p, maker in needs if p2p.source == rank)
+        sent = tuple(maker for p2p, maker in needs if p2p.source != rank)
         for column, value in zip(columns, (rank, action, before, own, sent), strict=True):
             column.append(value)
 
-    def times(self, seconds: Seconds, *, handoff_seconds: float = 0.0) -> tuple[list[float], list[float]]:
+    def times(self, seconds: Seconds, *, p2p_seconds: float = 0.0) -> tuple[list[float], list[float]]:
         """When each action starts and ends, in the order of the walk; seconds from the start of the step.
 
-        What one rank sends another arrives `handoff_seconds` after the action that sends it.
+        What one rank sends another arrives `p2p_seconds` after the action that sends it.
         """
         starts: list[float] = []
         ends: list[float] = []
@@ -101,23 +101,23 @@ class Walk:
             for source in own:
                 start = max(start, ends[source])
             for source in sent:
-                start = max(start, ends[source] + handoff_seconds)
+                start = max(start, ends[source] + p2p_seconds)
             starts.append(start)
             ends.append(start + seconds(rank, action))
         return starts, ends
 
-    def finish(self, seconds: Seconds, *, handoff_seconds: float = 0.0) -> list[float]:
+    def finish(self, seconds: Seconds, *, p2p_seconds: float = 0.0) -> list[float]:
         """When each rank has done all its actions."""
         last = [0.0] * self.schedule.num_ranks
-        for rank, end in zip(self.ranks, self.times(seconds, handoff_seconds=handoff_seconds)[1], strict=True):
+        for rank, end in zip(self.ranks, self.times(seconds, p2p_seconds=p2p_seconds)[1], strict=True):
             last[rank] = end
         return last
 
 
-def walk_schedule(schedule: Schedule, *, seconds: Seconds, handoff_seconds: float = 0.0) -> Timetable:
+def walk_schedule(schedule: Schedule, *, seconds: Seconds, p2p_seconds: float = 0.0) -> Timetable:
     """Every rank runs its actions in order, each as soon as what it needs has arrived; see `Walk.times`."""
     walk = Walk.of(schedule)
-    starts, ends = walk.times(seconds, handoff_seconds=handoff_seconds)
+    starts, ends = walk.times(seconds, p2p_seconds=p2p_seconds)
 
     def by_rank(times: list[float]) -> tuple[FloatArray, ...]:
         rows: list[list[float]] = [[] for _ in schedule.actions]

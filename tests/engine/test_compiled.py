@@ -127,7 +127,7 @@ from moesim.scenario.cluster import Cluster, Fabric, Pool
 from moesim.engine.executor import GroupExecutor
 from moesim.program.host import FREE_HOST
 from moesim.program.operations import Block, Run, compute, transfer
-from moesim.engine.walk import Labels
+from moesim.engine.executor_steps import Labels
 from moesim.kernels import Beside
 from moesim.kernels.families import FAMILIES
 fabric = build_fabric(Cluster(pools=(Pool(gpu="h200", nodes=1),), fabric=Fabric()))

@@ -1,10 +1,10 @@
-"""Groups that share links slow each other: the hub against cases worked out by hand, and its laws."""
+"""Groups that share links slow each other: the shared links against cases worked out by hand, and its laws."""
 
 import numpy as np
 import pytest
 import simpy
 
-from moesim.engine.hub import Hub
+from moesim.engine.shared_links import SharedLinks
 from moesim.network import Fabric, build_fabric, prepare_transfer, transfer_times
 from moesim.network.contention import opening, progress_rates
 from moesim.scenario.cluster import Cluster, Link, Pool
@@ -23,15 +23,17 @@ def uplink(gigabytes: float = 1.0) -> Fabric:
 
 
 def carried(fabric: Fabric, transfers: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> list[np.ndarray]:
-    """Ends of the ranks of transfers (ranks, bytes, starts) that go through one hub."""
+    """Ends of the ranks of transfers (ranks, bytes, starts) that go through one shared links."""
     env = simpy.Environment()
-    hub = Hub(env, fabric.capacity_X[fabric.common_links_X])
+    shared_links = SharedLinks(env, fabric.capacity_X[fabric.common_links_X])
     ends: dict[int, np.ndarray] = {}
 
     def one(number: int, ranks_R: np.ndarray, bytes_RR: np.ndarray, start_R: np.ndarray):
         prepared = prepare_transfer(fabric, bytes_RR, ranks=ranks_R, model="exact")
         alone_SR = prepared.finish(start_R)[None]
-        ends[number] = (yield from hub.carry(prepared.window(start_R), prepared.common_use(ranks_R), alone_SR))[0]
+        ends[number] = (
+            yield from shared_links.carry(prepared.window(start_R), prepared.common_use(ranks_R), alone_SR)
+        )[0]
 
     for number, transfer in enumerate(transfers):
         env.process(one(number, *transfer))

@@ -1,4 +1,4 @@
-"""How far the hub is from exact sharing of all flows, and its cost: pytest -m benchmark -s tests/engine."""
+"""How far shared links are from exact sharing of all flows, and its cost: pytest -m benchmark -s tests/engine."""
 
 import time
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import simpy
 
-from moesim.engine.hub import Hub
+from moesim.engine.shared_links import SharedLinks
 from moesim.network import Fabric, build_fabric, prepare_transfer, transfer_times
 from moesim.scenario.cluster import Cluster, Pool
 from moesim.scenario.cluster import Fabric as Section
@@ -31,7 +31,7 @@ def traffic(rng: np.random.Generator, ranks: int, evenness: float) -> np.ndarray
 
 
 def errors(fabric: Fabric, groups: tuple[np.ndarray, ...], rng: np.random.Generator, **how: float) -> list[list[float]]:
-    """Per group: duration with the hub, and without any sharing, each relative to exact sharing of all flows."""
+    """Per group: duration with shared links, and without any sharing, each relative to exact sharing of all flows."""
     all_bytes, all_starts = np.zeros((fabric.num_ranks,) * 2), np.zeros(fabric.num_ranks)
     prepared, alone = [], []
     for number, group in enumerate(groups):
@@ -42,9 +42,9 @@ def errors(fabric: Fabric, groups: tuple[np.ndarray, ...], rng: np.random.Genera
         prepared.append((group, transfer, start_R))
         alone.append(transfer.finish(start_R))
     env = simpy.Environment()
-    hub = Hub(env, fabric.capacity_X[fabric.common_links_X])
+    shared_links = SharedLinks(env, fabric.capacity_X[fabric.common_links_X])
     carried = [
-        env.process(hub.carry(transfer.window(start_R), transfer.common_use(group), alone_R[None]))
+        env.process(shared_links.carry(transfer.window(start_R), transfer.common_use(group), alone_R[None]))
         for (group, transfer, start_R), alone_R in zip(prepared, alone, strict=True)
     ]
     env.run()
@@ -64,29 +64,30 @@ def test_error_of_slow_downs(name: str, evenness: float, spread: float, shift: f
     fabric = build_fabric(Cluster(pools=(Pool(gpu="h200", nodes=4),), fabric=Section.model_validate(keys)))
     rng = np.random.default_rng(0)
     how = {"evenness": evenness, "spread": spread, "shift": shift}
-    hub, none = np.array([pair for _ in range(REPEATS) for pair in errors(fabric, groups, rng, **how)]).T
+    shared_links, none = np.array([pair for _ in range(REPEATS) for pair in errors(fabric, groups, rng, **how)]).T
     print(
         f"\n{name}, evenness {evenness:.0f}, starts spread over {spread:.0%}, groups {shift:.0%} apart: "
-        f"hub {hub.mean():+.1%} ({hub.min():+.1%} to {hub.max():+.1%}) of exact, without sharing {none.mean():+.1%}"
+        f"shared links {shared_links.mean():+.1%} ({shared_links.min():+.1%} to {shared_links.max():+.1%}) "
+        f"of exact, without sharing {none.mean():+.1%}"
     )
-    assert abs(hub.mean()) < max(0.75 * abs(none.mean()), 0.05)
+    assert abs(shared_links.mean()) < max(0.75 * abs(none.mean()), 0.05)
 
 
 def test_cost_of_a_transfer() -> None:
-    """Eight groups of 16 ranks on a fabric of 16 nodes: CPU time per transfer that goes through the hub."""
+    """Eight groups of 16 ranks on a fabric of 16 nodes: CPU time per transfer that goes through the shared links."""
     section = Section.model_validate({"oversubscription": 4.0})
     fabric = build_fabric(Cluster(pools=(Pool(gpu="h200", nodes=16),), fabric=section))
     groups = [np.arange(first, first + 16) for first in range(0, 128, 16)]
     bytes_RR = np.full((16, 16), 1e6) * (1 - np.eye(16))
     env = simpy.Environment()
-    hub = Hub(env, fabric.capacity_X[fabric.common_links_X])
+    shared_links = SharedLinks(env, fabric.capacity_X[fabric.common_links_X])
     rounds = 25
 
     def life(group: np.ndarray, offset: float):
         transfer = prepare_transfer(fabric, bytes_RR, ranks=group)
         use, start_R = transfer.common_use(group), np.full(16, offset)
         for _ in range(rounds):
-            finish_SR = yield from hub.carry(transfer.window(start_R), use, transfer.finish(start_R)[None])
+            finish_SR = yield from shared_links.carry(transfer.window(start_R), use, transfer.finish(start_R)[None])
             start_R = finish_SR[0] + 1e-4
 
     for number, group in enumerate(groups):
@@ -94,5 +95,5 @@ def test_cost_of_a_transfer() -> None:
     start = time.process_time()
     env.run()
     each = (time.process_time() - start) / (rounds * len(groups))
-    print(f"\nhub, 8 groups at once: {each * 1e6:.0f} us of CPU per transfer")
+    print(f"\nshared links, 8 groups at once: {each * 1e6:.0f} us of CPU per transfer")
     assert each < 5e-3

@@ -48,7 +48,7 @@ def program_of(scenario: Scenario, *, samples: int = 1) -> StepProgram:
         {"cluster.fabric": BLOCKING, "parallelism": {"data": 16, "expert": 16}},
     ],
 )
-def test_groups_with_capacity_to_spare_are_simulated_without_a_hub(small, changes):
+def test_groups_with_capacity_to_spare_are_simulated_without_sharing(small, changes):
     assert program_of(small({**TWO_GROUPS, **changes})).contention is None
 
 
@@ -73,15 +73,15 @@ def test_groups_on_an_oversubscribed_fabric_slow_each_other(small, model):
 
 
 def test_groups_are_not_slowed_where_the_links_have_capacity_for_all(small):
-    """The same program through the hub, with links that can carry everybody: the same digits."""
+    """The same program through the shared links, with links that can carry everybody: the same digits."""
     program = program_of(small({**TWO_GROUPS, "cluster.fabric": BLOCKING}), samples=2)
     assert program.contention is not None
     wide = replace(program.contention, capacity_L=1e3 * program.contention.capacity_L)
-    through_hub = simulate_step(replace(program, contention=wide))
+    through_shared_links = simulate_step(replace(program, contention=wide))
     without = simulate_step(replace(program, contention=None))
-    np.testing.assert_array_equal(through_hub.step_S, without.step_S)
-    for hub, plain in zip(through_hub.tables, without.tables, strict=True):
-        np.testing.assert_array_equal(hub.finish_NSR, plain.finish_NSR)
+    np.testing.assert_array_equal(through_shared_links.step_S, without.step_S)
+    for shared_links, plain in zip(through_shared_links.tables, without.tables, strict=True):
+        np.testing.assert_array_equal(shared_links.finish_NSR, plain.finish_NSR)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_hand_offs_and_reductions_share_links_too(small):
     fabric = {"preset": "leaf_spine", "pod_nodes": 2, "oversubscription": 4.0}
     scenario = small({**TWO_GROUPS, "parallelism": {"data": 8, "expert": 4, "pipeline": 2}, "cluster.fabric": fabric})
     program = program_of(scenario)
-    assert program.contention is not None and program.contention.handoffs and not program.contention.transfers
+    assert program.contention is not None and program.contention.p2ps and not program.contention.transfers
     shared, alone = simulate_step(program), simulate_step(replace(program, contention=None))
     assert shared.step_S[0] > alone.step_S[0]
 

@@ -166,7 +166,7 @@ def test_one_stage_or_no_overlap_begins_at_the_end(small, changes):
         np.testing.assert_array_equal(table.finish_NSR, late.finish_NSR)
 
 
-def test_early_reductions_go_through_the_hub(small):
+def test_early_reductions_go_through_shared_links(small):
     """Links between pods that dispatches and gradients share: both are slowed, and no law of a step is broken."""
     changes = {
         "cluster.nodes": 8,

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from moesim.engine.executor import FREE_BESIDE, GroupExecutor
-from moesim.engine.walk import Labels
+from moesim.engine.executor_steps import Labels
 from moesim.kernels import Beside
 from moesim.kernels.families import FAMILIES
+from moesim.program.group_collectives import PeerCollective, Peers
 from moesim.program.host import HostModel
 from moesim.program.operations import (
     SIDE,
@@ -21,7 +22,6 @@ from moesim.program.operations import (
     transfer,
     wait,
 )
-from moesim.program.peers import PeerCollective, Peers
 from moesim.results import CATEGORIES, Label, SpanRecorder, Stream, attribute
 
 FREE = HostModel(forward_launch=0.0, backward_launch=0.0, readback=0.0)

@@ -11,7 +11,7 @@ import pytest
 
 from moesim.engine.lateness import Among, Lateness, late
 from moesim.kernels.jitter import NO_JITTER, WIDEST, Jitter, expected_most, spread_of, spread_of_most
-from moesim.program.peers import PeerCollective, Peers
+from moesim.program.group_collectives import PeerCollective, Peers
 from moesim.run import simulate
 from moesim.validation.node_cases import is_held_out
 from moesim.validation.predict import predict

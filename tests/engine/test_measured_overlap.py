@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from moesim.engine.executor import FREE_BESIDE, GroupExecutor
-from moesim.engine.walk import Labels
+from moesim.engine.executor_steps import Labels
 from moesim.kernels import Beside, load_profile
 from moesim.kernels.families import FAMILIES
 from moesim.program.host import FREE_HOST

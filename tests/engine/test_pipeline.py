@@ -1,4 +1,4 @@
-"""Pipelines: published bubbles read from executed spans, hand-offs, overlap and recomputation."""
+"""Pipelines: published bubbles read from executed spans, p2p sends, overlap and recomputation."""
 
 from dataclasses import replace
 
@@ -48,7 +48,7 @@ def equal_program(
         for action in actions:
             chosen = shared if action.is_pair else blocks
             runs = tuple(Run(chosen[w.kind], w.micro_batch, w.kind is not Pass.FORWARD) for w in action.works)
-            sends = tuple(Sent(handoff=h, which=len(runs) - 1, seconds=0.0) for h in schedule.sends(rank, action))
+            sends = tuple(Sent(p2p=h, which=len(runs) - 1, seconds=0.0) for h in schedule.sends(rank, action))
             tasks.append(Task(runs=runs, receives=schedule.receives(rank, action), sends=sends))
         groups.append(
             GroupProgram(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moesim.kernels import Gemm, KernelModel, MemoryBound, kernel_model
-from moesim.kernels.odd_kernels import DROPOUT, SUMMED_BYTES, SUMMED_S, UNALIGNED
+from moesim.kernels.unprofiled import DROPOUT, SUMMED_BYTES, SUMMED_S, UNALIGNED
 from moesim.recorded.pricing import prices
 from moesim.recorded.step_file import RecordedOp, Seen
 from moesim.strict_json import parse_json

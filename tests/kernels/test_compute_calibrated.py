@@ -22,9 +22,9 @@ from moesim.kernels import (
     leave_one_out_rows,
     load_profile,
 )
-from moesim.kernels.cells import Cell, Fit, kind_of
-from moesim.kernels.fitting import cell_rows, fit_cell
+from moesim.kernels.fitting import class_rows, fit_class
 from moesim.kernels.fp8 import PUBLISHED_ROWS, published_errors
+from moesim.kernels.kernel_classes import Fit, KernelClass, kind_of
 from moesim.kernels.profile import Profile
 from moesim.kernels.report import TARGETS
 from moesim.kernels.roofline import Roofline
@@ -190,24 +190,24 @@ def test_leave_one_out_errors_of_the_shipped_profile_reach_their_targets(h200: C
 
 
 def test_leave_one_out_is_what_refitting_without_the_row_predicts(h200: CalibratedModel) -> None:
-    cell = h200.cell("attention/backward")
-    assert cell is not None
-    errors = cell.leave_one_out(at_row_clock=True)
-    for left_out in (0, len(cell.rows) // 2):
-        others = [row for number, row in enumerate(cell.rows) if number != left_out]
-        without = Cell(cell.kind, others, cell.fit)
-        seconds, _ = without.predict_one(tuple(cell.sizes_PC[left_out].tolist()))
-        error = cell.log_seconds_P[left_out] + cell.shift_P[left_out] - np.log(seconds)
+    kernel_class = h200.kernel_class("attention/backward")
+    assert kernel_class is not None
+    errors = kernel_class.leave_one_out(at_row_clock=True)
+    for left_out in (0, len(kernel_class.rows) // 2):
+        others = [row for number, row in enumerate(kernel_class.rows) if number != left_out]
+        without = KernelClass(kernel_class.kind, others, kernel_class.fit)
+        seconds, _ = without.predict_one(tuple(kernel_class.sizes_PC[left_out].tolist()))
+        error = kernel_class.log_seconds_P[left_out] + kernel_class.shift_P[left_out] - np.log(seconds)
         assert errors[left_out] == pytest.approx(error, abs=0.003)  # the mean of all residuals is not taken anew
 
 
 @pytest.mark.slow
 def test_stored_fits_are_what_fitting_gives_and_hold_on_rows_they_never_saw(h200: CalibratedModel) -> None:
-    rows = cell_rows(h200.profile)
+    rows = class_rows(h200.profile)
     for name in ("attention/forward", "grouped_gemm/forward/large"):
-        fit, stored = fit_cell(kind_of(name), rows[name]), Fit.from_json(h200.profile.fits[name])
+        fit, stored = fit_class(kind_of(name), rows[name]), Fit.from_json(h200.profile.fits[name])
         assert np.allclose(fit.theta, stored.theta, atol=0.02)
-        half = Cell(kind_of(name), rows[name][::2], fit_cell(kind_of(name), rows[name][::2]))
+        half = KernelClass(kind_of(name), rows[name][::2], fit_class(kind_of(name), rows[name][::2]))
         unseen = rows[name][1::2]
         seconds, _ = half.predict(half.kind.sizes(unseen))
         errors = np.abs(np.array([row["p50"] for row in unseen]) / seconds - 1.0)
@@ -241,23 +241,23 @@ def test_speed_of_a_call(h200: CalibratedModel) -> None:
         "grouped [64, 4]": (lambda: h200.seconds(GroupedGemm(rows_per_expert=next(rows[64, 4]), **grouped)), 1000),
     }
     for name, (call, limit) in calls.items():
-        call()  # builds the cell
+        call()  # builds the class
         microseconds = min(timeit.repeat(call, number=20, repeat=35, timer=time.process_time)) / 20 * 1e6
         print(f"{name:24s} {microseconds:7.1f} us")
         assert microseconds < limit, name
 
 
 def test_beside_a_measured_shape_the_prediction_stays_near_it(h200: CalibratedModel) -> None:
-    names = [name for name in h200.profile.fits if h200.cell(name) is not None]
+    names = [name for name in h200.profile.fits if h200.kernel_class(name) is not None]
     assert len(names) > 30
-    for cell in map(h200.cell, names):
-        assert cell is not None
-        columns = tuple(column * (1.0 + 1e-7) for column in cell.sizes_PC.T)
-        beside, source = cell.predict(columns)
+    for kernel_class in map(h200.kernel_class, names):
+        assert kernel_class is not None
+        columns = tuple(column * (1.0 + 1e-7) for column in kernel_class.sizes_PC.T)
+        beside, source = kernel_class.predict(columns)
         assert source == "interpolated"
         assert np.isfinite(beside).all()
-        one, _ = cell.predict_one(tuple(float(column[0]) for column in columns))
+        one, _ = kernel_class.predict_one(tuple(float(column[0]) for column in columns))
         assert one == pytest.approx(beside[0], rel=1e-4)
-        exact, source = cell.predict(tuple(cell.sizes_PC.T))
+        exact, source = kernel_class.predict(tuple(kernel_class.sizes_PC.T))
         assert source == "measured"
         assert np.median(np.abs(beside / exact - 1.0)) < 0.1

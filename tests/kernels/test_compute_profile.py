@@ -121,7 +121,7 @@ def test_the_shipped_profile_says_where_it_comes_from() -> None:
 
 @pytest.mark.parametrize("name", sorted(path.name for path in SHIPPED.glob("*.json.gz")))
 def test_no_row_of_a_shipped_profile_stands_twice(name: str) -> None:
-    """A row that stands twice is predicted from itself, and its cell looks better than it is."""
+    """A row that stands twice is predicted from itself, and its class looks better than it is."""
     rows = load_profile_file(SHIPPED / name).rows
     texts = [json.dumps({key: row[key] for key in row if key != "session"}, sort_keys=True) for row in rows]
     twice = [text for text, count in Counter(texts).items() if count > 1 and '"p50"' in text]

@@ -94,7 +94,7 @@ def test_rows_kept_out_of_the_fit_are_met() -> None:
     """Half of the FP8 rows of H100, by shape; printed by `moesim calibrate --report --profile h100`."""
     h100 = load_profile("h100")
     assert isinstance(h100, CalibratedModel)
-    found = {row.name: row for row in held_out_rows(h100, by_cell=True)}
+    found = {row.name: row for row in held_out_rows(h100, by_class=True)}
     for dtype, (median, p90) in {"fp8": (0.04, 0.11), "fp8_block": (0.05, 0.18)}.items():
         for direction in GEMM_DIRECTIONS:
             row = found[f"gemm/{dtype}/{direction}"]

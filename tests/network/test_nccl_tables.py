@@ -9,7 +9,7 @@ import pytest
 from network_cases import make_fabric
 
 from moesim.network import Fabric, all_gather_seconds, all_reduce_seconds, prepare_dispatch, reduce_scatter_seconds
-from moesim.network.library import KINDS
+from moesim.network.nccl import KINDS
 from moesim.strict_json import parse_json, unpacked
 
 MEASURED: dict[str, Any] = parse_json(

@@ -14,7 +14,7 @@ from moesim.network import Fabric, describe, lower_bound, prepare_dispatch, send
 from moesim.network import build_fabric as build
 from moesim.network.contention import common_use, path_rates
 from moesim.network.flows import build_flows, link_bytes, make_demand
-from moesim.network.loads import ladder_link_bytes
+from moesim.network.link_loads import ladder_link_bytes
 from moesim.scenario.cluster import Cluster, Link, Pool
 from moesim.scenario.cluster import Fabric as Section
 from moesim.scenario.fabrics import FABRICS, FabricKind

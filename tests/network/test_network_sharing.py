@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from network_cases import make_fabric, rank_finish, skewed_bytes, star
 
 from moesim.errors import InternalError, UserError
-from moesim.network import build_fabric, filling, lower_bound, prepare_transfer, transfer_times
+from moesim.network import build_fabric, fair_loops, lower_bound, prepare_transfer, transfer_times
 from moesim.network.contention import progress_rates
 from moesim.network.flows import build_flows, make_demand
 from moesim.scenario.cluster import Cluster, Link, Pool
@@ -111,7 +111,7 @@ def test_rates_are_max_min_fair(case) -> None:
     link_Q, flow_Q = np.nonzero(on_FX.T)
     length_X = np.bincount(link_Q, minlength=num_links).astype(np.int32)
     first_X = np.concatenate([[0], np.cumsum(length_X)])
-    filling.fill(
+    fair_loops.fill(
         0, mark_F, rate_F, flows.path_FP, fabric.capacity_X.copy(), length_X.copy(), first_X, length_X.copy(),
         flow_Q.astype(np.int32), np.zeros(num_links, np.int32),
     )  # fmt: skip
@@ -293,7 +293,7 @@ def interpreted() -> ModuleType:
     numba = sys.modules.get("numba")
     sys.modules["numba"] = None  # type: ignore[assignment]
     try:
-        spec = importlib.util.spec_from_file_location("interpreted_filling", filling.__file__)
+        spec = importlib.util.spec_from_file_location("interpreted_filling", fair_loops.__file__)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)

@@ -29,15 +29,15 @@ def _seconds(rank, action):
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule.kind)
 def test_the_prepared_walk_is_the_walk_of_the_schedule(schedule):
     built = build_schedule(schedule.kind, num_ranks=4, num_micro_batches=12, virtual=schedule.virtual)
-    table = walk_schedule(built, seconds=_seconds, handoff_seconds=0.3)
-    prepared = prepare_walk(schedule.kind, 4, 12, schedule.virtual).finish(_seconds, handoff_seconds=0.3)
+    table = walk_schedule(built, seconds=_seconds, p2p_seconds=0.3)
+    prepared = prepare_walk(schedule.kind, 4, 12, schedule.virtual).finish(_seconds, p2p_seconds=0.3)
     assert prepared == pytest.approx([finish_A[-1] for finish_A in table.finish_PA], rel=1e-12)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule.kind)
 def test_long_schedules_are_extended_exactly_from_short_ones(schedule):
-    exact = prepare_walk(schedule.kind, 4, 64, schedule.virtual).finish(_seconds, handoff_seconds=0.3)
-    quick = pipeline_finish(schedule, pipeline=4, num_micro_batches=64, seconds=_seconds, handoff_seconds=0.3)
+    exact = prepare_walk(schedule.kind, 4, 64, schedule.virtual).finish(_seconds, p2p_seconds=0.3)
+    quick = pipeline_finish(schedule, pipeline=4, num_micro_batches=64, seconds=_seconds, p2p_seconds=0.3)
     assert quick == pytest.approx(exact, rel=2e-3)
 
 

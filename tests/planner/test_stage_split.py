@@ -147,7 +147,7 @@ def test_screen_memory_and_simulation_see_one_split(small, schedule) -> None:
 
 
 def test_the_result_says_what_each_rank_takes(small) -> None:
-    """Without hand-offs to wait for, the ranks' micro-batches are the passes of the step."""
+    """Without p2p sends to wait for, the ranks' micro-batches are the passes of the step."""
     record = simulate(with_schedule(small, {"kind": "1f1b"}))
     found = record.result["stages"]
     assert [rank["stages"] for rank in found["pipeline_ranks"]] == [[0], [1], [2], [3]]

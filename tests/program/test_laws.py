@@ -164,7 +164,7 @@ def test_merging_kernels_changes_no_time(small):
 
 
 def test_a_pipeline_of_one_micro_batch_is_a_chain(small):
-    """Without anything to overlap, two stages take as long as one after the other, hand-offs included."""
+    """Without anything to overlap, two stages take as long as one after the other, p2p sends included."""
     changes = {"workload.global_batch": 8, "cluster.nodes": 2}
     whole = outcome_of(small(changes), [sample_of(small(changes))])
     split_scenario = small({**changes, "parallelism.pipeline": 2})

@@ -37,13 +37,13 @@ ONLY_H100 = {"scaled_cast", "fp8_cast_tiles", "index_put"}
 
 def test_every_measured_family_and_direction_is_reached_from_a_step(small, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: set[str] = set()
-    fitted = CalibratedModel.cell
+    fitted = CalibratedModel.kernel_class
 
     def noted(model: CalibratedModel, name: str) -> Any:
         asked.add(name)
         return fitted(model, name)
 
-    monkeypatch.setattr(CalibratedModel, "cell", noted)
+    monkeypatch.setattr(CalibratedModel, "kernel_class", noted)
     for changes in STEPS.values():
         scenario = small(changes)
         samples, _ = draw_samples(scenario, obtain_trace(scenario))
@@ -55,12 +55,12 @@ def test_every_measured_family_and_direction_is_reached_from_a_step(small, monke
         assert isinstance(profile, CalibratedModel)
         alone = {f"memory_bound/{kind}" for kind in only}
         left = set(profile.profile.fits) - {"sustained"} - asked
-        # Which of the grouped FP8 kernels runs depends on the sides of the model: one cell a direction is enough.
-        grouped = {cell for cell in left if cell.startswith("grouped_gemm/fp8")}
+        # Which of the grouped FP8 kernels runs depends on the sides of the model: one class a direction is enough.
+        grouped = {kernel_class for kernel_class in left if kernel_class.startswith("grouped_gemm/fp8")}
         assert left - grouped == alone
-        known = {cell for cell in profile.profile.fits if cell.startswith("grouped_gemm/fp8")}
+        known = {kernel_class for kernel_class in profile.profile.fits if kernel_class.startswith("grouped_gemm/fp8")}
         for way in GEMM_DIRECTIONS:
-            of_way = {cell for cell in known if f"/{way}/" in cell}
+            of_way = {kernel_class for kernel_class in known if f"/{way}/" in kernel_class}
             assert not of_way or of_way - grouped
 
 

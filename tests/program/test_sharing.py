@@ -10,9 +10,9 @@ from moesim.kernels import Attention, Gemm, kernel_model
 from moesim.network import build_fabric
 from moesim.parallel import Mesh, TrafficSampler
 from moesim.program import build_program
+from moesim.program.group_collectives import GroupLinks, PeerCollective, Peers, RingHop
 from moesim.program.loads import group_loads
 from moesim.program.operations import Block, Kind
-from moesim.program.peers import GroupLinks, PeerCollective, Peers, RingHop
 from moesim.program.stage import StagePlan, stage_blocks
 from moesim.results import CATEGORIES, attribute
 from moesim.results.spans import Part, Phase

@@ -51,7 +51,7 @@ def test_pairs_are_drawn_as_pairs(small) -> None:
 
 
 def test_gaps_of_the_chart_are_the_bubble_of_the_attribution(small) -> None:
-    """Attribution also counts gaps inside actions, hand-offs apart; here both are small beside the schedule's gaps."""
+    """Attribution also counts gaps inside actions, p2p sends apart; here both are small beside the schedule's gaps."""
     record = pipeline_of(small, "gpipe")
     bars = gantt(record.pipeline_spans)
     seconds_CPW = record.arrays["attribution_CW"].reshape(len(CATEGORIES), 2, -1)

@@ -62,7 +62,7 @@ def test_no_rank_waits_for_ever_and_nothing_begins_before_what_it_needs(schedule
     table = walk_schedule(
         schedule,
         seconds=lambda rank, action: durations[(3 * rank + len(action.works) + action.works[0].micro_batch) % 7],
-        handoff_seconds=delay,
+        p2p_seconds=delay,
     )
     start, finish, done = {}, {}, {}
     for rank, actions in enumerate(schedule.actions):
@@ -92,12 +92,12 @@ def test_every_hand_off_is_sent_once_and_received_once(schedule):
     sent, received = Counter(), Counter()
     for rank, actions in enumerate(schedule.actions):
         for action in actions:
-            for handoff in schedule.sends(rank, action):
-                assert handoff.source == rank
-                sent[handoff] += 1
-            for handoff in schedule.receives(rank, action):
-                assert handoff.target == rank
-                received[handoff] += 1
+            for p2p in schedule.sends(rank, action):
+                assert p2p.source == rank
+                sent[p2p] += 1
+            for p2p in schedule.receives(rank, action):
+                assert p2p.target == rank
+                received[p2p] += 1
     assert sent == received
     assert set(sent.values()) <= {1}
     assert len(sent) == 2 * schedule.num_micro_batches * (schedule.num_stages - 1)
@@ -180,7 +180,7 @@ def test_unequal_stages_differ_from_the_closed_form(kind):
 def test_slow_links_only_lengthen_a_step(kind):
     schedule = build_schedule(kind, num_ranks=4, num_micro_batches=12, virtual=chunks_of(kind))
     seconds = equal_seconds(forward=1.0, backward=2.0, weight=1.0)
-    times = [walk_schedule(schedule, seconds=seconds, handoff_seconds=delay).seconds for delay in (0.0, 0.1, 1.0)]
+    times = [walk_schedule(schedule, seconds=seconds, p2p_seconds=delay).seconds for delay in (0.0, 0.1, 1.0)]
     assert times[0] < times[1] < times[2]
 
 

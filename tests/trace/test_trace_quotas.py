@@ -60,7 +60,7 @@ def test_every_block_has_its_quotas_and_every_token_distinct_experts(case, seed:
     exact_BE = tokens_B[:, None] * capped_shares(shares_E, total=top_k)
     missed_BE = np.abs(counts_of(ids_TK, tokens_B, len(shares_E)) - exact_BE)
     assert missed_BE.max() < 2 + 1e-6  # rounded, and rarely a row for which no other token has a place
-    assert (missed_BE < 1 + 1e-6).mean() > 0.95
+    assert (missed_BE >= 1 + 1e-6).sum() <= max(2, 0.05 * missed_BE.size)
 
 
 @pytest.mark.parametrize("limit", [1, 2, 4])

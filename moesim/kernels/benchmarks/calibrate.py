@@ -197,9 +197,9 @@ def _run_sustained(bench: Bench, seconds: float) -> None:
 
 
 def _largest_over_ranks(value: float, device: str) -> float:
-    cell = torch.tensor([value], dtype=torch.float64, device=device)
-    dist.all_reduce(cell, op=dist.ReduceOp.MAX)
-    return float(cell.item())
+    kernel_class = torch.tensor([value], dtype=torch.float64, device=device)
+    dist.all_reduce(kernel_class, op=dist.ReduceOp.MAX)
+    return float(kernel_class.item())
 
 
 def _agreed(bench: Bench, rows: list[Row], seconds: float) -> Iterator[Row]:

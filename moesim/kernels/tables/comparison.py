@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from moesim.kernels.calibrated import CalibratedModel
-from moesim.kernels.cells import cell_of
 from moesim.kernels.families import FloatArray
+from moesim.kernels.kernel_classes import class_of
 from moesim.kernels.tables.gpus import COMPARED
 from moesim.kernels.tables.package import Package
 from moesim.kernels.tables.rows import Row, attention_rows, collective_rows, gemm_rows, shape_of, thinned
@@ -48,7 +48,7 @@ class Comparison:
 
 
 def compare(package: Package, models: Mapping[str, CalibratedModel]) -> dict[str, Comparison]:
-    """Of gemm/bf16, gemm/fp8, attention and mla: every row that own cells can predict without extrapolating far."""
+    """Of gemm/bf16, gemm/fp8, attention and mla: every row that own classes can predict without extrapolating far."""
     found = {}
     for name in ("gemm/bf16", "gemm/fp8", "attention", "mla"):
         logs, errors = [], []
@@ -87,10 +87,10 @@ def table_rows(package: Package, folder: str, name: str) -> list[Row]:
 
 
 def own_seconds(model: CalibratedModel, rows: list[Row]) -> FloatArray:
-    """What the cells of `model` predict for rows of one cell, at the clock of its benchmarks."""
-    cell = model.cell(str(cell_of(rows[0])))
-    assert cell is not None
-    return cell.predict(cell.kind.sizes(rows))[0]
+    """What the classes of `model` predict for rows of one class, at the clock of its benchmarks."""
+    kernel_class = model.kernel_class(str(class_of(rows[0])))
+    assert kernel_class is not None
+    return kernel_class.predict(kernel_class.kind.sizes(rows))[0]
 
 
 def compared_collectives(package: Package, models: Mapping[str, CalibratedModel]) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def measured_call(fabric: "Fabric", call: str, ranks_R: NDArray[np.integer]) -> 
     """
     launch = fabric.parameters.launch_seconds
     own = next((each for each in fabric.parameters.own if (each.call, each.ranks) == (call, len(ranks_R))), None)
-    if own is not None and fabric.are_alike(ranks_R):
+    if own is not None and fabric.are_equal(ranks_R):
         return replace(own.protocol, call_seconds=own.protocol.call_seconds + launch)
     kind = fabric.nccl_kind(ranks_R)
     if kind is None or call not in _tables()["kinds"][kind]["calls"]:

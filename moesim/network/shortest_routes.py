@@ -24,7 +24,7 @@ class SplitRoutes(NamedTuple):
     share_Q: NDArray[np.float64]
 
 
-class Walks:
+class ShortestRoutes:
     """Routes with the fewest links; equal ones are spread over the pairs by (source + target), as ECMP spreads flows.
 
     Distances to a target are kept, so asking again is cheap.

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moesim.kernels.odd_kernels import SUMMED_BYTES, SUMMED_S
+from moesim.kernels.unprofiled import SUMMED_BYTES, SUMMED_S
 from moesim.program.loads import LayerLoads
 from moesim.program.operations import Operation, compute, readback
 from moesim.program.sizes import Passes, Step, chain

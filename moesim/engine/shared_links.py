@@ -1,8 +1,8 @@
 """Links that several groups fill together, in simulated time.
 
-A hub knows every open transfer, its demand on the links and how far it has come on a clock of its own. Whenever one
-opens or closes, all rates are shared out anew (`moesim.network.contention`); a transfer closes when its clock has run
-through its window.
+They know every open transfer, its demand on the links and how far it has come on a clock of its own. Whenever one opens
+or closes, all rates are shared out anew (`moesim.network.contention`); a transfer closes when its clock has run through
+its window.
 
 Legend: S samples (one), L overloaded links, K open transfers, R ranks.
 """
@@ -65,7 +65,7 @@ class _Passage:
         return np.asarray(finish_SR + np.maximum(passed_SR - alone_SR, 0.0))
 
 
-class Hub:
+class SharedLinks:
     """The overloaded links of one simulated step, of `capacity_L` bytes/s."""
 
     def __init__(self, env: simpy.Environment, capacity_L: FloatArray) -> None:
@@ -91,7 +91,7 @@ class Hub:
         yield passage.closed
         return passage.finish(finish_SR)
 
-    def carry_alike(self, finish_SR: FloatArray, seconds: float, use: LinkUse) -> Carried:
+    def carry_equal(self, finish_SR: FloatArray, seconds: float, use: LinkUse) -> Carried:
         """Carry what takes `seconds` on every rank and is done at `finish_SR` alone; returns when it is done."""
         opens_S = opening(finish_SR - seconds, np.array([seconds]), two_sided=False)
         window = Window(opens_S, np.full_like(finish_SR, seconds), np.zeros_like(finish_SR))

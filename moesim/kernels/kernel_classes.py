@@ -1,6 +1,6 @@
-"""Cells: the kernels that share one physical formula and one residual field, such as all bf16 forward products.
+"""Kernel classes: kernels with one physical formula and one residual field, such as all bf16 forward products.
 
-A cell predicts log seconds = physics(theta, sizes) + residual(features), at the clock that such kernels ran at while
+A class predicts log seconds = physics(theta, sizes) + residual(features), at the clock that such kernels ran at while
 they were measured; a row measured at another clock c counts as seconds * (c / expected clock) ** alpha.
 
 Legend: P measured kernels, Q queried kernels, C size columns, F features.
@@ -27,8 +27,8 @@ TENSOR_DTYPES = {dtype: dtype for dtype in ("bf16", "fp8", "fp8_block", "nvfp4")
 
 @dataclass(frozen=True)
 class Kind:
-    """How one kind of cell works: size columns of profile rows, physics, features for the residual, work for the clock,
-    and what draws power: FLOPs and bytes.
+    """How one kind of class works: size columns of profile rows, physics, features for the residual, work for the
+    clock, and what draws power: FLOPs and bytes.
 
     Columns hold a value per row, or the floats of a single kernel.
     """
@@ -48,7 +48,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class Fit:
-    """What is fitted per cell: theta, the expected log clock as a polynomial of log work, the clock's exponent.
+    """What is fitted per class: theta, the expected log clock as a polynomial of log work, the clock's exponent.
 
     weights: those of the residual field; rows: the checksum of the rows that they belong to. Both None before the field
     was solved.
@@ -95,9 +95,9 @@ def _gemm_features(columns: Columns) -> tuple[Any, ...]:
 
 
 def _grouped_row_sizes(rows: list[Row]) -> Columns:
-    """Rows of one cell, in any number of experts: those of one number are computed together."""
+    """Rows of one class, in any number of experts: those of one number are computed together."""
     direction, fp8 = rows[0]["direction"], is_narrow(rows[0]["dtype"])
-    tiles = physics.GROUPED_TILES.index(str(cell_of(rows[0])).rsplit("/", 1)[1])
+    tiles = physics.GROUPED_TILES.index(str(class_of(rows[0])).rsplit("/", 1)[1])
     sizes_PC = np.empty((len(rows), len(physics.GROUPED_COLUMNS)))
     experts_P = np.array([len(row["rows_per_expert"]) for row in rows])
     for experts in np.unique(experts_P):
@@ -190,35 +190,35 @@ KINDS: dict[str, Kind] = {
 }  # fmt: skip
 
 
-def kind_of(cell: str) -> Kind:
-    """The kind of a cell named as `cell_of` names it."""
-    family = cell.split("/")[0]
+def kind_of(kernel_class: str) -> Kind:
+    """The kind of a class named as `class_of` names it."""
+    family = kernel_class.split("/")[0]
     if family == "grouped_gemm":
-        family = ("grouped_wgrad" if "/wgrad" in cell else family) + ("_fp8" if "/fp8/" in cell else "")
+        family = ("grouped_wgrad" if "/wgrad" in kernel_class else family) + ("_fp8" if "/fp8/" in kernel_class else "")
     return KINDS[family]
 
 
-def cell_of(row: Row) -> str | None:
-    """The cell that a profile row belongs to, e.g. "gemm/bf16/forward"; None for rows of no kernel."""
+def class_of(row: Row) -> str | None:
+    """The class that a profile row belongs to, e.g. "gemm/bf16/forward"; None for rows of no kernel."""
     family = row["family"]
     if family in ("gemm", "gemm_fp8"):
-        return gemm_cell(row["dtype"], row["direction"])
+        return gemm_class(row["dtype"], row["direction"])
     if family == "grouped_gemm":
         rows_E, direction = row["rows_per_expert"], row["direction"]
         mean_rows, dtype = sum(rows_E) / len(rows_E), row["dtype"]
         tiles = physics.grouped_tiles(mean_rows, row["k"], row["n"], direction=direction, fp8=is_narrow(dtype))
-        return grouped_cell(direction, dtype=dtype, tiles=tiles)
+        return grouped_class(direction, dtype=dtype, tiles=tiles)
     if family == "attention":
         return f"attention/{row['direction']}"
     return f"memory_bound/{row['kind']}" if family == "memory_bound" else None
 
 
-def gemm_cell(dtype: str, direction: str) -> str:
+def gemm_class(dtype: str, direction: str) -> str:
     """fp16 runs at the rate of bf16."""
     return f"gemm/{TENSOR_DTYPES.get(dtype, '')}/{direction}"
 
 
-def grouped_cell(direction: str, *, dtype: str, tiles: int) -> str:
+def grouped_class(direction: str, *, dtype: str, tiles: int) -> str:
     """Grouped products with other tiles are other kernels: small ones (few rows per expert), large ones, long sides."""
     return f"grouped_gemm/{'fp8/' if is_narrow(dtype) else ''}{direction}/{physics.GROUPED_TILES[tiles]}"
 
@@ -229,8 +229,8 @@ def _checksum(rows: list[Row], sizes_PC: FloatArray) -> int:
     return zlib.crc32(measured_P2.tobytes(), zlib.crc32(np.ascontiguousarray(sizes_PC).tobytes()))
 
 
-class Cell:
-    """One fitted cell over its measured rows."""
+class KernelClass:
+    """One fitted class over its measured rows."""
 
     def __init__(self, kind: Kind, rows: list[Row], fit: Fit) -> None:
         self.kind, self.rows = kind, rows
@@ -336,7 +336,7 @@ class Cell:
         return errors_P if at_row_clock else errors_P - self.shift_P
 
     def errors_of(self, rows: list[Row], *, at_row_clock: bool) -> FloatArray:
-        """Log of measured over predicted seconds of rows of this cell that are not in it, as `leave_one_out`."""
+        """Log of measured over predicted seconds of rows of this class that are not in it, as `leave_one_out`."""
         columns = self.kind.sizes(rows)
         errors_P = np.log(_column(rows, "p50")) - np.log(self.predict(columns)[0])
         return errors_P + self.fit.alpha * self.clock_excess(columns, clocks_of(rows)) if at_row_clock else errors_P

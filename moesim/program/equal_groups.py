@@ -17,7 +17,7 @@ from moesim.program.loads import RoutingSample
 from moesim.program.reductions import Reduction
 
 
-def twin_numbers(
+def equal_group_numbers(
     mesh: Mesh,
     fabric: Fabric,
     samples: Sequence[RoutingSample],
@@ -38,7 +38,9 @@ def twin_numbers(
         return alone
     alike: list[list[int]] = []
     for number in range(count):
-        same = (twins for twins in alike if _same_rows(mesh, samples, twins[0], number, stages=stages))
+        same = (
+            equal_groups for equal_groups in alike if _same_rows(mesh, samples, equal_groups[0], number, stages=stages)
+        )
         found = next(same, None)
         if found is None:
             alike.append([number])
@@ -47,12 +49,12 @@ def twin_numbers(
     if len(alike) == count:
         return alone
     by_shape: dict[tuple[int, tuple[bytes, ...]], list[int]] = {}
-    for index, twins in enumerate(alike):
-        for number in twins:
+    for index, equal_groups in enumerate(alike):
+        for number in equal_groups:
             shapes = tuple(group_shape(fabric, groups[number]) + facts_of(groups[number]) for groups in groups_of_stage)
             by_shape.setdefault((index, shapes), []).append(number)
     classes = sorted(by_shape.values())
-    return classes if _met_alike(mesh, collectives, classes, stages=stages) else alone
+    return classes if _met_equal(mesh, collectives, classes, stages=stages) else alone
 
 
 def _same_rows(mesh: Mesh, samples: Sequence[RoutingSample], first: int, other: int, *, stages: int) -> bool:
@@ -66,14 +68,15 @@ def _same_rows(mesh: Mesh, samples: Sequence[RoutingSample], first: int, other: 
     )
 
 
-def _met_alike(mesh: Mesh, collectives: Sequence[Reduction], classes: Sequence[Sequence[int]], *, stages: int) -> bool:
-    """Whether in every collective the ranks at one place of twins meet ranks at the same places, so wait for the same.
+def _met_equal(mesh: Mesh, collectives: Sequence[Reduction], classes: Sequence[Sequence[int]], *, stages: int) -> bool:
+    """Whether in every collective the ranks at one place of equal groups meet ranks at the same places, so wait for
+    the same.
 
     A rank's place: its pipeline rank, its group's class, and its index in the group.
     """
     place_of_rank: dict[int, tuple[int, int, int]] = {}
     ranks_of_place: defaultdict[tuple[int, int, int], int] = defaultdict(int)
-    class_of_number = {number: index for index, twins in enumerate(classes) for number in twins}
+    class_of_number = {number: index for index, equal_groups in enumerate(classes) for number in equal_groups}
     for stage in range(stages):
         for number, ranks_R in enumerate(mesh.rank_groups(stage)):
             for index, rank in enumerate(ranks_R.tolist()):

@@ -8,8 +8,8 @@ Each part is a module that asks for the settings of its own switches: `attention
 from dataclasses import dataclass, replace
 
 from moesim.kernels import KernelModel
-from moesim.kernels.odd_kernels import ADDED_WIDE
-from moesim.program import ends
+from moesim.kernels.unprofiled import ADDED_WIDE
+from moesim.program import embedding_and_head as ends
 from moesim.program.attention import attention_part
 from moesim.program.host import FREE_HOST, HostModel
 from moesim.program.loads import LayerLoads

@@ -2,7 +2,7 @@
 
 import math
 
-from moesim.kernels.odd_kernels import SINGLY
+from moesim.kernels.unprofiled import SINGLY
 from moesim.program.gemms import ACTIVATION_BYTES, collective, column_parallel, gather_tokens, scatter_tokens
 from moesim.program.norms import norm
 from moesim.program.operations import Operation

@@ -13,7 +13,7 @@ from moesim.program.scenario_fabric import scenario_fabric
 from moesim.results.outcome import Outcome
 from moesim.scenario import load_scenario_text
 
-HEAD = "schema_version: 1\nname: twins\ncluster: {{gpu: h100, nodes: {nodes}{fabric}}}\nuncertainty: {{samples: 1}}\n"
+HEAD = "schema_version: 1\nname: equal\ncluster: {{gpu: h100, nodes: {nodes}{fabric}}}\nuncertainty: {{samples: 1}}\n"
 DENSE = """
 model: {layers: 4, dense_layers: 4, hidden: 1024, heads: 8, kv_heads: 8, head_dim: 128, experts: 0,
   dense_intermediate: 2816, vocab: 32000, attention: {kind: gqa}}
@@ -29,15 +29,15 @@ workload: {sequence_length: 1024, micro_batch: 1, global_batch: 32}
 
 
 def outcomes(text: str) -> tuple[list[Outcome], list[int]]:
-    """With every group for itself, and with twins; and how many groups each has."""
+    """With every group for itself, and with equal groups; and how many groups each has."""
     scenario = load_scenario_text(text, source="f.yaml")
     trace = obtain_trace(scenario)
     kernels = kernel_model(scenario.cluster.pools[0].spec, scenario.compute.profile)
     samples = draw_samples(scenario, trace)[0] if trace else []
     fabric = scenario_fabric(scenario, kernels)
     programs = [
-        build_program(scenario, fabric=fabric, kernels=kernels, samples=samples, twins=twins)
-        for twins in (False, True)
+        build_program(scenario, fabric=fabric, kernels=kernels, samples=samples, equal_groups=equal_groups)
+        for equal_groups in (False, True)
     ]  # fmt: skip
     return [_simulate_program(program, first=True) for program in programs], [len(p.groups) for p in programs]
 
@@ -47,7 +47,7 @@ def assert_equal(first: Outcome, second: Outcome) -> None:
         values = getattr(first, field.name), getattr(second, field.name)
         if isinstance(values[0], np.ndarray):
             np.testing.assert_array_equal(*values, err_msg=field.name)
-        elif field.name not in ("spans", "waits"):  # of twins one stands for all in both
+        elif field.name not in ("spans", "waits"):  # of equal groups one stands for all in both
             assert values[0] == values[1], field.name
     for one, other in zip(first.spans, second.spans, strict=True):
         np.testing.assert_array_equal(one.finish_NSR, other.finish_NSR)
@@ -63,7 +63,7 @@ def assert_equal(first: Outcome, second: Outcome) -> None:
     ],
     ids=["dense", "degraded", "moe"],
 )
-def test_twins_change_nothing(text: str, groups: list[int] | None) -> None:
+def test_equal_groups_change_nothing(text: str, groups: list[int] | None) -> None:
     (whole, folded), counts = outcomes(text)
     assert_equal(whole, folded)
     assert groups is None or counts == groups
