@@ -38,4 +38,4 @@ def test_every_step_and_its_memory() -> None:
         assert np.median(errors) < median, (program, errors)
         assert max(errors) < worst, (program, errors)
     for step in found:  # too much is assumed of Megatron-Core's logits
-        assert -0.07 < step.predicted_bytes / step.measured_bytes - 1 < 0.25, step.name
+        assert -0.07 < step.predicted_bytes / step.measured_bytes - 1 < 0.26, step.name
