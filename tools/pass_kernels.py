@@ -8,12 +8,14 @@ at the step's clock. Layers are told apart where the step prices them apart.
 """
 
 import argparse
+import sys
 from collections import defaultdict
 from typing import Any
 
 import numpy as np
 
 import moesim
+from moesim.errors import UserError
 from moesim.kernels.families import Gemm, GroupedGemm, Kernel, MemoryBound, peak_format
 from moesim.program.operations import Operation
 from moesim.program.writer import KernelWriter
@@ -76,9 +78,12 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], help="key=value")
     parser.add_argument("--layer", type=int, action="append", help="only these; -1 for what is in no layer")
     given = parser.parse_args()
-    scenario = load_scenario(resolve(given.scenario, "scenario"), given.set)
-    with Recorder() as recorder:
-        moesim.simulate(scenario)
+    try:
+        scenario = load_scenario(resolve(given.scenario, "scenario"), given.set)
+        with Recorder() as recorder:
+            moesim.simulate(scenario)
+    except UserError as error:
+        sys.exit(f"pass_kernels: {error}")
     gpu = scenario.cluster.pools[0].spec
     totals: defaultdict[str, float] = defaultdict(float)
     print(f"{'layer':>5} {'phase':16} {'kernel':34} {'us':>9} {'GFLOP':>8} {'MB':>8} {'peak':>5} {'bw':>5}  source")

@@ -10,7 +10,7 @@ from moesim.scenario.catalogue import suggest
 from moesim.scenario.document import Node, Path, find
 from moesim.scenario.overrides import FLAT_CLUSTER_KEYS
 from moesim.scenario.schema import Scenario
-from moesim.scenario.sections import kinds_at, section_at
+from moesim.scenario.sections import home_within, kinds_at, section_at
 
 _EXPECTED = {
     "int_type": "a whole number",
@@ -147,6 +147,8 @@ def _show(value: Any) -> str:
 def _known_keys(data: Any, path: Path, schema: type[Section]) -> str:
     section = section_at(data, path[:-1], schema=schema)
     known = list(section.model_fields) if section else []
+    if section and (home := home_within(section, str(path[-1]))):
+        return f"did you mean {'.'.join(map(str, (*path[:-1], home, path[-1])))}?"
     if path[:-1] == ("cluster",):
         known += FLAT_CLUSTER_KEYS
     if path[:-1] == ("model",):

@@ -32,9 +32,17 @@ def kinds_at(data: Any, path: Path, *, schema: type[Section] = Scenario) -> list
     annotation: Any = schema
     for key in path:
         annotation, data = _step(annotation, data, key)
-    sections = [part for part in _alternatives(annotation) if isinstance(part, type) and issubclass(part, Section)]
+    sections = _sections_of(annotation)
     fields = [section.model_fields["kind"] for section in sections if "kind" in section.model_fields]
     return [kind for kind_field in fields for kind in get_args(kind_field.annotation)]
+
+
+def home_within(section: type[Section], key: str) -> str | None:
+    """The field of `section` whose own section has the key: what a key written one level too high was meant for."""
+    for name, field in section.model_fields.items():
+        if any(key in part.model_fields for part in _sections_of(field.annotation)):
+            return name
+    return None
 
 
 def _step(annotation: Any, data: Any, key: str | int) -> tuple[Any, Any]:
@@ -52,8 +60,12 @@ def _alternatives(annotation: Any) -> list[Any]:
     return [annotation]
 
 
+def _sections_of(annotation: Any) -> list[type[Section]]:
+    return [part for part in _alternatives(annotation) if isinstance(part, type) and issubclass(part, Section)]
+
+
 def _choose(annotation: Any, data: Any) -> type[Section] | None:
-    sections = [part for part in _alternatives(annotation) if isinstance(part, type) and issubclass(part, Section)]
+    sections = _sections_of(annotation)
     if len(sections) == 1:
         return sections[0]
     kind = data.get("kind") if isinstance(data, dict) else None

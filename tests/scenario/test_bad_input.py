@@ -46,6 +46,9 @@ MISTAKES = {
     edited("expert: 8", "expart: 8"): 'f.yaml:11:24: parallelism.expart: unknown key; did you mean "expert"?',
     edited("gpu:", "gpuu:"): 'f.yaml:8:3: cluster.gpuu: unknown key; did you mean "gpu"?',
     edited("preset:", "present:"): 'f.yaml:2:9: model.present: unknown key; did you mean "preset"?',
+    edited(
+        "gpu:", "nics_per_node: 4\n  gpu:"
+    ): "f.yaml:8:3: cluster.nics_per_node: unknown key; did you mean cluster.fabric.nics_per_node?",
     edited("workload: {", "workload: {xyzzy: 1, "): "f.yaml:12:12: workload.xyzzy: unknown key; known: kind, ",
     edited("nic: 400 Gbps", "nic: 400"): "f.yaml:10:17: cluster.fabric.nic: 400 has no unit; write a bandwidth such as",
     edited("400 Gbps", "400 GB"): 'f.yaml:10:17: cluster.fabric.nic: "400 GB" is not a bandwidth; write it as 400 Gbps',
