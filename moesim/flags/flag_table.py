@@ -153,6 +153,7 @@ _TRAINING = {
 _KERNELS = {
     "--moe-permute-fusion": ("bare", "implementation.permute"),
     "--moe-router-fusion": ("bare", "implementation.router"),
+    "--moe-grouped-gemm": ("bare", "implementation.expert_products"),
     "--cross-entropy-loss-fusion": ("bare", "implementation.loss"),
     "--fused-residual-rmsnorm": ("bare", "implementation.norm"),
     "--no-gradient-accumulation-fusion": ("bare", "implementation.accumulation"),

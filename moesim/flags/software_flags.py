@@ -1,7 +1,8 @@
 """The `implementation` section and the flags of Megatron-LM that choose kernels: both ways, by one table.
 
-A launch of Megatron-LM is `megatron`, or `megatron_local` without Transformer Engine; every flag below sets switches
-(`moesim.scenario.switches`) otherwise, those of Transformer Engine's fusions only of the former.
+A launch of Megatron-LM is `megatron`, or `megatron_local` without Transformer Engine's layers; every flag below sets
+switches (`moesim.scenario.switches`) otherwise, some of them only in Transformer Engine's layers, as in 0.19's code:
+rows, router, activation and loss are not theirs.
 """
 
 from collections.abc import Mapping
@@ -28,8 +29,8 @@ KERNELS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "--external-cuda-graph": {"cuda_graphs": "attention"},
     }
 )
-# Without Transformer Engine, too.
-_OF_ANY = ("--cross-entropy-loss-fusion", "--enable-cuda-graph", "--external-cuda-graph")
+# What local layers take no notice of.
+_OF_ENGINE = ("--fused-residual-rmsnorm", "--no-rope-fusion")
 _OF_EXPERTS = ("--moe-permute-fusion", "--moe-router-fusion")
 _ACTIVATION = {True: "--no-bias-swiglu-fusion", False: "--no-bias-gelu-fusion"}  # of gated networks, of others
 _SAME = ("--external-cuda-graph",)  # another flag says as much
@@ -38,14 +39,18 @@ DROPOUT = 0.1  # of attention, as Megatron-LM has it without a word
 
 def implementation_fields(args: Arguments, model: Mapping[str, Any]) -> dict[str, Any]:
     """The section: Megatron-Core at its defaults, and the switches that the flags set."""
-    local = args.word("--transformer-impl", "transformer_engine") == "local"
+    layers = args.word("--transformer-impl", "transformer_engine")
+    local = layers == "local"
+    if layers == "inference_optimized":
+        args.note("--transformer-impl", "Transformer Engine's layers are simulated")
     fields: dict[str, Any] = {"kind": (MEGATRON_LOCAL if local else MEGATRON).name}
     other = _ACTIVATION[not model.get("gated", True)]
     for flag, settings in KERNELS.items():
-        if args.has(flag) and flag != other and (not local or flag in _OF_ANY):
+        if args.has(flag) and local and flag in _OF_ENGINE:
+            args.take(f"{flag}: local layers are without it")
+        elif args.has(flag) and flag != other:
             fields |= settings
-    if args.word("--attention-backend", "auto") in ("unfused", "local") and not local:
-        fields["attention"] = "unfused"
+    fields |= _choices(args, model, local=local)
     if args.word("--moe-router-dtype", "") in ("fp32", "fp64"):
         fields["router_dtype"] = "fp32"
     if args.number("--attention-dropout", DROPOUT) > 0:
@@ -57,6 +62,23 @@ def implementation_fields(args: Arguments, model: Mapping[str, Any]) -> dict[str
             args.note("--sequence-parallel", "with experts tensor ranks are simulated with it, as Megatron-LM wants it")
         else:
             fields["sequence_parallel"] = False
+    return fields
+
+
+def _choices(args: Arguments, model: Mapping[str, Any], *, local: bool) -> dict[str, Any]:
+    """Attention and the experts' products: Transformer Engine's layers have the choice, local ones have neither."""
+    fields: dict[str, Any] = {}
+    backend = args.word("--attention-backend", "auto")
+    if local and backend not in ("auto", "local"):
+        args.take(f"--attention-backend {backend}: local layers have their own attention, unfused")
+    elif backend in ("unfused", "local") and not local:
+        fields["attention"] = "unfused"
+    grouped = args.has("--moe-grouped-gemm")
+    if local and grouped:
+        args.take("--moe-grouped-gemm: local layers multiply expert by expert, as those of Megatron-Core 0.19 do")
+    elif model.get("experts") and not grouped and not local:
+        fields["expert_products"] = "each"
+        args.take("without --moe-grouped-gemm: expert by expert, as Megatron-LM multiplies without a word")
     return fields
 
 
@@ -75,18 +97,21 @@ def write_implementation(draft: Draft, scenario: Scenario) -> None:
         if (
             fits
             and meant
-            and (not local or flag in _OF_ANY)
+            and not (local and flag in _OF_ENGINE)
             and any(got[name] != value for name, value in settings.items())
         ):
             draft.say(flag)
             got |= settings
-    draft.say("--attention-backend", "unfused", when=wanted["attention"] == "unfused")
+    grouped = model.experts > 0 and not local and wanted["expert_products"] == "grouped"
+    draft.say("--moe-grouped-gemm", when=grouped)
+    draft.say("--attention-backend", "unfused", when=not local and wanted["attention"] == "unfused")
     draft.say("--attention-dropout", DROPOUT if wanted["dropout"] else 0.0)
     draft.say("--moe-router-dtype", "fp32", when=wanted["router_dtype"] == "fp32" and model.experts > 0)
     draft.say("--sequence-parallel", when=mesh.tensor > 1 and (wanted["sequence_parallel"] or model.experts > 0))
     got |= {name: wanted[name] for name in (("dropout",) if local else ("attention", "dropout"))}
     if model.experts:
         got["router_dtype"] = wanted["router_dtype"]
+        got |= {} if local else {"expert_products": wanted["expert_products"]}
     if mesh.tensor > 1:
         got["sequence_parallel"] = wanted["sequence_parallel"] or model.experts > 0
     if software not in (MEGATRON, MEGATRON_LOCAL):

@@ -187,7 +187,7 @@ HARMLESS: Mapping[str, tuple[str, ...]] = MappingProxyType(
             "--rerun-mode", "--enable-one-logger", "--app-tag-run-name", "--app-tag-run-version",
         ),
         _KERNELS: (
-            "--use-mcore-models", "--moe-grouped-gemm",
+            "--use-mcore-models",
             "--use-flash-attn", "--flash-attention-version",
             "--cross-entropy-fusion-impl", "--no-masked-softmax-fusion",
             "--no-bias-dropout-fusion", "--no-persist-layer-norm",

@@ -96,7 +96,6 @@ def _experts(draft: Draft, scenario: Scenario) -> None:
     draft.say("--moe-shared-expert-gate", when=model.shared_gate)
     draft.say("--moe-latent-size", model.expert_hidden, when=model.expert_hidden > 0)
     draft.say("--moe-router-topk-scaling-factor", model.routed_scaling_factor, when=model.routed_scaling_factor != 1)
-    draft.say("--moe-grouped-gemm")
 
 
 def _router(draft: Draft, scenario: Scenario) -> None:

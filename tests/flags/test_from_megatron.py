@@ -290,6 +290,7 @@ NOT_MODELLED = {
         "--moe-flex-dispatcher-backend"
     ),
     "--tensor-model-parallel-size 2": "--sequence-parallel",
+    "--transformer-impl inference_optimized": "--transformer-impl",
     "--frobnicate 3": "--frobnicate",
 }
 
@@ -430,6 +431,23 @@ def test_kernels_of_a_launch_are_those_of_its_flags(tmp_path: Path) -> None:
     assert read("--attention-backend unfused").switches.attention == "unfused"
     assert not read("--attention-dropout 0").switches.dropout
     assert read("--moe-router-dtype fp32").switches.router_dtype == "fp32"
+
+
+def test_no_flag_of_kernels_is_dropped_without_a_word(write: Write) -> None:
+    """Local layers: those of megatron_local, changed by a flag, or told of it; grouped products are asked for."""
+    backend, grouped = "--attention-backend flash", "--moe-grouped-gemm"
+    for flag, settings in {**KERNELS, backend: {}, grouped: {}}.items():
+        if "gelu" in flag:  # of networks that are not gated
+            continue
+        reading = of(write(f"--transformer-impl local {flag}"))
+        switches = vars(reading.scenario.implementation.switches)
+        told = any(line.startswith(f"{flag}: local layers") for line in reading.taken)
+        assert told is not (bool(settings) and switches.items() >= settings.items()), flag
+    assert scenario(write(f"--transformer-impl local {grouped}")).implementation.switches.expert_products == "each"
+    plain = of(write())
+    assert plain.scenario.implementation.switches.expert_products == "each"
+    assert any("--moe-grouped-gemm" in line for line in plain.taken)
+    assert scenario(write(grouped)).implementation.switches.expert_products == "grouped"
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,7 @@ from moesim.scenario.flops import parameters
 from moesim.scenario.stage_split import stage_lengths
 from moesim.shipped import folder, names
 
-HARMLESS_SAID = {"--normalization", "--position-embedding-type", "--max-position-embeddings", "--moe-grouped-gemm",
-                 "--ckpt-format"}  # fmt: skip
+HARMLESS_SAID = {"--normalization", "--position-embedding-type", "--max-position-embeddings", "--ckpt-format"}
 
 
 def layout(scenario: Scenario) -> dict[str, Any]:
@@ -138,6 +137,20 @@ def test_other_models_come_back(model: str, pipeline: str, tmp_path: Path) -> No
         "workload: {sequence_length: 1024, global_batch: 16, precision: {master: fp32, gradients: fp32}}"
     )
     scenario = load_scenario_text(text)
+    assert unexplained(scenario, read_back(scenario, tmp_path / "run.sh")) == []
+
+
+@pytest.mark.parametrize(
+    "software",
+    [
+        "{kind: megatron, expert_products: each, permute: fused, gather_backward: fused, combine: fused}",
+        "{kind: megatron, attention: unfused, router: fused, activation: unfused}",
+        "{kind: megatron_local, permute: fused, gather_backward: fused, combine: fused, activation: unfused}",
+        "{kind: megatron_local, expert_products: grouped, attention: fused, norm: fused}",
+    ],
+)
+def test_kernels_of_megatron_come_back(software: str, tmp_path: Path) -> None:
+    scenario = load_scenario(folder() / "mixtral-8x22b-128xh100.yaml", [f"implementation={software}"])
     assert unexplained(scenario, read_back(scenario, tmp_path / "run.sh")) == []
 
 
