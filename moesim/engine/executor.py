@@ -45,6 +45,9 @@ from moesim.results.spans import Label, Part, SpanRecorder, Stream
 FloatArray = NDArray[np.float64]
 Handed = tuple[Label, FloatArray, FloatArray]  # what, when it was sent, when it arrives
 
+# Waiting for the slowest of all ranks where no collective between groups does it: nothing of it is the meeting's own.
+MEETING = Label("wait for the slowest rank", "bubble", Stream.REDUCTION, -1)
+
 
 class _Window(NamedTuple):
     """An open transfer: since when, until when, and what it and kernels cost each other."""
@@ -200,6 +203,8 @@ class GroupExecutor:
         self.recorder.own_NSR[span] += finish_SR - self.communication_SR
         self.recorder.finish_NSR[span] = finish_SR
         self.communication_SR[:] = self.chains_CSR[chain] = self._open_until_SR[:] = finish_SR
+        if self.lateness is not None:
+            self.lateness.met_SR[:] = finish_SR
 
     def begin(self, arrived: Sequence[Handed]) -> None:
         """All chains wait until what the next action needs has arrived; waiting for what is on its way is a span."""
@@ -226,11 +231,15 @@ class GroupExecutor:
         """With no collective between groups to do it in, wait for the slowest of all ranks."""
         if self.lateness is None:
             return
-        late_SR = self.lateness.among_groups(self.done_SR, among)
+        done_SR = self.done_SR
+        late_SR = self.lateness.among_groups(done_SR, among)
         if self._reduces_inside and self._reducing_span >= 0:
             self.recorder.finish_NSR[self._reducing_span] += late_SR
             self.reduced_SR = self.reduced_SR + late_SR
         else:
+            start_SR = np.maximum(done_SR, self.reduced_SR)
+            finish_SR = np.maximum(done_SR + late_SR, start_SR)
+            self.recorder.add(self.labels.number(MEETING), -1, start_SR, finish_SR, np.zeros_like(late_SR))
             self.chains_CSR += late_SR
 
     def finished(self, which: int) -> FloatArray:

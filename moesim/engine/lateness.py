@@ -110,10 +110,10 @@ class Lateness:
 
     def saved(self) -> Callable[[], None]:
         """What brings all but the clocks back to now."""
-        kept = self.paced_SR, self._hosted_SR.copy(), self._met_ranks
+        paced_SR, hosted_SR, met_ranks = self.paced_SR, self._hosted_SR.copy(), self._met_ranks
 
-        def restore() -> None:
-            self.paced_SR, self._hosted_SR, self._met_ranks = kept
+        def restore() -> None:  # once or several times
+            self.paced_SR, self._hosted_SR[:], self._met_ranks = paced_SR, hosted_SR, met_ranks
 
         return restore
 

@@ -171,11 +171,13 @@ class StepProgram:
     changes: Changes | None = None
 
     def rows(self, group: GroupProgram) -> int:
-        """Most spans that a group can emit: every operation, and a host stall before it unless the host is free."""
+        """Most spans that a group can emit: every operation, a host stall before it unless the host is free, and where
+        groups meet in no collective one of waiting for the slowest."""
         per_operation = 1 if self.host == FREE_HOST else 2
         p2ps = sum(len(task.receives) for task in group.tasks)
         # A reduction that begins early may outlast the tasks and then has a span for either part.
-        return per_operation * group.num_operations + p2ps + 2 * len(self.reductions) + len(self.gathers)
+        meetings = max(1, 2 * len(self.reductions)) + len(self.gathers)
+        return per_operation * group.num_operations + p2ps + meetings
 
 
 def p2p_label(p2p: P2P) -> Label:

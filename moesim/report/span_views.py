@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.results import ActionRows, RunRecord, SpanTable, Stream
+from moesim.results.spans import Collective
 from moesim.scenario import Scenario
 from moesim.scenario.stage_split import stages_of_ranks
 
@@ -106,7 +107,8 @@ def _bars(table: SpanTable, pipeline_rank: int) -> Iterator[Bar]:
     for row in range(first, len(table.label_N)):
         label = table.labels[table.label_N[row]]
         start, finish = float(table.start_NSR[row, 0, 0]), float(table.finish_NSR[row, 0, 0])
-        if finish > start and label.stream in (Stream.REDUCTION, Stream.COMPUTE):
+        waits = label.stream is Stream.REDUCTION and label.collective is Collective.NONE
+        if finish > start and label.stream in (Stream.REDUCTION, Stream.COMPUTE) and not waits:
             kind = REDUCE if label.stream is Stream.REDUCTION else UPDATE
             yield Bar(pipeline_rank=pipeline_rank, kind=kind, micro_batches=(), start=start, finish=finish)
 

@@ -9,9 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from moesim.engine.executor import GroupExecutor
+from moesim.engine.executor_steps import Labels
 from moesim.engine.lateness import Among, Lateness, late
 from moesim.kernels.jitter import NO_JITTER, WIDEST, Jitter, expected_most, spread_of, spread_of_most
 from moesim.program.group_collectives import PeerCollective, Peers
+from moesim.program.host import FREE_HOST
+from moesim.program.operations import Block, Kind, Operation, Run
+from moesim.program.step_program import FREE
+from moesim.results.spans import Label, SpanRecorder, Stream
 from moesim.run import simulate
 from moesim.validation.node_cases import is_held_out
 from moesim.validation.predict import predict
@@ -120,6 +126,7 @@ def test_without_spread_or_with_one_gpu_nothing_changes(small, monkeypatch: pyte
         {"data": 4, "tensor": 2, "expert": 4},
         {"data": 4, "pipeline": 2, "expert": 4},
         {"data": 8, "expert": 1, "zero": {"dense": 3, "expert": 3}},
+        {"data": 1, "expert": 1, "pipeline": 4},
     ],
 )
 def test_every_layout_waits_and_its_time_adds_up(small, mesh: dict[str, Any]) -> None:
@@ -127,7 +134,35 @@ def test_every_layout_waits_and_its_time_adds_up(small, mesh: dict[str, Any]) ->
     on, off = (simulate(small({**changes, "cluster.jitter": value})).result for value in (True, False))
     assert 1.002 < on["step_time_s"] / off["step_time_s"] < 1.1
     assert sum(on["attribution_s"].values()) == pytest.approx(on["step_time_s"], rel=1e-9)
-    assert 0 <= on["waiting"]["jitter_s"] <= on["attribution_s"]["imbalance_wait"]
+    assert 1e-3 * on["step_time_s"] < on["waiting"]["jitter_s"] <= on["attribution_s"]["imbalance_wait"]
+
+
+def test_a_walk_is_undone_as_often_as_changes_come() -> None:
+    group, seconds, transfer = lateness(Jitter(host=0.1), 2), np.full((1, 2), 0.1), AllTogether(2)
+    restore = group.saved()
+    for _ in range(3):  # the clocks are the executor's to restore
+        group.paced_SR = seconds
+        group.at_transfer(transfer, seconds)
+        assert (group._hosted_SR == seconds).all(), "hosted work of one walk, not of all"
+        restore()
+        assert (group._hosted_SR == 0).all() and (group.paced_SR == 0).all()
+
+
+def test_what_others_add_to_a_transfer_is_no_work() -> None:
+    """Ranks that go on together when a transfer slowed by others is done have done nothing since they met."""
+    labels, seconds = Labels(), np.full((1, 2), 0.1)
+    executor = GroupExecutor(
+        samples=1, ranks=2, host=FREE_HOST, beside_R=(FREE,), labels=labels, jitter=Jitter(constant=0.01),
+        recorder=SpanRecorder(rows=1, samples=1, ranks=2),
+    )  # fmt: skip
+    transfer = Operation(
+        label=Label("dispatch", "dispatch_exposed", Stream.COMMUNICATION, 0), kind=Kind.TRANSFER,
+        transfers_M=(PeerCollective(Peers(2), np.full(2, 0.1), sent_bytes=0.0),),
+    )  # fmt: skip
+    for chain, _, _, finish_SR in executor.execute_in_parts([Run(Block("forward", (transfer,)), 0, False)]):
+        executor.delay(chain, finish_SR + seconds)
+    assert executor.lateness is not None
+    assert (executor.lateness.among_groups(executor.done_SR, Among(2, 2)) == 0).all()
 
 
 def test_two_gpus_in_no_choice_are_as_far_apart_as_said() -> None:
