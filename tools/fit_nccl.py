@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow.parquet
 
 from moesim.network.calibration import fit_protocol
-from moesim.network.nccl import KINDS, busiest_port_bytes
+from moesim.network.nccl import busiest_port_bytes, sums_in_switch
 from moesim.network.parameters import NetworkParameters
 from moesim.scenario.catalogue import gpu_spec
 
@@ -80,9 +80,9 @@ def fit(name: str, kind: str, ranks: int, sizes: dict[int, float]) -> list[float
     """Call, efficiency, transition's seconds and bytes of every other size."""
     bytes_N = np.array(list(sizes)[::2], dtype=float)
     seconds_N = np.array(list(sizes.values())[::2])
-    parameters, reduces = NetworkParameters(), KINDS[name]
+    parameters = NetworkParameters()
     port = gpu_spec(name).nvlink_bandwidth * parameters.nvlink_efficiency
-    wire_N = busiest_port_bytes(kind, bytes_N, ranks=ranks, reduces_in_switch=reduces) / port
+    wire_N = busiest_port_bytes(kind, bytes_N, ranks=ranks, in_switch=sums_in_switch(name, kind, ranks)) / port
     payload_N = bytes_N * (ranks - 1) / ranks if kind == "all_to_all" else bytes_N
     if kind == "all_to_all":
         seconds_N = seconds_N - 2 * parameters.nvlink_latency

@@ -37,6 +37,8 @@ def execute(args: argparse.Namespace) -> int:
 
     scenario = load_serving(resolve(args.serving, "serving"), args.overrides)
     path = place_of_page(args, name=scenario.name, file=f"{NAME}.html")
+    if path is not None and path.suffix == ".json":
+        raise UserError(f"--out {path}: its numbers go there; name the page, {path.with_suffix('.html')}")
     result = _answers(scenario, args)
     from moesim.report.serving_view import print_serving, serving_page
 

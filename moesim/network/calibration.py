@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.network.nccl import NVLS_MIN_RANKS, busiest_port_bytes, reduces_in_switch
+from moesim.network.nccl import busiest_port_bytes, sums_in_switch
 from moesim.network.parameters import NetworkParameters, OwnCall, Protocol
 from moesim.strict_json import json_text, parse_json
 
@@ -67,35 +67,34 @@ def measured_parameters(
         return None
     counts = sorted({int(row["ranks"]) for row in chosen})
     texts = tuple(json_text(row, sort_keys=True) for row in chosen)
-    reduces = reduces_in_switch(kind)
-    parameters = _fitted(texts, link_bandwidth=link_bandwidth, source=source, reduces=reduces)
+    parameters = _fitted(texts, link_bandwidth=link_bandwidth, source=source, kind=kind)
     whole_world = world is None or world in counts
     return replace(parameters, launch_seconds=0.0) if parameters.own and whole_world else parameters
 
 
 @lru_cache(maxsize=16)
-def _fitted(texts: tuple[str, ...], *, link_bandwidth: float, source: str, reduces: bool) -> NetworkParameters:
+def _fitted(texts: tuple[str, ...], *, link_bandwidth: float, source: str, kind: str | None) -> NetworkParameters:
     """The constants of rows, given as texts so that a process fits those of a profile once."""
     rows = [parse_json(text) for text in texts]
     own = tuple(
         call for ranks in sorted({int(row["ranks"]) for row in rows})
         for call in _calls(
             [row for row in rows if int(row["ranks"]) == ranks and "max_ctas" not in row],
-            ranks=ranks, link_bandwidth=link_bandwidth, source=source, reduces=reduces,
+            ranks=ranks, link_bandwidth=link_bandwidth, source=source, kind=kind,
         )
     )  # fmt: skip
     return replace(NetworkParameters(), own=own, **_of_sms(rows, link_bandwidth=link_bandwidth, source=source))
 
 
 def _calls(
-    rows: Sequence[Row], *, ranks: int, link_bandwidth: float, source: str, reduces: bool
+    rows: Sequence[Row], *, ranks: int, link_bandwidth: float, source: str, kind: str | None
 ) -> Iterator[OwnCall]:  # fmt: skip
     defaults = NetworkParameters()
     port = link_bandwidth * defaults.nvlink_efficiency
     one_way = 1.0
     for call, kinds, on_path in MEASURED:
         chosen = [row for row in rows if row["kind"] in kinds and payload_of(row) > 0]
-        in_switch = call == "all_reduce" and reduces and ranks >= NVLS_MIN_RANKS
+        in_switch = sums_in_switch(kind, call, ranks)
         if in_switch:  # a ring's rows do not tell what the switch does
             chosen = [row for row in chosen if row.get("nvls") != 0]
         if len(chosen) < MIN_ROWS:
@@ -111,7 +110,7 @@ def _calls(
             found = fit_protocol(payload_N, seconds_N, payload_N / port, source=source)
             one_way = found.efficiency
         else:
-            bytes_N = busiest_port_bytes(call, payload_N, ranks=ranks, reduces_in_switch=in_switch)
+            bytes_N = busiest_port_bytes(call, payload_N, ranks=ranks, in_switch=in_switch)
             found = fit_protocol(payload_N, seconds_N, bytes_N / port, source=source)
         yield OwnCall(call, 2 if call == "send_recv" else ranks, found)
 

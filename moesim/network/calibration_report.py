@@ -17,14 +17,15 @@ from moesim.network.calibration import (
     sm_rates,
 )
 from moesim.network.flows import port_bytes
-from moesim.network.nccl import NVLS_MIN_RANKS, busiest_port_bytes, reduces_in_switch
+from moesim.network.nccl import busiest_port_bytes, sums_in_switch
 from moesim.network.parameters import NetworkParameters, Protocol
 from moesim.scenario.dispatch import nvlink_share_of_sms
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-_CALL_OF = {kind: each for each in MEASURED for kind in each.kinds} | {"exchange": MEASURED[1]}
+_CALL_OF = {kind: each for each in MEASURED for kind in each.kinds}
+_CALL_OF["exchange"] = _CALL_OF["all_to_all"]
 _CAPTION = """error = |measured / predicted - 1| of rows (sizes, splits, numbers of blocks) in no fit;
 call = of nearly no bytes; share = of NVLink's nominal bandwidth (alone: one direction);
 loss = what large calls lose besides"""
@@ -88,8 +89,8 @@ def predicted_seconds(
     elif call.call == "send_recv":
         worth = bytes_1 / protocol.efficiency
     else:
-        in_switch = call.call == "all_reduce" and reduces_in_switch(kind) and ranks >= NVLS_MIN_RANKS
-        worth = busiest_port_bytes(call.call, bytes_1, ranks=ranks, reduces_in_switch=in_switch) / protocol.efficiency
+        in_switch = sums_in_switch(kind, call.call, ranks)
+        worth = busiest_port_bytes(call.call, bytes_1, ranks=ranks, in_switch=in_switch) / protocol.efficiency
     path = 2 * parameters.nvlink_latency if call.on_path else 0.0
     wire = float(worth[0]) / (link_bandwidth * parameters.nvlink_efficiency)
     return wire + path + protocol.overhead_seconds(payload)

@@ -103,14 +103,17 @@ def all_gather_seconds(fabric: Fabric, ranks: Ranks, num_bytes: float) -> Collec
 
 
 def all_to_all_seconds(fabric: Fabric, ranks: Ranks, num_bytes: float) -> CollectiveEstimate:
-    """An exchange in which every rank sends `num_bytes` / n to each of n, of which its own stay."""
+    """An exchange in which every rank sends `num_bytes` / n to each of n, of which its own stay.
+
+    Right inside one NVLink domain; across nodes the slowest hop of a ring stands for what each pair shares.
+    """
     chosen = as_ranks(fabric, ranks)
     n = len(chosen)
     if n == 1 or checked_bytes(num_bytes) == 0:
         return CollectiveEstimate(0.0, "none", "nothing to do")
-    wire = (n - 1) / n * num_bytes * _ring_pattern(fabric, chosen).seconds_per_byte
+    sent, pattern = (n - 1) / n * num_bytes, _ring_pattern(fabric, chosen)
     protocol = measured_call(fabric, "all_to_all", chosen) or fabric.parameters.point_to_point
-    return _estimate(protocol, "all_to_all", num_bytes, wire, 0, 0.0)
+    return _estimate(protocol, "all_to_all", sent, sent * pattern.seconds_per_byte, 1, pattern.latency, messages=0)
 
 
 def crowded(fabric: Fabric, members: Sequence[NDArray[np.int64]]) -> Fabric:

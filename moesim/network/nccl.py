@@ -27,11 +27,14 @@ KINDS = {"a100": False, "h100": True, "h200": True, "b200": True, "b300": True, 
 NVLS_MIN_RANKS = 3
 
 
-def busiest_port_bytes(
-    kind: str, bytes_N: NDArray[np.float64], *, ranks: int, reduces_in_switch: bool
-) -> NDArray[np.float64]:
+def sums_in_switch(kind: str | None, call: str, ranks: int) -> bool:
+    """Whether the switches of such GPUs do this call among so many of them."""
+    return call == "all_reduce" and ranks >= NVLS_MIN_RANKS and reduces_in_switch(kind)
+
+
+def busiest_port_bytes(kind: str, bytes_N: NDArray[np.float64], *, ranks: int, in_switch: bool) -> NDArray[np.float64]:
     """Bytes through a GPU's port in one direction: of a ring, of a switch that reduces, of an exchange."""
-    if kind == "all_reduce" and reduces_in_switch and ranks >= NVLS_MIN_RANKS:
+    if in_switch:
         return bytes_N * (1 + 1 / ranks)
     rounds = 2 if kind == "all_reduce" else 1
     return bytes_N * (rounds * (ranks - 1) / ranks)
@@ -94,7 +97,7 @@ def protocol_of(kind: str, call: str, ranks: int, *, launch_seconds: float) -> P
     able = [n for n in counts if (n >= NVLS_MIN_RANKS) == (ranks >= NVLS_MIN_RANKS)]
     nearest = min(able, key=lambda n: abs(np.log(n / ranks)))
     seconds, efficiency, transition, size = table["calls"][call][str(nearest)]
-    in_switch = call == "all_reduce" and KINDS[kind] and ranks >= NVLS_MIN_RANKS
+    in_switch = sums_in_switch(kind, call, ranks)
     hops = 0 if in_switch or call == "all_to_all" else ranks - nearest
     hops *= 2 if call == "all_reduce" else 1
     return Protocol(

@@ -13,7 +13,7 @@ from moesim.scenario import GroupedRouter, TraceRouting, gpu_spec
 from moesim.scenario.catalogue import gpu_names
 from moesim.scenario.document import Node, Path, find, mapping_node, read_yaml
 from moesim.scenario.forms import absolute_paths, default_routing, explicit_model, named_implementation
-from moesim.scenario.json_schema import accept_model_forms, accept_named_implementation, without_units
+from moesim.scenario.json_schema import accept_model_forms, accept_named_implementation, finished_schema
 from moesim.scenario.messages import describe
 from moesim.scenario.overrides import apply_overrides
 
@@ -139,9 +139,7 @@ def plan_json_schema(*, units: bool = False) -> dict[str, Any]:
     accept_model_forms(schema["$defs"]["Model"])
     accept_named_implementation(schema)
     schema["$defs"]["Offer"]["properties"]["gpu"]["enum"] = list(gpu_names())
-    if not units:
-        schema = without_units(schema)
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "moesim plan"}
+    return finished_schema(schema, title="moesim plan", units=units)
 
 
 def any_plan_json_schema() -> dict[str, Any]:

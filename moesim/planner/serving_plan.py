@@ -4,7 +4,7 @@ A plan file with `goal: {serve: ...}` holds the sections of a serving scenario b
 the planner chooses.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path as FilePath
@@ -18,11 +18,10 @@ from moesim.planner.plan import MOST_VALUES, Offer, Sizes
 from moesim.scenario import Compute, Dispatch, Fabric, Model, Network, Routing, UniformRouting, gpu_spec
 from moesim.scenario.base import FileName, Gpus, Section, Seed, Text, Tokens
 from moesim.scenario.catalogue import gpu_names
-from moesim.scenario.document import Node, find, mapping_node, read_yaml
+from moesim.scenario.document import Node, find, mapping_node
 from moesim.scenario.forms import absolute_paths, explicit_model
-from moesim.scenario.json_schema import accept_model_forms, without_units
+from moesim.scenario.json_schema import accept_model_forms, finished_schema
 from moesim.scenario.messages import describe
-from moesim.scenario.overrides import apply_overrides
 from moesim.serving import ServingScenario, load_serving_text
 from moesim.serving.schema import Engine, Serving, ServingMemory
 
@@ -140,12 +139,6 @@ def is_serving_plan(root: Node) -> bool:
     return goal is not None and isinstance(goal.value, dict) and "serve" in goal.value
 
 
-def load_serving_plan(path: str | FilePath, overrides: Sequence[str] = ()) -> ServingPlan:
-    """The plan in the file `path`; models explicit, paths absolute. Raises UserError, one line."""
-    path = FilePath(path)
-    return serving_plan_of(apply_overrides(read_yaml(path, what="plan"), overrides), base=path.parent)
-
-
 def serving_plan_of(root: Node, *, base: FilePath) -> ServingPlan:
     """The plan of a document; paths are relative to `base`. Raises UserError, one line."""
     root = explicit_model(root, base=base)
@@ -167,9 +160,7 @@ def serving_plan_json_schema(*, units: bool = False) -> dict[str, Any]:
     schema = ServingPlan.model_json_schema(mode="validation")
     accept_model_forms(schema["$defs"]["Model"])
     schema["$defs"]["Offer"]["properties"]["gpu"]["enum"] = list(gpu_names())
-    if not units:
-        schema = without_units(schema)
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "moesim plan of serving"}
+    return finished_schema(schema, title="moesim plan of serving", units=units)
 
 
 def _dotted(path: tuple[str | int, ...]) -> str:

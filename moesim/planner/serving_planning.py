@@ -112,12 +112,13 @@ def make_serving_plan(
         ranking = [each for each in meeting if not each.unit.is_alternative]
         others = [each for each in meeting if each.unit.is_alternative]
         if not ranking:
-            reason = _why_nothing(plan, found)
-            _write(plan, folder, {"status": "failed", "reason": reason})
-            raise InfeasibleError(reason)
-        whole = [_as_fleet(plan, each, points) for each in ranking[:WHOLE]]
-        ranking = sorted([*(each for each in whole if each.units is not None), *ranking[WHOLE:]],
-                         key=lambda each: _rank(plan, each))  # fmt: skip
+            raise _nothing(plan, folder, found)
+        whole = {id(each): _as_fleet(plan, each, points) for each in ranking[:WHOLE]}
+        found = [whole.get(id(each), each) for each in found]
+        ranking = [each for each in (whole.get(id(each), each) for each in ranking) if each.units is not None]
+        ranking.sort(key=lambda each: _rank(plan, each))
+        if not ranking:
+            raise _nothing(plan, folder, found)
         content = _content(plan, found, ranking, others, points)
         _write_scenarios(plan, folder, ranking)
         _write(plan, folder, content)
@@ -221,6 +222,12 @@ def _as_fleet(plan: ServingPlan, each: Found, points: Points) -> Found:
     return Found(unit, None, record, "the whole fleet misses the limits")
 
 
+def _nothing(plan: ServingPlan, folder: Path, found: Sequence[Found]) -> InfeasibleError:
+    reason = _why_nothing(plan, found)
+    _write(plan, folder, {"status": "failed", "reason": reason})
+    return InfeasibleError(reason)
+
+
 def _why_nothing(plan: ServingPlan, found: Sequence[Found]) -> str:
     """The nearest combination in one line."""
     head = f"{plan.name}: none of {len(found)} combinations answers the load within its limits"
@@ -245,8 +252,8 @@ def _shown(plan: ServingPlan, each: Found, *, output: float) -> dict[str, Any]:
         "words": each.unit.words(plan), "values": dict(values_of(each.unit, plan)), "units": units,
         "gpus": units * each.unit.gpus, "usd_per_hour": usd,
         "usd_per_million_output_tokens": usd / 3600 / output * 1e6,
-        "output_tokens_per_second": output,
-        **{name: record[name] for name in KEPT if name != "output_tokens_per_second"},
+        "asked_output_tokens_per_second": output,
+        **{name: record[name] for name in KEPT},
         "whole": bool(record.get("whole")),
     }  # fmt: skip
 
@@ -256,7 +263,7 @@ def _content(
 ) -> dict[str, Any]:
     by_words = {str(each.unit): each.unit for each in found}
     requests = draw_requests(plan.workload, seed=plan.seed)
-    asked = float(requests.output_N.sum()) / max(float(requests.arrival_N[-1]), 1e-9)
+    asked = requests.per_second * float(requests.output_N.mean())
     loads = []
     for key, record in points.known.items():
         unit = by_words.get(key.partition("|")[0])

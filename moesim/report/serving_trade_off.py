@@ -35,13 +35,21 @@ class Dots:
 def trade_off(
     groups: Sequence[Dots], *, fronts: Sequence[tuple[str, str, Sequence[Load]]] = (), x: str = X, y: str = Y
 ) -> Figure:
-    """Dots by two numbers of their loads, and fronts (name, colour, loads in order) as dotted lines."""
-    figure = Figure()
+    """Dots by two numbers of their loads, and fronts (name, colour, loads in order) as dotted lines.
+
+    Loads without one of them, as answers of one token have no time per token, are left out. Raises UserError for a
+    number that no load has.
+    """
+    figure, every = Figure(), [load for group in groups for _, load in group.loads]
+    for key in (x, y):
+        if every and not any(load.get(key, "") is None for load in every):
+            number(every[0], key)
     for group in groups:
+        shown = [(words, load) for words, load in group.loads if {x, y} <= numbers_of(load).keys()]
         figure.add_scatter(
-            x=[number(load, x) for _, load in group.loads],
-            y=[number(load, y) for _, load in group.loads],
-            text=[words for words, _ in group.loads],
+            x=[number(load, x) for _, load in shown],
+            y=[number(load, y) for _, load in shown],
+            text=[words for words, _ in shown],
             mode="markers", name=group.name, marker={"color": group.colour, "size": 8},
         )  # fmt: skip
     for name, colour, loads in fronts:
@@ -88,7 +96,9 @@ def serving_record(path: Path) -> dict[str, Any] | None:
             found = parse_json(place.read_text(encoding="utf-8"))
         except (ValueError, UnicodeDecodeError):
             continue
-        if isinstance(found, dict) and found.get("kind") in KINDS:
+        if isinstance(found, dict) and isinstance(found.get("kind"), str) and found["kind"] in KINDS:
+            if not isinstance(found.get("name"), str):
+                raise UserError(f"{place}: {found['kind']} without a name; let `moesim` write it anew")
             if found["kind"] == "serving plan" and found.get("status") != "done":
                 raise UserError(f"{place}: no finished plan; {found.get('reason') or 'let `moesim plan` end first'}")
             return found
@@ -108,20 +118,21 @@ def serving_plot(paths: Sequence[Path], *, x: str | None = None, y: str | None =
             raise UserError(f"{path}: not of serving, as others are; plot them apart")
     groups, fronts, rows = [], [], []
     names = _names([str(record["name"]) for record in records if record], paths)
-    for place, (name, record) in enumerate(zip(names, records, strict=True)):
+    for index, (name, record) in enumerate(zip(names, records, strict=True)):
         assert record is not None
-        colour = _COLOURS[place % len(_COLOURS)]
+        colour = _COLOURS[index % len(_COLOURS)]
         loads = record["loads"] if record["kind"] == "serving plan" else [record | {"words": "as simulated"}]
         groups.append(Dots(name, colour, [(f"{name}: {_words(load)}", load) for load in loads]))
         if record["kind"] == "serving plan" and x is None and y is None:
-            front = [loads[number] for number in record["front"]]
+            front = [loads[place] for place in record["front"]]
             fronts.append((f"front of {name}", colour, front))
             loads = front
         rows += [_row(f"{name}: {_words(load)}" if len(loads) > 1 else name, load) for load in loads]
     page, title = Page(), " and ".join(names)
     page.text("h1", title)
     what = [KINDS[str(record["kind"])] for record in records if record]
-    counts = " and ".join(f"{what.count(kind)} {kind}{'s' if what.count(kind) > 1 else ''}" for kind in set(what))
+    kinds = dict.fromkeys(what)
+    counts = " and ".join(f"{what.count(kind)} {kind}{'s' if what.count(kind) > 1 else ''}" for kind in kinds)
     page.text("p", f"{counts} of serving; of plans every simulated load is a point, their fronts are rows below.")
     page.figure(trade_off(groups, fronts=fronts, x=x or X, y=y or Y), name="figure-0", tools=True)
     page.table(_HEAD, rows, styles=("", *("number",) * (len(_HEAD) - 1)))

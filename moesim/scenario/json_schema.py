@@ -20,9 +20,13 @@ def json_schema(*, units: bool = False) -> dict[str, Any]:
     accept_model_forms(schema["$defs"]["Model"])
     accept_named_implementation(schema)
     accept_cluster_forms(schema["$defs"])
-    if not units:
-        schema = without_units(schema)
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "moesim scenario"}
+    return finished_schema(schema, title="moesim scenario", units=units)
+
+
+def finished_schema(schema: dict[str, Any], *, title: str, units: bool) -> dict[str, Any]:
+    """With its head; without the key `unit`, which is not of the standard, unless `units`."""
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+    return {**head, **(schema if units else _without_units(schema)), "title": title}
 
 
 def accept_cluster_forms(definitions: dict[str, Any]) -> None:
@@ -59,9 +63,8 @@ def _accept_flat_cluster(cluster: dict[str, Any], pool: dict[str, Any]) -> None:
     cluster["anyOf"] = [{"required": ["pools"]}, {"required": _GPU_FORMS}]
 
 
-def without_units(schema: Any) -> Any:
-    """The schema without the key `unit`, which is not of the standard."""
+def _without_units(schema: Any) -> Any:
     if isinstance(schema, dict):
         is_unit = isinstance(schema.get("unit"), str)
-        return {key: without_units(value) for key, value in schema.items() if not (is_unit and key == "unit")}
-    return [without_units(item) for item in schema] if isinstance(schema, list) else schema
+        return {key: _without_units(value) for key, value in schema.items() if not (is_unit and key == "unit")}
+    return [_without_units(item) for item in schema] if isinstance(schema, list) else schema

@@ -90,9 +90,9 @@ def serve_seeds(scenario: ServingScenario, seeds: int) -> dict[str, Any]:
         for share in SHARES
     }
     for key in RANGED:
-        if first[key] is None:  # answers of one token have no time per token
-            continue
-        ranges[key] = [min(each[key] for each in results), max(each[key] for each in results)]
+        known = [each[key] for each in results if each[key] is not None]  # answers of one token have no time per token
+        if known:
+            ranges[key] = [min(known), max(known)]
     return first | {"seeds": seeds, "ranges": ranges}
 
 
@@ -109,7 +109,7 @@ def largest_load(scenario: ServingScenario) -> dict[str, Any]:
         )
     deployment = Deployment(scenario)
     requests = deployment.requests(scenario.seed)
-    rate = (len(requests) - 1) / max(float(requests.arrival_N[-1]), 1e-9)
+    rate = requests.per_second
 
     def meets(factor: float) -> bool:
         at = requests.faster(factor)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from moesim.scenario.json_schema import accept_cluster_forms, accept_model_forms, without_units
+from moesim.scenario.json_schema import accept_cluster_forms, accept_model_forms, finished_schema
 from moesim.serving.schema import ServingScenario
 
 
@@ -11,6 +11,4 @@ def serving_json_schema(*, units: bool = False) -> dict[str, Any]:
     schema = ServingScenario.model_json_schema(mode="validation")
     accept_model_forms(schema["$defs"]["Model"])
     accept_cluster_forms(schema["$defs"])
-    if not units:
-        schema = without_units(schema)
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "moesim serving"}
+    return finished_schema(schema, title="moesim serving", units=units)

@@ -12,6 +12,7 @@ from moesim.scenario.messages import describe
 from moesim.scenario.model import Mla
 from moesim.scenario.overrides import apply_overrides
 from moesim.serving.fleet import fleet_gpus, prefill_scenario
+from moesim.serving.keys import key_layout
 from moesim.serving.schema import ServingScenario
 from moesim.serving.software import serving_software
 
@@ -81,9 +82,9 @@ def _check(scenario: ServingScenario, root: Node) -> None:
         raise refuse(("decode_routing",), "a model without experts has no routing; leave it out")
     _check_fleet(scenario, refuse)
     _check_workload(scenario, refuse)
-    if serving_software()[scenario.engine.software].paged and (mesh.world_size > 1 or isinstance(model.attention, Mla)):
-        what = f"{scenario.engine.software} is known on one GPU with grouped queries alone; use them, or fused"
-        raise refuse(("engine", "software"), what)
+    if serving_software()[scenario.engine.software].paged and (unknown := _unknown_where_copied(scenario)):
+        what = f"{scenario.engine.software} copies keys out of their pages, which is not known with {unknown}"
+        raise refuse(("engine", "software"), f"{what}; use fused, or leave that out")
     engine = scenario.engine
     if not engine.chunked_prefill and engine.token_budget < 1_024:
         what = f"{engine.token_budget} tokens never hold a long prompt whole; allow chunked_prefill, or raise it"
@@ -99,12 +100,24 @@ def _check(scenario: ServingScenario, root: Node) -> None:
         raise refuse(("engine", "capacity_factor"), "a model without experts drops nothing; leave it out")
 
 
+def _unknown_where_copied(scenario: ServingScenario) -> str | None:
+    """What attention that copies keys out of their pages was not measured with; None for what it was."""
+    if scenario.parallelism.world_size > 1:
+        return "several ranks"
+    if isinstance(scenario.model.attention, Mla):
+        return "latent attention"
+    kinds = key_layout(scenario.model, page=scenario.engine.page).kinds
+    if len(kinds) > 1 or kinds[0].window:
+        return "windows"
+    return None if scenario.workload.kv == "bf16" else f"keys and values in {scenario.workload.kv}"
+
+
 def _check_fleet(scenario: ServingScenario, refuse: Callable[[Path, str], UserError]) -> None:
     gpus, prefill = fleet_gpus(scenario), scenario.fleet.prefill
     if gpus > scenario.cluster.num_gpus:
         what = f"{gpus} GPUs in all instances, {scenario.cluster.num_gpus} in the cluster; lower replicas or add nodes"
         raise refuse(("fleet",), what)
-    parts: list[tuple[ServingScenario, Path]] = [(scenario, ("engine", "redundant_experts"))]
+    parts: list[tuple[ServingScenario, Path]] = [(scenario, ("engine",))]
     if prefill is not None:
         where = ("fleet", "prefill", "parallelism")
         mesh, model = prefill.parallelism, scenario.model
@@ -114,8 +127,10 @@ def _check_fleet(scenario: ServingScenario, refuse: Callable[[Path, str], UserEr
         if model.heads % mesh.tensor or mesh.pipeline > model.layers:
             what = f"tensor must divide {model.heads} heads, and pipeline be at most {model.layers} layers"
             raise refuse(where, f"{what}; change them")
-        parts.append((prefill_scenario(scenario), ("fleet", "prefill", "redundant_experts")))
-    for part, place in parts:
+        parts.append((prefill_scenario(scenario), ("fleet", "prefill")))
+    for part, section in parts:
+        _check_overlap(part, (*section, "two_batches"), refuse)
+        place = (*section, "redundant_experts")
         slots, ranks = scenario.model.experts + part.engine.redundant_experts, part.parallelism.expert
         if part.engine.redundant_experts and ranks == 1:
             raise refuse(place, "a rank that holds all experts needs no copies; spread them, or leave it out")
@@ -123,13 +138,13 @@ def _check_fleet(scenario: ServingScenario, refuse: Callable[[Path, str], UserEr
             least = -scenario.model.experts % ranks
             what = f"{slots} experts with their copies do not spread evenly over {ranks} ranks"
             raise refuse(place, f"{what}; use {least}, or {ranks} more")
-    hidden = "nothing is dispatched that could be hidden; spread experts, or drop it"
-    if scenario.engine.two_batches and scenario.parallelism.expert == 1:
-        raise refuse(("engine", "two_batches"), hidden)
-    if prefill is not None and prefill.two_batches and prefill.parallelism.expert == 1:
-        raise refuse(("fleet", "prefill", "two_batches"), hidden)
-    if scenario.engine.two_batches and scenario.parallelism.pipeline > 1:
-        raise refuse(("engine", "two_batches"), "not modelled with pipeline stages; use one stage")
+
+
+def _check_overlap(part: ServingScenario, place: Path, refuse: Callable[[Path, str], UserError]) -> None:
+    if part.engine.two_batches and part.parallelism.expert == 1:
+        raise refuse(place, "nothing is dispatched that could be hidden; spread experts, or use false")
+    if part.engine.two_batches and part.parallelism.pipeline > 1:
+        raise refuse(place, "not modelled with pipeline stages; use one stage, or false")
 
 
 def _check_workload(scenario: ServingScenario, refuse: Callable[[Path, str], UserError]) -> None:

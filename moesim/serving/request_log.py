@@ -37,6 +37,10 @@ UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
 _SUFFIXES = {"ms": "ms", "milliseconds": "ms", "us": "us", "microseconds": "us", "sec": "s", "seconds": "s"}
 _LATEST = 1e10  # seconds; a larger time is one of another unit, such as milliseconds since 1970
 _MOST_TOKENS = 10_000_000
+_MOST_NUMBER = 2**53  # of a prefix or a class: whole numbers beyond are not exact
+_BEHIND_TIME = ("input tokens", "output tokens", "prefix", "prefix tokens", "priority")
+_OF_TOKENS = np.array(["tokens" in name for name in _BEHIND_TIME])
+_NEEDED = np.arange(len(_BEHIND_TIME)) < 2
 _LINES = 65_536  # that are turned into numbers at once
 _DATE = re.compile(r"(\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d)(?:[.,](\d+))?(Z|[+-]\d\d:?\d\d)?")
 
@@ -102,10 +106,15 @@ def _chunks(
     delimiter = max(",;\t", key=head.count)
     header = [name.strip() for name in next(csv.reader([head], delimiter=delimiter))]
     places, own_unit = _places(header, columns, path)
-    scale = UNITS[own_unit or unit]
+    scale: float | None = UNITS[own_unit or unit]
     lines, first = csv.reader(file, delimiter=delimiter), 2
+    by_date: bool | None = None  # whether times are dates, as the first one says
     while count > 0 and (chunk := list(islice(lines, min(_LINES, count)))):
         count -= len(chunk)
+        if by_date is None:
+            told = (line[places[0]] for line in chunk if places[0] is not None and len(line) > places[0])
+            by_date = _DATE.fullmatch(next((text.strip() for text in told if text.strip()), "")) is not None
+            scale = None if by_date else scale
         yield _numbers(chunk, places, scale, path, first)
         first += len(chunk)
 
@@ -121,6 +130,9 @@ def _places(header: Sequence[str], columns: Mapping[str, str], path: Path) -> tu
                 hint = closest(columns[what], header) or f"; it has {', '.join(header)}"
                 raise UserError(f"workload.arrivals.columns.{what}: {path} has no column {columns[what]!r}{hint}")
             place = header.index(columns[what])
+            words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+", columns[what])
+            if what == "time" and words:
+                unit = _SUFFIXES.get(words[-1].lower())
         else:
             place, said = _place(what, names, plain)
             if place < 0:
@@ -147,7 +159,7 @@ def _plain(name: str) -> str:
 
 
 def _numbers(
-    chunk: Sequence[Sequence[str]], places: Sequence[int | None], scale: float, path: Path, first: int
+    chunk: Sequence[Sequence[str]], places: Sequence[int | None], scale: float | None, path: Path, first: int
 ) -> FloatArray:
     """The columns of lines as numbers: in one go, or line by line to find out which is wrong."""
     try:
@@ -160,22 +172,26 @@ def _numbers(
             else:
                 empty = "-1" if column >= 3 else ""
                 rows_NC[:, column] = np.array([line[place].strip() or empty for line in chunk]).astype(float)
+        if not (_are_late(rows_NC) | _are_wrong(rows_NC).any(axis=1)).any():
+            return rows_NC
     except (ValueError, IndexError):
-        return np.concatenate([_checked(line, places, scale, _where(path, first + n)) for n, line in enumerate(chunk)])
-    if _faults(rows_NC).any():
-        return np.concatenate([_checked(line, places, scale, _where(path, first + n)) for n, line in enumerate(chunk)])
-    return rows_NC
+        pass  # the line is looked for below
+    return np.concatenate([_checked(line, places, scale, _where(path, first + n)) for n, line in enumerate(chunk)])
 
 
-def _faults(rows_NC: FloatArray) -> NDArray[np.bool_]:
-    tokens = rows_NC[:, 1:]
-    whole = np.isfinite(tokens) & (tokens == np.floor(tokens)) & (tokens <= _MOST_TOKENS)
-    negative = tokens[:, :2].min(axis=1) < 0
-    late = ~(np.abs(rows_NC[:, 0]) <= _LATEST)  # or no number
-    return np.asarray(late | ~whole.all(axis=1) | negative)
+def _are_late(rows_NC: FloatArray) -> NDArray[np.bool_]:
+    return np.asarray(~(np.abs(rows_NC[:, 0]) <= _LATEST))  # or no number
 
 
-def _checked(line: Sequence[str], places: Sequence[int | None], scale: float, where: str) -> FloatArray:
+def _are_wrong(rows_NC: FloatArray) -> NDArray[np.bool_]:
+    """[lines, columns behind the time]: whole numbers; of tokens no more than anybody asks for, and none below 0."""
+    numbers = rows_NC[:, 1:]
+    most = np.where(_OF_TOKENS, _MOST_TOKENS, _MOST_NUMBER)
+    least = np.where(_NEEDED, 0, -np.inf)
+    return np.asarray(~(np.isfinite(numbers) & (numbers == np.floor(numbers)) & (numbers <= most) & (numbers >= least)))
+
+
+def _checked(line: Sequence[str], places: Sequence[int | None], scale: float | None, where: str) -> FloatArray:
     """[1, columns] of a line, or none of an empty one. Raises UserError for what is wrong with it."""
     if not any(cell.strip() for cell in line):
         return np.empty((0, len(places)))
@@ -191,18 +207,19 @@ def _checked(line: Sequence[str], places: Sequence[int | None], scale: float, wh
     if abs(row[0, 0]) > _LATEST:
         what = f"time {cells[0].strip()} is no number of seconds; set workload.arrivals.unit: ms (or us)"
         raise UserError(f"{where}: {what}")
-    if _faults(row).any():
-        what = f"{cells[1].strip()} and {cells[2].strip()} tokens: whole numbers from 0 to {_MOST_TOKENS:,} are needed"
+    if len(wrong := np.flatnonzero(_are_wrong(row)[0])):
+        at = int(wrong[0])
+        least, most = ("0" if _NEEDED[at] else "-1"), f"{_MOST_TOKENS if _OF_TOKENS[at] else _MOST_NUMBER:,}"
+        what = f"{_BEHIND_TIME[at]} {cells[at + 1].strip()}: a whole number from {least} to {most} is needed"
         raise UserError(f"{where}: {what}; mend or drop the line")
     return row
 
 
-def _seconds_of(texts: Sequence[str], scale: float) -> FloatArray:
-    """Seconds of times that are numbers of a unit, or dates. Raises ValueError."""
-    try:
-        return np.asarray(np.array([text.strip() for text in texts]).astype(float)) * scale
-    except ValueError:
+def _seconds_of(texts: Sequence[str], scale: float | None) -> FloatArray:
+    """Seconds of times that are numbers of a unit, or (scale None) dates. Raises ValueError."""
+    if scale is None:
         return np.array([_date(text) for text in texts])
+    return np.asarray(np.array([text.strip() for text in texts]).astype(float)) * scale
 
 
 def _date(text: str) -> float:

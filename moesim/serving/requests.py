@@ -34,6 +34,11 @@ class Requests:
     def __len__(self) -> int:
         return len(self.arrival_N)
 
+    @property
+    def per_second(self) -> float:
+        """How many arrive a second, of gaps between them; where all come at once, as within a nanosecond."""
+        return (len(self) - 1) / max(float(self.arrival_N[-1]), 1e-9)
+
     def faster(self, factor: float) -> "Requests":
         """The same requests, `factor` times as many a second."""
         return replace(self, arrival_N=self.arrival_N / factor)

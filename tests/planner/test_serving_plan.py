@@ -1,10 +1,13 @@
 """Plans of serving: the fewest instances that meet the limits, the front, going on, and what nothing meets."""
 
+from dataclasses import replace
+
 import pytest
 
 from moesim.errors import InfeasibleError, UserError
+from moesim.planner import serving_planning
 from moesim.planner.loading import load_any_plan, load_plan
-from moesim.planner.serving_plan import ServingPlan, load_serving_plan, scenario_of, units_of
+from moesim.planner.serving_plan import ServingPlan, scenario_of, units_of
 from moesim.planner.serving_planning import POINTS_FILE, make_serving_plan, pareto, plan_digest
 from moesim.report.serving_plan_view import print_serving_plan, serving_plan_page
 from moesim.report.serving_trade_off import serving_plot
@@ -39,7 +42,7 @@ def file(tmp_path):
 
 def test_the_first_is_the_least_what_it_writes_serves_within_the_limits_and_it_goes_on(file, tmp_path, capsys) -> None:
     plan, out = load_any_plan(file), tmp_path / "out"
-    assert isinstance(plan, ServingPlan) and plan == load_serving_plan(file)
+    assert isinstance(plan, ServingPlan) and plan == load_any_plan(file)
     with pytest.raises(UserError, match="this is a plan of serving"):
         load_plan(file)
     content = make_serving_plan(plan, out)
@@ -56,7 +59,7 @@ def test_the_first_is_the_least_what_it_writes_serves_within_the_limits_and_it_g
     assert make_serving_plan(plan, out)["ranking"] == ranking
     assert len(points.read_text().splitlines()) == len(lines)
     with pytest.raises(UserError, match="holds another plan"):
-        make_serving_plan(load_serving_plan(file, ["seed=1"]), out)
+        make_serving_plan(load_any_plan(file, ["seed=1"]), out)
     front = [content["loads"][place] for place in content["front"]]
     page = serving_plot([out])
     assert page is not None and all(f"{load['tokens_per_second_per_user']:,.1f}" in page for load in front)
@@ -71,27 +74,27 @@ def test_the_first_is_the_least_what_it_writes_serves_within_the_limits_and_it_g
 
 def test_what_is_too_large_for_the_offers_has_a_remedy(file, tmp_path) -> None:
     with pytest.raises(InfeasibleError, match=r"more GPUs than offered .*offer more or other GPUs"):
-        make_serving_plan(load_serving_plan(file, ["choices.data=[64]"]), tmp_path / "out")
+        make_serving_plan(load_any_plan(file, ["choices.data=[64]"]), tmp_path / "out")
 
 
 def test_a_trace_that_changed_makes_it_another_plan(file, tmp_path) -> None:
     log = tmp_path / "log.csv"
     log.write_text("time,input,output\n0,100,5\n1,100,5\n")
-    plan = load_serving_plan(file, [f"workload.arrivals={{kind: trace, file: {log}}}"])
+    plan = load_any_plan(file, [f"workload.arrivals={{kind: trace, file: {log}}}"])
     before = plan_digest(plan)
-    assert before == plan_digest(plan) != plan_digest(load_serving_plan(file))
+    assert before == plan_digest(plan) != plan_digest(load_any_plan(file))
     log.write_text("time,input,output\n0,100,5\n1,100,6\n")
     assert plan_digest(plan) != before
 
 
 def test_what_nothing_meets_names_the_nearest(file, tmp_path) -> None:
-    plan = load_serving_plan(file, ["workload.slo.tpot=0.00001", "choices.data=[2]"])
+    plan = load_any_plan(file, ["workload.slo.tpot=0.00001", "choices.data=[2]"])
     with pytest.raises(InfeasibleError, match="nearest: h100: ep2 dp2"):
         make_serving_plan(plan, tmp_path / "out")
 
 
 def test_units_are_the_combinations_and_those_of_the_alternative(file) -> None:
-    plan = load_serving_plan(file)
+    plan = load_any_plan(file)
     units = units_of(plan)
     assert len(units) == 8 and sum(unit.is_alternative for unit in units) == 4
     pair = next(unit for unit in units if unit.prefill_to_decode == "1:1" and unit.data == 2)
@@ -118,5 +121,22 @@ def test_the_front_is_what_nothing_beats_in_both() -> None:
 )
 def test_mistakes_are_named(file, override: str, what: str) -> None:
     with pytest.raises(UserError) as error:
-        load_serving_plan(file, [override])
+        load_any_plan(file, [override])
     assert what in str(error.value) and "\n" not in str(error.value)
+
+
+def test_answers_of_one_token_have_a_page_without_tokens_per_second_of_a_user(file, tmp_path) -> None:
+    plan = load_any_plan(file, ["workload.arrivals.output.tokens=1", "choices.data=[1]", "workload.slo={ttft: 0.2}"])
+    content = make_serving_plan(plan, tmp_path / "out")
+    assert {load["tokens_per_second_per_user"] for load in content["loads"]} == {None} and content["front"] == []
+    assert "small" in serving_plan_page({"name": plan.name, **content}) and serving_plot([tmp_path / "out"]) is not None
+
+
+def test_units_that_meet_the_limits_as_shares_alone_are_no_answer(file, tmp_path, monkeypatch) -> None:
+    as_fleet = serving_planning._as_fleet
+    monkeypatch.setattr(
+        serving_planning, "_as_fleet", lambda plan, each, points: replace(as_fleet(plan, each, points), units=None)
+    )
+    plan = load_any_plan(file, ["choices={data: [2]}"])
+    with pytest.raises(InfeasibleError, match="none of"):
+        make_serving_plan(plan, tmp_path / "out")

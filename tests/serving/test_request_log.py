@@ -87,9 +87,9 @@ def test_prefixes_and_classes_of_a_log(tmp_path: Path) -> None:
         ("time,input\n0,1\n", "name its output with workload.arrivals.columns"),
         ("time,input,input,output\n0,1,1,1\n", "two columns are called input"),
         (HEAD + "0,10,0\n", "no request has tokens"),
-        (HEAD + "0,10,5\n1,-10,5\n", r"log.csv:3: -10 and 5 tokens: whole numbers"),
-        (HEAD + "0,10.5,5\n", r":2: 10.5 and 5 tokens"),
-        (HEAD + "0,inf,5\n", r":2: inf and 5 tokens"),
+        (HEAD + "0,10,5\n1,-10,5\n", r"log.csv:3: input tokens -10: a whole number from 0"),
+        (HEAD + "0,10.5,5\n", r":2: input tokens 10.5: a whole number"),
+        (HEAD + "0,inf,5\n", r":2: input tokens inf: a whole number"),
         (HEAD + "nan,10,5\n", r":2: needs a time"),
         (HEAD + "0,ten,5\n", r":2: needs a time"),
         (HEAD + "0,10\n", r":2: needs a time"),
@@ -107,3 +107,13 @@ def test_what_is_wrong_is_one_line(tmp_path: Path, text: str, fault: str) -> Non
 def test_a_column_that_is_not_there_names_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no column 'whn'; did you mean 'when'"):
         requests("when,input,output\n0,1,1\n", tmp_path, "workload.arrivals.columns={time: whn}")
+
+
+def test_the_unit_in_an_own_name_counts_and_the_wrong_column_is_named(tmp_path: Path) -> None:
+    own = "workload.arrivals.columns={time: Arrival ms}"
+    found = requests("Arrival ms,input,output,prefix\n0,10,5,99999999\n2000,10,5,7\n", tmp_path, own)
+    assert found.arrival_N.tolist() == [0.0, 2.0]
+    with pytest.raises(UserError, match=r"log\.csv:2: priority 0\.5: a whole number"):
+        requests("time,input,output,priority\n0,10,5,0.5\n", tmp_path)
+    with pytest.raises(UserError, match=r"log\.csv:3: needs a time"):
+        requests(HEAD + "0,10,5\n2024-01-01 00:00:00,10,5\n", tmp_path)
