@@ -358,7 +358,9 @@ class _Builder:
             held=tuple(other for other in self.schedule.stages_of_rank[pipeline_rank] if other < stage),
         )
         links = GroupLinks(self.fabric, ranks_R, samples=max(1, len(self.samples)))
-        return self._priced(ranks_R, lambda kernels: stage_blocks(self.scenario, kernels, plan, loads, links))
+        return self._priced(
+            ranks_R, lambda kernels: stage_blocks(self.scenario, kernels, plan, loads, links, host=self.host)
+        )
 
 
 def _jitter(scenario: Scenario, kernels: KernelModel, host: HostModel) -> Jitter:

@@ -13,6 +13,7 @@ from moesim.parallel import Mesh
 from moesim.parallel.memory_parameters import stage_units
 from moesim.program.gemms import column_parallel, gather_columns
 from moesim.program.group_collectives import GroupLinks, PeerCollective, SideBySide
+from moesim.program.host import FREE_HOST, HostModel
 from moesim.program.loads import LayerLoads
 from moesim.program.operations import MAIN, Block, Kind, Operation
 from moesim.program.sharded import PARAMETERS, ShardedPart, ShardedStage
@@ -44,14 +45,19 @@ class StagePlan:
 
 
 def stage_blocks(
-    scenario: Scenario, kernels: KernelModel, plan: StagePlan, loads: LayerLoads | None, links: GroupLinks | None = None
+    scenario: Scenario,
+    kernels: KernelModel,
+    plan: StagePlan,
+    loads: LayerLoads | None,
+    links: GroupLinks | None = None,
+    host: HostModel = FREE_HOST,
 ) -> dict[Pass, Block]:
     """A block per pass; `loads` holds the MoE layers of the plan, where there are any.
 
     `links` are those of the rank group, needed where its ranks share sequences or matrices; without them the
-    collectives of ZeRO 2 and 3 are left out.
+    collectives of ZeRO 2 and 3 are left out. `host`: that of the step.
     """
-    forward, backward = _passes(scenario, kernels, plan, loads, links)
+    forward, backward = _passes(scenario, kernels, plan, loads, links, host)
     late = tuple(operation for operation in backward if _is_put_off(operation))
     early = tuple(operation for operation in backward if not _is_put_off(operation))
     return {
@@ -68,11 +74,15 @@ def _is_put_off(operation: Operation) -> bool:
 
 
 def _passes(
-    scenario: Scenario, kernels: KernelModel, plan: StagePlan, loads: LayerLoads | None, links: GroupLinks | None = None
+    scenario: Scenario,
+    kernels: KernelModel,
+    plan: StagePlan,
+    loads: LayerLoads | None,
+    links: GroupLinks | None,
+    host: HostModel,
 ) -> Passes:
     model, software, step = scenario.model, kernel_list(scenario), step_sizes(scenario, links)
-    host = kernels.host
-    launch = host.launch / host.backward_launch if host.backward_launch else 1.0
+    launch = host.forward_launch / host.backward_launch if host.backward_launch else 1.0
 
     def writer(part: Part, layer: int = -1, spread_S: Sequence[bool] = ()) -> KernelWriter:
         dtype = scenario.workload.precision.kernels

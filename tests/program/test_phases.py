@@ -7,8 +7,10 @@ import pytest
 from moesim.kernels import kernel_model
 from moesim.network import build_fabric
 from moesim.program import build_program
+from moesim.program.host import HostModel
 from moesim.program.operations import Kind, Operation
 from moesim.program.stage import StagePlan, stage_blocks
+from moesim.program.switched import SwitchedKernels
 from moesim.results.spans import CATEGORY_OF_PART, Collective, Part, Phase
 from moesim.run import draw_samples, obtain_trace
 from moesim.schedules import Pass
@@ -62,6 +64,19 @@ def test_full_recomputation_repeats_every_operation_of_a_layer(small) -> None:
     blocks = blocks_of(small({"workload.recompute": "full"}))
     again = [operation for operation in blocks["backward"] if operation.phase is Phase.RECOMPUTE]
     assert len(again) == len([operation for operation in blocks["forward"] if operation.label.layer >= 0])
+
+
+@pytest.mark.parametrize("seconds", [(8e-6, 8e-6), (6e-6, 9e-6), (0.0, 0.0)])
+def test_what_is_repeated_costs_the_host_what_it_did(
+    small, monkeypatch: pytest.MonkeyPatch, seconds: tuple[float, float]
+) -> None:
+    """By the host of the software, which need not be the one that kernels were measured with."""
+    host = HostModel(forward_launch=seconds[0], backward_launch=seconds[1], readback=0.0)
+    monkeypatch.setattr(SwitchedKernels, "host_model", lambda *_: host)
+    blocks = blocks_of(small({"workload.recompute": "full"}))
+    first = sum(each.launches for each in blocks["forward"] if each.label.layer >= 0)
+    again = sum(each.launches for each in blocks["backward"] if each.phase is Phase.RECOMPUTE)
+    assert first > 0 and again * host.backward_launch == pytest.approx(first * host.forward_launch)
 
 
 def test_only_gradients_of_weights_are_put_off(small) -> None:
