@@ -59,11 +59,19 @@ def attention_layer_parameters(model: Model) -> int:
     if not isinstance(model.attention, Mla):
         return 2 * h * heads * dim + 2 * h * model.kv_heads * dim + _attention_extras(model)
     mla = model.attention
-    query_width, value_dim = heads * (dim + mla.rope_head_dim), mla.value_head_dim or dim
-    query = h * query_width if mla.q_lora_rank is None else mla.q_lora_rank * (h + query_width)
+    query = h * (mla.q_lora_rank or heads * (dim + mla.rope_head_dim))
     compressed = h * (mla.kv_lora_rank + mla.rope_head_dim)
-    expanded = mla.kv_lora_rank * heads * (dim + value_dim) + heads * value_dim * h
-    return query + compressed + expanded + _indexer_parameters(model, mla)
+    output = heads * (mla.value_head_dim or dim) * h
+    return query + compressed + up_projection_parameters(model) + output + _indexer_parameters(model, mla)
+
+
+def up_projection_parameters(model: Model) -> int:
+    """Of these, what makes queries, keys and values from their compressed form; 0 without latent attention."""
+    heads, dim, mla = model.heads, model.head_dim, model.attention
+    if not isinstance(mla, Mla):
+        return 0
+    queries = (mla.q_lora_rank or 0) * heads * (dim + mla.rope_head_dim)
+    return queries + mla.kv_lora_rank * heads * (dim + (mla.value_head_dim or dim))
 
 
 def _attention_extras(model: Model) -> int:

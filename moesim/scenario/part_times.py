@@ -18,10 +18,11 @@ from moesim.scenario.flops import (
     attention_score_flops,
     expert_parameters,
     latent_parameters,
+    up_projection_parameters,
 )
 
 if TYPE_CHECKING:
-    from moesim.scenario.schema import Scenario
+    from moesim.scenario.schema import Recomputable, Scenario
 
 # Shares of the data sheet that kernels and links reach, for all GPUs; those of `moesim.kernels.roofline` and
 # `moesim.network.parameters`, but for the products of fp8, which stay further below their peak.
@@ -79,23 +80,29 @@ class _Parts:
         self.scenario, self.model, self.pool = scenario, scenario.model, pool
         self.gpu: GpuSpec = pool.spec
         self.precision = scenario.workload.precision
-        self.recompute = scenario.workload.recompute
-        # Forward passes of a layer per backward pass.
-        self.forwards = 2 if self.recompute == "full" else 1
         self.switches = scenario.implementation.switches
         self.norm_bytes = sum(NORMS[self.switches.norm]) * self.model.hidden
 
-    def _both_ways(self, bytes_: tuple[float, float]) -> float:
-        """Of kernels that run forward, as often as the forward pass does, and backward."""
-        return self.forwards * bytes_[0] + bytes_[1]
+    def _forwards(self, *words: "Recomputable") -> int:
+        """Forward passes per backward pass of what each of these words of workload.recompute repeats."""
+        work = self.scenario.workload
+        return 2 if work.recompute == "full" or work.recomputed_parts.intersection(words) else 1
+
+    def _both_ways(self, bytes_: tuple[float, float], *words: "Recomputable") -> float:
+        """Of kernels that run forward, as often as that pass does, and backward."""
+        return self._forwards(*words) * bytes_[0] + bytes_[1]
+
+    def _norm(self) -> float:
+        """Bytes of the norm of a part of a layer and of the sum around it; half of them are its forward pass."""
+        return self.norm_bytes * (1 + (self._forwards("rms_norm") - 1) / 2)
 
     def products(
-        self, parameters: float, *, share: float = PRODUCT_SHARE, wide: bool = False, layer: bool = False
+        self, parameters: float, *, share: float = PRODUCT_SHARE, wide: bool = False, forwards: int = 1
     ) -> float:
-        """Products with weights of so many elements, one forward and two backward; `layer`: as often as layers run."""
+        """Products with weights of so many elements: so many forward passes, and two products backward."""
         dtype = self.precision.wide if wide else self.precision.gemm
         rate = share * self.gpu.peak_flops[dtype] * (1.0 if wide or self.precision.scaling is None else FP8_SHARE)
-        return 2 * parameters * (2 + (self.forwards if layer else 1)) / rate
+        return 2 * parameters * (2 + forwards) / rate
 
     def moved(self, bytes_: float) -> float:
         """Reading and writing so many bytes."""
@@ -118,36 +125,38 @@ class _Parts:
         fused = self.switches.attention == "fused"
         scores = attention_score_flops(model, sequence_length=length, causal=fused)
         peak = self.gpu.peak_flops[self.precision.wide]
-        core = scores * (self.forwards + (2.5 if fused else 2.0)) / (ATTENTION_SHARE * peak)
-        core += self.moved(self._both_ways(SCORES[self.switches.attention]) * model.heads * length)
+        core = scores * (self._forwards("core_attention") + (2.5 if fused else 2.0)) / (ATTENTION_SHARE * peak)
+        core += self.moved(self._both_ways(SCORES[self.switches.attention], "core_attention") * model.heads * length)
         rotary = self._both_ways(ROTARY[self.switches.rotary]) * (model.heads + model.kv_heads) * model.head_dim
-        again = self.forwards == 1 and self.recompute != "none"  # what is cheap is made again
-        bytes_ = self.norm_bytes * (1 + (self.forwards - 1 + again) / 2) + rotary
-        products = self.products(attention_layer_parameters(model), layer=True)
-        return core + products + self.moved(bytes_) + (2 * self.forwards + 1) * self.shared_tokens()
+        up = up_projection_parameters(model)
+        products = self.products(up, forwards=self._forwards("mla_up_projection"))
+        products += self.products(attention_layer_parameters(model) - up, forwards=self._forwards())
+        return core + products + self.moved(self._norm() + rotary) + (2 * self._forwards() + 1) * self.shared_tokens()
 
-    def _network(self, width: float) -> float:
-        """A gated network of this width for every token: norm apart."""
-        products = self.products(self.model.ffn_matrices * self.model.hidden * width, layer=True)
-        return products + self.moved(self._activation_bytes(width)) + (2 * self.forwards + 1) * self.shared_tokens()
+    def _network(self, width: float, *words: "Recomputable") -> float:
+        """A gated network of this width for every token, which these words repeat: norm apart."""
+        forwards = self._forwards(*words)
+        products = self.products(self.model.ffn_matrices * self.model.hidden * width, forwards=forwards)
+        return products + self.moved(self._activation_bytes(width, *words)) + (2 * forwards + 1) * self.shared_tokens()
 
-    def _activation_bytes(self, width: float) -> float:
+    def _activation_bytes(self, width: float, *words: "Recomputable") -> float:
         """Fused, silu(a) * b reads two values and writes one; its gradient reads three and writes two."""
-        return self._both_ways(ACTIVATIONS[self.switches.activation]) * width
+        return self._both_ways(ACTIVATIONS[self.switches.activation], "swiglu", *words) * width
 
     def dense_layer(self) -> float:
         """Attention and the dense network."""
-        return self._attention() + self._network(self.model.dense_intermediate) + self.moved(self.norm_bytes)
+        return self._attention() + self._network(self.model.dense_intermediate, "dense_ffn") + self.moved(self._norm())
 
     def moe_layer(self) -> float:
         """Attention, router, shared and routed experts, and what moves tokens between them."""
         model, mesh = self.scenario.model, self.scenario.parallelism
-        compute = self._attention() + self.moved(self.norm_bytes + 20 * model.experts)
-        compute += self.products(model.hidden * model.experts, wide=True, layer=True)
-        compute += self.products(latent_parameters(model), layer=True)
-        routed = self.products(model.top_k * expert_parameters(model), share=GROUPED_SHARE, layer=True)
-        compute += routed + self.moved(self._activation_bytes(model.top_k * model.expert_intermediate))
-        shared = self._network(model.shared_width) if model.shared_experts else 0.0
+        forwards = self._forwards("moe")
+        compute = self._attention() + self.moved(self._norm() + 20 * model.experts)
+        compute += self.products(model.hidden * model.experts, wide=True, forwards=forwards)
+        compute += self.products(latent_parameters(model), forwards=forwards)
+        routed = self.products(model.top_k * expert_parameters(model), share=GROUPED_SHARE, forwards=forwards)
+        compute += routed + self.moved(self._activation_bytes(model.top_k * model.expert_intermediate, "moe"))
+        shared = self._network(model.shared_width, "shared_experts", "moe") if model.shared_experts else 0.0
         compute += self.moved(self._permuted_bytes())
         if mesh.expert * mesh.expert_tensor == 1:
             return compute + shared
@@ -178,7 +187,7 @@ class _Parts:
         quantise = 3 if self.scenario.dispatch.dtype == "fp8" else 0
         ways = self.switches
         more = GATHERED[ways.gather_backward] + COMBINED[ways.combine] + GATES[ways.gates] + ORDERED[ways.permute]
-        return ((1 + self.forwards) * (per_row + quantise) + more * model.top_k) * model.row_width
+        return ((1 + self._forwards("moe")) * (per_row + quantise) + more * model.top_k) * model.row_width
 
     @property
     def _per_expert(self) -> bool:
@@ -199,7 +208,7 @@ class _Parts:
             inside = copies * (1 - 1 / ranks)  # fanned out behind the network
         width = model.row_width * (BYTES_PER_ELEMENT[dispatch.dtype] + BYTES_PER_ELEMENT[dispatch.combine_dtype])
         slices = 2 * copies * (mesh.expert_tensor - 1) * model.row_width * WIDE
-        return (1 + self.forwards) * (self._sent(inside * width, between * width) + self._sent(slices, 0.0))
+        return (1 + self._forwards("moe")) * (self._sent(inside * width, between * width) + self._sent(slices, 0.0))
 
     def head(self) -> float:
         """Norm, logits and loss."""

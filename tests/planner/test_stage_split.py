@@ -2,6 +2,7 @@
 
 import itertools
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
@@ -18,6 +19,7 @@ from moesim.results.stages import UNEVEN, stage_warnings
 from moesim.run import obtain_trace, simulate
 from moesim.scenario import Scenario, load_scenario
 from moesim.scenario.part_times import part_seconds
+from moesim.scenario.schema import Recomputable
 from moesim.scenario.stage_split import ALIKE, ModelEnds, even_lengths, stage_lengths, stages_of_ranks
 from moesim.schedules import build_schedule
 from moesim.whatif import what_if
@@ -100,6 +102,25 @@ def test_the_estimate_is_near_the_simulated_parts(name, software) -> None:
     if model.dense_layers:
         assert parts.dense_layer / parts.moe_layer == pytest.approx(simulated(cut.dense_layer) / layer, rel=0.15)
     assert parts.embedding < 0.05 * parts.moe_layer
+
+
+def test_what_a_part_costs_again_is_near_the_simulated_cost() -> None:
+    """Within 30 % of it, at one clock; nothing in layers without the part, and of no other part than the named."""
+
+    def seconds(recompute: str) -> tuple[float, ...]:
+        given = [f"workload.recompute={recompute}", "compute.regime=sustained"]
+        scenario = load_scenario(SCENARIOS / "deepseek-v2-h800.yaml", given)
+        cut, parts = LayerTimes(Traces(None).of).of(scenario, NetworkParameters()), part_seconds(scenario)
+        simulated = (
+            one.forward + one.gradient_of_input + one.gradient_of_weights for one in (cut.dense_layer, cut.moe_layer)
+        )
+        return parts.dense_layer, parts.moe_layer, *simulated
+
+    plain = seconds("none")
+    for part in get_args(Recomputable):
+        again = [after / before - 1 for before, after in zip(plain, seconds(f"[{part}]"), strict=True)]
+        assert again[:2] == pytest.approx(again[2:], rel=0.3), part
+        assert [share > 0 for share in again[:2]] == [part not in ("moe", "shared_experts"), part != "dense_ffn"]
 
 
 LARGE_HEAD = {  # a head of about two layers, and a prediction layer with another
