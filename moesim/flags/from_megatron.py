@@ -123,7 +123,7 @@ def _scenario(
         "capacity": capacity_fields(args),
         "cluster": {"gpu": kind, "nodes": nodes, "gpus_per_node": per_node},
         "parallelism": layout,
-        "workload": workload_fields(args, data=layout["data"], stages=layout.get("stages", [model["layers"]])),
+        "workload": workload_fields(args, model, data=layout["data"], stages=layout.get("stages", [model["layers"]])),
         "dispatch": dispatch_fields(args, sm_count=gpu_spec(kind).sm_count),
         "implementation": implementation_fields(args, model),
         "overlap": overlap_fields(args),

@@ -5,6 +5,7 @@ from typing import Any
 from moesim.flags.arguments import Arguments
 from moesim.flags.flag_table import RECOMPUTED
 from moesim.scenario.recipes import RECIPES
+from moesim.scenario.schema import PART_NEEDS
 
 Fields = dict[str, Any]
 
@@ -75,8 +76,8 @@ def capacity_fields(args: Arguments) -> Fields:
     return {"kind": "expert", "factor": factor, "by": by, "pad": args.has("--moe-pad-expert-input-to-capacity")}
 
 
-def workload_fields(args: Arguments, *, data: int, stages: list[int]) -> Fields:
-    """The fields of `workload`; `stages` has the layers of every pipeline stage."""
+def workload_fields(args: Arguments, model: Fields, *, data: int, stages: list[int]) -> Fields:
+    """The fields of `workload`; `model` has those of that section, `stages` the layers of every pipeline stage."""
     length = "--seq-length" if args.has("--seq-length") else "--encoder-seq-length"
     if not args.has(length):
         raise args.missing("--seq-length")
@@ -86,7 +87,7 @@ def workload_fields(args: Arguments, *, data: int, stages: list[int]) -> Fields:
         "micro_batch": micro_batch,
         "global_batch": args.positive("--global-batch-size", micro_batch * data),
         "precision": _precision(args),
-        "recompute": _recompute(args, stages),
+        "recompute": _recompute(args, model, stages),
     }
     if not args.has("--global-batch-size"):
         args.take(f"--global-batch-size {micro_batch * data}, one micro-batch on each data-parallel rank")
@@ -143,7 +144,7 @@ def _moments(args: Arguments) -> str:
     return wider
 
 
-def _recompute(args: Arguments, stages: list[int]) -> str | list[str]:
+def _recompute(args: Arguments, model: Fields, stages: list[int]) -> str | list[str]:
     granularity = args.word("--recompute-granularity", "")
     if args.has("--recompute-activations"):
         granularity = "selective"
@@ -163,9 +164,12 @@ def _recompute(args: Arguments, stages: list[int]) -> str | list[str]:
             parts.append(RECOMPUTED[module])
         else:
             raise args.refuse("--recompute-modules", f"{module} is none of {', '.join([*RECOMPUTED, *_NOT_REPEATED])}")
+    absent = {part for part, key in PART_NEEDS.items() if not model.get(key)}
     if not args.has("--multi-latent-attention"):
-        parts = [part for part in parts if part != RECOMPUTED["mla_up_proj"]]
-    return list(dict.fromkeys(parts)) or "none"
+        absent.add("mla_up_projection")
+    for part in sorted(absent.intersection(parts)):
+        args.take(f"{part}: the model has none to compute again")
+    return [part for part in dict.fromkeys(parts) if part not in absent] or "none"
 
 
 def _full(args: Arguments, stages: list[int]) -> str:

@@ -10,7 +10,7 @@ from moesim.scenario.catalogue import GpuSpec
 from moesim.scenario.check_software import require_software
 from moesim.scenario.model import LocalGlobal, Mla
 from moesim.scenario.recipes import RECIPES
-from moesim.scenario.schema import Precision, Scenario
+from moesim.scenario.schema import PART_NEEDS, Precision, Scenario
 from moesim.scenario.software import FUSED
 from moesim.schedules import PLAIN, SCHEDULES, SPLIT
 
@@ -71,11 +71,14 @@ def check_stages(scenario: Scenario, report: Report) -> None:
 
 def check_recomputation(scenario: Scenario, report: Report) -> None:
     """Raises UserError for parts to recompute that the model does not have."""
-    recompute, attention = scenario.workload.recompute, scenario.model.attention
-    part = "mla_up_projection"
-    if isinstance(recompute, tuple) and part in recompute and not isinstance(attention, Mla):
-        what = f"{part} is a part of latent attention, but model.attention is {attention.kind}"
-        raise report.user(f"workload.recompute.{recompute.index(part)}", f"{what}; drop it")
+    recompute, model = scenario.workload.recompute, scenario.model
+    for place, part in enumerate(recompute if isinstance(recompute, tuple) else ()):
+        key = f"workload.recompute.{place}"
+        if part == "mla_up_projection" and not isinstance(model.attention, Mla):
+            what = f"{part} is a part of latent attention, but model.attention is {model.attention.kind}"
+            raise report.user(key, f"{what}; drop it")
+        if part in PART_NEEDS and not getattr(model, PART_NEEDS[part]):
+            raise report.user(key, f"the model has no {part}: model.{PART_NEEDS[part]} is 0; drop it")
 
 
 def require_supported_step(scenario: Scenario, report: Report) -> None:

@@ -1,6 +1,8 @@
 """The whole scenario: every section, and the checks that need more than one of them."""
 
+from collections.abc import Mapping
 from itertools import accumulate
+from types import MappingProxyType
 from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag, WithJsonSchema
@@ -183,6 +185,10 @@ class Precision(Section):
 Recomputable = Literal[
     "rms_norm", "swiglu", "mla_up_projection", "core_attention", "dense_ffn", "shared_experts", "moe"
 ]
+# Parts that not every model has: the key of the model that is 0 without them.
+PART_NEEDS: Mapping[Recomputable, str] = MappingProxyType(
+    {"dense_ffn": "dense_layers", "shared_experts": "shared_experts", "moe": "experts"}
+)
 SELECTIVE: frozenset[str] = frozenset({"rms_norm", "swiglu", "mla_up_projection"})
 
 

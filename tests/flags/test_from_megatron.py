@@ -181,7 +181,8 @@ def test_stage_layouts_are_read_as_they_are_written() -> None:
          "workload.recompute", "full"),
         ("--recompute-activations", "workload.recompute", ("core_attention",)),
         ("--recompute-granularity selective --recompute-modules moe_act", "workload.recompute", ("swiglu",)),
-        ("--recompute-granularity selective --recompute-modules moe shared_experts mlp core_attn", "workload.recompute",
+        ("--recompute-granularity selective --recompute-modules moe shared_experts mlp core_attn "
+            "--moe-shared-expert-intermediate-size 512 --moe-layer-freq [0]*1+[1]*23", "workload.recompute",
          ("moe", "shared_experts", "dense_ffn", "core_attention")),
         ("--moe-layer-recompute", "workload.recompute", ("moe",)),
         ("--moe-expert-capacity-factor 1.5 --moe-token-drop-policy position", "capacity.by", "position"),
@@ -431,6 +432,13 @@ def test_kernels_of_a_launch_are_those_of_its_flags(tmp_path: Path) -> None:
     assert read("--attention-backend unfused").switches.attention == "unfused"
     assert not read("--attention-dropout 0").switches.dropout
     assert read("--moe-router-dtype fp32").switches.router_dtype == "fp32"
+
+
+def test_modules_that_the_model_does_not_have_are_not_computed_again(write: Write) -> None:
+    reading = of(write("--recompute-granularity selective --recompute-modules mlp moe mla_up_proj shared_experts"))
+    assert reading.scenario.workload.recompute == ("moe",)
+    told = [line.partition(":")[0] for line in reading.taken if "none to compute again" in line]
+    assert told == ["dense_ffn", "mla_up_projection", "shared_experts"]
 
 
 def test_no_flag_of_kernels_is_dropped_without_a_word(write: Write) -> None:

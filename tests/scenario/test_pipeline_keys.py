@@ -111,9 +111,12 @@ def test_dualpipe_needs_enough_micro_batches_and_an_even_number_of_ranks():
         load(kind, "parallelism.pipeline=3")
 
 
-def test_only_latent_attention_has_up_projections():
+def test_only_parts_that_the_model_has_are_computed_again():
     with pytest.raises(UserError, match=r"recompute\.1: mla_up_projection is a part of latent attention.*drop it"):
         load("model={preset: deepseek-moe-16b}", "workload.recompute=[rms_norm, mla_up_projection]")
+    for model, part in (("llama2-7b", "moe"), ("mixtral-8x7b", "shared_experts"), ("mixtral-8x7b", "dense_ffn")):
+        with pytest.raises(UserError, match=rf"recompute\.0: the model has no {part}: .* is 0; drop it"):
+            load(f"model={{preset: {model}}}", "parallelism.expert=1", f"workload.recompute=[{part}]")
     assert load("model={preset: deepseek-moe-16b}", "workload.recompute=selective").workload.recompute == "selective"
 
 
