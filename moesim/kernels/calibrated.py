@@ -90,10 +90,7 @@ class CalibratedModel:
         if relative is not None and not self.contention.collectives:
             facts = relative.contention
             self.contention = replace(
-                self.contention,
-                collectives=facts.collectives,
-                collective_rate=facts.collective_rate,
-                sends=facts.sends,
+                self.contention, collectives=facts.collectives, collective_rate=facts.collective_rate
             )
         present = {row["family"] for row in profile.rows}
         self.missing_families = tuple(family for family in expected_families if family not in present)

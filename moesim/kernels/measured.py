@@ -1,11 +1,12 @@
 """What a profile says beside kernels: host costs, contention, the usual width of memory-bound rows."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from moesim.kernels.estimate import Beside, BesideSend, Contention, HostCosts
+from moesim.kernels.estimate import Beside, Contention, HostCosts
+from moesim.kernels.families import FloatArray
 from moesim.kernels.profile import Profile
 from moesim.kernels.roofline import CONTENTION, HOST, MEMORY_SHARE
 
@@ -16,6 +17,23 @@ OVERLAP_BYTES = 32 << 20  # smaller transfers end before contention settles
 DISPATCH, SEND = "all_to_all", "send_recv"
 _SHARES = tuple(float(share) for share in np.arange(1, 101) / 20)
 _MOSTS = tuple(float(most) for most in np.arange(1, 41) / 10)
+
+
+class BesideSend(NamedTuple):
+    """What a kernel and a message from GPU to GPU cost each other while both run.
+
+    compute: factor >= 1 on the kernel. The message gets its SMs one by one as the kernel leaves them, and is later by a
+    share of the kernel's duration, but not by more than `most` times what it takes alone.
+    """
+
+    compute: float
+    share: float
+    most: float
+
+    def later(self, alone: Any, *, kernel: Any) -> FloatArray:
+        """Seconds that a message of `alone` seconds loses beside kernels of `kernel` seconds each."""
+        by_kernel, by_message = self.share * np.asarray(kernel, float), self.most * np.asarray(alone, float)
+        return np.asarray(by_kernel * by_message / np.maximum(np.hypot(by_kernel, by_message), 1e-30))
 
 
 def host_costs_of(profile: Profile) -> HostCosts:
@@ -48,7 +66,6 @@ def contention_of(profile: Profile) -> Contention:
         return CONTENTION
     middle = Beside(*(float(np.median([getattr(each, name) for each in found.values()])) for name in Beside._fields))
     others = [row for row in rows if row.get("kind", DISPATCH) not in (DISPATCH, SEND)]
-    sends = [row for row in profile.family("contention") if row.get("kind") == SEND and not row.get("held_out")]
     rates = [_sent_share(row["kind"], row["ranks"]) * row["bytes"] / row["transfer_alone"] for row in others]
     return Contention(
         by_family=found,
@@ -56,7 +73,6 @@ def contention_of(profile: Profile) -> Contention:
         source="measured",
         collectives=_by_family(others),
         collective_rate=float(np.median(rates)) if rates else 0.0,
-        sends={family: fit_send(found) for family, found in _families(_with_usual_alone(sends)).items()},
     )
 
 
@@ -80,6 +96,15 @@ def _with_usual_alone(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for row in rows:
         alone.setdefault((row["bytes"], row.get("session")), []).append(row["transfer_alone"])
     return [row | {"transfer_alone": float(np.median(alone[row["bytes"], row.get("session")]))} for row in rows]
+
+
+def sends_of(profile: Profile) -> dict[str, BesideSend]:
+    """What kernels of each family and messages from GPU to GPU cost each other, from the rows not `held_out`.
+
+    For reports: p2p sends of a step slow no kernels.
+    """
+    rows = [row for row in profile.family("contention") if row.get("kind") == SEND and not row.get("held_out")]
+    return {family: fit_send(found) for family, found in _families(_with_usual_alone(rows)).items()}
 
 
 def fit_send(rows: Sequence[dict[str, Any]]) -> BesideSend:

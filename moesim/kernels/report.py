@@ -4,7 +4,7 @@ Legend: P measured kernels.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +13,10 @@ import numpy as np
 from moesim.kernels.calibrated import CalibratedModel
 from moesim.kernels.error_study import Misses
 from moesim.kernels.errors import KnownError
+from moesim.kernels.estimate import Contention
 from moesim.kernels.families import FloatArray
 from moesim.kernels.kernel_classes import class_of
-from moesim.kernels.measured import DISPATCH, OVERLAP_BYTES, SEND
+from moesim.kernels.measured import DISPATCH, OVERLAP_BYTES, SEND, BesideSend, sends_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -187,22 +188,24 @@ def beside_rows(model: CalibratedModel) -> list[tuple[str, int, float, float, fl
     """Kept-out rows of kernels beside transfers, by kind: count, median errors of transfers, of kernels, and of
     transfers as if they were alone."""
     kept = [row for row in model.profile.family("contention") if row.get("held_out") and row["bytes"] >= OVERLAP_BYTES]
-    found = []
-    for kind in sorted({str(row.get("kind", "all_to_all")) for row in kept}):
-        rows = [row for row in kept if row.get("kind", "all_to_all") == kind]
-        errors_N3 = np.array([_beside_errors(model, kind, row) for row in rows])
+    found, sends = [], sends_of(model.profile)
+    for kind in sorted({str(row.get("kind", DISPATCH)) for row in kept}):
+        rows = [row for row in kept if row.get("kind", DISPATCH) == kind]
+        errors_N3 = np.array([_beside_errors(model.contention, sends, kind, row) for row in rows])
         transfer, kernel, alone = np.median(errors_N3, axis=0).tolist()
         found.append((kind, len(rows), transfer, kernel, alone))
     return found
 
 
-def _beside_errors(model: CalibratedModel, kind: str, row: dict[str, Any]) -> tuple[float, float, float]:
+def _beside_errors(
+    contention: Contention, sends: Mapping[str, BesideSend], kind: str, row: dict[str, Any]
+) -> tuple[float, float, float]:
     family, alone = row["compute"]["family"], float(row["transfer_alone"])
     if kind == SEND:
-        sends = model.contention.beside_send(family)
-        transfer, slower = alone + float(sends.later(alone, kernel=row["compute_alone"])), sends.compute
+        send = sends.get(family, BesideSend(1.0, 0.0, 0.0))
+        transfer, slower = alone + float(send.later(alone, kernel=row["compute_alone"])), send.compute
     else:
-        facts = model.contention.of(family) if kind == DISPATCH else model.contention.beside_collective(family)
+        facts = contention.of(family) if kind == DISPATCH else contention.beside_collective(family)
         transfer = facts.wait + facts.transfer * alone
         free = facts.wait / transfer
         slower = 1.0 / ((1.0 - free) / facts.compute + free)

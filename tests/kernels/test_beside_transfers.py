@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from moesim.kernels import Beside, load_profile
-from moesim.kernels.estimate import BesideSend
-from moesim.kernels.measured import contention_of, fit_beside, fit_send
+from moesim.kernels.measured import BesideSend, contention_of, fit_beside, fit_send, sends_of
 from moesim.kernels.profile import SHIPPED, Profile, load_profile_file
 from moesim.strict_json import parse_json, unpacked
 
@@ -113,7 +112,7 @@ SENDS = Path(__file__).parents[1] / "data" / "fabric_h100.json.gz"
 
 def test_messages_beside_kernels_are_later_by_a_share_of_the_kernel() -> None:
     """Facts of their own, fitted to half of the profile's rows: the other half, and GEMMs of another day."""
-    facts = load_profile("h100").contention
+    facts, sends = load_profile("h100").contention, sends_of(load_profile_file(SHIPPED / "h100.json.gz"))
     mine = load_profile_file(SHIPPED / "h100.json.gz").family("contention")
     other_day = [row for row in parse_json(unpacked(SENDS.read_bytes()))["beside"] if row["max_ctas"] == 0]
     print()
@@ -122,7 +121,7 @@ def test_messages_beside_kernels_are_later_by_a_share_of_the_kernel() -> None:
         own, as_dispatch = [], []
         for row in rows:
             family, alone = row["compute"]["family"], row["transfer_alone"]
-            later = float(facts.beside_send(family).later(alone, kernel=row["compute_alone"]))
+            later = float(sends[family].later(alone, kernel=row["compute_alone"]))
             own.append(abs(math.log((alone + later) / row["transfer_beside"])))
             of = facts.of(family)
             as_dispatch.append(abs(math.log((of.wait + of.transfer * alone) / row["transfer_beside"])))
