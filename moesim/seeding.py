@@ -4,6 +4,8 @@ import hashlib
 
 import numpy as np
 
+WIDEST = 3.0  # standard deviations from the middle beyond which nothing is drawn, or reckoned with
+
 
 def stream_seed(seed: int, *names: str | int) -> int:
     """A 63-bit seed for the stream `names` of the scenario seed, stable across versions, platforms and processes."""

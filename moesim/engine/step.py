@@ -198,10 +198,8 @@ class _Step:
     def __init__(self, program: StepProgram) -> None:
         self.program = program
         self.env = simpy.Environment()
-        sizes = [group.all_ranks_TR.shape for group in program.groups]
-        self.among = Among(
-            sum(equal_groups * ranks for equal_groups, ranks in sizes), sum(equal_groups for equal_groups, _ in sizes)
-        )
+        shapes = [group.all_ranks_TR.shape for group in program.groups]  # equal groups of every one, and its ranks
+        self.among = Among(sum(num * ranks for num, ranks in shapes), sum(num for num, _ in shapes))
         self.p2ps: defaultdict[tuple[P2P, int], simpy.Event] = defaultdict(self.env.event)
         self.contention = contention = program.contention
         self.shared_links = SharedLinks(self.env, contention.capacity_L) if contention else None

@@ -16,6 +16,8 @@ from functools import lru_cache
 
 import numpy as np
 
+from moesim.seeding import WIDEST
+
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
@@ -66,7 +68,6 @@ NO_JITTER = Jitter()
 # fall, of which two thirds tell in time. flicker: successive iterations of products without pause, whose clock falls by
 # about 0.27. host, host_white: eager operations of one pair, all together and successive iterations.
 _H100 = Spread(chip=0.006, power=0.10, flicker=2e-5, host=0.16, host_white=6.4e-6, source="measured on two H100")
-WIDEST = 3.0  # standard deviations from the middle beyond which nothing is, as in `cluster.speeds`
 SPREADS = {"h100": _H100}
 
 

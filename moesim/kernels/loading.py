@@ -190,9 +190,7 @@ def in_regime(model: KernelModel, regime: str | float) -> KernelModel:
         raise UserError(f"no regime {regime!r}; use {', '.join(REGIMES)}, or a clock in MHz{closest(regime, REGIMES)}")
     if isinstance(model, ScaledModel):
         if not isinstance(regime, str) and not model.is_same_chip:
-            raise UserError(
-                f"{model.name}: at a clock run only GPUs whose clocks were measured; use sustained or short"
-            )
+            raise UserError(f"{model.name}: {_NO_CLOCK}")
         base = in_regime(model.base, regime)
         assert isinstance(base, CalibratedModel | TabulatedModel)
         return model.of_base(base)

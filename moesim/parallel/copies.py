@@ -1,4 +1,7 @@
-"""Copies of an expert: which share of its rows each of them gets, and the sum of their gradients."""
+"""Copies of an expert: which share of its rows each of them gets, and the sum of their gradients.
+
+Legend: X slots, D ranks of an expert group, E experts, C ranks with a copy of an expert.
+"""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -9,13 +12,20 @@ from moesim.parallel.expert_map import ExpertMap
 from moesim.scenario import Scenario
 
 FloatArray = NDArray[np.float64]
+MapOfLayer = Callable[[int], ExpertMap | None]
 
 MOST_ROUNDS = 200
 NEAR = 1e-6  # of the mean load: a round that changes no rank by more is the last
 
 
 def balanced_weights(held: ExpertMap, load_E: NDArray[np.generic], *, speed_D: FloatArray) -> FloatArray:
-    """Weights of all slots [X], those of an expert with a sum of 1; an expert without rows splits evenly."""
+    """Weights of all slots [X] that load ranks as evenly as these allow; an expert's have a sum of 1, and one without
+    rows splits evenly.
+
+    The loads whose squares over speed have the least sum are also those whose busiest rank has least to do: what ranks
+    can be given with fixed slots is the base of a polymatroid (Fujishige, Math. Oper. Res. 5(2), 1980). They are found
+    expert by expert, each time filling the ranks of its copies up to one level, until nothing changes.
+    """
     rank_X, expert_X = held.placement.rank_of_expert_E, held.expert_X
     weight_X = held.share_X.copy()
     rows_E = np.asarray(load_E, dtype=np.float64)
@@ -47,13 +57,13 @@ def _fill(load_C: FloatArray, speed_C: FloatArray, rows: float) -> FloatArray:
     return np.asarray(np.maximum(speed_C * level - load_C, 0.0))
 
 
-MapOfLayer = Callable[[int], ExpertMap | None]
-
-
 def copy_gradient_bytes_DD(maps: Iterable[ExpertMap | None], *, expert_bytes: float, num_ranks: int) -> FloatArray:
     """Bytes from rank to rank in each of the two halves, of all layers together, zero on the diagonal.
 
-    With C ranks that hold an expert every ordered pair of them moves `expert_bytes` / C in each half.
+    Ranks that hold copies of an expert all-reduce its gradient among themselves as NCCL does: every rank sends each
+    other one its part (reduce-scatter), then the sum of its own part to each of them (all-gather). Copies on one rank
+    are summed there; data-parallel ranks with the same slots have reduced theirs before. With C ranks that hold an
+    expert every ordered pair of them moves `expert_bytes` / C in each half.
     """
     bytes_DD = np.zeros((num_ranks, num_ranks))
     for held in maps:

@@ -2,7 +2,7 @@
 
 Data-parallel copies of a dense model do, and those of an MoE model that drew the same routing: their programs are
 equal, the fabric treats them alike, and every collective meets them in the same way. Where groups share links that
-they can fill together nobody is anybody's twin.
+they can fill together no group is the equal of another.
 """
 
 from collections import defaultdict

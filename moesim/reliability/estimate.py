@@ -1,4 +1,10 @@
-"""Goodput in closed form and the best time between checkpoints: Young's and Daly's formulas, and by simulation."""
+"""Goodput in closed form, for screens over thousands of layouts, and the best time between checkpoints: by Young's and
+Daly's formulas, and by simulation.
+
+With a cost of d seconds per checkpoint and M seconds between failures, what a checkpoint costs per second of work is
+d / t and what a failure throws away about t / 2M. Young (CACM 17(9), 1974) balances the two; Daly (FGCS 22(3), 2006)
+adds higher orders.
+"""
 
 import math
 from collections.abc import Callable
@@ -52,7 +58,8 @@ def search_steps(
 
 
 def expected_share(job: Job) -> float:
-    """Expected share of the time that is kept work, when failures have no memory and never lack a spare.
+    """Expected share of the time that is kept work, when failures have no memory and never lack a spare: exact where
+    nobody waits for repairs.
 
     Work of t seconds with a checkpoint of d takes M exp(R / M) (exp((t + d) / M) - 1) seconds with M between failures
     and R for recovery (Daly, FGCS 22(3), 2006); a checkpoint on its way to storage loses its write time as well.

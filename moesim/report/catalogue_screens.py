@@ -1,4 +1,7 @@
-"""What `moesim gpus`, `scenarios`, `model` and `trace library:` print: what ships, by name, with its sources."""
+"""What `moesim gpus`, `scenarios`, `model` and `trace library:` print: what ships, by name, with its sources.
+
+Legend: L layers, E experts.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -17,7 +20,10 @@ from moesim.trace.library import LibraryEntry
 from moesim.trace.metrics import expert_load_LE, imbalance, mean_distinct_groups_L
 from moesim.units import format_bandwidth, format_bytes
 
+ShippedGroup = tuple[str, str, Sequence[Shipped]]  # head, verb, files
+
 _FORMATS = ("bf16", "fp8", "tf32", "fp32")
+_FULL_WIDTH = 92  # columns that all facts of the longest name of the library need
 
 
 def print_gpus(gpus: Sequence[Mapping[str, Any]], *, file: TextIO | None = None, width: int | None = None) -> None:
@@ -45,9 +51,6 @@ def _screen(gpus: Sequence[Mapping[str, Any]]) -> list[RenderableType]:
 
 def _peak(flops: float | None) -> str:
     return "-" if flops is None else f"{flops / 1e12:,.0f}"
-
-
-ShippedGroup = tuple[str, str, Sequence[Shipped]]  # head, verb, files
 
 
 def print_shipped(groups: Sequence[ShippedGroup], *, file: TextIO | None = None, width: int | None = None) -> None:
@@ -191,9 +194,6 @@ def _states(counts: Mapping[str, Any]) -> RenderableType:
         for recipe, sizes in recipes.items()
     ]
     return number_table(("", *kinds, "all"), rows)
-
-
-_FULL_WIDTH = 92  # columns that all facts of the longest name need
 
 
 def print_entries(entries: Sequence[LibraryEntry], *, file: TextIO | None = None, width: int | None = None) -> None:

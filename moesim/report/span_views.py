@@ -1,4 +1,7 @@
-"""What is read off the spans of a run: one layer, the actions of every pipeline rank, memory over the step."""
+"""What is read off the spans of a run: one layer, the actions of every pipeline rank, memory over the step.
+
+Legend: N spans, R ranks.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +14,10 @@ from moesim.results import ActionRows, RunRecord, SpanTable, Stream
 from moesim.results.spans import Collective
 from moesim.scenario import Scenario
 from moesim.scenario.stage_split import stages_of_ranks
+
+FORWARD, BACKWARD, INPUT, WEIGHT = "forward", "backward", "backward.input", "backward.weight"
+PAIR, REDUCE, UPDATE = "pair", "reduce", "update"
+FREES = BACKWARD, WEIGHT  # the passes behind which a micro-batch keeps nothing
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -70,10 +77,6 @@ def _pieces(table: SpanTable, rows: list[int], layer: int) -> Window:
     )
 
 
-FORWARD, BACKWARD, INPUT, WEIGHT = "forward", "backward", "backward.input", "backward.weight"
-PAIR, REDUCE, UPDATE = "pair", "reduce", "update"
-
-
 @dataclass(frozen=True, kw_only=True)
 class Bar:
     """One action of one pipeline rank, seconds from the start of the step. `micro_batches` is empty behind the last."""
@@ -127,9 +130,6 @@ def idle_share(bars: Sequence[Bar], *, pipeline_rank: int) -> float:
     begin, end = min(bar.start for bar in passes), max(bar.finish for bar in passes)
     busy = np.sum([bar.finish - bar.start for bar in passes if bar.pipeline_rank == pipeline_rank])
     return float(1.0 - busy / (end - begin))
-
-
-FREES = ("backward", "backward.weight")  # the passes behind which a micro-batch keeps nothing
 
 
 def memory_events(record: RunRecord, pipeline_rank: int, place: int) -> Iterator[dict[str, Any]]:

@@ -14,6 +14,9 @@ from moesim.scenario.schema import PART_NEEDS, Precision, Scenario
 from moesim.scenario.software import FUSED
 from moesim.schedules import PLAIN, SCHEDULES, SPLIT
 
+KEY = "workload.precision"
+DIVISOR_SEARCH = 10**6  # beyond that nobody reads the remedy, and a slip of the keyboard must not take for ever
+
 
 class Report(Protocol):
     """Makes the error of a dotted key."""
@@ -101,9 +104,6 @@ def require_supported_step(scenario: Scenario, report: Report) -> None:
     require_software(scenario, report)
 
 
-DIVISOR_SEARCH = 10**6  # beyond that nobody reads the remedy, and a slip of the keyboard must not take for ever
-
-
 def nearest_divisors(number: int, target: int, *, multiple_of: int = 1) -> list[int]:
     """The divisors of `number` just below and just above `target` that are multiples of `multiple_of`.
 
@@ -123,9 +123,6 @@ def nearest_divisors(number: int, target: int, *, multiple_of: int = 1) -> list[
 def either(values: Iterable[int]) -> str:
     """The numbers as a choice: `2 or 4`."""
     return " or ".join(str(value) for value in values)
-
-
-KEY = "workload.precision"
 
 
 def check_recipe(precision: Precision, report: Report) -> None:

@@ -12,10 +12,9 @@ from numpy.typing import NDArray
 from pydantic import AllowInfNan, Field, Strict
 
 from moesim.scenario.base import MOST_GPUS, Index, Section
-from moesim.seeding import stream
+from moesim.seeding import WIDEST, stream
 
 Speed = Annotated[float, Strict(), AllowInfNan(False), Field(ge=1e-3, le=2)]
-WIDEST = 3.0  # spreads from the middle beyond which nothing is drawn
 
 
 class RankSpeed(Section):

@@ -16,6 +16,8 @@ from moesim.scenario.routing import TrainRouting
 from moesim.study.point import Point, PointRecord
 from moesim.study.workers import Lost, Trained, Workers, opened_workers, simulate_point, train_point
 
+TRIES = 2  # of a task whose process is killed
+
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
@@ -55,9 +57,6 @@ def _note(name: str, progress: Progress) -> str:
         return ""
     counts = {"running": progress.running, "infeasible": progress.infeasible, "failed": progress.failed}
     return ", ".join(f"{count} {word}" for word, count in counts.items() if count)
-
-
-TRIES = 2  # of a task whose process is killed
 
 
 def run_points(

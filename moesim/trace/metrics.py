@@ -17,12 +17,15 @@ from moesim.trace.selection import draw_distinct_in_groups
 
 Array = NDArray[Any]
 
+_FLOOR_ROWS = 4_000_000  # rows drawn for one floor: its standard error stays below 0.003
+_MIN_TRIALS = 4
 _WORD_BITS = 64
 _NUM_BITS_OF_BYTE = np.array([byte.bit_count() for byte in range(256)], dtype=np.uint8)
 
 
 def domain_masks(expert_ids_TK: Array, *, domain_of_expert_E: Array, num_domains: int) -> Iterator[tuple[int, Array]]:
-    """Masks of the domains that each token's experts lie in, 64 domains at a time.
+    """Masks of the domains that each token's experts lie in, 64 domains at a time: one bit per group, rank or node, so
+    that distinct ones are counted without sorting.
 
     Yields (number of domains in the word, unsigned [T] with bit b set for domain 64 w + b), w = 0, 1, ... The type is
     the smallest with enough bits. Id -1 sets nothing.
@@ -50,10 +53,6 @@ def distinct_domains(expert_ids_TK: Array, *, domain_of_expert_E: Array) -> NDAr
         for byte in range(bytes_TB.shape[-1]):
             distinct_T += _NUM_BITS_OF_BYTE[bytes_TB[..., byte]]
     return distinct_T
-
-
-_FLOOR_ROWS = 4_000_000  # rows drawn for one floor: its standard error stays below 0.003
-_MIN_TRIALS = 4
 
 
 def imbalance(loads: Array, *, axis: int = -1) -> NDArray[np.float64]:

@@ -12,13 +12,14 @@ import pytest
 from moesim.engine.executor import GroupExecutor
 from moesim.engine.executor_steps import Labels
 from moesim.engine.lateness import Among, Lateness, late
-from moesim.kernels.jitter import NO_JITTER, WIDEST, Jitter, expected_most, spread_of, spread_of_most
+from moesim.kernels.jitter import NO_JITTER, Jitter, expected_most, spread_of, spread_of_most
 from moesim.program.group_collectives import PeerCollective, Peers
 from moesim.program.host import FREE_HOST
 from moesim.program.operations import Block, Kind, Operation, Run
 from moesim.program.step_program import FREE
 from moesim.results.spans import Label, SpanRecorder, Stream
 from moesim.run import simulate
+from moesim.seeding import WIDEST
 from moesim.validation.node_cases import is_held_out
 from moesim.validation.predict import predict
 from moesim.validation.table import load_table

@@ -197,9 +197,9 @@ def _run_sustained(bench: Bench, seconds: float) -> None:
 
 
 def _largest_over_ranks(value: float, device: str) -> float:
-    kernel_class = torch.tensor([value], dtype=torch.float64, device=device)
-    dist.all_reduce(kernel_class, op=dist.ReduceOp.MAX)
-    return float(kernel_class.item())
+    value_1 = torch.tensor([value], dtype=torch.float64, device=device)
+    dist.all_reduce(value_1, op=dist.ReduceOp.MAX)
+    return float(value_1.item())
 
 
 def _agreed(bench: Bench, rows: list[Row], seconds: float) -> Iterator[Row]:
