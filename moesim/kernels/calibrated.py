@@ -132,12 +132,6 @@ class CalibratedModel:
         model._cap, model._shared_clock = None, False
         return model
 
-    def held(self, regime: str) -> "CalibratedModel":
-        """The same kernels whatever the load of a step is; `regime` says in words how they run."""
-        model = self._copied()
-        model.regime = regime
-        return model
-
     def power_share(self, dtype: str) -> float:
         """Of a bf16 FLOP's power, one of this dtype's."""
         cap = PowerCap(0.0, 0.0, 0.0, 0.0) if self._cap is None else self._cap
@@ -355,11 +349,11 @@ class CalibratedModel:
     def _grouped_alike(self, totals: RowTotals, kernel: GroupedGemm, *, tiles: int) -> Estimate:
         """GEMMs that all take the same tiles; where a profile has too few rows of those, its large ones stand in."""
         known = kernel.dtype in ("bf16", "fp16", "fp8")
-        if known and tiles == 2 and grouped_class(kernel.direction, dtype=kernel.dtype, tiles=tiles) not in self._rows:
-            tiles = 1
-        kernel_class = (
-            self.kernel_class(grouped_class(kernel.direction, dtype=kernel.dtype, tiles=tiles)) if known else None
-        )
+        name = grouped_class(kernel.direction, dtype=kernel.dtype, tiles=tiles)
+        if tiles == physics.LONG and name not in self._rows:
+            tiles = physics.LARGE
+            name = grouped_class(kernel.direction, dtype=kernel.dtype, tiles=tiles)
+        kernel_class = self.kernel_class(name) if known else None
         if kernel_class is None:
             return self.fallback.seconds(replace(kernel, rows_per_expert=totals.rows_QE))
         sizes = (float(kernel.k), float(kernel.n))

@@ -14,7 +14,7 @@ import numpy as np
 from moesim.errors import InternalError
 from moesim.kernels.calibrated import CalibratedModel
 from moesim.kernels.estimate import SOURCES, KernelModel
-from moesim.kernels.families import FloatArray
+from moesim.kernels.families import FloatArray, families_without_units
 from moesim.kernels.mixed import MixedKernels
 from moesim.kernels.scaled import ScaledModel
 from moesim.kernels.tabulated import TabulatedModel
@@ -134,10 +134,10 @@ def errors_that_hold(model: KernelModel) -> list[KnownError]:
     the nearest basis that has it, where the GPU has units for it.
     """
     assert isinstance(model, CalibratedModel | TabulatedModel | ScaledModel)
-    lacking = {"fp8", "mxfp8", "fp4"} - set(model.fallback.gpu.peak_flops)
+    lacking = families_without_units(model.fallback.gpu.peak_flops)
     found: dict[tuple[str, str], KnownError] = {}
     for basis in bases_of(model):
         for (of, source, family), row in _by_key().items():
-            if of == basis and source not in (NETWORK, "roofline") and family.split()[-1] not in lacking:
+            if of == basis and source not in (NETWORK, "roofline") and family not in lacking:
                 found.setdefault((source, family), row)
     return sorted(found.values(), key=lambda row: (SOURCES.index(row.source), row.family))

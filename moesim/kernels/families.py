@@ -10,7 +10,7 @@ memory-bound kind `elementwise` with the bytes it moves.
 Legend: R ranks, E local experts.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -270,7 +270,18 @@ def error_family(kernel: Kernel) -> str:
     family = FAMILY_OF[type(kernel)]
     if isinstance(kernel, MemoryBound):
         return f"{family} searching" if MEMORY_KINDS[kernel.kind].searches else family
-    return f"{FAMILY_OF[type(kernel)]} {peak_format(kernel.dtype)}" if is_narrow(kernel.dtype) else family
+    return _family_of_format(family, kernel.dtype)
+
+
+def _family_of_format(family: str, dtype: str) -> str:
+    return f"{family} {peak_format(dtype)}" if is_narrow(dtype) else family
+
+
+def families_without_units(formats: Collection[str]) -> set[str]:
+    """Whose errors hold for no product of a chip with peaks of these `formats`, as its data sheet names them."""
+    products = FAMILY_OF[Gemm], FAMILY_OF[GroupedGemm]
+    lacking = [dtype for dtype in DTYPE_BYTES if is_narrow(dtype) and peak_format(dtype) not in formats]
+    return {_family_of_format(family, dtype) for family in products for dtype in lacking}
 
 
 def kernel_of(row: Mapping[str, Any]) -> Kernel:

@@ -97,7 +97,7 @@ def _gemm_features(columns: Columns) -> tuple[Any, ...]:
 def _grouped_row_sizes(rows: list[Row]) -> Columns:
     """Rows of one class, in any number of experts: those of one number are computed together."""
     direction, fp8 = rows[0]["direction"], is_narrow(rows[0]["dtype"])
-    tiles = physics.GROUPED_TILES.index(str(class_of(rows[0])).rsplit("/", 1)[1])
+    tiles = tiles_of(rows[0])
     sizes_PC = np.empty((len(rows), len(physics.GROUPED_COLUMNS)))
     experts_P = np.array([len(row["rows_per_expert"]) for row in rows])
     for experts in np.unique(experts_P):
@@ -204,13 +204,17 @@ def class_of(row: Row) -> str | None:
     if family in ("gemm", "gemm_fp8"):
         return gemm_class(row["dtype"], row["direction"])
     if family == "grouped_gemm":
-        rows_E, direction = row["rows_per_expert"], row["direction"]
-        mean_rows, dtype = sum(rows_E) / len(rows_E), row["dtype"]
-        tiles = physics.grouped_tiles(mean_rows, row["k"], row["n"], direction=direction, fp8=is_narrow(dtype))
-        return grouped_class(direction, dtype=dtype, tiles=tiles)
+        return grouped_class(row["direction"], dtype=row["dtype"], tiles=tiles_of(row))
     if family == "attention":
         return f"attention/{row['direction']}"
     return f"memory_bound/{row['kind']}" if family == "memory_bound" else None
+
+
+def tiles_of(row: Row) -> int:
+    """The tiles of a measured grouped product, as an index of GROUPED_TILES."""
+    rows_E, fp8 = row["rows_per_expert"], is_narrow(row["dtype"])
+    mean_rows = sum(rows_E) / len(rows_E)
+    return int(physics.grouped_tiles(mean_rows, row["k"], row["n"], direction=row["direction"], fp8=fp8))
 
 
 def gemm_class(dtype: str, direction: str) -> str:

@@ -1,6 +1,7 @@
 """From a name to a kernel model: shipped profiles, profile files, GPUs derived from a measured one, the roofline."""
 
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -170,8 +171,19 @@ def kernel_model(gpu: "str | GpuSpec", profile: str | None = None, *, regime: st
     spec = _spec_of(gpu)
     if profile == "roofline":
         return Roofline(spec)
-    own = spec.name if _shipped_file(spec.name) else None
-    model = load_profile(profile or own or spec.scaled_from or spec.name)
+    if profile is None and (_shipped_file(spec.name) or spec.scaled_from):
+        return _own_model(spec)
+    return _on(spec, load_profile(profile or spec.name))
+
+
+@cache
+def _own_model(spec: "GpuSpec") -> KernelModel:
+    """That of a shipped profile, made once a process, as the profile is read once."""
+    return _on(spec, load_profile(spec.name if _shipped_file(spec.name) else spec.scaled_from or spec.name))
+
+
+def _on(spec: "GpuSpec", model: CalibratedModel | TabulatedModel | ScaledModel) -> KernelModel:
+    """A profile's kernels on a GPU: scaled where it was measured on another one of the catalogue."""
     base = model.base if isinstance(model, ScaledModel) else model
     measured = _catalogue_name(base.profile)
     if measured is None or measured == spec.name:
@@ -195,12 +207,19 @@ def in_regime(model: KernelModel, regime: str | float) -> KernelModel:
         assert isinstance(base, CalibratedModel | TabulatedModel)
         return model.of_base(base)
     if regime == "sustained":
-        return model.held("without pause")
+        return _held(model, "without pause")
     if regime == "short":
-        return model.at_benchmark_clock().held("in short runs")
+        return _held(model.at_benchmark_clock(), "in short runs")
     if not isinstance(model, CalibratedModel):
         raise UserError(f"{model.name}: {_NO_CLOCK}")
-    return model.at_clock(float(regime)).held(f"at {regime:.0f} MHz")
+    return _held(model.at_clock(float(regime)), f"at {regime:.0f} MHz")
+
+
+def _held(model: CalibratedModel | TabulatedModel, regime: str) -> CalibratedModel | TabulatedModel:
+    """The same kernels whatever the load of a step is; `regime` says in words how they run."""
+    model = copy(model)
+    model.regime = regime
+    return model
 
 
 def _scaled(base: CalibratedModel | TabulatedModel, measured: str, target: "GpuSpec") -> ScaledModel:

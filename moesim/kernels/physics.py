@@ -126,6 +126,7 @@ GROUPED_FP8_START = GROUPED_START + np.log([1.0, 2.0, 1.0, 1.0, 2.0, 1.0, 1.0, 1
 
 FP8_LONG = 2048  # two sides as long, and torch's grouped GEMM with scales takes other tiles
 GROUPED_TILES = ("small", "large", "long")
+SMALL, LARGE, LONG = range(len(GROUPED_TILES))
 
 
 def grouped_tiles(mean_rows: Any, k: float, n: float, *, direction: str, fp8: bool = False) -> Any:
@@ -139,12 +140,12 @@ def grouped_tiles(mean_rows: Any, k: float, n: float, *, direction: str, fp8: bo
     else:
         columns, depth = (n, k) if direction == "forward" else (k, n)
         rows = np.floor(mean_rows)
-    large: Any = 1
+    large: Any = LARGE
     if fp8:
         long = FP8_LONG
         reached = (rows >= long) * 1 + (columns >= long) * 1 + (depth >= long) * 1
-        large = np.where(reached >= 2, 2, 1)
-    tiles = np.where((rows <= 128) | (columns <= 128), 0, large)
+        large = np.where(reached >= 2, LONG, LARGE)
+    tiles = np.where((rows <= 128) | (columns <= 128), SMALL, large)
     return tiles if tiles.ndim else int(tiles)
 
 
@@ -181,7 +182,8 @@ def _sums(values_QE: FloatArray) -> Any:
     return sums if sums.ndim else float(sums)
 
 
-_TILES = ((64.0, 128.0, 128.0), (128.0, 256.0, 64.0), (256.0, 128.0, 128.0), (128.0, 128.0, 128.0))
+_TILES = {SMALL: (64.0, 128.0, 128.0), LARGE: (128.0, 256.0, 64.0), LONG: (256.0, 128.0, 128.0)}
+_LONG_WGRAD = (128.0, 128.0, 128.0)
 
 
 def grouped_sizes(totals: RowTotals, k: Any, n: Any, *, direction: str, tiles: int, fp8: bool = False) -> Columns:
@@ -192,7 +194,7 @@ def grouped_sizes(totals: RowTotals, k: Any, n: Any, *, direction: str, tiles: i
     not sum in the tensor cores alone; in clusters of two along the rows, so that an expert's tiles round up to even
     numbers.
     """
-    tile_m, tile_n, tile_k = _TILES[tiles if tiles < 2 or direction != "wgrad" else 3]
+    tile_m, tile_n, tile_k = _LONG_WGRAD if tiles == LONG and direction == "wgrad" else _TILES[tiles]
     size = 1.0 if fp8 else 2.0
     rows_QE, rows = totals.rows_QE, totals.rows
     experts = float(rows_QE.shape[-1])
@@ -215,7 +217,7 @@ def grouped_sizes(totals: RowTotals, k: Any, n: Any, *, direction: str, tiles: i
         l2_bytes = rows * (size * depth * tiles_n) + pairs * (size * depth * width)
         read, written = rows * (size * depth) + totals.active * (size * k * n), rows * (2.0 * width)
     return (
-        rows, experts, totals.active, k, n, float(tiles == 0), count,
+        rows, experts, totals.active, k, n, float(tiles == SMALL), count,
         work, longest, tile_m * tile_n, read, written, l2_bytes, totals.squares,
     )  # fmt: skip
 

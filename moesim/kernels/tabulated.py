@@ -142,12 +142,6 @@ class TabulatedModel:
         model.tables, model.log_clock, model.clock_error = self.tables.at_benchmark_clock(), 0.0, 0.0
         return model
 
-    def held(self, regime: str) -> "TabulatedModel":
-        """The same kernels whatever the load of a step is; `regime` says in words how they run."""
-        model = copy(self)
-        model.regime = regime
-        return model
-
     @property
     def fastest(self) -> dict[str, float]:
         """FLOP/s of the fastest product of the tables, by its units."""

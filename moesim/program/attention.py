@@ -28,7 +28,7 @@ from moesim.program.gemms import (
 from moesim.program.norms import branch, norm, residual
 from moesim.program.operations import SIDE, Operation, fork, join
 from moesim.program.rotary import rotary
-from moesim.program.sizes import Passes, Step, chain, repeated_by
+from moesim.program.sizes import Passes, Step, chain, repeated_whole
 from moesim.program.torch_host import backward, forward
 from moesim.program.torch_kernels import BF16, FP32, accumulated, copied, issued, moved, reordered
 from moesim.program.writer import KernelWriter
@@ -339,7 +339,7 @@ def attention_part(w: KernelWriter, step: Step) -> Passes:
         branch(w.at(Part.RESIDUAL), "attention.branch", step),
         norm(w, "attention_norm", step, tokens=step.tokens, width=step.model.hidden),
         _latent(w, step, mla) if isinstance(mla, Mla) else _grouped_query(w, step),
-        repeated_by("core_attention", _core_attention(w, step)),
+        repeated_whole("core_attention", _core_attention(w, step)),
         ([], []) if step.switches.layout_copies == "none" else merge,
         row_parallel(w, "attention_out", step, k=step.model.heads * _value_width(step), n=step.model.hidden),
         residual(w.at(Part.RESIDUAL), "attention.residual", step),

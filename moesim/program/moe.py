@@ -28,7 +28,7 @@ from moesim.program.norms import branch, residual
 from moesim.program.operations import Operation, Transfer, fork, join, readback, transfer
 from moesim.program.permutation import expand, permute, reduce, unpermute
 from moesim.program.router import router_part
-from moesim.program.sizes import Passes, Step, chain, repeated_by
+from moesim.program.sizes import Passes, Step, chain, repeated_whole
 from moesim.program.torch_host import backward, forward
 from moesim.program.torch_kernels import issued, small
 from moesim.program.writer import KernelWriter
@@ -113,6 +113,6 @@ def moe_part(w: KernelWriter, step: Step, loads: LayerLoads) -> Passes:
     )
     return chain(
         branch(rest, "ffn.branch", step),
-        repeated_by("moe", layer, but=Part.NORM),
+        repeated_whole("moe", layer, but=Part.NORM),
         residual(rest, "ffn.residual", step),
     )

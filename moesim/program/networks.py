@@ -22,7 +22,7 @@ from moesim.program.gemms import (
 from moesim.program.loads import LayerLoads
 from moesim.program.norms import branch, norm, residual, summed_gradients
 from moesim.program.operations import SIDE, Operation
-from moesim.program.sizes import Passes, Step, chain, repeated_by
+from moesim.program.sizes import Passes, Step, chain, repeated_whole
 from moesim.program.torch_host import backward, forward
 from moesim.program.torch_kernels import BF16, accumulated, issued, moved
 from moesim.program.writer import KernelWriter
@@ -156,7 +156,7 @@ def dense_ffn_part(w: KernelWriter, step: Step) -> Passes:
     return chain(
         branch(rest, "ffn.branch", step),
         norm(w, "ffn_norm", step, tokens=step.tokens, width=model.hidden),
-        repeated_by("dense_ffn", _Network(w, "ffn", step, width=model.dense_intermediate).in_line()),
+        repeated_whole("dense_ffn", _Network(w, "ffn", step, width=model.dense_intermediate).in_line()),
         residual(rest, "ffn.residual", step),
     )
 
@@ -283,20 +283,17 @@ def shared_experts(w: KernelWriter, step: Step) -> tuple[Shared, Shared]:
     model = step.model
     if not model.shared_experts:
         return Shared([], [], [], []), Shared([], [], [], [])
-    word, width, more = (
-        "shared_experts",
-        model.shared_width,
-        summed_gradients(w, "shared.branch", step, tokens=step.tokens),
-    )
+    word, width = "shared_experts", model.shared_width
+    more = summed_gradients(w, "shared.branch", step, tokens=step.tokens)
     total = residual(w, "shared.sum", step)
     if not (step.remote and step.shared_beside):
-        whole = chain(more, repeated_by(word, _Network(w, "shared", step, width=width).in_line()), total)
+        whole = chain(more, repeated_whole(word, _Network(w, "shared", step, width=width).in_line()), total)
         if not step.software.shared_beside:
             return Shared([], [], [], whole[0]), Shared([], [], [], whole[1])
         return Shared([], whole[0], [], []), Shared([], whole[1], [], [])
     network = _Network(w.at(Part.SHARED_EXPERTS, chain=SIDE), "shared", step, width=width)
     enter, products, leave = (
-        repeated_by(word, passes) for passes in (network.enter(), network.products(), network.leave())
+        repeated_whole(word, passes) for passes in (network.enter(), network.products(), network.leave())
     )
     return (
         Shared(enter[0], products[0], leave[0], total[0]),

@@ -74,11 +74,11 @@ class Step:
         return Peers(self.context, self.tensor)
 
 
-def repeated_by(word: str, passes: Passes, *, but: Part | None = None) -> Passes:
+def repeated_whole(word: str, passes: Passes, *, but: Part | None = None) -> Passes:
     """The passes with a forward one that this word of workload.recompute repeats whole, but for one part."""
     forward, backward = passes
     return [
-        operation if operation.part is but and but is not None else replace(operation, again=(*operation.again, word))
+        operation if operation.part is but else replace(operation, again=(*operation.again, word))
         for operation in forward
     ], backward
 

@@ -1,7 +1,7 @@
 """The kernels of a software whose facts are switches: parts of a step put together, and what surrounds it.
 
 Each part is a module that asks for the settings of its own switches: `attention` (with `rotary` and `norms`), `router`,
-`rows`, `networks`, `moe` (which puts these in order) and `ends`. What a setting means stands in
+`rows`, `networks`, `moe` (which puts these in order) and `embedding_and_head`. What a setting means stands in
 `moesim.scenario.switches`; which a software has, in `moesim.scenario.software`.
 """
 
@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 
 from moesim.kernels import KernelModel
 from moesim.kernels.unprofiled import ADDED_WIDE
-from moesim.program import embedding_and_head as ends
 from moesim.program.attention import attention_part
+from moesim.program.embedding_and_head import embedding_part, head_part
 from moesim.program.host import FREE_HOST, HostModel
 from moesim.program.loads import LayerLoads
 from moesim.program.moe import moe_part
@@ -55,7 +55,7 @@ class SwitchedKernels:
 
     def embedding_part(self, w: KernelWriter, step: Step) -> Passes:
         """Token embedding."""
-        return ends.embedding_part(w, step)
+        return embedding_part(w, step)
 
     def layer_part(self, w: KernelWriter, step: Step, loads: LayerLoads | None) -> Passes:
         """One transformer layer; `loads` is None for a dense layer."""
@@ -72,7 +72,7 @@ class SwitchedKernels:
 
     def head_part(self, w: KernelWriter, step: Step) -> Passes:
         """Final norm, logits and loss."""
-        return ends.head_part(w, step)
+        return head_part(w, step)
 
     def accumulation(self, w: KernelWriter, *, parameters: float, first: bool) -> list[Operation]:
         """What the first, or a later, micro-batch does to add its gradients to those before.

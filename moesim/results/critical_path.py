@@ -28,7 +28,7 @@ TOLERANCE = 1e-9  # seconds; spans that follow each other share the bits of that
 ROUND_OFF = 1e-14  # the same as a share of the step, for steps of days
 
 
-class PathSegment(NamedTuple):
+class PathPiece(NamedTuple):
     """One stretch of the path, seconds from the start of the step, on global rank `rank` of group `table`."""
 
     category: str
@@ -116,7 +116,7 @@ class _Walk:
         place = int(ends[table].argmax())
         return _Spot(table, place, float(ends[table][place]))
 
-    def pieces(self) -> Iterator[PathSegment]:
+    def pieces(self) -> Iterator[PathPiece]:
         """The path from its end to 0."""
         spot = self.last()
         for _ in range(self.most_steps):
@@ -126,7 +126,7 @@ class _Walk:
             assert following.time < spot.time or following[:2] != spot[:2], "the walk goes back"
             if following.time < spot.time:
                 rank = int(self.tables[spot.table].ranks_R[spot.place])
-                yield PathSegment(category, following.time, spot.time, spot.table, rank)
+                yield PathPiece(category, following.time, spot.time, spot.table, rank)
             spot = following
         raise InternalError("the critical path does not come to its beginning")
 
@@ -182,7 +182,7 @@ class _Walk:
 
 def critical_path(
     tables: Sequence[SpanTable], *, pipeline_ranks: Sequence[int], sample: int = 0
-) -> tuple[PathSegment, ...]:
+) -> tuple[PathPiece, ...]:
     """The critical path of one sample, last piece first.
 
     `tables` hold every expert group; `pipeline_ranks` says on which pipeline rank each of them is, and groups of one
@@ -191,7 +191,7 @@ def critical_path(
     return tuple(_Walk(tables, pipeline_ranks, sample).pieces())
 
 
-def path_seconds(pieces: Sequence[PathSegment]) -> dict[str, float]:
+def path_seconds(pieces: Sequence[PathPiece]) -> dict[str, float]:
     """Seconds of the path by category, in the order of CATEGORIES."""
     seconds = dict.fromkeys(CATEGORIES, 0.0)
     for piece in pieces:

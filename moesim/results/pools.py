@@ -93,8 +93,8 @@ def _add_transfers(found: Seconds, table: SpanTable) -> None:
         set_R = np.array(peers, dtype=np.int64) if peers else np.zeros(start_NR.shape[1], dtype=np.int64)
         for one in np.unique(set_R):
             at_R = np.flatnonzero(set_R == one)
-            last_N = at_R[start_NR[np.ix_(chosen_N, at_R)].argmax(axis=1)]
             start_NM = start_NR[np.ix_(chosen_N, at_R)]
+            last_N = at_R[start_NM.argmax(axis=1)]
             earlier_NM = start_NM < start_NM.max(axis=1, keepdims=True)  # others wait for chance alone
             wait_NM = np.where(earlier_NM, wait_NR[np.ix_(chosen_N, at_R)], 0.0)
             np.add.at(seconds_RR.T, last_N, _columns(wait_NM, at_R, len(seconds_RR)))

@@ -1,7 +1,6 @@
 """What one kernel of serving takes: the kernels of training as they run in a row, small kernels, narrower weights."""
 
 from collections.abc import Iterable
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,7 @@ from numpy.typing import NDArray
 from moesim.kernels import Gemm, GroupedGemm, Kernel, KernelModel, MemoryBound, kernel_model, memory_bytes
 from moesim.kernels.estimate import SOURCES
 from moesim.kernels.tabulated import TabulatedModel
-from moesim.scenario import BYTES_PER_ELEMENT, GpuSpec
+from moesim.scenario import BYTES_PER_ELEMENT
 from moesim.serving.decode_kernels import (
     Fitted,
     attention_of,
@@ -36,12 +35,6 @@ LARGE = 4e6  # elements
 LEAST_SHARE = 0.5  # of a product launched alone that it takes in a row of kernels at least
 
 
-@cache
-def _shipped_model(gpu: GpuSpec) -> KernelModel:
-    """That of a GPU's shipped profile, read once: many deployments are priced in a search."""
-    return kernel_model(gpu)
-
-
 class Pricing:
     """Seconds of kernels on a scenario's GPU under its software, with a note of the sources that they rest on."""
 
@@ -49,11 +42,8 @@ class Pricing:
         self.load, self.gpu = scenario.workload, scenario.cluster.pools[0].spec
         self.software: ServingSoftware = serving_software()[scenario.engine.software]
         self.lists: Lists = LISTS[self.software.kernels]
-        profile, regime = scenario.compute.profile, scenario.compute.held_regime
-        shipped = profile is None and regime is None
-        self.kernels: KernelModel = (
-            _shipped_model(self.gpu) if shipped else kernel_model(self.gpu, profile, regime=regime)
-        )
+        compute = scenario.compute
+        self.kernels: KernelModel = kernel_model(self.gpu, compute.profile, regime=compute.held_regime)
         # Tables were measured in a row already; a profile's kernels were launched alone.
         self._gaps = dict.fromkeys(facts()["gap"], 0.0) if isinstance(self.kernels, TabulatedModel) else facts()["gap"]
         self._sources: set[str] = set()
