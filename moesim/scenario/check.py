@@ -1,14 +1,13 @@
 """The checks that need more than one section: what the schema of a single key cannot see.
 
-Every check raises through `_Report.user` (exit code 1) or `_Report.infeasible` (exit code 2), naming the key to change.
+Every check raises through `Report.user` (exit code 1) or `Report.infeasible` (exit code 2), naming the key to change.
 """
 
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
-from moesim.errors import ConflictError, InfeasibleError, UserError
+from moesim.errors import UserError
 from moesim.scenario.check_layout import (
     check_formats,
     check_pipeline,
@@ -23,6 +22,7 @@ from moesim.scenario.check_layout import (
 from moesim.scenario.check_mixed import check_batch, check_mixed
 from moesim.scenario.check_placement import check_placement
 from moesim.scenario.check_size import check_gpus, check_size
+from moesim.scenario.check_software import Report, dotted
 from moesim.scenario.dispatch import DISPATCH
 from moesim.scenario.document import Path
 from moesim.scenario.mixed import ranked_cluster
@@ -38,28 +38,9 @@ from moesim.scenario.routing import (
 from moesim.scenario.schema import Scenario
 
 
-def _dotted(path: Path) -> str:
-    return ".".join(str(key) for key in path)
-
-
-@dataclass(frozen=True)
-class _Report:
-    where: Callable[[Path], str]
-
-    def user(self, key: str, message: str) -> ConflictError:
-        return ConflictError(f"{self.where(_path(key))}: {message}")
-
-    def infeasible(self, key: str, message: str) -> InfeasibleError:
-        return InfeasibleError(f"{self.where(_path(key))}: {message}")
-
-
-def _path(key: str) -> Path:
-    return tuple(int(part) if part.isdigit() else part for part in key.split("."))
-
-
-def check_scenario(scenario: Scenario, *, where: Callable[[Path], str] = _dotted) -> None:
+def check_scenario(scenario: Scenario, *, where: Callable[[Path], str] = dotted) -> None:
     """Raises UserError or InfeasibleError for sections that contradict each other; `where` writes a key's place."""
-    report = _Report(where)
+    report = Report(where)
     check_gpus(scenario, report)
     _check_model(scenario, report)
     _check_cluster(scenario, report)
@@ -73,16 +54,16 @@ def check_scenario(scenario: Scenario, *, where: Callable[[Path], str] = _dotted
     _check_dispatch(scenario, report)
 
 
-def require_supported(scenario: Scenario, *, where: Callable[[Path], str] = _dotted) -> None:
+def require_supported(scenario: Scenario, *, where: Callable[[Path], str] = dotted) -> None:
     """Raises UserError for a well-formed scenario that the simulation core cannot run, naming the key.
 
     The one place to relax when the core learns another way to train.
     """
-    report = _Report(where)
+    report = Report(where)
     require_supported_step(scenario, report)
 
 
-def _check_model(scenario: Scenario, report: _Report) -> None:
+def _check_model(scenario: Scenario, report: Report) -> None:
     model = scenario.model
     if model.heads % model.kv_heads:
         raise report.user("model.kv_heads", f"{model.kv_heads} does not divide heads = {model.heads}")
@@ -113,7 +94,7 @@ def _check_model(scenario: Scenario, report: _Report) -> None:
         raise report.user("model.dense_intermediate", "missing; the width of the dense FFN is required")
 
 
-def _check_cluster(scenario: Scenario, report: _Report) -> None:
+def _check_cluster(scenario: Scenario, report: Report) -> None:
     precision, dispatch = scenario.workload.precision, scenario.dispatch
     check_recipe(precision, report)
     for index, pool in enumerate(scenario.cluster.pools):
@@ -133,7 +114,7 @@ def _check_cluster(scenario: Scenario, report: _Report) -> None:
         )
 
 
-def _check_layout(scenario: Scenario, report: _Report) -> None:
+def _check_layout(scenario: Scenario, report: Report) -> None:
     model, mesh = scenario.model, scenario.parallelism
     group = mesh.expert * mesh.expert_tensor
     check_placement(scenario, report)
@@ -152,7 +133,7 @@ def _check_layout(scenario: Scenario, report: _Report) -> None:
         raise report.infeasible("parallelism", f"{what}; add nodes or lower parallelism.data")
 
 
-def _check_routing(scenario: Scenario, report: _Report) -> None:
+def _check_routing(scenario: Scenario, report: Report) -> None:
     routing, model = scenario.routing, scenario.model
     if model.experts == 0:
         if not isinstance(routing, UniformRouting):
@@ -167,7 +148,7 @@ def _check_routing(scenario: Scenario, report: _Report) -> None:
     _check_groups(scenario, report)
 
 
-def _check_balancedness(scenario: Scenario, routing: BalancednessRouting, report: _Report) -> None:
+def _check_balancedness(scenario: Scenario, routing: BalancednessRouting, report: Report) -> None:
     """The ranks are those of one placement without copies, and as uneven as asked for."""
     model, ranks = scenario.model, scenario.parallelism.expert
     slots = scenario.placement.fixed_slots(num_experts=model.experts, num_ranks=ranks)
@@ -193,7 +174,7 @@ def _rounded_up(value: float) -> str:
     return f"{math.ceil(value * 1e4 - 1e-6) / 1e4:g}"
 
 
-def _check_counts(scenario: Scenario, routing: PopularityRouting, report: _Report) -> None:
+def _check_counts(scenario: Scenario, routing: PopularityRouting, report: Report) -> None:
     model = scenario.model
     nested = isinstance(routing.counts[0], tuple)
     lists = routing.counts if nested else (routing.counts,)
@@ -210,7 +191,7 @@ def _check_counts(scenario: Scenario, routing: PopularityRouting, report: _Repor
             raise report.user(key, f"{what}: add 1 to each count")
 
 
-def _check_router(scenario: Scenario, router: Router, report: _Report) -> None:
+def _check_router(scenario: Scenario, router: Router, report: Report) -> None:
     top_k = scenario.model.top_k
     facts = ROUTERS[router.kind]
     if (fixed_k := facts.fixed_k) is not None and top_k != fixed_k:
@@ -224,7 +205,7 @@ def _check_router(scenario: Scenario, router: Router, report: _Report) -> None:
         raise report.user("capacity.kind", message)
 
 
-def _check_limit(scenario: Scenario, router: GroupedRouter, report: _Report) -> None:
+def _check_limit(scenario: Scenario, router: GroupedRouter, report: Report) -> None:
     """A limit has groups: the router's, those that device_limit stands for, or the model's."""
     given = [key for key in ("groups", "group_limit") if getattr(router, key) is not None]
     if router.device_limit is not None and given:
@@ -235,7 +216,7 @@ def _check_limit(scenario: Scenario, router: GroupedRouter, report: _Report) -> 
         raise report.user(f"routing.router.{given[0]}", f"needs {missing} beside it")
 
 
-def _check_groups(scenario: Scenario, report: _Report) -> None:
+def _check_groups(scenario: Scenario, report: Report) -> None:
     """The groups that hold divide the experts, and the limit leaves enough of them."""
     router, shape = scenario.routing.router, scenario.router_shape()
     experts, top_k = shape.num_experts, shape.top_k
@@ -263,7 +244,7 @@ def _check_groups(scenario: Scenario, report: _Report) -> None:
         raise report.user(key, what)
 
 
-def _check_one_domain(scenario: Scenario, report: _Report) -> None:
+def _check_one_domain(scenario: Scenario, report: Report) -> None:
     """Groups are blocks of consecutive ranks, so that each lies in one domain where none ends inside a block."""
     mesh, sizes = scenario.parallelism, ranked_cluster(scenario.cluster, scenario.parallelism).domain_sizes
     block = mesh.expert * mesh.expert_tensor
@@ -275,7 +256,7 @@ def _check_one_domain(scenario: Scenario, report: _Report) -> None:
         raise report.user("dispatch.algorithm", f"{what}; use a parallelism.expert that divides it, or {other}")
 
 
-def _check_dispatch(scenario: Scenario, report: _Report) -> None:
+def _check_dispatch(scenario: Scenario, report: Report) -> None:
     dispatch = scenario.dispatch
     if scenario.cluster.fabric.multipath and scenario.network.model == "ports":
         what = "ports looks at one route of each pair and cluster.fabric.multipath takes all; use fluid, or exact"

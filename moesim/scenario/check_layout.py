@@ -2,12 +2,11 @@
 
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
-from typing import Protocol, get_args
+from typing import get_args
 
-from moesim.errors import UserError
 from moesim.scenario.base import GemmFormat
 from moesim.scenario.catalogue import GpuSpec
-from moesim.scenario.check_software import require_software
+from moesim.scenario.check_software import Report, require_software
 from moesim.scenario.model import LocalGlobal, Mla
 from moesim.scenario.recipes import RECIPES
 from moesim.scenario.schema import PART_NEEDS, Precision, Scenario
@@ -16,13 +15,6 @@ from moesim.schedules import PLAIN, SCHEDULES, SPLIT
 
 KEY = "workload.precision"
 DIVISOR_SEARCH = 10**6  # beyond that nobody reads the remedy, and a slip of the keyboard must not take for ever
-
-
-class Report(Protocol):
-    """Makes the error of a dotted key."""
-
-    def user(self, key: str, message: str) -> UserError:
-        """A mistake of the user at `key`."""
 
 
 def check_pipeline(scenario: Scenario, report: Report) -> None:

@@ -2,20 +2,12 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Protocol
 
 from moesim.errors import UserError
 from moesim.scenario.changes import LinkChange, Slowdown
-from moesim.scenario.check_layout import either
+from moesim.scenario.check_layout import Report, either
 from moesim.scenario.mixed import data_ranks_of_pools, is_mixed, pools_of_ranks, ranked_cluster
 from moesim.scenario.schema import Scenario
-
-
-class Report(Protocol):
-    """Makes the error of a dotted key."""
-
-    def user(self, key: str, message: str) -> UserError:
-        """A mistake of the user at `key`."""
 
 
 def check_mixed(scenario: Scenario, report: Report) -> None:

@@ -1,18 +1,36 @@
 """The checks of the software, and of its switches, against the rest of a scenario."""
 
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
-from moesim.errors import UserError
+from moesim.errors import ConflictError, InfeasibleError
+from moesim.scenario.document import Path
 from moesim.scenario.schema import Scenario
 from moesim.scenario.software import FUSED, IMPORTED
 
 
-class Report(Protocol):
-    """Makes the error of a dotted key."""
+def dotted(path: Path) -> str:
+    """The keys of a path as one writes them."""
+    return ".".join(str(key) for key in path)
 
-    def user(self, key: str, message: str) -> UserError:
-        """A mistake of the user at `key`."""
+
+@dataclass(frozen=True)
+class Report:
+    """Makes the error of a dotted key; `where` says its place."""
+
+    where: Callable[[Path], str] = dotted
+
+    def user(self, key: str, message: str) -> ConflictError:
+        """A mistake of the user at `key` (exit code 1)."""
+        return ConflictError(f"{self.where(_path(key))}: {message}")
+
+    def infeasible(self, key: str, message: str) -> InfeasibleError:
+        """What is well-formed and cannot run, by `key` (exit code 2)."""
+        return InfeasibleError(f"{self.where(_path(key))}: {message}")
+
+
+def _path(key: str) -> Path:
+    return tuple(int(part) if part.isdigit() else part for part in key.split("."))
 
 
 FREE_OF_FILE = ("reduce_dtype", "counts", "accumulation")  # what a recorded step of one rank leaves open
