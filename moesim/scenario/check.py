@@ -101,7 +101,7 @@ def _check_cluster(scenario: Scenario, report: Report) -> None:
         try:
             spec = pool.spec
         except UserError as error:
-            place = report.where(_path(f"cluster.pools.{index}.gpu"))
+            place = report.place(f"cluster.pools.{index}.gpu")
             raise UserError(f"{place}: {error}") from None  # no conflict: nothing else could make it known
         check_formats(precision, spec, report)
     names = [pool.name for pool in scenario.cluster.pools]

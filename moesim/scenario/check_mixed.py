@@ -5,7 +5,8 @@ from itertools import pairwise
 
 from moesim.errors import UserError
 from moesim.scenario.changes import LinkChange, Slowdown
-from moesim.scenario.check_layout import Report, either
+from moesim.scenario.check_layout import either
+from moesim.scenario.check_software import Report
 from moesim.scenario.mixed import data_ranks_of_pools, is_mixed, pools_of_ranks, ranked_cluster
 from moesim.scenario.schema import Scenario
 

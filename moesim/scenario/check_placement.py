@@ -2,7 +2,8 @@
 
 from moesim.errors import UserError
 from moesim.scenario.base import MOST_EXPERTS
-from moesim.scenario.check_layout import Report, either, nearest_divisors
+from moesim.scenario.check_layout import either, nearest_divisors
+from moesim.scenario.check_software import Report
 from moesim.scenario.placement import Explicit, MadeFromRows, keeps_groups
 from moesim.scenario.routing import ExpertCapacity
 from moesim.scenario.schema import Scenario

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from moesim.scenario.base import MOST_GPUS
-from moesim.scenario.check_layout import Report
+from moesim.scenario.check_software import Report
 from moesim.scenario.routing import PopularityRouting, TrainRouting
 from moesim.scenario.schema import Scenario
 

@@ -20,17 +20,17 @@ class Report:
 
     where: Callable[[Path], str] = dotted
 
+    def place(self, key: str) -> str:
+        """Where the key stands."""
+        return self.where(tuple(int(part) if part.isdigit() else part for part in key.split(".")))
+
     def user(self, key: str, message: str) -> ConflictError:
         """A mistake of the user at `key` (exit code 1)."""
-        return ConflictError(f"{self.where(_path(key))}: {message}")
+        return ConflictError(f"{self.place(key)}: {message}")
 
     def infeasible(self, key: str, message: str) -> InfeasibleError:
         """What is well-formed and cannot run, by `key` (exit code 2)."""
-        return InfeasibleError(f"{self.where(_path(key))}: {message}")
-
-
-def _path(key: str) -> Path:
-    return tuple(int(part) if part.isdigit() else part for part in key.split("."))
+        return InfeasibleError(f"{self.place(key)}: {message}")
 
 
 FREE_OF_FILE = ("reduce_dtype", "counts", "accumulation")  # what a recorded step of one rank leaves open
