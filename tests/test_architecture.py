@@ -204,7 +204,6 @@ def asked_names(source: str, names: Collection[str]) -> list[str]:
 
 NAMES_OF_OTHERS = {
     "scenario/hf_config.py": ROUTERS,  # families of released models
-    "scenario/hf_keys.py": ROUTERS,
     "report/topology_layout.py": {"switch"},  # of a network
     "report/topology_drawing.py": {"switch"},
     "report/topology.py": {"switch"},

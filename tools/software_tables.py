@@ -8,8 +8,7 @@ import argparse
 from dataclasses import fields
 from pathlib import Path
 
-from moesim.scenario.software import SOFTWARE
-from moesim.scenario.switches import Switches
+from moesim.scenario.software import SOFTWARE, Switches
 
 PAGE = Path(__file__).parent.parent / "docs" / "software.md"
 LISTED = [facts for facts in SOFTWARE.values() if facts.kernels == "switched"]

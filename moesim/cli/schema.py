@@ -45,6 +45,6 @@ def _schema(what: str) -> dict[str, Any]:
         from moesim.sweeper.study import study_json_schema
 
         return study_json_schema()
-    from moesim.scenario.json_schema import json_schema
+    from moesim.scenario.loader import json_schema
 
     return json_schema()

@@ -4,8 +4,8 @@ from typing import Any
 
 from moesim.flags.arguments import Arguments
 from moesim.flags.flag_table import RECOMPUTED
-from moesim.scenario.recipes import RECIPES
 from moesim.scenario.schema import PART_NEEDS
+from moesim.scenario.software import RECIPES
 
 Fields = dict[str, Any]
 

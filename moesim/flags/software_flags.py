@@ -1,7 +1,7 @@
 """The `implementation` section and the flags of Megatron-LM that choose kernels: both ways, by one table.
 
 A launch of Megatron-LM is `megatron`, or `megatron_local` without Transformer Engine's layers; every flag below sets
-switches (`moesim.scenario.switches`) otherwise, some of them only in Transformer Engine's layers, as in 0.19's code:
+switches (`moesim.scenario.software`) otherwise, some of them only in Transformer Engine's layers, as in 0.19's code:
 rows, router, activation and loss are not theirs.
 """
 

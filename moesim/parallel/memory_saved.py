@@ -7,7 +7,7 @@ form keeps a rank's share of every tensor (arXiv 2205.05198), so no width below 
 Between kernels lies bf16 (2 bytes). Inputs of matrix products are kept in the GEMM's format with its scales (blockwise
 fp8: 1 byte and 4 per 128 values, as DeepSeek-V3 caches them, and SwiGLU's inputs likewise, arXiv 2412.19437 section
 3.3.3), but the router's input and the attention's output in bf16. What else is kept follows from the switches of the
-software (`moesim.scenario.switches`), as autograd keeps it: an unfused norm its input in fp32 and its result before the
+software (`moesim.scenario.software`), as autograd keeps it: an unfused norm its input in fp32 and its result before the
 weight; an unfused activation silu's output beside its inputs; repeated keys and values; attention's output in two
 orders where it is copied, and the scores of an unfused one; logits in fp32, of one chunk; gates inside of an expert no
 result of it, gates on results these.
@@ -20,7 +20,7 @@ from typing import Literal
 
 from moesim.scenario import Model, Scenario
 from moesim.scenario.model import Mla
-from moesim.scenario.switches import Switches
+from moesim.scenario.software import Switches
 
 FP32, INT64 = 4.0, 8.0  # bytes
 

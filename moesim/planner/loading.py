@@ -13,7 +13,7 @@ from moesim.scenario import GroupedRouter, TraceRouting, gpu_spec
 from moesim.scenario.catalogue import gpu_names
 from moesim.scenario.document import Node, Path, find, mapping_node, read_yaml
 from moesim.scenario.forms import absolute_paths, default_routing, explicit_model, named_implementation
-from moesim.scenario.json_schema import accept_model_forms, accept_named_implementation, finished_schema
+from moesim.scenario.loader import accept_model_forms, accept_named_implementation, finished_schema
 from moesim.scenario.messages import describe
 from moesim.scenario.overrides import apply_overrides
 

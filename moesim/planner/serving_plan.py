@@ -20,7 +20,7 @@ from moesim.scenario.base import FileName, Gpus, Section, Seed, Text, Tokens
 from moesim.scenario.catalogue import gpu_names
 from moesim.scenario.document import Node, find, mapping_node
 from moesim.scenario.forms import absolute_paths, explicit_model
-from moesim.scenario.json_schema import accept_model_forms, finished_schema
+from moesim.scenario.loader import accept_model_forms, finished_schema
 from moesim.scenario.messages import describe
 from moesim.serving import ServingScenario, load_serving_text
 from moesim.serving.schema import Engine, Serving, ServingMemory

@@ -1,4 +1,4 @@
-"""Casts around products of operands of a byte or less, and of their weights (recipes: `moesim.scenario.recipes`).
+"""Casts around products of operands of a byte or less, and of their weights (recipes: `moesim.scenario.software`).
 
 Y = X W runs in few bits forward, for dX and for dW, whose depth is the tokens: there both operands need scales along
 tokens, and Hopper's tensor cores need FP8 operands that lie along the depth.
@@ -24,7 +24,7 @@ from moesim.program.operations import Operation
 from moesim.program.writer import KernelWriter
 from moesim.results.spans import Phase
 from moesim.scenario.base import BYTES_PER_ELEMENT
-from moesim.scenario.recipes import RECIPES
+from moesim.scenario.software import RECIPES
 
 WIDE = BYTES_PER_ELEMENT["bf16"]
 ALONG, TURN, WIDEN, LARGEST = "fp8_cast", "fp8_turn", "fp8_widen", "largest"  # kinds of memory-bound kernels

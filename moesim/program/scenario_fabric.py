@@ -12,7 +12,7 @@ from moesim.network.parameters import NetworkParameters
 from moesim.network.transfer import Model
 from moesim.scenario import Scenario
 from moesim.scenario.catalogue import GpuSpec, gpu_spec
-from moesim.scenario.check_size import MOST_PAIRS
+from moesim.scenario.check import MOST_PAIRS
 from moesim.scenario.cluster import Cluster, Pool
 from moesim.scenario.mixed import kinds_of_pools, rank_counts, ranked_cluster, specs_of_ranks
 

@@ -9,8 +9,7 @@ from moesim.results.spans import Part
 from moesim.scenario import Model
 from moesim.scenario.model import Mla
 from moesim.scenario.routers import DEEPSEEK_MOE, RouterFacts
-from moesim.scenario.software import FUSED, SoftwareFacts
-from moesim.scenario.switches import Switches
+from moesim.scenario.software import FUSED, SoftwareFacts, Switches
 
 Passes = tuple[list[Operation], list[Operation]]  # forward, backward (each in issue order)
 

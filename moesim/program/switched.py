@@ -2,7 +2,7 @@
 
 Each part is a module that asks for the settings of its own switches: `attention` (with `rotary` and `norms`), `router`,
 `rows`, `networks`, `moe` (which puts these in order) and `embedding_and_head`. What a setting means stands in
-`moesim.scenario.switches`; which a software has, in `moesim.scenario.software`.
+`moesim.scenario.software`; which a software has, in `moesim.scenario.software`.
 """
 
 from dataclasses import dataclass, replace
@@ -23,7 +23,7 @@ from moesim.program.writer import KernelWriter
 from moesim.results.spans import Part, Phase
 from moesim.scenario import Scenario
 from moesim.scenario.base import BYTES_PER_ELEMENT
-from moesim.scenario.switches import Switches
+from moesim.scenario.software import Switches
 
 GRAPHED = (Part.ATTENTION, Part.NORM, Part.RESIDUAL, Part.ROUTER, Part.DENSE_FFN, Part.SHARED_EXPERTS)
 

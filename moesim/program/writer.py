@@ -11,7 +11,7 @@ from moesim.kernels import Attention, Gemm, GroupedGemm, Kernel, KernelModel, Me
 from moesim.kernels.families import FAMILY_OF, AttentionDirection, GemmDirection, error_family
 from moesim.program.operations import MAIN, Operation, compute
 from moesim.results.spans import CATEGORY_OF_PART, Label, Part, Phase, Stream
-from moesim.scenario.recipes import RECIPE_OF_KERNELS, Recipe
+from moesim.scenario.software import RECIPE_OF_KERNELS, Recipe
 
 FloatArray = NDArray[np.float64]
 

@@ -28,8 +28,7 @@ from moesim.results import RunRecord
 from moesim.routing.progress import ProgressCallback
 from moesim.run import simulate
 from moesim.scenario import Scenario
-from moesim.scenario.failure_records import FailureRecord
-from moesim.scenario.failures import ASSUMED
+from moesim.scenario.failures import ASSUMED, FailureRecord
 from moesim.seeding import stream
 
 GOODPUT_SCHEMA_VERSION = 1

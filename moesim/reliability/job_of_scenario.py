@@ -12,8 +12,7 @@ from moesim.errors import ConflictError, InfeasibleError, UserError
 from moesim.scenario import Scenario
 from moesim.scenario.base import BYTES_PER_ELEMENT
 from moesim.scenario.degraded import Degraded
-from moesim.scenario.failure_records import FailureRecord, record_of_gpu
-from moesim.scenario.failures import Failures, Slow
+from moesim.scenario.failures import FailureRecord, Failures, Slow, record_of_gpu
 from moesim.scenario.flops import parameters
 from moesim.scenario.mixed import rank_counts
 from moesim.seeding import stream

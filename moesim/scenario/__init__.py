@@ -1,7 +1,7 @@
 """WHAT is simulated: frozen sections, loaded from YAML with located errors, and catalogues of GPUs and models."""
 
 from moesim.scenario.base import BYTES_PER_ELEMENT, DType, Section
-from moesim.scenario.catalogue import GpuSpec, gpu_names, gpu_spec, model_names
+from moesim.scenario.catalogue import GpuSpec, OwnGpu, gpu_names, gpu_spec, model_names
 from moesim.scenario.check import check_scenario, require_supported
 from moesim.scenario.cluster import (
     Cluster,
@@ -14,10 +14,15 @@ from moesim.scenario.cluster import (
     Pool,
 )
 from moesim.scenario.degraded import Degraded
-from moesim.scenario.gpu import OwnGpu
 from moesim.scenario.implementation import AnyImplementation, Implementation
-from moesim.scenario.json_schema import json_schema
-from moesim.scenario.loader import dump_scenario, load_scenario, load_scenario_text, scenario_from_mapping, yaml_text
+from moesim.scenario.loader import (
+    dump_scenario,
+    json_schema,
+    load_scenario,
+    load_scenario_text,
+    scenario_from_mapping,
+    yaml_text,
+)
 from moesim.scenario.model import Attention, Gqa, LocalGlobal, Mha, Mla, Model
 from moesim.scenario.placement import BySpeed, Contiguous, Eplb, Explicit, Placement, RoundRobin, Search
 from moesim.scenario.routing import (

@@ -25,13 +25,10 @@ from moesim.scenario.base import (
     Text,
     one_of,
 )
-from moesim.scenario.catalogue import GpuSpec, gpu_names, gpu_spec
-from moesim.scenario.changes import LinkChange, Slowdown
-from moesim.scenario.degraded import Degraded
+from moesim.scenario.catalogue import AnyGpu, GpuSpec, gpu_names, gpu_spec
+from moesim.scenario.degraded import Degraded, LinkChange, Slowdown, Speeds
 from moesim.scenario.dispatch import DIRECT, DISPATCH, Deduplicate
 from moesim.scenario.fabrics import FABRICS, INFINIBAND, TRANSPORTS, FabricKind, usual_fabric
-from moesim.scenario.gpu import AnyGpu
-from moesim.scenario.speeds import Speeds
 
 NIC_BANDWIDTH = 50e9  # bytes/s of a GPU's NIC per direction where the scenario names none: 400 Gbps
 

@@ -5,10 +5,10 @@ Transformers 5 writes `num_local_experts` for every family. The weights of norms
 0.01 % of a model.
 """
 
-from moesim.scenario.hf_fields import Config
-from moesim.scenario.hf_layers import (
+from moesim.scenario.hf_fields import (
     CHUNKED,
     SLIDING,
+    Config,
     Fields,
     all_windows,
     common_fields,

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import Field, WithJsonSchema
 
-from moesim.scenario import switches as of
+from moesim.scenario import software as of
 from moesim.scenario.base import DType, Flag, Section, one_of
 from moesim.scenario.software import FUSED, SOFTWARE, SoftwareFacts
 
@@ -17,7 +17,7 @@ _OWN = "absent: as the software has it."
 class Implementation(Section):
     """Which software is simulated: one of the table `moesim.scenario.software.SOFTWARE`, and switches set anew.
 
-    A switch that is absent is as the software has it; `moesim.scenario.switches` says what each setting stands for.
+    A switch that is absent is as the software has it; `moesim.scenario.software` says what each setting stands for.
     """
 
     kind: SoftwareName = Field(

@@ -8,9 +8,8 @@ from pydantic_core import ErrorDetails
 from moesim.scenario.base import Section
 from moesim.scenario.catalogue import suggest
 from moesim.scenario.document import Node, Path, find
-from moesim.scenario.overrides import FLAT_CLUSTER_KEYS
+from moesim.scenario.overrides import FLAT_CLUSTER_KEYS, home_within, kinds_at, section_at
 from moesim.scenario.schema import Scenario
-from moesim.scenario.sections import home_within, kinds_at, section_at
 
 _EXPECTED = {
     "int_type": "a whole number",

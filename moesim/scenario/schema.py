@@ -33,8 +33,8 @@ from moesim.scenario.implementation import AnyImplementation, Implementation
 from moesim.scenario.mixed import micro_batches_of_pools
 from moesim.scenario.model import Model
 from moesim.scenario.placement import Contiguous, Placement
-from moesim.scenario.recipes import DEFAULT, RECIPES, Recipe
 from moesim.scenario.routing import Capacity, NoCapacity, RouterShape, Routing, UniformRouting, resolve_router
+from moesim.scenario.software import DEFAULT, RECIPES, Recipe
 from moesim.scenario.stage_split import stage_lengths
 from moesim.schedules import PLAIN, SCHEDULES, ScheduleFacts
 

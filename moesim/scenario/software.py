@@ -1,9 +1,155 @@
-"""What the step, its memory and the checks of a scenario ask of a software, as data: one entry per software."""
+"""A software as data: what the kernels of a step, its memory and the checks of a scenario ask of it, one row each.
 
+What differs in the kernels of a step is named switches (`Switches`): a software is one row of settings, and a scenario
+may set any of them anew, by the same name. The writers of kernels (`moesim.program`) and of memory (`moesim.parallel`)
+ask for settings and for no software. How products of operands of a byte or less are scaled is a table of its own
+(`RECIPES`), read by checks, memory, kernels and flags:
+
+per_tensor  one scale an operand, found in a pass of its own (TransformerEngine's current scaling)
+blockwise   1 x 128 activations and gradients, 128 x 128 weights (DeepSeek-V3, arXiv 2412.19437 section 3.3)
+mxfp8       one exponent for 32 values (OCP microscaling), applied by the tensor cores
+nvfp4       4 bits with one FP8 scale for 16 values, applied by the tensor cores
+"""
+
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Literal
 
-from moesim.scenario.switches import Switches
+from moesim.scenario.base import DType
+
+Norm = Literal["fused", "kernel", "unfused"]
+Products = Literal["joined", "separate"]
+Rotary = Literal["fused", "cached", "remade", "complex", "unfused"]
+Kernels = Literal["fused", "unfused"]
+Attention = Literal["fused", "unfused", "fp32"]
+Activation = Literal["fused", "compiled", "unfused"]
+ExpertProducts = Literal["grouped", "each"]
+LayoutCopies = Literal["none", "single", "double"]
+RouterDtype = Literal["bf16", "fp32"]
+Permute = Literal["fused", "sort", "mask", "sentinels"]
+GatherBackward = Literal["fused", "index_add", "index_put"]
+Combine = Literal["fused", "index_add", "sum"]
+Gates = Literal["inside", "bf16", "fp32"]
+Loss = Literal["fused", "fp32", "parallel"]
+Embedding = Literal["gather", "torch"]
+Optimizer = Literal["fused", "foreach", "loop"]
+GradientNorm = Literal["free", "kernel", "foreach", "loop"]
+Accumulation = Literal["gemm", "buffer", "autograd"]
+Host = Literal["free", "launches"]
+Graphs = Literal["none", "attention", "step"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Switches:
+    """One setting of everything.
+
+    norm: fused with the sum of the residual; a kernel of its own beside a sum (and a sum of gradients where a branch
+    leaves); unfused, eight elementwise kernels in fp32. qkv, ffn_inputs, expert_inputs: the products that share an
+    input in one or each by itself. rotary: one kernel; cached, five kernels over tables of the step; complex, products
+    of complex fp32 numbers; remade, as cached, with tables made for each tensor and a copy behind it; unfused, tables
+    made in every layer and products of halves. repeat_keys: keys and values of grouped queries are repeated to the
+    number of heads. attention: one kernel, or products, mask and softmax over all pairs, these in bf16 or, with casts,
+    in fp32; dropout: of its scores. layout_copies: attention's output, and the pieces of latent queries and keys, are
+    copied between the orders of heads and of tokens; double: their gradients once more. router: one kernel behind the
+    gate, or one for each step of it. router_dtype: of the gate's product. permute: how rows get in the order of
+    experts: one gather; a sort of ids; a mask of tokens by experts; a sort and fills of rows that belong to no expert.
+    gather_backward: how the gradients of a token's rows are summed. combine: how the results of a token's experts are.
+    gates: inside of the activation, or on the results, in bf16 or fp32. expert_products: grouped in one launch, or each
+    expert's by itself. activation: one kernel, one that torch compiled, or several. loss: in place of the logits; in
+    fp32, by torch; in fp32 step by step over shares of the vocabulary, as Megatron-Core's. loss_chunks: in so many
+    parts, head included. embedding: how its gradient is made. optimizer: one kernel, one for each step of Adam's over
+    lists of tensors, or over every tensor. gradient_norm: what clipping costs on the GPU: nothing, a pass over all
+    gradients, torch's two, or a pass over each tensor and its scaling by a copy. weight_copy: weights are cast from
+    their master copy behind the optimizer. accumulation: gradients are added by the product itself; by a kernel to a
+    buffer, in every micro-batch; by autograd, from the second one on. flat_gradients: gradients are copied into one
+    buffer to be reduced, and back. zeroed_gradients: their buffer is filled with zeros before every step.
+    fresh_gradients: they are dropped after it. reduce_dtype: format in which gradients are reduced; None: as they are
+    kept. sequence_parallel: tensor ranks share the tokens between products, too. host: free of cost, or a launch for
+    each kernel. counts: ranks exchange and read back how many rows they will send, so that nobody sends before the last
+    has come. cuda_graphs: launched at no cost: nothing, all but the experts and what moves rows, the whole step.
+    """
+
+    norm: Norm = "fused"
+    qkv: Products = "joined"
+    rotary: Rotary = "fused"
+    repeat_keys: bool = False
+    attention: Attention = "fused"
+    dropout: bool = False
+    layout_copies: LayoutCopies = "none"
+    router: Kernels = "fused"
+    router_dtype: RouterDtype = "bf16"
+    permute: Permute = "fused"
+    gather_backward: GatherBackward = "fused"
+    combine: Combine = "fused"
+    gates: Gates = "inside"
+    expert_products: ExpertProducts = "grouped"
+    expert_inputs: Products = "joined"
+    ffn_inputs: Products = "joined"
+    activation: Activation = "fused"
+    loss: Loss = "fused"
+    loss_chunks: int = 1
+    embedding: Embedding = "gather"
+    optimizer: Optimizer = "fused"
+    gradient_norm: GradientNorm = "free"
+    weight_copy: bool = False
+    accumulation: Accumulation = "gemm"
+    flat_gradients: bool = False
+    zeroed_gradients: bool = False
+    fresh_gradients: bool = False
+    reduce_dtype: DType | None = None
+    sequence_parallel: bool = True
+    host: Host = "free"
+    counts: bool = False
+    cuda_graphs: Graphs = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """The facts of one recipe.
+
+    gemm: the format of workload.precision.gemm that it belongs to; kernels: what kernel models call its products; peak:
+    what a GPU must have a peak of; value_bytes: bytes of an element with its share of the scales.
+    fuses: the kernel before a product writes its input scaled; searches: a cast comes behind a pass that finds the
+    largest magnitude of the whole operand; turns: the copy kept for the weight's gradient is turned then, else it was
+    made with the first one; both_kind: memory-bound kind of the cast both ways. megatron: word of its --fp8-recipe.
+    """
+
+    name: str
+    gemm: str
+    kernels: str
+    peak: str
+    value_bytes: float
+    fuses: bool
+    searches: bool
+    turns: bool
+    both_kind: str
+    megatron: str
+
+
+RECIPES: Mapping[str, Recipe] = MappingProxyType({
+    recipe.name: recipe
+    for recipe in (
+        Recipe(
+            name="per_tensor", gemm="fp8", kernels="fp8", peak="fp8", value_bytes=1.0, fuses=False, searches=True,
+            turns=False, both_kind="scaled_cast_both", megatron="tensorwise",
+        ),
+        Recipe(
+            name="blockwise", gemm="fp8", kernels="fp8_block", peak="fp8", value_bytes=1.0 + 4 / 128, fuses=True,
+            searches=False, turns=True, both_kind="fp8_cast_both", megatron="blockwise",
+        ),
+        Recipe(
+            name="mxfp8", gemm="fp8", kernels="mxfp8", peak="mxfp8", value_bytes=1.0 + 1 / 32, fuses=False,
+            searches=False, turns=False, both_kind="fp8_cast_both", megatron="mxfp8",
+        ),
+        Recipe(
+            name="nvfp4", gemm="fp4", kernels="nvfp4", peak="fp4", value_bytes=0.5 + 1 / 16, fuses=False, searches=True,
+            turns=False, both_kind="fp8_cast_both", megatron="nvfp4",
+        ),
+    )
+})  # fmt: skip
+RECIPE_OF_KERNELS = {recipe.kernels: recipe for recipe in RECIPES.values()}
+DEFAULT = {"fp8": "blockwise", "fp4": "nvfp4"}  # by the format of the products
 
 
 @dataclass(frozen=True, kw_only=True)

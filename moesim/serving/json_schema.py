@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from moesim.scenario.json_schema import accept_cluster_forms, accept_model_forms, finished_schema
+from moesim.scenario.loader import accept_cluster_forms, accept_model_forms, finished_schema
 from moesim.serving.schema import ServingScenario
 
 

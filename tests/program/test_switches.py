@@ -17,8 +17,7 @@ from moesim.parallel.memory_saved import SavedTensors
 from moesim.program import StepProgram, build_program
 from moesim.run import draw_samples, obtain_trace, simulate
 from moesim.scenario import Implementation, Scenario, gpu_spec, require_supported
-from moesim.scenario.software import SOFTWARE
-from moesim.scenario.switches import Switches
+from moesim.scenario.software import SOFTWARE, Switches
 
 BF16, FP32 = 2, 4
 TOKENS, HIDDEN, HEADS, KV, HEAD, VOCAB = 4096, 512, 8, 4, 64, 1000

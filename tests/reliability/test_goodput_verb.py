@@ -14,7 +14,7 @@ from moesim.reliability.definitions import GOODPUT_DEFINITIONS
 from moesim.reliability.job_of_scenario import Step, job_causes, job_of, speeds_of
 from moesim.results.definitions import paths
 from moesim.scenario import Scenario
-from moesim.scenario.failure_records import FAILURE_RECORDS, LLAMA3_H100
+from moesim.scenario.failures import FAILURE_RECORDS, LLAMA3_H100
 
 STEP = Step(seconds=10.0, compute_s=6.0, degraded_s={})
 OFTEN = {"failures.record": "none", "failures.causes": [{"name": "GPU", "per": "gpu", "every": "2 d"}]}

@@ -5,7 +5,7 @@ import pytest
 import moesim
 from moesim.reliability.job_of_scenario import job_causes, num_nodes, recorded_parts
 from moesim.scenario import Scenario
-from moesim.scenario.failure_records import FAILURE_RECORDS
+from moesim.scenario.failures import FAILURE_RECORDS
 
 KINDS = [record.kinds[0] for record in FAILURE_RECORDS.values() if record.kinds and record.causes][:2]
 

@@ -10,8 +10,7 @@ from moesim.errors import UserError
 from moesim.scenario import LocalGlobal, Model, scenario_from_mapping
 from moesim.scenario.catalogue import model_preset
 from moesim.scenario.flops import attention_score_flops, forward_flops_per_token, keys_per_query, parameters
-from moesim.scenario.hf_config import flat, read_hf_config
-from moesim.scenario.hf_families import FAMILIES, NOT_MODELLED
+from moesim.scenario.hf_config import FAMILIES, NOT_MODELLED, flat, read_hf_config
 
 CONFIGS = Path(__file__).parent / "configs"
 COUNTS = yaml.safe_load((CONFIGS / "counts.yaml").read_text())
