@@ -159,7 +159,7 @@ def named(outcome: Mapping[str, Any]) -> str:
     return f"{values['gpus']} {values['cluster.gpu']} {layout_words(values)}"
 
 
-def verdict(change: Mapping[str, Any]) -> str:
+def verdict_on_change(change: Mapping[str, Any]) -> str:
     """What a changed condition does to the choice."""
     return change["note"] or ("another layout wins" if change["changes_winner"] else "the winner stays")
 
@@ -288,7 +288,7 @@ def _sensitivity(plan: Plan) -> Table:
         rows.append(
             (
                 change["change"],
-                verdict(change),
+                verdict_on_change(change),
                 shown if change["changes_winner"] else "",
                 cost,
                 days,

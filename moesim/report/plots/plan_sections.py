@@ -6,7 +6,7 @@ from typing import Any
 from moesim.report import facts
 from moesim.report.categories import category
 from moesim.report.page import Page
-from moesim.report.plan_screen import named, verdict
+from moesim.report.plan_screen import named, verdict_on_change
 from moesim.report.plots.comparison import cascade
 from moesim.report.plots.points import plain
 
@@ -65,7 +65,7 @@ def _add_sensitivity(page: Page, plan: Plan) -> None:
         best = named(plan["outcomes"][change["winner"]]) if change["changes_winner"] and change["winner"] else ""
         days = "" if change["days"] is None else f"{change['days']:.1f}"
         usd = "" if change["usd"] is None else facts.dollars(change["usd"])
-        rows.append((change["change"], verdict(change), best, usd, days))
+        rows.append((change["change"], verdict_on_change(change), best, usd, days))
     page.table(("change", "", "best then", "USD", "days"), rows, styles=("", "", "note", "number", "number"))
     for flip in plan["sensitivity"].get("price_flips", ()):
         page.text(
