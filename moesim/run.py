@@ -10,8 +10,8 @@ from moesim.program.scenario_fabric import scenario_fabric, scenario_kernels
 from moesim.program.warnings import layout_warnings, sharing_warnings
 from moesim.results import RunRecord
 from moesim.results.assemble import Searched, Simulated, assemble
+from moesim.results.placement import replacing_facts
 from moesim.results.plausible import check_plausible
-from moesim.results.replacing import replacing_facts
 from moesim.routing.progress import ProgressCallback, SearchReport
 from moesim.scenario import Scenario, Search
 from moesim.scenario.check import require_supported

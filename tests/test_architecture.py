@@ -104,9 +104,9 @@ def test_imports_point_downwards_and_libraries_stay_home(path: str) -> None:
         ("kernels/roofline.py", "def f():\n    import moesim.network.ports"),
         ("trace/store.py", "import torch.nn as nn"),
         ("kernels/roofline.py", "from torch import Tensor"),
-        ("results/record.py", "from simpy import Environment"),
+        ("results/store.py", "from simpy import Environment"),
         ("cli/run.py", "def f():\n    import plotly.graph_objects as go"),
-        ("results/record.py", "from moesim import run"),
+        ("results/store.py", "from moesim import run"),
         ("results/store.py", "import json"),
     ],
 )

@@ -16,10 +16,9 @@ from moesim.program import StepProgram, build_program
 from moesim.program.changes import changes_in, with_changes
 from moesim.program.scenario_fabric import scenario_fabric
 from moesim.results import CATEGORIES, Stream, attribute
-from moesim.results.critical_path import path_facts
+from moesim.results.critical_path import action_seconds, path_facts
 from moesim.results.outcome import Outcome
 from moesim.results.pools import waits
-from moesim.results.stages import action_seconds
 from moesim.scenario import Scenario
 
 SPAN_MEMORY = 400e6  # bytes of spans simulated at once: more samples than fit run in several passes

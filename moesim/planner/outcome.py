@@ -8,7 +8,7 @@ from moesim.errors import InfeasibleError
 from moesim.planner.plan import Objective, Plan
 from moesim.reliability import LEAST_WORK, Step, goodput_of_step, kept_share
 from moesim.reliability.job_of_scenario import job_causes
-from moesim.results.economy import cost, utilisation
+from moesim.results.metrics import cost, utilisation
 from moesim.scenario import Scenario
 
 Item = TypeVar("Item")

@@ -33,8 +33,8 @@ from moesim.program.software import kernel_list
 from moesim.program.stage import StagePlan, source_seconds, stage_blocks, tensor_bytes
 from moesim.program.step_program import FREE, FREE_BESIDE, GroupProgram, Sent, StepProgram, Task
 from moesim.program.writer import KernelWriter
+from moesim.results.outcome import Basis
 from moesim.results.spans import CATEGORY_OF_PART, Part
-from moesim.results.uncertainty import Basis
 from moesim.scenario import Scenario
 from moesim.scenario.base import BYTES_PER_ELEMENT
 from moesim.scenario.degraded import Speeds

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from moesim.kernels import KernelModel, kernels_of_kind
 from moesim.program.operations import Block, Operation
 from moesim.program.stage import source_seconds
-from moesim.results.uncertainty import Basis
+from moesim.results.outcome import Basis
 from moesim.scenario import Scenario
 from moesim.scenario.mixed import kinds_of_pools, pools_of_ranks
 

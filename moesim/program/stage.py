@@ -20,8 +20,8 @@ from moesim.program.sharded import PARAMETERS, ShardedPart, ShardedStage
 from moesim.program.sizes import Passes, Step, chain
 from moesim.program.software import kernel_list
 from moesim.program.writer import KernelWriter
+from moesim.results.outcome import Basis
 from moesim.results.spans import Part, Phase
-from moesim.results.uncertainty import Basis
 from moesim.scenario import Scenario
 from moesim.scenario.dispatch import DISPATCH
 from moesim.scenario.routers import DEEPSEEK_MOE, facts_in_training

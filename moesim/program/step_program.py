@@ -16,8 +16,8 @@ from moesim.network.contention import LinkUse
 from moesim.program.host import FREE_HOST, HostModel
 from moesim.program.operations import Block, Run, Transfer
 from moesim.program.reductions import Reduction
+from moesim.results.outcome import Basis
 from moesim.results.spans import CATEGORY_OF_PART, Collective, Label, Part, Phase, Stream
-from moesim.results.uncertainty import Basis
 from moesim.schedules import P2P
 
 FREE_BESIDE = Beside(compute=1.0)

@@ -18,7 +18,7 @@ from moesim.parallel.replacement import rank_loads, recorded_loads
 from moesim.program.scenario_fabric import scenario_fabric, scenario_kernels
 from moesim.report.facts import bytes_column, seconds
 from moesim.report.screen import number_table, section, show
-from moesim.results.replacing import moving
+from moesim.results.placement import moving
 from moesim.scenario import Scenario, Search
 from moesim.trace import RoutingTrace
 from moesim.trace.metrics import imbalance

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from moesim.report import facts, figures
 from moesim.report.page import Page
-from moesim.results.record import RunRecord
+from moesim.results.store import RunRecord
 
 _LARGEST_LABELLED = 2_000  # slots of all layers up to which each shows its expert
 _COPIES = ("#e8e8e6", "#c6dbef", "#6baed6", "#2171b5", "#08306b")  # of one slot, two, three, four, five or more

@@ -17,8 +17,8 @@ from moesim.report.placement_section import placement_section
 from moesim.report.span_views import forward_of_one_layer
 from moesim.report.step_sections import memory_section, pipeline_section, pools_section, what_if_section
 from moesim.results.attribution import waited_for
-from moesim.results.record import RunRecord
 from moesim.results.spans import CATEGORIES
+from moesim.results.store import RunRecord
 
 _LARGEST_TABLE = 16  # ranks up to which a matrix is also printed as a table
 

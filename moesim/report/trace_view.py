@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.parallel import TrafficSampler
-from moesim.results.balance import balance_warnings
+from moesim.results.metrics import balance_warnings
 from moesim.scenario import Scenario
 from moesim.seeding import stream
 from moesim.trace import RoutingTrace

@@ -16,24 +16,25 @@ from moesim.kernels import KernelModel
 from moesim.kernels.errors import bases_of, clock_error_of, kernels_rest_on
 from moesim.parallel import TrafficSample
 from moesim.parallel.memory import MemoryReport
-from moesim.results.balance import balance_warnings
-from moesim.results.economy import cost, dropping_warnings, effective, utilisation
+from moesim.results.critical_path import stage_facts, stage_warnings
 from moesim.results.metrics import (
     TrafficFacts,
+    balance_warnings,
+    cost,
+    dropping_warnings,
+    effective,
     imbalance_facts,
     mean_and_range,
     no_communication,
     no_imbalance,
     trace_coverage,
+    utilisation,
 )
-from moesim.results.outcome import Outcome
-from moesim.results.placement import placement_arrays, placement_facts, placement_warnings
+from moesim.results.outcome import Basis, Outcome, error_parts, kernel_range, path_shares, whole_range
+from moesim.results.placement import placement_arrays, placement_facts, placement_warnings, replacing_warnings
 from moesim.results.pools import pool_facts, waiting_facts
-from moesim.results.record import RESULT_SCHEMA_VERSION, RunRecord
-from moesim.results.replacing import replacing_warnings
 from moesim.results.spans import CATEGORIES
-from moesim.results.stages import stage_facts, stage_warnings
-from moesim.results.uncertainty import Basis, error_parts, kernel_range, path_shares, whole_range
+from moesim.results.store import RESULT_SCHEMA_VERSION, RunRecord
 from moesim.scenario import AnyImplementation, Scenario
 from moesim.trace import RoutingTrace, trace_hash
 from moesim.trace.basis import import_notes, limit_difference, rests_on

@@ -13,7 +13,7 @@ import numpy as np
 
 from moesim.errors import InternalError
 from moesim.network import Fabric
-from moesim.results.record import RunRecord
+from moesim.results.store import RunRecord
 from moesim.strict_json import json_text
 
 TOLERANCE = 1e-6  # relative, of sums of many seconds

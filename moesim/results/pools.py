@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.parallel.memory import MemoryReport
-from moesim.results.economy import SECONDS_PER_HOUR
+from moesim.results.metrics import SECONDS_PER_HOUR
 from moesim.results.spans import SpanTable, Stream
 from moesim.scenario import Scenario
 from moesim.scenario.mixed import pools_of_ranks, rank_counts

@@ -15,7 +15,7 @@ from moesim.planner.layer_times import LayerTimes
 from moesim.planner.screen import Screen
 from moesim.planner.traces import Traces
 from moesim.report import facts, print_facts
-from moesim.results.stages import UNEVEN, stage_warnings
+from moesim.results.critical_path import UNEVEN, stage_warnings
 from moesim.run import obtain_trace, simulate
 from moesim.scenario import Scenario, load_scenario
 from moesim.scenario.part_times import part_seconds

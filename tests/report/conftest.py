@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moesim.results.record import RunRecord
 from moesim.results.spans import CATEGORIES, Label, SpanTable, Stream
+from moesim.results.store import RunRecord
 from moesim.scenario import RouterShape, scenario_from_mapping
 from moesim.trace import RoutingTrace, TraceStep, TrainingCurves
 

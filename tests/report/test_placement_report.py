@@ -9,7 +9,7 @@ from moesim.report.facts import placement
 from moesim.report.placement_section import copies_of_slots, slot_map
 from moesim.report.report import render
 from moesim.report.terminal import print_facts
-from moesim.results.record import RunRecord
+from moesim.results.store import RunRecord
 from moesim.run import simulate
 
 HOT = {"routing": {"kind": "popularity", "counts": [40, *[1] * 15]}}

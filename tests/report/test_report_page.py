@@ -10,8 +10,8 @@ import pytest
 from moesim.report import facts
 from moesim.report.categories import CATEGORIES as DRAWN
 from moesim.report.report import render
-from moesim.results.record import RunRecord
 from moesim.results.spans import CATEGORIES
+from moesim.results.store import RunRecord
 
 LARGEST_FILE = 8_000_000
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>&amp;"

@@ -5,7 +5,7 @@ import io
 import pytest
 
 from moesim.report import facts, print_facts
-from moesim.results.record import RunRecord
+from moesim.results.store import RunRecord
 
 
 def printed(record: RunRecord, *, width: int | None) -> str:

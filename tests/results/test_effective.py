@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from moesim.parallel import TrafficSampler
-from moesim.results.economy import MUCH_DROPPED, cost, dropping_warnings, effective, utilisation
-from moesim.results.metrics import TrafficFacts
+from moesim.results.metrics import MUCH_DROPPED, TrafficFacts, cost, dropping_warnings, effective, utilisation
 from moesim.run import simulate
 from moesim.trace.synthetic import uniform_trace
 

@@ -13,7 +13,7 @@ from moesim.kernels import kernel_model
 from moesim.parallel import TrafficSampler
 from moesim.program.scenario_fabric import scenario_fabric
 from moesim.results.definitions import DEFINITIONS, paths
-from moesim.results.replacing import Intervals, expert_state_bytes, moving, never_falling
+from moesim.results.placement import Intervals, expert_state_bytes, moving, never_falling
 from moesim.run import obtain_trace
 from moesim.scenario import Scenario
 from moesim.scenario.base import BYTES_PER_ELEMENT

@@ -2,7 +2,7 @@
 
 import pytest
 
-from moesim.results.balance import FAR_ABOVE_UNIFORM, balance_warnings
+from moesim.results.metrics import FAR_ABOVE_UNIFORM, balance_warnings
 from moesim.trace.metrics import expert_load_LE, imbalance
 from moesim.trace.synthetic import popularity_trace, uniform_trace
 

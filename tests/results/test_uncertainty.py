@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moesim.results.uncertainty import Basis, ErrorPart, error_parts, kernel_range, path_shares, whole_range
+from moesim.results.outcome import Basis, ErrorPart, error_parts, kernel_range, path_shares, whole_range
 
 
 def part(share: float, error: float) -> ErrorPart:
