@@ -12,18 +12,24 @@ from typing import Any
 from moesim.display import Display
 from moesim.errors import InfeasibleError
 from moesim.flags.software import WRITERS
-from moesim.planner.evaluation import SLACK, Candidate, Evaluator, Progress, opened_pool
-from moesim.planner.explanation import Simulated, why
 from moesim.planner.folder import JOURNAL_FILE, Folder, plan_hash
 from moesim.planner.outcome import front
 from moesim.planner.plan import Plan
 from moesim.planner.screen import Screen
-from moesim.planner.search import enumerate_space, search_space, uses_nsga2
-from moesim.planner.selection import screen_error
-from moesim.planner.sensitivity import baseline, sensitivity
-from moesim.planner.simulations import Simulations
+from moesim.planner.search import (
+    SLACK,
+    Candidate,
+    Evaluator,
+    Progress,
+    Traces,
+    enumerate_space,
+    opened_pool,
+    search_space,
+    uses_nsga2,
+)
+from moesim.planner.selection import Simulated, screen_error, why
+from moesim.planner.simulations import Simulations, baseline, sensitivity
 from moesim.planner.space import Space
-from moesim.planner.traces import Traces
 from moesim.results.assemble import software_facts
 from moesim.routing.progress import ProgressCallback, show_training
 from moesim.study import PointRecord

@@ -14,9 +14,16 @@ from moesim.network import Fabric, send_recv_seconds
 from moesim.parallel import Mesh
 from moesim.parallel.memory import memory_report
 from moesim.parallel.memory_rows import RoutedRows
-from moesim.planner.layer_times import LayerTimes, TraceOf
-from moesim.planner.pass_times import NOTHING, PartSeconds, PassSeconds
-from moesim.planner.pipeline import pipeline_finish, prepare_walk, short_micro_batches
+from moesim.planner.layer_times import (
+    NOTHING,
+    LayerTimes,
+    PartSeconds,
+    PassSeconds,
+    TraceOf,
+    pipeline_finish,
+    prepare_walk,
+    short_micro_batches,
+)
 from moesim.program.operations import Operation
 from moesim.program.optimizer import optimizer_block
 from moesim.program.parameters import ParameterGroups

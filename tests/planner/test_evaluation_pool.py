@@ -7,10 +7,9 @@ import pytest
 from plan_cases import build_plan
 
 from moesim.errors import UserError
-from moesim.planner.evaluation import SMALL, EvaluationPool, Evaluator, grouped, opened_pool
 from moesim.planner.screen import Screen
+from moesim.planner.search import SMALL, EvaluationPool, Evaluator, Traces, grouped, opened_pool
 from moesim.planner.space import Space
-from moesim.planner.traces import Traces
 from moesim.study.workers import Lost, opened_workers
 
 

@@ -9,7 +9,7 @@ import yaml
 from plan_cases import PLAN, changed
 
 from moesim.cli import main
-from moesim.planner.rejections import STAGES
+from moesim.planner.outcome import STAGES
 from moesim.report.plan_screen import STAGE_WORDS, layout_words
 
 QUICK = {

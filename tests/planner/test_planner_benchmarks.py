@@ -6,12 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from moesim.planner.evaluation import EvaluationPool, Evaluator, opened_pool
 from moesim.planner.loading import load_plan
 from moesim.planner.screen import Screen
-from moesim.planner.search import enumerate_space
+from moesim.planner.search import EvaluationPool, Evaluator, Traces, enumerate_space, opened_pool
 from moesim.planner.space import Space
-from moesim.planner.traces import Traces
 
 PLANS = Path(__file__).parents[2] / "scenarios" / "plans"
 LAYOUTS_PER_SECOND = 50  # of processor time of one idle core, combinations that are no layouts left out

@@ -4,11 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from moesim.planner.evaluation import EvaluationPool, Evaluator
+from moesim.planner.layer_times import FILLED, pipeline_finish, prepare_walk
 from moesim.planner.outcome import Outcome, outcome_of
-from moesim.planner.pipeline import FILLED, pipeline_finish, prepare_walk
 from moesim.planner.screen import Screen
-from moesim.planner.search import enumerate_space
+from moesim.planner.search import EvaluationPool, Evaluator, enumerate_space
 from moesim.planner.selection import rank_correlation, screen_error
 from moesim.planner.space import Space
 from moesim.run import obtain_trace, simulate

@@ -5,10 +5,9 @@ import warnings
 import pytest
 
 from moesim.errors import UserError
-from moesim.planner.evaluation import EvaluationPool, Evaluator
 from moesim.planner.plan import Search
 from moesim.planner.screen import Screen
-from moesim.planner.search import enumerate_space, search_space, uses_nsga2
+from moesim.planner.search import EvaluationPool, Evaluator, enumerate_space, search_space, uses_nsga2
 from moesim.planner.space import Space
 from moesim.run import obtain_trace
 

@@ -2,10 +2,9 @@
 
 import pytest
 
-from moesim.planner.evaluation import EvaluationPool, Evaluator
-from moesim.planner.rejections import STAGES, Rejections
+from moesim.planner.outcome import STAGES, Rejections
 from moesim.planner.screen import Screen
-from moesim.planner.search import enumerate_space
+from moesim.planner.search import EvaluationPool, Evaluator, enumerate_space
 from moesim.planner.space import Discarded, Space
 from moesim.run import obtain_trace
 from moesim.scenario import check_scenario, dump_scenario, load_scenario_text, require_supported

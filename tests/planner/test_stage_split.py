@@ -13,7 +13,7 @@ from moesim.parallel.memory import memory_report
 from moesim.parallel.memory_rows import even_rows
 from moesim.planner.layer_times import LayerTimes
 from moesim.planner.screen import Screen
-from moesim.planner.traces import Traces
+from moesim.planner.search import Traces
 from moesim.report import facts, print_facts
 from moesim.results.critical_path import UNEVEN, stage_warnings
 from moesim.run import obtain_trace, simulate

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from plan_cases import build_plan
 
+from moesim.planner.search import Traces
 from moesim.planner.space import Discarded, Space
-from moesim.planner.traces import Traces
 from moesim.scenario import Scenario
 
 ROUTING = {"kind": "balancedness", "value": 0.4}

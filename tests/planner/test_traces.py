@@ -3,8 +3,8 @@
 import pytest
 from plan_cases import build_plan
 
+from moesim.planner.search import Traces
 from moesim.planner.space import Discarded, Space
-from moesim.planner.traces import Traces
 from moesim.trace import trace_hash
 
 
