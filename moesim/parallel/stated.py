@@ -8,7 +8,7 @@ from moesim.parallel.placement import place_lists
 from moesim.scenario import Scenario
 from moesim.scenario.routing import BalancednessRouting, StatedRouting
 from moesim.trace.record import RoutingTrace
-from moesim.trace.stated import TraceSize, balancedness_trace, stress_trace
+from moesim.trace.synthetic import TraceSize, balancedness_trace, stress_trace
 
 
 def stated_trace(

@@ -38,8 +38,15 @@ from moesim.scenario.routers import ROUTERS
 from moesim.scenario.routing import NoCapacity
 from moesim.trace import RoutingTrace, StepCounts
 from moesim.trace.library.catalogue import INDEX, file_of, write_index
-from moesim.trace.library.codec import COARSE_RATIO, FINE_RATIO, read_facts
-from moesim.trace.library.text_order import TextOrder, read_order, sort_text, write_order
+from moesim.trace.library.codec import (
+    COARSE_RATIO,
+    FINE_RATIO,
+    TextOrder,
+    read_facts,
+    read_order,
+    sort_text,
+    write_order,
+)
 
 if TYPE_CHECKING:
     from moesim.routing.static_training import StaticTrainer

@@ -1,4 +1,8 @@
-"""Whether the fields of a trace fit each other: files can be forged, and a wrong one must never become a number.
+"""How a router weighs the experts that it selected, by its facts: from affinities to gates.
+
+Legend: L layers, S sequences, T tokens, K selections.
+
+Whether the fields of a trace fit each other: files can be forged, and a wrong one must never become a number.
 
 Legend: L thin MoE layers, S sequences, T tokens per sequence, K columns of selections, E experts.
 """
@@ -15,11 +19,30 @@ from moesim.errors import UserError
 from moesim.scenario.routers import ROUTERS
 from moesim.scenario.routing import RouterShape
 from moesim.strict_json import json_text
-from moesim.trace.gates import gates_of
 from moesim.trace.metrics import distinct_domains
 from moesim.trace.record import NO_EXPERT, RoutingTrace, StepCounts, TraceStep, TrainingCurves, group_of_expert
 
 Array = NDArray[Any]
+
+_LEAST = np.finfo(np.float32).min
+
+
+def gates_of(router: RouterShape, expert_ids_LSTK: Array, affinities_LSTK: Array) -> NDArray[np.float32]:
+    """The gates that the router's formula makes of the selected experts' affinities, float32; 0 where the id is -1."""
+    facts = ROUTERS[router.kind]
+    valid = expert_ids_LSTK >= 0
+    values = np.where(valid, affinities_LSTK.astype(np.float64), 0.0)
+    if facts.affinity == "none":
+        values = np.where(valid, 1 / router.top_k, 0.0)
+    if facts.affinity == "logits":
+        below_top = np.where(valid, values, -np.inf) - values.max(axis=-1, keepdims=True, where=valid, initial=_LEAST)
+        values = np.exp(below_top)
+    if facts.normalised:
+        values = values / np.maximum(values.sum(axis=-1, keepdims=True), np.finfo(np.float32).tiny)
+    if facts.scaled:
+        values = values * router.routed_scaling_factor
+    return values.astype(np.float32)
+
 
 _MOST_EXPERTS = np.iinfo(np.int16).max  # ids are int16
 _MOST_FACTOR = 1e9  # of gates and of capacity

@@ -31,7 +31,7 @@ from moesim.scenario.routing import (
     TrainRouting,
 )
 from moesim.trace import load_trace, save_trace
-from moesim.trace.gates import gates_of
+from moesim.trace.check import gates_of
 
 TOKENS = 64
 ROUTED = [kind for kind, facts in ROUTERS.items() if facts.module]

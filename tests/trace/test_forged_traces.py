@@ -17,7 +17,7 @@ from moesim.errors import UserError
 from moesim.scenario import RouterShape
 from moesim.scenario.routers import ROUTERS
 from moesim.trace import RoutingTrace, StepCounts, TraceStep, TrainingCurves, load_trace, save_trace, trace_hash
-from moesim.trace.gates import gates_of
+from moesim.trace.check import gates_of
 from moesim.trace.store import MOST_BYTES
 
 ODD = [None, True, -1, 0, 1.5, 10**12, 10**30, 1e308, "x", "", [], {}, [10**12], {"0": 0}, "\u0000\n\u202e" * 50]

@@ -18,15 +18,18 @@ from moesim.trace import RoutingTrace, StepCounts, TraceStep, TrainingCurves
 from moesim.trace.library.catalogue import file_of, find_entry, load_library, write_index
 from moesim.trace.library.codec import (
     COARSE_RATIO,
+    FILE,
     LEVELS,
     gates_of,
     quantise,
     read_entry,
     read_facts,
+    read_order,
     restore,
+    sort_text,
     write_entry,
+    write_order,
 )
-from moesim.trace.library.text_order import FILE, read_order, sort_text, write_order
 
 FACTS = {
     "name": "8x2/a/seed0",

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from moesim.trace.check import has_duplicates
 from moesim.trace.metrics import distinct_domains
-from moesim.trace.quotas import capped_shares, draw_with_quotas, whole_quotas
+from moesim.trace.selection import capped_shares, draw_with_quotas, whole_quotas
 
 
 def counts_of(ids_TK: np.ndarray, tokens_B: np.ndarray, num_experts: int) -> np.ndarray:

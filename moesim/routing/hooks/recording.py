@@ -22,8 +22,7 @@ from moesim.routing.hooks.loading import Text, check_folder, library, load_model
 from moesim.scenario.routers import ROUTERS, Affinity, RouterFacts
 from moesim.scenario.routing import RouterShape
 from moesim.trace import RoutingTrace
-from moesim.trace.check import check_trace
-from moesim.trace.gates import gates_of
+from moesim.trace.check import check_trace, gates_of
 from moesim.trace.record import TraceStep
 
 Progress = Callable[[int, int], None]  # tokens read, of how many
