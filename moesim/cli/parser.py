@@ -29,8 +29,7 @@ from moesim.cli import (
     validate,
     volume,
 )
-from moesim.errors import UserError
-from moesim.spelling import closest
+from moesim.errors import UserError, closest
 
 _MODULES = (
     run,

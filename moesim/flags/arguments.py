@@ -4,12 +4,11 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from moesim.errors import UserError, printable
+from moesim.errors import UserError, closest, nearest, printable
 from moesim.flags.expressions import Pattern, pattern
 from moesim.flags.flag_table import READ
 from moesim.flags.shell_values import is_unset, marks
 from moesim.flags.unread_flags import LEFT_OUT, harmless
-from moesim.spelling import closest, nearest
 
 MOST_NAMED = 8  # unknown flags in one line
 A_SLIP = 0.92  # likeness of names from which one is taken for the other

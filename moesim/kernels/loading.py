@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moesim.errors import UserError
+from moesim.errors import UserError, closest
 from moesim.kernels.calibrated import CalibratedModel
 from moesim.kernels.estimate import KernelModel
 from moesim.kernels.measured import measured_rates
@@ -15,7 +15,6 @@ from moesim.kernels.profile import SHIPPED, Profile, load_profile_file
 from moesim.kernels.roofline import GpuRates, Roofline
 from moesim.kernels.scaled import ScaledModel
 from moesim.kernels.tabulated import TabulatedModel
-from moesim.spelling import closest
 
 if TYPE_CHECKING:
     from moesim.scenario import GpuSpec

@@ -9,9 +9,8 @@ from plotly.graph_objects import Figure
 from plotly.offline import get_plotlyjs
 
 from moesim import __version__
-from moesim.errors import UserError
+from moesim.errors import UserError, closest
 from moesim.report.page import Page
-from moesim.spelling import closest
 from moesim.strict_json import parse_json
 from moesim.units import format_seconds
 

@@ -16,8 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.errors import UserError
-from moesim.spelling import closest
+from moesim.errors import UserError, closest
 
 # Columns by what publishers call them, letters and digits alone: Azure LLM inference traces, BurstGPT, Vidur, others.
 NAMES: Mapping[str, tuple[str, ...]] = {

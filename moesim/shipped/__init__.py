@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from moesim.errors import UserError
-from moesim.spelling import closest
+from moesim.errors import UserError, closest
 
 Kind = Literal["scenario", "study", "plan", "serving"]
 # folder below that of the scenarios

@@ -1,8 +1,7 @@
 """Many scenarios at once: points, their records on disk, and the pool of processes that simulates them."""
 
-from moesim.study.point import Point, PointRecord, scenario_id
+from moesim.study.points import Point, PointRecord, PointsFile, StoredPoints, read_points, scenario_id
 from moesim.study.pool import Progress, run_points, show_points
-from moesim.study.store import PointsFile, StoredPoints, read_points
 
 __all__ = [
     "Point",

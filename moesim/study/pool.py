@@ -13,7 +13,7 @@ from moesim.errors import UserError
 from moesim.routing.cache import cache_directory, trace_path
 from moesim.routing.request import TrainingRequest
 from moesim.scenario.routing import TrainRouting
-from moesim.study.point import Point, PointRecord
+from moesim.study.points import Point, PointRecord
 from moesim.study.workers import Lost, Trained, Workers, opened_workers, simulate_point, train_point
 
 TRIES = 2  # of a task whose process is killed

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol
 
 from moesim.errors import InfeasibleError, MachineError, UserError, one_line
 from moesim.processes import STOP_SIGNALS, environment, same_imports, signals_wait, without_main
-from moesim.study.point import Point, PointRecord
+from moesim.study.points import Point, PointRecord
 
 _ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 _CONNECT_SECONDS = 10

@@ -14,8 +14,8 @@ from moesim.errors import UserError
 from moesim.files import claimed, is_leftover, write_atomically
 from moesim.strict_json import json_text, parse_json
 from moesim.study import Point, PointRecord, PointsFile, read_points, run_points
+from moesim.study.points import POINTS_FILE
 from moesim.study.pool import Watch
-from moesim.study.store import POINTS_FILE
 from moesim.sweeper.study import Misfit, Study
 
 STUDY_FILE = "study.json"

@@ -24,7 +24,7 @@ from moesim.scenario.document import Node
 from moesim.scenario.overrides import override_label
 from moesim.strict_json import json_text
 from moesim.study import Point
-from moesim.study.point import content_hash
+from moesim.study.points import content_hash
 from moesim.sweeper import reader
 from moesim.sweeper.axes import AXIS_KEYS, Axis, Setting, filled, grid, read_axes, read_points, read_settings
 from moesim.sweeper.metrics import METRICS

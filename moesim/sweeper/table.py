@@ -12,7 +12,7 @@ from rich.text import Text
 
 from moesim.strict_json import json_text
 from moesim.study import PointRecord
-from moesim.study.intervals import half_width_90
+from moesim.study.points import half_width_90
 from moesim.sweeper.metrics import METRICS, Column, columns
 from moesim.sweeper.run import SweepOutcome
 from moesim.sweeper.study import Misfit, Study

@@ -25,7 +25,7 @@ from moesim.errors import UserError
 from moesim.report.plots.groups import Collection, collect, mean_and_interval, own_range
 from moesim.report.plots.metrics import metric, paths_of
 from moesim.report.plots.points import read_sources, short_names, text_of, with_values
-from moesim.study.intervals import T_95
+from moesim.study.points import T_95
 
 
 def collection_of(*folders: Path, split: bool = False) -> Collection:

@@ -2,13 +2,12 @@ import pickle
 
 import pytest
 
-from moesim.errors import UserError
+from moesim.errors import UserError, same_product
 from moesim.kernels import Gemm
 from moesim.kernels.loading import kernel_model
 from moesim.kernels.profile import SHIPPED
 from moesim.scenario import Model, OwnGpu, catalogue, gpu_names, gpu_spec, model_names
 from moesim.scenario.catalogue import model_preset
-from moesim.spelling import same_product
 
 # FLOP of the 16-bit tensor cores per SM and clock, by architecture: what ties peak, SM count and clock together
 FLOP_PER_SM_CLOCK = {

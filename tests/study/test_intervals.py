@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from moesim.study.intervals import half_width_90, student_t_95
+from moesim.study.points import half_width_90, student_t_95
 
 
 @pytest.mark.parametrize("freedom", [1, 2, 3, 7, 30, 31, 100, 1000])

@@ -12,7 +12,7 @@ from typing import Any
 from moesim.report.plots.metrics import Metric
 from moesim.report.plots.points import DONE, MISSING, Point, Source, is_number, short_names, text_of
 from moesim.strict_json import json_text
-from moesim.study.intervals import half_width_90
+from moesim.study.points import half_width_90
 
 AS_STEP_TIME = ("step_time_s", "cost.usd_per_step", "cost.usd_per_million_tokens", "cost.usd_total", "cost.days")
 AS_RATE = (

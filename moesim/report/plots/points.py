@@ -13,7 +13,7 @@ from moesim.errors import UserError
 from moesim.scenario.document import parse_yaml
 from moesim.strict_json import parse_json
 from moesim.study import read_points
-from moesim.study.store import POINTS_FILE
+from moesim.study.points import POINTS_FILE
 
 RUN_FILE, SWEEP_FILE, PLAN_FILE = "result.json", "study.json", "plan.json"
 MARKERS = {RUN_FILE: "run", SWEEP_FILE: "sweep", PLAN_FILE: "plan"}

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from moesim.errors import UserError
+from moesim.errors import UserError, closest
 from moesim.routing.importing.forms import AUTO, FORMS, Form, form_of
 from moesim.routing.importing.source import Selections, Source
 from moesim.scenario.routing import RouterShape
 from moesim.seeding import stream
-from moesim.spelling import closest
 from moesim.trace import RoutingTrace, popularity_trace
 from moesim.trace.check import check_trace, has_duplicates
 from moesim.trace.record import TraceStep

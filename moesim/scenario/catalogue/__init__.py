@@ -13,10 +13,9 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Discriminator, Field, Tag
 
-from moesim.errors import UserError
+from moesim.errors import UserError, same_product
 from moesim.scenario.base import Bandwidth, FlopRate, Memory, MemoryBandwidth, Name, Rent, Section, Text
 from moesim.scenario.document import parse_yaml
-from moesim.spelling import same_product
 
 
 @dataclass(frozen=True, kw_only=True)
