@@ -24,7 +24,7 @@ from moesim.planner.serving_plan import ServingPlan
 from moesim.planner.serving_planning import make_serving_plan
 from moesim.reliability import Goodput, goodput
 from moesim.results import RunRecord
-from moesim.routing.progress import ProgressCallback
+from moesim.routing.cache import ProgressCallback
 from moesim.run import obtain_trace, simulate
 from moesim.scenario import GpuSpec, Scenario, gpu_names, gpu_spec, scenario_from_mapping
 from moesim.scenario import load_scenario as _load_file

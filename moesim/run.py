@@ -12,7 +12,7 @@ from moesim.results import RunRecord
 from moesim.results.assemble import Searched, Simulated, assemble
 from moesim.results.placement import replacing_facts
 from moesim.results.plausible import check_plausible
-from moesim.routing.progress import ProgressCallback, SearchReport
+from moesim.routing.cache import ProgressCallback, SearchReport
 from moesim.scenario import Scenario, Search
 from moesim.scenario.check import require_supported
 from moesim.trace import RoutingTrace

@@ -82,14 +82,14 @@ def say(line: str) -> None:
 
 
 if TYPE_CHECKING:
-    from moesim.routing.progress import ProgressCallback
+    from moesim.routing.cache import ProgressCallback
 
 
 @contextmanager
 def watched_training(*, quiet: bool) -> "Iterator[ProgressCallback | None]":
     """What to call after every training step: it shows nothing for a cached router; None when quiet."""
     from moesim.display import opened_display
-    from moesim.routing.progress import show_training
+    from moesim.routing.cache import show_training
 
     with opened_display(quiet=quiet) as display:
         yield None if display is None else show_training(display)

@@ -22,7 +22,7 @@ def execute(args: argparse.Namespace) -> int:
     """Write the table. Raises UserError."""
     check_new(args.out, force=args.force)
     from moesim.api import load_trace
-    from moesim.routing.importing.parquet import write_parquet
+    from moesim.routing.importing.tensors import write_parquet
 
     rows = write_parquet(load_trace(args.trace), args.out)
     if not args.quiet:

@@ -31,7 +31,7 @@ from moesim.planner.selection import Simulated, screen_error, why
 from moesim.planner.simulations import Simulations, baseline, sensitivity
 from moesim.planner.space import Space
 from moesim.results.assemble import software_facts
-from moesim.routing.progress import ProgressCallback, show_training
+from moesim.routing.cache import ProgressCallback, show_training
 from moesim.study import PointRecord
 
 

@@ -26,7 +26,7 @@ from moesim.planner.outcome import Miss, Outcome, Rejections, missed, outcome_of
 from moesim.planner.plan import Objective, Plan, Search
 from moesim.planner.screen import Screen
 from moesim.planner.space import Discarded, Layout, Space
-from moesim.routing.progress import ProgressCallback
+from moesim.routing.cache import ProgressCallback
 from moesim.routing.request import TrainingRequest
 from moesim.run import obtain_trace
 from moesim.scenario import Scenario

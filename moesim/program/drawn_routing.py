@@ -11,8 +11,7 @@ from moesim.parallel import TrafficSample, TrafficSampler
 from moesim.parallel.memory_rows import RoutedRows, even_rows, routed_rows
 from moesim.parallel.stated import stated_trace
 from moesim.results.metrics import trace_coverage, window_tokens
-from moesim.routing.cache import cached_trace
-from moesim.routing.progress import ProgressCallback
+from moesim.routing.cache import ProgressCallback, cached_trace
 from moesim.routing.replay import recorded_trace
 from moesim.routing.request import TrainingRequest
 from moesim.scenario import Scenario

@@ -25,7 +25,7 @@ from moesim.reliability.job_of_scenario import (
     speeds_of,
 )
 from moesim.results import RunRecord
-from moesim.routing.progress import ProgressCallback
+from moesim.routing.cache import ProgressCallback
 from moesim.run import simulate
 from moesim.scenario import Scenario
 from moesim.scenario.failures import ASSUMED, FailureRecord

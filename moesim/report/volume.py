@@ -12,7 +12,7 @@ import numpy as np
 
 from moesim.errors import UserError
 from moesim.parallel import LayerTraffic, TrafficArrays, TrafficSampler, token_bytes
-from moesim.routing.progress import ProgressCallback
+from moesim.routing.cache import ProgressCallback
 from moesim.run import obtain_trace
 from moesim.scenario import (
     Cluster,

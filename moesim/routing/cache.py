@@ -1,14 +1,53 @@
-"""Traces by the content hash of their request: an equal scenario never trains twice. torch loads only to train."""
+"""Progress of a training run: one report per step, and how a display shows it; torch is not imported.
+
+Traces by the content hash of their request: an equal scenario never trains twice. torch loads only to train.
+"""
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
+from moesim.display import Display
 from moesim.errors import MachineError, UserError
 from moesim.files import turn
-from moesim.routing.progress import ProgressCallback
 from moesim.routing.request import TrainingRequest
 from moesim.trace import RoutingTrace, load_trace, save_trace
+
+
+class StepReport(NamedTuple):
+    """One finished training step: `step` counts from 1, `imbalance` is max / mean expert load over its tokens."""
+
+    step: int
+    num_steps: int
+    train_loss: float
+    imbalance: float
+
+
+class SearchReport(NamedTuple):
+    """One placement of experts that was simulated: `tried` counts from 1."""
+
+    tried: int
+    total: int
+    step_time_s: float
+
+
+ProgressCallback = Callable[[StepReport | SearchReport], None]
+
+
+def show_training(display: Display) -> ProgressCallback:
+    """What shows every report on the display."""
+
+    def show(report: StepReport | SearchReport) -> None:
+        if isinstance(report, SearchReport):
+            note = f"step {1e3 * report.step_time_s:.4g} ms"
+            display.show("placing the experts", completed=report.tried, total=report.total, note=note)
+            return
+        note = f"loss {report.train_loss:.3f}, imbalance {report.imbalance:.2f}"
+        display.show("training the router", completed=report.step, total=report.num_steps, note=note)
+
+    return show
 
 
 def cache_directory() -> Path:

@@ -19,9 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from moesim.routing.balance import balance_loss, routing_sums
 from moesim.routing.corpus import Corpus
-from moesim.routing.experts import RoutedExperts
+from moesim.routing.experts import RoutedExperts, StaticExperts
 from moesim.routing.request import TrainingRequest
-from moesim.routing.static_experts import StaticExperts
 from moesim.routing.training import BETAS, WEIGHT_DECAY, draw_batch, learning_rate, update_biases
 from moesim.routing.transformer import LanguageModel, Mode
 from moesim.scenario.routers import ROUTERS

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moesim.routing.attention import build_attention
-from moesim.routing.capacity import keep_mask
+from moesim.routing.balance import keep_mask
 from moesim.routing.experts import RoutedExperts, SharedExperts
 from moesim.routing.request import TrainingRequest
 from moesim.routing.routers import HashRouter, RouterInputs, Routing, build_router

@@ -14,8 +14,8 @@ from moesim.parallel.dropping import (
     expert_keep_mask,
     ranks_of_rows,
 )
-from moesim.routing.capacity import device_keep_mask as torch_device_keep_mask
-from moesim.routing.capacity import expert_keep_mask as torch_expert_keep_mask
+from moesim.routing.balance import device_keep_mask as torch_device_keep_mask
+from moesim.routing.balance import expert_keep_mask as torch_expert_keep_mask
 
 torch.set_num_threads(1)
 

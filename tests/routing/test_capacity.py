@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from moe_cases import shape_of
 from torch import Tensor
 
-from moesim.routing.capacity import device_budget, expert_capacity, keep_mask, place_in_bin
+from moesim.routing.balance import device_budget, expert_capacity, keep_mask, place_in_bin
 from moesim.scenario.routing import Capacity, DeviceCapacity, ExpertCapacity, NoCapacity
 
 SHAPE = shape_of("deepseek_v2")  # 16 experts, top-4, 4 devices

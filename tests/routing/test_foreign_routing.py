@@ -374,7 +374,7 @@ def _write(path: Path, columns: dict[str, Any]) -> None:
 def test_a_table_of_export_comes_back_whatever_the_order_of_its_rows(tmp_path: Path) -> None:
     from pyarrow import parquet
 
-    from moesim.routing.importing.parquet import write_parquet
+    from moesim.routing.importing.tensors import write_parquet
 
     trace = traced(SAMPLES / "flame", experts=64, top_k=6, length=12)
     write_parquet(trace, tmp_path / "table.parquet")

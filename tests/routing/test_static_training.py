@@ -10,10 +10,9 @@ import torch
 from moe_cases import shape_of, small_request
 
 from moesim.routing.corpus import load_corpus
-from moesim.routing.experts import RoutedExperts
+from moesim.routing.experts import RoutedExperts, StaticExperts, static_permutation
 from moesim.routing.recording import held_out_sequences
 from moesim.routing.request import TrainingRequest
-from moesim.routing.static_experts import StaticExperts, static_permutation
 from moesim.routing.static_training import StaticTrainer, train_together
 from moesim.routing.training import train_router
 from moesim.scenario.routing import Balance, DeviceCapacity, ExpertCapacity, LossFree, NoCapacity

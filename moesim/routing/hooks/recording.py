@@ -17,8 +17,19 @@ from numpy.typing import NDArray
 
 import moesim
 from moesim.errors import UserError
-from moesim.routing.hooks.families import FAMILIES, OTHERS, Family, experts_of, routers_of
-from moesim.routing.hooks.loading import Text, check_folder, library, load_model, load_text, quietly
+from moesim.routing.hooks.loading import (
+    FAMILIES,
+    OTHERS,
+    Family,
+    Text,
+    check_folder,
+    experts_of,
+    library,
+    load_model,
+    load_text,
+    quietly,
+    routers_of,
+)
 from moesim.scenario.routers import ROUTERS, Affinity, RouterFacts
 from moesim.scenario.routing import RouterShape
 from moesim.trace import RoutingTrace

@@ -15,12 +15,9 @@ from typing import Any
 import numpy as np
 
 from moesim.errors import UserError
-from moesim.routing.importing.counts import read_counts, rows_of_csv
-from moesim.routing.importing.parquet import read_table
-from moesim.routing.importing.serving import read_sglang, read_trtllm, read_vllm
-from moesim.routing.importing.source import Source, refuse
-from moesim.routing.importing.tensors import load_arrays, load_parquet_names, load_tensors
-from moesim.routing.importing.training import read_flame, read_megatron, read_olmoe
+from moesim.routing.importing.programs import read_flame, read_megatron, read_olmoe, read_sglang, read_trtllm, read_vllm
+from moesim.routing.importing.source import Source, read_counts, refuse, rows_of_csv
+from moesim.routing.importing.tensors import load_arrays, load_parquet_names, load_tensors, read_table
 from moesim.strict_json import parse_json
 from moesim.trace.store import is_trace_file
 

@@ -1,9 +1,17 @@
 """What a file of somebody else's says about routing: selections of tokens, or only how often experts were chosen.
 
 Legend: L layers, T tokens, K selections, E experts.
+
+Layers, steps and counts of a recording put together, or refused where they do not fit each other.
+
+Legend: L layers, T tokens, K selections, E experts.
+
+The reader of plain counts: how often experts were chosen, as CSV or JSON.
 """
 
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -133,3 +141,136 @@ def counts_of_logical(physical_LP: Array, map_LP: Array, where: str) -> NDArray[
     for layer, (counts_P, slots_P) in enumerate(zip(physical_LP, map_LP, strict=True)):
         np.add.at(counts_LE[layer], slots_P, counts_P)
     return counts_LE
+
+
+Layer = tuple[Array, Array | None]  # ids [T, K], and gates where the source has them
+NUMBER = re.compile(r"\d+")
+
+
+def of_counts(parts: list[NDArray[np.float64]], where: str, *, notes: tuple[str, ...] = ()) -> Source:
+    """Counts [L, E] added up. Layers that counted nothing, the dense ones of a server's list, are left out."""
+    if len({part.shape for part in parts}) > 1:
+        raise UserError(f"{where}: counts of different numbers of layers or experts; import them apart")
+    counts_LE = np.sum(parts, axis=0)
+    routed = [layer for layer, counts_E in enumerate(counts_LE) if counts_E.any()]
+    if not routed:
+        raise UserError(f"{where}: all counts are zero; record while the model works")
+    return Source(
+        layers=tuple(routed),
+        counts_LE=counts_LE[routed],
+        num_experts=counts_LE.shape[1],
+        notes=(*notes, *note_of_silent(routed, len(counts_LE))),
+    )
+
+
+def note_of_silent(routed: Iterable[int], num_layers: int) -> tuple[str, ...]:
+    """The note about layers of which nothing was recorded; none where there are no such."""
+    silent = sorted(set(range(num_layers)) - set(routed))
+    return (f"nothing is routed in layers {listed(silent)} (dense?): left out",) if silent else ()
+
+
+def of_steps(found: Mapping[int, Mapping[int, Layer]], where: str, *, notes: tuple[str, ...] = ()) -> Source:
+    """Steps of layers of (ids, weights); every step must have the same layers, and these the same tokens."""
+    layers = tuple(sorted(next(iter(found.values()))))
+    steps = []
+    for step, of_layer in sorted(found.items()):
+        shapes = {ids.shape for ids, _ in of_layer.values()}
+        if tuple(sorted(of_layer)) != layers or len(shapes) > 1:
+            raise UserError(
+                f"{where}: step {step} has layers {listed(of_layer)} of {len(shapes)} sizes, where all steps must "
+                f"have layers {listed(layers)} of equal size; a recording may be incomplete"
+            )
+        weights = [w for layer in layers if (w := of_layer[layer][1]) is not None]
+        steps.append(
+            Selections(
+                step=step,
+                expert_ids_LTK=np.stack([of_layer[layer][0] for layer in layers]),
+                weights_LTK=np.stack(weights).astype(np.float32) if len(weights) == len(layers) else None,
+            )
+        )
+    return Source(layers=layers, steps=tuple(steps), notes=notes)
+
+
+def listed(layers: Iterable[int]) -> str:
+    """Numbers of layers in order, between commas."""
+    return ", ".join(map(str, sorted(layers)))
+
+
+def number_in(path: Path) -> int:
+    """The last number in a file's name."""
+    found = NUMBER.findall(path.stem)
+    if not found:
+        refuse(path, "has no number in its name", "keep the names that the recording gave")
+    return int(found[-1])
+
+
+def whole(value: object, where: str) -> int:
+    """A whole number of a record. Raises UserError for anything else."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise UserError(f"{where}: {value!r} is no whole number; the recording is damaged")
+    return value
+
+
+def note_of_unread(folder: Path, read: Iterable[Path], *, why: str) -> tuple[str, ...]:
+    """The note about files that lie beside those that were read; none for a single file or where all were read."""
+    if folder.is_file():
+        return ()
+    rest = sorted({file for file in folder.iterdir() if file.is_file() and not file.name.startswith(".")} - set(read))
+    if not rest:
+        return ()
+    names = ", ".join(file.name for file in rest[:3]) + (" and others" if len(rest) > 3 else "")
+    return (f"{names}: not read, {why}",)
+
+
+def read_counts(path: Path) -> Source:
+    """CSV (a line a layer, a number an expert), or JSON: lists, or `{"weight": lists}` as EPLB takes.
+
+    A folder must hold one such file alone.
+    """
+    if path.is_dir():
+        files = sorted([*path.glob("*.json"), *path.glob("*.csv")])
+        if len(files) != 1:
+            refuse(path, f"holds {len(files)} files of JSON or CSV", "name the file of counts")
+        path = files[0]
+    if not path.is_file():
+        refuse(path, "no such file", "name a CSV or JSON file of counts, a row per layer")
+    text = path.read_text(encoding="utf-8", errors="replace")
+    value = _rows_of_json(path, text) if path.suffix == ".json" else _checked_rows(path, text)
+    return of_counts([numbers_of(value, str(path), axes=2)], str(path))
+
+
+def _rows_of_json(path: Path, text: str) -> Any:
+    try:
+        value = parse_json(text)
+    except ValueError as error:
+        refuse(path, f"is no JSON ({error})", "write a list of counts per layer")
+    return value.get("weight", value.get("counts")) if isinstance(value, dict) else value
+
+
+def _checked_rows(path: Path, text: str) -> list[list[float]]:
+    """The numbers of every line. Raises UserError with the first line that has other than counts, or too many."""
+    rows = rows_of_csv(text)
+    filled = [number for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
+    numbers = filled[len(filled) - len(rows) :]
+    for number, row in zip(numbers, rows, strict=True):
+        for cell in row:
+            if not _is_count(cell):
+                what = f"no table of counts: line {number}: {cell.strip()[:20]!r} is no count"
+                refuse(path, what, "counts are finite numbers that are not negative")
+        if len(row) != len(rows[0]):
+            have = f"line {number} has {len(row)} counts, line {numbers[0]} has {len(rows[0])}"
+            refuse(path, have, "write one for every expert of a layer")
+    return [[float(cell) for cell in row] for row in rows]
+
+
+def _is_count(cell: str) -> bool:
+    try:
+        return 0 <= float(cell) < math.inf
+    except ValueError:
+        return False
+
+
+def rows_of_csv(text: str) -> list[list[str]]:
+    """Cells of the lines that are not empty, without a first line of names."""
+    rows = [re.split(r"[,;\t]", line.strip().rstrip(",;")) for line in text.splitlines() if line.strip()]
+    return rows[1:] if rows and any(re.search("[A-Za-z_]", cell) for cell in rows[0]) else rows
