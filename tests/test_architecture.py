@@ -205,7 +205,7 @@ def asked_names(source: str, names: Collection[str]) -> list[str]:
 NAMES_OF_OTHERS = {
     "scenario/hf_config.py": ROUTERS,  # families of released models
     "report/topology_layout.py": {"switch"},  # of a network
-    "report/topology_drawing.py": {"switch"},
+    "report/topology.py": {"switch"},
     "report/topology.py": {"switch"},
     "validation/cases.py": {"uniform"},  # of routing that is drawn
     "validation/node_cases.py": {"uniform"},

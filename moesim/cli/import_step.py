@@ -146,7 +146,7 @@ def _show_traced(args: argparse.Namespace, traced: "TracedStep") -> int:
     """A step of a trace on its own GPU as it was measured; on another one as its corrections predict it."""
     from moesim.kernels import kernel_model
     from moesim.recorded.estimate import step_estimate
-    from moesim.report.traced_screen import print_traced, traced_json
+    from moesim.report.step_screens import print_traced, traced_json
 
     if args.gpu not in (None, traced.calibration.gpu):
         return _show_estimate(args, traced.ops, source=traced.source, traced=traced)
@@ -163,7 +163,7 @@ def _show_estimate(
 ) -> int:
     from moesim.kernels import kernel_model
     from moesim.recorded.estimate import HOST, scalable_share, step_estimate
-    from moesim.report.imported_screen import estimate_json, print_estimate
+    from moesim.report.step_screens import estimate_json, print_estimate
 
     gpu = args.gpu or (traced.calibration.gpu if traced else USUAL_GPU)
     host = HOST if args.host_per_op is None else HOST._replace(op=1e-6 * args.host_per_op, view=0.0)

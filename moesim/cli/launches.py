@@ -72,14 +72,14 @@ def add_software(parser: argparse.ArgumentParser, *, of: str) -> None:
 
 def print_reading_summary(reading: "Reading") -> None:
     """One paragraph before the results: what was read, and what was assumed."""
-    from moesim.report.flags_screen import print_summary
+    from moesim.report.catalogue_screens import print_summary
 
     print_summary(reading)
 
 
 def print_command(command: Mapping[str, Any]) -> None:
     """A command line behind the results; it is as in their JSON."""
-    from moesim.report.flags_screen import print_flags
+    from moesim.report.catalogue_screens import print_flags
 
     print_flags(command)
 

@@ -35,8 +35,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(args: argparse.Namespace) -> int:
     """Place, write, show. Raises UserError, InfeasibleError and Interrupted."""
     from moesim.files import write_atomically
-    from moesim.report.placement_drift import age_placements, drift_json, print_drift
-    from moesim.report.placement_view import place, placement_json, placement_text, print_placement
+    from moesim.report.placement_view import (
+        age_placements,
+        drift_json,
+        place,
+        placement_json,
+        placement_text,
+        print_drift,
+        print_placement,
+    )
     from moesim.scenario.placement_file import WRITERS
 
     software = _software(args)

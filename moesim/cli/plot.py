@@ -56,7 +56,7 @@ def execute(args: argparse.Namespace) -> int:
         raise UserError(f"{path} is a folder; name a file, such as {path / DEFAULT}")
     check_writable(path)
     from moesim.report.plots import Asked, plot_page
-    from moesim.report.serving_trade_off import serving_plot
+    from moesim.report.serving_plan_view import serving_plot
 
     page = serving_plot(args.runs, x=args.x, y=args.y[0] if args.y else None)
     if page is not None:

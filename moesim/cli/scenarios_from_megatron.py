@@ -45,7 +45,7 @@ def execute(args: argparse.Namespace) -> int:
     if args.json:
         print(json_text(_content(reading), indent=1))
     elif not args.quiet:
-        from moesim.report.flags_screen import print_reading
+        from moesim.report.catalogue_screens import print_reading
 
         print_reading(reading)
         told = f"written to {args.out}: moesim run {args.out}" if args.out else "--out FILE.yaml writes the scenario"

@@ -25,7 +25,7 @@ def execute(args: argparse.Namespace) -> int:
     scenario = load(args)
     path: Path | None = place_of_page(args, name=scenario.name, file=f"{NAME}.html")
     from moesim.report.topology import fabric_json, fabric_page, print_fabric
-    from moesim.report.topology_links import fabric_parts
+    from moesim.report.topology_layout import fabric_parts
 
     parts = fabric_parts(scenario.cluster)
     if path is not None:

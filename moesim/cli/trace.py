@@ -61,7 +61,7 @@ def _make(scenario: "Scenario", *, quiet: bool, cache_dir: Path | None) -> "Rout
 
 
 def _show(scenario: "Scenario", trace: "RoutingTrace", *, as_json: bool) -> None:
-    from moesim.report.trace_view import relative_load_LE, summarise
+    from moesim.report.terminal import relative_load_LE, summarise
 
     summary = summarise(scenario, trace)
     if as_json:

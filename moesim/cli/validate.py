@@ -70,7 +70,7 @@ def _beside_trace(args: argparse.Namespace) -> int:
     from moesim.importing.traced_step import step_with_times
     from moesim.kernels import kernel_model
     from moesim.recorded.estimate import step_estimate
-    from moesim.report.traced_screen import print_beside, traced_json
+    from moesim.report.step_screens import print_beside, traced_json
 
     if args.scenario is not None or args.report:
         raise UserError("--step runs nothing and needs neither a scenario nor --report; leave them out")

@@ -43,7 +43,7 @@ def execute(args: argparse.Namespace) -> int:
     scenario = load(args)
     path = place_of_page(args, name=scenario.name, file=f"{NAME}.html")
     study = _study(scenario, devices, limits, args)
-    from moesim.report.volume_view import print_volume, volume_json, volume_page
+    from moesim.report.volume import print_volume, volume_json, volume_page
 
     if path is not None:
         write_output(volume_page(study), path, force=args.force)

@@ -7,7 +7,7 @@ from typing import TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.report.figures_step import PASSES
+from moesim.report.figures import PASSES
 from moesim.report.screen import number_table, section, show
 from moesim.report.span_views import Bar, gantt
 from moesim.results import RunRecord

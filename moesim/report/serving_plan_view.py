@@ -1,6 +1,11 @@
-"""What people see of a plan of serving: the screen, and a page with the front of interactivity and throughput."""
+"""Interactivity against throughput: results of `moesim serve` and plans of serving in one picture.
 
-from collections.abc import Mapping
+What people see of a plan of serving: the screen, and a page with the front of interactivity and throughput.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TextIO
 
 from plotly.graph_objects import Figure
@@ -9,11 +14,162 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from moesim import __version__
+from moesim.errors import UserError, closest
 from moesim.report.facts import Fact
 from moesim.report.page import Page
 from moesim.report.screen import fact_table, indented, number_table, section, show, warnings
-from moesim.report.serving_trade_off import Dots, trade_off
+from moesim.strict_json import parse_json
 from moesim.units import format_seconds
+
+Load = Mapping[str, Any]
+KINDS = {"serving": "deployment", "serving plan": "plan"}  # of a record: what it is
+X, Y = "tokens_per_second_per_user", "output_tokens_per_second_per_gpu"
+_TITLES = {X: "tokens per second of a user (interactivity)", Y: "output tokens per second of a GPU"}
+_COLOURS = ("#2474b5", "#d9822b", "#3a9d5d", "#8a5fb0", "#c0504d", "#7f6b4f", "#2aa0a4", "#b0487f")
+_PLOT_HEAD = ("", "GPUs", "good", "TTFT p90", "TPOT p90", "tokens/s/user", "output tokens/s/GPU")
+
+
+@dataclass(frozen=True)
+class Dots:
+    """Loads of one colour, each with what stands beside the pointer."""
+
+    name: str
+    colour: str
+    loads: Sequence[tuple[str, Load]]
+
+
+def trade_off(
+    groups: Sequence[Dots], *, fronts: Sequence[tuple[str, str, Sequence[Load]]] = (), x: str = X, y: str = Y
+) -> Figure:
+    """Dots by two numbers of their loads, and fronts (name, colour, loads in order) as dotted lines.
+
+    Loads without one of them, as answers of one token have no time per token, are left out. Raises UserError for a
+    number that no load has.
+    """
+    figure, every = Figure(), [load for group in groups for _, load in group.loads]
+    for key in (x, y):
+        if every and not any(load.get(key, "") is None for load in every):
+            number(every[0], key)
+    for group in groups:
+        shown = [(words, load) for words, load in group.loads if {x, y} <= numbers_of(load).keys()]
+        figure.add_scatter(
+            x=[number(load, x) for _, load in shown],
+            y=[number(load, y) for _, load in shown],
+            text=[words for words, _ in shown],
+            mode="markers", name=group.name, marker={"color": group.colour, "size": 8},
+        )  # fmt: skip
+    for name, colour, loads in fronts:
+        figure.add_scatter(
+            x=[number(load, x) for load in loads], y=[number(load, y) for load in loads],
+            mode="lines", name=name, line={"color": colour, "width": 1.2, "dash": "dot"}, hoverinfo="skip",
+        )  # fmt: skip
+    figure.update_xaxes(title_text=_TITLES.get(x, x), rangemode="tozero")
+    figure.update_yaxes(title_text=_TITLES.get(y, y), rangemode="tozero")
+    figure.update_layout(height=460, margin={"l": 80, "r": 20, "t": 10, "b": 50}, legend={"orientation": "h", "y": 1.1})
+    figure.update_layout(paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", showlegend=True)
+    return figure
+
+
+def number(load: Load, key: str) -> float:
+    """A number of a load by its dotted key. Raises UserError, with the nearest, for a key that is none."""
+    known = numbers_of(load)
+    if key not in known:
+        raise UserError(f"{key}: no number of these loads{closest(key, known) or '; known: ' + ', '.join(known)}")
+    return known[key]
+
+
+def numbers_of(load: Load) -> dict[str, float]:
+    """Every number of a load, one level down too, by its dotted key."""
+    found = {}
+    for key, value in load.items():
+        inner = value.items() if isinstance(value, Mapping) else ((None, value),)
+        for name, each in inner:
+            if isinstance(each, int | float) and not isinstance(each, bool):
+                found[key if name is None else f"{key}.{name}"] = float(each)
+    return found
+
+
+def serving_record(path: Path) -> dict[str, Any] | None:
+    """What `moesim serve` or a plan of serving left in a file, or in a folder; None where there is nothing of them.
+
+    Raises UserError for a record of theirs without a result.
+    """
+    places = [path / "plan.json", path / "serve.json"] if path.is_dir() else [path] if path.suffix == ".json" else []
+    for place in places:
+        if not place.is_file():
+            continue
+        try:
+            found = parse_json(place.read_text(encoding="utf-8"))
+        except (ValueError, UnicodeDecodeError):
+            continue
+        if isinstance(found, dict) and isinstance(found.get("kind"), str) and found["kind"] in KINDS:
+            if not isinstance(found.get("name"), str):
+                raise UserError(f"{place}: {found['kind']} without a name; let `moesim` write it anew")
+            if found["kind"] == "serving plan" and found.get("status") != "done":
+                raise UserError(f"{place}: no finished plan; {found.get('reason') or 'let `moesim plan` end first'}")
+            return found
+    return None
+
+
+def serving_plot(paths: Sequence[Path], *, x: str | None = None, y: str | None = None) -> str | None:
+    """The HTML document on deployments and plans of serving; None where no path is of them.
+
+    Raises UserError where only some are, and for numbers that they lack.
+    """
+    records = [serving_record(path) for path in paths]
+    if not any(records):
+        return None
+    for path, record in zip(paths, records, strict=True):
+        if record is None:
+            raise UserError(f"{path}: not of serving, as others are; plot them apart")
+    groups, fronts, rows = [], [], []
+    names = _names([str(record["name"]) for record in records if record], paths)
+    for index, (name, record) in enumerate(zip(names, records, strict=True)):
+        assert record is not None
+        colour = _COLOURS[index % len(_COLOURS)]
+        loads = record["loads"] if record["kind"] == "serving plan" else [record | {"words": "as simulated"}]
+        groups.append(Dots(name, colour, [(f"{name}: {_words(load)}", load) for load in loads]))
+        if record["kind"] == "serving plan" and x is None and y is None:
+            front = [loads[place] for place in record["front"]]
+            fronts.append((f"front of {name}", colour, front))
+            loads = front
+        rows += [_plot_row(f"{name}: {_words(load)}" if len(loads) > 1 else name, load) for load in loads]
+    page, title = Page(), " and ".join(names)
+    page.text("h1", title)
+    what = [KINDS[str(record["kind"])] for record in records if record]
+    kinds = dict.fromkeys(what)
+    counts = " and ".join(f"{what.count(kind)} {kind}{'s' if what.count(kind) > 1 else ''}" for kind in kinds)
+    page.text("p", f"{counts} of serving; of plans every simulated load is a point, their fronts are rows below.")
+    page.figure(trade_off(groups, fronts=fronts, x=x or X, y=y or Y), name="figure-0", tools=True)
+    page.table(_PLOT_HEAD, rows, styles=("", *("number",) * (len(_PLOT_HEAD) - 1)))
+    page.text("footer", f"Written by moesim {__version__}.")
+    return page.document(title=f"{title} - moesim", script=get_plotlyjs())
+
+
+def _names(names: Sequence[str], paths: Sequence[Path]) -> list[str]:
+    """Names of records, with where they lie where several are alike."""
+    return [
+        name if names.count(name) == 1 else f"{name} ({path.stem if path.suffix else path.name})"
+        for name, path in zip(names, paths, strict=True)
+    ]
+
+
+def _words(load: Load) -> str:
+    return f"{load['words']}{', the alternative' if load.get('is_alternative') else ''}"
+
+
+def _plot_row(name: str, load: Load) -> tuple[str, ...]:
+    return (
+        name,
+        f"{load['gpus']}",
+        f"{load['good_share']:.1%}",
+        format_seconds(load["ttft_s"]["p90"]),
+        format_seconds(load["tpot_s"]["p90"]),
+        "" if load[X] is None else f"{load[X]:,.1f}",
+        f"{load[Y]:,.1f}",
+    )
+
 
 Plan = Mapping[str, Any]
 

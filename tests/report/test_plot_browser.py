@@ -13,7 +13,7 @@ import pytest
 from plot_cases import GPU, LIMIT, NODES, PRICES, axis, clusters, limits, point, result_of, write_run, write_study
 
 from moesim.report.plots import Asked, plot_page
-from moesim.report.plots.cost_performance import pareto_front
+from moesim.report.plots.scatter import pareto_front
 from moesim.report.report import render
 
 WIDTH = 1280

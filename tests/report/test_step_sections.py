@@ -8,8 +8,8 @@ import pytest
 
 from moesim.report import facts
 from moesim.report.report import render
+from moesim.report.sections import PARTS, by_kind
 from moesim.report.span_views import BACKWARD, FORWARD, INPUT, PAIR, WEIGHT, gantt, idle_share
-from moesim.report.step_sections import PARTS, by_kind
 from moesim.results import CATEGORIES
 from moesim.run import simulate
 

@@ -6,10 +6,8 @@ from collections import Counter
 import pytest
 
 from moesim.network import describe
-from moesim.report.topology import fabric_json, fabric_page, print_fabric
-from moesim.report.topology_drawing import draw
-from moesim.report.topology_layout import MOST_BUNDLES, fabric_picture
-from moesim.report.topology_links import FabricParts, fabric_parts
+from moesim.report.topology import draw, fabric_json, fabric_page, print_fabric
+from moesim.report.topology_layout import MOST_BUNDLES, FabricParts, fabric_parts, fabric_picture
 from moesim.scenario.cluster import Cluster, Pool
 from moesim.scenario.cluster import Fabric as Section
 
