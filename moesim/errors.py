@@ -1,6 +1,6 @@
-"""The ways in which a user's request can fail; everything else is a bug and keeps its traceback.
+"""The ways in which a user's request can fail, and what a misspelt word may mean.
 
-What a misspelt word may mean.
+Everything else is a bug and keeps its traceback.
 """
 
 import difflib

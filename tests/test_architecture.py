@@ -15,7 +15,7 @@ from moesim.schedules import SCHEDULES
 PACKAGE = Path(__file__).parent.parent / "moesim"
 
 LAYER = {
-    "units": 1, "errors": 1, "seeding": 1, "spelling": 1, "strict_json": 1, "processes": 1, "files": 1, "display": 1,
+    "units": 1, "errors": 1, "seeding": 1, "strict_json": 1, "processes": 1, "files": 1, "display": 1,
     "shipped": 1.5, "schedules": 1.5,
     "scenario": 2,
     "trace": 3, "flags": 3.5,
@@ -205,7 +205,6 @@ def asked_names(source: str, names: Collection[str]) -> list[str]:
 NAMES_OF_OTHERS = {
     "scenario/hf_config.py": ROUTERS,  # families of released models
     "report/topology_layout.py": {"switch"},  # of a network
-    "report/topology.py": {"switch"},
     "report/topology.py": {"switch"},
     "validation/cases.py": {"uniform"},  # of routing that is drawn
     "validation/node_cases.py": {"uniform"},

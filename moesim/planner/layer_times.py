@@ -1,14 +1,11 @@
-"""How long a pipeline takes when the seconds of its passes are known; walks are kept from layout to layout.
+"""Seconds of the parts that steps are made of, each executed on one rank group; and how long a pipeline of them takes.
 
-With equal micro-batches the steady state repeats, so long schedules are extended from two short ones.
+A part (one kind of layer, embedding, head) is cut out of the program of a small step, that of one rank group on its
+nodes with a few layers and two micro-batches, and run by the executor of the simulation itself: waiting for hot ranks,
+overlap and recomputation count. Layouts that differ in data and pipeline parallelism, schedule or ZeRO share parts.
 
-Passes of one rank group run by the executor of the simulation: whole, or cut into layers and ends of the model.
-
-Seconds of the parts that steps are made of: one kind of layer, embedding, head; executed on one rank group.
-
-A part is cut out of the program of a small step, that of one rank group on its nodes with a few layers and two
-micro-batches, and run by the executor of the simulation itself: waiting for hot ranks, overlap and recomputation count.
-Layouts that differ in data and pipeline parallelism, schedule or ZeRO share their parts.
+Walks through a pipeline are kept from layout to layout. With equal micro-batches the steady state repeats, so long
+schedules are extended from two short ones.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -1,6 +1,6 @@
 """What a layout comes to for the goal, and how outcomes compare: limits, objectives, the Pareto front.
 
-What became of every combination: counts by stage and reason, and which constraint took the last ones.
+`Rejections` counts what became of every combination, by stage and reason, and which constraint took the last ones.
 """
 
 import math

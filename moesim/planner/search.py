@@ -1,14 +1,13 @@
-"""The routing of a plan's layouts, obtained once for all that would get the same.
+"""Which combinations are looked at, and their evaluation: rejected with a reason, or a candidate with what the screen
+expects of it.
 
-Combinations evaluated: each is rejected with a reason, or a candidate with what the screen expects of it.
+All are looked at, or those that NSGA-II asks for where there are too many. The search evaluates by the screen. It is
+driven by Optuna, one generation at a time; every trial's sampler is seeded by the trial's number, so that an
+interrupted search that goes on takes the same way as one that was not.
 
 Many are evaluated at once by processes of this machine, with the results of one process in the same order.
-Combinations that share parts go to one process together, so that the seconds of each part are found about once.
-
-Which combinations are looked at: all of them, or those that NSGA-II asks for where there are too many.
-
-The search evaluates by the screen. It is driven by Optuna, one generation at a time; every trial's sampler is seeded by
-the trial's number, so that an interrupted search that goes on takes the same way as one that was not.
+Combinations that share parts go to one process together, so that the seconds of each part are found about once; the
+routing of layouts is obtained once for all that would get the same.
 """
 
 import os

@@ -1,6 +1,6 @@
-"""Which candidates are simulated, and how far the screen was off.
+"""Which candidates are simulated, how far the screen was off, and why the winner wins.
 
-Why the winner wins: where the seconds and the money of two layouts differ, and what would alter the choice.
+The last is where the seconds and the money of two layouts differ, and what would alter the choice.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence

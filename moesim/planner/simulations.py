@@ -1,6 +1,6 @@
 """The simulated layouts of one space: which, what came of them, and why none meets the goal.
 
-What a plan adds to its ranking: how it holds under other conditions, and a dense model to hold it against.
+Behind them what a plan adds to its ranking: how it holds under other conditions, and a dense model to hold it against.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,7 @@
-"""What `moesim gpus`, `scenarios`, `model` and `trace library:` print: what ships, by name, with its sources.
+"""What verbs that only list or read print: what ships, by name, with its sources; what became of the flags of a launch.
 
-Legend: L layers, E experts.
-
-What became of the flags of a launch, and the command line of a layout, on a terminal.
+These are `moesim gpus`, `scenarios`, `model`, `trace library:` and `scenarios from-megatron`, and a layout's command
+line. Legend: L layers, E experts.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,8 +1,7 @@
 """The figures of a report: numbers in, plotly figures out. No text of a user ever enters a figure.
 
+The last are of the whole step: its pipeline as a Gantt chart, and the memory of its pipeline ranks.
 Legend: C attribution categories, E experts, L layers, N spans, R ranks.
-
-Figures of the whole step: its pipeline as a Gantt chart, and the memory of its pipeline ranks.
 """
 
 from collections.abc import Mapping, Sequence

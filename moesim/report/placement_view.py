@@ -1,10 +1,8 @@
 """What `moesim placement` shows and writes: which rank holds which expert, and what that does to the load of ranks.
 
-Legend: L model layers with a router (prediction layers last), X slots of all ranks, D ranks of the expert group.
-
-`moesim placement --over-training`: how placements age along a recorded training, and what placing anew costs.
-
-Legend: I recorded steps but the first, L layers of the trace, D ranks of an expert group.
+With `--over-training`: how placements age along a recorded training, and what placing anew costs.
+Legend: L model layers with a router (prediction layers last), X slots of all ranks, D ranks of the expert group;
+I recorded steps but the first.
 """
 
 from collections.abc import Sequence

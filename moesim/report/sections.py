@@ -1,7 +1,6 @@
-"""Sections of report.html on the whole step: the pipeline, the memory of its ranks, and what-ifs.
+"""Sections of report.html on the whole step (pipeline, memory of its ranks, what-ifs) and on where experts sit.
 
-The report's section on where experts sit: the map of slots with copies marked, and the load of ranks with it.
-
+The latter is the map of slots with copies marked, and the load of ranks with it.
 Legend: L model layers with a router, D ranks of expert group 0, P slots of a rank, X slots of all ranks.
 """
 
@@ -13,7 +12,6 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 
 from moesim.report import facts, figures
-from moesim.report import figures as figures_step
 from moesim.report.categories import category
 from moesim.report.figures import PARTS
 from moesim.report.page import Page
@@ -53,7 +51,7 @@ def pipeline_section(page: Page, record: RunRecord) -> None:
         f"What each pipeline rank does under the {schedule} schedule, read from the executed spans of the first rank "
         "of expert group 0 in the first routing sample. The gaps are bubbles.",
     )
-    page.figure(figures_step.gantt(bars), name="pipeline")
+    page.figure(figures.gantt(bars), name="pipeline")
     ranks = record.scenario.parallelism.pipeline
     seconds_CPW = record.arrays["attribution_CW"].reshape(len(CATEGORIES), ranks, -1)
     families = np.array([category(key).family for key in CATEGORIES])
@@ -109,7 +107,7 @@ def memory_section(page: Page, record: RunRecord) -> None:
         "Peak on the fullest rank of each pipeline rank in its fullest routing sample, with rows and copies as routed. "
         f"{facts.percent(memory['fits_share'], digits=0)} of the routing samples fit.",
     )
-    page.figure(figures_step.memory(parts, capacities), name="memory")
+    page.figure(figures.memory(parts, capacities), name="memory")
     shown = [kind for kind in PARTS if any(found[kind] for found in parts)]
     head = ("pipeline rank", *shown, "peak", "of the GPU")
     show = facts.bytes_column(peaks)

@@ -1,6 +1,6 @@
-"""Interactivity against throughput: results of `moesim serve` and plans of serving in one picture.
+"""What people see of a plan of serving: the screen, and a page with the front of interactivity and throughput.
 
-What people see of a plan of serving: the screen, and a page with the front of interactivity and throughput.
+The same picture shows results of `moesim serve` beside plans (`serving_plot`).
 """
 
 from collections.abc import Mapping, Sequence

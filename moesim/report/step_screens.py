@@ -1,6 +1,6 @@
 """What `moesim import-step` shows: the step of another program, by operation.
 
-What `moesim import-step TRACE` and `moesim validate --step` show: a traced step beside its prediction.
+A traced step stands beside its prediction, for `moesim validate --step`, too.
 """
 
 from collections import defaultdict

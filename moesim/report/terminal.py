@@ -1,7 +1,6 @@
 """What the verbs print: the facts of a run or of a trace, each in one screen.
 
-A trace on a plan: how its router loads experts and ranks, what is dropped and how far tokens travel.
-
+Those of a trace on a plan are how its router loads experts and ranks, what is dropped and how far tokens travel.
 Legend: L layers of the trained model, E experts, B micro-batches, D ranks of an expert group, P slots of a rank.
 """
 

@@ -1,6 +1,6 @@
-"""The drawing of a fabric: layers from NVSwitches up to the core, drawn as coarsely as it takes to stay legible.
+"""A fabric for people and programs: one screen of numbers, and a page with its drawing.
 
-A fabric for people and programs: one screen of numbers, and a page with its drawing.
+It is drawn in layers from NVSwitches up to the core, as coarsely as it takes to stay legible.
 """
 
 import html

@@ -1,12 +1,9 @@
-"""The links of a fabric one by one: which are degraded or failed, and what is cut off.
-
-Legend: X links.
-
-Where the parts of a fabric are drawn, and which of them are drawn as one.
+"""Where the parts of a fabric are drawn, and which of them are drawn as one.
 
 A drawing of a thousand GPUs is grey. So vertices are merged, kind by kind, until every layer fits a page: first the
 GPUs of a node, then nodes, NVSwitches, leaves and spines with equal neighbours. A part with a degraded link keeps
-apart from whole ones.
+apart from whole ones. `fabric_parts` has the links one by one: which are degraded or failed, and what is cut off.
+Legend: X links.
 """
 
 import math

@@ -2,8 +2,7 @@
 
 The router's groups are what dispatch sends to once: the ranks of the expert group, or its nodes under `per_node`.
 Every number is counted on simulated routing laid out on that many ranks, as `moesim run` does; no formula enters.
-
-What people and programs see of a volume study: a screen, a page with its plot, plain values.
+Behind the study is what people and programs see of it: a screen, a page with its plot, plain values.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The critical path of one simulated step: what its end waited for, walked back from the rank that finished last.
+"""What sets the pace of a step: its critical path, walked back from the rank that finished last, and its slowest stage.
 
 At each instant the walk stands on one rank and asks what ended there just then:
 
@@ -11,11 +11,8 @@ At each instant the walk stands on one rank and asks what ended there just then:
     nothing               counts as bubble, back to what ended last on this rank
 
 The pieces tile [0, step], so that their sum is the step time. Waiting does not appear: the walk is always where the
-work was. Legend: N spans with a duration, R ranks of a group.
-
-How long each pipeline rank works on a micro-batch: the slowest one sets the pace, the others wait for it.
-
-Legend: S routing samples, R ranks of a group, P pipeline ranks.
+work was. `stage_facts` says how long each pipeline rank works on a micro-batch: the slowest one sets the pace, the
+others wait for it. Legend: N spans with a duration, R ranks of a group, S routing samples, P pipeline ranks.
 """
 
 from bisect import bisect_right

@@ -1,13 +1,11 @@
-"""The numbers of spec section 3, derived from traffic and spans: one definition each.
+"""The numbers of a step: one definition each (formulas: spec, section 3).
+
+Those of traffic and spans come first, then throughput, utilisation and money. MFU and price count every token with all
+K of its experts, whatever is dropped: the less is computed, the better they look. In the section `effective` a token
+counts as far as its rows were computed, and a FLOP where it was spent. Last is whether the router is balanced at all:
+one that nobody asked to balance is not what anybody would train at scale.
 
 Legend: S samples, B micro-batches, R ranks of a group, D the same as destinations, E experts, C categories, W world.
-
-Throughput, utilisation and money of one optimizer step, and what dropping hides of them.
-
-MFU and price count every token with all K of its experts, whatever is dropped: the less is computed, the better they
-look. In the section `effective` a token counts as far as its rows were computed, and a FLOP where it was spent.
-
-Is the router balanced at all? A router that nobody asked to balance is not what anybody would train at scale.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,12 +1,10 @@
-"""The range of a step time: what chance of routing and the known errors of kernels and transfers make of it together.
+"""What a simulated step gives, before it is told in the words of a result, and the range of its step time.
 
-The error of one family of kernels from one source is one unknown factor, common to all kernels of that family in the
-step; families and sources are independent of each other and of the routing. A kernel's own error is not drawn anew for
-each kernel: it would average out over a step's thousands, and errors of a profile or of scaling do not.
-
-The step follows a family's factor by the family's share of the critical path. In log space the parts add in squares.
-
-What a simulated step gives, before it is told in the words of a result.
+The range is what chance of routing and the known errors of kernels and transfers make of it together. The error of one
+family of kernels from one source is one unknown factor, common to all kernels of that family in the step; families and
+sources are independent of each other and of the routing. A kernel's own error is not drawn anew for each kernel: it
+would average out over a step's thousands, and errors of a profile or of scaling do not. The step follows a family's
+factor by the family's share of the critical path. In log space the parts add in squares.
 
 Legend: S routing samples, W ranks of the world, C categories, P pipeline ranks.
 """

@@ -1,15 +1,15 @@
-"""What a placement of experts did: its slots and copies, and the load of ranks beside that of neighbouring experts.
+"""What a placement of experts did, and what placing them anew every n training steps costs and brings.
 
-Legend: L model layers with a router, D ranks of expert group 0, P slots of a rank, E experts, S samples.
+A placement's facts are its slots and copies, and the load of ranks beside that of neighbouring experts.
 
-Placing experts anew every n training steps: what it costs to move them, and what it brings.
+For placing anew the step is simulated with experts placed at several times before, by the rows recorded then. Of two
+placements alike one may fit the simulated tokens better by chance; that an older one is no better in the mean is taken
+for known: through the simulated steps goes the nearest curve that never falls. An interval of n steps then costs, per
+step, one of the age that a placement has in the mean, and an n-th of moving the experts, which takes place between two
+steps with nothing beside it.
 
-The step is simulated with experts placed at several times before, by the rows recorded then. Of two placements alike
-one may fit the simulated tokens better by chance; that an older one is no better in the mean is taken for known:
-through the simulated steps goes the nearest curve that never falls. An interval of n steps then costs, per step, one
-of the age that a placement has in the mean, and an n-th of moving the experts, which takes place between two steps
-with nothing beside it.
-Legend: A ages of a placement in training steps, N intervals, D ranks of an expert group.
+Legend: L model layers with a router, D ranks of expert group 0, P slots of a rank, E experts, S samples, A ages of a
+placement in training steps, N intervals.
 """
 
 from collections.abc import Callable, Mapping, Sequence

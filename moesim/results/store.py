@@ -1,15 +1,15 @@
-"""RunRecord: everything that one simulation hands to the store, the reports and the planner.
+"""RunRecord, everything that one simulation hands to the store, the reports and the planner; and a run's folder.
 
-Legend: L model layers with a router, E experts, R ranks of expert group 0, W ranks of the world, S plain routing
-samples, C categories of the attribution, P pipeline ranks, V chunks of a pipeline rank, B drawn micro-batches.
-
-A run's folder. All files are written beside and then moved into place together; result.json comes last.
+All files are written beside and then moved into place together; result.json comes last.
 
 OUT/scenario.yaml   the resolved scenario; `moesim run` accepts it
 OUT/result.json     the numbers
 OUT/arrays.npz      the arrays behind the figures (see RunRecord)
 OUT/spans.npz       spans of expert group 0 in sample 0
 OUT/trace.npz       the routing trace that was simulated
+
+Legend: L model layers with a router, E experts, R ranks of expert group 0, W ranks of the world, S plain routing
+samples, C categories of the attribution, P pipeline ranks, V chunks of a pipeline rank, B drawn micro-batches.
 """
 
 import io

@@ -1,6 +1,7 @@
-"""Balance losses and loss-free balancing (formulas: spec, "Balance losses and dynamics").
+"""What keeps the load of experts even: balance losses, loss-free balancing, and which rows survive a limited capacity.
 
-Legend: T tokens, K selections per token, E routed experts, D devices, S sequences.
+Formulas: spec, "Balance losses and dynamics" and "Capacity and dropping" (here the training side, in torch).
+Legend: T tokens, K selections per token, E routed experts, D devices, S sequences, R rows = T * K in token order.
 
 Statistics of a set of tokens are sums, so those of a step are the sum of its micro-batches' (`RoutingSums.__add__`):
 `balance.scope` only decides over which sums the losses are taken. f comes from counts and carries no gradient; P does.
@@ -9,10 +10,6 @@ s is normalised per token to sum 1 over the experts before P is taken, in every 
 then changes no loss: raw, all of them can shrink together, which lowers the losses and balances nothing. A shift of all
 logits is such a common factor, but for rounding, while all lie below about -16 (s = e^logit), however far below, and
 always for a softmax; at logits around 0 and above it also changes the ratios of sigmoids, upwards towards equal ones.
-
-Which rows survive a limited capacity: the training side, in torch (formulas: spec, "Capacity and dropping").
-
-Legend: T tokens, K selections per token, R rows = T * K in token order, S sequences, D devices.
 
 A row is one (token, expert) selection; id -1 is no row. Gates are not renormalised after a drop.
 """

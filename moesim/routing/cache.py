@@ -1,6 +1,6 @@
-"""Progress of a training run: one report per step, and how a display shows it; torch is not imported.
+"""Traces by the content hash of their request: an equal scenario never trains twice. torch loads only to train.
 
-Traces by the content hash of their request: an equal scenario never trains twice. torch loads only to train.
+Progress of a training run is one report per step; `show_training` shows it on a display.
 """
 
 import os

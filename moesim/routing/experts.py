@@ -5,14 +5,11 @@ Legend: T tokens, H hidden size, K selections per token, E routed experts, R kep
 Permute by a stable argsort of expert ids, multiply each expert's rows with its own weights in one `grouped_mm`, and add
 the weighted results back: never a loop over experts. CPU computes in float32, CUDA in bfloat16.
 
-Routed experts with shapes that never depend on the routing, so that a CUDA graph can capture a training step.
-
-Legend: T tokens, H hidden size, K selections per token, E routed experts, R rows = T * K, I expert width.
-
-`RoutedExperts` leaves rows that are not kept out of its products, and the host must know how many are left. Here every
-row is computed and a row that is not kept weighs nothing: the same output and gradients for up to 1 / kept share more
-work. Moving rows is a permutation both ways, so its gradient is a gather too and no atomic addition rounds differently
-from run to run.
+`RoutedExperts` leaves rows that are not kept out of its products, and the host must know how many are left.
+`StaticExperts` have shapes that never depend on the routing, so that a CUDA graph can capture a training step: every
+row is computed (R = T * K) and a row that is not kept weighs nothing, the same output and gradients for up to 1 / kept
+share more work. Moving rows is a permutation both ways, so its gradient is a gather too and no atomic addition rounds
+differently from run to run.
 """
 
 import math

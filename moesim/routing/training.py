@@ -1,12 +1,11 @@
-"""Checkpoints of a training run and interrupts that wait for the end of a step: what exact resume needs.
-
-Training the thin language model and recording its routing.
+"""Training the thin language model and recording its routing.
 
 Legend: B sequences, T tokens per sequence, K selections, E routed experts, S sequences of a micro-batch, L layers.
 
 Same request, same trace, to the bit, on one machine: every draw comes from a named stream of (seed, step, micro-batch),
 so nothing depends on what ran before; one CPU thread computes, because how sums are split over threads changes bits;
-on CUDA torch's deterministic algorithms are on. Other processors or torch versions may round differently.
+on CUDA torch's deterministic algorithms are on. Other processors or torch versions may round differently. Checkpoints
+hold what exact resume needs, and an interrupt waits for the end of a step.
 """
 
 import io

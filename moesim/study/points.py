@@ -1,8 +1,7 @@
-"""The mean of repeated values and its 90 % interval: one rule for the tables of sweeps and for plots.
+"""A point of a study and the record of its simulation: one scenario, the values that tell it from the others.
 
-A point of a study and the record of its simulation: one scenario, the values that tell it from the others.
-
-points.jsonl: one line per finished point, appended at once. A crash can tear the last line and no other.
+points.jsonl has one line per finished point, appended at once; a crash can tear the last line and no other. The mean of
+repeated values and its 90 % interval are one rule for the tables of sweeps and for plots.
 """
 
 import hashlib

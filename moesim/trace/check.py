@@ -1,9 +1,6 @@
-"""How a router weighs the experts that it selected, by its facts: from affinities to gates.
+"""Whether the fields of a trace fit each other: files can be forged, and a wrong one must never become a number.
 
-Legend: L layers, S sequences, T tokens, K selections.
-
-Whether the fields of a trace fit each other: files can be forged, and a wrong one must never become a number.
-
+`gates_of` is how a router weighs the experts that it selected, by its facts: from affinities to gates.
 Legend: L thin MoE layers, S sequences, T tokens per sequence, K columns of selections, E experts.
 """
 

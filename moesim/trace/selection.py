@@ -1,14 +1,11 @@
-"""Random selections of K distinct experts per token, vectorised over tokens.
+"""Random selections of K distinct experts per token, vectorised over tokens: by popularity, or to stated loads.
 
-Legend: T tokens, K selections, E experts, G groups, M group limit.
+Plain draws by popularity load experts as stated on average only: the busiest of many ranks is then above its share by
+chance. `draw_with_quotas` loads every expert of every block of tokens as stated, to whole rows: tokens are drawn
+likewise, and the few rows that a block has beyond the quota of their expert go to experts that miss some. Which experts
+go together stays a matter of chance.
 
-K distinct experts per token such that every block of tokens loads every expert as stated, to whole rows.
-
-Plain draws by popularity (`moesim.trace.selection`) load experts as stated on average only: the busiest of many ranks
-is then above its share by chance. Here tokens are drawn likewise, and the few rows that a block has beyond the quota of
-their expert go to experts that miss some. Which experts go together stays a matter of chance.
-
-Legend: T tokens, K selections, E experts, B blocks of tokens, G groups, M group limit, N rows.
+Legend: T tokens, K selections, E experts, G groups, M group limit, B blocks of tokens, N rows.
 """
 
 from collections.abc import Callable

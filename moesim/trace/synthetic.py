@@ -1,13 +1,9 @@
-"""Traces of routers without affinities: uniform, by given popularity, by a fixed hash.
+"""Traces of routers without affinities: uniform, by given popularity, by a fixed hash, or with a stated load per rank.
 
-Legend: L layers, S sequences, T tokens per sequence, K selections, E experts.
-
-Their gates are 1/K. Their affinities are random numbers: they mean nothing but let capacity, where it drops the
-lowest affinity first, drop at random and not always the last tokens.
-
-Traces whose load per rank is stated: how evenly the ranks of an expert group are loaded, and nothing else.
-
-Legend: L layers, S sequences, T tokens per sequence, K selections, E experts, D ranks of an expert group, P phases.
+The last say how evenly the ranks of an expert group are loaded, and nothing else. Gates are 1/K. Affinities are random
+numbers: they mean nothing but let capacity, where it drops the lowest affinity first, drop at random and not always the
+last tokens. Legend: L layers, S sequences, T tokens per sequence, K selections, E experts, D ranks of an expert group,
+P phases.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -1,8 +1,7 @@
 """Metrics along an axis (or another metric): a panel per metric, a line per combination of the other axes.
 
-Bands and bars are 90 % intervals, over seeds or, for a single run, its own range over resampled routing.
-
-A metric over two axes, as colours with the numbers in the cells. Every other axis shows one value at a time.
+Bands and bars are 90 % intervals, over seeds or, for a single run, its own range over resampled routing. A metric over
+two axes is a heat map, colours with the numbers in the cells, where every other axis shows one value at a time.
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
-"""What a plan adds to its page: why the winner wins, what would alter the choice, and what was discarded before.
+"""The page of `moesim plot`: a figure with its filters, what has no result, and every point as a row.
 
-The page of `moesim plot`: a figure with its filters, what has no result, and every point as a row.
+A plan adds why the winner wins, what would alter the choice, and what was discarded before.
 """
 
 from collections import Counter

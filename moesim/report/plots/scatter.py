@@ -1,6 +1,7 @@
-"""One metric against another, by default USD per million tokens against tokens per second, with the Pareto front.
+"""Points without an order: one metric against another, or a row for each setting.
 
-Metrics of settings that have no order and long names: a row for each setting, a panel for each metric.
+The first is by default USD per million tokens against tokens per second, with the Pareto front; the second is for
+settings with long names, a panel for each metric.
 """
 
 from collections.abc import Sequence

@@ -1,10 +1,9 @@
-"""Where the routers of transformers' models are and what they give: one entry per way to route, as data.
+"""A transformers model from a folder, a text as its tokens, and where the routers of such models are.
 
-A router is known by the name of its class in transformers 5. What it gives is a tuple of three: the scores of all
-experts before softmax or sigmoid ("logits", [T, E]), the experts that it chose ("ids", [T, K]) and their weights
-("gates", [T, K]), in an order of its own. Experts are taken from there, never computed again.
-
-A transformers model from a folder, and a text as its tokens. Nothing is fetched, and no code of the folder runs.
+Nothing is fetched, and no code of the folder runs. One entry per way to route says, as data, what its router gives
+(`FAMILIES`). A router is known by the name of its class in transformers 5. What it gives is a tuple of three: the
+scores of all experts before softmax or sigmoid ("logits", [T, E]), the experts that it chose ("ids", [T, K]) and their
+weights ("gates", [T, K]), in an order of its own. Experts are taken from there, never computed again.
 """
 
 import hashlib

@@ -1,8 +1,4 @@
-"""Readers of what training programs and analyses record: FLAME-MoE, Megatron-LM, OLMoE.
-
-Legend: L layers, T tokens, K selections, E experts.
-
-Readers of what servers record: SGLang, vLLM, TensorRT-LLM.
+"""Readers of what programs record: FLAME-MoE, Megatron-LM and OLMoE in training; SGLang, vLLM, TensorRT-LLM in serving.
 
 Legend: L layers, T tokens, K selections, E experts, P physical slots, W steps of a window.
 """

@@ -1,12 +1,7 @@
 """What a file of somebody else's says about routing: selections of tokens, or only how often experts were chosen.
 
-Legend: L layers, T tokens, K selections, E experts.
-
-Layers, steps and counts of a recording put together, or refused where they do not fit each other.
-
-Legend: L layers, T tokens, K selections, E experts.
-
-The reader of plain counts: how often experts were chosen, as CSV or JSON.
+Layers, steps and counts of a recording are put together, or refused where they do not fit each other. The simplest
+reader is here, too: plain counts as CSV or JSON. Legend: L layers, T tokens, K selections, E experts.
 """
 
 import math

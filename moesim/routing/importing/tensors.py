@@ -1,8 +1,6 @@
 """Files of tensors, parquet and counters, read as data: nothing in them is ever executed.
 
-A routing trace as a parquet table and back: step, layer, sequence, position, experts, affinities, gates; a row a
-token.
-
+A routing trace is a parquet table with a row a token: step, layer, sequence, position, experts, affinities, gates.
 Legend: L layers, N tokens of all sequences, K selections.
 """
 

@@ -1,16 +1,4 @@
-"""The order in which the library stores tokens: by the text that leads up to each, so that like stands beside like.
-
-Legend: N tokens of the text, S sequences, T tokens per sequence.
-
-All entries record the same held-out text, and a router does nearly the same wherever it has read nearly the same.
-Sorted by what leads up to them, tokens compress a fifth better than in reading order. The order is made once from the
-text and kept in one file for all entries; every entry names the hash of that file.
-
-    line 1   moesim-text-order <schema version> <sequences> <tokens per sequence>
-    line 2   sha256 of all that follows, in hex
-    rest     for every place in the sorted order the token's place in the text, each in as many bits as N - 1 needs
-
-Entries of the library on disk: small, and not readable wrongly.
+"""Entries of the library on disk: small, and not readable wrongly.
 
 Legend: L layers, S sequences, T tokens per sequence, N = S T tokens, K selections, E experts, P steps.
 
@@ -23,6 +11,14 @@ What is exact: expert ids, held-out losses, counts of earlier steps, which are s
 is rounded: affinities to the levels of a coarse scale of their log odds (see `quantise`), and with them the gates,
 which are made again by the router's own formula; the curves of training loss and imbalance to 11 significant bits. A
 token's experts come back highest affinity first, equal ones by id.
+
+All entries record the same held-out text, and a router does nearly the same wherever it has read nearly the same.
+Sorted by what leads up to them, tokens compress a fifth better than in reading order. That order is made once from the
+text and kept in one file for all entries; every entry names the hash of that file:
+
+    line 1   moesim-text-order <schema version> <sequences> <tokens per sequence>
+    line 2   sha256 of all that follows, in hex
+    rest     for every place in the sorted order the token's place in the text, each in as many bits as N - 1 needs
 """
 
 import hashlib
