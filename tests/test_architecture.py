@@ -105,7 +105,7 @@ def test_imports_point_downwards_and_libraries_stay_home(path: str) -> None:
         ("trace/store.py", "import torch.nn as nn"),
         ("kernels/roofline.py", "from torch import Tensor"),
         ("results/store.py", "from simpy import Environment"),
-        ("cli/run.py", "def f():\n    import plotly.graph_objects as go"),
+        ("cli/simulations.py", "def f():\n    import plotly.graph_objects as go"),
         ("results/store.py", "from moesim import run"),
         ("results/store.py", "import json"),
     ],
@@ -120,7 +120,7 @@ def test_the_rule_catches_a_breach(path: str, source: str) -> None:
         ("kernels/benchmarks/gemm.py", "import torch"),
         ("kernels/benchmarks.py", "import torch"),
         ("seeding.py", "from moesim.errors import UserError"),
-        ("cli/run.py", "from moesim.run import simulate"),
+        ("cli/simulations.py", "from moesim.run import simulate"),
         ("network/ports.py", "from moesim.network.fabric import Fabric"),
     ],
 )

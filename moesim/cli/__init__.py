@@ -1,5 +1,5 @@
 # PYTHON_ARGCOMPLETE_OK
-"""The command line: one thin module per verb; nothing heavy is imported before a verb needs it."""
+"""The command line: verbs that belong together share a module; nothing heavy is imported before a verb needs it."""
 
 import errno
 import os

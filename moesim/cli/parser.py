@@ -5,57 +5,36 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from moesim import __version__
-from moesim.cli import (
-    calibrate,
-    completion,
-    goodput,
-    gpus,
-    import_step,
-    model,
-    placement,
-    plan,
-    plot,
-    run,
-    scenarios,
-    scenarios_from_megatron,
-    schema,
-    serve,
-    sweep,
-    topology,
-    trace,
-    trace_export,
-    trace_hf,
-    trace_import,
-    validate,
-    volume,
-)
+from moesim.cli import catalogue, launches, layouts, measurements, simulations, studies, traces
 from moesim.errors import UserError, closest
 
-_MODULES = (
-    run,
-    trace,
-    trace_import,
-    trace_hf,
-    trace_export,
-    sweep,
-    plan,
-    plot,
-    scenarios,
-    scenarios_from_megatron,
-    model,
-    gpus,
-    import_step,
-    topology,
-    volume,
-    placement,
-    goodput,
-    serve,
-    calibrate,
-    validate,
-    schema,
-    completion,
-)
-VERBS = {verb.NAME: verb for verb in _MODULES}
+VERBS = {
+    verb.name: verb
+    for verb in (
+        simulations.RUN,
+        traces.TRACE,
+        traces.TRACE_IMPORT,
+        traces.TRACE_HF,
+        traces.TRACE_EXPORT,
+        studies.SWEEP,
+        studies.PLAN,
+        studies.PLOT,
+        catalogue.SCENARIOS,
+        launches.FROM_MEGATRON,
+        catalogue.MODEL,
+        catalogue.GPUS,
+        measurements.IMPORT_STEP,
+        layouts.TOPOLOGY,
+        layouts.VOLUME,
+        layouts.PLACEMENT,
+        simulations.GOODPUT,
+        simulations.SERVE,
+        measurements.CALIBRATE,
+        measurements.VALIDATE,
+        catalogue.SCHEMA,
+        catalogue.COMPLETION,
+    )
+}
 WORDS = {"help": "--help", "version": "--version"}  # words for flags: `moesim help`, `moesim help run`
 
 
@@ -80,8 +59,9 @@ def build() -> tuple[Parser, dict[str, Parser]]:
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", dest="verb")
     by_name = {}
     for name, verb in VERBS.items():
-        by_name[name] = verbs.add_parser(name, help=verb.SUMMARY, description=verb.SUMMARY, allow_abbrev=False)
+        by_name[name] = verbs.add_parser(name, help=verb.summary, description=verb.summary, allow_abbrev=False)
         verb.add_arguments(by_name[name])
+        by_name[name].set_defaults(execute=verb.execute)
     return parser, by_name
 
 

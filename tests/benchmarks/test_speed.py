@@ -54,7 +54,7 @@ def measured(path: Path, *changes: str, title: str, repeat: int = RUNS) -> dict[
 
 def run_seconds(scenario: str, *changes: str, out_dir: Path, title: str) -> float:
     """CPU seconds of a whole `moesim run`, start of Python and report included; its peak memory is printed beside."""
-    command = [sys.executable, "-m", "moesim.cli", "run", str(SCENARIOS / f"{scenario}.yaml")]
+    command = [sys.executable, "-m", "moesim", "run", str(SCENARIOS / f"{scenario}.yaml")]
     command += [f"--set={change}" for change in changes]
     seconds, peak_bytes = [], []
     for number in range(RUNS):
@@ -119,7 +119,7 @@ def test_help_is_instant() -> None:
     seconds = []
     for _ in range(RUNS):
         before = os.times()
-        subprocess.run([sys.executable, "-m", "moesim.cli", "--help"], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([sys.executable, "-m", "moesim", "--help"], check=True, stdout=subprocess.DEVNULL)
         after = os.times()
         seconds.append(after.children_user - before.children_user + after.children_system - before.children_system)
     print(f"\nmoesim --help: {min(seconds):.2f} s of CPU")

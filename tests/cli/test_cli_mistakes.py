@@ -116,7 +116,7 @@ def test_a_bug_keeps_its_traceback(scenario: Path, moesim, monkeypatch) -> None:
 
 @pytest.mark.parametrize(("argv", "code"), [(["rnu"], 1), (["run", "missing.yaml"], 1), (["--help"], 0), ([], 0)])
 def test_the_process_leaves_with_the_code(argv: list[str], code: int) -> None:
-    done = subprocess.run([sys.executable, "-m", "moesim.cli", *argv], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-m", "moesim", *argv], capture_output=True, text=True, check=False)
     assert done.returncode == code
     assert len(done.stderr.splitlines()) == (1 if code else 0)
 
@@ -124,7 +124,7 @@ def test_the_process_leaves_with_the_code(argv: list[str], code: int) -> None:
 def test_a_reader_that_goes_away_is_no_error() -> None:
     reading, writing = os.pipe()
     os.close(reading)
-    command = [sys.executable, "-m", "moesim.cli", "schema"]
+    command = [sys.executable, "-m", "moesim", "schema"]
     done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, check=False)
     os.close(writing)
     assert (done.returncode, done.stderr) == (141, b"")

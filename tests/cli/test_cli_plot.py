@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moesim.cli import main
-from moesim.cli.plot import KINDS
+from moesim.cli import main, studies
 from moesim.report.plots import choice
 from moesim.sweeper.study import PLOT_KINDS
 
@@ -98,8 +97,8 @@ def test_mistakes_are_one_line(runs: tuple[Path, Path], moesim, argv: list[str],
 
 
 def test_flags_and_studies_know_the_kinds_that_are_drawn() -> None:
-    assert KINDS == choice.KINDS
-    assert set(PLOT_KINDS) == set(KINDS) - {choice.COMPARISON}, "a study has more than two points"
+    assert studies.PLOT_KINDS == choice.KINDS
+    assert set(PLOT_KINDS) == set(studies.PLOT_KINDS) - {choice.COMPARISON}, "a study has more than two points"
 
 
 def test_deployments_are_drawn_and_their_answers_are_shown_before_a_file_is_in_the_way(scenario: Path, moesim) -> None:

@@ -93,7 +93,7 @@ def test_every_flag_of_every_verb_refuses_an_empty_value(moesim, verb: str) -> N
 
 def shell(command: str) -> subprocess.CompletedProcess[str]:
     """A command line in which `moesim` stands for this installation's."""
-    text = f'moesim() {{ "{sys.executable}" -m moesim.cli "$@"; }}; {command}'
+    text = f'moesim() {{ "{sys.executable}" -m moesim "$@"; }}; {command}'
     return subprocess.run(["bash", "-c", text], capture_output=True, text=True, check=False)
 
 
@@ -120,7 +120,7 @@ def test_no_reader_is_no_traceback(scenario: Path, words: str, stream: str, code
     reader, writer = os.pipe()
     os.close(reader)
     other = {"stdout": "stderr", "stderr": "stdout"}[stream]
-    command = [sys.executable, "-m", "moesim.cli", *words.split()]
+    command = [sys.executable, "-m", "moesim", *words.split()]
     ended = subprocess.run(command, check=False, **{stream: writer, other: subprocess.PIPE})
     os.close(writer)
     assert ended.returncode == code

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from moesim.cli.schema import KINDS
+from moesim.cli.catalogue import SCHEMA_KINDS
 from moesim.planner.plan import Plan
 from moesim.planner.serving_plan import ServingPlan
 from moesim.sweeper.study import STUDY_KEYS
@@ -74,9 +74,9 @@ def plain(value: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def schemas() -> dict[str, Any]:
-    from moesim.cli.schema import _schema
+    from moesim.cli.catalogue import _schema
 
-    return {kind: _schema(kind) for kind in KINDS}
+    return {kind: _schema(kind) for kind in SCHEMA_KINDS}
 
 
 @pytest.mark.parametrize(("kind", "path"), FILES, ids=lambda value: value.stem if isinstance(value, Path) else value)

@@ -45,7 +45,7 @@ def started(tmp_path: Path):
     processes: list[subprocess.Popen[str]] = []
 
     def start(*argv: object) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "moesim.cli", *map(str, argv)]
+        command = [sys.executable, "-m", "moesim", *map(str, argv)]
         process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         processes.append(process)
         return process

@@ -1,8 +1,0 @@
-"""`python -m moesim.cli` is `moesim`."""
-
-import sys
-
-from moesim.cli import main
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,323 @@
+"""Verbs on many scenarios: `moesim sweep` along axes, `plan` for a goal, and `plot` of what these and runs left.
+
+Folders of sweeps and plans can be resumed; a page of `plot` needs no network.
+"""
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moesim.cli.flags import (
+    Verb,
+    add_cache,
+    add_csv,
+    add_file,
+    add_force,
+    add_json,
+    add_overrides,
+    add_quiet,
+    add_workers,
+    check_workers,
+    check_writable,
+    print_csv,
+    texts,
+    write_output,
+)
+from moesim.cli.launches import add_software, print_command
+from moesim.cli.session import interrupts_say
+from moesim.errors import UserError
+from moesim.strict_json import json_text
+
+if TYPE_CHECKING:
+    from moesim.planner.plan import Plan
+    from moesim.planner.serving_plan import ServingPlan
+    from moesim.study import PointRecord
+    from moesim.sweeper import Study, SweepFolder, SweepOutcome
+
+
+def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
+    """STUDY, --set, --out, --workers, --cluster, --retry, --dry-run, --cache, --json, --csv, --quiet."""
+    add_file(parser, "study", text="study file (YAML): name, base, axes; or the name of one that ships")
+    add_overrides(parser)
+    parser.add_argument("--out", metavar="DIR", type=Path, help="folder of the sweep; runs/NAME by default")
+    add_workers(parser)
+    parser.add_argument("--retry", action="store_true", help="also run the points again that failed before")
+    parser.add_argument("--dry-run", action="store_true", help="list the points and simulate none")
+    add_cache(parser)
+    add_csv(add_json(parser))
+    add_quiet(parser)
+
+
+def execute_sweep(args: argparse.Namespace) -> int:
+    """Run the missing points. Returns 0 when none failed, 1 when one did, 2 when none fits its cluster.
+
+    Raises UserError and Interrupted.
+    """
+    check_workers(args)
+    from moesim.shipped import resolve
+    from moesim.sweeper import SweepFolder, load_study
+
+    study = load_study(resolve(args.study, "study"), args.overrides)
+    folder = SweepFolder(args.out or Path("runs") / study.name)
+    folder.check(study)
+    if args.dry_run:
+        _list_points(study, folder, args)
+        return 0
+    check_writable(folder.path)
+    again = f"run the same command again to go on from {folder.path}"
+    with interrupts_say(lambda: f"{len(folder.records())} of {study.num_points} points are kept; {again}"):
+        outcome = _swept(study, folder, args)
+    _show_sweep(study, folder, outcome, args)
+    return outcome.exit_code
+
+
+def _swept(study: "Study", folder: "SweepFolder", args: argparse.Namespace) -> "SweepOutcome":
+    from moesim.display import opened_display
+    from moesim.study import show_points
+    from moesim.sweeper import sweep
+
+    with opened_display(quiet=args.quiet) as display:
+        return sweep(
+            study,
+            folder,
+            workers=args.workers,
+            cluster=args.cluster,
+            retry=args.retry,
+            cache_dir=args.cache,
+            watch=None if display is None else show_points(display),
+        )
+
+
+def _list_points(study: "Study", folder: "SweepFolder", args: argparse.Namespace) -> None:
+    finished = folder.records()
+    reasons = {misfit.id: misfit.reason for misfit in study.misfits}
+    rows: list[dict[str, Any]] = [
+        {
+            "id": point.id,
+            "number": point.number,
+            "values": dict(point.values),
+            "status": finished[point.id].status if point.id in finished else None,
+            "misfit": reasons.get(point.id),
+        }
+        for point in study.by_number
+    ]
+    if args.json:
+        print(json_text({"study": study.as_json(), "points": rows}, indent=1))
+    elif args.csv:
+        print_csv([row | {"values": texts(row["values"])} for row in rows])
+    else:
+        from moesim.sweeper import print_points
+
+        print_points(study, finished)
+
+
+def _row_of_point(record: "PointRecord") -> dict[str, Any]:
+    """What a table needs of a point: its values, and the result as `moesim run --csv` prints it."""
+    head = {"id": record.id, "number": record.number, "status": record.status, "reason": record.reason}
+    return {**head, "values": texts(record.values), **(record.result or {})}
+
+
+def _show_sweep(study: "Study", folder: "SweepFolder", outcome: "SweepOutcome", args: argparse.Namespace) -> None:
+    if args.json:
+        records = [asdict(record) for record in outcome.records]
+        print(json_text({"study": study.as_json(), "points": records}, indent=1))
+    elif args.csv:
+        print_csv([_row_of_point(record) for record in outcome.records])
+    elif not args.quiet:
+        from moesim.sweeper import print_sweep
+
+        print_sweep(study, outcome)
+        if outcome.torn:
+            print("a line that a crash had left half-written was cut off and its point simulated again")
+        print(f"\n{outcome.new} new points in {folder.path}; draw them with: moesim plot {folder.path}")
+
+
+SWEEP = Verb(
+    "sweep",
+    "Simulate a scenario along the axes of a study; every finished point is kept at once, a rerun does the rest.",
+    add_sweep_arguments,
+    execute_sweep,
+)
+
+
+def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
+    """PLAN, --set, --out, --workers, --cluster, --storage, --flags, --cache, --json, --csv, --quiet, --force."""
+    add_file(parser, "plan", text="plan file (YAML), or the name of one that ships")
+    add_overrides(parser)
+    parser.add_argument("--out", metavar="DIR", type=Path, help="folder of the plan; runs/NAME by default")
+    add_workers(parser)
+    storage = "database of the search for many machines, e.g. postgresql://...; a journal in the folder by default"
+    parser.add_argument("--storage", metavar="URL", help=storage)
+    add_software(parser, of="the best layout (of all of them in plan.json and on the page of `moesim plot`)")
+    add_cache(parser)
+    add_csv(add_json(parser))
+    add_quiet(parser)
+    add_force(parser)
+
+
+def execute_plan(args: argparse.Namespace) -> int:
+    """Make the plan, or go on with it. Raises UserError, InfeasibleError and Interrupted."""
+    check_workers(args)
+    from moesim.planner.loading import load_any_plan
+    from moesim.planner.serving_plan import ServingPlan
+    from moesim.shipped import resolve
+
+    plan = load_any_plan(resolve(args.plan, "plan"), args.overrides)
+    if isinstance(plan, ServingPlan):
+        return _plan_serving(plan, args)
+    out_dir = args.out or Path("runs") / plan.name
+    check_writable(out_dir)
+    with interrupts_say(lambda: f"what is finished is kept in {out_dir}; run the same command again to go on"):
+        content = _planned(plan, out_dir, args)
+    if args.json:
+        print(json_text(content, indent=1))
+    elif args.csv:
+        outcomes = content["outcomes"]
+        ranked = [*content["ranking"], *(key for key in outcomes if key not in content["ranking"])]
+        print_csv([_row_of_layout(key, outcomes[key], on_front=key in content["front"]) for key in ranked])
+    elif not args.quiet:
+        from moesim.report.plan_screen import print_plan
+
+        print_plan(content)
+        if args.flags:
+            print_command(content["outcomes"][content["ranking"][0]]["flags"][args.flags])
+        print(f"\nwritten to {out_dir}: every layout above is a file in {out_dir / 'scenarios'} for `moesim run`")
+    return 0
+
+
+def _plan_serving(plan: "ServingPlan", args: argparse.Namespace) -> int:
+    """A plan of serving, with its page. Raises UserError, InfeasibleError and Interrupted."""
+    for flag, value in (("--cluster", args.cluster), ("--storage", args.storage), ("--flags", args.flags)):
+        if value is not None:
+            raise UserError(f"{flag} is for plans of training; leave it out")
+    from moesim.display import opened_display
+    from moesim.planner.serving_planning import make_serving_plan
+
+    out_dir = args.out or Path("runs") / plan.name
+    check_writable(out_dir)
+    with (
+        interrupts_say(lambda: f"what is finished is kept in {out_dir}; run the same command again to go on"),
+        opened_display(quiet=args.quiet) as display,
+    ):
+
+        def progress(done: int, total: int) -> None:
+            if display is not None:
+                display.show("combinations", completed=done, total=total)
+
+        content = {"name": plan.name, **make_serving_plan(plan, out_dir, progress=progress, force=args.force)}
+    from moesim.report.serving_plan_view import print_serving_plan, serving_plan_page
+
+    write_output(serving_plan_page(content), out_dir / "plan.html", force=True)
+    if args.json:
+        print(json_text(content, indent=1))
+    elif args.csv:
+        print_csv([{key: each[key] for key in _SERVING_COLUMNS} for each in content["ranking"]])
+    elif not args.quiet:
+        print_serving_plan(content)
+        print(f"\nwritten to {out_dir}: plan.html, and every row above as a file in scenarios/ for `moesim serve`")
+    return 0
+
+
+_SERVING_COLUMNS = (
+    "words", "units", "gpus", "usd_per_hour", "usd_per_million_output_tokens", "good_share",
+    "tokens_per_second_per_user",
+)  # fmt: skip
+
+
+def _row_of_layout(layout: str, outcome: dict[str, Any], *, on_front: bool) -> dict[str, Any]:
+    shown = {key: value for key, value in outcome.items() if key != "flags"}
+    return {"id": layout, **shown, "values": texts(outcome["values"]), "on_front": on_front}
+
+
+def _planned(plan: "Plan", out_dir: Path, args: argparse.Namespace) -> dict[str, Any]:
+    from moesim.display import opened_display
+    from moesim.planner.folder import Folder
+    from moesim.planner.planning import make_plan, watching_on
+    from moesim.study import show_points
+
+    with opened_display(quiet=args.quiet) as display:
+        watch = None if display is None else show_points(display)
+        folder = Folder(out_dir, plan, workers=args.workers, cluster=args.cluster, cache_dir=args.cache, watch=watch)
+        watching = watching_on(display)
+        return make_plan(folder, storage=args.storage, watching=watching, force=args.force, flags=args.flags)
+
+
+PLAN = Verb(
+    "plan",
+    "Plan a training run, or a deployment: look at every layout, simulate the best, rank and explain them.",
+    add_plan_arguments,
+    execute_plan,
+)
+
+
+PLOT_FILE = "plot.html"
+PLOT_KINDS = ("curves", "heat_map", "cost_performance", "comparison")
+
+
+def add_plot_arguments(parser: argparse.ArgumentParser) -> None:
+    """RUNS, --kind, --x, --y, --colour, --points, --out, --quiet, --force."""
+    parser.add_argument(
+        "runs",
+        metavar="RUNS",
+        nargs="+",
+        type=Path,
+        help="folders of moesim run, sweep or plan, in any mix; or what serve wrote",
+    )
+    parser.add_argument(
+        "--kind", choices=PLOT_KINDS, help="what to draw; by default what the study's plot section says, or what suits"
+    )
+    metric = "a metric such as step_time_s, mfu.causal, router.validation_loss"
+    parser.add_argument("--x", metavar="NAME", help=f"what goes to the right: a key that was varied, or {metric}")
+    parser.add_argument(
+        "--y", metavar="NAME", action="append", default=[], help=f"what goes upwards: {metric}; may be repeated"
+    )
+    parser.add_argument("--colour", metavar="KEY", help="the varied key that colours tell apart")
+    parser.add_argument("--points", metavar="3,7", type=_pair, help="compare these two points of one sweep or plan")
+    place = f"the page; {PLOT_FILE} in the folder when only one is given, else in the working directory"
+    parser.add_argument("--out", metavar="FILE.html", type=Path, help=place)
+    add_quiet(parser)
+    add_force(parser)
+
+
+def _pair(text: str) -> tuple[int, int]:
+    words = text.split(",")
+    if len(words) != 2 or not all(word.strip().isdecimal() for word in words):
+        raise argparse.ArgumentTypeError(f"{text!r} is no pair of points; write --points 3,7")
+    return int(words[0]), int(words[1])
+
+
+def execute_plot(args: argparse.Namespace) -> int:
+    """Draw and write. Raises UserError."""
+    path = args.out or (args.runs[0] / PLOT_FILE if len(args.runs) == 1 and args.runs[0].is_dir() else Path(PLOT_FILE))
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name a file, such as {path / PLOT_FILE}")
+    check_writable(path)
+    from moesim.report.plots import Asked, plot_page
+    from moesim.report.serving_plan_view import serving_plot
+
+    page = serving_plot(args.runs, x=args.x, y=args.y[0] if args.y else None)
+    if page is not None:
+        for flag, value in (("--kind", args.kind), ("--colour", args.colour), ("--points", args.points)):
+            if value is not None:
+                raise UserError(f"{flag} is for runs of training; leave it out")
+        if len(args.y) > 1:
+            raise UserError("--y: one number goes upwards of what serves; name one")
+        return _write_plot(page, path, args)
+    asked = Asked(kind=args.kind, x=args.x, ys=tuple(args.y), colour=args.colour)
+    return _write_plot(plot_page(args.runs, asked, points=args.points), path, args)
+
+
+def _write_plot(page: str, path: Path, args: argparse.Namespace) -> int:
+    write_output(page, path, force=args.force)
+    if not args.quiet:
+        print(f"plotted in {path}")
+    return 0
+
+
+PLOT = Verb(
+    "plot",
+    "Plot sweeps, plans, runs and what serves: cost against performance, curves, heat maps, comparisons.",
+    add_plot_arguments,
+    execute_plot,
+)
