@@ -196,13 +196,15 @@ RUN = Verb(
 
 
 def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
-    """SCENARIO, --set, --max-load, --seeds, --out, --json, --quiet, --force."""
+    """SCENARIO, --set, --max-load, --seeds, --worst, --out, --json, --quiet, --force."""
     add_file(parser, "serving", text="serving scenario (YAML), or the name of one that ships")
     add_overrides(parser)
     text = "the most requests per second that meet workload.slo, by bisection, and the answers at that load"
     parser.add_argument("--max-load", action="store_true", help=text)
     text = "draws of arrivals, whose least and most are given as ranges; 1 by default"
     parser.add_argument("--seeds", metavar="N", type=int, default=1, help=text)
+    text = "with --max-load and --seeds: every draw must meet workload.slo, not their mean alone"
+    parser.add_argument("--worst", action="store_true", help=text)
     add_page(parser, what="the load over time", file="serve.html")
     add_json(parser)
     add_quiet(parser)
@@ -212,8 +214,8 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
 def execute_serve(args: argparse.Namespace) -> int:
     """Serve, print, plot. Raises UserError and InfeasibleError."""
     check_positive(args, "seeds")
-    if args.max_load and args.seeds > 1:
-        raise UserError("--max-load searches with one draw of arrivals; leave --seeds out")
+    if args.worst and not (args.max_load and args.seeds > 1):
+        raise UserError("--worst is of several draws of a largest load; add --max-load --seeds N, or leave it out")
     from moesim.serving import load_serving
     from moesim.shipped import resolve
 
@@ -240,7 +242,7 @@ def _answers(scenario: Any, args: argparse.Namespace) -> dict[str, Any]:
     from moesim.serving import largest_load, serve, serve_seeds
 
     if args.max_load:
-        return largest_load(scenario)
+        return largest_load(scenario, seeds=args.seeds, worst=args.worst)
     return serve(scenario) if args.seeds == 1 else serve_seeds(scenario, args.seeds)
 
 

@@ -18,7 +18,7 @@ from moesim.kernels.estimate import (
     weakest,
 )
 from moesim.kernels.families import MEMORY_KINDS, Attention, Gemm, GroupedGemm, Kernel, MemoryBound, memory_bytes
-from moesim.kernels.loading import gpu_of_device, in_regime, kernel_model, load_profile
+from moesim.kernels.loading import compute_model, gpu_of_device, in_regime, kernel_model, load_profile
 from moesim.kernels.measured import contention_of
 from moesim.kernels.mixed import MixedKernels, kernels_of_kind
 from moesim.kernels.report import leave_one_out_rows
@@ -43,6 +43,7 @@ __all__ = [
     "Roofline",
     "ScaledModel",
     "calibrate_command",
+    "compute_model",
     "contention_of",
     "gpu_of_device",
     "in_regime",

@@ -17,7 +17,7 @@ from moesim.kernels.scaled import ScaledModel
 from moesim.kernels.tabulated import TabulatedModel
 
 if TYPE_CHECKING:
-    from moesim.scenario import GpuSpec
+    from moesim.scenario import Compute, GpuSpec
 
 # Whose FP8 kernels, beyond the library's forward products, stand for those of another GPU of the same chip.
 FP8_OF = {"h200": "h100"}
@@ -173,6 +173,11 @@ def kernel_model(gpu: "str | GpuSpec", profile: str | None = None, *, regime: st
     if profile is None and (_shipped_file(spec.name) or spec.scaled_from):
         return _own_model(spec)
     return _on(spec, load_profile(profile or spec.name))
+
+
+def compute_model(gpu: "GpuSpec", compute: "Compute") -> KernelModel:
+    """The kernel model that a scenario's section `compute` asks for."""
+    return kernel_model(gpu, compute.profile, regime=compute.held_regime)
 
 
 @cache

@@ -18,7 +18,7 @@ import numpy as np
 from moesim.engine.executor import GroupExecutor
 from moesim.engine.executor_steps import Labels
 from moesim.engine.step_clock import step_kernels
-from moesim.kernels import KernelModel, kernel_model
+from moesim.kernels import KernelModel, compute_model
 from moesim.network import Fabric, build_fabric
 from moesim.network.parameters import NetworkParameters
 from moesim.parallel import Mesh, TrafficSample, TrafficSampler
@@ -240,7 +240,7 @@ class LayerTimes:
         """The kernel model of the scenario's GPU."""
         key = spec, compute = scenario.cluster.pools[0].spec, scenario.compute
         if key not in self._kernels:
-            self._kernels[key] = SharedClocks(kernel_model(spec, compute.profile, regime=compute.held_regime))
+            self._kernels[key] = SharedClocks(compute_model(spec, compute))
         return self._kernels[key]
 
     def of(self, scenario: Scenario, parameters: NetworkParameters) -> PartSeconds:

@@ -33,11 +33,6 @@ def load_any_plan(path: str | FilePath, overrides: Sequence[str] = ()) -> Plan |
     return _any(read_yaml(path, what="plan"), overrides, base=path.parent)
 
 
-def any_plan_from_mapping(data: Mapping[str, Any], overrides: Sequence[str] = ()) -> Plan | ServingPlan:
-    """As `plan_from_mapping`, of whichever goal."""
-    return _any(_node_of(data), overrides, base=FilePath())
-
-
 def _any(root: Node, overrides: Sequence[str], *, base: FilePath) -> Plan | ServingPlan:
     changed = apply_overrides(named_implementation(root), overrides) if isinstance(root.value, dict) else root
     if is_serving_plan(changed):

@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.kernels import KernelModel, MixedKernels, kernel_model
+from moesim.kernels import KernelModel, MixedKernels, compute_model
 from moesim.kernels.tabulated import TabulatedModel
 from moesim.network import Fabric, build_fabric
 from moesim.network.calibration import measured_parameters
@@ -22,10 +22,7 @@ def scenario_kernels(scenario: Scenario) -> KernelModel:
     cluster = scenario.cluster
     counts, kinds = rank_counts(cluster, scenario.parallelism), kinds_of_pools(cluster)
     used = dict.fromkeys(kind for kind, count in zip(kinds, counts, strict=True) if count)
-    compute = scenario.compute
-    models = {
-        kind: kernel_model(cluster.pools[kind].spec, compute.profile, regime=compute.held_regime) for kind in used
-    }
+    models = {kind: compute_model(cluster.pools[kind].spec, scenario.compute) for kind in used}
     return next(iter(models.values())) if len(models) == 1 else MixedKernels(models)
 
 

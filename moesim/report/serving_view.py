@@ -157,11 +157,14 @@ def _part_rows(result: Result) -> list[tuple[str, ...]]:
 _RANGED: Mapping[str, tuple[str, Callable[[float], str]]] = {
     "good_share": ("requests within the limits", lambda value: f"{value:.1%}"),
     "good_requests_per_second": ("good requests /s", lambda value: f"{value:,.3g}"),
+    "requests_per_second": ("requests /s", lambda value: f"{value:,.3g}"),
     "output_tokens_per_second": ("output tokens /s", lambda value: f"{value:,.0f}"),
     "tokens_per_second_per_gpu": ("tokens /s per GPU with prompts", lambda value: f"{value:,.0f}"),
     "tokens_per_second_per_user": ("tokens /s for a user", lambda value: f"{value:,.1f}"),
     "usd_per_million_output_tokens": ("USD / M output tokens, all rent", lambda value: f"{value:.4g}"),
+    "usd_per_million_tokens": ("USD / M tokens with prompts", lambda value: f"{value:.4g}"),
     "usd_per_million_input_tokens": ("USD / M prompt tokens, their rent", lambda value: f"{value:.4g}"),
+    "usd_per_million_new_input_tokens": ("USD / M prompt tokens not cached", lambda value: f"{value:.4g}"),
     "usd_per_million_generated_tokens": ("USD / M output tokens, their rent", lambda value: f"{value:.4g}"),
     **{
         f"{key}.{share}": (f"{name}, {share}", format_seconds)
@@ -174,8 +177,11 @@ _RANGE_HEAD = ("", "least", "most")
 
 def _range_rows(result: Result) -> list[tuple[str, ...]]:
     """Least and most over seeds; nothing for one seed."""
-    ranges = result.get("ranges", {})
-    return [(name, *(shown(value) for value in ranges[key])) for key, (name, shown) in _RANGED.items() if key in ranges]
+    rows = []
+    for key, values in result.get("ranges", {}).items():
+        name, shown = _RANGED[key]
+        rows.append((name, *(shown(value) for value in values)))
+    return rows
 
 
 def _pools(result: Result) -> list[RenderableType]:

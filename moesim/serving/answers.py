@@ -16,12 +16,13 @@ from moesim.serving.requests import Requests, draw_requests
 from moesim.serving.schema import ServingScenario, Slo
 
 LEAST_ANSWERS = 5.0  # times as long as an answer takes must requests come, for a steady load
-RANGED = (  # headline numbers whose least and most over seeds are given, beside the latencies
+RANGED = (  # headline numbers whose least and most over seeds are given, beside the latencies, in the order of a page
     "good_share", "good_requests_per_second", "requests_per_second", "output_tokens_per_second",
     "tokens_per_second_per_gpu", "tokens_per_second_per_user", "usd_per_million_output_tokens",
     "usd_per_million_tokens", "usd_per_million_input_tokens", "usd_per_million_new_input_tokens",
     "usd_per_million_generated_tokens",
 )  # fmt: skip
+LATENCIES = ("ttft_s", "tpot_s", "latency_s")
 NARROW = 0.02  # of the largest load, when the search ends
 
 
@@ -76,31 +77,38 @@ def answers_at(deployment: Deployment, requests: Requests) -> dict[str, Any]:
 def serve_seeds(scenario: ServingScenario, seeds: int) -> dict[str, Any]:
     """As `serve`, with `ranges`: the least and most of the headline numbers over seeds seed, seed + 1 ..."""
     deployment = Deployment(scenario)
-    results = []
-    for seed in range(scenario.seed, scenario.seed + seeds):
-        requests = deployment.requests(seed)
-        results.append(_result(deployment, requests, deployment.serve(requests)))
-    first = results[0]
+    return _over_seeds(deployment, _draws(deployment, seeds))
+
+
+def _draws(deployment: Deployment, seeds: int) -> list[Requests]:
+    first = deployment.scenario.seed
+    return [deployment.requests(seed) for seed in range(first, first + seeds)]
+
+
+def _over_seeds(deployment: Deployment, draws: Sequence[Requests]) -> dict[str, Any]:
+    """The answers for the first of several draws, and the ranges over all."""
+    results = [_result(deployment, requests, deployment.serve(requests)) for requests in draws]
     ranges = {
         f"{latency}.{share}": [
             min(each[latency][share] for each in results),
             max(each[latency][share] for each in results),
         ]
-        for latency in ("ttft_s", "tpot_s", "latency_s")
+        for latency in LATENCIES
         for share in SHARES
     }
     for key in RANGED:
         known = [each[key] for each in results if each[key] is not None]  # answers of one token have no time per token
         if known:
             ranges[key] = [min(known), max(known)]
-    return first | {"seeds": seeds, "ranges": ranges}
+    return results[0] | {"seeds": len(draws), "ranges": ranges}
 
 
-def largest_load(scenario: ServingScenario) -> dict[str, Any]:
+def largest_load(scenario: ServingScenario, *, seeds: int = 1, worst: bool = False) -> dict[str, Any]:
     """The most requests per second of which `workload.slo.share` meet the limits, and the answers at that load.
 
-    Doubling, then bisection to 2 %, over how fast the same requests come. Raises UserError without limits and
-    InfeasibleError where they are missed by requests that come alone.
+    Doubling, then bisection to 2 %, over how fast the same requests come. With several seeds the mean over their draws
+    must meet the limits, or with `worst` every draw; the rate is the mean of theirs, and `ranges` are as in
+    `serve_seeds`. Raises UserError without limits, InfeasibleError where they are missed by requests that come alone.
     """
     slo = scenario.workload.slo
     if slo.ttft is None and slo.tpot is None:
@@ -108,12 +116,17 @@ def largest_load(scenario: ServingScenario) -> dict[str, Any]:
             "workload.slo: a largest load needs a limit; set workload.slo.ttft or workload.slo.tpot (seconds)"
         )
     deployment = Deployment(scenario)
-    requests = deployment.requests(scenario.seed)
-    rate = requests.per_second
+    draws = _draws(deployment, seeds)
+    rate = float(np.mean([requests.per_second for requests in draws]))
 
     def meets(factor: float) -> bool:
-        at = requests.faster(factor)
-        return _good(deployment.serve(at), at, slo) >= slo.share
+        shares = []
+        for requests in draws:
+            at = requests.faster(factor)
+            shares.append(_good(deployment.serve(at), at, slo))
+            if worst and shares[-1] < slo.share:
+                return False
+        return float(np.mean(shares)) >= slo.share
 
     low = 1.0
     while not meets(low):
@@ -128,8 +141,9 @@ def largest_load(scenario: ServingScenario) -> dict[str, Any]:
     while high > low * (1.0 + NARROW):
         middle = (low * high) ** 0.5
         low, high = (middle, high) if meets(middle) else (low, middle)
-    at = requests.faster(low)
-    return _result(deployment, at, deployment.serve(at)) | {"largest_requests_per_second": rate * low}
+    at_low = [requests.faster(low) for requests in draws]
+    result = answers_at(deployment, at_low[0]) if seeds == 1 else _over_seeds(deployment, at_low)
+    return result | {"largest_requests_per_second": rate * low}
 
 
 def _good(served: Served, requests: Requests, slo: Slo) -> float:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.kernels import Gemm, GroupedGemm, Kernel, KernelModel, MemoryBound, kernel_model, memory_bytes
+from moesim.kernels import Gemm, GroupedGemm, Kernel, KernelModel, MemoryBound, compute_model, memory_bytes
 from moesim.kernels.estimate import SOURCES
 from moesim.kernels.tabulated import TabulatedModel
 from moesim.scenario import BYTES_PER_ELEMENT
@@ -42,8 +42,7 @@ class Pricing:
         self.load, self.gpu = scenario.workload, scenario.cluster.pools[0].spec
         self.software: ServingSoftware = serving_software()[scenario.engine.software]
         self.lists: Lists = LISTS[self.software.kernels]
-        compute = scenario.compute
-        self.kernels: KernelModel = kernel_model(self.gpu, compute.profile, regime=compute.held_regime)
+        self.kernels: KernelModel = compute_model(self.gpu, scenario.compute)
         # Tables were measured in a row already; a profile's kernels were launched alone.
         self._gaps = dict.fromkeys(facts()["gap"], 0.0) if isinstance(self.kernels, TabulatedModel) else facts()["gap"]
         self._sources: set[str] = set()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from moesim.errors import InfeasibleError, UserError
+from moesim.report.serving_view import serving_page
 from moesim.scenario import TraceRouting, gpu_spec, load_scenario_text
 from moesim.serving import largest_load, load_serving, load_serving_text, serve, serve_seeds
 from moesim.serving.answers import Deployment
@@ -332,6 +333,15 @@ def test_mistakes_are_one_line(override: str, fault: str, error: type[Exception]
     with pytest.raises(error, match=fault) as caught:
         serve(small(override))
     assert "\n" not in str(caught.value)
+
+
+def test_a_largest_load_of_several_draws_holds_for_their_mean_or_for_each() -> None:
+    scenario = small("workload.requests=40", "workload.slo={ttft: 0.05, share: 0.9}")
+    mean, worst = (largest_load(scenario, seeds=3, worst=each) for each in (False, True))
+    assert worst["largest_requests_per_second"] <= mean["largest_requests_per_second"] * 1.001
+    assert worst["ranges"]["good_share"][0] >= 0.9 > mean["ranges"]["good_share"][0] or worst == mean
+    assert mean["ranges"]["good_share"][1] >= 0.9 and mean["seeds"] == 3
+    assert "USD / M prompt tokens not cached" in serving_page(mean)
 
 
 def test_a_largest_load_needs_limits_that_can_be_met() -> None:
