@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+import remake_library as library
+from library_points import SEEDS, library_points
 
-from moesim.routing import library
-from moesim.routing.library_points import SEEDS, library_points
 from moesim.trace.library import find_entry, load_library
 from moesim.trace.library.catalogue import library_entries
 

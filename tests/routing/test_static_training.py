@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from moe_cases import shape_of, small_request
+from static_training import StaticExperts, StaticTrainer, static_permutation, train_together
 
 from moesim.routing.corpus import load_corpus
-from moesim.routing.experts import RoutedExperts, StaticExperts, static_permutation
+from moesim.routing.experts import RoutedExperts
 from moesim.routing.recording import held_out_sequences
 from moesim.routing.request import TrainingRequest
-from moesim.routing.static_training import StaticTrainer, train_together
 from moesim.routing.training import train_router
 from moesim.scenario.routing import Balance, DeviceCapacity, ExpertCapacity, LossFree, NoCapacity
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from library_points import library_points
 
 import moesim.trace.library
 from moesim.errors import UserError
-from moesim.routing.library_points import library_points
 from moesim.run import obtain_trace, simulate
 from moesim.scenario import load_scenario
 from moesim.scenario.routers import ROUTERS

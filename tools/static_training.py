@@ -4,6 +4,11 @@ Legend: P steps, B sequences of a batch, T tokens per sequence, S evaluated sequ
 
 The same model, data and update as `moesim.routing.training.Trainer`, arranged so that one step is one CUDA graph: many
 small models then share a GPU without waiting for a host (`train_together`). On a CPU the same step simply runs.
+
+`RoutedExperts` leaves rows that are not kept out of its products, and the host must know how many are left. In
+`StaticExperts` every row is computed (R = T * K rows, I expert width, H hidden size, K selections per token) and a row
+that is not kept weighs nothing: the same output and gradients for up to 1 / kept share more work. Moving rows is a
+permutation both ways, so its gradient is a gather too and no atomic addition rounds differently from run to run.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from moesim.routing.balance import balance_loss, routing_sums
 from moesim.routing.corpus import Corpus
-from moesim.routing.experts import RoutedExperts, StaticExperts
+from moesim.routing.experts import RoutedExperts
 from moesim.routing.request import TrainingRequest
 from moesim.routing.training import BETAS, WEIGHT_DECAY, draw_batch, learning_rate, update_biases
 from moesim.routing.transformer import LanguageModel, Mode
@@ -28,6 +33,7 @@ from moesim.seeding import stream_seed
 from moesim.trace import TrainingCurves
 
 EAGER_STEPS = 3  # real steps before the capture: libraries allocate their workspaces in them
+BYTE_EXPERTS = 256  # up to so many ids are sorted as bytes, in a fourth of the time
 LANE_STEPS = 20  # steps queued per model before the host waits, so that an interrupt strikes soon
 
 
@@ -47,7 +53,7 @@ class StaticTrainer:
         self.request, self.device = request, device
         dynamic = ROUTERS[request.router.kind].by_experts or request.router.random_second
         self.captures = device.type == "cuda" and not dynamic
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.graph: torch.cuda.CUDAGraph | None = None
         self.done = 0
         self.evaluations: list[Evaluation] = []
@@ -220,3 +226,85 @@ def train_together(
             trainer.wait()
         if progress is not None:
             progress(steps)
+
+
+class StaticExperts(RoutedExperts):
+    """`RoutedExperts` of the same parameters, computed over all T * K rows.
+
+    `kept_share`: share of the last call's rows that were kept, a tensor on the device.
+    """
+
+    kept_share: Tensor
+
+    def forward(self, hidden_TH: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor, keep_TK: Tensor) -> Tensor:
+        """sum_k gate * FFN_{id}(hidden) over the kept rows, [T, H]."""
+        dtype = torch.bfloat16 if hidden_TH.is_cuda else torch.float32
+        self.kept_share = keep_TK.float().mean()
+        order_R, place_TK, offsets_E = static_permutation(expert_ids_TK, num_experts=self.num_experts)
+        rows_RH = _Dispatch.apply(hidden_TH.to(dtype), order_R, place_TK)
+        weights_R = _Permute.apply((gates_TK * keep_TK).flatten(), order_R, place_TK)
+        gate_RI, up_RI = functional.grouped_mm(rows_RH, self.w13_EHF.to(dtype), offs=offsets_E).chunk(2, dim=-1)
+        inner_RI = functional.silu(gate_RI) * up_RI * weights_R.to(dtype).unsqueeze(1)
+        outer_RH = functional.grouped_mm(inner_RI, self.w2_EIH.to(dtype), offs=offsets_E)
+        output_TH: Tensor = _Combine.apply(outer_RH, order_R, place_TK)
+        return output_TH.to(hidden_TH.dtype)
+
+
+def static_permutation(expert_ids_TK: Tensor, *, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Expert order of the flattened rows: (order_R, place_TK, offsets_E).
+
+    Row `order_R[r]` of the [T * K] selections comes r-th, `place_TK` is the inverse, and expert n's rows end at
+    `offsets_E[n]` (int32). Id -1, which weighs nothing, goes to expert 0.
+    """
+    dtype = torch.uint8 if num_experts <= BYTE_EXPERTS else torch.int16
+    ids_R = expert_ids_TK.clamp_min(0).flatten().to(dtype)
+    sorted_R, order_R = torch.sort(ids_R, stable=True)
+    place_R = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R), device=order_R.device))
+    experts_E = torch.arange(num_experts, device=ids_R.device, dtype=dtype)
+    offsets_E = torch.searchsorted(sorted_R, experts_E, right=True, out_int32=True)
+    return order_R, place_R.view_as(expert_ids_TK), offsets_E
+
+
+def _sum_of_rows(rows_RH: Tensor, place_TK: Tensor) -> Tensor:
+    """Each token's K rows added up, [T, H]."""
+    return rows_RH.index_select(0, place_TK.flatten()).view(*place_TK.shape, -1).sum(dim=1)
+
+
+class _Dispatch(torch.autograd.Function):
+    """Token t's hidden state to each of its K rows; back: the sum of the K gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_TH: Tensor, order_R: Tensor, place_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(place_TK)
+        return hidden_TH.index_select(0, order_R // place_TK.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return _sum_of_rows(gradients[0], ctx.saved_tensors[0]), None, None
+
+
+class _Combine(torch.autograd.Function):
+    """Each token's K rows added up; back: the token's gradient to each row."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_RH: Tensor, order_R: Tensor, place_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(order_R)
+        ctx.top_k = place_TK.shape[1]
+        return _sum_of_rows(rows_RH, place_TK)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return gradients[0].index_select(0, ctx.saved_tensors[0] // ctx.top_k), None, None
+
+
+class _Permute(torch.autograd.Function):
+    """One number per row into expert order; back: into token order."""
+
+    @staticmethod
+    def forward(ctx: Any, values_R: Tensor, order_R: Tensor, place_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(place_TK)
+        return values_R.index_select(0, order_R)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return gradients[0].index_select(0, ctx.saved_tensors[0].flatten()), None, None

@@ -1,4 +1,4 @@
-"""Remake the library of trained routing: `python -m moesim.routing.library --out DIR [--only PATTERN] [--device cuda]`.
+"""Remake the library of trained routing: `python tools/remake_library.py --out DIR [--only PATTERN] [--device cuda]`.
 
 Points are trained several at a time: a process trains a bunch side by side on one device (CUDA graphs on streams of
 their own), and a few processes hide each other's starts, evaluations and compression. A finished entry is a file; a
@@ -27,12 +27,12 @@ from threading import Thread
 from typing import TYPE_CHECKING
 
 import numpy as np
+from library_points import SEQUENCE_LENGTH, LibraryPoint, library_points
 from rich.console import Console
 
 from moesim.display import Display, opened_display
 from moesim.errors import UserError
 from moesim.processes import same_imports, signals_interrupt
-from moesim.routing.library_points import SEQUENCE_LENGTH, LibraryPoint, library_points
 from moesim.routing.request import TrainingRequest
 from moesim.scenario.routers import ROUTERS
 from moesim.scenario.routing import NoCapacity
@@ -49,7 +49,7 @@ from moesim.trace.library.codec import (
 )
 
 if TYPE_CHECKING:
-    from moesim.routing.static_training import StaticTrainer
+    from static_training import StaticTrainer
 
 EVALUATED_SEQUENCES = 64  # 262,144 held-out tokens at every evaluation
 EVALUATED_TOGETHER = 32_768  # tokens of one forward pass
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m moesim.routing.library", description="Remake the library of routing."
+        prog="python tools/remake_library.py", description="Remake the library of routing."
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the entries go; kept and resumed")
     parser.add_argument("--only", action="append", default=[], metavar="PATTERN", help="names, e.g. '64x6/*/seed0'")
@@ -244,9 +244,10 @@ def _tell(steps: int) -> None:
 
 def train_bunch(points: Sequence[LibraryPoint], out: Path) -> list[str]:
     """Train the points side by side and write their entries; a line for each that diverged."""
+    from static_training import StaticTrainer, train_together
+
     from moesim.routing.corpus import load_corpus
     from moesim.routing.recording import held_out_sequences
-    from moesim.routing.static_training import StaticTrainer, train_together
     from moesim.routing.training import device_of
 
     first = points[0].request
@@ -312,8 +313,9 @@ def _write(point: LibraryPoint, trainer: "StaticTrainer", held_out: bytes, out: 
 
 def _record(trainer: "StaticTrainer", held_out: bytes) -> RoutingTrace:
     """The trained router's routing of held-out text in the kept layers, with the counts of earlier steps."""
+    from static_training import flash_attention
+
     from moesim.routing.recording import record
-    from moesim.routing.static_training import flash_attention
     from moesim.routing.training import device_name
 
     request, layers = trainer.request, recorded_layers(trainer.request)
