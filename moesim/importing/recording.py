@@ -20,11 +20,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from moesim.errors import UserError, one_line
+from moesim.importing.dimensions import Dimensions, Dims
+from moesim.importing.width_names import WidthNames
 from moesim.recorded.layers import EXPERT, EXPERTS_GEMM, MOE, kinds_of_layers, place_of, with_layers
 from moesim.recorded.memory_bound import LAID_OUT
 from moesim.recorded.pricing import CHECK, OPTIMIZER, PRODUCTS, SDPA
 from moesim.recorded.step_file import (
+    GRADIENT_WIDTHS,
     GRADIENTS,
+    MODEL_SIZES,
     VIEWS,
     RecordedOp,
     layout_facts,
@@ -41,6 +45,8 @@ def record_step(model: nn.Module, loss_of: Callable[[], Tensor]) -> list[Recorde
     Raises UserError where an operation does not run there.
     """
     recorder = _Recorder()
+    for weight in model.parameters():
+        recorder.dimensions.weight(weight)
     with _module_paths(model, recorder), _gradients(model, recorder), recorder, _Attention(recorder):
         loss = _run(loss_of, recorder, model)
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
@@ -49,7 +55,19 @@ def record_step(model: nn.Module, loss_of: Callable[[], Tensor]) -> list[Recorde
             )
         recorder.phase, recorder.module = "backward", ""
         _run(loss.backward, recorder, model)
-    return merged([*with_layers(recorder.ops), _optimizer(model, recorder.ops)])
+    ops, sizes = _with_widths(model, recorder)
+    return merged([*with_layers(ops), _optimizer(model, ops, sizes)])
+
+
+def _with_widths(model: nn.Module, recorder: "_Recorder") -> tuple[list[RecordedOp], dict[str, int]]:
+    """The operations, with the widths of the model that their dimensions are, and the sizes that these speak of."""
+    weights = {path: recorder.dimensions.of(weight) for path, weight in model.named_parameters()}
+    names = WidthNames(recorder.ops, recorder.followed, weights=weights, kinds=kinds_of_layers(recorder.ops))
+    found = []
+    for op, dims, gradients in zip(recorder.ops, recorder.followed, recorder.gradients, strict=True):
+        made = {GRADIENT_WIDTHS: [list(names.texts(each)) for each in gradients]} if gradients else {}
+        found.append(replace(op, widths=tuple(map(names.texts, dims)), facts={**op.facts, **made}))
+    return found, names.sizes
 
 
 def _run(what: Callable[[], Any], recorder: "_Recorder", model: nn.Module) -> Any:
@@ -68,9 +86,9 @@ def _run(what: Callable[[], Any], recorder: "_Recorder", model: nn.Module) -> An
         raise UserError(f"{place} raised {type(error).__name__}: {one_line(str(error))}") from None
 
 
-def _optimizer(model: nn.Module, ops: Sequence[RecordedOp]) -> RecordedOp:
+def _optimizer(model: nn.Module, ops: Sequence[RecordedOp], sizes: Mapping[str, int]) -> RecordedOp:
     """One fused AdamW over the parameters that have gradients; in its facts, those of one layer of each kind and, in
-    every MoE layer, of one expert.
+    every MoE layer, of one expert, and the named sizes of the model.
     """
     weights = {path: weight for path, weight in model.named_parameters() if weight.requires_grad}
     if not weights:
@@ -79,7 +97,7 @@ def _optimizer(model: nn.Module, ops: Sequence[RecordedOp]) -> RecordedOp:
     dtype = str(first.dtype).removeprefix("torch.")
     count = sum(weight.numel() for weight in weights.values())
     seen = (((count,), dtype, count * first.element_size()),)
-    facts = {"parameters": count, "layer_parameters": _layer_parameters(weights, ops)}
+    facts = {"parameters": count, "layer_parameters": _layer_parameters(weights, ops), MODEL_SIZES: dict(sizes)}
     return RecordedOp(name=OPTIMIZER, phase="optimizer", module="", reads=seen, writes=seen, facts=facts, layer="")
 
 
@@ -104,8 +122,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-igno
         self.ops: list[RecordedOp] = []
         self.phase, self.module = "forward", ""
         self.entered: list[tuple[int, str]] = []  # autograd's next number when another module begins to run
-        self.paused = False
         self.views = 0
+        self.dimensions = Dimensions()
+        self.followed: list[tuple[Dims, ...]] = []  # of the tensors of each operation
+        self.gradients: list[list[Dims]] = []  # of the weights whose gradients are whole behind it
 
     def enter(self, module: str) -> None:
         """From here on `module` runs, and makes the nodes of autograd."""
@@ -125,16 +145,14 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-igno
             self._condition(args[0])
             return getattr(args[0], LIKELY, True)  # the step is taken to be one for which it is so
         out = func(*args, **(kwargs or {}))
-        if not self.paused:
-            self._note(func, args, kwargs or {}, out)
+        self.dimensions.follow(func, args, kwargs or {}, out)
+        self._note(func, args, kwargs or {}, out)
         _mark_chance(func, args, out)
         return out
 
     def _condition(self, asked: Tensor) -> None:
         facts = {} if hasattr(asked, LIKELY) else {"taken": True}
-        self.ops.append(
-            RecordedOp(name=CHECK, phase=self.phase, module=self.module, reads=(_seen(asked),), writes=(), facts=facts)
-        )
+        self._add(CHECK, self.module, (asked,), (), facts)
 
     def _note(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         name = func._schema.name.removeprefix("aten::")
@@ -147,29 +165,21 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-igno
         if name in FREE:
             self.views += 1
             return
-        self.ops.append(
-            RecordedOp(
-                name=name,
-                phase=self.phase,
-                module=self.running(),
-                reads=tuple(map(_seen, inputs)),
-                writes=tuple(map(_seen, results)),
-                facts=_facts(name, args, inputs, results) | self._views(),
-            )
-        )
+        self._add(name, self.running(), inputs, results, _facts(name, args, inputs, results) | self._views())
 
     def note(self, name: str, module: str, reads: Any, writes: Any, facts: Mapping[str, Any] | None = None) -> None:
         """An operation that the meta device would take apart, as the one that it is on a GPU."""
+        self._add(name, module, reads, writes, {**(facts or {}), **self._views()})
+
+    def _add(
+        self, name: str, module: str, reads: Sequence[Tensor], writes: Sequence[Tensor], facts: Mapping[str, Any]
+    ) -> None:
+        seen = [tuple(map(_seen, side)) for side in (reads, writes)]
         self.ops.append(
-            RecordedOp(
-                name=name,
-                phase=self.phase,
-                module=module,
-                reads=tuple(map(_seen, reads)),
-                writes=tuple(map(_seen, writes)),
-                facts={**(facts or {}), **self._views()},
-            )
+            RecordedOp(name=name, phase=self.phase, module=module, reads=seen[0], writes=seen[1], facts=facts)
         )
+        self.followed.append(tuple(map(self.dimensions.of, (*reads, *writes))))
+        self.gradients.append([])
 
     def _views(self) -> dict[str, Any]:
         """How many views and empty tensors the host has made since the last operation."""
@@ -181,6 +191,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-igno
         last = self.ops[-1]
         made = [*last.facts.get(GRADIENTS, ()), list(weight.shape)]
         self.ops[-1] = replace(last, facts={**last.facts, GRADIENTS: made})
+        self.gradients[-1].append(self.dimensions.of(weight))
 
 
 def _facts(name: str, args: Any, inputs: list[Tensor], results: list[Tensor]) -> dict[str, Any]:
@@ -281,6 +292,8 @@ class _NormFunction(torch.autograd.Function):
         given = [input] if weight is None else [input, weight]
         ctx.save_for_backward(*given, scale)
         ctx.recorder, ctx.module = recorder, recorder.module
+        if weight is not None:
+            recorder.dimensions.same(input, weight)
         recorder.note("_fused_rms_norm", recorder.module, given, (out, scale))
         return out
 
@@ -298,6 +311,7 @@ class _AttentionFunction(torch.autograd.Function):
         ctx.save_for_backward(query, key, value)
         ctx.recorder, ctx.facts, ctx.module = recorder, facts, recorder.module
         out = query.new_empty((*query.shape[:-1], value.shape[-1]))
+        recorder.dimensions.attend(query, key, value, out)
         recorder.note(SDPA, recorder.module, (query, key, value), (out,), facts)
         return out
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,14 +31,25 @@ from moesim.program.torch_host import backward
 from moesim.program.torch_kernels import issued, moved
 from moesim.program.writer import KernelWriter
 from moesim.recorded.estimate import HOST, step_estimate
-from moesim.recorded.layers import DENSE, EXPERTS_GEMM, MOE
+from moesim.recorded.layers import DENSE, EXPERTS_GEMM, MOE, module_in_layer
 from moesim.recorded.pricing import GAP_S, OPTIMIZER, SDPA, kernels_of, prices
 from moesim.recorded.scaling import scaled_op
 from moesim.recorded.sizes import MatchedOp, StepSizes, matched, sizes_of
 from moesim.recorded.step_file import RecordedOp, load_step
+from moesim.recorded.widths import (
+    DENSE_WIDTH,
+    HEAD_DIM,
+    HEADS,
+    KV_HEADS,
+    KV_RANK,
+    Q_RANK,
+    ROPE_DIM,
+    SHARED_WIDTH,
+    VALUE_DIM,
+)
 from moesim.results.spans import Part, Phase
 from moesim.scenario import Scenario
-from moesim.scenario.model import Model
+from moesim.scenario.model import Mla, Model
 
 GRID = 9  # row counts between the fewest and the most of a rank at which an operation is priced
 BF16 = 2.0
@@ -80,7 +92,7 @@ def _read(path: Path, changed: float) -> RecordedStep:
     sizes = sizes_of(ops, where=str(path))
     if any("collective" in op.facts for op in ops):
         raise UserError(f"{path} was recorded on several ranks; record one rank alone: the scenario adds the others")
-    experts = next((_module_in_layer(op.module) for op in ops if op.name == EXPERTS_GEMM), "")
+    experts = next((module_in_layer(op.module) for op in ops if op.name == EXPERTS_GEMM), "")
     return RecordedStep(sizes=sizes, ops=tuple(matched(ops, sizes)), experts_module=experts)
 
 
@@ -105,14 +117,14 @@ class RecordedKernels:
 
     def _check(self) -> None:
         model, sizes = self.scenario.model, self.step.sizes
-        pairs = [("hidden", model.hidden, sizes.hidden)]
+        pairs = [] if sizes.widths else [("hidden", model.hidden, sizes.hidden)]
         if model.experts and not sizes.knows_expert_width:
             pairs.append(("expert_intermediate", model.expert_intermediate, sizes.expert_width))
         for key, wanted, has in pairs:
             if wanted != has:
                 raise UserError(
                     f"{self.scenario.implementation.file} was recorded with {key} {has}, which cannot be scaled, and "
-                    f"model.{key} is {wanted}; record the program at that size, or set model.{key}={has}"
+                    f"model.{key} is {wanted}; record the program anew, which follows widths, or set model.{key}={has}"
                 )
         moe = sum(not model.is_dense(layer) for layer in range(model.layers))
         for kind, wanted, has in (
@@ -137,8 +149,7 @@ class RecordedKernels:
                 self.step.sizes,
                 sequences=workload.micro_batch,
                 sequence_length=workload.sequence_length,
-                vocabulary=self.scenario.model.vocab,
-                **_of_experts(self.scenario.model, self.step.sizes),
+                **_of_model(self.scenario.model, self.step.sizes),
             )
             ops = [op for each in self.step.ops if (op := scaled_op(each, self.step.sizes, one)) is not None]
             estimate = step_estimate(ops, kernels, host=HOST._replace(op=launch))
@@ -152,8 +163,7 @@ class RecordedKernels:
             sizes,
             sequences=step.batch,
             sequence_length=step.sequence,
-            vocabulary=step.model.vocab,
-            **_of_experts(step.model, sizes),
+            **_of_model(step.model, sizes),
             dense_layers=1,
             moe_layers=1,
         )
@@ -219,15 +229,18 @@ class RecordedKernels:
         if each.op.name == EXPERTS_GEMM:
             return w.at(Part.EXPERTS)
         if "R" in symbols:
-            width = self.step.sizes.expert_width
-            inner = any(shape[-1:] in ((width,), (2 * width,)) for shape, _, _ in (*each.op.reads, *each.op.writes))
+            inner = bool(symbols & {"F", "J"}) if self.step.sizes.knows_expert_width else self._has_expert_width(each)
             return w.at(Part.EXPERTS) if inner else w.at(Part.PERMUTE)
         if "E" in symbols or "K" in symbols:
             return w.at(Part.ROUTER)
         return w.at(self._part_of_module(each))
 
+    def _has_expert_width(self, each: MatchedOp) -> bool:
+        width = self.step.sizes.expert_width
+        return any(shape[-1:] in ((width,), (2 * width,)) for shape, _, _ in (*each.op.reads, *each.op.writes))
+
     def _part_of_module(self, each: MatchedOp) -> Part:
-        name = _module_in_layer(each.op.module)
+        name = module_in_layer(each.op.module)
         if name and name == self.step.experts_module:
             return Part.SHARED_EXPERTS if each.op.layer == MOE else Part.DENSE_FFN
         return Part.ATTENTION
@@ -304,11 +317,26 @@ class RecordedKernels:
         )
 
 
-def _of_experts(model: Model, sizes: StepSizes) -> dict[str, int]:
-    """The sizes of a model's experts; those of the file where it has none."""
-    if not model.experts:
-        return {"experts": sizes.experts}
-    return {"experts": model.experts, "top_k": model.top_k, "expert_width": model.expert_intermediate}
+def _of_model(model: Model, sizes: StepSizes) -> dict[str, Any]:
+    """The sizes of a model; those of the file where it has none."""
+    latent = model.attention if isinstance(model.attention, Mla) else None
+    widths = {
+        HEADS: model.heads,
+        KV_HEADS: model.heads if latent else model.kv_heads,
+        HEAD_DIM: model.head_dim,
+        VALUE_DIM: (latent.value_head_dim if latent else None) or model.head_dim,
+        DENSE_WIDTH: model.dense_intermediate,
+        SHARED_WIDTH: model.shared_width,
+    }
+    if latent:
+        widths |= {KV_RANK: latent.kv_lora_rank, ROPE_DIM: latent.rope_head_dim, Q_RANK: latent.q_lora_rank or 0}
+    found: dict[str, Any] = {"vocabulary": model.vocab, "experts": sizes.experts}
+    if sizes.widths:
+        wanted = {name: size for name, size in widths.items() if size and name in sizes.widths}
+        found |= {"hidden": model.hidden, "widths": {**sizes.widths, **wanted}}
+    if model.experts:
+        found |= {"experts": model.experts, "top_k": model.top_k, "expert_width": model.expert_intermediate}
+    return found
 
 
 def replace_phase(w: KernelWriter) -> KernelWriter:
@@ -321,10 +349,3 @@ def _phase(op: RecordedOp, w: KernelWriter) -> Phase:
         return Phase.FORWARD
     direction = getattr(kernels_of(op)[0][0], "direction", "")
     return Phase.WEIGHT_GRADIENT if direction == "wgrad" else Phase.INPUT_GRADIENT
-
-
-def _module_in_layer(module: str) -> str:
-    """`mlp` of `model.layers.*.mlp.experts`."""
-    parts = module.split(".")
-    at = next((place for place, part in enumerate(parts) if part == "*"), len(parts))
-    return parts[at + 1] if at + 1 < len(parts) else ""

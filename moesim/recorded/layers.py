@@ -45,3 +45,10 @@ def place_of(module: str) -> tuple[str, int] | None:
         if part.isdigit():
             return ".".join(parts[:at]), int(part)
     return None
+
+
+def module_in_layer(module: str) -> str:
+    """The part of a layer that a module or weight belongs to: `mlp` of `model.layers.*.mlp.experts`; "" outside."""
+    parts = module.split(".")
+    at = next((place for place, part in enumerate(parts) if part == "*" or part.isdigit()), len(parts))
+    return parts[at + 1] if at + 1 < len(parts) else ""

@@ -16,7 +16,7 @@ from moesim.kernels import KernelModel
 from moesim.kernels.families import Attention, Gemm, GroupedGemm, Kernel, MemoryBound
 from moesim.kernels.unprofiled import DROPOUT, OUTER_BATCH, ROW_BATCH, UNALIGNED, UNALIGNED_BATCH
 from moesim.recorded.memory_bound import MEMORY_BOUND, memory_kernels
-from moesim.recorded.step_file import RecordedOp
+from moesim.recorded.step_file import ALIGNED, RecordedOp
 
 # Between the kernels of one operation and of the next while the host is ahead, the median of 11 steps of transformers
 # 5.17 on an H100 (docs/imported-steps.md).
@@ -96,8 +96,8 @@ FAMILIES = {Gemm: "gemm", GroupedGemm: "grouped gemm", Attention: "attention", M
 
 def _variant(op: RecordedOp, kernel: Kernel) -> tuple[str, float]:
     """The name of a kernel that no profile holds, which is corrected apart, and what it costs over its sister."""
-    if isinstance(kernel, Gemm) and "aligned_bytes" in op.facts:
-        alone = UNALIGNED[op.facts["aligned_bytes"]][kernel.direction]
+    if isinstance(kernel, Gemm) and ALIGNED in op.facts:
+        alone = UNALIGNED[op.facts[ALIGNED]][kernel.direction]
         return " unaligned", alone if len(op.reads[-1][0]) == 2 else min(alone, UNALIGNED_BATCH)
     if isinstance(kernel, Attention) and op.facts.get("dropout"):
         return " dropout", DROPOUT[kernel.direction]

@@ -1,5 +1,5 @@
-"""A recorded step at other sizes: other tokens, numbers of layers and experts, experts of a token and their width, and
-another vocabulary.
+"""A recorded step at other sizes: other tokens, numbers of layers and experts, experts of a token and their width,
+another vocabulary, and, where the recording followed the widths of its weights, any other width of the model.
 
 Every matched dimension takes its new size, bytes follow. Layers of a kind are repeated, what lies outside of them is
 not. What is not matched stays as it was recorded.
@@ -12,9 +12,9 @@ from typing import Any
 
 from moesim.errors import UserError
 from moesim.recorded.layers import DENSE, EXPERT, MOE
-from moesim.recorded.pricing import OPTIMIZER
+from moesim.recorded.pricing import OPTIMIZER, PRODUCTS
 from moesim.recorded.sizes import MatchedOp, StepSizes, Symbols, matched, of_experts
-from moesim.recorded.step_file import GRADIENTS, RecordedOp, Seen
+from moesim.recorded.step_file import ALIGNED, ALIGNMENT, GRADIENT_WIDTHS, GRADIENTS, RecordedOp, Seen
 
 CONSTANT = {"W", "1", "?"}
 
@@ -38,13 +38,13 @@ def check_scalable(sizes: StepSizes, to: StepSizes) -> None:
                 f"the recorded step has no {name} layers, of which {wanted} are wanted; record one that has"
             )
     for name, has, wanted in (
-        ("hidden size", sizes.hidden, to.hidden),
+        *([] if sizes.widths else [("hidden size", sizes.hidden, to.hidden)]),
         *([] if sizes.knows_expert_width else [("expert width", sizes.expert_width, to.expert_width)]),
     ):
         if has != wanted:
             raise UserError(
                 f"the step was recorded with {name} {has}, which no shape tells from other widths, and {wanted} is "
-                "wanted; record it at that width"
+                "wanted; record it at that width, or anew with this version, which follows widths"
             )
 
 
@@ -60,20 +60,44 @@ def scaled_op(matched_op: MatchedOp, sizes: StepSizes, to: StepSizes) -> Recorde
         op,
         reads=_tensors(op.reads, matched_op.reads, sizes, to),
         writes=_tensors(op.writes, matched_op.writes, sizes, to),
-        facts=_facts(op, sizes, to),
+        facts=_facts(matched_op, sizes, to),
         count=_times(op, layers) if op.layer else op.count,
         layers=layers,
     )
 
 
-def _facts(op: RecordedOp, sizes: StepSizes, to: StepSizes) -> Mapping[str, Any]:
-    """With the shapes of weights at other numbers of experts."""
-    if GRADIENTS not in op.facts:
-        return op.facts
-    return {**op.facts, GRADIENTS: [_weight(op, shape, sizes, to) for shape in op.facts[GRADIENTS]]}
+def _facts(matched_op: MatchedOp, sizes: StepSizes, to: StepSizes) -> Mapping[str, Any]:
+    """With the shapes of weights at other sizes of the model, and at which multiples rows of matrices begin there."""
+    op = matched_op.op
+    facts = dict(op.facts)
+    if GRADIENTS in facts:
+        shapes = facts[GRADIENTS]
+        texts = facts.get(GRADIENT_WIDTHS, [None] * len(shapes))
+        facts[GRADIENTS] = [_weight(op, *each, sizes, to) for each in zip(shapes, texts, strict=True)]
+    if op.name in PRODUCTS and op.reads[-1][1] in ("bfloat16", "float16"):
+        before, after = (_aligned_bytes(matched_op, sizes, at) for at in (sizes, to))
+        if facts.get(ALIGNED, ALIGNMENT) == before != after:
+            facts = {name: fact for name, fact in facts.items() if name != ALIGNED}
+            facts |= {ALIGNED: after} if after < ALIGNMENT else {}
+    return facts
 
 
-def _weight(op: RecordedOp, shape: Sequence[int], sizes: StepSizes, to: StepSizes) -> list[int]:
+def _aligned_bytes(matched_op: MatchedOp, sizes: StepSizes, to: StepSizes) -> int:
+    """As `product_facts` has it where rows of matrices are as long as widths of the model."""
+    lengths = [
+        2 * _dimension(size, symbol, sizes, to)
+        for (shape, _, _), symbols in zip(matched_op.op.reads, matched_op.reads, strict=True)
+        for size, symbol in zip(shape, symbols, strict=True)
+        if size > 1 and (symbol in ("V", "E", "F", "J") or len(symbol) > 1)
+    ]
+    return math.gcd(ALIGNMENT, *lengths)
+
+
+def _weight(
+    op: RecordedOp, shape: Sequence[int], texts: Sequence[str] | None, sizes: StepSizes, to: StepSizes
+) -> list[int]:
+    if texts is not None:
+        return [_dimension(size, text, sizes, to) if text else size for size, text in zip(shape, texts, strict=True)]
     new = {sizes.experts: to.experts} if op.layer == MOE and sizes.experts else {}
     if not op.layer:
         new = {sizes.vocabulary: to.vocabulary}
@@ -114,12 +138,14 @@ def _dimension(size: int, symbol: str, sizes: StepSizes, to: StepSizes) -> int:
     before, after = sizes.of(symbol), to.of(symbol)
     if before == after:
         return size
+    if len(symbol) > 1:
+        return round(size * after / before)
     offset = size - before
     if symbol == "R" and sizes.experts:  # padding of every expert
-        return after + round(offset * to.experts / sizes.experts) if offset > 1 else after + offset
+        return round(after + (offset * to.experts / sizes.experts if offset > 1 else offset))
     if abs(offset) <= 1:
-        return after + offset
-    return size // before * after  # sequences and heads in one dimension
+        return round(after + offset)
+    return round(size // before * after)  # sequences and heads in one dimension
 
 
 def _optimizer(op: RecordedOp, sizes: StepSizes, to: StepSizes) -> RecordedOp:

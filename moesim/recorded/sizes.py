@@ -1,22 +1,26 @@
 """The sizes of a recorded step, and which dimension of each operation's tensors is which of them.
 
-A dimension is matched by its value and its place: tokens, sequences and rows of experts by where an operation has them
+A dimension is what the recording says of it, where it followed the widths of the model from its weights. Others are
+matched by their value and place: tokens, sequences and rows of experts by where an operation has them
 (the rows of a product's first matrix, not of a weight), experts in the layers that have them alone. Widths are what
 weights have. What is matched to nothing is kept as it was recorded, and listed.
 
 Legend of symbols: B sequences, S tokens of each, T = B S, R = T K rows of experts, E experts, K experts of a token,
 V vocabulary, F the width of an expert and J twice that, W another width of the model, 1 a small number, ? nothing that
-is known.
+is known. Where the recording followed the widths of weights, a symbol may be such a width as a text, too
+(`moesim.recorded.widths`).
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from moesim.errors import UserError
 from moesim.recorded.layers import DENSE, EXPERTS_GEMM, MOE
 from moesim.recorded.pricing import OPTIMIZER, PRODUCTS, SDPA
-from moesim.recorded.step_file import RecordedOp, Seen
+from moesim.recorded.step_file import MODEL_SIZES, RecordedOp, Seen
+from moesim.recorded.widths import EXPERT_WIDTH, EXPERTS, HIDDEN, LENGTH, SEQUENCES, VOCABULARY, value_of
 
 SMALL_NUMBER = 16
 PADDED_ROWS = 16  # of one expert, at most
@@ -41,6 +45,7 @@ class StepSizes:
     expert_width: int
     vocabulary: int
     given_rows: int | None = None  # of experts, where other than those of all tokens come to a rank
+    widths: Mapping[str, int] = field(default_factory=dict)  # other sizes of the model by name, where they are known
 
     @property
     def tokens(self) -> int:
@@ -52,9 +57,9 @@ class StepSizes:
         """(token, expert) pairs of one layer."""
         return self.tokens * self.top_k if self.given_rows is None else self.given_rows
 
-    def of(self, symbol: str) -> int:
+    def of(self, symbol: str) -> float:
         """The size that a symbol stands for."""
-        return {
+        plain = {
             "B": self.sequences,
             "S": self.sequence_length,
             "T": self.tokens,
@@ -64,12 +69,20 @@ class StepSizes:
             "V": self.vocabulary,
             "F": self.expert_width,
             "J": 2 * self.expert_width,
-        }[symbol]
+        }
+        return plain[symbol] if symbol in plain else value_of(symbol, self.named)
+
+    @property
+    def named(self) -> Mapping[str, int]:
+        """The sizes of the model by their names in widths."""
+        own = {HIDDEN: self.hidden, VOCABULARY: self.vocabulary, EXPERTS: self.experts}
+        own |= {SEQUENCES: self.sequences, LENGTH: self.sequence_length}
+        return {**self.widths, **own, EXPERT_WIDTH: self.expert_width}
 
     @property
     def knows_expert_width(self) -> bool:
         """Whether the width of experts can be told from that of the model."""
-        return self.hidden not in (self.expert_width, 2 * self.expert_width)
+        return bool(self.widths) or self.hidden not in (self.expert_width, 2 * self.expert_width)
 
 
 def sizes_of(ops: Sequence[RecordedOp], *, where: str) -> StepSizes:
@@ -98,6 +111,7 @@ def sizes_of(ops: Sequence[RecordedOp], *, where: str) -> StepSizes:
         hidden=table[-1],
         expert_width=width,
         vocabulary=table[0],
+        widths=next((dict(op.facts[MODEL_SIZES]) for op in ops if op.facts.get(MODEL_SIZES)), {}),
     )
 
 
@@ -143,7 +157,7 @@ class MatchedOp:
 
 def matched(ops: Sequence[RecordedOp], sizes: StepSizes) -> list[MatchedOp]:
     """Every operation with its symbols."""
-    matcher = _Matcher(sizes, _widths(ops, sizes))
+    matcher = _Matcher(sizes, _widths(ops, sizes), _only_texts(ops))
     return [matcher.match(op) for op in ops]
 
 
@@ -171,11 +185,53 @@ def _widths(ops: Sequence[RecordedOp], sizes: StepSizes) -> frozenset[int]:
     return frozenset(found | halves)
 
 
+def _only_texts(ops: Sequence[RecordedOp]) -> Mapping[int, str]:
+    """The numbers that the step has as one width alone."""
+    found: dict[int, set[str]] = defaultdict(set)
+    for op in ops:
+        for (shape, _, _), texts in zip((*op.reads, *op.writes), op.widths or (), strict=False):
+            for size, text in zip(shape, texts, strict=True):
+                found[size] |= {text} - {""}
+    return {size: next(iter(texts)) for size, texts in found.items() if len(texts) == 1}
+
+
+LETTERS = {
+    SEQUENCES: "B",
+    LENGTH: "S",
+    f"{LENGTH}*{SEQUENCES}": "T",
+    VOCABULARY: "V",
+    EXPERTS: "E",
+    EXPERT_WIDTH: "F",
+    f"2*{EXPERT_WIDTH}": "J",
+}
+
+
 class _Matcher:
-    def __init__(self, sizes: StepSizes, widths: frozenset[int]) -> None:
-        self.sizes, self.widths = sizes, widths
+    def __init__(self, sizes: StepSizes, widths: frozenset[int], only: Mapping[int, str]) -> None:
+        self.sizes, self.widths, self.only = sizes, widths, only
 
     def match(self, op: RecordedOp) -> MatchedOp:
+        found = self._by_value(op)
+        if op.widths is None or op.name == OPTIMIZER:
+            return found
+        told = [
+            tuple(
+                self._told(size, symbol, text)
+                for size, symbol, text in zip(shape, symbols, texts, strict=True)
+            )
+            for (shape, _, _), symbols, texts in zip(
+                (*op.reads, *op.writes), (*found.reads, *found.writes), op.widths, strict=True
+            )
+        ]  # fmt: skip
+        return replace(found, reads=tuple(told[: len(op.reads)]), writes=tuple(told[len(op.reads) :]))
+
+    def _told(self, size: int, symbol: str, text: str) -> str:
+        """What the recording says; of a width that it lost, the only one of that number."""
+        if not text and symbol == "W":
+            text = self.only.get(size, "")
+        return LETTERS.get(text, text) or symbol
+
+    def _by_value(self, op: RecordedOp) -> MatchedOp:
         if op.name == OPTIMIZER:
             return MatchedOp(op=op, reads=(("W",),) * len(op.reads), writes=(("W",),) * len(op.writes))
         reads, writes = self._reads(op), tuple(self._tensor(op, seen) for seen in op.writes)

@@ -9,15 +9,19 @@ from typing import Any
 
 from moesim.errors import UserError
 from moesim.files import write_atomically
+from moesim.recorded.widths import parsed
 from moesim.strict_json import json_text, parse_json
 
 SCHEMA_VERSION = 1
 KEYS = {"name", "phase", "module", "count", "reads", "writes", "facts"}
-OPTIONAL = {"measured_s", "layer", "layers"}
+OPTIONAL = {"measured_s", "layer", "layers", "widths"}
 ALIGNMENT = 16
+ALIGNED = "aligned_bytes"  # a fact of products in 16 bits, see product_facts
 # Facts of an operation: shapes of the weights whose gradients are whole behind it, in their order; how many views and
-# empty tensors the host has made since the operation before it.
+# empty tensors the host has made since the operation before it. GRADIENT_WIDTHS: what the dimensions of those weights
+# are; MODEL_SIZES, of the optimizer: the numbers of all names in widths.
 GRADIENTS, VIEWS = "gradients", "views"
+GRADIENT_WIDTHS, MODEL_SIZES = "gradient_widths", "model_sizes"
 PHASES = ("forward", "backward", "optimizer")
 Seen = tuple[tuple[int, ...], str, int]  # shape, dtype as torch names it, bytes read or written
 
@@ -29,7 +33,9 @@ class RecordedOp:
     Views launch nothing and are not recorded. `writes` are results, or what is changed in place. `count`: how often it
     runs with the same shapes in the same module (layer numbers as *). measured_s: the mean seconds of its kernels,
     where a trace tells. layer: the kind of layer that it works for, "" outside of the layers and None where the file
-    does not say; layers: how many layers of that kind the step has.
+    does not say; layers: how many layers of that kind the step has. widths: of each tensor, first those that it reads,
+    what its dimensions are in sizes of the model (`moesim.recorded.widths`), "" of others; None where the file does not
+    say.
     """
 
     name: str
@@ -42,6 +48,7 @@ class RecordedOp:
     measured_s: float | None = None
     layer: str | None = None
     layers: int = 1
+    widths: tuple[tuple[str, ...], ...] | None = None
 
     def as_json(self) -> dict[str, Any]:
         """As an object of the file."""
@@ -53,7 +60,8 @@ class RecordedOp:
         head = {"name": self.name, "phase": self.phase, "module": self.module, "count": self.count}
         measured = {} if self.measured_s is None else {"measured_s": self.measured_s}
         placed = {} if self.layer is None else {"layer": self.layer, "layers": self.layers}
-        return head | tensors | {"facts": dict(self.facts)} | measured | placed
+        told = {} if self.widths is None else {"widths": list(map(list, self.widths))}
+        return head | tensors | {"facts": dict(self.facts)} | measured | placed | told
 
 
 def product_facts(
@@ -69,7 +77,7 @@ def product_facts(
         if size > 1 and stride > 1
     ]
     aligned = math.gcd(ALIGNMENT, *steps)
-    return {"aligned_bytes": aligned} if element_bytes == 2 and aligned < ALIGNMENT else {}
+    return {ALIGNED: aligned} if element_bytes == 2 and aligned < ALIGNMENT else {}
 
 
 def layout_facts(shapes: Sequence[Sequence[int]], strides: Sequence[Sequence[int]]) -> dict[str, Any]:
@@ -184,6 +192,7 @@ def _parsed(entry: Any, *, where: str) -> RecordedOp:
             measured_s=None if entry.get("measured_s") is None else float(entry["measured_s"]),
             layer=entry.get("layer"),
             layers=entry.get("layers", 1),
+            widths=_widths(entry),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{where} is malformed: {error}") from None
@@ -195,6 +204,21 @@ def _parsed(entry: Any, *, where: str) -> RecordedOp:
     if op.phase not in PHASES or type(op.count) is not int or op.count < 1 or not texts:
         raise UserError(f"{where} is malformed: phase must be one of {', '.join(PHASES)} and count at least 1")
     return op
+
+
+def _widths(entry: Any) -> tuple[tuple[str, ...], ...] | None:
+    given = entry.get("widths")
+    if given is None:
+        return None
+    tensors = [*entry["reads"], *entry["writes"]]
+    if len(given) != len(tensors):
+        raise ValueError("widths are a list for each tensor")
+    for texts, tensor in zip(given, tensors, strict=True):
+        if len(texts) != len(tensor["shape"]):
+            raise ValueError("widths are a text for each dimension")
+        for text in filter(None, texts):
+            parsed(text)
+    return tuple(map(tuple, given))
 
 
 def _tensors(found: Any) -> tuple[Seen, ...]:

@@ -16,7 +16,7 @@ from moesim.recorded.estimate import step_estimate
 from moesim.recorded.layers import DENSE, MOE
 from moesim.recorded.scaling import scaled
 from moesim.recorded.sizes import matched, sizes_of
-from moesim.recorded.step_file import RecordedOp, load_step, save_step
+from moesim.recorded.step_file import GRADIENT_WIDTHS, MODEL_SIZES, RecordedOp, load_step, save_step
 
 FIRST = {"sequences": 4, "length": 8192, "layers": 3, "experts": 16}
 OTHERS = [{"sequences": 8}, {"length": 4096}, {"layers": 5}, {"experts": 32}, {"sequences": 1, "length": 2048}]
@@ -29,6 +29,19 @@ def recorded(**changes: int) -> list[RecordedOp]:
 @pytest.fixture(scope="module")
 def first() -> list[RecordedOp]:
     return recorded()
+
+
+def not_followed(ops: list[RecordedOp]) -> list[RecordedOp]:
+    """As older recordings and traces are: they do not say which widths the dimensions are."""
+    facts = ({key: fact for key, fact in op.facts.items() if key not in (GRADIENT_WIDTHS, MODEL_SIZES)} for op in ops)
+    return [replace(op, widths=None, facts=kept) for op, kept in zip(ops, facts, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def old_file(first: list[RecordedOp], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("step") / "old.json"
+    save_step(path, not_followed(first), source="small_moe")
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +109,7 @@ def test_scaled_is_recorded_anew(first: list[RecordedOp], change: dict[str, int]
     assert phases[0] == pytest.approx(phases[1], rel=0.01)
 
 
+@pytest.mark.parametrize("followed", [True, False])
 @pytest.mark.parametrize(
     ("widths", "change"),
     [
@@ -107,12 +121,12 @@ def test_scaled_is_recorded_anew(first: list[RecordedOp], change: dict[str, int]
     ids=str,
 )
 def test_other_widths_are_recorded_anew(
-    widths: dict[str, int], change: dict[str, int], monkeypatch: pytest.MonkeyPatch
+    widths: dict[str, int], change: dict[str, int], followed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Experts of another width, more or fewer of them for a token, another vocabulary."""
     for name, value in widths.items():
         monkeypatch.setattr(small_moe, name, value)
-    before = recorded()
+    before = recorded() if followed else not_followed(recorded())
     for name, value in change.items():
         monkeypatch.setattr(small_moe, name, value)
     anew, kernels = recorded(), kernel_model("h100")
@@ -124,9 +138,12 @@ def test_other_widths_are_recorded_anew(
 
 def test_a_width_that_no_shape_tells_is_refused(first: list[RecordedOp]) -> None:
     """Two experts' widths beside each other are the hidden size here."""
-    sizes = sizes_of(first, where="it")
+    ops = not_followed(first)
+    sizes = sizes_of(ops, where="it")
     with pytest.raises(UserError, match="record it at that width"):
-        scaled(first, sizes, replace(sizes, expert_width=256))
+        scaled(ops, sizes, replace(sizes, expert_width=256))
+    with pytest.raises(UserError, match="record it at that width"):
+        scaled(ops, sizes, replace(sizes, hidden=2048))
 
 
 def test_a_scenario_of_it_takes_the_predicted_time(first: list[RecordedOp], file: Path) -> None:
@@ -168,7 +185,9 @@ def test_expert_ranks_add_a_dispatch_and_skewed_routing_costs(file: Path) -> Non
 
 def test_what_matches_no_size_is_a_warning_of_the_run(first: list[RecordedOp], tmp_path: Path) -> None:
     odd = (((12347, 89), "bfloat16", 2 * 12347 * 89),)
-    own = replace(first[0], name="my_kernel", phase="forward", reads=odd, writes=odd, facts={}, count=1, layer="")
+    own = replace(
+        first[0], name="my_kernel", phase="forward", reads=odd, writes=odd, facts={}, count=1, layer="", widths=None
+    )
     save_step(tmp_path / "odd.json", [*first, own], source="small_moe")
     told = [text for text in moesim.simulate(scenario(tmp_path / "odd.json")).result["warnings"] if "odd.json" in text]
     assert len(told) == 1
@@ -181,8 +200,6 @@ def test_what_matches_no_size_is_a_warning_of_the_run(first: list[RecordedOp], t
         ({"implementation": {"kind": "imported"}}, "implementation.file: is missing"),
         ({"implementation": {"kind": "fused", "file": __file__}}, "fused reads no file"),
         ({"implementation.norm": "fused"}, "implementation.norm: is as the recorded program has it"),
-        ({"model.hidden": 2048}, "model.hidden=1024"),
-        ({"model.expert_intermediate": 256}, "recorded with expert_intermediate 512"),
         (
             {"parallelism.tensor": 2, "parallelism.data": 1, "cluster.gpus_per_node": 2},
             "has whole layers: spread it by",
@@ -195,6 +212,25 @@ def test_mistakes_are_told_in_a_line(file: Path, changes: dict[str, Any], told: 
     with pytest.raises(UserError) as caught:
         moesim.simulate(scenario(file, **changes))
     assert told in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["hidden", "expert_intermediate"])
+def test_widths_of_an_old_file_cannot_be_others(old_file: Path, key: str) -> None:
+    with pytest.raises(UserError, match=f"recorded with {key} .* which follows widths, or set model.{key}="):
+        moesim.simulate(scenario(old_file, **{f"model.{key}": 256}))
+
+
+def test_a_scenario_of_other_widths_takes_that_of_a_step_recorded_there(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"HIDDEN": 2048, "HEADS": 16, "WIDTH": 768}.items():
+        monkeypatch.setattr(small_moe, name, value)
+    anew = tmp_path / "anew.json"
+    save_step(anew, recorded(), source="small_moe")
+    wider = {"hidden": 2048, "heads": 16, "kv_heads": 16, "expert_intermediate": 768, "dense_intermediate": 4096}
+    changes = {f"model.{key}": value for key, value in wider.items()}
+    times = [moesim.simulate(scenario(each, **changes)).result["step_time_s"] for each in (file, anew)]
+    assert times[0] == pytest.approx(times[1], rel=0.01)
 
 
 def test_a_file_without_layers_must_be_made_again(first: list[RecordedOp], tmp_path: Path) -> None:
