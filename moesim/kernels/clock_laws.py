@@ -1,12 +1,14 @@
-"""The clock under load of GPUs whose kernels come from short runs: a law per kind, and how far it is known.
+"""The clock under load of GPUs whose kernels come from short runs: one law, with one number of each kind.
 
-A law (`moesim.kernels.power.PowerCap`) needs the power limit, the rate of large GEMMs in short runs and one rate that
-is sustained. Its clocks are relative to the short runs', 1 at low loads. From `THRESHOLD` of the short rate on the log
-of the clock falls linearly, so that the largest GEMMs reach the sustained rate; the threshold is that of the two GPUs
-whose sustained kernels were measured (0.44 and 0.52 of the rate of H200 and H100).
+Power is spent on FLOPs and on bytes; where a kernel, or a step, would need more than the limit leaves, the clock falls:
+    log clock = -STEEPNESS * max(load / threshold - 1, 0),    load = FLOP/s + TRAFFIC * bytes/s at the free clock
+Steepness and traffic are those of the two GPUs whose sustained kernels were measured: 0.27 and 30 of H200, 0.37 and 75
+of H100. The threshold of a kind is where its large GEMMs fall from their short to their sustained rate. Per watt of the
+limit it is alike: 0.54 and 0.59 TFLOP/s of H200 and H100, 0.49 of B200, 0.48 of RTX PRO 6000. So a kind without a
+sustained rate gets that of the nearest one per watt, and the clock's error is what a threshold that far off would do.
 
-Without a sustained rate nobody knows the fall: it lies between none and that of the nearest kind that has one. The law
-then takes the half, and the clock's error is the other half.
+Of a GB300 held to 500 W the law says 652 TFLOP/s; about 617 were measured (github:facebookexperimental/triton pull
+request 2023), which is in no choice.
 """
 
 from dataclasses import dataclass
@@ -16,7 +18,9 @@ import numpy as np
 
 from moesim.kernels.power import LEAST_EXPONENT, PowerCap
 
-THRESHOLD = 0.48  # of the short runs' rate
+STEEPNESS = 0.32
+TRAFFIC = 50.0  # FLOPs that cost as much power as a byte
+PER_WATT_ERROR = 0.2  # log of the threshold per watt of one kind over that of another, at most
 
 
 @dataclass(frozen=True)
@@ -50,20 +54,18 @@ KIND_POWER = {
     "gb200": KindPower(1200, _SHEETS, nearest="b200"),
     "b300": KindPower(1100, _PACKAGE, nearest="b200"),
     "gb300": KindPower(1400, _SHEETS, nearest="b200"),
-    "l40s": KindPower(350, _PACKAGE, nearest="h200"),
-    "rtx-pro-6000": KindPower(600, _PACKAGE, nearest="h200"),
+    "l40s": KindPower(350, _PACKAGE, nearest="rtx-pro-6000"),
+    "rtx-pro-6000": KindPower(
+        600, _PACKAGE, 4.155e14, 3.87e14,
+        "387 TFLOP/s, mean of 36 torch products of 10,240 sides, the last of 0.5 s of products (Server Edition, "
+        "github:zzc0721/torch-performance-test-data issue 162); large GEMMs of the tables, which are short, have 415",
+    ),
 }  # fmt: skip
-
-
-def full_fall(kind: KindPower) -> float:
-    """By how much the log of the clock falls at the rate of short runs, of a kind with a sustained rate."""
-    assert kind.short is not None and kind.sustained is not None
-    return max(0.0, float(np.log(kind.short / kind.sustained) / LEAST_EXPONENT))
 
 
 @dataclass(frozen=True)
 class ClockLaw:
-    """The law's constants, and `error`: log seconds by which large GEMMs at full load may be off either way."""
+    """The law's constants, and `error`: log of the factor by which the threshold may be off."""
 
     cap: PowerCap
     error: float
@@ -74,12 +76,16 @@ class ClockLaw:
         """Whether a sustained rate stands behind it."""
         return self.error == 0.0
 
-    def error_at(self, flops_per_second: float) -> float:
-        """Log seconds by which kernels of a step of this load may be off because of the clock."""
-        if self.known:
-            return 0.0
-        fall = self.cap.slope * max(flops_per_second - self.cap.threshold, 0.0)
-        return LEAST_EXPONENT * fall
+    def log_clock(self, flops_per_second: float, *, bandwidth: float) -> float:
+        """Log of a step's clock over the free one: it does so much in the mean, half of its time at the bandwidth."""
+        return float(self.cap.log_clock(_load(self.cap, flops_per_second, bandwidth)))
+
+    def error_at(self, flops_per_second: float, *, bandwidth: float) -> float:
+        """Log seconds by which kernels of such a step may be off because of the clock."""
+        load, threshold = _load(self.cap, flops_per_second, bandwidth), self.cap.threshold
+        lower = threshold * np.exp(-self.error)
+        falls = [self.cap.slope * threshold * max(load / each - 1.0, 0.0) for each in (threshold, lower)]
+        return float(LEAST_EXPONENT * (falls[1] - falls[0]))
 
     def as_json(self) -> dict[str, Any]:
         """For the profile."""
@@ -91,15 +97,27 @@ class ClockLaw:
         return ClockLaw(PowerCap(**content["cap"]), float(content["error"]), str(content["source"]))
 
 
+def _load(cap: PowerCap, flops_per_second: float, bandwidth: float) -> float:
+    return float(flops_per_second) + cap.traffic * 0.5 * bandwidth
+
+
+def threshold_of(kind: KindPower) -> float:
+    """The load from which the clock falls, FLOP/s: infinite where the sustained rate is that of short runs."""
+    assert kind.short is not None and kind.sustained is not None
+    fall = np.log(kind.short / kind.sustained) / LEAST_EXPONENT
+    return float(kind.short / (1.0 + fall / STEEPNESS)) if fall > 0.0 else float("inf")
+
+
 def clock_law(name: str, *, short: float) -> ClockLaw:
-    """That of a kind whose large GEMMs run at `short` FLOP/s in short runs."""
+    """That of a kind whose large GEMMs run at `short` FLOP/s in short runs of the tables."""
     kind = KIND_POWER[name]
-    if kind.sustained is not None:
-        fall, error, source = full_fall(kind), 0.0, str(kind.sustained_source)
+    if kind.short is not None:
+        threshold, error, source = threshold_of(kind) * short / kind.short, 0.0, str(kind.sustained_source)
     else:
         assert kind.nearest is not None
-        fall = 0.5 * full_fall(KIND_POWER[kind.nearest])
-        error = LEAST_EXPONENT * fall
-        source = f"no sustained rate known: half the fall of {kind.nearest}, the other half its error"
-    threshold = THRESHOLD * short
-    return ClockLaw(PowerCap(0.0, threshold, fall / (short - threshold), 0.0), error, source)
+        nearest = KIND_POWER[kind.nearest]
+        threshold, error = threshold_of(nearest) * kind.watts / nearest.watts, PER_WATT_ERROR
+        source = f"no sustained rate known: the threshold of {kind.nearest} per watt of the limit"
+    if np.isinf(threshold):
+        return ClockLaw(PowerCap(0.0, short, 0.0, TRAFFIC), error, source)
+    return ClockLaw(PowerCap(0.0, threshold, STEEPNESS / threshold, TRAFFIC), error, source)

@@ -90,11 +90,12 @@ def _extrapolated(kernel_class: KernelClass, row: Row) -> float | None:
 def kind_out(rows: Iterable[Row], *, base: CalibratedModel, measured: GpuRates, target: GpuRates) -> list[Misses]:
     """Rows of the GPU `target`, predicted from the profile of the GPU `measured` by the ratios of their data sheets.
 
-    Both at the clocks that their benchmarks, which were short, ran at.
+    Both at the clocks that their benchmarks, which were short, ran at. Memory-bound kernels follow the bandwidth alone:
+    how much they do by kind was found on the same rows.
     """
     free = base.without_relative().at_benchmark_clock()
     known = [row for row in rows if row["family"] in FAMILIES and free.has(kernel_of(row))]
-    return predicted(known, ScaledModel(free, measured=measured, target=target))
+    return predicted(known, ScaledModel(free, measured=measured, target=target, memory_alone=True))
 
 
 def reached_out(

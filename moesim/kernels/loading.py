@@ -34,6 +34,8 @@ class _SeenRates:
     name: str
     peak_flops: Mapping[str, float]
     memory_bandwidth: float
+    sm_count: int = 1
+    clock_hz: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,16 @@ class _CatalogueRates:
     def memory_bandwidth(self) -> float:
         """Bytes/s."""
         return _spec(self.name).memory_bandwidth
+
+    @property
+    def sm_count(self) -> int:
+        """Streaming multiprocessors."""
+        return _spec(self.name).sm_count
+
+    @property
+    def clock_hz(self) -> float:
+        """Their boost clock."""
+        return _spec(self.name).clock_hz
 
 
 @cache

@@ -2,8 +2,9 @@
 
 What a kernel takes beyond a launch is scaled by the ratio of peaks where compute limits it and by the ratio of
 bandwidths where memory does, as the roofline of the measured GPU tells: max(c rc, b rm) / max(c, b) with its compute
-time c, memory time b and the ratios rc, rm. Tiles, waves and libraries stay those of the measured GPU. Sources become
-"scaled".
+time c, memory time b and the ratios rc, rm. Memory-bound kernels that the SMs limit follow SMs times clock instead, as
+far as their kind says (`MemoryKind.bandwidth`), up to REACHED of the bandwidth. Tiles, waves and libraries stay those
+of the measured GPU. Sources become "scaled".
 """
 
 import math
@@ -14,7 +15,17 @@ import numpy as np
 
 from moesim.kernels.calibrated import CalibratedModel
 from moesim.kernels.estimate import Contention, Estimate, HostCosts, as_result, weakest
-from moesim.kernels.families import Gemm, GroupedGemm, Kernel, MemoryBound, chip_format, is_narrow, peak_format
+from moesim.kernels.families import (
+    MEMORY_KINDS,
+    FloatArray,
+    Gemm,
+    GroupedGemm,
+    Kernel,
+    MemoryBound,
+    chip_format,
+    is_narrow,
+    peak_format,
+)
 from moesim.kernels.fp8 import FASTEST_PUBLISHED, fp8_gemm, fp8_grouped_gemm
 from moesim.kernels.jitter import Jitter
 from moesim.kernels.roofline import GpuRates, Roofline
@@ -22,12 +33,15 @@ from moesim.kernels.roofline import GpuRates, Roofline
 if TYPE_CHECKING:
     from moesim.kernels.tabulated import TabulatedModel
 
+REACHED = 0.9  # of the bandwidth, by kernels that only the memory limits
+
 
 class ScaledModel:
     """The kernel model of `target`, from the calibrated model of `measured`.
 
     published_fp8: dense FP8 GEMMs are those of the published block-scaled kernels (`moesim.kernels.fp8`), as grouped
-    ones always are; else they are the measured GPU's per-tensor GEMMs, scaled.
+    ones always are; else they are the measured GPU's per-tensor GEMMs, scaled. memory_alone: all memory-bound kernels
+    follow the bandwidth, whatever their kind says: for rows of the pair of GPUs that told the kinds.
     """
 
     def __init__(
@@ -37,10 +51,13 @@ class ScaledModel:
         measured: GpuRates,
         target: GpuRates,
         published_fp8: bool = False,
+        memory_alone: bool = False,
     ) -> None:
+        self._memory_alone = memory_alone
         self.base, self._measured, self._target, self._published_fp8 = base, measured, target, published_fp8
         self.fallback = Roofline(target)
         self._memory_ratio = measured.memory_bandwidth / target.memory_bandwidth
+        self._sm_ratio = measured.sm_count * measured.clock_hz / (target.sm_count * target.clock_hz)
 
     @property
     def name(self) -> str:
@@ -95,11 +112,21 @@ class ScaledModel:
         compute, memory = kernel.flops / peak, kernel.moved_bytes / self._measured.memory_bandwidth
         ratio = peak / self._target.peak_flops[dtype]
         limit = np.maximum(np.maximum(compute, memory), 1e-30)
-        factor = np.maximum(compute * ratio, memory * self._memory_ratio) / limit
         floor = np.minimum(found.seconds, self.base.host.kernel_floor)
-        seconds = np.asarray(floor + (found.seconds - floor) * factor)
+        busy = found.seconds - floor
+        if isinstance(kernel, MemoryBound):
+            factor = self._of_memory(kernel.kind, memory / np.maximum(busy, 1e-30))
+        else:
+            factor = np.maximum(compute * ratio, memory * self._memory_ratio) / limit
+        seconds = np.asarray(floor + busy * factor)
         scaled = Estimate(as_result(seconds), weakest(found.source, "scaled"))
         return self._within(kernel, scaled) if isinstance(kernel, Gemm | GroupedGemm) else scaled
+
+    def _of_memory(self, kind: str, reached: FloatArray) -> FloatArray:
+        """How much longer a memory-bound kernel takes that reaches this share of the measured GPU's bandwidth."""
+        follows = 1.0 if self._memory_alone else MEMORY_KINDS[kind].bandwidth
+        least = self._memory_ratio * np.minimum(reached / REACHED, 1.0)
+        return np.asarray(np.maximum(self._memory_ratio**follows * self._sm_ratio ** (1.0 - follows), least))
 
     def has(self, kernel: Kernel) -> bool:
         """Whether the measured GPU has rows of such kernels."""
@@ -112,7 +139,13 @@ class ScaledModel:
 
     def of_base(self, base: "CalibratedModel | TabulatedModel") -> "ScaledModel":
         """The same scaling of other kernels of the measured GPU."""
-        return ScaledModel(base, measured=self._measured, target=self._target, published_fp8=self._published_fp8)
+        return ScaledModel(
+            base,
+            measured=self._measured,
+            target=self._target,
+            published_fp8=self._published_fp8,
+            memory_alone=self._memory_alone,
+        )
 
     def at_benchmark_clock(self) -> "ScaledModel":
         """The same at the clocks of the measured GPU's benchmarks, which were short."""

@@ -3,7 +3,8 @@
 - Forward GEMMs (bf16, and fp8 where the chip has it) and forward attention are classes fitted to the tables' rows.
 - Their gradients take as much longer than the forward kernel of the same sides as on the measured GPU ("scaled").
 - Grouped GEMMs scale with the ratio of the peaks, each times the share of it that dense GEMMs reach ("scaled").
-- Memory-bound kernels scale with the bandwidths of the datasheets ("scaled"); host and contention are as measured.
+- Memory-bound kernels scale with the bandwidths, times the share of it that the tables' casts reach, and with the SMs
+  ("scaled"); host and contention are as measured.
 - All follow one clock of the kind's own law (`moesim.kernels.clock_laws`).
 """
 
@@ -39,6 +40,7 @@ AS_PER_TENSOR = (
     "mxfp8",
     "nvfp4",
 )  # whose scales cost the tensor cores nothing, so that gradients are as per-tensor ones
+MEMORY = "memory"  # among the shares
 
 
 @dataclass(frozen=True)
@@ -48,16 +50,20 @@ class _Rates:
     name: str
     peak_flops: Mapping[str, float]
     memory_bandwidth: float
+    sm_count: int
+    clock_hz: float
 
 
 def replace_peak(gpu: GpuRates, dtype: str, peak: float) -> GpuRates:
     """`gpu` with this peak of `dtype`."""
-    return _Rates(gpu.name, {**gpu.peak_flops, dtype: peak}, gpu.memory_bandwidth)
+    return _Rates(gpu.name, {**gpu.peak_flops, dtype: peak}, gpu.memory_bandwidth, gpu.sm_count, gpu.clock_hz)
 
 
 @dataclass(frozen=True)
 class ReachedRates:
-    """Rates of a GPU as far as its dense GEMMs reach the peak where the measured GPU's do: peaks times `shares`."""
+    """Rates of a GPU as far as its kernels reach them where the measured GPU's do: peaks, and the bandwidth under
+    `memory`, times `shares`.
+    """
 
     gpu: GpuRates
     shares: Mapping[str, float]
@@ -76,8 +82,18 @@ class ReachedRates:
 
     @property
     def memory_bandwidth(self) -> float:
-        """Of the datasheet."""
-        return self.gpu.memory_bandwidth
+        """As far as tables tell; else the datasheet's."""
+        return self.gpu.memory_bandwidth * self.shares.get(MEMORY, 1.0)
+
+    @property
+    def sm_count(self) -> int:
+        """Streaming multiprocessors."""
+        return self.gpu.sm_count
+
+    @property
+    def clock_hz(self) -> float:
+        """Their boost clock."""
+        return self.gpu.clock_hz
 
 
 class TabulatedModel:
@@ -95,7 +111,8 @@ class TabulatedModel:
         self._scaled = ScaledModel(self._base_free, measured=measured, target=self._reached)
         self.log_clock: float | None = None  # of a step, relative to the tables'
         self.regime: str | None = None  # one that a scenario asks for, which no step's load changes
-        self.clock_error = self.law.error
+        # Of kernels without pause: that of large GEMMs, which reach about so much of the peak in short runs.
+        self.clock_error = self.law.error_at(0.65 * target.peak_flops["bf16"], bandwidth=0.0)
 
     @property
     def name(self) -> str:
@@ -132,8 +149,9 @@ class TabulatedModel:
             return self
         model = copy(self)
         model.tables = self.tables.at_load(flops_per_second)
-        model.log_clock = float(self.law.cap.log_clock(float(flops_per_second)))
-        model.clock_error = self.law.error_at(flops_per_second)
+        bandwidth = self.target.memory_bandwidth
+        model.log_clock = self.law.log_clock(flops_per_second, bandwidth=bandwidth)
+        model.clock_error = self.law.error_at(flops_per_second, bandwidth=bandwidth)
         return model
 
     def at_benchmark_clock(self) -> "TabulatedModel":
@@ -219,4 +237,6 @@ class TabulatedModel:
     def _own_log_clock(self, kernel: Kernel, seconds: Any) -> Any:
         if self.log_clock is not None:
             return self.log_clock
-        return self.law.cap.log_clock(np.asarray(kernel.flops / np.maximum(seconds, 1e-12)))
+        assert not isinstance(kernel, MemoryBound)
+        work = kernel.flops * self.power_share(kernel.dtype) + self.law.cap.traffic * kernel.moved_bytes
+        return self.law.cap.log_clock(np.asarray(work / np.maximum(seconds, 1e-12)))

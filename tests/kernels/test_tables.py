@@ -17,7 +17,9 @@ from moesim.kernels import (
     kernel_model,
     load_profile,
 )
-from moesim.kernels.clock_laws import KIND_POWER
+from moesim.kernels.clock_laws import KIND_POWER, STEEPNESS, threshold_of
+from moesim.kernels.families import MEMORY_KINDS
+from moesim.kernels.power import LEAST_EXPONENT
 from moesim.kernels.profile import load_profile_file
 from moesim.kernels.tables import TABLE_GPUS, from_tables
 from moesim.kernels.tables.package import LICENCE, Package
@@ -93,6 +95,50 @@ def test_a_law_with_a_sustained_rate_reaches_it() -> None:
     kernel = Gemm(m=np.array([8192, 16384]), k=8192, n=16384)
     rates = kernel.flops / np.asarray(model.seconds(kernel).seconds)
     assert rates == pytest.approx(kind.sustained, rel=0.08)
+
+
+def test_thresholds_per_watt_carry_from_kind_to_kind() -> None:
+    """From the two measured GPUs per watt the sustained rate of B200, and from B200 that of a GB300 held to 500 W
+    (about 617 TFLOP/s, github:facebookexperimental/triton pull request 2023), which is in no choice.
+    """
+    b200 = KIND_POWER["b200"]
+    assert b200.short is not None and b200.sustained is not None
+    for name in ("h100", "h200"):
+        rate = _sustained(b200.short, threshold_of(KIND_POWER[name]) / KIND_POWER[name].watts * b200.watts)
+        assert rate == pytest.approx(b200.sustained, rel=0.1)
+    short = KIND_SHORT["gb300"]
+    assert _sustained(short, threshold_of(b200) / b200.watts * 500.0) == pytest.approx(617e12, rel=0.08)
+
+
+KIND_SHORT = {"gb300": 1.891e15}  # of large GEMMs in the tables, FLOP/s
+
+
+def _sustained(short: float, threshold: float) -> float:
+    return float(short * np.exp(-LEAST_EXPONENT * STEEPNESS * max(short / threshold - 1.0, 0.0)))
+
+
+def test_kernels_that_the_sms_limit_follow_them_and_others_the_bandwidth() -> None:
+    """What each kind says is what the two measured GPUs, of the same SMs, tell; rates stay below the bandwidth."""
+    models = [load_profile(name).at_benchmark_clock() for name in ("h100", "h200")]
+    wider = np.log(gpu_spec("h200").memory_bandwidth / gpu_spec("h100").memory_bandwidth)
+    for kind, facts in MEMORY_KINDS.items():
+        kernel = MemoryBound(kind, 4e8, width=4096)
+        if facts.apart or kind.startswith("optimizer") or not all(model.has(kernel) for model in models):  # type: ignore[union-attr]
+            continue
+        faster = np.log(float(models[0].seconds(kernel).seconds) / float(models[1].seconds(kernel).seconds)) / wider
+        assert np.clip(faster, 0.0, 1.0) == pytest.approx(facts.bandwidth, abs=0.27), kind
+    h200, b200 = load_profile("h200"), load_profile("b200")
+    assert isinstance(b200, TabulatedModel) and b200.profile.tables is not None
+    share = b200.profile.tables["peak_shares"]["memory"]
+    sms = gpu_spec("b200").sm_count * gpu_spec("b200").clock_hz / gpu_spec("h200").sm_count / gpu_spec("h200").clock_hz
+    zeros, copies = (
+        [float(m.seconds(MemoryBound(kind, 4e9)).seconds) for m in (h200, b200)] for kind in ("zero", "copy")
+    )
+    assert zeros[0] / zeros[1] == pytest.approx(sms, rel=0.1)
+    assert copies[0] / copies[1] == pytest.approx(7.7 / 4.8 * share, rel=0.03)
+    for kind in MEMORY_KINDS:
+        rate = 4e9 / float(load_profile("l40s").seconds(MemoryBound(kind, 4e9)).seconds)
+        assert rate < 1.3 * gpu_spec("l40s").memory_bandwidth
 
 
 def test_every_row_names_a_table_and_the_notice_names_the_licence(model: TabulatedModel) -> None:

@@ -23,9 +23,11 @@ from moesim.kernels.tables.rows import (
     cast_share,
     collective_rows,
     decode_rows,
+    memory_share,
     nvfp4_rows,
     thinned,
 )
+from moesim.kernels.tabulated import MEMORY
 
 # Rows that ship, thinned evenly; all others test what was fitted.
 KEPT = {"gemm/bf16": 700, "gemm/fp8": 500, "attention": 350, "mla": 60, "nvfp4": 400, "decode": 80, "collective": 120}
@@ -35,7 +37,7 @@ _LARGE = 1e11  # FLOPs from which the tensor cores are the limit
 SCALED = {
     "gradients of GEMMs and attention": "forward kernel of the tables times what the gradient takes over it on {base}",
     "grouped GEMMs": "{base} by the ratio of peaks, each times the share that dense GEMMs reach (peak_shares)",
-    "memory-bound kernels": "{base} by the ratio of data-sheet bandwidths",
+    "memory-bound kernels": "{base} by the ratio of bandwidths, times the share that large casts reach, and of SMs",
     "host, contention": "as measured beside {base}",
 }
 
@@ -91,6 +93,12 @@ def from_tables(
     }
     if fours:
         shares["fp4"] = round(shares["fp8"] * _over_fp8(profile.family("gemm_fp8"), rates(name)), 4)
+    memory = memory_share(
+        package, gpu.folder, COMPARED[gpu.base].folder,
+        bandwidths=(rates(name).memory_bandwidth, rates(gpu.base).memory_bandwidth),
+    )  # fmt: skip
+    if memory is not None:
+        shares[MEMORY] = round(memory, 4)
     law = clock_law(name, short=_short_rate(profile.family("gemm")))
     for extra, found in (
         ("decode", decode_rows(package, gpu.folder)),

@@ -24,6 +24,8 @@ _LEAST_ROWS, _LEAST_SIDE, _WIDEST = 64, 256, 65536  # of the outputs; of the two
 _HEAD_DIMS = (64, 128, 256)
 _LEAST_SEQUENCE = 256
 _CAST_RATE = 0.8  # of the memory's bandwidth
+_QUANTISE_BYTES = {"computescale_perf": 2.0, "scale_matrix_perf": 3.0}  # per number: read, and written where it is
+_MEMORY_BYTES, _MEMORY_LIMITS = 5e8, 0.7  # beyond every L2; of the bandwidth, from which on only the memory limits
 MLA_KEYS, MLA_VALUES = 192, 128
 _COLLECTIVES = {
     "all_reduce": "all_reduce", "alltoall": "all_to_all", "all_gather": "all_gather",
@@ -115,6 +117,31 @@ def _quantisation(package: Package, folder: str, m_N: NDArray[Any], k_N: NDArray
         )
         seconds_N += [known.get(shape, np.nan) * 1e-3 for shape in zip(m_N, k_N, strict=True)]
     return seconds_N
+
+
+def memory_share(package: Package, folder: str, base: str, *, bandwidths: tuple[float, float]) -> float | None:
+    """The share of its bandwidth that a kind's large casts reach over the share that they reach on the base: median.
+
+    bandwidths: of the kind and the base. Of casts that only the memory limits on the base; None without tables.
+    """
+    found = []
+    for name, bytes_each in _QUANTISE_BYTES.items():
+        theirs = _quantise_rates(package, base, name, bytes_each)
+        for shape, rate in _quantise_rates(package, folder, name, bytes_each).items():
+            if theirs.get(shape, 0.0) >= _MEMORY_LIMITS * bandwidths[1]:
+                found.append(rate / bandwidths[0] / (theirs[shape] / bandwidths[1]))
+    return float(np.median(found)) if found else None
+
+
+def _quantise_rates(package: Package, folder: str, name: str, bytes_each: float) -> dict[tuple[Any, ...], float]:
+    """Bytes/s of every framework's large casts, by framework and shape."""
+    rates = {}
+    for table in package.tables(folder, "quantize", name):
+        numbers_N = table["m"].astype(float) * table["k"]
+        for i in np.flatnonzero((numbers_N * bytes_each >= _MEMORY_BYTES) & (table["latency"] > 0.0)):
+            shape = table.framework, int(table["m"][i]), int(table["k"][i])
+            rates[shape] = bytes_each * float(numbers_N[i]) / (float(table["latency"][i]) * 1e-3)
+    return rates
 
 
 def attention_rows(package: Package, folder: str) -> list[Row]:
