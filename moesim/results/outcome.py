@@ -22,7 +22,9 @@ from moesim.kernels.errors import NETWORK, TRANSFERS, known_error
 from moesim.results.spans import SpanTable
 
 CLOCK = "clock"  # under load, of a kind without a published sustained rate
-_CLOCK_HOW = "no sustained rate of this kind is known: the nearest kind's threshold per watt (moesim/kernels/clock_laws.py)"
+_CLOCK_HOW = (
+    "no sustained rate of this kind is known: the nearest kind's threshold per watt (moesim/kernels/clock_laws.py)"
+)
 _COMPUTING = ("gemm", "grouped_gemm", "attention")
 _TRANSFER_CATEGORIES = ("dispatch_exposed", "combine_exposed", "data_parallel", "tensor", "pipeline")
 
