@@ -2,10 +2,10 @@
 
 import html
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from moesim.report.facts import Fact
-from moesim.report.style import STYLE
 from moesim.strict_json import json_text
 
 _FIGURE_CONFIG = {"displaylogo": False, "displayModeBar": False, "responsive": True}
@@ -108,7 +108,7 @@ class Page:
             '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>{html.escape(title)}</title>",
-            f"<style>{STYLE}</style>",
+            f"<style>{_style()}</style>",
             f"<script>{script}</script>",
             "</head>\n<body>\n<main>",
             *self._parts,
@@ -130,3 +130,7 @@ def _row(tag: str, cells: Sequence[str], styles: Sequence[str], attributes: Mapp
         f"<{tag}{_class(style)}>{html.escape(cell)}</{tag}>" for cell, style in zip(cells, styles, strict=True)
     )
     return f"<tr{_attributes(attributes)}>{inside}</tr>"
+
+
+def _style() -> str:
+    return (Path(__file__).parent / "page.css").read_text(encoding="utf-8")

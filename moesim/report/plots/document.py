@@ -33,7 +33,6 @@ from moesim.report.plots.groups import Axis, Collection, Group, collect
 from moesim.report.plots.metrics import HEADLINE, LOWER, Metric, metric, text
 from moesim.report.plots.points import DONE, MISSING, PRESET, Source, plain, read_sources, with_values
 from moesim.report.plots.scatter import cost_performance, dots, drawn_groups, has_front, suits_dots
-from moesim.report.plots.script import SCRIPT
 from moesim.report.plots.styling import label_of
 
 Plan = Mapping[str, Any]
@@ -197,7 +196,7 @@ def _drawn(collection: Collection, drawing: Drawing) -> str:
         },
         name="plot-data",
     )
-    page.code(SCRIPT)
+    page.code((Path(__file__).parent / "plot.js").read_text(encoding="utf-8"))
     return _finished(page, title)
 
 

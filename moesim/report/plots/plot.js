@@ -1,11 +1,8 @@
-"""What the page of `moesim plot` does in a browser: filters, the front of what is left, a table to sort.
-
-It reads `#plot-data`: for every group of points the index of its value on each axis (`at`), and for every row of the
-table what to sort it by (`sort`). Traces carry in `meta` which group each of their points is; `cells` are those of a
-heat map.
-"""
-
-SCRIPT = """
+// What the page of `moesim plot` does in a browser: filters, the front of what is left, a table to sort.
+//
+// It reads `#plot-data`: for every group of points the index of its value on each axis (`at`), and for every row of the
+// table what to sort it by (`sort`). Traces carry in `meta` which group each of their points is; `cells` are those of a
+// heat map.
 (() => {
   const page = JSON.parse(document.getElementById('plot-data').textContent);
   const plots = [...document.querySelectorAll('.plotly-graph-div')].map(div => ({div, data: div.data.slice()}));
@@ -99,4 +96,3 @@ SCRIPT = """
   });
   apply();
 })();
-"""
