@@ -9,7 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from moesim.scenario import gpu_names, model_names
+from moesim.scenario.dispatch import DISPATCH
+from moesim.scenario.fabrics import FABRICS, TRANSPORTS
 from moesim.scenario.routers import ROUTERS
+from moesim.scenario.software import RECIPES, SOFTWARE
+from moesim.scenario.stress import STRESS
 from moesim.schedules import SCHEDULES
 
 PACKAGE = Path(__file__).parent.parent / "moesim"
@@ -200,6 +205,56 @@ def asked_names(source: str, names: Collection[str]) -> list[str]:
             parts += value.elts
     texts = (n.value for part in parts for n in ast.walk(part) if isinstance(n, ast.Constant))
     return [text for text in texts if isinstance(text, str) and text in names]
+
+
+FIRST_POOL = re.compile(r"cluster\.pools\[0\]")
+
+
+@pytest.mark.parametrize("path", files())
+def test_no_module_takes_the_first_pool_for_the_cluster(path: str) -> None:
+    """Ranks ask for the pool that they are on; what is the same for all asks `Cluster.main_pool`, which says so."""
+    assert not FIRST_POOL.search((PACKAGE / path).read_text())
+
+
+KINDS = {*SOFTWARE, *RECIPES, *DISPATCH, *STRESS, *FABRICS, *TRANSPORTS, *gpu_names(), *model_names()}
+# Number formats, collectives, tiers of links and cases of validation have such names, too.
+SAME_WORDS = {
+    "kernels/tables/rows.py": {"nvfp4"},
+    "kernels/tabulated.py": {"nvfp4"},
+    "network/collectives.py": {"hierarchical"},
+    "network/fabric.py": {"custom"},
+    "serving/decode_kernels.py": {"h100"},  # whose rows say which attention was measured
+    "validation/node_cases.py": {"skewed"},
+}
+
+
+def compared_names(source: str, names: Collection[str]) -> list[str]:
+    """Those of `names` that the source compares anything with, or matches."""
+    parts: list[ast.AST] = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Compare):
+            parts += [node.left, *node.comparators]
+        elif isinstance(node, ast.MatchValue):
+            parts.append(node)
+    texts = (n.value for part in parts for n in ast.walk(part) if isinstance(n, ast.Constant))
+    return [text for text in texts if isinstance(text, str) and text in names]
+
+
+@pytest.mark.parametrize("path", files())
+def test_no_module_asks_for_a_kind_by_its_name(path: str) -> None:
+    """GPUs, models, software, recipes, dispatch algorithms, fabrics and stress patterns are rows of tables."""
+    names = KINDS - {"fused"} - SAME_WORDS.get(path, set())
+    assert not compared_names((PACKAGE / path).read_text(), names)
+
+
+def test_the_rule_finds_the_name_of_a_kind() -> None:
+    for source in (
+        "a = gpu == 'h100'",
+        "a = software in ('megatron', 'other')",
+        "match a:\n    case 'low_latency': pass",
+    ):
+        assert compared_names(source, KINDS)
+    assert not compared_names("gpu = 'h100'", KINDS)
 
 
 NAMES_OF_OTHERS = {

@@ -23,7 +23,7 @@ def megatron_command(scenario: Scenario) -> Command:
 
 def launch_words(scenario: Scenario) -> tuple[str, ...]:
     """torchrun's flags for the ranks of a scenario: whole nodes of its first pool, or one smaller node."""
-    ranks, per_node = scenario.parallelism.world_size, scenario.cluster.pools[0].gpus_per_node
+    ranks, per_node = scenario.parallelism.world_size, scenario.cluster.main_pool.gpus_per_node
     nodes, rest = divmod(ranks, per_node)
     if rest:
         nodes, per_node = (1, ranks) if ranks < per_node else (ranks, 1)

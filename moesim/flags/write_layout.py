@@ -146,7 +146,7 @@ def _dispatch(draft: Draft, scenario: Scenario) -> None:
     if backend is not None:
         draft.say("--moe-flex-dispatcher-backend", backend)
         if dispatch.sm_share is not None:
-            sms = round(dispatch.sm_share * scenario.cluster.pools[0].spec.sm_count)
+            sms = round(dispatch.sm_share * scenario.cluster.main_pool.spec.sm_count)
             draft.say("--moe-flex-dispatcher-num-sms", max(1, sms))
     else:
         draft.leave("dispatch.algorithm", "NCCL's exchange", when=facts.megatron is None)

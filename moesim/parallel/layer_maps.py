@@ -207,7 +207,7 @@ def _prices(scenario: Scenario, *, num_nodes: int, traffic: float = 1.0) -> Pric
 
     `traffic`: what copies cost is so many times that.
     """
-    pool, dispatch, fabric = scenario.cluster.pools[0], scenario.dispatch, scenario.cluster.fabric
+    pool, dispatch, fabric = scenario.cluster.main_pool, scenario.dispatch, scenario.cluster.fabric
     width = scenario.model.row_width
     size = traffic * 2 * (token_bytes(width, dispatch.dtype) + token_bytes(width, dispatch.combine_dtype))
     inside = size / (LINK_SHARE * (fabric.nvlink or pool.spec.nvlink_bandwidth))

@@ -147,7 +147,7 @@ class Folder:
 
 def scenario_text(plan: Plan, point: Point) -> str:
     """The scenario of a point as YAML that says what the planner chose."""
-    offer = next(offer for offer in plan.goal.gpus if offer.gpu == point.scenario.cluster.pools[0].gpu_name)
+    offer = next(offer for offer in plan.goal.gpus if offer.gpu == point.scenario.cluster.main_pool.gpu_name)
     head = [
         f"# Layout {point.number} of the plan {plan.name}: `moesim run` gives the result that the plan ranked it by.",
         f"# Rent of a {offer.gpu}: ${offer.usd_per_gpu_hour:g} per GPU-hour ({_one_line(offer.source)}).",

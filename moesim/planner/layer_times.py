@@ -238,7 +238,7 @@ class LayerTimes:
 
     def kernels(self, scenario: Scenario) -> KernelModel:
         """The kernel model of the scenario's GPU."""
-        key = spec, compute = scenario.cluster.pools[0].spec, scenario.compute
+        key = spec, compute = scenario.cluster.main_pool.spec, scenario.compute
         if key not in self._kernels:
             self._kernels[key] = SharedClocks(compute_model(spec, compute))
         return self._kernels[key]
@@ -266,7 +266,7 @@ class LayerTimes:
 
     def _sample(self, group: Scenario) -> TrafficSample | None:
         """One routing sample of the group."""
-        key = (*_routing_key(group), group.cluster.pools[0].gpus_per_node)
+        key = (*_routing_key(group), group.cluster.main_pool.gpus_per_node)
         if key not in self._samples:
             trace = self.trace_of(group)
             made = None if trace is None else TrafficSampler(group, trace).draw(stream(group.seed, "sample", 0))
@@ -326,7 +326,7 @@ def one_group_of(scenario: Scenario) -> Scenario:
 
     Its schedule only says whether backward passes are split; ZeRO counts where it works layer by layer.
     """
-    mesh, pool = scenario.parallelism, scenario.cluster.pools[0]
+    mesh, pool = scenario.parallelism, scenario.cluster.main_pool
     groups = Mesh(mesh, scenario.cluster)
     ranks = groups.group_size
     data = ranks // (mesh.tensor * mesh.context)

@@ -63,7 +63,7 @@ def outcome_of(scenario: Scenario, step_s: float, *, screen: bool = False) -> Ou
     if scenario.failures is None:
         return plain
     per_day = sum(cause.per_second for cause in job_causes(scenario)) * DAY
-    goodput, pool = _goodput(scenario, plain, per_day, screen=screen), scenario.cluster.pools[0]
+    goodput, pool = _goodput(scenario, plain, per_day, screen=screen), scenario.cluster.main_pool
     days = plain.days / goodput
     spares = (scenario.failures.spares or 0) * pool.gpus_per_node * pool.usd_per_gpu_hour
     return plain._replace(

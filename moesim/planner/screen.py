@@ -109,7 +109,7 @@ class Screen:
         key = layout, work.micro_batch, work.recompute, few, scenario.capacity, scenario.dispatch, router
         if key not in self._peaks:
             self._peaks[key] = peak_bytes(scenario, self.layer_times.rows(scenario), micro_batches=few)
-        return self._peaks[key], scenario.cluster.pools[0].spec.memory_bytes
+        return self._peaks[key], scenario.cluster.main_pool.spec.memory_bytes
 
     def step_seconds(self, scenario: Scenario) -> float:
         """Seconds of one optimizer step."""

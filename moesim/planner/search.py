@@ -138,7 +138,7 @@ def evaluate(space: Space, screen: Screen, layout: Layout) -> Evaluation:
     peak, capacity = screen.memory(scenario)
     usable = capacity * (1 - plan.constraints.free_memory)
     if peak > usable:
-        gpu = scenario.cluster.pools[0].gpu_name
+        gpu = scenario.cluster.main_pool.gpu_name
         detail = f"the smallest layout needs {format_bytes(peak)} of the {format_bytes(usable)} of a {gpu}"
         rejection = Rejection("memory", gpu, f"{detail} ({scenario.name})", peak / usable)
         return Evaluation(None, Violation(0.0, peak / usable - 1, 1.0), rejection)

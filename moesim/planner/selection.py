@@ -140,13 +140,13 @@ class Simulated(NamedTuple):
     @property
     def gpu(self) -> str:
         """The kind of its GPUs."""
-        return self.scenario.cluster.pools[0].gpu_name
+        return self.scenario.cluster.main_pool.gpu_name
 
     @property
     def gpu_hours(self) -> float:
         """GPU-hours for all tokens of the goal, those of spares included."""
         failures, cluster = self.scenario.failures, self.scenario.cluster
-        spares = ((failures and failures.spares) or 0) * cluster.pools[0].gpus_per_node
+        spares = ((failures and failures.spares) or 0) * cluster.main_pool.gpus_per_node
         return self.outcome.days * 24 * (cluster.num_gpus + spares)
 
 

@@ -207,7 +207,7 @@ def _count(laid_out: Scenario, trace: RoutingTrace, limit: int | None) -> Volume
     tokens = trace.num_layers * laid_out.tokens_per_step
     return VolumePoint(
         devices=devices,
-        nodes=laid_out.cluster.pools[0].nodes,
+        nodes=laid_out.cluster.main_pool.nodes,
         limit=limit,
         copies=copies / tokens,
         intra_node_bytes=intra / tokens,
@@ -240,7 +240,7 @@ def _laid_out(scenario: Scenario, *, devices: int, limit: int | None) -> Scenari
     routing = scenario.routing
     if isinstance(routing, UniformRouting | PopularityRouting):
         routing = routing.model_copy(update={"router": router})
-    pool = scenario.cluster.pools[0].model_copy(update={"nodes": nodes})
+    pool = scenario.cluster.main_pool.model_copy(update={"nodes": nodes})
     length = scenario.workload.sequence_length
     if scenario.capacity.kind == "none":  # what is dropped depends on the length, what is sent else does not
         length = min(length, -(-_TOKENS // devices))
@@ -338,7 +338,7 @@ def _rows(study: VolumeStudy, *, copies: bool) -> list[tuple[str, ...]]:
                 cells.append(_NONE)
             else:
                 cells.append(f"{point.copies:.2f}" if copies else format_bytes(study.bytes_of(point), digits=3))
-        nodes = -(-devices // study.scenario.cluster.pools[0].gpus_per_node)
+        nodes = -(-devices // study.scenario.cluster.main_pool.gpus_per_node)
         rows.append((*((str(nodes),) if study.per_node else ()), str(devices), *cells))
     return rows
 

@@ -186,6 +186,11 @@ class Cluster(Section):
     speeds: Speeds = Field(default=Speeds(), description="Ranks slower or faster than their kind; absent: none.")
 
     @property
+    def main_pool(self) -> Pool:
+        """The only pool of a cluster of one kind; of a mixed one the first, where one must speak for all."""
+        return self.pools[0]
+
+    @property
     def num_gpus(self) -> int:
         """GPUs of all pools."""
         return sum(pool.nodes * pool.gpus_per_node for pool in self.pools)

@@ -75,7 +75,7 @@ def specs_of_ranks(cluster: Cluster, mesh: "Parallelism") -> tuple[GpuSpec, ...]
 def fewest_sms(cluster: Cluster, mesh: "Parallelism", ranks: Sequence[int]) -> int:
     """SMs of the smallest GPU among some ranks."""
     if len(set(kinds_of_pools(cluster))) == 1:
-        return cluster.pools[0].spec.sm_count
+        return cluster.main_pool.spec.sm_count
     pools = pools_of_ranks(cluster, mesh)
     return min(cluster.pools[pool].spec.sm_count for pool in {pools[rank] for rank in ranks})
 

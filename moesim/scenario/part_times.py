@@ -58,7 +58,7 @@ class PartSeconds(NamedTuple):
 
 def part_seconds(scenario: "Scenario", *, pool: Pool | None = None) -> PartSeconds:
     """The estimate of every part on the GPUs of a pool (the first if none is named); 0 for what the model lacks."""
-    parts = _Parts(scenario, scenario.cluster.pools[0] if pool is None else pool)
+    parts = _Parts(scenario, scenario.cluster.main_pool if pool is None else pool)
     model = scenario.model
     moe = parts.moe_layer() if model.experts else 0.0
     head = parts.head()

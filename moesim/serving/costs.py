@@ -55,7 +55,7 @@ class StepCosts:
         """Seconds of a step of all data groups together, or of a single one: the slowest counts in each part."""
         if not self.scenario.engine.two_batches:
             return self._one_batch(formed)
-        dispatch, sms = self.scenario.dispatch, self.scenario.cluster.pools[0].spec.sm_count
+        dispatch, sms = self.scenario.dispatch, self.scenario.cluster.main_pool.spec.sm_count
         taken = dispatch.sms(sms) or DISPATCH[dispatch.algorithm].sms or 0.0
         cost = overlapped(formed, self._one_batch, layers=self.model.moe_layers, taken=min(1.0, taken / sms))
         return replace(

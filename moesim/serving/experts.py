@@ -227,7 +227,7 @@ class ExpertTables:
                 stages,
                 token_bytes=times * model.row_width * BYTES_PER_ELEMENT[dtype],
                 algorithm=dispatch.algorithm,
-                sms=dispatch.sms(self.scenario.cluster.pools[0].spec.sm_count),
+                sms=dispatch.sms(self.scenario.cluster.main_pool.spec.sm_count),
                 ranks=np.arange(ranks),
                 model=self.scenario.network.model or "ports",
             )

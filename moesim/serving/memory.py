@@ -60,13 +60,13 @@ def memory_of(scenario: ServingScenario) -> ServingMemoryReport:
     layers = sum(kind.layers for kind in layout.kinds)
     layer_bytes = kv_bytes_per_token(scenario.model, kv=scenario.workload.kv, tensor=mesh.tensor) / mesh.pipeline
     page_bytes = layer_bytes * layout.unit * layout.page
-    left = scenario.cluster.pools[0].spec.memory_bytes - scenario.memory.reserved - weights - workspace
+    left = scenario.cluster.main_pool.spec.memory_bytes - scenario.memory.reserved - weights - workspace
     whole = layers // layout.unit  # layer-pages of a page of all layers
     pages = int(max(0.0, left * scenario.memory.share) // (page_bytes * whole)) * whole
     if pages < whole * mesh.pipeline:
         raise InfeasibleError(
             f"memory: weights take {format_bytes(weights)} and a step {format_bytes(workspace)} of "
-            f"{format_bytes(scenario.cluster.pools[0].spec.memory_bytes)}: no page for keys and values is left; use "
+            f"{format_bytes(scenario.cluster.main_pool.spec.memory_bytes)}: no page for keys and values is left; use "
             "more ranks (parallelism.tensor, expert), workload.weights: int4, or a smaller engine.token_budget"
         )
     return ServingMemoryReport(

@@ -39,7 +39,7 @@ class Pricing:
     """Seconds of kernels on a scenario's GPU under its software, with a note of the sources that they rest on."""
 
     def __init__(self, scenario: ServingScenario) -> None:
-        self.load, self.gpu = scenario.workload, scenario.cluster.pools[0].spec
+        self.load, self.gpu = scenario.workload, scenario.cluster.main_pool.spec
         self.software: ServingSoftware = serving_software()[scenario.engine.software]
         self.lists: Lists = LISTS[self.software.kernels]
         self.kernels: KernelModel = compute_model(self.gpu, scenario.compute)
