@@ -9,7 +9,7 @@ where the module counts rows by `histc` or `bincount`, whose counts stay unknown
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +26,7 @@ from moesim.recorded.layers import EXPERT, EXPERTS_GEMM, MOE, kinds_of_layers, p
 from moesim.recorded.memory_bound import LAID_OUT
 from moesim.recorded.pricing import CHECK, OPTIMIZER, PRODUCTS, SDPA
 from moesim.recorded.step_file import (
+    AGAIN,
     GRADIENT_WIDTHS,
     GRADIENTS,
     MODEL_SIZES,
@@ -47,7 +48,8 @@ def record_step(model: nn.Module, loss_of: Callable[[], Tensor]) -> list[Recorde
     recorder = _Recorder()
     for weight in model.parameters():
         recorder.dimensions.weight(weight)
-    with _module_paths(model, recorder), _gradients(model, recorder), recorder, _Attention(recorder):
+    attention = _Attention(recorder)
+    with _module_paths(model, recorder, attention), _gradients(model, recorder), recorder, attention:
         loss = _run(loss_of, recorder, model)
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
             raise UserError(
@@ -78,7 +80,7 @@ def _run(what: Callable[[], Any], recorder: "_Recorder", model: nn.Module) -> An
         if "copy out of meta" in str(error):
             remedy = "leave its tensors on the device that they are made on (no .cpu(), .cuda() or .tolist())"
         if recorder.phase == "backward":
-            remedy = "switch activation checkpointing off, if it is on: it cannot be recorded"
+            remedy = "switch activation checkpointing off, if it is on: the error may be its own"
         place = recorder.module or type(model).__name__
         raise UserError(f"{place} does not run on the meta device: {one_line(str(error))}; {remedy}") from None
     except Exception as error:  # whatever the user's program raises
@@ -135,10 +137,16 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-igno
     def running(self) -> str:
         """The module whose operation it is; in the backward pass that whose operation's gradient it makes."""
         node = torch._C._current_autograd_node()
-        if self.phase == "forward" or node is None:
+        if self.phase == "forward" or node is None or self.module:
             return self.module
         place = bisect_right(self.entered, node._sequence_nr(), key=lambda each: each[0])
         return self.entered[place - 1][1] if place else ""
+
+    @property
+    def again(self) -> dict[str, Any]:
+        """The fact that an operation is of a forward pass that activation checkpointing repeats."""
+        repeated = self.module or (torch._C._current_autograd_node() is not None and torch.is_grad_enabled())
+        return {AGAIN: True} if self.phase == "backward" and repeated else {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype is torch.bool:
@@ -151,7 +159,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-igno
         return out
 
     def _condition(self, asked: Tensor) -> None:
-        facts = {} if hasattr(asked, LIKELY) else {"taken": True}
+        facts = self.again if hasattr(asked, LIKELY) else {"taken": True, **self.again}
         self._add(CHECK, self.module, (asked,), (), facts)
 
     def _note(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
@@ -165,7 +173,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-igno
         if name in FREE:
             self.views += 1
             return
-        self._add(name, self.running(), inputs, results, _facts(name, args, inputs, results) | self._views())
+        self._add(
+            name, self.running(), inputs, results, _facts(name, args, inputs, results) | self.again | self._views()
+        )
 
     def note(self, name: str, module: str, reads: Any, writes: Any, facts: Mapping[str, Any] | None = None) -> None:
         """An operation that the meta device would take apart, as the one that it is on a GPU."""
@@ -267,7 +277,7 @@ class _Attention(TorchFunctionMode):
         query, key, value = (given[name] for name in SDPA_ARGUMENTS[:3])
         facts = {"causal": bool(given.get("is_causal")) or given.get("attn_mask") is not None}
         facts |= {"dropout": True} if given.get("dropout_p") else {}
-        return _AttentionFunction.apply(query, key, value, self.recorder, facts)  # type: ignore[no-untyped-call]
+        return _AttentionFunction.apply(query, key, value, self.recorder, facts, self.recorder.again)  # type: ignore[no-untyped-call]
 
 
 def _dropout(func: Any, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
@@ -281,20 +291,20 @@ def _rms_norm(
     recorder: _Recorder, input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
 ) -> Tensor:
     """The one kernel that a GPU has for it, forward and backward; the meta device would take it apart."""
-    return _NormFunction.apply(input, weight, recorder)  # type: ignore[no-any-return, no-untyped-call]
+    return _NormFunction.apply(input, weight, recorder, recorder.again)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _NormFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Tensor | None, recorder: _Recorder) -> Tensor:
+    def forward(ctx: Any, input: Tensor, weight: Tensor | None, recorder: _Recorder, again: Any) -> Tensor:
         out = torch.empty_like(input)
         scale = input.new_empty((*input.shape[:-1], 1), dtype=torch.float32)
         given = [input] if weight is None else [input, weight]
         ctx.save_for_backward(*given, scale)
-        ctx.recorder, ctx.module = recorder, recorder.module
+        ctx.recorder, ctx.module = recorder, recorder.running()
         if weight is not None:
             recorder.dimensions.same(input, weight)
-        recorder.note("_fused_rms_norm", recorder.module, given, (out, scale))
+        recorder.note("_fused_rms_norm", ctx.module, given, (out, scale), again)
         return out
 
     @staticmethod
@@ -302,17 +312,19 @@ class _NormFunction(torch.autograd.Function):
         input, *weight, scale = ctx.saved_tensors
         made = [torch.empty_like(each) for each in (input, *weight)]
         ctx.recorder.note("_fused_rms_norm_backward", ctx.module, (gradient, input, scale, *weight), made)
-        return (*made, *([] if weight else [None]), None)
+        return (*made, *([] if weight else [None]), None, None)
 
 
 class _AttentionFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, recorder: _Recorder, facts: Any) -> Tensor:
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, recorder: _Recorder, facts: Any, again: Any
+    ) -> Tensor:
         ctx.save_for_backward(query, key, value)
-        ctx.recorder, ctx.facts, ctx.module = recorder, facts, recorder.module
+        ctx.recorder, ctx.facts, ctx.module = recorder, facts, recorder.running()
         out = query.new_empty((*query.shape[:-1], value.shape[-1]))
         recorder.dimensions.attend(query, key, value, out)
-        recorder.note(SDPA, recorder.module, (query, key, value), (out,), facts)
+        recorder.note(SDPA, ctx.module, (query, key, value), (out,), facts | again)
         return out
 
     @staticmethod
@@ -320,7 +332,7 @@ class _AttentionFunction(torch.autograd.Function):
         saved = ctx.saved_tensors
         gradients = tuple(torch.empty_like(tensor) for tensor in saved)
         ctx.recorder.note(SDPA, ctx.module, saved, gradients, ctx.facts)
-        return (*gradients, None, None)
+        return (*gradients, None, None, None)
 
 
 @contextmanager
@@ -336,21 +348,31 @@ def _gradients(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
 
 
 @contextmanager
-def _module_paths(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
-    """Tells the recorder which module runs."""
+def _module_paths(model: nn.Module, recorder: _Recorder, attention: _Attention) -> Iterator[None]:
+    """Tells the recorder which module runs.
+
+    The backward pass is without the modes of functions: a module that activation checkpointing runs there gets them.
+    """
     stack: list[str] = []
     handles = []
+    repeated: list[ExitStack] = []
     for path, module in model.named_modules():
 
         def enter(module: nn.Module, args: Any, path: str = path) -> None:
+            if recorder.phase == "backward" and not stack:
+                repeated.append(ExitStack())
+                repeated[-1].enter_context(torch.device("meta"))
+                repeated[-1].enter_context(attention)
             stack.append(path)
             recorder.enter(path)
 
         def leave(module: nn.Module, args: Any, out: Any) -> None:
             stack.pop()
             recorder.enter(stack[-1] if stack else "")
+            if repeated and not stack:
+                repeated.pop().close()
 
-        handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+        handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]
     try:
         yield
     finally:

@@ -35,7 +35,7 @@ from moesim.recorded.layers import DENSE, EXPERTS_GEMM, MOE, module_in_layer
 from moesim.recorded.pricing import GAP_S, OPTIMIZER, SDPA, kernels_of, prices
 from moesim.recorded.scaling import scaled_op
 from moesim.recorded.sizes import MatchedOp, StepSizes, matched, sizes_of
-from moesim.recorded.step_file import RecordedOp, load_step
+from moesim.recorded.step_file import AGAIN, RecordedOp, load_step
 from moesim.recorded.widths import (
     DENSE_WIDTH,
     HEAD_DIM,
@@ -62,6 +62,7 @@ class RecordedStep:
     sizes: StepSizes
     ops: tuple[MatchedOp, ...]
     experts_module: str  # of a layer, "" where the file does not say
+    recomputes: bool  # whether its backward pass repeats layers (activation checkpointing); `ops` are without those
 
     def of_layer(self, kind: str, phase: str) -> list[MatchedOp]:
         """The operations of the layers of a kind."""
@@ -93,7 +94,10 @@ def _read(path: Path, changed: float) -> RecordedStep:
     if any("collective" in op.facts for op in ops):
         raise UserError(f"{path} was recorded on several ranks; record one rank alone: the scenario adds the others")
     experts = next((module_in_layer(op.module) for op in ops if op.name == EXPERTS_GEMM), "")
-    return RecordedStep(sizes=sizes, ops=tuple(matched(ops, sizes)), experts_module=experts)
+    once = [op for op in ops if AGAIN not in op.facts]
+    return RecordedStep(
+        sizes=sizes, ops=tuple(matched(once, sizes)), experts_module=experts, recomputes=len(once) < len(ops)
+    )
 
 
 def recorded_step(path: Path) -> RecordedStep:
@@ -126,6 +130,11 @@ class RecordedKernels:
                     f"{self.scenario.implementation.file} was recorded with {key} {has}, which cannot be scaled, and "
                     f"model.{key} is {wanted}; record the program anew, which follows widths, or set model.{key}={has}"
                 )
+        if self.step.recomputes and self.scenario.workload.recompute != "full":
+            raise UserError(
+                f"{self.scenario.implementation.file} was recorded with activation checkpointing; set "
+                "workload.recompute: full, which repeats layers and keeps their inputs alone, or record it without"
+            )
         moe = sum(not model.is_dense(layer) for layer in range(model.layers))
         for kind, wanted, has in (
             (MOE, moe, sizes.moe_layers),

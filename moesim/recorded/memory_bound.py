@@ -136,7 +136,7 @@ def _table_gradient(op: RecordedOp) -> Special:
 
 def _index_put(op: RecordedOp) -> Special:
     rows = op.reads[-1] if len(op.reads) > 1 else op.reads[0]
-    if op.phase == "backward":  # added up
+    if op.works == "backward":  # added up
         return [MemoryBound("elementwise", SUMMED_BYTES * _numbers(rows))], SUMMED_S + REPEATED_S * _repeated(op)
     copied = [] if op.name.endswith("_") else [MemoryBound("copy", 2.0 * _bytes(op.writes))]
     return [*copied, MemoryBound("elementwise", PUT_BYTES * _numbers(rows))], 0.0

@@ -84,7 +84,7 @@ def _priced(op: RecordedOp, kernels: Sequence[Kernel], matched: bool, model: Ker
         seconds=seconds_of(kernels, model) * ratio + fixed_s,
         source=", ".join(sorted({str(model.seconds(kernel).source) for kernel in kernels})),
         matched=matched,
-        kind=f"{op.name.rstrip('_')} {op.phase} {'+'.join(map(_work, kernels))}{variant}",
+        kind=f"{op.name.rstrip('_')} {op.works} {'+'.join(map(_work, kernels))}{variant}",
         family=f"{FAMILIES[type(kernels[0])]}{_direction(kernels[0])}{variant}",
         measured_s=op.measured_s,
         assumed="taken" in op.facts,
@@ -139,13 +139,13 @@ def kernels_of(op: RecordedOp) -> tuple[list[Kernel], bool]:
         rows, columns = left[-2], right[-1]
         if batch > 1 and rows < columns:  # the transposed product: what is long goes into the rows of the batch
             rows, columns = columns, rows
-        gemm = _gemm(batch * rows, left[-1], columns, dtype, op.phase)
+        gemm = _gemm(batch * rows, left[-1], columns, dtype, op.works)
         bytes_ = float(sum(size for _, _, size in (*op.reads, *op.writes)))
         if len(left) == 3 and float(gemm.flops) < FEWEST_FLOPS * bytes_:  # weighted sums of a few rows
             return [MemoryBound("elementwise", bytes_ * _thin(batch, left, right))], True
         return [gemm], True
     if op.name == "_grouped_mm":
-        return [_grouped(shapes, dtype, op.phase)], True
+        return [_grouped(shapes, dtype, op.works)], True
     if op.name == SDPA:
         return [_attention(op, dtype)], True
     if op.name == OPTIMIZER:
@@ -207,5 +207,5 @@ def _attention(op: RecordedOp, dtype: str) -> Attention:
         value_dim=value,
         causal=bool(op.facts.get("causal")),
         dtype=dtype,
-        direction="forward" if op.phase == "forward" else "backward",
+        direction="forward" if op.works == "forward" else "backward",
     )

@@ -21,6 +21,8 @@ ALIGNED = "aligned_bytes"  # a fact of products in 16 bits, see product_facts
 # empty tensors the host has made since the operation before it. GRADIENT_WIDTHS: what the dimensions of those weights
 # are; MODEL_SIZES, of the optimizer: the numbers of all names in widths.
 GRADIENTS, VIEWS = "gradients", "views"
+# AGAIN, of the backward pass: activation checkpointing repeats an operation of the forward pass.
+AGAIN = "again"
 GRADIENT_WIDTHS, MODEL_SIZES = "gradient_widths", "model_sizes"
 PHASES = ("forward", "backward", "optimizer")
 Seen = tuple[tuple[int, ...], str, int]  # shape, dtype as torch names it, bytes read or written
@@ -49,6 +51,11 @@ class RecordedOp:
     layer: str | None = None
     layers: int = 1
     widths: tuple[tuple[str, ...], ...] | None = None
+
+    @property
+    def works(self) -> str:
+        """The pass whose work it is: forward, also where the backward pass repeats it."""
+        return "forward" if self.facts.get(AGAIN) else self.phase
 
     def as_json(self) -> dict[str, Any]:
         """As an object of the file."""

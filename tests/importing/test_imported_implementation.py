@@ -1,12 +1,15 @@
 """A recorded step at other sizes is what recording it anew there gives, and so is a scenario that runs it."""
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import small_moe
+import torch
 from small_moe import HEADS, HIDDEN, TOP_K, VOCAB, WIDTH, small_step
+from torch.utils.checkpoint import checkpoint
 
 import moesim
 from moesim.errors import UserError
@@ -16,7 +19,7 @@ from moesim.recorded.estimate import step_estimate
 from moesim.recorded.layers import DENSE, MOE
 from moesim.recorded.scaling import scaled
 from moesim.recorded.sizes import matched, sizes_of
-from moesim.recorded.step_file import GRADIENT_WIDTHS, MODEL_SIZES, RecordedOp, load_step, save_step
+from moesim.recorded.step_file import AGAIN, GRADIENT_WIDTHS, MODEL_SIZES, RecordedOp, load_step, save_step
 
 FIRST = {"sequences": 4, "length": 8192, "layers": 3, "experts": 16}
 OTHERS = [{"sequences": 8}, {"length": 4096}, {"layers": 5}, {"experts": 32}, {"sequences": 1, "length": 2048}]
@@ -171,6 +174,33 @@ def test_a_scenario_at_other_sizes_takes_that_of_a_step_recorded_there(file: Pat
     }
     times = [moesim.simulate(scenario(each, **larger)).result["step_time_s"] for each in (file, anew)]
     assert times[0] == pytest.approx(times[1], rel=0.01)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing_is_recorded(
+    first: list[RecordedOp], reentrant: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layer's forward pass stands in the backward pass once more; torch stops a little earlier where it can."""
+    plain = small_moe.Layer.forward
+
+    def repeated(layer: small_moe.Layer, x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(functools.partial(plain, layer), x, use_reentrant=reentrant)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(small_moe.Layer, "forward", repeated)
+    ops = recorded()
+    kernels = kernel_model("h100")
+    before, after = (step_estimate(each, kernels) for each in (first, ops))
+    layers = sum(op.count * op.seconds for op in before.ops if op.phase == "forward" and op.module[:6] == "layers")
+    more = after.kernels_s - before.kernels_s
+    least = 0.99 if reentrant else 0.75  # the last products of a layer are not needed
+    assert least * layers < more < 1.01 * layers
+    assert {op.layer for op in ops if AGAIN in op.facts} == {DENSE, MOE}
+    file = tmp_path / "again.json"
+    save_step(file, ops, source="small_moe")
+    with pytest.raises(UserError, match=r"set workload\.recompute: full"):
+        moesim.simulate(scenario(file))
+    result = moesim.simulate(scenario(file, **{"workload.recompute": "full"})).result
+    assert result["step_time_s"] == pytest.approx(after.step_s, rel=0.01 if reentrant else 0.06)
 
 
 def test_expert_ranks_add_a_dispatch_and_skewed_routing_costs(file: Path) -> None:
