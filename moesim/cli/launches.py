@@ -23,18 +23,19 @@ SOFTWARE = ("megatron", "torchtitan")  # the keys of `moesim.flags.software.WRIT
 
 def add_launch(parser: argparse.ArgumentParser) -> None:
     """--gpu, --gpus, --routing, --var and --args: what flags do not say."""
-    parser.add_argument("--gpu", metavar="NAME", help="kind of GPU, of `moesim gpus`; h100 by default")
+    group = parser.add_argument_group("what the flags of a Megatron-LM launch do not say")
+    group.add_argument("--gpu", metavar="NAME", help="kind of GPU, of `moesim gpus`; h100 by default")
     text = "GPUs in all, where the launcher's flags, variables or #SBATCH lines do not say it"
-    parser.add_argument("--gpus", metavar="N", type=int, help=text)
+    group.add_argument("--gpus", metavar="N", type=int, help=text)
     text = (
         "routing to simulate with: a router of `moesim trace library:` (where one is laid out so), one trained as the "
+        "flags say (else), or all experts alike"
     )
-    text += "flags say (else), or all experts alike"
-    parser.add_argument("--routing", choices=("library", "train", "uniform"), help=text)
+    group.add_argument("--routing", choices=("library", "train", "uniform"), help=text)
     text = "arguments of the script, as they would be written behind its name"
-    parser.add_argument("--args", dest="arguments", metavar='"WORDS"', help=text)
+    group.add_argument("--args", dest="arguments", metavar='"WORDS"', help=text)
     text = "set a variable that the script takes from outside; may be repeated"
-    parser.add_argument("--var", dest="variables", metavar="NAME=VALUE", action="append", default=[], help=text)
+    group.add_argument("--var", dest="variables", metavar="NAME=VALUE", action="append", default=[], help=text)
 
 
 def read_launch_of(args: argparse.Namespace, path: Path) -> "Reading":

@@ -23,6 +23,7 @@ _EXPECTED = {
     "tuple_type": "a list",
     "list_type": "a list",
 }
+_MOST_KEYS = 8  # of a section, named to the user
 _NAMES = {dict: "a mapping", list: "a list", str: "text", bool: "a flag", type(None): "nothing"}
 
 
@@ -92,7 +93,7 @@ def _what(error: ErrorDetails, data: Any, path: Path, schema: type[Section]) -> 
     if kind in ("value_error", "assertion_error"):
         return str(context.get("error", error["msg"]))
     if kind in _EXPECTED:
-        return _wrong_type(_EXPECTED[kind], value)
+        return _wrong_type(_EXPECTED[kind], value) + (_mapping(value, data, path, schema) if "model" in kind else "")
     comparisons = {"greater_than": "gt", "greater_than_equal": "ge", "less_than": "lt", "less_than_equal": "le"}
     if kind in comparisons:
         words = {"gt": "greater than", "ge": "at least", "lt": "less than", "le": "at most"}
@@ -119,6 +120,18 @@ def _wrong_type(expected: str, value: Any) -> str:
     if isinstance(value, str) and expected == "true or false":
         return f'expected true or false, got the text "{value}"'
     return f"expected {expected}, got {_show(value)}"
+
+
+def _mapping(value: Any, data: Any, path: Path, schema: type[Section]) -> str:
+    """What to write where one word stands for a section."""
+    kinds = kinds_at(data, path, schema=schema)
+    if value in kinds:
+        return f"; write {{kind: {value}}}"
+    if kinds:
+        return f"; write {{kind: ...}}, one of {', '.join(kinds)}"
+    section = section_at(data, path, schema=schema)
+    keys = [*(FLAT_CLUSTER_KEYS if path == ("cluster",) else ()), *(section.model_fields if section else ())]
+    return f"; its keys are {', '.join(keys[:_MOST_KEYS])}{' ...' if len(keys) > _MOST_KEYS else ''}" if keys else ""
 
 
 def _is_number(text: str) -> bool:

@@ -76,6 +76,15 @@ MISTAKES = {
     edited(
         "{preset: deepseek-moe-16b}", "deepseek-moe-16b"
     ): 'f.yaml:2:8: model: expected a mapping, got "deepseek-moe',
+    edited("{preset: deepseek-moe-16b}", "[1]"): (
+        "f.yaml:2:8: model: expected a mapping, got a list; its keys are preset, layers, hidden, heads, "
+    ),
+    edited("{kind: deepseek_v2, device_limit: 3}", "hash"): (
+        'f.yaml:5:11: routing.router: expected a mapping, got "hash"; write {kind: hash}'
+    ),
+    edited("{kind: deepseek_v2, device_limit: 3}", "mine"): (
+        'f.yaml:5:11: routing.router: expected a mapping, got "mine"; write {kind: ...}, one of switch, '
+    ),
     without("workload"): "f.yaml:1:1: workload: missing; this key is required",
     edited(
         "expert: 8", "expert: 24"
