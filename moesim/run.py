@@ -17,7 +17,7 @@ from moesim.scenario import Scenario, Search
 from moesim.scenario.check import require_supported
 from moesim.trace import RoutingTrace
 
-__all__ = ["draw_samples", "mean_step_seconds", "measured_placement", "obtain_trace", "simulate"]
+__all__ = ["choose_placement", "draw_samples", "mean_step_seconds", "obtain_trace", "simulate"]
 
 TRAFFIC_WEIGHTS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)  # that a measured search of placements tries
 
@@ -31,30 +31,35 @@ def simulate(
     training step). Raises UserError for what cannot be simulated and InfeasibleError for what does not fit.
     """
     require_supported(scenario)
+    # What is routed, and where the experts are.
     trace = obtain_trace(scenario, progress=progress, cache_dir=cache_dir)
-    scenario, searched = measured_placement(scenario, trace, progress=progress)
-    base = scenario_kernels(scenario)
-    fabric = scenario_fabric(scenario, base)
+    scenario, searched = choose_placement(scenario, trace, progress=progress)
+    # How long kernels and transfers take, and whether all fits.
+    kernels = scenario_kernels(scenario)
+    fabric = scenario_fabric(scenario, kernels)
     assert (trace is None) == (scenario.model.experts == 0), "an MoE step is driven by a routing trace"
     plain, bootstrap = draw_samples(scenario, trace)
     memory = check_memory(scenario, lambda variant: rows_of_variant(scenario, variant, trace, plain))
-    kernels = step_kernels(scenario, fabric=fabric, kernels=base, samples=plain)
+    clocked = step_kernels(scenario, fabric=fabric, kernels=kernels, samples=plain)
+    # The step: as routed, with all loads equal, and with traces resampled for the range.
     balanced = [sample.balanced() for sample in plain]
-    everything = simulate_samples(scenario, fabric, kernels, [*plain, *balanced, *bootstrap])
-    done = Simulated.of(scenario, kernels, memory, trace, plain, everything)
+    outcome = simulate_samples(scenario, fabric, clocked, [*plain, *balanced, *bootstrap])
+    simulated = Simulated.of(scenario, clocked, memory, trace, plain, outcome)
     warnings = [
         *layout_warnings(scenario, fabric, memory, plain),
-        *sharing_warnings(everything.shared_links, done.imbalance_cost_s),
+        *sharing_warnings(outcome.shared_links, simulated.imbalance_cost_s),
     ]
 
     def seconds_placed(variant: Scenario, steps_ago: float) -> float:
         """The step of the plain samples with experts placed so many training steps before."""
         again = draw_samples(variant, trace, bootstrap=False, placed_ago=steps_ago)[0]
-        clocked = step_kernels(variant, fabric=fabric, kernels=base, samples=again)
-        return float(simulate_samples(variant, fabric, clocked, again).step_S.mean())
+        then = step_kernels(variant, fabric=fabric, kernels=kernels, samples=again)
+        return float(simulate_samples(variant, fabric, then, again).step_S.mean())
 
-    replacing = replacing_facts(plain[0].sampler, fabric, step_s=done.step_s, seconds=seconds_placed) if plain else None
-    record = assemble(done, layout_warnings=warnings, replacing=replacing, searched=searched)
+    # What it comes to.
+    step_s = simulated.step_s
+    replacing = replacing_facts(plain[0].sampler, fabric, step_s=step_s, seconds=seconds_placed) if plain else None
+    record = assemble(simulated, layout_warnings=warnings, replacing=replacing, searched=searched)
     check_plausible(record, fabric)
     return record
 
@@ -65,16 +70,16 @@ def mean_step_seconds(scenario: Scenario, trace: RoutingTrace | None) -> float:
     Raises as `simulate` does.
     """
     require_supported(scenario)
-    scenario, _ = measured_placement(scenario, trace)
+    scenario, _ = choose_placement(scenario, trace)
     kernels = scenario_kernels(scenario)
     plain = draw_samples(scenario, trace, bootstrap=False)[0]
     check_memory(scenario, lambda variant: rows_of_variant(scenario, variant, trace, plain))
     fabric = scenario_fabric(scenario, kernels)
-    kernels = step_kernels(scenario, fabric=fabric, kernels=kernels, samples=plain)
-    return float(simulate_samples(scenario, fabric, kernels, plain).step_S.mean())
+    clocked = step_kernels(scenario, fabric=fabric, kernels=kernels, samples=plain)
+    return float(simulate_samples(scenario, fabric, clocked, plain).step_S.mean())
 
 
-def measured_placement(
+def choose_placement(
     scenario: Scenario, trace: RoutingTrace | None, *, progress: ProgressCallback | None = None
 ) -> tuple[Scenario, list[Searched]]:
     """The scenario with the weight of traffic whose placement gives the shortest step, and all that were simulated.

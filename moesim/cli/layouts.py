@@ -176,11 +176,11 @@ def execute_placement(args: argparse.Namespace) -> int:
     scenario = load(args)
     if scenario.model.experts == 0:
         raise UserError(f"{scenario.name}: the model is dense (model.experts = 0), so there is nothing to place")
-    from moesim.run import measured_placement, obtain_trace
+    from moesim.run import choose_placement, obtain_trace
 
     with interrupts_say(lambda: kept_of_training(scenario, args.cache)), watched_training(quiet=args.json) as progress:
         trace = obtain_trace(scenario, progress=progress, cache_dir=args.cache)
-        scenario, _ = measured_placement(scenario, trace, progress=progress)
+        scenario, _ = choose_placement(scenario, trace, progress=progress)
     assert trace is not None, "the model has experts"
     view = place(scenario, trace)
     aged = age_placements(scenario, trace) if args.over_training else []

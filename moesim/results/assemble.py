@@ -102,7 +102,7 @@ class Searched:
 
 
 def assemble(
-    done: Simulated,
+    simulated: Simulated,
     *,
     layout_warnings: Sequence[str],
     replacing: dict[str, Any] | None = None,
@@ -113,32 +113,34 @@ def assemble(
     `replacing`: what placing experts anew costs and brings, None where they are placed once. `searched`: placements
     that were simulated to choose this one.
     """
-    scenario, trace = done.scenario, done.trace
-    facts = TrafficFacts(scenario, done.plain) if done.plain else None
-    stages = stage_facts(scenario, done.outcome.busy_SP.mean(axis=0))
-    kept = effective(scenario, kept_share=facts.kept_share if facts else 1.0, step_s=done.step_s)
+    scenario, trace = simulated.scenario, simulated.trace
+    facts = TrafficFacts(scenario, simulated.plain) if simulated.plain else None
+    stages = stage_facts(scenario, simulated.outcome.busy_SP.mean(axis=0))
+    kept = effective(scenario, kept_share=facts.kept_share if facts else 1.0, step_s=simulated.step_s)
     result: dict[str, Any] = {
         "schema_version": RESULT_SCHEMA_VERSION,
         "kind": scenario.workload.kind,
         "scenario_name": scenario.name,
         "world_size": scenario.parallelism.world_size,
         "gpus": scenario.cluster.num_gpus,
-        "samples": len(done.outcome.step_S),
-        "kernels": kernels_rest_on(done.kernels),
-        **_times(done),
+        "samples": len(simulated.outcome.step_S),
+        "kernels": kernels_rest_on(simulated.kernels),
+        **_times(simulated),
         "stages": stages,
         "communication": (facts.communication() if facts else no_communication())
-        | {"tensor_bytes": done.outcome.tensor_bytes},
+        | {"tensor_bytes": simulated.outcome.tensor_bytes},
         "imbalance": no_imbalance(),
         "dropped_share": facts.dropped_share if facts else 0.0,
         "padded_share": facts.padded_share if facts else 0.0,
-        "memory": done.memory.as_json(),
-        "pools": pool_facts(scenario, done.memory, step_s=done.step_s, compute_time_SW=done.outcome.compute_time_SW),
-        "waiting": waiting_facts(done.outcome.waits, jitter_s=float(done.outcome.jitter_SW.mean())),
-        "cost": cost(scenario, done.step_s),
+        "memory": simulated.memory.as_json(),
+        "pools": pool_facts(
+            scenario, simulated.memory, step_s=simulated.step_s, compute_time_SW=simulated.outcome.compute_time_SW
+        ),
+        "waiting": waiting_facts(simulated.outcome.waits, jitter_s=float(simulated.outcome.jitter_SW.mean())),
+        "cost": cost(scenario, simulated.step_s),
         "effective": kept,
-        "estimate_sources": _shares(done.outcome.source_seconds),
-        "transfer_sources": list(done.outcome.transfer_sources),
+        "estimate_sources": _shares(simulated.outcome.source_seconds),
+        "transfer_sources": list(simulated.outcome.transfer_sources),
         "software": software_facts(scenario.implementation),
         "router": {"kind": "none (dense model)", "train_loss": None, "validation_loss": None},
         "placement": {"kind": "none (dense model)"},
@@ -154,44 +156,46 @@ def assemble(
             *scenario.model.left_out,
         ],
     }
-    arrays = _arrays(done)
+    arrays = _arrays(simulated)
     if facts is not None and trace is not None:
-        result |= _routing_sections(done, facts, trace)
+        result |= _routing_sections(simulated, facts, trace)
         result["placement"] |= {} if replacing is None else {"replacing": replacing}
         result["placement"] |= {"searched": [vars(each) for each in searched]} if searched else {}
-        arrays |= _load_arrays(facts) | placement_arrays(scenario, done.plain, facts)
-    return RunRecord(scenario=scenario, result=result, arrays=arrays, pipeline_spans=done.outcome.spans, trace=trace)
+        arrays |= _load_arrays(facts) | placement_arrays(scenario, simulated.plain, facts)
+    return RunRecord(
+        scenario=scenario, result=result, arrays=arrays, pipeline_spans=simulated.outcome.spans, trace=trace
+    )
 
 
-def _times(done: Simulated) -> dict[str, Any]:
+def _times(simulated: Simulated) -> dict[str, Any]:
     """Step time with its ranges, throughput, and what the time goes to."""
-    scenario = done.scenario
-    step_s, range_s = mean_and_range(done.outcome.step_S, done.resampled_S)
+    scenario = simulated.scenario
+    step_s, range_s = mean_and_range(simulated.outcome.step_S, simulated.resampled_S)
     per_second = scenario.tokens_per_step / step_s
     return {
         "step_time_s": step_s,
-        **_ranges(done, range_s),
-        "balanced_step_time_s": float(done.balanced.step_S.mean()),
+        **_ranges(simulated, range_s),
+        "balanced_step_time_s": float(simulated.balanced.step_S.mean()),
         "tokens_per_second": per_second,
         "tokens_per_second_per_gpu": per_second / scenario.cluster.num_gpus,
         "mfu": utilisation(scenario, step_s),
-        "attribution_s": _by_category(done.outcome.attribution_CSW),
-        "attribution_balanced_s": _by_category(done.balanced.attribution_CSW),
-        "critical_path": done.outcome.critical_path,
+        "attribution_s": _by_category(simulated.outcome.attribution_CSW),
+        "attribution_balanced_s": _by_category(simulated.balanced.attribution_CSW),
+        "critical_path": simulated.outcome.critical_path,
     }
 
 
-def _ranges(done: Simulated, routing: list[float] | None) -> dict[str, Any]:
+def _ranges(simulated: Simulated, routing: list[float] | None) -> dict[str, Any]:
     """The 90 % range of the step time, its two parts, and what the part of the kernels rests on.
 
     No whole range where chance of routing is unknown; a dense model has none.
     """
-    shares = path_shares(done.outcome.source_seconds, done.outcome.critical_path["seconds"])
-    parts = error_parts(shares, bases_of(done.kernels), clock_error=clock_error_of(done.kernels))
-    of_kernels = kernel_range(done.step_s, parts)
-    whole = whole_range(done.step_s, of_kernels, routing) if routing else None
+    shares = path_shares(simulated.outcome.source_seconds, simulated.outcome.critical_path["seconds"])
+    parts = error_parts(shares, bases_of(simulated.kernels), clock_error=clock_error_of(simulated.kernels))
+    of_kernels = kernel_range(simulated.step_s, parts)
+    whole = whole_range(simulated.step_s, of_kernels, routing) if routing else None
     return {
-        "step_time_range_s": of_kernels if whole is None and done.trace is None else whole,
+        "step_time_range_s": of_kernels if whole is None and simulated.trace is None else whole,
         "step_time_routing_range_s": routing,
         "step_time_kernel_range_s": of_kernels,
         "step_time_errors": [part.as_json() for part in parts],
@@ -211,31 +215,31 @@ def _by_category(attribution_CSW: FloatArray) -> dict[str, float]:
     return {name: float(seconds) for name, seconds in zip(CATEGORIES, means_C, strict=True)}
 
 
-def _arrays(done: Simulated) -> dict[str, FloatArray]:
+def _arrays(simulated: Simulated) -> dict[str, FloatArray]:
     """The arrays of a result that every model has."""
     return {
-        "step_time_S": done.outcome.step_S,
-        "attribution_CW": done.outcome.attribution_CSW.mean(axis=1),
-        "attribution_balanced_C": done.balanced.attribution_CSW.mean(axis=(1, 2)),
-        "compute_time_W": done.outcome.compute_time_SW.mean(axis=0),
-        "held_bytes_P": done.memory.held_P,
-        "kept_bytes_PVBW": done.memory.kept_PCBW,
+        "step_time_S": simulated.outcome.step_S,
+        "attribution_CW": simulated.outcome.attribution_CSW.mean(axis=1),
+        "attribution_balanced_C": simulated.balanced.attribution_CSW.mean(axis=(1, 2)),
+        "compute_time_W": simulated.outcome.compute_time_SW.mean(axis=0),
+        "held_bytes_P": simulated.memory.held_P,
+        "kept_bytes_PVBW": simulated.memory.kept_PCBW,
     }
 
 
-def _routing_sections(done: Simulated, facts: TrafficFacts, trace: RoutingTrace) -> dict[str, Any]:
+def _routing_sections(simulated: Simulated, facts: TrafficFacts, trace: RoutingTrace) -> dict[str, Any]:
     """The sections that only a model with experts fills."""
     imbalance_section = imbalance_facts(
-        done.scenario,
+        simulated.scenario,
         facts,
-        compute_time_SW=done.outcome.compute_time_SW,
+        compute_time_SW=simulated.outcome.compute_time_SW,
         router=trace.router,
-        cost_s=done.imbalance_cost_s,
+        cost_s=simulated.imbalance_cost_s,
     )
     return {
         "imbalance": imbalance_section,
-        "router": _router_facts(done.scenario, trace, done.plain[0]),
-        "placement": placement_facts(done.scenario, done.plain, facts),
+        "router": _router_facts(simulated.scenario, trace, simulated.plain[0]),
+        "placement": placement_facts(simulated.scenario, simulated.plain, facts),
     }
 
 

@@ -8,7 +8,7 @@ import moesim
 from moesim.parallel import TrafficSampler
 from moesim.results.definitions import definition, paths
 from moesim.routing.cache import SearchReport, StepReport
-from moesim.run import TRAFFIC_WEIGHTS, mean_step_seconds, measured_placement, obtain_trace
+from moesim.run import TRAFFIC_WEIGHTS, choose_placement, mean_step_seconds, obtain_trace
 from moesim.scenario import Scenario, Search
 
 pytestmark = pytest.mark.slow
@@ -31,7 +31,7 @@ def searched(**placement: Any) -> Scenario:
 @pytest.fixture(scope="module")
 def chosen() -> tuple[Scenario, list[dict[str, float]], list[SearchReport | StepReport]]:
     scenario, reports = searched(measured=True), []
-    best, found = measured_placement(scenario, obtain_trace(scenario), progress=reports.append)
+    best, found = choose_placement(scenario, obtain_trace(scenario), progress=reports.append)
     return best, [vars(each) for each in found], reports
 
 
