@@ -1,7 +1,7 @@
 """The reference pages of the documentation, made of what the program itself holds.
 
 Keys of scenarios and plans come from their JSON Schema, those of a study from the tables that its reader checks them
-by, verbs and flags from the parser of the command line, the numbers of a result from `moesim/results/definitions.py`,
+by, verbs and flags from the parser of the command line, the numbers of a result from `moesim/results/definitions.yaml`,
 and the Python interface from signatures and docstrings.
 
     python tools/reference.py FOLDER   # writes the pages there; the site makes them by itself (tools/site_pages.py)

@@ -16,10 +16,8 @@ from moesim.planner.loading import plan_json_schema
 from moesim.planner.serving_plan import serving_plan_json_schema
 from moesim.results import CATEGORIES
 from moesim.results.definitions import (
-    CATEGORY_DEFINITIONS,
     DEFINITIONS,
-    ESTIMATE_SOURCES,
-    MEMORY_PARTS,
+    LISTS,
     definition,
     paths,
 )
@@ -128,13 +126,13 @@ def test_every_verb_and_flag_is_described(pages: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("changes", [{}, DENSE, RECOMPUTED, PIPELINE], ids=["small", "dense", "eager", "pipeline"])
 def test_every_number_of_a_result_is_defined_and_shown(small, pages: dict[str, str], changes: dict) -> None:
-    """One that is missing belongs into moesim/results/definitions.py."""
+    """One that is missing belongs into moesim/results/definitions.yaml."""
     result = what_if(simulate(small(changes))).result
     page = pages["reference/metrics.md"]
     found = paths(result)
     assert len(found) > 100
     for path in found:
-        assert definition(path) is not None, f"{path} has no definition in moesim/results/definitions.py"
+        assert definition(path) is not None, f"{path} has no definition in moesim/results/definitions.yaml"
         shown = next(at for at in (path, f"{path}.[]", path.rpartition(".")[0] + ".*") if at in DEFINITIONS)
         assert f"| `{shown.replace('.[]', '[]')}` |" in page
 
@@ -142,11 +140,11 @@ def test_every_number_of_a_result_is_defined_and_shown(small, pages: dict[str, s
 def test_definitions_are_of_what_results_can_have(small) -> None:
     """Nothing is defined that no result has, but for parts and sources that other scenarios show."""
     record = what_if(simulate(small()))
-    assert set(CATEGORY_DEFINITIONS) == set(CATEGORIES)
-    assert set(SOURCES) < set(ESTIMATE_SOURCES)
+    assert set(LISTS["categories"]) == set(CATEGORIES)
+    assert set(SOURCES) < set(LISTS["sources"])
     rare = {
-        *(f"memory.parts_bytes_by_pipeline_rank.[].{part}" for part in MEMORY_PARTS),
-        *(f"estimate_sources.{source}" for source in ESTIMATE_SOURCES),
+        *(f"memory.parts_bytes_by_pipeline_rank.[].{part}" for part in LISTS["memory_parts"]),
+        *(f"estimate_sources.{source}" for source in LISTS["sources"]),
         "critical_path.seconds_by_rank.*",
         "warnings.[]",
         *(
