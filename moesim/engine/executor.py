@@ -206,6 +206,11 @@ class GroupExecutor:
         if self.lateness is not None:
             self.lateness.met_SR[:] = finish_SR
 
+    def pass_on(self) -> None:
+        """An action has ended and the next has not begun: all transfers are over, and their spans may go."""
+        if self.recorder.pass_on():
+            self._transfer_span = -1
+
     def begin(self, arrived: Sequence[Handed]) -> None:
         """All chains wait until what the next action needs has arrived; waiting for what is on its way is a span."""
         ready_SR = before_SR = np.maximum(self.chains_CSR.max(axis=0), self.compute_SR)

@@ -8,15 +8,15 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.engine.step import simulate_step
+from moesim.engine.step import sum_step
 from moesim.kernels import KernelModel
 from moesim.network import Fabric
 from moesim.parallel import TrafficSample
 from moesim.program import StepProgram, build_program
 from moesim.program.changes import changes_in, with_changes
 from moesim.program.scenario_fabric import scenario_fabric
-from moesim.results import CATEGORIES, Stream, attribute
-from moesim.results.critical_path import action_seconds, path_facts
+from moesim.results import CATEGORIES
+from moesim.results.critical_path import path_facts
 from moesim.results.outcome import Outcome
 from moesim.results.pools import waits
 from moesim.scenario import Scenario
@@ -62,28 +62,27 @@ def simulate_samples(
 
 def _simulate_program(program: StepProgram, *, first: bool) -> Outcome:
     """`first`: sample 0 is among the samples, whose spans and critical path are kept."""
-    step = simulate_step(program)
-    places = [group.pipeline_rank for group in program.groups]
-    kept = [table for group, table in zip(program.groups, step.tables, strict=True) if group.number == 0]
-    world = sum(group.all_ranks_TR.size for group in program.groups)
+    step = sum_step(program, first=first)
+    groups = program.groups
+    places = [group.pipeline_rank for group in groups]
+    world = sum(group.all_ranks_TR.size for group in groups)
     attribution_CSW = np.zeros((len(CATEGORIES), program.samples, world))
     compute_time_SW, jitter_SW = (np.zeros((program.samples, world)) for _ in range(2))
     busy_SP = np.zeros((program.samples, 1 + max(places)))
-    count = sum(len(group.all_ranks_TR) for group in program.groups if group.pipeline_rank == places[0])
+    count = sum(len(group.all_ranks_TR) for group in groups if group.pipeline_rank == places[0])
     busy_gS: dict[tuple[int, int], NDArray[np.float64]] = {}
-    for group, table in zip(program.groups, step.tables, strict=True):
+    for group, sums in zip(groups, step.sums, strict=True):
         ranks_TR = group.all_ranks_TR
-        attribution_CSW[:, :, ranks_TR] = attribute(table, compiled=program.compiled)[:, :, None]
-        rows_N = table.rows(Stream.COMPUTE)
-        compute_SR = (table.finish_NSR[rows_N] - table.start_NSR[rows_N]).sum(axis=0)
-        compute_time_SW[:, ranks_TR] = compute_SR[:, None]
-        busy_S = action_seconds(table).mean(axis=1) / count
+        attribution_CSW[:, :, ranks_TR] = sums.attribution_CSR[:, :, None]
+        compute_time_SW[:, ranks_TR] = sums.compute_SR[:, None]
+        busy_S = sums.busy_SR.mean(axis=1) / count
         busy_gS |= {(group.pipeline_rank, int(first)): busy_S for first in ranks_TR[:, 0]}
-    for group, late_SR in zip(program.groups, step.late_gSR, strict=bool(step.late_gSR)):
+    for group, late_SR in zip(groups, step.late_gSR, strict=bool(step.late_gSR)):
         jitter_SW[:, group.all_ranks_TR] = late_SR[:, None]
     for (place, _), busy_S in sorted(busy_gS.items(), key=lambda item: item[0]):  # summed in the order of the ranks
         busy_SP[:, place] += busy_S
     collectives = [(each.name, each.members) for each in (*program.reductions, *program.gathers)]
+    waits_of_groups = [sums.waits for sums in step.sums if sums.waits is not None]
     return Outcome(
         step_S=step.step_S,
         attribution_CSW=attribution_CSW,
@@ -93,8 +92,10 @@ def _simulate_program(program: StepProgram, *, first: bool) -> Outcome:
         source_seconds=program.source_seconds,
         tensor_bytes=program.tensor_bytes,
         transfer_sources=program.transfer_sources,
-        spans=tuple(table.first_sample() for table in kept) if first else (),
-        critical_path=path_facts(step.tables, pipeline_ranks=places) if first else {},
+        spans=tuple(table.first_sample() for group, table in zip(groups, step.tables, strict=True) if group.number == 0)
+        if first
+        else (),
+        critical_path=path_facts(step.tables, pipeline_ranks=places, whole=step.whole) if first else {},
         shared_links=len(program.contention.capacity_L) if program.contention else 0,
-        waits=waits(step.tables, [group.place for group in program.groups], collectives) if first else {},
+        waits=waits(waits_of_groups, [group.place for group in groups], collectives) if first else {},
     )

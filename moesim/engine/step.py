@@ -13,7 +13,7 @@ Legend: S routing samples, R ranks of a group, W ranks of the world, L overloade
 """
 
 from collections import defaultdict
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -33,6 +33,7 @@ from moesim.program.contention import TINY, samples_of
 from moesim.program.operations import Run
 from moesim.program.reductions import Reduction, last_arrivals
 from moesim.program.step_program import GroupProgram, Sent, SharedPart, StepProgram, collective_label, p2p_label
+from moesim.results.span_sums import GroupSums, LabelBook, PassingRecorder, SpanSums
 from moesim.results.spans import SpanRecorder, SpanTable, Stream
 from moesim.schedules import P2P
 
@@ -50,6 +51,20 @@ class StepOutcome:
     tables: tuple[SpanTable, ...]
     step_S: FloatArray
     late_gSR: tuple[FloatArray, ...] = ()
+
+
+class SummedStep(NamedTuple):
+    """What the spans of every group come to, and the duration of the step in every sample; `late_gSR` as there.
+
+    `tables`: the spans of sample 0, where they were asked for, in some groups those since the last action began;
+    `whole(which)` then gives all, of that group of every pipeline rank.
+    """
+
+    step_S: FloatArray
+    sums: tuple[GroupSums, ...]
+    late_gSR: tuple[FloatArray, ...]
+    tables: tuple[SpanTable, ...]
+    whole: Callable[[int], Sequence[SpanTable]] | None = None
 
 
 class Early(NamedTuple):
@@ -236,6 +251,7 @@ class _Step:
             for p2p in task.receives:
                 sent_SR, arrival_SR = yield self.p2ps[p2p, group.number]
                 arrived.append((p2p_label(p2p), sent_SR, arrival_SR))
+            executor.pass_on()
             executor.begin(arrived)
             yield from self._execute(group, executor, task.runs)
             executor.recorder.end_action(task.passes, task.micro_batches)
@@ -372,19 +388,69 @@ def simulate_step(program: StepProgram) -> StepOutcome:
     """Run one optimizer step; all samples advance in lockstep, or one after the other where groups slow each other."""
     labels = Labels()
     if program.contention is None:
-        return _simulate(program, labels)
-    outcomes = [_simulate(sample, labels) for sample in samples_of(program)]
+        return _simulate_whole(program, labels)
+    outcomes = [_simulate_whole(sample, labels) for sample in samples_of(program)]
     step_S = np.concatenate([outcome.step_S for outcome in outcomes])
     tables = (_side_by_side(tables, step_S) for tables in zip(*(outcome.tables for outcome in outcomes), strict=True))
     late_gSR = tuple(np.concatenate(late) for late in zip(*(outcome.late_gSR for outcome in outcomes), strict=True))
     return StepOutcome(tuple(tables), step_S, late_gSR)
 
 
-def _simulate(program: StepProgram, labels: Labels) -> StepOutcome:
+def sum_step(program: StepProgram, *, first: bool) -> SummedStep:
+    """Run one optimizer step for the sums of its spans; `first`: also for the spans of sample 0 and who waited in it.
+
+    Large steps never hold all of their spans (`StepProgram.passes_spans_on`): those of sample 0 and of groups with
+    number 0 are kept, and others are simulated again when they are asked for.
+    """
+    if not program.passes_spans_on:
+        step = simulate_step(program)
+        sums = [GroupSums.of(table, compiled=program.compiled, with_waits=first) for table in step.tables]
+        return SummedStep(step.step_S, tuple(sums), step.late_gSR, step.tables)
+    labels, recorders = Labels(), []
+    book = LabelBook(labels.all)
+    for group in program.groups:
+        ranks = len(group.ranks_R)
+        kept = SpanRecorder(rows=program.rows(group), samples=1, ranks=ranks) if first and group.number == 0 else None
+        sums_of_group = SpanSums(group.ranks_R, samples=program.samples, book=book, with_waits=first)
+        recorders.append(PassingRecorder(rows=program.rows_at_once(group), sums=sums_of_group, kept=kept))
+    step_S, late_gSR = _simulate(program, labels, recorders)
+    sums = [recorder.last(step_S) for recorder in recorders]
+    tables = tuple(
+        recorder.table(labels=labels.all(), ranks_R=group.ranks_R, step_S=step_S)
+        for recorder, group in zip(recorders, program.groups, strict=True)
+        if first
+    )
+    return SummedStep(step_S, tuple(sums), late_gSR, tables, lambda which: _again(program, which))
+
+
+def _again(program: StepProgram, which: int) -> tuple[SpanTable, ...]:
+    """All spans of sample 0 in group number `which` of each pipeline rank, but for collectives between groups."""
+    number = list(dict.fromkeys(group.number for group in program.groups))[which]
+    groups = tuple(group for group in program.groups if group.number == number)
+    alone = next(samples_of(replace(program, groups=groups, reductions=(), gathers=())))
+    return _simulate_whole(alone, Labels()).tables
+
+
+def _simulate_whole(program: StepProgram, labels: Labels) -> StepOutcome:
+    recorders = [
+        SpanRecorder(rows=program.rows(group), samples=program.samples, ranks=len(group.ranks_R))
+        for group in program.groups
+    ]
+    step_S, late_gSR = _simulate(program, labels, recorders)
+    tables = tuple(
+        recorder.table(labels=labels.all(), ranks_R=group.ranks_R, step_S=step_S)
+        for recorder, group in zip(recorders, program.groups, strict=True)
+    )
+    return StepOutcome(tables, step_S, late_gSR)
+
+
+def _simulate(
+    program: StepProgram, labels: Labels, recorders: Sequence[SpanRecorder]
+) -> tuple[FloatArray, tuple[FloatArray, ...]]:
+    """The step's duration and `StepOutcome.late_gSR`; the recorder of each group gets its spans."""
     step = _Step(program)
     executors, processes = [], []
-    for group in program.groups:
-        recorder = SpanRecorder(rows=program.rows(group), samples=program.samples, ranks=len(group.ranks_R))
+    for group, recorder in zip(program.groups, recorders, strict=True):
         executor = GroupExecutor(
             samples=program.samples,
             ranks=len(group.ranks_R),
@@ -405,13 +471,8 @@ def _simulate(program: StepProgram, labels: Labels) -> StepOutcome:
     step.env.run()
     assert all(process.processed for process in processes), "groups wait for each other"
     ends = [np.maximum(executor.done_SR, executor.reduced_SR).max(axis=1) for executor in executors]
-    step_S = np.max(ends, axis=0)
-    tables = tuple(
-        executor.recorder.table(labels=labels.all(), ranks_R=group.ranks_R, step_S=step_S)
-        for executor, group in zip(executors, program.groups, strict=True)
-    )
     late_gSR = tuple(executor.lateness.total_SR for executor in executors if executor.lateness is not None)
-    return StepOutcome(tables, step_S, late_gSR)
+    return np.asarray(np.max(ends, axis=0)), late_gSR
 
 
 def _side_by_side(tables: Sequence[SpanTable], step_S: FloatArray) -> SpanTable:

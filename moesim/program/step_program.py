@@ -170,14 +170,29 @@ class StepProgram:
     jitter: Jitter = NO_JITTER
     changes: Changes | None = None
 
+    @property
+    def passes_spans_on(self) -> bool:
+        """Whether the spans of an action never change once the next one has begun, and loops take them up."""
+        return self.compiled and self.host == FREE_HOST and self.contention is None and self.changes is None
+
     def rows(self, group: GroupProgram) -> int:
         """Most spans that a group can emit: every operation, a host stall before it unless the host is free, and where
         groups meet in no collective one of waiting for the slowest."""
         per_operation = 1 if self.host == FREE_HOST else 2
         p2ps = sum(len(task.receives) for task in group.tasks)
+        return per_operation * group.num_operations + p2ps + self._rows_of_meetings
+
+    def rows_at_once(self, group: GroupProgram) -> int:
+        """Most spans of one task, or of the last one and all that follows it, where the host is free."""
+        tasks = {(task.runs[0].block, task.runs[-1].block, len(task.runs)): task for task in group.tasks}.values()
+        most = max(sum(len(run.block.operations) for run in task.runs) for task in tasks)
+        p2ps = max(len(task.receives) for task in group.tasks)
+        return most + p2ps + len(group.optimizer.operations) + self._rows_of_meetings
+
+    @property
+    def _rows_of_meetings(self) -> int:
         # A reduction that begins early may outlast the tasks and then has a span for either part.
-        meetings = max(1, 2 * len(self.reductions)) + len(self.gathers)
-        return per_operation * group.num_operations + p2ps + meetings
+        return max(1, 2 * len(self.reductions)) + len(self.gathers)
 
 
 def p2p_label(p2p: P2P) -> Label:

@@ -25,10 +25,8 @@ ROUND_OFF = 1e-9  # share of the step: differences of sums that are less below z
 class _Coverage:
     """Time covered by a stream or by one of higher priority (`higher`; None for the first)."""
 
-    def __init__(
-        self, start_NQ: FloatArray, finish_NQ: FloatArray, higher: "_Coverage | None" = None, *, compiled: bool
-    ) -> None:
-        self.start_NQ, self.finish_NQ, self.higher, self.compiled = start_NQ, finish_NQ, higher, compiled
+    def __init__(self, start_NQ: FloatArray, finish_NQ: FloatArray, higher: "_Coverage | None" = None) -> None:
+        self.start_NQ, self.finish_NQ, self.higher = start_NQ, finish_NQ, higher
         self.exposed_NQ = finish_NQ - start_NQ
         self._higher_NQ: FloatArray | None = None
         if higher is not None:
@@ -41,15 +39,6 @@ class _Coverage:
         higher_MQ = self.higher.until(time_MQ) if self.higher is not None else None
         covered_MQ = np.zeros_like(time_MQ) if higher_MQ is None else higher_MQ.copy()
         if not len(self.start_NQ):
-            return covered_MQ
-        if self.compiled:
-            from moesim.results.attribution_loops import add_covered
-
-            higher_NQ = self.exposed_NQ if self._higher_NQ is None else self._higher_NQ
-            add_covered(
-                covered_MQ, np.ascontiguousarray(time_MQ), self.start_NQ, self.finish_NQ, self.before_NQ,
-                self.exposed_NQ, higher_NQ, self.higher is not None,
-            )  # fmt: skip
             return covered_MQ
         for q in range(time_MQ.shape[1]):
             covered_MQ[:, q] += self._column(q, time_MQ[:, q], None if higher_MQ is None else higher_MQ[:, q])
@@ -97,26 +86,26 @@ def _ranks_are_alike(table: SpanTable) -> bool:
     return True
 
 
-def attribute(table: SpanTable, *, compiled: bool = False) -> FloatArray:
+def attribute(table: SpanTable) -> FloatArray:
     """Seconds per category, sample and rank: [C, S, R]; over C they add up to the step time of the sample.
 
     Compute is counted whole. Spans of other streams count where no higher stream runs: their last `own` seconds as
     their category, what lies before as `imbalance_wait`. What no span covers is `bubble`, measured as the gaps of the
-    compute stream less the other streams in them, so that the sum is a check and not a definition. `compiled`: in a
-    loop compiled by numba, which pays for loading it in large steps. Where all ranks are at the same times in every
-    sample, two stand for all (of a single column numpy would add up the rows in another order).
+    compute stream less the other streams in them, so that the sum is a check and not a definition. Where all ranks are
+    at the same times in every sample, two stand for all (of a single column numpy would add up the rows in another
+    order). Large steps take `moesim.results.span_sums` instead, which needs numba and no table.
     """
     _, samples, ranks = table.start_NSR.shape
     if ranks > 2 and _ranks_are_alike(table):
         two = replace(table, **{name: getattr(table, name)[:, :, :2] for name in TIMES})
-        return attribute(two, compiled=compiled)[:, :, :1].repeat(ranks, axis=2)
+        return attribute(two)[:, :, :1].repeat(ranks, axis=2)
     seconds_CQ = np.zeros((len(CATEGORIES), samples * ranks))
     category_L = np.array([CATEGORIES.index(label.category) for label in table.labels], dtype=np.intp)
 
     compute_N, begin_NQ, end_NQ = _stream_intervals(table, Stream.COMPUTE)
     _add_by_category(seconds_CQ, category_L[table.label_N[compute_N]], end_NQ - begin_NQ)
     begin_NQ, end_NQ = _joined(begin_NQ, end_NQ)
-    covered = _Coverage(begin_NQ, end_NQ, compiled=compiled)
+    covered = _Coverage(begin_NQ, end_NQ)
     for stream in (Stream.COMMUNICATION, Stream.REDUCTION, Stream.PIPELINE, Stream.HOST):
         rows_N, start_NQ, finish_NQ = _stream_intervals(table, stream)
         if not len(rows_N):
@@ -125,11 +114,16 @@ def attribute(table: SpanTable, *, compiled: bool = False) -> FloatArray:
         middle_NQ = finish_NQ - own_NQ
         exposed_own_NQ = own_NQ - (covered.until(finish_NQ) - covered.until(middle_NQ))
         _add_by_category(seconds_CQ, category_L[table.label_N[rows_N]], exposed_own_NQ)
-        covered = _Coverage(start_NQ, finish_NQ, covered, compiled=compiled)
+        covered = _Coverage(start_NQ, finish_NQ, covered)
         seconds_CQ[CATEGORIES.index("imbalance_wait")] += (covered.exposed_NQ - exposed_own_NQ).sum(axis=0)
     seconds_CQ[CATEGORIES.index("bubble")] += _idle(table, begin_NQ, end_NQ, covered)
-    seconds_CQ[(seconds_CQ < 0) & (seconds_CQ > -ROUND_OFF * table.step_S.max())] = 0.0
-    return seconds_CQ.reshape(len(CATEGORIES), samples, ranks)
+    return without_round_off(seconds_CQ.reshape(len(CATEGORIES), samples, ranks), table.step_S)
+
+
+def without_round_off(seconds_CSR: FloatArray, step_S: FloatArray) -> FloatArray:
+    """With 0 for differences of sums that are that little below it."""
+    seconds_CSR[(seconds_CSR < 0) & (seconds_CSR > -ROUND_OFF * step_S.max())] = 0.0
+    return seconds_CSR
 
 
 def waited_for(table: SpanTable) -> FloatArray:
@@ -143,14 +137,14 @@ def waited_for(table: SpanTable) -> FloatArray:
     ranks = first.start_NSR.shape[2]
     waits_RR = np.zeros((ranks, ranks + 1))
     _, begin_NR, end_NR = _stream_intervals(first, Stream.COMPUTE)
-    covered = _Coverage(*_joined(begin_NR, end_NR), compiled=False)
+    covered = _Coverage(*_joined(begin_NR, end_NR))
     for stream in (Stream.COMMUNICATION, Stream.REDUCTION, Stream.PIPELINE, Stream.HOST):
         rows_N, start_NR, finish_NR = _stream_intervals(first, stream)
         if not len(rows_N):
             continue
         own_NR = np.minimum(first.own_NSR[rows_N].reshape(start_NR.shape).astype(np.float64), finish_NR - start_NR)
         own_exposed_NR = own_NR - (covered.until(finish_NR) - covered.until(finish_NR - own_NR))
-        covered = _Coverage(start_NR, finish_NR, covered, compiled=False)
+        covered = _Coverage(start_NR, finish_NR, covered)
         wait_NR = covered.exposed_NQ - own_exposed_NR
         together = stream in (Stream.COMMUNICATION, Stream.REDUCTION)
         last_N = start_NR.argmax(axis=1)
@@ -175,7 +169,7 @@ def overlapped_transfer(table: SpanTable) -> dict[str, FloatArray]:
     """Seconds [S, R] of every category of transfers that ran behind compute."""
     _, begin_NQ, end_NQ = _stream_intervals(table, Stream.COMPUTE)
     shape = table.start_NSR.shape[1:]
-    compute = _Coverage(begin_NQ, end_NQ, compiled=False)
+    compute = _Coverage(begin_NQ, end_NQ)
     hidden: dict[str, FloatArray] = {}
     for stream in (Stream.COMMUNICATION, Stream.REDUCTION, Stream.BACKGROUND):
         rows_N, start_NQ, finish_NQ = _stream_intervals(table, stream)

@@ -17,19 +17,22 @@ others wait for it. Legend: N spans with a duration, R ranks of a group, S routi
 
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moesim.errors import InternalError
-from moesim.results.spans import CATEGORIES, SpanTable, Stream
+from moesim.results.spans import CATEGORIES, ActionRows, SpanTable, Stream
 from moesim.scenario import Scenario
 from moesim.scenario.stage_split import stages_of_ranks
 
 TOLERANCE = 1e-9  # seconds; spans that follow each other share the bits of that instant
 ROUND_OFF = 1e-14  # the same as a share of the step, for steps of days
+
+
+Whole = Callable[[int], Sequence[SpanTable]]
 
 
 class PathPiece(NamedTuple):
@@ -55,6 +58,7 @@ class _GroupSpans:
     def __init__(self, table: SpanTable, sample: int, tolerance: float) -> None:
         self.tolerance = tolerance
         self.start_NR, self.finish_NR = table.start_NSR[:, sample], table.finish_NSR[:, sample]
+        self.since_R = np.zeros(self.start_NR.shape[1]) if table.since_R is None else table.since_R
         waited_for = [stream for stream in Stream if stream is not Stream.BACKGROUND]  # computation first
         self.streams: list[list[int]] = [table.rows(stream).tolist() for stream in waited_for]
 
@@ -64,10 +68,10 @@ class _GroupSpans:
         return bisect_right(rows, time + self.tolerance, key=ends_N.__getitem__)
 
     def computed_until(self, place: int, time: float) -> float:
-        """End of the last computation that ended by `time`; 0 without one."""
+        """End of the last computation that ended by `time`; without one when the rows begin."""
         rows = self.streams[Stream.COMPUTE]
         count = self._until(rows, place, time)
-        return float(self.finish_NR[rows[count - 1], place]) if count else 0.0
+        return float(self.finish_NR[rows[count - 1], place] if count else self.since_R[place])
 
     def ending_at(self, place: int, time: float) -> int | None:
         """The row that ends at `time`; a computation, where several do."""
@@ -88,8 +92,8 @@ class _GroupSpans:
         return None
 
     def ended_before(self, place: int, time: float) -> float:
-        """When the last span before `time` ended; 0 without one."""
-        ends = [0.0]
+        """When the last span before `time` ended; without one when the rows begin."""
+        ends = [float(self.since_R[place])]
         for rows in self.streams:
             index = self._until(rows, place, time - 2 * self.tolerance) - 1
             if index >= 0:
@@ -100,12 +104,12 @@ class _GroupSpans:
 class _Walk:
     """The spans of all groups in one sample, and the steps of the walk."""
 
-    def __init__(self, tables: Sequence[SpanTable], pipeline_ranks: Sequence[int], sample: int) -> None:
-        self.tables, self.pipeline_ranks, self.sample = tables, pipeline_ranks, sample
+    def __init__(
+        self, tables: Sequence[SpanTable], pipeline_ranks: Sequence[int], sample: int, whole: Whole | None
+    ) -> None:
+        self.tables, self.pipeline_ranks, self.sample, self._whole = list(tables), pipeline_ranks, sample, whole
         self.tolerance = max(TOLERANCE, ROUND_OFF * float(tables[0].step_S[sample]))
         self.spans = [_GroupSpans(table, sample, self.tolerance) for table in tables]
-        # Every step goes back over a span or a bubble before one, or to another rank at the same time.
-        self.most_steps = 4 * sum(table.start_NSR[:, sample].size for table in tables) + 4
         seen: defaultdict[int, int] = defaultdict(int)
         self.number = []  # of a group among those of its pipeline rank
         for pipeline_rank in pipeline_ranks:
@@ -120,12 +124,19 @@ class _Walk:
         place = int(ends[table].argmax())
         return _Spot(table, place, float(ends[table][place]))
 
+    @property
+    def most_steps(self) -> int:
+        """Every step goes back over a span or a bubble before one, or to another rank at the same time."""
+        return 4 * sum(table.start_NSR[:, self.sample].size for table in self.tables) + 4
+
     def pieces(self) -> Iterator[PathPiece]:
         """The path from its end to 0."""
-        spot = self.last()
-        for _ in range(self.most_steps):
+        spot, steps = self.last(), 0
+        while steps < self.most_steps:
+            steps += 1
             if spot.time <= self.tolerance:
                 return
+            self._complete(spot)
             category, following = self._back(spot)
             assert following.time < spot.time or following[:2] != spot[:2], "the walk goes back"
             if following.time < spot.time:
@@ -133,6 +144,20 @@ class _Walk:
                 yield PathPiece(category, following.time, spot.time, spot.table, rank)
             spot = following
         raise InternalError("the critical path does not come to its beginning")
+
+    def _complete(self, spot: _Spot) -> None:
+        """Get the rows before a spot, where they are left out, for all groups with its number: from there the path
+        stays among them, because others are met behind the last action alone.
+        """
+        table = self.tables[spot.table]
+        if table.since_R is None or spot.time > table.since_R[spot.place] + self.tolerance:
+            return
+        assert self._whole is not None, "somebody has the rows that are left out"
+        number = self.number[spot.table]
+        chosen = [index for index, other in enumerate(self.number) if other == number]
+        for index, whole in zip(chosen, self._whole(number), strict=True):
+            self.tables[index] = whole
+            self.spans[index] = _GroupSpans(whole, self.sample, self.tolerance)
 
     def _back(self, spot: _Spot) -> tuple[str, _Spot]:
         spans, table = self.spans[spot.table], self.tables[spot.table]
@@ -185,14 +210,15 @@ class _Walk:
 
 
 def critical_path(
-    tables: Sequence[SpanTable], *, pipeline_ranks: Sequence[int], sample: int = 0
+    tables: Sequence[SpanTable], *, pipeline_ranks: Sequence[int], sample: int = 0, whole: Whole | None = None
 ) -> tuple[PathPiece, ...]:
-    """The critical path of one sample, last piece first.
+    """The critical path of one sample, last piece first. `whole`: gives the tables of group number so and so of every
+    pipeline rank, where those at hand begin at `since_R`.
 
     `tables` hold every expert group; `pipeline_ranks` says on which pipeline rank each of them is, and groups of one
     pipeline rank come in the order of their numbers.
     """
-    return tuple(_Walk(tables, pipeline_ranks, sample).pieces())
+    return tuple(_Walk(tables, pipeline_ranks, sample, whole).pieces())
 
 
 def path_seconds(pieces: Sequence[PathPiece]) -> dict[str, float]:
@@ -203,9 +229,11 @@ def path_seconds(pieces: Sequence[PathPiece]) -> dict[str, float]:
     return seconds
 
 
-def path_facts(tables: Sequence[SpanTable], *, pipeline_ranks: Sequence[int]) -> dict[str, Any]:
+def path_facts(
+    tables: Sequence[SpanTable], *, pipeline_ranks: Sequence[int], whole: Whole | None = None
+) -> dict[str, Any]:
     """The critical path of sample 0 as plain values: seconds by category and by rank."""
-    pieces = critical_path(tables, pipeline_ranks=pipeline_ranks)
+    pieces = critical_path(tables, pipeline_ranks=pipeline_ranks, whole=whole)
     by_rank: defaultdict[int, float] = defaultdict(float)
     for piece in pieces:
         by_rank[piece.rank] += piece.finish - piece.start
@@ -226,11 +254,19 @@ def action_seconds(table: SpanTable) -> FloatArray:
     """Seconds [S, R] from the first to the last span of each action, summed: waiting for p2p sends is not in it."""
     total_SR = np.zeros(table.start_NSR.shape[1:])
     for action in table.actions:
-        own_N = np.flatnonzero(table.micro_batch_N[action.first : action.last] >= 0)
-        if len(own_N):
-            rows = slice(action.first + own_N[0], action.last)
-            total_SR += table.finish_NSR[rows].max(axis=0) - table.start_NSR[rows].min(axis=0)
+        total_SR += seconds_of_action(action, table.micro_batch_N, table.start_NSR, table.finish_NSR)
     return total_SR
+
+
+def seconds_of_action(
+    action: ActionRows, micro_batch_N: NDArray[np.int32], start_NSR: FloatArray, finish_NSR: FloatArray
+) -> FloatArray:
+    """The same of one action, whose numbers of rows are those of the arrays."""
+    own_N = np.flatnonzero(micro_batch_N[action.first : action.last] >= 0)
+    if not len(own_N):
+        return np.zeros(start_NSR.shape[1:])
+    rows = slice(action.first + own_N[0], action.last)
+    return np.asarray(finish_NSR[rows].max(axis=0) - start_NSR[rows].min(axis=0))
 
 
 def stage_facts(scenario: Scenario, busy_P: FloatArray) -> dict[str, Any]:

@@ -4,15 +4,15 @@ Legend: S routing samples, W ranks of the world, C categories, R ranks of a grou
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moesim.parallel.memory import MemoryReport
 from moesim.results.metrics import SECONDS_PER_HOUR
-from moesim.results.spans import SpanTable, Stream
+from moesim.results.spans import Label, SpanTable, Stream
 from moesim.scenario import Scenario
 from moesim.scenario.mixed import pools_of_ranks, rank_counts
 
@@ -57,19 +57,51 @@ def pool_facts(
     return facts
 
 
-def waits(tables: Sequence[SpanTable], places: Sequence[tuple[int, int]], collectives: Sequence[Collective]) -> Waits:
+class GroupWaits(NamedTuple):
+    """Seconds of sample 0 that the ranks of a group waited: in transfers [for whom, who] by place in the group; by
+    pipeline rank for its p2p sends; and by the name of a collective when each came to it, and how long then.
+    """
+
+    ranks_R: NDArray[np.int64]
+    transfers_RR: FloatArray
+    p2p_R: dict[int, FloatArray]
+    collectives: dict[str, tuple[FloatArray, FloatArray]]
+
+    def add_p2p(self, sender: int, seconds_R: FloatArray) -> None:
+        """Seconds waited for a pipeline rank."""
+        self.p2p_R[sender] = self.p2p_R[sender] + seconds_R if sender in self.p2p_R else seconds_R
+
+
+def group_waits(table: SpanTable) -> GroupWaits:
+    """Those of a whole table. What a rank waits in a transfer counts whether or not it computes beside it."""
+    found = GroupWaits(table.ranks_R, _transfer_waits(table), {}, {})
+    done_NR = np.maximum.accumulate(table.finish_NSR[:, 0], axis=0)
+    for row in table.rows(Stream.PIPELINE).tolist():
+        # Before a p2p send's span a rank stood idle from the end of what it did before.
+        wait_R = table.finish_NSR[row, 0] - (done_NR[row - 1] if row else 0.0)
+        found.add_p2p(table.labels[table.label_N[row]].sender, np.where(wait_R > ROUND_OFF, wait_R, 0.0))
+    spans = table.start_NSR, table.finish_NSR, table.own_NSR
+    for name, begin_R, wait_R in collective_waits(
+        table.labels, table.label_N, *spans, done_R=np.zeros(len(table.ranks_R))
+    ):
+        found.collectives[name] = begin_R, wait_R
+    return found
+
+
+def waits(groups: Sequence[GroupWaits], places: Sequence[tuple[int, int]], collectives: Sequence[Collective]) -> Waits:
     """Seconds that ranks waited for others in sample 0, by (who waits, for whom).
 
     In a transfer or a collective the last one to come is waited for; at a p2p send the neighbour in the pipeline.
-    `places`: pipeline rank and number of the group of every table. Of groups that do the same one stands for all. What
-    a rank waits in a transfer counts whether or not it computes beside it.
+    `places`: pipeline rank and number of every group. Of groups that do the same one stands for all.
     """
     found: Seconds = defaultdict(float)
-    neighbours = {place: table.ranks_R for place, table in zip(places, tables, strict=True)}
-    for table, (_, number) in zip(tables, places, strict=True):
-        _add_transfers(found, table)
-        _add_p2p(found, table, {rank: ranks for (rank, other), ranks in neighbours.items() if other == number})
-    _add_collectives(found, tables, collectives)
+    ranks_of = {place: group.ranks_R for place, group in zip(places, groups, strict=True)}
+    for group, (_, number) in zip(groups, places, strict=True):
+        whom, who = np.nonzero(group.transfers_RR > 0)
+        _add(found, group.ranks_R[who], group.ranks_R[whom], group.transfers_RR[whom, who])
+        for sender, seconds_R in group.p2p_R.items():
+            _add(found, group.ranks_R, ranks_of[sender, number], seconds_R)
+    _add_collectives(found, groups, collectives)
     return dict(found)
 
 
@@ -79,10 +111,8 @@ def _add(found: Seconds, ranks_R: NDArray[np.int64], whom_R: NDArray[np.int64], 
             found[rank, whom] += seconds
 
 
-def _add_transfers(found: Seconds, table: SpanTable) -> None:
+def _transfer_waits(table: SpanTable) -> FloatArray:
     rows_N = table.rows(Stream.COMMUNICATION)
-    if not len(rows_N):
-        return
     start_NR = table.start_NSR[rows_N, 0]
     wait_NR = table.finish_NSR[rows_N, 0] - start_NR - table.own_NSR[rows_N, 0]
     seconds_RR = np.zeros((start_NR.shape[1],) * 2)
@@ -97,9 +127,8 @@ def _add_transfers(found: Seconds, table: SpanTable) -> None:
             last_N = at_R[start_NM.argmax(axis=1)]
             earlier_NM = start_NM < start_NM.max(axis=1, keepdims=True)  # others wait for chance alone
             wait_NM = np.where(earlier_NM, wait_NR[np.ix_(chosen_N, at_R)], 0.0)
-            np.add.at(seconds_RR.T, last_N, _columns(wait_NM, at_R, len(seconds_RR)))
-    whom, who = np.nonzero(seconds_RR.T > 0)
-    _add(found, table.ranks_R[who], table.ranks_R[whom], seconds_RR[who, whom])
+            np.add.at(seconds_RR, last_N, _columns(wait_NM, at_R, len(seconds_RR)))
+    return seconds_RR
 
 
 def _columns(wait_NM: FloatArray, at_R: NDArray[np.intp], ranks: int) -> FloatArray:
@@ -109,29 +138,34 @@ def _columns(wait_NM: FloatArray, at_R: NDArray[np.intp], ranks: int) -> FloatAr
     return kept_NR
 
 
-def _add_p2p(found: Seconds, table: SpanTable, ranks_of: Mapping[int, NDArray[np.int64]]) -> None:
-    rows_N = table.rows(Stream.PIPELINE)
+def collective_waits(
+    labels: Sequence[Label],
+    label_N: NDArray[np.int32],
+    start_NSR: FloatArray,
+    finish_NSR: FloatArray,
+    own_NSR: NDArray[np.float32],
+    *,
+    done_R: FloatArray,
+) -> Iterator[tuple[str, FloatArray, FloatArray]]:
+    """Of every collective among the rows its name, when ranks came to it and how long they then waited in sample 0.
+
+    A rank waits from when it has nothing else to do; `done_R`: the end of what lies before the rows.
+    """
+    streams_L = np.array([label.stream for label in labels])
+    rows_N = np.flatnonzero(streams_L[label_N] == Stream.REDUCTION)
     if not len(rows_N):
         return
-    # Before a p2p send's span a rank stood idle from the end of what it did before.
-    done_NR = np.maximum.accumulate(table.finish_NSR[:, 0], axis=0)
+    done_NR = np.maximum(np.maximum.accumulate(finish_NSR[:, 0], axis=0), done_R)
     for row in rows_N.tolist():
-        source = table.labels[table.label_N[row]].sender
-        before_R = done_NR[row - 1] if row else np.zeros_like(done_NR[0])
-        _add(found, table.ranks_R, ranks_of[source], table.finish_NSR[row, 0] - before_R)
+        begin_R = np.maximum(start_NSR[row, 0], done_NR[row - 1] if row else done_R)
+        yield labels[label_N[row]].name, begin_R, finish_NSR[row, 0] - own_NSR[row, 0] - begin_R
 
 
-def _add_collectives(found: Seconds, tables: Sequence[SpanTable], collectives: Sequence[Collective]) -> None:
-    """A rank waits from when it has nothing else to do."""
-    ready: dict[tuple[str, int], tuple[float, float]] = {}  # and how long it waits
-    for table in tables:
-        rows_N = table.rows(Stream.REDUCTION)
-        done_NR = np.maximum.accumulate(table.finish_NSR[:, 0], axis=0)
-        for row in rows_N.tolist():
-            begin_R = np.maximum(table.start_NSR[row, 0], done_NR[row - 1] if row else 0.0)
-            wait_R = table.finish_NSR[row, 0] - table.own_NSR[row, 0] - begin_R
-            name = table.labels[table.label_N[row]].name
-            for rank, begin, wait in zip(table.ranks_R.tolist(), begin_R.tolist(), wait_R.tolist(), strict=True):
+def _add_collectives(found: Seconds, groups: Sequence[GroupWaits], collectives: Sequence[Collective]) -> None:
+    ready: dict[tuple[str, int], tuple[float, float]] = {}  # when a rank came, and how long it waited
+    for group in groups:
+        for name, (begin_R, wait_R) in group.collectives.items():
+            for rank, begin, wait in zip(group.ranks_R.tolist(), begin_R.tolist(), wait_R.tolist(), strict=True):
                 ready[name, rank] = begin, wait
     for name, members in collectives:
         for ranks in members:

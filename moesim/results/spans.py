@@ -151,6 +151,7 @@ class SpanTable:
     `label_N` indexes `labels`; `own_NSR` is the part of a transfer after its last needed peer arrived, and the whole
     duration of a compute span. Times are seconds from the start of the step. `actions` cut the rows into what the
     pipeline schedule did one after the other; behind the last come collectives and the optimizer.
+    `since_R`: where rows that ended by then are left out.
     """
 
     labels: tuple[Label, ...]
@@ -162,9 +163,12 @@ class SpanTable:
     own_NSR: NDArray[np.float32]
     step_S: FloatArray
     actions: tuple[ActionRows, ...] = ()
+    since_R: FloatArray | None = None
 
     def first_sample(self) -> "SpanTable":
         """The spans of sample 0 alone, in memory of their own."""
+        if len(self.step_S) == 1:
+            return self
         return replace(
             self,
             start_NSR=self.start_NSR[:, :1].copy(),
@@ -191,6 +195,10 @@ class SpanRecorder:
         self.count = 0
         self.actions: list[ActionRows] = []
 
+    def pass_on(self) -> bool:
+        """Called when an action ends and the next has not begun: whether the rows so far are gone."""
+        return False
+
     def end_action(self, passes: tuple[str, ...], micro_batches: tuple[int, ...]) -> None:
         """The rows since the last action ended belong to this one."""
         first = self.actions[-1].last if self.actions else 0
@@ -215,6 +223,18 @@ class SpanRecorder:
         self.micro_batch_N[rows] = micro_batch
         self.count = rows.stop
         return rows
+
+    def append(self, other: "SpanRecorder") -> None:
+        """The rows of another recorder behind these, its sample 0 alone."""
+        rows, n = slice(self.count, self.count + other.count), other.count
+        for name in ("label_N", "micro_batch_N"):
+            getattr(self, name)[rows] = getattr(other, name)[:n]
+        for name in ("start_NSR", "finish_NSR", "own_NSR"):
+            getattr(self, name)[rows] = getattr(other, name)[:n, :1]
+        self.actions += [
+            action._replace(first=self.count + action.first, last=self.count + action.last) for action in other.actions
+        ]
+        self.count = rows.stop
 
     def table(self, *, labels: tuple[Label, ...], ranks_R: NDArray[np.int64], step_S: FloatArray) -> SpanTable:
         """The finished table (views of the rows that were filled)."""

@@ -19,7 +19,8 @@ from moesim.kernels import kernel_model
 from moesim.network import build_fabric
 from moesim.parallel import TrafficSampler
 from moesim.program import build_program
-from moesim.results import CATEGORIES, attribute
+from moesim.results import CATEGORIES
+from moesim.results.span_sums import GroupSums
 from moesim.run import obtain_trace
 from moesim.scenario import load_scenario
 from moesim.seeding import stream
@@ -53,9 +54,8 @@ def main(path: str, changes: list[str]) -> dict[str, Any]:
 
     program = timed("build", build)
     tables = timed("simulate", lambda: simulate_step(program).tables)
-    parts_CSR = timed(
-        "attribute", lambda: np.concatenate([attribute(table, compiled=program.compiled) for table in tables], axis=2)
-    )
+    sums = timed("attribute", lambda: [GroupSums.of(table, compiled=True, with_waits=False) for table in tables])
+    parts_CSR = np.concatenate([each.attribution_CSR for each in sums], axis=2)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     rank_spans = sum(table.start_NSR.size for table in tables)
     tables = ()

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 
 from moesim.engine import segments, simulate_step
+from moesim.engine.step import sum_step
 from moesim.kernels import kernel_model
 from moesim.network import build_fabric
 from moesim.parallel import TrafficSampler
 from moesim.program import build_program
 from moesim.program.operations import Block
-from moesim.results import attribute
+from moesim.results.critical_path import path_facts
+from moesim.results.span_sums import GroupSums
 from moesim.run import obtain_trace
 from moesim.scenario import Scenario
 from moesim.seeding import stream
@@ -32,7 +34,8 @@ def step_of(scenario: Scenario, *, compiled: bool) -> tuple[list[np.ndarray], np
     )
     assert program.compiled == compiled
     tables = simulate_step(program).tables
-    return [table.finish_NSR for table in tables], np.stack([attribute(table, compiled=compiled) for table in tables])
+    sums = [GroupSums.of(table, compiled=compiled, with_waits=False) for table in tables]
+    return [table.finish_NSR for table in tables], np.stack([each.attribution_CSR for each in sums])
 
 
 @pytest.mark.parametrize(
@@ -115,6 +118,65 @@ def test_ranks_that_are_alike_are_walked_once(small, changes, monkeypatch: pytes
     for here, there in zip(short, full, strict=True):
         np.testing.assert_array_equal(here, there)
     np.testing.assert_array_equal(short_parts, full_parts)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"implementation.kind": "fused", "cluster.nodes": 2, "parallelism": {"data": 8, "expert": 4}},
+        {"dispatch.algorithm": "low_latency", "dispatch.deduplicate": "per_expert"},
+        {"parallelism": {"data": 1, "tensor": 4, "expert": 2}, "dispatch.sm_share": 0.15},
+        DUALPIPE,
+        {**DUALPIPE, **UNIFORM, "cluster.nodes": 4, "parallelism": {**DUALPIPE["parallelism"], "data": 8},
+         "workload.global_batch": 64},
+        {"cluster.nodes": 2, "parallelism": {"data": 4, "expert": 4, "pipeline": 2, "schedule": {"kind": "1f1b"}}},
+    ],
+)  # fmt: skip
+def test_spans_that_go_leave_the_same_sums(small, changes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As spans that are all kept: the attribution, who waited for whom, and the critical path of every sample."""
+    monkeypatch.setattr("moesim.program.build.pays_for_compiled_loops", lambda *_, **__: True)
+    scenario = small(changes)
+    sampler = TrafficSampler(scenario, obtain_trace(scenario))
+    drawn = [sampler.draw(stream(0, "test", number)) for number in range(2)]
+    for samples in (drawn, [drawn[1], drawn[0].balanced()], [drawn[0].balanced()]):
+        program = build_program(
+            scenario,
+            fabric=build_fabric(scenario.cluster),
+            kernels=kernel_model(scenario.cluster.pools[0].spec, "h200"),
+            samples=samples,
+            equal_groups=True,
+        )
+        assert program.passes_spans_on
+        whole, summed = simulate_step(program), sum_step(program, first=True)
+        np.testing.assert_array_equal(summed.step_S, whole.step_S)
+        for table, sums in zip(whole.tables, summed.sums, strict=True):
+            expected = GroupSums.of(table, compiled=False, with_waits=True)
+            for name in ("attribution_CSR", "compute_SR", "busy_SR"):
+                np.testing.assert_allclose(getattr(sums, name), getattr(expected, name), atol=1e-12)
+            np.testing.assert_array_equal(sums.waits.transfers_RR, expected.waits.transfers_RR)
+            assert sums.waits.p2p_R.keys() == {key for key, s_R in expected.waits.p2p_R.items() if s_R.any()}
+            for key, seconds_R in sums.waits.p2p_R.items():
+                np.testing.assert_array_equal(seconds_R, expected.waits.p2p_R[key])
+            assert sums.waits.collectives.keys() == expected.waits.collectives.keys()
+            for key, times in sums.waits.collectives.items():
+                np.testing.assert_array_equal(times, expected.waits.collectives[key])
+        places = [group.pipeline_rank for group in program.groups]
+        found = path_facts(summed.tables, pipeline_ranks=places, whole=summed.whole)
+        expected_path = path_facts(whole.tables, pipeline_ranks=places)
+        assert found["last_rank"] == expected_path["last_rank"]
+        assert found["seconds"] == pytest.approx(expected_path["seconds"], abs=1e-12)
+        assert found["seconds_by_rank"] == pytest.approx(expected_path["seconds_by_rank"], abs=1e-12)
+        for group, table, other in zip(program.groups, summed.tables, whole.tables, strict=True):
+            assert summed.whole is not None
+            assert table.since_R is None or group.number > 0
+            if group.number == 0:
+                np.testing.assert_array_equal(table.finish_NSR, other.finish_NSR[:, :1])
+                assert table.actions == other.actions
+        for which in range(places.count(0)):  # what is simulated again is what it was, until groups meet
+            again, kept = summed.whole(which), whole.tables[which :: places.count(0)]
+            for table, other in zip(again, kept, strict=True):
+                until = other.actions[-1].last
+                np.testing.assert_allclose(table.finish_NSR[:until], other.finish_NSR[:until, :1], rtol=1e-12)
 
 
 def test_small_groups_do_without_numba() -> None:

@@ -1,0 +1,178 @@
+"""What the spans of a rank group come to, without keeping them: of a large step they would fill gigabytes.
+
+Actions follow each other: no span of an action begins before the last one of the action before ended, so that sums over
+actions are sums over the step. A rank group passes each action's spans on when the next begins, and keeps the last, in
+whose time collectives between groups may begin.
+
+Legend: N spans at hand, S routing samples, R ranks of the group, C categories, L labels, P pipeline ranks.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.results.attribution import attribute, without_round_off
+from moesim.results.critical_path import action_seconds, seconds_of_action
+from moesim.results.pools import ROUND_OFF, GroupWaits, collective_waits, group_waits
+from moesim.results.spans import CATEGORIES, Label, SpanRecorder, SpanTable, Stream
+
+FloatArray = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupSums:
+    """Seconds of a rank group: by category, computing, and from the first to the last span of each action; `waits` of
+    sample 0, where they are asked for.
+    """
+
+    attribution_CSR: FloatArray
+    compute_SR: FloatArray
+    busy_SR: FloatArray
+    waits: GroupWaits | None
+
+    @classmethod
+    def of(cls, table: SpanTable, *, compiled: bool, with_waits: bool) -> "GroupSums":
+        """Those of a whole table; `compiled`: by loops compiled by numba."""
+        if compiled:
+            book = LabelBook(lambda: table.labels)
+            sums = SpanSums(table.ranks_R, samples=len(table.step_S), book=book, with_waits=with_waits)
+            sums.take(table.label_N, table.start_NSR, table.finish_NSR, table.own_NSR, until_S=table.step_S)
+            sums.busy_SR[:] = action_seconds(table)
+            return sums.all(table.step_S)
+        rows_N = table.rows(Stream.COMPUTE)
+        return cls(
+            attribution_CSR=attribute(table),
+            compute_SR=(table.finish_NSR[rows_N] - table.start_NSR[rows_N]).sum(axis=0),
+            busy_SR=action_seconds(table),
+            waits=group_waits(table) if with_waits else None,
+        )
+
+
+class LabelFacts(NamedTuple):
+    """What the loops ask of labels, by number: `set_LR` is the set of every rank in a transfer."""
+
+    stream_L: NDArray[np.int64]
+    category_L: NDArray[np.int64]
+    sender_L: NDArray[np.int64]
+    set_LR: NDArray[np.int64]
+
+
+class LabelBook:
+    """Facts of the labels seen so far, for all groups; new labels keep coming."""
+
+    def __init__(self, labels: Callable[[], Sequence[Label]]) -> None:
+        """`labels()`: all by number."""
+        self._labels, self._facts = labels, dict[int, LabelFacts]()
+
+    @property
+    def labels(self) -> Sequence[Label]:
+        """All by number."""
+        return self._labels()
+
+    def facts(self, ranks: int) -> LabelFacts:
+        """Their facts in a group of so many ranks."""
+        labels, known = self._labels(), self._facts.get(ranks)
+        if known is None or len(known.stream_L) < len(labels):
+            known = self._facts[ranks] = LabelFacts(
+                np.array([label.stream for label in labels], dtype=np.int64),
+                np.array([CATEGORIES.index(label.category) for label in labels], dtype=np.int64),
+                np.array([label.sender for label in labels], dtype=np.int64),
+                np.array([label.peers or (0,) * ranks for label in labels], dtype=np.int64).reshape(-1, ranks),
+            )
+        return known
+
+
+class SpanSums:
+    """Adds spans up, some rows after the other."""
+
+    def __init__(self, ranks_R: NDArray[np.int64], *, samples: int, book: LabelBook, with_waits: bool) -> None:
+        ranks = len(ranks_R)
+        self._book = book
+        self._seconds_CSR = np.zeros((len(CATEGORIES), samples, ranks))
+        self._compute_SR, self.busy_SR = np.zeros((samples, ranks)), np.zeros((samples, ranks))
+        self.since_SR = np.zeros((samples, ranks))  # the end of all spans so far
+        self._waits = GroupWaits(ranks_R, np.zeros((ranks, ranks)), {}, {}) if with_waits else None
+
+    def take(
+        self,
+        label_N: NDArray[np.int32],
+        start_NSR: FloatArray,
+        finish_NSR: FloatArray,
+        own_NSR: NDArray[np.float32],
+        *,
+        until_S: FloatArray | None = None,
+    ) -> None:
+        """Rows behind those taken so far; `until_S`: they are the last ones, and the step ends then."""
+        from moesim.results.attribution_loops import add_attribution, add_waits  # numba takes most of a second
+
+        facts, waits = self._book.facts(start_NSR.shape[2]), self._waits
+        stream_N, spans = facts.stream_L[label_N], (start_NSR, finish_NSR, own_NSR)
+        if waits is not None:
+            done_R = self.since_SR[0].copy()
+            if (stream_N == Stream.REDUCTION).any():
+                for name, *times in collective_waits(self._book.labels, label_N, *spans, done_R=done_R):
+                    waits.collectives[name] = times[0], times[1]
+            p2p_PR = np.zeros((1 + int(facts.sender_L.max(initial=0)), start_NSR.shape[2]))
+            add_waits(*spans, stream_N, label_N, facts.set_LR, facts.sender_L, done_R, waits.transfers_RR, p2p_PR,
+                      ROUND_OFF)  # fmt: skip
+            for sender in np.flatnonzero(p2p_PR.any(axis=1)).tolist():
+                waits.add_p2p(sender, p2p_PR[sender])
+        until_S = np.full(start_NSR.shape[1], -np.inf) if until_S is None else until_S
+        add_attribution(
+            *spans, stream_N, facts.category_L[label_N], self.since_SR, until_S, self._seconds_CSR, self._compute_SR
+        )
+
+    def all(self, step_S: FloatArray) -> GroupSums:
+        """The sums, once all rows were taken."""
+        return GroupSums(
+            attribution_CSR=without_round_off(self._seconds_CSR, step_S),
+            compute_SR=self._compute_SR,
+            busy_SR=self.busy_SR,
+            waits=self._waits,
+        )
+
+
+class PassingRecorder(SpanRecorder):
+    """Holds the spans of the action at hand, and passes those of earlier ones on to sums.
+
+    `kept`: where the spans of sample 0 are kept whole, too.
+    """
+
+    def __init__(self, *, rows: int, sums: SpanSums, kept: SpanRecorder | None = None) -> None:
+        samples, ranks = sums.since_SR.shape
+        super().__init__(rows=rows, samples=samples, ranks=ranks)
+        self._sums, self._kept = sums, kept
+        self._since_R = np.zeros(ranks)
+
+    def pass_on(self) -> bool:
+        """What is here goes on: all that comes begins later."""
+        if self.count:
+            self._take(None)
+            self._since_R = self._sums.since_SR[0].copy()
+            self.count = 0
+            self.actions.clear()
+        return True
+
+    def last(self, step_S: FloatArray) -> GroupSums:
+        """The sums of all spans, now that no more come."""
+        self._take(step_S)
+        return self._sums.all(step_S)
+
+    def table(self, *, labels: tuple[Label, ...], ranks_R: NDArray[np.int64], step_S: FloatArray) -> SpanTable:
+        """The spans of sample 0: all of them where they are kept, or those since the last action began."""
+        if self._kept is not None:
+            return self._kept.table(labels=labels, ranks_R=ranks_R, step_S=step_S[:1])
+        table = super().table(labels=labels, ranks_R=ranks_R, step_S=step_S).first_sample()
+        return replace(table, since_R=self._since_R)
+
+    def _take(self, step_S: FloatArray | None) -> None:
+        n = self.count
+        start_NSR, finish_NSR = self.start_NSR[:n], self.finish_NSR[:n]
+        self._sums.take(self.label_N[:n], start_NSR, finish_NSR, self.own_NSR[:n], until_S=step_S)
+        for action in self.actions:
+            self._sums.busy_SR += seconds_of_action(action, self.micro_batch_N, start_NSR, finish_NSR)
+        if self._kept is not None:
+            self._kept.append(self)
