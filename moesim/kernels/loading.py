@@ -132,7 +132,7 @@ def _relative(gpu: str) -> ScaledModel | None:
 @cache
 def _shipped_model(path: Path) -> CalibratedModel | TabulatedModel:
     """Of a file that ships, read once a process: a model answers alike however often it was asked."""
-    return _model_of(load_profile_file(path))
+    return _model_of(load_profile_file(path, shipped=True))
 
 
 def _shipped_file(name: str) -> Path | None:

@@ -26,35 +26,44 @@ class _Coverage:
     """Time covered by a stream or by one of higher priority (`higher`; None for the first)."""
 
     def __init__(self, start_NQ: FloatArray, finish_NQ: FloatArray, higher: "_Coverage | None" = None) -> None:
-        self.start_NQ, self.finish_NQ, self.higher = start_NQ, finish_NQ, higher
-        self.exposed_NQ = finish_NQ - start_NQ
-        self._higher_NQ: FloatArray | None = None
+        self.higher, self.exposed_NQ = higher, finish_NQ - start_NQ
+        higher_NQ: FloatArray | None = None
         if higher is not None:
-            self._higher_NQ = higher.until(start_NQ)
-            self.exposed_NQ = self.exposed_NQ - (higher.until(finish_NQ) - self._higher_NQ)
-        self.before_NQ = np.cumsum(self.exposed_NQ, axis=0) - self.exposed_NQ
+            higher_NQ = higher.until(start_NQ)
+            self.exposed_NQ = self.exposed_NQ - (higher.until(finish_NQ) - higher_NQ)
+        before_NQ = np.cumsum(self.exposed_NQ, axis=0) - self.exposed_NQ
+        # Column by column in memory, as the look-up goes.
+        self._start_QN, self._finish_QN, self._before_QN = _columns(start_NQ), _columns(finish_NQ), _columns(before_NQ)
+        self._higher_QN = None if higher_NQ is None else _columns(higher_NQ)
+        self._exposed_QN = _columns(self.exposed_NQ)
 
     def until(self, time_MQ: FloatArray) -> FloatArray:
         """Covered seconds in (-inf, time], per column."""
-        higher_MQ = self.higher.until(time_MQ) if self.higher is not None else None
-        covered_MQ = np.zeros_like(time_MQ) if higher_MQ is None else higher_MQ.copy()
-        if not len(self.start_NQ):
-            return covered_MQ
-        for q in range(time_MQ.shape[1]):
-            covered_MQ[:, q] += self._column(q, time_MQ[:, q], None if higher_MQ is None else higher_MQ[:, q])
-        return covered_MQ
+        return self._until(_columns(time_MQ)).T
+
+    def _until(self, time_QM: FloatArray) -> FloatArray:
+        higher_QM = self.higher._until(time_QM) if self.higher is not None else None
+        covered_QM = np.zeros_like(time_QM) if higher_QM is None else higher_QM.copy()
+        if self._start_QN.shape[1]:
+            for q, time_M in enumerate(time_QM):
+                covered_QM[q] += self._column(q, time_M, None if higher_QM is None else higher_QM[q])
+        return covered_QM
 
     def _column(self, q: int, time_M: FloatArray, higher_M: FloatArray | None) -> FloatArray:
-        at_M = np.searchsorted(self.start_NQ[:, q], time_M, side="right") - 1
+        at_M = np.searchsorted(self._start_QN[q], time_M, side="right") - 1
         known_M = np.maximum(at_M, 0)
-        end_M = self.finish_NQ[known_M, q]
-        inside_M = np.minimum(time_M, end_M) - self.start_NQ[known_M, q]
+        end_M = self._finish_QN[q, known_M]
+        inside_M = np.minimum(time_M, end_M) - self._start_QN[q, known_M]
         if higher_M is not None:
-            assert self._higher_NQ is not None
+            assert self._higher_QN is not None
             # Within the span only what no higher stream covers counts; a finished span counts its exposed part.
-            inside_M = inside_M - (higher_M - self._higher_NQ[known_M, q])
-            inside_M = np.where(time_M >= end_M, self.exposed_NQ[known_M, q], inside_M)
-        return np.where(at_M >= 0, self.before_NQ[known_M, q] + inside_M, 0.0)
+            inside_M = inside_M - (higher_M - self._higher_QN[q, known_M])
+            inside_M = np.where(time_M >= end_M, self._exposed_QN[q, known_M], inside_M)
+        return np.where(at_M >= 0, self._before_QN[q, known_M] + inside_M, 0.0)
+
+
+def _columns(values_NQ: FloatArray) -> FloatArray:
+    return np.ascontiguousarray(values_NQ.T)
 
 
 def _stream_intervals(table: SpanTable, stream: Stream) -> tuple[NDArray[np.intp], FloatArray, FloatArray]:

@@ -1,9 +1,12 @@
 """Do jobs on several kinds of GPU, and with ranks of unequal speed, keep the laws?"""
 
+from functools import cache
+
 import numpy as np
 import pytest
 
 from moesim.errors import UserError
+from moesim.results import RunRecord
 from moesim.run import simulate
 from moesim.scenario import Scenario, load_scenario_text
 from moesim.scenario.mixed import data_ranks_of_pools, pools_of_ranks, relative_speeds
@@ -40,9 +43,15 @@ def alone(axis: str, gpu: str) -> Scenario:
     return scenario(layout.replace(f", across_pools: {axis.split()[0]}", ""))
 
 
+@cache
+def simulated_alone(axis: str, gpu: str) -> RunRecord:
+    """Several tests compare with it."""
+    return simulate(alone(axis, gpu))
+
+
 @pytest.mark.parametrize("axis", AXES)
 def test_two_equal_pools_are_one(axis: str) -> None:
-    two, one = simulate(mixed(axis, "h100", "h100")), simulate(alone(axis, "h100"))
+    two, one = simulate(mixed(axis, "h100", "h100")), simulated_alone(axis, "h100")
     for key in ("step_time_s", "attribution_s", "mfu", "cost", "estimate_sources", "communication", "waiting"):
         assert two.result[key] == one.result[key]
     for name, values in two.arrays.items():
@@ -52,7 +61,7 @@ def test_two_equal_pools_are_one(axis: str) -> None:
 @pytest.mark.parametrize("axis", AXES)
 @pytest.mark.parametrize("order", [("a100", "h100"), ("h100", "a100")])
 def test_between_all_of_the_faster_and_all_of_the_slower(axis: str, order: tuple[str, str]) -> None:
-    slow, fast = (simulate(alone(axis, gpu)).result["step_time_s"] for gpu in ("a100", "h100"))
+    slow, fast = (simulated_alone(axis, gpu).result["step_time_s"] for gpu in ("a100", "h100"))
     both = simulate(mixed(axis, *order)).result
     assert fast < both["step_time_s"] <= slow * (1 + 1e-12)
     assert sum(pool["usd_per_step"] for pool in both["pools"]) == pytest.approx(both["cost"]["usd_per_step"])

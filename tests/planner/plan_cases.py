@@ -4,6 +4,8 @@ from typing import Any
 
 from moesim.planner.loading import plan_from_mapping
 from moesim.planner.plan import Plan
+from moesim.planner.screen import Screen
+from moesim.run import obtain_trace
 
 PLAN: dict[str, Any] = {
     "name": "small",
@@ -55,6 +57,10 @@ def changed(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
             section = section.setdefault(key, {})
         section[last] = value
     return result
+
+
+# For plans here that differ in their layouts, goal and search alone: what it has found it need not find again.
+SCREEN = Screen(obtain_trace)
 
 
 def build_plan(changes: dict[str, Any] | None = None) -> Plan:

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+from plan_cases import SCREEN
 
 from moesim.planner.layer_times import FILLED, pipeline_finish, prepare_walk
 from moesim.planner.outcome import Outcome, outcome_of
@@ -55,7 +56,7 @@ def test_the_screen_ranks_as_the_simulation_does(small_plan):
     plan = small_plan(
         {"choices.schedule": [{"kind": "1f1b"}, {"kind": "zb_h1"}, {"kind": "interleaved", "virtual": 2}]}
     )
-    evaluator = Evaluator(Space.of(plan), Screen(obtain_trace))
+    evaluator = Evaluator(Space.of(plan), SCREEN)
     enumerate_space(EvaluationPool(evaluator))
     pairs: list[tuple[Outcome, Outcome]] = []
     for candidate in evaluator.fitting[::9]:

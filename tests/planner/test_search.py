@@ -3,19 +3,18 @@
 import warnings
 
 import pytest
+from plan_cases import SCREEN
 
 from moesim.errors import UserError
 from moesim.planner.plan import Search
-from moesim.planner.screen import Screen
 from moesim.planner.search import EvaluationPool, Evaluator, enumerate_space, search_space, uses_nsga2
 from moesim.planner.space import Space
-from moesim.run import obtain_trace
 
 CHANGES = {"search": {"method": "nsga2", "trials": 90, "population": 15}, "goal.usd": 120}
 
 
 def _evaluator(plan):
-    return Evaluator(Space.of(plan), Screen(obtain_trace))
+    return Evaluator(Space.of(plan), SCREEN)
 
 
 def _searched(plan, path):

@@ -1,12 +1,11 @@
 """Combinations: every one is a scenario or has a reason, and none is there twice."""
 
 import pytest
+from plan_cases import SCREEN
 
 from moesim.planner.outcome import STAGES, Rejections
-from moesim.planner.screen import Screen
 from moesim.planner.search import EvaluationPool, Evaluator, enumerate_space
 from moesim.planner.space import Discarded, Space
-from moesim.run import obtain_trace
 from moesim.scenario import check_scenario, dump_scenario, load_scenario_text, require_supported
 from moesim.study import scenario_id
 
@@ -63,7 +62,7 @@ def test_listed_data_sizes_must_fill_the_gpus(small_plan):
 
 def test_rejections_count_every_combination_once(small_plan):
     plan = small_plan({"goal.days": 0.5, "goal.usd": 60})
-    evaluator = Evaluator(Space.of(plan), Screen(obtain_trace))
+    evaluator = Evaluator(Space.of(plan), SCREEN)
     enumerate_space(EvaluationPool(evaluator))
     enumerate_space(EvaluationPool(evaluator))  # a second look changes nothing
     counted = evaluator.rejections.as_json()
