@@ -28,9 +28,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.parallel.memory_parameters import holders, state_bytes, table_parameters
-from moesim.parallel.memory_phases import Phase, Sizes, eager_phases
+from moesim.parallel.memory_phases import HeldSizes, Phase, Sizes, eager_phases, held_phases
 from moesim.parallel.memory_rows import RoutedRows
 from moesim.parallel.memory_saved import FP32, Part, Saved, SavedTensors, Unit
+from moesim.parallel.memory_temporaries import (
+    Moment,
+    attention_moment,
+    dense_moments,
+    expert_moments,
+    scores_buffer,
+)
 from moesim.parallel.traffic import token_bytes
 from moesim.scenario import Scenario
 from moesim.scenario.base import BYTES_PER_ELEMENT
@@ -305,6 +312,9 @@ class _PipelineRank:
 
     def _largest(self, per_row: float, per_out: float, per_in: float) -> FloatArray:
         """The largest of the rank's MoE layers and micro-batches, [S, W], of a weighted sum of rows and copies."""
+        return self._extreme(per_row, per_out, per_in)
+
+    def _extreme(self, per_row: float, per_out: float, per_in: float, *, least: bool = False) -> FloatArray:
         layers = sorted(layer for stage in self.stages for layer in self.moe_layers(stage))
         if not layers:
             return np.zeros((self.rows.num_samples, self.scenario.parallelism.stage_ranks))
@@ -312,7 +322,7 @@ class _PipelineRank:
         weighted = per_row * self._computed(layers)
         weighted = weighted + per_out * rows.copies_out_SLBW[:, layers]
         weighted = weighted + per_in * self._of_all_slices(rows.copies_in_SLBW[:, layers])
-        return np.asarray(weighted.max(axis=(1, 2)), dtype=np.float64)
+        return np.asarray((weighted.min if least else weighted.max)(axis=(1, 2)), dtype=np.float64)
 
     @cached_property
     def buffers_SW(self) -> FloatArray:
@@ -325,14 +335,38 @@ class _PipelineRank:
         pairs = any(action.is_pair for action in self.schedule.actions[self.rank])
         return self._largest(0.0, size, size) * (2 if pairs else 1)
 
+    def _layer_SW(self, which: str, parts: Sequence[str] = (), *, least: bool = False) -> FloatArray:
+        """Bytes of these parts (all where none is named) of what one layer has kept, or computes again (`which`).
+
+        The most that a layer of the rank has, or the least.
+        """
+
+        def sizes(moe: bool) -> dict[Unit, float]:
+            found = self.saved.kept(moe=moe) if which == "kept" else self.saved.repeated(moe=moe)
+            by_unit: dict[Unit, float] = {"token": 0.0, "row": 0.0, "copy": 0.0}
+            for saved in found:
+                by_unit[saved.unit] += saved.bytes * (not parts or saved.part in parts)
+            return by_unit
+
+        kinds = []
+        if self._has_moe:
+            moe = sizes(True)
+            rows_SW = self._extreme(moe["row"], moe["copy"], 0.0, least=least)
+            kinds.append(rows_SW + moe["token"] * self.tokens)
+        if self._has_dense:
+            kinds.append(np.full(self._shape, sizes(False)["token"] * self.tokens))
+        if not kinds:
+            return np.zeros(self._shape)
+        return np.asarray(np.min(kinds, axis=0) if least else np.max(kinds, axis=0))
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        return self.rows.num_samples, self.scenario.parallelism.stage_ranks
+
     @cached_property
     def repeated_SW(self) -> FloatArray:
         """What one layer computes again in its backward pass."""
-        moe = self._sizes(self.saved.repeated(moe=True)) if self._has_moe else {}
-        dense = sum(size for size in self._sizes(self.saved.repeated(moe=False)).values()) * self._has_dense
-        by_unit = {unit: sum(size for (_, u), size in moe.items() if u == unit) for unit in ("token", "row", "copy")}
-        experts_SW = self._largest(by_unit["row"], by_unit["copy"], 0.0) + by_unit["token"] * self.tokens
-        return np.maximum(experts_SW, dense * self.tokens)
+        return self._layer_SW("repeated")
 
     @property
     def _has_moe(self) -> bool:
@@ -352,11 +386,18 @@ class _PipelineRank:
         dense = model.ffn_matrices * model.dense_intermediate * a * self._has_dense
         expert = (model.row_width + model.ffn_matrices * model.expert_intermediate / mesh.expert_tensor) * a
         experts_SW = self._largest(expert, 0.0, 0.0)
-        whole = model.hidden * a * mesh.tensor * (mesh.tensor > 1)  # a product's input, gathered
+        largest = max(attention, dense) + self._gathered
+        return model.hidden * a * self.tokens + np.maximum(largest * self.tokens, experts_SW)
+
+    @property
+    def _gathered(self) -> float:
+        """Bytes per token of what other ranks share: a product's input of tensor ranks, what context ranks pass on."""
+        model, mesh, a = self.scenario.model, self.scenario.parallelism, self.saved.activation_bytes
+        extra = model.attention.rope_head_dim if isinstance(model.attention, Mla) else 0
+        kv_heads = model.heads if isinstance(model.attention, Mla) else model.kv_heads
         pair = kv_heads * (2 * model.head_dim + extra) * a
         ring = 4 * pair * (mesh.context > 1)  # keys, values and their gradients: in use, and on their way
-        largest = max(attention, dense) + whole + ring
-        return model.hidden * a * self.tokens + np.maximum(largest * self.tokens, experts_SW)
+        return model.hidden * a * mesh.tensor * (mesh.tensor > 1) + ring
 
     @cached_property
     def _temporaries(self) -> dict[str, FloatArray | float]:
@@ -370,11 +411,7 @@ class _PipelineRank:
     @cached_property
     def layer_SW(self) -> FloatArray:
         """What one layer keeps, the larger of both kinds."""
-        moe = self._sizes(self.saved.kept(moe=True)) if self._has_moe else {}
-        by_unit = {unit: sum(size for (_, u), size in moe.items() if u == unit) for unit in ("token", "row", "copy")}
-        dense = sum(self._sizes(self.saved.kept(moe=False)).values()) * self._has_dense
-        experts_SW = self._largest(by_unit["row"], by_unit["copy"], 0.0) + by_unit["token"] * self.tokens
-        return np.maximum(experts_SW, dense * self.tokens)
+        return self._layer_SW("kept")
 
     @cached_property
     def phases(self) -> list[Phase]:
@@ -383,10 +420,7 @@ class _PipelineRank:
         model, last = self.scenario.model, self.schedule.num_stages - 1 in self.stages
         vocab_bytes = FP32 * model.vocab * self.tokens * last / switches.loss_chunks
         if not switches.fresh_gradients:
-            always: dict[str, Any] = {"live": "all", "live_SW": self.live[0], "gradients": True}
-            peak = Phase(name="peak", parts=self._temporaries, **always)
-            in_place = switches.loss == "fused" or not last
-            return [peak] if in_place else [peak, Phase(name="loss", parts={"loss": 2 * vocab_bytes}, **always)]
+            return self._held_phases(vocab_bytes)
         table = table_parameters(self.scenario) * BYTES_PER_ELEMENT[self.scenario.workload.precision.gradients]
         both = model.tied_embeddings and last and 0 in self.stages
         dense, expert = holders(self.scenario, replicas=self.schedule.num_replicas)
@@ -404,13 +438,68 @@ class _PipelineRank:
         )
         return eager_phases(sizes)
 
+    def _held_phases(self, vocab_bytes: float) -> list[Phase]:
+        """Where gradients have buffers that stay; one bound of all moments where logits are fused with the loss.
+
+        vocab_bytes: the logits in fp32.
+        """
+        live_SW, switches = self.live[0], self.scenario.implementation.switches
+        if switches.loss == "fused":
+            return [Phase(name="peak", live="all", live_SW=live_SW, gradients=True, parts=self._temporaries)]
+        attention = attention_moment(self.scenario, kept_per_query=self.saved.per_query).token + self._gathered
+        whole = self.scenario.workload.recompute == "full"
+        behind: list[Part] = ["router", "permuted_rows", "experts", "shared_experts", "dense_ffn"]
+        sizes = HeldSizes(
+            live_SW=live_SW,
+            ended={part: self._layer_SW("kept", [part], least=True) for part in behind},
+            moe={
+                "dispatch_buffers": self.buffers_SW,
+                "repeated": self.repeated_SW if whole else self._layer_SW("repeated", behind),
+                "temporaries": self._networks_SW,
+            },
+            attention={"temporaries": attention * self.tokens, "repeated": self._layer_SW("repeated", ["attention"])},
+            loss=vocab_bytes * (0.5 if switches.loss == "parallel" else 2.0),  # a copy in bf16, or two in fp32
+            logits=vocab_bytes * (len(self.stages) == 1),
+            states=self._optimizer_temporaries,
+        )
+        return held_phases(sizes)
+
+    @property
+    def _networks_SW(self) -> FloatArray:
+        """What the backward pass of a layer's experts, or of its dense network, needs at most."""
+
+        def most(moment: Moment) -> FloatArray:
+            rows_SW = self._largest(moment.row, 0.0, 0.0) if moment.row >= 0 else -self._extreme(-moment.row, 0, 0, least=True)
+            return rows_SW + moment.token * self.tokens + moment.fixed
+
+        moments = expert_moments(self.scenario) * self._has_moe + dense_moments(self.scenario) * self._has_dense
+        return np.asarray(np.max([most(moment) for moment in moments], axis=0)) + self._gathered * self.tokens
+
+    @property
+    def _optimizer_temporaries(self) -> float:
+        """Square roots of second moments, of all tensors of an optimizer at once: experts that ranks share have one of
+        their own, which steps behind that of the other weights. Of one tensor where each is by itself.
+        """
+        way = self.scenario.implementation.switches.optimizer
+        if way == "fused":
+            return 0.0
+        if way == "loop":
+            return 2 * FP32 * table_parameters(self.scenario)
+        halves = [self.states[f"optimizer.{part}"] / 2 for part in ("dense", "experts")]
+        return max(halves) if self.scenario.parallelism.expert > 1 else sum(halves)
+
     def _states(self, phase: Phase) -> dict[str, float]:
         """States that exist in a phase."""
         return {name: size for name, size in self.states.items() if phase.gradients or "gradients" not in name}
 
+    @property
+    def _workspace(self) -> float:
+        """Of libraries of matrix products, and of scores."""
+        return WORKSPACE_BYTES + scores_buffer(self.scenario) * self.tokens
+
     def _phase_SW(self, phase: Phase) -> FloatArray:
         memory, shape = self.scenario.memory, (self.rows.num_samples, self.scenario.parallelism.stage_ranks)
-        held = sum(self._states(phase).values()) + WORKSPACE_BYTES + memory.reserved
+        held = sum(self._states(phase).values()) + self._workspace + memory.reserved
         return np.broadcast_to(held + (1 + memory.allocator_overhead) * np.asarray(phase.moving_SW), shape)
 
     @cached_property
@@ -430,11 +519,14 @@ class _PipelineRank:
         states = dict(self._states(phase))
         for name, kind in (("gradients.head", "gradients.dense"), ("gradients.embedding", "gradients.dense")):
             states[kind] = states.get(kind, 0.0) + moving.pop(name, 0.0)
-        moving["activations.embedding_head"] = moving.get("activations.embedding_head", 0.0) + moving.pop("logits", 0.0)
+        moving["ended.embedding_head"] = moving.pop("logits", 0.0)
+        for name in [name for name in moving if name.startswith("ended.")]:
+            kept = name.replace("ended", "activations")
+            moving[kept] = moving.get(kept, 0.0) + moving.pop(name)
         total = float(np.broadcast_to(phase.moving_SW, shape)[at])
         other = {
             "allocator": memory.allocator_overhead * total,
-            "workspace": float(WORKSPACE_BYTES),
+            "workspace": self._workspace,
             "reserved": memory.reserved,
         }
         everything = {**states, **moving, **other}

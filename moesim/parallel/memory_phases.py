@@ -10,12 +10,20 @@ without them and its backward pass makes them while it gives up activations:
     reduction    all gradients, and one flat copy of each group that is reduced, all of which are alive at the end
     optimizer    all gradients
 
+A software whose gradients have buffers that stay has them at every moment:
+
+    loss             kept activations, and a copy of the logits in their format, or of their gradient
+    last networks    kept activations without the logits, and what the experts' backward pass needs
+    last attention   without what the layer has kept behind its attention, and what attention needs
+    optimizer        nothing of these, and what the optimizer makes of all its states at once
+
 Between the last layer and the first both terms are linear in the layer, so that the larger end bounds the rest.
 Legend: S routing samples, W ranks of one pipeline stage.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,6 +73,36 @@ class Sizes:
     head_gradient: float
     embedding_gradient: float
     flat: float
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class HeldSizes:
+    """What the phases of a software with buffers of gradients are made of, in bytes, each a number or [S, W].
+
+    live_SW: the most that is kept. ended: what one layer keeps behind its attention, by part. moe, attention:
+    temporaries of a layer's backward pass by part. loss, logits: as in `Sizes`. states: what the optimizer makes.
+    """
+
+    live_SW: Array
+    ended: Mapping[str, Array | float]
+    moe: Mapping[str, Array | float]
+    attention: Mapping[str, Array | float]
+    loss: float
+    logits: float
+    states: float
+
+
+def held_phases(sizes: HeldSizes) -> list[Phase]:
+    """The moments at which memory can be at its peak where gradients have buffers that stay, in the order of the step."""
+    live: dict[str, Any] = {"live": "all", "live_SW": sizes.live_SW, "gradients": True}
+    behind = {"logits": -sizes.logits}
+    ended = {f"ended.{part}": -np.asarray(size) for part, size in sizes.ended.items()}
+    return [
+        Phase(name="loss", parts={"loss": sizes.loss}, **live),
+        Phase(name="last networks", parts={**sizes.moe, **behind}, **live),
+        Phase(name="last attention", parts={**sizes.attention, **behind, **ended}, **live),
+        Phase(name="optimizer", parts={"temporaries": sizes.states}, gradients=True),
+    ]
 
 
 def eager_phases(sizes: Sizes) -> list[Phase]:

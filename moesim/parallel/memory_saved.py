@@ -123,17 +123,30 @@ class SavedTensors:
         if isinstance(model.attention, Mla):
             yield from self._latent(model, model.attention, value)
         else:
-            kv_heads = model.heads if self._switches.repeat_keys else model.kv_heads
-            yield Saved("attention", (model.heads + 2 * kv_heads) * model.head_dim * a)
+            yield Saved("attention", self._heads * model.head_dim * a)
             has_norms = model.query_key_norms and self.scenario.implementation.software.query_key_norms
             if has_norms and self._switches.norm != "fused":  # what they norm
                 each = a + (FP32 if self._switches.norm == "unfused" else 0.0)
                 yield Saved("attention", (model.heads + model.kv_heads) * (model.head_dim * each + FP32))
-        yield Saved("attention", model.heads * self._per_query, again=("core_attention",))
-        yield Saved("attention", model.heads * value * a * (1 if self._switches.layout_copies == "none" else 2))
+        yield Saved("attention", model.heads * self.per_query, again=("core_attention",))
+        # An unfused one keeps no result of its own: only the copy that the output projection reads.
+        copied = self._switches.layout_copies != "none" and self._switches.attention == "fused"
+        yield Saved("attention", model.heads * value * a * (2 if copied else 1))
 
     @property
-    def _per_query(self) -> float:
+    def _heads(self) -> float:
+        """Heads whose queries, keys or values are kept.
+
+        Values that are a view of a joined product keep all of it alive beside the queries and keys turned out of place.
+        """
+        model, switches = self.scenario.model, self._switches
+        repeats = switches.repeat_keys and model.kv_heads < model.heads
+        kv_heads = model.heads if switches.repeat_keys else model.kv_heads
+        is_view = switches.qkv == "joined" and switches.rotary != "fused" and not repeats
+        return model.heads + 2 * kv_heads + (model.heads + model.kv_heads) * is_view
+
+    @property
+    def per_query(self) -> float:
         """Bytes of a head for one query: a log-sum-exp, or its scores, and where some are dropped those and a mask."""
         if self._switches.attention == "fused":
             return FP32
@@ -162,13 +175,18 @@ class SavedTensors:
         yield Saved(part, width * kept, unit, again)
         yield Saved(part, width * self._product_input, unit, (*again, "swiglu"))
 
+    @property
+    def _per_expert(self) -> float:
+        """Bytes of a token for each expert: affinities in fp32, or gates in bf16, a mask and ids of its sorted places."""
+        return FP32 if self._switches.permute != "mask" else self.activation_bytes + 1.0 + INT64
+
     def _routed(self) -> Iterator[Saved]:
         """What lies behind the norm of a layer with experts, which recomputation may take as a whole."""
         return (replace(saved, again=(*saved.again, "moe")) for saved in self._moe())
 
     def _moe(self) -> Iterator[Saved]:
         model, mesh = self.scenario.model, self.scenario.parallelism
-        yield Saved("router", model.experts * FP32)  # affinities
+        yield Saved("router", model.experts * self._per_expert)
         yield Saved("router", model.top_k * (INT64 + FP32 * (self._switches.gates == "inside")))  # ids, and gates
         if model.shared_experts:
             yield from self._gated("shared_experts", model.shared_width, again=("shared_experts",))
