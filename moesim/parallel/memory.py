@@ -469,7 +469,11 @@ class _PipelineRank:
         """What the backward pass of a layer's experts, or of its dense network, needs at most."""
 
         def most(moment: Moment) -> FloatArray:
-            rows_SW = self._largest(moment.row, 0.0, 0.0) if moment.row >= 0 else -self._extreme(-moment.row, 0, 0, least=True)
+            rows_SW = (
+                self._largest(moment.row, 0.0, 0.0)
+                if moment.row >= 0
+                else -self._extreme(-moment.row, 0, 0, least=True)
+            )
             return rows_SW + moment.token * self.tokens + moment.fixed
 
         moments = expert_moments(self.scenario) * self._has_moe + dense_moments(self.scenario) * self._has_dense

@@ -93,7 +93,7 @@ class HeldSizes:
 
 
 def held_phases(sizes: HeldSizes) -> list[Phase]:
-    """The moments at which memory can be at its peak where gradients have buffers that stay, in the order of the step."""
+    """The moments at which memory can be at its peak where gradients have buffers that stay."""
     live: dict[str, Any] = {"live": "all", "live_SW": sizes.live_SW, "gradients": True}
     behind = {"logits": -sizes.logits}
     ended = {f"ended.{part}": -np.asarray(size) for part, size in sizes.ended.items()}

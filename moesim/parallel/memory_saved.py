@@ -177,7 +177,7 @@ class SavedTensors:
 
     @property
     def _per_expert(self) -> float:
-        """Bytes of a token for each expert: affinities in fp32, or gates in bf16, a mask and ids of its sorted places."""
+        """Bytes of a token for each expert: affinities in fp32, or gates in bf16, a mask and its sorted places."""
         return FP32 if self._switches.permute != "mask" else self.activation_bytes + 1.0 + INT64
 
     def _routed(self) -> Iterator[Saved]:

@@ -9,11 +9,11 @@ keeps then. With rows of width h, inner width f (a: bytes per element) the route
     (h - f) a + W1           the gradient of the rows beside the activation's two, which have taken the place of W1's
                              results, and that of W1
 
-W1, W2: gradients in the format of weights, where a kernel adds them to a buffer (`accumulation: buffer`); of all experts
-of the rank, or of one where each has products of its own. Dense networks the same, once per token. Attention: the
-gradients of its result, queries, keys and values. Unfused attention holds most of a score on the way back, in its format: the
-softmax, the gradient, their product, which torch's CUDA kernel of the softmax's gradient makes first, and its result; as
-Megatron-Core writes it in fp32, and a buffer in bf16 that stays.
+W1, W2: gradients in the format of weights, where a kernel adds them to a buffer (`accumulation: buffer`); of all
+experts of the rank, or of one where each has products of its own. Dense networks the same, once per token. Attention:
+the gradients of its result, queries, keys and values. Unfused attention holds most of a score on the way back, in its
+format: the softmax, the gradient, their product, which torch's CUDA kernel of the softmax's gradient makes first, and
+its result; as Megatron-Core writes it in fp32, and a buffer in bf16 that stays.
 Found in Megatron-Core 0.19.2 by the storages that are alive as it runs, but for that product.
 """
 
@@ -90,8 +90,10 @@ def attention_moment(scenario: Scenario, *, kept_per_query: float) -> Moment:
 
 def scores_buffer(scenario: Scenario) -> float:
     """Bytes per token of the buffer for scores that stays."""
-    return SCORES_BUFFER[scenario.implementation.switches.attention] * scenario.model.heads * (
-        scenario.workload.sequence_length
+    return (
+        SCORES_BUFFER[scenario.implementation.switches.attention]
+        * scenario.model.heads
+        * (scenario.workload.sequence_length)
     )
 
 

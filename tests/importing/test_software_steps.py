@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from software_steps import DATA, compared, listed_parts, scenario_of
 
+from moesim.parallel.memory import memory_report
+from moesim.parallel.memory_rows import even_rows
 from moesim.strict_json import parse_json
 
 QUICK = {"many-own-b", "ep-many-own-allgather", "sixteen-core-attn", "titan-c"}
@@ -37,5 +39,21 @@ def test_every_step_and_its_memory() -> None:
         errors = [abs(step.error) for step in found if step.program == program and step.blind]
         assert np.median(errors) < median, (program, errors)
         assert max(errors) < worst, (program, errors)
-    for step in found:  # too much is assumed of Megatron-Core's logits
-        assert -0.07 < step.predicted_bytes / step.measured_bytes - 1 < 0.26, step.name
+
+
+def test_the_peak_of_every_step() -> None:
+    programs = parse_json(gzip.decompress(DATA.read_bytes()))["programs"]
+    errors = {}
+    for program, each in programs.items():
+        for step in each["steps"]:
+            scenario = scenario_of(program, step["case"])
+            report = memory_report(scenario, even_rows(scenario))
+            assert sum(report.parts[0].values()) == pytest.approx(report.peak_bytes)
+            assert min(report.parts[0].values()) > 0
+            errors[step["case"]["name"]] = report.peak_bytes / step["memory"] - 1
+    assert len(errors) == 34
+    low = errors.pop("sixteen-own-moe")  # nested checkpoints keep 0.3 GB more than any walk of its tensors tells
+    assert low == pytest.approx(-0.0125, abs=0.001)
+    assert min(errors.values()) > -0.006, errors
+    assert max(errors.values()) < 0.011, errors
+    assert abs(np.median(list(errors.values()))) < 0.002

@@ -322,3 +322,45 @@ def test_eager_layers_keep_what_autograd_keeps(kind, kv_heads):
     extra = 2 * tokens * hidden * 4 + 4 * 32 * 8 * 4
     assert moe - base == expected[True] + extra + 8 * 4
     assert both - base == expected[False] + extra
+
+
+def megatron(*overrides):
+    return report(ONE_NODE, "implementation={kind: megatron_local}", "memory.check=warn", *overrides).parts[0]
+
+
+def test_the_loss_of_megatron_keeps_logits_once_in_fp32_and_passes_them_in_bf16():
+    own = "implementation={kind: megatron_local, attention: fused, optimizer: fused}"
+    parts = megatron("workload.sequence_length=1024", "model.layers=2", own)
+    logits = 1024 * 102400 * 4
+    assert parts["loss"] == logits / 2
+    assert parts["activations.embedding_head"] == logits + 1024 * (8 + 2 * 2048 * 2 + 4)
+
+
+def test_an_optimizer_of_lists_of_tensors_makes_the_roots_of_all_second_moments_at_once():
+    few = ("workload.sequence_length=128", "model.layers=2", "parallelism.expert=1")
+    each = megatron(*few)
+    states = {kind: each[f"{kind}.dense"] + each[f"{kind}.experts"] for kind in ("optimizer", "weights")}
+    assert each["temporaries"] == states["optimizer"] / 2
+    assert "activations.attention" not in each  # nothing is kept any more
+    fused = megatron(*few, "implementation={kind: megatron_local, optimizer: fused}")
+    assert fused["optimizer.dense"] == each["optimizer.dense"]
+    assert sum(fused.values()) < sum(each.values())
+
+
+def test_scores_of_unfused_attention_are_held_four_times_and_a_half_in_fp32_on_their_way_back():
+    long = ("workload.sequence_length=16384", "model.layers=2", "workload.global_batch=8", "model.vocab=1000")
+    parts = megatron(*long)
+    scores = 16 * 16384**2
+    kept = (4 + 2) * scores  # softmax, and its copy in bf16
+    assert parts["temporaries"] == pytest.approx((18 - 2) * scores - kept, rel=0.01)
+    assert parts["workspace"] == 2 * 2**25 + 2 * scores
+    assert parts["activations.attention"] > 2 * kept
+
+
+def test_values_that_are_a_view_keep_the_joined_product_alive():
+    def kept(*overrides):
+        return megatron("workload.sequence_length=4096", "model.layers=28", *overrides)["activations.attention"]
+
+    own = "implementation={{kind: megatron_local, attention: fused, repeat_keys: false, qkv: {}}}"
+    turned = 28 * 4096 * 2 * 16 * 128 * 2  # queries and keys, beside what they were turned from
+    assert kept(own.format("joined")) - kept(own.format("separate")) == turned
