@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.parallel.memory_parameters import holders, state_bytes, table_parameters
-from moesim.parallel.memory_phases import HeldSizes, Phase, Sizes, eager_phases, held_phases
+from moesim.parallel.memory_phases import LayerMoment, Phase, Sizes, eager_phases, held_phases
 from moesim.parallel.memory_rows import RoutedRows
 from moesim.parallel.memory_saved import FP32, Part, Saved, SavedTensors, Unit
 from moesim.parallel.memory_temporaries import (
@@ -48,6 +48,13 @@ from moesim.schedules import Pass, Schedule, build_schedule
 FloatArray = NDArray[np.float64]
 Array = NDArray[Any]
 WORKSPACE_BYTES = 2 * 32 * 2**20  # cuBLAS on Hopper: 32 MiB for the handle of each thread, forward and backward
+# Gradients of single parts, to the states that they are of.
+MADE_OF = {
+    "gradients.head": "gradients.dense",
+    "gradients.embedding": "gradients.dense",
+    "made.dense": "gradients.dense",
+    "made.experts": "gradients.experts",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,6 +225,11 @@ class _PipelineRank:
         blocks = counts_SLBW.reshape(*counts_SLBW.shape[:3], -1, together)
         return np.asarray(np.repeat(blocks.sum(axis=-1), together, axis=-1))
 
+    @property
+    def _results(self) -> Array:
+        """Results of a rank's own tokens: as many as the copies that it sends, or all rows where nothing travels."""
+        return self.rows.rows_SLBW if self.scenario.parallelism.expert == 1 else self.rows.copies_out_SLBW
+
     def _computed(self, layers: Sequence[int]) -> Array:
         """Rows that an expert slice of each rank computes."""
         return self._of_all_slices(self.rows.rows_SLBW[:, layers])
@@ -238,7 +250,7 @@ class _PipelineRank:
             counts: dict[Unit, Array] = {"token": np.asarray(times * self.tokens)}
             if any(saved.unit != "token" for saved in kept):
                 counts["row"] = self._computed(layers).sum(axis=1)
-                counts["copy"] = self.rows.copies_out_SLBW[:, layers].sum(axis=1)
+                counts["copy"] = self._results[:, layers].sum(axis=1)
             for (part, unit), size in self._sizes(kept).items():
                 parts[part] = np.asarray(parts.get(part, 0.0) + size * counts[unit])
 
@@ -320,7 +332,7 @@ class _PipelineRank:
             return np.zeros((self.rows.num_samples, self.scenario.parallelism.stage_ranks))
         rows = self.rows
         weighted = per_row * self._computed(layers)
-        weighted = weighted + per_out * rows.copies_out_SLBW[:, layers]
+        weighted = weighted + per_out * self._results[:, layers]
         weighted = weighted + per_in * self._of_all_slices(rows.copies_in_SLBW[:, layers])
         return np.asarray((weighted.min if least else weighted.max)(axis=(1, 2)), dtype=np.float64)
 
@@ -419,65 +431,69 @@ class _PipelineRank:
         switches = self.scenario.implementation.switches
         model, last = self.scenario.model, self.schedule.num_stages - 1 in self.stages
         vocab_bytes = FP32 * model.vocab * self.tokens * last / switches.loss_chunks
-        if not switches.fresh_gradients:
-            return self._held_phases(vocab_bytes)
+        fresh = switches.fresh_gradients
+        if switches.loss == "fused" and not fresh:  # one bound of all moments
+            always: dict[str, Any] = {"live": "all", "live_SW": self.live[0], "gradients": True}
+            return [Phase(name="peak", parts=self._temporaries, **always)]
         table = table_parameters(self.scenario) * BYTES_PER_ELEMENT[self.scenario.workload.precision.gradients]
         both = model.tied_embeddings and last and 0 in self.stages
         dense, expert = holders(self.scenario, replicas=self.schedule.num_replicas)
         begin = self.first_backward + 1
         sizes = Sizes(
-            first_SW=self._live(0, begin)[0],
+            first_SW=self._live(0, begin)[0] if fresh else self.live[0],
             later_SW=self._live(begin, len(self.schedule.actions[self.rank]))[0],
             layer_SW=self.layer_SW,
-            temporaries=self._temporaries,
-            loss=2 * vocab_bytes,
-            logits=vocab_bytes,
+            moments=self._moments,
+            loss=vocab_bytes * (0.5 if switches.loss == "parallel" else 2.0),  # a copy in bf16, or two in fp32
+            logits=vocab_bytes * (fresh or len(self.stages) == 1),
             head_gradient=table * last,
             embedding_gradient=table * (0 in self.stages and not both),
             flat=self.states["gradients.dense"] * (dense > 1) + self.states["gradients.experts"] * (expert > 1),
-        )
-        return eager_phases(sizes)
-
-    def _held_phases(self, vocab_bytes: float) -> list[Phase]:
-        """Where gradients have buffers that stay; one bound of all moments where logits are fused with the loss.
-
-        vocab_bytes: the logits in fp32.
-        """
-        live_SW, switches = self.live[0], self.scenario.implementation.switches
-        if switches.loss == "fused":
-            return [Phase(name="peak", live="all", live_SW=live_SW, gradients=True, parts=self._temporaries)]
-        attention = attention_moment(self.scenario, kept_per_query=self.saved.per_query).token + self._gathered
-        whole = self.scenario.workload.recompute == "full"
-        behind: list[Part] = ["router", "permuted_rows", "experts", "shared_experts", "dense_ffn"]
-        sizes = HeldSizes(
-            live_SW=live_SW,
-            ended={part: self._layer_SW("kept", [part], least=True) for part in behind},
-            moe={
-                "dispatch_buffers": self.buffers_SW,
-                "repeated": self.repeated_SW if whole else self._layer_SW("repeated", behind),
-                "temporaries": self._networks_SW,
-            },
-            attention={"temporaries": attention * self.tokens, "repeated": self._layer_SW("repeated", ["attention"])},
-            loss=vocab_bytes * (0.5 if switches.loss == "parallel" else 2.0),  # a copy in bf16, or two in fp32
-            logits=vocab_bytes * (len(self.stages) == 1),
             states=self._optimizer_temporaries,
         )
-        return held_phases(sizes)
+        return eager_phases(sizes) if fresh else held_phases(sizes)
 
     @property
-    def _networks_SW(self) -> FloatArray:
-        """What the backward pass of a layer's experts, or of its dense network, needs at most."""
+    def _moments(self) -> list[LayerMoment]:
+        """Those of the backward pass of the layers that the rank has: of experts, dense networks and attention."""
+        attention = attention_moment(self.scenario, kept_per_query=self.saved.per_query).token + self._gathered
+        behind: list[Part] = ["router", "permuted_rows", "experts", "shared_experts", "dense_ffn"]
+        everything = self.scenario.workload.recompute == "full"
+        repeated = self.repeated_SW if everything else self._layer_SW("repeated", behind)
+        found, made = [], 0.0
+        kinds = (("experts", expert_moments, self._has_moe), ("dense", dense_moments, self._has_dense))
+        for kind, moments_of, has in kinds:
+            moments = moments_of(self.scenario) if has else []
+            made = max([made, *(moment.made for moment in moments)])
+            for number, moment in enumerate(moments):
+                parts = {
+                    "dispatch_buffers": self.buffers_SW if kind == "experts" else 0.0,
+                    "repeated": repeated,
+                    "temporaries": self._needed_SW(moment),
+                }
+                whole = moments[-1].made
+                found.append(
+                    LayerMoment(name=f"{kind} {number}", parts=parts, made=moment.made, whole=whole, kind=kind)
+                )
+        return [
+            *found,
+            LayerMoment(
+                name="attention",
+                parts={
+                    "temporaries": attention * self.tokens,
+                    "repeated": self._layer_SW("repeated", ["attention"]),
+                },
+                ended={part: self._layer_SW("kept", [part], least=True) for part in behind},
+                made=made,
+                whole=made,
+                kind="experts" if self._has_moe else "dense",
+            ),
+        ]
 
-        def most(moment: Moment) -> FloatArray:
-            rows_SW = (
-                self._largest(moment.row, 0.0, 0.0)
-                if moment.row >= 0
-                else -self._extreme(-moment.row, 0, 0, least=True)
-            )
-            return rows_SW + moment.token * self.tokens + moment.fixed
-
-        moments = expert_moments(self.scenario) * self._has_moe + dense_moments(self.scenario) * self._has_dense
-        return np.asarray(np.max([most(moment) for moment in moments], axis=0)) + self._gathered * self.tokens
+    def _needed_SW(self, moment: Moment) -> FloatArray:
+        """Bytes of a moment on the rank with the most rows (the fewest where rows have ended)."""
+        rows_SW = self._extreme(abs(moment.row), 0.0, 0.0, least=moment.row < 0) * np.sign(moment.row)
+        return np.asarray(rows_SW + (moment.token + self._gathered) * self.tokens + moment.fixed)
 
     @property
     def _optimizer_temporaries(self) -> float:
@@ -521,11 +537,11 @@ class _PipelineRank:
         moving = {f"activations.{part}": size for part, size in self._live_parts(phase, *at).items()}
         moving |= {name: float(np.broadcast_to(size, shape)[at]) for name, size in phase.parts.items()}
         states = dict(self._states(phase))
-        for name, kind in (("gradients.head", "gradients.dense"), ("gradients.embedding", "gradients.dense")):
+        for name, kind in MADE_OF.items():
             states[kind] = states.get(kind, 0.0) + moving.pop(name, 0.0)
         moving["ended.embedding_head"] = moving.pop("logits", 0.0)
         for name in [name for name in moving if name.startswith("ended.")]:
-            kept = name.replace("ended", "activations")
+            kept = "activations.one_layer" if phase.live == "layer" else name.replace("ended", "activations")
             moving[kept] = moving.get(kept, 0.0) + moving.pop(name)
         total = float(np.broadcast_to(phase.moving_SW, shape)[at])
         other = {

@@ -187,6 +187,8 @@ class SavedTensors:
     def _moe(self) -> Iterator[Saved]:
         model, mesh = self.scenario.model, self.scenario.parallelism
         yield Saved("router", model.experts * self._per_expert)
+        if self._switches.router_dtype == "fp32":  # what the gate's product reads
+            yield Saved("router", model.hidden * FP32)
         yield Saved("router", model.top_k * (INT64 + FP32 * (self._switches.gates == "inside")))  # ids, and gates
         if model.shared_experts:
             yield from self._gated("shared_experts", model.shared_width, again=("shared_experts",))

@@ -9,6 +9,8 @@ keeps then. With rows of width h, inner width f (a: bytes per element) the route
     (h - f) a + W1           the gradient of the rows beside the activation's two, which have taken the place of W1's
                              results, and that of W1
 
+Where gates multiply the results, these are kept up to there, h a less later on; where gradients are made anew they stay
+(`made`). An unfused activation keeps one f more, which its gradient replaces.
 W1, W2: gradients in the format of weights, where a kernel adds them to a buffer (`accumulation: buffer`); of all
 experts of the rank, or of one where each has products of its own. Dense networks the same, once per token. Attention:
 the gradients of its result, queries, keys and values. Unfused attention holds most of a score on the way back, in its
@@ -24,29 +26,54 @@ from moesim.scenario import Scenario
 from moesim.scenario.base import BYTES_PER_ELEMENT
 from moesim.scenario.model import Mla
 
-SCORES_AT_ONCE = {"fused": 0.0, "unfused": 8.0, "fp32": 18.0}  # bytes of a score, what is kept included
-SCORES_BUFFER = {"fused": 0.0, "unfused": 0.0, "fp32": 2.0}  # of these, what stays from the first layer on
+SCORES_AT_ONCE = {"fused": 0.0, "unfused": 8.0, "fp32": 16.0}  # bytes of a score, what is kept included
+SCORES_BUFFER = 2.0  # of these, what stays from the first layer on where the software adds scores to a buffer
 ELEMENT = 2.0  # bytes between kernels
 
 
 @dataclass(frozen=True, kw_only=True)
 class Moment:
-    """Bytes per token and per row (beside what is kept; negative where that has ended), and fixed ones."""
+    """Bytes per token and per row (beside what is kept; negative where that has ended), and fixed ones.
+
+    made: bytes of the gradients of the layer's weights that exist from here on, where they have no buffer that stays.
+    """
 
     token: float = 0.0
     row: float = 0.0
     fixed: float = 0.0
+    made: float = 0.0
 
 
-def _products(width: float, inner: float, weights: float, matrices: int) -> list[tuple[float, float]]:
-    """Bytes per row and fixed ones at each moment; `weights`: bytes of one matrix's gradient, 0 where none is made."""
-    both = (matrices - 1) * weights
-    return [
-        (2 * width * ELEMENT, 0.0),
-        ((width + inner) * ELEMENT, weights),
-        (2 * inner * ELEMENT, 0.0),
-        ((width - inner) * ELEMENT, both),
+def _products(scenario: Scenario, width: float, inner: float, matrix: float) -> list[tuple[float, float, float]]:
+    """Bytes per row, fixed ones and gradients made at each moment; `matrix`: elements of W2, of all or one expert."""
+    switches, matrices = scenario.implementation.switches, scenario.model.ffn_matrices
+    weight = matrix * BYTES_PER_ELEMENT[scenario.workload.precision.weights]
+    if switches.fresh_gradients:
+        ended = width * (switches.gates != "inside")  # results that their gates have multiplied
+        unfused = 2 * inner if switches.activation == "unfused" else inner
+        moments = [
+            (_results(scenario) * width, 0.0),
+            (width + inner - ended, weight),
+            (unfused - ended, weight),
+            (width - unfused - ended, matrices * weight),
+        ]
+        return [(row * ELEMENT, 0.0, made) for row, made in moments]
+    added = weight * (switches.accumulation == "buffer")
+    moments = [
+        (2 * width, 0.0),
+        (width + inner, added),
+        (2 * inner, 0.0),
+        (width - inner, (matrices - 1) * added),
     ]
+    return [(row * ELEMENT, fixed, 0.0) for row, fixed in moments]
+
+
+def _results(scenario: Scenario) -> float:
+    """Gradients of the results at once, in bf16: theirs, and that in the order of experts, of which `index_put` on the
+    way back from a sum has zeros and what it puts into them; in the format of the gates.
+    """
+    switches = scenario.implementation.switches
+    return (3 if switches.combine == "sum" else 2) * (2 if switches.gates == "fp32" else 1)
 
 
 def _residual(scenario: Scenario) -> float:
@@ -59,20 +86,19 @@ def expert_moments(scenario: Scenario) -> list[Moment]:
     model, switches = scenario.model, scenario.implementation.switches
     if not model.experts:
         return []
-    matrix = expert_slice_parameters(scenario) / model.ffn_matrices * _gradient_bytes(scenario)
     together = scenario.slots_per_rank if switches.expert_products == "grouped" else 1
+    matrix = together * expert_slice_parameters(scenario) / model.ffn_matrices
     inner = model.expert_intermediate / scenario.parallelism.expert_tensor
-    moments = _products(model.row_width, inner, together * matrix, model.ffn_matrices)
-    return [Moment(token=_residual(scenario), row=row, fixed=fixed) for row, fixed in moments]
+    moments = _products(scenario, model.row_width, inner, matrix)
+    return [Moment(token=_residual(scenario), row=row, fixed=fixed, made=made) for row, fixed, made in moments]
 
 
 def dense_moments(scenario: Scenario) -> list[Moment]:
     """Those of a dense feed-forward network, whose columns tensor ranks share."""
     model = scenario.model
-    inner = model.dense_intermediate
-    matrix = model.hidden * inner / scenario.parallelism.tensor * _gradient_bytes(scenario)
-    moments = _products(model.hidden, inner, matrix, model.ffn_matrices)
-    return [Moment(token=_residual(scenario) + token, fixed=fixed) for token, fixed in moments]
+    matrix = model.hidden * model.dense_intermediate / scenario.parallelism.tensor
+    moments = _products(scenario, model.hidden, model.dense_intermediate, matrix)
+    return [Moment(token=_residual(scenario) + token, fixed=fixed, made=made) for token, fixed, made in moments]
 
 
 def attention_moment(scenario: Scenario, *, kept_per_query: float) -> Moment:
@@ -83,20 +109,14 @@ def attention_moment(scenario: Scenario, *, kept_per_query: float) -> Moment:
     kv_heads = model.heads if latent or switches.repeat_keys else model.kv_heads
     gradients = (2 * model.heads + 2 * kv_heads) * (model.head_dim + extra) * ELEMENT
     keys = scenario.workload.sequence_length
-    passing = SCORES_AT_ONCE[switches.attention] - SCORES_BUFFER[switches.attention]
+    passing = SCORES_AT_ONCE[switches.attention]
     scores = model.heads * max(0.0, keys * passing - kept_per_query) * (passing > 0)
     return Moment(token=model.hidden * ELEMENT + max(gradients, scores))
 
 
 def scores_buffer(scenario: Scenario) -> float:
     """Bytes per token of the buffer for scores that stays."""
-    return (
-        SCORES_BUFFER[scenario.implementation.switches.attention]
-        * scenario.model.heads
-        * (scenario.workload.sequence_length)
-    )
-
-
-def _gradient_bytes(scenario: Scenario) -> float:
-    added = scenario.implementation.switches.accumulation == "buffer"
-    return BYTES_PER_ELEMENT[scenario.workload.precision.weights] * added
+    implementation = scenario.implementation
+    if implementation.switches.attention != "fp32" or not implementation.software.buffers_scores:
+        return 0.0
+    return SCORES_BUFFER * scenario.model.heads * scenario.workload.sequence_length

@@ -166,9 +166,9 @@ class SoftwareFacts:
     that are not gated, experts of another width), recomputes_parts, overlaps, copies_experts (an expert in more than
     one slot), deduplicates (a token goes once to a
     rank for several experts), casts_fp8 (products of FP8 with casts of their own), plain_queries (latent attention
-    without compressed queries), query_key_norms (where a model has them), expert_ranks (experts on several ranks), and
-    runs_here: whether it is what `moesim validate` runs. bf16_optimizer: states in bf16 are updated by a kernel for
-    them, else by that for fp32.
+    without compressed queries), query_key_norms (where a model has them), expert_ranks (experts on several ranks),
+    buffers_scores (unfused attention has a buffer for scores that stays), and runs_here: whether it is what
+    `moesim validate` runs. bf16_optimizer: states in bf16 are updated by a kernel for them, else by that for fp32.
     """
 
     name: str
@@ -193,6 +193,7 @@ class SoftwareFacts:
     plain_queries: bool = True
     query_key_norms: bool = True
     expert_ranks: bool = True
+    buffers_scores: bool = False
     runs_here: bool = False
 
 
@@ -247,6 +248,7 @@ MEGATRON_LOCAL = replace(
         accumulation="buffer",
     ),
     casts_fp8=False,
+    buffers_scores=True,
 )
 DEEPSEEK = SoftwareFacts(
     name="deepseek",

@@ -55,5 +55,5 @@ def test_the_peak_of_every_step() -> None:
     low = errors.pop("sixteen-own-moe")  # nested checkpoints keep 0.3 GB more than any walk of its tensors tells
     assert low == pytest.approx(-0.0125, abs=0.001)
     assert min(errors.values()) > -0.006, errors
-    assert max(errors.values()) < 0.011, errors
+    assert max(errors.values()) < 0.013, errors
     assert abs(np.median(list(errors.values()))) < 0.002

@@ -1,0 +1,106 @@
+"""Measured peaks of transformers' models beside the prediction of `implementation: transformers`: docs/memory.md.
+
+python tools/peak_table.py                   # from tests/data/peaks_h100.json.gz
+python tools/peak_table.py --record FOLDER   # writes that file from what tools/measure_peaks.py measured
+"""
+
+import argparse
+import gzip
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from listed_steps import MODEL_TYPES, OWN, scenario_of
+from measure_peaks import Case
+
+from moesim.parallel.memory import memory_report
+from moesim.parallel.memory_rows import even_rows
+from moesim.scenario import Scenario, dump_scenario, load_scenario_text
+from moesim.strict_json import json_text, parse_json
+
+DATA = Path(__file__).parent.parent / "tests" / "data" / "peaks_h100.json.gz"
+MOMENTS = ("forward", "backward", "optimizer")
+
+
+def as_scenario(case: Case, *overrides: str) -> Scenario:
+    """The case as a scenario; nothing is added for the allocator, unless `overrides` say so."""
+    plain: Any = case  # has all that the cases of listed_steps have
+    implementation = {"kind": "transformers", **OWN.get(MODEL_TYPES[case.family], {}), "optimizer": case.optimizer}
+    if case.attention == "eager":
+        implementation |= {"attention": "fp32", "repeat_keys": "true"}
+    changes = {
+        "implementation": "{" + ", ".join(f"{key}: {value}" for key, value in implementation.items()) + "}",
+        "workload.global_batch": case.batch * case.micro_batches,
+        "workload.recompute": "full" if case.checkpointing else "none",
+        "memory.allocator_overhead": 0.0,
+        "memory.reserved": "0 GB",
+    }
+    text = dump_scenario(scenario_of(plain))
+    return load_scenario_text(text, overrides=[*(f"{key}={value}" for key, value in changes.items()), *overrides])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peak:
+    """Bytes of one training step on one GPU.
+
+    measured: the most that tensors take, `moment`: when. used: what the allocator had reserved and what the process
+    takes of the GPU beside it. printed: what a run prints for the scenario, all of that included.
+    """
+
+    name: str
+    blind: bool
+    moment: str
+    measured: float
+    predicted: float
+    used: float
+    printed: float
+
+    @property
+    def error(self) -> float:
+        """Of what tensors take."""
+        return self.predicted / self.measured - 1
+
+
+def peaks() -> Iterator[Peak]:
+    """Every training step of the file."""
+    for row in parse_json(gzip.decompress(DATA.read_bytes()))["steps"]:
+        case = Case(**row["case"])
+        if case.cache:
+            continue
+        bare, usual = as_scenario(case), as_scenario(case, "memory={check: warn}")
+        moment = max(MOMENTS, key=lambda name: row[name])
+        yield Peak(
+            name=case.name,
+            blind=case.blind,
+            moment=moment,
+            measured=row[moment],
+            predicted=memory_report(bare, even_rows(bare)).peak_bytes,
+            used=row["reserved"] + row["beside"],
+            printed=memory_report(usual, even_rows(usual)).peak_bytes,
+        )
+
+
+def main() -> None:
+    """Print the table, or write the file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--record", type=Path)
+    folder = parser.parse_args().record
+    if folder is not None:
+        found = [parse_json(file.read_bytes()) for file in sorted(folder.glob("peaks-*.json"))]
+        libraries = parse_json((folder / "libraries.json").read_bytes())["found"]
+        steps = [step for each in found for step in each["steps"] if "error" not in step]
+        text = json_text({"machine": found[0]["machine"], "libraries": libraries, "steps": steps})
+        DATA.write_bytes(gzip.compress(text.encode(), 9, mtime=0))
+        return
+    print("| step | in no choice | at | tensors, measured / predicted | | GPU in use | printed |")
+    print("|---|---|---|---|---|---|---|")
+    for peak in peaks():
+        pair = f"{peak.measured / 1e9:.2f} / {peak.predicted / 1e9:.2f} GB"
+        blind = "yes" if peak.blind else ""
+        used = f"{peak.used / 1e9:.1f} | {peak.printed / 1e9:.1f} GB"
+        print(f"| {peak.name} | {blind} | {peak.moment} | {pair} | {peak.error:+.1%} | {used} |")
+
+
+if __name__ == "__main__":
+    main()
