@@ -93,6 +93,12 @@ def main() -> None:
         text = json_text({"machine": found[0]["machine"], "libraries": libraries, "steps": steps})
         DATA.write_bytes(gzip.compress(text.encode(), 9, mtime=0))
         return
+    before: dict[str, int] = {}
+    print("What a process takes of a GPU beside its tensors, and what each step of it adds (GB):")
+    for name, now in parse_json(gzip.decompress(DATA.read_bytes()))["libraries"].items():
+        taken = now["used"] - now["reserved"]
+        print(f"  {name:24s} {taken / 1e9:.2f} {(taken - before.get('taken', 0)) / 1e9:+.2f}")
+        before["taken"] = taken
     print("| step | in no choice | at | tensors, measured / predicted | | GPU in use | printed |")
     print("|---|---|---|---|---|---|---|")
     for peak in peaks():

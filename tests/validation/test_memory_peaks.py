@@ -37,8 +37,8 @@ def error(row: Row) -> float:
 def test_no_peak_is_more_than_a_hundredth_low(name: str) -> None:
     errors = {row.case.name: error(row) for row in shipped_table(name).rows if row.measured.get("memory_bytes")}
     assert errors
-    assert min(errors.values()) > -0.01, errors
-    assert max(errors.values()) < 0.08, errors
+    assert min(errors.values()) > -0.002, errors
+    assert max(errors.values()) < 0.006, errors
     assert abs(float(np.median(list(errors.values())))) < 0.005, errors
 
 
