@@ -4,17 +4,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import Any
 
-from pydantic import ValidationError
-
 from moesim.errors import UserError
 from moesim.planner.plan import Choices, Plan
 from moesim.planner.serving_plan import ServingPlan, is_serving_plan, serving_plan_json_schema, serving_plan_of
 from moesim.scenario import GroupedRouter, TraceRouting, gpu_spec
 from moesim.scenario.catalogue import gpu_names
-from moesim.scenario.document import Node, Path, find, mapping_node, read_yaml
+from moesim.scenario.document import Node, Path, find, mapping_node, read_yaml, refusal
 from moesim.scenario.forms import absolute_paths, default_routing, explicit_model, named_implementation
 from moesim.scenario.loader import accept_model_forms, accept_named_implementation, finished_schema
-from moesim.scenario.messages import describe
+from moesim.scenario.messages import validated
 from moesim.scenario.overrides import apply_overrides
 
 
@@ -61,11 +59,7 @@ def _validated(root: Node, overrides: Sequence[str], *, base: FilePath) -> Plan:
         where = find(root, ("goal", "serve"))[0].where
         raise UserError(f"{where}: goal.serve: this is a plan of serving; make it with `moesim plan`")
     root = absolute_paths(_explicit_models(root, base=base), base=base)
-    try:
-        plan = Plan.model_validate(root.plain)
-    except ValidationError as error:
-        details = error.errors(include_url=False)
-        raise UserError(describe(details, root, shown=_dotted, schema=Plan, subject="plan")) from None
+    plan = validated(root, Plan, subject="plan")
     _check(plan, root)
     return plan
 
@@ -79,13 +73,9 @@ def _explicit_models(root: Node, *, base: FilePath) -> Node:
     return mapping_node({**root.value, "baseline": explicit_model(baseline, base=base)}, root)
 
 
-def _dotted(path: Path) -> str:
-    return ".".join(str(key) for key in path)
-
-
 def _check(plan: Plan, root: Node) -> None:
     def error(message: str, *path: str | int) -> UserError:
-        return UserError(f"{find(root, path)[0].where}: {_dotted(path)}: {message}")
+        return refusal(root, path, message)
 
     kinds = [offer.gpu for offer in plan.goal.gpus]
     for index, offer in enumerate(plan.goal.gpus):
@@ -121,8 +111,7 @@ def _check_repeats(choices: Choices, root: Node, where: Path) -> None:
         values = getattr(choices, key)
         for index, value in enumerate(values or ()):
             if value in values[:index]:
-                path = (*where, key, index)
-                raise UserError(f"{find(root, path)[0].where}: {_dotted(path)}: listed twice; keep one")
+                raise refusal(root, (*where, key, index), "listed twice; keep one")
 
 
 def plan_json_schema(*, units: bool = False) -> dict[str, Any]:

@@ -11,17 +11,17 @@ from pathlib import Path as FilePath
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from moesim.errors import UserError
 from moesim.planner.plan import MOST_VALUES, Offer, Sizes
 from moesim.scenario import Compute, Dispatch, Fabric, Model, Network, Routing, UniformRouting, gpu_spec
 from moesim.scenario.base import FileName, Gpus, Section, Seed, Text, Tokens
 from moesim.scenario.catalogue import gpu_names
-from moesim.scenario.document import Node, find, mapping_node
+from moesim.scenario.document import Node, mapping_node, refusal
 from moesim.scenario.forms import absolute_paths, explicit_model
 from moesim.scenario.loader import accept_model_forms, finished_schema
-from moesim.scenario.messages import describe
+from moesim.scenario.messages import validated
 from moesim.serving import ServingScenario, load_serving_text
 from moesim.serving.schema import Engine, Serving, ServingMemory
 
@@ -146,11 +146,7 @@ def serving_plan_of(root: Node, *, base: FilePath) -> ServingPlan:
     if other is not None and isinstance(other.value, dict):
         root = mapping_node({**root.value, "alternative": explicit_model(other, base=base)}, root)
     root = absolute_paths(root, base=base)
-    try:
-        plan = ServingPlan.model_validate(root.plain)
-    except ValidationError as error:
-        details = error.errors(include_url=False)
-        raise UserError(describe(details, root, shown=_dotted, schema=ServingPlan, subject="plan")) from None
+    plan = validated(root, ServingPlan, subject="plan")
     _check(plan, root)
     return plan
 
@@ -163,13 +159,9 @@ def serving_plan_json_schema(*, units: bool = False) -> dict[str, Any]:
     return finished_schema(schema, title="moesim plan of serving", units=units)
 
 
-def _dotted(path: tuple[str | int, ...]) -> str:
-    return ".".join(str(key) for key in path)
-
-
 def _check(plan: ServingPlan, root: Node) -> None:
     def refuse(what: str, *path: str | int) -> UserError:
-        return UserError(f"{find(root, path)[0].where}: {_dotted(path)}: {what}")
+        return refusal(root, path, what)
 
     for index, offer in enumerate(plan.goal.gpus):
         try:

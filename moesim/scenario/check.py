@@ -20,14 +20,13 @@ from moesim.scenario.check_layout import (
     check_recomputation,
     check_sharing,
     check_stages,
-    dotted,
     either,
     nearest_divisors,
     require_supported_step,
 )
 from moesim.scenario.check_placement import check_batch, check_mixed, check_placement
 from moesim.scenario.dispatch import DISPATCH
-from moesim.scenario.document import Path
+from moesim.scenario.document import Path, dotted
 from moesim.scenario.mixed import ranked_cluster
 from moesim.scenario.routers import ROUTERS
 from moesim.scenario.routing import (

@@ -11,16 +11,11 @@ from typing import get_args
 from moesim.errors import ConflictError, InfeasibleError
 from moesim.scenario.base import GemmFormat
 from moesim.scenario.catalogue import GpuSpec
-from moesim.scenario.document import Path
+from moesim.scenario.document import Path, dotted
 from moesim.scenario.model import LocalGlobal, Mla
 from moesim.scenario.schema import PART_NEEDS, Precision, Scenario
 from moesim.scenario.software import FUSED, IMPORTED, RECIPES
 from moesim.schedules import PLAIN, SCHEDULES, SPLIT
-
-
-def dotted(path: Path) -> str:
-    """The keys of a path as one writes them."""
-    return ".".join(str(key) for key in path)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ one document, and limits on nesting and on what aliases expand to.
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import Any
@@ -90,6 +90,16 @@ def find(node: Node, path: Path) -> tuple[Node, Path]:
             return node, path[:depth]
         node = child
     return node, path
+
+
+def dotted(path: Path) -> str:
+    """The keys of a path as one writes them."""
+    return ".".join(str(key) for key in path)
+
+
+def refusal(root: Node, path: Path, message: str, *, shown: Callable[[Path], str] = dotted) -> UserError:
+    """The error of a key in one line: where it stands, its path as `shown` writes it, and the message."""
+    return UserError(f"{find(root, path)[0].where}: {shown(path)}: {message}")
 
 
 def parse_yaml(text: str, *, source: str, located: bool = True) -> Node:

@@ -8,7 +8,6 @@ from pathlib import Path as FilePath
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
 
 from moesim.errors import UserError
 from moesim.scenario.catalogue import gpu_names, model_names
@@ -21,7 +20,7 @@ from moesim.scenario.forms import (
     flat_cluster_to_pools,
     named_implementation,
 )
-from moesim.scenario.messages import describe
+from moesim.scenario.messages import validated
 from moesim.scenario.overrides import FLAT_CLUSTER_KEYS, apply_overrides
 from moesim.scenario.schema import Scenario
 from moesim.scenario.software import SOFTWARE
@@ -83,11 +82,7 @@ def _build(root: Node, overrides: Sequence[str], *, base: FilePath) -> Scenario:
     root = named_implementation(flat_cluster_to_pools(root))
     root = absolute_paths(default_routing(explicit_model(root, base=base)), base=base)
     shown = _shown(is_flat)
-    try:
-        scenario = Scenario.model_validate(root.plain)
-    except ValidationError as error:
-        details = error.errors(include_url=False)
-        raise UserError(describe(details, root, shown=shown)) from None
+    scenario = validated(root, Scenario, shown=shown)
     check_scenario(scenario, where=lambda path: f"{find(root, path)[0].where}: {shown(path)}")
     return scenario
 

@@ -1,13 +1,15 @@
 """A pydantic error as one line of a user's language: what, where in the file, and the remedy."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
+from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from moesim.errors import UserError
 from moesim.scenario.base import Section
 from moesim.scenario.catalogue import suggest
-from moesim.scenario.document import Node, Path, find
+from moesim.scenario.document import Node, Path, dotted, find
 from moesim.scenario.overrides import FLAT_CLUSTER_KEYS, home_within, kinds_at, section_at
 from moesim.scenario.schema import Scenario
 
@@ -25,6 +27,20 @@ _EXPECTED = {
 }
 _MOST_KEYS = 8  # of a section, named to the user
 _NAMES = {dict: "a mapping", list: "a list", str: "text", bool: "a flag", type(None): "nothing"}
+
+
+AnySection = TypeVar("AnySection", bound=Section)
+
+
+def validated(
+    root: Node, schema: type[AnySection], *, subject: str = "scenario", shown: Callable[[Path], str] = dotted
+) -> AnySection:
+    """The section that a document is, by `schema`. Raises UserError with the most useful of its mistakes, one line."""
+    try:
+        return schema.model_validate(root.plain)
+    except ValidationError as error:
+        details = error.errors(include_url=False)
+        raise UserError(describe(details, root, shown=shown, schema=schema, subject=subject)) from None
 
 
 def describe(

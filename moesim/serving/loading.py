@@ -3,12 +3,10 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path as FilePath
 
-from pydantic import ValidationError
-
 from moesim.errors import UserError
-from moesim.scenario.document import Node, Path, find, parse_yaml, read_yaml
+from moesim.scenario.document import Node, Path, dotted, find, parse_yaml, read_yaml, refusal
 from moesim.scenario.forms import absolute_paths, explicit_model, flat_cluster_to_pools
-from moesim.scenario.messages import describe
+from moesim.scenario.messages import validated
 from moesim.scenario.model import Mla
 from moesim.scenario.overrides import apply_overrides
 from moesim.serving.fleet import fleet_gpus, prefill_scenario
@@ -42,24 +40,20 @@ def _validated(root: Node, overrides: Sequence[str], *, base: FilePath) -> Servi
         raise UserError(f"{kind.where}: workload: {what} (`moesim scenarios` lists those that ship)")
     root = apply_overrides(flat_cluster_to_pools(root), overrides)
     root = absolute_paths(explicit_model(flat_cluster_to_pools(root), base=base), base=base)
-    try:
-        scenario = ServingScenario.model_validate(root.plain)
-    except ValidationError as error:
-        details = error.errors(include_url=False)
-        raise UserError(describe(details, root, shown=_dotted, schema=ServingScenario)) from None
+    scenario = validated(root, ServingScenario, shown=_dotted)
     _check(scenario, root)
     return scenario
 
 
 def _dotted(path: Path) -> str:
-    return ".".join(str(key) for key in path).replace("cluster.pools.0.", "cluster.")
+    return dotted(path).replace("cluster.pools.0.", "cluster.")
 
 
 def _check(scenario: ServingScenario, root: Node) -> None:
     mesh, model = scenario.parallelism, scenario.model
 
     def refuse(path: Path, what: str) -> UserError:
-        return UserError(f"{find(root, path)[0].where}: {_dotted(path)}: {what}")
+        return refusal(root, path, what, shown=_dotted)
 
     if mesh.world_size > scenario.cluster.num_gpus:
         what = (
