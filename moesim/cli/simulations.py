@@ -177,7 +177,7 @@ def _show_run(record: "RunRecord", out_dir: Path, args: argparse.Namespace) -> N
 
         print_facts(record.result)
         if args.parts:
-            from moesim.report.parts_screen import print_parts
+            from moesim.report.terminal import print_parts
 
             print_parts(record)
         if args.flags:

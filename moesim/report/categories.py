@@ -1,11 +1,13 @@
-"""What a second of step time can be spent on: label, family and colour of every attribution category.
+"""Labels and colours: of what a second of step time can be spent on, of passes in a pipeline, of parts of memory.
 
-Colours tell the four families apart under every common colour blindness (blue, orange, magenta, grey); inside a
-family lightness separates neighbours, and labels never leave the meaning to colour alone.
+Colours tell the four families of categories apart under every common colour blindness (blue, orange, magenta, grey);
+inside a family lightness separates neighbours, and labels never leave the meaning to colour alone.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+from moesim.report import span_views
 
 
 @dataclass(frozen=True)
@@ -53,3 +55,26 @@ def in_order(attribution_s: Mapping[str, float]) -> list[tuple[Category, float]]
     known = [key for key in _BY_KEY if key in attribution_s]
     unknown = [key for key in attribution_s if key not in _BY_KEY]
     return [(category(key), attribution_s[key]) for key in known + unknown if attribution_s[key] > 0]
+
+
+PASSES = {  # kind -> label, colour: blue, orange, green-blue and purple differ under every common colour blindness
+    span_views.FORWARD: ("forward", "#2474b5"),
+    span_views.BACKWARD: ("backward", "#e07b1a"),
+    span_views.INPUT: ("backward, inputs", "#b85300"),
+    span_views.WEIGHT: ("backward, weights", "#f6bf7e"),
+    span_views.PAIR: ("forward and backward overlapped", "#7a4fa3"),
+    span_views.REDUCE: ("gradients and parameters between ranks", "#d9b310"),
+    span_views.UPDATE: ("optimizer", "#4d5561"),
+}
+
+
+PARTS = {  # kind of memory -> colour
+    "weights": "#0b4f8a",
+    "gradients": "#2474b5",
+    "optimizer states": "#7db9ea",
+    "activations": "#b85300",
+    "dispatch buffers": "#e07b1a",
+    "inside one layer": "#f6bf7e",
+    "allocator": "#a3aab4",
+    "reserved": "#7a828e",
+}

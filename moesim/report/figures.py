@@ -11,8 +11,7 @@ import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import NDArray
 
-from moesim.report import span_views
-from moesim.report.categories import FAMILIES, category, in_order
+from moesim.report.categories import FAMILIES, PARTS, PASSES, category, in_order
 from moesim.report.span_views import Bar, Window
 from moesim.trace import TrainingCurves
 
@@ -292,25 +291,6 @@ def timeline(window: Window) -> go.Figure:
     return figure
 
 
-PASSES = {  # kind -> label, colour: blue, orange, green-blue and purple differ under every common colour blindness
-    span_views.FORWARD: ("forward", "#2474b5"),
-    span_views.BACKWARD: ("backward", "#e07b1a"),
-    span_views.INPUT: ("backward, inputs", "#b85300"),
-    span_views.WEIGHT: ("backward, weights", "#f6bf7e"),
-    span_views.PAIR: ("forward and backward overlapped", "#7a4fa3"),
-    span_views.REDUCE: ("gradients and parameters between ranks", "#d9b310"),
-    span_views.UPDATE: ("optimizer", "#4d5561"),
-}
-PARTS = {  # kind of memory -> colour
-    "weights": "#0b4f8a",
-    "gradients": "#2474b5",
-    "optimizer states": "#7db9ea",
-    "activations": "#b85300",
-    "dispatch buffers": "#e07b1a",
-    "inside one layer": "#f6bf7e",
-    "allocator": "#a3aab4",
-    "reserved": "#7a828e",
-}
 _MAX_NUMBERED = 16  # micro-batches up to which bars carry their numbers
 
 

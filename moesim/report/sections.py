@@ -12,8 +12,7 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 
 from moesim.report import facts, figures
-from moesim.report.categories import category
-from moesim.report.figures import PARTS
+from moesim.report.categories import PARTS, category
 from moesim.report.page import Page
 from moesim.report.span_views import gantt, idle_share
 from moesim.results import CATEGORIES
