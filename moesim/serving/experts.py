@@ -26,7 +26,7 @@ from moesim.scenario import BYTES_PER_ELEMENT, Routing, scenario_from_mapping
 from moesim.scenario.dispatch import DISPATCH
 from moesim.seeding import stream
 from moesim.serving.copies import ExpertSlots
-from moesim.serving.decode_kernels import facts
+from moesim.serving.decode_kernels import exchange_floors
 from moesim.serving.pricing import Pricing
 from moesim.serving.schema import ServingScenario
 from moesim.trace import RoutingTrace
@@ -219,7 +219,7 @@ class ExpertTables:
         prepare: Callable[..., Any]
         floors = (0.0, 0.0)
         if DISPATCH[dispatch.algorithm].message_seconds:  # kernels of many small messages: what they take with none
-            floors = (facts()["exchange_floor"]["dispatch"], facts()["exchange_floor"]["combine"])
+            floors = exchange_floors(self.pricing.gpu, is_between_nodes=layout.num_nodes > 1)
         ways = ((prepare_dispatch, dispatch.dtype), (prepare_combine, dispatch.combine_dtype))
         for (prepare, dtype), floor in zip(ways, floors, strict=True):
             prepared = prepare(

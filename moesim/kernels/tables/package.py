@@ -66,8 +66,13 @@ class Package:
             found[path.parts[-3]] = path
         return [_read(path) for _, path in sorted(found.items())]
 
-    def table(self, gpu_folder: str, family: str, name: str, *, framework: str) -> Table | None:
-        """That of one framework."""
+    def table(
+        self, gpu_folder: str, family: str, name: str, *, framework: str, version: str | None = None
+    ) -> Table | None:
+        """That of one framework; `version`: not the newest."""
+        if version is not None:
+            path = self.systems / "data" / gpu_folder / family / framework / version / f"{name}.parquet"
+            return _read(path) if path.is_file() else None
         return next((table for table in self.tables(gpu_folder, family, name) if table.framework == framework), None)
 
 
