@@ -64,21 +64,23 @@ class StepCosts:
 
     def _one_batch(self, formed: Sequence[Formed]) -> StepCost:
         model, mesh = self.model, self.scenario.parallelism
-        tokens_D = np.array([max(each.tokens, 1) if self.together else each.tokens for each in formed])
-        fill = self.pricing.software.fill_rows  # rows that fill a replayed step up are computed and routed, too
-        tokens_D = -(-tokens_D // fill) * fill
+        software = self.pricing.software
+        routed_D = np.array([max(each.tokens, 1) if self.together else each.tokens for each in formed])
+        tokens_D = software.filled(routed_D)
+        routed_D = tokens_D if software.routes_filling else routed_D
         layer_D, dense_D = self._at(tokens_D, self.layer_G), self._at(tokens_D, self.dense_G)
         generated_D = np.array([each.generated * each.rows for each in formed])
         latent_D = self._at(generated_D, self.absorbed_G) + self._at(self._taken_apart(formed), self.apart_G)
         projections_D = model.layers * (layer_D + latent_D) + model.dense_layers * dense_D
         attention_D = self._attention(formed)
         slowest = int(np.argmax(projections_D + attention_D))
-        experts, exchange = self._experts(tokens_D, generated_D)
+        experts, exchange = self._experts(routed_D, generated_D)
         longest = float(tokens_D.max())
         reduces = 2 * model.layers * float(np.interp(longest, self.tokens_G, self.reduce_G))
         sends = (mesh.pipeline - 1) * float(np.interp(longest, self.tokens_G, self.send_G))
         ended_D = generated_D + np.array([len(each.chunks) for each in formed])
-        ended_D = np.minimum(-(-ended_D // fill) * fill, max(self.scenario.engine.running, int(ended_D.max())))
+        if software.routes_filling:
+            ended_D = np.minimum(software.filled(ended_D), max(self.scenario.engine.running, int(ended_D.max())))
         moved = max(each.moved for each in formed) * self.page_bytes
         cost = StepCost(
             projections=float(projections_D[slowest]),

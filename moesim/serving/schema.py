@@ -176,9 +176,13 @@ class Engine(Section):
     page: Annotated[int, Field(strict=True, gt=0, le=65_536)] = Field(
         default=64, description="Tokens of one page of keys and values."
     )
-    host: Latency = Field(default=0.0, description="Seconds of the host in every step beside those of software.")
+    host: Latency = Field(
+        default=0.0,
+        description="Seconds of the host in every step beside those of software; hidden where it hides its own.",
+    )
     software: Literal[
         "fused",
+        "fused_sync",
         "torch_graphs",
         "torch_compiled",
         "torch_eager",
@@ -188,7 +192,8 @@ class Engine(Section):
         "transformers_async",
     ] = Field(
         default="fused",
-        description="What runs a step: fused, an engine with fused kernels and CUDA graphs; or plain torch, as CUDA "
+        description="What runs a step: fused, an engine with fused kernels, CUDA graphs, and a host that schedules "
+        "beside the GPU (fused_sync: while it waits); or plain torch, as CUDA "
         "graphs, compiled and as CUDA graphs, or launched kernel by kernel; or continuous batching of transformers on "
         "one GPU, with its attention, with FlashAttention, with CUDA graphs, and with the host beside the GPU.",
     )

@@ -8,6 +8,9 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from moesim.serving.decode_kernels import facts
 
 
@@ -21,8 +24,10 @@ class ServingSoftware:
     which shows where the GPU is faster. launch: seconds of such a launch. step: seconds of a step in which the GPU
     waits: the replay, and reading the tokens back. own_all_reduce: whether small all-reduces take a kernel of the
     engine's own. paged: "gathered", the keys of a step are copied out of their pages before attention; "masked", and
-    all rows of a step see all its keys, under a mask; empty: kernels that read pages. fill_rows, fill_keys: rows and
-    keys of a replayed step are filled up to multiples of them. request, listed_key: seconds of the host in a step for
+    all rows of a step see all its keys, under a mask; empty: kernels that read pages. graph_sizes: what rows of
+    a replayed step are filled up to, as pairs: up to so many rows to a multiple of so many; routes_filling:
+    whether the rows that fill up are routed and are given logits like others. fill_keys: a multiple that keys are
+    filled up to. request, listed_key: seconds of the host in a step for
     each request and for each key that it lists. plan: seconds of the host for a size of attention not met before,
     which every step has. hides_host: whether it prepares a step beside the one before it. separate_heads: whether
     queries, keys and values are three products.
@@ -40,13 +45,28 @@ class ServingSoftware:
     step: float
     own_all_reduce: bool
     paged: Literal["", "gathered", "masked"] = ""
-    fill_rows: int = 1
+    graph_sizes: tuple[tuple[int, int], ...] = ()
+    routes_filling: bool = False
     fill_keys: int = 1
     request: float = 0.0
     listed_key: float = 0.0
     plan: float = 0.0
     hides_host: bool = False
     separate_heads: bool = False
+
+    def filled(self, rows_D: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Rows [D] that are computed for steps of so many; those larger than all graphs are not filled up."""
+        found_D = rows_D
+        for most, multiple in reversed(self.graph_sizes):
+            found_D = np.where(rows_D <= most, -(-rows_D // multiple) * multiple, found_D)
+        return found_D
+
+
+# Rows that vLLM 0.33 captures graphs of (vllm/config/vllm.py): 1, 2, 4, each 8th up to 256, each 16th up to 512.
+CAPTURED = ((2, 1), (4, 2), (8, 4), (256, 8), (512, 16))
+# Seconds of vLLM 0.33's schedulers in a step, and for each request in it: that which schedules ahead, and that which
+# waits for the tokens (tests/data/vllm_scheduler.json, measured on an AMD EPYC by tools/measure_scheduler.py).
+AHEAD, WAITING = (44e-6, 19.5e-6), (39e-6, 17.1e-6)
 
 
 @cache
@@ -57,16 +77,20 @@ def serving_software() -> Mapping[str, ServingSoftware]:
     entries = (
         ServingSoftware(
             name="fused",
-            about="an engine with fused kernels, CUDA graphs of decoding steps, and attention kernels of its own",
+            about="an engine with fused kernels, CUDA graphs of decoding steps, attention kernels of its own, and a "
+            "host that schedules a step beside the one before it",
             listed="drawn up as serving engines fuse their layers: norms with residuals, rotary, cache, activation, "
             "top-k and sums over experts are one kernel each",
-            checked="no measured step; its kernels by themselves",
+            checked="no measured step; its kernels and its scheduler by themselves",
             kernels="fused",
             attention="engines",
             experts="engines",
             graph_tokens=512,
+            graph_sizes=CAPTURED,
             launch=host["launch"],
-            step=wait,
+            step=wait + AHEAD[0],
+            request=AHEAD[1],
+            hides_host=True,
             own_all_reduce=True,
         ),
         ServingSoftware(
@@ -110,7 +134,10 @@ def serving_software() -> Mapping[str, ServingSoftware]:
         ),
         *_transformers(host["eager_launch"]),
     )
-    return {entry.name: entry for entry in entries}
+    fused = entries[0]
+    about = "the same engine, whose host schedules while the GPU waits"
+    sync = replace(fused, name="fused_sync", about=about, step=wait + WAITING[0], request=WAITING[1], hides_host=False)
+    return {entry.name: entry for entry in (fused, sync, *entries[1:])}
 
 
 # The host of transformers' continuous batching, from runs of Qwen3's layers on one H100
@@ -147,7 +174,8 @@ def _transformers(launch: float) -> tuple[ServingSoftware, ...]:
         about=f"{about}, replayed as CUDA graphs",
         graph_tokens=1 << 30,
         step=STEP + SUBMIT,
-        fill_rows=64,
+        graph_sizes=((1 << 30, 64),),
+        routes_filling=True,
         fill_keys=16_384,
     )
     hidden = f"{about}, replayed as CUDA graphs, the host beside the GPU"

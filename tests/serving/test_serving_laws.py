@@ -180,7 +180,7 @@ def test_requests_that_go_where_their_prefix_is_find_more_of_it() -> None:
 def test_what_is_swapped_is_not_computed_again() -> None:
     tight = (
         "memory.share=0.002",
-        "workload.arrivals.rate=400.0",
+        "workload.arrivals.rate=700.0",
         "engine.host_memory=8 GB",
         "engine.host_link=25 GB/s",
     )
