@@ -256,6 +256,7 @@ def _transfer(served: Served) -> dict[str, Any] | None:
         "bytes": moved.bytes,
         "seconds": shares_of(seconds),
         "shown_s": shares_of(shown),
+        "fullest_port": moved.fullest_port,
     }
 
 

@@ -19,6 +19,7 @@ from moesim.serving.costs import StepCosts
 from moesim.serving.memory import ServingMemoryReport, layout_of
 from moesim.serving.requests import Requests
 from moesim.serving.step import PARTS, StepCost
+from moesim.serving.transfers import Nobody, Watcher
 
 
 @dataclass
@@ -29,6 +30,7 @@ class Transfers:
     bytes: float = 0.0
     seconds: list[float] = field(default_factory=list)  # of each on its link
     shown: list[float] = field(default_factory=list)  # from the first token until all had come
+    fullest_port: float = 0.0  # largest share of a step that a port was busy for, with transfers and exchange
 
 
 @dataclass
@@ -70,9 +72,7 @@ def run_clock(costs: StepCosts, requests: Requests, *, memory: ServingMemoryRepo
 class Instance:
     """The batches of all data groups of one set of GPUs with all weights, and the processes that step them.
 
-    All note in `served`. `formed` is called with the batches of a step
-    that was formed, `done` with each request that its batch is done with; `shared` tells for how many seconds from now
-    on other transfers have the ports of the ranks' exchange.
+    All note in `served`, and tell the `watcher`.
     """
 
     def __init__(
@@ -81,10 +81,7 @@ class Instance:
         costs: StepCosts,
         memory: ServingMemoryReport,
         served: Served,
-        *,
-        formed: Callable[[Sequence[Batch]], None] = lambda _: None,
-        done: Callable[[Batch, Job], None] = lambda _, __: None,
-        shared: Callable[[Sequence[Batch]], float] = lambda _: 0.0,
+        watcher: Watcher | None = None,
     ) -> None:
         scenario = costs.scenario
         stages, data = scenario.parallelism.pipeline, scenario.parallelism.data
@@ -108,8 +105,7 @@ class Instance:
         self._choose = BALANCING[engine.balancing]
         for number, (bell, members) in enumerate(zip(bells, sets, strict=True)):
             group = first // stages + number * len(members)
-            told: dict[str, Any] = {"first_group": group, "formed": formed, "done": done, "shared": shared}
-            env.process(_steps(env, costs, members, bell, served, **told))
+            env.process(_steps(env, costs, members, bell, served, first_group=group, watcher=watcher or Nobody()))
         served.num_sets += len(sets)
 
     @property
@@ -173,9 +169,7 @@ def _steps(
     served: Served,
     *,
     first_group: int,
-    formed: Callable[[Sequence[Batch]], None],
-    done: Callable[[Batch, Job], None],
-    shared: Callable[[Sequence[Batch]], float],
+    watcher: Watcher,
 ) -> Generator[Any, Any, None]:
     """`groups`: the batches of each data group that steps with the others; from number `first_group` on."""
     batches = [batch for group in groups for batch in group]
@@ -188,11 +182,12 @@ def _steps(
         if not turns:  # pages are taken by prompts that are on their way to another instance
             yield bell.wait()
             continue
-        formed(batches)
+        watcher.formed(batches)
         cost = max((costs.step(in_turn) for in_turn in turns), key=lambda each: each.total)
-        cost = cost.beside(shared(batches))
+        cost = watcher.beside(batches, cost)
         assert cost.total > 0
         yield env.timeout(cost.total)
+        watcher.ended(batches)
         waiting = sum(batch.num_waiting for batch in batches)
         held_D = np.array([sum(batch.held_pages for batch in group) for group in groups])
         for batch, each in zip(batches, (each for group in step for each in group), strict=True):
@@ -202,7 +197,7 @@ def _steps(
                     served.first_N[job.request] = env.now
             for job in ended:
                 served.done_N[job.request] = env.now
-                done(batch, job)
+                watcher.done(batch, job)
         served.step_pages.append(int(held_D.sum()))
         idle_D = [all(batch.is_idle for batch in group) for group in groups]
         served.step_held.append((first_group, np.where(idle_D, 0, held_D)))

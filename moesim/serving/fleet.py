@@ -4,16 +4,13 @@ A request goes to the instance with the fewest requests (the first of them). Wit
 first token there; its keys and values then go to the least loaded instance that decodes. Ranks of the instances for
 prompts come first in the cluster, instance by instance.
 
-What a transfer takes: the bytes that the receiving ranks will store, sent by as many ranks side by side as the smaller
-of both tensor groups has. Those of a data group go out, and come in, one after the other. `by_layer`: a prompt's
-transfer may begin with its computation, and ends one layer's share after it at the earliest. Pages of the prompt are
-free when its decode instance begins with it, which is not before everything has come. All-to-alls over NICs take
-longer by what transfers of the busiest data group keep the same NICs busy beside them (`StepCost.beside`).
+What a transfer takes, beside exchanges that use the same ports: `moesim.serving.transfers`. Where a request will be
+decoded is chosen when its transfer begins. Pages of the prompt are free when its decode instance begins with it, which
+is not before everything has come.
 """
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,6 +23,8 @@ from moesim.serving.costs import StepCosts
 from moesim.serving.memory import ServingMemoryReport, kv_bytes_per_token, layout_of, memory_of
 from moesim.serving.requests import Requests
 from moesim.serving.schema import ServingScenario
+from moesim.serving.step import StepCost
+from moesim.serving.transfers import Port, Ports, Transfer, Watcher, exchanges_over_nics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +95,7 @@ def run_fleet(pools: Sequence[Pool], requests: Requests, *, instant: bool = Fals
     first_N, done_N = np.full(len(requests), np.nan), np.full(len(requests), np.nan)
     decode = pools[-1]
     served = Served(first_N, done_N)
+    sender: _Sender | None = None
     if len(pools) == 1:
         instances = _instances(env, decode, served)
         env.process(arrivals(env, requests, lambda job: _least_loaded(instances).give(job)))
@@ -106,38 +106,31 @@ def run_fleet(pools: Sequence[Pool], requests: Requests, *, instant: bool = Fals
         env.process(arrivals(env, requests, sender.begin))
     env.run()
     assert not np.isnan(done_N).any(), "a request was never answered"
+    if sender is not None:
+        sender.note_ports()
     return served
 
 
-def _exchanges_over_nics(scenario: ServingScenario) -> bool:
-    mesh = scenario.parallelism
-    return mesh.expert > 1 and mesh.stage_size > scenario.cluster.domain_sizes[0]
-
-
-def _instances(env: simpy.Environment, pool: Pool, served: Served, **told: Any) -> list[Instance]:
-    return [Instance(env, pool.costs, pool.memory, served, **told) for _ in range(pool.replicas)]
+def _instances(env: simpy.Environment, pool: Pool, served: Served, watcher: Watcher | None = None) -> list[Instance]:
+    return [Instance(env, pool.costs, pool.memory, served, watcher) for _ in range(pool.replicas)]
 
 
 def _least_loaded(instances: Sequence[Instance]) -> Instance:
     return min(instances, key=lambda instance: instance.load)  # the first of them
 
 
-@dataclass
-class _Link:
-    """What a data group sends, or receives: its first rank in the cluster, and since when it is free."""
-
-    rank: int
-    free: float = 0.0
-
-
-@dataclass
+@dataclass(eq=False)
 class _Sent:
-    """A prompt whose pages are still taken where it was computed."""
+    """A request between a batch that computes its prompt and one that decodes it: the job there, and its transfer."""
 
     job: Job
-    pages: int
-    batch: Batch
-    instance: Instance
+    transfer: Transfer
+    seconds: float
+    source: Batch
+    target: Batch
+    computed: float = 0.0
+    pages: int = 0  # that are still taken where the prompt was computed
+    first: simpy.Process | None = None  # of its transfer
 
 
 class _Sender:
@@ -156,97 +149,144 @@ class _Sender:
         self.lanes = min(prefill.scenario.parallelism.tensor, decode.scenario.parallelism.tensor)
         self.fabric: Fabric = build_fabric(decode.scenario.cluster)
         self.layout = layout_of(prefill.scenario)
-        self.began: dict[int, float] = {}
-        told: list[dict[str, Any]] = [{}, {}]
-        for each, pool, links in zip(told, pools, ("out", "into"), strict=True):
-            if not instant and _exchanges_over_nics(pool.scenario):
-                each["shared"] = partial(self._busy, links)
-        self.prefill = _instances(
-            env, prefill, served.earlier[0], formed=self._note_begin, done=self._computed, **told[0]
-        )
-        self.decode = _instances(env, decode, served, formed=self._free_pages, **told[1])
-        self.out, self.into = _links(self.prefill, prefill), _links(self.decode, decode)
-        self.instance_of = {batch: instance for instance in self.prefill for batch in instance.batches}
-        self.waiting: dict[Batch, list[_Sent]] = {batch: [] for each in self.decode for batch in each.batches}
-
-    def _busy(self, links: str, batches: Sequence[Batch]) -> float:
-        """Seconds for which the busiest link of these batches has transfers, at all that a NIC reaches."""
-        own: dict[Batch, _Link] = getattr(self, links)
-        return self.nic_share * max(0.0, max(own[batch].free for batch in batches) - self.env.now)
+        self.ports = Ports(env, decode.scenario.cluster, self.nic_share)
+        self.prefill = _instances(env, prefill, served.earlier[0], _Watched(self, prefill, "out"))
+        self.decode = _instances(env, decode, served, _Watched(self, decode, "into"))
+        self.rank_of = _first_ranks(self.prefill, prefill) | _first_ranks(self.decode, decode)
+        self.instance_of = {batch: each for each in (*self.prefill, *self.decode) for batch in each.batches}
+        ranks = [
+            {self.rank_of[batch] for each in pool for batch in each.batches} for pool in (self.prefill, self.decode)
+        ]
+        self.tiers = self.ports.tiers(*ranks)
+        self.under_way: dict[int, _Sent] = {}
+        self.arrived: dict[Batch, list[_Sent]] = {batch: [] for each in self.decode for batch in each.batches}
 
     def begin(self, job: Job) -> None:
         """A request comes: its prompt and one token are computed on an instance for prompts."""
         job.left = 1
         _least_loaded(self.prefill).give(job)
 
-    def _note_begin(self, batches: Sequence[Batch]) -> None:
+    def prompts_begun(self, batches: Sequence[Batch]) -> None:
+        """The step that begins computes parts of prompts: those that are new are on their way, if by layers."""
+        if not self.by_layer:
+            return
         for batch in batches:
             for job in batch.prompts:
-                self.began.setdefault(job.request, self.env.now)
+                if job.request not in self.under_way and self.requests.output_N[job.request] > 1:
+                    sent = self._on_its_way(batch, job.request)
+                    self._ask(sent, 1.0 - 1.0 / self.layers)
 
-    def _computed(self, batch: Batch, job: Job) -> None:
-        """Its prompt is done: send it on, unless that was all."""
-        if self.requests.output_N[job.request] == 1:
-            return
-        self.served.done_N[job.request] = np.nan
-        pages = int(self.layout.pages(job.prompt)) - self.layout.shared_pages(job.shared)
-        batch.hold(pages)
-        self.env.process(self._send(_Sent(job, pages, batch, self.instance_of[batch])))
-
-    def _send(self, sent: _Sent) -> Generator[Any, Any, None]:
-        job, now = sent.job, self.env.now
+    def computed(self, batch: Batch, job: Job) -> None:
+        """Its prompt is done: send what is left of it, unless its first token was all."""
         number = job.request
+        if self.requests.output_N[number] == 1:
+            return
+        self.served.done_N[number] = np.nan
+        sent = self.under_way.get(number) or self._on_its_way(batch, number)
+        sent.computed = self.env.now
+        sent.pages = int(self.layout.pages(job.prompt)) - self.layout.shared_pages(job.shared)
+        sent.source = batch
+        batch.hold(sent.pages)
+        self.env.process(self._rest(sent))
+
+    def _on_its_way(self, source: Batch, number: int) -> _Sent:
+        """A request gets a place where it will be decoded, and a transfer."""
         target = _least_loaded(self.decode)
-        stored = int(self.requests.input_N[number])
-        left = int(self.requests.output_N[number]) - 1
+        stored, left = int(self.requests.input_N[number]), int(self.requests.output_N[number]) - 1
         onward = replace(
             self.requests.job(number), prompt=stored, left=left, prefix=-1, prefix_tokens=0, swapped=stored,
             received=True,
         )  # fmt: skip
         batch = target.expect(onward)
-        size = kv_bytes(self.scenario, stored)
-        seconds = self._seconds(self.out[sent.batch].rank, self.into[batch].rank, size)
-        arrival = self._book(self.out[sent.batch], self.into[batch], seconds, began=self.began[number])
+        ranks, size = (self.rank_of[source], self.rank_of[batch]), kv_bytes(self.scenario, stored)
+        seconds = 0.0
+        if not self.instant:
+            seconds = send_recv_seconds(self.fabric, *ranks, size / self.lanes / self.nic_share).seconds
         self.noted.tokens += stored
         self.noted.bytes += size
-        self.noted.seconds.append(seconds)
-        self.noted.shown.append(arrival - now)
-        if arrival > now:
-            yield self.env.timeout(arrival - now)
-        self.waiting[batch].append(replace(sent, job=onward))
-        target.take(batch, onward)
+        sent = _Sent(onward, Transfer(self.env, self.ports.between(*ranks)), seconds, source, batch)
+        self.under_way[number] = sent
+        return sent
 
-    def _book(self, out: _Link, into: _Link, seconds: float, *, began: float) -> float:
-        """When everything has come."""
-        now = self.env.now
-        start = max(out.free, into.free, began if self.by_layer else now)
-        end = max(start + seconds, now + (seconds / self.layers if self.by_layer else 0.0))
-        out.free = into.free = end
-        return end
+    def _ask(self, sent: _Sent, share: float) -> simpy.Process:
+        sent.transfer.ask(share * sent.seconds)
+        sent.first = self.env.process(sent.transfer.run())
+        return sent.first
 
-    def _seconds(self, source: int, target: int, size: float) -> float:
-        if self.instant:
-            return 0.0
-        return send_recv_seconds(self.fabric, source, target, size / self.lanes / self.nic_share).seconds
+    def _rest(self, sent: _Sent) -> Generator[Any, Any, None]:
+        """What is sent once a prompt is computed: all of it, or the share of the last layer."""
+        if sent.first is not None:
+            yield sent.first
+        if not self.instant:
+            yield self._ask(sent, 1.0 if sent.first is None else 1.0 / self.layers)
+        self.noted.seconds.append(sent.transfer.taken)
+        self.noted.shown.append(self.env.now - sent.computed)
+        del self.under_way[sent.job.request]
+        self.arrived[sent.target].append(sent)
+        self.instance_of[sent.target].take(sent.target, sent.job)
 
-    def _free_pages(self, batches: Sequence[Batch]) -> None:
+    def free_pages(self, batches: Sequence[Batch]) -> None:
         """Decode instances have begun with some of what came: its pages are free where it was computed."""
         for batch in batches:
-            waiting = self.waiting[batch]
-            if not waiting:
-                continue
-            for sent in waiting:
+            for sent in self.arrived[batch]:
                 if not sent.job.received:
-                    sent.batch.hold(-sent.pages)
-                    sent.instance.ring(sent.batch)
-            self.waiting[batch] = [sent for sent in waiting if sent.job.received]
+                    sent.source.hold(-sent.pages)
+                    self.instance_of[sent.source].ring(sent.source)
+            self.arrived[batch] = [sent for sent in self.arrived[batch] if sent.job.received]
+
+    def note_ports(self) -> None:
+        """How full the fullest port was in a step."""
+        self.noted.fullest_port = max((port.fullest for port in self.ports.found.values()), default=0.0)
 
 
-def _links(instances: Sequence[Instance], pool: Pool) -> dict[Batch, _Link]:
-    """The link of the data group of every batch."""
-    mesh, found = pool.scenario.parallelism, dict[Batch, _Link]()
+class _Watched:
+    """The instances of one pool: what the sender hears of them, and the ports that their exchanges use."""
+
+    def __init__(self, sender: _Sender, pool: Pool, way: str) -> None:
+        self.sender, self.way = sender, way
+        self.tiers = {"nvlink", "nic"} if exchanges_over_nics(pool.scenario) else {"nvlink"}
+        self.ports: dict[Batch, list[Port]] = {}  # of the step that the batch leads
+
+    def formed(self, batches: Sequence[Batch]) -> None:
+        """Prompts begin to be sent; or what was received frees pages."""
+        if self.way == "out":
+            self.sender.prompts_begun(batches)
+        else:
+            self.sender.free_pages(batches)
+
+    def beside(self, batches: Sequence[Batch], cost: StepCost) -> StepCost:
+        """Ports are shared with transfers."""
+        exchange = cost.exchange + cost.hidden
+        if self.sender.instant or exchange <= 0.0:
+            return cost
+        rank_of, ports = self.sender.rank_of, self.sender.ports
+        ranks = dict.fromkeys(rank_of[batch] for batch in batches)
+        tiers = sorted(self.tiers & self.sender.tiers)
+        used = [port for rank in ranks for port in ports.used_by(self.way, rank, tiers)]
+        if not used:
+            return cost
+        grown = max(port.lengthened(exchange, cost.total) for port in used)
+        for port in used:
+            port.take(batches[0], exchange, cost.total + grown)
+        self.ports[batches[0]] = used
+        return cost.longer(grown)
+
+    def ended(self, batches: Sequence[Batch]) -> None:
+        """They are free again."""
+        for port in self.ports.pop(batches[0], []):
+            port.release(batches[0])
+
+    def done(self, batch: Batch, job: Job) -> None:
+        """A prompt is computed."""
+        if self.way == "out":
+            self.sender.computed(batch, job)
+
+
+def _first_ranks(instances: Sequence[Instance], pool: Pool) -> dict[Batch, int]:
+    """The first rank in the cluster of the data group of every batch."""
+    mesh, found = pool.scenario.parallelism, dict[Batch, int]()
     for number, instance in enumerate(instances):
         first = pool.first_rank + number * mesh.world_size
-        links = [_Link(first + group * mesh.tensor) for group in range(mesh.data)]
-        found |= {batch: links[place // mesh.pipeline] for place, batch in enumerate(instance.batches)}
+        for place, batch in enumerate(instance.batches):
+            found[batch] = first + place // mesh.pipeline * mesh.tensor
     return found

@@ -46,4 +46,4 @@ def overlapped(
     parts = {name: getattr(lower, name) + getattr(upper, name) for name in ("projections", "attention", "experts")}
     exchange = lower.exchange + upper.exchange
     shown = shown_exchange(sum(parts.values()), exchange, layers=layers, taken=taken)
-    return replace(whole, **parts, exchange=shown)
+    return replace(whole, **parts, exchange=shown, hidden=max(0.0, exchange - shown))

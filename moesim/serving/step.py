@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields, replace
 
 @dataclass(frozen=True, kw_only=True)
 class StepCost:
-    """Seconds of one step by part."""
+    """Seconds of one step by part; `hidden`: those of the exchange that compute hides, in no part."""
 
     projections: float
     attention: float
@@ -15,22 +15,16 @@ class StepCost:
     draft: float
     swap: float
     host: float
+    hidden: float = 0.0
 
     @property
     def total(self) -> float:
         """All of it: nothing runs beside anything else."""
         return float(sum(getattr(self, part) for part in PARTS))
 
-    def beside(self, seconds: float) -> "StepCost":
-        """The same step while the ports of its exchange carry other transfers for so many seconds more.
-
-        Those fall on the exchange with its share of the step; the bytes of both go through the same ports, and all
-        ranks wait for the one that is busiest.
-        """
-        if seconds <= 0.0 or self.exchange <= 0.0:
-            return self
-        longer = min(seconds, self.total) * self.exchange / self.total
-        return replace(self, exchange=self.exchange + longer)
+    def longer(self, seconds: float) -> "StepCost":
+        """The same step with an exchange that takes so much longer."""
+        return replace(self, exchange=self.exchange + seconds)
 
 
-PARTS = tuple(part.name for part in fields(StepCost))
+PARTS = tuple(part.name for part in fields(StepCost) if part.name != "hidden")

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import simpy
 
 from moesim.errors import UserError
 from moesim.serving import largest_load, load_serving_text, serve
@@ -14,7 +15,7 @@ from moesim.serving.fleet import kv_bytes, run_fleet
 from moesim.serving.overlap import shown_exchange
 from moesim.serving.requests import Requests
 from moesim.serving.schema import ServingScenario
-from moesim.serving.step import StepCost
+from moesim.serving.transfers import Port, Transfer
 from moesim.strict_json import json_text
 
 TWO_POOLS = """schema_version: 1
@@ -63,7 +64,8 @@ def test_every_token_crosses_once_and_its_bytes_are_those_stored(deployment: Dep
 
 def test_with_links_that_take_no_time_the_halves_are_those_of_deployments_by_themselves() -> None:
     """One instance each: prompts as a deployment that gives one token, answers from when their keys have come."""
-    deployment = Deployment(two_pools("fleet.replicas=1", "fleet.prefill.replicas=1"))
+    whole = "{parallelism: {data: 2}, transfer: at_end}"  # with no exchange that transfers could slow
+    deployment = Deployment(two_pools("fleet.replicas=1", f"fleet.prefill={whole}"))
     requests = deployment.requests(0)
     both = run_fleet(deployment.pools, requests, instant=True)
     prefill = deployment.pools[0]
@@ -83,7 +85,10 @@ def test_sending_by_layer_shows_a_layers_share_of_a_transfer_that_is_faster_than
     deployment = Deployment(two_pools("fleet.prefill.transfer=by_layer"))
     one = Requests(arrival_N=np.zeros(1), input_N=np.array([2000]), output_N=np.array([3]))
     moved = run_fleet(deployment.pools, one).transfers
-    assert moved is not None and moved.shown[0] == pytest.approx(moved.seconds[0] / deployment.scenario.model.layers)
+    alone = run_fleet(Deployment(two_pools("fleet.prefill.transfer=at_end")).pools, one).transfers
+    assert moved is not None and alone is not None and alone.shown == alone.seconds
+    assert moved.shown[0] == pytest.approx(alone.seconds[0] / deployment.scenario.model.layers)
+    assert moved.seconds[0] > alone.seconds[0], "beside the exchange of its prompt"
 
 
 def test_full_decode_instances_hold_prompts_back_and_nothing_is_lost() -> None:
@@ -161,8 +166,50 @@ def test_transfers_through_the_nics_of_an_exchange_make_it_longer_and_no_more_th
     both, free = (run_fleet(deployment.pools, requests, instant=each) for each in (False, True))
     assert both.transfers is not None and both.earlier[0].parts["exchange"] > free.earlier[0].parts["exchange"]
     assert both.earlier[0].parts["exchange"] - free.earlier[0].parts["exchange"] < sum(both.transfers.seconds)
-    cost = StepCost(projections=1.0, attention=1.0, experts=1.0, exchange=1.0, head=0.0, draft=0.0, swap=0.0, host=0.0)
-    assert cost.beside(0.0) == cost and cost.beside(2.0).total == 4.5 and cost.beside(9.0).exchange == 2.0
+
+
+@pytest.mark.parametrize("transfer", ["by_layer", "at_end"])
+@pytest.mark.parametrize("share", [1.0, 0.3])
+@pytest.mark.parametrize(
+    "places",
+    [
+        ("cluster.nodes=4", "cluster.gpus_per_node=4"),  # exchanges and transfers over NICs
+        ("cluster.nodes=4", "cluster.gpus_per_node=4", "cluster.fabric={nics_per_node: 2}"),
+        ("cluster.nodes=1", "cluster.gpus_per_node=16"),  # both over NVLink
+        ("cluster.nodes=2", "cluster.gpus_per_node=8", "engine.two_batches=true"),  # one over NVLink, one over NICs
+    ],
+)
+def test_no_port_passes_more_than_its_capacity(places: tuple[str, ...], share: float, transfer: str) -> None:
+    wide = f"{{parallelism: {{data: 8, expert: 8}}, transfer: {transfer}, nic_share: {share}}}"
+    sets = (*places, "parallelism={data: 8, expert: 8}", "fleet.replicas=1", f"fleet.prefill={wide}")
+    scenario = two_pools(*sets, "workload.arrivals.rate=3000.0", "workload.requests=150")
+    result = serve(scenario)
+    moved = result["transfer"]
+    assert moved is not None and moved["tokens"] > 0
+    assert 0.0 <= moved["fullest_port"] <= 1.0 + 1e-9
+    if "cluster.nodes=2" not in places:
+        assert moved["fullest_port"] > 0.05, "both went through one port"
+
+
+def test_a_port_that_is_shared_passes_both_in_the_time_of_both() -> None:
+    env = simpy.Environment()
+    out, into = Port(env, 1.0), Port(env, 1.0)
+    sent = Transfer(env, (out, into))
+    sent.ask(10.0)
+    process = env.process(sent.run())
+
+    def steps():
+        while sent.left_now > 0.0:
+            grown = out.lengthened(1.0, 4.0)  # a step of 4 s, a second of it exchange
+            out.take("step", 1.0, 4.0 + grown)
+            yield env.timeout(4.0 + grown)
+            out.release("step")
+
+    env.process(steps())
+    env.run(process)
+    # Whole steps pass 4 s of the transfer in 5 s; of the third, with 2 s of transfer at its beginning, half is shared.
+    assert env.now == pytest.approx(10.0 + 2.0 / (3.5 / 4.5))
+    assert out.fullest == pytest.approx(1.0) and sent.taken == env.now
 
 
 def test_prompts_may_travel_by_kernels_of_their_own() -> None:
