@@ -157,8 +157,14 @@ def test_the_same_seed_gives_the_same_bytes_and_a_low_load_is_answered_as_it_com
 
 @pytest.mark.parametrize("name", FEATURES)
 def test_the_first_token_of_one_request_takes_the_steps_of_its_prompt(name: str) -> None:
-    """With what the parts of the prompt cost by themselves, beside ranks that compute a token for nothing."""
+    """With what the parts of the prompt cost by themselves, beside ranks that compute a token for nothing.
+
+    Keys are sent at its end: those that are sent beside it share its ports.
+    """
     drawn = scenario((name,))
+    if prefill := drawn.fleet.prefill:
+        sent = drawn.fleet.model_copy(update={"prefill": prefill.model_copy(update={"transfer": "at_end"})})
+        drawn = drawn.model_copy(update={"fleet": sent})
     deployment = Deployment(drawn)
     served = deployment.serve(Requests(arrival_N=np.zeros(1), input_N=np.array([900]), output_N=np.array([2])))
     pool = deployment.pools[0]
