@@ -14,7 +14,7 @@ from moesim.reliability.definitions import GOODPUT_DEFINITIONS
 from moesim.reliability.job_of_scenario import Step, job_causes, job_of, speeds_of
 from moesim.results.definitions import paths
 from moesim.scenario import Scenario
-from moesim.scenario.failures import FAILURE_RECORDS, LLAMA3_H100
+from moesim.scenario.failures import FAILURE_RECORDS
 
 STEP = Step(seconds=10.0, compute_s=6.0, degraded_s={})
 OFTEN = {"failures.record": "none", "failures.causes": [{"name": "GPU", "per": "gpu", "every": "2 d"}]}
@@ -107,11 +107,17 @@ def test_a_mistake_is_one_line(call, flags: list[str], code: int, words: str) ->
 
 
 def test_the_published_record_gives_its_counts_back() -> None:
-    assert sum(cause.count for cause in LLAMA3_H100.causes) == 419
-    nodes = LLAMA3_H100.gpus // LLAMA3_H100.gpus_per_node
-    parts = {"gpu": LLAMA3_H100.gpus, "nic": LLAMA3_H100.gpus, "node": nodes, "job": 1}
-    expected = sum(LLAMA3_H100.per_hour(cause) * parts[cause.per] for cause in LLAMA3_H100.causes)
-    assert expected * 24 * LLAMA3_H100.days == pytest.approx(419)
+    llama3 = FAILURE_RECORDS["llama3_h100"]
+    assert sum(cause.count for cause in llama3.causes) == 419
+    nodes = llama3.gpus // llama3.gpus_per_node
+    parts = {
+        "gpu": llama3.gpus,
+        "nic": llama3.gpus,
+        "node": nodes,
+        "job": 1,
+    }
+    expected = sum(llama3.per_hour(cause) * parts[cause.per] for cause in llama3.causes)
+    assert expected * 24 * llama3.days == pytest.approx(419)
     assert all(record.source for record in FAILURE_RECORDS.values())
 
 
@@ -120,7 +126,7 @@ def test_causes_of_the_scenario_replace_and_add(small) -> None:
     causes = {cause.name: cause for cause in job_causes(small({"failures.causes": own}))}
     assert causes["NIC"].per_second == pytest.approx(4 / (10 * 86400))
     assert causes["power"].per_second == pytest.approx(1 / (30 * 86400))
-    assert len(causes) == len(LLAMA3_H100.causes) + 1
+    assert len(causes) == len(FAILURE_RECORDS["llama3_h100"].causes) + 1
     doubled = {cause.name: cause for cause in job_causes(small({"failures.causes": own, "failures.factor": 2.0}))}
     assert doubled["SSD"].per_second == pytest.approx(2 * causes["SSD"].per_second)
     assert doubled["NIC"] == causes["NIC"]

@@ -84,8 +84,8 @@ def test_unknown_names_get_a_suggestion():
     ("key", "value"), [("nvlink_bandwidth", 0), ("sm_count", -1), ("peak_flops", {"bf16": 1e300}), ("l2_bytes", True)]
 )
 def test_a_gpu_that_cannot_be_is_named(monkeypatch, key, value):
-    entries = {"h100": {**catalogue._catalogue("gpus")["h100"], key: value}}
-    monkeypatch.setattr(catalogue, "_catalogue", lambda name: entries)
+    entries = {"h100": {**catalogue.catalogue("gpus")["h100"], key: value}}
+    monkeypatch.setattr(catalogue, "catalogue", lambda name: entries)
     with pytest.raises(UserError, match=rf"gpus.yaml: h100.{key}: must be between "):
         catalogue.gpu_spec.__wrapped__("h100")
 

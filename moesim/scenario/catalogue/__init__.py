@@ -68,7 +68,8 @@ def _suggest_product(word: str, known: Iterable[str]) -> str:
 
 
 @cache
-def _catalogue(name: str) -> Mapping[str, Mapping[str, Any]]:
+def catalogue(name: str) -> Mapping[str, Mapping[str, Any]]:
+    """The entries of `gpus`, `models` or `failures` by name, as they stand in the file."""
     text = (resources.files("moesim.scenario.catalogue") / f"{name}.yaml").read_text(encoding="utf-8")
     entries = parse_yaml(text, source=f"catalogue/{name}.yaml").plain
     assert isinstance(entries, dict)
@@ -77,13 +78,13 @@ def _catalogue(name: str) -> Mapping[str, Mapping[str, Any]]:
 
 def gpu_names() -> tuple[str, ...]:
     """Names of the GPUs in the catalogue."""
-    return tuple(_catalogue("gpus"))
+    return tuple(catalogue("gpus"))
 
 
 @cache
 def gpu_spec(name: str) -> GpuSpec:
     """The catalogue's GPU `name`. Raises UserError with a suggestion for an unknown name."""
-    entries = _catalogue("gpus")
+    entries = catalogue("gpus")
     if name not in entries:
         own = "or describe yours, e.g. gpu: {like: h200, name: mine, memory: 96 GB, peak: {bf16: 148 TFLOP/s}}"
         raise UserError(f'unknown GPU "{name}"; {_suggest_product(name, entries)}; {own}')
@@ -102,12 +103,12 @@ def gpu_spec(name: str) -> GpuSpec:
 
 def model_names() -> tuple[str, ...]:
     """Names of the model presets in the catalogue."""
-    return tuple(_catalogue("models"))
+    return tuple(catalogue("models"))
 
 
 def model_preset(name: str) -> dict[str, Any]:
     """The fields of the preset `name`, as in a scenario's `model` section. Raises UserError for an unknown name."""
-    entries = _catalogue("models")
+    entries = catalogue("models")
     if name not in entries:
         raise UserError(f'unknown model "{name}"; {_suggest_product(name, entries)}')
     return {"preset": name, **entries[name]}
