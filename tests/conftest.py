@@ -2,6 +2,7 @@
 
 import resource
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
@@ -15,6 +16,9 @@ from moesim.scenario import Scenario, scenario_from_mapping
 # A shell that starts the tests in the background, or under nohup, has them ignore these; some tests send them.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+# What makes and checks the shipped data and pages are scripts, not a package.
+sys.path.append(str(Path(__file__).parents[1] / "tools"))
 
 SMALL: dict[str, Any] = {
     "schema_version": 1,

@@ -7,6 +7,7 @@ from moesim.scenario import Mla, Model
 from moesim.scenario.flops import parameters
 from moesim.serving.keys import KeyLayout, key_layout
 from moesim.serving.schema import ServingScenario
+from moesim.serving.software import serving_software
 from moesim.units import format_bytes
 
 WEIGHT_BYTES = {"bf16": 2.0, "fp8": 1.0, "int4": 0.5}
@@ -103,6 +104,20 @@ def _weights(scenario: ServingScenario) -> float:
 def _workspace(scenario: ServingScenario) -> float:
     """Bytes of the largest step."""
     model, tokens = scenario.model, scenario.engine.token_budget
-    rows = tokens * (model.top_k * (model.row_width + 2 * model.expert_intermediate) if model.experts else 0)
+    rows = tokens * model.top_k * _row_elements(scenario) if model.experts else 0
     workspace = WIDE_BYTES * (tokens * (4 * model.hidden + 2 * model.dense_intermediate) + rows)
     return workspace + 4.0 * scenario.engine.running * model.vocab / scenario.parallelism.tensor  # fp32 logits
+
+
+def _row_elements(scenario: ServingScenario) -> float:
+    """Elements of bf16 that a step holds at once for a row of an expert.
+
+    Its input and both inputs of the activation in an engine. In transformers, which masks results of products in new
+    tensors: the input, twice the activation's inputs, these twice more; or behind the products input and result, and
+    this with its gate and in the order of tokens, in fp32.
+    """
+    model = scenario.model
+    h, f = model.row_width, model.expert_intermediate
+    if serving_software()[scenario.engine.software].kernels != "transformers":
+        return h + 2 * f
+    return max(h + 4 * f, 6 * h)

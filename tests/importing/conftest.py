@@ -2,15 +2,12 @@
 
 import gzip
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.append(str(Path(__file__).parents[2] / "tools"))
 
 MAIN, ENGINE, GPU = 1, 2, 7  # threads of the host, and a stream
 

@@ -1,14 +1,11 @@
 """One thread: these tensors are too small to share, and the machine is shared."""
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from moe_cases import write_corpus
-
-sys.path.append(str(Path(__file__).parents[2] / "tools"))  # the scripts that remake the library of routing
 
 
 @pytest.fixture(autouse=True)
