@@ -1,12 +1,17 @@
 """What kernels cost that no profile holds, over their plain sisters: ratios measured by themselves on an H100.
 
-`python tools/measure_odd_kernels.py` and `tools/measure_index_kernels.py` measure them,
-tests/data/odd_kernels_h100.json.gz keeps the rows that these numbers are the medians of; those that are marked come
-from traced steps of the first size of 13 programs (`python tools/measure_library_steps.py`). Other GPUs are taken to
-have the same ratios.
+`python tools/measure_odd_kernels.py`, `tools/measure_index_kernels.py` and `tools/measure_row_moves.py` measure them,
+tests/data/odd_kernels_h100.json.gz and row_moves_h100.json.gz keep the rows of these numbers; those that are marked
+come from traced steps of the first size of 13 programs (`python tools/measure_library_steps.py`). Other GPUs are taken
+to have the same ratios.
 """
 
 from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from moesim.kernels.families import FloatArray
 
 # A product in which rows of some matrix begin at multiples of 2, 4 or 8 bytes, and not of 16 (a vocabulary of 50,257
 # in bf16: 2), over the aligned one.
@@ -51,3 +56,28 @@ OUTER_BATCH, ROW_BATCH = 5.5, 1.8
 COMPILED_BACKWARD, ADDED_WIDE = 1.3, 1.23
 BINCOUNT_S = 7.2e-5  # counts, behind which the host waits for the largest
 SCAN_S = 1.75e-7  # of each step along a dimension that is not the last
+# Rows that are gathered take as long as a copy of what the memory moves. Of so many bytes of source half is still in
+# the L2 when a row is read again (fitted to half of 234 gathers).
+HELD_BYTES = 22e6
+# Keys of latent attention joined from their parts, or taken apart, over a copy of what they read and write.
+JOINED = 1.06
+# Torch's fused AdamW takes the weights in launches of so many tensors, each in blocks of so many numbers: seconds of a
+# launch, and of a block, which is as long as the launch where blocks are few.
+ADAM_TENSORS, ADAM_BLOCK, ADAM_LAUNCH_S, ADAM_BLOCK_S = 36, 65536, 3e-6, 41e-6
+
+
+def gathered_bytes(rows: ArrayLike, *, of: ArrayLike, row_bytes: float) -> FloatArray:
+    """What the memory moves where `rows` rows are gathered from `of` different ones.
+
+    Each is written; of the source each row is read once, and again as often as it is wanted and no longer in the L2.
+    """
+    rows_R, of_R = np.asarray(rows, float), np.asarray(of, float)
+    read_R = np.minimum(rows_R, of_R)
+    missed_R = 1.0 / (1.0 + (HELD_BYTES / np.maximum(row_bytes * of_R, 1.0)) ** 2)
+    return np.asarray(row_bytes * (rows_R + read_R + (rows_R - read_R) * missed_R))
+
+
+def adam_floor(parameters: float, tensors: float) -> float:
+    """Seconds that a fused step over so many numbers in so many tensors takes at least."""
+    share = min(parameters / max(tensors, 1.0), ADAM_BLOCK) / ADAM_BLOCK
+    return float(np.ceil(tensors / ADAM_TENSORS) * (ADAM_LAUNCH_S + ADAM_BLOCK_S * share))

@@ -15,7 +15,7 @@ from functools import partial
 
 import numpy as np
 
-from moesim.kernels.unprofiled import DROPOUT, SINGLY
+from moesim.kernels.unprofiled import DROPOUT, JOINED, SINGLY
 from moesim.program.gemms import (
     ACTIVATION_BYTES,
     collective,
@@ -152,7 +152,14 @@ def _latent(w: KernelWriter, step: Step, mla: Mla) -> Passes:
         column_parallel(up, "kv_up", step, k=mla.kv_lora_rank, n=model.heads * (d + value), width=compressed),
         _latent_rotary(w, step, rope),
         _pieces(w, "q.cat", step, width=step.heads * (d + rope), again=step.heads * (d + rope)),
-        _pieces(w, "k.cat", step, width=step.heads * (d + rope), again=step.heads * (4 * d + 4 * rope + 2 * value)),
+        _pieces(
+            w,
+            "k.cat",
+            step,
+            width=step.heads * (d + rope),
+            again=step.heads * (4 * d + 4 * rope + 2 * value),
+            joined=_joined_keys(up, step, rope=rope),
+        ),
     )
 
 
@@ -170,15 +177,25 @@ def _latent_rotary(w: KernelWriter, step: Step, rope: int) -> Passes:
     )
 
 
-def _pieces(w: KernelWriter, name: str, step: Step, *, width: int, again: int) -> Passes:
+def _joined_keys(w: KernelWriter, step: Step, *, rope: int) -> Passes:
+    """Keys from what is expanded and from the part with a position, which all heads share, in one kernel; and back."""
+    numbers = step.gathered_tokens * (step.heads * (2 * step.model.head_dim + rope) + rope)
+    bytes_ = JOINED * BF16 * numbers
+    return [moved(w, "k.join", "copy", forward("cat"), bytes_=bytes_)], [
+        moved(w.backward, "k.join", "copy", backward("cat"), bytes_=bytes_)
+    ]
+
+
+def _pieces(w: KernelWriter, name: str, step: Step, *, width: int, again: int, joined: Passes | None = None) -> Passes:
     """The pieces with and without a position joined; where copies are double, gradients move as `again` numbers more.
 
     Of queries: their own order once more. Of keys, as autograd takes apart a tensor that was filled in place: whole
-    gradients of the filled tensor, its pieces in an order of their own, and joined with those of the values.
+    gradients of the filled tensor, its pieces in an order of their own, and joined with those of the values. `joined`:
+    what is left of it where nothing is copied.
     """
     tokens = step.gathered_tokens
     if step.switches.layout_copies == "none":
-        return [], []
+        return joined or ([], [])
     forward_pass, backward_pass = copied(w, name, tokens * width)
     if step.switches.layout_copies == "double":
         late = moved(w.backward, f"{name}.again", "copy", backward("cat", "view"), bytes_=2.0 * BF16 * tokens * again)

@@ -2,13 +2,18 @@
 
 Of p parameters with gradients of g bytes, moments of o, weights of w, and perhaps a master copy of 4:
     fused     one kernel: g + 4 o + 2 w; with a master copy g + 4 o + 8 and the weights written, w, or, where they are
-              cast behind it, 4 + w by a kernel of its own
+              cast behind it, 4 + w by a kernel of its own; tensors of few numbers take a launch's time
     foreach   torch's eight kernels over lists of tensors: 4 w + 2 g + 14 o, of the master copy where there is one
     loop      the same eight over every tensor
 Behind it the weights of products in fp8 or fp4 are cast (`moesim.program.fp8_casts`).
 """
 
+from dataclasses import replace
+
+import numpy as np
+
 from moesim.kernels import KernelModel
+from moesim.kernels.unprofiled import adam_floor
 from moesim.program.fp8_casts import weight_casts
 from moesim.program.operations import Block, Operation
 from moesim.program.torch_host import forward
@@ -43,7 +48,7 @@ def optimizer_block(scenario: Scenario, kernels: KernelModel, *, parameters: flo
             per_parameter += 2 * size["fp32"] - size[precision.weights]  # the weights are then only written
         if cast_behind:
             per_parameter -= size[precision.weights]
-        out.append(w.moved("adamw", kind, bytes_=parameters * per_parameter))
+        out.append(_in_blocks(w.moved("adamw", kind, bytes_=parameters * per_parameter), parameters, tensors))
     else:
         launches = forward("plain") * (tensors if switches.optimizer == "loop" else 1)
         steps = {
@@ -65,6 +70,12 @@ def optimizer_block(scenario: Scenario, kernels: KernelModel, *, parameters: flo
         out.append(issued(w.moved("weights.cast", "cast", bytes_=parameters * bytes_each), copies))
     out += weight_casts(w, weights=products, are_narrow=precision.weights == "fp8")
     return Block("optimizer", tuple(out))
+
+
+def _in_blocks(step: Operation, parameters: float, tensors: float) -> Operation:
+    """A fused step that takes as long as the blocks that it is launched in, where its tensors are small."""
+    assert step.seconds_MSR is not None
+    return replace(step, seconds_MSR=np.maximum(step.seconds_MSR, adam_floor(parameters, tensors)))
 
 
 def _tensors(scenario: Scenario) -> float:

@@ -6,7 +6,8 @@
     unpermute  the weighted sum of a token's results
 Fused each is a gather of rows or a sum that reads every row once and writes every sum once. Otherwise ids are sorted,
 or masks of tokens by experts made, rows gathered, scaled and added by kernels of their own; gradients of a gather are
-added into zeros.
+added into zeros. A dispatch that moves rows itself (DeepEP's kernels) takes tokens where they lie and brings back sums:
+permute and unpermute are part of it, and what arrives in FP8 is put in the order of the experts in FP8.
 
 Legend: see `moesim.program.loads`.
 """
@@ -16,7 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moesim.kernels.unprofiled import SUMMED_BYTES, SUMMED_S
+from moesim.kernels.unprofiled import SUMMED_BYTES, SUMMED_S, gathered_bytes
+from moesim.program.fp8_casts import DISPATCHED
 from moesim.program.loads import LayerLoads
 from moesim.program.operations import Operation, compute, readback
 from moesim.program.sizes import Passes, Step, chain
@@ -41,16 +43,20 @@ def _summed(w: KernelWriter, name: str, *, values: ArrayLike) -> list[Operation]
     return [issued(passes, 0.0), issued(add, 0.0)]
 
 
+def _gather(
+    w: KernelWriter, name: str, *, rows: ArrayLike, of: ArrayLike, row_bytes: float, launches: float = 1.0
+) -> Operation:
+    """`rows` rows written from `of` different ones, in another order."""
+    return moved(w, name, "copy", launches, bytes_=gathered_bytes(rows, of=of, row_bytes=row_bytes))
+
+
 def _gathered(
     w: KernelWriter, step: Step, name: str, *, rows: NDArray[Any], of: ArrayLike, width: int, bytes_each: float = BF16
 ) -> Passes:
     """`rows` rows gathered from `of` rows; backward they are added into as many zeros."""
     zeros = bytes_each * width * np.asarray(of, dtype=np.float64)
     zero = moved(w.backward, name, "zero", backward("index_select"), bytes_=zeros)
-    if bytes_each == BF16:
-        ahead = issued(w.memory(name, "permute", rows=rows, width=width), forward("index_select"))
-    else:
-        ahead = moved(w, name, "permute", forward("index_select"), bytes_=2 * bytes_each * width * rows)
+    ahead = _gather(w, name, rows=rows, of=of, row_bytes=bytes_each * width, launches=forward("index_select"))
     if step.switches.gather_backward == "index_put":
         return [ahead], [zero, *_summed(w.backward, name, values=rows * float(width))]
     return [ahead], [zero, issued(w.backward.memory(name, "unpermute", rows=rows, width=width), 0.0)]
@@ -63,7 +69,7 @@ def _rows_gathered(
     width = step.model.row_width
     if fused or step.switches.gather_backward == "fused":
         add = w.backward.moved(name, "elementwise", bytes_=_sum_bytes(rows, of, width))
-        return [issued(w.memory(name, "permute", rows=rows, width=width), forward("index_select"))], [add]
+        return [_gather(w, name, rows=rows, of=of, row_bytes=BF16 * width, launches=forward("index_select"))], [add]
     return _gathered(w, step, name, rows=rows, of=of, width=width)
 
 
@@ -79,6 +85,8 @@ def _leaving(step: Step, loads: LayerLoads) -> NDArray[Any]:
 
 def permute(w: KernelWriter, step: Step, loads: LayerLoads) -> Passes:
     """The rows, or copies of tokens, that leave this rank, or stay where it is alone."""
+    if step.moves_rows:
+        return [], []
     way = "fused" if _masked_on_arrival(step) else step.switches.permute
     out = _leaving(step, loads)
     inside = _masked_on_arrival(step)  # of the dispatch's own kernels
@@ -163,7 +171,8 @@ def expand(w: KernelWriter, step: Step, loads: LayerLoads) -> Passes:
             return _chunks(w, "permute.chunks", rows, hidden)
         return ([small(w, "permute.offsets", forward("cumsum"))], []) if way == "sort" else ([], [])
     if way == "fused":
-        return _rows_gathered(w, step, "expand", rows=rows, of=loads.copies_in_MSR)
+        ahead, back = _rows_gathered(w, step, "expand", rows=rows, of=loads.copies_in_MSR)
+        return [_arrived(w, step, "expand", rows, loads)] if step.moves_rows else ahead, back
     if _masked_on_arrival(step):
         gathered = _rows_gathered(w, step, "permute.gather", rows=rows, of=loads.copies_in_MSR)
         return chain(_masked_ids(w, step, rows), gathered)
@@ -179,6 +188,12 @@ def expand(w: KernelWriter, step: Step, loads: LayerLoads) -> Passes:
         small(w, "permute.offsets", forward("reduce", "cumsum"), count=2),
     ]
     return chain((order, []), _rows_gathered(w, step, "permute.expand", rows=rows, of=rows))
+
+
+def _arrived(w: KernelWriter, step: Step, name: str, rows: NDArray[Any], loads: LayerLoads) -> Operation:
+    """What a dispatch brought in the order of the experts, as it came: FP8 with a scale for 128 where it is."""
+    each = DISPATCHED if step.moves_rows and step.quantise and w.recipe is not None else float(BF16)
+    return _gather(w, name, rows=rows, of=loads.copies_in_MSR, row_bytes=each * step.model.row_width)
 
 
 def _chunks(w: KernelWriter, name: str, rows: NDArray[Any], hidden: int) -> Passes:
@@ -199,7 +214,7 @@ def reduce(w: KernelWriter, step: Step, loads: LayerLoads) -> Passes:
     if step.switches.permute == "fused":
         return (
             [w.moved("reduce", "elementwise", bytes_=_sum_bytes(rows, loads.copies_in_MSR, hidden))],
-            [w.backward.memory("reduce", "permute", rows=rows, width=hidden)],
+            [_arrived(w.backward, step, "reduce", rows, loads)],
         )
     if _masked_on_arrival(step):
         return _added(w, rows, of=loads.copies_in_MSR, hidden=hidden)
@@ -211,11 +226,13 @@ def reduce(w: KernelWriter, step: Step, loads: LayerLoads) -> Passes:
 def unpermute(w: KernelWriter, step: Step, loads: LayerLoads) -> Passes:
     """The weighted sum of every token's results."""
     hidden = step.model.row_width
+    if step.moves_rows:
+        return [], []
     if step.switches.combine == "fused" or _masked_on_arrival(step):
         back = _leaving(step, loads)
         return (
             [w.moved("unpermute", "elementwise", bytes_=_sum_bytes(back, step.tokens, hidden))],
-            [w.backward.memory("unpermute", "permute", rows=back, width=hidden)],
+            [_gather(w.backward, "unpermute", rows=back, of=step.tokens, row_bytes=float(BF16 * hidden))],
         )
     out = _leaving(step, loads)
     if step.switches.combine == "sum":
@@ -243,7 +260,7 @@ def unpermute(w: KernelWriter, step: Step, loads: LayerLoads) -> Passes:
 def _added(w: KernelWriter, rows: NDArray[Any], *, of: ArrayLike, hidden: int) -> Passes:
     """`rows` rows added into `of` rows of zeros; backward a gather."""
     zeros = float(BF16) * hidden * np.asarray(of, dtype=np.float64)
-    back = w.backward.memory("combine.add", "unpermute_backward", rows=rows, width=hidden)
+    back = _gather(w.backward, "combine.add", rows=rows, of=of, row_bytes=float(BF16 * hidden))
     return (
         [
             moved(w, "combine.zeros", "zero", forward("zeros"), bytes_=zeros),

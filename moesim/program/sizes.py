@@ -22,7 +22,8 @@ class Step:
     their collectives cost; a rank alone needs none. `remote`: experts are spread over more than one rank. `router`:
     the facts of the one that runs. `shared_beside`: shared experts run beside the dispatch, where the software
     can. `software`: whose kernels they are, with `switches` as the scenario sets them. `deduplicated`: a token travels
-    once for several of its experts; `gathers`: every rank gets all tokens. `local`: the layer is one of model.local.
+    once for several of its experts; `gathers`: every rank gets all tokens; `moves_rows`: the dispatch takes tokens
+    where they lie, and its combine brings sums. `local`: the layer is one of model.local.
     """
 
     model: Model
@@ -36,6 +37,7 @@ class Step:
     switches: Switches = FUSED.switches
     deduplicated: bool = False
     gathers: bool = False
+    moves_rows: bool = False
     local: bool = False
     tensor: int = 1
     context: int = 1

@@ -155,6 +155,7 @@ def step_sizes(scenario: Scenario, links: GroupLinks | None) -> Step:
         switches=scenario.implementation.switches,
         deduplicated=scenario.dispatch.deduplicate != "per_expert",
         gathers=DISPATCH[scenario.dispatch.algorithm].gathers,
+        moves_rows=DISPATCH[scenario.dispatch.algorithm].moves_rows and mesh.expert * mesh.expert_tensor > 1,
         tensor=mesh.tensor,
         context=mesh.context,
         expert_tensor=mesh.expert_tensor,

@@ -30,6 +30,7 @@ from moesim.kernels.unprofiled import (
     TABLE_S,
     WARP_NUMBERS,
     WIDE_SOFTMAX,
+    gathered_bytes,
 )
 from moesim.recorded.step_file import RecordedOp, Seen
 
@@ -82,7 +83,7 @@ def memory_kernels(op: RecordedOp) -> tuple[list[MemoryBound], float, bool]:
         return kernels, seconds, True
     read, written = _bytes(op.reads), _bytes(op.writes)
     if op.name in GATHERS:
-        return [MemoryBound("permute", 2.0 * written)], 0.0, True
+        return [_gathered(op, written)], 0.0, True
     if op.name in SCATTERS:
         rows = min((size for shape, _, size in op.reads if len(shape) > 1), default=0)
         new = 0.0 if op.name.endswith("_") else 2.0 * written
@@ -98,6 +99,13 @@ def memory_kernels(op: RecordedOp) -> tuple[list[MemoryBound], float, bool]:
     if op.name in KINDS and not (op.name in LAID_OUT and op.facts.get("strided")):
         return [MemoryBound(KINDS[op.name], float(read + written))], 0.0, True
     return [_elementwise(op)], 0.0, op.name in ELEMENTWISE or op.name in KINDS
+
+
+def _gathered(op: RecordedOp, written: int) -> MemoryBound:
+    """Rows of the first operand, or single numbers of it."""
+    if op.name == "gather":
+        return MemoryBound("permute", 2.0 * written)
+    return MemoryBound("copy", float(gathered_bytes(written, of=op.reads[0][2], row_bytes=1.0)))
 
 
 def _bytes(tensors: tuple[Seen, ...]) -> int:

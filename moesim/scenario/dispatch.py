@@ -36,7 +36,8 @@ class DispatchAlgorithm:
     them moves over NVLink in each second; None: as NCCL's (`NetworkParameters`). megatron: its words for
     Megatron-LM, the dispatcher's type and the flex dispatcher's backend. avoids_nvlink: NICs carry the messages
     inside a node. needs_one_domain: a group's ranks must share an NVLink domain. passes_own_rows: inside one node,
-    rows that stay on their rank pass through its ports like others. header_bytes: of every dispatched message.
+    rows that stay on their rank pass through its ports like others. moves_rows: its kernels read tokens where they lie
+    and bring back sums, in the time that was measured of them. header_bytes: of every dispatched message.
     nvlink_share, nic_share: of the nominal bandwidth in long transfers; None: what NCCL reaches
     (`NetworkParameters`). call_seconds, message_seconds: of the software, per transfer and per message, the least
     that a transfer takes.
@@ -54,6 +55,7 @@ class DispatchAlgorithm:
     avoids_nvlink: bool = False
     needs_one_domain: bool = False
     passes_own_rows: bool = False
+    moves_rows: bool = False
     header_bytes: float = 0.0
     nvlink_share: float | None = None
     nic_share: float | None = None
@@ -90,6 +92,7 @@ HIERARCHICAL = DispatchAlgorithm(
     sms=24.0,
     megatron=("flex", "deepep"),
     passes_own_rows=True,
+    moves_rows=True,
     nvlink_share=0.8345,  # of many SMs: with 24 of them 0.817 of an H800's port, as published
     nic_share=0.87,
     call_seconds=66e-6,
@@ -104,6 +107,7 @@ HYBRID_EP = DispatchAlgorithm(
     owns_sms=True,
     sms=16.0,
     megatron=("flex", "hybridep"),
+    moves_rows=True,
     nvlink_share=0.816,
     nic_share=0.87,
     call_seconds=6.7e-6,

@@ -30,7 +30,10 @@ STEPS: dict[str, dict[str, Any]] = {
     "eager, few rows, one GPU": {**EAGER, "parallelism": {"data": 4, "expert": 1}, "workload.sequence_length": 64},
 }
 # Measured for predictions of single kernels: software has other kernels for the same work, or several.
-ONLY_ALONE = {"cross_entropy", "cross_entropy_backward", "permute_backward", "silu", "silu_backward"}
+ONLY_ALONE = {
+    "cross_entropy", "cross_entropy_backward", "permute", "permute_backward", "silu", "silu_backward",
+    "unpermute_backward",
+}  # fmt: skip
 # Measured on one GPU alone: gradients of FP8 and their casts, gradients of indexed rows, which imported steps have.
 ONLY_H100 = {"scaled_cast", "fp8_cast_tiles", "index_put"}
 
