@@ -118,6 +118,6 @@ def _row_elements(scenario: ServingScenario) -> float:
     """
     model = scenario.model
     h, f = model.row_width, model.expert_intermediate
-    if serving_software()[scenario.engine.software].kernels != "transformers":
+    if not serving_software()[scenario.engine.software].masks_rows:
         return h + 2 * f
     return max(h + 4 * f, 6 * h)

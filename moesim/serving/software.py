@@ -30,7 +30,8 @@ class ServingSoftware:
     filled up to. request, listed_key: seconds of the host in a step for
     each request and for each key that it lists. plan: seconds of the host for a size of attention not met before,
     which every step has. hides_host: whether it prepares a step beside the one before it. separate_heads: whether
-    queries, keys and values are three products.
+    queries, keys and values are three products. masks_rows: whether results of experts are masked in new tensors and
+    take their gates in fp32, which a step has to have room for.
     """
 
     name: str
@@ -53,6 +54,7 @@ class ServingSoftware:
     plan: float = 0.0
     hides_host: bool = False
     separate_heads: bool = False
+    masks_rows: bool = False
 
     def filled(self, rows_D: NDArray[np.int64]) -> NDArray[np.int64]:
         """Rows [D] that are computed for steps of so many; those larger than all graphs are not filled up."""
@@ -153,6 +155,7 @@ def _transformers(launch: float) -> tuple[ServingSoftware, ...]:
         about="continuous batching of transformers 5.17 with its paged|sdpa attention, launched kernel by kernel",
         listed="from its source, and profiles of Qwen3's and OLMoE's layers on one H100 (tools/measure_engine.py)",
         checked="streams of requests on one H100 (pytest -s tests/serving/test_measured_engine.py)",
+        masks_rows=True,
         kernels="transformers",
         attention="torch",
         experts="torch",
