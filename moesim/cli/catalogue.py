@@ -321,7 +321,7 @@ def _schema(what: str) -> dict[str, Any]:
 
         return any_plan_json_schema()
     if what == "serving":
-        from moesim.serving.json_schema import serving_json_schema
+        from moesim.serving.loading import serving_json_schema
 
         return serving_json_schema()
     if what == "study":

@@ -2,12 +2,13 @@
 
 schema    WHAT is served: model, routing, cluster, requests, engine
 requests  when requests come, how long they are, what they share
-keys      which keys a token sees and stores; memory: weights, and pages for them
-batch     what a data group of ranks works on; prefixes: what it keeps of prompts; balancing: who gets a request
+keys      which keys a token sees and stores, shared beginnings once; memory: weights, and pages for them
+batch     what a data group of ranks works on
+software  what engines do, and their hosts; layers: their small kernels; decode_kernels: those that only serving has
 pricing   HOW LONG a kernel takes; attention, experts: tables of kernels, routing, dispatch; costs: a step of them
-copies    where experts and copies of them are; overlap: two half batches; step: the cost of one by part
-clock     WHEN: SimPy processes of arrivals and of steps
-fleet     instances side by side, those for prompts apart, and what is sent between them
+step      the cost of one by part, as one batch or two
+clock     WHEN: SimPy processes of arrivals and of steps, and who gets a request
+fleet     instances side by side, those for prompts apart; transfers: what is sent between them, through which ports
 answers   latencies, throughput, price, the largest load; pool_answers: of one kind of instances
 """
 

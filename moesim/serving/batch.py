@@ -13,8 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.serving.keys import KeyLayout
-from moesim.serving.prefixes import PrefixCache
+from moesim.serving.keys import KeyLayout, PrefixCache
 from moesim.serving.schema import Engine
 
 IntArray = NDArray[np.int64]

@@ -1,10 +1,10 @@
 """Serving on a clock: a process lets requests arrive, and one for each set of groups that step together serves them.
 
 A data group of several stages works on as many batches in turn, a stage behind each other: a round lasts as long as the
-slowest of them takes through all stages.
+slowest of them takes through all stages. `BALANCING`: which batch a request that arrives is given to.
 """
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,13 +13,35 @@ import simpy
 from numpy.typing import NDArray
 
 from moesim.seeding import stream
-from moesim.serving.balancing import BALANCING
 from moesim.serving.batch import Batch, Formed, Job
 from moesim.serving.costs import StepCosts
 from moesim.serving.memory import ServingMemoryReport, layout_of
 from moesim.serving.requests import Requests
 from moesim.serving.step import PARTS, StepCost
 from moesim.serving.transfers import Nobody, Watcher
+
+SLACK = 2.0  # times the requests of the emptiest batch, and
+SLACK_REQUESTS = 4  # so many more, may a batch have that a request goes to for its prefix
+
+
+def least_loaded(batches: Sequence[Batch], job: Job) -> int:
+    """The batch with the fewest requests, the first of them."""
+    del job
+    return min(range(len(batches)), key=lambda each: (batches[each].load, each))
+
+
+def by_prefix(batches: Sequence[Batch], job: Job) -> int:
+    """The batch with the fewest requests of those that know the prefix, unless it has many more than the emptiest."""
+    emptiest = least_loaded(batches, job)
+    known = [number for number, batch in enumerate(batches) if batch.knows(job.prefix)]
+    if not known:
+        return emptiest
+    chosen = min(known, key=lambda each: (batches[each].load, each))
+    most = SLACK * batches[emptiest].load + SLACK_REQUESTS
+    return chosen if batches[chosen].load <= most else emptiest
+
+
+BALANCING: Mapping[str, Callable[[Sequence[Batch], Job], int]] = {"least_loaded": least_loaded, "by_prefix": by_prefix}
 
 
 @dataclass

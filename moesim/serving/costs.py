@@ -22,10 +22,9 @@ from moesim.serving.decode_kernels import small_all_reduce
 from moesim.serving.experts import ExpertTables
 from moesim.serving.layers import Small, end_kernels, num_launches
 from moesim.serving.memory import drafting_layers, memory_of
-from moesim.serving.overlap import overlapped
 from moesim.serving.pricing import Pricing
 from moesim.serving.schema import ServingScenario
-from moesim.serving.step import StepCost
+from moesim.serving.step import StepCost, overlapped
 
 FloatArray = NDArray[np.float64]
 

@@ -5,7 +5,7 @@ those of prompts in runs, as they follow each other. Where generated tokens were
 are drawn from there.
 
 Legend: G numbers of tokens, M shares of generated tokens among them, N tokens, K experts of a token, R ranks,
-E experts.
+E experts, X slots of all ranks (rank r holds X/R of them from r*X/R on).
 """
 
 from bisect import bisect_left
@@ -19,13 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.network import Fabric, build_fabric, prepare_combine, prepare_dispatch
+from moesim.parallel.eplb import balance_experts
 from moesim.parallel.mesh import GroupLayout
 from moesim.parallel.traffic import node_stages, ring_copies, without_diagonal
 from moesim.program.drawn_routing import obtain_trace
 from moesim.scenario import BYTES_PER_ELEMENT, Routing, scenario_from_mapping
 from moesim.scenario.dispatch import DISPATCH
 from moesim.seeding import stream
-from moesim.serving.copies import ExpertSlots
 from moesim.serving.decode_kernels import exchange_floors
 from moesim.serving.pricing import Pricing
 from moesim.serving.schema import ServingScenario
@@ -49,6 +49,36 @@ class ExpertCost:
     exchange: float
     imbalance: float
     dropped: float
+
+
+class ExpertSlots:
+    """The slots of one layer. `load_E`: rows by which they are placed, None: neighbours, without copies.
+
+    Copies are placed by DeepSeek's global policy, and rows of an expert go to its copies in turn.
+    """
+
+    def __init__(self, load_E: NDArray[np.float64] | None, *, experts: int, slots: int, ranks: int) -> None:
+        expert_X = np.arange(experts)
+        if load_E is not None:
+            expert_X = balance_experts(load_E[None], num_slots=slots, num_groups=1, num_nodes=1, num_ranks=ranks)[0]
+        self.num_slots = len(expert_X)
+        self.is_plain = load_E is None
+        self.slot_X: IntArray = np.argsort(expert_X, kind="stable")  # slots of expert 0, of expert 1 ...
+        self.copies_E: IntArray = np.bincount(expert_X, minlength=experts)
+        self.first_E: IntArray = np.cumsum(self.copies_E) - self.copies_E
+
+    def of(self, ids_NK: IntArray) -> IntArray:
+        """[N, K] the slots that rows go to; -1 (dropped) stays."""
+        if self.is_plain:
+            return ids_NK
+        flat = ids_NK.reshape(-1)
+        order = np.argsort(flat, kind="stable")
+        ordered = flat[order]
+        turn = np.arange(len(flat)) - np.searchsorted(ordered, ordered, side="left")
+        slots = self.slot_X[self.first_E[ordered] + turn % self.copies_E[ordered]]
+        found = np.empty_like(flat)
+        found[order] = np.where(ordered >= 0, slots, -1)
+        return found.reshape(ids_NK.shape)
 
 
 class ExpertTables:

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path as FilePath
+from typing import Any
 
 from moesim.errors import UserError
 from moesim.scenario.document import Node, Path, dotted, find, parse_yaml, read_yaml, refusal
 from moesim.scenario.forms import absolute_paths, explicit_model, flat_cluster_to_pools
+from moesim.scenario.loader import accept_cluster_forms, accept_model_forms, finished_schema
 from moesim.scenario.messages import validated
 from moesim.scenario.model import Mla
 from moesim.scenario.overrides import apply_overrides
@@ -29,6 +31,14 @@ def load_serving(path: str | FilePath, overrides: Sequence[str] = ()) -> Serving
 def load_serving_text(text: str, *, source: str = "serving", overrides: Sequence[str] = ()) -> ServingScenario:
     """As `load_serving`, from YAML text; paths are relative to the working directory."""
     return _validated(parse_yaml(text, source=source), overrides, base=FilePath())
+
+
+def serving_json_schema(*, units: bool = False) -> dict[str, Any]:
+    """JSON Schema (2020-12) of the sections, with the short forms of a model; `units` as in that of a scenario."""
+    schema = ServingScenario.model_json_schema(mode="validation")
+    accept_model_forms(schema["$defs"]["Model"])
+    accept_cluster_forms(schema["$defs"])
+    return finished_schema(schema, title="moesim serving", units=units)
 
 
 def _validated(root: Node, overrides: Sequence[str], *, base: FilePath) -> ServingScenario:
