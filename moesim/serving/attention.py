@@ -3,6 +3,7 @@
 Legend: G points of a table, D data groups, K kinds of layers.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -45,10 +46,24 @@ class AttentionTables:
             self.shape = grouped_shape(heads, kv_heads, model.head_dim, size=size)
             dim, value_dim, kind = model.head_dim, model.head_dim, "grouped"
         self.heads, self.kv_heads, self.dim, self.gpu = heads, kv_heads, dim, pricing.gpu
+        self.software = pricing.software
+        self._of = {"": self._from_pages, "gathered": self._gathered, "masked": self._masked}[self.software.paged]
         self.parameters = pricing.attention(f"{kind}/{scenario.workload.kv}")
         self.length_G = np.unique(np.geomspace(16, 1 << 20, 33).round())
         sizes = partial(Attention, batch=1, heads=heads, kv_heads=kv_heads, head_dim=dim, value_dim=value_dim)
         self._prompt_G = np.array([float(pricing.seconds(sizes(sequence=length))) for length in self.length_G])
+
+    def seconds(self, formed: Sequence[Formed]) -> FloatArray:
+        """Seconds [D] of all layers for a step, as the software reads keys."""
+        return self._of(formed)
+
+    def _from_pages(self, formed: Sequence[Formed]) -> FloatArray:
+        """By kernels that read keys where they lie."""
+        requests_D = np.array([each.generated for each in formed])
+        seconds_D = self.generating(np.array([each.keys for each in formed]), requests_D, formed[0].rows)
+        for group, each in enumerate(formed):
+            seconds_D[group] += sum(self.prompt(chunk.tokens, chunk.before) for chunk in each.chunks)
+        return seconds_D
 
     def generating(self, keys_DK: IntArray, requests_D: IntArray, rows: int) -> FloatArray:
         """Seconds [D] of all layers for generated tokens: keys seen in each kind of layer, each by `rows` queries."""
@@ -63,7 +78,10 @@ class AttentionTables:
             np.where(keys_D > 0, attention_seconds(self.parameters, several, requests_D, mean_D), 0.0), dtype=float
         )
 
-    def gathered(self, each: Formed, *, fill: int, is_replayed: bool) -> float:
+    def _gathered(self, formed: Sequence[Formed]) -> FloatArray:
+        return np.array([self._gathered_group(each) for each in formed])
+
+    def _gathered_group(self, each: Formed) -> float:
         """Seconds of all layers where keys are copied out of their pages first.
 
         Replayed, and beside prompts, a block for each head and request goes through its keys, two blocks to an SM.
@@ -71,15 +89,18 @@ class AttentionTables:
         requests, rows = each.generated, max(each.rows, 1)
         mean = each.keys[0] / max(requests, 1)
         alone = float(self.one_layer(np.array([each.keys[0]]), np.array([requests]), rows)[0])
-        if requests and (is_replayed or each.chunks or self.heads == self.kv_heads):
+        if requests and (self.software.graph_tokens > 0 or each.chunks or self.heads == self.kv_heads):
             alone = max(alone, mean * FLASH_KEY * max(1.0, requests * self.heads / (2 * self.gpu.sm_count)))
         read = 0 if not requests and not any(chunk.before for chunk in each.chunks) else self._keys(each)
-        read = -(-read // fill) * fill
+        read = -(-read // self.software.fill_keys) * self.software.fill_keys
         moved = 4.0 * self.kv_heads * self.dim * 2.0 * read / (GATHERED * self.gpu.memory_bandwidth)
         prompts = sum(self.prompt(chunk.tokens, chunk.before) for chunk in each.chunks)
         return self.layout.kinds[0].layers * (alone + moved) + prompts
 
-    def masked(self, each: Formed) -> float:
+    def _masked(self, formed: Sequence[Formed]) -> FloatArray:
+        return np.array([self._masked_group(each) for each in formed])
+
+    def _masked_group(self, each: Formed) -> float:
         """Seconds of all layers where keys are gathered, copied for each head, and all rows see all of them."""
         keys = self._keys(each)
         tiles = self.heads * np.ceil(each.tokens / MASKED_ROWS)

@@ -71,7 +71,7 @@ class StepCosts:
         generated_D = np.array([each.generated * each.rows for each in formed])
         latent_D = self._at(generated_D, self.absorbed_G) + self._at(self._taken_apart(formed), self.apart_G)
         projections_D = model.layers * (layer_D + latent_D) + model.dense_layers * dense_D
-        attention_D = self._attention(formed)
+        attention_D = self.attention.seconds(formed)
         slowest = int(np.argmax(projections_D + attention_D))
         experts, exchange = self._experts(routed_D, generated_D)
         longest = float(tokens_D.max())
@@ -119,21 +119,6 @@ class StepCosts:
     def rests_on(self) -> tuple[str, ...]:
         """Sources of kernel durations, the firmest first."""
         return self.pricing.rests_on
-
-    def _attention(self, formed: Sequence[Formed]) -> FloatArray:
-        """Seconds [D] of all layers."""
-        software = self.pricing.software
-        if software.paged == "masked":
-            return np.array([self.attention.masked(each) for each in formed])
-        if software.paged:
-            fill, is_replayed = software.fill_keys, software.graph_tokens > 0
-            return np.array([self.attention.gathered(each, fill=fill, is_replayed=is_replayed) for each in formed])
-        requests_D = np.array([each.generated for each in formed])
-        seconds_D = self.attention.generating(np.array([each.keys for each in formed]), requests_D, formed[0].rows)
-        for group, each in enumerate(formed):
-            for chunk in each.chunks:
-                seconds_D[group] += self.attention.prompt(chunk.tokens, chunk.before)
-        return seconds_D
 
     def _experts(self, tokens_D: NDArray[np.int64], generated_D: NDArray[np.int64]) -> tuple[float, float]:
         """One layer's routed experts, and its dispatch and combine."""

@@ -284,11 +284,14 @@ def test_batches_of_like_length_hold_the_oldest_and_its_neighbours_padded_to_the
 
 
 def test_steps_without_graphs_last_as_long_as_the_host_launches() -> None:
-    fused, eager = (Deployment(small(f"engine.software={name}")).costs for name in ("fused", "torch_eager"))
+    names = ("fused_sync", "fused", "torch_eager")
+    waiting, hidden, eager = (Deployment(small(f"engine.software={name}")).costs for name in names)
     few = formed(eager, (1, 100, None), (1, 100, None), (1, 100, None), (1, 100, None))
     launching = eager.num_kernels * eager.pricing.software.launch
     assert eager.step(few).total == pytest.approx(launching + eager.pricing.software.step)
-    assert fused.step(few).host == fused.pricing.software.step and fused.step(few).total < 0.3 * launching
+    software = waiting.pricing.software
+    assert waiting.step(few).host == software.step + software.request and waiting.step(few).total < 0.3 * launching
+    assert hidden.step(few).host == 0.0
 
 
 def test_generated_tokens_may_choose_otherwise_than_prompts(deployment: Deployment) -> None:
