@@ -342,7 +342,7 @@ def _show_estimate(
     from moesim.report.step_screens import estimate_json, print_estimate
 
     gpu = args.gpu or (traced.calibration.gpu if traced else USUAL_GPU)
-    host = HOST if args.host_per_op is None else HOST._replace(op=1e-6 * args.host_per_op, view=0.0)
+    host = HOST if args.host_per_op is None else HOST.per_op(1e-6 * args.host_per_op)
     corrections = traced.calibration if traced else None
     kernels = kernel_model(gpu)
     ranks = None

@@ -53,6 +53,7 @@ from moesim.scenario.model import Mla, Model
 
 GRID = 9  # row counts between the fewest and the most of a rank at which an operation is priced
 BF16 = 2.0
+LAUNCH_S = 30e-6  # of the host, for an operation that expert ranks add, with a usual number of views
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +153,7 @@ class RecordedKernels:
         It does not where it reads back how many rows will come from other ranks.
         """
         mesh, workload = self.scenario.parallelism, self.scenario.workload
-        launch = HOST.op * self.scenario.compute.host_factor
+        host = HOST.times(self.scenario.compute.host_factor)
         if mesh.expert * mesh.expert_tensor == 1:
             one = replace(
                 self.step.sizes,
@@ -161,9 +162,10 @@ class RecordedKernels:
                 **_of_model(self.scenario.model, self.step.sizes),
             )
             ops = [op for each in self.step.ops if (op := scaled_op(each, self.step.sizes, one)) is not None]
-            estimate = step_estimate(ops, kernels, host=HOST._replace(op=launch))
+            estimate = step_estimate(ops, kernels, host=host)
             if estimate.kernels_s + estimate.gaps_s >= estimate.host_s:
                 return FREE_HOST
+        launch = LAUNCH_S * self.scenario.compute.host_factor
         return HostModel(forward_launch=launch, backward_launch=launch, readback=kernels.host.readback)
 
     def _to(self, step: Step) -> StepSizes:
@@ -269,7 +271,7 @@ class RecordedKernels:
             w._spread(np.asarray(seconds) * op.count + GAP_S * op.count),
             source=source,
             chain=w.chain,
-            launches=op.count,
+            launches=_launches(op),
             family=FAMILY_OF[type(kernel)],
             error_family=error_family(kernel),
         )
@@ -287,7 +289,7 @@ class RecordedKernels:
             )
             assert of_slots.seconds_MSR is not None
             seconds_MSR = of_slots.seconds_MSR * op.count + GAP_S * op.count
-            return replace(of_slots, seconds_MSR=seconds_MSR, launches=op.count)
+            return replace(of_slots, seconds_MSR=seconds_MSR, launches=_launches(op))
         rows_MSR = np.asarray(loads.rows_MSR, dtype=np.float64)
         grid = np.unique(np.linspace(max(rows_MSR.min(), 1.0), max(rows_MSR.max(), 1.0), GRID).round())
         found = [
@@ -346,6 +348,11 @@ def _of_model(model: Model, sizes: StepSizes) -> dict[str, Any]:
     if model.experts:
         found |= {"experts": model.experts, "top_k": model.top_k, "expert_width": model.expert_intermediate}
     return found
+
+
+def _launches(op: RecordedOp) -> float:
+    """What an operation with the views before it costs the host, in launches of what expert ranks add."""
+    return op.count * HOST.seconds(op, weights=0) / LAUNCH_S
 
 
 def replace_phase(w: KernelWriter) -> KernelWriter:

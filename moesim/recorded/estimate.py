@@ -13,13 +13,21 @@ from moesim.recorded.order import in_order
 from moesim.recorded.pricing import CHECK, GAP_S, PricedOp, checked_kernels, prices, seconds_of
 from moesim.recorded.sizes import matched, sizes_of
 from moesim.recorded.spread import Host, Ranks, Spreading
-from moesim.recorded.step_file import VIEWS, RecordedOp
+from moesim.recorded.step_file import GRADIENTS, RecordedOp
 from moesim.recorded.timeline import Timeline, Work, timeline
 
-# What torch's operations, views, buckets of DDP and units of FSDP2 cost the host, from seven steps of small models on
-# two machines with H100s (docs/imported-steps.md); one step of another such machine asks for half as much again.
-HOST = Host(op=30e-6, view=3e-6, bucket=550e-6, unit=2e-3)
-SLOWER_HOST = HOST._replace(op=47e-6)
+# What torch's operations, views and weights cost the host: 8 narrow programs on the host of an H100, part by part;
+# buckets of DDP and units of FSDP2 from small models on another one (docs/imported-steps.md). Machines differ by half.
+HOST = Host(
+    op=14.8e-6,
+    view=29.7e-6,
+    backward_op=19.2e-6,
+    backward_view=10.7e-6,
+    weight=17.6e-6,
+    bucket=550e-6,
+    unit=2e-3,
+)
+SLOWER_HOST = HOST.times(1.65)
 MOST_RUNS = 64  # of one operation in a layer that are launched one by one
 
 
@@ -70,11 +78,13 @@ def step_estimate(
     if corrections is not None:
         found, gap_s = [_corrected(op, corrections) for op in found], corrections.gap_s
 
+    weights = sum(op.count * len(op.facts.get(GRADIENTS, ())) for op in ops)
+
     def works_of(place: int, times: float) -> list[Work]:
         op, runs = ops[place], max(1, min(MOST_RUNS, round(times)))
         each = Work(
             seconds=(found[place].seconds + gap_s) * times / runs,
-            host_s=(host.op + host.view * op.facts.get(VIEWS, 0)) * times / runs,
+            host_s=host.seconds(op, weights=weights) * times / runs,
             family=FAMILY_OF[type(checked_kernels(op)[0][0])],
             reads_back=op.name == CHECK and ("taken" in op.facts or op.measured_s is not None),  # else the host drew it
         )

@@ -23,7 +23,7 @@ from moesim.network import Fabric
 from moesim.network.collectives import all_gather_seconds, all_reduce_seconds, reduce_scatter_seconds
 from moesim.recorded.order import Block, in_order
 from moesim.recorded.pricing import OPTIMIZER
-from moesim.recorded.step_file import GRADIENTS, RecordedOp
+from moesim.recorded.step_file import GRADIENTS, VIEWS, RecordedOp
 from moesim.recorded.timeline import Sent, Work
 
 DDP, FSDP2 = "ddp", "fsdp2"
@@ -33,12 +33,33 @@ MEMORY = FAMILY_OF[MemoryBound]
 
 
 class Host(NamedTuple):
-    """Seconds of the host: of one operation, of a view, and of what a wrapper does for a bucket or a unit in a pass."""
+    """Seconds of the host: of an operation and a view of the forward pass, of those of the backward pass (whose loop is
+    torch's own), of a weight in the optimizer, and of what a wrapper does for a bucket or a unit in a pass.
+    """
 
-    op: float
+    op: float = 0.0
     view: float = 0.0
+    backward_op: float = 0.0
+    backward_view: float = 0.0
+    weight: float = 0.0
     bucket: float = 0.0
     unit: float = 0.0
+
+    def times(self, factor: float) -> "Host":
+        """One that is slower by a factor; what wrappers do is left as it is."""
+        op, view, backward_op, backward_view, weight = (factor * each for each in self[:5])
+        return Host(op, view, backward_op, backward_view, weight, self.bucket, self.unit)
+
+    def per_op(self, seconds: float) -> "Host":
+        """One that needs the same for every operation, views included."""
+        return Host(op=seconds, backward_op=seconds, bucket=self.bucket, unit=self.unit)
+
+    def seconds(self, op: RecordedOp, *, weights: float) -> float:
+        """To launch one operation, with the views before it; the optimizer goes through all `weights`."""
+        views = op.facts.get(VIEWS, 0)
+        if op.works == "backward":
+            return float(self.backward_op + self.backward_view * views)
+        return float(self.op + self.view * views + (self.weight * weights if op.phase == "optimizer" else 0.0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +128,7 @@ class Spreading:
                     buckets[-1].append(size)
                     limit = FIRST_BUCKET if len(buckets) == 1 else BUCKET
                     full = sum(buckets[-1]) >= limit
-                    works.append(self.moves("elementwise", 2.0 * size, host_s=self.host.op))
+                    works.append(self.moves("elementwise", 2.0 * size, host_s=self.host.backward_op))
                     if full:
                         works[-1] = self._closed(works[-1], buckets)
         if buckets[-1]:
@@ -115,7 +136,7 @@ class Spreading:
         for number, bucket in enumerate(buckets[:-1]):
             for at, size in enumerate(bucket):
                 waits = (number,) if at == 0 else ()
-                works.append(self.moves("copy", 2.0 * size, host_s=self.host.op, waits_for=waits))
+                works.append(self.moves("copy", 2.0 * size, host_s=self.host.backward_op, waits_for=waits))
         for place, times in blocks[-1].runs:
             works += self.works_of(place, times)
         return works
@@ -200,7 +221,7 @@ class _Sharded:
         return self.sent - 1
 
     def _copy_out(self, unit: int, gathered: dict[int, int]) -> None:
-        work = self.of.moves("copy", 2.0 * self.bytes.get(unit, 0.0), host_s=self.of.host.op)
+        work = self.of.moves("copy", 2.0 * self.bytes.get(unit, 0.0), host_s=self.of.host.backward_op)
         self.out.append(replace(work, waits_for=(gathered[unit],)))
 
     def _scatter(self, unit: int, before: int | None) -> int:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from host_table import error_of_step
+from host_table import steps as host_steps
 from library_table import Program, by_scenario, group_of, predicted_s, programs
 
 from moesim.kernels import KernelModel, kernel_model
@@ -93,7 +95,7 @@ def test_two_gpus_from_a_recording_of_one(wrapper: str, blind: int, seen: int, w
 @pytest.mark.slow
 def test_experts_on_two_gpus_from_a_recording_of_one() -> None:
     errors = library_errors(of=lambda _, mode: mode == "ep")
-    assert len(errors[True]) == 3 and max(*errors[True], *errors[False]) < 0.04
+    assert len(errors[True]) == 3 and max(*errors[True], *errors[False]) < 0.05
 
 
 @pytest.mark.slow
@@ -107,7 +109,15 @@ def test_fully_sharded_steps_by_a_scenario() -> None:
 
 
 def test_small_models_show_what_a_host_is_known_by() -> None:
-    """Two programs whose operations cost the host other than those that gave the constants are a fifth or more off."""
-    errors = library_errors(of=lambda software, mode: mode.startswith("small") and software == "transformers")
-    assert len(errors[True]) == 4 and len(errors[False]) == 5
-    assert max(errors[False]) < 0.07 and max(errors[True]) < 0.2
+    """Of another machine than the one whose host is known; half of the steps were kept out of every choice."""
+    errors = library_errors(of=lambda software, mode: mode.startswith("small"))
+    assert len(errors[True]) == 4 and len(errors[False]) == 6
+    assert max(errors[False]) < 0.08 and max(errors[True]) < 0.19
+
+
+def test_what_a_host_costs_part_by_part() -> None:
+    """Of narrow programs; families that gave no cost are kept out."""
+    kept_out, seen = ([abs(error_of_step(step)) for step in host_steps() if step["blind"] is b] for b in (True, False))
+    assert len(kept_out) == len(seen) == 8
+    assert np.median(kept_out) < 0.09 and max(kept_out) < 0.13
+    assert np.median(seen) < 0.05 and max(seen) < 0.1

@@ -102,7 +102,7 @@ def test_a_step_takes_the_longer_of_gpu_and_host() -> None:
     estimate = step_estimate(ops, kernel_model("h100"))
     assert estimate.step_s == pytest.approx(estimate.host_s)  # a tiny model
     assert estimate.host_s > estimate.kernels_s + estimate.gaps_s
-    fast = step_estimate(ops, kernel_model("h100"), host=HOST._replace(op=0.0, view=0.0))
+    fast = step_estimate(ops, kernel_model("h100"), host=HOST.times(0.0))
     assert fast.step_s == pytest.approx(fast.kernels_s + fast.gaps_s)
 
 

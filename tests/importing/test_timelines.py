@@ -88,11 +88,11 @@ def test_every_operation_and_every_gradient_has_one_place_in_the_order(ops: list
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_wrappers_send_every_parameter(ops: list[RecordedOp], kernels: KernelModel, ranks: int) -> None:
     """DDP sums each gradient once; fully_shard gathers root once and layers twice, and scatters all once."""
-    one = step_estimate(ops, kernels, host=HOST._replace(op=0.0, view=0.0))
+    one = step_estimate(ops, kernels, host=HOST.times(0.0))
     optimizer = next(op for op in ops if op.name == OPTIMIZER)
     size = optimizer.reads[0][2]
     ddp, fsdp = (
-        step_estimate(ops, kernels, host=HOST._replace(op=0.0, view=0.0), ranks=spread(kernels, wrapper, ranks))
+        step_estimate(ops, kernels, host=HOST.times(0.0), ranks=spread(kernels, wrapper, ranks))
         for wrapper in (DDP, FSDP2)
     )
     assert sum(each.num_bytes for each in ddp.timeline.sent) == pytest.approx(size)
