@@ -32,7 +32,9 @@ NETWORK_ROWS = 16
 NETWORK_WORST = 0.06
 _TABLE_FAMILIES = {"gemm": "gemm/bf16", "gemm fp8": "gemm/fp8", "attention": "attention"}
 BLACKWELL = ("b200", "b300", "gb200", "gb300", "rtx-pro-6000")
-MXFP8 = "rows of per-tensor fp8; apart: those rows, and how much longer rows with block scales and their casts take"
+MXFP8 = (
+    "rows of per-tensor fp8; apart: those rows, and how far rows with block scales, without their casts, are from them"
+)
 OTHER_KINDS = "rows of tables, each kind's from the others of it; apart: another kind by data sheets"
 FEWER_BITS = "grouped products with a scale a row of H100, each from the others; apart: grouped products by data sheets"
 
@@ -155,7 +157,7 @@ def _apart(name: str, family: str) -> float:
         return 0.0
     assert model.profile.tables is not None
     families = model.profile.tables["families"]
-    if family == "gemm fp4":  # whether the cast is in the rows is not known
+    if family == "gemm fp4":  # a quarter of the cast that was taken off
         return float(families["gemm/nvfp4"]["cast_p90"])
     return float(families[_TABLE_FAMILIES[family]]["compared_on_h100_and_h200"]["p90_left"])
 

@@ -22,7 +22,8 @@ from moesim.kernels.families import MEMORY_KINDS
 from moesim.kernels.power import LEAST_EXPONENT
 from moesim.kernels.profile import load_profile_file
 from moesim.kernels.tables import TABLE_GPUS, from_tables
-from moesim.kernels.tables.package import LICENCE, Package
+from moesim.kernels.tables.package import LICENCE, Package, Table
+from moesim.kernels.tables.rows import cast_seconds
 from moesim.kernels.tabulated import TabulatedModel
 from moesim.scenario import gpu_spec
 
@@ -139,6 +140,19 @@ def test_kernels_that_the_sms_limit_follow_them_and_others_the_bandwidth() -> No
     for kind in MEMORY_KINDS:
         rate = 4e9 / float(load_profile("l40s").seconds(MemoryBound(kind, 4e9)).seconds)
         assert rate < 1.3 * gpu_spec("l40s").memory_bandwidth
+
+
+def test_the_cast_of_a_tables_rows_is_found_and_taken_off() -> None:
+    """Rows made of a launch, FLOPs, outputs, weights and a cast of the activations, with noise."""
+    rng = np.random.default_rng(0)
+    m, n, k = (2 ** rng.integers(9, 15, 600) for _ in range(3))
+    cast = 2.5625 / 4e12
+    seconds = 5e-6 + 2.0 * m * n * k / 5e15 + cast * m * k + 2.0 * m * n / 7e12 + 0.5625 * n * k / 7e12
+    latency = 1e3 * seconds * np.exp(rng.normal(0.0, 0.02, 600))
+    columns = {"m": m, "n": n, "k": k, "latency": latency, "gemm_dtype": np.full(600, "nvfp4")}
+    table = Table(columns, framework="any", version="1", name="gemm_perf")
+    assert cast_seconds(table, "nvfp4") == pytest.approx(cast, rel=0.1)
+    assert cast_seconds(table, "fp8_block") == 0.0, "no rows of it"
 
 
 def test_every_row_names_a_table_and_the_notice_names_the_licence(model: TabulatedModel) -> None:

@@ -72,9 +72,9 @@ def from_tables(
     fit_profile(profile)
     model = CalibratedModel(profile, fallback=Roofline(rates(name)), expected_families=())
     if fours:
-        share = cast_share(fours, bandwidth=rates(name).memory_bandwidth, least_flops=_LARGE)
+        share = cast_share(package, gpu.folder, least_flops=_LARGE)
         held_out = _held_out(model, fours, kept, "gemm/nvfp4", own_of=float)
-        facts = {"rows_of_table": len(fours), "kept": len(chosen), "as_in_table": True}
+        facts = {"rows_of_table": len(fours), "kept": len(chosen), "as_in_table": False}
         block = block_over_fp8(package, gpu.folder, least_flops=_LARGE)
         spreads = {"cast_p90": round(share, 3), "block_over_fp8_p90": round(block, 3)}
         families["gemm/nvfp4"] = facts | spreads | {"held_out": held_out}

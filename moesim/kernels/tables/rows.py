@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.kernels.families import DTYPE_BYTES
 from moesim.kernels.tables.package import Package, Table
 from moesim.seeding import stream
 
@@ -23,7 +22,8 @@ _GEMM_FRAMEWORK = "trtllm"
 _LEAST_ROWS, _LEAST_SIDE, _WIDEST = 64, 256, 65536  # of the outputs; of the two other sides
 _HEAD_DIMS = (64, 128, 256)
 _LEAST_SEQUENCE = 256
-_CAST_RATE = 0.8  # of the memory's bandwidth
+_CAST_FLOPS, _CAST_ROWS = (2e11, 1e13), 200  # of products that tell their cast: where the tensor cores are the limit
+_CAST_ERROR = 0.25  # of a cast that was taken off: frameworks differ by so much
 _QUANTISE_BYTES = {"computescale_perf": 2.0, "scale_matrix_perf": 3.0}  # per number: read, and written where it is
 _MEMORY_BYTES, _MEMORY_LIMITS = 5e8, 0.7  # beyond every L2; of the bandwidth, from which on only the memory limits
 MLA_KEYS, MLA_VALUES = 192, 128
@@ -42,16 +42,18 @@ def thinned(rows: list[Row], count: int, *, name: str) -> list[Row]:
 
 
 def nvfp4_rows(package: Package, folder: str) -> list[Row]:
-    """Forward GEMMs of nvfp4, the fastest framework per shape, as the tables have them; empty where they have none.
+    """Forward GEMMs of nvfp4 without the cast of their activations, the fastest framework per shape; empty where none.
 
-    Nothing tells whether the cast of the activations is in them: `cast_share` is what it would be.
+    Rows hold that cast: see `cast_seconds`. A product keeps at least half of its row.
     """
     best: dict[tuple[int, ...], Row] = {}
     for table in package.tables(folder, "gemm", "gemm_perf"):
         m, n, k = (table[side] for side in "mnk")
         wide = (np.minimum(n, k) >= _LEAST_SIDE) & (np.maximum(n, k) <= _WIDEST)
+        each = cast_seconds(table, "nvfp4")
         for i in np.flatnonzero((table["gemm_dtype"] == "nvfp4") & (m >= _LEAST_ROWS) & (m % 16 == 0) & wide):
-            shape, seconds = (int(m[i]), int(k[i]), int(n[i])), float(table["latency"][i]) * 1e-3
+            shape, whole = (int(m[i]), int(k[i]), int(n[i])), float(table["latency"][i]) * 1e-3
+            seconds = max(whole - each * shape[0] * shape[1], 0.5 * whole)
             if seconds > 1e-6 and (shape not in best or seconds < best[shape]["p50"]):
                 sizes = dict(zip("mkn", shape, strict=True))
                 best[shape] = {
@@ -61,28 +63,53 @@ def nvfp4_rows(package: Package, folder: str) -> list[Row]:
     return list(best.values())
 
 
-def cast_share(rows: list[Row], *, bandwidth: float, least_flops: float) -> float:
-    """Log of large rows over rows less the cast of their activations at most of the bandwidth, 90th percentile."""
-    rows = [row for row in rows if 2.0 * row["m"] * row["k"] * row["n"] >= least_flops]
-    each = 2.0 + DTYPE_BYTES["nvfp4"]
-    casts = np.array([row["m"] * row["k"] * each / (_CAST_RATE * bandwidth) for row in rows])
-    seconds = np.array([row["p50"] for row in rows])
-    return float(np.percentile(-np.log1p(-np.minimum(casts / seconds, 0.9)), 90))
+def cast_seconds(table: Table, dtype: str) -> float:
+    """Seconds per number of the activations by which a table's GEMMs of a format that it casts to are longer.
+
+    Large products are seconds of a launch, of FLOPs, of activations [m, k], of outputs [m, n] and of weights [n, k],
+    each by one constant, by least squares on relative errors: 3 to 7 % are left of the rows of Blackwell. Bytes of the
+    activations then pass at 3.4 to 4.6 TB/s for nvfp4, whatever the framework and the kind, as a cast's do, where those
+    of operands in the L2 would cost nothing beside the FLOPs. 0 where there are too few rows.
+    """
+    m, n, k = (table[side].astype(float) for side in "mnk")
+    chosen = (table["gemm_dtype"] == dtype) & (m >= 512) & (np.minimum(n, k) >= 512)
+    chosen &= (2.0 * m * n * k >= _CAST_FLOPS[0]) & (2.0 * m * n * k < _CAST_FLOPS[1])
+    if chosen.sum() < _CAST_ROWS:
+        return 0.0
+    m, n, k, seconds = m[chosen], n[chosen], k[chosen], table["latency"][chosen] * 1e-3
+    design = np.stack([np.ones_like(m), m * n * k, m * k, m * n, n * k], axis=1)
+    scale = design.max(axis=0)
+    found, *_ = np.linalg.lstsq(design / scale / seconds[:, None], np.ones_like(m), rcond=None)
+    return float(max(found[2] / scale[2], 0.0))
+
+
+def cast_share(package: Package, folder: str, *, least_flops: float) -> float:
+    """Log of large nvfp4 rows over rows less `_CAST_ERROR` of the cast that was taken off, 90th percentile."""
+    shares = []
+    for table in package.tables(folder, "gemm", "gemm_perf"):
+        m, n, k = (table[side].astype(float) for side in "mnk")
+        large = (table["gemm_dtype"] == "nvfp4") & (2.0 * m * n * k >= least_flops)
+        whole, cast = table["latency"][large] * 1e-3, cast_seconds(table, "nvfp4") * m[large] * k[large]
+        shares.append(_CAST_ERROR * cast / np.maximum(whole - cast, 0.5 * whole))
+    return float(np.percentile(np.log1p(np.concatenate(shares)), 90))
 
 
 def block_over_fp8(package: Package, folder: str, *, least_flops: float) -> float:
     """|log| of rows with block scales, the fastest framework's, over per-tensor ones of the same large shape: p90.
 
-    The first hold their casts, which nobody measured apart; of the second they are taken off.
+    Both without the casts of the activations.
     """
     rows = gemm_rows(package, folder, "fp8")
     plain: dict[tuple[int, ...], float] = {(row["m"], row["k"], row["n"]): row["p50"] for row in rows}
     fastest: dict[tuple[int, ...], float] = {}
     for table in package.tables(folder, "gemm", "gemm_perf"):
+        each = cast_seconds(table, "fp8_block")
         for i in np.flatnonzero(table["gemm_dtype"] == "fp8_block"):
             shape = int(table["m"][i]), int(table["k"][i]), int(table["n"][i])
             if shape in plain and 2.0 * math.prod(shape) >= least_flops:
-                fastest[shape] = min(float(table["latency"][i]) * 1e-3, fastest.get(shape, math.inf))
+                whole = float(table["latency"][i]) * 1e-3
+                seconds = max(whole - each * shape[0] * shape[1], 0.5 * whole)
+                fastest[shape] = min(seconds, fastest.get(shape, math.inf))
     return float(np.percentile([abs(np.log(seconds / plain[shape])) for shape, seconds in fastest.items()], 90))
 
 
