@@ -153,7 +153,7 @@ def _prepare(
         raise UserError(f"dispatch: sms = {sms} is no number of SMs; use e.g. 24, or None for the algorithm's own")
     if facts.gathers:
         return _prepare_gather(fabric, facts, copies_stages, chosen, token_bytes=token_bytes, combine=combine)
-    protocol, reached = fabric.parameters.of_dispatch(facts), fabric.reached_by(facts, sms=sms)
+    protocol, reached = fabric.parameters.of_dispatch(facts), fabric.reached_by(facts, sms=sms, combine=combine)
     if facts.nvlink_share is None:  # NCCL's
         protocol = measured_call(fabric, "all_to_all", chosen) or protocol
     domain_R = fabric.domain_of_rank_R[chosen]
@@ -190,7 +190,7 @@ def _prepare(
         overhead_R=_overhead(protocol, stages, message_bytes).reshape(np.shape(copies_stages[0])[:-1]),
         sm_share=sm_share,
         traffic=Traffic(fabric, demands, reached=reached),
-        source=f"{algorithm}: {protocol.source}{_on_sms(facts, fabric.parameters, sms)}; "
+        source=f"{algorithm}: {protocol.source}{_on_sms(facts, fabric.parameters, sms, combine=combine)}; "
         + transfer_source(
             fabric,
             model,
@@ -244,12 +244,13 @@ def _overhead(protocol: Protocol, stages: list[FloatArray], message_bytes: float
     return np.asarray(protocol.call_seconds + messages_SR * protocol.message_seconds + transition_SR)
 
 
-def _on_sms(facts: DispatchAlgorithm, parameters: NetworkParameters, sms: float | None) -> str:
+def _on_sms(facts: DispatchAlgorithm, parameters: NetworkParameters, sms: float | None, *, combine: bool) -> str:
     sms = facts.sms if sms is None else sms
     if not sms:
         return ""
-    if facts.bytes_per_sm is not None:
-        return f", {sms:.0f} SMs at {facts.bytes_per_sm / 1e9:.1f} GB/s each ({SM_SOURCE})"
+    own = facts.of_one_sm(combine=combine)
+    if own is not None:
+        return f", {sms:.0f} SMs at {own / 1e9:.1f} GB/s each ({SM_SOURCE})"
     return f", {sms:.0f} SMs at {parameters.bytes_per_sm / 1e9:.1f} GB/s each ({parameters.sm_source})"
 
 

@@ -73,7 +73,7 @@ class Fabric:
         """Whether NVLink joins the trays of a rack, so that nothing within it needs a NIC."""
         return self.kind.rack_gpus is not None
 
-    def reached_by(self, algorithm: DispatchAlgorithm, *, sms: float | None = None) -> "Fabric":
+    def reached_by(self, algorithm: DispatchAlgorithm, *, sms: float | None = None, combine: bool = False) -> "Fabric":
         """The links as the software of a dispatch algorithm finds them: with the shares of bandwidth that it reaches.
 
         `sms`: those of each GPU that its kernels hold, where the scenario says so. Links whose share the scenario
@@ -81,7 +81,8 @@ class Fabric:
         """
         sms = algorithm.sms if sms is None else sms
         nvlink, nic = algorithm.nvlink_share, algorithm.nic_share
-        per_sm = self.parameters.bytes_per_sm if algorithm.bytes_per_sm is None else algorithm.bytes_per_sm
+        own = algorithm.of_one_sm(combine=combine)
+        per_sm = self.parameters.bytes_per_sm if own is None else own
         key = (
             -1.0 if nvlink is None else nvlink,
             -1.0 if nic is None else nic,

@@ -33,7 +33,8 @@ class DispatchAlgorithm:
     as an all-gather, and sums the outputs by a reduce-scatter. two_sided: a message waits until its receiver has come,
     too. owns_sms: its kernels hold SMs of their own, so that compute beside them does not make it longer. sms: how many
     its kernels take where the scenario says nothing; None: so many that they limit nothing. bytes_per_sm: what one of
-    them moves over NVLink in each second; None: as NCCL's (`NetworkParameters`). megatron: its words for
+    them moves over NVLink in each second; None: as NCCL's (`NetworkParameters`). combine_bytes_per_sm: of a combine
+    that reads the rows of others and sums them; None: the same. megatron: its words for
     Megatron-LM, the dispatcher's type and the flex dispatcher's backend. avoids_nvlink: NICs carry the messages
     inside a node. needs_one_domain: a group's ranks must share an NVLink domain. passes_own_rows: inside one node,
     rows that stay on their rank pass through its ports like others. moves_rows: its kernels read tokens where they lie
@@ -51,6 +52,7 @@ class DispatchAlgorithm:
     owns_sms: bool = False
     sms: float | None = None
     bytes_per_sm: float | None = None
+    combine_bytes_per_sm: float | None = None
     megatron: tuple[str, str | None] | None = None
     avoids_nvlink: bool = False
     needs_one_domain: bool = False
@@ -62,6 +64,12 @@ class DispatchAlgorithm:
     call_seconds: float
     message_seconds: float = 0.0
     source: str
+
+    def of_one_sm(self, *, combine: bool) -> float | None:
+        """Bytes/s over NVLink; None: as NCCL's."""
+        if combine and self.combine_bytes_per_sm is not None:
+            return self.combine_bytes_per_sm
+        return self.bytes_per_sm
 
     @property
     def fans_out(self) -> bool:
@@ -106,13 +114,16 @@ HYBRID_EP = DispatchAlgorithm(
     two_sided=False,
     owns_sms=True,
     sms=16.0,
+    bytes_per_sm=31.6e9,
+    combine_bytes_per_sm=12.5e9,
     megatron=("flex", "hybridep"),
     moves_rows=True,
     nvlink_share=0.816,
     nic_share=0.87,
     call_seconds=6.7e-6,
-    source="none of its own: stores of own kernels between two H100s, bandwidth by the number of blocks there, 0.87 of "
-    "a NIC as DeepEP's, a call is two flags of 3.33 us (ISCA 2025 DeepSeek-V3 paper)",
+    source="none of its own: between two H100s rows by the bulk copy engine, and rows of the other GPU read and "
+    "summed, by the number of SMs (tools/measure_few_sms.py); 0.87 of a NIC as DeepEP's, a call is two flags of "
+    "3.33 us (ISCA 2025 DeepSeek-V3 paper)",
 )
 ALLGATHER = DispatchAlgorithm(
     name="allgather",

@@ -190,3 +190,44 @@ def test_transfers_beside_gemms() -> None:
         shown(kind, np.abs(np.log(predicted / beside)).tolist())
         shown("as if it were alone", np.abs(np.log(alone / beside)).tolist())
         assert np.median(np.abs(np.log(predicted / beside))) < 0.35
+
+
+FEW_SMS: dict[str, Any] = parse_json((FILE.parent / "few_sms_h100.json").read_bytes())
+
+
+@pytest.mark.parametrize(("kind", "warps", "combine"), [("tma", 4, False), ("reduce", 32, True)])
+def test_few_sms_of_stores_and_of_sums(kind, warps, combine):
+    """4 and 8 SMs fit what one of them moves, of rows by the bulk copy engine and of rows read and summed.
+
+    All other numbers of SMs are in no fit, nor are these of the port's share. Where 12 to 24 SMs copy the port gives
+    more and then less than that: 338 GB/s of 12 and 308 of 16.
+    """
+    facts = DISPATCH["hybrid_ep"]
+    rows = [row for row in FEW_SMS["rows"] if (row["kind"], row["warps"], row["both"]) == (kind, warps, True)]
+    per_sm, share = facts.of_one_sm(combine=combine), facts.nvlink_share
+    assert per_sm is not None and share is not None
+    fitted = [row["rate"] / row["sms"] for row in rows if row["sms"] in (4, 8)]
+    assert per_sm == pytest.approx(np.mean(fitted), rel=0.01)
+    apart = [row for row in rows if row["sms"] not in (4, 8)]
+    found = [
+        nvlink_share_of_sms(share, sms=row["sms"], nvlink=BANDWIDTH, per_sm=per_sm) * BANDWIDTH / row["rate"] - 1
+        for row in apart
+    ]
+    print(kind, {row["sms"]: f"{error:+.1%}" for row, error in zip(apart, found, strict=True)})
+    assert len(apart) == 10
+    assert np.median(np.abs(found)) < 0.05
+    assert np.abs(found).max() < 0.11
+
+
+def test_two_kernels_share_a_port_and_leave_none_of_it_idle():
+    """Copies of few SMs beside copies of many, into one port: together they take what all their bytes take."""
+    for row in FEW_SMS["pairs"]:
+        least = max(FEW_SMS_BYTES * 2 / (0.82 * BANDWIDTH), *row["alone"])
+        assert least <= max(row["together"]) < 1.37 * least
+    many = {row["second"]: row for row in FEW_SMS["pairs"] if row["both"] and row["first"] == 24}
+    lost = {second: row["together"][0] / row["alone"][0] - 1 for second, row in many.items() if second <= 4}
+    print("24 SMs lose beside", {second: f"{loss:.0%}" for second, loss in lost.items()})
+    assert 0.05 < lost[2] < lost[4] < 0.3
+
+
+FEW_SMS_BYTES = 7168 * 16384 * 2
