@@ -24,7 +24,7 @@ def usage_of(*arguments: str) -> tuple[float, float]:
 @pytest.mark.parametrize(
     ("scenario", "changes", "seconds", "gigabytes"),
     [
-        ("deepseek-v3-2048xh800", (), 20.0, 2.5),
+        ("deepseek-v3-2048xh800", (), 20.0, 1.4),
         ("llama3-405b-16384xh100", (), 10.0, 0.6),
         ("deepseek-v3-2048xh800", SIXTEEN_THOUSAND, 90.0, 7.5),
     ],

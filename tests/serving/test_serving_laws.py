@@ -114,7 +114,7 @@ def test_one_request_alone_waits_for_its_prompt_and_then_for_steps_of_one_token(
 
 
 def test_at_a_low_load_what_comes_goes_and_littles_law_holds() -> None:
-    deployment = Deployment(small("workload.arrivals.rate=20.0", "workload.requests=600"))
+    deployment = Deployment(small("workload.arrivals.rate=20.0", "workload.requests=300"))
     requests = deployment.requests(0)
     served = deployment.serve(requests)
     rate = len(requests) / served.done_N.max()
@@ -133,7 +133,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_one_does_not() -> None:
 
 
 def test_the_largest_load_meets_the_limits_and_grows_with_the_gpus() -> None:
-    slo = ("workload.slo={ttft: 0.5, tpot: 0.004}", "workload.requests=600")
+    slo = ("workload.slo={ttft: 0.5, tpot: 0.004}", "workload.requests=300")
     two = largest_load(small(*slo, "parallelism={data: 2, expert: 2}"))
     four = largest_load(small(*slo))
     assert two["good_share"] >= 0.9 and four["good_share"] >= 0.9
@@ -163,7 +163,11 @@ def test_skewed_routing_costs_time_and_shows_as_imbalance(deployment: Deployment
 
 
 def test_prefixes_are_found_again_and_spare_their_steps() -> None:
-    load = ("workload.prefixes={number: 4, tokens: 2000, share: 0.9}", "workload.arrivals.rate=50.0")
+    load = (
+        "workload.prefixes={number: 4, tokens: 2000, share: 0.9}",
+        "workload.arrivals.rate=50.0",
+        "workload.requests=150",
+    )
     kept, lost = (serve(small(*load, f"engine.prefix_cache={cache}")) for cache in ("true", "false"))
     most = 0.9 * 2000 / (0.9 * 2000 + 500)
     assert lost["prefix_hit_share"] == 0.0 and 0.5 * most < kept["prefix_hit_share"] < most + 0.05
@@ -211,7 +215,11 @@ def test_urgent_requests_come_first_and_others_are_not_forgotten() -> None:
 
 def test_drafted_tokens_are_accepted_as_stated_and_cost_their_rows() -> None:
     drafts = "engine.speculation={draft: lookup, acceptance: [0.8, 0.5]}"
-    load = ("workload.arrivals.output={kind: fixed, tokens: 400}", "workload.arrivals.rate=5.0", "workload.requests=60")
+    load = (
+        "workload.arrivals.output={kind: fixed, tokens: 200}",
+        "workload.arrivals.rate=10.0",
+        "workload.requests=30",
+    )
     plain, drafted = serve(small(*load)), serve(small(*load, drafts))
     assert plain["tokens_per_request_step"] == 1.0
     assert drafted["tokens_per_request_step"] == pytest.approx(1 + 0.8 + 0.8 * 0.5, rel=0.02)
@@ -231,7 +239,8 @@ def test_dropping_bounds_the_fullest_expert_and_says_what_it_dropped() -> None:
 
 def test_windows_store_and_read_less() -> None:
     local = "model.attention={kind: local_global, window: 64, global_every: 32}"
-    load = ("workload.arrivals.input={kind: fixed, tokens: 4000}", "workload.arrivals.rate=20.0", "model.kv_heads=16")
+    prompts = ("workload.arrivals.input={kind: fixed, tokens: 4000}", "workload.requests=100")
+    load = (*prompts, "workload.arrivals.rate=20.0", "model.kv_heads=16")
     full, windowed = serve(small(*load)), serve(small(*load, local))
     assert windowed["time_s"]["attention"] < 0.6 * full["time_s"]["attention"]
     assert windowed["kv_peak_share"] < 0.3 * full["kv_peak_share"]
@@ -242,7 +251,7 @@ def test_windows_store_and_read_less() -> None:
 
 def test_stages_answer_as_much_with_less_memory_each() -> None:
     one, two = (
-        serve(small(mesh, "workload.arrivals.rate=20.0"))
+        serve(small(mesh, "workload.arrivals.rate=20.0", "workload.requests=100"))
         for mesh in ("parallelism={data: 2, expert: 2}", "parallelism={data: 2, expert: 2, pipeline: 2}")
     )
     for result, groups in ((one, 2), (two, 2)):
@@ -313,7 +322,8 @@ def test_generated_tokens_have_a_trace_of_their_own_beside_the_file_or_one_that_
 
 
 def test_narrow_weights_leave_more_room_and_steps_of_few_tokens_are_faster() -> None:
-    wide, narrow = (serve(small(f"workload.weights={kind}", "workload.arrivals.rate=5.0")) for kind in ("bf16", "int4"))
+    load = ("workload.arrivals.rate=5.0", "workload.requests=60")
+    wide, narrow = (serve(small(f"workload.weights={kind}", *load)) for kind in ("bf16", "int4"))
     assert narrow["memory"]["weights"] < 0.6 * wide["memory"]["weights"]
     assert narrow["memory"]["kv_tokens"] > wide["memory"]["kv_tokens"]
     assert narrow["tpot_s"]["p50"] < wide["tpot_s"]["p50"]
