@@ -26,7 +26,7 @@ def usage_of(*arguments: str) -> tuple[float, float]:
     [
         ("deepseek-v3-2048xh800", (), 20.0, 1.4),
         ("llama3-405b-16384xh100", (), 10.0, 0.6),
-        ("deepseek-v3-2048xh800", SIXTEEN_THOUSAND, 90.0, 7.5),
+        ("deepseek-v3-2048xh800", SIXTEEN_THOUSAND, 90.0, 3.0),
     ],
 )
 def test_a_large_run_stays_small(
