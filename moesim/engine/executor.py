@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from moesim.engine.conditions import Conditions
 from moesim.engine.executor_steps import Labels, Step
 from moesim.engine.lateness import Among, Lateness
+from moesim.engine.ports_in_use import PortsInUse
 from moesim.engine.segments import (
     COMMUNICATION,
     COMPUTE,
@@ -46,6 +47,7 @@ FloatArray = NDArray[np.float64]
 Handed = tuple[Label, FloatArray, FloatArray]  # what, when it was sent, when it arrives
 
 # Waiting for the slowest of all ranks where no collective between groups does it: nothing of it is the meeting's own.
+SINGLE = 1e-6  # round-off of what spans keep in single precision, generously
 MEETING = Label("wait for the slowest rank", "bubble", Stream.REDUCTION, -1)
 
 
@@ -115,6 +117,8 @@ class GroupExecutor:
         self._conditions, self._ranks_R = conditions, np.arange(ranks) if ranks_R is None else ranks_R
         self._transfer_span = -1  # the row of the latest transfer
         self.lateness: Lateness | None = None  # None: ranks are alike
+        self.ports: PortsInUse | None = None  # None: nothing is ever open beside a transfer on a rank's ports
+        self._queued: list[tuple[int, PeerCollective]] = []  # collectives of layers that may yet end later: row, it
         if not jitter.is_none:
             self.lateness = Lateness(jitter, clocks_4SR=self.clocks_KSR[MET:])
 
@@ -130,8 +134,9 @@ class GroupExecutor:
         clocks_KSR, host_SR, count = self.clocks_KSR.copy(), self.host_SR.copy(), self.recorder.count
         open_ = self._transfer_span, self._open_F3R
         reducing = self._reducing_from_SR, self._reducing_span, self._reducing_F3R
-        reduced_SR, recorder = self.reduced_SR, self.recorder
+        reduced_SR, recorder, queued = self.reduced_SR, self.recorder, [*self._queued]
         rows = [row for row in (self._transfer_span, self._reducing_span) if row >= 0]  # may still become longer
+        rows += [row for row, _ in queued]
         times = [(row, recorder.finish_NSR[row].copy(), recorder.own_NSR[row].copy()) for row in rows]
         restore_lateness = self.lateness.saved() if self.lateness is not None else None
 
@@ -141,6 +146,7 @@ class GroupExecutor:
             self.clocks_KSR[:], self.host_SR[:] = clocks_KSR, host_SR
             recorder.count = count
             self._transfer_span, self._open_F3R = open_
+            self._queued = queued
             self._reducing_from_SR, self._reducing_span, self._reducing_F3R = reducing
             if self._reduces_inside:
                 self.reduced_SR = reduced_SR
@@ -247,6 +253,22 @@ class GroupExecutor:
             self.recorder.add(self.labels.number(MEETING), -1, start_SR, finish_SR, np.zeros_like(late_SR))
             self.chains_CSR += late_SR
 
+    def settle_collectives(self) -> None:
+        """The collectives of layers so far are done when the transfers beside them leave them room on the ports."""
+        queued, self._queued = self._queued, []
+        if self.ports is None:
+            return
+        recorder, before_SR = self.recorder, np.full(self.host_SR.shape, -np.inf)
+        for row, prepared in queued:
+            finish_SR, own_SR = recorder.finish_NSR[row], recorder.own_NSR[row].astype(np.float64)
+            begin_SR = np.maximum(finish_SR - own_SR, before_SR)
+            through_SR = self.ports.collective(prepared, begin_SR, own_SR)
+            later_SR = np.maximum(np.maximum(begin_SR + own_SR, through_SR) - finish_SR, 0.0)
+            later_SR[later_SR <= SINGLE * own_SR] = 0.0
+            recorder.own_NSR[row] += np.maximum(through_SR - (begin_SR + own_SR), 0.0)
+            recorder.finish_NSR[row] = before_SR = finish_SR + later_SR
+            self.reduced_SR = before_SR.copy()
+
     def finished(self, which: int) -> FloatArray:
         """When pass `which` of the last action handed over what it gives."""
         finish_SR: FloatArray = self.chains_CSR[which * NUM_CHAINS + MAIN].copy()
@@ -280,8 +302,10 @@ class GroupExecutor:
                 plain = _as_before(prepared)
                 assert isinstance(plain, PeerCollective)
                 self._reducing_span, self._reducing_F3R = self.recorder.count, self._facts_at_rate(plain)
+                self._queued.append((self.recorder.count, plain))
                 self.recorder.add(int(step.labels_N[0]), run.micro_batch, start_SR, self.reduced_SR, own_SR)
             case Kind.AWAIT:
+                self.settle_collectives()
                 np.maximum(chains_CSR[chain], self.reduced_SR, out=chains_CSR[chain])
 
     def _issue(self, step: Step, ready_SR: FloatArray, micro_batch: int) -> FloatArray:

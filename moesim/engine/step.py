@@ -25,14 +25,24 @@ from moesim.engine.conditions import Conditions
 from moesim.engine.executor import GroupExecutor
 from moesim.engine.executor_steps import Labels
 from moesim.engine.lateness import ALONE, Among
-from moesim.engine.shared_links import Carried, SharedLinks
+from moesim.engine.ports_in_use import PortsInUse
+from moesim.engine.shared_links import TIE, Carried, SharedLinks
 from moesim.kernels import Beside, slowed_at
 from moesim.kernels.jitter import NO_JITTER
 from moesim.network.contention import LinkUse
 from moesim.program.contention import TINY, samples_of
 from moesim.program.operations import Run
 from moesim.program.reductions import Reduction, last_arrivals
-from moesim.program.step_program import GroupProgram, Sent, SharedPart, StepProgram, collective_label, p2p_label
+from moesim.program.step_program import (
+    GroupProgram,
+    Place,
+    Sent,
+    SharedPart,
+    SharedPorts,
+    StepProgram,
+    collective_label,
+    p2p_label,
+)
 from moesim.results.span_sums import GroupSums, LabelBook, PassingRecorder, SpanSums
 from moesim.results.spans import SpanRecorder, SpanTable, Stream
 from moesim.schedules import P2P
@@ -93,8 +103,11 @@ class _Meeting:
         conditions: Conditions | None = None,
         seconds: tuple[float, ...] = (),
         among: Among = ALONE,
+        ports: "_Ports | None" = None,
+        number: int = 0,
     ) -> None:
         self.reduction, self.beside = reduction, beside
+        self.ports, self.number = ports, number
         self.conditions, self.seconds = conditions, seconds or (reduction.seconds,)
         self.among = among
         self.longer: FloatArray | float = 0.0  # [S, W]: than on links as they are before the step
@@ -149,6 +162,16 @@ class _Meeting:
     def _hold(self, shared_links: SharedLinks | None, use: LinkUse | None) -> Carried:
         """Wait for all; gives when each rank is done, [S, W]."""
         yield self.everyone
+        finish_SW = yield from self._held(shared_links, use)
+        if self.ports is not None:
+            late_SW = yield from self.ports.reduce(self.number, self.reduction, self.groups, self._last(0))
+            if late_SW is not None:
+                self.longer = self.longer + late_SW
+                finish_SW = finish_SW + late_SW
+        return finish_SW
+
+    def _held(self, shared_links: SharedLinks | None, use: LinkUse | None) -> Carried:
+        """All are there: the same but for what their ports are busy with."""
         reduction = self.reduction
         if self.conditions is not None:
             return (yield from self._hold_on_clock(self.conditions))
@@ -207,6 +230,78 @@ class _Meeting:
         return last_arrivals(self.reduction.members, ready_SW)
 
 
+class _Ports:
+    """What passes the ports of ranks beside transfers on a token's way."""
+
+    def __init__(self, env: simpy.Environment, shared: SharedPorts, *, compiled: bool) -> None:
+        self._env, self._shared, self._compiled = env, shared, compiled
+        self._in_use: dict[Place, PortsInUse] = {}
+        self._over: dict[Place, simpy.Event] = {}  # its tasks are
+
+    def add(self, group: GroupProgram, executor: GroupExecutor) -> None:
+        """A group that takes part."""
+        in_use = PortsInUse(
+            self._shared.of_group[group.place], group, executor.recorder, executor.labels, compiled=self._compiled
+        )
+        self._in_use[group.place] = executor.ports = in_use
+        self._over[group.place] = self._env.event()
+
+    def end(self, group: GroupProgram) -> None:
+        """The group has no tasks left."""
+        self._over[group.place].succeed()
+
+    def before(self, group: GroupProgram, executor: GroupExecutor) -> None:
+        """The next action's transfers wait for sends that have the port for certain."""
+        in_use = self._in_use[group.place]
+        if in_use.moves_bytes:
+            np.maximum(executor.communication_SR, in_use.held_SR, out=executor.communication_SR)
+
+    def receive(self, group: GroupProgram, p2p: P2P, arrival_SR: FloatArray) -> Carried:
+        """When a p2p send is there that would arrive at `arrival_SR` alone.
+
+        All that is in its way until then is known once the clock is there.
+        """
+        source = p2p.source, group.number
+        crossing = self._shared.crossings.get((source, group.pipeline_rank))
+        if crossing is None:
+            return arrival_SR
+        ends = (self._in_use[source], crossing.sends_KR), (self._in_use[group.place], crossing.receives_KR)
+        begin_SR = arrival_SR - crossing.work_R
+        late_SR, until = arrival_SR, float(arrival_SR.max())
+        while until > self._env.now * (1 + TIE):
+            yield self._env.timeout(until - self._env.now)
+            for ports, shares_KR in ends:
+                through_SR = ports.through(begin_SR, crossing.work_R, shares_KR)
+                late_SR = late_SR if through_SR is None else np.maximum(late_SR, through_SR)
+            until = float(late_SR.max())
+        for ports, shares_KR in ends:
+            ports.let_through(begin_SR, late_SR, shares_KR)
+        self._in_use[source].hold(late_SR)
+        return late_SR
+
+    def reduce(
+        self, number: int, reduction: Reduction, groups: Sequence[GroupProgram], first_SW: FloatArray
+    ) -> Generator[simpy.Event, Any, FloatArray | None]:
+        """How much later collective `number` is done, [S, W], that begins at `first_SW`; None: no later.
+
+        Its groups have ended their tasks then, so that all that is in its way is known.
+        """
+        if not reduction.buckets or not reduction.seconds:
+            return None
+        yield self._env.all_of([self._over[group.place] for group in groups])
+        late_SW: FloatArray | None = None
+        for group in groups:
+            in_use, first_SR = self._in_use[group.place], first_SW[:, group.ranks_R]
+            member_R = np.isfinite(first_SR[0])
+            shares_KR = in_use.ports.of_links(self._shared.shares_CX[number]) * member_R
+            begin_SR = np.where(member_R, first_SR, 0.0)
+            through_SR = in_use.through(begin_SR, np.where(member_R, reduction.seconds, 0.0), shares_KR)
+            if through_SR is not None:
+                late_SW = np.zeros_like(first_SW) if late_SW is None else late_SW
+                late_SW[:, group.all_ranks_TR] = (through_SR - begin_SR - reduction.seconds * member_R)[:, None]
+        return None if late_SW is None else last_arrivals(reduction.members, late_SW)
+
+
 class _Step:
     """The processes of one step and what they share."""
 
@@ -222,6 +317,7 @@ class _Step:
         uses = contention.collectives if contention else (None,) * len(collectives)
         changes = program.changes
         self.conditions = Conditions(self.env, changes) if changes else None
+        self.ports = _Ports(self.env, program.ports, compiled=program.compiled) if program.ports else None
         seconds = changes.collective_seconds if changes else ((),) * len(collectives)
         meetings = [
             _Meeting(
@@ -234,8 +330,10 @@ class _Step:
                 self.conditions,
                 by_state,
                 self.among,
+                self.ports,
+                number,
             )
-            for collective, use, by_state in zip(collectives, uses, seconds, strict=True)
+            for number, (collective, use, by_state) in enumerate(zip(collectives, uses, seconds, strict=True))
         ]
         self.reductions, self.gathers = meetings[: len(program.reductions)], meetings[len(program.reductions) :]
 
@@ -250,9 +348,13 @@ class _Step:
             arrived = []
             for p2p in task.receives:
                 sent_SR, arrival_SR = yield self.p2ps[p2p, group.number]
+                if self.ports is not None:
+                    arrival_SR = yield from self.ports.receive(group, p2p, arrival_SR)
                 arrived.append((p2p_label(p2p), sent_SR, arrival_SR))
             executor.pass_on()
             executor.begin(arrived)
+            if self.ports is not None:
+                self.ports.before(group, executor)
             yield from self._execute(group, executor, task.runs)
             executor.recorder.end_action(task.passes, task.micro_batches)
             for sent in task.sends:
@@ -260,6 +362,9 @@ class _Step:
             if number in due and number < len(group.tasks) - 1:
                 times = executor.last_begin_SR, executor.done_SR
                 reducing = self.env.process(self._reduce_early(group, executor, due[number], times, reducing))
+        executor.settle_collectives()
+        if self.ports is not None:
+            self.ports.end(group)
         yield from self._reduce(group, executor, due[len(group.tasks) - 1], reducing)
         if not due[len(group.tasks) - 1]:
             executor.meet_others(self.among)
@@ -466,6 +571,8 @@ def _simulate(
             jitter=NO_JITTER if step.among.ranks == 1 else program.jitter,
         )
         executor.records_all = program.contention is not None
+        if step.ports is not None:
+            step.ports.add(group, executor)
         executors.append(executor)
         processes.append(step.env.process(step.group(group, executor)))
     step.env.run()

@@ -6,6 +6,8 @@ from moesim.network.collectives import (
     all_reduce_seconds,
     crowded,
     reduce_scatter_seconds,
+    ring_seconds,
+    ring_shares,
     send_recv_seconds,
 )
 from moesim.network.describe import FabricFacts, describe
@@ -13,6 +15,7 @@ from moesim.network.dispatch import deepep_bytes, prepare_combine, prepare_dispa
 from moesim.network.equal_groups import group_shape
 from moesim.network.fabric import Fabric, build_fabric
 from moesim.network.parameters import NetworkParameters, Protocol, load_parameters
+from moesim.network.rank_ports import RankPorts
 from moesim.network.transfer import PreparedTransfer, lower_bound, prepare_transfer, transfer_times
 
 __all__ = [
@@ -22,6 +25,7 @@ __all__ = [
     "NetworkParameters",
     "PreparedTransfer",
     "Protocol",
+    "RankPorts",
     "all_gather_seconds",
     "all_reduce_seconds",
     "build_fabric",
@@ -35,6 +39,8 @@ __all__ = [
     "prepare_dispatch",
     "prepare_transfer",
     "reduce_scatter_seconds",
+    "ring_seconds",
+    "ring_shares",
     "send_recv_seconds",
     "transfer_times",
 ]

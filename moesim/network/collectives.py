@@ -139,6 +139,21 @@ def ring_use(fabric: Fabric, members: Sequence[NDArray[np.int64]], seconds: floa
     return common_use(fabric, sources_F, targets_F, seconds / pace * shares_F[None])
 
 
+def ring_shares(fabric: Fabric, members: Sequence[NDArray[np.int64]]) -> NDArray[np.float64]:
+    """How much of each link [X] rings among each of `members` fill side by side while their slowest link is full."""
+    busy_X = ring_seconds(fabric, members, 1.0)
+    return np.asarray(busy_X / max(float(busy_X.max()), np.finfo(float).tiny))
+
+
+def ring_seconds(fabric: Fabric, members: Sequence[NDArray[np.int64]], sent_bytes: float) -> NDArray[np.float64]:
+    """How long each link [X] is busy with rings among each of `members` in which every rank sends so many bytes."""
+    rings = [_ring_flows(fabric, ranks) for ranks in members if len(ranks) > 1]
+    if not rings:
+        return np.zeros(len(fabric.links))
+    flows = (np.concatenate(parts) for parts in zip(*rings, strict=True))
+    return np.asarray(_link_load(fabric, *flows) * sent_bytes / fabric.capacity_X)
+
+
 def send_recv_seconds(fabric: Fabric, source: int, target: int, num_bytes: float) -> CollectiveEstimate:
     """One message of `num_bytes` from rank to rank, alone on its links."""
     as_ranks(fabric, [source, target])

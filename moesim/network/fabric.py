@@ -142,17 +142,40 @@ class Fabric:
         )
 
     @cached_property
-    def common_links_X(self) -> NDArray[np.intp]:
-        """Links that can be a bottleneck and are no port of one GPU: what groups of ranks can share."""
-
+    def _is_port_X(self) -> NDArray[np.bool_]:
+        """Whether a link is that of one GPU."""
         own_nic = self.ladder is not None and not self.ladder.shares_nics
 
         def is_port(link: tuple[str, str]) -> bool:
             kinds = {self.graph.nodes[end]["kind"] for end in link}
             return "gpu" in kinds or (own_nic and "nic" in kinds)
 
-        ports_X = np.array([is_port(link) for link in self.links], dtype=bool)
-        return np.flatnonzero(~self.redundant_X & ~ports_X)
+        return np.array([is_port(link) for link in self.links], dtype=bool)
+
+    @cached_property
+    def common_links_X(self) -> NDArray[np.intp]:
+        """Links that can be a bottleneck and are no port of one GPU: what groups of ranks can share."""
+        return np.flatnonzero(~self.redundant_X & ~self._is_port_X)
+
+    @cached_property
+    def port_links_KW(self) -> NDArray[np.intp]:
+        """The links of every rank that can be a bottleneck and are its own, padded with -1: [most of a rank, ranks].
+
+        A link from GPU to GPU is that of the first.
+        """
+        number = {f"gpu{rank}": rank for rank in range(self.num_ranks)}
+        behind = {nic: number[gpu] for gpu in number for nic in self.graph.successors(gpu) if nic not in number}
+        behind |= {nic: number[gpu] for gpu in number for nic in self.graph.predecessors(gpu) if nic not in number}
+        of_rank: list[list[int]] = [[] for _ in number]
+        for link in np.flatnonzero(~self.redundant_X & self._is_port_X).tolist():
+            source, target = self.links[link]
+            owners = [of[end] for of in (number, behind) for end in (source, target) if end in of]
+            if owners:
+                of_rank[owners[0]].append(link)
+        links_KW = np.full((max(1, *map(len, of_rank)), len(of_rank)), NONE, dtype=np.intp)
+        for rank, links in enumerate(of_rank):
+            links_KW[: len(links), rank] = links
+        return links_KW
 
     def routes(
         self, sources_F: NDArray[np.integer], targets_F: NDArray[np.integer], *, avoid_nvlink: bool = False

@@ -190,3 +190,50 @@ def fill(
                             if other < num_flows:
                                 level += min(seconds_SF[sample, other], seconds_SF[sample, flow])
                     level_SF[sample, flow] = level
+
+
+@numba.njit(cache=True)
+def passed(
+    begin_SR: FloatArray,
+    work_SR: FloatArray,
+    share_R: FloatArray,
+    opens_WSR: FloatArray,
+    closes_WSR: FloatArray,
+    uses_WSR: FloatArray,
+    round_off: float,
+) -> FloatArray:
+    """`moesim.network.rank_ports.passed`: the same sums in the same order."""
+    windows, samples, ranks = opens_WSR.shape
+    end_SR = np.empty((samples, ranks))
+    edges, change = np.empty(2 * windows), np.empty(2 * windows)
+    for sample in range(samples):
+        for rank in range(ranks):
+            begin, work, share = begin_SR[sample, rank], work_SR[sample, rank], share_R[rank]
+            count = 0
+            for window in range(2 * windows):
+                other = window % windows
+                use = uses_WSR[other, sample, rank]
+                at = opens_WSR[other, sample, rank] if window < windows else closes_WSR[other, sample, rank]
+                at, use = max(at, begin), use if window < windows else -use
+                hole = count
+                while hole > 0 and edges[hole - 1] > at:
+                    edges[hole], change[hole] = edges[hole - 1], change[hole - 1]
+                    hole -= 1
+                edges[hole], change[hole] = at, use
+                count += 1
+            last, used, done, pace = begin, 0.0, 0.0, 1.0
+            for place in range(count):
+                more = pace * (edges[place] - last)
+                if done + more >= work:
+                    break
+                done += more
+                last = edges[place]
+                used += change[place]
+                left = min(max(1.0 - used, 0.0), 1.0)
+                if left < round_off:
+                    left = 0.0
+                pace = min(1.0, left / share) if share > 0.0 else 1.0
+                if place == count - 1:
+                    pace = 1.0
+            end_SR[sample, rank] = last + (work - done) / (pace if pace > 0.0 else 1.0)
+    return end_SR

@@ -18,6 +18,7 @@ from moesim.network.flows import Demand, Ranks, build_flows, link_bytes, make_de
 from moesim.network.kept_answers import CommonStart, Remembered
 from moesim.network.link_loads import ladder_link_bytes
 from moesim.network.ports import Ports
+from moesim.network.rank_ports import RankPorts
 
 FloatArray = NDArray[np.float64]
 Model = Literal["ports", "fluid", "exact"]
@@ -142,6 +143,20 @@ class Traffic:
         slower_X = self._fabric.capacity_X[common_X] / self._reached.capacity_X[common_X]
         return LinkUse(bytes_SX=use.bytes_SX * slower_X, flows_SX=use.flows_SX)
 
+    def port_seconds(self, ports: RankPorts, ranks_R: NDArray[np.integer]) -> FloatArray:
+        """How long it keeps the ports of a group busy if `ranks_R` send it, at the pace that its software reaches."""
+        stages = [
+            ports.seconds(
+                ranks_R[stage.source_F],
+                ranks_R[stage.target_F],
+                stage.bytes_SF,
+                avoid_nvlink=stage.avoid_nvlink,
+                reached=self._reached,
+            )
+            for stage in self._stages
+        ]
+        return sum(stages[1:], start=stages[0])
+
 
 class _PairBytes(NamedTuple):
     """The pairs of a demand that have bytes in at least one sample."""
@@ -232,6 +247,11 @@ class PreparedTransfer:
     def common_use(self, ranks_R: NDArray[np.integer]) -> LinkUse:
         """What it puts on the fabric's common links, on `ranks_R` in the place of those that it was prepared for."""
         return self.traffic.common_use(ranks_R)
+
+    def port_seconds(self, ports: RankPorts, ranks_R: NDArray[np.integer]) -> FloatArray:
+        """How long it keeps each port of a group busy, [S, K, R]: on `ranks_R` as in `common_use`."""
+        traffic = self._all_traffic if self._samples == slice(None) else self.traffic
+        return traffic.port_seconds(ports, ranks_R)
 
     def window(self, start_R: FloatArray) -> Window:
         """When the bytes move while the transfer is alone, software's time before and behind apart."""

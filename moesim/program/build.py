@@ -27,6 +27,7 @@ from moesim.program.loads import RoutingSample, group_loads
 from moesim.program.operations import Block, Run
 from moesim.program.optimizer import optimizer_block
 from moesim.program.parameters import ParameterGroups
+from moesim.program.ports import shared_ports
 from moesim.program.rank_kinds import BlocksOf, RankKinds
 from moesim.program.reductions import Reduction
 from moesim.program.software import kernel_list
@@ -137,7 +138,8 @@ class _Builder:
             tensor_bytes=self.tensor_bytes,
             transfer_sources=_transfer_sources(groups, collectives),
             compiled=self.compiled and not self.mesh.shards_by_layer,
-            contention=find_contention(self.fabric, groups, (*reductions, *gathers)),
+            contention=find_contention(self.fabric, groups, collectives),
+            ports=shared_ports(self.fabric, groups, collectives),
             jitter=_jitter(self.scenario, self.kernels, self.host),
         )
 
@@ -308,16 +310,20 @@ class _Builder:
             for index, work in enumerate(works)
             if work.micro_batch == p2p.micro_batch and (work.kind is Pass.FORWARD) == (payload is Pass.FORWARD)
         )
-        return Sent(p2p=p2p, which=which, seconds=self._p2p_seconds(p2p.source, p2p.target))
+        seconds = self._p2p_seconds(p2p.source, p2p.target)
+        return Sent(p2p=p2p, which=which, seconds=seconds, num_bytes=self.p2p_bytes if seconds else 0.0)
+
+    @cached_property
+    def p2p_bytes(self) -> float:
+        """A rank's share of one micro-batch's hidden states (bf16), for its neighbour in another stage."""
+        return self.scenario.tokens_per_rank * self.scenario.model.hidden * BYTES_PER_ELEMENT["bf16"]
 
     def _p2p_seconds(self, source: int, target: int) -> float:
-        """A rank's share of one micro-batch's hidden states (bf16) to its neighbour in another stage."""
         if source == target:
             return 0.0
         if (source, target) not in self.p2p_seconds:
-            size = self.scenario.tokens_per_rank * self.scenario.model.hidden * BYTES_PER_ELEMENT["bf16"]
             first, second = self.mesh.rank(stage=source, index=0), self.mesh.rank(stage=target, index=0)
-            self.p2p_seconds[source, target] = send_recv_seconds(self.fabric, first, second, size).seconds
+            self.p2p_seconds[source, target] = send_recv_seconds(self.fabric, first, second, self.p2p_bytes).seconds
         return self.p2p_seconds[source, target]
 
     def _blocks(self, stage: int, pipeline_rank: int, number: int, ranks_R: NDArray[np.int64]) -> Mapping[Pass, Block]:

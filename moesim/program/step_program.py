@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from moesim.kernels import Beside
 from moesim.kernels.families import FAMILIES
 from moesim.kernels.jitter import NO_JITTER, Jitter
-from moesim.network import PreparedTransfer
+from moesim.network import PreparedTransfer, RankPorts
 from moesim.network.contention import LinkUse
 from moesim.program.host import FREE_HOST, HostModel
 from moesim.program.operations import Block, Run, Transfer
@@ -28,7 +28,7 @@ Place = tuple[int, int]  # pipeline rank, number of the group
 
 @dataclass(frozen=True, kw_only=True)
 class Sent:
-    """A p2p send that run `which` of a task makes; it arrives `seconds` later.
+    """A p2p send of `num_bytes` that run `which` of a task makes; it arrives `seconds` later.
 
     `by_state`: the same with the links in every state of `Changes`, where there are several.
     """
@@ -36,6 +36,7 @@ class Sent:
     p2p: P2P
     which: int
     seconds: float
+    num_bytes: float = 0.0
     by_state: tuple[float, ...] = ()
 
 
@@ -125,6 +126,28 @@ class Contention:
     collectives: tuple[LinkUse | None, ...]
 
 
+class Crossing(NamedTuple):
+    """What a p2p send between groups does to their ports: it takes `work_R` seconds of the slowest on every rank's way,
+    and meanwhile `sends_KR` of the sender's and `receives_KR` of the receiver's ports."""
+
+    work_R: FloatArray
+    sends_KR: FloatArray
+    receives_KR: FloatArray
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SharedPorts:
+    """The ports of single ranks that several transfers of a step can use at once; see `moesim.program.ports`.
+
+    `of_group`: a group's ports. `crossings`: p2p sends, by sending group and the pipeline rank that receives.
+    `shares_CX`: what rings of reductions and gathers, in their order, take of each of the fabric's links.
+    """
+
+    of_group: Mapping[Place, RankPorts]
+    crossings: Mapping[tuple[Place, int], Crossing]
+    shares_CX: tuple[FloatArray, ...]
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Changes:
     """What changes in a step: `instants_K`, sorted, the first at 0; from each on the speed of every rank over what it
@@ -167,6 +190,7 @@ class StepProgram:
     transfer_sources: tuple[str, ...] = ()
     compiled: bool = False
     contention: Contention | None = None
+    ports: SharedPorts | None = None
     jitter: Jitter = NO_JITTER
     changes: Changes | None = None
 
