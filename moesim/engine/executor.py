@@ -137,7 +137,11 @@ class GroupExecutor:
         reduced_SR, recorder, queued = self.reduced_SR, self.recorder, [*self._queued]
         rows = [row for row in (self._transfer_span, self._reducing_span) if row >= 0]  # may still become longer
         rows += [row for row, _ in queued]
-        times = [(row, recorder.finish_NSR[row].copy(), recorder.own_NSR[row].copy()) for row in rows]
+        collectives = [] if self.ports is None else [*self.ports.collectives]
+        times = [
+            (row, recorder.start_NSR[row].copy(), recorder.finish_NSR[row].copy(), recorder.own_NSR[row].copy())
+            for row in rows
+        ]
         restore_lateness = self.lateness.saved() if self.lateness is not None else None
 
         def restore() -> None:
@@ -146,12 +150,14 @@ class GroupExecutor:
             self.clocks_KSR[:], self.host_SR[:] = clocks_KSR, host_SR
             recorder.count = count
             self._transfer_span, self._open_F3R = open_
-            self._queued = queued
+            self._queued = [*queued]
+            if self.ports is not None:
+                self.ports.collectives = [*collectives]
             self._reducing_from_SR, self._reducing_span, self._reducing_F3R = reducing
             if self._reduces_inside:
                 self.reduced_SR = reduced_SR
-            for row, finish_SR, own_SR in times:
-                recorder.finish_NSR[row], recorder.own_NSR[row] = finish_SR, own_SR
+            for row, start_SR, finish_SR, own_SR in times:
+                recorder.start_NSR[row], recorder.finish_NSR[row], recorder.own_NSR[row] = start_SR, finish_SR, own_SR
 
         return restore
 
@@ -265,6 +271,7 @@ class GroupExecutor:
             through_SR = self.ports.collective(prepared, begin_SR, own_SR)
             later_SR = np.maximum(np.maximum(begin_SR + own_SR, through_SR) - finish_SR, 0.0)
             later_SR[later_SR <= SINGLE * own_SR] = 0.0
+            np.maximum(recorder.start_NSR[row], before_SR, out=recorder.start_NSR[row])
             recorder.own_NSR[row] += np.maximum(through_SR - (begin_SR + own_SR), 0.0)
             recorder.finish_NSR[row] = before_SR = finish_SR + later_SR
             self.reduced_SR = before_SR.copy()

@@ -38,6 +38,7 @@ class _Passage(NamedTuple):
     transfer: Transfer | None
     begin_SR: FloatArray | None = None
     end_SR: FloatArray | None = None
+    work_SR: FloatArray | None = None
     shares_KR: FloatArray | None = None
 
 
@@ -65,7 +66,8 @@ class PortsInUse:
         self._seconds, self._longest = np.zeros((len(ports.link_KR), 8, *shape)), np.zeros((8, *shape))
         self._rows: list[_Passage] = []  # of actions that have ended
         self._scanned = 0
-        self._passages: list[_Passage] = []
+        self.passages: list[_Passage] = []  # between groups
+        self.collectives: list[_Passage] = []  # of layers
         self._shares: dict[PeerCollective, FloatArray] = {}
         self.held_SR = np.zeros(shape)  # until when sends that cannot be later take a port
 
@@ -106,15 +108,15 @@ class PortsInUse:
         else:
             end_SGNI = prepared.peers.split(end_SR)
             end_SR = np.broadcast_to(end_SGNI.max(axis=2, keepdims=True), end_SGNI.shape).reshape(begin_SR.shape)
-        self.let_through(begin_SR, end_SR, self._shares[prepared])
+        _append(self.collectives, begin_SR, end_SR, own_SR, self._shares[prepared])
         return end_SR
 
-    def let_through(self, begin_SR: FloatArray, end_SR: FloatArray, shares_KR: FloatArray) -> None:
+    def let_through(self, begin_SR: FloatArray, end_SR: FloatArray, work_SR: FloatArray, shares_KR: FloatArray) -> None:
         """From now on this has its part of the ports; whatever is in its way comes later."""
         opens, closes = float(begin_SR.min()), float(end_SR.max())
-        self._passages.append(_Passage(opens, closes, -1, None, begin_SR, end_SR, shares_KR))
-        if len(self._passages) > 2 * KEPT:
-            del self._passages[:KEPT]
+        self.passages.append(_Passage(opens, closes, -1, None, begin_SR, end_SR, work_SR, shares_KR))
+        if len(self.passages) > 2 * KEPT:
+            del self.passages[:KEPT]
 
     def hold(self, end_SR: FloatArray) -> None:
         """Transfers that are yet to begin wait until then."""
@@ -126,7 +128,7 @@ class PortsInUse:
         ended = actions[-1].last if actions else 0
         self._rows += self._transfers(self._scanned, ended)
         self._scanned = max(self._scanned, ended)
-        found = [passage for passage in self._passages if passage.closes > instant]
+        found = [passage for passage in chain(self.passages, self.collectives) if passage.closes > instant]
         for row in chain(reversed(self._transfers(self._scanned, recorder.count)), reversed(self._rows)):
             if row.closes <= instant:
                 break
@@ -208,3 +210,12 @@ class PortsInUse:
                     self._longest = np.concatenate([self._longest, np.zeros_like(self._longest)])
                 self._seconds[:, place], self._longest[place] = seconds_SKR.swapaxes(0, 1), seconds_SKR.max(axis=1)
         return place
+
+
+def _append(
+    passages: list[_Passage], begin_SR: FloatArray, end_SR: FloatArray, work_SR: FloatArray, shares_KR: FloatArray
+) -> None:
+    opens, closes = float(begin_SR.min()), float(end_SR.max())
+    passages.append(_Passage(opens, closes, -1, None, begin_SR, end_SR, work_SR, shares_KR))
+    if len(passages) > 2 * KEPT:
+        del passages[:KEPT]

@@ -237,6 +237,7 @@ class _Ports:
         self._env, self._shared, self._compiled = env, shared, compiled
         self._in_use: dict[Place, PortsInUse] = {}
         self._over: dict[Place, simpy.Event] = {}  # its tasks are
+        self.moving: dict[Place, simpy.Process] = {}  # of each group the latest transfer over shared links
 
     def add(self, group: GroupProgram, executor: GroupExecutor) -> None:
         """A group that takes part."""
@@ -268,14 +269,20 @@ class _Ports:
         ends = (self._in_use[source], crossing.sends_KR), (self._in_use[group.place], crossing.receives_KR)
         begin_SR = arrival_SR - crossing.work_R
         late_SR, until = arrival_SR, float(arrival_SR.max())
-        while until > self._env.now * (1 + TIE):
-            yield self._env.timeout(until - self._env.now)
+        known = False
+        while not known:
+            if until > self._env.now * (1 + TIE):
+                yield self._env.timeout(until - self._env.now)
+            for moving in (self.moving.get(source), self.moving.get(group.place)):
+                if moving is not None and moving.is_alive:
+                    yield moving  # until then its end is not known
             for ports, shares_KR in ends:
                 through_SR = ports.through(begin_SR, crossing.work_R, shares_KR)
                 late_SR = late_SR if through_SR is None else np.maximum(late_SR, through_SR)
             until = float(late_SR.max())
+            known = until <= self._env.now * (1 + TIE)
         for ports, shares_KR in ends:
-            ports.let_through(begin_SR, late_SR, shares_KR)
+            ports.let_through(begin_SR, late_SR, crossing.work_R, shares_KR)
         self._in_use[source].hold(late_SR)
         return late_SR
 
@@ -289,17 +296,29 @@ class _Ports:
         if not reduction.buckets or not reduction.seconds:
             return None
         yield self._env.all_of([self._over[group.place] for group in groups])
-        late_SW: FloatArray | None = None
+        passing = []
         for group in groups:
-            in_use, first_SR = self._in_use[group.place], first_SW[:, group.ranks_R]
+            first_SR = first_SW[:, group.ranks_R]
             member_R = np.isfinite(first_SR[0])
-            shares_KR = in_use.ports.of_links(self._shared.shares_CX[number]) * member_R
-            begin_SR = np.where(member_R, first_SR, 0.0)
-            through_SR = in_use.through(begin_SR, np.where(member_R, reduction.seconds, 0.0), shares_KR)
-            if through_SR is not None:
-                late_SW = np.zeros_like(first_SW) if late_SW is None else late_SW
-                late_SW[:, group.all_ranks_TR] = (through_SR - begin_SR - reduction.seconds * member_R)[:, None]
-        return None if late_SW is None else last_arrivals(reduction.members, late_SW)
+            shares_KR = self._in_use[group.place].ports.of_links(self._shared.shares_CX[number]) * member_R
+            begin_SR, work_R = np.where(member_R, first_SR, 0.0), reduction.seconds * member_R
+            passing.append((group, begin_SR, work_R, shares_KR))
+        late_SW, until = np.zeros_like(first_SW), float(first_SW.max()) + reduction.seconds
+        known = False
+        while not known:
+            if until > self._env.now * (1 + TIE):  # p2p sends before then come first
+                yield self._env.timeout(until - self._env.now)
+            for group, begin_SR, work_R, shares_KR in passing:
+                through_SR = self._in_use[group.place].through(begin_SR, work_R, shares_KR)
+                if through_SR is not None:
+                    late_SW[:, group.all_ranks_TR] = (through_SR - begin_SR - work_R)[:, None]
+            late_SW = last_arrivals(reduction.members, late_SW)
+            until = float((first_SW + late_SW).max()) + reduction.seconds
+            known = until <= self._env.now * (1 + TIE)
+        for group, begin_SR, work_R, shares_KR in passing:
+            end_SR = begin_SR + work_R + late_SW[:, group.ranks_R]
+            self._in_use[group.place].let_through(begin_SR, end_SR, work_R, shares_KR)
+        return late_SW if late_SW.any() else None
 
 
 class _Step:
@@ -424,7 +443,10 @@ class _Step:
             return
         for chain, transfer, start_SR, finish_SR in executor.execute_in_parts(runs):
             if transfer in uses:
-                late_SR = yield from self._carry(uses[transfer], start_SR, finish_SR)
+                carried = self.env.process(self._carry(uses[transfer], start_SR, finish_SR))
+                if self.ports is not None:
+                    self.ports.moving[group.place] = carried
+                late_SR = yield carried
                 if (late_SR > finish_SR).any():
                     executor.delay(chain, late_SR)
 

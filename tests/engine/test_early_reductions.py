@@ -181,7 +181,8 @@ def test_early_reductions_go_through_shared_links(small):
     assert contention is not None and any(contention.collectives)
     wide = simulate_step(replace(program, contention=replace(contention, capacity_L=1e3 * contention.capacity_L)))
     alone, shared = simulate_step(replace(program, contention=None)), simulate_step(program)
-    np.testing.assert_array_equal(wide.step_S, alone.step_S)
+    # One sample after the other what is open on a port is known in its order, of several together by the latest.
+    np.testing.assert_allclose(wide.step_S, alone.step_S, rtol=1e-3)
     assert (shared.step_S > alone.step_S).all()
     for table in shared.tables:
         assert spans(table, Stream.BACKGROUND)
