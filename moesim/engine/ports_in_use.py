@@ -8,7 +8,7 @@ leave, one behind the other, so that no port passes more than it can at any inst
 Legend: K ports of a rank, S routing samples, R ranks of the group, W windows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import NamedTuple
 
@@ -16,16 +16,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.engine.executor_steps import Labels
+from moesim.kernels import BesideSend
 from moesim.network import RankPorts
 from moesim.network.rank_ports import passed
 from moesim.program.group_collectives import PeerCollective
-from moesim.program.operations import Kind, Transfer
+from moesim.program.operations import Kind, Operation, Transfer
 from moesim.program.ports import port_seconds, port_shares
 from moesim.program.step_program import GroupProgram
 from moesim.results.spans import SpanRecorder
 
 FloatArray = NDArray[np.float64]
 ROUND_OFF = 1e-9  # of what a transfer takes alone
+NEXT_ROWS = 8  # among which the first kernel of an action is
 KEPT = 32  # passages: what went through before these is over
 
 
@@ -58,6 +60,8 @@ class PortsInUse:
             for operation in block.operations
             if operation.kind is Kind.TRANSFER
         }
+        self._kernels = {o.label: o for block in blocks for o in block.operations if o.kind is Kind.COMPUTE}
+        self._kernel_of: dict[int, Operation | None] = {}
         self._of_number: dict[int, tuple[Transfer, ...]] = {}
         # How long transfers keep each port of a rank busy, and the longest of them, by place.
         self._places: dict[Transfer, int] = {}
@@ -97,6 +101,30 @@ class PortsInUse:
             until = float(end_SR.max())
         later_SR = end_SR - alone_SR > ROUND_OFF * work_SR
         return np.where(later_SR, end_SR, alone_SR) if later_SR.any() else None
+
+    def late_for_kernel(
+        self, row: int, sent_SR: FloatArray, alone_SR: FloatArray, sends: Mapping[str, BesideSend]
+    ) -> FloatArray | None:
+        """How much later for the first kernel from a row on a message is there that was sent, and alone takes so long.
+
+        It waits for SMs where the kernel runs meanwhile. None where nothing of that was measured, or no kernel came.
+        """
+        recorder = self._recorder
+        numbers = recorder.label_N[row : min(row + NEXT_ROWS, recorder.count)].tolist()
+        known = [(behind, kernel) for behind, number in enumerate(numbers, row) if (kernel := self._kernel(number))]
+        if not known or known[0][1].family not in sends:
+            return None
+        behind, kernel = known[0]
+        start_SR, finish_SR = recorder.start_NSR[behind], recorder.finish_NSR[behind]
+        beside_SR = (start_SR < sent_SR + alone_SR) & (finish_SR > sent_SR)
+        later_SR = sends[kernel.family].later(alone_SR, kernel=(finish_SR - start_SR) / max(1.0, kernel.launches))
+        return np.where(beside_SR, later_SR, 0.0) if beside_SR.any() else None
+
+    def _kernel(self, number: int) -> Operation | None:
+        """The kernel of a label's number."""
+        if number not in self._kernel_of:
+            self._kernel_of[number] = self._kernels.get(self._labels.all()[number])
+        return self._kernel_of[number]
 
     def collective(self, prepared: PeerCollective, begin_SR: FloatArray, own_SR: FloatArray) -> FloatArray:
         """The same of a collective of a layer: its ranks are done together."""

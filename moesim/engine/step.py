@@ -237,6 +237,7 @@ class _Ports:
         self._env, self._shared, self._compiled = env, shared, compiled
         self._in_use: dict[Place, PortsInUse] = {}
         self._over: dict[Place, simpy.Event] = {}  # its tasks are
+        self._sent_at: dict[tuple[P2P, int], int] = {}  # row
         self.moving: dict[Place, simpy.Process] = {}  # of each group the latest transfer over shared links
 
     def add(self, group: GroupProgram, executor: GroupExecutor) -> None:
@@ -257,7 +258,11 @@ class _Ports:
         if in_use.moves_bytes:
             np.maximum(executor.communication_SR, in_use.held_SR, out=executor.communication_SR)
 
-    def receive(self, group: GroupProgram, p2p: P2P, arrival_SR: FloatArray) -> Carried:
+    def sent(self, group: GroupProgram, p2p: P2P, executor: GroupExecutor) -> None:
+        """A p2p send begins; the spans from now on are those beside it."""
+        self._sent_at[p2p, group.number] = executor.recorder.count
+
+    def receive(self, group: GroupProgram, p2p: P2P, sent_SR: FloatArray, arrival_SR: FloatArray) -> Carried:
         """When a p2p send is there that would arrive at `arrival_SR` alone.
 
         All that is in its way until then is known once the clock is there.
@@ -267,6 +272,13 @@ class _Ports:
         if crossing is None:
             return arrival_SR
         ends = (self._in_use[source], crossing.sends_KR), (self._in_use[group.place], crossing.receives_KR)
+        until = float(arrival_SR.max())
+        if until > self._env.now * (1 + TIE):
+            yield self._env.timeout(until - self._env.now)
+        row, alone_SR = self._sent_at.pop((p2p, group.number)), arrival_SR - sent_SR
+        waits_SR = self._in_use[source].late_for_kernel(row, sent_SR, alone_SR, self._shared.sends)
+        if waits_SR is not None:
+            arrival_SR = arrival_SR + waits_SR
         begin_SR = arrival_SR - crossing.work_R
         late_SR, until = arrival_SR, float(arrival_SR.max())
         known = False
@@ -368,7 +380,7 @@ class _Step:
             for p2p in task.receives:
                 sent_SR, arrival_SR = yield self.p2ps[p2p, group.number]
                 if self.ports is not None:
-                    arrival_SR = yield from self.ports.receive(group, p2p, arrival_SR)
+                    arrival_SR = yield from self.ports.receive(group, p2p, sent_SR, arrival_SR)
                 arrived.append((p2p_label(p2p), sent_SR, arrival_SR))
             executor.pass_on()
             executor.begin(arrived)
@@ -377,6 +389,8 @@ class _Step:
             yield from self._execute(group, executor, task.runs)
             executor.recorder.end_action(task.passes, task.micro_batches)
             for sent in task.sends:
+                if self.ports is not None:
+                    self.ports.sent(group, sent.p2p, executor)
                 self._send(group, sent, executor.finished(sent.which))
             if number in due and number < len(group.tasks) - 1:
                 times = executor.last_begin_SR, executor.done_SR

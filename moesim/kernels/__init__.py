@@ -9,6 +9,7 @@ from moesim.kernels.command import calibrate_command
 from moesim.kernels.estimate import (
     SOURCES,
     Beside,
+    BesideSend,
     Contention,
     Estimate,
     HostCosts,
@@ -30,6 +31,7 @@ __all__ = [
     "SOURCES",
     "Attention",
     "Beside",
+    "BesideSend",
     "CalibratedModel",
     "Contention",
     "Estimate",

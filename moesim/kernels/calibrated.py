@@ -90,7 +90,10 @@ class CalibratedModel:
         if relative is not None and not self.contention.collectives:
             facts = relative.contention
             self.contention = replace(
-                self.contention, collectives=facts.collectives, collective_rate=facts.collective_rate
+                self.contention,
+                collectives=facts.collectives,
+                collective_rate=facts.collective_rate,
+                sends=self.contention.sends or facts.sends,
             )
         present = {row["family"] for row in profile.rows}
         self.missing_families = tuple(family for family in expected_families if family not in present)

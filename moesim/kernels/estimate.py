@@ -48,6 +48,23 @@ class Beside(NamedTuple):
     wait: float = 0.0
 
 
+class BesideSend(NamedTuple):
+    """What a kernel and a message from GPU to GPU cost each other while both run.
+
+    compute: factor >= 1 on the kernel. The message gets its SMs one by one as the kernel leaves them, and is later by a
+    share of the kernel's duration, but not by more than `most` times what it takes alone.
+    """
+
+    compute: float
+    share: float
+    most: float
+
+    def later(self, alone: Any, *, kernel: Any) -> FloatArray:
+        """Seconds that a message of `alone` seconds loses beside kernels of `kernel` seconds each."""
+        by_kernel, by_message = self.share * np.asarray(kernel, float), self.most * np.asarray(alone, float)
+        return np.asarray(by_kernel * by_message / np.maximum(np.hypot(by_kernel, by_message), 1e-30))
+
+
 @dataclass(frozen=True)
 class Contention:
     """How much kernels of each family and transfers slow each other; `other` holds for families that are not there.
@@ -55,6 +72,7 @@ class Contention:
     `collectives`: the same beside all-reduces, all-gathers and reduce-scatters of a library; empty: as other transfers.
     `collective_rate`: bytes/s that a rank sent in them alone. One that a slower link holds up is slowed only as far as
     its blocks, slowed, would then be the slower part: its factor is max(1, transfer * its rate / this one).
+    `sends`: beside messages from GPU to GPU, where they were measured; these slow no kernels in a step.
     """
 
     by_family: Mapping[str, Beside]
@@ -62,6 +80,7 @@ class Contention:
     source: str
     collectives: Mapping[str, Beside] = field(default_factory=dict)
     collective_rate: float = 0.0
+    sends: Mapping[str, BesideSend] = field(default_factory=dict)
 
     def of(self, family: str) -> Beside:
         """That of a family of kernels beside a dispatch or combine."""

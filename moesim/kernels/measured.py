@@ -1,12 +1,11 @@
 """What a profile says beside kernels: host costs, contention, the usual width of memory-bound rows."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from moesim.kernels.estimate import Beside, Contention, HostCosts
-from moesim.kernels.families import FloatArray
+from moesim.kernels.estimate import Beside, BesideSend, Contention, HostCosts
 from moesim.kernels.profile import Profile
 from moesim.kernels.roofline import CONTENTION, HOST, MEMORY_SHARE
 
@@ -15,25 +14,7 @@ _LAUNCHES = ("elementwise", "mul", "silu", "cast", "linear", "rms_norm", "softma
 _BACKWARD = ("elementwise", "silu", "linear", "rms_norm", "softmax", "index_select", "index_add")
 OVERLAP_BYTES = 32 << 20  # smaller transfers end before contention settles
 DISPATCH, SEND = "all_to_all", "send_recv"
-_SHARES = tuple(float(share) for share in np.arange(1, 101) / 20)
-_MOSTS = tuple(float(most) for most in np.arange(1, 41) / 10)
-
-
-class BesideSend(NamedTuple):
-    """What a kernel and a message from GPU to GPU cost each other while both run.
-
-    compute: factor >= 1 on the kernel. The message gets its SMs one by one as the kernel leaves them, and is later by a
-    share of the kernel's duration, but not by more than `most` times what it takes alone.
-    """
-
-    compute: float
-    share: float
-    most: float
-
-    def later(self, alone: Any, *, kernel: Any) -> FloatArray:
-        """Seconds that a message of `alone` seconds loses beside kernels of `kernel` seconds each."""
-        by_kernel, by_message = self.share * np.asarray(kernel, float), self.most * np.asarray(alone, float)
-        return np.asarray(by_kernel * by_message / np.maximum(np.hypot(by_kernel, by_message), 1e-30))
+_SHARES, _MOSTS = np.arange(1, 101) / 20, np.arange(1, 41) / 10
 
 
 def host_costs_of(profile: Profile) -> HostCosts:
@@ -73,6 +54,7 @@ def contention_of(profile: Profile) -> Contention:
         source="measured",
         collectives=_by_family(others),
         collective_rate=float(np.median(rates)) if rates else 0.0,
+        sends=sends_of(profile),
     )
 
 
@@ -99,10 +81,7 @@ def _with_usual_alone(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def sends_of(profile: Profile) -> dict[str, BesideSend]:
-    """What kernels of each family and messages from GPU to GPU cost each other, from the rows not `held_out`.
-
-    For reports: p2p sends of a step slow no kernels.
-    """
+    """What kernels of each family and messages from GPU to GPU cost each other, from the rows not `held_out`."""
     rows = [row for row in profile.family("contention") if row.get("kind") == SEND and not row.get("held_out")]
     return {family: fit_send(found) for family, found in _families(_with_usual_alone(rows)).items()}
 
@@ -113,11 +92,11 @@ def fit_send(rows: Sequence[dict[str, Any]]) -> BesideSend:
         np.array([row[name] for row in rows]) for name in ("compute_alone", "transfer_alone", "transfer_beside")
     )
 
-    def error(share: float, most: float) -> float:
-        predicted_N = alone_N + BesideSend(1.0, share, most).later(alone_N, kernel=kernel_N)
-        return float(np.abs(np.log(predicted_N / beside_N)).sum())
-
-    _, share, most = min((error(share, most), share, most) for share in _SHARES for most in _MOSTS)
+    shares, mosts = np.meshgrid(_SHARES, _MOSTS, indexing="ij")
+    by_kernel, by_message = shares[..., None] * kernel_N, mosts[..., None] * alone_N
+    later = by_kernel * by_message / np.hypot(by_kernel, by_message)
+    place = np.abs(np.log((alone_N + later) / beside_N)).sum(axis=2).argmin()
+    share, most = float(shares.flat[place]), float(mosts.flat[place])
     large = [row for row in rows if row["bytes"] >= OVERLAP_BYTES] or rows
     slower = float(np.median([row["compute_beside"] / row["compute_alone"] for row in large]))
     return BesideSend(max(1.0, slower), share, most)

@@ -13,10 +13,10 @@ import numpy as np
 from moesim.kernels.calibrated import CalibratedModel
 from moesim.kernels.error_study import Misses
 from moesim.kernels.errors import KnownError
-from moesim.kernels.estimate import Contention
+from moesim.kernels.estimate import BesideSend, Contention
 from moesim.kernels.families import FloatArray
 from moesim.kernels.kernel_classes import class_of
-from moesim.kernels.measured import DISPATCH, OVERLAP_BYTES, SEND, BesideSend, sends_of
+from moesim.kernels.measured import DISPATCH, OVERLAP_BYTES, SEND, sends_of
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -139,7 +139,7 @@ class _Builder:
             transfer_sources=_transfer_sources(groups, collectives),
             compiled=self.compiled and not self.mesh.shards_by_layer,
             contention=find_contention(self.fabric, groups, collectives),
-            ports=shared_ports(self.fabric, groups, collectives),
+            ports=shared_ports(self.fabric, groups, collectives, sends=self.kernels.contention.sends),
             jitter=_jitter(self.scenario, self.kernels, self.host),
         )
 

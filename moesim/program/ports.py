@@ -6,11 +6,12 @@ those of ZeRO 2 and 3 can be open beside them, and pass a port in what these lea
 Legend: S routing samples, K ports of a rank, R ranks of a group, X links.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moesim.kernels import BesideSend
 from moesim.network import Fabric, PreparedTransfer, RankPorts, ring_seconds, ring_shares
 from moesim.network.contention import path_rates
 from moesim.program.changes import ChangingTransfer
@@ -23,9 +24,13 @@ FloatArray = NDArray[np.float64]
 
 
 def shared_ports(
-    fabric: Fabric, groups: Sequence[GroupProgram], collectives: Sequence[Reduction]
+    fabric: Fabric,
+    groups: Sequence[GroupProgram],
+    collectives: Sequence[Reduction],
+    *,
+    sends: Mapping[str, BesideSend],
 ) -> SharedPorts | None:
-    """The ports of all groups; None where nothing is ever open beside a transfer."""
+    """The ports of all groups; None where nothing is ever open beside a transfer. `sends`: see `SharedPorts`."""
     of_group = {group.place: RankPorts(fabric, group.ranks_R) for group in groups}
     crossings = {}
     for group in groups:
@@ -38,7 +43,7 @@ def shared_ports(
     if not crossings and not beside and not any(_has_collectives(group) for group in groups):
         return None
     shares_CX = tuple(ring_shares(fabric, collective.members) for collective in collectives)
-    return SharedPorts(of_group=of_group, crossings=crossings, shares_CX=shares_CX)
+    return SharedPorts(of_group=of_group, crossings=crossings, shares_CX=shares_CX, sends=sends)
 
 
 def _has_collectives(group: GroupProgram) -> bool:

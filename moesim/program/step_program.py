@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.kernels import Beside
+from moesim.kernels import Beside, BesideSend
 from moesim.kernels.families import FAMILIES
 from moesim.kernels.jitter import NO_JITTER, Jitter
 from moesim.network import PreparedTransfer, RankPorts
@@ -141,11 +141,13 @@ class SharedPorts:
 
     `of_group`: a group's ports. `crossings`: p2p sends, by sending group and the pipeline rank that receives.
     `shares_CX`: what rings of reductions and gathers, in their order, take of each of the fabric's links.
+    `sends`: what p2p sends lose beside kernels of each family, where that was measured.
     """
 
     of_group: Mapping[Place, RankPorts]
     crossings: Mapping[tuple[Place, int], Crossing]
     shares_CX: tuple[FloatArray, ...]
+    sends: Mapping[str, BesideSend]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -8,7 +8,8 @@ import pytest
 
 from moesim.engine import ports_in_use, simulate_step, step
 from moesim.engine.ports_in_use import PortsInUse
-from moesim.kernels import kernel_model
+from moesim.kernels import BesideSend, kernel_model
+from moesim.kernels.families import FAMILIES
 from moesim.network import RankPorts, build_fabric
 from moesim.network.rank_ports import passed
 from moesim.parallel import TrafficSampler
@@ -217,3 +218,16 @@ def test_messages_beside_dispatch_make_steps_longer(small):
     slow = {"cluster.fabric": {"preset": "rail_optimised", "nic": "40 Gbps"}}
     program = program_of(small({**SLOW_NICS, **CASES["1F1B"], **slow}))
     assert (simulate_step(program).step_S > simulate_step(_alone(program)).step_S).all()
+
+
+def test_messages_wait_for_the_kernel_beside_them(small):
+    """By its family's facts, where they were measured; a sender that stands still has no kernel."""
+    program = program_of(small({**SLOW_NICS, "parallelism": {"data": 4, "expert": 4, "pipeline": 2}}))
+    facts = {family: BesideSend(1.0, 0.7, 2.1) for family in FAMILIES}
+    assert program.ports is not None
+    measured = replace(program, ports=replace(program.ports, sends=facts))
+    without, with_them = simulate_step(program), simulate_step(measured)
+    assert (with_them.step_S > without.step_S).all()
+    alone = max(sent.seconds for group in program.groups for task in group.tasks for sent in task.sends)
+    sends = sum(len(task.sends) for group in program.groups for task in group.tasks)
+    assert (with_them.step_S < without.step_S + sends * 2.1 * alone).all()

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from moesim.kernels import Beside, load_profile
-from moesim.kernels.measured import BesideSend, contention_of, fit_beside, fit_send, sends_of
+from moesim.kernels.estimate import BesideSend
+from moesim.kernels.measured import contention_of, fit_beside, fit_send, sends_of
 from moesim.kernels.profile import SHIPPED, Profile, load_profile_file
 from moesim.strict_json import parse_json, unpacked
 
