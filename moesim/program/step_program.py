@@ -199,7 +199,8 @@ class StepProgram:
     @property
     def passes_spans_on(self) -> bool:
         """Whether the spans of an action never change once the next one has begun, and loops take them up."""
-        return self.compiled and self.host == FREE_HOST and self.contention is None and self.changes is None
+        alone = self.contention is None and self.ports is None and self.changes is None
+        return self.compiled and self.host == FREE_HOST and alone
 
     def rows(self, group: GroupProgram) -> int:
         """Most spans that a group can emit: every operation, a host stall before it unless the host is free, and where
