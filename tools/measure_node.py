@@ -12,6 +12,7 @@ the steps beside their predictions, those kept out apart.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -27,18 +28,15 @@ SECONDS_OF_TRANSFERS = 240.0  # at each number of ranks
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def torchrun(ranks: int, program: Sequence[str], deadline: float) -> bool:
-    """Run a program on the first `ranks` GPUs; whether it ended well before the deadline."""
+def torchrun(ranks: int, program: Sequence[str], deadline: float) -> None:
+    """Run a program on the first `ranks` GPUs, at the longest until the deadline."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), *program]
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    try:
+    with contextlib.suppress(subprocess.TimeoutExpired):
         subprocess.run(
             command, check=True, timeout=max(1.0, deadline - time.monotonic()),
             env={"NCCL_NVLS_ENABLE": "0"} | os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
         )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return False
-    return True
 
 
 def transfers(gpus: int, out: Path, deadline: float) -> None:

@@ -24,17 +24,18 @@ from moesim.network.collectives import (
     all_to_all_seconds,
     reduce_scatter_seconds,
 )
+from moesim.network.nccl import ring_bytes
 from moesim.program.scenario_fabric import node_fabric
 from moesim.recorded.timeline import Sent, Work, timeline
 
 ELEMENT_BYTES = {"Float": 4, "Double": 8, "Half": 2, "BFloat16": 2, "Long": 8, "Int": 4, "Short": 2}
 # Words in the names that torch's backend gives collectives -> the model, and what a rank sends over its whole buffer.
 CALLS: dict[str, Any] = {
-    "allreduce": (all_reduce_seconds, 2.0),
-    "allgather": (all_gather_seconds, 1.0),
-    "all_gather": (all_gather_seconds, 1.0),
-    "reduce_scatter": (reduce_scatter_seconds, 1.0),
-    "all_to_all": (all_to_all_seconds, 1.0),
+    "allreduce": (all_reduce_seconds, "all_reduce"),
+    "allgather": (all_gather_seconds, "all_gather"),
+    "all_gather": (all_gather_seconds, "all_gather"),
+    "reduce_scatter": (reduce_scatter_seconds, "reduce_scatter"),
+    "all_to_all": (all_to_all_seconds, "all_to_all"),
 }
 SOON = 2e-5  # seconds within which work is taken to have waited for what ended before it
 NODE = 8  # ranks of one node at most; larger groups are shown and not predicted
@@ -65,19 +66,15 @@ def _message(op: TracedOp) -> _Message:
 
 def seconds_alone(links: LinkedTrace, contention: Contention) -> list[float]:
     """Of every operation that is no collective, what its kernels would take with no collective beside them."""
-    sent = sorted((work.start, work.end) for each in links.ops if each.op.message is not None for work in each.work)
-    starts = [start for start, _ in sent]
+    sent = sorted(
+        (work for each in links.ops if each.op.message is not None for work in each.work), key=lambda work: work.start
+    )
     found = []
     for each in links.ops:
         if each.op.message is not None:
             continue
         beside = contention.beside_collective(family_of(each.op.name))
-        shared = 0.0
-        for work in each.work:
-            for start, end in sent[max(0, bisect_left(starts, work.start) - 1) :]:
-                if start >= work.end:
-                    break
-                shared += max(0.0, min(end, work.end) - max(start, work.start))
+        shared = sum(work.end - work.start for work in each.work) - exposed_seconds(each.work, sent)
         found.append(each.seconds - shared * (1.0 - 1.0 / beside.compute))
     return found
 
@@ -117,10 +114,10 @@ def _sent(message: _Message, kernels: KernelModel, *, gpu: str) -> Sent | None:
     call = next((call for word, call in CALLS.items() if word in message.name), None)
     if call is None or not 1 < message.ranks <= NODE or not message.bytes:
         return None
-    seconds_of, share = call
+    seconds_of, kind = call
     fabric = node_fabric(kernels, gpu=gpu, ranks=message.ranks)
     seconds = seconds_of(fabric, list(range(message.ranks)), float(message.bytes)).seconds
-    wire = share * (message.ranks - 1) / message.ranks * message.bytes
+    wire = ring_bytes(kind, message.bytes, ranks=message.ranks)
     return Sent(
         name=message.name, seconds=seconds, num_bytes=message.bytes, ranks=message.ranks, wire_bytes=wire,
         phase=message.phase,

@@ -34,10 +34,12 @@ def sums_in_switch(kind: str | None, call: str, ranks: int) -> bool:
 
 def busiest_port_bytes(kind: str, bytes_N: NDArray[np.float64], *, ranks: int, in_switch: bool) -> NDArray[np.float64]:
     """Bytes through a GPU's port in one direction: of a ring, of a switch that reduces, of an exchange."""
-    if in_switch:
-        return bytes_N * (1 + 1 / ranks)
-    rounds = 2 if kind == "all_reduce" else 1
-    return bytes_N * (rounds * (ranks - 1) / ranks)
+    return bytes_N * ((1 + 1 / ranks) if in_switch else ring_bytes(kind, 1.0, ranks=ranks))
+
+
+def ring_bytes(kind: str, num_bytes: float, *, ranks: int) -> float:
+    """Bytes that each rank of a ring sends: of the whole buffer, twice where it is summed and handed out."""
+    return (2 if kind == "all_reduce" else 1) * (ranks - 1) / ranks * num_bytes
 
 
 @cache

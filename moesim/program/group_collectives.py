@@ -21,6 +21,7 @@ from moesim.network import (
     reduce_scatter_seconds,
     send_recv_seconds,
 )
+from moesim.network.nccl import ring_bytes
 from moesim.program.operations import Transfer
 
 FloatArray = NDArray[np.float64]
@@ -124,18 +125,15 @@ class GroupLinks:
 
     def gather(self, peers: Peers, num_bytes: float) -> PeerCollective:
         """All-gather: `num_bytes` on every rank afterwards."""
-        share = (peers.size - 1) / peers.size
-        return self._collective("all_gather", all_gather_seconds, peers, num_bytes, share * num_bytes)
+        return self._collective("all_gather", all_gather_seconds, peers, num_bytes)
 
     def scatter(self, peers: Peers, num_bytes: float) -> PeerCollective:
         """Reduce-scatter: `num_bytes` on every rank before."""
-        share = (peers.size - 1) / peers.size
-        return self._collective("reduce_scatter", reduce_scatter_seconds, peers, num_bytes, share * num_bytes)
+        return self._collective("reduce_scatter", reduce_scatter_seconds, peers, num_bytes)
 
     def reduce(self, peers: Peers, num_bytes: float) -> PeerCollective:
-        """All-reduce of `num_bytes` on every rank (a ring sends them nearly twice)."""
-        share = 2 * (peers.size - 1) / peers.size
-        return self._collective("all_reduce", all_reduce_seconds, peers, num_bytes, share * num_bytes)
+        """All-reduce of `num_bytes` on every rank."""
+        return self._collective("all_reduce", all_reduce_seconds, peers, num_bytes)
 
     def hop(self, peers: Peers, num_bytes: float) -> PeerCollective:
         """`num_bytes` from every rank to the next of its ring; the slower of its two hops counts for a rank."""
@@ -158,7 +156,6 @@ class GroupLinks:
         estimate: Callable[[Fabric, Ranks, float], CollectiveEstimate],
         peers: Peers,
         num_bytes: float,
-        sent_bytes: float,
     ) -> PeerCollective:
         key = (name, peers, num_bytes)
         if key not in self._known:
@@ -167,6 +164,10 @@ class GroupLinks:
                 found = estimate(self.fabric, self.ranks_R[places], num_bytes)
                 seconds_R[places] = found.seconds
             self._known[key] = PeerCollective(
-                peers, seconds_R, sent_bytes=sent_bytes, samples=self.samples, source=found.source
+                peers,
+                seconds_R,
+                sent_bytes=ring_bytes(name, num_bytes, ranks=peers.size),
+                samples=self.samples,
+                source=found.source,
             )
         return self._known[key]

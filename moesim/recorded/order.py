@@ -4,7 +4,7 @@ Layers of a kind follow each other, dense ones before those with experts, backwa
 and outside of the layers, operations stand in the order of the first of their kind.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moesim.recorded.layers import DENSE, MOE
@@ -39,9 +39,3 @@ def in_order(ops: Sequence[RecordedOp]) -> list[Block]:
             found.append(Block(phase=phase, layer=number, runs=runs))
     last = [(place, op.count) for place, op in enumerate(ops) if op.phase == "optimizer"]
     return [*found, Block(phase="optimizer", layer=-1, runs=tuple(last))]
-
-
-def runs_of(blocks: Sequence[Block]) -> Iterator[tuple[int, float]]:
-    """All operations of all blocks."""
-    for block in blocks:
-        yield from block.runs

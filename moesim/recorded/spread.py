@@ -21,6 +21,7 @@ from moesim.kernels import KernelModel
 from moesim.kernels.families import FAMILY_OF, MemoryBound
 from moesim.network import Fabric
 from moesim.network.collectives import all_gather_seconds, all_reduce_seconds, reduce_scatter_seconds
+from moesim.network.nccl import ring_bytes
 from moesim.recorded.order import Block, in_order
 from moesim.recorded.pricing import OPTIMIZER
 from moesim.recorded.step_file import GRADIENTS, VIEWS, RecordedOp
@@ -74,7 +75,7 @@ class Ranks:
         """A collective of `num_bytes` of the larger buffer of every rank."""
         n = len(self.ranks)
         seconds = _CALLS[call](self.fabric, list(self.ranks), num_bytes).seconds
-        wire = (2.0 if call == "all_reduce" else 1.0) * (n - 1) / n * num_bytes
+        wire = ring_bytes(call, num_bytes, ranks=n)
         return Sent(
             name=call, seconds=seconds, num_bytes=num_bytes, ranks=n, wire_bytes=wire, copy_s=copy_s, phase=phase
         )
@@ -174,16 +175,16 @@ class _Sharded:
         forward = [block for block in self.blocks if block.phase == "forward"]
         backward = [block for block in self.blocks if block.phase == "backward"]
         layers = [block.layer for block in forward if block.layer >= 0]
-        gathered = {-1: self._gather(-1, "forward", behind=False)}
+        gathered = {-1: self._gather(-1, "forward")}
         self._copy_out(-1, gathered)
         self._run(forward[0])
         for at, block in enumerate(forward[1:-1]):
             if block.layer not in gathered:
-                gathered[block.layer] = self._gather(block.layer, "forward", behind=False)
+                gathered[block.layer] = self._gather(block.layer, "forward")
             self._copy_out(block.layer, gathered)
             following = layers[at + 1] if at + 1 < len(layers) else None
             if following is not None:
-                gathered[following] = self._gather(following, "forward", behind=True)
+                gathered[following] = self._gather(following, "forward")
             self._run(block)
         self._run(forward[-1])
         self._backward(backward, layers[::-1])
@@ -194,13 +195,13 @@ class _Sharded:
     def _backward(self, backward: Sequence[Block], layers: Sequence[int]) -> None:
         gathered: dict[int, int] = {}
         if layers:
-            gathered[layers[0]] = self._gather(layers[0], "backward", behind=True)
+            gathered[layers[0]] = self._gather(layers[0], "backward")
         self._run(backward[0])
         scattered: int | None = None
         for at, block in enumerate(backward[1:-1]):
             self._copy_out(block.layer, gathered)
             if at + 1 < len(layers):
-                gathered[layers[at + 1]] = self._gather(layers[at + 1], "backward", behind=True)
+                gathered[layers[at + 1]] = self._gather(layers[at + 1], "backward")
             self._run(block)
             scattered = self._scatter(block.layer, scattered)
         self._run(backward[-1])
@@ -211,7 +212,7 @@ class _Sharded:
         for place, times in block.runs:
             self.out += self.of.works_of(place, times)
 
-    def _gather(self, unit: int, phase: str, *, behind: bool) -> int:
+    def _gather(self, unit: int, phase: str) -> int:
         """Sent behind what is written so far; its number. A rank's share is copied into the buffer before."""
         size = self.bytes.get(unit, 0.0)
         copy_s = float(self.of.kernels.seconds(MemoryBound("copy", 2.0 * size / self.n)).seconds)
