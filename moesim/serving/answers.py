@@ -1,5 +1,6 @@
 """From what happened on the clock to answers: latencies, throughput, price, memory, and the largest load."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from moesim.serving.fleet import Pool, fleet_gpus, pools_of, run_fleet
 from moesim.serving.memory import ServingMemoryReport, layout_of
 from moesim.serving.pool_answers import SHARES, pool_answers, shares_of
 from moesim.serving.requests import Requests, draw_requests
-from moesim.serving.schema import ServingScenario, Slo
+from moesim.serving.schema import ServingScenario, Slo, TraceArrivals
 
 LEAST_ANSWERS = 5.0  # times as long as an answer takes must requests come, for a steady load
 RANGED = (  # headline numbers whose least and most over seeds are given, beside the latencies, in the order of a page
@@ -24,6 +25,7 @@ RANGED = (  # headline numbers whose least and most over seeds are given, beside
 )  # fmt: skip
 LATENCIES = ("ttft_s", "tpot_s", "latency_s")
 NARROW = 0.02  # of the largest load, when the search ends
+MOST_REQUESTS = 100_000  # of one draw that the search for a largest load makes longer: a minute of CPU
 
 
 class Deployment:
@@ -35,9 +37,10 @@ class Deployment:
         self.memory: ServingMemoryReport = self.pools[-1].memory
         self.costs: StepCosts = self.pools[-1].costs
 
-    def requests(self, seed: int) -> Requests:
-        """The requests of one seed. Raises InfeasibleError where one of them can never be held."""
+    def requests(self, seed: int, *, number: int | None = None) -> Requests:
+        """The requests of one seed, or so many. Raises InfeasibleError where one of them can never be held."""
         load = self.scenario.workload
+        load = load if number is None else load.model_copy(update={"requests": number})
         requests = draw_requests(load, seed=seed)
         for pool in self.pools:
             _check_longest(pool, requests)
@@ -106,9 +109,12 @@ def _over_seeds(deployment: Deployment, draws: Sequence[Requests]) -> dict[str, 
 def largest_load(scenario: ServingScenario, *, seeds: int = 1, worst: bool = False) -> dict[str, Any]:
     """The most requests per second of which `workload.slo.share` meet the limits, and the answers at that load.
 
-    Doubling, then bisection to 2 %, over how fast the same requests come. With several seeds the mean over their draws
-    must meet the limits, or with `worst` every draw; the rate is the mean of theirs, and `ranges` are as in
-    `serve_seeds`. Raises UserError without limits, InfeasibleError where they are missed by requests that come alone.
+    Doubling, then bisection to 2 %, over how fast the requests come. Where they would all have come before an answer is
+    over no queue could form and any load would do: a load that is met then is tried again with more of them, until they
+    come for `LEAST_ANSWERS` times as long as an answer takes (a log has no more than its own). With several seeds the
+    mean over their draws must meet the limits, or with `worst` every draw; the rate is the mean of theirs, and `ranges`
+    are as in `serve_seeds`. Raises UserError without limits, InfeasibleError where they are missed by requests that
+    come alone.
     """
     slo = scenario.workload.slo
     if slo.ttft is None and slo.tpot is None:
@@ -117,13 +123,17 @@ def largest_load(scenario: ServingScenario, *, seeds: int = 1, worst: bool = Fal
         )
     deployment = Deployment(scenario)
     draws = _draws(deployment, seeds)
-    rate = float(np.mean([requests.per_second for requests in draws]))
 
     def meets(factor: float) -> bool:
         shares = []
-        for requests in draws:
+        for seed, requests in enumerate(draws, start=scenario.seed):
             at = requests.faster(factor)
-            shares.append(_good(deployment.serve(at), at, slo))
+            served = deployment.serve(at)
+            while _good(served, at, slo) >= slo.share and (number := _steady_number(deployment, at, served)) > len(at):
+                draws[seed - scenario.seed] = deployment.requests(seed, number=number)
+                at = draws[seed - scenario.seed].faster(factor)
+                served = deployment.serve(at)
+            shares.append(_good(served, at, slo))
             if worst and shares[-1] < slo.share:
                 return False
         return float(np.mean(shares)) >= slo.share
@@ -142,8 +152,23 @@ def largest_load(scenario: ServingScenario, *, seeds: int = 1, worst: bool = Fal
         middle = (low * high) ** 0.5
         low, high = (middle, high) if meets(middle) else (low, middle)
     at_low = [requests.faster(low) for requests in draws]
+    rate = float(np.mean([requests.per_second for requests in at_low]))
     result = answers_at(deployment, at_low[0]) if seeds == 1 else _over_seeds(deployment, at_low)
-    return result | {"largest_requests_per_second": rate * low}
+    return result | {"largest_requests_per_second": rate}
+
+
+def _steady_number(deployment: Deployment, requests: Requests, served: Served) -> int:
+    """How many requests must come at this pace to show a steady load; of a log as many as it has."""
+    if isinstance(deployment.scenario.workload.arrivals, TraceArrivals):
+        return len(requests)
+    span, answer = _span_and_answer(requests, served)
+    wanted = min(MOST_REQUESTS, math.ceil(1.1 * LEAST_ANSWERS * answer * requests.per_second))
+    return wanted if span < LEAST_ANSWERS * answer else len(requests)
+
+
+def _span_and_answer(requests: Requests, served: Served) -> tuple[float, float]:
+    """Seconds in which requests come, and that one is under way in the mean."""
+    return float(requests.arrival_N[-1]), float((served.done_N - requests.arrival_N).mean())
 
 
 def _good(served: Served, requests: Requests, slo: Slo) -> float:
@@ -262,7 +287,7 @@ def _transfer(served: Served) -> dict[str, Any] | None:
 
 def _warnings(requests: Requests, served: Served) -> list[str]:
     """What a reader must know before trusting the numbers."""
-    span, answer = float(requests.arrival_N[-1]), float((served.done_N - requests.arrival_N).mean())
+    span, answer = _span_and_answer(requests, served)
     found = []
     if requests.left_out:
         found.append(

@@ -320,9 +320,10 @@ class Batch:
 
     def _admit(self, budget: int, needed: int) -> int:
         """Begin with those that wait, in turn; the layer-pages that are needed then."""
-        if self.engine.batching == "static" and self.running:
+        whole_batch = self.engine.batching == "static"  # its prompts take as many steps as they need
+        if whole_batch and self.running:
             return needed
-        while self._waiting and budget > 0:
+        while self._waiting and (budget > 0 or whole_batch):
             job = self._waiting[0][2]
             if self.running >= self.most_running or not self._fits(job, needed):
                 victim = self._less_urgent(job)

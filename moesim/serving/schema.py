@@ -97,7 +97,9 @@ class Slo(Section):
     tpot: Seconds | None = Field(
         default=None, description="Longest mean seconds per token behind the first; absent: any."
     )
-    share: Share = Field(default=0.9, description="Share of the requests that must meet both.")
+    share: Annotated[Share, Field(gt=0)] = Field(
+        default=0.9, description="Share of the requests that must meet both; above 0."
+    )
 
 
 class Prefixes(Section):
@@ -162,7 +164,8 @@ class Engine(Section):
 
     batching: Literal["continuous", "static", "by_length"] = Field(
         default="continuous",
-        description="continuous: requests join and leave between steps; static: a batch is answered to its end; "
+        description="continuous: requests join and leave between steps; static: what waits is taken, up to running and "
+        "the memory, and answered to its end; "
         "by_length: a static batch of requests of like length, as many as token_budget holds when all are padded to "
         "the longest.",
     )
