@@ -32,16 +32,28 @@ KEPT = 32  # passages: what went through before these is over
 
 
 class _Passage(NamedTuple):
-    """What was let through, or a transfer on a token's way (in `row`), from its first rank to its last."""
+    """What was let through, or a transfer on a token's way (in `row`, by its `place` in the tables of ports).
+
+    From its first rank to its last; what was let through has a row and a place of -1.
+    """
 
     opens: float
     closes: float
     row: int
-    transfer: Transfer | None
+    place: int
     begin_SR: FloatArray | None = None
     end_SR: FloatArray | None = None
     work_SR: FloatArray | None = None
     shares_KR: FloatArray | None = None
+
+
+class _Moved(NamedTuple):
+    """Transfers on a token's way: their places, when they are open, and for how long ([W, S, R] each)."""
+
+    place_W: list[int]
+    opens_WSR: FloatArray
+    closes_WSR: FloatArray
+    longest_WSR: FloatArray
 
 
 class PortsInUse:
@@ -93,8 +105,10 @@ class PortsInUse:
         ports = np.flatnonzero(shares_KR.any(axis=1)).tolist()
         while (now := sum(each.opens < until for each in found)) > taken:
             taken, some = now, [each for each in found if each.opens < until]
+            moved = self._moved(some)
+            let = [each for each in some if each.row < 0]
             for port in ports:
-                opens_WSR, closes_WSR, uses_WSR = self._windows(some, port, begin_SR.shape)
+                opens_WSR, closes_WSR, uses_WSR = self._windows(moved, let, port, begin_SR.shape)
                 if len(opens_WSR):
                     through_SR = self._passed(begin_SR, alone_SR, shares_KR[port], opens_WSR, closes_WSR, uses_WSR)
                     end_SR = np.maximum(end_SR, through_SR)
@@ -142,7 +156,7 @@ class PortsInUse:
     def let_through(self, begin_SR: FloatArray, end_SR: FloatArray, work_SR: FloatArray, shares_KR: FloatArray) -> None:
         """From now on this has its part of the ports; whatever is in its way comes later."""
         opens, closes = float(begin_SR.min()), float(end_SR.max())
-        self.passages.append(_Passage(opens, closes, -1, None, begin_SR, end_SR, work_SR, shares_KR))
+        self.passages.append(_Passage(opens, closes, -1, -1, begin_SR, end_SR, work_SR, shares_KR))
         if len(self.passages) > 2 * KEPT:
             del self.passages[:KEPT]
 
@@ -168,39 +182,41 @@ class PortsInUse:
         if first >= last:
             return []
         recorder = self._recorder
-        rows, transfers = [], []
+        rows, places = [], []
         of_row = zip(recorder.label_N[first:last].tolist(), recorder.micro_batch_N[first:last].tolist(), strict=True)
         for row, (number, micro_batch) in enumerate(of_row, start=first):
             if number not in self._of_number:
                 self._of_number[number] = self._transfers_of.get(self._labels.all()[number], ())
             if transfers_M := self._of_number[number]:
-                rows.append(row)
-                transfers.append(transfers_M[micro_batch % len(transfers_M)])
+                place = self._place(transfers_M[micro_batch % len(transfers_M)])
+                if place >= 0:
+                    rows.append(row)
+                    places.append(place)
         if not rows:
             return []
         opens, closes = recorder.start_NSR[rows].min(axis=(1, 2)), recorder.finish_NSR[rows].max(axis=(1, 2))
-        return [_Passage(*each) for each in zip(opens.tolist(), closes.tolist(), rows, transfers, strict=True)]
+        return [_Passage(*each) for each in zip(opens.tolist(), closes.tolist(), rows, places, strict=True)]
+
+    def _moved(self, found: Sequence[_Passage]) -> _Moved:
+        """Transfers among these: they move their bytes as long as that takes once all ranks are there."""
+        rows = [each.row for each in found if each.row >= 0]
+        place_W = [each.place for each in found if each.row >= 0]
+        closes_WSR, longest_WSR = self._recorder.finish_NSR[rows], self._longest[place_W]
+        np.maximum(longest_WSR, self._recorder.own_NSR[rows], out=longest_WSR)
+        return _Moved(place_W, closes_WSR - longest_WSR, closes_WSR, longest_WSR)
 
     def _windows(
-        self, found: Sequence[_Passage], port: int, shape: tuple[int, ...]
+        self, moved: _Moved, let: Sequence[_Passage], port: int, shape: tuple[int, ...]
     ) -> tuple[FloatArray, FloatArray, FloatArray]:
-        """When these are open on a port, and what they take of it then: [W, S, R] each.
-
-        A transfer moves its bytes as long as it takes once all are there.
-        """
-        places = [(each.row, self._place(each.transfer)) for each in found if each.transfer is not None]
-        rows, place_W = [row for row, place in places if place >= 0], [place for _, place in places if place >= 0]
-        seconds_WSR, longest_WSR = self._seconds[port, place_W], self._longest[place_W]
-        closes_WSR = self._recorder.finish_NSR[rows]
-        np.maximum(longest_WSR, self._recorder.own_NSR[rows], out=longest_WSR)
-        opens_WSR, uses_WSR = closes_WSR - longest_WSR, seconds_WSR / longest_WSR
-        beside = [each for each in found if each.shares_KR is not None and each.shares_KR[port].any()]
+        """When transfers and what was let through are open on a port, and what they take of it then: [W, S, R] each."""
+        uses_WSR = self._seconds[port, moved.place_W] / moved.longest_WSR
+        beside = [each for each in let if each.shares_KR is not None and each.shares_KR[port].any()]
         if not beside:
-            return opens_WSR, closes_WSR, uses_WSR
+            return moved.opens_WSR, moved.closes_WSR, uses_WSR
         begins, ends = [each.begin_SR for each in beside], [each.end_SR for each in beside]
         uses = [np.broadcast_to(each.shares_KR[port], shape) for each in beside if each.shares_KR is not None]
-        parts = zip((opens_WSR, closes_WSR, uses_WSR), (begins, ends, uses), strict=True)
-        opens_WSR, closes_WSR, uses_WSR = (np.concatenate([moved, np.array(let)]) for moved, let in parts)
+        parts = zip((moved.opens_WSR, moved.closes_WSR, uses_WSR), (begins, ends, uses), strict=True)
+        opens_WSR, closes_WSR, uses_WSR = (np.concatenate([one, np.array(other)]) for one, other in parts)
         return opens_WSR, closes_WSR, uses_WSR
 
     def _passed(
@@ -244,6 +260,6 @@ def _append(
     passages: list[_Passage], begin_SR: FloatArray, end_SR: FloatArray, work_SR: FloatArray, shares_KR: FloatArray
 ) -> None:
     opens, closes = float(begin_SR.min()), float(end_SR.max())
-    passages.append(_Passage(opens, closes, -1, None, begin_SR, end_SR, work_SR, shares_KR))
+    passages.append(_Passage(opens, closes, -1, -1, begin_SR, end_SR, work_SR, shares_KR))
     if len(passages) > 2 * KEPT:
         del passages[:KEPT]
