@@ -24,9 +24,9 @@ def usage_of(*arguments: str) -> tuple[float, float]:
 @pytest.mark.parametrize(
     ("scenario", "changes", "seconds", "gigabytes"),
     [
-        ("deepseek-v3-2048xh800", (), 20.0, 1.4),
+        ("deepseek-v3-2048xh800", (), 30.0, 2.1),
         ("llama3-405b-16384xh100", (), 10.0, 0.6),
-        ("deepseek-v3-2048xh800", SIXTEEN_THOUSAND, 90.0, 3.0),
+        ("deepseek-v3-2048xh800", SIXTEEN_THOUSAND, 220.0, 7.5),
     ],
 )
 def test_a_large_run_stays_small(
