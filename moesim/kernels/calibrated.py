@@ -158,8 +158,8 @@ class CalibratedModel:
         """The same kernels in a step of this mean load, half of its time at the memory's full bandwidth."""
         if self._cap is None or self.regime is not None:
             return self
-        moved = self._cap.traffic * 0.5 * self.fallback.gpu.memory_bandwidth
-        return self.in_step(math.exp(self._cap.log_clock(float(flops_per_second) + moved)))
+        load = self._cap.load_of_step(flops_per_second, bandwidth=self.fallback.gpu.memory_bandwidth)
+        return self.in_step(math.exp(self._cap.log_clock(load)))
 
     def in_step(self, mhz: float) -> "CalibratedModel":
         """The same kernels in a step that runs at this clock."""

@@ -4,10 +4,10 @@ Power is spent on FLOPs and on bytes; where a kernel, or a step, would need more
     log clock = -STEEPNESS * max(load / threshold - 1, 0),    load = FLOP/s + TRAFFIC * bytes/s at the free clock
 Steepness and traffic are those of the two GPUs whose sustained kernels were measured: 0.27 and 30 of H200, 0.37 and 75
 of H100. The threshold of a kind is where its large GEMMs fall from their short to their sustained rate. Per watt of the
-limit it is alike: 0.54 and 0.59 TFLOP/s of H200 and H100, 0.49 of B200, 0.48 of RTX PRO 6000. So a kind without a
+limit it is alike: 0.59 and 0.55 TFLOP/s of H200 and H100, 0.49 of B200, 0.48 of RTX PRO 6000. So a kind without a
 sustained rate gets that of the nearest one per watt, and the clock's error is what a threshold that far off would do.
 
-Of a GB300 held to 500 W the law says 652 TFLOP/s; about 617 were measured (github:facebookexperimental/triton pull
+Of a GB300 held to 500 W the law says 650 TFLOP/s; about 617 were measured (github:facebookexperimental/triton pull
 request 2023), which is in no choice.
 """
 
@@ -76,13 +76,9 @@ class ClockLaw:
         """Whether a sustained rate stands behind it."""
         return self.error == 0.0
 
-    def log_clock(self, flops_per_second: float, *, bandwidth: float) -> float:
-        """Log of a step's clock over the free one: it does so much in the mean, half of its time at the bandwidth."""
-        return float(self.cap.log_clock(_load(self.cap, flops_per_second, bandwidth)))
-
-    def error_at(self, flops_per_second: float, *, bandwidth: float) -> float:
-        """Log seconds by which kernels of such a step may be off because of the clock."""
-        load, threshold = _load(self.cap, flops_per_second, bandwidth), self.cap.threshold
+    def error_at(self, load: float) -> float:
+        """Log seconds by which kernels under a load may be off because of the clock."""
+        threshold = self.cap.threshold
         lower = threshold * np.exp(-self.error)
         falls = [self.cap.slope * threshold * max(load / each - 1.0, 0.0) for each in (threshold, lower)]
         return float(LEAST_EXPONENT * (falls[1] - falls[0]))
@@ -95,10 +91,6 @@ class ClockLaw:
     def from_json(content: dict[str, Any]) -> "ClockLaw":
         """The inverse of `as_json`."""
         return ClockLaw(PowerCap(**content["cap"]), float(content["error"]), str(content["source"]))
-
-
-def _load(cap: PowerCap, flops_per_second: float, bandwidth: float) -> float:
-    return float(flops_per_second) + cap.traffic * 0.5 * bandwidth
 
 
 def threshold_of(kind: KindPower) -> float:

@@ -44,6 +44,10 @@ class PowerCap:
         """Of a bf16 FLOP's power, one of this dtype's."""
         return {"fp8": self.fp8_share, "fp4": 0.5 * self.fp8_share}.get(chip_format(dtype), 1.0)
 
+    def load_of_step(self, flops_per_second: float, *, bandwidth: float) -> float:
+        """The load of a step that does so much in the mean, half of its time at the memory's bandwidth."""
+        return float(flops_per_second) + self.traffic * 0.5 * bandwidth
+
     def log_clock(self, load: Any) -> Any:
         """Log MHz of a kernel of this load (a float or an array)."""
         if isinstance(load, float):

@@ -112,7 +112,7 @@ class TabulatedModel:
         self.log_clock: float | None = None  # of a step, relative to the tables'
         self.regime: str | None = None  # one that a scenario asks for, which no step's load changes
         # Of kernels without pause: that of large GEMMs, which reach about so much of the peak in short runs.
-        self.clock_error = self.law.error_at(0.65 * target.peak_flops["bf16"], bandwidth=0.0)
+        self.clock_error = self.law.error_at(0.65 * target.peak_flops["bf16"])
 
     @property
     def name(self) -> str:
@@ -149,9 +149,8 @@ class TabulatedModel:
             return self
         model = copy(self)
         model.tables = self.tables.at_load(flops_per_second)
-        bandwidth = self.target.memory_bandwidth
-        model.log_clock = self.law.log_clock(flops_per_second, bandwidth=bandwidth)
-        model.clock_error = self.law.error_at(flops_per_second, bandwidth=bandwidth)
+        load = self.law.cap.load_of_step(flops_per_second, bandwidth=self.target.memory_bandwidth)
+        model.log_clock, model.clock_error = float(self.law.cap.log_clock(load)), self.law.error_at(load)
         return model
 
     def at_benchmark_clock(self) -> "TabulatedModel":
