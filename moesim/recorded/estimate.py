@@ -27,7 +27,6 @@ HOST = Host(
     bucket=550e-6,
     unit=2e-3,
 )
-SLOWER_HOST = HOST.times(1.65)
 MOST_RUNS = 64  # of one operation in a layer that are launched one by one
 
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from host_table import error_of_step
+from host_table import SLOWER_HOST, error_of_step
 from host_table import steps as host_steps
 from library_table import Program, by_scenario, group_of, predicted_s, programs
 
 from moesim.kernels import KernelModel, kernel_model
-from moesim.recorded.estimate import SLOWER_HOST, StepEstimate, step_estimate
+from moesim.recorded.estimate import StepEstimate, step_estimate
 from moesim.recorded.step_file import parsed_ops
 from moesim.strict_json import parse_json
 
