@@ -7,7 +7,6 @@ where the module counts rows by `histc` or `bincount`, whose counts stay unknown
 """
 
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -20,9 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from moesim.errors import UserError, one_line
+from moesim.importing.dimension_rules import follow
 from moesim.importing.dimensions import Dimensions, Dims
 from moesim.importing.width_names import WidthNames
-from moesim.recorded.layers import EXPERT, EXPERTS_GEMM, MOE, kinds_of_layers, place_of, with_layers
+from moesim.recorded.layers import kinds_of_layers, with_layers
 from moesim.recorded.memory_bound import LAID_OUT
 from moesim.recorded.pricing import CHECK, OPTIMIZER, PRODUCTS, SDPA
 from moesim.recorded.step_file import (
@@ -58,7 +58,7 @@ def record_step(model: nn.Module, loss_of: Callable[[], Tensor]) -> list[Recorde
         recorder.phase, recorder.module = "backward", ""
         _run(loss.backward, recorder, model)
     ops, sizes = _with_widths(model, recorder)
-    return merged([*with_layers(ops), _optimizer(model, ops, sizes)])
+    return merged([*with_layers(ops), _optimizer(model, sizes)])
 
 
 def _with_widths(model: nn.Module, recorder: "_Recorder") -> tuple[list[RecordedOp], dict[str, int]]:
@@ -88,10 +88,8 @@ def _run(what: Callable[[], Any], recorder: "_Recorder", model: nn.Module) -> An
         raise UserError(f"{place} raised {type(error).__name__}: {one_line(str(error))}") from None
 
 
-def _optimizer(model: nn.Module, ops: Sequence[RecordedOp], sizes: Mapping[str, int]) -> RecordedOp:
-    """One fused AdamW over the parameters that have gradients; in its facts, those of one layer of each kind and, in
-    every MoE layer, of one expert, and the named sizes of the model.
-    """
+def _optimizer(model: nn.Module, sizes: Mapping[str, int]) -> RecordedOp:
+    """One fused AdamW over the parameters that have gradients; in its facts, how many, and the sizes of the model."""
     weights = {path: weight for path, weight in model.named_parameters() if weight.requires_grad}
     if not weights:
         raise UserError(f"no parameter of {type(model).__name__} has requires_grad: there is nothing to train")
@@ -99,23 +97,8 @@ def _optimizer(model: nn.Module, ops: Sequence[RecordedOp], sizes: Mapping[str, 
     dtype = str(first.dtype).removeprefix("torch.")
     count = sum(weight.numel() for weight in weights.values())
     seen = (((count,), dtype, count * first.element_size()),)
-    facts = {"parameters": count, "layer_parameters": _layer_parameters(weights, ops), MODEL_SIZES: dict(sizes)}
+    facts = {"parameters": count, MODEL_SIZES: dict(sizes)}
     return RecordedOp(name=OPTIMIZER, phase="optimizer", module="", reads=seen, writes=seen, facts=facts, layer="")
-
-
-def _layer_parameters(weights: Mapping[str, Tensor], ops: Sequence[RecordedOp]) -> dict[str, float]:
-    kinds = kinds_of_layers(ops)
-    experts = next((op.reads[1][0][0] for op in ops if op.name == EXPERTS_GEMM and len(op.reads[1][0]) == 3), 0)
-    found: dict[str, float] = {}
-    for path, weight in weights.items():
-        kind = kinds.get(place_of(path) or ("", -1))
-        if kind is None:
-            continue
-        own = weight.dim() == 3 and weight.shape[0] == experts
-        name = EXPERT if own else kind
-        found[name] = found.get(name, 0.0) + weight.numel() / (experts if own else 1)
-    numbers = Counter(kinds.values())
-    return {name: total / numbers[MOE if name == EXPERT else name] for name, total in found.items()}
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
@@ -153,7 +136,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-igno
             self._condition(args[0])
             return getattr(args[0], LIKELY, True)  # the step is taken to be one for which it is so
         out = func(*args, **(kwargs or {}))
-        self.dimensions.follow(func, args, kwargs or {}, out)
+        follow(self.dimensions, func, args, kwargs or {}, out)
         self._note(func, args, kwargs or {}, out)
         _mark_chance(func, args, out)
         return out

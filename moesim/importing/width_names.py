@@ -11,9 +11,9 @@ from moesim.importing.dimensions import Dim, Dims, Size, factors, number_of, of_
 from moesim.recorded import widths as w
 from moesim.recorded.layers import DENSE, EXPERTS_GEMM, MOE, module_in_layer, place_of
 from moesim.recorded.pricing import SDPA
+from moesim.recorded.sizes import SMALL_NUMBER
 from moesim.recorded.step_file import RecordedOp
 
-SMALL_NUMBER = 16
 Followed = tuple[Dims, ...]  # of the tensors that an operation reads, then of those that it writes
 
 

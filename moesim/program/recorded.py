@@ -33,7 +33,7 @@ from moesim.program.writer import KernelWriter
 from moesim.recorded.estimate import HOST, step_estimate
 from moesim.recorded.layers import DENSE, EXPERTS_GEMM, MOE, module_in_layer
 from moesim.recorded.pricing import GAP_S, OPTIMIZER, SDPA, kernels_of, prices
-from moesim.recorded.scaling import scaled_op
+from moesim.recorded.scaling import scaled_op, scaled_ops
 from moesim.recorded.sizes import MatchedOp, StepSizes, matched, sizes_of
 from moesim.recorded.step_file import AGAIN, RecordedOp, load_step
 from moesim.recorded.widths import (
@@ -161,8 +161,7 @@ class RecordedKernels:
                 sequence_length=workload.sequence_length,
                 **_of_model(self.scenario.model, self.step.sizes),
             )
-            ops = [op for each in self.step.ops if (op := scaled_op(each, self.step.sizes, one)) is not None]
-            estimate = step_estimate(ops, kernels, host=host)
+            estimate = step_estimate(scaled_ops(self.step.ops, self.step.sizes, one), kernels, host=host)
             if estimate.kernels_s + estimate.gaps_s >= estimate.host_s:
                 return FREE_HOST
         launch = LAUNCH_S * self.scenario.compute.host_factor

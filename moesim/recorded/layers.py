@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from moesim.recorded.step_file import RecordedOp
 
-DENSE, MOE, EXPERT = "dense", "moe", "expert"
+DENSE, MOE = "dense", "moe"
 EXPERTS_GEMM = "_grouped_mm"
 
 

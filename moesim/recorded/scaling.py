@@ -6,12 +6,12 @@ not. What is not matched stays as it was recorded.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from moesim.errors import UserError
-from moesim.recorded.layers import DENSE, EXPERT, MOE
+from moesim.recorded.layers import DENSE, MOE
 from moesim.recorded.pricing import OPTIMIZER, PRODUCTS
 from moesim.recorded.sizes import MatchedOp, StepSizes, Symbols, matched, of_experts
 from moesim.recorded.step_file import ALIGNED, ALIGNMENT, GRADIENT_WIDTHS, GRADIENTS, RecordedOp, Seen
@@ -22,7 +22,12 @@ CONSTANT = {"W", "1", "?"}
 def scaled(ops: Sequence[RecordedOp], sizes: StepSizes, to: StepSizes) -> list[RecordedOp]:
     """The step at the sizes `to`, one optimizer step over it. Raises UserError for layers of a kind it has none of."""
     check_scalable(sizes, to)
-    found = [each for op in matched(ops, sizes) if (each := scaled_op(op, sizes, to)) is not None]
+    return scaled_ops(matched(ops, sizes), sizes, to)
+
+
+def scaled_ops(ops: Iterable[MatchedOp], sizes: StepSizes, to: StepSizes) -> list[RecordedOp]:
+    """The same of operations that are matched already; the optimizer goes over all whose gradients are whole there."""
+    found = [each for op in ops if (each := scaled_op(op, sizes, to)) is not None]
     parameters = sum(op.count * math.prod(shape) for op in found for shape in op.facts.get(GRADIENTS, ()))
     return [_updating(op, round(parameters)) if op.name == OPTIMIZER and parameters else op for op in found]
 
@@ -51,8 +56,6 @@ def check_scalable(sizes: StepSizes, to: StepSizes) -> None:
 def scaled_op(matched_op: MatchedOp, sizes: StepSizes, to: StepSizes) -> RecordedOp | None:
     """One kind of operation at other sizes; None where none of its layers is left."""
     op = matched_op.op
-    if op.name == OPTIMIZER:
-        return _optimizer(op, sizes, to)
     layers = {DENSE: to.dense_layers, MOE: to.moe_layers}.get(op.layer or "", 1)
     if not layers:
         return None
@@ -146,13 +149,3 @@ def _dimension(size: int, symbol: str, sizes: StepSizes, to: StepSizes) -> int:
     if abs(offset) <= 1:
         return round(after + offset)
     return round(size // before * after)  # sequences and heads in one dimension
-
-
-def _optimizer(op: RecordedOp, sizes: StepSizes, to: StepSizes) -> RecordedOp:
-    own = op.facts.get("layer_parameters")
-    if own is None:
-        return op
-    more = own.get(DENSE, 0.0) * (to.dense_layers - sizes.dense_layers)
-    more += own.get(MOE, 0.0) * (to.moe_layers - sizes.moe_layers)
-    more += own.get(EXPERT, 0.0) * (to.moe_layers * to.experts - sizes.moe_layers * sizes.experts)
-    return _updating(op, round(op.facts["parameters"] + more))
