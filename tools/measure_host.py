@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 sys.path.append(str(Path(__file__).parent))
-from measure_hf_steps import DEEPSEEK_V2_LITE, DEEPSEEK_V3_LIKE, GLM_SMALL, MIXTRAL_SMALL, OLMOE, QWEN3
-from measure_library_steps import GPT_OSS, TITAN, Case, closure, module
+from architectures import DEEPSEEK_V2_LITE, DEEPSEEK_V3_LIKE, GLM_SMALL, GPT_OSS, MIXTRAL_SMALL, OLMOE, QWEN3
+from measure_library_steps import TITAN, Case, closure, module
 
 WARM_UP, STEPS = 4, 15
 NARROW = {"hidden_size": 512, "num_attention_heads": 8, "vocab_size": 4096, "num_experts_per_tok": 2}

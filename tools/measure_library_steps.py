@@ -36,17 +36,18 @@ from torch.nn.functional import cross_entropy
 from torch.profiler import ProfilerActivity, profile
 
 sys.path.append(str(Path(__file__).parent))
-from measure_hf_steps import (
+from architectures import (
     DEEPSEEK_V2_LITE,
     DEEPSEEK_V3_LIKE,
     GLM_SMALL,
+    GPT_OSS,
     MIXTRAL,
     MIXTRAL_SMALL,
     OLMOE,
     QWEN3,
+    transformers_model,
 )
 
-GPT_OSS = {"num_local_experts": 32, "vocab_size": 201088}
 TITAN = "torchtitan"
 
 
@@ -180,21 +181,8 @@ def module(case: Case, device: str) -> torch.nn.Module:
 
 
 def _transformers(case: Case) -> torch.nn.Module:
-    import transformers
-
-    config = getattr(transformers, case.family)(
-        num_hidden_layers=case.layers,
-        **case.sizes,
-        max_position_embeddings=max(4096, case.sequence),
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
-        use_cache=False,
-    )
     attention = "eager" if case.family == "GptOssConfig" else "sdpa"
-    return transformers.AutoModelForCausalLM.from_config(
-        config, dtype=torch.bfloat16, attn_implementation=attention, experts_implementation="grouped_mm"
-    )
+    return transformers_model(case.family, case.sizes, layers=case.layers, length=case.sequence, attention=attention)
 
 
 def _titan(case: Case, device: str) -> torch.nn.Module:

@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 
 sys.path.append(str(Path(__file__).parent))
-from measure_hf_steps import (
+from architectures import (
     DEEPSEEK_V2_LITE,
     DEEPSEEK_V3_LIKE,
     GLM_SMALL,
@@ -37,6 +37,7 @@ from measure_hf_steps import (
     QWEN3,
     QWEN3_235,
     QWEN3_SMALL,
+    transformers_model,
 )
 
 QWEN, MIX, OLM = "Qwen3MoeConfig", "MixtralConfig", "OlmoeConfig"
@@ -125,20 +126,14 @@ CASES = _cases(
 
 def module(case: Case, device: str) -> torch.nn.Module:
     """The model in bf16 on a device."""
-    import transformers
-
-    config = getattr(transformers, case.family)(
-        num_hidden_layers=case.layers,
-        **case.sizes,
-        max_position_embeddings=max(4096, case.sequence, case.cache),
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
-        use_cache=case.cache > 0,
-    )
     with torch.device(device):
-        model = transformers.AutoModelForCausalLM.from_config(
-            config, dtype=torch.bfloat16, attn_implementation=case.attention, experts_implementation="grouped_mm"
+        model = transformers_model(
+            case.family,
+            case.sizes,
+            layers=case.layers,
+            length=max(case.sequence, case.cache),
+            attention=case.attention,
+            caches=case.cache > 0,
         )
     if case.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from measure_hf_steps import DEEPSEEK_V2_LITE, DEEPSEEK_V3_LIKE, GLM_SMALL, MIXTRAL, OLMOE, QWEN3
-from measure_library_steps import GPT_OSS, Case, closure, module
+from architectures import DEEPSEEK_V2_LITE, DEEPSEEK_V3_LIKE, GLM_SMALL, GPT_OSS, MIXTRAL, OLMOE, QWEN3
+from measure_library_steps import Case, closure, module
 
 from moesim.importing.recording import record_step
 from moesim.kernels import kernel_model
@@ -129,18 +129,25 @@ def test_every_width_of_a_program_is_known() -> None:
     assert not large
 
 
+HIDDEN, HEADS, HEAD_DIM, KV_HEADS = map(widths.named, ("hidden", "heads", "head_dim", "kv_heads"))
+
+
 @pytest.mark.parametrize(
-    ("text", "value"),
+    ("width", "value"),
     [
-        ("hidden", 6.0),
-        ("2*hidden", 12.0),
-        ("heads*head_dim/2", 9.0),
-        ("hidden+heads*head_dim", 24.0),
-        ("heads/kv_heads", 0.5),
+        (HIDDEN, 6.0),
+        (widths.times(widths.number(2), HIDDEN), 12.0),
+        (widths.over(widths.times(HEADS, HEAD_DIM), widths.number(2)), 9.0),
+        (widths.total([HIDDEN, widths.times(HEADS, HEAD_DIM), widths.number(1)]), 25.0),
+        (widths.over(HEADS, KV_HEADS), 0.5),
+        (widths.over(widths.number(1), KV_HEADS), 1 / 6),
     ],
 )
-def test_a_width_is_a_text_and_back(text: str, value: float) -> None:
+def test_a_width_is_a_text_and_back(width: widths.Width, value: float) -> None:
     sizes = {"hidden": 6, "heads": 3, "head_dim": 6, "kv_heads": 6}
-    assert widths.value_of(text, sizes) == value
+    assert widths.value_of(widths.text_of(width), sizes) == value
+
+
+def test_what_is_no_width_is_refused() -> None:
     with pytest.raises(ValueError, match="no width"):
         widths.parsed("hidden++")

@@ -1,0 +1,124 @@
+"""Published architectures whose layers are measured, as keys of transformers' configurations, and the models of them.
+
+Needs torch and transformers, and nothing of moesim.
+"""
+
+from typing import Any
+
+import torch
+
+QWEN3 = {
+    "hidden_size": 2048,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "vocab_size": 151936,
+}
+QWEN3_SMALL = QWEN3 | {"hidden_size": 1024, "num_attention_heads": 16, "num_experts": 64, "vocab_size": 32000}
+QWEN3_235 = QWEN3 | {"hidden_size": 4096, "num_attention_heads": 64, "moe_intermediate_size": 1536}
+MIXTRAL = {
+    "hidden_size": 4096,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "intermediate_size": 14336,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "vocab_size": 32000,
+}
+MIXTRAL_SMALL = MIXTRAL | {"hidden_size": 2048, "num_attention_heads": 16, "intermediate_size": 7168}
+OLMOE = {
+    "hidden_size": 2048,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "intermediate_size": 1024,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "vocab_size": 50304,
+}
+DEEPSEEK_V2_LITE = {
+    "hidden_size": 2048,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "q_lora_rank": None,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "intermediate_size": 10944,
+    "moe_intermediate_size": 1408,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 6,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "topk_method": "greedy",
+    "vocab_size": 102400,
+}
+DEEPSEEK_V3_LIKE = {  # blocks of DeepSeek-V3 at a quarter of its hidden size
+    "hidden_size": 1792,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "q_lora_rank": 768,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "intermediate_size": 4608,
+    "moe_intermediate_size": 1024,
+    "n_routed_experts": 128,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "first_k_dense_replace": 1,
+    "n_group": 8,
+    "topk_group": 4,
+    "vocab_size": 32000,
+}
+GLM_AIR = {
+    "hidden_size": 4096,
+    "num_attention_heads": 96,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "intermediate_size": 10944,
+    "moe_intermediate_size": 1408,
+    "n_routed_experts": 128,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "vocab_size": 151552,
+    "use_qk_norm": False,
+}
+GLM_SMALL = GLM_AIR | {"hidden_size": 2048, "num_attention_heads": 32, "n_routed_experts": 64, "vocab_size": 32000}
+GPT_OSS = {"num_local_experts": 32, "vocab_size": 201088}
+
+
+def transformers_model(
+    family: str,
+    sizes: dict[str, Any],
+    *,
+    layers: int,
+    length: int,
+    attention: str = "sdpa",
+    experts: str = "grouped_mm",
+    caches: bool = False,
+) -> Any:
+    """So many layers of `family`, a configuration class, in bf16 on torch's default device, for `length` tokens."""
+    import transformers
+
+    config = getattr(transformers, family)(
+        num_hidden_layers=layers,
+        **sizes,
+        max_position_embeddings=max(4096, length),
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+        use_cache=caches,
+    )
+    return transformers.AutoModelForCausalLM.from_config(
+        config, dtype=torch.bfloat16, attn_implementation=attention, experts_implementation=experts
+    )
