@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.errors import UserError
-from moesim.kernels import KernelModel
+from moesim.kernels import HostCosts, KernelModel
 from moesim.kernels.families import FAMILY_OF, GroupedGemm, error_family
 from moesim.program.host import FREE_HOST, HostModel
 from moesim.program.loads import LayerLoads
@@ -53,7 +53,6 @@ from moesim.scenario.model import Mla, Model
 
 GRID = 9  # row counts between the fewest and the most of a rank at which an operation is priced
 BF16 = 2.0
-LAUNCH_S = 30e-6  # of the host, for an operation that expert ranks add, with a usual number of views
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,8 +163,10 @@ class RecordedKernels:
             estimate = step_estimate(scaled_ops(self.step.ops, self.step.sizes, one), kernels, host=host)
             if estimate.kernels_s + estimate.gaps_s >= estimate.host_s:
                 return FREE_HOST
-        launch = LAUNCH_S * self.scenario.compute.host_factor
-        return HostModel(forward_launch=launch, backward_launch=launch, readback=kernels.host.readback)
+        factor, own = self.scenario.compute.host_factor, kernels.host
+        return HostModel(
+            forward_launch=factor * own.launch, backward_launch=factor * own.backward_launch, readback=own.readback
+        )
 
     def _to(self, step: Step) -> StepSizes:
         sizes = self.step.sizes
@@ -270,7 +271,7 @@ class RecordedKernels:
             w._spread(np.asarray(seconds) * op.count + GAP_S * op.count),
             source=source,
             chain=w.chain,
-            launches=_launches(op),
+            launches=_launches(op, w.model.host),
             family=FAMILY_OF[type(kernel)],
             error_family=error_family(kernel),
         )
@@ -288,7 +289,7 @@ class RecordedKernels:
             )
             assert of_slots.seconds_MSR is not None
             seconds_MSR = of_slots.seconds_MSR * op.count + GAP_S * op.count
-            return replace(of_slots, seconds_MSR=seconds_MSR, launches=_launches(op))
+            return replace(of_slots, seconds_MSR=seconds_MSR, launches=_launches(op, w.model.host))
         rows_MSR = np.asarray(loads.rows_MSR, dtype=np.float64)
         grid = np.unique(np.linspace(max(rows_MSR.min(), 1.0), max(rows_MSR.max(), 1.0), GRID).round())
         found = [
@@ -349,9 +350,10 @@ def _of_model(model: Model, sizes: StepSizes) -> dict[str, Any]:
     return found
 
 
-def _launches(op: RecordedOp) -> float:
-    """What an operation with the views before it costs the host, in launches of what expert ranks add."""
-    return op.count * HOST.seconds(op, weights=0) / LAUNCH_S
+def _launches(op: RecordedOp, host: HostCosts) -> float:
+    """What an operation with the views before it costs the host, in launches of the kernel model."""
+    launch = host.launch if op.phase == "forward" else host.backward_launch
+    return op.count * HOST.seconds(op, weights=0) / launch
 
 
 def replace_phase(w: KernelWriter) -> KernelWriter:
