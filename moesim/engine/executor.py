@@ -276,6 +276,11 @@ class GroupExecutor:
             recorder.finish_NSR[row] = before_SR = finish_SR + later_SR
             self.reduced_SR = before_SR.copy()
 
+    @property
+    def queued_since(self) -> float:
+        """When the first of the collectives of layers began that may yet end later; infinite without one."""
+        return float(self.recorder.start_NSR[self._queued[0][0]].min()) if self._queued else np.inf
+
     def finished(self, which: int) -> FloatArray:
         """When pass `which` of the last action handed over what it gives."""
         finish_SR: FloatArray = self.chains_CSR[which * NUM_CHAINS + MAIN].copy()

@@ -25,8 +25,8 @@ from moesim.engine.conditions import Conditions
 from moesim.engine.executor import GroupExecutor
 from moesim.engine.executor_steps import Labels
 from moesim.engine.lateness import ALONE, Among
-from moesim.engine.ports_in_use import PortsInUse
-from moesim.engine.shared_links import TIE, Carried, SharedLinks
+from moesim.engine.shared_links import Carried, SharedLinks
+from moesim.engine.step_ports import StepPorts
 from moesim.kernels import Beside, slowed_at
 from moesim.kernels.jitter import NO_JITTER
 from moesim.network.contention import LinkUse
@@ -35,10 +35,8 @@ from moesim.program.operations import Run
 from moesim.program.reductions import Reduction, last_arrivals
 from moesim.program.step_program import (
     GroupProgram,
-    Place,
     Sent,
     SharedPart,
-    SharedPorts,
     StepProgram,
     collective_label,
     p2p_label,
@@ -103,7 +101,7 @@ class _Meeting:
         conditions: Conditions | None = None,
         seconds: tuple[float, ...] = (),
         among: Among = ALONE,
-        ports: "_Ports | None" = None,
+        ports: StepPorts | None = None,
         number: int = 0,
     ) -> None:
         self.reduction, self.beside = reduction, beside
@@ -230,109 +228,6 @@ class _Meeting:
         return last_arrivals(self.reduction.members, ready_SW)
 
 
-class _Ports:
-    """What passes the ports of ranks beside transfers on a token's way."""
-
-    def __init__(self, env: simpy.Environment, shared: SharedPorts, *, compiled: bool) -> None:
-        self._env, self._shared, self._compiled = env, shared, compiled
-        self._in_use: dict[Place, PortsInUse] = {}
-        self._over: dict[Place, simpy.Event] = {}  # its tasks are
-        self._sent_at: dict[tuple[P2P, int], int] = {}  # row
-        self.moving: dict[Place, simpy.Process] = {}  # of each group the latest transfer over shared links
-
-    def add(self, group: GroupProgram, executor: GroupExecutor) -> None:
-        """A group that takes part."""
-        in_use = PortsInUse(
-            self._shared.of_group[group.place], group, executor.recorder, executor.labels, compiled=self._compiled
-        )
-        self._in_use[group.place] = executor.ports = in_use
-        self._over[group.place] = self._env.event()
-
-    def end(self, group: GroupProgram) -> None:
-        """The group has no tasks left."""
-        self._over[group.place].succeed()
-
-    def before(self, group: GroupProgram, executor: GroupExecutor) -> None:
-        """The next action's transfers wait for sends that have the port for certain."""
-        in_use = self._in_use[group.place]
-        if in_use.moves_bytes:
-            np.maximum(executor.communication_SR, in_use.held_SR, out=executor.communication_SR)
-
-    def sent(self, group: GroupProgram, p2p: P2P, executor: GroupExecutor) -> None:
-        """A p2p send begins; the spans from now on are those beside it."""
-        self._sent_at[p2p, group.number] = executor.recorder.count
-
-    def receive(self, group: GroupProgram, p2p: P2P, sent_SR: FloatArray, arrival_SR: FloatArray) -> Carried:
-        """When a p2p send is there that would arrive at `arrival_SR` alone.
-
-        All that is in its way until then is known once the clock is there.
-        """
-        source = p2p.source, group.number
-        crossing = self._shared.crossings.get((source, group.pipeline_rank))
-        if crossing is None:
-            return arrival_SR
-        ends = (self._in_use[source], crossing.sends_KR), (self._in_use[group.place], crossing.receives_KR)
-        until = float(arrival_SR.max())
-        if until > self._env.now * (1 + TIE):
-            yield self._env.timeout(until - self._env.now)
-        row, alone_SR = self._sent_at.pop((p2p, group.number)), arrival_SR - sent_SR
-        waits_SR = self._in_use[source].late_for_kernel(row, sent_SR, alone_SR, self._shared.sends)
-        if waits_SR is not None:
-            arrival_SR = arrival_SR + waits_SR
-        begin_SR = arrival_SR - crossing.work_R
-        late_SR, until = arrival_SR, float(arrival_SR.max())
-        known = False
-        while not known:
-            if until > self._env.now * (1 + TIE):
-                yield self._env.timeout(until - self._env.now)
-            for moving in (self.moving.get(source), self.moving.get(group.place)):
-                if moving is not None and moving.is_alive:
-                    yield moving  # until then its end is not known
-            for ports, shares_KR in ends:
-                through_SR = ports.through(begin_SR, crossing.work_R, shares_KR)
-                late_SR = late_SR if through_SR is None else np.maximum(late_SR, through_SR)
-            until = float(late_SR.max())
-            known = until <= self._env.now * (1 + TIE)
-        for ports, shares_KR in ends:
-            ports.let_through(begin_SR, late_SR, crossing.work_R, shares_KR)
-        self._in_use[source].hold(late_SR)
-        return late_SR
-
-    def reduce(
-        self, number: int, reduction: Reduction, groups: Sequence[GroupProgram], first_SW: FloatArray
-    ) -> Generator[simpy.Event, Any, FloatArray | None]:
-        """How much later collective `number` is done, [S, W], that begins at `first_SW`; None: no later.
-
-        Its groups have ended their tasks then, so that all that is in its way is known.
-        """
-        if not reduction.buckets or not reduction.seconds:
-            return None
-        yield self._env.all_of([self._over[group.place] for group in groups])
-        passing = []
-        for group in groups:
-            first_SR = first_SW[:, group.ranks_R]
-            member_R = np.isfinite(first_SR[0])
-            shares_KR = self._in_use[group.place].ports.of_links(self._shared.shares_CX[number]) * member_R
-            begin_SR, work_R = np.where(member_R, first_SR, 0.0), reduction.seconds * member_R
-            passing.append((group, begin_SR, work_R, shares_KR))
-        late_SW, until = np.zeros_like(first_SW), float(first_SW.max()) + reduction.seconds
-        known = False
-        while not known:
-            if until > self._env.now * (1 + TIE):  # p2p sends before then come first
-                yield self._env.timeout(until - self._env.now)
-            for group, begin_SR, work_R, shares_KR in passing:
-                through_SR = self._in_use[group.place].through(begin_SR, work_R, shares_KR)
-                if through_SR is not None:
-                    late_SW[:, group.all_ranks_TR] = (through_SR - begin_SR - work_R)[:, None]
-            late_SW = last_arrivals(reduction.members, late_SW)
-            until = float((first_SW + late_SW).max()) + reduction.seconds
-            known = until <= self._env.now * (1 + TIE)
-        for group, begin_SR, work_R, shares_KR in passing:
-            end_SR = begin_SR + work_R + late_SW[:, group.ranks_R]
-            self._in_use[group.place].let_through(begin_SR, end_SR, work_R, shares_KR)
-        return late_SW if late_SW.any() else None
-
-
 class _Step:
     """The processes of one step and what they share."""
 
@@ -348,7 +243,7 @@ class _Step:
         uses = contention.collectives if contention else (None,) * len(collectives)
         changes = program.changes
         self.conditions = Conditions(self.env, changes) if changes else None
-        self.ports = _Ports(self.env, program.ports, compiled=program.compiled) if program.ports else None
+        self.ports = StepPorts(self.env, program.ports, compiled=program.compiled) if program.ports else None
         seconds = changes.collective_seconds if changes else ((),) * len(collectives)
         meetings = [
             _Meeting(
@@ -385,13 +280,16 @@ class _Step:
             executor.pass_on()
             executor.begin(arrived)
             if self.ports is not None:
-                self.ports.before(group, executor)
+                self.ports.before(group)
             yield from self._execute(group, executor, task.runs)
             executor.recorder.end_action(task.passes, task.micro_batches)
+            if self.ports is not None:
+                self.ports.ended(group, reduces=number in due)
             for sent in task.sends:
+                finish_SR = executor.finished(sent.which)
                 if self.ports is not None:
-                    self.ports.sent(group, sent.p2p, executor)
-                self._send(group, sent, executor.finished(sent.which))
+                    self.ports.sent(group, sent.p2p, finish_SR)
+                self._send(group, sent, finish_SR)
             if number in due and number < len(group.tasks) - 1:
                 times = executor.last_begin_SR, executor.done_SR
                 reducing = self.env.process(self._reduce_early(group, executor, due[number], times, reducing))
@@ -547,29 +445,50 @@ def sum_step(program: StepProgram, *, first: bool) -> SummedStep:
         step = simulate_step(program)
         sums = [GroupSums.of(table, compiled=program.compiled, with_waits=first) for table in step.tables]
         return SummedStep(step.step_S, tuple(sums), step.late_gSR, step.tables)
-    labels, recorders = Labels(), []
-    book = LabelBook(labels.all)
-    for group in program.groups:
-        ranks = len(group.ranks_R)
-        kept = SpanRecorder(rows=program.rows(group), samples=1, ranks=ranks) if first and group.number == 0 else None
-        sums_of_group = SpanSums(group.ranks_R, samples=program.samples, book=book, with_waits=first)
-        recorders.append(PassingRecorder(rows=program.rows_at_once(group), sums=sums_of_group, kept=kept))
+    labels = Labels()
+    recorders = _passing_recorders(program, labels, kept=0 if first else None, with_waits=first)
     step_S, late_gSR = _simulate(program, labels, recorders)
     sums = [recorder.last(step_S) for recorder in recorders]
-    tables = tuple(
-        recorder.table(labels=labels.all(), ranks_R=group.ranks_R, step_S=step_S)
-        for recorder, group in zip(recorders, program.groups, strict=True)
-        if first
-    )
+    tables = _tables(program, labels, recorders, step_S) if first else ()
     return SummedStep(step_S, tuple(sums), late_gSR, tables, lambda which: _again(program, which))
 
 
+def _passing_recorders(
+    program: StepProgram, labels: Labels, *, kept: int | None, with_waits: bool
+) -> list[PassingRecorder]:
+    """Recorders that pass spans on; `kept`: the number of groups whose spans of sample 0 they keep."""
+    recorders, book = [], LabelBook(labels.all)
+    for group in program.groups:
+        whole = None
+        if group.number == kept:
+            whole = SpanRecorder(rows=program.rows(group), samples=1, ranks=len(group.ranks_R))
+        sums = SpanSums(group.ranks_R, samples=program.samples, book=book, with_waits=with_waits)
+        recorders.append(PassingRecorder(rows=program.rows_at_once(group), sums=sums, kept=whole))
+    return recorders
+
+
+def _tables(
+    program: StepProgram, labels: Labels, recorders: Sequence[SpanRecorder], step_S: FloatArray
+) -> tuple[SpanTable, ...]:
+    return tuple(
+        recorder.table(labels=labels.all(), ranks_R=group.ranks_R, step_S=step_S)
+        for recorder, group in zip(recorders, program.groups, strict=True)
+    )
+
+
 def _again(program: StepProgram, which: int) -> tuple[SpanTable, ...]:
-    """All spans of sample 0 in group number `which` of each pipeline rank, but for collectives between groups."""
+    """All spans of sample 0 in group number `which` of each pipeline rank, but for collectives between groups.
+
+    All samples are simulated again: together they decide in which order they are let through ports.
+    """
     number = list(dict.fromkeys(group.number for group in program.groups))[which]
     groups = tuple(group for group in program.groups if group.number == number)
-    alone = next(samples_of(replace(program, groups=groups, reductions=(), gathers=())))
-    return _simulate_whole(alone, Labels()).tables
+    alone, labels = replace(program, groups=groups, reductions=(), gathers=()), Labels()
+    recorders = _passing_recorders(alone, labels, kept=number, with_waits=False)
+    step_S, _ = _simulate(alone, labels, recorders)
+    for recorder in recorders:
+        recorder.last(step_S)
+    return _tables(alone, labels, recorders, step_S)
 
 
 def _simulate_whole(program: StepProgram, labels: Labels) -> StepOutcome:
@@ -578,11 +497,7 @@ def _simulate_whole(program: StepProgram, labels: Labels) -> StepOutcome:
         for group in program.groups
     ]
     step_S, late_gSR = _simulate(program, labels, recorders)
-    tables = tuple(
-        recorder.table(labels=labels.all(), ranks_R=group.ranks_R, step_S=step_S)
-        for recorder, group in zip(recorders, program.groups, strict=True)
-    )
-    return StepOutcome(tables, step_S, late_gSR)
+    return StepOutcome(_tables(program, labels, recorders, step_S), step_S, late_gSR)
 
 
 def _simulate(

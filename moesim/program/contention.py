@@ -136,13 +136,11 @@ def _p2p_uses(fabric: Fabric, groups: Sequence[GroupProgram]) -> dict[tuple[Plac
 def samples_of(program: StepProgram) -> Iterator[StepProgram]:
     """The program in one routing sample after the other: with contention each has an order of events of its own."""
     whole = program.contention
+    assert whole is not None
     kept: dict[PreparedTransfer, tuple[PreparedTransfer, ...]] = {}
     for sample in range(program.samples):
         cut = _Cut(sample, program.samples, kept)
         groups = tuple(cut.group(group) for group in program.groups)
-        if whole is None:
-            yield replace(program, groups=groups, samples=1)
-            continue
         transfers = {
             place: {cut.transfer(transfer): tuple(map(cut.part, parts)) for transfer, parts in of_group.items()}
             for place, of_group in whole.transfers.items()

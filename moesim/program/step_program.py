@@ -199,7 +199,7 @@ class StepProgram:
     @property
     def passes_spans_on(self) -> bool:
         """Whether the spans of an action never change once the next one has begun, and loops take them up."""
-        alone = self.contention is None and self.ports is None and self.changes is None
+        alone = self.contention is None and self.changes is None
         return self.compiled and self.host == FREE_HOST and alone
 
     def rows(self, group: GroupProgram) -> int:

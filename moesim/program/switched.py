@@ -1,8 +1,8 @@
 """The kernels of a software whose facts are switches: parts of a step put together, and what surrounds it.
 
 Each part is a module that asks for the settings of its own switches: `attention` (with `rotary` and `norms`), `router`,
-`rows`, `networks`, `moe` (which puts these in order) and `embedding_and_head`. What a setting means stands in
-`moesim.scenario.software`; which a software has, in `moesim.scenario.software`.
+`rows`, `networks`, `moe` (which puts these in order) and `embedding_and_head`. What a setting means, and which a
+software has, stands in `moesim.scenario.software`.
 """
 
 from dataclasses import dataclass, replace

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moesim.engine import ports_in_use, simulate_step, step
+from moesim.engine import simulate_step
 from moesim.engine.ports_in_use import PortsInUse
+from moesim.engine.step_ports import StepPorts
 from moesim.kernels import BesideSend, kernel_model
 from moesim.kernels.families import FAMILIES
 from moesim.network import RankPorts, build_fabric
@@ -71,18 +72,22 @@ def program_of(scenario: Scenario, *, samples: int = 2) -> StepProgram:
     return build_program(scenario, fabric=fabric, kernels=kernels, samples=drawn)
 
 
-def simulated(program: StepProgram, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[PortsInUse]]:
-    """The step, and what was in use on the ports of every group."""
+def simulated(
+    program: StepProgram, monkeypatch: pytest.MonkeyPatch, *, forgets: bool = False
+) -> tuple[Any, list[PortsInUse]]:
+    """The step, and what was in use on the ports of every group; `forgets`: but for what was over."""
     seen: list[PortsInUse] = []
-    add = step._Ports.add
+    add = StepPorts.add
 
     def and_see(self, group, executor) -> None:
         add(self, group, executor)
         seen.append(executor.ports)
 
-    monkeypatch.setattr(step._Ports, "add", and_see)
-    monkeypatch.setattr(ports_in_use, "KEPT", 10**6)
-    return simulate_step(program), seen
+    with monkeypatch.context() as patched:
+        patched.setattr(StepPorts, "add", and_see)
+        if not forgets:
+            patched.setattr(PortsInUse, "forget", lambda *_: None)
+        return simulate_step(program), seen
 
 
 def excess(program: StepProgram, outcome, in_use: list[PortsInUse]) -> tuple[float, int]:
@@ -102,9 +107,8 @@ def excess(program: StepProgram, outcome, in_use: list[PortsInUse]) -> tuple[flo
                 length_SR = np.maximum(table.own_NSR[row], busy_SKR.max(axis=1))
                 steady.append((table.finish_NSR[row] - length_SR, table.finish_NSR[row], busy_SKR))
         for each in (*used.passages, *used.collectives):
-            apart.append(
-                (each.begin_SR, each.end_SR, np.broadcast_to(each.work_SR, each.begin_SR.shape), each.shares_KR)
-            )
+            work_SR = np.broadcast_to(each.work_SR, each.begin_SR.shape)
+            apart.append((each.begin_SR, each.end_SR, work_SR, each.busy.seconds_SKR))
         second += len(apart)
         for sample in range(table.start_NSR.shape[1]):
             for rank in (0, len(group.ranks_R) - 1):
@@ -113,9 +117,9 @@ def excess(program: StepProgram, outcome, in_use: list[PortsInUse]) -> tuple[flo
                         (o[sample, rank], c[sample, rank], b[min(sample, len(b) - 1), port, rank]) for o, c, b in steady
                     ]
                     two = [
-                        (o[sample, rank], c[sample, rank], w[sample, rank] * s[port, rank])
+                        (o[sample, rank], c[sample, rank], w[sample, rank] * s[sample, port, rank])
                         for o, c, w, s in apart
-                        if s[port, rank] > 0
+                        if s[sample, port, rank] > 0
                     ]
                     worst = max(worst, _excess(np.array(one).reshape(-1, 3), np.array(two).reshape(-1, 3)))
     return worst, second
@@ -154,6 +158,19 @@ def test_no_port_passes_more_than_it_can_in_any_interval(name, small, monkeypatc
     # Spans keep how long a transfer takes in single precision. Where core links are shared, too, kernels may yet make
     # the latest transfer a little longer when a message beside it has gone through.
     assert worst < (2e-3 if program.contention else 1e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_forgotten_is_over(name, small, monkeypatch):
+    """All that comes later begins behind it, so that the step is the same to the bit."""
+    program = program_of(small({**SLOW_NICS, **CASES[name]}), samples=1)
+    (whole, kept), (step, left) = (simulated(program, monkeypatch, forgets=forgets) for forgets in (False, True))
+    for table, other in zip(whole.tables, step.tables, strict=True):
+        np.testing.assert_array_equal(table.finish_NSR, other.finish_NSR)
+    windows, fewer = (
+        [len(each._moved) + len(each.passages) + len(each.collectives) for each in some] for some in (kept, left)
+    )
+    assert sum(fewer) < sum(windows)
 
 
 def test_the_rest_of_a_port_by_hand():
