@@ -66,6 +66,7 @@ WIDER: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 
 
 def recorded(family: str, sizes: dict[str, Any], *, sequence: int = 2048) -> list[RecordedOp]:
+    pytest.importorskip("transformers")
     case = Case(name=family, family=family, layers=FEW_LAYERS, batch=2, sequence=sequence, sizes=sizes)
     with torch.device("meta"):
         model = module(case, "meta")
