@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 
 from moesim.scenario import gpu_names, model_names
+from moesim.scenario.cluster import FABRICS, TRANSPORTS
 from moesim.scenario.dispatch import DISPATCH
-from moesim.scenario.fabrics import FABRICS, TRANSPORTS
-from moesim.scenario.routers import ROUTERS
+from moesim.scenario.routers import ROUTERS, STRESS
 from moesim.scenario.software import RECIPES, SOFTWARE
-from moesim.scenario.stress import STRESS
 from moesim.schedules import SCHEDULES
 
 PACKAGE = Path(__file__).parent.parent / "moesim"

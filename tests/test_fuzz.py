@@ -18,8 +18,8 @@ from moesim.report import print_facts, write_report
 from moesim.run import simulate
 from moesim.scenario import Scenario, dump_scenario, load_scenario_text
 from moesim.scenario.document import parse_yaml
+from moesim.scenario.routers import STRESS
 from moesim.scenario.routing import TrainRouting
-from moesim.scenario.stress import STRESS
 from moesim.serving import load_serving_text
 from moesim.strict_json import json_text
 from moesim.sweeper.study import load_study

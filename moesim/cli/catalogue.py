@@ -207,7 +207,7 @@ def find_model(name: str, overrides: list[str]) -> "Model":
     Raises UserError with the names there are, and for a model that contradicts itself.
     """
     from moesim.scenario import load_scenario, model_names, scenario_from_mapping
-    from moesim.scenario.overrides import override_label
+    from moesim.scenario.forms import override_label
 
     suffix = Path(name).suffix
     if name not in model_names() and Path(name).is_dir():

@@ -137,7 +137,7 @@ VOLUME = Verb(
 )
 
 
-SOFTWARE = ("sglang", "tensorrt-llm", "vllm", "vllm-ascend")  # the keys of `moesim.scenario.placement_file.WRITERS`
+SOFTWARE = ("sglang", "tensorrt-llm", "vllm", "vllm-ascend")  # the keys of `moesim.scenario.placement.WRITERS`
 BY_ENDING = {".json": "sglang", ".yaml": "tensorrt-llm", ".yml": "tensorrt-llm"}
 
 
@@ -170,7 +170,7 @@ def execute_placement(args: argparse.Namespace) -> int:
         print_drift,
         print_placement,
     )
-    from moesim.scenario.placement_file import WRITERS
+    from moesim.scenario.placement import WRITERS
 
     software = _software(args)
     scenario = load(args)

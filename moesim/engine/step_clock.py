@@ -18,7 +18,7 @@ from moesim.program.build import build_program
 from moesim.program.loads import RoutingSample
 from moesim.results.spans import SpanTable, Stream
 from moesim.scenario import Scenario
-from moesim.scenario.degraded import Speeds
+from moesim.scenario.failures import Speeds
 from moesim.scenario.flops import model_flops_per_token
 from moesim.scenario.schema import PipelineSchedule
 

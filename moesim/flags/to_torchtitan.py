@@ -13,7 +13,7 @@ from moesim.flags.to_megatron import launch_words
 from moesim.scenario import NoCapacity, Precision, Scenario
 from moesim.scenario.dispatch import DISPATCH
 from moesim.scenario.software import TORCHTITAN
-from moesim.scenario.stage_split import stage_lengths
+from moesim.scenario.stages import stage_lengths
 from moesim.schedules import GPIPE, INTERLEAVED, PLAIN
 
 # (layers, hidden, experts) of models that have a config: its module and its name.

@@ -6,7 +6,7 @@ from moesim.flags.software_flags import write_implementation
 from moesim.flags.stage_layouts import text_of
 from moesim.scenario import Contiguous, Mla, Scenario
 from moesim.scenario.dispatch import DISPATCH
-from moesim.scenario.stage_split import stage_lengths
+from moesim.scenario.stages import stage_lengths
 from moesim.schedules import INTERLEAVED, PLAIN
 
 _SHARDS = ("no_shard", "optim", "optim_grads", "optim_grads_params")

@@ -15,10 +15,9 @@ from moesim.errors import UserError
 from moesim.network.parameters import NetworkParameters
 from moesim.network.shortest_routes import ShortestRoutes, SplitRoutes
 from moesim.network.topology import Site, build_graph, sites_of
-from moesim.scenario.cluster import Cluster
-from moesim.scenario.degraded import Degraded
+from moesim.scenario.cluster import TRANSPORTS, Cluster, FabricKind
 from moesim.scenario.dispatch import DispatchAlgorithm, nvlink_share_of_sms
-from moesim.scenario.fabrics import TRANSPORTS, FabricKind
+from moesim.scenario.failures import Degraded
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int32]

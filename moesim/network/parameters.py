@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from moesim.errors import UserError
-from moesim.scenario.cluster import NIC_BANDWIDTH
+from moesim.scenario.cluster import INFINIBAND, NIC_BANDWIDTH, Transport
 from moesim.scenario.dispatch import BYTES_PER_SM, DISPATCH, SM_SHARPNESS, SM_SOURCE, DispatchAlgorithm
-from moesim.scenario.fabrics import INFINIBAND, Transport
 
 
 @dataclass(frozen=True, kw_only=True)

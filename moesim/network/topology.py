@@ -15,8 +15,7 @@ from moesim.errors import UserError
 from moesim.network.nccl import kind_of
 from moesim.network.parameters import NetworkParameters
 from moesim.scenario.base import link_bandwidth, link_latency
-from moesim.scenario.cluster import Cluster, Fabric, Oversubscription
-from moesim.scenario.fabrics import FabricKind, kinds_with
+from moesim.scenario.cluster import Cluster, Fabric, FabricKind, Oversubscription, kinds_with
 from moesim.strict_json import parse_json
 
 

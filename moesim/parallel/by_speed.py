@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from moesim.parallel.eplb import copy_heaviest, count_copies
 from moesim.parallel.mesh import Mesh
 from moesim.scenario import Scenario
-from moesim.scenario.mixed import pools_of_ranks, relative_speeds
 from moesim.scenario.placement import MadeFromRows
+from moesim.scenario.stages import pools_of_ranks, relative_speeds
 
 Ints = NDArray[np.int64]
 

@@ -41,8 +41,8 @@ from moesim.parallel.memory_temporaries import (
 from moesim.parallel.traffic import token_bytes
 from moesim.scenario import Scenario
 from moesim.scenario.base import BYTES_PER_ELEMENT
-from moesim.scenario.mixed import pools_of_ranks
 from moesim.scenario.model import Mla
+from moesim.scenario.stages import pools_of_ranks
 from moesim.schedules import Pass, Schedule, build_schedule
 
 FloatArray = NDArray[np.float64]

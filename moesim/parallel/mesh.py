@@ -1,7 +1,7 @@
 """The mesh of ranks: which ranks form which group, and on which node each of them sits.
 
 Ranks are numbered with tensor fastest, then context, data and pipeline (slowest); GPU i of the cluster runs rank i,
-and GPUs are numbered node by node through the pools, dealt out by `moesim.scenario.mixed` where an axis crosses them.
+and GPUs are numbered node by node through the pools, dealt out by `moesim.scenario.stages` where an axis crosses them.
 The layers with experts see the same ranks of a stage in another order, chosen apart (parallel folding, arXiv
 2504.14960): expert-tensor fastest, then expert, then expert-data.
 Legend: W ranks of the world, R and D ranks of one expert-parallel group, M nodes that the group touches.
@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.scenario.cluster import Cluster
-from moesim.scenario.mixed import ranked_cluster
 from moesim.scenario.schema import Parallelism
+from moesim.scenario.stages import ranked_cluster
 
 Ranks = NDArray[np.int64]
 

@@ -34,7 +34,7 @@ from moesim.program.writer import KernelWriter
 from moesim.results.spans import Part
 from moesim.scenario import PipelineSchedule, Scenario
 from moesim.scenario.base import BYTES_PER_ELEMENT
-from moesim.scenario.stage_split import stage_lengths, stages_of_ranks
+from moesim.scenario.stages import stage_lengths, stages_of_ranks
 from moesim.schedules import Action, Pass, Schedule
 
 

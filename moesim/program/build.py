@@ -38,8 +38,8 @@ from moesim.results.outcome import Basis
 from moesim.results.spans import CATEGORY_OF_PART, Part
 from moesim.scenario import Scenario
 from moesim.scenario.base import BYTES_PER_ELEMENT
-from moesim.scenario.degraded import Speeds
 from moesim.scenario.dispatch import DISPATCH
+from moesim.scenario.failures import Speeds
 from moesim.schedules import P2P, Action, Pass, Schedule, Work, build_schedule
 
 

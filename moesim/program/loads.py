@@ -23,7 +23,7 @@ from moesim.program.operations import Transfer
 from moesim.program.scenario_fabric import sharing_model
 from moesim.scenario import Scenario
 from moesim.scenario.dispatch import DIRECT, Deduplicate
-from moesim.scenario.mixed import fewest_sms
+from moesim.scenario.stages import fewest_sms
 
 IntArray = NDArray[np.int64]
 

@@ -11,10 +11,9 @@ from moesim.engine.job import SECONDS_PER_DAY, Job, JobCause
 from moesim.errors import ConflictError, InfeasibleError, UserError
 from moesim.scenario import Scenario
 from moesim.scenario.base import BYTES_PER_ELEMENT
-from moesim.scenario.degraded import Degraded
-from moesim.scenario.failures import FailureRecord, Failures, Slow, record_of_gpu
+from moesim.scenario.failures import Degraded, FailureRecord, Failures, Slow, record_of_gpu
 from moesim.scenario.flops import parameters
-from moesim.scenario.mixed import rank_counts
+from moesim.scenario.stages import rank_counts
 from moesim.seeding import stream
 from moesim.units import format_seconds
 

@@ -23,7 +23,7 @@ from moesim.report.span_views import memory_events
 from moesim.results import Label, RunRecord, SpanTable, Stream
 from moesim.results.spans import Collective, Part
 from moesim.scenario import Scenario
-from moesim.scenario.mixed import specs_of_ranks
+from moesim.scenario.stages import specs_of_ranks
 from moesim.strict_json import json_text
 
 Event = dict[str, Any]

@@ -25,7 +25,7 @@ from moesim.report.screen import fact_table, indented, number_table, section, sh
 from moesim.results.metrics import TrafficFacts
 from moesim.results.placement import moving
 from moesim.scenario import Scenario, Search
-from moesim.scenario.placement_file import SGLANG, WRITERS, Layers
+from moesim.scenario.placement import SGLANG, WRITERS, Layers
 from moesim.seeding import stream
 from moesim.trace import RoutingTrace
 from moesim.trace.metrics import imbalance

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from moesim.results import ActionRows, RunRecord, SpanTable, Stream
 from moesim.results.spans import Collective
 from moesim.scenario import Scenario
-from moesim.scenario.stage_split import stages_of_ranks
+from moesim.scenario.stages import stages_of_ranks
 
 FORWARD, BACKWARD, INPUT, WEIGHT = "forward", "backward", "backward.input", "backward.weight"
 PAIR, REDUCE, UPDATE = "pair", "reduce", "update"

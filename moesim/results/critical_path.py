@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from moesim.errors import InternalError
 from moesim.results.spans import CATEGORIES, ActionRows, SpanTable, Stream
 from moesim.scenario import Scenario
-from moesim.scenario.stage_split import stages_of_ranks
+from moesim.scenario.stages import stages_of_ranks
 
 TOLERANCE = 1e-9  # seconds; spans that follow each other share the bits of that instant
 ROUND_OFF = 1e-14  # the same as a share of the step, for steps of days

@@ -14,7 +14,7 @@ from moesim.parallel.memory import MemoryReport
 from moesim.results.metrics import SECONDS_PER_HOUR
 from moesim.results.spans import Label, SpanTable, Stream
 from moesim.scenario import Scenario
-from moesim.scenario.mixed import pools_of_ranks, rank_counts
+from moesim.scenario.stages import pools_of_ranks, rank_counts
 
 FloatArray = NDArray[np.float64]
 MOST_PAIRS = 10  # of ranks that are told

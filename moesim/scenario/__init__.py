@@ -13,8 +13,7 @@ from moesim.scenario.cluster import (
     Oversubscription,
     Pool,
 )
-from moesim.scenario.degraded import Degraded
-from moesim.scenario.implementation import AnyImplementation, Implementation
+from moesim.scenario.failures import Degraded
 from moesim.scenario.loader import (
     dump_scenario,
     json_schema,
@@ -58,6 +57,7 @@ from moesim.scenario.schema import (
     Uncertainty,
     Zero,
 )
+from moesim.scenario.software import AnyImplementation, Implementation
 
 __all__ = [
     "BYTES_PER_ELEMENT",

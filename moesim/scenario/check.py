@@ -14,8 +14,11 @@ from moesim.errors import UserError
 from moesim.scenario.base import MOST_GPUS
 from moesim.scenario.check_layout import (
     Report,
+    check_batch,
     check_formats,
+    check_mixed,
     check_pipeline,
+    check_placement,
     check_recipe,
     check_recomputation,
     check_sharing,
@@ -24,10 +27,8 @@ from moesim.scenario.check_layout import (
     nearest_divisors,
     require_supported_step,
 )
-from moesim.scenario.check_placement import check_batch, check_mixed, check_placement
 from moesim.scenario.dispatch import DISPATCH
 from moesim.scenario.document import Path, dotted
-from moesim.scenario.mixed import ranked_cluster
 from moesim.scenario.routers import ROUTERS
 from moesim.scenario.routing import (
     BalancednessRouting,
@@ -39,6 +40,7 @@ from moesim.scenario.routing import (
     lowest_balancedness,
 )
 from moesim.scenario.schema import Scenario
+from moesim.scenario.stages import ranked_cluster
 
 
 def check_scenario(scenario: Scenario, *, where: Callable[[Path], str] = dotted) -> None:

@@ -1,7 +1,7 @@
 """Read the architecture from a released `config.json` of the families that moesim models: ONE table of families.
 
 Every key of a file is one of four things for its `model_type`: read into a field of `model` (`hf_readers`, which look
-fields up by `hf_fields`); harmless, as listed here with the reason or with the family; expected to have one of some
+fields up by `hf_readers`); harmless, as listed here with the reason or with the family; expected to have one of some
 values, with what is left out otherwise; or unknown. A key that is left out or unknown is named to the user. null says
 nothing under any key.
 """
@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from moesim.errors import UserError
 from moesim.scenario import hf_readers as readers
-from moesim.scenario.hf_fields import Config, Fields, shown
+from moesim.scenario.hf_readers import Config, Fields, shown
 from moesim.strict_json import parse_json
 
 _TEXT = "how text is read and generated"

@@ -14,14 +14,15 @@ from moesim.scenario.catalogue import gpu_names, model_names
 from moesim.scenario.check import check_scenario
 from moesim.scenario.document import Node, Path, find, parse_yaml, plain_scalar, read_yaml
 from moesim.scenario.forms import (
+    FLAT_CLUSTER_KEYS,
     absolute_paths,
+    apply_overrides,
     default_routing,
     explicit_model,
     flat_cluster_to_pools,
     named_implementation,
 )
 from moesim.scenario.messages import validated
-from moesim.scenario.overrides import FLAT_CLUSTER_KEYS, apply_overrides
 from moesim.scenario.schema import Scenario
 from moesim.scenario.software import SOFTWARE
 

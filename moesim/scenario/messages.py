@@ -10,7 +10,7 @@ from moesim.errors import UserError
 from moesim.scenario.base import Section
 from moesim.scenario.catalogue import suggest
 from moesim.scenario.document import Node, Path, dotted, find
-from moesim.scenario.overrides import FLAT_CLUSTER_KEYS, home_within, kinds_at, section_at
+from moesim.scenario.forms import FLAT_CLUSTER_KEYS, home_within, kinds_at, section_at
 from moesim.scenario.schema import Scenario
 
 _EXPECTED = {

@@ -24,7 +24,7 @@ from moesim.scenario.base import (
     one_of,
 )
 from moesim.scenario.model import Model
-from moesim.scenario.stress import STRESS, StressFacts
+from moesim.scenario.routers import STRESS, StressFacts
 
 ThinWidth = Annotated[int, Field(strict=True, gt=0, le=16_384)]
 
@@ -246,7 +246,7 @@ PatternName = Annotated[str, one_of(STRESS), WithJsonSchema({"enum": list(STRESS
 
 
 class StressRouting(Section):
-    """Synthetic routing that strains the scenario's ranks: one of the table `moesim.scenario.stress.STRESS`.
+    """Synthetic routing that strains the scenario's ranks: one of the table `moesim.scenario.routers.STRESS`.
 
     What is hot differs from layer to layer (`seed`). Each token that is routed has K distinct experts.
     """

@@ -29,13 +29,11 @@ from moesim.scenario.base import (
 )
 from moesim.scenario.cluster import Cluster, Compute, Dispatch, Network
 from moesim.scenario.failures import Failures
-from moesim.scenario.implementation import AnyImplementation, Implementation
-from moesim.scenario.mixed import micro_batches_of_pools
 from moesim.scenario.model import Model
 from moesim.scenario.placement import Contiguous, Placement
 from moesim.scenario.routing import Capacity, NoCapacity, RouterShape, Routing, UniformRouting, resolve_router
-from moesim.scenario.software import DEFAULT, RECIPES, Recipe
-from moesim.scenario.stage_split import stage_lengths
+from moesim.scenario.software import DEFAULT, RECIPES, AnyImplementation, Implementation, Recipe
+from moesim.scenario.stages import micro_batches_of_pools, stage_lengths
 from moesim.schedules import PLAIN, SCHEDULES, ScheduleFacts
 
 # Measured on two H200 (torch 2.11, CUDA 13): 0.74 GB for the context and the kernels of matrix products and attention,
@@ -368,7 +366,7 @@ class Scenario(Section):
 
     @property
     def stage_layers(self) -> tuple[range, ...]:
-        """The layers of every stage, numbered from 0 through the model; see `moesim.scenario.stage_split`."""
+        """The layers of every stage, numbered from 0 through the model; see `moesim.scenario.stages`."""
         lengths = stage_lengths(self)
         ends = tuple(accumulate(lengths))
         return tuple(range(end - length, end) for end, length in zip(ends, lengths, strict=True))

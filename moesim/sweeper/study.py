@@ -21,7 +21,7 @@ from moesim.errors import ConflictError, InfeasibleError, UserError
 from moesim.scenario import Scenario, TraceRouting, load_scenario
 from moesim.scenario.catalogue import suggest
 from moesim.scenario.document import Node
-from moesim.scenario.overrides import override_label
+from moesim.scenario.forms import override_label
 from moesim.strict_json import json_text
 from moesim.study import Point
 from moesim.study.points import content_hash

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from moesim.errors import UserError
+from moesim.scenario.routers import StressFacts, StressLayout
 from moesim.scenario.routing import RouterShape
-from moesim.scenario.stress import StressFacts, StressLayout
 from moesim.seeding import stream
 from moesim.trace.record import NO_EXPERT, Array, Json, RoutingTrace, TraceStep
 from moesim.trace.selection import (

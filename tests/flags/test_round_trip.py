@@ -16,7 +16,7 @@ from moesim.flags.unread_flags import LEFT_OUT, harmless
 from moesim.scenario import Mla, Scenario, load_scenario, load_scenario_text, model_names
 from moesim.scenario.catalogue import model_preset
 from moesim.scenario.flops import parameters
-from moesim.scenario.stage_split import stage_lengths
+from moesim.scenario.stages import stage_lengths
 from moesim.shipped import folder, names
 
 HARMLESS_SAID = {"--normalization", "--position-embedding-type", "--max-position-embeddings", "--ckpt-format"}

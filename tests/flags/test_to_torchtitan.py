@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from moesim.flags.to_torchtitan import split, torchtitan_command, weights_of_ends
 from moesim.scenario import load_scenario, load_scenario_text
-from moesim.scenario.stage_split import stage_lengths
+from moesim.scenario.stages import stage_lengths
 from moesim.shipped import folder, names
 
 # The keys of ParallelismConfig and TrainingConfig of torchtitan 0.3.0 (PyPI) that layouts have a say in.

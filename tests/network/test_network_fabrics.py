@@ -15,9 +15,8 @@ from moesim.network import build_fabric as build
 from moesim.network.contention import common_use, path_rates
 from moesim.network.flows import build_flows, link_bytes, make_demand
 from moesim.network.link_loads import ladder_link_bytes
-from moesim.scenario.cluster import Cluster, Link, Pool
+from moesim.scenario.cluster import FABRICS, Cluster, FabricKind, Link, Pool
 from moesim.scenario.cluster import Fabric as Section
-from moesim.scenario.fabrics import FABRICS, FabricKind
 
 PRESETS: list[dict[str, object]] = [
     {"preset": "rail_optimised"},

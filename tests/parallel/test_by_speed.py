@@ -13,7 +13,7 @@ from moesim.parallel.eplb import balance_experts
 from moesim.parallel.expert_map import ExpertMap
 from moesim.parallel.replacement import rank_loads
 from moesim.scenario import Eplb, Scenario, Search
-from moesim.scenario.degraded import RankSpeed, Speeds
+from moesim.scenario.failures import RankSpeed, Speeds
 
 SIZES = st.tuples(st.integers(2, 8), st.integers(2, 6), st.integers(0, 3), st.integers(0, 2**31))
 

@@ -9,8 +9,8 @@ from moesim.errors import UserError
 from moesim.parallel import TrafficSample, TrafficSampler
 from moesim.run import obtain_trace, simulate
 from moesim.scenario import Scenario, dump_scenario, load_scenario_text, scenario_from_mapping
+from moesim.scenario.routers import STRESS, StressFacts, StressLayout
 from moesim.scenario.routing import lowest_balancedness
-from moesim.scenario.stress import STRESS, StressFacts, StressLayout
 from moesim.seeding import stream
 from moesim.trace import RoutingTrace, check_trace, load_trace, save_trace, trace_hash
 from moesim.trace.check import has_duplicates

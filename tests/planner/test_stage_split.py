@@ -18,9 +18,8 @@ from moesim.report import facts, print_facts
 from moesim.results.critical_path import UNEVEN, stage_warnings
 from moesim.run import obtain_trace, simulate
 from moesim.scenario import Scenario, load_scenario
-from moesim.scenario.part_times import part_seconds
 from moesim.scenario.schema import Recomputable
-from moesim.scenario.stage_split import ALIKE, ModelEnds, even_lengths, stage_lengths, stages_of_ranks
+from moesim.scenario.stages import ALIKE, ModelEnds, even_lengths, part_seconds, stage_lengths, stages_of_ranks
 from moesim.schedules import build_schedule
 from moesim.whatif import LABELS, what_if
 

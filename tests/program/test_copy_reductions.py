@@ -11,7 +11,7 @@ from moesim.program.reductions import Reduction
 from moesim.run import draw_samples, obtain_trace, simulate
 from moesim.scenario.base import BYTES_PER_ELEMENT
 from moesim.scenario.dispatch import DIRECT
-from moesim.scenario.placement_file import Layers, tensorrt_llm_text
+from moesim.scenario.placement import Layers, tensorrt_llm_text
 
 
 def reductions(scenario) -> dict[str, list[Reduction]]:

@@ -11,7 +11,7 @@ from moesim.report import facts
 from moesim.run import obtain_trace, simulate
 from moesim.scenario import Scenario, dump_scenario, load_scenario_text, model_names, scenario_from_mapping
 from moesim.scenario.catalogue import model_preset
-from moesim.scenario.stress import STRESS
+from moesim.scenario.routers import STRESS
 from moesim.trace import TrainingCurves, load_trace, save_trace
 from moesim.trace.basis import rests_on
 from moesim.trace.library import find_entry
