@@ -95,6 +95,90 @@ GLM_AIR = {
 }
 GLM_SMALL = GLM_AIR | {"hidden_size": 2048, "num_attention_heads": 32, "n_routed_experts": 64, "vocab_size": 32000}
 GPT_OSS = {"num_local_experts": 32, "vocab_size": 201088}
+# Of none of the sizes above, and four families more.
+QWEN3_WIDE = QWEN3 | {
+    "hidden_size": 3072,
+    "num_attention_heads": 24,
+    "moe_intermediate_size": 1024,
+    "num_experts": 96,
+    "num_experts_per_tok": 6,
+    "vocab_size": 64000,
+}
+OLMOE_NARROW = OLMOE | {
+    "hidden_size": 1536,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 12,
+    "intermediate_size": 768,
+    "num_experts": 96,
+    "num_experts_per_tok": 6,
+}
+DEEPSEEK_V3_OTHER = DEEPSEEK_V3_LIKE | {
+    "hidden_size": 2560,
+    "num_attention_heads": 24,
+    "num_key_value_heads": 24,
+    "q_lora_rank": 1024,
+    "kv_lora_rank": 384,
+    "n_routed_experts": 96,
+    "num_experts_per_tok": 6,
+}
+GLM_WIDE = GLM_AIR | {
+    "hidden_size": 3072,
+    "num_attention_heads": 48,
+    "intermediate_size": 8192,
+    "moe_intermediate_size": 1024,
+    "n_routed_experts": 80,
+    "num_experts_per_tok": 6,
+    "vocab_size": 65536,
+}
+GPT_OSS_NARROW = GPT_OSS | {
+    "hidden_size": 2304,
+    "num_attention_heads": 48,
+    "intermediate_size": 2304,
+    "num_local_experts": 24,
+    "vocab_size": 64000,
+}
+QWEN2 = {
+    "hidden_size": 2048,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "moe_intermediate_size": 1408,
+    "shared_expert_intermediate_size": 5632,
+    "num_experts": 60,
+    "num_experts_per_tok": 4,
+    "vocab_size": 64000,
+}
+ERNIE = {
+    "hidden_size": 2560,
+    "num_attention_heads": 20,
+    "num_key_value_heads": 4,
+    "intermediate_size": 12288,
+    "moe_intermediate_size": 1536,
+    "moe_num_experts": 64,
+    "moe_k": 6,
+    "moe_num_shared_experts": 2,
+    "vocab_size": 103424,
+}
+DOTS = {
+    "hidden_size": 2048,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "intermediate_size": 8192,
+    "moe_intermediate_size": 1024,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 6,
+    "first_k_dense_replace": 1,
+    "vocab_size": 96000,
+}
+GRANITE = {
+    "hidden_size": 1536,
+    "num_attention_heads": 24,
+    "num_key_value_heads": 8,
+    "intermediate_size": 512,
+    "num_local_experts": 40,
+    "num_experts_per_tok": 8,
+    "vocab_size": 49152,
+}
 
 
 def transformers_model(

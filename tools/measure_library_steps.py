@@ -32,6 +32,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch._C._profiler import _ExperimentalConfig
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 from torch.profiler import ProfilerActivity, profile
 
@@ -39,12 +40,21 @@ sys.path.append(str(Path(__file__).parent))
 from architectures import (
     DEEPSEEK_V2_LITE,
     DEEPSEEK_V3_LIKE,
+    DEEPSEEK_V3_OTHER,
+    DOTS,
+    ERNIE,
     GLM_SMALL,
+    GLM_WIDE,
     GPT_OSS,
+    GPT_OSS_NARROW,
+    GRANITE,
     MIXTRAL,
     MIXTRAL_SMALL,
     OLMOE,
+    OLMOE_NARROW,
+    QWEN2,
     QWEN3,
+    QWEN3_WIDE,
     transformers_model,
 )
 
@@ -73,8 +83,9 @@ def _three(
     *shapes: tuple[int, int, int],
     mode: str = "one",
     letters: str = "abc",
+    blind: str = "cde",
 ) -> Any:
-    """Layers, sequences and tokens of each size of one program: a traced, b seen, c to e blind."""
+    """Layers, sequences and tokens of each size of one program: a traced, b seen, others blind."""
     return [
         Case(
             name=f"{name}-{letter}",
@@ -85,7 +96,7 @@ def _three(
             sizes=sizes,
             mode=mode,
             traced=letter == "a",
-            blind=letter in "cde",
+            blind=letter in blind,
         )
         for letter, (layers, batch, sequence) in zip(letters, shapes, strict=True)
     ]
@@ -93,10 +104,10 @@ def _three(
 
 def _small(name: str, family: str, sizes: dict[str, Any], *, mode: str = "one", blind: bool = False) -> Case:
     """Eight layers of few experts and tokens, whose host is the bound."""
-    experts = {key: 8 for key in ("num_experts", "num_local_experts", "n_routed_experts") if key in sizes}
-    tops = {"num_experts_per_tok": 2, "vocab_size": 4096} | (
-        {"n_group": 1, "topk_group": 1} if "n_group" in sizes else {}
-    )
+    counts = "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"
+    experts = {key: 8 for key in counts if key in sizes}
+    top = "moe_k" if "moe_k" in sizes else "num_experts_per_tok"
+    tops = {top: 2, "vocab_size": 4096} | ({"n_group": 1, "topk_group": 1} if "n_group" in sizes else {})
     small = sizes | experts | tops
     return Case(name=name, family=family, layers=8, batch=1, sequence=256, sizes=small, mode=mode, blind=blind)
 
@@ -163,6 +174,37 @@ SECOND_CASES = (
     _small("fsdp-small-qwen3", "Qwen3MoeConfig", QWEN3, mode="fsdp2"),
     _small("fsdp-small-mixtral", "MixtralConfig", MIXTRAL_SMALL, mode="fsdp2", blind=True),
 )
+_sizes = functools.partial(_three, letters="ac", blind="ac")
+# Models and widths of which nothing was seen before; each size was predicted before it was looked at. tp and hf-ep are
+# transformers' own tensor and expert parallelism, whose ranks share their tokens.
+THIRD_CASES = (
+    *_sizes("qwen3-wide", "Qwen3MoeConfig", QWEN3_WIDE, (3, 2, 3072), (4, 3, 4096)),
+    *_sizes("olmoe-narrow", "OlmoeConfig", OLMOE_NARROW, (5, 2, 2048), (7, 4, 3072)),
+    *_sizes("deepseek-v3-other", "DeepseekV3Config", DEEPSEEK_V3_OTHER, (3, 2, 2048), (4, 2, 5120)),
+    *_sizes("glm-wide", "Glm4MoeConfig", GLM_WIDE, (3, 2, 2048), (4, 2, 5120)),
+    *_sizes("gpt-oss-narrow", "GptOssConfig", GPT_OSS_NARROW, (3, 1, 2048), (4, 2, 2048)),
+    *_sizes("qwen2", "Qwen2MoeConfig", QWEN2, (3, 2, 2048), (4, 3, 4096)),
+    *_sizes("ernie", "Ernie4_5_MoeConfig", ERNIE, (3, 2, 2048), (4, 2, 4096)),
+    *_sizes("dots", "Dots1Config", DOTS, (4, 2, 2048), (5, 2, 6144)),
+    *_sizes("granite", "GraniteMoeConfig", GRANITE, (6, 2, 2048), (9, 4, 3072)),
+    _small("small-qwen2", "Qwen2MoeConfig", QWEN2, blind=True),
+    _small("small-ernie", "Ernie4_5_MoeConfig", ERNIE, blind=True),
+    _small("small-dots", "Dots1Config", DOTS, blind=True),
+    _small("small-granite", "GraniteMoeConfig", GRANITE, blind=True),
+    _small("small-olmoe-narrow", "OlmoeConfig", OLMOE_NARROW, blind=True),
+    *_three("tp-qwen3", "Qwen3MoeConfig", QWEN3, (3, 2, 2048), (3, 2, 4096), mode="tp", letters="ac", blind="ac"),
+    *_three("hf-ep-qwen3", "Qwen3MoeConfig", QWEN3, (3, 2, 2048), (3, 2, 4096), mode="hf-ep", letters="ac", blind="ac"),
+    *_three("tp-mixtral", "MixtralConfig", MIXTRAL, (2, 2, 4096), mode="tp", letters="c"),
+    *_three("hf-ep-mixtral", "MixtralConfig", MIXTRAL, (2, 2, 4096), mode="hf-ep", letters="c"),
+    *_three("tp-glm-small", "Glm4MoeConfig", GLM_SMALL, (4, 2, 4096), mode="tp", letters="c"),
+    *_three("ddp-qwen2", "Qwen2MoeConfig", QWEN2, (3, 2, 4096), mode="ddp", letters="c"),
+    *_three("fsdp-ernie", "Ernie4_5_MoeConfig", ERNIE, (4, 2, 4096), mode="fsdp2", letters="c"),
+    *_three("ddp-granite", "GraniteMoeConfig", GRANITE, (8, 2, 4096), mode="ddp", letters="c"),
+    *_three("fsdp-dots", "Dots1Config", DOTS, (5, 2, 4096), mode="fsdp2", letters="c"),
+    _small("ddp-small-qwen2", "Qwen2MoeConfig", QWEN2, mode="ddp", blind=True),
+    _small("fsdp-small-granite", "GraniteMoeConfig", GRANITE, mode="fsdp2", blind=True),
+)
+SETS = {"first": CASES, "second": SECOND_CASES, "third": THIRD_CASES}
 STEPS_AHEAD = 3
 
 
@@ -280,6 +322,8 @@ def spread(case: Case, model: torch.nn.Module) -> tuple[Any, Any]:
         for layer in layers:
             fully_shard(layer)
         return fully_shard(model), lambda: None
+    if case.mode in ("tp", "hf-ep"):
+        return _of_transformers(case, model), lambda: None
     if case.mode == "ep":
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.tensor.parallel import parallelize_module
@@ -292,6 +336,19 @@ def spread(case: Case, model: torch.nn.Module) -> tuple[Any, Any]:
         dense = [weight for name, weight in model.named_parameters() if ".moe.experts." not in name]
         return model, lambda: _sum_gradients(dense)
     return model, lambda: None
+
+
+def _of_transformers(case: Case, model: Any) -> Any:
+    """By transformers' own plan of tensor or expert parallelism."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from transformers.distributed import DistributedConfig
+    from transformers.distributed.tensor_parallel import apply_tensor_parallelism
+
+    ranks = dist.get_world_size()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    mesh = init_device_mesh(device, (ranks,), mesh_dim_names=("tp",))
+    model.config.distributed_config = DistributedConfig(tp_size=ranks, enable_expert_parallel=case.mode == "hf-ep")
+    return apply_tensor_parallelism(model, mesh)
 
 
 def _sum_gradients(weights: list[torch.nn.Parameter]) -> None:
@@ -313,11 +370,13 @@ def measure(case: Case, out: Path, *, seconds: float) -> dict[str, Any]:
     torch.cuda.reset_peak_memory_stats()
     torch.manual_seed(0)
     model, between = spread(case, module(case, device))
-    torch.manual_seed(1 + int(os.environ.get("RANK", 0)))
+    torch.manual_seed(1 + (0 if case.mode in ("tp", "hf-ep") else int(os.environ.get("RANK", 0))))
     loss_of = closure(case, model, device)
-    experts = [weight for name, weight in model.named_parameters() if ".moe.experts." in name]
-    others = [weight for name, weight in model.named_parameters() if ".moe.experts." not in name]
-    groups = [experts, others] if case.mode == "ep" else [[*model.parameters()]]
+    weights = [*model.parameters()]
+    shared = [isinstance(weight, DTensor) for weight in weights]  # an optimizer's group is of one kind
+    groups = [
+        [each for each, is_shared in zip(weights, shared, strict=True) if is_shared is kind] for kind in set(shared)
+    ]
     optimizer = torch.optim.AdamW([{"params": group} for group in groups], lr=1e-5, fused=True)
 
     def step() -> None:
@@ -371,15 +430,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--mode", choices=("one", "many"), default="one")
-    parser.add_argument("--set", choices=("first", "second"), default="first", help="second: measured on another day")
+    parser.add_argument("--set", choices=SETS, default="first", help="second and third: measured on other days")
     parser.add_argument("--only", default="")
     parser.add_argument("--skip", default="", help="torchtitan leaves another order of attention kernels behind")
     parser.add_argument("--half", type=int)
     parser.add_argument("--seconds", type=float, default=200.0)
     parser.add_argument("--each", type=float, default=2.0)
+    parser.add_argument("--quiet", action="store_true", help="print no times, so that predictions can be made blind")
     parser.add_argument("--list", action="store_true")
     args = parser.parse_args()
-    known = {"first": CASES, "second": SECOND_CASES}[args.set]
+    known = SETS[args.set]
     cases = [case for case in known if (case.mode == "one") == (args.mode == "one") and args.only in case.name]
     cases = [case for case in cases if not args.skip or args.skip not in case.name]
     cases = cases if args.half is None else cases[args.half :: 2]
@@ -407,7 +467,7 @@ def main() -> None:
             found = {"error": f"{type(error).__name__}: {error}; {place}"[:1200]}
         done.append({"case": asdict(case), **found})
         if int(os.environ.get("RANK", 0)) == 0:
-            shown = found.get("error", f"{1e3 * found.get('sustained_s', 0):.1f} ms")
+            shown = found.get("error", "measured" if args.quiet else f"{1e3 * found.get('sustained_s', 0):.1f} ms")
             print(f"{case.name}: {shown[:900]} ({time.perf_counter() - started:.0f} s)", flush=True)
             machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
             file.write_text(json.dumps({"machine": machine, "steps": done}))

@@ -275,7 +275,7 @@ def _unfused_attention(w: KernelWriter, step: Step, *, head_dim: int, value_dim:
     return chain(products, softmax, dropout if step.switches.dropout else ([], []), sums)
 
 
-def _core_attention(w: KernelWriter, step: Step) -> Passes:
+def core_attention(w: KernelWriter, step: Step) -> Passes:
     """Fused attention over the pairs that `keys_per_query` counts; global tokens cost as a short causal pass."""
     model = step.model
     extra = model.attention.rope_head_dim if isinstance(model.attention, Mla) else 0
@@ -356,7 +356,7 @@ def attention_part(w: KernelWriter, step: Step) -> Passes:
         branch(w.at(Part.RESIDUAL), "attention.branch", step),
         norm(w, "attention_norm", step, tokens=step.tokens, width=step.model.hidden),
         _latent(w, step, mla) if isinstance(mla, Mla) else _grouped_query(w, step),
-        repeated_whole("core_attention", _core_attention(w, step)),
+        repeated_whole("core_attention", core_attention(w, step)),
         ([], []) if step.switches.layout_copies == "none" else merge,
         row_parallel(w, "attention_out", step, k=step.model.heads * _value_width(step), n=step.model.hidden),
         residual(w.at(Part.RESIDUAL), "attention.residual", step),

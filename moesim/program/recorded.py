@@ -1,5 +1,7 @@
 """`implementation: {kind: imported, file: STEP}`: the operations of the user's own program, at the scenario's sizes.
 
+Tensor ranks share widths and tokens as `moesim.recorded.sharing` says, context ranks a ring of attention.
+
 The recorded step (`moesim import-step`) gives each layer of a kind its operations, in order; what lies outside of the
 layers belongs to embedding or head. Every operation is scaled to the tokens of a micro-batch and the model's experts
 (`moesim.recorded`); between the first and the last grouped GEMM of a layer, operations on rows follow the rows that the
@@ -10,8 +12,7 @@ combine are put around the experts, as torch programs do it; the recorded step k
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from numpy.typing import NDArray
 from moesim.errors import UserError
 from moesim.kernels import HostCosts, KernelModel
 from moesim.kernels.families import FAMILY_OF, GroupedGemm, error_family
+from moesim.program.attention import core_attention
+from moesim.program.gemms import collective, gather_tokens, scatter_tokens
 from moesim.program.host import FREE_HOST, HostModel
 from moesim.program.loads import LayerLoads
 from moesim.program.moe import counted_rows, send, send_back
@@ -32,10 +35,12 @@ from moesim.program.torch_kernels import issued, moved
 from moesim.program.writer import KernelWriter
 from moesim.recorded.estimate import HOST, step_estimate
 from moesim.recorded.layers import DENSE, EXPERTS_GEMM, MOE, module_in_layer
-from moesim.recorded.pricing import GAP_S, OPTIMIZER, SDPA, kernels_of, prices
+from moesim.recorded.parts import recorded_step
+from moesim.recorded.pricing import GAP_S, SDPA, kernels_of, prices
 from moesim.recorded.scaling import scaled_op, scaled_ops
-from moesim.recorded.sizes import MatchedOp, StepSizes, matched, sizes_of
-from moesim.recorded.step_file import AGAIN, RecordedOp, load_step
+from moesim.recorded.sharing import Exchange, divided, kept_whole, shared_out
+from moesim.recorded.sizes import MatchedOp, StepSizes
+from moesim.recorded.step_file import RecordedOp
 from moesim.recorded.widths import (
     DENSE_WIDTH,
     HEAD_DIM,
@@ -47,66 +52,12 @@ from moesim.recorded.widths import (
     SHARED_WIDTH,
     VALUE_DIM,
 )
-from moesim.results.spans import Part, Phase
+from moesim.results.spans import Collective, Part, Phase
 from moesim.scenario import Scenario
 from moesim.scenario.model import Mla, Model
 
 GRID = 9  # row counts between the fewest and the most of a rank at which an operation is priced
-BF16 = 2.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class RecordedStep:
-    """A file of a step: what it has in the layers of each kind, before and behind them, with its sizes."""
-
-    sizes: StepSizes
-    ops: tuple[MatchedOp, ...]
-    experts_module: str  # of a layer, "" where the file does not say
-    recomputes: bool  # whether its backward pass repeats layers (activation checkpointing); `ops` are without those
-
-    def of_layer(self, kind: str, phase: str) -> list[MatchedOp]:
-        """The operations of the layers of a kind."""
-        return [each for each in self.ops if each.op.layer == kind and each.op.phase == phase]
-
-    def outside(self, phase: str) -> tuple[list[MatchedOp], list[MatchedOp]]:
-        """What comes before the first operation of a layer, and what behind it."""
-        ops = [each for each in self.ops if each.op.phase == phase and each.op.name != OPTIMIZER]
-        first = next((place for place, each in enumerate(ops) if each.op.layer), len(ops))
-        return ops[:first], [each for each in ops[first:] if not each.op.layer]
-
-
-def kept_sizes(path: Path) -> str:
-    """What of a recorded step does not follow the scenario: operations with a dimension that matches none of the step's
-    sizes, and those that no table knows, by name; "" where there are none.
-    """
-    step = recorded_step(path)
-    kept = sorted({each.op.name for each in step.ops if not each.known})
-    unknown = sorted({each.op.name for each in step.ops if not kernels_of(each.op)[1]})
-    told = [f"keep a dimension at its recorded size, which matches none of the step's: {', '.join(kept)}"] * bool(kept)
-    told += [f"are priced by their bytes alone: {', '.join(unknown)}"] * bool(unknown)
-    return "; ".join(told)
-
-
-@lru_cache(maxsize=4)
-def _read(path: Path, changed: float) -> RecordedStep:
-    _, ops = load_step(path)
-    sizes = sizes_of(ops, where=str(path))
-    if any("collective" in op.facts for op in ops):
-        raise UserError(f"{path} was recorded on several ranks; record one rank alone: the scenario adds the others")
-    experts = next((module_in_layer(op.module) for op in ops if op.name == EXPERTS_GEMM), "")
-    once = [op for op in ops if AGAIN not in op.facts]
-    return RecordedStep(
-        sizes=sizes, ops=tuple(matched(once, sizes)), experts_module=experts, recomputes=len(once) < len(ops)
-    )
-
-
-def recorded_step(path: Path) -> RecordedStep:
-    """The step of a file. Raises UserError, one line, for what is none or cannot be scaled."""
-    try:
-        changed = path.stat().st_mtime
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    return _read(path, changed)
+BF16, FP32 = 2.0, 4.0
 
 
 class RecordedKernels:
@@ -145,6 +96,27 @@ class RecordedKernels:
                     f"{self.scenario.implementation.file} has no {kind} layers, and the model has {wanted}; record a "
                     "step with at least one of each kind"
                 )
+        self._check_sharing()
+
+    def _check_sharing(self) -> None:
+        """Raises UserError where nothing says how ranks could share the layers."""
+        mesh, file = self.scenario.parallelism, self.scenario.implementation.file
+        axes = {axis: getattr(mesh, axis) for axis in ("tensor", "context", "expert_tensor")}
+        axis = next((name for name, size in axes.items() if size > 1), None)
+        if axis is None:
+            return
+        sizes = self.step.sizes
+        if not sizes.widths:
+            why = "does not follow widths (a trace, or an older file); record the program with this version"
+        elif kept := kept_whole(self.step.ops, sizes):
+            why = f"has what cannot be shared out: {', '.join(kept)}; name these dimensions' weights otherwise"
+        elif axes["tensor"] > 1 and HEADS not in sizes.widths:
+            why = "has no heads of attention that could be told; record it with scaled_dot_product_attention"
+        elif axes["context"] > 1 and all(each.op.name != SDPA for each in self.step.ops):
+            why = "has attention step by step, which needs whole sequences; record it with scaled_dot_product_attention"
+        else:
+            return
+        raise UserError(f"{file} {why}, or set parallelism.{axis}: 1")
 
     def host_model(self, kernels: KernelModel) -> HostModel:
         """What `moesim import-step` takes for each operation; free where the host stays ahead of the GPU all the step.
@@ -154,12 +126,13 @@ class RecordedKernels:
         mesh, workload = self.scenario.parallelism, self.scenario.workload
         host = HOST.times(self.scenario.compute.host_factor)
         if mesh.expert * mesh.expert_tensor == 1:
-            one = replace(
+            whole = replace(
                 self.step.sizes,
                 sequences=workload.micro_batch,
-                sequence_length=workload.sequence_length,
+                sequence_length=workload.sequence_length // mesh.context,
                 **_of_model(self.scenario.model, self.step.sizes),
             )
+            one = divided(whole, tensor=mesh.tensor, expert_tensor=1)
             estimate = step_estimate(scaled_ops(self.step.ops, self.step.sizes, one), kernels, host=host)
             if estimate.kernels_s + estimate.gaps_s >= estimate.host_s:
                 return FREE_HOST
@@ -168,16 +141,20 @@ class RecordedKernels:
             forward_launch=factor * own.launch, backward_launch=factor * own.backward_launch, readback=own.readback
         )
 
-    def _to(self, step: Step) -> StepSizes:
+    def _to(self, step: Step, *, whole: bool = False) -> StepSizes:
+        """Of one rank; `whole`: with the tokens of all its tensor ranks."""
         sizes = self.step.sizes
-        return replace(
+        of_model = replace(
             sizes,
             sequences=step.batch,
-            sequence_length=step.sequence,
+            sequence_length=(step.gathered_tokens if whole else step.tokens) // step.batch,
             **_of_model(step.model, sizes),
             dense_layers=1,
             moe_layers=1,
         )
+        if step.tensor * step.expert_tensor == 1:
+            return of_model
+        return divided(of_model, tensor=step.tensor, expert_tensor=step.expert_tensor)
 
     def embedding_part(self, w: KernelWriter, step: Step) -> Passes:
         """What comes before the layers; backward, what comes behind their gradients."""
@@ -188,38 +165,92 @@ class RecordedKernels:
         return self._plain(w, step, self.step.outside("forward")[1], self.step.outside("backward")[0])
 
     def _plain(self, w: KernelWriter, step: Step, ahead: Sequence[MatchedOp], back: Sequence[MatchedOp]) -> Passes:
-        to = self._to(step)
-        writers = w, w.backward
         forward_pass, backward_pass = (
-            [self._operation(writer, each, to) for each in ops]
-            for writer, ops in zip(writers, (ahead, back), strict=True)
+            [each for place in self._written_out(writer, step, ahead, ops) for each in place]
+            for writer, ops in ((w, ahead), (w.backward, back))
         )
         return forward_pass, backward_pass
 
     def layer_part(self, w: KernelWriter, step: Step, loads: LayerLoads | None) -> Passes:
         """One layer of either kind; `loads` is None for a dense layer."""
         kind = DENSE if loads is None else MOE
-        passes = []
-        for phase, writer in (("forward", w), ("backward", w.backward)):
-            ops = self.step.of_layer(kind, phase)
-            if loads is None:
-                passes.append([self._operation(self._at(writer, each), each, self._to(step)) for each in ops])
-            else:
-                passes.append(self._moe_pass(writer, step, loads, ops))
-        return passes[0], passes[1]
+        ahead, back = self.step.of_layer(kind, "forward"), self.step.of_layer(kind, "backward")
+        forward_pass, backward_pass = (
+            self._layer_pass(writer, step, loads, ahead, ops) for writer, ops in ((w, ahead), (w.backward, back))
+        )
+        return forward_pass, backward_pass
 
-    def _moe_pass(self, w: KernelWriter, step: Step, loads: LayerLoads, ops: Sequence[MatchedOp]) -> list[Operation]:
+    def _layer_pass(
+        self,
+        w: KernelWriter,
+        step: Step,
+        loads: LayerLoads | None,
+        ahead: Sequence[MatchedOp],
+        ops: Sequence[MatchedOp],
+    ) -> list[Operation]:
         """The operations in order, with the ways of the rows around the experts where these are on several ranks."""
-        to = self._to(step)
-        grouped = [place for place, each in enumerate(ops) if each.op.name == EXPERTS_GEMM]
-        first, last = (grouped[0], grouped[-1]) if grouped else (len(ops), -1)
-        before = [self._operation(self._at(w, each), each, to) for each in ops[:first]]
-        behind = [self._operation(self._at(w, each), each, to) for each in ops[max(last + 1, first) :]]
-        within = [self._of_rows(self._at(w, each), each, to, loads) for each in ops[first : last + 1]]
-        if not step.remote:
-            return [*before, *within, *behind]
-        out, back = self._ways(w, step, loads)
-        return [*before, *out, *within, *back, *behind]
+        grouped = [place for place, each in enumerate(ops) if each.op.name == EXPERTS_GEMM] if loads else []
+        within = range(grouped[0], grouped[-1] + 1) if grouped else range(0)
+        found = self._written_out(w, step, ahead, ops, within=within, loads=loads)
+        if loads is not None and step.remote:
+            out, back = self._ways(w, step, loads)
+            if not within:
+                found.append([*out, *back])
+            for place, more in ((within[0], out), (within[-1], back)) if within else ():
+                found[place] = [*more, *found[place]] if more is out else [*found[place], *more]
+        return [operation for place in found for operation in place]
+
+    def _written_out(
+        self,
+        w: KernelWriter,
+        step: Step,
+        ahead: Sequence[MatchedOp],
+        ops: Sequence[MatchedOp],
+        *,
+        within: range = range(0),
+        loads: LayerLoads | None = None,
+    ) -> list[list[Operation]]:
+        """What each of `ops` is, with exchanges among tensor ranks around it; those `within` follow the routed rows.
+
+        `ahead`: the forward pass that they belong to.
+        """
+        shared = shared_out(ahead, ops, self._of_model(step)) if step.tensor > 1 else [None] * len(ops)
+        found = []
+        for place, (each, part) in enumerate(zip(ops, shared, strict=True)):
+            writer = self._at(w, each) if each.op.layer else w
+            whole = part is not None and part.whole
+            if each.op.name == SDPA and step.context > 1:
+                written = self._ring(writer, step)
+            elif place in within and loads is not None:
+                written = [self._of_rows(writer, each, self._to(step), loads)]
+            else:
+                written = [self._operation(writer, each, self._to(step, whole=whole))]
+            if part is not None:
+                before, behind = (
+                    [sent for exchange in exchanges for sent in self._exchange(writer, step, exchange)]
+                    for exchanges in (part.before, part.behind)
+                )
+                written = [*before, *written, *behind]
+            found.append(written)
+        return found
+
+    def _of_model(self, step: Step) -> StepSizes:
+        return replace(self.step.sizes, **_of_model(step.model, self.step.sizes))
+
+    def _exchange(self, w: KernelWriter, step: Step, what: Exchange) -> list[Operation]:
+        """Of tokens among tensor ranks, as the lists of switches have it."""
+        writer = w.during(Phase.WEIGHT_GRADIENT) if what.late else w
+        if what.sums:
+            assert step.links is not None
+            reduced = step.links.reduce(step.tensor_peers, FP32 * step.gathered_tokens)
+            return [collective(w, "loss.sums", step, reduced, step.tensor_peers, kind=Collective.ALL_REDUCE)]
+        way = gather_tokens if what.gathers else scatter_tokens
+        return way(writer, f"{w.part}.{'gather' if what.gathers else 'scatter'}", step, width=what.width)
+
+    def _ring(self, w: KernelWriter, step: Step) -> list[Operation]:
+        """Attention around the ring of context ranks in the place of the recorded kernel."""
+        ahead, back = core_attention(w.during(Phase.FORWARD), step)
+        return ahead if w.phase is Phase.FORWARD else back
 
     def _ways(self, w: KernelWriter, step: Step, loads: LayerLoads) -> tuple[list[Operation], list[Operation]]:
         p = w.at(Part.PERMUTE)

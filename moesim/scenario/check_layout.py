@@ -58,7 +58,7 @@ def require_software(scenario: Scenario, report: Report) -> None:
     if not software.shares_layers:
         for axis in ("tensor", "context", "expert_tensor"):
             if (size := getattr(scenario.parallelism, axis)) > 1:
-                message = f"{software.name} has no such ranks ({size}); {software.whole_layers}use {FUSED.name}"
+                message = f"{software.name} has no such ranks ({size}); use {FUSED.name}"
                 raise report.user(f"parallelism.{axis}", message)
     if scenario.workload.recomputed_parts and not software.recomputes_parts:
         message = f"{software.name} can only recompute whole layers; use none or full, or implementation {FUSED.name}"

@@ -164,9 +164,9 @@ class SoftwareFacts:
     which writer writes it. bound: an ideal that no program reaches.
     By itself, where a scenario says nothing: shared_beside, whether shared experts run beside the dispatch;
     reduces_beside, whether gradients are reduced beside the last backward pass.
-    Of what it can do: shards_gradients (ZeRO 2 and 3), shares_layers (tensor, context and expert-tensor ranks;
-    whole_layers: what to do where it cannot), other_layers (dense layers anywhere, windows in some layers, networks
-    that are not gated, experts of another width), recomputes_parts, overlaps, copies_experts (an expert in more than
+    Of what it can do: shards_gradients (ZeRO 2 and 3), shares_layers (tensor, context and expert-tensor
+    ranks), other_layers (dense layers anywhere, windows in some layers, networks that are not gated, experts of another
+    width), recomputes_parts, overlaps, copies_experts (an expert in more than
     one slot), deduplicates (a token goes once to a
     rank for several experts), casts_fp8 (products of FP8 with casts of their own), plain_queries (latent attention
     without compressed queries), query_key_norms (where a model has them), expert_ranks (experts on several ranks),
@@ -186,7 +186,6 @@ class SoftwareFacts:
     bf16_optimizer: bool = False
     shards_gradients: bool = True
     shares_layers: bool = True
-    whole_layers: str = ""
     other_layers: bool = True
     recomputes_parts: bool = True
     overlaps: bool = True
@@ -382,8 +381,6 @@ IMPORTED = SoftwareFacts(
     ),
     kernels="own_program",
     bf16_optimizer=True,
-    shares_layers=False,
-    whole_layers="a recorded step has whole layers: spread it by data, expert and pipeline ranks and zero: 3, or ",
     recomputes_parts=False,
     reduces_beside=True,
     casts_fp8=False,

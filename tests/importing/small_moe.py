@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention, silu
 
-HIDDEN, HEADS, WIDTH, VOCAB, TOP_K = 1024, 8, 512, 12288, 4
+HIDDEN, HEADS, HEAD_DIM, DENSE, WIDTH, VOCAB, TOP_K = 1024, 8, 128, 2048, 512, 12288, 4
 
 
 class Attention(nn.Module):
@@ -12,13 +12,14 @@ class Attention(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.qkv, self.out = (nn.Linear(HIDDEN, size * HIDDEN, bias=False) for size in (3, 1))
+        self.qkv = nn.Linear(HIDDEN, 3 * HEADS * HEAD_DIM, bias=False)
+        self.out = nn.Linear(HEADS * HEAD_DIM, HIDDEN, bias=False)
 
     def forward(self, x_BSH: Tensor) -> Tensor:
         """The sum of values."""
         b, s, _ = x_BSH.shape
         q, k, v = self.qkv(x_BSH).view(b, s, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
-        return self.out(scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(b, s, HIDDEN))
+        return self.out(scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(b, s, -1))
 
 
 class Dense(nn.Module):
@@ -26,7 +27,7 @@ class Dense(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.up, self.down = nn.Linear(HIDDEN, 4 * HIDDEN, bias=False), nn.Linear(2 * HIDDEN, HIDDEN, bias=False)
+        self.up, self.down = nn.Linear(HIDDEN, 2 * DENSE, bias=False), nn.Linear(DENSE, HIDDEN, bias=False)
 
     def forward(self, x_BSH: Tensor) -> Tensor:
         """The network's result."""

@@ -230,10 +230,6 @@ def test_what_matches_no_size_is_a_warning_of_the_run(first: list[RecordedOp], t
         ({"implementation": {"kind": "imported"}}, "implementation.file: is missing"),
         ({"implementation": {"kind": "fused", "file": __file__}}, "fused reads no file"),
         ({"implementation.norm": "fused"}, "implementation.norm: is as the recorded program has it"),
-        (
-            {"parallelism.tensor": 2, "parallelism.data": 1, "cluster.gpus_per_node": 2},
-            "has whole layers: spread it by",
-        ),
         ({"implementation.file": "nowhere.json"}, "does not exist"),
         ({"implementation.file": __file__}, "is no recorded step"),
     ],
@@ -253,7 +249,7 @@ def test_widths_of_an_old_file_cannot_be_others(old_file: Path, key: str) -> Non
 def test_a_scenario_of_other_widths_takes_that_of_a_step_recorded_there(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in {"HIDDEN": 2048, "HEADS": 16, "WIDTH": 768}.items():
+    for name, value in {"HIDDEN": 2048, "HEADS": 16, "DENSE": 4096, "WIDTH": 768}.items():
         monkeypatch.setattr(small_moe, name, value)
     anew = tmp_path / "anew.json"
     save_step(anew, recorded(), source="small_moe")
