@@ -17,14 +17,14 @@ from moesim.errors import InfeasibleError, UserError
 from moesim.flags.from_megatron import read_megatron
 from moesim.flags.routing_choice import Choice
 from moesim.flags.software import WRITERS
-from moesim.planner.folder import Folder
 from moesim.planner.loading import load_any_plan
 from moesim.planner.planning import Watching, make_plan
 from moesim.planner.serving_plan import ServingPlan
 from moesim.planner.serving_planning import make_serving_plan
+from moesim.planner.simulations import Folder
 from moesim.reliability import Goodput, goodput
 from moesim.results import RunRecord
-from moesim.routing.cache import ProgressCallback
+from moesim.routing.request import ProgressCallback
 from moesim.run import obtain_trace, simulate
 from moesim.scenario import GpuSpec, Scenario, gpu_names, gpu_spec, scenario_from_mapping
 from moesim.scenario import load_scenario as _load_file

@@ -9,10 +9,10 @@ from moesim.program.drawn_routing import draw_samples, obtain_trace, rows_of_var
 from moesim.program.scenario_fabric import scenario_fabric, scenario_kernels
 from moesim.program.warnings import layout_warnings, sharing_warnings
 from moesim.results import RunRecord
-from moesim.results.assemble import Searched, Simulated, assemble
+from moesim.results.definitions import check_plausible
+from moesim.results.outcome import Searched, Simulated, assemble
 from moesim.results.placement import replacing_facts
-from moesim.results.plausible import check_plausible
-from moesim.routing.cache import ProgressCallback, SearchReport
+from moesim.routing.request import ProgressCallback, SearchReport
 from moesim.scenario import Scenario, Search
 from moesim.scenario.check import require_supported
 from moesim.trace import RoutingTrace

@@ -18,7 +18,7 @@ from typing import Any
 from moesim.errors import UserError
 from moesim.results import RunRecord
 from moesim.results.metrics import cost
-from moesim.routing.cache import ProgressCallback
+from moesim.routing.request import ProgressCallback
 from moesim.run import mean_step_seconds, obtain_trace
 from moesim.scenario import GroupedRouter, Overlap, Scenario, TraceRouting, TrainRouting
 from moesim.scenario.routing import NO_GROUPS

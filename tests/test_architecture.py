@@ -223,7 +223,7 @@ SAME_WORDS = {
     "network/collectives.py": {"hierarchical"},
     "network/fabric.py": {"custom"},
     "serving/decode_kernels.py": {"h100"},  # whose rows say which attention was measured
-    "validation/node_cases.py": {"skewed"},
+    "validation/cases.py": {"skewed"},
 }
 
 
@@ -261,7 +261,6 @@ NAMES_OF_OTHERS = {
     "report/topology_layout.py": {"switch"},  # of a network
     "report/topology.py": {"switch"},
     "validation/cases.py": {"uniform"},  # of routing that is drawn
-    "validation/node_cases.py": {"uniform"},
 }
 
 

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from moesim.display import LINE_SECONDS, Lines, opened_display
-from moesim.routing.cache import StepReport, show_training
+from moesim.routing.request import StepReport, show_training
 from moesim.study import Progress, show_points
 
 

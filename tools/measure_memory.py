@@ -9,8 +9,8 @@ forward, backward, reduction and optimizer, and what it reserved. An interrupted
 import argparse
 from pathlib import Path
 
+from moesim.validation.comparison import SHIPPED_TABLES, shipped_table
 from moesim.validation.launch import measure_cases
-from moesim.validation.table import SHIPPED_TABLES, shipped_table
 from moesim.validation.worker import Effort
 
 

@@ -5,7 +5,7 @@
 
 transfers: NCCL's calls from 8 KiB to 1 GiB, even and uneven, by number of blocks (NCCL_MAX_CTAS), alone and beside
 kernels, at 2, 4, ... N ranks: `transfers-R.json.gz`, profiles as of `moesim calibrate`, whose rows that say `held_out`
-are in no fit. steps: the cases of `moesim.validation.node_cases`, with the seconds of every step and of every part of
+are in no fit. steps: the cases of `moesim.validation.cases`, with the seconds of every step and of every part of
 every layer on each rank: a file each under `steps/`, and `table.json`; half of them are kept out of every choice.
 spread: how far ranks doing the same work are apart, `spread.json`. What is done is not measured again. --report sets
 the steps beside their predictions, those kept out apart.
@@ -63,9 +63,9 @@ def steps(gpus: int, out: Path, deadline: float, seconds: float) -> None:
     """One case after the other, until the deadline."""
     import torch
 
+    from moesim.validation.cases import node_cases
+    from moesim.validation.comparison import make_table, save_table
     from moesim.validation.launch import device_name, measure_cases
-    from moesim.validation.node_cases import node_cases
-    from moesim.validation.table import make_table, save_table
     from moesim.validation.worker import Effort
 
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
@@ -90,9 +90,8 @@ def spread(gpus: int, out: Path, deadline: float) -> None:
 
 def report(out: Path) -> None:
     """Predictions beside the steps: those that may be looked at, and those kept out."""
-    from moesim.validation.node_cases import is_held_out
-    from moesim.validation.show import print_table
-    from moesim.validation.table import Table, load_table, recompute
+    from moesim.validation.cases import is_held_out
+    from moesim.validation.comparison import Table, load_table, print_table, recompute
 
     table = load_table(out / "table.json" if out.is_dir() else out)
     for kept_out in (False, True):

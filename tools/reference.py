@@ -26,12 +26,12 @@ import moesim  # noqa: E402
 from moesim.cli.parser import build  # noqa: E402
 from moesim.planner.loading import plan_json_schema  # noqa: E402
 from moesim.planner.serving_plan import serving_plan_json_schema  # noqa: E402
-from moesim.reliability.definitions import GOODPUT_DEFINITIONS as GOODPUT  # noqa: E402
+from moesim.reliability.answers import GOODPUT_DEFINITIONS as GOODPUT  # noqa: E402
 from moesim.results.definitions import SECTIONS  # noqa: E402
 from moesim.scenario import json_schema  # noqa: E402
 from moesim.serving.loading import serving_json_schema  # noqa: E402
-from moesim.sweeper.axes import AXIS_KEYS  # noqa: E402
 from moesim.sweeper.metrics import METRICS  # noqa: E402
+from moesim.sweeper.reader import AXIS_KEYS  # noqa: E402
 from moesim.sweeper.study import PLOT_KEYS, STUDY_KEYS  # noqa: E402
 
 

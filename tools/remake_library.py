@@ -37,14 +37,16 @@ from moesim.routing.request import TrainingRequest
 from moesim.scenario.routers import ROUTERS
 from moesim.scenario.routing import NoCapacity
 from moesim.trace import RoutingTrace, StepCounts
-from moesim.trace.library.catalogue import INDEX, file_of, write_index
-from moesim.trace.library.codec import (
+from moesim.trace.library.catalogue import (
     COARSE_RATIO,
     FINE_RATIO,
+    INDEX,
     TextOrder,
+    file_of,
     read_facts,
     read_order,
     sort_text,
+    write_index,
     write_order,
 )
 
@@ -247,8 +249,7 @@ def train_bunch(points: Sequence[LibraryPoint], out: Path) -> list[str]:
     from static_training import StaticTrainer, train_together
 
     from moesim.routing.corpus import load_corpus
-    from moesim.routing.recording import held_out_sequences
-    from moesim.routing.training import device_of
+    from moesim.routing.training import device_of, held_out_sequences
 
     first = points[0].request
     corpus = load_corpus(first.corpus)
@@ -272,7 +273,7 @@ def train_bunch(points: Sequence[LibraryPoint], out: Path) -> list[str]:
 def keep_order(request: TrainingRequest, out: Path) -> TextOrder:
     """The order of the evaluated held-out text, written into the folder of the entries that use it."""
     from moesim.routing.corpus import load_corpus
-    from moesim.routing.recording import held_out_sequences
+    from moesim.routing.training import held_out_sequences
 
     held_out = load_corpus(request.corpus).held_out
     text = held_out_sequences(held_out, num_sequences=EVALUATED_SEQUENCES, length=request.sequence_length)
@@ -288,7 +289,7 @@ def recorded_layers(request: TrainingRequest) -> list[int]:
 
 def _write(point: LibraryPoint, trainer: "StaticTrainer", held_out: bytes, out: Path) -> None:
     """Record the trained router and write the entry."""
-    from moesim.trace.library.codec import write_entry
+    from moesim.trace.library.catalogue import write_entry
 
     request, trace = point.request, _record(trainer, held_out)
     part = max(1, round(LAST_PART * request.steps))
@@ -315,8 +316,7 @@ def _record(trainer: "StaticTrainer", held_out: bytes) -> RoutingTrace:
     """The trained router's routing of held-out text in the kept layers, with the counts of earlier steps."""
     from static_training import flash_attention
 
-    from moesim.routing.recording import record
-    from moesim.routing.training import device_name
+    from moesim.routing.training import device_name, record
 
     request, layers = trainer.request, recorded_layers(trainer.request)
     with flash_attention(trainer.device):

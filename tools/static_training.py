@@ -24,10 +24,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from moesim.routing.balance import balance_loss, routing_sums
 from moesim.routing.corpus import Corpus
-from moesim.routing.experts import RoutedExperts
 from moesim.routing.request import TrainingRequest
 from moesim.routing.training import BETAS, WEIGHT_DECAY, draw_batch, learning_rate, update_biases
-from moesim.routing.transformer import LanguageModel, Mode
+from moesim.routing.transformer import LanguageModel, Mode, RoutedExperts
 from moesim.scenario.routers import ROUTERS
 from moesim.seeding import stream_seed
 from moesim.trace import TrainingCurves

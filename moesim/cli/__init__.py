@@ -6,8 +6,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from moesim.cli.flags import INTERRUPTED_EXIT_CODE, Interrupted, let_go, open_closed_streams, say
 from moesim.cli.parser import build, parse
-from moesim.cli.session import INTERRUPTED_EXIT_CODE, Interrupted, let_go, open_closed_streams, say
 from moesim.errors import UserError, one_line
 from moesim.processes import signals_interrupt
 

@@ -18,11 +18,13 @@ from moesim.cli.flags import (
     add_quiet,
     add_scenario,
     check_new,
+    interrupts_say,
+    kept_of_training,
     load,
     place_of_page,
+    watched_training,
     write_output,
 )
-from moesim.cli.session import interrupts_say, kept_of_training, watched_training
 from moesim.errors import UserError
 from moesim.strict_json import json_text
 

@@ -9,8 +9,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moesim.cli.flags import Verb, add_force, add_json, add_overrides, add_quiet, check_writable
-from moesim.cli.session import interrupts_say
+from moesim.cli.flags import Verb, add_force, add_json, add_overrides, add_quiet, check_writable, interrupts_say
 from moesim.errors import UserError
 from moesim.strict_json import json_text
 
@@ -143,7 +142,7 @@ def execute_validate(args: argparse.Namespace) -> int:
         raise UserError("--calibrate corrects the prediction of a trace; name the trace with --step")
     from moesim.scenario import load_scenario
     from moesim.validation import validate_command
-    from moesim.validation.table import table_json
+    from moesim.validation.comparison import table_json
 
     kept = args.out or Path("validation")
     with interrupts_say(lambda: f"finished cases are kept in {kept}; the same command goes on from there"):

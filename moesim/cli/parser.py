@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from moesim import __version__
-from moesim.cli import catalogue, launches, layouts, measurements, simulations, studies, traces
+from moesim.cli import catalogue, layouts, measurements, simulations, studies, traces
 from moesim.errors import UserError, closest
 
 VERBS = {
@@ -20,7 +20,7 @@ VERBS = {
         studies.PLAN,
         studies.PLOT,
         catalogue.SCENARIOS,
-        launches.FROM_MEGATRON,
+        catalogue.FROM_MEGATRON,
         catalogue.MODEL,
         catalogue.GPUS,
         measurements.IMPORT_STEP,

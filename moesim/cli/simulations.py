@@ -5,6 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moesim.cli.catalogue import (
+    add_launch,
+    add_software,
+    flags_json,
+    print_command,
+    print_reading_summary,
+    read_launch_of,
+)
 from moesim.cli.flags import (
     Verb,
     add_cache,
@@ -18,20 +26,14 @@ from moesim.cli.flags import (
     add_scenario,
     check_positive,
     check_writable,
+    interrupts_say,
+    kept_of_training,
     load,
     place_of_page,
     print_csv,
+    watched_training,
     write_output,
 )
-from moesim.cli.launches import (
-    add_launch,
-    add_software,
-    flags_json,
-    print_command,
-    print_reading_summary,
-    read_launch_of,
-)
-from moesim.cli.session import interrupts_say, kept_of_training, watched_training
 from moesim.errors import UserError
 from moesim.strict_json import json_text
 

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moesim.cli.catalogue import add_software, print_command
 from moesim.cli.flags import (
     Verb,
     add_cache,
@@ -20,12 +21,11 @@ from moesim.cli.flags import (
     add_workers,
     check_workers,
     check_writable,
+    interrupts_say,
     print_csv,
     texts,
     write_output,
 )
-from moesim.cli.launches import add_software, print_command
-from moesim.cli.session import interrupts_say
 from moesim.errors import UserError
 from moesim.strict_json import json_text
 
@@ -232,8 +232,8 @@ def _row_of_layout(layout: str, outcome: dict[str, Any], *, on_front: bool) -> d
 
 def _planned(plan: "Plan", out_dir: Path, args: argparse.Namespace) -> dict[str, Any]:
     from moesim.display import opened_display
-    from moesim.planner.folder import Folder
     from moesim.planner.planning import make_plan, watching_on
+    from moesim.planner.simulations import Folder
     from moesim.study import show_points
 
     with opened_display(quiet=args.quiet) as display:

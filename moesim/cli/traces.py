@@ -19,9 +19,11 @@ from moesim.cli.flags import (
     add_scenario,
     check_new,
     check_positive,
+    interrupts_say,
+    kept_of_training,
     load,
+    watched_training,
 )
-from moesim.cli.session import interrupts_say, kept_of_training, watched_training
 from moesim.errors import UserError
 from moesim.strict_json import json_text
 
@@ -293,7 +295,7 @@ def execute_trace_export(args: argparse.Namespace) -> int:
     """Write the table. Raises UserError."""
     check_new(args.out, force=args.force)
     from moesim.api import load_trace
-    from moesim.routing.importing.tensors import write_parquet
+    from moesim.routing.importing.source import write_parquet
 
     rows = write_parquet(load_trace(args.trace), args.out)
     if not args.quiet:

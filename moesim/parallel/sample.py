@@ -35,8 +35,7 @@ from moesim.scenario import Scenario
 from moesim.scenario.placement import MadeFromCounts, MadeFromRows
 from moesim.scenario.routing import DeviceCapacity, ExpertCapacity
 from moesim.seeding import stream
-from moesim.trace.record import RoutingTrace
-from moesim.trace.sampling import choose_protected, draw_sequences
+from moesim.trace.record import RoutingTrace, choose_protected, draw_sequences
 
 Array = NDArray[Any]
 

@@ -16,7 +16,7 @@ from moesim.parallel.mesh import GroupLayout
 from moesim.parallel.placement import ExpertPlacement
 from moesim.parallel.traffic import LayerTraffic
 from moesim.scenario.routing import DeviceCapacity, ExpertCapacity
-from moesim.trace.sampling import SequenceDraw
+from moesim.trace.record import SequenceDraw
 
 if TYPE_CHECKING:
     from moesim.parallel.sample import TrafficSampler

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 from moesim.errors import InfeasibleError
 from moesim.planner.plan import Objective, Plan
 from moesim.reliability import LEAST_WORK, Step, goodput_of_step, kept_share
-from moesim.reliability.job_of_scenario import job_causes
+from moesim.reliability.job import job_causes
 from moesim.results.metrics import cost, utilisation
 from moesim.scenario import Scenario
 

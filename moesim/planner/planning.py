@@ -12,7 +12,6 @@ from typing import Any
 from moesim.display import Display
 from moesim.errors import InfeasibleError
 from moesim.flags.software import WRITERS
-from moesim.planner.folder import JOURNAL_FILE, Folder, plan_hash
 from moesim.planner.outcome import front
 from moesim.planner.plan import Plan
 from moesim.planner.screen import Screen
@@ -28,10 +27,10 @@ from moesim.planner.search import (
     uses_nsga2,
 )
 from moesim.planner.selection import Simulated, screen_error, why
-from moesim.planner.simulations import Simulations, baseline, sensitivity
+from moesim.planner.simulations import JOURNAL_FILE, Folder, Simulations, baseline, plan_hash, sensitivity
 from moesim.planner.space import Space
-from moesim.results.assemble import software_facts
-from moesim.routing.cache import ProgressCallback, show_training
+from moesim.results.outcome import software_facts
+from moesim.routing.request import ProgressCallback, show_training
 from moesim.study import PointRecord
 
 

@@ -25,13 +25,12 @@ from moesim.planner.outcome import Miss, Outcome, Rejections, missed, outcome_of
 from moesim.planner.plan import Objective, Plan, Search
 from moesim.planner.screen import Screen
 from moesim.planner.space import Discarded, Layout, Space
-from moesim.routing.cache import ProgressCallback
-from moesim.routing.request import TrainingRequest
+from moesim.routing.request import ProgressCallback, TrainingRequest
 from moesim.run import obtain_trace
 from moesim.scenario import Scenario
 from moesim.scenario.routing import StatedRouting, TraceRouting, TrainRouting
 from moesim.seeding import stream_seed
-from moesim.study.workers import Lost, Workers, opened_workers
+from moesim.study.pool import Lost, Workers, opened_workers
 from moesim.trace import RoutingTrace
 from moesim.trace.basis import check_agreement
 from moesim.units import format_bytes

@@ -15,7 +15,7 @@ from typing import Any
 from moesim.errors import InfeasibleError, UserError
 from moesim.files import claimed, write_atomically
 from moesim.planner.serving_plan import ServingPlan, Unit, scenario_of, scenario_text, units_of, values_of
-from moesim.routing.replay import content_digest, routing_digest
+from moesim.routing.request import content_digest, routing_digest
 from moesim.serving.answers import Deployment, answers_at
 from moesim.serving.requests import draw_requests
 from moesim.serving.schema import TraceArrivals

@@ -11,15 +11,13 @@ from moesim.parallel import TrafficSample, TrafficSampler
 from moesim.parallel.memory_rows import RoutedRows, even_rows, routed_rows
 from moesim.parallel.stated import stated_trace
 from moesim.results.metrics import trace_coverage, window_tokens
-from moesim.routing.cache import ProgressCallback, cached_trace
-from moesim.routing.replay import recorded_trace
-from moesim.routing.request import TrainingRequest
+from moesim.routing.request import ProgressCallback, TrainingRequest, cached_trace, recorded_trace
 from moesim.scenario import Scenario
 from moesim.scenario.routing import PopularityRouting, StatedRouting, TraceRouting, TrainRouting
 from moesim.seeding import stream, stream_seed
 from moesim.trace import RoutingTrace, popularity_trace, uniform_trace
 from moesim.trace.basis import check_agreement
-from moesim.trace.sampling import MIN_COVERAGE_FOR_RANGE
+from moesim.trace.record import MIN_COVERAGE_FOR_RANGE
 
 SYNTHETIC_LAYERS = 2  # distinct layers of a synthetic trace; model layers take them in turn
 SYNTHETIC_TOKENS = (65_536, 262_144)  # at least, and at most while one expert group's micro-batch fits

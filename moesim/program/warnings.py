@@ -11,7 +11,7 @@ from moesim.recorded.parts import kept_sizes
 from moesim.results.metrics import trace_coverage
 from moesim.scenario import Scenario
 from moesim.scenario.routing import Routing, TraceRouting, TrainRouting
-from moesim.trace.sampling import MIN_COVERAGE_FOR_CONFIDENCE, MIN_COVERAGE_FOR_RANGE
+from moesim.trace.record import MIN_COVERAGE_FOR_CONFIDENCE, MIN_COVERAGE_FOR_RANGE
 from moesim.units import format_bandwidth, format_bytes
 
 

@@ -22,7 +22,7 @@ from moesim.report.facts import Fact
 from moesim.report.figures import blank
 from moesim.report.page import Page
 from moesim.report.screen import fact_table, indented, number_table, section, show
-from moesim.routing.cache import ProgressCallback
+from moesim.routing.request import ProgressCallback
 from moesim.run import obtain_trace
 from moesim.scenario import (
     Cluster,

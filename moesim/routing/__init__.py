@@ -5,8 +5,7 @@ Importing this package, a `TrainingRequest` or the cache does not import torch; 
 
 from typing import TYPE_CHECKING, Any
 
-from moesim.routing.cache import StepReport, cache_directory, cached_trace, show_training, trace_path
-from moesim.routing.request import TrainingRequest
+from moesim.routing.request import StepReport, TrainingRequest, cache_directory, cached_trace, show_training, trace_path
 
 if TYPE_CHECKING:
     from moesim.routing.training import train_router

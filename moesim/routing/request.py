@@ -1,19 +1,47 @@
-"""Everything that determines a trained router's trace, without importing torch."""
+"""The routing that a scenario asks for, without importing torch: trained (and kept), or read from a file.
+
+All that determines a trained router's trace is a request, and traces are kept by its content hash: an equal scenario
+never trains twice. torch loads only to train. Progress is one report per step; `show_training` shows it on a display.
+
+`routing.file` names a trace of the library, of moesim, or what another program recorded, which is read as
+`moesim trace import` reads it. Model and workload of the scenario say what the source does not, and the trace made of
+it is kept in the cache under the hash of all that it depends on.
+"""
 
 import hashlib
+import os
 import platform
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from importlib.metadata import version
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import moesim
-from moesim.errors import UserError
+from moesim.display import Display
+from moesim.errors import MachineError, UserError
+from moesim.files import turn
 from moesim.routing.corpus import load_corpus
 from moesim.scenario import Scenario
 from moesim.scenario.routers import ROUTERS
-from moesim.scenario.routing import Balance, Capacity, DeviceCapacity, NoCapacity, RouterShape, Thin, TrainRouting
+from moesim.scenario.routing import (
+    LIBRARY_PREFIX,
+    Balance,
+    Capacity,
+    DeviceCapacity,
+    NoCapacity,
+    RouterShape,
+    Routing,
+    Thin,
+    TraceRouting,
+    TrainRouting,
+)
 from moesim.strict_json import json_text
+from moesim.trace import RoutingTrace, load_trace, save_trace
+from moesim.trace.library import is_library_name, load_library
+from moesim.trace.store import is_trace_file
 
 RECIPE = 2  # raise when a change of the code changes the traces that equal requests give
 LEAST_RECORDED_TOKENS = 65_536
@@ -183,3 +211,214 @@ def _knows_devices(balance: Balance, capacity: Capacity) -> bool:
 def _hash(provenance: dict[str, Any]) -> str:
     text = json_text(provenance, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+class StepReport(NamedTuple):
+    """One finished training step: `step` counts from 1, `imbalance` is max / mean expert load over its tokens."""
+
+    step: int
+    num_steps: int
+    train_loss: float
+    imbalance: float
+
+
+class SearchReport(NamedTuple):
+    """One placement of experts that was simulated: `tried` counts from 1."""
+
+    tried: int
+    total: int
+    step_time_s: float
+
+
+ProgressCallback = Callable[[StepReport | SearchReport], None]
+
+
+def show_training(display: Display) -> ProgressCallback:
+    """What shows every report on the display."""
+
+    def show(report: StepReport | SearchReport) -> None:
+        if isinstance(report, SearchReport):
+            note = f"step {1e3 * report.step_time_s:.4g} ms"
+            display.show("placing the experts", completed=report.tried, total=report.total, note=note)
+            return
+        note = f"loss {report.train_loss:.3f}, imbalance {report.imbalance:.2f}"
+        display.show("training the router", completed=report.step, total=report.num_steps, note=note)
+
+    return show
+
+
+def cache_directory() -> Path:
+    """`$MOESIM_CACHE`, or `~/.cache/moesim`."""
+    named = os.environ.get("MOESIM_CACHE")
+    return Path(named).expanduser() if named else Path.home() / ".cache" / "moesim"
+
+
+def trace_path(request: TrainingRequest, cache_dir: Path | None = None) -> Path:
+    """Where the trace of `request` is kept."""
+    return (cache_dir or cache_directory()) / "traces" / f"{request.content_hash()[:32]}.npz"
+
+
+def checkpoint_path(request: TrainingRequest, cache_dir: Path | None = None) -> Path:
+    """Where the model of `request` is kept, as far as it is trained: whoever records more of it needs no training."""
+    return checkpoint_file(checkpoint_directory(cache_dir), request.training_hash())
+
+
+def checkpoint_directory(cache_dir: Path | None = None) -> Path:
+    """Where checkpoints of training lie."""
+    return (cache_dir or cache_directory()) / "checkpoints"
+
+
+def checkpoint_file(folder: Path, training_hash: str) -> Path:
+    """The checkpoint of the training of that hash in `folder`."""
+    return folder / f"{training_hash[:32]}.checkpoint"
+
+
+def cached_trace(
+    request: TrainingRequest, cache_dir: Path | None = None, *, progress: ProgressCallback | None = None
+) -> RoutingTrace:
+    """The trace of `request`: from the cache, or trained now (or resumed) and put there.
+
+    Where another process trains it already this one waits, and says so if `progress` is asked for. A damaged cache file
+    is reported on stderr and made again, never used. Raises UserError as `train_router` does, and MachineError when the
+    cache cannot be written.
+    """
+    path = trace_path(request, cache_dir)
+
+    def say() -> None:
+        if progress is not None:
+            print("another process trains this router; waiting for it", file=sys.stderr, flush=True)
+
+    if (trace := _kept(request, path)) is not None:
+        return trace
+    with turn(checkpoint_path(request, cache_dir), on_wait=say):
+        return _kept(request, path) or _trained(request, cache_dir, progress=progress)
+
+
+def _kept(request: TrainingRequest, path: Path) -> RoutingTrace | None:
+    """The trace in the cache; None where there is none, or a damaged one."""
+    if not path.exists():
+        return None
+    try:
+        trace = load_trace(path)
+        if trace.provenance.get("content_hash") == request.content_hash():
+            return trace
+        reason = "it is the trace of another scenario"
+    except UserError as error:
+        reason = str(error)
+    print(f"cached trace not used: {reason}; making it again", file=sys.stderr)
+    path.unlink(missing_ok=True)
+    return None
+
+
+def _trained(request: TrainingRequest, cache_dir: Path | None, *, progress: ProgressCallback | None) -> RoutingTrace:
+    from moesim.routing.training import train_router
+
+    trace = train_router(request, progress=progress, checkpoint_dir=checkpoint_directory(cache_dir))
+    path = trace_path(request, cache_dir)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_trace(trace, path)
+    except MachineError as error:
+        kept = checkpoint_path(request, cache_dir)
+        raise MachineError(f"{error} with MOESIM_CACHE; the trained router is kept in {kept}") from error
+    return trace
+
+
+IMPORT_RECIPE = 1  # raise when a change of the code changes the traces that equal sources give
+
+
+def recorded_trace(scenario: Scenario, *, tokens: int, cache_dir: Path | None = None) -> RoutingTrace:
+    """The trace of a scenario whose routing is recorded; `tokens` are drawn where a source holds counts alone.
+
+    Raises UserError, one line, for what is no routing, for a form that is not known, and for what does not fit the
+    model.
+    """
+    routing = scenario.routing
+    assert isinstance(routing, TraceRouting)
+    if is_library_name(routing.file):
+        return load_library(routing.file)
+    path = Path(routing.file)
+    if is_trace_file(path):
+        return load_trace(path)
+    if is_trace_file(path / "trace.npz"):
+        raise UserError(f"routing.file: {path} is the folder of a run; name its trace, {path / 'trace.npz'}")
+    return _imported(scenario, path, tokens=tokens, cache_dir=cache_dir)
+
+
+def _imported(scenario: Scenario, path: Path, *, tokens: int, cache_dir: Path | None) -> RoutingTrace:
+    from moesim.routing.importing import Asked, Words, form_of, import_routing
+
+    asked = Asked(
+        experts=scenario.model.experts,
+        top_k=scenario.model.top_k,
+        sequence_length=scenario.workload.sequence_length,
+        tokens=tokens,
+        seed=scenario.seed,
+        fill=True,
+        yields=True,
+        words=Words(
+            experts="model.experts",
+            top_k="model.top_k",
+            sequence_length="workload.sequence_length",
+            remedy=f"record the model's own layout, or use one that ships (`moesim trace {LIBRARY_PREFIX}`)",
+        ),
+    )
+    form = form_of(path).name
+    made_of = [IMPORT_RECIPE, moesim.__version__, form, path.name, content_digest(path), asdict(asked)]
+    digest = hashlib.sha256(json_text(made_of, sort_keys=True).encode()).hexdigest()
+    kept = (cache_dir or cache_directory()) / "traces" / f"imported-{digest[:32]}.npz"
+    if (known := _kept_import(kept)) is not None:
+        return known
+    trace = import_routing(form, path, asked=asked)
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        save_trace(trace, kept)
+    except (MachineError, OSError) as error:
+        print(f"imported trace not kept, and read again next time: {error}", file=sys.stderr)
+    return trace
+
+
+def _kept_import(path: Path) -> RoutingTrace | None:
+    """The imported trace in the cache; None where there is none, or a damaged one."""
+    if not path.exists():
+        return None
+    try:
+        return load_trace(path)
+    except UserError as error:
+        print(f"cached trace not used: {error}; importing it again", file=sys.stderr)
+    path.unlink(missing_ok=True)
+    return None
+
+
+def routing_digest(routing: Routing | None) -> str | None:
+    """SHA-256 (hex) of what `routing.file` holds; None where there is none, or one that ships."""
+    if not isinstance(routing, TraceRouting) or is_library_name(routing.file):
+        return None
+    path = Path(routing.file)
+    return content_digest(path) if path.exists() else None
+
+
+def content_digest(path: Path) -> str:
+    """SHA-256 (hex) of a file, or of every file below a folder with its name."""
+    files = [path] if path.is_file() else sorted(_files_below(path))
+    try:
+        seen = tuple((str(file), (found := file.stat()).st_size, found.st_mtime_ns) for file in files)
+        return _digest(str(path), seen)
+    except OSError as error:
+        raise UserError(f"{error.filename or path}: cannot be read ({error.strerror}); check the path") from None
+
+
+def _files_below(folder: Path) -> list[Path]:
+    return [Path(root) / name for root, _, names in os.walk(folder) for name in names if (Path(root) / name).is_file()]
+
+
+@lru_cache(maxsize=256)
+def _digest(path: str, seen: tuple[tuple[str, int, int], ...]) -> str:
+    """Of the files in `seen`, whose sizes and times say that they are the same as before."""
+    digest = hashlib.sha256()
+    for name, size, _ in seen:
+        digest.update(f"{os.path.relpath(name, path)}\0{size}\0".encode())
+        with open(name, "rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()

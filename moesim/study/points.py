@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moesim.errors import MachineError, UserError
-from moesim.routing.replay import routing_digest
+from moesim.routing.request import routing_digest
 from moesim.scenario import Scenario
 from moesim.strict_json import json_text, parse_json
 

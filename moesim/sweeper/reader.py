@@ -1,7 +1,15 @@
-"""Reading a study file: nodes with places to plain values, and one line for every mistake."""
+"""Reading a study file: nodes with places to plain values, one line for every mistake, and the axes of a study.
 
-from collections.abc import Callable, Collection, Sequence
+Axes say which keys take which values, alone or zipped, and span a grid. A key is a dotted key of a scenario, or
+`$name`: a variable that texts elsewhere in the study use as `$name`.
+"""
+
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 from moesim.errors import UserError
 from moesim.scenario.catalogue import suggest
@@ -64,3 +72,147 @@ def distinct(nodes: Sequence[Node], read: Callable[[Node], str], what: str) -> l
             raise UserError(f"{node.where}: {what} {word!r} comes twice")
         found.append(word)
     return found
+
+
+_KEY = re.compile(r"\$[A-Za-z_][A-Za-z_0-9]*|[A-Za-z_0-9]+(\.[A-Za-z_0-9]+)*")
+_VARIABLE = re.compile(r"\$([A-Za-z_][A-Za-z_0-9]*)|\$\{([A-Za-z_][A-Za-z_0-9]*)\}")
+# What each key of an axis says; the reference of the documentation prints these, too.
+AXIS_KEYS: Mapping[str, str] = {
+    "key": "A dotted key of a scenario, or $name: a variable that texts elsewhere in the study use as $name.",
+    "keys": "Several keys that take their values together, instead of key.",
+    "values": "The values that the key takes; with keys, a row of values for each place. Required.",
+    "labels": "A word for each value, for tables and pictures.",
+    "repeat": "Whether the values repeat one experiment, so that summaries average over them; true for seed alone.",
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A key, its value and the place where the study says so."""
+
+    key: str
+    value: Any
+    where: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axis:
+    """Rows of settings, one row per place on the axis; a row may leave keys as they are in the base.
+
+    `repeat`: the rows repeat the same experiment (seeds), so that summaries average over them.
+    """
+
+    keys: tuple[str, ...]
+    rows: tuple[tuple[Setting, ...], ...]
+    labels: tuple[str, ...] | None = None
+    repeat: bool = False
+
+    def as_json(self) -> dict[str, Any]:
+        """As study.json has it: a row of values per place, null for a key that a row leaves alone."""
+        rows = [{setting.key: setting.value for setting in row} for row in self.rows]
+        return {
+            "keys": list(self.keys),
+            "values": [[row.get(key) for key in self.keys] for row in rows],
+            "labels": None if self.labels is None else list(self.labels),
+            "repeat": self.repeat,
+        }
+
+
+def read_axes(node: Node) -> list[Axis]:
+    """The list `axes`. Raises UserError."""
+    return [_read_axis(item) for item in items(node, "axes")]
+
+
+def _read_axis(node: Node) -> Axis:
+    parts = mapping(node, "an axis", known=AXIS_KEYS)
+    if ("key" in parts) == ("keys" in parts):
+        raise UserError(f"{node.where}: an axis needs key: K, or keys: [K1, K2] for values that go together")
+    if "values" not in parts:
+        raise UserError(f"{node.where}: an axis needs values")
+    values = items(parts["values"], "values")
+    rows: list[tuple[Setting, ...]]
+    if "key" in parts:
+        keys = [_key(parts["key"])]
+        rows = [(Setting(keys[0], value.plain, value.where),) for value in values]
+    else:
+        keys = distinct(items(parts["keys"], "keys"), _key, "the key")
+        rows = [_row(keys, value) for value in values]
+    repeat = flag(parts["repeat"], "repeat") if "repeat" in parts else keys == ["seed"]
+    return Axis(keys=tuple(keys), rows=tuple(rows), labels=_labels(parts.get("labels"), len(rows)), repeat=repeat)
+
+
+def _key(node: Node) -> str:
+    key = text(node, "a key")
+    if not _KEY.fullmatch(key):
+        raise UserError(f"{node.where}: {key!r} is no key; write a dotted key such as routing.steps, or $name")
+    return key
+
+
+def _row(keys: Sequence[str], node: Node) -> tuple[Setting, ...]:
+    values = items(node, "a row of values")
+    if len(values) != len(keys):
+        raise UserError(f"{node.where}: {len(values)} values for the {len(keys)} keys {', '.join(keys)}")
+    return tuple(Setting(key, value.plain, value.where) for key, value in zip(keys, values, strict=True))
+
+
+def _labels(node: Node | None, num_rows: int) -> tuple[str, ...] | None:
+    if node is None:
+        return None
+    labels = distinct(items(node, "labels"), lambda item: str(item.plain), "the label")
+    if len(labels) != num_rows:
+        raise UserError(f"{node.where}: {len(labels)} labels for {num_rows} values")
+    return tuple(labels)
+
+
+def read_point_list(node: Node) -> Axis:
+    """The list `points` as one axis; each point may set other keys. Raises UserError."""
+    rows = []
+    for item in items(node, "points"):
+        rows.append(tuple(read_settings(item, "a point")))
+    keys = tuple(dict.fromkeys(setting.key for row in rows for setting in row))
+    return Axis(keys=keys, rows=tuple(rows))
+
+
+def read_settings(node: Node, what: str) -> list[Setting]:
+    """A mapping of dotted keys to values. Raises UserError."""
+    settings = []
+    for key, child in mapping(node, what, known=None).items():
+        _key(Node(key, child.key_where, child.key_where))
+        settings.append(Setting(key, child.plain, child.where))
+    return settings
+
+
+def grid(axes: Sequence[Axis]) -> Iterator[list[Setting]]:
+    """The settings of every point, the last axis fastest."""
+    for rows in product(*(axis.rows for axis in axes)):
+        yield [setting for row in rows for setting in row]
+
+
+def filled(settings: Sequence[Setting], variables: Mapping[str, Any]) -> list[Setting]:
+    """The settings of scenario keys, every `$name` in their texts replaced. Raises UserError for an unknown name."""
+    return [
+        Setting(setting.key, _filled(setting.value, variables, setting.where), setting.where)
+        for setting in settings
+        if not setting.key.startswith("$")
+    ]
+
+
+def _filled(value: Any, variables: Mapping[str, Any], where: str) -> Any:
+    if isinstance(value, dict):
+        return {key: _filled(child, variables, where) for key, child in value.items()}
+    if isinstance(value, list):
+        return [_filled(child, variables, where) for child in value]
+    if not isinstance(value, str):
+        return value
+    alone = _VARIABLE.fullmatch(value)
+    if alone:
+        return _variable(alone, variables, where)
+    return _VARIABLE.sub(lambda match: str(_variable(match, variables, where)), value)
+
+
+def _variable(match: re.Match[str], variables: Mapping[str, Any], where: str) -> Any:
+    name = "$" + (match[1] or match[2])
+    if name not in variables:
+        known = sorted(variables)
+        raise UserError(f"{where}: no axis sets {name}; {suggest(name, known) if known else 'add one'}")
+    return variables[name]

@@ -14,8 +14,7 @@ from moesim.strict_json import json_text
 from moesim.study import PointRecord
 from moesim.study.points import half_width_90
 from moesim.sweeper.metrics import METRICS, Column, columns
-from moesim.sweeper.run import SweepOutcome
-from moesim.sweeper.study import Misfit, Study
+from moesim.sweeper.study import Misfit, Study, SweepOutcome
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 Importing this package does not import torch; measuring does.
 """
 
-from moesim.validation.command import validate_command
-from moesim.validation.table import recompute, shipped_table
+from moesim.validation.comparison import recompute, shipped_table, validate_command
 
 __all__ = ["recompute", "shipped_table", "validate_command"]

@@ -18,7 +18,7 @@ from moesim.processes import same_imports, without_main
 from moesim.scenario import Compute, dump_scenario
 from moesim.strict_json import json_text, parse_json
 from moesim.validation.cases import Case
-from moesim.validation.routing import forced_ids
+from moesim.validation.predict import forced_ids
 from moesim.validation.worker import Effort, measure_rank
 
 Say = Callable[[str], None]

@@ -16,8 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moesim.routing.expert_parallel import ExpertGroup
-from moesim.routing.sharded_model import ShardedModel, ShardedTrainer, build_sharded_model
+from moesim.routing.sharded_model import ExpertGroup, ShardedModel, ShardedTrainer, build_sharded_model
 from moesim.scenario import Scenario
 
 

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from moesim.report.catalogue_screens import print_entries
-from moesim.routing.cache import checkpoint_path, trace_path
-from moesim.routing.request import TrainingRequest
+from moesim.routing.request import TrainingRequest, checkpoint_path, trace_path
 from moesim.scenario import load_scenario
 from moesim.trace import load_trace
 from moesim.trace.library import find_entry, library_entries

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from moesim.routing.cache import ProgressCallback, StepReport
+from moesim.routing.request import ProgressCallback, StepReport
 from moesim.scenario import load_scenario
 from moesim.trace import load_trace
 

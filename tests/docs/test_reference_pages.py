@@ -24,8 +24,8 @@ from moesim.results.definitions import (
 from moesim.run import simulate
 from moesim.scenario import json_schema
 from moesim.serving.loading import serving_json_schema
-from moesim.sweeper.axes import AXIS_KEYS
 from moesim.sweeper.metrics import METRICS
+from moesim.sweeper.reader import AXIS_KEYS
 from moesim.sweeper.study import PLOT_KEYS, PLOT_KINDS, STUDY_KEYS
 from moesim.whatif import what_if
 

@@ -20,9 +20,9 @@ from moesim.program.step_program import FREE
 from moesim.results.spans import Label, SpanRecorder, Stream
 from moesim.run import simulate
 from moesim.seeding import WIDEST
-from moesim.validation.node_cases import is_held_out
+from moesim.validation.cases import is_held_out
+from moesim.validation.comparison import load_table
 from moesim.validation.predict import predict
-from moesim.validation.table import load_table
 
 DATA = Path(__file__).parent.parent / "data"
 

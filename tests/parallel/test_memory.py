@@ -283,8 +283,7 @@ def autograd_bytes(scenario):
     """Bytes of the distinct tensors that autograd keeps of one forward pass, parameters left out."""
     import torch
 
-    from moesim.routing.expert_parallel import ExpertGroup
-    from moesim.routing.sharded_model import build_sharded_model
+    from moesim.routing.sharded_model import ExpertGroup, build_sharded_model
 
     torch.set_num_threads(1)
     cpu = torch.device("cpu")

@@ -6,9 +6,9 @@ import pytest
 from plan_cases import build_plan
 
 from moesim.errors import UserError
-from moesim.planner.folder import Folder
 from moesim.planner.outcome import outcome_of
 from moesim.planner.planning import make_plan
+from moesim.planner.simulations import Folder
 from moesim.report.plan_screen import print_plan
 
 pytestmark = pytest.mark.slow

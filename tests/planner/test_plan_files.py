@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from moesim.errors import UserError
-from moesim.planner.folder import plan_hash
 from moesim.planner.loading import load_any_plan, load_plan
+from moesim.planner.simulations import plan_hash
 from moesim.scenario import gpu_spec
 
 SHIPPED = sorted((Path(__file__).parents[2] / "scenarios" / "plans").glob("*.yaml"))

@@ -7,9 +7,9 @@ import pytest
 from plan_cases import build_plan
 
 from moesim.errors import InfeasibleError, UserError
-from moesim.planner.folder import Folder
 from moesim.planner.outcome import Outcome, front, missed
 from moesim.planner.planning import Watching, make_plan
+from moesim.planner.simulations import Folder
 from moesim.run import simulate
 from moesim.scenario import load_scenario
 from moesim.study import read_points, scenario_id
@@ -216,7 +216,7 @@ def test_failed_simulations_give_no_verdict(small_plan, tmp_path, monkeypatch):
         for point in points:
             on_record(point.record("failed", pid=1, reason="ValueError: a bug"))
 
-    monkeypatch.setattr("moesim.planner.folder.run_points", break_down)
+    monkeypatch.setattr("moesim.planner.simulations.run_points", break_down)
     plan = small_plan({"choices.gpus": [2], "search": {"simulate": 1, "check": 0}})
     with pytest.raises(UserError, match="1 of 1 simulations failed, so no verdict is given: ValueError") as error:
         make_plan(Folder(tmp_path, plan, workers=1))

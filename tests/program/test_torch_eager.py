@@ -14,8 +14,7 @@ from moesim.kernels import Roofline
 from moesim.network import build_fabric
 from moesim.program import StepProgram, build_program
 from moesim.program.operations import Kind, Operation
-from moesim.routing.expert_parallel import ExpertGroup
-from moesim.routing.sharded_model import ShardedTrainer, build_sharded_model
+from moesim.routing.sharded_model import ExpertGroup, ShardedTrainer, build_sharded_model
 from moesim.run import draw_samples, obtain_trace
 from moesim.scenario import Scenario, gpu_spec, scenario_from_mapping
 

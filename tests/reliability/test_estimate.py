@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moesim.engine.job import Job, JobCause, draw_failures, run_job
-from moesim.reliability.estimate import daly_steps, expected_share
+from moesim.reliability.job import daly_steps, expected_share
 from moesim.seeding import stream
 
 JOB = Job(

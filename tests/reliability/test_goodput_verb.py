@@ -10,8 +10,8 @@ import moesim
 from moesim.cli import main
 from moesim.parallel.memory_parameters import local_parameters
 from moesim.reliability import checkpoint_bytes, goodput_of_step
-from moesim.reliability.definitions import GOODPUT_DEFINITIONS
-from moesim.reliability.job_of_scenario import Step, job_causes, job_of, speeds_of
+from moesim.reliability.answers import GOODPUT_DEFINITIONS
+from moesim.reliability.job import Step, job_causes, job_of, speeds_of
 from moesim.results.definitions import paths
 from moesim.scenario import Scenario
 from moesim.scenario.failures import FAILURE_RECORDS

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from moesim.engine.job import FailureTimes, Job, JobCause, Ledger, draw_failures, run_job
 from moesim.reliability import Step, goodput_of_step
 from moesim.reliability.answers import best_interval
-from moesim.reliability.estimate import daly_seconds, young_seconds
+from moesim.reliability.job import daly_seconds, young_seconds
 from moesim.scenario import load_scenario
 from moesim.seeding import stream
 from moesim.shipped import resolve

@@ -3,7 +3,7 @@
 import pytest
 
 import moesim
-from moesim.reliability.job_of_scenario import job_causes, num_nodes, recorded_parts
+from moesim.reliability.job import job_causes, num_nodes, recorded_parts
 from moesim.scenario import Scenario
 from moesim.scenario.failures import FAILURE_RECORDS
 

@@ -7,7 +7,7 @@ import pytest
 import moesim
 from moesim.parallel import TrafficSampler
 from moesim.results.definitions import definition, paths
-from moesim.routing.cache import SearchReport, StepReport
+from moesim.routing.request import SearchReport, StepReport
 from moesim.run import TRAFFIC_WEIGHTS, choose_placement, mean_step_seconds, obtain_trace
 from moesim.scenario import Scenario, Search
 

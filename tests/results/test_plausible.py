@@ -9,8 +9,8 @@ from moesim.errors import UserError
 from moesim.network import Fabric, build_fabric
 from moesim.report import facts
 from moesim.results import RunRecord
+from moesim.results.definitions import bounds, check_plausible
 from moesim.results.metrics import utilisation
-from moesim.results.plausible import bounds, check_plausible
 from moesim.run import simulate
 from moesim.scenario import gpu_spec
 from moesim.scenario.flops import TRAINING_PASSES, forward_flops_per_token

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moesim.routing.attention import (
+from moesim.routing.transformer import (
     GroupedQueryAttention,
     LatentAttention,
     LocalGlobalAttention,

@@ -10,8 +10,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn import functional
 
-from moesim.routing.expert_parallel import ExpertGroup, ExpertParallelMoE, ShardedGate
-from moesim.routing.sharded_model import ShardedTrainer, build_sharded_model, unsupported
+from moesim.routing.sharded_model import (
+    ExpertGroup,
+    ExpertParallelMoE,
+    ShardedGate,
+    ShardedTrainer,
+    build_sharded_model,
+    unsupported,
+)
 from moesim.scenario.model import Gqa, LocalGlobal, Mla, Model
 from moesim.scenario.routing import RouterShape
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from moesim.routing.experts import RoutedExperts, SharedExperts, permutation
+from moesim.routing.transformer import RoutedExperts, SharedExperts, permutation
 
 T, H, K, N, WIDTH = 37, 16, 3, 8, 24
 

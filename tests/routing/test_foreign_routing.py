@@ -15,7 +15,7 @@ from moesim import load_scenario, simulate
 from moesim.errors import UserError
 from moesim.report.facts import routing as routing_facts
 from moesim.routing.importing import FORMS, Asked, form_of, import_routing
-from moesim.routing.replay import content_digest
+from moesim.routing.request import content_digest
 from moesim.run import obtain_trace
 from moesim.strict_json import json_text, parse_json
 from moesim.study import scenario_id
@@ -374,7 +374,7 @@ def _write(path: Path, columns: dict[str, Any]) -> None:
 def test_a_table_of_export_comes_back_whatever_the_order_of_its_rows(tmp_path: Path) -> None:
     from pyarrow import parquet
 
-    from moesim.routing.importing.tensors import write_parquet
+    from moesim.routing.importing.source import write_parquet
 
     trace = traced(SAMPLES / "flame", experts=64, top_k=6, length=12)
     write_parquet(trace, tmp_path / "table.parquet")

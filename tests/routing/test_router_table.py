@@ -15,8 +15,8 @@ from moesim.program.router import router_part
 from moesim.program.stage import step_sizes
 from moesim.program.writer import KernelWriter
 from moesim.results.spans import Part
-from moesim.routing.expert_parallel import ShardedGate
 from moesim.routing.routers import RouterInputs, Routing, build_router
+from moesim.routing.sharded_model import ShardedGate
 from moesim.routing.training import train_router
 from moesim.scenario import scenario_from_mapping
 from moesim.scenario.routers import DEEPSEEK_MOE, ROUTERS, RouterFacts, facts_in_training

@@ -13,9 +13,8 @@ from moe_cases import shape_of, small_request
 
 from moesim.errors import UserError
 from moesim.routing import cached_trace, trace_path
-from moesim.routing.cache import StepReport
 from moesim.routing.corpus import load_corpus
-from moesim.routing.request import TrainingRequest
+from moesim.routing.request import StepReport, TrainingRequest
 from moesim.routing.training import Trainer, _reproducible, learning_rate, train_router
 from moesim.scenario.routing import Balance, DeviceCapacity, ExpertCapacity, LossFree
 from moesim.trace import RoutingTrace, check_trace, trace_hash

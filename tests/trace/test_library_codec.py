@@ -15,12 +15,14 @@ from hypothesis import strategies as st
 from moesim.errors import UserError
 from moesim.scenario import RouterShape
 from moesim.trace import RoutingTrace, StepCounts, TraceStep, TrainingCurves
-from moesim.trace.library.catalogue import file_of, find_entry, load_library, write_index
-from moesim.trace.library.codec import (
+from moesim.trace.library.catalogue import (
     COARSE_RATIO,
     FILE,
     LEVELS,
+    file_of,
+    find_entry,
     gates_of,
+    load_library,
     quantise,
     read_entry,
     read_facts,
@@ -28,6 +30,7 @@ from moesim.trace.library.codec import (
     restore,
     sort_text,
     write_entry,
+    write_index,
     write_order,
 )
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesim.trace.metrics import imbalance, uniform_floor
-from moesim.trace.sampling import choose_protected, draw_sequences
+from moesim.trace.record import choose_protected, draw_sequences
 
 
 def draw(num_trace: int, micro_batches: int, ranks: int, size: int, *, seed: int = 0, bootstrap: bool = False):

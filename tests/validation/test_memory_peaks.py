@@ -7,7 +7,7 @@ from moesim.parallel.memory import memory_report
 from moesim.parallel.memory_rows import RoutedRows
 from moesim.scenario import Scenario
 from moesim.scenario.schema import Memory
-from moesim.validation.table import SHIPPED_TABLES, Row, shipped_table
+from moesim.validation.comparison import SHIPPED_TABLES, Row, shipped_table
 
 
 def rows_of(scenario: Scenario, rows: list) -> RoutedRows:

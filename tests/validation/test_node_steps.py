@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from moesim.validation.node_cases import is_held_out
-from moesim.validation.show import print_table
-from moesim.validation.table import Row, Table, load_table, recompute
+from moesim.validation.cases import is_held_out
+from moesim.validation.comparison import Row, Table, load_table, print_table, recompute
 
 TABLE = Path(__file__).parent.parent / "data" / "node_h100.json.gz"
 FROM_TOKENS = 4096  # below, the host sets the pace

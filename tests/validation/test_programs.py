@@ -11,8 +11,7 @@ from torch.multiprocessing.spawn import start_processes
 
 from moesim.scenario import Scenario, scenario_from_mapping
 from moesim.seeding import stream
-from moesim.validation.cases import CPU_MODEL, Case, case_data, check_runnable
-from moesim.validation.node_cases import is_held_out, node_cases
+from moesim.validation.cases import CPU_MODEL, Case, case_data, check_runnable, is_held_out, node_cases
 from moesim.validation.predict import predict
 from moesim.validation.programs import build_trainer
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from moesim.validation.cases import GPU_TOKENS, MODELS
-from moesim.validation.table import GOALS, SHIPPED_TABLES, Table, differences, recompute, shipped_table
+from moesim.validation.comparison import GOALS, SHIPPED_TABLES, Table, differences, recompute, shipped_table
 
 TOLERANCE = 0.005  # of any part of any case
 

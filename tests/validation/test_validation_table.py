@@ -13,10 +13,17 @@ from rich.console import Console
 from moesim.errors import UserError
 from moesim.scenario import scenario_from_mapping
 from moesim.validation.cases import GPU_TOKENS, MODELS, Case, build_case, check_runnable, scenario_case, standard_cases
-from moesim.validation.command import validate_command
+from moesim.validation.comparison import (
+    Row,
+    Table,
+    load_table,
+    print_table,
+    recompute,
+    save_table,
+    shipped_table,
+    validate_command,
+)
 from moesim.validation.predict import predict
-from moesim.validation.show import print_table
-from moesim.validation.table import Row, Table, load_table, recompute, save_table, shipped_table
 
 
 def rows_of(case: Case) -> list[Any]:

@@ -24,6 +24,11 @@ from moesim.routing.importing.source import (
     field_of,
     files_under,
     json_lines,
+    load_arrays,
+    load_counters,
+    load_parquet,
+    load_safetensors,
+    load_tensors,
     logical_ids,
     note_of_silent,
     note_of_unread,
@@ -35,7 +40,6 @@ from moesim.routing.importing.source import (
     table_of,
     whole,
 )
-from moesim.routing.importing.tensors import load_arrays, load_counters, load_parquet, load_safetensors, load_tensors
 from moesim.strict_json import parse_json
 
 

@@ -1,17 +1,23 @@
-"""Measured and predicted times side by side: as data, as text, and recomputed from the shipped profile."""
+"""What `moesim validate` does: run, simulate, compare, write.
+
+Measured and predicted times side by side: as data, as text, and recomputed from the shipped profile.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
+from rich.table import Table as RichTable
 
 from moesim.errors import UserError
 from moesim.files import write_atomically
 from moesim.scenario import Scenario, dump_scenario, load_scenario_text
 from moesim.strict_json import json_text, packed, parse_json, unpacked
-from moesim.validation.cases import Case
+from moesim.validation.cases import Case, check_runnable, scenario_case, standard_cases, with_profile
 from moesim.validation.predict import predict
 
 SCHEMA_VERSION = 1
@@ -161,3 +167,170 @@ def _rounded(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _rounded(item) for key, item in value.items()}
     return [_rounded(item) for item in value] if isinstance(value, list) else value
+
+
+STEP_PARTS = ("forward", "backward", "reduction", "optimizer")
+
+
+def print_table(table: Table, *, console: Console | None = None) -> None:
+    """Steps and their parts, the parts of the MoE layers, the slowdowns by skew, and the summary."""
+    console = console or Console()
+    console.print(_steps(table))
+    if any(row.measured["layer_parts"] for row in table.rows):
+        console.print(_layers(table))
+    if table.slowdowns():
+        console.print(_slowdowns(table))
+    console.print(_summary(table))
+
+
+def _summary(table: Table) -> str:
+    summary = table.summary()
+    goal = f"goals: median {GOALS['median']:.0%}, worst {GOALS['worst']:.0%}, skew within {GOALS['skew']:.0%}"
+    parts = [
+        f"{text} {value:.1%}"
+        for text, value in (
+            ("median error", summary["median_error"]),
+            ("worst", summary["worst_error"]),
+            ("slowdown by skew off by up to", summary["worst_skew_error"]),
+        )
+        if value is not None
+    ]
+    if not parts:
+        return f"no case has {GOALS['from_tokens']:.0f} tokens or more, from which on errors are summed up"
+    return f"step time at {GOALS['from_tokens']:.0f} tokens and more: {', '.join(parts)} ({goal})"
+
+
+def _steps(table: Table) -> RichTable:
+    shown = RichTable(title=f"Measured and predicted on {table.device.get('name', '?')}, ms (error)")
+    shown.add_column("case")
+    for column in ("step", *STEP_PARTS):
+        shown.add_column(column, justify="right")
+    for row in table.rows:
+        cells = [_pair(row.measured["step"], row.predicted["step"])]
+        cells += [_pair(row.measured["parts"][part], row.predicted["parts"][part]) for part in STEP_PARTS]
+        shown.add_row(row.case.name, *cells)
+    return shown
+
+
+def _layers(table: Table) -> RichTable:
+    keys = sorted({key for row in table.rows for key in row.measured["layer_parts"]}, key=_part_order)
+    shown = RichTable(title="MoE layers, forward + backward, ms per layer (error)")
+    shown.add_column("case")
+    parts = list(dict.fromkeys(key.split(".")[1] for key in keys))
+    for part in parts:
+        shown.add_column(part, justify="right")
+    for row in table.rows:
+        if row.measured["layer_parts"]:
+            shown.add_row(row.case.name, *(_layer_cell(row, part) for part in parts))
+    return shown
+
+
+def _part_order(key: str) -> int:
+    order = ("router", "permute", "dispatch", "experts", "combine", "shared")
+    return order.index(key.split(".")[1])
+
+
+def _layer_cell(row: Row, part: str) -> str:
+    def both(source: dict[str, float]) -> float:
+        return source.get(f"forward.{part}", 0.0) + source.get(f"backward.{part}", 0.0)
+
+    scenario = row.case.scenario
+    runs = scenario.model.moe_layers * scenario.num_micro_batches
+    return _pair(both(row.measured["layer_parts"]) / runs, both(row.predicted["layer_parts"]) / runs)
+
+
+def _pair(measured: float, predicted: float) -> str:
+    if round(max(measured, predicted) * 1e3, 2) == 0:
+        return "-"  # a part that this case does not have
+    error = f" ({predicted / measured - 1:+.1%})" if measured > 0 else ""
+    return f"{measured * 1e3:.2f} {predicted * 1e3:.2f}{error}"
+
+
+def _slowdowns(table: Table) -> RichTable:
+    shown = RichTable(title="Slowdown by skew")
+    for column in ("case", "measured", "predicted"):
+        shown.add_column(column, justify="right" if column != "case" else "left")
+    for name, measured, predicted in table.slowdowns():
+        shown.add_row(name, f"{measured:.1%}", f"{predicted:.1%}")
+    return shown
+
+
+def validate_command(
+    *,
+    device: str = "cuda",
+    gpus: int = 1,
+    out: Path | None = None,
+    scenario: Scenario | None = None,
+    profile: str | None = None,
+    only: str | None = None,
+    seconds: float = 2.0,
+    keep_kernels: bool = False,
+    report: bool = False,
+    quiet: bool = False,
+) -> Table:
+    """Run real training beside its simulation, or with `report` recompute the shipped table's predictions.
+
+    `out` keeps each case's measurement, so that an interrupted call goes on where it was, and gets `table.json`. That
+    of a report gets what to ship in data/ after a change of the profile or of the simulation, a file for each of
+    `SHIPPED_TABLES`; the table of the first, the standard cases on H200, is returned.
+    `scenario` replaces the standard cases; `only` keeps those whose name contains it. Raises UserError for a missing
+    device, too few GPUs, and scenarios that the measured software cannot run.
+    """
+    if report:
+        return _report(out, quiet=quiet)
+    from moesim.validation.launch import check_device
+
+    if gpus < 1:
+        raise UserError(f"--gpus {gpus} must be 1 or more")
+    check_device(device, gpus)
+    cases = [scenario_case(scenario, gpus)] if scenario is not None else list(standard_cases(device, gpus))
+    cases = [with_profile(case, profile) for case in cases if only is None or only in case.name]
+    if not cases:
+        raise UserError(f"no case's name contains {only!r}; names are like fine64-4096-skewed-{gpus}gpu")
+    for case in cases:
+        check_runnable(case.scenario)
+    if device == "cpu" and any(case.scenario.compute.profile is None for case in cases):
+        raise UserError("--device cpu needs --profile: make one with `moesim calibrate --device cpu --out FILE`")
+    table = _measure_and_predict(
+        cases, device=device, out=out or Path("validation"), effort=(seconds, keep_kernels), quiet=quiet,
+    )  # fmt: skip
+    _show(table, quiet)
+    return table
+
+
+def _report(out: Path | None, *, quiet: bool) -> Table:
+    tables = {name: recompute(shipped_table(name)) for name in SHIPPED_TABLES}
+    for name, table in tables.items():
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            save_table(table, out / f"{name}{SUFFIX}")
+        _show(table, quiet)
+    return tables[SHIPPED_TABLES[0]]
+
+
+def _measure_and_predict(
+    cases: list[Case], *, device: str, out: Path, effort: tuple[float, bool], quiet: bool
+) -> Table:
+    import torch
+
+    from moesim.validation.launch import device_name, measure_cases
+    from moesim.validation.worker import Effort
+
+    measured = measure_cases(
+        cases,
+        device=device,
+        folder=out,
+        effort=Effort(seconds=effort[0], profile=effort[1]),
+        say=(lambda text: None) if quiet else print,
+    )
+    about: dict[str, Any] = {"name": device_name(device), "torch": torch.__version__, "date": date.today().isoformat()}
+    table = make_table(cases, measured, about)
+    if not table.rows:
+        raise UserError("every case was skipped; try --only with a smaller one")
+    save_table(table, out / "table.json")
+    return table
+
+
+def _show(table: Table, quiet: bool) -> None:
+    if not quiet:
+        print_table(table)
