@@ -7,7 +7,7 @@ inside a family lightness separates neighbours, and labels never leave the meani
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from moesim.report import span_views
+from moesim.report import timeline
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,13 @@ def in_order(attribution_s: Mapping[str, float]) -> list[tuple[Category, float]]
 
 
 PASSES = {  # kind -> label, colour: blue, orange, green-blue and purple differ under every common colour blindness
-    span_views.FORWARD: ("forward", "#2474b5"),
-    span_views.BACKWARD: ("backward", "#e07b1a"),
-    span_views.INPUT: ("backward, inputs", "#b85300"),
-    span_views.WEIGHT: ("backward, weights", "#f6bf7e"),
-    span_views.PAIR: ("forward and backward overlapped", "#7a4fa3"),
-    span_views.REDUCE: ("gradients and parameters between ranks", "#d9b310"),
-    span_views.UPDATE: ("optimizer", "#4d5561"),
+    timeline.FORWARD: ("forward", "#2474b5"),
+    timeline.BACKWARD: ("backward", "#e07b1a"),
+    timeline.INPUT: ("backward, inputs", "#b85300"),
+    timeline.WEIGHT: ("backward, weights", "#f6bf7e"),
+    timeline.PAIR: ("forward and backward overlapped", "#7a4fa3"),
+    timeline.REDUCE: ("gradients and parameters between ranks", "#d9b310"),
+    timeline.UPDATE: ("optimizer", "#4d5561"),
 }
 
 

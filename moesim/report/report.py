@@ -14,7 +14,7 @@ from moesim.report import facts, figures
 from moesim.report.categories import category
 from moesim.report.page import Page
 from moesim.report.sections import memory_section, pipeline_section, placement_section, pools_section, what_if_section
-from moesim.report.span_views import forward_of_one_layer
+from moesim.report.timeline import forward_of_one_layer
 from moesim.results.attribution import waited_for
 from moesim.results.spans import CATEGORIES
 from moesim.results.store import RunRecord

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from moesim.report import facts, figures
 from moesim.report.categories import PARTS, category
 from moesim.report.page import Page
-from moesim.report.span_views import gantt, idle_share
+from moesim.report.timeline import gantt, idle_share
 from moesim.results import CATEGORIES
 from moesim.results.store import RunRecord
 from moesim.units import format_bytes

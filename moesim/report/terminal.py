@@ -20,7 +20,7 @@ from moesim.report import facts
 from moesim.report.categories import PASSES
 from moesim.report.facts import Fact, Result
 from moesim.report.screen import bar, fact_table, indented, number_table, profile, section, show, side_by_side, warnings
-from moesim.report.span_views import Bar, gantt
+from moesim.report.timeline import Bar, gantt
 from moesim.results import RunRecord
 from moesim.results.metrics import balance_warnings
 from moesim.scenario import Scenario

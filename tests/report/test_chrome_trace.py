@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from moesim.errors import UserError
-from moesim.report import chrome_trace, facts
-from moesim.report.chrome_trace import STREAM_IDS, write_timeline
+from moesim.report import facts, timeline
+from moesim.report.timeline import STREAM_IDS, write_timeline
 from moesim.results import RunRecord, Stream, overlapped_transfer
 from moesim.run import simulate
 
@@ -55,14 +55,14 @@ class Reader:
         return 1e-6 * covered, 1e-6 * sum(b - a for a, b in moving)
 
 
-def timeline(record: RunRecord, folder: Path, **more: Any) -> Reader:
+def read_timeline(record: RunRecord, folder: Path, **more: Any) -> Reader:
     write_timeline(record, folder / "timeline.json.gz", **more)
     return Reader(folder / "timeline.json.gz")
 
 
 def test_the_overlap_that_a_trace_tool_reads_is_ours(small, tmp_path) -> None:
     record = simulate(small())
-    reader = timeline(record, tmp_path)
+    reader = read_timeline(record, tmp_path)
     hidden_R = sum(overlapped_transfer(record.spans).values())[0]
     rows_N = np.concatenate([record.spans.rows(stream) for stream in (Stream.COMMUNICATION, Stream.REDUCTION)])
     transfer_R = (record.spans.finish_NSR[rows_N] - record.spans.start_NSR[rows_N]).sum(axis=0)[0]
@@ -77,7 +77,7 @@ def test_the_overlap_that_a_trace_tool_reads_is_ours(small, tmp_path) -> None:
 
 def test_what_a_viewer_needs_is_there(small, tmp_path) -> None:
     record = simulate(small(PIPELINE))
-    reader = timeline(record, tmp_path)
+    reader = read_timeline(record, tmp_path)
     ranks = {event["pid"] for event in reader.slices}
     assert ranks == {0, 1, 2, 3} == set(reader.trace["moesim"]["ranks"])
     assert {event["pid"] for event in reader.events if event["name"] == "process_name"} == ranks
@@ -99,7 +99,7 @@ def test_what_a_viewer_needs_is_there(small, tmp_path) -> None:
 
 
 def test_arrows_lead_from_every_dispatch_to_a_later_combine(small, tmp_path) -> None:
-    reader = timeline(simulate(small(PIPELINE)), tmp_path)
+    reader = read_timeline(simulate(small(PIPELINE)), tmp_path)
     slices = {(event["pid"], event["tid"], event["ts"]): event for event in reader.slices}
     ends: dict[int, dict[str, dict[str, Any]]] = defaultdict(dict)
     for event in reader.events:
@@ -116,7 +116,7 @@ def test_arrows_lead_from_every_dispatch_to_a_later_combine(small, tmp_path) -> 
 
 def test_counters_follow_micro_batches_and_loads(small, tmp_path) -> None:
     record = simulate(small(PIPELINE))
-    reader = timeline(record, tmp_path)
+    reader = read_timeline(record, tmp_path)
     counters = defaultdict(list)
     for event in reader.events:
         if event["ph"] == "C":
@@ -141,15 +141,15 @@ def test_a_large_trace_keeps_the_busiest_ranks(small, tmp_path, monkeypatch) -> 
     spans = record.spans
     rows_N = spans.rows(Stream.COMPUTE)
     busy_R = (spans.finish_NSR[rows_N, 0] - spans.start_NSR[rows_N, 0]).sum(axis=0)
-    monkeypatch.setattr(chrome_trace, "MAX_EVENTS", 2 * len(spans.label_N))
-    kept = timeline(record, tmp_path).trace["moesim"]["ranks"]
+    monkeypatch.setattr(timeline, "MAX_EVENTS", 2 * len(spans.label_N))
+    kept = read_timeline(record, tmp_path).trace["moesim"]["ranks"]
     assert len(kept) == 2
     assert int(busy_R.argmax()) in kept
 
 
 def test_one_rank_can_be_asked_for_and_a_rank_without_spans_is_refused(small, tmp_path) -> None:
     record = simulate(small())
-    assert {event["pid"] for event in timeline(record, tmp_path, ranks=(2,)).slices} == {2}
+    assert {event["pid"] for event in read_timeline(record, tmp_path, ranks=(2,)).slices} == {2}
     with pytest.raises(UserError, match="--timeline=7"):
         write_timeline(record, tmp_path / "x.json.gz", ranks=(7,))
 
@@ -169,7 +169,7 @@ def test_streams_have_numbers_of_their_own() -> None:
 def test_collectives_inside_layers_are_named_as_their_kernels(small, tmp_path):
     layout = {"data": 2, "context": 2, "tensor": 2, "expert": 4, "zero": {"dense": 3, "expert": 2}}
     changes = {"cluster.nodes": 2, "parallelism": layout, "uncertainty": {"samples": 1}, "model.mtp_layers": 1}
-    reader = timeline(simulate(small(changes)), tmp_path)
+    reader = read_timeline(simulate(small(changes)), tmp_path)
     names = {kernel["name"] for kernel in reader.kernels}
     for name in (
         "ncclDevKernel_AllGather(qkv.gather)",

@@ -12,9 +12,8 @@ from moesim.report import facts
 from moesim.report.categories import FAMILIES, Category, category, in_order
 from moesim.report.figures import blank, steps, time_unit
 from moesim.report.page import Page
-from moesim.report.plots.groups import range_of, same_kernels
 from moesim.report.plots.metrics import metric, paths_of, text
-from moesim.report.plots.points import MISSING, Point, Source, flatten, plain, text_of
+from moesim.report.plots.points import MISSING, Point, Source, flatten, plain, range_of, same_kernels, text_of
 
 _SMALL = 0.003  # share of the step below which a change joins "smaller changes"
 _TILES = 6

@@ -14,12 +14,12 @@ from plotly.subplots import make_subplots
 
 from moesim.report.figures import blank, dressed
 from moesim.report.plots.choice import AxisKey, Drawing
-from moesim.report.plots.groups import Axis, Collection, Estimate, Group
-from moesim.report.plots.metrics import LOWER, Metric, Unit
-from moesim.report.plots.points import DONE, is_number, plain
-from moesim.report.plots.styling import (
+from moesim.report.plots.metrics import (
     DASHES,
+    LOWER,
     MARKERS,
+    Metric,
+    Unit,
     colours,
     hover_text,
     key_places,
@@ -32,6 +32,7 @@ from moesim.report.plots.styling import (
     units_for,
     with_pointer,
 )
+from moesim.report.plots.points import DONE, Axis, Collection, Estimate, Group, is_number, plain
 
 
 @dataclass(frozen=True)

@@ -29,11 +29,21 @@ from moesim.report.plots.choice import (
 )
 from moesim.report.plots.comparison import add_comparison, cascade, sides, verdict
 from moesim.report.plots.curves import along_axis, curves, heat_axes, heat_map, point_marks
-from moesim.report.plots.groups import Axis, Collection, Group, collect
-from moesim.report.plots.metrics import HEADLINE, LOWER, Metric, metric, text
-from moesim.report.plots.points import DONE, MISSING, PRESET, Source, plain, read_sources, with_values
+from moesim.report.plots.metrics import HEADLINE, LOWER, Metric, label_of, metric, text
+from moesim.report.plots.points import (
+    DONE,
+    MISSING,
+    PRESET,
+    Axis,
+    Collection,
+    Group,
+    Source,
+    collect,
+    plain,
+    read_sources,
+    with_values,
+)
 from moesim.report.plots.scatter import cost_performance, dots, drawn_groups, has_front, suits_dots
-from moesim.report.plots.styling import label_of
 
 Plan = Mapping[str, Any]
 
