@@ -5,7 +5,6 @@ from typing import Any, TextIO
 
 import numpy as np
 import plotly.graph_objects as go
-from plotly.offline import get_plotlyjs
 from rich.console import RenderableType
 from rich.text import Text
 
@@ -114,27 +113,33 @@ def print_goodput(result: Result, *, file: TextIO | None = None, width: int | No
 def goodput_page(found: Goodput) -> str:
     """One HTML document without network."""
     result, page = found.result, Page()
-    page.text("h1", str(result["name"]))
-    page.text("p", f"{result['days']:g} days of training on {result['gpus']:,} GPUs, "
-                   f"{format_seconds(result['step_time_s'])} a step, {result['seeds']} draws of failures.")  # fmt: skip
-    for warning in result["warnings"]:
-        page.text("p", warning, css="warning")
+    page.heading(
+        str(result["name"]),
+        f"{result['days']:g} days of training on {result['gpus']:,} GPUs, "
+        f"{format_seconds(result['step_time_s'])} a step, {result['seeds']} draws of failures.",
+        level=1,
+    )
+    page.warnings(result["warnings"])
     page.facts("Answers", goodput_facts(result))
-    page.text("h2", "Goodput over time")
-    page.text("p", "Share of the time so far that went into work that was kept. Bold: the first draw; thin: others.")
+    page.heading(
+        "Goodput over time",
+        "Share of the time so far that went into work that was kept. Bold: the first draw; thin: others.",
+    )
     page.figure(over_time(found), name="over-time")
-    page.text("h2", "Where the time goes")
-    page.table(("", "in all", "share"), _time_rows(result), styles=("", "number", "number"))
+    page.heading("Where the time goes")
+    page.table(("", "in all", "share"), _time_rows(result))
     if result["causes"]:
-        page.text("h2", "Lost time by cause")
+        page.heading("Lost time by cause")
         page.figure(by_cause(result), name="by-cause")
-        page.table(_CAUSE_HEAD, _cause_rows(result), styles=("", *("number",) * (len(_CAUSE_HEAD) - 1)))
+        page.table(_CAUSE_HEAD, _cause_rows(result))
     if result["checkpoint"]["searched"]:
-        page.text("h2", "Goodput by time between checkpoints")
-        page.text("p", "Every point is simulated with the same failures; the best interval is that of a fit through "
-                       "the points near it.")  # fmt: skip
+        page.heading(
+            "Goodput by time between checkpoints",
+            "Every point is simulated with the same failures; the best interval is that of a fit through "
+            "the points near it.",
+        )
         page.figure(by_interval(result), name="by-interval")
-    return page.document(title=f"{result['name']} - goodput", script=get_plotlyjs())
+    return page.document(title=f"{result['name']} - goodput")
 
 
 def _so_far(ledger: Ledger, days: float) -> tuple[list[float], list[float]]:

@@ -1,10 +1,14 @@
-"""HTML under construction: every text is escaped here, and only here are tags written."""
+"""HTML under construction: the elements of a page, which `page.html` writes as tags, every text escaped."""
 
-import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, FileSystemLoader
+from plotly.offline import get_plotlyjs
+
+from moesim import __version__
 from moesim.report.facts import Fact
 from moesim.strict_json import json_text
 
@@ -14,6 +18,12 @@ _TOOLS_CONFIG = _FIGURE_CONFIG | {
     "modeBarButtons": [["toImage", "resetScale2d"]],
     "toImageButtonOptions": {"scale": 2},
 }
+_FOLDER = Path(__file__).parent
+_HTML: Any = (
+    Environment(autoescape=True, loader=FileSystemLoader(_FOLDER), trim_blocks=True, lstrip_blocks=True)
+    .get_template("page.html")
+    .module
+)
 
 
 class Page:
@@ -24,113 +34,100 @@ class Page:
 
     def text(self, tag: str, text: str, *, css: str = "", **attributes: str) -> None:
         """One element with escaped text; `data_axis` names the attribute `data-axis`."""
-        self._parts.append(f"<{tag}{_class(css)}{_attributes(attributes)}>{html.escape(text)}</{tag}>")
+        self._parts.append(_HTML.element(tag, text, _attributes(css, attributes)))
 
-    def open(self, tag: str, *, css: str = "", **attributes: str) -> None:
-        """Begin an element that `close` ends, or one that has no end, with attributes as in `text`."""
-        self._parts.append(f"<{tag}{_class(css)}{_attributes(attributes)}>")
+    @contextmanager
+    def inside(self, tag: str, *, css: str = "", **attributes: str) -> Iterator[None]:
+        """What is added in the block is inside an element, with attributes as in `text`."""
+        self._parts.append(_HTML.begin(tag, _attributes(css, attributes)))
+        yield
+        self._parts.append(_HTML.end(tag))
 
-    def close(self, tag: str) -> None:
-        """End an element."""
-        self._parts.append(f"</{tag}>")
+    @contextmanager
+    def details(self, summary: str) -> Iterator[None]:
+        """What is added in the block is folded away under `summary`."""
+        with self.inside("details"):
+            self.text("summary", summary)
+            yield
+
+    def heading(self, title: str, *about: str, level: int = 2) -> None:
+        """A heading and the paragraphs below it."""
+        self.text(f"h{level}", title)
+        for paragraph in about:
+            self.text("p", paragraph)
+
+    def warnings(self, texts: Sequence[str]) -> None:
+        """What a reader must know before trusting the numbers, a paragraph each."""
+        for text in texts:
+            self.text("p", text, css="warning")
+
+    def tiles(self, facts: Sequence[tuple[str, str, str]], *, css: str = "") -> None:
+        """(label, value, note) of the numbers that stand first, each in a frame; `css` is a class of the values."""
+        self._parts.append(_HTML.tiles(facts, css))
 
     def data(self, value: Any, *, name: str) -> None:
         """Plain values for a script of the page, which finds them by the id `name`."""
-        text = json_text(value, separators=(",", ":")).replace("<", "\\u003c")
-        self._parts.append(f'<script type="application/json" id="{html.escape(name)}">{text}</script>')
+        json = json_text(value, separators=(",", ":")).replace("<", "\\u003c")
+        self._parts.append(_HTML.data(name, json))
 
     def code(self, script: str) -> None:
         """A script of our own, run when the page above it is there."""
-        self._parts.append(f"<script>{script}</script>")
+        self._parts.append(_HTML.code(script))
 
     def figure(self, figure: Any, *, name: str, title: str = "", tools: bool = False) -> None:
         """A plotly figure under a small heading; `name` becomes the id of its element.
 
         With `tools` the pointer brings up buttons that save it as an image and that undo zooming.
         """
-        self.open("div", css="wide plotted" if tools else "wide", id=name)
-        if title:
-            self.text("h3", title)
-        self._parts.append(
-            figure.to_html(
-                full_html=False,
-                include_plotlyjs=False,
-                config=_TOOLS_CONFIG if tools else _FIGURE_CONFIG,
-                div_id=f"{name}-plot",
+        config = _TOOLS_CONFIG if tools else _FIGURE_CONFIG
+        with self.inside("div", css="wide plotted" if tools else "wide", id=name):
+            if title:
+                self.text("h3", title)
+            self._parts.append(
+                figure.to_html(full_html=False, include_plotlyjs=False, config=config, div_id=f"{name}-plot")
             )
-        )
-        self.close("div")
 
     def facts(self, title: str, lines: Sequence[Fact]) -> None:
         """A table of facts under a small heading."""
-        self.open("div")
-        self.text("h3", title)
-        rows = [(line.label, line.value, line.note) for line in lines]
-        self.table((), rows, styles=("", "number", "note"), css="facts")
-        self.close("div")
+        with self.inside("div"):
+            rows = [(line.label, line.value, line.note) for line in lines]
+            self.table((), rows, styles=("", "number", "note"), title=title, css="facts")
 
     def table(
         self,
         head: Sequence[str],
         rows: Sequence[Sequence[str]],
         *,
-        styles: Sequence[str],
+        styles: Sequence[str] = (),
+        title: str = "",
         name: str = "",
         css: str = "",
         row_attributes: Sequence[Mapping[str, str]] = (),
     ) -> None:
-        """A table; `styles` names the class of each column (number, note or nothing).
+        """A table; `styles` names the class of each column (number, note or nothing): by default text, then numbers.
 
-        `name` is the id of the table, `css` a class of the frame around it.
+        `title` is a small heading above it, `name` is the id of the table, `css` a class of the frame around it.
         """
-        self.open("div", css=f"scroll {css}".strip())
-        self.open("table", **({"id": name} if name else {}))
-        if head:
-            self._parts.append(f"<thead>{_row('th', head, styles, {})}</thead>")
-        own = row_attributes or [{}] * len(rows)
-        self._parts.extend(_row("td", row, styles, more) for row, more in zip(rows, own, strict=True))
-        self._parts.append("</table></div>")
+        styles = styles or ("", *["number"] * (len(head) - 1))
+        assert all(len(cells) == len(styles) for cells in rows), "a cell for every column"
+        assert len(row_attributes) in (0, len(rows)), "attributes of every row, or of none"
+        if title:
+            self.text("h3", title)
+        self._parts.append(_HTML.table(head, rows, styles, name, css, row_attributes))
 
     def bars(self, rows: Sequence[tuple[str, str, Sequence[str], float]], *, head: Sequence[str]) -> None:
         """A table of (colour, label, numbers, share of the longest bar) with a swatch and a bar per row."""
-        styles = ["", *["number"] * (len(head) - 2), ""]
-        self._parts.append(f'<div class="scroll"><table><thead>{_row("th", head, styles, {})}</thead>')
-        for colour, label, numbers, length in rows:
-            cells = "".join(f'<td class="number">{html.escape(number)}</td>' for number in numbers)
-            swatch = f'<span class="swatch" style="background:{colour}"></span>{html.escape(label)}'
-            bar = f'<td class="bar"><div style="background:{colour};width:{100 * length:.2f}%"></div></td>'
-            self._parts.append(f"<tr><td>{swatch}</td>{cells}{bar}</tr>")
-        self._parts.append("</table></div>")
+        self._parts.append(_HTML.bars(head, rows))
 
-    def document(self, *, title: str, script: str) -> str:
-        """The finished file; `script` is embedded once, in the head."""
-        lines = [
-            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{html.escape(title)}</title>",
-            f"<style>{_style()}</style>",
-            f"<script>{script}</script>",
-            "</head>\n<body>\n<main>",
-            *self._parts,
-            "</main>\n</body>\n</html>\n",
-        ]
-        return "\n".join(lines)
+    def filter(self, index: int, name: str, texts: Sequence[str], *, title: str, single: bool) -> None:
+        """A choice among `texts` for the script of the page: of one where `single`, else a tick box for each."""
+        self._parts.append(_HTML.filter(index, name, title, texts, single))
+
+    def document(self, *, title: str) -> str:
+        """The finished file, with plotly in its head: it opens without a network."""
+        style = (_FOLDER / "page.css").read_text(encoding="utf-8")
+        return str(_HTML.document(title, style, get_plotlyjs(), self._parts, __version__))
 
 
-def _class(name: str) -> str:
-    return f' class="{html.escape(name)}"' if name else ""
-
-
-def _attributes(attributes: Mapping[str, str]) -> str:
-    return "".join(f' {name.replace("_", "-")}="{html.escape(value)}"' for name, value in attributes.items())
-
-
-def _row(tag: str, cells: Sequence[str], styles: Sequence[str], attributes: Mapping[str, str]) -> str:
-    inside = "".join(
-        f"<{tag}{_class(style)}>{html.escape(cell)}</{tag}>" for cell, style in zip(cells, styles, strict=True)
-    )
-    return f"<tr{_attributes(attributes)}>{inside}</tr>"
-
-
-def _style() -> str:
-    return (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
+def _attributes(css: str, attributes: Mapping[str, str]) -> dict[str, str | None]:
+    return {"class": css or None} | {name.replace("_", "-"): value for name, value in attributes.items()}

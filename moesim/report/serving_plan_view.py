@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from plotly.graph_objects import Figure
-from plotly.offline import get_plotlyjs
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from moesim import __version__
 from moesim.errors import UserError, closest
 from moesim.report.facts import Fact
 from moesim.report.page import Page
@@ -136,15 +134,14 @@ def serving_plot(paths: Sequence[Path], *, x: str | None = None, y: str | None =
             loads = front
         rows += [_plot_row(f"{name}: {_words(load)}" if len(loads) > 1 else name, load) for load in loads]
     page, title = Page(), " and ".join(names)
-    page.text("h1", title)
+    page.heading(title, level=1)
     what = [KINDS[str(record["kind"])] for record in records if record]
     kinds = dict.fromkeys(what)
     counts = " and ".join(f"{what.count(kind)} {kind}{'s' if what.count(kind) > 1 else ''}" for kind in kinds)
     page.text("p", f"{counts} of serving; of plans every simulated load is a point, their fronts are rows below.")
     page.figure(trade_off(groups, fronts=fronts, x=x or X, y=y or Y), name="figure-0", tools=True)
-    page.table(_PLOT_HEAD, rows, styles=("", *("number",) * (len(_PLOT_HEAD) - 1)))
-    page.text("footer", f"Written by moesim {__version__}.")
-    return page.document(title=f"{title} - moesim", script=get_plotlyjs())
+    page.table(_PLOT_HEAD, rows)
+    return page.document(title=f"{title} - moesim")
 
 
 def _names(names: Sequence[str], paths: Sequence[Path]) -> list[str]:
@@ -304,17 +301,16 @@ def _figure(plan: Plan) -> Figure:
 def serving_plan_page(plan: Plan) -> str:
     """The plan as one HTML document without network."""
     page = Page()
-    page.text("h1", plan["name"])
-    for warning in plan["warnings"]:
-        page.text("p", warning, css="warning")
+    page.heading(plan["name"], level=1)
+    page.warnings(plan["warnings"])
     page.facts("Goal", _facts(plan))
-    page.text("h2", "What carries the load")
+    page.heading("What carries the load")
     page.table(_HEAD, _rows(plan), styles=("", "", *("number",) * (len(_HEAD) - 2)))
     for note in _notes(plan):
         page.text("p", note)
     page.figure(_figure(plan), name="front", title="Interactivity and throughput")
     page.table(_FRONT_HEAD, _front(plan), styles=("", "number", "number", ""))
     if plan["missed"]:
-        page.text("h2", "What does not carry it")
+        page.heading("What does not carry it")
         page.table(("instances", "why"), [(each["words"], each["reason"]) for each in plan["missed"]], styles=("", ""))
-    return page.document(title=f"{plan['name']} - plan of serving", script=get_plotlyjs())
+    return page.document(title=f"{plan['name']} - plan of serving")

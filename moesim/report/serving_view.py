@@ -5,7 +5,6 @@ from typing import Any, TextIO
 
 import numpy as np
 from plotly.graph_objects import Figure
-from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 from rich.console import RenderableType
 from rich.text import Text
@@ -267,26 +266,20 @@ def _heat_map(seconds: Sequence[float], by_moment: Sequence[Sequence[float]], **
 def serving_page(result: Result) -> str:
     """Load, waiting requests, pages and steps over time, and the tables, as one HTML document without network."""
     page = Page()
-    page.text("h1", result["name"])
-    page.text("p", f"{result['requests']:,} requests served on {_gpus(result)}.")
-    for warning in result["warnings"]:
-        page.text("p", warning, css="warning")
+    page.heading(result["name"], f"{result['requests']:,} requests served on {_gpus(result)}.", level=1)
+    page.warnings(result["warnings"])
     page.facts("Answers", serving_facts(result))
-    page.open("div", css="tables")
-    for title, head, rows in (
-        ("Latency", ("", *_SHARES), _latency_rows(result)),
-        ("Where the time goes", ("", "all steps", "share"), _part_rows(result)),
-        (f"Over {result['seeds']} seeds" if "seeds" in result else "", _RANGE_HEAD, _range_rows(result)),
-    ):
-        if not rows:
-            continue
-        page.open("div")
-        page.text("h3", title)
-        page.table(head, rows, styles=("", *("number",) * (len(head) - 1)))
-        page.close("div")
-    page.close("div")
-    page.text("h3", "Instances")
-    page.table(_POOL_HEAD, _pool_rows(result), styles=("", *("number",) * (len(_POOL_HEAD) - 1)))
+    with page.inside("div", css="tables"):
+        for title, head, rows in (
+            ("Latency", ("", *_SHARES), _latency_rows(result)),
+            ("Where the time goes", ("", "all steps", "share"), _part_rows(result)),
+            (f"Over {result['seeds']} seeds" if "seeds" in result else "", _RANGE_HEAD, _range_rows(result)),
+        ):
+            if not rows:
+                continue
+            with page.inside("div"):
+                page.table(head, rows, title=title)
+    page.table(_POOL_HEAD, _pool_rows(result), title="Instances")
     several = len(result["pools"]) > 1
     for pool in result["pools"]:
         of = f": {pool['name']}" if several else ""
@@ -301,4 +294,4 @@ def serving_page(result: Result) -> str:
             title = f"Rows of every {rows['of']} over their mean, over time{of}"
             page.figure(figure, name=f"rows-over-time-{pool['name']}", title=title)
             page.text("p", _ROWS_NOTE, css="caption")
-    return page.document(title=f"{result['name']} - serving", script=get_plotlyjs())
+    return page.document(title=f"{result['name']} - serving")

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any, TextIO
 
 import plotly.graph_objects as go
-from plotly.offline import get_plotlyjs
 from rich.console import RenderableType
 from rich.text import Text
 
@@ -331,7 +330,7 @@ def fabric_page(name: str, parts: FabricParts) -> str:
     """The drawing and the tables as one HTML document that needs no network."""
     fabric = describe(parts.fabric)
     page = Page()
-    page.text("h1", name)
+    page.heading(name, level=1)
     tiers = ", ".join(f"{tier}: {_TIERS[tier]}" for tier in dict.fromkeys(link.tier for link in fabric.links))
     page.text("p", f"Fabric {fabric.preset}. Bandwidths are per directed link ({tiers}).")
     picture = fabric_picture(parts)
@@ -340,12 +339,10 @@ def fabric_page(name: str, parts: FabricParts) -> str:
         page.figure(draw(picture), name="fabric")
     else:
         page.text("p", f"{len(picture.bundles):,} links are too many to draw; set fewer nodes to see the pattern.")
-    page.open("div", css="tables")
-    page.facts("Size", fabric_facts(fabric))
-    page.facts("Where the numbers come from", sources(parts))
-    page.close("div")
-    page.text("h3", "Directed links")
-    page.table(_LINK_COLUMNS, link_rows(parts), styles=("", *["number"] * 4, "note"))
+    with page.inside("div", css="tables"):
+        page.facts("Size", fabric_facts(fabric))
+        page.facts("Where the numbers come from", sources(parts))
+    page.table(_LINK_COLUMNS, link_rows(parts), styles=("", *["number"] * 4, "note"), title="Directed links")
     if damaged := damage(parts):
         page.facts("Degraded and failed", damaged)
-    return page.document(title=f"{name} - fabric", script=get_plotlyjs())
+    return page.document(title=f"{name} - fabric")

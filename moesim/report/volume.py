@@ -12,7 +12,6 @@ from typing import Any, TextIO
 
 import numpy as np
 import plotly.graph_objects as go
-from plotly.offline import get_plotlyjs
 from rich.console import RenderableType
 from rich.text import Text
 
@@ -392,22 +391,20 @@ def volume_page(study: VolumeStudy) -> str:
     """The plot and the tables as one HTML document that needs no network."""
     top_k, groups = study.scenario.model.top_k, "nodes" if study.per_node else "ranks"
     page = Page()
-    page.text("h1", study.scenario.name)
-    page.text(
-        "p",
+    page.heading(
+        study.scenario.name,
         f"{_title(study).capitalize()}, against the size of its expert group. Dotted: M copies for each limit, and "
         f"K = {top_k} copies. A token's own copy, to the {groups[:-1]} that it comes from, is no traffic: its share "
         "shrinks as the group grows, which is why limited lines still rise towards their bound. They can end below "
         f"it, since K experts drawn from M {groups} need not touch all of them.",
+        level=1,
     )
     page.figure(volume_figure(study), name="volume")
-    page.open("div", css="tables")
-    for title, copies in ((_title(study), False), (_copies_title(study), True)):
-        page.open("div")
-        page.text("h3", title.capitalize())
-        columns = _columns(study)
-        page.table(columns, _rows(study, copies=copies), styles=("number",) * len(columns))
-        page.close("div")
-    page.facts("What was counted", volume_facts(study))
-    page.close("div")
-    return page.document(title=f"{study.scenario.name} - volume", script=get_plotlyjs())
+    with page.inside("div", css="tables"):
+        for title, copies in ((_title(study), False), (_copies_title(study), True)):
+            with page.inside("div"):
+                page.text("h3", title.capitalize())
+                columns = _columns(study)
+                page.table(columns, _rows(study, copies=copies), styles=("number",) * len(columns))
+        page.facts("What was counted", volume_facts(study))
+    return page.document(title=f"{study.scenario.name} - volume")

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from moesim.report.facts import placement
-from moesim.report.report import render
-from moesim.report.sections import copies_of_slots, slot_map
+from moesim.report.report import copies_of_slots, render, slot_map
 from moesim.report.terminal import print_facts
 from moesim.results.store import RunRecord
 from moesim.run import simulate

@@ -27,9 +27,10 @@ from moesim.report.plots import Asked, plot_page
 from moesim.report.plots.choice import Drawing, choose
 from moesim.report.plots.comparison import Side, changes, differences, sides, verdict, waterfall
 from moesim.report.plots.curves import curves, heat_map
-from moesim.report.plots.metrics import colours, log_ticks, metric
+from moesim.report.plots.metrics import metric
 from moesim.report.plots.points import Collection, collect, read_sources, with_values
 from moesim.report.plots.scatter import cost_performance, dots, pareto_front, suits_dots
+from moesim.report.plots.styling import colours, log_ticks
 
 HOSTILE = "<b>bold</b><script>alert(1)</script>\"'&amp;"
 numbers = st.floats(0.0, 10.0).map(lambda value: round(value, 1))

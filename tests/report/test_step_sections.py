@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from moesim.report import facts
-from moesim.report.report import render
-from moesim.report.sections import PARTS, by_kind
+from moesim.report.report import PARTS, by_kind, render
 from moesim.report.timeline import BACKWARD, FORWARD, INPUT, PAIR, WEIGHT, gantt, idle_share
 from moesim.results import CATEGORIES
 from moesim.run import simulate

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from moesim.errors import UserError
-from moesim.report.plots.metrics import Metric, metric, paths_of
-from moesim.report.plots.points import MISSING, Axis, Collection, is_number
+from moesim.report.plots.metrics import Metric, is_number, metric, paths_of
+from moesim.report.plots.points import MISSING, Axis, Collection
 
 CURVES, HEAT_MAP, COST_PERFORMANCE, COMPARISON = KINDS = ("curves", "heat_map", "cost_performance", "comparison")
 SPEED, PRICE = "tokens_per_second", "cost.usd_per_million_tokens"

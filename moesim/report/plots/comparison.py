@@ -212,30 +212,25 @@ def verdict(first: Side, second: Side) -> str:
 
 def add_comparison(page: Page, first: Side, second: Side) -> None:
     """All sections on two runs."""
-    page.open("div", css="tiles")
     same_peak = first.result["mfu"].get("peak") == second.result["mfu"].get("peak")
     headline = [path for path in _SHOWN if not (same_peak and path == "mfu.causal_of_bf16_peak")]
-    for label, one, other, change in metric_rows(first, second, headline[:_TILES]):
-        page.open("div", css="tile")
-        page.text("div", label, css="label")
-        page.text("div", other if change == "none" else f"{one} → {other}", css="value pair")
-        page.text("div", {"none": "the same in both"}.get(change, change), css="note")
-        page.close("div")
-    page.close("div")
+    tiles = [
+        (label, other, "the same in both") if change == "none" else (label, f"{one} → {other}", change)
+        for label, one, other, change in metric_rows(first, second, headline[:_TILES])
+    ]
+    page.tiles(tiles, css="pair")
     _add_scenario(page, first, second)
     _add_time(page, first, second)
-    page.text("h2", "Metric by metric")
-    head, styles = ("", first.name, second.name, "change"), ("", "number", "number", "number")
-    page.table(head, metric_rows(first, second, _SHOWN), styles=styles)
-    page.open("details")
-    page.text("summary", "All numbers of both results")
-    every = paths_of([first.result, second.result])
-    page.table(head, [(path, *row[1:]) for path in every for row in metric_rows(first, second, [path])], styles=styles)
-    page.close("details")
+    page.heading("Metric by metric")
+    head = ("", first.name, second.name, "change")
+    page.table(head, metric_rows(first, second, _SHOWN))
+    with page.details("All numbers of both results"):
+        every = paths_of([first.result, second.result])
+        page.table(head, [(path, *row[1:]) for path in every for row in metric_rows(first, second, [path])])
 
 
 def _add_scenario(page: Page, first: Side, second: Side) -> None:
-    page.text("h2", "What differs in the scenario")
+    page.heading("What differs in the scenario")
     rows = differences(first, second)
     if not rows:
         page.text("p", "Nothing: both ran the same settings.")
@@ -246,8 +241,10 @@ def _add_scenario(page: Page, first: Side, second: Side) -> None:
 
 
 def _add_time(page: Page, first: Side, second: Side) -> None:
-    page.text("h2", "Where the time went")
-    page.text("p", "Mean over ranks of one optimizer step; communication counts only where no computation hides it.")
+    page.heading(
+        "Where the time went",
+        "Mean over ranks of one optimizer step; communication counts only where no computation hides it.",
+    )
     page.figure(steps(((plain(first.name), first.attribution_s), (plain(second.name), second.attribution_s))),
                 name="attribution", tools=True)  # fmt: skip
     keys = dict.fromkeys([*first.attribution_s, *second.attribution_s])
@@ -263,8 +260,9 @@ def _add_time(page: Page, first: Side, second: Side) -> None:
             numbers = (facts.seconds(one), facts.seconds(other), _difference(other - one, step_s))
             rows.append((part.colour, part.label, numbers, other / longest))
     page.bars(rows, head=("part", first.name, second.name, "difference", second.name))
-    page.text("h3", "What made the difference")
-    page.text("p", "Orange adds time, blue saves it. The axis need not begin at zero.")
+    page.heading(
+        "What made the difference", "Orange adds time, blue saves it. The axis need not begin at zero.", level=3
+    )
     page.figure(waterfall(first, second), name="waterfall", tools=True)
 
 

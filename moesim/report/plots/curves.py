@@ -14,12 +14,11 @@ from plotly.subplots import make_subplots
 
 from moesim.report.figures import blank, dressed
 from moesim.report.plots.choice import AxisKey, Drawing
-from moesim.report.plots.metrics import (
+from moesim.report.plots.metrics import LOWER, Metric, Unit, is_number
+from moesim.report.plots.points import DONE, Axis, Collection, Estimate, Group, plain
+from moesim.report.plots.styling import (
     DASHES,
-    LOWER,
     MARKERS,
-    Metric,
-    Unit,
     colours,
     hover_text,
     key_places,
@@ -32,7 +31,6 @@ from moesim.report.plots.metrics import (
     units_for,
     with_pointer,
 )
-from moesim.report.plots.points import DONE, Axis, Collection, Estimate, Group, is_number, plain
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from plotly.offline import get_plotlyjs
-
-from moesim import __version__
 from moesim.errors import UserError
 from moesim.report import facts
 from moesim.report.categories import category
@@ -29,7 +26,7 @@ from moesim.report.plots.choice import (
 )
 from moesim.report.plots.comparison import add_comparison, cascade, sides, verdict
 from moesim.report.plots.curves import along_axis, curves, heat_axes, heat_map, point_marks
-from moesim.report.plots.metrics import HEADLINE, LOWER, Metric, label_of, metric, text
+from moesim.report.plots.metrics import HEADLINE, LOWER, Metric, metric, text
 from moesim.report.plots.points import (
     DONE,
     MISSING,
@@ -44,6 +41,7 @@ from moesim.report.plots.points import (
     with_values,
 )
 from moesim.report.plots.scatter import cost_performance, dots, drawn_groups, has_front, suits_dots
+from moesim.report.plots.styling import label_of
 
 Plan = Mapping[str, Any]
 
@@ -67,9 +65,8 @@ def _add_opponent(page: Page, plan: Plan, title: str, found: Mapping[str, Any], 
     winner, other = plan["why"]["winner"], found["other"]
     usd = [plan["outcomes"][identity]["usd"] for identity in (winner, other)]
     names = [named(plan["outcomes"][identity]) for identity in (winner, other)]
-    page.text("h2", title)
-    page.text(
-        "p",
+    page.heading(
+        title,
         f"The winner, {names[0]}, costs {facts.dollars(usd[0])} for the goal; the other, {names[1]}, "
         f"{facts.dollars(usd[1])}. Orange is what the other spends more, blue what it spends less. "
         "The axis need not begin at zero.",
@@ -94,7 +91,7 @@ def _add_sensitivity(page: Page, plan: Plan) -> None:
     changes = plan.get("sensitivity", {}).get("changes", ())
     if not changes:
         return
-    page.text("h2", "What would alter the choice")
+    page.heading("What would alter the choice")
     rows = []
     for change in changes:
         best = named(plan["outcomes"][change["winner"]]) if change["changes_winner"] and change["winner"] else ""
@@ -116,15 +113,13 @@ def _add_flags(page: Page, plan: Plan) -> None:
     told = [outcome for outcome in outcomes if outcome.get("flags")]
     if not told:
         return
-    page.text("h2", "The layouts as flags")
+    page.heading("The layouts as flags")
     for outcome in told:
         for command in outcome["flags"].values():
-            page.open("details")
-            page.text("summary", f"{named(outcome)}: flags for {command['software']}")
-            page.text("pre", command["command"])
-            rows = [(entry["key"], entry["instead"]) for entry in command["unsaid"]]
-            page.table(("what these flags cannot say", "instead"), rows, styles=("", "note"))
-            page.close("details")
+            with page.details(f"{named(outcome)}: flags for {command['software']}"):
+                page.text("pre", command["command"])
+                rows = [(entry["key"], entry["instead"]) for entry in command["unsaid"]]
+                page.table(("what these flags cannot say", "instead"), rows, styles=("", "note"))
 
 
 def _add_discarded(page: Page, plan: Plan) -> None:
@@ -132,7 +127,7 @@ def _add_discarded(page: Page, plan: Plan) -> None:
     counts = plan.get("counts", {})
     if not counts.get("discarded"):
         return
-    page.text("h2", "Discarded before simulation")
+    page.heading("Discarded before simulation")
     said = (
         f"Of {counts['looked_at']:,} combinations {counts['kept']:,} passed and {counts['simulated']:,} were simulated."
     )
@@ -173,22 +168,19 @@ def plot_page(paths: Sequence[Path], asked: Asked, *, points: tuple[int, int] | 
 def _compared(sources: Sequence[Source], points: tuple[int, int] | None) -> str:
     first, second = sides(sources, points)
     page = Page()
-    page.text("h1", f"{first.name} and {second.name}")
-    page.text("p", verdict(first, second))
+    page.heading(f"{first.name} and {second.name}", verdict(first, second), level=1)
     for side in (first, second):
         for warning in side.result.get("warnings", ()):
             page.text("p", f"{side.name}: {warning}", css="warning")
     add_comparison(page, first, second)
-    return _finished(page, f"{first.name} and {second.name}")
+    return page.document(title=f"{first.name} and {second.name} - moesim")
 
 
 def _drawn(collection: Collection, drawing: Drawing) -> str:
     title = " and ".join(dict.fromkeys(source.name for source in collection.sources))
     page = Page()
-    page.text("h1", title)
-    page.text("p", _describe(collection))
-    for notice in _notices(collection, drawing):
-        page.text("p", notice, css="warning")
+    page.heading(title, _describe(collection), level=1)
+    page.warnings(_notices(collection, drawing))
     if drawing.kind == COST_PERFORMANCE:
         _add_tiles(page, collection, drawing)
     _add_filters(page, collection, drawing)
@@ -207,12 +199,7 @@ def _drawn(collection: Collection, drawing: Drawing) -> str:
         name="plot-data",
     )
     page.code((Path(__file__).parent / "plot.js").read_text(encoding="utf-8"))
-    return _finished(page, title)
-
-
-def _finished(page: Page, title: str) -> str:
-    page.text("footer", f"Written by moesim {__version__}.")
-    return page.document(title=f"{title} - moesim", script=get_plotlyjs())
+    return page.document(title=f"{title} - moesim")
 
 
 def _describe(collection: Collection) -> str:
@@ -250,16 +237,12 @@ def _add_tiles(page: Page, collection: Collection, drawing: Drawing) -> None:
     groups = [group for group in drawn_groups(collection, drawing.metrics) if group.index in eligible]
     if not groups or not has_front(drawing):
         return
-    page.open("div", css="tiles")
+    tiles = []
     for found in reversed(drawing.metrics):
         means = {group.index: e.mean for group in groups if (e := group.estimate(found)) is not None}
         best = (min if found.better == LOWER else max)(means, key=lambda index: means[index])
-        page.open("div", css="tile")
-        page.text("div", f"best {found.label}", css="label")
-        page.text("div", text(found, means[best]), css="value")
-        page.text("div", _layout(collection.groups[best], collection), css="note")
-        page.close("div")
-    page.close("div")
+        tiles.append((f"best {found.label}", text(found, means[best]), _layout(collection.groups[best], collection)))
+    page.tiles(tiles)
 
 
 def _layout(group: Group, collection: Collection) -> str:
@@ -274,16 +257,15 @@ def _layout(group: Group, collection: Collection) -> str:
 def _add_filters(page: Page, collection: Collection, drawing: Drawing) -> None:
     """Tick boxes for the values of every axis; a choice of one value for axes that a heat map cannot show."""
     one_at_a_time = _chosen_singly(collection, drawing)
-    page.open("form", css="filters", autocomplete="off")
-    filters = [(index, axis) for index, axis in enumerate(collection.axes) if len(axis.values) > 1]
-    for index, axis in filters:
-        if axis in one_at_a_time or (index, axis) in filters[:_MOST_FILTERS]:
-            _add_filter(page, axis, index, single=axis in one_at_a_time or len(axis.values) > _MOST_BOXES)
-    page.open("div", css="count")
-    page.text("output", "", id="shown")
-    page.text("button", "show all", type="button", id="all")
-    page.close("div")
-    page.close("form")
+    with page.inside("form", css="filters", autocomplete="off"):
+        filters = [(index, axis) for index, axis in enumerate(collection.axes) if len(axis.values) > 1]
+        for index, axis in filters:
+            if axis in one_at_a_time or (index, axis) in filters[:_MOST_FILTERS]:
+                single = axis in one_at_a_time or len(axis.values) > _MOST_BOXES
+                page.filter(index, axis.name, axis.texts, title=", ".join(axis.keys), single=single)
+        with page.inside("div", css="count"):
+            page.text("output", "", id="shown")
+            page.text("button", "show all", type="button", id="all")
 
 
 def _chosen_singly(collection: Collection, drawing: Drawing) -> list[Axis]:
@@ -291,23 +273,6 @@ def _chosen_singly(collection: Collection, drawing: Drawing) -> list[Axis]:
         return []
     shown = [key.axis for key in heat_axes(drawing)]
     return [axis for axis in collection.axes if axis not in shown]
-
-
-def _add_filter(page: Page, axis: Axis, index: int, *, single: bool) -> None:
-    page.open("fieldset")
-    page.text("legend", axis.name, title=", ".join(axis.keys))
-    if single:
-        page.open("select", data_axis=str(index), aria_label=axis.name)
-        for place, value in enumerate(axis.texts):
-            page.text("option", value, value=str(place))
-        page.close("select")
-    else:
-        for place, value in enumerate(axis.texts):
-            page.open("label")
-            page.open("input", type="checkbox", checked="", value=str(place), data_axis=str(index))
-            page.text("span", value)
-            page.close("label")
-    page.close("fieldset")
 
 
 def _add_figures(page: Page, collection: Collection, drawing: Drawing) -> None:
@@ -347,7 +312,7 @@ def _add_missing(page: Page, collection: Collection) -> None:
     missing = [point for point in collection.points if point.status != DONE]
     if not missing:
         return
-    page.text("h2", "Points without a result")
+    page.heading("Points without a result")
     by_reason: dict[tuple[str, str], list[int]] = {}
     for point in missing:
         by_reason.setdefault((point.status, point.reason or "no reason was given"), []).append(point.number)
@@ -382,8 +347,7 @@ def _add_table(page: Page, collection: Collection, drawing: Drawing) -> list[lis
         rows.append([*rank, label, *values, *texts, note])
         first = group.points[0].number if group.points[0].scenario is None else label
         sort.append([*([group.rank] if ranked else []), first, *(group.at[place] for place, _ in axes), *means, note])
-    page.text("h2", "All points")
-    page.text("p", "A click on the head of a column sorts by it.")
+    page.heading("All points", "A click on the head of a column sorts by it.")
     styles = [*["number" for _ in range(ranked)], "note", *["" for _ in axes], *["number" for _ in shown], "note"]
     attributes = [{"data-group": str(group.index)} for group in collection.groups]
     page.table(head, rows, styles=styles, name="points", css="sortable", row_attributes=attributes)

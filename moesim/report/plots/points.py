@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moesim.errors import UserError
-from moesim.report.plots.metrics import Metric
+from moesim.report.plots.metrics import Metric, is_number
 from moesim.scenario.document import parse_yaml
 from moesim.strict_json import json_text, parse_json
 from moesim.study import read_points
@@ -271,11 +271,6 @@ def text_of(value: Any, *, longest: int = _LONGEST) -> str:
     if len(text) <= longest:
         return text
     return "…" + text[1 - longest :] if isinstance(value, str) else text[: longest - 1] + "…"
-
-
-def is_number(value: Any) -> bool:
-    """Whether an axis can place the value; a flag is no number."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:

@@ -13,13 +13,11 @@ from plotly.subplots import make_subplots
 from moesim.report.figures import blank, dressed
 from moesim.report.plots.choice import AxisKey, Drawing
 from moesim.report.plots.curves import error_bars, lines_along
-from moesim.report.plots.metrics import (
+from moesim.report.plots.metrics import HIGHER, NEITHER, Metric, Unit
+from moesim.report.plots.points import Collection, Group, plain, text_of
+from moesim.report.plots.styling import (
     FRONT,
-    HIGHER,
     MARKERS,
-    NEITHER,
-    Metric,
-    Unit,
     colours,
     hover_text,
     legend_title,
@@ -28,7 +26,6 @@ from moesim.report.plots.metrics import (
     units_for,
     with_pointer,
 )
-from moesim.report.plots.points import Collection, Group, plain, text_of
 
 _LONGEST_LABEL = 16
 _HEIGHT = 560
