@@ -110,6 +110,7 @@ class GroupExecutor:
         # The collectives of layers that follow each other without a pause: when they began, and the row of the last.
         self._reducing_from_SR, self._reducing_span = np.zeros((samples, ranks)), -1
         self.last_begin_SR = np.zeros((samples, ranks))  # when the current action began
+        self.last_begin = 0.0  # on its first rank
         self._reduces_inside = False  # actions hold collectives on gradients or parameters
         self.records_all = False  # also waits of no length: samples simulated apart then have the same rows
         self._host_is_free = host == FREE_HOST
@@ -137,7 +138,7 @@ class GroupExecutor:
         reduced_SR, recorder, queued = self.reduced_SR, self.recorder, [*self._queued]
         rows = [row for row in (self._transfer_span, self._reducing_span) if row >= 0]  # may still become longer
         rows += [row for row, _ in queued]
-        collectives = [] if self.ports is None else [*self.ports.collectives]
+        collectives = 0 if self.ports is None else len(self.ports.collectives)
         times = [
             (row, recorder.start_NSR[row].copy(), recorder.finish_NSR[row].copy(), recorder.own_NSR[row].copy())
             for row in rows
@@ -152,7 +153,7 @@ class GroupExecutor:
             self._transfer_span, self._open_F3R = open_
             self._queued = [*queued]
             if self.ports is not None:
-                self.ports.collectives = [*collectives]
+                self.ports.collectives.keep(collectives)
             self._reducing_from_SR, self._reducing_span, self._reducing_F3R = reducing
             if self._reduces_inside:
                 self.reduced_SR = reduced_SR
@@ -233,7 +234,7 @@ class GroupExecutor:
                 self.recorder.add(self.labels.number(label), -1, start_SR, finish_SR, finish_SR - start_SR)
                 ready_SR = finish_SR
         self.chains_CSR[:] = ready_SR
-        self.last_begin_SR = ready_SR
+        self.last_begin_SR, self.last_begin = ready_SR, float(ready_SR.min())
         if self.lateness is not None and arrived:
             self.lateness.met_SR += ready_SR - before_SR  # standing idle is no work
 

@@ -43,6 +43,7 @@ class Labels:
 
     def __init__(self) -> None:
         self._number: dict[Label, int] = {}
+        self._all: tuple[Label, ...] = ()
         self._steps: dict[tuple[bool, tuple[Block, ...]], tuple[Step, ...]] = {}
         self._packed: dict[tuple[bool, tuple[Block, ...]], Packed] = {}
         self._packed_blocks: dict[tuple[bool, Block], PackedBlock] = {}
@@ -53,7 +54,9 @@ class Labels:
 
     def all(self) -> tuple[Label, ...]:
         """Labels by number."""
-        return tuple(self._number)
+        if len(self._all) < len(self._number):
+            self._all = tuple(self._number)
+        return self._all
 
     def steps(self, blocks: tuple[Block, ...], *, runs: bool) -> tuple[Step, ...]:
         """The steps of a pass, or of two that overlap. Without `runs` every kernel is a step of its own."""

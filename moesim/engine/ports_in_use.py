@@ -8,14 +8,11 @@ leave, one behind the other, so that no port passes more than it can at any inst
 Spans of large steps go when their action has ended. What is asked of them later is copied then, and forgotten once all
 that is yet to pass begins behind it.
 
-Legend: K ports of a rank, S routing samples (1 where all are alike), R ranks of the group, W windows.
+Legend: K ports of a rank, S routing samples, R ranks of the group, N rows of spans, L labels, B transfers.
 """
 
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property
-from itertools import chain, takewhile
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +20,7 @@ from numpy.typing import NDArray
 from moesim.engine.executor_steps import Labels
 from moesim.kernels import BesideSend
 from moesim.network import RankPorts
-from moesim.network.rank_ports import passed
+from moesim.network.rank_ports import Busy, Windows, through
 from moesim.program.group_collectives import PeerCollective
 from moesim.program.operations import Kind, Operation, Transfer
 from moesim.program.ports import port_seconds, port_shares
@@ -31,38 +28,7 @@ from moesim.program.step_program import GroupProgram
 from moesim.results.spans import SpanRecorder
 
 FloatArray = NDArray[np.float64]
-ROUND_OFF = 1e-9  # of what a transfer takes alone
 NEXT_ROWS = 8  # among which the first kernel of an action is
-
-
-class Busy(NamedTuple):
-    """How long something keeps each port of a rank busy, and the busiest of them [S, R]; which ports it uses at all."""
-
-    seconds_SKR: FloatArray
-    longest_SR: FloatArray
-    ports: frozenset[int]
-
-    @classmethod
-    def of(cls, seconds_SKR: FloatArray) -> "Busy":
-        """That of so many seconds."""
-        return cls(
-            seconds_SKR, seconds_SKR.max(axis=1), frozenset(np.flatnonzero(seconds_SKR.any(axis=(0, 2))).tolist())
-        )
-
-
-class Window(NamedTuple):
-    """Something that is open, from its first rank to its last and on each rank: on its ports for `busy` of `length_SR`.
-
-    `work_SR`: what it would take alone, of what came second.
-    """
-
-    opens: float
-    closes: float
-    begin_SR: FloatArray
-    end_SR: FloatArray
-    busy: Busy
-    length_SR: FloatArray | float = 1.0
-    work_SR: FloatArray | float = 0.0
 
 
 class NextKernel:
@@ -89,12 +55,16 @@ class PortsInUse:
             if operation.kind is Kind.TRANSFER
         }
         self._kernels = {o.label: o for block in blocks for o in block.operations if o.kind is Kind.COMPUTE}
-        self._kernel_of: dict[int, Operation | None] = {}
-        self._of_number: dict[int, tuple[Transfer, ...]] = {}
-        self._busy: dict[Transfer, Busy] = {}
-        self._moved: deque[Window] = deque()  # transfers of actions that have ended: they close one behind the other
-        self.passages: list[Window] = []  # between groups
-        self.collectives: list[Window] = []  # of layers
+        # By number of a label, as far as they are known: its kernel, how many transfers it has that take turns, and
+        # the numbers of these.
+        self._kernel_L: list[Operation | None] = []
+        self._turns_L, self._number_LM = np.zeros(0, dtype=np.int64), np.zeros((0, 1), dtype=np.int64)
+        shape = (recorder.start_NSR.shape[1], *ports.link_KR.shape)
+        self._busy, self._number_of = Busy(shape), dict[Transfer, int]()
+        self._under_way = Windows(shape, backwards=True)  # transfers behind the actions that have ended
+        self._moved = Windows(shape, backwards=True)  # those of actions that have ended
+        self.passages = Windows(shape)  # between groups
+        self.collectives = Windows(shape)  # of layers
         self._shares: dict[PeerCollective, FloatArray] = {}
         self.held_SR = np.zeros(recorder.start_NSR.shape[1:])  # until when sends that cannot be later take a port
         self.next_kernel = NextKernel()  # behind what is sent now
@@ -102,46 +72,30 @@ class PortsInUse:
     @cached_property
     def moves_bytes(self) -> bool:
         """Whether any transfer on a token's way uses a port."""
-        return any(
-            self._busy_with(transfer).ports for transfers_M in self._transfers_of.values() for transfer in transfers_M
-        )
+        found = (self._number(transfer) for transfers_M in self._transfers_of.values() for transfer in transfers_M)
+        return any(self._busy.longest_BSR[number].any() for number in found)
 
     def ended(self) -> None:
         """An action has ended: its spans stay as they are, and may go."""
         action = self._recorder.actions[-1]
-        self._moved += self._transfers(action.first, action.last)
+        self._add_transfers(self._moved, action.first, action.last)
         self.next_kernel.found = self._first_kernel(action.first, action.last)
         self.next_kernel = NextKernel()
 
     def forget(self, until: float) -> None:
         """All that is yet to pass begins then or later."""
-        while self._moved and self._moved[0].closes <= until:
-            self._moved.popleft()
-        self.passages = [window for window in self.passages if window.closes > until]
-        self.collectives = [window for window in self.collectives if window.closes > until]
+        for windows in (self._moved, self.passages, self.collectives):
+            windows.forget(until)
 
     def through(self, begin_SR: FloatArray, work_SR: FloatArray, shares_KR: FloatArray) -> FloatArray | None:
         """When what begins at `begin_SR` has passed; None where nothing is in the way.
 
         Alone it takes `work_SR` seconds ([S, R] or [R]), and at most `shares_KR` of each port.
         """
-        ports = np.flatnonzero(shares_KR.any(axis=1)).tolist()
-        found = [
-            window for window in self._open_behind(float(begin_SR.min())) if not window.busy.ports.isdisjoint(ports)
-        ]
-        if not found:
-            return None
-        alone_SR = end_SR = begin_SR + work_SR
-        until, taken = float(alone_SR.max()), 0
-        while (now := sum(window.opens < until for window in found)) > taken:
-            taken, some = now, [window for window in found if window.opens < until]
-            for port in ports:
-                if beside := [window for window in some if port in window.busy.ports]:
-                    through_SR = self._passed(begin_SR, alone_SR, shares_KR[port], port, beside)
-                    end_SR = np.maximum(end_SR, through_SR)
-            until = float(end_SR.max())
-        later_SR = end_SR - alone_SR > ROUND_OFF * work_SR
-        return np.where(later_SR, end_SR, alone_SR) if later_SR.any() else None
+        self._under_way.clear()
+        self._add_transfers(self._under_way, *self._running)
+        beside = self._under_way, self._moved, self.passages, self.collectives
+        return through(begin_SR, work_SR, shares_KR, beside, compiled=self._compiled)
 
     def late_for_kernel(
         self, behind: NextKernel, sent_SR: FloatArray, alone_SR: FloatArray, sends: Mapping[str, BesideSend]
@@ -170,12 +124,12 @@ class PortsInUse:
         else:
             end_SGNI = prepared.peers.split(end_SR)
             end_SR = np.broadcast_to(end_SGNI.max(axis=2, keepdims=True), end_SGNI.shape).reshape(begin_SR.shape)
-        self.collectives.append(_passage(begin_SR, end_SR, own_SR, self._shares[prepared]))
+        self.collectives.add(begin_SR, end_SR, self._shares[prepared])
         return end_SR
 
-    def let_through(self, begin_SR: FloatArray, end_SR: FloatArray, work_SR: FloatArray, shares_KR: FloatArray) -> None:
+    def let_through(self, begin_SR: FloatArray, end_SR: FloatArray, shares_KR: FloatArray) -> None:
         """From now on this has its part of the ports; whatever is in its way comes later."""
-        self.passages.append(_passage(begin_SR, end_SR, work_SR, shares_KR))
+        self.passages.add(begin_SR, end_SR, shares_KR)
 
     def hold(self, end_SR: FloatArray) -> None:
         """Transfers that are yet to begin wait until then."""
@@ -187,71 +141,48 @@ class PortsInUse:
         actions = self._recorder.actions
         return actions[-1].last if actions else 0, self._recorder.count
 
-    def _open_behind(self, instant: float) -> Iterator[Window]:
-        """What is open after an instant."""
-        latest_first = chain(reversed(self._transfers(*self._running)), reversed(self._moved))
-        yield from takewhile(lambda window: window.closes > instant, latest_first)
-        yield from (window for window in chain(self.passages, self.collectives) if window.closes > instant)
+    def _add_transfers(self, windows: Windows, first: int, last: int) -> None:
+        """Those among some rows that use ports."""
+        recorder = self._recorder
+        if first == last:
+            return
+        self._know_labels()
+        rows_N = first + np.flatnonzero(self._turns_L[recorder.label_N[first:last]])
+        label_N = recorder.label_N[rows_N]
+        number_N = self._number_LM[label_N, recorder.micro_batch_N[rows_N] % self._turns_L[label_N]]
+        if len(rows_N):
+            spans = recorder.start_NSR, recorder.finish_NSR, recorder.own_NSR
+            windows.add_transfers(rows_N, number_N, spans, self._busy, compiled=self._compiled)
 
-    def _transfers(self, first: int, last: int) -> list[Window]:
-        """Those among some rows that use ports: they move their bytes for as long as that takes once all are there."""
-        recorder, rows, busy_N = self._recorder, [], []
-        of_row = zip(recorder.label_N[first:last].tolist(), recorder.micro_batch_N[first:last].tolist(), strict=True)
-        for row, (number, micro_batch) in enumerate(of_row, start=first):
-            if number not in self._of_number:
-                self._of_number[number] = self._transfers_of.get(self._labels.all()[number], ())
-            if transfers_M := self._of_number[number]:
-                busy = self._busy_with(transfers_M[micro_batch % len(transfers_M)])
-                if busy.ports:
-                    rows.append(row)
-                    busy_N.append(busy)
-        if not rows:
-            return []
-        end_NSR, length_NSR = recorder.finish_NSR[rows], recorder.own_NSR[rows].astype(np.float64)
-        for busy, length_SR in zip(busy_N, length_NSR, strict=True):
-            np.maximum(busy.longest_SR, length_SR, out=length_SR)
-        opens_N, closes_N = recorder.start_NSR[rows].min(axis=(1, 2)).tolist(), end_NSR.max(axis=(1, 2)).tolist()
-        of_window = zip(opens_N, closes_N, end_NSR - length_NSR, end_NSR, busy_N, length_NSR, strict=True)
-        return [Window(*each) for each in of_window]
+    def _number(self, transfer: Transfer) -> int:
+        """That of a transfer among the busy ones."""
+        number = self._number_of.get(transfer)
+        if number is None:
+            number = self._number_of[transfer] = self._busy.add(port_seconds(transfer, self.ports))
+        return number
 
-    def _busy_with(self, transfer: Transfer) -> Busy:
-        if transfer not in self._busy:
-            self._busy[transfer] = Busy.of(port_seconds(transfer, self.ports))
-        return self._busy[transfer]
+    def _know_labels(self) -> None:
+        """Look up labels that are new; transfers that keep no port busy are left out."""
+        labels = self._labels.all()
+        if len(labels) == len(self._kernel_L):
+            return
+        numbers = []
+        for label in labels[len(self._kernel_L) :]:
+            self._kernel_L.append(self._kernels.get(label))
+            found = [self._number(transfer) for transfer in self._transfers_of.get(label, ())]
+            numbers.append(found if self._busy.longest_BSR[found].any() else [])
+        turns = max(map(len, numbers), default=0)
+        padded = np.zeros((len(labels), max(turns, self._number_LM.shape[1])), dtype=np.int64)
+        padded[: len(self._number_LM), : self._number_LM.shape[1]] = self._number_LM
+        for place, found in enumerate(numbers, start=len(self._number_LM)):
+            padded[place, : len(found)] = found
+        self._number_LM, self._turns_L = padded, np.append(self._turns_L, [len(found) for found in numbers])
 
     def _first_kernel(self, first: int, last: int) -> tuple[Operation, FloatArray, FloatArray] | None:
         """That of an action with these rows, its start and its finish."""
         recorder = self._recorder
+        self._know_labels()
         for row, number in enumerate(recorder.label_N[first : min(first + NEXT_ROWS, last)].tolist(), start=first):
-            if number not in self._kernel_of:
-                self._kernel_of[number] = self._kernels.get(self._labels.all()[number])
-            if (kernel := self._kernel_of[number]) is not None:
+            if (kernel := self._kernel_L[number]) is not None:
                 return kernel, recorder.start_NSR[row].copy(), recorder.finish_NSR[row].copy()
         return None
-
-    def _passed(
-        self, begin_SR: FloatArray, alone_SR: FloatArray, share_R: FloatArray, port: int, beside: Sequence[Window]
-    ) -> FloatArray:
-        """When it has passed one port that others use, too."""
-        opens_WSR, closes_WSR = (
-            np.array([window.begin_SR for window in beside]),
-            np.array([window.end_SR for window in beside]),
-        )
-        uses_WSR = np.array([window.busy.seconds_SKR[:, port] / window.length_SR for window in beside])
-        if not ((opens_WSR < alone_SR) & (closes_WSR > begin_SR) & (uses_WSR > 0)).any():
-            return alone_SR
-        return passed(
-            begin_SR,
-            alone_SR - begin_SR,
-            share_R,
-            opens_WSR=opens_WSR,
-            closes_WSR=closes_WSR,
-            uses_WSR=uses_WSR,
-            compiled=self._compiled,
-        )
-
-
-def _passage(begin_SR: FloatArray, end_SR: FloatArray, work_SR: FloatArray, shares_KR: FloatArray) -> Window:
-    """What was let through, which keeps ports busy for a share of every second."""
-    share_SKR = np.broadcast_to(shares_KR, (len(begin_SR), *shares_KR.shape))
-    return Window(float(begin_SR.min()), float(end_SR.max()), begin_SR, end_SR, Busy.of(share_SKR), work_SR=work_SR)

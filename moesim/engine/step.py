@@ -48,6 +48,8 @@ from moesim.schedules import P2P
 FloatArray = NDArray[np.float64]
 Wait = Generator[simpy.Event, Any, None]
 
+KEPT_SPANS = 30e6  # of sample 0 that are kept whole, 20 bytes each
+
 
 @dataclass(frozen=True)
 class StepOutcome:
@@ -438,15 +440,18 @@ def simulate_step(program: StepProgram) -> StepOutcome:
 def sum_step(program: StepProgram, *, first: bool) -> SummedStep:
     """Run one optimizer step for the sums of its spans; `first`: also for the spans of sample 0 and who waited in it.
 
-    Large steps never hold all of their spans (`StepProgram.passes_spans_on`): those of sample 0 and of groups with
-    number 0 are kept, and others are simulated again when they are asked for.
+    Large steps never hold all of their spans (`StepProgram.passes_spans_on`): those of sample 0 are kept, where these
+    are too many (KEPT_SPANS) of groups with number 0, and others are simulated again when they are asked for.
     """
     if not program.passes_spans_on:
         step = simulate_step(program)
         sums = [GroupSums.of(table, compiled=program.compiled, with_waits=first) for table in step.tables]
         return SummedStep(step.step_S, tuple(sums), step.late_gSR, step.tables)
     labels = Labels()
-    recorders = _passing_recorders(program, labels, kept=0 if first else None, with_waits=first)
+    numbers = {group.number for group in program.groups}
+    spans = sum(program.rows(group) * len(group.ranks_R) for group in program.groups)
+    kept = (numbers if spans <= KEPT_SPANS else {0}) if first else set()
+    recorders = _passing_recorders(program, labels, kept=kept, with_waits=first)
     step_S, late_gSR = _simulate(program, labels, recorders)
     sums = [recorder.last(step_S) for recorder in recorders]
     tables = _tables(program, labels, recorders, step_S) if first else ()
@@ -454,13 +459,13 @@ def sum_step(program: StepProgram, *, first: bool) -> SummedStep:
 
 
 def _passing_recorders(
-    program: StepProgram, labels: Labels, *, kept: int | None, with_waits: bool
+    program: StepProgram, labels: Labels, *, kept: set[int], with_waits: bool
 ) -> list[PassingRecorder]:
-    """Recorders that pass spans on; `kept`: the number of groups whose spans of sample 0 they keep."""
+    """Recorders that pass spans on; `kept`: the numbers of groups whose spans of sample 0 they keep."""
     recorders, book = [], LabelBook(labels.all)
     for group in program.groups:
         whole = None
-        if group.number == kept:
+        if group.number in kept:
             whole = SpanRecorder(rows=program.rows(group), samples=1, ranks=len(group.ranks_R))
         sums = SpanSums(group.ranks_R, samples=program.samples, book=book, with_waits=with_waits)
         recorders.append(PassingRecorder(rows=program.rows_at_once(group), sums=sums, kept=whole))
@@ -484,7 +489,7 @@ def _again(program: StepProgram, which: int) -> tuple[SpanTable, ...]:
     number = list(dict.fromkeys(group.number for group in program.groups))[which]
     groups = tuple(group for group in program.groups if group.number == number)
     alone, labels = replace(program, groups=groups, reductions=(), gathers=()), Labels()
-    recorders = _passing_recorders(alone, labels, kept=number, with_waits=False)
+    recorders = _passing_recorders(alone, labels, kept={number}, with_waits=False)
     step_S, _ = _simulate(alone, labels, recorders)
     for recorder in recorders:
         recorder.last(step_S)

@@ -70,7 +70,7 @@ class StepPorts:
         place, in_use = group.place, self._in_use[group.place]
         in_use.ended()
         if reduces:
-            self._reduces_since.setdefault(place, float(self._executors[place].last_begin_SR.min()))
+            self._reduces_since.setdefault(place, self._executors[place].last_begin)
         in_use.forget(self._since(place))
 
     def _since(self, place: Place) -> float:
@@ -80,7 +80,7 @@ class StepPorts:
         """
         times = [self._reduces_since.get(place, np.inf), self._executors[place].queued_since]
         times += [send.since for send in self._on_way[place].values()]
-        times += [float(self._executors[sender].last_begin_SR.min()) for sender in (place, *self._senders[place])]
+        times += [self._executors[sender].last_begin for sender in (place, *self._senders[place])]
         return min(times) - self._longest[place]
 
     def sent(self, group: GroupProgram, p2p: P2P, sent_SR: FloatArray) -> None:
@@ -122,7 +122,7 @@ class StepPorts:
             until = float(late_SR.max())
             known = until <= self._env.now * (1 + TIE)
         for ports, shares_KR in ends:
-            ports.let_through(begin_SR, late_SR, crossing.work_R, shares_KR)
+            ports.let_through(begin_SR, late_SR, shares_KR)
         for place in (source, group.place):
             del self._on_way[place][p2p, group.number]
         self._in_use[source].hold(late_SR)
@@ -163,5 +163,5 @@ class StepPorts:
             known = until <= self._env.now * (1 + TIE)
         for group, begin_SR, work_R, shares_KR in passing:
             end_SR = begin_SR + work_R + late_SW[:, group.ranks_R]
-            self._in_use[group.place].let_through(begin_SR, end_SR, work_R, shares_KR)
+            self._in_use[group.place].let_through(begin_SR, end_SR, shares_KR)
         return late_SW if late_SW.any() else None

@@ -193,6 +193,32 @@ def fill(
 
 
 @numba.njit(cache=True)
+def _sorted_edges(
+    begin: float, at_W: FloatArray, use_W: FloatArray, sorted_W: FloatArray, use_of_W: FloatArray
+) -> None:
+    """Writes the edges of windows in order, none before `begin`; the last windows often come first."""
+    windows = len(at_W)
+    for count in range(windows):
+        window = windows - 1 - count
+        at, hole = max(at_W[window], begin), count
+        while hole > 0 and sorted_W[hole - 1] >= at:
+            hole -= 1
+        for place in range(count, hole, -1):
+            sorted_W[place], use_of_W[place] = sorted_W[place - 1], use_of_W[place - 1]
+        sorted_W[hole], use_of_W[hole] = at, use_W[window]
+
+
+@numba.njit(cache=True)
+def _is_as_before(opens_WSR: FloatArray, closes_WSR: FloatArray, uses_WSR: FloatArray, sample: int, rank: int) -> bool:
+    """Whether a rank's windows are those of the rank before it."""
+    for window in range(len(opens_WSR)):
+        for values_SR in (opens_WSR[window], closes_WSR[window], uses_WSR[window]):
+            if values_SR[sample, rank] != values_SR[sample, rank - 1]:
+                return False
+    return True
+
+
+@numba.njit(cache=True)
 def passed(
     begin_SR: FloatArray,
     work_SR: FloatArray,
@@ -205,35 +231,195 @@ def passed(
     """`moesim.network.rank_ports.passed`: the same sums in the same order."""
     windows, samples, ranks = opens_WSR.shape
     end_SR = np.empty((samples, ranks))
-    edges, change = np.empty(2 * windows), np.empty(2 * windows)
+    opens, more_use, closes, less_use = np.empty(windows), np.empty(windows), np.empty(windows), np.empty(windows)
     for sample in range(samples):
         for rank in range(ranks):
             begin, work, share = begin_SR[sample, rank], work_SR[sample, rank], share_R[rank]
-            count = 0
-            for window in range(2 * windows):
-                other = window % windows
-                use = uses_WSR[other, sample, rank]
-                at = opens_WSR[other, sample, rank] if window < windows else closes_WSR[other, sample, rank]
-                at, use = max(at, begin), use if window < windows else -use
-                hole = count
-                while hole > 0 and edges[hole - 1] > at:
-                    edges[hole], change[hole] = edges[hole - 1], change[hole - 1]
-                    hole -= 1
-                edges[hole], change[hole] = at, use
-                count += 1
+            same = rank > 0 and begin == begin_SR[sample, rank - 1] and work == work_SR[sample, rank - 1]
+            if same and share == share_R[rank - 1] and _is_as_before(opens_WSR, closes_WSR, uses_WSR, sample, rank):
+                end_SR[sample, rank] = end_SR[sample, rank - 1]
+                continue
+            _sorted_edges(begin, opens_WSR[:, sample, rank], uses_WSR[:, sample, rank], opens, more_use)
+            _sorted_edges(begin, closes_WSR[:, sample, rank], uses_WSR[:, sample, rank], closes, less_use)
             last, used, done, pace = begin, 0.0, 0.0, 1.0
-            for place in range(count):
-                more = pace * (edges[place] - last)
+            opened, closed = 0, 0
+            while closed < windows:
+                is_open = opened < windows and opens[opened] <= closes[closed]
+                edge = opens[opened] if is_open else closes[closed]
+                more = pace * (edge - last)
                 if done + more >= work:
                     break
                 done += more
-                last = edges[place]
-                used += change[place]
+                last = edge
+                if is_open:
+                    used += more_use[opened]
+                    opened += 1
+                else:
+                    used -= less_use[closed]
+                    closed += 1
                 left = min(max(1.0 - used, 0.0), 1.0)
                 if left < round_off:
                     left = 0.0
                 pace = min(1.0, left / share) if share > 0.0 else 1.0
-                if place == count - 1:
+                if closed == windows:
                     pace = 1.0
             end_SR[sample, rank] = last + (work - done) / (pace if pace > 0.0 else 1.0)
     return end_SR
+
+
+@numba.njit(cache=True, error_model="numpy")
+def add_transfers(
+    rows_N: NDArray[np.int64],
+    number_N: NDArray[np.int64],
+    start_NSR: FloatArray,
+    finish_NSR: FloatArray,
+    own_NSR: NDArray[np.float32],
+    seconds_BSKR: FloatArray,
+    longest_BSR: FloatArray,
+    place: int,
+    rows_WF: FloatArray,
+) -> None:
+    """`moesim.network.rank_ports.Windows.add_transfers`, from row `place` on."""
+    samples, ports, ranks = seconds_BSKR.shape[1:]
+    for index in range(len(rows_N)):
+        row, number, row_F = rows_N[index], number_N[index], rows_WF[place + index]
+        opens, closes, column = np.inf, -np.inf, 2
+        for sample in range(samples):
+            for rank in range(ranks):
+                finish = finish_NSR[row, sample, rank]
+                length = max(longest_BSR[number, sample, rank], float(own_NSR[row, sample, rank]))
+                opens, closes = min(opens, start_NSR[row, sample, rank]), max(closes, finish)
+                row_F[column], row_F[column + samples * ranks] = finish - length, finish
+                share = 2 + samples * ranks * 2 + sample * ports * ranks + rank
+                for port in range(ports):
+                    seconds = seconds_BSKR[number, sample, port, rank]
+                    row_F[share + port * ranks] = seconds / length if seconds > 0.0 else 0.0
+                column += 1
+        row_F[0], row_F[1] = opens, closes
+
+
+@numba.njit(cache=True)
+def _find_open(
+    rows_WF: FloatArray, first: int, stop: int, backwards: bool, instant: float, row_V: NDArray[np.int64], found: int
+) -> int:
+    """Writes the rows of what is open after an instant, from `found` on; gives how many there are then."""
+    for index in range(stop - first):
+        row = stop - 1 - index if backwards else first + index
+        if rows_WF[row, 1] > instant:
+            row_V[found] = row
+            found += 1
+    return found
+
+
+@numba.njit(cache=True)
+def _of_port(
+    row_F: FloatArray, port: int, ports: int, starts_SR: FloatArray, ends_SR: FloatArray, uses_SR: FloatArray
+) -> bool:
+    """Writes a window's times and what it takes of a port; whether that is anything."""
+    samples, ranks = starts_SR.shape
+    uses, column = False, 2
+    for sample in range(samples):
+        for rank in range(ranks):
+            use = row_F[2 + samples * ranks * 2 + (sample * ports + port) * ranks + rank]
+            starts_SR[sample, rank], uses_SR[sample, rank] = row_F[column], use
+            ends_SR[sample, rank] = row_F[column + samples * ranks]
+            uses = uses or use > 0.0
+            column += 1
+    return uses
+
+
+@numba.njit(cache=True)
+def _is_in_the_way(
+    begin_SR: FloatArray, alone_SR: FloatArray, starts_SR: FloatArray, ends_SR: FloatArray, uses_SR: FloatArray
+) -> bool:
+    """Whether a window is open beside something on any rank."""
+    for sample in range(begin_SR.shape[0]):
+        for rank in range(begin_SR.shape[1]):
+            begin, alone = begin_SR[sample, rank], alone_SR[sample, rank]
+            beside = starts_SR[sample, rank] < alone and ends_SR[sample, rank] > begin
+            if beside and uses_SR[sample, rank] > 0.0:
+                return True
+    return False
+
+
+@numba.njit(cache=True)
+def through(
+    begin_SR: FloatArray,
+    work_SR: FloatArray,
+    shares_KR: FloatArray,
+    beside: tuple[tuple[FloatArray, int, int, bool], ...],
+    no_later: float,
+    round_off: float,
+) -> tuple[FloatArray, bool]:
+    """`moesim.network.rank_ports.through` with the rows of all `beside`, and whether it is later than alone."""
+    samples, ranks = begin_SR.shape
+    alone_SR, length_SR, end_SR = np.empty((samples, ranks)), np.empty((samples, ranks)), np.empty((samples, ranks))
+    instant, until = np.inf, -np.inf
+    for sample in range(samples):
+        for rank in range(ranks):
+            begin = begin_SR[sample, rank]
+            end = begin + work_SR[min(sample, len(work_SR) - 1), rank]
+            alone_SR[sample, rank], end_SR[sample, rank], length_SR[sample, rank] = end, end, end - begin
+            instant, until = min(instant, begin), max(until, end)
+    most = 0
+    for _, first, stop, _ in beside:
+        most += stop - first
+    row_V, set_V, found = np.empty(most, dtype=np.int64), np.empty(most, dtype=np.int64), 0
+    for number, (rows_WF, first, stop, backwards) in enumerate(beside):
+        before = found
+        found = _find_open(rows_WF, first, stop, backwards, instant, row_V, before)
+        set_V[before:found] = number
+    starts_VSR, ends_VSR = np.empty((found, samples, ranks)), np.empty((found, samples, ranks))
+    uses_VSR = np.empty((found, samples, ranks))
+    taken = 0
+    while True:
+        now = 0
+        for place in range(found):
+            now += beside[set_V[place]][0][row_V[place], 0] < until
+        if now == taken:
+            break
+        taken, latest = now, until
+        for port in range(len(shares_KR)):
+            count, is_in_the_way = 0, False
+            for place in range(found if shares_KR[port].max() > 0.0 else 0):
+                row_F = beside[set_V[place]][0][row_V[place]]
+                if row_F[0] < until:
+                    window = starts_VSR[count], ends_VSR[count], uses_VSR[count]
+                    if _of_port(row_F, port, len(shares_KR), *window):
+                        is_in_the_way = is_in_the_way or _is_in_the_way(begin_SR, alone_SR, *window)
+                        count += 1
+            if is_in_the_way:
+                passed_SR = passed(
+                    begin_SR, length_SR, shares_KR[port], starts_VSR[:count], ends_VSR[:count], uses_VSR[:count],
+                    round_off,
+                )  # fmt: skip
+                for sample in range(samples):
+                    for rank in range(ranks):
+                        end_SR[sample, rank] = max(end_SR[sample, rank], passed_SR[sample, rank])
+                        latest = max(latest, end_SR[sample, rank])
+        until = latest
+    is_later = False
+    for sample in range(samples):
+        for rank in range(ranks):
+            work = work_SR[min(sample, len(work_SR) - 1), rank]
+            if end_SR[sample, rank] - alone_SR[sample, rank] > no_later * work:
+                is_later = True
+            else:
+                end_SR[sample, rank] = alone_SR[sample, rank]
+    return end_SR, is_later
+
+
+@numba.njit(cache=True)
+def port_seconds(
+    bytes_SF: FloatArray,
+    flow_Q: NDArray[np.int64],
+    place_Q: NDArray[np.int64],
+    share_Q: FloatArray,
+    ports: int,
+) -> FloatArray:
+    """Seconds of every port, [S, P], with what of each flow's bytes passes it; see `RankPorts.seconds`."""
+    busy_SP = np.zeros((len(bytes_SF), ports))
+    for sample in range(len(bytes_SF)):
+        for hop in range(len(flow_Q)):
+            busy_SP[sample, place_Q[hop]] += bytes_SF[sample, flow_Q[hop]] * share_Q[hop]
+    return busy_SP

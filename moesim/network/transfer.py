@@ -210,7 +210,7 @@ class PreparedTransfer:
         traffic: Traffic,
         source: str,
     ) -> None:
-        self._sharing = sharing
+        self._sharing = None if synchronised else sharing  # asked once: then all that it holds may go
         self._shape = shape
         self._two_sided, self._synchronised = two_sided, synchronised
         self._overhead_SR = np.broadcast_to(overhead_R, shape).reshape(-1, shape[-1])
@@ -228,7 +228,7 @@ class PreparedTransfer:
 
     def _part(self, samples: slice) -> "PreparedTransfer":
         part = copy.copy(self)
-        part._sharing = self._sharing.part(samples)
+        part._sharing = None if self._sharing is None else self._sharing.part(samples)
         part._overhead_SR, part._samples = self._overhead_SR[samples], samples
         part._alone_SR = part.alone_R = self._alone_SR[samples]
         part._shape = part._alone_SR.shape
@@ -264,7 +264,7 @@ class PreparedTransfer:
     def finish(self, start_R: FloatArray) -> FloatArray:
         """When each rank is done (seconds, same clock as `start_R`); [R], or [S, R] for S matrices in lockstep."""
         start_SR = start_R.reshape(self._overhead_SR.shape)
-        if self._synchronised:
+        if self._sharing is None:
             return np.asarray((start_SR.max(axis=1, keepdims=True) + self._alone_SR).reshape(self._shape))
         if start_SR[0, 0] == start_SR[0, -1] and (start_SR == start_SR[:, :1]).all():
             return np.asarray((start_SR + self._alone_SR).reshape(self._shape))

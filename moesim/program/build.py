@@ -137,9 +137,11 @@ class _Builder:
             source_seconds=dict(self.seconds),
             tensor_bytes=self.tensor_bytes,
             transfer_sources=_transfer_sources(groups, collectives),
-            compiled=self.compiled and not self.mesh.shards_by_layer,
+            compiled=(compiled := self.compiled and not self.mesh.shards_by_layer),
             contention=find_contention(self.fabric, groups, collectives),
-            ports=shared_ports(self.fabric, groups, collectives, sends=self.kernels.contention.sends),
+            ports=shared_ports(
+                self.fabric, groups, collectives, sends=self.kernels.contention.sends, compiled=compiled
+            ),
             jitter=_jitter(self.scenario, self.kernels, self.host),
         )
 

@@ -29,9 +29,13 @@ def shared_ports(
     collectives: Sequence[Reduction],
     *,
     sends: Mapping[str, BesideSend],
+    compiled: bool = False,
 ) -> SharedPorts | None:
-    """The ports of all groups; None where nothing is ever open beside a transfer. `sends`: see `SharedPorts`."""
-    of_group = {group.place: RankPorts(fabric, group.ranks_R) for group in groups}
+    """The ports of all groups; None where nothing is ever open beside a transfer. `sends`: see `SharedPorts`.
+
+    `compiled`: sums are worked out by compiled loops.
+    """
+    of_group = {group.place: RankPorts(fabric, group.ranks_R, compiled=compiled) for group in groups}
     crossings = {}
     for group in groups:
         sent = {sent.p2p.target: sent.num_bytes for task in group.tasks for sent in task.sends}

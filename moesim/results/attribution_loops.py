@@ -182,3 +182,24 @@ def add_waits(
                     p2p_PR[sender_L[label_G[row]], rank] += wait
         for rank in range(ranks):
             done_R[rank] = max(done_R[rank], finish_R[rank])
+
+
+@numba.njit(cache=True)
+def add_busy(
+    micro_batch_G: NDArray[np.int32],
+    first: int,
+    last: int,
+    start_GSR: FloatArray,
+    finish_GSR: FloatArray,
+    busy_SR: FloatArray,
+) -> None:
+    """Adds the seconds of an action of rows `first` to `last` - 1: see `critical_path.seconds_of_action`."""
+    while first < last and micro_batch_G[first] < 0:
+        first += 1
+    for sample in range(busy_SR.shape[0]):
+        for rank in range(busy_SR.shape[1] if first < last else 0):
+            start, finish = np.inf, -np.inf
+            for row in range(first, last):
+                start = min(start, start_GSR[row, sample, rank])
+                finish = max(finish, finish_GSR[row, sample, rank])
+            busy_SR[sample, rank] += finish - start

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.results.attribution import attribute, without_round_off
-from moesim.results.critical_path import action_seconds, seconds_of_action
+from moesim.results.critical_path import action_seconds
 from moesim.results.pools import ROUND_OFF, GroupWaits, collective_waits, group_waits
 from moesim.results.spans import CATEGORIES, Label, SpanRecorder, SpanTable, Stream
 
@@ -59,6 +59,16 @@ class LabelFacts(NamedTuple):
     sender_L: NDArray[np.int64]
     set_LR: NDArray[np.int64]
 
+    @classmethod
+    def of(cls, labels: Sequence[Label], ranks: int) -> "LabelFacts":
+        """Those of some labels in a group of so many ranks."""
+        return cls(
+            np.array([label.stream for label in labels], dtype=np.int64),
+            np.array([CATEGORIES.index(label.category) for label in labels], dtype=np.int64),
+            np.array([label.sender for label in labels], dtype=np.int64),
+            np.array([label.peers or (0,) * ranks for label in labels], dtype=np.int64).reshape(-1, ranks),
+        )
+
 
 class LabelBook:
     """Facts of the labels seen so far, for all groups; new labels keep coming."""
@@ -75,13 +85,12 @@ class LabelBook:
     def facts(self, ranks: int) -> LabelFacts:
         """Their facts in a group of so many ranks."""
         labels, known = self._labels(), self._facts.get(ranks)
-        if known is None or len(known.stream_L) < len(labels):
-            known = self._facts[ranks] = LabelFacts(
-                np.array([label.stream for label in labels], dtype=np.int64),
-                np.array([CATEGORIES.index(label.category) for label in labels], dtype=np.int64),
-                np.array([label.sender for label in labels], dtype=np.int64),
-                np.array([label.peers or (0,) * ranks for label in labels], dtype=np.int64).reshape(-1, ranks),
-            )
+        seen = 0 if known is None else len(known.stream_L)
+        if seen < len(labels):
+            new = LabelFacts.of(labels[seen:], ranks)
+            joined = new if known is None else LabelFacts(*map(np.concatenate, zip(known, new, strict=True)))
+            known = self._facts[ranks] = joined
+        assert known is not None, "there are labels"
         return known
 
 
@@ -169,10 +178,12 @@ class PassingRecorder(SpanRecorder):
         return replace(table, since_R=self._since_R)
 
     def _take(self, step_S: FloatArray | None) -> None:
+        from moesim.results.attribution_loops import add_busy
+
         n = self.count
         start_NSR, finish_NSR = self.start_NSR[:n], self.finish_NSR[:n]
         self._sums.take(self.label_N[:n], start_NSR, finish_NSR, self.own_NSR[:n], until_S=step_S)
         for action in self.actions:
-            self._sums.busy_SR += seconds_of_action(action, self.micro_batch_N, start_NSR, finish_NSR)
+            add_busy(self.micro_batch_N, action.first, action.last, start_NSR, finish_NSR, self._sums.busy_SR)
         if self._kept is not None:
             self._kept.append(self)

@@ -135,6 +135,7 @@ def test_ranks_that_are_alike_are_walked_once(small, changes, monkeypatch: pytes
 def test_spans_that_go_leave_the_same_sums(small, changes, monkeypatch: pytest.MonkeyPatch) -> None:
     """As spans that are all kept: the attribution, who waited for whom, and the critical path of every sample."""
     monkeypatch.setattr("moesim.program.build.pays_for_compiled_loops", lambda *_, **__: True)
+    monkeypatch.setattr("moesim.engine.step.KEPT_SPANS", 0)
     scenario = small(changes)
     sampler = TrafficSampler(scenario, obtain_trace(scenario))
     drawn = [sampler.draw(stream(0, "test", number)) for number in range(2)]
@@ -177,6 +178,10 @@ def test_spans_that_go_leave_the_same_sums(small, changes, monkeypatch: pytest.M
             for table, other in zip(again, kept, strict=True):
                 until = other.actions[-1].last
                 np.testing.assert_allclose(table.finish_NSR[:until], other.finish_NSR[:until, :1], rtol=1e-12)
+    monkeypatch.setattr("moesim.engine.step.KEPT_SPANS", np.inf)  # of one sample, these of all groups are kept
+    for table, other in zip(sum_step(program, first=True).tables, whole.tables, strict=True):
+        np.testing.assert_array_equal(table.finish_NSR, other.finish_NSR[:, :1])
+        assert table.since_R is None
 
 
 def test_small_groups_do_without_numba() -> None:

@@ -12,7 +12,7 @@ from moesim.engine.step_ports import StepPorts
 from moesim.kernels import BesideSend, kernel_model
 from moesim.kernels.families import FAMILIES
 from moesim.network import RankPorts, build_fabric
-from moesim.network.rank_ports import passed
+from moesim.network.rank_ports import Busy, Windows, passed, through
 from moesim.parallel import TrafficSampler
 from moesim.program import StepProgram, build_program
 from moesim.program.operations import Kind
@@ -75,16 +75,37 @@ def program_of(scenario: Scenario, *, samples: int = 2) -> StepProgram:
 def simulated(
     program: StepProgram, monkeypatch: pytest.MonkeyPatch, *, forgets: bool = False
 ) -> tuple[Any, list[PortsInUse]]:
-    """The step, and what was in use on the ports of every group; `forgets`: but for what was over."""
+    """The step, and what was in use on the ports of every group; `forgets`: but for what was over.
+
+    What came second is in `came_second` of each: begin, end and work alone [S, R], and its shares of the ports [K, R].
+    """
     seen: list[PortsInUse] = []
-    add = StepPorts.add
+    add, through = StepPorts.add, PortsInUse.through
+    let_through, collective = PortsInUse.let_through, PortsInUse.collective
 
     def and_see(self, group, executor) -> None:
         add(self, group, executor)
         seen.append(executor.ports)
+        executor.ports.came_second = []
+
+    def through_and_see(self, begin_SR, work_SR, shares_KR):
+        self.asked_SR = np.broadcast_to(work_SR, begin_SR.shape)
+        return through(self, begin_SR, work_SR, shares_KR)
+
+    def let_through_and_see(self, begin_SR, end_SR, shares_KR) -> None:
+        let_through(self, begin_SR, end_SR, shares_KR)
+        self.came_second.append((begin_SR, end_SR, self.asked_SR, shares_KR))
+
+    def collective_and_see(self, prepared, begin_SR, own_SR):
+        end_SR = collective(self, prepared, begin_SR, own_SR)
+        self.came_second.append((begin_SR, end_SR, own_SR, self._shares[prepared]))
+        return end_SR
 
     with monkeypatch.context() as patched:
         patched.setattr(StepPorts, "add", and_see)
+        patched.setattr(PortsInUse, "through", through_and_see)
+        patched.setattr(PortsInUse, "let_through", let_through_and_see)
+        patched.setattr(PortsInUse, "collective", collective_and_see)
         if not forgets:
             patched.setattr(PortsInUse, "forget", lambda *_: None)
         return simulate_step(program), seen
@@ -99,16 +120,13 @@ def excess(program: StepProgram, outcome, in_use: list[PortsInUse]) -> tuple[flo
     for group, table, used in zip(program.groups, outcome.tables, in_use, strict=True):
         blocks = dict.fromkeys(run.block for task in group.tasks for run in task.runs)
         transfers = {o.label: o.transfers_M for b in blocks for o in b.operations if o.kind is Kind.TRANSFER}
-        steady, apart = [], []
+        steady, apart = [], used.came_second
         for row, number in enumerate(table.label_N):
             of_label = transfers.get(table.labels[number])
             if of_label:
                 busy_SKR = port_seconds(of_label[table.micro_batch_N[row] % len(of_label)], used.ports)
                 length_SR = np.maximum(table.own_NSR[row], busy_SKR.max(axis=1))
                 steady.append((table.finish_NSR[row] - length_SR, table.finish_NSR[row], busy_SKR))
-        for each in (*used.passages, *used.collectives):
-            work_SR = np.broadcast_to(each.work_SR, each.begin_SR.shape)
-            apart.append((each.begin_SR, each.end_SR, work_SR, each.busy.seconds_SKR))
         second += len(apart)
         for sample in range(table.start_NSR.shape[1]):
             for rank in (0, len(group.ranks_R) - 1):
@@ -117,9 +135,9 @@ def excess(program: StepProgram, outcome, in_use: list[PortsInUse]) -> tuple[flo
                         (o[sample, rank], c[sample, rank], b[min(sample, len(b) - 1), port, rank]) for o, c, b in steady
                     ]
                     two = [
-                        (o[sample, rank], c[sample, rank], w[sample, rank] * s[sample, port, rank])
+                        (o[sample, rank], c[sample, rank], w[sample, rank] * s[port, rank])
                         for o, c, w, s in apart
-                        if s[sample, port, rank] > 0
+                        if s[port, rank] > 0
                     ]
                     worst = max(worst, _excess(np.array(one).reshape(-1, 3), np.array(two).reshape(-1, 3)))
     return worst, second
@@ -198,6 +216,33 @@ def test_loops_and_arrays_give_the_same_end():
         what = rng.random((2, 5)), rng.random((2, 5)), np.where(rng.random(5) > 0.2, rng.random(5), 0.0)
         beside = {"opens_WSR": opens_WSR, "closes_WSR": opens_WSR + rng.random((windows, 2, 5)), "uses_WSR": uses_WSR}
         np.testing.assert_array_equal(passed(*what, **beside, compiled=True), passed(*what, **beside))
+
+
+def test_loops_and_arrays_let_through_and_forget_the_same():
+    """Windows of transfers, none, and those of what came second; what is over by then changes nothing."""
+    shape, forgotten = (2, 3, 5), 0
+    for seed in range(30):
+        ends = []
+        for compiled in (False, True):
+            rng = np.random.default_rng(seed)
+            busy, moved, apart = Busy(shape), Windows(shape, backwards=True), Windows(shape)
+            for _ in range(4):
+                busy.add(rng.random(shape) * (rng.random(shape) > 0.4))
+            start_NSR = np.sort(4 * rng.random((20, 2, 5)), axis=0)
+            spans = start_NSR, start_NSR + rng.random((20, 2, 5)), rng.random((20, 2, 5)).astype(np.float32)
+            moved.add_transfers(np.arange(20), rng.integers(0, 4, 20), spans, busy, compiled=compiled)
+            for begin_SR in 4 * rng.random((20, 2, 5)):
+                apart.add(begin_SR, begin_SR + rng.random((2, 5)), rng.random((3, 5)) * (rng.random((3, 1)) > 0.5))
+            begin_SR, work_R, shares_KR = 2 + rng.random((2, 5)), rng.random(5), rng.random((3, 5)) * [[1], [0], [1]]
+            sets = moved, Windows(shape), apart
+            ends.append(through(begin_SR, work_R, shares_KR, sets, compiled=compiled))
+            for windows in sets:
+                windows.forget(float(begin_SR.min()))
+            forgotten += 40 - len(moved) - len(apart)
+            np.testing.assert_array_equal(through(begin_SR, work_R, shares_KR, sets, compiled=compiled), ends[-1])
+        assert ends[0] is not None
+        np.testing.assert_array_equal(*ends)
+    assert forgotten > 0
 
 
 def test_every_port_has_one_owner_and_both_directions():
