@@ -6,7 +6,7 @@ Legend: R ranks, E local experts, Q queried kernels.
 import hashlib
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import replace
 from functools import cached_property
@@ -33,9 +33,17 @@ from moesim.kernels.families import (
     kernel_of,
 )
 from moesim.kernels.fitting import SUSTAINED, class_rows, fit_class, fit_sustained
-from moesim.kernels.fp8 import fp8_grouped_gemm
+from moesim.kernels.fp8 import BLOCK_SCALED, block_sizes
 from moesim.kernels.jitter import NO_JITTER, Jitter, spread_of
-from moesim.kernels.kernel_classes import TENSOR_DTYPES, Fit, KernelClass, gemm_class, grouped_class, kind_of
+from moesim.kernels.kernel_classes import (
+    TENSOR_DTYPES,
+    Fit,
+    KernelClass,
+    deep_gemm_class,
+    gemm_class,
+    grouped_class,
+    kind_of,
+)
 from moesim.kernels.measured import contention_of, host_costs_of, typical_widths
 from moesim.kernels.physics import RowTotals
 from moesim.kernels.power import PowerCap
@@ -125,13 +133,13 @@ class CalibratedModel:
 
     def at_clock(self, mhz: float) -> "CalibratedModel":
         """The same kernels at another SM clock: seconds scale by clock ** -alpha, with alpha measured per class."""
-        model = self._copied()
+        model = self._copied(lambda other: other.at_clock(mhz))
         model.clock_mhz = mhz
         return model
 
     def at_benchmark_clock(self) -> "CalibratedModel":
         """The same kernels at the clocks that their benchmarks, which were short, ran at."""
-        model = self._copied()
+        model = self._copied(CalibratedModel.at_benchmark_clock)
         model._cap, model._shared_clock = None, False
         return model
 
@@ -163,7 +171,7 @@ class CalibratedModel:
 
     def in_step(self, mhz: float) -> "CalibratedModel":
         """The same kernels in a step that runs at this clock."""
-        model = self._copied()
+        model = self._copied(lambda other: other.in_step(mhz))
         model._log_fall = 0.0 if self._cap is None else max(0.0, self._cap.free - math.log(mhz))
         model._cap, model._shared_clock = PowerCap(math.log(mhz), threshold=0.0, slope=0.0, traffic=0.0), True
         return model
@@ -173,10 +181,14 @@ class CalibratedModel:
         """The clock that the kernels of a step share; None for kernels that have each its own."""
         return math.exp(self._cap.free) if self._shared_clock and self._cap is not None else None
 
-    def _copied(self) -> "CalibratedModel":
-        """With the same classes, and nothing remembered of what depends on the clock."""
+    def _copied(self, of_relative: "Callable[[CalibratedModel], CalibratedModel] | None" = None) -> "CalibratedModel":
+        """With the same classes, and nothing remembered of what depends on the clock; `of_relative` acts there too."""
         model = copy(self)
         model._forget()
+        if of_relative is not None and self.relative is not None:
+            base = self.relative.base
+            assert isinstance(base, CalibratedModel)
+            model.relative = self.relative.of_base(of_relative(base))
         return model
 
     def kernel_class(self, name: str) -> KernelClass | None:
@@ -201,9 +213,9 @@ class CalibratedModel:
         return Estimate(seconds_Q.reshape(shape), source)
 
     def seconds(self, kernel: Kernel) -> Estimate:
-        """Seconds of a kernel; what the profile has no rows of, the roofline answers.
+        """Seconds of a kernel; what the profile has no rows of, the roofline answers. UserError as the roofline's.
 
-        FP8 grouped GEMMs come from published rates of another GPU (source "scaled"). UserError as the roofline's.
+        Block-scaled products of experts are DeepGEMM's, dense ones the library's; `deep_gemm` has those of DeepGEMM.
         """
         if isinstance(kernel, GroupedGemm):
             return self._known_grouped(kernel)
@@ -231,6 +243,15 @@ class CalibratedModel:
         sizes, shape = _floats(*gemm_sides(kernel.m, kernel.k, kernel.n, kernel.direction))
         found = self._predict(kernel_class, (*sizes, DTYPE_BYTES[kernel.dtype]), shape, self._cap)
         return self._as_measured(kernel, found)
+
+    def deep_gemm(self, kernel: Gemm) -> Estimate:
+        """A dense block-scaled product by DeepGEMM's kernels; without rows of them as `seconds`."""
+        kernel_class = self.kernel_class(deep_gemm_class(kernel.direction))
+        if kernel_class is None:
+            return self.seconds(kernel)
+        columns = block_sizes(kernel)
+        shape = np.broadcast_shapes(*(np.shape(column) for column in columns))
+        return self._as_measured(kernel, self._predict(kernel_class, columns, shape, self._cap))
 
     def _as_measured(self, kernel: Gemm | GroupedGemm, found: Estimate) -> Estimate:
         """No FP8 product runs faster than any that was measured; the law of a step's clock is that of bf16."""
@@ -296,9 +317,7 @@ class CalibratedModel:
         return found if share == 0.0 else found._replace(seconds=found.seconds * math.exp(share * self._log_fall))
 
     def _known_grouped(self, kernel: GroupedGemm) -> Estimate:
-        if kernel.dtype == "fp8_block":
-            return self._as_measured(kernel, fp8_grouped_gemm(kernel, gpu=self.fallback.gpu))
-        if kernel.dtype == "fp8" and self.relative is not None and not self._has_grouped(kernel):
+        if is_narrow(kernel.dtype) and not self._has_grouped(kernel):
             return self._without_class(kernel)
         rows_RE = np.asarray(kernel.rows_per_expert, float)
         rows_key = _array_key(rows_RE)
@@ -332,6 +351,8 @@ class CalibratedModel:
         return found
 
     def _grouped(self, totals: RowTotals, kernel: GroupedGemm) -> Estimate:
+        if kernel.dtype == BLOCK_SCALED:
+            return self._block_scaled(replace(kernel, rows_per_expert=totals.rows_QE))
         experts = totals.rows_QE.shape[-1]
         tiles_Q = physics.grouped_tiles(
             totals.rows / experts, kernel.k, kernel.n, direction=kernel.direction, fp8=is_narrow(kernel.dtype)
@@ -365,7 +386,15 @@ class CalibratedModel:
         found = self._predict(kernel_class, columns, totals.rows_QE.shape[:-1], self._cap)
         return self._as_measured(replace(kernel, rows_per_expert=totals.rows_QE), found) if fp8 else found
 
+    def _block_scaled(self, kernel: GroupedGemm) -> Estimate:
+        kernel_class = self.kernel_class(deep_gemm_class(kernel.direction))
+        assert kernel_class is not None, "has_grouped was asked before"
+        shape = np.shape(kernel.rows_per_expert)[:-1]
+        return self._as_measured(kernel, self._predict(kernel_class, block_sizes(kernel), shape, self._cap))
+
     def _has_grouped(self, kernel: GroupedGemm) -> bool:
+        if kernel.dtype == BLOCK_SCALED:
+            return deep_gemm_class(kernel.direction) in self._rows
         names = (
             grouped_class(kernel.direction, dtype=kernel.dtype, tiles=tiles)
             for tiles in range(len(physics.GROUPED_TILES))

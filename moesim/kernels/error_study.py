@@ -19,10 +19,10 @@ import numpy as np
 
 from moesim.kernels.calibrated import CalibratedModel
 from moesim.kernels.estimate import KernelModel
-from moesim.kernels.families import FAMILIES, Attention, FloatArray, Gemm, error_family, kernel_of
+from moesim.kernels.families import FAMILIES, FAMILY_OF, Attention, FloatArray, Gemm, error_family, kernel_of
 from moesim.kernels.fitting import MIN_ROWS, class_rows, fit_class
-from moesim.kernels.fp8 import published_errors
-from moesim.kernels.kernel_classes import KernelClass, Row, kind_of
+from moesim.kernels.fp8 import DEEP_GEMM, published_errors
+from moesim.kernels.kernel_classes import KernelClass, Row, deep_gemm_class, kind_of
 from moesim.kernels.roofline import GpuRates, Roofline
 from moesim.kernels.scaled import ScaledModel
 from moesim.kernels.tabulated import ReachedRates
@@ -48,12 +48,15 @@ def left_out(model: CalibratedModel) -> list[Misses]:
     for name in sorted(class_rows(model.profile)):
         kernel_class = model.kernel_class(name)
         assert kernel_class is not None
-        family = error_family(kernel_of(kernel_class.rows[0]))
+        families_P = np.array([error_family(kernel_of(row)) for row in kernel_class.rows])
         errors_P, far_P = kernel_class.leave_one_out(at_row_clock=True), kernel_class.alone_P
         long_P = np.exp(kernel_class.log_seconds_P) >= LEAST_SECONDS
-        for source, chosen_P in (("interpolated", ~far_P), ("extrapolated", far_P)):
-            found.append(Misses(source, family, errors_P[chosen_P & long_P]))
-        found.append(Misses("measured", family, _visits(kernel_class.rows)))
+        for family in np.unique(families_P).tolist():
+            own_P = families_P == family
+            for source, chosen_P in (("interpolated", ~far_P), ("extrapolated", far_P)):
+                found.append(Misses(source, family, errors_P[chosen_P & long_P & own_P]))
+            own = [row for row, is_own in zip(kernel_class.rows, own_P, strict=True) if is_own]
+            found.append(Misses("measured", family, _visits(own)))
     return pooled(found)
 
 
@@ -75,8 +78,11 @@ def beyond(model: CalibratedModel) -> list[Misses]:
         if len(inside) < MIN_ROWS:
             continue
         kernel_class = KernelClass(kind, inside, fit_class(kind, inside))
-        logs = [log for row in _long(outside) if (log := _extrapolated(kernel_class, row)) is not None]
-        found.append(Misses("extrapolated", error_family(kernel_of(rows[0])), np.array(logs)))
+        far: dict[str, list[float]] = {}
+        for row in outside:
+            if row["p50"] >= LEAST_SECONDS and (log := _extrapolated(kernel_class, row)) is not None:
+                far.setdefault(error_family(kernel_of(row)), []).append(log)
+        found += [Misses("extrapolated", family, np.array(logs)) for family, logs in far.items()]
     return pooled(found)
 
 
@@ -137,10 +143,16 @@ def roofline_out(rows: Iterable[Row], *, gpu: GpuRates) -> list[Misses]:
     return predicted(rows, Roofline(gpu))
 
 
-def published_out() -> list[Misses]:
-    """Published block-scaled FP8 products, each third predicted by a fit to the others: on their own GPU."""
-    logs = np.concatenate([published_errors(left_out=third) for third in range(3)])
-    return [Misses("scaled", family, logs) for family in ("gemm fp8", "grouped_gemm fp8")]
+def block_scaled_out(own: CalibratedModel, published: KernelModel) -> list[Misses]:
+    """DeepGEMM's block-scaled products: rows that are kept out of the fits of `own`, and dense ones that were published
+    of the GPU of the model `published`, which has the same chip."""
+    found: dict[str, list[FloatArray]] = {"gemm fp8": [published_errors(published, least_seconds=LEAST_SECONDS)]}
+    for row in _long(row | {"family": FAMILY_OF[type(kernel_of(row))]} for row in own.profile.family(DEEP_GEMM)):
+        kernel_class = own.kernel_class(deep_gemm_class(row["direction"]))
+        if row.get("held_out") and kernel_class is not None:
+            errors = kernel_class.errors_of([row], at_row_clock=True)
+            found.setdefault(error_family(kernel_of(row)), []).append(errors)
+    return [Misses("scaled", family, np.concatenate(logs)) for family, logs in sorted(found.items())]
 
 
 def predicted(rows: Iterable[Row], model: KernelModel) -> list[Misses]:

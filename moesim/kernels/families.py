@@ -297,6 +297,10 @@ def families_without_units(formats: Collection[str]) -> set[str]:
 
 
 def kernel_of(row: Mapping[str, Any]) -> Kernel:
-    """The kernel that a row of a profile is about, from its family and sizes."""
-    family = FAMILIES[row["family"]]
+    """The kernel that a row of a profile is about, from its family and sizes.
+
+    Rows of a library (`deep_gemm`) are of experts where they say what rows these have, else of dense products.
+    """
+    of_library = GroupedGemm if "rows_per_expert" in row else Gemm
+    family = FAMILIES.get(row["family"], of_library)
     return family(**{field.name: row[field.name] for field in fields(family) if field.name in row})

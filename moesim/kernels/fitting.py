@@ -4,6 +4,7 @@ Legend: P measured kernels, C size columns, D parameters.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -121,12 +122,24 @@ def fit_sustained(rows: list[Row], class_named: Callable[[str], KernelClass | No
 
 
 def fit_profile(profile: Profile) -> None:
-    """Fit every class and the power cap, and keep the result in `profile.fits`."""
+    """Fit every class whose rows are not those that its stored fit belongs to, and the power cap, into `profile.fits`.
+
+    The share of an FP8 FLOP in the power is a fact that rows of another kind told; it stays.
+    """
+    earlier = profile.fits
     kernel_classes = {
-        name: KernelClass(kind_of(name), rows, fit_class(kind_of(name), rows))
-        for name, rows in class_rows(profile).items()
+        name: _fitted(kind_of(name), rows, earlier.get(name)) for name, rows in class_rows(profile).items()
     }
     profile.fits = {name: kernel_class.fit.as_json() for name, kernel_class in kernel_classes.items()}
     cap = fit_sustained(profile.family(SUSTAINED), kernel_classes.get)
     if cap is not None:
-        profile.fits[SUSTAINED] = cap.as_json()
+        share = {"fp8_share": earlier[SUSTAINED]["fp8_share"]} if SUSTAINED in earlier else {}
+        profile.fits[SUSTAINED] = cap.as_json() | share
+
+
+def _fitted(kind: Kind, rows: list[Row], stored: dict[str, Any] | None) -> KernelClass:
+    if stored is not None:
+        kept = KernelClass(kind, rows, Fit.from_json(stored))
+        if kept.fit.rows == stored.get("rows"):
+            return kept
+    return KernelClass(kind, rows, fit_class(kind, rows))

@@ -1,26 +1,28 @@
-"""Block-scaled FP8 products, which stock PyTorch cannot run: a tile model of the published kernels, few parameters.
+"""Block-scaled FP8 products by DeepGEMM's kernels on Hopper, dense and of experts: what their durations are made of.
 
-The rows are those of DeepGEMM's README at commit a9967bc (2025-04-09): H800 SXM5, e4m3 operands with 1 x 128 and
-128 x 128 scales, bf16 output, FLOP/s as published. A product is cut into output tiles of 64 or 128 rows and 16 to 160
-columns, the choice with the least time in waves over the SMs; a tile sums blocks of 128 along the depth, none of which
-takes less than a floor, and ends with an epilogue. Beside that stands the memory's time, and before both a launch.
+Forward products and input gradients scale 1 x 128 of the rows and 128 x 128 of the weight and write bf16; they are one
+kernel. A product is cut into output tiles of 64, 128 or 256 rows and 16 to 192 columns, the choice with the least time
+in waves over the SMs; a tile sums blocks of 128 along the depth, none of which takes less than a floor, and ends with
+an epilogue. Beside that stand the L2's and the memory's time, and before all a launch. Experts' rows are rounded up to
+128 each, the height of their tiles, and every active expert's weight is read.
 
-A grouped product rounds each expert's rows up to the kernels' row alignment and reads every active expert's weight.
-A weight gradient scales both operands along the depth and adds to fp32 values in memory: H800s reach about 640 TFLOP/s
-there where forward products of the same step reach 1,140 (stated with this project's requirements, no rows published).
+Weight gradients scale both operands along the tokens and add to fp32 values in memory, which takes longer than reading
+and writing as many bytes; every expert has the same tiles, as deep as it has rows.
 
-Legend: R ranks, E local experts, P published rows, Q products, T candidate tiles.
+Rows of both were measured on an H100 (`moesim.kernels.benchmarks.deep_gemm`); half of them are in the fits. PUBLISHED
+ones are in none: those of the library's README at commit a9967bc (2025-04-09), H800 SXM5.
+
+Legend: E local experts, Q products, T candidate tiles.
 """
 
-from functools import cache
-from typing import NamedTuple
+import math
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
-from moesim.kernels.estimate import Estimate, as_result
 from moesim.kernels.families import FloatArray, Gemm, GroupedGemm, gemm_sides
-from moesim.kernels.fitting import least_squares
-from moesim.kernels.roofline import GpuRates
+from moesim.kernels.physics import NUM_SM, Columns, Parameters
 
 # m, n, k, TFLOP/s: github:deepseek-ai/DeepGEMM@a9967bc:README.md (2025-04-09), H800 SXM5, NVCC 12.8
 PUBLISHED_ROWS = (
@@ -31,108 +33,133 @@ PUBLISHED_ROWS = (
     (4096, 4096, 7168, 1410), (4096, 7168, 2048, 1168),
 )  # fmt: skip
 FASTEST_PUBLISHED = 1e12 * max(row[3] for row in PUBLISHED_ROWS)  # FLOP/s
-_H800_PEAK, _H800_BANDWIDTH = 1978.9e12, 3.35e12  # datasheet: dense fp8 FLOP/s, HBM3 bytes/s
-_SM = 132.0  # of the published GPU; others are taken to have as many waves
-FP8_ROW_ALIGNMENT = 128  # rows per expert of the published kernels
-WEIGHT_GRADIENT_SHARE = 640 / 1140  # of the forward rate
-_SHARP = 3.0  # exponent of the blend between what limits
-_BLOCK = 128.0  # values along the depth that share a scale
-_TILE_M, _TILE_N = (side.ravel() for side in np.meshgrid([64.0, 128.0], np.arange(16.0, 161.0, 8.0)))
-_START = np.log([3e-6, 0.8, 0.8, 5e-7, 8e-8])
+DEEP_GEMM, BLOCK_SCALED = "deep_gemm", "fp8_block"  # the family of rows, and their dtype
+BLOCK = 128.0  # values along the depth that share a scale; rows of an expert are rounded up to as many
+BLOCK_COLUMNS = (
+    "rows", "experts", "width", "depth", "tiles_64", "tiles_128", "tiles_256", "read", "written", "longest", "grouped",
+)  # fmt: skip
+BLOCK_START = np.log([5e-6, 1.0e13, 2e-7, 1e-6, 1e-11, 2.8e12, 2e13, 3.0])
+BLOCK_WGRAD_START = np.log([5e-6, 6.5e12, 1e-6, 2.8e12, 2e13, 2e12, 3.0])
+_NEVER = 1e12  # tiles of a height that experts' products do not have
 
 
-class _Products(NamedTuple):
-    """Columns [Q] of products: output rows by tile height (64, 128), output columns, depth, bytes moved."""
-
-    tiles_of_64: FloatArray
-    tiles_of_128: FloatArray
-    columns: FloatArray
-    depth: FloatArray
-    bytes_: FloatArray
+def _forward_tiles() -> FloatArray:
+    """Heights and widths [2, T]: in registers one side is at most 128, and beyond 128 columns their scales unroll."""
+    widths = [*range(16, 129, 16), 144, 160, 192]
+    return np.array([(m, n) for m in (64, 128, 256) for n in widths if min(m, n) <= 128], float).T
 
 
-def _log_seconds(
-    theta: FloatArray, products: _Products, peak: float, bandwidth: float, *, share: float = 1.0
-) -> FloatArray:
-    """theta: logs of launch (s), share of the peak in a tile, share of the bandwidth, epilogue of a tile (s) and floor
-    of a block of the depth (s); `share` of its rate is what the arithmetic reaches.
-    """
-    launch, peak_share, memory_share, epilogue, floor = np.exp(theta)
-    tiles_m_QT = np.where(_TILE_M == 64.0, products.tiles_of_64[:, None], products.tiles_of_128[:, None])
-    waves_QT = np.ceil(tiles_m_QT * np.ceil(products.columns[:, None] / _TILE_N) / _SM)
-    block_T = np.maximum(2.0 * _BLOCK * _TILE_M * _TILE_N * _SM / (peak * peak_share), floor) / share
-    compute_Q = (waves_QT * (np.ceil(products.depth / _BLOCK)[:, None] * block_T + epilogue)).min(axis=1)
-    memory_Q = products.bytes_ / (bandwidth * memory_share)
-    return np.asarray(np.log(launch + (compute_Q**_SHARP + memory_Q**_SHARP) ** (1.0 / _SHARP)))
+_TILE_M, _TILE_N = _forward_tiles()
+_SUM_M, _SUM_N = (side.ravel() for side in np.meshgrid([64.0, 128.0], np.arange(16.0, 161.0, 8.0)))
 
 
-def _dense(m: FloatArray, k: FloatArray, n: FloatArray, *, output_bytes: float = 2.0) -> _Products:
-    return _Products(np.ceil(m / 64), np.ceil(m / 128), n, k, m * k + k * n + output_bytes * m * n)
-
-
-def _published() -> tuple[_Products, FloatArray]:
-    m, n, k, tflops = np.array(PUBLISHED_ROWS, float).T
-    return _dense(m, k, n), np.log(2.0 * m * n * k / (tflops * 1e12))
-
-
-@cache
-def published_fit(*, left_out: int | None = None) -> tuple[float, ...]:
-    """Theta of the published rows, or of those that are not every third, beginning with row `left_out`."""
-    products, logs_P = _published()
-    kept_P = np.ones(len(logs_P), bool) if left_out is None else np.arange(len(logs_P)) % 3 != left_out
-    some = _Products(*(column[kept_P] for column in products))
-    theta = least_squares(
-        lambda theta: _log_seconds(theta, some, _H800_PEAK, _H800_BANDWIDTH), logs_P[kept_P], _START, steps=60
-    )
-    return tuple(theta.tolist())
-
-
-def published_errors(*, left_out: int | None = None) -> FloatArray:
-    """Log of published over fitted seconds: of every row by the fit to all, or of every third by the fit to others."""
-    products, logs_P = _published()
-    errors_P = logs_P - _log_seconds(np.array(published_fit(left_out=left_out)), products, _H800_PEAK, _H800_BANDWIDTH)
-    return errors_P if left_out is None else errors_P[left_out::3]
-
-
-def fp8_gemm(kernel: Gemm, *, gpu: GpuRates) -> Estimate:
-    """Seconds of a block-scaled dense GEMM on `gpu`, at the shares of peak and bandwidth of the published kernels.
-
-    Source "scaled": clocks and software of another machine. A KeyError for a GPU without FP8 units is the caller's to
-    prevent.
-    """
-    sides = gemm_sides(kernel.m, kernel.k, kernel.n, kernel.direction)
-    sizes = np.broadcast_arrays(*(np.asarray(size, float) for size in sides))
-    rows_Q, columns_Q, depth_Q = (size.reshape(-1) for size in sizes)
-    is_wgrad = kernel.direction == "wgrad"
-    # Accumulated weight gradients are read and written as fp32.
-    products = _dense(rows_Q, depth_Q, columns_Q, output_bytes=8.0 if is_wgrad else 2.0)
-    share = WEIGHT_GRADIENT_SHARE if is_wgrad else 1.0
-    theta = np.array(published_fit())
-    logs_Q = _log_seconds(theta, products, gpu.peak_flops["fp8"], gpu.memory_bandwidth, share=share)
-    return Estimate(as_result(np.exp(logs_Q).reshape(sizes[0].shape)), "scaled")
-
-
-def fp8_grouped_gemm(kernel: GroupedGemm, *, gpu: GpuRates) -> Estimate:
-    """Seconds on `gpu` of a block-scaled grouped GEMM; source "scaled", as `fp8_gemm`."""
-    rows_RE, k, n = np.asarray(kernel.rows_per_expert, float), kernel.k, kernel.n
-    aligned_RE = np.ceil(rows_RE / FP8_ROW_ALIGNMENT) * FP8_ROW_ALIGNMENT
-    shape = aligned_RE.shape[:-1]
-    aligned_QE = aligned_RE.reshape(-1, aligned_RE.shape[-1])
-    rows_Q, active_Q = aligned_QE.sum(-1), np.count_nonzero(aligned_QE, axis=-1)
-    weights_Q = active_Q * float(k * n)
+def block_sizes(kernel: Gemm | GroupedGemm) -> Columns:
+    """The columns BLOCK_COLUMNS of a block-scaled product: floats, or arrays where its sizes are."""
+    if isinstance(kernel, Gemm):
+        return _dense_sizes(kernel)
+    rows_QE = np.asarray(kernel.rows_per_expert, float)
+    aligned_QE = np.ceil(rows_QE / BLOCK) * BLOCK
+    rows, k, n, experts = aligned_QE.sum(-1), float(kernel.k), float(kernel.n), np.count_nonzero(rows_QE, axis=-1)
+    longest = aligned_QE.max(-1)
     if kernel.direction == "wgrad":
-        # Every expert has the same outputs, as deep as it has rows; their time adds up to that of the mean depth.
-        depth_Q = rows_Q / np.maximum(active_Q, 1)
-        small_Q, large_Q = (active_Q * np.ceil(k / tile) for tile in (64.0, 128.0))
-        bytes_Q = rows_Q * (k + n) + 8.0 * weights_Q
-        products = _Products(small_Q, large_Q, np.full_like(rows_Q, n), depth_Q, bytes_Q)
-        share = WEIGHT_GRADIENT_SHARE
+        read, written = rows * (k + n), 8.0 * k * n * experts
+        found = (rows, experts, k, n, 0.0, 0.0, 0.0, read, written, longest, 1.0)
     else:
-        read, written = (k, n) if kernel.direction == "forward" else (n, k)
-        small_Q, large_Q = (np.ceil(aligned_QE / tile).sum(-1) for tile in (64.0, 128.0))
-        columns_Q, depth_Q = np.full_like(rows_Q, written), np.full_like(rows_Q, read)
-        products = _Products(small_Q, large_Q, columns_Q, depth_Q, rows_Q * (read + 2.0 * written) + weights_Q)
-        share = 1.0
-    theta = np.array(published_fit())
-    logs_Q = _log_seconds(theta, products, gpu.peak_flops["fp8"], gpu.memory_bandwidth, share=share)
-    return Estimate(as_result(np.exp(logs_Q).reshape(shape)), "scaled")
+        depth, width = (k, n) if kernel.direction == "forward" else (n, k)
+        read, written = rows * depth + experts * (k * n), 2.0 * rows * width
+        found = (rows, experts, width, depth, _NEVER, rows / BLOCK, _NEVER, read, written, longest, 1.0)
+    return tuple(_plain(column) for column in found)
+
+
+def _dense_sizes(kernel: Gemm) -> Columns:
+    if kernel.direction == "wgrad":
+        rows, k, n = (_plain(side) for side in (kernel.m, kernel.k, kernel.n))
+        aligned = _plain(np.ceil(np.asarray(rows) / BLOCK) * BLOCK)
+        return (aligned, 1.0, k, n, 0.0, 0.0, 0.0, aligned * (k + n), 8.0 * k * n, aligned, 0.0)
+    sides = gemm_sides(kernel.m, kernel.k, kernel.n, kernel.direction)
+    rows, width, depth = (_plain(side) for side in sides)
+    tiles = (_plain(np.ceil(np.asarray(rows) / height)) for height in (64.0, 128.0, 256.0))
+    return (rows, 1.0, width, depth, *tiles, rows * depth + width * depth, 2.0 * rows * width, rows, 0.0)
+
+
+def _plain(value: ArrayLike) -> Any:
+    array = np.asarray(value, float)
+    return float(array) if array.ndim == 0 else array
+
+
+def _blended(sharp: float, compute_QT: Any, *others_QT: Any) -> Any:
+    """A smooth maximum, and of all tiles the one that is done first."""
+    total_QT = sum((other_QT**sharp for other_QT in others_QT), start=compute_QT**sharp)
+    return np.min(total_QT, axis=-1) ** (1.0 / sharp)
+
+
+def _logs(seconds: Any) -> Any:
+    return math.log(seconds) if np.ndim(seconds) == 0 else np.log(seconds)
+
+
+def block_log_seconds(parameters: Parameters, columns: Columns) -> Any:
+    """Forward products and input gradients.
+
+    parameters: launch (s), tensor rate of an SM (FLOP/s), floor of a block of the depth (s), epilogue of a tile (s) and
+    per output (s), memory bandwidth (bytes/s), L2 bandwidth (bytes/s), exponent of the blend between what limits.
+    """
+    launch, rate, floor, epilogue, per_output, memory, l2, sharp = parameters
+    rows, _, width, depth, tiles_64, tiles_128, tiles_256, read, written = _along_tiles(columns[:9])
+    tiles_m = np.where(_TILE_M == 64.0, tiles_64, np.where(_TILE_M == 128.0, tiles_128, tiles_256))
+    tiles_n = np.ceil(width / _TILE_N)
+    block = np.maximum(2.0 * BLOCK * _TILE_M * _TILE_N / rate, floor)
+    waves = np.ceil(tiles_m * tiles_n / NUM_SM)
+    compute = waves * (np.ceil(depth / BLOCK) * block + epilogue + per_output * _TILE_M * _TILE_N)
+    shared = (tiles_n * (rows * depth) + tiles_m * (width * depth)) / l2
+    return _logs(launch + _blended(sharp, compute, shared, (read + written) / memory))
+
+
+def block_wgrad_log_seconds(parameters: Parameters, columns: Columns) -> Any:
+    """Weight gradients.
+
+    parameters: launch (s), tensor rate of an SM (FLOP/s), epilogue of a tile (s), memory bandwidth for operands and L2
+    bandwidth (bytes/s), bandwidth at which sums are read and written, exponent of the blend between what limits. Of a
+    last, partly filled wave half is paid.
+    """
+    launch, rate, epilogue, memory, l2, sums, sharp = parameters
+    rows, experts, width, depth, _, _, _, read, written, longest = _along_tiles(columns[:10])
+    tiles_m, tiles_n = np.ceil(depth / _SUM_M), np.ceil(width / _SUM_N)
+    tiles = tiles_m * tiles_n * np.maximum(experts, 1.0)
+    waves = np.ceil(tiles / NUM_SM)
+    work = tiles_m * tiles_n * rows  # blocks of all tiles, times their length
+    steps = 0.5 * np.maximum(work / NUM_SM, longest) + 0.5 * waves / tiles * work
+    compute = steps * (2.0 * _SUM_M * _SUM_N / rate) + waves * epilogue
+    shared = (tiles_n * (rows * depth) + tiles_m * (width * rows)) / l2
+    return _logs(launch + _blended(sharp, compute, shared, read / memory + written / sums))
+
+
+def _along_tiles(columns: Columns) -> Columns:
+    """Arrays with an axis for the candidate tiles."""
+    return tuple(column[:, None] if isinstance(column, np.ndarray) else column for column in columns)
+
+
+def block_features(columns: Columns) -> tuple[Any, ...]:
+    """Where a product lies among others: sizes, experts, and how uneven their rows are."""
+    rows, experts, width, depth, longest, grouped = *columns[:4], columns[9], columns[10]
+    some, many = np.maximum(rows, 1.0), np.maximum(experts, 1.0)
+    found = (
+        np.log(some),
+        np.log(many),
+        np.log(width),
+        np.log(depth),
+        np.log((longest + BLOCK) * many / (some + BLOCK)),
+    )
+    return (*(_plain(value / 4.0) for value in found), 0.3 * grouped)
+
+
+def block_work(columns: Columns) -> Any:
+    """FLOPs, those of rows that fill up the blocks included."""
+    return 2.0 * columns[0] * columns[2] * columns[3]
+
+
+def published_errors(model: Any, *, least_seconds: float = 0.0) -> FloatArray:
+    """Log of published over predicted seconds of the published rows that take so long, by the model of their GPU."""
+    kernels = [(Gemm(m=m, k=k, n=n, dtype=BLOCK_SCALED), tflops) for m, n, k, tflops in PUBLISHED_ROWS]
+    rows = [(kernel, float(kernel.flops) / (1e12 * rate)) for kernel, rate in kernels]
+    chosen = [(kernel, seconds) for kernel, seconds in rows if seconds >= least_seconds]
+    return np.array([np.log(seconds / float(model.seconds(kernel).seconds)) for kernel, seconds in chosen])

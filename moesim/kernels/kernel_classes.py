@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.kernels import physics
-from moesim.kernels.families import DTYPE_BYTES, FloatArray, gemm_sides, is_narrow
+from moesim.kernels import fp8, physics
+from moesim.kernels.families import DTYPE_BYTES, FloatArray, Gemm, GroupedGemm, gemm_sides, is_narrow, kernel_of
 from moesim.kernels.gaussian import ResidualField, Shape
 from moesim.kernels.physics import Columns, Parameters, arithmetic_of
 from moesim.kernels.power import LEAST_EXPONENT, PowerCap
@@ -134,6 +134,16 @@ def _grouped_drawn(columns: Columns) -> tuple[Any, Any]:
     return _grouped_work(columns), columns[10] + columns[11]
 
 
+def _block_row_sizes(rows: list[Row]) -> Columns:
+    kernels = map(kernel_of, rows)
+    sizes = [fp8.block_sizes(kernel) for kernel in kernels if isinstance(kernel, Gemm | GroupedGemm)]
+    return tuple(np.asarray(sizes, float).T)
+
+
+def _block_drawn(columns: Columns) -> tuple[Any, Any]:
+    return fp8.block_work(columns), columns[7] + columns[8]
+
+
 def _attention_row_sizes(rows: list[Row]) -> Columns:
     names = ("batch", "sequence", "heads", "kv_heads", "head_dim", "value_dim", "causal")
     return physics.attention_sizes(**{name: _column(rows, name) for name in names}, direction=rows[0]["direction"])
@@ -178,6 +188,14 @@ KINDS: dict[str, Kind] = {
         _grouped_row_sizes, physics.grouped_wgrad_log_seconds, _grouped_features, _grouped_work, _grouped_drawn,
         physics.GROUPED_FP8_START, noise=8e-3, shape="rational",
     ),
+    "deep_gemm": Kind(
+        _block_row_sizes, fp8.block_log_seconds, fp8.block_features, fp8.block_work, _block_drawn,
+        fp8.BLOCK_START, noise=8e-3, shape="rational",
+    ),
+    "deep_gemm_wgrad": Kind(
+        _block_row_sizes, fp8.block_wgrad_log_seconds, fp8.block_features, fp8.block_work, _block_drawn,
+        fp8.BLOCK_WGRAD_START, noise=8e-3, shape="rational",
+    ),
     "attention": Kind(
         _attention_row_sizes, physics.attention_log_seconds, _attention_features, lambda s: s[0], lambda s: s[:2],
         physics.ATTENTION_START, noise=2e-3,
@@ -193,6 +211,8 @@ KINDS: dict[str, Kind] = {
 def kind_of(kernel_class: str) -> Kind:
     """The kind of a class named as `class_of` names it."""
     family = kernel_class.split("/")[0]
+    if family == fp8.DEEP_GEMM and "/wgrad" in kernel_class:
+        family += "_wgrad"
     if family == "grouped_gemm":
         family = ("grouped_wgrad" if "/wgrad" in kernel_class else family) + ("_fp8" if "/fp8/" in kernel_class else "")
     return KINDS[family]
@@ -205,6 +225,8 @@ def class_of(row: Row) -> str | None:
         return gemm_class(row["dtype"], row["direction"])
     if family == "grouped_gemm":
         return grouped_class(row["direction"], dtype=row["dtype"], tiles=tiles_of(row))
+    if family == fp8.DEEP_GEMM:
+        return deep_gemm_class(row["direction"])
     if family == "attention":
         return f"attention/{row['direction']}"
     return f"memory_bound/{row['kind']}" if family == "memory_bound" else None
@@ -220,6 +242,11 @@ def tiles_of(row: Row) -> int:
 def gemm_class(dtype: str, direction: str) -> str:
     """fp16 runs at the rate of bf16."""
     return f"gemm/{TENSOR_DTYPES.get(dtype, '')}/{direction}"
+
+
+def deep_gemm_class(direction: str) -> str:
+    """Input gradients run on the kernels of forward products, dense ones on those of experts."""
+    return f"{fp8.DEEP_GEMM}/{'wgrad' if direction == 'wgrad' else 'forward'}"
 
 
 def grouped_class(direction: str, *, dtype: str, tiles: int) -> str:

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 # Whose FP8 kernels, beyond the library's forward products, stand for those of another GPU of the same chip.
 FP8_OF = {"h200": "h100"}
-# Those whose block-scaled FP8 kernels have published rates (`moesim.kernels.fp8`).
-PUBLISHED_FP8 = ("h800",)
+# Those whose dense block-scaled FP8 products are DeepGEMM's, not the vendor library's (`moesim.kernels.fp8`).
+DENSE_BY_DEEP_GEMM = ("h800",)
 REGIMES = ("sustained", "short")
 _NO_CLOCK = "at a clock run only GPUs whose clocks were measured; use sustained or short"
 
@@ -239,7 +239,7 @@ def _held(model: CalibratedModel | TabulatedModel, regime: str) -> CalibratedMod
 
 
 def _scaled(base: CalibratedModel | TabulatedModel, measured: str, target: "GpuSpec") -> ScaledModel:
-    return ScaledModel(base, measured=_spec(measured), target=target, published_fp8=target.name in PUBLISHED_FP8)
+    return ScaledModel(base, measured=_spec(measured), target=target, by_deep_gemm=target.name in DENSE_BY_DEEP_GEMM)
 
 
 def _spec_of(gpu: "str | GpuSpec") -> "GpuSpec":

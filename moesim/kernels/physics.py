@@ -184,6 +184,7 @@ def _sums(values_QE: FloatArray) -> Any:
 
 _TILES = {SMALL: (64.0, 128.0, 128.0), LARGE: (128.0, 256.0, 64.0), LONG: (256.0, 128.0, 128.0)}
 _LONG_WGRAD = (128.0, 128.0, 128.0)
+_HANDED_OVER = 128.0  # depth after which sums leave the tensor cores
 
 
 def grouped_sizes(totals: RowTotals, k: Any, n: Any, *, direction: str, tiles: int, fp8: bool = False) -> Columns:
@@ -191,17 +192,19 @@ def grouped_sizes(totals: RowTotals, k: Any, n: Any, *, direction: str, tiles: i
 
     Tiles are those of the CUTLASS kernels behind torch's grouped_mm on Hopper, by `grouped_tiles`: 64 x 128 x 128 or
     128 x 256 x 64, and with fp8 operands (one byte) 256 x 128 x 128, or 128 x 128 x 128 for weight gradients, which do
-    not sum in the tensor cores alone; in clusters of two along the rows, so that an expert's tiles round up to even
-    numbers.
+    not sum in the tensor cores alone but hand sums over after each 128 of the depth; in clusters of two along the rows
+    (fp8: and of two along the columns), so that an expert's tiles round up to even numbers.
     """
     tile_m, tile_n, tile_k = _LONG_WGRAD if tiles == LONG and direction == "wgrad" else _TILES[tiles]
-    size = 1.0 if fp8 else 2.0
+    size, columns = (1.0, 2.0) if fp8 else (2.0, 1.0)  # columns of a cluster
+    if fp8 and direction == "wgrad":
+        tile_k = max(tile_k, _HANDED_OVER)
     rows_QE, rows = totals.rows_QE, totals.rows
     experts = float(rows_QE.shape[-1])
     ops = arithmetic_of((k, n))
     if direction == "wgrad":
         tall, wide = (n, k) if fp8 else (k, n)
-        per_expert = ops.ceil(tall / (2.0 * tile_m)) * 2.0 * ops.ceil(wide / tile_n)
+        per_expert = ops.ceil(tall / (2.0 * tile_m)) * 2.0 * ops.ceil(wide / (columns * tile_n)) * columns
         steps = _sums(np.ceil(rows_QE / tile_k)) * tile_k
         deepest = rows_QE.max(-1) if rows_QE.ndim > 1 else float(rows_QE.max())
         longest = arithmetic_of((deepest,)).ceil(deepest / tile_k) * tile_k
@@ -211,7 +214,7 @@ def grouped_sizes(totals: RowTotals, k: Any, n: Any, *, direction: str, tiles: i
     else:
         width, depth = (n, k) if direction == "forward" else (k, n)
         pairs = _sums(np.ceil(rows_QE / (2.0 * tile_m)))
-        tiles_n = ops.ceil(width / tile_n)
+        tiles_n = ops.ceil(width / (columns * tile_n)) * columns
         count, longest = pairs * (2.0 * tiles_n), ops.ceil(depth / tile_k) * tile_k
         work = 0.0  # follows from the tiles
         l2_bytes = rows * (size * depth * tiles_n) + pairs * (size * depth * width)

@@ -26,7 +26,7 @@ from moesim.kernels.families import (
     is_narrow,
     peak_format,
 )
-from moesim.kernels.fp8 import FASTEST_PUBLISHED, fp8_gemm, fp8_grouped_gemm
+from moesim.kernels.fp8 import BLOCK_SCALED, FASTEST_PUBLISHED
 from moesim.kernels.jitter import Jitter
 from moesim.kernels.roofline import GpuRates, Roofline
 
@@ -39,8 +39,8 @@ REACHED = 0.9  # of the bandwidth, by kernels that only the memory limits
 class ScaledModel:
     """The kernel model of `target`, from the calibrated model of `measured`.
 
-    published_fp8: dense FP8 GEMMs are those of the published block-scaled kernels (`moesim.kernels.fp8`), as grouped
-    ones always are; else they are the measured GPU's per-tensor GEMMs, scaled. memory_alone: all memory-bound kernels
+    by_deep_gemm: dense block-scaled FP8 GEMMs are DeepGEMM's (`moesim.kernels.fp8`), as grouped ones always are, and
+    not the vendor library's. memory_alone: all memory-bound kernels
     follow the bandwidth, whatever their kind says: for rows of the pair of GPUs that told the kinds.
     """
 
@@ -50,11 +50,11 @@ class ScaledModel:
         *,
         measured: GpuRates,
         target: GpuRates,
-        published_fp8: bool = False,
+        by_deep_gemm: bool = False,
         memory_alone: bool = False,
     ) -> None:
         self._memory_alone = memory_alone
-        self.base, self._measured, self._target, self._published_fp8 = base, measured, target, published_fp8
+        self.base, self._measured, self._target, self._by_deep_gemm = base, measured, target, by_deep_gemm
         self.fallback = Roofline(target)
         self._memory_ratio = measured.memory_bandwidth / target.memory_bandwidth
         self._sm_ratio = measured.sm_count * measured.clock_hz / (target.sm_count * target.clock_hz)
@@ -102,12 +102,7 @@ class ScaledModel:
         dtype = "bf16" if isinstance(kernel, MemoryBound) else peak_format(kernel.dtype)
         if dtype not in self._target.peak_flops:
             return self.fallback.seconds(kernel)
-        if not isinstance(kernel, MemoryBound) and kernel.dtype == "fp8_block":
-            if isinstance(kernel, GroupedGemm):
-                return self._within(kernel, fp8_grouped_gemm(kernel, gpu=self._target))
-            if isinstance(kernel, Gemm) and self._published_fp8:
-                return self._within(kernel, fp8_gemm(kernel, gpu=self._target))
-        found = self.base.seconds(kernel)
+        found = self._of_base(kernel)
         peak = self._measured.peak_flops[dtype]
         compute, memory = kernel.flops / peak, kernel.moved_bytes / self._measured.memory_bandwidth
         ratio = peak / self._target.peak_flops[dtype]
@@ -121,6 +116,12 @@ class ScaledModel:
         seconds = np.asarray(floor + busy * factor)
         scaled = Estimate(as_result(seconds), weakest(found.source, "scaled"))
         return self._within(kernel, scaled) if isinstance(kernel, Gemm | GroupedGemm) else scaled
+
+    def _of_base(self, kernel: Kernel) -> Estimate:
+        of_library = self._by_deep_gemm and isinstance(kernel, Gemm) and kernel.dtype == BLOCK_SCALED
+        if of_library and isinstance(kernel, Gemm) and isinstance(self.base, CalibratedModel):
+            return self.base.deep_gemm(kernel)
+        return self.base.seconds(kernel)
 
     def _of_memory(self, kind: str, reached: FloatArray) -> FloatArray:
         """How much longer a memory-bound kernel takes that reaches this share of the measured GPU's bandwidth."""
@@ -143,7 +144,7 @@ class ScaledModel:
             base,
             measured=self._measured,
             target=self._target,
-            published_fp8=self._published_fp8,
+            by_deep_gemm=self._by_deep_gemm,
             memory_alone=self._memory_alone,
         )
 
@@ -162,4 +163,4 @@ class ScaledModel:
         ours, theirs = self._target.peak_flops, self._measured.peak_flops
         both = [units for units in self.base.fastest if units in ours and units in theirs]
         scaled = {units: self.base.fastest[units] * ours[units] / theirs[units] for units in both}
-        return scaled | {"fp8": max(FASTEST_PUBLISHED, scaled["fp8"])} if self._published_fp8 else scaled
+        return scaled | {"fp8": max(FASTEST_PUBLISHED, scaled["fp8"])} if self._by_deep_gemm else scaled

@@ -5,6 +5,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from moesim.errors import UserError
@@ -13,6 +14,7 @@ from moesim.kernels import (
     kernel_model,
     load_profile,
 )
+from moesim.kernels.fitting import fit_profile
 from moesim.kernels.profile import SCHEMA_VERSION, SHIPPED, Profile, load_profile_file, save_profile
 
 ROW = {"family": "gemm", "m": 8, "k": 64, "n": 64, "dtype": "bf16", "direction": "forward", "p50": 1e-5}
@@ -126,3 +128,21 @@ def test_no_row_of_a_shipped_profile_stands_twice(name: str) -> None:
     texts = [json.dumps({key: row[key] for key in row if key != "session"}, sort_keys=True) for row in rows]
     twice = [text for text, count in Counter(texts).items() if count > 1 and '"p50"' in text]
     assert not twice
+
+
+def test_a_class_keeps_its_fit_while_its_rows_stay() -> None:
+    """So that a profile that is extended moves nothing but what was measured."""
+    sizes = np.geomspace(1e5, 1e9, 12)
+    rows = [
+        {"family": "memory_bound", "kind": kind, "rows": 1, "width": 1024, "bytes": size, "p50": 3e-6 + size / 2.5e12}
+        for kind in ("copy", "silu")
+        for size in sizes
+    ]
+    profile = Profile(name="own", sessions=[], rows=rows)
+    fit_profile(profile)
+    for name in ("memory_bound/copy", "memory_bound/silu"):
+        profile.fits[name] = profile.fits[name] | {"alpha": 0.123}  # whatever it was
+    profile.rows = [*rows, {**rows[0], "bytes": 2e8, "p50": 9e-5}]
+    fit_profile(profile)
+    assert profile.fits["memory_bound/silu"]["alpha"] == 0.123
+    assert profile.fits["memory_bound/copy"]["alpha"] == 0.0

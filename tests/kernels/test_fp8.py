@@ -1,4 +1,4 @@
-"""Laws of the block-scaled FP8 products that are fitted to published rows."""
+"""Laws of block-scaled FP8 products: DeepGEMM's kernels, measured on an H100."""
 
 from dataclasses import replace
 from typing import Any
@@ -9,57 +9,90 @@ import pytest
 from moesim.errors import UserError
 from moesim.kernels import CalibratedModel, Gemm, GroupedGemm, ScaledModel, kernel_model, load_profile
 from moesim.kernels.families import GEMM_DIRECTIONS, chip_format, peak_format
-from moesim.kernels.fp8 import PUBLISHED_ROWS, WEIGHT_GRADIENT_SHARE, fp8_gemm, published_errors
+from moesim.kernels.fp8 import BLOCK_SCALED, DEEP_GEMM, PUBLISHED_ROWS, published_errors
+from moesim.kernels.kernel_classes import class_of
 from moesim.kernels.physics import grouped_tiles
 from moesim.kernels.report import held_out_rows
 from moesim.kernels.tabulated import TabulatedModel
 from moesim.scenario import gpu_spec
 
-GPU = gpu_spec("h800")
+
+def test_rows_of_deep_gemm_that_no_fit_saw_are_met(h100: CalibratedModel) -> None:
+    """Half of them, by shape, of dense products and of experts; a few kernels that the compiler of that day
+    serialised, which take three times as long, are among the dense forward ones."""
+    held = [row for row in h100.profile.family(DEEP_GEMM) if row.get("held_out")]
+    bounds = {
+        ("dense", "forward"): (0.05, 0.3), ("dense", "wgrad"): (0.03, 0.06),
+        ("experts", "forward"): (0.03, 0.08), ("experts", "wgrad"): (0.03, 0.09),
+    }  # fmt: skip
+    for (kind, direction), (median, p90) in bounds.items():
+        name = f"{DEEP_GEMM}/{direction}"
+        of_experts = kind == "experts"
+        rows = [row for row in held if class_of(row) == name and ("rows_per_expert" in row) == of_experts]
+        kernel_class = h100.kernel_class(name)
+        assert kernel_class is not None and len(rows) > 25
+        errors = np.abs(np.expm1(kernel_class.errors_of(rows, at_row_clock=True)))
+        assert np.median(errors) < median and np.quantile(errors, 0.9) < p90, (kind, direction)
 
 
-def test_rows_that_a_fit_never_saw_are_met_within_8_percent() -> None:
-    for left_out in range(3):
-        errors_P = np.abs(np.expm1(published_errors(left_out=left_out)))
-        assert len(errors_P) == len(PUBLISHED_ROWS) // 3
-        assert np.median(errors_P) < 0.08
-    assert np.median(np.abs(np.expm1(published_errors()))) < 0.06
-
-
-def test_the_published_gpu_answers_with_the_published_kernels() -> None:
+def test_published_rows_of_training_sizes_are_met(h100: CalibratedModel) -> None:
+    """No row of them is in a fit. Kernels of some microseconds were published without the launch that ours include."""
     h800 = load_profile("h800")
-    errors = []
-    for m, n, k, tflops in PUBLISHED_ROWS:
-        found = h800.seconds(Gemm(m=m, k=k, n=n, dtype="fp8_block"))
-        assert found.source == "scaled"
-        errors.append(abs(2.0 * m * n * k / (tflops * 1e12) / float(found.seconds) - 1.0))
-    assert np.median(errors) < 0.08
+    assert isinstance(h800, ScaledModel)
+    errors = np.abs(np.expm1(published_errors(h800.at_benchmark_clock(), least_seconds=1e-4)))
+    assert len(errors) == 6 and np.median(errors) < 0.08 and errors.max() < 0.16
+    kernel_class = h100.kernel_class(f"{DEEP_GEMM}/forward")
+    assert kernel_class is not None
+    launch = kernel_class.parameters[0]
+    for (m, n, k, tflops), error in zip(PUBLISHED_ROWS, published_errors(h800.at_benchmark_clock()), strict=True):
+        published = 2.0 * m * n * k / (tflops * 1e12)
+        if m < 4096:
+            assert -1.1 * launch < published - published / np.exp(error) < 1e-6
 
 
 def test_more_of_anything_never_takes_less_than_a_tile_less() -> None:
     sizes = np.array([128.0, 512.0, 2048.0, 8192.0])
+    h800 = load_profile("h800")
     for direction in GEMM_DIRECTIONS:
         for along in range(3):
             fixed: list[Any] = [4096.0, 4096.0, 4096.0]
             fixed[along] = sizes
-            seconds = np.asarray(fp8_gemm(Gemm(*fixed, dtype="fp8_block", direction=direction), gpu=GPU).seconds)
+            seconds = np.asarray(h800.seconds(Gemm(*fixed, dtype=BLOCK_SCALED, direction=direction)).seconds)
             assert (np.diff(seconds) > 0).all()
 
 
-def test_no_product_passes_the_peak_and_large_weight_gradients_reach_their_share() -> None:
-    flops = 2.0 * 8192 * 8192 * 8192
-    whole = Gemm(8192, 8192, 8192, dtype="fp8_block")
-    forward, wgrad = (float(fp8_gemm(kernel, gpu=GPU).seconds) for kernel in (whole, replace(whole, direction="wgrad")))
-    assert flops / forward < GPU.peak_flops["fp8"]
-    assert forward / wgrad == pytest.approx(WEIGHT_GRADIENT_SHARE, abs=0.02)
+def test_weight_gradients_that_add_to_memory_cannot_pass_its_pace(h100: CalibratedModel) -> None:
+    """8 bytes for each weight of every active expert, at two thirds of the bandwidth; and large ones wait for sums."""
+    free = h100.at_benchmark_clock()
+    few = GroupedGemm([64] * 32, k=7168, n=4096, dtype=BLOCK_SCALED, direction="wgrad")
+    pace = 8.0 * 32 * 7168 * 4096 / float(free.seconds(few).seconds)
+    assert 1.7e12 < pace < 2.4e12
+    idle = replace(few, rows_per_expert=[64] * 16 + [0] * 16)
+    assert float(free.seconds(idle).seconds) == pytest.approx(float(free.seconds(few).seconds) / 2, rel=0.1)
+    whole = Gemm(8192, 8192, 8192, dtype=BLOCK_SCALED)
+    h800 = load_profile("h800")
+    forward, wgrad = (float(h800.seconds(kernel).seconds) for kernel in (whole, replace(whole, direction="wgrad")))
+    assert 1.3 < wgrad / forward < 1.9
 
 
-def test_faster_chips_take_less_and_a_clock_changes_nothing_published() -> None:
+def test_faster_chips_take_less_and_kernels_follow_the_clock_of_a_step() -> None:
     h800 = load_profile("h800")
     assert isinstance(h800, ScaledModel)
-    kernel = Gemm(4096, 4096, 7168, dtype="fp8_block")
-    assert h800.at_load(1e14).seconds(kernel) == h800.seconds(kernel)
-    assert float(fp8_gemm(kernel, gpu=gpu_spec("b200")).seconds) < float(h800.seconds(kernel).seconds)
+    kernel = GroupedGemm([4096] * 8, k=7168, n=4096, dtype=BLOCK_SCALED)
+    assert float(h800.at_load(6e14).seconds(kernel).seconds) > float(h800.at_load(1e14).seconds(kernel).seconds)
+    assert float(kernel_model("b200").seconds(kernel).seconds) < float(h800.seconds(kernel).seconds)
+    h200 = kernel_model("h200")
+    assert isinstance(h200, CalibratedModel)
+    assert float(h200.at_load(6e14).seconds(kernel).seconds) > float(h200.at_load(1e14).seconds(kernel).seconds)
+
+
+def test_one_rank_takes_what_it_takes_among_many(h100: CalibratedModel) -> None:
+    rows_RE = np.array([[100.0, 0.0, 4096.0], [128.0, 128.0, 128.0], [0.0, 0.0, 0.0]])
+    for direction in GEMM_DIRECTIONS:
+        kernel = GroupedGemm(rows_RE, k=2048, n=1408, dtype=BLOCK_SCALED, direction=direction)
+        together = np.asarray(h100.seconds(kernel).seconds)
+        alone = [float(h100.seconds(replace(kernel, rows_per_expert=rows_E)).seconds) for rows_E in rows_RE]
+        assert together == pytest.approx(alone, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["h100", "h200", "h800", "b200", "gb300"])
@@ -99,7 +132,9 @@ def test_rows_kept_out_of_the_fit_are_met() -> None:
         for direction in GEMM_DIRECTIONS:
             row = found[f"gemm/{dtype}/{direction}"]
             assert row.count > 100 and row.median < median and row.p90 < p90
-    assert not {name for name in found if "bf16" in name}
+    for direction in GEMM_DIRECTIONS:  # few rows and narrow outputs, on another H100 than most rows
+        row = found[f"gemm/bf16/{direction}"]
+        assert row.count >= 30 and row.median < 0.06 and row.p90 < 0.12
 
 
 def test_another_gpu_of_the_chip_takes_its_ratios_from_there() -> None:

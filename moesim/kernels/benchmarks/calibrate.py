@@ -28,16 +28,25 @@ from moesim.kernels.benchmarks.collectives import (
     measure_overlap,
     prepare_collective,
 )
+from moesim.kernels.benchmarks.deep_gemm import prepare_deep_gemm
 from moesim.kernels.benchmarks.device import Sampler, environment
+from moesim.kernels.benchmarks.edges import LAYOUT
 from moesim.kernels.benchmarks.fp8 import is_fp8_row, long_gemms, prepare_fp8
 from moesim.kernels.benchmarks.host import host_calls
-from moesim.kernels.benchmarks.kernels import Prepared, prepare_attention, prepare_gemm, prepare_grouped_gemm
+from moesim.kernels.benchmarks.kernels import (
+    Prepared,
+    prepare_attention,
+    prepare_gemm,
+    prepare_grouped_gemm,
+    prepare_other_layout,
+)
 from moesim.kernels.benchmarks.memory_kernels import prepare_memory_bound
 from moesim.kernels.benchmarks.profiler import kernel_names
 from moesim.kernels.benchmarks.session import Row, Session
 from moesim.kernels.benchmarks.shapes import CPU_LIMITS, GPU_LIMITS, Limits, family_shapes, kernel_flops
 from moesim.kernels.benchmarks.sustained import measure_sustained
 from moesim.kernels.benchmarks.timing import CpuTimer, CudaTimer, summarise
+from moesim.kernels.fp8 import DEEP_GEMM
 from moesim.kernels.profile import Profile
 
 Preparer = Callable[[dict[str, Any], Pool, float], Prepared]
@@ -47,15 +56,17 @@ _PREPARE: dict[str, Preparer] = {
     "grouped_gemm": prepare_grouped_gemm,
     "attention": prepare_attention,
     "memory_bound": prepare_memory_bound,
+    DEEP_GEMM: prepare_deep_gemm,
 }
+_OF_EDGES: dict[str, Preparer] = {LAYOUT: prepare_other_layout}
 
 
 def prepare(row: Row, pool: Pool, beyond: float) -> Prepared:
     """The call of a row of any single-device family."""
-    return (prepare_fp8 if is_fp8_row(row) else _PREPARE[row["family"]])(row, pool, beyond)
+    return (prepare_fp8 if is_fp8_row(row) else (_PREPARE | _OF_EDGES)[row["family"]])(row, pool, beyond)
 
 
-SINGLE = (*_PREPARE, "fp8")  # families of one device; rows of fp8 say which kernels they are
+SINGLE = (*_PREPARE, "fp8", "edges")  # families of one device; rows of the last two say which kernels they are
 # Shares of the whole budget. The single-device families come first: they need no other rank.
 BUDGET_SHARES = {
     "host": 0.03,
@@ -65,6 +76,8 @@ BUDGET_SHARES = {
     "memory_bound": 0.10,
     "gemm_fp8": 0.06,
     "fp8": 0.06,
+    "edges": 0.06,
+    DEEP_GEMM: 0.06,
     "sustained": 0.10,
     "collective": 0.10,
     "contention": 0.10,

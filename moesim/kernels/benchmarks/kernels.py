@@ -22,7 +22,14 @@ def _rotating(make: Callable[[], Any], compute: Callable[[Any], Any], *, bytes_p
     return keep_outputs(lambda index: compute(operands(index)), sets=len(operands))
 
 
-def prepare_gemm(shape: Shape, pool: Pool, beyond: float) -> Prepared:
+def prepare_other_layout(row: Shape, pool: Pool, beyond: float) -> Prepared:
+    """`of` with its weight stored the other way: [k, n] of a dense product, [E, n, k] of experts."""
+    of = row["of"]
+    prepared = prepare_gemm if of["family"] == "gemm" else prepare_grouped_gemm
+    return prepared(of, pool, beyond, other_layout=True)
+
+
+def prepare_gemm(shape: Shape, pool: Pool, beyond: float, *, other_layout: bool = False) -> Prepared:
     """`F.linear` with weight [n, k], and the two products of its backward."""
     m, k, n = shape["m"], shape["k"], shape["n"]
     direction = shape["direction"]
@@ -31,11 +38,10 @@ def prepare_gemm(shape: Shape, pool: Pool, beyond: float) -> Prepared:
         return _prepare_scaled(m, k, n, pool, beyond, moved), {}
 
     def make() -> tuple[torch.Tensor, torch.Tensor]:
-        if direction == "forward":
-            return pool.take(m, k), pool.take(n, k)
-        if direction == "dgrad":
-            return pool.take(m, n), pool.take(n, k)
-        return pool.take(m, n), pool.take(m, k)
+        if direction == "wgrad":
+            return pool.take(m, n), pool.take(m, k)
+        weight = pool.take(k, n).t() if other_layout else pool.take(n, k)
+        return pool.take(m, k if direction == "forward" else n), weight
 
     def compute(operands: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         a, b = operands
@@ -63,7 +69,7 @@ def _prepare_scaled(m: int, k: int, n: int, pool: Pool, beyond: float, moved: fl
     return _rotating(make, compute, bytes_per_call=moved, beyond=beyond)
 
 
-def prepare_grouped_gemm(shape: Shape, pool: Pool, beyond: float) -> Prepared:
+def prepare_grouped_gemm(shape: Shape, pool: Pool, beyond: float, *, other_layout: bool = False) -> Prepared:
     """`grouped_mm` of rows sorted by expert with weights [E, k, n], and the two products of its backward."""
     rows_E, k, n = shape["rows_per_expert"], shape["k"], shape["n"]
     experts, rows, direction = len(rows_E), sum(rows_E), shape["direction"]
@@ -71,11 +77,12 @@ def prepare_grouped_gemm(shape: Shape, pool: Pool, beyond: float) -> Prepared:
     moved = float(kernel_of({"family": "grouped_gemm"} | shape).moved_bytes)
 
     def make() -> tuple[torch.Tensor, torch.Tensor]:
+        if direction == "wgrad":
+            return pool.take(rows, k).t(), pool.take(rows, n)
+        weights = pool.take(experts, n, k).transpose(-2, -1) if other_layout else pool.take(experts, k, n)
         if direction == "forward":
-            return pool.take(rows, k), pool.take(experts, k, n)
-        if direction == "dgrad":
-            return pool.take(rows, n), pool.take(experts, k, n).transpose(-2, -1)
-        return pool.take(rows, k).t(), pool.take(rows, n)
+            return pool.take(rows, k), weights
+        return pool.take(rows, n), weights.transpose(-2, -1)
 
     def compute(operands: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         return F.grouped_mm(*operands, offs=offsets_E)

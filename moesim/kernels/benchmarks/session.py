@@ -135,7 +135,7 @@ class Session:
         for row in _partial_rows(self.partial):
             visits.setdefault(row_key(row), []).append(row | {"session": number})
         rows = _with_kernel_names([_merged(parts) for parts in visits.values()])
-        profile = Profile(name=name, sessions=[*earlier.sessions, environment], rows=rows)
+        profile = Profile(name=name, sessions=[*earlier.sessions, environment], rows=rows, fits=earlier.fits)
         save_profile(profile, self.out)
         for path in self.partial.glob("*.jsonl"):
             path.unlink()

@@ -49,6 +49,8 @@ GPU_LIMITS = Limits(
         "gemm": 2400,
         "gemm_fp8": 560,
         "fp8": 420,
+        "edges": 640,
+        "deep_gemm": 400,
         "grouped_gemm": 1900,
         "attention": 900,
         "memory_bound": 64,
@@ -60,7 +62,17 @@ CPU_LIMITS = Limits(
     bytes=2e7,
     optimizer_bytes=2e7,
     sequences=(4, 7),
-    counts={"gemm": 8, "gemm_fp8": 0, "fp8": 0, "grouped_gemm": 6, "attention": 4, "memory_bound": 2, "sustained": 0},
+    counts={
+        "gemm": 8,
+        "gemm_fp8": 0,
+        "fp8": 0,
+        "edges": 0,
+        "deep_gemm": 0,
+        "grouped_gemm": 6,
+        "attention": 4,
+        "memory_bound": 2,
+        "sustained": 0,
+    },
 )
 
 
@@ -273,6 +285,14 @@ def family_shapes(family: str, limits: Limits) -> list[Shape]:
         from moesim.kernels.benchmarks.fp8 import fp8_shapes  # torch, so only here
 
         candidates = iter(fp8_shapes(count))
+    elif family == "edges":
+        from moesim.kernels.benchmarks.edges import edge_shapes
+
+        candidates = iter(edge_shapes(count))
+    elif family == "deep_gemm":
+        from moesim.kernels.benchmarks.deep_gemm import deep_gemm_shapes  # torch, so only here
+
+        candidates = iter(deep_gemm_shapes(count))
     elif family == "attention":
         candidates = _attentions(rng, limits)
     elif family == "grouped_gemm":
