@@ -220,7 +220,9 @@ def add_import_step_arguments(parser: argparse.ArgumentParser) -> None:
         "--ranks", metavar="N", type=int, help="spread a recorded step over N GPUs of one node: data parallelism"
     )
     parser.add_argument(
-        "--spread", choices=("ddp", "fsdp2"), help="how: DistributedDataParallel (default), fully_shard of each layer"
+        "--spread",
+        choices=("ddp", "fsdp2", "tp", "ep"),
+        help="how: DistributedDataParallel (default), fully_shard of each layer, transformers' tensor or expert plan",
     )
     parser.add_argument("--rows", metavar="N", type=int, default=20, help="lines to print, dearest first; 20")
     add_json(parser)

@@ -2,7 +2,8 @@
 
 A kind is an operation's name, phase and kernels. Its factor is the measured over the predicted seconds of all its runs.
 One kind of one size is little evidence for another size, as transformers' steps show (docs/imported-steps.md): what is
-applied is the factor of the kernel's whole family, and of the kind's deviation from it what exceeds NOISE.
+applied is the factor of the kernel's whole family, and of the kind's deviation from it what exceeds NOISE. Kernels that
+are bound by memory and whose tensors fit into the L2 cache say nothing of larger ones, nor of their family.
 """
 
 import math
@@ -10,22 +11,26 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from moesim.errors import UserError
 from moesim.importing.trace_host import StepTimes
 from moesim.kernels import CalibratedModel, KernelModel
+from moesim.kernels.families import MemoryBound
 from moesim.recorded.estimate import at_step_load
-from moesim.recorded.pricing import PricedOp, prices
+from moesim.recorded.pricing import FAMILIES, PricedOp, prices
 from moesim.recorded.step_file import RecordedOp, parsed_ops, step_content
 
 # How far, in logarithms, the factor of a kind at one size is from that at another. Chosen among 0.1 to 0.5 by the ten
 # pairs of a trace and another step of its family in which neither step is one of the seven that gave no number.
 NOISE = 0.3
+L2_S = 19e-6  # 50 MB, the L2 cache of H100 and H200, at the 2.6 TB/s of elementwise kernels
 CLOCK_RANGE = (0.5, 1.06)  # over the clock of sustained benchmarks; the highest is 1,980 MHz of H100 and H200
 # Families whose times follow the clock, that routing does not touch and that a profile holds.
 CLOCKED = ("gemm forward", "gemm dgrad", "gemm wgrad", "attention forward", "attention backward")
+MEMORY = FAMILIES[MemoryBound]
 LONG_S, OTHER = 1e-4, 1.5
 
 
@@ -44,6 +49,11 @@ class Correction:
     def factor(self) -> float:
         """Measured over predicted."""
         return self.measured_s / self.predicted_s
+
+    @property
+    def carries(self) -> bool:
+        """Whether it holds at other sizes, too: not of kernels whose bytes stayed in the cache."""
+        return self.family != MEMORY or self.predicted_s > L2_S * self.number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,13 +101,13 @@ class Calibration:
 
     @cached_property
     def _of_kind(self) -> Mapping[str, float]:
-        return {each.kind: each.factor for each in self.corrections}
+        return {each.kind: each.factor for each in self.corrections if each.carries}
 
     @cached_property
     def _of_family(self) -> Mapping[str, float]:
         measured: dict[str, float] = defaultdict(float)
         predicted: dict[str, float] = defaultdict(float)
-        for each in self.corrections:
+        for each in filter(attrgetter("carries"), self.corrections):
             measured[each.family] += each.measured_s
             predicted[each.family] += each.predicted_s
         return {family: measured[family] / predicted[family] for family in measured}

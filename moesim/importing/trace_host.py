@@ -11,6 +11,7 @@ from typing import Any
 
 from moesim.importing.trace_file import DeviceWork, Launch, TraceEvents
 
+KERNEL_GAP_S = 1.6e-6  # before a kernel, median of nine traces on H100s, 1.50 to 1.63 (docs/imported-steps.md)
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 
 
@@ -19,7 +20,8 @@ class StepTimes:
     """Seconds of a traced step. span: from its first kernel's start to its last one's end; busy: while any kernel runs.
 
     gaps: between kernels, while the host was ahead; late: while the GPU idled because it was not. host: from the first
-    operation to the last launch, without waits for the GPU, with the profiler's own work.
+    operation to the last launch, without waits for the GPU, with the profiler's own work. ahead: kernels of `kernels`
+    for which the host was ahead, 0 where a file does not say.
     """
 
     span_s: float
@@ -30,11 +32,13 @@ class StepTimes:
     waits_s: float
     ops: int
     kernels: int
+    ahead: int = 0
 
     @property
     def gap_per_op_s(self) -> float:
-        """Of the gaps, what falls to one operation."""
-        return self.gaps_s / self.ops
+        """What falls to one operation: gaps of its kernels, as long as those before which the host was ahead."""
+        each = self.gaps_s / self.ahead if self.ahead else KERNEL_GAP_S
+        return each * self.kernels / self.ops
 
     @property
     def host_per_op_s(self) -> float:
@@ -51,7 +55,7 @@ def step_times(events: TraceEvents, *, ops: int) -> StepTimes:
     launches: dict[int | None, Launch] = {
         launch.correlation: launch for launch in events.launches if launch.correlation is not None
     }
-    gaps, late, busy = _gaps(events.device_work, launches)
+    gaps, late, busy, ahead = _gaps(events.device_work, launches)
     working = [launches[work.correlation] for work in events.device_work if work.correlation in launches]
     last = max((launch.end for launch in working), default=0.0)
     begin = min((op.start for op in events.ops), default=last)
@@ -65,23 +69,28 @@ def step_times(events: TraceEvents, *, ops: int) -> StepTimes:
         waits_s=waits,
         ops=max(ops, 1),
         kernels=len(events.device_work),
+        ahead=ahead,
     )
 
 
-def _gaps(work: Sequence[DeviceWork], launches: dict[int | None, Launch]) -> tuple[float, float, float]:
-    """Seconds of gaps that are the GPU's, of those that are the host's, and of work on any stream."""
+def _gaps(work: Sequence[DeviceWork], launches: dict[int | None, Launch]) -> tuple[float, float, float, int]:
+    """Seconds of gaps that are the GPU's, of those that are the host's, and of work on any stream; how much work had no
+    gap of the host's before it.
+    """
     gaps = late = busy = 0.0
+    ahead = len(work)
     until = work[0].start
     for each in work:
         if each.start > until:
             launch = launches.get(each.correlation)
             if launch is None or launch.end > until:
                 late += each.start - until
+                ahead -= 1
             else:
                 gaps += each.start - until
         busy += max(0.0, each.end - max(each.start, until))
         until = max(until, each.end)
-    return gaps, late, busy
+    return gaps, late, busy, ahead
 
 
 def exposed_seconds(of: Sequence[DeviceWork], others: Sequence[DeviceWork]) -> float:

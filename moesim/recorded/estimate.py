@@ -12,7 +12,7 @@ from moesim.kernels.families import FAMILY_OF
 from moesim.recorded.order import in_order
 from moesim.recorded.pricing import CHECK, GAP_S, PricedOp, checked_kernels, prices, seconds_of
 from moesim.recorded.sizes import matched, sizes_of
-from moesim.recorded.spread import Host, Ranks, Spreading
+from moesim.recorded.spread import PLANS, Host, Ranks, Spreading
 from moesim.recorded.step_file import GRADIENTS, RecordedOp
 from moesim.recorded.timeline import Timeline, Work, timeline
 
@@ -71,6 +71,8 @@ def step_estimate(
 
     `ranks`: over which the step's wrapper spreads it; the operations are those of one of them alone.
     """
+    planned = PLANS[ranks.wrapper](ops, len(ranks.ranks)) if ranks is not None and ranks.wrapper in PLANS else None
+    ops = ops if planned is None else planned.ops
     at_load = at_step_load(ops, kernels)
     found = prices(ops, at_load)
     gap_s = GAP_S
@@ -92,7 +94,9 @@ def step_estimate(
     if ranks is None:
         works = [work for block in in_order(ops) for place, times in block.runs for work in works_of(place, times)]
     else:
-        works = Spreading(ops=ops, works_of=works_of, ranks=ranks, kernels=at_load, host=host, gap_s=gap_s).works()
+        works = Spreading(
+            ops=ops, works_of=works_of, ranks=ranks, kernels=at_load, host=host, gap_s=gap_s, planned=planned
+        ).works()
     return StepEstimate(
         ops=tuple(sorted(found, key=lambda each: -each.count * each.seconds)),
         kernels_s=sum(each.count * each.seconds for each in found),

@@ -29,7 +29,7 @@ def scaled_ops(ops: Iterable[MatchedOp], sizes: StepSizes, to: StepSizes) -> lis
     """The same of operations that are matched already; the optimizer goes over all whose gradients are whole there."""
     found = [each for op in ops if (each := scaled_op(op, sizes, to)) is not None]
     parameters = sum(op.count * math.prod(shape) for op in found for shape in op.facts.get(GRADIENTS, ()))
-    return [_updating(op, round(parameters)) if op.name == OPTIMIZER and parameters else op for op in found]
+    return [updating(op, round(parameters)) if op.name == OPTIMIZER and parameters else op for op in found]
 
 
 def check_scalable(sizes: StepSizes, to: StepSizes) -> None:
@@ -109,7 +109,8 @@ def _weight(
     return [new.get(size, size) for size in shape]
 
 
-def _updating(op: RecordedOp, parameters: int) -> RecordedOp:
+def updating(op: RecordedOp, parameters: int) -> RecordedOp:
+    """An optimizer over so many parameters."""
     each = op.reads[0][2] / op.facts["parameters"]
     seen = (((parameters,), op.reads[0][1], round(parameters * each)),)
     return replace(op, reads=seen, writes=seen, facts={**op.facts, "parameters": parameters})

@@ -8,11 +8,13 @@ FSDP2 (torch.distributed.fsdp.fully_shard of every layer and of the whole, at it
 its forward pass, and a layer again before its backward pass, while the unit ahead of it computes; what is gathered is
 copied apart, gradients are copied together and scattered while the next unit computes, and each rank updates its share.
 
-Both are laws of the wrappers' source, held to the collectives of traces by tests/importing/test_spread_steps.py.
+transformers' own plans, whose ranks have the same tokens: `moesim.recorded.plans`.
+
+These are laws of the wrappers' source, held to the collectives of traces by tests/importing/test_spread_steps.py.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -23,19 +25,28 @@ from moesim.network import Fabric
 from moesim.network.collectives import all_gather_seconds, all_reduce_seconds, reduce_scatter_seconds
 from moesim.network.nccl import ring_bytes
 from moesim.recorded.order import Block, in_order
+from moesim.recorded.plans import Planned, expert_plan, tensor_plan
 from moesim.recorded.pricing import OPTIMIZER
 from moesim.recorded.step_file import GRADIENTS, VIEWS, RecordedOp
 from moesim.recorded.timeline import Sent, Work
 
 DDP, FSDP2 = "ddp", "fsdp2"
-WRAPPERS = {DDP: "torch's DistributedDataParallel", FSDP2: "fully_shard of every layer and of the whole"}
+TP, EP = "tp", "ep"
+WRAPPERS = {
+    DDP: "torch's DistributedDataParallel",
+    FSDP2: "fully_shard of every layer and of the whole",
+    TP: "transformers' tp_plan",
+    EP: "transformers' enable_expert_parallel",
+}
+PLANS: dict[str, Callable[[Sequence[RecordedOp], int], Planned]] = {TP: tensor_plan, EP: expert_plan}
 FIRST_BUCKET, BUCKET = 1 << 20, 25 << 20  # bytes at which a bucket is closed; torch.distributed's defaults
 MEMORY = FAMILY_OF[MemoryBound]
 
 
 class Host(NamedTuple):
     """Seconds of the host: of an operation and a view of the forward pass, of those of the backward pass (whose loop is
-    torch's own), of a weight in the optimizer, and of what a wrapper does for a bucket or a unit in a pass.
+    torch's own), of a weight in the optimizer, and of what a wrapper does for a bucket, a unit in a pass or
+    a collective of a plan.
     """
 
     op: float = 0.0
@@ -45,15 +56,16 @@ class Host(NamedTuple):
     weight: float = 0.0
     bucket: float = 0.0
     unit: float = 0.0
+    collective: float = 0.0
 
     def times(self, factor: float) -> "Host":
         """One that is slower by a factor; what wrappers do is left as it is."""
         op, view, backward_op, backward_view, weight = (factor * each for each in self[:5])
-        return Host(op, view, backward_op, backward_view, weight, self.bucket, self.unit)
+        return Host(op, view, backward_op, backward_view, weight, *self[5:])
 
     def per_op(self, seconds: float) -> "Host":
         """One that needs the same for every operation, views included."""
-        return Host(op=seconds, backward_op=seconds, bucket=self.bucket, unit=self.unit)
+        return Host(op=seconds, backward_op=seconds, bucket=self.bucket, unit=self.unit, collective=self.collective)
 
     def seconds(self, op: RecordedOp, *, weights: float) -> float:
         """To launch one operation, with the views before it; the optimizer goes through all `weights`."""
@@ -98,9 +110,12 @@ class Spreading:
     kernels: KernelModel
     host: Host
     gap_s: float
+    planned: Planned | None = None  # by a plan of transformers; the operations are then those of a rank's share
 
     def works(self) -> list[Work]:
         """One step. Raises UserError where the step does not say when its gradients are whole."""
+        if self.planned is not None:
+            return self._by_plan(self.planned, in_order(self.ops))
         if not any(GRADIENTS in op.facts for op in self.ops):
             raise UserError(
                 "the step does not say when its gradients are whole; record it again with moesim import-step "
@@ -118,6 +133,22 @@ class Spreading:
         """Bytes of each of the weights whose gradients are whole behind an operation."""
         width = _element_bytes(self.ops)
         return [width * math.prod(shape) for shape in op.facts.get(GRADIENTS, ())]
+
+    def _by_plan(self, planned: Planned, blocks: Sequence[Block]) -> list[Work]:
+        """Each collective is waited for before anything else runs."""
+        works: list[Work] = []
+        number = 0
+        for block in blocks:
+            for place, times in block.runs:
+                works += self.works_of(place, times)
+                for call, num_bytes in round(times) * planned.sent.get(place, []):
+                    sent = self.ranks.sent(call, num_bytes, phase=block.phase)
+                    works[-1] = replace(works[-1], sends=(*works[-1].sends, sent))
+                    works.append(Work(seconds=0.0, host_s=self.host.collective, waits_for=(number,)))
+                    number += 1
+                if place in planned.copied:
+                    works.append(self.moves("copy", planned.copied[place], host_s=self.host.op))
+        return works
 
     def _ddp(self, blocks: Sequence[Block]) -> list[Work]:
         works: list[Work] = []

@@ -1,0 +1,134 @@
+"""transformers' own plans of tensor and expert parallelism (`tp_plan`, `enable_expert_parallel`) for a recorded step.
+
+Every rank has the same tokens. By the tensor plan a rank has a share of the heads, of dense, shared and experts' widths
+and of the head's columns, whose logits are gathered; every product with a share of its depth is summed, each for
+itself, as DTensor does it: three sums for the input's gradients of queries, keys and values. By the expert plan a rank
+has a share of the experts alone; its rows of others are moved as all others are, but no product computes them. Behind
+the experts the ranks' results are summed, and backward their gradients of tokens and of gates. No sum overlaps anything
+(transformers 5.17, transformers/distributed/tensor_parallel.py).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from moesim.errors import UserError
+from moesim.recorded.layers import EXPERTS_GEMM
+from moesim.recorded.pricing import OPTIMIZER, PRODUCTS
+from moesim.recorded.scaling import scaled_op, updating
+from moesim.recorded.sharing import PARTS, divided, kept_whole, names_in, names_of
+from moesim.recorded.sizes import MatchedOp, StepSizes, matched, sizes_of
+from moesim.recorded.step_file import GRADIENT_WIDTHS, GRADIENTS, RecordedOp
+from moesim.recorded.widths import EXPERT_WIDTH, HEAD_DIM, VOCABULARY
+
+SHARED = set().union(*PARTS) - {VOCABULARY}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """The operations of one rank, and what is sent behind each by its place: (collective, bytes of the larger buffer).
+
+    copied: bytes that a copy behind the sent moves, by the same places.
+    """
+
+    ops: tuple[RecordedOp, ...]
+    sent: dict[int, list[tuple[str, float]]] = field(default_factory=dict)
+    copied: dict[int, float] = field(default_factory=dict)
+
+
+def tensor_plan(ops: Sequence[RecordedOp], ranks: int) -> Planned:
+    """A rank's share by `base_model_tp_plan`. Raises UserError where nothing says what a share is."""
+    sizes, found = _matched(ops)
+    share = divided(sizes, tensor=ranks, expert_tensor=ranks)
+    for key in (*SHARED & sizes.widths.keys(), EXPERT_WIDTH):
+        whole = sizes.expert_width if key == EXPERT_WIDTH else sizes.widths[key]
+        if whole % ranks:
+            raise UserError(f"--ranks {ranks} does not divide the recorded step's {key}, {whole}; use another number")
+    body = replace(share, vocabulary=sizes.vocabulary)
+    planned = Planned(ops=())
+    own = []
+    for place, each in enumerate(found):
+        head = _of_head(each)
+        scaled = scaled_op(each, sizes, share if head else body)
+        assert scaled is not None
+        own.append(scaled)
+        if _sums(each):
+            planned.sent[place] = [("all_reduce", float(scaled.writes[0][2]))]
+        elif head and each.op.phase == "forward":
+            logits = float(each.op.writes[0][2])
+            planned.sent[place], planned.copied[place] = [("all_gather", logits)], 2.0 * logits
+        norms = [texts for texts in each.op.facts.get(GRADIENT_WIDTHS, ()) if texts == [HEAD_DIM]]
+        if norms:  # of every head, whose gradients each rank has of its own heads
+            planned.sent.setdefault(place, []).extend([("all_reduce", 2.0 * sizes.widths[HEAD_DIM])] * len(norms))
+    return _with_experts(own, found, planned)
+
+
+def expert_plan(ops: Sequence[RecordedOp], ranks: int) -> Planned:
+    """A rank's share by `base_model_ep_plan`. Raises UserError where the step has no experts that could be shared."""
+    sizes, found = _matched(ops)
+    if not sizes.experts or sizes.experts % ranks:
+        raise UserError(
+            f"--ranks {ranks} does not divide the recorded step's experts, {sizes.experts}; use another number"
+        )
+    share = replace(sizes, experts=sizes.experts // ranks, given_rows=sizes.rows // ranks)
+    own = [scaled_op(each, sizes, share if each.op.name == EXPERTS_GEMM else sizes) for each in found]
+    planned = _with_experts([op for op in own if op is not None], found, Planned(ops=()))
+    scores = {place: [*each, ("all_reduce", _gates(found))] for place, each in planned.sent.items() if len(each) > 1}
+    return replace(planned, sent=planned.sent | scores)  # of the gates once as the router's, once as the experts'
+
+
+def _matched(ops: Sequence[RecordedOp]) -> tuple[StepSizes, list[MatchedOp]]:
+    sizes = sizes_of(ops, where="the step")
+    if not sizes.widths:
+        raise UserError("the step does not follow widths (a trace, or an older file); record it with this version")
+    found = matched(ops, sizes)
+    if kept := kept_whole(found, sizes):
+        raise UserError(f"the step has what cannot be shared out: {', '.join(kept)}; spread it by ddp or fsdp2")
+    return sizes, found
+
+
+def _of_head(each: MatchedOp) -> bool:
+    return each.op.name in PRODUCTS and VOCABULARY in names_of(each)
+
+
+def _sums(each: MatchedOp) -> bool:
+    """Whether a product has a share of its depth."""
+    if each.op.name not in PRODUCTS or len(each.reads[-1]) != 2:
+        return False
+    depth, columns = each.reads[-1]
+    mine = SHARED | {VOCABULARY}
+    return bool(names_in(depth) & mine) and not names_in(columns) & mine
+
+
+def _with_experts(own: Sequence[RecordedOp], found: Sequence[MatchedOp], planned: Planned) -> Planned:
+    """With the sums around the experts, and an optimizer over what a rank has."""
+    for phase in ("forward", "backward"):
+        ends = [
+            place
+            for place, each in enumerate(found)
+            if each.op.phase == phase
+            and any("R" in shape or "K" in shape for shape in each.reads)
+            and any(shape[:1] == ("T",) and len(shape) == 2 and len(shape[1]) > 1 for shape in each.writes)
+        ]
+        if ends:
+            tokens = float(found[ends[-1]].op.writes[0][2])
+            gates = [] if phase == "forward" else [("all_reduce", _gates(found))]
+            planned.sent.setdefault(ends[-1], []).extend([("all_reduce", tokens), *gates])
+    parameters = sum(
+        op.count * math.prod(shape) for op in own for shape in op.facts.get(GRADIENTS, ()) if op.name != OPTIMIZER
+    )
+    updated = [updating(op, round(parameters)) if op.name == OPTIMIZER else op for op in own]
+    return replace(planned, ops=tuple(updated))
+
+
+def _gates(found: Sequence[MatchedOp]) -> float:
+    """Bytes of the gates of all tokens."""
+    return max(
+        (
+            float(size)
+            for each in found
+            for (_, _, size), symbols in zip(each.op.writes, each.writes, strict=True)
+            if symbols == ("T", "K")
+        ),
+        default=0.0,
+    )
