@@ -121,6 +121,10 @@ _LAYOUT = {
     "--moe-hybridep-num-sms": ("count", "dispatch.sm_share"),
     "--moe-shared-expert-overlap": ("bare", "overlap.shared_experts"),
     "--overlap-grad-reduce": ("bare", "overlap.gradient_reduction"),
+    "--overlap-param-gather": ("bare", "overlap.parameter_gather"),
+    "--overlap-moe-expert-parallel-comm": ("bare", "parallelism.schedule"),
+    "--delay-wgrad-compute": ("bare", "overlap.weight_gradients"),
+    "--overlap-dispatch-backward-with-experts-wgrad": ("bare", "overlap.weight_gradients"),
 }
 _TRAINING = {
     "--seq-length": ("count", "workload.sequence_length"),

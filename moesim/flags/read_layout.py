@@ -5,7 +5,7 @@ from typing import Any
 from moesim.flags.arguments import Arguments
 from moesim.flags.stage_layouts import stages_of
 from moesim.scenario.dispatch import DIRECT, DISPATCH, HIERARCHICAL
-from moesim.schedules import INTERLEAVED, PLAIN
+from moesim.schedules import COMBINED, INTERLEAVED, PLAIN
 
 Fields = dict[str, Any]
 
@@ -13,6 +13,8 @@ _SHARDS = {"no_shard": 0, "optim": 1, "optim_grads": 2, "optim_grads_params": 3}
 _FIRST, _LAST = "--decoder-first-pipeline-num-layers", "--decoder-last-pipeline-num-layers"
 _LAYOUT, _PER_STAGE = "--pipeline-model-parallel-layout", "--num-layers-per-virtual-pipeline-stage"
 _PER_RANK = "--num-virtual-stages-per-pipeline-rank"
+_COMBINED, _GATHER = "--overlap-moe-expert-parallel-comm", "--overlap-param-gather"
+_WEIGHTS = ("--delay-wgrad-compute", "--overlap-dispatch-backward-with-experts-wgrad")
 _SMS = ("--moe-flex-dispatcher-num-sms", "--moe-deepep-num-sms", "--moe-hybridep-num-sms")
 
 
@@ -39,7 +41,7 @@ def layout_fields(args: Arguments, *, num_gpus: int) -> Fields:
             args.take(
                 f"--expert-tensor-parallel-size {tensor}, that of attention, as Megatron-LM has it without a word"
             )
-    return fields | _stages(args, pipeline)
+    return fields | _stages(args, pipeline, num_gpus // model_ranks)
 
 
 def _zero(args: Arguments) -> Fields:
@@ -51,17 +53,34 @@ def _zero(args: Arguments) -> Fields:
     return {"dense": shards, "expert": shards}
 
 
-def _stages(args: Arguments, pipeline: int) -> Fields:
+def _stages(args: Arguments, pipeline: int, data: int) -> Fields:
     """Schedule and stages: as a layout says, or evenly with the first and the last rank as their flags say."""
     given = [name for name in (_LAYOUT, _PER_STAGE, _PER_RANK) if args.has(name)]
     if len(given) > 1:
         raise args.refuse(given[1], f"is set beside {given[0]}; Megatron-LM takes one of them")
     lengths = _laid_out(args, pipeline) if args.has(_LAYOUT) else _even(args, pipeline)
-    if pipeline == 1:
-        return {}
     virtual = len(lengths) // pipeline
-    schedule = {"kind": PLAIN.name} if virtual == 1 else {"kind": INTERLEAVED.name, "virtual": virtual}
+    combined = _is_combined(args, pipeline, virtual, data)
+    if pipeline == 1:
+        return {"schedule": {"kind": COMBINED.name}} if combined else {}
+    if combined:
+        schedule: Fields = {"kind": COMBINED.name, "virtual": virtual}
+    else:
+        schedule = {"kind": PLAIN.name} if virtual == 1 else {"kind": INTERLEAVED.name, "virtual": virtual}
     return {"schedule": schedule, "stages": lengths}
+
+
+def _is_combined(args: Arguments, pipeline: int, virtual: int, data: int) -> bool:
+    """Whether exchanges of a micro-batch lie beside the compute of another, where there are two."""
+    if not args.has(_COMBINED):
+        return False
+    if pipeline > 1 and virtual == 1:
+        raise args.refuse(_COMBINED, "needs several stages a pipeline rank, as Megatron-LM does; set their number")
+    size = args.positive("--micro-batch-size", 1)
+    if args.count("--global-batch-size", size * data) // (size * data) < COMBINED.least_rounds * pipeline:
+        args.note(_COMBINED, "too few micro-batches for a pair of two")
+        return False
+    return True
 
 
 def _laid_out(args: Arguments, pipeline: int) -> list[int]:
@@ -145,4 +164,11 @@ def overlap_fields(args: Arguments) -> Fields:
     fields: Fields = {"gradient_reduction": args.has("--overlap-grad-reduce")}
     if args.count("--moe-shared-expert-intermediate-size", 0):
         fields["shared_experts"] = args.has("--moe-shared-expert-overlap")
+    shards = _zero(args)["dense"]
+    if args.has(_GATHER) and shards == 2:
+        args.note(_GATHER, "with gradients in shards, updated weights are gathered behind the optimizer")
+    elif args.has(_GATHER) and shards:
+        fields["parameter_gather"] = True
+    if any(map(args.has, _WEIGHTS)):
+        fields["weight_gradients"] = True
     return fields

@@ -28,10 +28,6 @@ _WEIGHT_SHARDS = LeftOut(what="tensor ranks that gather shards of weights are no
 _HOST_MEMORY = LeftOut(what="states and activations in the host's memory are not modelled", refused=True)
 _LENGTHS = LeftOut(what="sequences of many lengths are not modelled", refused=True)
 _RAMP = LeftOut(what="steps of a smaller batch at the beginning are not counted; global-batch-size is simulated")
-_BESIDE = LeftOut(
-    what="exchanges beside another micro-batch's compute are modelled for dualpipe alone; they are exposed"
-)
-_GATHER = LeftOut(what="the gather of updated weights is not hidden behind the next forward pass")
 _TENSOR = LeftOut(what="exchanges of tensor ranks are not hidden behind tiles of a product")
 _BF16_LAYERS = LeftOut(what="all layers compute in FP8")
 _CHECKPOINT = LeftOut(what="sizes that only the checkpoint states are not read")
@@ -80,12 +76,10 @@ LEFT_OUT: Mapping[str, LeftOut] = MappingProxyType(
         "--cp-comm-type": LeftOut(what="context ranks exchange keys and values in a ring", unless=("p2p",)),
         "--rampup-batch-size": _RAMP,
         "--step-batch-size-schedule": _RAMP,
-        "--overlap-moe-expert-parallel-comm": _BESIDE,
-        "--overlap-dispatch-backward-with-experts-wgrad": _BESIDE,
-        "--delay-wgrad-compute": LeftOut(what="a layer's gradients of weights are not put off beside an exchange"),
         "--defer-embedding-wgrad-compute": LeftOut(what="the head's gradients of weights are not put off"),
-        "--overlap-param-gather": _GATHER,
-        "--overlap-param-gather-with-optimizer-step": _GATHER,
+        "--overlap-param-gather-with-optimizer-step": LeftOut(
+            what="the first gather of updated weights is not hidden behind the optimizer"
+        ),
         "--tp-comm-overlap": _TENSOR,
         "--first-last-layers-bf16": _BF16_LAYERS,
         "--te-precision-config-file": LeftOut(what="the number formats that the file states are not read"),

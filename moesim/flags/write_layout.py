@@ -7,7 +7,7 @@ from moesim.flags.stage_layouts import text_of
 from moesim.scenario import Contiguous, Mla, Scenario
 from moesim.scenario.dispatch import DISPATCH
 from moesim.scenario.stages import stage_lengths
-from moesim.schedules import INTERLEAVED, PLAIN
+from moesim.schedules import COMBINED, INTERLEAVED, PLAIN
 
 _SHARDS = ("no_shard", "optim", "optim_grads", "optim_grads_params")
 _MODULES = {part: module for module, part in RECOMPUTED.items()}
@@ -50,9 +50,10 @@ def _shards_differ(scenario: Scenario) -> bool:
 def _stages(draft: Draft, scenario: Scenario) -> None:
     mesh = scenario.parallelism
     facts = mesh.schedule.facts
+    draft.say("--overlap-moe-expert-parallel-comm", when=facts is COMBINED)
     if mesh.pipeline == 1:
         return
-    if facts not in (PLAIN, INTERLEAVED):
+    if facts not in (PLAIN, INTERLEAVED, COMBINED):
         instead = f"{PLAIN.name}, so that stages wait longer for each other"
         draft.leave("parallelism.schedule", f"no {facts.name} in Megatron-LM: {instead}")
     lengths = stage_lengths(scenario)
@@ -165,4 +166,10 @@ def _overlap(draft: Draft, scenario: Scenario) -> None:
     draft.say("--overlap-grad-reduce", when=beside)
     shared = scenario.model.shared_width > 0 and scenario.shared_beside
     draft.say("--moe-shared-expert-overlap", when=shared and scenario.parallelism.expert > 1)
-    draft.leave("overlap.micro_batches", "no overlapped pairs", when=overlap.micro_batches is True)
+    shards = scenario.parallelism.zero.dense > 0
+    draft.say("--overlap-param-gather", when=scenario.gathers_beside and shards)
+    draft.leave("overlap.parameter_gather", "nothing in shards", when=scenario.gathers_beside and not shards)
+    draft.say("--overlap-dispatch-backward-with-experts-wgrad", when=overlap.weight_gradients)
+    combined, said = scenario.parallelism.schedule.facts is COMBINED, overlap.micro_batches
+    draft.leave("overlap.micro_batches", "no overlapped pairs", when=said is True and not combined)
+    draft.leave("overlap.micro_batches", "overlapped pairs", when=said is False and combined)

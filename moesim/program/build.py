@@ -26,12 +26,12 @@ from moesim.program.host import FREE_HOST, HostModel
 from moesim.program.loads import RoutingSample, group_loads
 from moesim.program.operations import Block, Run
 from moesim.program.optimizer import optimizer_block
-from moesim.program.parameters import ParameterGroups
+from moesim.program.parameters import EarlyGather, ParameterGroups
 from moesim.program.ports import shared_ports
 from moesim.program.rank_kinds import BlocksOf, RankKinds
 from moesim.program.reductions import Reduction
 from moesim.program.software import kernel_list
-from moesim.program.stage import StagePlan, source_seconds, stage_blocks, tensor_bytes
+from moesim.program.stage import FIRST, Kinds, StagePlan, source_seconds, stage_blocks, tensor_bytes
 from moesim.program.step_program import FREE, FREE_BESIDE, GroupProgram, Sent, StepProgram, Task
 from moesim.program.writer import KernelWriter
 from moesim.results.outcome import Basis
@@ -87,7 +87,7 @@ class _Builder:
         self.seconds: defaultdict[Basis, float] = defaultdict(float)
         self.p2p_seconds: dict[tuple[int, int], float] = {}
         # Two pipeline ranks that hold the same stage (DualPipe) share its blocks where the fabric treats them alike.
-        self.blocks: dict[tuple[int, int, bytes, bytes], Mapping[Pass, Block]] = {}
+        self.blocks: dict[tuple[int, int, bytes, bytes], Mapping[Kinds, Block]] = {}
         self.merged: dict[Block, Block] = {}
         self.whole: dict[Block, Block] = {}  # the other way round
         # Of a pipeline rank: its actions with the p2p sends before and behind, the same for all of its groups.
@@ -137,7 +137,7 @@ class _Builder:
             source_seconds=dict(self.seconds),
             tensor_bytes=self.tensor_bytes,
             transfer_sources=_transfer_sources(groups, collectives),
-            compiled=(compiled := self.compiled and not self.mesh.shards_by_layer),
+            compiled=(compiled := self.compiled and not self._reduces_inside),
             contention=find_contention(self.fabric, groups, collectives),
             ports=shared_ports(
                 self.fabric, groups, collectives, sends=self.kernels.contention.sends, compiled=compiled
@@ -145,10 +145,19 @@ class _Builder:
             jitter=_jitter(self.scenario, self.kernels, self.host),
         )
 
+    @property
+    def _reduces_inside(self) -> bool:
+        """Whether passes hold collectives on gradients or weights."""
+        return self.mesh.shards_by_layer or self.scenario.gathers_beside
+
     def beside_collectives(self, kind: int) -> Mapping[str, Beside]:
         """As `beside`, where a library's kernels make collectives among ranks that share layers; free without any."""
         sizes = self.scenario.parallelism
-        if not (self.mesh.shards_by_layer or max(sizes.tensor, sizes.context, sizes.expert_tensor) > 1):
+        if not (
+            self.mesh.shards_by_layer
+            or self.scenario.gathers_beside
+            or max(sizes.tensor, sizes.context, sizes.expert_tensor) > 1
+        ):
             return FREE
         facts = kernels_of_kind(self.kernels, kind).contention
         return {family: facts.beside_collective(family) for family in FAMILIES}
@@ -198,9 +207,10 @@ class _Builder:
         tasks: list[Task] = []
         last_tasks: dict[int, int] = {}
         done_backwards = 0
+        begun: set[int] = set()
         for action, receives, sends in self._exchanges(pipeline_rank, int(self.ranks.batches_W[ranks_R[0]])):
             runs = [
-                Run(self._merged(chunks[w.chunk][w.kind]), w.micro_batch, w.kind is not Pass.FORWARD)
+                Run(self._merged(_block_of(chunks[w.chunk], w, begun)), w.micro_batch, w.kind is not Pass.FORWARD)
                 for w in action.works
             ]
             tasks += self._tasks(runs, receives, sends)
@@ -328,7 +338,7 @@ class _Builder:
             self.p2p_seconds[source, target] = send_recv_seconds(self.fabric, first, second, self.p2p_bytes).seconds
         return self.p2p_seconds[source, target]
 
-    def _blocks(self, stage: int, pipeline_rank: int, number: int, ranks_R: NDArray[np.int64]) -> Mapping[Pass, Block]:
+    def _blocks(self, stage: int, pipeline_rank: int, number: int, ranks_R: NDArray[np.int64]) -> Mapping[Kinds, Block]:
         holders = sum(stage in stages for stages in self.schedule.stages_of_rank)
         if holders == 1:
             return self._write_blocks(stage, pipeline_rank, number, ranks_R)
@@ -337,9 +347,15 @@ class _Builder:
             self.blocks[key] = self._write_blocks(stage, pipeline_rank, number, ranks_R)
         return self.blocks[key]
 
+    def _early_gathers(self, stage: int, ranks_R: NDArray[np.int64]) -> Mapping[str, EarlyGather]:
+        if not self.scenario.gathers_beside:
+            return {}
+        samples = max(1, len(self.samples))
+        return self.parameters.early_gathers(self.fabric, stage, ranks=len(ranks_R), samples=samples)
+
     def _write_blocks(
         self, stage: int, pipeline_rank: int, number: int, ranks_R: NDArray[np.int64]
-    ) -> Mapping[Pass, Block]:
+    ) -> Mapping[Kinds, Block]:
         model, layers = self.scenario.model, self.scenario.stage_layers[stage]
         last = stage == self.schedule.num_stages - 1
         chosen = [layer for layer in layers if not model.is_dense(layer)]
@@ -364,11 +380,20 @@ class _Builder:
             last=last,
             stage=stage,
             held=tuple(other for other in self.schedule.stages_of_rank[pipeline_rank] if other < stage),
+            gathers=self._early_gathers(stage, ranks_R),
         )
         links = GroupLinks(self.fabric, ranks_R, samples=max(1, len(self.samples)))
         return self._priced(
             ranks_R, lambda kernels: stage_blocks(self.scenario, kernels, plan, loads, links, host=self.host)
         )
+
+
+def _block_of(blocks: Mapping[Kinds, Block], work: Work, begun: set[int]) -> Block:
+    """Of a work of a chunk; the first forward pass of those not `begun` may be another one."""
+    first = work.kind is Pass.FORWARD and work.chunk not in begun
+    if first:
+        begun.add(work.chunk)
+    return blocks[FIRST] if first and FIRST in blocks else blocks[work.kind]
 
 
 def _jitter(scenario: Scenario, kernels: KernelModel, host: HostModel) -> Jitter:

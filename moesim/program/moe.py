@@ -20,12 +20,13 @@ Legend: see `moesim.program.loads`.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from moesim.program.loads import LayerLoads
 from moesim.program.networks import Shared, experts_part, latent_part, shared_experts
 from moesim.program.norms import branch, residual
-from moesim.program.operations import Operation, Transfer, fork, join, readback, transfer
+from moesim.program.operations import SIDE, Operation, Transfer, fork, join, readback, transfer
 from moesim.program.permutation import expand, permute, reduce, unpermute
 from moesim.program.router import router_part
 from moesim.program.sizes import Passes, Step, chain, repeated_whole
@@ -84,7 +85,14 @@ def _remote(w: KernelWriter, step: Step, loads: LayerLoads, shared: tuple[Shared
     forward_pass += [*send_back(loads, w.at(Part.COMBINE)), *end, *ahead.behind, *last[0], *ahead.last]
     backward_pass = [*behind.last, *behind.before, *quantise[1:], *last[1], *begin]
     backward_pass += send(loads, w.at(Part.COMBINE).backward, beside=behind.beside)
-    backward_pass += [*moves[2][1], *experts[1], *moves[1][1], *send_back(loads, w.at(Part.DISPATCH).backward), *end]
+    home = send_back(loads, w.at(Part.DISPATCH).backward)
+    early = experts[1]
+    if step.weights_beside:  # what ran beside the experts is waited for, then these products run beside the way back
+        put_off = [operation.phase is Phase.WEIGHT_GRADIENT for operation in experts[1]]
+        early = [operation for operation, later in zip(experts[1], put_off, strict=True) if not later]
+        late = [replace(each, chain=SIDE) for each, later in zip(experts[1], put_off, strict=True) if later]
+        home, end = [join(layer=w.layer), fork(layer=w.layer), *home, *late], [join(layer=w.layer)]
+    backward_pass += [*moves[2][1], *early, *moves[1][1], *home, *end]
     return forward_pass, [*backward_pass, *behind.behind, *moves[0][1]]
 
 

@@ -1,6 +1,6 @@
 """Parameters of every pipeline rank: what it holds, reduces and updates, and the collectives on them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,9 +14,11 @@ from moesim.network import (
     prepare_dispatch,
     reduce_scatter_seconds,
 )
+from moesim.network.nccl import ring_bytes
 from moesim.parallel import Mesh
 from moesim.parallel.copies import MapOfLayer, copy_gradient_bytes_DD, layers_of_stages
 from moesim.parallel.memory_parameters import Unit, expert_slice_parameters, product_weights, stage_units
+from moesim.program.group_collectives import PeerCollective, Peers
 from moesim.program.reductions import Members, Reduction
 from moesim.program.sharded import GRADIENTS, PARAMETERS
 from moesim.results.spans import Collective, Part
@@ -25,6 +27,7 @@ from moesim.scenario.base import BYTES_PER_ELEMENT
 from moesim.schedules import Schedule
 
 Ranks = NDArray[np.int64]
+EarlyGather = Callable[[float], PeerCollective]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,8 +162,34 @@ class ParameterGroups:
                 found.append(Reduction("all_reduce.copies", members, 2 * float(half.alone_R.max()), "network"))
         return found
 
+    def early_gathers(self, fabric: Fabric, stage: int, *, ranks: int, samples: int) -> dict[str, EarlyGather]:
+        """By kind of parameters: a gather of so many of a stage's updated weights, on `ranks` ranks of a rank group.
+
+        All ranks begin a step together, so that none waits for another's share.
+        """
+        size = BYTES_PER_ELEMENT[self.scenario.workload.precision.weights]
+
+        def gather_of(members: Members) -> EarlyGather:
+            links, of = crowded(fabric, members), members[0]
+
+            def gather(parameters: float) -> PeerCollective:
+                call = all_gather_seconds(links, of, parameters * size)
+                sent = ring_bytes("all_gather", parameters * size, ranks=len(of))
+                seconds_R = np.full(ranks, call.seconds)
+                return PeerCollective(Peers(1), seconds_R, sent_bytes=sent, samples=samples, source=call.source)
+
+            return gather
+
+        return {
+            name: gather_of(members)
+            for name, of_stage, _, sharding, members in self._kinds()
+            if of_stage == stage and sharding
+        }
+
     def gathers(self, fabric: Fabric) -> list[Reduction]:
-        """Gathers of updated weights where optimizer states are sharded and weights are not."""
+        """Gathers of updated weights where optimizer states are sharded and weights are not, behind the optimizer."""
+        if self.scenario.gathers_beside:
+            return []
         size = BYTES_PER_ELEMENT[self.scenario.workload.precision.weights]
         return [
             Reduction(

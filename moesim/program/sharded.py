@@ -11,7 +11,7 @@ each other on a stream of their own, so that a rank that is behind holds the oth
 overlap.gradient_reduction: false they run beside the layers, and both slow each other (`moesim.kernels.measured`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from moesim.parallel import Mesh
@@ -115,6 +115,27 @@ class ShardedStage:
             out += gathers[index + 1] if index + 1 < len(parts) else []
             out += kernels[index]
         return [*out, *scatters[-1]] if scatters else out
+
+
+def gathered_ahead(
+    parts: Sequence[ShardedPart], gathers: Mapping[str, Callable[[float], PeerCollective]]
+) -> list[Operation]:
+    """A stage's first forward pass under ZeRO 1: each part's updated weights are gathered while the one ahead runs."""
+    label = _label(Part.PARAMETERS, Phase.FORWARD, Collective.ALL_GATHER)
+    made = [
+        [
+            collective(label._replace(name=f"{label.collective}.{name}", layer=part.layer), gather(held))
+            for name, gather in gathers.items()
+            if (held := getattr(part.unit, name))
+        ]
+        for part in parts
+    ]
+    out = list(made[0]) if made else []
+    for index, part in enumerate(parts):
+        out += _waits(part, made[index])
+        out += made[index + 1] if index + 1 < len(parts) else []
+        out += part.passes[0]
+    return out
 
 
 def _label(works: Part, phase: Phase, kind: Collective) -> Label:

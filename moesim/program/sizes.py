@@ -23,7 +23,8 @@ class Step:
     the facts of the one that runs. `shared_beside`: shared experts run beside the dispatch, where the software
     can. `software`: whose kernels they are, with `switches` as the scenario sets them. `deduplicated`: a token travels
     once for several of its experts; `gathers`: every rank gets all tokens; `moves_rows`: the dispatch takes tokens
-    where they lie, and its combine brings sums. `local`: the layer is one of model.local.
+    where they lie, and its combine brings sums. `weights_beside`: the experts' gradients of weights run
+    beside the exchange behind them. `local`: the layer is one of model.local.
     """
 
     model: Model
@@ -43,6 +44,7 @@ class Step:
     context: int = 1
     expert_tensor: int = 1
     links: GroupLinks | None = None
+    weights_beside: bool = False
 
     @cached_property
     def tokens(self) -> int:

@@ -3,9 +3,10 @@
 Legend: L layers of the stage.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Literal
 
 from moesim.kernels import KernelModel
 from moesim.kernels.errors import TRANSFERS
@@ -16,7 +17,7 @@ from moesim.program.group_collectives import GroupLinks, PeerCollective, SideByS
 from moesim.program.host import FREE_HOST, HostModel
 from moesim.program.loads import LayerLoads
 from moesim.program.operations import MAIN, Block, Kind, Operation
-from moesim.program.sharded import PARAMETERS, ShardedPart, ShardedStage
+from moesim.program.sharded import PARAMETERS, ShardedPart, ShardedStage, gathered_ahead
 from moesim.program.sizes import Passes, Step, chain
 from moesim.program.software import kernel_list
 from moesim.program.writer import KernelWriter
@@ -27,13 +28,16 @@ from moesim.scenario.dispatch import DISPATCH
 from moesim.scenario.routers import DEEPSEEK_MOE, facts_in_training
 from moesim.schedules import Pass
 
+FIRST: Literal["first"] = "first"  # the first forward pass of a step, where it is another than the later ones
+Kinds = Pass | Literal["first"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class StagePlan:
     """Which part of the model a stage is: `layers` numbered through the model, and whether it is an end.
 
     `moe_layers`: those of them with experts, and layers of multi-token prediction. `stage`: its number, and `held`:
-    those of other stages on the same rank.
+    those of other stages on the same rank. `gathers`: of updated weights beside the first forward pass.
     """
 
     layers: range
@@ -42,6 +46,7 @@ class StagePlan:
     last: bool
     stage: int = 0
     held: tuple[int, ...] = ()
+    gathers: Mapping[str, Callable[[float], PeerCollective]] = field(default_factory=dict)
 
 
 def stage_blocks(
@@ -51,16 +56,22 @@ def stage_blocks(
     loads: LayerLoads | None,
     links: GroupLinks | None = None,
     host: HostModel = FREE_HOST,
-) -> dict[Pass, Block]:
+) -> dict[Kinds, Block]:
     """A block per pass; `loads` holds the MoE layers of the plan, where there are any.
 
     `links` are those of the rank group, needed where its ranks share sequences or matrices; without them the
     collectives of ZeRO 2 and 3 are left out. `host`: that of the step.
     """
-    forward, backward = _passes(scenario, kernels, plan, loads, links, host)
+    parts = _parts(scenario, kernels, plan, loads, links, host)
+    forward, backward = _passes(scenario, kernels, plan, parts, links)
     late = tuple(operation for operation in backward if _is_put_off(operation))
     early = tuple(operation for operation in backward if not _is_put_off(operation))
-    return {
+    first: dict[Kinds, Block] = {}
+    if plan.gathers:
+        units = stage_units(scenario, plan.stage, held=plan.held)
+        named = [ShardedPart(passes, unit, layer) for (layer, passes), unit in zip(parts, units, strict=True)]
+        first = {FIRST: Block("forward.first", tuple(gathered_ahead(named, plan.gathers)))}
+    return first | {
         Pass.FORWARD: Block("forward", tuple(forward)),
         Pass.BACKWARD: Block("backward", tuple(backward)),
         Pass.INPUT: Block("backward.input", early),
@@ -73,14 +84,15 @@ def _is_put_off(operation: Operation) -> bool:
     return operation.phase is Phase.WEIGHT_GRADIENT and operation.part is not Part.HEAD
 
 
-def _passes(
+def _parts(
     scenario: Scenario,
     kernels: KernelModel,
     plan: StagePlan,
     loads: LayerLoads | None,
     links: GroupLinks | None,
     host: HostModel,
-) -> Passes:
+) -> list[tuple[int, Passes]]:
+    """Layers and ends of the model in order, each with the number of its layer."""
     model, software, step = scenario.model, kernel_list(scenario), step_sizes(scenario, links)
     launch = host.forward_launch / host.backward_launch if host.backward_launch else 1.0
 
@@ -114,6 +126,18 @@ def _passes(
             join = _prediction_join(writer(Part.PREDICTION_JOIN, layer), step)
             head = software.head_part(writer(Part.HEAD), step)
             parts.append((layer, chain(join, part_of_layer[layer], head)))
+    return parts
+
+
+def _passes(
+    scenario: Scenario,
+    kernels: KernelModel,
+    plan: StagePlan,
+    parts: Sequence[tuple[int, Passes]],
+    links: GroupLinks | None,
+) -> Passes:
+    """All parts, with the collectives of ZeRO 2 and 3 among them."""
+    software, dtype = kernel_list(scenario), scenario.workload.precision.kernels
     if links is None or not Mesh(scenario.parallelism, scenario.cluster).shards_by_layer:
         return chain(*(passes for _, passes in parts))
     units = stage_units(scenario, plan.stage, held=plan.held)
@@ -121,7 +145,7 @@ def _passes(
     named = []
     for (layer, (ahead, back)), unit in zip(parts, units, strict=True):
         gathered = unit.dense * (zero.dense >= PARAMETERS) + unit.expert * (zero.expert >= PARAMETERS)
-        w = writer(Part.PARAMETERS, layer)
+        w = KernelWriter(kernels, dtype=dtype, part=Part.PARAMETERS, layer=layer)
         apart, together = software.shard_copies(w, parameters=gathered)
         again, _ = software.shard_copies(w.backward, parameters=gathered)
         named.append(ShardedPart(([*apart, *ahead], [*again, *back, *together]), unit, layer))
@@ -160,6 +184,7 @@ def step_sizes(scenario: Scenario, links: GroupLinks | None) -> Step:
         context=mesh.context,
         expert_tensor=mesh.expert_tensor,
         links=links,
+        weights_beside=scenario.overlap.weight_gradients,
     )
 
 

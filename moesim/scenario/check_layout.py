@@ -84,6 +84,8 @@ def _refused(scenario: Scenario) -> Iterator[tuple[str, str]]:
     if mesh.expert > 1 and not software.expert_ranks:
         what = f"{software.name} shares experts by copies of all tokens on every rank, which is not modelled"
         yield "parallelism.expert", f"{what}; use 1"
+    if scenario.overlap.parameter_gather and max(mesh.zero.dense, mesh.zero.expert) == 2:
+        yield "overlap.parameter_gather", "ZeRO 2 gathers behind the optimizer; use parallelism.zero 1 or 3, or false"
     if switches.attention != "fused" and mesh.context > 1:
         yield (
             "implementation.attention",
@@ -121,7 +123,7 @@ def check_pipeline(scenario: Scenario, report: Report) -> None:
     """Raises UserError when the schedule, the ranks and the micro-batches do not fit each other."""
     mesh, schedule = scenario.parallelism, scenario.parallelism.schedule
     facts = schedule.facts
-    if facts.virtual and schedule.virtual < 2:
+    if facts.virtual and schedule.virtual < 2 and not facts.single:
         message = f"{facts.name} needs at least 2 stages per rank; set it to 2 or more, or use kind: {PLAIN.name}"
         raise report.user("parallelism.schedule.virtual", message)
     if not facts.virtual and schedule.virtual != 1:

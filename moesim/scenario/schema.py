@@ -70,7 +70,7 @@ class PipelineSchedule(Section):
 
     kind: ScheduleName = Field(default=PLAIN.name, description="In which order the pipeline works off micro-batches.")
     virtual: PositiveLayers = Field(
-        default=1, description="Stages per rank of the interleaved schedule; 1 for all others."
+        default=1, description="Stages per rank of the interleaved schedules; 1 for all others."
     )
 
     @property
@@ -242,13 +242,23 @@ class Overlap(Section):
     )
     micro_batches: Flag | None = Field(
         default=None,
-        description="Whether, in a pair of the dualpipe schedule, dispatch and combine of one micro-batch run beside "
-        "the compute of the other; absent: as the implementation does.",
+        description="Whether, in a pair of the dualpipe or combined_1f1b schedule, dispatch and combine of one "
+        "micro-batch run beside the compute of the other; absent: as the implementation does.",
     )
     gradient_reduction: Flag | None = Field(
         default=None,
         description="Whether gradients are reduced beside the last backward passes, and under ZeRO 2 and 3 gathered "
         "and reduced beside the neighbouring layers; absent: as the implementation does.",
+    )
+    parameter_gather: Flag = Field(
+        default=False,
+        description="Whether, under ZeRO 1, updated weights are gathered layer by layer beside the first forward pass "
+        "instead of behind the optimizer.",
+    )
+    weight_gradients: Flag = Field(
+        default=False,
+        description="Whether the experts' gradients of weights are put off beside the exchange that brings the "
+        "gradients of tokens back.",
     )
 
 
@@ -337,6 +347,12 @@ class Scenario(Section):
         """Whether gradients are reduced beside the last backward pass, as said or as the software does by itself."""
         said = self.overlap.gradient_reduction
         return self.implementation.software.reduces_beside if said is None else said
+
+    @property
+    def gathers_beside(self) -> bool:
+        """Whether updated weights are gathered beside the first forward pass: under ZeRO 1, where it is said."""
+        zero = self.parallelism.zero
+        return self.overlap.parameter_gather and max(zero.dense, zero.expert) == 1
 
     def router_shape(self) -> RouterShape:
         """The router with its aliases resolved; `kind` is "trace" when a recorded trace brings its own."""

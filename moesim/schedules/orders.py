@@ -1,4 +1,4 @@
-"""The order of work of five pipeline schedules, each derived from its principle.
+"""The order of work of six pipeline schedules, each derived from its principle.
 
 Every function takes the number of pipeline ranks p and of micro-batches m and returns a Schedule; what each needs of p
 and m is checked with the scenario. F, B, W: seconds of a chunk's forward pass, full backward pass and the part of the
@@ -6,7 +6,7 @@ backward that computes the gradient of the weights.
 """
 
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import islice, zip_longest
 
 from moesim.schedules.record import Action, Pass, Place, Schedule, Work
 
@@ -80,21 +80,37 @@ def interleaved(p: int, m: int, virtual: int) -> Schedule:
     Micro-batches go in rounds of p through chunk after chunk, forward in the order of the chunks, backward against it.
     With F and B of one chunk the bubble is (p-1)(F+B), which is a v-th of that of 1F1B with chunks v times as long.
     """
+    return _in_rounds("interleaved", p, m, virtual, ahead=0, pairs=False)
+
+
+def combined_1f1b(p: int, m: int, virtual: int) -> Schedule:
+    """Interleaved 1F1B whose forward and backward passes in turn run as one, overlapped (as in Megatron-Core).
+
+    The forward pass of one micro-batch, or chunk, lies beside the backward pass of another: a rank runs one more ahead,
+    so that the pair's forward pass is never what its backward pass needs. m divides by p, m >= 2p. On one rank that is
+    F, then pairs, then B; with one chunk a rank runs twice as far ahead as under 1F1B.
+    """
+    return _in_rounds("combined_1f1b", p, m, virtual, ahead=1, pairs=True)
+
+
+def _in_rounds(kind: str, p: int, m: int, virtual: int, *, ahead: int, pairs: bool) -> Schedule:
+    """Micro-batches in rounds of p, each rank `ahead` more of them ahead than under 1F1B."""
     assert m % p == 0, "the scenario's checks refuse other numbers"
     rounds = [range(first, first + p) for first in range(0, m, p)]
     forward = [(micro_batch, chunk) for batch in rounds for chunk in range(virtual) for micro_batch in batch]
     backward = [(micro_batch, chunk) for batch in rounds for chunk in reversed(range(virtual)) for micro_batch in batch]
     actions = []
     for rank in range(p):
-        ahead = min((virtual - 1) * p + 2 * (p - 1 - rank), m * virtual)
-        order = [_one(Pass.FORWARD, *place) for place in forward[:ahead]]
-        for index, place in enumerate(backward):
-            order += [_one(Pass.FORWARD, *later) for later in forward[index + ahead : index + ahead + 1]]
-            order.append(_one(Pass.BACKWARD, *place))
+        first = min((virtual - 1) * p + 2 * (p - 1 - rank) + ahead, m * virtual)
+        order = [_one(Pass.FORWARD, *place) for place in forward[:first]]
+        for place, later in zip_longest(backward, forward[first:]):
+            works = [Work(Pass.FORWARD, *later)] if later else []
+            works.append(Work(Pass.BACKWARD, *place))
+            order += [Action(tuple(works))] if pairs else [Action((work,)) for work in works]
         actions.append(tuple(order))
     route: tuple[Place, ...] = tuple((stage % p, stage // p) for stage in range(p * virtual))
     return Schedule(
-        kind="interleaved",
+        kind=kind,
         stages_of_rank=tuple(tuple(range(rank, p * virtual, p)) for rank in range(p)),
         routes=(route,) * m,
         actions=tuple(actions),

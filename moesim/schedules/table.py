@@ -42,8 +42,8 @@ class ScheduleFacts:
     passes of a whole rank), its published closed form in seconds, where there is one.
     Of its passes: full_backward and split_backward, whether it has whole backward passes, and those split in gradients
     of inputs and of weights; overlaps_pairs, whether a forward and a backward pass run as one.
-    Of what it needs: virtual, several stages per rank as the user says; whole_rounds, that m divides by p; even, that p
-    and m are even; least_rounds, the fewest micro-batches per pipeline rank.
+    Of what it needs: virtual, several stages per rank as the user says (single: or one); whole_rounds, that m divides
+    by p; even, that p and m are even; least_rounds, the fewest micro-batches per pipeline rank.
     Of what it holds: copies of the model's parameters; holds_all, the activations of all m micro-batches at once.
     settles: micro-batches per rank of two steps, behind the first of which a further round adds the same time.
     """
@@ -56,6 +56,7 @@ class ScheduleFacts:
     split_backward: bool = False
     overlaps_pairs: bool = False
     virtual: bool = False
+    single: bool = False
     whole_rounds: bool = False
     even: bool = False
     least_rounds: int = 0
@@ -95,6 +96,15 @@ INTERLEAVED = ScheduleFacts(
     virtual=True,
     whole_rounds=True,
 )
+COMBINED = ScheduleFacts(
+    name="combined_1f1b",
+    order=orders.combined_1f1b,
+    overlaps_pairs=True,
+    virtual=True,
+    single=True,
+    whole_rounds=True,
+    least_rounds=2,
+)
 SPLIT = ScheduleFacts(
     name="zb_h1",
     order=_without_chunks(orders.zb_h1),
@@ -114,7 +124,7 @@ DUALPIPE = ScheduleFacts(
     copies=2,
     settles=(6, 8),  # two directions settle later
 )
-SCHEDULES = {facts.name: facts for facts in (GPIPE, PLAIN, INTERLEAVED, SPLIT, DUALPIPE)}
+SCHEDULES = {facts.name: facts for facts in (GPIPE, PLAIN, INTERLEAVED, COMBINED, SPLIT, DUALPIPE)}
 
 
 def build_schedule(kind: str, *, num_ranks: int, num_micro_batches: int, virtual: int = 1) -> Schedule:

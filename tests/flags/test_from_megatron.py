@@ -215,6 +215,15 @@ def test_stage_layouts_are_read_as_they_are_written() -> None:
         ("--train-iters=100", "workload.train_tokens", 100 * 64 * 1024.0),
         ("--overlap-grad-reduce", "overlap.gradient_reduction", True),
         ("", "overlap.gradient_reduction", False),
+        ("--use-distributed-optimizer --overlap-param-gather", "overlap.parameter_gather", True),
+        ("--overlap-param-gather", "overlap.parameter_gather", False),  # nothing is in shards
+        ("--use-distributed-optimizer", "overlap.parameter_gather", False),
+        ("--overlap-moe-expert-parallel-comm", "parallelism.schedule.kind", "combined_1f1b"),
+        ("--overlap-moe-expert-parallel-comm --global-batch-size 8", "parallelism.schedule.kind", "1f1b"),
+        ("", "parallelism.schedule.kind", "1f1b"),
+        ("--overlap-moe-expert-parallel-comm --delay-wgrad-compute", "overlap.weight_gradients", True),
+        ("--overlap-dispatch-backward-with-experts-wgrad", "overlap.weight_gradients", True),
+        ("", "overlap.weight_gradients", False),
     ],
 )  # fmt: skip
 def test_a_flag_and_its_absence(write: Write, more: str, key: str, value: object) -> None:
@@ -283,7 +292,6 @@ def test_a_missing_flag_is_named(write: Write, missing: str) -> None:
 
 
 NOT_MODELLED = {
-    "--overlap-moe-expert-parallel-comm": "--overlap-moe-expert-parallel-comm",
     "--tp-comm-overlap": "--tp-comm-overlap",
     "--rampup-batch-size 8 8 100": "--rampup-batch-size",
     "--fp8-format hybrid --fp8-recipe delayed": "--fp8-recipe",

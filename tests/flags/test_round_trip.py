@@ -57,6 +57,8 @@ def layout(scenario: Scenario) -> dict[str, Any]:
             found["overlap.shared_experts"] = scenario.shared_beside
     reduced, beside = scenario.overlap.gradient_reduction, scenario.reduces_beside or mesh.zero.dense > 1
     found["overlap.gradient_reduction"] = beside if reduced is None else reduced
+    found["overlap.parameter_gather"] = scenario.gathers_beside
+    found["overlap.weight_gradients"] = scenario.overlap.weight_gradients
     switches = vars(scenario.implementation.switches)
     found |= {f"implementation.{name}": value for name, value in switches.items()}
     found["implementation.kind"] = scenario.implementation.kind
@@ -161,7 +163,9 @@ formats = st.sampled_from(["fp32", "bf16", "fp16", "fp8"])
 @given(
     gemm=formats, weights=formats, gradients=formats, optimizer=formats, master=st.sampled_from(["none", "fp32"]),
     zero=st.integers(0, 3), expert_zero=st.integers(0, 3), tensor=st.sampled_from([1, 2]),
-    schedule=st.sampled_from(["{kind: 1f1b}", "{kind: interleaved, virtual: 2}", "{kind: gpipe}", "{kind: zb_h1}"]),
+    schedule=st.sampled_from(["{kind: 1f1b}", "{kind: interleaved, virtual: 2}", "{kind: gpipe}", "{kind: zb_h1}",
+                              "{kind: combined_1f1b, virtual: 2}"]),
+    gather=st.booleans(), late=st.sampled_from(["true", "false"]),
     recompute=st.sampled_from(["none", "selective", "full", "[swiglu]", "[rms_norm, swiglu]"]),
     clip=st.sampled_from(["null", "1.0", "0.5"]), reduction=st.sampled_from(["null", "true", "false"]),
     shared=st.sampled_from(["null", "true", "false"]),
@@ -185,8 +189,9 @@ parallelism: {{data: 8, tensor: {tensor}, pipeline: 2, expert: 8, schedule: {sch
 workload: {{sequence_length: 1024, global_batch: 32, recompute: {recompute}, gradient_clipping: {clip},
   precision: {{gemm: {gemm}, weights: {weights}, gradients: {gradients}, optimizer: {optimizer}, master: {master}}}}}
 dispatch: {dispatch}
-overlap: {{gradient_reduction: {reduction}, shared_experts: {shared}}}
-""".format(**chosen)
+overlap: {{gradient_reduction: {reduction}, shared_experts: {shared}, parameter_gather: {gather},
+          weight_gradients: {late}}}
+""".format(**chosen | {"gather": str(chosen["gather"] and max(chosen["zero"], chosen["expert_zero"]) == 1).lower()})
     scenario = load_scenario_text(text)
     assert unexplained(scenario, read_back(scenario, tmp_path_factory.mktemp("flags") / "run.sh")) == []
 

@@ -25,7 +25,7 @@ def schedules(draw, kinds=KINDS, max_ranks=6):
     ranks = draw(st.integers(1, max_ranks))
     micro_batches = draw(st.integers(1, 16))
     facts = SCHEDULES[kind]
-    virtual = draw(st.integers(2, 4)) if facts.virtual else 1
+    virtual = draw(st.integers(1 if facts.single else 2, 4)) if facts.virtual else 1
     if facts.even:
         ranks += ranks % 2
         micro_batches += micro_batches % 2
@@ -196,6 +196,24 @@ def test_peak_activations_are_the_published_ones(p):
     assert peak("gpipe") == [4 * p] * p
     # Megatron's count: warm-up of (v - 1) p + 2 (p - 1 - r) chunks and one more, in units of a v-th of a rank's layers.
     assert peak("interleaved", 2) == [p + 2 * (p - 1 - rank) + 1 for rank in range(p)]
+
+
+@pytest.mark.parametrize(("p", "virtual"), [(1, 1), (1, 2), (2, 1), (2, 3), (4, 2)])
+def test_combined_1f1b_pairs_all_but_the_warm_up_and_hides_what_a_pair_hides(p, virtual):
+    schedule = build_schedule("combined_1f1b", num_ranks=p, num_micro_batches=8 * p, virtual=virtual)
+    for rank, actions in enumerate(schedule.actions):
+        ahead = (virtual - 1) * p + 2 * (p - 1 - rank) + 1
+        assert [action.is_pair for action in actions] == [
+            ahead <= place < 8 * p * virtual for place in range(len(actions))
+        ]
+        for forward, backward in (action.works for action in actions if action.is_pair):
+            assert (forward.micro_batch, forward.chunk) != (backward.micro_batch, backward.chunk)
+    times = [
+        walk_schedule(schedule, seconds=equal_seconds(forward=1.0, backward=2.0, weight=1.0, pair=pair)).seconds
+        for pair in (3.0, 2.0)
+    ]
+    pairs = min(sum(action.is_pair for action in actions) for actions in schedule.actions)
+    assert times[0] - times[1] >= 0.99 * pairs
 
 
 def test_dualpipe_overlaps_a_forward_and_a_backward_pass_of_opposite_directions():
