@@ -9,18 +9,20 @@ the experts the ranks' results are summed, and backward their gradients of token
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from moesim.errors import UserError
 from moesim.recorded.layers import EXPERTS_GEMM
-from moesim.recorded.pricing import OPTIMIZER, PRODUCTS
+from moesim.recorded.pricing import DTYPES, OPTIMIZER, PRODUCTS
 from moesim.recorded.scaling import scaled_op, updating
 from moesim.recorded.sharing import PARTS, divided, kept_whole, names_in, names_of
 from moesim.recorded.sizes import MatchedOp, StepSizes, matched, sizes_of
 from moesim.recorded.step_file import GRADIENT_WIDTHS, GRADIENTS, RecordedOp
 from moesim.recorded.widths import EXPERT_WIDTH, HEAD_DIM, VOCABULARY
 
+Sent = defaultdict[int, list[tuple[str, float]]]
 SHARED = set().union(*PARTS) - {VOCABULARY}
 
 
@@ -32,8 +34,8 @@ class Planned:
     """
 
     ops: tuple[RecordedOp, ...]
-    sent: dict[int, list[tuple[str, float]]] = field(default_factory=dict)
-    copied: dict[int, float] = field(default_factory=dict)
+    sent: Mapping[int, Sequence[tuple[str, float]]]
+    copied: Mapping[int, float]
 
 
 def tensor_plan(ops: Sequence[RecordedOp], ranks: int) -> Planned:
@@ -45,7 +47,8 @@ def tensor_plan(ops: Sequence[RecordedOp], ranks: int) -> Planned:
         if whole % ranks:
             raise UserError(f"--ranks {ranks} does not divide the recorded step's {key}, {whole}; use another number")
     body = replace(share, vocabulary=sizes.vocabulary)
-    planned = Planned(ops=())
+    sent: Sent = defaultdict(list)
+    copied: dict[int, float] = {}
     own = []
     for place, each in enumerate(found):
         head = _of_head(each)
@@ -53,14 +56,14 @@ def tensor_plan(ops: Sequence[RecordedOp], ranks: int) -> Planned:
         assert scaled is not None
         own.append(scaled)
         if _sums(each):
-            planned.sent[place] = [("all_reduce", float(scaled.writes[0][2]))]
+            sent[place] = [("all_reduce", float(scaled.writes[0][2]))]
         elif head and each.op.phase == "forward":
             logits = float(each.op.writes[0][2])
-            planned.sent[place], planned.copied[place] = [("all_gather", logits)], 2.0 * logits
+            sent[place], copied[place] = [("all_gather", logits)], 2.0 * logits
         norms = [texts for texts in each.op.facts.get(GRADIENT_WIDTHS, ()) if texts == [HEAD_DIM]]
         if norms:  # of every head, whose gradients each rank has of its own heads
-            planned.sent.setdefault(place, []).extend([("all_reduce", 2.0 * sizes.widths[HEAD_DIM])] * len(norms))
-    return _with_experts(own, found, planned)
+            sent[place] += [("all_reduce", 2.0 * sizes.widths[HEAD_DIM])] * len(norms)
+    return _with_experts(own, found, sent, copied, gates=1)
 
 
 def expert_plan(ops: Sequence[RecordedOp], ranks: int) -> Planned:
@@ -72,9 +75,8 @@ def expert_plan(ops: Sequence[RecordedOp], ranks: int) -> Planned:
         )
     share = replace(sizes, experts=sizes.experts // ranks, given_rows=sizes.rows // ranks)
     own = [scaled_op(each, sizes, share if each.op.name == EXPERTS_GEMM else sizes) for each in found]
-    planned = _with_experts([op for op in own if op is not None], found, Planned(ops=()))
-    scores = {place: [*each, ("all_reduce", _gates(found))] for place, each in planned.sent.items() if len(each) > 1}
-    return replace(planned, sent=planned.sent | scores)  # of the gates once as the router's, once as the experts'
+    # The sums of gates: the router's scores, and once more as the experts' inputs.
+    return _with_experts([op for op in own if op is not None], found, defaultdict(list), {}, gates=2)
 
 
 def _matched(ops: Sequence[RecordedOp]) -> tuple[StepSizes, list[MatchedOp]]:
@@ -100,8 +102,12 @@ def _sums(each: MatchedOp) -> bool:
     return bool(names_in(depth) & mine) and not names_in(columns) & mine
 
 
-def _with_experts(own: Sequence[RecordedOp], found: Sequence[MatchedOp], planned: Planned) -> Planned:
-    """With the sums around the experts, and an optimizer over what a rank has."""
+def _with_experts(
+    own: Sequence[RecordedOp], found: Sequence[MatchedOp], sent: Sent, copied: Mapping[int, float], *, gates: int
+) -> Planned:
+    """With the sums around the experts, of all tokens and backward `gates` times of gates, and an optimizer over what a
+    rank has.
+    """
     for phase in ("forward", "backward"):
         ends = [
             place
@@ -112,23 +118,21 @@ def _with_experts(own: Sequence[RecordedOp], found: Sequence[MatchedOp], planned
         ]
         if ends:
             tokens = float(found[ends[-1]].op.writes[0][2])
-            gates = [] if phase == "forward" else [("all_reduce", _gates(found))]
-            planned.sent.setdefault(ends[-1], []).extend([("all_reduce", tokens), *gates])
+            more = 0 if phase == "forward" else gates
+            sent[ends[-1]] += [("all_reduce", tokens), *[("all_reduce", _gates(found))] * more]
     parameters = sum(
         op.count * math.prod(shape) for op in own for shape in op.facts.get(GRADIENTS, ()) if op.name != OPTIMIZER
     )
     updated = [updating(op, round(parameters)) if op.name == OPTIMIZER else op for op in own]
-    return replace(planned, ops=tuple(updated))
+    return Planned(ops=tuple(updated), sent=sent, copied=copied)
 
 
 def _gates(found: Sequence[MatchedOp]) -> float:
-    """Bytes of the gates of all tokens."""
-    return max(
-        (
-            float(size)
-            for each in found
-            for (_, _, size), symbols in zip(each.op.writes, each.writes, strict=True)
-            if symbols == ("T", "K")
-        ),
-        default=0.0,
-    )
+    """Bytes of the gates of all tokens, as the forward pass last has them."""
+    gates = [
+        float(size)
+        for each in found
+        for (_, dtype, size), symbols in zip(each.op.writes, each.writes, strict=True)
+        if symbols == ("T", "K") and dtype in DTYPES and each.op.phase == "forward"
+    ]
+    return gates[-1] if gates else 0.0

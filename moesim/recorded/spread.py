@@ -141,7 +141,7 @@ class Spreading:
         for block in blocks:
             for place, times in block.runs:
                 works += self.works_of(place, times)
-                for call, num_bytes in round(times) * planned.sent.get(place, []):
+                for call, num_bytes in [*planned.sent.get(place, ())] * round(times):
                     sent = self.ranks.sent(call, num_bytes, phase=block.phase)
                     works[-1] = replace(works[-1], sends=(*works[-1].sends, sent))
                     works.append(Work(seconds=0.0, host_s=self.host.collective, waits_for=(number,)))
