@@ -1,8 +1,10 @@
 """A small scenario that every room can simulate in a fraction of a second."""
 
+import gc
 import resource
 import signal
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
@@ -10,12 +12,41 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
 
 from moesim.scenario import Scenario, scenario_from_mapping
 
 # A shell that starts the tests in the background, or under nohup, has them ignore these; some tests send them.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def beyond_dev() -> set[str]:
+    """Packages of extras that `pip install '.[dev]'` does not bring, as modules."""
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    project = tomllib.loads(text)["project"]
+    extras = {
+        name: {Requirement(each).name for each in lines} for name, lines in project["optional-dependencies"].items()
+    }
+    there = extras["dev"] | {Requirement(each).name for each in project["dependencies"]}
+    return {name.replace("-", "_") for name in set().union(*extras.values()) - there}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--extras", action="store_true", help="run tests that need packages of other extras than dev, too")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests pass where nothing but dev is installed: without `--extras` they see no other package of an extra."""
+    if not config.getoption("--extras"):
+        sys.modules.update(dict.fromkeys(beyond_dev()))  # type: ignore[arg-type]
+
+
+def pytest_collection_finish() -> None:
+    """Thousands of tests stay until the end: no later collection of garbage looks through them again."""
+    gc.collect()
+    gc.freeze()
+
 
 # What makes and checks the shipped data and pages are scripts, not a package.
 sys.path.append(str(Path(__file__).parents[1] / "tools"))

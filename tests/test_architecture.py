@@ -4,7 +4,8 @@ import ast
 import re
 import subprocess
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -47,9 +48,15 @@ EXCLUSIVE = {
 NOT_FOR_HELP = ("torch", "numpy", "pydantic", "plotly", "networkx", "simpy", "numba", "optuna", "rich", "yaml")
 
 
+@cache
+def nodes(source: str) -> tuple[ast.AST, ...]:
+    """Every part of a source."""
+    return tuple(ast.walk(ast.parse(source)))
+
+
 def imported_modules(source: str) -> Iterator[str]:
     """Dotted names of every import statement, also those inside functions; `from a import b` gives a.b."""
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes(source):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -86,6 +93,12 @@ def files() -> list[str]:
     )
 
 
+def faults(rule: Callable[[str, str], object], *, without: Collection[str] = ()) -> dict[str, object]:
+    """What the rule finds in modules, by their paths; not in those of `without`."""
+    found = {path: rule(path, (PACKAGE / path).read_text()) for path in files() if path not in without}
+    return {path: each for path, each in found.items() if each}
+
+
 def test_no_two_modules_of_tests_have_one_name() -> None:
     """pytest imports them by their last name alone."""
     names = [path.name for path in Path(__file__).parent.rglob("*.py") if path.name != "conftest.py"]
@@ -96,9 +109,8 @@ def test_every_room_has_a_layer() -> None:
     assert {room_of(path) for path in files()} <= set(LAYER)
 
 
-@pytest.mark.parametrize("path", files())
-def test_imports_point_downwards_and_libraries_stay_home(path: str) -> None:
-    assert violations(path, (PACKAGE / path).read_text()) == []
+def test_imports_point_downwards_and_libraries_stay_home() -> None:
+    assert not faults(violations)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +147,7 @@ def test_the_rule_lets_good_imports_pass(path: str, source: str) -> None:
 def shared_memories(path: str, source: str) -> list[str]:
     """Dicts that a copy of frozen data would take over: fields that begin empty and that `replace` hands on."""
     found = []
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes(source):
         if not isinstance(node, ast.ClassDef) or not any("frozen=True" in ast.unparse(d) for d in node.decorator_list):
             continue
         for line in node.body:
@@ -146,10 +158,9 @@ def shared_memories(path: str, source: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("path", files())
-def test_a_copy_of_frozen_data_remembers_nothing_of_the_original(path: str) -> None:
+def test_a_copy_of_frozen_data_remembers_nothing_of_the_original() -> None:
     """What is a mapping of data is declared as Mapping; a dict that fills up is a memory, and needs init=False."""
-    assert shared_memories(path, (PACKAGE / path).read_text()) == []
+    assert not faults(shared_memories)
 
 
 def test_the_rule_finds_a_memory_that_replace_hands_on() -> None:
@@ -161,22 +172,21 @@ def test_the_rule_finds_a_memory_that_replace_hands_on() -> None:
 PARSED = re.compile(r"label\.name\.|[\"'] in (?:\w+\.)*label\.name")
 
 
-@pytest.mark.parametrize("path", files())
-def test_no_label_is_parsed(path: str) -> None:
+def test_no_label_is_parsed() -> None:
     """Names of operations are for people; what a program asks of them are their phase, part and collective."""
-    assert not PARSED.search((PACKAGE / path).read_text())
+    assert not faults(lambda _, source: PARSED.findall(source))
 
 
 def written_names(source: str, names: Collection[str]) -> list[str]:
     """Those of `names` that stand in the source as text of their own."""
-    texts = (node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant))
+    texts = (node.value for node in nodes(source) if isinstance(node, ast.Constant))
     return [text for text in texts if isinstance(text, str) and text in names]
 
 
-@pytest.mark.parametrize("path", [path for path in files() if room_of(path) != "schedules"])
-def test_no_module_asks_for_a_schedule_by_its_name(path: str) -> None:
+def test_no_module_asks_for_a_schedule_by_its_name() -> None:
     """What depends on the schedule is a fact in `moesim.schedules.table`, so that a new schedule states it."""
-    assert not written_names((PACKAGE / path).read_text(), SCHEDULES)
+    own = [path for path in files() if room_of(path) == "schedules"]
+    assert not faults(lambda _, source: written_names(source, SCHEDULES), without=own)
 
 
 def test_the_rule_finds_the_name_of_a_schedule() -> None:
@@ -209,10 +219,9 @@ def asked_names(source: str, names: Collection[str]) -> list[str]:
 FIRST_POOL = re.compile(r"cluster\.pools\[0\]")
 
 
-@pytest.mark.parametrize("path", files())
-def test_no_module_takes_the_first_pool_for_the_cluster(path: str) -> None:
+def test_no_module_takes_the_first_pool_for_the_cluster() -> None:
     """Ranks ask for the pool that they are on; what is the same for all asks `Cluster.main_pool`, which says so."""
-    assert not FIRST_POOL.search((PACKAGE / path).read_text())
+    assert not faults(lambda _, source: FIRST_POOL.findall(source))
 
 
 KINDS = {*SOFTWARE, *RECIPES, *DISPATCH, *STRESS, *FABRICS, *TRANSPORTS, *gpu_names(), *model_names()}
@@ -230,7 +239,7 @@ SAME_WORDS = {
 def compared_names(source: str, names: Collection[str]) -> list[str]:
     """Those of `names` that the source compares anything with, or matches."""
     parts: list[ast.AST] = []
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes(source):
         if isinstance(node, ast.Compare):
             parts += [node.left, *node.comparators]
         elif isinstance(node, ast.MatchValue):
@@ -239,11 +248,10 @@ def compared_names(source: str, names: Collection[str]) -> list[str]:
     return [text for text in texts if isinstance(text, str) and text in names]
 
 
-@pytest.mark.parametrize("path", files())
-def test_no_module_asks_for_a_kind_by_its_name(path: str) -> None:
+def test_no_module_asks_for_a_kind_by_its_name() -> None:
     """GPUs, models, software, recipes, dispatch algorithms, fabrics and stress patterns are rows of tables."""
-    names = KINDS - {"fused"} - SAME_WORDS.get(path, set())
-    assert not compared_names((PACKAGE / path).read_text(), names)
+    names = KINDS - {"fused"}
+    assert not faults(lambda path, source: compared_names(source, names - SAME_WORDS.get(path, set())))
 
 
 def test_the_rule_finds_the_name_of_a_kind() -> None:
@@ -264,11 +272,14 @@ NAMES_OF_OTHERS = {
 }
 
 
-@pytest.mark.parametrize("path", [path for path in files() if path != "scenario/routers.py"])
-def test_no_module_asks_for_a_router_by_its_name(path: str) -> None:
+def test_no_module_asks_for_a_router_by_its_name() -> None:
     """What depends on the router is a fact in `moesim.scenario.routers`, so that a new router states it."""
-    names = set(ROUTERS) - set(NAMES_OF_OTHERS.get(path, ()))
-    assert not asked_names((PACKAGE / path).read_text(), names)
+    others = {path: set(names) for path, names in NAMES_OF_OTHERS.items()}
+    found = faults(
+        lambda path, source: asked_names(source, set(ROUTERS) - others.get(path, set())),
+        without=["scenario/routers.py"],
+    )
+    assert not found
 
 
 def test_the_rule_finds_the_name_of_a_router() -> None:

@@ -1,5 +1,6 @@
 """The versions that the tests passed with are those that pyproject.toml allows, from its lower bounds on."""
 
+import importlib
 import tomllib
 from pathlib import Path
 
@@ -34,3 +35,12 @@ def test_the_lowest_versions_are_the_lower_bounds() -> None:
     for need in direct():
         (bound,) = [each.version for each in need.specifier if each.operator == ">="]
         assert versions[canonicalize_name(need.name)].release[:2] == (*Version(bound).release, 0)[:2], need
+
+
+def test_a_default_run_sees_no_package_that_dev_does_not_bring(request: pytest.FixtureRequest) -> None:
+    if request.config.getoption("--extras"):
+        pytest.skip("--extras shows them")
+    for name in ("aiconfigurator_core", "mkdocs", "transformers"):
+        with pytest.raises(ModuleNotFoundError):
+            importlib.import_module(name)
+    importlib.import_module("pyarrow")

@@ -55,7 +55,7 @@ def scenario(names: tuple[str, ...], *, ranks: int = 2, share: float = 0.9, **lo
         "seed": load.pop("seed", 0),
         "workload": {
             "kind": "serving",
-            "requests": load.pop("requests", 60),
+            "requests": load.pop("requests", 40),
             "arrivals": {
                 "kind": "poisson",
                 "rate": load.pop("rate", 300.0),
@@ -148,7 +148,7 @@ def test_many_more_deployments(drawn: ServingScenario) -> None:
 
 @pytest.mark.parametrize("name", FEATURES)
 def test_the_same_seed_gives_the_same_bytes_and_a_low_load_is_answered_as_it_comes(name: str) -> None:
-    drawn = scenario((name,), rate=15.0, requests=45)
+    drawn = scenario((name,), rate=5.0, requests=15)
     found = serve(drawn)
     assert json_text(found) == json_text(serve(drawn))
     arrivals = Deployment(drawn).requests(0).arrival_N

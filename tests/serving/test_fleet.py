@@ -29,7 +29,7 @@ fleet:
   prefill: {replicas: 3, parallelism: {data: 2, expert: 2}, transfer: at_end}
 workload:
   kind: serving
-  requests: 250
+  requests: 150
   arrivals:
     kind: poisson
     rate: 150.0
@@ -103,11 +103,13 @@ def test_full_decode_instances_hold_prompts_back_and_nothing_is_lost() -> None:
 
 
 def test_the_same_seed_gives_the_same_bytes() -> None:
-    assert json_text(serve(two_pools())) == json_text(serve(two_pools()))
+    first, again = (json_text(serve(two_pools("workload.requests=60"))) for _ in range(2))
+    assert first == again
 
 
 def test_more_instances_carry_more() -> None:
-    load = ("workload.slo={ttft: 0.2, tpot: 0.004}", "workload.requests=250")
+    short = "workload.arrivals.output={kind: fixed, tokens: 4}"  # fewer of them show a steady load
+    load = ("workload.slo={ttft: 0.2, tpot: 0.004}", "workload.requests=100", short)
     loads = [
         largest_load(load_serving_text(ONE_POOL, overrides=(*load, f"fleet.replicas={replicas}")))
         for replicas in (1, 2)
@@ -182,7 +184,7 @@ def test_transfers_through_the_nics_of_an_exchange_make_it_longer_and_no_more_th
 def test_no_port_passes_more_than_its_capacity(places: tuple[str, ...], share: float, transfer: str) -> None:
     wide = f"{{parallelism: {{data: 8, expert: 8}}, transfer: {transfer}, nic_share: {share}}}"
     sets = (*places, "parallelism={data: 8, expert: 8}", "fleet.replicas=1", f"fleet.prefill={wide}")
-    scenario = two_pools(*sets, "workload.arrivals.rate=3000.0", "workload.requests=150")
+    scenario = two_pools(*sets, "workload.arrivals.rate=3000.0", "workload.requests=60")
     result = serve(scenario)
     moved = result["transfer"]
     assert moved is not None and moved["tokens"] > 0

@@ -36,6 +36,9 @@ workload:
     output: {kind: log_normal, mean: 60, variation: 0.8, most: 500}
 """
 
+# Short answers on one GPU and a short wait: few requests show a steady load.
+FEW = ("parallelism={data: 1}", "workload.arrivals.output={kind: fixed, tokens: 2}", "workload.requests=40")
+
 
 def small(*overrides: str) -> ServingScenario:
     return load_serving_text(SMALL, overrides=overrides)
@@ -114,7 +117,7 @@ def test_one_request_alone_waits_for_its_prompt_and_then_for_steps_of_one_token(
 
 
 def test_at_a_low_load_what_comes_goes_and_littles_law_holds() -> None:
-    deployment = Deployment(small("workload.arrivals.rate=20.0", "workload.requests=300"))
+    deployment = Deployment(small("workload.arrivals.rate=20.0", "workload.requests=150"))
     requests = deployment.requests(0)
     served = deployment.serve(requests)
     rate = len(requests) / served.done_N.max()
@@ -128,12 +131,13 @@ def test_at_a_low_load_what_comes_goes_and_littles_law_holds() -> None:
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_one_does_not() -> None:
-    texts = [json_text(serve(small(f"seed={seed}"))) for seed in (0, 0, 1)]
+    texts = [json_text(serve(small(f"seed={seed}", "workload.requests=60"))) for seed in (0, 0, 1)]
     assert texts[0] == texts[1] != texts[2]
 
 
 def test_the_largest_load_meets_the_limits_and_grows_with_the_gpus() -> None:
-    slo = ("workload.slo={ttft: 0.5, tpot: 0.004}", "workload.requests=300")
+    short = "workload.arrivals.output={kind: fixed, tokens: 4}"
+    slo = ("workload.slo={ttft: 0.5, tpot: 0.004}", "workload.requests=100", short)
     two = largest_load(small(*slo, "parallelism={data: 2, expert: 2}"))
     four = largest_load(small(*slo))
     assert two["good_share"] >= 0.9 and four["good_share"] >= 0.9
@@ -166,7 +170,7 @@ def test_prefixes_are_found_again_and_spare_their_steps() -> None:
     load = (
         "workload.prefixes={number: 4, tokens: 2000, share: 0.9}",
         "workload.arrivals.rate=50.0",
-        "workload.requests=150",
+        "workload.requests=80",
     )
     kept, lost = (serve(small(*load, f"engine.prefix_cache={cache}")) for cache in ("true", "false"))
     most = 0.9 * 2000 / (0.9 * 2000 + 500)
@@ -175,7 +179,11 @@ def test_prefixes_are_found_again_and_spare_their_steps() -> None:
 
 
 def test_requests_that_go_where_their_prefix_is_find_more_of_it() -> None:
-    load = ("workload.prefixes={number: 40, tokens: 2000, skew: 0.5}", "workload.arrivals.rate=60.0")
+    load = (
+        "workload.prefixes={number: 40, tokens: 2000, skew: 0.5}",
+        "workload.arrivals.rate=60.0",
+        "workload.requests=150",
+    )
     apart, together = (serve(small(*load, f"engine.balancing={kind}")) for kind in BALANCING)
     assert together["prefix_hit_share"] > 1.15 * apart["prefix_hit_share"]
     assert together["time_s"]["projections"] < apart["time_s"]["projections"]
@@ -218,7 +226,7 @@ def test_drafted_tokens_are_accepted_as_stated_and_cost_their_rows() -> None:
     load = (
         "workload.arrivals.output={kind: fixed, tokens: 200}",
         "workload.arrivals.rate=10.0",
-        "workload.requests=30",
+        "workload.requests=15",
     )
     plain, drafted = serve(small(*load)), serve(small(*load, drafts))
     assert plain["tokens_per_request_step"] == 1.0
@@ -231,7 +239,9 @@ def test_drafted_tokens_are_accepted_as_stated_and_cost_their_rows() -> None:
 
 def test_dropping_bounds_the_fullest_expert_and_says_what_it_dropped() -> None:
     skewed = f"routing={{kind: popularity, counts: {[20] * 4 + [1] * 60}}}"
-    kept, dropped = (serve(small(skewed, *more)) for more in ((), ("engine.capacity_factor=1.25",)))
+    kept, dropped = (
+        serve(small(skewed, "workload.requests=60", *more)) for more in ((), ("engine.capacity_factor=1.25",))
+    )
     assert kept["dropped_share"] == 0.0 < dropped["dropped_share"] < 0.6
     assert dropped["rank_rows_imbalance"] < kept["rank_rows_imbalance"]
     assert dropped["time_s"]["experts"] < kept["time_s"]["experts"]
@@ -239,7 +249,7 @@ def test_dropping_bounds_the_fullest_expert_and_says_what_it_dropped() -> None:
 
 def test_windows_store_and_read_less() -> None:
     local = "model.attention={kind: local_global, window: 64, global_every: 32}"
-    prompts = ("workload.arrivals.input={kind: fixed, tokens: 4000}", "workload.requests=100")
+    prompts = ("workload.arrivals.input={kind: fixed, tokens: 4000}", "workload.requests=40")
     load = (*prompts, "workload.arrivals.rate=20.0", "model.kv_heads=16")
     full, windowed = serve(small(*load)), serve(small(*load, local))
     assert windowed["time_s"]["attention"] < 0.6 * full["time_s"]["attention"]
@@ -251,7 +261,7 @@ def test_windows_store_and_read_less() -> None:
 
 def test_stages_answer_as_much_with_less_memory_each() -> None:
     one, two = (
-        serve(small(mesh, "workload.arrivals.rate=20.0", "workload.requests=100"))
+        serve(small(mesh, "workload.arrivals.rate=20.0", "workload.requests=50"))
         for mesh in ("parallelism={data: 2, expert: 2}", "parallelism={data: 2, expert: 2, pipeline: 2}")
     )
     for result, groups in ((one, 2), (two, 2)):
@@ -322,7 +332,7 @@ def test_generated_tokens_have_a_trace_of_their_own_beside_the_file_or_one_that_
 
 
 def test_narrow_weights_leave_more_room_and_steps_of_few_tokens_are_faster() -> None:
-    load = ("workload.arrivals.rate=5.0", "workload.requests=60")
+    load = ("workload.arrivals.rate=5.0", "workload.requests=20")
     wide, narrow = (serve(small(f"workload.weights={kind}", *load)) for kind in ("bf16", "int4"))
     assert narrow["memory"]["weights"] < 0.6 * wide["memory"]["weights"]
     assert narrow["memory"]["kv_tokens"] > wide["memory"]["kv_tokens"]
@@ -349,7 +359,7 @@ def test_mistakes_are_one_line(override: str, fault: str, error: type[Exception]
 
 
 def test_a_largest_load_of_several_draws_holds_for_their_mean_or_for_each() -> None:
-    scenario = small("workload.requests=40", "workload.slo={ttft: 0.05, share: 0.9}")
+    scenario = small(*FEW, "workload.slo={ttft: 0.02, share: 0.9}")
     mean, worst = (largest_load(scenario, seeds=3, worst=each) for each in (False, True))
     assert worst["largest_requests_per_second"] <= mean["largest_requests_per_second"] * 1.001
     assert worst["ranges"]["good_share"][0] >= 0.9 > mean["ranges"]["good_share"][0] or worst == mean
@@ -361,7 +371,7 @@ def test_a_largest_load_needs_limits_that_can_be_met() -> None:
     with pytest.raises(UserError, match=r"set workload\.slo\.ttft or workload\.slo\.tpot"):
         largest_load(small())
     with pytest.raises(InfeasibleError, match="missed even by requests that come alone"):
-        largest_load(small("workload.slo={tpot: 0.000001}", "workload.requests=20"))
+        largest_load(small("workload.slo={tpot: 0.000001}", *FEW))
 
 
 def test_classes_have_latencies_of_their_own_and_all_requests() -> None:
@@ -400,14 +410,14 @@ def test_rows_over_time_have_their_mean_and_the_imbalance_of_steps() -> None:
 def test_every_number_of_an_answer_is_defined() -> None:
     page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
     answers = serve_seeds(small("workload.requests=20"), 2)
-    answers |= largest_load(small("workload.requests=20", "workload.slo={ttft: 9.0}"))
+    answers |= largest_load(small(*FEW, "workload.slo={ttft: 0.02}"))
     for key in answers:
         assert f"`{key}`" in page, key
 
 
 @pytest.mark.parametrize("name", names("serving"))
 def test_every_deployment_that_ships_is_served(name: str) -> None:
-    scenario = load_serving(resolve(name, "serving"), ["workload.requests=40"])
+    scenario = load_serving(resolve(name, "serving"), ["workload.requests=12"])
     result = serve(scenario)
     assert result["output_tokens_per_second"] > 0 and 0 < result["kv_peak_share"] <= 1
     busy = sum(pool["steps"] * pool["step_s"]["mean"] for pool in result["pools"])
