@@ -18,7 +18,7 @@ from moesim.flags.from_megatron import read_megatron
 from moesim.flags.routing_choice import Choice
 from moesim.flags.software import WRITERS
 from moesim.planner.loading import load_any_plan
-from moesim.planner.planning import Watching, make_plan
+from moesim.planner.planning import ProgressCallbacks, make_plan
 from moesim.planner.serving_plan import ServingPlan
 from moesim.planner.serving_planning import make_serving_plan
 from moesim.planner.simulations import Folder
@@ -161,7 +161,7 @@ def plan(
     if isinstance(loaded, ServingPlan):
         return make_serving_plan(loaded, Path(out), force=force)
     folder = Folder(Path(out), loaded, workers=workers, cache_dir=cache_dir)
-    return make_plan(folder, watching=Watching(training=progress), force=force)
+    return make_plan(folder, callbacks=ProgressCallbacks(training=progress), force=force)
 
 
 def load_trace(source: str | Path) -> RoutingTrace:

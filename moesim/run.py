@@ -10,7 +10,7 @@ from moesim.program.scenario_fabric import scenario_fabric, scenario_kernels
 from moesim.program.warnings import layout_warnings, sharing_warnings
 from moesim.results import RunRecord
 from moesim.results.definitions import check_plausible
-from moesim.results.outcome import Searched, Simulated, assemble
+from moesim.results.outcome import SearchedPlacement, Simulated, assemble
 from moesim.results.placement import replacing_facts
 from moesim.routing.request import ProgressCallback, SearchReport
 from moesim.scenario import Scenario, Search
@@ -81,7 +81,7 @@ def mean_step_seconds(scenario: Scenario, trace: RoutingTrace | None) -> float:
 
 def choose_placement(
     scenario: Scenario, trace: RoutingTrace | None, *, progress: ProgressCallback | None = None
-) -> tuple[Scenario, list[Searched]]:
+) -> tuple[Scenario, list[SearchedPlacement]]:
     """The scenario with the weight of traffic whose placement gives the shortest step, and all that were simulated.
 
     They are simulated on the rows that experts are placed by. Where nothing is to be measured the scenario as it is,
@@ -95,7 +95,7 @@ def choose_placement(
     for number, traffic in enumerate(TRAFFIC_WEIGHTS, start=1):
         tried = placement.model_copy(update={"traffic": traffic, "made_on": "same", "judged_on": "all"})
         step_s = mean_step_seconds(scenario.model_copy(update={"placement": tried}), part)
-        found.append(Searched(traffic=traffic, step_time_s=step_s))
+        found.append(SearchedPlacement(traffic=traffic, step_time_s=step_s))
         if progress is not None:
             progress(SearchReport(tried=number, total=len(TRAFFIC_WEIGHTS), step_time_s=step_s))
     best = min(found, key=lambda each: each.step_time_s).traffic

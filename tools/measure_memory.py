@@ -23,7 +23,7 @@ def main() -> None:
     cases = {row.case.name: row.case for name in SHIPPED_TABLES for row in shipped_table(name).rows}
     chosen = [case for case in cases.values() if case.gpus in arguments.gpus]
     effort = Effort(seconds=0.2, least=2, most=3, warm=2, instrumented=1)
-    measure_cases(chosen, device="cuda", folder=arguments.out, effort=effort, say=print)
+    measure_cases(chosen, device="cuda", folder=arguments.out, effort=effort, log=print)
 
 
 if __name__ == "__main__":

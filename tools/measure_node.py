@@ -75,7 +75,7 @@ def steps(gpus: int, out: Path, deadline: float, seconds: float) -> None:
         if time.monotonic() > deadline:
             break
         some = [case for case in cases if case.name.startswith(layout + "-")]
-        measured |= measure_cases(some, device="cuda", folder=out / "steps", effort=effort, say=print)
+        measured |= measure_cases(some, device="cuda", folder=out / "steps", effort=effort, log=print)
         print(f"{layout}: {len(measured)} of {len(cases)} cases", flush=True)
     about = {"name": device_name("cuda"), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
     done = [case for case in cases if case.name in measured]

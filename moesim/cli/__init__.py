@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from moesim.cli.flags import INTERRUPTED_EXIT_CODE, Interrupted, let_go, open_closed_streams, say
+from moesim.cli.flags import INTERRUPTED_EXIT_CODE, Interrupted, discard_output, open_closed_streams, write_stderr
 from moesim.cli.parser import build, parse
 from moesim.errors import UserError, one_line
 from moesim.processes import signals_interrupt
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _fail(f"{error.filename}: {error.strerror}; check the path, its permissions and the space left", 1)
         if error.errno not in _SHORTAGES:
             raise
-        let_go(sys.stdout)
+        discard_output(sys.stdout)
         return _fail(f"{error.strerror}: make room on the disk (standard output included) or in memory, then again", 1)
 
 
@@ -64,7 +64,7 @@ def _complete() -> None:
 
 
 def _fail(message: str, code: int) -> int:
-    say(f"moesim: {one_line(message)}")
+    write_stderr(f"moesim: {one_line(message)}")
     return code
 
 
@@ -74,5 +74,5 @@ def _without_reader() -> int:
         try:
             stream.flush()
         except OSError:
-            let_go(stream)
+            discard_output(stream)
     return _BROKEN_PIPE_EXIT_CODE

@@ -73,7 +73,7 @@ def _list_shipped(*, as_json: bool, quiet: bool) -> None:
         rows = [{"kind": f.kind, "name": f.name, "file": f.place.as_posix(), "purpose": f.purpose} for f in files]
         print(json_text(rows, indent=1))
     elif not quiet:
-        from moesim.report.catalogue_screens import print_shipped
+        from moesim.report.catalogue_view import print_shipped
 
         print_shipped([(HEADS[kind], VERBS[kind], [f for f in files if f.kind == kind]) for kind in KINDS])
 
@@ -101,7 +101,7 @@ def execute_gpus(args: argparse.Namespace) -> int:
     elif args.csv:
         print_csv(found)
     else:
-        from moesim.report.catalogue_screens import print_gpus
+        from moesim.report.catalogue_view import print_gpus
 
         print_gpus(found)
     return 0
@@ -182,7 +182,7 @@ def execute_model(args: argparse.Namespace) -> int:
     elif args.csv:
         print_csv([{"name": args.model} | counts])
     else:
-        from moesim.report.catalogue_screens import print_model
+        from moesim.report.catalogue_view import print_model
 
         print_model(args.model, counts)
     return 0
@@ -209,7 +209,7 @@ def _list_models(args: argparse.Namespace) -> int:
     elif args.csv:
         print_csv([{"name": name} | _with_units(size) for name, size in sizes.items()])
     else:
-        from moesim.report.catalogue_screens import print_catalogue
+        from moesim.report.catalogue_view import print_catalogue
 
         print_catalogue(sizes)
     return 0
@@ -225,7 +225,7 @@ def find_model(name: str, overrides: list[str]) -> "Model":
     Raises UserError with the names there are, and for a model that contradicts itself.
     """
     from moesim.scenario import load_scenario, model_names, scenario_from_mapping
-    from moesim.scenario.forms import override_label
+    from moesim.scenario.short_forms import override_label
 
     suffix = Path(name).suffix
     if name not in model_names() and Path(name).is_dir():
@@ -447,14 +447,14 @@ def add_software(parser: argparse.ArgumentParser, *, of: str) -> None:
 
 def print_reading_summary(reading: "Reading") -> None:
     """One paragraph before the results: what was read, and what was assumed."""
-    from moesim.report.catalogue_screens import print_summary
+    from moesim.report.catalogue_view import print_summary
 
     print_summary(reading)
 
 
 def print_command(command: Mapping[str, Any]) -> None:
     """A command line behind the results; it is as in their JSON."""
-    from moesim.report.catalogue_screens import print_flags
+    from moesim.report.catalogue_view import print_flags
 
     print_flags(command)
 
@@ -494,7 +494,7 @@ def execute_from_megatron(args: argparse.Namespace) -> int:
     if args.json:
         print(json_text(_reading_json(reading), indent=1))
     elif not args.quiet:
-        from moesim.report.catalogue_screens import print_reading
+        from moesim.report.catalogue_view import print_reading
 
         print_reading(reading)
         told = f"written to {args.out}: moesim run {args.out}" if args.out else "--out FILE.yaml writes the scenario"

@@ -34,7 +34,7 @@ class Interrupted(Exception):
 
 
 @contextmanager
-def interrupts_say(what_was_kept: Callable[[], str]) -> Iterator[None]:
+def interrupts_explained_by(what_was_kept: Callable[[], str]) -> Iterator[None]:
     """Turn Ctrl-C inside the block into Interrupted with the text that `what_was_kept` gives then."""
     try:
         yield
@@ -42,7 +42,7 @@ def interrupts_say(what_was_kept: Callable[[], str]) -> Iterator[None]:
         raise Interrupted(f"interrupted; {what_was_kept()}") from None
 
 
-def kept_of_training(scenario: "Scenario", cache_dir: Path | None) -> str:
+def training_left_in_cache(scenario: "Scenario", cache_dir: Path | None) -> str:
     """What the cache holds of this scenario's router: the trace, a checkpoint, or nothing."""
     again = "run the same command again"
     if scenario.routing.kind != "train":
@@ -80,7 +80,7 @@ def _is_open(descriptor: int) -> bool:
     return True
 
 
-def let_go(stream: TextIO) -> None:
+def discard_output(stream: TextIO) -> None:
     """What is still buffered goes nowhere: Python writes it once more at its end, and would complain again."""
     with suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -88,12 +88,12 @@ def let_go(stream: TextIO) -> None:
         os.close(nowhere)
 
 
-def say(line: str) -> None:
+def write_stderr(line: str) -> None:
     """A line on standard error, where somebody can read it."""
     try:
         print(line, file=sys.stderr, flush=True)
     except OSError:
-        let_go(sys.stderr)
+        discard_output(sys.stderr)
 
 
 @contextmanager
@@ -234,7 +234,7 @@ def add_page(parser: argparse.ArgumentParser, *, what: str, file: str) -> None:
     parser.add_argument("--out", metavar="FILE.html", type=Path, help=text)
 
 
-def place_of_page(args: argparse.Namespace, *, name: str, file: str) -> Path | None:
+def page_path(args: argparse.Namespace, *, name: str, file: str) -> Path | None:
     """Where the page of the scenario `name` goes; None where none is asked for. Raises UserError."""
     if args.out is None and args.json:
         return None

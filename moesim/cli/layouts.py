@@ -18,10 +18,10 @@ from moesim.cli.flags import (
     add_quiet,
     add_scenario,
     check_new,
-    interrupts_say,
-    kept_of_training,
+    interrupts_explained_by,
     load,
-    place_of_page,
+    page_path,
+    training_left_in_cache,
     watched_training,
     write_output,
 )
@@ -44,7 +44,7 @@ def add_topology_arguments(parser: argparse.ArgumentParser) -> None:
 def execute_topology(args: argparse.Namespace) -> int:
     """Print and draw. Raises UserError."""
     scenario = load(args)
-    path: Path | None = place_of_page(args, name=scenario.name, file="topology.html")
+    path: Path | None = page_path(args, name=scenario.name, file="topology.html")
     from moesim.report.topology import fabric_json, fabric_page, print_fabric
     from moesim.report.topology_layout import fabric_parts
 
@@ -90,7 +90,7 @@ def execute_volume(args: argparse.Namespace) -> int:
     devices = None if args.devices is None else _items(args.devices, _size, flag="--devices", example="8,16,32")
     limits = None if args.limits is None else _items(args.limits, _limit, flag="--limits", example="1,2,none")
     scenario = load(args)
-    path = place_of_page(args, name=scenario.name, file="volume.html")
+    path = page_path(args, name=scenario.name, file="volume.html")
     study = _counted(scenario, devices, limits, args)
     from moesim.report.volume import print_volume, volume_json, volume_page
 
@@ -109,7 +109,10 @@ def _counted(
 ) -> "VolumeStudy":
     from moesim.report.volume import study_volume
 
-    with interrupts_say(lambda: kept_of_training(scenario, args.cache)), watched_training(quiet=args.json) as progress:
+    with (
+        interrupts_explained_by(lambda: training_left_in_cache(scenario, args.cache)),
+        watched_training(quiet=args.json) as progress,
+    ):
         return study_volume(scenario, devices=devices, limits=limits, progress=progress, cache_dir=args.cache)
 
 
@@ -164,7 +167,7 @@ def execute_placement(args: argparse.Namespace) -> int:
     """Place, write, show. Raises UserError, InfeasibleError and Interrupted."""
     from moesim.files import write_atomically
     from moesim.report.placement_view import (
-        age_placements,
+        compare_placement_ages,
         drift_json,
         place,
         placement_json,
@@ -180,12 +183,15 @@ def execute_placement(args: argparse.Namespace) -> int:
         raise UserError(f"{scenario.name}: the model is dense (model.experts = 0), so there is nothing to place")
     from moesim.run import choose_placement, obtain_trace
 
-    with interrupts_say(lambda: kept_of_training(scenario, args.cache)), watched_training(quiet=args.json) as progress:
+    with (
+        interrupts_explained_by(lambda: training_left_in_cache(scenario, args.cache)),
+        watched_training(quiet=args.json) as progress,
+    ):
         trace = obtain_trace(scenario, progress=progress, cache_dir=args.cache)
         scenario, _ = choose_placement(scenario, trace, progress=progress)
     assert trace is not None, "the model has experts"
     view = place(scenario, trace)
-    aged = age_placements(scenario, trace) if args.over_training else []
+    aged = compare_placement_ages(scenario, trace) if args.over_training else []
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(args.out, placement_text(view, software).encode(), replace=args.force)

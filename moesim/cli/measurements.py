@@ -9,7 +9,15 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moesim.cli.flags import Verb, add_force, add_json, add_overrides, add_quiet, check_writable, interrupts_say
+from moesim.cli.flags import (
+    Verb,
+    add_force,
+    add_json,
+    add_overrides,
+    add_quiet,
+    check_writable,
+    interrupts_explained_by,
+)
 from moesim.errors import UserError
 from moesim.strict_json import json_text
 
@@ -145,7 +153,7 @@ def execute_validate(args: argparse.Namespace) -> int:
     from moesim.validation.comparison import table_json
 
     kept = args.out or Path("validation")
-    with interrupts_say(lambda: f"finished cases are kept in {kept}; the same command goes on from there"):
+    with interrupts_explained_by(lambda: f"finished cases are kept in {kept}; the same command goes on from there"):
         table = validate_command(
             device=args.device,
             gpus=args.gpus,
@@ -166,7 +174,7 @@ def _beside_trace(args: argparse.Namespace) -> int:
     from moesim.importing.traced_step import step_with_times
     from moesim.kernels import kernel_model
     from moesim.recorded.estimate import step_estimate
-    from moesim.report.step_screens import print_beside, traced_json
+    from moesim.report.imported_step_view import print_comparison, traced_json
 
     if args.scenario is not None or args.report:
         raise UserError("--step runs nothing and needs neither a scenario nor --report; leave them out")
@@ -180,7 +188,7 @@ def _beside_trace(args: argparse.Namespace) -> int:
     if args.json:
         print(json_text(traced_json(step, estimate) | {"corrected_by": corrected_by}, indent=1))
     elif not args.quiet:
-        print_beside(step, estimate, gpu=gpu, corrected_by=corrected_by)
+        print_comparison(step, estimate, gpu=gpu, corrected_by=corrected_by)
     return 0
 
 
@@ -323,7 +331,7 @@ def _show_traced(args: argparse.Namespace, traced: "TracedStep") -> int:
     """A step of a trace on its own GPU as it was measured; on another one as its corrections predict it."""
     from moesim.kernels import kernel_model
     from moesim.recorded.estimate import step_estimate
-    from moesim.report.step_screens import print_traced, traced_json
+    from moesim.report.imported_step_view import print_traced, traced_json
 
     if args.gpu not in (None, traced.calibration.gpu):
         return _show_estimate(args, traced.ops, source=traced.source, traced=traced)
@@ -340,7 +348,7 @@ def _show_estimate(
 ) -> int:
     from moesim.kernels import kernel_model
     from moesim.recorded.estimate import HOST, scalable_share, step_estimate
-    from moesim.report.step_screens import estimate_json, print_estimate
+    from moesim.report.imported_step_view import estimate_json, print_estimate
 
     gpu = args.gpu or (traced.calibration.gpu if traced else USUAL_GPU)
     host = HOST if args.host_per_op is None else HOST.per_op(1e-6 * args.host_per_op)

@@ -26,11 +26,11 @@ from moesim.cli.flags import (
     add_scenario,
     check_positive,
     check_writable,
-    interrupts_say,
-    kept_of_training,
+    interrupts_explained_by,
     load,
-    place_of_page,
+    page_path,
     print_csv,
+    training_left_in_cache,
     watched_training,
     write_output,
 )
@@ -116,7 +116,7 @@ def execute_run(args: argparse.Namespace) -> int:
         from moesim.report import check_ranks
 
         check_ranks(scenario, args.timeline)
-    with claimed(out_dir), interrupts_say(lambda: kept_of_training(scenario, args.cache)):
+    with claimed(out_dir), interrupts_explained_by(lambda: training_left_in_cache(scenario, args.cache)):
         check_free(out_dir, force=args.force)
         record = _record(scenario, args)
         _write_run_folder(record, out_dir, args)
@@ -179,7 +179,7 @@ def _show_run(record: "RunRecord", out_dir: Path, args: argparse.Namespace) -> N
 
         print_facts(record.result)
         if args.parts:
-            from moesim.report.terminal import print_parts
+            from moesim.report.run_view import print_parts
 
             print_parts(record)
         if args.flags:
@@ -222,7 +222,7 @@ def execute_serve(args: argparse.Namespace) -> int:
     from moesim.shipped import resolve
 
     scenario = load_serving(resolve(args.serving, "serving"), args.overrides)
-    path = place_of_page(args, name=scenario.name, file="serve.html")
+    path = page_path(args, name=scenario.name, file="serve.html")
     if path is not None and path.suffix == ".json":
         raise UserError(f"--out {path}: its numbers go there; name the page, {path.with_suffix('.html')}")
     result = _answers(scenario, args)
@@ -272,7 +272,7 @@ def add_goodput_arguments(parser: argparse.ArgumentParser) -> None:
 def execute_goodput(args: argparse.Namespace) -> int:
     """Simulate, print, plot. Raises UserError, InfeasibleError and Interrupted."""
     scenario = load(args)
-    path = None if args.csv and args.out is None else place_of_page(args, name=scenario.name, file="goodput.html")
+    path = None if args.csv and args.out is None else page_path(args, name=scenario.name, file="goodput.html")
     found = _goodput(scenario, args)
     from moesim.report.goodput_view import goodput_page, print_goodput
 
@@ -293,7 +293,10 @@ def _goodput(scenario: "Scenario", args: argparse.Namespace) -> "Goodput":
     from moesim.reliability import goodput
 
     quiet = args.quiet or args.json or args.csv
-    with interrupts_say(lambda: kept_of_training(scenario, args.cache)), watched_training(quiet=quiet) as progress:
+    with (
+        interrupts_explained_by(lambda: training_left_in_cache(scenario, args.cache)),
+        watched_training(quiet=quiet) as progress,
+    ):
         return goodput(scenario, days=args.days, seeds=args.seeds, progress=progress, cache_dir=args.cache)
 
 

@@ -21,7 +21,7 @@ from moesim.cli.flags import (
     add_workers,
     check_workers,
     check_writable,
-    interrupts_say,
+    interrupts_explained_by,
     print_csv,
     texts,
     write_output,
@@ -66,7 +66,7 @@ def execute_sweep(args: argparse.Namespace) -> int:
         return 0
     check_writable(folder.path)
     again = f"run the same command again to go on from {folder.path}"
-    with interrupts_say(lambda: f"{len(folder.records())} of {study.num_points} points are kept; {again}"):
+    with interrupts_explained_by(lambda: f"{len(folder.records())} of {study.num_points} points are kept; {again}"):
         outcome = _swept(study, folder, args)
     _show_sweep(study, folder, outcome, args)
     return outcome.exit_code
@@ -91,7 +91,7 @@ def _swept(study: "Study", folder: "SweepFolder", args: argparse.Namespace) -> "
 
 def _list_points(study: "Study", folder: "SweepFolder", args: argparse.Namespace) -> None:
     finished = folder.records()
-    reasons = {misfit.id: misfit.reason for misfit in study.misfits}
+    reasons = {invalid_point.id: invalid_point.reason for invalid_point in study.invalid_points}
     rows: list[dict[str, Any]] = [
         {
             "id": point.id,
@@ -168,7 +168,7 @@ def execute_plan(args: argparse.Namespace) -> int:
         return _plan_serving(plan, args)
     out_dir = args.out or Path("runs") / plan.name
     check_writable(out_dir)
-    with interrupts_say(lambda: f"what is finished is kept in {out_dir}; run the same command again to go on"):
+    with interrupts_explained_by(lambda: f"what is finished is kept in {out_dir}; run the same command again to go on"):
         content = _planned(plan, out_dir, args)
     if args.json:
         print(json_text(content, indent=1))
@@ -177,7 +177,7 @@ def execute_plan(args: argparse.Namespace) -> int:
         ranked = [*content["ranking"], *(key for key in outcomes if key not in content["ranking"])]
         print_csv([_row_of_layout(key, outcomes[key], on_front=key in content["front"]) for key in ranked])
     elif not args.quiet:
-        from moesim.report.plan_screen import print_plan
+        from moesim.report.plan_view import print_plan
 
         print_plan(content)
         if args.flags:
@@ -197,7 +197,7 @@ def _plan_serving(plan: "ServingPlan", args: argparse.Namespace) -> int:
     out_dir = args.out or Path("runs") / plan.name
     check_writable(out_dir)
     with (
-        interrupts_say(lambda: f"what is finished is kept in {out_dir}; run the same command again to go on"),
+        interrupts_explained_by(lambda: f"what is finished is kept in {out_dir}; run the same command again to go on"),
         opened_display(quiet=args.quiet) as display,
     ):
 
@@ -232,15 +232,15 @@ def _row_of_layout(layout: str, outcome: dict[str, Any], *, on_front: bool) -> d
 
 def _planned(plan: "Plan", out_dir: Path, args: argparse.Namespace) -> dict[str, Any]:
     from moesim.display import opened_display
-    from moesim.planner.planning import make_plan, watching_on
+    from moesim.planner.planning import callbacks_on, make_plan
     from moesim.planner.simulations import Folder
     from moesim.study import show_points
 
     with opened_display(quiet=args.quiet) as display:
         watch = None if display is None else show_points(display)
         folder = Folder(out_dir, plan, workers=args.workers, cluster=args.cluster, cache_dir=args.cache, watch=watch)
-        watching = watching_on(display)
-        return make_plan(folder, storage=args.storage, watching=watching, force=args.force, flags=args.flags)
+        callbacks = callbacks_on(display)
+        return make_plan(folder, storage=args.storage, callbacks=callbacks, force=args.force, flags=args.flags)
 
 
 PLAN = Verb(
@@ -293,7 +293,7 @@ def execute_plot(args: argparse.Namespace) -> int:
     if path.is_dir():
         raise UserError(f"{path} is a folder; name a file, such as {path / PLOT_FILE}")
     check_writable(path)
-    from moesim.report.plots import Asked, plot_page
+    from moesim.report.plots import PlotRequest, plot_page
     from moesim.report.serving_plan_view import serving_plot
 
     page = serving_plot(args.runs, x=args.x, y=args.y[0] if args.y else None)
@@ -304,7 +304,7 @@ def execute_plot(args: argparse.Namespace) -> int:
         if len(args.y) > 1:
             raise UserError("--y: one number goes upwards of what serves; name one")
         return _write_plot(page, path, args)
-    asked = Asked(kind=args.kind, x=args.x, ys=tuple(args.y), colour=args.colour)
+    asked = PlotRequest(kind=args.kind, x=args.x, ys=tuple(args.y), colour=args.colour)
     return _write_plot(plot_page(args.runs, asked, points=args.points), path, args)
 
 

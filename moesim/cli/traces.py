@@ -19,9 +19,9 @@ from moesim.cli.flags import (
     add_scenario,
     check_new,
     check_positive,
-    interrupts_say,
-    kept_of_training,
+    interrupts_explained_by,
     load,
+    training_left_in_cache,
     watched_training,
 )
 from moesim.errors import UserError
@@ -51,7 +51,7 @@ def show_library(args: argparse.Namespace) -> int:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         save_trace(trace, args.out, replace=args.force)
     if args.json or not args.quiet:
-        from moesim.report.catalogue_screens import entry_facts, print_entry
+        from moesim.report.catalogue_view import entry_facts, print_entry
 
         if args.json:
             print(json_text(entry_facts(entry, trace), indent=1))
@@ -68,7 +68,7 @@ def _list_entries(entries: "list[LibraryEntry]", args: argparse.Namespace) -> No
     if args.json:
         print(json_text([asdict(entry) for entry in entries], indent=1))
     elif not args.quiet:
-        from moesim.report.catalogue_screens import print_entries
+        from moesim.report.catalogue_view import print_entries
 
         print_entries(entries)
 
@@ -90,7 +90,7 @@ def execute_trace(args: argparse.Namespace) -> int:
     if str(args.scenario).startswith("library:"):
         return show_library(args)
     scenario = load(args)
-    with interrupts_say(lambda: kept_of_training(scenario, args.cache)):
+    with interrupts_explained_by(lambda: training_left_in_cache(scenario, args.cache)):
         trace = _make(scenario, quiet=args.quiet, cache_dir=args.cache)
     if args.out is not None:
         from moesim.trace import save_trace
@@ -113,13 +113,13 @@ def _make(scenario: "Scenario", *, quiet: bool, cache_dir: Path | None) -> "Rout
 
 
 def _show(scenario: "Scenario", trace: "RoutingTrace", *, as_json: bool) -> None:
-    from moesim.report.terminal import relative_load_LE, summarise
+    from moesim.report.run_view import relative_load_LE, summarise
 
     summary = summarise(scenario, trace)
     if as_json:
         print(json_text(summary, indent=1))
         return
-    from moesim.report.terminal import print_trace
+    from moesim.report.run_view import print_trace
 
     first_LE, last_LE = relative_load_LE(trace, first=True), relative_load_LE(trace, first=False)
     print_trace(scenario.name, summary, first_LE=first_LE, last_LE=last_LE)
@@ -161,10 +161,10 @@ def execute_trace_import(args: argparse.Namespace) -> int:
     """Read the source, save the trace, say what was read. Raises UserError."""
     check_new(args.out, force=args.force)
     check_positive(args, "experts", "top_k", "tokens", "sequence_length")
-    from moesim.routing.importing import Asked, import_routing
+    from moesim.routing.importing import ImportRequest, import_routing
 
     experts, top_k = _of_model(args)
-    asked = Asked(
+    asked = ImportRequest(
         experts=experts, top_k=top_k, sequence_length=args.sequence_length, tokens=args.tokens, seed=args.seed
     )
     trace = import_routing(args.kind, args.path, asked=asked)
@@ -245,9 +245,11 @@ def execute_trace_hf(args: argparse.Namespace) -> int:
     check_new(args.out, force=args.force)
     check_positive(args, "tokens", "sequence_length", "batch")
     from moesim.display import opened_display
-    from moesim.routing.hooks import Reading, record_model
+    from moesim.routing.hf import ReadingOptions, record_model
 
-    reading = Reading(tokens=args.tokens, sequence_length=args.sequence_length, batch=args.batch, device=args.device)
+    reading = ReadingOptions(
+        tokens=args.tokens, sequence_length=args.sequence_length, batch=args.batch, device=args.device
+    )
     with opened_display(quiet=args.quiet) as display:
 
         def show(completed: int, total: int) -> None:

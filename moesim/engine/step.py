@@ -41,7 +41,7 @@ from moesim.program.step_program import (
     collective_label,
     p2p_label,
 )
-from moesim.results.span_sums import GroupSums, LabelBook, PassingRecorder, SpanSums
+from moesim.results.span_sums import GroupSums, LabelBook, SpanSums, SummingRecorder
 from moesim.results.spans import SpanRecorder, SpanTable, Stream
 from moesim.schedules import P2P
 
@@ -460,7 +460,7 @@ def sum_step(program: StepProgram, *, first: bool) -> SummedStep:
 
 def _passing_recorders(
     program: StepProgram, labels: Labels, *, kept: set[int], with_waits: bool
-) -> list[PassingRecorder]:
+) -> list[SummingRecorder]:
     """Recorders that pass spans on; `kept`: the numbers of groups whose spans of sample 0 they keep."""
     recorders, book = [], LabelBook(labels.all)
     for group in program.groups:
@@ -468,7 +468,7 @@ def _passing_recorders(
         if group.number in kept:
             whole = SpanRecorder(rows=program.rows(group), samples=1, ranks=len(group.ranks_R))
         sums = SpanSums(group.ranks_R, samples=program.samples, book=book, with_waits=with_waits)
-        recorders.append(PassingRecorder(rows=program.rows_at_once(group), sums=sums, kept=whole))
+        recorders.append(SummingRecorder(rows=program.rows_at_once(group), sums=sums, kept=whole))
     return recorders
 
 

@@ -145,7 +145,7 @@ def _dispatch(draft: Draft, scenario: Scenario) -> None:
         told = "one copy for each selected expert, unless the config names DeepEP or HybridEP"
         draft.leave("dispatch", told, when=not plain or dispatch.dtype != "bf16")
     draft.say("--training.disable_cuda_graphs", when=mesh.expert > 1 or mesh.pipeline > 1)
-    own = scenario.implementation.software is TORCHTITAN and not scenario.implementation.set_anew
+    own = scenario.implementation.software is TORCHTITAN and not scenario.implementation.overridden
     draft.leave("implementation", "its own kernels", when=not own)
 
 

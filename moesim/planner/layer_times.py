@@ -31,11 +31,11 @@ from moesim.schedules import PLAIN, SPLIT, Action, ScheduleFacts, Seconds, Walk,
 from moesim.seeding import stream
 from moesim.trace import RoutingTrace
 
-FILLED = 2  # micro-batches per pipeline rank that fill any pipeline: further ones hold no more activations
+FILLING_MICRO_BATCHES = 2  # per pipeline rank that fill any pipeline: further ones hold no more activations
 
 
 @lru_cache(maxsize=256)
-def prepare_walk(kind: str, num_ranks: int, num_micro_batches: int, virtual: int) -> Walk:
+def prepare_pipeline(kind: str, num_ranks: int, num_micro_batches: int, virtual: int) -> Walk:
     """The walk of one schedule."""
     return Walk.of(build_schedule(kind, num_ranks=num_ranks, num_micro_batches=num_micro_batches, virtual=virtual))
 
@@ -56,7 +56,11 @@ def _kept(seconds: Seconds) -> Seconds:
 def short_micro_batches(schedule: PipelineSchedule, *, pipeline: int, num_micro_batches: int) -> int:
     """Micro-batches from which on a step of this schedule holds no more activations (some hold all of them)."""
     facts = schedule.facts
-    return num_micro_batches if facts.holds_all else min(num_micro_batches, max(FILLED, facts.least_rounds) * pipeline)
+    return (
+        num_micro_batches
+        if facts.holds_all
+        else min(num_micro_batches, max(FILLING_MICRO_BATCHES, facts.least_rounds) * pipeline)
+    )
 
 
 def pipeline_finish(
@@ -67,7 +71,7 @@ def pipeline_finish(
     kept = _kept(seconds)
 
     def finish(micro_batches: int) -> list[float]:
-        walk = prepare_walk(schedule.kind, pipeline, micro_batches, schedule.virtual)
+        walk = prepare_pipeline(schedule.kind, pipeline, micro_batches, schedule.virtual)
         return walk.finish(kept, p2p_seconds=p2p_seconds)
 
     short, long = (count * pipeline for count in schedule.facts.settles)
@@ -78,8 +82,8 @@ def pipeline_finish(
     return [until + times * (until - early) for early, until in pairs]
 
 
-TURNS = 2  # micro-batches that pass one behind the other
-SETTLED = 4  # likewise where collectives of one reach into the next
+REPEATED_PASSES = 2  # micro-batches that pass one behind the other
+REPEATED_WITH_COLLECTIVES = 4  # likewise where collectives of one reach into the next
 
 
 class PassSeconds(NamedTuple):
@@ -102,7 +106,7 @@ class PassSeconds(NamedTuple):
         return PassSeconds(*(count * seconds for seconds in self))
 
 
-NOTHING = PassSeconds(0.0, 0.0, 0.0, 0.0, 0.0)
+ZERO_SECONDS = PassSeconds(0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 class PartSeconds(NamedTuple):
@@ -142,19 +146,21 @@ class Passes:
 
         forward, backward = block("forward"), block("backward")
         return PassSeconds(
-            forward=self.seconds([[forward]] * TURNS) / TURNS,
-            backward=self.seconds([[backward]] * TURNS) / TURNS,
-            gradient_of_input=self.seconds([[block("backward.input")]] * TURNS) / TURNS,
-            gradient_of_weights=self.seconds([[block("backward.weight")]] * TURNS) / TURNS,
-            pair=self.seconds([[forward, backward]] * TURNS) / TURNS if self.pairs else 0.0,
+            forward=self.seconds([[forward]] * REPEATED_PASSES) / REPEATED_PASSES,
+            backward=self.seconds([[backward]] * REPEATED_PASSES) / REPEATED_PASSES,
+            gradient_of_input=self.seconds([[block("backward.input")]] * REPEATED_PASSES) / REPEATED_PASSES,
+            gradient_of_weights=self.seconds([[block("backward.weight")]] * REPEATED_PASSES) / REPEATED_PASSES,
+            pair=self.seconds([[forward, backward]] * REPEATED_PASSES) / REPEATED_PASSES if self.pairs else 0.0,
         )
 
     def whole(self) -> tuple[float, float]:
         """Seconds of a forward pass, and of a forward and a backward pass, one micro-batch behind the other."""
         forward, backward = self.blocks["forward"], self.blocks["backward"]
         passes = [[forward], [backward]]
-        settled = self.seconds(passes * SETTLED) - self.seconds(passes * TURNS)
-        return self.seconds([[forward]] * TURNS) / TURNS, settled / (SETTLED - TURNS)
+        settled = self.seconds(passes * REPEATED_WITH_COLLECTIVES) - self.seconds(passes * REPEATED_PASSES)
+        return self.seconds([[forward]] * REPEATED_PASSES) / REPEATED_PASSES, settled / (
+            REPEATED_WITH_COLLECTIVES - REPEATED_PASSES
+        )
 
     def seconds(self, actions: Sequence[Sequence[Block]]) -> float:
         """Until the last rank has done all actions, one micro-batch of each kind of block behind the other."""
@@ -362,13 +368,13 @@ def _with_few_layers(group: Scenario, layers: int) -> Scenario:
 
 
 @dataclass(frozen=True, eq=False)
-class _Same:
+class _IdentityKey:
     """A key that equals those of the same object, and keeps it: no other can come to its place in memory."""
 
     it: object
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.it is other.it
+        return isinstance(other, _IdentityKey) and self.it is other.it
 
     def __hash__(self) -> int:
         return id(self.it)
@@ -381,7 +387,7 @@ def _routing_key(group: Scenario) -> tuple[object, ...]:
         group.parallelism,
         group.workload.micro_batch,
         group.workload.global_batch,
-        _Same(routing.counts) if isinstance(routing, PopularityRouting) else routing,
+        _IdentityKey(routing.counts) if isinstance(routing, PopularityRouting) else routing,
         group.router_shape() if group.model.experts else None,
         group.capacity,
     )

@@ -10,9 +10,15 @@ from moesim.planner.serving_plan import ServingPlan, is_serving_plan, serving_pl
 from moesim.scenario import GroupedRouter, TraceRouting, gpu_spec
 from moesim.scenario.catalogue import gpu_names
 from moesim.scenario.document import Node, Path, find, mapping_node, read_yaml, refusal
-from moesim.scenario.forms import absolute_paths, apply_overrides, default_routing, explicit_model, named_implementation
 from moesim.scenario.loader import accept_model_forms, accept_named_implementation, finished_schema
 from moesim.scenario.messages import validated
+from moesim.scenario.short_forms import (
+    absolute_paths,
+    apply_overrides,
+    default_routing,
+    explicit_model,
+    named_implementation,
+)
 
 
 def load_plan(path: str | FilePath, overrides: Sequence[str] = ()) -> Plan:

@@ -90,7 +90,7 @@ def _goodput(scenario: Scenario, plain: Outcome, per_day: float, *, screen: bool
         return LEAST_WORK
 
 
-class Miss(NamedTuple):
+class MissedLimit(NamedTuple):
     """The first limit of the goal that an outcome misses, what it has and what it may have, and by which factor."""
 
     stage: str
@@ -98,20 +98,22 @@ class Miss(NamedTuple):
     factor: float
 
 
-def missed(plan: Plan, outcome: Outcome) -> Miss | None:
+def missed_limit(plan: Plan, outcome: Outcome) -> MissedLimit | None:
     """The limit that an outcome misses: speed, then the deadline, then the budget; None when it meets the goal."""
     goal, least = plan.goal, plan.constraints.tokens_per_second
     if least is not None and outcome.tokens_per_second < least:
         text = f"{outcome.tokens_per_second:,.0f} of {least:,.0f} tokens/s"
-        return Miss("speed", text, least / outcome.tokens_per_second)
+        return MissedLimit("speed", text, least / outcome.tokens_per_second)
     if goal.deadline_days is not None and outcome.days > goal.deadline_days:
-        return Miss("deadline", f"{outcome.days:.1f} of {goal.deadline_days:g} days", outcome.days / goal.deadline_days)
+        return MissedLimit(
+            "deadline", f"{outcome.days:.1f} of {goal.deadline_days:g} days", outcome.days / goal.deadline_days
+        )
     if goal.usd is not None and outcome.usd > goal.usd:
-        return Miss("budget", f"${outcome.usd:,.0f} of ${goal.usd:,.0f}", outcome.usd / goal.usd)
+        return MissedLimit("budget", f"${outcome.usd:,.0f} of ${goal.usd:,.0f}", outcome.usd / goal.usd)
     return None
 
 
-def front(items: Sequence[Item], outcome: Callable[[Item], Outcome]) -> list[Item]:
+def pareto_front(items: Sequence[Item], outcome: Callable[[Item], Outcome]) -> list[Item]:
     """The items that no other beats in cost and in days, cheapest first."""
     kept: list[Item] = []
     for item in sorted(items, key=lambda item: (outcome(item).usd, outcome(item).days)):

@@ -12,8 +12,9 @@ from typing import Any
 from moesim.display import Display
 from moesim.errors import InfeasibleError
 from moesim.flags.software import WRITERS
-from moesim.planner.outcome import front
+from moesim.planner.outcome import pareto_front
 from moesim.planner.plan import Plan
+from moesim.planner.ranking import Simulated, screen_error, why
 from moesim.planner.screen import Screen
 from moesim.planner.search import (
     SLACK,
@@ -26,7 +27,6 @@ from moesim.planner.search import (
     search_space,
     uses_nsga2,
 )
-from moesim.planner.selection import Simulated, screen_error, why
 from moesim.planner.simulations import JOURNAL_FILE, Folder, Simulations, baseline, plan_hash, sensitivity
 from moesim.planner.space import Space
 from moesim.results.outcome import software_facts
@@ -35,29 +35,29 @@ from moesim.study import PointRecord
 
 
 @dataclass(frozen=True, kw_only=True)
-class Watching:
+class ProgressCallbacks:
     """Whom to tell: of each training step of a router, and of each combination that was looked at."""
 
     training: ProgressCallback | None = None
     screening: Progress | None = None
 
 
-def watching_on(display: Display | None) -> Watching:
+def callbacks_on(display: Display | None) -> ProgressCallbacks:
     """All of it on a display."""
     if display is None:
-        return Watching()
+        return ProgressCallbacks()
 
     def screening(done: int, total: int) -> None:
         display.show("screened", completed=done, total=total)
 
-    return Watching(training=show_training(display), screening=screening)
+    return ProgressCallbacks(training=show_training(display), screening=screening)
 
 
 def make_plan(
     folder: Folder,
     *,
     storage: str | None = None,
-    watching: Watching | None = None,
+    callbacks: ProgressCallbacks | None = None,
     force: bool = False,
     flags: str | None = None,
 ) -> dict[str, Any]:
@@ -67,9 +67,9 @@ def make_plan(
     `moesim.flags.software.WRITERS`, every layout comes with its command line for that software. Raises InfeasibleError
     naming the binding constraint when nothing meets the goal, and UserError for what cannot be done at all.
     """
-    watching = watching or Watching()
+    callbacks = callbacks or ProgressCallbacks()
     with folder.claimed(force=force):
-        screened = screen_plan(folder, storage=storage, watching=watching)
+        screened = screen_plan(folder, storage=storage, callbacks=callbacks)
         work = Simulations(folder, screened)
         work.simulate_best()
         checked = work.simulate_sample()
@@ -77,7 +77,7 @@ def make_plan(
         if not ranking:
             work.require_simulated()
             raise InfeasibleError(work.why_nothing_fits())
-        content = _content(folder, screened, work, ranking, checked, watching)
+        content = _content(folder, screened, work, ranking, checked, callbacks)
         if flags is not None:
             for layout in work.done.values():
                 content["outcomes"][layout.id]["flags"] = {flags: WRITERS[flags](layout.scenario).as_json()}
@@ -85,19 +85,19 @@ def make_plan(
         return content | {"name": folder.plan.name}
 
 
-def screen_plan(folder: Folder, *, storage: str | None, watching: Watching) -> Evaluator:
+def screen_plan(folder: Folder, *, storage: str | None, callbacks: ProgressCallbacks) -> Evaluator:
     """Look at the plan's combinations: all, or those that the search asks for. Nothing is simulated."""
     plan = folder.plan
-    evaluator = Evaluator(Space.of(plan), Screen(Traces(folder.cache_dir, watching.training).of))
+    evaluator = Evaluator(Space.of(plan), Screen(Traces(folder.cache_dir, callbacks.training).of))
     searched = uses_nsga2(plan.search, evaluator.space.size)
     expected = plan.search.trials if searched else evaluator.space.size
     with opened_pool(evaluator, workers=folder.workers, cache_dir=folder.cache_dir, expected=expected) as pool:
         if not searched:
-            enumerate_space(pool, progress=watching.screening)
+            enumerate_space(pool, progress=callbacks.screening)
             return evaluator
         place: str | Path = storage or folder.path / JOURNAL_FILE
         name = f"moesim-{plan.name}-{plan_hash(plan)}"
-        search_space(pool, storage=place, study_name=name, progress=watching.screening)
+        search_space(pool, storage=place, study_name=name, progress=callbacks.screening)
     return evaluator
 
 
@@ -107,7 +107,7 @@ def _content(
     work: Simulations,
     ranking: list[Simulated],
     checked: Sequence[Candidate],
-    watching: Watching,
+    callbacks: ProgressCallbacks,
 ) -> dict[str, Any]:
     plan = folder.plan
     goal = plan.goal
@@ -129,7 +129,7 @@ def _content(
             "not_simulated": [_failure(record) for record in work.failed.values()],
             "in_doubt": len(work.in_doubt()),
         },
-        "front": [layout.id for layout in front(ranking, lambda layout: layout.outcome)],
+        "front": [layout.id for layout in pareto_front(ranking, lambda layout: layout.outcome)],
         "ranking": [layout.id for layout in ranking],
         "outcomes": {
             simulated.id: _shown(simulated, screened[layout]) | {"rank": _rank(ranking, simulated)}
@@ -139,7 +139,7 @@ def _content(
         "why": why(ranking),
         "sensitivity": sensitivity(folder, work, ranking),
         "screen_error": None if error is None else error.as_json(),
-        "baseline": baseline(folder, ranking[0], progress=watching.screening),
+        "baseline": baseline(folder, ranking[0], progress=callbacks.screening),
         "software": software_facts(plan.implementation),
         "warnings": [
             *_software_warnings(plan),

@@ -15,13 +15,13 @@ from moesim.parallel import Mesh
 from moesim.parallel.memory import memory_report
 from moesim.parallel.memory_rows import RoutedRows
 from moesim.planner.layer_times import (
-    NOTHING,
+    ZERO_SECONDS,
     LayerTimes,
     PartSeconds,
     PassSeconds,
     TraceOf,
     pipeline_finish,
-    prepare_walk,
+    prepare_pipeline,
     short_micro_batches,
 )
 from moesim.program.operations import Operation
@@ -115,7 +115,7 @@ class Screen:
         """Seconds of one optimizer step."""
         parts, ends = self._parts(scenario), self._ends_of_step(scenario)
         mesh = scenario.parallelism
-        walk = prepare_walk(*_short_schedule(scenario))
+        walk = prepare_pipeline(*_short_schedule(scenario))
         seconds = _durations(scenario, parts, walk.schedule, ends)
         finish = pipeline_finish(
             mesh.schedule,
@@ -156,7 +156,7 @@ class Screen:
         alike = mesh.model_copy(update={"schedule": PipelineSchedule()})
         key = scenario.cluster, alike, stages_of_ranks(mesh), stage_lengths(scenario)
         if key not in self._ends:
-            self._ends[key] = self._made_ends(scenario, prepare_walk(*_short_schedule(scenario)).schedule)
+            self._ends[key] = self._made_ends(scenario, prepare_pipeline(*_short_schedule(scenario)).schedule)
         return self._ends[key]
 
     def _made_ends(self, scenario: Scenario, schedule: Schedule) -> list[_EndOfStep]:
@@ -202,8 +202,8 @@ def stage_seconds(scenario: Scenario, parts: PartSeconds) -> list[PassSeconds]:
     for number, layers in enumerate(scenario.stage_layers):
         dense = sum(map(scenario.model.is_dense, layers))
         seconds = parts.dense_layer.times(dense) + parts.moe_layer.times(len(layers) - dense)
-        seconds += parts.embedding if number == 0 else NOTHING
-        seconds += parts.head if number == scenario.parallelism.num_stages - 1 else NOTHING
+        seconds += parts.embedding if number == 0 else ZERO_SECONDS
+        seconds += parts.head if number == scenario.parallelism.num_stages - 1 else ZERO_SECONDS
         stages.append(seconds)
     return stages
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moesim.errors import UserError
-from moesim.planner.outcome import Miss, Outcome, Rejections, missed, outcome_of
+from moesim.planner.outcome import MissedLimit, Outcome, Rejections, missed_limit, outcome_of
 from moesim.planner.plan import Objective, Plan, Search
 from moesim.planner.screen import Screen
 from moesim.planner.space import Discarded, Layout, Space
@@ -30,9 +30,9 @@ from moesim.run import obtain_trace
 from moesim.scenario import Scenario
 from moesim.scenario.routing import StatedRouting, TraceRouting, TrainRouting
 from moesim.seeding import stream_seed
-from moesim.study.pool import Lost, Workers, opened_workers
+from moesim.study.pool import WorkerDied, Workers, opened_workers
 from moesim.trace import RoutingTrace
-from moesim.trace.basis import check_agreement
+from moesim.trace.provenance import check_agreement
 from moesim.units import format_bytes
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class Candidate(NamedTuple):
     layout: Layout
     screened: Outcome
     peak_bytes: float
-    miss: Miss | None
+    miss: MissedLimit | None
 
 
 class Violation(NamedTuple):
@@ -142,7 +142,7 @@ def evaluate(space: Space, screen: Screen, layout: Layout) -> Evaluation:
         rejection = Rejection("memory", gpu, f"{detail} ({scenario.name})", peak / usable)
         return Evaluation(None, Violation(0.0, peak / usable - 1, 1.0), rejection)
     outcome = outcome_of(scenario, screen.step_seconds(scenario), screen=True)
-    miss = missed(plan, outcome)
+    miss = missed_limit(plan, outcome)
     if miss is None or miss.factor <= SLACK:
         return Evaluation(Candidate(layout, outcome, peak, None), Violation(0.0, 0.0, 0.0), None)
     rejection = Rejection(miss.stage, miss.stage, f"{miss.text} ({scenario.name})", miss.factor)
@@ -235,7 +235,7 @@ class EvaluationPool:
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 group, tries = running.pop(future)
                 found = place.collect(future)
-                if not isinstance(found, Lost):
+                if not isinstance(found, WorkerDied):
                     evaluations.update(zip(group, found, strict=True))
                 elif tries < TRIES:
                     waiting.append((group, tries + 1))

@@ -19,9 +19,9 @@ from moesim.scenario import Compute, Dispatch, Fabric, Model, Network, Routing, 
 from moesim.scenario.base import FileName, Gpus, Section, Seed, Text, Tokens
 from moesim.scenario.catalogue import gpu_names
 from moesim.scenario.document import Node, mapping_node, refusal
-from moesim.scenario.forms import absolute_paths, explicit_model
 from moesim.scenario.loader import accept_model_forms, finished_schema
 from moesim.scenario.messages import validated
+from moesim.scenario.short_forms import absolute_paths, explicit_model
 from moesim.serving import ServingScenario, load_serving_text
 from moesim.serving.schema import Engine, Serving, ServingMemory
 

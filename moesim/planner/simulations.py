@@ -18,11 +18,9 @@ from typing import Any
 
 from moesim.errors import MachineError, UserError
 from moesim.files import claimed, write_atomically
-from moesim.planner.outcome import STAGES, Miss, Outcome, missed, outcome_of
+from moesim.planner.outcome import STAGES, MissedLimit, Outcome, missed_limit, outcome_of
 from moesim.planner.plan import Plan
-from moesim.planner.screen import Screen
-from moesim.planner.search import Candidate, Evaluator, Progress, enumerate_space, opened_pool
-from moesim.planner.selection import (
+from moesim.planner.ranking import (
     Simulated,
     by_objective,
     challengers,
@@ -33,6 +31,8 @@ from moesim.planner.selection import (
     random_sample,
     ranked,
 )
+from moesim.planner.screen import Screen
+from moesim.planner.search import Candidate, Evaluator, Progress, enumerate_space, opened_pool
 from moesim.planner.space import Layout, Space
 from moesim.routing.request import routing_digest
 from moesim.scenario import Scenario, dump_scenario
@@ -263,8 +263,8 @@ class Simulations:
 
     def why_nothing_fits(self) -> str:
         """The binding constraint in one line."""
-        misses = [(layout, missed(self.plan, layout.outcome)) for layout in self.usable]
-        near: list[tuple[Simulated, Miss]] = [(layout, miss) for layout, miss in misses if miss is not None]
+        misses = [(layout, missed_limit(self.plan, layout.outcome)) for layout in self.usable]
+        near: list[tuple[Simulated, MissedLimit]] = [(layout, miss) for layout, miss in misses if miss is not None]
         head = f"{self.plan.name}: none of {self.evaluator.rejections.looked_at:,} combinations meets the goal; "
         if not near:
             if self.failed and self.evaluator.candidates:
@@ -315,7 +315,7 @@ def _too_dear(plan: Plan, layouts: Sequence[Simulated]) -> list[Simulated]:
     return [
         layout
         for layout in layouts
-        if missed(plan, layout.outcome) is not None and missed(plan, free[layout.id]) is None
+        if missed_limit(plan, layout.outcome) is not None and missed_limit(plan, free[layout.id]) is None
     ]
 
 
@@ -351,7 +351,7 @@ def baseline(folder: Folder, winner: Simulated, *, progress: Progress | None) ->
     best = min(
         work.usable, key=lambda layout: (_missing(plan, layout.outcome), layout.outcome.objectives(plan.objectives))
     )
-    miss = missed(plan, best.outcome)
+    miss = missed_limit(plan, best.outcome)
     return found | {
         "id": best.id,
         "name": best.scenario.name,
@@ -365,5 +365,5 @@ def baseline(folder: Folder, winner: Simulated, *, progress: Progress | None) ->
 
 
 def _missing(plan: Plan, outcome: Outcome) -> float:
-    miss = missed(plan, outcome)
+    miss = missed_limit(plan, outcome)
     return 0.0 if miss is None else miss.factor

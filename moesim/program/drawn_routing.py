@@ -16,7 +16,7 @@ from moesim.scenario import Scenario
 from moesim.scenario.routing import PopularityRouting, StatedRouting, TraceRouting, TrainRouting
 from moesim.seeding import stream, stream_seed
 from moesim.trace import RoutingTrace, popularity_trace, uniform_trace
-from moesim.trace.basis import check_agreement
+from moesim.trace.provenance import check_agreement
 from moesim.trace.record import MIN_COVERAGE_FOR_RANGE
 
 SYNTHETIC_LAYERS = 2  # distinct layers of a synthetic trace; model layers take them in turn

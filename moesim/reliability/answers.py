@@ -40,7 +40,7 @@ from moesim.scenario import Scenario
 from moesim.scenario.failures import ASSUMED, FailureRecord
 from moesim.seeding import stream
 
-_ACCOUNTS = {
+_TIME_PARTS = {
     "useful": "Work that was kept, as long as it takes at full size and speed.",
     "slowed": "What kept work took longer because parts were slow or nodes missing.",
     "checkpoint": "The job stood for checkpoints.",
@@ -53,7 +53,7 @@ _CAUSE = {
     "cause": (NO_UNIT, "What stopped the job."),
     "failures": ("failures", "Mean number in the days."),
     "mean_time_between_s": ("s", "Mean time between failures of all parts that fail so; null for a planned restart."),
-    **{f"{name}_s": ("s", f"`time_s.{name}`, the part of this cause.") for name in list(_ACCOUNTS)[3:]},
+    **{f"{name}_s": ("s", f"`time_s.{name}`, the part of this cause.") for name in list(_TIME_PARTS)[3:]},
     "all_s": ("s", "The four together."),
 }
 _CHECKPOINT = {
@@ -89,7 +89,7 @@ GOODPUT_DEFINITIONS: Mapping[str, Definition] = {
     "usd_per_million_tokens_without_failures": Definition("USD", "The price by the step alone."),
     "usd_total": Definition("USD", "Rent for workload.train_tokens of kept work; null without that."),
     "days_total": Definition("days", "How long these take; null without them."),
-    **{f"time_s.{name}": Definition("s", text + " Mean over the draws.") for name, text in _ACCOUNTS.items()},
+    **{f"time_s.{name}": Definition("s", text + " Mean over the draws.") for name, text in _TIME_PARTS.items()},
     "failures": Definition("failures", "Mean number in the days."),
     "mean_time_between_failures_s": Definition("s", "Of all causes together; null without failures."),
     "days_with_failures": Definition("days", "Days on which at least one came."),
@@ -237,9 +237,9 @@ def _mean(ledgers: Sequence[Ledger], value: Callable[[Ledger], float]) -> float:
     return float(np.mean([value(ledger) for ledger in ledgers]))
 
 
-def _by_cause(ledgers: Sequence[Ledger], account: Callable[[Ledger], Mapping[str, float]]) -> dict[str, float]:
-    names = list(dict.fromkeys(name for ledger in ledgers for name in account(ledger)))
-    means = {name: _mean(ledgers, lambda ledger, name=name: account(ledger).get(name, 0.0)) for name in names}  # type: ignore[misc]
+def _by_cause(ledgers: Sequence[Ledger], part: Callable[[Ledger], Mapping[str, float]]) -> dict[str, float]:
+    names = list(dict.fromkeys(name for ledger in ledgers for name in part(ledger)))
+    means = {name: _mean(ledgers, lambda ledger, name=name: part(ledger).get(name, 0.0)) for name in names}  # type: ignore[misc]
     return dict(sorted(means.items(), key=lambda item: (-item[1], item[0])))
 
 
@@ -270,7 +270,7 @@ def _result(
         / (scenario.tokens_per_step / 1e6),
         "usd_total": None if budget is None else usd / tokens * budget,
         "days_total": None if budget is None else budget / per_day,
-        "time_s": _accounts(ledgers),
+        "time_s": _time_parts(ledgers),
         "failures": _mean(ledgers, lambda ledger: sum(ledger.failures.values())),
         "mean_time_between_failures_s": 1 / job.per_second if job.per_second else None,
         "days_with_failures": _mean(ledgers, lambda ledger: ledger.days_with_failures),
@@ -281,28 +281,28 @@ def _result(
     }  # fmt: skip
 
 
-def _accounts(ledgers: Sequence[Ledger]) -> dict[str, float]:
+def _time_parts(ledgers: Sequence[Ledger]) -> dict[str, float]:
     """Mean seconds of every account; they add up to the days."""
-    accounts = {
+    parts = {
         "useful": _mean(ledgers, lambda ledger: ledger.useful_s),
         "slowed": _mean(ledgers, lambda ledger: ledger.slowed_s),
         "checkpoint": _mean(ledgers, lambda ledger: ledger.checkpoint_s),
         "lost": _mean(ledgers, lambda ledger: sum(ledger.lost_s.values())),
     }
     for name in WAITS:
-        accounts[name] = _mean(ledgers, lambda ledger, name=name: sum(getattr(ledger, f"{name}_s").values()))  # type: ignore[misc]
-    return accounts
+        parts[name] = _mean(ledgers, lambda ledger, name=name: sum(getattr(ledger, f"{name}_s").values()))  # type: ignore[misc]
+    return parts
 
 
 def _causes(job: Job, ledgers: Sequence[Ledger]) -> list[dict[str, Any]]:
     """Means of every cause, the costliest first."""
-    accounts = {name: _by_cause(ledgers, lambda ledger, name=name: getattr(ledger, f"{name}_s"))  # type: ignore[misc]
+    parts = {name: _by_cause(ledgers, lambda ledger, name=name: getattr(ledger, f"{name}_s"))  # type: ignore[misc]
                 for name in ("lost", *WAITS)}  # fmt: skip
     rates = {cause.name: cause for cause in job.causes}
     rows = []
-    for name in dict.fromkeys([*rates, *(name for by in accounts.values() for name in by)]):
+    for name in dict.fromkeys([*rates, *(name for by in parts.values() for name in by)]):
         cause = rates.get(name)
-        seconds = {f"{account}_s": by.get(name, 0.0) for account, by in accounts.items()}
+        seconds = {f"{part}_s": by.get(name, 0.0) for part, by in parts.items()}
         rows.append({
             "cause": name,
             "failures": _mean(ledgers, lambda ledger, name=name: ledger.failures.get(name, 0)),  # type: ignore[misc]

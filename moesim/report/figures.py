@@ -32,15 +32,15 @@ _LEAST_SPAN = 0.1  # of the mean traffic, on both sides of it: equal traffic has
 _LOAD_TICKS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 
 
-def blank(*, height: int, x: str = "", y: str = "") -> go.Figure:
+def empty_figure(*, height: int, x: str = "", y: str = "") -> go.Figure:
     """A figure in the report's look, `height` pixels high, with titled axes and nothing in it."""
-    figure = dressed(go.Figure(), height=height)
+    figure = styled(go.Figure(), height=height)
     figure.update_xaxes(title={"text": x})
     figure.update_yaxes(title={"text": y})
     return figure
 
 
-def dressed(figure: go.Figure, *, height: int) -> go.Figure:
+def styled(figure: go.Figure, *, height: int) -> go.Figure:
     """The report's look on a figure that may have several panels."""
     figure.update_layout(
         height=height,
@@ -73,7 +73,7 @@ def steps(named: Sequence[tuple[str, Mapping[str, float]]]) -> go.Figure:
     """A stacked bar of attribution for every (name, seconds by category), the first one on top."""
     rows = tuple(reversed(named))
     scale, unit = time_unit(max(sum(parts.values()) for _, parts in rows))
-    figure = blank(height=110 + 60 * len(rows), x=f"{unit} of one step")
+    figure = empty_figure(height=110 + 60 * len(rows), x=f"{unit} of one step")
     keys = [part.key for part, _ in in_order({key: 1.0 for _, parts in rows for key in parts if parts[key] > 0})]
     for key in keys:
         part = category(key)
@@ -124,7 +124,7 @@ def load_map(load_LX: FloatArray, *, first_layer: int, of: str = "expert") -> go
 
 def layer_map(layers: int, *, x: str) -> go.Figure:
     """An empty heat map with a row per layer of the model, the first on top."""
-    figure = blank(height=int(np.clip(100 + 16 * layers, 260, 900)), x=x, y="layer of the model")
+    figure = empty_figure(height=int(np.clip(100 + 16 * layers, 260, 900)), x=x, y="layer of the model")
     figure.update_xaxes(showgrid=False)
     figure.update_yaxes(showgrid=False, autorange="reversed", tickformat="d")
     if layers <= _MAX_LABELLED_RANKS:
@@ -135,7 +135,7 @@ def layer_map(layers: int, *, x: str) -> go.Figure:
 def traffic(bytes_RR: FloatArray) -> go.Figure:
     """Heat map of gigabytes that each rank sends to each other rank in the dispatches of one step."""
     ranks = len(bytes_RR)
-    figure = blank(height=460, x="to rank", y="from rank")
+    figure = empty_figure(height=460, x="to rank", y="from rank")
     shown_RR = np.where(np.eye(ranks, dtype=bool), np.nan, bytes_RR / 1e9)
     sent = shown_RR[~np.isnan(shown_RR)]
     mean = float(sent.mean()) if len(sent) else 0.0
@@ -163,7 +163,7 @@ def traffic(bytes_RR: FloatArray) -> go.Figure:
 def waits(waits_RR: FloatArray, ranks_R: NDArray[np.int64]) -> go.Figure:
     """Heat map of milliseconds that each rank [R] waited for each other one and, in the last column, for others."""
     ranks = len(waits_RR)
-    figure = blank(height=int(np.clip(160 + 34 * ranks, 280, 700)), x="for rank", y="rank waits")
+    figure = empty_figure(height=int(np.clip(160 + 34 * ranks, 280, 700)), x="for rank", y="rank waits")
     names = [str(rank) for rank in ranks_R]
     figure.add_heatmap(
         x=[*names, "others"],
@@ -187,7 +187,7 @@ def _rank_axis(update: Any, ranks: int) -> None:
 def rank_time(seconds_CR: FloatArray, keys: Sequence[str]) -> go.Figure:
     """Stacked bars per rank: milliseconds of the step by family (compute, communication, waiting, overhead)."""
     ranks = seconds_CR.shape[1]
-    figure = blank(height=320, x="rank", y="ms of one step")
+    figure = empty_figure(height=320, x="rank", y="ms of one step")
     families = np.array([category(key).family for key in keys])
     for family, colour in FAMILIES.items():
         value_R = 1e3 * seconds_CR[families == family].sum(axis=0)
@@ -205,7 +205,7 @@ def rank_time(seconds_CR: FloatArray, keys: Sequence[str]) -> go.Figure:
 
 def losses(curves: TrainingCurves) -> go.Figure:
     """Cross entropy of the thin model while its router trained."""
-    figure = blank(height=320, x="training step", y="loss, nats per byte")
+    figure = empty_figure(height=320, x="training step", y="loss, nats per byte")
     figure.add_scatter(
         x=curves.steps,
         y=curves.train_loss,
@@ -227,7 +227,7 @@ def losses(curves: TrainingCurves) -> go.Figure:
 
 def training_imbalance(curves: TrainingCurves) -> go.Figure:
     """Max / mean expert load of each training step, averaged over layers."""
-    figure = blank(height=320, x="training step", y="busiest expert / mean")
+    figure = empty_figure(height=320, x="training step", y="busiest expert / mean")
     figure.add_scatter(
         x=curves.steps,
         y=curves.imbalance,
@@ -246,7 +246,7 @@ def _with_perfect_line(figure: go.Figure) -> go.Figure:
 
 def layer_imbalance(imbalance_by_step: Mapping[int, FloatArray]) -> go.Figure:
     """Busiest expert / mean per layer of the trace, a group of bars per recorded step."""
-    figure = blank(height=320, x="layer of the trace", y="busiest expert / mean")
+    figure = empty_figure(height=320, x="layer of the trace", y="busiest expert / mean")
     last = max(imbalance_by_step)
     for step, value_L in imbalance_by_step.items():
         figure.add_bar(
@@ -265,7 +265,7 @@ def timeline(window: Window) -> go.Figure:
     """One row per rank, computation above and transfers below, coloured by category."""
     ranks = window.start_NR.shape[1]
     origin = float(window.start_NR.min())
-    figure = blank(
+    figure = empty_figure(
         height=int(np.clip(150 + 40 * ranks, 260, 1000)),
         x=f"microseconds since {1e3 * origin:.4g} ms of the step",
         y="rank",
@@ -299,7 +299,9 @@ def gantt(bars: Sequence[Bar]) -> go.Figure:
     num_ranks = 1 + max(bar.pipeline_rank for bar in bars)
     numbered = len({m for bar in bars for m in bar.micro_batches}) <= _MAX_NUMBERED
     scale, unit = time_unit(max(bar.finish for bar in bars))
-    figure = blank(height=int(np.clip(170 + 34 * num_ranks, 240, 900)), x=f"{unit} of the step", y="pipeline rank")
+    figure = empty_figure(
+        height=int(np.clip(170 + 34 * num_ranks, 240, 900)), x=f"{unit} of the step", y="pipeline rank"
+    )
     for kind, (label, colour) in PASSES.items():
         chosen = [bar for bar in bars if bar.kind == kind]
         if not chosen:
@@ -329,7 +331,9 @@ def gantt(bars: Sequence[Bar]) -> go.Figure:
 
 def memory(parts: Sequence[Mapping[str, float]], capacity_bytes: Sequence[float]) -> go.Figure:
     """Stacked bars in GB per pipeline rank by kind of memory, with the capacity of its GPU."""
-    figure = blank(height=int(np.clip(170 + 34 * len(parts), 240, 900)), x="GB on the fullest rank", y="pipeline rank")
+    figure = empty_figure(
+        height=int(np.clip(170 + 34 * len(parts), 240, 900)), x="GB on the fullest rank", y="pipeline rank"
+    )
     ranks = list(range(len(parts)))
     for name, colour in PARTS.items():
         values = [part.get(name, 0.0) / 1e9 for part in parts]

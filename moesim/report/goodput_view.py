@@ -11,14 +11,14 @@ from rich.text import Text
 from moesim.engine.job import SECONDS_PER_DAY, Ledger
 from moesim.reliability import Goodput
 from moesim.report.facts import Fact, percent
-from moesim.report.figures import blank
+from moesim.report.figures import empty_figure
 from moesim.report.page import Page
-from moesim.report.screen import fact_table, indented, number_table, section, show, warnings
+from moesim.report.terminal import fact_table, indented, number_table, section, show, warnings
 from moesim.units import format_bytes, format_seconds
 
 Result = Mapping[str, Any]
 
-ACCOUNTS = {
+TIME_PARTS = {
     "useful": "kept work",
     "slowed": "kept work, slower than alone",
     "checkpoint": "standing for checkpoints",
@@ -82,8 +82,8 @@ def _checkpoint_facts(checkpoint: Mapping[str, Any]) -> list[Fact]:
 
 def _time_rows(result: Result) -> list[tuple[str, ...]]:
     total = sum(result["time_s"].values())
-    return [(ACCOUNTS[name], duration(seconds), f"{seconds / total:.2%}") for name, seconds in result["time_s"].items()
-            if seconds > 0]  # fmt: skip
+    spent = {name: seconds for name, seconds in result["time_s"].items() if seconds > 0}
+    return [(TIME_PARTS[name], duration(seconds), f"{seconds / total:.2%}") for name, seconds in spent.items()]
 
 
 _CAUSE_HEAD = ("", "failures", "work lost", "found", "restart", "repair", "all")
@@ -152,7 +152,7 @@ def _so_far(ledger: Ledger, days: float) -> tuple[list[float], list[float]]:
 
 def over_time(found: Goodput) -> go.Figure:
     """Useful share of the time so far, a line per draw."""
-    figure = blank(height=360, x="day", y="goodput so far")
+    figure = empty_figure(height=360, x="day", y="goodput so far")
     lines = [_so_far(ledger, found.result["days"]) for ledger in found.ledgers[:_MOST_SEEDS_DRAWN]]
     for number in reversed(range(len(lines))):
         x, y = lines[number]
@@ -167,13 +167,13 @@ def over_time(found: Goodput) -> go.Figure:
 def by_cause(result: Result) -> go.Figure:
     """Hours by cause, stacked by what they went into."""
     rows = [row for row in reversed(result["causes"]) if row["all_s"] > 0]
-    figure = blank(height=130 + 26 * len(rows), x="hours", y="")
+    figure = empty_figure(height=130 + 26 * len(rows), x="hours", y="")
     for name, colour in _COLOURS.items():
         hours = [row[f"{name}_s"] / 3600 for row in rows]
         if any(hours):
-            figure.add_bar(y=[row["cause"] for row in rows], x=hours, orientation="h", name=ACCOUNTS[name],
+            figure.add_bar(y=[row["cause"] for row in rows], x=hours, orientation="h", name=TIME_PARTS[name],
                            marker={"color": colour},
-                           hovertemplate="%{y}: %{x:.2f} h<extra>" + ACCOUNTS[name] + "</extra>")  # fmt: skip
+                           hovertemplate="%{y}: %{x:.2f} h<extra>" + TIME_PARTS[name] + "</extra>")  # fmt: skip
     figure.update_layout(barmode="stack", showlegend=True, legend={"traceorder": "normal"})
     figure.update_yaxes(showgrid=False)
     return figure
@@ -182,7 +182,7 @@ def by_cause(result: Result) -> go.Figure:
 def by_interval(result: Result) -> go.Figure:
     """Goodput of every simulated interval, the best one and those of the formulas marked."""
     checkpoint = result["checkpoint"]
-    figure = blank(height=380, x="minutes of work between checkpoints", y="goodput")
+    figure = empty_figure(height=380, x="minutes of work between checkpoints", y="goodput")
     figure.add_scatter(
         x=[point["interval_s"] / 60 for point in checkpoint["searched"]],
         y=[point["goodput"] for point in checkpoint["searched"]],

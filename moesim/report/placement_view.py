@@ -21,7 +21,7 @@ from moesim.parallel.placement import EMPTY_SLOT
 from moesim.parallel.replacement import rank_loads, recorded_loads
 from moesim.program.scenario_fabric import scenario_fabric, scenario_kernels
 from moesim.report.facts import Fact, bytes_column, count, seconds, times
-from moesim.report.screen import fact_table, indented, number_table, section, show
+from moesim.report.terminal import fact_table, indented, number_table, section, show
 from moesim.results.metrics import TrafficFacts
 from moesim.results.placement import moving
 from moesim.scenario import Scenario, Search
@@ -140,7 +140,7 @@ def _layers(view: PlacementView) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Aged:
+class PlacementAges:
     """One recorded step: max / mean rows of ranks, mean over the layers of the trace, under placements of several ages.
 
     `first`: placed at the first recorded step, `previous`: at the one before, `anew`: at this one. `contiguous`:
@@ -158,7 +158,7 @@ class Aged:
     moving_s: float
 
 
-def age_placements(scenario: Scenario, trace: RoutingTrace) -> list[Aged]:
+def compare_placement_ages(scenario: Scenario, trace: RoutingTrace) -> list[PlacementAges]:
     """Every recorded step but the first. Raises UserError where nothing is placed by rows, or one step was recorded."""
     loads = recorded_loads(trace)
     sampler = TrafficSampler(scenario, trace)
@@ -177,7 +177,7 @@ def age_placements(scenario: Scenario, trace: RoutingTrace) -> list[Aged]:
     for before, step in pairwise(steps):
         moved, moving_s = moving(sampler, fabric, maps[before], maps[step])
         found.append(
-            Aged(
+            PlacementAges(
                 step=step,
                 contiguous=_contiguous(scenario, loads[step]),
                 first=_placed(maps[steps[0]], loads[step]),
@@ -202,12 +202,12 @@ def _contiguous(scenario: Scenario, load_LE: NDArray[np.float64]) -> float | Non
     return float(imbalance(load_LE.reshape(len(load_LE), ranks, -1).sum(axis=2)).mean())
 
 
-def drift_json(aged: Sequence[Aged]) -> list[dict[str, Any]]:
+def drift_json(aged: Sequence[PlacementAges]) -> list[dict[str, Any]]:
     """Plain values, one mapping per recorded step."""
     return [vars(each) for each in aged]
 
 
-def print_drift(aged: Sequence[Aged]) -> None:
+def print_drift(aged: Sequence[PlacementAges]) -> None:
     """A line per recorded step."""
     in_bytes = bytes_column([each.moved_bytes for each in aged])
     rows = [

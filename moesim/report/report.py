@@ -229,7 +229,7 @@ def _milliseconds(points: Sequence[Mapping[str, Any]], key: str = "step_time_s")
 
 def by_age(found: Mapping[str, Any]) -> go.Figure:
     """Simulated steps by the age of their placement, beside the step with neighbouring experts."""
-    figure = figures.blank(height=340, x="training steps since experts were placed", y="ms of a step")
+    figure = figures.empty_figure(height=340, x="training steps since experts were placed", y="ms of a step")
     points = found["ages"]
     figure.add_scatter(
         x=[point["age"] for point in points],
@@ -255,7 +255,9 @@ def by_age(found: Mapping[str, Any]) -> go.Figure:
 
 def by_interval(found: Mapping[str, Any]) -> go.Figure:
     """Mean step by interval, with those of experts placed once and in order, the best and the chosen one marked."""
-    figure = figures.blank(height=340, x="training steps between two placings", y="ms of a step, moving included")
+    figure = figures.empty_figure(
+        height=340, x="training steps between two placings", y="ms of a step, moving included"
+    )
     points = found["intervals"]
     figure.add_scatter(
         x=[point["every"] for point in points],

@@ -16,7 +16,7 @@ from rich.text import Text
 from moesim.errors import UserError, closest
 from moesim.report.facts import Fact
 from moesim.report.page import Page
-from moesim.report.screen import fact_table, indented, number_table, section, show, warnings
+from moesim.report.terminal import fact_table, indented, number_table, section, show, warnings
 from moesim.strict_json import parse_json
 from moesim.units import format_seconds
 

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from moesim.report.facts import Fact
 from moesim.report.page import Page
-from moesim.report.screen import fact_table, indented, number_table, section, show, warnings
+from moesim.report.terminal import fact_table, indented, number_table, section, show, warnings
 from moesim.units import format_bytes, format_seconds
 
 Result = Mapping[str, Any]

@@ -61,10 +61,10 @@ def forward_of_one_layer(table: SpanTable) -> Window | None:
     first_pass = table.micro_batch_N == min(table.micro_batch_N[[label.layer == layer for label in labels_N]])
     rows = [row for row, label in enumerate(labels_N) if label.layer == layer and first_pass[row]]
     forward = rows[: next((i for i in range(1, len(rows)) if rows[i] != rows[i - 1] + 1), len(rows))]
-    return _pieces(table, forward, layer)
+    return _waits_and_work(table, forward, layer)
 
 
-def _pieces(table: SpanTable, rows: list[int], layer: int) -> Window:
+def _waits_and_work(table: SpanTable, rows: list[int], layer: int) -> Window:
     names, categories, on_network, starts, finishes = [], [], [], [], []
     for row in rows:
         label = table.labels[table.label_N[row]]

@@ -14,9 +14,9 @@ from rich.text import Text
 
 from moesim.network import FabricFacts, describe
 from moesim.report.facts import Fact, seconds
-from moesim.report.figures import blank
+from moesim.report.figures import empty_figure
 from moesim.report.page import Page
-from moesim.report.screen import fact_table, indented, number_table, section, show
+from moesim.report.terminal import fact_table, indented, number_table, section, show
 from moesim.report.topology_layout import MOST_BUNDLES, Bundle, FabricLink, FabricParts, Picture, Vertex, fabric_picture
 from moesim.units import format_bandwidth, format_seconds
 
@@ -48,7 +48,7 @@ _MANY = 150  # lines that cross so often that they must be lighter
 
 def draw(picture: Picture) -> go.Figure:
     """Vertices as labels, bundles of links as lines as wide as their bandwidth; the mouse shows what each is."""
-    figure = blank(height=150 + _LAYER_HEIGHT * max(2, len(picture.layers)))
+    figure = empty_figure(height=150 + _LAYER_HEIGHT * max(2, len(picture.layers)))
     opacity = 0.75 if len(picture.bundles) <= _MANY else 0.45
     for label, colour, dash, bundles in _traces(picture.bundles):
         for width, alike in _by_width(bundles, picture).items():

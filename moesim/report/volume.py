@@ -18,9 +18,9 @@ from rich.text import Text
 from moesim.errors import UserError
 from moesim.parallel import LayerTraffic, TrafficArrays, TrafficSampler, token_bytes
 from moesim.report.facts import Fact
-from moesim.report.figures import blank
+from moesim.report.figures import empty_figure
 from moesim.report.page import Page
-from moesim.report.screen import fact_table, indented, number_table, section, show
+from moesim.report.terminal import fact_table, indented, number_table, section, show
 from moesim.routing.request import ProgressCallback
 from moesim.run import obtain_trace
 from moesim.scenario import (
@@ -357,7 +357,7 @@ def volume_figure(study: VolumeStudy) -> go.Figure:
     """Kilobytes per token against the size of the group, a line per limit; dotted lines are whole numbers of copies."""
     across = "nodes" if study.per_node else "ranks"
     where = "over the network " if study.per_node else ""
-    figure = blank(height=480, x=f"{across} of the expert group", y=f"kB per token {where}in one dispatch")
+    figure = empty_figure(height=480, x=f"{across} of the expert group", y=f"kB per token {where}in one dispatch")
     for index, limit in enumerate(study.limits):
         points = [point for point in study.points if point.limit == limit]
         name = limit_name(study, limit)

@@ -85,7 +85,7 @@ def _add_by_category(seconds_CQ: FloatArray, category_N: NDArray[np.intp], value
         seconds_CQ[category] += values_NQ[category_N == category].sum(axis=0)
 
 
-def _ranks_are_alike(table: SpanTable) -> bool:
+def _ranks_are_equal(table: SpanTable) -> bool:
     """Whether every span has the same times on all ranks; most tables differ in their last row already."""
     for rows in (slice(-1, None), slice(None)):
         for name in TIMES:
@@ -105,7 +105,7 @@ def attribute(table: SpanTable) -> FloatArray:
     order). Large steps take `moesim.results.span_sums` instead, which needs numba and no table.
     """
     _, samples, ranks = table.start_NSR.shape
-    if ranks > 2 and _ranks_are_alike(table):
+    if ranks > 2 and _ranks_are_equal(table):
         two = replace(table, **{name: getattr(table, name)[:, :, :2] for name in TIMES})
         return attribute(two)[:, :, :1].repeat(ranks, axis=2)
     seconds_CQ = np.zeros((len(CATEGORIES), samples * ranks))

@@ -33,7 +33,7 @@ def _by_stream(stream_G: IntArray, order_G: IntArray, first_K: IntArray) -> None
 
 
 @numba.njit(cache=True)
-def _are_alike(times_GSR: NDArray[np.floating], sample: int) -> bool:
+def _are_equal(times_GSR: NDArray[np.floating], sample: int) -> bool:
     """Whether all ranks have the same times in all rows; most differ in the last one already."""
     for row in range(len(times_GSR) - 1, -1, -1):
         for rank in range(1, times_GSR.shape[2]):
@@ -100,7 +100,7 @@ def add_attribution(
     begin_G, end_G, other_begin_G, other_end_G = np.empty(rows), np.empty(rows), np.empty(rows), np.empty(rows)
     start_G, finish_G, added_C = np.empty(rows), np.empty(rows), np.empty(len(seconds_CSR))
     for sample in range(samples):
-        alike = _are_alike(finish_GSR, sample) and _are_alike(start_GSR, sample) and _are_alike(own_GSR, sample)
+        alike = _are_equal(finish_GSR, sample) and _are_equal(start_GSR, sample) and _are_equal(own_GSR, sample)
         for rank in range(1, ranks):
             alike = alike and since_SR[sample, rank] == since_SR[sample, 0]
         for rank in range(1 if alike else ranks):

@@ -35,7 +35,7 @@ ROUND_OFF = 1e-14  # the same as a share of the step, for steps of days
 Whole = Callable[[int], Sequence[SpanTable]]
 
 
-class PathPiece(NamedTuple):
+class PathSegment(NamedTuple):
     """One stretch of the path, seconds from the start of the step, on global rank `rank` of group `table`."""
 
     category: str
@@ -45,7 +45,7 @@ class PathPiece(NamedTuple):
     rank: int
 
 
-class _Spot(NamedTuple):
+class _Position(NamedTuple):
     table: int
     place: int
     time: float
@@ -101,7 +101,7 @@ class _GroupSpans:
         return max(ends)
 
 
-class _Walk:
+class _PathSearch:
     """The spans of all groups in one sample, and the steps of the walk."""
 
     def __init__(
@@ -117,115 +117,115 @@ class _Walk:
             seen[pipeline_rank] += 1
         self.group = {key: index for index, key in enumerate(zip(pipeline_ranks, self.number, strict=True))}
 
-    def last(self) -> _Spot:
+    def last(self) -> _Position:
         """The rank that finishes last."""
         ends = [table.finish_NSR[:, self.sample].max(axis=0) for table in self.tables]
         table = int(np.argmax([end_R.max() for end_R in ends]))
         place = int(ends[table].argmax())
-        return _Spot(table, place, float(ends[table][place]))
+        return _Position(table, place, float(ends[table][place]))
 
     @property
     def most_steps(self) -> int:
         """Every step goes back over a span or a bubble before one, or to another rank at the same time."""
         return 4 * sum(table.start_NSR[:, self.sample].size for table in self.tables) + 4
 
-    def pieces(self) -> Iterator[PathPiece]:
+    def segments(self) -> Iterator[PathSegment]:
         """The path from its end to 0."""
-        spot, steps = self.last(), 0
+        position, steps = self.last(), 0
         while steps < self.most_steps:
             steps += 1
-            if spot.time <= self.tolerance:
+            if position.time <= self.tolerance:
                 return
-            self._complete(spot)
-            category, following = self._back(spot)
-            assert following.time < spot.time or following[:2] != spot[:2], "the walk goes back"
-            if following.time < spot.time:
-                rank = int(self.tables[spot.table].ranks_R[spot.place])
-                yield PathPiece(category, following.time, spot.time, spot.table, rank)
-            spot = following
+            self._complete(position)
+            category, following = self._back(position)
+            assert following.time < position.time or following[:2] != position[:2], "the walk goes back"
+            if following.time < position.time:
+                rank = int(self.tables[position.table].ranks_R[position.place])
+                yield PathSegment(category, following.time, position.time, position.table, rank)
+            position = following
         raise InternalError("the critical path does not come to its beginning")
 
-    def _complete(self, spot: _Spot) -> None:
+    def _complete(self, position: _Position) -> None:
         """Get the rows before a spot, where they are left out, for all groups with its number: from there the path
         stays among them, because others are met behind the last action alone.
         """
-        table = self.tables[spot.table]
-        if table.since_R is None or spot.time > table.since_R[spot.place] + self.tolerance:
+        table = self.tables[position.table]
+        if table.since_R is None or position.time > table.since_R[position.place] + self.tolerance:
             return
         assert self._whole is not None, "somebody has the rows that are left out"
-        number = self.number[spot.table]
+        number = self.number[position.table]
         chosen = [index for index, other in enumerate(self.number) if other == number]
         for index, whole in zip(chosen, self._whole(number), strict=True):
             self.tables[index] = whole
             self.spans[index] = _GroupSpans(whole, self.sample, self.tolerance)
 
-    def _back(self, spot: _Spot) -> tuple[str, _Spot]:
-        spans, table = self.spans[spot.table], self.tables[spot.table]
-        row = spans.ending_at(spot.place, spot.time)
+    def _back(self, position: _Position) -> tuple[str, _Position]:
+        spans, table = self.spans[position.table], self.tables[position.table]
+        row = spans.ending_at(position.place, position.time)
         whole = row is not None
         if row is None:
-            row = spans.running_at(spot.place, spot.time)
+            row = spans.running_at(position.place, position.time)
             if row is None:
-                return "bubble", spot._replace(time=spans.ended_before(spot.place, spot.time))
-        label, start = table.labels[table.label_N[row]], float(spans.start_NR[row, spot.place])
+                return "bubble", position._replace(time=spans.ended_before(position.place, position.time))
+        label, start = table.labels[table.label_N[row]], float(spans.start_NR[row, position.place])
         if whole and label.stream is Stream.COMMUNICATION:
-            return label.category, self._joined_last(spot, row, start)
+            return label.category, self._joined_last(position, row, start)
         if whole and label.stream is Stream.REDUCTION:
-            return label.category, self._gradients_last(spot, row, start)
+            return label.category, self._gradients_last(position, row, start)
         if whole and label.stream is Stream.PIPELINE:
-            sender = self.group[label.sender, self.number[spot.table]]
-            return label.category, _Spot(sender, spot.place, start)
-        return label.category, spot._replace(time=start)
+            sender = self.group[label.sender, self.number[position.table]]
+            return label.category, _Position(sender, position.place, start)
+        return label.category, position._replace(time=start)
 
-    def _joined_last(self, spot: _Spot, row: int, start: float) -> _Spot:
+    def _joined_last(self, position: _Position, row: int, start: float) -> _Position:
         """The peer of an all-to-all that joined last before the rank's own part began; the rank itself if none did."""
-        table = self.tables[spot.table]
+        table = self.tables[position.table]
         joined_R = table.start_NSR[row, self.sample]
         peers = table.labels[table.label_N[row]].peers
         if peers:
-            joined_R = np.where(np.array(peers) == peers[spot.place], joined_R, -np.inf)
-        began = spot.time - float(table.own_NSR[row, self.sample, spot.place])
-        needed_R = np.where(joined_R <= began + self.tolerance + 1e-6 * (spot.time - start), joined_R, -np.inf)
+            joined_R = np.where(np.array(peers) == peers[position.place], joined_R, -np.inf)
+        began = position.time - float(table.own_NSR[row, self.sample, position.place])
+        needed_R = np.where(joined_R <= began + self.tolerance + 1e-6 * (position.time - start), joined_R, -np.inf)
         place = int(needed_R.argmax())
         if needed_R[place] <= start + self.tolerance:
-            return spot._replace(time=start)
-        return spot._replace(place=place, time=float(needed_R[place]))
+            return position._replace(time=start)
+        return position._replace(place=place, time=float(needed_R[place]))
 
-    def _gradients_last(self, spot: _Spot, row: int, start: float) -> _Spot:
+    def _gradients_last(self, position: _Position, row: int, start: float) -> _Position:
         """The member of a collective that joined last, or, where it overlaps, the one that computed last."""
-        label = self.tables[spot.table].labels[self.tables[spot.table].label_N[row]]
-        own = float(self.tables[spot.table].own_NSR[row, self.sample, spot.place])
-        joined, computed = spot._replace(time=start), spot._replace(time=0.0)
+        label = self.tables[position.table].labels[self.tables[position.table].label_N[row]]
+        own = float(self.tables[position.table].own_NSR[row, self.sample, position.place])
+        joined, computed = position._replace(time=start), position._replace(time=0.0)
         for index, table in enumerate(self.tables):
             numbers = [number for number, other in enumerate(table.labels) if other == label]
             for other_row in np.flatnonzero(np.isin(table.label_N, numbers)).tolist():
-                same_R = np.abs(table.finish_NSR[other_row, self.sample] - spot.time) <= self.tolerance
+                same_R = np.abs(table.finish_NSR[other_row, self.sample] - position.time) <= self.tolerance
                 for place in np.flatnonzero(same_R).tolist():
                     at = float(table.start_NSR[other_row, self.sample, place])
-                    joined = max(joined, _Spot(index, place, at), key=lambda member: member.time)
-                    until = self.spans[index].computed_until(place, spot.time)
-                    computed = max(computed, _Spot(index, place, until), key=lambda member: member.time)
-        held_by_first = spot.time - own <= joined.time + 1e-6 * own + self.tolerance
+                    joined = max(joined, _Position(index, place, at), key=lambda member: member.time)
+                    until = self.spans[index].computed_until(place, position.time)
+                    computed = max(computed, _Position(index, place, until), key=lambda member: member.time)
+        held_by_first = position.time - own <= joined.time + 1e-6 * own + self.tolerance
         return computed if computed.time > joined.time + self.tolerance and not held_by_first else joined
 
 
 def critical_path(
     tables: Sequence[SpanTable], *, pipeline_ranks: Sequence[int], sample: int = 0, whole: Whole | None = None
-) -> tuple[PathPiece, ...]:
+) -> tuple[PathSegment, ...]:
     """The critical path of one sample, last piece first. `whole`: gives the tables of group number so and so of every
     pipeline rank, where those at hand begin at `since_R`.
 
     `tables` hold every expert group; `pipeline_ranks` says on which pipeline rank each of them is, and groups of one
     pipeline rank come in the order of their numbers.
     """
-    return tuple(_Walk(tables, pipeline_ranks, sample, whole).pieces())
+    return tuple(_PathSearch(tables, pipeline_ranks, sample, whole).segments())
 
 
-def path_seconds(pieces: Sequence[PathPiece]) -> dict[str, float]:
+def path_seconds(segments: Sequence[PathSegment]) -> dict[str, float]:
     """Seconds of the path by category, in the order of CATEGORIES."""
     seconds = dict.fromkeys(CATEGORIES, 0.0)
-    for piece in pieces:
-        seconds[piece.category] += piece.finish - piece.start
+    for segment in segments:
+        seconds[segment.category] += segment.finish - segment.start
     return seconds
 
 
@@ -233,15 +233,15 @@ def path_facts(
     tables: Sequence[SpanTable], *, pipeline_ranks: Sequence[int], whole: Whole | None = None
 ) -> dict[str, Any]:
     """The critical path of sample 0 as plain values: seconds by category and by rank."""
-    pieces = critical_path(tables, pipeline_ranks=pipeline_ranks, whole=whole)
+    segments = critical_path(tables, pipeline_ranks=pipeline_ranks, whole=whole)
     by_rank: defaultdict[int, float] = defaultdict(float)
-    for piece in pieces:
-        by_rank[piece.rank] += piece.finish - piece.start
+    for segment in segments:
+        by_rank[segment.rank] += segment.finish - segment.start
     return {
         "step_time_s": float(tables[0].step_S[0]),
-        "seconds": path_seconds(pieces),
+        "seconds": path_seconds(segments),
         "seconds_by_rank": {str(rank): seconds for rank, seconds in sorted(by_rank.items())},
-        "last_rank": pieces[0].rank,
+        "last_rank": segments[0].rank,
     }
 
 

@@ -44,8 +44,8 @@ from moesim.results.spans import CATEGORIES, SpanTable
 from moesim.results.store import RESULT_SCHEMA_VERSION, RunRecord
 from moesim.scenario import AnyImplementation, Scenario
 from moesim.trace import RoutingTrace, trace_hash
-from moesim.trace.basis import import_notes, limit_difference, rests_on
 from moesim.trace.metrics import expert_load_LE, first_load_LE, imbalance
+from moesim.trace.provenance import import_notes, limit_difference, rests_on
 
 CLOCK = "clock"  # under load, of a kind without a published sustained rate
 _CLOCK_HOW = (
@@ -246,7 +246,7 @@ class Simulated:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Searched:
+class SearchedPlacement:
     """A placement that a search simulated: the weight of traffic in it, and the step on the rows to place by."""
 
     traffic: float
@@ -258,7 +258,7 @@ def assemble(
     *,
     layout_warnings: Sequence[str],
     replacing: dict[str, Any] | None = None,
-    searched: Sequence[Searched] = (),
+    searched: Sequence[SearchedPlacement] = (),
 ) -> RunRecord:
     """The record of a run; `layout_warnings` come before those that its own numbers give.
 
@@ -431,7 +431,7 @@ def _router_facts(scenario: Scenario, trace: RoutingTrace, sample: TrafficSample
 
 def software_facts(implementation: AnyImplementation) -> dict[str, str]:
     """Whose kernels are priced, which switches are set otherwise, where their list is from and what checked it."""
-    software, changed = implementation.software, implementation.set_anew
+    software, changed = implementation.software, implementation.overridden
     return {
         "name": software.name,
         "switches": ", ".join(f"{name}: {_word(setting)}" for name, setting in changed.items()),

@@ -144,7 +144,7 @@ class SpanSums:
         )
 
 
-class PassingRecorder(SpanRecorder):
+class SummingRecorder(SpanRecorder):
     """Holds the spans of the action at hand, and passes those of earlier ones on to sums.
 
     `kept`: where the spans of sample 0 are kept whole, too.

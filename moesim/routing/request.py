@@ -346,9 +346,9 @@ def recorded_trace(scenario: Scenario, *, tokens: int, cache_dir: Path | None = 
 
 
 def _imported(scenario: Scenario, path: Path, *, tokens: int, cache_dir: Path | None) -> RoutingTrace:
-    from moesim.routing.importing import Asked, Words, form_of, import_routing
+    from moesim.routing.importing import ImportRequest, MessageWords, form_of, import_routing
 
-    asked = Asked(
+    asked = ImportRequest(
         experts=scenario.model.experts,
         top_k=scenario.model.top_k,
         sequence_length=scenario.workload.sequence_length,
@@ -356,7 +356,7 @@ def _imported(scenario: Scenario, path: Path, *, tokens: int, cache_dir: Path | 
         seed=scenario.seed,
         fill=True,
         yields=True,
-        words=Words(
+        words=MessageWords(
             experts="model.experts",
             top_k="model.top_k",
             sequence_length="workload.sequence_length",

@@ -13,7 +13,9 @@ from moesim.errors import UserError
 from moesim.scenario.catalogue import gpu_names, model_names
 from moesim.scenario.check import check_scenario
 from moesim.scenario.document import Node, Path, find, parse_yaml, plain_scalar, read_yaml
-from moesim.scenario.forms import (
+from moesim.scenario.messages import validated
+from moesim.scenario.schema import Scenario
+from moesim.scenario.short_forms import (
     FLAT_CLUSTER_KEYS,
     absolute_paths,
     apply_overrides,
@@ -22,8 +24,6 @@ from moesim.scenario.forms import (
     flat_cluster_to_pools,
     named_implementation,
 )
-from moesim.scenario.messages import validated
-from moesim.scenario.schema import Scenario
 from moesim.scenario.software import SOFTWARE
 
 _LABEL = "scenario"

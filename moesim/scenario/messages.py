@@ -10,8 +10,8 @@ from moesim.errors import UserError
 from moesim.scenario.base import Section
 from moesim.scenario.catalogue import suggest
 from moesim.scenario.document import Node, Path, dotted, find
-from moesim.scenario.forms import FLAT_CLUSTER_KEYS, home_within, kinds_at, section_at
 from moesim.scenario.schema import Scenario
+from moesim.scenario.short_forms import FLAT_CLUSTER_KEYS, home_within, kinds_at, section_at
 
 _EXPECTED = {
     "int_type": "a whole number",

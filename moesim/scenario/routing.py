@@ -351,5 +351,5 @@ def _groups_and_limit(routing: Routing, *, model: Model, num_devices: int) -> tu
         return num_devices, router.device_limit
     if isinstance(router, GroupedRouter) and router.group_limit is not None:
         return router.groups or model.router_groups, router.group_limit
-    takes_the_models = isinstance(router, GroupedRouter) or (router is None and not isinstance(routing, TraceRouting))
-    return (model.router_groups, model.router_group_limit) if takes_the_models else (1, 1)
+    uses_model_routing = isinstance(router, GroupedRouter) or (router is None and not isinstance(routing, TraceRouting))
+    return (model.router_groups, model.router_group_limit) if uses_model_routing else (1, 1)

@@ -529,7 +529,7 @@ class Implementation(Section):
         return SOFTWARE[self.kind]
 
     @property
-    def set_anew(self) -> dict[str, object]:
+    def overridden(self) -> dict[str, object]:
         """The switches that are not as the software has them."""
         own = self.software.switches
         given = {name: getattr(self, name) for name in type(self).model_fields if name not in ("kind", "file")}
@@ -538,7 +538,7 @@ class Implementation(Section):
     @property
     def switches(self) -> Switches:
         """The settings of the software, with those of the scenario."""
-        return replace(self.software.switches, **self.set_anew)  # type: ignore[arg-type]
+        return replace(self.software.switches, **self.overridden)  # type: ignore[arg-type]
 
 
 AnyImplementation = Implementation  # what the key takes; forms of another kind join here as a union

@@ -35,7 +35,7 @@ _GO_ON = "is memory or the number of processes short? What is finished is kept: 
 _ADDRESS = re.compile(r"(tcp|tls|ucx)://\S+:\d+")
 
 
-class Lost(NamedTuple):
+class WorkerDied(NamedTuple):
     """What came instead of an outcome: the process `pid` ended in the middle; `retry` when another try is due."""
 
     pid: int
@@ -63,7 +63,7 @@ class Workers(Protocol):
         ...
 
 
-class _Place(NamedTuple):
+class _SingleProcess(NamedTuple):
     """An executor of one process: when that process is killed, no other task ends with it."""
 
     executor: ProcessPoolExecutor
@@ -75,8 +75,8 @@ class Processes:
 
     def __init__(self, count: int) -> None:
         self._count = count
-        self._free: list[_Place] = []
-        self._busy: dict[Future[Any], _Place] = {}
+        self._free: list[_SingleProcess] = []
+        self._busy: dict[Future[Any], _SingleProcess] = {}
         _start_fork_server()
 
     @property
@@ -104,7 +104,7 @@ class Processes:
             outcome = future.result()
         except BrokenProcessPool:
             place.executor.shutdown(wait=False)
-            return Lost(_started(place), retry=True)
+            return WorkerDied(_started(place), retry=True)
         self._free.append(place)
         return outcome
 
@@ -120,17 +120,17 @@ class Processes:
         self._free, self._busy = [], {}
 
 
-def _new_place() -> _Place:
+def _new_place() -> _SingleProcess:
     executor = ProcessPoolExecutor(1, mp_context=get_context("forkserver"), initializer=start_worker)
     try:
         with without_main():
-            return _Place(executor, executor.submit(os.getpid))
+            return _SingleProcess(executor, executor.submit(os.getpid))
     except (OSError, EOFError) as error:  # the fork server is gone, or the machine has no room for a process
         executor.shutdown(wait=False)
         raise MachineError(f"{_NO_START} ({type(error).__name__}); {_GO_ON}") from None
 
 
-def _pid(place: _Place) -> int:
+def _pid(place: _SingleProcess) -> int:
     """The process of a place; 0 when it ended before it could say."""
     try:
         return place.pid.result()
@@ -138,7 +138,7 @@ def _pid(place: _Place) -> int:
         return 0
 
 
-def _started(place: _Place) -> int:
+def _started(place: _SingleProcess) -> int:
     """The process of a place. Raises MachineError when it ended before it could say: no task was to blame."""
     pid = _pid(place)
     if not pid:
@@ -196,7 +196,7 @@ class Cluster:
         try:
             return future.result()
         except self._killed:
-            return Lost(0, retry=False)
+            return WorkerDied(0, retry=False)
         except CancelledError:
             raise UserError(
                 f"the scheduler at {self._address} is gone; finished points are kept, run the same command again"
@@ -218,7 +218,7 @@ def opened_workers(*, count: int | None, cluster: str | None) -> Iterator[Worker
         workers.stop()
 
 
-class Trained(NamedTuple):
+class TrainingOutcome(NamedTuple):
     """How the training of a router ended: `reason` is None when its trace lies in the cache."""
 
     reason: str | None
@@ -238,7 +238,7 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def train_point(point: Point, cache_dir: Path | None) -> Trained:
+def train_point(point: Point, cache_dir: Path | None) -> TrainingOutcome:
     """Train the router of the point and put its trace into the cache. Raises MachineError."""
     from moesim.run import obtain_trace
 
@@ -247,10 +247,10 @@ def train_point(point: Point, cache_dir: Path | None) -> Trained:
     except MachineError:
         raise
     except UserError as error:
-        return Trained(str(error), os.getpid())
+        return TrainingOutcome(str(error), os.getpid())
     except Exception as error:  # a bug in one training must not end the others
-        return Trained(describe(error), os.getpid())
-    return Trained(None, os.getpid())
+        return TrainingOutcome(describe(error), os.getpid())
+    return TrainingOutcome(None, os.getpid())
 
 
 def simulate_point(point: Point, cache_dir: Path | None) -> PointRecord:
@@ -392,14 +392,14 @@ class _Queue:
         self.ready.extend(_Task(point) for point in at_once)
         return self._counted(refused)
 
-    def settle(self, task: _Task, outcome: PointRecord | Trained | Lost) -> list[PointRecord]:
+    def settle(self, task: _Task, outcome: PointRecord | TrainingOutcome | WorkerDied) -> list[PointRecord]:
         """The records that follow from the outcome of a task; what can go on now is queued."""
         if isinstance(outcome, PointRecord):
             return self._counted([outcome])
-        if isinstance(outcome, Lost) and outcome.retry and task.tries < TRIES:
+        if isinstance(outcome, WorkerDied) and outcome.retry and task.tries < TRIES:
             self.ready.appendleft(task)
             return []
-        if isinstance(outcome, Lost):
+        if isinstance(outcome, WorkerDied):
             work = "training its router" if task.training else "simulating it"
             reason: str | None = f"the process {work} was killed {task.tries} times; was memory short?"
             if not outcome.retry:

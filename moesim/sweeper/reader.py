@@ -188,20 +188,20 @@ def grid(axes: Sequence[Axis]) -> Iterator[list[Setting]]:
         yield [setting for row in rows for setting in row]
 
 
-def filled(settings: Sequence[Setting], variables: Mapping[str, Any]) -> list[Setting]:
+def substituted(settings: Sequence[Setting], variables: Mapping[str, Any]) -> list[Setting]:
     """The settings of scenario keys, every `$name` in their texts replaced. Raises UserError for an unknown name."""
     return [
-        Setting(setting.key, _filled(setting.value, variables, setting.where), setting.where)
+        Setting(setting.key, _substituted(setting.value, variables, setting.where), setting.where)
         for setting in settings
         if not setting.key.startswith("$")
     ]
 
 
-def _filled(value: Any, variables: Mapping[str, Any], where: str) -> Any:
+def _substituted(value: Any, variables: Mapping[str, Any], where: str) -> Any:
     if isinstance(value, dict):
-        return {key: _filled(child, variables, where) for key, child in value.items()}
+        return {key: _substituted(child, variables, where) for key, child in value.items()}
     if isinstance(value, list):
-        return [_filled(child, variables, where) for child in value]
+        return [_substituted(child, variables, where) for child in value]
     if not isinstance(value, str):
         return value
     alone = _VARIABLE.fullmatch(value)

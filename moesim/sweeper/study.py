@@ -27,14 +27,14 @@ from moesim.files import claimed, is_leftover, write_atomically
 from moesim.scenario import Scenario, TraceRouting, load_scenario
 from moesim.scenario.catalogue import suggest
 from moesim.scenario.document import Node
-from moesim.scenario.forms import override_label
+from moesim.scenario.short_forms import override_label
 from moesim.strict_json import json_text, parse_json
 from moesim.study import Point, PointRecord, PointsFile, read_points, run_points
 from moesim.study.points import POINTS_FILE, content_hash
 from moesim.study.pool import Watch
 from moesim.sweeper import reader
 from moesim.sweeper.metrics import METRICS
-from moesim.sweeper.reader import AXIS_KEYS, Axis, Setting, filled, grid, read_axes, read_point_list, read_settings
+from moesim.sweeper.reader import AXIS_KEYS, Axis, Setting, grid, read_axes, read_point_list, read_settings, substituted
 from moesim.trace.library import find_entry, is_library_name
 
 # What each key of a study says; the reference of the documentation prints these, too.
@@ -60,7 +60,7 @@ _PATH_KEYS = ("routing.file", "routing.corpus", "cluster.fabric.file", "model.hf
 
 
 @dataclass(frozen=True, kw_only=True)
-class Misfit:
+class InvalidPoint:
     """A point whose values do not fit each other: it has no scenario, only a reason."""
 
     id: str
@@ -80,19 +80,19 @@ class Study:
     base: str
     axes: tuple[Axis, ...]
     points: tuple[Point, ...]
-    misfits: tuple[Misfit, ...]
+    invalid_points: tuple[InvalidPoint, ...]
     reference: dict[str, Any] | None
     plot: dict[str, Any] | None
 
     @property
     def num_points(self) -> int:
         """Points with and without a scenario."""
-        return len(self.points) + len(self.misfits)
+        return len(self.points) + len(self.invalid_points)
 
     @property
-    def by_number(self) -> list[Point | Misfit]:
+    def by_number(self) -> list[Point | InvalidPoint]:
         """All points in their order."""
-        both: list[Point | Misfit] = [*self.points, *self.misfits]
+        both: list[Point | InvalidPoint] = [*self.points, *self.invalid_points]
         return sorted(both, key=lambda point: point.number)
 
     def content_hash(self) -> str:
@@ -134,17 +134,17 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     if not (path.parent / base).is_file():
         raise UserError(f"{parts['base'].where}: base: {base} does not exist (looked for {path.parent / base})")
     common = read_settings(parts["set"], "set") if "set" in parts else []
-    points, misfits = _points(path, base, axes, common, overrides)
+    points, invalid_points = _points(path, base, axes, common, overrides)
     plot = _checked_plot(parts["plot"], axes) if "plot" in parts else None
     if not points:
-        raise UserError(f"{path}: no point of the study can be simulated; the first one: {misfits[0].reason}")
-    _refuse_twins(path, points)
+        raise UserError(f"{path}: no point of the study can be simulated; the first one: {invalid_points[0].reason}")
+    _refuse_duplicates(path, points)
     return Study(
         name=name,
         base=base,
         axes=axes,
         points=tuple(points),
-        misfits=tuple(misfits),
+        invalid_points=tuple(invalid_points),
         reference=_reference(parts["reference"], axes) if "reference" in parts else None,
         plot=plot,
     )
@@ -180,21 +180,23 @@ def _check_overrides(overrides: Sequence[str], axes: Sequence[Axis]) -> None:
 
 def _points(
     path: Path, base: str, axes: Sequence[Axis], common: Sequence[Setting], overrides: Sequence[str]
-) -> tuple[list[Point], list[Misfit]]:
+) -> tuple[list[Point], list[InvalidPoint]]:
     points: list[Point] = []
-    misfits: list[Misfit] = []
+    invalid_points: list[InvalidPoint] = []
     for number, settings in enumerate(grid(axes), start=1):
         values = {setting.key: setting.value for setting in settings}
         variables = {key: value for key, value in values.items() if key.startswith("$")}
         try:
-            scenario = _scenario(path, base, filled(common, variables), overrides, filled(settings, variables))
+            scenario = _scenario(
+                path, base, substituted(common, variables), overrides, substituted(settings, variables)
+            )
         except (ConflictError, InfeasibleError) as error:
             chosen = [[setting.key, setting.value] for setting in (*common, *settings)]
             identity = content_hash({"settings": chosen, "overrides": list(overrides)})[:16]
-            misfits.append(Misfit(id=identity, number=number, values=values, reason=str(error)))
+            invalid_points.append(InvalidPoint(id=identity, number=number, values=values, reason=str(error)))
         else:
             points.append(Point.of(scenario, number=number, values=values))
-    return points, misfits
+    return points, invalid_points
 
 
 def _scenario(
@@ -236,14 +238,14 @@ def _anchored(value: Any, key: str, folder: Path) -> Any:
     return value
 
 
-def _refuse_twins(path: Path, points: Sequence[Point]) -> None:
+def _refuse_duplicates(path: Path, points: Sequence[Point]) -> None:
     seen: dict[str, Point] = {}
     for point in points:
-        twin = seen.setdefault(point.id, point)
-        if twin is not point:
-            both = f"{_shown(twin.values)} and {_shown(point.values)}"
+        duplicate = seen.setdefault(point.id, point)
+        if duplicate is not point:
+            both = f"{_shown(duplicate.values)} and {_shown(point.values)}"
             raise UserError(
-                f"{path}: points {twin.number} and {point.number} are the same scenario ({both}); remove one of them"
+                f"{path}: points {duplicate.number} and {point.number} are the same scenario ({both}); remove one"
             )
 
 
@@ -426,7 +428,9 @@ def sweep(
         known = stored.by_id()
         if retry:
             known = {key: record for key, record in known.items() if record.status != "failed"}
-        new = [_misfit_record(misfit) for misfit in study.misfits if misfit.id not in known]
+        new = [
+            _invalid_record(invalid_point) for invalid_point in study.invalid_points if invalid_point.id not in known
+        ]
         for record in new:
             file.append(record)
         missing: Sequence[Point] = [point for point in study.points if point.id not in known]
@@ -438,13 +442,13 @@ def sweep(
     return SweepOutcome(records=tuple(records), new=len(new), torn=file.torn)
 
 
-def _misfit_record(misfit: Misfit) -> PointRecord:
+def _invalid_record(invalid_point: InvalidPoint) -> PointRecord:
     return PointRecord(
-        id=misfit.id,
-        number=misfit.number,
-        values=dict(misfit.values),
+        id=invalid_point.id,
+        number=invalid_point.number,
+        values=dict(invalid_point.values),
         status="infeasible",
-        reason=misfit.reason,
+        reason=invalid_point.reason,
         pid=os.getpid(),
         seconds=0.0,
         result=None,

@@ -14,7 +14,7 @@ from moesim.strict_json import json_text
 from moesim.study import PointRecord
 from moesim.study.points import half_width_90
 from moesim.sweeper.metrics import METRICS, Column, columns
-from moesim.sweeper.study import Misfit, Study, SweepOutcome
+from moesim.sweeper.study import InvalidPoint, Study, SweepOutcome
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def print_sweep(study: Study, outcome: SweepOutcome, *, file: TextIO | None = No
         pairs = ", changes pair by pair" if compared else ""
         console.print(f"means of up to {repeats} repetitions{pairs}, ± half of the 90 % interval (Student's t)")
     _print_reasons(console, outcome.records)
-    points = [point for point in study.by_number if not isinstance(point, Misfit)]
+    points = [point for point in study.by_number if not isinstance(point, InvalidPoint)]
     for text in dict.fromkeys(text for point in points for text in point.scenario.model.left_out):
         console.print(Text(f"warning: {text}", style="bold yellow"), soft_wrap=True)
 
@@ -174,14 +174,14 @@ def print_points(study: Study, finished: Mapping[str, PointRecord], *, file: Tex
     names = ["", "id", *(head(key) for axis in study.axes for key in axis.keys), "status"]
     table = _table(f"{study.name}: {study.num_points} points", names)
     for point in study.by_number:
-        status = "infeasible" if isinstance(point, Misfit) else "to do"
+        status = "infeasible" if isinstance(point, InvalidPoint) else "to do"
         if point.id in finished:
             status = finished[point.id].status
         values = [_cut(shown_value(point.values.get(key, ""))) for axis in study.axes for key in axis.keys]
         table.add_row(*map(Text, (str(point.number), point.id, *values, status)))
     _print_table(console, table)
-    for misfit in study.misfits:
-        console.print(f"{misfit.number}: {misfit.reason}", markup=False, soft_wrap=True)
+    for invalid_point in study.invalid_points:
+        console.print(f"{invalid_point.number}: {invalid_point.reason}", markup=False, soft_wrap=True)
 
 
 def _cut(text: str) -> str:

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from moesim.scenario.routing import RouterShape
 from moesim.seeding import stream
+from moesim.trace.draws import draw_distinct_in_groups
 from moesim.trace.record import RoutingTrace, TraceStep, group_of_expert
-from moesim.trace.selection import draw_distinct_in_groups
 
 Array = NDArray[Any]
 

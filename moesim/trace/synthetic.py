@@ -15,8 +15,7 @@ from moesim.errors import UserError
 from moesim.scenario.routers import StressFacts, StressLayout
 from moesim.scenario.routing import RouterShape
 from moesim.seeding import stream
-from moesim.trace.record import NO_EXPERT, Array, Json, RoutingTrace, TraceStep
-from moesim.trace.selection import (
+from moesim.trace.draws import (
     draw_by_weight_in_groups,
     draw_distinct,
     draw_distinct_in_groups,
@@ -24,6 +23,7 @@ from moesim.trace.selection import (
     shares_of_counts,
     weights_of_shares,
 )
+from moesim.trace.record import NO_EXPERT, Array, Json, RoutingTrace, TraceStep
 
 _VOCABULARY = 4096  # distinct token kinds that the hash router tells apart
 
@@ -65,7 +65,7 @@ def popularity_trace(
     """K distinct experts per token, each expert with the share of the tokens that its measured count says.
 
     counts: one list of E for all layers, or one list per layer (then `num_layers` of them); `counts_of` says whose.
-    They are drawn one after the other by weights that give these shares (`moesim.trace.selection`); a share above 1
+    They are drawn one after the other by weights that give these shares (`moesim.trace.draws`); a share above 1
     becomes 0.999. With a group limit the counts themselves are the weights, which flattens them, and the experts come
     from the M groups with the highest perturbed maximum, as in `deepseek_v2`.
     Raises UserError when a list has not E entries or too few of them are above zero.

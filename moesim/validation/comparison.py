@@ -321,7 +321,7 @@ def _measure_and_predict(
         device=device,
         folder=out,
         effort=Effort(seconds=effort[0], profile=effort[1]),
-        say=(lambda text: None) if quiet else print,
+        log=(lambda text: None) if quiet else print,
     )
     about: dict[str, Any] = {"name": device_name(device), "torch": torch.__version__, "date": date.today().isoformat()}
     table = make_table(cases, measured, about)

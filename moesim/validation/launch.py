@@ -21,7 +21,7 @@ from moesim.validation.cases import Case
 from moesim.validation.predict import forced_ids
 from moesim.validation.worker import Effort, measure_rank
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 TIMEOUT = timedelta(seconds=120)  # of one collective: a rank that fell out must not hold the others for ever
 OUT_OF_MEMORY = 3  # exit code of a process whose device is full
 
@@ -43,7 +43,7 @@ def device_name(device: str) -> str:
 
 
 def measure_cases(
-    cases: Sequence[Case], *, device: str, folder: Path, effort: Effort, say: Say
+    cases: Sequence[Case], *, device: str, folder: Path, effort: Effort, log: Log
 ) -> dict[str, dict[str, Any]]:
     """Measure every case that `folder` does not hold yet; what they gave by name, skipped ones with their reason.
 
@@ -58,7 +58,7 @@ def measure_cases(
     found = {case.name: parse_json(_path(folder, case).read_text(encoding="utf-8")) for case in cases}
     for name, result in found.items():
         if "skipped" in result:
-            say(f"{name}: skipped, {result['skipped']}")
+            log(f"{name}: skipped, {result['skipped']}")
     return found
 
 

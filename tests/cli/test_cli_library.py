@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moesim.report.catalogue_screens import print_entries
+from moesim.report.catalogue_view import print_entries
 from moesim.routing.request import TrainingRequest, checkpoint_path, trace_path
 from moesim.scenario import load_scenario
 from moesim.trace import load_trace

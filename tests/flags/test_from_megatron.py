@@ -433,7 +433,7 @@ def test_kernels_of_a_launch_are_those_of_its_flags(tmp_path: Path) -> None:
 
     plain = read()
     assert plain.kind == "megatron"
-    assert plain.set_anew.keys() <= {"dropout", "permute", "gather_backward", "combine", "router"}
+    assert plain.overridden.keys() <= {"dropout", "permute", "gather_backward", "combine", "router"}
     for flag, settings in KERNELS.items():
         if "gelu" not in flag:  # of networks that are not gated
             assert vars(read(flag).switches).items() >= settings.items(), flag

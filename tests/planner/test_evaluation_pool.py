@@ -10,7 +10,7 @@ from moesim.errors import UserError
 from moesim.planner.screen import Screen
 from moesim.planner.search import SMALL, EvaluationPool, Evaluator, Traces, grouped, opened_pool
 from moesim.planner.space import Space
-from moesim.study.pool import Lost, opened_workers
+from moesim.study.pool import WorkerDied, opened_workers
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_a_group_that_always_kills_its_process_is_an_error(plan):
 
         def collect_nothing(future):
             collect(future)
-            return Lost(1, retry=True)
+            return WorkerDied(1, retry=True)
 
         place.collect = collect_nothing
         with pytest.raises(UserError, match="was memory short"):

@@ -9,7 +9,7 @@ from moesim.errors import UserError
 from moesim.planner.outcome import outcome_of
 from moesim.planner.planning import make_plan
 from moesim.planner.simulations import Folder
-from moesim.report.plan_screen import print_plan
+from moesim.report.plan_view import print_plan
 
 pytestmark = pytest.mark.slow
 

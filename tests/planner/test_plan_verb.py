@@ -10,7 +10,7 @@ from plan_cases import PLAN, changed
 
 from moesim.cli import main
 from moesim.planner.outcome import STAGES
-from moesim.report.plan_screen import STAGE_WORDS, layout_words
+from moesim.report.plan_view import STAGE_WORDS, layout_words
 
 QUICK = {
     "choices.gpus": [2],

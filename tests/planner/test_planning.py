@@ -7,8 +7,8 @@ import pytest
 from plan_cases import build_plan
 
 from moesim.errors import InfeasibleError, UserError
-from moesim.planner.outcome import Outcome, front, missed
-from moesim.planner.planning import Watching, make_plan
+from moesim.planner.outcome import Outcome, missed_limit, pareto_front
+from moesim.planner.planning import ProgressCallbacks, make_plan
 from moesim.planner.simulations import Folder
 from moesim.run import simulate
 from moesim.scenario import load_scenario
@@ -47,7 +47,7 @@ def test_the_winner_has_the_best_simulated_objective_of_all_that_meet_the_goal(m
         assert outcome["usd"] == result["cost"]["usd_total"]
         assert outcome["days"] == result["cost"]["days"]
         simulated = Outcome(*(outcome[name] for name in Outcome._fields))
-        if missed(plan, simulated) is None:
+        if missed_limit(plan, simulated) is None:
             meeting.append((outcome["usd"], point))
     assert content["ranking"] == [point for _, point in sorted(meeting)]
     assert len(content["ranking"]) < len(content["outcomes"])  # the random sample holds some that miss the goal
@@ -204,7 +204,7 @@ def test_one_router_is_trained_once_for_all_layouts(small_plan, tmp_path):
     )
     steps = []
     folder = Folder(tmp_path / "out", plan, workers=1, cache_dir=tmp_path / "cache")
-    content = make_plan(folder, watching=Watching(training=steps.append))
+    content = make_plan(folder, callbacks=ProgressCallbacks(training=steps.append))
     assert content["counts"]["simulated"] == 2
     assert [report.step for report in steps] == [1, 2]
     assert len(list((tmp_path / "cache" / "checkpoints").iterdir())) == 1
@@ -225,4 +225,4 @@ def test_failed_simulations_give_no_verdict(small_plan, tmp_path, monkeypatch):
 
 def test_the_front_keeps_what_nothing_beats():
     points = [Outcome(1.0, usd, days, 0.5, 1.0) for usd, days in ((3, 1), (1, 3), (2, 2), (2, 4), (3, 3))]
-    assert [(point.usd, point.days) for point in front(points, lambda point: point)] == [(1, 3), (2, 2), (3, 1)]
+    assert [(point.usd, point.days) for point in pareto_front(points, lambda point: point)] == [(1, 3), (2, 2), (3, 1)]

@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 from plan_cases import SCREEN
 
-from moesim.planner.layer_times import FILLED, pipeline_finish, prepare_walk
+from moesim.planner.layer_times import FILLING_MICRO_BATCHES, pipeline_finish, prepare_pipeline
 from moesim.planner.outcome import Outcome, outcome_of
+from moesim.planner.ranking import rank_correlation, screen_error
 from moesim.planner.screen import Screen
 from moesim.planner.search import EvaluationPool, Evaluator, enumerate_space
-from moesim.planner.selection import rank_correlation, screen_error
 from moesim.planner.space import Space
 from moesim.run import obtain_trace, simulate
 from moesim.scenario import PipelineSchedule
@@ -30,13 +30,13 @@ def _seconds(rank, action):
 def test_the_prepared_walk_is_the_walk_of_the_schedule(schedule):
     built = build_schedule(schedule.kind, num_ranks=4, num_micro_batches=12, virtual=schedule.virtual)
     table = walk_schedule(built, seconds=_seconds, p2p_seconds=0.3)
-    prepared = prepare_walk(schedule.kind, 4, 12, schedule.virtual).finish(_seconds, p2p_seconds=0.3)
+    prepared = prepare_pipeline(schedule.kind, 4, 12, schedule.virtual).finish(_seconds, p2p_seconds=0.3)
     assert prepared == pytest.approx([finish_A[-1] for finish_A in table.finish_PA], rel=1e-12)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule.kind)
 def test_long_schedules_are_extended_exactly_from_short_ones(schedule):
-    exact = prepare_walk(schedule.kind, 4, 64, schedule.virtual).finish(_seconds, p2p_seconds=0.3)
+    exact = prepare_pipeline(schedule.kind, 4, 64, schedule.virtual).finish(_seconds, p2p_seconds=0.3)
     quick = pipeline_finish(schedule, pipeline=4, num_micro_batches=64, seconds=_seconds, p2p_seconds=0.3)
     assert quick == pytest.approx(exact, rel=2e-3)
 
@@ -46,7 +46,7 @@ def test_long_schedules_are_extended_exactly_from_short_ones(schedule):
 def test_activations_peak_before_the_pipeline_is_filled_twice(schedule, ranks):
     short, long = (
         build_schedule(schedule.kind, num_ranks=ranks, num_micro_batches=count * ranks, virtual=schedule.virtual)
-        for count in (FILLED, 4 * FILLED)
+        for count in (FILLING_MICRO_BATCHES, 4 * FILLING_MICRO_BATCHES)
     )
     assert (short.peak_live_P == long.peak_live_P).all()
 

@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from moesim.report.terminal import print_parts, step_parts
+from moesim.report.run_view import print_parts, step_parts
 from moesim.run import simulate
 from moesim.scenario import load_scenario
 

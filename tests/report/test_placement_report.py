@@ -7,7 +7,7 @@ import pytest
 
 from moesim.report.facts import placement
 from moesim.report.report import copies_of_slots, render, slot_map
-from moesim.report.terminal import print_facts
+from moesim.report.run_view import print_facts
 from moesim.results.store import RunRecord
 from moesim.run import simulate
 

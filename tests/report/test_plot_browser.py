@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from plot_cases import GPU, LIMIT, NODES, PRICES, axis, clusters, limits, point, result_of, write_run, write_study
 
-from moesim.report.plots import Asked, plot_page
+from moesim.report.plots import PlotRequest, plot_page
 from moesim.report.plots.scatter import pareto_front
 from moesim.report.report import render
 
@@ -119,17 +119,17 @@ def show(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[st
 
 
 def plan(folder: Path) -> str:
-    return plot_page([clusters(folder / "plan")], Asked())
+    return plot_page([clusters(folder / "plan")], PlotRequest())
 
 
 def curves(folder: Path) -> str:
     ys = ("router.validation_loss", "step_time_s", "tokens_per_second")
-    return plot_page([limits(folder / "limits")], Asked(kind="curves", x=LIMIT, ys=ys))
+    return plot_page([limits(folder / "limits")], PlotRequest(kind="curves", x=LIMIT, ys=ys))
 
 
 def heat(folder: Path) -> str:
     return plot_page(
-        [clusters(folder / "heat", kind="sweep")], Asked(kind="heat_map", x=NODES, ys=(GPU, "step_time_s"))
+        [clusters(folder / "heat", kind="sweep")], PlotRequest(kind="heat_map", x=NODES, ys=(GPU, "step_time_s"))
     )
 
 
@@ -138,7 +138,7 @@ def two_runs(folder: Path) -> str:
         write_run(folder / name, result_of(step), f"cluster: {{pools: [{{gpu: {gpu}, nodes: 1}}]}}\n")
         for name, step, gpu in (("first", 1.0, "h100"), ("second", 0.8, "b200"))
     ]
-    return plot_page(runs, Asked())
+    return plot_page(runs, PlotRequest())
 
 
 def settings(folder: Path) -> str:
@@ -147,7 +147,7 @@ def settings(folder: Path) -> str:
     ]
     points = [point(i, {"$setting": name}, result_of(1 + 0.1 * i, loss=2.4 - 0.05 * i)) for i, name in enumerate(names)]
     folder = write_study(folder / "settings", points, axes=[axis("$setting", names)])
-    return plot_page([folder], Asked(kind="curves", x="router.validation_loss", ys=("step_time_s",)))
+    return plot_page([folder], PlotRequest(kind="curves", x="router.validation_loss", ys=("step_time_s",)))
 
 
 PAGES = {"settings": settings, "plan": plan, "curves": curves, "heat": heat, "two_runs": two_runs}

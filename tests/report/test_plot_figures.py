@@ -23,7 +23,7 @@ from plot_cases import (
 )
 
 from moesim.errors import UserError
-from moesim.report.plots import Asked, plot_page
+from moesim.report.plots import PlotRequest, plot_page
 from moesim.report.plots.choice import Drawing, choose
 from moesim.report.plots.comparison import Side, changes, differences, sides, verdict, waterfall
 from moesim.report.plots.curves import curves, heat_map
@@ -36,7 +36,7 @@ HOSTILE = "<b>bold</b><script>alert(1)</script>\"'&amp;"
 numbers = st.floats(0.0, 10.0).map(lambda value: round(value, 1))
 
 
-def drawn(folder: Path, asked: Asked) -> tuple[Collection, Drawing]:
+def drawn(folder: Path, asked: PlotRequest) -> tuple[Collection, Drawing]:
     sources = read_sources([folder])
     collection = collect(sources, with_values(sources))
     return collection, choose(collection, asked)
@@ -64,7 +64,7 @@ def test_no_point_beats_the_front_and_every_other_is_beaten(points, better) -> N
 
 
 def test_the_front_runs_through_points_and_says_which(tmp_path: Path) -> None:
-    collection, drawing = drawn(clusters(tmp_path / "plan"), Asked())
+    collection, drawing = drawn(clusters(tmp_path / "plan"), PlotRequest())
     figure = cost_performance(collection, drawing)
     (front,) = traces(figure, "front")
     shown = {(x, y) for trace in traces(figure, "points") for x, y in zip(trace.x, trace.y, strict=True)}
@@ -76,7 +76,7 @@ def test_the_front_runs_through_points_and_says_which(tmp_path: Path) -> None:
 
 
 def test_the_pointer_brings_up_the_whole_layout(tmp_path: Path) -> None:
-    collection, drawing = drawn(clusters(tmp_path / "plan"), Asked())
+    collection, drawing = drawn(clusters(tmp_path / "plan"), PlotRequest())
     text = traces(cost_performance(collection, drawing), "points")[0].customdata[0]
     for part in (
         "gpu: h100",
@@ -91,7 +91,7 @@ def test_the_pointer_brings_up_the_whole_layout(tmp_path: Path) -> None:
 
 
 def test_curves_show_means_and_bands_over_seeds(tmp_path: Path) -> None:
-    asked = Asked(kind="curves", x=LIMIT, ys=("router.validation_loss", "step_time_s"))
+    asked = PlotRequest(kind="curves", x=LIMIT, ys=("router.validation_loss", "step_time_s"))
     collection, drawing = drawn(limits(tmp_path / "limits"), asked)
     figure = curves(collection, drawing)
     loss, step = traces(figure, "points")
@@ -105,7 +105,7 @@ def test_curves_show_means_and_bands_over_seeds(tmp_path: Path) -> None:
 
 
 def test_a_metric_may_lie_on_x(tmp_path: Path) -> None:
-    asked = Asked(kind="curves", x="validation_loss", ys=("step_time_s",))
+    asked = PlotRequest(kind="curves", x="validation_loss", ys=("step_time_s",))
     collection, drawing = drawn(limits(tmp_path / "limits"), asked)
     (line,) = traces(curves(collection, drawing), "points")
     assert list(line.text) == ["1", "2", "3", "4", "no limit"]
@@ -116,7 +116,7 @@ def test_long_names_beside_points_become_numbers_with_a_key(tmp_path: Path) -> N
     names = ["published/seed0", "expert-coefficient-x10", "loss-free"]
     points = [point(i, {"$setting": name}, result_of(1.0 + i, loss=2.4 - 0.1 * i)) for i, name in enumerate(names)]
     folder = write_study(tmp_path / "balance", points, axes=[axis("$setting", names)])
-    asked = Asked(kind="curves", x="router.validation_loss", ys=("step_time_s",))
+    asked = PlotRequest(kind="curves", x="router.validation_loss", ys=("step_time_s",))
     (trace,) = traces(curves(*drawn(folder, asked)), "points")
     assert (list(trace.text), trace.mode) == (["1", "2", "3"], "markers+text"), "settings have no order to join them in"
     page = plot_page([folder], asked)
@@ -126,27 +126,27 @@ def test_long_names_beside_points_become_numbers_with_a_key(tmp_path: Path) -> N
 def test_the_first_point_of_a_study_is_drawn(tmp_path: Path) -> None:
     points = [point(1, {NODES: 1}, result_of(1.0))]
     folder = write_study(tmp_path / "first", points, axes=[axis(NODES, [1, 2])], num_points=2)
-    (trace,) = traces(curves(*drawn(folder, Asked(kind="curves", x=NODES))), "points")
+    (trace,) = traces(curves(*drawn(folder, PlotRequest(kind="curves", x=NODES))), "points")
     assert list(trace.x) == [1.0]
-    assert "1 of 2 points have not been run yet" in plot_page([folder], Asked())
+    assert "1 of 2 points have not been run yet" in plot_page([folder], PlotRequest())
 
 
 def test_a_line_with_a_point_missing_says_so_in_its_legend(tmp_path: Path) -> None:
     points = [point(1, {NODES: 1}, result_of(1.0)), point(2, {NODES: 2}, None)]
-    figure = curves(*drawn(write_study(tmp_path / "gap", points, axes=[axis(NODES, [1, 2])]), Asked()))
+    figure = curves(*drawn(write_study(tmp_path / "gap", points, axes=[axis(NODES, [1, 2])]), PlotRequest()))
     (missing,) = traces(figure, "missing")
     assert figure.layout.showlegend and missing.showlegend and list(missing.x) == [2.0]
 
 
 def test_long_names_on_x_become_rows(tmp_path: Path) -> None:
     collection, drawing = drawn(
-        clusters(tmp_path / "sweep", kind="sweep"), Asked(kind="curves", x=GPU, ys=("mfu.causal",))
+        clusters(tmp_path / "sweep", kind="sweep"), PlotRequest(kind="curves", x=GPU, ys=("mfu.causal",))
     )
     assert not suits_dots(drawing)
     names = [f"a rather long name {i}" for i in range(3)]
     points = [point(i, {"$setting": name}, result_of(1.0 + i)) for i, name in enumerate(names)]
     folder = write_study(tmp_path / "rows", points, axes=[axis("$setting", names)])
-    collection, drawing = drawn(folder, Asked(kind="curves", x="$setting", ys=("step_time_s", "mfu.causal")))
+    collection, drawing = drawn(folder, PlotRequest(kind="curves", x="$setting", ys=("step_time_s", "mfu.causal")))
     assert suits_dots(drawing)
     figure = dots(collection, drawing)
     step, mfu = traces(figure, "points")
@@ -156,14 +156,16 @@ def test_long_names_on_x_become_rows(tmp_path: Path) -> None:
 
 
 def test_axes_begin_at_zero_only_where_values_come_near_it(tmp_path: Path) -> None:
-    asked = Asked(kind="curves", x=NODES, ys=("tokens_per_second", "mfu.causal"))
+    asked = PlotRequest(kind="curves", x=NODES, ys=("tokens_per_second", "mfu.causal"))
     figure = curves(*drawn(clusters(tmp_path / "sweep", kind="sweep"), asked))
     assert figure.layout.yaxis.rangemode == "tozero"
     assert figure.layout.yaxis.type is None and figure.layout.xaxis.type == "log"
 
 
 def test_every_combination_is_a_line_of_its_own(tmp_path: Path) -> None:
-    collection, drawing = drawn(clusters(tmp_path / "sweep", kind="sweep"), Asked(kind="curves", x=NODES, colour=GPU))
+    collection, drawing = drawn(
+        clusters(tmp_path / "sweep", kind="sweep"), PlotRequest(kind="curves", x=NODES, colour=GPU)
+    )
     lines = traces(curves(collection, drawing), "points")[:6]
     assert len({(line.line.color, line.line.dash) for line in lines}) == 6
     assert [len(line.x) for line in lines] == [3, 4, 4, 4, 4, 4]
@@ -172,7 +174,7 @@ def test_every_combination_is_a_line_of_its_own(tmp_path: Path) -> None:
 
 
 def test_a_heat_map_shows_one_value_of_every_other_axis(tmp_path: Path) -> None:
-    asked = Asked(kind="heat_map", x=NODES, ys=(GPU, "mfu.causal"))
+    asked = PlotRequest(kind="heat_map", x=NODES, ys=(GPU, "mfu.causal"))
     collection, drawing = drawn(clusters(tmp_path / "sweep", kind="sweep"), asked)
     figure = heat_map(collection, drawing, metric("mfu.causal"))
     cells = figure.data[0].meta["cells"]
@@ -184,32 +186,32 @@ def test_a_heat_map_shows_one_value_of_every_other_axis(tmp_path: Path) -> None:
 
 def test_what_is_drawn_without_being_asked(tmp_path: Path) -> None:
     section = {"kind": "curves", "x": LIMIT, "y": ["step_time_s"]}
-    _, drawing = drawn(limits(tmp_path / "told", plot=section), Asked())
+    _, drawing = drawn(limits(tmp_path / "told", plot=section), PlotRequest())
     assert (drawing.kind, drawing.ys) == ("curves", (metric("step_time_s"),))
-    _, drawing = drawn(limits(tmp_path / "told2", plot=section), Asked(ys=("dropped_share",)))
+    _, drawing = drawn(limits(tmp_path / "told2", plot=section), PlotRequest(ys=("dropped_share",)))
     assert drawing.ys == (metric("dropped_share"),), "flags come first"
-    _, drawing = drawn(limits(tmp_path / "untold"), Asked())
+    _, drawing = drawn(limits(tmp_path / "untold"), PlotRequest())
     assert [y.path for y in drawing.metrics] == ["step_time_s", "router.validation_loss"], (
         "what does not vary is left out"
     )
-    _, drawing = drawn(clusters(tmp_path / "plan"), Asked())
+    _, drawing = drawn(clusters(tmp_path / "plan"), PlotRequest())
     assert drawing.kind == "cost_performance" and drawing.colour is not None and drawing.colour.keys == (GPU,)
 
 
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        (Asked(ys=("step_tme_s",)), "did you mean 'step_time_s'"),
-        (Asked(ys=("valdation_loss",)), "did you mean 'router.validation_loss'"),
-        (Asked(kind="curves", x="router.kind"), "--x: 'router.kind' is neither a metric"),
-        (Asked(kind="curves", x="seed"), "is a repetition"),
-        (Asked(kind="curves", ys=(LIMIT,)), "a curve needs a metric"),
-        (Asked(kind="heat_map"), "needs two axes"),
-        (Asked(colour="step_time_s"), "colours need an axis"),
-        (Asked(kind="cost_performance", x=LIMIT), "use --kind curves"),
+        (PlotRequest(ys=("step_tme_s",)), "did you mean 'step_time_s'"),
+        (PlotRequest(ys=("valdation_loss",)), "did you mean 'router.validation_loss'"),
+        (PlotRequest(kind="curves", x="router.kind"), "--x: 'router.kind' is neither a metric"),
+        (PlotRequest(kind="curves", x="seed"), "is a repetition"),
+        (PlotRequest(kind="curves", ys=(LIMIT,)), "a curve needs a metric"),
+        (PlotRequest(kind="heat_map"), "needs two axes"),
+        (PlotRequest(colour="step_time_s"), "colours need an axis"),
+        (PlotRequest(kind="cost_performance", x=LIMIT), "use --kind curves"),
     ],
 )
-def test_what_cannot_be_drawn_is_one_line(tmp_path: Path, asked: Asked, said: str) -> None:
+def test_what_cannot_be_drawn_is_one_line(tmp_path: Path, asked: PlotRequest, said: str) -> None:
     with pytest.raises(UserError) as error:
         drawn(limits(tmp_path / "limits"), asked)
     assert said in str(error.value) and "\n" not in str(error.value)
@@ -218,8 +220,8 @@ def test_what_cannot_be_drawn_is_one_line(tmp_path: Path, asked: Asked, said: st
 def test_curves_of_folders_that_know_nothing_of_each_other_are_refused(tmp_path: Path) -> None:
     folders = [limits(tmp_path / "limits"), clusters(tmp_path / "plan")]
     with pytest.raises(UserError, match=r"has no cluster\.nodes"):
-        plot_page(folders, Asked(kind="curves", x=NODES))
-    assert "Varied: folder (2)" in plot_page(folders, Asked())
+        plot_page(folders, PlotRequest(kind="curves", x=NODES))
+    assert "Varied: folder (2)" in plot_page(folders, PlotRequest())
 
 
 SETTINGS = "name: {name}\nrouting: {{kind: uniform}}\ncluster: {{pools: [{{gpu: {gpu}, nodes: 1}}]}}\nseed: 0\n"
@@ -278,30 +280,30 @@ def test_two_points_of_a_sweep_are_compared(tmp_path: Path) -> None:
     folder = clusters(tmp_path / "plan")
     first, second = sides(read_sources([folder]), (3, 4))
     assert differences(first, second) == [(STAGES, "1", "2")]
-    page = plot_page([folder], Asked(), points=(3, 4))
+    page = plot_page([folder], PlotRequest(), points=(3, 4))
     assert "point 3 and point 4" in page and "Metric by metric" in page
     for numbers, said in (((3, 99), "has no point 99"), ((1, 2), "needs 92.3 GB"), ((3, 3), "both sides")):
         with pytest.raises(UserError, match=said):
-            plot_page([folder], Asked(), points=numbers)
+            plot_page([folder], PlotRequest(), points=numbers)
     with pytest.raises(UserError, match="needs two runs, not 24"):
-        plot_page([folder], Asked(kind="comparison"))
+        plot_page([folder], PlotRequest(kind="comparison"))
 
 
 def test_different_models_are_said_to_be_different(tmp_path: Path) -> None:
     folders = [
         write_run(tmp_path / f"run-{name}", result_of(1.0), f"model: {{preset: {name}, layers: 4}}\n") for name in "abc"
     ]
-    assert "a token of one is not a token of another" in plot_page(folders, Asked())
-    assert "The models differ" in plot_page(folders[:2], Asked())
+    assert "a token of one is not a token of another" in plot_page(folders, PlotRequest())
+    assert "The models differ" in plot_page(folders[:2], PlotRequest())
 
 
 def test_one_run_alone_is_no_plot(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"open its report\.html"):
-        plot_page(two_runs(tmp_path)[:1], Asked())
+        plot_page(two_runs(tmp_path)[:1], PlotRequest())
 
 
 def test_the_page_counts_what_has_no_result_and_lists_every_point(tmp_path: Path) -> None:
-    page = plot_page([clusters(tmp_path / "plan")], Asked())
+    page = plot_page([clusters(tmp_path / "plan")], PlotRequest())
     assert "Without a result: 1 of 24 points (1 infeasible)" in page
     assert "needs 92.3 GB of 80 GB" in page
     assert page.count("<tr data-group=") == 24
@@ -314,7 +316,7 @@ def test_hostile_texts_stay_texts(tmp_path: Path) -> None:
     values = [{"routing.file": HOSTILE}, {"routing.file": "b"}]
     points = [point(i, value, result_of(1.0 + i)) for i, value in enumerate(values)]
     points.append(point(2, {"routing.file": "c"}, None, reason=HOSTILE))
-    page = plot_page([write_study(tmp_path / "hostile", points, kind="plan", name=HOSTILE)], Asked())
+    page = plot_page([write_study(tmp_path / "hostile", points, kind="plan", name=HOSTILE)], PlotRequest())
     own = page.split("</script>", 1)[1]
     assert "<b>bold" not in own and "<script>alert" not in own
     assert page.count("<script") == page.count("</script>")
@@ -326,7 +328,7 @@ def test_a_plan_says_why_its_winner_wins_and_what_would_alter_that(tmp_path: Pat
     points.append(point(3, {GPU: "h100", STAGES: 1}, result_of(0.5)))
     about = plan_about({points[0]["id"]: {}, points[1]["id"]: {}})
     folder = write_study(tmp_path / "plan", points, kind="plan", **about)
-    page = plot_page([folder], Asked())
+    page = plot_page([folder], PlotRequest())
     for words in (
         "costs $40,000 for the goal; the other, 8 h200 pp2 mb1, $41,000",
         "bandwidth of all links x2",
@@ -339,13 +341,13 @@ def test_a_plan_says_why_its_winner_wins_and_what_would_alter_that(tmp_path: Pat
     ):
         assert words in page
     assert '"x":[40000.0,900.0,150.0,-52.0,2.0,41000.0]' in page.replace("\\u002f", "/")
-    (front,) = traces(cost_performance(*drawn(folder, Asked())), "front")
+    (front,) = traces(cost_performance(*drawn(folder, PlotRequest())), "front")
     assert list(front.text) == ["rank 1"], "the fastest and cheapest layout misses the goal"
 
 
 def test_ticks_are_round_and_colours_differ(tmp_path: Path) -> None:
     assert log_ticks(2e5, 9e6) == [2e5, 5e5, 1e6, 2e6, 5e6, 1e7]
     assert len(log_ticks(1.0, 7.0)) >= 4
-    collection, _ = drawn(clusters(tmp_path / "sweep", kind="sweep"), Asked())
+    collection, _ = drawn(clusters(tmp_path / "sweep", kind="sweep"), PlotRequest())
     for varied in collection.axes:
         assert len(set(colours(varied))) == len(varied.values)

@@ -3,7 +3,7 @@
 import io
 
 from moesim.report import facts
-from moesim.report.terminal import print_facts
+from moesim.report.run_view import print_facts
 from moesim.scenario.software import SOFTWARE
 
 

@@ -14,13 +14,13 @@ import torch
 from moesim import load_scenario, simulate
 from moesim.errors import UserError
 from moesim.report.facts import routing as routing_facts
-from moesim.routing.importing import FORMS, Asked, form_of, import_routing
+from moesim.routing.importing import FORMS, ImportRequest, form_of, import_routing
 from moesim.routing.request import content_digest
 from moesim.run import obtain_trace
 from moesim.strict_json import json_text, parse_json
 from moesim.study import scenario_id
 from moesim.trace import RoutingTrace, trace_hash
-from moesim.trace.selection import draw_by_weight, shares_of_counts, weights_of_shares
+from moesim.trace.draws import draw_by_weight, shares_of_counts, weights_of_shares
 
 SAMPLES = Path(__file__).parent / "samples"
 
@@ -94,7 +94,7 @@ def test_every_sample_is_simulated_as_it_lies_there(file: str, experts: int, top
 @pytest.mark.parametrize(("file", "experts", "top_k", "form"), [each for each in SOURCES if each[0] != "olmoe"])
 def test_a_scenario_reads_what_an_import_reads(file: str, experts: int, top_k: int, form: str) -> None:
     recorded = "olmoe/c4" not in file  # its lines are sequences, which an import cannot cut anew
-    asked = Asked(experts=experts, top_k=top_k, sequence_length=8 if recorded else None)
+    asked = ImportRequest(experts=experts, top_k=top_k, sequence_length=8 if recorded else None)
     trace = traced(SAMPLES / file, experts=experts, top_k=top_k)
     for kind in (form, "auto"):
         assert trace_hash(import_routing(kind, SAMPLES / file, asked=asked)) == trace_hash(trace)
@@ -381,7 +381,7 @@ def test_a_table_of_export_comes_back_whatever_the_order_of_its_rows(tmp_path: P
     table = parquet.read_table(tmp_path / "table.parquet")
     parquet.write_table(table.take(np.random.default_rng(0).permutation(len(table))), tmp_path / "mixed.parquet")
     for name in ("table", "mixed"):
-        found = import_routing("auto", tmp_path / f"{name}.parquet", asked=Asked(experts=64))
+        found = import_routing("auto", tmp_path / f"{name}.parquet", asked=ImportRequest(experts=64))
         assert found.sequence_length == 12
         assert [step.step for step in found.steps] == [540, 5473]
         for step, wanted in zip(found.steps, trace.steps, strict=True):
@@ -410,5 +410,5 @@ BAD_TABLES = [
 def test_a_table_that_is_none_is_one_line(columns: dict[str, Any], message: str, tmp_path: Path) -> None:
     _write(tmp_path / "t.parquet", columns)
     with pytest.raises(UserError, match=message) as caught:
-        import_routing("auto", tmp_path / "t.parquet", asked=Asked(experts=4, sequence_length=1))
+        import_routing("auto", tmp_path / "t.parquet", asked=ImportRequest(experts=4, sequence_length=1))
     assert "\n" not in str(caught.value)

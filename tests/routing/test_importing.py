@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from moesim import load_scenario, simulate
 from moesim.errors import UserError
-from moesim.routing.importing import Asked, import_routing
+from moesim.routing.importing import ImportRequest, import_routing
 from moesim.routing.importing.source import logical_ids
 from moesim.strict_json import json_text, parse_json
 from moesim.trace import load_trace, save_trace
@@ -41,7 +41,7 @@ FORMS: list[tuple[str, str, dict[str, int], int, int, int, list[int]]] = [
 def test_every_sample_arrives_and_is_simulated(
     kind: str, file: str, asked: dict[str, int], layers: int, experts: int, top_k: int, steps: list[int], tmp_path: Path
 ) -> None:
-    trace = import_routing(kind, SAMPLES / file, asked=Asked(**asked))
+    trace = import_routing(kind, SAMPLES / file, asked=ImportRequest(**asked))
     assert (trace.num_layers, trace.router.num_experts, trace.router.top_k) == (layers, experts, top_k)
     assert [step.step for step in trace.steps] == steps
     save_trace(trace, tmp_path / "imported.npz")
@@ -69,14 +69,14 @@ def _scenario(file: Path, experts: int, top_k: int, length: int) -> dict[str, An
 def test_flame_keeps_rows_and_scores_of_the_file() -> None:
     from pyarrow import parquet
 
-    trace = import_routing("flame", SAMPLES / "flame", asked=Asked(experts=64, sequence_length=48))
+    trace = import_routing("flame", SAMPLES / "flame", asked=ImportRequest(experts=64, sequence_length=48))
     table = parquet.read_table(SAMPLES / "flame/flame-moe-290m/actives/iter_5473/layer_03.parquet")
     assert trace.final.expert_ids_LSTK[1, 0].tolist() == table["indices"].to_pylist()
     assert np.allclose(trace.final.gates_LSTK[1, 0], np.array(table["scores"].to_pylist(), dtype=float))
 
 
 def test_ranks_of_megatron_follow_each_other_and_prediction_layers_stay_out() -> None:
-    trace = import_routing("megatron", SAMPLES / "megatron", asked=Asked(experts=64, sequence_length=16))
+    trace = import_routing("megatron", SAMPLES / "megatron", asked=ImportRequest(experts=64, sequence_length=16))
     lines = (SAMPLES / "megatron/router_trace_rank1.jsonl").read_text().splitlines()
     wanted = next(r for r in map(parse_json, lines) if (r["step"], r["layer"], r["block"]) == (1, 4, "decoder"))
     assert trace.final.expert_ids_LSTK[1, 1].tolist() == wanted["top_indices"]
@@ -84,7 +84,7 @@ def test_ranks_of_megatron_follow_each_other_and_prediction_layers_stay_out() ->
 
 
 def test_tokens_of_olmoe_have_their_layers_last() -> None:
-    trace = import_routing("olmoe", SAMPLES / "olmoe/c4_results.jsonl", asked=Asked(experts=64))
+    trace = import_routing("olmoe", SAMPLES / "olmoe/c4_results.jsonl", asked=ImportRequest(experts=64))
     first = parse_json((SAMPLES / "olmoe/c4_results.jsonl").read_text().splitlines()[0])["exp_ids"]
     assert trace.final.expert_ids_LSTK[5, 0, 7].tolist() == [first[7][k][5] for k in range(8)]
 
@@ -112,12 +112,12 @@ def test_slots_become_the_experts_of_their_own_layer(layers: int, tokens: int, s
 def test_a_bad_line_of_counts_is_named(tmp_path: Path, lines: list[str], message: str) -> None:
     (tmp_path / "counts.csv").write_text("\n".join(lines))
     with pytest.raises(UserError, match=re.escape(message)):
-        import_routing("counts", tmp_path / "counts.csv", asked=Asked(top_k=1))
+        import_routing("counts", tmp_path / "counts.csv", asked=ImportRequest(top_k=1))
 
 
 def test_counts_set_the_popularity_that_is_drawn(tmp_path: Path) -> None:
     (tmp_path / "counts.csv").write_text("e0,e1,e2,e3\n100,300,500,100\n250,250,250,250\n")
-    trace = import_routing("counts", tmp_path / "counts.csv", asked=Asked(top_k=1))
+    trace = import_routing("counts", tmp_path / "counts.csv", asked=ImportRequest(top_k=1))
     shares = np.bincount(trace.final.expert_ids_LSTK[0].ravel(), minlength=4) / trace.final.num_tokens
     assert np.allclose(shares, [0.1, 0.3, 0.5, 0.1], atol=0.01)
 
@@ -137,7 +137,9 @@ def test_a_pickle_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         import_routing("sglang", tmp_path / "bomb.pt")
     assert not (tmp_path / "exploded").exists()
     (tmp_path / "good.pkl").write_bytes(pickle.dumps([Counter({np.int64(1): 5, np.int64(0): 3})]))
-    assert import_routing("olmoe", tmp_path / "good.pkl", asked=Asked(experts=4, top_k=1)).router.num_experts == 4
+    assert (
+        import_routing("olmoe", tmp_path / "good.pkl", asked=ImportRequest(experts=4, top_k=1)).router.num_experts == 4
+    )
 
 
 MISTAKES: list[tuple[str, str, dict[str, int], str]] = [
@@ -159,7 +161,7 @@ MISTAKES: list[tuple[str, str, dict[str, int], str]] = [
 @pytest.mark.parametrize(("kind", "file", "asked", "message"), MISTAKES)
 def test_what_does_not_fit_is_one_line(kind: str, file: str, asked: dict[str, int], message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
-        import_routing(kind, SAMPLES / file, asked=Asked(**asked))
+        import_routing(kind, SAMPLES / file, asked=ImportRequest(**asked))
     assert "\n" not in str(caught.value)
 
 
@@ -175,7 +177,7 @@ def test_a_file_that_was_cut_off_is_refused(
     data = source.read_bytes()
     (tmp_path / source.name).write_bytes(data[: int(len(data) * cut)])
     with pytest.raises(UserError) as caught:
-        import_routing(kind, tmp_path / source.name, asked=Asked(**asked))
+        import_routing(kind, tmp_path / source.name, asked=ImportRequest(**asked))
     assert "\n" not in str(caught.value)
 
 
@@ -183,4 +185,4 @@ def test_a_megatron_step_without_a_layer_is_refused(tmp_path: Path) -> None:
     lines = [{"step": s, "layer": n, "rank": 0, "top_indices": [[0, 1]]} for s, n in ((0, 0), (0, 1), (1, 0))]
     (tmp_path / "router_trace_rank0.jsonl").write_text("\n".join(map(json_text, lines)))
     with pytest.raises(UserError, match="a recording may be incomplete"):
-        import_routing("megatron", tmp_path, asked=Asked(experts=4, sequence_length=1))
+        import_routing("megatron", tmp_path, asked=ImportRequest(experts=4, sequence_length=1))

@@ -14,7 +14,7 @@ import torch
 
 from moesim.cli import main
 from moesim.errors import UserError
-from moesim.routing.hooks import FAMILIES, Reading, record_model
+from moesim.routing.hf import FAMILIES, ReadingOptions, record_model
 from moesim.run import simulate
 from moesim.scenario import scenario_from_mapping
 
@@ -370,7 +370,7 @@ def read_by_routers(case: Case, folder: Path) -> dict[int, tuple[Floats, Floats]
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.config)
 def test_the_experts_are_those_of_the_documented_score(case: Case, tmp_path: Path, text: Path) -> None:
     build(case, tmp_path / "model")
-    reading = Reading(tokens=TOKENS, sequence_length=LENGTH, batch=2, device="cpu")
+    reading = ReadingOptions(tokens=TOKENS, sequence_length=LENGTH, batch=2, device="cpu")
     trace = record_model(tmp_path / "model", text, reading=reading)
     assert trace.provenance["layers"] == list(case.layers)
     assert (trace.router.num_experts, trace.router.top_k) == (case.experts, case.top_k)
@@ -439,7 +439,7 @@ def test_batches_change_nothing(mixtral: Path, text: Path) -> None:
         record_model(
             mixtral,
             text,
-            reading=Reading(tokens=96, sequence_length=24, batch=batch, device="cpu"),
+            reading=ReadingOptions(tokens=96, sequence_length=24, batch=batch, device="cpu"),
             progress=lambda done, total: seen.append((done, total)),
         )
         for batch in (1, 3)
@@ -457,7 +457,7 @@ def test_a_tokenizer_in_the_folder_makes_the_tokens(mixtral: Path, text: Path) -
     table.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     transformers.PreTrainedTokenizerFast(tokenizer_object=table, unk_token="?").save_pretrained(mixtral)
     seen: list[Any] = []
-    reading = Reading(tokens=40, sequence_length=20, device="cpu")
+    reading = ReadingOptions(tokens=40, sequence_length=20, device="cpu")
     original = transformers.MixtralModel.forward
     try:
         transformers.MixtralModel.forward = lambda self, input_ids, **rest: (
@@ -474,7 +474,7 @@ def test_a_tokenizer_in_the_folder_makes_the_tokens(mixtral: Path, text: Path) -
 
 def _refused(folder: Path, text: Path, **reading: Any) -> str:
     with pytest.raises(UserError) as caught:
-        record_model(folder, text, reading=Reading(**({"device": "cpu", "tokens": 96} | reading)))
+        record_model(folder, text, reading=ReadingOptions(**({"device": "cpu", "tokens": 96} | reading)))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 

@@ -21,8 +21,8 @@ def test_the_six_questions_are_there() -> None:
 def test_every_point_is_a_scenario_or_says_why_not(file: Path) -> None:
     study = load_study(file)
     assert study.name == file.stem
-    assert len(study.points) > len(study.misfits)
-    assert all(misfit.reason for misfit in study.misfits)
+    assert len(study.points) > len(study.invalid_points)
+    assert all(invalid_point.reason for invalid_point in study.invalid_points)
     assert f"moesim sweep scenarios/studies/{file.name}" in file.read_text()
 
 

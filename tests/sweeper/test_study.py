@@ -84,8 +84,8 @@ def test_points_that_do_not_fit_keep_their_reason(study):
     text = "axes:\n- {key: parallelism.expert, values: [1, 2, 3]}\n- {key: cluster.nodes, values: [1, 2]}\n"
     made = load_study(study(HEAD + text))
     assert made.num_points == 6
-    assert [misfit.number for misfit in made.misfits] == [5, 6]
-    assert "study.yaml:4:44: parallelism.expert: 3 does not divide experts = 8" in made.misfits[0].reason
+    assert [invalid_point.number for invalid_point in made.invalid_points] == [5, 6]
+    assert "study.yaml:4:44: parallelism.expert: 3 does not divide experts = 8" in made.invalid_points[0].reason
 
 
 def test_the_hash_follows_the_scenarios_and_not_the_plot(study):

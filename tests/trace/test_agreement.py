@@ -6,7 +6,7 @@ import pytest
 
 from moesim.scenario import RouterShape, Scenario
 from moesim.trace import uniform_trace
-from moesim.trace.basis import limit_difference
+from moesim.trace.provenance import limit_difference
 
 
 def scenario_of(small: Any, tmp_path: Any, router: dict[str, Any] | None = None) -> Scenario:

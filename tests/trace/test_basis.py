@@ -13,8 +13,8 @@ from moesim.scenario import Scenario, dump_scenario, load_scenario_text, model_n
 from moesim.scenario.catalogue import model_preset
 from moesim.scenario.routers import STRESS
 from moesim.trace import TrainingCurves, load_trace, save_trace
-from moesim.trace.basis import rests_on
 from moesim.trace.library import find_entry
+from moesim.trace.provenance import rests_on
 
 BASE = {
     "name": "based",

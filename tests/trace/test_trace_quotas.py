@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesim.trace.check import has_duplicates
+from moesim.trace.draws import capped_shares, draw_with_quotas, whole_quotas
 from moesim.trace.metrics import distinct_domains
-from moesim.trace.selection import capped_shares, draw_with_quotas, whole_quotas
 
 
 def counts_of(ids_TK: np.ndarray, tokens_B: np.ndarray, num_experts: int) -> np.ndarray:

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from moesim.errors import UserError
 from moesim.scenario import RouterShape
 from moesim.trace import check_trace, hash_trace, popularity_trace, trace_hash, uniform_trace
+from moesim.trace.draws import draw_by_weight, draw_by_weight_in_groups, draw_distinct
 from moesim.trace.metrics import expert_load_LE, mean_distinct_groups_L
-from moesim.trace.selection import draw_by_weight, draw_by_weight_in_groups, draw_distinct
 
 SMALL = {"num_layers": 2, "num_sequences": 3, "sequence_length": 40}
 

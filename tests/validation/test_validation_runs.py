@@ -67,7 +67,7 @@ def test_one_process_is_measured_in_parts() -> None:
 def test_two_processes_run_resume_and_are_predicted(tmp_path: Path) -> None:
     case = tiny(2)
     said: list[str] = []
-    first = measure_cases([case], device="cpu", folder=tmp_path, effort=QUICK, say=said.append)[case.name]
+    first = measure_cases([case], device="cpu", folder=tmp_path, effort=QUICK, log=said.append)[case.name]
     rows_RBLE = np.array(first["rows"])
     assert rows_RBLE.shape == (2, 1, 2, 8) and rows_RBLE.sum() == 2 * 2 * 64 * 2
     sample = case.sample()
@@ -78,7 +78,7 @@ def test_two_processes_run_resume_and_are_predicted(tmp_path: Path) -> None:
     assert set(predicted["layer_parts"]) == set(first["layer_parts"])
     path = tmp_path / f"{case.name}.json"
     before = path.read_bytes()
-    again = measure_cases([case], device="cpu", folder=tmp_path, effort=QUICK, say=said.append)[case.name]
+    again = measure_cases([case], device="cpu", folder=tmp_path, effort=QUICK, log=said.append)[case.name]
     assert again == first and path.read_bytes() == before, "what was measured is not measured again"
 
 
@@ -87,7 +87,7 @@ def test_a_kept_skip_is_said_and_not_run_again(tmp_path: Path) -> None:
     kept = {"scenario": run_as(case), "skipped": "out of memory on the device"}
     (tmp_path / f"{case.name}.json").write_text(json.dumps(kept))
     said: list[str] = []
-    assert "skipped" in measure_cases([case], device="cpu", folder=tmp_path, effort=QUICK, say=said.append)[case.name]
+    assert "skipped" in measure_cases([case], device="cpu", folder=tmp_path, effort=QUICK, log=said.append)[case.name]
     assert said == [f"{case.name}: skipped, out of memory on the device"]
 
 

@@ -25,7 +25,7 @@ _VARIES = 1e-9  # relative spread from which on a metric is worth a panel
 
 
 @dataclass(frozen=True)
-class Asked:
+class PlotRequest:
     """What the flags ask for; None or empty where they leave it open."""
 
     kind: str | None = None
@@ -71,7 +71,7 @@ class Drawing:
         return [variable for variable in (self.x, *self.ys) if isinstance(variable, Metric)]
 
 
-def choose(collection: Collection, asked: Asked) -> Drawing:
+def choose(collection: Collection, asked: PlotRequest) -> Drawing:
     """The drawing of `collection`. Raises UserError for a name that is no axis or metric, with the nearest one."""
     section, kind = _section(collection), kind_of(collection, asked)
     follow = section if section.get("kind", kind) == kind else {}  # keys of another kind mean nothing here
@@ -85,7 +85,7 @@ def choose(collection: Collection, asked: Asked) -> Drawing:
     return draw(collection, x, ys, colour)
 
 
-def kind_of(collection: Collection, asked: Asked) -> str:
+def kind_of(collection: Collection, asked: PlotRequest) -> str:
     """The kind of drawing. Raises UserError."""
     kind = asked.kind or _section(collection).get("kind") or _default_kind(collection)
     if kind not in KINDS:

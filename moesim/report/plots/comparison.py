@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from moesim.errors import UserError
 from moesim.report import facts
 from moesim.report.categories import FAMILIES, Category, category, in_order
-from moesim.report.figures import blank, steps, time_unit
+from moesim.report.figures import empty_figure, steps, time_unit
 from moesim.report.page import Page
 from moesim.report.plots.metrics import metric, paths_of, text
 from moesim.report.plots.points import MISSING, Point, Source, flatten, plain, range_of, same_kernels, text_of
@@ -141,7 +141,7 @@ def cascade(
     amount: Callable[[float], str],
 ) -> go.Figure:
     """Bars from one total to another, a step for each part; `amount` writes the totals."""
-    figure = blank(height=150 + 30 * (len(parts) + 2), x=title)
+    figure = empty_figure(height=150 + 30 * (len(parts) + 2), x=title)
     moved = [value for _, value in parts]
     levels = list(accumulate(moved, initial=begin[1]))
     low, high = min(*levels, end[1]), max(*levels, end[1])

@@ -12,7 +12,7 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from moesim.report.figures import blank, dressed
+from moesim.report.figures import empty_figure, styled
 from moesim.report.plots.choice import AxisKey, Drawing
 from moesim.report.plots.metrics import LOWER, Metric, Unit, is_number
 from moesim.report.plots.points import DONE, Axis, Collection, Estimate, Group, plain
@@ -141,7 +141,7 @@ def _panels(titles: Sequence[str]) -> tuple[go.Figure, list[dict[str, int]]]:
     spacing = {"horizontal_spacing": 0.09 / (columns - 1)} if columns > 1 else {}
     spacing |= {"vertical_spacing": 96 / inside} if rows > 1 else {}
     figure = make_subplots(rows=rows, cols=columns, subplot_titles=list(titles), **spacing)
-    figure = with_pointer(dressed(figure, height=height))
+    figure = with_pointer(styled(figure, height=height))
     figure.update_layout(margin={"t": _TOP, "b": _BOTTOM}, legend={"y": 1 + 32 / inside})
     for index, annotation in enumerate(figure.layout.annotations):
         left = figure.layout[f"xaxis{index + 1 if index else ''}"].domain[0]
@@ -307,7 +307,7 @@ def heat_map(collection: Collection, drawing: Drawing, variable: Metric) -> go.F
     columns, rows = len(x.axis.values), len(y.axis.values)
     unit = units_for(collection, [variable])[variable.path]
     figure = with_pointer(
-        blank(
+        empty_figure(
             height=max(300, min(760, 140 + 46 * rows)), x=plain(name_of(x, collection)), y=plain(name_of(y, collection))
         )
     )
@@ -366,8 +366,8 @@ def first_cells(collection: Collection, drawing: Drawing, cells: dict[str, Any])
     """z, text and customdata as matrices [row][column], empty where there is no group."""
     x, y = heat_axes(drawing)
     matrices: dict[str, Any] = {
-        key: [[blank] * len(x.axis.values) for _ in y.axis.values]
-        for key, blank in (("z", None), ("text", ""), ("customdata", ""))
+        key: [[empty_figure] * len(x.axis.values) for _ in y.axis.values]
+        for key, empty_figure in (("z", None), ("text", ""), ("customdata", ""))
     }
     for place, index in enumerate(cells["groups"]):
         if is_first(collection.groups[index], collection, drawing):

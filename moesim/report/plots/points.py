@@ -194,7 +194,7 @@ def with_values(sources: Sequence[Source]) -> tuple[Point, ...]:
     for point in points:
         values = dict(point.values)
         if point.scenario is not None:
-            values = {key: look_up(point.scenario, key) for key in dict.fromkeys([*varied, *differing])}
+            values = {key: value_at(point.scenario, key) for key in dict.fromkeys([*varied, *differing])}
         filled.append(replace(point, values={FOLDER: point.folder, **values} if mixed else values))
     return tuple(filled)
 
@@ -238,7 +238,7 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def look_up(flat: Mapping[str, Any], key: str) -> Any:
+def value_at(flat: Mapping[str, Any], key: str) -> Any:
     """The value of a dotted key in flattened data; `cluster.gpu` also means `cluster.pools.0.gpu`."""
     section, _, rest = key.partition(".")
     for name in (key, f"cluster.pools.0.{rest}" if section == "cluster" else key):

@@ -10,7 +10,7 @@ from functools import partial
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from moesim.report.figures import blank, dressed
+from moesim.report.figures import empty_figure, styled
 from moesim.report.plots.choice import AxisKey, Drawing
 from moesim.report.plots.curves import error_bars, lines_along
 from moesim.report.plots.metrics import HIGHER, NEITHER, Metric, Unit
@@ -60,7 +60,7 @@ def cost_performance(collection: Collection, drawing: Drawing) -> go.Figure:
     units = units_for(collection, [x, y])
     groups = drawn_groups(collection, [x, y])
     place = {g.index: _place(g, x, units[x.path].factor, y, units[y.path].factor) for g in groups}
-    figure = with_pointer(blank(height=_HEIGHT))
+    figure = with_pointer(empty_figure(height=_HEIGHT))
     if has_front(drawing):
         _add_front(figure, drawing, groups, place, collection)
     axis = drawing.colour
@@ -178,7 +178,7 @@ def dots(collection: Collection, drawing: Drawing, *, numbered: bool = False) ->
         rows=1, cols=len(metrics), shared_yaxes=True, horizontal_spacing=0.03,
         subplot_titles=[_in_two_lines(title_of(y, units[y.path])) for y in metrics],
     )  # fmt: skip
-    figure = with_pointer(dressed(figure, height=_TOP + _BOTTOM + _ROW * rows))
+    figure = with_pointer(styled(figure, height=_TOP + _BOTTOM + _ROW * rows))
     for number, y in enumerate(metrics, start=1):
         drawn = _add_panel(figure, collection, drawing, y, units[y.path], column=number)
         update = partial(figure.update_xaxes, row=1, col=number)

@@ -245,7 +245,7 @@ DRAWN_LENGTH = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
-class Words:
+class MessageWords:
     """What the user calls what the source is asked to agree with."""
 
     experts: str = "--experts"
@@ -255,7 +255,7 @@ class Words:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class ImportRequest:
     """What the user says beside the source: each None where the source is to say it itself.
 
     fill: whether tokens are repeated up to one sequence where there are fewer. yields: whether the length of the
@@ -269,16 +269,16 @@ class Asked:
     seed: int = 0
     fill: bool = False
     yields: bool = False
-    words: Words = Words()
+    words: MessageWords = MessageWords()
 
 
-def import_routing(kind: str, path: str | os.PathLike[str], *, asked: Asked | None = None) -> RoutingTrace:
+def import_routing(kind: str, path: str | os.PathLike[str], *, asked: ImportRequest | None = None) -> RoutingTrace:
     """The routing trace of a file or folder of form `kind`: a key of `FORMS`, or "auto" to tell by the content.
 
     Counts alone become a drawn trace of that popularity per layer. Raises UserError for an unknown form, a damaged
     source, what neither the source nor `asked` says, and where the two differ.
     """
-    asked, place = asked or Asked(), Path(path)
+    asked, place = asked or ImportRequest(), Path(path)
     form = _named(kind) if kind != AUTO else form_of(place)
     try:
         source = form.read(place)
@@ -318,18 +318,18 @@ def _agreed(name: str, said: int | None, asked: int | None, place: Path, *, word
     return found
 
 
-def _agreed_experts(source: Source, asked: Asked, place: Path) -> int:
+def _agreed_experts(source: Source, asked: ImportRequest, place: Path) -> int:
     words = asked.words
     return _agreed(
         "the number of experts", source.num_experts, asked.experts, place, word=words.experts, remedy=words.remedy
     )
 
 
-def _agreed_top_k(said: int | None, asked: Asked, place: Path) -> int:
+def _agreed_top_k(said: int | None, asked: ImportRequest, place: Path) -> int:
     return _agreed("top-K", said, asked.top_k, place, word=asked.words.top_k, remedy=asked.words.remedy)
 
 
-def _experts(source: Source, asked: Asked, place: Path) -> int:
+def _experts(source: Source, asked: ImportRequest, place: Path) -> int:
     found = _agreed_experts(source, asked, place)
     highest = max((int(step.expert_ids_LTK.max()) for step in source.steps), default=-1)
     lowest = min((int(step.expert_ids_LTK.min()) for step in source.steps), default=0)
@@ -339,7 +339,7 @@ def _experts(source: Source, asked: Asked, place: Path) -> int:
     return found
 
 
-def _recorded(source: Source, asked: Asked, place: Path) -> tuple[RoutingTrace, list[str]]:
+def _recorded(source: Source, asked: ImportRequest, place: Path) -> tuple[RoutingTrace, list[str]]:
     """Tokens with their experts, in sequences; gates where the source has them, else equal ones. And notes."""
     width = int(source.steps[0].expert_ids_LTK.shape[2])
     if source.sequence_length is not None and asked.yields:
@@ -404,7 +404,7 @@ def _filled(source: Source, length: int) -> Source:
     return replace(source, steps=tuple(fill(step) for step in source.steps))
 
 
-def _trace_step(step: Selections, length: int, *, weighed: bool, asked: Asked, place: Path) -> TraceStep:
+def _trace_step(step: Selections, length: int, *, weighed: bool, asked: ImportRequest, place: Path) -> TraceStep:
     ids_LTK = step.expert_ids_LTK
     layers, tokens, top_k = ids_LTK.shape
     if tokens < length:
@@ -437,7 +437,7 @@ def _as_counts(source: Source, experts: int) -> Source:
     return replace(source, steps=(), counts_LE=counts_LE, top_k=ids_LTK.shape[2], notes=(*source.notes, note))
 
 
-def _drawn(source: Source, asked: Asked, place: Path) -> tuple[RoutingTrace, list[str]]:
+def _drawn(source: Source, asked: ImportRequest, place: Path) -> tuple[RoutingTrace, list[str]]:
     counts_LE = source.counts_LE
     assert counts_LE is not None
     if source.num_experts is None and asked.experts is not None and counts_LE.shape[1] > asked.experts:

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from moesim.report.categories import category
 from moesim.report.facts import Fact, percent, routing, software
-from moesim.report.screen import fact_table, indented, number_table, section, show, warnings
+from moesim.report.terminal import fact_table, indented, number_table, section, show, warnings
 from moesim.units import format_seconds
 
 Plan = Mapping[str, Any]

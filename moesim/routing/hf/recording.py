@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 import moesim
 from moesim.errors import UserError
-from moesim.routing.hooks.loading import (
+from moesim.routing.hf.loading import (
     FAMILIES,
     OTHERS,
     Family,
@@ -47,7 +47,7 @@ _OF_LOGITS: Mapping[Affinity, Callable[[torch.Tensor], torch.Tensor]] = MappingP
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
+class ReadingOptions:
     """How a model reads a text. sequence_length None: 4,096, or fewer where model or text end before."""
 
     tokens: int = 65_536
@@ -57,7 +57,7 @@ class Reading:
 
 
 @dataclass
-class _Watch:
+class _RouterHook:
     """What one router said so far, batch by batch: experts, gates, and their scores as recorded in a trace."""
 
     name: str
@@ -71,10 +71,10 @@ class _Watch:
     def attach(self) -> Any:
         """Begin to listen; gives the handle by which it ends."""
         if self.family is OTHERS:
-            return self.router.register_forward_pre_hook(self.hear_inputs, with_kwargs=True)
-        return self.router.register_forward_hook(self.hear)
+            return self.router.register_forward_pre_hook(self.record_inputs, with_kwargs=True)
+        return self.router.register_forward_hook(self.record_output)
 
-    def hear_inputs(self, module: Any, inputs: Any, named: Any) -> None:
+    def record_inputs(self, module: Any, inputs: Any, named: Any) -> None:
         """A hook before the experts: their numbers are the whole numbers [T, K] that they are given."""
         given = [each for each in (*inputs, *named.values()) if isinstance(each, torch.Tensor) and each.ndim == 2]
         for ids_TK in given:
@@ -84,7 +84,7 @@ class _Watch:
                     self._keep(ids_TK.detach(), gates_TK.detach().float(), gates_TK.detach().float())
                     return
 
-    def hear(self, module: Any, inputs: Any, output: Any) -> None:
+    def record_output(self, module: Any, inputs: Any, output: Any) -> None:
         """A forward hook: takes experts, gates and logits from where the family has them."""
         parts = dict(zip(self.family.output, output, strict=True))
         logits_TE = parts["logits"].detach().reshape(-1, parts["logits"].shape[-1]).float()
@@ -130,7 +130,7 @@ def _experts_in(module: Any) -> int:
 
 
 def record_model(
-    folder: Path, text: Path, *, reading: Reading | None = None, progress: Progress | None = None
+    folder: Path, text: Path, *, reading: ReadingOptions | None = None, progress: Progress | None = None
 ) -> RoutingTrace:
     """The routing of the model in `folder` on `text`: layers, experts, gates, and affinities where a formula has them.
 
@@ -138,14 +138,14 @@ def record_model(
     """
     check_folder(folder)
     with quietly():
-        return _recorded(folder, text, reading=reading or Reading(), progress=progress)
+        return _recorded(folder, text, reading=reading or ReadingOptions(), progress=progress)
 
 
-def _recorded(folder: Path, text: Path, *, reading: Reading, progress: Progress | None) -> RoutingTrace:
+def _recorded(folder: Path, text: Path, *, reading: ReadingOptions, progress: Progress | None) -> RoutingTrace:
     device = _device(reading.device)
     model = load_model(folder, device=device)
     found = list(routers_of(model)) or list(experts_of(model))
-    watches = [_Watch(name=name, router=router, family=family) for name, router, family in found]
+    watches = [_RouterHook(name=name, router=router, family=family) for name, router, family in found]
     if not watches:
         raise UserError(f"{folder}: {_without_routers(model)}")
     config = model.config.get_text_config()
@@ -185,7 +185,7 @@ def _without_routers(model: Any) -> str:
     return f"the model is dense ({model.config.model_type}: no routers), so nothing is routed; name one with experts"
 
 
-def _sequence_length(reading: Reading, config: Any, tokens: int, text: Path) -> int:
+def _sequence_length(reading: ReadingOptions, config: Any, tokens: int, text: Path) -> int:
     longest = getattr(config, "max_position_embeddings", None) or 4096
     length = reading.sequence_length or min(4096, longest, tokens)
     if length > longest:
@@ -213,7 +213,7 @@ def _read(
             progress(min(start + batch, len(ids_ST)) * ids_ST.shape[1], ids_ST.numel())
 
 
-def _trace(watches: list[_Watch], folder: Path, text: Path, *, read: Text, shape: tuple[int, ...]) -> RoutingTrace:
+def _trace(watches: list[_RouterHook], folder: Path, text: Path, *, read: Text, shape: tuple[int, ...]) -> RoutingTrace:
     heard = [watch for watch in watches if watch.ids]
     layouts = {(watch.experts, watch.ids[0].shape[1]) for watch in heard}
     if len(layouts) != 1:
@@ -241,13 +241,13 @@ def _trace(watches: list[_Watch], folder: Path, text: Path, *, read: Text, shape
     return trace
 
 
-def _note_of_others(watch: _Watch) -> list[str]:
+def _note_of_others(watch: _RouterHook) -> list[str]:
     if watch.family is not OTHERS:
         return []
     return [f"routers of no known family: experts are those that {type(watch.router).__name__} was given"]
 
 
-def _parts(watch: _Watch) -> tuple[list[Any], list[Any], list[Any]]:
+def _parts(watch: _RouterHook) -> tuple[list[Any], list[Any], list[Any]]:
     return watch.ids, watch.gates, watch.scores
 
 
@@ -257,7 +257,7 @@ def _layer(name: str) -> int:
 
 
 def _weighed(
-    watch: _Watch,
+    watch: _RouterHook,
     ids: NDArray[np.int16],
     gates: NDArray[np.float32],
     scores: NDArray[np.float32],

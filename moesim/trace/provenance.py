@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from moesim.errors import UserError
-from moesim.scenario.forms import routing_of
 from moesim.scenario.routers import ROUTERS
 from moesim.scenario.routing import LIBRARY_PREFIX, GroupedRouter, RouterShape, TraceRouting
 from moesim.scenario.schema import Scenario
+from moesim.scenario.short_forms import routing_of
 from moesim.trace.library import is_library_name
 from moesim.trace.record import RoutingTrace
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moesim.planner.outcome import Outcome, missed
+from moesim.planner.outcome import Outcome, missed_limit
 from moesim.planner.plan import Objective, Plan
 from moesim.planner.search import Candidate, Evaluator
 from moesim.planner.space import Layout
@@ -152,7 +152,7 @@ class Simulated(NamedTuple):
 
 def ranked(plan: Plan, layouts: Sequence[Simulated], outcome: Callable[[Simulated], Outcome]) -> list[Simulated]:
     """Layouts that meet the goal with these outcomes, best first."""
-    meeting = [layout for layout in layouts if missed(plan, outcome(layout)) is None]
+    meeting = [layout for layout in layouts if missed_limit(plan, outcome(layout)) is None]
     return sorted(meeting, key=lambda layout: (*outcome(layout).objectives(plan.objectives), layout.id))
 
 

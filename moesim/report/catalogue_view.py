@@ -15,7 +15,7 @@ from rich.text import Text
 from moesim.flags.from_megatron import FlagFate, Reading
 from moesim.report import facts
 from moesim.report.facts import Fact, percent
-from moesim.report.screen import fact_table, indented, number_table, section, show, warnings
+from moesim.report.terminal import fact_table, indented, number_table, section, show, warnings
 from moesim.shipped import Shipped
 from moesim.trace import RoutingTrace
 from moesim.trace.library import LibraryEntry

@@ -15,7 +15,7 @@ from moesim.importing.traced_step import TracedStep
 from moesim.recorded.estimate import StepEstimate
 from moesim.recorded.pricing import PricedOp
 from moesim.report.facts import Fact
-from moesim.report.screen import fact_table, indented, number_table, section, show
+from moesim.report.terminal import fact_table, indented, number_table, section, show
 
 
 def print_estimate(
@@ -262,7 +262,7 @@ def parts_of(step: TracedStep, estimate: StepEstimate) -> Parts:
     return {key: (measured[key], predicted[key]) for key in sorted(predicted, key=lambda key: -measured[key])}
 
 
-def print_beside(
+def print_comparison(
     step: TracedStep, estimate: StepEstimate, *, gpu: str, corrected_by: str | None, file: TextIO | None = None
 ) -> None:
     """Print a traced step beside its prediction: phases, the kinds of kernels in each, gaps, the step."""

@@ -291,14 +291,14 @@ def draw_with_quotas(
     else:
         ids_TK = _draw_with_certain(chosen_E, num_tokens, top_k=top_k, rng=rng)
     quotas_BE = whole_quotas(chosen_E, tokens_B=tokens_B, order_E=order_E, start=rng.random())
-    settling = _Settling(
+    settling = _QuotaRebalancer(
         ids_TK=ids_TK,
         tokens_B=tokens_B,
         allowed_TG=allowed_TG,
         group_size=num_experts // num_groups,
         rng=rng,
     )
-    settling.settle(quotas_BE)
+    settling.rebalance(quotas_BE)
     return ids_TK
 
 
@@ -334,7 +334,7 @@ def _draw_in_groups(weights_E: Array, allowed_TG: Array, *, top_k: int, rng: np.
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Settling:
+class _QuotaRebalancer:
     """Moves rows of `ids_TK` (in place) from experts beyond their quota in a block to those below it."""
 
     ids_TK: Array
@@ -343,7 +343,7 @@ class _Settling:
     group_size: int
     rng: np.random.Generator
 
-    def settle(self, quotas_BE: Array) -> None:
+    def rebalance(self, quotas_BE: Array) -> None:
         """Rows beyond a quota are paired with gaps of the same block, and paired anew where a pair does not fit.
 
         From the seventh round on through a third row of the block: it fills the gap, and its expert goes where the

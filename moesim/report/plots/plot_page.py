@@ -12,15 +12,15 @@ from moesim.errors import UserError
 from moesim.report import facts
 from moesim.report.categories import category
 from moesim.report.page import Page
-from moesim.report.plan_screen import named, verdict_on_change
+from moesim.report.plan_view import named, verdict_on_change
 from moesim.report.plots.choice import (
     COMPARISON,
     COST_PERFORMANCE,
     CURVES,
     HEAT_MAP,
-    Asked,
     AxisKey,
     Drawing,
+    PlotRequest,
     choose,
     kind_of,
 )
@@ -147,7 +147,7 @@ _MOST_NAMES = 8
 _MOST_BOXES = 40  # values of an axis up to which each gets a tick box
 
 
-def plot_page(paths: Sequence[Path], asked: Asked, *, points: tuple[int, int] | None = None) -> str:
+def plot_page(paths: Sequence[Path], asked: PlotRequest, *, points: tuple[int, int] | None = None) -> str:
     """The HTML document on the runs, sweeps and plans in `paths`; `points` chooses two of one sweep to compare.
 
     Raises UserError for what cannot be read, compared or found.
