@@ -141,11 +141,11 @@ def _latent(w: KernelWriter, step: Step, mla: Mla) -> Passes:
             norm(w, "q_norm", step, tokens=step.tokens, width=rank),
             column_parallel(up, "q_up", step, k=rank, n=wide),
         ]
-    compressed = mla.kv_lora_rank + rope
-    single = copies == "single"
+    compressed, single = mla.kv_lora_rank + rope, copies == "single"
+    shared = step.tensor == 1 or not (mla.q_lora_rank is None and step.software.plain_queries)  # what queries have cast
     return chain(
         *query,
-        projection(w, "kv_down", m=step.tokens, k=h, n=compressed),
+        projection(w, "kv_down", m=step.tokens, k=h, n=compressed, input_is_shared=shared),
         copied(w, "latent", tokens * mla.kv_lora_rank) if single else ([], []),
         ([], [_joined_gradient(w, tokens * compressed)] if copies == "double" else []),
         norm(w, "kv_norm", step, tokens=step.tokens, width=mla.kv_lora_rank),

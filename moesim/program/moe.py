@@ -23,8 +23,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from moesim.program.fp8_casts import cast_along, cast_both_ways
 from moesim.program.loads import LayerLoads
-from moesim.program.networks import Shared, experts_part, latent_part, shared_experts
+from moesim.program.networks import Shared, experts_part, latent_part, shared_experts, shares_casts
 from moesim.program.norms import branch, residual
 from moesim.program.operations import SIDE, Operation, Transfer, fork, join, readback, transfer
 from moesim.program.permutation import expand, permute, reduce, unpermute
@@ -70,20 +71,36 @@ def send_back(loads: LayerLoads, w: KernelWriter) -> list[Operation]:
     return [*shares, *back]
 
 
+def _quantised(w: KernelWriter, step: Step) -> Passes:
+    """What the dispatch carries in FP8: tokens and, on the way back, gradients of the layer's result.
+
+    With scales of the recipe; where shared experts take the same copies, gradients are cast both ways.
+    """
+    if not step.quantise:
+        return [], []
+    if w.recipe is None or not w.recipe.fuses:
+        ways = [[each.memory("quantise", "quantise", rows=step.tokens, width=step.model.row_width)]
+                for each in (w, w.backward)]  # fmt: skip
+        return ways[0], ways[1]
+    values = float(step.tokens * step.model.row_width)
+    if shares_casts(w, step):
+        return [cast_along(w, "quantise", values)], cast_both_ways(w.backward, "quantise", values)
+    return [cast_along(w, "quantise", values)], [cast_along(w.backward, "quantise", values)]
+
+
 def _remote(w: KernelWriter, step: Step, loads: LayerLoads, shared: tuple[Shared, Shared], experts: Passes) -> Passes:
     """Everything between router and latent projection where rows travel."""
     p = w.at(Part.PERMUTE)
     moves = permute(p, step, loads), expand(p, step, loads), reduce(p, step, loads)
     last = unpermute(p if step.switches.combine == "fused" else p.at(Part.COMBINE), step, loads)
-    quantise = [writer.memory("quantise", "quantise", rows=step.tokens, width=step.model.row_width)
-                for writer in (p, p.backward) if step.quantise]  # fmt: skip
+    quantise = _quantised(p, step)
     ahead, behind = shared
     in_order = not (step.software.shared_beside or step.shared_beside)  # nothing of the layer runs beside anything
     begin, end = ([], []) if in_order else ([fork(layer=w.layer)], [join(layer=w.layer)])
-    forward_pass = [*ahead.before, *quantise[:1], *moves[0][0], *counted_rows(w.at(Part.DISPATCH), step, loads), *begin]
+    forward_pass = [*ahead.before, *quantise[0], *moves[0][0], *counted_rows(w.at(Part.DISPATCH), step, loads), *begin]
     forward_pass += [*send(loads, w.at(Part.DISPATCH), beside=ahead.beside), *moves[1][0], *experts[0], *moves[2][0]]
     forward_pass += [*send_back(loads, w.at(Part.COMBINE)), *end, *ahead.behind, *last[0], *ahead.last]
-    backward_pass = [*behind.last, *behind.before, *quantise[1:], *last[1], *begin]
+    backward_pass = [*quantise[1], *behind.last, *behind.before, *last[1], *begin]
     backward_pass += send(loads, w.at(Part.COMBINE).backward, beside=behind.beside)
     home = send_back(loads, w.at(Part.DISPATCH).backward)
     early = experts[1]

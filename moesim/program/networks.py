@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from moesim.kernels.families import GemmDirection
 from moesim.kernels.unprofiled import COMPILED_BACKWARD
-from moesim.program.fp8_casts import NO_CASTS, fp8_casts
+from moesim.program.fp8_casts import NO_CASTS, FusedCasts, fp8_casts
 from moesim.program.gemms import (
     ACTIVATION_BYTES,
     column_parallel,
@@ -96,7 +96,8 @@ def _activation(w: KernelWriter, name: str, step: Step, *, rows: ArrayLike, widt
 class _Network:
     """W2(silu(W1 x) * W3 x), shared by tensor ranks; where the model's networks are not gated, W2 act(W1 x)."""
 
-    def __init__(self, w: KernelWriter, name: str, step: Step, *, width: int) -> None:
+    def __init__(self, w: KernelWriter, name: str, step: Step, *, width: int, is_cast: bool = False) -> None:
+        """`is_cast`: tokens come in FP8 along rows, gradients of the result both ways."""
         self.w, self.name, self.step = w, name, step
         self.width = width // step.tensor
         self.separate = step.switches.ffn_inputs == "separate" and step.model.gated
@@ -104,36 +105,37 @@ class _Network:
             w, f"{name}.activation", step, rows=step.gathered_tokens, width=self.width, joined=not self.separate
         )
         self.inputs = step.model.ffn_matrices - 1
-        self.in_fp8 = step.switches.activation == "fused"  # which then writes FP8, and gradients both ways
+        in_fp8 = step.switches.activation == "fused"  # which then writes FP8, and gradients both ways
+        self.first: FusedCasts = {"input_is_fp8": is_cast, "gradient_is_turned": in_fp8}
+        self.last: FusedCasts = {"input_is_fp8": in_fp8, "gradient_is_turned": is_cast}
 
     def in_line(self) -> Passes:
         """All of it on the writer's chain, collectives beside products where they can be."""
         w, name, step, hidden = self.w, self.name, self.step, self.step.model.hidden
-        width, in_fp8 = self.width * step.tensor, self.in_fp8
+        width = self.width * step.tensor
         if self.separate:
             ends = self.enter(), self.leave()
             return chain((ends[0][0], ends[1][1]), self.products(), (ends[1][0], ends[0][1]))
         return chain(
-            column_parallel(w, f"{name}.w13", step, k=hidden, n=self.inputs * width, gradient_is_turned=in_fp8),
+            column_parallel(w, f"{name}.w13", step, k=hidden, n=self.inputs * width, **self.first),
             self.activation,
-            row_parallel(w, f"{name}.w2", step, k=width, n=hidden, input_is_fp8=in_fp8),
+            row_parallel(w, f"{name}.w2", step, k=width, n=hidden, **self.last),
         )
 
     def products(self) -> Passes:
         """The kernels alone, for gathered tokens."""
-        m, hidden, in_fp8 = self.step.gathered_tokens, self.step.model.hidden, self.in_fp8
-        last = projection(self.w, f"{self.name}.w2", m=m, k=self.width, n=hidden, input_is_fp8=in_fp8)
+        m, hidden, casts = self.step.gathered_tokens, self.step.model.hidden, self.first
+        last = projection(self.w, f"{self.name}.w2", m=m, k=self.width, n=hidden, **self.last)
         if self.separate:
+            again: FusedCasts = {**casts, "input_is_shared": True}
             return chain(
-                projection(self.w, f"{self.name}.w1", m=m, k=hidden, n=self.width, gradient_is_turned=in_fp8),
+                projection(self.w, f"{self.name}.w1", m=m, k=hidden, n=self.width, **casts),
                 accumulated(self.w, f"{self.name}.w1.branch", m, hidden),
-                projection(self.w, f"{self.name}.w3", m=m, k=hidden, n=self.width, gradient_is_turned=in_fp8),
+                projection(self.w, f"{self.name}.w3", m=m, k=hidden, n=self.width, **again),
                 self.activation,
                 last,
             )
-        first = projection(
-            self.w, f"{self.name}.w13", m=m, k=hidden, n=self.inputs * self.width, gradient_is_turned=in_fp8
-        )
+        first = projection(self.w, f"{self.name}.w13", m=m, k=hidden, n=self.inputs * self.width, **casts)
         return chain(first, self.activation, last)
 
     def enter(self) -> Passes:
@@ -197,7 +199,7 @@ def experts_part(w: KernelWriter, step: Step, loads: LayerLoads) -> Passes:
         products = chain(
             _grouped(w, "experts.w1", step, rows=slots, k=h, n=width, **first),
             ([], [total]),
-            _grouped(w, "experts.w3", step, rows=slots, k=h, n=width, **first),
+            _grouped(w, "experts.w3", step, rows=slots, k=h, n=width, input_is_shared=True, **first),
         )
     else:
         products = _grouped(w, "experts.w13", step, rows=slots, k=h, n=inputs * width, **first)
@@ -278,20 +280,28 @@ class Shared(NamedTuple):
     last: list[Operation]
 
 
+def shares_casts(w: KernelWriter, step: Step) -> bool:
+    """Whether shared experts take what was cast for a dispatch in FP8: the same tokens, with the same scales."""
+    fuses = w.recipe is not None and w.recipe.fuses
+    same = step.tensor == 1 and not step.model.expert_hidden and bool(step.model.shared_experts)
+    return step.quantise and step.remote and fuses and same
+
+
 def shared_experts(w: KernelWriter, step: Step) -> tuple[Shared, Shared]:
     """Forward, backward. Beside the dispatch their collectives lie around it, as in Megatron-Core's overlap."""
     model = step.model
     if not model.shared_experts:
         return Shared([], [], [], []), Shared([], [], [], [])
-    word, width = "shared_experts", model.shared_width
+    word, width, is_cast = "shared_experts", model.shared_width, shares_casts(w, step)
     more = summed_gradients(w, "shared.branch", step, tokens=step.tokens)
     total = residual(w, "shared.sum", step)
     if not (step.remote and step.shared_beside):
-        whole = chain(more, repeated_whole(word, _Network(w, "shared", step, width=width).in_line()), total)
+        network = _Network(w, "shared", step, width=width, is_cast=is_cast)
+        whole = chain(more, repeated_whole(word, network.in_line()), total)
         if not step.software.shared_beside:
             return Shared([], [], [], whole[0]), Shared([], [], [], whole[1])
         return Shared([], whole[0], [], []), Shared([], whole[1], [], [])
-    network = _Network(w.at(Part.SHARED_EXPERTS, chain=SIDE), "shared", step, width=width)
+    network = _Network(w.at(Part.SHARED_EXPERTS, chain=SIDE), "shared", step, width=width, is_cast=is_cast)
     enter, products, leave = (
         repeated_whole(word, passes) for passes in (network.enter(), network.products(), network.leave())
     )

@@ -3,14 +3,17 @@
 import pytest
 
 from moesim.kernels.loading import kernel_model
+from moesim.network import build_fabric
+from moesim.program import build_program
 from moesim.program.fp8_casts import FusedCasts, fp8_casts, weight_casts
 from moesim.program.gemms import column_parallel, projection, row_parallel
 from moesim.program.networks import dense_ffn_part
-from moesim.program.operations import Operation
+from moesim.program.operations import Kind, Operation
 from moesim.program.optimizer import optimizer_block
 from moesim.program.sizes import Step
 from moesim.program.writer import KernelWriter
 from moesim.results.spans import Part, Phase
+from moesim.run import draw_samples, obtain_trace
 from moesim.scenario import load_scenario
 
 MODEL = load_scenario("scenarios/uniform-dropless.yaml").model
@@ -100,3 +103,28 @@ def test_what_a_kernel_before_did_is_not_done_again(done: str) -> None:
     fused: FusedCasts = {done: True}  # type: ignore[misc]
     less = fp8_casts(w, "p", inputs=TOKENS * K, outputs=TOKENS * N, **fused)
     assert seconds([op for part in less for op in part]) < seconds([op for part in whole for op in part])
+
+
+@pytest.mark.parametrize(("dtype", "casts"), [("fp8", ["quantise"]), ("bf16", ["shared.w13.cast"])])
+def test_no_tensor_is_cast_twice(dtype: str, casts: list[str]) -> None:
+    """Tokens go to the shared experts and, in FP8, to the others; latent queries and keys have one input."""
+    scenario = load_scenario("scenarios/two-nodes-hierarchical.yaml", [f"dispatch.dtype={dtype}"])
+    samples, _ = draw_samples(scenario, obtain_trace(scenario))
+    kernels = kernel_model("h800", profile="roofline")
+    program = build_program(scenario, fabric=build_fabric(scenario.cluster), kernels=kernels, samples=samples[:1])
+    blocks = {run.block.name: run.block for task in program.groups[-1].tasks for run in task.runs}
+    layer = max(each.label.layer for each in blocks["forward"].operations)
+    ahead, back = (
+        [each.label.name for each in blocks[name].operations if each.label.layer == layer and each.kind is Kind.COMPUTE]
+        for name in ("forward", "backward")
+    )
+    assert [name for name in ahead if name in ("quantise", "shared.w13.cast", "shared.w2.cast")] == casts
+    gradients = "quantise.cast.backward" if dtype == "fp8" else "shared.w2.cast.backward"
+    found = [name for name in back if name.startswith(("quantise", "shared.w2.cast"))]
+    assert found == [gradients]
+    queries = next(name.removesuffix(".cast") for name in ahead if name in ("q.cast", "q_down.cast"))
+    for found, word in ((ahead, "cast"), (back, "turn")):
+        assert [name for name in found if name in (f"{queries}.{word}", f"kv_down.{word}")] == [f"{queries}.{word}"]
+    assert [name for name in back if name.startswith("kv_down.cast")] == ["kv_down.cast.backward"], (
+        "of its own gradient"
+    )
