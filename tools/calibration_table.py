@@ -1,7 +1,7 @@
 """How well corrections of one trace carry to other sizes of a model: the tables of docs/imported-steps.md.
 
     python tools/calibration_table.py                    # prints them from tests/data/calibrations.json.gz
-    python tools/calibration_table.py --traces FOLDER... # writes that file anew from CASE.trace.json.gz
+    python tools/calibration_table.py --traces FOLDER... # renews in that file what CASE.trace.json.gz correct
 
 Every trace corrects every other step of its family, of tests/data/hf_steps.json.gz and tests/data/dense_steps.json.gz.
 """
@@ -102,8 +102,8 @@ def library_pairs() -> Iterator[Pair]:
 
 
 def keep(folders: list[Path]) -> None:
-    """Write what every trace corrects."""
-    found = {
+    """Write what every trace corrects; what the file has of others stays."""
+    found = read("calibrations.json.gz") | {
         path.name.split(".")[0]: traced_step(path).calibration.as_json()
         for folder in folders
         for path in sorted(folder.glob("*.trace.json.gz"))

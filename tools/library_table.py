@@ -28,6 +28,7 @@ from moesim.strict_json import parse_json
 
 DATA = Path(__file__).parent.parent / "tests" / "data" / "library_steps.json.gz"
 EP, GPU = "ep", "h100"
+PLANS = {"hf-ep": "ep"}  # that of transformers; torchtitan's expert parallelism is a scenario
 EP_SCENARIO: dict[str, Any] = {
     "routing": {"kind": "uniform"},
     "capacity": {"kind": "none"},
@@ -71,7 +72,8 @@ def predicted_s(program: Program, step: Any, *, corrections: Any = None) -> floa
     moe_layers = step["layers"] - program.sizes.dense_layers
     size = {"sequences": step["sequences"], "sequence_length": step["tokens"], "moe_layers": moe_layers}
     ops = scaled(program.ops, program.sizes, replace(program.sizes, **size))
-    ranks = _pair(program.mode) if program.mode in WRAPPERS else None
+    wrapper = PLANS.get(program.mode, program.mode)
+    ranks = _pair(wrapper) if wrapper in WRAPPERS else None
     return step_estimate(ops, _kernels(), ranks=ranks, corrections=corrections).step_s
 
 

@@ -174,6 +174,7 @@ SECOND_CASES = (
     _small("fsdp-small-qwen3", "Qwen3MoeConfig", QWEN3, mode="fsdp2"),
     _small("fsdp-small-mixtral", "MixtralConfig", MIXTRAL_SMALL, mode="fsdp2", blind=True),
 )
+TP_QWEN3 = ((3, 2, 2048), (3, 2, 4096), (3, 4, 4096), (6, 2, 2048))
 _sizes = functools.partial(_three, letters="ac", blind="ac")
 # Models and widths of which nothing was seen before; each size was predicted before it was looked at. tp and hf-ep are
 # transformers' own tensor and expert parallelism, whose ranks share their tokens.
@@ -192,11 +193,11 @@ THIRD_CASES = (
     _small("small-dots", "Dots1Config", DOTS, blind=True),
     _small("small-granite", "GraniteMoeConfig", GRANITE, blind=True),
     _small("small-olmoe-narrow", "OlmoeConfig", OLMOE_NARROW, blind=True),
-    *_three("tp-qwen3", "Qwen3MoeConfig", QWEN3, (3, 2, 2048), (3, 2, 4096), mode="tp", letters="ac", blind="ac"),
-    *_three("hf-ep-qwen3", "Qwen3MoeConfig", QWEN3, (3, 2, 2048), (3, 2, 4096), mode="hf-ep", letters="ac", blind="ac"),
-    *_three("tp-mixtral", "MixtralConfig", MIXTRAL, (2, 2, 4096), mode="tp", letters="c"),
+    *_three("tp-qwen3", "Qwen3MoeConfig", QWEN3, *TP_QWEN3, mode="tp", letters="acde", blind=""),
+    *_three("hf-ep-qwen3", "Qwen3MoeConfig", QWEN3, *TP_QWEN3[:3], mode="hf-ep", letters="acd", blind="ac"),
+    *_three("tp-mixtral", "MixtralConfig", MIXTRAL, (2, 2, 4096), mode="tp", letters="c", blind=""),
     *_three("hf-ep-mixtral", "MixtralConfig", MIXTRAL, (2, 2, 4096), mode="hf-ep", letters="c"),
-    *_three("tp-glm-small", "Glm4MoeConfig", GLM_SMALL, (4, 2, 4096), mode="tp", letters="c"),
+    *_three("tp-glm-small", "Glm4MoeConfig", GLM_SMALL, (4, 2, 4096), mode="tp", letters="c", blind=""),
     *_three("ddp-qwen2", "Qwen2MoeConfig", QWEN2, (3, 2, 4096), mode="ddp", letters="c"),
     *_three("fsdp-ernie", "Ernie4_5_MoeConfig", ERNIE, (4, 2, 4096), mode="fsdp2", letters="c"),
     *_three("ddp-granite", "GraniteMoeConfig", GRANITE, (8, 2, 4096), mode="ddp", letters="c"),

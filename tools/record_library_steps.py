@@ -10,12 +10,13 @@ itself. `python tools/library_table.py` prints the tables.
 import argparse
 import gzip
 import json
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from library_table import Program, predicted_s
-from measure_library_steps import CASES, SECOND_CASES, Case, closure, module
+from measure_library_steps import SETS, Case, closure, module
 
 from moesim.importing.recording import record_step
 from moesim.recorded.step_file import RecordedOp
@@ -33,7 +34,7 @@ def recorded(case: Case) -> list[RecordedOp]:
 def program(first: Case, seconds: dict[str, float]) -> dict[str, Any]:
     """The operations of a program's first size, and the measured steps of all its sizes."""
     ops, steps = recorded(first), []
-    for case in (*CASES, *SECOND_CASES):
+    for case in chain(*SETS.values()):
         if _program(case) != _program(first) or case.name not in seconds:
             continue
         steps.append(
@@ -59,13 +60,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("steps", metavar="STEPS.json", type=Path, nargs="+")
     parser.add_argument("--without", nargs="*", default=[], help="steps that ran with other kernels than is recorded")
+    parser.add_argument("--onto", type=Path, help="a file whose other programs are kept")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     rows = [row for path in args.steps for row in json.loads(path.read_text(encoding="utf-8"))["steps"]]
     seconds = {row["case"]["name"]: row["sustained_s"] for row in rows if "sustained_s" in row}
     seconds = {name: took for name, took in seconds.items() if name not in args.without}
     firsts: dict[str, Case] = {}
-    for case in (*CASES, *SECOND_CASES):
+    for case in chain(*SETS.values()):
         if case.name in seconds:
             firsts.setdefault(_program(case), case)
     programs = {name: program(first, seconds) for name, first in firsts.items()}
@@ -76,6 +78,8 @@ def main() -> None:
                 print(
                     f"{step['name']}: {1e3 * measured:.1f} ms, {1e3 * predicted:.1f}, {predicted / measured - 1:+.1%}"
                 )
+    if args.onto is not None:
+        programs = json.loads(gzip.decompress(args.onto.read_bytes()))["programs"] | programs
     if args.out is not None:
         args.out.write_bytes(gzip.compress(json.dumps(VERSIONS | {"programs": programs}).encode(), mtime=0))
 

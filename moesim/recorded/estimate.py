@@ -17,7 +17,8 @@ from moesim.recorded.step_file import GRADIENTS, RecordedOp
 from moesim.recorded.timeline import Timeline, Work, timeline
 
 # What torch's operations, views and weights cost the host: 8 narrow programs on the host of an H100, part by part;
-# buckets of DDP and units of FSDP2 from small models on another one (docs/imported-steps.md). Machines differ by half.
+# buckets of DDP and units of FSDP2 from small models on another one, products of DTensors from Qwen3-MoE's tensor plan
+# (docs/imported-steps.md). Machines differ by half.
 HOST = Host(
     op=14.8e-6,
     view=29.7e-6,
@@ -26,6 +27,7 @@ HOST = Host(
     weight=17.6e-6,
     bucket=550e-6,
     unit=2e-3,
+    shared=1e-3,
 )
 MOST_RUNS = 64  # of one operation in a layer that are launched one by one
 

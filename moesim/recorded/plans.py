@@ -30,12 +30,14 @@ SHARED = set().union(*PARTS) - {VOCABULARY}
 class Planned:
     """The operations of one rank, and what is sent behind each by its place: (collective, bytes of the larger buffer).
 
-    copied: bytes that a copy behind the sent moves, by the same places.
+    copied: bytes that a copy behind the sent moves, by the same places. wrapped: places of products whose tensors are
+    DTensors, which cost the host more.
     """
 
     ops: tuple[RecordedOp, ...]
     sent: Mapping[int, Sequence[tuple[str, float]]]
     copied: Mapping[int, float]
+    wrapped: frozenset[int] = frozenset()
 
 
 def tensor_plan(ops: Sequence[RecordedOp], ranks: int) -> Planned:
@@ -63,7 +65,8 @@ def tensor_plan(ops: Sequence[RecordedOp], ranks: int) -> Planned:
         norms = [texts for texts in each.op.facts.get(GRADIENT_WIDTHS, ()) if texts == [HEAD_DIM]]
         if norms:  # of every head, whose gradients each rank has of its own heads
             sent[place] += [("all_reduce", 2.0 * sizes.widths[HEAD_DIM])] * len(norms)
-    return _with_experts(own, found, sent, copied, gates=1)
+    wrapped = frozenset(place for place, each in enumerate(found) if _is_shared(each))
+    return replace(_with_experts(own, found, sent, copied, gates=1), wrapped=wrapped)
 
 
 def expert_plan(ops: Sequence[RecordedOp], ranks: int) -> Planned:
@@ -91,6 +94,11 @@ def _matched(ops: Sequence[RecordedOp]) -> tuple[StepSizes, list[MatchedOp]]:
 
 def _of_head(each: MatchedOp) -> bool:
     return each.op.name in PRODUCTS and VOCABULARY in names_of(each)
+
+
+def _is_shared(each: MatchedOp) -> bool:
+    """Whether it is a product of a weight of which each rank has a share, or of that weight's gradient."""
+    return each.op.name in PRODUCTS and len(each.reads[-1]) == 2 and bool(names_of(each) & (SHARED | {VOCABULARY}))
 
 
 def _sums(each: MatchedOp) -> bool:

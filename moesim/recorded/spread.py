@@ -45,8 +45,8 @@ MEMORY = FAMILY_OF[MemoryBound]
 
 class Host(NamedTuple):
     """Seconds of the host: of an operation and a view of the forward pass, of those of the backward pass (whose loop is
-    torch's own), of a weight in the optimizer, and of what a wrapper does for a bucket, a unit in a pass or
-    a collective of a plan.
+    torch's own), of a weight in the optimizer, and of what a wrapper does for a bucket, a unit in a pass, or a
+    product of a plan's DTensors.
     """
 
     op: float = 0.0
@@ -56,7 +56,7 @@ class Host(NamedTuple):
     weight: float = 0.0
     bucket: float = 0.0
     unit: float = 0.0
-    collective: float = 0.0
+    shared: float = 0.0
 
     def times(self, factor: float) -> "Host":
         """One that is slower by a factor; what wrappers do is left as it is."""
@@ -65,7 +65,7 @@ class Host(NamedTuple):
 
     def per_op(self, seconds: float) -> "Host":
         """One that needs the same for every operation, views included."""
-        return Host(op=seconds, backward_op=seconds, bucket=self.bucket, unit=self.unit, collective=self.collective)
+        return Host(op=seconds, backward_op=seconds, bucket=self.bucket, unit=self.unit, shared=self.shared)
 
     def seconds(self, op: RecordedOp, *, weights: float) -> float:
         """To launch one operation, with the views before it; the optimizer goes through all `weights`."""
@@ -140,11 +140,12 @@ class Spreading:
         number = 0
         for block in blocks:
             for place, times in block.runs:
-                works += self.works_of(place, times)
+                slow = self.host.shared if place in planned.wrapped else 0.0
+                works += [replace(work, host_s=work.host_s + slow) for work in self.works_of(place, times)]
                 for call, num_bytes in [*planned.sent.get(place, ())] * round(times):
                     sent = self.ranks.sent(call, num_bytes, phase=block.phase)
                     works[-1] = replace(works[-1], sends=(*works[-1].sends, sent))
-                    works.append(Work(seconds=0.0, host_s=self.host.collective, waits_for=(number,)))
+                    works.append(Work(seconds=0.0, host_s=0.0, waits_for=(number,)))
                     number += 1
                 if place in planned.copied:
                     works.append(self.moves("copy", planned.copied[place], host_s=self.host.op))
