@@ -42,6 +42,14 @@ def pytest_configure(config: pytest.Config) -> None:
         sys.modules.update(dict.fromkeys(beyond_dev()))  # type: ignore[arg-type]
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file's tests go to one worker, which then makes what they share once; another --dist is as asked for."""
+    from xdist.scheduler import LoadFileScheduling
+
+    return LoadFileScheduling(config, log) if config.getoption("dist") == "load" else None
+
+
 def pytest_collection_finish() -> None:
     """Thousands of tests stay until the end: no later collection of garbage looks through them again."""
     gc.collect()

@@ -16,7 +16,7 @@ from moesim.trace import RoutingTrace, check_trace, load_trace, save_trace, trac
 from moesim.trace.check import has_duplicates
 from moesim.trace.metrics import expert_load_LE
 
-RANKS, EXPERTS, TOP_K, LENGTH = 8, 64, 6, 1024
+RANKS, EXPERTS, TOP_K, LENGTH = 8, 64, 6, 512
 LAYOUT = StressLayout(rank_of_expert_E=np.arange(EXPERTS) // (EXPERTS // RANKS), top_k=TOP_K)
 patterns = pytest.mark.parametrize("pattern", STRESS)
 
@@ -24,7 +24,7 @@ patterns = pytest.mark.parametrize("pattern", STRESS)
 def make(pattern: str, *, severity: float = 1.0, **changes: object) -> Scenario:
     data = {
         "name": "strained",
-        "model": {"preset": "deepseek-moe-16b", "layers": 6},
+        "model": {"preset": "deepseek-moe-16b", "layers": 4},
         "routing": {"kind": "stress", "pattern": pattern, "severity": severity},
         "cluster": {"gpu": "h200", "nodes": 1, "gpus_per_node": RANKS},
         "parallelism": {"data": RANKS, "expert": RANKS},
@@ -167,7 +167,7 @@ def test_a_trace_with_phases_keeps_them_apart_in_other_sequences() -> None:
     trace = obtain_trace(make("burst"))
     halved = trace.resequence(LENGTH // 2)
     assert halved.num_sequences == 2 * trace.num_sequences
-    with pytest.raises(UserError, match="does not divide; use 1024"):
+    with pytest.raises(UserError, match="does not divide; use 512"):
         trace.resequence(1000)
 
 

@@ -128,7 +128,7 @@ LARGE_HEAD = {  # a head of about two layers, and a prediction layer with anothe
     "model.mtp_layers": 1,
     "cluster": {"gpu": "h200", "nodes": 2, "gpus_per_node": 8},
     "parallelism": {"data": 4, "expert": 4, "pipeline": 4},
-    "workload": {"sequence_length": 4096, "micro_batch": 1, "global_batch": 64},
+    "workload": {"sequence_length": 4096, "micro_batch": 1, "global_batch": 32},
     "routing": {"kind": "uniform"},
     "uncertainty": {"samples": 1},
 }

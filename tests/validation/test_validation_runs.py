@@ -64,6 +64,7 @@ def test_one_process_is_measured_in_parts() -> None:
     assert sum(predicted["parts"].values()) == pytest.approx(predicted["step"], rel=1e-9)
 
 
+@pytest.mark.slow
 def test_two_processes_run_resume_and_are_predicted(tmp_path: Path) -> None:
     case = tiny(2)
     said: list[str] = []
