@@ -143,7 +143,6 @@ VOLUME = Verb(
 
 
 SOFTWARE = ("sglang", "tensorrt-llm", "vllm", "vllm-ascend")  # the keys of `moesim.scenario.placement.WRITERS`
-BY_ENDING = {".json": "sglang", ".yaml": "tensorrt-llm", ".yml": "tensorrt-llm"}
 
 
 def add_placement_arguments(parser: argparse.ArgumentParser) -> None:
@@ -213,12 +212,18 @@ def _software(args: argparse.Namespace) -> str:
         if args.software is not None:
             raise UserError("--for says whose file --out writes; add --out FILE")
         return SOFTWARE[0]
-    if args.software is None and args.out.suffix not in BY_ENDING:
+    from moesim.scenario.placement import WRITERS
+
+    ending = {".yml": ".yaml"}.get(args.out.suffix, args.out.suffix)
+    fitting = [name for name, (_, own, _) in WRITERS.items() if own == ending]
+    if args.software is None and not fitting:
+        endings = ", ".join(dict.fromkeys(own for _, own, _ in WRITERS.values()))
         what = "the ending says whose file it is"
-        raise UserError(f"{args.out}: {what}; use {', '.join(BY_ENDING)}, or --for {'|'.join(SOFTWARE)}")
-    software: str = args.software or BY_ENDING[args.out.suffix]
-    if (args.out.suffix in (".yaml", ".yml")) != (software == "tensorrt-llm"):
-        raise UserError(f"{args.out}: TensorRT-LLM reads .yaml, the others .json; change the ending or --for")
+        raise UserError(f"{args.out}: {what}; use {endings}, or --for {'|'.join(SOFTWARE)}")
+    software: str = args.software or fitting[0]
+    if software not in fitting:
+        name, own, _ = WRITERS[software]
+        raise UserError(f"{args.out}: {name} reads {own}; change the ending or --for")
     check_new(args.out, force=args.force)
     return software
 

@@ -54,7 +54,7 @@ def test_nothing_is_replaced_unasked_and_mistakes_are_one_line(scenario: Path, m
     assert path.read_text() == "mine"
     for arguments, words in (
         (["--for", "vllm"], "add --out FILE"),
-        (["--for", "vllm", "--out", tmp_path / "a.yaml"], "TensorRT-LLM reads .yaml, the others .json"),
+        (["--for", "vllm", "--out", tmp_path / "a.yaml"], "vLLM reads .json; change the ending or --for"),
     ):
         answer = moesim("placement", scenario, *arguments)
         assert answer.code == 1 and words in answer.err and answer.err.count("\n") == 1
