@@ -1,6 +1,6 @@
 """The traffic of one layer and expert-parallel group over all the micro-batches of a step, as arrays.
 
-Legend: B micro-batches, R source ranks, D destination ranks (the same), E experts, M nodes, P slots.
+Legend: B micro-batches, R source ranks, D destination ranks (the same), E experts, J nodes, P slots.
 """
 
 from dataclasses import dataclass, replace
@@ -27,7 +27,7 @@ class TrafficArrays:
 
     rows_BRE: Array
     rank_copies_BRD: Array
-    node_copies_BRM: Array
+    node_copies_BRJ: Array
     routed_rows_B: NDArray[np.int64]
     dropped_rows_B: NDArray[np.int64]
     padded_rows_B: NDArray[np.int64]
@@ -39,7 +39,7 @@ class TrafficArrays:
         return LayerTraffic(
             rows_RE=self.rows_BRE[index],
             rank_copies_RD=self.rank_copies_BRD[index],
-            node_copies_RM=self.node_copies_BRM[index],
+            node_copies_RJ=self.node_copies_BRJ[index],
             layout=self.layout,
             routed_rows=int(self.routed_rows_B[index]),
             dropped_rows=int(self.dropped_rows_B[index]),
@@ -52,7 +52,7 @@ class TrafficArrays:
             self,
             rows_BRE=self.rows_BRE[index],
             rank_copies_BRD=self.rank_copies_BRD[index],
-            node_copies_BRM=self.node_copies_BRM[index],
+            node_copies_BRJ=self.node_copies_BRJ[index],
             routed_rows_B=self.routed_rows_B[index],
             dropped_rows_B=self.dropped_rows_B[index],
             padded_rows_B=self.padded_rows_B[index],
@@ -60,12 +60,12 @@ class TrafficArrays:
 
     def relabel(self, relabelling: Relabelling, placement: ExpertPlacement) -> "TrafficArrays":
         """The traffic of a model layer whose experts are the thin layer's in another order."""
-        node_from_M = relabelling.node_from_M(placement, self.layout.node_of_rank_R)
+        node_from_J = relabelling.node_from_J(placement, self.layout.node_of_rank_R)
         return replace(
             self,
             rows_BRE=self.rows_BRE[:, :, relabelling.expert_from_E],
             rank_copies_BRD=self.rank_copies_BRD[:, :, relabelling.rank_from_D],
-            node_copies_BRM=self.node_copies_BRM[:, :, node_from_M],
+            node_copies_BRJ=self.node_copies_BRJ[:, :, node_from_J],
         )
 
     def slot_rows_BDP(self, placement: ExpertPlacement) -> Array:
@@ -80,12 +80,12 @@ class TrafficArrays:
         empty_BRE = capacity - self.rows_BRE
         assert (empty_BRE >= 0).all(), "capacity bounds the kept rows"
         empty_BRD = sum_columns(empty_BRE, rank_of_expert_E, self.rank_copies_BRD.shape[2])
-        empty_BRM = sum_columns(empty_BRD, self.layout.node_of_rank_R, self.node_copies_BRM.shape[2])
+        empty_BRJ = sum_columns(empty_BRD, self.layout.node_of_rank_R, self.node_copies_BRJ.shape[2])
         return replace(
             self,
             rows_BRE=self.rows_BRE + empty_BRE,
             rank_copies_BRD=self.rank_copies_BRD + empty_BRD,
-            node_copies_BRM=self.node_copies_BRM + empty_BRM,
+            node_copies_BRJ=self.node_copies_BRJ + empty_BRJ,
             padded_rows_B=empty_BRE.sum(axis=(1, 2)),
         )
 
@@ -106,13 +106,13 @@ class TrafficArrays:
         class_RD = np.where(np.eye(layout.num_ranks, dtype=bool), 0, 1)
         if len(np.unique(np.bincount(layout.node_of_rank_R))) == 1:
             class_RD += ~layout.same_node_RD
-        own_node_RM = np.equal.outer(layout.node_of_rank_R, np.arange(layout.num_nodes))
+        own_node_RJ = np.equal.outer(layout.node_of_rank_R, np.arange(layout.num_nodes))
         share_E = 1.0 / np.bincount(rank_of_expert_E, minlength=layout.num_ranks)[rank_of_expert_E]
         return replace(
             self,
             rows_BRE=_class_means(rank_rows_BRD, class_RD)[:, :, rank_of_expert_E] * share_E,
             rank_copies_BRD=_class_means(self.rank_copies_BRD, class_RD),
-            node_copies_BRM=_class_means(self.node_copies_BRM, np.where(own_node_RM, 0, 1)),
+            node_copies_BRJ=_class_means(self.node_copies_BRJ, np.where(own_node_RJ, 0, 1)),
             computed_BE=self.rows_BRE.sum(axis=1),
         )
 
@@ -127,7 +127,7 @@ def arrays_of(traffic: LayerTraffic) -> TrafficArrays:
     return TrafficArrays(
         rows_BRE=traffic.rows_RE[None],
         rank_copies_BRD=traffic.rank_copies_RD[None],
-        node_copies_BRM=traffic.node_copies_RM[None],
+        node_copies_BRJ=traffic.node_copies_RJ[None],
         layout=traffic.layout,
         routed_rows_B=np.array([traffic.routed_rows]),
         dropped_rows_B=np.array([traffic.dropped_rows]),

@@ -1,6 +1,6 @@
 """Copies of an expert: which share of its rows each of them gets, and the sum of their gradients.
 
-Legend: X slots, D ranks of an expert group, E experts, C ranks with a copy of an expert.
+Legend: Z slots, D ranks of an expert group, E experts, C ranks with a copy of an expert.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -19,32 +19,32 @@ NEAR = 1e-6  # of the mean load: a round that changes no rank by more is the las
 
 
 def balanced_weights(held: ExpertMap, load_E: NDArray[np.generic], *, speed_D: FloatArray) -> FloatArray:
-    """Weights of all slots [X] that load ranks as evenly as these allow; an expert's have a sum of 1, and one without
+    """Weights of all slots [Z] that load ranks as evenly as these allow; an expert's have a sum of 1, and one without
     rows splits evenly.
 
     The loads whose squares over speed have the least sum are also those whose busiest rank has least to do: what ranks
     can be given with fixed slots is the base of a polymatroid (Fujishige, Math. Oper. Res. 5(2), 1980). They are found
     expert by expert, each time filling the ranks of its copies up to one level, until nothing changes.
     """
-    rank_X, expert_X = held.placement.rank_of_expert_E, held.expert_X
-    weight_X = held.share_X.copy()
+    rank_Z, expert_Z = held.placement.rank_of_expert_E, held.expert_Z
+    weight_Z = held.share_Z.copy()
     rows_E = np.asarray(load_E, dtype=np.float64)
     load_D: FloatArray = np.zeros(len(speed_D))
-    np.add.at(load_D, rank_X, weight_X * rows_E[expert_X])
-    copied = [np.flatnonzero(expert_X == expert) for expert in np.flatnonzero((held.copies_E > 1) & (rows_E > 0))]
+    np.add.at(load_D, rank_Z, weight_Z * rows_E[expert_Z])
+    copied = [np.flatnonzero(expert_Z == expert) for expert in np.flatnonzero((held.copies_E > 1) & (rows_E > 0))]
     near = NEAR * load_D.mean()
     for _ in range(MOST_ROUNDS):
         before_D = load_D.copy()
         for slots in copied:
-            rows = rows_E[expert_X[slots[0]]]
-            ranks, index = np.unique(rank_X[slots], return_inverse=True)
-            np.subtract.at(load_D, rank_X[slots], weight_X[slots] * rows)
+            rows = rows_E[expert_Z[slots[0]]]
+            ranks, index = np.unique(rank_Z[slots], return_inverse=True)
+            np.subtract.at(load_D, rank_Z[slots], weight_Z[slots] * rows)
             given_C = _fill(load_D[ranks], speed_D[ranks], rows)
             np.add.at(load_D, ranks, given_C)
-            weight_X[slots] = (given_C / rows / np.bincount(index))[index]  # copies on one rank share its part
+            weight_Z[slots] = (given_C / rows / np.bincount(index))[index]  # copies on one rank share its part
         if np.abs(load_D - before_D).max() <= near:
             break
-    return weight_X
+    return weight_Z
 
 
 def _fill(load_C: FloatArray, speed_C: FloatArray, rows: float) -> FloatArray:

@@ -2,7 +2,7 @@
 
 A block is one sequence (counts add up over sequences, so a trace is counted once and every draw sums its choice) or
 one rank's micro-batch. Id -1 is no row: a dropped one, or an expert-choice token with fewer experts.
-Legend: S blocks, T tokens per block, K selections per token, E experts, D ranks, M nodes.
+Legend: S blocks, T tokens per block, K selections per token, E experts, D ranks, J nodes.
 """
 
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ class BlockCounts(NamedTuple):
 
     rows_SE: NDArray[np.int64]
     rank_copies_SD: NDArray[np.int64]
-    node_copies_SM: NDArray[np.int64]
+    node_copies_SJ: NDArray[np.int64]
 
 
 def count_blocks(expert_ids_STK: Array, *, rank_of_expert_E: Array, node_of_rank_D: Array) -> BlockCounts:
@@ -32,8 +32,8 @@ def count_blocks(expert_ids_STK: Array, *, rank_of_expert_E: Array, node_of_rank
         expert_ids_STK, domain_of_expert_E=rank_of_expert_E, num_domains=len(node_of_rank_D)
     )
     node_of_expert_E = node_of_rank_D[rank_of_expert_E]
-    node_copies_SM = count_distinct(expert_ids_STK, domain_of_expert_E=node_of_expert_E, num_domains=num_nodes)
-    return BlockCounts(count_rows(expert_ids_STK, num_experts=len(rank_of_expert_E)), rank_copies_SD, node_copies_SM)
+    node_copies_SJ = count_distinct(expert_ids_STK, domain_of_expert_E=node_of_expert_E, num_domains=num_nodes)
+    return BlockCounts(count_rows(expert_ids_STK, num_experts=len(rank_of_expert_E)), rank_copies_SD, node_copies_SJ)
 
 
 def count_rows(expert_ids_STK: Array, *, num_experts: int) -> NDArray[np.int64]:

@@ -7,7 +7,7 @@ nodes per token keep their worth; the global one copies over all ranks. Sums are
 with equal loads the one with the smaller index comes first; the published code sorts with torch's unstable sort, which
 beyond 16 items orders equal ones by version and CPU, so that there its own results differ as well.
 
-Legend: L layers, E experts, X slots of all ranks, N rows of a batch, I items, P packs, Y slots of a row.
+Legend: L layers, E experts, Z slots of all ranks, N rows of a batch, I items, P packs, Y slots of a row.
 """
 
 from typing import NamedTuple
@@ -34,7 +34,7 @@ def uses_hierarchy(*, num_groups: int, num_nodes: int) -> bool:
 def balance_experts(
     load_LE: NDArray[np.generic], *, num_slots: int, num_groups: int, num_nodes: int, num_ranks: int
 ) -> Ints:
-    """The expert in every slot, int64 [L, X]; rank r holds slots r*X/R to (r+1)*X/R - 1, node by node.
+    """The expert in every slot, int64 [L, Z]; rank r holds slots r*Z/R to (r+1)*Z/R - 1, node by node.
 
     `load_LE`: rows of every expert, any scale. The sizes must divide: slots and nodes by ranks, experts by groups;
     every expert gets at least one slot (asserted: the checks of a scenario refuse other sizes).
@@ -55,8 +55,8 @@ def balance_experts(
     slot_NY = packing.pack_NI * (num_slots // num_ranks) + packing.place_NI
     local_NY = np.empty_like(copied_NY)
     np.put_along_axis(local_NY, slot_NY, copied_NY, axis=1)
-    local_LX = (local_NY.reshape(layers, num_nodes, -1) + per_node * np.arange(num_nodes)[:, None]).reshape(layers, -1)
-    return np.take_along_axis(expert_of_local_LE, local_LX, axis=1)
+    local_LZ = (local_NY.reshape(layers, num_nodes, -1) + per_node * np.arange(num_nodes)[:, None]).reshape(layers, -1)
+    return np.take_along_axis(expert_of_local_LE, local_LZ, axis=1)
 
 
 def pack_evenly(weight_NI: Floats, *, num_packs: int) -> Packing:

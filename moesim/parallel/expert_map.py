@@ -2,7 +2,7 @@
 
 Where experts have copies, a slot takes the place of an expert in all counting: rows go to slots, slots sit on ranks.
 Slots are numbered rank by rank, empty ones left out.
-Legend: E experts, X slots, D ranks, P slots of a rank, M nodes of the group, C copies of an expert at most, B blocks of
+Legend: E experts, Z slots, D ranks, P slots of a rank, J nodes of the group, C copies of an expert at most, B blocks of
 tokens, T tokens of a block, K selections of a token.
 """
 
@@ -32,20 +32,20 @@ class ExpertMap:
 
     slot_experts_DP: Ints
     num_experts: int
-    weight_X: NDArray[np.float64] | None = None
+    weight_Z: NDArray[np.float64] | None = None
 
     def __post_init__(self) -> None:
         assert (self.copies_E >= 1).all(), "every expert has a slot"
 
     @cached_property
-    def expert_X(self) -> Ints:
+    def expert_Z(self) -> Ints:
         """The expert of every slot."""
         return np.asarray(self.slot_experts_DP[self.slot_experts_DP != EMPTY_SLOT])
 
     @cached_property
     def copies_E(self) -> Ints:
         """Slots that hold each expert."""
-        return np.bincount(self.expert_X, minlength=self.num_experts)
+        return np.bincount(self.expert_Z, minlength=self.num_experts)
 
     @cached_property
     def placement(self) -> ExpertPlacement:
@@ -59,40 +59,40 @@ class ExpertMap:
     def holds_DE(self) -> NDArray[np.bool_]:
         """Whether a rank holds an expert, in one slot or more."""
         holds_DE = np.zeros((len(self.slot_experts_DP), self.num_experts), dtype=bool)
-        holds_DE[self.placement.rank_of_expert_E, self.expert_X] = True
+        holds_DE[self.placement.rank_of_expert_E, self.expert_Z] = True
         return holds_DE
 
     def ranks_of(self, expert: int) -> tuple[int, ...]:
         """The ranks of all copies of an expert, one entry per copy."""
-        return tuple(self.placement.rank_of_expert_E[self.expert_X == expert].tolist())
+        return tuple(self.placement.rank_of_expert_E[self.expert_Z == expert].tolist())
 
-    def reordered(self, slot_from_X: Ints) -> "ExpertMap":
+    def reordered(self, slot_from_Z: Ints) -> "ExpertMap":
         """The map in which slot x holds what slot `slot_from_X[x]` holds here."""
         slot_experts_DP = self.slot_experts_DP.copy()
-        slot_experts_DP[slot_experts_DP != EMPTY_SLOT] = self.expert_X[slot_from_X]
+        slot_experts_DP[slot_experts_DP != EMPTY_SLOT] = self.expert_Z[slot_from_Z]
         return replace(
             self,
             slot_experts_DP=slot_experts_DP,
-            weight_X=None if self.weight_X is None else self.weight_X[slot_from_X],
+            weight_Z=None if self.weight_Z is None else self.weight_Z[slot_from_Z],
         )
 
     @cached_property
-    def share_X(self) -> NDArray[np.float64]:
+    def share_Z(self) -> NDArray[np.float64]:
         """The share of its expert's rows that goes to each slot, under an even or a weighted split."""
-        weight_X = np.ones(len(self.expert_X)) if self.weight_X is None else self.weight_X
-        whole_E = np.bincount(self.expert_X, weights=weight_X, minlength=self.num_experts)
-        return np.asarray(weight_X / whole_E[self.expert_X])
+        weight_Z = np.ones(len(self.expert_Z)) if self.weight_Z is None else self.weight_Z
+        whole_E = np.bincount(self.expert_Z, weights=weight_Z, minlength=self.num_experts)
+        return np.asarray(weight_Z / whole_E[self.expert_Z])
 
-    def rows_of_experts(self, rows_BX: Array) -> Array:
+    def rows_of_experts(self, rows_BZ: Array) -> Array:
         """Rows of slots summed to rows of experts, [..., E]."""
-        return sum_columns(rows_BX, self.expert_X, self.num_experts)
+        return sum_columns(rows_BZ, self.expert_Z, self.num_experts)
 
     def choice(self, split: Split, node_of_rank_D: Ints) -> "SlotChoice":
         """How rows find their slot in a group whose ranks lie on these nodes."""
         slot_EC = np.full((self.num_experts, int(self.copies_E.max())), -1, dtype=np.int64)
-        order_X = np.argsort(self.expert_X, kind="stable")
+        order_Z = np.argsort(self.expert_Z, kind="stable")
         first_E = np.cumsum(self.copies_E) - self.copies_E
-        slot_EC[self.expert_X[order_X], np.arange(len(order_X)) - first_E[self.expert_X[order_X]]] = order_X
+        slot_EC[self.expert_Z[order_Z], np.arange(len(order_Z)) - first_E[self.expert_Z[order_Z]]] = order_Z
         num_nodes = int(node_of_rank_D.max()) + 1
         if split == "weighted":
             turns = [self._turns_of(slots[slots >= 0]) for slots in slot_EC]
@@ -102,17 +102,17 @@ class ExpertMap:
         if split == "even" or num_nodes == 1:
             return SlotChoice(slot_EC[None], self.copies_E[None])
         node_EC = np.where(slot_EC < 0, -1, node_of_rank_D[self.placement.rank_of_expert_E[slot_EC]])
-        near_MEC = node_EC == np.arange(num_nodes)[:, None, None]
-        near_MEC |= ~near_MEC.any(axis=2, keepdims=True) & (slot_EC >= 0)
-        first_MEC = np.argsort(~near_MEC, axis=2, kind="stable")
-        slot_MEC = np.take_along_axis(np.broadcast_to(slot_EC, near_MEC.shape), first_MEC, axis=2)
-        return SlotChoice(slot_MEC, near_MEC.sum(axis=2))
+        near_JEC = node_EC == np.arange(num_nodes)[:, None, None]
+        near_JEC |= ~near_JEC.any(axis=2, keepdims=True) & (slot_EC >= 0)
+        first_JEC = np.argsort(~near_JEC, axis=2, kind="stable")
+        slot_JEC = np.take_along_axis(np.broadcast_to(slot_EC, near_JEC.shape), first_JEC, axis=2)
+        return SlotChoice(slot_JEC, near_JEC.sum(axis=2))
 
     def _turns_of(self, slot_C: Ints) -> Ints:
         """The slots of an expert in the order of turns, each as often as its share says and spread over all of them."""
         if len(slot_C) == 1:
             return slot_C
-        exact_C = TURNS * self.share_X[slot_C]
+        exact_C = TURNS * self.share_Z[slot_C]
         count_C = np.floor(exact_C).astype(np.int64)
         count_C[np.argsort(count_C - exact_C, kind="stable")[: TURNS - int(count_C.sum())]] += 1
         place_T = np.concatenate([(np.arange(count) + 0.5) / count for count in count_C.tolist() if count])
@@ -126,24 +126,24 @@ class SlotChoice:
     M is 1 where the node of a row's source makes no difference.
     """
 
-    slot_MEC: Ints
-    count_ME: Ints
+    slot_JEC: Ints
+    count_JE: Ints
 
     @property
     def by_node(self) -> bool:
         """Whether rows of different nodes go to different copies."""
-        return len(self.slot_MEC) > 1
+        return len(self.slot_JEC) > 1
 
     def slots(self, expert_ids_BTK: Array, *, node_B: Ints | None = None) -> Array:
         """The slot of every row, of the ids' type; -1 stays. `node_B`: the node on which each block's tokens are.
 
         The rows of a block for one expert go to its copies in turn, beginning with another copy in every block.
         """
-        experts = self.slot_MEC.shape[1]
+        experts = self.slot_JEC.shape[1]
         ids_BR = expert_ids_BTK.reshape(len(expert_ids_BTK), -1).astype(np.int64)
         key_BR = ids_BR if node_B is None or not self.by_node else ids_BR + experts * node_B[:, None]
-        count = np.append(self.count_ME.reshape(-1), 1)
-        slot_C = np.vstack([self.slot_MEC.reshape(-1, self.slot_MEC.shape[2]), np.full(self.slot_MEC.shape[2], -1)])
+        count = np.append(self.count_JE.reshape(-1), 1)
+        slot_C = np.vstack([self.slot_JEC.reshape(-1, self.slot_JEC.shape[2]), np.full(self.slot_JEC.shape[2], -1)])
         key_BR = np.where(ids_BR < 0, len(count) - 1, key_BR)  # the last row: no expert, no slot
         slot_BR = slot_C[key_BR, 0]
         block_Q, row_Q = np.nonzero(count[key_BR] > 1)

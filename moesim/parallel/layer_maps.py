@@ -71,8 +71,8 @@ def layer_maps(
     experts = model.experts
     if isinstance(placement, MadeFromRows):
         given = Given(scenario, placement, rows(), num_groups, node_of_rank_D)
-        slot_LX = PLACERS[type(placement)](given)
-        maps = tuple(ExpertMap(slot_X.reshape(num_ranks, -1), experts) for slot_X in slot_LX)
+        slot_LZ = PLACERS[type(placement)](given)
+        maps = tuple(ExpertMap(slot_Z.reshape(num_ranks, -1), experts) for slot_Z in slot_LZ)
         if placement.split == "weighted":
             maps = _weighted(given, maps)
         moved = placement.ranks_equal and speeds_of_group(scenario) is None
@@ -115,16 +115,16 @@ class Given:
     @property
     def num_nodes(self) -> int:
         """Nodes, where each holds as many ranks, one node's behind the other's; else 1: then nodes play no part."""
-        ranks_M = np.bincount(self.node_of_rank_D)
+        ranks_J = np.bincount(self.node_of_rank_D)
         in_order = (np.diff(self.node_of_rank_D) >= 0).all()
-        return len(ranks_M) if in_order and len(set(ranks_M.tolist())) == 1 else 1
+        return len(ranks_J) if in_order and len(set(ranks_J.tolist())) == 1 else 1
 
 
 def _weighted(given: Given, maps: tuple[ExpertMap, ...]) -> tuple[ExpertMap, ...]:
     """The maps with weights of slots for which the rows that they were made from load ranks evenly."""
     speed_D = given.speed_D
     return tuple(
-        replace(held, weight_X=balanced_weights(held, load_E, speed_D=speed_D))
+        replace(held, weight_Z=balanced_weights(held, load_E, speed_D=speed_D))
         for held, load_E in zip(maps, given.rows.load_LE, strict=True)
     )
 
@@ -157,31 +157,31 @@ def _by_search(given: Given) -> Ints:
     assert isinstance(given.placement, Search) and given.rows.ids_LTK is not None, "a search looks at tokens"
     every = -(-given.rows.ids_LTK.shape[1] // MOST_TOKENS)
     alike = speeds_of_group(given.scenario) is None
-    slot_LX = _balanced(given, num_nodes=given.num_nodes) if alike else _by_speed(given)
+    slot_LZ = _balanced(given, num_nodes=given.num_nodes) if alike else _by_speed(given)
     return np.stack(
         [
-            _searched(given, given.placement, expert_X, ids_TK, layer=layer)
-            for layer, (expert_X, ids_TK) in enumerate(zip(slot_LX, given.rows.ids_LTK[:, ::every], strict=True))
+            _searched(given, given.placement, expert_Z, ids_TK, layer=layer)
+            for layer, (expert_Z, ids_TK) in enumerate(zip(slot_LZ, given.rows.ids_LTK[:, ::every], strict=True))
         ]
     )
 
 
-def _searched(given: Given, placement: Search, expert_X: Ints, ids_TK: NDArray[Any], *, layer: int) -> Ints:
+def _searched(given: Given, placement: Search, expert_Z: Ints, ids_TK: NDArray[Any], *, layer: int) -> Ints:
     """The experts of all slots of one layer, found from those of EPLB."""
     num_ranks, nodes = len(given.node_of_rank_D), int(given.node_of_rank_D.max()) + 1
-    held = ExpertMap(expert_X.reshape(num_ranks, -1), given.rows.load_LE.shape[1])
+    held = ExpertMap(expert_Z.reshape(num_ranks, -1), given.rows.load_LE.shape[1])
     slot_TK = held.choice("even", given.node_of_rank_D).slots(ids_TK[None])[0]
     token_R, _ = np.nonzero(slot_TK >= 0)
     slot_R = slot_TK[slot_TK >= 0]
-    ends_X = np.cumsum(np.bincount(slot_R, minlength=len(expert_X)))
-    rank_X = np.repeat(np.arange(num_ranks), len(expert_X) // num_ranks)
-    first_X = np.zeros(len(expert_X), dtype=bool)
-    first_X[np.unique(expert_X, return_index=True)[1]] = True
-    in_order_X = np.empty_like(rank_X)
-    in_order_X[np.lexsort((expert_X, ~first_X))] = rank_X  # copies behind all experts
-    ranks_X, _ = search_ranks(
-        np.split(token_R[np.argsort(slot_R, kind="stable")], ends_X[:-1]),
-        [rank_X, in_order_X],
+    ends_Z = np.cumsum(np.bincount(slot_R, minlength=len(expert_Z)))
+    rank_Z = np.repeat(np.arange(num_ranks), len(expert_Z) // num_ranks)
+    first_Z = np.zeros(len(expert_Z), dtype=bool)
+    first_Z[np.unique(expert_Z, return_index=True)[1]] = True
+    in_order_Z = np.empty_like(rank_Z)
+    in_order_Z[np.lexsort((expert_Z, ~first_Z))] = rank_Z  # copies behind all experts
+    ranks_Z, _ = search_ranks(
+        np.split(token_R[np.argsort(slot_R, kind="stable")], ends_Z[:-1]),
+        [rank_Z, in_order_Z],
         node_D=given.node_of_rank_D,
         speed_D=given.speed_D,
         prices=_prices(
@@ -191,10 +191,10 @@ def _searched(given: Given, placement: Search, expert_X: Ints, ids_TK: NDArray[A
         tries=placement.tries,
         rng=stream(given.scenario.seed, "placement", layer),
     )
-    return np.asarray(expert_X[np.lexsort((expert_X, ranks_X))])
+    return np.asarray(expert_Z[np.lexsort((expert_Z, ranks_Z))])
 
 
-# How a placement that is made from rows gets the experts of all slots [L, X].
+# How a placement that is made from rows gets the experts of all slots [L, Z].
 PLACERS: Mapping[type[MadeFromRows], Callable[[Given], Ints]] = {
     Eplb: _by_eplb,
     BySpeed: _by_speed,

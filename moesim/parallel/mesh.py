@@ -4,7 +4,7 @@ Ranks are numbered with tensor fastest, then context, data and pipeline (slowest
 and GPUs are numbered node by node through the pools, dealt out by `moesim.scenario.stages` where an axis crosses them.
 The layers with experts see the same ranks of a stage in another order, chosen apart (parallel folding, arXiv
 2504.14960): expert-tensor fastest, then expert, then expert-data.
-Legend: W ranks of the world, R and D ranks of one expert-parallel group, M nodes that the group touches.
+Legend: W ranks of the world, R and D ranks of one expert-parallel group, J nodes that the group touches.
 """
 
 from dataclasses import dataclass
@@ -47,18 +47,18 @@ class GroupLayout:
         return np.equal.outer(self.node_of_rank_R, self.node_of_rank_R)
 
     @cached_property
-    def relay_RM(self) -> Ranks:
+    def relay_RJ(self) -> Ranks:
         """The rank on each node that receives rank r's copies for that node: the one on the same rail.
 
         A node that holds only part of the group and lacks the rail takes its ranks in turn.
         """
-        relay_RM = np.empty((self.num_ranks, self.num_nodes), dtype=np.int64)
+        relay_RJ = np.empty((self.num_ranks, self.num_nodes), dtype=np.int64)
         for node in range(self.num_nodes):
             members = np.flatnonzero(self.node_of_rank_R == node)
             same_rail_RG = self.local_rank_R[:, None] == self.local_rank_R[members]
             in_turn_R = self.local_rank_R % len(members)
-            relay_RM[:, node] = members[np.where(same_rail_RG.any(axis=1), same_rail_RG.argmax(axis=1), in_turn_R)]
-        return relay_RM
+            relay_RJ[:, node] = members[np.where(same_rail_RG.any(axis=1), same_rail_RG.argmax(axis=1), in_turn_R)]
+        return relay_RJ
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 It keeps experts of one rank, one node and one router group together: rows, rank copies and node copies of a layer
 are then re-indexings of the thin layer's, drops commute with it, and the group limit holds.
-Legend: E experts, D ranks, M nodes.
+Legend: E experts, D ranks, J nodes.
 """
 
 from collections.abc import Iterable, Sequence
@@ -28,12 +28,12 @@ class Relabelling:
     expert_from_E: Labels
     rank_from_D: Labels
 
-    def node_from_M(self, placement: ExpertPlacement, node_of_rank_D: Labels) -> Labels:
+    def node_from_J(self, placement: ExpertPlacement, node_of_rank_D: Labels) -> Labels:
         """The node whose experts become those of node m; nodes move as a whole."""
         node_of_expert_E = node_of_rank_D[placement.rank_of_expert_E]
-        node_from_M = np.arange(int(node_of_rank_D.max()) + 1)
-        node_from_M[node_of_expert_E] = node_of_expert_E[self.expert_from_E]
-        return node_from_M
+        node_from_J = np.arange(int(node_of_rank_D.max()) + 1)
+        node_from_J[node_of_expert_E] = node_of_expert_E[self.expert_from_E]
+        return node_from_J
 
 
 def identity_relabelling(placement: ExpertPlacement) -> Relabelling:

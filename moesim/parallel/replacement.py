@@ -64,8 +64,8 @@ def loads_ago(trace: RoutingTrace, load_LE: NDArray[Any], *, steps_ago: float) -
 
 def rank_loads(held: ExpertMap, load_E: FloatArray) -> FloatArray:
     """Rows of every rank where each expert's split over its copies evenly, or by their weights, [D]."""
-    each_X = load_E[held.expert_X] * held.share_X
-    loads_D = np.bincount(held.placement.rank_of_expert_E, weights=each_X, minlength=held.placement.num_ranks)
+    each_Z = load_E[held.expert_Z] * held.share_Z
+    loads_D = np.bincount(held.placement.rank_of_expert_E, weights=each_Z, minlength=held.placement.num_ranks)
     return np.asarray(loads_D, dtype=np.float64)
 
 
@@ -88,8 +88,8 @@ def renumbered(before: ExpertMap, after: ExpertMap, node_of_rank_D: NDArray[np.i
                 joined[mine] = theirs
         taken_from[list(joined)] = list(joined.values())
     slot_DP = after.placement.slot_experts_DP[taken_from]
-    weight_X = None if after.weight_X is None else after.weight_X[slot_DP[slot_DP != EMPTY_SLOT]]
-    return ExpertMap(after.slot_experts_DP[taken_from], after.num_experts, weight_X)
+    weight_Z = None if after.weight_Z is None else after.weight_Z[slot_DP[slot_DP != EMPTY_SLOT]]
+    return ExpertMap(after.slot_experts_DP[taken_from], after.num_experts, weight_Z)
 
 
 def moves_DD(before: ExpertMap, after: ExpertMap, node_of_rank_D: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -6,7 +6,7 @@ each has a map of its own.
 
 Legend: L thin layers, B micro-batches, N data-parallel ranks, U sequences per rank and micro-batch (of a rank: their
 pieces), V pieces of one sequence on a rank, S pieces of recorded sequences, T tokens per piece, K selections, R/D ranks
-of an expert group, E experts or slots, M nodes, P slots of a rank.
+of an expert group, E experts or slots, J nodes, P slots of a rank.
 
 A rank's tokens are whole sequences; under context or tensor parallelism the ranks of one data-parallel rank share
 them, each with its own pieces (`moesim.parallel.ownership`).
@@ -45,7 +45,7 @@ class _PieceCounts(NamedTuple):
 
     rows_SE: Array
     rank_copies_SD: Array
-    node_copies_SM: Array
+    node_copies_SJ: Array
     routed_S: Array
 
 

@@ -41,7 +41,7 @@ def stage_copies(
     Combine uses the transposes in reverse order.
     """
     if deduplicate == "per_node":
-        return node_stages(arrays.rank_copies_BRD, arrays.node_copies_BRM, arrays.layout)
+        return node_stages(arrays.rank_copies_BRD, arrays.node_copies_BRJ, arrays.layout)
     if deduplicate == "all_ranks":
         batches, ranks, _ = arrays.rank_copies_BRD.shape
         return (np.broadcast_to(ring_copies(tokens, ranks), (batches, ranks, ranks)),)

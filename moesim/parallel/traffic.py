@@ -1,6 +1,6 @@
 """What one layer and micro-batch sends between the ranks of one expert-parallel group.
 
-Legend: R source ranks, D destination ranks (the same ranks), E experts, M nodes that the group touches, P slots.
+Legend: R source ranks, D destination ranks (the same ranks), E experts, J nodes that the group touches, P slots.
 """
 
 import math
@@ -54,7 +54,7 @@ class LayerTraffic:
 
     rows_RE: Array
     rank_copies_RD: Array
-    node_copies_RM: Array
+    node_copies_RJ: Array
     layout: GroupLayout
     routed_rows: int
     dropped_rows: int = 0
@@ -87,7 +87,7 @@ class LayerTraffic:
         if deduplicate == "per_node":
             return tuple(
                 token_bytes * copies_RD
-                for copies_RD in node_stages(self.rank_copies_RD, self.node_copies_RM, self.layout)
+                for copies_RD in node_stages(self.rank_copies_RD, self.node_copies_RJ, self.layout)
             )
         if deduplicate == "all_ranks":
             return (token_bytes * ring_copies(tokens, self.layout.num_ranks),)
@@ -111,7 +111,7 @@ class LayerTraffic:
     def deepep_bytes(self, token_bytes: float) -> "DeepEpBytes":
         """Bytes per rank as DeepEP counts them for its GB/s (facts: alltoall_h800), own node and rank included."""
         return DeepEpBytes(
-            rdma_R=token_bytes * self.node_copies_RM.sum(axis=1),
+            rdma_R=token_bytes * self.node_copies_RJ.sum(axis=1),
             nvlink_R=token_bytes * self.rank_copies_RD.sum(axis=0),
         )
 
@@ -141,7 +141,7 @@ def ring_copies(tokens: float, ranks: int) -> FloatArray:
     return copies_RD
 
 
-def node_stages(rank_copies_RD: Array, node_copies_RM: Array, layout: GroupLayout) -> tuple[FloatArray, FloatArray]:
+def node_stages(rank_copies_RD: Array, node_copies_RJ: Array, layout: GroupLayout) -> tuple[FloatArray, FloatArray]:
     """Copies of the two stages of `per_node`, float64 [..., R, D] with zero diagonals; any leading axes.
 
     First: to the relay of each remote node, beside the copies that stay on the own node and go straight. Second: from
@@ -152,8 +152,8 @@ def node_stages(rank_copies_RD: Array, node_copies_RM: Array, layout: GroupLayou
     for node in range(layout.num_nodes):
         members = np.flatnonzero(layout.node_of_rank_R == node)
         remote = np.flatnonzero(layout.node_of_rank_R != node)
-        relay = layout.relay_RM[remote, node]
-        first_RD[..., remote, relay] += node_copies_RM[..., remote, node]
+        relay = layout.relay_RJ[remote, node]
+        first_RD[..., remote, relay] += node_copies_RJ[..., remote, node]
         from_relay = np.equal.outer(members, relay).astype(np.float64)
         fan_out_RD[..., members[:, None], members] = from_relay @ rank_copies_RD[..., remote[:, None], members]
     return without_diagonal(first_RD), without_diagonal(fan_out_RD)

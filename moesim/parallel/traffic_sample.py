@@ -142,15 +142,15 @@ class TrafficSample:
         pieces_BRU = self.pieces_BRU(group, stage=stage)
         sources = self.sampler.sources(layer, layout)
         counts = [(self.sampler.piece_counts(layer, layout, node=node), ranks) for node, ranks in sources]
-        rows_BRE, rank_copies_BRD, node_copies_BRM = (
+        rows_BRE, rank_copies_BRD, node_copies_BRJ = (
             _of_ranks([(getattr(of_node, name), ranks) for of_node, ranks in counts], pieces_BRU)
-            for name in ("rows_SE", "rank_copies_SD", "node_copies_SM")
+            for name in ("rows_SE", "rank_copies_SD", "node_copies_SJ")
         )
         routed_B = counts[0][0].routed_S[pieces_BRU].sum(axis=(1, 2))
         return TrafficArrays(
             rows_BRE=rows_BRE,
             rank_copies_BRD=rank_copies_BRD,
-            node_copies_BRM=node_copies_BRM,
+            node_copies_BRJ=node_copies_BRJ,
             routed_rows_B=routed_B,
             dropped_rows_B=routed_B - rows_BRE.sum(axis=(1, 2)),
             padded_rows_B=np.zeros_like(routed_B),
@@ -168,11 +168,11 @@ class TrafficSample:
             kept_RTK = self._keep(layer, pieces_RU, protected_RU, layout)
             counted.append(self.sampler.count(kept_RTK, layout))
             routed.append(int(num_rows(ids_STK[pieces_RU.reshape(-1)]).sum()))
-        rows_BRE, rank_copies_BRD, node_copies_BRM = (np.stack(arrays) for arrays in zip(*counted, strict=True))
+        rows_BRE, rank_copies_BRD, node_copies_BRJ = (np.stack(arrays) for arrays in zip(*counted, strict=True))
         return TrafficArrays(
             rows_BRE=rows_BRE,
             rank_copies_BRD=rank_copies_BRD,
-            node_copies_BRM=node_copies_BRM,
+            node_copies_BRJ=node_copies_BRJ,
             routed_rows_B=np.array(routed),
             dropped_rows_B=np.array(routed) - rows_BRE.sum(axis=(1, 2)),
             padded_rows_B=np.zeros(len(routed), dtype=np.int64),

@@ -1,7 +1,7 @@
 """What `moesim placement` shows and writes: which rank holds which expert, and what that does to the load of ranks.
 
 With `--over-training`: how placements age along a recorded training, and what placing anew costs.
-Legend: L model layers with a router (prediction layers last), X slots of all ranks, D ranks of the expert group;
+Legend: L model layers with a router (prediction layers last), Z slots of all ranks, D ranks of the expert group;
 I recorded steps but the first.
 """
 
@@ -39,7 +39,7 @@ class PlacementView:
     """
 
     scenario: Scenario
-    slots_LX: NDArray[np.int64]
+    slots_LZ: NDArray[np.int64]
     placed_L: NDArray[np.float64]
     contiguous_L: NDArray[np.float64] | None
     placing_sequences: int
@@ -48,7 +48,7 @@ class PlacementView:
     @property
     def copies_L(self) -> NDArray[np.int64]:
         """Slots of the expert with most."""
-        return np.array([np.bincount(slots_X).max() for slots_X in self.slots_LX])
+        return np.array([np.bincount(slots_Z).max() for slots_Z in self.slots_LZ])
 
 
 def place(scenario: Scenario, trace: RoutingTrace) -> PlacementView:
@@ -64,7 +64,7 @@ def place(scenario: Scenario, trace: RoutingTrace) -> PlacementView:
     placed_L = imbalance(facts.rank_load_LR)
     return PlacementView(
         scenario=scenario,
-        slots_LX=np.stack([table.reshape(-1) for table in tables]),
+        slots_LZ=np.stack([table.reshape(-1) for table in tables]),
         placed_L=placed_L,
         contiguous_L=placed_L if before is None and facts.contiguous_rank_rows is not None else _imbalance(before),
         placing_sequences=sampler.placing_sequences[1] - sampler.placing_sequences[0],
@@ -86,7 +86,7 @@ def placement_text(view: PlacementView, software: str) -> str:
     layers = Layers(
         moe_layers=model.moe_layer_numbers, num_layers=model.layers, num_ranks=view.scenario.parallelism.expert
     )
-    return WRITERS[software][2](view.slots_LX.tolist(), layers)
+    return WRITERS[software][2](view.slots_LZ.tolist(), layers)
 
 
 def placement_json(view: PlacementView) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def placement_json(view: PlacementView) -> dict[str, Any]:
         "scenario_name": view.scenario.name,
         "kind": view.scenario.placement.kind,
         "ranks": view.scenario.parallelism.expert,
-        "slots": view.slots_LX.shape[1],
+        "slots": view.slots_LZ.shape[1],
         "experts": view.scenario.model.experts,
         "layers": list(view.scenario.model.moe_layer_numbers),
         "most_copies": view.copies_L.tolist(),
@@ -103,7 +103,7 @@ def placement_json(view: PlacementView) -> dict[str, Any]:
         "rank_rows_contiguous": None if view.contiguous_L is None else view.contiguous_L.tolist(),
         "placing_sequences": view.placing_sequences,
         "simulated_sequences": view.simulated_sequences,
-        SGLANG: view.slots_LX.tolist(),
+        SGLANG: view.slots_LZ.tolist(),
     }
 
 
@@ -113,7 +113,7 @@ def print_placement(view: PlacementView) -> None:
 
 
 def _head(view: PlacementView) -> Any:
-    slots, experts, ranks = view.slots_LX.shape[1], view.scenario.model.experts, view.scenario.parallelism.expert
+    slots, experts, ranks = view.slots_LZ.shape[1], view.scenario.model.experts, view.scenario.parallelism.expert
     lines = [
         Fact("placement", view.scenario.placement.kind, f"of {experts} experts on {ranks} ranks"),
         Fact("slots", count(slots), f"{slots // ranks} a rank, {slots - experts} of them for copies"),

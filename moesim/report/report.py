@@ -3,7 +3,7 @@
 First the sections on the whole step (pipeline, memory of its ranks, what-ifs) and on where experts sit: the map of
 slots with copies marked, and the load of ranks with it. Then the page.
 Legend: C attribution categories, E experts, L model layers with a router, R ranks of expert group 0, W all ranks; of a
-placement D ranks of the group, P slots of a rank, X slots of all ranks.
+placement D ranks of the group, P slots of a rank, Z slots of all ranks.
 """
 
 from collections.abc import Mapping, Sequence
@@ -301,18 +301,18 @@ def _level(figure: go.Figure, step_s: float, ends: tuple[float, float], *, name:
 def slot_map(slots_LDP: NDArray[np.int64], *, first_layer: int) -> go.Figure:
     """Heat map of layer x slot, ranks side by side with lines between them."""
     layers, ranks, per_rank = slots_LDP.shape
-    slots_LX = slots_LDP.reshape(layers, -1)
-    copies_LX = copies_of_slots(slots_LX)
+    slots_LZ = slots_LDP.reshape(layers, -1)
+    copies_LZ = copies_of_slots(slots_LZ)
     steps = len(_COPIES)
     scale = [(edge / steps, colour) for step, colour in enumerate(_COPIES) for edge in (step, step + 1)]
     figure = figures.layer_map(layers, x="rank")
-    show = slots_LX.size <= _LARGEST_LABELLED
-    rank_LX = np.broadcast_to(np.arange(ranks).repeat(per_rank), slots_LX.shape)
+    show = slots_LZ.size <= _LARGEST_LABELLED
+    rank_LZ = np.broadcast_to(np.arange(ranks).repeat(per_rank), slots_LZ.shape)
     figure.add_heatmap(
         y=np.arange(first_layer, first_layer + layers),
-        z=np.where(copies_LX > 0, np.minimum(copies_LX, steps), np.nan),
-        customdata=np.stack([slots_LX, rank_LX, copies_LX], 2),
-        text=np.where(slots_LX == _EMPTY, "", slots_LX.astype(str)) if show else None,
+        z=np.where(copies_LZ > 0, np.minimum(copies_LZ, steps), np.nan),
+        customdata=np.stack([slots_LZ, rank_LZ, copies_LZ], 2),
+        text=np.where(slots_LZ == _EMPTY, "", slots_LZ.astype(str)) if show else None,
         texttemplate="%{text}" if show else None,
         zmin=0.5,
         zmax=steps + 0.5,
@@ -335,9 +335,9 @@ def slot_map(slots_LDP: NDArray[np.int64], *, first_layer: int) -> go.Figure:
     return figure
 
 
-def copies_of_slots(slots_LX: NDArray[np.int64]) -> NDArray[np.int64]:
+def copies_of_slots(slots_LZ: NDArray[np.int64]) -> NDArray[np.int64]:
     """How many slots of its layer hold the expert of each slot, 0 for an empty one."""
-    copies = [np.bincount(slots_X + 1)[slots_X + 1] * (slots_X != _EMPTY) for slots_X in slots_LX]
+    copies = [np.bincount(slots_Z + 1)[slots_Z + 1] * (slots_Z != _EMPTY) for slots_Z in slots_LZ]
     return np.stack(copies)
 
 

@@ -196,7 +196,7 @@ def _count(laid_out: Scenario, trace: RoutingTrace, limit: int | None) -> Volume
         traffic = _all_micro_batches(sample.thin_arrays(0, layer))
         tokens_of_rank = laid_out.tokens_per_step / devices
         counted = {
-            "per_node": traffic.node_copies_RM,
+            "per_node": traffic.node_copies_RJ,
             "per_rank": traffic.rank_copies_RD,
             "all_ranks": np.full((devices, devices), tokens_of_rank),
         }
@@ -218,7 +218,7 @@ def _all_micro_batches(arrays: TrafficArrays) -> LayerTraffic:
     return LayerTraffic(
         rows_RE=arrays.rows_BRE.sum(axis=0),
         rank_copies_RD=arrays.rank_copies_BRD.sum(axis=0),
-        node_copies_RM=arrays.node_copies_BRM.sum(axis=0),
+        node_copies_RJ=arrays.node_copies_BRJ.sum(axis=0),
         layout=arrays.layout,
         routed_rows=int(arrays.routed_rows_B.sum()),
     )

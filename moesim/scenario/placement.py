@@ -3,7 +3,7 @@ that say so.
 
 A slot is a place for one expert on one rank; a group has as many slots as experts and copies. Slots are numbered rank
 by rank. Every section knows how many slots a rank has, and lists the experts of all slots where it needs no trace.
-Legend: E experts, X slots of all ranks, R ranks of the group.
+Legend: E experts, Z slots of all ranks, R ranks of the group.
 
 Files say which expert sits in which slot of every layer: those of SGLang, TensorRT-LLM and vLLM, slots rank by rank.
 SGLang's expert location (`--init-expert-location`, python/sglang/srt/eplb/expert_location.py) is JSON with

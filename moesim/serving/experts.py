@@ -5,7 +5,7 @@ those of prompts in runs, as they follow each other. Where generated tokens were
 are drawn from there.
 
 Legend: G numbers of tokens, M shares of generated tokens among them, N tokens, K experts of a token, R ranks,
-E experts, X slots of all ranks (rank r holds X/R of them from r*X/R on).
+E experts, Z slots of all ranks (rank r holds Z/R of them from r*Z/R on).
 """
 
 from bisect import bisect_left
@@ -58,13 +58,13 @@ class ExpertSlots:
     """
 
     def __init__(self, load_E: NDArray[np.float64] | None, *, experts: int, slots: int, ranks: int) -> None:
-        expert_X = np.arange(experts)
+        expert_Z = np.arange(experts)
         if load_E is not None:
-            expert_X = balance_experts(load_E[None], num_slots=slots, num_groups=1, num_nodes=1, num_ranks=ranks)[0]
-        self.num_slots = len(expert_X)
+            expert_Z = balance_experts(load_E[None], num_slots=slots, num_groups=1, num_nodes=1, num_ranks=ranks)[0]
+        self.num_slots = len(expert_Z)
         self.is_plain = load_E is None
-        self.slot_X: IntArray = np.argsort(expert_X, kind="stable")  # slots of expert 0, of expert 1 ...
-        self.copies_E: IntArray = np.bincount(expert_X, minlength=experts)
+        self.slot_Z: IntArray = np.argsort(expert_Z, kind="stable")  # slots of expert 0, of expert 1 ...
+        self.copies_E: IntArray = np.bincount(expert_Z, minlength=experts)
         self.first_E: IntArray = np.cumsum(self.copies_E) - self.copies_E
 
     def of(self, ids_NK: IntArray) -> IntArray:
@@ -75,7 +75,7 @@ class ExpertSlots:
         order = np.argsort(flat, kind="stable")
         ordered = flat[order]
         turn = np.arange(len(flat)) - np.searchsorted(ordered, ordered, side="left")
-        slots = self.slot_X[self.first_E[ordered] + turn % self.copies_E[ordered]]
+        slots = self.slot_Z[self.first_E[ordered] + turn % self.copies_E[ordered]]
         found = np.empty_like(flat)
         found[order] = np.where(ordered >= 0, slots, -1)
         return found.reshape(ids_NK.shape)

@@ -79,7 +79,7 @@ class RecordedRows:
         return TrafficArrays(
             rows_BRE=rows_BRE,
             rank_copies_BRD=to_ranks_BRD,
-            node_copies_BRM=sum_columns(to_ranks_BRD, layout.node_of_rank_R, layout.num_nodes),
+            node_copies_BRJ=sum_columns(to_ranks_BRD, layout.node_of_rank_R, layout.num_nodes),
             routed_rows_B=routed_B,
             dropped_rows_B=np.zeros_like(routed_B),
             padded_rows_B=np.zeros_like(routed_B),

@@ -82,7 +82,7 @@ def test_rows_and_copies_equal_a_plain_count(
         )
         assert (arrays.rank_copies_BRD <= rank_rows_BRD).all()
         assert (
-            arrays.node_copies_BRM
+            arrays.node_copies_BRJ
             <= np.stack([arrays.rank_copies_BRD[..., :4].sum(-1), arrays.rank_copies_BRD[..., 4:].sum(-1)], -1)
         ).all()
         if held is not None:
@@ -110,7 +110,7 @@ def test_one_rank_at_a_time_by_hand(make_scenario: Make) -> None:
     held, arrays, pieces_BRU = sample.map_of(2), sample.arrays(0, 2), sample.pieces_BRU(0)
     assert held is not None
     ids_STK = sample.sampler.expert_ids_STK(2)
-    slots_of = {expert: np.flatnonzero(held.expert_X == expert).tolist() for expert in range(32)}
+    slots_of = {expert: np.flatnonzero(held.expert_Z == expert).tolist() for expert in range(32)}
     rank_of = sample.placement.rank_of_expert_E
     for rank in (0, 5):
         rows, turns, reached = Counter[int](), Counter[int](), Counter[int]()
@@ -134,14 +134,14 @@ def test_even_copies_differ_by_one_row_of_a_block() -> None:
     slots = held.choice("even", np.array([0, 0, 1])).slots(ids_BTK)
     assert ((slots == -1) == (ids_BTK == -1)).all() and slots.dtype == ids_BTK.dtype
     for block, chosen in zip(ids_BTK, slots, strict=True):
-        assert (held.expert_X[chosen[block >= 0]] == block[block >= 0]).all()
+        assert (held.expert_Z[chosen[block >= 0]] == block[block >= 0]).all()
         counts = [int((chosen == slot).sum()) for slot in (0, 2, 4)]
         assert max(counts) - min(counts) <= 1
 
 
 def test_weighted_copies_get_their_shares_in_every_stretch() -> None:
-    weight_X = np.array([3.0, 1.0, 1.0, 1.0, 0.0, 1.0])
-    held = ExpertMap(np.array([[0, 1], [0, 2], [0, 3]]), 4, weight_X)
+    weight_Z = np.array([3.0, 1.0, 1.0, 1.0, 0.0, 1.0])
+    held = ExpertMap(np.array([[0, 1], [0, 2], [0, 3]]), 4, weight_Z)
     slots = held.choice("weighted", np.array([0, 0, 1])).slots(np.zeros((4, 240, 1), dtype=np.int16))
     for chosen in slots[..., 0]:
         assert np.bincount(chosen, minlength=5).tolist() == [180, 0, 60, 0, 0]
@@ -159,7 +159,7 @@ def test_balanced_weights_leave_the_busiest_rank_no_less(seed: int) -> None:
     copies = np.concatenate([np.arange(24), rng.integers(24, size=8)])
     held = ExpertMap(rng.permutation(copies).reshape(8, 4), 24)
     speed_D = rng.uniform(0.5, 1.5, 8) if seed % 2 else np.ones(8)
-    weighted = replace(held, weight_X=balanced_weights(held, load_E, speed_D=speed_D))
+    weighted = replace(held, weight_Z=balanced_weights(held, load_E, speed_D=speed_D))
     done_D = rank_loads(weighted, load_E) / speed_D
     assert rank_loads(weighted, load_E).sum() == pytest.approx(load_E.sum())
     assert done_D.max() <= (rank_loads(held, load_E) / speed_D).max() + 1e-9
@@ -182,7 +182,7 @@ def test_nearest_stays_on_the_node_where_it_can() -> None:
     both = {0, 1}  # experts with copies on both nodes
     for node in (0, 1):
         for expert, slot in zip(ids_BTK[node].ravel(), slots[node].ravel(), strict=True):
-            assert held.expert_X[slot] == expert
+            assert held.expert_Z[slot] == expert
             assert expert not in both or node_of_slot[slot] == node
     assert set(slots[0][ids_BTK[0] == 0]) == {0, 2} and set(slots[1][ids_BTK[1] == 0]) == {4}
     assert held.ranks_of(0) == (0, 1, 2) and held.ranks_of(1) == (0, 3)
@@ -290,7 +290,7 @@ def test_groups_stay_on_nodes_where_they_divide_among_them(make_scenario: Make) 
         trace = uniform_trace(scenario.router_shape(), num_layers=2, num_sequences=96, sequence_length=32, seed=3)
         sampler = TrafficSampler(scenario, trace)
         arrays = sampler.draw(stream(0, "x")).arrays(0, 0)
-        reached[policy] = arrays.node_copies_BRM.sum() / (2 * 32 * 16 * len(arrays.rows_BRE))
+        reached[policy] = arrays.node_copies_BRJ.sum() / (2 * 32 * 16 * len(arrays.rows_BRE))
         assert sampler.maps is not None
         for held in sampler.maps.maps:
             group_MX = held.slot_experts_DP.reshape(8, -1) // 4  # of the slots of each node

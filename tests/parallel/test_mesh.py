@@ -49,18 +49,18 @@ def test_ranks_fill_nodes_one_after_the_other_through_the_pools() -> None:
 def test_relays_are_on_the_same_rail() -> None:
     m = mesh(nodes=2, gpus=4, data=8, expert=8)
     layout = m.layout(m.expert_groups()[0])
-    assert layout.relay_RM[:, 0].tolist() == [0, 1, 2, 3] * 2
-    assert layout.relay_RM[:, 1].tolist() == [4, 5, 6, 7] * 2
+    assert layout.relay_RJ[:, 0].tolist() == [0, 1, 2, 3] * 2
+    assert layout.relay_RJ[:, 1].tolist() == [4, 5, 6, 7] * 2
 
 
 def test_relays_of_a_group_that_covers_a_node_in_part() -> None:
     m = mesh(nodes=3, gpus=4, data=12, expert=6)
     first, second = (m.layout(group) for group in m.expert_groups())
     assert first.node_of_rank_R.tolist() == [0, 0, 0, 0, 1, 1]
-    assert first.relay_RM[:, 1].tolist() == [4, 5, 4, 5, 4, 5]  # rails 2 and 3 take the two ranks in turn
+    assert first.relay_RJ[:, 1].tolist() == [4, 5, 4, 5, 4, 5]  # rails 2 and 3 take the two ranks in turn
     assert second.node_of_rank_R.tolist() == [0, 0, 1, 1, 1, 1]
     assert second.local_rank_R.tolist() == [2, 3, 0, 1, 2, 3]
-    assert second.relay_RM[:, 0].tolist() == [0, 1, 0, 1, 0, 1]
+    assert second.relay_RJ[:, 0].tolist() == [0, 1, 0, 1, 0, 1]
 
 
 @pytest.mark.parametrize(

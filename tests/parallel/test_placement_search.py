@@ -26,31 +26,31 @@ def tokens_of_slots(rng: np.random.Generator, *, slots: int, tokens: int) -> lis
     return [np.flatnonzero(rng.random(tokens) < share) for share in rng.random(slots) ** 3]
 
 
-def state(tokens_X: list[np.ndarray], rank_X: np.ndarray, node_D: np.ndarray, tokens: int) -> SearchState:
-    return SearchState(tokens_X, rank_X.copy(), node_D, PRICES, tokens, np.ones(len(node_D)))
+def state(tokens_Z: list[np.ndarray], rank_Z: np.ndarray, node_D: np.ndarray, tokens: int) -> SearchState:
+    return SearchState(tokens_Z, rank_Z.copy(), node_D, PRICES, tokens, np.ones(len(node_D)))
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**31))
 def test_exchanges_count_as_a_fresh_count_does_and_undo(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    tokens_X = tokens_of_slots(rng, slots=12, tokens=50)
-    rank_X, node_D = rng.permutation(np.repeat(np.arange(4), 3)), np.array([0, 0, 1, 1])
-    moving = state(tokens_X, rank_X, node_D, 50)
+    tokens_Z = tokens_of_slots(rng, slots=12, tokens=50)
+    rank_Z, node_D = rng.permutation(np.repeat(np.arange(4), 3)), np.array([0, 0, 1, 1])
+    moving = state(tokens_Z, rank_Z, node_D, 50)
     for _ in range(10):
         one, other = rng.integers(12, size=2)
-        if moving.rank_X[one] != moving.rank_X[other]:
+        if moving.rank_Z[one] != moving.rank_Z[other]:
             moving.swap(int(one), int(other))
-    fresh = state(tokens_X, moving.rank_X, node_D, 50)
-    for name in ("rows_D", "reach_D", "reach_M", "count_DT", "count_MT"):
+    fresh = state(tokens_Z, moving.rank_Z, node_D, 50)
+    for name in ("rows_D", "reach_D", "reach_J", "count_DT", "count_JT"):
         np.testing.assert_array_equal(getattr(moving, name), getattr(fresh, name))
     # By hand: a token counts once on a rank and on a node, however many of its slots are there.
     for rank in range(4):
-        held = [tokens_X[slot] for slot in np.flatnonzero(moving.rank_X == rank)]
+        held = [tokens_Z[slot] for slot in np.flatnonzero(moving.rank_Z == rank)]
         assert moving.rows_D[rank] == sum(map(len, held))
         assert moving.reach_D[rank] == len(set(np.concatenate(held).tolist()))
     before = moving.cost()
-    a, b = int(np.flatnonzero(moving.rank_X == 0)[0]), int(np.flatnonzero(moving.rank_X == 2)[0])
+    a, b = int(np.flatnonzero(moving.rank_Z == 0)[0]), int(np.flatnonzero(moving.rank_Z == 2)[0])
     moving.swap(a, b)
     moving.swap(a, b)
     assert moving.cost() == before
@@ -60,12 +60,12 @@ def test_exchanges_count_as_a_fresh_count_does_and_undo(seed: int) -> None:
 @given(st.integers(0, 2**31), st.sampled_from([0, 1, 200]))
 def test_it_is_never_worse_than_its_starts_and_keeps_the_slots(seed: int, tries: int) -> None:
     rng = np.random.default_rng(seed)
-    tokens_X = tokens_of_slots(rng, slots=16, tokens=60)
+    tokens_Z = tokens_of_slots(rng, slots=16, tokens=60)
     starts, node_D = [rng.permutation(np.repeat(np.arange(4), 4)) for _ in range(2)], np.array([0, 0, 1, 1])
 
     def search() -> tuple[np.ndarray, float]:
         return search_ranks(
-            tokens_X,
+            tokens_Z,
             starts,
             node_D=node_D,
             speed_D=np.ones(4),
@@ -76,8 +76,8 @@ def test_it_is_never_worse_than_its_starts_and_keeps_the_slots(seed: int, tries:
         )
 
     found, cost = search()
-    assert cost == state(tokens_X, found, node_D, 60).cost()
-    assert cost <= min(state(tokens_X, start, node_D, 60).cost() for start in starts)
+    assert cost == state(tokens_Z, found, node_D, 60).cost()
+    assert cost <= min(state(tokens_Z, start, node_D, 60).cost() for start in starts)
     assert np.bincount(found).tolist() == [4, 4, 4, 4]
     np.testing.assert_array_equal(search()[0], found)
 
@@ -85,11 +85,11 @@ def test_it_is_never_worse_than_its_starts_and_keeps_the_slots(seed: int, tries:
 def test_experts_that_tokens_choose_together_come_together() -> None:
     """Eight pairs with equal rows, scattered at first: found on one rank each, so that a token reaches one rank."""
     pair_T = np.arange(800) % 8
-    tokens_X = [np.flatnonzero(pair_T == slot % 8) for slot in range(16)]  # slots s and s + 8 are a pair
+    tokens_Z = [np.flatnonzero(pair_T == slot % 8) for slot in range(16)]  # slots s and s + 8 are a pair
     start = np.repeat(np.arange(4), 4)
-    apart = state(tokens_X, start, np.zeros(4, dtype=np.int64), 800)
+    apart = state(tokens_Z, start, np.zeros(4, dtype=np.int64), 800)
     found, cost = search_ranks(
-        tokens_X,
+        tokens_Z,
         [start],
         node_D=np.zeros(4, dtype=np.int64),
         speed_D=np.ones(4),
@@ -100,21 +100,21 @@ def test_experts_that_tokens_choose_together_come_together() -> None:
     )
     assert (found[:8] == found[8:]).all()
     assert (
-        apart.reach_D.sum() == 1_600 and state(tokens_X, found, np.zeros(4, dtype=np.int64), 800).reach_D.sum() == 800
+        apart.reach_D.sum() == 1_600 and state(tokens_Z, found, np.zeros(4, dtype=np.int64), 800).reach_D.sum() == 800
     )
     assert cost < apart.cost()
 
 
 def test_a_slow_rank_gets_rows_in_proportion_and_is_never_worse_off_than_by_speed() -> None:
     rng = np.random.default_rng(0)
-    tokens_X, start = tokens_of_slots(rng, slots=24, tokens=400), np.repeat(np.arange(4), 6)
+    tokens_Z, start = tokens_of_slots(rng, slots=24, tokens=400), np.repeat(np.arange(4), 6)
     nodes, speed_D = np.zeros(4, dtype=np.int64), np.array([1.0, 1.0, 0.5, 1.0])
     keys: dict[str, Any] = {"node_D": nodes, "prices": ROWS_ALONE, "num_tokens": 400, "tries": 2_000}
-    found, cost = search_ranks(tokens_X, [start], speed_D=speed_D, rng=np.random.default_rng(1), **keys)
-    blind, _ = search_ranks(tokens_X, [start], speed_D=np.ones(4), rng=np.random.default_rng(1), **keys)
+    found, cost = search_ranks(tokens_Z, [start], speed_D=speed_D, rng=np.random.default_rng(1), **keys)
+    blind, _ = search_ranks(tokens_Z, [start], speed_D=np.ones(4), rng=np.random.default_rng(1), **keys)
 
-    def slowest(rank_X: np.ndarray) -> float:
-        rows_D = np.bincount(rank_X, weights=[len(tokens) for tokens in tokens_X], minlength=4)
+    def slowest(rank_Z: np.ndarray) -> float:
+        rows_D = np.bincount(rank_Z, weights=[len(tokens) for tokens in tokens_Z], minlength=4)
         return float((rows_D / speed_D).max())
 
     assert cost == pytest.approx(ROWS_ALONE.row * slowest(found))

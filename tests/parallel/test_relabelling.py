@@ -51,7 +51,7 @@ def test_ranks_groups_and_nodes_move_as_a_whole(plan: tuple[ExpertPlacement, int
         )
         for node_of_rank in nodes_of_ranks:
             assert moves_whole_blocks(node_of_rank[placement.rank_of_expert_E], expert_from)
-            node_from = relabelling.node_from_M(placement, node_of_rank)
+            node_from = relabelling.node_from_J(placement, node_of_rank)
             np.testing.assert_array_equal(node_from[node_of_rank], node_of_rank[relabelling.rank_from_D])
 
 
@@ -86,7 +86,7 @@ def test_identity_keeps_everything() -> None:
     placement = contiguous_placement(num_experts=8, num_ranks=4)
     same = identity_relabelling(placement)
     assert same.expert_from_E.tolist() == list(range(8))
-    assert same.node_from_M(placement, np.array([0, 0, 1, 1])).tolist() == [0, 1]
+    assert same.node_from_J(placement, np.array([0, 0, 1, 1])).tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("factor", [0.6, 1.0])

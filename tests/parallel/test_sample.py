@@ -85,7 +85,7 @@ def test_layers_count_the_kept_rows_of_the_drawn_sequences(
             traffic = sample.thin_arrays(group, thin_layer).micro_batch(micro_batch)
             np.testing.assert_array_equal(traffic.rows_RE, counts.rows_SE)
             np.testing.assert_array_equal(traffic.rank_copies_RD, counts.rank_copies_SD)
-            np.testing.assert_array_equal(traffic.node_copies_RM, counts.node_copies_SM)
+            np.testing.assert_array_equal(traffic.node_copies_RJ, counts.node_copies_SJ)
             assert traffic.routed_rows == expert * scenario.tokens_per_micro_batch * 4
             assert traffic.dropped_rows == traffic.routed_rows - traffic.rows_RE.sum()
             assert (traffic.dropped_rows > 0) == (capacity["kind"] == "expert" or (expert > 1 and capacity is DEVICE))
@@ -119,7 +119,7 @@ def test_model_layers_reindex_their_thin_layer(make_scenario: Make, capacity: di
         )
         np.testing.assert_array_equal(model.rows_RE, counts.rows_SE)
         np.testing.assert_array_equal(model.rank_copies_RD, counts.rank_copies_SD)
-        np.testing.assert_array_equal(model.node_copies_RM, counts.node_copies_SM)
+        np.testing.assert_array_equal(model.node_copies_RJ, counts.node_copies_SJ)
         assert (model.routed_rows, model.dropped_rows) == (thin.routed_rows, thin.dropped_rows)
         hottest.add(int(model.rows_RE.sum(axis=0).argmax()))
         np.testing.assert_array_equal(sample.slot_rows_MDP(0, layer)[1], model.rows_DP(sample.placement))

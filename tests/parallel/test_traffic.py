@@ -26,7 +26,7 @@ def traffic_of(ids_RTK: NDArray[np.int16], placement: ExpertPlacement, layout: G
     return LayerTraffic(
         rows_RE=counts.rows_SE,
         rank_copies_RD=counts.rank_copies_SD,
-        node_copies_RM=counts.node_copies_SM,
+        node_copies_RJ=counts.node_copies_SJ,
         layout=layout,
         routed_rows=rows,
     )
@@ -56,7 +56,7 @@ def cases(draw: st.DrawFn) -> tuple[NDArray[np.int16], ExpertPlacement, GroupLay
 def test_counts_against_sets(case: tuple[NDArray[np.int16], ExpertPlacement, GroupLayout]) -> None:
     ids_RTK, placement, layout = case
     traffic = traffic_of(*case)
-    rows, ranks, nodes = (np.zeros_like(a) for a in (traffic.rows_RE, traffic.rank_copies_RD, traffic.node_copies_RM))
+    rows, ranks, nodes = (np.zeros_like(a) for a in (traffic.rows_RE, traffic.rank_copies_RD, traffic.node_copies_RJ))
     for source, tokens in enumerate(ids_RTK.tolist()):
         for token in tokens:
             experts = [expert for expert in token if expert >= 0]
@@ -69,7 +69,7 @@ def test_counts_against_sets(case: tuple[NDArray[np.int16], ExpertPlacement, Gro
                 nodes[source, node] += 1
     np.testing.assert_array_equal(traffic.rows_RE, rows)
     np.testing.assert_array_equal(traffic.rank_copies_RD, ranks)
-    np.testing.assert_array_equal(traffic.node_copies_RM, nodes)
+    np.testing.assert_array_equal(traffic.node_copies_RJ, nodes)
 
 
 @settings(max_examples=80, deadline=None)
@@ -103,11 +103,11 @@ def test_two_stages_deliver_every_copy(case: tuple[NDArray[np.int16], ExpertPlac
     first_RD, fan_out_RD = traffic.send_stages(placement, "per_node", 1.0)
     remote_RD = np.where(layout.same_node_RD, 0, traffic.rank_copies_RD)
     for rank in range(layout.num_ranks):
-        relayed_here = layout.relay_RM[:, layout.node_of_rank_R[rank]] == rank
+        relayed_here = layout.relay_RJ[:, layout.node_of_rank_R[rank]] == rank
         kept_by_relay = remote_RD[relayed_here, rank].sum()
         assert fan_out_RD[:, rank].sum() + kept_by_relay == remote_RD[:, rank].sum()
-    own_node_RM = np.equal.outer(layout.node_of_rank_R, np.arange(layout.num_nodes))
-    network_copies = np.where(own_node_RM, 0, traffic.node_copies_RM).sum()
+    own_node_RJ = np.equal.outer(layout.node_of_rank_R, np.arange(layout.num_nodes))
+    network_copies = np.where(own_node_RJ, 0, traffic.node_copies_RJ).sum()
     assert first_RD[~layout.same_node_RD].sum() == network_copies
     assert not fan_out_RD[~layout.same_node_RD].any()
     np.testing.assert_array_equal(
@@ -133,7 +133,7 @@ def test_copies_saturate_at_the_group_limit(limit: int) -> None:
     by_node = traffic_of(limited_ids(groups=4, limit=limit, experts=64, top_k=6, ranks=8), placement, layout)
     network_RD = np.where(layout.same_node_RD, 0, by_node.send_stages(placement, "per_node", 1.0)[0])
     assert (network_RD.sum(axis=1) <= 200 * limit).all()
-    assert (by_node.node_copies_RM.sum(axis=1) <= 200 * limit).all()
+    assert (by_node.node_copies_RJ.sum(axis=1) <= 200 * limit).all()
 
 
 def test_more_than_64_ranks_need_several_words() -> None:
@@ -141,7 +141,7 @@ def test_more_than_64_ranks_need_several_words() -> None:
     ids = random_ids(3, ranks=130, experts=260, top_k=5, tokens=4)
     traffic = traffic_of(ids, placement, layout)
     expected = sum(len({expert // 2 for expert in token if expert >= 0}) for token in ids.reshape(-1, 5).tolist())
-    assert traffic.rank_copies_RD.sum() == traffic.node_copies_RM.sum() == expected
+    assert traffic.rank_copies_RD.sum() == traffic.node_copies_RJ.sum() == expected
 
 
 def test_rows_per_slot_follow_the_placement() -> None:
@@ -171,7 +171,7 @@ def test_the_counterfactual_keeps_totals_and_has_no_imbalance(
             np.testing.assert_allclose(after_tiers, before_tiers)
     np.testing.assert_allclose(even.rows_DP(placement), traffic.rows_RE.sum() / placement.num_experts)
     np.testing.assert_allclose(np.trace(even.rank_copies_RD), np.trace(traffic.rank_copies_RD))
-    assert even.node_copies_RM.sum() == pytest.approx(traffic.node_copies_RM.sum())
+    assert even.node_copies_RJ.sum() == pytest.approx(traffic.node_copies_RJ.sum())
 
 
 def test_padding_fills_every_expert() -> None:
@@ -183,7 +183,7 @@ def test_padding_fills_every_expert() -> None:
     assert padded.padded_rows == 4 * 8 * capacity - traffic.rows_RE.sum()
     empty = padded.padded_rows
     assert padded.rank_copies_RD.sum() == traffic.rank_copies_RD.sum() + empty
-    assert padded.node_copies_RM.sum() == traffic.node_copies_RM.sum() + empty
+    assert padded.node_copies_RJ.sum() == traffic.node_copies_RJ.sum() + empty
     tiers = [padded.tier_bytes(placement, kind, 1.0).inter_node for kind in KINDS]
     assert tiers[2] <= tiers[1] <= tiers[0]
 

@@ -106,7 +106,7 @@ class Renumbered:
             arrays,
             rows_BRE=arrays.rows_BRE[:, self.rank_from_R][:, :, experts],
             rank_copies_BRD=arrays.rank_copies_BRD[:, self.rank_from_R][:, :, self.rank_from_R],
-            node_copies_BRM=arrays.node_copies_BRM[:, self.rank_from_R],
+            node_copies_BRJ=arrays.node_copies_BRJ[:, self.rank_from_R],
         )
 
 

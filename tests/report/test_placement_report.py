@@ -26,8 +26,8 @@ def records(small) -> list[RunRecord]:
 
 
 def test_copies_are_counted_per_layer_and_empty_slots_are_none() -> None:
-    slots_LX = np.array([[0, 1, 0, -1, 2], [2, 1, 0, 1, 1]])
-    assert copies_of_slots(slots_LX).tolist() == [[2, 1, 2, 0, 1], [1, 3, 1, 3, 3]]
+    slots_LZ = np.array([[0, 1, 0, -1, 2], [2, 1, 0, 1, 1]])
+    assert copies_of_slots(slots_LZ).tolist() == [[2, 1, 2, 0, 1], [1, 3, 1, 3, 3]]
 
 
 def test_the_map_shows_every_slot_once(records) -> None:

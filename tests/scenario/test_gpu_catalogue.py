@@ -17,7 +17,9 @@ def test_a_gpu_is_added_in_one_place(small, monkeypatch: pytest.MonkeyPatch) -> 
     new["peak_flops"] = {name: 2 * peak for name, peak in gpus["h200"]["peak_flops"].items()}
 
     def scenario(name):
-        return small({"cluster": {"gpu": name, "nodes": 1, "gpus_per_node": 4}, "compute": {}, "uncertainty.samples": 1})
+        return small(
+            {"cluster": {"gpu": name, "nodes": 1, "gpus_per_node": 4}, "compute": {}, "uncertainty.samples": 1}
+        )
 
     with pytest.raises(UserError, match='unknown GPU "h900"'):
         scenario("h900")

@@ -128,7 +128,7 @@ def test_copies_take_rows_in_turn_and_even_out_ranks() -> None:
     assert np.array_equal(found_NK[:7], ids_NK[:7])
     rows_X = np.bincount(found_NK[7:, 0], minlength=12)
     for expert in range(8):
-        copies = slots.slot_X[slots.first_E[expert] :][: slots.copies_E[expert]]
+        copies = slots.slot_Z[slots.first_E[expert] :][: slots.copies_E[expert]]
         rows = (ids_NK == expert).sum()
         assert rows_X[copies].sum() == rows and np.ptp(rows_X[copies]) <= 1
     plain = np.bincount(ids_NK[7:, 0], minlength=8).reshape(4, 2).sum(axis=1)
