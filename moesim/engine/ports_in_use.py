@@ -23,7 +23,7 @@ from moesim.network import RankPorts
 from moesim.network.rank_ports import Busy, Windows, through
 from moesim.program.group_collectives import PeerCollective
 from moesim.program.operations import Kind, Operation, Transfer
-from moesim.program.ports import port_seconds, port_shares
+from moesim.program.ports import each_port_seconds, port_shares
 from moesim.program.step_program import GroupProgram
 from moesim.results.spans import SpanRecorder
 
@@ -60,7 +60,7 @@ class PortsInUse:
         self._kernel_L: list[Operation | None] = []
         self._turns_L, self._number_LM = np.zeros(0, dtype=np.int64), np.zeros((0, 1), dtype=np.int64)
         shape = (recorder.start_NSR.shape[1], *ports.link_KR.shape)
-        self._busy, self._number_of = Busy(shape), dict[Transfer, int]()
+        self._busy, self._numbers_of = Busy(shape), dict[tuple[Transfer, ...], list[int]]()
         self._under_way = Windows(shape, backwards=True)  # transfers behind the actions that have ended
         self._moved = Windows(shape, backwards=True)  # those of actions that have ended
         self.passages = Windows(shape)  # between groups
@@ -72,8 +72,8 @@ class PortsInUse:
     @cached_property
     def moves_bytes(self) -> bool:
         """Whether any transfer on a token's way uses a port."""
-        found = (self._number(transfer) for transfers_M in self._transfers_of.values() for transfer in transfers_M)
-        return any(self._busy.longest_BSR[number].any() for number in found)
+        numbers = [number for each in self._transfers_of.values() for number in self._numbers(each)]
+        return bool(self._busy.longest_BSR[numbers].any())
 
     def ended(self) -> None:
         """An action has ended: its spans stay as they are, and may go."""
@@ -154,12 +154,13 @@ class PortsInUse:
             spans = recorder.start_NSR, recorder.finish_NSR, recorder.own_NSR
             windows.add_transfers(rows_N, number_N, spans, self._busy, compiled=self._compiled)
 
-    def _number(self, transfer: Transfer) -> int:
-        """That of a transfer among the busy ones."""
-        number = self._number_of.get(transfer)
-        if number is None:
-            number = self._number_of[transfer] = self._busy.add(port_seconds(transfer, self.ports))
-        return number
+    def _numbers(self, transfers_M: tuple[Transfer, ...]) -> list[int]:
+        """Those of transfers among the busy ones."""
+        numbers = self._numbers_of.get(transfers_M)
+        if numbers is None:
+            found = each_port_seconds(transfers_M, self.ports)
+            numbers = self._numbers_of[transfers_M] = [self._busy.add(seconds_SKR) for seconds_SKR in found]
+        return numbers
 
     def _know_labels(self) -> None:
         """Look up labels that are new; transfers that keep no port busy are left out."""
@@ -169,7 +170,7 @@ class PortsInUse:
         numbers = []
         for label in labels[len(self._kernel_L) :]:
             self._kernel_L.append(self._kernels.get(label))
-            found = [self._number(transfer) for transfer in self._transfers_of.get(label, ())]
+            found = self._numbers(self._transfers_of[label]) if label in self._transfers_of else []
             numbers.append(found if self._busy.longest_BSR[found].any() else [])
         turns = max(map(len, numbers), default=0)
         padded = np.zeros((len(labels), max(turns, self._number_LM.shape[1])), dtype=np.int64)

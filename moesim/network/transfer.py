@@ -253,6 +253,19 @@ class PreparedTransfer:
         traffic = self._all_traffic if self._samples == slice(None) else self.traffic
         return traffic.port_seconds(ports, ranks_R)
 
+    def port_seconds_of_parts(
+        self, parts: "Sequence[PreparedTransfer]", ports: RankPorts, ranks_R: NDArray[np.integer]
+    ) -> FloatArray | None:
+        """The same of several parts that this one is the first of, [M, S, K, R]; None where they do not follow it."""
+        length, first = len(self._alone_SR), self._samples.start or 0
+        for number, part in enumerate(parts):
+            follows = part._samples == slice(first + number * length, first + (number + 1) * length)
+            if part._all_traffic is not self._all_traffic or not follows:
+                return None
+        whole = self._all_traffic.part(slice(first, first + len(parts) * length))
+        seconds_QKR = whole.port_seconds(ports, ranks_R)
+        return seconds_QKR.reshape(len(parts), length, *seconds_QKR.shape[1:])
+
     def window(self, start_R: FloatArray) -> Window:
         """When the bytes move while the transfer is alone, software's time before and behind apart."""
         work_SR = self._alone_SR - self._overhead_SR

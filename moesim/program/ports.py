@@ -70,6 +70,17 @@ def port_seconds(transfer: Transfer, ports: RankPorts) -> FloatArray:
     return _port_seconds(transfer, ports, ports.ranks_R)
 
 
+def each_port_seconds(transfers_M: Sequence[Transfer], ports: RankPorts) -> Sequence[FloatArray]:
+    """The same of several transfers; in one go of those that were prepared together."""
+    first = transfers_M[0]
+    if isinstance(first, PreparedTransfer):
+        parts = [transfer for transfer in transfers_M if isinstance(transfer, PreparedTransfer)]
+        found = first.port_seconds_of_parts(parts, ports, ports.ranks_R)
+        if found is not None and len(parts) == len(transfers_M):
+            return list(found)
+    return [port_seconds(transfer, ports) for transfer in transfers_M]
+
+
 def _port_seconds(transfer: Transfer, ports: RankPorts, ranks_R: NDArray[np.integer]) -> FloatArray:
     if isinstance(transfer, ChangingTransfer):
         return _port_seconds(transfer.states[0], ports, ranks_R)
