@@ -162,6 +162,8 @@ def _prepare(
         raise UserError(f"dispatch: algorithm {facts.name} needs all ranks in one NVLink domain; use direct")
     _check(facts, len(copies_stages), one_node=one_domain)
     stages = [np.asarray(c, dtype=np.float64).reshape(-1, len(chosen), len(chosen)) for c in copies_stages]
+    if one_domain and len(stages) == 2 and not stages[1].any():  # nothing to fan out: the kernels for one node
+        stages = stages[:1]
     message_bytes = token_bytes if combine else token_bytes + facts.header_bytes
     loopback = facts.passes_own_rows and len(stages) == 1 and own_copies_R is not None
     if loopback:

@@ -18,14 +18,16 @@ FP8, BF16 = 7392.0, 14336.0
 LOW_LATENCY = {8: (163, 318), 16: (173, 329), 32: (182, 350), 64: (186, 353), 128: (192, 369), 256: (194, 360)}
 
 
+@pytest.mark.parametrize("num_stages", [1, 2])  # a run gives both, and nothing to fan out
 @pytest.mark.parametrize(("dispatch", "published"), [(True, 153), (False, 158)])
-def test_normal_kernels_inside_a_node(dispatch: bool, published: float) -> None:
+def test_normal_kernels_inside_a_node(dispatch: bool, published: float, num_stages: int) -> None:
     """A token goes to 5.296 of 8 ranks, its own among them."""
     copies_RR = np.full((8, 8), 4096 * 5.296 / 8)
     own_R = copies_RR.diagonal().copy()
     prepare = prepare_dispatch if dispatch else prepare_combine
     prepared = prepare(
-        make_fabric(1, gpu="h800"), [copies_RR * (1 - np.eye(8))], token_bytes=FP8 if dispatch else BF16,
+        make_fabric(1, gpu="h800"), [copies_RR * (1 - np.eye(8)), np.zeros((8, 8))][:num_stages],
+        token_bytes=FP8 if dispatch else BF16,
         algorithm="hierarchical", own_copies_R=own_R,
     )  # fmt: skip
     counted = deepep_bytes(counted_copies=4096 * 5.296, hidden=7168, fp8=dispatch)
