@@ -8,7 +8,8 @@ leave, one behind the other, so that no port passes more than it can at any inst
 Spans of large steps go when their action has ended. What is asked of them later is copied then, and forgotten once all
 that is yet to pass begins behind it.
 
-Legend: K ports of a rank, S routing samples, R ranks of the group, N rows of spans, L labels, B transfers.
+Legend: K ports of a rank, S routing samples, R ranks of the group, N rows, M micro-batches that take
+turns, L labels, B transfers.
 """
 
 from collections.abc import Mapping
@@ -55,10 +56,11 @@ class PortsInUse:
             if operation.kind is Kind.TRANSFER
         }
         self._kernels = {o.label: o for block in blocks for o in block.operations if o.kind is Kind.COMPUTE}
-        # By number of a label, as far as they are known: its kernel, how many transfers it has that take turns, and
-        # the numbers of these.
+        # By number of a label, as far as they are known: its kernel, and its row in what follows or -1; of a row the
+        # numbers of its transfers, which take turns, and how many they are.
         self._kernel_L: list[Operation | None] = []
-        self._turns_L, self._number_LM = np.zeros(0, dtype=np.int64), np.zeros((0, 1), dtype=np.int64)
+        self._row_L = np.zeros(0, dtype=np.int64)
+        self._turns_N, self._number_NM = np.zeros(0, dtype=np.int64), np.zeros((0, 1), dtype=np.int64)
         shape = (recorder.start_NSR.shape[1], *ports.link_KR.shape)
         self._busy, self._numbers_of = Busy(shape), dict[tuple[Transfer, ...], list[int]]()
         self._under_way = Windows(shape, backwards=True)  # transfers behind the actions that have ended
@@ -124,12 +126,12 @@ class PortsInUse:
         else:
             end_SGNI = prepared.peers.split(end_SR)
             end_SR = np.broadcast_to(end_SGNI.max(axis=2, keepdims=True), end_SGNI.shape).reshape(begin_SR.shape)
-        self.collectives.add(begin_SR, end_SR, self._shares[prepared])
+        self.collectives.add(begin_SR, end_SR, self._shares[prepared], compiled=self._compiled)
         return end_SR
 
     def let_through(self, begin_SR: FloatArray, end_SR: FloatArray, shares_KR: FloatArray) -> None:
         """From now on this has its part of the ports; whatever is in its way comes later."""
-        self.passages.add(begin_SR, end_SR, shares_KR)
+        self.passages.add(begin_SR, end_SR, shares_KR, compiled=self._compiled)
 
     def hold(self, end_SR: FloatArray) -> None:
         """Transfers that are yet to begin wait until then."""
@@ -147,9 +149,10 @@ class PortsInUse:
         if first == last:
             return
         self._know_labels()
-        rows_N = first + np.flatnonzero(self._turns_L[recorder.label_N[first:last]])
-        label_N = recorder.label_N[rows_N]
-        number_N = self._number_LM[label_N, recorder.micro_batch_N[rows_N] % self._turns_L[label_N]]
+        of_row_N = self._row_L[recorder.label_N[first:last]]
+        chosen = np.flatnonzero(of_row_N >= 0)
+        rows_N, of_row_N = first + chosen, of_row_N[chosen]
+        number_N = self._number_NM[of_row_N, recorder.micro_batch_N[rows_N] % self._turns_N[of_row_N]]
         if len(rows_N):
             spans = recorder.start_NSR, recorder.finish_NSR, recorder.own_NSR
             windows.add_transfers(rows_N, number_N, spans, self._busy, compiled=self._compiled)
@@ -167,17 +170,20 @@ class PortsInUse:
         labels = self._labels.all()
         if len(labels) == len(self._kernel_L):
             return
-        numbers = []
-        for label in labels[len(self._kernel_L) :]:
-            self._kernel_L.append(self._kernels.get(label))
+        new, rows = labels[len(self._kernel_L) :], []
+        self._kernel_L += [self._kernels.get(label) for label in new]
+        for label in new:
             found = self._numbers(self._transfers_of[label]) if label in self._transfers_of else []
-            numbers.append(found if self._busy.longest_BSR[found].any() else [])
-        turns = max(map(len, numbers), default=0)
-        padded = np.zeros((len(labels), max(turns, self._number_LM.shape[1])), dtype=np.int64)
-        padded[: len(self._number_LM), : self._number_LM.shape[1]] = self._number_LM
-        for place, found in enumerate(numbers, start=len(self._number_LM)):
-            padded[place, : len(found)] = found
-        self._number_LM, self._turns_L = padded, np.append(self._turns_L, [len(found) for found in numbers])
+            rows.append(self._add_turns(found) if self._busy.longest_BSR[found].any() else -1)
+        self._row_L = np.append(self._row_L, np.array(rows, dtype=np.int64))
+
+    def _add_turns(self, numbers: list[int]) -> int:
+        """The row of a label whose transfers have these numbers."""
+        row, turns = self._number_NM.shape
+        longer = np.zeros((row + 1, max(turns, len(numbers))), dtype=np.int64)
+        longer[:row, :turns], longer[row, : len(numbers)] = self._number_NM, numbers
+        self._turns_N, self._number_NM = np.append(self._turns_N, len(numbers)), longer
+        return row
 
     def _first_kernel(self, first: int, last: int) -> tuple[Operation, FloatArray, FloatArray] | None:
         """That of an action with these rows, its start and its finish."""

@@ -299,6 +299,27 @@ def add_transfers(
 
 
 @numba.njit(cache=True)
+def add_window(
+    begin_SR: FloatArray, end_SR: FloatArray, shares_KR: FloatArray, place: int, rows_WF: FloatArray
+) -> None:
+    """`moesim.network.rank_ports.Windows.add`, at row `place`."""
+    (samples, ranks), ports, row_F = begin_SR.shape, len(shares_KR), rows_WF[place]
+    row_F[0], row_F[1], column = np.inf, -np.inf, 2
+    for sample in range(samples):
+        for rank in range(ranks):
+            begin, end = begin_SR[sample, rank], end_SR[sample, rank]
+            row_F[0], row_F[1] = min(row_F[0], begin), max(row_F[1], end)
+            row_F[column], row_F[column + samples * ranks] = begin, end
+            column += 1
+    column += samples * ranks
+    for _ in range(samples):
+        for port in range(ports):
+            for rank in range(ranks):
+                row_F[column] = shares_KR[port, rank]
+                column += 1
+
+
+@numba.njit(cache=True)
 def _find_open(
     rows_WF: FloatArray, first: int, stop: int, backwards: bool, instant: float, row_V: NDArray[np.int64], found: int
 ) -> int:

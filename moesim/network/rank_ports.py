@@ -166,11 +166,13 @@ class Windows:
         each = -1, samples, ranks
         return begin_VF.reshape(each), end_VF.reshape(each), share_VF.reshape(-1, *self.shape)
 
-    def add(self, begin_SR: FloatArray, end_SR: FloatArray, shares_KR: FloatArray) -> None:
+    def add(self, begin_SR: FloatArray, end_SR: FloatArray, shares_KR: FloatArray, *, compiled: bool = False) -> None:
         """Something that takes a share of every port from `begin_SR` to `end_SR`."""
-        edges = np.array([begin_SR.min(), end_SR.max()])
-        share_SKR = np.broadcast_to(shares_KR, self.shape)
         place = self.room(1)
+        if compiled and (compiled_loops := loops()) is not None:
+            compiled_loops.add_window(begin_SR, end_SR, shares_KR, place, self.rows_WF)
+            return
+        edges, share_SKR = np.array([begin_SR.min(), end_SR.max()]), np.broadcast_to(shares_KR, self.shape)
         self.rows_WF[place] = np.concatenate([edges, begin_SR.ravel(), end_SR.ravel(), share_SKR.ravel()])
 
     def add_transfers(

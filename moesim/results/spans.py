@@ -189,9 +189,10 @@ class SpanRecorder:
     def __init__(self, *, rows: int, samples: int, ranks: int) -> None:
         self.label_N = np.zeros(rows, np.int32)
         self.micro_batch_N = np.full(rows, -1, np.int32)
-        self.start_NSR = np.zeros((rows, samples, ranks))
-        self.finish_NSR = np.zeros((rows, samples, ranks))
-        self.own_NSR = np.zeros((rows, samples, ranks), np.float32)
+        # Not `zeros`: numpy asks for large pages here, and half a gigabyte of small ones takes as long as to fill them.
+        self.start_NSR = np.empty((rows, samples, ranks))
+        self.finish_NSR = np.empty((rows, samples, ranks))
+        self.own_NSR = np.empty((rows, samples, ranks), np.float32)
         self.count = 0
         self.actions: list[ActionRows] = []
 

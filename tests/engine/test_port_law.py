@@ -232,7 +232,8 @@ def test_loops_and_arrays_let_through_and_forget_the_same():
             spans = start_NSR, start_NSR + rng.random((20, 2, 5)), rng.random((20, 2, 5)).astype(np.float32)
             moved.add_transfers(np.arange(20), rng.integers(0, 4, 20), spans, busy, compiled=compiled)
             for begin_SR in 4 * rng.random((20, 2, 5)):
-                apart.add(begin_SR, begin_SR + rng.random((2, 5)), rng.random((3, 5)) * (rng.random((3, 1)) > 0.5))
+                shares_KR = rng.random((3, 5)) * (rng.random((3, 1)) > 0.5)
+                apart.add(begin_SR, begin_SR + rng.random((2, 5)), shares_KR, compiled=compiled)
             begin_SR, work_R, shares_KR = 2 + rng.random((2, 5)), rng.random(5), rng.random((3, 5)) * [[1], [0], [1]]
             sets = moved, Windows(shape), apart
             ends.append(through(begin_SR, work_R, shares_KR, sets, compiled=compiled))
