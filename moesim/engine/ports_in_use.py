@@ -29,6 +29,7 @@ from moesim.program.step_program import GroupProgram
 from moesim.results.spans import SpanRecorder
 
 FloatArray = NDArray[np.float64]
+NO_ROW, UNKNOWN = -1, -2
 NEXT_ROWS = 8  # among which the first kernel of an action is
 
 
@@ -56,9 +57,9 @@ class PortsInUse:
             if operation.kind is Kind.TRANSFER
         }
         self._kernels = {o.label: o for block in blocks for o in block.operations if o.kind is Kind.COMPUTE}
-        # By number of a label, as far as they are known: its kernel, and its row in what follows or -1; of a row the
-        # numbers of its transfers, which take turns, and how many they are.
-        self._kernel_L: list[Operation | None] = []
+        self._kernel_of: dict[int, Operation | None] = {}  # by number of a label
+        # By number of a label its row in what follows, NO_ROW or UNKNOWN; of a row the numbers of its transfers, which
+        # take turns, and how many they are.
         self._row_L = np.zeros(0, dtype=np.int64)
         self._turns_N, self._number_NM = np.zeros(0, dtype=np.int64), np.zeros((0, 1), dtype=np.int64)
         shape = (recorder.start_NSR.shape[1], *ports.link_KR.shape)
@@ -148,8 +149,7 @@ class PortsInUse:
         recorder = self._recorder
         if first == last:
             return
-        self._know_labels()
-        of_row_N = self._row_L[recorder.label_N[first:last]]
+        of_row_N = self._rows(recorder.label_N[first:last])
         chosen = np.flatnonzero(of_row_N >= 0)
         rows_N, of_row_N = first + chosen, of_row_N[chosen]
         number_N = self._number_NM[of_row_N, recorder.micro_batch_N[rows_N] % self._turns_N[of_row_N]]
@@ -165,17 +165,20 @@ class PortsInUse:
             numbers = self._numbers_of[transfers_M] = [self._busy.add(seconds_SKR) for seconds_SKR in found]
         return numbers
 
-    def _know_labels(self) -> None:
-        """Look up labels that are new; transfers that keep no port busy are left out."""
+    def _rows(self, label_N: NDArray[np.int32]) -> NDArray[np.int64]:
+        """The row of every label; none where its transfers keep no port busy."""
         labels = self._labels.all()
-        if len(labels) == len(self._kernel_L):
-            return
-        new, rows = labels[len(self._kernel_L) :], []
-        self._kernel_L += [self._kernels.get(label) for label in new]
-        for label in new:
-            found = self._numbers(self._transfers_of[label]) if label in self._transfers_of else []
-            rows.append(self._add_turns(found) if self._busy.longest_BSR[found].any() else -1)
-        self._row_L = np.append(self._row_L, np.array(rows, dtype=np.int64))
+        if len(self._row_L) < len(labels):
+            self._row_L = np.append(self._row_L, np.full(len(labels) - len(self._row_L), UNKNOWN))
+        row_N = self._row_L[label_N]
+        if row_N.min() > UNKNOWN:
+            return row_N
+        for number in dict.fromkeys(label_N[row_N == UNKNOWN].tolist()):
+            transfers_M = self._transfers_of.get(labels[number], ())
+            numbers = self._numbers(transfers_M) if transfers_M else []
+            busy = bool(numbers) and self._busy.longest_BSR[numbers].any()
+            self._row_L[number] = self._add_turns(numbers) if busy else NO_ROW
+        return self._row_L[label_N]
 
     def _add_turns(self, numbers: list[int]) -> int:
         """The row of a label whose transfers have these numbers."""
@@ -188,8 +191,9 @@ class PortsInUse:
     def _first_kernel(self, first: int, last: int) -> tuple[Operation, FloatArray, FloatArray] | None:
         """That of an action with these rows, its start and its finish."""
         recorder = self._recorder
-        self._know_labels()
         for row, number in enumerate(recorder.label_N[first : min(first + NEXT_ROWS, last)].tolist(), start=first):
-            if (kernel := self._kernel_L[number]) is not None:
+            if number not in self._kernel_of:
+                self._kernel_of[number] = self._kernels.get(self._labels.all()[number])
+            if (kernel := self._kernel_of[number]) is not None:
                 return kernel, recorder.start_NSR[row].copy(), recorder.finish_NSR[row].copy()
         return None
