@@ -51,9 +51,9 @@ def record_step(model: nn.Module, loss_of: Callable[[], Tensor]) -> list[Recorde
     attention = _Attention(recorder)
     with _module_paths(model, recorder, attention), _gradients(model, recorder), recorder, attention:
         loss = _run(loss_of, recorder, model)
-        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or loss.is_complex() or not loss.requires_grad:
             raise UserError(
-                "the closure must return the loss: a tensor of one number that depends on weights with gradients"
+                "the closure must return the loss: a tensor of one real number that depends on weights with gradients"
             )
         recorder.phase, recorder.module = "backward", ""
         _run(loss.backward, recorder, model)
@@ -75,17 +75,23 @@ def _with_widths(model: nn.Module, recorder: "_Recorder") -> tuple[list[Recorded
 def _run(what: Callable[[], Any], recorder: "_Recorder", model: nn.Module) -> Any:
     try:
         return what()
-    except (NotImplementedError, RuntimeError) as error:
+    except (NotImplementedError, RuntimeError, TypeError) as error:
+        if isinstance(error, TypeError) and "meta device" not in str(error):
+            raise _raised(error, recorder, model) from None
         remedy = "give it a form without operations that depend on data, e.g. grouped GEMMs for its experts"
-        if "copy out of meta" in str(error):
-            remedy = "leave its tensors on the device that they are made on (no .cpu(), .cuda() or .tolist())"
+        if any(text in str(error) for text in ("copy out of meta", "to numpy")):
+            remedy = "leave its tensors on the device that they are made on (no .cpu(), .cuda(), .numpy() or .tolist())"
         if recorder.phase == "backward":
             remedy = "switch activation checkpointing off, if it is on: the error may be its own"
         place = recorder.module or type(model).__name__
         raise UserError(f"{place} does not run on the meta device: {one_line(str(error))}; {remedy}") from None
     except Exception as error:  # whatever the user's program raises
-        place = recorder.module or type(model).__name__
-        raise UserError(f"{place} raised {type(error).__name__}: {one_line(str(error))}") from None
+        raise _raised(error, recorder, model) from None
+
+
+def _raised(error: Exception, recorder: "_Recorder", model: nn.Module) -> UserError:
+    place = recorder.module or type(model).__name__
+    return UserError(f"{place} raised {type(error).__name__}: {one_line(str(error))}")
 
 
 def _optimizer(model: nn.Module, sizes: Mapping[str, int]) -> RecordedOp:

@@ -43,6 +43,8 @@ class Planned:
 def tensor_plan(ops: Sequence[RecordedOp], ranks: int) -> Planned:
     """A rank's share by `base_model_tp_plan`. Raises UserError where nothing says what a share is."""
     sizes, found = _matched(ops)
+    if kept := kept_whole(found, sizes):
+        raise UserError(f"the step has what cannot be shared out: {', '.join(kept)}; spread it by ddp or fsdp2")
     share = divided(sizes, tensor=ranks, expert_tensor=ranks)
     for key in (*SHARED & sizes.widths.keys(), EXPERT_WIDTH):
         whole = sizes.expert_width if key == EXPERT_WIDTH else sizes.widths[key]
@@ -72,7 +74,11 @@ def tensor_plan(ops: Sequence[RecordedOp], ranks: int) -> Planned:
 def expert_plan(ops: Sequence[RecordedOp], ranks: int) -> Planned:
     """A rank's share by `base_model_ep_plan`. Raises UserError where the step has no experts that could be shared."""
     sizes, found = _matched(ops)
-    if not sizes.experts or sizes.experts % ranks:
+    if not sizes.experts:
+        raise UserError(
+            "the step has no experts in grouped GEMMs that ranks could share; spread it by ddp, fsdp2 or tp"
+        )
+    if sizes.experts % ranks:
         raise UserError(
             f"--ranks {ranks} does not divide the recorded step's experts, {sizes.experts}; use another number"
         )
@@ -86,10 +92,7 @@ def _matched(ops: Sequence[RecordedOp]) -> tuple[StepSizes, list[MatchedOp]]:
     sizes = sizes_of(ops, where="the step")
     if not sizes.widths:
         raise UserError("the step does not follow widths (a trace, or an older file); record it with this version")
-    found = matched(ops, sizes)
-    if kept := kept_whole(found, sizes):
-        raise UserError(f"the step has what cannot be shared out: {', '.join(kept)}; spread it by ddp or fsdp2")
-    return sizes, found
+    return sizes, matched(ops, sizes)
 
 
 def _of_head(each: MatchedOp) -> bool:

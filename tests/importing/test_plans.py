@@ -94,3 +94,5 @@ def test_a_number_of_ranks_that_divides_nothing_is_refused(ops: list[RecordedOp]
     with pytest.raises(UserError, match="--ranks 3 does not divide the recorded step's experts, 16"):
         expert_plan(ops, 3)
     assert DENSE % 3
+    with pytest.raises(UserError, match="has no experts in grouped GEMMs that ranks could share"):
+        expert_plan(record_step(*small_step(layers=1)), 2)

@@ -237,6 +237,15 @@ def test_a_layer_is_dropped_where_that_is_likelier(share: float, dropped: bool) 
         ("def step(): return made(lambda m: m(torch.randn(4, 8).cpu()).sum())", "on the device that they are made on"),
         ("def step(): return made(lambda m: m(torch.randn(4, 8)).sum().item())", "does not run on the meta device"),
         ("def step(): return made(lambda m: m(torch.randn(4, 8)).nonzero().sum())", "without operations that depend"),
+        (
+            "def step(): return made(lambda m: m(torch.randn(4, 8)).detach().numpy())",
+            "on the device that they are made",
+        ),
+        ("def step(): return made(lambda m: len(m(torch.randn(4, 8)), 3))", "raised TypeError: len"),
+        (
+            "def step(): return made(lambda m: torch.view_as_complex(m(torch.randn(4, 8)).view(-1, 2)).sum())",
+            "one real",
+        ),
     ],
 )
 def test_programs_that_cannot_be_recorded_are_told_the_remedy(body: str, said: str, tmp_path: Path) -> None:
