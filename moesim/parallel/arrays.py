@@ -1,6 +1,8 @@
 """The traffic of one layer and expert-parallel group over all the micro-batches of a step, as arrays.
 
-Legend: B micro-batches, R source ranks, D destination ranks (the same), E experts, J nodes, P slots.
+Copies that travel from rank to rank, per stage of a dispatch, are the array form of `LayerTraffic.send_stages` (bytes
+of one micro-batch). Legend: B micro-batches, R source ranks, D destination ranks (the same), E experts, J nodes, P
+slots.
 """
 
 from dataclasses import dataclass, replace
@@ -12,7 +14,8 @@ from numpy.typing import NDArray
 from moesim.parallel.mesh import GroupLayout
 from moesim.parallel.placement import ExpertPlacement
 from moesim.parallel.relabelling import Relabelling
-from moesim.parallel.traffic import LayerTraffic, sum_columns
+from moesim.parallel.traffic import LayerTraffic, node_stages, ring_copies, sum_columns, without_diagonal
+from moesim.scenario.dispatch import Deduplicate
 
 Array = NDArray[Any]
 
@@ -142,3 +145,35 @@ def _class_means(values_BRX: Array, class_RX: NDArray[np.int64]) -> NDArray[np.f
         members = class_RX == label
         means_BRX[:, members] = values_BRX[:, members].mean(axis=1)[:, None]
     return means_BRX
+
+
+def held_copies(
+    arrays: TrafficArrays, placement: ExpertPlacement, deduplicate: Deduplicate, *, tokens: int = 0
+) -> Array:
+    """Copies of rank r's tokens (`tokens` of them) that rank d gets in the end, own rank included: [B, R, D]."""
+    if deduplicate == "all_ranks":
+        return np.full(arrays.rank_copies_BRD.shape, tokens, dtype=np.int64)
+    if deduplicate == "per_expert":
+        return sum_columns(arrays.rows_BRE, placement.rank_of_expert_E, placement.num_ranks)
+    return arrays.rank_copies_BRD
+
+
+def copies_out(held_BRD: Array, deduplicate: Deduplicate) -> Array:
+    """Copies of its own tokens that a rank puts into its send buffer, [B, R]: for a gather each once."""
+    return np.asarray(held_BRD[:, :, 0] if deduplicate == "all_ranks" else held_BRD.sum(axis=2))
+
+
+def stage_copies(
+    arrays: TrafficArrays, placement: ExpertPlacement, deduplicate: Deduplicate, *, tokens: int = 0
+) -> tuple[NDArray[np.float64], ...]:
+    """Copies sent from rank to rank, float64 [B, R, D] with zero diagonals, one array per stage of the dispatch.
+
+    per_expert and per_rank: one stage. per_node: two (`node_stages`). all_ranks: one, round a ring (`ring_copies`).
+    Combine uses the transposes in reverse order.
+    """
+    if deduplicate == "per_node":
+        return node_stages(arrays.rank_copies_BRD, arrays.node_copies_BRJ, arrays.layout)
+    if deduplicate == "all_ranks":
+        batches, ranks, _ = arrays.rank_copies_BRD.shape
+        return (np.broadcast_to(ring_copies(tokens, ranks), (batches, ranks, ranks)),)
+    return (without_diagonal(held_copies(arrays, placement, deduplicate, tokens=tokens)),)

@@ -10,10 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.parallel.by_speed import place_by_speed, speeds_of_group
-from moesim.parallel.copies import balanced_weights
-from moesim.parallel.eplb import balance_experts
-from moesim.parallel.expert_map import ExpertMap, SlotChoice, Split
+from moesim.parallel.eplb import balance_experts, place_by_speed, speeds_of_group
+from moesim.parallel.expert_map import ExpertMap, SlotChoice, Split, balanced_weights
 from moesim.parallel.memory_parameters import expert_slice_parameters
 from moesim.parallel.placement import slot_table
 from moesim.parallel.placement_search import Prices, search_ranks

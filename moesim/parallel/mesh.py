@@ -1,10 +1,18 @@
-"""The mesh of ranks: which ranks form which group, and on which node each of them sits.
+"""The mesh of ranks: which ranks form which group, on which node each of them sits, and which tokens of a sequence it
+holds.
 
 Ranks are numbered with tensor fastest, then context, data and pipeline (slowest); GPU i of the cluster runs rank i,
 and GPUs are numbered node by node through the pools, dealt out by `moesim.scenario.stages` where an axis crosses them.
 The layers with experts see the same ranks of a stage in another order, chosen apart (parallel folding, arXiv
 2504.14960): expert-tensor fastest, then expert, then expert-data.
-Legend: W ranks of the world, R and D ranks of one expert-parallel group, J nodes that the group touches.
+
+Context parallelism cuts a sequence into 2 * context chunks and gives rank c the chunks c and 2 * context - 1 - c, so
+that causal attention costs every rank the same (zig-zag, as Megatron-Core and Llama 3 do, arXiv 2407.21783 section
+3.3.2). Sequence parallelism then cuts what a context rank holds into one run per tensor rank (arXiv 2205.05198).
+Pieces are the runs that both cuts leave whole: sequence length / (2 context tensor) tokens, or / tensor at context 1.
+
+Legend: W ranks of the world, R and D ranks of one expert-parallel group (R: also those that share a sequence, tensor
+fastest), V pieces of one rank, J nodes that the group touches.
 """
 
 from dataclasses import dataclass
@@ -172,3 +180,14 @@ class Mesh:
     def _stage(self, stage: int) -> Ranks:
         assert 0 <= stage < self.parallelism.pipeline
         return np.arange(stage * self.stage_ranks, (stage + 1) * self.stage_ranks)
+
+
+def pieces_of_ranks(*, context: int, tensor: int) -> NDArray[np.int64]:
+    """The pieces of a sequence that each rank holds, in token order: int64 [R, V]; every piece is held once."""
+    context_R, tensor_R = np.divmod(np.arange(context * tensor), tensor)
+    if context == 1:
+        return tensor_R[:, None]
+    held_RV = 2 * tensor_R[:, None] + np.arange(2)  # among the 2 * tensor pieces of the context rank's two chunks
+    early_RV = context_R[:, None] * tensor + held_RV
+    late_RV = (2 * context - 1 - context_R[:, None]) * tensor + held_RV - tensor
+    return np.where(held_RV < tensor, early_RV, late_RV)

@@ -9,7 +9,7 @@ pieces), V pieces of one sequence on a rank, S pieces of recorded sequences, T t
 of an expert group, E experts or slots, J nodes, P slots of a rank.
 
 A rank's tokens are whole sequences; under context or tensor parallelism the ranks of one data-parallel rank share
-them, each with its own pieces (`moesim.parallel.ownership`).
+them, each with its own pieces (`moesim.parallel.mesh`).
 """
 
 from collections.abc import Callable
@@ -25,8 +25,7 @@ from moesim.parallel.counts import count_blocks, count_rows
 from moesim.parallel.dropping import expert_capacity, expert_keep_mask, ranks_of_rows
 from moesim.parallel.expert_map import ExpertMap
 from moesim.parallel.layer_maps import LayerMaps, PlacingRows, layer_maps
-from moesim.parallel.mesh import GroupLayout, Mesh
-from moesim.parallel.ownership import pieces_of_ranks
+from moesim.parallel.mesh import GroupLayout, Mesh, pieces_of_ranks
 from moesim.parallel.placement import ExpertPlacement, place_experts
 from moesim.parallel.relabelling import Relabelling, draw_relabellings, identity_relabelling
 from moesim.parallel.replacement import check_interval, loads_ago

@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.parallel.ownership import pieces_of_ranks
+from moesim.parallel.mesh import pieces_of_ranks
 from moesim.parallel.placement import place_lists
 from moesim.scenario import Scenario
 from moesim.scenario.routing import BalancednessRouting, StatedRouting

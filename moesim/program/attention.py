@@ -5,7 +5,7 @@ the compressed queries, keys and values of its own tokens, which are gathered be
 does. Context parallelism is the ring of Megatron-Core's and Transformer Engine's default (arXiv 2310.01889): in each
 of `context` steps a rank attends from its queries to the keys and values of one rank of the ring, while those of the
 next are on their way; backward also the gradients of keys and values go around, and one hop more, home. A step ends
-when its attention and its hop are done. Tokens lie in zig-zag (`moesim.parallel.ownership`): the first step is causal
+when its attention and its hop are done. Tokens lie in zig-zag (`moesim.parallel.mesh`): the first step is causal
 over a rank's own tokens, every other one is half of a full square, so that all cost the same.
 """
 

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from moesim.network import Fabric, prepare_combine, prepare_dispatch
 from moesim.parallel import ExpertPlacement, Mesh, TrafficArrays, token_bytes
+from moesim.parallel.arrays import copies_out, held_copies, stage_copies
 from moesim.parallel.expert_map import ExpertMap
-from moesim.parallel.stages import copies_out, held_copies, stage_copies
 from moesim.program.group_collectives import Peers, SideBySide, set_of_place
 from moesim.program.operations import Transfer
 from moesim.program.scenario_fabric import sharing_model

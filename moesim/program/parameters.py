@@ -16,7 +16,7 @@ from moesim.network import (
 )
 from moesim.network.nccl import ring_bytes
 from moesim.parallel import Mesh
-from moesim.parallel.copies import MapOfLayer, copy_gradient_bytes_DD, layers_of_stages
+from moesim.parallel.expert_map import MapOfLayer, copy_gradient_bytes_DD, layers_of_stages
 from moesim.parallel.memory_parameters import Unit, expert_slice_parameters, product_weights, stage_units
 from moesim.program.group_collectives import PeerCollective, Peers
 from moesim.program.reductions import Members, Reduction

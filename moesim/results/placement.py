@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 from moesim.network import Fabric, crowded, prepare_dispatch
 from moesim.parallel import TrafficSample, TrafficSampler
-from moesim.parallel.by_speed import speeds_of_group
-from moesim.parallel.copies import copy_gradient_bytes_DD, layers_of_stages
+from moesim.parallel.eplb import speeds_of_group
+from moesim.parallel.expert_map import copy_gradient_bytes_DD, layers_of_stages
 from moesim.parallel.layer_maps import LayerMaps
 from moesim.parallel.memory_parameters import expert_slice_parameters
 from moesim.parallel.placement import EMPTY_SLOT

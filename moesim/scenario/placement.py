@@ -217,7 +217,7 @@ class _HeedsSpeeds(MadeFromRows):
 
 
 class BySpeed(_HeedsSpeeds, MadeFromCounts):
-    """As EPLB's global policy, with rows in proportion to each rank's speed (`moesim.parallel.by_speed`)."""
+    """As EPLB's global policy, with rows in proportion to each rank's speed (`moesim.parallel.eplb`)."""
 
     kind: Literal["by_speed"] = Field(description="Rows of a rank in proportion to its speed.")
     speeds: Speeds | None = Field(

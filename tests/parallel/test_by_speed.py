@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moesim
-from moesim.parallel.by_speed import place_by_speed, speeds_of_group
-from moesim.parallel.eplb import balance_experts
+from moesim.parallel.eplb import balance_experts, place_by_speed, speeds_of_group
 from moesim.parallel.expert_map import ExpertMap
 from moesim.parallel.replacement import rank_loads
 from moesim.scenario import Eplb, Scenario, Search

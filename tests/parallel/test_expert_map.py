@@ -11,8 +11,7 @@ import pytest
 
 from moesim.errors import UserError
 from moesim.parallel import TrafficSample, TrafficSampler
-from moesim.parallel.copies import balanced_weights, copy_gradient_bytes_DD
-from moesim.parallel.expert_map import ExpertMap
+from moesim.parallel.expert_map import ExpertMap, balanced_weights, copy_gradient_bytes_DD
 from moesim.parallel.memory_parameters import local_parameters
 from moesim.parallel.memory_rows import routed_rows
 from moesim.parallel.replacement import rank_loads

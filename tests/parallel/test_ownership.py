@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moesim.parallel.ownership import pieces_of_ranks
+from moesim.parallel.mesh import pieces_of_ranks
 
 
 @pytest.mark.parametrize("context", [1, 2, 3, 4])

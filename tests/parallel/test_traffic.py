@@ -7,10 +7,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from moesim.parallel import ExpertPlacement, GroupLayout, LayerTraffic, TrafficArrays, balanced, token_bytes
-from moesim.parallel.arrays import arrays_of
+from moesim.parallel.arrays import arrays_of, stage_copies
 from moesim.parallel.counts import count_blocks
 from moesim.parallel.placement import contiguous_placement
-from moesim.parallel.stages import stage_copies
 
 KINDS = ("per_expert", "per_rank", "per_node")
 
