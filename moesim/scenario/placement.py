@@ -190,7 +190,7 @@ class MadeFromCounts(MadeFromRows):
 
 
 class Eplb(MadeFromCounts):
-    """DeepSeek's load balancer (`moesim.parallel.eplb`): the experts with most rows get copies, ranks equal loads."""
+    """DeepSeek's load balancer: the experts with most rows get copies, ranks equal loads."""
 
     kind: Literal["eplb"] = Field(description="Balanced by DeepSeek's EPLB from the rows of the trace.")
     policy: Literal["auto", "global"] = Field(
@@ -217,7 +217,7 @@ class _HeedsSpeeds(MadeFromRows):
 
 
 class BySpeed(_HeedsSpeeds, MadeFromCounts):
-    """As EPLB's global policy, with rows in proportion to each rank's speed (`moesim.parallel.eplb`)."""
+    """As EPLB's global policy, with rows in proportion to each rank's speed."""
 
     kind: Literal["by_speed"] = Field(description="Rows of a rank in proportion to its speed.")
     speeds: Speeds | None = Field(
@@ -233,7 +233,7 @@ class BySpeed(_HeedsSpeeds, MadeFromCounts):
 
 
 class Search(_HeedsSpeeds):
-    """Local search from EPLB's and from neighbouring experts, traffic counted (`moesim.parallel.placement_search`)."""
+    """Local search from EPLB's and from neighbouring experts, traffic counted."""
 
     kind: Literal["search"] = Field(
         description="Found by exchanging experts while a layer is estimated to get faster, traffic included."
