@@ -4,6 +4,7 @@ Legend: S plain routing samples.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from moesim.trace.record import MIN_COVERAGE_FOR_RANGE
 
 SYNTHETIC_LAYERS = 2  # distinct layers of a synthetic trace; model layers take them in turn
 SYNTHETIC_TOKENS = (65_536, 262_144)  # at least, and at most while one expert group's micro-batch fits
+
+# Scenarios that a process simulates one after the other (a sweep, a plan, questions of what if) mostly share routing.
+_popularity_trace, _uniform_trace = lru_cache(maxsize=2)(popularity_trace), lru_cache(maxsize=2)(uniform_trace)
 
 
 def obtain_trace(
@@ -45,8 +49,8 @@ def obtain_trace(
         nested = not isinstance(routing.counts[0], int | float)
         layers = len(routing.counts) if nested else SYNTHETIC_LAYERS
         common |= {"counts": routing.counts, "counts_of": routing.source, "num_layers": layers}
-        return popularity_trace(scenario.router_shape(), **common)
-    return uniform_trace(scenario.router_shape(), num_layers=SYNTHETIC_LAYERS, **common)
+        return _popularity_trace(scenario.router_shape(), **common)
+    return _uniform_trace(scenario.router_shape(), num_layers=SYNTHETIC_LAYERS, **common)
 
 
 def _synthetic_tokens(scenario: Scenario) -> int:

@@ -6,6 +6,7 @@ software has, stands in `moesim.scenario.software`.
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from moesim.kernels import KernelModel
 from moesim.kernels.unprofiled import ADDED_WIDE
@@ -34,7 +35,7 @@ class SwitchedKernels:
 
     scenario: Scenario
 
-    @property
+    @cached_property
     def _switches(self) -> Switches:
         return self.scenario.implementation.switches
 
