@@ -42,24 +42,22 @@ class _Coverage:
         return self._until(_columns(time_MQ)).T
 
     def _until(self, time_QM: FloatArray) -> FloatArray:
-        higher_QM = self.higher._until(time_QM) if self.higher is not None else None
-        covered_QM = np.zeros_like(time_QM) if higher_QM is None else higher_QM.copy()
-        if self._start_QN.shape[1]:
-            for q, time_M in enumerate(time_QM):
-                covered_QM[q] += self._column(q, time_M, None if higher_QM is None else higher_QM[q])
-        return covered_QM
-
-    def _column(self, q: int, time_M: FloatArray, higher_M: FloatArray | None) -> FloatArray:
-        at_M = np.searchsorted(self._start_QN[q], time_M, side="right") - 1
-        known_M = np.maximum(at_M, 0)
-        end_M = self._finish_QN[q, known_M]
-        inside_M = np.minimum(time_M, end_M) - self._start_QN[q, known_M]
-        if higher_M is not None:
-            assert self._higher_QN is not None
+        higher_QM = self.higher._until(time_QM) if self.higher is not None else np.zeros_like(time_QM)
+        columns, spans = self._start_QN.shape
+        if not spans:
+            return higher_QM
+        at_QM = np.empty(time_QM.shape, dtype=np.intp)
+        for q, time_M in enumerate(time_QM):
+            at_QM[q] = np.searchsorted(self._start_QN[q], time_M, side="right")
+        at_QM -= 1
+        known_QM = np.maximum(at_QM, 0) + spans * np.arange(columns)[:, None]  # in all columns one after the other
+        end_QM = self._finish_QN.take(known_QM)
+        inside_QM = np.minimum(time_QM, end_QM) - self._start_QN.take(known_QM)
+        if self._higher_QN is not None:
             # Within the span only what no higher stream covers counts; a finished span counts its exposed part.
-            inside_M = inside_M - (higher_M - self._higher_QN[q, known_M])
-            inside_M = np.where(time_M >= end_M, self._exposed_QN[q, known_M], inside_M)
-        return np.where(at_M >= 0, self._before_QN[q, known_M] + inside_M, 0.0)
+            inside_QM = inside_QM - (higher_QM - self._higher_QN.take(known_QM))
+            inside_QM = np.where(time_QM >= end_QM, self._exposed_QN.take(known_QM), inside_QM)
+        return higher_QM + np.where(at_QM >= 0, self._before_QN.take(known_QM) + inside_QM, 0.0)
 
 
 def _columns(values_NQ: FloatArray) -> FloatArray:
