@@ -132,9 +132,10 @@ class Space:
             raise Discarded("sizes", "expert groups do not divide a stage", detail)
         schedule: PipelineSchedule = self.choices.schedule[layout.schedule]
         if layout.pipeline == 1:
-            if layout.schedule:
+            alike = [_on_one_rank(other) for other in self.choices.schedule]
+            schedule = alike[layout.schedule]
+            if alike.index(schedule) < layout.schedule:
                 raise Discarded("same", "without a pipeline all schedules are alike")
-            schedule = PipelineSchedule()
         return Parallelism(
             data=data,
             context=layout.context,
@@ -297,6 +298,11 @@ def _words(section: dict[str, Any]) -> dict[str, Any]:
         else value
         for key, value in section.items()
     }
+
+
+def _on_one_rank(schedule: PipelineSchedule) -> PipelineSchedule:
+    """What a schedule is without a pipeline: its own where one rank pairs micro-batches, else as all others."""
+    return PipelineSchedule(kind=schedule.kind) if schedule.facts.single else PipelineSchedule()
 
 
 def _kind(section: Any) -> dict[str, str]:

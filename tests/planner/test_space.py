@@ -39,6 +39,19 @@ def test_no_layout_is_there_twice(small_plan):
     assert len({scenario.name for scenario in kept.values()}) == len(kept)
 
 
+def test_without_a_pipeline_only_schedules_that_pair_micro_batches_on_one_rank_are_others(small_plan):
+    schedules = [
+        {"kind": "1f1b"},
+        {"kind": "zb_h1"},
+        {"kind": "combined_1f1b"},
+        {"kind": "combined_1f1b", "virtual": 2},
+    ]
+    kept, reasons = _sorted_out(Space.of(small_plan({"choices.pipeline": [1], "choices.schedule": schedules})))
+    assert {scenario.parallelism.schedule.kind for scenario in kept.values()} == {"1f1b", "combined_1f1b"}
+    assert {scenario.parallelism.schedule.virtual for scenario in kept.values()} == {1}
+    assert any("all schedules are alike" in str(why) for why in reasons.values())
+
+
 def test_a_layout_survives_its_file(small_plan):
     kept, _ = _sorted_out(Space.of(small_plan()))
     for scenario in list(kept.values())[::20]:
