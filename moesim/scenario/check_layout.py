@@ -43,7 +43,12 @@ class Report:
         return InfeasibleError(f"{self.place(key)}: {message}")
 
 
-FREE_OF_FILE = ("reduce_dtype", "counts", "accumulation")  # what a recorded step of one rank leaves open
+FREE_OF_FILE = (
+    "reduce_dtype",
+    "counts",
+    "accumulation",
+    "sequence_parallel",
+)  # what a recorded step of one rank leaves open
 
 
 def require_software(scenario: Scenario, report: Report) -> None:

@@ -23,6 +23,7 @@ from moesim.recorded.sizes import MatchedOp, matched, sizes_of
 from moesim.recorded.step_file import RecordedOp, save_step
 
 SIZE = {"sequences": 4, "length": 8192, "layers": 3, "experts": 16}
+DENSE_KEYS = ("layers", "hidden", "heads", "kv_heads", "head_dim", "vocab", "dense_intermediate")
 RANKS = {"parallelism.data": 2, "workload.global_batch": 8, "cluster.gpus_per_node": 4}
 
 
@@ -109,6 +110,21 @@ def test_ranks_exchange_what_they_do_of_a_listed_software(file: Path, mesh: dict
     )
     assert ours["communication"]["tensor_bytes"] == listed["communication"]["tensor_bytes"] > 0
     assert ours["step_time_s"] == pytest.approx(listed["step_time_s"], rel=0.25)
+
+
+def test_dense_layers_without_sequence_parallelism_sum_instead(tmp_path: Path) -> None:
+    file = tmp_path / "dense.json"
+    save_step(file, record_step(*small_step(**(SIZE | {"layers": 1}))), source="small_moe")
+    dense = scenario(file).model.model_dump() | {"experts": 0, "top_k": 0, "dense_layers": 0, "layers": 3}
+    dense = {key: value for key, value in dense.items() if key in DENSE_KEYS}
+    switches = {"qkv": "joined", "ffn_inputs": "joined", "sequence_parallel": False}
+    imported = {"kind": "imported", "file": str(file), "sequence_parallel": False}
+    changes = RANKS | {"model": dense, "parallelism.tensor": 2}
+    ours, listed = (
+        moesim.simulate(scenario(file, **changes, implementation=implementation)).result
+        for implementation in (imported, {"kind": "torchtitan", **switches})
+    )
+    assert ours["communication"]["tensor_bytes"] == listed["communication"]["tensor_bytes"] > 0
 
 
 def test_more_tensor_ranks_take_less_time_than_one_and_more_than_a_share(file: Path) -> None:
