@@ -1,4 +1,4 @@
-"""Measured peaks of transformers' models beside the prediction of `implementation: transformers`: docs/memory.md.
+"""Measured peaks of transformers' models beside `implementation: transformers` and recordings: docs/memory.md.
 
 python tools/peak_table.py                   # from tests/data/peaks_h100.json.gz
 python tools/peak_table.py --record FOLDER   # writes that file from what tools/measure_peaks.py measured
@@ -11,11 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from listed_steps import MODEL_TYPES, OWN, scenario_of
-from measure_peaks import Case
+from measure_peaks import Case, loss_of, module
 
+from moesim.importing.recording import record_step
 from moesim.parallel.memory import memory_report
 from moesim.parallel.memory_rows import even_rows
+from moesim.recorded.peak import WORKSPACE_BYTES, step_peak
 from moesim.scenario import Scenario, dump_scenario, load_scenario_text
 from moesim.strict_json import json_text, parse_json
 
@@ -44,7 +47,8 @@ def as_scenario(case: Case, *overrides: str) -> Scenario:
 class Peak:
     """Bytes of one training step on one GPU.
 
-    measured: the most that tensors take, `moment`: when. used: what the allocator had reserved and what the process
+    measured: the most that tensors take, `moment`: when; predicted by the list of transformers; recorded: of the
+    program itself, on the meta device. used: what the allocator had reserved and what the process
     takes of the GPU beside it. printed: what a run prints for the scenario, all of that included.
     """
 
@@ -53,6 +57,7 @@ class Peak:
     moment: str
     measured: float
     predicted: float
+    recorded: float
     used: float
     printed: float
 
@@ -60,6 +65,19 @@ class Peak:
     def error(self) -> float:
         """Of what tensors take."""
         return self.predicted / self.measured - 1
+
+
+def recorded_bytes(row: dict[str, Any]) -> float:
+    """The peak of the case, recorded without a GPU; an optimizer over lists makes roots of all second moments."""
+    case = Case(**row)
+    with torch.device("meta"):
+        model = module(case, "meta")
+        ops = record_step(model, loss_of(case, model, "meta"))
+    peak = step_peak(ops, micro_batches=case.micro_batches)
+    assert peak is not None
+    weights = peak.states / 2
+    stepping = peak.held + peak.states + weights + WORKSPACE_BYTES + weights * (case.optimizer == "foreach")
+    return max(peak.total, stepping)
 
 
 def peaks() -> Iterator[Peak]:
@@ -76,6 +94,7 @@ def peaks() -> Iterator[Peak]:
             moment=moment,
             measured=row[moment],
             predicted=memory_report(bare, even_rows(bare)).peak_bytes,
+            recorded=recorded_bytes(row["case"]),
             used=row["reserved"] + row["beside"],
             printed=memory_report(usual, even_rows(usual)).peak_bytes,
         )
@@ -99,13 +118,14 @@ def main() -> None:
         taken = now["used"] - now["reserved"]
         print(f"  {name:24s} {taken / 1e9:.2f} {(taken - before.get('taken', 0)) / 1e9:+.2f}")
         before["taken"] = taken
-    print("| step | in no choice | at | tensors, measured / predicted | | GPU in use | printed |")
-    print("|---|---|---|---|---|---|---|")
+    print("| step | in no choice | at | tensors, measured / predicted | | recorded | GPU in use | printed |")
+    print("|---|---|---|---|---|---|---|---|")
     for peak in peaks():
         pair = f"{peak.measured / 1e9:.2f} / {peak.predicted / 1e9:.2f} GB"
         blind = "yes" if peak.blind else ""
         used = f"{peak.used / 1e9:.1f} | {peak.printed / 1e9:.1f} GB"
-        print(f"| {peak.name} | {blind} | {peak.moment} | {pair} | {peak.error:+.1%} | {used} |")
+        own = f"{peak.recorded / peak.measured - 1:+.1%}"
+        print(f"| {peak.name} | {blind} | {peak.moment} | {pair} | {peak.error:+.1%} | {own} | {used} |")
 
 
 if __name__ == "__main__":

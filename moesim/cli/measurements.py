@@ -348,6 +348,7 @@ def _show_estimate(
 ) -> int:
     from moesim.kernels import kernel_model
     from moesim.recorded.estimate import HOST, scalable_share, step_estimate
+    from moesim.recorded.peak import step_peak
     from moesim.report.imported_step_view import estimate_json, print_estimate
 
     gpu = args.gpu or (traced.calibration.gpu if traced else USUAL_GPU)
@@ -363,11 +364,15 @@ def _show_estimate(
         ranks = Ranks(wrapper=args.spread or DDP, fabric=fabric, ranks=tuple(range(args.ranks)))
     estimate = step_estimate(ops, kernels, host=host, corrections=corrections, ranks=ranks)
     corrected_by = traced.source if traced else None
+    peak = step_peak(ops) if ranks is None else None
     if args.json:
-        print(json_text(estimate_json(estimate, source=source, gpu=gpu, corrected_by=corrected_by), indent=1))
+        found = estimate_json(estimate, source=source, gpu=gpu, corrected_by=corrected_by, peak=peak)
+        print(json_text(found, indent=1))
     elif not args.quiet:
         share = scalable_share(ops, kernels)
-        print_estimate(estimate, source=source, gpu=gpu, rows=args.rows, corrected_by=corrected_by, scalable=share)
+        print_estimate(
+            estimate, source=source, gpu=gpu, rows=args.rows, corrected_by=corrected_by, scalable=share, peak=peak
+        )
     return 0
 
 

@@ -7,6 +7,7 @@ from no weight are plain numbers here; what they are `moesim.recorded.sizes` tel
 """
 
 import math
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any, Union
 
@@ -184,7 +185,7 @@ class Dimensions:
 
     def __init__(self) -> None:
         self._known: dict[Any, Dims] = {}
-        self._storages: list[Any] = []  # kept, so that no address is given twice
+        self._of_storage: dict[int, list[Any]] = {}  # keys by the storage that they are of, until it is gone
         self._joined: dict[Any, Dim] = {}
         self._tokens: dict[Any, Dims] = {}
         self._cuts: list[tuple[Dim, Dim]] = []  # a piece, and what it is a piece of
@@ -195,10 +196,18 @@ class Dimensions:
 
     def set(self, tensor: Tensor, dims: Dims) -> None:
         """What its dimensions are."""
-        key = _key(tensor)
+        key, storage = _key(tensor), tensor.untyped_storage()
+        if storage._cdata not in self._of_storage:
+            self._of_storage[storage._cdata] = []
+            weakref.finalize(storage, self._gone, storage._cdata)
         if key not in self._known:
-            self._storages.append(tensor.untyped_storage())
+            self._of_storage[storage._cdata].append(key)
         self._known[key] = dims
+
+    def _gone(self, storage: int) -> None:
+        """Another tensor may have its address from here on."""
+        for key in self._of_storage.pop(storage):
+            del self._known[key]
 
     def of(self, tensor: Tensor) -> Dims:
         """Its dimensions; plain numbers of a tensor that no operation made."""

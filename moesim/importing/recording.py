@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from moesim.errors import UserError, one_line
 from moesim.importing.dimension_rules import follow
 from moesim.importing.dimensions import Dimensions, Dims
+from moesim.importing.live_tensors import LiveBytes, LivePeak
 from moesim.importing.width_names import WidthNames
 from moesim.recorded.layers import kinds_of_layers, with_layers
 from moesim.recorded.memory_bound import LAID_OUT
@@ -30,6 +31,7 @@ from moesim.recorded.step_file import (
     GRADIENT_WIDTHS,
     GRADIENTS,
     MODEL_SIZES,
+    PEAK,
     VIEWS,
     RecordedOp,
     layout_facts,
@@ -45,7 +47,7 @@ def record_step(model: nn.Module, loss_of: Callable[[], Tensor]) -> list[Recorde
 
     Raises UserError where an operation does not run there.
     """
-    recorder = _Recorder()
+    recorder = _Recorder(model)
     for weight in model.parameters():
         recorder.dimensions.weight(weight)
     attention = _Attention(recorder)
@@ -57,8 +59,9 @@ def record_step(model: nn.Module, loss_of: Callable[[], Tensor]) -> list[Recorde
             )
         recorder.phase, recorder.module = "backward", ""
         _run(loss.backward, recorder, model)
+    peak = recorder.live.peak()
     ops, sizes = _with_widths(model, recorder)
-    return merged([*with_layers(ops), _optimizer(model, sizes)])
+    return merged([*with_layers(ops), _optimizer(model, sizes, peak)])
 
 
 def _with_widths(model: nn.Module, recorder: "_Recorder") -> tuple[list[RecordedOp], dict[str, int]]:
@@ -94,8 +97,10 @@ def _raised(error: Exception, recorder: "_Recorder", model: nn.Module) -> UserEr
     return UserError(f"{place} raised {type(error).__name__}: {one_line(str(error))}")
 
 
-def _optimizer(model: nn.Module, sizes: Mapping[str, int]) -> RecordedOp:
-    """One fused AdamW over the parameters that have gradients; in its facts, how many, and the sizes of the model."""
+def _optimizer(model: nn.Module, sizes: Mapping[str, int], peak: LivePeak) -> RecordedOp:
+    """One fused AdamW over the parameters that have gradients; in its facts, how many, the sizes of the model, and the
+    peak of the step before it.
+    """
     weights = {path: weight for path, weight in model.named_parameters() if weight.requires_grad}
     if not weights:
         raise UserError(f"no parameter of {type(model).__name__} has requires_grad: there is nothing to train")
@@ -103,13 +108,15 @@ def _optimizer(model: nn.Module, sizes: Mapping[str, int]) -> RecordedOp:
     dtype = str(first.dtype).removeprefix("torch.")
     count = sum(weight.numel() for weight in weights.values())
     seen = (((count,), dtype, count * first.element_size()),)
-    facts = {"parameters": count, MODEL_SIZES: dict(sizes)}
+    alive = {"held": peak.held, **peak.most, "made": peak.made}
+    facts = {"parameters": count, MODEL_SIZES: dict(sizes), PEAK: alive}
     return RecordedOp(name=OPTIMIZER, phase="optimizer", module="", reads=seen, writes=seen, facts=facts, layer="")
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call, unused-ignore]
+        self.live = LiveBytes(model)
         self.ops: list[RecordedOp] = []
         self.phase, self.module = "forward", ""
         self.entered: list[tuple[int, str]] = []  # autograd's next number when another module begins to run
@@ -141,7 +148,11 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-igno
         if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype is torch.bool:
             self._condition(args[0])
             return getattr(args[0], LIKELY, True)  # the step is taken to be one for which it is so
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        self.live.seen(given)
         out = func(*args, **(kwargs or {}))
+        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        self.live.made(func._schema.name.removeprefix("aten::"), made, phase=self.phase)
         follow(self.dimensions, func, args, kwargs or {}, out)
         self._note(func, args, kwargs or {}, out)
         _mark_chance(func, args, out)
@@ -309,16 +320,18 @@ class _AttentionFunction(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, recorder: _Recorder, facts: Any, again: Any
     ) -> Tensor:
-        ctx.save_for_backward(query, key, value)
         ctx.recorder, ctx.facts, ctx.module = recorder, facts, recorder.running()
         out = query.new_empty((*query.shape[:-1], value.shape[-1]))
+        # A GPU's result lies as the queries do, and is kept. Where these lie token by token the program's copy of it,
+        # which is kept here, is none there.
+        ctx.save_for_backward(query, key, value, *([out] if query.is_contiguous() else []))
         recorder.dimensions.attend(query, key, value, out)
         recorder.note(SDPA, ctx.module, (query, key, value), (out,), facts | again)
         return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        saved = ctx.saved_tensors
+        saved = ctx.saved_tensors[:3]
         gradients = tuple(torch.empty_like(tensor) for tensor in saved)
         ctx.recorder.note(SDPA, ctx.module, saved, gradients, ctx.facts)
         return (*gradients, None, None, None)

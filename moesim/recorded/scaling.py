@@ -14,7 +14,7 @@ from moesim.errors import UserError
 from moesim.recorded.layers import DENSE, MOE
 from moesim.recorded.pricing import OPTIMIZER, PRODUCTS
 from moesim.recorded.sizes import MatchedOp, StepSizes, Symbols, matched, of_experts
-from moesim.recorded.step_file import ALIGNED, ALIGNMENT, GRADIENT_WIDTHS, GRADIENTS, RecordedOp, Seen
+from moesim.recorded.step_file import ALIGNED, ALIGNMENT, GRADIENT_WIDTHS, GRADIENTS, PEAK, RecordedOp, Seen
 
 CONSTANT = {"W", "1", "?"}
 
@@ -110,10 +110,11 @@ def _weight(
 
 
 def updating(op: RecordedOp, parameters: int) -> RecordedOp:
-    """An optimizer over so many parameters."""
+    """An optimizer over so many parameters; the peak of the step is that of the recorded ones."""
     each = op.reads[0][2] / op.facts["parameters"]
     seen = (((parameters,), op.reads[0][1], round(parameters * each)),)
-    return replace(op, reads=seen, writes=seen, facts={**op.facts, "parameters": parameters})
+    facts = {name: value for name, value in op.facts.items() if name != PEAK}
+    return replace(op, reads=seen, writes=seen, facts={**facts, "parameters": parameters})
 
 
 def _times(op: RecordedOp, layers: int) -> float:

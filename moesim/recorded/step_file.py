@@ -24,6 +24,9 @@ GRADIENTS, VIEWS = "gradients", "views"
 # AGAIN, of the backward pass: activation checkpointing repeats an operation of the forward pass.
 AGAIN = "again"
 GRADIENT_WIDTHS, MODEL_SIZES = "gradient_widths", "model_sizes"
+# Of the optimizer: bytes of tensors that were there before the step (held), of the most at once in the forward and in
+# the backward pass, and of what is left behind that (made).
+PEAK = "peak_bytes"
 PHASES = ("forward", "backward", "optimizer")
 Seen = tuple[tuple[int, ...], str, int]  # shape, dtype as torch names it, bytes read or written
 

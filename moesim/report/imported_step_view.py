@@ -13,6 +13,7 @@ from rich.console import RenderableType
 from moesim.importing.calibration import Calibration
 from moesim.importing.traced_step import TracedStep
 from moesim.recorded.estimate import StepEstimate
+from moesim.recorded.peak import StepPeak
 from moesim.recorded.pricing import PricedOp
 from moesim.report.facts import Fact
 from moesim.report.terminal import fact_table, indented, number_table, section, show
@@ -26,11 +27,12 @@ def print_estimate(
     rows: int,
     corrected_by: str | None = None,
     scalable: tuple[float, tuple[str, ...]] | None = None,
+    peak: StepPeak | None = None,
     file: TextIO | None = None,
     width: int | None = None,
 ) -> None:
     """Print the step, its dearest operations and those that no table knows; `corrected_by` names the trace's step;
-    `scalable`: as `scalable_share` has it.
+    `scalable`: as `scalable_share` has it. `peak`: of one rank alone.
     """
     line = estimate.timeline
     alone = ", of one rank without the others" if line.sent else ""
@@ -47,6 +49,9 @@ def print_estimate(
         ),
         ("matched", f"{matched_share(estimate):.1%}", "of the kernels' time; the rest is priced by its bytes"),
     ]
+    if peak is not None:
+        held = f"weights and inputs {peak.held / 1e9:.4g}, Adam {peak.states / 1e9:.4g} GB"
+        lines.append(("memory", f"{peak.total / 1e9:.4g} GB", f"at its peak, {peak.phase}: {held}"))
     if scalable is not None:
         lines.append(("scalable", f"{scalable[0]:.1%}", "of it: every dimension matches a size of the step"))
     head: tuple[str, ...] = _HEAD
@@ -120,9 +125,17 @@ def matched_share(estimate: StepEstimate) -> float:
     return sum(op.count * op.seconds for op in estimate.ops if op.matched) / estimate.kernels_s
 
 
-def estimate_json(estimate: StepEstimate, *, source: str, gpu: str, corrected_by: str | None = None) -> dict[str, Any]:
-    """The estimate for a program, SI units."""
+def estimate_json(
+    estimate: StepEstimate,
+    *,
+    source: str,
+    gpu: str,
+    corrected_by: str | None = None,
+    peak: StepPeak | None = None,
+) -> dict[str, Any]:
+    """The estimate for a program, SI units; memory is None where the recording does not tell."""
     return {
+        "peak_memory_bytes": None if peak is None else peak.total,
         "source": source,
         "gpu": gpu,
         "corrected_by": corrected_by,
