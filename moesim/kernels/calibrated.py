@@ -159,7 +159,9 @@ class CalibratedModel:
         """The clock under the power limit; None where no sustained rows tell it."""
         stored = self.profile.fits.get(SUSTAINED)
         return (
-            fit_sustained(self.profile.family(SUSTAINED), self.kernel_class) if stored is None else PowerCap(**stored)
+            fit_sustained(self.profile.family(SUSTAINED), self.kernel_class)
+            if stored is None
+            else PowerCap.from_json(stored)
         )
 
     def at_load(self, flops_per_second: float) -> "CalibratedModel":

@@ -3,6 +3,7 @@
 Legend: P measured kernels, C size columns, D parameters.
 """
 
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from moesim.kernels.families import FloatArray
 from moesim.kernels.kernel_classes import Fit, KernelClass, Kind, Row, class_of, clocks_of, kind_of
 from moesim.kernels.power import PowerCap, SustainedRows, fit_power_cap
 from moesim.kernels.profile import Profile
+from moesim.strict_json import json_text
 
 SUSTAINED = "sustained"  # family of rows, and name of the fit to them
 _PRIOR = 0.05  # pull of every parameter towards its start: keeps what the data do not determine physical
@@ -122,7 +124,7 @@ def fit_sustained(rows: list[Row], class_named: Callable[[str], KernelClass | No
 
 
 def fit_profile(profile: Profile) -> None:
-    """Fit every class whose rows are not those that its stored fit belongs to, and the power cap, into `profile.fits`.
+    """Fit every class, and the power cap, whose rows are not those that its stored fit belongs to: `profile.fits`.
 
     The share of an FP8 FLOP in the power is a fact that rows of another kind told; it stays.
     """
@@ -131,10 +133,13 @@ def fit_profile(profile: Profile) -> None:
         name: _fitted(kind_of(name), rows, earlier.get(name)) for name, rows in class_rows(profile).items()
     }
     profile.fits = {name: kernel_class.fit.as_json() for name, kernel_class in kernel_classes.items()}
-    cap = fit_sustained(profile.family(SUSTAINED), kernel_classes.get)
-    if cap is not None:
-        share = {"fp8_share": earlier[SUSTAINED]["fp8_share"]} if SUSTAINED in earlier else {}
-        profile.fits[SUSTAINED] = cap.as_json() | share
+    stored, long_runs = earlier.get(SUSTAINED, {}), profile.family(SUSTAINED)
+    checksum = zlib.crc32(json_text(long_runs).encode())
+    if stored.get("rows") == checksum:
+        profile.fits[SUSTAINED] = stored
+    elif (cap := fit_sustained(long_runs, kernel_classes.get)) is not None:
+        share = {"fp8_share": stored["fp8_share"]} if stored else {}
+        profile.fits[SUSTAINED] = cap.as_json() | share | {"rows": checksum}
 
 
 def _fitted(kind: Kind, rows: list[Row], stored: dict[str, Any] | None) -> KernelClass:

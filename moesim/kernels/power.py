@@ -54,6 +54,11 @@ class PowerCap:
             return self.free - self.slope * max(load - self.threshold, 0.0)
         return self.free - self.slope * np.maximum(load - self.threshold, 0.0)
 
+    @staticmethod
+    def from_json(stored: dict[str, Any]) -> "PowerCap":
+        """The inverse of `as_json`; `rows`, the checksum of the rows that it belongs to, is the profile's."""
+        return PowerCap(**{name: value for name, value in stored.items() if name != "rows"})
+
     def as_json(self) -> dict[str, float]:
         """Plain numbers for the profile."""
         return asdict(self)
