@@ -74,7 +74,11 @@ def _sharding(draft: Draft, scenario: Scenario) -> None:
 def _pipeline(draft: Draft, scenario: Scenario) -> None:
     mesh, name = scenario.parallelism, "--parallelism.pipeline_parallel"
     draft.say(f"{name}_degree", mesh.pipeline)
+    in_turn = "one after the other"
+    draft.leave("overlap.parameter_gather", "behind the optimizer", when=scenario.gathers_beside)
+    draft.leave("overlap.weight_gradients", in_turn, when=scenario.overlap.weight_gradients)
     if mesh.pipeline == 1:
+        draft.leave("parallelism.schedule", in_turn, when=mesh.schedule.facts.single)
         return
     schedule = _SCHEDULES.get(mesh.schedule.kind)
     instead = f"{_SCHEDULES[PLAIN.name]}; of its others ZBVZeroBubble and DualPipeV are nearest"

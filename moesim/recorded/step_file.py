@@ -173,6 +173,10 @@ def step_content(path: Path) -> dict[str, Any]:
         raise UserError(f"cannot read {path}: {error.strerror or 'not gzipped'}") from None
     except (ValueError, EOFError) as error:
         raise UserError(f"{path} is no recorded step: {error}") from None
+    if isinstance(content, dict) and "traceEvents" in content:
+        raise UserError(
+            f"{path} is a trace of torch's profiler; make a step of it: moesim import-step {path} --out FILE"
+        )
     if not isinstance(content, dict) or content.get("schema_version") != SCHEMA_VERSION:
         raise UserError(
             f"{path} is no recorded step of version {SCHEMA_VERSION}; make it again with moesim import-step"

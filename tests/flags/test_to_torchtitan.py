@@ -91,3 +91,13 @@ def test_a_dense_model_has_no_router_to_leave_out() -> None:
         "workload: {sequence_length: 4096, global_batch: 8}"
     )
     assert "routing" not in {entry.key for entry in torchtitan_command(load_scenario_text(text)).unsaid}
+
+
+def test_what_runs_beside_what_in_megatron_alone_is_listed() -> None:
+    text = (
+        "name: a\nmodel: {preset: deepseek-moe-16b}\nrouting: {kind: uniform}\ncluster: {gpu: h100, nodes: 1}\n"
+        "parallelism: {data: 8, expert: 8, zero: {dense: 1, expert: 1}, schedule: {kind: combined_1f1b}}\n"
+        "workload: {sequence_length: 4096, global_batch: 16}\noverlap: {parameter_gather: true, weight_gradients: true}"
+    )
+    unsaid = {entry.key for entry in torchtitan_command(load_scenario_text(text)).unsaid}
+    assert unsaid >= {"overlap.parameter_gather", "overlap.weight_gradients", "parallelism.schedule"}

@@ -112,6 +112,11 @@ def test_a_missing_file_and_a_step_file(tmp_path: Path) -> None:
         step_with_times(tmp_path / "step.json")
 
 
+def test_a_trace_in_the_place_of_a_step_file() -> None:
+    with pytest.raises(UserError, match=r"is a trace of torch's profiler; make a step of it: moesim import-step"):
+        load_calibration(REAL)
+
+
 def test_a_malformed_calibration(tmp_path: Path) -> None:
     step = traced_step(REAL)
     good = step.calibration.as_json()
