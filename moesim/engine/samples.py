@@ -11,10 +11,12 @@ from numpy.typing import NDArray
 from moesim.engine.step import sum_step
 from moesim.kernels import KernelModel
 from moesim.network import Fabric
-from moesim.parallel import TrafficSample
+from moesim.parallel import Mesh, TrafficSample
 from moesim.program import StepProgram, build_program
 from moesim.program.changes import changes_in, with_changes
+from moesim.program.host import FREE_HOST
 from moesim.program.scenario_fabric import scenario_fabric
+from moesim.program.software import kernel_list
 from moesim.results import CATEGORIES
 from moesim.results.critical_path import path_facts
 from moesim.results.outcome import Outcome
@@ -37,7 +39,8 @@ def simulate_samples(
     merge = bytes_per_sample > SPAN_MEMORY
     at_once = max(1, int(SPAN_MEMORY / bytes_per_sample))
     if merge:
-        at_once = max(1, int(MERGED_SPAN_MEMORY / (bytes_per_sample * MERGED_SPANS_PER_LAYER / SPANS_PER_LAYER)))
+        least = 2 if _spans_go(scenario, fabric, kernels) else 1  # a sample and its counterfactual
+        at_once = max(least, int(MERGED_SPAN_MEMORY / (bytes_per_sample * MERGED_SPANS_PER_LAYER / SPANS_PER_LAYER)))
     parts = []
     for start in range(0, max(1, len(samples)), at_once):
         some = samples[start : start + at_once]
@@ -58,6 +61,14 @@ def simulate_samples(
         parts.append(_simulate_program(program, first=start == 0))
         del program  # before the next one is built: each takes a gigabyte on 16,384 ranks
     return Outcome.joined(parts)
+
+
+def _spans_go(scenario: Scenario, fabric: Fabric, kernels: KernelModel) -> bool:
+    """Whether a large step will pass its spans on (`StepProgram.passes_spans_on`), and holds little but its kernels."""
+    is_free = kernel_list(scenario).host_model(kernels) == FREE_HOST
+    cluster = scenario.cluster
+    changes = len(fabric.common_links_X) or cluster.slowdowns or cluster.fabric.changes
+    return is_free and not changes and not Mesh(scenario.parallelism, cluster).shards_by_layer
 
 
 def _simulate_program(program: StepProgram, *, first: bool) -> Outcome:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from moesim.engine import segments, simulate_step
+from moesim.engine.samples import _spans_go
 from moesim.engine.step import sum_step
 from moesim.kernels import kernel_model
 from moesim.network import build_fabric
@@ -139,15 +140,11 @@ def test_spans_that_go_leave_the_same_sums(small, changes, monkeypatch: pytest.M
     scenario = small(changes)
     sampler = TrafficSampler(scenario, obtain_trace(scenario))
     drawn = [sampler.draw(stream(0, "test", number)) for number in range(2)]
+    fabric, kernels = build_fabric(scenario.cluster), kernel_model(scenario.cluster.pools[0].spec, "h200")
     for samples in (drawn, [drawn[1], drawn[0].balanced()], [drawn[0].balanced()]):
-        program = build_program(
-            scenario,
-            fabric=build_fabric(scenario.cluster),
-            kernels=kernel_model(scenario.cluster.pools[0].spec, "h200"),
-            samples=samples,
-            equal_groups=True,
-        )
+        program = build_program(scenario, fabric=fabric, kernels=kernels, samples=samples, equal_groups=True)
         assert program.passes_spans_on
+        assert _spans_go(scenario, fabric, kernels) == (not len(fabric.common_links_X))
         whole, summed = simulate_step(program), sum_step(program, first=True)
         np.testing.assert_array_equal(summed.step_S, whole.step_S)
         for table, sums in zip(whole.tables, summed.sums, strict=True):
@@ -182,6 +179,21 @@ def test_spans_that_go_leave_the_same_sums(small, changes, monkeypatch: pytest.M
     for table, other in zip(sum_step(program, first=True).tables, whole.tables, strict=True):
         np.testing.assert_array_equal(table.finish_NSR, other.finish_NSR[:, :1])
         assert table.since_R is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"implementation.kind": "megatron"},  # the host may limit
+        {"implementation.kind": "fused", "cluster.nodes": 2, "parallelism": {"data": 8, "expert": 8},
+         "cluster.fabric": {"preset": "rail_optimised", "oversubscription": 4.0}},
+        {"implementation.kind": "fused", "parallelism": {"data": 4, "expert": 4, "zero": {"dense": 3, "expert": 0}}},
+    ],
+)  # fmt: skip
+def test_steps_whose_spans_stay_are_told_before_they_are_built(small, changes) -> None:
+    scenario = small(changes)
+    fabric, kernels = build_fabric(scenario.cluster), kernel_model("h200", "h200")
+    assert not _spans_go(scenario, fabric, kernels)
 
 
 def test_small_groups_do_without_numba() -> None:
