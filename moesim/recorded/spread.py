@@ -10,7 +10,7 @@ copied apart, gradients are copied together and scattered while the next unit co
 
 transformers' own plans, whose ranks have the same tokens: `moesim.recorded.plans`.
 
-These are laws of the wrappers' source, held to the collectives of traces by tests/importing/test_spread_steps.py.
+These are laws of the wrappers' source, held to what they send by tests/importing/test_timelines.py and test_plans.py.
 """
 
 import math

@@ -115,6 +115,8 @@ def _refused_of_file(scenario: Scenario) -> Iterator[tuple[str, str]]:
         yield "implementation.file", "is missing; name the file that moesim import-step STEP --out FILE wrote"
     if not reads_file and given.file is not None:
         yield "implementation.file", f"{given.kind} reads no file; drop this key, or use kind: {IMPORTED.name}"
+    if reads_file and scenario.overlap.weight_gradients:
+        yield "overlap.weight_gradients", "a recorded step keeps the order of its program; drop this key"
     fixed = [name for name in given.overridden if name not in FREE_OF_FILE] if reads_file else []
     if fixed:
         yield f"implementation.{fixed[0]}", "is as the recorded program has it; drop this key, or record it otherwise"

@@ -230,6 +230,7 @@ def test_what_matches_no_size_is_a_warning_of_the_run(first: list[RecordedOp], t
         ({"implementation": {"kind": "imported"}}, "implementation.file: is missing"),
         ({"implementation": {"kind": "fused", "file": __file__}}, "fused reads no file"),
         ({"implementation.norm": "fused"}, "implementation.norm: is as the recorded program has it"),
+        ({"overlap.weight_gradients": True}, "overlap.weight_gradients: a recorded step keeps the order"),
         ({"implementation.file": "nowhere.json"}, "does not exist"),
         ({"implementation.file": __file__}, "is no recorded step"),
     ],
