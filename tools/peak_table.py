@@ -47,9 +47,9 @@ def as_scenario(case: Case, *overrides: str) -> Scenario:
 class Peak:
     """Bytes of one training step on one GPU.
 
-    measured: the most that tensors take, `moment`: when; predicted by the list of transformers; recorded: of the
-    program itself, on the meta device. used: what the allocator had reserved and what the process
-    takes of the GPU beside it. printed: what a run prints for the scenario, all of that included.
+    measured: the most that tensors take, `moment`: when; predicted by the list of transformers. used: what the
+    allocator had reserved and what the process takes of the GPU beside it. printed: what a run prints for the scenario,
+    all of that included.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Peak:
     moment: str
     measured: float
     predicted: float
-    recorded: float
+    case: Case
     used: float
     printed: float
 
@@ -67,9 +67,8 @@ class Peak:
         return self.predicted / self.measured - 1
 
 
-def recorded_bytes(row: dict[str, Any]) -> float:
+def recorded_bytes(case: Case) -> float:
     """The peak of the case, recorded without a GPU; an optimizer over lists makes roots of all second moments."""
-    case = Case(**row)
     with torch.device("meta"):
         model = module(case, "meta")
         ops = record_step(model, loss_of(case, model, "meta"))
@@ -94,7 +93,7 @@ def peaks() -> Iterator[Peak]:
             moment=moment,
             measured=row[moment],
             predicted=memory_report(bare, even_rows(bare)).peak_bytes,
-            recorded=recorded_bytes(row["case"]),
+            case=case,
             used=row["reserved"] + row["beside"],
             printed=memory_report(usual, even_rows(usual)).peak_bytes,
         )
@@ -124,7 +123,7 @@ def main() -> None:
         pair = f"{peak.measured / 1e9:.2f} / {peak.predicted / 1e9:.2f} GB"
         blind = "yes" if peak.blind else ""
         used = f"{peak.used / 1e9:.1f} | {peak.printed / 1e9:.1f} GB"
-        own = f"{peak.recorded / peak.measured - 1:+.1%}"
+        own = f"{recorded_bytes(peak.case) / peak.measured - 1:+.1%}"
         print(f"| {peak.name} | {blind} | {peak.moment} | {pair} | {peak.error:+.1%} | {own} | {used} |")
 
 
