@@ -31,15 +31,24 @@ class Definition:
     text: str
 
 
+def _defined(line: str | list[str]) -> Definition:
+    return Definition(NO_UNIT, line) if isinstance(line, str) else Definition(*line)
+
+
+def read_definitions(file: Path) -> dict[str, Definition]:
+    """The definitions in a file of lines alone, by path."""
+    return {path: _defined(line) for path, line in yaml.safe_load(file.read_text(encoding="utf-8")).items()}
+
+
 def _read(path: str, line: str | list[str]) -> Iterator[tuple[str, Definition]]:
-    """The definitions of one line of the file."""
+    """The definitions of one line of the file on runs: one, or one for every name of a list."""
     if path.endswith("}"):
         before, _, name = path[:-1].partition("{")
         assert isinstance(line, str), "the unit of every name of the list"
         for each, text in LISTS[name].items():
             yield before + each, Definition(line, text)
     else:
-        yield path, Definition(NO_UNIT, line) if isinstance(line, str) else Definition(*line)
+        yield path, _defined(line)
 
 
 _FILE = yaml.safe_load((Path(__file__).parent / "definitions.yaml").read_text(encoding="utf-8"))
