@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 from packaging.requirements import Requirement
 
 from moesim.scenario import Scenario, scenario_from_mapping
@@ -19,6 +20,10 @@ from moesim.scenario import Scenario, scenario_from_mapping
 # A shell that starts the tests in the background, or under nohup, has them ignore these; some tests send them.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+# How long examples take says how busy the machine is; it is no fault of what they show.
+settings.register_profile("any machine", suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 
 def beyond_dev() -> set[str]:

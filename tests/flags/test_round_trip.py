@@ -159,7 +159,7 @@ def test_kernels_of_megatron_come_back(software: str, tmp_path: Path) -> None:
 formats = st.sampled_from(["fp32", "bf16", "fp16", "fp8"])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     gemm=formats, weights=formats, gradients=formats, optimizer=formats, master=st.sampled_from(["none", "fp32"]),
     zero=st.integers(0, 3), expert_zero=st.integers(0, 3), tensor=st.sampled_from([1, 2]),

@@ -35,7 +35,7 @@ def roofline() -> Roofline:
     return Roofline(gpu_spec("h200"))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(m=sizes, k=sizes, n=sizes, factor=st.integers(1, 5))
 def test_gemm_never_gets_faster_with_size_and_never_beats_the_datasheet(m: int, k: int, n: int, factor: int) -> None:
     spec = gpu_spec("h200")
@@ -48,7 +48,7 @@ def test_gemm_never_gets_faster_with_size_and_never_beats_the_datasheet(m: int, 
     assert small.source == "roofline"
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(rows=st.lists(st.lists(st.integers(0, 500), min_size=4, max_size=4), min_size=1, max_size=5))
 def test_vectors_equal_scalar_calls(rows: list[list[int]]) -> None:
     roofline = Roofline(gpu_spec("h200"))

@@ -110,7 +110,7 @@ def uneven(there: int, back: int) -> Row:
     return {"bytes": there, "bytes_matrix": [[0, there], [back, 0]]}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     sent=st.lists(st.floats(0.0, 1e9), min_size=16, max_size=16), efficiency=st.floats(0.5, 1.0),
     one_way=st.floats(1.0, 1.1),

@@ -96,7 +96,7 @@ def transfers(draw: st.DrawFn) -> tuple[object, np.ndarray, np.ndarray]:
     return fabric, bytes_RR, rng.random(fabric.num_ranks) * draw(st.sampled_from([0.0, 1e-4]))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(transfers())
 def test_rates_are_max_min_fair(case) -> None:
     """No link above capacity; each flow has a full link on which no flow gets more than it."""
@@ -122,7 +122,7 @@ def test_rates_are_max_min_fair(case) -> None:
     assert (on_FX & full_X & (rate_F[:, None] >= most_X * (1 - 1e-9))).any(axis=1).all()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(transfers())
 def test_bytes_are_conserved_and_bounded(case) -> None:
     """By any time a link has carried no more than its capacity allows, and all is over no sooner than the bound."""
@@ -138,7 +138,7 @@ def test_bytes_are_conserved_and_bounded(case) -> None:
     assert lower_bound(fabric, bytes_RR) <= finish_RR.max() * (1 + 1e-9)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(transfers(), st.sampled_from(["exact", "ports"]))
 def test_scaling_bandwidths_scales_times(case, model: str) -> None:
     _, bytes_RR, start_R = case

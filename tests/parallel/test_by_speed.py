@@ -17,7 +17,7 @@ from moesim.scenario.failures import RankSpeed, Speeds
 SIZES = st.tuples(st.integers(2, 8), st.integers(2, 6), st.integers(0, 3), st.integers(0, 2**31))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(SIZES, st.floats(0.25, 4.0))
 def test_equal_speeds_are_the_global_policy(sizes: tuple[int, int, int, int], speed: float) -> None:
     ranks, per_rank, more, seed = sizes
@@ -30,7 +30,7 @@ def test_equal_speeds_are_the_global_policy(sizes: tuple[int, int, int, int], sp
     np.testing.assert_array_equal(placed, place_by_speed(load_LE, num_slots=slots, speed_D=np.full(ranks, 4.0)))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(SIZES)
 def test_every_expert_has_a_slot_and_every_rank_as_many(sizes: tuple[int, int, int, int]) -> None:
     ranks, per_rank, more, seed = sizes

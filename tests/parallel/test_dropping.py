@@ -48,7 +48,7 @@ cases = st.tuples(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(cases)
 def test_laws_of_device_capacity(case: tuple[int, int, bool, float, float]) -> None:
     seed, levels, gaps, share, factor = case
@@ -68,7 +68,7 @@ def test_laws_of_device_capacity(case: tuple[int, int, bool, float, float]) -> N
             assert affinities[kept].min() >= affinities[dropped].max()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(cases)
 def test_device_drops_are_those_of_the_torch_layer(case: tuple[int, int, bool, float, float]) -> None:
     seed, levels, gaps, share, factor = case
@@ -88,7 +88,7 @@ def test_device_drops_are_those_of_the_torch_layer(case: tuple[int, int, bool, f
     )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 10_000), st.sampled_from([3, 1000]), st.sampled_from(["position", "score"]), st.integers(1, 12))
 def test_expert_drops_are_those_of_the_torch_layer_and_hold_the_capacity(
     seed: int, levels: int, by: str, capacity: int

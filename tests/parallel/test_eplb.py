@@ -67,7 +67,7 @@ CASES = st.tuples(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(CASES)
 def test_equal_to_a_plain_reference(case: tuple[int, ...]) -> None:
     nodes, per_node, groups, size, more, seed = case
@@ -81,7 +81,7 @@ def test_equal_to_a_plain_reference(case: tuple[int, ...]) -> None:
     assert placed.tolist() == [reference(list(row.astype(np.float32)), **sizes) for row in load_LE]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(CASES)
 def test_every_expert_has_a_copy_and_the_heaviest_slot_is_no_heavier_than_with_fewer_copies(
     case: tuple[int, ...],

@@ -30,7 +30,7 @@ def state(tokens_Z: list[np.ndarray], rank_Z: np.ndarray, node_D: np.ndarray, to
     return SearchState(tokens_Z, rank_Z.copy(), node_D, PRICES, tokens, np.ones(len(node_D)))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 2**31))
 def test_exchanges_count_as_a_fresh_count_does_and_undo(seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -56,7 +56,7 @@ def test_exchanges_count_as_a_fresh_count_does_and_undo(seed: int) -> None:
     assert moving.cost() == before
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 2**31), st.sampled_from([0, 1, 200]))
 def test_it_is_never_worse_than_its_starts_and_keeps_the_slots(seed: int, tries: int) -> None:
     rng = np.random.default_rng(seed)

@@ -50,7 +50,7 @@ def cases(draw: st.DrawFn) -> tuple[NDArray[np.int16], ExpertPlacement, GroupLay
     return ids, contiguous_placement(num_experts=experts, num_ranks=ranks), layout
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(cases())
 def test_counts_against_sets(case: tuple[NDArray[np.int16], ExpertPlacement, GroupLayout]) -> None:
     ids_RTK, placement, layout = case
@@ -71,7 +71,7 @@ def test_counts_against_sets(case: tuple[NDArray[np.int16], ExpertPlacement, Gro
     np.testing.assert_array_equal(traffic.node_copies_RJ, nodes)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(cases())
 def test_laws_of_deduplication(case: tuple[NDArray[np.int16], ExpertPlacement, GroupLayout]) -> None:
     ids_RTK, placement, layout = case
@@ -93,7 +93,7 @@ def test_laws_of_deduplication(case: tuple[NDArray[np.int16], ExpertPlacement, G
         assert total_RD.sum() == pytest.approx(2.0 * sum(tiers[kind]))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(cases())
 def test_two_stages_deliver_every_copy(case: tuple[NDArray[np.int16], ExpertPlacement, GroupLayout]) -> None:
     """Each rank holds the copies it needs: sent straight, fanned out to it, or its own as the relay."""
@@ -151,7 +151,7 @@ def test_rows_per_slot_follow_the_placement() -> None:
     assert traffic.rank_rows_RD(placement).tolist() == [[1, 1], [1, 1]]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(cases())
 def test_the_counterfactual_keeps_totals_and_has_no_imbalance(
     case: tuple[NDArray[np.int16], ExpertPlacement, GroupLayout],

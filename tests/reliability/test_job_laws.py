@@ -52,7 +52,7 @@ def everything(ledger: Ledger) -> float:
     return ledger.useful_s + ledger.slowed_s + ledger.checkpoint_s + waited(ledger)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 10_000),
     steps=st.integers(1, 3_000),

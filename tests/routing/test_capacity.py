@@ -38,7 +38,7 @@ NONE_PROTECTED = torch.zeros(SEQUENCES, dtype=torch.bool)
 
 
 @given(st.integers(0, 10_000), st.sampled_from([0.3, 0.7, 1.0, 1.25, 4.0]), st.sampled_from(["position", "score"]))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_expert_capacity_keeps_the_first_or_the_best(seed: int, factor: float, by: str) -> None:
     ids_TK, affinities_TK, kept_TK = keep(ExpertCapacity(kind="expert", factor=factor, by=by), seed, NONE_PROTECTED)
     capacity = math.ceil(factor * 4 * T / 16)
@@ -53,7 +53,7 @@ def test_expert_capacity_keeps_the_first_or_the_best(seed: int, factor: float, b
 
 
 @given(st.integers(0, 10_000), st.sampled_from([0.2, 0.5, 0.8, 1.0, 1.5]), st.integers(0, SEQUENCES))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_device_capacity_against_the_plain_rule(seed: int, factor: float, num_protected: int) -> None:
     protected_S = torch.arange(SEQUENCES) < num_protected
     ids_TK, affinities_TK, kept_TK = keep(DeviceCapacity(kind="device", factor=factor), seed, protected_S)

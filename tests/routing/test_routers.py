@@ -130,7 +130,7 @@ def test_the_group_limit_holds_where_selection_scores_are_negative() -> None:
 
 
 @given(st.lists(st.integers(-3, 3), min_size=8, max_size=8), st.integers(1, 8))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_ties_go_to_the_lower_id(scores: list[int], num: int) -> None:
     wanted = sorted(range(8), key=lambda i: (-scores[i], i))[:num]
     assert top_ids(torch.tensor([scores], dtype=torch.float32), num)[0].tolist() == wanted

@@ -49,7 +49,7 @@ strange = st.one_of(
 
 
 @pytest.mark.parametrize("good", [GOOD, RESOLVED], ids=["short form", "resolved"])
-@settings(deadline=None, max_examples=120)
+@settings(max_examples=120)
 @given(data=st.data())
 def test_a_scenario_with_anything_anywhere_loads_or_is_refused_in_one_line(good, data):
     path = data.draw(st.sampled_from(sorted(paths_of(good), key=str)))
@@ -66,7 +66,7 @@ def test_a_scenario_with_anything_anywhere_loads_or_is_refused_in_one_line(good,
         assert load_scenario_text(dump_scenario(scenario)) == scenario
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(data=st.data())
 def test_any_override_is_applied_or_refused_by_name(data):
     path = data.draw(st.sampled_from(sorted(paths_of(GOOD), key=str)))

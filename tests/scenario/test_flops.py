@@ -125,7 +125,7 @@ def test_flops_do_not_grow_with_experts_that_are_not_selected(name):
 
 
 @given(factor=st.sampled_from([2, 4, 8]), sequence_length=st.integers(min_value=1, max_value=8192))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_finer_experts_at_equal_compute_change_only_the_router(factor, sequence_length):
     coarse = preset("mixtral-8x7b")
     changes = {"experts": 8 * factor, "top_k": 2 * factor, "expert_intermediate": 14336 // factor}
@@ -149,7 +149,7 @@ def test_a_window_saves_98_4_percent_of_the_scores_before_global_tokens():
     every=st.integers(min_value=1, max_value=64),
     length=st.integers(min_value=1, max_value=500),
 )
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_keys_per_query_are_the_average_over_queries(window, every, length):
     model = preset("llama2-7b", attention={"kind": "local_global", "window": window, "global_every": every})
     near = [min(t, window) for t in range(1, length + 1)]

@@ -44,7 +44,7 @@ def test_null_over_a_preset_survives_the_round_trip():
     assert load_scenario_text(dump_scenario(changed)) == changed
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     bandwidth=st.floats(min_value=1e3, max_value=1e18),
     latency=st.floats(min_value=0, max_value=1),

@@ -19,8 +19,8 @@ from moesim.serving.schema import ServingScenario
 from moesim.strict_json import json_text
 
 MODEL = {"preset": "deepseek-moe-16b", "layers": 2, "mtp_layers": 1}
-QUICK = settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-LONG = settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+QUICK = settings(max_examples=10, derandomize=True, suppress_health_check=list(HealthCheck))
+LONG = settings(max_examples=200, suppress_health_check=list(HealthCheck))
 FEATURES: dict[str, dict[str, Any]] = {
     "plain": {},
     "whole prompts": {"engine": {"chunked_prefill": False}},

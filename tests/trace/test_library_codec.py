@@ -110,7 +110,7 @@ def test_round_trip(tmp_path: Path, num_experts: int, columns: int, missing: flo
 @given(
     st.lists(st.floats(2.0**-40, 1.0, width=32), min_size=1, max_size=60), st.sampled_from([1.04, 2.0, COARSE_RATIO])
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_probabilities_keep_their_order_and_half_a_level(values: list[float], ratio: float) -> None:
     affinities = np.array(values, dtype=np.float32)
     codes, scale = quantise(affinities, ratio=ratio)
@@ -134,7 +134,7 @@ def log_odds(values: np.ndarray) -> np.ndarray:
     st.lists(st.floats(-30, 30, width=32), min_size=2, max_size=60).filter(lambda xs: min(xs) < 0 or max(xs) > 1),
     st.sampled_from([1.04, 2.0]),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_logits_keep_their_order_and_half_a_level(values: list[float], ratio: float) -> None:
     logits = np.array(values, dtype=np.float32)
     codes, scale = quantise(logits, ratio=ratio)

@@ -49,7 +49,7 @@ def test_quotas_are_exact_rows_rounded_for_every_run_of_experts(case, tokens, st
     assert (np.abs(quotas_BE[:, run].sum(axis=1) - exact_B) < 1 + 1e-6).all()
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(loads(), st.integers(0, 5))
 def test_every_block_has_its_quotas_and_every_token_distinct_experts(case, seed: int) -> None:
     shares_E, top_k = case

@@ -20,7 +20,7 @@ def draw(num_trace: int, micro_batches: int, ranks: int, size: int, *, seed: int
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 30), st.integers(1, 6), st.integers(1, 5), st.integers(1, 3), st.integers(0, 5))
 def test_sequences_repeat_as_little_as_possible(trace: int, micro: int, ranks: int, size: int, seed: int) -> None:
     drawn = draw(trace, micro, ranks, size, seed=seed)

@@ -25,7 +25,7 @@ def shapes(draw: st.DrawFn) -> RouterShape:
     return RouterShape(kind="any", num_experts=groups * size, top_k=top_k, num_groups=groups, group_limit=limit)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(shapes(), st.integers(0, 3))
 def test_every_kind_gives_k_distinct_experts_in_at_most_m_groups(router: RouterShape, seed: int) -> None:
     counts = [float(expert + 1) for expert in range(router.num_experts)]
