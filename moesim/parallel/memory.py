@@ -14,15 +14,14 @@ Memory of one rank at one instant:
     workspace    what the libraries of matrix products keep for themselves
     reserved     memory.reserved
 
-Buffers, repeated and temporaries are added to the peak of the activations, whenever it is: an upper bound of their sum.
-A software that makes its gradients anew in every step has them beside fewer activations: `memory_phases`.
+Which of them exist together is told moment by moment: `memory_phases`.
 Legend: S samples, L MoE layers, B micro-batches with rows of their own, W ranks of a stage, C chunks, P pipeline ranks.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,6 +47,16 @@ from moesim.schedules import Pass, Schedule, build_schedule
 FloatArray = NDArray[np.float64]
 Array = NDArray[Any]
 WORKSPACE_BYTES = 2 * 32 * 2**20  # cuBLAS on Hopper: 32 MiB for the handle of each thread, forward and backward
+
+
+class OfLoss(NamedTuple):
+    """Of the logits in fp32: what the loss adds to those that are kept, and what is kept of them."""
+
+    copies: float
+    kept: float
+
+
+LOSSES = {"fused": OfLoss(0.0, 0.5), "fp32": OfLoss(2.0, 1.0), "parallel": OfLoss(0.5, 1.0)}
 # Gradients of single parts, to the states that they are of.
 MADE_OF = {
     "gradients.head": "gradients.dense",
@@ -388,19 +397,6 @@ class _PipelineRank:
     def _has_dense(self) -> bool:
         return any(self.dense_layers(stage) for stage in self.stages)
 
-    @cached_property
-    def temporaries_SW(self) -> FloatArray:
-        """Gradients that live inside one layer."""
-        model, mesh, a = self.scenario.model, self.scenario.parallelism, self.saved.activation_bytes
-        extra = model.attention.rope_head_dim if isinstance(model.attention, Mla) else 0
-        kv_heads = model.heads if isinstance(model.attention, Mla) else model.kv_heads
-        attention = (2 * model.heads + 2 * kv_heads) * (model.head_dim + extra) * a
-        dense = model.ffn_matrices * model.dense_intermediate * a * self._has_dense
-        expert = (model.row_width + model.ffn_matrices * model.expert_intermediate / mesh.expert_tensor) * a
-        experts_SW = self._largest(expert, 0.0, 0.0)
-        largest = max(attention, dense) + self._gathered
-        return model.hidden * a * self.tokens + np.maximum(largest * self.tokens, experts_SW)
-
     @property
     def _gathered(self) -> float:
         """Bytes per token of what other ranks share: a product's input of tensor ranks, what context ranks pass on."""
@@ -410,15 +406,6 @@ class _PipelineRank:
         pair = kv_heads * (2 * model.head_dim + extra) * a
         ring = 4 * pair * (mesh.context > 1)  # keys, values and their gradients: in use, and on their way
         return model.hidden * a * mesh.tensor * (mesh.tensor > 1) + ring
-
-    @cached_property
-    def _temporaries(self) -> dict[str, FloatArray | float]:
-        """What the backward pass of a layer needs beside what is kept, by part."""
-        return {
-            "dispatch_buffers": self.buffers_SW,
-            "repeated": self.repeated_SW,
-            "temporaries": self.temporaries_SW,
-        }
 
     @cached_property
     def layer_SW(self) -> FloatArray:
@@ -432,9 +419,7 @@ class _PipelineRank:
         model, last = self.scenario.model, self.schedule.num_stages - 1 in self.stages
         vocab_bytes = FP32 * model.vocab * self.tokens * last / switches.loss_chunks
         fresh = switches.fresh_gradients
-        if switches.loss == "fused" and not fresh:  # one bound of all moments
-            always: dict[str, Any] = {"live": "all", "live_SW": self.live[0], "gradients": True}
-            return [Phase(name="peak", parts=self._temporaries, **always)]
+        of_loss = LOSSES[switches.loss]
         table = table_parameters(self.scenario) * BYTES_PER_ELEMENT[self.scenario.workload.precision.gradients]
         both = model.tied_embeddings and last and 0 in self.stages
         dense, expert = holders(self.scenario, replicas=self.schedule.num_replicas)
@@ -444,8 +429,8 @@ class _PipelineRank:
             later_SW=self._live(begin, len(self.schedule.actions[self.rank]))[0],
             layer_SW=self.layer_SW,
             moments=self._moments,
-            loss=vocab_bytes * (0.5 if switches.loss == "parallel" else 2.0),  # a copy in bf16, or two in fp32
-            logits=vocab_bytes * (fresh or len(self.stages) == 1),
+            loss=vocab_bytes * of_loss.copies,
+            logits=vocab_bytes * of_loss.kept * (fresh or len(self.stages) == 1),
             head_gradient=table * last,
             embedding_gradient=table * (0 in self.stages and not both),
             flat=self.states["gradients.dense"] * (dense > 1) + self.states["gradients.experts"] * (expert > 1),
