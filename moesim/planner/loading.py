@@ -40,6 +40,12 @@ def _any(root: Node, overrides: Sequence[str], *, base: FilePath) -> Plan | Serv
     changed = apply_overrides(named_implementation(root), overrides) if isinstance(root.value, dict) else root
     if is_serving_plan(changed):
         return serving_plan_of(changed, base=base)
+    kind, reached = find(changed, ("workload", "kind"))
+    if reached == ("workload", "kind") and kind.value == "serving":
+        remedy = (
+            "a plan of serving has goal: {serve: {best: usd}, gpus: [...]}; simulate a scenario with `moesim serve`"
+        )
+        raise UserError(f"{kind.where}: workload.kind: serving without goal.serve; {remedy}")
     return _validated(root, overrides, base=base)
 
 

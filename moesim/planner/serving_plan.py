@@ -199,8 +199,8 @@ def units_of(plan: ServingPlan) -> list[Unit]:
     return found
 
 
-def scenario_text(plan: ServingPlan, unit: Unit, *, units: int) -> str:
-    """The serving scenario of so many units as YAML."""
+def scenario_text(plan: ServingPlan, unit: Unit, *, units: int, requests: int | None = None) -> str:
+    """The serving scenario of so many units as YAML; `requests` of them where it is not the plan's number."""
     offer, (prefill, decode) = plan.goal.gpus[unit.offer], unit.ratio
     gpus = unit.gpus * units
     per_node = min(offer.gpus_per_node, gpus)
@@ -208,6 +208,7 @@ def scenario_text(plan: ServingPlan, unit: Unit, *, units: int) -> str:
     mesh = {"data": unit.data, "tensor": unit.tensor, "pipeline": unit.pipeline, "expert": spread}
     settings: dict[str, Any] = plan.model_dump(mode="json", exclude_none=True, exclude={*CHOSEN, "fabric", "name"})
     settings.pop("most_instances")
+    settings["workload"]["requests"] = requests or plan.workload.requests
     if unit.is_alternative:
         assert plan.alternative is not None
         settings["model"] = plan.alternative.model.model_dump(mode="json", exclude_none=True)

@@ -1,9 +1,9 @@
 """make_serving_plan: for every combination the fewest instances that answer the load within its limits, ranked.
 
 A unit (an instance, or prefill and decode instances in a ratio) is simulated with its share of the requests: every n-th
-part of their rate for n units. n doubles until the limits are met and is then bisected. The best are simulated again
-as whole fleets behind one router, and n grows where that misses the limits. What was simulated is kept in points.jsonl;
-the same command goes on from there.
+part of their rate for n units, with more of them where too few come to form a queue. n doubles until the limits are met
+and is then bisected. The best are simulated again as whole fleets behind one router, and n grows where that misses the
+limits. What was simulated is kept in points.jsonl; the same command goes on from there.
 """
 
 import hashlib
@@ -16,12 +16,13 @@ from moesim.errors import InfeasibleError, UserError
 from moesim.files import claimed, write_atomically
 from moesim.planner.serving_plan import ServingPlan, Unit, scenario_of, scenario_text, units_of, values_of
 from moesim.routing.request import content_digest, routing_digest
-from moesim.serving.answers import Deployment, answers_at
+from moesim.serving.answers import Deployment, answers_of, carried_share, served_steadily
 from moesim.serving.requests import draw_requests
 from moesim.serving.schema import TraceArrivals
 from moesim.strict_json import json_text, parse_json
 
 PLAN_FILE, POINTS_FILE = "plan.json", "points.jsonl"
+ASKED = 10_000  # requests whose mean rate and lengths are the load that prices are over, at least
 WHOLE = 3  # best combinations that are simulated as whole fleets
 KEPT = (
     "good_share", "requests_per_second", "output_tokens_per_second", "tokens_per_second_per_gpu",
@@ -162,7 +163,24 @@ def _rank(plan: ServingPlan, each: Found) -> tuple[float, ...]:
 
 
 def _meets(plan: ServingPlan, record: Mapping[str, Any]) -> bool:
-    return bool(record.get("good_share", 0.0) >= plan.workload.slo.share)
+    return bool(record.get("carried_share", 0.0) >= plan.workload.slo.share)
+
+
+def _simulated(plan: ServingPlan, deployment: Deployment, *, units: int, times: float) -> dict[str, Any]:
+    """The record of `units` that get `times` the rate of the plan; `carried_share` as for a largest load."""
+    first = deployment.requests(plan.seed)
+    drawn, served = served_steadily(deployment, first, seed=plan.seed, factor=times)
+    requests, number = drawn.faster(times), plan.workload.requests if len(drawn) == len(first) else len(drawn)
+    result = answers_of(deployment, requests, served)
+    carried = carried_share(served, requests, plan.workload.slo)
+    return {"units": units, "carried_share": carried, "requests": number, **{name: result[name] for name in KEPT}}
+
+
+def _missed(record: Mapping[str, Any]) -> str:
+    """Why a load is not carried."""
+    if record["carried_share"] > 0.0 or record["good_share"] == 0.0:
+        return f"{min(record['carried_share'], record['good_share']):.1%} meet the limits"
+    return f"more comes than goes ({record['good_share']:.1%} meet the limits, and waiting grows)"
 
 
 def _fewest(plan: ServingPlan, unit: Unit, points: Points) -> Found:
@@ -177,13 +195,11 @@ def _fewest(plan: ServingPlan, unit: Unit, points: Points) -> Found:
             try:
                 if not deployments:
                     deployments.append(Deployment(scenario_of(plan, unit, units=1)))
-                requests = deployments[0].requests(plan.seed).faster(1.0 / units)
-                result = answers_at(deployments[0], requests)
+                return _simulated(plan, deployments[0], units=units, times=1.0 / units)
             except (InfeasibleError, UserError) as error:
                 return {"refused": str(error)}
-            return {"units": units, **{name: result[name] for name in KEPT}}
 
-        return points.of(f"{unit}|share of {units}", make)
+        return points.of(f"{unit}|steady share of {units}", make)
 
     low, high = 0, 1
     record = at(high)
@@ -191,7 +207,7 @@ def _fewest(plan: ServingPlan, unit: Unit, points: Points) -> Found:
         return Found(unit, None, {}, str(record["refused"]))
     while not _meets(plan, record):
         if high == most:
-            return Found(unit, None, record, f"{record['good_share']:.1%} meet the limits on {most * unit.gpus} GPUs")
+            return Found(unit, None, record, f"{_missed(record)} on {most * unit.gpus} GPUs")
         low, high = high, min(2 * high, most)
         record = at(high)
     while high - low > 1:
@@ -213,10 +229,9 @@ def _as_fleet(plan: ServingPlan, each: Found, points: Points) -> Found:
 
         def make(units: int = units) -> Mapping[str, Any]:
             deployment = Deployment(scenario_of(plan, unit, units=units))
-            result = answers_at(deployment, deployment.requests(plan.seed))
-            return {"units": units, "whole": True, **{name: result[name] for name in KEPT}}
+            return {"whole": True, **_simulated(plan, deployment, units=units, times=1.0)}
 
-        record = points.of(f"{unit}|fleet of {units}", make)
+        record = points.of(f"{unit}|steady fleet of {units}", make)
         if _meets(plan, record):
             return Found(unit, units, record)
     return Found(unit, None, record, "the whole fleet misses the limits")
@@ -235,7 +250,7 @@ def _why_nothing(plan: ServingPlan, found: Sequence[Found]) -> str:
     if not simulated:
         reasons = [each.reason for each in found]
         return f"{head}; {reasons[0] if reasons else 'there is none'}; offer more or other GPUs, or choose other sizes"
-    nearest = max(simulated, key=lambda each: float(each.record["good_share"]))
+    nearest = max(simulated, key=lambda each: (each.record["carried_share"], each.record["good_share"]))
     ttft, tpot = (nearest.record[name]["p90"] for name in ("ttft_s", "tpot_s"))
     asked = f"{plan.workload.slo.share:.0%} are asked"
     return (
@@ -262,7 +277,8 @@ def _content(
     plan: ServingPlan, found: Sequence[Found], ranking: Sequence[Found], others: Sequence[Found], points: Points
 ) -> dict[str, Any]:
     by_words = {str(each.unit): each.unit for each in found}
-    requests = draw_requests(plan.workload, seed=plan.seed)
+    asked_for = {"requests": max(plan.workload.requests, ASKED)}
+    requests = draw_requests(plan.workload.model_copy(update=asked_for), seed=plan.seed)
     asked = requests.per_second * float(requests.output_N.mean())
     loads = []
     for key, record in points.known.items():
@@ -286,7 +302,7 @@ def _content(
         "status": "done",
         "best": plan.goal.serve.best,
         "slo": plan.workload.slo.model_dump(mode="json"),
-        "requests": plan.workload.requests,
+        "requests": ranking[0].record["requests"],
         "offers": [offer.model_dump(mode="json") for offer in plan.goal.gpus],
         "combinations": len(found),
         "simulations": len(points.known),
@@ -322,6 +338,6 @@ def _write_scenarios(plan: ServingPlan, folder: Path, ranking: Sequence[Found]) 
         old.unlink()
     for number, each in enumerate(ranking, start=1):
         assert each.units is not None
-        text = scenario_text(plan, each.unit, units=each.units)
+        text = scenario_text(plan, each.unit, units=each.units, requests=int(each.record["requests"]))
         head = f"# Number {number} of the plan {plan.name}: {each.unit.words(plan)}, {each.units} of it\n"
         write_atomically(folder / "scenarios" / f"{number:04d}.yaml", (head + text).encode())

@@ -315,7 +315,11 @@ def absolute_paths(root: Node, *, base: FilePath) -> Node:
             continue
         target = _resolve(node.value, node, base)
         if not target.exists():
-            raise UserError(f'{node.where}: {".".join(path)}: "{node.value}" does not exist (looked for {target})')
+            remedy = "name a file that is there, by a path from the folder of this file"
+            if node.where.startswith("--set "):
+                remedy = "name a file that is there, by a path from the working directory"
+            what = f'"{node.value}" does not exist (looked for {target})'
+            raise UserError(f"{node.where}: {'.'.join(path)}: {what}; {remedy}")
         root = _replace(root, path, Node(str(target), node.where, node.key_where))
     return root
 

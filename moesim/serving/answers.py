@@ -11,12 +11,14 @@ from moesim.errors import InfeasibleError, UserError
 from moesim.serving.clock import Served, run_clock
 from moesim.serving.costs import StepCosts
 from moesim.serving.fleet import Pool, fleet_gpus, pools_of, run_fleet
-from moesim.serving.memory import ServingMemoryReport, layout_of
+from moesim.serving.memory import ServingMemoryReport, missing_bytes, no_room
 from moesim.serving.pool_answers import SHARES, pool_answers, shares_of
 from moesim.serving.requests import Requests, draw_requests
 from moesim.serving.schema import ServingScenario, Slo, TraceArrivals
 
-LEAST_ANSWERS = 5.0  # times as long as an answer takes must requests come, for a steady load
+LEAST_ANSWERS = 5.0  # times as long as an answer takes must requests come, or a reader is warned; in a search for a
+SEARCHED_ANSWERS = 8.0  # largest load so many (of 5 it comes out a tenth too large where lengths are log-normal),
+LEAST_WAITS = 5.0  # and times as long as a first token may take, for a queue to grow to that
 RANGED = (  # headline numbers whose least and most over seeds are given, beside the latencies, in the order of a page
     "good_share", "good_requests_per_second", "requests_per_second", "output_tokens_per_second",
     "tokens_per_second_per_gpu", "tokens_per_second_per_user", "usd_per_million_output_tokens",
@@ -24,7 +26,9 @@ RANGED = (  # headline numbers whose least and most over seeds are given, beside
     "usd_per_million_generated_tokens",
 )  # fmt: skip
 LATENCIES = ("ttft_s", "tpot_s", "latency_s")
-NARROW = 0.02  # of the largest load, when the search ends
+NARROW = 0.02  # of the largest load, when the search ends; and seconds of answers that may grow in a second of service
+LONGER = 2  # times that requests which still wait longer and longer are doubled, before it is called an overload,
+CLEAR = 0.25  # which it is without that where so many seconds are added in a second
 MOST_REQUESTS = 100_000  # of one draw that the search for a largest load makes longer: a minute of CPU
 
 
@@ -43,7 +47,9 @@ class Deployment:
         load = load if number is None else load.model_copy(update={"requests": number})
         requests = draw_requests(load, seed=seed)
         for pool in self.pools:
-            _check_longest(pool, requests)
+            others = [each for each in self.pools if each is not pool]
+            name = f"a GPU of the {pool.name} pool" if others else "a GPU"
+            _check_longest(pool, requests, name=name, others=sum(each.gpus for each in others))
         return requests
 
     def serve(self, requests: Requests) -> Served:
@@ -53,28 +59,20 @@ class Deployment:
         return run_fleet(self.pools, requests)
 
 
-def _check_longest(pool: Pool, requests: Requests) -> None:
-    answer_N = 1 if pool.name == "prefill" else requests.output_N
+def _check_longest(pool: Pool, requests: Requests, *, name: str, others: int) -> None:
+    answer_N = requests.output_N if pool.decodes else 1
     longest = int((requests.input_N + answer_N).max())
     speculation = pool.scenario.engine.speculation
     most = longest + (len(speculation.acceptance) + 1 if speculation else 1)
-    if layout_of(pool.scenario).pages(most) > pool.memory.pages:
-        raise InfeasibleError(
-            f"memory: a request of {longest:,} tokens does not fit into the {pool.memory.kv_tokens:,} tokens of "
-            "keys and values that a rank holds; use more ranks, workload.weights: int4, kv: fp8, or shorter ones"
-        )
+    if missing_bytes(pool.scenario, most):
+        raise no_room(pool.scenario, most, pool=name, keys=pool.keys, replicas=pool.replicas, others=others)
 
 
 def serve(scenario: ServingScenario) -> dict[str, Any]:
     """The answers for the scenario's own seed, as plain numbers and lists. Raises UserError and InfeasibleError."""
     deployment = Deployment(scenario)
     requests = deployment.requests(scenario.seed)
-    return _result(deployment, requests, deployment.serve(requests))
-
-
-def answers_at(deployment: Deployment, requests: Requests) -> dict[str, Any]:
-    """The answers of a deployment for requests of its own, such as a share of its scenario's."""
-    return _result(deployment, requests, deployment.serve(requests))
+    return answers_of(deployment, requests, deployment.serve(requests))
 
 
 def serve_seeds(scenario: ServingScenario, seeds: int) -> dict[str, Any]:
@@ -88,10 +86,12 @@ def _draws(deployment: Deployment, seeds: int) -> list[Requests]:
     return [deployment.requests(seed) for seed in range(first, first + seeds)]
 
 
-def _over_seeds(deployment: Deployment, draws: Sequence[Requests]) -> dict[str, Any]:
-    """The answers for the first of several draws, and the ranges over all."""
-    results = [_result(deployment, requests, deployment.serve(requests)) for requests in draws]
-    ranges = {
+def _over_seeds(deployment: Deployment, draws: Sequence[Requests], *, ranges: bool = True) -> dict[str, Any]:
+    """The answers for the first of several draws, and the ranges over all where they are wanted."""
+    results = [answers_of(deployment, requests, deployment.serve(requests)) for requests in draws]
+    if not ranges:
+        return results[0]
+    found = {
         f"{latency}.{share}": [
             min(each[latency][share] for each in results),
             max(each[latency][share] for each in results),
@@ -102,19 +102,17 @@ def _over_seeds(deployment: Deployment, draws: Sequence[Requests]) -> dict[str, 
     for key in RANGED:
         known = [each[key] for each in results if each[key] is not None]  # answers of one token have no time per token
         if known:
-            ranges[key] = [min(known), max(known)]
-    return results[0] | {"seeds": len(draws), "ranges": ranges}
+            found[key] = [min(known), max(known)]
+    return results[0] | {"seeds": len(draws), "ranges": found}
 
 
 def largest_load(scenario: ServingScenario, *, seeds: int = 1, worst: bool = False) -> dict[str, Any]:
     """The most requests per second of which `workload.slo.share` meet the limits, and the answers at that load.
 
-    Doubling, then bisection to 2 %, over how fast the requests come. Where they would all have come before an answer is
-    over no queue could form and any load would do: a load that is met then is tried again with more of them, until they
-    come for `LEAST_ANSWERS` times as long as an answer takes (a log has no more than its own). With several seeds the
-    mean over their draws must meet the limits, or with `worst` every draw; the rate is the mean of theirs, and `ranges`
-    are as in `serve_seeds`. Raises UserError without limits, InfeasibleError where they are missed by requests that
-    come alone.
+    Doubling, then bisection to 2 %, over how fast the requests come, of what is carried: see `served_steadily`. With
+    several seeds the mean over their draws must meet the limits, or with `worst` every draw; the rate is the mean of
+    theirs, and `ranges` are as in `serve_seeds`. Raises UserError without limits, InfeasibleError where they are missed
+    by requests that come alone.
     """
     slo = scenario.workload.slo
     if slo.ttft is None and slo.tpot is None:
@@ -126,14 +124,10 @@ def largest_load(scenario: ServingScenario, *, seeds: int = 1, worst: bool = Fal
 
     def meets(factor: float) -> bool:
         shares = []
-        for seed, requests in enumerate(draws, start=scenario.seed):
-            at = requests.faster(factor)
-            served = deployment.serve(at)
-            while _good(served, at, slo) >= slo.share and (number := _steady_number(deployment, at, served)) > len(at):
-                draws[seed - scenario.seed] = deployment.requests(seed, number=number)
-                at = draws[seed - scenario.seed].faster(factor)
-                served = deployment.serve(at)
-            shares.append(_good(served, at, slo))
+        for place, requests in enumerate(draws):
+            drawn, served = served_steadily(deployment, requests, seed=scenario.seed + place, factor=factor)
+            shares.append(carried_share(served, drawn.faster(factor), slo))
+            draws[place] = drawn if shares[-1] else requests  # not those that show an overload
             if worst and shares[-1] < slo.share:
                 return False
         return float(np.mean(shares)) >= slo.share
@@ -153,17 +147,44 @@ def largest_load(scenario: ServingScenario, *, seeds: int = 1, worst: bool = Fal
         low, high = (middle, high) if meets(middle) else (low, middle)
     at_low = [requests.faster(low) for requests in draws]
     rate = float(np.mean([requests.per_second for requests in at_low]))
-    result = answers_at(deployment, at_low[0]) if seeds == 1 else _over_seeds(deployment, at_low)
-    return result | {"largest_requests_per_second": rate}
+    return _over_seeds(deployment, at_low, ranges=seeds > 1) | {"largest_requests_per_second": rate}
+
+
+def served_steadily(deployment: Deployment, requests: Requests, *, seed: int, factor: float) -> tuple[Requests, Served]:
+    """Serve a draw `factor` times as fast, or a longer draw of its seed; the draw, and what happened.
+
+    Where requests have all come before an answer is over, or before a queue can have grown to the limit of a first
+    token, any load would do. A load that meets its limits then is tried again with more of them, until they come
+    for `SEARCHED_ANSWERS` times as long as an answer takes and `LEAST_WAITS` times as long as a first token may, and
+    twice as many up to `LONGER` times while answers still take longer and longer. A log has no more than its own.
+    """
+    slo, first, longer = deployment.scenario.workload.slo, len(requests), 0
+    while True:
+        at = requests.faster(factor)
+        served = deployment.serve(at)
+        if _good(served, at, slo).mean() < slo.share or not _is_drawn(deployment):
+            return requests, served
+        grows, number = growth(served, at), _steady_number(deployment, at, served)
+        if grows > NARROW and (number <= len(at) or len(at) > first):
+            longer = longer + 1 if grows < CLEAR else LONGER + 1
+            number = 2 * len(at)  # by their number: answers that wait take longer the more there are
+        number = min(number, max(len(at), MOST_REQUESTS))
+        if number <= len(at) or longer > LONGER:
+            return requests, served
+        requests = deployment.requests(seed, number=number)
+
+
+def _is_drawn(deployment: Deployment) -> bool:
+    return not isinstance(deployment.scenario.workload.arrivals, TraceArrivals)
 
 
 def _steady_number(deployment: Deployment, requests: Requests, served: Served) -> int:
     """How many requests must come at this pace to show a steady load; of a log as many as it has."""
-    if isinstance(deployment.scenario.workload.arrivals, TraceArrivals):
-        return len(requests)
     span, answer = _span_and_answer(requests, served)
-    wanted = min(MOST_REQUESTS, math.ceil(1.1 * LEAST_ANSWERS * answer * requests.per_second))
-    return wanted if span < LEAST_ANSWERS * answer else len(requests)
+    least = max(SEARCHED_ANSWERS * answer, LEAST_WAITS * (deployment.scenario.workload.slo.ttft or 0.0))
+    if span >= least:
+        return len(requests)
+    return max(len(requests), min(MOST_REQUESTS, math.ceil(1.1 * least * requests.per_second)))
 
 
 def _span_and_answer(requests: Requests, served: Served) -> tuple[float, float]:
@@ -171,27 +192,53 @@ def _span_and_answer(requests: Requests, served: Served) -> tuple[float, float]:
     return float(requests.arrival_N[-1]), float((served.done_N - requests.arrival_N).mean())
 
 
-def _good(served: Served, requests: Requests, slo: Slo) -> float:
-    """The share of requests that met the limits."""
+def growth(served: Served, requests: Requests) -> float:
+    """Seconds by which answers of the mean length take longer for each second that requests come; 0: what comes goes.
+
+    From the second quarter of the requests, which found no empty system, to the last, less two standard errors of that.
+    Under a lasting overload it is the share by which more comes than goes.
+    """
+    quarter = len(requests) // 4
+    if quarter == 0:
+        return 0.0
+    ttft_N = served.first_N - requests.arrival_N
+    taken_N = ttft_N + _tpot_N(served, requests) * float(requests.output_N.mean() - 1)
+    early, late = slice(quarter, 2 * quarter), slice(len(requests) - quarter, None)
+    between = float(requests.arrival_N[late].mean() - requests.arrival_N[early].mean())
+    error = 2.0 * float(np.sqrt((taken_N[late].var() + taken_N[early].var()) / quarter))
+    return (float(taken_N[late].mean() - taken_N[early].mean()) - error) / max(between, 1e-9)
+
+
+def carried_share(served: Served, requests: Requests, slo: Slo) -> float:
+    """The share of requests that met the limits, or of their second half where that is less; 0 under an overload."""
+    good_N = _good(served, requests, slo)
+    if growth(served, requests) > NARROW:
+        return 0.0
+    return float(min(good_N.mean(), good_N[len(good_N) // 2 :].mean()))
+
+
+def _good(served: Served, requests: Requests, slo: Slo) -> NDArray[np.bool_]:
+    """Which requests [N] met the limits."""
     good_N = np.ones(len(requests), dtype=bool)
     if slo.ttft is not None:
         good_N &= served.first_N - requests.arrival_N <= slo.ttft
     if slo.tpot is not None:
         good_N &= _tpot_N(served, requests) <= slo.tpot
-    return float(good_N.mean())
+    return good_N
 
 
 def _tpot_N(served: Served, requests: Requests) -> NDArray[np.float64]:
     return np.asarray((served.done_N - served.first_N) / np.maximum(requests.output_N - 1, 1))
 
 
-def _result(deployment: Deployment, requests: Requests, served: Served) -> dict[str, Any]:
+def answers_of(deployment: Deployment, requests: Requests, served: Served) -> dict[str, Any]:
+    """The answers of a deployment to requests that were served, as plain numbers and lists."""
     scenario, costs = deployment.scenario, deployment.costs
     gpus = fleet_gpus(scenario)
     seconds = float(served.done_N.max())
     output, prompt = int(requests.output_N.sum()), int(requests.input_N.sum())
     usd = scenario.cluster.usd_per_hour * seconds / 3600.0
-    good = _good(served, requests, scenario.workload.slo)
+    good = float(_good(served, requests, scenario.workload.slo).mean())
     several_N = requests.output_N > 1
     tpot_N = _tpot_N(served, requests)[several_N] if several_N.any() else np.zeros(1)
     pools = [
@@ -296,7 +343,12 @@ def _warnings(requests: Requests, served: Served) -> list[str]:
     if span < LEAST_ANSWERS * answer:
         found.append(
             f"requests come for {span:.3g} s and an answer takes {answer:.3g} s: no steady load is seen; raise "
-            "workload.requests"
+            "workload.requests (if answers take still longer then, more comes than goes: lower the rate)"
+        )
+    elif (grows := growth(served, requests)) > NARROW:
+        found.append(
+            f"more comes than goes: an answer takes {grows:.2g} s longer for each second of requests, so that "
+            "latencies depend on workload.requests; lower the rate, or use more GPUs"
         )
     return found
 

@@ -29,7 +29,10 @@ from moesim.serving.transfers import Port, Ports, Transfer, Watcher, exchanges_o
 
 @dataclass(frozen=True, kw_only=True)
 class Pool:
-    """Instances that are alike: the scenario of one, what its steps cost and what it holds; where its ranks begin."""
+    """Instances that are alike: the scenario of one, what its steps cost and what it holds; where its ranks begin.
+
+    `keys`: where keys that are its own begin in a scenario.
+    """
 
     name: str
     scenario: ServingScenario
@@ -37,6 +40,12 @@ class Pool:
     first_rank: int
     memory: ServingMemoryReport
     costs: StepCosts
+    keys: str = ""
+
+    @property
+    def decodes(self) -> bool:
+        """Whether answers are generated here, not their first tokens alone."""
+        return not self.keys
 
     @property
     def gpus(self) -> int:
@@ -62,14 +71,21 @@ def prefill_scenario(scenario: ServingScenario) -> ServingScenario:
 
 
 def pools_of(scenario: ServingScenario) -> tuple[Pool, ...]:
-    """The pools, that which decodes last. Raises InfeasibleError where weights do not fit."""
+    """The pools, that which decodes last."""
     fleet, first, found = scenario.fleet, 0, []
-    parts = [("serve" if fleet.prefill is None else "decode", scenario, fleet.replicas)]
+    parts = [("serve" if fleet.prefill is None else "decode", scenario, fleet.replicas, "")]
     if fleet.prefill is not None:
-        parts.insert(0, ("prefill", prefill_scenario(scenario), fleet.prefill.replicas))
-    for name, part, replicas in parts:
-        memory = memory_of(part)
-        pool = Pool(name=name, scenario=part, replicas=replicas, first_rank=first, memory=memory, costs=StepCosts(part))
+        parts.insert(0, ("prefill", prefill_scenario(scenario), fleet.prefill.replicas, "fleet.prefill."))
+    for name, part, replicas, keys in parts:
+        pool = Pool(
+            name=name,
+            scenario=part,
+            replicas=replicas,
+            first_rank=first,
+            memory=memory_of(part),
+            costs=StepCosts(part),
+            keys=keys,
+        )
         found.append(pool)
         first += pool.gpus
     return tuple(found)

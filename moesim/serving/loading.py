@@ -12,6 +12,7 @@ from moesim.scenario.model import Mla
 from moesim.scenario.short_forms import absolute_paths, apply_overrides, explicit_model, flat_cluster_to_pools
 from moesim.serving.fleet import fleet_gpus, prefill_scenario
 from moesim.serving.keys import key_layout
+from moesim.serving.memory import memory_of
 from moesim.serving.schema import ServingScenario
 from moesim.serving.software import serving_software
 
@@ -92,6 +93,9 @@ def _check(scenario: ServingScenario, root: Node) -> None:
     if not engine.chunked_prefill and engine.token_budget < 1_024:
         what = f"{engine.token_budget} tokens never hold a long prompt whole; allow chunked_prefill, or raise it"
         raise refuse(("engine", "token_budget"), what)
+    if engine.preemption == "swap" and not memory_of(scenario).host_pages:
+        what = "holds no page of keys and values, so that nothing could be moved there"
+        raise refuse(("engine", "host_memory"), f"{what}; raise it, or use preemption: recompute")
     speculation = engine.speculation
     if speculation is not None and speculation.draft == "mtp" and not model.mtp_layers:
         what = "the model has no layer of multi-token prediction; set model.mtp_layers: 1, or draft: lookup"

@@ -1,5 +1,6 @@
 """What a rank holds: weights, room for a step, and pages for keys and values in what is left."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from moesim.errors import InfeasibleError
@@ -55,24 +56,16 @@ def kv_bytes_per_token(model: Model, *, kv: str, tensor: int) -> float:
 
 
 def memory_of(scenario: ServingScenario) -> ServingMemoryReport:
-    """The memory of a rank. Raises InfeasibleError where weights leave no room for a single page."""
+    """The memory of a rank; no pages where weights leave no room for one."""
     mesh, layout = scenario.parallelism, layout_of(scenario)
-    weights, workspace = _weights(scenario), _workspace(scenario)
     layers = sum(kind.layers for kind in layout.kinds)
     layer_bytes = kv_bytes_per_token(scenario.model, kv=scenario.workload.kv, tensor=mesh.tensor) / mesh.pipeline
     page_bytes = layer_bytes * layout.unit * layout.page
-    left = scenario.cluster.main_pool.spec.memory_bytes - scenario.memory.reserved - weights - workspace
     whole = layers // layout.unit  # layer-pages of a page of all layers
-    pages = int(max(0.0, left * scenario.memory.share) // (page_bytes * whole)) * whole
-    if pages < whole * mesh.pipeline:
-        raise InfeasibleError(
-            f"memory: weights take {format_bytes(weights)} and a step {format_bytes(workspace)} of "
-            f"{format_bytes(scenario.cluster.main_pool.spec.memory_bytes)}: no page for keys and values is left; use "
-            "more ranks (parallelism.tensor, expert), workload.weights: int4, or a smaller engine.token_budget"
-        )
+    pages = int(max(0.0, _left(scenario) * scenario.memory.share) // (page_bytes * whole)) * whole
     return ServingMemoryReport(
-        weights=weights,
-        workspace=workspace,
+        weights=_weights(scenario),
+        workspace=_workspace(scenario),
         kv_per_token=layer_bytes * layers,
         kv=pages * page_bytes,
         kv_tokens=pages // whole * layout.page,
@@ -80,6 +73,93 @@ def memory_of(scenario: ServingScenario) -> ServingMemoryReport:
         page_bytes=page_bytes,
         host_pages=int(scenario.engine.host_memory / page_bytes / mesh.pipeline),
     )
+
+
+def _left(scenario: ServingScenario) -> float:
+    """Bytes of a rank that weights, a step and what is reserved leave; below 0 where they do not fit."""
+    memory = scenario.cluster.main_pool.spec.memory_bytes
+    return memory - scenario.memory.reserved - _weights(scenario) - _workspace(scenario)
+
+
+def missing_bytes(scenario: ServingScenario, tokens: int) -> float:
+    """Bytes by which a rank is too small for the keys and values of a request of so many tokens; 0: it can hold it."""
+    memory, needed = memory_of(scenario), int(layout_of(scenario).pages(tokens))
+    if needed <= memory.pages:
+        return 0.0
+    return needed * scenario.parallelism.pipeline * memory.page_bytes / scenario.memory.share - _left(scenario)
+
+
+def no_room(
+    scenario: ServingScenario, tokens: int, *, pool: str, keys: str = "", replicas: int = 1, others: int = 0
+) -> InfeasibleError:
+    """What to say of instances that cannot hold a request of so many tokens: what is missing, and what makes room.
+
+    `keys`: where the keys of a pool of its own begin in a scenario, as "fleet.prefill."; `others`: GPUs of the cluster
+    that are not those of its `replicas`. Every change that is named was tried.
+    """
+    memory, size = memory_of(scenario), scenario.cluster.main_pool.spec.memory_bytes
+    kinds = (_sizes(scenario, keys), _formats(scenario), _meshes(scenario, keys, replicas, others))
+    fitting = [next((text for text, changed in kind if not missing_bytes(changed, tokens)), "") for kind in kinds]
+    changes = [text for text in fitting if text]
+    return InfeasibleError(
+        f"memory: {pool} cannot hold a request of {tokens:,} tokens: {format_bytes(size)} lack "
+        f"{format_bytes(missing_bytes(scenario, tokens))} (weights {format_bytes(memory.weights)}, "
+        f"a step {format_bytes(memory.workspace)}, {memory.kv_tokens:,} tokens fit); "
+        f"use {' or '.join(changes) or 'GPUs with more memory, or shorter requests'}"
+    )
+
+
+Change = tuple[str, ServingScenario]  # as a user would write it, and the instance with it
+
+
+def _meshes(scenario: ServingScenario, keys: str, replicas: int, others: int) -> Iterator[Change]:
+    """More ranks, the fewest first: with experts spread over them where there are any."""
+    mesh, model, cluster = scenario.parallelism, scenario.model, scenario.cluster
+    slots, now = model.experts + scenario.engine.redundant_experts, mesh.world_size
+    sizes = [
+        (data * tensor * mesh.pipeline, tensor != mesh.tensor, data, tensor)
+        for tensor in range(mesh.tensor, min(model.heads, 64) + 1)
+        for data in range(mesh.data, max(64, 8 * mesh.data) + 1)
+        if model.heads % tensor == 0 and (tensor == mesh.tensor or data == mesh.data)
+    ]
+    for ranks, _, data, tensor in sorted(sizes):
+        stage = data * tensor
+        expert = stage if model.moe_layers and (mesh.expert > 1 or data > 1) else 1
+        if ranks <= now or (expert > 1 and slots % expert):
+            continue
+        larger = mesh.model_copy(update={"data": data, "tensor": tensor, "expert": expert})
+        short = {key: size for key, size in larger.model_dump().items() if size > 1}
+        text = f"{keys}parallelism: {{{', '.join(f'{key}: {size}' for key, size in short.items())}}}"
+        if (gpus := others + replicas * ranks) > cluster.num_gpus:
+            text += f" ({gpus} GPUs in all, of {cluster.num_gpus} now)"
+        yield text, scenario.model_copy(update={"parallelism": larger})
+
+
+def _formats(scenario: ServingScenario) -> Iterator[Change]:
+    """Narrower weights, the widest first; then narrower keys and values."""
+    load = scenario.workload
+    for weights, size in WEIGHT_BYTES.items():
+        if size < WEIGHT_BYTES[load.weights]:
+            changed = load.model_copy(update={"weights": weights})
+            yield f"workload.weights: {weights}", scenario.model_copy(update={"workload": changed})
+    if load.kv != "fp8" and not serving_software()[scenario.engine.software].paged:
+        changed = load.model_copy(update={"kv": "fp8"})
+        yield "workload.kv: fp8", scenario.model_copy(update={"workload": changed})
+
+
+def _sizes(scenario: ServingScenario, keys: str) -> Iterator[Change]:
+    """Smaller steps, the largest first; then fewer requests at a time."""
+    engine = scenario.engine
+    drafted = len(engine.speculation.acceptance) if engine.speculation else 0
+    for key, place, least in (
+        ("token_budget", keys or "engine.", max(256 if engine.chunked_prefill else 1_024, drafted + 1)),
+        ("running", "engine.", 8),
+    ):
+        size = getattr(engine, key) // 2
+        while size >= least:
+            changed = engine.model_copy(update={key: size})
+            yield f"{place}{key}: {size}", scenario.model_copy(update={"engine": changed})
+            size //= 2
 
 
 def _weights(scenario: ServingScenario) -> float:

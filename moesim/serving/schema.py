@@ -316,7 +316,9 @@ class ServingMemory(Section):
     reserved: Bytes = Field(
         default=RESERVED_BYTES, description="Memory of each GPU for the driver's context, libraries and communicators."
     )
-    share: Share = Field(default=0.9, description="Share of what weights and activations leave that pages may take.")
+    share: PositiveShare = Field(
+        default=0.9, description="Share of what weights and activations leave that pages may take."
+    )
 
 
 class ServingScenario(Section):

@@ -26,7 +26,7 @@ from moesim.errors import ConflictError, InfeasibleError, UserError
 from moesim.files import claimed, is_leftover, write_atomically
 from moesim.scenario import Scenario, TraceRouting, load_scenario
 from moesim.scenario.catalogue import suggest
-from moesim.scenario.document import Node
+from moesim.scenario.document import Node, find, read_yaml
 from moesim.scenario.short_forms import override_label
 from moesim.strict_json import json_text, parse_json
 from moesim.study import Point, PointRecord, PointsFile, read_points, run_points
@@ -133,6 +133,7 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     base = reader.text(parts["base"], "base")
     if not (path.parent / base).is_file():
         raise UserError(f"{parts['base'].where}: base: {base} does not exist (looked for {path.parent / base})")
+    _refuse_serving(path.parent / base, where=parts["base"].where)
     common = read_settings(parts["set"], "set") if "set" in parts else []
     points, invalid_points = _points(path, base, axes, common, overrides)
     plot = _checked_plot(parts["plot"], axes) if "plot" in parts else None
@@ -148,6 +149,15 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
         reference=_reference(parts["reference"], axes) if "reference" in parts else None,
         plot=plot,
     )
+
+
+def _refuse_serving(base: Path, *, where: str) -> None:
+    """Raises UserError for a base whose points are loads of requests: they have other results than a step."""
+    kind, reached = find(read_yaml(base, what="scenario"), ("workload", "kind"))
+    if reached == ("workload", "kind") and kind.value == "serving":
+        what = f"base: {base} is a serving scenario, and a sweep simulates steps of training"
+        serve = "moesim serve FILE --set KEY=VALUE --out runs/VALUE/serve.html"
+        raise UserError(f"{where}: {what}; for each value run `{serve}`, then `moesim plot runs/*` beside each other")
 
 
 def _axes(parts: Mapping[str, Node], root: Node) -> tuple[Axis, ...]:

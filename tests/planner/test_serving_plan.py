@@ -27,7 +27,7 @@ workload:
     rate: 600.0
     input: {kind: fixed, tokens: 600}
     output: {kind: fixed, tokens: 20}
-  slo: {ttft: 0.2, tpot: 0.0025}
+  slo: {ttft: 0.05, tpot: 0.0025}
 alternative: {model: {preset: deepseek-moe-16b, layers: 1}, source: made for this test}
 """
 
@@ -74,6 +74,27 @@ def test_the_first_is_the_least_what_it_writes_serves_within_the_limits_and_it_g
 def test_what_is_too_large_for_the_offers_has_a_remedy(file, tmp_path) -> None:
     with pytest.raises(InfeasibleError, match=r"more GPUs than offered .*offer more or other GPUs"):
         make_serving_plan(load_any_plan(file, ["choices.data=[64]"]), tmp_path / "out")
+
+
+def test_few_requests_ask_for_as_many_gpus_as_many(file, tmp_path) -> None:
+    """Requests that have all come before a queue forms would need one GPU for any load."""
+    sets = [
+        "choices={data: [1]}",
+        "workload.arrivals.rate=3000.0",
+        "workload.slo={ttft: 0.05}",
+        "goal.gpus.0.at_most=32",
+    ]
+    few, many = (
+        make_serving_plan(load_any_plan(file, [*sets, f"workload.requests={number}"]), tmp_path / f"{number}")
+        for number in (10, 800)
+    )
+    assert few["ranking"][0]["gpus"] == many["ranking"][0]["gpus"] > 1
+    assert few["requests"] > 10 and few["ranking"][0]["warnings"] == []
+
+
+def test_a_scenario_is_no_plan(file) -> None:
+    with pytest.raises(UserError, match=r"serving without goal.serve.*moesim serve"):
+        load_any_plan(file, ["goal={tokens_per_second: 1.0, gpus: []}"])
 
 
 def test_a_trace_that_changed_makes_it_another_plan(file, tmp_path) -> None:

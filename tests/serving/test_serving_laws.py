@@ -348,8 +348,15 @@ def test_narrow_weights_leave_more_room_and_steps_of_few_tokens_are_faster() -> 
         ("parallelism.tensor=3", "12 ranks on 4 GPUs", UserError),
         ("workload.arrivals.rat=3", 'rat.*did you mean "rate"', UserError),
         ("model.layers=4000", "model.layers", UserError),
-        ("workload.arrivals.input={kind: fixed, tokens: 9000000}", "does not fit into the", InfeasibleError),
-        ("cluster.gpu={like: h100, name: tiny, memory: 6 GB}", "no page for keys and values is left", InfeasibleError),
+        (
+            "workload.arrivals.input={kind: fixed, tokens: 9000000}",
+            "cannot hold a request of 9,000,387",
+            InfeasibleError,
+        ),
+        ("cluster.gpu={like: h100, name: tiny, memory: 6 GB}", "0 tokens fit", InfeasibleError),
+        ("engine={preemption: swap, host_memory: 0 GB}", "engine.host_memory: holds no page", UserError),
+        ("memory.share=0.0", "memory.share", UserError),
+        ("workload.arrivals={kind: trace, file: no.csv}", "name a file that is there", UserError),
     ],
 )
 def test_mistakes_are_one_line(override: str, fault: str, error: type[Exception]) -> None:
@@ -358,11 +365,97 @@ def test_mistakes_are_one_line(override: str, fault: str, error: type[Exception]
     assert "\n" not in str(caught.value)
 
 
+ON_TWO = "fleet={prefill: {replicas: 2, parallelism: {data: 1, expert: 1}}}"
+
+
+@pytest.mark.parametrize(
+    ("pool", "overrides"),
+    [
+        ("a GPU", ("cluster.gpu={like: h100, name: tiny, memory: 8 GB}", "engine.token_budget=65536")),
+        ("a GPU", ("cluster.gpu={like: h100, name: tiny, memory: 5 GB}", "workload.weights=fp8")),
+        ("a GPU of the prefill pool", ("cluster.gpu={like: h100, name: tiny, memory: 6 GB}", ON_TWO)),
+        ("a GPU of the decode pool", ("cluster.gpu={like: h100, name: tiny, memory: 6 GB}", ON_TWO, "parallelism={}")),
+    ],
+)
+def test_what_does_not_fit_names_its_pool_and_changes_that_make_room(pool: str, overrides: tuple[str, ...]) -> None:
+    """Every change that is named is made, on as many nodes as it needs: the pool is not refused again."""
+    load = ("workload.requests=5", "workload.arrivals.input={kind: fixed, tokens: 500}", "cluster.nodes=4", *overrides)
+    if pool.endswith("decode pool"):
+        load = (*load, "fleet.prefill.parallelism={data: 4, expert: 4}", "fleet.prefill.token_budget=512")
+    with pytest.raises(InfeasibleError, match=f"memory: {pool} cannot hold") as caught:
+        Deployment(small(*load)).requests(0)
+    changes = str(caught.value).rpartition("; use ")[2].split(" or ")
+    assert changes[0].count(": ") and len(str(caught.value)) < 400
+    for change in changes:
+        key, _, value = change.partition(" (")[0].partition(": ")
+        try:
+            Deployment(small(*load, "cluster.nodes=80", f"{key}={value}")).requests(0)
+        except InfeasibleError as other:
+            assert f"memory: {pool} cannot" not in str(other)  # the other pool may be too small as well
+
+
+PROMPTS = (
+    "model.layers=2",
+    "parallelism={data: 1}",
+    "workload.slo={ttft: 0.1}",
+    "workload.arrivals.output={kind: fixed, tokens: 2}",
+    "workload.arrivals.input={kind: fixed, tokens: 8000}",
+)
+
+
+def test_a_short_scenario_and_a_long_one_have_the_same_largest_load() -> None:
+    """The requests of the scenario are those that are simulated at least."""
+    short, long = (largest_load(small(*PROMPTS, f"workload.requests={number}")) for number in (20, 600))
+    assert 20 < short["requests"] < 600 == long["requests"]
+    rates = [each["largest_requests_per_second"] for each in (short, long)]
+    assert rates[0] == pytest.approx(rates[1], rel=0.1)
+
+
+@pytest.mark.slow
+def test_as_many_instances_carry_as_many_times_the_load() -> None:
+    one, eight = (largest_load(small(*PROMPTS, "cluster.nodes=2", f"fleet.replicas={each}")) for each in (1, 8))
+    rates = [each["largest_requests_per_second"] for each in (one, eight)]
+    assert rates[1] == pytest.approx(8 * rates[0], rel=0.1)
+
+
+def test_without_a_limit_of_the_first_token_a_largest_load_is_what_goes() -> None:
+    """Requests that wait outside keep the time per token short: it is no load that is carried."""
+    sizes = "workload.arrivals.output={kind: fixed, tokens: 4}"
+    mesh = ("model.layers=2", "parallelism={data: 1}", "engine.running=8")
+    base = (*mesh, "workload.requests=100", "workload.slo={tpot: 1.0}", sizes)
+    found = largest_load(small(*base))
+    rate = found["largest_requests_per_second"]
+    assert rate == pytest.approx(found["requests_per_second"], rel=0.1)
+    crowd = serve(small(*base, f"workload.arrivals.rate={1.5 * rate}", "workload.requests=1000"))
+    assert crowd["good_share"] == 1.0 and crowd["requests_per_second"] == pytest.approx(rate, rel=0.15)
+    assert any("more comes than goes" in warning for warning in crowd["warnings"])
+    assert serve(small(*base, f"workload.arrivals.rate={0.5 * rate}"))["warnings"] == []
+
+
+def test_a_static_batch_larger_than_a_budget_computes_its_prompts_in_parts() -> None:
+    engine = Engine(batching="static", token_budget=512, running=8, page=16)
+    batch = Batch(engine, layout=LAYOUTS["all"], pages=100_000)
+    for number in range(10):
+        batch.add(Job(number, 300, 5, turn=number))
+    begun, steps, served = set[int](), list[int](), list[int]()
+    while not batch.is_idle:
+        step = batch.form()
+        assert 0 < step.tokens <= 512
+        begun |= {chunk.job.request for chunk in step.chunks}
+        served += [job.request for job in batch.finish(step)[1]]
+        steps.append(step.tokens)
+        if len(served) < 8:
+            assert begun <= set(range(8)), "nobody joins a static batch"
+    assert served[:8] == list(range(8)) and sorted(served) == list(range(10))
+    assert sum(steps) == 10 * (300 + 4) and max(steps[:5]) == 512
+
+
 def test_a_largest_load_of_several_draws_holds_for_their_mean_or_for_each() -> None:
-    scenario = small(*FEW, "workload.slo={ttft: 0.02, share: 0.9}")
+    scenario = small(*PROMPTS, "workload.requests=40", "workload.slo={ttft: 0.05, share: 0.9}")
     mean, worst = (largest_load(scenario, seeds=3, worst=each) for each in (False, True))
     assert worst["largest_requests_per_second"] <= mean["largest_requests_per_second"] * 1.001
-    assert worst["ranges"]["good_share"][0] >= 0.9 > mean["ranges"]["good_share"][0] or worst == mean
+    assert worst["ranges"]["good_share"][0] >= 0.9
+    assert mean["ranges"]["good_share"][0] <= worst["ranges"]["good_share"][0] or worst == mean
     assert mean["ranges"]["good_share"][1] >= 0.9 and mean["seeds"] == 3
     assert "USD / M prompt tokens not cached" in serving_page(mean)
 

@@ -1,10 +1,13 @@
 """A study file becomes points, or one line that says what is wrong where."""
 
+from pathlib import Path
+
 import pytest
 
 from moesim.errors import UserError
 from moesim.sweeper import load_study
 
+SERVED = Path(__file__).parents[2] / "scenarios/serving/qwen3-30b-one-h100.yaml"
 HEAD = "name: trial\nbase: small.yaml\n"
 
 
@@ -112,6 +115,10 @@ AXIS = "axes:\n- {key: seed, values: [0, 1]}\n"
         ("base: small.yaml\n" + AXIS, "a study needs name"),
         ("name: a b\nbase: small.yaml\n" + AXIS, r"study.yaml:1:7: name 'a b' may hold only"),
         ("name: a\nbase: other.yaml\n" + AXIS, r"study.yaml:2:7: base: other.yaml does not exist"),
+        (
+            f"name: a\nbase: {SERVED}\n" + AXIS,
+            r"study.yaml:2:7: base: .*qwen3-30b-one-h100.yaml is a serving scenario.*moesim serve FILE --set",
+        ),
         (HEAD, "a study needs axes or points"),
         (HEAD + "axis: []\n", r"""study.yaml:3:1: a study has no key 'axis'; did you mean "axes"\?"""),
         (HEAD + "axes: []\n", r"study.yaml:3:7: axes is a list with at least one item"),
