@@ -155,9 +155,9 @@ def _refuse_serving(base: Path, *, where: str) -> None:
     """Raises UserError for a base whose points are loads of requests: they have other results than a step."""
     kind, reached = find(read_yaml(base, what="scenario"), ("workload", "kind"))
     if reached == ("workload", "kind") and kind.value == "serving":
-        what = f"base: {base} is a serving scenario, and a sweep simulates steps of training"
-        serve = "moesim serve FILE --set KEY=VALUE --out runs/VALUE/serve.html"
-        raise UserError(f"{where}: {what}; for each value run `{serve}`, then `moesim plot runs/*` beside each other")
+        serve = "moesim serve FILE --out runs/VALUE/serve.html"
+        what = f"base: {base.name} is of serving, and a sweep is of training"
+        raise UserError(f"{where}: {what}; set each value in `{serve}`, then `moesim plot runs/*`")
 
 
 def _axes(parts: Mapping[str, Node], root: Node) -> tuple[Axis, ...]:

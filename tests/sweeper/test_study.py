@@ -117,7 +117,7 @@ AXIS = "axes:\n- {key: seed, values: [0, 1]}\n"
         ("name: a\nbase: other.yaml\n" + AXIS, r"study.yaml:2:7: base: other.yaml does not exist"),
         (
             f"name: a\nbase: {SERVED}\n" + AXIS,
-            r"study.yaml:2:7: base: .*qwen3-30b-one-h100.yaml is a serving scenario.*moesim serve FILE --set",
+            r"study.yaml:2:7: base: qwen3-30b-one-h100.yaml is of serving, .*moesim serve FILE --out",
         ),
         (HEAD, "a study needs axes or points"),
         (HEAD + "axis: []\n", r"""study.yaml:3:1: a study has no key 'axis'; did you mean "axes"\?"""),
