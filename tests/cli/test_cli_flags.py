@@ -15,7 +15,7 @@ ARGS=(
   --num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 512 --vocab-size 256 --swiglu
   --num-experts 8 --moe-router-topk 2 --moe-ffn-hidden-size 32 --expert-model-parallel-size 2 --bf16
   --moe-token-dispatcher-type alltoall --disable-bias-linear --untie-embeddings-and-output-weights
-  --micro-batch-size 1 --global-batch-size 4 --tensor-model-parallel-size $TP --overlap-param-gather --lr 1e-4
+  --micro-batch-size 1 --global-batch-size 4 --tensor-model-parallel-size $TP --fp32-residual-connection --lr 1e-4
   --moe-router-force-load-balancing
 )
 torchrun --nproc_per_node 2 --nnodes 1 pretrain_gpt.py ${ARGS[@]} $MORE
@@ -36,7 +36,7 @@ def test_a_launch_is_simulated_in_place_of_a_scenario(launch: Path, moesim) -> N
     for words in (
         "launch.sh  18 flags read, 1 change nothing, 1 not modelled",
         "assumed: launch.sh:10: $MORE is not set in the script: taken as empty",
-        "warning: launch.sh: --overlap-param-gather: ",
+        "warning: launch.sh: --fp32-residual-connection: ",
         "written to runs/launch: ",
     ):
         assert words in answer.out, words
@@ -59,7 +59,7 @@ def test_from_megatron_lists_every_flag(launch: Path, moesim) -> None:
         "model.layers",
         "how the optimizer moves the weights",
         "GPUs are h100",
-        "warning: not modelled: launch.sh: --overlap-param-gather",
+        "warning: not modelled: launch.sh: --fp32-residual-connection",
         "--out FILE.yaml writes the scenario",
     ):
         assert words in answer.out

@@ -58,7 +58,7 @@ def test_mistakes_are_one_line(kept: Path, tmp_path: Path, moesim) -> None:
         ((TRACE, "--rows", "0"), "--rows"),
         ((TRACE, "--gpu", "h1000"), "h100"),
         ((TRACE, "--out", kept), "--force"),
-        (("--show", TRACE), "recorded step"),
+        (("--show", TRACE), "is a trace of torch's profiler"),
         (("no_such_module_here:step", "--calibrate", tmp_path / "nowhere.json"), "cannot read"),
     ):
         answer = moesim("import-step", *arguments)
