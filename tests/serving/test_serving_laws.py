@@ -36,6 +36,7 @@ workload:
     output: {kind: log_normal, mean: 60, variation: 0.8, most: 500}
 """
 
+LARGE = 32  # GPUs; exchanges of more ranks take longer than a quick test may
 # Short answers on one GPU and a short wait: few requests show a steady load.
 FEW = ("parallelism={data: 1}", "workload.arrivals.output={kind: fixed, tokens: 2}", "workload.requests=40")
 
@@ -508,7 +509,12 @@ def test_every_number_of_an_answer_is_defined() -> None:
         assert f"`{key}`" in page, key
 
 
-@pytest.mark.parametrize("name", names("serving"))
+def _deployments() -> list:
+    large = {name for name in names("serving") if load_serving(resolve(name, "serving")).cluster.num_gpus > LARGE}
+    return [pytest.param(name, marks=[pytest.mark.slow] if name in large else []) for name in names("serving")]
+
+
+@pytest.mark.parametrize("name", _deployments())
 def test_every_deployment_that_ships_is_served(name: str) -> None:
     scenario = load_serving(resolve(name, "serving"), ["workload.requests=12"])
     result = serve(scenario)
