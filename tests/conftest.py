@@ -109,11 +109,14 @@ def full_disk() -> Callable[[int], AbstractContextManager[None]]:
     @contextmanager
     def limited(size: int) -> Iterator[None]:
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        writes_none = sys.dont_write_bytecode
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        sys.dont_write_bytecode = True  # Python keeps the half of a module's code that it could write
         try:
             yield
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            sys.dont_write_bytecode = writes_none
 
     return limited
 
