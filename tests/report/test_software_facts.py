@@ -16,7 +16,7 @@ def test_the_screen_names_the_software(make_record) -> None:
     for known in SOFTWARE.values():
         said = {"name": known.name, "listed": known.listed, "checked": known.checked}
         out = io.StringIO()
-        print_facts(make_record().result | {"software": said}, file=out, width=300)
+        print_facts(make_record().result | {"software": said}, file=out, width=1000)
         assert all(text in out.getvalue() for text in said.values())
 
 
