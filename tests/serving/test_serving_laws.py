@@ -534,3 +534,36 @@ def test_each_loader_names_the_verb_of_the_other() -> None:
         load_scenario_text(SMALL, source="f.yaml")
     with pytest.raises(UserError, match=r"this is a training scenario; simulate it with `moesim run`"):
         load_serving(resolve("quickstart", "scenario"))
+
+
+DENSE = {  # elements of a layer's weights on a rank, by hand from the published architectures
+    "qwen3-30b-one-h100": {
+        "layers": 48,
+        "projections": 2048 * (32 + 2 * 4) * 128 + 32 * 128 * 2048,
+        "key": 2 * 4 * 128,
+    },
+    "mixtral-8x7b-two-h100": {
+        "layers": 32,
+        "projections": (4096 * (32 + 2 * 8) * 128 + 32 * 128 * 4096) / 2,
+        "key": 8 * 128,
+    },
+}
+EXPERTS = {"qwen3-30b-one-h100": (128, 8, 3 * 2048 * 768), "mixtral-8x7b-two-h100": (8, 2, 3 * 4096 * 14336 / 2)}
+
+
+@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("requests", [32, 128])
+def test_parts_of_a_step_lie_between_their_roofline_and_thrice_that(name: str, requests: int) -> None:
+    """Bytes of weights and keys over the data sheet's 3.35 TB/s; experts that so many uniform tokens touch at most."""
+    bandwidth, keys, sizes = 3.35e12, 2000, DENSE[name]
+    costs = StepCosts(load_serving(resolve(name, "serving")))
+    step = costs.step([Formed(requests, 1, (requests * keys,), (), 0, 0)])
+    experts, chosen, width = EXPERTS[name]
+    touched = experts * (1.0 - (1.0 - chosen / experts) ** requests)
+    floors = {
+        "projections": sizes["layers"] * sizes["projections"] * 2 / bandwidth,
+        "attention": sizes["layers"] * requests * keys * sizes["key"] * 2 / bandwidth,
+        "experts": sizes["layers"] * touched * width * 2 / bandwidth,
+    }
+    for part, floor in floors.items():
+        assert 0.95 * floor < getattr(step, part) < 3.0 * floor, part
