@@ -4,9 +4,11 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -20,12 +22,14 @@ def record_program(name: str) -> list[RecordedOp]:
     """The step of MODULE:FUNCTION (or FILE.py:FUNCTION), whose function returns the model and a closure of the loss.
 
     The function runs with the meta device as torch's default. Raises UserError where it is not found or returns
-    something else, or where the step does not run on the meta device.
+    something else, or where the step does not run on the meta device, or not as it would on a GPU.
     """
     make = _function(name)
-    with torch.device("meta"):
+    with torch.device("meta"), _as_it_runs(name):
         try:
             made = make()
+        except UserError:
+            raise
         except (Exception, SystemExit) as error:  # whatever the user's program raises
             raise UserError(f"{name} raised {type(error).__name__}: {one_line(str(error))}") from None
         if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module) and callable(made[1])):
@@ -37,6 +41,34 @@ def record_program(name: str) -> list[RecordedOp]:
         if real:
             raise UserError(f"{name}: {real[0]} is not on the meta device; make the model inside of the function")
         return record_step(model, loss_of)
+
+
+@contextmanager
+def _as_it_runs(name: str) -> Iterator[None]:
+    """Refuses what torch would leave out without an error on the meta device: autocast, and compilation."""
+    autocast, compile_ = torch.amp.autocast_mode.autocast.__init__, torch.compile
+
+    def begin(self: Any, device_type: str, dtype: Any = None, enabled: bool = True, cache_enabled: Any = None) -> None:
+        if enabled:
+            raise UserError(
+                f"{name} uses torch.autocast, which casts nothing on the meta device; give the model the dtype that it "
+                "computes in, e.g. model.to(torch.bfloat16)"
+            )
+        autocast(self, device_type, dtype, enabled, cache_enabled)
+
+    def compiled(*args: Any, **kwargs: Any) -> Any:
+        if not torch._dynamo.config.disable:
+            raise UserError(
+                f"{name} calls torch.compile, whose kernels are not modelled; leave it out, or set "
+                "TORCH_COMPILE_DISABLE=1, to have the step as eager mode runs it"
+            )
+        return compile_(*args, **kwargs)
+
+    with (
+        mock.patch.object(torch.amp.autocast_mode.autocast, "__init__", begin),
+        mock.patch.object(torch, "compile", compiled),
+    ):
+        yield
 
 
 def _function(name: str) -> Callable[[], Any]:

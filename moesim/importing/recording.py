@@ -53,6 +53,11 @@ def record_step(model: nn.Module, loss_of: Callable[[], Tensor]) -> list[Recorde
     attention = _Attention(recorder)
     with _module_paths(model, recorder, attention), _gradients(model, recorder), recorder, attention:
         loss = _run(loss_of, recorder, model)
+        if recorder.trained:
+            raise UserError(
+                "the closure runs a backward pass itself; let it return the loss of one step alone, whose backward "
+                "pass and optimizer are put behind it"
+            )
         if not isinstance(loss, Tensor) or loss.numel() != 1 or loss.is_complex() or not loss.requires_grad:
             raise UserError(
                 "the closure must return the loss: a tensor of one real number that depends on weights with gradients"
@@ -78,8 +83,11 @@ def _with_widths(model: nn.Module, recorder: "_Recorder") -> tuple[list[Recorded
 def _run(what: Callable[[], Any], recorder: "_Recorder", model: nn.Module) -> Any:
     try:
         return what()
+    except UserError:
+        raise
     except (NotImplementedError, RuntimeError, TypeError) as error:
-        if isinstance(error, TypeError) and "meta device" not in str(error):
+        of_meta = isinstance(error, NotImplementedError) or "meta" in str(error).lower()
+        if not of_meta and (recorder.phase == "forward" or isinstance(error, TypeError)):
             raise _raised(error, recorder, model) from None
         remedy = "give it a form without operations that depend on data, e.g. grouped GEMMs for its experts"
         if any(text in str(error) for text in ("copy out of meta", "to numpy")):
@@ -121,6 +129,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-igno
         self.phase, self.module = "forward", ""
         self.entered: list[tuple[int, str]] = []  # autograd's next number when another module begins to run
         self.views = 0
+        self.trained = False  # a gradient was whole before the loss was there
         self.dimensions = Dimensions()
         self.followed: list[tuple[Dims, ...]] = []  # of the tensors of each operation
         self.gradients: list[list[Dims]] = []  # of the weights whose gradients are whole behind it
@@ -198,6 +207,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-igno
 
     def accumulated(self, weight: Tensor) -> None:
         """The gradient of a weight is whole: said by the operation that was the last one."""
+        self.trained = self.trained or self.phase == "forward"
         last = self.ops[-1]
         made = [*last.facts.get(GRADIENTS, ()), list(weight.shape)]
         self.ops[-1] = replace(last, facts={**last.facts, GRADIENTS: made})

@@ -236,6 +236,10 @@ def test_a_layer_is_dropped_where_that_is_likelier(share: float, dropped: bool) 
         ("step = 3", "no function 'step'"),
         ("def step(): return made(lambda m: m(torch.randn(4, 8).cpu()).sum())", "on the device that they are made on"),
         ("def step(): return made(lambda m: m(torch.randn(4, 8)).sum().item())", "does not run on the meta device"),
+        ("def step(): return made(torch.compile(lambda m: m(torch.randn(4, 8)).sum()))", "calls torch.compile"),
+        ("def step(): return made(lambda m: m(torch.randn(4, 9)).sum())", "raised RuntimeError"),
+        ("def step(): return made(trained)", "runs a backward pass itself"),
+        ("def step(): return made(cast)", "uses torch.autocast"),
         ("def step(): return made(lambda m: m(torch.randn(4, 8)).nonzero().sum())", "without operations that depend"),
         (
             "def step(): return made(lambda m: m(torch.randn(4, 8)).detach().numpy())",
@@ -253,6 +257,12 @@ def test_programs_that_cannot_be_recorded_are_told_the_remedy(body: str, said: s
 def made(loss):
     model = torch.nn.Linear(8, 8)
     return model, lambda: loss(model)
+def trained(model):
+    model(torch.randn(4, 8)).sum().backward()
+    return model(torch.randn(4, 8)).sum()
+def cast(model):
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        return model(torch.randn(4, 8)).sum()
 """
     (tmp_path / "its_step.py").write_text(made + body)
     with pytest.raises(UserError, match=said) as error:
