@@ -38,7 +38,8 @@ _ROWS_NOTE = (
 
 
 def _gpus(result: Result) -> str:
-    return _gpus_of(result["gpus"])
+    used, rented = result["gpus"], result["cluster_gpus"]
+    return _gpus_of(used) if used == rented else f"{used} of {_gpus_of(rented)}"
 
 
 def _gpus_of(count: int) -> str:
@@ -64,7 +65,7 @@ def serving_facts(result: Result) -> list[Fact]:
         Fact(
             "price",
             f"${result['usd_per_million_output_tokens']:.4g} / M output tokens",
-            f"all rent over them; ${result['usd_per_million_tokens']:.4g} / M tokens with prompts",
+            f"{_rent(result)} over them; ${result['usd_per_million_tokens']:.4g} / M tokens with prompts",
         ),
         *_price_facts(result),
         Fact(
@@ -94,6 +95,12 @@ def serving_facts(result: Result) -> list[Fact]:
     rests = f"kernels: {', '.join(result['kernels_rest_on'])}; routing: {result['routing_rests_on']}"
     facts.append(Fact("rests on", "no measured run", rests))
     return facts
+
+
+def _rent(result: Result) -> str:
+    """Idle GPUs of the cluster are paid for, too."""
+    rented = result["cluster_gpus"]
+    return "all rent" if result["gpus"] == rented else f"the rent of all {_gpus_of(rented)}"
 
 
 def _of_a_user(result: Result) -> str:

@@ -257,6 +257,7 @@ def answers_of(deployment: Deployment, requests: Requests, served: Served) -> di
         "kind": "serving",
         "name": scenario.name,
         "gpus": gpus,
+        "cluster_gpus": scenario.cluster.num_gpus,
         "requests": len(requests),
         "seconds": seconds,
         "requests_per_second": len(requests) / seconds,

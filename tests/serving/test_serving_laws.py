@@ -485,6 +485,16 @@ def test_the_rent_is_split_and_what_was_cached_is_told_apart() -> None:
     assert 0 < new < found["input_tokens"] and found["usd_per_million_new_input_tokens"] * new == pytest.approx(prompts)
 
 
+def test_idle_gpus_of_a_cluster_are_paid_for_and_told() -> None:
+    whole = serve(small("parallelism={data: 4}", "workload.requests=20"))
+    part = serve(small("parallelism={data: 1}", "workload.requests=20"))
+    assert (whole["gpus"], whole["cluster_gpus"], part["gpus"], part["cluster_gpus"]) == (4, 4, 1, 4)
+    rent = part["usd_per_million_output_tokens"] * part["output_tokens_per_second"]
+    assert rent == pytest.approx(whole["usd_per_million_output_tokens"] * whole["output_tokens_per_second"])
+    assert "served on 1 of 4 GPUs" in serving_page(part)
+    assert "served on 4 GPUs" in serving_page(whole)
+
+
 def test_ranges_hold_what_the_first_seed_gave() -> None:
     found = serve_seeds(small("workload.requests=40", "workload.slo={ttft: 0.02}"), 3)
     for key, (least, most) in found["ranges"].items():
