@@ -156,8 +156,9 @@ def test_gathered_tokens_take_an_all_gather_and_outputs_a_reduce_scatter() -> No
     start_R = np.zeros(16)
     start_R[3] = 1.0
     assert out.finish(start_R) == pytest.approx(1.0 + out.alone_R)
+    few_words = SMALL.replace("layers: 2", "layers: 2, vocab: 1024")  # whose memory is fullest inside a layer
     scenarios = [
-        load_scenario_text(SMALL + f"dispatch: {{algorithm: {words}}}\n", source="f.yaml")
+        load_scenario_text(few_words + f"dispatch: {{algorithm: {words}}}\n", source="f.yaml")
         for words in ("allgather, deduplicate: all_ranks", "direct, deduplicate: per_rank")
     ]
     gathered, sent = (simulate(scenario).result for scenario in scenarios)
