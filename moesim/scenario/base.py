@@ -75,7 +75,8 @@ Share = Annotated[float, Strict(), AllowInfNan(False), Field(ge=0, le=1, json_sc
 Flag = Annotated[bool, Strict()]
 Text = Annotated[str, Field(max_length=1_000)]
 Name = Annotated[str, Field(min_length=1, max_length=200)]
-FileName = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[A-Za-z0-9._-]+$")]
+FILE_NAME = r"^[A-Za-z0-9._-]+$"
+FileName = Annotated[str, Field(min_length=1, max_length=200, pattern=FILE_NAME)]
 
 Gpus = Annotated[int, Strict(), Field(gt=0, le=MOST_GPUS)]
 Index = Annotated[int, Strict(), Field(ge=0, lt=MOST_GPUS)]

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from moesim.errors import UserError
-from moesim.scenario.base import Section
+from moesim.scenario.base import FILE_NAME, Section
 from moesim.scenario.catalogue import suggest
 from moesim.scenario.document import Node, Path, dotted, find
 from moesim.scenario.schema import Scenario
@@ -118,7 +118,9 @@ def _what(error: ErrorDetails, data: Any, path: Path, schema: type[Section]) -> 
     if kind == "finite_number":
         return f"{_show(value)} is not a finite number"
     if kind == "string_pattern_mismatch":
-        return f"{_show(value)} may hold only letters, digits and . _ -"
+        if context["pattern"] == FILE_NAME:
+            return f"{_show(value)} may hold only letters, digits and . _ -"
+        return f"{_show(value)} does not have the form {context['pattern'].strip('^$')}"
     if kind in ("too_short", "string_too_short"):
         return "must not be empty"
     if kind == "too_long":

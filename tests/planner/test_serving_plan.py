@@ -136,6 +136,7 @@ def test_the_front_is_what_nothing_beats_in_both() -> None:
         ("choices.dat=[1]", 'did you mean "data"'),
         ("goal.gpus.0.gpu=h900", "unknown GPU"),
         ("choices.prefill_to_decode=[3-1]", "prefill_to_decode"),
+        ("choices.prefill_to_decode=['0:1']", "does not have the form (none|"),
         ("workload.slo={}", "a plan needs a limit"),
     ],
 )
