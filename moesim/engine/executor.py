@@ -105,7 +105,7 @@ class GroupExecutor:
         self.chains_CSR = self.clocks_KSR[:NUM_CHAIN_CLOCKS]
         self.compute_SR, self.communication_SR = self.clocks_KSR[COMPUTE], self.clocks_KSR[COMMUNICATION]
         self._open_from_SR, self._open_until_SR = self.clocks_KSR[OPEN_FROM], self.clocks_KSR[OPEN_UNTIL]
-        self.host_SR = np.zeros((samples, ranks))
+        self.host_SR = np.zeros((samples, ranks)) - host.ahead
         self.reduced_SR = np.zeros((samples, ranks))  # when the latest collective on gradients or parameters was done
         # The collectives of layers that follow each other without a pause: when they began, and the row of the last.
         self._reducing_from_SR, self._reducing_span = np.zeros((samples, ranks)), -1

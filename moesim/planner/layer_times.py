@@ -9,7 +9,7 @@ schedules are extended from two short ones.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -170,7 +170,7 @@ class Passes:
         executor = GroupExecutor(
             samples=1,
             ranks=ranks,
-            host=program.host,
+            host=replace(program.host, ahead=0.0),
             beside_R=program.groups[0].beside_R,
             recorder=SpanRecorder(
                 rows=2 * sum(len(block.operations) for blocks in actions for block in blocks), samples=1, ranks=ranks

@@ -122,9 +122,10 @@ class RecordedKernels:
         """What `moesim import-step` takes for each operation; free where the host stays ahead of the GPU all the step.
 
         It does not where it reads back how many rows will come from other ranks.
+        Where it reads nothing back, it is ahead into the next step by what it is in one step among many.
         """
         mesh, workload = self.scenario.parallelism, self.scenario.workload
-        host = HOST.times(self.scenario.compute.host_factor)
+        host, ahead = HOST.times(self.scenario.compute.host_factor), 0.0
         if mesh.expert * mesh.expert_tensor == 1:
             whole = replace(
                 self.step.sizes,
@@ -136,9 +137,13 @@ class RecordedKernels:
             estimate = step_estimate(scaled_ops(self.step.ops, self.step.sizes, one), kernels, host=host)
             if estimate.kernels_s + estimate.gaps_s >= estimate.host_s:
                 return FREE_HOST
+            ahead = estimate.timeline.host_ahead_s
         factor, own = self.scenario.compute.host_factor, kernels.host
         return HostModel(
-            forward_launch=factor * own.launch, backward_launch=factor * own.backward_launch, readback=own.readback
+            forward_launch=factor * own.launch,
+            backward_launch=factor * own.backward_launch,
+            readback=own.readback,
+            ahead=ahead,
         )
 
     def _to(self, step: Step, *, whole: bool = False) -> StepSizes:

@@ -50,14 +50,15 @@ class Work:
 @dataclass(frozen=True, kw_only=True)
 class Timeline:
     """Seconds of one step among many: all, those in which the GPU waits for the host or for collectives, those by which
-    kernels that run beside collectives are longer, and of each collective, in order, what it took and what of it no
-    operation hides.
+    kernels that run beside collectives are longer, those by which the host is ahead of the GPU at the end (0 where it
+    waits for the GPU in a step), and of each collective, in order, what it took and what of it no operation hides.
     """
 
     step_s: float
     host_late_s: float = 0.0
     slowed_s: float = 0.0
     copies_s: float = 0.0
+    host_ahead_s: float = 0.0
     sent: tuple[Sent, ...] = ()
     sent_s: tuple[float, ...] = ()
     exposed_s: tuple[float, ...] = ()
@@ -163,6 +164,7 @@ def timeline(works: Sequence[Work], contention: Contention) -> Timeline:
             host_late_s=state.late - late,
             slowed_s=state.slowed - slowed,
             copies_s=sum(work.seconds for work in works if work.copies),
+            host_ahead_s=0.0 if any(work.reads_back for work in works) else state.now - state.host,
             sent=tuple(each.sent for each in mine),
             sent_s=tuple(each.ended - (each.began or 0.0) for each in mine),
             exposed_s=tuple(each.exposed for each in mine),

@@ -15,7 +15,7 @@ import moesim
 from moesim.errors import UserError
 from moesim.importing.recording import record_step
 from moesim.kernels import kernel_model
-from moesim.recorded.estimate import step_estimate
+from moesim.recorded.estimate import HOST, step_estimate
 from moesim.recorded.layers import DENSE, MOE
 from moesim.recorded.scaling import scaled
 from moesim.recorded.sizes import matched, sizes_of
@@ -153,6 +153,24 @@ def test_a_scenario_of_it_takes_the_predicted_time(first: list[RecordedOp], file
     predicted = step_estimate(first, kernel_model("h100"))
     result = moesim.simulate(scenario(file)).result
     assert result["step_time_s"] == pytest.approx(predicted.step_s, rel=0.01)
+
+
+@pytest.mark.parametrize("factor", [0.5, 2.0, 4.0])
+def test_a_host_that_sets_the_pace_is_ahead_into_the_next_step(
+    first: list[RecordedOp], file: Path, factor: float
+) -> None:
+    """Of a step among many, as import-step gives it: the GPU's work behind the last launch hides the next launches.
+
+    A scenario does not count what the weights of the optimizer cost the host.
+    """
+    sizes = sizes_of(first, where="it")
+    short = scaled(first, sizes, replace(sizes, sequences=1, sequence_length=4096))
+    predicted = step_estimate(short, kernel_model("h100"), host=HOST.times(factor)._replace(weight=0.0))
+    assert (predicted.timeline.host_late_s > 0.0) is (factor > 1.0)
+    less = {"sequence_length": 4096, "micro_batch": 1, "global_batch": 1}
+    changes = {f"workload.{key}": value for key, value in less.items()} | {"compute.host_factor": factor}
+    result = moesim.simulate(scenario(file, **changes)).result
+    assert result["step_time_s"] == pytest.approx(predicted.step_s, rel=0.02)
 
 
 def test_a_scenario_of_another_vocabulary_and_top_k(first: list[RecordedOp], file: Path) -> None:
