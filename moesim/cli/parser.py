@@ -43,6 +43,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise UserError with the one line that argparse would print."""
+        if message.endswith("expected one argument"):
+            message += ", which is written FLAG=VALUE where it begins with a dash"
         raise UserError(f"{message}; see `{self.prog} --help`")
 
 

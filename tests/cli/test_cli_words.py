@@ -34,6 +34,12 @@ def test_help_is_a_word_too(moesim) -> None:
     assert "did you mean 'help'?" in moesim("hepl").complaint
 
 
+def test_a_value_that_begins_with_a_dash_is_told_how_to_write(moesim) -> None:
+    answer = moesim("run", "--from-megatron", "launch.sh", "--args", "--overlap-grad-reduce")
+    assert answer.code == 1
+    assert "--args: expected one argument, which is written FLAG=VALUE where it begins with a dash" in answer.complaint
+
+
 def test_the_package_is_the_command(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "moesim", "-v"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
