@@ -344,13 +344,18 @@ class RecordedKernels:
         return [moved(w, "gradients.add", "elementwise", backward("accumulate"), bytes_=3.0 * BF16 * parameters)]
 
     def shard_copies(self, w: KernelWriter, *, parameters: float) -> tuple[list[Operation], list[Operation]]:
-        """As torch's fully_shard: out of the gathered buffer, and into the one that is scattered."""
+        """As torch's fully_shard: out of the gathered buffer, and into the one that is scattered. The host is busy with
+        the unit at each; embedding and head are halves of one, which stays whole until its backward pass.
+        """
         if not parameters:
             return [], []
-        both = 2.0 * BF16 * parameters
+        both, host, in_layer = 2.0 * BF16 * parameters, w.model.host, w.layer >= 0
+        unit = HOST.unit * (1.0 if in_layer else 0.5)
+        ahead = w.phase is Phase.FORWARD
+        apart = unit / host.launch if ahead else in_layer * unit / host.backward_launch
         return (
-            [issued(moved(w, "weights.apart", "copy", 1.0, bytes_=both), 1.0)],
-            [issued(moved(w.during(Phase.WEIGHT_GRADIENT), "gradients.join", "copy", 1.0, bytes_=both), 1.0)],
+            [moved(w, "weights.apart", "copy", apart, bytes_=both)],
+            [moved(w.during(Phase.WEIGHT_GRADIENT), "gradients.join", "copy", unit / host.backward_launch, bytes_=both)],
         )
 
     def flat_copies(self, w: KernelWriter, *, parameters: float) -> tuple[list[Operation], list[Operation]]:

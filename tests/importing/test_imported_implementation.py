@@ -15,10 +15,12 @@ import moesim
 from moesim.errors import UserError
 from moesim.importing.recording import record_step
 from moesim.kernels import kernel_model
+from moesim.program.scenario_fabric import node_fabric
 from moesim.recorded.estimate import HOST, step_estimate
 from moesim.recorded.layers import DENSE, MOE
 from moesim.recorded.scaling import scaled
 from moesim.recorded.sizes import matched, sizes_of
+from moesim.recorded.spread import FSDP2, Ranks
 from moesim.recorded.step_file import AGAIN, GRADIENT_WIDTHS, MODEL_SIZES, RecordedOp, load_step, save_step
 
 FIRST = {"sequences": 4, "length": 8192, "layers": 3, "experts": 16}
@@ -284,3 +286,21 @@ def test_a_file_without_layers_must_be_made_again(first: list[RecordedOp], tmp_p
     with pytest.raises(UserError, match="does not say which layer"):
         moesim.simulate(scenario(old))
     assert load_step(old)[1][0].layer is None
+
+
+def test_layers_in_shards_cost_the_host_what_fully_shard_does(first: list[RecordedOp], file: Path) -> None:
+    """A small step whose host sets the pace: half of it is what the wrapper does for each unit in each pass."""
+    sizes = sizes_of(first, where="it")
+    short = scaled(first, sizes, replace(sizes, sequences=1, sequence_length=2048))
+    kernels = kernel_model("h100")
+    ranks = Ranks(wrapper=FSDP2, fabric=node_fabric(kernels, gpu="h100", ranks=4), ranks=(0, 1, 2, 3))
+    predicted = step_estimate(short, kernels, host=HOST._replace(weight=0.0), ranks=ranks)
+    without = step_estimate(short, kernels, host=HOST._replace(weight=0.0, unit=0.0), ranks=ranks)
+    assert without.step_s < 0.75 * predicted.step_s
+    changes = {
+        "cluster.gpus_per_node": 4, "cluster.jitter": False, "workload.sequence_length": 2048,
+        "workload.micro_batch": 1, "workload.global_batch": 4,
+        "parallelism": {"data": 4, "expert": 1, "zero": {"dense": 3, "expert": 3}},
+    }  # fmt: skip
+    result = moesim.simulate(scenario(file, **changes)).result
+    assert result["step_time_s"] == pytest.approx(predicted.step_s, rel=0.03)
