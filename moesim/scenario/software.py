@@ -375,7 +375,7 @@ IMPORTED = SoftwareFacts(
     listed="operation by operation from the program itself, recorded on the meta device or traced on a GPU",
     checked="torch programs of transformers and torchtitan on one and two H100s, at other sizes than the recorded: 47 "
     "steps kept out of every choice, 1.5 % off in the median and all but one within 4.9 %, where the host was not the "
-    "bound (docs/imported-steps.md); not with tensor or context ranks",
+    "bound (docs/imported-steps.md); no step with tensor or context ranks was measured",
     switches=replace(
         TRANSFORMERS.switches, permute="sort", gather_backward="index_put", combine="index_add", gradient_norm="free"
     ),
