@@ -349,13 +349,13 @@ class RecordedKernels:
         """
         if not parameters:
             return [], []
-        both, host, in_layer = 2.0 * BF16 * parameters, w.model.host, w.layer >= 0
+        both, in_layer = 2.0 * BF16 * parameters, w.layer >= 0
         unit = HOST.unit * (1.0 if in_layer else 0.5)
-        ahead = w.phase is Phase.FORWARD
-        apart = unit / host.launch if ahead else in_layer * unit / host.backward_launch
+        ahead, back = unit / w.model.host.launch, unit / w.model.host.backward_launch
+        apart = ahead if w.phase is Phase.FORWARD else in_layer * back
         return (
             [moved(w, "weights.apart", "copy", apart, bytes_=both)],
-            [moved(w.during(Phase.WEIGHT_GRADIENT), "gradients.join", "copy", unit / host.backward_launch, bytes_=both)],
+            [moved(w.during(Phase.WEIGHT_GRADIENT), "gradients.join", "copy", back, bytes_=both)],
         )
 
     def flat_copies(self, w: KernelWriter, *, parameters: float) -> tuple[list[Operation], list[Operation]]:
