@@ -203,7 +203,7 @@ def scenario_text(plan: ServingPlan, unit: Unit, *, units: int, requests: int | 
     """The serving scenario of so many units as YAML; `requests` of them where it is not the plan's number."""
     offer, (prefill, decode) = plan.goal.gpus[unit.offer], unit.ratio
     gpus = unit.gpus * units
-    per_node = min(offer.gpus_per_node, gpus)
+    nodes = _nodes(gpus, instance=unit.data * unit.tensor * unit.pipeline, most=offer.gpus_per_node)
     spread = unit.data * unit.tensor if unit.experts == "spread" else 1
     mesh = {"data": unit.data, "tensor": unit.tensor, "pipeline": unit.pipeline, "expert": spread}
     settings: dict[str, Any] = plan.model_dump(mode="json", exclude_none=True, exclude={*CHOSEN, "fabric", "name"})
@@ -222,11 +222,22 @@ def scenario_text(plan: ServingPlan, unit: Unit, *, units: int, requests: int | 
     if prefill:
         fleet["prefill"] = {"replicas": prefill * units, "parallelism": mesh, "token_budget": unit.token_budget}
     cluster = {
-        "gpu": offer.gpu, "nodes": -(-gpus // per_node), "gpus_per_node": per_node,
+        "gpu": offer.gpu, "nodes": nodes, "gpus_per_node": -(-gpus // nodes),
         "price_per_gpu_hour": offer.usd_per_gpu_hour, "fabric": plan.fabric.model_dump(mode="json", exclude_none=True),
     }  # fmt: skip
     head = {"schema_version": 1, "name": plan.name, "cluster": cluster, "parallelism": mesh, "fleet": fleet}
     return yaml.safe_dump({**head, **settings}, sort_keys=False, width=110)
+
+
+def _nodes(gpus: int, *, instance: int, most: int) -> int:
+    """Over how many equal nodes so many GPUs are rented, `most` of a node, without idle ones and with whole instances
+    in a node where these fit; where there is no such number the last node is not full.
+    """
+    least = -(-gpus // most)
+    for nodes in range(least, gpus // min(instance, most) + 1):
+        if gpus % nodes == 0 and (gpus // nodes % instance == 0 or gpus // nodes == most):
+            return nodes
+    return least
 
 
 def scenario_of(plan: ServingPlan, unit: Unit, *, units: int) -> ServingScenario:

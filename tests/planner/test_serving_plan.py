@@ -161,3 +161,20 @@ def test_units_that_meet_the_limits_as_shares_alone_are_no_answer(file, tmp_path
     plan = load_any_plan(file, ["choices={data: [2]}"])
     with pytest.raises(InfeasibleError, match="none of"):
         make_serving_plan(plan, tmp_path / "out")
+
+
+def test_the_scenario_of_a_row_rents_the_gpus_that_the_row_is_priced_by(tmp_path) -> None:
+    """Whole instances on equal nodes, none of them idle: 10 GPUs are two nodes of five, not two of eight."""
+    path = tmp_path / "more.yaml"
+    path.write_text(TEXT.replace("at_most: 8", "at_most: 40").replace("data: [1, 2]", "data: [1, 4], tensor: [1, 2]"))
+    plan = load_any_plan(path)
+    assert isinstance(plan, ServingPlan)
+    seen = set()
+    for unit in units_of(plan):
+        for units in (1, 3, 5):
+            cluster, gpus = scenario_of(plan, unit, units=units).cluster, unit.gpus * units
+            (pool,) = cluster.pools
+            assert pool.nodes * pool.gpus_per_node == gpus and pool.gpus_per_node <= 8
+            assert pool.gpus_per_node % (unit.data * unit.tensor) == 0
+            seen.add((gpus, pool.nodes))
+    assert {(10, 2), (24, 3), (12, 3)} <= seen
