@@ -373,8 +373,8 @@ IMPORTED = SoftwareFacts(
     name="imported",
     about="your own program, from the file of moesim import-step",
     listed="operation by operation from the program itself, recorded on the meta device or traced on a GPU",
-    checked="torch programs of transformers and torchtitan on one and two H100s, at other sizes than the recorded: 47 "
-    "steps kept out of every choice, 1.5 % off in the median and all but one within 4.9 %, where the host was not the "
+    checked="torch programs of transformers and torchtitan on one and two H100s, at other sizes than the recorded: 62 "
+    "steps kept out of every choice, 1.4 % off in the median and all but one within 4.9 %, where the host was not the "
     "bound (docs/imported-steps.md); no step with tensor or context ranks was measured",
     switches=replace(
         TRANSFORMERS.switches, permute="sort", gather_backward="index_put", combine="index_add", gradient_norm="free"
