@@ -34,10 +34,7 @@ PUBLISHED_ROWS = (
 )  # fmt: skip
 FASTEST_PUBLISHED = 1e12 * max(row[3] for row in PUBLISHED_ROWS)  # FLOP/s
 DEEP_GEMM, BLOCK_SCALED = "deep_gemm", "fp8_block"  # the family of rows, and their dtype
-BLOCK = 128.0  # values along the depth that share a scale; rows of an expert are rounded up to as many
-BLOCK_COLUMNS = (
-    "rows", "experts", "width", "depth", "tiles_64", "tiles_128", "tiles_256", "read", "written", "longest", "grouped",
-)  # fmt: skip
+BLOCK = 128  # values along the depth that share a scale; rows of an expert are rounded up to as many
 BLOCK_START = np.log([5e-6, 1.0e13, 2e-7, 1e-6, 1e-11, 2.8e12, 2e13, 3.0])
 BLOCK_WGRAD_START = np.log([5e-6, 6.5e12, 1e-6, 2.8e12, 2e13, 2e12, 3.0])
 _NEVER = 1e12  # tiles of a height that experts' products do not have
@@ -54,7 +51,11 @@ _SUM_M, _SUM_N = (side.ravel() for side in np.meshgrid([64.0, 128.0], np.arange(
 
 
 def block_sizes(kernel: Gemm | GroupedGemm) -> Columns:
-    """The columns BLOCK_COLUMNS of a block-scaled product: floats, or arrays where its sizes are."""
+    """The columns of a block-scaled product: floats, or arrays where its sizes are.
+
+    rows, experts, width and depth; tiles of 64, 128 and 256 rows; bytes read and written; rows of the longest
+    expert; and whether it is of experts.
+    """
     if isinstance(kernel, Gemm):
         return _dense_sizes(kernel)
     rows_QE = np.asarray(kernel.rows_per_expert, float)

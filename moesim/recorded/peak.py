@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from moesim.parallel.memory import WORKSPACE_BYTES
 from moesim.recorded.pricing import OPTIMIZER
 from moesim.recorded.step_file import PEAK, RecordedOp
 
 MOMENTS = 2.0  # of Adam, in the format of the weights
-WORKSPACE_BYTES = 2.0 * 32 * 2**20  # cuBLAS on Hopper: 32 MiB for the handle of each thread, forward and backward
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,13 +17,12 @@ from moesim.errors import UserError
 from moesim.recorded.layers import EXPERTS_GEMM
 from moesim.recorded.pricing import DTYPES, OPTIMIZER, PRODUCTS
 from moesim.recorded.scaling import scaled_op, updating
-from moesim.recorded.sharing import PARTS, divided, kept_whole, names_in, names_of
+from moesim.recorded.sharing import SHARED_OUT, divided, kept_whole, names_of, shares_depth
 from moesim.recorded.sizes import MatchedOp, StepSizes, matched, sizes_of
 from moesim.recorded.step_file import GRADIENT_WIDTHS, GRADIENTS, RecordedOp
 from moesim.recorded.widths import EXPERT_WIDTH, HEAD_DIM, VOCABULARY
 
 Sent = defaultdict[int, list[tuple[str, float]]]
-SHARED = set().union(*PARTS) - {VOCABULARY}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +45,7 @@ def tensor_plan(ops: Sequence[RecordedOp], ranks: int) -> Planned:
     if kept := kept_whole(found, sizes):
         raise UserError(f"the step has what cannot be shared out: {', '.join(kept)}; spread it by ddp or fsdp2")
     share = divided(sizes, tensor=ranks, expert_tensor=ranks)
-    for key in (*SHARED & sizes.widths.keys(), EXPERT_WIDTH):
+    for key in (*(SHARED_OUT - {VOCABULARY}) & sizes.widths.keys(), EXPERT_WIDTH):
         whole = sizes.expert_width if key == EXPERT_WIDTH else sizes.widths[key]
         if whole % ranks:
             raise UserError(f"--ranks {ranks} does not divide the recorded step's {key}, {whole}; use another number")
@@ -59,7 +58,7 @@ def tensor_plan(ops: Sequence[RecordedOp], ranks: int) -> Planned:
         scaled = scaled_op(each, sizes, share if head else body)
         assert scaled is not None
         own.append(scaled)
-        if _sums(each):
+        if shares_depth(each, SHARED_OUT):
             sent[place] = [("all_reduce", float(scaled.writes[0][2]))]
         elif head and each.op.phase == "forward":
             logits = float(each.op.writes[0][2])
@@ -101,16 +100,7 @@ def _of_head(each: MatchedOp) -> bool:
 
 def _is_shared(each: MatchedOp) -> bool:
     """Whether it is a product of a weight of which each rank has a share, or of that weight's gradient."""
-    return each.op.name in PRODUCTS and len(each.reads[-1]) == 2 and bool(names_of(each) & (SHARED | {VOCABULARY}))
-
-
-def _sums(each: MatchedOp) -> bool:
-    """Whether a product has a share of its depth."""
-    if each.op.name not in PRODUCTS or len(each.reads[-1]) != 2:
-        return False
-    depth, columns = each.reads[-1]
-    mine = SHARED | {VOCABULARY}
-    return bool(names_in(depth) & mine) and not names_in(columns) & mine
+    return each.op.name in PRODUCTS and len(each.reads[-1]) == 2 and bool(names_of(each) & SHARED_OUT)
 
 
 def _with_experts(

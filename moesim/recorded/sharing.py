@@ -33,9 +33,10 @@ from moesim.recorded.widths import (
 
 # What is shared out together: one part of the model each.
 PARTS = ({HEADS, KV_HEADS}, {DENSE_WIDTH}, {SHARED_WIDTH}, {VOCABULARY})
+SHARED_OUT = set().union(*PARTS)
 RANKS = {Q_RANK, KV_RANK}
 WHOLE = {HIDDEN, HEAD_DIM, VALUE_DIM, ROPE_DIM, EXPERTS} | RANKS  # every tensor rank has all of it
-KNOWN = WHOLE.union(*PARTS) | {EXPERT_WIDTH}
+KNOWN = WHOLE | SHARED_OUT | {EXPERT_WIDTH}
 OF_LETTER = {"V": VOCABULARY, "F": EXPERT_WIDTH, "J": EXPERT_WIDTH, "E": EXPERTS}
 ROUTED = {"R", "K", "E", "F", "J"}  # symbols of what follows the routing
 NAME = re.compile(r"[^*/+\d][^*/+]*")
@@ -77,9 +78,7 @@ def names_of(op: MatchedOp) -> set[str]:
 
 def divided(sizes: StepSizes, *, tensor: int, expert_tensor: int) -> StepSizes:
     """A rank's share of the widths."""
-    widths = {
-        name: -(-size // tensor) if any(name in part for part in PARTS) else size for name, size in sizes.widths.items()
-    }
+    widths = {name: -(-size // tensor) if name in SHARED_OUT else size for name, size in sizes.widths.items()}
     return replace(
         sizes,
         widths=widths,
@@ -162,14 +161,15 @@ def _exchanged(
     for text in entered:
         place = next(at for at in mine if ops[at].op.name in PRODUCTS and ops[at].reads[-1][:1] == (text,))
         found[place].before.append(Exchange(gathers=True, width=_width(text, sizes)))
-    rows = [at for at in mine if ops[at].op.name == "embedding" or _shares_rows(ops[at], part)]
+    rows = [at for at in mine if ops[at].op.name == "embedding" or shares_depth(ops[at], part)]
     for place, text in zip(rows, left, strict=True):
         found[place].behind.append(Exchange(gathers=False, width=_width(text, sizes)))
     if VOCABULARY in part and entered:  # each token's largest logit, the sum of their powers, and the target's
         found[mine[-1]].behind += [Exchange(gathers=False, width=1, sums=True)] * 3
 
 
-def _shares_rows(op: MatchedOp, part: AbstractSet[str]) -> bool:
+def shares_depth(op: MatchedOp, part: AbstractSet[str]) -> bool:
+    """Whether an operation is a product of which each rank has a share of the depth, in one of these widths."""
     if op.op.name not in PRODUCTS or len(op.reads[-1]) != 2:
         return False
     depth, columns = op.reads[-1]

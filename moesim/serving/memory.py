@@ -90,7 +90,7 @@ def missing_bytes(scenario: ServingScenario, tokens: int) -> float:
 
 
 def no_room(
-    scenario: ServingScenario, tokens: int, *, pool: str, keys: str = "", replicas: int = 1, others: int = 0
+    scenario: ServingScenario, tokens: int, *, pool: str, keys: str, replicas: int, others: int
 ) -> InfeasibleError:
     """What to say of instances that cannot hold a request of so many tokens: what is missing, and what makes room.
 

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from moesim.importing.recording import record_step
-from moesim.recorded.peak import WORKSPACE_BYTES, step_peak
+from moesim.parallel.memory import WORKSPACE_BYTES
+from moesim.recorded.peak import step_peak
 from moesim.recorded.scaling import updating
 from moesim.recorded.step_file import load_step, save_step
 from moesim.strict_json import parse_json

@@ -19,11 +19,10 @@ from moesim.kernels.benchmarks.buffers import Pool, Rotation, keep_outputs
 from moesim.kernels.benchmarks.edges import kept_out
 from moesim.kernels.benchmarks.timing import Call
 from moesim.kernels.families import GEMM_DIRECTIONS, gemm_sides
-from moesim.kernels.fp8 import BLOCK_SCALED, DEEP_GEMM
+from moesim.kernels.fp8 import BLOCK, BLOCK_SCALED, DEEP_GEMM
 from moesim.seeding import stream
 
 Shape = dict[str, Any]
-BLOCK = 128
 E4M3 = torch.float8_e4m3fn
 _TOKENS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 _MATRICES = (
