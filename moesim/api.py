@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from moesim.errors import InfeasibleError, UserError
-from moesim.flags.from_megatron import read_megatron
-from moesim.flags.routing_choice import Choice
-from moesim.flags.software import WRITERS
+from moesim.flags import WRITERS
+from moesim.flags.megatron import read_megatron
+from moesim.flags.model_flags import Choice
 from moesim.planner.loading import load_any_plan
 from moesim.planner.planning import ProgressCallbacks, make_plan
 from moesim.planner.serving_plan import ServingPlan

@@ -32,7 +32,7 @@ from moesim.strict_json import json_text
 if TYPE_CHECKING:
     from moesim.scenario import Model
 if TYPE_CHECKING:
-    from moesim.flags.from_megatron import Reading
+    from moesim.flags.megatron import Reading
     from moesim.scenario import Scenario
 
 
@@ -386,7 +386,7 @@ COMPLETION = Verb(
 )
 
 
-SOFTWARE = ("megatron", "torchtitan")  # the keys of `moesim.flags.software.WRITERS`, known without loading it
+SOFTWARE = ("megatron", "torchtitan")  # the keys of `moesim.flags.WRITERS`, known without loading it
 
 
 def add_launch(parser: argparse.ArgumentParser) -> None:
@@ -408,7 +408,7 @@ def add_launch(parser: argparse.ArgumentParser) -> None:
 
 def read_launch_of(args: argparse.Namespace, path: Path) -> "Reading":
     """The launch in the file at `path`, as --gpu, --gpus, --var and --set say. Raises UserError."""
-    from moesim.flags.from_megatron import read_megatron
+    from moesim.flags.megatron import read_megatron
 
     if args.gpus is not None and args.gpus < 1:
         raise UserError(f"--gpus {args.gpus} is not a number of GPUs; use 1 or more")
@@ -463,7 +463,7 @@ def flags_json(scenario: "Scenario", software: str | None) -> dict[str, Any]:
     """The command line of a scenario as a part of its result's JSON; nothing where none is asked for."""
     if software is None:
         return {}
-    from moesim.flags.software import WRITERS
+    from moesim.flags import WRITERS
 
     return {"flags": {software: WRITERS[software](scenario).as_json()}}
 
@@ -488,7 +488,7 @@ def execute_from_megatron(args: argparse.Namespace) -> int:
         check_writable(args.out)
     reading = read_launch_of(args, args.launch)
     if args.out is not None:
-        from moesim.flags.from_megatron import scenario_text
+        from moesim.flags.megatron import scenario_text
 
         write_output(scenario_text(reading), args.out, force=args.force)
     if args.json:

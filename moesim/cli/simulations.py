@@ -38,7 +38,7 @@ from moesim.errors import UserError
 from moesim.strict_json import json_text
 
 if TYPE_CHECKING:
-    from moesim.flags.from_megatron import Reading
+    from moesim.flags.megatron import Reading
     from moesim.reliability import Goodput
     from moesim.results import RunRecord
     from moesim.scenario import Scenario

@@ -1,9 +1,11 @@
 """The command line of a layout for one software, and what that software's flags cannot say."""
 
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from moesim.scenario import Scenario
 
 _WIDTH = 110  # characters of a line
 
@@ -79,19 +81,10 @@ def shown(word: object) -> str:
     return str(word)
 
 
-def runs(entries: Iterable[int]) -> str:
-    """A list as an expression of its runs.
-
-    >>> runs([0, 0, 0, 1, 1]), runs([1, 0])
-    ('[0]*3+[1]*2', '[1,0]')
-    """
-    counted: list[list[int]] = []
-    listed = list(entries)
-    for entry in listed:
-        if counted and counted[-1][0] == entry:
-            counted[-1][1] += 1
-        else:
-            counted.append([entry, 1])
-    if 2 * len(counted) > len(listed):
-        return str(listed).replace(" ", "")
-    return "+".join(f"[{entry}]*{count}" if count > 1 else f"[{entry}]" for entry, count in counted)
+def launch_words(scenario: Scenario) -> tuple[str, ...]:
+    """torchrun's flags for the ranks of a scenario: whole nodes of its first pool, or one smaller node."""
+    ranks, per_node = scenario.parallelism.world_size, scenario.cluster.main_pool.gpus_per_node
+    nodes, rest = divmod(ranks, per_node)
+    if rest:
+        nodes, per_node = (1, ranks) if ranks < per_node else (ranks, 1)
+    return "--nproc_per_node", str(per_node), "--nnodes", str(nodes)

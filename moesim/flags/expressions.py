@@ -1,8 +1,9 @@
-"""Numbers and lists written as expressions, worked out from their syntax alone: nothing is ever evaluated as code."""
+"""Numbers, lists and stages written as expressions, both ways: worked out from their syntax, never run as code."""
 
 import ast
 import operator
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 
 from moesim.scenario.base import MOST_LAYERS
@@ -113,3 +114,62 @@ def _short(left: list[int], right: list[int]) -> list[int]:
     if len(left) + len(right) > MOST_LAYERS:
         raise ValueError(f"more than {MOST_LAYERS} entries")
     return left + right
+
+
+_WORDS = {"embedding": "E", "decoder": "t", "mtp": "m", "loss": "L"}
+_REPEATED = re.compile(r"\(([^()]*)\)\*([0-9]{1,4})|([EtmL|])\*([0-9]{1,4})|\(([^()]*)\)(?!\*)")
+_MOST = 4 * MOST_LAYERS  # letters
+
+
+def stages_of(text: str) -> tuple[str, ...]:
+    """The letters of every stage, first stage first. Raises ValueError for a string that is none.
+
+    >>> stages_of("Et*2|(tt|)*2,mL")
+    ('Ett', 'tt', 'tt', 'mL')
+    """
+    for word, letter in _WORDS.items():
+        text = re.sub(rf"\b{word}\b", letter, text, flags=re.IGNORECASE)
+    text = re.sub(r"[,\s]", "", text)
+    while (found := _REPEATED.search(text)) is not None:
+        inside = found[1] or found[3] or found[5] or ""
+        times = int(found[2] or found[4] or 1)
+        if len(inside) * times > _MOST:
+            raise ValueError(f"more than {_MOST:,} letters")
+        text = text[: found.start()] + inside * times + text[found.end() :]
+        if len(text) > _MOST:
+            raise ValueError(f"more than {_MOST:,} letters")
+    if wrong := sorted(set(text) - set("EtmL|")):
+        raise ValueError(f"{''.join(wrong)!r} is none of E, t, m, L, |, *N and ( )")
+    if not re.fullmatch(r"E[t|]*[m|]*L", text):
+        raise ValueError("must begin with E, hold layers t before m, and end with L")
+    return tuple(text.split("|"))
+
+
+def text_of(lengths: Sequence[int], *, prediction_layers: int) -> str:
+    """Stages of so many layers as a string, with embedding, prediction layers and loss at the ends.
+
+    >>> text_of([3, 2, 0], prediction_layers=1)
+    'Et*3|tt|mL'
+    """
+    stages = ["t" * length if length < 3 else f"t*{length}" for length in lengths]
+    stages[0] = "E" + stages[0]
+    stages[-1] += ("m" if prediction_layers == 1 else f"m*{prediction_layers}" if prediction_layers else "") + "L"
+    return "|".join(stages)
+
+
+def runs(entries: Iterable[int]) -> str:
+    """A list as an expression of its runs.
+
+    >>> runs([0, 0, 0, 1, 1]), runs([1, 0])
+    ('[0]*3+[1]*2', '[1,0]')
+    """
+    counted: list[list[int]] = []
+    listed = list(entries)
+    for entry in listed:
+        if counted and counted[-1][0] == entry:
+            counted[-1][1] += 1
+        else:
+            counted.append([entry, 1])
+    if 2 * len(counted) > len(listed):
+        return str(listed).replace(" ", "")
+    return "+".join(f"[{entry}]*{count}" if count > 1 else f"[{entry}]" for entry, count in counted)

@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 
 from moesim.errors import UserError
 from moesim.flags.flag_table import READ
-from moesim.flags.shell_tests import verdict
-from moesim.flags.shell_values import Variables, is_unset, unknown
+from moesim.flags.shell_values import Variables, is_unset, unknown, verdict
 from moesim.flags.shell_words import Array, Operator, Piece, Token, Word, tokens
 
 Command = list[Word | Array]

@@ -205,13 +205,18 @@ class _Lexer:
         if self.text[self.at] == "`":
             end = self.text.find("`", self.at + 1)
             return None if end < 0 else end + 1
-        opening = self.text[self.at + 1 : self.at + 2]
-        closing = {"{": "}", "(": ")"}.get(opening)
-        if closing is None:
+        if self.text[self.at + 1 : self.at + 2] not in ("{", "("):
             return None
-        depth = 0
-        for index in range(self.at + 1, len(self.text)):
-            depth += {opening: 1, closing: -1}.get(self.text[index], 0)
-            if depth == 0:
-                return index + 1
-        raise UserError(f"{self.source}:{self.line}: ${opening} is never closed")
+        if (found := closing(self.text, self.at + 1)) is None:
+            raise UserError(f"{self.source}:{self.line}: ${self.text[self.at + 1]} is never closed")
+        return found
+
+
+def closing(text: str, opening: int) -> int | None:
+    """Where the bracket at `opening`, { or (, is closed: the place behind it; None where it never is."""
+    pair, depth = {"{": "}", "(": ")"}[text[opening]], 0
+    for index in range(opening, len(text)):
+        depth += {text[opening]: 1, pair: -1}.get(text[index], 0)
+        if depth == 0:
+            return index + 1
+    return None

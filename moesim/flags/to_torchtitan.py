@@ -8,8 +8,7 @@ rest. Up to 0.2 the same keys stood in TOML sections: `--parallelism.tensor_para
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from moesim.flags.commands import Command, Draft
-from moesim.flags.to_megatron import launch_words
+from moesim.flags.commands import Command, Draft, launch_words
 from moesim.scenario import NoCapacity, Precision, Scenario
 from moesim.scenario.dispatch import DISPATCH
 from moesim.scenario.software import TORCHTITAN

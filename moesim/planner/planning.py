@@ -11,7 +11,7 @@ from typing import Any
 
 from moesim.display import Display
 from moesim.errors import InfeasibleError
-from moesim.flags.software import WRITERS
+from moesim.flags import WRITERS
 from moesim.planner.outcome import pareto_front
 from moesim.planner.plan import Plan
 from moesim.planner.ranking import Simulated, screen_error, why
@@ -64,7 +64,7 @@ def make_plan(
     """Make the plan of `folder.plan`, write it into the folder and return what plan.json holds.
 
     `storage` is a database URL for the search, in place of a journal in the folder; with `flags`, a name in
-    `moesim.flags.software.WRITERS`, every layout comes with its command line for that software. Raises InfeasibleError
+    `moesim.flags.WRITERS`, every layout comes with its command line for that software. Raises InfeasibleError
     naming the binding constraint when nothing meets the goal, and UserError for what cannot be done at all.
     """
     callbacks = callbacks or ProgressCallbacks()

@@ -12,7 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from moesim.flags.from_megatron import FlagFate, Reading
+from moesim.flags.megatron import FlagFate, Reading
 from moesim.report import facts
 from moesim.report.facts import Fact, percent
 from moesim.report.terminal import fact_table, indented, number_table, section, show, warnings

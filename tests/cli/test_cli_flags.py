@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moesim.flags.software import WRITERS
+from moesim.flags import WRITERS
 from moesim.scenario import load_scenario
 
 LAUNCH = """

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 import moesim
 from moesim.flags.flag_table import READ
-from moesim.flags.from_megatron import read_megatron
-from moesim.flags.to_megatron import megatron_command
+from moesim.flags.megatron import megatron_command, read_megatron
 from moesim.flags.unread_flags import LEFT_OUT, harmless
 from moesim.scenario import Mla, Scenario, load_scenario, load_scenario_text, model_names
 from moesim.scenario.catalogue import model_preset

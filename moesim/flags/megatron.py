@@ -1,4 +1,7 @@
-"""A scenario from a launch script or a YAML file of Megatron-LM, and what became of every flag."""
+"""Megatron-LM (`pretrain_gpt.py`): a scenario from a launch script or a YAML file, and the command line of a scenario.
+
+Law: what a command does not list as unsaid is the same in the scenario that is read from it.
+"""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -8,15 +11,22 @@ from typing import Any
 
 from moesim.errors import UserError
 from moesim.flags.arguments import Arguments, why_harmless
+from moesim.flags.commands import Command, Draft, launch_words
 from moesim.flags.flag_table import READ
 from moesim.flags.given_flags import Launched, read_file
-from moesim.flags.read_layout import dispatch_fields, layout_fields, overlap_fields
-from moesim.flags.read_model import model_fields
-from moesim.flags.read_training import capacity_fields, workload_fields
-from moesim.flags.routing_choice import Choice, routing_section
+from moesim.flags.layout_flags import (
+    dispatch_fields,
+    layout_fields,
+    overlap_fields,
+    workload_fields,
+    write_layout,
+    write_training,
+)
+from moesim.flags.model_flags import Choice, capacity_fields, model_fields, routing_section, write_model
 from moesim.flags.software_flags import implementation_fields
 from moesim.scenario import Scenario, gpu_spec, scenario_from_mapping, yaml_text
 
+PROGRAM = "pretrain_gpt.py"
 DEFAULT_GPU = "h100"
 PER_NODE = 8  # GPUs of a node where only their total is known
 _WORDS = 1_000  # characters of one remark in a scenario
@@ -156,3 +166,13 @@ def _whole(text: str | None) -> int | None:
 def _name(path: Path) -> str:
     kept = "".join(char if char.isascii() and (char.isalnum() or char in "._-") else "-" for char in path.stem)
     return kept[:200] or "megatron"
+
+
+def megatron_command(scenario: Scenario) -> Command:
+    """The flags of the scenario's model and layout; data, learning rate and checkpoints are the user's own."""
+    draft = Draft()
+    write_model(draft, scenario)
+    write_layout(draft, scenario)
+    write_training(draft, scenario)
+    launcher = ("torchrun", *launch_words(scenario), PROGRAM)
+    return Command(software="Megatron-LM", launcher=launcher, flags=tuple(draft.flags), unsaid=tuple(draft.unsaid))

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from moesim.errors import InfeasibleError, UserError
-from moesim.flags.from_megatron import Reading, read_megatron, scenario_text
+from moesim.flags.expressions import stages_of, text_of
+from moesim.flags.megatron import Reading, read_megatron, scenario_text
 from moesim.flags.software_flags import KERNELS
-from moesim.flags.stage_layouts import stages_of, text_of
 from moesim.scenario import Implementation, Scenario, load_scenario_text
 from moesim.scenario.catalogue import model_preset
 from moesim.scenario.flops import parameters
