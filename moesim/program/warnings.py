@@ -90,7 +90,7 @@ def layout_warnings(
     warnings += _nominal_nvlink(scenario)
     if plain and trace_coverage(scenario, plain[0]) < MIN_COVERAGE_FOR_CONFIDENCE:
         has_range = len(plain) > 1 and trace_coverage(scenario, plain[0]) >= MIN_COVERAGE_FOR_RANGE
-        effect = "the range is likely too narrow" if has_range else "no range is given"
+        effect = "the range of routing is likely too narrow" if has_range else "no range of routing is given"
         of = f"{plain[0].draw.num_trace_sequences} sequences for a batch of {scenario.workload.global_batch}"
         warnings.append(f"the trace has {of}: {effect}{_longer_trace(scenario.routing)}")
     if (scenario.cluster.slowdowns or scenario.cluster.fabric.changes) and len(fabric.common_links_X):

@@ -75,17 +75,25 @@ def bytes_column(values: Iterable[float]) -> Callable[[float], str]:
 
 
 def step_time(result: Result) -> Fact:
-    """Mean step time and its 90 % range, or why there is none."""
-    bounds = result.get("step_time_range_s")
-    parts = _parts_of_range(result)
+    """Mean step time and its 90 % range; where chance of routing is unknown that of the kernels alone, and why."""
+    bounds, of_kernels = result.get("step_time_range_s"), result.get("step_time_kernel_range_s")
     if bounds is None:
         reason = "one routing sample" if result["samples"] == 1 else "too few distinct sequences"
-        return Fact("step time", seconds(result["step_time_s"]), f"no range: {reason}{parts}")
-    digits = _digits_that_tell_apart(*bounds)
-    low, mean, high = (seconds(value, digits=digits) for value in (bounds[0], result["step_time_s"], bounds[1]))
+        if of_kernels is None:
+            return Fact("step time", seconds(result["step_time_s"]), f"no range: {reason}")
+        mean, span = _mean_and_span(result["step_time_s"], of_kernels)
+        return Fact("step time", mean, f"90 % range {span} from kernels alone; none of routing: {reason}")
+    mean, span = _mean_and_span(result["step_time_s"], bounds)
+    return Fact("step time", mean, f"90 % range {span}{_parts_of_range(result)}")
+
+
+def _mean_and_span(mean_s: float, bounds_s: Sequence[float]) -> tuple[str, str]:
+    """The mean, and `low to high` with as many digits as tell them apart."""
+    digits = _digits_that_tell_apart(*bounds_s)
+    low, mean, high = (seconds(value, digits=digits) for value in (bounds_s[0], mean_s, bounds_s[1]))
     if low.split()[1] == high.split()[1]:
         low = low.split()[0]
-    return Fact("step time", mean, f"90 % range {low} to {high}{parts}")
+    return mean, f"{low} to {high}"
 
 
 def _parts_of_range(result: Result) -> str:

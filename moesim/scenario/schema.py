@@ -265,7 +265,7 @@ class Overlap(Section):
 class Uncertainty(Section):
     """Routing samples behind every headline number and the routing's part of its 90 % range."""
 
-    samples: Samples = Field(default=8, description="Routing samples; 1: no range is given.")
+    samples: Samples = Field(default=8, description="Routing samples; 1: the range is of kernels alone.")
     bank: Samples = Field(
         default=8, description="Micro-batches whose sequences a sample draws; further ones use them in turn."
     )

@@ -54,7 +54,8 @@ def test_a_dense_model_has_a_range_of_its_kernels_alone(small) -> None:
 def test_one_routing_sample_has_no_whole_range_but_one_of_its_kernels(small) -> None:
     result = simulate(small({"uncertainty.samples": 1})).result
     assert result["step_time_range_s"] is None and kernel_width(result) > 0
-    assert step_time(result).note.startswith("no range: one routing sample (kernels ")
+    note = step_time(result).note
+    assert note.startswith("90 % range ") and note.endswith(" from kernels alone; none of routing: one routing sample")
 
 
 def test_errors_are_of_the_step_and_make_its_range(small) -> None:
