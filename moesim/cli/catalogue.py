@@ -15,14 +15,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moesim.cli.flags import (
-    Verb,
-    add_csv,
-    add_force,
-    add_json,
-    add_overrides,
-    add_quiet,
+    FORCE,
+    JSON,
+    JSON_OR_CSV,
+    OVERRIDES,
+    QUIET,
+    Flag,
+    Group,
     check_writable,
-    print_csv,
+    verb,
+    wants_screen,
     write_output,
 )
 from moesim.errors import UserError
@@ -30,28 +32,29 @@ from moesim.shipped import KINDS, VERBS, copy, shipped
 from moesim.strict_json import json_text
 
 if TYPE_CHECKING:
-    from moesim.scenario import Model
-if TYPE_CHECKING:
     from moesim.flags.megatron import Reading
-    from moesim.scenario import Scenario
-
+    from moesim.scenario import Model, Scenario
 
 HEADS = {"scenario": "scenarios", "study": "studies", "plan": "plans", "serving": "serving"}
 
 
-def add_scenarios_arguments(parser: argparse.ArgumentParser) -> None:
-    """copy NAME|all DIR, --json, --quiet, --force."""
-    text = "copy NAME|all DIR: put a shipped file, with what it refers to, into a folder; without it: list them"
-    parser.add_argument("words", metavar="copy NAME DIR", nargs="*", help=text)
-    add_json(parser)
-    add_quiet(parser)
-    add_force(parser)
-
-
-def execute_scenarios(args: argparse.Namespace) -> int:
+@verb(
+    "scenarios",
+    "List the scenarios, studies and plans that ship with moesim; `scenarios copy NAME|all DIR` copies them.",
+    Flag(
+        "words",
+        metavar="copy NAME DIR",
+        nargs="*",
+        help="copy NAME|all DIR: put a shipped file, with what it refers to, into a folder; without it: list them",
+    ),
+    JSON,
+    QUIET,
+    FORCE,
+)
+def scenarios(args: argparse.Namespace) -> int:
     """List or copy. Raises UserError for words that are neither, and for what `copy` refuses."""
     if not args.words:
-        _list_shipped(as_json=args.json, quiet=args.quiet)
+        _list_shipped(args)
         return 0
     action, *rest = args.words
     if action != "copy" or len(rest) != 2:
@@ -60,57 +63,40 @@ def execute_scenarios(args: argparse.Namespace) -> int:
             "or `scenarios from-megatron ARGS.sh`"
         )
     places = copy(rest[0], Path(rest[1]), force=args.force)
-    if args.json:
-        print(json_text([str(place) for place in places], indent=1))
-    elif not args.quiet:
+    if wants_screen(args, [str(place) for place in places]):
         print("\n".join(str(place) for place in places))
     return 0
 
 
-def _list_shipped(*, as_json: bool, quiet: bool) -> None:
+def _list_shipped(args: argparse.Namespace) -> None:
     files = shipped()
-    if as_json:
-        rows = [{"kind": f.kind, "name": f.name, "file": f.place.as_posix(), "purpose": f.purpose} for f in files]
-        print(json_text(rows, indent=1))
-    elif not quiet:
+    rows = [{"kind": f.kind, "name": f.name, "file": f.place.as_posix(), "purpose": f.purpose} for f in files]
+    if wants_screen(args, rows):
         from moesim.report.catalogue_view import print_shipped
 
         print_shipped([(HEADS[kind], VERBS[kind], [f for f in files if f.kind == kind]) for kind in KINDS])
-
-
-SCENARIOS = Verb(
-    "scenarios",
-    "List the scenarios, studies and plans that ship with moesim; `scenarios copy NAME|all DIR` copies them.",
-    add_scenarios_arguments,
-    execute_scenarios,
-)
-
-
-def add_gpus_arguments(parser: argparse.ArgumentParser) -> None:
-    """NAME..., --json, --csv."""
-    name: Any = parser.add_argument("names", metavar="NAME", nargs="*", help="these GPUs alone")
-    name.completer = _gpu_names  # read by argcomplete alone
-    add_csv(add_json(parser))
-
-
-def execute_gpus(args: argparse.Namespace) -> int:
-    """Print the catalogue. Raises UserError for a name that it lacks."""
-    found = [_facts_of_gpu(name) for name in args.names or _gpu_names()]
-    if args.json:
-        print(json_text(found, indent=1))
-    elif args.csv:
-        print_csv(found)
-    else:
-        from moesim.report.catalogue_view import print_gpus
-
-        print_gpus(found)
-    return 0
 
 
 def _gpu_names(**_: object) -> tuple[str, ...]:
     from moesim.scenario import gpu_names
 
     return gpu_names()
+
+
+@verb(
+    "gpus",
+    "List the GPUs that scenarios and plans may name: peaks, memory, links, rent, and their sources.",
+    Flag("names", metavar="NAME", nargs="*", help="these GPUs alone", completer=_gpu_names),
+    JSON_OR_CSV,
+)
+def gpus(args: argparse.Namespace) -> int:
+    """Print the catalogue. Raises UserError for a name that it lacks."""
+    found = [_facts_of_gpu(name) for name in args.names or _gpu_names()]
+    if wants_screen(args, found, found):
+        from moesim.report.catalogue_view import print_gpus
+
+        print_gpus(found)
+    return 0
 
 
 def _facts_of_gpu(name: str) -> dict[str, Any]:
@@ -133,14 +119,6 @@ def _facts_of_gpu(name: str) -> dict[str, Any]:
     }
 
 
-GPUS = Verb(
-    "gpus",
-    "List the GPUs that scenarios and plans may name: peaks, memory, links, rent, and their sources.",
-    add_gpus_arguments,
-    execute_gpus,
-)
-
-
 # Bytes per parameter of weights, gradients, master copy and both optimizer states together.
 PRECISIONS = {
     "bf16, optimizer fp32": (2, 2, 0, 8),
@@ -152,36 +130,36 @@ PRECISIONS = {
 STATES = ("weights", "gradients", "master", "optimizer")
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """NAME, --list, --set, --sequence-length, --json, --csv."""
-    text = "a model of the catalogue, a Hugging Face config.json (or its folder) or a scenario file"
-    name: Any = parser.add_argument("model", metavar="NAME", nargs="?", help=text)
-    name.completer = _model_names  # read by argcomplete alone
-    parser.add_argument("--list", action="store_true", help="list the catalogue, as without NAME")
-    add_overrides(parser)
-    parser.add_argument("--sequence-length", metavar="TOKENS", type=int, default=4096, help="4096 by default")
-    add_csv(add_json(parser))
-
-
 def _model_names(**_: object) -> tuple[str, ...]:
     from moesim.scenario import model_names
 
     return model_names()
 
 
-def execute_model(args: argparse.Namespace) -> int:
+@verb(
+    "model",
+    "Print the parameters, FLOPs and memory of a model, or list the catalogue.",
+    Flag(
+        "model",
+        metavar="NAME",
+        nargs="?",
+        help="a model of the catalogue, a Hugging Face config.json (or its folder) or a scenario file",
+        completer=_model_names,
+    ),
+    Flag("--list", action="store_true", help="list the catalogue, as without NAME"),
+    OVERRIDES,
+    Flag("--sequence-length", metavar="TOKENS", type=int, default=4096, help="4096 by default"),
+    JSON_OR_CSV,
+)
+def model(args: argparse.Namespace) -> int:
     """Print the counts, or the catalogue when no model is named. Raises UserError."""
     if args.list or args.model is None:
         return _list_models(args)
     if args.sequence_length <= 0:
         raise UserError(f"--sequence-length {args.sequence_length} is not a number of tokens; use e.g. 4096")
-    model = find_model(args.model, args.overrides)
-    counts = count_model(model, sequence_length=args.sequence_length) | _source_of_model(args.model, model)
-    if args.json:
-        print(json_text(counts, indent=1))
-    elif args.csv:
-        print_csv([{"name": args.model} | counts])
-    else:
+    found = find_model(args.model, args.overrides)
+    counts = count_model(found, sequence_length=args.sequence_length) | _source_of_model(args.model, found)
+    if wants_screen(args, counts, [{"name": args.model} | counts]):
         from moesim.report.catalogue_view import print_model
 
         print_model(args.model, counts)
@@ -204,11 +182,7 @@ def _list_models(args: argparse.Namespace) -> int:
             "top_k": model.top_k,
             "attention": model.attention.kind,
         }
-    if args.json:
-        print(json_text(sizes, indent=1))
-    elif args.csv:
-        print_csv([{"name": name} | _with_units(size) for name, size in sizes.items()])
-    else:
+    if wants_screen(args, sizes, [{"name": name} | _with_units(size) for name, size in sizes.items()]):
         from moesim.report.catalogue_view import print_catalogue
 
         print_catalogue(sizes)
@@ -297,31 +271,23 @@ def count_model(model: "Model", *, sequence_length: int) -> dict[str, Any]:
     }
 
 
-MODEL = Verb(
-    "model",
-    "Print the parameters, FLOPs and memory of a model, or list the catalogue.",
-    add_model_arguments,
-    execute_model,
-)
-
-
 SCHEMA_KINDS = ("scenario", "study", "plan", "serving")
 
 
-def add_schema_arguments(parser: argparse.ArgumentParser) -> None:
-    """WHAT and --out."""
-    parser.add_argument(
+@verb(
+    "schema",
+    "Print the JSON Schema of scenario files, or of studies, plans or serving scenarios.",
+    Flag(
         "what",
         metavar="WHAT",
         nargs="?",
         choices=SCHEMA_KINDS,
         default="scenario",
         help="whose keys: scenario if left out",
-    )
-    parser.add_argument("--out", metavar="FILE", type=Path, help="write it there instead of printing it")
-
-
-def execute_schema(args: argparse.Namespace) -> int:
+    ),
+    Flag("--out", metavar="FILE", type=Path, help="write it there instead of printing it"),
+)
+def schema(args: argparse.Namespace) -> int:
     """Print or write the schema."""
     text = json_text(_schema(args.what), indent=1)
     if args.out is None:
@@ -351,24 +317,21 @@ def _schema(what: str) -> dict[str, Any]:
     return json_schema()
 
 
-SCHEMA = Verb(
-    "schema",
-    "Print the JSON Schema of scenario files, or of studies, plans or serving scenarios.",
-    add_schema_arguments,
-    execute_schema,
-)
-
-
 SHELLS = ("bash", "zsh", "fish", "tcsh")
 
 
-def add_completion_arguments(parser: argparse.ArgumentParser) -> None:
-    """SHELL."""
-    text = 'put eval "$(moesim completion bash)" into ~/.bashrc, the same with zsh into ~/.zshrc'
-    parser.add_argument("shell", metavar="SHELL", choices=SHELLS, help=f"one of {', '.join(SHELLS)}; {text}")
-
-
-def execute_completion(args: argparse.Namespace) -> int:
+@verb(
+    "completion",
+    "Print what a shell needs to complete moesim's verbs, flags and names.",
+    Flag(
+        "shell",
+        metavar="SHELL",
+        choices=SHELLS,
+        help=f"one of {', '.join(SHELLS)}; "
+        'put eval "$(moesim completion bash)" into ~/.bashrc, the same with zsh into ~/.zshrc',
+    ),
+)
+def completion(args: argparse.Namespace) -> int:
     """Print the shell code. Raises UserError when argcomplete is not installed."""
     try:
         from argcomplete.shell_integration import shellcode
@@ -378,32 +341,41 @@ def execute_completion(args: argparse.Namespace) -> int:
     return 0
 
 
-COMPLETION = Verb(
-    "completion",
-    "Print what a shell needs to complete moesim's verbs, flags and names.",
-    add_completion_arguments,
-    execute_completion,
-)
-
-
 SOFTWARE = ("megatron", "torchtitan")  # the keys of `moesim.flags.WRITERS`, known without loading it
 
 
-def add_launch(parser: argparse.ArgumentParser) -> None:
-    """--gpu, --gpus, --routing, --var and --args: what flags do not say."""
-    group = parser.add_argument_group("what the flags of a Megatron-LM launch do not say")
-    group.add_argument("--gpu", metavar="NAME", help="kind of GPU, of `moesim gpus`; h100 by default")
-    text = "GPUs in all, where the launcher's flags, variables or #SBATCH lines do not say it"
-    group.add_argument("--gpus", metavar="N", type=int, help=text)
-    text = (
-        "routing to simulate with: a router of `moesim trace library:` (where one is laid out so), one trained as the "
-        "flags say (else), or all experts alike"
-    )
-    group.add_argument("--routing", choices=("library", "train", "uniform"), help=text)
-    text = "arguments of the script, as they would be written behind its name"
-    group.add_argument("--args", dest="arguments", metavar='"WORDS"', help=text)
-    text = "set a variable that the script takes from outside; may be repeated"
-    group.add_argument("--var", dest="variables", metavar="NAME=VALUE", action="append", default=[], help=text)
+LAUNCH = Group(
+    title="what the flags of a Megatron-LM launch do not say",
+    flags=(
+        Flag("--gpu", metavar="NAME", help="kind of GPU, of `moesim gpus`; h100 by default"),
+        Flag(
+            "--gpus",
+            metavar="N",
+            type=int,
+            help="GPUs in all, where the launcher's flags, variables or #SBATCH lines do not say it",
+        ),
+        Flag(
+            "--routing",
+            choices=("library", "train", "uniform"),
+            help="routing to simulate with: a router of `moesim trace library:` (where one is laid out so), one "
+            "trained as the flags say (else), or all experts alike",
+        ),
+        Flag(
+            "--args",
+            dest="arguments",
+            metavar='"WORDS"',
+            help="arguments of the script, as they would be written behind its name",
+        ),
+        Flag(
+            "--var",
+            dest="variables",
+            metavar="NAME=VALUE",
+            action="append",
+            default=[],
+            help="set a variable that the script takes from outside; may be repeated",
+        ),
+    ),
+)
 
 
 def read_launch_of(args: argparse.Namespace, path: Path) -> "Reading":
@@ -439,10 +411,10 @@ def _variables(given: list[str]) -> dict[str, str]:
     return {text.partition("=")[0]: text.partition("=")[2] for text in given}
 
 
-def add_software(parser: argparse.ArgumentParser, *, of: str) -> None:
+def software_flag(*, of: str) -> Flag:
     """--flags."""
     text = f"also print the command line of {of} for this software, and what its flags cannot say"
-    parser.add_argument("--flags", choices=SOFTWARE, help=text)
+    return Flag("--flags", choices=SOFTWARE, help=text)
 
 
 def print_reading_summary(reading: "Reading") -> None:
@@ -468,19 +440,23 @@ def flags_json(scenario: "Scenario", software: str | None) -> dict[str, Any]:
     return {"flags": {software: WRITERS[software](scenario).as_json()}}
 
 
-def add_from_megatron_arguments(parser: argparse.ArgumentParser) -> None:
-    """ARGS, --out, --gpu, --gpus, --routing, --var, --args, --set, --json, --quiet, --force."""
-    text = "launch script (shell; read, never run), or YAML with Megatron-LM's arguments or Megatron-Bridge's fields"
-    parser.add_argument("launch", metavar="ARGS.sh|yaml", type=Path, help=text)
-    parser.add_argument("--out", metavar="FILE.yaml", type=Path, help="write the scenario here, for `moesim run`")
-    add_launch(parser)
-    add_overrides(parser)
-    add_json(parser)
-    add_quiet(parser)
-    add_force(parser)
-
-
-def execute_from_megatron(args: argparse.Namespace) -> int:
+@verb(
+    "scenarios from-megatron",
+    "Make a scenario of a Megatron-LM launch script or YAML file, and say what became of every flag.",
+    Flag(
+        "launch",
+        metavar="ARGS.sh|yaml",
+        type=Path,
+        help="launch script (shell; read, never run), or YAML with Megatron-LM's arguments or Megatron-Bridge's fields",
+    ),
+    Flag("--out", metavar="FILE.yaml", type=Path, help="write the scenario here, for `moesim run`"),
+    LAUNCH,
+    OVERRIDES,
+    JSON,
+    QUIET,
+    FORCE,
+)
+def from_megatron(args: argparse.Namespace) -> int:
     """Read the launch, show what became of its flags, write the scenario. Raises UserError."""
     if args.out is not None and args.out.is_dir():
         raise UserError(f"{args.out} is a folder; name a file such as {args.out / 'my.yaml'}")
@@ -491,9 +467,7 @@ def execute_from_megatron(args: argparse.Namespace) -> int:
         from moesim.flags.megatron import scenario_text
 
         write_output(scenario_text(reading), args.out, force=args.force)
-    if args.json:
-        print(json_text(_reading_json(reading), indent=1))
-    elif not args.quiet:
+    if wants_screen(args, _reading_json(reading)):
         from moesim.report.catalogue_view import print_reading
 
         print_reading(reading)
@@ -511,11 +485,3 @@ def _reading_json(reading: "Reading") -> dict[str, object]:
         "left_out": list(reading.left_out),
         "assumed": list(reading.taken),
     }
-
-
-FROM_MEGATRON = Verb(
-    "scenarios from-megatron",
-    "Make a scenario of a Megatron-LM launch script or YAML file, and say what became of every flag.",
-    add_from_megatron_arguments,
-    execute_from_megatron,
-)

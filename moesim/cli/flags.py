@@ -18,13 +18,9 @@ from moesim.errors import UserError
 from moesim.strict_json import json_text
 
 if TYPE_CHECKING:
-    from moesim.scenario import Scenario
-if TYPE_CHECKING:
     from moesim.routing.request import ProgressCallback
-if TYPE_CHECKING:
     from moesim.scenario import Scenario
     from moesim.shipped import Kind
-
 
 INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT
 
@@ -106,32 +102,64 @@ def watched_training(*, quiet: bool) -> "Iterator[ProgressCallback | None]":
         yield None if display is None else show_training(display)
 
 
+@contextmanager
+def watched_training_of(
+    scenario: "Scenario", args: argparse.Namespace, *, quiet: bool
+) -> "Iterator[ProgressCallback | None]":
+    """As `watched_training`, of the router of one scenario; Ctrl-C says what the cache keeps of it."""
+    with (
+        interrupts_explained_by(lambda: training_left_in_cache(scenario, args.cache)),
+        watched_training(quiet=quiet) as progress,
+    ):
+        yield progress
+
+
+class Flag:
+    """An argument of a verb: its words and settings as argparse takes them; `completer` is argcomplete's alone."""
+
+    def __init__(self, *words: str, completer: Callable[..., Any] | None = None, **settings: Any) -> None:
+        self.words, self.completer, self.settings = words, completer, settings
+
+    def add(self, parser: Any) -> None:
+        """Add it to a parser or a group of one."""
+        argument = parser.add_argument(*self.words, **self.settings)
+        if self.completer is not None:
+            argument.completer = self.completer
+
+
+class Group(NamedTuple):
+    """Arguments that exclude each other, or with a `title` stand under it in the help."""
+
+    flags: Sequence[Flag]
+    title: str = ""
+
+    def add(self, parser: Any) -> None:
+        """Add them to a parser."""
+        group = parser.add_argument_group(self.title) if self.title else parser.add_mutually_exclusive_group()
+        for flag in self.flags:
+            flag.add(group)
+
+
 class Verb(NamedTuple):
-    """One verb: the word or two that call it, the line that explains it, its flags, and its work, which returns the
-    exit code."""
+    """One verb: the word or two that call it, the line that explains it, its flags in the order of its help, and its
+    work, which returns the exit code."""
 
     name: str
     summary: str
-    add_arguments: Callable[[argparse.ArgumentParser], None]
+    flags: Sequence[Flag | Group]
     execute: Callable[[argparse.Namespace], int]
 
 
-def add_scenario(
-    parser: argparse.ArgumentParser,
-    *,
-    text: str = "scenario file (YAML), or the name of one that ships",
-    optional: bool = False,
-) -> None:
-    """SCENARIO and --set; `optional`: something else may stand for the scenario."""
-    add_file(parser, "scenario", text=text, optional=optional)
-    add_overrides(parser)
+def verb(name: str, summary: str, *flags: Flag | Group) -> Callable[[Callable[[argparse.Namespace], int]], Verb]:
+    """Makes a verb of the function that does its work."""
+    return lambda execute: Verb(name, summary, flags, execute)
 
 
-def add_file(parser: argparse.ArgumentParser, kind: "Kind", *, text: str, optional: bool = False) -> None:
-    """SCENARIO, STUDY or PLAN, completed by the names that ship; see `resolve`."""
+def shipped_file(kind: "Kind", text: str, *, optional: bool = False) -> Flag:
+    """SCENARIO, STUDY or PLAN, completed by the names that ship; `optional`: something else may stand for it."""
     nargs = "?" if optional else None
-    argument: Any = parser.add_argument(kind, metavar=kind.upper(), type=Path, nargs=nargs, help=text)
-    argument.completer = partial(_files_and_names, kind)  # read by argcomplete alone
+    completer = partial(_files_and_names, kind)
+    return Flag(kind, metavar=kind.upper(), type=Path, nargs=nargs, help=text, completer=completer)
 
 
 def _files_and_names(kind: "Kind", prefix: str, **_: object) -> list[str]:
@@ -142,52 +170,46 @@ def _files_and_names(kind: "Kind", prefix: str, **_: object) -> list[str]:
     return [*names(kind), *FilesCompleter(("yaml", "yml"))(prefix)]
 
 
-def add_overrides(parser: argparse.ArgumentParser) -> None:
-    """--set."""
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        metavar="KEY=VALUE",
-        action="append",
-        default=[],
-        help="override one key, e.g. --set routing.steps=50; may be repeated",
-    )
+_OF_A_SCENARIO = "scenario file (YAML), or the name of one that ships"
+SCENARIO = shipped_file("scenario", _OF_A_SCENARIO)
+OPTIONAL_SCENARIO = shipped_file("scenario", _OF_A_SCENARIO, optional=True)
+OVERRIDES = Flag(
+    "--set", dest="overrides", metavar="KEY=VALUE", action="append", default=[],
+    help="override one key, e.g. --set routing.steps=50; may be repeated",
+)  # fmt: skip
+CACHE = Flag(
+    "--cache",
+    metavar="DIR",
+    type=Path,
+    help="where trained routers are kept; $MOESIM_CACHE or ~/.cache/moesim by default",
+)
+JSON = Flag("--json", action="store_true", help="print the result as JSON and nothing else")
+_CSV = "print the result as CSV and nothing else: a row per item, columns named as in the JSON"
+JSON_OR_CSV = Group((JSON, Flag("--csv", action="store_true", help=_CSV)))
+QUIET = Flag("--quiet", action="store_true", help="print nothing but errors (and --json or --csv)")
+FORCE = Flag("--force", action="store_true", help="replace what an earlier call wrote there")
+WORKERS = (  # see check_workers
+    Flag("--workers", metavar="N", type=int, help="processes that simulate; one per core by default"),
+    Flag("--cluster", metavar="ADDRESS",
+         help="simulate on the workers of this Dask scheduler instead, e.g. tcp://host:8786"),
+)  # fmt: skip
 
 
-def add_cache(parser: argparse.ArgumentParser) -> None:
-    """--cache."""
-    text = "where trained routers are kept; $MOESIM_CACHE or ~/.cache/moesim by default"
-    parser.add_argument("--cache", metavar="DIR", type=Path, help=text)
+def page_flag(*, what: str, file: str) -> Flag:
+    """--out for a page called `file` that shows `what`."""
+    text = f"{what} as one HTML file that needs no network; runs/NAME/{file} by default, and none beside --json"
+    return Flag("--out", metavar="FILE.html", type=Path, help=text)
 
 
-def add_json(parser: argparse.ArgumentParser) -> "argparse._MutuallyExclusiveGroup":
-    """--json; what is returned takes the flags that exclude it."""
-    group = parser.add_mutually_exclusive_group()
-    group.add_argument("--json", action="store_true", help="print the result as JSON and nothing else")
-    return group
-
-
-def add_csv(group: "argparse._MutuallyExclusiveGroup") -> None:
-    """--csv, beside --json."""
-    text = "print the result as CSV and nothing else: a row per item, columns named as in the JSON"
-    group.add_argument("--csv", action="store_true", help=text)
-
-
-def add_quiet(parser: argparse.ArgumentParser) -> None:
-    """--quiet."""
-    parser.add_argument("--quiet", action="store_true", help="print nothing but errors (and --json or --csv)")
-
-
-def add_force(parser: argparse.ArgumentParser) -> None:
-    """--force."""
-    parser.add_argument("--force", action="store_true", help="replace what an earlier call wrote there")
-
-
-def add_workers(parser: argparse.ArgumentParser) -> None:
-    """--workers and --cluster; see check_workers."""
-    parser.add_argument("--workers", metavar="N", type=int, help="processes that simulate; one per core by default")
-    text = "simulate on the workers of this Dask scheduler instead, e.g. tcp://host:8786"
-    parser.add_argument("--cluster", metavar="ADDRESS", help=text)
+def wants_screen(args: argparse.Namespace, result: Any, rows: Sequence[Mapping[str, Any]] | None = None) -> bool:
+    """Print the result for --json, or its rows (itself if None) for --csv; whether a screen is wanted instead."""
+    if args.json:
+        print(json_text(result, indent=1))
+    elif getattr(args, "csv", False):
+        print_csv([result] if rows is None else rows)
+    else:
+        return not getattr(args, "quiet", False)
+    return False
 
 
 def check_workers(args: argparse.Namespace) -> None:
@@ -228,12 +250,6 @@ def check_writable(path: Path) -> None:
         raise UserError(f"{path} cannot be written: {existing} is not a writable folder; choose another --out")
 
 
-def add_page(parser: argparse.ArgumentParser, *, what: str, file: str) -> None:
-    """--out for a page called `file` that shows `what`."""
-    text = f"{what} as one HTML file that needs no network; runs/NAME/{file} by default, and none beside --json"
-    parser.add_argument("--out", metavar="FILE.html", type=Path, help=text)
-
-
 def page_path(args: argparse.Namespace, *, name: str, file: str) -> Path | None:
     """Where the page of the scenario `name` goes; None where none is asked for. Raises UserError."""
     if args.out is None and args.json:
@@ -259,6 +275,12 @@ def write_output(text: str, path: Path, *, force: bool) -> None:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, data, replace=force)
+
+
+def write_page(page: str, numbers: Mapping[str, Any], path: Path, *, force: bool) -> None:
+    """Write a page, and its numbers beside it. Raises UserError as `write_output`."""
+    write_output(page, path, force=force)
+    write_output(json_text(numbers, indent=1) + "\n", path.with_suffix(".json"), force=force)
 
 
 def print_csv(rows: Sequence[Mapping[str, Any]]) -> None:

@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moesim.cli.flags import (
-    Verb,
-    add_force,
-    add_json,
-    add_overrides,
-    add_quiet,
+    FORCE,
+    JSON,
+    OVERRIDES,
+    QUIET,
+    Flag,
     check_writable,
     interrupts_explained_by,
+    verb,
+    wants_screen,
 )
 from moesim.errors import UserError
-from moesim.strict_json import json_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,31 +29,29 @@ if TYPE_CHECKING:
     from moesim.recorded.step_file import RecordedOp
 
 
-def add_calibrate_arguments(parser: argparse.ArgumentParser) -> None:
-    """--device, --out, --extend, --budget, --families, --report, --profile, --from-tables, --gpu, --by-class, -q."""
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="what to measure; cuda by default")
-    parser.add_argument("--out", metavar="FILE", type=Path, help="the profile to write (.json.gz)")
-    parser.add_argument("--extend", action="store_true", help="add to an existing profile what it lacks")
-    parser.add_argument(
-        "--budget", metavar="SECONDS", type=float, default=420.0, help="time to measure; 420 by default"
-    )
-    parser.add_argument("--families", metavar="A,B", help="only these families of kernels, comma-separated")
-    parser.add_argument("--report", action="store_true", help="measure nothing: print the leave-one-out errors")
-    parser.add_argument("--profile", metavar="NAME", help="the profile to report on (name or file)")
-    parser.add_argument(
+@verb(
+    "calibrate",
+    "Measure this machine's kernels and write a profile for compute.profile (under torchrun for several GPUs).",
+    Flag("--device", choices=("cuda", "cpu"), default="cuda", help="what to measure; cuda by default"),
+    Flag("--out", metavar="FILE", type=Path, help="the profile to write (.json.gz)"),
+    Flag("--extend", action="store_true", help="add to an existing profile what it lacks"),
+    Flag("--budget", metavar="SECONDS", type=float, default=420.0, help="time to measure; 420 by default"),
+    Flag("--families", metavar="A,B", help="only these families of kernels, comma-separated"),
+    Flag("--report", action="store_true", help="measure nothing: print the leave-one-out errors"),
+    Flag("--profile", metavar="NAME", help="the profile to report on (name or file)"),
+    Flag(
         "--from-tables",
         metavar="FOLDER",
         nargs="?",
         type=Path,
         const=Path(),
         help="measure nothing: make the profile of --gpu from the tables of aiconfigurator-core (or of that folder)",
-    )
-    parser.add_argument("--gpu", metavar="NAME", help="whose tables to read, as the catalogue names it; e.g. b200")
-    parser.add_argument("--by-class", action="store_true", help="report by dtype and direction, not by family alone")
-    add_quiet(parser)
-
-
-def execute_calibrate(args: argparse.Namespace) -> int:
+    ),
+    Flag("--gpu", metavar="NAME", help="whose tables to read, as the catalogue names it; e.g. b200"),
+    Flag("--by-class", action="store_true", help="report by dtype and direction, not by family alone"),
+    QUIET,
+)
+def calibrate(args: argparse.Namespace) -> int:
     """Measure and write, or report. Raises UserError; an interrupt (130) keeps what was measured and says so."""
     if not args.budget > 0:
         raise UserError(f"--budget {args.budget} is not a time in seconds; use e.g. 420")
@@ -109,40 +108,34 @@ def _from_tables(args: argparse.Namespace) -> int:
     return tables_command(args.gpu, folder=folder, out=args.out, extend=args.extend, quiet=args.quiet)
 
 
-CALIBRATE = Verb(
-    "calibrate",
-    "Measure this machine's kernels and write a profile for compute.profile (under torchrun for several GPUs).",
-    add_calibrate_arguments,
-    execute_calibrate,
-)
-
-
-def add_validate_arguments(parser: argparse.ArgumentParser) -> None:
-    """[SCENARIO] and the flags of a run; --step and --calibrate for a trace; --report, --json, --quiet."""
-    parser.add_argument(
-        "scenario", metavar="SCENARIO", type=Path, nargs="?", help="run this one, not the standard cases"
-    )
-    add_overrides(parser)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="where to run; cuda by default")
-    parser.add_argument("--gpus", metavar="N", type=int, default=1, help="processes, one device each; 1 by default")
-    parser.add_argument("--profile", metavar="NAME", help="predict from this profile (name or file); cpu needs one")
-    parser.add_argument("--only", metavar="TEXT", help="only the cases whose name contains TEXT")
-    parser.add_argument("--seconds", type=float, default=2.0, help="seconds of measured steps per case; 2 by default")
-    parser.add_argument("--out", metavar="DIR", type=Path, help="folder of the measurements; validation by default")
-    parser.add_argument("--report", action="store_true", help="run nothing: predict the shipped measurements again")
-    parser.add_argument(
+@verb(
+    "validate",
+    "Run real training on this machine's devices, simulate the same, and show both with the error per part.",
+    Flag("scenario", metavar="SCENARIO", type=Path, nargs="?", help="run this one, not the standard cases"),
+    OVERRIDES,
+    Flag("--device", choices=("cuda", "cpu"), default="cuda", help="where to run; cuda by default"),
+    Flag("--gpus", metavar="N", type=int, default=1, help="processes, one device each; 1 by default"),
+    Flag("--profile", metavar="NAME", help="predict from this profile (name or file); cpu needs one"),
+    Flag("--only", metavar="TEXT", help="only the cases whose name contains TEXT"),
+    Flag("--seconds", type=float, default=2.0, help="seconds of measured steps per case; 2 by default"),
+    Flag("--out", metavar="DIR", type=Path, help="folder of the measurements; validation by default"),
+    Flag("--report", action="store_true", help="run nothing: predict the shipped measurements again"),
+    Flag(
         "--step",
         metavar="FILE",
         type=Path,
         help="run nothing: a torch.profiler trace of one step, or a step made of one",
-    )
-    text = "beside --step: correct the prediction by this step of another trace"
-    parser.add_argument("--calibrate", metavar="FILE", type=Path, help=text)
-    add_json(parser)
-    add_quiet(parser)
-
-
-def execute_validate(args: argparse.Namespace) -> int:
+    ),
+    Flag(
+        "--calibrate",
+        metavar="FILE",
+        type=Path,
+        help="beside --step: correct the prediction by this step of another trace",
+    ),
+    JSON,
+    QUIET,
+)
+def validate(args: argparse.Namespace) -> int:
     """Run, compare, write and show. Raises UserError and Interrupted."""
     if args.step is not None:
         return _beside_trace(args)
@@ -165,8 +158,7 @@ def execute_validate(args: argparse.Namespace) -> int:
             report=args.report,
             quiet=args.quiet or args.json,
         )
-    if args.json:
-        print(json_text(table_json(table), indent=1))
+    wants_screen(args, table_json(table))
     return 0
 
 
@@ -185,60 +177,44 @@ def _beside_trace(args: argparse.Namespace) -> int:
     gpu = args.profile or step.calibration.gpu
     estimate = step_estimate(step.ops, kernel_model(gpu), corrections=other.calibration if other else None)
     corrected_by = other.source if other else None
-    if args.json:
-        print(json_text(traced_json(step, estimate) | {"corrected_by": corrected_by}, indent=1))
-    elif not args.quiet:
+    if wants_screen(args, traced_json(step, estimate) | {"corrected_by": corrected_by}):
         print_comparison(step, estimate, gpu=gpu, corrected_by=corrected_by)
     return 0
-
-
-VALIDATE = Verb(
-    "validate",
-    "Run real training on this machine's devices, simulate the same, and show both with the error per part.",
-    add_validate_arguments,
-    execute_validate,
-)
 
 
 USUAL_GPU, NODE = "h100", 8
 
 
-def add_import_step_arguments(parser: argparse.ArgumentParser) -> None:
-    """STEP, --show, --calibrate, --gpu, --out, --host-per-op, --rows, --json, --quiet, --force."""
-    parser.add_argument(
+@verb(
+    "import-step",
+    "Estimate a training step of your own torch program, recorded without a GPU or traced by torch's profiler.",
+    Flag(
         "step",
         metavar="STEP",
         nargs="?",
         help="MODULE:FUNCTION or FILE.py:FUNCTION, a function without arguments that makes the model and returns it "
         "with a closure that gives the loss (it runs on the meta device); or TRACE.json(.gz) of one step by "
         "torch.profiler",
-    )
-    parser.add_argument("--show", metavar="FILE", type=Path, help="show a step that --out kept")
-    parser.add_argument(
+    ),
+    Flag("--show", metavar="FILE", type=Path, help="show a step that --out kept"),
+    Flag(
         "--calibrate", metavar="STEP", type=Path, help="correct by this step of a trace (what --out kept, or the trace)"
-    )
-    parser.add_argument(
-        "--gpu", help="the GPU to estimate for, as `moesim gpus` names it; that of a trace by default, else h100"
-    )
-    parser.add_argument("--out", metavar="FILE", type=Path, help="keep the step (.json or .json.gz)")
-    parser.add_argument(
-        "--host-per-op", metavar="MICROSECONDS", type=float, help="what your host needs to launch one operation"
-    )
-    parser.add_argument(
-        "--ranks", metavar="N", type=int, help="spread a recorded step over N GPUs of one node: data parallelism"
-    )
-    parser.add_argument(
+    ),
+    Flag("--gpu", help="the GPU to estimate for, as `moesim gpus` names it; that of a trace by default, else h100"),
+    Flag("--out", metavar="FILE", type=Path, help="keep the step (.json or .json.gz)"),
+    Flag("--host-per-op", metavar="MICROSECONDS", type=float, help="what your host needs to launch one operation"),
+    Flag("--ranks", metavar="N", type=int, help="spread a recorded step over N GPUs of one node: data parallelism"),
+    Flag(
         "--spread",
         choices=("ddp", "fsdp2", "tp", "ep"),
         help="how: DistributedDataParallel (default), fully_shard of each layer, transformers' tensor or expert plan",
-    )
-    parser.add_argument("--rows", metavar="N", type=int, default=20, help="lines to print, dearest first; 20")
-    add_json(parser)
-    add_quiet(parser)
-    add_force(parser)
-
-
-def execute_import_step(args: argparse.Namespace) -> int:
+    ),
+    Flag("--rows", metavar="N", type=int, default=20, help="lines to print, dearest first; 20"),
+    JSON,
+    QUIET,
+    FORCE,
+)
+def import_step(args: argparse.Namespace) -> int:
     """Record, read or load, estimate, show. Raises UserError."""
     _check_import(args)
     corrected_by = _calibration(args)
@@ -336,9 +312,7 @@ def _show_traced(args: argparse.Namespace, traced: "TracedStep") -> int:
     if args.gpu not in (None, traced.calibration.gpu):
         return _show_estimate(args, traced.ops, source=traced.source, traced=traced)
     estimate = step_estimate(traced.ops, kernel_model(traced.calibration.gpu))
-    if args.json:
-        print(json_text(traced_json(traced, estimate), indent=1))
-    elif not args.quiet:
+    if wants_screen(args, traced_json(traced, estimate)):
         print_traced(traced, estimate, rows=args.rows)
     return 0
 
@@ -365,20 +339,9 @@ def _show_estimate(
     estimate = step_estimate(ops, kernels, host=host, corrections=corrections, ranks=ranks)
     corrected_by = traced.source if traced else None
     peak = step_peak(ops) if ranks is None else None
-    if args.json:
-        found = estimate_json(estimate, source=source, gpu=gpu, corrected_by=corrected_by, peak=peak)
-        print(json_text(found, indent=1))
-    elif not args.quiet:
+    if wants_screen(args, estimate_json(estimate, source=source, gpu=gpu, corrected_by=corrected_by, peak=peak)):
         share = scalable_share(ops, kernels)
         print_estimate(
             estimate, source=source, gpu=gpu, rows=args.rows, corrected_by=corrected_by, scalable=share, peak=peak
         )
     return 0
-
-
-IMPORT_STEP = Verb(
-    "import-step",
-    "Estimate a training step of your own torch program, recorded without a GPU or traced by torch's profiler.",
-    add_import_step_arguments,
-    execute_import_step,
-)

@@ -4,30 +4,30 @@ Folders of sweeps and plans can be resumed; a page of `plot` needs no network.
 """
 
 import argparse
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moesim.cli.catalogue import add_software, print_command
+from moesim.cli.catalogue import print_command, software_flag
 from moesim.cli.flags import (
-    Verb,
-    add_cache,
-    add_csv,
-    add_file,
-    add_force,
-    add_json,
-    add_overrides,
-    add_quiet,
-    add_workers,
+    CACHE,
+    FORCE,
+    JSON_OR_CSV,
+    OVERRIDES,
+    QUIET,
+    WORKERS,
+    Flag,
     check_workers,
     check_writable,
     interrupts_explained_by,
-    print_csv,
+    shipped_file,
     texts,
+    verb,
+    wants_screen,
     write_output,
 )
 from moesim.errors import UserError
-from moesim.strict_json import json_text
 
 if TYPE_CHECKING:
     from moesim.planner.plan import Plan
@@ -36,20 +36,20 @@ if TYPE_CHECKING:
     from moesim.sweeper import Study, SweepFolder, SweepOutcome
 
 
-def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
-    """STUDY, --set, --out, --workers, --cluster, --retry, --dry-run, --cache, --json, --csv, --quiet."""
-    add_file(parser, "study", text="study file (YAML): name, base, axes; or the name of one that ships")
-    add_overrides(parser)
-    parser.add_argument("--out", metavar="DIR", type=Path, help="folder of the sweep; runs/NAME by default")
-    add_workers(parser)
-    parser.add_argument("--retry", action="store_true", help="also run the points again that failed before")
-    parser.add_argument("--dry-run", action="store_true", help="list the points and simulate none")
-    add_cache(parser)
-    add_csv(add_json(parser))
-    add_quiet(parser)
-
-
-def execute_sweep(args: argparse.Namespace) -> int:
+@verb(
+    "sweep",
+    "Simulate a scenario along the axes of a study; every finished point is kept at once, a rerun does the rest.",
+    shipped_file("study", "study file (YAML): name, base, axes; or the name of one that ships"),
+    OVERRIDES,
+    Flag("--out", metavar="DIR", type=Path, help="folder of the sweep; runs/NAME by default"),
+    *WORKERS,
+    Flag("--retry", action="store_true", help="also run the points again that failed before"),
+    Flag("--dry-run", action="store_true", help="list the points and simulate none"),
+    CACHE,
+    JSON_OR_CSV,
+    QUIET,
+)
+def sweep(args: argparse.Namespace) -> int:
     """Run the missing points. Returns 0 when none failed, 1 when one did, 2 when none fits its cluster.
 
     Raises UserError and Interrupted.
@@ -102,11 +102,8 @@ def _list_points(study: "Study", folder: "SweepFolder", args: argparse.Namespace
         }
         for point in study.by_number
     ]
-    if args.json:
-        print(json_text({"study": study.as_json(), "points": rows}, indent=1))
-    elif args.csv:
-        print_csv([row | {"values": texts(row["values"])} for row in rows])
-    else:
+    flat = [row | {"values": texts(row["values"])} for row in rows]
+    if wants_screen(args, {"study": study.as_json(), "points": rows}, flat) or not (args.json or args.csv):
         from moesim.sweeper import print_points
 
         print_points(study, finished)
@@ -119,12 +116,9 @@ def _row_of_point(record: "PointRecord") -> dict[str, Any]:
 
 
 def _show_sweep(study: "Study", folder: "SweepFolder", outcome: "SweepOutcome", args: argparse.Namespace) -> None:
-    if args.json:
-        records = [asdict(record) for record in outcome.records]
-        print(json_text({"study": study.as_json(), "points": records}, indent=1))
-    elif args.csv:
-        print_csv([_row_of_point(record) for record in outcome.records])
-    elif not args.quiet:
+    records = [asdict(record) for record in outcome.records]
+    rows = [_row_of_point(record) for record in outcome.records]
+    if wants_screen(args, {"study": study.as_json(), "points": records}, rows):
         from moesim.sweeper import print_sweep
 
         print_sweep(study, outcome)
@@ -133,50 +127,42 @@ def _show_sweep(study: "Study", folder: "SweepFolder", outcome: "SweepOutcome", 
         print(f"\n{outcome.new} new points in {folder.path}; draw them with: moesim plot {folder.path}")
 
 
-SWEEP = Verb(
-    "sweep",
-    "Simulate a scenario along the axes of a study; every finished point is kept at once, a rerun does the rest.",
-    add_sweep_arguments,
-    execute_sweep,
+@verb(
+    "plan",
+    "Plan a training run, or a deployment: look at every layout, simulate the best, rank and explain them.",
+    shipped_file("plan", "plan file (YAML), or the name of one that ships"),
+    OVERRIDES,
+    Flag("--out", metavar="DIR", type=Path, help="folder of the plan; runs/NAME by default"),
+    *WORKERS,
+    Flag(
+        "--storage",
+        metavar="URL",
+        help="database of the search for many machines, e.g. postgresql://...; a journal in the folder by default",
+    ),
+    software_flag(of="the best layout (of all of them in plan.json and on the page of `moesim plot`)"),
+    CACHE,
+    JSON_OR_CSV,
+    QUIET,
+    FORCE,
 )
-
-
-def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
-    """PLAN, --set, --out, --workers, --cluster, --storage, --flags, --cache, --json, --csv, --quiet, --force."""
-    add_file(parser, "plan", text="plan file (YAML), or the name of one that ships")
-    add_overrides(parser)
-    parser.add_argument("--out", metavar="DIR", type=Path, help="folder of the plan; runs/NAME by default")
-    add_workers(parser)
-    storage = "database of the search for many machines, e.g. postgresql://...; a journal in the folder by default"
-    parser.add_argument("--storage", metavar="URL", help=storage)
-    add_software(parser, of="the best layout (of all of them in plan.json and on the page of `moesim plot`)")
-    add_cache(parser)
-    add_csv(add_json(parser))
-    add_quiet(parser)
-    add_force(parser)
-
-
-def execute_plan(args: argparse.Namespace) -> int:
+def plan(args: argparse.Namespace) -> int:
     """Make the plan, or go on with it. Raises UserError, InfeasibleError and Interrupted."""
     check_workers(args)
     from moesim.planner.loading import load_any_plan
     from moesim.planner.serving_plan import ServingPlan
     from moesim.shipped import resolve
 
-    plan = load_any_plan(resolve(args.plan, "plan"), args.overrides)
-    if isinstance(plan, ServingPlan):
-        return _plan_serving(plan, args)
-    out_dir = args.out or Path("runs") / plan.name
+    loaded = load_any_plan(resolve(args.plan, "plan"), args.overrides)
+    out_dir = args.out or Path("runs") / loaded.name
+    if isinstance(loaded, ServingPlan):
+        return _plan_serving(loaded, out_dir, args)
     check_writable(out_dir)
-    with interrupts_explained_by(lambda: f"what is finished is kept in {out_dir}; run the same command again to go on"):
-        content = _planned(plan, out_dir, args)
-    if args.json:
-        print(json_text(content, indent=1))
-    elif args.csv:
-        outcomes = content["outcomes"]
-        ranked = [*content["ranking"], *(key for key in outcomes if key not in content["ranking"])]
-        print_csv([_row_of_layout(key, outcomes[key], on_front=key in content["front"]) for key in ranked])
-    elif not args.quiet:
+    with _resumable(out_dir):
+        content = _planned(loaded, out_dir, args)
+    outcomes = content["outcomes"]
+    ranked = [*content["ranking"], *(key for key in outcomes if key not in content["ranking"])]
+    rows = [_row_of_layout(key, outcomes[key], on_front=key in content["front"]) for key in ranked]
+    if wants_screen(args, content, rows):
         from moesim.report.plan_view import print_plan
 
         print_plan(content)
@@ -186,7 +172,13 @@ def execute_plan(args: argparse.Namespace) -> int:
     return 0
 
 
-def _plan_serving(plan: "ServingPlan", args: argparse.Namespace) -> int:
+def _resumable(out_dir: Path) -> AbstractContextManager[None]:
+    return interrupts_explained_by(
+        lambda: f"what is finished is kept in {out_dir}; run the same command again to go on"
+    )
+
+
+def _plan_serving(plan: "ServingPlan", out_dir: Path, args: argparse.Namespace) -> int:
     """A plan of serving, with its page. Raises UserError, InfeasibleError and Interrupted."""
     for flag, value in (("--cluster", args.cluster), ("--storage", args.storage), ("--flags", args.flags)):
         if value is not None:
@@ -194,12 +186,8 @@ def _plan_serving(plan: "ServingPlan", args: argparse.Namespace) -> int:
     from moesim.display import opened_display
     from moesim.planner.serving_planning import make_serving_plan
 
-    out_dir = args.out or Path("runs") / plan.name
     check_writable(out_dir)
-    with (
-        interrupts_explained_by(lambda: f"what is finished is kept in {out_dir}; run the same command again to go on"),
-        opened_display(quiet=args.quiet) as display,
-    ):
+    with _resumable(out_dir), opened_display(quiet=args.quiet) as display:
 
         def progress(done: int, total: int) -> None:
             if display is not None:
@@ -209,11 +197,7 @@ def _plan_serving(plan: "ServingPlan", args: argparse.Namespace) -> int:
     from moesim.report.serving_plan_view import print_serving_plan, serving_plan_page
 
     write_output(serving_plan_page(content), out_dir / "plan.html", force=True)
-    if args.json:
-        print(json_text(content, indent=1))
-    elif args.csv:
-        print_csv([{key: each[key] for key in _SERVING_COLUMNS} for each in content["ranking"]])
-    elif not args.quiet:
+    if wants_screen(args, content, [{key: each[key] for key in _SERVING_COLUMNS} for each in content["ranking"]]):
         print_serving_plan(content)
         print(f"\nwritten to {out_dir}: plan.html, and every row above as a file in scenarios/ for `moesim serve`")
     return 0
@@ -243,41 +227,9 @@ def _planned(plan: "Plan", out_dir: Path, args: argparse.Namespace) -> dict[str,
         return make_plan(folder, storage=args.storage, callbacks=callbacks, force=args.force, flags=args.flags)
 
 
-PLAN = Verb(
-    "plan",
-    "Plan a training run, or a deployment: look at every layout, simulate the best, rank and explain them.",
-    add_plan_arguments,
-    execute_plan,
-)
-
-
 PLOT_FILE = "plot.html"
 PLOT_KINDS = ("curves", "heat_map", "cost_performance", "comparison")
-
-
-def add_plot_arguments(parser: argparse.ArgumentParser) -> None:
-    """RUNS, --kind, --x, --y, --colour, --points, --out, --quiet, --force."""
-    parser.add_argument(
-        "runs",
-        metavar="RUNS",
-        nargs="+",
-        type=Path,
-        help="folders of moesim run, sweep or plan, in any mix; or what serve wrote",
-    )
-    parser.add_argument(
-        "--kind", choices=PLOT_KINDS, help="what to draw; by default what the study's plot section says, or what suits"
-    )
-    metric = "a metric such as step_time_s, mfu.causal, router.validation_loss"
-    parser.add_argument("--x", metavar="NAME", help=f"what goes to the right: a key that was varied, or {metric}")
-    parser.add_argument(
-        "--y", metavar="NAME", action="append", default=[], help=f"what goes upwards: {metric}; may be repeated"
-    )
-    parser.add_argument("--colour", metavar="KEY", help="the varied key that colours tell apart")
-    parser.add_argument("--points", metavar="3,7", type=_pair, help="compare these two points of one sweep or plan")
-    place = f"the page; {PLOT_FILE} in the folder when only one is given, else in the working directory"
-    parser.add_argument("--out", metavar="FILE.html", type=Path, help=place)
-    add_quiet(parser)
-    add_force(parser)
+_METRIC = "a metric such as step_time_s, mfu.causal, router.validation_loss"
 
 
 def _pair(text: str) -> tuple[int, int]:
@@ -287,7 +239,33 @@ def _pair(text: str) -> tuple[int, int]:
     return int(words[0]), int(words[1])
 
 
-def execute_plot(args: argparse.Namespace) -> int:
+@verb(
+    "plot",
+    "Plot sweeps, plans, runs and what serves: cost against performance, curves, heat maps, comparisons.",
+    Flag(
+        "runs",
+        metavar="RUNS",
+        nargs="+",
+        type=Path,
+        help="folders of moesim run, sweep or plan, in any mix; or what serve wrote",
+    ),
+    Flag(
+        "--kind", choices=PLOT_KINDS, help="what to draw; by default what the study's plot section says, or what suits"
+    ),
+    Flag("--x", metavar="NAME", help=f"what goes to the right: a key that was varied, or {_METRIC}"),
+    Flag("--y", metavar="NAME", action="append", default=[], help=f"what goes upwards: {_METRIC}; may be repeated"),
+    Flag("--colour", metavar="KEY", help="the varied key that colours tell apart"),
+    Flag("--points", metavar="3,7", type=_pair, help="compare these two points of one sweep or plan"),
+    Flag(
+        "--out",
+        metavar="FILE.html",
+        type=Path,
+        help=f"the page; {PLOT_FILE} in the folder when only one is given, else in the working directory",
+    ),
+    QUIET,
+    FORCE,
+)
+def plot(args: argparse.Namespace) -> int:
     """Draw and write. Raises UserError."""
     path = args.out or (args.runs[0] / PLOT_FILE if len(args.runs) == 1 and args.runs[0].is_dir() else Path(PLOT_FILE))
     if path.is_dir():
@@ -297,27 +275,16 @@ def execute_plot(args: argparse.Namespace) -> int:
     from moesim.report.serving_plan_view import serving_plot
 
     page = serving_plot(args.runs, x=args.x, y=args.y[0] if args.y else None)
-    if page is not None:
+    if page is None:
+        asked = PlotRequest(kind=args.kind, x=args.x, ys=tuple(args.y), colour=args.colour)
+        page = plot_page(args.runs, asked, points=args.points)
+    else:
         for flag, value in (("--kind", args.kind), ("--colour", args.colour), ("--points", args.points)):
             if value is not None:
                 raise UserError(f"{flag} is for runs of training; leave it out")
         if len(args.y) > 1:
             raise UserError("--y: one number goes upwards of what serves; name one")
-        return _write_plot(page, path, args)
-    asked = PlotRequest(kind=args.kind, x=args.x, ys=tuple(args.y), colour=args.colour)
-    return _write_plot(plot_page(args.runs, asked, points=args.points), path, args)
-
-
-def _write_plot(page: str, path: Path, args: argparse.Namespace) -> int:
     write_output(page, path, force=args.force)
     if not args.quiet:
         print(f"plotted in {path}")
     return 0
-
-
-PLOT = Verb(
-    "plot",
-    "Plot sweeps, plans, runs and what serves: cost against performance, curves, heat maps, comparisons.",
-    add_plot_arguments,
-    execute_plot,
-)

@@ -11,24 +11,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moesim.cli.flags import (
-    Verb,
-    add_cache,
-    add_force,
-    add_json,
-    add_quiet,
-    add_scenario,
+    CACHE,
+    FORCE,
+    JSON,
+    OVERRIDES,
+    QUIET,
+    Flag,
     check_new,
     check_positive,
-    interrupts_explained_by,
     load,
-    training_left_in_cache,
-    watched_training,
+    shipped_file,
+    verb,
+    wants_screen,
+    watched_training_of,
 )
 from moesim.errors import UserError
-from moesim.strict_json import json_text
 
 if TYPE_CHECKING:
-    from moesim.scenario import Scenario
     from moesim.trace import RoutingTrace
     from moesim.trace.library import LibraryEntry
 
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
 def show_library(args: argparse.Namespace) -> int:
     """List the entries that match (`library:`, `library:64x6/*`), or show or save one. Raises UserError."""
     from moesim.scenario.routing import LIBRARY_PREFIX
-    from moesim.trace import save_trace
     from moesim.trace.library import find_entry, library_entries, load_library
 
     name = str(args.scenario).removeprefix(LIBRARY_PREFIX)
@@ -47,17 +45,21 @@ def show_library(args: argparse.Namespace) -> int:
         return 0
     entry = find_entry(name)
     trace = load_library(name)
+    _save(trace, args)
+    from moesim.report.catalogue_view import entry_facts, print_entry
+
+    if wants_screen(args, entry_facts(entry, trace)):
+        print_entry(entry, trace)
+    return 0
+
+
+def _save(trace: "RoutingTrace", args: argparse.Namespace) -> None:
+    """Where --out says."""
     if args.out is not None:
+        from moesim.trace import save_trace
+
         args.out.parent.mkdir(parents=True, exist_ok=True)
         save_trace(trace, args.out, replace=args.force)
-    if args.json or not args.quiet:
-        from moesim.report.catalogue_view import entry_facts, print_entry
-
-        if args.json:
-            print(json_text(entry_facts(entry, trace), indent=1))
-        else:
-            print_entry(entry, trace)
-    return 0
 
 
 def _list_entries(entries: "list[LibraryEntry]", args: argparse.Namespace) -> None:
@@ -65,99 +67,72 @@ def _list_entries(entries: "list[LibraryEntry]", args: argparse.Namespace) -> No
         raise UserError("--out saves one trace; name one entry, e.g. library:64x6/published")
     if not entries:
         raise UserError(f"{args.scenario}: no entry has such a name; `moesim trace library:` lists all")
-    if args.json:
-        print(json_text([asdict(entry) for entry in entries], indent=1))
-    elif not args.quiet:
+    if wants_screen(args, [asdict(entry) for entry in entries]):
         from moesim.report.catalogue_view import print_entries
 
         print_entries(entries)
 
 
-def add_trace_arguments(parser: argparse.ArgumentParser) -> None:
-    """SCENARIO or library:NAME, --set, --out, --cache, --json, --quiet, --force."""
-    add_scenario(parser, text="scenario file (YAML) or shipped name, `library:NAME`, or `library:` for all")
-    parser.add_argument("--out", metavar="FILE", type=Path, help="save the trace there (.npz), for routing.kind: trace")
-    add_cache(parser)
-    add_json(parser)
-    add_quiet(parser)
-    add_force(parser)
-
-
-def execute_trace(args: argparse.Namespace) -> int:
+@verb(
+    "trace",
+    "Make or show the routing trace of a scenario, or shipped routing: `library:` lists it, `library:NAME` shows one.",
+    shipped_file("scenario", "scenario file (YAML) or shipped name, `library:NAME`, or `library:` for all"),
+    OVERRIDES,
+    Flag("--out", metavar="FILE", type=Path, help="save the trace there (.npz), for routing.kind: trace"),
+    CACHE,
+    JSON,
+    QUIET,
+    FORCE,
+)
+def trace(args: argparse.Namespace) -> int:
     """Make the trace, save it where asked, show it. Raises UserError, InfeasibleError and Interrupted."""
     if args.out is not None:
         check_new(args.out, force=args.force)
     if str(args.scenario).startswith("library:"):
         return show_library(args)
-    scenario = load(args)
-    with interrupts_explained_by(lambda: training_left_in_cache(scenario, args.cache)):
-        trace = _make(scenario, quiet=args.quiet, cache_dir=args.cache)
-    if args.out is not None:
-        from moesim.trace import save_trace
+    from moesim.run import obtain_trace
 
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        save_trace(trace, args.out, replace=args.force)
+    scenario = load(args)
+    with watched_training_of(scenario, args, quiet=args.quiet) as progress:
+        made = obtain_trace(scenario, progress=progress, cache_dir=args.cache)
+    if made is None:
+        raise UserError(f"{scenario.name}: the model is dense (model.experts = 0), so nothing is routed")
+    _save(made, args)
     if args.json or not args.quiet:
-        _show(scenario, trace, as_json=args.json)
+        from moesim.report.run_view import print_trace, relative_load_LE, summarise
+
+        summary = summarise(scenario, made)
+        if wants_screen(args, summary):
+            first_LE, last_LE = relative_load_LE(made, first=True), relative_load_LE(made, first=False)
+            print_trace(scenario.name, summary, first_LE=first_LE, last_LE=last_LE)
     return 0
 
 
-def _make(scenario: "Scenario", *, quiet: bool, cache_dir: Path | None) -> "RoutingTrace":
-    from moesim.run import obtain_trace
-
-    with watched_training(quiet=quiet) as progress:
-        trace = obtain_trace(scenario, progress=progress, cache_dir=cache_dir)
-    if trace is None:
-        raise UserError(f"{scenario.name}: the model is dense (model.experts = 0), so nothing is routed")
-    return trace
-
-
-def _show(scenario: "Scenario", trace: "RoutingTrace", *, as_json: bool) -> None:
-    from moesim.report.run_view import relative_load_LE, summarise
-
-    summary = summarise(scenario, trace)
-    if as_json:
-        print(json_text(summary, indent=1))
-        return
-    from moesim.report.run_view import print_trace
-
-    first_LE, last_LE = relative_load_LE(trace, first=True), relative_load_LE(trace, first=False)
-    print_trace(scenario.name, summary, first_LE=first_LE, last_LE=last_LE)
-
-
-TRACE = Verb(
-    "trace",
-    "Make or show the routing trace of a scenario, or shipped routing: `library:` lists it, `library:NAME` shows one.",
-    add_trace_arguments,
-    execute_trace,
+@verb(
+    "trace import",
+    "Make a routing trace of what others recorded: training programs, servers, tables (parquet) or counts.",
+    Flag(
+        "kind",
+        metavar="KIND",
+        help="flame, megatron, sglang, vllm, trtllm, olmoe, table or counts; auto tells the form by the content",
+    ),
+    Flag("path", metavar="PATH", type=Path, help="the file or folder that was recorded"),
+    Flag("--out", metavar="FILE", type=Path, required=True, help="the trace, for routing.kind: trace"),
+    Flag(
+        "--model",
+        metavar="NAME",
+        help="a model of the catalogue or a config.json: gives experts and top-K, and refuses what differs",
+    ),
+    Flag("--experts", metavar="N", type=int, help="routed experts of a layer, where the source is silent"),
+    Flag("--top-k", metavar="K", type=int, help="experts of a token, where the source holds counts alone"),
+    Flag("--sequence-length", metavar="TOKENS", type=int, help="where the source does not part sequences"),
+    Flag("--tokens", metavar="N", type=int, default=65_536, help="drawn from counts; 65,536 by default"),
+    Flag("--seed", metavar="N", type=int, default=0, help="of what is drawn; 0 by default"),
+    JSON,
+    QUIET,
+    FORCE,
 )
-
-
-def add_trace_import_arguments(parser: argparse.ArgumentParser) -> None:
-    """KIND PATH, --out, --model, --experts, --top-k, --sequence-length, --tokens, --seed, --json, --quiet, --force."""
-    text = "flame, megatron, sglang, vllm, trtllm, olmoe, table or counts; auto tells the form by the content"
-    parser.add_argument("kind", metavar="KIND", help=text)
-    parser.add_argument("path", metavar="PATH", type=Path, help="the file or folder that was recorded")
-    parser.add_argument("--out", metavar="FILE", type=Path, required=True, help="the trace, for routing.kind: trace")
-    text = "a model of the catalogue or a config.json: gives experts and top-K, and refuses what differs"
-    parser.add_argument("--model", metavar="NAME", help=text)
-    parser.add_argument(
-        "--experts", metavar="N", type=int, help="routed experts of a layer, where the source is silent"
-    )
-    parser.add_argument(
-        "--top-k", metavar="K", type=int, help="experts of a token, where the source holds counts alone"
-    )
-    parser.add_argument(
-        "--sequence-length", metavar="TOKENS", type=int, help="where the source does not part sequences"
-    )
-    parser.add_argument("--tokens", metavar="N", type=int, default=65_536, help="drawn from counts; 65,536 by default")
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of what is drawn; 0 by default")
-    add_json(parser)
-    add_quiet(parser)
-    add_force(parser)
-
-
-def execute_trace_import(args: argparse.Namespace) -> int:
+def trace_import(args: argparse.Namespace) -> int:
     """Read the source, save the trace, say what was read. Raises UserError."""
     check_new(args.out, force=args.force)
     check_positive(args, "experts", "top_k", "tokens", "sequence_length")
@@ -167,8 +142,8 @@ def execute_trace_import(args: argparse.Namespace) -> int:
     asked = ImportRequest(
         experts=experts, top_k=top_k, sequence_length=args.sequence_length, tokens=args.tokens, seed=args.seed
     )
-    trace = import_routing(args.kind, args.path, asked=asked)
-    return _save_and_tell(trace, _summary_of_import(trace), args)
+    made = import_routing(args.kind, args.path, asked=asked)
+    return _save_and_tell(made, _summary_of_import(made), args)
 
 
 def _of_model(args: argparse.Namespace) -> tuple[int | None, int | None]:
@@ -188,14 +163,9 @@ def _of_model(args: argparse.Namespace) -> tuple[int | None, int | None]:
 
 def _save_and_tell(trace: "RoutingTrace", facts: dict[str, object], args: argparse.Namespace) -> int:
     """Save a trace that was read, and print the facts of it."""
-    from moesim.trace import save_trace
-
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    save_trace(trace, args.out, replace=args.force)
+    _save(trace, args)
     facts = {"trace": str(args.out), **facts, "notes": trace.provenance["notes"] or ["none"]}
-    if args.json:
-        print(json_text(facts, indent=1))
-    elif not args.quiet:
+    if wants_screen(args, facts):
         for key, value in facts.items():
             print(f"{key.replace('_', ' ')}: {', '.join(map(str, value)) if isinstance(value, list) else value}")
     return 0
@@ -217,30 +187,26 @@ def _summary_of_import(trace: "RoutingTrace") -> dict[str, object]:
     }
 
 
-TRACE_IMPORT = Verb(
-    "trace import",
-    "Make a routing trace of what others recorded: training programs, servers, tables (parquet) or counts.",
-    add_trace_import_arguments,
-    execute_trace_import,
+@verb(
+    "trace hf",
+    "Make a routing trace of a transformers MoE model in a local folder (safetensors) that reads a text.",
+    Flag("model", metavar="MODEL_DIR", type=Path, help="folder with config.json and safetensors"),
+    Flag("--text", metavar="FILE", type=Path, required=True, help="what the model reads"),
+    Flag("--out", metavar="FILE", type=Path, required=True, help="the trace, for routing.kind: trace"),
+    Flag("--tokens", metavar="N", type=int, default=65_536, help="read at most; 65,536 by default"),
+    Flag(
+        "--sequence-length",
+        metavar="TOKENS",
+        type=int,
+        help="4,096 by default, or fewer where the model or the text ends before",
+    ),
+    Flag("--batch", metavar="N", type=int, default=1, help="sequences read at a time; 1 by default"),
+    Flag("--device", metavar="NAME", default="auto", help="cpu, cuda, cuda:1 ...; auto: CUDA if any"),
+    JSON,
+    QUIET,
+    FORCE,
 )
-
-
-def add_trace_hf_arguments(parser: argparse.ArgumentParser) -> None:
-    """MODEL_DIR, --text, --out, --tokens, --sequence-length, --batch, --device, --json, --quiet, --force."""
-    parser.add_argument("model", metavar="MODEL_DIR", type=Path, help="folder with config.json and safetensors")
-    parser.add_argument("--text", metavar="FILE", type=Path, required=True, help="what the model reads")
-    parser.add_argument("--out", metavar="FILE", type=Path, required=True, help="the trace, for routing.kind: trace")
-    parser.add_argument("--tokens", metavar="N", type=int, default=65_536, help="read at most; 65,536 by default")
-    text = "4,096 by default, or fewer where the model or the text ends before"
-    parser.add_argument("--sequence-length", metavar="TOKENS", type=int, help=text)
-    parser.add_argument("--batch", metavar="N", type=int, default=1, help="sequences read at a time; 1 by default")
-    parser.add_argument("--device", metavar="NAME", default="auto", help="cpu, cuda, cuda:1 ...; auto: CUDA if any")
-    add_json(parser)
-    add_quiet(parser)
-    add_force(parser)
-
-
-def execute_trace_hf(args: argparse.Namespace) -> int:
+def trace_hf(args: argparse.Namespace) -> int:
     """Load the model, read the text, save the trace, say what was seen. Raises UserError."""
     check_new(args.out, force=args.force)
     check_positive(args, "tokens", "sequence_length", "batch")
@@ -256,8 +222,8 @@ def execute_trace_hf(args: argparse.Namespace) -> int:
             if display is not None:
                 display.show("tokens", completed=completed, total=total)
 
-        trace = record_model(args.model, args.text, reading=reading, progress=show)
-    return _save_and_tell(trace, _summary_of_model(trace), args)
+        made = record_model(args.model, args.text, reading=reading, progress=show)
+    return _save_and_tell(made, _summary_of_model(made), args)
 
 
 def _summary_of_model(trace: "RoutingTrace") -> dict[str, object]:
@@ -277,23 +243,15 @@ def _summary_of_model(trace: "RoutingTrace") -> dict[str, object]:
     }
 
 
-TRACE_HF = Verb(
-    "trace hf",
-    "Make a routing trace of a transformers MoE model in a local folder (safetensors) that reads a text.",
-    add_trace_hf_arguments,
-    execute_trace_hf,
+@verb(
+    "trace export",
+    "Write a routing trace (a file or library:NAME) as a parquet table: a row per step, layer and token.",
+    Flag("trace", metavar="TRACE", help="a trace file, or library:NAME for one that ships"),
+    Flag("--out", metavar="FILE", type=Path, required=True, help="the parquet file"),
+    QUIET,
+    FORCE,
 )
-
-
-def add_trace_export_arguments(parser: argparse.ArgumentParser) -> None:
-    """TRACE, --out, --quiet, --force."""
-    parser.add_argument("trace", metavar="TRACE", help="a trace file, or library:NAME for one that ships")
-    parser.add_argument("--out", metavar="FILE", type=Path, required=True, help="the parquet file")
-    add_quiet(parser)
-    add_force(parser)
-
-
-def execute_trace_export(args: argparse.Namespace) -> int:
+def trace_export(args: argparse.Namespace) -> int:
     """Write the table. Raises UserError."""
     check_new(args.out, force=args.force)
     from moesim.api import load_trace
@@ -303,11 +261,3 @@ def execute_trace_export(args: argparse.Namespace) -> int:
     if not args.quiet:
         print(f"{rows} rows in {args.out}")
     return 0
-
-
-TRACE_EXPORT = Verb(
-    "trace export",
-    "Write a routing trace (a file or library:NAME) as a parquet table: a row per step, layer and token.",
-    add_trace_export_arguments,
-    execute_trace_export,
-)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from moesim.cli.parser import VERBS
+from moesim.cli import VERBS
 from moesim.files import claimed
 
 TRAINED = (

@@ -241,7 +241,7 @@ def interrupting_bar(at_step: int, seen: list[int]) -> Callable[..., AbstractCon
 
 def test_ctrl_c_keeps_training_steps_and_then_the_trained_router(scenario: Path, moesim, monkeypatch) -> None:
     first: list[int] = []
-    monkeypatch.setattr("moesim.cli.simulations.watched_training", interrupting_bar(2, first))
+    monkeypatch.setattr("moesim.cli.one_scenario.watched_training", interrupting_bar(2, first))
     answer = moesim("run", scenario, "--set", TRAINED)
     assert answer.code == 130
     assert "interrupted" in answer.complaint
@@ -250,7 +250,7 @@ def test_ctrl_c_keeps_training_steps_and_then_the_trained_router(scenario: Path,
     assert "run the same command again to resume" in answer.complaint
     assert not Path("runs").exists()
     second: list[int] = []
-    monkeypatch.setattr("moesim.cli.simulations.watched_training", interrupting_bar(-1, second))
+    monkeypatch.setattr("moesim.cli.one_scenario.watched_training", interrupting_bar(-1, second))
     monkeypatch.setattr("moesim.engine.samples.build_program", press_ctrl_c)
     answer = moesim("run", scenario, "--set", TRAINED)
     assert (first, second) == ([1, 2], [3, 4])

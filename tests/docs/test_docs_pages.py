@@ -11,7 +11,7 @@ import pytest
 import reference
 import yaml
 
-from moesim.cli.parser import build, parse
+from moesim.cli import build, parse
 from moesim.errors import InfeasibleError, UserError
 from moesim.scenario import load_scenario
 from moesim.shipped import resolve

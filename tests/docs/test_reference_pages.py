@@ -10,7 +10,7 @@ import reference
 from reference_keys import KeyPage, cell
 
 import moesim
-from moesim.cli.parser import build
+from moesim.cli import build
 from moesim.kernels.estimate import SOURCES
 from moesim.planner.loading import plan_json_schema
 from moesim.planner.serving_plan import serving_plan_json_schema
