@@ -220,7 +220,7 @@ class GroupExecutor:
             self.lateness.met_SR[:] = finish_SR
 
     def pass_on(self) -> None:
-        """An action has ended and the next has not begun: all transfers are over, and their spans may go."""
+        """An action has ended that is not the last: all transfers are over, and their spans may go."""
         if self.recorder.pass_on():
             self._transfer_span = -1
 

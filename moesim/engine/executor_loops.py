@@ -103,6 +103,17 @@ def _lengthen(
 
 
 @numba.njit(cache=True)
+def _add_seconds(work_R: FloatArray, seconds_R: FloatArray) -> None:
+    """Adds the seconds of every rank, or (one entry) of all."""
+    if len(seconds_R) == 1:
+        for rank in range(len(work_R)):
+            work_R[rank] += seconds_R[0]
+    else:
+        for rank in range(len(work_R)):
+            work_R[rank] += seconds_R[rank]
+
+
+@numba.njit(cache=True)
 def _kernel(
     clocks_KSR: FloatArray, step_C: NDArray[np.int64], seconds_Q: FloatArray, place: int, beside_F3R: FloatArray,
     open_span: int, row: int, sample: int, ranks: int, start_GSR: FloatArray, finish_GSR: FloatArray, own_GSR: Own,
@@ -114,22 +125,34 @@ def _kernel(
     start_R, finish_R, own_R = start_GSR[row, sample], finish_GSR[row, sample], own_GSR[row, sample]
     if step_C[FIRST]:
         for rank in range(ranks):
-            begun_R[rank] = compute_R[rank] = max(chain_R[rank], compute_R[rank])
+            begun_R[rank] = max(chain_R[rank], compute_R[rank])
+        for rank in range(ranks):
+            compute_R[rank] = begun_R[rank]
             work_R[rank] = lost_R[rank] = 0.0
     stride, kinds, family = step_C[STRIDE_R], beside_F3R.shape[2], step_C[FAMILY]
+    is_open = False
     for rank in range(ranks):
-        before, last = work_R[rank], compute_R[rank]
-        work = before + seconds_Q[place + rank * stride]
-        if last < until_R[rank]:
-            beside_3 = beside_F3R[family, :, min(rank, kinds - 1)]
-            longer, lost = _lose(beside_3, last, opened_R[rank], until_R[rank], work - before)
-            lost_R[rank] += lost
-            if longer > 0.0:
-                _lengthen(clocks_KSR, open_span, longer, sample, rank, finish_GSR, own_GSR)
-        finish = work + begun_R[rank] + lost_R[rank]
-        start_R[rank], finish_R[rank], own_R[rank] = last, finish, finish - last
-        work_R[rank] = work
-        chain_R[rank] = compute_R[rank] = finish
+        is_open |= compute_R[rank] < until_R[rank]
+    if is_open:
+        for rank in range(ranks):
+            last, seconds = compute_R[rank], seconds_Q[place + rank * stride]
+            if last < until_R[rank]:
+                beside_3 = beside_F3R[family, :, min(rank, kinds - 1)]
+                work = work_R[rank] + seconds - work_R[rank]
+                longer, lost = _lose(beside_3, last, opened_R[rank], until_R[rank], work)
+                lost_R[rank] += lost
+                if longer > 0.0:
+                    _lengthen(clocks_KSR, open_span, longer, sample, rank, finish_GSR, own_GSR)
+    # Short loops, each over a few arrays: these are what a compiler makes vector instructions of.
+    _add_seconds(work_R[:ranks], seconds_Q[place : place + 1 + (ranks - 1) * stride])
+    for rank in range(ranks):
+        start_R[rank] = compute_R[rank]
+    for rank in range(ranks):
+        compute_R[rank] = work_R[rank] + begun_R[rank] + lost_R[rank]
+    for rank in range(ranks):
+        finish_R[rank] = chain_R[rank] = compute_R[rank]
+    for rank in range(ranks):
+        own_R[rank] = compute_R[rank] - start_R[rank]
 
 
 @numba.njit(cache=True)

@@ -279,7 +279,9 @@ class _Step:
                 if self.ports is not None:
                     arrival_SR = yield from self.ports.receive(group, p2p, sent_SR, arrival_SR)
                 arrived.append((p2p_label(p2p), sent_SR, arrival_SR))
-            executor.pass_on()
+            is_last = number == len(group.tasks) - 1
+            if is_last:
+                executor.recorder.stay()
             executor.begin(arrived)
             if self.ports is not None:
                 self.ports.before(group)
@@ -292,9 +294,11 @@ class _Step:
                 if self.ports is not None:
                     self.ports.sent(group, sent.p2p, finish_SR)
                 self._send(group, sent, finish_SR)
-            if number in due and number < len(group.tasks) - 1:
+            if number in due and not is_last:
                 times = executor.last_begin_SR, executor.done_SR
                 reducing = self.env.process(self._reduce_early(group, executor, due[number], times, reducing))
+            if not is_last:
+                executor.pass_on()
         executor.settle_collectives()
         if self.ports is not None:
             self.ports.end(group)
@@ -463,12 +467,18 @@ def _passing_recorders(
 ) -> list[SummingRecorder]:
     """Recorders that pass spans on; `kept`: the numbers of groups whose spans of sample 0 they keep."""
     recorders, book = [], LabelBook(labels.all)
+    most = max(program.rows_at_once(group) for group in program.groups)
+    rooms: dict[int, SpanRecorder] = {}  # by ranks of a group
     for group in program.groups:
+        ranks = len(group.ranks_R)
+        if ranks not in rooms:
+            rooms[ranks] = SpanRecorder(rows=most, samples=program.samples, ranks=ranks)
         whole = None
         if group.number in kept:
-            whole = SpanRecorder(rows=program.rows(group), samples=1, ranks=len(group.ranks_R))
+            whole = SpanRecorder(rows=program.rows(group), samples=1, ranks=ranks)
         sums = SpanSums(group.ranks_R, samples=program.samples, book=book, with_waits=with_waits)
-        recorders.append(SummingRecorder(rows=program.rows_at_once(group), sums=sums, kept=whole))
+        rows = program.rows_at_once(group)
+        recorders.append(SummingRecorder(rows=rows, sums=sums, room=rooms[ranks], kept=whole))
     return recorders
 
 

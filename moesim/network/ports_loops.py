@@ -169,27 +169,29 @@ def fill(
     ports_SP2: FloatArray,
 ) -> None:
     """Writes what the flows cost at the ports of one table; see SideLoads.fill."""
-    num_flows = len(pace_F)
+    num_flows, width = len(pace_F), flow_TW.shape[1]
+    flow_W, alone_W, level_W = np.empty(width, dtype=np.int64), np.empty(width), np.empty(width)
     for sample in range(len(bytes_SF)):
         for row in range(len(port_T)):
-            total, latency = 0.0, -np.inf
+            total, latency, count = 0.0, -np.inf, 0
             for flow in flow_TW[row]:
                 if flow < num_flows:
-                    seconds_SF[sample, flow] = bytes_SF[sample, flow] * pace_F[flow]
-                    total += seconds_SF[sample, flow]
+                    seconds = bytes_SF[sample, flow] * pace_F[flow]
+                    seconds_SF[sample, flow], level_SF[sample, flow] = seconds, -np.inf
+                    total += seconds
                     if bytes_SF[sample, flow] > 0:
                         latency = max(latency, latency_F[flow])
+                        flow_W[count], alone_W[count] = flow, seconds
+                        count += 1
             ports_SP2[sample, port_T[row], 0] = total
             ports_SP2[sample, port_T[row], 1] = latency
-            for flow in flow_TW[row]:
-                if flow < num_flows:
-                    level = -np.inf
-                    if bytes_SF[sample, flow] > 0:
-                        level = 0.0
-                        for other in flow_TW[row]:
-                            if other < num_flows:
-                                level += min(seconds_SF[sample, other], seconds_SF[sample, flow])
-                    level_SF[sample, flow] = level
+            level_W[:count] = 0.0
+            for other in range(count):  # the outer loop: then the inner one is over neighbours in memory
+                alone = alone_W[other]
+                for place in range(count):
+                    level_W[place] += min(alone, alone_W[place])
+            for place in range(count):
+                level_SF[sample, flow_W[place]] = level_W[place]
 
 
 @numba.njit(cache=True)
@@ -281,20 +283,27 @@ def add_transfers(
 ) -> None:
     """`moesim.network.rank_ports.Windows.add_transfers`, from row `place` on."""
     samples, ports, ranks = seconds_BSKR.shape[1:]
+    length_R, times = np.empty(ranks), samples * ranks
     for index in range(len(rows_N)):
         row, number, row_F = rows_N[index], number_N[index], rows_WF[place + index]
-        opens, closes, column = np.inf, -np.inf, 2
+        opens, closes = np.inf, -np.inf
         for sample in range(samples):
+            finish_R, own_R = finish_NSR[row, sample], own_NSR[row, sample]
+            longest_R, start_R = longest_BSR[number, sample], start_NSR[row, sample]
             for rank in range(ranks):
-                finish = finish_NSR[row, sample, rank]
-                length = max(longest_BSR[number, sample, rank], float(own_NSR[row, sample, rank]))
-                opens, closes = min(opens, start_NSR[row, sample, rank]), max(closes, finish)
-                row_F[column], row_F[column + samples * ranks] = finish - length, finish
-                share = 2 + samples * ranks * 2 + sample * ports * ranks + rank
-                for port in range(ports):
-                    seconds = seconds_BSKR[number, sample, port, rank]
-                    row_F[share + port * ranks] = seconds / length if seconds > 0.0 else 0.0
-                column += 1
+                length_R[rank] = max(longest_R[rank], float(own_R[rank]))
+                opens, closes = min(opens, start_R[rank]), max(closes, finish_R[rank])
+            first = 2 + sample * ranks
+            begin_R, end_R = row_F[first : first + ranks], row_F[first + times : first + times + ranks]
+            for rank in range(ranks):
+                begin_R[rank] = finish_R[rank] - length_R[rank]
+            for rank in range(ranks):
+                end_R[rank] = finish_R[rank]
+            for port in range(ports):
+                first = 2 + times * 2 + (sample * ports + port) * ranks
+                share_R, seconds_R = row_F[first : first + ranks], seconds_BSKR[number, sample, port]
+                for rank in range(ranks):
+                    share_R[rank] = seconds_R[rank] / length_R[rank] if seconds_R[rank] > 0.0 else 0.0
         row_F[0], row_F[1] = opens, closes
 
 

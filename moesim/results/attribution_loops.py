@@ -98,23 +98,31 @@ def add_attribution(
     order_G, first_K = np.empty(rows, dtype=np.int64), np.empty(_STREAMS + 1, dtype=np.int64)
     _by_stream(stream_G, order_G, first_K)
     begin_G, end_G, other_begin_G, other_end_G = np.empty(rows), np.empty(rows), np.empty(rows), np.empty(rows)
-    start_G, finish_G, added_C = np.empty(rows), np.empty(rows), np.empty(len(seconds_CSR))
+    start_G, finish_G, added_CR = np.empty(rows), np.empty(rows), np.empty((len(seconds_CSR), ranks))
+    last_R, computed_R = np.empty(ranks), np.empty(ranks)
     for sample in range(samples):
         alike = _are_equal(finish_GSR, sample) and _are_equal(start_GSR, sample) and _are_equal(own_GSR, sample)
         for rank in range(1, ranks):
             alike = alike and since_SR[sample, rank] == since_SR[sample, 0]
-        for rank in range(1 if alike else ranks):
-            last = max(since_SR[sample, rank], until_S[sample])
-            for row in range(rows):
-                last = max(last, finish_GSR[row, sample, rank])
-            added_C[:] = 0.0
-            count, computed = 0, 0.0
+        width = 1 if alike else ranks
+        added_CR[:], computed_R[:] = 0.0, 0.0
+        for rank in range(width):
+            last_R[rank] = max(since_SR[sample, rank], until_S[sample])
+        for row in range(rows):
+            for rank in range(width):
+                last_R[rank] = max(last_R[rank], finish_GSR[row, sample, rank])
+        for place in range(first_K[_COMPUTE], first_K[_COMPUTE + 1]):
+            row = order_G[place]
+            added_R = added_CR[category_G[row]]
+            for rank in range(width):
+                seconds = finish_GSR[row, sample, rank] - start_GSR[row, sample, rank]
+                added_R[rank] += seconds
+                computed_R[rank] += seconds
+        for rank in range(width):
+            count, last = 0, last_R[rank]
             for place in range(first_K[_COMPUTE], first_K[_COMPUTE + 1]):
                 row = order_G[place]
-                start, finish = start_GSR[row, sample, rank], finish_GSR[row, sample, rank]
-                added_C[category_G[row]] += finish - start
-                computed += finish - start
-                count = _join(begin_G, end_G, count, start, finish)
+                count = _join(begin_G, end_G, count, start_GSR[row, sample, rank], finish_GSR[row, sample, rank])
             for stream in range(_COMPUTE + 1, _BACKGROUND):
                 spans, at = first_K[stream + 1] - first_K[stream], 0
                 if spans == 0:
@@ -128,20 +136,20 @@ def add_attribution(
                     own = min(float(own_GSR[row, sample, rank]), finish - start)
                     exposed = finish - start - _covered(begin_G, end_G, count, at, start, finish)
                     exposed_own = own - _covered(begin_G, end_G, count, at, finish - own, finish)
-                    added_C[category_G[row]] += exposed_own
-                    added_C[_WAIT] += exposed - exposed_own
+                    added_CR[category_G[row], rank] += exposed_own
+                    added_CR[_WAIT, rank] += exposed - exposed_own
                 count = _united(begin_G, end_G, count, start_G, finish_G, spans, other_begin_G, other_end_G)
                 begin_G, other_begin_G = other_begin_G, begin_G
                 end_G, other_end_G = other_end_G, end_G
             idle = last - since_SR[sample, rank]
             for place in range(count):
                 idle -= end_G[place] - begin_G[place]
-            added_C[_BUBBLE] += idle
+            added_CR[_BUBBLE, rank] += idle
             for one in range(rank, ranks if alike else rank + 1):
-                compute_SR[sample, one] += computed
+                compute_SR[sample, one] += computed_R[rank]
                 since_SR[sample, one] = last
-                for category in range(len(added_C)):
-                    seconds_CSR[category, sample, one] += added_C[category]
+                for category in range(len(added_CR)):
+                    seconds_CSR[category, sample, one] += added_CR[category, rank]
 
 
 @numba.njit(cache=True)
@@ -196,10 +204,12 @@ def add_busy(
     """Adds the seconds of an action of rows `first` to `last` - 1: see `critical_path.seconds_of_action`."""
     while first < last and micro_batch_G[first] < 0:
         first += 1
-    for sample in range(busy_SR.shape[0]):
-        for rank in range(busy_SR.shape[1] if first < last else 0):
-            start, finish = np.inf, -np.inf
-            for row in range(first, last):
-                start = min(start, start_GSR[row, sample, rank])
-                finish = max(finish, finish_GSR[row, sample, rank])
-            busy_SR[sample, rank] += finish - start
+    start_R, finish_R = np.empty(busy_SR.shape[1]), np.empty(busy_SR.shape[1])
+    for sample in range(busy_SR.shape[0] if first < last else 0):
+        start_R[:], finish_R[:] = np.inf, -np.inf
+        for row in range(first, last):
+            for rank in range(len(start_R)):
+                start_R[rank] = min(start_R[rank], start_GSR[row, sample, rank])
+                finish_R[rank] = max(finish_R[rank], finish_GSR[row, sample, rank])
+        for rank in range(len(start_R)):
+            busy_SR[sample, rank] += finish_R[rank] - start_R[rank]

@@ -1,8 +1,9 @@
 """What the spans of a rank group come to, without keeping them: of a large step they would fill gigabytes.
 
 Actions follow each other: no span of an action begins before the last one of the action before ended, so that sums over
-actions are sums over the step. A rank group passes each action's spans on when the next begins, and keeps the last, in
-whose time collectives between groups may begin.
+actions are sums over the step. A rank group passes each action's spans on when it has ended, and keeps the last, in
+whose time collectives between groups may begin. Until then all groups write into the same rows, which so stay in the
+cache.
 
 Legend: N spans at hand, S routing samples, R ranks of the group, C categories, L labels, P pipeline ranks.
 """
@@ -145,16 +146,29 @@ class SpanSums:
 
 
 class SummingRecorder(SpanRecorder):
-    """Holds the spans of the action at hand, and passes those of earlier ones on to sums.
+    """Holds the spans of the action at hand, and passes them on to sums.
 
-    `kept`: where the spans of sample 0 are kept whole, too.
+    `room`: the rows that all groups of so many ranks write into, one action after the other; rows of its own take the
+    last action's. `kept`: where the spans of sample 0 are kept whole, too.
     """
 
-    def __init__(self, *, rows: int, sums: SpanSums, kept: SpanRecorder | None = None) -> None:
+    def __init__(self, *, rows: int, sums: SpanSums, room: SpanRecorder, kept: SpanRecorder | None = None) -> None:
         samples, ranks = sums.since_SR.shape
-        super().__init__(rows=rows, samples=samples, ranks=ranks)
-        self._sums, self._kept = sums, kept
+        super().__init__(rows=0, samples=samples, ranks=ranks)
+        assert len(room.label_N) >= rows, "the longest action of all"
+        self._write_into(room)
+        self._rows, self._sums, self._kept = rows, sums, kept
         self._since_R = np.zeros(ranks)
+
+    def _write_into(self, room: SpanRecorder) -> None:
+        self.label_N, self.micro_batch_N = room.label_N, room.micro_batch_N
+        self.start_NSR, self.finish_NSR, self.own_NSR = room.start_NSR, room.finish_NSR, room.own_NSR
+
+    def stay(self) -> None:
+        """The last action follows."""
+        assert not self.count, "all actions before it were passed on"
+        samples, ranks = self._sums.since_SR.shape
+        self._write_into(SpanRecorder(rows=self._rows, samples=samples, ranks=ranks))
 
     def pass_on(self) -> bool:
         """What is here goes on: all that comes begins later."""

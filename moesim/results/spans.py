@@ -197,8 +197,11 @@ class SpanRecorder:
         self.actions: list[ActionRows] = []
 
     def pass_on(self) -> bool:
-        """Called when an action ends and the next has not begun: whether the rows so far are gone."""
+        """Called when an action has ended and is not the last: whether the rows so far are gone."""
         return False
+
+    def stay(self) -> None:
+        """Called before the last action: its rows are asked for later."""
 
     def end_action(self, passes: tuple[str, ...], micro_batches: tuple[int, ...]) -> None:
         """The rows since the last action ended belong to this one."""
