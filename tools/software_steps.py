@@ -29,7 +29,7 @@ from moesim.strict_json import json_text, parse_json
 
 DATA = Path(__file__).parent.parent / "tests" / "data" / "software_steps.json.gz"
 # What a launch takes on the host of the measured machine with Megatron-Core's Python, over the profile's: with `expert`
-# of moesim/program/torch_host.py the only number that these steps gave, those that are not marked blind.
+# of moesim/program/host.py the only number that these steps gave, those that are not marked blind.
 HOST_FACTOR = 5.5
 OWN = {"attention": "fused", "expert_products": "grouped", "repeat_keys": False}  # kernels that replace Megatron's
 NAMES = {"core_attn": "core_attention", "mlp": "dense_ffn"}  # words of recomputation

@@ -37,7 +37,7 @@ from moesim.engine.segments import (
 from moesim.kernels import Beside, slowed_at
 from moesim.kernels.jitter import NO_JITTER, Jitter
 from moesim.program.changes import ChangingTransfer
-from moesim.program.group_collectives import PeerCollective
+from moesim.program.collectives import PeerCollective
 from moesim.program.host import FREE_HOST, HostModel
 from moesim.program.operations import MAIN, NUM_CHAINS, SIDE, Kind, Run, Transfer
 from moesim.program.step_program import FREE, FREE_BESIDE

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from moesim.kernels.jitter import Jitter, expected_most, spread_of_most
 from moesim.program.changes import ChangingTransfer
-from moesim.program.group_collectives import PeerCollective, RingHop, SideBySide
+from moesim.program.collectives import PeerCollective, RingHop, SideBySide
 from moesim.program.operations import Transfer
 
 FloatArray = NDArray[np.float64]

@@ -22,9 +22,9 @@ from moesim.engine.executor_steps import Labels
 from moesim.kernels import BesideSend
 from moesim.network import RankPorts
 from moesim.network.rank_ports import Busy, Windows, through
-from moesim.program.group_collectives import PeerCollective
+from moesim.program.collectives import PeerCollective
+from moesim.program.contention import each_port_seconds, port_shares
 from moesim.program.operations import Kind, Operation, Transfer
-from moesim.program.ports import each_port_seconds, port_shares
 from moesim.program.step_program import GroupProgram
 from moesim.results.spans import SpanRecorder
 

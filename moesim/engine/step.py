@@ -30,9 +30,9 @@ from moesim.engine.step_ports import StepPorts
 from moesim.kernels import Beside, slowed_at
 from moesim.kernels.jitter import NO_JITTER
 from moesim.network.contention import LinkUse
+from moesim.program.collectives import Reduction, last_arrivals
 from moesim.program.contention import TINY, samples_of
 from moesim.program.operations import Run
-from moesim.program.reductions import Reduction, last_arrivals
 from moesim.program.step_program import (
     GroupProgram,
     Sent,

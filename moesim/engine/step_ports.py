@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from moesim.engine.executor import GroupExecutor
 from moesim.engine.ports_in_use import NextKernel, PortsInUse
 from moesim.engine.shared_links import TIE, Carried
-from moesim.program.reductions import Reduction, last_arrivals
+from moesim.program.collectives import Reduction, last_arrivals
 from moesim.program.step_program import GroupProgram, Place, SharedPorts
 from moesim.schedules import P2P
 

@@ -1,4 +1,9 @@
-"""Numbers, lists and stages written as expressions, both ways: worked out from their syntax, never run as code."""
+"""Numbers, lists and stages written as expressions, both ways: worked out from their syntax, never run as code.
+
+Megatron-LM's strings of pipeline stages are such as `Et*3|(tt|)*29|mL`. E is the embedding, t a layer, m a layer of
+multi-token prediction, L the loss; | ends a stage, x*N repeats one letter and (...)*N a part. Stages are listed along
+the model, so that rank r of P holds stages r, r + P, and so on.
+"""
 
 import ast
 import operator

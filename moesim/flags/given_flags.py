@@ -1,4 +1,7 @@
-"""The flags of a launch script or of a YAML file, as they were given: names, words behind them, places."""
+"""The flags of a launch script or of a YAML file, as they were given: names, words behind them, places.
+
+YAML files also use the names of Megatron-Core's and of Megatron-Bridge's fields, where these differ from flags.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,7 @@
-"""The flags of Megatron-LM for model, router and capacity, both ways: read with its own defaults, and written."""
+"""The flags of Megatron-LM for model, router and capacity, both ways: read with its own defaults, and written.
+
+Flags state the router and its balance, not how it routes: what a launch is simulated with is a choice.
+"""
 
 from typing import Any, Literal
 

@@ -2,6 +2,7 @@
 
 What only a run would know is kept as a mark in the text: `unset` of a variable that the script does not set, `unknown`
 of a command's output or of what depends on it. Whoever needs the value refuses the mark; all others may ignore it.
+Whether a test holds ([ ], [[ ]], (( )), true and false) is told where it follows from the text.
 """
 
 import re

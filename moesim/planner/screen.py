@@ -24,10 +24,10 @@ from moesim.planner.layer_times import (
     prepare_pipeline,
     short_micro_batches,
 )
+from moesim.program.collectives import Reduction
 from moesim.program.operations import Operation
 from moesim.program.optimizer import optimizer_block
 from moesim.program.parameters import ParameterGroups
-from moesim.program.reductions import Reduction
 from moesim.program.scenario_fabric import scenario_fabric
 from moesim.program.software import kernel_list
 from moesim.program.writer import KernelWriter

@@ -25,13 +25,11 @@ from moesim.program.gemms import (
     row_parallel,
     scatter_tokens,
 )
-from moesim.program.norms import branch, norm, residual
+from moesim.program.host import backward, forward
+from moesim.program.norms_and_rotary import branch, norm, residual, rotary
 from moesim.program.operations import SIDE, Operation, fork, join
-from moesim.program.rotary import rotary
 from moesim.program.sizes import Passes, Step, chain, repeated_whole
-from moesim.program.torch_host import backward, forward
-from moesim.program.torch_kernels import BF16, FP32, accumulated, copied, issued, moved, reordered
-from moesim.program.writer import KernelWriter
+from moesim.program.writer import BF16, FP32, KernelWriter, accumulated, copied, reordered
 from moesim.results.spans import Collective, Part, Phase
 from moesim.scenario.model import LocalGlobal, Mla
 
@@ -44,7 +42,7 @@ def _repeated(w: KernelWriter, name: str, step: Step, *, narrow: int, wide: int)
     bytes_ = float(BF16 * tokens * (narrow + wide))
     return (
         [reordered(w, name, forward("view", "view", "cat"), numbers=tokens * wide)],
-        [moved(w.backward, name, "reduce", backward("reduce", "view", "view"), bytes_=bytes_)],
+        [w.backward.moved(name, "reduce", backward("reduce", "view", "view"), bytes_=bytes_)],
     )
 
 
@@ -96,7 +94,7 @@ def _joined(w: KernelWriter, step: Step) -> Passes:
     model, d = step.model, step.model.head_dim
     wide, narrow = step.heads * d, step.kv_heads * d
     whole = 2.0 * BF16 * step.gathered_tokens * (wide + 2 * narrow)
-    pieces = [moved(w.backward, "qkv.pieces", "copy", backward("cat"), bytes_=whole)]
+    pieces = [w.backward.moved("qkv.pieces", "copy", backward("cat"), bytes_=whole)]
     product = chain(
         column_parallel(w, "qkv", step, k=model.hidden, n=(model.heads + 2 * model.kv_heads) * d),
         ([], [] if step.switches.layout_copies == "none" else pieces),
@@ -165,7 +163,7 @@ def _latent(w: KernelWriter, step: Step, mla: Mla) -> Passes:
 
 def _joined_gradient(w: KernelWriter, numbers: int) -> Operation:
     """Of the compressed keys and values, from its two pieces."""
-    return moved(w.backward, "latent", "copy", backward("cat"), bytes_=2.0 * BF16 * numbers)
+    return w.backward.moved("latent", "copy", backward("cat"), bytes_=2.0 * BF16 * numbers)
 
 
 def _latent_rotary(w: KernelWriter, step: Step, rope: int) -> Passes:
@@ -181,8 +179,8 @@ def _joined_keys(w: KernelWriter, step: Step, *, rope: int) -> Passes:
     """Keys from what is expanded and from the part with a position, which all heads share, in one kernel; and back."""
     numbers = step.gathered_tokens * (step.heads * (2 * step.model.head_dim + rope) + rope)
     bytes_ = JOINED * BF16 * numbers
-    return [moved(w, "k.join", "copy", forward("cat"), bytes_=bytes_)], [
-        moved(w.backward, "k.join", "copy", backward("cat"), bytes_=bytes_)
+    return [w.moved("k.join", "copy", forward("cat"), bytes_=bytes_)], [
+        w.backward.moved("k.join", "copy", backward("cat"), bytes_=bytes_)
     ]
 
 
@@ -198,7 +196,7 @@ def _pieces(w: KernelWriter, name: str, step: Step, *, width: int, again: int, j
         return joined or ([], [])
     forward_pass, backward_pass = copied(w, name, tokens * width)
     if step.switches.layout_copies == "double":
-        late = moved(w.backward, f"{name}.again", "copy", backward("cat", "view"), bytes_=2.0 * BF16 * tokens * again)
+        late = w.backward.moved(f"{name}.again", "copy", backward("cat", "view"), bytes_=2.0 * BF16 * tokens * again)
         backward_pass = [*backward_pass, late]
     return forward_pass, backward_pass
 
@@ -222,9 +220,8 @@ def _attend(w: KernelWriter, step: Step, attend: "partial[Operation]") -> Callab
     """A kernel of attention with what it costs the host; one that draws a random number for each score is slower."""
 
     def kernel(name: str, **sizes: object) -> Operation:
-        operation = attend(name, **sizes)
         is_back = sizes.get("direction") == "backward"
-        operation = issued(operation, (backward if is_back else forward)("attention"))
+        operation = attend(name, (backward if is_back else forward)("attention"), **sizes)
         if step.switches.dropout and operation.seconds_MSR is not None:
             slower = operation.seconds_MSR * DROPOUT["backward" if is_back else "forward"]
             return replace(operation, seconds_MSR=slower)
@@ -243,33 +240,33 @@ def _unfused_attention(w: KernelWriter, step: Step, *, head_dim: int, value_dim:
     back = w.backward
     in_fp32 = (
         [
-            moved(w, "attention.widen", "cast", forward("cast"), bytes_=(BF16 + FP32) * scores),
-            moved(w, "attention.mask", "mul", forward("plain"), bytes_=float(SINGLY[FP32]) * scores),
-            moved(w, "attention.softmax", "softmax", forward("softmax"), bytes_=2 * FP32 * scores),
-            moved(w, "attention.narrow", "elementwise", forward("cast"), bytes_=(BF16 + FP32) * scores),
+            w.moved("attention.widen", "cast", forward("cast"), bytes_=(BF16 + FP32) * scores),
+            w.moved("attention.mask", "mul", forward("plain"), bytes_=float(SINGLY[FP32]) * scores),
+            w.moved("attention.softmax", "softmax", forward("softmax"), bytes_=2 * FP32 * scores),
+            w.moved("attention.narrow", "elementwise", forward("cast"), bytes_=(BF16 + FP32) * scores),
         ],
         [
-            moved(back, "attention.widen", "cast", backward("cast"), bytes_=(BF16 + FP32) * scores),
-            *[moved(back, "attention.softmax", "elementwise", backward("mul"), bytes_=3 * FP32 * scores)] * 2,
-            moved(back, "attention.mask.copy", "copy", backward("mul") / 2, bytes_=2 * FP32 * scores),
-            moved(back, "attention.mask", "mul", backward("mul") / 2, bytes_=float(SINGLY[FP32]) * scores),
-            moved(back, "attention.narrow", "elementwise", backward("cast"), bytes_=(BF16 + FP32) * scores),
+            back.moved("attention.widen", "cast", backward("cast"), bytes_=(BF16 + FP32) * scores),
+            *[back.moved("attention.softmax", "elementwise", backward("mul"), bytes_=3 * FP32 * scores)] * 2,
+            back.moved("attention.mask.copy", "copy", backward("mul") / 2, bytes_=2 * FP32 * scores),
+            back.moved("attention.mask", "mul", backward("mul") / 2, bytes_=float(SINGLY[FP32]) * scores),
+            back.moved("attention.narrow", "elementwise", backward("cast"), bytes_=(BF16 + FP32) * scores),
         ],
     )
     in_bf16 = (
         [
-            moved(w, "attention.mask", "elementwise", forward("plain"), bytes_=2 * BF16 * scores),
-            moved(w, "attention.softmax", "softmax", forward("softmax"), bytes_=2 * BF16 * scores),
+            w.moved("attention.mask", "elementwise", forward("plain"), bytes_=2 * BF16 * scores),
+            w.moved("attention.softmax", "softmax", forward("softmax"), bytes_=2 * BF16 * scores),
         ],
         [
-            moved(back, "attention.softmax", "softmax_backward", backward("softmax"), bytes_=3 * BF16 * scores),
-            moved(back, "attention.mask", "elementwise", backward("mul"), bytes_=2 * BF16 * scores),
+            back.moved("attention.softmax", "softmax_backward", backward("softmax"), bytes_=3 * BF16 * scores),
+            back.moved("attention.mask", "elementwise", backward("mul"), bytes_=2 * BF16 * scores),
         ],
     )
     drop = (2.0 * BF16 + 1) * scores  # with one byte of the mask
     dropout = (
-        [moved(w, "attention.dropout", "elementwise", forward("mul"), bytes_=drop)],
-        [moved(back, "attention.dropout", "elementwise", backward("mul"), bytes_=drop)],
+        [w.moved("attention.dropout", "elementwise", forward("mul"), bytes_=drop)],
+        [back.moved("attention.dropout", "elementwise", backward("mul"), bytes_=drop)],
     )
     softmax = in_fp32 if step.switches.attention == "fp32" else in_bf16
     return chain(products, softmax, dropout if step.switches.dropout else ([], []), sums)

@@ -18,18 +18,15 @@ from moesim.kernels.families import FAMILIES
 from moesim.kernels.jitter import NO_JITTER, Jitter
 from moesim.network import Fabric, group_shape, send_recv_seconds
 from moesim.parallel import Mesh
-from moesim.program.compiling import pays_for_compiled_loops
-from moesim.program.contention import find_contention
-from moesim.program.equal_groups import equal_group_numbers
-from moesim.program.group_collectives import GroupLinks
+from moesim.program.collectives import GroupLinks, Reduction
+from moesim.program.contention import find_contention, shared_ports
 from moesim.program.host import FREE_HOST, HostModel
 from moesim.program.loads import RoutingSample, group_loads
 from moesim.program.operations import Block, Run
 from moesim.program.optimizer import optimizer_block
 from moesim.program.parameters import EarlyGather, ParameterGroups
-from moesim.program.ports import shared_ports
-from moesim.program.rank_kinds import BlocksOf, RankKinds
-from moesim.program.reductions import Reduction
+from moesim.program.rank_kinds import BlocksOf, RankKinds, equal_group_numbers
+from moesim.program.scenario_fabric import pays_for_compiled_loops
 from moesim.program.software import kernel_list
 from moesim.program.stage import FIRST, Kinds, StagePlan, source_seconds, stage_blocks, tensor_bytes
 from moesim.program.step_program import FREE, FREE_BESIDE, GroupProgram, Sent, StepProgram, Task

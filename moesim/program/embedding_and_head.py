@@ -4,12 +4,11 @@ import math
 
 from moesim.kernels.unprofiled import SINGLY
 from moesim.program.gemms import ACTIVATION_BYTES, collective, column_parallel, gather_tokens, scatter_tokens
-from moesim.program.norms import norm
+from moesim.program.host import backward, forward
+from moesim.program.norms_and_rotary import norm
 from moesim.program.operations import Operation
 from moesim.program.sizes import Passes, Step, chain
-from moesim.program.torch_host import backward, forward
-from moesim.program.torch_kernels import BF16, FP32, issued, moved, small
-from moesim.program.writer import KernelWriter
+from moesim.program.writer import BF16, FP32, KernelWriter
 from moesim.results.spans import Collective, Part, Phase
 from moesim.scenario.base import BYTES_PER_ELEMENT
 
@@ -33,10 +32,10 @@ def embedding_part(w: KernelWriter, step: Step) -> Passes:
     By torch its gradient starts from a table of zeros; tables of positions, where a step makes them once.
     """
     rows, width = step.gathered_tokens, step.model.hidden
-    ahead = issued(w.memory("embedding", "embedding", rows=rows, width=width), forward("module", "index_select"))
+    ahead = w.memory("embedding", "embedding", forward("module", "index_select"), rows=rows, width=width)
     kind = "embedding" if step.switches.embedding == "gather" else "embedding_backward"
-    back = issued(w.backward.memory("embedding", kind, rows=rows, width=width), backward("index_select"))
-    tables = [small(w, "positions", forward(*["plain"] * 18), count=18)] if step.switches.rotary == "cached" else []
+    back = w.backward.memory("embedding", kind, backward("index_select"), rows=rows, width=width)
+    tables = [w.small("positions", forward(*["plain"] * 18), count=18)] if step.switches.rotary == "cached" else []
     return (
         [ahead, *scatter_tokens(w, "embedding.scatter", step, width=width), *tables],
         [*gather_tokens(w.backward, "embedding.gather", step, width=width), back],
@@ -51,7 +50,7 @@ def head_part(w: KernelWriter, step: Step) -> Passes:
     more: Passes = ([], [])
     if chunks > 1:
         late, size = w.during(Phase.WEIGHT_GRADIENT), 3.0 * BF16 * columns * model.hidden
-        more = ([], [moved(late, "head.chunks", "elementwise", backward("accumulate"), bytes_=(chunks - 1) * size)])
+        more = ([], [late.moved("head.chunks", "elementwise", backward("accumulate"), bytes_=(chunks - 1) * size)])
     return chain(
         norm(w, "final_norm", step, tokens=step.tokens, width=model.hidden), more, logits, _loss(w.at(Part.LOSS), step)
     )
@@ -83,15 +82,17 @@ def _in_fp32(w: KernelWriter, step: Step) -> Passes:
     """A copy in fp32, torch's cross entropy of it, and the gradient back in bf16."""
     tokens, columns = step.gathered_tokens, math.ceil(step.model.vocab / step.tensor)
     cast = float(BF16 + FP32) * tokens * columns
-    loss = w.memory("cross_entropy", "cross_entropy_fp32", rows=tokens, width=columns)
-    loss_back = w.backward.memory("cross_entropy", "cross_entropy_fp32_backward", rows=tokens, width=columns)
+    shape, name = {"rows": tokens, "width": columns}, "cross_entropy"
     return chain(
         (
-            [moved(w, "logits.cast", "cast", forward("view", "cast"), bytes_=cast)],
-            [moved(w.backward, "logits.cast", "elementwise", backward("cast", "view"), bytes_=cast)],  # vectorised
+            [w.moved("logits.cast", "cast", forward("view", "cast"), bytes_=cast)],
+            [w.backward.moved("logits.cast", "elementwise", backward("cast", "view"), bytes_=cast)],  # vectorised
         ),
-        ([issued(loss, forward("cross_entropy"))], [issued(loss_back, backward("cross_entropy"))]),
-        ([small(w, "loss", forward("mul"))], [small(w.backward, "loss", backward("mul", "mul"), count=2)]),
+        (
+            [w.memory(name, "cross_entropy_fp32", forward(name), **shape)],
+            [w.backward.memory(name, "cross_entropy_fp32_backward", backward(name), **shape)],
+        ),
+        ([w.small("loss", forward("mul"))], [w.backward.small("loss", backward("mul", "mul"), count=2)]),
     )
 
 
@@ -99,11 +100,11 @@ def _step_by_step(w: KernelWriter, step: Step) -> Passes:
     """In fp32 kernel by kernel, the last result in place of the logits, and the gradient back in bf16."""
     logits = float(step.gathered_tokens * math.ceil(step.model.vocab / step.tensor))
     ahead: list[Operation] = [
-        moved(w, f"cross_entropy.{name}", kind, forward(call), bytes_=bytes_ * logits)
+        w.moved(f"cross_entropy.{name}", kind, forward(call), bytes_=bytes_ * logits)
         for name, kind, bytes_, call in PARALLEL
     ]
     back = [
-        moved(w.backward, f"cross_entropy.{name}", kind, backward(call), bytes_=bytes_ * logits)
+        w.backward.moved(f"cross_entropy.{name}", kind, backward(call), bytes_=bytes_ * logits)
         for name, kind, bytes_, call in PARALLEL_BACKWARD
     ]
     return ahead, back

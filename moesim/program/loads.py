@@ -18,7 +18,7 @@ from moesim.network import Fabric, prepare_combine, prepare_dispatch
 from moesim.parallel import ExpertPlacement, Mesh, TrafficArrays, token_bytes
 from moesim.parallel.arrays import copies_out, held_copies, stage_copies
 from moesim.parallel.expert_map import ExpertMap
-from moesim.program.group_collectives import Peers, SideBySide, set_of_place
+from moesim.program.collectives import Peers, SideBySide, set_of_place
 from moesim.program.operations import Transfer
 from moesim.program.scenario_fabric import sharing_model
 from moesim.scenario import Scenario
@@ -55,7 +55,7 @@ class LayerLoads:
     into its send buffer (copies for itself included). `copies_in_MSR`: copies that reach a rank. The transfers of one
     micro-batch hold all samples. `counts` is the exchange of row counts that software which reads them back does first.
     `gather_M`, `scatter_M`: copies between ranks with slices of the same experts, whose rows and copies are then those
-    of all of them. `peers`, `slice_peers`: the number of every rank's set (`moesim.program.group_collectives`), empty
+    of all of them. `peers`, `slice_peers`: the number of every rank's set (`moesim.program.collectives`), empty
     for one set.
     `spread_S`: the samples that are counterfactuals, whose ranks share the time of their kernels evenly.
     """

@@ -1,7 +1,7 @@
 """A layer with experts: router, permutation, dispatch, experts, combine, shared experts; and the order of them.
 
 One micro-batch, forward:
-    router     norm, gate product, selection                          (`moesim.program.router`)
+    router     norm, gate product, selection: one kernel behind the product, or one for each step
     permute    [quantise to the dispatch dtype,] rows that leave      (`moesim.program.permutation`)
     dispatch   [counts, their read-back,] transfer   | beside it, where the software does so: shared experts
     permute    the arrived copies in the order of the experts
@@ -23,24 +23,103 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from moesim.program.fp8_casts import cast_along, cast_both_ways
+from moesim.program.gemms import cast_along, cast_both_ways, projection
+from moesim.program.host import backward, forward, in_phase
 from moesim.program.loads import LayerLoads
 from moesim.program.networks import Shared, experts_part, latent_part, shared_experts, shares_casts
-from moesim.program.norms import branch, residual
+from moesim.program.norms_and_rotary import branch, norm, residual, summed_gradients
 from moesim.program.operations import SIDE, Operation, Transfer, fork, join, readback, transfer
 from moesim.program.permutation import expand, permute, reduce, unpermute
-from moesim.program.router import router_part
 from moesim.program.sizes import Passes, Step, chain, repeated_whole
-from moesim.program.torch_host import backward, forward
-from moesim.program.torch_kernels import issued, small
-from moesim.program.writer import KernelWriter
+from moesim.program.writer import BF16, FP32, INT64, KernelWriter
 from moesim.results.spans import Collective, Part, Phase
+from moesim.scenario.base import BYTES_PER_ELEMENT
+
+
+def router_part(w: KernelWriter, step: Step) -> Passes:
+    """Norm, gate product, affinities, and the selected experts with their gates."""
+    model, tokens = step.model, step.tokens
+    normed = norm(w, "ffn_norm", step, tokens=tokens, width=model.hidden)
+    if step.switches.router == "unfused":
+        return chain(normed, _kernel_by_kernel(w, step))
+    scores = tokens * model.experts * BYTES_PER_ELEMENT["fp32"]
+    select = (
+        [w.moved("router.topk", "elementwise", bytes_=2 * scores)],
+        [w.backward.moved("router.topk", "elementwise", bytes_=3 * scores)],
+    )
+    return chain(
+        normed, summed_gradients(w, "router.branch", step, tokens=tokens), *_gate_product(w, step)[:-1], select
+    )
+
+
+def _gate_product(w: KernelWriter, step: Step) -> list[Passes]:
+    """Scores of all experts in fp32: by a product in fp32 of casts, or by one in bf16 whose result is cast, last."""
+    model, tokens = step.model, step.tokens
+    wide = step.switches.router_dtype == "fp32"
+    dtype = "fp32" if wide else w.wide_dtype
+    product = projection(w, "router.gate", m=tokens, k=model.hidden, n=model.experts, dtype=dtype, module=False)
+    values = float(model.hidden * (tokens + model.experts)) if wide else float(tokens * model.experts)
+    bytes_ = (BF16 + FP32) * values
+    cast = (
+        [w.moved("router.cast", "cast", forward("module", "cast"), bytes_=bytes_)],
+        [w.backward.moved("router.cast", "elementwise", backward("cast"), bytes_=bytes_)],
+    )
+    return [cast, product, ([], [])] if wide else [product, cast]
+
+
+def _kernel_by_kernel(w: KernelWriter, step: Step) -> Passes:
+    """Gate product, affinities, top-k and the gates of the selected."""
+    model, tokens = step.model, step.tokens
+    scores, chosen = float(tokens * model.experts), float(tokens * model.top_k)
+    picked = (INT64 + 2 * FP32) * chosen
+    topk = w.memory("router.topk", "topk", forward("topk", "view"), rows=tokens, width=model.experts)
+    gather = w.moved("router.gather", "elementwise", forward("gather"), bytes_=picked)
+    gather_back = [
+        w.backward.moved("router.gather", "zero", backward("gather"), bytes_=FP32 * scores),
+        w.backward.moved("router.scatter", "elementwise", 0.0, bytes_=picked),
+    ]
+    each = 2 * FP32 * scores
+    affinities: Passes
+    if step.router.affinity == "sigmoid":
+        affinities = (
+            [w.moved("router.sigmoid", "elementwise", forward("silu"), bytes_=each)],
+            [w.backward.moved("router.sigmoid", "elementwise", backward("silu"), bytes_=1.5 * each)],
+        )
+    else:
+        shape = {"rows": tokens, "width": model.experts}
+        affinities = (
+            [w.memory("router.softmax", "softmax", forward("softmax"), **shape)],
+            [w.backward.memory("router.softmax", "softmax_backward", backward("softmax"), **shape)],
+        )
+    if step.router.biased:
+        affinities[0].append(w.moved("router.bias", "elementwise", forward("plain"), bytes_=each))
+    return chain(
+        summed_gradients(w, "router.branch", step, tokens=tokens),
+        *_gate_product(w, step),
+        affinities,
+        ([topk, gather], gather_back),
+        _gates(w, step),
+    )
+
+
+def _gates(w: KernelWriter, step: Step) -> Passes:
+    """Affinities of the selected divided by their sum, times the factor, as the router's facts say."""
+    normalised, scaled = step.router.normalised, step.router.scaled
+    if not normalised and not scaled:
+        return [], []
+    name = "router.normalise" if normalised else "router.scale"
+    calls = ("reduce", "mul") * normalised + ("mul",) * scaled
+    backs = ("mul",) * scaled + ("mul", "mul", "reduce", "accumulate") * normalised
+    count = 5 * normalised + scaled  # a division's gradients: one of each side, negated, summed and added up
+    return (
+        [w.small(name, forward(*calls), count=len(calls))],
+        [w.backward.small(name, backward(*backs), count=count)],
+    )
 
 
 def _exchange(w: KernelWriter, name: str, category: str, transfers_M: Sequence[Transfer], **more: Any) -> Operation:
-    launches = (forward if w.phase is Phase.FORWARD else backward)("exchange")
     way: dict[str, Any] = {"layer": w.layer, "phase": w.phase, "part": w.part, **more}
-    return issued(transfer(w.label(name).name, category, tuple(transfers_M), **way), launches)
+    return transfer(w.label(name).name, category, tuple(transfers_M), launches=in_phase(w.phase, "exchange"), **way)
 
 
 def counted_rows(w: KernelWriter, step: Step, loads: LayerLoads) -> list[Operation]:
@@ -50,7 +129,7 @@ def counted_rows(w: KernelWriter, step: Step, loads: LayerLoads) -> list[Operati
     counted = w.at(Part.PERMUTE).at(Part.ROW_COUNTS)
     return [
         _exchange(counted, "dispatch.counts", "dispatch_exposed", (loads.counts,)),
-        small(counted, "dispatch.sums", forward("reduce", "reduce", "cat", "view", "view"), count=3),
+        counted.small("dispatch.sums", forward("reduce", "reduce", "cat", "view", "view"), count=3),
         readback("dispatch.readback", layer=w.layer),
     ]
 

@@ -10,22 +10,23 @@ from numpy.typing import ArrayLike, NDArray
 
 from moesim.kernels.families import GemmDirection
 from moesim.kernels.unprofiled import COMPILED_BACKWARD
-from moesim.program.fp8_casts import NO_CASTS, FusedCasts, fp8_casts
 from moesim.program.gemms import (
     ACTIVATION_BYTES,
+    NO_CASTS,
+    FusedCasts,
     column_parallel,
+    fp8_casts,
     gather_tokens,
     projection,
     row_parallel,
     scatter_tokens,
 )
+from moesim.program.host import backward, forward
 from moesim.program.loads import LayerLoads
-from moesim.program.norms import branch, norm, residual, summed_gradients
+from moesim.program.norms_and_rotary import branch, norm, residual, summed_gradients
 from moesim.program.operations import SIDE, Operation
 from moesim.program.sizes import Passes, Step, chain, repeated_whole
-from moesim.program.torch_host import backward, forward
-from moesim.program.torch_kernels import BF16, accumulated, issued, moved
-from moesim.program.writer import KernelWriter
+from moesim.program.writer import BF16, KernelWriter, accumulated
 from moesim.results.spans import Part, Phase
 
 
@@ -49,10 +50,9 @@ def _activation(w: KernelWriter, name: str, step: Step, *, rows: ArrayLike, widt
     values = np.asarray(rows) * float(width)
     if step.switches.activation == "compiled":
         return (
-            [moved(again, name, "elementwise", forward("compiled"), bytes_=(inputs + 1) * BF16 * values)],
+            [again.moved(name, "elementwise", forward("compiled"), bytes_=(inputs + 1) * BF16 * values)],
             [
-                moved(
-                    w.backward,
+                w.backward.moved(
                     name,
                     "elementwise",
                     backward("compiled"),
@@ -66,29 +66,29 @@ def _activation(w: KernelWriter, name: str, step: Step, *, rows: ArrayLike, widt
         kind = "fp8_swiglu" if narrow else "elementwise"
         gradient = "fp8_swiglu_backward" if narrow and inputs == 2 else "elementwise"
         return (
-            [issued(again.moved(name, kind, bytes_=forward_bytes * values), forward("silu"))],
-            [issued(w.backward.moved(name, gradient, bytes_=backward_bytes * values), backward("silu"))],
+            [again.moved(name, kind, forward("silu"), bytes_=forward_bytes * values)],
+            [w.backward.moved(name, gradient, backward("silu"), bytes_=backward_bytes * values)],
         )
     if inputs == 1:
         return (
-            [moved(again, name, "silu", forward("silu"), bytes_=2 * BF16 * values)],
-            [moved(w.backward, name, "silu_backward", backward("silu"), bytes_=3 * BF16 * values)],
+            [again.moved(name, "silu", forward("silu"), bytes_=2 * BF16 * values)],
+            [w.backward.moved(name, "silu_backward", backward("silu"), bytes_=3 * BF16 * values)],
         )
     if joined:
-        back = w.backward.memory(name, "activation_backward", rows=rows, width=width)
+        ahead, back = forward("chunk", "silu", "mul"), backward("mul", "mul", "silu", "chunk")
         return (
-            [issued(again.memory(name, "activation", rows=rows, width=width), forward("chunk", "silu", "mul"))],
-            [issued(back, backward("mul", "mul", "silu", "chunk"))],
+            [again.memory(name, "activation", ahead, rows=rows, width=width)],
+            [w.backward.memory(name, "activation_backward", back, rows=rows, width=width)],
         )
     product = 3.0 * BF16 * values
     return (
         [
-            moved(again, f"{name}.silu", "silu", forward("silu"), bytes_=2 * BF16 * values),
-            moved(again, name, "elementwise", forward("mul"), bytes_=product),
+            again.moved(f"{name}.silu", "silu", forward("silu"), bytes_=2 * BF16 * values),
+            again.moved(name, "elementwise", forward("mul"), bytes_=product),
         ],
         [
-            *[moved(w.backward, name, "elementwise", backward("mul"), bytes_=product)] * 2,
-            moved(w.backward, f"{name}.silu", "silu_backward", backward("silu"), bytes_=product),
+            *[w.backward.moved(name, "elementwise", backward("mul"), bytes_=product)] * 2,
+            w.backward.moved(f"{name}.silu", "silu_backward", backward("silu"), bytes_=product),
         ],
     )
 
@@ -173,7 +173,7 @@ def _grouped(
 
     def kernel(direction: GemmDirection, launches: float) -> Operation:
         way = w.gemm_of_each if each else w.grouped_gemm
-        return issued(way(name, rows=rows, k=k, n=n, direction=direction), launches)
+        return way(name, launches, rows=rows, k=k, n=n, direction=direction)
 
     found = NO_CASTS
     if w.recipe:
@@ -195,7 +195,7 @@ def experts_part(w: KernelWriter, step: Step, loads: LayerLoads) -> Passes:
     first = {"input_is_fp8": arrives, "gradient_is_turned": in_fp8, "arrives": arrives}
     if separate:
         rows_h = 3.0 * BF16 * loads.rows_MSR * float(h)
-        total = moved(w.backward, "experts.branch", "elementwise", backward("accumulate"), bytes_=rows_h)
+        total = w.backward.moved("experts.branch", "elementwise", backward("accumulate"), bytes_=rows_h)
         products = chain(
             _grouped(w, "experts.w1", step, rows=slots, k=h, n=width, **first),
             ([], [total]),
@@ -231,8 +231,8 @@ def _joined_rows(w: KernelWriter, step: Step, values: NDArray[np.float64]) -> Pa
         return [], []
     both = 2.0 * BF16 * values
     return (
-        [moved(w, "experts.join", "copy", forward("cat"), bytes_=both)],
-        [moved(w.backward, "experts.split", "copy", backward("cat"), bytes_=both)],
+        [w.moved("experts.join", "copy", forward("cat"), bytes_=both)],
+        [w.backward.moved("experts.split", "copy", backward("cat"), bytes_=both)],
     )
 
 
@@ -242,8 +242,8 @@ def _filled(w: KernelWriter, name: str, step: Step, values: NDArray[np.float64])
         return [], []
     each, kinds = 2.0 * BF16 * values, ("copy", "mul")
     return (
-        [moved(w, name, kind, forward("mul") / 2, bytes_=each) for kind in kinds],
-        [moved(w.backward, name, kind, backward("mul") / 2, bytes_=each) for kind in kinds],
+        [w.moved(name, kind, forward("mul") / 2, bytes_=each) for kind in kinds],
+        [w.backward.moved(name, kind, backward("mul") / 2, bytes_=each) for kind in kinds],
     )
 
 
@@ -254,10 +254,10 @@ def _gates_inside(w: KernelWriter, step: Step, values: NDArray[np.float64]) -> P
     back = w.backward
     if step.switches.activation == "compiled":  # the gates' gradients are the sums of a kernel of its own
         sums = BF16 * step.model.ffn_matrices * values
-        return [], [moved(back, "experts.gates", "elementwise", backward("compiled"), bytes_=sums)]
+        return [], [back.moved("experts.gates", "elementwise", backward("compiled"), bytes_=sums)]
     return (
-        [moved(w, "experts.gates", "mul", forward("mul"), bytes_=2 * BF16 * values)],
-        [moved(back, "experts.gates", "mul_backward", backward("mul", "mul", "reduce"), bytes_=5 * BF16 * values)],
+        [w.moved("experts.gates", "mul", forward("mul"), bytes_=2 * BF16 * values)],
+        [back.moved("experts.gates", "mul_backward", backward("mul", "mul", "reduce"), bytes_=5 * BF16 * values)],
     )
 
 

@@ -5,7 +5,7 @@ Of p parameters with gradients of g bytes, moments of o, weights of w, and perha
               cast behind it, 4 + w by a kernel of its own; tensors of few numbers take a launch's time
     foreach   torch's eight kernels over lists of tensors: 4 w + 2 g + 14 o, of the master copy where there is one
     loop      the same eight over every tensor
-Behind it the weights of products in fp8 or fp4 are cast (`moesim.program.fp8_casts`).
+Behind it the weights of products in fp8 or fp4 are cast (`moesim.program.gemms`).
 """
 
 from dataclasses import replace
@@ -14,10 +14,9 @@ import numpy as np
 
 from moesim.kernels import KernelModel
 from moesim.kernels.unprofiled import adam_floor
-from moesim.program.fp8_casts import weight_casts
+from moesim.program.gemms import weight_casts
+from moesim.program.host import forward
 from moesim.program.operations import Block, Operation
-from moesim.program.torch_host import forward
-from moesim.program.torch_kernels import issued, moved
 from moesim.program.writer import KernelWriter
 from moesim.results.spans import Part, Phase
 from moesim.scenario import Scenario
@@ -62,12 +61,11 @@ def optimizer_block(scenario: Scenario, kernels: KernelModel, *, parameters: flo
             "update": 2 * weights + 2 * moments,
         }
         for name, bytes_each in steps.items():
-            step = w.moved(f"adamw.{name}", "elementwise", bytes_=parameters * bytes_each)
-            out.append(issued(step, launches))
+            out.append(w.moved(f"adamw.{name}", "elementwise", launches, bytes_=parameters * bytes_each))
     if cast_behind:
         bytes_each = size["fp32"] + size[precision.weights]
         copies = tensors * forward("plain") if switches.gradient_norm == "loop" else 1.0
-        out.append(issued(w.moved("weights.cast", "cast", bytes_=parameters * bytes_each), copies))
+        out.append(w.moved("weights.cast", "cast", copies, bytes_=parameters * bytes_each))
     out += weight_casts(w, weights=products, are_narrow=precision.weights == "fp8")
     return Block("optimizer", tuple(out))
 
@@ -95,9 +93,11 @@ def _norm(w: KernelWriter, scenario: Scenario, *, parameters: float, tensors: fl
     if scenario.workload.gradient_clipping is None or way == "free":
         return []
     size = parameters * BYTES_PER_ELEMENT[scenario.workload.precision.gradients]
-    read = moved(w, "gradients.norm", "reduce", forward("reduce"), bytes_=size)
-    scaled = moved(w, "gradients.scale", "elementwise", forward("mul"), bytes_=2 * size)
     if way == "loop":
-        looped = moved(w, "gradients.scale", "elementwise", tensors * forward("mul", "plain"), bytes_=4 * size)
-        return [issued(read, tensors * forward("reduce", "reduce")), looped]
+        return [
+            w.moved("gradients.norm", "reduce", tensors * forward("reduce", "reduce"), bytes_=size),
+            w.moved("gradients.scale", "elementwise", tensors * forward("mul", "plain"), bytes_=4 * size),
+        ]
+    read = w.moved("gradients.norm", "reduce", forward("reduce"), bytes_=size)
+    scaled = w.moved("gradients.scale", "elementwise", forward("mul"), bytes_=2 * size)
     return [read, scaled] if way == "foreach" else [read]

@@ -18,13 +18,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moesim.kernels.unprofiled import SUMMED_BYTES, SUMMED_S, gathered_bytes
-from moesim.program.fp8_casts import DISPATCHED
+from moesim.program.gemms import DISPATCHED
+from moesim.program.host import backward, forward
 from moesim.program.loads import LayerLoads
 from moesim.program.operations import Operation, compute, readback
 from moesim.program.sizes import Passes, Step, chain
-from moesim.program.torch_host import backward, forward
-from moesim.program.torch_kernels import BF16, FP32, INT64, issued, moved, small
-from moesim.program.writer import KernelWriter
+from moesim.program.writer import BF16, FP32, INT64, KernelWriter
 
 MAP_BYTES = 37.0  # per token and expert: gates and map filled, scattered into, and the map as numbers and as flags
 FLAG_SORT_BYTES = 24.0  # per flag sorted, of an elementwise kernel (traced)
@@ -38,16 +37,16 @@ def _sum_bytes(read_rows: ArrayLike, written_rows: ArrayLike, hidden: int) -> ND
 
 def _summed(w: KernelWriter, name: str, *, values: ArrayLike) -> list[Operation]:
     """`values` numbers added to the rows that ids name, which are sorted first."""
-    add = w.moved(name, "elementwise", bytes_=SUMMED_BYTES * np.asarray(values, dtype=np.float64))
+    add = w.moved(name, "elementwise", 0.0, bytes_=SUMMED_BYTES * np.asarray(values, dtype=np.float64))
     passes = compute(w.label(f"{name}.sort"), SUMMED_S, source=add.source, chain=w.chain, launches=0.0)
-    return [issued(passes, 0.0), issued(add, 0.0)]
+    return [passes, add]
 
 
 def _gather(
-    w: KernelWriter, name: str, *, rows: ArrayLike, of: ArrayLike, row_bytes: float, launches: float = 1.0
+    w: KernelWriter, name: str, launches: float = 1.0, *, rows: ArrayLike, of: ArrayLike, row_bytes: float
 ) -> Operation:
     """`rows` rows written from `of` different ones, in another order."""
-    return moved(w, name, "copy", launches, bytes_=gathered_bytes(rows, of=of, row_bytes=row_bytes))
+    return w.moved(name, "copy", launches, bytes_=gathered_bytes(rows, of=of, row_bytes=row_bytes))
 
 
 def _gathered(
@@ -55,11 +54,11 @@ def _gathered(
 ) -> Passes:
     """`rows` rows gathered from `of` rows; backward they are added into as many zeros."""
     zeros = bytes_each * width * np.asarray(of, dtype=np.float64)
-    zero = moved(w.backward, name, "zero", backward("index_select"), bytes_=zeros)
-    ahead = _gather(w, name, rows=rows, of=of, row_bytes=bytes_each * width, launches=forward("index_select"))
+    zero = w.backward.moved(name, "zero", backward("index_select"), bytes_=zeros)
+    ahead = _gather(w, name, forward("index_select"), rows=rows, of=of, row_bytes=bytes_each * width)
     if step.switches.gather_backward == "index_put":
         return [ahead], [zero, *_summed(w.backward, name, values=rows * float(width))]
-    return [ahead], [zero, issued(w.backward.memory(name, "unpermute", rows=rows, width=width), 0.0)]
+    return [ahead], [zero, w.backward.memory(name, "unpermute", 0.0, rows=rows, width=width)]
 
 
 def _rows_gathered(
@@ -69,7 +68,7 @@ def _rows_gathered(
     width = step.model.row_width
     if fused or step.switches.gather_backward == "fused":
         add = w.backward.moved(name, "elementwise", bytes_=_sum_bytes(rows, of, width))
-        return [_gather(w, name, rows=rows, of=of, row_bytes=BF16 * width, launches=forward("index_select"))], [add]
+        return [_gather(w, name, forward("index_select"), rows=rows, of=of, row_bytes=BF16 * width)], [add]
     return _gathered(w, step, name, rows=rows, of=of, width=width)
 
 
@@ -101,11 +100,11 @@ def _sorted_ids(w: KernelWriter, step: Step, out: NDArray[Any]) -> Passes:
     """Counts by scatter-add; a stable argsort of the ids; the token of each row."""
     del step
     return [
-        small(w, "permute.zeros", forward("zeros", "view")),
-        moved(w, "permute.ones", "zero", forward("zeros"), bytes_=float(INT64) * out),
-        issued(w.memory("permute.count", "histogram", rows=out), forward("plain")),
-        issued(w.memory("permute.sort", "sort", rows=out), forward("sort")),
-        moved(w, "permute.tokens", "copy", forward("plain"), bytes_=2.0 * INT64 * out),
+        w.small("permute.zeros", forward("zeros", "view")),
+        w.moved("permute.ones", "zero", forward("zeros"), bytes_=float(INT64) * out),
+        w.memory("permute.count", "histogram", forward("plain"), rows=out),
+        w.memory("permute.sort", "sort", forward("sort"), rows=out),
+        w.moved("permute.tokens", "copy", forward("plain"), bytes_=2.0 * INT64 * out),
     ], []
 
 
@@ -120,7 +119,7 @@ def _masked_ids(w: KernelWriter, step: Step, out: NDArray[Any]) -> Passes:
     def each(name: str, kernels: int, bytes_each: float) -> Operation:
         """So many kernels over all places."""
         cost = forward(*["plain"] * kernels)
-        return moved(w, name, "elementwise", cost, bytes_=max(places * bytes_each, kernels * FLOOR))
+        return w.moved(name, "elementwise", cost, bytes_=max(places * bytes_each, kernels * FLOOR))
 
     ahead = [
         each("permute.map", 8, MAP_BYTES),
@@ -128,10 +127,10 @@ def _masked_ids(w: KernelWriter, step: Step, out: NDArray[Any]) -> Passes:
         readback("permute.readback", layer=w.layer),
         each("permute.turn", 2, 2.0 + 2.0 * FP32),
         each("permute.sort", 8, FLAG_SORT_BYTES),
-        moved(w, "permute.tokens", "elementwise", forward("plain", "gather"), bytes_=(2 * INT64 + 2 * FP32) * out),
+        w.moved("permute.tokens", "elementwise", forward("plain", "gather"), bytes_=(2 * INT64 + 2 * FP32) * out),
     ]
     sorted_ = max(FP32 * places + 3 * FLAG_SORT_BYTES * chosen, 14 * FLOOR)
-    back = moved(w.backward, "permute.gates", "elementwise", backward("gather", "gather", "gather"), bytes_=sorted_)
+    back = w.backward.moved("permute.gates", "elementwise", backward("gather", "gather", "gather"), bytes_=sorted_)
     return ahead, [back]
 
 
@@ -140,12 +139,12 @@ def _checked_ids(w: KernelWriter, step: Step, out: NDArray[Any]) -> Passes:
     size = float(FP32 if step.switches.gates == "fp32" else BF16)
     ids = float(INT64) * out
     ahead = [
-        issued(w.memory("permute.sort", "sort", rows=out), forward("sort")),
-        moved(w, "permute.tokens", "elementwise", forward("plain"), bytes_=2 * ids),
-        moved(w, "permute.ids", "cast", forward("cast"), bytes_=1.5 * ids),
-        small(w, "permute.offsets", forward("plain", "cumsum"), count=2),
-        moved(w, "permute.check", "elementwise", forward("plain"), bytes_=1.125 * ids),
-        moved(w, "permute.clamp", "elementwise", forward("plain"), bytes_=2 * ids),
+        w.memory("permute.sort", "sort", forward("sort"), rows=out),
+        w.moved("permute.tokens", "elementwise", forward("plain"), bytes_=2 * ids),
+        w.moved("permute.ids", "cast", forward("cast"), bytes_=1.5 * ids),
+        w.small("permute.offsets", forward("plain", "cumsum"), count=2),
+        w.moved("permute.check", "elementwise", forward("plain"), bytes_=1.125 * ids),
+        w.moved("permute.clamp", "elementwise", forward("plain"), bytes_=2 * ids),
     ]
     gates = _gathered(w, step, "permute.gates", rows=out, of=out, width=1, bytes_each=size)
     return chain((ahead, []), gates)
@@ -157,8 +156,8 @@ def _emptied(w: KernelWriter, step: Step, out: NDArray[Any]) -> Passes:
         return [], []
     each = 2.0 * BF16 * step.model.row_width * out
     return (
-        [moved(w, "permute.fill", "mul", forward("plain"), bytes_=each)],
-        [moved(w.backward, "permute.fill", kind, backward("mul") / 2, bytes_=each) for kind in ("copy", "mul")],
+        [w.moved("permute.fill", "mul", forward("plain"), bytes_=each)],
+        [w.backward.moved("permute.fill", kind, backward("mul") / 2, bytes_=each) for kind in ("copy", "mul")],
     )
 
 
@@ -169,7 +168,7 @@ def expand(w: KernelWriter, step: Step, loads: LayerLoads) -> Passes:
     if not step.remote:
         if way == "mask" and not step.gathers:
             return _chunks(w, "permute.chunks", rows, hidden)
-        return ([small(w, "permute.offsets", forward("cumsum"))], []) if way == "sort" else ([], [])
+        return ([w.small("permute.offsets", forward("cumsum"))], []) if way == "sort" else ([], [])
     if way == "fused":
         ahead, back = _rows_gathered(w, step, "expand", rows=rows, of=loads.copies_in_MSR)
         return [_arrived(w, step, "expand", rows, loads)] if step.moves_rows else ahead, back
@@ -179,13 +178,13 @@ def expand(w: KernelWriter, step: Step, loads: LayerLoads) -> Passes:
     if way == "mask":
         return _chunks(w, "permute.chunks", rows, hidden)
     order = [
-        small(w, "permute.local_ids", forward("plain", "plain", "cumsum"), count=3),
-        moved(w, "permute.local_rows", "zero", forward("plain"), bytes_=float(INT64) * rows),
-        moved(w, "permute.local_experts", "copy", forward("index_select"), bytes_=2.0 * INT64 * rows),
-        issued(w.memory("permute.local_sort", "sort", rows=rows), forward("sort")),
-        moved(w, "permute.numbers", "zero", forward("empty", "plain"), bytes_=float(INT64) * rows),
-        moved(w, "permute.inverse", "elementwise", forward("plain"), bytes_=3.0 * INT64 * rows),
-        small(w, "permute.offsets", forward("reduce", "cumsum"), count=2),
+        w.small("permute.local_ids", forward("plain", "plain", "cumsum"), count=3),
+        w.moved("permute.local_rows", "zero", forward("plain"), bytes_=float(INT64) * rows),
+        w.moved("permute.local_experts", "copy", forward("index_select"), bytes_=2.0 * INT64 * rows),
+        w.memory("permute.local_sort", "sort", forward("sort"), rows=rows),
+        w.moved("permute.numbers", "zero", forward("empty", "plain"), bytes_=float(INT64) * rows),
+        w.moved("permute.inverse", "elementwise", forward("plain"), bytes_=3.0 * INT64 * rows),
+        w.small("permute.offsets", forward("reduce", "cumsum"), count=2),
     ]
     return chain((order, []), _rows_gathered(w, step, "permute.expand", rows=rows, of=rows))
 
@@ -200,8 +199,8 @@ def _chunks(w: KernelWriter, name: str, rows: NDArray[Any], hidden: int) -> Pass
     """Chunks of rows, by rank and expert, joined in another order."""
     each = 2.0 * BF16 * hidden * rows
     return (
-        [moved(w, name, "copy", forward("chunk", "cat"), bytes_=each)],
-        [moved(w.backward, name, "copy", backward("chunk", "cat"), bytes_=each)],
+        [w.moved(name, "copy", forward("chunk", "cat"), bytes_=each)],
+        [w.backward.moved(name, "copy", backward("chunk", "cat"), bytes_=each)],
     )
 
 
@@ -242,17 +241,15 @@ def unpermute(w: KernelWriter, step: Step, loads: LayerLoads) -> Passes:
         return add
     if step.switches.gates == "fp32":
         return chain(_gates(w, out), _scaled(w, step, out), _narrowed(w, out * float(hidden)), add)
+    w_back = w.backward
     scale = (
-        [issued(w.memory("combine.scale", "mul", rows=out, width=hidden), forward("mul"))],
+        [w.memory("combine.scale", "mul", forward("mul"), rows=out, width=hidden)],
         [
-            issued(
-                w.backward.memory("combine.scale", "mul_backward", rows=out, width=hidden),
-                backward("mul", "mul", "reduce"),
-            ),
-            small(w.backward, "combine.cast", backward("view", "cast")),
+            w_back.memory("combine.scale", "mul_backward", backward("mul", "mul", "reduce"), rows=out, width=hidden),
+            w_back.small("combine.cast", backward("view", "cast")),
         ],
     )
-    cast = [moved(w, "combine.cast", "cast", forward("cast", "view"), bytes_=float(BF16 + FP32) * out)]
+    cast = [w.moved("combine.cast", "cast", forward("cast", "view"), bytes_=float(BF16 + FP32) * out)]
     zeros, added = add[0]
     return [*_gates(w, out)[0], *cast, zeros, *scale[0], added], [*add[1], *scale[1], *_gates(w, out)[1]]
 
@@ -260,13 +257,12 @@ def unpermute(w: KernelWriter, step: Step, loads: LayerLoads) -> Passes:
 def _added(w: KernelWriter, rows: NDArray[Any], *, of: ArrayLike, hidden: int) -> Passes:
     """`rows` rows added into `of` rows of zeros; backward a gather."""
     zeros = float(BF16) * hidden * np.asarray(of, dtype=np.float64)
-    back = _gather(w.backward, "combine.add", rows=rows, of=of, row_bytes=float(BF16 * hidden))
     return (
         [
-            moved(w, "combine.zeros", "zero", forward("zeros"), bytes_=zeros),
-            issued(w.memory("combine.add", "unpermute", rows=rows, width=hidden), forward("index_add")),
+            w.moved("combine.zeros", "zero", forward("zeros"), bytes_=zeros),
+            w.memory("combine.add", "unpermute", forward("index_add"), rows=rows, width=hidden),
         ],
-        [issued(back, backward("index_add"))],
+        [_gather(w.backward, "combine.add", backward("index_add"), rows=rows, of=of, row_bytes=float(BF16 * hidden))],
     )
 
 
@@ -274,8 +270,8 @@ def _gates(w: KernelWriter, out: NDArray[Any]) -> Passes:
     """The gate of each row."""
     bytes_ = float(INT64 + 2 * FP32) * out
     return (
-        [moved(w, "combine.gates", "elementwise", forward("view", "index_select"), bytes_=bytes_)],
-        [moved(w.backward, "combine.gates", "elementwise", backward("index_select", "view"), bytes_=bytes_)],
+        [w.moved("combine.gates", "elementwise", forward("view", "index_select"), bytes_=bytes_)],
+        [w.backward.moved("combine.gates", "elementwise", backward("index_select", "view"), bytes_=bytes_)],
     )
 
 
@@ -285,14 +281,14 @@ def _scaled(w: KernelWriter, step: Step, out: NDArray[Any]) -> Passes:
     wide = step.switches.gates == "fp32"
     size = float(FP32 if wide else BF16)
     back = w.backward
-    narrow = [moved(back, "combine.narrow", "cast", backward("cast"), bytes_=(FP32 + BF16) * values)] if wide else []
+    narrow = [back.moved("combine.narrow", "cast", backward("cast"), bytes_=(FP32 + BF16) * values)] if wide else []
     return (
-        [moved(w, "combine.scale", "mul", forward("mul"), bytes_=(BF16 + size) * values)],
+        [w.moved("combine.scale", "mul", forward("mul"), bytes_=(BF16 + size) * values)],
         [
-            moved(back, "combine.scale", "elementwise", backward("mul"), bytes_=(2 * size + BF16) * values),
-            moved(back, "combine.scale", "mul", backward("mul"), bytes_=2 * size * values),
+            back.moved("combine.scale", "elementwise", backward("mul"), bytes_=(2 * size + BF16) * values),
+            back.moved("combine.scale", "mul", backward("mul"), bytes_=2 * size * values),
             *narrow,
-            moved(back, "combine.scale", "reduce", backward("reduce"), bytes_=size * values),
+            back.moved("combine.scale", "reduce", backward("reduce"), bytes_=size * values),
         ],
     )
 
@@ -301,8 +297,8 @@ def _narrowed(w: KernelWriter, values: NDArray[Any]) -> Passes:
     """fp32 results to bf16."""
     bytes_ = (FP32 + BF16) * values
     return (
-        [moved(w, "combine.narrow", "cast", forward("cast"), bytes_=bytes_)],
-        [moved(w.backward, "combine.widen", "cast", backward("cast"), bytes_=bytes_)],
+        [w.moved("combine.narrow", "cast", forward("cast"), bytes_=bytes_)],
+        [w.backward.moved("combine.widen", "cast", backward("cast"), bytes_=bytes_)],
     )
 
 
@@ -311,11 +307,11 @@ def _summed_in_order(w: KernelWriter, step: Step, out: NDArray[Any]) -> Passes:
     hidden = step.model.row_width
     wide = step.switches.gates == "fp32"
     size, total = float(FP32 if wide else BF16), float(step.tokens * hidden)
-    ids = [moved(w, "combine.inverse", "elementwise", forward("plain", "plain"), bytes_=4.0 * INT64 * out)]
+    ids = [w.moved("combine.inverse", "elementwise", forward("plain", "plain"), bytes_=4.0 * INT64 * out)]
     values = out * float(hidden)
     sums = (
-        [moved(w, "combine.sum", "reduce", forward("reduce"), bytes_=size * (values + total))],
-        [moved(w.backward, "combine.sum", "copy", backward("reduce"), bytes_=size * (values + total))],
+        [w.moved("combine.sum", "reduce", forward("reduce"), bytes_=size * (values + total))],
+        [w.backward.moved("combine.sum", "copy", backward("reduce"), bytes_=size * (values + total))],
     )
     rows = _gathered(w, step, "combine.rows", rows=out, of=out, width=hidden, bytes_each=size)
     return chain((ids, []), rows, sums, _narrowed(w, np.asarray(total)) if wide else ([], []))

@@ -24,14 +24,12 @@ from moesim.kernels import HostCosts, KernelModel
 from moesim.kernels.families import FAMILY_OF, GroupedGemm, error_family
 from moesim.program.attention import core_attention
 from moesim.program.gemms import collective, gather_tokens, scatter_tokens
-from moesim.program.host import FREE_HOST, HostModel
+from moesim.program.host import FREE_HOST, HostModel, backward
 from moesim.program.loads import LayerLoads
 from moesim.program.moe import counted_rows, send, send_back
 from moesim.program.operations import Operation, compute
 from moesim.program.permutation import expand, reduce
 from moesim.program.sizes import Passes, Step
-from moesim.program.torch_host import backward
-from moesim.program.torch_kernels import issued, moved
 from moesim.program.writer import KernelWriter
 from moesim.recorded.estimate import HOST, step_estimate
 from moesim.recorded.layers import DENSE, EXPERTS_GEMM, MOE, module_in_layer
@@ -260,8 +258,7 @@ class RecordedKernels:
 
     def _ways(self, w: KernelWriter, step: Step, loads: LayerLoads) -> tuple[list[Operation], list[Operation]]:
         p = w.at(Part.PERMUTE)
-        forward_of = replace_phase(p)
-        arrived, leaving = expand(forward_of, step, loads), reduce(forward_of, step, loads)
+        arrived, leaving = (each(p.during(Phase.FORWARD), step, loads) for each in (expand, reduce))
         if w.phase is Phase.FORWARD:
             counted = counted_rows(w.at(Part.DISPATCH), step, loads)
             out = [*counted, *send(loads, w.at(Part.DISPATCH), beside=[]), *arrived[0]]
@@ -342,7 +339,7 @@ class RecordedKernels:
         if first:
             return []
         w = w.during(Phase.WEIGHT_GRADIENT)
-        return [moved(w, "gradients.add", "elementwise", backward("accumulate"), bytes_=3.0 * BF16 * parameters)]
+        return [w.moved("gradients.add", "elementwise", backward("accumulate"), bytes_=3.0 * BF16 * parameters)]
 
     def shard_copies(self, w: KernelWriter, *, parameters: float) -> tuple[list[Operation], list[Operation]]:
         """As torch's fully_shard: out of the gathered buffer, and into the one that is scattered. The host is busy with
@@ -356,8 +353,8 @@ class RecordedKernels:
         ahead, back = unit / w.model.host.launch, unit / w.model.host.backward_launch
         apart = ahead if w.phase is Phase.FORWARD else in_layer * back
         return (
-            [moved(w, "weights.apart", "copy", apart, bytes_=both)],
-            [moved(w.during(Phase.WEIGHT_GRADIENT), "gradients.join", "copy", back, bytes_=both)],
+            [w.moved("weights.apart", "copy", apart, bytes_=both)],
+            [w.during(Phase.WEIGHT_GRADIENT).moved("gradients.join", "copy", back, bytes_=both)],
         )
 
     def flat_copies(self, w: KernelWriter, *, parameters: float) -> tuple[list[Operation], list[Operation]]:
@@ -366,8 +363,8 @@ class RecordedKernels:
             return [], []
         w, both = w.during(Phase.NONE), 2.0 * BF16 * parameters
         return (
-            [issued(moved(w, "gradients.flatten", "copy", 1.0, bytes_=both), 1.0)],
-            [issued(moved(w, "gradients.unflatten", "copy", 1.0, bytes_=both), 1.0)],
+            [w.moved("gradients.flatten", "copy", bytes_=both)],
+            [w.moved("gradients.unflatten", "copy", bytes_=both)],
         )
 
 
@@ -397,11 +394,6 @@ def _launches(op: RecordedOp, host: HostCosts) -> float:
     """What an operation with the views before it costs the host, in launches of the kernel model."""
     launch = host.launch if op.phase == "forward" else host.backward_launch
     return op.count * HOST.seconds(op, weights=0) / launch
-
-
-def replace_phase(w: KernelWriter) -> KernelWriter:
-    """A writer that begins in the forward pass, as parts of both passes do."""
-    return w.during(Phase.FORWARD)
 
 
 def _phase(op: RecordedOp, w: KernelWriter) -> Phase:

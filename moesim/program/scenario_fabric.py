@@ -1,4 +1,4 @@
-"""The fabric that a scenario is simulated on, and how transfers share its links."""
+"""What a scenario is simulated with: kernels of its GPUs, fabric, how transfers share links, loops compiled or not."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +10,7 @@ from moesim.network.calibration import measured_parameters
 from moesim.network.nccl import kind_of
 from moesim.network.parameters import NetworkParameters
 from moesim.network.transfer import Model
+from moesim.parallel import Mesh
 from moesim.scenario import Scenario
 from moesim.scenario.catalogue import GpuSpec, gpu_spec
 from moesim.scenario.check import MOST_PAIRS
@@ -66,3 +67,19 @@ def sharing_model(scenario: Scenario, fabric: Fabric, ranks_R: NDArray[np.intege
         return "fluid"  # ports looks at one route of each pair
     spread = fabric.ladder is None or bool((fabric.node_of_rank_R[ranks_R] != fabric.node_of_rank_R[ranks_R[0]]).any())
     return "fluid" if fabric.core_can_block and spread and len(ranks_R) ** 2 <= MOST_PAIRS["fluid"] else "ports"
+
+
+COMPILED_RANKS = 32  # groups from here on use compiled loops in any case
+LOADING_SECONDS = 1.0
+# What numpy takes for one transfer and the kernels around it: per call, and per pair of ranks and routing sample.
+SECONDS_PER_TRANSFER = 0.4e-3
+SECONDS_PER_PAIR = 0.4e-6
+
+
+def pays_for_compiled_loops(scenario: Scenario, *, samples: int) -> bool:
+    """Whether numpy alone would take longer over the step; decided by its size, so that every run computes the same."""
+    ranks = Mesh(scenario.parallelism, scenario.cluster).group_size
+    groups = scenario.parallelism.stage_ranks // ranks
+    transfers = 4 * scenario.num_micro_batches * scenario.model.layers * groups
+    seconds = transfers * (SECONDS_PER_TRANSFER + samples * ranks**2 * SECONDS_PER_PAIR)
+    return ranks >= COMPILED_RANKS or seconds > LOADING_SECONDS

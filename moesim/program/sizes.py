@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from moesim.program.group_collectives import GroupLinks, Peers
+from moesim.program.collectives import GroupLinks, Peers
 from moesim.program.operations import Operation
 from moesim.results.spans import Part
 from moesim.scenario import Model

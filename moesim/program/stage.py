@@ -12,12 +12,12 @@ from moesim.kernels import KernelModel
 from moesim.kernels.errors import TRANSFERS
 from moesim.parallel import Mesh
 from moesim.parallel.memory_parameters import stage_units
+from moesim.program.collectives import GroupLinks, PeerCollective, SideBySide
 from moesim.program.gemms import column_parallel, gather_columns
-from moesim.program.group_collectives import GroupLinks, PeerCollective, SideBySide
 from moesim.program.host import FREE_HOST, HostModel
 from moesim.program.loads import LayerLoads
 from moesim.program.operations import MAIN, Block, Kind, Operation
-from moesim.program.sharded import PARAMETERS, ShardedPart, ShardedStage, gathered_ahead
+from moesim.program.parameters import PARAMETERS, ShardedPart, ShardedStage, gathered_ahead
 from moesim.program.sizes import Passes, Step, chain
 from moesim.program.software import kernel_list
 from moesim.program.writer import KernelWriter

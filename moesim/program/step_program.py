@@ -13,9 +13,9 @@ from moesim.kernels.families import FAMILIES
 from moesim.kernels.jitter import NO_JITTER, Jitter
 from moesim.network import PreparedTransfer, RankPorts
 from moesim.network.contention import LinkUse
+from moesim.program.collectives import Reduction
 from moesim.program.host import FREE_HOST, HostModel
 from moesim.program.operations import Block, Run, Transfer
-from moesim.program.reductions import Reduction
 from moesim.results.outcome import Basis
 from moesim.results.spans import CATEGORY_OF_PART, Collective, Label, Part, Phase, Stream
 from moesim.schedules import P2P
@@ -64,7 +64,7 @@ class GroupProgram:
     """What one expert group executes. Groups with equal `number` on other pipeline ranks are its neighbours.
 
     `equal_groups`: the ranks of every other group of the pipeline rank that does the same at the same times, and is not
-    simulated for itself (`moesim.program.equal_groups`).
+    simulated for itself (`moesim.program.rank_kinds`).
     `last_tasks`: of each stage whose gradients may be reduced while other stages have tasks left, the index of the task
     that makes the last of them.
     `beside_R`: what kernels of each family and open transfers cost each other: one mapping for all, or one per rank;
@@ -137,7 +137,7 @@ class Crossing(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SharedPorts:
-    """The ports of single ranks that several transfers of a step can use at once; see `moesim.program.ports`.
+    """The ports of single ranks that several transfers of a step can use at once; see `moesim.program.contention`.
 
     `of_group`: a group's ports. `crossings`: p2p sends, by sending group and the pipeline rank that receives.
     `shares_CX`: what rings of reductions and gathers, in their order, take of each of the fabric's links.

@@ -1,4 +1,7 @@
-"""KernelWriter: from a kernel's sizes to an operation with its duration and the source of that duration."""
+"""KernelWriter: from a kernel's sizes to an operation with its duration and the source of that duration.
+
+Behind it single kernels of eager PyTorch, forward and backward, with what they cost the host.
+"""
 
 from collections.abc import Sequence
 from copy import copy
@@ -9,11 +12,16 @@ from numpy.typing import ArrayLike, NDArray
 
 from moesim.kernels import Attention, Gemm, GroupedGemm, Kernel, KernelModel, MemoryBound, memory_bytes
 from moesim.kernels.families import FAMILY_OF, AttentionDirection, GemmDirection, error_family
+from moesim.program.host import backward, forward
 from moesim.program.operations import MAIN, Operation, compute
+from moesim.program.sizes import Passes
 from moesim.results.spans import CATEGORY_OF_PART, Label, Part, Phase, Stream
 from moesim.scenario.software import RECIPE_OF_KERNELS, Recipe
 
 FloatArray = NDArray[np.float64]
+
+BF16, FP32, INT64 = 2, 4, 8  # bytes
+SMALL = 4096.0  # bytes of a kernel on a few numbers: it takes the floor
 
 GEMM_PHASES: dict[GemmDirection, tuple[Phase, str]] = {  # and how names end
     "forward": (Phase.FORWARD, ""),
@@ -112,41 +120,56 @@ class KernelWriter:
         return spread_MSR
 
     def gemm(
-        self, name: str, *, m: int, k: int, n: int, dtype: str | None = None, direction: GemmDirection = "forward"
+        self,
+        name: str,
+        launches: float = 1,
+        *,
+        m: int,
+        k: int,
+        n: int,
+        dtype: str | None = None,
+        direction: GemmDirection = "forward",
     ) -> Operation:
-        """Y[m, n] = X[m, k] W[k, n], or one of its gradients."""
+        """Y[m, n] = X[m, k] W[k, n], or a gradient: dX[m, k] = dY W^T (dgrad), dW[k, n] = X^T dY (wgrad)."""
         kernel = Gemm(m=m, k=k, n=n, dtype=dtype or self.dtype, direction=direction)
-        return self._operation(self._gemm_label(name, direction), kernel)
+        return self._operation(self._gemm_label(name, direction), kernel, launches)
 
     def _gemm_label(self, name: str, direction: GemmDirection) -> Label:
         phase, ending = GEMM_PHASES[direction]
         return self.label(name)._replace(name=name + ending, phase=phase)
 
-    def gemm_backward(self, name: str, *, m: int, k: int, n: int, dtype: str | None = None) -> list[Operation]:
-        """The gradients of `gemm`, dX[m, k] = dY W^T and dW[k, n] = X^T dY, priced by the rows measured of each."""
-        return [
-            self.gemm(name, m=m, k=k, n=n, dtype=dtype, direction="dgrad"),
-            self.gemm(name, m=m, k=k, n=n, dtype=dtype, direction="wgrad"),
-        ]
-
     def grouped_gemm(
-        self, name: str, *, rows: NDArray[np.int64], k: int, n: int, direction: GemmDirection = "forward"
+        self,
+        name: str,
+        launches: float = 1,
+        *,
+        rows: NDArray[np.int64],
+        k: int,
+        n: int,
+        direction: GemmDirection = "forward",
     ) -> Operation:
         """One launch over the local experts; rows [..., slots], seconds [...]."""
         kernel = GroupedGemm(rows_per_expert=rows, k=k, n=n, dtype=self.dtype, direction=direction)
-        operation = self._operation(self._gemm_label(name, direction), kernel)
+        operation = self._operation(self._gemm_label(name, direction), kernel, launches)
         if not self.spread_S.any():
             return operation
         return replace(operation, seconds_MSR=self._even_experts(operation, kernel, rows=rows))
 
     def gemm_of_each(
-        self, name: str, *, rows: NDArray[np.int64], k: int, n: int, direction: GemmDirection = "forward"
+        self,
+        name: str,
+        launches: float = 1,
+        *,
+        rows: NDArray[np.int64],
+        k: int,
+        n: int,
+        direction: GemmDirection = "forward",
     ) -> Operation:
         """One product for each local expert, behind each other; rows [..., slots], seconds [...]."""
         kernel = Gemm(m=np.maximum(rows, 1), k=k, n=n, dtype=self.dtype, direction=direction)
         estimate = self.model.seconds(kernel)
         seconds = (np.asarray(estimate.seconds) * (rows > 0)).sum(-1)
-        operation = self._operation(self._gemm_label(name, direction), kernel)
+        operation = self._operation(self._gemm_label(name, direction), kernel, launches)
         return replace(operation, seconds_MSR=np.asarray(self._spread(seconds)))
 
     def _even_experts(self, operation: Operation, kernel: GroupedGemm, *, rows: NDArray[np.int64]) -> FloatArray:
@@ -173,6 +196,7 @@ class KernelWriter:
     def attention(
         self,
         name: str,
+        launches: float = 1,
         *,
         batch: float,
         sequence: float,
@@ -196,12 +220,35 @@ class KernelWriter:
             direction=direction,
         )
         writer = self.backward if direction == "backward" else self
-        return writer._operation(writer.label(name), kernel)
+        return writer._operation(writer.label(name), kernel, launches)
 
-    def memory(self, name: str, kind: str, *, rows: ArrayLike, width: ArrayLike = 1, launches: int = 1) -> Operation:
+    def memory(self, name: str, kind: str, launches: float = 1, *, rows: ArrayLike, width: ArrayLike = 1) -> Operation:
         """A memory-bound kernel over `rows` rows of `width` elements."""
-        return self.moved(name, kind, bytes_=memory_bytes(kind, rows=rows, width=width), launches=launches)
+        return self.moved(name, kind, launches, bytes_=memory_bytes(kind, rows=rows, width=width))
 
-    def moved(self, name: str, kind: str, *, bytes_: ArrayLike, launches: int = 1) -> Operation:
+    def moved(self, name: str, kind: str, launches: float = 1, *, bytes_: ArrayLike) -> Operation:
         """A memory-bound kernel that reads and writes `bytes_` at the efficiency of `kind`."""
         return self._operation(self.label(name), MemoryBound(kind, bytes_), launches)
+
+    def small(self, name: str, launches: float, *, count: int = 1) -> Operation:
+        """`count` kernels on a few numbers, one behind the other."""
+        estimate = self.model.seconds(MemoryBound("elementwise", SMALL))
+        seconds = np.asarray(estimate.seconds) * count
+        return compute(self.label(name), seconds, source=estimate.source, chain=self.chain, launches=launches)
+
+
+def accumulated(w: KernelWriter, name: str, tokens: int, width: int) -> Passes:
+    """Backward only: a second gradient of bf16 activations is added to the first."""
+    bytes_ = 3.0 * BF16 * tokens * width
+    return [], [w.backward.moved(name, "elementwise", backward("accumulate"), bytes_=bytes_)]
+
+
+def reordered(w: KernelWriter, name: str, launches: float, *, numbers: float) -> Operation:
+    """A strided copy of bf16 numbers: unvectorised, as fast as the row scaling of kind `mul`."""
+    return w.moved(name, "mul", launches, bytes_=2.0 * BF16 * numbers)
+
+
+def copied(w: KernelWriter, name: str, numbers: float, *, both: bool = True) -> Passes:
+    """A copy into another order; backward either copies too or only looks at the gradient differently."""
+    back = [reordered(w.backward, name, backward("cat"), numbers=numbers)] if both else []
+    return [reordered(w, name, forward("cat", "view"), numbers=numbers)], back

@@ -12,9 +12,9 @@ from moesim.kernels import Beside, kernel_model
 from moesim.network import build_fabric
 from moesim.parallel import TrafficSampler
 from moesim.program import StepProgram, build_program
+from moesim.program.collectives import Reduction
 from moesim.program.host import FREE_HOST
 from moesim.program.operations import Block, Run, compute
-from moesim.program.reductions import Reduction
 from moesim.program.step_program import GroupProgram, Task
 from moesim.results import CATEGORIES, Label, attribute
 from moesim.results.attribution import overlapped_transfer

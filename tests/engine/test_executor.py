@@ -7,7 +7,7 @@ from moesim.engine.executor import FREE_BESIDE, GroupExecutor
 from moesim.engine.executor_steps import Labels
 from moesim.kernels import Beside
 from moesim.kernels.families import FAMILIES
-from moesim.program.group_collectives import PeerCollective, Peers
+from moesim.program.collectives import PeerCollective, Peers
 from moesim.program.host import HostModel
 from moesim.program.operations import (
     SIDE,

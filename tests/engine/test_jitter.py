@@ -13,7 +13,7 @@ from moesim.engine.executor import GroupExecutor
 from moesim.engine.executor_steps import Labels
 from moesim.engine.lateness import Among, Lateness, late
 from moesim.kernels.jitter import NO_JITTER, Jitter, expected_most, spread_of, spread_of_most
-from moesim.program.group_collectives import PeerCollective, Peers
+from moesim.program.collectives import PeerCollective, Peers
 from moesim.program.host import FREE_HOST
 from moesim.program.operations import Block, Kind, Operation, Run
 from moesim.program.step_program import FREE

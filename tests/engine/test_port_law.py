@@ -15,8 +15,8 @@ from moesim.network import RankPorts, build_fabric
 from moesim.network.rank_ports import Busy, Windows, passed, through
 from moesim.parallel import TrafficSampler
 from moesim.program import StepProgram, build_program
+from moesim.program.contention import port_seconds
 from moesim.program.operations import Kind
-from moesim.program.ports import port_seconds
 from moesim.run import obtain_trace
 from moesim.scenario import Scenario
 from moesim.scenario.cluster import Cluster, Pool

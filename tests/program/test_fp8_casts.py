@@ -5,8 +5,7 @@ import pytest
 from moesim.kernels.loading import kernel_model
 from moesim.network import build_fabric
 from moesim.program import build_program
-from moesim.program.fp8_casts import FusedCasts, fp8_casts, weight_casts
-from moesim.program.gemms import column_parallel, projection, row_parallel
+from moesim.program.gemms import FusedCasts, column_parallel, fp8_casts, projection, row_parallel, weight_casts
 from moesim.program.networks import dense_ffn_part
 from moesim.program.operations import Kind, Operation
 from moesim.program.optimizer import optimizer_block

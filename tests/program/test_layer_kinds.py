@@ -1,4 +1,4 @@
-"""A step's kernels do the FLOPs that `flops` counts, whatever kinds of layers the model has."""
+"""A step's kernels do the FLOPs that `flops` counts, whatever kinds of layers the model has, also within a window."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from moesim.network import build_fabric
 from moesim.parallel import TrafficSampler
 from moesim.program import build_program
 from moesim.run import obtain_trace, simulate
-from moesim.scenario.flops import forward_flops_per_token
+from moesim.scenario.flops import forward_flops_per_token, keys_per_query
 from moesim.seeding import stream
 
 ALONE = {"parallelism": {"data": 1, "expert": 1}, "workload.global_batch": 2}
@@ -91,3 +91,49 @@ def test_dense_layers_first_or_given_by_number_are_the_same_step(small) -> None:
     last = small({"model.layers": 3, "model.dense_layers": 1, "model.dense_at": [2]})
     assert step(named)["step_time_s"] == step(first)["step_time_s"]
     assert step(last)["step_time_s"] == pytest.approx(step(first)["step_time_s"], rel=0.05)
+
+
+class AttentionRecorder:
+    """A kernel model that remembers the forward attention kernels it was asked for."""
+
+    def __init__(self, model) -> None:
+        self.model, self.asked = model, []
+
+    def __getattr__(self, name: str):
+        return getattr(self.model, name)
+
+    def seconds(self, kernel):
+        if isinstance(kernel, Attention) and kernel.direction == "forward":
+            self.asked.append((kernel.batch, kernel.sequence, kernel.causal))
+        return self.model.seconds(kernel)
+
+
+def window(length: int, every: int | None = None) -> dict:
+    return {"model.attention": {"kind": "local_global", "window": length, "global_every": every}}
+
+
+@pytest.mark.parametrize("every", [None, 1, 32])
+@pytest.mark.parametrize("length", [1, 64, 1000, 2047, 2048, 4096])
+def test_kernels_do_the_pairs_of_the_flop_count(small, length: int, every: int | None) -> None:
+    scenario = small(window(length, every))
+    sample = TrafficSampler(scenario, obtain_trace(scenario)).draw(stream(0, "test", 0))
+    recorder = AttentionRecorder(kernel_model("h200", "roofline"))
+    build_program(scenario, fabric=build_fabric(scenario.cluster), kernels=recorder, samples=[sample])
+    kernels = set(recorder.asked)
+    pairs = sum(batch * tokens * ((tokens + 1) / 2 if causal else tokens) for batch, tokens, causal in kernels)
+    work = scenario.workload
+    keys = keys_per_query(scenario.model, sequence_length=work.sequence_length, causal=True).total
+    assert pairs == pytest.approx(work.micro_batch * work.sequence_length * keys, rel=5e-3)
+
+
+def test_a_window_of_the_sequence_is_none_and_a_narrower_one_is_faster(small) -> None:
+    full = simulate(small()).result
+    assert simulate(small(window(2048))).result["step_time_s"] == full["step_time_s"]
+    steps = [simulate(small(window(length))).result["step_time_s"] for length in (64, 256, 1024, 2048)]
+    assert steps == sorted(steps)
+    assert steps[0] < steps[-1]
+
+
+def test_a_window_of_the_sequence_may_be_shared_by_context_ranks(small) -> None:
+    shared = {"parallelism": {"data": 2, "context": 2, "expert": 4}}
+    assert simulate(small(shared | window(2048))).result["step_time_s"] == simulate(small(shared)).result["step_time_s"]

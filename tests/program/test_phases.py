@@ -9,8 +9,8 @@ from moesim.network import build_fabric
 from moesim.program import build_program
 from moesim.program.host import HostModel
 from moesim.program.operations import Kind, Operation
+from moesim.program.software import SwitchedKernels
 from moesim.program.stage import StagePlan, stage_blocks
-from moesim.program.switched import SwitchedKernels
 from moesim.results.spans import CATEGORY_OF_PART, Collective, Part, Phase
 from moesim.run import draw_samples, obtain_trace
 from moesim.schedules import Pass

@@ -11,7 +11,7 @@ from moe_cases import small_request
 
 from moesim.errors import UserError
 from moesim.kernels import kernel_model
-from moesim.program.router import router_part
+from moesim.program.moe import router_part
 from moesim.program.stage import step_sizes
 from moesim.program.writer import KernelWriter
 from moesim.results.spans import Part

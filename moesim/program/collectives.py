@@ -1,12 +1,15 @@
-"""Transfers among some of the ranks of a rank group: collectives of equal shares, ring hops, and several side by side.
+"""Collectives: among some of the ranks of a rank group (also ring hops, and several side by side), and among groups.
 
 A rank group's ranks are consecutive; `Peers(size, stride)` cuts them into sets of `size` ranks, `stride` apart: tensor
-ranks have stride 1, context ranks that of the tensor axis, ranks with the same experts that of the expert block.
+ranks have stride 1, context ranks that of the tensor axis, ranks with the same experts that of the expert block. Those
+on gradients and parameters among ranks of several groups (`Reduction`) are there once per step.
 
-Legend: S routing samples, R ranks of a rank group, G runs of sets, N peers of a set, I sets that interleave (stride).
+Legend: S routing samples, R ranks of a rank group, W ranks of the world, G runs of sets, N peers of a set, I sets that
+interleave (stride).
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
@@ -23,6 +26,7 @@ from moesim.network import (
 )
 from moesim.network.nccl import ring_bytes
 from moesim.program.operations import Transfer
+from moesim.results.spans import Collective, Part
 
 FloatArray = NDArray[np.float64]
 Ranks = NDArray[np.int64]
@@ -171,3 +175,41 @@ class GroupLinks:
                 source=found.source,
             )
         return self._known[key]
+
+
+Members = tuple[NDArray[np.int64], ...]
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """One collective among each of `members` (lists of global ranks): nobody is done before the last has come.
+
+    `buckets` is how many parts it is cut into that may begin while the last backward pass still makes gradients; 0: it
+    begins when all gradients are there. `stage`: whose gradients they are; -1: of no single stage.
+    `rests_on`: where its seconds come from. `part`: gradients, or the parameters that the optimizer has updated.
+    `sent_bytes`: what each rank puts on the wire, 0 where nobody asks.
+    """
+
+    name: str
+    members: Members
+    seconds: float
+    source: str
+    buckets: int = 0
+    stage: int = -1
+    collective: Collective = Collective.ALL_REDUCE
+    part: Part = Part.GRADIENTS
+    rests_on: str = ""
+    sent_bytes: float = 0.0
+
+    @cached_property
+    def ranks(self) -> frozenset[int]:
+        """All ranks that take part."""
+        return frozenset(int(rank) for ranks in self.members for rank in ranks)
+
+
+def last_arrivals(members: Members, ready_SW: FloatArray) -> FloatArray:
+    """[S, W]: when the last member of each rank's collective is there."""
+    last_SW = ready_SW.copy()
+    for ranks in members:
+        last_SW[:, ranks] = ready_SW[:, ranks].max(axis=1, keepdims=True)
+    return last_SW
