@@ -103,7 +103,7 @@ def prepare_dispatch(
 ) -> PreparedTransfer:
     """Tokens on their way to their experts.
 
-    `copies_stages`: copies from rank to rank, [R, R] or [S, R, R], as `LayerTraffic.send_stages(..., token_bytes=1)`
+    `copies_stages`: copies from rank to rank, [R, R] or [S, R, R], as `moesim.parallel.traffic.stage_copies`
     gives them: one matrix, or for deduplication per node the network stage (with direct NVLink copies) and the
     fan-out. `own_copies_R` [R] or [S, R]: tokens that stay on their rank, which only the single-node kernels of
     `hierarchical` move. `sms`: those of a GPU that its kernels hold; None: as usual. `compiled`: see `Ports`. Of

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.parallel.arrays import copies_out, held_copies
 from moesim.parallel.mesh import Mesh
+from moesim.parallel.traffic import copies_out, held_copies
 from moesim.parallel.traffic_sample import TrafficSample
 from moesim.scenario import Scenario
 from moesim.scenario.placement import keeps_groups

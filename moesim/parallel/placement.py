@@ -49,11 +49,6 @@ class ExpertPlacement:
         return rank_of_expert_E
 
 
-def contiguous_placement(*, num_experts: int, num_ranks: int) -> ExpertPlacement:
-    """Rank d holds experts d*E/D .. (d+1)*E/D - 1."""
-    return ExpertPlacement(np.arange(num_experts, dtype=np.int64).reshape(num_ranks, num_experts // num_ranks))
-
-
 def place_lists(slots: Sequence[Sequence[int]]) -> ExpertPlacement:
     """`slots[d]` lists the experts of rank d, each once; shorter ranks get empty slots."""
     placed = ExpertPlacement(slot_table(slots))

@@ -318,13 +318,6 @@ class TrafficSampler:
         return array_STK.reshape(-1, self.piece_length, array_STK.shape[-1])
 
 
-def sample_traffic(
-    scenario: Scenario, trace: RoutingTrace, *, rng: np.random.Generator, bootstrap: bool = False
-) -> TrafficSample:
-    """One routing sample of a step. For several samples keep one `TrafficSampler` and draw from it."""
-    return TrafficSampler(scenario, trace).draw(rng, bootstrap=bootstrap)
-
-
 def some_sequences(trace: RoutingTrace, *, first: int, last: int | None = None) -> RoutingTrace:
     """The trace with the sequences from number `first` up to `last` (not included) of its final step alone."""
     final, chosen = trace.final, slice(first, last)

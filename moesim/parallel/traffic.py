@@ -1,10 +1,11 @@
-"""What one layer and micro-batch sends between the ranks of one expert-parallel group.
+"""What one layer sends between the ranks of one expert-parallel group, over all the micro-batches of a step.
 
-Legend: R source ranks, D destination ranks (the same ranks), E experts, J nodes that the group touches, P slots.
+Legend: B micro-batches, R source ranks, D destination ranks (the same ranks), E experts, J nodes that the group
+touches, P slots.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from moesim.parallel.mesh import GroupLayout
 from moesim.parallel.placement import ExpertPlacement
+from moesim.parallel.relabelling import Relabelling
 from moesim.scenario.base import BYTES_PER_ELEMENT, DType
 from moesim.scenario.dispatch import Deduplicate
 
@@ -27,93 +29,143 @@ def token_bytes(hidden: int, dtype: DType) -> float:
     return hidden * BYTES_PER_ELEMENT[dtype] + scales
 
 
-class TierBytes(NamedTuple):
-    """Bytes that leave ranks: within their node, and over the network between nodes."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LayerTraffic:
+    """The kept rows and token copies of one layer; dropped rows are neither sent nor computed.
+
+    rows_BRE: rows that expert e computes for rank r's tokens, `padded_rows_B` empty ones included.
+    rank_copies_BRD: distinct (token, destination rank) pairs, own rank included.
+    node_copies_BRJ: distinct (token, destination node) pairs, own node included.
+    layout: the nodes and rails of the group's ranks.
+    The counts are int64, or float64 in a counterfactual that spreads them evenly, of which `computed_BE` are the rows
+    that each expert computes; in all other traffic these are those of `rows_BRE`.
+    """
+
+    rows_BRE: Array
+    rank_copies_BRD: Array
+    node_copies_BRJ: Array
+    routed_rows_B: NDArray[np.int64]
+    dropped_rows_B: NDArray[np.int64]
+    padded_rows_B: NDArray[np.int64]
+    layout: GroupLayout
+    computed_BE: Array | None = None
+
+    def relabel(self, relabelling: Relabelling, placement: ExpertPlacement) -> "LayerTraffic":
+        """The traffic of a model layer whose experts are the thin layer's in another order."""
+        node_from_J = relabelling.node_from_J(placement, self.layout.node_of_rank_R)
+        return replace(
+            self,
+            rows_BRE=self.rows_BRE[:, :, relabelling.expert_from_E],
+            rank_copies_BRD=self.rank_copies_BRD[:, :, relabelling.rank_from_D],
+            node_copies_BRJ=self.node_copies_BRJ[:, :, node_from_J],
+        )
+
+    def slot_rows_BDP(self, placement: ExpertPlacement) -> Array:
+        """Rows that each (rank, slot) computes in each micro-batch; empty slots get 0."""
+        rows_BE = self.rows_BRE.sum(axis=1) if self.computed_BE is None else self.computed_BE
+        rows_BE = np.concatenate([rows_BE, np.zeros_like(rows_BE[:, :1])], axis=1)
+        return np.asarray(rows_BE[:, placement.slot_experts_DP])
+
+    def pad(self, capacity: int, placement: ExpertPlacement) -> "LayerTraffic":
+        """Every (rank, expert) computes `capacity` rows; the empty ones are sent too, each as a copy of its own."""
+        rank_of_expert_E = placement.rank_of_expert_E
+        empty_BRE = capacity - self.rows_BRE
+        assert (empty_BRE >= 0).all(), "capacity bounds the kept rows"
+        empty_BRD = sum_columns(empty_BRE, rank_of_expert_E, self.rank_copies_BRD.shape[2])
+        empty_BRJ = sum_columns(empty_BRD, self.layout.node_of_rank_R, self.node_copies_BRJ.shape[2])
+        return replace(
+            self,
+            rows_BRE=self.rows_BRE + empty_BRE,
+            rank_copies_BRD=self.rank_copies_BRD + empty_BRD,
+            node_copies_BRJ=self.node_copies_BRJ + empty_BRJ,
+            padded_rows_B=empty_BRE.sum(axis=(1, 2)),
+        )
+
+    def balanced(self, placement: ExpertPlacement) -> "LayerTraffic":
+        """The counterfactual without imbalance: the same kept rows and copies in total, spread evenly (float64).
+
+        Totals are kept per micro-batch and per class of pair - own rank, another rank of the own node, a rank of
+        another node - so that only the imbalance goes and the locality of the traffic stays. Where the group's ranks
+        lie unevenly on nodes no such spread gives equal ranks: then all pairs but the own rank form one class.
+
+        What travels is spread; the rows that experts compute stay, and it is the time for them that
+        `moesim.program.writer` spreads over the ranks. Kernels round rows up to tiles: equal rows just below a multiple
+        of a tile, or just above it, would be a fifth faster or slower than the mean of uneven ones, and an expert
+        without rows spares its weights. None of that is due to balance.
+        """
+        layout, rank_of_expert_E = self.layout, placement.rank_of_expert_E
+        rank_rows_BRD = sum_columns(self.rows_BRE, rank_of_expert_E, layout.num_ranks)
+        class_RD = np.where(np.eye(layout.num_ranks, dtype=bool), 0, 1)
+        if len(np.unique(np.bincount(layout.node_of_rank_R))) == 1:
+            class_RD += ~layout.same_node_RD
+        own_node_RJ = np.equal.outer(layout.node_of_rank_R, np.arange(layout.num_nodes))
+        share_E = 1.0 / np.bincount(rank_of_expert_E, minlength=layout.num_ranks)[rank_of_expert_E]
+        return replace(
+            self,
+            rows_BRE=_class_means(rank_rows_BRD, class_RD)[:, :, rank_of_expert_E] * share_E,
+            rank_copies_BRD=_class_means(self.rank_copies_BRD, class_RD),
+            node_copies_BRJ=_class_means(self.node_copies_BRJ, np.where(own_node_RJ, 0, 1)),
+            computed_BE=self.rows_BRE.sum(axis=1),
+        )
+
+
+def _class_means(values_BRX: Array, class_RX: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Every value replaced by the mean of its class in its micro-batch."""
+    means_BRX = np.zeros(values_BRX.shape)
+    for label in np.unique(class_RX):
+        members = class_RX == label
+        means_BRX[:, members] = values_BRX[:, members].mean(axis=1)[:, None]
+    return means_BRX
+
+
+def held_copies(
+    traffic: LayerTraffic, placement: ExpertPlacement, deduplicate: Deduplicate, *, tokens: int = 0
+) -> Array:
+    """Copies of rank r's tokens (`tokens` of them) that rank d gets in the end, own rank included: [B, R, D]."""
+    if deduplicate == "all_ranks":
+        return np.full(traffic.rank_copies_BRD.shape, tokens, dtype=np.int64)
+    if deduplicate == "per_expert":
+        return sum_columns(traffic.rows_BRE, placement.rank_of_expert_E, placement.num_ranks)
+    return traffic.rank_copies_BRD
+
+
+def copies_out(held_BRD: Array, deduplicate: Deduplicate) -> Array:
+    """Copies of its own tokens that a rank puts into its send buffer, [B, R]: for a gather each once."""
+    return np.asarray(held_BRD[:, :, 0] if deduplicate == "all_ranks" else held_BRD.sum(axis=2))
+
+
+def stage_copies(
+    traffic: LayerTraffic, placement: ExpertPlacement, deduplicate: Deduplicate, *, tokens: int = 0
+) -> tuple[NDArray[np.float64], ...]:
+    """Copies sent from rank to rank, float64 [B, R, D] with zero diagonals, one array per stage of the dispatch.
+
+    per_expert and per_rank: one stage. per_node: first one copy per distinct remote node to the GPU of the same rail
+    there, beside the copies for ranks of the own node, which go straight over NVLink; then the fan-out from the rail's
+    GPU to the token's ranks on that node. all_ranks: the `tokens` of every rank round a ring. Combine uses the
+    transposes in reverse order.
+    """
+    if deduplicate == "per_node":
+        return node_stages(traffic.rank_copies_BRD, traffic.node_copies_BRJ, traffic.layout)
+    if deduplicate == "all_ranks":
+        batches, ranks, _ = traffic.rank_copies_BRD.shape
+        return (np.broadcast_to(ring_copies(tokens, ranks), (batches, ranks, ranks)),)
+    return (without_diagonal(held_copies(traffic, placement, deduplicate, tokens=tokens)),)
+
+
+class TierCopies(NamedTuple):
+    """Copies that leave ranks: within their node, and over the network between nodes."""
 
     intra_node: float
     inter_node: float
 
 
-class DeepEpBytes(NamedTuple):
-    """`rdma_R`: one copy per (token, destination node) sent; `nvlink_R`: one per token received."""
-
-    rdma_R: Array
-    nvlink_R: Array
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class LayerTraffic:
-    """The kept rows and token copies of one layer and micro-batch; dropped rows are neither sent nor computed.
-
-    rows_RE: rows that expert e computes for rank r's tokens, `padded_rows` empty ones included.
-    rank_copies_RD: distinct (token, destination rank) pairs, own rank included.
-    node_copies_RM: distinct (token, destination node) pairs, own node included.
-    layout: the nodes and rails of the group's ranks.
-    The counts are int64, or float64 in a counterfactual that spreads them evenly.
-    """
-
-    rows_RE: Array
-    rank_copies_RD: Array
-    node_copies_RJ: Array
-    layout: GroupLayout
-    routed_rows: int
-    dropped_rows: int = 0
-    padded_rows: int = 0
-
-    @property
-    def dropped_share(self) -> float:
-        """Dropped rows / routed rows."""
-        return self.dropped_rows / self.routed_rows if self.routed_rows else 0.0
-
-    def rows_DP(self, placement: ExpertPlacement) -> Array:
-        """Rows that each (rank, slot) computes: what the grouped GEMM of rank d gets. Empty slots get 0."""
-        rows_E = np.append(self.rows_RE.sum(axis=0), 0)
-        return np.asarray(rows_E[placement.slot_experts_DP])
-
-    def rank_rows_RD(self, placement: ExpertPlacement) -> Array:
-        """Rows that rank d computes for rank r's tokens."""
-        return sum_columns(self.rows_RE, placement.rank_of_expert_E, placement.num_ranks)
-
-    def send_stages(
-        self, placement: ExpertPlacement, deduplicate: Deduplicate, token_bytes: float, *, tokens: float = 0.0
-    ) -> tuple[Array, ...]:
-        """Bytes from rank to rank, float64 [R, D] with zero diagonal, one matrix per stage of the dispatch.
-
-        per_expert and per_rank: one stage. per_node: first one copy per distinct remote node to the GPU of the same
-        rail there, beside the copies for ranks of the own node, which go straight over NVLink; then the fan-out from
-        the rail's GPU to the token's ranks on that node. all_ranks: the `tokens` of every rank round a
-        ring. Combine uses the transposed matrices in reverse order.
-        """
-        if deduplicate == "per_node":
-            return tuple(
-                token_bytes * copies_RD
-                for copies_RD in node_stages(self.rank_copies_RD, self.node_copies_RJ, self.layout)
-            )
-        if deduplicate == "all_ranks":
-            return (token_bytes * ring_copies(tokens, self.layout.num_ranks),)
-        copies_RD = self.rank_rows_RD(placement) if deduplicate == "per_expert" else self.rank_copies_RD
-        return (token_bytes * without_diagonal(copies_RD),)
-
-    def send_bytes_RD(
-        self, placement: ExpertPlacement, deduplicate: Deduplicate, token_bytes: float, *, tokens: float = 0.0
-    ) -> Array:
-        """Bytes from rank to rank, float64 [R, D] with zero diagonal, all stages together."""
-        return np.asarray(sum(self.send_stages(placement, deduplicate, token_bytes, tokens=tokens)))
-
-    def tier_bytes(
-        self, placement: ExpertPlacement, deduplicate: Deduplicate, token_bytes: float, *, tokens: float = 0.0
-    ) -> TierBytes:
-        """Bytes within nodes and between nodes, all stages together."""
-        bytes_RD = self.send_bytes_RD(placement, deduplicate, token_bytes, tokens=tokens)
-        same_node_RD = self.layout.same_node_RD
-        return TierBytes(float(bytes_RD[same_node_RD].sum()), float(bytes_RD[~same_node_RD].sum()))
-
-    def deepep_bytes(self, token_bytes: float) -> "DeepEpBytes":
-        """Bytes per rank as DeepEP counts them for its GB/s (facts: alltoall_h800), own node and rank included."""
-        return DeepEpBytes(
-            rdma_R=token_bytes * self.node_copies_RJ.sum(axis=1),
-            nvlink_R=token_bytes * self.rank_copies_RD.sum(axis=0),
-        )
+def tier_copies(
+    traffic: LayerTraffic, placement: ExpertPlacement, deduplicate: Deduplicate, *, tokens: int = 0
+) -> TierCopies:
+    """Copies sent within nodes and between nodes, all stages and micro-batches together; see `stage_copies`."""
+    sent_RD = sum(stage_BRD.sum(axis=0) for stage_BRD in stage_copies(traffic, placement, deduplicate, tokens=tokens))
+    same_node_RD = traffic.layout.same_node_RD
+    return TierCopies(float(sent_RD[same_node_RD].sum()), float(sent_RD[~same_node_RD].sum()))
 
 
 def sum_columns(values_RX: Array, domain_of_column_X: NDArray[np.int64], num_domains: int) -> Array:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.parallel.arrays import TrafficArrays
 from moesim.parallel.dropping import device_keep_mask
 from moesim.parallel.expert_map import ExpertMap
 from moesim.parallel.mesh import GroupLayout
@@ -35,12 +34,7 @@ class TrafficSample:
     draw: SequenceDraw
     protected_BNU: NDArray[np.bool_]
     spread: bool = False
-    _thin: dict[tuple[int, int, int], TrafficArrays] = field(init=False, default_factory=dict, repr=False)
-
-    @property
-    def num_distinct_sequences(self) -> int:
-        """Different recorded sequences in the step."""
-        return self.draw.num_distinct
+    _thin: dict[tuple[int, int, int], LayerTraffic] = field(init=False, default_factory=dict, repr=False)
 
     @property
     def num_micro_batches(self) -> int:
@@ -53,7 +47,7 @@ class TrafficSample:
         return self.sampler.placement
 
     def balanced(self) -> "TrafficSample":
-        """The same sample with every layer's copies and time of computing spread evenly (`TrafficArrays.balanced`).
+        """The same sample with every layer's copies and time of computing spread evenly (`LayerTraffic.balanced`).
 
         It shares the counts of thin layers with this one, and spreads them after relabelling: a model layer decides
         which copies stay on their own rank.
@@ -62,13 +56,7 @@ class TrafficSample:
         object.__setattr__(even, "_thin", self._thin)
         return even
 
-    def layer(self, group: int, micro_batch: int, model_layer: int, *, stage: int = 0) -> LayerTraffic:
-        """The traffic of one expert-parallel group (of `stage`), micro-batch and MoE layer."""
-        thin = self.thin_arrays(group, self.sampler.counted_layer(model_layer), stage=stage)
-        one = thin.select(slice(micro_batch, micro_batch + 1))
-        return self._model_layer(one, model_layer).micro_batch(0)
-
-    def arrays(self, group: int, model_layer: int, *, stage: int = 0) -> TrafficArrays:
+    def arrays(self, group: int, model_layer: int, *, stage: int = 0) -> LayerTraffic:
         """The traffic of one expert-parallel group and MoE layer over all micro-batches."""
         thin = self.thin_arrays(group, self.sampler.counted_layer(model_layer), stage=stage)
         return self._model_layer(thin, model_layer)
@@ -87,7 +75,7 @@ class TrafficSample:
         )
         return np.array_equal(self.protected_BNU[:, data_R], self.protected_BNU[:, other_R])
 
-    def _model_layer(self, thin: TrafficArrays, model_layer: int) -> TrafficArrays:
+    def _model_layer(self, thin: LayerTraffic, model_layer: int) -> LayerTraffic:
         arrays = thin.relabel(self.sampler.relabellings[model_layer], self.placement)
         return arrays.balanced(self.placement) if self.spread else arrays
 
@@ -95,7 +83,7 @@ class TrafficSample:
         """What the slots of a layer of the model hold; None where every expert has one slot, the same in all layers."""
         return self.sampler.map_of(model_layer)
 
-    def slot_rows_MDP(self, group: int, model_layer: int, *, stage: int = 0) -> Array:
+    def slot_rows_BDP(self, group: int, model_layer: int, *, stage: int = 0) -> Array:
         """Rows that every (micro-batch, rank, slot) of one expert-parallel group and MoE layer computes."""
         return self.arrays(group, model_layer, stage=stage).slot_rows_BDP(self.placement)
 
@@ -107,7 +95,7 @@ class TrafficSample:
         pieces_BRUV = first_BRU[..., None] + pieces_RV[place_R][:, None]
         return pieces_BRUV.reshape(*first_BRU.shape[:2], -1)
 
-    def thin_arrays(self, group: int, layer: int, *, stage: int = 0) -> TrafficArrays:
+    def thin_arrays(self, group: int, layer: int, *, stage: int = 0) -> LayerTraffic:
         """The traffic of one counted layer with the trace's own expert numbers, or its slots; built once and kept."""
         stage = self._first_alike(group, stage)
         key = (stage, group, layer)
@@ -125,7 +113,7 @@ class TrafficSample:
             if (layout.node_of_rank_R.tobytes(), layout.local_rank_R.tobytes()) == mine
         )
 
-    def _build(self, group: int, layer: int, stage: int) -> TrafficArrays:
+    def _build(self, group: int, layer: int, stage: int) -> LayerTraffic:
         count = self._sum_pieces if self.sampler.counts_add_up else self._drop_and_count
         arrays = count(group, layer, stage)
         capacity = self.sampler.scenario.capacity
@@ -137,7 +125,7 @@ class TrafficSample:
         mesh = self.sampler.mesh
         return mesh.expert_groups(stage)[group] - mesh.rank(stage=stage, index=0)
 
-    def _sum_pieces(self, group: int, layer: int, stage: int) -> TrafficArrays:
+    def _sum_pieces(self, group: int, layer: int, stage: int) -> LayerTraffic:
         layout = self.sampler.layouts[stage][group]
         pieces_BRU = self.pieces_BRU(group, stage=stage)
         sources = self.sampler.sources(layer, layout)
@@ -147,7 +135,7 @@ class TrafficSample:
             for name in ("rows_SE", "rank_copies_SD", "node_copies_SJ")
         )
         routed_B = counts[0][0].routed_S[pieces_BRU].sum(axis=(1, 2))
-        return TrafficArrays(
+        return LayerTraffic(
             rows_BRE=rows_BRE,
             rank_copies_BRD=rank_copies_BRD,
             node_copies_BRJ=node_copies_BRJ,
@@ -157,7 +145,7 @@ class TrafficSample:
             layout=layout,
         )
 
-    def _drop_and_count(self, group: int, layer: int, stage: int) -> TrafficArrays:
+    def _drop_and_count(self, group: int, layer: int, stage: int) -> LayerTraffic:
         layout = self.sampler.layouts[stage][group]
         pieces_BRU = self.pieces_BRU(group, stage=stage)
         ids_STK = self.sampler.expert_ids_STK(layer)
@@ -169,7 +157,7 @@ class TrafficSample:
             counted.append(self.sampler.count(kept_RTK, layout))
             routed.append(int(num_rows(ids_STK[pieces_RU.reshape(-1)]).sum()))
         rows_BRE, rank_copies_BRD, node_copies_BRJ = (np.stack(arrays) for arrays in zip(*counted, strict=True))
-        return TrafficArrays(
+        return LayerTraffic(
             rows_BRE=rows_BRE,
             rank_copies_BRD=rank_copies_BRD,
             node_copies_BRJ=node_copies_BRJ,

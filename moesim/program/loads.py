@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.network import Fabric, prepare_combine, prepare_dispatch
-from moesim.parallel import ExpertPlacement, Mesh, TrafficArrays, token_bytes
-from moesim.parallel.arrays import copies_out, held_copies, stage_copies
+from moesim.parallel import ExpertPlacement, LayerTraffic, Mesh, token_bytes
 from moesim.parallel.expert_map import ExpertMap
+from moesim.parallel.traffic import copies_out, held_copies, stage_copies
 from moesim.program.collectives import Peers, SideBySide, set_of_place
 from moesim.program.operations import Transfer
 from moesim.program.scenario_fabric import sharing_model
@@ -40,7 +40,7 @@ class RoutingSample(Protocol):
     def map_of(self, model_layer: int) -> ExpertMap | None:
         """What the slots of a layer hold; None where every expert has one slot, the same in all layers."""
 
-    def arrays(self, group: int, model_layer: int, *, stage: int = 0) -> TrafficArrays:
+    def arrays(self, group: int, model_layer: int, *, stage: int = 0) -> LayerTraffic:
         """The traffic of one expert group (at place `stage` of the pipeline) and MoE layer over all micro-batches."""
 
     def same_traffic(self, group: int, other: int, *, stage: int = 0) -> bool:
@@ -244,7 +244,7 @@ class _Counted(NamedTuple):
 
 
 def _count(
-    arrays_S: Sequence[TrafficArrays], placement: ExpertPlacement, deduplicate: Deduplicate, *, tokens: int
+    arrays_S: Sequence[LayerTraffic], placement: ExpertPlacement, deduplicate: Deduplicate, *, tokens: int
 ) -> _Counted:
     held_S = [held_copies(arrays, placement, deduplicate, tokens=tokens) for arrays in arrays_S]
     held_MSRD = np.stack(held_S, axis=1)

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-import numpy as np
 import plotly.graph_objects as go
 from rich.console import RenderableType
 from rich.text import Text
 
 from moesim.errors import UserError
-from moesim.parallel import LayerTraffic, TrafficArrays, TrafficSampler, token_bytes
+from moesim.parallel import TrafficSampler, token_bytes
+from moesim.parallel.traffic import held_copies, tier_copies
 from moesim.report.facts import Fact
 from moesim.report.figures import empty_figure
 from moesim.report.page import Page
@@ -193,16 +193,11 @@ def _count(laid_out: Scenario, trace: RoutingTrace, limit: int | None) -> Volume
     copy_bytes = token_bytes(laid_out.model.row_width, dispatch.dtype)
     copies = intra = inter = 0.0
     for layer in range(trace.num_layers):
-        traffic = _all_micro_batches(sample.thin_arrays(0, layer))
-        tokens_of_rank = laid_out.tokens_per_step / devices
-        counted = {
-            "per_node": traffic.node_copies_RJ,
-            "per_rank": traffic.rank_copies_RD,
-            "all_ranks": np.full((devices, devices), tokens_of_rank),
-        }
-        copies += float(counted.get(dispatch.deduplicate, traffic.rows_RE).sum())
-        tiers = traffic.tier_bytes(sampler.placement, dispatch.deduplicate, copy_bytes, tokens=tokens_of_rank)
-        intra, inter = intra + tiers.intra_node, inter + tiers.inter_node
+        traffic, way = sample.thin_arrays(0, layer), dispatch.deduplicate
+        held_BRX = held_copies(traffic, sampler.placement, way, tokens=laid_out.tokens_per_rank)
+        copies += float((traffic.node_copies_BRJ if way == "per_node" else held_BRX).sum())
+        tiers = tier_copies(traffic, sampler.placement, way, tokens=laid_out.tokens_per_rank)
+        intra, inter = intra + copy_bytes * tiers.intra_node, inter + copy_bytes * tiers.inter_node
     tokens = trace.num_layers * laid_out.tokens_per_step
     return VolumePoint(
         devices=devices,
@@ -211,16 +206,6 @@ def _count(laid_out: Scenario, trace: RoutingTrace, limit: int | None) -> Volume
         copies=copies / tokens,
         intra_node_bytes=intra / tokens,
         inter_node_bytes=inter / tokens,
-    )
-
-
-def _all_micro_batches(arrays: TrafficArrays) -> LayerTraffic:
-    return LayerTraffic(
-        rows_RE=arrays.rows_BRE.sum(axis=0),
-        rank_copies_RD=arrays.rank_copies_BRD.sum(axis=0),
-        node_copies_RJ=arrays.node_copies_BRJ.sum(axis=0),
-        layout=arrays.layout,
-        routed_rows=int(arrays.routed_rows_B.sum()),
     )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moesim.engine import simulate_step, step_kernels
-from moesim.parallel import ExpertPlacement, Mesh, TrafficArrays, TrafficSample, place_experts
+from moesim.parallel import ExpertPlacement, LayerTraffic, Mesh, TrafficSample, place_experts
 from moesim.parallel.traffic import sum_columns
 from moesim.program import build_program
 from moesim.program.scenario_fabric import scenario_fabric, scenario_kernels
@@ -68,7 +68,7 @@ class RecordedRows:
         """Recorded rows are each rank's own."""
         return group == other
 
-    def arrays(self, group: int, model_layer: int, *, stage: int = 0) -> TrafficArrays:
+    def arrays(self, group: int, model_layer: int, *, stage: int = 0) -> LayerTraffic:
         """The traffic of one expert group and MoE layer over all micro-batches."""
         mesh = Mesh(self.scenario.parallelism, self.scenario.cluster)
         ranks_R = mesh.expert_groups()[group]
@@ -76,7 +76,7 @@ class RecordedRows:
         rows_BRE = self.rows_RBLE[ranks_R, :, model_layer].transpose(1, 0, 2)
         to_ranks_BRD = sum_columns(rows_BRE, self.placement.rank_of_expert_E, layout.num_ranks)
         routed_B = rows_BRE.sum(axis=(1, 2))
-        return TrafficArrays(
+        return LayerTraffic(
             rows_BRE=rows_BRE,
             rank_copies_BRD=to_ranks_BRD,
             node_copies_BRJ=sum_columns(to_ranks_BRD, layout.node_of_rank_R, layout.num_nodes),

@@ -8,6 +8,7 @@ import pytest
 
 from moesim.network import build_fabric, prepare_dispatch
 from moesim.parallel import TrafficSampler
+from moesim.parallel.traffic import stage_copies, tier_copies
 from moesim.report.volume import VolumeStudy, study_volume
 from moesim.run import obtain_trace
 from moesim.scenario import Scenario, load_scenario
@@ -86,15 +87,15 @@ def test_every_single_token_keeps_the_limit_and_the_network_carries_what_is_coun
     unit_of_rank = layout.node_of_rank_R if kind == "per_node" else np.arange(layout.num_ranks)
     reached = distinct_domains(trace.final.expert_ids_LSTK, domain_of_expert_E=unit_of_rank[placement.rank_of_expert_E])
     assert reached.min() >= 1 and reached.max() == limit
-    traffic = sample.layer(0, 0, 0)
+    traffic = sample.arrays(0, 0)
     transfer = prepare_dispatch(
         build_fabric(scenario.cluster),
-        traffic.send_stages(placement, kind, 1.0),
+        [stage_BRD[0] for stage_BRD in stage_copies(traffic, placement, kind)],
         token_bytes=128.0,
         algorithm=scenario.dispatch.algorithm,
     )
-    counted = traffic.tier_bytes(placement, kind, 128.0)
-    assert transfer.traffic.inter_node_bytes == pytest.approx(counted.inter_node)
-    assert transfer.traffic.intra_node_bytes == pytest.approx(counted.intra_node)
+    counted = tier_copies(traffic, placement, kind)
+    assert transfer.traffic.inter_node_bytes == pytest.approx(128.0 * counted.inter_node)
+    assert transfer.traffic.intra_node_bytes == pytest.approx(128.0 * counted.intra_node)
     tokens = scenario.tokens_per_step
-    assert counted.inter_node / 128.0 <= limit * tokens
+    assert counted.inter_node <= limit * tokens

@@ -37,7 +37,7 @@ def rank_rows_LBD(scenario: Scenario, *, group: int = 0) -> np.ndarray:
     sampler = TrafficSampler(scenario, obtain_trace(scenario))
     sample = sampler.draw(stream(1, "test"))
     layers = range(scenario.model.moe_layers)
-    return np.stack([sample.slot_rows_MDP(group, layer).sum(axis=2) for layer in layers])
+    return np.stack([sample.slot_rows_BDP(group, layer).sum(axis=2) for layer in layers])
 
 
 def balancedness_LB(scenario: Scenario, *, group: int = 0) -> np.ndarray:

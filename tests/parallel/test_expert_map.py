@@ -15,6 +15,7 @@ from moesim.parallel.expert_map import ExpertMap, balanced_weights, copy_gradien
 from moesim.parallel.memory_parameters import local_parameters
 from moesim.parallel.memory_rows import routed_rows
 from moesim.parallel.replacement import rank_loads
+from moesim.parallel.traffic import held_copies
 from moesim.scenario import Scenario
 from moesim.seeding import stream
 from moesim.trace import RoutingTrace, popularity_trace, uniform_trace
@@ -76,9 +77,7 @@ def test_rows_and_copies_equal_a_plain_count(
         assert (arrays.rows_BRE.sum(axis=(1, 2)) + arrays.dropped_rows_B == arrays.routed_rows_B).all()
         assert (arrays.routed_rows_B == 8 * 2 * 32 * 4).all()  # ranks, sequences, tokens, top-k
         # A token goes to a rank once however many of its experts are there.
-        rank_rows_BRD = np.stack(
-            [arrays.micro_batch(b).rank_rows_RD(sample.placement) for b in range(len(arrays.rows_BRE))]
-        )
+        rank_rows_BRD = held_copies(arrays, sample.placement, "per_expert")
         assert (arrays.rank_copies_BRD <= rank_rows_BRD).all()
         assert (
             arrays.node_copies_BRJ
@@ -211,7 +210,7 @@ def test_eplb_balances_rows_that_it_has_not_seen(make_scenario: Make) -> None:
         ("global", {"kind": "eplb", "redundant_experts": 16, "policy": "global"}),
     ):
         sample = drawn(hot_scenario(make_scenario, placement))
-        found[name] = np.mean([imbalance(sample.slot_rows_MDP(0, layer).sum(axis=2)).mean() for layer in range(8)])
+        found[name] = np.mean([imbalance(sample.slot_rows_BDP(0, layer).sum(axis=2)).mean() for layer in range(8)])
     assert found["copies"] < found["eplb"] < found["contiguous"]
     assert found["global"] < 1.15 < 1.5 < found["contiguous"]
 
@@ -248,7 +247,7 @@ def test_memory_holds_the_slots_and_the_rows_that_copies_get(make_scenario: Make
     sample = drawn(twice)
     rows = routed_rows(twice, [sample])
     for layer in range(8):
-        np.testing.assert_array_equal(rows.rows_SLBW[0, layer], sample.slot_rows_MDP(0, layer).sum(axis=2))
+        np.testing.assert_array_equal(rows.rows_SLBW[0, layer], sample.slot_rows_BDP(0, layer).sum(axis=2))
 
 
 def test_gradients_of_copies_travel_between_their_ranks() -> None:

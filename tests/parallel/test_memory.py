@@ -5,11 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from moesim.parallel import sample_traffic
+from moesim.parallel import TrafficSampler
 from moesim.parallel.memory import memory_report
 from moesim.parallel.memory_parameters import local_parameters, stage_units, state_bytes
 from moesim.parallel.memory_rows import even_rows, routed_rows
 from moesim.parallel.memory_saved import SavedTensors
+from moesim.parallel.traffic import held_copies
 from moesim.scenario import load_scenario_text, model_names, scenario_from_mapping
 from moesim.scenario.catalogue import model_preset
 from moesim.scenario.flops import parameters
@@ -206,7 +207,8 @@ def small(*overrides):
     overrides = ("workload.sequence_length=64", *overrides)
     scenario = load(ONE_NODE, *overrides)
     trace = uniform_trace(scenario.router_shape(), num_layers=2, num_sequences=64, sequence_length=64, seed=1)
-    samples = [sample_traffic(scenario, trace, rng=np.random.default_rng(n), bootstrap=False) for n in range(3)]
+    sampler = TrafficSampler(scenario, trace)
+    samples = [sampler.draw(np.random.default_rng(n)) for n in range(3)]
     return scenario, samples
 
 
@@ -219,12 +221,10 @@ def test_rows_are_those_of_the_routing_samples(deduplicate):
         for group in (0, 1):
             for layer in (0, 13, 26):
                 ranks = slice(4 * group, 4 * group + 4)
-                slots_MDP = sample.slot_rows_MDP(group, layer)
-                assert (rows.rows_SLBW[number, layer, :, ranks] == slots_MDP.sum(axis=2)).all()
-                traffic = sample.layer(group, 1, layer)
-                held = traffic.rank_copies_RD
-                if deduplicate == "per_expert":
-                    held = traffic.rank_rows_RD(sample.placement)
+                traffic = sample.arrays(group, layer)
+                slots_BDP = traffic.slot_rows_BDP(sample.placement)
+                assert (rows.rows_SLBW[number, layer, :, ranks] == slots_BDP.sum(axis=2)).all()
+                held = held_copies(traffic, sample.placement, deduplicate)[1]
                 assert (rows.copies_out_SLBW[number, layer, 1, ranks] == held.sum(axis=1)).all()
                 assert (rows.copies_in_SLBW[number, layer, 1, ranks] == held.sum(axis=0)).all()
     even = even_rows(scenario)

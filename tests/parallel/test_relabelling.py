@@ -8,8 +8,9 @@ from numpy.typing import NDArray
 
 from moesim.parallel import ExpertPlacement
 from moesim.parallel.dropping import device_keep_mask, ranks_of_rows
-from moesim.parallel.placement import contiguous_placement
+from moesim.parallel.placement import place_experts
 from moesim.parallel.relabelling import Relabelling, draw_relabellings, identity_relabelling
+from moesim.scenario import Contiguous
 
 
 def draw(placement: ExpertPlacement, groups: int, nodes: list[NDArray[np.int64]], num: int = 1) -> list[Relabelling]:
@@ -31,7 +32,7 @@ def plans(draw_: st.DrawFn) -> tuple[ExpertPlacement, int, list[NDArray[np.int64
     groups = draw_(st.sampled_from(divisors))
     layouts = draw_(st.lists(st.tuples(st.integers(1, 5), st.integers(0, 4)), min_size=1, max_size=2))
     nodes = [(np.arange(ranks) + shift) // gpus for gpus, shift in layouts]
-    placement = contiguous_placement(num_experts=ranks * per_rank, num_ranks=ranks)
+    placement = place_experts(Contiguous(), num_experts=ranks * per_rank, num_ranks=ranks)
     return placement, groups, [node - node[0] for node in nodes]
 
 
@@ -56,7 +57,7 @@ def test_ranks_groups_and_nodes_move_as_a_whole(plan: tuple[ExpertPlacement, int
 
 
 def test_every_place_can_be_reached_where_partitions_nest() -> None:
-    placement = contiguous_placement(num_experts=16, num_ranks=8)
+    placement = place_experts(Contiguous(), num_experts=16, num_ranks=8)
     relabellings = draw(placement, 4, [np.arange(8) // 4], num=200)
     for reached in (
         np.array([r.expert_from_E for r in relabellings]),
@@ -67,7 +68,7 @@ def test_every_place_can_be_reached_where_partitions_nest() -> None:
 
 def test_crossing_partitions_stay_in_place() -> None:
     """Groups of 3 ranks and nodes of 4 cross: only within a common part (such as ranks 0-2) may ranks change places."""
-    placement = contiguous_placement(num_experts=12, num_ranks=12)
+    placement = place_experts(Contiguous(), num_experts=12, num_ranks=12)
     parts = np.array([0, 0, 0, 1, 2, 2, 3, 3, 4, 5, 5, 5])
     drawn = np.array([r.rank_from_D for r in draw(placement, 4, [np.arange(12) // 4], num=50)])
     assert (parts[drawn] == parts).all()
@@ -83,7 +84,7 @@ def test_ranks_with_more_slots_do_not_change_places_with_smaller_ones() -> None:
 
 
 def test_identity_keeps_everything() -> None:
-    placement = contiguous_placement(num_experts=8, num_ranks=4)
+    placement = place_experts(Contiguous(), num_experts=8, num_ranks=4)
     same = identity_relabelling(placement)
     assert same.expert_from_E.tolist() == list(range(8))
     assert same.node_from_J(placement, np.array([0, 0, 1, 1])).tolist() == [0, 1]
@@ -91,7 +92,7 @@ def test_identity_keeps_everything() -> None:
 
 @pytest.mark.parametrize("factor", [0.6, 1.0])
 def test_device_drops_commute_with_relabelling(factor: float) -> None:
-    placement = contiguous_placement(num_experts=24, num_ranks=8)
+    placement = place_experts(Contiguous(), num_experts=24, num_ranks=8)
     rng = np.random.default_rng(0)
     ids = np.argsort(-(rng.gumbel(size=(8, 50, 24)) - 0.1 * np.arange(24)), axis=-1)[..., :4].astype(np.int16)
     affinities = rng.integers(5, size=ids.shape).astype(np.float32)  # with ties

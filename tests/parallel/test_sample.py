@@ -8,9 +8,10 @@ import pytest
 from numpy.typing import NDArray
 
 from moesim.errors import UserError
-from moesim.parallel import TrafficSample, TrafficSampler, sample_traffic
+from moesim.parallel import TrafficSample, TrafficSampler
 from moesim.parallel.counts import count_blocks
 from moesim.parallel.dropping import device_keep_mask, expert_capacity, expert_keep_mask, ranks_of_rows
+from moesim.parallel.traffic import stage_copies
 from moesim.scenario import RouterShape, Scenario
 from moesim.seeding import stream
 from moesim.trace import RoutingTrace, popularity_trace, uniform_trace
@@ -28,7 +29,7 @@ def make_trace(scenario: Scenario, *, layers: int = 2, sequences: int = 60, coun
 
 
 def draw(scenario: Scenario, trace: RoutingTrace, *, seed: int = 0, bootstrap: bool = False) -> TrafficSample:
-    return sample_traffic(scenario, trace, rng=stream(seed, "test"), bootstrap=bootstrap)
+    return TrafficSampler(scenario, trace).draw(stream(seed, "test"), bootstrap=bootstrap)
 
 
 def kept_ids(sample: TrafficSample, group: int, micro_batch: int, thin_layer: int) -> NDArray[np.int16]:
@@ -82,13 +83,14 @@ def test_layers_count_the_kept_rows_of_the_drawn_sequences(
                 rank_of_expert_E=sample.placement.rank_of_expert_E,
                 node_of_rank_D=layout.node_of_rank_R,
             )
-            traffic = sample.thin_arrays(group, thin_layer).micro_batch(micro_batch)
-            np.testing.assert_array_equal(traffic.rows_RE, counts.rows_SE)
-            np.testing.assert_array_equal(traffic.rank_copies_RD, counts.rank_copies_SD)
-            np.testing.assert_array_equal(traffic.node_copies_RJ, counts.node_copies_SJ)
-            assert traffic.routed_rows == expert * scenario.tokens_per_micro_batch * 4
-            assert traffic.dropped_rows == traffic.routed_rows - traffic.rows_RE.sum()
-            assert (traffic.dropped_rows > 0) == (capacity["kind"] == "expert" or (expert > 1 and capacity is DEVICE))
+            traffic = sample.thin_arrays(group, thin_layer)
+            np.testing.assert_array_equal(traffic.rows_BRE[micro_batch], counts.rows_SE)
+            np.testing.assert_array_equal(traffic.rank_copies_BRD[micro_batch], counts.rank_copies_SD)
+            np.testing.assert_array_equal(traffic.node_copies_BRJ[micro_batch], counts.node_copies_SJ)
+            routed, dropped = traffic.routed_rows_B[micro_batch], traffic.dropped_rows_B[micro_batch]
+            assert routed == expert * scenario.tokens_per_micro_batch * 4
+            assert dropped == routed - traffic.rows_BRE[micro_batch].sum()
+            assert (dropped > 0) == (capacity["kind"] == "expert" or (expert > 1 and capacity is DEVICE))
 
 
 def test_expert_capacity_counts_pieces_or_micro_batches_alike(make_scenario: Make) -> None:
@@ -108,7 +110,7 @@ def test_model_layers_reindex_their_thin_layer(make_scenario: Make, capacity: di
     sample = draw(scenario, make_trace(scenario, counts=SKEW))
     hottest = set()
     for layer in range(scenario.model.moe_layers):
-        thin, model = sample.thin_arrays(0, layer % 2).micro_batch(1), sample.layer(0, 1, layer)
+        thin, model = sample.thin_arrays(0, layer % 2), sample.arrays(0, layer)
         relabelling = sample.sampler.relabellings[layer]
         kept = kept_ids(sample, 0, 1, layer % 2)
         new_number_of_E = np.append(np.argsort(relabelling.expert_from_E), -1)  # index -1 stays -1
@@ -117,12 +119,15 @@ def test_model_layers_reindex_their_thin_layer(make_scenario: Make, capacity: di
             rank_of_expert_E=sample.placement.rank_of_expert_E,
             node_of_rank_D=sample.sampler.layouts[0][0].node_of_rank_R,
         )
-        np.testing.assert_array_equal(model.rows_RE, counts.rows_SE)
-        np.testing.assert_array_equal(model.rank_copies_RD, counts.rank_copies_SD)
-        np.testing.assert_array_equal(model.node_copies_RJ, counts.node_copies_SJ)
-        assert (model.routed_rows, model.dropped_rows) == (thin.routed_rows, thin.dropped_rows)
-        hottest.add(int(model.rows_RE.sum(axis=0).argmax()))
-        np.testing.assert_array_equal(sample.slot_rows_MDP(0, layer)[1], model.rows_DP(sample.placement))
+        np.testing.assert_array_equal(model.rows_BRE[1], counts.rows_SE)
+        np.testing.assert_array_equal(model.rank_copies_BRD[1], counts.rank_copies_SD)
+        np.testing.assert_array_equal(model.node_copies_BRJ[1], counts.node_copies_SJ)
+        for of_model, of_thin in (
+            (model.routed_rows_B, thin.routed_rows_B),
+            (model.dropped_rows_B, thin.dropped_rows_B),
+        ):
+            np.testing.assert_array_equal(of_model, of_thin)
+        hottest.add(int(model.rows_BRE[1].sum(axis=0).argmax()))
     assert len(hottest) > 3  # one expert is hot in the trace, but not the same one in every model layer
 
 
@@ -142,11 +147,11 @@ def test_relabelling_belongs_to_the_model(make_scenario: Make) -> None:
 def test_same_stream_same_sample_and_bootstrap_differs(make_scenario: Make) -> None:
     scenario = make_scenario(capacity=DEVICE)
     trace = make_trace(scenario)
-    rows = [draw(scenario, trace, seed=seed).layer(0, 0, 3).rows_RE for seed in (0, 0, 1)]
+    rows = [draw(scenario, trace, seed=seed).arrays(0, 3).rows_BRE for seed in (0, 0, 1)]
     np.testing.assert_array_equal(rows[0], rows[1])
     assert (rows[0] != rows[2]).any()
-    assert draw(scenario, trace).num_distinct_sequences == 30  # 60 short sequences make 30 of the workload's length
-    assert draw(scenario, trace, bootstrap=True).num_distinct_sequences < 26
+    assert draw(scenario, trace).draw.num_distinct == 30  # 60 short sequences make 30 of the workload's length
+    assert draw(scenario, trace, bootstrap=True).draw.num_distinct < 26
 
 
 def test_tokens_are_split_over_context_and_tensor_ranks(make_scenario: Make) -> None:
@@ -206,12 +211,13 @@ def test_folding_moves_tokens_but_routes_as_many_rows(make_scenario: Make) -> No
 def test_padding_and_stages(make_scenario: Make) -> None:
     capacity = {"kind": "expert", "factor": 1.0, "by": "position", "pad": True}
     scenario = make_scenario(capacity=capacity)
-    traffic = draw(scenario, make_trace(scenario)).layer(0, 0, 0)
-    assert (traffic.rows_RE == 8).all()  # ceil(4 * 64 / 32)
-    assert traffic.padded_rows == traffic.rows_RE.sum() - (traffic.routed_rows - traffic.dropped_rows)
+    traffic = draw(scenario, make_trace(scenario)).arrays(0, 0)
+    assert (traffic.rows_BRE == 8).all()  # ceil(4 * 64 / 32)
+    kept_B = traffic.routed_rows_B - traffic.dropped_rows_B
+    assert (traffic.padded_rows_B == traffic.rows_BRE.sum(axis=(1, 2)) - kept_B).all()
     staged = make_scenario(parallelism={"data": 4, "pipeline": 2, "expert": 4})
     sample = draw(staged, make_trace(staged))
-    np.testing.assert_array_equal(sample.layer(0, 0, 1, stage=0).rows_RE, sample.layer(0, 0, 1, stage=1).rows_RE)
+    np.testing.assert_array_equal(sample.arrays(0, 1, stage=0).rows_BRE, sample.arrays(0, 1, stage=1).rows_BRE)
 
 
 def test_the_counterfactual_sends_equal_loads_in_every_layer(make_scenario: Make) -> None:
@@ -223,7 +229,7 @@ def test_the_counterfactual_sends_equal_loads_in_every_layer(make_scenario: Make
         np.testing.assert_allclose(even_rows_BE.sum(axis=1), rows_BE.sum(axis=1))
         np.testing.assert_allclose(even_rows_BE, even_rows_BE.mean(axis=1, keepdims=True) * np.ones((1, 32)))
         assert rows_BE.std() > 0
-        np.testing.assert_array_equal(even.slot_rows_MDP(0, layer), sample.slot_rows_MDP(0, layer))
+        np.testing.assert_array_equal(even.slot_rows_BDP(0, layer), sample.slot_rows_BDP(0, layer))
 
 
 def test_a_hot_rank_in_the_trace_changes_the_traffic(make_scenario: Make) -> None:
@@ -232,13 +238,12 @@ def test_a_hot_rank_in_the_trace_changes_the_traffic(make_scenario: Make) -> Non
     trace = make_trace(scenario, layers=1)
     ids = np.broadcast_to(np.arange(4, dtype=np.int16), trace.final.expert_ids_LSTK.shape).copy()
     hot = replace(trace, steps=(replace(trace.final, expert_ids_LSTK=ids),))
-    received = (
-        draw(scenario, hot).layer(0, 0, 0).send_bytes_RD(draw(scenario, hot).placement, "per_rank", 1.0).sum(axis=0)
-    )
+    sample = draw(scenario, hot)
+    received = stage_copies(sample.arrays(0, 0), sample.placement, "per_rank")[0][0].sum(axis=0)
     assert received[0] == 7 * scenario.tokens_per_micro_batch
     assert not received[1:].any()
-    spread = draw(scenario, trace).layer(0, 0, 0)
-    assert (spread.rank_copies_RD.sum(axis=0) > 0).all()
+    spread = draw(scenario, trace).arrays(0, 0)
+    assert (spread.rank_copies_BRD[0].sum(axis=0) > 0).all()
 
 
 def test_traces_that_do_not_fit_are_refused(make_scenario: Make) -> None:

@@ -41,7 +41,7 @@ def drawn(scenario: Scenario) -> TrafficSample:
 
 def rank_rows_LBD(scenario: Scenario) -> np.ndarray:
     sample = drawn(scenario)
-    return np.stack([sample.slot_rows_MDP(0, layer).sum(axis=2) for layer in range(scenario.model.moe_layers)])
+    return np.stack([sample.slot_rows_BDP(0, layer).sum(axis=2) for layer in range(scenario.model.moe_layers)])
 
 
 def chosen_LE(trace: RoutingTrace) -> np.ndarray:
@@ -146,7 +146,7 @@ def test_samples_begin_in_different_phases() -> None:
     scenario = make("burst", **{"workload.global_batch": RANKS})
     sampler = TrafficSampler(scenario, obtain_trace(scenario))
     hot = [
-        np.ptp(sampler.draw(stream(seed, "test")).slot_rows_MDP(0, 0).sum(axis=2), axis=1).max() > 0
+        np.ptp(sampler.draw(stream(seed, "test")).slot_rows_BDP(0, 0).sum(axis=2), axis=1).max() > 0
         for seed in range(24)
     ]
     assert 1 < sum(hot) < 14  # a quarter of steps of one micro-batch

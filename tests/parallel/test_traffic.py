@@ -6,10 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from moesim.parallel import ExpertPlacement, GroupLayout, LayerTraffic, TrafficArrays, balanced, token_bytes
-from moesim.parallel.arrays import arrays_of, stage_copies
+from moesim.parallel import ExpertPlacement, GroupLayout, LayerTraffic, token_bytes
 from moesim.parallel.counts import count_blocks
-from moesim.parallel.placement import contiguous_placement
+from moesim.parallel.placement import place_experts
+from moesim.parallel.traffic import held_copies, stage_copies, tier_copies
+from moesim.scenario import Contiguous
 
 KINDS = ("per_expert", "per_rank", "per_node")
 
@@ -21,13 +22,15 @@ def make_layout(num_ranks: int, gpus_per_node: int, first: int = 0) -> GroupLayo
 
 def traffic_of(ids_RTK: NDArray[np.int16], placement: ExpertPlacement, layout: GroupLayout) -> LayerTraffic:
     counts = count_blocks(ids_RTK, rank_of_expert_E=placement.rank_of_expert_E, node_of_rank_D=layout.node_of_rank_R)
-    rows = int((ids_RTK >= 0).sum())
+    none_B = np.zeros(1, dtype=np.int64)
     return LayerTraffic(
-        rows_RE=counts.rows_SE,
-        rank_copies_RD=counts.rank_copies_SD,
-        node_copies_RJ=counts.node_copies_SJ,
+        rows_BRE=counts.rows_SE[None],
+        rank_copies_BRD=counts.rank_copies_SD[None],
+        node_copies_BRJ=counts.node_copies_SJ[None],
         layout=layout,
-        routed_rows=rows,
+        routed_rows_B=np.array([(ids_RTK >= 0).sum()]),
+        dropped_rows_B=none_B,
+        padded_rows_B=none_B,
     )
 
 
@@ -47,7 +50,7 @@ def cases(draw: st.DrawFn) -> tuple[NDArray[np.int16], ExpertPlacement, GroupLay
     top_k = draw(st.integers(1, min(6, experts)))
     layout = make_layout(ranks, gpus, draw(st.integers(0, gpus - 1)))
     ids = random_ids(draw(st.integers(0, 9999)), ranks=ranks, experts=experts, top_k=top_k)
-    return ids, contiguous_placement(num_experts=experts, num_ranks=ranks), layout
+    return ids, place_experts(Contiguous(), num_experts=experts, num_ranks=ranks), layout
 
 
 @settings(max_examples=80)
@@ -55,7 +58,8 @@ def cases(draw: st.DrawFn) -> tuple[NDArray[np.int16], ExpertPlacement, GroupLay
 def test_counts_against_sets(case: tuple[NDArray[np.int16], ExpertPlacement, GroupLayout]) -> None:
     ids_RTK, placement, layout = case
     traffic = traffic_of(*case)
-    rows, ranks, nodes = (np.zeros_like(a) for a in (traffic.rows_RE, traffic.rank_copies_RD, traffic.node_copies_RJ))
+    counted = traffic.rows_BRE[0], traffic.rank_copies_BRD[0], traffic.node_copies_BRJ[0]
+    rows, ranks, nodes = map(np.zeros_like, counted)
     for source, tokens in enumerate(ids_RTK.tolist()):
         for token in tokens:
             experts = [expert for expert in token if expert >= 0]
@@ -66,9 +70,8 @@ def test_counts_against_sets(case: tuple[NDArray[np.int16], ExpertPlacement, Gro
                 ranks[source, rank] += 1
             for node in {int(layout.node_of_rank_R[rank]) for rank in reached}:
                 nodes[source, node] += 1
-    np.testing.assert_array_equal(traffic.rows_RE, rows)
-    np.testing.assert_array_equal(traffic.rank_copies_RD, ranks)
-    np.testing.assert_array_equal(traffic.node_copies_RJ, nodes)
+    for found, expected in zip(counted, (rows, ranks, nodes), strict=True):
+        np.testing.assert_array_equal(found, expected)
 
 
 @settings(max_examples=80)
@@ -77,20 +80,17 @@ def test_laws_of_deduplication(case: tuple[NDArray[np.int16], ExpertPlacement, G
     ids_RTK, placement, layout = case
     traffic = traffic_of(*case)
     tokens, top_k = ids_RTK.shape[1:]
-    tiers = {kind: traffic.tier_bytes(placement, kind, 1.0) for kind in KINDS}
-    assert (traffic.rank_copies_RD.sum(axis=1) <= tokens * min(top_k, layout.num_ranks)).all()
+    tiers = {kind: tier_copies(traffic, placement, kind) for kind in KINDS}
+    assert (traffic.rank_copies_BRD.sum(axis=2) <= tokens * min(top_k, layout.num_ranks)).all()
     assert tiers["per_node"].inter_node <= tiers["per_rank"].inter_node <= tiers["per_expert"].inter_node
     assert tiers["per_rank"].intra_node <= tiers["per_expert"].intra_node
     for kind in KINDS:
-        stages = traffic.send_stages(placement, kind, 2.0)
+        stages = stage_copies(traffic, placement, kind)
         assert len(stages) == (2 if kind == "per_node" else 1)
-        for bytes_RD in stages:
-            assert not np.diag(bytes_RD).any()
-            assert (bytes_RD >= 0).all()
-            assert bytes_RD.sum(axis=0).sum() == pytest.approx(bytes_RD.sum(axis=1).sum())
-        total_RD = traffic.send_bytes_RD(placement, kind, 2.0)
-        np.testing.assert_allclose(total_RD, sum(stages))
-        assert total_RD.sum() == pytest.approx(2.0 * sum(tiers[kind]))
+        for copies_BRD in stages:
+            assert not np.diag(copies_BRD[0]).any()
+            assert (copies_BRD >= 0).all()
+        assert sum(stages).sum() == pytest.approx(sum(tiers[kind]))
 
 
 @settings(max_examples=60)
@@ -99,19 +99,16 @@ def test_two_stages_deliver_every_copy(case: tuple[NDArray[np.int16], ExpertPlac
     """Each rank holds the copies it needs: sent straight, fanned out to it, or its own as the relay."""
     _, placement, layout = case
     traffic = traffic_of(*case)
-    first_RD, fan_out_RD = traffic.send_stages(placement, "per_node", 1.0)
-    remote_RD = np.where(layout.same_node_RD, 0, traffic.rank_copies_RD)
+    (first_RD,), (fan_out_RD,) = stage_copies(traffic, placement, "per_node")
+    remote_RD = np.where(layout.same_node_RD, 0, traffic.rank_copies_BRD[0])
     for rank in range(layout.num_ranks):
         relayed_here = layout.relay_RJ[:, layout.node_of_rank_R[rank]] == rank
         kept_by_relay = remote_RD[relayed_here, rank].sum()
         assert fan_out_RD[:, rank].sum() + kept_by_relay == remote_RD[:, rank].sum()
     own_node_RJ = np.equal.outer(layout.node_of_rank_R, np.arange(layout.num_nodes))
-    network_copies = np.where(own_node_RJ, 0, traffic.node_copies_RJ).sum()
+    network_copies = np.where(own_node_RJ, 0, traffic.node_copies_BRJ[0]).sum()
     assert first_RD[~layout.same_node_RD].sum() == network_copies
     assert not fan_out_RD[~layout.same_node_RD].any()
-    np.testing.assert_array_equal(
-        np.stack(stage_copies(arrays_of(traffic), placement, "per_node"))[:, 0], [first_RD, fan_out_RD]
-    )
 
 
 def limited_ids(*, groups: int, limit: int, experts: int, top_k: int, ranks: int) -> NDArray[np.int16]:
@@ -126,29 +123,29 @@ def limited_ids(*, groups: int, limit: int, experts: int, top_k: int, ranks: int
 @pytest.mark.parametrize("limit", [1, 2, 3])
 def test_copies_saturate_at_the_group_limit(limit: int) -> None:
     """Groups are ranks: at most M copies per token to ranks. Groups are nodes: at most M copies over the network."""
-    placement, layout = contiguous_placement(num_experts=64, num_ranks=8), make_layout(8, 2)
+    placement, layout = place_experts(Contiguous(), num_experts=64, num_ranks=8), make_layout(8, 2)
     by_rank = traffic_of(limited_ids(groups=8, limit=limit, experts=64, top_k=6, ranks=8), placement, layout)
-    assert (by_rank.rank_copies_RD.sum(axis=1) <= 200 * limit).all()
+    assert (by_rank.rank_copies_BRD.sum(axis=2) <= 200 * limit).all()
     by_node = traffic_of(limited_ids(groups=4, limit=limit, experts=64, top_k=6, ranks=8), placement, layout)
-    network_RD = np.where(layout.same_node_RD, 0, by_node.send_stages(placement, "per_node", 1.0)[0])
+    network_RD = np.where(layout.same_node_RD, 0, stage_copies(by_node, placement, "per_node")[0][0])
     assert (network_RD.sum(axis=1) <= 200 * limit).all()
-    assert (by_node.node_copies_RJ.sum(axis=1) <= 200 * limit).all()
+    assert (by_node.node_copies_BRJ.sum(axis=2) <= 200 * limit).all()
 
 
 def test_more_than_64_ranks_need_several_words() -> None:
-    placement, layout = contiguous_placement(num_experts=260, num_ranks=130), make_layout(130, 1)
+    placement, layout = place_experts(Contiguous(), num_experts=260, num_ranks=130), make_layout(130, 1)
     ids = random_ids(3, ranks=130, experts=260, top_k=5, tokens=4)
     traffic = traffic_of(ids, placement, layout)
     expected = sum(len({expert // 2 for expert in token if expert >= 0}) for token in ids.reshape(-1, 5).tolist())
-    assert traffic.rank_copies_RD.sum() == traffic.node_copies_RJ.sum() == expected
+    assert traffic.rank_copies_BRD.sum() == traffic.node_copies_BRJ.sum() == expected
 
 
 def test_rows_per_slot_follow_the_placement() -> None:
     placement = ExpertPlacement(np.array([[2, -1], [0, 1]]))
     ids = np.array([[[0], [2]], [[2], [1]]], dtype=np.int16)
     traffic = traffic_of(ids, placement, make_layout(2, 2))
-    assert traffic.rows_DP(placement).tolist() == [[2, 0], [1, 1]]
-    assert traffic.rank_rows_RD(placement).tolist() == [[1, 1], [1, 1]]
+    assert traffic.slot_rows_BDP(placement).tolist() == [[[2, 0], [1, 1]]]
+    assert held_copies(traffic, placement, "per_expert").tolist() == [[[1, 1], [1, 1]]]
 
 
 @settings(max_examples=60)
@@ -158,32 +155,32 @@ def test_the_counterfactual_keeps_totals_and_has_no_imbalance(
 ) -> None:
     _, placement, layout = case
     traffic = traffic_of(*case)
-    even = balanced(traffic, placement)
+    even = traffic.balanced(placement)
     sizes = np.bincount(layout.node_of_rank_R)
     for kind in ("per_expert", "per_rank"):
-        before, after = (t.send_bytes_RD(placement, kind, 1.0) for t in (traffic, even))
+        ((before,), (after,)) = (stage_copies(t, placement, kind)[0] for t in (traffic, even))
         assert after.sum() == pytest.approx(before.sum())
         np.testing.assert_allclose(after.sum(axis=0), after.sum() / layout.num_ranks)
         np.testing.assert_allclose(after.sum(axis=1), after.sum() / layout.num_ranks)
         if len(set(sizes.tolist())) == 1:
-            before_tiers, after_tiers = (t.tier_bytes(placement, kind, 1.0) for t in (traffic, even))
+            before_tiers, after_tiers = (tier_copies(t, placement, kind) for t in (traffic, even))
             np.testing.assert_allclose(after_tiers, before_tiers)
-    np.testing.assert_allclose(even.rows_DP(placement), traffic.rows_RE.sum() / placement.num_experts)
-    np.testing.assert_allclose(np.trace(even.rank_copies_RD), np.trace(traffic.rank_copies_RD))
-    assert even.node_copies_RJ.sum() == pytest.approx(traffic.node_copies_RJ.sum())
+    np.testing.assert_allclose(even.rows_BRE.sum(axis=1), traffic.rows_BRE.sum() / placement.num_experts)
+    np.testing.assert_allclose(np.trace(even.rank_copies_BRD[0]), np.trace(traffic.rank_copies_BRD[0]))
+    assert even.node_copies_BRJ.sum() == pytest.approx(traffic.node_copies_BRJ.sum())
 
 
 def test_padding_fills_every_expert() -> None:
-    placement, layout = contiguous_placement(num_experts=8, num_ranks=4), make_layout(4, 2)
+    placement, layout = place_experts(Contiguous(), num_experts=8, num_ranks=4), make_layout(4, 2)
     traffic = traffic_of(random_ids(0, ranks=4, experts=8, top_k=2), placement, layout)
-    capacity = int(traffic.rows_RE.max()) + 1
-    padded = arrays_of(traffic).pad(capacity, placement).micro_batch(0)
-    assert (padded.rows_RE == capacity).all()
-    assert padded.padded_rows == 4 * 8 * capacity - traffic.rows_RE.sum()
-    empty = padded.padded_rows
-    assert padded.rank_copies_RD.sum() == traffic.rank_copies_RD.sum() + empty
-    assert padded.node_copies_RJ.sum() == traffic.node_copies_RJ.sum() + empty
-    tiers = [padded.tier_bytes(placement, kind, 1.0).inter_node for kind in KINDS]
+    capacity = int(traffic.rows_BRE.max()) + 1
+    padded = traffic.pad(capacity, placement)
+    assert (padded.rows_BRE == capacity).all()
+    (empty,) = padded.padded_rows_B
+    assert empty == 4 * 8 * capacity - traffic.rows_BRE.sum()
+    assert padded.rank_copies_BRD.sum() == traffic.rank_copies_BRD.sum() + empty
+    assert padded.node_copies_BRJ.sum() == traffic.node_copies_BRJ.sum() + empty
+    tiers = [tier_copies(padded, placement, kind).inter_node for kind in KINDS]
     assert tiers[2] <= tiers[1] <= tiers[0]
 
 
@@ -195,22 +192,8 @@ def test_bytes_of_a_token() -> None:
 
 def test_deepep_accounting_counts_the_own_node() -> None:
     """facts: alltoall_h800, deepep_normal_implied_time: 3.621 nodes per token at 4 groups, 32 ranks, top-8 of 256."""
-    placement, layout = contiguous_placement(num_experts=256, num_ranks=32), make_layout(32, 8)
+    placement, layout = place_experts(Contiguous(), num_experts=256, num_ranks=32), make_layout(32, 8)
     rng = np.random.default_rng(0)
     ids = np.argsort(-np.abs(rng.normal(size=(32, 300, 256))), axis=-1)[..., :8].astype(np.int16)
     traffic = traffic_of(ids, placement, layout)
-    counted = traffic.deepep_bytes(token_bytes(7168, "fp8"))
-    assert counted.rdma_R.sum() / (32 * 300 * 7392) == pytest.approx(3.621, abs=0.02)
-    assert counted.nvlink_R.sum() == pytest.approx(traffic.rank_copies_RD.sum() * 7392)
-
-
-def test_arrays_and_single_micro_batches_agree() -> None:
-    placement, layout = contiguous_placement(num_experts=8, num_ranks=4), make_layout(4, 2)
-    one = traffic_of(random_ids(1, ranks=4, experts=8, top_k=2), placement, layout)
-    arrays: TrafficArrays = arrays_of(one)
-    np.testing.assert_array_equal(arrays.slot_rows_BDP(placement)[0], one.rows_DP(placement))
-    for kind in KINDS:
-        for copies_BRD, bytes_RD in zip(
-            stage_copies(arrays, placement, kind), one.send_stages(placement, kind, 3.0), strict=True
-        ):
-            np.testing.assert_allclose(3.0 * copies_BRD[0], bytes_RD)
+    assert traffic.node_copies_BRJ.sum() / (32 * 300) == pytest.approx(3.621, abs=0.02)

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moesim.parallel import TrafficSampler, sample_traffic
+from moesim.parallel import TrafficSampler
 from moesim.parallel.dropping import device_keep_mask, ranks_of_rows
+from moesim.parallel.traffic import stage_copies
 from moesim.scenario import load_scenario, scenario_from_mapping
 from moesim.seeding import stream
 from moesim.trace import load_trace, save_trace, uniform_trace
@@ -60,9 +61,9 @@ def test_step_of_61_layers_on_64_ranks(tmp_path: Path) -> None:
     cpu_seconds(lambda: load_trace(tmp_path / "v3.trace"), label="load 4 layers of 262,144 tokens")
 
     def step() -> None:
-        sample = sample_traffic(scenario, trace, rng=stream(0, "benchmark"))
+        sample = TrafficSampler(scenario, trace).draw(stream(0, "benchmark"))
         for layer in range(scenario.model.moe_layers):
-            sample.layer(0, 0, layer).send_stages(sample.placement, "per_node", 7392)
+            stage_copies(sample.arrays(0, layer), sample.placement, "per_node")
 
     assert cpu_seconds(step, label="61-layer step on 64 ranks, matrices of two stages") < 1.5
 

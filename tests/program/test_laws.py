@@ -9,7 +9,7 @@ import pytest
 from moesim.engine import StepOutcome, simulate_step
 from moesim.kernels import kernel_model
 from moesim.network import build_fabric
-from moesim.parallel import TrafficArrays, TrafficSampler
+from moesim.parallel import LayerTraffic, TrafficSampler
 from moesim.program import build_program
 from moesim.results import CATEGORIES, attribute
 from moesim.run import draw_samples, obtain_trace, simulate
@@ -99,7 +99,7 @@ class Renumbered:
     def same_traffic(self, group: int, other: int, *, stage: int = 0) -> bool:
         return group == other
 
-    def arrays(self, group: int, layer: int, *, stage: int = 0) -> TrafficArrays:
+    def arrays(self, group: int, layer: int, *, stage: int = 0) -> LayerTraffic:
         arrays = self.sample.arrays(group, layer, stage=stage)
         experts = self.placement.slot_experts_DP[self.rank_from_R].reshape(-1)
         return replace(

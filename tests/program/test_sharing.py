@@ -121,10 +121,10 @@ def test_slices_of_experts_see_the_rows_of_all_their_ranks(small):
     sample = TrafficSampler(scenario, obtain_trace(scenario)).draw(stream(0, "test"))
     fabric, ranks_R = build_fabric(scenario.cluster), np.arange(4)
     loads = group_loads(scenario, fabric, [sample], group=0, stage=0, layers=[0], ranks_R=ranks_R)
-    kept = sum(sample.layer(group, 0, 0).rows_RE.sum() for group in (0, 1))
+    kept = sum(sample.arrays(group, 0).rows_BRE[0].sum() for group in (0, 1))
     assert loads.rows_MSR[0, 0].sum() == 2 * kept
     np.testing.assert_array_equal(loads.rows_MSR[:, :, ::2], loads.rows_MSR[:, :, 1::2])
-    copies = sum(sample.layer(group, 0, 0).rank_copies_RD.sum() for group in (0, 1))
+    copies = sum(sample.arrays(group, 0).rank_copies_BRD[0].sum() for group in (0, 1))
     for transfer in (loads.gather_M[0], loads.scatter_M[0]):
         moved = sum(part.traffic.intra_node_bytes for part in transfer.parts)
         assert moved == pytest.approx(copies * HIDDEN * BF16)  # each copy once, to the one other slice
@@ -135,7 +135,7 @@ def test_folded_groups_compute_the_rows_of_each_of_their_expert_groups(small):
     sample = TrafficSampler(scenario, obtain_trace(scenario)).draw(stream(0, "test"))
     fabric = build_fabric(scenario.cluster)
     loads = group_loads(scenario, fabric, [sample], group=0, stage=0, layers=[1], ranks_R=np.arange(4))
-    rows = [sample.slot_rows_MDP(group, 1)[3].sum(axis=1) for group in (0, 1)]
+    rows = [sample.slot_rows_BDP(group, 1)[3].sum(axis=1) for group in (0, 1)]
     np.testing.assert_array_equal(loads.rows_MSR[3, 0], np.concatenate(rows))
     start_SR = np.array([[0.0, 0.0, 1.0, 1.0]])
     finish_SR = loads.dispatch_M[3].finish(start_SR)

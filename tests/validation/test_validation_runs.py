@@ -36,14 +36,14 @@ def test_forced_ids_are_the_sample_that_is_simulated(skew: str, layers: int) -> 
         for layer, ids_TK in enumerate(forced_ids(sample, rank=rank)[0]):
             assert ids_TK.shape == (64, 2) and (ids_TK[:, 0] != ids_TK[:, 1]).all()
             rows_E = np.bincount(ids_TK.reshape(-1), minlength=8)
-            assert rows_E.tolist() == sample.layer(0, 0, layer).rows_RE[rank].tolist()
+            assert rows_E.tolist() == sample.arrays(0, layer).rows_BRE[0, rank].tolist()
 
 
 def test_recorded_rows_give_the_traffic_of_the_sample() -> None:
     case = tiny(2)
     sample = case.sample()
     assert sample is not None
-    rows_RBLE = np.stack([[[sample.layer(0, 0, layer).rows_RE[rank] for layer in range(2)]] for rank in range(2)])
+    rows_RBLE = np.stack([[[sample.arrays(0, layer).rows_BRE[0, rank] for layer in range(2)]] for rank in range(2)])
     recorded = RecordedRows(case.scenario, rows_RBLE)
     for layer in range(2):
         ours, theirs = recorded.arrays(0, layer), sample.arrays(0, layer)
@@ -73,7 +73,7 @@ def test_two_processes_run_resume_and_are_predicted(tmp_path: Path) -> None:
     assert rows_RBLE.shape == (2, 1, 2, 8) and rows_RBLE.sum() == 2 * 2 * 64 * 2
     sample = case.sample()
     assert sample is not None
-    assert rows_RBLE[1, 0, 1].tolist() == sample.layer(0, 0, 1).rows_RE[1].tolist()
+    assert rows_RBLE[1, 0, 1].tolist() == sample.arrays(0, 1).rows_BRE[0, 1].tolist()
     assert {"forward.dispatch", "backward.combine"} <= set(first["layer_parts"])
     predicted = predict(case, first["rows"])
     assert set(predicted["layer_parts"]) == set(first["layer_parts"])

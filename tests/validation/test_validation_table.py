@@ -30,7 +30,7 @@ def rows_of(case: Case) -> list[Any]:
     sample = case.sample()
     assert sample is not None
     layers = range(case.scenario.model.moe_layers)
-    return [[[sample.layer(0, 0, layer).rows_RE[rank].tolist() for layer in layers]] for rank in range(case.gpus)]
+    return [[[sample.arrays(0, layer).rows_BRE[0, rank].tolist() for layer in layers]] for rank in range(case.gpus)]
 
 
 def table_of(*cases: Case, slower: float = 1.0) -> Table:
