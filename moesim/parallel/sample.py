@@ -21,14 +21,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.errors import UserError
-from moesim.parallel.counts import count_blocks, count_rows
-from moesim.parallel.dropping import expert_capacity, expert_keep_mask, ranks_of_rows
+from moesim.parallel.counts import count_blocks, count_rows, expert_capacity, expert_keep_mask, ranks_of_rows
 from moesim.parallel.expert_map import ExpertMap
-from moesim.parallel.layer_maps import LayerMaps, PlacingRows, layer_maps
+from moesim.parallel.layer_maps import LayerMaps, PlacingRows, check_interval, layer_maps, loads_ago
 from moesim.parallel.mesh import GroupLayout, Mesh, pieces_of_ranks
-from moesim.parallel.placement import ExpertPlacement, place_experts
-from moesim.parallel.relabelling import Relabelling, draw_relabellings, identity_relabelling
-from moesim.parallel.replacement import check_interval, loads_ago
+from moesim.parallel.placement import (
+    ExpertPlacement,
+    Relabelling,
+    draw_relabellings,
+    identity_relabelling,
+    place_experts,
+)
 from moesim.parallel.traffic_sample import TrafficSample, num_rows
 from moesim.scenario import Scenario
 from moesim.scenario.placement import MadeFromCounts, MadeFromRows

@@ -12,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.parallel.mesh import GroupLayout
-from moesim.parallel.placement import ExpertPlacement
-from moesim.parallel.relabelling import Relabelling
+from moesim.parallel.placement import ExpertPlacement, Relabelling
 from moesim.scenario.base import BYTES_PER_ELEMENT, DType
 from moesim.scenario.dispatch import Deduplicate
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.parallel.dropping import device_keep_mask
+from moesim.parallel.counts import device_keep_mask
 from moesim.parallel.expert_map import ExpertMap
 from moesim.parallel.mesh import GroupLayout
 from moesim.parallel.placement import ExpertPlacement

@@ -1,6 +1,8 @@
 """The routing that drives a scenario: obtained once, then drawn as traffic samples.
 
-Legend: S plain routing samples.
+Where it is stated for the ranks of the scenario, who holds which expert decides who is loaded.
+
+Legend: S plain routing samples, E experts.
 """
 
 from collections.abc import Sequence
@@ -8,17 +10,22 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from moesim.parallel import TrafficSample, TrafficSampler
 from moesim.parallel.memory_rows import RoutedRows, even_rows, routed_rows
-from moesim.parallel.stated import stated_trace
+from moesim.parallel.mesh import pieces_of_ranks
+from moesim.parallel.placement import place_lists
 from moesim.results.metrics import trace_coverage, window_tokens
 from moesim.routing.request import ProgressCallback, TrainingRequest, cached_trace, recorded_trace
 from moesim.scenario import Scenario
-from moesim.scenario.routing import PopularityRouting, StatedRouting, TraceRouting, TrainRouting
+from moesim.scenario.routing import BalancednessRouting, PopularityRouting, StatedRouting, TraceRouting, TrainRouting
 from moesim.seeding import stream, stream_seed
 from moesim.trace import RoutingTrace, popularity_trace, uniform_trace
 from moesim.trace.provenance import check_agreement
 from moesim.trace.record import MIN_COVERAGE_FOR_RANGE
+from moesim.trace.synthetic import TraceSize, balancedness_trace, stress_trace
 
 SYNTHETIC_LAYERS = 2  # distinct layers of a synthetic trace; model layers take them in turn
 SYNTHETIC_TOKENS = (65_536, 262_144)  # at least, and at most while one expert group's micro-batch fits
@@ -84,3 +91,35 @@ def rows_of_variant(
     if trace is None:
         return even_rows(variant)
     return routed_rows(variant, plain if variant is scenario else draw_samples(variant, trace)[0])
+
+
+def stated_trace(
+    scenario: Scenario, routing: StatedRouting, *, num_layers: int, num_sequences: int, seed: int
+) -> RoutingTrace:
+    """The trace of `routing` on the scenario's expert groups, with sequences of its length.
+
+    Loads hold in every piece of a sequence that ranks share, so in whatever an expert group takes at a time. Ranks are
+    those of the placement, or neighbouring experts where it has copies or differs by layer: it is to cope with them.
+    """
+    layout = scenario.parallelism
+    router, ranks_E = scenario.router_shape(), _ranks_E(scenario)
+    size = TraceSize(
+        num_layers=num_layers,
+        num_sequences=num_sequences,
+        sequence_length=scenario.workload.sequence_length,
+        pieces_per_sequence=pieces_of_ranks(context=layout.context, tensor=layout.tensor).size,
+    )
+    if isinstance(routing, BalancednessRouting):
+        return balancedness_trace(router, value=routing.value, rank_of_expert_E=ranks_E, size=size, seed=seed)
+    return stress_trace(
+        router, facts=routing.facts, severity=routing.severity, rank_of_expert_E=ranks_E, size=size, seed=seed
+    )
+
+
+def _ranks_E(scenario: Scenario) -> NDArray[np.int64]:
+    """The rank of every expert that loads are stated for."""
+    experts, ranks = scenario.model.experts, scenario.parallelism.expert
+    slots = scenario.placement.fixed_slots(num_experts=experts, num_ranks=ranks)
+    if slots is None or sum(map(len, slots)) > experts:
+        return np.arange(experts) * ranks // experts
+    return place_lists(slots).rank_of_expert_E

@@ -16,9 +16,8 @@ from numpy.typing import NDArray
 from moesim.errors import UserError
 from moesim.parallel import TrafficSampler
 from moesim.parallel.expert_map import ExpertMap
-from moesim.parallel.layer_maps import LayerMaps
+from moesim.parallel.layer_maps import LayerMaps, rank_loads, recorded_loads
 from moesim.parallel.placement import EMPTY_SLOT
-from moesim.parallel.replacement import rank_loads, recorded_loads
 from moesim.program.scenario_fabric import scenario_fabric, scenario_kernels
 from moesim.report.facts import Fact, bytes_column, count, seconds, times
 from moesim.report.terminal import fact_table, indented, number_table, section, show

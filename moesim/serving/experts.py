@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.network import Fabric, build_fabric, prepare_combine, prepare_dispatch
-from moesim.parallel.eplb import balance_experts
+from moesim.parallel.balancers import balance_experts
 from moesim.parallel.mesh import GroupLayout
 from moesim.parallel.traffic import node_stages, ring_copies, without_diagonal
 from moesim.program.drawn_routing import obtain_trace

@@ -9,8 +9,7 @@ from numpy.typing import NDArray
 
 from moesim.errors import UserError
 from moesim.parallel import TrafficSample, TrafficSampler
-from moesim.parallel.counts import count_blocks
-from moesim.parallel.dropping import device_keep_mask, expert_capacity, expert_keep_mask, ranks_of_rows
+from moesim.parallel.counts import count_blocks, device_keep_mask, expert_capacity, expert_keep_mask, ranks_of_rows
 from moesim.parallel.traffic import stage_copies
 from moesim.scenario import RouterShape, Scenario
 from moesim.seeding import stream

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moesim.parallel import TrafficSampler
-from moesim.parallel.dropping import device_keep_mask, ranks_of_rows
+from moesim.parallel.counts import device_keep_mask, ranks_of_rows
 from moesim.parallel.traffic import stage_copies
 from moesim.scenario import load_scenario, scenario_from_mapping
 from moesim.seeding import stream

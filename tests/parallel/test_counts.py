@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from moesim.parallel.dropping import (
+from moesim.parallel.counts import (
     device_budget,
     device_keep_mask,
     expert_capacity,
