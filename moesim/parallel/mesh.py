@@ -168,6 +168,11 @@ class Mesh:
         """Ranks that share each dense matrix: runs of `tensor` consecutive ranks."""
         return list(self._stage(stage).reshape(-1, self.parallelism.tensor))
 
+    def context_groups(self, stage: int = 0) -> list[Ranks]:
+        """Ranks that share one sequence: `context` ranks at stride `tensor`."""
+        p = self.parallelism
+        return list(self._stage(stage).reshape(p.data, p.context, p.tensor).transpose(0, 2, 1).reshape(-1, p.context))
+
     def _stage(self, stage: int) -> Ranks:
         assert 0 <= stage < self.parallelism.pipeline
         return np.arange(stage * self.stage_ranks, (stage + 1) * self.stage_ranks)

@@ -14,6 +14,7 @@ def mesh(*, nodes: int = 4, gpus: int = 8, **sizes: int) -> Mesh:
 def test_groups_of_a_mesh_written_out() -> None:
     m = mesh(tensor=2, context=2, data=2, pipeline=2, expert=4)
     assert [g.tolist() for g in m.tensor_groups(1)] == [[8, 9], [10, 11], [12, 13], [14, 15]]
+    assert [g.tolist() for g in m.context_groups()] == [[0, 2], [1, 3], [4, 6], [5, 7]]
     assert [g.tolist() for g in m.dense_gradient_groups()] == [[0, 2, 4, 6], [1, 3, 5, 7]]
     assert [g.tolist() for g in m.expert_groups(1)] == [[8, 9, 10, 11], [12, 13, 14, 15]]
     assert [g.tolist() for g in m.expert_gradient_groups()] == [[0, 4], [1, 5], [2, 6], [3, 7]]
@@ -27,7 +28,7 @@ def test_expert_tensor_parallel_ranks_sit_inside_an_expert_block() -> None:
     assert m.num_expert_groups == 4
 
 
-@pytest.mark.parametrize("kind", ["tensor", "dense_gradient", "expert", "expert_gradient"])
+@pytest.mark.parametrize("kind", ["tensor", "context", "dense_gradient", "expert", "expert_gradient"])
 @pytest.mark.parametrize("stage", [0, 1])
 def test_every_kind_of_group_partitions_its_stage(kind: str, stage: int) -> None:
     m = mesh(tensor=2, context=2, data=4, pipeline=2, expert=4, expert_tensor=2)
