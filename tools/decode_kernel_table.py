@@ -6,7 +6,7 @@ python tools/decode_kernel_table.py [h100 h200 a100 b200 gb200 ...]
 import sys
 
 from moesim.scenario import gpu_spec
-from moesim.serving.decode_kernels import attention_of, exchange_floors, facts, fitted_of, small_all_reduce
+from moesim.serving.decode_kernels import attention_of, facts, fitted_of, small_all_reduce
 
 KINDS = ("grouped/bf16", "grouped/fp8", "latent/bf16", "latent/fp8")
 EXPERTS, BATCHED = {2: "memory", 3: "memory", 4: "peak"}, {1: "memory", 2: "peak"}
@@ -34,9 +34,6 @@ def main() -> None:
             seconds = [small_all_reduce(gpu, ranks, size) for size in (16e3, 1e6)]
             text = ", ".join("NCCL's" if each is None else f"{each * 1e6:.1f} us" for each in seconds)
             print(f"{name:8} all-reduce of {ranks} ranks, 16 KB and 1 MB: {text} (tables)")
-        for words, is_between in (("in a node", False), ("between nodes (the H100's rows)", True)):
-            dispatch, combine = exchange_floors(gpu, is_between_nodes=is_between)
-            print(f"{name:8} low-latency dispatch {dispatch * 1e6:.1f} us, combine {combine * 1e6:.1f} us {words}")
 
 
 if __name__ == "__main__":

@@ -18,10 +18,8 @@ from scipy.optimize import least_squares, nnls
 from moesim.files import write_atomically
 from moesim.kernels import Gemm, GroupedGemm, load_profile
 from moesim.kernels.tables.gpus import COMPARED, TABLE_GPUS
-from moesim.kernels.tables.package import LICENCE, PACKAGE, Package, Table
-from moesim.network import build_fabric, prepare_combine, prepare_dispatch
-from moesim.parallel.traffic import without_diagonal
-from moesim.scenario import Cluster, gpu_spec
+from moesim.kernels.tables.package import LICENCE, PACKAGE, Package
+from moesim.scenario import gpu_spec
 from moesim.serving.decode_kernels import (
     FILE,
     attention_seconds,
@@ -48,8 +46,6 @@ OF_TRANSFORMERS = {
     "norm_in_eight": {"kernels": 8, "parameters": [14.5e-6, 0.0, 0.0, 1.6e-11]},
     "rotary_in_five": {"kernels": 5, "parameters": [11.9e-6, 0.0, 0.0, 1.0e-11]},
 }
-IN_A_NODE = {"gb200": 4, "gb300": 4}  # GPUs; others: 8
-SPREAD = "0.5.6.post2"  # of SGLang: the table that has rows of several nodes
 Row = tuple[float, float, int, int, int, float]  # requests, keys, heads, kv heads, head dim, seconds
 
 
@@ -263,59 +259,6 @@ def batched(package: Package) -> dict[str, Any]:
     return found
 
 
-def exchange_floors(package: Package) -> dict[str, Any]:
-    """Least seconds of DeepEP's low-latency kernels, blended with those of the transfer: in a node of each GPU, and
-    between nodes of H100s (`between`; what the package has for the H200 are the same rows)."""
-    found: dict[str, Any] = {}
-    for gpu, tables in (COMPARED | TABLE_GPUS).items():
-        table = package.table(tables.folder, "comm", "wideep_deepep_ll_perf", framework="sglang")
-        if table is not None:
-            found[gpu] = _floors(table, gpu, [1], ranks=IN_A_NODE.get(gpu, 8)) | {"source": table.source}
-    table = package.table(COMPARED["h100"].folder, "comm", "wideep_deepep_ll_perf", framework="sglang", version=SPREAD)
-    assert table is not None
-    return found | {"between": {"h100": _floors(table, "h100", [2, 4, 8], ranks=8) | {"source": table.source}}}
-
-
-def _floors(table: Table, gpu: str, node_counts: list[int], *, ranks: int) -> dict[str, Any]:
-    """Of dispatch and combine among `ranks` GPUs in each of so many nodes."""
-    shapes = np.stack([table[name] for name in ("hidden_size", "num_token", "num_topk", "num_experts")], axis=1)
-    moved: dict[str, list[Any]] = {"dispatch": [], "combine": []}
-    chosen = []
-    for nodes in node_counts:
-        fits = (shapes[:, 3] % (ranks * nodes) == 0) & (shapes[:, 3] >= 64)
-        chosen.append(np.flatnonzero((table["node_num"] == nodes) & fits))
-        for name, seconds in _exchanged(gpu, shapes[chosen[-1]], ranks=ranks * nodes, nodes=nodes).items():
-            moved[name].append(seconds)
-    rows, found = np.concatenate(chosen), {}
-    kept_out, floors = np.arange(len(rows)) % 3 == 2, np.arange(0.0, 60e-6, 1e-7)
-    for name, parts in moved.items():
-        alone, seconds = np.concatenate(parts), table[f"{name}_avg_t_us"][rows] * 1e-6
-        off = [np.median(np.abs(np.log(np.hypot(floor, alone) / seconds))[~kept_out]) for floor in floors]
-        floor = _digits(floors[int(np.argmin(off))])
-        found[name] = {"floor": floor, "kept_out": errors_of(np.hypot(floor, alone), seconds, kept_out)}
-        print(f"{gpu}, nodes {node_counts}, {name} before", errors_of(alone, seconds, kept_out))
-        print(f"{gpu}, nodes {node_counts}, {name} floor {floor}", found[name]["kept_out"])
-    return found
-
-
-def _exchanged(gpu: str, shapes: Any, *, ranks: int, nodes: int) -> dict[str, Any]:
-    """Seconds of the transfers of dispatch and combine for rows of (hidden, tokens of a rank, top-k, experts)."""
-    cluster = Cluster.model_validate({"pools": [{"gpu": gpu, "nodes": nodes, "gpus_per_node": ranks // nodes}]})
-    fabric, rng = build_fabric(cluster), np.random.default_rng(0)
-    copies = []
-    for _, tokens, top, experts in shapes.tolist():
-        chosen = np.argsort(rng.random((ranks, tokens, experts)), axis=2)[:, :, :top] // (experts // ranks)
-        copies.append(np.stack([np.bincount(each.reshape(-1), minlength=ranks) for each in chosen]).astype(float))
-    return {
-        name: np.array([
-            prepare(fabric, (without_diagonal(copies_RR),), token_bytes=hidden * size, algorithm="low_latency_nvlink",
-                    ranks=np.arange(ranks), model="ports").alone_R.max()
-            for copies_RR, hidden in zip(copies, shapes[:, 0].tolist(), strict=True)
-        ])
-        for name, prepare, size in (("dispatch", prepare_dispatch, 1.0), ("combine", prepare_combine, 2.0))
-    }  # fmt: skip
-
-
 def torch_attention(measured: dict[str, Any]) -> dict[str, Any]:
     """Attention of torch as measured."""
     names = ("batch", "keys", "heads", "kv_heads", "head_dim", "seconds")
@@ -402,7 +345,6 @@ def main() -> None:
         "host": host(measured),
         "attention": {"torch": torch_attention(measured), "engines": engines(package)},
         "all_reduce": all_reduces(package),
-        "exchange_floor": exchange_floors(package),
         "experts": fused_experts(package),
         "batched": batched(package),
     }

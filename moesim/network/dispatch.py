@@ -35,7 +35,7 @@ from moesim.network.transfer import (
     prepare_sharing,
     transfer_source,
 )
-from moesim.scenario.dispatch import DISPATCH, SM_SOURCE, DispatchAlgorithm
+from moesim.scenario.dispatch import DISPATCH, DispatchAlgorithm, Kernel
 
 Algorithm = str  # a name of `moesim.scenario.dispatch.DISPATCH`
 Stages = Sequence[NDArray[np.floating] | NDArray[np.integer]]
@@ -153,25 +153,30 @@ def _prepare(
         raise UserError(f"dispatch: sms = {sms} is no number of SMs; use e.g. 24, or None for the algorithm's own")
     if facts.gathers:
         return _prepare_gather(fabric, facts, copies_stages, chosen, token_bytes=token_bytes, combine=combine)
-    protocol, reached = fabric.parameters.of_dispatch(facts), fabric.reached_by(facts, sms=sms, combine=combine)
-    if facts.nvlink_share is None:  # NCCL's
-        protocol = measured_call(fabric, "all_to_all", chosen) or protocol
     domain_R = fabric.domain_of_rank_R[chosen]
     one_domain = bool((domain_R == domain_R[0]).all())
+    avoids_nvlink = facts.avoids_nvlink and not fabric.is_rack_scale
+    over_nics = avoids_nvlink or not one_domain
+    kernels = facts.kernels_on(fabric.nccl[int(chosen[0])], over_nics=over_nics)
+    peers = len(set(domain_R.tolist())) if over_nics else len(chosen)
+    protocol = fabric.parameters.of_dispatch(facts, kernels, combine=combine, peers=peers)
+    kernel = kernels.combine if combine else kernels.dispatch
+    message_bytes = token_bytes if combine else token_bytes + facts.header_bytes
+    reached = fabric.reached_by(facts, kernel, row_bytes=message_bytes, sms=sms)
+    if facts.nvlink_share is None:  # NCCL's
+        protocol = measured_call(fabric, "all_to_all", chosen) or protocol
     if facts.needs_one_domain and not one_domain:
         raise UserError(f"dispatch: algorithm {facts.name} needs all ranks in one NVLink domain; use direct")
     _check(facts, len(copies_stages), one_node=one_domain)
     stages = [np.asarray(c, dtype=np.float64).reshape(-1, len(chosen), len(chosen)) for c in copies_stages]
     if one_domain and len(stages) == 2 and not stages[1].any():  # nothing to fan out: the kernels for one node
         stages = stages[:1]
-    message_bytes = token_bytes if combine else token_bytes + facts.header_bytes
     loopback = facts.passes_own_rows and len(stages) == 1 and own_copies_R is not None
     if loopback:
         own = np.asarray(own_copies_R, dtype=np.float64).reshape(-1, len(chosen))
         stages = [stages[0] + own[:, :, None] * np.eye(len(chosen))]
     if combine:
         stages = [np.swapaxes(copies, 1, 2) for copies in reversed(stages)]
-    avoids_nvlink = facts.avoids_nvlink and not fabric.is_rack_scale
     demands = [
         make_demand(fabric, copies * message_bytes, ranks=chosen, avoid_nvlink=avoids_nvlink, loopback=loopback)
         for copies in stages
@@ -192,7 +197,7 @@ def _prepare(
         overhead_R=_overhead(protocol, stages, message_bytes).reshape(np.shape(copies_stages[0])[:-1]),
         sm_share=sm_share,
         traffic=Traffic(fabric, demands, reached=reached),
-        source=f"{algorithm}: {protocol.source}{_on_sms(facts, fabric.parameters, sms, combine=combine)}; "
+        source=f"{algorithm}: {protocol.source}{_on_sms(facts, kernel, fabric.parameters, sms)}; "
         + transfer_source(
             fabric,
             model,
@@ -246,13 +251,12 @@ def _overhead(protocol: Protocol, stages: list[FloatArray], message_bytes: float
     return np.asarray(protocol.call_seconds + messages_SR * protocol.message_seconds + transition_SR)
 
 
-def _on_sms(facts: DispatchAlgorithm, parameters: NetworkParameters, sms: float | None, *, combine: bool) -> str:
+def _on_sms(facts: DispatchAlgorithm, kernel: Kernel, parameters: NetworkParameters, sms: float | None) -> str:
     sms = facts.sms if sms is None else sms
     if not sms:
         return ""
-    own = facts.of_one_sm(combine=combine)
-    if own is not None:
-        return f", {sms:.0f} SMs at {own / 1e9:.1f} GB/s each ({SM_SOURCE})"
+    if kernel.bytes_per_sm is not None:
+        return f", {sms:.0f} SMs at {kernel.bytes_per_sm / 1e9:.1f} GB/s each"
     return f", {sms:.0f} SMs at {parameters.bytes_per_sm / 1e9:.1f} GB/s each ({parameters.sm_source})"
 
 

@@ -16,7 +16,7 @@ from moesim.network.parameters import NetworkParameters
 from moesim.network.shortest_routes import ShortestRoutes, SplitRoutes
 from moesim.network.topology import Site, build_graph, sites_of
 from moesim.scenario.cluster import TRANSPORTS, Cluster, FabricKind
-from moesim.scenario.dispatch import DispatchAlgorithm, nvlink_share_of_sms
+from moesim.scenario.dispatch import DispatchAlgorithm, Kernel, nvlink_share_of_sms
 from moesim.scenario.failures import Degraded
 
 FloatArray = NDArray[np.float64]
@@ -65,41 +65,41 @@ class Fabric:
         init=False, repr=False, default_factory=dict
     )
 
-    _reached: dict[tuple[float, float, float], "Fabric"] = field(init=False, repr=False, default_factory=dict)
+    _reached: dict[tuple[float, float, float, float], "Fabric"] = field(init=False, repr=False, default_factory=dict)
 
     @property
     def is_rack_scale(self) -> bool:
         """Whether NVLink joins the trays of a rack, so that nothing within it needs a NIC."""
         return self.kind.rack_gpus is not None
 
-    def reached_by(self, algorithm: DispatchAlgorithm, *, sms: float | None = None, combine: bool = False) -> "Fabric":
+    def reached_by(
+        self, algorithm: DispatchAlgorithm, kernel: Kernel, *, row_bytes: float, sms: float | None = None
+    ) -> "Fabric":
         """The links as the software of a dispatch algorithm finds them: with the shares of bandwidth that it reaches.
 
-        `sms`: those of each GPU that its kernels hold, where the scenario says so. Links whose share the scenario
-        states are the same for everybody.
+        `row_bytes`: of what `kernel` sends at once. `sms`: those of each GPU that it holds, where the scenario says so.
+        Links whose share the scenario states are the same for everybody.
         """
         sms = algorithm.sms if sms is None else sms
-        nvlink, nic = algorithm.nvlink_share, algorithm.nic_share
-        own = algorithm.of_one_sm(combine=combine)
-        per_sm = self.parameters.bytes_per_sm if own is None else own
-        key = (
-            -1.0 if nvlink is None else nvlink,
-            -1.0 if nic is None else nic,
-            (sms or 0.0) * per_sm,
-        )  # -1: NCCL
-        if key == (-1.0, -1.0, 0.0):
+        nvlink, nic = algorithm.nvlink_share, algorithm.nic_share if kernel.nic_share is None else kernel.nic_share
+        limits = [kernel.rate] if kernel.rate else []
+        if sms:
+            limits.append(sms * kernel.of_one_sm(row_bytes, usual=self.parameters.bytes_per_sm))
+        sharpness = algorithm.sharpness or self.parameters.sm_sharpness
+        # -1: NCCL's, or nothing but the port
+        key = (-1.0 if nvlink is None else nvlink, -1.0 if nic is None else nic, min(limits, default=-1.0), sharpness)
+        if key[:3] == (-1.0, -1.0, -1.0):
             return self
         if key not in self._reached:
             is_nvlink_X = np.array([tier == "nvlink" for tier in self.tier_X], dtype=bool)
             own_X = np.where(is_nvlink_X, key[0], key[1])
             share_X = np.where(self.stated_X | (own_X < 0), self.efficiency_X, own_X)
-            if sms:
+            if limits:
                 for link in np.flatnonzero(is_nvlink_X & ~self.stated_X):
-                    share, nvlink = float(share_X[link]), float(self.bandwidth_X[link])
-                    sharpness = self.parameters.sm_sharpness
                     share_X[link] = nvlink_share_of_sms(
-                        share, sms=sms, nvlink=nvlink, per_sm=per_sm, sharpness=sharpness
-                    )
+                        float(share_X[link]), sms=1.0, nvlink=float(self.bandwidth_X[link]), per_sm=key[2],
+                        sharpness=sharpness,
+                    )  # fmt: skip
             self._reached[key] = replace(self, efficiency_X=share_X, capacity_X=self.bandwidth_X * share_X)
         return self._reached[key]
 

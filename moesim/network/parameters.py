@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from moesim.errors import UserError
 from moesim.scenario.cluster import INFINIBAND, NIC_BANDWIDTH, Transport
-from moesim.scenario.dispatch import BYTES_PER_SM, DISPATCH, SM_SHARPNESS, SM_SOURCE, DispatchAlgorithm
+from moesim.scenario.dispatch import BYTES_PER_SM, DISPATCH, SM_SHARPNESS, SM_SOURCE, DispatchAlgorithm, Kernels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,12 +111,15 @@ class NetworkParameters:
             latency_source=f"{transport.name}: {transport.source}; NVLink: {INFINIBAND.source}",
         )
 
-    def of_dispatch(self, algorithm: DispatchAlgorithm) -> Protocol:
-        """The software cost of a dispatch algorithm."""
-        stated = Protocol(
-            call_seconds=algorithm.call_seconds, message_seconds=algorithm.message_seconds, source=algorithm.source
-        )
-        return dict(self.dispatch).get(algorithm.name, stated)
+    def of_dispatch(
+        self, algorithm: DispatchAlgorithm, kernels: Kernels | None = None, *, combine: bool = False, peers: int = 1
+    ) -> Protocol:
+        """The software cost of a dispatch algorithm among `peers`, by kernels of its own or as inside any domain."""
+        kernels = kernels or algorithm.kernels
+        kernel = kernels.combine if combine else kernels.dispatch
+        seconds = kernel.call_seconds + kernel.doubling_seconds * math.log2(peers)
+        source = "; ".join(filter(None, (algorithm.source, kernels.source)))
+        return dict(self.dispatch).get(algorithm.name, Protocol(call_seconds=seconds, source=source))
 
 
 def load_parameters(values: Mapping[str, object], *, source: str) -> NetworkParameters:

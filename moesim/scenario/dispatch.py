@@ -3,12 +3,14 @@
 A scenario names one in `dispatch.algorithm`; its checks, transfers and costs read the entry and no name.
 """
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple
 
 Deduplicate = Literal["per_expert", "per_rank", "per_node", "all_ranks"]
 
 _DEEPEP = "DeepEP README (H800, 400 Gb/s NICs), normal kernels, EP8 and EP32"
+_TABLES = "aiconfigurator-core 0.12.0"
 # What an SM moves over NVLink both ways at once, and how sharply the sum bends at what the port reaches: all-to-alls of
 # 512 MiB between two H100 by the number of NCCL's blocks (tests/data/fabric_h100.json.gz; held out: 2.0 %).
 BYTES_PER_SM = 14.4e9
@@ -25,6 +27,43 @@ def nvlink_share_of_sms(
 
 
 @dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """What the software of one direction, dispatch or combine, costs beside the links.
+
+    call_seconds: before the first byte, the links' latency apart. doubling_seconds: more for each doubling of the
+    NVLink domains that a group spans, or of its ranks where it spans one. bytes_per_sm: what an SM moves over NVLink in
+    each second; None: as NCCL's (`NetworkParameters`). row_seconds: of an SM, for every row that it moves. rate:
+    bytes/s over NVLink of kernels on all SMs; None: nothing but the port limits them. nic_share: of a NIC's nominal
+    bandwidth; None: the algorithm's.
+    """
+
+    call_seconds: float
+    doubling_seconds: float = 0.0
+    bytes_per_sm: float | None = None
+    row_seconds: float = 0.0
+    rate: float | None = None
+    nic_share: float | None = None
+
+    def of_one_sm(self, row_bytes: float, *, usual: float) -> float:
+        """Bytes/s over NVLink in rows of so many bytes; `usual`: where the kernel has no pace of its own."""
+        pace = usual if self.bytes_per_sm is None else self.bytes_per_sm
+        return pace if not self.row_seconds else 1 / (1 / pace + self.row_seconds / row_bytes)
+
+
+class Kernels(NamedTuple):
+    """Both directions, and where their figures are from beside the algorithm's source."""
+
+    dispatch: Kernel
+    combine: Kernel
+    source: str = ""
+
+    @classmethod
+    def alike(cls, kernel: Kernel) -> "Kernels":
+        """One for both directions."""
+        return cls(kernel, kernel)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DispatchAlgorithm:
     """The facts of one algorithm.
 
@@ -32,16 +71,15 @@ class DispatchAlgorithm:
     stages, over the network to one GPU of each node and on from there over NVLink; all_ranks sends every token to all,
     as an all-gather, and sums the outputs by a reduce-scatter. two_sided: a message waits until its receiver has come,
     too. owns_sms: its kernels hold SMs of their own, so that compute beside them does not make it longer. sms: how many
-    its kernels take where the scenario says nothing; None: so many that they limit nothing. bytes_per_sm: what one of
-    them moves over NVLink in each second; None: as NCCL's (`NetworkParameters`). combine_bytes_per_sm: of a combine
-    that reads the rows of others and sums them; None: the same. megatron: its words for
+    its kernels take where the scenario says nothing; None: so many that they limit nothing. sharpness: of the bend
+    between what the SMs and what the port give; None: as NCCL's. megatron: its words for
     Megatron-LM, the dispatcher's type and the flex dispatcher's backend. avoids_nvlink: NICs carry the messages
     inside a node. needs_one_domain: a group's ranks must share an NVLink domain. passes_own_rows: inside one node,
     rows that stay on their rank pass through its ports like others. moves_rows: its kernels read tokens where they lie
     and bring back sums, in the time that was measured of them. header_bytes: of every dispatched message.
     nvlink_share, nic_share: of the nominal bandwidth in long transfers; None: what NCCL reaches
-    (`NetworkParameters`). call_seconds, message_seconds: of the software, per transfer and per message, the least
-    that a transfer takes.
+    (`NetworkParameters`). kernels: what they cost inside an NVLink domain, by_kind: on kinds of GPU where that was
+    measured, across: over NICs.
     """
 
     name: str
@@ -51,8 +89,7 @@ class DispatchAlgorithm:
     two_sided: bool = True
     owns_sms: bool = False
     sms: float | None = None
-    bytes_per_sm: float | None = None
-    combine_bytes_per_sm: float | None = None
+    sharpness: float | None = None
     megatron: tuple[str, str | None] | None = None
     avoids_nvlink: bool = False
     needs_one_domain: bool = False
@@ -61,15 +98,16 @@ class DispatchAlgorithm:
     header_bytes: float = 0.0
     nvlink_share: float | None = None
     nic_share: float | None = None
-    call_seconds: float
-    message_seconds: float = 0.0
+    kernels: Kernels
+    by_kind: Mapping[str, Kernels] = field(default_factory=dict)
+    across: Kernels | None = None
     source: str
 
-    def of_one_sm(self, *, combine: bool) -> float | None:
-        """Bytes/s over NVLink; None: as NCCL's."""
-        if combine and self.combine_bytes_per_sm is not None:
-            return self.combine_bytes_per_sm
-        return self.bytes_per_sm
+    def kernels_on(self, kind: str | None, *, over_nics: bool) -> Kernels:
+        """Those of a kind of GPU (`moesim.network.nccl`), inside an NVLink domain or over NICs."""
+        if over_nics and self.across is not None:
+            return self.across
+        return self.by_kind.get(kind or "", self.kernels)
 
     @property
     def fans_out(self) -> bool:
@@ -82,13 +120,46 @@ class DispatchAlgorithm:
         return "all_ranks" in self.deduplicate
 
 
+def _by_kind(table: Mapping[tuple[str, ...], tuple[Kernel, Kernel]], what: str) -> dict[str, Kernels]:
+    return {
+        kind: Kernels(*pair, f"{what} on {kind.upper()} ({_TABLES})") for kinds, pair in table.items() for kind in kinds
+    }
+
+
+# What DeepEP's kernels take on each kind of GPU: tools/fit_dispatch.py, every other row of its tables.
+_NORMAL = _by_kind(
+    {
+        ("h100", "h200"): (
+            Kernel(call_seconds=23.3e-6, bytes_per_sm=28.0e9, row_seconds=0.127e-6),
+            Kernel(call_seconds=35.7e-6, bytes_per_sm=21.2e9, row_seconds=0.0344e-6),
+        ),
+        ("b200", "b300"): (
+            Kernel(call_seconds=30.9e-6, bytes_per_sm=29.3e9, row_seconds=0.166e-6),
+            Kernel(call_seconds=43.7e-6, bytes_per_sm=27.9e9, row_seconds=0.157e-6),
+        ),
+        ("gb200", "gb300"): (
+            Kernel(call_seconds=31.9e-6, bytes_per_sm=49.9e9, row_seconds=0.333e-6),
+            Kernel(call_seconds=38.2e-6, bytes_per_sm=31.1e9, row_seconds=0.347e-6),
+        ),
+    },
+    "DeepEP's normal kernels",
+)
+_LOW_LATENCY = _by_kind(
+    {
+        ("h100", "h200"): (Kernel(call_seconds=7.8e-6, rate=261e9), Kernel(call_seconds=7.9e-6, rate=224e9)),
+        ("b200", "b300"): (Kernel(call_seconds=16.6e-6, rate=476e9), Kernel(call_seconds=16.2e-6, rate=660e9)),
+        ("gb200", "gb300"): (Kernel(call_seconds=12.2e-6, rate=443e9), Kernel(call_seconds=11.7e-6, rate=615e9)),
+    },
+    "DeepEP's low-latency kernels",
+)
+
 DIRECT = DispatchAlgorithm(
     name="direct",
     about="each copy straight to its rank",
     sends="one copy per rank or selected expert",
     deduplicate=("per_expert", "per_rank"),
     megatron=("alltoall", None),
-    call_seconds=33e-6,
+    kernels=Kernels.alike(Kernel(call_seconds=33e-6)),
     source="NCCL 2.27.7 on 8 H200 (stas00/ml-engineering network/benchmarks): launch of one call",
 )
 HIERARCHICAL = DispatchAlgorithm(
@@ -101,9 +172,16 @@ HIERARCHICAL = DispatchAlgorithm(
     megatron=("flex", "deepep"),
     passes_own_rows=True,
     moves_rows=True,
-    nvlink_share=0.8345,  # of many SMs: with 24 of them 0.817 of an H800's port, as published
-    nic_share=0.87,
-    call_seconds=66e-6,
+    sharpness=8.0,
+    nvlink_share=0.78,  # dispatch 0.76, combine 0.79; H800's published rows: 0.79
+    nic_share=0.905,  # H200's rows over nodes 0.91 and 0.89, H800's 0.91 and 0.88
+    kernels=_NORMAL["h100"],
+    by_kind=_NORMAL,
+    across=Kernels(
+        Kernel(call_seconds=22e-6, doubling_seconds=32.6e-6, bytes_per_sm=9.98e9),
+        Kernel(call_seconds=52e-6, doubling_seconds=32.1e-6, bytes_per_sm=7.73e9),
+        f"between nodes, with the call that counts rows: 2 and 4 nodes of 8 H200 ({_TABLES})",
+    ),
     source=_DEEPEP,
 )
 HYBRID_EP = DispatchAlgorithm(
@@ -114,16 +192,14 @@ HYBRID_EP = DispatchAlgorithm(
     two_sided=False,
     owns_sms=True,
     sms=16.0,
-    bytes_per_sm=31.6e9,
-    combine_bytes_per_sm=12.5e9,
     megatron=("flex", "hybridep"),
     moves_rows=True,
     nvlink_share=0.816,
-    nic_share=0.87,
-    call_seconds=6.7e-6,
+    nic_share=HIERARCHICAL.nic_share,
+    kernels=Kernels(Kernel(call_seconds=6.7e-6, bytes_per_sm=31.6e9), Kernel(call_seconds=6.7e-6, bytes_per_sm=12.5e9)),
     source="none of its own: between two H100s rows by the bulk copy engine, and rows of the other GPU read and "
-    "summed, by the number of SMs (tools/measure_few_sms.py); 0.87 of a NIC as DeepEP's, a call is two flags of "
-    "3.33 us (ISCA 2025 DeepSeek-V3 paper)",
+    "summed, by the number of SMs (tools/measure_few_sms.py); of a NIC what DeepEP's normal kernels reach; a call is "
+    "two flags of 3.33 us (ISCA 2025 DeepSeek-V3 paper)",
 )
 ALLGATHER = DispatchAlgorithm(
     name="allgather",
@@ -131,7 +207,7 @@ ALLGATHER = DispatchAlgorithm(
     sends="every token to all ranks",
     deduplicate=("all_ranks",),
     megatron=("allgather", None),
-    call_seconds=33e-6,
+    kernels=DIRECT.kernels,
     source="NCCL's all-gather and reduce-scatter",
 )
 LOW_LATENCY = DispatchAlgorithm(
@@ -143,11 +219,17 @@ LOW_LATENCY = DispatchAlgorithm(
     owns_sms=True,
     avoids_nvlink=True,
     header_bytes=16.0,
-    nvlink_share=0.817,
-    nic_share=0.87,
-    call_seconds=1e-6,
-    message_seconds=13e-9,
-    source=f"{_DEEPEP}; low-latency kernels EP8 to EP256",
+    sharpness=8.0,
+    nvlink_share=0.73,  # as of stores of `one_sided`: most that low-latency kernels were seen at is 0.60
+    nic_share=0.92,
+    kernels=_LOW_LATENCY["h100"],
+    by_kind=_LOW_LATENCY,
+    across=Kernels(
+        Kernel(call_seconds=12.3e-6, doubling_seconds=4.06e-6, nic_share=0.94),  # H200 0.96, H800 0.93
+        Kernel(call_seconds=19.8e-6, doubling_seconds=0.87e-6, nic_share=0.90),  # H200 0.93, H800 0.88
+        f"2 to 8 nodes of 8 H200 ({_TABLES})",
+    ),
+    source="DeepEP README (H800, 400 Gb/s NICs), low-latency kernels EP8 to EP256",
 )
 LOW_LATENCY_NVLINK = replace(
     LOW_LATENCY,
@@ -163,11 +245,13 @@ ONE_SIDED = DispatchAlgorithm(
     two_sided=False,
     owns_sms=True,
     needs_one_domain=True,
-    bytes_per_sm=40e9,  # 8 blocks: 322 GB/s
-    nvlink_share=0.816,
-    call_seconds=6.7e-6,
-    source="stores of own kernels between two H100s (tools/measure_overlap.py): 367 of 450 GB/s; a call is two flags, "
-    "3.33 us each (ISCA 2025 DeepSeek-V3 paper)",
+    nvlink_share=0.73,  # dispatch 0.72, combine 0.74
+    kernels=Kernels(
+        Kernel(call_seconds=9.4e-6, doubling_seconds=1.54e-6, bytes_per_sm=40e9),  # 8 blocks: 322 GB/s
+        Kernel(call_seconds=7.7e-6, doubling_seconds=3.82e-6, bytes_per_sm=40e9),
+    ),
+    source=f"TensorRT-LLM's one-sided kernels among 2 to 32 GB200 ({_TABLES}); by SMs stores of own kernels between "
+    "two H100s (tools/measure_overlap.py)",
 )
 _ALL = (DIRECT, HIERARCHICAL, LOW_LATENCY, LOW_LATENCY_NVLINK, ONE_SIDED, HYBRID_EP, ALLGATHER)
 DISPATCH = {facts.name: facts for facts in _ALL}

@@ -179,16 +179,3 @@ def small_all_reduce(gpu: GpuSpec, ranks: int, size: float) -> float | None:
                 return None
             return float(np.exp(np.interp(np.log(max(size, 1.0)), np.log(sizes), np.log(seconds))))
     return None
-
-
-def exchange_floors(gpu: GpuSpec, *, is_between_nodes: bool) -> tuple[float, float]:
-    """Least seconds of a low-latency dispatch and combine.
-
-    In a node those of the GPU, of that it is scaled from, else of the H100. Between nodes there are rows of the H100
-    alone: its floors, and no less than the GPU's own in a node.
-    """
-    table = facts()["exchange_floor"]
-    own = next(table[name] for name in (gpu.name, gpu.scaled_from, "h100") if name in table)
-    far = table["between"]["h100"] if is_between_nodes else own
-    dispatch, combine = (max(own[way]["floor"], far[way]["floor"]) for way in ("dispatch", "combine"))
-    return dispatch, combine

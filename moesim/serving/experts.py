@@ -24,9 +24,7 @@ from moesim.parallel.mesh import GroupLayout
 from moesim.parallel.traffic import node_stages, ring_copies, without_diagonal
 from moesim.program.drawn_routing import obtain_trace
 from moesim.scenario import BYTES_PER_ELEMENT, Routing, scenario_from_mapping
-from moesim.scenario.dispatch import DISPATCH
 from moesim.seeding import stream
-from moesim.serving.decode_kernels import exchange_floors
 from moesim.serving.pricing import Pricing
 from moesim.serving.schema import ServingScenario
 from moesim.trace import RoutingTrace
@@ -247,11 +245,8 @@ class ExpertTables:
             stages = node_stages(copies_RR, _copies(source_N, _first_of_each(node_NK), ranks, layout.num_nodes), layout)
         seconds = 0.0
         prepare: Callable[..., Any]
-        floors = (0.0, 0.0)
-        if DISPATCH[dispatch.algorithm].message_seconds:  # kernels of many small messages: what they take with none
-            floors = exchange_floors(self.pricing.gpu, is_between_nodes=layout.num_nodes > 1)
         ways = ((prepare_dispatch, dispatch.dtype), (prepare_combine, dispatch.combine_dtype))
-        for (prepare, dtype), floor in zip(ways, floors, strict=True):
+        for prepare, dtype in ways:
             prepared = prepare(
                 self.fabric,
                 stages,
@@ -261,7 +256,7 @@ class ExpertTables:
                 ranks=np.arange(ranks),
                 model=self.scenario.network.model or "ports",
             )
-            seconds += float(np.hypot(floor, prepared.alone_R.max()))
+            seconds += float(prepared.alone_R.max())
         return seconds
 
     @cached_property

@@ -13,7 +13,7 @@ from moesim.network import all_gather_seconds, prepare_combine, prepare_dispatch
 from moesim.network.parameters import NetworkParameters
 from moesim.parallel.traffic import ring_copies
 from moesim.scenario import load_scenario_text
-from moesim.scenario.dispatch import DIRECT, DISPATCH, HIERARCHICAL
+from moesim.scenario.dispatch import DIRECT, DISPATCH, HIERARCHICAL, Kernel, Kernels
 from moesim.strict_json import parse_json, unpacked
 
 SMALL = """schema_version: 1
@@ -30,7 +30,12 @@ BETWEEN_NODES = sorted(name for name, facts in DISPATCH.items() if not facts.nee
 def test_an_algorithm_is_added_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """A slow relative of `direct`, and one of two stages: loaded, checked, simulated and named in messages."""
     pigeons = dataclasses.replace(
-        DIRECT, name="pigeons", nic_share=0.1, nvlink_share=0.1, call_seconds=1e-3, deduplicate=("per_rank",)
+        DIRECT,
+        name="pigeons",
+        nic_share=0.1,
+        nvlink_share=0.1,
+        deduplicate=("per_rank",),
+        kernels=Kernels.alike(Kernel(call_seconds=1e-3)),
     )
     relay = dataclasses.replace(HIERARCHICAL, name="relay", nic_share=0.4)
     text = SMALL + "dispatch: {algorithm: pigeons}\n"
@@ -141,7 +146,8 @@ def test_one_sided_stores_reach_what_was_measured() -> None:
     file = Path(__file__).parents[1] / "data" / "overlap_h100.json.gz"
     rows = [row for row in parse_json(unpacked(file.read_bytes()))["puts"] if row["both"]]
     best = max(row["bytes_per_second"] for row in rows)
-    assert best / 450e9 == pytest.approx(DISPATCH["one_sided"].nvlink_share, rel=0.01)
+    share = DISPATCH["one_sided"].nvlink_share  # of TensorRT-LLM's kernels
+    assert share is not None and 0.85 < share / (best / 450e9) < 1.0
     assert all(row["bytes_per_second"] > 0.85 * best for row in rows if row["blocks"] >= 8)
 
 

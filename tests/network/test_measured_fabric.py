@@ -204,7 +204,8 @@ def test_few_sms_of_stores_and_of_sums(kind, warps, combine):
     """
     facts = DISPATCH["hybrid_ep"]
     rows = [row for row in FEW_SMS["rows"] if (row["kind"], row["warps"], row["both"]) == (kind, warps, True)]
-    per_sm, share = facts.of_one_sm(combine=combine), facts.nvlink_share
+    kernel, share = facts.kernels.combine if combine else facts.kernels.dispatch, facts.nvlink_share
+    per_sm = kernel.bytes_per_sm
     assert per_sm is not None and share is not None
     fitted = [row["rate"] / row["sms"] for row in rows if row["sms"] in (4, 8)]
     assert per_sm == pytest.approx(np.mean(fitted), rel=0.01)

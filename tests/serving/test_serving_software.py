@@ -5,9 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moesim.scenario import gpu_spec
 from moesim.serving import load_serving_text, serve
-from moesim.serving.decode_kernels import exchange_floors, facts
 from moesim.serving.software import AHEAD, WAITING, serving_software
 from moesim.strict_json import parse_json
 
@@ -51,15 +49,3 @@ def test_a_host_that_schedules_beside_the_gpu_never_makes_a_step_longer() -> Non
     assert shown["time_s"]["host"] / shown["steps"] > WAITING[0]
     slow = serve(load_serving_text(ONE, overrides=("engine.host=20 ms",)))
     assert slow["step_s"]["p50"] >= 0.02, "a host that is slower than the GPU sets the pace"
-
-
-@pytest.mark.parametrize("gpu", ["h100", "h200", "a100", "b200", "gb200", "h20", "l40s"])
-def test_an_exchange_between_nodes_takes_no_less_than_one_in_a_node(gpu: str) -> None:
-    near, far = (exchange_floors(gpu_spec(gpu), is_between_nodes=each) for each in (False, True))
-    assert all(5e-6 < a <= b < 60e-6 for a, b in zip(near, far, strict=True))
-
-
-def test_floors_of_exchanges_hold_in_rows_that_shaped_nothing() -> None:
-    table = facts()["exchange_floor"]
-    for entry in (*(table[gpu] for gpu in ("h100", "h200", "b200", "gb200")), table["between"]["h100"]):
-        assert all(entry[way]["kept_out"]["median"] < 0.15 for way in ("dispatch", "combine"))
