@@ -31,6 +31,7 @@ from moesim.parallel.memory_phases import LayerMoment, Phase, Sizes, eager_phase
 from moesim.parallel.memory_rows import RoutedRows
 from moesim.parallel.memory_saved import FP32, Part, Saved, SavedTensors, Unit
 from moesim.parallel.memory_temporaries import (
+    ELEMENT,
     Moment,
     attention_moment,
     dense_moments,
@@ -429,7 +430,7 @@ class _PipelineRank:
             later_SW=self._live(begin, len(self.schedule.actions[self.rank]))[0],
             layer_SW=self.layer_SW,
             moments=self._moments,
-            loss=vocab_bytes * of_loss.copies,
+            loss=self._loss_temporaries(vocab_bytes),
             logits=vocab_bytes * of_loss.kept * (fresh or len(self.stages) == 1),
             head_gradient=table * last,
             embedding_gradient=table * (0 in self.stages and not both),
@@ -437,6 +438,20 @@ class _PipelineRank:
             states=self._optimizer_temporaries,
         )
         return eager_phases(sizes) if fresh else held_phases(sizes)
+
+    def _loss_temporaries(self, vocab_bytes: float) -> float:
+        """What the loss, or the head behind it, adds to kept logits that are `vocab_bytes` in fp32 (0: no head here).
+
+        The loss makes its copies; then the head has the logits' gradient in bf16 and makes that of its input, which is
+        there from the first chunk on.
+        """
+        if not vocab_bytes:
+            return 0.0
+        switches = self.scenario.implementation.switches
+        of_loss = LOSSES[switches.loss]
+        of_input = self.scenario.model.hidden * ELEMENT * self.tokens
+        copies = vocab_bytes * of_loss.copies + of_input * (switches.loss_chunks > 1)
+        return max(copies, vocab_bytes * (ELEMENT / FP32 - of_loss.kept) + of_input)
 
     @property
     def _moments(self) -> list[LayerMoment]:
@@ -499,8 +514,9 @@ class _PipelineRank:
 
     @property
     def _workspace(self) -> float:
-        """Of libraries of matrix products, and of scores."""
-        return WORKSPACE_BYTES + scores_buffer(self.scenario) * self.tokens
+        """Of libraries of matrix products, once more for the stream that CUDA graphs run on, and of scores."""
+        graphs = self.scenario.implementation.switches.cuda_graphs != "none"
+        return WORKSPACE_BYTES * (1 + graphs) + scores_buffer(self.scenario) * self.tokens
 
     def _phase_SW(self, phase: Phase) -> FloatArray:
         memory, shape = self.scenario.memory, (self.rows.num_samples, self.scenario.parallelism.stage_ranks)

@@ -3,7 +3,8 @@
 Each moment of a layer's backward pass is bytes per token, per computed row, and fixed ones beside what the layer still
 keeps then. With rows of width h, inner width f (a: bytes per element) the routed experts pass, from their results on:
 
-    2 h a                    the gradient of the results, and their copy in the order of experts
+    2 h a                    the gradient of the results, and their copy in the order of experts; h a where one kernel
+                             makes that from the gradient of the sum, and once more where the results are made again
     (h + f) a + W2           gradients of results and of W2's input, and that of W2
     2 f a                    those of W2's input and of the activation's two; W2's input is no longer kept
     (h - f) a + W1           the gradient of the rows beside the activation's two, which have taken the place of W1's
@@ -13,9 +14,11 @@ Where gates multiply the results, these are kept up to there, h a less later on;
 (`made`). An unfused activation keeps one f more, which its gradient replaces.
 W1, W2: gradients in the format of weights, where a kernel adds them to a buffer (`accumulation: buffer`); of all
 experts of the rank, or of one where each has products of its own. Dense networks the same, once per token. Attention:
-the gradients of its result, queries, keys and values. Unfused attention holds most of a score on the way back, in its
-format: the softmax, the gradient, their product, which torch's CUDA kernel of the softmax's gradient makes first, and
-its result; as Megatron-Core writes it in fp32, and a buffer in bf16 that stays.
+the gradients of its result, queries, keys and values. A fused kernel adds up the gradient of queries in fp32, and where
+queries share keys makes those of keys and values of every head before it sums them: what torch's two kernels on an H100
+take (tests/data/fused_peaks_h100.json.gz). Unfused attention holds most of a score on the way back, in its format: the
+softmax, the gradient, their product, which torch's CUDA kernel of the softmax's gradient makes first, and its result;
+as Megatron-Core writes it in fp32, and a buffer in bf16 that stays.
 Found in Megatron-Core 0.19.2 by the storages that are alive as it runs, but for that product.
 """
 
@@ -29,6 +32,7 @@ from moesim.scenario.model import Mla
 SCORES_AT_ONCE = {"fused": 0.0, "unfused": 8.0, "fp32": 16.0}  # bytes of a score, what is kept included
 SCORES_BUFFER = 2.0  # of these, what stays from the first layer on where the software adds scores to a buffer
 ELEMENT = 2.0  # bytes between kernels
+SUMMED = 4.0  # bytes of what a kernel adds up in fp32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +64,7 @@ def _products(scenario: Scenario, width: float, inner: float, matrix: float) -> 
         return [(row * ELEMENT, 0.0, made) for row, made in moments]
     added = weight * (switches.accumulation == "buffer")
     moments = [
-        (2 * width, 0.0),
+        ((1 if switches.combine == "fused" and not _repeats_results(scenario) else 2) * width, 0.0),
         (width + inner, added),
         (2 * inner, 0.0),
         (width - inner, (matrices - 1) * added),
@@ -74,6 +78,11 @@ def _results(scenario: Scenario) -> float:
     """
     switches = scenario.implementation.switches
     return (3 if switches.combine == "sum" else 2) * (2 if switches.gates == "fp32" else 1)
+
+
+def _repeats_results(scenario: Scenario) -> bool:
+    """Whether the backward pass computes the experts' results again."""
+    return scenario.workload.recompute == "full" or "moe" in scenario.workload.recomputed_parts
 
 
 def _residual(scenario: Scenario) -> float:
@@ -107,7 +116,10 @@ def attention_moment(scenario: Scenario, *, kept_per_query: float) -> Moment:
     latent = isinstance(model.attention, Mla)
     extra = model.attention.rope_head_dim if isinstance(model.attention, Mla) else 0
     kv_heads = model.heads if latent or switches.repeat_keys else model.kv_heads
-    gradients = (2 * model.heads + 2 * kv_heads) * (model.head_dim + extra) * ELEMENT
+    width = model.head_dim + extra
+    gradients = (2 * model.heads + 2 * kv_heads) * width * ELEMENT
+    if switches.attention == "fused":
+        gradients += model.heads * (width + 1) * SUMMED + 2 * model.heads * width * ELEMENT * (kv_heads < model.heads)
     keys = scenario.workload.sequence_length
     passing = SCORES_AT_ONCE[switches.attention]
     scores = model.heads * max(0.0, keys * passing - kept_per_query) * (passing > 0)
