@@ -54,6 +54,11 @@ class KnownError:
         return asdict(self)
 
 
+def transfers_of(evidence: str) -> str:
+    """The family of transfers of which such rows were measured; "": of which none were."""
+    return f"{TRANSFERS}, {evidence}" if evidence else TRANSFERS
+
+
 def known_error_of(
     logs: list[FloatArray], *, basis: str, source: str, family: str, how: str, apart: float = 0.0
 ) -> KnownError:
@@ -115,7 +120,7 @@ def clock_error_of(model: KernelModel) -> float:
 def known_error(bases: tuple[str, ...], source: str, family: str) -> KnownError:
     """The error of a family from a source: of the nearest basis that has it, else of the next firmer source there."""
     if source == NETWORK:
-        return _by_key()["any", NETWORK, TRANSFERS]
+        return _by_key()["any", NETWORK, family]
     for near in reversed(SOURCES[: SOURCES.index(source) + 1]):
         for basis in bases:
             found = _by_key().get((basis, near, family))

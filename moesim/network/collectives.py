@@ -22,7 +22,7 @@ from moesim.network.contention import LinkUse, common_use
 from moesim.network.fabric import NONE, Fabric
 from moesim.network.flows import Ranks, as_ranks, checked_bytes
 from moesim.network.nccl import NVLS_MIN_RANKS, hop_seconds, measured_call, reduces_in_switch
-from moesim.network.parameters import Protocol
+from moesim.network.parameters import Evidence, Protocol
 
 Algorithm = Literal["auto", "ring", "tree", "nvls", "hierarchical"]
 HalfRing = Literal["reduce_scatter", "all_gather"]
@@ -35,6 +35,7 @@ class CollectiveEstimate(NamedTuple):
     seconds: float
     algorithm: str
     source: str
+    evidence: Evidence = Evidence.NONE
 
 
 class _Pattern(NamedTuple):
@@ -162,7 +163,9 @@ def send_recv_seconds(fabric: Fabric, source: int, target: int, num_bytes: float
     pattern = _pattern(fabric, np.array([source]), np.array([target]), np.ones(1))
     wire = pattern.seconds_per_byte * num_bytes
     protocol = measured_call(fabric, "send_recv", np.array([source, target])) or fabric.parameters.point_to_point
-    return _estimate(protocol, "point_to_point", num_bytes, wire, 1, pattern.latency)
+    found = _estimate(protocol, "point_to_point", num_bytes, wire, 1, pattern.latency)
+    domain_R = fabric.domain_of_rank_R
+    return found if domain_R[source] == domain_R[target] else _over_nics(fabric, found)
 
 
 def _estimate(
@@ -172,7 +175,7 @@ def _estimate(
     """`hops` of `latency` each; `messages` of the software, as many as hops where nothing is said."""
     overhead = protocol.overhead_seconds(payload, messages=hops if messages is None else messages)
     seconds = wire_seconds / protocol.efficiency + hops * latency + overhead
-    return CollectiveEstimate(seconds, name, protocol.source)
+    return CollectiveEstimate(seconds, name, protocol.source, protocol.evidence)
 
 
 def _half_ring(fabric: Fabric, ranks: NDArray[np.int64], num_bytes: float, call: HalfRing) -> CollectiveEstimate:
@@ -281,12 +284,19 @@ def _across(
     nodes = _by_node(fabric, ranks)
     inside = [measured_call(fabric, call, nodes[0]) for call in calls] if len(nodes) > 1 else []
     known = [protocol for protocol in inside if protocol is not None]
+    found = _over_nics(fabric, found) if len(nodes) > 1 else found
     if not known:
         return found
     lost = sum(protocol.overhead_seconds(num_bytes) - protocol.call_seconds for protocol in known)
     sources = dict.fromkeys(protocol.source for protocol in known)
     source = f"{found.source}; what large messages lose: {', '.join(sources)}"
     return found._replace(seconds=found.seconds + lost, source=source)
+
+
+def _over_nics(fabric: Fabric, found: CollectiveEstimate) -> CollectiveEstimate:
+    """The same with the source of what links between nodes reach."""
+    links = f"{fabric.parameters.nic_source}; latencies: {fabric.parameters.latency_source}"
+    return found._replace(source=f"{found.source}; links between nodes: {links}")
 
 
 def _by_node(fabric: Fabric, ranks: NDArray[np.int64]) -> list[NDArray[np.int64]]:

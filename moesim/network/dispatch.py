@@ -201,9 +201,10 @@ def _prepare(
         + transfer_source(
             fabric,
             model,
-            reached=None if reached is fabric else facts.source,
+            reached=None if reached is fabric else "the algorithm's",
             one_domain=one_domain and not avoids_nvlink,
         ),
+        evidence=protocol.evidence,
     )
 
 
@@ -235,11 +236,13 @@ def _prepare_gather(
     call = reduce_scatter_seconds if combine else all_gather_seconds
     known = {total: call(fabric, chosen, total) for total in dict.fromkeys(total_S.tolist())}
     demand = make_demand(fabric, copies_SRR * token_bytes, ranks=chosen)
+    first = next(iter(known.values()))
     return PreparedTransfer(
         _Met(np.array([known[total].seconds for total in total_S.tolist()])),
         shape=np.shape(copies_stages[0])[:-1],
         traffic=Traffic(fabric, [demand]),
-        source=f"{facts.name}: {facts.source}: {next(iter(known.values())).source}",
+        source=f"{facts.name}: {facts.source}: {first.source}",
+        evidence=first.evidence,
     )
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.network.parameters import Protocol
+from moesim.network.parameters import Evidence, Protocol
 from moesim.scenario.catalogue import gpu_names
 from moesim.strict_json import parse_json
 
@@ -75,14 +75,17 @@ def measured_call(fabric: "Fabric", call: str, ranks_R: NDArray[np.integer]) -> 
 
     Its hops are in them, but for `all_to_all` and `send_recv`, whose paths come on top. None where nothing is.
     """
-    launch = fabric.parameters.launch_seconds
+    launch, launched = fabric.parameters.launch_seconds, fabric.parameters.launch_source
     own = next((each for each in fabric.parameters.own if (each.call, each.ranks) == (call, len(ranks_R))), None)
     if own is not None and fabric.are_equal(ranks_R):
-        return replace(own.protocol, call_seconds=own.protocol.call_seconds + launch)
+        source = f"{own.protocol.source}; torch's launch: {launched}"
+        call_seconds = own.protocol.call_seconds + launch
+        return replace(own.protocol, call_seconds=call_seconds, evidence=Evidence.OWN, source=source)
     kind = fabric.nccl_kind(ranks_R)
     if kind is None or call not in _tables()["kinds"][kind]["calls"]:
         return None
-    return protocol_of(kind, call, len(ranks_R), launch_seconds=launch)
+    found = protocol_of(kind, call, len(ranks_R), launch_seconds=launch)
+    return replace(found, source=f"{found.source}; torch's launch: {launched}")
 
 
 @cache
@@ -108,5 +111,6 @@ def protocol_of(kind: str, call: str, ranks: int, *, launch_seconds: float) -> P
         transition_seconds=transition,
         transition_bytes=size,
         one_way=max(1.0, efficiency) if call == "all_to_all" else None,  # alone, a direction has the port's share
+        evidence=Evidence.TABLES,
         source=f"NCCL {table['nccl']} on {nearest} {kind.upper()} ({_tables()['source']})",
     )

@@ -4,11 +4,21 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import NamedTuple
 
 from moesim.errors import UserError
 from moesim.scenario.cluster import INFINIBAND, NIC_BANDWIDTH, Transport
 from moesim.scenario.dispatch import BYTES_PER_SM, DISPATCH, SM_SHARPNESS, SM_SOURCE, DispatchAlgorithm, Kernels
+
+
+class Evidence(StrEnum):
+    """What measured rows tell how far a transfer's time may be off: `moesim.kernels.errors` has a row for each."""
+
+    OWN = "measured, own rows"
+    TABLES = "NCCL's tables"
+    KERNELS = "tables of dispatch kernels"
+    NONE = ""  # links and constants alone: NCCL across nodes, unlike GPUs, shares that the scenario states
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +41,7 @@ class Protocol:
     transition_seconds: float = 0.0
     transition_bytes: float = 1.0
     one_way: float | None = None
+    evidence: Evidence = Evidence.NONE
     source: str
 
     def overhead_seconds(self, payload_bytes: float, *, messages: float = 0.0) -> float:
@@ -48,6 +59,7 @@ class OwnCall(NamedTuple):
     protocol: Protocol
 
 
+NVLINK_LATENCY_SOURCE = INFINIBAND.source
 _ALL_REDUCE = "NCCL 2.27.7 on 8 H200 (stas00/ml-engineering network/benchmarks)"
 
 
@@ -108,7 +120,7 @@ class NetworkParameters:
             self,
             nic_latency=transport.nic_latency,
             leaf_latency=transport.leaf_latency,
-            latency_source=f"{transport.name}: {transport.source}; NVLink: {INFINIBAND.source}",
+            latency_source=f"{transport.name}: {transport.source}; NVLink: {NVLINK_LATENCY_SOURCE}",
         )
 
     def of_dispatch(
@@ -119,7 +131,9 @@ class NetworkParameters:
         kernel = kernels.combine if combine else kernels.dispatch
         seconds = kernel.call_seconds + kernel.doubling_seconds * math.log2(peers)
         source = "; ".join(filter(None, (algorithm.source, kernels.source)))
-        return dict(self.dispatch).get(algorithm.name, Protocol(call_seconds=seconds, source=source))
+        evidence = Evidence.KERNELS if algorithm.measured else Evidence.NONE
+        stated = Protocol(call_seconds=seconds, evidence=evidence, source=source)
+        return dict(self.dispatch).get(algorithm.name, stated)
 
 
 def load_parameters(values: Mapping[str, object], *, source: str) -> NetworkParameters:
@@ -138,7 +152,7 @@ def load_parameters(values: Mapping[str, object], *, source: str) -> NetworkPara
                 key: _number(v, f"{name}.{key}", source, isinstance(getattr(current, str(key), None), float))
                 for key, v in value.items()
             }
-            (dispatch if name in DISPATCH else changes)[name] = dataclasses.replace(current, source=source, **fields)
+            (dispatch if name in DISPATCH else changes)[name] = dataclasses.replace(current, source=source, **fields)  # type: ignore[arg-type]
         else:
             changes[name] = _number(value, name, source, isinstance(current, float))
     if dispatch or any(isinstance(value, Protocol) for value in changes.values()):

@@ -17,6 +17,7 @@ from moesim.network.fabric import Fabric
 from moesim.network.flows import Demand, Ranks, build_flows, link_bytes, make_demand
 from moesim.network.kept_answers import CommonStart, Remembered
 from moesim.network.link_loads import ladder_link_bytes
+from moesim.network.parameters import NVLINK_LATENCY_SOURCE, Evidence
 from moesim.network.ports import Ports
 from moesim.network.rank_ports import RankPorts
 
@@ -195,7 +196,7 @@ class PreparedTransfer:
     """Traffic matrices with all that does not depend on when the ranks start.
 
     `alone_R` is each rank's finish when all start at 0, `sm_share` the share of each GPU's SMs that the communication
-    kernels hold meanwhile, `source` where the numbers come from.
+    kernels hold meanwhile, `source` where the numbers come from, `evidence` what rows tell of their errors.
     """
 
     def __init__(
@@ -209,6 +210,7 @@ class PreparedTransfer:
         sm_share: float = 0.0,
         traffic: Traffic,
         source: str,
+        evidence: Evidence = Evidence.NONE,
     ) -> None:
         self._sharing = None if synchronised else sharing  # asked once: then all that it holds may go
         self._shape = shape
@@ -216,7 +218,7 @@ class PreparedTransfer:
         self._overhead_SR = np.broadcast_to(overhead_R, shape).reshape(-1, shape[-1])
         self.sm_share = sm_share
         self._all_traffic, self._samples = traffic, slice(None)
-        self.source = source
+        self.source, self.evidence = source, evidence
         self._alone_SR = sharing.finish(np.zeros(self._overhead_SR.shape)) + self._overhead_SR
         self.alone_R = self._alone_SR.reshape(shape)
 
@@ -316,11 +318,14 @@ def prepare_transfer(
 def transfer_source(fabric: Fabric, model: Model, *, reached: str | None = None, one_domain: bool = False) -> str:
     """Where a transfer's time comes from; `reached`: the source of shares of the bandwidth that are not NCCL's."""
     if one_domain:
-        return f"{model} sharing of NVLink ports"
+        ports = f"achieved share: {reached or fabric.parameters.nvlink_source}; latency: {NVLINK_LATENCY_SOURCE}"
+        return f"{model} sharing of NVLink ports ({ports})"
+    latencies = f"latencies: {fabric.parameters.latency_source}"
     shares = "links' nominal bandwidth times achieved share"
     if model == "ports" and fabric.core_can_block:
         shares = f"the core can block, which ports may underestimate by a fifth: use fluid; {shares}"
-    return f"{model} sharing of {fabric.kind.name} links ({shares}: {reached or fabric.parameters.nic_source})"
+    shares = f"{shares}: {reached or fabric.parameters.nic_source}"
+    return f"{model} sharing of {fabric.kind.name} links ({shares}; {latencies})"
 
 
 def lower_bound(fabric: Fabric, bytes_RR: FloatArray, *, ranks: Ranks = None) -> float:

@@ -4,7 +4,7 @@ Legend: S routing samples, R ranks of a group.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.kernels import Beside, KernelModel, kernels_of_kind
-from moesim.kernels.errors import TRANSFERS
+from moesim.kernels.errors import transfers_of
 from moesim.kernels.families import FAMILIES
 from moesim.kernels.jitter import NO_JITTER, Jitter
-from moesim.network import Fabric, group_shape, send_recv_seconds
+from moesim.network import CollectiveEstimate, Fabric, group_shape, send_recv_seconds
 from moesim.parallel import Mesh
 from moesim.program.collectives import GroupLinks, Reduction
 from moesim.program.contention import find_contention, shared_ports
@@ -82,7 +82,7 @@ class _Builder:
             scenario, self.mesh, self.schedule, map_of=samples[0].map_of if samples else None
         )
         self.seconds: defaultdict[Basis, float] = defaultdict(float)
-        self.p2p_seconds: dict[tuple[int, int], float] = {}
+        self.sends: dict[tuple[int, int], CollectiveEstimate] = {}  # between stages
         # Two pipeline ranks that hold the same stage (DualPipe) share its blocks where the fabric treats them alike.
         self.blocks: dict[tuple[int, int, bytes, bytes], Mapping[Kinds, Block]] = {}
         self.merged: dict[Block, Block] = {}
@@ -133,7 +133,7 @@ class _Builder:
             samples=max(1, len(self.samples)),
             source_seconds=dict(self.seconds),
             tensor_bytes=self.tensor_bytes,
-            transfer_sources=_transfer_sources(groups, collectives),
+            transfer_sources=_transfer_sources(groups, collectives, self.sends.values()),
             compiled=(compiled := self.compiled and not self._reduces_inside),
             contention=find_contention(self.fabric, groups, collectives),
             ports=shared_ports(
@@ -177,9 +177,9 @@ class _Builder:
         taking_part = sum(
             len(group.all_ranks_TR) for group in groups if not collective.ranks.isdisjoint(group.ranks_R.tolist())
         )
-        self.seconds[Basis(CATEGORY_OF_PART[collective.part], collective.source, TRANSFERS)] += (
-            collective.seconds * taking_part
-        )
+        family = transfers_of(collective.evidence)
+        basis = Basis(CATEGORY_OF_PART[collective.part], collective.source, family)
+        self.seconds[basis] += collective.seconds * taking_part
 
     def _groups(self, pipeline_rank: int, classes: Sequence[Sequence[int]]) -> list[GroupProgram]:
         """One group for each class of equal ones; the seconds of all are counted, in the order of their numbers."""
@@ -330,10 +330,10 @@ class _Builder:
     def _p2p_seconds(self, source: int, target: int) -> float:
         if source == target:
             return 0.0
-        if (source, target) not in self.p2p_seconds:
+        if (source, target) not in self.sends:
             first, second = self.mesh.rank(stage=source, index=0), self.mesh.rank(stage=target, index=0)
-            self.p2p_seconds[source, target] = send_recv_seconds(self.fabric, first, second, self.p2p_bytes).seconds
-        return self.p2p_seconds[source, target]
+            self.sends[source, target] = send_recv_seconds(self.fabric, first, second, self.p2p_bytes)
+        return self.sends[source, target].seconds
 
     def _blocks(self, stage: int, pipeline_rank: int, number: int, ranks_R: NDArray[np.int64]) -> Mapping[Kinds, Block]:
         holders = sum(stage in stages for stages in self.schedule.stages_of_rank)
@@ -403,7 +403,9 @@ def _jitter(scenario: Scenario, kernels: KernelModel, host: HostModel) -> Jitter
     return replace(found, host=0.0, host_white=0.0) if host == FREE_HOST else found
 
 
-def _transfer_sources(groups: Sequence[GroupProgram], collectives: Sequence[Reduction]) -> tuple[str, ...]:
+def _transfer_sources(
+    groups: Sequence[GroupProgram], collectives: Sequence[Reduction], sends: Iterable[CollectiveEstimate]
+) -> tuple[str, ...]:
     """What the kinds of transfers and collectives rest on, in the order in which they first appear."""
     blocks = dict.fromkeys(run.block for group in groups for task in group.tasks for run in task.runs)
     labels = {
@@ -415,4 +417,5 @@ def _transfer_sources(groups: Sequence[GroupProgram], collectives: Sequence[Redu
     exchanges = Part.DISPATCH, Part.COMBINE
     found = {(str(part if part in exchanges else collective), source) for part, collective, source in labels}
     found |= {(str(collective.collective), collective.rests_on) for collective in collectives}
+    found |= {("send_recv", send.source) for send in sends}
     return tuple(f"{name}: {source}" for name, source in sorted(found) if source)

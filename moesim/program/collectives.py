@@ -25,6 +25,7 @@ from moesim.network import (
     send_recv_seconds,
 )
 from moesim.network.nccl import ring_bytes
+from moesim.network.parameters import Evidence
 from moesim.program.operations import Transfer
 from moesim.results.spans import Collective, Part
 
@@ -66,9 +67,16 @@ class PeerCollective:
     """
 
     def __init__(
-        self, peers: Peers, seconds_R: FloatArray, *, sent_bytes: float, samples: int = 1, source: str = ""
+        self,
+        peers: Peers,
+        seconds_R: FloatArray,
+        *,
+        sent_bytes: float,
+        samples: int = 1,
+        source: str = "",
+        evidence: Evidence = Evidence.NONE,
     ) -> None:
-        self.peers, self.source = peers, source
+        self.peers, self.source, self.evidence = peers, source, evidence
         self.sent_bytes = sent_bytes
         self.alone_R = np.repeat(seconds_R[None], samples, axis=0)
         self._seconds_1GNI = peers.split(self.alone_R[:1])
@@ -81,7 +89,9 @@ class PeerCollective:
     @cached_property
     def of_one_sample(self) -> "PeerCollective":
         """The same for a sample alone."""
-        return type(self)(self.peers, self.alone_R[0], sent_bytes=self.sent_bytes, source=self.source)
+        return type(self)(
+            self.peers, self.alone_R[0], sent_bytes=self.sent_bytes, source=self.source, evidence=self.evidence
+        )
 
     def finish(self, start_R: FloatArray) -> FloatArray:
         """See Transfer."""
@@ -107,6 +117,7 @@ class SideBySide:
     ) -> None:
         self.parts, self.places, self.moved_bytes = parts, places, moved_bytes
         self.source: str = getattr(parts[0], "source", "")
+        self.evidence: Evidence = getattr(parts[0], "evidence", Evidence.NONE)
         first = parts[0].alone_R
         self.alone_R = np.empty((len(first), sum(map(len, places))))
         for part, members in zip(parts, places, strict=True):
@@ -173,6 +184,7 @@ class GroupLinks:
                 sent_bytes=ring_bytes(name, num_bytes, ranks=peers.size),
                 samples=self.samples,
                 source=found.source,
+                evidence=found.evidence,
             )
         return self._known[key]
 
@@ -186,7 +198,8 @@ class Reduction:
 
     `buckets` is how many parts it is cut into that may begin while the last backward pass still makes gradients; 0: it
     begins when all gradients are there. `stage`: whose gradients they are; -1: of no single stage.
-    `rests_on`: where its seconds come from. `part`: gradients, or the parameters that the optimizer has updated.
+    `rests_on`: where its seconds come from, `evidence`: what rows tell of their error. `part`: gradients, or the
+    parameters that the optimizer has updated.
     `sent_bytes`: what each rank puts on the wire, 0 where nobody asks.
     """
 
@@ -200,6 +213,7 @@ class Reduction:
     part: Part = Part.GRADIENTS
     rests_on: str = ""
     sent_bytes: float = 0.0
+    evidence: Evidence = Evidence.NONE
 
     @cached_property
     def ranks(self) -> frozenset[int]:

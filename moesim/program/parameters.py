@@ -239,14 +239,14 @@ class ParameterGroups:
             call = reduce(crowded(fabric, members), members[0], count * size)
             sent = (1 if sharding else 2) * count * size * (1 - 1 / len(members[0]))
             reduction = Reduction(f"{kind}.{name}", members, call.seconds, "network", buckets, stage, kind)
-            collectives.append(replace(reduction, rests_on=call.source, sent_bytes=sent))
+            collectives.append(replace(reduction, sent_bytes=sent, rests_on=call.source, evidence=call.evidence))
         collectives += self._repeated(fabric, size)
         collectives += self._copies(fabric, size)
         world = np.arange(self.mesh.world_size)
         if self.scenario.workload.gradient_clipping is not None and len(world) > 1:
             call = all_reduce_seconds(fabric, world, BYTES_PER_ELEMENT["fp32"])
-            norm = Reduction("all_reduce.norm", (world,), call.seconds, "network", rests_on=call.source)
-            collectives.append(norm)
+            norm = Reduction("all_reduce.norm", (world,), call.seconds, "network")
+            collectives.append(replace(norm, rests_on=call.source, evidence=call.evidence))
         return collectives
 
     def _repeated(self, fabric: Fabric, size: float) -> list[Reduction]:
@@ -267,11 +267,10 @@ class ParameterGroups:
             members = tuple(np.array(pair) for group in pairs for pair in zip(*group, strict=True))
             found.append(("all_reduce.embedding", members, stage_units(self.scenario, 0)[0].dense))
         return [
-            Reduction(
-                name, members, all_reduce_seconds(crowded(fabric, members), members[0], count * size).seconds, "network"
-            )
+            Reduction(name, members, call.seconds, "network", rests_on=call.source, evidence=call.evidence)
             for name, members, count in found
             if count
+            for call in (all_reduce_seconds(crowded(fabric, members), members[0], count * size),)
         ]
 
     def _copies(self, fabric: Fabric, size: float) -> list[Reduction]:
@@ -294,7 +293,8 @@ class ParameterGroups:
                 half = prepare_dispatch(
                     crowded(fabric, members), [bytes_DD / expert_bytes], token_bytes=expert_bytes, ranks=members[0]
                 )
-                found.append(Reduction("all_reduce.copies", members, 2 * float(half.alone_R.max()), "network"))
+                reduction = Reduction("all_reduce.copies", members, 2 * float(half.alone_R.max()), "network")
+                found.append(replace(reduction, rests_on=half.source, evidence=half.evidence))
         return found
 
     def early_gathers(self, fabric: Fabric, stage: int, *, ranks: int, samples: int) -> dict[str, EarlyGather]:
@@ -311,7 +311,9 @@ class ParameterGroups:
                 call = all_gather_seconds(links, of, parameters * size)
                 sent = ring_bytes("all_gather", parameters * size, ranks=len(of))
                 seconds_R = np.full(ranks, call.seconds)
-                return PeerCollective(Peers(1), seconds_R, sent_bytes=sent, samples=samples, source=call.source)
+                return PeerCollective(
+                    Peers(1), seconds_R, sent_bytes=sent, samples=samples, source=call.source, evidence=call.evidence
+                )
 
             return gather
 
@@ -335,6 +337,7 @@ class ParameterGroups:
                 collective=Collective.ALL_GATHER,
                 part=Part.PARAMETERS,
                 rests_on=call.source,
+                evidence=call.evidence,
             )
             for name, _, count, sharding, members in self._kinds()
             if 0 < sharding < PARAMETERS

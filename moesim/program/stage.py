@@ -9,7 +9,8 @@ from functools import partial
 from typing import Literal
 
 from moesim.kernels import KernelModel
-from moesim.kernels.errors import TRANSFERS
+from moesim.kernels.errors import transfers_of
+from moesim.network.parameters import Evidence
 from moesim.parallel import Mesh
 from moesim.parallel.memory_parameters import stage_units
 from moesim.program.collectives import GroupLinks, PeerCollective, SideBySide
@@ -233,4 +234,5 @@ def source_seconds(block: Block) -> Iterable[tuple[Basis, float]]:
             yield Basis(category, operation.source, operation.error_family), seconds
         elif operation.transfers_M:
             alone = [float(prepared.alone_R.mean()) for prepared in operation.transfers_M]
-            yield Basis(category, operation.source, TRANSFERS), sum(alone) / len(alone)
+            evidence = getattr(operation.transfers_M[0], "evidence", Evidence.NONE)
+            yield Basis(category, operation.source, transfers_of(evidence)), sum(alone) / len(alone)

@@ -79,7 +79,7 @@ class DispatchAlgorithm:
     and bring back sums, in the time that was measured of them. header_bytes: of every dispatched message.
     nvlink_share, nic_share: of the nominal bandwidth in long transfers; None: what NCCL reaches
     (`NetworkParameters`). kernels: what they cost inside an NVLink domain, by_kind: on kinds of GPU where that was
-    measured, across: over NICs.
+    measured, across: over NICs. measured: whether they are fitted to rows of its own kernels.
     """
 
     name: str
@@ -101,6 +101,7 @@ class DispatchAlgorithm:
     kernels: Kernels
     by_kind: Mapping[str, Kernels] = field(default_factory=dict)
     across: Kernels | None = None
+    measured: bool = False
     source: str
 
     def kernels_on(self, kind: str | None, *, over_nics: bool) -> Kernels:
@@ -182,6 +183,7 @@ HIERARCHICAL = DispatchAlgorithm(
         Kernel(call_seconds=52e-6, doubling_seconds=32.1e-6, bytes_per_sm=7.73e9),
         f"between nodes, with the call that counts rows: 2 and 4 nodes of 8 H200 ({_TABLES})",
     ),
+    measured=True,
     source=_DEEPEP,
 )
 HYBRID_EP = DispatchAlgorithm(
@@ -229,6 +231,7 @@ LOW_LATENCY = DispatchAlgorithm(
         Kernel(call_seconds=19.8e-6, doubling_seconds=0.87e-6, nic_share=0.90),  # H200 0.93, H800 0.88
         f"2 to 8 nodes of 8 H200 ({_TABLES})",
     ),
+    measured=True,
     source="DeepEP README (H800, 400 Gb/s NICs), low-latency kernels EP8 to EP256",
 )
 LOW_LATENCY_NVLINK = replace(
@@ -250,6 +253,7 @@ ONE_SIDED = DispatchAlgorithm(
         Kernel(call_seconds=9.4e-6, doubling_seconds=1.54e-6, bytes_per_sm=40e9),  # 8 blocks: 322 GB/s
         Kernel(call_seconds=7.7e-6, doubling_seconds=3.82e-6, bytes_per_sm=40e9),
     ),
+    measured=True,
     source=f"TensorRT-LLM's one-sided kernels among 2 to 32 GB200 ({_TABLES}); by SMs stores of own kernels between "
     "two H100s (tools/measure_overlap.py)",
 )

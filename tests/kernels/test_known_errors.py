@@ -8,9 +8,10 @@ import pytest
 from moesim.kernels import SOURCES, kernel_model
 from moesim.kernels.error_study import LEAST_SECONDS, left_out
 from moesim.kernels.error_table import KIND_OUT, STANDS_FOR, TABULATED, kind_misses, kinds_left_out, left_out_errors
-from moesim.kernels.errors import NETWORK, KnownError, bases_of, known_error, known_error_of, known_errors
+from moesim.kernels.errors import NETWORK, KnownError, bases_of, known_error, known_error_of, known_errors, transfers_of
 from moesim.kernels.families import Gemm, MemoryBound, error_family
 from moesim.kernels.loading import load_profile
+from moesim.network.parameters import Evidence
 
 FAMILIES = (
     *("gemm", "gemm fp8", "grouped_gemm", "grouped_gemm fp8", "attention"),
@@ -45,9 +46,11 @@ def test_kinds_left_out_are_what_the_profiles_tell():
 def test_every_gpu_source_and_family_has_an_error():
     for gpu in ("h200", "b200", "mi300x"):
         bases = bases_of(kernel_model(gpu))
-        for source in (*SOURCES, NETWORK):
+        for source in SOURCES:
             for family in FAMILIES:
                 assert 0 < known_error(bases, source, family).half_width < 5
+        for evidence in Evidence:
+            assert 0 < known_error(bases, NETWORK, transfers_of(evidence)).half_width < 5
     assert bases_of(kernel_model("h200", "roofline")) == ("any",)
 
 

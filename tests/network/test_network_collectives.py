@@ -273,7 +273,7 @@ def test_parameters_can_be_replaced_by_measured_ones() -> None:
     cluster = Cluster(pools=(Pool(gpu="h200", nodes=2),))
     fabric = build_fabric(cluster, parameters=measured)
     estimate = all_reduce_seconds(fabric, [0, 8], GIB, algorithm="ring")
-    assert estimate.source == "two H200, NCCL 2.29"
+    assert estimate.source.startswith("two H200, NCCL 2.29; links between nodes: ")
     assert estimate.seconds == pytest.approx(1e-3 + GIB / 25e9, rel=0.01)
 
 
