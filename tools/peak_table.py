@@ -18,7 +18,7 @@ from measure_peaks import Case, loss_of, module
 from moesim.importing.recording import record_step
 from moesim.parallel.memory import WORKSPACE_BYTES, memory_report
 from moesim.parallel.memory_rows import even_rows
-from moesim.recorded.peak import step_peak
+from moesim.recorded.estimate import step_peak
 from moesim.scenario import Scenario, dump_scenario, load_scenario_text
 from moesim.strict_json import json_text, parse_json
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from moesim.importing.calibration import Collective
-from moesim.importing.trace_host import exposed_seconds
+from moesim.importing.trace_file import DeviceWork
 from moesim.importing.trace_links import LinkedTrace, TracedOp
 from moesim.kernels import KernelModel
 from moesim.kernels.estimate import Contention
@@ -192,3 +192,19 @@ def _waiting(links: LinkedTrace, sent: TracedOp, starts: Sequence[float], launch
         return None
     before = own[first - 1].work[-1].end if first else 0.0
     return first if ended - before > SOON else None
+
+
+def exposed_seconds(of: Sequence[DeviceWork], others: Sequence[DeviceWork]) -> float:
+    """Seconds of some work during which no other work runs; both in the order of their start."""
+    exposed, at = 0.0, 0
+    for each in of:
+        free_from = each.start
+        while at < len(others) and others[at].end <= each.start:
+            at += 1
+        for other in others[at:]:
+            if other.start >= each.end:
+                break
+            exposed += max(0.0, other.start - free_from)
+            free_from = max(free_from, other.end)
+        exposed += max(0.0, each.end - free_from)
+    return exposed

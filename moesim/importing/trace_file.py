@@ -23,14 +23,20 @@ MODULE = "nn.Module: "
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CpuOp:
-    """An operation on the host. thread: process and thread. sequence: the number that its backward pass has, too."""
+class Span:
+    """Something on the host: an annotation, or a call of a module. thread: process and thread."""
 
-    id: int
     name: str
     thread: tuple[Any, Any]
     start: float
     end: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CpuOp(Span):
+    """An operation. sequence: the number that its backward pass has, too."""
+
+    id: int
     sequence: int | None
     dims: tuple[Any, ...]
     types: tuple[str, ...]
@@ -52,25 +58,11 @@ class DeviceWork:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Launch:
+class Launch(Span):
     """A call of the CUDA runtime that starts work on the GPU or waits for it."""
 
-    name: str
-    thread: tuple[Any, Any]
-    start: float
-    end: float
     correlation: int | None
     op_id: int | None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Span:
-    """An annotation or a call of a module on the host."""
-
-    name: str
-    thread: tuple[Any, Any]
-    start: float
-    end: float
 
 
 @dataclass(frozen=True, kw_only=True)

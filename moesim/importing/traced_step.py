@@ -11,10 +11,10 @@ from moesim.importing.calibration import (
     corrections_of,
     load_calibration,
     model_of_trace,
+    step_times,
 )
 from moesim.importing.trace_collectives import collectives_of, seconds_alone
 from moesim.importing.trace_file import AGAIN, TraceEvents, is_step_file, read_trace
-from moesim.importing.trace_host import step_times
 from moesim.importing.trace_links import (
     ENGINE,
     OPTIMIZER_STEP,

@@ -33,9 +33,8 @@ from moesim.program.sizes import Passes, Step
 from moesim.program.writer import KernelWriter
 from moesim.recorded.estimate import HOST, step_estimate
 from moesim.recorded.layers import DENSE, EXPERTS_GEMM, MOE, module_in_layer
-from moesim.recorded.parts import recorded_step
 from moesim.recorded.pricing import GAP_S, SDPA, kernels_of, prices
-from moesim.recorded.scaling import scaled_op, scaled_ops
+from moesim.recorded.scaling import recorded_step, scaled_op, scaled_ops
 from moesim.recorded.sharing import Exchange, divided, kept_whole, shared_out
 from moesim.recorded.sizes import MatchedOp, StepSizes
 from moesim.recorded.step_file import RecordedOp

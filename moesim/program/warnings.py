@@ -7,7 +7,7 @@ from moesim.network import Fabric, NetworkParameters
 from moesim.parallel import Mesh, TrafficSample
 from moesim.parallel.memory import MemoryReport
 from moesim.program.scenario_fabric import sharing_model
-from moesim.recorded.parts import kept_sizes
+from moesim.recorded.scaling import kept_sizes
 from moesim.results.metrics import trace_coverage
 from moesim.scenario import Scenario
 from moesim.scenario.routing import Routing, TraceRouting, TrainRouting

@@ -1,11 +1,14 @@
-"""Which layer of the model an operation works for, by the numbers in its module's path, and of which kind it is.
+"""For which layer of the model each operation of a recorded step works, of which kind it is, and in which order it ran.
 
-Layers with grouped GEMMs are MoE layers, the others of the same stack dense ones.
+Layers are told by the numbers in modules' paths: those with grouped GEMMs are MoE layers, the others of the same stack
+dense ones. Equal operations stand once in a recorded step. As they ran, layers of a kind follow each other, dense ones
+before those with experts, backward the other way round; within a layer, and outside of the layers, operations stand in
+the order of the first of their kind.
 """
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from moesim.recorded.step_file import RecordedOp
 
@@ -52,3 +55,34 @@ def module_in_layer(module: str) -> str:
     parts = module.split(".")
     at = next((place for place, part in enumerate(parts) if part == "*" or part.isdigit()), len(parts))
     return parts[at + 1] if at + 1 < len(parts) else ""
+
+
+HEAD, EMBEDDING = "head", "embedding"  # what lies outside of the layers: behind them, and before them
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """What runs in one pass of one layer, or outside of them: the place of each operation in the step, how often it
+    runs there. layer: its number, -1 outside of the layers.
+    """
+
+    phase: str
+    layer: int
+    runs: tuple[tuple[int, float], ...]
+
+
+def in_order(ops: Sequence[RecordedOp]) -> list[Block]:
+    """The blocks of a step, one behind the other. A step that does not know its layers is one block a phase."""
+    layers = [kind for kind in (DENSE, MOE) for _ in range(next((op.layers for op in ops if op.layer == kind), 0))]
+    found = []
+    for phase in ("forward", "backward"):
+        mine = [place for place, op in enumerate(ops) if op.phase == phase]
+        first = next((at for at, place in enumerate(mine) if ops[place].layer), len(mine))
+        outside = [(mine[:first], -1), ([place for place in mine[first:] if not ops[place].layer], -1)]
+        passes = [([place for place in mine if ops[place].layer == kind], number) for number, kind in enumerate(layers)]
+        ordered = passes if phase == "forward" else passes[::-1]
+        for places, number in [outside[0], *ordered, outside[1]]:
+            runs = tuple((place, ops[place].count / (ops[place].layers if number >= 0 else 1)) for place in places)
+            found.append(Block(phase=phase, layer=number, runs=runs))
+    last = [(place, op.count) for place, op in enumerate(ops) if op.phase == "optimizer"]
+    return [*found, Block(phase="optimizer", layer=-1, runs=tuple(last))]

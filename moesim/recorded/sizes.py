@@ -349,12 +349,3 @@ class _Matcher:
         if size in self.widths:
             return "W"
         return "1" if size <= SMALL_NUMBER else "?"
-
-
-def recorded_sizes(sizes: StepSizes) -> Mapping[str, int]:
-    """What a screen shows of them."""
-    names = {"sequences": sizes.sequences, "tokens each": sizes.sequence_length, "hidden": sizes.hidden}
-    names |= {"vocabulary": sizes.vocabulary, "dense layers": sizes.dense_layers, "MoE layers": sizes.moe_layers}
-    if sizes.experts:
-        names |= {"experts": sizes.experts, "of a token": sizes.top_k, "expert width": sizes.expert_width}
-    return names

@@ -11,7 +11,7 @@ from moesim.kernels import KernelModel, kernel_model
 from moesim.kernels.estimate import Beside, Contention
 from moesim.program.scenario_fabric import node_fabric
 from moesim.recorded.estimate import HOST, step_estimate
-from moesim.recorded.order import in_order
+from moesim.recorded.layers import in_order
 from moesim.recorded.pricing import OPTIMIZER
 from moesim.recorded.spread import DDP, FSDP2, Ranks
 from moesim.recorded.step_file import RecordedOp

@@ -1,12 +1,17 @@
-"""Hand-made traces: who calls whom, in which module and phase, and which gap is whose."""
+"""Hand-made traces: who calls whom, in which module and phase, and which gap is whose.
+
+Without a stack, layers are the block that repeats itself; gradients follow their forward operations.
+"""
 
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from moesim.importing.calibration import step_times
 from moesim.importing.trace_file import read_trace
-from moesim.importing.trace_host import step_times
-from moesim.importing.trace_links import OpTree, linked
+from moesim.importing.trace_links import OpTree, linked, repeated_blocks
 from moesim.importing.trace_shapes import knows_traced
 from moesim.importing.traced_step import traced_step
 from tests.importing.conftest import ENGINE, MAIN
@@ -117,3 +122,41 @@ def test_parameters_of_one_rank_are_what_is_scattered_to_it(trace, tmp_path: Pat
     made.kernel(made.op("record_param_comms", 60, 10, **message), 61, 108, 30, stream=9)
     (optimizer,) = (op for op in traced_step(made.save(tmp_path / "t.json")).ops if op.phase == "optimizer")
     assert optimizer.facts == {"parameters": 128}
+
+
+TRACE = Path(__file__).parent.parent / "data" / "mixtral-8k.trace.json.gz"
+
+
+@given(
+    head=st.integers(0, 6),
+    tail=st.integers(0, 6),
+    block=st.integers(2, 9),
+    times=st.integers(3, 8),
+    seed=st.integers(0),
+)
+def test_a_stack_of_layers_is_found(head: int, tail: int, block: int, times: int, seed: int) -> None:
+    signs = [*(f"h{n}" for n in range(head)), *list(range(block)) * times, *(f"t{n}" for n in range(tail))]
+    found = repeated_blocks(signs)
+    layers = [number for number in range(times) for _ in range(block)]
+    assert found == [None] * head + layers + [None] * tail
+
+
+@pytest.mark.parametrize("signs", [[], ["a"], list("abcdefgh"), [*range(100), 1, 2, 1, 2]])
+def test_what_does_not_repeat_has_no_layers(signs: list) -> None:
+    assert repeated_blocks(signs) == [None] * len(signs)
+
+
+def test_the_layers_of_a_real_trace_have_the_same_operations_both_ways() -> None:
+    tree = OpTree(read_trace(TRACE))
+    for phase in ("forward", "backward"):
+        names = {
+            layer: [
+                op.name
+                for op, place, where in zip(tree.ops, tree.modules, tree.phases, strict=True)
+                if where == phase and place == f"layer.{layer}"
+            ]
+            for layer in range(2)
+        }
+        assert names[0] == names[1] and len(names[0]) > 200
+    backward = [place for place, phase in zip(tree.modules, tree.phases, strict=True) if phase == "backward" and place]
+    assert backward.index("layer.1") < backward.index("layer.0")
