@@ -206,3 +206,11 @@ def transformers_model(
     return transformers.AutoModelForCausalLM.from_config(
         config, dtype=torch.bfloat16, attn_implementation=attention, experts_implementation=experts
     )
+
+
+def dense_model(family: str, sizes: dict[str, Any]) -> Any:
+    """The model of a configuration class without experts, in bf16 on torch's default device."""
+    import transformers
+
+    config = getattr(transformers, family)(**sizes)
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")

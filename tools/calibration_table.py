@@ -74,8 +74,8 @@ def pairs(measured: str) -> Iterator[Pair]:
                 yield Pair(
                     trace=name,
                     step=step["name"],
-                    blind=step.get("blind", False),  # the dense steps were seen
-                    measured_s=step["sustained_s"] if "sustained_s" in step else step["measured"]["sustained_s"],
+                    blind=step["blind"],
+                    measured_s=step["measured"]["sustained_s"],
                     plain_s=plain_s,
                     corrected_s=step_estimate(ops, kernels, host=MEASURED[measured], corrections=calibration).step_s,
                 )

@@ -1,16 +1,23 @@
 """Steps of transformers and torchtitan on one and two H100s beside what recordings of their first sizes predict.
 
     python tools/library_table.py        # the tables of docs/imported-steps.md, from tests/data/library_steps.json.gz
+    python tools/library_table.py --record STEPS.json... [--without STEP...] [--onto FILE] [--out FILE]
 
 One GPU, DistributedDataParallel and fully_shard by `moesim.recorded`, expert parallelism by a scenario whose
-`implementation` is the recorded step.
+`implementation` is the recorded step. STEPS.json: what tools/measure_library_steps.py writes. --record records each
+program at its first size (a step of a program that has none itself), prints the measured steps that are not kept out
+beside what that predicts, and writes such a file.
 """
 
+import argparse
 import gzip
+import json
 import tempfile
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +35,7 @@ from moesim.strict_json import parse_json
 
 DATA = Path(__file__).parent.parent / "tests" / "data" / "library_steps.json.gz"
 EP, GPU = "ep", "h100"
+VERSIONS = {"gpu": "NVIDIA H100 80GB HBM3", "torch": "2.11", "transformers": "5.17", "torchtitan": "0.2.2"}
 PLANS = {"hf-ep": "ep"}  # that of transformers; torchtitan's expert parallelism is a scenario
 EP_SCENARIO: dict[str, Any] = {
     "routing": {"kind": "uniform"},
@@ -105,8 +113,80 @@ def group_of(name: str, mode: str) -> tuple[str, str]:
     return software, "small models, host-bound" if "small-" in name and "glm-small" not in name else mode
 
 
+def recorded(case: Any) -> list[RecordedOp]:
+    """The operations of a case on one GPU."""
+    import torch
+    from measure_library_steps import closure, module
+
+    from moesim.importing.recording import record_step
+
+    with torch.device("meta"):
+        model = module(case, "meta")
+        return record_step(model, closure(case, model, "meta"))
+
+
+def program(first: Any, cases: Sequence[Any], seconds: dict[str, float]) -> dict[str, Any]:
+    """The operations of a program's first size, and the measured steps of all its sizes."""
+    ops, steps = recorded(first), []
+    for case in cases:
+        if _program(case) != _program(first) or case.name not in seconds:
+            continue
+        steps.append(
+            {
+                "name": case.name,
+                "layers": case.layers,
+                "sequences": case.batch,
+                "tokens": case.sequence,
+                "blind": case.blind,
+                "first": case.traced,
+                "sustained_s": seconds[case.name],
+            }
+        )
+    return {"mode": first.mode, "ops": [operation.as_json() for operation in ops], "steps": steps}
+
+
+def _program(case: Any) -> str:
+    return case.name if "small-" in case.name and case.name.split("-")[-1] not in "abcde" else case.name[:-2]
+
+
+def record(files: Sequence[Path], *, without: Sequence[str], onto: Path | None, out: Path | None) -> None:
+    """Record, compare, write. without: steps that ran with other kernels than is recorded; onto: a file whose other
+    programs are kept.
+    """
+    from measure_library_steps import SETS
+
+    rows = [row for path in files for row in json.loads(path.read_text(encoding="utf-8"))["steps"]]
+    seconds = {row["case"]["name"]: row["sustained_s"] for row in rows if "sustained_s" in row}
+    seconds = {name: took for name, took in seconds.items() if name not in without}
+    cases = [*chain(*SETS.values())]
+    firsts: dict[str, Any] = {}
+    for case in cases:
+        if case.name in seconds:
+            firsts.setdefault(_program(case), case)
+    found = {name: program(first, cases, seconds) for name, first in firsts.items()}
+    for each in found.values():
+        for step in each["steps"]:
+            predicted, measured = predicted_s(Program.of(each), step), step["sustained_s"]
+            if not step["blind"]:
+                times = f"{1e3 * measured:.1f} ms, {1e3 * predicted:.1f}"
+                print(f"{step['name']}: {times}, {predicted / measured - 1:+.1%}")
+    if onto is not None:
+        found = json.loads(gzip.decompress(onto.read_bytes()))["programs"] | found
+    if out is not None:
+        out.write_bytes(gzip.compress(json.dumps(VERSIONS | {"programs": found}).encode(), mtime=0))
+
+
 def main() -> None:
-    """Print a row for each step, and a line for each group."""
+    """Record, or print a row for each step, and a line for each group."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--record", metavar="STEPS.json", type=Path, nargs="+")
+    parser.add_argument("--without", nargs="*", default=[], help="steps that ran with other kernels than is recorded")
+    parser.add_argument("--onto", type=Path, help="a file whose other programs are kept")
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    if given.record:
+        record(given.record, without=given.without, onto=given.onto, out=given.out)
+        return
     groups: dict[tuple[str, str, str], list[float]] = defaultdict(list)
     print("| step | on | layers | sequences x tokens | kept out | measured, ms | predicted, ms | error |")
     print("|---|---|---|---|---|---|---|---|")

@@ -1,11 +1,14 @@
-"""Training steps of Hugging Face transformers' own MoE models, measured on the GPU at hand, for docs/accuracy.md.
+"""Training steps of Hugging Face transformers' own models, measured on the GPU at hand, for docs/accuracy.md.
 
-    python tools/measure_hf_steps.py --out FOLDER [--only PART_OF_A_NAME] [--seconds 470] [--list]
+    python tools/measure_hf_steps.py --out FOLDER [--set dense] [--only PART_OF_A_NAME] [--seconds 470] [--list]
+    python tools/measure_hf_steps.py --record FOLDER/steps.json [--set dense]      # without a GPU
 
-Each case is a few layers of a published architecture in bf16: forward, loss, backward, fused AdamW, eager. Writes
-`steps.json` after every case, `kernels.json` (the kernels of one profiled step of each case) and, for
-some, the profiler's trace (`CASE.trace.json.gz`).
-A case that fails is recorded with its reason. Needs torch, transformers and, to measure, a GPU; nothing of moesim.
+Each case is a few layers of a published MoE architecture in bf16: forward, loss, backward, fused AdamW, eager; of
+`--set dense` two sizes each of GPT-2 (dropout, a vocabulary of 50,257), Llama and OPT. Writes `steps.json` after every
+case, `kernels.json` (the kernels of one profiled step of each case) and, for some, the profiler's trace
+(`CASE.trace.json.gz`). A case that fails is recorded with its reason. Needs torch, transformers and, to measure, a GPU;
+nothing of moesim. --record writes every measured step as `moesim import-step` records it, beside what was measured:
+tests/data/hf_steps.json.gz, or dense_steps.json.gz.
 """
 
 import argparse
@@ -37,15 +40,18 @@ from architectures import (
     QWEN3,
     QWEN3_235,
     QWEN3_SMALL,
+    dense_model,
     transformers_model,
 )
 
 WARM_UP, LEAST_STEPS = 4, 20
+DATA = Path(__file__).parent.parent / "tests" / "data"
+KEPT = ("sustained_s", "kernel_s", "kernels", "parameters")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A model of `family` (a configuration class of transformers) and the tokens of one step."""
+    """A model of `family` (a configuration class of transformers) and the tokens of one step; experts: "" if dense."""
 
     name: str
     family: str
@@ -84,12 +90,44 @@ CASES = (
 )
 
 
+def _dense(name: str, family: str, sizes: dict[str, Any], batch: int, sequence: int) -> Case:
+    return _case(name, family, sizes, 0, batch, sequence, experts="", traced=True)  # the sizes say how many layers
+
+
+def _gpt2(width: int, heads: int, layers: int, length: int) -> dict[str, Any]:
+    return {"n_embd": width, "n_head": heads, "n_layer": layers, "n_positions": length, "vocab_size": 50257}
+
+
+def _llama(width: int, inner: int, heads: int, layers: int) -> dict[str, Any]:
+    sizes = {"hidden_size": width, "intermediate_size": inner, "num_attention_heads": heads, "num_key_value_heads": 8}
+    return sizes | {"num_hidden_layers": layers, "vocab_size": 128256, "max_position_embeddings": 8192}
+
+
+def _opt(width: int, layers: int) -> dict[str, Any]:
+    sizes = {"hidden_size": width, "ffn_dim": 4 * width, "word_embed_proj_dim": width, "num_attention_heads": 32}
+    return sizes | {"num_hidden_layers": layers, "vocab_size": 50272, "max_position_embeddings": 4096}
+
+
+DENSE_CASES = (
+    _dense("gpt2-a", "GPT2Config", _gpt2(1600, 25, 12, 1024), 8, 1024),
+    _dense("gpt2-b", "GPT2Config", _gpt2(2048, 16, 8, 2048), 8, 2048),
+    _dense("llama-a", "LlamaConfig", _llama(2048, 8192, 32, 8), 2, 4096),
+    _dense("llama-b", "LlamaConfig", _llama(4096, 14336, 32, 4), 1, 8192),
+    _dense("opt-a", "OPTConfig", _opt(2048, 12), 4, 2048),
+    _dense("opt-b", "OPTConfig", _opt(4096, 4), 4, 4096),
+)
+SETS = {"moe": (CASES, DATA / "hf_steps.json.gz"), "dense": (DENSE_CASES, DATA / "dense_steps.json.gz")}
+
+
 def build(case: Case, device: str) -> tuple[torch.nn.Module, Any, torch.optim.Optimizer]:
     """The module, a closure that gives the loss, and the optimizer."""
     torch.manual_seed(0)
     with torch.device(device):
-        model = transformers_model(
-            case.family, case.sizes, layers=case.layers, length=case.sequence, experts=case.experts
+        sizes = {"layers": case.layers, "length": case.sequence, "experts": case.experts}
+        model = (
+            transformers_model(case.family, case.sizes, **sizes)  # type: ignore[arg-type]
+            if case.experts
+            else dense_model(case.family, case.sizes)
         )
         tokens = torch.randint(case.sizes["vocab_size"], (case.batch, case.sequence))
     model.train()
@@ -244,21 +282,44 @@ def machine() -> dict[str, Any]:
     }
 
 
+def record(steps: Path, cases: tuple[Case, ...], out: Path) -> None:
+    """Every case that was measured, recorded on the meta device."""
+    from moesim.importing.recording import record_step
+
+    found = json.loads(steps.read_text())
+    measured = {row["case"]["name"]: row for row in found["steps"] if "sustained_s" in row}
+    rows = []
+    for case in (case for case in cases if case.name in measured):
+        with torch.device("meta"):
+            model, loss_of, _ = build(case, "meta")
+            ops = record_step(model, loss_of)
+        kept = {key: measured[case.name][key] for key in KEPT}
+        rows.append({"name": case.name, "blind": case.blind, "measured": kept, "ops": [op.as_json() for op in ops]})
+        print(f"{case.name}: {sum(op.count for op in ops)} operations")
+    content = {"machine": found["machine"], "steps": rows}
+    out.write_bytes(gzip.compress(json.dumps(content).encode(), mtime=0))
+
+
 def main() -> int:
-    """Measure the cases in turn until the time is up."""
+    """Measure the cases in turn until the time is up, or record them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")))
+    parser.add_argument("--record", type=Path, metavar="STEPS.json")
+    parser.add_argument("--set", choices=SETS, default="moe")
     parser.add_argument("--only", default="")
     parser.add_argument("--seconds", type=float, default=470.0)
     parser.add_argument("--list", action="store_true")
     args = parser.parse_args()
+    cases, data = SETS[args.set]
     if args.list:
-        for case in CASES:
-            print(json.dumps(asdict(case)))
+        print(*(json.dumps(asdict(case)) for case in cases), sep="\n")
+        return 0
+    if args.record:
+        record(args.record, cases, data)
         return 0
     args.out.mkdir(parents=True, exist_ok=True)
     begin, done, kernels = time.perf_counter(), [], {}
-    for case in CASES:
+    for case in cases:
         if args.only not in case.name:
             continue
         if time.perf_counter() - begin > args.seconds - 25:

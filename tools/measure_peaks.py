@@ -2,13 +2,16 @@
 
     python tools/measure_peaks.py --out FOLDER [--half 0 | 1] [--seconds 250] [--only NAME] [--list]
     torchrun --nproc-per-node 2 tools/measure_peaks.py --out FOLDER --libraries
+    python tools/measure_peaks.py --out FOLDER --scenarios [--gpus 1 2]
 
 A training case is a few layers of a published architecture: forward and loss, backward, optimizer, with the attention,
 checkpointing, optimizer and micro-batches that it names. A serving case prefills prompts into a static cache and
 decodes. Of each: bytes held between steps, the allocator's peak at each moment, what it reserved, and what the device
 has in use beyond that (the CUDA context and the libraries, as nvidia-smi counts them). `--libraries`: what a process
 takes that holds no tensors, before and after its first products and collectives. Cases marked blind are kept out of
-every choice of the simulator. Needs torch, transformers and a GPU, and nothing of moesim.
+every choice of the simulator. Needs torch, transformers and a GPU, and nothing of moesim but for `--scenarios`: a few
+short steps of each scenario of the shipped validation tables, with `memory` per rank by part of a step in
+`FOLDER/NAME.json`; an interrupted call goes on where it was.
 """
 
 import argparse
@@ -259,6 +262,18 @@ def libraries(out: Path) -> None:
     dist.destroy_process_group()
 
 
+def scenarios(out: Path, gpus: list[int]) -> None:
+    """Every case of the validation tables on so many GPUs once, whichever table names it."""
+    from moesim.validation.comparison import SHIPPED_TABLES, shipped_table
+    from moesim.validation.launch import measure_cases
+    from moesim.validation.worker import Effort
+
+    cases = {row.case.name: row.case for name in SHIPPED_TABLES for row in shipped_table(name).rows}
+    chosen = [case for case in cases.values() if case.gpus in gpus]
+    effort = Effort(seconds=0.2, least=2, most=3, warm=2, instrumented=1)
+    measure_cases(chosen, device="cuda", folder=out, effort=effort, log=print)
+
+
 def main() -> None:
     """Measure the cases in turn until the time is up."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -267,11 +282,16 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=250.0)
     parser.add_argument("--only", default="")
     parser.add_argument("--libraries", action="store_true")
+    parser.add_argument("--scenarios", action="store_true")
+    parser.add_argument("--gpus", type=int, nargs="+", default=[1, 2], help="of --scenarios")
     parser.add_argument("--list", action="store_true")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     if given.libraries:
         libraries(given.out)
+        return
+    if given.scenarios:
+        scenarios(given.out, given.gpus)
         return
     cases = [case for case in CASES if given.only in case.name]
     if given.half is not None:  # both halves have blind cases

@@ -279,14 +279,14 @@ def cast(model):
 
 
 ROOT = Path(__file__).parents[2]
-TOKENS, HIDDEN, WIDTH = 4096, 512, 2048
+ROWS, SIDE, INNER = 4096, 512, 2048
 FP32 = 4
 
 
 def step():
     with torch.device("meta"):
-        model = nn.Sequential(nn.Linear(HIDDEN, WIDTH, bias=False), nn.Linear(WIDTH, HIDDEN, bias=False))
-        inputs = torch.randn(TOKENS, HIDDEN)
+        model = nn.Sequential(nn.Linear(SIDE, INNER, bias=False), nn.Linear(INNER, SIDE, bias=False))
+        inputs = torch.randn(ROWS, SIDE)
     return model, lambda: model(inputs).square().mean()
 
 
@@ -295,7 +295,7 @@ def test_what_is_alive_is_what_a_hand_counts() -> None:
     and of W2."""
     peak = step_peak(record_step(*step()))
     assert peak is not None
-    weights, wide, narrow = (FP32 * size for size in (2 * HIDDEN * WIDTH, TOKENS * WIDTH, TOKENS * HIDDEN))
+    weights, wide, narrow = (FP32 * size for size in (2 * SIDE * INNER, ROWS * INNER, ROWS * SIDE))
     assert peak.held == weights + narrow and peak.states == 2 * weights
     assert peak.phase == "backward"
     assert peak.moving == pytest.approx(2 * wide + narrow + weights / 2 + WORKSPACE_BYTES, rel=1e-3)

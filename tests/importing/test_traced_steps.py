@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moesim.importing.calibration import NOISE, exposed_seconds, load_calibration, model_of_trace
+from moesim.importing.calibration import NOISE, load_calibration, model_of_trace
+from moesim.importing.trace_collectives import exposed_seconds
 from moesim.importing.trace_file import read_trace
 from moesim.importing.traced_step import TracedStep, step_with_times, traced_step
 from moesim.kernels import kernel_model
