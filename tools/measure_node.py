@@ -85,7 +85,7 @@ def steps(gpus: int, out: Path, deadline: float, seconds: float) -> None:
 def spread(gpus: int, out: Path, deadline: float) -> None:
     """Ranks that do the same."""
     if not (out / "spread.json").exists() and time.monotonic() < deadline:
-        torchrun(gpus, [str(ROOT / "tools" / "measure_spread.py"), str(out / "spread.json")], deadline + 60)
+        torchrun(gpus, [str(ROOT / "tools" / "measure_ranks.py"), "spread", str(out / "spread.json")], deadline + 60)
 
 
 def report(out: Path) -> None:

@@ -1,6 +1,6 @@
 """What kernels cost that no profile holds, over their plain sisters: ratios measured by themselves on an H100.
 
-`python tools/measure_odd_kernels.py`, `tools/measure_index_kernels.py` and `tools/measure_row_moves.py` measure them,
+`python tools/measure_unprofiled.py` and `tools/measure_row_moves.py` measure them,
 tests/data/odd_kernels_h100.json.gz and row_moves_h100.json.gz keep the rows of these numbers; those that are marked
 come from traced steps of the first size of 13 programs (`python tools/measure_library_steps.py`). Other GPUs are taken
 to have the same ratios.

@@ -255,7 +255,7 @@ ONE_SIDED = DispatchAlgorithm(
     ),
     measured=True,
     source=f"TensorRT-LLM's one-sided kernels among 2 to 32 GB200 ({_TABLES}); by SMs stores of own kernels between "
-    "two H100s (tools/measure_overlap.py)",
+    "two H100s (tools/measure_ranks.py overlap)",
 )
 _ALL = (DIRECT, HIERARCHICAL, LOW_LATENCY, LOW_LATENCY_NVLINK, ONE_SIDED, HYBRID_EP, ALLGATHER)
 DISPATCH = {facts.name: facts for facts in _ALL}

@@ -16,7 +16,7 @@ from moesim.program.operations import SIDE, Block, Run, compute, fork, transfer
 from moesim.results import Label, SpanRecorder, Stream
 from moesim.strict_json import parse_json, unpacked
 
-FILE = Path(__file__).parents[1] / "data" / "overlap_h100.json.gz"  # tools/measure_overlap.py
+FILE = Path(__file__).parents[1] / "data" / "overlap_h100.json.gz"  # tools/measure_ranks.py overlap
 
 
 class Alone:

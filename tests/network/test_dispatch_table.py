@@ -142,7 +142,7 @@ def test_sms_that_are_none_are_refused(sms: float) -> None:
 
 
 def test_one_sided_stores_reach_what_was_measured() -> None:
-    """Plain stores into the other of two H100s, both ways at once, from 8 blocks on: tools/measure_overlap.py."""
+    """Plain stores into the other of two H100s, both ways at once, from 8 blocks on: tools/measure_ranks.py."""
     file = Path(__file__).parents[1] / "data" / "overlap_h100.json.gz"
     rows = [row for row in parse_json(unpacked(file.read_bytes()))["puts"] if row["both"]]
     best = max(row["bytes_per_second"] for row in rows)
