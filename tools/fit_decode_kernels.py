@@ -2,7 +2,7 @@
 
     python tools/fit_decode_kernels.py [--write]
 
-Rows: tests/data/decode_kernels_h100.json.gz, measured by tools/measure_decode_kernels.py, and the tables of the package
+Rows: tests/data/decode_kernels_h100.json.gz, measured by tools/measure_decode.py, and the tables of the package
 aiconfigurator-core (pip install 'moesim[tables]'): of each shape the fastest framework's kernel. Left out are rows of
 tables whose keys and values the L2 holds, as a step finds them in memory, and batches of under 64 keys. Needs scipy.
 """

@@ -1,7 +1,7 @@
 """Kernels that only serving has: attention of generated tokens, small kernels in a row, all-reduces of small messages.
 
 Their formulas have few parameters, which `tools/fit_decode_kernels.py` fits to kernels measured on an H100
-(`tools/measure_decode_kernels.py`) and to the tables of aiconfigurator-core, for each kind of GPU. A third of
+(`tools/measure_decode.py`) and to the tables of aiconfigurator-core, for each kind of GPU. A third of
 the rows shaped nothing; what they are off by stands beside the parameters in `decode_kernels.json`.
 
 Legend: D data groups, N kernels.

@@ -1,6 +1,6 @@
 """Decoding on an H100, measured, beside the cost of a step and of its kernels.
 
-`decode_h100` (tools/measure_decode.py) is in no fit. Of `decode_kernels_h100` (tools/measure_decode_kernels.py) two
+Both files are from tools/measure_decode.py. `decode_h100` (--set steps) is in no fit. Of `decode_kernels_h100` two
 thirds of the kernels made `moesim/serving/decode_kernels.json`; whole steps gave the eager host's seconds of a launch
 alone, and of those the third that is kept out counts here.
 """
