@@ -8,14 +8,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, TextIO
 
-from rich.console import Group, RenderableType
+from rich.console import ConsoleOptions, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from moesim.flags.megatron import FlagFate, Reading
-from moesim.report import facts
 from moesim.report.facts import Fact, percent
-from moesim.report.terminal import fact_table, indented, number_table, section, show, warnings
+from moesim.report.terminal import (
+    Screen,
+    Sized,
+    fact_table,
+    heading,
+    indented,
+    number_table,
+    prints,
+    section,
+    show,
+    warnings,
+)
 from moesim.shipped import Shipped
 from moesim.trace import RoutingTrace
 from moesim.trace.library import LibraryEntry
@@ -24,16 +34,14 @@ from moesim.units import format_bandwidth, format_bytes
 
 ShippedGroup = tuple[str, str, Sequence[Shipped]]  # head, verb, files
 
+_COUNTS = ("causal", "non_causal")  # ways to count attention
 _FORMATS = ("bf16", "fp8", "tf32", "fp32")
 _FULL_WIDTH = 92  # columns that all facts of the longest name of the library need
 
 
-def print_gpus(gpus: Sequence[Mapping[str, Any]], *, file: TextIO | None = None, width: int | None = None) -> None:
-    """Print what `moesim gpus --json` holds: peaks in TFLOP/s, memory, NVLink, rent; then where they come from."""
-    show(lambda _: _screen(gpus), file=file, width=width)
-
-
-def _screen(gpus: Sequence[Mapping[str, Any]]) -> list[RenderableType]:
+@prints
+def print_gpus(gpus: Sequence[Mapping[str, Any]]) -> Screen:
+    """What `moesim gpus --json` holds: peaks in TFLOP/s, memory, NVLink, rent; then where they come from."""
     head = ("GPU", *_FORMATS, "memory", "bandwidth", "NVLink", "$/hour")
     rows = [
         (
@@ -55,13 +63,10 @@ def _peak(flops: float | None) -> str:
     return "-" if flops is None else f"{flops / 1e12:,.0f}"
 
 
-def print_shipped(groups: Sequence[ShippedGroup], *, file: TextIO | None = None, width: int | None = None) -> None:
-    """Print one section per kind of file."""
-    show(
-        lambda _: [section(f"{head}: moesim {verb} NAME", _table(files)) for head, verb, files in groups],
-        file=file,
-        width=width,
-    )
+@prints
+def print_shipped(groups: Sequence[ShippedGroup]) -> Screen:
+    """One section per kind of file."""
+    return [section(f"{head}: moesim {verb} NAME", _table(files)) for head, verb, files in groups]
 
 
 def _table(files: Sequence[Shipped]) -> RenderableType:
@@ -73,15 +78,9 @@ def _table(files: Sequence[Shipped]) -> RenderableType:
     return table
 
 
-def print_model(name: str, counts: Mapping[str, Any], *, file: TextIO | None = None, width: int | None = None) -> None:
-    """Print parameters, FLOPs and memory of a model."""
-    show(lambda _: _model_screen(name, counts), file=file, width=width)
-
-
-def print_catalogue(
-    sizes: Mapping[str, Mapping[str, Any]], *, file: TextIO | None = None, width: int | None = None
-) -> None:
-    """Print one line per model of the catalogue."""
+@prints
+def print_catalogue(sizes: Mapping[str, Mapping[str, Any]]) -> Screen:
+    """One line per model of the catalogue."""
     head = ("model", "parameters", "activated", "layers", "experts", "attention")
     rows = [
         (
@@ -94,48 +93,31 @@ def print_catalogue(
         )
         for name, size in sizes.items()
     ]
-    show(lambda _: [number_table(head, rows)], file=file, width=width)
+    return [number_table(head, rows)]
 
 
-def _model_screen(name: str, counts: Mapping[str, Any]) -> list[RenderableType]:
+@prints
+def print_model(name: str, counts: Mapping[str, Any]) -> Screen:
+    """Parameters, FLOPs and memory of a model."""
     held, length = counts["parameters"], counts["sequence_length"]
     training = counts["training_flops_per_token"]
     parts = [key for key in held if key not in ("total", "activated", "inactive_experts") and held[key]]
-    share = facts.percent
+    activated, causal, whole = f"{_billions(held['activated'])} activated per token", *(training[k] for k in _COUNTS)
+    headline = [
+        Fact("parameters", _billions(held["total"]), activated),
+        Fact("training", f"{causal / 1e9:.2f} GFLOP per token", "3 x forward, causal attention"),
+        Fact("", f"{causal * length / 1e12:.1f} TFLOP per sequence", f"of {length} tokens"),
+        Fact("", f"{whole * length / 1e12:.1f} TFLOP per sequence", "attention counted whole"),
+        *_routing(counts["routing"]),
+    ]
+    rows = [
+        (_words(key), f"{held[key] / 1e6:,.1f}", "outside" if key == "mtp" else percent(held[key] / held["total"]))
+        for key in parts
+    ]
     return [
         Text(name, style="bold"),
-        indented(
-            fact_table(
-                [
-                    Fact("parameters", _billions(held["total"]), f"{_billions(held['activated'])} activated per token"),
-                    Fact(
-                        "training", f"{training['causal'] / 1e9:.2f} GFLOP per token", "3 x forward, causal attention"
-                    ),
-                    Fact("", f"{training['causal'] * length / 1e12:.1f} TFLOP per sequence", f"of {length} tokens"),
-                    Fact(
-                        "",
-                        f"{training['non_causal'] * length / 1e12:.1f} TFLOP per sequence",
-                        "attention counted whole",
-                    ),
-                    *_routing(counts["routing"]),
-                ],
-                strong=True,
-            )
-        ),
-        section(
-            "parameters",
-            number_table(
-                ("", "millions", "share"),
-                [
-                    (
-                        _words(key),
-                        f"{held[key] / 1e6:,.1f}",
-                        "outside" if key == "mtp" else share(held[key] / held["total"]),
-                    )
-                    for key in parts
-                ],
-            ),
-        ),
+        indented(fact_table(headline, strong=True)),
+        section("parameters", number_table(("", "millions", "share"), rows)),
         section(f"training FLOPs of one sequence of {length} tokens, in TFLOP", _flops(counts)),
         section("memory of all parameters, before any sharding", _states(counts)),
         *_keys(counts.get("config")),
@@ -168,15 +150,15 @@ def _words(key: str) -> str:
 
 
 def _flops(counts: Mapping[str, Any]) -> RenderableType:
-    causal, whole = (counts["training_flops_per_sequence"][name] for name in ("causal", "non_causal"))
+    causal, whole = (counts["training_flops_per_sequence"][name] for name in _COUNTS)
     totals = sum(causal.values()), sum(whole.values())
     rows = [
         (
             _words(part),
             f"{causal[part] / 1e12:,.2f}",
-            facts.percent(causal[part] / totals[0]),
+            percent(causal[part] / totals[0]),
             f"{whole[part] / 1e12:,.2f}",
-            facts.percent(whole[part] / totals[1]),
+            percent(whole[part] / totals[1]),
         )
         for part in causal
     ]
@@ -198,12 +180,14 @@ def _states(counts: Mapping[str, Any]) -> RenderableType:
     return number_table(("", *kinds, "all"), rows)
 
 
-def print_entries(entries: Sequence[LibraryEntry], *, file: TextIO | None = None, width: int | None = None) -> None:
+@prints
+def print_entries(entries: Sequence[LibraryEntry]) -> Screen:
     """One line per entry, with what was varied and what came of it."""
-    show(lambda options: _list(entries, wide=options.max_width >= _FULL_WIDTH), file=file, width=width)
+    return [Sized(lambda options: _entries(entries, options))]
 
 
-def _list(entries: Sequence[LibraryEntry], *, wide: bool) -> list[RenderableType]:
+def _entries(entries: Sequence[LibraryEntry], options: ConsoleOptions) -> Screen:
+    wide = options.max_width >= _FULL_WIDTH
     head = ("library:", "held out", "imbalance", "dropped", *(("training", "tokens") if wide else ()))
     rows = [
         (
@@ -242,9 +226,8 @@ def entry_facts(entry: LibraryEntry, trace: RoutingTrace) -> dict[str, Any]:
     }
 
 
-def print_entry(
-    entry: LibraryEntry, trace: RoutingTrace, *, file: TextIO | None = None, width: int | None = None
-) -> None:
+@prints
+def print_entry(entry: LibraryEntry, trace: RoutingTrace) -> Screen:
     """What the entry is, where it comes from, and how its router settled."""
     facts, router = entry_facts(entry, trace), trace.router
     limit = f"at most {router.group_limit} of {router.num_groups} groups" if router.num_groups > 1 else "no groups"
@@ -277,29 +260,23 @@ def print_entry(
         for each in facts["drift"]
     ]
     drift = section("experts, max / mean of the recorded tokens", number_table(columns, rows))
-    head = Text(f"library:{entry.name}", style="bold")
-    show(lambda _: [head, indented(fact_table(lines)), drift], file=file, width=width)
+    return [Text(f"library:{entry.name}", style="bold"), indented(fact_table(lines)), drift]
 
 
-def print_reading(reading: Reading, *, file: TextIO | None = None, width: int | None = None) -> None:
-    """Print every flag: what it became, why it changes nothing, what is not modelled, and what was assumed."""
-    show(lambda _: _reading(reading), file=file, width=width)
-
-
-def print_summary(reading: Reading, *, file: TextIO | None = None, width: int | None = None) -> None:
-    """Print how many flags were read, and what was assumed; what is not modelled is among the warnings of the run."""
-    head = Text(reading.source, style="bold")
-    head.append(f"  {_counts(reading)}", style="dim")
+@prints
+def print_summary(reading: Reading) -> Screen:
+    """How many flags were read, and what was assumed; what is not modelled is among the warnings of the run."""
     lines = [indented(Text(f"assumed: {line}", style="dim")) for line in reading.taken]
-    show(lambda _: [head, *lines, Text("")], file=file, width=width)
+    return [heading(reading.source, _counts(reading)), *lines, Text("")]
 
 
-def print_flags(command: Mapping[str, Any], *, file: TextIO | None = None, width: int | None = None) -> None:
+def print_flags(command: Mapping[str, Any], *, file: TextIO | None = None) -> None:
     """Print a command line, as in the JSON of a result, so that it can be pasted into a shell, and what it lacks."""
-    show(lambda _: [Text(f"\nflags for {command['software']}", style="bold")], file=file, width=width)
+    show([Text(f"\nflags for {command['software']}", style="bold")], file=file)
     print(command["command"], file=file)  # not wrapped: a line break inside would part a word
     if command["unsaid"]:
-        show(lambda _: [section("what these flags cannot say", _unsaid(command))], file=file, width=width)
+        rows = [(entry["key"], f"instead: {entry['instead']}") for entry in command["unsaid"]]
+        show([section("what these flags cannot say", _pairs(rows))], file=file)
 
 
 def _counts(reading: Reading) -> str:
@@ -307,19 +284,16 @@ def _counts(reading: Reading) -> str:
     return ", ".join([*words, f"{len(reading.left_out)} not modelled"])
 
 
-def _reading(reading: Reading) -> list[RenderableType]:
-    head = Text(reading.source, style="bold")
-    head.append(f"  {_counts(reading)}", style="dim")
-    blocks: list[RenderableType] = [head, section("read", _pairs([(e.flag, e.becomes) for e in reading.read]))]
+@prints
+def print_reading(reading: Reading) -> Screen:
+    """Every flag: what it became, why it changes nothing, what is not modelled, and what was assumed."""
+    read = section("read", _pairs([(entry.flag, entry.becomes) for entry in reading.read]))
+    blocks: list[RenderableType] = [heading(reading.source, _counts(reading)), read]
     if reading.harmless:
         blocks.append(section("changes nothing in a simulated step", _by_reason(reading.harmless)))
     if reading.taken:
         blocks.append(section("assumed", _lines(reading.taken)))
     return blocks + warnings([f"not modelled: {line}" for line in reading.left_out])
-
-
-def _unsaid(command: Mapping[str, Any]) -> RenderableType:
-    return _pairs([(entry["key"], f"instead: {entry['instead']}") for entry in command["unsaid"]])
 
 
 def _pairs(rows: Sequence[tuple[str, str]]) -> Table:

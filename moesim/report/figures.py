@@ -57,6 +57,11 @@ def styled(figure: go.Figure, *, height: int) -> go.Figure:
     return figure
 
 
+def colour_bar(title: str, **more: Any) -> dict[str, Any]:
+    """The bar beside a heat map that says what its colours are."""
+    return {"title": {"text": title, "side": "right", "font": {"size": 13}}, "thickness": 14, "outlinewidth": 0} | more
+
+
 def time_unit(seconds: float) -> tuple[float, str]:
     """(units per second, name) for an axis that is `seconds` long."""
     return (1.0, "seconds") if seconds >= 10 else (1e3, "milliseconds")
@@ -109,13 +114,9 @@ def load_map(load_LX: FloatArray, *, first_layer: int, of: str = "expert") -> go
         zmin=np.log2(_LOAD_TICKS[0]),
         zmax=np.log2(_LOAD_TICKS[-1]),
         colorscale=_HOT_AND_COLD,
-        colorbar={
-            "title": {"text": "rows / mean", "side": "right", "font": {"size": 13}},
-            "tickvals": np.log2(_LOAD_TICKS),
-            "ticktext": ["≤ ⅛", "¼", "½", "1", "2", "4", "≥ 8"],
-            "thickness": 14,
-            "outlinewidth": 0,
-        },
+        colorbar=colour_bar(
+            "rows / mean", tickvals=np.log2(_LOAD_TICKS), ticktext=["≤ ⅛", "¼", "½", "1", "2", "4", "≥ 8"]
+        ),
         hovertemplate=f"layer %{{y}}, {of} %{{x}}<br>%{{customdata:.3f}} of the mean<extra></extra>",
     )
     figure.update_xaxes(range=[-0.5, columns - 0.5])
@@ -146,11 +147,7 @@ def traffic(bytes_RR: FloatArray) -> go.Figure:
         colorscale="Cividis",
         xgap=1 if ranks <= 64 else 0,
         ygap=1 if ranks <= 64 else 0,
-        colorbar={
-            "title": {"text": "GB per step", "side": "right", "font": {"size": 13}},
-            "thickness": 14,
-            "outlinewidth": 0,
-        },
+        colorbar=colour_bar("GB per step"),
         hovertemplate="rank %{y} to rank %{x}<br>%{z:.4g} GB<extra></extra>",
     )
     _rank_axis(figure.update_xaxes, ranks)

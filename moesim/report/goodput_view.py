@@ -1,19 +1,18 @@
 """What people see of days of training: a screen, and a page with goodput over time, by cause and by interval."""
 
 from collections.abc import Mapping
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 from rich.console import RenderableType
-from rich.text import Text
 
 from moesim.engine.job import SECONDS_PER_DAY, Ledger
 from moesim.reliability import Goodput
 from moesim.report.facts import Fact, percent
 from moesim.report.figures import empty_figure
 from moesim.report.page import Page
-from moesim.report.terminal import fact_table, indented, number_table, section, show, warnings
+from moesim.report.terminal import Screen, fact_table, heading, indented, number_table, prints, section, warnings
 from moesim.units import format_bytes, format_seconds
 
 Result = Mapping[str, Any]
@@ -95,19 +94,20 @@ def _cause_rows(result: Result) -> list[tuple[str, ...]]:
             for row in result["causes"] if row["all_s"] > 0]  # fmt: skip
 
 
-def print_goodput(result: Result, *, file: TextIO | None = None, width: int | None = None) -> None:
-    """Print the answers in one screen."""
-    head = f"  {result['days']:g} days on {result['gpus']:,} GPUs, step {format_seconds(result['step_time_s'])}"
+@prints
+def print_goodput(result: Result) -> Screen:
+    """The answers in one screen."""
+    about = f"{result['days']:g} days on {result['gpus']:,} GPUs, step {format_seconds(result['step_time_s'])}"
     content: list[RenderableType] = [
-        Text.assemble((result["name"], "bold"), (head, "dim")),
+        heading(result["name"], about),
         indented(fact_table(goodput_facts(result), strong=True)),
         section("where the time goes", number_table(("", "in all", "share"), _time_rows(result))),
     ]
     rows = _cause_rows(result)
     if rows:
-        title = "time by cause" if len(rows) <= _MOST_CAUSES else f"time by cause, {_MOST_CAUSES} of {len(rows)}"
-        content.append(section(title, number_table(_CAUSE_HEAD, rows[:_MOST_CAUSES])))
-    show(lambda _: content + warnings(result["warnings"]), file=file, width=width)
+        some = "" if len(rows) <= _MOST_CAUSES else f", {_MOST_CAUSES} of {len(rows)}"
+        content.append(section(f"time by cause{some}", number_table(_CAUSE_HEAD, rows[:_MOST_CAUSES])))
+    return content + warnings(result["warnings"])
 
 
 def goodput_page(found: Goodput) -> str:

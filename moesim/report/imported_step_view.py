@@ -6,7 +6,7 @@ A traced step stands beside its prediction, for `moesim validate --step`, too.
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any, TextIO
+from typing import Any
 
 from rich.console import RenderableType
 
@@ -16,6 +16,8 @@ from moesim.recorded.estimate import StepEstimate, StepPeak
 from moesim.recorded.pricing import PricedOp
 from moesim.report.facts import Fact
 from moesim.report.terminal import fact_table, indented, number_table, section, show
+
+_WIDTH = 140  # columns, also where there is no terminal
 
 
 def print_estimate(
@@ -27,8 +29,6 @@ def print_estimate(
     corrected_by: str | None = None,
     scalable: tuple[float, tuple[str, ...]] | None = None,
     peak: StepPeak | None = None,
-    file: TextIO | None = None,
-    width: int | None = None,
 ) -> None:
     """Print the step, its dearest operations and those that no table knows; `corrected_by` names the trace's step;
     `scalable`: as `scalable_share` has it. `peak`: of one rank alone.
@@ -36,14 +36,14 @@ def print_estimate(
     line = estimate.timeline
     alone = ", of one rank without the others" if line.sent else ""
     lines = [
-        ("step", f"{1e3 * estimate.step_s:.4g} ms", "of one rank, with all of the following in its order"),
-        ("kernels", f"{1e3 * estimate.kernels_s:.4g} ms", f"{sum(op.count for op in estimate.ops)} operations{alone}"),
-        ("gaps between them", f"{1e3 * estimate.gaps_s:.4g} ms", ""),
-        ("idle, host late", f"{1e3 * line.host_late_s:.4g} ms", "the GPU waits for a launch"),
-        ("  host", f"{1e3 * estimate.host_s:.4g} ms", "to launch all; differs by machine: --host-per-op"),
+        ("step", _ms(estimate.step_s), "of one rank, with all of the following in its order"),
+        ("kernels", _ms(estimate.kernels_s), f"{sum(op.count for op in estimate.ops)} operations{alone}"),
+        ("gaps between them", _ms(estimate.gaps_s), ""),
+        ("idle, host late", _ms(line.host_late_s), "the GPU waits for a launch"),
+        ("  host", _ms(estimate.host_s), "to launch all; differs by machine: --host-per-op"),
         *_of_ranks(estimate),
         *(
-            (phase, f"{1e3 * seconds:.4g} ms", f"{seconds / estimate.kernels_s:.1%} of the kernels")
+            (phase, _ms(seconds), f"{seconds / estimate.kernels_s:.1%} of the kernels")
             for phase, seconds in by_phase(estimate).items()
         ),
         ("matched", f"{matched_share(estimate):.1%}", "of the kernels' time; the rest is priced by its bytes"),
@@ -74,7 +74,7 @@ def print_estimate(
                 "conditions on data, taken to hold: what they leave out or run differs if they do not", ", ".join(taken)
             )
         )
-    show(lambda options: parts, file=file, width=width or 140)
+    show(parts, width=_WIDTH)
 
 
 def _of_ranks(estimate: StepEstimate) -> list[tuple[str, str, str]]:
@@ -86,10 +86,10 @@ def _of_ranks(estimate: StepEstimate) -> list[tuple[str, str, str]]:
     per_call = ", ".join(f"{sum(each.name == name for each in line.sent)} {name}" for name in names)
     total = sum(each.num_bytes for each in line.sent)
     return [
-        ("collectives", f"{1e3 * sum(line.sent_s):.4g} ms", f"{per_call}, {total / 1e9:.3g} GB"),
-        ("  exposed", f"{1e3 * sum(line.exposed_s):.4g} ms", "that no kernel hides"),
-        ("  slowed kernels", f"{1e3 * line.slowed_s:.4g} ms", "by collectives beside them"),
-        ("  copies", f"{1e3 * line.copies_s:.4g} ms", "into and out of buffers, on the stream that computes"),
+        ("collectives", _ms(sum(line.sent_s)), f"{per_call}, {total / 1e9:.3g} GB"),
+        ("  exposed", _ms(sum(line.exposed_s)), "that no kernel hides"),
+        ("  slowed kernels", _ms(line.slowed_s), "by collectives beside them"),
+        ("  copies", _ms(line.copies_s), "into and out of buffers, on the stream that computes"),
     ]
 
 
@@ -169,9 +169,7 @@ _PARTS = ("", "measured, ms", "predicted, ms", "error", "share")
 Parts = dict[tuple[str, str], tuple[float, float]]
 
 
-def print_traced(
-    step: TracedStep, estimate: StepEstimate, *, rows: int, file: TextIO | None = None, width: int | None = None
-) -> None:
+def print_traced(step: TracedStep, estimate: StepEstimate, *, rows: int) -> None:
     """Print the times of a trace, the factor of every kind of operation, and its collectives.
 
     `estimate`: of the same operations, uncorrected.
@@ -202,7 +200,7 @@ def print_traced(
     unknown = sorted({op.name for op in estimate.ops if not op.matched})
     if unknown:
         parts.append(section(UNKNOWN, ", ".join(unknown)))
-    show(lambda options: parts, file=file, width=width or 140)
+    show(parts, width=_WIDTH)
 
 
 def _split(kind: str) -> tuple[str, str, str]:
@@ -274,9 +272,7 @@ def parts_of(step: TracedStep, estimate: StepEstimate) -> Parts:
     return {key: (measured[key], predicted[key]) for key in sorted(predicted, key=lambda key: -measured[key])}
 
 
-def print_comparison(
-    step: TracedStep, estimate: StepEstimate, *, gpu: str, corrected_by: str | None, file: TextIO | None = None
-) -> None:
+def print_comparison(step: TracedStep, estimate: StepEstimate, *, gpu: str, corrected_by: str | None) -> None:
     """Print a traced step beside its prediction: phases, the kinds of kernels in each, gaps, the step."""
     parts, times = parts_of(step, estimate), step.calibration.times
     total = sum(measured for measured, _ in parts.values())
@@ -305,7 +301,7 @@ def print_comparison(
         section("kinds of operations that are furthest off", number_table(_PARTS, _furthest(estimate, total))),
     ]
     shown += _collectives(step.calibration)
-    show(lambda options: shown, file=file, width=140)
+    show(shown, width=_WIDTH)
 
 
 def _furthest(estimate: StepEstimate, total: float, *, rows: int = 8) -> list[tuple[str, ...]]:

@@ -20,7 +20,7 @@ from moesim.parallel.layer_maps import LayerMaps, rank_loads, recorded_loads
 from moesim.parallel.placement import EMPTY_SLOT
 from moesim.program.scenario_fabric import scenario_fabric, scenario_kernels
 from moesim.report.facts import Fact, bytes_column, count, seconds, times
-from moesim.report.terminal import fact_table, indented, number_table, section, show
+from moesim.report.terminal import Screen, fact_table, indented, number_table, prints, section
 from moesim.results.metrics import TrafficFacts
 from moesim.results.placement import moving
 from moesim.scenario import Scenario, Search
@@ -65,7 +65,11 @@ def place(scenario: Scenario, trace: RoutingTrace) -> PlacementView:
         scenario=scenario,
         slots_LZ=np.stack([table.reshape(-1) for table in tables]),
         placed_L=placed_L,
-        contiguous_L=placed_L if before is None and facts.contiguous_rank_rows is not None else _imbalance(before),
+        contiguous_L=imbalance(before)
+        if before is not None
+        else None
+        if facts.contiguous_rank_rows is None
+        else placed_L,
         placing_sequences=sampler.placing_sequences[1] - sampler.placing_sequences[0],
         simulated_sequences=sampler.sequences.num_sequences,
     )
@@ -73,10 +77,6 @@ def place(scenario: Scenario, trace: RoutingTrace) -> PlacementView:
 
 def _table(held: ExpertMap | None, sampler: TrafficSampler) -> NDArray[np.int64]:
     return sampler.placement.slot_experts_DP if held is None else held.slot_experts_DP
-
-
-def _imbalance(load_LR: NDArray[np.float64] | None) -> NDArray[np.float64] | None:
-    return None if load_LR is None else imbalance(load_LR)
 
 
 def placement_text(view: PlacementView, software: str) -> str:
@@ -106,12 +106,9 @@ def placement_json(view: PlacementView) -> dict[str, Any]:
     }
 
 
-def print_placement(view: PlacementView) -> None:
+@prints
+def print_placement(view: PlacementView) -> Screen:
     """One screen: the sizes, and a line per layer."""
-    show(lambda options: [_head(view), _layers(view)])
-
-
-def _head(view: PlacementView) -> Any:
     slots, experts, ranks = view.slots_LZ.shape[1], view.scenario.model.experts, view.scenario.parallelism.expert
     lines = [
         Fact("placement", view.scenario.placement.kind, f"of {experts} experts on {ranks} ranks"),
@@ -123,10 +120,6 @@ def _head(view: PlacementView) -> Any:
     if view.contiguous_L is not None:
         lines.append(Fact("ranks, contiguous", times(float(view.contiguous_L.mean())), "busiest / mean, whole step"))
     lines.append(Fact("ranks, as placed", times(float(view.placed_L.mean())), "busiest / mean, whole step"))
-    return indented(fact_table(lines))
-
-
-def _layers(view: PlacementView) -> Any:
     before = [""] * len(view.placed_L) if view.contiguous_L is None else [f"{v:.3f}" for v in view.contiguous_L]
     rows = [
         (str(layer), str(copies), contiguous, f"{placed:.3f}")
@@ -135,7 +128,7 @@ def _layers(view: PlacementView) -> Any:
         )
     ]
     head = ("layer", "most slots of an expert", "contiguous", "as placed")
-    return section("busiest rank / mean, rows of the step", number_table(head, rows))
+    return [indented(fact_table(lines)), section("busiest rank / mean, rows of the step", number_table(head, rows))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,7 +199,8 @@ def drift_json(aged: Sequence[PlacementAges]) -> list[dict[str, Any]]:
     return [vars(each) for each in aged]
 
 
-def print_drift(aged: Sequence[PlacementAges]) -> None:
+@prints
+def print_drift(aged: Sequence[PlacementAges]) -> Screen:
     """A line per recorded step."""
     in_bytes = bytes_column([each.moved_bytes for each in aged])
     rows = [
@@ -222,8 +216,5 @@ def print_drift(aged: Sequence[PlacementAges]) -> None:
         for each in aged
     ]
     head = ("training step", "contiguous", "placed at first", "one record ago", "anew", "moved", "in")
-    show(
-        lambda options: [
-            section("busiest rank / mean as the router trains, by when experts were placed", number_table(head, rows))
-        ]
-    )
+    title = "busiest rank / mean as the router trains, by when experts were placed"
+    return [section(title, number_table(head, rows))]

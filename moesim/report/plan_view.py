@@ -1,7 +1,7 @@
 """What `moesim plan` prints: the funnel, the ranking, why the winner wins, and what would alter the choice."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, TextIO
+from collections.abc import Mapping
+from typing import Any
 
 from rich.console import RenderableType
 from rich.table import Table
@@ -9,7 +9,7 @@ from rich.text import Text
 
 from moesim.report.categories import category
 from moesim.report.facts import Fact, percent, routing, software
-from moesim.report.terminal import fact_table, indented, number_table, section, show, warnings
+from moesim.report.terminal import Screen, fact_table, heading, indented, number_table, prints, section, warnings
 from moesim.units import format_seconds
 
 Plan = Mapping[str, Any]
@@ -36,23 +36,21 @@ _LONG = {
 }
 
 
-def print_plan(plan: Plan, *, file: TextIO | None = None, width: int | None = None) -> None:
-    """Print one plan, the content of plan.json."""
-    show(lambda _: _screen(plan), file=file, width=width)
-
-
-def _screen(plan: Plan) -> list[RenderableType]:
-    head = Text(str(plan["name"]), style="bold")
-    head.append(f"  {_goal(plan['goal'])}", style="dim")
-    blocks: list[RenderableType] = [head, section("what was looked at", _rejections(plan))]
-    blocks.append(section(f"layouts by simulated {_objectives(plan)}", _ranking(plan)))
-    blocks += [_note(_legend(plan)), _note(_abbreviations(plan)), *map(_note, _dropping(plan))]
-    for key, title in (
+@prints
+def print_plan(plan: Plan) -> Screen:
+    """One plan, the content of plan.json."""
+    blocks: list[RenderableType] = [
+        heading(str(plan["name"]), _goal(plan["goal"])),
+        section("what was looked at", _rejections(plan)),
+        section(f"layouts by simulated {_objectives(plan)}", _ranking(plan)),
+        *map(_note, (_legend(plan), _abbreviations(plan), *_dropping(plan))),
+    ]
+    for key, against in (
         ("runner_up", "why it wins: against the runner-up"),
         ("best_with_other_gpus", "against the best with other GPUs"),
     ):
         if key in plan["why"]:
-            blocks.append(section(title, _comparison(plan, plan["why"][key])))
+            blocks.append(section(against, _comparison(plan, plan["why"][key])))
             blocks.append(_note(_sentence(plan, plan["why"][key])))
     blocks.append(section("what would alter the choice", _sensitivity(plan)))
     blocks += [_note(line) for line in _flips(plan)]
@@ -200,18 +198,7 @@ def _ranking(plan: Plan) -> Table:
     head: tuple[str, ...] = ("", "GPUs", "layout", "cost", "days", "$/M tok", "step", "MFU", "mem")
     if failing:
         head += ("goodput", "failing")
-    return _table(head, rows, marked=0)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, marked: int | None = None) -> Table:
-    """Three columns of words, of which the third may wrap, then numbers; the row `marked` is bold."""
-    table = Table.grid(padding=(0, 2, 0, 0))
-    for index in range(len(head)):
-        table.add_column(justify="left" if index < 3 else "right", no_wrap=index != 2)
-    table.add_row(*(Text(name, style="dim") for name in head))
-    for number, row in enumerate(rows):
-        table.add_row(*(Text(cell, style="bold" if number == marked else "") for cell in row))
-    return table
+    return number_table(head, rows, words=3, wrapped=2, marked=0)
 
 
 def _legend(plan: Plan) -> str:
@@ -295,7 +282,7 @@ def _sensitivity(plan: Plan) -> Table:
                 str(change["layouts"]),
             )
         )
-    return _table(("change", "", "best then", "cost", "days", "among"), rows)
+    return number_table(("change", "", "best then", "cost", "days", "among"), rows, words=3, wrapped=2)
 
 
 def _flips(plan: Plan) -> list[str]:

@@ -317,13 +317,11 @@ def slot_map(slots_LDP: NDArray[np.int64], *, first_layer: int) -> go.Figure:
         zmin=0.5,
         zmax=steps + 0.5,
         colorscale=scale,
-        colorbar={
-            "title": {"text": "slots of the expert", "side": "right", "font": {"size": 13}},
-            "tickvals": list(range(1, steps + 1)),
-            "ticktext": [*map(str, range(1, steps)), f"\u2265 {steps}"],
-            "thickness": 14,
-            "outlinewidth": 0,
-        },
+        colorbar=figures.colour_bar(
+            "slots of the expert",
+            tickvals=list(range(1, steps + 1)),
+            ticktext=[*map(str, range(1, steps)), f"\u2265 {steps}"],
+        ),
         hovertemplate="layer %{y}, rank %{customdata[1]}<br>expert %{customdata[0]}, in %{customdata[2]} slots"
         "<extra></extra>",
     )

@@ -7,7 +7,9 @@ Legend: L layers of the trained model, E experts, B micro-batches, D ranks of an
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TextIO
+from functools import partial
+from operator import attrgetter
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,13 +22,16 @@ from moesim.report import facts
 from moesim.report.categories import PASSES
 from moesim.report.facts import Fact, Result
 from moesim.report.terminal import (
+    Screen,
+    Sized,
     bar,
     fact_table,
+    heading,
     indented,
     number_table,
+    prints,
     profile,
     section,
-    show,
     side_by_side,
     warnings,
 )
@@ -45,14 +50,14 @@ _SMALL = 0.01  # parts of the step below this share are summed up in one line
 _FULL_LOAD = 2.0  # relative load at which a column of the load profile is full
 
 
-def print_facts(result: Result, *, file: TextIO | None = None, width: int | None = None) -> None:
-    """Print one screen of facts of `result`, the content of result.json."""
-    show(lambda options: _run_screen(result, options), file=file, width=width)
+@prints
+def print_facts(result: Result) -> Screen:
+    """One screen of facts of `result`, the content of result.json."""
+    return [Sized(lambda options: _run_screen(result, options))]
 
 
 def _run_screen(result: Result, options: ConsoleOptions) -> list[RenderableType]:
-    head = Text(str(result["scenario_name"]), style="bold")
-    head.append(f"  {result['gpus']} GPUs, {result['samples']} routing samples", style="dim")
+    head = heading(str(result["scenario_name"]), f"{result['gpus']} GPUs, {result['samples']} routing samples")
     time = section("where the time goes", _attribution(result, ascii_only=options.ascii_only))
     balance = section("imbalance (max / mean)", fact_table(facts.balance(result), notes=False))
     traffic = section("communication per step", fact_table(facts.communication(result), notes=False))
@@ -64,21 +69,15 @@ def _run_screen(result: Result, options: ConsoleOptions) -> list[RenderableType]
         body: list[RenderableType] = [side_by_side(time, Group(balance, *placement, traffic, router, sources))]
     else:
         body = [time, side_by_side(Group(balance, *placement, sources), Group(traffic, router))]
-    pipeline, runs = facts.stages(result)
+    pipeline, runs = facts.stages(result)  # ranks with as many layers in one line
+    stages = number_table(("pipeline rank", "layers", "ms per micro-batch"), runs)
     headline = indented(fact_table([*facts.headline(result), facts.memory(result), *pipeline], strong=True))
     rests = facts.routing(result)
     body += [section("estimates rest on the routing", fact_table(rests))] if rests else []
     known = facts.software(result)
     body += [section("estimates rest on the software", fact_table(known))] if known else []
-    return [head, headline, *body, *_stages(runs), *_what_if(result), *warnings(result.get("warnings", ()))]
-
-
-def _stages(runs: Sequence[tuple[str, str, str]]) -> list[RenderableType]:
-    """Ranks with as many layers in one line."""
-    if not runs:
-        return []
-    table = number_table(("pipeline rank", "layers", "ms per micro-batch"), runs)
-    return [section("pipeline", table)]
+    body += [section("pipeline", stages)] if runs else []
+    return [head, headline, *body, *_what_if(result), *warnings(result.get("warnings", ()))]
 
 
 def _what_if(result: Result) -> list[RenderableType]:
@@ -112,29 +111,13 @@ def _attribution(result: Result, *, ascii_only: bool) -> Table:
     return table
 
 
+@prints
 def print_trace(
-    name: str,
-    summary: Mapping[str, Any],
-    *,
-    first_LE: NDArray[np.float64],
-    last_LE: NDArray[np.float64],
-    file: TextIO | None = None,
-    width: int | None = None,
-) -> None:
-    """Print a summary (`trace_view.summarise`) and the relative expert loads at the first and last recorded step."""
-    show(lambda options: _trace_screen(name, summary, first_LE, last_LE, options), file=file, width=width)
-
-
-def _trace_screen(
-    name: str,
-    summary: Mapping[str, Any],
-    first_LE: NDArray[np.float64],
-    last_LE: NDArray[np.float64],
-    options: ConsoleOptions,
-) -> list[RenderableType]:
+    name: str, summary: Mapping[str, Any], *, first_LE: NDArray[np.float64], last_LE: NDArray[np.float64]
+) -> Screen:
+    """A summary (see `summarise`) and the relative expert loads at the first and last recorded step."""
     experts, ranks, steps = summary["experts"], summary["ranks"], summary["recorded_steps"]
-    head = Text(name, style="bold")
-    head.append(f"  router {summary['router']}, {summary['top_k']} of {summary['num_experts']} experts", style="dim")
+    about = f"router {summary['router']}, {summary['top_k']} of {summary['num_experts']} experts"
     lines = [Fact("recorded", f"{summary['recorded_tokens']:,} tokens", f"after {steps[-1]} training steps")]
     if summary["validation_loss"] is not None:
         lines.append(Fact("held-out loss", f"{summary['validation_loss']:.4f}", "nats per byte"))
@@ -154,7 +137,7 @@ def _trace_screen(
     floor = ("uniform router", "", f"{experts['uniform_floor']:.3f}", f"{ranks['uniform_floor']:.3f}", "", "")
     loads = {steps[0]: first_LE, steps[-1]: last_LE}
     return [
-        head,
+        heading(name, about),
         indented(fact_table(lines)),
         section(
             f"imbalance (max / mean); ranks on {ranks['window_tokens']:,} tokens", number_table(columns, [*rows, floor])
@@ -162,7 +145,7 @@ def _trace_screen(
         *(
             section(
                 f"expert load after {step} steps, a full column is {_FULL_LOAD:g} x the mean",
-                _profiles(load_LE, options),
+                Sized(partial(_profiles, load_LE)),
             )
             for step, load_LE in loads.items()
         ),
@@ -170,14 +153,14 @@ def _trace_screen(
     ]
 
 
-def _profiles(load_LE: NDArray[np.float64], options: ConsoleOptions) -> Table:
+def _profiles(load_LE: NDArray[np.float64], options: ConsoleOptions) -> Screen:
     """One line per layer; experts are averaged in runs where they outnumber the columns."""
-    run = -(-load_LE.shape[1] // (options.max_width - 8))
+    run = -(-load_LE.shape[1] // (options.max_width - 6))
     table = Table.grid(padding=(0, 2, 0, 0))
     for layer, load_E in enumerate(load_LE):
         means = [float(load_E[start : start + run].mean()) for start in range(0, len(load_E), run)]
         table.add_row(str(layer), Text(profile(means, full=_FULL_LOAD, ascii_only=options.ascii_only), style="blue"))
-    return table
+    return [table]
 
 
 COLD = 0.5  # an expert with less than this share of the mean load is cold
@@ -284,15 +267,13 @@ def _covered(bars: Sequence[Bar], rank: int) -> float:
     return covered
 
 
-def print_parts(record: RunRecord, *, file: TextIO | None = None, width: int | None = None) -> None:
-    """Print the parts as a table, in milliseconds."""
+@prints
+def print_parts(record: RunRecord) -> Screen:
+    """The parts as a table, in milliseconds."""
+    seconds = attrgetter("middle_s", "least_s", "most_s", "total_s")
     rows = [
-        (part.name, f"{part.count:g}", *(f"{1e3 * value:.4g}" for value in _shown(part))) for part in step_parts(record)
+        (part.name, f"{part.count:g}", *(f"{1e3 * value:.4g}" for value in seconds(part)))
+        for part in step_parts(record)
     ]
     head = ("", "times", "median", "from", "to", "together")
-    title = "parts of the step on a pipeline rank, ms"
-    show(lambda options: [section(title, number_table(head, rows))], file=file, width=width)
-
-
-def _shown(part: StepPart) -> tuple[float, ...]:
-    return part.middle_s, part.least_s, part.most_s, part.total_s
+    return [section("parts of the step on a pipeline rank, ms", number_table(head, rows))]

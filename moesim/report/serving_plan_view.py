@@ -5,18 +5,18 @@ The same picture shows results of `moesim serve` beside plans (`serving_plot`).
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from plotly.graph_objects import Figure
 from rich.console import RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from moesim.errors import UserError, closest
 from moesim.report.facts import Fact
 from moesim.report.page import Page
-from moesim.report.terminal import fact_table, indented, number_table, section, show, warnings
+from moesim.report.terminal import Screen, fact_table, heading, indented, number_table, prints, section, warnings
 from moesim.strict_json import parse_json
 from moesim.units import format_seconds
 
@@ -133,15 +133,15 @@ def serving_plot(paths: Sequence[Path], *, x: str | None = None, y: str | None =
             fronts.append((f"front of {name}", colour, front))
             loads = front
         rows += [_plot_row(f"{name}: {_words(load)}" if len(loads) > 1 else name, load) for load in loads]
-    page, title = Page(), " and ".join(names)
-    page.heading(title, level=1)
+    page, name = Page(), " and ".join(names)
+    page.heading(name, level=1)
     what = [KINDS[str(record["kind"])] for record in records if record]
     kinds = dict.fromkeys(what)
     counts = " and ".join(f"{what.count(kind)} {kind}{'s' if what.count(kind) > 1 else ''}" for kind in kinds)
     page.text("p", f"{counts} of serving; of plans every simulated load is a point, their fronts are rows below.")
     page.figure(trade_off(groups, fronts=fronts, x=x or X, y=y or Y), name="figure-0", tools=True)
     page.table(_PLOT_HEAD, rows)
-    return page.document(title=f"{title} - moesim")
+    return page.document(title=f"{name} - moesim")
 
 
 def _names(names: Sequence[str], paths: Sequence[Path]) -> list[str]:
@@ -208,17 +208,7 @@ def _rows(plan: Plan) -> list[tuple[str, ...]]:
     return rows
 
 
-_NARROW = (0, 1, 2, 3, 4, 6, 7)  # columns that a screen has room for
-
-
-def _table(plan: Plan) -> Table:
-    table = Table.grid(padding=(0, 2, 0, 0))
-    for column in _NARROW:
-        table.add_column(justify="left" if column < 2 else "right", no_wrap=column != 1)
-    for number, row in enumerate([_HEAD, *_rows(plan)]):
-        style = "dim" if number == 0 else "bold" if number == 1 else ""
-        table.add_row(*(Text(row[column], style=style) for column in _NARROW))
-    return table
+_NARROW = itemgetter(0, 1, 2, 3, 4, 6, 7)  # columns that a screen has room for
 
 
 def _facts(plan: Plan) -> list[Fact]:
@@ -263,12 +253,14 @@ def _front(plan: Plan) -> list[tuple[str, ...]]:
 _FRONT_HEAD = ("instances", "tokens/s/user", "output tokens/s/GPU", "within limits")
 
 
-def print_serving_plan(plan: Plan, *, file: TextIO | None = None, width: int | None = None) -> None:
-    """Print one plan, the content of plan.json."""
+@prints
+def print_serving_plan(plan: Plan) -> Screen:
+    """One plan, the content of plan.json."""
+    rows = [_NARROW(row) for row in _rows(plan)]
     content: list[RenderableType] = [
-        Text.assemble((plan["name"], "bold"), ("  plan of serving", "dim")),
+        heading(plan["name"], "plan of serving"),
         indented(fact_table(_facts(plan), strong=True)),
-        section("what carries the load", _table(plan)),
+        section("what carries the load", number_table(_NARROW(_HEAD), rows, words=2, wrapped=1, marked=0)),
         *(indented(Text(note, style="dim")) for note in _notes(plan)),
         *warnings(plan["warnings"]),
         section("front of interactivity and throughput", number_table(_FRONT_HEAD, _front(plan)[:_ROWS])),
@@ -276,7 +268,7 @@ def print_serving_plan(plan: Plan, *, file: TextIO | None = None, width: int | N
     if plan["missed"]:
         rows = [Fact(each["words"], "", each["reason"]) for each in plan["missed"][:_MISSED]]
         content.append(section(f"what does not ({len(plan['missed'])})", fact_table(rows)))
-    show(lambda _: content, file=file, width=width)
+    return content
 
 
 def _kind_of(load: Plan) -> str:

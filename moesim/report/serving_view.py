@@ -1,17 +1,15 @@
 """What people see of a deployment under load: a screen, and a page with what happened over time."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 from plotly.graph_objects import Figure
 from plotly.subplots import make_subplots
-from rich.console import RenderableType
-from rich.text import Text
 
 from moesim.report.facts import Fact
 from moesim.report.page import Page
-from moesim.report.terminal import fact_table, indented, number_table, section, show, warnings
+from moesim.report.terminal import Screen, fact_table, heading, indented, number_table, prints, section, warnings
 from moesim.units import format_bytes, format_seconds
 
 Result = Mapping[str, Any]
@@ -190,29 +188,20 @@ def _range_rows(result: Result) -> list[tuple[str, ...]]:
     return rows
 
 
-def _pools(result: Result) -> list[RenderableType]:
-    """The instances, where there are several."""
-    if len(result["pools"]) == 1 and result["pools"][0]["replicas"] == 1:
-        return []
-    return [section("instances", number_table(_POOL_HEAD, _pool_rows(result)))]
-
-
-def print_serving(result: Result, *, file: TextIO | None = None, width: int | None = None) -> None:
-    """Print the answers in one screen."""
-    content: list[RenderableType] = [
-        Text.assemble((result["name"], "bold"), ("  serving", "dim")),
+@prints
+def print_serving(result: Result) -> Screen:
+    """The answers in one screen; instances where there are several."""
+    ranges = _range_rows(result)
+    several = len(result["pools"]) > 1 or result["pools"][0]["replicas"] > 1
+    return [
+        heading(result["name"], "serving"),
         indented(fact_table(serving_facts(result), strong=True)),
         section("latency", number_table(("", *_SHARES), _latency_rows(result))),
-        *(
-            [section(f"over {result['seeds']} seeds", number_table(_RANGE_HEAD, rows))]
-            if (rows := _range_rows(result))
-            else []
-        ),
-        *_pools(result),
+        *([section(f"over {result['seeds']} seeds", number_table(_RANGE_HEAD, ranges))] if ranges else []),
+        *([section("instances", number_table(_POOL_HEAD, _pool_rows(result)))] if several else []),
         section("where the time goes", number_table(("", "all steps", "share"), _part_rows(result))),
         *warnings(result["warnings"]),
     ]
-    show(lambda _: content, file=file, width=width)
 
 
 def _pool_rows(result: Result) -> list[tuple[str, ...]]:

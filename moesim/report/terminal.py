@@ -1,7 +1,9 @@
 """The building blocks of terminal output: sections of aligned lines, plain text when the output is no terminal."""
 
 from collections.abc import Callable, Sequence
-from typing import TextIO
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any, ParamSpec, TextIO, cast
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.padding import Padding
@@ -15,11 +17,32 @@ _EIGHTHS = "▏▎▍▌▋▊▉█"
 _LEVELS = " ▁▂▃▄▅▆▇█"
 _ASCII_LEVELS = "012345678"
 
+Screen = Sequence[RenderableType]  # blocks below each other
+Arguments = ParamSpec("Arguments")
 
-def show(
-    build: Callable[[ConsoleOptions], Sequence[RenderableType]], *, file: TextIO | None = None, width: int | None = None
-) -> None:
-    """Print what `build` makes of the terminal's options to `file`, stdout by default.
+
+@dataclass(frozen=True)
+class Sized:
+    """Blocks that depend on the terminal's options, such as its width."""
+
+    build: Callable[[ConsoleOptions], Screen]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Screen:
+        return self.build(options)
+
+
+def prints(build: Callable[Arguments, Screen]) -> Callable[Arguments, None]:
+    """Makes of what builds a screen what prints it; `file` and `width` are further arguments, those of `show`."""
+
+    @wraps(build)
+    def printed(*args: Any, file: TextIO | None = None, width: int | None = None, **named: Any) -> None:
+        show(build(*args, **named), file=file, width=width)
+
+    return cast("Callable[Arguments, None]", printed)
+
+
+def show(screen: Screen, *, file: TextIO | None = None, width: int | None = None) -> None:
+    """Print a screen to `file`, stdout by default.
 
     `width` is the terminal's by default, and 100 columns where there is no terminal.
     """
@@ -27,7 +50,7 @@ def show(
     if width is None and not console.is_terminal:
         console = Console(file=file, width=_PIPE_WIDTH, highlight=False)
     with console.capture() as captured:
-        console.print(Group(*build(console.options)))
+        console.print(Group(*screen))
     encoding = console.encoding
     for line in captured.get().splitlines():  # rich pads its tables: no trailing blanks in logs and diffs
         console.file.write(line.rstrip().encode(encoding, "replace").decode(encoding) + "\n")
@@ -36,6 +59,11 @@ def show(
 def indented(content: RenderableType) -> Padding:
     """`content` two columns to the right."""
     return Padding(content, (0, 0, 0, 2))
+
+
+def heading(name: str, about: str = "") -> Text:
+    """The first line of a screen: what it is of, and a word on it."""
+    return Text.assemble((name, "bold"), (f"  {about}", "dim"))
 
 
 def section(title: str, content: RenderableType) -> Group:
@@ -61,14 +89,24 @@ def fact_table(lines: Sequence[Fact], *, strong: bool = False, notes: bool = Tru
     return table
 
 
-def number_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """Columns of right-aligned numbers under their names; the first column is text."""
+def number_table(
+    head: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    words: int = 1,
+    wrapped: int | None = None,
+    marked: int | None = None,
+) -> Table:
+    """Columns of right-aligned numbers under their names, behind the first `words` ones of text.
+
+    wrapped: the column that may wrap; marked: the row that is bold.
+    """
     table = Table.grid(padding=(0, 2, 0, 0))
     for index in range(len(head)):
-        table.add_column(no_wrap=True, justify="right" if index else "left")
+        table.add_column(no_wrap=index != wrapped, justify="right" if index >= words else "left")
     table.add_row(*(Text(name, style="dim") for name in head))
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+    for number, row in enumerate(rows):
+        table.add_row(*(Text(cell, style="bold" if number == marked else "") for cell in row))
     return table
 
 

@@ -6,17 +6,16 @@ It is drawn in layers from NVSwitches up to the core, as coarsely as it takes to
 import html
 import math
 from collections.abc import Sequence
-from typing import Any, TextIO
+from typing import Any
 
 import plotly.graph_objects as go
 from rich.console import RenderableType
-from rich.text import Text
 
 from moesim.network import FabricFacts, describe
 from moesim.report.facts import Fact, seconds
 from moesim.report.figures import empty_figure
 from moesim.report.page import Page
-from moesim.report.terminal import fact_table, indented, number_table, section, show
+from moesim.report.terminal import Screen, fact_table, heading, indented, number_table, prints, section
 from moesim.report.topology_layout import MOST_BUNDLES, Bundle, FabricLink, FabricParts, Picture, Vertex, fabric_picture
 from moesim.units import format_bandwidth, format_seconds
 
@@ -312,18 +311,18 @@ def sources(parts: FabricParts) -> list[Fact]:
     return [*facts, Fact("latencies", "published" if ours else "scenario", known.latency_source if ours else "")]
 
 
-def print_fabric(name: str, parts: FabricParts, *, file: TextIO | None = None, width: int | None = None) -> None:
-    """Print the fabric of the scenario `name` in one screen."""
+@prints
+def print_fabric(name: str, parts: FabricParts) -> Screen:
+    """The fabric of the scenario `name` in one screen."""
     fabric = describe(parts.fabric)
     content: list[RenderableType] = [
-        Text.assemble((name, "bold"), (f"  {fabric.preset}", "dim")),
+        heading(name, fabric.preset),
         indented(fact_table(fabric_facts(fabric), strong=True)),
         section("directed links", number_table(_LINK_COLUMNS, link_rows(parts))),
     ]
     if damaged := damage(parts):
         content.append(section("degraded and failed", fact_table(damaged)))
-    content.append(section("where the numbers come from", fact_table(sources(parts))))
-    show(lambda _: content, file=file, width=width)
+    return [*content, section("where the numbers come from", fact_table(sources(parts)))]
 
 
 def fabric_page(name: str, parts: FabricParts) -> str:

@@ -8,11 +8,9 @@ Behind the study is what people and programs see of it: a screen, a page with it
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import plotly.graph_objects as go
-from rich.console import RenderableType
-from rich.text import Text
 
 from moesim.errors import UserError
 from moesim.parallel import TrafficSampler, token_bytes
@@ -20,7 +18,7 @@ from moesim.parallel.traffic import held_copies, tier_copies
 from moesim.report.facts import Fact
 from moesim.report.figures import empty_figure
 from moesim.report.page import Page
-from moesim.report.terminal import fact_table, indented, number_table, section, show
+from moesim.report.terminal import Screen, fact_table, heading, indented, number_table, prints, section
 from moesim.routing.request import ProgressCallback
 from moesim.run import obtain_trace
 from moesim.scenario import (
@@ -327,15 +325,15 @@ def _rows(study: VolumeStudy, *, copies: bool) -> list[tuple[str, ...]]:
     return rows
 
 
-def print_volume(study: VolumeStudy, *, file: TextIO | None = None, width: int | None = None) -> None:
-    """Print the study in one screen."""
-    content: list[RenderableType] = [
-        Text.assemble((study.scenario.name, "bold"), (f"  {study.scenario.dispatch.deduplicate}", "dim")),
+@prints
+def print_volume(study: VolumeStudy) -> Screen:
+    """The study in one screen."""
+    return [
+        heading(study.scenario.name, study.scenario.dispatch.deduplicate),
         indented(fact_table(volume_facts(study))),
         section(_title(study), number_table(_columns(study), _rows(study, copies=False))),
         section(_copies_title(study), number_table(_columns(study), _rows(study, copies=True))),
     ]
-    show(lambda _: content, file=file, width=width)
 
 
 def volume_figure(study: VolumeStudy) -> go.Figure:

@@ -4,7 +4,7 @@ Bands and bars are 90 % intervals, over seeds or, for a single run, its own rang
 two axes is a heat map, colours with the numbers in the cells, where every other axis shows one value at a time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from moesim.report.figures import empty_figure, styled
+from moesim.report.figures import colour_bar, empty_figure, styled
 from moesim.report.plots.choice import AxisKey, Drawing
 from moesim.report.plots.metrics import LOWER, Metric, Unit, is_number
 from moesim.report.plots.points import DONE, Axis, Collection, Estimate, Group, plain
@@ -264,23 +264,36 @@ def _set_x(update: Any, collection: Collection, drawing: Drawing, units: dict[st
 
 def _mark_missing(figure: go.Figure, collection: Collection, x: AxisKey, panel: dict[str, int]) -> None:
     """A cross at the foot of the first panel for every point without a result."""
-    missing = [group for group in collection.groups if group.status != DONE]
-    if not missing:
-        return
     column, places = collection.axes.index(x.axis), key_places(x)
-    figure.add_scatter(
-        x=[places[group.at[column]] for group in missing],
-        y=[0.02] * len(missing),
-        mode="markers",
-        name="no result",
-        showlegend=True,
-        marker={"symbol": "x-thin", "size": 10, "line": {"color": NO_RESULT, "width": 2}},
-        customdata=[hover_text(group, collection) for group in missing],
-        hovertemplate="%{customdata}<extra></extra>",
-        meta={"groups": [group.index for group in missing], "role": "missing"},
-        **panel,
-    )
-    figure.data[-1].update(yaxis=_foot_axis(figure))
+    if _add_missing(figure, collection, lambda group: (places[group.at[column]], 0.02), size=10, width=2, **panel):
+        figure.data[-1].update(yaxis=_foot_axis(figure))
+
+
+def _add_missing(
+    figure: go.Figure,
+    collection: Collection,
+    place: Callable[[Group], tuple[float, float]],
+    *,
+    size: float,
+    width: float,
+    **panel: int,
+) -> bool:
+    """Crosses at the places of points without a result; whether there are any."""
+    missing = [group for group in collection.groups if group.status != DONE]
+    if missing:
+        figure.add_scatter(
+            x=[place(group)[0] for group in missing],
+            y=[place(group)[1] for group in missing],
+            mode="markers",
+            name="no result",
+            showlegend=True,
+            marker={"symbol": "x-thin", "size": size, "line": {"color": NO_RESULT, "width": width}},
+            customdata=[hover_text(group, collection) for group in missing],
+            hovertemplate="%{customdata}<extra></extra>",
+            meta={"groups": [group.index for group in missing], "role": "missing"},
+            **panel,
+        )
+    return bool(missing)
 
 
 def _foot_axis(figure: go.Figure) -> str:
@@ -320,12 +333,7 @@ def heat_map(collection: Collection, drawing: Drawing, variable: Metric) -> go.F
         **first_cells(collection, drawing, cells),
         colorscale="Cividis",
         reversescale=variable.better == LOWER,  # the better, the lighter
-        colorbar={
-            "title": {"text": plain(variable.label + unit.title), "side": "right", "font": {"size": 13}},
-            "thickness": 14,
-            "outlinewidth": 0,
-            "exponentformat": "SI",
-        },
+        colorbar=colour_bar(title_of(variable, unit), exponentformat="SI"),
         xgap=2,
         ygap=2,
         texttemplate="%{text}",
@@ -333,7 +341,8 @@ def heat_map(collection: Collection, drawing: Drawing, variable: Metric) -> go.F
         hoverongaps=False,
         meta={"cells": cells},
     )
-    _mark_missing_cells(figure, collection, drawing)
+    across, up = collection.axes.index(x.axis), collection.axes.index(y.axis)
+    _add_missing(figure, collection, lambda group: (group.at[across], group.at[up]), size=14, width=2.5)
     figure.update_layout(showlegend=any(trace.showlegend for trace in figure.data))
     for update, key in ((figure.update_xaxes, x), (figure.update_yaxes, y)):
         count = len(key.axis.values)
@@ -374,22 +383,3 @@ def first_cells(collection: Collection, drawing: Drawing, cells: dict[str, Any])
             for key, matrix in matrices.items():
                 matrix[cells["row"][place]][cells["column"][place]] = cells[key][place]
     return matrices
-
-
-def _mark_missing_cells(figure: go.Figure, collection: Collection, drawing: Drawing) -> None:
-    """A cross in the cells of points without a result."""
-    x, y = heat_axes(drawing)
-    across, up = collection.axes.index(x.axis), collection.axes.index(y.axis)
-    missing = [group for group in collection.groups if group.status != DONE]
-    if missing:
-        figure.add_scatter(
-            x=[group.at[across] for group in missing],
-            y=[group.at[up] for group in missing],
-            mode="markers",
-            name="no result",
-            showlegend=True,
-            marker={"symbol": "x-thin", "size": 14, "line": {"color": NO_RESULT, "width": 2.5}},
-            customdata=[hover_text(group, collection) for group in missing],
-            hovertemplate="%{customdata}<extra></extra>",
-            meta={"groups": [group.index for group in missing], "role": "missing"},
-        )
