@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from moesim.cli import main, studies
-from moesim.report.plots import choice
+from moesim.report.plots import drawing
 from moesim.sweeper.study import PLOT_KINDS
 
 AXIS = {"keys": ["workload.micro_batch"], "values": [[1], [2]], "labels": None, "repeat": False}
@@ -97,7 +97,7 @@ def test_mistakes_are_one_line(runs: tuple[Path, Path], moesim, argv: list[str],
 
 
 def test_flags_and_studies_know_the_kinds_that_are_drawn() -> None:
-    assert studies.PLOT_KINDS == choice.KINDS
+    assert studies.PLOT_KINDS == drawing.KINDS
     assert set(PLOT_KINDS) == set(studies.PLOT_KINDS) - {choice.COMPARISON}, "a study has more than two points"
 
 

@@ -24,13 +24,12 @@ from plot_cases import (
 
 from moesim.errors import UserError
 from moesim.report.plots import PlotRequest, plot_page
-from moesim.report.plots.choice import Drawing, choose
 from moesim.report.plots.comparison import Side, changes, differences, sides, verdict, waterfall
 from moesim.report.plots.curves import curves, heat_map
+from moesim.report.plots.drawing import Drawing, choose, colours, log_ticks
 from moesim.report.plots.metrics import metric
 from moesim.report.plots.points import Collection, collect, read_sources, with_values
 from moesim.report.plots.scatter import cost_performance, dots, pareto_front, suits_dots
-from moesim.report.plots.styling import colours, log_ticks
 
 HOSTILE = "<b>bold</b><script>alert(1)</script>\"'&amp;"
 numbers = st.floats(0.0, 10.0).map(lambda value: round(value, 1))

@@ -13,12 +13,11 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from moesim.report.figures import colour_bar, empty_figure, styled
-from moesim.report.plots.choice import AxisKey, Drawing
-from moesim.report.plots.metrics import LOWER, Metric, Unit, is_number
-from moesim.report.plots.points import DONE, Axis, Collection, Estimate, Group, plain
-from moesim.report.plots.styling import (
+from moesim.report.plots.drawing import (
     DASHES,
     MARKERS,
+    AxisKey,
+    Drawing,
     colours,
     hover_text,
     key_places,
@@ -31,6 +30,8 @@ from moesim.report.plots.styling import (
     units_for,
     with_pointer,
 )
+from moesim.report.plots.metrics import LOWER, Metric, Unit, is_number
+from moesim.report.plots.points import DONE, Axis, Collection, Estimate, Group, plain
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,9 @@ from moesim.report import facts
 from moesim.report.categories import category
 from moesim.report.page import Page
 from moesim.report.plan_view import named, verdict_on_change
-from moesim.report.plots.choice import (
+from moesim.report.plots.comparison import add_comparison, cascade, sides, verdict
+from moesim.report.plots.curves import along_axis, curves, heat_axes, heat_map, point_marks
+from moesim.report.plots.drawing import (
     COMPARISON,
     COST_PERFORMANCE,
     CURVES,
@@ -23,9 +25,8 @@ from moesim.report.plots.choice import (
     PlotRequest,
     choose,
     kind_of,
+    label_of,
 )
-from moesim.report.plots.comparison import add_comparison, cascade, sides, verdict
-from moesim.report.plots.curves import along_axis, curves, heat_axes, heat_map, point_marks
 from moesim.report.plots.metrics import HEADLINE, LOWER, Metric, metric, text
 from moesim.report.plots.points import (
     DONE,
@@ -41,7 +42,6 @@ from moesim.report.plots.points import (
     with_values,
 )
 from moesim.report.plots.scatter import cost_performance, dots, drawn_groups, has_front, suits_dots
-from moesim.report.plots.styling import label_of
 
 Plan = Mapping[str, Any]
 

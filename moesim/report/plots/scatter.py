@@ -11,13 +11,12 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from moesim.report.figures import empty_figure, styled
-from moesim.report.plots.choice import AxisKey, Drawing
 from moesim.report.plots.curves import error_bars, lines_along
-from moesim.report.plots.metrics import HIGHER, NEITHER, Metric, Unit
-from moesim.report.plots.points import Collection, Group, plain, text_of
-from moesim.report.plots.styling import (
+from moesim.report.plots.drawing import (
     FRONT,
     MARKERS,
+    AxisKey,
+    Drawing,
     colours,
     hover_text,
     legend_title,
@@ -26,6 +25,8 @@ from moesim.report.plots.styling import (
     units_for,
     with_pointer,
 )
+from moesim.report.plots.metrics import HIGHER, NEITHER, Metric, Unit
+from moesim.report.plots.points import Collection, Group, plain, text_of
 
 _LONGEST_LABEL = 16
 _HEIGHT = 560
