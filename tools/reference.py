@@ -27,10 +27,9 @@ from moesim.cli import build  # noqa: E402
 from moesim.planner.loading import plan_json_schema  # noqa: E402
 from moesim.planner.serving_plan import serving_plan_json_schema  # noqa: E402
 from moesim.reliability.answers import GOODPUT_DEFINITIONS as GOODPUT  # noqa: E402
-from moesim.results.definitions import SECTIONS  # noqa: E402
+from moesim.results.definitions import NUMBERS, SECTIONS  # noqa: E402
 from moesim.scenario import json_schema  # noqa: E402
 from moesim.serving.loading import serving_json_schema  # noqa: E402
-from moesim.sweeper.metrics import METRICS  # noqa: E402
 from moesim.sweeper.reader import AXIS_KEYS  # noqa: E402
 from moesim.sweeper.study import PLOT_KEYS, STUDY_KEYS  # noqa: E402
 
@@ -146,7 +145,7 @@ def study() -> str:
         ]
     lines += ["## Numbers for tables and pictures", "", "Each is [defined](metrics.md) with the others.", ""]
     lines += [
-        ", ".join(f"`{name}`" for name in METRICS),
+        ", ".join(f"`{name}`" for name in NUMBERS),
         "",
         "## An example",
         "",

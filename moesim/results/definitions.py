@@ -64,6 +64,12 @@ DEFINITIONS: Mapping[str, Definition] = {
 }
 
 
+# What is one number of every result, by which runs can be compared: no item of a list, no text.
+NUMBERS: Sequence[str] = tuple(
+    path for path, found in DEFINITIONS.items() if found.unit != NO_UNIT and not {"[]", "*"} & set(path.split("."))
+)
+
+
 def definition(path: str) -> Definition | None:
     """What the number at the path of a result means; None where nobody has written it down."""
     return DEFINITIONS.get(path) or DEFINITIONS.get(f"{path}.[]") or DEFINITIONS.get(path.rpartition(".")[0] + ".*")

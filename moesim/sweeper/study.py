@@ -24,6 +24,7 @@ from typing import Any
 
 from moesim.errors import ConflictError, InfeasibleError, UserError
 from moesim.files import claimed, is_leftover, write_atomically
+from moesim.results.definitions import NUMBERS
 from moesim.scenario import Scenario, TraceRouting, load_scenario
 from moesim.scenario.catalogue import suggest
 from moesim.scenario.document import Node, find, read_yaml
@@ -33,7 +34,6 @@ from moesim.study import Point, PointRecord, PointsFile, read_points, run_points
 from moesim.study.points import POINTS_FILE, content_hash
 from moesim.study.pool import Watch
 from moesim.sweeper import reader
-from moesim.sweeper.metrics import METRICS
 from moesim.sweeper.reader import AXIS_KEYS, Axis, Setting, grid, read_axes, read_point_list, read_settings, substituted
 from moesim.trace.library import find_entry, is_library_name
 
@@ -289,11 +289,11 @@ def _checked_plot(node: Node, axes: Sequence[Axis]) -> dict[str, Any]:
     if kind != "cost_performance" and not {"x", "y"} <= set(parts):
         raise UserError(f"{node.where}: plot: kind {kind} needs x and y")
     if "x" in parts:
-        reader.chosen(parts["x"], "x", known=[*keys, *METRICS])
+        reader.chosen(parts["x"], "x", known=[*keys, *NUMBERS])
     if "colour" in parts:
         reader.chosen(parts["colour"], "colour", known=keys)
     if "y" in parts:
-        known = [*METRICS, *keys] if kind == "heat_map" else METRICS
+        known = [*NUMBERS, *keys] if kind == "heat_map" else NUMBERS
         reader.distinct(reader.items(parts["y"], "y"), lambda item: reader.chosen(item, "y", known=known), "the metric")
     plain: dict[str, Any] = node.plain
     return plain

@@ -3,18 +3,58 @@
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from moesim.results.definitions import NUMBERS
 from moesim.strict_json import json_text
 from moesim.study import PointRecord
 from moesim.study.points import half_width_90
-from moesim.sweeper.metrics import METRICS, Column, columns
 from moesim.sweeper.study import InvalidPoint, Study, SweepOutcome
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """A metric in the table: its head, its unit and which end is the better one (None: neither).
+
+    `absolute`: a change is a difference and not a share. `beside`: another metric without which it says nothing new.
+    """
+
+    path: str
+    head: str
+    scale: float = 1.0
+    pattern: str = "{:.4g}"
+    best: Literal["least", "most"] | None = None
+    absolute: bool = False
+    beside: str | None = None
+
+
+STANDARD = (
+    Column(path="step_time_s", head="step time (s)", pattern="{:.5g}", best="least"),
+    Column(path="tokens_per_second", head="tokens/s", pattern="{:,.0f}", best="most"),
+    Column(path="cost.usd_per_million_tokens", head="USD/M tokens", pattern="{:.4g}", best="least"),
+    Column(path="imbalance.expert", head="expert imb.", pattern="{:.3f}", best="least", absolute=True),
+    Column(path="imbalance.rank_rows", head="rank imb.", pattern="{:.3f}", best="least", absolute=True),
+    Column(path="dropped_share", head="dropped (%)", scale=100, pattern="{:.2f}", best="least", absolute=True),
+    Column(path="effective.usd_per_million_tokens", head="USD/M kept", best="least", beside="dropped_share"),
+    Column(path="router.validation_loss", head="held-out loss", pattern="{:.4f}", best="least", absolute=True),
+)
+
+
+def columns(extra: Sequence[str]) -> tuple[Column, ...]:
+    """The columns of every sweep, and one for each other metric in `extra`."""
+    known = {column.path for column in STANDARD}
+    more = [path for path in dict.fromkeys(extra) if path not in known]
+    return (*STANDARD, *(_plain_column(path) for path in more))
+
+
+def _plain_column(path: str) -> Column:
+    """Parts of the step may be next to nothing in the reference: their changes are seconds."""
+    return Column(path=path, head=path.rpartition(".")[2], absolute=path.startswith("attribution"))
 
 
 @dataclass(frozen=True)
@@ -225,7 +265,7 @@ def _print_table(console: Console, table: Table) -> None:
 
 def _columns(study: Study) -> tuple[Column, ...]:
     plot = study.plot or {}
-    return columns([path for path in (plot.get("x"), *plot.get("y", ())) if path in METRICS])
+    return columns([path for path in (plot.get("x"), *plot.get("y", ())) if path in NUMBERS])
 
 
 def _says_something(column: Column, row: Row) -> bool:

@@ -98,7 +98,7 @@ def test_mistakes_are_one_line(runs: tuple[Path, Path], moesim, argv: list[str],
 
 def test_flags_and_studies_know_the_kinds_that_are_drawn() -> None:
     assert studies.PLOT_KINDS == drawing.KINDS
-    assert set(PLOT_KINDS) == set(studies.PLOT_KINDS) - {choice.COMPARISON}, "a study has more than two points"
+    assert set(PLOT_KINDS) == set(studies.PLOT_KINDS) - {drawing.COMPARISON}, "a study has more than two points"
 
 
 def test_deployments_are_drawn_and_their_answers_are_shown_before_a_file_is_in_the_way(scenario: Path, moesim) -> None:

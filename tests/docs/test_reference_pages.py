@@ -18,13 +18,13 @@ from moesim.results import CATEGORIES
 from moesim.results.definitions import (
     DEFINITIONS,
     LISTS,
+    NUMBERS,
     definition,
     paths,
 )
 from moesim.run import simulate
 from moesim.scenario import json_schema
 from moesim.serving.loading import serving_json_schema
-from moesim.sweeper.metrics import METRICS
 from moesim.sweeper.reader import AXIS_KEYS
 from moesim.sweeper.study import PLOT_KEYS, PLOT_KINDS, STUDY_KEYS
 from moesim.whatif import what_if
@@ -104,7 +104,7 @@ def test_every_key_of_a_study_is_described(pages: dict[str, str]) -> None:
     ):
         assert rows(page, heading) == {prefix + key: [cell(text)] for key, text in keys.items()}
     assert all(kind in PLOT_KEYS["kind"] for kind in PLOT_KINDS)
-    assert all(f"`{name}`" in page for name in METRICS)
+    assert all(f"`{name}`" in page for name in NUMBERS)
 
 
 def test_units_are_those_of_numbers(pages: dict[str, str]) -> None:
@@ -154,7 +154,7 @@ def test_definitions_are_of_what_results_can_have(small) -> None:
     assert DEFINITIONS.keys() - rare <= paths(record.result)
     for found in DEFINITIONS.values():
         assert found.text.endswith(".")
-    assert {name for name in METRICS if definition(name) is None} == set()
+    assert {name for name in NUMBERS if definition(name) is None} == set()
 
 
 def test_every_public_name_is_described(pages: dict[str, str]) -> None:
