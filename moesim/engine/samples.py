@@ -20,7 +20,7 @@ from moesim.program.software import kernel_list
 from moesim.results import CATEGORIES
 from moesim.results.critical_path import path_facts
 from moesim.results.outcome import Outcome
-from moesim.results.pools import waits
+from moesim.results.span_sums import waits
 from moesim.scenario import Scenario
 
 SPAN_MEMORY = 400e6  # bytes of spans simulated at once: more samples than fit run in several passes

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.parallel import ExpertPlacement, Mesh, TrafficSample
+from moesim.parallel.memory import MemoryReport
 from moesim.parallel.traffic import stage_copies, token_bytes
 from moesim.scenario import Contiguous, RouterShape, Scenario, TrainRouting
 from moesim.scenario.flops import forward_flops_per_token, model_flops_per_token
@@ -287,6 +288,39 @@ def cost(scenario: Scenario, step_s: float) -> dict[str, Any]:
         "days": None if steps is None else steps * step_s / SECONDS_PER_DAY,
         "price_source": "; ".join(dict.fromkeys(pool.price_source for pool in scenario.cluster.pools)),
     }
+
+
+def pool_facts(
+    scenario: Scenario, memory: MemoryReport, *, step_s: float, compute_time_SW: FloatArray
+) -> list[dict[str, Any]]:
+    """The section `pools` of a result: one entry per pool."""
+    cluster, mesh = scenario.cluster, scenario.parallelism
+    counts = rank_counts(cluster, mesh)
+    pool_W = np.array(pools_of_ranks(cluster, mesh) if len(cluster.pools) > 1 else (0,) * mesh.world_size)
+    speed_W = cluster.speeds.of_ranks(mesh.world_size, seed=scenario.seed)
+    by_name = {pool.name: pool for pool in memory.pools}
+    facts = []
+    for number, pool in enumerate(cluster.pools):
+        of_pool_W, used = pool_W == number, by_name.get(pool.name)
+        hourly = pool.usd_per_gpu_hour * pool.nodes * pool.gpus_per_node
+        facts.append(
+            {
+                "name": pool.name,
+                "gpu": pool.gpu_name,
+                "gpus": pool.nodes * pool.gpus_per_node,
+                "ranks": counts[number],
+                "micro_batches": scenario.micro_batches_of_pools[number],
+                "compute_s": float(compute_time_SW[:, of_pool_W].mean()) if used else None,
+                "slowest_speed": 1.0 if speed_W is None or not used else float(speed_W[of_pool_W].min()),
+                "peak_bytes": used.peak_bytes if used else None,
+                "capacity_bytes": pool.spec.memory_bytes,
+                "fits_share": float(np.mean(used.fits_S)) if used else None,
+                "usd_per_gpu_hour": pool.usd_per_gpu_hour,
+                "usd_per_step": hourly * step_s / SECONDS_PER_HOUR,
+                "price_source": pool.price_source,
+            }
+        )
+    return facts
 
 
 MUCH_DROPPED = 0.10  # share of the rows above which a run warns

@@ -35,11 +35,12 @@ from moesim.results.metrics import (
     mean_and_range,
     no_communication,
     no_imbalance,
+    pool_facts,
     trace_coverage,
     utilisation,
 )
 from moesim.results.placement import placement_arrays, placement_facts, placement_warnings, replacing_warnings
-from moesim.results.pools import pool_facts, waiting_facts
+from moesim.results.span_sums import waiting_facts
 from moesim.results.spans import CATEGORIES, SpanTable
 from moesim.results.store import RESULT_SCHEMA_VERSION, RunRecord
 from moesim.scenario import AnyImplementation, Scenario

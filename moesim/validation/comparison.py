@@ -17,8 +17,7 @@ from moesim.errors import UserError
 from moesim.files import write_atomically
 from moesim.scenario import Scenario, dump_scenario, load_scenario_text
 from moesim.strict_json import json_text, packed, parse_json, unpacked
-from moesim.validation.cases import Case, check_runnable, scenario_case, standard_cases, with_profile
-from moesim.validation.predict import predict
+from moesim.validation.cases import Case, check_runnable, predict, scenario_case, standard_cases, with_profile
 
 SCHEMA_VERSION = 1
 SHIPPED = Path(__file__).parent / "data"
@@ -278,7 +277,7 @@ def validate_command(
     """
     if report:
         return _report(out, quiet=quiet)
-    from moesim.validation.launch import check_device
+    from moesim.validation.measurement import check_device
 
     if gpus < 1:
         raise UserError(f"--gpus {gpus} must be 1 or more")
@@ -313,8 +312,7 @@ def _measure_and_predict(
 ) -> Table:
     import torch
 
-    from moesim.validation.launch import device_name, measure_cases
-    from moesim.validation.worker import Effort
+    from moesim.validation.measurement import Effort, device_name, measure_cases
 
     measured = measure_cases(
         cases,

@@ -12,7 +12,16 @@ from rich.console import Console
 
 from moesim.errors import UserError
 from moesim.scenario import scenario_from_mapping
-from moesim.validation.cases import GPU_TOKENS, MODELS, Case, build_case, check_runnable, scenario_case, standard_cases
+from moesim.validation.cases import (
+    GPU_TOKENS,
+    MODELS,
+    Case,
+    build_case,
+    check_runnable,
+    predict,
+    scenario_case,
+    standard_cases,
+)
 from moesim.validation.comparison import (
     Row,
     Table,
@@ -23,7 +32,6 @@ from moesim.validation.comparison import (
     shipped_table,
     validate_command,
 )
-from moesim.validation.predict import predict
 
 
 def rows_of(case: Case) -> list[Any]:
