@@ -17,9 +17,8 @@ from moesim.errors import InfeasibleError, UserError
 from moesim.flags import WRITERS
 from moesim.flags.megatron import read_megatron
 from moesim.flags.model_flags import Choice
-from moesim.planner.loading import load_any_plan
 from moesim.planner.planning import ProgressCallbacks, make_plan
-from moesim.planner.serving_plan import ServingPlan
+from moesim.planner.serving_plan import ServingPlan, load_any_plan
 from moesim.planner.serving_planning import make_serving_plan
 from moesim.planner.simulations import Folder
 from moesim.reliability import Goodput, goodput

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moesim.errors import LONGEST_LINE, InternalError, UserError
-from moesim.planner.loading import load_any_plan
+from moesim.planner.serving_plan import load_any_plan
 from moesim.report import print_facts, write_report
 from moesim.run import simulate
 from moesim.scenario import Scenario, dump_scenario, load_scenario_text

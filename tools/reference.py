@@ -24,7 +24,7 @@ from reference_keys import KeyPage, cell, table  # noqa: E402
 
 import moesim  # noqa: E402
 from moesim.cli import build  # noqa: E402
-from moesim.planner.loading import plan_json_schema  # noqa: E402
+from moesim.planner.plan import plan_json_schema  # noqa: E402
 from moesim.planner.serving_plan import serving_plan_json_schema  # noqa: E402
 from moesim.reliability.answers import GOODPUT_DEFINITIONS as GOODPUT  # noqa: E402
 from moesim.results.definitions import NUMBERS, SECTIONS  # noqa: E402

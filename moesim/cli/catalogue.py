@@ -301,7 +301,7 @@ def schema(args: argparse.Namespace) -> int:
 
 def _schema(what: str) -> dict[str, Any]:
     if what == "plan":
-        from moesim.planner.loading import any_plan_json_schema
+        from moesim.planner.serving_plan import any_plan_json_schema
 
         return any_plan_json_schema()
     if what == "serving":

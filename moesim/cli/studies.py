@@ -148,8 +148,7 @@ def _show_sweep(study: "Study", folder: "SweepFolder", outcome: "SweepOutcome", 
 def plan(args: argparse.Namespace) -> int:
     """Make the plan, or go on with it. Raises UserError, InfeasibleError and Interrupted."""
     check_workers(args)
-    from moesim.planner.loading import load_any_plan
-    from moesim.planner.serving_plan import ServingPlan
+    from moesim.planner.serving_plan import ServingPlan, load_any_plan
     from moesim.shipped import resolve
 
     loaded = load_any_plan(resolve(args.plan, "plan"), args.overrides)

@@ -1,14 +1,17 @@
-"""What a plan file says: a model, a goal, what may be rented, and what the planner may choose.
+"""What a plan file says: a model, a goal, what may be rented, and what the planner may choose; from a file to a Plan.
 
 Sections that a scenario has too (model, routing, dispatch, ...) are those of a scenario. `choices` lists the values
 that the planner may take, key by key; a key that is not listed has the value of a scenario that leaves it out.
 """
 
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
-from typing import Annotated, Literal
+from pathlib import Path as FilePath
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, model_validator
 
+from moesim.errors import UserError
 from moesim.scenario import (
     AnyImplementation,
     Capacity,
@@ -16,6 +19,7 @@ from moesim.scenario import (
     Contiguous,
     Dispatch,
     Fabric,
+    GroupedRouter,
     Implementation,
     Memory,
     Model,
@@ -26,9 +30,11 @@ from moesim.scenario import (
     Placement,
     Precision,
     Routing,
+    TraceRouting,
     Uncertainty,
     UniformRouting,
     Zero,
+    gpu_spec,
 )
 from moesim.scenario.base import (
     BandwidthFactor,
@@ -49,8 +55,19 @@ from moesim.scenario.base import (
     TrainTokens,
     Usd,
 )
+from moesim.scenario.catalogue import gpu_names
+from moesim.scenario.document import Node, Path, find, mapping_node, read_yaml, refusal
 from moesim.scenario.failures import Failures
+from moesim.scenario.loader import accept_model_forms, accept_named_implementation, finished_schema
+from moesim.scenario.messages import validated
 from moesim.scenario.schema import AnyRecompute
+from moesim.scenario.short_forms import (
+    absolute_paths,
+    apply_overrides,
+    default_routing,
+    explicit_model,
+    named_implementation,
+)
 from moesim.scenario.software import MEGATRON
 
 
@@ -282,3 +299,107 @@ class Plan(Section):
         "with failures; {} for published rates. Absent: nothing ever fails.",
     )
     seed: Seed = Field(default=0, description="Seed of all random draws; the same seed gives the same plan.")
+
+
+def is_serving_plan(root: Node) -> bool:
+    """Whether a plan file has `goal: {serve: ...}`."""
+    goal = root.value.get("goal") if isinstance(root.value, dict) else None
+    return goal is not None and isinstance(goal.value, dict) and "serve" in goal.value
+
+
+def load_plan(path: str | FilePath, overrides: Sequence[str] = ()) -> Plan:
+    """The plan in the file `path` with `a.b=c` overrides applied; models explicit, paths absolute.
+
+    Raises UserError, one line with `file:line:column` or `--set a.b=c`.
+    """
+    path = FilePath(path)
+    return validated_plan(read_yaml(path, what="plan"), overrides, base=path.parent)
+
+
+def plan_from_mapping(data: Mapping[str, Any], overrides: Sequence[str] = ()) -> Plan:
+    """A plan from nested dicts in any form that a file may have; paths are relative to the working directory."""
+    return validated_plan(_node_of(data), overrides, base=FilePath())
+
+
+def _node_of(value: Any) -> Node:
+    if isinstance(value, Mapping):
+        return Node({str(key): _node_of(child) for key, child in value.items()}, "plan", "plan")
+    if isinstance(value, list | tuple):
+        return Node([_node_of(child) for child in value], "plan", "plan")
+    return Node(value, "plan", "plan")
+
+
+def validated_plan(root: Node, overrides: Sequence[str], *, base: FilePath) -> Plan:
+    """The plan of a document with overrides applied; paths are relative to `base`. Raises UserError, one line."""
+    if not isinstance(root.value, dict):
+        raise UserError(f"{root.where}: expected a mapping of sections; write name: ..., model: ..., goal: ...")
+    root = named_implementation(apply_overrides(named_implementation(root), overrides))
+    if is_serving_plan(root):
+        where = find(root, ("goal", "serve"))[0].where
+        raise UserError(f"{where}: goal.serve: this is a plan of serving; make it with `moesim plan`")
+    root = absolute_paths(_explicit_models(root, base=base), base=base)
+    plan = validated(root, Plan, subject="plan")
+    _check(plan, root)
+    return plan
+
+
+def _explicit_models(root: Node, *, base: FilePath) -> Node:
+    """Presets and configurations written out, in the plan and in its baseline, and the routing of the plan's model."""
+    root = default_routing(explicit_model(root, base=base))
+    baseline = root.value.get("baseline")
+    if baseline is None or not isinstance(baseline.value, dict):
+        return root
+    return mapping_node({**root.value, "baseline": explicit_model(baseline, base=base)}, root)
+
+
+def _check(plan: Plan, root: Node) -> None:
+    def error(message: str, *path: str | int) -> UserError:
+        return refusal(root, path, message)
+
+    kinds = [offer.gpu for offer in plan.goal.gpus]
+    for index, offer in enumerate(plan.goal.gpus):
+        try:
+            gpu_spec(offer.gpu)
+        except UserError as unknown:
+            raise error(str(unknown), "goal", "gpus", index, "gpu") from None
+        if offer.gpu in kinds[:index]:
+            raise error(f'"{offer.gpu}" is offered twice; keep one offer per kind', "goal", "gpus", index, "gpu")
+    for index, objective in enumerate(plan.objectives):
+        if objective in plan.objectives[:index]:
+            raise error(f'"{objective}" is listed twice', "objectives", index)
+    if plan.choices.group_limit is not None:
+        _check_group_limit(plan, error_of=lambda message: error(message, "choices", "group_limit"))
+    _check_repeats(plan.choices, root, ("choices",))
+    if plan.baseline is not None:
+        if plan.baseline.model.experts:
+            raise error("has experts; name a dense model", "baseline", "model")
+        if plan.baseline.choices is not None:
+            _check_repeats(plan.baseline.choices, root, ("baseline", "choices"))
+
+
+def _check_group_limit(plan: Plan, *, error_of: Callable[[str], UserError]) -> None:
+    routing = plan.routing
+    if isinstance(routing, TraceRouting):
+        raise error_of("a recorded trace brings its router's limit; drop this key, or use another kind of routing")
+    if not isinstance(routing.router, GroupedRouter):
+        raise error_of("routing.router has no groups; use kind deepseek_v2 or deepseek_v3, or drop this key")
+
+
+def _check_repeats(choices: Choices, root: Node, where: Path) -> None:
+    for key in type(choices).model_fields:
+        values = getattr(choices, key)
+        for index, value in enumerate(values or ()):
+            if value in values[:index]:
+                raise refusal(root, (*where, key, index), "listed twice; keep one")
+
+
+def plan_json_schema(*, units: bool = False) -> dict[str, Any]:
+    """JSON Schema (2020-12) that accepts every form that `load_plan` accepts at the level of single sections.
+
+    `units`: as in the schema of a scenario.
+    """
+    schema = Plan.model_json_schema(mode="validation")
+    accept_model_forms(schema["$defs"]["Model"])
+    accept_named_implementation(schema)
+    schema["$defs"]["Offer"]["properties"]["gpu"]["enum"] = list(gpu_names())
+    return finished_schema(schema, title="moesim plan", units=units)

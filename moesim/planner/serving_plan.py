@@ -4,7 +4,7 @@ A plan file with `goal: {serve: ...}` holds the sections of a serving scenario b
 the planner chooses.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path as FilePath
@@ -14,14 +14,14 @@ import yaml
 from pydantic import Field
 
 from moesim.errors import UserError
-from moesim.planner.plan import MOST_VALUES, Offer, Sizes
+from moesim.planner.plan import MOST_VALUES, Offer, Plan, Sizes, is_serving_plan, plan_json_schema, validated_plan
 from moesim.scenario import Compute, Dispatch, Fabric, Model, Network, Routing, UniformRouting, gpu_spec
 from moesim.scenario.base import FileName, Gpus, Section, Seed, Text, Tokens
 from moesim.scenario.catalogue import gpu_names
-from moesim.scenario.document import Node, mapping_node, refusal
+from moesim.scenario.document import Node, find, mapping_node, read_yaml, refusal
 from moesim.scenario.loader import accept_model_forms, finished_schema
 from moesim.scenario.messages import validated
-from moesim.scenario.short_forms import absolute_paths, explicit_model
+from moesim.scenario.short_forms import absolute_paths, apply_overrides, explicit_model, named_implementation
 from moesim.serving import ServingScenario, load_serving_text
 from moesim.serving.schema import Engine, Serving, ServingMemory
 
@@ -133,10 +133,23 @@ class Unit:
         return f"{plan.goal.gpus[self.offer].gpu}: {' '.join(parts)}{ratio}{budget}"
 
 
-def is_serving_plan(root: Node) -> bool:
-    """Whether a plan file has `goal: {serve: ...}`."""
-    goal = root.value.get("goal") if isinstance(root.value, dict) else None
-    return goal is not None and isinstance(goal.value, dict) and "serve" in goal.value
+def load_any_plan(path: str | FilePath, overrides: Sequence[str] = ()) -> Plan | ServingPlan:
+    """As `load_plan`, of whichever goal the file has: training, or serving with `goal: {serve: ...}`."""
+    path = FilePath(path)
+    return _any(read_yaml(path, what="plan"), overrides, base=path.parent)
+
+
+def _any(root: Node, overrides: Sequence[str], *, base: FilePath) -> Plan | ServingPlan:
+    changed = apply_overrides(named_implementation(root), overrides) if isinstance(root.value, dict) else root
+    if is_serving_plan(changed):
+        return serving_plan_of(changed, base=base)
+    kind, reached = find(changed, ("workload", "kind"))
+    if reached == ("workload", "kind") and kind.value == "serving":
+        remedy = (
+            "a plan of serving has goal: {serve: {best: usd}, gpus: [...]}; simulate a scenario with `moesim serve`"
+        )
+        raise UserError(f"{kind.where}: workload.kind: serving without goal.serve; {remedy}")
+    return validated_plan(root, overrides, base=base)
 
 
 def serving_plan_of(root: Node, *, base: FilePath) -> ServingPlan:
@@ -157,6 +170,24 @@ def serving_plan_json_schema(*, units: bool = False) -> dict[str, Any]:
     accept_model_forms(schema["$defs"]["Model"])
     schema["$defs"]["Offer"]["properties"]["gpu"]["enum"] = list(gpu_names())
     return finished_schema(schema, title="moesim plan of serving", units=units)
+
+
+def any_plan_json_schema() -> dict[str, Any]:
+    """JSON Schema of a plan file of either goal: the keys of one or of the other."""
+    forms = {"Plan": plan_json_schema(), "ServingPlan": serving_plan_json_schema()}
+    definitions: dict[str, Any] = {}
+    for name, form in forms.items():
+        own = form.pop("$defs")
+        for key, section in own.items():
+            known = definitions.setdefault(key, section)
+            assert known == section, f"{key} is another section in the other plan"
+        definitions[name] = {key: value for key, value in form.items() if key not in ("$schema", "title")}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "moesim plan",
+        "anyOf": [{"$ref": f"#/$defs/{name}"} for name in forms],
+        "$defs": definitions,
+    }
 
 
 def _check(plan: ServingPlan, root: Node) -> None:

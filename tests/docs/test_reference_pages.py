@@ -12,7 +12,7 @@ from reference_keys import KeyPage, cell
 import moesim
 from moesim.cli import build
 from moesim.kernels.estimate import SOURCES
-from moesim.planner.loading import plan_json_schema
+from moesim.planner.plan import plan_json_schema
 from moesim.planner.serving_plan import serving_plan_json_schema
 from moesim.results import CATEGORIES
 from moesim.results.definitions import (

@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from moesim.planner.loading import plan_from_mapping
-from moesim.planner.plan import Plan
+from moesim.planner.plan import Plan, plan_from_mapping
 from moesim.planner.screen import Screen
 from moesim.run import obtain_trace
 

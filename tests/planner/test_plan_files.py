@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from moesim.errors import UserError
-from moesim.planner.loading import load_any_plan, load_plan
+from moesim.planner.plan import load_plan
+from moesim.planner.serving_plan import load_any_plan
 from moesim.planner.simulations import plan_hash
 from moesim.scenario import gpu_spec
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moesim.planner.loading import load_plan
+from moesim.planner.plan import load_plan
 from moesim.planner.screen import Screen
 from moesim.planner.search import EvaluationPool, Evaluator, Traces, enumerate_space, opened_pool
 from moesim.planner.space import Space

@@ -6,8 +6,8 @@ import pytest
 
 from moesim.errors import InfeasibleError, UserError
 from moesim.planner import serving_planning
-from moesim.planner.loading import load_any_plan, load_plan
-from moesim.planner.serving_plan import ServingPlan, scenario_of, units_of
+from moesim.planner.plan import load_plan
+from moesim.planner.serving_plan import ServingPlan, load_any_plan, scenario_of, units_of
 from moesim.planner.serving_planning import POINTS_FILE, make_serving_plan, pareto, plan_digest
 from moesim.report.serving_plan_view import print_serving_plan, serving_plan_page, serving_plot
 from moesim.serving import load_serving, serve

@@ -6,8 +6,7 @@ from itertools import chain
 import pytest
 
 from moesim.errors import LONGEST_LINE, ConflictError, InternalError, UserError, one_line
-from moesim.planner.loading import plan_from_mapping
-from moesim.planner.plan import Plan
+from moesim.planner.plan import Plan, plan_from_mapping
 from moesim.scenario import json_schema, load_scenario_text
 
 SMALL = """\

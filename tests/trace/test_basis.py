@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moesim.errors import UserError
-from moesim.planner.loading import plan_from_mapping
+from moesim.planner.plan import plan_from_mapping
 from moesim.report import facts
 from moesim.run import obtain_trace, simulate
 from moesim.scenario import Scenario, dump_scenario, load_scenario_text, model_names, scenario_from_mapping
