@@ -15,6 +15,7 @@ from moesim.reliability import LEAST_WORK, Step, goodput_of_step, kept_share
 from moesim.reliability.job import job_causes
 from moesim.results.metrics import cost, utilisation
 from moesim.scenario import Scenario
+from moesim.study.points import pareto_front
 
 Item = TypeVar("Item")
 
@@ -113,13 +114,10 @@ def missed_limit(plan: Plan, outcome: Outcome) -> MissedLimit | None:
     return None
 
 
-def pareto_front(items: Sequence[Item], outcome: Callable[[Item], Outcome]) -> list[Item]:
+def cheapest_and_soonest(items: Sequence[Item], outcome: Callable[[Item], Outcome]) -> list[Item]:
     """The items that no other beats in cost and in days, cheapest first."""
-    kept: list[Item] = []
-    for item in sorted(items, key=lambda item: (outcome(item).usd, outcome(item).days)):
-        if not kept or outcome(item).days < outcome(kept[-1]).days:
-            kept.append(item)
-    return kept
+    points = [(outcome(item).usd, outcome(item).days) for item in items]
+    return [items[index] for index in pareto_front(points, better=(-1, -1))]
 
 
 # In the order in which a combination meets them.

@@ -12,7 +12,7 @@ from typing import Any
 from moesim.display import Display
 from moesim.errors import InfeasibleError
 from moesim.flags import WRITERS
-from moesim.planner.outcome import pareto_front
+from moesim.planner.outcome import cheapest_and_soonest
 from moesim.planner.plan import Plan
 from moesim.planner.ranking import Simulated, screen_error, why
 from moesim.planner.screen import Screen
@@ -129,7 +129,7 @@ def _content(
             "not_simulated": [_failure(record) for record in work.failed.values()],
             "in_doubt": len(work.in_doubt()),
         },
-        "front": [layout.id for layout in pareto_front(ranking, lambda layout: layout.outcome)],
+        "front": [layout.id for layout in cheapest_and_soonest(ranking, lambda layout: layout.outcome)],
         "ranking": [layout.id for layout in ranking],
         "outcomes": {
             simulated.id: _shown(simulated, screened[layout]) | {"rank": _rank(ranking, simulated)}

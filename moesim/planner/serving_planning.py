@@ -6,7 +6,6 @@ and is then bisected. The best are simulated again as whole fleets behind one ro
 limits. What was simulated is kept in points.jsonl; the same command goes on from there.
 """
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from moesim.serving.answers import Deployment, answers_of, carried_share, served
 from moesim.serving.requests import draw_requests
 from moesim.serving.schema import TraceArrivals
 from moesim.strict_json import json_text, parse_json
+from moesim.study.points import content_hash, pareto_front
 
 PLAN_FILE, POINTS_FILE = "plan.json", "points.jsonl"
 ASKED = 10_000  # requests whose mean rate and lengths are the load that prices are over, at least
@@ -84,8 +84,7 @@ def plan_digest(plan: ServingPlan) -> str:
     recordings = [routing_digest(routing) for routing in (plan.routing, plan.decode_routing)]
     if files or any(recordings):
         content |= {"files": files, "recordings": recordings}
-    text = json_text(content, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return content_hash(content)[:16]
 
 
 def make_serving_plan(
@@ -325,11 +324,8 @@ def pareto(loads: Sequence[Mapping[str, Any]]) -> list[int]:
     """Places of the loads that no other beats in tokens per second of a user and of a GPU, the fastest first."""
     x, y = "tokens_per_second_per_user", "output_tokens_per_second_per_gpu"
     own = [place for place, load in enumerate(loads) if not load["is_alternative"] and load[x] is not None]
-    kept: list[int] = []
-    for place in sorted(own, key=lambda each: (-loads[each][x], -loads[each][y])):
-        if not kept or loads[place][y] > loads[kept[-1]][y]:
-            kept.append(place)
-    return kept
+    points = [(loads[place][x], loads[place][y]) for place in own]
+    return [own[index] for index in reversed(pareto_front(points, better=(1, 1)))]
 
 
 def _write_scenarios(plan: ServingPlan, folder: Path, ranking: Sequence[Found]) -> None:

@@ -9,7 +9,6 @@ OUT/search.journal          trials of the search, where the space was too large 
 Behind them what a plan adds to its ranking: how it holds under other conditions, and a dense model to hold it against.
 """
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -38,6 +37,7 @@ from moesim.routing.request import routing_digest
 from moesim.scenario import Scenario, dump_scenario
 from moesim.strict_json import json_text, parse_json
 from moesim.study import Point, PointRecord, PointsFile, read_points, run_points, scenario_id
+from moesim.study.points import content_hash
 from moesim.study.pool import Watch
 
 PLAN_FILE, POINTS_FILE, VARIANTS_FILE, JOURNAL_FILE = "plan.json", "points.jsonl", "variants.jsonl", "search.journal"
@@ -47,9 +47,7 @@ PLAN_SCHEMA_VERSION = 1
 def plan_hash(plan: Plan) -> str:
     """16 hexadecimal digits of the SHA-256 of the plan with all its defaults, and of what its `routing.file` holds."""
     settings, recording = plan.model_dump(mode="json"), routing_digest(plan.routing)
-    content = settings if recording is None else {"plan": settings, "recording": recording}
-    text = json_text(content, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return content_hash(settings if recording is None else {"plan": settings, "recording": recording})[:16]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """A point of a study and the record of its simulation: one scenario, the values that tell it from the others.
 
 points.jsonl has one line per finished point, appended at once; a crash can tear the last line and no other. The mean of
-repeated values and its 90 % interval are one rule for the tables of sweeps and for plots.
+repeated values and its 90 % interval are one rule for the tables of sweeps and for plots, and so is a Pareto front.
 """
 
 import hashlib
@@ -43,6 +43,19 @@ def half_width_90(values: Sequence[float]) -> float:
     """Half the 90 % interval of the mean of at least two independent values, t s / sqrt(n); in their unit."""
     assert len(values) >= 2, "a single value has no interval"
     return student_t_95(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def pareto_front(points: Sequence[tuple[float, float]], *, better: tuple[int, int]) -> list[int]:
+    """Indices of the points that no other one beats: at least as good in both and better in one, ascending in x.
+
+    `better` is +1 where more is better and -1 where less is. Of equal points the first one is kept.
+    """
+    order = sorted(range(len(points)), key=lambda i: (-better[0] * points[i][0], -better[1] * points[i][1], i))
+    front: list[int] = []
+    for index in order:
+        if not front or better[1] * points[index][1] > better[1] * points[front[-1]][1]:
+            front.append(index)
+    return sorted(front, key=lambda i: points[i][0])
 
 
 Status = Literal["done", "failed", "infeasible"]

@@ -7,7 +7,7 @@ import pytest
 from plan_cases import build_plan
 
 from moesim.errors import InfeasibleError, UserError
-from moesim.planner.outcome import Outcome, missed_limit, pareto_front
+from moesim.planner.outcome import Outcome, cheapest_and_soonest, missed_limit
 from moesim.planner.planning import ProgressCallbacks, make_plan
 from moesim.planner.simulations import Folder
 from moesim.run import simulate
@@ -225,4 +225,8 @@ def test_failed_simulations_give_no_verdict(small_plan, tmp_path, monkeypatch):
 
 def test_the_front_keeps_what_nothing_beats():
     points = [Outcome(1.0, usd, days, 0.5, 1.0) for usd, days in ((3, 1), (1, 3), (2, 2), (2, 4), (3, 3))]
-    assert [(point.usd, point.days) for point in pareto_front(points, lambda point: point)] == [(1, 3), (2, 2), (3, 1)]
+    assert [(point.usd, point.days) for point in cheapest_and_soonest(points, lambda point: point)] == [
+        (1, 3),
+        (2, 2),
+        (3, 1),
+    ]

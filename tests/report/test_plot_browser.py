@@ -13,8 +13,8 @@ import pytest
 from plot_cases import GPU, LIMIT, NODES, PRICES, axis, clusters, limits, point, result_of, write_run, write_study
 
 from moesim.report.plots import PlotRequest, plot_page
-from moesim.report.plots.scatter import pareto_front
 from moesim.report.report import render
+from moesim.study.points import pareto_front
 
 WIDTH = 1280
 SMALLEST_TEXT = 11.0  # pixels

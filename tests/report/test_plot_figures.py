@@ -29,7 +29,8 @@ from moesim.report.plots.curves import curves, heat_map
 from moesim.report.plots.drawing import Drawing, choose, colours, log_ticks
 from moesim.report.plots.metrics import metric
 from moesim.report.plots.points import Collection, collect, read_sources, with_values
-from moesim.report.plots.scatter import cost_performance, dots, pareto_front, suits_dots
+from moesim.report.plots.scatter import cost_performance, dots, suits_dots
+from moesim.study.points import pareto_front
 
 HOSTILE = "<b>bold</b><script>alert(1)</script>\"'&amp;"
 numbers = st.floats(0.0, 10.0).map(lambda value: round(value, 1))

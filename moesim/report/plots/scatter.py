@@ -27,22 +27,10 @@ from moesim.report.plots.drawing import (
 )
 from moesim.report.plots.metrics import HIGHER, NEITHER, Metric, Unit
 from moesim.report.plots.points import Collection, Group, plain, text_of
+from moesim.study.points import pareto_front
 
 _LONGEST_LABEL = 16
 _HEIGHT = 560
-
-
-def pareto_front(points: Sequence[tuple[float, float]], *, better: tuple[int, int]) -> list[int]:
-    """Indices of the points that no other one beats: at least as good in both and better in one, ascending in x.
-
-    `better` is +1 where more is better and -1 where less is. Of equal points the first one is kept.
-    """
-    order = sorted(range(len(points)), key=lambda i: (-better[0] * points[i][0], -better[1] * points[i][1], i))
-    front: list[int] = []
-    for index in order:
-        if not front or better[1] * points[index][1] > better[1] * points[front[-1]][1]:
-            front.append(index)
-    return sorted(front, key=lambda i: points[i][0])
 
 
 def has_front(drawing: Drawing) -> bool:
