@@ -1,15 +1,14 @@
 """Serving: requests that arrive on a clock, batches that form from them, and what the steps cost on a cluster.
 
 schema    WHAT is served: model, routing, cluster, requests, engine
-requests  when requests come, how long they are, what they share
-keys      which keys a token sees and stores, shared beginnings once; memory: weights, and pages for them
+requests  when requests come, how long they are, what they share; logs of them
+memory    weights, which keys a token sees and stores, shared beginnings once, and pages for them
 batch     what a data group of ranks works on
-software  what engines do, and their hosts; layers: their small kernels; decode_kernels: those that only serving has
-pricing   HOW LONG a kernel takes; attention, experts: tables of kernels, routing, dispatch; costs: a step of them
-step      the cost of one by part, as one batch or two
+software  what engines do, their small kernels and their hosts; decode_kernels: those that only serving has
+pricing   HOW LONG a kernel takes, and attention; experts: routing, dispatch; costs: a step, as one batch or two
 clock     WHEN: SimPy processes of arrivals and of steps, and who gets a request
 fleet     instances side by side, those for prompts apart; transfers: what is sent between them, through which ports
-answers   latencies, throughput, price, the largest load; pool_answers: of one kind of instances
+answers   latencies, throughput, price, the largest load, and those of one kind of instances
 """
 
 from moesim.serving.answers import largest_load, serve, serve_seeds

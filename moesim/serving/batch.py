@@ -1,7 +1,7 @@
 """What one data group works on: requests that wait, prompts in parts, requests that are being answered, and pages.
 
 Requests that are being answered lie in arrays [S], so that a step is a few operations whatever their number. Pages are
-layer-pages (`moesim.serving.keys`): a request holds those of its tokens, and shared prefixes are held once.
+layer-pages (`moesim.serving.memory`): a request holds those of its tokens, and shared prefixes are held once.
 
 Legend: S requests that are being answered.
 """
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.serving.keys import KeyLayout, PrefixCache
+from moesim.serving.memory import KeyLayout, PrefixCache
 from moesim.serving.schema import Engine
 
 IntArray = NDArray[np.int64]

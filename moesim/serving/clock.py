@@ -14,11 +14,10 @@ from numpy.typing import NDArray
 
 from moesim.seeding import stream
 from moesim.serving.batch import Batch, Formed, Job
-from moesim.serving.costs import StepCosts
+from moesim.serving.costs import PARTS, StepCost, StepCosts
 from moesim.serving.memory import ServingMemoryReport, layout_of
 from moesim.serving.requests import Requests
-from moesim.serving.step import PARTS, StepCost
-from moesim.serving.transfers import Nobody, Watcher
+from moesim.serving.transfers import Watcher
 
 SLACK = 2.0  # times the requests of the emptiest batch, and
 SLACK_REQUESTS = 4  # so many more, may a batch have that a request goes to for its prefix
@@ -127,7 +126,7 @@ class Instance:
         self._choose = BALANCING[engine.balancing]
         for number, (bell, members) in enumerate(zip(bells, sets, strict=True)):
             group = first // stages + number * len(members)
-            env.process(_steps(env, costs, members, bell, served, first_group=group, watcher=watcher or Nobody()))
+            env.process(_steps(env, costs, members, bell, served, first_group=group, watcher=watcher or Watcher()))
         served.num_sets += len(sets)
 
     @property

@@ -19,11 +19,10 @@ import simpy
 from moesim.network import Fabric, build_fabric, send_recv_seconds
 from moesim.serving.batch import Batch, Job
 from moesim.serving.clock import Instance, Served, Transfers, arrivals
-from moesim.serving.costs import StepCosts
+from moesim.serving.costs import StepCost, StepCosts
 from moesim.serving.memory import ServingMemoryReport, kv_bytes_per_token, layout_of, memory_of
 from moesim.serving.requests import Requests
 from moesim.serving.schema import ServingScenario
-from moesim.serving.step import StepCost
 from moesim.serving.transfers import Port, Ports, Transfer, Watcher, exchanges_over_nics
 
 
@@ -255,7 +254,7 @@ class _Sender:
         self.noted.fullest_port = max((port.fullest for port in self.ports.found.values()), default=0.0)
 
 
-class _Watched:
+class _Watched(Watcher):
     """The instances of one pool: what the sender hears of them, and the ports that their exchanges use."""
 
     def __init__(self, sender: _Sender, pool: Pool, way: str) -> None:

@@ -11,8 +11,7 @@ from moesim.scenario.messages import validated
 from moesim.scenario.model import Mla
 from moesim.scenario.short_forms import absolute_paths, apply_overrides, explicit_model, flat_cluster_to_pools
 from moesim.serving.fleet import fleet_gpus, prefill_scenario
-from moesim.serving.keys import key_layout
-from moesim.serving.memory import memory_of
+from moesim.serving.memory import key_layout, memory_of
 from moesim.serving.schema import ServingScenario
 from moesim.serving.software import serving_software
 

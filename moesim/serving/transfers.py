@@ -12,51 +12,35 @@ all ranks wait for the busiest port. Of a step that lasts T' transfers get 1 - X
 
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import simpy
 
 from moesim.scenario import Cluster
 from moesim.serving.batch import Batch, Job
+from moesim.serving.costs import StepCost
 from moesim.serving.schema import ServingScenario
-from moesim.serving.step import StepCost
 
 NEARLY = 1e-9  # of a transfer: what is left by round-off
 
 
-class Watcher(Protocol):
-    """Who is told what instances do."""
+class Watcher:
+    """Who is told what instances do: by itself nothing comes of it."""
 
     def formed(self, batches: Sequence[Batch]) -> None:
         """A step was formed of these batches."""
 
     def beside(self, batches: Sequence[Batch], cost: StepCost) -> StepCost:
         """The cost of that step beside whatever else uses its ports."""
+        del batches
+        return cost
 
     def ended(self, batches: Sequence[Batch]) -> None:
         """The step is over."""
 
     def done(self, batch: Batch, job: Job) -> None:
         """A batch is done with a request."""
-
-
-class Nobody:
-    """Nothing but the steps of one instance."""
-
-    def formed(self, batches: Sequence[Batch]) -> None:
-        """Nothing."""
-
-    def beside(self, batches: Sequence[Batch], cost: StepCost) -> StepCost:
-        """As it is."""
-        del batches
-        return cost
-
-    def ended(self, batches: Sequence[Batch]) -> None:
-        """Nothing."""
-
-    def done(self, batch: Batch, job: Job) -> None:
-        """Nothing."""
 
 
 class Port:

@@ -10,11 +10,11 @@ from moesim.errors import UserError
 from moesim.serving import largest_load, load_serving_text, serve
 from moesim.serving.answers import Deployment
 from moesim.serving.clock import run_clock
+from moesim.serving.costs import shown_exchange
 from moesim.serving.experts import ExpertSlots
 from moesim.serving.fleet import kv_bytes, run_fleet
 from moesim.serving.requests import Requests
 from moesim.serving.schema import ServingScenario
-from moesim.serving.step import shown_exchange
 from moesim.serving.transfers import Port, Transfer
 from moesim.strict_json import json_text
 

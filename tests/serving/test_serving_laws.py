@@ -14,7 +14,7 @@ from moesim.serving.batch import Batch, Chunk, Formed, Job
 from moesim.serving.clock import BALANCING
 from moesim.serving.costs import StepCosts
 from moesim.serving.decode_kernels import small_all_reduce
-from moesim.serving.keys import KeyLayout, LayerKeys
+from moesim.serving.memory import KeyLayout, LayerKeys
 from moesim.serving.requests import Requests
 from moesim.serving.schema import Engine, ServingScenario
 from moesim.shipped import names, resolve
