@@ -1,3 +1,4 @@
+# ruff: noqa: F403, F405
 """moesim: what will this Mixture-of-Experts model cost on that cluster, given how its router really routes?
 
 The names below are those of `moesim.api`, which is imported when one of them is first used.
@@ -6,28 +7,7 @@ The names below are those of `moesim.api`, which is imported when one of them is
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moesim.api import (
-        Goodput,
-        GpuSpec,
-        InfeasibleError,
-        PointRecord,
-        RoutingTrace,
-        RunRecord,
-        Scenario,
-        UserError,
-        command_line,
-        from_megatron,
-        goodput,
-        gpus,
-        load_scenario,
-        load_trace,
-        obtain_trace,
-        plan,
-        save_run,
-        simulate,
-        sweep,
-        what_if,
-    )
+    from moesim.api import *
 
 __version__ = "0.1.0"
 __all__ = [
