@@ -19,7 +19,7 @@ from logging import CRITICAL, getLogger
 from multiprocessing import forkserver, get_context, parent_process, resource_tracker
 from pathlib import Path
 from traceback import extract_tb
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from moesim.display import Display
 from moesim.errors import InfeasibleError, MachineError, UserError, one_line
@@ -40,27 +40,6 @@ class WorkerDied(NamedTuple):
 
     pid: int
     retry: bool
-
-
-class Workers(Protocol):
-    """What `run_points` needs to know about a place where tasks run."""
-
-    @property
-    def has_room(self) -> bool:
-        """Whether one more task would start at once."""
-        ...
-
-    def submit(self, function: Callable[..., Any], *arguments: Any) -> "Future[Any]":
-        """Start a task."""
-        ...
-
-    def collect(self, future: "Future[Any]") -> Any:
-        """The outcome of a finished task, or Lost."""
-        ...
-
-    def stop(self) -> None:
-        """End all work at once."""
-        ...
 
 
 class _SingleProcess(NamedTuple):
@@ -98,7 +77,7 @@ class Processes:
         return future
 
     def collect(self, future: "Future[Any]") -> Any:
-        """The outcome of a finished task; Lost when its process was killed. Raises MachineError if it never started."""
+        """The outcome of a finished task, or WorkerDied. Raises MachineError for a process that never started."""
         place = self._busy.pop(future)
         try:
             outcome = future.result()
@@ -192,7 +171,7 @@ class Cluster:
         return future
 
     def collect(self, future: "Future[Any]") -> Any:
-        """The outcome of a finished task; Lost when workers kept dying under it. Raises UserError without scheduler."""
+        """The outcome of a finished task; WorkerDied when workers kept dying. Raises UserError without scheduler."""
         try:
             return future.result()
         except self._killed:
@@ -206,6 +185,9 @@ class Cluster:
         """Take back what is not finished and leave the cluster."""
         self._executor.shutdown(wait=False)
         self._client.close()
+
+
+Workers = Processes | Cluster  # where tasks run
 
 
 @contextmanager

@@ -60,19 +60,10 @@ _PATH_KEYS = ("routing.file", "routing.corpus", "cluster.fabric.file", "model.hf
 
 
 @dataclass(frozen=True, kw_only=True)
-class InvalidPoint:
-    """A point whose values do not fit each other: it has no scenario, only a reason."""
-
-    id: str
-    number: int
-    values: Mapping[str, Any]
-    reason: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class Study:
     """All points of a study in the order of its axes (the last fastest); `plot` as the file has it.
 
+    `invalid_points`: those whose values do not fit each other, which have no scenario, as the records that say why.
     `reference`: values of keys against which the other places are compared.
     """
 
@@ -80,7 +71,7 @@ class Study:
     base: str
     axes: tuple[Axis, ...]
     points: tuple[Point, ...]
-    invalid_points: tuple[InvalidPoint, ...]
+    invalid_points: tuple[PointRecord, ...]
     reference: dict[str, Any] | None
     plot: dict[str, Any] | None
 
@@ -90,10 +81,9 @@ class Study:
         return len(self.points) + len(self.invalid_points)
 
     @property
-    def by_number(self) -> list[Point | InvalidPoint]:
+    def by_number(self) -> list[Point | PointRecord]:
         """All points in their order."""
-        both: list[Point | InvalidPoint] = [*self.points, *self.invalid_points]
-        return sorted(both, key=lambda point: point.number)
+        return sorted([*self.points, *self.invalid_points], key=lambda point: point.number)
 
     def content_hash(self) -> str:
         """SHA-256 (hex) of the axes and of every resolved scenario; the plot may change."""
@@ -190,9 +180,9 @@ def _check_overrides(overrides: Sequence[str], axes: Sequence[Axis]) -> None:
 
 def _points(
     path: Path, base: str, axes: Sequence[Axis], common: Sequence[Setting], overrides: Sequence[str]
-) -> tuple[list[Point], list[InvalidPoint]]:
+) -> tuple[list[Point], list[PointRecord]]:
     points: list[Point] = []
-    invalid_points: list[InvalidPoint] = []
+    invalid_points: list[PointRecord] = []
     for number, settings in enumerate(grid(axes), start=1):
         values = {setting.key: setting.value for setting in settings}
         variables = {key: value for key, value in values.items() if key.startswith("$")}
@@ -203,7 +193,11 @@ def _points(
         except (ConflictError, InfeasibleError) as error:
             chosen = [[setting.key, setting.value] for setting in (*common, *settings)]
             identity = content_hash({"settings": chosen, "overrides": list(overrides)})[:16]
-            invalid_points.append(InvalidPoint(id=identity, number=number, values=values, reason=str(error)))
+            found = PointRecord(
+                id=identity, number=number, values=values, status="infeasible", reason=str(error), pid=os.getpid(),
+                seconds=0.0, result=None,
+            )  # fmt: skip
+            invalid_points.append(found)
         else:
             points.append(Point.of(scenario, number=number, values=values))
     return points, invalid_points
@@ -438,9 +432,7 @@ def sweep(
         known = stored.by_id()
         if retry:
             known = {key: record for key, record in known.items() if record.status != "failed"}
-        new = [
-            _invalid_record(invalid_point) for invalid_point in study.invalid_points if invalid_point.id not in known
-        ]
+        new = [record for record in study.invalid_points if record.id not in known]
         for record in new:
             file.append(record)
         missing: Sequence[Point] = [point for point in study.points if point.id not in known]
@@ -450,16 +442,3 @@ def sweep(
     known |= {record.id: record for record in new}
     records = sorted(known.values(), key=lambda record: record.number)
     return SweepOutcome(records=tuple(records), new=len(new), torn=file.torn)
-
-
-def _invalid_record(invalid_point: InvalidPoint) -> PointRecord:
-    return PointRecord(
-        id=invalid_point.id,
-        number=invalid_point.number,
-        values=dict(invalid_point.values),
-        status="infeasible",
-        reason=invalid_point.reason,
-        pid=os.getpid(),
-        seconds=0.0,
-        result=None,
-    )

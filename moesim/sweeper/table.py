@@ -14,7 +14,7 @@ from moesim.results.definitions import NUMBERS
 from moesim.strict_json import json_text
 from moesim.study import PointRecord
 from moesim.study.points import half_width_90
-from moesim.sweeper.study import InvalidPoint, Study, SweepOutcome
+from moesim.sweeper.study import Study, SweepOutcome
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,8 +203,7 @@ def print_sweep(study: Study, outcome: SweepOutcome, *, file: TextIO | None = No
         pairs = ", changes pair by pair" if compared else ""
         console.print(f"means of up to {repeats} repetitions{pairs}, ± half of the 90 % interval (Student's t)")
     _print_reasons(console, outcome.records)
-    points = [point for point in study.by_number if not isinstance(point, InvalidPoint)]
-    for text in dict.fromkeys(text for point in points for text in point.scenario.model.left_out):
+    for text in dict.fromkeys(text for point in study.points for text in point.scenario.model.left_out):
         console.print(Text(f"warning: {text}", style="bold yellow"), soft_wrap=True)
 
 
@@ -214,7 +213,7 @@ def print_points(study: Study, finished: Mapping[str, PointRecord], *, file: Tex
     names = ["", "id", *(head(key) for axis in study.axes for key in axis.keys), "status"]
     table = _table(f"{study.name}: {study.num_points} points", names)
     for point in study.by_number:
-        status = "infeasible" if isinstance(point, InvalidPoint) else "to do"
+        status = "infeasible" if isinstance(point, PointRecord) else "to do"
         if point.id in finished:
             status = finished[point.id].status
         values = [_cut(shown_value(point.values.get(key, ""))) for axis in study.axes for key in axis.keys]
