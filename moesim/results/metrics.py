@@ -218,19 +218,11 @@ def imbalance_facts(
 
 def no_imbalance() -> dict[str, Any]:
     """The imbalance section of a dense model."""
-    return {
-        "expert": 1.0,
-        "rank_rows": 1.0,
-        "rank_bytes": 1.0,
-        "balancedness": 1.0,
-        "rank_time": 1.0,
-        "uniform_floor": 1.0,
-        "uniform_floor_rank": 1.0,
-        "window_tokens": 0,
-        "whole_step_expert": 1.0,
-        "whole_step_rank_rows": 1.0,
-        "cost_s": 0.0,
-    }
+    even = (
+        "expert", "rank_rows", "rank_bytes", "balancedness", "rank_time", "uniform_floor", "uniform_floor_rank",
+        "window_tokens", "whole_step_expert", "whole_step_rank_rows",
+    )  # fmt: skip
+    return dict.fromkeys(even, 1.0) | {"window_tokens": 0, "cost_s": 0.0}
 
 
 def no_communication() -> dict[str, float]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from moesim.errors import InfeasibleError, UserError
 from moesim.seeding import stream
-from moesim.serving.clock import Served, run_clock
+from moesim.serving.clock import Served
 from moesim.serving.costs import StepCosts
 from moesim.serving.fleet import Pool, fleet_gpus, pools_of, run_fleet
 from moesim.serving.memory import ServingMemoryReport, missing_bytes, no_room
@@ -150,8 +150,6 @@ class Deployment:
 
     def serve(self, requests: Requests) -> Served:
         """Answer them all."""
-        if len(self.pools) == 1 and self.pools[0].replicas == 1:
-            return run_clock(self.costs, requests, memory=self.memory)
         return run_fleet(self.pools, requests)
 
 
@@ -371,9 +369,7 @@ def answers_of(deployment: Deployment, requests: Requests, served: Served) -> di
         "usd_per_million_generated_tokens": usd * (1.0 - _prompt_share(pools)) / output * 1e6,
         "usd_per_million_output_tokens": usd / output * 1e6,
         "usd_per_million_tokens": usd / (output + prompt) * 1e6,
-        "ttft_s": shares_of(served.first_N - requests.arrival_N),
-        "tpot_s": shares_of(tpot_N),
-        "latency_s": shares_of(served.done_N - requests.arrival_N),
+        **_latencies(requests, served, slice(None)),
         "classes": _classes(requests, served),
         **last,
         "dropped_share": _dropped_share(costs, served),
@@ -391,20 +387,20 @@ def _classes(requests: Requests, served: Served) -> list[dict[str, Any]]:
     """The latencies of every class, the most urgent first; none where all requests are alike."""
     if requests.class_N is None:
         return []
-    tpot_N, found = _tpot_N(served, requests), []
-    for number in np.unique(requests.class_N).tolist():
-        of_N = requests.class_N == number
-        several_N = of_N & (requests.output_N > 1)
-        found.append(
-            {
-                "class": int(number),
-                "requests": int(of_N.sum()),
-                "ttft_s": shares_of((served.first_N - requests.arrival_N)[of_N]),
-                "tpot_s": shares_of(tpot_N[several_N] if several_N.any() else np.zeros(1)),
-                "latency_s": shares_of((served.done_N - requests.arrival_N)[of_N]),
-            }
-        )
-    return found
+    classes = ((int(number), requests.class_N == number) for number in np.unique(requests.class_N).tolist())
+    return [
+        {"class": number, "requests": int(of_N.sum()), **_latencies(requests, served, of_N)} for number, of_N in classes
+    ]
+
+
+def _latencies(requests: Requests, served: Served, chosen: NDArray[np.bool_] | slice) -> dict[str, Any]:
+    """Means and quantiles over some requests; of the time per token of those with several."""
+    tpot_N = _tpot_N(served, requests)[chosen][requests.output_N[chosen] > 1]
+    return {
+        "ttft_s": shares_of((served.first_N - requests.arrival_N)[chosen]),
+        "tpot_s": shares_of(tpot_N if len(tpot_N) else np.zeros(1)),
+        "latency_s": shares_of((served.done_N - requests.arrival_N)[chosen]),
+    }
 
 
 def _prompt_share(pools: Sequence[Mapping[str, Any]]) -> float:

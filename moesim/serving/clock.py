@@ -79,17 +79,6 @@ class Served:
         return sum(getattr(batch.counts, name) for batch in self.batches)
 
 
-def run_clock(costs: StepCosts, requests: Requests, *, memory: ServingMemoryReport) -> Served:
-    """Serve all requests to their end on one instance."""
-    env = simpy.Environment()
-    served = Served(np.full(len(requests), np.nan), np.full(len(requests), np.nan))
-    instance = Instance(env, costs, memory, served)
-    env.process(arrivals(env, requests, instance.give))
-    env.run()
-    assert not np.isnan(served.done_N).any(), "a request was never answered"
-    return served
-
-
 class Instance:
     """The batches of all data groups of one set of GPUs with all weights, and the processes that step them.
 

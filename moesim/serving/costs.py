@@ -238,7 +238,7 @@ class StepCosts:
     def _all_reduce(self, fabric: Fabric, ranks: NDArray[np.int64], size: float) -> float:
         """NCCL's, or an engine's own where that is faster and the ranks share a node."""
         seconds = all_reduce_seconds(fabric, ranks, size).seconds
-        if not self.pricing.software.own_all_reduce or len(ranks) > self.scenario.cluster.domain_sizes[0]:
+        if self.pricing.software.stack != "engines" or len(ranks) > self.scenario.cluster.domain_sizes[0]:
             return seconds
         own = small_all_reduce(self.pricing.gpu, len(ranks), size)
         return seconds if own is None else min(own, seconds)

@@ -74,7 +74,7 @@ class Pricing:
 
     def attention(self, kind: str) -> tuple[float, ...]:
         """Parameters of the attention of generated tokens, of a kind as `moesim.serving.decode_kernels` has them."""
-        fitted: Fitted = attention_of(self.gpu, stack=self.software.attention, kind=kind)
+        fitted: Fitted = attention_of(self.gpu, stack=self.software.stack, kind=kind)
         self._sources.add(fitted.source)
         return fitted.parameters
 
@@ -95,7 +95,7 @@ class Pricing:
 
     def experts(self, rows_RE: NDArray[np.int64], *, hidden: int, width: int, matrices: int) -> NDArray[np.float64]:
         """Seconds [R] of the routed experts of every rank: of an engine's kernels, or of torch's two products."""
-        if self.software.experts == "engines":
+        if self.software.stack == "engines":
             kind = "int4" if self.load.weights == "int4" else self.load.gemm
             fitted = fitted_of("experts", self.gpu, kind, "bf16", rates={2: "memory", 3: "memory", 4: "peak"})
             self._sources.add(fitted.source)

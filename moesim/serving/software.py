@@ -159,20 +159,19 @@ def end_kernels(model: Model, tensor: int, tokens: float, kinds: tuple[str, ...]
 class ServingSoftware:
     """The facts of one software.
 
-    kernels: the list of small kernels of a layer. attention, experts: whose kernels
-    read stored keys and compute routed experts. graph_tokens: steps of at
-    most so many tokens are replayed as CUDA graphs; in longer ones, and without graphs, the host launches every kernel,
-    which shows where the GPU is faster. launch: seconds of such a launch. step: seconds of a step in which the GPU
-    waits: the replay, and reading the tokens back. own_all_reduce: whether small all-reduces take a kernel of the
-    engine's own. paged: "gathered", the keys of a step are copied out of their pages before attention; "masked", and
-    all rows of a step see all its keys, under a mask; empty: kernels that read pages. graph_sizes: what rows of
-    a replayed step are filled up to, as pairs: up to so many rows to a multiple of so many; routes_filling:
-    whether the rows that fill up are routed and are given logits like others. fill_keys: a multiple that keys are
-    filled up to. request, listed_key: seconds of the host in a step for
-    each request and for each key that it lists. plan: seconds of the host for a size of attention not met before,
-    which every step has. hides_host: whether it prepares a step beside the one before it. separate_heads: whether
-    queries, keys and values are three products. masks_rows: whether results of experts are masked in new tensors and
-    take their gates in fp32, which a step has to have room for.
+    kernels: the list of small kernels of a layer. stack: whose kernels read stored keys and compute routed experts;
+    those of engines have a kernel of their own for small all-reduces, too. graph_tokens: steps of at most so many
+    tokens are replayed as CUDA graphs; in longer ones, and without graphs, the host launches every kernel, which shows
+    where the GPU is faster. launch: seconds of such a launch. step: seconds of a step in which the GPU waits: the
+    replay, and reading the tokens back. paged: "gathered", the keys of a step are copied out of their pages before
+    attention; "masked", and all rows of a step see all its keys, under a mask; empty: kernels that read pages.
+    graph_sizes: what rows of a replayed step are filled up to, as pairs: up to so many rows to a multiple of so many;
+    routes_filling: whether the rows that fill up are routed and are given logits like others. fill_keys: a multiple
+    that keys are filled up to. request, listed_key: seconds of the host in a step for each request and for each key
+    that it lists. plan: seconds of the host for a size of attention not met before, which every step has. hides_host:
+    whether it prepares a step beside the one before it. separate_heads: whether queries, keys and values are three
+    products. masks_rows: whether results of experts are masked in new tensors and take their gates in fp32, which a
+    step has to have room for.
     """
 
     name: str
@@ -180,12 +179,10 @@ class ServingSoftware:
     listed: str
     checked: str
     kernels: Literal["fused", "compiled", "torch", "transformers"]
-    attention: Literal["engines", "torch"]
-    experts: Literal["engines", "torch"]
+    stack: Literal["engines", "torch"]
     graph_tokens: int
     launch: float
     step: float
-    own_all_reduce: bool
     paged: Literal["", "gathered", "masked"] = ""
     graph_sizes: tuple[tuple[int, int], ...] = ()
     routes_filling: bool = False
@@ -217,70 +214,46 @@ def serving_software() -> Mapping[str, ServingSoftware]:
     """All of them by name."""
     host = facts()["host"]
     wait = host["replay"] + host["readback"]
-    entries = (
-        ServingSoftware(
-            name="fused",
-            about="an engine with fused kernels, CUDA graphs of decoding steps, attention kernels of its own, and a "
-            "host that schedules a step beside the one before it",
-            listed="drawn up as serving engines fuse their layers: norms with residuals, rotary, cache, activation, "
-            "top-k and sums over experts are one kernel each",
-            checked="no measured step; its kernels and its scheduler by themselves",
-            kernels="fused",
-            attention="engines",
-            experts="engines",
-            graph_tokens=512,
-            graph_sizes=CAPTURED,
-            launch=host["launch"],
-            step=wait + AHEAD[0],
-            request=AHEAD[1],
-            hides_host=True,
-            own_all_reduce=True,
-        ),
-        ServingSoftware(
-            name="torch_graphs",
-            about="plain torch layers, captured as CUDA graphs",
-            listed="kernel by kernel from the layers of tools/measure_decode.py",
-            checked="decoding steps on one H100 (pytest -s tests/serving)",
-            kernels="torch",
-            attention="torch",
-            experts="torch",
-            graph_tokens=1 << 30,
-            launch=host["eager_launch"],
-            step=wait,
-            own_all_reduce=False,
-        ),
-        ServingSoftware(
-            name="torch_compiled",
-            about="the same layers compiled by torch.compile, captured as CUDA graphs",
-            listed="kernel by kernel from compiled layers of tools/measure_decode.py",
-            checked="decoding steps on one H100 (pytest -s tests/serving)",
-            kernels="compiled",
-            attention="torch",
-            experts="torch",
-            graph_tokens=1 << 30,
-            launch=host["eager_launch"],
-            step=wait,
-            own_all_reduce=False,
-        ),
-        ServingSoftware(
-            name="torch_eager",
-            about="plain torch layers, launched kernel by kernel from Python",
-            listed="kernel by kernel from the layers of tools/measure_decode.py",
-            checked="decoding steps on one H100 (pytest -s tests/serving)",
-            kernels="torch",
-            attention="torch",
-            experts="torch",
-            graph_tokens=0,
-            launch=host["eager_launch"],
-            step=host["readback"],
-            own_all_reduce=False,
-        ),
-        *_transformers(host["eager_launch"]),
+    fused = ServingSoftware(
+        name="fused",
+        about="an engine with fused kernels, CUDA graphs of decoding steps, attention kernels of its own, and a "
+        "host that schedules a step beside the one before it",
+        listed="drawn up as serving engines fuse their layers: norms with residuals, rotary, cache, activation, "
+        "top-k and sums over experts are one kernel each",
+        checked="no measured step; its kernels and its scheduler by themselves",
+        kernels="fused",
+        stack="engines",
+        graph_tokens=512,
+        graph_sizes=CAPTURED,
+        launch=host["launch"],
+        step=wait + AHEAD[0],
+        request=AHEAD[1],
+        hides_host=True,
     )
-    fused = entries[0]
     about = "the same engine, whose host schedules while the GPU waits"
     sync = replace(fused, name="fused_sync", about=about, step=wait + WAITING[0], request=WAITING[1], hides_host=False)
-    return {entry.name: entry for entry in (fused, sync, *entries[1:])}
+    graphs = ServingSoftware(
+        name="torch_graphs",
+        about="plain torch layers, captured as CUDA graphs",
+        listed="kernel by kernel from the layers of tools/measure_decode.py",
+        checked="decoding steps on one H100 (pytest -s tests/serving)",
+        kernels="torch",
+        stack="torch",
+        graph_tokens=1 << 30,
+        launch=host["eager_launch"],
+        step=wait,
+    )
+    compiled = replace(
+        graphs,
+        name="torch_compiled",
+        about="the same layers compiled by torch.compile, captured as CUDA graphs",
+        listed="kernel by kernel from compiled layers of tools/measure_decode.py",
+        kernels="compiled",
+    )
+    about = "plain torch layers, launched kernel by kernel from Python"
+    eager = replace(graphs, name="torch_eager", about=about, graph_tokens=0, step=host["readback"])
+    entries = (fused, sync, graphs, compiled, eager, *_transformers(host["eager_launch"]))
+    return {entry.name: entry for entry in entries}
 
 
 # The host of transformers' continuous batching, from runs of Qwen3's layers on one H100
@@ -298,12 +271,10 @@ def _transformers(launch: float) -> tuple[ServingSoftware, ...]:
         checked="streams of requests on one H100 (pytest -s tests/serving/test_measured_engine.py)",
         masks_rows=True,
         kernels="transformers",
-        attention="torch",
-        experts="torch",
+        stack="torch",
         graph_tokens=0,
         launch=launch,
         step=STEP,
-        own_all_reduce=False,
         paged="masked",
         request=MASK,
         listed_key=LISTED_KEY,

@@ -3,7 +3,7 @@
 Measured and predicted times side by side: as data, as text, and recomputed from the shipped profile.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -199,29 +199,36 @@ def _summary(table: Table) -> str:
     return f"step time at {GOALS['from_tokens']:.0f} tokens and more: {', '.join(parts)} ({goal})"
 
 
-def _steps(table: Table) -> RichTable:
-    shown = RichTable(title=f"Measured and predicted on {table.device.get('name', '?')}, ms (error)")
+def _by_case(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> RichTable:
+    """A row for each case, its name first."""
+    shown = RichTable(title=title)
     shown.add_column("case")
-    for column in ("step", *STEP_PARTS):
+    for column in columns:
         shown.add_column(column, justify="right")
-    for row in table.rows:
-        cells = [_pair(row.measured["step"], row.predicted["step"])]
-        cells += [_pair(row.measured["parts"][part], row.predicted["parts"][part]) for part in STEP_PARTS]
-        shown.add_row(row.case.name, *cells)
+    for row in rows:
+        shown.add_row(*row)
     return shown
+
+
+def _steps(table: Table) -> RichTable:
+    rows = [
+        (
+            row.case.name,
+            _pair(row.measured["step"], row.predicted["step"]),
+            *(_pair(row.measured["parts"][part], row.predicted["parts"][part]) for part in STEP_PARTS),
+        )
+        for row in table.rows
+    ]
+    title = f"Measured and predicted on {table.device.get('name', '?')}, ms (error)"
+    return _by_case(title, ("step", *STEP_PARTS), rows)
 
 
 def _layers(table: Table) -> RichTable:
     keys = sorted({key for row in table.rows for key in row.measured["layer_parts"]}, key=_part_order)
-    shown = RichTable(title="MoE layers, forward + backward, ms per layer (error)")
-    shown.add_column("case")
     parts = list(dict.fromkeys(key.split(".")[1] for key in keys))
-    for part in parts:
-        shown.add_column(part, justify="right")
-    for row in table.rows:
-        if row.measured["layer_parts"]:
-            shown.add_row(row.case.name, *(_layer_cell(row, part) for part in parts))
-    return shown
+    measured = [row for row in table.rows if row.measured["layer_parts"]]
+    rows = [(row.case.name, *(_layer_cell(row, part) for part in parts)) for row in measured]
+    return _by_case("MoE layers, forward + backward, ms per layer (error)", parts, rows)
 
 
 def _part_order(key: str) -> int:
@@ -246,12 +253,8 @@ def _pair(measured: float, predicted: float) -> str:
 
 
 def _slowdowns(table: Table) -> RichTable:
-    shown = RichTable(title="Slowdown by skew")
-    for column in ("case", "measured", "predicted"):
-        shown.add_column(column, justify="right" if column != "case" else "left")
-    for name, measured, predicted in table.slowdowns():
-        shown.add_row(name, f"{measured:.1%}", f"{predicted:.1%}")
-    return shown
+    rows = [(name, f"{measured:.1%}", f"{predicted:.1%}") for name, measured, predicted in table.slowdowns()]
+    return _by_case("Slowdown by skew", ("measured", "predicted"), rows)
 
 
 def validate_command(

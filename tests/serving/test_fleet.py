@@ -9,7 +9,6 @@ import simpy
 from moesim.errors import UserError
 from moesim.serving import largest_load, load_serving_text, serve
 from moesim.serving.answers import Deployment
-from moesim.serving.clock import run_clock
 from moesim.serving.costs import shown_exchange
 from moesim.serving.experts import ExpertSlots
 from moesim.serving.fleet import kv_bytes, run_fleet
@@ -68,8 +67,7 @@ def test_with_links_that_take_no_time_the_halves_are_those_of_deployments_by_the
     deployment = Deployment(two_pools("fleet.replicas=1", f"fleet.prefill={whole}"))
     requests = deployment.requests(0)
     both = run_fleet(deployment.pools, requests, instant=True)
-    prefill = deployment.pools[0]
-    alone = run_clock(prefill.costs, replace(requests, output_N=np.ones_like(requests.output_N)), memory=prefill.memory)
+    alone = run_fleet(deployment.pools[:1], replace(requests, output_N=np.ones_like(requests.output_N)))
     assert np.array_equal(both.first_N, alone.done_N)
     slow = run_fleet(deployment.pools, requests)
     assert np.array_equal(slow.first_N, both.first_N)  # what decodes never slows prompts while there is room

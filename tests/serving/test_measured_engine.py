@@ -14,9 +14,7 @@ import numpy as np
 import pytest
 
 from moesim.serving import load_serving_text
-from moesim.serving.clock import run_clock
-from moesim.serving.costs import StepCosts
-from moesim.serving.memory import memory_of
+from moesim.serving.fleet import pools_of, run_fleet
 from moesim.serving.requests import draw_requests
 from moesim.strict_json import parse_json, unpacked
 
@@ -50,7 +48,7 @@ def served(sizes: dict[str, int], run: dict[str, Any], folder: Path) -> tuple[li
     )
     scenario = load_serving_text(text.replace("'gqa'", "gqa"))
     requests = draw_requests(scenario.workload, seed=0)
-    found = run_clock(StepCosts(scenario), requests, memory=memory_of(scenario))
+    found = run_fleet(pools_of(scenario), requests)
     arrival, first, done, _, tokens = np.array(rows).T
     pairs = ((found.first_N, found.done_N, requests.arrival_N), (first, done, arrival))
     return tuple(  # type: ignore[return-value]
