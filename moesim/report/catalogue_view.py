@@ -18,6 +18,7 @@ from moesim.report.terminal import (
     Screen,
     Sized,
     fact_table,
+    grid,
     heading,
     indented,
     number_table,
@@ -66,16 +67,11 @@ def _peak(flops: float | None) -> str:
 @prints
 def print_shipped(groups: Sequence[ShippedGroup]) -> Screen:
     """One section per kind of file."""
-    return [section(f"{head}: moesim {verb} NAME", _table(files)) for head, verb, files in groups]
+    return [section(f"{head}: moesim {verb} NAME", _files(files)) for head, verb, files in groups]
 
 
-def _table(files: Sequence[Shipped]) -> RenderableType:
-    table = Table.grid(padding=(0, 2, 0, 0))
-    table.add_column(no_wrap=True)
-    table.add_column()
-    for each in files:
-        table.add_row(Text(each.name, style="bold"), Text(each.purpose))
-    return table
+def _files(files: Sequence[Shipped]) -> Table:
+    return grid([(each.name, each.purpose) for each in files], {"no_wrap": True, "style": "bold"}, {})
 
 
 @prints
@@ -292,17 +288,12 @@ def print_reading(reading: Reading) -> Screen:
     if reading.harmless:
         blocks.append(section("changes nothing in a simulated step", _by_reason(reading.harmless)))
     if reading.taken:
-        blocks.append(section("assumed", _lines(reading.taken)))
+        blocks.append(section("assumed", grid([(text,) for text in reading.taken], {"overflow": "fold"})))
     return blocks + warnings([f"not modelled: {line}" for line in reading.left_out])
 
 
 def _pairs(rows: Sequence[tuple[str, str]]) -> Table:
-    table = Table.grid(padding=(0, 2, 0, 0))
-    table.add_column(overflow="fold")
-    table.add_column(overflow="fold", style="dim")
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    return table
+    return grid(rows, {"overflow": "fold"}, {"overflow": "fold", "style": "dim"})
 
 
 def _by_reason(entries: Sequence[FlagFate]) -> Table:
@@ -311,11 +302,3 @@ def _by_reason(entries: Sequence[FlagFate]) -> Table:
     for entry in entries:
         names.setdefault(entry.becomes, []).append(entry.flag.split()[0])
     return _pairs([(reason, " ".join(found)) for reason, found in names.items()])
-
-
-def _lines(texts: Sequence[str]) -> Table:
-    table = Table.grid()
-    table.add_column(overflow="fold")
-    for text in texts:
-        table.add_row(Text(text))
-    return table

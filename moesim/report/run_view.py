@@ -26,6 +26,7 @@ from moesim.report.terminal import (
     Sized,
     bar,
     fact_table,
+    grid,
     heading,
     indented,
     number_table,
@@ -94,21 +95,17 @@ def _attribution(result: Result, *, ascii_only: bool) -> Table:
     shown = [part for part in parts if part[2] >= _SMALL]
     rest = sum(seconds for _, seconds, _ in parts[len(shown) :])
     scale = _BAR_WIDTH / max(share for _, _, share in parts)
-    table = Table.grid(padding=(0, 2, 0, 0))
-    table.add_column(no_wrap=True)
-    table.add_column(no_wrap=True, justify="right")
-    table.add_column(no_wrap=True, justify="right")
-    table.add_column()
+    rows: list[tuple[RenderableType, ...]] = []
     for category, seconds, share in shown:
         length = Text(bar(share * scale, ascii_only=ascii_only), style=_STYLES[category.family])
-        table.add_row(category.label, facts.seconds(seconds), facts.percent(share), length)
+        rows.append((category.label, facts.seconds(seconds), facts.percent(share), length))
         jitter_s = facts.jitter(result) if category.key == "imbalance_wait" else 0.0
         if jitter_s > 0:
-            table.add_row("  of which jitter", facts.seconds(jitter_s), facts.percent(jitter_s / seconds * share), "")
+            rows.append(("  of which jitter", facts.seconds(jitter_s), facts.percent(jitter_s / seconds * share), ""))
     if rest:
-        table.add_row("smaller parts", facts.seconds(rest), facts.percent(rest / result["step_time_s"]), "")
-    table.add_row(Text("step", style="bold"), facts.seconds(result["step_time_s"]), facts.percent(1.0), "")
-    return table
+        rows.append(("smaller parts", facts.seconds(rest), facts.percent(rest / result["step_time_s"]), ""))
+    rows.append((Text("step", style="bold"), facts.seconds(result["step_time_s"]), facts.percent(1.0), ""))
+    return grid(rows, {"no_wrap": True}, *[{"no_wrap": True, "justify": "right"}] * 2, {})
 
 
 @prints
@@ -156,11 +153,11 @@ def print_trace(
 def _profiles(load_LE: NDArray[np.float64], options: ConsoleOptions) -> Screen:
     """One line per layer; experts are averaged in runs where they outnumber the columns."""
     run = -(-load_LE.shape[1] // (options.max_width - 6))
-    table = Table.grid(padding=(0, 2, 0, 0))
+    rows = []
     for layer, load_E in enumerate(load_LE):
         means = [float(load_E[start : start + run].mean()) for start in range(0, len(load_E), run)]
-        table.add_row(str(layer), Text(profile(means, full=_FULL_LOAD, ascii_only=options.ascii_only), style="blue"))
-    return [table]
+        rows.append((str(layer), profile(means, full=_FULL_LOAD, ascii_only=options.ascii_only)))
+    return [grid(rows, {}, {"style": "blue"})]
 
 
 COLD = 0.5  # an expert with less than this share of the mean load is cold

@@ -1,6 +1,6 @@
 """The building blocks of terminal output: sections of aligned lines, plain text when the output is no terminal."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any, ParamSpec, TextIO, cast
@@ -71,22 +71,29 @@ def section(title: str, content: RenderableType) -> Group:
     return Group(Text(f"\n{title}", style="bold"), indented(content))
 
 
+def grid(rows: Iterable[Sequence[RenderableType]], *columns: Mapping[str, Any], apart: int = 2) -> Table:
+    """Rows of cells in columns, each with the settings of rich's; nothing in a text is read as markup."""
+    table = Table.grid(padding=(0, apart, 0, 0))
+    for column in columns:
+        table.add_column(**column)
+    for row in rows:
+        table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
+    return table
+
+
 def side_by_side(left: RenderableType, right: RenderableType) -> Table:
     """Two blocks beside each other."""
-    grid = Table.grid(padding=(0, 4, 0, 0))
-    grid.add_row(left, right)
-    return grid
+    return grid([(left, right)], {}, {}, apart=4)
 
 
 def fact_table(lines: Sequence[Fact], *, strong: bool = False, notes: bool = True) -> Table:
-    """Label, value and note of every fact; nothing in them is read as markup."""
-    table = Table.grid(padding=(0, 2, 0, 0))
-    table.add_column(no_wrap=True)
-    table.add_column(no_wrap=True, style="bold" if strong else "")
-    for line in lines:
-        note = [Text(line.note, style="dim")] if notes else []
-        table.add_row(Text(line.label), Text(line.value), *note)
-    return table
+    """Label, value and note of every fact."""
+    columns: list[dict[str, Any]] = [
+        {"no_wrap": True},
+        {"no_wrap": True, "style": "bold" if strong else ""},
+        {"style": "dim"},
+    ]
+    return grid([(line.label, line.value, line.note)[: 2 + notes] for line in lines], *columns[: 2 + notes])
 
 
 def number_table(
@@ -101,13 +108,10 @@ def number_table(
 
     wrapped: the column that may wrap; marked: the row that is bold.
     """
-    table = Table.grid(padding=(0, 2, 0, 0))
-    for index in range(len(head)):
-        table.add_column(no_wrap=index != wrapped, justify="right" if index >= words else "left")
-    table.add_row(*(Text(name, style="dim") for name in head))
-    for number, row in enumerate(rows):
-        table.add_row(*(Text(cell, style="bold" if number == marked else "") for cell in row))
-    return table
+    styles = ["dim", *("bold" if number == marked else "" for number in range(len(rows)))]
+    cells = [[Text(cell, style=style) for cell in row] for style, row in zip(styles, (head, *rows), strict=True)]
+    columns = [{"no_wrap": n != wrapped, "justify": "right" if n >= words else "left"} for n in range(len(head))]
+    return grid(cells, *columns)
 
 
 def warnings(texts: Sequence[str]) -> list[RenderableType]:
