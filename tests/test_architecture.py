@@ -121,7 +121,7 @@ def test_imports_point_downwards_and_libraries_stay_home() -> None:
         ("trace/store.py", "import torch.nn as nn"),
         ("kernels/roofline.py", "from torch import Tensor"),
         ("results/store.py", "from simpy import Environment"),
-        ("cli/simulations.py", "def f():\n    import plotly.graph_objects as go"),
+        ("cli/one_scenario.py", "def f():\n    import plotly.graph_objects as go"),
         ("results/store.py", "from moesim import run"),
         ("results/store.py", "import json"),
     ],
@@ -136,7 +136,7 @@ def test_the_rule_catches_a_breach(path: str, source: str) -> None:
         ("kernels/benchmarks/gemm.py", "import torch"),
         ("kernels/benchmarks.py", "import torch"),
         ("seeding.py", "from moesim.errors import UserError"),
-        ("cli/simulations.py", "from moesim.run import simulate"),
+        ("cli/one_scenario.py", "from moesim.run import simulate"),
         ("network/ports.py", "from moesim.network.fabric import Fabric"),
     ],
 )
