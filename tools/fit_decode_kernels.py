@@ -9,6 +9,7 @@ tables whose keys and values the L2 holds, as a step finds them in memory, and b
 
 import argparse
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -350,7 +351,8 @@ def main() -> None:
     }
     check_spread_experts(package, found["experts"])
     if arguments.write:
-        write_atomically(FILE, json_text(found, indent=1).encode())
+        by_entry = re.sub(r"[\[{][^\[\]{}]*[\]}]", lambda part: " ".join(part[0].split()), json_text(found, indent=1))
+        write_atomically(FILE, by_entry.encode())
 
 
 if __name__ == "__main__":
