@@ -36,13 +36,14 @@ from moesim.kernels.fitting import SUSTAINED, class_rows, fit_class, fit_sustain
 from moesim.kernels.fp8 import BLOCK_SCALED, block_sizes
 from moesim.kernels.jitter import NO_JITTER, Jitter, spread_of
 from moesim.kernels.kernel_classes import (
+    BLOCK_CLASSES,
     TENSOR_DTYPES,
-    Fit,
     KernelClass,
     deep_gemm_class,
     gemm_class,
     grouped_class,
     kind_of,
+    stored_fit,
 )
 from moesim.kernels.measured import contention_of, host_costs_of, typical_widths
 from moesim.kernels.physics import RowTotals
@@ -199,9 +200,9 @@ class CalibratedModel:
             rows = self._rows.get(name)
             if rows is None:
                 return None
-            stored = self.profile.fits.get(name)
-            fit = fit_class(kind_of(name), rows) if stored is None else Fit.from_json(stored)
-            self._classes[name] = KernelClass(kind_of(name), rows, fit)
+            kind = kind_of(name)
+            fit = stored_fit(kind, self.profile.fits.get(name)) or fit_class(kind, rows)
+            self._classes[name] = KernelClass(kind, rows, fit)
         return self._classes[name]
 
     def _predict(
@@ -239,21 +240,26 @@ class CalibratedModel:
                 return self._memory_bound(kernel)
 
     def _gemm(self, kernel: Gemm) -> Estimate:
-        kernel_class = self.kernel_class(gemm_class(kernel.dtype, kernel.direction))
+        name = gemm_class(kernel.dtype, kernel.direction)
+        kernel_class = self.kernel_class(name)
         if kernel_class is None:
             return self._without_class(kernel)
+        if name in BLOCK_CLASSES:
+            return self._in_blocks(kernel_class, kernel)
         sizes, shape = _floats(*gemm_sides(kernel.m, kernel.k, kernel.n, kernel.direction))
         found = self._predict(kernel_class, (*sizes, DTYPE_BYTES[kernel.dtype]), shape, self._cap)
         return self._as_measured(kernel, found)
 
-    def deep_gemm(self, kernel: Gemm) -> Estimate:
-        """A dense block-scaled product by DeepGEMM's kernels; without rows of them as `seconds`."""
-        kernel_class = self.kernel_class(deep_gemm_class(kernel.direction))
-        if kernel_class is None:
-            return self.seconds(kernel)
+    def _in_blocks(self, kernel_class: KernelClass, kernel: Gemm) -> Estimate:
+        """A dense product whose depth is summed in blocks with scales of their own."""
         columns = block_sizes(kernel)
         shape = np.broadcast_shapes(*(np.shape(column) for column in columns))
         return self._as_measured(kernel, self._predict(kernel_class, columns, shape, self._cap))
+
+    def deep_gemm(self, kernel: Gemm) -> Estimate:
+        """A dense block-scaled product by DeepGEMM's kernels; without rows of them as `seconds`."""
+        kernel_class = self.kernel_class(deep_gemm_class(kernel.direction))
+        return self.seconds(kernel) if kernel_class is None else self._in_blocks(kernel_class, kernel)
 
     def _as_measured(self, kernel: Gemm | GroupedGemm, found: Estimate) -> Estimate:
         """No FP8 product runs faster than any that was measured; the law of a step's clock is that of bf16."""

@@ -93,15 +93,22 @@ def _extrapolated(kernel_class: KernelClass, row: Row) -> float | None:
     return float(np.log(row["p50"] / seconds)) if source == "extrapolated" else None
 
 
-def kind_out(rows: Iterable[Row], *, base: CalibratedModel, measured: GpuRates, target: GpuRates) -> list[Misses]:
+def kind_out(
+    rows: Iterable[Row],
+    *,
+    base: CalibratedModel,
+    measured: GpuRates,
+    target: GpuRates,
+    memory_follows: float | None = 1.0,
+) -> list[Misses]:
     """Rows of the GPU `target`, predicted from the profile of the GPU `measured` by the ratios of their data sheets.
 
-    Both at the clocks that their benchmarks, which were short, ran at. Memory-bound kernels follow the bandwidth alone:
-    how much they do by kind was found on the same rows.
+    Both at the clocks that their benchmarks, which were short, ran at. memory_follows: the power of the bandwidth that
+    kernels short of it follow; 1, since how much they do by kind (None) was found on the same rows.
     """
     free = base.without_relative().at_benchmark_clock()
     known = [row for row in rows if row["family"] in FAMILIES and free.has(kernel_of(row))]
-    return predicted(known, ScaledModel(free, measured=measured, target=target, memory_alone=True))
+    return predicted(known, ScaledModel(free, measured=measured, target=target, memory_follows=memory_follows))
 
 
 def reached_out(

@@ -4,13 +4,15 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 
+import numpy as np
+
 from moesim.kernels import error_study
 from moesim.kernels.calibrated import CalibratedModel
 from moesim.kernels.error_study import Misses
 from moesim.kernels.errors import NETWORK, KnownError, known_error_of, transfers_of
 from moesim.kernels.estimate import KernelModel
-from moesim.kernels.families import FloatArray
-from moesim.kernels.loading import load_profile, rates_of
+from moesim.kernels.families import MIDDLE, FloatArray
+from moesim.kernels.loading import FP8_OF, load_profile, rates_of
 from moesim.kernels.scaled import ScaledModel
 from moesim.kernels.tabulated import TabulatedModel
 
@@ -28,6 +30,11 @@ PUBLISHED = (
     "DeepGEMM's rows of H100 that are kept out of the fits, and those published of H800, none of which is in one"
 )
 PUBLISHED_ELSEWHERE = f"{PUBLISHED}; apart: grouped products of one kind predicted from another"
+OTHER_GRADIENTS = "forward rows of {name} predicted from {other}; apart: gradient over forward of one from the other"
+OTHER_GROUPED = (
+    "DeepGEMM's rows of {other} kept out of the fits; apart: bf16 products of experts of {name} from {other}"
+)
+OTHER_CASTS = "rows of {name} from {other}, as if every kind followed the power {middle} of the bandwidth"
 # Transfers by the rows that were measured of them (`moesim.network.parameters.Evidence`): how many shaped no constant,
 # p50 and p90 of their errors from 1 MiB on, and which test prints them.
 NETWORK_ROWS = {
@@ -65,6 +72,7 @@ def all_errors() -> Iterator[KnownError]:
     yield from kinds_left_out("scaled", (*MEASURED, *TABULATED), kind_misses, KIND_OUT)
     yield from kinds_left_out("any", (*MEASURED, *TABULATED), _roofline, DATA_SHEET)
     yield from _published()
+    yield from _of_relatives()
     yield from _fewer_bits()
     for evidence, (count, p50, p90, how) in NETWORK_ROWS.items():
         errors = {"median": 0.0, "p50": p50, "p90": p90, "apart": 0.0}
@@ -120,6 +128,26 @@ def _published() -> Iterator[KnownError]:
         grouped = kinds_left_out(basis, MEASURED, study, "", families=("grouped_gemm",))
         apart = max(row.p90 for row in grouped)
         yield known_error_of(logs, basis=basis, source="scaled", family=family, how=PUBLISHED_ELSEWHERE, apart=apart)
+
+
+def _of_relatives() -> Iterator[KnownError]:
+    """Of FP8 that a measured GPU takes from another of its chip: what that one's rows tell of its own."""
+    for name, other in FP8_OF.items():
+        pair = _by_source([_from_relative(name)])
+        middle = _by_source([_from_relative(name, memory_follows=MIDDLE)])
+        gradients = [misses.logs_P for misses in _ratios(name) if misses.family == "gemm"]
+        experts = [misses.logs_P for misses in _block_scaled_out() if misses.family == "grouped_gemm fp8"]
+        for family, logs, how, apart in (
+            ("gemm fp8", pair["scaled", "gemm fp8"], OTHER_GRADIENTS, _p90(gradients)),
+            ("grouped_gemm fp8", experts, OTHER_GROUPED, _p90(pair["scaled", "grouped_gemm"])),
+            ("memory_bound", middle["scaled", "memory_bound"], OTHER_CASTS, 0.0),
+        ):
+            said = how.format(name=name, other=other, middle=MIDDLE)
+            yield known_error_of(logs, basis=name, source="scaled", family=family, how=said, apart=apart)
+
+
+def _p90(logs: list[FloatArray]) -> float:
+    return round(float(np.quantile(np.abs(np.concatenate(logs)), 0.9)), 4)
 
 
 def _block_scaled_out() -> list[Misses]:
@@ -217,6 +245,13 @@ def kind_misses(name: str) -> list[Misses]:
     base = STANDS_FOR[name]
     own, measured, target = _own(name), rates_of(base), rates_of(name)
     return error_study.kind_out(own.profile.rows, base=_own(base), measured=measured, target=target)
+
+
+def _from_relative(name: str, *, memory_follows: float | None = None) -> list[Misses]:
+    """Rows of a GPU predicted from the one that FP8 is taken from, as it is taken."""
+    other = FP8_OF[name]
+    measured, target, rows = rates_of(other), rates_of(name), _own(name).profile.rows
+    return error_study.kind_out(rows, base=_own(other), measured=measured, target=target, memory_follows=memory_follows)
 
 
 @cache

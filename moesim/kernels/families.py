@@ -151,8 +151,10 @@ class MemoryKind:
     `searches`: it sorts, counts or adds to places that its values name, many times slower than its bytes would be.
     `apart`: a Triton kernel of this project beside FP8 products, measured with the family fp8. `clock`: how strongly
     its seconds fall with the clock that a step's load leaves, though it moves many bytes: of optimizer steps behind
-    0.25 s of products on an H100 (tests/kernels/test_regimes.py). `bandwidth`: the power of the memory's bandwidth that
-    its rate follows from H100 to H200, whose SMs are the same; the rest of the limit is theirs.
+    0.25 s of products on an H100 (tests/kernels/test_regimes.py). `bandwidth`: the power of the memory's
+    bandwidth that its rate follows from H100 to H200, whose SMs are the same (median of rows from 100 us on; 1 where
+    that is 0.88 or more); the rest of the limit is theirs. `formula`: the kind of class (`KINDS` of
+    `moesim.kernels.kernel_classes`) that says what its seconds are made of.
     """
 
     what: str
@@ -162,10 +164,12 @@ class MemoryKind:
     apart: bool = False
     clock: float = 0.0
     bandwidth: float = 1.0
+    formula: str = "memory_bound"
 
 
+MIDDLE = 0.7  # of `bandwidth`, the median of kinds measured on both GPUs; for kinds measured on one
 MEMORY_KINDS: dict[str, MemoryKind] = {
-    "copy": MemoryKind("bf16 copy", 4),
+    "copy": MemoryKind("bf16 copy", 4, formula="memory_copy"),
     "elementwise": MemoryKind("bf16 out = a + b; stands for any fused elementwise kernel", 6),
     "mul": MemoryKind("bf16 rows times one number each", 4, bandwidth=0.1),
     "mul_backward": MemoryKind(
@@ -174,9 +178,9 @@ MEMORY_KINDS: dict[str, MemoryKind] = {
     "zero": MemoryKind("fill with zeros, bf16", 2, bandwidth=0.1),
     "cast": MemoryKind("bf16 to fp32", 6, bandwidth=0.2),
     "reduce": MemoryKind("sum of bf16 rows into one value each", 2, 2),
-    "rms_norm": MemoryKind("torch.nn.functional.rms_norm of bf16 rows", 4),
-    "rms_norm_backward": MemoryKind("gradients of rows and weight", 6),
-    "permute": MemoryKind("index_select of bf16 rows; rows are those written", 4, 8, bandwidth=0.6),
+    "rms_norm": MemoryKind("torch.nn.functional.rms_norm of bf16 rows", 4, bandwidth=0.65),
+    "rms_norm_backward": MemoryKind("gradients of rows and weight", 6, bandwidth=0.8),
+    "permute": MemoryKind("index_select of bf16 rows; rows are those written", 4, 8, bandwidth=0.75),
     "permute_backward": MemoryKind("index_add of the gathered rows into zeros", 6, 8, bandwidth=0.0),
     "unpermute": MemoryKind("index_add of bf16 rows into tokens; rows are those read", 6, 8, bandwidth=0.0),
     "unpermute_backward": MemoryKind(
@@ -191,38 +195,52 @@ MEMORY_KINDS: dict[str, MemoryKind] = {
         "silu(a) * b of the halves of [rows, 2 width] in eager torch: two kernels", 6, bandwidth=0.15
     ),
     "activation_backward": MemoryKind("gradients of both halves in eager torch", 10, bandwidth=0.45),
-    "softmax": MemoryKind("fp32 softmax over width", 8),
+    "softmax": MemoryKind("fp32 softmax over width", 8, bandwidth=0.65),
     "softmax_backward": MemoryKind("fp32 gradient of softmax", 12),
     "topk": MemoryKind("fp32 top-8 over width, values and indices", 4, 96, searches=True, bandwidth=0.0),
-    "sort": MemoryKind("stable argsort of int64 ids; width 1", 16, searches=True, bandwidth=0.5),
+    "sort": MemoryKind("stable argsort of int64 ids; width 1", 16, searches=True, bandwidth=0.25),
     "histogram": MemoryKind("counts of int64 ids by scatter_add; width 1", 8, searches=True, bandwidth=0.0),
-    "cross_entropy": MemoryKind("mean cross entropy of bf16 logits over width", 4, bandwidth=0.25),
-    "cross_entropy_backward": MemoryKind("gradient of bf16 logits", 4, bandwidth=0.55),
-    "cross_entropy_fp32": MemoryKind("mean cross entropy of fp32 logits over width", 8, bandwidth=0.5),
-    "cross_entropy_fp32_backward": MemoryKind("gradient of fp32 logits", 8),
+    "cross_entropy": MemoryKind("mean cross entropy of bf16 logits over width", 4, bandwidth=0.7),
+    "cross_entropy_backward": MemoryKind("gradient of bf16 logits", 4, bandwidth=0.65),
+    "cross_entropy_fp32": MemoryKind("mean cross entropy of fp32 logits over width", 8, bandwidth=0.75),
+    "cross_entropy_fp32_backward": MemoryKind("gradient of fp32 logits", 8, bandwidth=0.75),
     "quantise": MemoryKind("bf16 to fp8 (e4m3) cast", 3, bandwidth=0.3),
-    "fp8_cast": MemoryKind("bf16 to fp8 with a scale for 1 x 128, along rows", 3 + 4 / 128, apart=True),
-    "fp8_cast_both": MemoryKind("bf16 to fp8 along rows and, transposed, along columns", 4 + 8 / 128, apart=True),
-    "fp8_cast_tiles": MemoryKind("bf16 to fp8 with a scale for 128 x 128: weights", 3, apart=True),
-    "fp8_turn": MemoryKind("fp8 along rows to fp8 along columns, transposed", 2 + 8 / 128, apart=True),
-    "fp8_widen": MemoryKind("fp8 along rows to bf16", 3 + 4 / 128, apart=True),
+    "fp8_cast": MemoryKind(
+        "bf16 to fp8 with a scale for 1 x 128, along rows", 3 + 4 / 128, apart=True, bandwidth=MIDDLE
+    ),
+    "fp8_cast_both": MemoryKind(
+        "bf16 to fp8 along rows and, transposed, along columns", 4 + 8 / 128, apart=True, bandwidth=MIDDLE
+    ),
+    "fp8_cast_tiles": MemoryKind("bf16 to fp8 with a scale for 128 x 128: weights", 3, apart=True, bandwidth=MIDDLE),
+    "fp8_turn": MemoryKind(
+        "fp8 along rows to fp8 along columns, transposed", 2 + 8 / 128, apart=True, bandwidth=MIDDLE
+    ),
+    "fp8_widen": MemoryKind("fp8 along rows to bf16", 3 + 4 / 128, apart=True, bandwidth=MIDDLE),
     "fp8_swiglu": MemoryKind(
-        "silu(a) * b of bf16 halves to fp8 along rows; width is the result's", 5 + 4 / 128, apart=True
+        "silu(a) * b of bf16 halves to fp8 along rows; width is the result's", 5 + 4 / 128, apart=True, bandwidth=MIDDLE
     ),
     "fp8_swiglu_backward": MemoryKind(
         "gradients of both halves of silu(a) * b, in fp8 along rows and, transposed, along columns; width is dY's",
         10 + 16 / 128,
         apart=True,
+        bandwidth=MIDDLE,
     ),
-    "largest": MemoryKind("largest magnitude of a bf16 matrix", 2, apart=True),
-    "scaled_cast": MemoryKind("bf16 to fp8 with one scale", 3, apart=True),
-    "scaled_cast_both": MemoryKind("bf16 to fp8 with one scale, and its transpose", 4, apart=True),
-    "embedding": MemoryKind("bf16 rows looked up in a table", 4, 8, bandwidth=0.6),
+    "largest": MemoryKind("largest magnitude of a bf16 matrix", 2, apart=True, bandwidth=MIDDLE),
+    "scaled_cast": MemoryKind("bf16 to fp8 with one scale", 3, apart=True, bandwidth=MIDDLE),
+    "scaled_cast_both": MemoryKind("bf16 to fp8 with one scale, and its transpose", 4, apart=True, bandwidth=MIDDLE),
+    "embedding": MemoryKind("bf16 rows looked up in a table", 4, 8, bandwidth=0.7),
     "embedding_backward": MemoryKind(
-        "bf16 gradient of the table, whose own bytes come on top", 2, 8, searches=True, bandwidth=0.0
+        "bf16 gradient of the table, whose own bytes come on top",
+        2,
+        8,
+        searches=True,
+        bandwidth=0.0,
+        formula="memory_table",
     ),
-    "optimizer_bf16": MemoryKind("fused AdamW; parameter, gradient and both states bf16", 14, clock=0.4),
-    "optimizer_fp32": MemoryKind("fused AdamW; parameter, gradient and both states fp32", 28, clock=0.12),
+    "optimizer_bf16": MemoryKind("fused AdamW; parameter, gradient and both states bf16", 14, clock=0.4, bandwidth=0.5),
+    "optimizer_fp32": MemoryKind(
+        "fused AdamW; parameter, gradient and both states fp32", 28, clock=0.12, bandwidth=0.8
+    ),
 }
 
 

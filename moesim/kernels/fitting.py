@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from moesim.kernels.families import FloatArray
-from moesim.kernels.kernel_classes import Fit, KernelClass, Kind, Row, class_of, clocks_of, kind_of
+from moesim.kernels.kernel_classes import Fit, KernelClass, Kind, Row, class_of, clocks_of, kind_of, stored_fit
 from moesim.kernels.power import PowerCap, SustainedRows, fit_power_cap
 from moesim.kernels.profile import Profile
 from moesim.strict_json import json_text
@@ -138,13 +138,14 @@ def fit_profile(profile: Profile) -> None:
     if stored.get("rows") == checksum:
         profile.fits[SUSTAINED] = stored
     elif (cap := fit_sustained(long_runs, kernel_classes.get)) is not None:
-        share = {"fp8_share": stored["fp8_share"]} if stored else {}
+        share = {"fp8_share": stored["fp8_share"]} if "fp8_share" in stored else {}
         profile.fits[SUSTAINED] = cap.as_json() | share | {"rows": checksum}
 
 
 def _fitted(kind: Kind, rows: list[Row], stored: dict[str, Any] | None) -> KernelClass:
-    if stored is not None:
-        kept = KernelClass(kind, rows, Fit.from_json(stored))
-        if kept.fit.rows == stored.get("rows"):
+    fit = stored_fit(kind, stored)
+    if fit is not None:
+        kept = KernelClass(kind, rows, fit)
+        if kept.fit.rows == fit.rows:
             return kept
     return KernelClass(kind, rows, fit_class(kind, rows))

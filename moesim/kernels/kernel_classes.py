@@ -16,7 +16,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.kernels import fp8, physics
-from moesim.kernels.families import DTYPE_BYTES, FloatArray, Gemm, GroupedGemm, gemm_sides, is_narrow, kernel_of
+from moesim.kernels.families import (
+    DTYPE_BYTES,
+    MEMORY_KINDS,
+    FloatArray,
+    Gemm,
+    GroupedGemm,
+    gemm_sides,
+    is_narrow,
+    kernel_of,
+)
 from moesim.kernels.gaussian import ResidualField, Shape
 from moesim.kernels.physics import Columns, Parameters, arithmetic_of
 from moesim.kernels.power import LEAST_EXPONENT, PowerCap
@@ -166,11 +175,22 @@ def _memory_features(columns: Columns) -> tuple[Any, ...]:
     return tuple(ops.log(ops.maximum(column, 1.0)) / 2.0 for column in columns)
 
 
+def _memory_kind(log_seconds: Callable[[Parameters, Columns], Any], start: FloatArray) -> Kind:
+    return Kind(
+        lambda rows: (_column(rows, "bytes"), _column(rows, "width")), log_seconds, _memory_features,
+        lambda s: s[0], lambda s: (0.0, s[0]), start, noise=3e-3, amplitude=0.3, far=2.0, least_exponent=1.0,
+    )  # fmt: skip
+
+
 KINDS: dict[str, Kind] = {
     "gemm": Kind(
         _gemm_sizes, physics.gemm_log_seconds, _gemm_features, lambda s: 2.0 * s[0] * s[1] * s[2],
         lambda s: (2.0 * s[0] * s[1] * s[2], s[3] * s[2] * (s[0] + s[1]) + 2.0 * s[0] * s[1]),
         physics.GEMM_START, noise=1e-2,
+    ),
+    "gemm_block": Kind(
+        _block_row_sizes, fp8.block_log_seconds, fp8.block_features, fp8.block_work, _block_drawn,
+        fp8.BLOCK_START, noise=1e-2,
     ),
     "grouped_gemm": Kind(
         _grouped_row_sizes, physics.grouped_log_seconds, _grouped_features, _grouped_work, _grouped_drawn,
@@ -185,8 +205,8 @@ KINDS: dict[str, Kind] = {
         physics.GROUPED_FP8_START, noise=8e-3, shape="rational",
     ),
     "grouped_wgrad_fp8": Kind(
-        _grouped_row_sizes, physics.grouped_wgrad_log_seconds, _grouped_features, _grouped_work, _grouped_drawn,
-        physics.GROUPED_FP8_START, noise=8e-3, shape="rational",
+        _grouped_row_sizes, physics.grouped_wgrad_fp8_log_seconds, _grouped_features, _grouped_work, _grouped_drawn,
+        physics.GROUPED_WGRAD_FP8_START, noise=8e-3, shape="rational",
     ),
     "deep_gemm": Kind(
         _block_row_sizes, fp8.block_log_seconds, fp8.block_features, fp8.block_work, _block_drawn,
@@ -200,22 +220,29 @@ KINDS: dict[str, Kind] = {
         _attention_row_sizes, physics.attention_log_seconds, _attention_features, lambda s: s[0], lambda s: s[:2],
         physics.ATTENTION_START, noise=2e-3,
     ),
-    "memory_bound": Kind(
-        lambda rows: (_column(rows, "bytes"), _column(rows, "width")), physics.memory_log_seconds, _memory_features,
-        lambda s: s[0], lambda s: (0.0, s[0]), physics.MEMORY_START, noise=3e-3, amplitude=0.3, far=2.0,
-        least_exponent=1.0,
-    ),
+    "memory_bound": _memory_kind(physics.memory_log_seconds, physics.MEMORY_START),
+    "memory_copy": _memory_kind(physics.memory_copy_log_seconds, physics.COPY_START),
+    "memory_table": _memory_kind(physics.memory_table_log_seconds, physics.TABLE_START),
 }  # fmt: skip
 
 
 def kind_of(kernel_class: str) -> Kind:
     """The kind of a class named as `class_of` names it."""
-    family = kernel_class.split("/")[0]
+    family, rest = kernel_class.split("/", 1)
+    if family == "memory_bound":
+        return KINDS[MEMORY_KINDS[rest].formula]
+    if kernel_class in BLOCK_CLASSES:
+        return KINDS["gemm_block"]
     if family == fp8.DEEP_GEMM and "/wgrad" in kernel_class:
         family += "_wgrad"
     if family == "grouped_gemm":
         family = ("grouped_wgrad" if "/wgrad" in kernel_class else family) + ("_fp8" if "/fp8/" in kernel_class else "")
     return KINDS[family]
+
+
+def stored_fit(kind: Kind, content: dict[str, Any] | None) -> Fit | None:
+    """What a profile stored for a class of this kind; None where it has nothing, or that of an earlier formula."""
+    return None if content is None or len(content["theta"]) != len(kind.start) else Fit.from_json(content)
 
 
 def class_of(row: Row) -> str | None:
@@ -242,6 +269,10 @@ def tiles_of(row: Row) -> int:
 def gemm_class(dtype: str, direction: str) -> str:
     """fp16 runs at the rate of bf16."""
     return f"gemm/{TENSOR_DTYPES.get(dtype, '')}/{direction}"
+
+
+BLOCK_CLASSES = tuple(gemm_class(fp8.BLOCK_SCALED, direction) for direction in ("forward", "dgrad"))
+"""Dense products of the vendor's library with one operand's scales of 128 x 128: each block of the depth is a step."""
 
 
 def deep_gemm_class(direction: str) -> str:

@@ -118,10 +118,11 @@ def gemm_log_seconds(parameters: Parameters, columns: Columns) -> Any:
 
 GROUPED_COLUMNS = (
     "rows", "experts", "active", "k", "n", "small", "tiles",
-    "work", "longest", "tile", "read", "written", "l2", "squares",
+    "work", "longest", "tile", "read", "written", "l2", "squares", "left_over",
 )  # fmt: skip
 GROUPED_START = np.log([9e-6, 6e12, 2e-6, 3.2e12, 8.5e14, 1e-8, 8e12, 1.0, 1.0])
 GROUPED_FP8_START = GROUPED_START + np.log([1.0, 2.0, 1.0, 1.0, 2.0, 1.0, 1.0, 1.0, 1.0])
+GROUPED_WGRAD_FP8_START = np.append(GROUPED_FP8_START, np.log(5e-6))
 
 
 FP8_LONG = 2048  # two sides as long, and torch's grouped GEMM with scales takes other tiles
@@ -187,19 +188,31 @@ _LONG_WGRAD = (128.0, 128.0, 128.0)
 _HANDED_OVER = 128.0  # depth after which sums leave the tensor cores
 
 
+def _left_over(rows_QE: FloatArray, tile_k: float) -> Any:
+    """Experts [Q] whose depth ends between two hand-overs: the sums of the last block leave by a slow way of their own.
+
+    Only where a tile is shallower than that depth: one of 64 leaves them after an odd number of blocks.
+    """
+    if tile_k >= _HANDED_OVER:
+        return 0.0
+    return _sums(np.ceil(rows_QE / tile_k) % (_HANDED_OVER / tile_k))
+
+
 def grouped_sizes(totals: RowTotals, k: Any, n: Any, *, direction: str, tiles: int, fp8: bool = False) -> Columns:
     """The columns GROUPED_COLUMNS of grouped products; k and n may be arrays too.
 
     Tiles are those of the CUTLASS kernels behind torch's grouped_mm on Hopper, by `grouped_tiles`: 64 x 128 x 128 or
     128 x 256 x 64, and with fp8 operands (one byte) 256 x 128 x 128, or 128 x 128 x 128 for weight gradients, which do
     not sum in the tensor cores alone but hand sums over after each 128 of the depth; in clusters of two along the rows
-    (fp8: and of two along the columns), so that an expert's tiles round up to even numbers.
+    (fp8: and of two along the columns), so that an expert's tiles round up to even numbers. `left_over` counts tiles
+    whose last sums are handed over apart.
     """
     tile_m, tile_n, tile_k = _LONG_WGRAD if tiles == LONG and direction == "wgrad" else _TILES[tiles]
     size, columns = (1.0, 2.0) if fp8 else (2.0, 1.0)  # columns of a cluster
-    if fp8 and direction == "wgrad":
-        tile_k = max(tile_k, _HANDED_OVER)
     rows_QE, rows = totals.rows_QE, totals.rows
+    left_over = 0.0
+    if fp8 and direction == "wgrad":
+        left_over, tile_k = _left_over(rows_QE, tile_k), max(tile_k, _HANDED_OVER)
     experts = float(rows_QE.shape[-1])
     ops = arithmetic_of((k, n))
     if direction == "wgrad":
@@ -208,7 +221,7 @@ def grouped_sizes(totals: RowTotals, k: Any, n: Any, *, direction: str, tiles: i
         steps = _sums(np.ceil(rows_QE / tile_k)) * tile_k
         deepest = rows_QE.max(-1) if rows_QE.ndim > 1 else float(rows_QE.max())
         longest = arithmetic_of((deepest,)).ceil(deepest / tile_k) * tile_k
-        count, work = per_expert * experts, per_expert * steps
+        count, work, left_over = per_expert * experts, per_expert * steps, per_expert * left_over
         l2_bytes = rows * (size * (tall * ops.ceil(wide / tile_n) + wide * ops.ceil(tall / (2.0 * tile_m))))
         read, written = rows * (size * (k + n)), 2.0 * experts * k * n
     else:
@@ -221,13 +234,14 @@ def grouped_sizes(totals: RowTotals, k: Any, n: Any, *, direction: str, tiles: i
         read, written = rows * (size * depth) + totals.active * (size * k * n), rows * (2.0 * width)
     return (
         rows, experts, totals.active, k, n, float(tiles == SMALL), count,
-        work, longest, tile_m * tile_n, read, written, l2_bytes, totals.squares,
+        work, longest, tile_m * tile_n, read, written, l2_bytes, totals.squares, left_over,
     )  # fmt: skip
 
 
-def _grouped(parameters: Parameters, columns: Columns, *, jagged_depth: bool) -> Any:
+def _grouped(parameters: Parameters, columns: Columns, *, jagged_depth: bool, leaving: float = 0.0) -> Any:
+    """`leaving`: seconds of a tile whose last sums leave apart."""
     launch, rate, prologue, memory, peak, per_expert, l2, whole, write_cost = parameters
-    rows, experts, _, k, n, _, tiles, work, longest, tile, read, written, l2_bytes, _ = columns
+    rows, experts, _, k, n, _, tiles, work, longest, tile, read, written, l2_bytes, _, left_over = columns
     ops = arithmetic_of(columns)
     step = 2.0 * tile / rate
     share = whole / (1.0 + whole)  # of a last, partly filled wave that is paid in full
@@ -235,7 +249,7 @@ def _grouped(parameters: Parameters, columns: Columns, *, jagged_depth: bool) ->
     waves = arithmetic_of((tiles,)).ceil(tiles / NUM_SM)
     if jagged_depth:
         even = ops.maximum(work / NUM_SM, longest) * (1.0 - share) + work * (share / tiles * waves)
-        compute = even * step + waves * prologue
+        compute = even * step + waves * prologue + left_over * (leaving / NUM_SM)
     else:
         full = arithmetic_of((tiles,)).maximum(tiles / NUM_SM, 1.0)
         compute = (waves * share + full * (1.0 - share)) * (longest * step + prologue)
@@ -261,6 +275,12 @@ def grouped_log_seconds(parameters: Parameters, columns: Columns) -> Any:
 def grouped_wgrad_log_seconds(parameters: Parameters, columns: Columns) -> Any:
     """wgrad: every expert has the same tiles, as deep as it has rows; parameters as `grouped_log_seconds`."""
     return _grouped(parameters, columns, jagged_depth=True)
+
+
+def grouped_wgrad_fp8_log_seconds(parameters: Parameters, columns: Columns) -> Any:
+    """wgrad with fp8 operands; parameters: as `grouped_wgrad_log_seconds`, and seconds of a tile `left_over`."""
+    *others, leaving = parameters
+    return _grouped(tuple(others), columns, jagged_depth=True, leaving=leaving)
 
 
 ATTENTION_COLUMNS = ("flops", "bytes", "tiles", "longest", "heads", "sequence", "group", "head_dim", "causal")
@@ -319,3 +339,27 @@ def memory_log_seconds(parameters: Parameters, columns: Columns) -> Any:
     """A launch and bytes over bandwidth; parameters: launch (s), bandwidth (bytes/s)."""
     launch, bandwidth = parameters
     return arithmetic_of(columns[:1]).log(launch + columns[0] / bandwidth)
+
+
+COPY_START = np.append(MEMORY_START, np.log(2.4e-6))
+_PAGE = 4096.0  # bytes: what a copy leaves over beyond whole pages is a kernel of its own,
+_LEAST_CUT = 1.25e6  # from so many bytes on (between 1.16 and 1.38 MB, on H100 as on H200)
+
+
+def memory_copy_log_seconds(parameters: Parameters, columns: Columns) -> Any:
+    """A copy by the driver; parameters: launch (s), bandwidth (bytes/s), launch of what copies part of a page (s)."""
+    launch, bandwidth, rest = parameters
+    copied = columns[0] / 2.0  # columns count reading and writing
+    cut = (copied % _PAGE != 0.0) * (copied >= _LEAST_CUT)
+    return arithmetic_of(columns[:1]).log(launch + columns[0] / bandwidth + rest * cut)
+
+
+TABLE_START = np.append(MEMORY_START, np.log(2.6e12))
+TABLE_ROWS = 50304.0  # of the tables that were measured
+
+
+def memory_table_log_seconds(parameters: Parameters, columns: Columns) -> Any:
+    """Rows added to a table of zeros in bf16; parameters: launch (s), bandwidth of the rows, of the table (bytes/s)."""
+    launch, bandwidth, zeroing = parameters
+    moved, width = columns
+    return arithmetic_of(columns).log(launch + moved / bandwidth + width * (2.0 * TABLE_ROWS / zeroing))

@@ -3,8 +3,9 @@
 What a kernel takes beyond a launch is scaled by the ratio of peaks where compute limits it and by the ratio of
 bandwidths where memory does, as the roofline of the measured GPU tells: max(c rc, b rm) / max(c, b) with its compute
 time c, memory time b and the ratios rc, rm. Memory-bound kernels that the SMs limit follow SMs times clock instead, as
-far as their kind says (`MemoryKind.bandwidth`), up to REACHED of the bandwidth. Tiles, waves and libraries stay those
-of the measured GPU. Sources become "scaled".
+far as their kind says (`MemoryKind.bandwidth`), up to REACHED of the bandwidth; so do products of experts whose weights
+take longer to read than their FLOPs (GROUPED_BANDWIDTH). Tiles, waves and libraries stay those of the measured GPU.
+Sources become "scaled".
 """
 
 import math
@@ -34,14 +35,18 @@ if TYPE_CHECKING:
     from moesim.kernels.tabulated import TabulatedModel
 
 REACHED = 0.9  # of the bandwidth, by kernels that only the memory limits
+# Of products of experts that are short of bandwidth, the power of the bandwidth that their rate follows from H100 to
+# H200: 0.04 to 0.34 in the median, whatever share of the bandwidth they reach. An SM goes from expert to expert, which
+# takes it as long with faster memory. Dense products follow the bandwidth where they reach 0.7 of it and more.
+GROUPED_BANDWIDTH = 0.2
 
 
 class ScaledModel:
     """The kernel model of `target`, from the calibrated model of `measured`.
 
     by_deep_gemm: dense block-scaled FP8 GEMMs are DeepGEMM's (`moesim.kernels.fp8`), as grouped ones always are, and
-    not the vendor library's. memory_alone: all memory-bound kernels
-    follow the bandwidth, whatever their kind says: for rows of the pair of GPUs that told the kinds.
+    not the vendor library's. memory_follows: all kernels short of
+    bandwidth follow this power of it, whatever their kind says: for rows of the pair of GPUs that told the kinds.
     """
 
     def __init__(
@@ -51,9 +56,9 @@ class ScaledModel:
         measured: GpuRates,
         target: GpuRates,
         by_deep_gemm: bool = False,
-        memory_alone: bool = False,
+        memory_follows: float | None = None,
     ) -> None:
-        self._memory_alone = memory_alone
+        self._memory_follows = memory_follows
         self.base, self._measured, self._target, self._by_deep_gemm = base, measured, target, by_deep_gemm
         self.fallback = Roofline(target)
         self._memory_ratio = measured.memory_bandwidth / target.memory_bandwidth
@@ -109,10 +114,12 @@ class ScaledModel:
         limit = np.maximum(np.maximum(compute, memory), 1e-30)
         floor = np.minimum(found.seconds, self.base.host.kernel_floor)
         busy = found.seconds - floor
+        reached = memory / np.maximum(busy, 1e-30)
         if isinstance(kernel, MemoryBound):
-            factor = self._of_memory(kernel.kind, memory / np.maximum(busy, 1e-30))
+            factor = self._of_memory(MEMORY_KINDS[kernel.kind].bandwidth, reached)
         else:
-            factor = np.maximum(compute * ratio, memory * self._memory_ratio) / limit
+            follows = GROUPED_BANDWIDTH if isinstance(kernel, GroupedGemm) else 1.0
+            factor = np.maximum(compute * ratio, memory * self._of_memory(follows, reached)) / limit
         seconds = np.asarray(floor + busy * factor)
         scaled = Estimate(as_result(seconds), weakest(found.source, "scaled"))
         return self._within(kernel, scaled) if isinstance(kernel, Gemm | GroupedGemm) else scaled
@@ -123,9 +130,10 @@ class ScaledModel:
             return self.base.deep_gemm(kernel)
         return self.base.seconds(kernel)
 
-    def _of_memory(self, kind: str, reached: FloatArray) -> FloatArray:
-        """How much longer a memory-bound kernel takes that reaches this share of the measured GPU's bandwidth."""
-        follows = 1.0 if self._memory_alone else MEMORY_KINDS[kind].bandwidth
+    def _of_memory(self, follows: float, reached: FloatArray) -> FloatArray:
+        """How much longer a kernel takes that is short of bandwidth and reaches this share of the measured GPU's;
+        `follows`: the power of the bandwidth that its rate follows."""
+        follows = follows if self._memory_follows is None else self._memory_follows
         least = self._memory_ratio * np.minimum(reached / REACHED, 1.0)
         return np.asarray(np.maximum(self._memory_ratio**follows * self._sm_ratio ** (1.0 - follows), least))
 
@@ -145,7 +153,7 @@ class ScaledModel:
             measured=self._measured,
             target=self._target,
             by_deep_gemm=self._by_deep_gemm,
-            memory_alone=self._memory_alone,
+            memory_follows=self._memory_follows,
         )
 
     def at_benchmark_clock(self) -> "ScaledModel":

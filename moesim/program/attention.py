@@ -348,13 +348,14 @@ def _ring_attention(w: KernelWriter, step: Step, attend: Callable[..., Operation
 def attention_part(w: KernelWriter, step: Step) -> Passes:
     """Norm, projections, rotary embedding, attention, output projection and residual sum."""
     mla, values = step.model.attention, step.heads * _value_width(step)
-    merge = copied(w, "merge", step.gathered_tokens * values, both=False)
+    alike = step.switches.layout_copies == "none"
+    merge: Passes = ([], []) if alike else copied(w, "merge", step.gathered_tokens * values, both=False)
     return chain(
         branch(w.at(Part.RESIDUAL), "attention.branch", step),
         norm(w, "attention_norm", step, tokens=step.tokens, width=step.model.hidden),
         _latent(w, step, mla) if isinstance(mla, Mla) else _grouped_query(w, step),
         repeated_whole("core_attention", core_attention(w, step)),
-        ([], []) if step.switches.layout_copies == "none" else merge,
+        merge,
         row_parallel(w, "attention_out", step, k=step.model.heads * _value_width(step), n=step.model.hidden),
         residual(w.at(Part.RESIDUAL), "attention.residual", step),
     )

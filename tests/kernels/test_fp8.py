@@ -1,5 +1,6 @@
 """Laws of block-scaled FP8 products: DeepGEMM's kernels, measured on an H100."""
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -128,13 +129,34 @@ def test_rows_kept_out_of_the_fit_are_met() -> None:
     h100 = load_profile("h100")
     assert isinstance(h100, CalibratedModel)
     found = {row.name: row for row in held_out_rows(h100, by_class=True)}
-    for dtype, (median, p90) in {"fp8": (0.04, 0.11), "fp8_block": (0.05, 0.18)}.items():
+    least = {"fp8_block/forward": (0.035, 0.1), "fp8_block/dgrad": (0.035, 0.1)}
+    for dtype, errors in {"fp8": (0.04, 0.11), "fp8_block": (0.04, 0.16)}.items():
         for direction in GEMM_DIRECTIONS:
-            row = found[f"gemm/{dtype}/{direction}"]
+            row, (median, p90) = found[f"gemm/{dtype}/{direction}"], least.get(f"{dtype}/{direction}", errors)
             assert row.count > 100 and row.median < median and row.p90 < p90
+    for direction, sort in itertools.product(GEMM_DIRECTIONS, ("large", "long")):
+        row = found[f"grouped_gemm/fp8/{direction}/{sort}"]
+        assert row.count > 50 and row.median < 0.055 and row.p90 < 0.17
     for direction in GEMM_DIRECTIONS:  # few rows and narrow outputs, on another H100 than most rows
         row = found[f"gemm/bf16/{direction}"]
         assert row.count >= 30 and row.median < 0.06 and row.p90 < 0.12
+
+
+def test_sums_that_leave_the_tensor_cores_between_hand_overs_cost_more_than_a_whole_block(
+    h100: CalibratedModel,
+) -> None:
+    """Weight gradients of short sides hand sums over after each 128 rows of an expert, in blocks of 64: an odd number
+    of blocks ends between two hand-overs. Measured: 32 experts of 48 rows 406 us, of 80 rows 226 us (1536 x 2048 and
+    1792 x 1536). Long sides have blocks of 128, bf16 sums in the tensor cores alone.
+    """
+
+    def seconds(rows: int, k: int, n: int, dtype: str = "fp8") -> float:
+        kernel = GroupedGemm([rows] * 32, k, n, dtype=dtype, direction="wgrad")
+        return float(h100.at_benchmark_clock().seconds(kernel).seconds)
+
+    assert seconds(176, 1536, 1792) > 1.2 * seconds(240, 1536, 1792)
+    assert seconds(176, 2048, 4096) < seconds(240, 2048, 4096)
+    assert seconds(176, 1536, 1792, "bf16") < 1.02 * seconds(240, 1536, 1792, "bf16")
 
 
 def test_another_gpu_of_the_chip_takes_its_ratios_from_there() -> None:

@@ -66,7 +66,7 @@ def prepare(row: Row, pool: Pool, beyond: float) -> Prepared:
     return (prepare_fp8 if is_fp8_row(row) else (_PREPARE | _OF_EDGES)[row["family"]])(row, pool, beyond)
 
 
-SINGLE = (*_PREPARE, "fp8", "edges")  # families of one device; rows of the last two say which kernels they are
+SINGLE = (*_PREPARE, "fp8", "edges", "between")  # families of one device; rows of the last three say which kernels
 # Shares of the whole budget. The single-device families come first: they need no other rank.
 BUDGET_SHARES = {
     "host": 0.03,
@@ -77,6 +77,7 @@ BUDGET_SHARES = {
     "gemm_fp8": 0.06,
     "fp8": 0.06,
     "edges": 0.06,
+    "between": 0.10,
     DEEP_GEMM: 0.06,
     "sustained": 0.10,
     "collective": 0.10,

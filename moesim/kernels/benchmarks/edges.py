@@ -61,7 +61,8 @@ def _narrow(rng: Any) -> Iterator[Shape]:
     yield from _products(int(2 ** rng.uniform(11.5, 15)) // 8 * 8, k, n)
 
 
-def _experts(rng: Any, *, dtype: str, rows_E: list[int], k: int, n: int) -> Iterator[Shape]:
+def experts_of(*, dtype: str, rows_E: list[int], k: int, n: int) -> Iterator[Shape]:
+    """The three products of experts of these rows."""
     for direction in GEMM_DIRECTIONS:
         sizes: Shape = {"rows_per_expert": rows_E, "k": k, "n": n}
         row = {"family": "grouped_gemm", "dtype": dtype, "direction": direction} | sizes
@@ -73,15 +74,16 @@ def _sides(rng: Any) -> tuple[int, int]:
     return (hidden, 2 * width) if rng.random() < 0.5 else (width, hidden)
 
 
-def _shares(rng: Any, experts: int) -> Any:
+def shares_of(rng: Any, experts: int) -> Any:
+    """Of the rows, each expert's: from very uneven to nearly even."""
     return rng.dirichlet([float(rng.choice((0.5, 4.0, 50.0)))] * experts)
 
 
 def _grouped(rng: Any) -> Iterator[Shape]:
     experts, (k, n) = int(rng.choice(_EXPERTS)), _sides(rng)
-    rows_E = [int(rows) for rows in rng.multinomial(experts * int(rng.choice(_MEAN_ROWS)), _shares(rng, experts))]
+    rows_E = [int(rows) for rows in rng.multinomial(experts * int(rng.choice(_MEAN_ROWS)), shares_of(rng, experts))]
     if experts * k * n <= 1.5e9:
-        yield from _experts(rng, dtype="bf16", rows_E=rows_E, k=k, n=n)
+        yield from experts_of(dtype="bf16", rows_E=rows_E, k=k, n=n)
 
 
 def _grouped_fp8(rng: Any) -> Iterator[Shape]:
@@ -89,9 +91,9 @@ def _grouped_fp8(rng: Any) -> Iterator[Shape]:
     short, other = int(rng.choice(_FP8_SIDES)), int(rng.choice((1024, 2048, 4096, 7168)))
     k, n = (short, other) if rng.random() < 0.5 else (other, short)
     mean = 2.0 ** rng.uniform(6, 11)
-    rows_E = [max(16, int(experts * mean * share) // 16 * 16) for share in _shares(rng, experts)]
+    rows_E = [max(16, int(experts * mean * share) // 16 * 16) for share in shares_of(rng, experts)]
     if experts * k * n <= 1e9 and sum(rows_E) <= 65536:
-        yield from _experts(rng, dtype="fp8", rows_E=rows_E, k=k, n=n)
+        yield from experts_of(dtype="fp8", rows_E=rows_E, k=k, n=n)
 
 
 def _layouts(rng: Any) -> Iterator[Shape]:
@@ -99,8 +101,8 @@ def _layouts(rng: Any) -> Iterator[Shape]:
     (k, n), m = _MATRICES[rng.integers(len(_MATRICES))], int(2 ** rng.uniform(6, 14))
     dense = [] if k * n > 2e8 else list(_products(m, k, n))
     experts, (k, n) = int(rng.choice((8, 16, 32, 64))), _sides(rng)
-    rows_E = [int(rows) for rows in rng.multinomial(experts * int(2 ** rng.uniform(3, 12)), _shares(rng, experts))]
-    grouped = [] if experts * k * n > 1e9 else list(_experts(rng, dtype="bf16", rows_E=rows_E, k=k, n=n))
+    rows_E = [int(rows) for rows in rng.multinomial(experts * int(2 ** rng.uniform(3, 12)), shares_of(rng, experts))]
+    grouped = [] if experts * k * n > 1e9 else list(experts_of(dtype="bf16", rows_E=rows_E, k=k, n=n))
     for of in [*dense, *grouped]:
         if of["direction"] != "wgrad" and float(kernel_of(of).flops) < 1e13:
             yield of  # as it is stored usually

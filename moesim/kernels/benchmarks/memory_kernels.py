@@ -198,6 +198,7 @@ def _optimizer(dtype: torch.dtype) -> Maker:
         for param in params:
             param.grad = pool.take(param.numel(), dtype=dtype)
         optimizer = torch.optim.AdamW(params, lr=1e-4, fused=True)
+        optimizer.step()  # the first one makes the states, which takes longer than a small step
         return optimizer.step
 
     return make
@@ -241,6 +242,9 @@ _MAKERS: dict[str, Maker] = {
 
 def prepare_memory_bound(shape: Shape, pool: Pool, beyond: float) -> Prepared:
     """The call of one kind over rotated operands."""
-    make = _MAKERS[shape["kind"]]
-    calls = Rotation(lambda: make(pool, shape["rows"], shape["width"]), bytes_per_call=shape["bytes"], beyond=beyond)
+    kind, rows, width = shape["kind"], shape["rows"], shape["width"]
+    make, moved = _MAKERS[kind], float(shape["bytes"])
+    if kind == "embedding_backward":  # a whole table is written, whatever few rows are added to it
+        moved += 2.0 * _vocabulary(pool, width) * width
+    calls = Rotation(lambda: make(pool, rows, width), bytes_per_call=moved, beyond=beyond)
     return keep_outputs(lambda index: calls(index)(), sets=len(calls)), {}

@@ -50,6 +50,7 @@ GPU_LIMITS = Limits(
         "gemm_fp8": 560,
         "fp8": 420,
         "edges": 640,
+        "between": 1600,
         "deep_gemm": 400,
         "grouped_gemm": 1900,
         "attention": 900,
@@ -67,6 +68,7 @@ CPU_LIMITS = Limits(
         "gemm_fp8": 0,
         "fp8": 0,
         "edges": 0,
+        "between": 0,
         "deep_gemm": 0,
         "grouped_gemm": 6,
         "attention": 4,
@@ -289,6 +291,10 @@ def family_shapes(family: str, limits: Limits) -> list[Shape]:
         from moesim.kernels.benchmarks.edges import edge_shapes
 
         candidates = iter(edge_shapes(count))
+    elif family == "between":
+        from moesim.kernels.benchmarks.between import between_shapes
+
+        candidates = iter(between_shapes(count))
     elif family == "deep_gemm":
         from moesim.kernels.benchmarks.deep_gemm import deep_gemm_shapes  # torch, so only here
 
