@@ -201,7 +201,7 @@ KINDS: dict[str, Kind] = {
         physics.GROUPED_START, noise=8e-3, shape="rational",
     ),
     "grouped_gemm_fp8": Kind(
-        _grouped_row_sizes, physics.grouped_log_seconds, _grouped_features, _grouped_work, _grouped_drawn,
+        _grouped_row_sizes, physics.grouped_fp8_log_seconds, _grouped_features, _grouped_work, _grouped_drawn,
         physics.GROUPED_FP8_START, noise=8e-3, shape="rational",
     ),
     "grouped_wgrad_fp8": Kind(
