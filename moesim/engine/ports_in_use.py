@@ -114,8 +114,10 @@ class PortsInUse:
             return None
         kernel, start_SR, finish_SR = found
         beside_SR = (start_SR < sent_SR + alone_SR) & (finish_SR > sent_SR)
+        if not beside_SR.any():
+            return None
         later_SR = sends[kernel.family].later(alone_SR, kernel=(finish_SR - start_SR) / max(1.0, kernel.launches))
-        return np.where(beside_SR, later_SR, 0.0) if beside_SR.any() else None
+        return np.where(beside_SR, later_SR, 0.0)
 
     def collective(self, prepared: PeerCollective, begin_SR: FloatArray, own_SR: FloatArray) -> FloatArray:
         """The same as `through` of a collective of a layer: its ranks are done together, and it has its part then."""

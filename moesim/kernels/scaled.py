@@ -63,6 +63,7 @@ class ScaledModel:
         self.fallback = Roofline(target)
         self._memory_ratio = measured.memory_bandwidth / target.memory_bandwidth
         self._sm_ratio = measured.sm_count * measured.clock_hz / (target.sm_count * target.clock_hz)
+        self._known: dict[tuple[object, ...], Estimate] = {}  # of kernels of one size each, which all groups have
 
     @property
     def name(self) -> str:
@@ -104,6 +105,15 @@ class ScaledModel:
 
     def seconds(self, kernel: Kernel) -> Estimate:
         """What the measured GPU takes, scaled; a dtype that the target lacks raises UserError."""
+        sizes = vars(kernel).values()
+        if not all(np.isscalar(size) or size is None for size in sizes):
+            return self._scaled(kernel)
+        key = (type(kernel), *sizes)
+        if key not in self._known:
+            self._known[key] = self._scaled(kernel)
+        return self._known[key]
+
+    def _scaled(self, kernel: Kernel) -> Estimate:
         dtype = "bf16" if isinstance(kernel, MemoryBound) else peak_format(kernel.dtype)
         if dtype not in self._target.peak_flops:
             return self.fallback.seconds(kernel)

@@ -1,6 +1,6 @@
 """Groups of ranks that the fabric treats alike, so that what is prepared for one serves the others.
 
-Legend: R ranks of the group, F pairs of them, P hops, U distinct links.
+Legend: R ranks of the group, F pairs of them, P hops, Q = F*P, X links, U distinct ones.
 """
 
 import hashlib
@@ -24,12 +24,15 @@ def group_shape(fabric: Fabric, ranks_R: NDArray[np.int64]) -> bytes:
     source_F, target_F = np.nonzero(~np.eye(len(ranks_R), dtype=bool))
     for avoid_nvlink in (False, True):
         path_FP = fabric.routes(ranks_R[source_F], ranks_R[target_F], avoid_nvlink=avoid_nvlink)
-        used_U, first_U, number_Q = np.unique(path_FP, return_index=True, return_inverse=True)
-        order_U = np.argsort(first_U)
-        place_U = np.empty(len(order_U), dtype=np.int32)
-        place_U[order_U] = np.arange(len(order_U), dtype=np.int32)
-        links_U = used_U[order_U]
-        digest.update(place_U[number_Q.reshape(-1)].tobytes())
+        link_Q = path_FP.ravel()
+        place_Q = np.arange(len(link_Q))
+        first_X = np.empty(len(fabric.links) + 1, dtype=np.int64)  # of links that are used: the last entry is NONE's
+        first_X[link_Q[::-1]] = place_Q[::-1]
+        first_Q = first_X[link_Q]
+        is_first_Q = first_Q == place_Q
+        number_Q = np.cumsum(is_first_Q, dtype=np.int32) - 1
+        links_U = link_Q[is_first_Q]
+        digest.update(number_Q[first_Q].tobytes())
         for kind_X, none in (
             (fabric.capacity_X, np.inf),
             (fabric.latency_X, 0.0),

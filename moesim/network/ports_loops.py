@@ -279,6 +279,7 @@ def add_transfers(
     seconds_BSKR: FloatArray,
     longest_BSR: FloatArray,
     place: int,
+    edges_W2: FloatArray,
     rows_WF: FloatArray,
 ) -> None:
     """`moesim.network.rank_ports.Windows.add_transfers`, from row `place` on."""
@@ -293,33 +294,39 @@ def add_transfers(
             for rank in range(ranks):
                 length_R[rank] = max(longest_R[rank], float(own_R[rank]))
                 opens, closes = min(opens, start_R[rank]), max(closes, finish_R[rank])
-            first = 2 + sample * ranks
+            first = sample * ranks
             begin_R, end_R = row_F[first : first + ranks], row_F[first + times : first + times + ranks]
             for rank in range(ranks):
                 begin_R[rank] = finish_R[rank] - length_R[rank]
             for rank in range(ranks):
                 end_R[rank] = finish_R[rank]
             for port in range(ports):
-                first = 2 + times * 2 + (sample * ports + port) * ranks
+                first = times * 2 + (sample * ports + port) * ranks
                 share_R, seconds_R = row_F[first : first + ranks], seconds_BSKR[number, sample, port]
                 for rank in range(ranks):
                     share_R[rank] = seconds_R[rank] / length_R[rank] if seconds_R[rank] > 0.0 else 0.0
-        row_F[0], row_F[1] = opens, closes
+        edges_W2[place + index, 0], edges_W2[place + index, 1] = opens, closes
 
 
 @numba.njit(cache=True)
 def add_window(
-    begin_SR: FloatArray, end_SR: FloatArray, shares_KR: FloatArray, place: int, rows_WF: FloatArray
+    begin_SR: FloatArray,
+    end_SR: FloatArray,
+    shares_KR: FloatArray,
+    place: int,
+    edges_W2: FloatArray,
+    rows_WF: FloatArray,
 ) -> None:
     """`moesim.network.rank_ports.Windows.add`, at row `place`."""
     (samples, ranks), ports, row_F = begin_SR.shape, len(shares_KR), rows_WF[place]
-    row_F[0], row_F[1], column = np.inf, -np.inf, 2
+    opens, closes, column = np.inf, -np.inf, 0
     for sample in range(samples):
         for rank in range(ranks):
             begin, end = begin_SR[sample, rank], end_SR[sample, rank]
-            row_F[0], row_F[1] = min(row_F[0], begin), max(row_F[1], end)
+            opens, closes = min(opens, begin), max(closes, end)
             row_F[column], row_F[column + samples * ranks] = begin, end
             column += 1
+    edges_W2[place, 0], edges_W2[place, 1] = opens, closes
     column += samples * ranks
     for _ in range(samples):
         for port in range(ports):
@@ -330,12 +337,12 @@ def add_window(
 
 @numba.njit(cache=True)
 def _find_open(
-    rows_WF: FloatArray, first: int, stop: int, backwards: bool, instant: float, row_V: NDArray[np.int64], found: int
+    edges_W2: FloatArray, first: int, stop: int, backwards: bool, instant: float, row_V: NDArray[np.int64], found: int
 ) -> int:
     """Writes the rows of what is open after an instant, from `found` on; gives how many there are then."""
     for index in range(stop - first):
         row = stop - 1 - index if backwards else first + index
-        if rows_WF[row, 1] > instant:
+        if edges_W2[row, 1] > instant:
             row_V[found] = row
             found += 1
     return found
@@ -347,10 +354,10 @@ def _of_port(
 ) -> bool:
     """Writes a window's times and what it takes of a port; whether that is anything."""
     samples, ranks = starts_SR.shape
-    uses, column = False, 2
+    uses, column = False, 0
     for sample in range(samples):
         for rank in range(ranks):
-            use = row_F[2 + samples * ranks * 2 + (sample * ports + port) * ranks + rank]
+            use = row_F[samples * ranks * 2 + (sample * ports + port) * ranks + rank]
             starts_SR[sample, rank], uses_SR[sample, rank] = row_F[column], use
             ends_SR[sample, rank] = row_F[column + samples * ranks]
             uses = uses or use > 0.0
@@ -359,16 +366,19 @@ def _of_port(
 
 
 @numba.njit(cache=True)
-def _is_in_the_way(
-    begin_SR: FloatArray, alone_SR: FloatArray, starts_SR: FloatArray, ends_SR: FloatArray, uses_SR: FloatArray
-) -> bool:
-    """Whether a window is open beside something on any rank."""
-    for sample in range(begin_SR.shape[0]):
-        for rank in range(begin_SR.shape[1]):
-            begin, alone = begin_SR[sample, rank], alone_SR[sample, rank]
-            beside = starts_SR[sample, rank] < alone and ends_SR[sample, rank] > begin
-            if beside and uses_SR[sample, rank] > 0.0:
-                return True
+def _is_in_the_way(row_F: FloatArray, port: int, ports: int, begin_SR: FloatArray, alone_SR: FloatArray) -> bool:
+    """Whether a window takes any of a port beside something on any rank."""
+    samples, ranks = begin_SR.shape
+    for sample in range(samples):
+        share = samples * ranks * 2 + (sample * ports + port) * ranks
+        starts_R, use_R = row_F[sample * ranks : share], row_F[share : share + ranks]
+        ends_R = starts_R[samples * ranks :]
+        in_the_way = False
+        for rank in range(ranks):
+            beside = (starts_R[rank] < alone_SR[sample, rank]) & (ends_R[rank] > begin_SR[sample, rank])
+            in_the_way |= beside & (use_R[rank] > 0.0)
+        if in_the_way:
+            return True
     return False
 
 
@@ -377,7 +387,7 @@ def through(
     begin_SR: FloatArray,
     work_SR: FloatArray,
     shares_KR: FloatArray,
-    beside: tuple[tuple[FloatArray, int, int, bool], ...],
+    beside: tuple[tuple[FloatArray, FloatArray, int, int, bool], ...],
     no_later: float,
     round_off: float,
 ) -> tuple[FloatArray, bool]:
@@ -392,33 +402,44 @@ def through(
             alone_SR[sample, rank], end_SR[sample, rank], length_SR[sample, rank] = end, end, end - begin
             instant, until = min(instant, begin), max(until, end)
     most = 0
-    for _, first, stop, _ in beside:
+    for _, _, first, stop, _ in beside:
         most += stop - first
     row_V, set_V, found = np.empty(most, dtype=np.int64), np.empty(most, dtype=np.int64), 0
-    for number, (rows_WF, first, stop, backwards) in enumerate(beside):
+    opens_V = np.empty(most)
+    for number, (edges_W2, _, first, stop, backwards) in enumerate(beside):
         before = found
-        found = _find_open(rows_WF, first, stop, backwards, instant, row_V, before)
+        found = _find_open(edges_W2, first, stop, backwards, instant, row_V, before)
         set_V[before:found] = number
-    starts_VSR, ends_VSR = np.empty((found, samples, ranks)), np.empty((found, samples, ranks))
-    uses_VSR = np.empty((found, samples, ranks))
+        for place in range(before, found):
+            opens_V[place] = edges_W2[row_V[place], 0]
+    room = 0  # for windows of one port
+    starts_VSR, ends_VSR, uses_VSR = np.empty((0, 1, 1)), np.empty((0, 1, 1)), np.empty((0, 1, 1))
     taken = 0
     while True:
         now = 0
         for place in range(found):
-            now += beside[set_V[place]][0][row_V[place], 0] < until
+            now += opens_V[place] < until
         if now == taken:
             break
         taken, latest = now, until
         for port in range(len(shares_KR)):
-            count, is_in_the_way = 0, False
+            is_in_the_way = False
             for place in range(found if shares_KR[port].max() > 0.0 else 0):
-                row_F = beside[set_V[place]][0][row_V[place]]
-                if row_F[0] < until:
-                    window = starts_VSR[count], ends_VSR[count], uses_VSR[count]
-                    if _of_port(row_F, port, len(shares_KR), *window):
-                        is_in_the_way = is_in_the_way or _is_in_the_way(begin_SR, alone_SR, *window)
-                        count += 1
+                row_F = beside[set_V[place]][1][row_V[place]]
+                if opens_V[place] < until and _is_in_the_way(row_F, port, len(shares_KR), begin_SR, alone_SR):
+                    is_in_the_way = True
+                    break
             if is_in_the_way:
+                if room < found:
+                    room = found
+                    starts_VSR, ends_VSR = np.empty((room, samples, ranks)), np.empty((room, samples, ranks))
+                    uses_VSR = np.empty((room, samples, ranks))
+                count = 0
+                for place in range(found):
+                    row_F = beside[set_V[place]][1][row_V[place]]
+                    window = starts_VSR[count], ends_VSR[count], uses_VSR[count]
+                    if opens_V[place] < until and _of_port(row_F, port, len(shares_KR), *window):
+                        count += 1
                 passed_SR = passed(
                     begin_SR, length_SR, shares_KR[port], starts_VSR[:count], ends_VSR[:count], uses_VSR[:count],
                     round_off,

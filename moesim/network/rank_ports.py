@@ -113,15 +113,15 @@ class Busy:
 class Windows:
     """What is open on the ports of a group's ranks, in the order in which it was added, until it is forgotten.
 
-    A window is a row of `rows_WF`, from `first` on: when it opens on its first rank and closes on its last, begins and
-    ends on every rank [S, R], and what of each port it takes meanwhile [S, K, R].
+    A window is a row from `first` on. `edges_W2`: when it opens on its first rank and closes on its last; `rows_WF`:
+    when it begins and ends on every rank [S, R], and what of each port it takes meanwhile [S, K, R].
     """
 
     def __init__(self, shape: tuple[int, int, int], *, backwards: bool = False) -> None:
         """`shape`: routing samples, ports and ranks; `backwards`: sums begin with the last one."""
         samples, ports, ranks = self.shape = shape
         self.backwards, self.first, self.stop = backwards, 0, 0
-        self.rows_WF = np.empty((0, 2 + samples * ranks * (2 + ports)))
+        self.edges_W2, self.rows_WF = np.empty((0, 2)), np.empty((0, samples * ranks * (2 + ports)))
 
     def __len__(self) -> int:
         return self.stop - self.first
@@ -138,7 +138,7 @@ class Windows:
         """What closes by then goes."""
         if self.first == self.stop:
             return
-        closes_W = self.rows_WF[self.first : self.stop, 1]
+        closes_W = self.edges_W2[self.first : self.stop, 1]
         left = np.flatnonzero(closes_W > until)
         if len(left) == len(closes_W):
             return
@@ -146,23 +146,26 @@ class Windows:
         if len(left) and left[0] == before:  # the first ones
             self.first += before
             return
-        self.rows_WF[self.first : self.first + len(left)] = self.rows_WF[self.first + left]
+        for values_Wx in (self.edges_W2, self.rows_WF):
+            values_Wx[self.first : self.first + len(left)] = values_Wx[self.first + left]
         self.keep(len(left))
 
     def room(self, count: int) -> int:
         """Where so many more windows are to be written, which are there from now on."""
         if self.stop + count > len(self.rows_WF):
             kept = len(self)
-            longer = np.empty((max(16, 2 * (kept + count)), self.rows_WF.shape[1]))
-            longer[:kept] = self.rows_WF[self.first : self.stop]
-            self.rows_WF, self.first, self.stop = longer, 0, kept
+            rows = max(16, 2 * (kept + count))
+            longer_W2, longer_WF = np.empty((rows, 2)), np.empty((rows, self.rows_WF.shape[1]))
+            longer_W2[:kept] = self.edges_W2[self.first : self.stop]
+            longer_WF[:kept] = self.rows_WF[self.first : self.stop]
+            self.edges_W2, self.rows_WF, self.first, self.stop = longer_W2, longer_WF, 0, kept
         place, self.stop = self.stop, self.stop + count
         return place
 
     def parts(self, rows_VF: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
         """Begin and end [V, S, R] and shares [V, S, K, R] of some rows."""
         samples, _, ranks = self.shape
-        begin_VF, end_VF, share_VF = np.split(rows_VF[:, 2:], [samples * ranks, 2 * samples * ranks], axis=1)
+        begin_VF, end_VF, share_VF = np.split(rows_VF, [samples * ranks, 2 * samples * ranks], axis=1)
         each = -1, samples, ranks
         return begin_VF.reshape(each), end_VF.reshape(each), share_VF.reshape(-1, *self.shape)
 
@@ -170,10 +173,11 @@ class Windows:
         """Something that takes a share of every port from `begin_SR` to `end_SR`."""
         place = self.room(1)
         if compiled and (compiled_loops := loops()) is not None:
-            compiled_loops.add_window(begin_SR, end_SR, shares_KR, place, self.rows_WF)
+            compiled_loops.add_window(begin_SR, end_SR, shares_KR, place, self.edges_W2, self.rows_WF)
             return
-        edges, share_SKR = np.array([begin_SR.min(), end_SR.max()]), np.broadcast_to(shares_KR, self.shape)
-        self.rows_WF[place] = np.concatenate([edges, begin_SR.ravel(), end_SR.ravel(), share_SKR.ravel()])
+        share_SKR = np.broadcast_to(shares_KR, self.shape)
+        self.edges_W2[place] = begin_SR.min(), end_SR.max()
+        self.rows_WF[place] = np.concatenate([begin_SR.ravel(), end_SR.ravel(), share_SKR.ravel()])
 
     def add_transfers(
         self,
@@ -191,7 +195,7 @@ class Windows:
         place, count = self.room(len(rows_N)), len(rows_N)
         if compiled and (compiled_loops := loops()) is not None:
             compiled_loops.add_transfers(
-                rows_N, number_N, *spans, busy.seconds_BSKR, busy.longest_BSR, place, self.rows_WF
+                rows_N, number_N, *spans, busy.seconds_BSKR, busy.longest_BSR, place, self.edges_W2, self.rows_WF
             )
             return
         start_NSR, finish_NSR, own_NSR = (values[rows_N] for values in spans)
@@ -200,8 +204,9 @@ class Windows:
         share_NSKR = np.divide(
             seconds_NSKR, length_NSR[:, :, None], out=np.zeros_like(seconds_NSKR), where=seconds_NSKR > 0
         )
-        edges = start_NSR.min(axis=(1, 2)), finish_NSR.max(axis=(1, 2))
-        each = (*edges, finish_NSR - length_NSR, finish_NSR, share_NSKR)
+        self.edges_W2[place : place + count, 0] = start_NSR.min(axis=(1, 2))
+        self.edges_W2[place : place + count, 1] = finish_NSR.max(axis=(1, 2))
+        each = (finish_NSR - length_NSR, finish_NSR, share_NSKR)
         self.rows_WF[place : place + count] = np.concatenate([values.reshape(count, -1) for values in each], axis=1)
 
 
@@ -219,13 +224,15 @@ def through(
     numba, which give the same.
     """
     if compiled and (compiled_loops := loops()) is not None:
-        sets = tuple((each.rows_WF, each.first, each.stop, each.backwards) for each in beside)
+        sets = tuple((each.edges_W2, each.rows_WF, each.first, each.stop, each.backwards) for each in beside)
         end_SR, is_later = compiled_loops.through(
             begin_SR, np.atleast_2d(work_SR), shares_KR, sets, NO_LATER, ROUND_OFF
         )
         return end_SR if is_later else None
-    rows_VF = np.concatenate([_open_behind(float(begin_SR.min()), windows) for windows in beside])
-    opens_V, (begin_VSR, end_VSR, share_VSKR) = rows_VF[:, 0], beside[0].parts(rows_VF)
+    instant = float(begin_SR.min())
+    opens_V = np.concatenate([_open_behind(instant, windows, windows.edges_W2)[:, 0] for windows in beside])
+    rows_VF = np.concatenate([_open_behind(instant, windows, windows.rows_WF) for windows in beside])
+    begin_VSR, end_VSR, share_VSKR = beside[0].parts(rows_VF)
     alone_SR = end_SR = begin_SR + work_SR
     until, taken = float(alone_SR.max()), 0
     while (now := int((opens_V < until).sum())) > taken:
@@ -248,11 +255,11 @@ def through(
     return np.where(later_SR, end_SR, alone_SR) if later_SR.any() else None
 
 
-def _open_behind(instant: float, windows: Windows) -> FloatArray:
-    """The rows of what is open after an instant, [V, F]."""
-    rows_WF = windows.rows_WF[windows.first : windows.stop]
-    rows_VF: FloatArray = rows_WF[rows_WF[:, 1] > instant]
-    return rows_VF[::-1] if windows.backwards else rows_VF
+def _open_behind(instant: float, windows: Windows, values_Wx: FloatArray) -> FloatArray:
+    """The rows of `values_Wx` of what is open after an instant."""
+    some = slice(windows.first, windows.stop)
+    values_Vx: FloatArray = values_Wx[some][windows.edges_W2[some, 1] > instant]
+    return values_Vx[::-1] if windows.backwards else values_Vx
 
 
 def passed(

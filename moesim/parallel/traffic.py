@@ -52,11 +52,11 @@ class LayerTraffic:
     def relabel(self, relabelling: Relabelling, placement: ExpertPlacement) -> "LayerTraffic":
         """The traffic of a model layer whose experts are the thin layer's in another order."""
         node_from_J = relabelling.node_from_J(placement, self.layout.node_of_rank_R)
-        return replace(
+        return replace(  # `take` is several times as fast as indexing
             self,
-            rows_BRE=self.rows_BRE[:, :, relabelling.expert_from_E],
-            rank_copies_BRD=self.rank_copies_BRD[:, :, relabelling.rank_from_D],
-            node_copies_BRJ=self.node_copies_BRJ[:, :, node_from_J],
+            rows_BRE=self.rows_BRE.take(relabelling.expert_from_E, axis=2),
+            rank_copies_BRD=self.rank_copies_BRD.take(relabelling.rank_from_D, axis=2),
+            node_copies_BRJ=self.node_copies_BRJ.take(node_from_J, axis=2),
         )
 
     def slot_rows_BDP(self, placement: ExpertPlacement) -> Array:
@@ -113,7 +113,7 @@ def _class_means(values_BRX: Array, class_RX: NDArray[np.int64]) -> NDArray[np.f
     means_BRX = np.zeros(values_BRX.shape)
     for label in np.unique(class_RX):
         members = class_RX == label
-        means_BRX[:, members] = values_BRX[:, members].mean(axis=1)[:, None]
+        np.copyto(means_BRX, values_BRX[:, members].mean(axis=1)[:, None, None], where=members)
     return means_BRX
 
 

@@ -15,18 +15,18 @@ Own = NDArray[np.float32]
 IntArray = NDArray[np.int64]
 
 _COMPUTE, _BACKGROUND, _STREAMS = int(Stream.COMPUTE), int(Stream.BACKGROUND), len(Stream)
-_COMMUNICATION, _PIPELINE = int(Stream.COMMUNICATION), int(Stream.PIPELINE)
+_COMMUNICATION, _REDUCTION, _PIPELINE = int(Stream.COMMUNICATION), int(Stream.REDUCTION), int(Stream.PIPELINE)
 _WAIT, _BUBBLE = CATEGORIES.index("imbalance_wait"), CATEGORIES.index("bubble")
 
 
 @numba.njit(cache=True)
-def _by_stream(stream_G: IntArray, order_G: IntArray, first_K: IntArray) -> None:
+def _by_stream(label_G: NDArray[np.int32], stream_L: IntArray, order_G: IntArray, first_K: IntArray) -> None:
     """Rows stream by stream in issue order; those of stream k begin at `first_K[k]`."""
     place = 0
     for stream in range(_STREAMS):
         first_K[stream] = place
-        for row in range(len(stream_G)):
-            if stream_G[row] == stream:
+        for row in range(len(label_G)):
+            if stream_L[label_G[row]] == stream:
                 order_G[place] = row
                 place += 1
     first_K[_STREAMS] = place
@@ -84,8 +84,9 @@ def add_attribution(
     start_GSR: FloatArray,
     finish_GSR: FloatArray,
     own_GSR: Own,
-    stream_G: IntArray,
-    category_G: IntArray,
+    label_G: NDArray[np.int32],
+    stream_L: IntArray,
+    category_L: IntArray,
     since_SR: FloatArray,
     until_S: FloatArray,
     seconds_CSR: FloatArray,
@@ -96,7 +97,7 @@ def add_attribution(
     """
     rows, samples, ranks = start_GSR.shape
     order_G, first_K = np.empty(rows, dtype=np.int64), np.empty(_STREAMS + 1, dtype=np.int64)
-    _by_stream(stream_G, order_G, first_K)
+    _by_stream(label_G, stream_L, order_G, first_K)
     begin_G, end_G, other_begin_G, other_end_G = np.empty(rows), np.empty(rows), np.empty(rows), np.empty(rows)
     start_G, finish_G, added_CR = np.empty(rows), np.empty(rows), np.empty((len(seconds_CSR), ranks))
     last_R, computed_R = np.empty(ranks), np.empty(ranks)
@@ -113,7 +114,7 @@ def add_attribution(
                 last_R[rank] = max(last_R[rank], finish_GSR[row, sample, rank])
         for place in range(first_K[_COMPUTE], first_K[_COMPUTE + 1]):
             row = order_G[place]
-            added_R = added_CR[category_G[row]]
+            added_R = added_CR[category_L[label_G[row]]]
             for rank in range(width):
                 seconds = finish_GSR[row, sample, rank] - start_GSR[row, sample, rank]
                 added_R[rank] += seconds
@@ -136,7 +137,7 @@ def add_attribution(
                     own = min(float(own_GSR[row, sample, rank]), finish - start)
                     exposed = finish - start - _covered(begin_G, end_G, count, at, start, finish)
                     exposed_own = own - _covered(begin_G, end_G, count, at, finish - own, finish)
-                    added_CR[category_G[row], rank] += exposed_own
+                    added_CR[category_L[label_G[row]], rank] += exposed_own
                     added_CR[_WAIT, rank] += exposed - exposed_own
                 count = _united(begin_G, end_G, count, start_G, finish_G, spans, other_begin_G, other_end_G)
                 begin_G, other_begin_G = other_begin_G, begin_G
@@ -157,23 +158,26 @@ def add_waits(
     start_GSR: FloatArray,
     finish_GSR: FloatArray,
     own_GSR: Own,
-    stream_G: IntArray,
     label_G: NDArray[np.int32],
+    stream_L: IntArray,
     set_LR: IntArray,
     sender_L: IntArray,
-    done_R: FloatArray,
+    since_R: FloatArray,
     transfers_RR: FloatArray,
     p2p_PR: FloatArray,
     round_off: float,
-) -> None:
+) -> tuple[bool, bool]:
     """Adds the seconds of sample 0 that ranks waited: in transfers for the last of their set (of `set_LR`) to come,
-    `transfers_RR` [for whom, who]; and at p2p sends for each sender. `done_R`: the end of all rows before, moved on.
+    `transfers_RR` [for whom, who]; and at p2p sends for each sender. `since_R`: the end of all rows before. Returns
+    whether there are collectives among groups, and whether anyone waited at a p2p send.
     """
-    ranks = start_GSR.shape[2]
-    latest_R, last_R = np.empty(ranks), np.empty(ranks, dtype=np.int64)
+    ranks, among_groups, waited = start_GSR.shape[2], False, False
+    latest_R, last_R, done_R = np.empty(ranks), np.empty(ranks, dtype=np.int64), since_R.copy()
     for row in range(len(start_GSR)):
         start_R, finish_R, own_R = start_GSR[row, 0], finish_GSR[row, 0], own_GSR[row, 0]
-        if stream_G[row] == _COMMUNICATION:
+        stream = stream_L[label_G[row]]
+        among_groups |= stream == _REDUCTION
+        if stream == _COMMUNICATION:
             set_R = set_LR[label_G[row]]
             latest_R[:] = -np.inf
             for rank in range(ranks):
@@ -183,13 +187,15 @@ def add_waits(
                 if start_R[rank] < latest_R[set_R[rank]]:  # others wait for chance alone
                     wait = finish_R[rank] - start_R[rank] - own_R[rank]
                     transfers_RR[last_R[set_R[rank]], rank] += max(wait, 0.0)
-        elif stream_G[row] == _PIPELINE:
+        elif stream == _PIPELINE:
             for rank in range(ranks):
                 wait = finish_R[rank] - done_R[rank]
                 if wait > round_off:
                     p2p_PR[sender_L[label_G[row]], rank] += wait
+                    waited = True
         for rank in range(ranks):
             done_R[rank] = max(done_R[rank], finish_R[rank])
+    return among_groups, waited
 
 
 @numba.njit(cache=True)

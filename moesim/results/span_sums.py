@@ -248,6 +248,8 @@ class SpanSums:
         self._compute_SR, self.busy_SR = np.zeros((samples, ranks)), np.zeros((samples, ranks))
         self.since_SR = np.zeros((samples, ranks))  # the end of all spans so far
         self._waits = GroupWaits(ranks_R, np.zeros((ranks, ranks)), {}, {}) if with_waits else None
+        self._labels, self._p2p_PR = 0, np.zeros((0, ranks))  # labels known so far, and seconds waited for each sender
+        self._never_S = np.full(samples, -np.inf)
 
     def take(
         self,
@@ -261,22 +263,28 @@ class SpanSums:
         """Rows behind those taken so far; `until_S`: they are the last ones, and the step ends then."""
         from moesim.results.attribution_loops import add_attribution, add_waits  # numba takes most of a second
 
-        facts, waits = self._book.facts(start_NSR.shape[2]), self._waits
-        stream_N, spans = facts.stream_L[label_N], (start_NSR, finish_NSR, own_NSR)
+        facts, waits, spans = self._book.facts(start_NSR.shape[2]), self._waits, (start_NSR, finish_NSR, own_NSR)
         if waits is not None:
-            done_R = self.since_SR[0].copy()
-            if (stream_N == Stream.REDUCTION).any():
+            if self._labels < len(facts.sender_L):  # new ones came
+                self._labels = len(facts.sender_L)
+                self._p2p_PR = np.zeros((1 + int(facts.sender_L.max(initial=0)), start_NSR.shape[2]))
+            among_groups, waited = add_waits(
+                *spans, label_N, facts.stream_L, facts.set_LR, facts.sender_L, self.since_SR[0], waits.transfers_RR,
+                self._p2p_PR, ROUND_OFF,
+            )  # fmt: skip
+            if among_groups:
+                done_R = self.since_SR[0].copy()
                 for name, *times in collective_waits(self._book.labels, label_N, *spans, done_R=done_R):
                     waits.collectives[name] = times[0], times[1]
-            p2p_PR = np.zeros((1 + int(facts.sender_L.max(initial=0)), start_NSR.shape[2]))
-            add_waits(*spans, stream_N, label_N, facts.set_LR, facts.sender_L, done_R, waits.transfers_RR, p2p_PR,
-                      ROUND_OFF)  # fmt: skip
-            for sender in np.flatnonzero(p2p_PR.any(axis=1)).tolist():
-                waits.add_p2p(sender, p2p_PR[sender])
-        until_S = np.full(start_NSR.shape[1], -np.inf) if until_S is None else until_S
+            if waited:
+                for sender in np.flatnonzero(self._p2p_PR.any(axis=1)).tolist():
+                    waits.add_p2p(sender, self._p2p_PR[sender].copy())
+                self._p2p_PR[:] = 0.0
+        until_S = self._never_S if until_S is None else until_S
         add_attribution(
-            *spans, stream_N, facts.category_L[label_N], self.since_SR, until_S, self._seconds_CSR, self._compute_SR
-        )
+            *spans, label_N, facts.stream_L, facts.category_L, self.since_SR, until_S, self._seconds_CSR,
+            self._compute_SR,
+        )  # fmt: skip
 
     def all(self, step_S: FloatArray) -> GroupSums:
         """The sums, once all rows were taken."""
