@@ -11,9 +11,9 @@ E experts, Z slots of all ranks (rank r holds Z/R of them from r*Z/R on).
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import gcd
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,7 @@ from moesim.parallel.mesh import GroupLayout
 from moesim.parallel.traffic import node_stages, ring_copies, without_diagonal
 from moesim.program.drawn_routing import obtain_trace
 from moesim.scenario import BYTES_PER_ELEMENT, Routing, scenario_from_mapping
+from moesim.scenario.routing import PopularityRouting, UniformRouting
 from moesim.seeding import stream
 from moesim.serving.pricing import Pricing
 from moesim.serving.schema import ServingScenario
@@ -37,6 +38,16 @@ MOST_DRAWN = 16_384
 RECORDED = 16_384  # tokens of routing that are made
 RUN = 256  # tokens of a prompt that follow each other
 SHARES = (0.0, 0.5, 1.0)  # of generated tokens
+UNREAD: dict[str, Any] = {  # keys that draws do not read: deployments that differ in them alone draw once a process
+    "name": True,
+    "fleet": True,
+    "memory": True,
+    "workload": {"arrivals", "requests", "slo", "prefixes", "priorities", "kv"},
+    "engine": {
+        "batching", "token_budget", "running", "chunked_prefill", "page", "host", "sampling", "preemption",
+        "host_memory", "host_link", "prefix_cache", "balancing", "speculation", "two_batches",
+    },
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +90,28 @@ class ExpertSlots:
         return found.reshape(ids_NK.shape)
 
 
+class Drawn(NamedTuple):
+    """The four numbers of ExpertCost, and the sources of kernel durations that they rest on."""
+
+    values: FloatArray
+    sources: set[str]
+
+
+def is_made_of_itself(scenario: ServingScenario) -> bool:
+    """Whether routing and kernels are all in the scenario or ship: no file that may change meanwhile, no training."""
+    kinds = PopularityRouting | UniformRouting
+    routing, decode = scenario.routing, scenario.decode_routing
+    is_drawn = isinstance(routing, kinds) and isinstance(decode or routing, kinds)
+    return is_drawn and scenario.compute.profile is None and scenario.cluster.fabric.file is None
+
+
+@lru_cache(maxsize=32)
+def _drawn_alike(scenario: str) -> dict[tuple[int, float], Drawn]:
+    """What deployments have drawn whose scenarios have this text, by tokens and share; they add to it."""
+    del scenario
+    return {}
+
+
 class ExpertTables:
     """One layer by tokens of all ranks that step together and the share of generated ones; filled where it is asked."""
 
@@ -92,6 +125,9 @@ class ExpertTables:
         self.total_G: list[int] = np.unique(np.geomspace(1, most, points).round()).astype(int).tolist()
         self.fabric: Fabric = build_fabric(scenario.cluster)
         self._found: dict[tuple[int, float], FloatArray] = {}
+        self._drawn: dict[tuple[int, float], Drawn] = {}
+        if is_made_of_itself(scenario):
+            self._drawn = _drawn_alike(scenario.model_dump_json(exclude=UNREAD))
 
     def at(self, total: float, generated: float) -> ExpertCost:
         """A step of `total` tokens, of which `generated` are generated."""
@@ -132,7 +168,11 @@ class ExpertTables:
     def _of(self, total: int, share: float) -> FloatArray:
         """The four numbers of ExpertCost, means over draws and layers."""
         if (total, share) not in self._found:
-            self._found[total, share] = self._drawn_mean(total, share)
+            if (total, share) not in self._drawn:
+                with self.pricing.noting() as sources:
+                    self._drawn[total, share] = Drawn(self._drawn_mean(total, share), sources)
+            self._found[total, share], sources = self._drawn[total, share]
+            self.pricing.note(sources)
         return self._found[total, share]
 
     def _drawn_mean(self, total: int, share: float) -> FloatArray:

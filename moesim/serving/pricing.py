@@ -5,7 +5,8 @@ Attention's core is that of generated tokens by its own kernels, of prompts by t
 Legend: G points of a table, D data groups, K kinds of layers.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -62,6 +63,20 @@ class Pricing:
     def rests_on(self) -> tuple[str, ...]:
         """Sources of kernel durations, the firmest first."""
         return tuple(source for source in SOURCES if source in self._sources)
+
+    def note(self, sources: Iterable[str]) -> None:
+        """Durations that were found before rest on these."""
+        self._sources.update(sources)
+
+    @contextmanager
+    def noting(self) -> Iterator[set[str]]:
+        """The sources of what is asked for meanwhile."""
+        before, self._sources = self._sources, set()
+        try:
+            yield self._sources
+        finally:
+            before |= self._sources
+            self._sources = before
 
     def seconds(self, kernel: Kernel) -> Any:
         """Of a kernel: a float, or an array in the shape of its sizes."""

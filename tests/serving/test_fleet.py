@@ -10,7 +10,7 @@ from moesim.errors import UserError
 from moesim.serving import largest_load, load_serving_text, serve
 from moesim.serving.answers import Deployment
 from moesim.serving.costs import shown_exchange
-from moesim.serving.experts import ExpertSlots
+from moesim.serving.experts import UNREAD, ExpertSlots
 from moesim.serving.fleet import kv_bytes, run_fleet
 from moesim.serving.requests import Requests
 from moesim.serving.schema import ServingScenario
@@ -107,7 +107,7 @@ def test_the_same_seed_gives_the_same_bytes() -> None:
 
 def test_more_instances_carry_more() -> None:
     short = "workload.arrivals.output={kind: fixed, tokens: 4}"  # fewer of them show a steady load
-    load = ("workload.slo={ttft: 0.2, tpot: 0.004}", "workload.requests=100", short)
+    load = ("workload.slo={ttft: 0.05, tpot: 0.004}", "workload.requests=100", short)
     loads = [
         largest_load(load_serving_text(ONE_POOL, overrides=(*load, f"fleet.replicas={replicas}")))
         for replicas in (1, 2)
@@ -131,6 +131,67 @@ def test_copies_take_rows_in_turn_and_even_out_ranks() -> None:
         assert rows_X[copies].sum() == rows and np.ptp(rows_X[copies]) <= 1
     plain = np.bincount(ids_NK[7:, 0], minlength=8).reshape(4, 2).sum(axis=1)
     assert rows_X.reshape(4, 3).sum(axis=1).max() < 0.7 * plain.max()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"name": "other", "fleet": {"replicas": 2}, "memory": {"share": 0.5}},
+        {"workload.requests": 7, "workload.slo": {"ttft": 0.1}, "workload.kv": "fp8", "workload.arrivals.rate": 9.0},
+        {"workload.prefixes": {"number": 2, "tokens": 64}, "workload.priorities": {"shares": [0.5, 0.5]}},
+        {"engine": {"batching": "static", "token_budget": 1024, "running": 9, "chunked_prefill": False, "page": 16}},
+        {
+            "engine": {
+                "host": "1 ms",
+                "sampling": "drawn",
+                "preemption": "swap",
+                "host_memory": "1 GB",
+                "host_link": "9 GB/s",
+            }
+        },
+        {"engine": {"prefix_cache": False, "balancing": "by_prefix", "two_batches": True, "sampling": "drawn"}},
+        {"engine": {"speculation": {"draft": "lookup", "acceptance": [0.5]}}},
+    ],
+)
+def test_deployments_draw_once_where_nothing_that_is_drawn_differs(changes: dict[str, object]) -> None:
+    """Every key that the tables do not read is changed: their numbers are those of tables made anew."""
+    sets = [f"{key}={json_text(value)}" for key, value in changes.items()]
+    shared = Deployment(load_serving_text(ONE_POOL, overrides=sets)).costs.experts
+    anew = Deployment(load_serving_text(ONE_POOL, overrides=sets)).costs.experts
+    assert shared is not None and anew is not None and shared._drawn is anew._drawn
+    anew._drawn = {}
+    for total, share in ((64, 0.0), (3_000, 0.5), (20, 1.0)):
+        with anew.pricing.noting() as sources:
+            found = anew._of(total, share)
+        assert np.array_equal(shared._of(total, share), found)
+        assert shared._drawn[total, share].sources == sources
+
+
+def test_what_is_drawn_is_not_shared_beyond_that() -> None:
+    files = "routing={kind: trace, file: 'library:64x6/published'}"
+    changes = ("", "seed=1", "engine.redundant_experts=4", "engine.capacity_factor=1.0", "workload.gemm=fp8", files)
+    tables = [
+        Deployment(load_serving_text(ONE_POOL, overrides=[each] if each else [])).costs.experts for each in changes
+    ]
+    assert len({id(each._drawn) for each in tables if each is not None}) == len(changes)
+    again = Deployment(load_serving_text(ONE_POOL, overrides=[files])).costs.experts
+    assert again is not None and tables[-1] is not None and again._drawn is not tables[-1]._drawn, "a file may change"
+
+
+def test_every_key_is_read_by_the_draws_or_named_as_unread() -> None:
+    """A new key is thought of before deployments share what they draw."""
+    unread = {name for name, keys in UNREAD.items() if keys is True}
+    assert set(ServingScenario.model_fields) - unread == {
+        "schema_version", "model", "routing", "decode_routing", "cluster", "parallelism", "workload", "engine",
+        "dispatch", "network", "compute", "seed",
+    }  # fmt: skip
+    for name, read in (
+        ("workload", {"kind", "weights", "gemm"}),
+        ("engine", {"software", "expert_placement", "redundant_experts", "capacity_factor"}),
+    ):
+        section = ServingScenario.model_fields[name].annotation
+        assert section is not None and set(section.model_fields) - UNREAD[name] == read
 
 
 def test_redundant_experts_take_memory_and_lower_the_imbalance() -> None:
