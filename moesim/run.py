@@ -1,13 +1,17 @@
 """simulate(scenario): the only place that wires the layers together. Read it from top to bottom."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from moesim.engine import simulate_samples, step_kernels
 from moesim.parallel import TrafficSampler
+from moesim.parallel.memory import MemoryReport
 from moesim.parallel.memory_remedy import check_memory
+from moesim.parallel.traffic_sample import TrafficSample
 from moesim.program.drawn_routing import draw_samples, obtain_trace, rows_of_variant
 from moesim.program.scenario_fabric import scenario_fabric, scenario_kernels
 from moesim.program.warnings import layout_warnings, sharing_warnings
+from moesim.recorded.scenario_peak import recorded_memory
 from moesim.results import RunRecord
 from moesim.results.definitions import check_plausible
 from moesim.results.outcome import SearchedPlacement, Simulated, assemble
@@ -39,7 +43,7 @@ def simulate(
     fabric = scenario_fabric(scenario, kernels)
     assert (trace is None) == (scenario.model.experts == 0), "an MoE step is driven by a routing trace"
     plain, bootstrap = draw_samples(scenario, trace)
-    memory = check_memory(scenario, lambda variant: rows_of_variant(scenario, variant, trace, plain))
+    memory = _checked_memory(scenario, trace, plain)
     clocked = step_kernels(scenario, fabric=fabric, kernels=kernels, samples=plain)
     # The step: as routed, with all loads equal, and with traces resampled for the range.
     balanced = [sample.balanced() for sample in plain]
@@ -73,10 +77,19 @@ def mean_step_seconds(scenario: Scenario, trace: RoutingTrace | None) -> float:
     scenario, _ = choose_placement(scenario, trace)
     kernels = scenario_kernels(scenario)
     plain = draw_samples(scenario, trace, bootstrap=False)[0]
-    check_memory(scenario, lambda variant: rows_of_variant(scenario, variant, trace, plain))
+    _checked_memory(scenario, trace, plain)
     fabric = scenario_fabric(scenario, kernels)
     clocked = step_kernels(scenario, fabric=fabric, kernels=kernels, samples=plain)
     return float(simulate_samples(scenario, fabric, clocked, plain).step_S.mean())
+
+
+def _checked_memory(scenario: Scenario, trace: RoutingTrace | None, samples: Sequence[TrafficSample]) -> MemoryReport:
+    """The memory of the scenario; of an imported step as its recording has it."""
+    return check_memory(
+        scenario,
+        lambda variant: rows_of_variant(scenario, variant, trace, samples),
+        recorded=recorded_memory(scenario),
+    )
 
 
 def choose_placement(

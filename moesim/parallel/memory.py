@@ -58,6 +58,7 @@ class OfLoss(NamedTuple):
 
 
 LOSSES = {"fused": OfLoss(0.0, 0.5), "fp32": OfLoss(2.0, 1.0), "parallel": OfLoss(0.5, 1.0)}
+LEAST_OF_LIST = 0.5  # of what moves, below which no recording takes it
 # Gradients of single parts, to the states that they are of.
 MADE_OF = {
     "gradients.head": "gradients.dense",
@@ -129,16 +130,33 @@ class MemoryReport:
         }
 
 
-def memory_report(scenario: Scenario, rows: RoutedRows) -> MemoryReport:
-    """The memory of every pipeline rank; `rows` from `routed_rows` or `even_rows`."""
-    mesh, work = scenario.parallelism, scenario.parallelism.schedule
-    schedule = build_schedule(
-        work.kind,
-        num_ranks=mesh.pipeline,
-        num_micro_batches=scenario.num_micro_batches,
-        virtual=work.virtual,
-    )
-    ranks = [_PipelineRank(scenario, rows, schedule, rank) for rank in range(schedule.num_ranks)]
+@dataclass(frozen=True, kw_only=True)
+class Recorded:
+    """What a recording of the software says of its peak on one GPU, beside the list at the same size.
+
+    difference: bytes that the recording takes more. tokens, activations: of its micro-batch, and bytes that the list
+    keeps of them.
+    """
+
+    difference: float
+    tokens: float
+    activations: float
+
+    def bytes_at(self, *, tokens: float, activations_SW: FloatArray) -> FloatArray:
+        """The difference at another size. It grows with the tokens, where it is of one layer, or with all activations;
+        a recording does not tell which, so the larger memory is taken.
+        """
+        ratios = tokens / self.tokens, activations_SW / self.activations
+        return self.difference * (np.maximum if self.difference > 0 else np.minimum)(*ratios)
+
+
+def memory_report(scenario: Scenario, rows: RoutedRows, *, recorded: Recorded | None = None) -> MemoryReport:
+    """The memory of every pipeline rank; `rows` from `routed_rows` or `even_rows`.
+
+    `recorded`: of an imported step (`moesim.recorded.scenario_peak`); without it the list stands alone.
+    """
+    schedule = _schedule(scenario)
+    ranks = [_PipelineRank(scenario, rows, schedule, rank, recorded) for rank in range(schedule.num_ranks)]
     fullest = [_fullest_pool(scenario, rank) for rank in ranks]
     return MemoryReport(
         parts=tuple(rank.parts(pool) for rank, pool in zip(ranks, fullest, strict=True)),
@@ -148,6 +166,26 @@ def memory_report(scenario: Scenario, rows: RoutedRows) -> MemoryReport:
         kept_PCBW=np.stack([rank.kept_CBW for rank in ranks]),
         gpus=tuple(scenario.cluster.pools[pool].gpu_name for pool in fullest),
         pools=tuple(_pool_memory(scenario, ranks, pool) for pool in sorted({p for rank in ranks for p in rank.pools})),
+    )
+
+
+def recorded_beside(scenario: Scenario, rows: RoutedRows, *, peak_bytes: float) -> Recorded:
+    """What a recording of this scenario, of one rank and one micro-batch, says whose peak is `peak_bytes`."""
+    rank = _PipelineRank(scenario, rows, _schedule(scenario), 0)
+    return Recorded(
+        difference=peak_bytes - float(rank.peak_SW.max()),
+        tokens=rank.tokens,
+        activations=float(rank.live[0].max()),
+    )
+
+
+def _schedule(scenario: Scenario) -> Schedule:
+    mesh, work = scenario.parallelism, scenario.parallelism.schedule
+    return build_schedule(
+        work.kind,
+        num_ranks=mesh.pipeline,
+        num_micro_batches=scenario.num_micro_batches,
+        virtual=work.virtual,
     )
 
 
@@ -178,6 +216,7 @@ class _PipelineRank:
     rows: RoutedRows
     schedule: Schedule
     rank: int
+    recorded: Recorded | None = None
 
     @cached_property
     def pool_W(self) -> NDArray[np.int64]:
@@ -518,10 +557,18 @@ class _PipelineRank:
         graphs = self.scenario.implementation.switches.cuda_graphs != "none"
         return WORKSPACE_BYTES * (1 + graphs) + scores_buffer(self.scenario) * self.tokens
 
+    def _moving_SW(self, phase: Phase) -> FloatArray:
+        """Bytes of a phase that move, as a recording has them where there is one and activations are kept."""
+        moving_SW = np.broadcast_to(np.asarray(phase.moving_SW, dtype=np.float64), self._shape)
+        if self.recorded is None or phase.live in ("", "layer"):
+            return moving_SW
+        more_SW = self.recorded.bytes_at(tokens=self.tokens, activations_SW=self.live[0])
+        return np.asarray(np.maximum(moving_SW + more_SW, LEAST_OF_LIST * moving_SW))
+
     def _phase_SW(self, phase: Phase) -> FloatArray:
-        memory, shape = self.scenario.memory, (self.rows.num_samples, self.scenario.parallelism.stage_ranks)
+        memory = self.scenario.memory
         held = sum(self._states(phase).values()) + self._workspace + memory.reserved
-        return np.broadcast_to(held + (1 + memory.allocator_overhead) * np.asarray(phase.moving_SW), shape)
+        return np.asarray(held + (1 + memory.allocator_overhead) * self._moving_SW(phase))
 
     @cached_property
     def peak_SW(self) -> FloatArray:
@@ -537,6 +584,10 @@ class _PipelineRank:
         shape, memory = self.peak_SW.shape, self.scenario.memory
         moving = {f"activations.{part}": size for part, size in self._live_parts(phase, *at).items()}
         moving |= {name: float(np.broadcast_to(size, shape)[at]) for name, size in phase.parts.items()}
+        total = float(self._moving_SW(phase)[at])
+        listed = sum(moving.values())
+        share = total / listed if self.recorded is not None and listed > 0 else 1.0
+        moving = {name: share * size for name, size in moving.items()}
         states = dict(self._states(phase))
         for name, kind in MADE_OF.items():
             states[kind] = states.get(kind, 0.0) + moving.pop(name, 0.0)
@@ -544,7 +595,6 @@ class _PipelineRank:
         for name in [name for name in moving if name.startswith("ended.")]:
             kept = "activations.one_layer" if phase.live == "layer" else name.replace("ended", "activations")
             moving[kept] = moving.get(kept, 0.0) + moving.pop(name)
-        total = float(np.broadcast_to(phase.moving_SW, shape)[at])
         other = {
             "allocator": memory.allocator_overhead * total,
             "workspace": self._workspace,

@@ -9,7 +9,7 @@ from itertools import combinations, product
 from typing import Any, NamedTuple
 
 from moesim.errors import InfeasibleError, UserError
-from moesim.parallel.memory import MemoryReport, memory_report
+from moesim.parallel.memory import MemoryReport, Recorded, memory_report
 from moesim.parallel.memory_rows import RoutedRows, RowsOf, no_rows
 from moesim.scenario import Contiguous, Scenario, dump_scenario, load_scenario_text, require_supported
 from moesim.scenario.routing import ExpertCapacity
@@ -153,16 +153,16 @@ NOTHING_FITS = (
 )
 
 
-def check_memory(scenario: Scenario, rows_of: RowsOf) -> MemoryReport:
+def check_memory(scenario: Scenario, rows_of: RowsOf, *, recorded: Recorded | None = None) -> MemoryReport:
     """The memory of the scenario, when at least one routing sample fits or `memory.check` is `warn`.
 
     `rows_of(scenario)` gives the rows of a scenario; it is called again for changes that move rows (micro-batch,
-    capacity, placement and mesh), so it should draw the same samples each time. Raises InfeasibleError when no sample
-    fits, naming the largest part and the smallest change, of one key or of two, with which every sample fits and which
-    can be simulated.
+    capacity, placement and mesh), so it should draw the same samples each time. `recorded`: of `memory_report`. Raises
+    InfeasibleError when no sample fits, naming the largest part and the smallest change, of one key or of two, with
+    which every sample fits and which can be simulated.
     """
     rows = rows_of(scenario)
-    report = memory_report(scenario, rows)
+    report = memory_report(scenario, rows, recorded=recorded)
     if report.fits_share > 0 or scenario.memory.check == "warn":
         return report
     rank = report.fullest
@@ -172,7 +172,7 @@ def check_memory(scenario: Scenario, rows_of: RowsOf) -> MemoryReport:
     raise InfeasibleError(
         f"{key}: pipeline rank {rank} needs at least {format_bytes(float(needed))} of the "
         f"{format_bytes(float(capacity))} of a GPU ({report.gpus[rank]}); its largest part is {part} "
-        f"({format_bytes(size)}){cause}; {_remedy(scenario, rows_of)}"
+        f"({format_bytes(size)}){cause}; {_remedy(scenario, rows_of, recorded)}"
     )
 
 
@@ -189,20 +189,22 @@ def _key(scenario: Scenario, part: str, rows: RoutedRows, rows_of: RowsOf) -> tu
     return "workload.micro_batch" if scenario.workload.micro_batch > 1 else "workload.recompute", ""
 
 
-def _remedy(scenario: Scenario, rows_of: RowsOf) -> str:
-    found = nearest_change(scenario, rows_of)
+def _remedy(scenario: Scenario, rows_of: RowsOf, recorded: Recorded | None) -> str:
+    found = nearest_change(scenario, rows_of, recorded=recorded)
     if found is None:
         return NOTHING_FITS
     change, report = found
     return f"set {change}, which needs {format_bytes(report.peak_bytes)}"
 
 
-def nearest_change(scenario: Scenario, rows_of: RowsOf) -> tuple[Change, MemoryReport] | None:
+def nearest_change(
+    scenario: Scenario, rows_of: RowsOf, *, recorded: Recorded | None = None
+) -> tuple[Change, MemoryReport] | None:
     """The first change, or else pair of changes, with which every sample fits.
 
     Changes that leave the training what it is come before those that alter it; more GPUs come last.
     """
-    trials = _Trials(scenario, rows_of)
+    trials = _Trials(scenario, rows_of, recorded)
     for change in _in_order(scenario):
         report = trials.report(change)
         if report is not None and report.fits_share == 1.0:
@@ -233,15 +235,16 @@ class _Trials:
 
     scenario: Scenario
     rows_of: RowsOf
+    recorded: Recorded | None
     _known: dict[Any, RoutedRows | None] = field(init=False, default_factory=dict)
 
     def report(self, change: Change) -> MemoryReport | None:
         """The memory of the changed scenario; None where the change is refused, or where no routing could fit."""
         changed = _applied(self.scenario, change)
-        if changed is None or memory_report(changed, no_rows(changed)).fits_share == 0.0:
+        if changed is None or memory_report(changed, no_rows(changed), recorded=self.recorded).fits_share == 0.0:
             return None
         rows = self._rows(changed)
-        return None if rows is None else memory_report(changed, rows)
+        return None if rows is None else memory_report(changed, rows, recorded=self.recorded)
 
     def _rows(self, changed: Scenario) -> RoutedRows | None:
         """None where the trace does not go with the changed mesh."""

@@ -31,6 +31,7 @@ from moesim.program.parameters import ParameterGroups
 from moesim.program.scenario_fabric import scenario_fabric
 from moesim.program.software import kernel_list
 from moesim.program.writer import KernelWriter
+from moesim.recorded.scenario_peak import recorded_memory
 from moesim.results.spans import Part
 from moesim.scenario import PipelineSchedule, Scenario
 from moesim.scenario.base import BYTES_PER_ELEMENT
@@ -247,4 +248,5 @@ def peak_bytes(scenario: Scenario, rows: RoutedRows, *, micro_batches: int) -> f
         copies_out_SLBW=np.tile(rows.copies_out_SLBW, times),
         copies_in_SLBW=np.tile(rows.copies_in_SLBW, times),
     )
-    return memory_report(scenario.model_copy(update={"workload": short}), tiled).peak_bytes
+    shortened = scenario.model_copy(update={"workload": short})
+    return memory_report(shortened, tiled, recorded=recorded_memory(scenario)).peak_bytes

@@ -15,10 +15,13 @@ import moesim
 from moesim.errors import UserError
 from moesim.importing.recording import record_step
 from moesim.kernels import kernel_model
+from moesim.parallel.memory import memory_report
+from moesim.parallel.memory_rows import even_rows
 from moesim.program.scenario_fabric import node_fabric
-from moesim.recorded.estimate import HOST, step_estimate
+from moesim.recorded.estimate import HOST, step_estimate, step_peak
 from moesim.recorded.layers import DENSE, MOE
-from moesim.recorded.scaling import scaled
+from moesim.recorded.scaling import scaled, updating
+from moesim.recorded.scenario_peak import recorded_memory
 from moesim.recorded.sizes import matched, sizes_of
 from moesim.recorded.spread import FSDP2, Ranks
 from moesim.recorded.step_file import AGAIN, GRADIENT_WIDTHS, MODEL_SIZES, RecordedOp, load_step, save_step
@@ -112,6 +115,32 @@ def test_scaled_is_recorded_anew(first: list[RecordedOp], change: dict[str, int]
         for each in estimates
     ]
     assert phases[0] == pytest.approx(phases[1], rel=0.01)
+
+
+def memory_changes(sequences: int = 4, length: int = 8192, layers: int = 3, experts: int = 16) -> dict[str, Any]:
+    """A scenario of those sizes, of which the allocator takes nothing for itself."""
+    return {
+        "workload.micro_batch": sequences, "workload.global_batch": sequences, "workload.sequence_length": length,
+        "model.layers": layers, "model.experts": experts,
+        "memory": {"reserved": "0 GB", "allocator_overhead": 0.0},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("change", [{}, *OTHERS], ids=str)
+def test_a_scenario_has_the_peak_of_the_recording_and_at_other_sizes_what_it_says_of_the_list(
+    file: Path, tmp_path: Path, change: dict[str, int]
+) -> None:
+    """The list alone is 6 to 13 % high; what of that grows with the layers, no recording of one size tells."""
+    anew = step_peak(recorded(**change))
+    assert anew is not None
+    changed = scenario(file, **memory_changes(**change))
+    found = moesim.simulate(changed).result["memory"]
+    listed = memory_report(changed, even_rows(changed)).peak_bytes
+    assert anew.total * 0.999 < found["peak_bytes"] < listed
+    assert found["peak_bytes"] < anew.total * (1.05 if "layers" in change else 1.001)
+    assert sum(found["parts_bytes_by_pipeline_rank"][0].values()) == pytest.approx(found["peak_bytes"])
+    save_step(tmp_path / "trace.json", [*recorded()[:-1], updating(recorded()[-1], 77)], source="without a peak")
+    assert recorded_memory(scenario(tmp_path / "trace.json")) is None
 
 
 @pytest.mark.parametrize("followed", [True, False])

@@ -17,10 +17,12 @@ from moesim.errors import UserError
 from moesim.importing.program import record_program
 from moesim.importing.recording import record_step
 from moesim.kernels import kernel_model
-from moesim.parallel.memory import WORKSPACE_BYTES
+from moesim.parallel.memory import WORKSPACE_BYTES, memory_report
+from moesim.parallel.memory_rows import even_rows
 from moesim.recorded.estimate import HOST, step_estimate, step_peak
 from moesim.recorded.pricing import kernels_of
 from moesim.recorded.scaling import updating
+from moesim.recorded.scenario_peak import recorded_memory
 from moesim.recorded.step_file import load_step, save_step
 from moesim.strict_json import parse_json
 
@@ -324,3 +326,26 @@ def test_measured_peaks_of_transformers_are_met(monkeypatch: pytest.MonkeyPatch)
         row = rows[name]
         measured = max(row[moment] for moment in ("forward", "backward", "optimizer"))
         assert recorded_bytes(Case(**row["case"])) == pytest.approx(measured, rel=0.005), name
+
+
+@pytest.mark.parametrize(
+    ("recorded_at", "other"), [("mixtral-thrice", "mixtral-small"), ("v3-like-short", "v3-like"), ("glm", "glm-big")]
+)
+def test_a_scenario_of_a_recording_of_another_size_is_no_hundredth_low(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, recorded_at: str, other: str
+) -> None:
+    """Measured on an H100; the second of each pair is in no choice."""
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(sys, "path", [str(ROOT / "tools"), *sys.path])
+    from measure_peaks import loss_of, module
+    from peak_table import as_scenario, peaks
+
+    found = {peak.name: peak for peak in peaks()}
+    case = found[recorded_at].case
+    with torch.device("meta"):
+        model = module(case, "meta")
+        save_step(tmp_path / "step.json", record_step(model, loss_of(case, model, "meta")), source="here")
+    imported = f"implementation={{kind: imported, file: {tmp_path / 'step.json'}}}"
+    scenario = as_scenario(found[other].case, imported)
+    peak = memory_report(scenario, even_rows(scenario), recorded=recorded_memory(scenario)).peak_bytes
+    assert -0.01 < peak / found[other].measured - 1 < 0.02
