@@ -14,7 +14,7 @@ from moesim.kernels.measured import measured_rates
 from moesim.kernels.profile import SHIPPED, Profile, load_profile_file
 from moesim.kernels.roofline import GpuRates, Roofline
 from moesim.kernels.scaled import ScaledModel
-from moesim.kernels.tabulated import TabulatedModel
+from moesim.kernels.tabulated import ReachedRates, TabulatedModel
 
 if TYPE_CHECKING:
     from moesim.scenario import Compute, GpuSpec
@@ -239,7 +239,8 @@ def _held(model: CalibratedModel | TabulatedModel, regime: str) -> CalibratedMod
 
 
 def _scaled(base: CalibratedModel | TabulatedModel, measured: str, target: "GpuSpec") -> ScaledModel:
-    return ScaledModel(base, measured=_spec(measured), target=target, by_deep_gemm=target.name in DENSE_BY_DEEP_GEMM)
+    rates = target if target.reached is None else ReachedRates(target, target.reached)
+    return ScaledModel(base, measured=_spec(measured), target=rates, by_deep_gemm=target.name in DENSE_BY_DEEP_GEMM)
 
 
 def _spec_of(gpu: "str | GpuSpec") -> "GpuSpec":

@@ -25,7 +25,8 @@ class GpuSpec:
     `scaled_from` names the GPU whose measured kernels stand for its own, scaled; None: it is measured itself.
     `peak_flops` maps a number format to FLOP/s (a format that the chip lacks is absent), `nvlink_bandwidth` is bytes/s
     per direction, `nvlink_domain` the GPUs of a rack that one NVSwitch fabric joins (None: those of a node),
-    `price_per_gpu_hour` the default rent in USD with its own source.
+    `price_per_gpu_hour` the default rent in USD with its own source. `reached`: the share of the peak that large
+    products reach over that of `scaled_from`, by number format, where a run tells (others have that of bf16).
     """
 
     name: str
@@ -41,6 +42,7 @@ class GpuSpec:
     source: str
     price_per_gpu_hour: float
     price_source: str
+    reached: Mapping[str, float] | None = field(default=None, hash=False)
 
 
 _BOUNDS = {  # of the numbers of a GPU
@@ -52,6 +54,7 @@ _BOUNDS = {  # of the numbers of a GPU
     "l2_bytes": (0, 1e13),
     "nvlink_bandwidth": (1e3, 1e18),
     "price_per_gpu_hour": (0, 1e6),
+    "reached": (0.05, 2.0),
 }
 
 
@@ -90,7 +93,8 @@ def gpu_spec(name: str) -> GpuSpec:
         raise UserError(f'unknown GPU "{name}"; {_suggest_product(name, entries)}; {own}')
     entry = dict(entries[name])
     for key, (least, most) in _BOUNDS.items():
-        numbers = entry[key].values() if key == "peak_flops" else [entry[key]]
+        given = entry.get(key, {}) if key == "reached" else entry[key]
+        numbers = given.values() if isinstance(given, dict) else [given]
         for number in numbers:
             if isinstance(number, bool) or not isinstance(number, int | float) or not least <= number <= most:
                 text = f"must be between {least:g} and {most:g}, got {number!r}"
