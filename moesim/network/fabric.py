@@ -3,7 +3,7 @@
 Legend: X links, V graph nodes, R ranks (GPUs in rank order, node-major), F flows, P hops (padded with -1).
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -397,7 +397,7 @@ def _redundant_links(
     """Links out of a switch that carry all that can enter it, and links into a switch that carry all that can leave.
 
     Traffic starts and ends at GPUs only. A link is judged by links that stay, or by a chain of redundant ones that ends
-    at such; a cycle of redundant links would break the chain, then all stay.
+    at such; a cycle of redundant links, none of which leads straight back, would break the chain, then all stay.
     """
     into: dict[str, float] = dict.fromkeys(graph, 0.0)
     out_of: dict[str, float] = dict.fromkeys(graph, 0.0)
@@ -423,9 +423,16 @@ def _redundant_links(
     }
     # `before` leans on no link of `behind` but its own reverse, so a chain of redundant links stays within one set.
     redundant = {
-        link
-        for chosen in (behind, before)
-        if nx.is_directed_acyclic_graph(graph.edge_subgraph(chosen))
-        for link in chosen
+        link for chosen in (behind, before) if nx.is_directed_acyclic_graph(_following(chosen)) for link in chosen
     }
     return np.array([link in redundant for link in links], dtype=np.bool_)
+
+
+def _following(links: set[tuple[str, str]]) -> "nx.DiGraph[tuple[str, str]]":
+    """Which of some links comes behind which on a route, that does not turn back."""
+    into: defaultdict[str, list[tuple[str, str]]] = defaultdict(list)
+    for link in links:
+        into[link[1]].append(link)
+    follows: nx.DiGraph[tuple[str, str]] = nx.DiGraph()
+    follows.add_edges_from((before, link) for link in links for before in into[link[0]] if before[0] != link[1])
+    return follows

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from moesim.errors import UserError
 from moesim.network.fabric import NONE, Fabric
@@ -71,10 +71,21 @@ def as_ranks(fabric: Fabric, ranks: Ranks) -> NDArray[np.int64]:
     return chosen.astype(np.int64, copy=False)
 
 
+def as_numbers(values: ArrayLike, what: str) -> FloatArray:
+    """An array of float64. Raises UserError for what is no array of real numbers."""
+    try:
+        found = np.asarray(values)
+    except ValueError:  # rows of unequal length
+        found = np.asarray("")
+    if found.dtype.kind not in "biuf":
+        raise UserError(f"{what}: needs an array of real numbers")
+    return found.astype(np.float64, copy=False)
+
+
 def checked_bytes(num_bytes: float) -> float:
     """`num_bytes` itself. Raises UserError unless it is a finite number that is not negative."""
-    if not 0 <= num_bytes < np.inf:
-        raise UserError(f"bytes: {num_bytes} must be a finite number that is not negative")
+    if isinstance(num_bytes, str) or not 0 <= num_bytes < np.inf:
+        raise UserError(f"bytes: {num_bytes!r} must be a finite number that is not negative")
     return num_bytes
 
 
@@ -88,8 +99,7 @@ def make_demand(
     chosen = as_ranks(fabric, ranks)
     if ranks is not None and len(np.unique(chosen)) < len(chosen):
         raise UserError(f"ranks: {np.bincount(chosen).argmax()} is there twice; name each rank of the group once")
-    bytes_SRR = np.asarray(bytes_RR, dtype=np.float64)
-    size = len(chosen)
+    bytes_SRR, size = as_numbers(bytes_RR, "bytes"), len(chosen)
     if bytes_SRR.ndim not in (2, 3) or bytes_SRR.shape[-2:] != (size, size) or not len(bytes_SRR):
         raise UserError(f"bytes: the shape {bytes_SRR.shape} does not fit {size} ranks; use ({size}, {size})")
     bytes_SRR = bytes_SRR.reshape(-1, size, size)

@@ -211,8 +211,10 @@ def _listed_graph(fabric: Fabric, sites: list[Site]) -> "nx.DiGraph[str]":
         raise UserError("cluster.fabric: preset custom needs either links or file (a networkx node-link JSON)")
     graph: nx.DiGraph[str] = nx.DiGraph()
     for source, target, bandwidth, latency in _file_links(fabric.file) if fabric.file else _listed_links(fabric):
+        where = "file" if fabric.file else "links"
+        if source == target:
+            raise UserError(f"cluster.fabric.{where}: {source} -> {target} leads nowhere; name two ends")
         if graph.has_edge(source, target):
-            where = "file" if fabric.file else "links"
             raise UserError(
                 f"cluster.fabric.{where}: {source} -> {target} is given twice (both: true gives the way back, too); "
                 "give it once, with the bandwidth of all"

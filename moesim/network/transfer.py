@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from moesim.errors import UserError
 from moesim.network.contention import LinkUse, Window, common_use, opening
 from moesim.network.fabric import Fabric
-from moesim.network.flows import Demand, Ranks, build_flows, link_bytes, make_demand
+from moesim.network.flows import Demand, Ranks, as_numbers, build_flows, link_bytes, make_demand
 from moesim.network.kept_answers import CommonStart, Remembered
 from moesim.network.link_loads import ladder_link_bytes
 from moesim.network.parameters import NVLINK_LATENCY_SOURCE, Evidence
@@ -93,7 +93,9 @@ def transfer_times(
     model, ranks that are not there, and bytes or starts of another shape, negative (bytes) or not finite.
     """
     demand = make_demand(fabric, bytes_RR, ranks=ranks)
-    start = np.zeros(len(demand.ranks_R)) if start_R is None else np.asarray(start_R, dtype=np.float64)
+    if np.ndim(bytes_RR) != 2:
+        raise UserError(f"bytes: needs one matrix [R, R], not {np.ndim(bytes_RR)} dimensions")
+    start = np.zeros(len(demand.ranks_R)) if start_R is None else as_numbers(start_R, "start_R")
     if start.shape != demand.ranks_R.shape or not np.isfinite(start).all():
         raise UserError(f"start_R: needs one finite number of seconds for each of {len(demand.ranks_R)} ranks")
     release_RR = np.maximum(start[:, None], start) if two_sided else np.repeat(start[:, None], len(start), axis=1)

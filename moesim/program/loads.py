@@ -20,7 +20,7 @@ from moesim.parallel.expert_map import ExpertMap
 from moesim.parallel.traffic import copies_out, held_copies, stage_copies
 from moesim.program.collectives import Peers, SideBySide, set_of_place
 from moesim.program.operations import Transfer
-from moesim.program.scenario_fabric import sharing_model
+from moesim.program.scenario_fabric import dispatch_sharing, sharing_model
 from moesim.scenario import Scenario
 from moesim.scenario.dispatch import DIRECT, Deduplicate
 from moesim.scenario.stages import fewest_sms
@@ -160,7 +160,7 @@ def _shared_rows(
         common: dict[str, Any] = {
             "algorithm": DIRECT.name,
             "ranks": ranks_R[members],
-            "model": sharing_model(scenario, fabric, ranks_R[members]),
+            "model": sharing_model(scenario.network, fabric, ranks_R[members]),
             "compiled": compiled,
         }
         out = prepare_dispatch(fabric, [copies_QEE], token_bytes=sizes[0], **common)
@@ -287,7 +287,7 @@ def _transfers(
         "algorithm": dispatch.algorithm,
         "ranks": ranks_R,
         "own_copies_R": own_MSR.reshape(-1, ranks),
-        "model": sharing_model(scenario, fabric, ranks_R),
+        "model": dispatch_sharing(scenario.network, fabric, ranks_R, dispatch.algorithm),
         "sms": dispatch.sms(fewest_sms(scenario.cluster, scenario.parallelism, ranks_R.tolist())),
         "synchronised": scenario.implementation.switches.counts,
         "compiled": compiled,

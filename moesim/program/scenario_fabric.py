@@ -14,7 +14,8 @@ from moesim.parallel import Mesh
 from moesim.scenario import Scenario
 from moesim.scenario.catalogue import GpuSpec, gpu_spec
 from moesim.scenario.check import MOST_PAIRS
-from moesim.scenario.cluster import Cluster, Pool
+from moesim.scenario.cluster import Cluster, Network, Pool
+from moesim.scenario.dispatch import DISPATCH
 from moesim.scenario.stages import kinds_of_pools, rank_counts, ranked_cluster, specs_of_ranks
 
 
@@ -55,18 +56,25 @@ def _parameters(kernels: KernelModel, spec: GpuSpec, *, world: int) -> NetworkPa
     )
 
 
-def sharing_model(scenario: Scenario, fabric: Fabric, ranks_R: NDArray[np.integer]) -> Model:
+def sharing_model(network: Network, fabric: Fabric, ranks_R: NDArray[np.integer], *, over_nics: bool = False) -> Model:
     """The scenario's model of sharing for transfers among `ranks_R`, else the quickest that is right there.
 
     `ports` where nothing but ports can be a bottleneck, `fluid` where links that GPUs share can; groups too large for
     `fluid` keep `ports`, of which a run warns.
     """
-    if scenario.network.model is not None:
-        return scenario.network.model
+    if network.model is not None:
+        return network.model
     if fabric.multipath:
         return "fluid"  # ports looks at one route of each pair
-    spread = fabric.ladder is None or bool((fabric.node_of_rank_R[ranks_R] != fabric.node_of_rank_R[ranks_R[0]]).any())
+    domain_R = fabric.domain_of_rank_R[ranks_R]
+    spread = fabric.ladder is None or over_nics or bool((domain_R != domain_R[0]).any())
     return "fluid" if fabric.core_can_block and spread and len(ranks_R) ** 2 <= MOST_PAIRS["fluid"] else "ports"
+
+
+def dispatch_sharing(network: Network, fabric: Fabric, ranks_R: NDArray[np.integer], algorithm: str) -> Model:
+    """The same for dispatch and combine, whose algorithm may take NICs inside a node."""
+    over_nics = DISPATCH[algorithm].avoids_nvlink and not fabric.is_rack_scale
+    return sharing_model(network, fabric, ranks_R, over_nics=over_nics)
 
 
 COMPILED_RANKS = 32  # groups from here on use compiled loops in any case

@@ -76,7 +76,9 @@ def layout_warnings(
     mesh = Mesh(scenario.parallelism, scenario.cluster)
     warnings += [*_sent_once(scenario), *_recorded(scenario)]
     crossing = [ranks_R for ranks_R in mesh.expert_groups() if mesh.layout(ranks_R).num_nodes > 1]
-    if fabric.core_can_block and any(sharing_model(scenario, fabric, ranks_R) == "ports" for ranks_R in crossing):
+    if fabric.core_can_block and any(
+        sharing_model(scenario.network, fabric, ranks_R) == "ports" for ranks_R in crossing
+    ):
         warnings.append(
             "network.model: ports looks at the fabric's core links one by one: where several block at once a transfer "
             "may come out a fifth short; use fluid"

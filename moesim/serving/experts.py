@@ -23,6 +23,7 @@ from moesim.parallel.balancers import balance_experts
 from moesim.parallel.mesh import GroupLayout
 from moesim.parallel.traffic import node_stages, ring_copies, without_diagonal
 from moesim.program.drawn_routing import obtain_trace
+from moesim.program.scenario_fabric import dispatch_sharing
 from moesim.scenario import BYTES_PER_ELEMENT, Routing, scenario_from_mapping
 from moesim.scenario.routing import PopularityRouting, UniformRouting
 from moesim.seeding import stream
@@ -294,7 +295,7 @@ class ExpertTables:
                 algorithm=dispatch.algorithm,
                 sms=dispatch.sms(self.scenario.cluster.main_pool.spec.sm_count),
                 ranks=np.arange(ranks),
-                model=self.scenario.network.model or "ports",
+                model=dispatch_sharing(self.scenario.network, self.fabric, np.arange(ranks), dispatch.algorithm),
             )
             seconds += float(prepared.alone_R.max())
         return seconds

@@ -249,6 +249,11 @@ def test_describe_measures_bisection_and_oversubscription() -> None:
             },
             "x -> gpu0 is given twice",
         ),
+        (
+            1,
+            {"preset": "custom", "links": [{"source": "gpu0", "target": "gpu0", "bandwidth": "1 GB/s"}]},
+            "leads nowhere",
+        ),
     ],
 )
 def test_mistakes_are_named(nodes: int, keys: dict[str, object], words: str) -> None:

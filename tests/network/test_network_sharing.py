@@ -217,12 +217,16 @@ def test_redundant_links_do_not_bind() -> None:
     """Leaving out links that others bound changes nothing."""
     import dataclasses
 
-    for keys in ({}, {"oversubscription": 2.0}, {"pod_nodes": 1}, {"preset": "leaf_spine", "pod_nodes": 1}):
-        fabric = make_fabric(3, gpus_per_node=4, **keys)
-        assert fabric.redundant_X.any()
-        whole = dataclasses.replace(fabric, redundant_X=np.zeros(len(fabric.links), bool))
-        bytes_RR = skewed_bytes(np.random.default_rng(1), 12)
-        np.testing.assert_allclose(transfer_times(fabric, bytes_RR), transfer_times(whole, bytes_RR), rtol=1e-9)
+    pods = {"preset": "leaf_spine", "pod_nodes": 1}
+    for nodes in (2, 3):
+        for keys in ({}, {"oversubscription": 2.0}, {"pod_nodes": 1}, pods, {**pods, "oversubscription": 2.0}):
+            fabric = make_fabric(nodes, gpus_per_node=4, **keys)
+            assert fabric.redundant_X.any()
+            if keys != {"pod_nodes": 1}:  # a leaf for each NIC: either is as much a bottleneck as the other
+                assert fabric.core_can_block == ("oversubscription" in keys)
+            whole = dataclasses.replace(fabric, redundant_X=np.zeros(len(fabric.links), bool))
+            bytes_RR = skewed_bytes(np.random.default_rng(1), 4 * nodes)
+            np.testing.assert_allclose(transfer_times(fabric, bytes_RR), transfer_times(whole, bytes_RR), rtol=1e-9)
 
 
 def lockstep(fabric, matrices, *, model: str, work: np.ndarray, **keys: object) -> np.ndarray:
@@ -343,6 +347,11 @@ def test_flows_that_never_begin_are_a_mistake_of_the_program(model: str) -> None
         ({"ranks": [0.0, 1.5, 2.0]}, "some of 0 to 2"),
         ({"start_R": np.array([0.0, np.nan, 0.0])}, "finite number of seconds for each of 3 ranks"),
         ({"start_R": np.zeros(2)}, "each of 3 ranks"),
+        ({"start_R": ["x"] * 3}, "start_R: needs an array of real numbers"),
+        ({"bytes_RR": [["a"]]}, "bytes: needs an array of real numbers"),
+        ({"bytes_RR": [[1.0], [1.0, 2.0]]}, "bytes: needs an array of real numbers"),
+        ({"bytes_RR": matrix(3, f01=1) * 1j}, "bytes: needs an array of real numbers"),
+        ({"bytes_RR": np.zeros((2, 3, 3))}, "one matrix"),
     ],
 )
 @pytest.mark.parametrize("model", MODELS)

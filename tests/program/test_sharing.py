@@ -18,12 +18,13 @@ from moesim.program import StepProgram, build_program
 from moesim.program.collectives import GroupLinks, PeerCollective, Peers, RingHop
 from moesim.program.loads import group_loads
 from moesim.program.operations import Block, Kind
-from moesim.program.scenario_fabric import sharing_model
+from moesim.program.scenario_fabric import dispatch_sharing, sharing_model
 from moesim.program.stage import StagePlan, stage_blocks
 from moesim.results import CATEGORIES, attribute
 from moesim.results.spans import Part, Phase
 from moesim.run import obtain_trace
 from moesim.scenario import Scenario
+from moesim.scenario.cluster import Cluster
 from moesim.schedules import Pass
 from moesim.seeding import stream
 
@@ -280,6 +281,7 @@ def test_slices_of_experts_send_every_arrived_copy_once(small):
     assert result["communication"]["tensor_bytes"] == pytest.approx(rows * HIDDEN * BF16 * 4)  # out and back, twice
 
 
+CROWDED = {"oversubscription": 4.0}
 BLOCKING = {"preset": "leaf_spine", "pod_nodes": 1, "oversubscription": 4.0}
 
 
@@ -296,9 +298,22 @@ BLOCKING = {"preset": "leaf_spine", "pod_nodes": 1, "oversubscription": 4.0}
 def test_fluid_answers_where_links_that_gpus_share_can_block(small, fabric, ranks, model) -> None:
     scenario = small({"cluster.nodes": 2, "cluster.fabric": fabric})
     ranks_R = np.arange(ranks) % 8
-    assert sharing_model(scenario, build_fabric(scenario.cluster), ranks_R) == model
+    assert sharing_model(scenario.network, build_fabric(scenario.cluster), ranks_R) == model
     named = small({"cluster.nodes": 2, "cluster.fabric": fabric, "network.model": "exact"})
-    assert sharing_model(named, build_fabric(named.cluster), ranks_R) == "exact"
+    assert sharing_model(named.network, build_fabric(named.cluster), ranks_R) == "exact"
+
+
+def test_the_domain_and_the_algorithm_decide_whether_links_above_are_used(small) -> None:
+    """Trays of a rack need none of them; messages over NICs do, inside a node, too."""
+    rack = Cluster.model_validate({"pools": [{"gpu": "gb200", "nodes": 36, "gpus_per_node": 4}], "fabric": CROWDED})
+    one, network = np.arange(72), small().network
+    assert build_fabric(rack).core_can_block
+    for algorithm in ("direct", "low_latency"):
+        assert dispatch_sharing(network, build_fabric(rack), one, algorithm) == "ports"
+        assert dispatch_sharing(network, build_fabric(rack), one + 36, algorithm) == "fluid"
+    nodes = build_fabric(small({"cluster.nodes": 2, "cluster.fabric": CROWDED}).cluster)
+    found = [dispatch_sharing(network, nodes, np.arange(4), name) for name in ("direct", "low_latency")]
+    assert found == ["ports", "fluid"]
 
 
 def test_the_default_is_the_named_model_to_the_bit(small) -> None:
