@@ -58,8 +58,7 @@ from moesim.scenario.base import (
 from moesim.scenario.catalogue import gpu_names
 from moesim.scenario.document import Node, Path, find, mapping_node, read_yaml, refusal
 from moesim.scenario.failures import Failures
-from moesim.scenario.loader import accept_model_forms, accept_named_implementation, finished_schema
-from moesim.scenario.messages import validated
+from moesim.scenario.loader import accept_model_forms, accept_named_implementation, finished_schema, validated
 from moesim.scenario.schema import AnyRecompute
 from moesim.scenario.short_forms import (
     absolute_paths,

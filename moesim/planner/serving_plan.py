@@ -19,8 +19,7 @@ from moesim.scenario import Compute, Dispatch, Fabric, Model, Network, Routing, 
 from moesim.scenario.base import FileName, Gpus, Section, Seed, Text, Tokens
 from moesim.scenario.catalogue import gpu_names
 from moesim.scenario.document import Node, find, mapping_node, read_yaml, refusal
-from moesim.scenario.loader import accept_model_forms, finished_schema
-from moesim.scenario.messages import validated
+from moesim.scenario.loader import accept_model_forms, finished_schema, validated
 from moesim.scenario.short_forms import absolute_paths, apply_overrides, explicit_model, named_implementation
 from moesim.serving import ServingScenario, load_serving_text
 from moesim.serving.schema import Engine, Serving, ServingMemory

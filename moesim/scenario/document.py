@@ -6,7 +6,7 @@ one document, and limits on nesting and on what aliases expand to.
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import Any
@@ -63,6 +63,15 @@ def list_node(children: list[Node], like: Node) -> Node:
     return Node(children, like.where, like.key_where, 1 + sum(child.size for child in children))
 
 
+def node_of(value: Any, like: Node) -> Node:
+    """Plain data as nodes, all at the place of the node `like`."""
+    if isinstance(value, Mapping):
+        return mapping_node({str(key): node_of(child, like) for key, child in value.items()}, like)
+    if isinstance(value, list | tuple):
+        return list_node([node_of(child, like) for child in value], like)
+    return Node(value, like.where, like.key_where)
+
+
 def read_yaml(path: FilePath, *, what: str) -> Node:
     """The document in a file that holds a `what`. Raises UserError, one line, where it cannot be read or parsed."""
     try:
@@ -79,13 +88,13 @@ def read_yaml(path: FilePath, *, what: str) -> Node:
 
 
 def find(node: Node, path: Path) -> tuple[Node, Path]:
-    """The node at `path`, or the deepest existing one above it, with the path that was reached."""
+    """The node at `path`, or the deepest existing one above it, with the path that was reached; items by number."""
     for depth, key in enumerate(path):
         child = None
         if isinstance(node.value, dict):
             child = node.value.get(key)
-        elif isinstance(node.value, list) and isinstance(key, int) and 0 <= key < len(node.value):
-            child = node.value[key]
+        elif isinstance(node.value, list) and str(key).isdigit() and int(key) < len(node.value):
+            child = node.value[int(key)]
         if child is None:
             return node, path[:depth]
         node = child

@@ -1,4 +1,4 @@
-"""Parameter and FLOP counts of a Model: what it holds, what one token costs, and the published counting rule.
+"""Parameter and FLOP counts of a Model: what it holds, and what one token costs.
 
 Notation: h hidden size, H query heads, n sequence length. A matrix of p parameters costs 2 p FLOPs per token forward;
 the backward pass costs twice the forward. Norms and the embedding lookup count as parameters but not as FLOPs.
@@ -236,17 +236,3 @@ def model_flops_per_token(model: Model, *, sequence_length: int, causal: bool) -
     return TRAINING_PASSES * sum(
         forward_flops_per_token(model, sequence_length=sequence_length, causal=causal).values()
     )
-
-
-def published_rule_flops(
-    *, layers: int, hidden: int, active_width: float, vocab: int = 102400, sequence_length: int = 4096
-) -> float:
-    """Training FLOPs of one sequence as arXiv 2401.06066 counts them in its comparison tables.
-
-    The rule: SwiGLU experts of `active_width` = active experts x width in every layer (no dense first layer),
-    multi-head attention of width h throughout, full (non-causal) scores 4 n^2 h per layer, the head counted and
-    the router not.
-    """
-    matrices = layers * (4 * hidden * hidden + 3 * hidden * active_width) + hidden * vocab
-    scores = layers * 4.0 * sequence_length**2 * hidden
-    return TRAINING_PASSES * (2.0 * matrices * sequence_length + scores)

@@ -1,16 +1,15 @@
 """Read the architecture from a released `config.json` of the families that moesim models: ONE table of families.
 
-Every key of a file is one of four things for its `model_type`: read into a field of `model` (`hf_readers`, which look
-fields up by `hf_readers`); harmless, as listed here with the reason or with the family; expected to have one of some
-values, with what is left out otherwise; or unknown. A key that is left out or unknown is named to the user. null says
-nothing under any key.
+Every key of a file is one of four things for its `model_type`: read into a field of `model` (`hf_readers`); harmless,
+as listed here with the reason or with the family; expected to have one of some values, with what is left out otherwise;
+or unknown. A key that is left out or unknown is named to the user. null says nothing under any key.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 from moesim.errors import UserError
 from moesim.scenario import hf_readers as readers
@@ -63,14 +62,18 @@ _EXPECTED = {
 MOST_NAMED = 8  # unknown keys in one line
 
 
-class _KeysOfFamily(Protocol):
-    """What only one family has: keys that change nothing here, and keys that do not at one of some values."""
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """How one `model_type` is read; `sections`: nested objects whose keys are read as if they stood outside.
 
-    @property
-    def harmless(self) -> tuple[str, ...]: ...
+    `kv_heads`: what transformers takes where a file has no `num_key_value_heads`; None where that is every head.
+    """
 
-    @property
-    def expected(self) -> Mapping[str, Expected]: ...
+    read: Callable[[Config], Fields]
+    harmless: tuple[str, ...] = ()
+    expected: Mapping[str, Expected] = field(default_factory=lambda: MappingProxyType({}))
+    sections: tuple[str, ...] = ()
+    kv_heads: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +91,7 @@ def sort_keys(
     *,
     name: str,
     model_type: str,
-    family: _KeysOfFamily,
+    family: Family,
     read: Collection[str],
     noted: Sequence[str],
 ) -> Keys:
@@ -117,20 +120,6 @@ def sort_keys(
         harmless=tuple(ignored),
         left_out=tuple(left_out),
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Family:
-    """How one `model_type` is read; `sections`: nested objects whose keys are read as if they stood outside.
-
-    `kv_heads`: what transformers takes where a file has no `num_key_value_heads`; None where that is every head.
-    """
-
-    read: Callable[[Config], Fields]
-    harmless: tuple[str, ...] = ()
-    expected: Mapping[str, Expected] = field(default_factory=lambda: MappingProxyType({}))
-    sections: tuple[str, ...] = ()
-    kv_heads: int | None = None
 
 
 _ROUTER = ("norm_topk_prob", "output_router_logits", "router_aux_loss_coef", "router_jitter_noise")

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from moesim.errors import UserError
 from moesim.scenario.base import Section
 from moesim.scenario.catalogue import model_names, model_preset
-from moesim.scenario.document import Node, Path, find, list_node, mapping_node, parse_yaml
+from moesim.scenario.document import Node, Path, find, list_node, mapping_node, node_of, parse_yaml
 from moesim.scenario.hf_config import read_hf_config
 from moesim.scenario.routing import LIBRARY_PREFIX
 from moesim.scenario.schema import Scenario
@@ -114,7 +114,8 @@ def apply_overrides(root: Node, overrides: Sequence[str]) -> Node:
     for override in overrides:
         path, value = _parse_override(override)
         path = _cluster_alias(root, path)
-        if path[-1] == "kind" and _kind_at(root, path) not in (None, value.plain):
+        node, reached = find(root, path)
+        if path[-1] == "kind" and reached == path and node.value not in (None, value.plain):
             switched.append(path[:-1])
         kept.add(path)
         root = _set(root, path, value)
@@ -148,17 +149,6 @@ def _cluster_alias(root: Node, path: Path) -> Path:
     return path
 
 
-def _kind_at(node: Node, path: Path) -> Any:
-    for key in path:
-        if isinstance(node.value, list) and str(key).isdigit() and int(key) < len(node.value):
-            node = node.value[int(key)]
-        elif isinstance(node.value, dict) and key in node.value:
-            node = node.value[key]
-        else:
-            return None
-    return node.value
-
-
 def _set(node: Node, path: Path, value: Node) -> Node:
     if not path:
         return value
@@ -178,10 +168,7 @@ def _set(node: Node, path: Path, value: Node) -> Node:
 
 
 def _drop_stale_keys(root: Node, path: Path, kept: set[Path]) -> Node:
-    section = section_at(root.plain, path)
-    node = root
-    for key in path:
-        node = node.value[int(key) if isinstance(node.value, list) else key]
+    section, node = section_at(root.plain, path), find(root, path)[0]
     if section is None or not isinstance(node.value, dict):
         return root  # an unknown kind: validation says so
     known = set(section.model_fields)
@@ -269,7 +256,7 @@ def default_routing(root: Node) -> Node:
     if "routing" in root.value or not experts:
         return root
     assert model is not None
-    return _with(root, routing=_node_of(routing_of(named if isinstance(named, str) else None), model))
+    return _with(root, routing=node_of(routing_of(named if isinstance(named, str) else None), model))
 
 
 _SAME = ("layers", "hidden", "experts", "top_k", "expert_intermediate")
@@ -320,7 +307,7 @@ def absolute_paths(root: Node, *, base: FilePath) -> Node:
                 remedy = "name a file that is there, by a path from the working directory"
             what = f'"{node.value}" does not exist (looked for {target})'
             raise UserError(f"{node.where}: {'.'.join(path)}: {what}; {remedy}")
-        root = _replace(root, path, Node(str(target), node.where, node.key_where))
+        root = _set(root, path, Node(str(target), node.where, node.key_where))
     return root
 
 
@@ -346,7 +333,7 @@ def _located(node: Node, key: str) -> Iterator[None]:
 
 def _merge(fields: dict[str, Any], given: dict[str, Node], like: Node) -> Node:
     """`fields` overridden by `given`; mappings of the same kind are merged key by key."""
-    children = {key: _node_of(value, like) for key, value in fields.items()}
+    children = {key: node_of(value, like) for key, value in fields.items()}
     for key, node in given.items():
         default = fields.get(key)
         if isinstance(default, dict) and isinstance(node.value, dict):
@@ -357,19 +344,5 @@ def _merge(fields: dict[str, Any], given: dict[str, Node], like: Node) -> Node:
     return mapping_node(children, like)
 
 
-def _node_of(value: Any, like: Node) -> Node:
-    if isinstance(value, dict):
-        return mapping_node({key: _node_of(child, like) for key, child in value.items()}, like)
-    if isinstance(value, list):
-        return list_node([_node_of(child, like) for child in value], like)
-    return Node(value, like.where, like.key_where)
-
-
 def _with(root: Node, **sections: Node) -> Node:
     return mapping_node({**root.value, **sections}, root)
-
-
-def _replace(node: Node, path: tuple[str, ...], new: Node) -> Node:
-    if not path:
-        return new
-    return mapping_node({**node.value, path[0]: _replace(node.value[path[0]], path[1:], new)}, node)

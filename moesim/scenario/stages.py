@@ -36,9 +36,7 @@ from moesim.scenario.flops import (
 )
 
 if TYPE_CHECKING:
-    from moesim.scenario.schema import Recomputable, Scenario
-if TYPE_CHECKING:
-    from moesim.scenario.schema import Parallelism, Scenario
+    from moesim.scenario.schema import Parallelism, Recomputable, Scenario
 
 
 # Shares of the data sheet that kernels and links reach, for all GPUs; those of `moesim.kernels.roofline` and
@@ -240,7 +238,7 @@ class _Parts:
         return logits + self.moved(bytes_) + self.shared_tokens()
 
 
-DIGITS = 3  # of a pipeline rank's speed: a last bit that differs between machines must not move a layer
+DIGITS = 3  # of speeds and of parts in layers: a last bit that differs between machines must not move a layer
 NEAR = 64  # micro-batches around a pool's exact share that are tried
 
 
@@ -412,7 +410,6 @@ Lengths = tuple[int, ...]
 
 LATER = 0.5  # layers by which the last stage of the model may be longer than the first, where one rank holds both
 ALIKE = 0.05  # layers: ranks that differ by less are alike, so that an embedding moves no layer
-# of a layer's time: a last bit that differs between machines must not move a layer
 
 
 def stages_of_ranks(mesh: "Parallelism") -> tuple[tuple[int, ...], ...]:
@@ -449,12 +446,9 @@ def stage_lengths(scenario: "Scenario") -> Lengths:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelEnds:
-    """What is to be split, in times of one layer: the first `num_short` layers or those of `short_at` take `short`.
-
-    All others take 1.
-
-    `first` and `last` are what the ends of the model take beside their layers. `speed_of_rank`: of each pipeline rank
-    against the fastest, empty where all are alike.
+    """What is to be split, in times of one layer: the first `num_short` layers or those of `short_at` take `short`, all
+    others 1. `first` and `last` are what the ends of the model take beside their layers. `speed_of_rank`: of each
+    pipeline rank against the fastest, empty where all are alike.
     """
 
     layers: int

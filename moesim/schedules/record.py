@@ -1,15 +1,17 @@
-"""A pipeline schedule as data: what every pipeline rank does, in order, and who hands what to whom.
+"""A pipeline schedule as data: what every pipeline rank does, in order, who hands what to whom, and how long it takes.
 
 Words. A *stage* is a run of consecutive layers, numbered along the model. A *chunk* is a stage held by a rank, numbered
 on the rank: interleaved schedules give a rank several stages, bidirectional ones two. A *route* is the way of one
 micro-batch through all stages, as (rank, chunk).
+Legend: P pipeline ranks, A actions of a rank.
 """
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -153,7 +155,81 @@ class Schedule:
                 held[work.chunk] -= work.kind in (Pass.BACKWARD, Pass.WEIGHT)
         return live_AC
 
-    @property
-    def peak_live_P(self) -> NDArray[np.int64]:
-        """Most activations (micro-batches times chunks) that each rank holds at once."""
-        return np.array([live_AC.sum(axis=1).max() for live_AC in self.live_PAC])
+
+Seconds = Callable[[int, Action], float]  # of an action of a pipeline rank
+
+
+@dataclass(frozen=True, eq=False)
+class Walk:
+    """The actions of all ranks in an order in which each can run as soon as those before it have.
+
+    The order depends on the schedule alone: it is found once, and each set of durations then only adds up. Per action:
+    its rank, the action itself, the one before it on its rank (-1: none), those of the same rank and those of other
+    ranks that send it what it needs.
+    """
+
+    schedule: Schedule
+    ranks: Sequence[int]
+    actions: Sequence[Action]
+    before: Sequence[int]
+    own: Sequence[tuple[int, ...]]
+    sent: Sequence[tuple[int, ...]]
+
+    @classmethod
+    def of(cls, schedule: Schedule) -> "Walk":
+        """The walk of a schedule. One whose ranks wait for each other is a bug: it is asserted against."""
+        walk = cls(schedule, [], [], [], [], [])
+        made: dict[P2P, int] = {}
+        done, latest = [0] * schedule.num_ranks, [-1] * schedule.num_ranks
+        waiting: dict[P2P, int] = {}
+        runnable = deque(range(schedule.num_ranks))
+        while runnable:
+            rank = runnable.popleft()
+            for action in schedule.actions[rank][done[rank] :]:
+                needs = schedule.receives(rank, action)
+                missing = next((p2p for p2p in needs if p2p not in made), None)
+                if missing is not None:
+                    waiting[missing] = rank
+                    break
+                walk._append(rank, action, before=latest[rank], needs=[(p2p, made[p2p]) for p2p in needs])
+                latest[rank] = len(walk.actions) - 1
+                done[rank] += 1
+                for p2p in schedule.sends(rank, action):
+                    made[p2p] = latest[rank]
+                    if p2p in waiting:
+                        runnable.append(waiting.pop(p2p))
+        assert len(walk.actions) == sum(map(len, schedule.actions)), "ranks wait for each other"
+        return walk
+
+    def _append(self, rank: int, action: Action, *, before: int, needs: Sequence[tuple[P2P, int]]) -> None:
+        columns: Any = self.ranks, self.actions, self.before, self.own, self.sent
+        own = tuple(maker for p2p, maker in needs if p2p.source == rank)
+        sent = tuple(maker for p2p, maker in needs if p2p.source != rank)
+        for column, value in zip(columns, (rank, action, before, own, sent), strict=True):
+            column.append(value)
+
+    def times(self, seconds: Seconds, *, p2p_seconds: float = 0.0) -> tuple[list[float], list[float]]:
+        """When each action starts and ends, in the order of the walk; seconds from the start of the step.
+
+        What one rank sends another arrives `p2p_seconds` after the action that sends it.
+        """
+        starts: list[float] = []
+        ends: list[float] = []
+        for rank, action, before, own, sent in zip(
+            self.ranks, self.actions, self.before, self.own, self.sent, strict=True
+        ):
+            start = ends[before] if before >= 0 else 0.0
+            for source in own:
+                start = max(start, ends[source])
+            for source in sent:
+                start = max(start, ends[source] + p2p_seconds)
+            starts.append(start)
+            ends.append(start + seconds(rank, action))
+        return starts, ends
+
+    def finish(self, seconds: Seconds, *, p2p_seconds: float = 0.0) -> list[float]:
+        """When each rank has done all its actions."""
+        last = [0.0] * self.schedule.num_ranks
+        for rank, end in zip(self.ranks, self.times(seconds, p2p_seconds=p2p_seconds)[1], strict=True):
+            last[rank] = end
+        return last

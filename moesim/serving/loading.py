@@ -6,8 +6,7 @@ from typing import Any
 
 from moesim.errors import UserError
 from moesim.scenario.document import Node, Path, dotted, find, parse_yaml, read_yaml, refusal
-from moesim.scenario.loader import accept_cluster_forms, accept_model_forms, finished_schema
-from moesim.scenario.messages import validated
+from moesim.scenario.loader import accept_cluster_forms, accept_model_forms, finished_schema, validated
 from moesim.scenario.model import Mla
 from moesim.scenario.short_forms import absolute_paths, apply_overrides, explicit_model, flat_cluster_to_pools
 from moesim.serving.fleet import fleet_gpus, prefill_scenario

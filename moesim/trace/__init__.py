@@ -3,7 +3,7 @@
 from moesim.trace.check import check_trace
 from moesim.trace.record import NO_EXPERT, RoutingTrace, StepCounts, TraceStep, TrainingCurves
 from moesim.trace.store import load_trace, save_trace, trace_hash
-from moesim.trace.synthetic import hash_trace, popularity_trace, uniform_trace
+from moesim.trace.synthetic import popularity_trace, uniform_trace
 
 __all__ = [
     "NO_EXPERT",
@@ -12,7 +12,6 @@ __all__ = [
     "TraceStep",
     "TrainingCurves",
     "check_trace",
-    "hash_trace",
     "load_trace",
     "popularity_trace",
     "save_trace",

@@ -1,4 +1,4 @@
-"""Traces of routers without affinities: uniform, by given popularity, by a fixed hash, or with a stated load per rank.
+"""Traces of routers without affinities: uniform, by given popularity, or with a stated load per rank.
 
 The last say how evenly the ranks of an expert group are loaded, and nothing else. Gates are 1/K. Affinities are random
 numbers: they mean nothing but let capacity, where it drops the lowest affinity first, drop at random and not always the
@@ -17,15 +17,12 @@ from moesim.scenario.routing import RouterShape
 from moesim.seeding import stream
 from moesim.trace.draws import (
     draw_by_weight_in_groups,
-    draw_distinct,
     draw_distinct_in_groups,
     draw_with_quotas,
     shares_of_counts,
     weights_of_shares,
 )
 from moesim.trace.record import NO_EXPERT, Array, Json, RoutingTrace, TraceStep
-
-_VOCABULARY = 4096  # distinct token kinds that the hash router tells apart
 
 
 def uniform_trace(
@@ -95,32 +92,6 @@ def popularity_trace(
         "rests_on_how": f"{whose}; tokens are drawn by them: which experts go together is not known",
     }
     return _build(replace(router, kind="popularity"), draw, shape, seed=seed, made_from=made_from)
-
-
-def hash_trace(
-    router: RouterShape, *, num_layers: int, num_sequences: int, sequence_length: int, seed: int
-) -> RoutingTrace:
-    """A fixed table from token kind to K distinct experts; kinds follow Zipf's law, as words of text do."""
-
-    def draw(layer: int, num_tokens: int) -> Array:
-        table_VK = draw_distinct(
-            _VOCABULARY, num_experts=router.num_experts, top_k=router.top_k, rng=stream(seed, "hash-table", layer)
-        )
-        weights_V = 1.0 / np.arange(1, _VOCABULARY + 1)
-        cumulative_V = np.cumsum(weights_V) / weights_V.sum()
-        uniform_T = stream(seed, "hash-tokens").random(num_tokens)  # the same tokens pass every layer
-        kind_T = np.minimum(np.searchsorted(cumulative_V, uniform_T, side="right"), _VOCABULARY - 1)
-        return np.asarray(table_VK[kind_T])
-
-    shape = (num_layers, num_sequences, sequence_length)
-    made_from: dict[str, Json] = {
-        "source": "hash",
-        "vocabulary": _VOCABULARY,
-        "rests_on": "drawn by a fixed hash",
-        "rests_on_how": "no router: a table of random experts for kinds of tokens, which follow Zipf's law",
-    }
-    plain = replace(router, kind="hash", num_groups=1, group_limit=1)
-    return _build(plain, draw, shape, seed=seed, made_from=made_from)
 
 
 def _build(

@@ -1,4 +1,4 @@
-"""The screen: its walk is that of the schedules, its memory that of the report, its error small."""
+"""The screen: its walk is extended exactly, its memory that of the report, its error small."""
 
 from dataclasses import replace
 
@@ -14,7 +14,7 @@ from moesim.planner.space import Space
 from moesim.run import obtain_trace, simulate
 from moesim.scenario import PipelineSchedule
 from moesim.schedules import SCHEDULES as TABLE
-from moesim.schedules import Pass, build_schedule, walk_schedule
+from moesim.schedules import Pass, build_schedule
 
 SCHEDULES = [PipelineSchedule(kind=kind, virtual=2 if facts.virtual else 1) for kind, facts in TABLE.items()]
 FEW_HELD = [schedule for schedule in SCHEDULES if not schedule.facts.holds_all]
@@ -24,14 +24,6 @@ _SECONDS = {Pass.FORWARD: 1.0, Pass.BACKWARD: 2.1, Pass.INPUT: 1.2, Pass.WEIGHT:
 def _seconds(rank, action):
     """Uneven ranks and chunks."""
     return sum(_SECONDS[work.kind] * (1 + 0.1 * rank + 0.05 * work.chunk) for work in action.works)
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule.kind)
-def test_the_prepared_walk_is_the_walk_of_the_schedule(schedule):
-    built = build_schedule(schedule.kind, num_ranks=4, num_micro_batches=12, virtual=schedule.virtual)
-    table = walk_schedule(built, seconds=_seconds, p2p_seconds=0.3)
-    prepared = prepare_pipeline(schedule.kind, 4, 12, schedule.virtual).finish(_seconds, p2p_seconds=0.3)
-    assert prepared == pytest.approx([finish_A[-1] for finish_A in table.finish_PA], rel=1e-12)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule.kind)
@@ -48,7 +40,8 @@ def test_activations_peak_before_the_pipeline_is_filled_twice(schedule, ranks):
         build_schedule(schedule.kind, num_ranks=ranks, num_micro_batches=count * ranks, virtual=schedule.virtual)
         for count in (FILLING_MICRO_BATCHES, 4 * FILLING_MICRO_BATCHES)
     )
-    assert (short.peak_live_P == long.peak_live_P).all()
+    for short_AC, long_AC in zip(short.live_PAC, long.live_PAC, strict=True):
+        assert short_AC.sum(axis=1).max() == long_AC.sum(axis=1).max()
 
 
 def test_the_screen_ranks_as_the_simulation_does(small_plan):

@@ -12,7 +12,6 @@ from moesim.scenario.flops import (
     keys_per_query,
     model_flops_per_token,
     parameters,
-    published_rule_flops,
 )
 
 # Billions, from the papers and model cards named in the catalogue.
@@ -55,6 +54,18 @@ PUBLISHED_FLOPS = {
     "deepseekmoe_142b_half": (374.6, {"layers": 62, "hidden": 4096, "active_width": 8 * 1408}),
 }
 MOE_MODELS = [name for name in model_names() if model_preset(name).get("experts")]
+
+
+def published_rule_flops(*, layers, hidden, active_width, vocab=102400, sequence_length=4096):
+    """Training FLOPs of one sequence as arXiv 2401.06066 counts them in its comparison tables.
+
+    The rule: SwiGLU experts of `active_width` = active experts x width in every layer (no dense first layer),
+    multi-head attention of width h throughout, full (non-causal) scores 4 n^2 h per layer, the head counted and
+    the router not.
+    """
+    matrices = layers * (4 * hidden * hidden + 3 * hidden * active_width) + hidden * vocab
+    scores = layers * 4.0 * sequence_length**2 * hidden
+    return 3 * (2.0 * matrices * sequence_length + scores)
 
 
 def preset(name, **changes):

@@ -1,17 +1,25 @@
 """Laws that every pipeline schedule keeps, and the published closed forms of bubbles and activations."""
 
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesim.schedules import SCHEDULES, Pass, PassTimes, build_schedule, equal_seconds, walk_schedule
+from moesim.schedules import SCHEDULES, Pass, Walk, build_schedule
 
 KINDS = sorted(SCHEDULES)
-PUBLISHED = [kind for kind in KINDS if SCHEDULES[kind].bubble]
+# Seconds that a rank stands idle, of p ranks with v stages each and the seconds of the passes of a whole rank, as
+# published (arXiv 2412.19437, Table 2, and 2104.04473).
+PUBLISHED = {
+    "gpipe": lambda p, v, F, B, W, pair: (p - 1) * (F + B),
+    "1f1b": lambda p, v, F, B, W, pair: (p - 1) * (F + B),
+    "interleaved": lambda p, v, F, B, W, pair: (p - 1) * (F + B) / v,
+    "zb_h1": lambda p, v, F, B, W, pair: (p - 1) * (F + B - 2 * W),
+    "dualpipe": lambda p, v, F, B, W, pair: (p / 2 - 1) * (pair + B - 3 * W),
+}
 
 
 def chunks_of(kind):
@@ -33,6 +41,44 @@ def schedules(draw, kinds=KINDS, max_ranks=6):
         micro_batches = ranks * draw(st.integers(1, 4))
     micro_batches += facts.least_rounds * ranks
     return build_schedule(kind, num_ranks=ranks, num_micro_batches=micro_batches, virtual=virtual)
+
+
+@dataclass(frozen=True)
+class Timetable:
+    """When every action of every rank begins and ends, in its order; seconds from the start of the step."""
+
+    start_PA: list
+    finish_PA: list
+
+    @property
+    def seconds(self):
+        return max(finish_A[-1] for finish_A in self.finish_PA)
+
+    @property
+    def bubble_P(self):
+        """Seconds that each rank stands idle between 0 and the end of the last rank."""
+        pairs = zip(self.start_PA, self.finish_PA, strict=True)
+        return np.array([self.seconds - (finish_A - start_A).sum() for start_A, finish_A in pairs])
+
+
+def walk_schedule(schedule, *, seconds, p2p_seconds=0.0):
+    """Every rank runs its actions in order, each as soon as what it needs has arrived."""
+    walk = Walk.of(schedule)
+    ranks = np.array(walk.ranks)
+    times = [np.array(times) for times in walk.times(seconds, p2p_seconds=p2p_seconds)]
+    return Timetable(*([each[ranks == rank] for rank in range(schedule.num_ranks)] for each in times))
+
+
+def equal_seconds(*, forward, backward, weight, pair=None):
+    """Durations alike on all chunks: `backward` is the full one and `weight` its part; absent, a pair is the sum."""
+    single = {Pass.FORWARD: forward, Pass.BACKWARD: backward, Pass.INPUT: backward - weight, Pass.WEIGHT: weight}
+    together = forward + backward if pair is None else pair
+    return lambda rank, action: together if action.is_pair else single[action.works[0].kind]
+
+
+def peak_live_P(schedule):
+    """Most activations (micro-batches times chunks) that each rank holds at once."""
+    return [int(live_AC.sum(axis=1).max()) for live_AC in schedule.live_PAC]
 
 
 def works(schedule, rank):
@@ -132,15 +178,10 @@ def test_the_facts_of_a_schedule_are_those_of_its_order(schedule):
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_only_what_holds_all_micro_batches_holds_more_of_them_the_more_there_are(kind, ranks):
     peaks = [
-        build_schedule(kind, num_ranks=ranks, num_micro_batches=m * ranks, virtual=chunks_of(kind)).peak_live_P.max()
+        max(peak_live_P(build_schedule(kind, num_ranks=ranks, num_micro_batches=m * ranks, virtual=chunks_of(kind))))
         for m in (4, 8)
     ]
     assert (peaks[1] > peaks[0]) == SCHEDULES[kind].holds_all
-
-
-def published_bubble(kind, p, v, *, F, B, W, pair):
-    """arXiv 2412.19437, Table 2, and 2104.04473. F, B and W of a whole rank: an interleaved chunk takes a v-th."""
-    return SCHEDULES[kind].bubble(p, v, PassTimes(forward=F, backward=B, weight=W, pair=pair))
 
 
 # F, B, W, pair. The split forms assume that a gradient of weights fits into the gap of a forward pass (W <= F); that of
@@ -159,7 +200,7 @@ def test_the_bubble_is_the_published_one(kind, p, rounds):
         for F, B, W, pair in EQUAL if SCHEDULES[kind].overlaps_pairs else ANY:
             seconds = equal_seconds(forward=F / virtual, backward=B / virtual, weight=W / virtual, pair=pair)
             bubble = walk_schedule(schedule, seconds=seconds).bubble_P.max()
-            expected = published_bubble(kind, p, virtual, F=F, B=B, W=W, pair=pair)
+            expected = PUBLISHED[kind](p, virtual, F, B, W, pair)
             assert bubble == pytest.approx(expected, rel=1e-3, abs=1e-9)
 
 
@@ -170,7 +211,7 @@ def test_unequal_stages_differ_from_the_closed_form(kind):
     equal = equal_seconds(forward=1.0, backward=2.0, weight=1.0)
     even = walk_schedule(schedule, seconds=equal)
     uneven = walk_schedule(schedule, seconds=lambda rank, action: equal(rank, action) * (1.3 if rank == 1 else 1.0))
-    expected = virtual * published_bubble(kind, 4, virtual, F=1, B=2, W=1, pair=3)
+    expected = virtual * PUBLISHED[kind](4, virtual, 1, 2, 1, 3)
     assert even.bubble_P.max() == pytest.approx(expected)
     assert uneven.bubble_P.max() > 1.1 * expected
     assert uneven.bubble_P.min() < uneven.bubble_P.max()
@@ -187,8 +228,7 @@ def test_slow_links_only_lengthen_a_step(kind):
 @pytest.mark.parametrize("p", [2, 4, 8, 16])
 def test_peak_activations_are_the_published_ones(p):
     def peak(kind, virtual=1):
-        schedule = build_schedule(kind, num_ranks=p, num_micro_batches=4 * p, virtual=virtual)
-        return schedule.peak_live_P.tolist()
+        return peak_live_P(build_schedule(kind, num_ranks=p, num_micro_batches=4 * p, virtual=virtual))
 
     assert peak("1f1b") == list(range(p, 0, -1))
     assert peak("zb_h1") == [p] * p

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from moesim.errors import UserError
 from moesim.scenario import RouterShape
-from moesim.trace import check_trace, hash_trace, popularity_trace, trace_hash, uniform_trace
+from moesim.trace import check_trace, popularity_trace, trace_hash, uniform_trace
 from moesim.trace.draws import draw_by_weight, draw_by_weight_in_groups, draw_distinct
-from moesim.trace.metrics import expert_load_LE, mean_distinct_groups_L
+from moesim.trace.metrics import expert_load_LE
 
 SMALL = {"num_layers": 2, "num_sequences": 3, "sequence_length": 40}
 
@@ -31,7 +31,6 @@ def test_every_kind_gives_k_distinct_experts_in_at_most_m_groups(router: RouterS
     counts = [float(expert + 1) for expert in range(router.num_experts)]
     check_trace(uniform_trace(router, seed=seed, **SMALL))
     check_trace(popularity_trace(router, counts=counts, seed=seed, **SMALL))
-    check_trace(hash_trace(router, seed=seed, **SMALL))
 
 
 def test_same_seed_same_trace() -> None:
@@ -109,12 +108,3 @@ def test_layers_take_their_own_counts_and_bad_lists_are_refused() -> None:
     limited = RouterShape(kind="popularity", num_experts=4, top_k=2, num_groups=2, group_limit=1)
     with pytest.raises(UserError, match="at least 4 counts above 0"):
         popularity_trace(limited, counts=[1, 0, 1, 1], seed=0, **SMALL)
-
-
-def test_hash_is_fixed_per_token_kind_and_gates_are_one_over_k() -> None:
-    router = RouterShape(kind="hash", num_experts=64, top_k=4)
-    made = hash_trace(router, num_layers=1, num_sequences=1, sequence_length=5000, seed=0)
-    distinct_sets = np.unique(made.final.expert_ids_LSTK[0, 0], axis=0)
-    assert len(distinct_sets) < 2500  # far fewer than tokens: frequent kinds repeat their experts
-    np.testing.assert_allclose(made.final.gates_LSTK.sum(axis=-1), 1.0)
-    assert mean_distinct_groups_L(made.final, router).tolist() == [1.0]
