@@ -255,7 +255,13 @@ class _Builder:
             name: self.software.accumulation(writer, parameters=held, first=name == "first")
             for name in ("first", "later")
         }
-        optimizer = optimizer_block(self.scenario, kernels, parameters=parameters.updated, products=parameters.products)
+        optimizer = optimizer_block(
+            self.scenario,
+            kernels,
+            parameters=parameters.updated,
+            products=parameters.products,
+            launches=self.software.optimizer_launches(kernels.host, self.schedule.stages_of_rank[pipeline_rank]),
+        )
         return {
             **{name: Block("accumulate", tuple(operations)) for name, operations in added.items()},
             "flatten": Block("flatten", tuple(before)),

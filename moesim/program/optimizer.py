@@ -25,10 +25,13 @@ from moesim.scenario.base import BYTES_PER_ELEMENT
 TENSORS_OF_LAYER = 12  # of weights, about: what a loop over them launches
 
 
-def optimizer_block(scenario: Scenario, kernels: KernelModel, *, parameters: float, products: float = 0.0) -> Block:
+def optimizer_block(
+    scenario: Scenario, kernels: KernelModel, *, parameters: float, products: float = 0.0, launches: float = 1.0
+) -> Block:
     """AdamW over `parameters` local parameters, behind the norm of their gradients where these are clipped.
 
-    `products`: local weights that products of few bits read; they are cast anew behind it.
+    `products`: local weights that products of few bits read; they are cast anew behind it. `launches`: what a fused
+    step costs the host.
     """
     precision, software = scenario.workload.precision, scenario.implementation.software
     switches = scenario.implementation.switches
@@ -47,7 +50,7 @@ def optimizer_block(scenario: Scenario, kernels: KernelModel, *, parameters: flo
             per_parameter += 2 * size["fp32"] - size[precision.weights]  # the weights are then only written
         if cast_behind:
             per_parameter -= size[precision.weights]
-        out.append(_in_blocks(w.moved("adamw", kind, bytes_=parameters * per_parameter), parameters, tensors))
+        out.append(_in_blocks(w.moved("adamw", kind, launches, bytes_=parameters * per_parameter), parameters, tensors))
     else:
         launches = forward("plain") * (tensors if switches.optimizer == "loop" else 1)
         steps = {

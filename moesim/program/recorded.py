@@ -37,7 +37,7 @@ from moesim.recorded.pricing import GAP_S, SDPA, kernels_of, prices
 from moesim.recorded.scaling import recorded_step, scaled_op, scaled_ops
 from moesim.recorded.sharing import Exchange, divided, kept_whole, shared_out
 from moesim.recorded.sizes import MatchedOp, StepSizes
-from moesim.recorded.step_file import RecordedOp
+from moesim.recorded.step_file import GRADIENTS, RecordedOp
 from moesim.recorded.widths import (
     DENSE_WIDTH,
     HEAD_DIM,
@@ -365,6 +365,25 @@ class RecordedKernels:
             [w.moved("gradients.flatten", "copy", bytes_=both)],
             [w.moved("gradients.unflatten", "copy", bytes_=both)],
         )
+
+    def optimizer_launches(self, host: HostCosts, stages: Sequence[int]) -> float:
+        """As torch's goes through its weights, and through a rank's shares of them."""
+        weights, factor = self._weights(stages), self.scenario.compute.host_factor
+        shares = self.scenario.parallelism.zero.dense >= 3
+        # What wrappers do takes as long on a slower host: in the scenario's own launches it is less.
+        return (HOST.op + HOST.weight * weights + shares * HOST.sharded * weights / factor) / host.launch
+
+    def _weights(self, stages: Sequence[int]) -> float:
+        """How many a rank has: those of its layers, and a half of the others with the embedding and with the head."""
+        model, last = self.scenario.model, self.scenario.parallelism.num_stages - 1
+        layers = [model.is_dense(layer) for stage in stages for layer in self.scenario.stage_layers[stage]]
+        of_rank = {DENSE: float(sum(layers)), MOE: float(len(layers) - sum(layers))}
+        ends = ((0 in stages) + (last in stages)) / 2
+        found = 0.0
+        for each in self.step.ops:
+            times = of_rank[each.op.layer] / each.op.layers if each.op.layer else ends
+            found += each.op.count * len(each.op.facts.get(GRADIENTS, ())) * times
+        return found
 
 
 def _of_model(model: Model, sizes: StepSizes) -> dict[str, Any]:

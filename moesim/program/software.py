@@ -6,12 +6,12 @@ and `embedding_and_head`. What a setting means, which a software has, and what e
 `moesim.scenario.software`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
-from moesim.kernels import KernelModel
+from moesim.kernels import HostCosts, KernelModel
 from moesim.kernels.unprofiled import ADDED_WIDE
 from moesim.program.attention import attention_part
 from moesim.program.embedding_and_head import embedding_part, head_part
@@ -111,6 +111,10 @@ class SwitchedKernels:
             [w.moved("gradients.unflatten", "copy", forward("cat"), bytes_=both)],
         )
 
+    def optimizer_launches(self, host: HostCosts, stages: Sequence[int]) -> float:
+        """One, whatever the number of weights."""
+        return 1.0
+
 
 class KernelList(Protocol):
     """The surface of such a list, of one scenario."""
@@ -135,6 +139,9 @@ class KernelList(Protocol):
 
     def shard_copies(self, w: KernelWriter, *, parameters: float) -> tuple[list[Operation], list[Operation]]:
         """What takes the gathered weights of a part apart, and what joins its gradients before they are scattered."""
+
+    def optimizer_launches(self, host: HostCosts, stages: Sequence[int]) -> float:
+        """What a fused step of the optimizer costs the host, in launches of `host`, on a rank with these stages."""
 
 
 KERNEL_LISTS: dict[str, Callable[[Scenario], KernelList]] = {

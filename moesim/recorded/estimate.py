@@ -21,8 +21,9 @@ from moesim.recorded.step_file import GRADIENTS, PEAK, RecordedOp
 from moesim.recorded.timeline import Timeline, Work, timeline
 
 # What torch's operations, views and weights cost the host: 8 narrow programs on the host of an H100, part by part;
-# buckets of DDP and units of FSDP2 from small models on another one, products of DTensors from Qwen3-MoE's tensor plan
-# (docs/imported-steps.md). Machines differ by half.
+# buckets of DDP and units of FSDP2 from small models on another one, products of DTensors from Qwen3-MoE's tensor plan,
+# shares of weights from rows of products in FSDP2 on a third (tools/wrapper_table.py; docs/imported-steps.md).
+# Machines differ by half.
 HOST = Host(
     op=14.8e-6,
     view=29.7e-6,
@@ -32,6 +33,7 @@ HOST = Host(
     bucket=550e-6,
     unit=2e-3,
     shared=1e-3,
+    sharded=33e-6,
 )
 MOST_RUNS = 64  # of one operation in a layer that are launched one by one
 

@@ -39,8 +39,8 @@ MEMORY = FAMILY_OF[MemoryBound]
 
 class Host(NamedTuple):
     """Seconds of the host: of an operation and a view of the forward pass, of those of the backward pass (whose loop is
-    torch's own), of a weight in the optimizer, and of what a wrapper does for a bucket, a unit in a pass, or a
-    product of a plan's DTensors.
+    torch's own), of a weight in the optimizer, and of what a wrapper does for a bucket, a unit in a pass, a product of
+    a plan's DTensors, or a weight in the optimizer that is a DTensor (`sharded`, beyond `weight`).
     """
 
     op: float = 0.0
@@ -51,6 +51,7 @@ class Host(NamedTuple):
     bucket: float = 0.0
     unit: float = 0.0
     shared: float = 0.0
+    sharded: float = 0.0
 
     def times(self, factor: float) -> "Host":
         """One that is slower by a factor; what wrappers do is left as it is."""
@@ -59,7 +60,14 @@ class Host(NamedTuple):
 
     def per_op(self, seconds: float) -> "Host":
         """One that needs the same for every operation, views included."""
-        return Host(op=seconds, backward_op=seconds, bucket=self.bucket, unit=self.unit, shared=self.shared)
+        return Host(
+            op=seconds,
+            backward_op=seconds,
+            bucket=self.bucket,
+            unit=self.unit,
+            shared=self.shared,
+            sharded=self.sharded,
+        )
 
     def seconds(self, op: RecordedOp, *, weights: float) -> float:
         """To launch one operation, with the views before it; the optimizer goes through all `weights`."""
@@ -214,8 +222,10 @@ class _Sharded:
             self._run(block)
         self._run(forward[-1])
         self._backward(backward, layers[::-1])
+        sharded_s = self.of.host.sharded * sum(op.count * len(op.facts.get(GRADIENTS, ())) for op in self.of.ops)
         for place, times in self.blocks[-1].runs:
-            self.out += [_share(work, self.n) for work in self.of.works_of(place, times)]
+            updates = [_share(work, self.n) for work in self.of.works_of(place, times)]
+            self.out += [replace(work, host_s=work.host_s + sharded_s / len(updates)) for work in updates]
         return self.out
 
     def _backward(self, backward: Sequence[Block], layers: Sequence[int]) -> None:
