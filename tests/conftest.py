@@ -15,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from packaging.requirements import Requirement
 
+from moesim.program import drawn_routing
 from moesim.scenario import Scenario, scenario_from_mapping
 
 # A shell that starts the tests in the background, or under nohup, has them ignore these; some tests send them.
@@ -129,6 +130,16 @@ def small():
         return scenario_from_mapping(merged(SMALL, changes or {}))
 
     return build
+
+
+@pytest.fixture
+def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Routing that is drawn has no more tokens than a step asks for, however few: for laws that hold of any number.
+
+    In this process; others draw as many as users get.
+    """
+    _, most = drawn_routing.SYNTHETIC_TOKENS
+    monkeypatch.setattr(drawn_routing, "SYNTHETIC_TOKENS", (1, most))
 
 
 @pytest.fixture

@@ -24,7 +24,8 @@ def test_scenario_runs(file, tmp_path):
     overrides = ["uncertainty.samples=1"]
     if load_scenario(file).routing.kind == "train":
         overrides += ["routing.steps=2", "routing.thin.tokens_per_step=512", "routing.thin.layers=1"]
-        overrides += ["workload.global_batch=64"]
+        overrides += ["routing.thin.hidden=32", "routing.thin.heads=2", "routing.thin.expert_intermediate=8"]
+        overrides += ["workload.global_batch=8"]
     result = simulate(load_scenario(file, overrides), cache_dir=tmp_path).result
     assert result["step_time_s"] > 0
     assert 0 < result["mfu"]["causal"] < 1

@@ -6,6 +6,8 @@ from moesim.results import RunRecord
 from moesim.run import mean_step_seconds, simulate
 from moesim.whatif import LABELS, what_if
 
+pytestmark = pytest.mark.usefixtures("few_tokens")
+
 FAR = {  # two nodes, so that the network matters
     "cluster": {"gpu": "h200", "nodes": 2, "gpus_per_node": 2, "price_per_gpu_hour": 2.0},
     "routing": {"kind": "uniform", "router": {"kind": "deepseek_v3", "groups": 4, "group_limit": 1}},

@@ -14,6 +14,7 @@ nvfp4       4 bits with one FP8 scale for 16 values, applied by the tensor cores
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Annotated, Literal
 
@@ -538,7 +539,13 @@ class Implementation(Section):
     @property
     def switches(self) -> Switches:
         """The settings of the software, with those of the scenario."""
-        return replace(self.software.switches, **self.overridden)  # type: ignore[arg-type]
+        return _switches(self, self.software.switches)
+
+
+@lru_cache(maxsize=64)
+def _switches(implementation: Implementation, own: Switches) -> Switches:
+    """Asked for by every operation that is written."""
+    return replace(own, **implementation.overridden)  # type: ignore[arg-type]
 
 
 AnyImplementation = Implementation  # what the key takes; forms of another kind join here as a union

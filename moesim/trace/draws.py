@@ -5,7 +5,8 @@ chance. `draw_with_quotas` loads every expert of every block of tokens as stated
 likewise, and the few rows that a block has beyond the quota of their expert go to experts that miss some. Which experts
 go together stays a matter of chance.
 
-Legend: T tokens, K selections, E experts, G groups, M group limit, B blocks of tokens, N rows.
+Legend: T tokens, K selections, E experts, G groups, M group limit, B blocks of tokens, N rows, C cells (an expert in a
+block), F those beyond their quota.
 """
 
 from collections.abc import Callable
@@ -364,19 +365,20 @@ class _QuotaRebalancer:
 
     def _beyond(self, quotas_BE: Array) -> tuple[Array, Array, Array]:
         """Rows beyond their quota, their blocks in ascending order, and as many experts that miss a row there."""
-        num_blocks, num_experts = quotas_BE.shape
-        top_k = self.ids_TK.shape[1]
-        block_N = np.repeat(np.arange(num_blocks), self.tokens_B * top_k)
-        cell_N = block_N * num_experts + self.ids_TK.reshape(-1)
-        counts_BE = np.bincount(cell_N, minlength=quotas_BE.size).reshape(quotas_BE.shape)
-        surplus_BE = np.maximum(counts_BE - quotas_BE, 0)
-        candidates_N = self.rng.permutation(np.flatnonzero(surplus_BE.reshape(-1)[cell_N]))
-        candidates_N = candidates_N[np.argsort(cell_N[candidates_N], kind="stable")]
-        cells_N = cell_N[candidates_N]
-        place_N = np.arange(len(cells_N)) - np.searchsorted(cells_N, cells_N, side="left")
-        rows_N = candidates_N[place_N < surplus_BE.reshape(-1)[cells_N]]
-        missing = np.repeat(np.arange(quotas_BE.size), np.maximum(quotas_BE - counts_BE, 0).reshape(-1))
-        return rows_N, block_N[rows_N], missing % num_experts
+        num_experts, quota_C = quotas_BE.shape[1], quotas_BE.reshape(-1)
+        first_N = np.repeat(np.arange(0, len(quota_C), num_experts), self.tokens_B * self.ids_TK.shape[1])
+        cell_N = first_N + self.ids_TK.reshape(-1)
+        count_C = np.bincount(cell_N, minlength=len(quota_C))
+        full_C = count_C > quota_C
+        candidates_N = self.rng.permutation(np.flatnonzero(full_C[cell_N]))
+        number_C = np.cumsum(full_C) - 1
+        narrow = np.uint16 if number_C[-1] < 2**16 else np.int64  # few cells are sorted by their digits
+        order_N = np.argsort(number_C.astype(narrow)[cell_N[candidates_N]], kind="stable")
+        candidates_N, count_F = candidates_N[order_N], count_C[full_C]  # those of a cell side by side
+        place_N = np.arange(len(candidates_N)) - np.repeat(np.cumsum(count_F) - count_F, count_F)
+        rows_N = candidates_N[place_N < np.repeat(count_F - quota_C[full_C], count_F)]
+        missing = np.repeat(np.arange(len(quota_C)), np.maximum(quota_C - count_C, 0))
+        return rows_N, cell_N[rows_N] // num_experts, missing % num_experts
 
     def _rows_in(self, block_N: Array) -> Array:
         """A random row of each of the blocks."""

@@ -13,6 +13,8 @@ from moesim.results import RunRecord
 from moesim.run import simulate
 from moesim.scenario import Scenario, load_scenario_text
 
+pytestmark = pytest.mark.usefixtures("few_tokens")
+
 TEXT = """
 name: changes
 model: {hidden: 512, layers: 4, heads: 8, kv_heads: 8, head_dim: 64, attention: {kind: mha}, vocab: 4096, experts: 16,

@@ -20,6 +20,8 @@ from moesim.run import obtain_trace
 from moesim.scenario import Scenario
 from moesim.seeding import stream
 
+pytestmark = pytest.mark.usefixtures("few_tokens")
+
 HIERARCHICAL = {"dispatch.algorithm": "hierarchical", "dispatch.deduplicate": "per_node"}
 
 

@@ -17,6 +17,8 @@ from moesim.run import obtain_trace, simulate
 from moesim.scenario import Scenario
 from moesim.seeding import stream
 
+pytestmark = pytest.mark.usefixtures("few_tokens")
+
 BLOCKING = {"preset": "rail_optimised", "oversubscription": 4.0}
 TWO_GROUPS: dict[str, Any] = {
     "cluster.nodes": 4,

@@ -24,6 +24,8 @@ from moesim.run import obtain_trace
 from moesim.scenario import Scenario
 from moesim.seeding import stream
 
+pytestmark = pytest.mark.usefixtures("few_tokens")
+
 LAYOUT: dict[str, Any] = {"data": 4, "expert": 2, "pipeline": 2, "zero": {"dense": 1, "expert": 1}}
 INTERLEAVED = {"kind": "interleaved", "virtual": 2}
 BESIDE = {"overlap": {"gradient_reduction": True}}

@@ -13,6 +13,8 @@ from moesim.program.scenario_fabric import scenario_fabric
 from moesim.results.outcome import Outcome
 from moesim.scenario import load_scenario_text
 
+pytestmark = pytest.mark.usefixtures("few_tokens")
+
 HEAD = "schema_version: 1\nname: equal\ncluster: {{gpu: h100, nodes: {nodes}{fabric}}}\nuncertainty: {{samples: 1}}\n"
 DENSE = """
 model: {layers: 4, dense_layers: 4, hidden: 1024, heads: 8, kv_heads: 8, head_dim: 128, experts: 0,

@@ -23,6 +23,8 @@ from moesim.seeding import WIDEST
 from moesim.validation.cases import is_held_out, predict
 from moesim.validation.comparison import load_table
 
+pytestmark = pytest.mark.usefixtures("few_tokens")
+
 DATA = Path(__file__).parent.parent / "data"
 
 

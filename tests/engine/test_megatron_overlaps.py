@@ -6,6 +6,8 @@ import pytest
 
 import moesim
 
+pytestmark = pytest.mark.usefixtures("few_tokens")
+
 COMBINED = {"parallelism.schedule": {"kind": "combined_1f1b"}}
 SLOW = {"cluster.nodes": 8, "cluster.gpus_per_node": 1}  # all exchanges over the network
 EXCHANGED = ("dispatch_exposed", "combine_exposed", "imbalance_wait")

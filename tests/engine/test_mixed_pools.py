@@ -11,6 +11,8 @@ from moesim.run import simulate
 from moesim.scenario import Scenario, load_scenario_text
 from moesim.scenario.stages import data_ranks_of_pools, pools_of_ranks, relative_speeds
 
+pytestmark = pytest.mark.usefixtures("few_tokens")
+
 MODEL = """
 name: mixed
 model: {hidden: 512, layers: 4, heads: 8, kv_heads: 8, head_dim: 64, attention: {kind: mha}, vocab: 4096, experts: 16,

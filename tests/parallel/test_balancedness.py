@@ -15,6 +15,8 @@ from moesim.trace import check_trace, trace_hash
 from moesim.trace.check import has_duplicates
 from moesim.trace.metrics import distinct_domains
 
+pytestmark = pytest.mark.usefixtures("few_tokens")
+
 TOLERANCE = 0.01  # of the stated value, with a thousand rows per rank: what docs/routing.md states
 
 

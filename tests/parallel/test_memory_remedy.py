@@ -13,6 +13,8 @@ from moesim.parallel.memory_rows import even_rows, no_rows, routed_rows
 from moesim.scenario import dump_scenario, load_scenario_text
 from moesim.trace.synthetic import uniform_trace
 
+pytestmark = pytest.mark.usefixtures("few_tokens")
+
 ONE_NODE = """\
 name: s
 model: {preset: deepseek-moe-16b}

@@ -16,6 +16,8 @@ from moesim.trace import RoutingTrace, check_trace, load_trace, save_trace, trac
 from moesim.trace.check import has_duplicates
 from moesim.trace.metrics import expert_load_LE
 
+pytestmark = pytest.mark.usefixtures("few_tokens")
+
 RANKS, EXPERTS, TOP_K, LENGTH = 8, 64, 6, 512
 LAYOUT = StressLayout(rank_of_expert_E=np.arange(EXPERTS) // (EXPERTS // RANKS), top_k=TOP_K)
 patterns = pytest.mark.parametrize("pattern", STRESS)

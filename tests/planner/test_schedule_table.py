@@ -10,6 +10,8 @@ from moesim.run import obtain_trace, simulate
 from moesim.scenario import Contiguous
 from moesim.schedules import PLAIN, SCHEDULES, SPLIT, Action, Pass, ScheduleFacts, Work
 
+pytestmark = pytest.mark.usefixtures("few_tokens")
+
 CLOSE = 0.05  # of the simulated step
 
 

@@ -16,6 +16,8 @@ from moesim.scenario import PipelineSchedule
 from moesim.schedules import SCHEDULES as TABLE
 from moesim.schedules import Pass, build_schedule
 
+pytestmark = pytest.mark.usefixtures("few_tokens")
+
 SCHEDULES = [PipelineSchedule(kind=kind, virtual=2 if facts.virtual else 1) for kind, facts in TABLE.items()]
 FEW_HELD = [schedule for schedule in SCHEDULES if not schedule.facts.holds_all]
 _SECONDS = {Pass.FORWARD: 1.0, Pass.BACKWARD: 2.1, Pass.INPUT: 1.2, Pass.WEIGHT: 0.9}

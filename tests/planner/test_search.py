@@ -10,6 +10,8 @@ from moesim.planner.plan import Search
 from moesim.planner.search import EvaluationPool, Evaluator, enumerate_space, search_space, uses_nsga2
 from moesim.planner.space import Space
 
+pytestmark = pytest.mark.usefixtures("few_tokens")
+
 CHANGES = {"search": {"method": "nsga2", "trials": 90, "population": 15}, "goal.usd": 120}
 
 

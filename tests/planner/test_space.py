@@ -9,6 +9,8 @@ from moesim.planner.space import Discarded, Space
 from moesim.scenario import check_scenario, dump_scenario, load_scenario_text, require_supported
 from moesim.study import scenario_id
 
+pytestmark = pytest.mark.usefixtures("few_tokens")
+
 
 def _sorted_out(space):
     kept, reasons = {}, {}

@@ -23,6 +23,8 @@ from moesim.scenario.stages import ALIKE, ModelEnds, even_lengths, part_seconds,
 from moesim.schedules import build_schedule
 from moesim.whatif import LABELS, what_if
 
+pytestmark = pytest.mark.usefixtures("few_tokens")
+
 SCENARIOS = Path(__file__).parent.parent.parent / "scenarios"
 PIPELINED = [
     "deepseek-v2-h800",

@@ -16,6 +16,8 @@ from moesim.run import draw_samples, obtain_trace, simulate
 from moesim.scenario import Scenario
 from moesim.seeding import stream
 
+pytestmark = pytest.mark.usefixtures("few_tokens")
+
 
 def outcome_of(scenario: Scenario, samples: list) -> StepOutcome:
     kernels = kernel_model(scenario.cluster.pools[0].spec, scenario.compute.profile)

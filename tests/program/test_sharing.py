@@ -28,6 +28,8 @@ from moesim.scenario.cluster import Cluster
 from moesim.schedules import Pass
 from moesim.seeding import stream
 
+pytestmark = pytest.mark.usefixtures("few_tokens")
+
 TOKENS, HIDDEN, BF16 = 2 * 2048, 512, 2  # of the small scenario's micro-batch
 
 

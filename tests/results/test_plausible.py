@@ -15,6 +15,8 @@ from moesim.run import simulate
 from moesim.scenario import gpu_spec
 from moesim.scenario.flops import TRAINING_PASSES, forward_flops_per_token
 
+pytestmark = pytest.mark.usefixtures("few_tokens")
+
 FP32 = {"workload.precision": {"gemm": "fp32", "weights": "fp32", "gradients": "fp32"}}
 LARGE_HEAD = {"model.vocab": 200_000, "workload.global_batch": 8, "workload.micro_batch": 1}
 

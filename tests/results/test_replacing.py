@@ -18,6 +18,8 @@ from moesim.run import obtain_trace
 from moesim.scenario import Scenario
 from moesim.scenario.base import BYTES_PER_ELEMENT
 
+pytestmark = pytest.mark.usefixtures("few_tokens")
+
 
 def placed(every: int | None = 100, /, **overrides: Any) -> Scenario:
     keys = {

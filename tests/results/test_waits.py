@@ -8,6 +8,8 @@ from moesim.report.report import render
 from moesim.results import CATEGORIES, attribute, waited_for
 from moesim.results.spans import Stream
 
+pytestmark = pytest.mark.usefixtures("few_tokens")
+
 WAIT = CATEGORIES.index("imbalance_wait")
 SMALL = {"workload.global_batch": 8, "uncertainty.samples": 1, "compute.profile": "roofline"}
 

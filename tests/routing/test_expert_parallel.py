@@ -1,6 +1,7 @@
 """Expert parallelism over two gloo processes computes what one process with all experts computes."""
 
 import tempfile
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,9 @@ def train(group: ExpertGroup, world: int, tokens: torch.Tensor, forced: bool) ->
 
 
 def rank_main(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=120)
+    )
     share = batch().chunk(2)[rank]
     trained = [train(ExpertGroup(rank, 2, dist.group.WORLD), 2, share, forced) for forced in (False, True)]
     torch.save(trained, f"{folder}/{rank}.pt")
@@ -69,9 +72,13 @@ def rank_main(rank: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def two_ranks() -> list[list[Any]]:
-    """What each of two processes trained, with the router's own ids and with forced ones."""
+    """What each of two processes trained, this one and another, with the router's own ids and with forced ones."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(rank_main, (folder,), nprocs=2)
+        other = mp.get_context("spawn").Process(target=rank_main, args=(1, folder))
+        other.start()
+        rank_main(0, folder)
+        other.join()
+        assert other.exitcode == 0
         return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(2)]
 
 
