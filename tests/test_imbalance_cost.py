@@ -6,8 +6,6 @@ import pytest
 from moesim.run import simulate
 from moesim.scenario import scenario_from_mapping
 
-pytestmark = pytest.mark.usefixtures("few_tokens")
-
 NOISE = 0.01  # of the step: how far kernels' durations follow rows that end elsewhere in a tile
 GROUPS = {1: (1, 1), 2: (2, 2), 4: (4, 4), 8: (8, 4)}  # GPUs: data-parallel ranks, expert-parallel ranks
 

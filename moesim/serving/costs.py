@@ -110,6 +110,7 @@ class StepCosts:
         self.page_bytes = memory_of(scenario).page_bytes
         most = scenario.engine.token_budget
         self.tokens_G = np.unique(np.geomspace(1, most, 2 * int(np.ceil(np.log2(most))) + 1).round()).astype(int)
+        self._tokens_G = self.tokens_G.astype(float)  # as they are looked up in every step
         layer = [self._dense_part(int(tokens)) for tokens in self.tokens_G]
         self.layer_G, self.dense_G, self.head_G = (np.array(column) for column in zip(*layer, strict=True))
         latent = [self._latents(int(tokens)) for tokens in self.tokens_G]
@@ -220,8 +221,12 @@ class StepCosts:
 
     def _at(self, tokens_D: NDArray[np.int64], seconds_G: FloatArray) -> FloatArray:
         """Interpolated; beyond the table in proportion."""
-        beyond_D = np.maximum(tokens_D / self.tokens_G[-1], 1.0)
-        return np.asarray(np.where(tokens_D > 0, np.interp(tokens_D, self.tokens_G, seconds_G) * beyond_D, 0.0))
+        if not seconds_G.any():
+            return np.zeros(len(tokens_D))
+        found_D = np.interp(tokens_D, self._tokens_G, seconds_G)
+        if tokens_D.max() > self.tokens_G[-1]:
+            found_D *= np.maximum(tokens_D / self.tokens_G[-1], 1.0)
+        return np.asarray(np.where(tokens_D > 0, found_D, 0.0))
 
     def _messages(self) -> tuple[FloatArray, FloatArray]:
         """Seconds [G] of an all-reduce of the ranks of a data group, and of a message to the next stage."""

@@ -8,7 +8,7 @@ Legend: T tokens of a rank; rows of experts are tokens times experts of a token.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -196,10 +196,16 @@ class ServingSoftware:
 
     def filled(self, rows_D: NDArray[np.int64]) -> NDArray[np.int64]:
         """Rows [D] that are computed for steps of so many; those larger than all graphs are not filled up."""
-        found_D = rows_D
-        for most, multiple in reversed(self.graph_sizes):
-            found_D = np.where(rows_D <= most, -(-rows_D // multiple) * multiple, found_D)
-        return found_D
+        most_N, multiple_N = self._sizes
+        multiple_D = multiple_N[np.searchsorted(most_N, rows_D)]
+        return np.asarray(-(-rows_D // multiple_D) * multiple_D)
+
+    @cached_property
+    def _sizes(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Of graph_sizes, smallest first, the most rows, and what they are a multiple of; behind them any number."""
+        most = [most for most, _ in self.graph_sizes]
+        multiple = [multiple for _, multiple in self.graph_sizes]
+        return np.array(most, dtype=np.int64), np.array([*multiple, 1], dtype=np.int64)
 
 
 # Rows that vLLM 0.33 captures graphs of (vllm/config/vllm.py): 1, 2, 4, each 8th up to 256, each 16th up to 512.

@@ -17,10 +17,10 @@ pytestmark = pytest.mark.usefixtures("few_tokens")
 
 TEXT = """
 name: changes
-model: {hidden: 512, layers: 4, heads: 8, kv_heads: 8, head_dim: 64, attention: {kind: mha}, vocab: 4096, experts: 16,
+model: {hidden: 512, layers: 3, heads: 8, kv_heads: 8, head_dim: 64, attention: {kind: mha}, vocab: 4096, experts: 16,
         top_k: 2, expert_intermediate: 512, shared_experts: 1, dense_layers: 1, dense_intermediate: 2048}
 cluster: {gpu: h100, nodes: 4, gpus_per_node: 4}
-workload: {sequence_length: 1024, global_batch: 64}
+workload: {sequence_length: 1024, global_batch: 32}
 uncertainty: {samples: 2, bank: 2}
 """
 FLAT = "parallelism={data: 16, expert: 8}"

@@ -137,7 +137,7 @@ def test_interrupted_and_resumed_gives_the_same_plan(made, tmp_path):
     (copy / "points.jsonl").write_bytes(b"".join(lines[1::2]) + lines[0][: len(lines[0]) // 2])  # torn in the middle
     (copy / "variants.jsonl").unlink()
     (copy / "plan.json").write_text(json.dumps({"hash": json.loads((path / "plan.json").read_text())["hash"]}))
-    resumed = make_plan(Folder(copy, plan, workers=2))
+    resumed = make_plan(Folder(copy, plan, workers=1))  # as many processes as there are, the plan is one
     assert resumed == content
     assert (copy / "plan.json").read_bytes() == (path / "plan.json").read_bytes()
     assert {point: record.result for point, record in _records(copy).items()} == {
