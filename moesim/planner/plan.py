@@ -13,7 +13,6 @@ from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, mo
 
 from moesim.errors import UserError
 from moesim.scenario import (
-    AnyImplementation,
     Capacity,
     Compute,
     Contiguous,
@@ -272,7 +271,7 @@ class Plan(Section):
     placement: Placement = Field(
         default=Contiguous(), description="Which rank holds which experts; absent: neighbouring experts on each rank."
     )
-    implementation: AnyImplementation = Field(
+    implementation: Implementation = Field(
         default=Implementation(kind=MEGATRON.name),
         description="The software that is simulated: its name, or a mapping with its kind; absent: megatron, which has "
         "all of these layouts.",

@@ -43,7 +43,7 @@ from moesim.results.placement import placement_arrays, placement_facts, placemen
 from moesim.results.span_sums import waiting_facts
 from moesim.results.spans import CATEGORIES, SpanTable
 from moesim.results.store import RESULT_SCHEMA_VERSION, RunRecord
-from moesim.scenario import AnyImplementation, Scenario
+from moesim.scenario import Implementation, Scenario
 from moesim.trace import RoutingTrace, trace_hash
 from moesim.trace.metrics import expert_load_LE, first_load_LE, imbalance
 from moesim.trace.provenance import import_notes, limit_difference, rests_on
@@ -430,7 +430,7 @@ def _router_facts(scenario: Scenario, trace: RoutingTrace, sample: TrafficSample
     }
 
 
-def software_facts(implementation: AnyImplementation) -> dict[str, str]:
+def software_facts(implementation: Implementation) -> dict[str, str]:
     """Whose kernels are priced, which switches are set otherwise, where their list is from and what checked it."""
     software, changed = implementation.software, implementation.overridden
     return {

@@ -57,11 +57,10 @@ from moesim.scenario.schema import (
     Uncertainty,
     Zero,
 )
-from moesim.scenario.software import AnyImplementation, Implementation
+from moesim.scenario.software import Implementation
 
 __all__ = [
     "BYTES_PER_ELEMENT",
-    "AnyImplementation",
     "Attention",
     "Balance",
     "BalancednessRouting",

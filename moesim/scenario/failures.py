@@ -143,15 +143,8 @@ class Slowdown(Change):
     factor: Speed = Field(description="Its speed meanwhile over what it is else: 0.5 makes kernels take twice as long.")
 
 
-class LinkChange(Change):
+class LinkChange(Degraded, Change):
     """Links with a share of their bandwidth for a while: a degradation, or a flap."""
-
-    link: tuple[Name, Name] | None = Field(default=None, description="One directed link by the names of its two ends.")
-    node: Index | None = Field(default=None, description="All links of this node, counted from 0.")
-    rail: Index | None = Field(
-        default=None, description="The network links of the GPUs with this index in their nodes."
-    )
-    factor: LinkFactor = Field(description="Share of the bandwidth that is left; 0: the links are down.")
 
     @property
     def degraded(self) -> Degraded:

@@ -32,7 +32,7 @@ from moesim.scenario.failures import Failures
 from moesim.scenario.model import Model
 from moesim.scenario.placement import Contiguous, Placement
 from moesim.scenario.routing import Capacity, NoCapacity, RouterShape, Routing, UniformRouting, resolve_router
-from moesim.scenario.software import DEFAULT, RECIPES, AnyImplementation, Implementation, Recipe
+from moesim.scenario.software import DEFAULT, RECIPES, Implementation, Recipe
 from moesim.scenario.stages import micro_batches_of_pools, stage_lengths
 from moesim.schedules import PLAIN, SCHEDULES, ScheduleFacts
 
@@ -309,7 +309,7 @@ class Scenario(Section):
     parallelism: Parallelism = Field(default=Parallelism(), description="How ranks share the work; absent: one rank.")
     workload: Training = Field(description="What one step trains on, and in which number formats.")
     dispatch: Dispatch = Field(default=Dispatch(), description="How tokens travel to experts on other ranks and back.")
-    implementation: AnyImplementation = Field(
+    implementation: Implementation = Field(
         default=Implementation(), description="The software that is simulated: its name, or a mapping with its kind."
     )
     overlap: Overlap = Field(

@@ -16,96 +16,118 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import MappingProxyType
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
-from pydantic import Field, WithJsonSchema
+from pydantic import ConfigDict, Field, WithJsonSchema, create_model
 
 from moesim.scenario.base import DType, Flag, Section, one_of
 
-Norm = Literal["fused", "kernel", "unfused"]
 Products = Literal["joined", "separate"]
-Rotary = Literal["fused", "cached", "remade", "complex", "unfused"]
 Kernels = Literal["fused", "unfused"]
-Attention = Literal["fused", "unfused", "fp32"]
-Activation = Literal["fused", "compiled", "unfused"]
-ExpertProducts = Literal["grouped", "each"]
-LayoutCopies = Literal["none", "single", "double"]
-RouterDtype = Literal["bf16", "fp32"]
-Permute = Literal["fused", "sort", "mask", "sentinels"]
-GatherBackward = Literal["fused", "index_add", "index_put"]
-Combine = Literal["fused", "index_add", "sum"]
-Gates = Literal["inside", "bf16", "fp32"]
-Loss = Literal["fused", "fp32", "parallel"]
-Embedding = Literal["gather", "torch"]
-Optimizer = Literal["fused", "foreach", "loop"]
-GradientNorm = Literal["free", "kernel", "foreach", "loop"]
-Accumulation = Literal["gemm", "buffer", "autograd"]
-Host = Literal["free", "launches"]
-Graphs = Literal["none", "attention", "step"]
+Chunks = Annotated[int, Field(strict=True, gt=0, le=1_024)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Switches:
-    """One setting of everything.
+    """One setting of everything; the text of a switch describes the key of `implementation` that sets it anew."""
 
-    norm: fused with the sum of the residual; a kernel of its own beside a sum (and a sum of gradients where a branch
-    leaves); unfused, eight elementwise kernels in fp32. qkv, ffn_inputs, expert_inputs: the products that share an
-    input in one or each by itself. rotary: one kernel; cached, five kernels over tables of the step; complex, products
-    of complex fp32 numbers; remade, as cached, with tables made for each tensor and a copy behind it; unfused, tables
-    made in every layer and products of halves. repeat_keys: keys and values of grouped queries are repeated to the
-    number of heads. attention: one kernel, or products, mask and softmax over all pairs, these in bf16 or, with casts,
-    in fp32; dropout: of its scores. layout_copies: attention's output, and the pieces of latent queries and keys, are
-    copied between the orders of heads and of tokens; double: their gradients once more. router: one kernel behind the
-    gate, or one for each step of it. router_dtype: of the gate's product. permute: how rows get in the order of
-    experts: one gather; a sort of ids; a mask of tokens by experts; a sort and fills of rows that belong to no expert.
-    gather_backward: how the gradients of a token's rows are summed. combine: how the results of a token's experts are.
-    gates: inside of the activation, or on the results, in bf16 or fp32. expert_products: grouped in one launch, or each
-    expert's by itself. activation: one kernel, one that torch compiled, or several. loss: in place of the logits; in
-    fp32, by torch; in fp32 step by step over shares of the vocabulary, as Megatron-Core's. loss_chunks: in so many
-    parts, head included. embedding: how its gradient is made. optimizer: one kernel, one for each step of Adam's over
-    lists of tensors, or over every tensor. gradient_norm: what clipping costs on the GPU: nothing, a pass over all
-    gradients, torch's two, or a pass over each tensor and its scaling by a copy. weight_copy: weights are cast from
-    their master copy behind the optimizer. accumulation: gradients are added by the product itself; by a kernel to a
-    buffer, in every micro-batch; by autograd, from the second one on. flat_gradients: gradients are copied into one
-    buffer to be reduced, and back. zeroed_gradients: their buffer is filled with zeros before every step.
-    fresh_gradients: they are dropped after it. reduce_dtype: format in which gradients are reduced; None: as they are
-    kept. sequence_parallel: tensor ranks share the tokens between products, too. host: free of cost, or a launch for
-    each kernel. counts: ranks exchange and read back how many rows they will send, so that nobody sends before the last
-    has come. cuda_graphs: launched at no cost: nothing, all but the experts and what moves rows, the whole step.
-    """
-
-    norm: Norm = "fused"
-    qkv: Products = "joined"
-    rotary: Rotary = "fused"
-    repeat_keys: bool = False
-    attention: Attention = "fused"
-    dropout: bool = False
-    layout_copies: LayoutCopies = "none"
-    router: Kernels = "fused"
-    router_dtype: RouterDtype = "bf16"
-    permute: Permute = "fused"
-    gather_backward: GatherBackward = "fused"
-    combine: Combine = "fused"
-    gates: Gates = "inside"
-    expert_products: ExpertProducts = "grouped"
-    expert_inputs: Products = "joined"
-    ffn_inputs: Products = "joined"
-    activation: Activation = "fused"
-    loss: Loss = "fused"
-    loss_chunks: int = 1
-    embedding: Embedding = "gather"
-    optimizer: Optimizer = "fused"
-    gradient_norm: GradientNorm = "free"
-    weight_copy: bool = False
-    accumulation: Accumulation = "gemm"
-    flat_gradients: bool = False
-    zeroed_gradients: bool = False
-    fresh_gradients: bool = False
-    reduce_dtype: DType | None = None
-    sequence_parallel: bool = True
-    host: Host = "free"
-    counts: bool = False
-    cuda_graphs: Graphs = "none"
+    norm: Annotated[
+        Literal["fused", "kernel", "unfused"],
+        "Norms: fused with the residual sum; a kernel beside a sum (and a sum of gradients where a branch leaves); or "
+        "unfused, in eight elementwise kernels of fp32",
+    ] = "fused"
+    qkv: Annotated[Products, "Products of queries, keys and values: joined in one, or separate"] = "joined"
+    rotary: Annotated[
+        Literal["fused", "cached", "remade", "complex", "unfused"],
+        "Rotary embedding: one kernel; five kernels over cached tables of the step; by tables remade for each tensor, "
+        "with a copy behind it; by products of complex fp32 numbers; or unfused, with tables made in every layer and "
+        "products of halves",
+    ] = "fused"
+    repeat_keys: Annotated[Flag, "Whether keys and values of grouped queries are repeated to all heads"] = False
+    attention: Annotated[
+        Literal["fused", "unfused", "fp32"],
+        "Attention: one fused kernel, or products, mask and softmax over all pairs, these in bf16 (unfused) or, with "
+        "casts, in fp32",
+    ] = "fused"
+    dropout: Annotated[Flag, "Whether attention drops scores at random"] = False
+    layout_copies: Annotated[
+        Literal["none", "single", "double"],
+        "Copies of attention's output, and of latent queries and keys, between orders of heads and tokens: none, "
+        "single, or double where autograd copies gradients once more",
+    ] = "none"
+    router: Annotated[Kernels, "Selection of experts behind the gate: one fused kernel, or one a step"] = "fused"
+    router_dtype: Annotated[Literal["bf16", "fp32"], "Format of the gate's product"] = "bf16"
+    permute: Annotated[
+        Literal["fused", "sort", "mask", "sentinels"],
+        "Rows to the order of experts: a fused gather, by a sort of ids, by a mask of tokens by experts, or by a sort "
+        "with fills (sentinels) of rows that have no expert",
+    ] = "fused"
+    gather_backward: Annotated[
+        Literal["fused", "index_add", "index_put"],
+        "Gradients of gathered rows: a fused sum, index_add, or index_put",
+    ] = "fused"
+    combine: Annotated[
+        Literal["fused", "index_add", "sum"],
+        "Sum of a token's results: fused, by index_add, or by a gather and a sum",
+    ] = "fused"
+    gates: Annotated[
+        Literal["inside", "bf16", "fp32"],
+        "Gates: inside of the activation, or on results in bf16 or fp32",
+    ] = "inside"
+    expert_products: Annotated[
+        Literal["grouped", "each"],
+        "Products of routed experts: grouped in one launch, or each by itself",
+    ] = "grouped"
+    expert_inputs: Annotated[Products, "W1 and W3 of routed experts: joined in one product, or separate"] = "joined"
+    ffn_inputs: Annotated[Products, "W1 and W3 of dense networks and shared experts: joined, or separate"] = "joined"
+    activation: Annotated[
+        Literal["fused", "compiled", "unfused"],
+        "Activation times gate: one fused kernel, one compiled by torch, or two and backward four",
+    ] = "fused"
+    loss: Annotated[
+        Literal["fused", "fp32", "parallel"],
+        "Cross entropy: fused, in place of the logits; of fp32 logits by torch; or parallel, step by step in fp32 "
+        "over shares of the vocabulary, as Megatron-Core's",
+    ] = "fused"
+    loss_chunks: Annotated[Chunks, "Parts in which head and loss run, one behind the other"] = 1
+    embedding: Annotated[
+        Literal["gather", "torch"],
+        "Gradient of the embedding: a gather's bytes, or torch's kernel",
+    ] = "gather"
+    optimizer: Annotated[
+        Literal["fused", "foreach", "loop"],
+        "Adam: one fused kernel, foreach over lists of tensors, or a loop over them",
+    ] = "fused"
+    gradient_norm: Annotated[
+        Literal["free", "kernel", "foreach", "loop"],
+        "What clipping costs on the GPU: free, a kernel over all gradients, foreach, that and a scaling of all, or "
+        "loop, the same tensor by tensor with a copy",
+    ] = "free"
+    weight_copy: Annotated[Flag, "Whether weights are cast from their master copy behind the optimizer"] = False
+    accumulation: Annotated[
+        Literal["gemm", "buffer", "autograd"],
+        "Sum of gradients over micro-batches: in the gemm that makes them, into a buffer in each, or by autograd from "
+        "the second on",
+    ] = "gemm"
+    flat_gradients: Annotated[Flag, "Whether gradients are copied into one buffer to be reduced, and back"] = False
+    zeroed_gradients: Annotated[Flag, "Whether the buffer of gradients is filled with zeros before every step"] = False
+    fresh_gradients: Annotated[Flag, "Whether gradients are dropped after every step"] = False
+    reduce_dtype: Annotated[
+        DType | None,
+        "Format in which gradients are reduced, by default that they are kept in",
+    ] = None
+    sequence_parallel: Annotated[Flag, "Whether tensor ranks share the tokens between products, too"] = True
+    host: Annotated[Literal["free", "launches"], "The host: free of cost, or launches, one for each kernel"] = "free"
+    counts: Annotated[
+        Flag,
+        "Whether ranks exchange and read back how many rows they will send, so that nobody sends before the last has "
+        "come",
+    ] = False
+    cuda_graphs: Annotated[
+        Literal["none", "attention", "step"],
+        "What CUDA graphs hold, launched at no cost: none, attention and all else of fixed shapes in a layer, or the "
+        "step",
+    ] = "none"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -393,15 +415,10 @@ SOFTWARE = {
 
 
 SoftwareName = Annotated[str, one_of(SOFTWARE), WithJsonSchema({"enum": list(SOFTWARE), "type": "string"})]
-Chunks = Annotated[int, Field(strict=True, gt=0, le=1_024)]
-_OWN = "absent: as the software has it."
 
 
-class Implementation(Section):
-    """Which software is simulated: one of the table `moesim.scenario.software.SOFTWARE`, and switches set anew.
-
-    A switch that is absent is as the software has it; `moesim.scenario.software` says what each setting stands for.
-    """
+class _Named(Section):
+    model_config = ConfigDict(defer_build=True)  # until Implementation, once
 
     kind: SoftwareName = Field(
         default=FUSED.name,
@@ -411,118 +428,21 @@ class Implementation(Section):
         default=None,
         description="Of kind imported: the step that `moesim import-step STEP --out FILE` recorded on one GPU.",
     )
-    norm: Norm | None = Field(
-        default=None,
-        description="Norms: fused with the residual sum, a kernel beside a sum, or unfused in eight; " + _OWN,
-    )
-    qkv: Products | None = Field(
-        default=None, description="Products of queries, keys and values: joined in one, or separate; " + _OWN
-    )
-    rotary: Rotary | None = Field(
-        default=None,
-        description="Rotary embedding: fused, by cached tables, by tables remade for each tensor, by complex numbers, "
-        "or unfused with tables made in every layer; " + _OWN,
-    )
-    repeat_keys: Flag | None = Field(
-        default=None, description="Whether keys and values of grouped queries are repeated to all heads; " + _OWN
-    )
-    attention: Attention | None = Field(
-        default=None,
-        description="Attention: one fused kernel, or products and softmax over all pairs, this in bf16 (unfused) or "
-        "fp32; " + _OWN,
-    )
-    dropout: Flag | None = Field(default=None, description="Whether attention drops scores at random; " + _OWN)
-    layout_copies: LayoutCopies | None = Field(
-        default=None,
-        description="Copies of attention's output, and of latent queries and keys, between orders of heads and tokens: "
-        "none, single, or double where autograd copies gradients once more; " + _OWN,
-    )
-    router: Kernels | None = Field(
-        default=None, description="Selection of experts behind the gate: one fused kernel, or one a step; " + _OWN
-    )
-    router_dtype: RouterDtype | None = Field(default=None, description="Format of the gate's product; " + _OWN)
-    permute: Permute | None = Field(
-        default=None,
-        description="Rows to the order of experts: a fused gather, by a sort of ids, by a mask of tokens by experts, "
-        "or by a sort with fills of rows that have no expert; " + _OWN,
-    )
-    gather_backward: GatherBackward | None = Field(
-        default=None, description="Gradients of gathered rows: a fused sum, index_add, or index_put; " + _OWN
-    )
-    combine: Combine | None = Field(
-        default=None,
-        description="Sum of a token's results: fused, by index_add, or by a gather and a sum; " + _OWN,
-    )
-    gates: Gates | None = Field(
-        default=None, description="Gates: inside of the activation, or on results in bf16 or fp32; " + _OWN
-    )
-    expert_products: ExpertProducts | None = Field(
-        default=None, description="Products of routed experts: grouped in one launch, or each by itself; " + _OWN
-    )
-    expert_inputs: Products | None = Field(
-        default=None, description="W1 and W3 of routed experts: joined in one product, or separate; " + _OWN
-    )
-    ffn_inputs: Products | None = Field(
-        default=None, description="W1 and W3 of dense networks and shared experts: joined, or separate; " + _OWN
-    )
-    activation: Activation | None = Field(
-        default=None,
-        description="Activation times gate: one fused kernel, one compiled by torch, or two and backward four; " + _OWN,
-    )
-    loss: Loss | None = Field(
-        default=None,
-        description="Cross entropy: fused, in place of the logits; of fp32 logits by torch; or parallel, step by step "
-        "in fp32 over shares of the vocabulary; " + _OWN,
-    )
-    loss_chunks: Chunks | None = Field(
-        default=None, description="Parts in which head and loss run, one behind the other; " + _OWN
-    )
-    embedding: Embedding | None = Field(
-        default=None, description="Gradient of the embedding: a gather's bytes, or torch's kernel; " + _OWN
-    )
-    optimizer: Optimizer | None = Field(
-        default=None, description="Adam: one fused kernel, foreach over lists of tensors, or a loop over them; " + _OWN
-    )
-    gradient_norm: GradientNorm | None = Field(
-        default=None,
-        description="What clipping costs on the GPU: free, a kernel over all gradients, foreach, that and a scaling of "
-        "all, or loop, the same tensor by tensor with a copy; " + _OWN,
-    )
-    weight_copy: Flag | None = Field(
-        default=None, description="Whether weights are cast from their master copy behind the optimizer; " + _OWN
-    )
-    accumulation: Accumulation | None = Field(
-        default=None,
-        description="Sum of gradients over micro-batches: in the gemm that makes them, into a buffer in each, or by "
-        "autograd from the second on; " + _OWN,
-    )
-    flat_gradients: Flag | None = Field(
-        default=None, description="Whether gradients are copied into one buffer to be reduced, and back; " + _OWN
-    )
-    zeroed_gradients: Flag | None = Field(
-        default=None, description="Whether the buffer of gradients is filled with zeros before every step; " + _OWN
-    )
-    fresh_gradients: Flag | None = Field(
-        default=None, description="Whether gradients are dropped after every step; " + _OWN
-    )
-    reduce_dtype: DType | None = Field(
-        default=None,
-        description="Format in which gradients are reduced; absent: the software's, or that they are kept in.",
-    )
-    sequence_parallel: Flag | None = Field(
-        default=None, description="Whether tensor ranks share the tokens between products, too; " + _OWN
-    )
-    host: Host | None = Field(
-        default=None, description="The host: free of cost, or launches, one for each kernel; " + _OWN
-    )
-    counts: Flag | None = Field(
-        default=None, description="Whether ranks exchange and read back how many rows they will send; " + _OWN
-    )
-    cuda_graphs: Graphs | None = Field(
-        default=None,
-        description="What CUDA graphs hold: none, attention and all else of fixed shapes in a layer, or the step; "
-        + _OWN,
-    )
+
+
+_KEYS: dict[str, Any] = {
+    name: (hint | None, Field(default=None, description=f"{hint.__metadata__[-1]}; absent: as the software has it."))
+    for name, hint in get_type_hints(Switches, include_extras=True).items()
+}
+
+
+class Implementation(create_model("_Switched", __base__=_Named, **_KEYS)):  # type: ignore[misc]
+    """Which software is simulated: one of the table `moesim.scenario.software.SOFTWARE`, and switches set anew.
+
+    A switch that is absent is as the software has it.
+    """
+
+    model_config = ConfigDict(defer_build=False)
 
     @property
     def software(self) -> SoftwareFacts:
@@ -546,6 +466,3 @@ class Implementation(Section):
 def _switches(implementation: Implementation, own: Switches) -> Switches:
     """Asked for by every operation that is written."""
     return replace(own, **implementation.overridden)  # type: ignore[arg-type]
-
-
-AnyImplementation = Implementation  # what the key takes; forms of another kind join here as a union
