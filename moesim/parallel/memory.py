@@ -12,6 +12,7 @@ Memory of one rank at one instant:
                  what tensor ranks gather of a product's input, and context ranks pass around
     allocator    memory.allocator_overhead of the four above
     workspace    what the libraries of matrix products keep for themselves
+    dispatch_library  what that of the dispatch keeps for what other ranks write (`moesim.scenario.dispatch_buffers`)
     reserved     memory.reserved
 
 Which of them exist together is told moment by moment: `memory_phases`.
@@ -41,6 +42,8 @@ from moesim.parallel.memory_temporaries import (
 from moesim.parallel.traffic import token_bytes
 from moesim.scenario import Scenario
 from moesim.scenario.base import BYTES_PER_ELEMENT
+from moesim.scenario.dispatch import DISPATCH
+from moesim.scenario.dispatch_buffers import BufferSizes
 from moesim.scenario.model import Mla
 from moesim.scenario.stages import pools_of_ranks
 from moesim.schedules import Pass, Schedule, build_schedule
@@ -557,6 +560,24 @@ class _PipelineRank:
         graphs = self.scenario.implementation.switches.cuda_graphs != "none"
         return WORKSPACE_BYTES * (1 + graphs) + scores_buffer(self.scenario) * self.tokens
 
+    @property
+    def _dispatch_library(self) -> float:
+        scenario, mesh = self.scenario, self.scenario.parallelism
+        ranks, pool = mesh.expert * mesh.expert_tensor, scenario.cluster.main_pool
+        if ranks == 1 or not self._has_moe:
+            return 0.0
+        algorithm = DISPATCH[scenario.dispatch.algorithm]
+        sizes = BufferSizes(
+            tokens=self.tokens,
+            width=scenario.model.row_width,
+            dispatched=BYTES_PER_ELEMENT[scenario.dispatch.dtype],
+            ranks=ranks,
+            domain=pool.spec.nvlink_domain or pool.gpus_per_node,
+            experts=scenario.model.experts,
+            sms=scenario.dispatch.sms(pool.spec.sm_count) or algorithm.sms or 0.0,
+        )
+        return algorithm.buffers(sizes)
+
     def _moving_SW(self, phase: Phase) -> FloatArray:
         """Bytes of a phase that move, as a recording has them where there is one and activations are kept."""
         moving_SW = np.broadcast_to(np.asarray(phase.moving_SW, dtype=np.float64), self._shape)
@@ -567,7 +588,7 @@ class _PipelineRank:
 
     def _phase_SW(self, phase: Phase) -> FloatArray:
         memory = self.scenario.memory
-        held = sum(self._states(phase).values()) + self._workspace + memory.reserved
+        held = sum(self._states(phase).values()) + self._workspace + self._dispatch_library + memory.reserved
         return np.asarray(held + (1 + memory.allocator_overhead) * self._moving_SW(phase))
 
     @cached_property
@@ -598,6 +619,7 @@ class _PipelineRank:
         other = {
             "allocator": memory.allocator_overhead * total,
             "workspace": self._workspace,
+            "dispatch_library": self._dispatch_library,
             "reserved": memory.reserved,
         }
         everything = {**states, **moving, **other}

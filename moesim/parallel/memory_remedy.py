@@ -144,6 +144,7 @@ KEYS = {
     "optimizer": "parallelism.zero",
     "reduction": "parallelism.zero",
     "workspace": "memory.reserved",
+    "dispatch_library": "dispatch.algorithm",
     "reserved": "memory.reserved",
 }
 MUCH_PADDING = 0.5  # of the computed rows: then they are the cause

@@ -39,6 +39,7 @@ _KIND_OF_PART = {
     "reduction": "gradients",
     "allocator": "allocator",
     "workspace": "reserved",
+    "dispatch_library": "reserved",
     "reserved": "reserved",
 }
 

@@ -3,9 +3,11 @@
 A scenario names one in `dispatch.algorithm`; its checks, transfers and costs read the entry and no name.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
+
+from moesim.scenario.dispatch_buffers import BufferSizes, deepep_buffers, hybrid_ep_buffers, no_buffers
 
 Deduplicate = Literal["per_expert", "per_rank", "per_node", "all_ranks"]
 
@@ -79,7 +81,8 @@ class DispatchAlgorithm:
     and bring back sums, in the time that was measured of them. header_bytes: of every dispatched message.
     nvlink_share, nic_share: of the nominal bandwidth in long transfers; None: what NCCL reaches
     (`NetworkParameters`). kernels: what they cost inside an NVLink domain, by_kind: on kinds of GPU where that was
-    measured, across: over NICs. measured: whether they are fitted to rows of its own kernels.
+    measured, across: over NICs. measured: whether they are fitted to rows of its own kernels. buffers: bytes that the
+    library keeps on every GPU.
     """
 
     name: str
@@ -102,6 +105,7 @@ class DispatchAlgorithm:
     by_kind: Mapping[str, Kernels] = field(default_factory=dict)
     across: Kernels | None = None
     measured: bool = False
+    buffers: Callable[[BufferSizes], float] = no_buffers
     source: str
 
     def kernels_on(self, kind: str | None, *, over_nics: bool) -> Kernels:
@@ -176,6 +180,7 @@ HIERARCHICAL = DispatchAlgorithm(
     sharpness=8.0,
     nvlink_share=0.78,  # dispatch 0.76, combine 0.79; H800's published rows: 0.79
     nic_share=0.905,  # H200's rows over nodes 0.91 and 0.89, H800's 0.91 and 0.88
+    buffers=deepep_buffers,
     kernels=_NORMAL["h100"],
     by_kind=_NORMAL,
     across=Kernels(
@@ -198,6 +203,7 @@ HYBRID_EP = DispatchAlgorithm(
     moves_rows=True,
     nvlink_share=0.816,
     nic_share=HIERARCHICAL.nic_share,
+    buffers=hybrid_ep_buffers,
     kernels=Kernels(Kernel(call_seconds=6.7e-6, bytes_per_sm=31.6e9), Kernel(call_seconds=6.7e-6, bytes_per_sm=12.5e9)),
     source="none of its own: between two H100s rows by the bulk copy engine, and rows of the other GPU read and "
     "summed, by the number of SMs (tools/measure_few_sms.py); of a NIC what DeepEP's normal kernels reach; a call is "

@@ -1,0 +1,45 @@
+"""Buffers of dispatch libraries: hand-counted sizes, and what a scenario's memory holds of them."""
+
+import pytest
+
+import moesim
+from moesim.parallel.memory import memory_report
+from moesim.parallel.memory_rows import even_rows
+from moesim.scenario.dispatch_buffers import BufferSizes, deepep_buffers, hybrid_ep_buffers
+
+NEAR = BufferSizes(tokens=4096, width=7168, dispatched=1.0, ranks=8, domain=8, experts=256, sms=20)
+V3 = BufferSizes(tokens=4096, width=7168, dispatched=1.0, ranks=64, domain=8, experts=256, sms=20)
+HEAP_STEP = 2**29
+
+
+def test_deepep_has_room_for_the_chunks_of_every_channel_and_a_heap_in_steps() -> None:
+    """10 channels of two SMs; a token is 14,336 bytes, where it came from, 128 ids, gates and scales."""
+    token = 14336 + 8 + 128 * 12 + 512
+    inside = deepep_buffers(
+        BufferSizes(tokens=4096, width=7168, dispatched=1.0, ranks=8, domain=8, experts=256, sms=20)
+    )
+    assert inside == 10 * 8 * 256 * token
+    assert deepep_buffers(V3) == 10 * 8 * 288 * token + HEAP_STEP
+    many = BufferSizes(tokens=4096, width=7168, dispatched=1.0, ranks=128, domain=8, experts=256, sms=20)
+    assert deepep_buffers(many) == 10 * 8 * 560 * token + 2 * HEAP_STEP
+
+
+def test_hybrid_ep_has_room_for_all_tokens_of_all_ranks() -> None:
+    one = BufferSizes(tokens=1024, width=2048, dispatched=2.0, ranks=8, domain=8, experts=64, sms=16)
+    assert hybrid_ep_buffers(one) == 1024 * 8 * (2 * 2048 + 4 * 64)
+    two = BufferSizes(tokens=1024, width=2048, dispatched=1.0, ranks=16, domain=8, experts=64, sms=16)
+    there, back = 2048 + 4 * 32, 2 * 2048 + 4 * 32
+    assert hybrid_ep_buffers(two) == 1024 * 16 * (there + back) + 1024 * (there + 2 * back)
+
+
+@pytest.mark.parametrize(("algorithm", "has"), [("direct", False), ("hierarchical", True), ("hybrid_ep", True)])
+def test_a_scenario_holds_those_of_its_algorithm(algorithm: str, has: bool) -> None:
+    dispatch = {"algorithm": algorithm, "deduplicate": "per_rank" if algorithm == "direct" else "per_node"}
+    scenario = moesim.load_scenario("two-nodes-hierarchical", {"dispatch": dispatch})
+    report = memory_report(scenario, even_rows(scenario))
+    assert ("dispatch_library" in report.parts[0]) is has
+    assert sum(report.parts[0].values()) == pytest.approx(report.peak_bytes)
+    alone = moesim.load_scenario(
+        "two-nodes-hierarchical", {"dispatch": dispatch, "parallelism.expert": 1, "memory.check": "warn"}
+    )
+    assert "dispatch_library" not in memory_report(alone, even_rows(alone)).parts[0]
