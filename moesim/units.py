@@ -29,35 +29,29 @@ def _unit_table(kind: str) -> dict[str, float]:
     }
 
 
-_NAMES = {
-    "bytes": "an amount of bytes",
-    "bandwidth": "a bandwidth",
-    "duration": "a duration",
-    "flop_rate": "a rate",
-    "frequency": "a frequency",
+_KINDS = {  # what a quantity is called, and two of them
+    "bytes": ("an amount of bytes", "141 GB or 64 MiB"),
+    "bandwidth": ("a bandwidth", "400 Gbps or 450 GB/s"),
+    "duration": ("a duration", "3.3 us"),
+    "flop_rate": ("a rate", "148 TFLOP/s"),
+    "frequency": ("a frequency", "1500 MHz"),
 }
-_EXAMPLES = {
-    "bytes": "141 GB or 64 MiB",
-    "bandwidth": "400 Gbps or 450 GB/s",
-    "duration": "3.3 us",
-    "flop_rate": "148 TFLOP/s",
-    "frequency": "1500 MHz",
-}
-_TABLES = {kind: _unit_table(kind) for kind in _EXAMPLES}
+_TABLES = {kind: _unit_table(kind) for kind in _KINDS}
 
 
 def _parse(value: object, kind: str) -> float:
+    name, example = _KINDS[kind]
     if not isinstance(value, str):
         shown = "a flag" if isinstance(value, bool) else str(value)
-        raise ValueError(f"{shown} has no unit; write {_NAMES[kind]} such as {_EXAMPLES[kind]}")
+        raise ValueError(f"{shown} has no unit; write {name} such as {example}")
     match = _QUANTITY.fullmatch(value)
     if match is None or match[2] not in _TABLES[kind]:
-        raise ValueError(f'"{value}" is not {_NAMES[kind]}; write it as {_EXAMPLES[kind]}')
+        raise ValueError(f'"{value}" is not {name}; write it as {example}')
     number = float(match[1]) * _TABLES[kind][match[2]]
     if number < 0:
-        raise ValueError(f'"{value}" is negative; write it as {_EXAMPLES[kind]}')
+        raise ValueError(f'"{value}" is negative; write it as {example}')
     if not math.isfinite(number):
-        raise ValueError(f'"{value}" is not finite; write it as {_EXAMPLES[kind]}')
+        raise ValueError(f'"{value}" is not finite; write it as {example}')
     return number
 
 

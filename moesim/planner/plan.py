@@ -7,7 +7,7 @@ that the planner may take, key by key; a key that is not listed has the value of
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from pathlib import Path as FilePath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, model_validator
 
@@ -78,7 +78,9 @@ def _day(value: object) -> date:
 
 Day = Annotated[date, BeforeValidator(_day), PlainSerializer(str)]
 MOST_VALUES = 1_000  # of one choice
-Sizes = Annotated[tuple[Gpus, ...], Field(min_length=1, max_length=MOST_VALUES)]
+Item = TypeVar("Item")
+Values = Annotated[tuple[Item, ...], Field(min_length=1, max_length=MOST_VALUES)]
+Sizes = Values[Gpus]
 Layouts = Annotated[int, Field(strict=True, ge=0, le=10_000)]
 Objective = Literal["usd", "days", "mfu"]
 
@@ -103,7 +105,7 @@ class Goal(Section):
     start: Day | None = Field(default=None, description="First day of the training, such as 2027-01-04; with by.")
     by: Day | None = Field(default=None, description="Day on which the training must be done; with start.")
     usd: Usd | None = Field(default=None, description="What the training may cost in USD; absent: no limit.")
-    gpus: tuple[Offer, ...] = Field(min_length=1, max_length=MOST_VALUES, description="GPUs that can be rented.")
+    gpus: Values[Offer] = Field(description="GPUs that can be rented.")
 
     @model_validator(mode="after")
     def _one_deadline(self) -> "Goal":
@@ -141,7 +143,7 @@ class Choices(Section):
     """
 
     gpus: Sizes = Field(description="How many GPUs to rent in all.")
-    fabric: Annotated[tuple[Fabric, ...], Field(min_length=1, max_length=MOST_VALUES)] = Field(
+    fabric: Values[Fabric] = Field(
         default=(Fabric(),), description="Fabrics to choose from, each as in a scenario's cluster.fabric."
     )
     pipeline: Sizes = Field(default=(1,), description="Pipeline-parallel sizes.")
@@ -152,25 +154,23 @@ class Choices(Section):
     )
     expert: Sizes = Field(default=(1,), description="Expert-parallel sizes.")
     expert_tensor: Sizes = Field(default=(1,), description="Expert-tensor-parallel sizes.")
-    schedule: Annotated[tuple[PipelineSchedule, ...], Field(min_length=1, max_length=MOST_VALUES)] = Field(
+    schedule: Values[PipelineSchedule] = Field(
         default=(PipelineSchedule(),), description="Pipeline schedules; without a pipeline all are alike."
     )
-    micro_batch: Annotated[tuple[Sequences, ...], Field(min_length=1, max_length=MOST_VALUES)] = Field(
+    micro_batch: Values[Sequences] = Field(
         default=(1,), description="Sequences that a data-parallel rank computes at a time."
     )
-    recompute: Annotated[tuple[AnyRecompute, ...], Field(min_length=1, max_length=MOST_VALUES)] = Field(
+    recompute: Values[AnyRecompute] = Field(
         default=("none",), description="Activations that the backward pass computes again."
     )
-    zero: Annotated[tuple[Zero, ...], Field(min_length=1, max_length=MOST_VALUES)] = Field(
-        default=(Zero(),), description="ZeRO stages of dense and expert parameters."
-    )
-    group_limit: Annotated[tuple[PositiveExperts, ...], Field(min_length=1, max_length=MOST_VALUES)] | None = Field(
+    zero: Values[Zero] = Field(default=(Zero(),), description="ZeRO stages of dense and expert parameters.")
+    group_limit: Values[PositiveExperts] | None = Field(
         default=None, description="Groups M that a token may reach; absent: as routing.router says."
     )
-    capacity: Annotated[tuple[Capacity, ...], Field(min_length=1, max_length=MOST_VALUES)] = Field(
+    capacity: Values[Capacity] = Field(
         default=(NoCapacity(),), description="Limits on the rows of an expert or a rank."
     )
-    dispatch: Annotated[tuple[Dispatch, ...], Field(min_length=1, max_length=MOST_VALUES)] = Field(
+    dispatch: Values[Dispatch] = Field(
         default=(Dispatch(),), description="Ways in which tokens travel to their experts."
     )
 

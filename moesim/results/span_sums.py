@@ -17,9 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.results.attribution import attribute, without_round_off
 from moesim.results.critical_path import action_seconds
-from moesim.results.spans import CATEGORIES, Label, SpanRecorder, SpanTable, Stream
+from moesim.results.spans import CATEGORIES, Label, SpanRecorder, SpanTable, Stream, attribute, without_round_off
 
 FloatArray = NDArray[np.float64]
 MOST_PAIRS = 10  # of ranks that are told

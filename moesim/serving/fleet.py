@@ -4,7 +4,7 @@ A request goes to the instance with the fewest requests (the first of them). Wit
 first token there; its keys and values then go to the least loaded instance that decodes. Ranks of the instances for
 prompts come first in the cluster, instance by instance.
 
-What a transfer takes, beside exchanges that use the same ports: `moesim.serving.transfers`. Where a request will be
+What a transfer takes, beside exchanges that use the same ports: `moesim.serving.clock`. Where a request will be
 decoded is chosen when its transfer begins. Pages of the prompt are free when its decode instance begins with it, which
 is not before everything has come.
 """
@@ -18,12 +18,21 @@ import simpy
 
 from moesim.network import Fabric, build_fabric, send_recv_seconds
 from moesim.serving.batch import Batch, Job
-from moesim.serving.clock import Instance, Served, Transfers, arrivals
+from moesim.serving.clock import (
+    Instance,
+    Port,
+    Ports,
+    Served,
+    Transfer,
+    Transfers,
+    Watcher,
+    arrivals,
+    exchanges_over_nics,
+)
 from moesim.serving.costs import StepCost, StepCosts
 from moesim.serving.memory import ServingMemoryReport, kv_bytes_per_token, layout_of, memory_of
 from moesim.serving.requests import Requests
 from moesim.serving.schema import ServingScenario
-from moesim.serving.transfers import Port, Ports, Transfer, Watcher, exchanges_over_nics
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TextIO
+from typing import Any, Literal, TextIO, TypeVar
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -57,6 +57,9 @@ def _plain_column(path: str) -> Column:
     return Column(path=path, head=path.rpartition(".")[2], absolute=path.startswith("attribution"))
 
 
+Item = TypeVar("Item")
+
+
 @dataclass(frozen=True)
 class Mean:
     """Mean of repeated values; `half_width` of its 90 % interval (Student's t), None for a single value."""
@@ -90,12 +93,19 @@ def rows(study: Study, records: Sequence[PointRecord], columns: Sequence[Column]
     found = []
     for labels, members in groups.items():
         done = [member for member in members if member.status == "done"]
-        means = {}
-        for column in columns:
-            numbers = [number for member in done if (number := _number(member, column)) is not None]
-            if numbers and len(numbers) == len(done):
-                means[column.path] = mean_interval(numbers)
-        found.append(Row(labels, means, len(done), members[0].status))
+        found.append(Row(labels, _means(columns, done, _number), len(done), members[0].status))
+    return found
+
+
+def _means(
+    columns: Sequence[Column], members: Sequence[Item], number: Callable[[Item, Column], float | None]
+) -> dict[str, Mean]:
+    """The mean of every column of which all members have a number."""
+    found = {}
+    for column in columns:
+        numbers = [value for member in members if (value := number(member, column)) is not None]
+        if numbers and len(numbers) == len(members):
+            found[column.path] = mean_interval(numbers)
     return found
 
 
@@ -112,15 +122,10 @@ def changes(study: Study, records: Sequence[PointRecord], columns: Sequence[Colu
         partner = by_values.get(_key({**record.values, **study.reference}))
         if record.status == "done" and partner is not None and partner is not record:
             groups.setdefault(labels_of(study, record.values), []).append((record, partner))
-    found = []
-    for labels, pairs in groups.items():
-        means = {}
-        for column in columns:
-            numbers = [change for pair in pairs if (change := _change(*pair, column)) is not None]
-            if len(numbers) == len(pairs):
-                means[column.path] = mean_interval(numbers)
-        found.append(Row(labels, means, len(pairs), "done"))
-    return found
+    return [
+        Row(labels, _means(columns, pairs, lambda pair, column: _change(*pair, column)), len(pairs), "done")
+        for labels, pairs in groups.items()
+    ]
 
 
 def _key(values: Mapping[str, Any]) -> str:
