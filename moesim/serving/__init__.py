@@ -6,8 +6,8 @@ memory    weights, which keys a token sees and stores, shared beginnings once, a
 batch     what a data group of ranks works on
 software  what engines do, their small kernels and their hosts; decode_kernels: those that only serving has
 pricing   HOW LONG a kernel takes, and attention; experts: routing, dispatch; costs: a step, as one batch or two
-clock     WHEN: SimPy processes of arrivals and of steps, and who gets a request
-fleet     instances side by side, those for prompts apart; transfers: what is sent between them, through which ports
+clock     WHEN: SimPy processes of arrivals, of steps and of what is sent through ports, and who gets a request
+fleet     instances side by side, those for prompts apart
 answers   latencies, throughput, price, the largest load, and those of one kind of instances
 """
 

@@ -1,14 +1,22 @@
-"""The search of spaces too large to enumerate: it finds what enumeration finds, and resumes to the same trials."""
+"""The search of spaces too large to enumerate: it finds what enumeration finds, and resumes to the same trials.
+
+The routing that layouts are screened with.
+
+A plan whose routing is stated as a balancedness: each layout has it on its own ranks, or falls out.
+"""
 
 import warnings
 
+import numpy as np
 import pytest
-from plan_cases import SCREEN
+from plan_cases import SCREEN, build_plan
 
 from moesim.errors import UserError
 from moesim.planner.plan import Search
-from moesim.planner.search import EvaluationPool, Evaluator, enumerate_space, search_space, uses_nsga2
-from moesim.planner.space import Space
+from moesim.planner.search import EvaluationPool, Evaluator, Traces, enumerate_space, search_space, uses_nsga2
+from moesim.planner.space import Discarded, Space
+from moesim.scenario import Scenario
+from moesim.trace import trace_hash
 
 pytestmark = pytest.mark.usefixtures("few_tokens")
 
@@ -83,3 +91,51 @@ def test_a_storage_out_of_reach_is_one_line(small_plan, tmp_path):
     with pytest.raises(UserError, match="cannot keep the search there") as error:
         _searched(small_plan(CHANGES), f"sqlite:///{tmp_path}/missing/folder/search.db")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("length", [1024, 131_072])
+def test_a_trace_does_not_depend_on_what_was_asked_for_before(length):
+    plan = build_plan({"workload.sequence_length": length, "compute.profile": "roofline"})
+    space, scenarios = Space.of(plan), []
+    for layout in space.layouts():
+        try:
+            scenarios.append(space.scenario(layout))
+        except Discarded:
+            continue
+    chosen = [scenarios[0], scenarios[-1], scenarios[len(scenarios) // 2]]
+    forwards, backwards = Traces(None), Traces(None)
+    first = [trace_hash(forwards.of(scenario)) for scenario in chosen]
+    again = [trace_hash(backwards.of(scenario)) for scenario in reversed(chosen)][::-1]
+    assert first == again
+    part = chosen[0].model_copy(update={"workload": chosen[0].workload.model_copy(update={"global_batch": 1})})
+    assert trace_hash(Traces(None).of(part)) == first[0], "a part of a layout's step is screened with its routing"
+
+
+ROUTING = {"kind": "balancedness", "value": 0.4}
+
+
+def layouts() -> tuple[list[Scenario], list[Discarded]]:
+    space = Space.of(build_plan({"routing": ROUTING, "choices.pipeline": [1], "choices.micro_batch": [1]}))
+    fitting, refused = [], []
+    for layout in space.layouts():
+        try:
+            fitting.append(space.scenario(layout))
+        except Discarded as reason:
+            refused.append(reason)
+    return fitting, refused
+
+
+def test_layouts_that_cannot_reach_the_value_fall_out_by_its_key() -> None:
+    fitting, refused = layouts()
+    assert {scenario.parallelism.expert for scenario in fitting} == {4}  # 2 ranks are never below 0.5, 1 always at 1
+    assert any("routing.value" in str(reason) for reason in refused)
+
+
+def test_each_layout_is_screened_with_the_routing_of_its_own_ranks() -> None:
+    fitting, _ = layouts()
+    traces = Traces(None)
+    for scenario in fitting[:4]:
+        for ids_STK in traces.of(scenario).final.expert_ids_LSTK:
+            ranks = ids_STK.reshape(-1) // (scenario.model.experts // scenario.parallelism.expert)
+            rows_D = np.bincount(ranks, minlength=scenario.parallelism.expert)
+            assert rows_D.mean() / rows_D.max() == pytest.approx(0.4, rel=0.01)

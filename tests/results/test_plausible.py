@@ -1,8 +1,12 @@
-"""No result leaves that breaks physics or arithmetic, in any number format; and MFU says what it divides by."""
+"""No result leaves that breaks physics or arithmetic, in any number format; and MFU says what it divides by.
+
+What is not finite is no result: a run with such a number is named and leaves nothing behind.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from moesim.errors import UserError
@@ -11,6 +15,7 @@ from moesim.report import facts
 from moesim.results import RunRecord
 from moesim.results.definitions import bounds, check_plausible
 from moesim.results.metrics import utilisation
+from moesim.results.store import write_run
 from moesim.run import simulate
 from moesim.scenario import gpu_spec
 from moesim.scenario.flops import TRAINING_PASSES, forward_flops_per_token
@@ -134,3 +139,20 @@ def test_screen_and_page_show_both_peaks_of_an_fp8_run(small) -> None:
     assert f"Of the bf16 peak {facts.percent(result['mfu']['causal_of_bf16_peak'])}" in shown.note
     (plain,) = [fact for fact in facts.headline(simulate(small()).result) if fact.label == "MFU"]
     assert plain.note.startswith("of the bf16 peak, causal attention;")
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+def test_a_number_that_is_not_finite_is_not_written(small, tmp_path, number: float) -> None:
+    record = simulate(small())
+    wrong = [
+        (replace(record, result=record.result | {"cost": {"usd_per_step": number}}), "cost.usd_per_step is "),
+        (
+            replace(record, arrays={**record.arrays, "step_time_S": np.array([1.0, number])}),
+            "step_time_S of arrays.npz has numbers that are not finite",
+        ),
+    ]
+    for changed, text in wrong:
+        with pytest.raises(UserError, match="no result") as error:
+            write_run(changed, tmp_path / "out")
+        assert text in str(error.value)
+        assert not (tmp_path / "out").exists()

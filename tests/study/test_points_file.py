@@ -1,15 +1,21 @@
-"""points.jsonl: what was finished survives whatever ends the writer."""
+"""points.jsonl: what was finished survives whatever ends the writer.
+
+The 90 % interval of a mean: Student's t against the integral of its density, and the width by hand.
+"""
 
 import errno
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from moesim.errors import UserError
 from moesim.study import Point, PointRecord, PointsFile, read_points, scenario_id
+from moesim.study.points import half_width_90, student_t_95
 
 
 @pytest.fixture
@@ -117,3 +123,17 @@ def test_metrics_are_dotted_paths_into_the_result(records):
     assert records[0].metric("step_time_s") == 1.0
     assert records[0].metric("router.validation_loss") is None
     assert records[0].metric("step_time_s.deeper") is None
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 3, 7, 30, 31, 100, 1000])
+def test_quantiles_of_student_t_leave_five_per_cent_above(freedom: int) -> None:
+    """Against the integral of the density, substituted so that its tail is finite: x = q / u for u in (0, 1]."""
+    quantile, u = student_t_95(freedom), (np.arange(200_000) + 0.5) / 200_000
+    scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(freedom * math.pi)
+    density = scale * (1 + (quantile / u) ** 2 / freedom) ** (-(freedom + 1) / 2)
+    assert float((density * quantile / u**2).mean()) == pytest.approx(0.05, abs=2e-5)
+
+
+def test_half_widths_by_hand() -> None:
+    assert half_width_90([1.0, 2.0, 3.0]) == pytest.approx(2.9200 / 3**0.5)  # standard deviation 1
+    assert half_width_90([float(number % 2) for number in range(40)]) == pytest.approx(1.6849 * 0.50637 / 40**0.5, 1e-4)
