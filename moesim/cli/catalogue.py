@@ -182,15 +182,13 @@ def _list_models(args: argparse.Namespace) -> int:
             "top_k": model.top_k,
             "attention": model.attention.kind,
         }
-    if wants_screen(args, sizes, [{"name": name} | _with_units(size) for name, size in sizes.items()]):
+    units = {"total": "total_parameters", "activated": "activated_parameters"}
+    rows = [{"name": name} | {units.get(key, key): size[key] for key in size} for name, size in sizes.items()]
+    if wants_screen(args, sizes, rows):
         from moesim.report.catalogue_view import print_catalogue
 
         print_catalogue(sizes)
     return 0
-
-
-def _with_units(size: dict[str, Any]) -> dict[str, Any]:
-    return {f"{key}_parameters" if key in ("total", "activated") else key: value for key, value in size.items()}
 
 
 def find_model(name: str, overrides: list[str]) -> "Model":

@@ -32,7 +32,6 @@ from moesim.errors import UserError
 if TYPE_CHECKING:
     from moesim.planner.plan import Plan
     from moesim.planner.serving_plan import ServingPlan
-    from moesim.study import PointRecord
     from moesim.sweeper import Study, SweepFolder, SweepOutcome
 
 
@@ -109,15 +108,13 @@ def _list_points(study: "Study", folder: "SweepFolder", args: argparse.Namespace
         print_points(study, finished)
 
 
-def _row_of_point(record: "PointRecord") -> dict[str, Any]:
-    """What a table needs of a point: its values, and the result as `moesim run --csv` prints it."""
-    head = {"id": record.id, "number": record.number, "status": record.status, "reason": record.reason}
-    return {**head, "values": texts(record.values), **(record.result or {})}
-
-
 def _show_sweep(study: "Study", folder: "SweepFolder", outcome: "SweepOutcome", args: argparse.Namespace) -> None:
     records = [asdict(record) for record in outcome.records]
-    rows = [_row_of_point(record) for record in outcome.records]
+    heads = [{key: record[key] for key in ("id", "number", "status", "reason")} for record in records]
+    rows = [
+        head | {"values": texts(record.values)} | (record.result or {})  # as `moesim run --csv` prints it
+        for head, record in zip(heads, outcome.records, strict=True)
+    ]
     if wants_screen(args, {"study": study.as_json(), "points": records}, rows):
         from moesim.sweeper import print_sweep
 
@@ -160,7 +157,12 @@ def plan(args: argparse.Namespace) -> int:
         content = _planned(loaded, out_dir, args)
     outcomes = content["outcomes"]
     ranked = [*content["ranking"], *(key for key in outcomes if key not in content["ranking"])]
-    rows = [_row_of_layout(key, outcomes[key], on_front=key in content["front"]) for key in ranked]
+    rows = [
+        {"id": key, **outcomes[key], "values": texts(outcomes[key]["values"]), "on_front": key in content["front"]}
+        for key in ranked
+    ]
+    for row in rows:
+        row.pop("flags", None)
     if wants_screen(args, content, rows):
         from moesim.report.plan_view import print_plan
 
@@ -206,11 +208,6 @@ _SERVING_COLUMNS = (
     "words", "units", "gpus", "usd_per_hour", "usd_per_million_output_tokens", "good_share",
     "tokens_per_second_per_user",
 )  # fmt: skip
-
-
-def _row_of_layout(layout: str, outcome: dict[str, Any], *, on_front: bool) -> dict[str, Any]:
-    shown = {key: value for key, value in outcome.items() if key != "flags"}
-    return {"id": layout, **shown, "values": texts(outcome["values"]), "on_front": on_front}
 
 
 def _planned(plan: "Plan", out_dir: Path, args: argparse.Namespace) -> dict[str, Any]:

@@ -295,7 +295,8 @@ class LayerTimes:
         kernels = self._at_step_clock(group, fabric, samples)
         sharded = Mesh(group.parallelism, group.cluster).shards_by_layer
         facts = group.parallelism.schedule.facts
-        orders = (PLAIN, SPLIT) if sharded else _orders(facts)
+        every = (PLAIN,) * facts.full_backward + (SPLIT,) * facts.split_backward  # that together have all its passes
+        orders = (PLAIN, SPLIT) if sharded else every
 
         def passes(layers: int) -> Passes:
             short = _with_few_layers(group, layers)
@@ -315,11 +316,6 @@ class LayerTimes:
 def passes_of(facts: ScheduleFacts) -> ScheduleFacts:
     """The simplest schedule with the same kinds of passes, else the schedule itself."""
     return next((simple for simple in (PLAIN, SPLIT) if simple.passes == facts.passes), facts)
-
-
-def _orders(facts: ScheduleFacts) -> tuple[ScheduleFacts, ...]:
-    """Schedules of one pipeline rank that together have every pass of a schedule with these `facts`."""
-    return (PLAIN,) * facts.full_backward + (SPLIT,) * facts.split_backward
 
 
 def _scheduled(group: Scenario, facts: ScheduleFacts) -> Scenario:

@@ -31,7 +31,6 @@ from moesim.planner.simulations import JOURNAL_FILE, Folder, Simulations, baseli
 from moesim.planner.space import Space
 from moesim.results.outcome import software_facts
 from moesim.routing.request import ProgressCallback, show_training
-from moesim.study import PointRecord
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +113,7 @@ def _content(
     screened = {candidate.layout: candidate for candidate in evaluator.fitting}
     pairs = [(screened[c.layout].screened, work.done[c.layout].outcome) for c in checked if c.layout in work.done]
     error = screen_error(pairs, objective=lambda outcome: outcome.objective(plan.objectives[0]))
+    ranks = {layout.id: rank for rank, layout in enumerate(ranking, start=1)}
     return {
         "status": "done",
         "failures": plan.failures is not None,
@@ -126,13 +126,15 @@ def _content(
             **evaluator.rejections.as_json(),
             "slack": SLACK,
             "simulated": len(work.done),
-            "not_simulated": [_failure(record) for record in work.failed.values()],
+            "not_simulated": [
+                {"id": record.id, "status": record.status, "reason": record.reason} for record in work.failed.values()
+            ],
             "in_doubt": len(work.in_doubt()),
         },
         "front": [layout.id for layout in cheapest_and_soonest(ranking, lambda layout: layout.outcome)],
         "ranking": [layout.id for layout in ranking],
         "outcomes": {
-            simulated.id: _shown(simulated, screened[layout]) | {"rank": _rank(ranking, simulated)}
+            simulated.id: _shown(simulated, screened[layout]) | {"rank": ranks.get(simulated.id)}
             for layout, simulated in work.done.items()
         },
         "routing": ranking[0].result["router"],  # the same for all layouts, but for what is stated for their ranks
@@ -157,14 +159,6 @@ def _software_warnings(plan: Plan) -> list[str]:
     if "implementation" not in plan.model_fields_set:
         return [f"the plan names no implementation: layouts are ranked as {software.name} runs them"]
     return []
-
-
-def _failure(record: PointRecord) -> dict[str, Any]:
-    return {"id": record.id, "status": record.status, "reason": record.reason}
-
-
-def _rank(ranking: Sequence[Simulated], layout: Simulated) -> int | None:
-    return next((rank for rank, other in enumerate(ranking, start=1) if other.id == layout.id), None)
 
 
 def _price(layout: Simulated) -> float:

@@ -165,15 +165,11 @@ def scenario_text(plan: Plan, point: Point) -> str:
     offer = next(offer for offer in plan.goal.gpus if offer.gpu == point.scenario.cluster.main_pool.gpu_name)
     head = [
         f"# Layout {point.number} of the plan {plan.name}: `moesim run` gives the result that the plan ranked it by.",
-        f"# Rent of a {offer.gpu}: ${offer.usd_per_gpu_hour:g} per GPU-hour ({_one_line(offer.source)}).",
+        f"# Rent of a {offer.gpu}: ${offer.usd_per_gpu_hour:g} per GPU-hour ({' '.join(offer.source.split())}).",
         "# Chosen by the planner:",
         *(f"#   {key}: {json_text(value)}" for key, value in point.values.items()),
     ]
     return "\n".join(head) + "\n" + dump_scenario(point.scenario)
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
 
 
 @dataclass

@@ -67,11 +67,11 @@ def _peak(flops: float | None) -> str:
 @prints
 def print_shipped(groups: Sequence[ShippedGroup]) -> Screen:
     """One section per kind of file."""
-    return [section(f"{head}: moesim {verb} NAME", _files(files)) for head, verb, files in groups]
-
-
-def _files(files: Sequence[Shipped]) -> Table:
-    return grid([(each.name, each.purpose) for each in files], {"no_wrap": True, "style": "bold"}, {})
+    columns: list[dict[str, Any]] = [{"no_wrap": True, "style": "bold"}, {}]
+    return [
+        section(f"{head}: moesim {verb} NAME", grid([(each.name, each.purpose) for each in files], *columns))
+        for head, verb, files in groups
+    ]
 
 
 @prints

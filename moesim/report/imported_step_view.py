@@ -178,7 +178,7 @@ def print_traced(step: TracedStep, estimate: StepEstimate, *, rows: int) -> None
     total = sum(each.measured_s for each in calibration.corrections)
     kinds = [
         (
-            *_split(each.kind),
+            *each.kind.split(" ", 2),
             str(each.number),
             f"{1e3 * each.measured_s:.3g}",
             f"{1e3 * each.predicted_s:.3g}",
@@ -201,11 +201,6 @@ def print_traced(step: TracedStep, estimate: StepEstimate, *, rows: int) -> None
     if unknown:
         parts.append(section(UNKNOWN, ", ".join(unknown)))
     show(parts, width=_WIDTH)
-
-
-def _split(kind: str) -> tuple[str, str, str]:
-    name, phase, work = kind.split(" ", 2)
-    return name, phase, work
 
 
 def _times(step: TracedStep, estimate: StepEstimate) -> list[Fact]:

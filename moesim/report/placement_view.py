@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from moesim.errors import UserError
 from moesim.parallel import TrafficSampler
-from moesim.parallel.expert_map import ExpertMap
 from moesim.parallel.layer_maps import LayerMaps, rank_loads, recorded_loads
 from moesim.parallel.placement import EMPTY_SLOT
 from moesim.program.scenario_fabric import scenario_fabric, scenario_kernels
@@ -55,7 +54,8 @@ def place(scenario: Scenario, trace: RoutingTrace) -> PlacementView:
     sampler = TrafficSampler(scenario, trace)
     sample = sampler.draw(stream(scenario.seed, "sample", 0))
     layers = scenario.model.moe_layers + scenario.model.mtp_layers
-    tables = [_table(sampler.map_of(layer), sampler) for layer in range(layers)]
+    maps = [sampler.map_of(layer) for layer in range(layers)]
+    tables = [sampler.placement.slot_experts_DP if held is None else held.slot_experts_DP for held in maps]
     if any((table == EMPTY_SLOT).any() for table in tables):
         raise UserError(f"{scenario.name}: placement.slots: ranks have different numbers of slots, which no file holds")
     facts = TrafficFacts(scenario, [sample])
@@ -73,10 +73,6 @@ def place(scenario: Scenario, trace: RoutingTrace) -> PlacementView:
         placing_sequences=sampler.placing_sequences[1] - sampler.placing_sequences[0],
         simulated_sequences=sampler.sequences.num_sequences,
     )
-
-
-def _table(held: ExpertMap | None, sampler: TrafficSampler) -> NDArray[np.int64]:
-    return sampler.placement.slot_experts_DP if held is None else held.slot_experts_DP
 
 
 def placement_text(view: PlacementView, software: str) -> str:

@@ -176,12 +176,8 @@ _ROWS = 15
 _MISSED = 8
 
 
-def _number(value: float | None, digits: int) -> str:
-    return "" if value is None else f"{value:,.{digits}f}"
-
-
 def _row(number: str, shown: Plan) -> tuple[str, ...]:
-    imbalance = shown["rank_rows_imbalance"]
+    imbalance, rate = shown["rank_rows_imbalance"], shown["tokens_per_second_per_user"]
     return (
         number,
         f"{shown['units']} x {shown['words']}",
@@ -191,7 +187,7 @@ def _row(number: str, shown: Plan) -> tuple[str, ...]:
         f"{shown['good_share']:.1%}",
         format_seconds(shown["ttft_s"]["p90"]),
         format_seconds(shown["tpot_s"]["p90"]),
-        _number(shown["tokens_per_second_per_user"], 0),
+        "" if rate is None else f"{rate:,.0f}",
         "" if imbalance is None else f"{imbalance:.3f}x",
     )
 

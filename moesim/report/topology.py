@@ -164,16 +164,13 @@ def _add_vertex(figure: go.Figure, picture: Picture, vertex: Vertex) -> None:
     colour = _VERTEX_COLOURS[vertex.kind]
     name = html.escape(vertex.name)
     labelled = picture.layers[vertex.y].count <= _MOST_LABELLED
+    text = html.escape(vertex.label).replace(", ", "<br>") if labelled else "&nbsp;"
     figure.add_annotation(
-        x=vertex.x, y=vertex.y, text=_lines(vertex.label) if labelled else "&nbsp;", hovertext=name,
+        x=vertex.x, y=vertex.y, text=text, hovertext=name,
         showarrow=False, bgcolor=colour, borderpad=3 if labelled else 0, bordercolor="#ffffff", borderwidth=1,
         font={"color": "#ffffff", "size": 11 if picture.layers[vertex.y].count <= 20 else 9},
         hoverlabel={"bgcolor": "#1d2229", "font": {"color": "#ffffff"}},
     )  # fmt: skip
-
-
-def _lines(label: str) -> str:
-    return "<br>".join(html.escape(line) for line in label.split(", "))
 
 
 def _label_axes(figure: go.Figure, picture: Picture) -> None:

@@ -231,7 +231,8 @@ def replacing_facts(
     fresh_s, never_s = float(curve.seconds_A[0]), float(curve.seconds_A[-1])
     best, best_s = curve.best()
     per_rank = scenario.model.experts % scenario.parallelism.expert == 0
-    plain = Contiguous(judged_on="later" if placement.held_back else "all")
+    in_order = Contiguous(judged_on="later" if placement.held_back else "all")
+    plain = scenario.model_copy(update={"placement": in_order})
     return {
         "every": placement.every,
         "mean_age": placement.steps_ago,
@@ -242,7 +243,7 @@ def replacing_facts(
         "fresh_step_time_s": fresh_s,
         "never_age": longest,
         "never_step_time_s": never_s,
-        "contiguous_step_time_s": seconds(_placed(scenario, plain), 0.0) if per_rank else None,
+        "contiguous_step_time_s": seconds(plain, 0.0) if per_rank else None,
         "best_every": best if best_s < never_s else None,
         "best_step_time_s": min(best_s, never_s),
         "pays_from": curve.first_below(never_s),
@@ -271,10 +272,6 @@ def _maps(sampler: TrafficSampler, age: float) -> LayerMaps:
     maps = TrafficSampler(sampler.scenario, sampler.trace, placed_ago=age).maps
     assert maps is not None, "the placement is made from rows"
     return maps
-
-
-def _placed(scenario: Scenario, placement: Contiguous) -> Scenario:
-    return scenario.model_copy(update={"placement": placement})
 
 
 def replacing_warnings(facts: Mapping[str, Any] | None) -> list[str]:

@@ -253,10 +253,11 @@ def served_steadily(deployment: Deployment, requests: Requests, *, seed: int, fa
     twice as many up to `LONGER` times while answers still take longer and longer. A log has no more than its own.
     """
     slo, first, longer = deployment.scenario.workload.slo, len(requests), 0
+    is_a_log = isinstance(deployment.scenario.workload.arrivals, TraceArrivals)
     while True:
         at = requests.faster(factor)
         served = deployment.serve(at)
-        if _good(served, at, slo).mean() < slo.share or not _is_drawn(deployment):
+        if _good(served, at, slo).mean() < slo.share or is_a_log:
             return requests, served
         grows, number = growth(served, at), _steady_number(deployment, at, served)
         if grows > NARROW and (number <= len(at) or len(at) > first):
@@ -266,10 +267,6 @@ def served_steadily(deployment: Deployment, requests: Requests, *, seed: int, fa
         if number <= len(at) or longer > LONGER:
             return requests, served
         requests = deployment.requests(seed, number=number)
-
-
-def _is_drawn(deployment: Deployment) -> bool:
-    return not isinstance(deployment.scenario.workload.arrivals, TraceArrivals)
 
 
 def _steady_number(deployment: Deployment, requests: Requests, served: Served) -> int:

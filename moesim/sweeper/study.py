@@ -207,13 +207,15 @@ def _scenario(
     path: Path, base: str, common: Sequence[Setting], overrides: Sequence[str], own: Sequence[Setting]
 ) -> Scenario:
     """The base with the study's settings, those of the command line, and the point's own, the last one winning."""
-    texts = {id(setting): _override(setting, path.parent) for setting in (*common, *own)}
+    every = (*common, *own)
+    values = {id(each): json_text(_anchored(each.value, each.key, path.parent), ensure_ascii=False) for each in every}
+    texts = {id(each): f"{each.key}={values[id(each)]}" for each in every}
     ordered = [*(texts[id(s)] for s in common), *overrides, *(texts[id(s)] for s in own)]
     try:
         return _with_known_routing(load_scenario(path.parent / base, ordered), path)
     except UserError as error:
         message = str(error)
-        for setting in sorted((*common, *own), key=lambda s: -len(texts[id(s)])):
+        for setting in sorted(every, key=lambda s: -len(texts[id(s)])):
             message = message.replace(override_label(texts[id(setting)]), setting.where)
         raise type(error)(message) from None
 
@@ -226,11 +228,6 @@ def _with_known_routing(scenario: Scenario, path: Path) -> Scenario:
         except UserError as error:
             raise UserError(f"{path}: routing.file: {error}") from None
     return scenario
-
-
-def _override(setting: Setting, folder: Path) -> str:
-    value = _anchored(setting.value, setting.key, folder)
-    return f"{setting.key}={json_text(value, ensure_ascii=False)}"
 
 
 def _anchored(value: Any, key: str, folder: Path) -> Any:

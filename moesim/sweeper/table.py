@@ -189,7 +189,8 @@ _WIDEST_VALUE = 48  # characters of one value in the list of points
 def print_sweep(study: Study, outcome: SweepOutcome, *, file: TextIO | None = None, width: int | None = None) -> None:
     """Print the table: a row per point, repeated ones averaged; the best value of a column is marked with *."""
     console = Console(file=file, width=width, highlight=False)
-    all_columns = _columns(study)
+    plot = study.plot or {}
+    all_columns = columns([path for path in (plot.get("x"), *plot.get("y", ())) if path in NUMBERS])
     found = rows(study, outcome.records, all_columns)
     shown = [column for column in all_columns if any(_says_something(column, row) for row in found)]
     told = {column.path for column in shown}
@@ -265,11 +266,6 @@ def _print_table(console: Console, table: Table) -> None:
     needed = console.measure(table, options=console.options.update(max_width=_WIDEST_TABLE)).maximum
     console.width = max(console.width, needed)
     console.print(table)
-
-
-def _columns(study: Study) -> tuple[Column, ...]:
-    plot = study.plot or {}
-    return columns([path for path in (plot.get("x"), *plot.get("y", ())) if path in NUMBERS])
 
 
 def _says_something(column: Column, row: Row) -> bool:

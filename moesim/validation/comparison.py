@@ -110,20 +110,15 @@ def load_table(path: Path) -> Table:
         content = parse_json(unpacked(path.read_bytes()))
         if content["schema_version"] != SCHEMA_VERSION:
             raise UserError(f"{path}: validation table of schema version {content['schema_version']}; validate again")
-        rows = tuple(
-            Row(Case(row["name"], _scenario(row)), row["measured"], row["predicted"]) for row in content["rows"]
-        )
-        return Table(content["device"], rows)
+        cases = [Case(row["name"], load_scenario_text(row["scenario"], source=row["name"])) for row in content["rows"]]
+        pairs = zip(cases, content["rows"], strict=True)
+        return Table(content["device"], tuple(Row(case, row["measured"], row["predicted"]) for case, row in pairs))
     except OSError as error:
         raise UserError(
             f"{path}: cannot read this table ({error.strerror}); run `moesim validate` to make one"
         ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a whole validation table ({error!r}); run `moesim validate` again") from None
-
-
-def _scenario(row: dict[str, Any]) -> Scenario:
-    return load_scenario_text(row["scenario"], source=row["name"])
 
 
 def shipped_table(name: str = "h200") -> Table:
@@ -224,16 +219,11 @@ def _steps(table: Table) -> RichTable:
 
 
 def _layers(table: Table) -> RichTable:
-    keys = sorted({key for row in table.rows for key in row.measured["layer_parts"]}, key=_part_order)
-    parts = list(dict.fromkeys(key.split(".")[1] for key in keys))
+    known = {key.split(".")[1] for row in table.rows for key in row.measured["layer_parts"]}
+    parts = [part for part in ("router", "permute", "dispatch", "experts", "combine", "shared") if part in known]
     measured = [row for row in table.rows if row.measured["layer_parts"]]
     rows = [(row.case.name, *(_layer_cell(row, part) for part in parts)) for row in measured]
     return _by_case("MoE layers, forward + backward, ms per layer (error)", parts, rows)
-
-
-def _part_order(key: str) -> int:
-    order = ("router", "permute", "dispatch", "experts", "combine", "shared")
-    return order.index(key.split(".")[1])
 
 
 def _layer_cell(row: Row, part: str) -> str:
