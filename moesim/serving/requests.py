@@ -50,22 +50,8 @@ _DATE = re.compile(r"(\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d)(?:[.,](\d+))?(Z|[+-]\d\
 FloatArray = NDArray[np.float64]
 
 
-@dataclass(frozen=True, kw_only=True)
-class RequestLog:
-    """Columns of the lines that count, by time [N]: seconds from the first, tokens, and what there is of OPTIONAL.
-
-    `left_out`: lines without a token of prompt or answer.
-    """
-
-    time_N: FloatArray
-    input_N: FloatArray
-    output_N: FloatArray
-    optional_NO: FloatArray
-    left_out: int
-
-
-def read_log(path: Path, *, count: int, unit: str, columns: Mapping[str, str]) -> RequestLog:
-    """The first `count` lines. `unit` of times that are numbers; `columns`: names of the file's own, by ours.
+def read_log(path: Path, *, count: int, unit: str, columns: Mapping[str, str]) -> "Requests":
+    """The requests of the first `count` lines. `unit` of times that are numbers; `columns`: own names, by ours.
 
     Raises UserError, one line with the place, for what is no such file.
     """
@@ -86,11 +72,14 @@ def read_log(path: Path, *, count: int, unit: str, columns: Mapping[str, str]) -
         raise UserError(f"{_where(path)}: no request has tokens of prompt and answer; look at the columns")
     rows_NC = rows_NC[counts_N]
     rows_NC = rows_NC[np.argsort(rows_NC[:, 0], kind="stable")]
-    return RequestLog(
-        time_N=rows_NC[:, 0] - rows_NC[0, 0],
-        input_N=rows_NC[:, 1],
-        output_N=rows_NC[:, 2],
-        optional_NO=rows_NC[:, 3:],
+    input_N, output_N, prefix_N, prefix_tokens_N, class_N = np.ascontiguousarray(rows_NC[:, 1:].T).astype(np.int64)
+    return Requests(
+        arrival_N=rows_NC[:, 0] - rows_NC[0, 0],
+        input_N=input_N,
+        output_N=output_N,
+        class_N=np.maximum(class_N, 0) if class_N.max() >= 0 else None,
+        prefix_N=np.where(prefix_tokens_N > 0, prefix_N, -1),
+        prefix_tokens_N=np.clip(prefix_tokens_N, 0, input_N),
         left_out=int((~counts_N).sum()),
     )
 
@@ -307,7 +296,8 @@ def draw_requests(load: Serving, *, seed: int) -> Requests:
 
 def _arrivals(arrivals: Arrivals, *, count: int, seed: int) -> Requests:
     if isinstance(arrivals, TraceArrivals):
-        return _read(arrivals, count=count)
+        columns = arrivals.columns.model_dump(exclude_none=True) if arrivals.columns else {}
+        return read_log(Path(arrivals.file), count=count, unit=arrivals.unit, columns=columns).faster(arrivals.speed)
     gaps = stream(seed, "arrivals")
     shape = 1.0 / arrivals.variation**2 if isinstance(arrivals, Gamma) else 1.0
     gap_N = gaps.gamma(shape, 1.0 / (shape * arrivals.rate), size=count)
@@ -325,19 +315,3 @@ def _lengths(law: Length, count: int, rng: np.random.Generator) -> NDArray[np.in
     variance = np.log1p(law.variation**2)
     drawn_N = rng.lognormal(np.log(law.mean) - variance / 2, np.sqrt(variance), count)
     return np.clip(np.rint(drawn_N), 1, law.most).astype(np.int64)
-
-
-def _read(arrivals: TraceArrivals, *, count: int) -> Requests:
-    columns = arrivals.columns.model_dump(exclude_none=True) if arrivals.columns else {}
-    log = read_log(Path(arrivals.file), count=count, unit=arrivals.unit, columns=columns)
-    prefix_N, prefix_tokens_N, class_N = log.optional_NO.T.astype(np.int64)
-    input_N = log.input_N.astype(np.int64)
-    return Requests(
-        arrival_N=log.time_N / arrivals.speed,
-        input_N=input_N,
-        output_N=log.output_N.astype(np.int64),
-        class_N=np.maximum(class_N, 0) if class_N.max() >= 0 else None,
-        prefix_N=np.where(prefix_tokens_N > 0, prefix_N, -1),
-        prefix_tokens_N=np.clip(prefix_tokens_N, 0, input_N),
-        left_out=log.left_out,
-    )
