@@ -122,3 +122,8 @@ def format_seconds(value: float, *, digits: int = 4) -> str:
         if abs(value) >= _TABLES["duration"][unit]:
             return f"{value / _TABLES['duration'][unit]:.{digits}g} {unit}"
     return f"{value / 1e-9:.{digits}g} ns"
+
+
+def shortened(text: str, width: int) -> str:
+    """`text`, or its beginning and dots where it has more than `width` characters."""
+    return text if len(text) <= width else f"{text[: width - 3]}..."

@@ -10,7 +10,7 @@ from rich.text import Text
 from moesim.report.categories import category
 from moesim.report.facts import Fact, percent, routing, software
 from moesim.report.terminal import Screen, fact_table, heading, indented, number_table, prints, section, warnings
-from moesim.units import format_seconds
+from moesim.units import format_seconds, shortened
 
 Plan = Mapping[str, Any]
 
@@ -101,7 +101,7 @@ def _rejections(plan: Plan) -> Table:
     how = "all" if counts["method"] == "enumerate" else f"NSGA-II, of {counts['combinations']:,}"
     lines = [Fact("combinations", f"{counts['looked_at']:,}", how)]
     lines += [
-        Fact(f"  {STAGE_WORDS[stage]}", f"- {count:,}", f"e.g. {_cut(examples[stage])}")
+        Fact(f"  {STAGE_WORDS[stage]}", f"- {count:,}", f"e.g. {shortened(examples[stage], 78)}")
         for stage, count in by_stage.items()
     ]
     lines.append(
@@ -126,10 +126,6 @@ def _rejections(plan: Plan) -> Table:
             )
         )
     return fact_table(lines)
-
-
-def _cut(text: str, width: int = 78) -> str:
-    return text if len(text) <= width else text[: width - 3] + "..."
 
 
 def _objectives(plan: Plan) -> str:

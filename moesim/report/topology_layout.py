@@ -68,13 +68,12 @@ class FabricParts:
         return self.fabric.num_ranks - reached
 
 
-def fabric_parts(cluster: Cluster, fabric: Fabric | None = None) -> FabricParts:
-    """The parts of a cluster's fabric; `fabric` spares building it again. Raises UserError as build_fabric does.
+def fabric_parts(cluster: Cluster) -> FabricParts:
+    """The parts of a cluster's fabric. Raises UserError as build_fabric does.
 
     What a degradation took is seen by building the same fabric without any.
     """
-    fabric = fabric or build_fabric(cluster)
-    healthy = fabric
+    healthy = fabric = build_fabric(cluster)
     if cluster.fabric.degraded:
         section = cluster.fabric.model_copy(update={"degraded": ()})
         healthy = build_fabric(cluster.model_copy(update={"fabric": section}), parameters=fabric.parameters)

@@ -55,9 +55,9 @@ class _GroupSpans:
     """The rows of one group by stream. Spans of one stream follow each other on every rank, so its ends can be bisected
     where they lie: no copy per rank."""
 
-    def __init__(self, table: SpanTable, sample: int, tolerance: float) -> None:
+    def __init__(self, table: SpanTable, tolerance: float) -> None:
         self.tolerance = tolerance
-        self.start_NR, self.finish_NR = table.start_NSR[:, sample], table.finish_NSR[:, sample]
+        self.start_NR, self.finish_NR = table.start_NSR[:, 0], table.finish_NSR[:, 0]
         self.since_R = np.zeros(self.start_NR.shape[1]) if table.since_R is None else table.since_R
         waited_for = [stream for stream in Stream if stream is not Stream.BACKGROUND]  # computation first
         self.streams: list[list[int]] = [table.rows(stream).tolist() for stream in waited_for]
@@ -102,14 +102,12 @@ class _GroupSpans:
 
 
 class _PathSearch:
-    """The spans of all groups in one sample, and the steps of the walk."""
+    """The spans of all groups in sample 0, and the steps of the walk."""
 
-    def __init__(
-        self, tables: Sequence[SpanTable], pipeline_ranks: Sequence[int], sample: int, whole: Whole | None
-    ) -> None:
-        self.tables, self.pipeline_ranks, self.sample, self._whole = list(tables), pipeline_ranks, sample, whole
-        self.tolerance = max(TOLERANCE, ROUND_OFF * float(tables[0].step_S[sample]))
-        self.spans = [_GroupSpans(table, sample, self.tolerance) for table in tables]
+    def __init__(self, tables: Sequence[SpanTable], pipeline_ranks: Sequence[int], whole: Whole | None) -> None:
+        self.tables, self.pipeline_ranks, self._whole = list(tables), pipeline_ranks, whole
+        self.tolerance = max(TOLERANCE, ROUND_OFF * float(tables[0].step_S[0]))
+        self.spans = [_GroupSpans(table, self.tolerance) for table in tables]
         seen: defaultdict[int, int] = defaultdict(int)
         self.number = []  # of a group among those of its pipeline rank
         for pipeline_rank in pipeline_ranks:
@@ -119,7 +117,7 @@ class _PathSearch:
 
     def last(self) -> _Position:
         """The rank that finishes last."""
-        ends = [table.finish_NSR[:, self.sample].max(axis=0) for table in self.tables]
+        ends = [table.finish_NSR[:, 0].max(axis=0) for table in self.tables]
         table = int(np.argmax([end_R.max() for end_R in ends]))
         place = int(ends[table].argmax())
         return _Position(table, place, float(ends[table][place]))
@@ -127,7 +125,7 @@ class _PathSearch:
     @property
     def most_steps(self) -> int:
         """Every step goes back over a span or a bubble before one, or to another rank at the same time."""
-        return 4 * sum(table.start_NSR[:, self.sample].size for table in self.tables) + 4
+        return 4 * sum(table.start_NSR[:, 0].size for table in self.tables) + 4
 
     def segments(self) -> Iterator[PathSegment]:
         """The path from its end to 0."""
@@ -157,7 +155,7 @@ class _PathSearch:
         chosen = [index for index, other in enumerate(self.number) if other == number]
         for index, whole in zip(chosen, self._whole(number), strict=True):
             self.tables[index] = whole
-            self.spans[index] = _GroupSpans(whole, self.sample, self.tolerance)
+            self.spans[index] = _GroupSpans(whole, self.tolerance)
 
     def _back(self, position: _Position) -> tuple[str, _Position]:
         spans, table = self.spans[position.table], self.tables[position.table]
@@ -180,11 +178,11 @@ class _PathSearch:
     def _joined_last(self, position: _Position, row: int, start: float) -> _Position:
         """The peer of an all-to-all that joined last before the rank's own part began; the rank itself if none did."""
         table = self.tables[position.table]
-        joined_R = table.start_NSR[row, self.sample]
+        joined_R = table.start_NSR[row, 0]
         peers = table.labels[table.label_N[row]].peers
         if peers:
             joined_R = np.where(np.array(peers) == peers[position.place], joined_R, -np.inf)
-        began = position.time - float(table.own_NSR[row, self.sample, position.place])
+        began = position.time - float(table.own_NSR[row, 0, position.place])
         needed_R = np.where(joined_R <= began + self.tolerance + 1e-6 * (position.time - start), joined_R, -np.inf)
         place = int(needed_R.argmax())
         if needed_R[place] <= start + self.tolerance:
@@ -194,14 +192,14 @@ class _PathSearch:
     def _gradients_last(self, position: _Position, row: int, start: float) -> _Position:
         """The member of a collective that joined last, or, where it overlaps, the one that computed last."""
         label = self.tables[position.table].labels[self.tables[position.table].label_N[row]]
-        own = float(self.tables[position.table].own_NSR[row, self.sample, position.place])
+        own = float(self.tables[position.table].own_NSR[row, 0, position.place])
         joined, computed = position._replace(time=start), position._replace(time=0.0)
         for index, table in enumerate(self.tables):
             numbers = [number for number, other in enumerate(table.labels) if other == label]
             for other_row in np.flatnonzero(np.isin(table.label_N, numbers)).tolist():
-                same_R = np.abs(table.finish_NSR[other_row, self.sample] - position.time) <= self.tolerance
+                same_R = np.abs(table.finish_NSR[other_row, 0] - position.time) <= self.tolerance
                 for place in np.flatnonzero(same_R).tolist():
-                    at = float(table.start_NSR[other_row, self.sample, place])
+                    at = float(table.start_NSR[other_row, 0, place])
                     joined = max(joined, _Position(index, place, at), key=lambda member: member.time)
                     until = self.spans[index].computed_until(place, position.time)
                     computed = max(computed, _Position(index, place, until), key=lambda member: member.time)
@@ -210,15 +208,15 @@ class _PathSearch:
 
 
 def critical_path(
-    tables: Sequence[SpanTable], *, pipeline_ranks: Sequence[int], sample: int = 0, whole: Whole | None = None
+    tables: Sequence[SpanTable], *, pipeline_ranks: Sequence[int], whole: Whole | None = None
 ) -> tuple[PathSegment, ...]:
-    """The critical path of one sample, last piece first. `whole`: gives the tables of group number so and so of every
+    """The critical path of sample 0, last piece first. `whole`: gives the tables of group number so and so of every
     pipeline rank, where those at hand begin at `since_R`.
 
     `tables` hold every expert group; `pipeline_ranks` says on which pipeline rank each of them is, and groups of one
     pipeline rank come in the order of their numbers.
     """
-    return tuple(_PathSearch(tables, pipeline_ranks, sample, whole).segments())
+    return tuple(_PathSearch(tables, pipeline_ranks, whole).segments())
 
 
 def path_seconds(segments: Sequence[PathSegment]) -> dict[str, float]:

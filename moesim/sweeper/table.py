@@ -15,6 +15,7 @@ from moesim.strict_json import json_text
 from moesim.study import PointRecord
 from moesim.study.points import half_width_90
 from moesim.sweeper.study import Study, SweepOutcome
+from moesim.units import shortened
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +184,7 @@ def shown_value(value: Any) -> str:
 _WIDEST_REASON = 160
 _WIDEST_TABLE = 1000
 _NO_SPREAD = 1e-4  # of the mean: a narrower interval is not shown
-_WIDEST_VALUE = 48  # characters of one value in the list of points
+_WIDEST_VALUE = 48  # characters of one value in the list of points: counts would make it as wide as they are
 
 
 def print_sweep(study: Study, outcome: SweepOutcome, *, file: TextIO | None = None, width: int | None = None) -> None:
@@ -222,16 +223,13 @@ def print_points(study: Study, finished: Mapping[str, PointRecord], *, file: Tex
         status = "infeasible" if isinstance(point, PointRecord) else "to do"
         if point.id in finished:
             status = finished[point.id].status
-        values = [_cut(shown_value(point.values.get(key, ""))) for axis in study.axes for key in axis.keys]
+        values = [
+            shortened(shown_value(point.values.get(key, "")), _WIDEST_VALUE) for axis in study.axes for key in axis.keys
+        ]
         table.add_row(*map(Text, (str(point.number), point.id, *values, status)))
     _print_table(console, table)
     for invalid_point in study.invalid_points:
         console.print(f"{invalid_point.number}: {invalid_point.reason}", markup=False, soft_wrap=True)
-
-
-def _cut(text: str) -> str:
-    """A value that is a list of counts would make the table as wide as that."""
-    return text if len(text) <= _WIDEST_VALUE else f"{text[: _WIDEST_VALUE - 3]}..."
 
 
 def _table(title: str, first: Sequence[str]) -> Table:
@@ -310,5 +308,4 @@ def _print_reasons(console: Console, records: Sequence[PointRecord]) -> None:
             reasons.setdefault((record.status, record.reason or ""), []).append(record.number)
     for (status, reason), numbers in reasons.items():
         which = f"point {numbers[0]}" if len(numbers) == 1 else f"{len(numbers)} points, first {numbers[0]}"
-        short = reason if len(reason) <= _WIDEST_REASON else reason[: _WIDEST_REASON - 3] + "..."
-        console.print(f"{status} ({which}): {short}", markup=False, soft_wrap=True)
+        console.print(f"{status} ({which}): {shortened(reason, _WIDEST_REASON)}", markup=False, soft_wrap=True)

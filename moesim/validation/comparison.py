@@ -88,7 +88,7 @@ def table_json(table: Table) -> dict[str, Any]:
         {
             "name": row.case.name,
             "scenario": dump_scenario(row.case.scenario),
-            "measured": {key: value for key, value in row.measured.items() if key not in ("kernels", "scenario")},
+            "measured": {key: value for key, value in row.measured.items() if key != "scenario"},
             "predicted": row.predicted,
             "error": row.error,
         }
@@ -256,7 +256,6 @@ def validate_command(
     profile: str | None = None,
     only: str | None = None,
     seconds: float = 2.0,
-    keep_kernels: bool = False,
     report: bool = False,
     quiet: bool = False,
 ) -> Table:
@@ -283,9 +282,7 @@ def validate_command(
         check_runnable(case.scenario)
     if device == "cpu" and any(case.scenario.compute.profile is None for case in cases):
         raise UserError("--device cpu needs --profile: make one with `moesim calibrate --device cpu --out FILE`")
-    table = _measure_and_predict(
-        cases, device=device, out=out or Path("validation"), effort=(seconds, keep_kernels), quiet=quiet,
-    )  # fmt: skip
+    table = _measure_and_predict(cases, device=device, out=out or Path("validation"), seconds=seconds, quiet=quiet)
     _show(table, quiet)
     return table
 
@@ -300,9 +297,7 @@ def _report(out: Path | None, *, quiet: bool) -> Table:
     return tables[SHIPPED_TABLES[0]]
 
 
-def _measure_and_predict(
-    cases: list[Case], *, device: str, out: Path, effort: tuple[float, bool], quiet: bool
-) -> Table:
+def _measure_and_predict(cases: list[Case], *, device: str, out: Path, seconds: float, quiet: bool) -> Table:
     import torch
 
     from moesim.validation.measurement import Effort, device_name, measure_cases
@@ -311,7 +306,7 @@ def _measure_and_predict(
         cases,
         device=device,
         folder=out,
-        effort=Effort(seconds=effort[0], profile=effort[1]),
+        effort=Effort(seconds=seconds),
         log=(lambda text: None) if quiet else print,
     )
     about: dict[str, Any] = {"name": device_name(device), "torch": torch.__version__, "date": date.today().isoformat()}

@@ -115,8 +115,8 @@ PARTS = ("forward", "backward", "reduction", "optimizer")
 @dataclass(frozen=True, kw_only=True)
 class Effort:
     """How long to measure: about `seconds` of steps (at least `least`, at most `most`) behind about half as much of
-    warm-up (at least `warm` steps), then `instrumented` steps; `profile` keeps one step's kernels by name, `single` the
-    seconds of every step and of every part of every layer on each rank.
+    warm-up (at least `warm` steps), then `instrumented` steps; `single` keeps the seconds of every step and of every part
+    of every layer on each rank.
     """
 
     seconds: float = 2.0
@@ -124,7 +124,6 @@ class Effort:
     most: int = 25
     warm: int = 4
     instrumented: int = 4
-    profile: bool = False
     single: bool = False
 
 
@@ -267,8 +266,6 @@ def measure_rank(
     if effort.single:
         result["steps"] = [[_short(step[part]) for part in (*PARTS, "step", "host")] for step in steps]
         result["marks"] = [([n for n, _ in single], [_short(s) for _, s in single]) for single in singles]
-    if effort.profile and device.type == "cuda":
-        result["kernels"] = _profile(runner)
     return result
 
 
@@ -284,20 +281,6 @@ def _spread(seconds: list[float]) -> float:
     """Half the range between the 10th and 90th percentile, as a share of the median."""
     low, middle, high = np.percentile(seconds, [10, 50, 90])
     return float((high - low) / 2 / middle)
-
-
-def _profile(runner: Runner) -> list[dict[str, Any]]:
-    """Every kernel of one step by name: calls and device seconds, longest first."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
-        runner.step()
-    found = [
-        {"kernel": event.key[:120], "calls": event.count, "seconds": event.device_time_total / 1e6}
-        for event in profiler.key_averages()
-        if event.device_time_total > 0
-    ]
-    return sorted(found, key=lambda kernel: -float(kernel["seconds"]))[:60]
 
 
 Log = Callable[[str], None]
@@ -438,8 +421,6 @@ def _merge(ranks: list[dict[str, Any]]) -> dict[str, Any]:
         "memory_bytes": max(rank["memory_bytes"] for rank in ranks),
         "memory": [rank["memory"] for rank in ranks],
     }
-    if "kernels" in ranks[0]:
-        measured["kernels"] = ranks[0]["kernels"]
     if "steps" in ranks[0]:
         measured["steps"] = [rank["steps"] for rank in ranks]
         measured["marks"] = {"names": ranks[0]["marks"][0][0], "seconds": [[m for _, m in r["marks"]] for r in ranks]}
