@@ -115,8 +115,8 @@ PARTS = ("forward", "backward", "reduction", "optimizer")
 @dataclass(frozen=True, kw_only=True)
 class Effort:
     """How long to measure: about `seconds` of steps (at least `least`, at most `most`) behind about half as much of
-    warm-up (at least `warm` steps), then `instrumented` steps; `single` keeps the seconds of every step and of every part
-    of every layer on each rank.
+    warm-up (at least `warm` steps), then `instrumented` steps; `single` keeps the seconds of every step and of every
+    part of every layer on each rank.
     """
 
     seconds: float = 2.0
