@@ -110,7 +110,7 @@ def save_run(run: RunRecord, out: str | Path, *, force: bool = False) -> Path:
     Raises UserError where the folder holds another run, unless `force`.
     """
     from moesim.files import claimed
-    from moesim.report import write_report
+    from moesim.report.report import write_report
     from moesim.results.store import write_run
 
     folder = Path(out)

@@ -306,11 +306,16 @@ def test_help_imports_nothing_heavy() -> None:
     assert not loaded_after("from moesim.cli import main; main(['--help'])") & set(NOT_FOR_HELP)
 
 
+def test_lists_load_no_library_of_arrays_or_plots() -> None:
+    """`moesim scenarios` answers at once."""
+    assert not loaded_after("import moesim.report.catalogue_view") & {"numpy", "plotly", "pydantic", "torch"}
+
+
 def test_importing_the_package_loads_nothing_until_a_name_is_used() -> None:
     assert not {name for name in loaded_after("import moesim") if name.startswith("moesim.")}
     assert not loaded_after("import moesim") & set(NOT_FOR_HELP)
 
 
 def test_reading_a_scenario_does_not_load_torch() -> None:
-    rooms = ("scenario", "trace", "parallel", "kernels", "network", "results", "report")
+    rooms = ("scenario", "trace", "parallel", "kernels", "network", "results", "report.report")
     assert not loaded_after("import " + ", ".join(f"moesim.{room}" for room in rooms)) & {"torch", "simpy"}

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from moesim.errors import LONGEST_LINE, InternalError, UserError
 from moesim.planner.serving_plan import load_any_plan
-from moesim.report import print_facts, write_report
+from moesim.report.report import write_report
+from moesim.report.run_view import print_facts
 from moesim.run import simulate
 from moesim.scenario import Scenario, dump_scenario, load_scenario_text
 from moesim.scenario.document import parse_yaml

@@ -119,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
     out_dir = args.out or Path("runs") / scenario.name
     check_writable(out_dir)
     if args.timeline:
-        from moesim.report import check_ranks
+        from moesim.report.timeline import check_ranks
 
         check_ranks(scenario, args.timeline)
     with claimed(out_dir), interrupts_explained_by(lambda: training_left_in_cache(scenario, args.cache)):
@@ -160,7 +160,8 @@ def _record(scenario: "Scenario", args: argparse.Namespace) -> "RunRecord":
 
 
 def _write_run_folder(record: "RunRecord", out_dir: Path, args: argparse.Namespace) -> None:
-    from moesim.report import write_report, write_timeline
+    from moesim.report.report import write_report
+    from moesim.report.timeline import write_timeline
     from moesim.results.store import write_run
 
     also: dict[str, Callable[[Path], object]] = {"report.html": lambda path: write_report(record, path)}

@@ -6,13 +6,12 @@ line. Legend: L layers, E experts.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import ConsoleOptions, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from moesim.flags.megatron import FlagFate, Reading
 from moesim.report.facts import Fact, percent
 from moesim.report.terminal import (
     Screen,
@@ -28,10 +27,12 @@ from moesim.report.terminal import (
     warnings,
 )
 from moesim.shipped import Shipped
-from moesim.trace import RoutingTrace
-from moesim.trace.library import LibraryEntry
-from moesim.trace.metrics import expert_load_LE, imbalance, mean_distinct_groups_L
 from moesim.units import format_bandwidth, format_bytes
+
+if TYPE_CHECKING:
+    from moesim.flags.megatron import FlagFate, Reading
+    from moesim.trace import RoutingTrace
+    from moesim.trace.library import LibraryEntry
 
 ShippedGroup = tuple[str, str, Sequence[Shipped]]  # head, verb, files
 
@@ -177,12 +178,12 @@ def _states(counts: Mapping[str, Any]) -> RenderableType:
 
 
 @prints
-def print_entries(entries: Sequence[LibraryEntry]) -> Screen:
+def print_entries(entries: "Sequence[LibraryEntry]") -> Screen:
     """One line per entry, with what was varied and what came of it."""
     return [Sized(lambda options: _entries(entries, options))]
 
 
-def _entries(entries: Sequence[LibraryEntry], options: ConsoleOptions) -> Screen:
+def _entries(entries: "Sequence[LibraryEntry]", options: ConsoleOptions) -> Screen:
     wide = options.max_width >= _FULL_WIDTH
     head = ("library:", "held out", "imbalance", "dropped", *(("training", "tokens") if wide else ()))
     rows = [
@@ -202,8 +203,10 @@ def _entries(entries: Sequence[LibraryEntry], options: ConsoleOptions) -> Screen
     return [number_table(head, rows), Text(note, style="dim")]
 
 
-def entry_facts(entry: LibraryEntry, trace: RoutingTrace) -> dict[str, Any]:
+def entry_facts(entry: "LibraryEntry", trace: "RoutingTrace") -> dict[str, Any]:
     """Everything about an entry as JSON values; `drift` has the imbalance of every layer at every recorded step."""
+    from moesim.trace.metrics import expert_load_LE, imbalance, mean_distinct_groups_L
+
     router = trace.router
     held_out = {
         int(step): float(loss)
@@ -223,7 +226,7 @@ def entry_facts(entry: LibraryEntry, trace: RoutingTrace) -> dict[str, Any]:
 
 
 @prints
-def print_entry(entry: LibraryEntry, trace: RoutingTrace) -> Screen:
+def print_entry(entry: "LibraryEntry", trace: "RoutingTrace") -> Screen:
     """What the entry is, where it comes from, and how its router settled."""
     facts, router = entry_facts(entry, trace), trace.router
     limit = f"at most {router.group_limit} of {router.num_groups} groups" if router.num_groups > 1 else "no groups"
@@ -260,7 +263,7 @@ def print_entry(entry: LibraryEntry, trace: RoutingTrace) -> Screen:
 
 
 @prints
-def print_summary(reading: Reading) -> Screen:
+def print_summary(reading: "Reading") -> Screen:
     """How many flags were read, and what was assumed; what is not modelled is among the warnings of the run."""
     lines = [indented(Text(f"assumed: {line}", style="dim")) for line in reading.taken]
     return [heading(reading.source, _counts(reading)), *lines, Text("")]
@@ -275,13 +278,13 @@ def print_flags(command: Mapping[str, Any], *, file: TextIO | None = None) -> No
         show([section("what these flags cannot say", _pairs(rows))], file=file)
 
 
-def _counts(reading: Reading) -> str:
+def _counts(reading: "Reading") -> str:
     words = [f"{len(reading.read)} flags read", f"{len(reading.harmless)} change nothing"]
     return ", ".join([*words, f"{len(reading.left_out)} not modelled"])
 
 
 @prints
-def print_reading(reading: Reading) -> Screen:
+def print_reading(reading: "Reading") -> Screen:
     """Every flag: what it became, why it changes nothing, what is not modelled, and what was assumed."""
     read = section("read", _pairs([(entry.flag, entry.becomes) for entry in reading.read]))
     blocks: list[RenderableType] = [heading(reading.source, _counts(reading)), read]
@@ -296,7 +299,7 @@ def _pairs(rows: Sequence[tuple[str, str]]) -> Table:
     return grid(rows, {"overflow": "fold"}, {"overflow": "fold", "style": "dim"})
 
 
-def _by_reason(entries: Sequence[FlagFate]) -> Table:
+def _by_reason(entries: "Sequence[FlagFate]") -> Table:
     """The flags of every reason in one row."""
     names: dict[str, list[str]] = {}
     for entry in entries:

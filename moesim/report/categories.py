@@ -7,8 +7,6 @@ inside a family lightness separates neighbours, and labels never leave the meani
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from moesim.report import timeline
-
 
 @dataclass(frozen=True)
 class Category:
@@ -57,14 +55,16 @@ def in_order(attribution_s: Mapping[str, float]) -> list[tuple[Category, float]]
     return [(category(key), attribution_s[key]) for key in known + unknown if attribution_s[key] > 0]
 
 
+FORWARD, BACKWARD, INPUT, WEIGHT = "forward", "backward", "backward.input", "backward.weight"
+PAIR, REDUCE, UPDATE = "pair", "reduce", "update"
 PASSES = {  # kind -> label, colour: blue, orange, green-blue and purple differ under every common colour blindness
-    timeline.FORWARD: ("forward", "#2474b5"),
-    timeline.BACKWARD: ("backward", "#e07b1a"),
-    timeline.INPUT: ("backward, inputs", "#b85300"),
-    timeline.WEIGHT: ("backward, weights", "#f6bf7e"),
-    timeline.PAIR: ("forward and backward overlapped", "#7a4fa3"),
-    timeline.REDUCE: ("gradients and parameters between ranks", "#d9b310"),
-    timeline.UPDATE: ("optimizer", "#4d5561"),
+    FORWARD: ("forward", "#2474b5"),
+    BACKWARD: ("backward", "#e07b1a"),
+    INPUT: ("backward, inputs", "#b85300"),
+    WEIGHT: ("backward, weights", "#f6bf7e"),
+    PAIR: ("forward and backward overlapped", "#7a4fa3"),
+    REDUCE: ("gradients and parameters between ranks", "#d9b310"),
+    UPDATE: ("optimizer", "#4d5561"),
 }
 
 

@@ -1,24 +1,26 @@
 """The numbers of a result as readable lines: the terminal and the HTML report print the same ones.
 
-Everything here reads `result`, the mapping that result.json holds; nothing is computed anew but shares and rounding.
+Everything here reads `result`, the mapping that result.json holds; nothing is computed anew but shares and rounding. It
+loads no library of arrays before it has one in hand: verbs that only list or read print by it, too.
 """
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from moesim.report.categories import Category, in_order
-from moesim.results import SpanTable, Stream, overlapped_transfer
-from moesim.trace import RoutingTrace
-from moesim.trace.metrics import expert_load_LE, imbalance
 from moesim.units import format_bytes
 
-FloatArray = NDArray[np.float64]
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from moesim.results import SpanTable
+    from moesim.trace import RoutingTrace
+
+    FloatArray = NDArray[np.float64]
 
 Result = Mapping[str, Any]
 NOT_KNOWN = "not known"
@@ -224,11 +226,15 @@ def communication(result: Result) -> list[Fact]:
     ]
 
 
-def hidden(table: SpanTable) -> Fact:
+def hidden(table: "SpanTable") -> Fact:
     """Share of the time of dispatch, combine and collectives that runs behind computation, as trace tools define it.
 
     Mean over the ranks of the table; sample 0 of its spans.
     """
+    import numpy as np
+
+    from moesim.results import Stream, overlapped_transfer
+
     transfers = (Stream.COMMUNICATION, Stream.REDUCTION, Stream.BACKGROUND)
     rows_N = np.concatenate([table.rows(stream) for stream in transfers])
     total_R = (table.finish_NSR[rows_N, 0] - table.start_NSR[rows_N, 0]).sum(axis=0)
@@ -411,21 +417,25 @@ def samples(result: Result) -> list[Fact]:
     return facts
 
 
-def spread(load_LE: FloatArray) -> list[Fact]:
+def spread(load_LE: "FloatArray") -> list[Fact]:
     """Quantiles of the relative load of single experts."""
+    import numpy as np
+
     names = {"coldest": 0.0, "5 % quantile": 0.05, "median": 0.5, "95 % quantile": 0.95, "hottest": 1.0}
     return [Fact(name, times(float(np.quantile(load_LE, share)))) for name, share in names.items()]
 
 
-def trace_imbalance(trace: RoutingTrace) -> dict[int, FloatArray]:
+def trace_imbalance(trace: "RoutingTrace") -> "dict[int, FloatArray]":
     """Max / mean expert load per layer [L] of every step that the trace knows of, over all its tokens."""
+    from moesim.trace.metrics import expert_load_LE, imbalance
+
     num_experts = trace.router.num_experts
     counted = {step.step: imbalance(step.counts_LSE.sum(axis=1)) for step in trace.earlier}
     recorded = {step.step: imbalance(expert_load_LE(step, num_experts=num_experts)) for step in trace.steps}
     return counted | recorded
 
 
-def trace_facts(trace: RoutingTrace) -> list[Fact]:
+def trace_facts(trace: "RoutingTrace") -> list[Fact]:
     """What was recorded."""
     router = trace.router
     facts = [

@@ -21,14 +21,13 @@ from numpy.typing import NDArray
 
 from moesim.errors import UserError
 from moesim.parallel import Mesh
+from moesim.report.categories import BACKWARD, FORWARD, INPUT, PAIR, REDUCE, UPDATE, WEIGHT
 from moesim.results import ActionRows, Label, RunRecord, SpanTable, Stream
 from moesim.results.spans import Collective, Part
 from moesim.scenario import Scenario
 from moesim.scenario.stages import specs_of_ranks, stages_of_ranks
 from moesim.strict_json import json_text
 
-FORWARD, BACKWARD, INPUT, WEIGHT = "forward", "backward", "backward.input", "backward.weight"
-PAIR, REDUCE, UPDATE = "pair", "reduce", "update"
 FREES = BACKWARD, WEIGHT  # the passes behind which a micro-batch keeps nothing
 
 

@@ -14,7 +14,8 @@ from moesim.parallel.memory_rows import even_rows
 from moesim.planner.layer_times import LayerTimes
 from moesim.planner.screen import Screen
 from moesim.planner.search import Traces
-from moesim.report import facts, print_facts
+from moesim.report import facts
+from moesim.report.run_view import print_facts
 from moesim.results.critical_path import UNEVEN, stage_warnings
 from moesim.run import obtain_trace, simulate
 from moesim.scenario import Scenario, load_scenario
