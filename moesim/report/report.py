@@ -6,16 +6,13 @@ Legend: C attribution categories, E experts, L model layers with a router, R ran
 placement D ranks of the group, P slots of a rank, Z slots of all ranks.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import plotly.graph_objects as go
 import yaml
-from numpy.typing import NDArray
 
-from moesim.report import facts, figures
+from moesim.report import facts, figures, placement_view
 from moesim.report.categories import PARTS, category
 from moesim.report.page import Page
 from moesim.report.timeline import forward_of_one_layer, gantt, idle_share
@@ -180,12 +177,6 @@ def pools_section(page: Page, record: RunRecord) -> None:
             page.table(("rank", "waits for", "seconds"), pairs, styles=("number",) * 3)
 
 
-_LARGEST_LABELLED = 2_000  # slots of all layers up to which each shows its expert
-_COPIES = ("#e8e8e6", "#c6dbef", "#6baed6", "#2171b5", "#08306b")  # of one slot, two, three, four, five or more
-_EMPTY = -1
-_LINE = "#2474b5"
-
-
 def placement_section(page: Page, record: RunRecord) -> None:
     """The map, and the loads before and after; nothing where every rank has neighbouring experts."""
     slots = record.arrays.get("placement_LDP")
@@ -197,7 +188,7 @@ def placement_section(page: Page, record: RunRecord) -> None:
         "The slots of each rank of expert group 0 in every layer with experts, by rank. Colour tells how many slots "
         "hold the expert of this one: grey is one, blue are copies. Point at a slot to see its expert.",
     )
-    page.figure(slot_map(slots.astype(np.int64), first_layer=first), name="placement")
+    page.figure(placement_view.slot_map(slots.astype(np.int64), first_layer=first), name="placement")
     before = record.arrays.get("rank_load_contiguous_LR")
     after = record.arrays["rank_load_LR"]
     with page.inside("div", css="figures"):
@@ -219,124 +210,9 @@ def placement_section(page: Page, record: RunRecord) -> None:
             level=3,
         )
         with page.inside("div", css="figures"):
-            page.figure(by_age(found), name="placement-age", title="Step by age of the placement")
-            page.figure(by_interval(found), name="placement-interval", title="Mean step by interval, moving included")
-
-
-def _milliseconds(points: Sequence[Mapping[str, Any]], key: str = "step_time_s") -> list[float]:
-    return [1e3 * point[key] for point in points]
-
-
-def by_age(found: Mapping[str, Any]) -> go.Figure:
-    """Simulated steps by the age of their placement, beside the step with neighbouring experts."""
-    figure = figures.empty_figure(height=340, x="training steps since experts were placed", y="ms of a step")
-    points = found["ages"]
-    figure.add_scatter(
-        x=[point["age"] for point in points],
-        y=_milliseconds(points),
-        mode="markers",
-        name="simulated",
-        marker={"color": _LINE, "size": 8},
-        hovertemplate="%{x:.4g} steps ago: %{y:.4g} ms<extra></extra>",
-    )
-    figure.add_scatter(
-        x=[point["age"] for point in points],
-        y=_milliseconds(points, "mean_step_time_s"),
-        mode="lines",
-        name="nearest curve that never falls",
-        line={"color": _LINE, "width": 2},
-        hoverinfo="skip",
-    )
-    if found["contiguous_step_time_s"] is not None:
-        _level(figure, found["contiguous_step_time_s"], (0, points[-1]["age"]), name="experts in order", dash="dot")
-    figure.update_layout(showlegend=True)
-    return figure
-
-
-def by_interval(found: Mapping[str, Any]) -> go.Figure:
-    """Mean step by interval, with those of experts placed once and in order, the best and the chosen one marked."""
-    figure = figures.empty_figure(
-        height=340, x="training steps between two placings", y="ms of a step, moving included"
-    )
-    points = found["intervals"]
-    figure.add_scatter(
-        x=[point["every"] for point in points],
-        y=_milliseconds(points),
-        mode="lines+markers",
-        name="placed anew",
-        line={"color": _LINE, "width": 2},
-        hovertemplate="every %{x} steps: %{y:.4g} ms<extra></extra>",
-    )
-    ends = (points[0]["every"], points[-1]["every"])
-    _level(figure, found["never_step_time_s"], ends, name="placed once", dash="dash")
-    if found["contiguous_step_time_s"] is not None:
-        _level(figure, found["contiguous_step_time_s"], ends, name="experts in order", dash="dot")
-    marks = [(found["every"], found["step_time_s"], "chosen", "#1d2229")]
-    if found["best_every"] is not None:
-        marks.append((found["best_every"], found["best_step_time_s"], "best", "#b3256b"))
-    for every, step_s, name, colour in marks:
-        figure.add_scatter(
-            x=[every],
-            y=[1e3 * step_s],
-            mode="markers",
-            name=f"{name}: every {every} steps",
-            marker={"color": colour, "size": 11, "symbol": "diamond"},
-        )
-    figure.update_xaxes(type="log")
-    figure.update_layout(showlegend=True)
-    return figure
-
-
-def _level(figure: go.Figure, step_s: float, ends: tuple[float, float], *, name: str, dash: str) -> None:
-    figure.add_scatter(
-        x=list(ends),
-        y=[1e3 * step_s] * 2,
-        mode="lines",
-        name=name,
-        line={"color": "#7a828e", "width": 1.5, "dash": dash},
-        hovertemplate=f"{name}: %{{y:.4g}} ms<extra></extra>",
-    )
-
-
-def slot_map(slots_LDP: NDArray[np.int64], *, first_layer: int) -> go.Figure:
-    """Heat map of layer x slot, ranks side by side with lines between them."""
-    layers, ranks, per_rank = slots_LDP.shape
-    slots_LZ = slots_LDP.reshape(layers, -1)
-    copies_LZ = copies_of_slots(slots_LZ)
-    steps = len(_COPIES)
-    scale = [(edge / steps, colour) for step, colour in enumerate(_COPIES) for edge in (step, step + 1)]
-    figure = figures.layer_map(layers, x="rank")
-    show = slots_LZ.size <= _LARGEST_LABELLED
-    rank_LZ = np.broadcast_to(np.arange(ranks).repeat(per_rank), slots_LZ.shape)
-    figure.add_heatmap(
-        y=np.arange(first_layer, first_layer + layers),
-        z=np.where(copies_LZ > 0, np.minimum(copies_LZ, steps), np.nan),
-        customdata=np.stack([slots_LZ, rank_LZ, copies_LZ], 2),
-        text=np.where(slots_LZ == _EMPTY, "", slots_LZ.astype(str)) if show else None,
-        texttemplate="%{text}" if show else None,
-        zmin=0.5,
-        zmax=steps + 0.5,
-        colorscale=scale,
-        colorbar=figures.colour_bar(
-            "slots of the expert",
-            tickvals=list(range(1, steps + 1)),
-            ticktext=[*map(str, range(1, steps)), f"\u2265 {steps}"],
-        ),
-        hovertemplate="layer %{y}, rank %{customdata[1]}<br>expert %{customdata[0]}, in %{customdata[2]} slots"
-        "<extra></extra>",
-    )
-    every = max(1, -(-ranks // 16))
-    named = np.arange(0, ranks, every)
-    figure.update_xaxes(tickvals=named * per_rank + (per_rank - 1) / 2, ticktext=[str(rank) for rank in named])
-    for rank in range(1, ranks):
-        figure.add_vline(x=rank * per_rank - 0.5, line={"width": 2, "color": "#ffffff" if ranks > 16 else "#1d2229"})
-    return figure
-
-
-def copies_of_slots(slots_LZ: NDArray[np.int64]) -> NDArray[np.int64]:
-    """How many slots of its layer hold the expert of each slot, 0 for an empty one."""
-    copies = [np.bincount(slots_Z + 1)[slots_Z + 1] * (slots_Z != _EMPTY) for slots_Z in slots_LZ]
-    return np.stack(copies)
+            page.figure(placement_view.by_age(found), name="placement-age", title="Step by age of the placement")
+            figure = placement_view.by_interval(found)
+            page.figure(figure, name="placement-interval", title="Mean step by interval, moving included")
 
 
 _LARGEST_TABLE = 16  # ranks up to which a matrix is also printed as a table

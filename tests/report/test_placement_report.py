@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from moesim.report.facts import placement
-from moesim.report.report import copies_of_slots, render, slot_map
+from moesim.report.placement_view import copies_of_slots, slot_map
+from moesim.report.report import render
 from moesim.report.run_view import print_facts
 from moesim.results.store import RunRecord
 from moesim.run import simulate

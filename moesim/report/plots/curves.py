@@ -30,8 +30,8 @@ from moesim.report.plots.drawing import (
     units_for,
     with_pointer,
 )
-from moesim.report.plots.metrics import LOWER, Metric, Unit, is_number
-from moesim.report.plots.points import DONE, Axis, Collection, Estimate, Group, plain
+from moesim.report.plots.metrics import LOWER, Metric, Unit, is_number, plain
+from moesim.report.plots.points import DONE, Axis, Collection, Estimate, Group
 
 
 @dataclass(frozen=True)

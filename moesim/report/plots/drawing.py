@@ -14,17 +14,21 @@ import plotly.graph_objects as go
 
 from moesim.errors import UserError
 from moesim.report import facts
-from moesim.report.plots.metrics import HEADLINE, Metric, Unit, is_number, metric, paths_of, text, unit_for
-from moesim.report.plots.points import (
+from moesim.report.plots.metrics import (
+    HEADLINE,
     MISSING,
-    Axis,
-    Collection,
-    Estimate,
-    Group,
+    Metric,
+    Unit,
+    is_number,
+    metric,
+    paths_of,
     plain,
     short_names,
+    text,
     text_of,
+    unit_for,
 )
+from moesim.report.plots.points import Axis, Collection, Estimate, Group
 
 CURVES, HEAT_MAP, COST_PERFORMANCE, COMPARISON = KINDS = ("curves", "heat_map", "cost_performance", "comparison")
 SPEED, PRICE = "tokens_per_second", "cost.usd_per_million_tokens"

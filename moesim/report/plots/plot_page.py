@@ -27,20 +27,8 @@ from moesim.report.plots.drawing import (
     kind_of,
     label_of,
 )
-from moesim.report.plots.metrics import HEADLINE, LOWER, Metric, metric, text
-from moesim.report.plots.points import (
-    DONE,
-    MISSING,
-    PRESET,
-    Axis,
-    Collection,
-    Group,
-    Source,
-    collect,
-    plain,
-    read_sources,
-    with_values,
-)
+from moesim.report.plots.metrics import HEADLINE, LOWER, MISSING, Metric, metric, plain, text
+from moesim.report.plots.points import DONE, PRESET, Axis, Collection, Group, Source, collect, read_sources, with_values
 from moesim.report.plots.scatter import cost_performance, dots, drawn_groups, has_front, suits_dots
 
 Plan = Mapping[str, Any]
