@@ -13,7 +13,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +24,7 @@ from moesim.display import Display
 from moesim.errors import MachineError, UserError
 from moesim.files import turn
 from moesim.routing.corpus import load_corpus
-from moesim.scenario import Scenario
+from moesim.scenario import Scenario, Section
 from moesim.scenario.routers import ROUTERS
 from moesim.scenario.routing import (
     LIBRARY_PREFIX,
@@ -117,19 +117,9 @@ class TrainingRequest:
 
     def to_json(self) -> dict[str, Any]:
         """Every field as JSON values."""
-        return {
-            "router": asdict(self.router),
-            "steps": self.steps,
-            "sequence_length": self.sequence_length,
-            "recorded_sequences": self.recorded_sequences,
-            "micro_batch": self.micro_batch,
-            "shared_experts": self.shared_experts,
-            "balance": self.balance.model_dump(mode="json"),
-            "capacity": self.capacity.model_dump(mode="json"),
-            "thin": self.thin.model_dump(mode="json"),
-            "corpus": self.corpus,
-            "seed": self.seed,
-        }
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        sections = {key: value.model_dump(mode="json") for key, value in values.items() if isinstance(value, Section)}
+        return values | sections | {"router": asdict(self.router)}
 
     def provenance(self) -> dict[str, Any]:
         """What makes the trace: all fields, the corpus by hash, and the versions of all that computes."""
@@ -282,25 +272,25 @@ def cached_trace(
     is reported on stderr and made again, never used. Raises UserError as `train_router` does, and MachineError when the
     cache cannot be written.
     """
-    path = trace_path(request, cache_dir)
+    path, content_hash = trace_path(request, cache_dir), request.content_hash()
 
     def say() -> None:
         if progress is not None:
             print("another process trains this router; waiting for it", file=sys.stderr, flush=True)
 
-    if (trace := _kept(request, path)) is not None:
+    if (trace := _kept(path, content_hash=content_hash)) is not None:
         return trace
     with turn(checkpoint_path(request, cache_dir), on_wait=say):
-        return _kept(request, path) or _trained(request, cache_dir, progress=progress)
+        return _kept(path, content_hash=content_hash) or _trained(request, cache_dir, progress=progress)
 
 
-def _kept(request: TrainingRequest, path: Path) -> RoutingTrace | None:
-    """The trace in the cache; None where there is none, or a damaged one."""
+def _kept(path: Path, *, content_hash: str | None = None) -> RoutingTrace | None:
+    """The trace in the cache, of that hash where one is given; None where there is none, or a damaged one."""
     if not path.exists():
         return None
     try:
         trace = load_trace(path)
-        if trace.provenance.get("content_hash") == request.content_hash():
+        if content_hash is None or trace.provenance.get("content_hash") == content_hash:
             return trace
         reason = "it is the trace of another scenario"
     except UserError as error:
@@ -367,7 +357,7 @@ def _imported(scenario: Scenario, path: Path, *, tokens: int, cache_dir: Path | 
     made_of = [IMPORT_RECIPE, moesim.__version__, form, path.name, content_digest(path), asdict(asked)]
     digest = hashlib.sha256(json_text(made_of, sort_keys=True).encode()).hexdigest()
     kept = (cache_dir or cache_directory()) / "traces" / f"imported-{digest[:32]}.npz"
-    if (known := _kept_import(kept)) is not None:
+    if (known := _kept(kept)) is not None:
         return known
     trace = import_routing(form, path, asked=asked)
     try:
@@ -376,18 +366,6 @@ def _imported(scenario: Scenario, path: Path, *, tokens: int, cache_dir: Path | 
     except (MachineError, OSError) as error:
         print(f"imported trace not kept, and read again next time: {error}", file=sys.stderr)
     return trace
-
-
-def _kept_import(path: Path) -> RoutingTrace | None:
-    """The imported trace in the cache; None where there is none, or a damaged one."""
-    if not path.exists():
-        return None
-    try:
-        return load_trace(path)
-    except UserError as error:
-        print(f"cached trace not used: {error}; importing it again", file=sys.stderr)
-    path.unlink(missing_ok=True)
-    return None
 
 
 def routing_digest(routing: Routing | None) -> str | None:

@@ -1,9 +1,10 @@
-"""Groups of ranks: sizes, strides, partitions, and the nodes they lie on."""
+"""Groups of ranks: sizes, strides, partitions, the nodes they lie on, and the pieces of sequences they hold."""
 
 import numpy as np
 import pytest
 
 from moesim.parallel import Mesh
+from moesim.parallel.mesh import pieces_of_ranks
 from moesim.scenario import Cluster, Parallelism, Pool
 
 
@@ -78,3 +79,20 @@ def test_a_rank_group_is_the_least_closed_under_all_layouts(sizes: dict[str, int
     for kind in ("tensor", "context", "expert"):
         for members in getattr(m, f"{kind}_groups")(1):
             assert sum(set(members.tolist()) <= group for group in groups) == 1
+
+
+@pytest.mark.parametrize("context", [1, 2, 3, 4])
+@pytest.mark.parametrize("tensor", [1, 2, 3, 4])
+def test_every_piece_is_held_once_and_in_token_order(context: int, tensor: int) -> None:
+    pieces_RV = pieces_of_ranks(context=context, tensor=tensor)
+    assert pieces_RV.shape == (context * tensor, 1 if context == 1 else 2)
+    assert sorted(pieces_RV.reshape(-1).tolist()) == list(range(pieces_RV.size))
+    held_CT = pieces_RV.reshape(context, -1)  # a context rank's tokens, tensor rank after tensor rank
+    assert (np.diff(held_CT, axis=1) > 0).all()
+
+
+@pytest.mark.parametrize("context", [2, 4, 8])
+def test_context_ranks_have_equal_shares_of_causal_attention(context: int) -> None:
+    """The keys that the queries of a piece see grow with its place: the sums over ranks' pieces are the same."""
+    sums_C = pieces_of_ranks(context=context, tensor=2).reshape(context, -1).sum(axis=1)
+    assert len(set(sums_C.tolist())) == 1

@@ -22,7 +22,7 @@ OFTEN = {"failures.record": "none", "failures.causes": [{"name": "GPU", "per": "
 
 @pytest.fixture(autouse=True)
 def _coarse_search(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is asked here holds for any interval; `test_job_laws` asks for the best."""
+    """What is asked here holds for any interval; `test_job` asks for the best."""
     monkeypatch.setattr("moesim.reliability.answers.SEARCH_FAILURES", 200)
 
 

@@ -1,4 +1,4 @@
-"""Days of training: every second is in one account, and failures cost what they must."""
+"""Days of training: every second is in one account, failures cost what they must, and are those of the job's GPUs."""
 
 import time
 from dataclasses import replace
@@ -9,11 +9,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import moesim
 from moesim.engine.job import FailureTimes, Job, JobCause, Ledger, draw_failures, run_job
 from moesim.reliability import Step, goodput_of_step
 from moesim.reliability.answers import best_interval
-from moesim.reliability.job import daly_seconds, young_seconds
-from moesim.scenario import load_scenario
+from moesim.reliability.job import (
+    daly_seconds,
+    daly_steps,
+    expected_share,
+    job_causes,
+    num_nodes,
+    recorded_parts,
+    young_seconds,
+)
+from moesim.scenario import Scenario, load_scenario
+from moesim.scenario.failures import FAILURE_RECORDS
 from moesim.seeding import stream
 from moesim.shipped import resolve
 
@@ -210,3 +220,61 @@ def test_a_year_on_sixteen_thousand_gpus_is_quick() -> None:
     found = goodput_of_step(scenario, Step(seconds=15.0, compute_s=10.0, degraded_s={}), days=365, seeds=20)
     assert time.process_time() - started < 10
     assert found.result["failures"] == pytest.approx(419 / 54 * 365, rel=0.02)
+
+
+KINDS = [record.kinds[0] for record in FAILURE_RECORDS.values() if record.kinds and record.causes][:2]
+
+
+def on_gpus(*gpus: str) -> Scenario:
+    pools = [{"name": f"p{number}", "gpu": gpu, "nodes": 4 // len(gpus)} for number, gpu in enumerate(gpus)]
+    mesh = {"data": 32, "expert": 8} | ({"across_pools": "data"} if len(gpus) > 1 else {})
+    changes = {"cluster": {"pools": pools}, "parallelism": mesh, "workload.global_batch": 64}
+    return moesim.load_scenario("uniform-dropless", changes)
+
+
+def rates(scenario: Scenario) -> dict[str, float]:
+    return {cause.name: cause.per_second for cause in job_causes(scenario)}
+
+
+def test_two_equal_pools_fail_as_one() -> None:
+    assert job_causes(on_gpus("h100", "h100")) == job_causes(on_gpus("h100"))
+    assert num_nodes(on_gpus("h100", "h100")) == 4
+
+
+def test_every_pool_fails_as_its_own_kind() -> None:
+    first, second = KINDS
+    both = on_gpus(first, second)
+    assert [parts.kinds for parts in recorded_parts(both)] == [(first,), (second,)]
+    alone, other, mixed = rates(on_gpus(first)), rates(on_gpus(second)), rates(both)
+    for name in alone | other:
+        assert mixed[name] == pytest.approx((alone.get(name, 0.0) + other.get(name, 0.0)) / 2)
+
+
+JOB = Job(
+    step_s=10.0,
+    interval_steps=60,
+    horizon_s=200 * 86400.0,
+    causes=(JobCause(name="GPU", per_second=1 / 10_800, broken=True),),
+    blocking_s=20.0,
+    detection_s=600.0,
+    restart_s=300.0,
+    load_s=15.0,
+)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"interval_steps": 300}, {"blocking_s": 2.0, "write_s": 200.0}, {"restart_s": 4_000.0},
+     {"speeds": ((0.0, 1.3),)}, {"causes": ()}],
+    ids=str,
+)  # fmt: skip
+def test_the_closed_form_meets_the_simulation(changes: dict) -> None:
+    job = replace(JOB, **changes)
+    shares = [run_job(job, draw_failures(job, stream(n, "failures"))).useful_s / job.horizon_s for n in range(6)]
+    assert expected_share(job) == pytest.approx(float(np.mean(shares)), rel=0.01)
+
+
+def test_dalys_steps_are_the_top_of_the_closed_form() -> None:
+    best = max(range(1, 400), key=lambda steps: expected_share(replace(JOB, interval_steps=steps)))
+    assert daly_steps(JOB, least=1) == pytest.approx(best, rel=0.03)
+    assert daly_steps(replace(JOB, blocking_s=0.0), least=4) == 4

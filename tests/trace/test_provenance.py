@@ -1,6 +1,7 @@
-"""A run says what its routing rests on, and every model what it gets by default."""
+"""A run says what its routing rests on, every model what it gets by default; another group limit is told."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,12 +10,12 @@ from moesim.errors import UserError
 from moesim.planner.plan import plan_from_mapping
 from moesim.report import facts
 from moesim.run import obtain_trace, simulate
-from moesim.scenario import Scenario, dump_scenario, load_scenario_text, model_names, scenario_from_mapping
+from moesim.scenario import RouterShape, Scenario, dump_scenario, load_scenario_text, model_names, scenario_from_mapping
 from moesim.scenario.catalogue import model_preset
 from moesim.scenario.routers import STRESS
-from moesim.trace import TrainingCurves, load_trace, save_trace
+from moesim.trace import TrainingCurves, load_trace, save_trace, uniform_trace
 from moesim.trace.library import find_entry
-from moesim.trace.provenance import rests_on
+from moesim.trace.provenance import limit_difference, rests_on
 
 BASE = {
     "name": "based",
@@ -135,3 +136,24 @@ def test_the_facts_of_a_result_name_it() -> None:
     named = facts.routing(result)
     assert named[0].value == result["router"]["rests_on"] == "library:64x6/M-unlimited"
     assert named[1].value == "the model's default"
+
+
+def scenario_of(small: Any, tmp_path: Any, router: dict[str, Any] | None = None) -> Scenario:
+    (tmp_path / "t.npz").write_bytes(b"")
+    routing = {"kind": "trace", "file": str(tmp_path / "t.npz")} | ({"router": router} if router else {})
+    scenario: Scenario = small({"routing": routing, "model.router_groups": 4, "model.router_group_limit": 2})
+    return scenario
+
+
+@pytest.mark.parametrize(
+    ("groups", "limit", "told"), [(4, 2, None), (4, 1, "at most 1 of 4 groups"), (1, 1, "no group limit")]
+)
+def test_another_limit_than_the_models_is_told(small, tmp_path, groups: int, limit: int, told: str | None) -> None:
+    router = RouterShape(kind="deepseek_v2", num_experts=16, top_k=4, num_groups=groups, group_limit=limit)
+    trace = uniform_trace(router, num_layers=1, num_sequences=2, sequence_length=8, seed=0)
+    found = limit_difference(trace, scenario_of(small, tmp_path))
+    assert len(found) == (told is not None)
+    assert all(told in text and "the model's own at most 2 of 4" in text for text in found)
+    asked = {"kind": "deepseek_v2", "groups": 4, "group_limit": 1}
+    assert limit_difference(trace, scenario_of(small, tmp_path, asked)) == []
+    assert limit_difference(trace, small()) == []
