@@ -34,10 +34,12 @@ class SideLoads:
     """What the flows cost at the receiving or at the sending ports: `seconds_SF` alone, `level_SF` after release with
     fair sharing (-inf without bytes), and per port the sum of its flows and the longest latency among them."""
 
-    def __init__(self, side: Side, flows_SF2: FloatArray, ports_SP2: FloatArray) -> None:
+    def __init__(self, side: Side, flows_SF4: FloatArray, ports_SP2: FloatArray, *, column: int, first: int) -> None:
+        """Views of the numbers of both sides: a flow's from `column` on, those of this side's ports from `first` on."""
         self.side = side
-        self.seconds_SF, self.level_SF = flows_SF2[..., 0], flows_SF2[..., 1]
-        self.ports_SP2 = ports_SP2
+        self._for_loops = flows_SF4, column, ports_SP2, first
+        self.seconds_SF, self.level_SF = flows_SF4[..., column], flows_SF4[..., column + 1]
+        ports_SP2 = ports_SP2[:, first : first + len(side.owner_P)]
         self.total_SP, self.latency_SP = ports_SP2[..., 0], ports_SP2[..., 1]
 
     def fill(self, bytes_SF: FloatArray, latency_F: FloatArray, *, compiled: bool) -> None:
@@ -45,10 +47,7 @@ class SideLoads:
         widest = max((flow_TW.shape[1] for _, flow_TW, _ in self.side.tables), default=0)
         if compiled and widest <= COMPILED_FLOWS:
             for port_T, flow_TW, _ in self.side.tables:
-                loops().fill(
-                    bytes_SF, self.side.pace_F, latency_F, port_T, flow_TW,
-                    self.seconds_SF, self.level_SF, self.ports_SP2,
-                )  # fmt: skip
+                loops().fill(bytes_SF, self.side.pace_F, latency_F, port_T, flow_TW, *self._for_loops)
             return
         np.multiply(bytes_SF, self.side.pace_F, out=self.seconds_SF)
         active_SF = bytes_SF > 0
@@ -111,6 +110,8 @@ class Ports:
         many = flows.num_ranks >= COMPILED_RANKS if compiled is None else compiled
         self.is_compiled = many and not self._shared and loops() is not None
         bytes_SF = demand.bytes_SRR[:, flows.source_F, flows.target_F]
+        if self.is_compiled:
+            bytes_SF = np.ascontiguousarray(bytes_SF)
         self._layout = (
             two_sided, len(flows.receive.owner_P), flows.ends_F4, flows.latency_F, flows.first_of_source_R,
             flows.first_of_target_R, flows.by_target_F, flows.owner_P,
@@ -132,13 +133,12 @@ class Ports:
 
     @cached_property
     def _receive(self) -> SideLoads:
-        side = self._flows.receive
-        return SideLoads(side, self._flows_SF4[..., :2], self._ports_SP2[:, : len(side.owner_P)])
+        return SideLoads(self._flows.receive, self._flows_SF4, self._ports_SP2, column=0, first=0)
 
     @cached_property
     def _send(self) -> SideLoads:
         first = len(self._flows.receive.owner_P)
-        return SideLoads(self._flows.send, self._flows_SF4[..., 2:], self._ports_SP2[:, first:])
+        return SideLoads(self._flows.send, self._flows_SF4, self._ports_SP2, column=2, first=first)
 
     def _queues(self, start_SR: FloatArray) -> tuple[FloatArray, FloatArray]:
         """When each receiving and each sending port is done, [S, P]."""

@@ -13,7 +13,7 @@ FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int32]
 
 
-@numba.njit(cache=True)
+@numba.njit
 def _latest_first(start_R: FloatArray, order_R: NDArray[np.int64]) -> None:
     """Sorts the ranks (Shell's sort: their starts are often nearly in order already)."""
     ranks = len(start_R)
@@ -32,7 +32,7 @@ def _latest_first(start_R: FloatArray, order_R: NDArray[np.int64]) -> None:
         gap //= 3
 
 
-@numba.njit(cache=True)
+@numba.njit
 def _finish(
     start_R: FloatArray,
     order_R: NDArray[np.int64],
@@ -164,11 +164,12 @@ def fill(
     latency_F: FloatArray,
     port_T: NDArray[np.int64],
     flow_TW: NDArray[np.int64],
-    seconds_SF: FloatArray,
-    level_SF: FloatArray,
+    flows_SF4: FloatArray,
+    column: int,
     ports_SP2: FloatArray,
+    first: int,
 ) -> None:
-    """Writes what the flows cost at the ports of one table; see SideLoads.fill."""
+    """Writes what the flows cost at the ports of one table; see SideLoads, and its `fill`."""
     num_flows, width = len(pace_F), flow_TW.shape[1]
     flow_W, alone_W, level_W = np.empty(width, dtype=np.int64), np.empty(width), np.empty(width)
     for sample in range(len(bytes_SF)):
@@ -177,24 +178,24 @@ def fill(
             for flow in flow_TW[row]:
                 if flow < num_flows:
                     seconds = bytes_SF[sample, flow] * pace_F[flow]
-                    seconds_SF[sample, flow], level_SF[sample, flow] = seconds, -np.inf
+                    flows_SF4[sample, flow, column], flows_SF4[sample, flow, column + 1] = seconds, -np.inf
                     total += seconds
                     if bytes_SF[sample, flow] > 0:
                         latency = max(latency, latency_F[flow])
                         flow_W[count], alone_W[count] = flow, seconds
                         count += 1
-            ports_SP2[sample, port_T[row], 0] = total
-            ports_SP2[sample, port_T[row], 1] = latency
+            ports_SP2[sample, first + port_T[row], 0] = total
+            ports_SP2[sample, first + port_T[row], 1] = latency
             level_W[:count] = 0.0
             for other in range(count):  # the outer loop: then the inner one is over neighbours in memory
                 alone = alone_W[other]
                 for place in range(count):
                     level_W[place] += min(alone, alone_W[place])
             for place in range(count):
-                level_SF[sample, flow_W[place]] = level_W[place]
+                flows_SF4[sample, flow_W[place], column + 1] = level_W[place]
 
 
-@numba.njit(cache=True)
+@numba.njit
 def _sorted_edges(
     begin: float, at_W: FloatArray, use_W: FloatArray, sorted_W: FloatArray, use_of_W: FloatArray
 ) -> None:
@@ -210,7 +211,7 @@ def _sorted_edges(
         sorted_W[hole], use_of_W[hole] = at, use_W[window]
 
 
-@numba.njit(cache=True)
+@numba.njit
 def _is_as_before(opens_WSR: FloatArray, closes_WSR: FloatArray, uses_WSR: FloatArray, sample: int, rank: int) -> bool:
     """Whether a rank's windows are those of the rank before it."""
     for window in range(len(opens_WSR)):
@@ -335,11 +336,12 @@ def add_window(
                 column += 1
 
 
-@numba.njit(cache=True)
+@numba.njit
 def _find_open(
-    edges_W2: FloatArray, first: int, stop: int, backwards: bool, instant: float, row_V: NDArray[np.int64], found: int
+    edges_W2: FloatArray, first: int, stop: int, backwards: bool, instant: float, row_V: NDArray[np.int64]
 ) -> int:
-    """Writes the rows of what is open after an instant, from `found` on; gives how many there are then."""
+    """Writes the rows of what is open after an instant; gives how many there are."""
+    found = 0
     for index in range(stop - first):
         row = stop - 1 - index if backwards else first + index
         if edges_W2[row, 1] > instant:
@@ -348,7 +350,7 @@ def _find_open(
     return found
 
 
-@numba.njit(cache=True)
+@numba.njit
 def _of_port(
     row_F: FloatArray, port: int, ports: int, starts_SR: FloatArray, ends_SR: FloatArray, uses_SR: FloatArray
 ) -> bool:
@@ -365,7 +367,7 @@ def _of_port(
     return uses
 
 
-@numba.njit(cache=True)
+@numba.njit
 def _is_in_the_way(row_F: FloatArray, port: int, ports: int, begin_SR: FloatArray, alone_SR: FloatArray) -> bool:
     """Whether a window takes any of a port beside something on any rank."""
     samples, ranks = begin_SR.shape
@@ -408,7 +410,7 @@ def through(
     opens_V = np.empty(most)
     for number, (edges_W2, _, first, stop, backwards) in enumerate(beside):
         before = found
-        found = _find_open(edges_W2, first, stop, backwards, instant, row_V, before)
+        found += _find_open(edges_W2, first, stop, backwards, instant, row_V[before:])
         set_V[before:found] = number
         for place in range(before, found):
             opens_V[place] = edges_W2[row_V[place], 0]
@@ -423,8 +425,10 @@ def through(
             break
         taken, latest = now, until
         for port in range(len(shares_KR)):
-            is_in_the_way = False
-            for place in range(found if shares_KR[port].max() > 0.0 else 0):
+            is_used, is_in_the_way = False, False
+            for rank in range(ranks):
+                is_used |= shares_KR[port, rank] > 0.0
+            for place in range(found if is_used else 0):
                 row_F = beside[set_V[place]][1][row_V[place]]
                 if opens_V[place] < until and _is_in_the_way(row_F, port, len(shares_KR), begin_SR, alone_SR):
                     is_in_the_way = True

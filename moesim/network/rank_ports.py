@@ -59,7 +59,9 @@ class RankPorts:
         hops = self._of_flows(source_F, target_F, avoid_nvlink, reached or self.fabric)
         ports = self.link_KR.size
         if self._compiled and (compiled_loops := loops()) is not None:
-            found_SP: FloatArray = compiled_loops.port_seconds(np.ascontiguousarray(bytes_SF), *hops, ports)
+            found_SP: FloatArray = compiled_loops.port_seconds(
+                np.ascontiguousarray(bytes_SF, dtype=np.float64), *hops, ports
+            )
             return found_SP.reshape(-1, *self.link_KR.shape)
         seconds_SQ = bytes_SF[:, hops.flow_Q] * hops.share_Q
         busy_SP = np.empty((len(seconds_SQ), ports))

@@ -19,7 +19,7 @@ _COMMUNICATION, _REDUCTION, _PIPELINE = int(Stream.COMMUNICATION), int(Stream.RE
 _WAIT, _BUBBLE = CATEGORIES.index("imbalance_wait"), CATEGORIES.index("bubble")
 
 
-@numba.njit(cache=True)
+@numba.njit
 def _by_stream(label_G: NDArray[np.int32], stream_L: IntArray, order_G: IntArray, first_K: IntArray) -> None:
     """Rows stream by stream in issue order; those of stream k begin at `first_K[k]`."""
     place = 0
@@ -32,7 +32,7 @@ def _by_stream(label_G: NDArray[np.int32], stream_L: IntArray, order_G: IntArray
     first_K[_STREAMS] = place
 
 
-@numba.njit(cache=True)
+@numba.njit
 def _are_equal(times_GSR: NDArray[np.floating], sample: int) -> bool:
     """Whether all ranks have the same times in all rows; most differ in the last one already."""
     for row in range(len(times_GSR) - 1, -1, -1):
@@ -42,7 +42,7 @@ def _are_equal(times_GSR: NDArray[np.floating], sample: int) -> bool:
     return True
 
 
-@numba.njit(cache=True)
+@numba.njit
 def _join(begin_G: FloatArray, end_G: FloatArray, count: int, begin: float, end: float) -> int:
     """Adds an interval that begins no sooner than the last one; gives how many there are then."""
     if count > 0 and begin <= end_G[count - 1]:
@@ -52,7 +52,7 @@ def _join(begin_G: FloatArray, end_G: FloatArray, count: int, begin: float, end:
     return count + 1
 
 
-@numba.njit(cache=True)
+@numba.njit
 def _covered(begin_G: FloatArray, end_G: FloatArray, count: int, place: int, start: float, finish: float) -> float:
     """Seconds of [start, finish] in the intervals from `place` on."""
     inside = 0.0
@@ -62,13 +62,13 @@ def _covered(begin_G: FloatArray, end_G: FloatArray, count: int, place: int, sta
     return inside
 
 
-@numba.njit(cache=True)
+@numba.njit
 def _united(
     begin_G: FloatArray, end_G: FloatArray, count: int, start_G: FloatArray, finish_G: FloatArray, spans: int,
     into_begin_G: FloatArray, into_end_G: FloatArray,
 ) -> int:  # fmt: skip
     """The union of intervals and `spans` spans, both sorted; gives how many intervals it has."""
-    here = there = united = 0
+    here, there, united = count - count, 0, count - count  # 0, as in `add_attribution`
     while here < count or there < spans:
         if there == spans or (here < count and begin_G[here] <= start_G[there]):
             united = _join(into_begin_G, into_end_G, united, begin_G[here], end_G[here])
@@ -120,12 +120,12 @@ def add_attribution(
                 added_R[rank] += seconds
                 computed_R[rank] += seconds
         for rank in range(width):
-            count, last = 0, last_R[rank]
+            count, last = first_K[0], last_R[rank]  # 0: for a literal what takes it would be compiled once more
             for place in range(first_K[_COMPUTE], first_K[_COMPUTE + 1]):
                 row = order_G[place]
                 count = _join(begin_G, end_G, count, start_GSR[row, sample, rank], finish_GSR[row, sample, rank])
             for stream in range(_COMPUTE + 1, _BACKGROUND):
-                spans, at = first_K[stream + 1] - first_K[stream], 0
+                spans, at = first_K[stream + 1] - first_K[stream], first_K[0]
                 if spans == 0:
                     continue
                 for span in range(spans):
