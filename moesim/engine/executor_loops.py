@@ -46,7 +46,7 @@ COMPUTE_FACTOR, TRANSFER_FACTOR, WAIT = range(3)  # fields of moesim.kernels.Bes
 _KERNEL, _TRANSFER, _FORK, _JOIN = int(Kind.COMPUTE), int(Kind.TRANSFER), int(Kind.FORK), int(Kind.JOIN)
 
 
-@numba.njit
+@numba.njit()
 def _is_same(values_R: NDArray[np.floating]) -> bool:
     for rank in range(1, len(values_R)):  # noqa: SIM110 (numba knows no generators)
         if values_R[rank] != values_R[0]:
@@ -54,7 +54,7 @@ def _is_same(values_R: NDArray[np.floating]) -> bool:
     return True
 
 
-@numba.njit
+@numba.njit()
 def _are_alike(clocks_KSR: FloatArray, sample: int) -> bool:
     """Whether every clock of a sample shows the same on all ranks."""
     for clock in range(len(clocks_KSR)):  # noqa: SIM110
@@ -63,7 +63,7 @@ def _are_alike(clocks_KSR: FloatArray, sample: int) -> bool:
     return True
 
 
-@numba.njit
+@numba.njit()
 def _spread(values_R: NDArray[np.floating]) -> None:
     """All ranks are where the first one is."""
     for rank in range(1, len(values_R)):
@@ -88,7 +88,7 @@ def _lose(beside_3: FloatArray, last: float, opened: float, until: float, work: 
     return longer, lost
 
 
-@numba.njit
+@numba.njit()
 def _lengthen(
     clocks_KSR: FloatArray, span: int, longer: float, sample: int, rank: int, finish_GSR: FloatArray, own_GSR: Own
 ) -> None:
@@ -102,7 +102,7 @@ def _lengthen(
     own_GSR[span, sample, rank] += longer
 
 
-@numba.njit
+@numba.njit()
 def _add_seconds(work_R: FloatArray, seconds_R: FloatArray) -> None:
     """Adds the seconds of every rank, or (one entry) of all."""
     if len(seconds_R) == 1:
@@ -113,7 +113,7 @@ def _add_seconds(work_R: FloatArray, seconds_R: FloatArray) -> None:
             work_R[rank] += seconds_R[rank]
 
 
-@numba.njit
+@numba.njit()
 def _kernel(
     clocks_KSR: FloatArray, step_C: NDArray[np.int64], seconds_Q: FloatArray, place: int, beside_F3R: FloatArray,
     open_span: int, row: int, sample: int, ranks: int, start_GSR: FloatArray, finish_GSR: FloatArray, own_GSR: Own,
@@ -155,7 +155,7 @@ def _kernel(
         own_R[rank] = compute_R[rank] - start_R[rank]
 
 
-@numba.njit
+@numba.njit()
 def _late(clocks_KSR: FloatArray, jitter_3: FloatArray, last: float, sample: int, ranks: int) -> float:
     """Seconds by which a meeting begins later than `last`, when the last of the first `ranks` ranks comes by its own
     work: `moesim.engine.lateness`, of ranks that all meet and whose host never limits.
@@ -180,7 +180,7 @@ def _late(clocks_KSR: FloatArray, jitter_3: FloatArray, last: float, sample: int
     return late
 
 
-@numba.njit
+@numba.njit()
 def _meeting(
     clocks_KSR: FloatArray, step_C: NDArray[np.int64], seconds_Q: FloatArray, place: int, jitter_3: FloatArray,
     row: int, sample: int, ranks: int, start_GSR: FloatArray, finish_GSR: FloatArray, own_GSR: Own,
@@ -206,7 +206,7 @@ def _meeting(
         own_GSR[row, sample, rank] = min(alone, done - start)
 
 
-@numba.njit
+@numba.njit()
 def _part_or_join(main_R: FloatArray, side_R: FloatArray, part: bool) -> None:
     for rank in range(len(main_R)):
         if part:

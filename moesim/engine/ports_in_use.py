@@ -62,6 +62,8 @@ class PortsInUse:
         # take turns, and how many they are.
         self._row_L = np.zeros(0, dtype=np.int64)
         self._turns_N, self._number_NM = np.zeros(0, dtype=np.int64), np.zeros((0, 1), dtype=np.int64)
+        # Of labels one behind the other the places of those with a row, these rows and how many take turns.
+        self._among: dict[bytes, tuple[NDArray[np.intp], NDArray[np.int64], NDArray[np.int64]]] = {}
         shape = (recorder.start_NSR.shape[1], *ports.link_KR.shape)
         self._busy, self._numbers_of = Busy(shape), dict[tuple[Transfer, ...], list[int]]()
         self._under_way = Windows(shape, backwards=True)  # transfers behind the actions that have ended
@@ -151,11 +153,16 @@ class PortsInUse:
         recorder = self._recorder
         if first == last:
             return
-        of_row_N = self._rows(recorder.label_N[first:last])
-        chosen = np.flatnonzero(of_row_N >= 0)
-        rows_N, of_row_N = first + chosen, of_row_N[chosen]
-        number_N = self._number_NM[of_row_N, recorder.micro_batch_N[rows_N] % self._turns_N[of_row_N]]
-        if len(rows_N):
+        label_N = recorder.label_N[first:last]
+        key = label_N.tobytes()
+        if key not in self._among:  # of a few kinds of action
+            of_row_N = self._rows(label_N)
+            chosen_N = np.flatnonzero(of_row_N >= 0)
+            self._among[key] = chosen_N, of_row_N[chosen_N], self._turns_N[of_row_N[chosen_N]]
+        chosen_N, of_row_N, turns_N = self._among[key]
+        if len(chosen_N):
+            rows_N = first + chosen_N
+            number_N = self._number_NM[of_row_N, recorder.micro_batch_N[rows_N] % turns_N]
             spans = recorder.start_NSR, recorder.finish_NSR, recorder.own_NSR
             windows.add_transfers(rows_N, number_N, spans, self._busy, compiled=self._compiled)
 

@@ -13,7 +13,7 @@ FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int32]
 
 
-@numba.njit
+@numba.njit()
 def _latest_first(start_R: FloatArray, order_R: NDArray[np.int64]) -> None:
     """Sorts the ranks (Shell's sort: their starts are often nearly in order already)."""
     ranks = len(start_R)
@@ -32,7 +32,7 @@ def _latest_first(start_R: FloatArray, order_R: NDArray[np.int64]) -> None:
         gap //= 3
 
 
-@numba.njit
+@numba.njit()
 def _finish(
     start_R: FloatArray,
     order_R: NDArray[np.int64],
@@ -195,7 +195,7 @@ def fill(
                 flows_SF4[sample, flow_W[place], column + 1] = level_W[place]
 
 
-@numba.njit
+@numba.njit()
 def _sorted_edges(
     begin: float, at_W: FloatArray, use_W: FloatArray, sorted_W: FloatArray, use_of_W: FloatArray
 ) -> None:
@@ -211,7 +211,7 @@ def _sorted_edges(
         sorted_W[hole], use_of_W[hole] = at, use_W[window]
 
 
-@numba.njit
+@numba.njit()
 def _is_as_before(opens_WSR: FloatArray, closes_WSR: FloatArray, uses_WSR: FloatArray, sample: int, rank: int) -> bool:
     """Whether a rank's windows are those of the rank before it."""
     for window in range(len(opens_WSR)):
@@ -336,7 +336,7 @@ def add_window(
                 column += 1
 
 
-@numba.njit
+@numba.njit()
 def _find_open(
     edges_W2: FloatArray, first: int, stop: int, backwards: bool, instant: float, row_V: NDArray[np.int64]
 ) -> int:
@@ -350,7 +350,7 @@ def _find_open(
     return found
 
 
-@numba.njit
+@numba.njit()
 def _of_port(
     row_F: FloatArray, port: int, ports: int, starts_SR: FloatArray, ends_SR: FloatArray, uses_SR: FloatArray
 ) -> bool:
@@ -367,7 +367,7 @@ def _of_port(
     return uses
 
 
-@numba.njit
+@numba.njit()
 def _is_in_the_way(row_F: FloatArray, port: int, ports: int, begin_SR: FloatArray, alone_SR: FloatArray) -> bool:
     """Whether a window takes any of a port beside something on any rank."""
     samples, ranks = begin_SR.shape

@@ -85,6 +85,7 @@ class _Builder:
         self.sends: dict[tuple[int, int], CollectiveEstimate] = {}  # between stages
         # Two pipeline ranks that hold the same stage (DualPipe) share its blocks where the fabric treats them alike.
         self.blocks: dict[tuple[int, int, bytes, bytes], Mapping[Kinds, Block]] = {}
+        self.shapes: dict[tuple[int, int], bytes] = {}  # of groups, by pipeline rank and number
         self.merged: dict[Block, Block] = {}
         self.whole: dict[Block, Block] = {}  # the other way round
         # Of a pipeline rank: its actions with the p2p sends before and behind, the same for all of its groups.
@@ -345,7 +346,9 @@ class _Builder:
         holders = sum(stage in stages for stages in self.schedule.stages_of_rank)
         if holders == 1:
             return self._write_blocks(stage, pipeline_rank, number, ranks_R)
-        key = (stage, number, group_shape(self.fabric, ranks_R), self.ranks.key(ranks_R))
+        if (pipeline_rank, number) not in self.shapes:
+            self.shapes[pipeline_rank, number] = group_shape(self.fabric, ranks_R)
+        key = (stage, number, self.shapes[pipeline_rank, number], self.ranks.key(ranks_R))
         if key not in self.blocks:
             self.blocks[key] = self._write_blocks(stage, pipeline_rank, number, ranks_R)
         return self.blocks[key]

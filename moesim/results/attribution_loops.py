@@ -19,7 +19,7 @@ _COMMUNICATION, _REDUCTION, _PIPELINE = int(Stream.COMMUNICATION), int(Stream.RE
 _WAIT, _BUBBLE = CATEGORIES.index("imbalance_wait"), CATEGORIES.index("bubble")
 
 
-@numba.njit
+@numba.njit()
 def _by_stream(label_G: NDArray[np.int32], stream_L: IntArray, order_G: IntArray, first_K: IntArray) -> None:
     """Rows stream by stream in issue order; those of stream k begin at `first_K[k]`."""
     place = 0
@@ -32,7 +32,7 @@ def _by_stream(label_G: NDArray[np.int32], stream_L: IntArray, order_G: IntArray
     first_K[_STREAMS] = place
 
 
-@numba.njit
+@numba.njit()
 def _are_equal(times_GSR: NDArray[np.floating], sample: int) -> bool:
     """Whether all ranks have the same times in all rows; most differ in the last one already."""
     for row in range(len(times_GSR) - 1, -1, -1):
@@ -42,7 +42,7 @@ def _are_equal(times_GSR: NDArray[np.floating], sample: int) -> bool:
     return True
 
 
-@numba.njit
+@numba.njit()
 def _join(begin_G: FloatArray, end_G: FloatArray, count: int, begin: float, end: float) -> int:
     """Adds an interval that begins no sooner than the last one; gives how many there are then."""
     if count > 0 and begin <= end_G[count - 1]:
@@ -52,7 +52,7 @@ def _join(begin_G: FloatArray, end_G: FloatArray, count: int, begin: float, end:
     return count + 1
 
 
-@numba.njit
+@numba.njit()
 def _covered(begin_G: FloatArray, end_G: FloatArray, count: int, place: int, start: float, finish: float) -> float:
     """Seconds of [start, finish] in the intervals from `place` on."""
     inside = 0.0
@@ -62,7 +62,7 @@ def _covered(begin_G: FloatArray, end_G: FloatArray, count: int, place: int, sta
     return inside
 
 
-@numba.njit
+@numba.njit()
 def _united(
     begin_G: FloatArray, end_G: FloatArray, count: int, start_G: FloatArray, finish_G: FloatArray, spans: int,
     into_begin_G: FloatArray, into_end_G: FloatArray,
