@@ -1,10 +1,12 @@
 """Block-scaled FP8 products by DeepGEMM's kernels on Hopper, dense and of experts: what their durations are made of.
 
 Forward products and input gradients scale 1 x 128 of the rows and 128 x 128 of the weight and write bf16; they are one
-kernel. A product is cut into output tiles of 64, 128 or 256 rows and 16 to 192 columns, the choice with the least time
-in waves over the SMs; a tile sums blocks of 128 along the depth, none of which takes less than a floor, and ends with
-an epilogue. Beside that stand the L2's and the memory's time, and before all a launch. Experts' rows are rounded up to
-128 each, the height of their tiles, and every active expert's weight is read.
+kernel. A product is cut into output tiles of 64, 128 or 256 rows and 16 to 192 columns, those that the library expects
+to take the fewest cycles (deepseek-ai/DeepGEMM csrc/jit_kernels/heuristics/sm90.hpp): it counts bytes through L1 and L2
+and whole waves over the SMs, and not how fast tiles are. A tile sums blocks of 128 along the depth, none of which takes
+less than a floor, and ends with an epilogue; odd multiples of 16 columns are slower. Beside that stand the L2's and the
+memory's time, and before all a launch. The vendor's own block-scaled products have the same form, and the best tile.
+Experts' rows are rounded up to 128 each, the height of their tiles, and every active expert's weight is read.
 
 Weight gradients scale both operands along the tokens and add to fp32 values in memory, which takes longer than reading
 and writing as many bytes; every expert has the same tiles, as deep as it has rows.
@@ -36,6 +38,7 @@ FASTEST_PUBLISHED = 1e12 * max(row[3] for row in PUBLISHED_ROWS)  # FLOP/s
 DEEP_GEMM, BLOCK_SCALED = "deep_gemm", "fp8_block"  # the family of rows, and their dtype
 BLOCK = 128  # values along the depth that share a scale; rows of an expert are rounded up to as many
 BLOCK_START = np.log([5e-6, 1.0e13, 2e-7, 1e-6, 1e-11, 2.8e12, 2e13, 3.0])
+DEEP_GEMM_START = np.append(BLOCK_START, np.log(0.1))
 BLOCK_WGRAD_START = np.log([5e-6, 6.5e12, 1e-6, 2.8e12, 2e13, 2e12, 3.0])
 _NEVER = 1e12  # tiles of a height that experts' products do not have
 
@@ -47,6 +50,20 @@ def _forward_tiles() -> FloatArray:
 
 
 _TILE_M, _TILE_N = _forward_tiles()
+
+
+def _layouts() -> FloatArray:
+    """Heights, widths, and SMs that share a tile's columns and its rows [4, T], in the order of trials."""
+    clusters, tiles = ((1, 1), (1, 2), (2, 1)), _forward_tiles().T.astype(int).tolist()
+    return np.array([(m, n, *cluster) for cluster in clusters for m, n in tiles], float).T
+
+
+_HEIGHT, _WIDTH, _SHARE_N, _SHARE_M = _layouts()
+_OUTPUT_BYTES = 2.0 * _HEIGHT * _WIDTH
+_STAGE_BYTES = (_HEIGHT + _WIDTH) * BLOCK + np.ceil(_HEIGHT * 4.0 / BLOCK) * BLOCK
+_LEAST_STAGES = np.where(_HEIGHT * _WIDTH < 128 * 192, 4.0, 3.0)
+_SHARED_MEMORY = 232448.0 - 256.0  # bytes of an SM, less barriers
+_L1_BYTES, _L2_BYTES = 128.0 * NUM_SM, 6153.0  # a cycle, as the library has them
 _SUM_M, _SUM_N = (side.ravel() for side in np.meshgrid([64.0, 128.0], np.arange(16.0, 161.0, 8.0)))
 
 
@@ -99,18 +116,61 @@ def _logs(seconds: Any) -> Any:
 
 
 def block_log_seconds(parameters: Parameters, columns: Columns) -> Any:
-    """Forward products and input gradients.
+    """Forward products and input gradients, by the best tile.
 
     parameters: launch (s), tensor rate of an SM (FLOP/s), floor of a block of the depth (s), epilogue of a tile (s) and
     per output (s), memory bandwidth (bytes/s), L2 bandwidth (bytes/s), exponent of the blend between what limits.
     """
-    launch, rate, floor, epilogue, per_output, memory, l2, sharp = parameters
     rows, _, width, depth, tiles_64, tiles_128, tiles_256, read, written = _along_tiles(columns[:9])
-    tiles_m = np.where(_TILE_M == 64.0, tiles_64, np.where(_TILE_M == 128.0, tiles_128, tiles_256))
-    tiles_n = np.ceil(width / _TILE_N)
-    block = np.maximum(2.0 * BLOCK * _TILE_M * _TILE_N / rate, floor)
+    tiles_m = _of_height(_TILE_M, tiles_64, tiles_128, tiles_256)
+    sizes = (rows, width, depth, read, written)
+    return _block_seconds(parameters, sizes, (_TILE_M, _TILE_N, tiles_m), slower=1.0)
+
+
+def deep_gemm_log_seconds(parameters: Parameters, columns: Columns) -> Any:
+    """Forward products and input gradients, by the tile that DeepGEMM takes.
+
+    parameters: as `block_log_seconds`, and how much longer a block takes in tiles of odd multiples of 16 columns.
+    """
+    *others, odd = parameters
+    rows, _, width, depth, tiles_64, tiles_128, tiles_256, read, written = _along_tiles(columns[:9])
+    tiles_m = _of_height(_HEIGHT, tiles_64, tiles_128, tiles_256)
+    taken = np.argmin(_expected_cycles(width, depth, tiles_m), axis=-1)[..., None]
+    height, columns_of = _HEIGHT[taken], _WIDTH[taken]
+    tiles_m = np.take_along_axis(np.broadcast_to(tiles_m, (*taken.shape[:-1], len(_HEIGHT))), taken, axis=-1)
+    slower = 1.0 + odd * (columns_of % 32.0 == 16.0)
+    return _block_seconds(
+        tuple(others), (rows, width, depth, read, written), (height, columns_of, tiles_m), slower=slower
+    )
+
+
+def _of_height(heights: FloatArray, tiles_64: Any, tiles_128: Any, tiles_256: Any) -> Any:
+    return np.where(heights == 64.0, tiles_64, np.where(heights == 128.0, tiles_128, tiles_256))
+
+
+def _expected_cycles(width: Any, depth: Any, tiles_m: Any) -> FloatArray:
+    """What the library expects of each layout; infinite where it does not take it."""
+    tiles = tiles_m * np.ceil(width / _WIDTH)
+    waves = np.ceil(tiles / NUM_SM)
+    fed = depth * (_HEIGHT + _WIDTH)
+    l1 = (2.0 * fed + 2.0 * _OUTPUT_BYTES) * tiles / _L1_BYTES
+    l2 = (depth * (_HEIGHT / _SHARE_M + _WIDTH / _SHARE_N) + _OUTPUT_BYTES) * tiles / _L2_BYTES
+    cycles = np.floor(np.maximum(l1, l2) / np.maximum(tiles, 1.0) * waves * NUM_SM)
+    scales = np.ceil(depth / BLOCK) * np.where(BLOCK % _WIDTH == 0.0, 4.0, 8.0)
+    stages = np.floor((_SHARED_MEMORY - np.ceil(_OUTPUT_BYTES / 1024.0) * 1024.0 - scales) / _STAGE_BYTES)
+    shared_in_one_wave = (_SHARE_M * _SHARE_N > 1.0) & (waves <= 1.0)
+    return np.asarray(np.where(shared_in_one_wave | (stages < _LEAST_STAGES) | (tiles_m >= _NEVER), np.inf, cycles))
+
+
+def _block_seconds(parameters: Parameters, sizes: Columns, tiles: Columns, *, slower: Any) -> Any:
+    """Log seconds of the best of these tiles: their heights, widths and numbers along the rows."""
+    launch, rate, floor, epilogue, per_output, memory, l2, sharp = parameters
+    rows, width, depth, read, written = sizes
+    tile_m, tile_n, tiles_m = tiles
+    tiles_n = np.ceil(width / tile_n)
+    block = np.maximum(2.0 * BLOCK * tile_m * tile_n / rate * slower, floor)
     waves = np.ceil(tiles_m * tiles_n / NUM_SM)
-    compute = waves * (np.ceil(depth / BLOCK) * block + epilogue + per_output * _TILE_M * _TILE_N)
+    compute = waves * (np.ceil(depth / BLOCK) * block + epilogue + per_output * tile_m * tile_n)
     shared = (tiles_n * (rows * depth) + tiles_m * (width * depth)) / l2
     return _logs(launch + _blended(sharp, compute, shared, (read + written) / memory))
 

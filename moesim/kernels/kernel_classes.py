@@ -209,8 +209,8 @@ KINDS: dict[str, Kind] = {
         physics.GROUPED_WGRAD_FP8_START, noise=8e-3, shape="rational",
     ),
     "deep_gemm": Kind(
-        _block_row_sizes, fp8.block_log_seconds, fp8.block_features, fp8.block_work, _block_drawn,
-        fp8.BLOCK_START, noise=8e-3, shape="rational",
+        _block_row_sizes, fp8.deep_gemm_log_seconds, fp8.block_features, fp8.block_work, _block_drawn,
+        fp8.DEEP_GEMM_START, noise=8e-3, shape="rational",
     ),
     "deep_gemm_wgrad": Kind(
         _block_row_sizes, fp8.block_wgrad_log_seconds, fp8.block_features, fp8.block_work, _block_drawn,
