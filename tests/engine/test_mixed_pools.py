@@ -15,9 +15,9 @@ pytestmark = pytest.mark.usefixtures("few_tokens")
 
 MODEL = """
 name: mixed
-model: {hidden: 512, layers: 4, heads: 8, kv_heads: 8, head_dim: 64, attention: {kind: mha}, vocab: 4096, experts: 16,
+model: {hidden: 512, layers: 3, heads: 8, kv_heads: 8, head_dim: 64, attention: {kind: mha}, vocab: 4096, experts: 16,
         top_k: 2, expert_intermediate: 512, shared_experts: 1, dense_layers: 1, dense_intermediate: 2048}
-workload: {sequence_length: 1024, global_batch: 96}
+workload: {sequence_length: 1024, global_batch: 48}
 uncertainty: {samples: 2, bank: 2}
 """
 ONE = "cluster: {{gpu: {gpu}, nodes: 4, gpus_per_node: 4}}\n"

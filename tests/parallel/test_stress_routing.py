@@ -1,6 +1,7 @@
 """Stress routing: every pattern of the table does what it says, on the ranks of the scenario that it is drawn for."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -207,16 +208,24 @@ def test_a_pattern_is_added_by_an_entry_alone(monkeypatch) -> None:
     assert ((rows_LBD > 0).sum(axis=2) == 2).all()
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"parallelism.data": 2, "parallelism.context": 2, "parallelism.tensor": 2, "parallelism.expert": 2},
-        {"capacity": "{kind: expert, factor: 1.0}"},
-        {"capacity": "{kind: device, factor: 1.0}"},
-        {"parallelism.pipeline": 2, "parallelism.data": 4, "parallelism.expert": 4},
-    ],
-)
-@patterns
+LAYOUTS = [
+    {"parallelism.data": 2, "parallelism.context": 2, "parallelism.tensor": 2, "parallelism.expert": 2},
+    {"capacity": "{kind: expert, factor: 1.0}"},
+    {"capacity": "{kind: device, factor: 1.0}"},
+    {"parallelism.pipeline": 2, "parallelism.data": 4, "parallelism.expert": 4},
+]
+
+
+def _with_layouts() -> list:
+    """Every pattern with one, every one with two patterns; the other pairs are slow."""
+    found = []
+    for (number, name), (at, layout) in itertools.product(enumerate(STRESS), enumerate(LAYOUTS)):
+        marks = [] if (number - at) % len(LAYOUTS) == 0 else [pytest.mark.slow]
+        found.append(pytest.param(name, layout, id=f"{name}-{at}", marks=marks))
+    return found
+
+
+@pytest.mark.parametrize(("pattern", "settings"), _with_layouts())
 def test_every_pattern_runs_on_other_layouts_and_with_capacities(pattern: str, settings: dict[str, object]) -> None:
     scenario = make(pattern, **settings, **{"workload.global_batch": 16, "uncertainty.samples": 1})
     result = simulate(scenario).result

@@ -83,6 +83,7 @@ SOURCES = [
 ]
 
 
+@pytest.mark.usefixtures("few_tokens")
 @pytest.mark.parametrize(("file", "experts", "top_k", "form"), SOURCES)
 def test_every_sample_is_simulated_as_it_lies_there(file: str, experts: int, top_k: int, form: str) -> None:
     assert form_of(SAMPLES / file).name == form
