@@ -12,6 +12,7 @@ import numpy as np
 from moesim.errors import UserError
 from moesim.kernels import KernelModel
 from moesim.kernels.families import FAMILY_OF
+from moesim.kernels.jitter import expected_most
 from moesim.parallel.memory import WORKSPACE_BYTES
 from moesim.recorded.layers import in_order
 from moesim.recorded.pricing import CHECK, GAP_S, OPTIMIZER, PricedOp, checked_kernels, prices, seconds_of
@@ -77,11 +78,14 @@ def step_estimate(
 ) -> StepEstimate:
     """The operations priced, dearest first, at the clock that the load of the step leaves under the power limit.
 
-    `ranks`: over which the step's wrapper spreads it; the operations are those of one of them alone.
+    `ranks`: over which the step's wrapper spreads it; the operations are those of one of them alone. Ranks meet in
+    every step, so that the slowest of their hosts launches for all.
     """
     planned = PLANS[ranks.wrapper](ops, len(ranks.ranks)) if ranks is not None and ranks.wrapper in PLANS else None
     ops = ops if planned is None else planned.ops
     at_load = at_step_load(ops, kernels)
+    if ranks is not None:
+        host = host.times(slowest_host(at_load, ranks=len(ranks.ranks)))
     found = prices(ops, at_load)
     gap_s = GAP_S
     if corrections is not None:
@@ -112,6 +116,14 @@ def step_estimate(
         host_s=sum(work.host_s for work in works),
         timeline=timeline(works, kernels.contention),
     )
+
+
+def slowest_host(kernels: KernelModel, *, ranks: int) -> float:
+    """How many times as long as on one rank the slowest of several hosts takes, in the mean.
+
+    What wrappers do was measured on two ranks, with the slower of their hosts in it.
+    """
+    return 1.0 + kernels.jitter.host * expected_most(ranks)
 
 
 def scalable_share(ops: Sequence[RecordedOp], kernels: KernelModel) -> tuple[float, tuple[str, ...]] | None:

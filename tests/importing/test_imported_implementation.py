@@ -18,7 +18,7 @@ from moesim.kernels import kernel_model
 from moesim.parallel.memory import memory_report
 from moesim.parallel.memory_rows import even_rows
 from moesim.program.scenario_fabric import node_fabric
-from moesim.recorded.estimate import HOST, step_estimate, step_peak
+from moesim.recorded.estimate import HOST, slowest_host, step_estimate, step_peak
 from moesim.recorded.layers import DENSE, MOE
 from moesim.recorded.scaling import scaled, updating
 from moesim.recorded.scenario_peak import recorded_memory
@@ -321,7 +321,8 @@ def test_layers_in_shards_cost_the_host_what_fully_shard_does(
     """A small step whose host sets the pace, much of it by what the wrapper does for each unit in each pass."""
     sizes = sizes_of(first, where="it")
     short = scaled(first, sizes, replace(sizes, sequences=1, sequence_length=2048))
-    kernels, host = kernel_model("h100"), HOST.times(factor)
+    kernels = kernel_model("h100")
+    host = HOST.times(factor / slowest_host(kernels, ranks=4))  # the scenario's hosts are alike
     ranks = Ranks(wrapper=FSDP2, fabric=node_fabric(kernels, gpu="h100", ranks=4), ranks=(0, 1, 2, 3))
     predicted = step_estimate(short, kernels, host=host, ranks=ranks)
     without = step_estimate(short, kernels, host=host._replace(unit=0.0), ranks=ranks)
