@@ -26,7 +26,7 @@ workload:
     kind: poisson
     rate: 600.0
     input: {kind: fixed, tokens: 600}
-    output: {kind: fixed, tokens: 20}
+    output: {kind: fixed, tokens: 8}
   slo: {ttft: 0.05, tpot: 0.0025}
 alternative: {model: {preset: deepseek-moe-16b, layers: 1}, source: made for this test}
 """

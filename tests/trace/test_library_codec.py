@@ -5,7 +5,9 @@ import json
 import lzma
 import tracemalloc
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -273,12 +275,19 @@ def test_an_array_that_unpacks_to_more_than_it_says_is_not_unpacked(tmp_path: Pa
 
 def library(folder: Path) -> Path:
     """A library of one entry; the path of its file."""
-    path = folder / file_of(FACTS["name"])
-    write_entry(
-        path, made_trace(RouterShape(kind="deepseek_moe", num_experts=8, top_k=2), columns=2), facts=FACTS, ratio=2.0
-    )
-    assert write_index(folder) == 1
-    return path
+    for name, content in _library().items():
+        (folder / name).write_bytes(content)
+    return folder / file_of(FACTS["name"])
+
+
+@cache
+def _library() -> dict[str, bytes]:
+    """The files of that library, written once."""
+    made = made_trace(RouterShape(kind="deepseek_moe", num_experts=8, top_k=2), columns=2)
+    with TemporaryDirectory() as folder:
+        write_entry(Path(folder) / file_of(FACTS["name"]), made, facts=FACTS, ratio=2.0)
+        assert write_index(Path(folder)) == 1
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
 @pytest.mark.parametrize("name", ["8x2/a/seed0", "8x2/a", "8x2/b", "8x2/b/seed0", "library:8x2/b"])
