@@ -22,7 +22,7 @@ from moesim.program.collectives import Peers, SideBySide, set_of_place
 from moesim.program.operations import Transfer
 from moesim.program.scenario_fabric import dispatch_sharing, sharing_model
 from moesim.scenario import Scenario
-from moesim.scenario.dispatch import DIRECT, Deduplicate
+from moesim.scenario.dispatch import DIRECT
 from moesim.scenario.stages import fewest_sms
 
 IntArray = NDArray[np.int64]
@@ -99,11 +99,8 @@ def group_loads(
         _expert_group(
             scenario,
             fabric,
-            samples,
-            group=group * count + index,
-            stage=stage,
-            layers=layers,
-            ranks_R=ranks_R[members],
+            [_count(scenario, samples, group=group * count + index, stage=stage, layer=layer) for layer in layers],
+            ranks_R[members],
             compiled=compiled,
         )
         for index, members in enumerate(places)
@@ -147,26 +144,24 @@ def _shared_rows(
     What arrived at one of them goes to the others, and the partial sums for it come back, as library calls with uneven
     shares: every copy once to every other slice.
     """
-    slices, hidden, dispatch = Peers(scenario.parallelism.expert_tensor), scenario.model.row_width, scenario.dispatch
+    slices = Peers(scenario.parallelism.expert_tensor)
     places = list(slices.places(len(ranks_R)))
     micro_batches, samples, ranks = loads.copies_in_MSR.shape
     copies_QR = loads.copies_in_MSR.reshape(-1, ranks)
     moved_M = loads.copies_in_MSR.sum(axis=2).mean(axis=1) * (slices.size - 1.0)
-    sizes = token_bytes(hidden, dispatch.dtype), token_bytes(hidden, dispatch.combine_dtype)
     gathers, scatters = [], []
     for members in places:
         others_EE = 1.0 - np.eye(slices.size)
         copies_QEE = copies_QR[:, members, None] * others_EE
-        common: dict[str, Any] = {
-            "algorithm": DIRECT.name,
-            "ranks": ranks_R[members],
-            "model": sharing_model(scenario.network, fabric, ranks_R[members]),
-            "compiled": compiled,
-        }
-        out = prepare_dispatch(fabric, [copies_QEE], token_bytes=sizes[0], **common)
-        back = prepare_combine(fabric, [copies_QEE], token_bytes=sizes[1], **common)
-        gathers.append(out.parts(micro_batches))
-        scatters.append(back.parts(micro_batches))
+        model = sharing_model(scenario.network, fabric, ranks_R[members])
+        out, back = _both_ways(
+            scenario, fabric, [copies_QEE], micro_batches,
+            algorithm=DIRECT.name, ranks=ranks_R[members], model=model, compiled=compiled,
+        )  # fmt: skip
+        gathers.append(out)
+        scatters.append(back)
+
+    sizes = _token_bytes(scenario)
 
     def together(sets: Sequence[Sequence[Transfer]], size: float) -> tuple[Transfer, ...]:
         return tuple(
@@ -189,27 +184,9 @@ def _shared_rows(
 
 
 def _expert_group(
-    scenario: Scenario,
-    fabric: Fabric,
-    samples: Sequence[RoutingSample],
-    *,
-    group: int,
-    stage: int,
-    layers: Sequence[int],
-    ranks_R: IntArray,
-    compiled: bool | None,
+    scenario: Scenario, fabric: Fabric, counted: Sequence["_Counted"], ranks_R: IntArray, *, compiled: bool | None
 ) -> LayerLoads:
-    """The loads of one expert group; see group_loads."""
-    placement, deduplicate = samples[0].placement, scenario.dispatch.deduplicate
-    counted = [
-        _count(
-            [sample.arrays(group, layer, stage=stage) for sample in samples],
-            placement,
-            deduplicate,
-            tokens=scenario.tokens_per_rank,
-        )
-        for layer in layers
-    ]
+    """The loads of one expert group, of several layers one behind the other."""
     dispatch_M: list[Transfer] = []
     combine_M: list[Transfer] = []
     at_once = max(1, int(BYTES_AT_ONCE / max(1, sum(stage.nbytes for stage in counted[0].stages_MSRR))))
@@ -243,9 +220,9 @@ class _Counted(NamedTuple):
     spread_S: tuple[bool, ...]
 
 
-def _count(
-    arrays_S: Sequence[LayerTraffic], placement: ExpertPlacement, deduplicate: Deduplicate, *, tokens: int
-) -> _Counted:
+def _count(scenario: Scenario, samples: Sequence[RoutingSample], *, group: int, stage: int, layer: int) -> _Counted:
+    placement, deduplicate, tokens = samples[0].placement, scenario.dispatch.deduplicate, scenario.tokens_per_rank
+    arrays_S = [sample.arrays(group, layer, stage=stage) for sample in samples]
     held_S = [held_copies(arrays, placement, deduplicate, tokens=tokens) for arrays in arrays_S]
     held_MSRD = np.stack(held_S, axis=1)
     stages_S = [stage_copies(arrays, placement, deduplicate, tokens=tokens) for arrays in arrays_S]
@@ -279,19 +256,33 @@ def _transfers(
     compiled: bool | None,
 ) -> tuple[tuple[Transfer, ...], tuple[Transfer, ...]]:
     """Dispatch and combine of every layer and micro-batch, prepared together; all samples in lockstep."""
-    dispatch, hidden = scenario.dispatch, scenario.model.row_width
-    micro_batches, _, ranks = own_MSR.shape
-    stages_QRR = [stage_MSRR.reshape(-1, ranks, ranks) for stage_MSRR in stages_MSRR]
+    dispatch, (micro_batches, _, ranks) = scenario.dispatch, own_MSR.shape
     # An implementation that reads counts back has exchanged them first: nobody sends before the last has come.
-    common: dict[str, Any] = {
-        "algorithm": dispatch.algorithm,
-        "ranks": ranks_R,
-        "own_copies_R": own_MSR.reshape(-1, ranks),
-        "model": dispatch_sharing(scenario.network, fabric, ranks_R, dispatch.algorithm),
-        "sms": dispatch.sms(fewest_sms(scenario.cluster, scenario.parallelism, ranks_R.tolist())),
-        "synchronised": scenario.implementation.switches.counts,
-        "compiled": compiled,
-    }
-    out = prepare_dispatch(fabric, stages_QRR, token_bytes=token_bytes(hidden, dispatch.dtype), **common)
-    back = prepare_combine(fabric, stages_QRR, token_bytes=token_bytes(hidden, dispatch.combine_dtype), **common)
-    return out.parts(micro_batches), back.parts(micro_batches)
+    return _both_ways(
+        scenario,
+        fabric,
+        [stage_MSRR.reshape(-1, ranks, ranks) for stage_MSRR in stages_MSRR],
+        micro_batches,
+        algorithm=dispatch.algorithm,
+        ranks=ranks_R,
+        own_copies_R=own_MSR.reshape(-1, ranks),
+        model=dispatch_sharing(scenario.network, fabric, ranks_R, dispatch.algorithm),
+        sms=dispatch.sms(fewest_sms(scenario.cluster, scenario.parallelism, ranks_R.tolist())),
+        synchronised=scenario.implementation.switches.counts,
+        compiled=compiled,
+    )
+
+
+def _token_bytes(scenario: Scenario) -> tuple[float, float]:
+    """Of a token on its way to the experts, and on its way back."""
+    width, dispatch = scenario.model.row_width, scenario.dispatch
+    return token_bytes(width, dispatch.dtype), token_bytes(width, dispatch.combine_dtype)
+
+
+def _both_ways(
+    scenario: Scenario, fabric: Fabric, copies: Sequence[NDArray[np.float64]], micro_batches: int, **how: Any
+) -> tuple[tuple[Transfer, ...], tuple[Transfer, ...]]:
+    """There and back, by micro-batch."""
+    there, back = _token_bytes(scenario)
+    out = prepare_dispatch(fabric, copies, token_bytes=there, **how).parts(micro_batches)
+    return out, prepare_combine(fabric, copies, token_bytes=back, **how).parts(micro_batches)
