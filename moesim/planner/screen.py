@@ -26,7 +26,7 @@ from moesim.planner.layer_times import (
 )
 from moesim.program.collectives import Reduction
 from moesim.program.operations import Operation
-from moesim.program.optimizer import optimizer_block
+from moesim.program.outside_layers import optimizer_block
 from moesim.program.parameters import ParameterGroups
 from moesim.program.scenario_fabric import scenario_fabric
 from moesim.program.software import kernel_list

@@ -23,7 +23,7 @@ from moesim.program.contention import find_contention, shared_ports
 from moesim.program.host import FREE_HOST, HostModel
 from moesim.program.loads import RoutingSample, group_loads
 from moesim.program.operations import Block, Run
-from moesim.program.optimizer import optimizer_block
+from moesim.program.outside_layers import optimizer_block
 from moesim.program.parameters import EarlyGather, ParameterGroups
 from moesim.program.rank_kinds import BlocksOf, RankKinds, equal_group_numbers
 from moesim.program.scenario_fabric import pays_for_compiled_loops

@@ -2,7 +2,7 @@
 
 Of a software whose facts are switches, each part is a module that asks for the settings of its own switches:
 `attention` (with `norms_and_rotary`), `permutation`, `networks`, `moe` (which puts these in order, behind its router)
-and `embedding_and_head`. What a setting means, which a software has, and what else a step asks of it stand in
+and `outside_layers`. What a setting means, which a software has, and what else a step asks of it stand in
 `moesim.scenario.software`.
 """
 
@@ -14,12 +14,12 @@ from typing import Protocol
 from moesim.kernels import HostCosts, KernelModel
 from moesim.kernels.unprofiled import ADDED_WIDE
 from moesim.program.attention import attention_part
-from moesim.program.embedding_and_head import embedding_part, head_part
 from moesim.program.host import FREE_HOST, HostModel, backward, forward
 from moesim.program.loads import LayerLoads
 from moesim.program.moe import moe_part
 from moesim.program.networks import dense_ffn_part
 from moesim.program.operations import Operation
+from moesim.program.outside_layers import embedding_part, head_part
 from moesim.program.recorded import RecordedKernels
 from moesim.program.sizes import Passes, Step, chain
 from moesim.program.writer import KernelWriter

@@ -8,7 +8,7 @@ from moesim.program import build_program
 from moesim.program.gemms import FusedCasts, column_parallel, fp8_casts, projection, row_parallel, weight_casts
 from moesim.program.networks import dense_ffn_part
 from moesim.program.operations import Kind, Operation
-from moesim.program.optimizer import optimizer_block
+from moesim.program.outside_layers import optimizer_block
 from moesim.program.sizes import Step
 from moesim.program.writer import KernelWriter
 from moesim.results.spans import Part, Phase
