@@ -19,7 +19,7 @@ SUSTAINED = "sustained"  # family of rows, and name of the fit to them
 _PRIOR = 0.05  # pull of every parameter towards its start: keeps what the data do not determine physical
 _HUBER = 0.1  # log seconds beyond which an error counts linearly
 MIN_ROWS = 8  # a class with fewer rows is left to the roofline
-_MIN_CLOCK_ROWS = 60  # fewer cannot tell the clock's effect from chance
+_MIN_CLOCK_ROWS = 20  # fewer cannot tell the clock's effect from chance
 _MAX_FIT_ROWS = 700  # the physics has ten parameters; more rows cost time and change nothing
 
 

@@ -28,7 +28,7 @@ from moesim.kernels.fitting import class_rows, fit_class
 from moesim.kernels.fp8 import PUBLISHED_ROWS
 from moesim.kernels.kernel_classes import Fit, KernelClass, kind_of
 from moesim.kernels.profile import Profile
-from moesim.kernels.report import TARGETS
+from moesim.kernels.report import TARGETS, held_out_rows
 from moesim.kernels.roofline import Roofline
 from moesim.scenario import gpu_spec
 
@@ -213,6 +213,14 @@ def test_stored_fits_are_what_fitting_gives_and_hold_on_rows_they_never_saw(h200
         seconds, _ = half.predict(half.kind.sizes(unseen))
         errors = np.abs(np.array([row["p50"] for row in unseen]) / seconds - 1.0)
         assert np.median(errors) < 0.05
+
+
+def test_memory_bound_rows_that_no_fit_saw_are_met() -> None:
+    """Every second shape of a list between the others, measured on an H100."""
+    h100 = load_profile("h100")
+    assert isinstance(h100, CalibratedModel)
+    (row,) = [row for row in held_out_rows(h100) if row.name == "memory_bound"]
+    assert row.count > 700 and row.median < 0.025 and row.p90 < 0.08
 
 
 def test_a_stored_fit_of_an_earlier_formula_is_made_anew(h200: CalibratedModel) -> None:

@@ -136,7 +136,7 @@ def test_rows_kept_out_of_the_fit_are_met() -> None:
             assert row.count > 100 and row.median < median and row.p90 < p90
     for direction, sort in itertools.product(GEMM_DIRECTIONS, ("large", "long")):
         row = found[f"grouped_gemm/fp8/{direction}/{sort}"]
-        assert row.count > 50 and row.median < 0.055 and row.p90 < 0.17
+        assert row.count > 50 and row.median < 0.03 and row.p90 < 0.09
     for direction in GEMM_DIRECTIONS:  # few rows and narrow outputs, on another H100 than most rows
         row = found[f"gemm/bf16/{direction}"]
         assert row.count >= 30 and row.median < 0.06 and row.p90 < 0.12
