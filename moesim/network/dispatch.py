@@ -171,7 +171,8 @@ def _prepare(
     stages = [np.asarray(c, dtype=np.float64).reshape(-1, len(chosen), len(chosen)) for c in copies_stages]
     if one_domain and len(stages) == 2 and not stages[1].any():  # nothing to fan out: the kernels for one node
         stages = stages[:1]
-    loopback = facts.passes_own_rows and len(stages) == 1 and own_copies_R is not None
+    has_ports = fabric.ladder is not None  # a list of links names none for rows that stay
+    loopback = facts.passes_own_rows and len(stages) == 1 and own_copies_R is not None and has_ports
     if loopback:
         own = np.asarray(own_copies_R, dtype=np.float64).reshape(-1, len(chosen))
         stages = [stages[0] + own[:, :, None] * np.eye(len(chosen))]

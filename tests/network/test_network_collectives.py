@@ -229,6 +229,19 @@ def test_no_port_passes_more_than_its_capacity_in_any_algorithm(model: str, comb
         assert (prepared.finish(start_R) >= least_R * (0.99 if model == "fluid" else 1 - 1e-3)).all(), algorithm
 
 
+@pytest.mark.parametrize("algorithm", [name for name, facts in DISPATCH.items() if not facts.gathers])
+@pytest.mark.parametrize("model", ["ports", "fluid", "exact"])
+def test_every_algorithm_runs_over_links_of_ones_own(algorithm: str, model: str) -> None:
+    """A star: the busiest port has three quarters of the rows, at its rate or less; rows that stay take no link."""
+    copies_RR = np.full((4, 4), 100.0)
+    stages = [copies_RR * (1 - np.eye(4)), np.zeros((4, 4))][: 2 if DISPATCH[algorithm].fans_out else 1]
+    for prepare in (prepare_dispatch, prepare_combine):
+        seconds = prepare(
+            star(4), stages, token_bytes=1e7, algorithm=algorithm, own_copies_R=copies_RR.diagonal(), model=model
+        ).alone_R.max()  # fmt: skip
+        assert 3.0 <= seconds < 3.2
+
+
 def test_low_latency_goes_over_nics_inside_a_node_too() -> None:
     fabric = make_fabric(1)
     copies = [np.full((8, 8), 128.0)]
