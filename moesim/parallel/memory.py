@@ -13,6 +13,7 @@ Memory of one rank at one instant:
     allocator    memory.allocator_overhead of the four above
     workspace    what the libraries of matrix products keep for themselves
     dispatch_library  what that of the dispatch keeps for what other ranks write (`moesim.scenario.dispatch_buffers`)
+    communicators  those that the layout has beyond the ones in memory.reserved
     reserved     memory.reserved
 
 Which of them exist together is told moment by moment: `memory_phases`.
@@ -43,7 +44,7 @@ from moesim.parallel.traffic import token_bytes
 from moesim.scenario import Scenario
 from moesim.scenario.base import BYTES_PER_ELEMENT
 from moesim.scenario.dispatch import DISPATCH
-from moesim.scenario.dispatch_buffers import BufferSizes
+from moesim.scenario.dispatch_buffers import BufferSizes, no_buffers
 from moesim.scenario.model import Mla
 from moesim.scenario.stages import pools_of_ranks
 from moesim.schedules import Pass, Schedule, build_schedule
@@ -61,6 +62,10 @@ class OfLoss(NamedTuple):
 
 
 LOSSES = {"fused": OfLoss(0.0, 0.5), "fp32": OfLoss(2.0, 1.0), "parallel": OfLoss(0.5, 1.0)}
+# Of NCCL, with the buffers that its first collective makes, beyond the four that memory.reserved was measured with: two
+# H100s, NCCL 2.28.9 (tests/data/fused_peaks_h100.json.gz); the second of all-to-alls and messages.
+COMMUNICATOR_BYTES, OF_MESSAGES_BYTES = 0.51e9, 0.61e9
+COMMUNICATORS_RESERVED = 4
 LEAST_OF_LIST = 0.5  # of what moves, below which no recording takes it
 # Gradients of single parts, to the states that they are of.
 MADE_OF = {
@@ -578,6 +583,20 @@ class _PipelineRank:
         )
         return algorithm.buffers(sizes)
 
+    @property
+    def _communicators(self) -> float:
+        """One for each set of ranks that the layout makes: those that reduce, share layers, exchange rows, and stages.
+
+        Rows that a library of its own carries need none of NCCL.
+        """
+        mesh, has_moe = self.scenario.parallelism, bool(self.scenario.model.experts)
+        dense, expert = holders(self.scenario, replicas=self.schedule.num_replicas)
+        own_library = DISPATCH[self.scenario.dispatch.algorithm].buffers is not no_buffers
+        of_sums = sum(ranks > 1 for ranks in (dense, expert * has_moe, mesh.tensor, mesh.context))
+        of_messages = (mesh.pipeline > 1) + (mesh.expert * mesh.expert_tensor > 1 and has_moe and not own_library)
+        more = max(0, of_sums + of_messages - COMMUNICATORS_RESERVED)
+        return min(more, of_messages) * OF_MESSAGES_BYTES + max(0, more - of_messages) * COMMUNICATOR_BYTES
+
     def _moving_SW(self, phase: Phase) -> FloatArray:
         """Bytes of a phase that move, as a recording has them where there is one and activations are kept."""
         moving_SW = np.broadcast_to(np.asarray(phase.moving_SW, dtype=np.float64), self._shape)
@@ -588,7 +607,8 @@ class _PipelineRank:
 
     def _phase_SW(self, phase: Phase) -> FloatArray:
         memory = self.scenario.memory
-        held = sum(self._states(phase).values()) + self._workspace + self._dispatch_library + memory.reserved
+        libraries = self._workspace + self._dispatch_library + self._communicators
+        held = sum(self._states(phase).values()) + libraries + memory.reserved
         return np.asarray(held + (1 + memory.allocator_overhead) * self._moving_SW(phase))
 
     @cached_property
@@ -620,6 +640,7 @@ class _PipelineRank:
             "allocator": memory.allocator_overhead * total,
             "workspace": self._workspace,
             "dispatch_library": self._dispatch_library,
+            "communicators": self._communicators,
             "reserved": memory.reserved,
         }
         everything = {**states, **moving, **other}

@@ -145,6 +145,7 @@ KEYS = {
     "reduction": "parallelism.zero",
     "workspace": "memory.reserved",
     "dispatch_library": "dispatch.algorithm",
+    "communicators": "parallelism",
     "reserved": "memory.reserved",
 }
 MUCH_PADDING = 0.5  # of the computed rows: then they are the cause

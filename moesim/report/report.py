@@ -36,6 +36,7 @@ _KIND_OF_PART = {
     "allocator": "allocator",
     "workspace": "reserved",
     "dispatch_library": "reserved",
+    "communicators": "reserved",
     "reserved": "reserved",
 }
 

@@ -37,7 +37,8 @@ from moesim.scenario.stages import micro_batches_of_pools, stage_lengths
 from moesim.schedules import PLAIN, SCHEDULES, ScheduleFacts
 
 # Measured on two H200 (torch 2.11, CUDA 13): 0.74 GB for the context and the kernels of matrix products and attention,
-# 1.5 GB for the first NCCL communicator, 0.3 GB for each of three more, 0.47 GB for the first all-to-all.
+# 1.5 GB for the first NCCL communicator, 0.3 GB for each of three more, 0.47 GB for the first all-to-all; on two H100s
+# 0.74, 0.89, 0.51 and 0.47 GB, which is as much.
 RESERVED_BYTES = 3.6e9
 # Measured likewise, as peak reserved / peak allocated - 1 of the activations of a 28-layer MoE whose rows differ by
 # 10 to 30 % from layer to layer: 0.11 with PyTorch's allocator as it comes, 0.014 with expandable segments.

@@ -1,11 +1,15 @@
-"""Buffers of dispatch libraries: hand-counted sizes, and what a scenario's memory holds of them."""
+"""Buffers of dispatch libraries and communicators: hand-counted sizes, and what a scenario's memory holds of them."""
+
+import gzip
 
 import pytest
+from fused_peak_table import DATA
 
 import moesim
-from moesim.parallel.memory import memory_report
+from moesim.parallel.memory import COMMUNICATOR_BYTES, OF_MESSAGES_BYTES, memory_report
 from moesim.parallel.memory_rows import even_rows
 from moesim.scenario.dispatch_buffers import BufferSizes, deepep_buffers, hybrid_ep_buffers
+from moesim.strict_json import parse_json
 
 NEAR = BufferSizes(tokens=4096, width=7168, dispatched=1.0, ranks=8, domain=8, experts=256, sms=20)
 V3 = BufferSizes(tokens=4096, width=7168, dispatched=1.0, ranks=64, domain=8, experts=256, sms=20)
@@ -43,3 +47,22 @@ def test_a_scenario_holds_those_of_its_algorithm(algorithm: str, has: bool) -> N
         "two-nodes-hierarchical", {"dispatch": dispatch, "parallelism.expert": 1, "memory.check": "warn"}
     )
     assert "dispatch_library" not in memory_report(alone, even_rows(alone)).parts[0]
+
+
+def test_a_communicator_takes_what_was_measured() -> None:
+    """A new group, and what its first collective makes."""
+    found = parse_json(gzip.decompress(DATA.read_bytes()))["libraries"]["found"]
+    after = [size for _, size in found]
+    for number, (name, size) in enumerate(found):
+        if name.startswith("one more communicator, "):
+            of_messages = name.endswith(("all_to_all", "p2p"))
+            expected = OF_MESSAGES_BYTES if of_messages else COMMUNICATOR_BYTES
+            assert size - after[number - 2] == pytest.approx(expected, rel=0.02), name
+
+
+def test_layouts_with_many_sets_of_ranks_have_more_communicators() -> None:
+    """Mixtral on 128 GPUs: two reductions, all-to-alls and stages; with tensor ranks one more."""
+    four = moesim.load_scenario("mixtral-8x22b-128xh100")
+    assert "communicators" not in memory_report(four, even_rows(four)).parts[0]
+    five = moesim.load_scenario("mixtral-8x22b-tp-folding")
+    assert memory_report(five, even_rows(five)).parts[0]["communicators"] == OF_MESSAGES_BYTES
