@@ -145,8 +145,8 @@ class StepCosts:
         slowest = int(np.argmax(projections_D + attention_D))
         experts, exchange = self._experts(routed_D, generated_D)
         longest = float(tokens_D.max())
-        reduces = 2 * model.layers * float(np.interp(longest, self.tokens_G, self.reduce_G))
-        sends = (mesh.pipeline - 1) * float(np.interp(longest, self.tokens_G, self.send_G))
+        reduces = 2 * model.layers * float(np.interp(longest, self._tokens_G, self.reduce_G))
+        sends = (mesh.pipeline - 1) * float(np.interp(longest, self._tokens_G, self.send_G))
         ended_D = generated_D + np.array([len(each.chunks) for each in formed])
         if software.routes_filling:
             ended_D = np.minimum(software.filled(ended_D), max(self.scenario.engine.running, int(ended_D.max())))

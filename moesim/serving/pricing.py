@@ -175,6 +175,7 @@ class AttentionTables:
         self.software = pricing.software
         self._of = {"": self._from_pages, "gathered": self._gathered, "masked": self._masked}[self.software.paged]
         self.parameters = pricing.attention(f"{kind}/{scenario.workload.kv}")
+        self._shape_of: dict[int, KeyShape] = {}  # by rows of a request
         self.length_G = np.unique(np.geomspace(16, 1 << 20, 33).round())
         sizes = partial(Attention, batch=1, heads=heads, kv_heads=kv_heads, head_dim=dim, value_dim=value_dim)
         self._prompt_G = np.array([float(pricing.seconds(sizes(sequence=length))) for length in self.length_G])
@@ -198,10 +199,14 @@ class AttentionTables:
 
     def one_layer(self, keys_D: IntArray, requests_D: IntArray, rows: int) -> FloatArray:
         """Seconds [D] of one layer for generated tokens of so many requests that see so many keys together."""
-        several = replace(self.shape, key_flops=rows * self.shape.key_flops, query_bytes=rows * self.shape.query_bytes)
+        shape = self.shape
+        if rows not in self._shape_of:
+            several = replace(shape, key_flops=rows * shape.key_flops, query_bytes=rows * shape.query_bytes)
+            self._shape_of[rows] = several
         mean_D = keys_D / np.maximum(requests_D, 1)
         return np.asarray(
-            np.where(keys_D > 0, attention_seconds(self.parameters, several, requests_D, mean_D), 0.0), dtype=float
+            np.where(keys_D > 0, attention_seconds(self.parameters, self._shape_of[rows], requests_D, mean_D), 0.0),
+            dtype=float,
         )
 
     def _gathered(self, formed: Sequence[Formed]) -> FloatArray:
