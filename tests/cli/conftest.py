@@ -40,8 +40,9 @@ class Answer:
 
 
 @pytest.fixture
-def scenario(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def scenario(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few_tokens: None) -> Path:
     """The file of the small scenario; the working directory and the cache are empty folders of the test."""
+    del few_tokens
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MOESIM_CACHE", str(tmp_path / "cache"))
     path = tmp_path / "small.yaml"
