@@ -1,17 +1,29 @@
-"""The HTML report: complete, self-contained, and deaf to hostile names."""
+"""The HTML report: complete, self-contained, and deaf to hostile names.
+
+Behind it the whole step (the pipeline as it ran, and the memory of its ranks), and the placement of experts: the map
+with its copies, loads before and after, and facts on both screens.
+"""
 
 import dataclasses
+import io
 import re
+from collections import Counter
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import numpy as np
 import pytest
 
 from moesim.report import facts
 from moesim.report.categories import CATEGORIES as DRAWN
-from moesim.report.report import render
-from moesim.results.spans import CATEGORIES
+from moesim.report.facts import placement
+from moesim.report.placement_view import copies_of_slots, slot_map
+from moesim.report.report import PARTS, by_kind, render
+from moesim.report.run_view import print_facts
+from moesim.report.timeline import BACKWARD, FORWARD, INPUT, PAIR, WEIGHT, gantt, idle_share
+from moesim.results import CATEGORIES
 from moesim.results.store import RunRecord
+from moesim.run import simulate
 
 LARGEST_FILE = 8_000_000
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>&amp;"
@@ -170,3 +182,143 @@ def test_trace_imbalance_is_the_busiest_expert_over_the_mean(make_record) -> Non
     ids = trace.final.expert_ids_LSTK[0].ravel()
     expected = max(np.count_nonzero(ids == e) for e in range(64)) / (len(ids) / 64)
     assert facts.trace_imbalance(trace)[trace.final.step][0] == pytest.approx(expected, rel=1e-12)
+
+
+def pipeline_of(small, kind: str):
+    return simulate(
+        small(
+            {
+                "cluster": {"gpu": "h200", "nodes": 1, "gpus_per_node": 4},
+                "parallelism": {"data": 2, "pipeline": 2, "expert": 2, "schedule": {"kind": kind}},
+                "workload": {"sequence_length": 1024, "micro_batch": 1, "global_batch": 8},
+            }
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "passes"),
+    [
+        ("1f1b", {FORWARD: 8, BACKWARD: 8}),
+        ("zb_h1", {FORWARD: 8, INPUT: 8, WEIGHT: 8}),
+        ("gpipe", {FORWARD: 8, BACKWARD: 8}),
+    ],
+)
+def test_the_chart_holds_every_pass_once(small, kind: str, passes: dict[str, int]) -> None:
+    bars = gantt(pipeline_of(small, kind).pipeline_spans)
+    counted = Counter(bar.kind for bar in bars if bar.kind in (FORWARD, BACKWARD, INPUT, WEIGHT, PAIR))
+    assert counted == passes
+    for rank in range(2):
+        own = sorted((bar.start, bar.finish) for bar in bars if bar.pipeline_rank == rank and bar.micro_batches)
+        assert all(before[1] <= after[0] + 1e-12 for before, after in pairwise(own))
+
+
+def test_pairs_are_drawn_as_pairs(small) -> None:
+    bars = gantt(pipeline_of(small, "dualpipe").pipeline_spans)
+    pairs = [bar for bar in bars if bar.kind == PAIR]
+    assert pairs
+    assert all(len(bar.micro_batches) == 2 for bar in pairs)
+
+
+def test_gaps_of_the_chart_are_the_bubble_of_the_attribution(small) -> None:
+    """Attribution also counts gaps inside actions, p2p sends apart; here both are small beside the schedule's gaps."""
+    record = pipeline_of(small, "gpipe")
+    bars = gantt(record.pipeline_spans)
+    seconds_CPW = record.arrays["attribution_CW"].reshape(len(CATEGORIES), 2, -1)
+    waiting_P = seconds_CPW[[CATEGORIES.index(name) for name in ("bubble", "pipeline")]].sum(axis=0).mean(axis=1)
+    passes = [bar for bar in bars if bar.micro_batches]
+    length = max(bar.finish for bar in passes) - min(bar.start for bar in passes)
+    idle_P = np.array([idle_share(bars, pipeline_rank=rank) * length for rank in range(2)])
+    assert idle_P == pytest.approx(waiting_P, rel=0.15)
+
+
+def test_the_report_of_a_pipeline_shows_it(small) -> None:
+    record = pipeline_of(small, "1f1b")
+    page = render(record)
+    assert 'id="pipeline-plot"' in page
+    assert "under the 1f1b schedule" in page
+    peaks = record.result["memory"]["peak_bytes_by_pipeline_rank"]
+    for peak in peaks:
+        assert facts.bytes_column(peaks)(peak) in page
+
+
+def test_without_a_pipeline_there_is_no_chart_but_memory(make_record) -> None:
+    page = render(make_record())
+    assert 'id="pipeline-plot"' not in page
+    assert 'id="memory-plot"' in page
+    assert "88 % of the routing samples fit" in page
+
+
+def test_every_part_of_memory_has_a_kind(small) -> None:
+    memory = pipeline_of(small, "dualpipe").result["memory"]
+    for parts, peak in zip(memory["parts_bytes_by_pipeline_rank"], memory["peak_bytes_by_pipeline_rank"], strict=True):
+        kinds = by_kind(parts)
+        assert set(kinds) == set(PARTS)
+        assert sum(kinds.values()) == pytest.approx(peak, rel=1e-9)
+
+
+def test_the_memory_line_names_the_fullest_rank(make_record) -> None:
+    result = make_record().result
+    memory = result["memory"] | {
+        "peak_bytes_by_pipeline_rank": [40e9, 50e9],
+        "capacity_bytes_by_pipeline_rank": [80e9, 80e9],
+        "fullest_pipeline_rank": 1,
+    }
+    line = facts.memory(result | {"memory": memory})
+    assert (line.value, line.note) == ("50 GB", "of 80 GB on pipeline rank 1; 88 % of samples fit")
+
+
+HOT = {"routing": {"kind": "popularity", "counts": [40, *[1] * 15]}}
+COPIES = {"placement": {"kind": "eplb", "redundant_experts": 4}}
+
+
+_simulated: list[RunRecord] = []
+
+
+@pytest.fixture
+def records(small) -> list[RunRecord]:
+    if not _simulated:
+        _simulated.extend(simulate(small(HOT | changes)) for changes in ({}, COPIES))
+    return _simulated
+
+
+def test_copies_are_counted_per_layer_and_empty_slots_are_none() -> None:
+    slots_LZ = np.array([[0, 1, 0, -1, 2], [2, 1, 0, 1, 1]])
+    assert copies_of_slots(slots_LZ).tolist() == [[2, 1, 2, 0, 1], [1, 3, 1, 3, 3]]
+
+
+def test_the_map_shows_every_slot_once(records) -> None:
+    slots_LDP = records[1].arrays["placement_LDP"].astype(int)
+    assert slots_LDP.shape == (3, 4, 5)  # layers with a router, ranks, slots of a rank
+    figure = slot_map(slots_LDP, first_layer=1)
+    (heat,) = figure.data
+    assert list(heat.y) == [1, 2, 3]
+    np.testing.assert_array_equal(heat.customdata[..., 0], slots_LDP.reshape(3, 20))
+    np.testing.assert_array_equal(heat.customdata[0, :, 1], np.repeat(np.arange(4), 5))
+    np.testing.assert_array_equal(np.minimum(heat.customdata[..., 2], 5), heat.z)
+    assert len(figure.layout.shapes) == 3  # between four ranks
+
+
+def test_the_section_is_there_where_experts_are_placed(records) -> None:
+    plain, placed = map(render, records)
+    for name in ("placement", "rank-load-before", "rank-load-after"):
+        assert f'id="{name}-plot"' in placed and f'id="{name}-plot"' not in plain
+
+
+def test_the_facts_say_what_was_gained(records) -> None:
+    plain, placed = (record.result for record in records)
+    assert placement(plain) == []
+    found = {fact.label: fact.value for fact in placement(placed)}
+    assert found["placement"] == "eplb" and found["copies"] == "4"
+    facts = placed["placement"]
+    assert facts["slots"] == 20 and facts["experts"] == 16 and facts["slots_per_rank"] == 5
+    assert facts["placing_sequences"] + facts["simulated_sequences"] == plain["placement"]["simulated_sequences"]
+    assert facts["rank_rows_contiguous"] > placed["imbalance"]["rank_rows"]
+    assert facts["rank_rows_contiguous"] == pytest.approx(plain["imbalance"]["rank_rows"], rel=0.05)
+    screen = io.StringIO()
+    print_facts(placed, file=screen, width=120)
+    assert "ranks, contiguous" in screen.getvalue() and "their gradients" in screen.getvalue()
+
+
+def test_results_of_before_have_no_placement(records) -> None:
+    assert placement({key: value for key, value in records[1].result.items() if key != "placement"}) == []
