@@ -5,7 +5,7 @@ same plan: the screen and the search are made again or read back, finished simul
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +140,7 @@ def _content(
         "routing": ranking[0].result["router"],  # the same for all layouts, but for what is stated for their ranks
         "why": why(ranking),
         "sensitivity": sensitivity(folder, work, ranking),
-        "screen_error": None if error is None else error.as_json(),
+        "screen_error": None if error is None else asdict(error),
         "baseline": baseline(folder, ranking[0], progress=callbacks.screening),
         "software": software_facts(plan.implementation),
         "warnings": [

@@ -4,7 +4,7 @@ The last is where the seconds and the money of two layouts differ, and what woul
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -85,10 +85,6 @@ class ScreenError:
     worst: float
     bias: float
     rank_correlation: float | None
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
 
 
 def screen_error(

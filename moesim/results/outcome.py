@@ -83,10 +83,6 @@ class ErrorPart:
         grown = [math.log1p(self.share * math.expm1(error)) for error in (-self.log_error, self.log_error)]
         return -grown[0], grown[1]
 
-    def as_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
-
 
 def path_shares(
     source_seconds: Mapping[Basis, float], path_seconds: Mapping[str, float]
@@ -351,7 +347,7 @@ def _ranges(simulated: Simulated, routing: list[float] | None) -> dict[str, Any]
         "step_time_range_s": of_kernels if whole is None and simulated.trace is None else whole,
         "step_time_routing_range_s": routing,
         "step_time_kernel_range_s": of_kernels,
-        "step_time_errors": [part.as_json() for part in parts],
+        "step_time_errors": [asdict(part) for part in parts],
     }
 
 
