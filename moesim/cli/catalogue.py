@@ -384,12 +384,7 @@ def read_launch_of(args: argparse.Namespace, path: Path) -> "Reading":
         raise UserError(f"--gpus {args.gpus} is not a number of GPUs; use 1 or more")
     variables = _arguments(args.arguments or "") | _variables(args.variables)
     return read_megatron(
-        path,
-        gpu=args.gpu,
-        gpus=args.gpus,
-        variables=variables,
-        routing=args.routing,
-        overrides=args.overrides,
+        path, gpu=args.gpu, gpus=args.gpus, variables=variables, routing=args.routing, overrides=args.overrides
     )
 
 
