@@ -4,7 +4,7 @@ import gzip
 
 import numpy as np
 import pytest
-from fused_peak_table import DATA, as_scenario, peaks
+from fused_peak_table import DATA, as_scenario, peaks, predicted
 
 import moesim
 from moesim.parallel.memory import WORKSPACE_BYTES, memory_report
@@ -57,3 +57,12 @@ def test_a_graph_of_the_step_takes_workspaces_of_its_own_and_no_more() -> None:
         )
     )
     assert graphed == pytest.approx(plain + WORKSPACE_BYTES)
+
+
+def test_what_a_run_prints_covers_tensors_and_context_and_nearly_what_the_allocator_holds() -> None:
+    for peak in FOUND:
+        printed = predicted(peak.row["case"]["sizes"], memory={"check": "warn"}).peak_bytes
+        assert printed > peak.measured + peak.row["beside"], peak.name
+        assert printed > 0.95 * (peak.reserved + peak.row["beside"]), peak.name
+        if "error" not in peak.graph:
+            assert printed + WORKSPACE_BYTES > 0.95 * (peak.graph["reserved"] + peak.graph["beside"]), peak.name
