@@ -577,7 +577,7 @@ class _PipelineRank:
             width=scenario.model.row_width,
             dispatched=BYTES_PER_ELEMENT[scenario.dispatch.dtype],
             ranks=ranks,
-            domain=pool.spec.nvlink_domain or pool.gpus_per_node,
+            domain=scenario.cluster.trays_per_domain(pool) * pool.gpus_per_node,
             experts=scenario.model.experts,
             sms=scenario.dispatch.sms(pool.spec.sm_count) or algorithm.sms or 0.0,
         )

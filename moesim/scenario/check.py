@@ -272,6 +272,11 @@ def _check_dispatch(scenario: Scenario, report: Report) -> None:
         able = " or ".join(other.name for other in DISPATCH.values() if not other.avoids_nvlink)
         what = f"{facts.name} sends over NICs inside a node, too, and {kind.name} has none; use {able}"
         raise report.user("dispatch.algorithm", what)
+    without = [pool.gpu_name for pool in scenario.cluster.pools if not pool.spec.has_nvlink]
+    if facts.needs_nvlink and without and scenario.parallelism.expert > 1 and scenario.cluster.fabric.nvlink is None:
+        able = " or ".join(other.name for other in DISPATCH.values() if not other.needs_nvlink)
+        what = f"{facts.name} needs NVLink inside a node, which {without[0]} lacks; use {able}"
+        raise report.user("dispatch.algorithm", what)
     if facts.needs_one_domain and scenario.parallelism.expert > 1:
         _check_one_domain(scenario, report)
     if dispatch.deduplicate in facts.deduplicate:

@@ -76,7 +76,8 @@ class DispatchAlgorithm:
     its kernels take where the scenario says nothing; None: so many that they limit nothing. sharpness: of the bend
     between what the SMs and what the port give; None: as NCCL's. megatron: its words for
     Megatron-LM, the dispatcher's type and the flex dispatcher's backend. avoids_nvlink: NICs carry the messages
-    inside a node. needs_one_domain: a group's ranks must share an NVLink domain. passes_own_rows: inside one node,
+    inside a node. needs_one_domain: a group's ranks must share an NVLink domain. needs_nvlink: GPUs
+    without NVLink cannot run it inside a node. passes_own_rows: inside one node,
     rows that stay on their rank pass through its ports like others. moves_rows: its kernels read tokens where they lie
     and bring back sums, in the time that was measured of them. header_bytes: of every dispatched message.
     nvlink_share, nic_share: of the nominal bandwidth in long transfers; None: what NCCL reaches
@@ -96,6 +97,7 @@ class DispatchAlgorithm:
     megatron: tuple[str, str | None] | None = None
     avoids_nvlink: bool = False
     needs_one_domain: bool = False
+    needs_nvlink: bool = False
     passes_own_rows: bool = False
     moves_rows: bool = False
     header_bytes: float = 0.0
@@ -173,6 +175,7 @@ HIERARCHICAL = DispatchAlgorithm(
     sends="one copy per node",
     deduplicate=("per_node",),
     owns_sms=True,
+    needs_nvlink=True,
     sms=24.0,
     megatron=("flex", "deepep"),
     passes_own_rows=True,
@@ -198,6 +201,7 @@ HYBRID_EP = DispatchAlgorithm(
     deduplicate=("per_node",),
     two_sided=False,
     owns_sms=True,
+    needs_nvlink=True,
     sms=16.0,
     megatron=("flex", "hybridep"),
     moves_rows=True,
@@ -245,6 +249,7 @@ LOW_LATENCY_NVLINK = replace(
     name="low_latency_nvlink",
     about="the same, but over NVLink to peers of the node (DeepEP's low-latency kernels since June 2025)",
     avoids_nvlink=False,
+    needs_nvlink=True,
 )
 ONE_SIDED = DispatchAlgorithm(
     name="one_sided",
@@ -253,6 +258,7 @@ ONE_SIDED = DispatchAlgorithm(
     deduplicate=("per_rank", "per_expert"),
     two_sided=False,
     owns_sms=True,
+    needs_nvlink=True,
     needs_one_domain=True,
     nvlink_share=0.73,  # dispatch 0.72, combine 0.74
     kernels=Kernels(

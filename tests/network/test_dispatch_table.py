@@ -191,6 +191,17 @@ def test_hybrid_ep_sends_once_per_domain_and_fans_out() -> None:
         prepare_dispatch(make_fabric(2), [np.ones((16, 16))], token_bytes=1.0, algorithm="hybrid_ep")
 
 
+@pytest.mark.parametrize("algorithm", [name for name, facts in DISPATCH.items() if facts.needs_nvlink])
+def test_kernels_of_nvlink_need_nvlink(algorithm: str) -> None:
+    text = SMALL.replace("gpu: h200, nodes: 2", "gpu: l40s, nodes: 1").replace(
+        "data: 16, expert: 16", "data: 8, expert: 8"
+    )
+    line = f"dispatch: {{algorithm: {algorithm}, deduplicate: {DISPATCH[algorithm].deduplicate[0]}}}\n"
+    with pytest.raises(UserError, match="needs NVLink inside a node, which l40s lacks; use direct or low_latency or"):
+        load_scenario_text(text + line, source="f.yaml")
+    load_scenario_text(text.replace("gpu: l40s", "gpu: h100") + line, source="f.yaml")
+
+
 def test_messages_over_nics_need_nics() -> None:
     one = SMALL.replace("nodes: 2, gpus_per_node: 8", "nodes: 1, gpus_per_node: 8, fabric: {preset: nvlink_node}")
     one = one.replace("data: 16, expert: 16", "data: 8, expert: 8") + "dispatch: {deduplicate: per_expert, algorithm: "

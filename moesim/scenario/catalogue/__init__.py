@@ -24,9 +24,10 @@ class GpuSpec:
 
     `scaled_from` names the GPU whose measured kernels stand for its own, scaled; None: it is measured itself.
     `peak_flops` maps a number format to FLOP/s (a format that the chip lacks is absent), `nvlink_bandwidth` is bytes/s
-    per direction, `nvlink_domain` the GPUs of a rack that one NVSwitch fabric joins (None: those of a node),
-    `price_per_gpu_hour` the default rent in USD with its own source. `reached`: the share of the peak that large
-    products reach over that of `scaled_from`, by number format, where a run tells (others have that of bf16).
+    per direction (of its PCIe without `has_nvlink`), `nvlink_domain` the GPUs of a rack that one NVSwitch fabric joins
+    (None: those of a node), `price_per_gpu_hour` the default rent in USD with its own source. `reached`: the share of
+    the peak that large products reach over that of `scaled_from`, by number format, where a run tells (others have that
+    of bf16).
     """
 
     name: str
@@ -43,6 +44,7 @@ class GpuSpec:
     price_per_gpu_hour: float
     price_source: str
     reached: Mapping[str, float] | None = field(default=None, hash=False)
+    has_nvlink: bool = True
 
 
 _BOUNDS = {  # of the numbers of a GPU
@@ -99,10 +101,17 @@ def gpu_spec(name: str) -> GpuSpec:
             if isinstance(number, bool) or not isinstance(number, int | float) or not least <= number <= most:
                 text = f"must be between {least:g} and {most:g}, got {number!r}"
                 raise UserError(f"catalogue/gpus.yaml: {name}.{key}: {text}")
-    domain = entry.pop("nvlink_domain", None)
+    domain, has_nvlink = entry.pop("nvlink_domain", None), entry.pop("has_nvlink", True)
     peaks = {dtype: float(peak) for dtype, peak in entry.pop("peak_flops").items()}
     entry |= {key: float(value) for key, value in entry.items() if isinstance(value, int) and key != "sm_count"}
-    return GpuSpec(name=name, scaled_from=entry.pop("like", None), peak_flops=peaks, nvlink_domain=domain, **entry)
+    return GpuSpec(
+        name=name,
+        scaled_from=entry.pop("like", None),
+        peak_flops=peaks,
+        nvlink_domain=domain,
+        has_nvlink=has_nvlink,
+        **entry,
+    )
 
 
 def model_names() -> tuple[str, ...]:
@@ -173,6 +182,7 @@ def _spec(own: OwnGpu) -> GpuSpec:
         memory_bytes=like.memory_bytes if own.memory is None else own.memory,
         memory_bandwidth=like.memory_bandwidth if own.memory_bandwidth is None else own.memory_bandwidth,
         nvlink_bandwidth=like.nvlink_bandwidth if own.nvlink is None else own.nvlink,
+        has_nvlink=like.has_nvlink or own.nvlink is not None,
         sm_count=like.sm_count if own.sm_count is None else own.sm_count,
         price_per_gpu_hour=like.price_per_gpu_hour if own.price is None else own.price,
         source=f"scenario: {own.source or 'no source given'}; what it does not give: {like.source}",
