@@ -307,7 +307,8 @@ class SummingRecorder(SpanRecorder):
         super().__init__(rows=0, samples=samples, ranks=ranks)
         assert len(room.label_N) >= rows, "the longest action of all"
         self._write_into(room)
-        self._rows, self._sums, self._kept = rows, sums, kept
+        self._last = SpanRecorder(rows=rows, samples=samples, ranks=ranks)
+        self._sums, self._kept = sums, kept
         self._since_R = np.zeros(ranks)
 
     def _write_into(self, room: SpanRecorder) -> None:
@@ -317,8 +318,7 @@ class SummingRecorder(SpanRecorder):
     def stay(self) -> None:
         """The last action follows."""
         assert not self.count, "all actions before it were passed on"
-        samples, ranks = self._sums.since_SR.shape
-        self._write_into(SpanRecorder(rows=self._rows, samples=samples, ranks=ranks))
+        self._write_into(self._last)
 
     def pass_on(self) -> bool:
         """What is here goes on: all that comes begins later."""
