@@ -477,7 +477,7 @@ def _passing_recorders(
         if group.number in kept:
             whole = SpanRecorder(rows=program.rows(group), samples=1, ranks=ranks)
         sums = SpanSums(group.ranks_R, samples=program.samples, book=book, with_waits=with_waits)
-        rows = program.rows_at_once(group)
+        rows = program.rows_of_last(group)
         recorders.append(SummingRecorder(rows=rows, sums=sums, room=rooms[ranks], kept=whole))
     return recorders
 

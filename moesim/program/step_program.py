@@ -210,11 +210,16 @@ class StepProgram:
         return per_operation * group.num_operations + p2ps + self._rows_of_meetings
 
     def rows_at_once(self, group: GroupProgram) -> int:
-        """Most spans of one task, or of the last one and all that follows it, where the host is free."""
+        """Most spans of one task, where the host is free."""
         tasks = {(task.runs[0].block, task.runs[-1].block, len(task.runs)): task for task in group.tasks}.values()
         most = max(sum(len(run.block.operations) for run in task.runs) for task in tasks)
-        p2ps = max(len(task.receives) for task in group.tasks)
-        return most + p2ps + len(group.optimizer.operations) + self._rows_of_meetings
+        return most + max(len(task.receives) for task in group.tasks)
+
+    def rows_of_last(self, group: GroupProgram) -> int:
+        """Most spans of the last task and all that follows it, where the host is free."""
+        task = group.tasks[-1]
+        operations = sum(len(run.block.operations) for run in task.runs) + len(group.optimizer.operations)
+        return operations + len(task.receives) + self._rows_of_meetings
 
     @property
     def _rows_of_meetings(self) -> int:

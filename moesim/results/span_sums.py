@@ -298,14 +298,13 @@ class SpanSums:
 class SummingRecorder(SpanRecorder):
     """Holds the spans of the action at hand, and passes them on to sums.
 
-    `room`: the rows that all groups of so many ranks write into, one action after the other; rows of its own take the
-    last action's. `kept`: where the spans of sample 0 are kept whole, too.
+    `room`: the rows that all groups of so many ranks write into, one action after the other; `rows` of its own take the
+    last action and what follows it. `kept`: where the spans of sample 0 are kept whole, too.
     """
 
     def __init__(self, *, rows: int, sums: SpanSums, room: SpanRecorder, kept: SpanRecorder | None = None) -> None:
         samples, ranks = sums.since_SR.shape
         super().__init__(rows=0, samples=samples, ranks=ranks)
-        assert len(room.label_N) >= rows, "the longest action of all"
         self._write_into(room)
         self._last = SpanRecorder(rows=rows, samples=samples, ranks=ranks)
         self._sums, self._kept = sums, kept
