@@ -15,7 +15,6 @@ import pytest
 from hypothesis import HealthCheck, settings
 from packaging.requirements import Requirement
 
-from moesim.program import drawn_routing
 from moesim.scenario import Scenario, scenario_from_mapping
 
 # A shell that starts the tests in the background, or under nohup, has them ignore these; some tests send them.
@@ -138,6 +137,8 @@ def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
 
     In this process; others draw as many as users get.
     """
+    from moesim.program import drawn_routing  # with all below it, which tests of single modules do not wait for
+
     _, most = drawn_routing.SYNTHETIC_TOKENS
     monkeypatch.setattr(drawn_routing, "SYNTHETIC_TOKENS", (1, most))
 
