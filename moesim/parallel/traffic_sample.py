@@ -35,6 +35,8 @@ class TrafficSample:
     protected_BNU: NDArray[np.bool_]
     spread: bool = False
     _thin: dict[tuple[int, int, int], LayerTraffic] = field(init=False, default_factory=dict, repr=False)
+    # The latest model layer made of a thin one, which the counterfactual asks for next: from which, its number, it.
+    _latest: list[tuple[LayerTraffic, int, LayerTraffic]] = field(init=False, default_factory=list, repr=False)
 
     @property
     def num_micro_batches(self) -> int:
@@ -49,11 +51,12 @@ class TrafficSample:
     def balanced(self) -> "TrafficSample":
         """The same sample with every layer's copies and time of computing spread evenly (`LayerTraffic.balanced`).
 
-        It shares the counts of thin layers with this one, and spreads them after relabelling: a model layer decides
-        which copies stay on their own rank.
+        It shares the counts of thin layers and the latest model layer with this one, and spreads them after
+        relabelling: a model layer decides which copies stay on their own rank.
         """
         even = replace(self, spread=True)
         object.__setattr__(even, "_thin", self._thin)
+        object.__setattr__(even, "_latest", self._latest)
         return even
 
     def arrays(self, group: int, model_layer: int, *, stage: int = 0) -> LayerTraffic:
@@ -76,7 +79,10 @@ class TrafficSample:
         return np.array_equal(self.protected_BNU[:, data_R], self.protected_BNU[:, other_R])
 
     def _model_layer(self, thin: LayerTraffic, model_layer: int) -> LayerTraffic:
-        arrays = thin.relabel(self.sampler.relabellings[model_layer], self.placement)
+        if not self._latest or self._latest[0][:2] != (thin, model_layer):
+            arrays = thin.relabel(self.sampler.relabellings[model_layer], self.placement)
+            self._latest[:] = [(thin, model_layer, arrays)]
+        arrays = self._latest[0][2]
         return arrays.balanced(self.placement) if self.spread else arrays
 
     def map_of(self, model_layer: int) -> ExpertMap | None:
