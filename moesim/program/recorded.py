@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from moesim.errors import UserError
 from moesim.kernels import HostCosts, KernelModel
+from moesim.kernels.estimate import weakest
 from moesim.kernels.families import FAMILY_OF, GroupedGemm, error_family
 from moesim.program.attention import core_attention
 from moesim.program.gemms import collective, gather_tokens, scatter_tokens
@@ -331,7 +332,7 @@ class RecordedKernels:
             if (scaled := scaled_op(each, self.step.sizes, replace(to, given_rows=int(rows)))) is not None
         ]
         seconds = np.interp(rows_MSR, grid, [priced.seconds for priced in found])
-        return self._written(w, op, seconds, found[0].source)
+        return self._written(w, op, seconds, weakest(*(priced.source for priced in found)))
 
     def accumulation(self, w: KernelWriter, *, parameters: float, first: bool) -> list[Operation]:
         """Autograd adds the gradients of later micro-batches to those of the first."""

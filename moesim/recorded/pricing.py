@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from moesim.errors import UserError
 from moesim.kernels import KernelModel
+from moesim.kernels.estimate import weakest
 from moesim.kernels.families import Attention, Gemm, GroupedGemm, Kernel, MemoryBound
 from moesim.kernels.unprofiled import DROPOUT, OUTER_BATCH, ROW_BATCH, UNALIGNED, UNALIGNED_BATCH
 from moesim.recorded.memory_bound import MEMORY_BOUND, memory_kernels
@@ -82,7 +83,7 @@ def _priced(op: RecordedOp, kernels: Sequence[Kernel], matched: bool, model: Ker
         shapes=" ".join("x".join(map(str, shape)) or "1" for shape, _, _ in op.reads[:3]),
         count=op.count,
         seconds=seconds_of(kernels, model) * ratio + fixed_s,
-        source=", ".join(sorted({str(model.seconds(kernel).source) for kernel in kernels})),
+        source=weakest(*(model.seconds(kernel).source for kernel in kernels)),
         matched=matched,
         kind=f"{op.name.rstrip('_')} {op.works} {'+'.join(map(_work, kernels))}{variant}",
         family=f"{FAMILIES[type(kernels[0])]}{_direction(kernels[0])}{variant}",

@@ -186,6 +186,16 @@ def test_a_scenario_of_it_takes_the_predicted_time(first: list[RecordedOp], file
     assert result["step_time_s"] == pytest.approx(predicted.step_s, rel=0.01)
 
 
+def test_a_step_far_larger_than_the_recorded_one_that_does_not_fit_is_simulated_where_that_is_asked_for(
+    file: Path,
+) -> None:
+    """Operations of several kernels, of which some are known less firmly, rest on the weakest."""
+    large = memory_changes(sequences=64) | {"memory": {"check": "warn"}}
+    result = moesim.simulate(scenario(file, **large)).result
+    assert result["memory"]["fits_share"] == 0.0
+    assert any("do not fit into memory" in text for text in result["warnings"])
+
+
 @pytest.mark.parametrize("factor", [0.5, 2.0, 4.0])
 def test_a_host_that_sets_the_pace_is_ahead_into_the_next_step(
     first: list[RecordedOp], file: Path, factor: float
