@@ -96,7 +96,7 @@ def test_ranks_that_share_their_tokens_by_plans_of_transformers() -> None:
     """Its expert plan in no choice; of its tensor plan, whose products cost the host, the first size gave that cost."""
     experts, tensor = (library_errors(of=lambda _, mode, plan=plan: mode == plan) for plan in ("hf-ep", "tp"))
     assert len(experts[True]) == 2 and max(*experts[True], *experts[False]) < 0.04
-    assert len(tensor[False]) == 5 and np.median(tensor[False]) < 0.08 and max(tensor[False]) < 0.2
+    assert len(tensor[False]) == 5 and np.median(tensor[False]) < 0.06 and max(tensor[False]) < 0.22
 
 
 @pytest.mark.slow
@@ -119,7 +119,7 @@ def test_small_models_show_what_a_host_is_known_by() -> None:
     """Of another machine than the one whose host is known; half of the steps were kept out of every choice."""
     errors = library_errors(of=lambda software, mode: mode.startswith("small"))
     assert len(errors[True]) == 11 and len(errors[False]) == 6
-    assert max(errors[False]) < 0.08 and max(errors[True]) < 0.19
+    assert max(errors[False]) < 0.07 and max(errors[True]) < 0.19
 
 
 def test_what_a_host_costs_part_by_part() -> None:
