@@ -37,7 +37,7 @@ from moesim.routing.request import TrainingRequest
 from moesim.scenario.routers import ROUTERS
 from moesim.scenario.routing import NoCapacity
 from moesim.trace import RoutingTrace, StepCounts
-from moesim.trace.library.catalogue import (
+from moesim.trace.library import (
     COARSE_RATIO,
     FINE_RATIO,
     INDEX,
@@ -289,7 +289,7 @@ def recorded_layers(request: TrainingRequest) -> list[int]:
 
 def _write(point: LibraryPoint, trainer: "StaticTrainer", held_out: bytes, out: Path) -> None:
     """Record the trained router and write the entry."""
-    from moesim.trace.library.catalogue import write_entry
+    from moesim.trace.library import write_entry
 
     request, trace = point.request, _record(trainer, held_out)
     part = max(1, round(LAST_PART * request.steps))

@@ -170,11 +170,6 @@ class SequenceDraw:
         """Share of the step's sequences that repeat another one of the step."""
         return 1.0 - self.num_distinct / self.sequences_BNU.size
 
-    @property
-    def coverage(self) -> float:
-        """Trace sequences / batch sequences: how far the trace carries a statement about the batch."""
-        return self.num_trace_sequences / self.sequences_BNU.size
-
 
 def draw_sequences(
     num_trace_sequences: int,

@@ -7,8 +7,7 @@ import pytest
 import remake_library as library
 from library_points import SEEDS, library_points
 
-from moesim.trace.library import find_entry, load_library
-from moesim.trace.library.catalogue import library_entries
+from moesim.trace.library import find_entry, library_entries, load_library
 
 
 @pytest.fixture(autouse=True)

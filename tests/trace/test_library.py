@@ -15,8 +15,7 @@ from moesim.run import obtain_trace, simulate
 from moesim.scenario import load_scenario
 from moesim.scenario.routers import ROUTERS
 from moesim.trace import RoutingTrace, load_trace, save_trace
-from moesim.trace.library import LibraryEntry, find_entry, library_entries, load_library
-from moesim.trace.library.catalogue import DATA, read_facts
+from moesim.trace.library import DATA, LibraryEntry, find_entry, library_entries, load_library, read_facts
 from moesim.trace.metrics import first_load_LE
 
 LAYOUTS = {"64x6": 3, "160x6": 3, "256x8": 4}  # and the published M

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from moesim.errors import UserError
 from moesim.scenario import RouterShape
 from moesim.trace import RoutingTrace, StepCounts, TraceStep, TrainingCurves
-from moesim.trace.library.catalogue import (
+from moesim.trace.library import (
     COARSE_RATIO,
     FILE,
     LEVELS,
