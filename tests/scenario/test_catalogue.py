@@ -153,7 +153,7 @@ def test_a_gpu_of_ones_own_may_not_take_a_name_of_the_catalogue():
         own(name="h100")
 
 
-def test_a_gpu_is_added_in_one_place(small, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_is_added_in_one_place(small, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """An H200 with twice of everything, and no profile of its own."""
     gpus = {name: dict(entry) for name, entry in catalogue.catalogue("gpus").items()}
     doubled = ("price_per_gpu_hour", "clock_hz", "memory_bandwidth", "memory_bytes")
@@ -167,6 +167,7 @@ def test_a_gpu_is_added_in_one_place(small, monkeypatch: pytest.MonkeyPatch) -> 
 
     with pytest.raises(UserError, match='unknown GPU "h900"'):
         scenario("h900")
+    request.addfinalizer(catalogue.gpu_spec.cache_clear)  # which would know it ever after
     files, read = {"gpus": MappingProxyType(gpus | {"h900": new})}, catalogue.catalogue
     monkeypatch.setattr(catalogue, "catalogue", lambda name: files.get(name) or read(name))
     plain, other = (simulate(scenario(name)).result for name in ("h200", "h900"))
