@@ -165,12 +165,12 @@ def test_a_gpu_is_added_in_one_place(small, monkeypatch: pytest.MonkeyPatch, req
             {"cluster": {"gpu": name, "nodes": 1, "gpus_per_node": 4}, "compute": {}, "uncertainty.samples": 1}
         )
 
-    with pytest.raises(UserError, match='unknown GPU "h900"'):
-        scenario("h900")
+    with pytest.raises(UserError, match='unknown GPU "doubled-h200"'):
+        scenario("doubled-h200")
     request.addfinalizer(catalogue.gpu_spec.cache_clear)  # which would know it ever after
-    files, read = {"gpus": MappingProxyType(gpus | {"h900": new})}, catalogue.catalogue
+    files, read = {"gpus": MappingProxyType(gpus | {"doubled-h200": new})}, catalogue.catalogue
     monkeypatch.setattr(catalogue, "catalogue", lambda name: files.get(name) or read(name))
-    plain, other = (simulate(scenario(name)).result for name in ("h200", "h900"))
+    plain, other = (simulate(scenario(name)).result for name in ("h200", "doubled-h200"))
     for part in ("experts", "attention", "permute", "embedding_head"):
         assert other["attribution_s"][part] < plain["attribution_s"][part]
     rent, double = (result["cost"]["usd_per_step"] / result["step_time_s"] for result in (plain, other))
