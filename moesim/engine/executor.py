@@ -34,7 +34,7 @@ from moesim.engine.segments import (
     OPEN_FROM,
     OPEN_UNTIL,
 )
-from moesim.kernels import Beside, slowed_at
+from moesim.kernels import Beside, slowed_at, wait_of
 from moesim.kernels.jitter import NO_JITTER, Jitter
 from moesim.program.changes import ChangingTransfer
 from moesim.program.collectives import PeerCollective
@@ -381,8 +381,10 @@ class GroupExecutor:
         known_F3R = self._facts_of.get(transfer)
         if known_F3R is None:
             known_F3R = self.collectives_F3R.copy()
-            rate = transfer.sent_bytes / float(transfer.alone_R.max())
+            alone = float(transfer.alone_R.max())
+            rate = transfer.sent_bytes / alone
             known_F3R[:, 1] = slowed_at(known_F3R[:, 1], rate=rate, measured_rate=self._collective_rate)
+            known_F3R[:, 2] = wait_of(known_F3R[:, 2], alone=alone)
             self._facts_of[transfer] = known_F3R
         return known_F3R
 

@@ -27,7 +27,7 @@ from moesim.engine.executor_steps import Labels
 from moesim.engine.lateness import ALONE, Among
 from moesim.engine.shared_links import Carried, SharedLinks
 from moesim.engine.step_ports import StepPorts
-from moesim.kernels import Beside, slowed_at
+from moesim.kernels import Beside, slowed_at, wait_of
 from moesim.kernels.jitter import NO_JITTER
 from moesim.network.contention import LinkUse
 from moesim.program.collectives import Reduction, last_arrivals
@@ -401,7 +401,10 @@ class _Step:
 def _beside(program: StepProgram, collective: Reduction) -> Beside:
     """What kernels and this collective on gradients cost each other."""
     facts, rate = program.beside_reductions, collective.sent_bytes / max(collective.seconds, TINY)
-    return facts._replace(transfer=slowed_at(facts.transfer, rate=rate, measured_rate=program.collective_rate))
+    return facts._replace(
+        transfer=slowed_at(facts.transfer, rate=rate, measured_rate=program.collective_rate),
+        wait=float(wait_of(facts.wait, alone=collective.seconds)),
+    )
 
 
 def _deliver(

@@ -16,6 +16,7 @@ from moesim.kernels.estimate import (
     KernelModel,
     slowed_at,
     total,
+    wait_of,
     weakest,
 )
 from moesim.kernels.families import MEMORY_KINDS, Attention, Gemm, GroupedGemm, Kernel, MemoryBound, memory_bytes
@@ -56,5 +57,6 @@ __all__ = [
     "memory_bytes",
     "slowed_at",
     "total",
+    "wait_of",
     "weakest",
 ]

@@ -36,6 +36,9 @@ def as_result(values: FloatArray) -> float | FloatArray:
     return float(values) if values.ndim == 0 else values
 
 
+MOST_WAIT = 1.5  # times what a collective takes alone: of those of 64 KiB to 8 MiB beside GEMMs on two H100s, one half
+
+
 class Beside(NamedTuple):
     """What a kernel and a transfer cost each other while both run.
 
@@ -108,6 +111,14 @@ def slowed_at(transfer: Any, *, rate: float, measured_rate: float) -> Any:
     if measured_rate <= 0.0 or rate <= 0.0:
         return transfer
     return np.maximum(1.0, transfer * min(1.0, rate / measured_rate))
+
+
+def wait_of(wait: Any, *, alone: float) -> Any:
+    """Seconds (a float or an array) until a collective of `alone` seconds has its SMs, of `wait` for long ones.
+
+    It gets them one by one as blocks of the kernel end, and a short one is over before it has them all.
+    """
+    return np.minimum(wait, MOST_WAIT * alone)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy as np
 from moesim.kernels.calibrated import CalibratedModel
 from moesim.kernels.error_study import Misses
 from moesim.kernels.errors import KnownError
-from moesim.kernels.estimate import BesideSend, Contention
+from moesim.kernels.estimate import BesideSend, Contention, wait_of
 from moesim.kernels.families import FloatArray
 from moesim.kernels.kernel_classes import class_of
 from moesim.kernels.measured import DISPATCH, OVERLAP_BYTES, SEND, sends_of
@@ -206,8 +206,9 @@ def _beside_errors(
         transfer, slower = alone + float(send.later(alone, kernel=row["compute_alone"])), send.compute
     else:
         facts = contention.of(family) if kind == DISPATCH else contention.beside_collective(family)
-        transfer = facts.wait + facts.transfer * alone
-        free = facts.wait / transfer
+        wait = facts.wait if kind == DISPATCH else float(wait_of(facts.wait, alone=alone))
+        transfer = wait + facts.transfer * alone
+        free = wait / transfer
         slower = 1.0 / ((1.0 - free) / facts.compute + free)
     measured = float(row["transfer_beside"])
     kernel = float(row["compute_beside"]) / (slower * float(row["compute_alone"]))

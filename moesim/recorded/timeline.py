@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from moesim.kernels.estimate import Beside, Contention, slowed_at
+from moesim.kernels.estimate import Beside, Contention, slowed_at, wait_of
 
 STEPS = 3  # in a row, of which the last one counts: how far the host is ahead then repeats itself
 SOON = 1e-12  # seconds that are none
@@ -94,7 +94,7 @@ class _State:
         found = self.factors[family]
         rate = running.sent.wire_bytes / running.sent.seconds
         slower = float(slowed_at(found.transfer, rate=rate, measured_rate=self.contention.collective_rate))
-        return found._replace(transfer=slower)
+        return found._replace(transfer=slower, wait=float(wait_of(found.wait, alone=running.sent.seconds)))
 
     def compute(self, family: str, left: float) -> None:
         """A kernel of `left` seconds alone, beside the collectives that are on their way."""
