@@ -20,7 +20,7 @@ from moesim.program.software import kernel_list
 from moesim.results import CATEGORIES
 from moesim.results.critical_path import path_facts
 from moesim.results.outcome import Outcome
-from moesim.results.span_sums import waits
+from moesim.results.span_sums import Waits, waits
 from moesim.scenario import Scenario
 
 SPAN_MEMORY = 400e6  # bytes of spans simulated at once: more samples than fit run in several passes
@@ -108,5 +108,5 @@ def _simulate_program(program: StepProgram, *, first: bool) -> Outcome:
         else (),
         critical_path=path_facts(step.tables, pipeline_ranks=places, whole=step.whole) if first else {},
         shared_links=len(program.contention.capacity_L) if program.contention else 0,
-        waits=waits(waits_of_groups, [group.place for group in groups], collectives) if first else {},
+        waits=waits(waits_of_groups, [group.place for group in groups], collectives) if first else Waits.none(),
     )

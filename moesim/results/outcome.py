@@ -40,7 +40,7 @@ from moesim.results.metrics import (
     utilisation,
 )
 from moesim.results.placement import placement_arrays, placement_facts, placement_warnings, replacing_warnings
-from moesim.results.span_sums import waiting_facts
+from moesim.results.span_sums import Waits, waiting_facts
 from moesim.results.spans import CATEGORIES, SpanTable
 from moesim.results.store import RESULT_SCHEMA_VERSION, RunRecord
 from moesim.scenario import Implementation, Scenario
@@ -151,7 +151,7 @@ class Outcome:
 
     `jitter_SW`: at most so many seconds of the waiting in `attribution_CSW` are for chips and hosts that are slower
     than others by chance. `shared_links`: how many links groups of ranks can fill together. `waits`: seconds of sample
-    0 by (who, for whom).
+    0.
     """
 
     step_S: FloatArray
@@ -165,7 +165,7 @@ class Outcome:
     spans: tuple[SpanTable, ...]
     critical_path: dict[str, Any]
     shared_links: int
-    waits: Mapping[tuple[int, int], float]
+    waits: Waits
 
     def samples(self, chosen: slice) -> "Outcome":
         """The outcome of some of the samples."""

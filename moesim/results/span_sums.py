@@ -9,8 +9,7 @@ Legend: N spans at hand, S routing samples, W ranks of the world, R ranks of a g
 P pipeline ranks.
 """
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -23,9 +22,32 @@ from moesim.results.spans import CATEGORIES, Label, SpanRecorder, SpanTable, Str
 FloatArray = NDArray[np.float64]
 MOST_PAIRS = 10  # of ranks that are told
 ROUND_OFF = 1e-9  # seconds that are none
-Seconds = defaultdict[tuple[int, int], float]
-Waits = Mapping[tuple[int, int], float]
 Collective = tuple[str, Sequence[NDArray[np.int64]]]  # of gradients or parameters: its name, and the ranks of every set
+
+
+class Waits(NamedTuple):
+    """Seconds that ranks waited for others: who, for whom, how long. Arrays, for a large step has a million pairs."""
+
+    who_N: NDArray[np.int64]
+    whom_N: NDArray[np.int64]
+    seconds_N: FloatArray
+
+    @classmethod
+    def none(cls) -> "Waits":
+        """Nobody waited."""
+        return cls(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), np.zeros(0))
+
+    def summed(self) -> "Waits":
+        """Every pair once, in the order of its first seconds; what is round-off, and a rank's own time, left out."""
+        kept_N = (self.who_N != self.whom_N) & (self.seconds_N > ROUND_OFF)
+        if not kept_N.any():
+            return self.none()
+        who_N, whom_N, seconds_N = (values_N[kept_N] for values_N in self)
+        pair_N = who_N * (1 + whom_N.max()) + whom_N
+        _, first, of_pair_N = np.unique(pair_N, return_index=True, return_inverse=True)
+        order = np.argsort(first)
+        sums_N = np.asarray(np.bincount(of_pair_N, weights=seconds_N), dtype=np.float64)
+        return Waits(who_N[first[order]], whom_N[first[order]], sums_N[order])
 
 
 class GroupWaits(NamedTuple):
@@ -60,26 +82,20 @@ def group_waits(table: SpanTable) -> GroupWaits:
 
 
 def waits(groups: Sequence[GroupWaits], places: Sequence[tuple[int, int]], collectives: Sequence[Collective]) -> Waits:
-    """Seconds that ranks waited for others in sample 0, by (who waits, for whom).
+    """Seconds that ranks waited for others in sample 0.
 
     In a transfer or a collective the last one to come is waited for; at a p2p send the neighbour in the pipeline.
     `places`: pipeline rank and number of every group. Of groups that do the same one stands for all.
     """
-    found: Seconds = defaultdict(float)
+    found = []
     ranks_of = {place: group.ranks_R for place, group in zip(places, groups, strict=True)}
     for group, (_, number) in zip(groups, places, strict=True):
         whom, who = np.nonzero(group.transfers_RR > 0)
-        _add(found, group.ranks_R[who], group.ranks_R[whom], group.transfers_RR[whom, who])
+        found.append(Waits(group.ranks_R[who], group.ranks_R[whom], group.transfers_RR[whom, who]))
         for sender, seconds_R in group.p2p_R.items():
-            _add(found, group.ranks_R, ranks_of[sender, number], seconds_R)
-    _add_collectives(found, groups, collectives)
-    return dict(found)
-
-
-def _add(found: Seconds, ranks_R: NDArray[np.int64], whom_R: NDArray[np.int64], s_R: FloatArray) -> None:
-    for rank, whom, seconds in zip(ranks_R.tolist(), whom_R.tolist(), s_R.tolist(), strict=True):
-        if rank != whom and seconds > ROUND_OFF:
-            found[rank, whom] += seconds
+            found.append(Waits(group.ranks_R, ranks_of[sender, number], seconds_R))
+    found.append(_collective_waits(groups, collectives))
+    return Waits(*map(np.concatenate, zip(*found, strict=True))).summed()
 
 
 def _transfer_waits(table: SpanTable) -> FloatArray:
@@ -132,36 +148,38 @@ def collective_waits(
         yield labels[label_N[row]].name, begin_R, finish_NSR[row, 0] - own_NSR[row, 0] - begin_R
 
 
-def _add_collectives(found: Seconds, groups: Sequence[GroupWaits], collectives: Sequence[Collective]) -> None:
+def _collective_waits(groups: Sequence[GroupWaits], collectives: Sequence[Collective]) -> Waits:
     ready: dict[tuple[str, int], tuple[float, float]] = {}  # when a rank came, and how long it waited
     for group in groups:
         for name, (begin_R, wait_R) in group.collectives.items():
             for rank, begin, wait in zip(group.ranks_R.tolist(), begin_R.tolist(), wait_R.tolist(), strict=True):
                 ready[name, rank] = begin, wait
+    found: list[tuple[int, int, float]] = []
     for name, members in collectives:
         for ranks in members:
             there = [rank for rank in ranks.tolist() if (name, rank) in ready]
             last = max(there, key=lambda rank: ready[name, rank][0], default=-1)
-            for rank in there:
-                if rank != last and ready[name, rank][1] > ROUND_OFF:
-                    found[rank, last] += ready[name, rank][1]
+            found.extend((rank, last, ready[name, rank][1]) for rank in there)
+    who, whom, seconds = zip(*found, strict=True) if found else ((), (), ())
+    return Waits(np.array(who, dtype=np.int64), np.array(whom, dtype=np.int64), np.array(seconds, dtype=np.float64))
 
 
 def waiting_facts(found: Waits, *, jitter_s: float) -> dict[str, Any]:
     """The section `waiting` of a result: the pairs with most seconds, the ranks that were waited for most, and what of
     the waiting is for jitter.
     """
-    for_rank: defaultdict[int, float] = defaultdict(float)
-    for (_, whom), seconds in found.items():
-        for_rank[whom] += seconds
-    pairs = sorted(found.items(), key=lambda pair: (-pair[1], pair[0]))[:MOST_PAIRS]
+    whom_N, seconds_N = found.whom_N, found.seconds_N
+    most = np.lexsort((whom_N, found.who_N, -seconds_N))[:MOST_PAIRS]
+    seconds_W = np.bincount(whom_N, weights=seconds_N)
+    ranks = np.unique(whom_N)
+    ranks = ranks[np.lexsort((ranks, -seconds_W[ranks]))[:MOST_PAIRS]]
     return {
         "jitter_s": jitter_s,
-        "pairs": [{"rank": who, "waits_for": whom, "seconds": seconds} for (who, whom), seconds in pairs],
-        "waited_for": [
-            {"rank": rank, "seconds_of_others": seconds}
-            for rank, seconds in sorted(for_rank.items(), key=lambda item: (-item[1], item[0]))[:MOST_PAIRS]
+        "pairs": [
+            {"rank": int(found.who_N[pair]), "waits_for": int(whom_N[pair]), "seconds": float(seconds_N[pair])}
+            for pair in most
         ],
+        "waited_for": [{"rank": int(rank), "seconds_of_others": float(seconds_W[rank])} for rank in ranks],
     }
 
 
