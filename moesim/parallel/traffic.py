@@ -5,8 +5,10 @@ touches, P slots.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,37 +34,49 @@ def token_bytes(hidden: int, dtype: DType) -> float:
 class LayerTraffic:
     """The kept rows and token copies of one layer; dropped rows are neither sent nor computed.
 
-    rows_BRE: rows that expert e computes for rank r's tokens, `padded_rows_B` empty ones included.
+    rows_BRE: rows that expert e gets of rank r's tokens, `padded_rows_B` empty ones included. They are most of the
+    numbers, and most layers are asked for the other ones alone: `make_rows` makes them where they are wanted.
+    computed_BE: rows that expert e computes, those of `rows_BRE` but in a counterfactual.
     rank_copies_BRD: distinct (token, destination rank) pairs, own rank included.
     node_copies_BRJ: distinct (token, destination node) pairs, own node included.
     layout: the nodes and rails of the group's ranks.
-    The counts are int64, or float64 in a counterfactual that spreads them evenly, of which `computed_BE` are the rows
-    that each expert computes; in all other traffic these are those of `rows_BRE`.
+    The counts are int64, or float64 in a counterfactual that spreads them evenly (`is_even`), but for `computed_BE`.
     """
 
-    rows_BRE: Array
+    make_rows: Callable[[], Array]
+    computed_BE: Array
     rank_copies_BRD: Array
     node_copies_BRJ: Array
     routed_rows_B: NDArray[np.int64]
     dropped_rows_B: NDArray[np.int64]
     padded_rows_B: NDArray[np.int64]
     layout: GroupLayout
-    computed_BE: Array | None = None
+    is_even: bool = False
+
+    @classmethod
+    def of(cls, rows_BRE: Array, **others: Any) -> Self:
+        """The traffic with these rows, all of which are computed."""
+        return cls(make_rows=lambda: rows_BRE, computed_BE=rows_BRE.sum(axis=1), **others)
+
+    @cached_property
+    def rows_BRE(self) -> Array:
+        """Rows by the rank of their token and their expert."""
+        return self.make_rows()
 
     def relabel(self, relabelling: Relabelling, placement: ExpertPlacement) -> "LayerTraffic":
         """The traffic of a model layer whose experts are the thin layer's in another order."""
         node_from_J = relabelling.node_from_J(placement, self.layout.node_of_rank_R)
         return replace(  # `take` is several times as fast as indexing
             self,
-            rows_BRE=self.rows_BRE.take(relabelling.expert_from_E, axis=2),
+            make_rows=lambda: self.rows_BRE.take(relabelling.expert_from_E, axis=2),
+            computed_BE=self.computed_BE.take(relabelling.expert_from_E, axis=1),
             rank_copies_BRD=self.rank_copies_BRD.take(relabelling.rank_from_D, axis=2),
             node_copies_BRJ=self.node_copies_BRJ.take(node_from_J, axis=2),
         )
 
     def slot_rows_BDP(self, placement: ExpertPlacement) -> Array:
         """Rows that each (rank, slot) computes in each micro-batch; empty slots get 0."""
-        rows_BE = self.rows_BRE.sum(axis=1) if self.computed_BE is None else self.computed_BE
-        rows_BE = np.concatenate([rows_BE, np.zeros_like(rows_BE[:, :1])], axis=1)
+        rows_BE = np.concatenate([self.computed_BE, np.zeros_like(self.computed_BE[:, :1])], axis=1)
         return np.asarray(rows_BE[:, placement.slot_experts_DP])
 
     def pad(self, capacity: int, placement: ExpertPlacement) -> "LayerTraffic":
@@ -72,9 +86,11 @@ class LayerTraffic:
         assert (empty_BRE >= 0).all(), "capacity bounds the kept rows"
         empty_BRD = sum_columns(empty_BRE, rank_of_expert_E, self.rank_copies_BRD.shape[2])
         empty_BRJ = sum_columns(empty_BRD, self.layout.node_of_rank_R, self.node_copies_BRJ.shape[2])
+        rows_BRE = self.rows_BRE + empty_BRE
         return replace(
             self,
-            rows_BRE=self.rows_BRE + empty_BRE,
+            make_rows=lambda: rows_BRE,
+            computed_BE=rows_BRE.sum(axis=1),
             rank_copies_BRD=self.rank_copies_BRD + empty_BRD,
             node_copies_BRJ=self.node_copies_BRJ + empty_BRJ,
             padded_rows_B=empty_BRE.sum(axis=(1, 2)),
@@ -93,18 +109,22 @@ class LayerTraffic:
         without rows spares its weights. None of that is due to balance.
         """
         layout, rank_of_expert_E = self.layout, placement.rank_of_expert_E
-        rank_rows_BRD = sum_columns(self.rows_BRE, rank_of_expert_E, layout.num_ranks)
         class_RD = np.where(np.eye(layout.num_ranks, dtype=bool), 0, 1)
         if len(np.unique(np.bincount(layout.node_of_rank_R))) == 1:
             class_RD += ~layout.same_node_RD
         own_node_RJ = np.equal.outer(layout.node_of_rank_R, np.arange(layout.num_nodes))
-        share_E = 1.0 / np.bincount(rank_of_expert_E, minlength=layout.num_ranks)[rank_of_expert_E]
+
+        def rows() -> Array:
+            share_E = 1.0 / np.bincount(rank_of_expert_E, minlength=layout.num_ranks)[rank_of_expert_E]
+            rank_rows_BRD = sum_columns(self.rows_BRE, rank_of_expert_E, layout.num_ranks)
+            return np.asarray(_class_means(rank_rows_BRD, class_RD)[:, :, rank_of_expert_E] * share_E)
+
         return replace(
             self,
-            rows_BRE=_class_means(rank_rows_BRD, class_RD)[:, :, rank_of_expert_E] * share_E,
+            make_rows=rows,
             rank_copies_BRD=_class_means(self.rank_copies_BRD, class_RD),
             node_copies_BRJ=_class_means(self.node_copies_BRJ, np.where(own_node_RJ, 0, 1)),
-            computed_BE=self.rows_BRE.sum(axis=1),
+            is_even=True,
         )
 
 

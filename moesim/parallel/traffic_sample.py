@@ -141,7 +141,7 @@ class TrafficSample:
             for name in ("rows_SE", "rank_copies_SD", "node_copies_SJ")
         )
         routed_B = counts[0][0].routed_S[pieces_BRU].sum(axis=(1, 2))
-        return LayerTraffic(
+        return LayerTraffic.of(
             rows_BRE=rows_BRE,
             rank_copies_BRD=rank_copies_BRD,
             node_copies_BRJ=node_copies_BRJ,
@@ -163,7 +163,7 @@ class TrafficSample:
             counted.append(self.sampler.count(kept_RTK, layout))
             routed.append(int(num_rows(ids_STK[pieces_RU.reshape(-1)]).sum()))
         rows_BRE, rank_copies_BRD, node_copies_BRJ = (np.stack(arrays) for arrays in zip(*counted, strict=True))
-        return LayerTraffic(
+        return LayerTraffic.of(
             rows_BRE=rows_BRE,
             rank_copies_BRD=rank_copies_BRD,
             node_copies_BRJ=node_copies_BRJ,

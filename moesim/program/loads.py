@@ -232,7 +232,7 @@ def _count(scenario: Scenario, samples: Sequence[RoutingSample], *, group: int, 
         copies_in_MSR=held_MSRD.sum(axis=2),
         own_MSR=np.einsum("msrr->msr", held_MSRD).copy(),
         stages_MSRR=[np.stack(stage, axis=1) for stage in zip(*stages_S, strict=True)],
-        spread_S=tuple(arrays.computed_BE is not None for arrays in arrays_S),
+        spread_S=tuple(arrays.is_even for arrays in arrays_S),
     )
 
 

@@ -122,19 +122,19 @@ class _PathSearch:
         place = int(ends[table].argmax())
         return _Position(table, place, float(ends[table][place]))
 
-    @property
-    def most_steps(self) -> int:
+    def _most_steps(self) -> int:
         """Every step goes back over a span or a bubble before one, or to another rank at the same time."""
         return 4 * sum(table.start_NSR[:, 0].size for table in self.tables) + 4
 
     def segments(self) -> Iterator[PathSegment]:
         """The path from its end to 0."""
-        position, steps = self.last(), 0
-        while steps < self.most_steps:
+        position, steps, most_steps = self.last(), 0, self._most_steps()
+        while steps < most_steps:
             steps += 1
             if position.time <= self.tolerance:
                 return
-            self._complete(position)
+            if self._complete(position):
+                most_steps = self._most_steps()
             category, following = self._back(position)
             assert following.time < position.time or following[:2] != position[:2], "the walk goes back"
             if following.time < position.time:
@@ -143,19 +143,20 @@ class _PathSearch:
             position = following
         raise InternalError("the critical path does not come to its beginning")
 
-    def _complete(self, position: _Position) -> None:
+    def _complete(self, position: _Position) -> bool:
         """Get the rows before a spot, where they are left out, for all groups with its number: from there the path
-        stays among them, because others are met behind the last action alone.
+        stays among them, because others are met behind the last action alone. Returns whether any came.
         """
         table = self.tables[position.table]
         if table.since_R is None or position.time > table.since_R[position.place] + self.tolerance:
-            return
+            return False
         assert self._whole is not None, "somebody has the rows that are left out"
         number = self.number[position.table]
         chosen = [index for index, other in enumerate(self.number) if other == number]
         for index, whole in zip(chosen, self._whole(number), strict=True):
             self.tables[index] = whole
             self.spans[index] = _GroupSpans(whole, self.tolerance)
+        return True
 
     def _back(self, position: _Position) -> tuple[str, _Position]:
         spans, table = self.spans[position.table], self.tables[position.table]

@@ -95,7 +95,7 @@ class TrafficFacts:
     def _add(self, sample: TrafficSample, group: int, layer: int, placement: ExpertPlacement) -> None:
         place = self.place_of_layer[self.scenario.model.moe_layer_numbers[layer]]
         arrays, uses_B = sample.arrays(group, layer, stage=place), self.uses_of[self.batches_of_group[group]]
-        rows_BE, held = arrays.rows_BRE.sum(axis=1), sample.map_of(layer)
+        rows_BE, held = arrays.computed_BE, sample.map_of(layer)
         if held is not None:
             rows_BE = held.rows_of_experts(rows_BE)
         rank_rows_BD = arrays.slot_rows_BDP(placement).sum(axis=2)

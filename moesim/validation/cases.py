@@ -325,7 +325,7 @@ class RecordedRows:
         rows_BRE = self.rows_RBLE[ranks_R, :, model_layer].transpose(1, 0, 2)
         to_ranks_BRD = sum_columns(rows_BRE, self.placement.rank_of_expert_E, layout.num_ranks)
         routed_B = rows_BRE.sum(axis=(1, 2))
-        return LayerTraffic(
+        return LayerTraffic.of(
             rows_BRE=rows_BRE,
             rank_copies_BRD=to_ranks_BRD,
             node_copies_BRJ=sum_columns(to_ranks_BRD, layout.node_of_rank_R, layout.num_nodes),

@@ -23,7 +23,7 @@ def make_layout(num_ranks: int, gpus_per_node: int, first: int = 0) -> GroupLayo
 def traffic_of(ids_RTK: NDArray[np.int16], placement: ExpertPlacement, layout: GroupLayout) -> LayerTraffic:
     counts = count_blocks(ids_RTK, rank_of_expert_E=placement.rank_of_expert_E, node_of_rank_D=layout.node_of_rank_R)
     none_B = np.zeros(1, dtype=np.int64)
-    return LayerTraffic(
+    return LayerTraffic.of(
         rows_BRE=counts.rows_SE[None],
         rank_copies_BRD=counts.rank_copies_SD[None],
         node_copies_BRJ=counts.node_copies_SJ[None],

@@ -104,9 +104,11 @@ class Renumbered:
     def arrays(self, group: int, layer: int, *, stage: int = 0) -> LayerTraffic:
         arrays = self.sample.arrays(group, layer, stage=stage)
         experts = self.placement.slot_experts_DP[self.rank_from_R].reshape(-1)
+        rows_BRE = arrays.rows_BRE[:, self.rank_from_R][:, :, experts]
         return replace(
             arrays,
-            rows_BRE=arrays.rows_BRE[:, self.rank_from_R][:, :, experts],
+            make_rows=lambda: rows_BRE,
+            computed_BE=rows_BRE.sum(axis=1),
             rank_copies_BRD=arrays.rank_copies_BRD[:, self.rank_from_R][:, :, self.rank_from_R],
             node_copies_BRJ=arrays.node_copies_BRJ[:, self.rank_from_R],
         )
