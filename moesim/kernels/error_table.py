@@ -131,7 +131,7 @@ def _published() -> Iterator[KnownError]:
 
 
 def _of_relatives() -> Iterator[KnownError]:
-    """Of FP8 that a measured GPU takes from another of its chip: what that one's rows tell of its own."""
+    """Errors of the FP8 kernels that a measured GPU takes from another GPU of its chip, by rows of both."""
     for name, other in FP8_OF.items():
         pair = _by_source([_from_relative(name)])
         middle = _by_source([_from_relative(name, memory_follows=MIDDLE)])
@@ -248,7 +248,7 @@ def kind_misses(name: str) -> list[Misses]:
 
 
 def _from_relative(name: str, *, memory_follows: float | None = None) -> list[Misses]:
-    """Rows of a GPU predicted from the one that FP8 is taken from, as it is taken."""
+    """Rows of a GPU predicted from the GPU that its FP8 kernels are taken from, in the same way."""
     other = FP8_OF[name]
     measured, target, rows = rates_of(other), rates_of(name), _own(name).profile.rows
     return error_study.kind_out(rows, base=_own(other), measured=measured, target=target, memory_follows=memory_follows)

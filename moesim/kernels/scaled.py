@@ -45,8 +45,8 @@ class ScaledModel:
     """The kernel model of `target`, from the calibrated model of `measured`.
 
     by_deep_gemm: dense block-scaled FP8 GEMMs are DeepGEMM's (`moesim.kernels.fp8`), as grouped ones always are, and
-    not the vendor library's. memory_follows: all kernels short of
-    bandwidth follow this power of it, whatever their kind says: for rows of the pair of GPUs that told the kinds.
+    not the vendor library's. memory_follows: all kernels short of bandwidth follow this power of it, whatever their
+    kind says: for rows of the pair of GPUs that told the kinds.
     """
 
     def __init__(

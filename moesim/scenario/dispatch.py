@@ -74,16 +74,15 @@ class DispatchAlgorithm:
     as an all-gather, and sums the outputs by a reduce-scatter. two_sided: a message waits until its receiver has come,
     too. owns_sms: its kernels hold SMs of their own, so that compute beside them does not make it longer. sms: how many
     its kernels take where the scenario says nothing; None: so many that they limit nothing. sharpness: of the bend
-    between what the SMs and what the port give; None: as NCCL's. megatron: its words for
-    Megatron-LM, the dispatcher's type and the flex dispatcher's backend. avoids_nvlink: NICs carry the messages
-    inside a node. needs_one_domain: a group's ranks must share an NVLink domain. needs_nvlink: GPUs
-    without NVLink cannot run it inside a node. passes_own_rows: inside one node,
-    rows that stay on their rank pass through its ports like others. moves_rows: its kernels read tokens where they lie
-    and bring back sums, in the time that was measured of them. header_bytes: of every dispatched message.
-    nvlink_share, nic_share: of the nominal bandwidth in long transfers; None: what NCCL reaches
-    (`NetworkParameters`). kernels: what they cost inside an NVLink domain, by_kind: on kinds of GPU where that was
-    measured, across: over NICs. measured: whether they are fitted to rows of its own kernels. buffers: bytes that the
-    library keeps on every GPU.
+    between what the SMs and what the port give; None: as NCCL's. megatron: its words for Megatron-LM, the dispatcher's
+    type and the flex dispatcher's backend. avoids_nvlink: NICs carry the messages inside a node. needs_one_domain: a
+    group's ranks must share an NVLink domain. needs_nvlink: GPUs without NVLink cannot run it inside a node.
+    passes_own_rows: inside one node, rows that stay on their rank pass through its ports like others. moves_rows: its
+    kernels read tokens where they lie and bring back sums, in the time that was measured of them. header_bytes: of
+    every dispatched message. nvlink_share, nic_share: of the nominal bandwidth in long transfers; None: what NCCL
+    reaches (`NetworkParameters`). kernels: what they cost inside an NVLink domain, by_kind: on kinds of GPU where that
+    was measured, across: over NICs. measured: whether they are fitted to rows of its own kernels. buffers: bytes that
+    the library keeps on every GPU.
     """
 
     name: str

@@ -189,11 +189,10 @@ class SoftwareFacts:
     reduces_beside, whether gradients are reduced beside the last backward pass.
     Of what it can do: shards_gradients (ZeRO 2 and 3), shares_layers (tensor, context and expert-tensor
     ranks), other_layers (dense layers anywhere, windows in some layers, networks that are not gated, experts of another
-    width), recomputes_parts, overlaps, copies_experts (an expert in more than
-    one slot), deduplicates (a token goes once to a
-    rank for several experts), casts_fp8 (products of FP8 with casts of their own), plain_queries (latent attention
-    without compressed queries), query_key_norms (where a model has them), expert_ranks (experts on several ranks),
-    buffers_scores (unfused attention has a buffer for scores that stays), and runs_here: whether it is what
+    width), recomputes_parts, overlaps, copies_experts (an expert in more than one slot), deduplicates (a token goes
+    once to a rank for several experts), casts_fp8 (products of FP8 with casts of their own), plain_queries (latent
+    attention without compressed queries), query_key_norms (where a model has them), expert_ranks (experts on several
+    ranks), buffers_scores (unfused attention has a buffer for scores that stays), and runs_here: whether it is what
     `moesim validate` runs. bf16_optimizer: states in bf16 are updated by a kernel for them, else by that for fp32.
     """
 
