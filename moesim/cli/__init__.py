@@ -18,7 +18,7 @@ from moesim.cli.flags import INTERRUPTED_EXIT_CODE, Interrupted, discard_output,
 from moesim.errors import UserError, closest, one_line
 from moesim.processes import signals_interrupt
 
-MADE_PER_COLLECTION = 50_000  # Python's 700 objects take a twelfth of a large run, to find next to nothing
+MADE_PER_COLLECTION = 500_000  # Python's 700 objects take a twelfth of a large run, to find next to nothing
 _BROKEN_PIPE_EXIT_CODE = 141  # 128 + SIGPIPE, as shells report it
 # What the machine alone is the reason of, wherever it comes up: full disks, too few files or processes, no memory.
 _SHORTAGES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENFILE, errno.EAGAIN)

@@ -300,8 +300,10 @@ def _over_nics(fabric: Fabric, found: CollectiveEstimate) -> CollectiveEstimate:
 
 
 def _by_node(fabric: Fabric, ranks: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-    node_R = fabric.domain_of_rank_R[ranks]
-    return [ranks[node_R == node] for node in dict.fromkeys(node_R.tolist())]
+    places: dict[int, list[int]] = {}
+    for place, node in enumerate(fabric.domain_of_rank_R[ranks].tolist()):
+        places.setdefault(node, []).append(place)
+    return [ranks[of_node] for of_node in places.values()]
 
 
 def _ring_pattern(fabric: Fabric, ranks: NDArray[np.int64]) -> _Pattern:

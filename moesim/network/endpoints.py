@@ -97,9 +97,7 @@ def _plain_ports(fabric: Fabric, ladder: Ladder, demand: Demand) -> PairPorts | 
     ranks_R, avoid_nvlink = demand.ranks_R, demand.avoid_nvlink
     if fabric.pxn or ladder.shares_nics or (ladder.plane_R[ranks_R] != ladder.plane_R[ranks_R[0]]).any():
         return None
-    upper = np.concatenate([ladder.leaf_up_R, ladder.leaf_down_R, ladder.spine_up_R, ladder.spine_down_R])
-    redundant_X = np.append(fabric.redundant_X, True)
-    if not redundant_X[upper].all():
+    if not fabric.upper_links_are_redundant:
         return None
     capacity = np.append(fabric.capacity_X, np.inf)
     latency = np.append(fabric.latency_X, 0.0)
@@ -109,16 +107,18 @@ def _plain_ports(fabric: Fabric, ladder: Ladder, demand: Demand) -> PairPorts | 
     slot_RR = np.where(near_RR, 0, 1 if near_RR.any() else 0).astype(np.int32)
 
     def outer(up_R: FloatArray, down_R: FloatArray) -> FloatArray:
-        return np.asarray(up_R[ranks_R][:, None] + down_R[ranks_R])
+        return np.asarray(up_R[:, None] + down_R)
 
-    near_latency = outer(latency[ladder.nvlink_up_R], latency[ladder.nvlink_down_R])
-    far_latency = outer(latency[ladder.nic_up_R2].sum(axis=1), latency[ladder.nic_down_R2].sum(axis=1))
-    leaf_latency = outer(latency[ladder.leaf_up_R], latency[ladder.leaf_down_R])
-    spine_latency = outer(latency[ladder.spine_up_R], latency[ladder.spine_down_R])
+    # Of these ranks alone: a large fabric has a hundred thousand links, and a step hundreds of groups.
+    nic_up_R2, nic_down_R2 = ladder.nic_up_R2[ranks_R], ladder.nic_down_R2[ranks_R]
+    near_latency = outer(latency[ladder.nvlink_up_R[ranks_R]], latency[ladder.nvlink_down_R[ranks_R]])
+    far_latency = outer(latency[nic_up_R2].sum(axis=1), latency[nic_down_R2].sum(axis=1))
+    leaf_latency = outer(latency[ladder.leaf_up_R[ranks_R]], latency[ladder.leaf_down_R[ranks_R]])
+    spine_latency = outer(latency[ladder.spine_up_R[ranks_R]], latency[ladder.spine_down_R[ranks_R]])
     far_latency += np.where(leaf_R[:, None] != leaf_R, leaf_latency, 0.0)
     far_latency += np.where(spine_R[:, None] != spine_R, spine_latency, 0.0)
-    nic_up_R, nic_down_R = (capacity[ids][ranks_R].min(axis=1) for ids in (ladder.nic_up_R2, ladder.nic_down_R2))
-    nvlink_up_R, nvlink_down_R = (capacity[ids][ranks_R] for ids in (ladder.nvlink_up_R, ladder.nvlink_down_R))
+    nic_up_R, nic_down_R = (capacity[ids_R2].min(axis=1) for ids_R2 in (nic_up_R2, nic_down_R2))
+    nvlink_up_R, nvlink_down_R = (capacity[ids_R[ranks_R]] for ids_R in (ladder.nvlink_up_R, ladder.nvlink_down_R))
     return PairPorts(
         send_slot_RR=slot_RR,
         receive_slot_RR=slot_RR,

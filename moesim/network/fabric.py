@@ -141,6 +141,15 @@ class Fabric:
         )
 
     @cached_property
+    def upper_links_are_redundant(self) -> bool:
+        """Whether no link above the NICs' can be a bottleneck; False without a ladder."""
+        if self.ladder is None:
+            return False
+        ladder = self.ladder
+        upper = np.concatenate([ladder.leaf_up_R, ladder.leaf_down_R, ladder.spine_up_R, ladder.spine_down_R])
+        return bool(np.append(self.redundant_X, True)[upper].all())
+
+    @cached_property
     def _is_port_X(self) -> NDArray[np.bool_]:
         """Whether a link is that of one GPU."""
         own_nic = self.ladder is not None and not self.ladder.shares_nics
