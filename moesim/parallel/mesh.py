@@ -17,6 +17,7 @@ fastest), V pieces of one rank, J nodes that the group touches.
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,17 @@ from moesim.scenario.schema import Parallelism
 from moesim.scenario.stages import ranked_cluster
 
 Ranks = NDArray[np.int64]
+
+
+class IntoNode(NamedTuple):
+    """How copies for a node of a group come to it: its ranks, those of other nodes and the relay of each of them, and
+    which of its ranks that is, as 1 of [ranks, others].
+    """
+
+    members: Ranks
+    remote: Ranks
+    relay: Ranks
+    from_relay: NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +79,18 @@ class GroupLayout:
             in_turn_R = self.local_rank_R % len(members)
             relay_RJ[:, node] = members[np.where(same_rail_RG.any(axis=1), same_rail_RG.argmax(axis=1), in_turn_R)]
         return relay_RJ
+
+    @cached_property
+    def into_nodes(self) -> tuple[IntoNode, ...]:
+        """The ways into every node of the group."""
+        found = []
+        for node in range(self.num_nodes):
+            members, remote = (
+                np.flatnonzero(at_R) for at_R in (self.node_of_rank_R == node, self.node_of_rank_R != node)
+            )
+            relay = self.relay_RJ[remote, node]
+            found.append(IntoNode(members, remote, relay, np.equal.outer(members, relay).astype(np.float64)))
+        return tuple(found)
 
 
 @dataclass(frozen=True)

@@ -220,12 +220,8 @@ def node_stages(rank_copies_RD: Array, node_copies_RJ: Array, layout: GroupLayou
     """
     first_RD = np.where(layout.same_node_RD, rank_copies_RD, 0).astype(np.float64)
     fan_out_RD = np.zeros_like(first_RD)
-    for node in range(layout.num_nodes):
-        members = np.flatnonzero(layout.node_of_rank_R == node)
-        remote = np.flatnonzero(layout.node_of_rank_R != node)
-        relay = layout.relay_RJ[remote, node]
+    for node, (members, remote, relay, from_relay) in enumerate(layout.into_nodes):
         first_RD[..., remote, relay] += node_copies_RJ[..., remote, node]
-        from_relay = np.equal.outer(members, relay).astype(np.float64)
         fan_out_RD[..., members[:, None], members] = from_relay @ rank_copies_RD[..., remote[:, None], members]
     return without_diagonal(first_RD), without_diagonal(fan_out_RD)
 
