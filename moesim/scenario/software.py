@@ -289,7 +289,7 @@ TRANSFORMERS = SoftwareFacts(
     about="Hugging Face transformers 5, grouped_mm experts, SDPA, one fused AdamW",
     listed="operation by operation from modeling code of transformers 5.17, as recorded on the meta device",
     checked="recorded steps of Qwen3-MoE, Mixtral, OLMoE and DeepSeek-V3 (docs/software.md); on one H100 such "
-    "recordings were within 4.1 % of measured steps; not on more ranks",
+    "recordings were within 4.3 % of measured steps; not on more ranks",
     switches=Switches(
         norm="unfused",
         qkv="separate",
@@ -396,7 +396,7 @@ IMPORTED = SoftwareFacts(
     about="your own program, from the file of moesim import-step",
     listed="operation by operation from the program itself, recorded on the meta device or traced on a GPU",
     checked="torch programs of transformers and torchtitan on one and two H100s, at other sizes than the recorded: 62 "
-    "steps kept out of every choice, 1.4 % off in the median and all but one within 4.9 %, where the host was not the "
+    "steps kept out of every choice, 1.4 % off in the median and all but one within 4.7 %, where the host was not the "
     "bound (docs/imported-steps.md); no step with tensor or context ranks was measured",
     switches=replace(
         TRANSFORMERS.switches, permute="sort", gather_backward="index_put", combine="index_add", gradient_norm="free"
