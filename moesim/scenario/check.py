@@ -27,7 +27,7 @@ from moesim.scenario.check_layout import (
     nearest_divisors,
     require_supported_step,
 )
-from moesim.scenario.dispatch import DISPATCH
+from moesim.scenario.dispatch import DISPATCH, DispatchAlgorithm
 from moesim.scenario.document import Path, dotted
 from moesim.scenario.routers import ROUTERS
 from moesim.scenario.routing import (
@@ -249,16 +249,25 @@ def _check_groups(scenario: Scenario, report: Report) -> None:
         raise report.user(key, what)
 
 
-def _check_one_domain(scenario: Scenario, report: Report) -> None:
-    """Groups are blocks of consecutive ranks, so that each lies in one domain where none ends inside a block."""
-    mesh, sizes = scenario.parallelism, ranked_cluster(scenario.cluster, scenario.parallelism).domain_sizes
-    block = mesh.expert * mesh.expert_tensor
-    ends = [end for end in itertools.accumulate(sizes) if end < mesh.world_size]
-    if any(end % block for end in ends):
-        name = scenario.dispatch.algorithm
-        what = f"{name} needs the {block} ranks of an expert group in one NVLink domain, which here has {max(sizes)}"
-        other = " or ".join(facts.name for facts in DISPATCH.values() if not facts.needs_one_domain)
-        raise report.user("dispatch.algorithm", f"{what}; use a parallelism.expert that divides it, or {other}")
+def _dispatch_obstacle(scenario: Scenario, facts: DispatchAlgorithm) -> str | None:
+    """What of the cluster or the mesh an algorithm cannot run on; None: nothing."""
+    cluster, mesh = scenario.cluster, scenario.parallelism
+    kind = cluster.fabric_kind
+    if facts.avoids_nvlink and kind.rack_gpus is None and not (kind.has_network or kind.listed):
+        return f"{facts.name} sends over NICs inside a node, too, and {kind.name} has none"
+    without = [pool.gpu_name for pool in cluster.pools if not pool.spec.has_nvlink]
+    if facts.needs_nvlink and without and mesh.expert > 1 and cluster.fabric.nvlink is None:
+        return f"{facts.name} needs NVLink inside a node, which {without[0]} lacks"
+    if facts.needs_one_domain and mesh.expert > 1:
+        # groups are blocks of consecutive ranks: each lies in one domain where no domain ends inside a block
+        sizes = ranked_cluster(cluster, mesh).domain_sizes
+        block = mesh.expert * mesh.expert_tensor
+        if any(end % block for end in itertools.accumulate(sizes) if end < mesh.world_size):
+            return (
+                f"{facts.name} needs the {block} ranks of an expert group in one NVLink domain, which here has "
+                f"{max(sizes)}"
+            )
+    return None
 
 
 def _check_dispatch(scenario: Scenario, report: Report) -> None:
@@ -267,28 +276,32 @@ def _check_dispatch(scenario: Scenario, report: Report) -> None:
         what = "ports looks at one route of each pair and cluster.fabric.multipath takes all; use fluid, or exact"
         raise report.user("network.model", what)
     facts = DISPATCH[dispatch.algorithm]
-    kind = scenario.cluster.fabric_kind
-    if facts.avoids_nvlink and kind.rack_gpus is None and not (kind.has_network or kind.listed):
-        able = " or ".join(other.name for other in DISPATCH.values() if not other.avoids_nvlink)
-        what = f"{facts.name} sends over NICs inside a node, too, and {kind.name} has none; use {able}"
-        raise report.user("dispatch.algorithm", what)
-    without = [pool.gpu_name for pool in scenario.cluster.pools if not pool.spec.has_nvlink]
-    if facts.needs_nvlink and without and scenario.parallelism.expert > 1 and scenario.cluster.fabric.nvlink is None:
-        able = " or ".join(other.name for other in DISPATCH.values() if not other.needs_nvlink)
-        what = f"{facts.name} needs NVLink inside a node, which {without[0]} lacks; use {able}"
-        raise report.user("dispatch.algorithm", what)
-    if facts.needs_one_domain and scenario.parallelism.expert > 1:
-        _check_one_domain(scenario, report)
+    if (what := _dispatch_obstacle(scenario, facts)) is not None:
+        divided = facts.needs_one_domain and all(pool.spec.has_nvlink for pool in scenario.cluster.pools)
+        divide = "a parallelism.expert that divides it, or " if divided else ""
+        raise report.user("dispatch.algorithm", f"{what}; use {divide}{_other_dispatch(scenario)}")
     if dispatch.deduplicate in facts.deduplicate:
         return
-    if dispatch.deduplicate == "per_node":
-        able = " or ".join(other.name for other in DISPATCH.values() if other.fans_out)
-        or_copies = f", or dispatch.deduplicate: {' or '.join(facts.deduplicate)}"
-        message = f"{facts.name} has no fan-out inside a node; set dispatch.algorithm: {able}{or_copies}"
-        raise report.user("dispatch.algorithm", message)
-    able = " or ".join(facts.deduplicate)
-    message = f"{facts.name} sends {facts.sends}, not {dispatch.deduplicate}; set dispatch.deduplicate: {able}"
+    own = " or ".join(facts.deduplicate)
+    fanning = [name for name, other in _usable_dispatch(scenario).items() if other.fans_out]
+    if dispatch.deduplicate == "per_node" and fanning:
+        able = f"dispatch.algorithm: {' or '.join(fanning)}, or dispatch.deduplicate: {own}"
+        raise report.user("dispatch.algorithm", f"{facts.name} has no fan-out inside a node; set {able}")
+    message = f"{facts.name} sends {facts.sends}, not {dispatch.deduplicate}; set dispatch.deduplicate: {own}"
     raise report.user("dispatch.deduplicate", message)
+
+
+def _usable_dispatch(scenario: Scenario) -> dict[str, DispatchAlgorithm]:
+    """The algorithms that the cluster and the mesh can run."""
+    return {name: facts for name, facts in DISPATCH.items() if _dispatch_obstacle(scenario, facts) is None}
+
+
+def _other_dispatch(scenario: Scenario) -> str:
+    """These in words: those that take the scenario's deduplicate, or where none does, each with one that it takes."""
+    usable, given = _usable_dispatch(scenario), scenario.dispatch.deduplicate
+    same = [name for name, facts in usable.items() if given in facts.deduplicate]
+    others = [f"{name} with dispatch.deduplicate: {facts.deduplicate[-1]}" for name, facts in usable.items()]
+    return " or ".join(same) or ", or ".join(others)
 
 
 LEAST_TOKENS, THIN_LAYERS = 2**18, 2  # of a synthetic trace, about

@@ -1,6 +1,8 @@
 """The table of dispatch algorithms: one entry is enough, and what each reaches on the wires is its own."""
 
 import dataclasses
+import itertools
+import re
 from pathlib import Path
 
 import numpy as np
@@ -197,9 +199,40 @@ def test_kernels_of_nvlink_need_nvlink(algorithm: str) -> None:
         "data: 16, expert: 16", "data: 8, expert: 8"
     )
     line = f"dispatch: {{algorithm: {algorithm}, deduplicate: {DISPATCH[algorithm].deduplicate[0]}}}\n"
-    with pytest.raises(UserError, match="needs NVLink inside a node, which l40s lacks; use direct or low_latency or"):
+    with pytest.raises(UserError, match="needs NVLink inside a node, which l40s lacks; use "):
         load_scenario_text(text + line, source="f.yaml")
     load_scenario_text(text.replace("gpu: l40s", "gpu: h100") + line, source="f.yaml")
+
+
+@pytest.mark.parametrize(
+    ("gpu", "preset"),
+    [("h200", "rail_optimised"), ("h200", "nvlink_node"), ("l40s", "leaf_spine"), ("l40s", "nvlink_node")],
+)
+def test_what_a_refused_dispatch_is_told_to_use_runs(gpu: str, preset: str) -> None:
+    nodes = 1 if preset == "nvlink_node" else 2
+    text = SMALL.replace("gpu: h200, nodes: 2", f"gpu: {gpu}, nodes: {nodes}, fabric: {{preset: {preset}}}")
+    text = text.replace("data: 16, expert: 16", f"data: {8 * nodes}, expert: {8 * nodes}")
+
+    def refusal(algorithm: str, deduplicate: str) -> str | None:
+        try:
+            load_scenario_text(
+                text + f"dispatch: {{algorithm: {algorithm}, deduplicate: {deduplicate}}}\n", source="f.yaml"
+            )
+        except UserError as error:
+            return str(error)
+        return None
+
+    copies = sorted({copy for facts in DISPATCH.values() for copy in facts.deduplicate})
+    told = 0
+    for algorithm, deduplicate in itertools.product(DISPATCH, copies):
+        remedy = (refusal(algorithm, deduplicate) or "").split("; ")[-1]
+        for way in remedy.split(", or ") if remedy else ():
+            said = re.findall(r"\w+", way)
+            names = [name for name in DISPATCH if name in said]
+            for changed in itertools.product(names or [algorithm], [c for c in copies if c in said] or [deduplicate]):
+                told += 1
+                assert "parallelism" in way or refusal(*changed) is None, (algorithm, deduplicate, remedy, changed)
+    assert told > len(DISPATCH)
 
 
 def test_messages_over_nics_need_nics() -> None:
