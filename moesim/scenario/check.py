@@ -5,13 +5,13 @@ The amount of work is one of them: single keys are bounded by the schema, their 
 take gigabytes of memory, or hours in which nothing is heard, before the first number.
 """
 
-import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from moesim.errors import UserError
 from moesim.scenario.base import MOST_GPUS
+from moesim.scenario.check_dispatch import ExpertGroups, dispatch_fault
 from moesim.scenario.check_layout import (
     Report,
     check_batch,
@@ -27,7 +27,6 @@ from moesim.scenario.check_layout import (
     nearest_divisors,
     require_supported_step,
 )
-from moesim.scenario.dispatch import DISPATCH, DispatchAlgorithm
 from moesim.scenario.document import Path, dotted
 from moesim.scenario.routers import ROUTERS
 from moesim.scenario.routing import (
@@ -249,59 +248,15 @@ def _check_groups(scenario: Scenario, report: Report) -> None:
         raise report.user(key, what)
 
 
-def _dispatch_obstacle(scenario: Scenario, facts: DispatchAlgorithm) -> str | None:
-    """What of the cluster or the mesh an algorithm cannot run on; None: nothing."""
-    cluster, mesh = scenario.cluster, scenario.parallelism
-    kind = cluster.fabric_kind
-    if facts.avoids_nvlink and kind.rack_gpus is None and not (kind.has_network or kind.listed):
-        return f"{facts.name} sends over NICs inside a node, too, and {kind.name} has none"
-    without = [pool.gpu_name for pool in cluster.pools if not pool.spec.has_nvlink]
-    if facts.needs_nvlink and without and mesh.expert > 1 and cluster.fabric.nvlink is None:
-        return f"{facts.name} needs NVLink inside a node, which {without[0]} lacks"
-    if facts.needs_one_domain and mesh.expert > 1:
-        # groups are blocks of consecutive ranks: each lies in one domain where no domain ends inside a block
-        sizes = ranked_cluster(cluster, mesh).domain_sizes
-        block = mesh.expert * mesh.expert_tensor
-        if any(end % block for end in itertools.accumulate(sizes) if end < mesh.world_size):
-            return (
-                f"{facts.name} needs the {block} ranks of an expert group in one NVLink domain, which here has "
-                f"{max(sizes)}"
-            )
-    return None
-
-
 def _check_dispatch(scenario: Scenario, report: Report) -> None:
-    dispatch = scenario.dispatch
-    if scenario.cluster.fabric.multipath and scenario.network.model == "ports":
+    cluster, mesh = scenario.cluster, scenario.parallelism
+    if cluster.fabric.multipath and scenario.network.model == "ports":
         what = "ports looks at one route of each pair and cluster.fabric.multipath takes all; use fluid, or exact"
         raise report.user("network.model", what)
-    facts = DISPATCH[dispatch.algorithm]
-    if (what := _dispatch_obstacle(scenario, facts)) is not None:
-        divided = facts.needs_one_domain and all(pool.spec.has_nvlink for pool in scenario.cluster.pools)
-        divide = "a parallelism.expert that divides it, or " if divided else ""
-        raise report.user("dispatch.algorithm", f"{what}; use {divide}{_other_dispatch(scenario)}")
-    if dispatch.deduplicate in facts.deduplicate:
-        return
-    own = " or ".join(facts.deduplicate)
-    fanning = [name for name, other in _usable_dispatch(scenario).items() if other.fans_out]
-    if dispatch.deduplicate == "per_node" and fanning:
-        able = f"dispatch.algorithm: {' or '.join(fanning)}, or dispatch.deduplicate: {own}"
-        raise report.user("dispatch.algorithm", f"{facts.name} has no fan-out inside a node; set {able}")
-    message = f"{facts.name} sends {facts.sends}, not {dispatch.deduplicate}; set dispatch.deduplicate: {own}"
-    raise report.user("dispatch.deduplicate", message)
-
-
-def _usable_dispatch(scenario: Scenario) -> dict[str, DispatchAlgorithm]:
-    """The algorithms that the cluster and the mesh can run."""
-    return {name: facts for name, facts in DISPATCH.items() if _dispatch_obstacle(scenario, facts) is None}
-
-
-def _other_dispatch(scenario: Scenario) -> str:
-    """These in words: those that take the scenario's deduplicate, or where none does, each with one that it takes."""
-    usable, given = _usable_dispatch(scenario), scenario.dispatch.deduplicate
-    same = [name for name, facts in usable.items() if given in facts.deduplicate]
-    others = [f"{name} with dispatch.deduplicate: {facts.deduplicate[-1]}" for name, facts in usable.items()]
-    return " or ".join(same) or ", or ".join(others)
+    domains = ranked_cluster(cluster, mesh).domain_sizes
+    groups = ExpertGroups(cluster, mesh.expert, mesh.expert * mesh.expert_tensor, mesh.world_size, domains)
+    if (fault := dispatch_fault(scenario.dispatch, groups)) is not None:
+        raise report.user(f"dispatch.{fault.key}", fault.message)
 
 
 LEAST_TOKENS, THIN_LAYERS = 2**18, 2  # of a synthetic trace, about

@@ -5,6 +5,7 @@ from pathlib import Path as FilePath
 from typing import Any
 
 from moesim.errors import UserError
+from moesim.scenario.check_dispatch import ExpertGroups, dispatch_fault
 from moesim.scenario.document import Node, Path, dotted, find, parse_yaml, read_yaml, refusal
 from moesim.scenario.loader import accept_cluster_forms, accept_model_forms, finished_schema, validated
 from moesim.scenario.model import Mla
@@ -134,6 +135,7 @@ def _check_fleet(scenario: ServingScenario, refuse: Callable[[Path, str], UserEr
             raise refuse(where, f"{what}; change them")
         parts.append((prefill_scenario(scenario), ("fleet", "prefill")))
     for part, section in parts:
+        _check_dispatch(part, section, refuse)
         _check_overlap(part, (*section, "two_batches"), refuse)
         place = (*section, "redundant_experts")
         slots, ranks = scenario.model.experts + part.engine.redundant_experts, part.parallelism.expert
@@ -143,6 +145,16 @@ def _check_fleet(scenario: ServingScenario, refuse: Callable[[Path, str], UserEr
             least = -scenario.model.experts % ranks
             what = f"{slots} experts with their copies do not spread evenly over {ranks} ranks"
             raise refuse(place, f"{what}; use {least}, or {ranks} more")
+
+
+def _check_dispatch(scenario: ServingScenario, section: Path, refuse: Callable[[Path, str], UserError]) -> None:
+    cluster, mesh = scenario.cluster, scenario.parallelism
+    domains, ranks = cluster.domain_sizes, mesh.world_size
+    groups = ExpertGroups(cluster, mesh.expert, mesh.expert, ranks, domains, divisible=False)
+    if mesh.expert > 1 and (fault := dispatch_fault(scenario.dispatch, groups)) is not None:
+        prefill = scenario.fleet.prefill
+        own = section if section[0] == "fleet" and prefill is not None and prefill.dispatch is not None else ()
+        raise refuse((*own, "dispatch", fault.key), fault.message)
 
 
 def _check_overlap(part: ServingScenario, place: Path, refuse: Callable[[Path, str], UserError]) -> None:

@@ -16,6 +16,7 @@ from moesim.network.parameters import NetworkParameters
 from moesim.parallel.traffic import ring_copies
 from moesim.scenario import load_scenario_text
 from moesim.scenario.dispatch import DIRECT, DISPATCH, HIERARCHICAL, Kernel, Kernels
+from moesim.serving.loading import load_serving_text
 from moesim.strict_json import parse_json, unpacked
 
 SMALL = """schema_version: 1
@@ -233,6 +234,23 @@ def test_what_a_refused_dispatch_is_told_to_use_runs(gpu: str, preset: str) -> N
                 told += 1
                 assert "parallelism" in way or refusal(*changed) is None, (algorithm, deduplicate, remedy, changed)
     assert told > len(DISPATCH)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "dispatch", "refusal"),
+    [
+        ("l40s", "{algorithm: hybrid_ep, deduplicate: per_node}", r":8:23: dispatch.algorithm: hybrid_ep needs NVLink"),
+        ("h100", "{algorithm: low_latency, deduplicate: per_rank}", r"dispatch.deduplicate: low_latency sends per sel"),
+        ("h100", "{algorithm: one_sided}", r"one_sided needs the 16 ranks .* has 8; use direct$"),
+    ],
+)
+def test_serving_refuses_the_dispatch_that_training_refuses(gpu: str, dispatch: str, refusal: str) -> None:
+    lines = SMALL.replace("gpu: h200", f"gpu: {gpu}").splitlines(keepends=True)[:-1]
+    arrivals = "{kind: poisson, rate: 9, input: {kind: fixed, tokens: 9}, output: {kind: fixed, tokens: 9}}"
+    text = "".join(lines) + f"workload: {{kind: serving, requests: 9, arrivals: {arrivals}}}\n"
+    load_serving_text(text, source="f.yaml")
+    with pytest.raises(UserError, match=refusal):
+        load_serving_text(f"{text}dispatch: {dispatch}\n", source="f.yaml")
 
 
 def test_messages_over_nics_need_nics() -> None:

@@ -35,6 +35,7 @@ Plan = Mapping[str, Any]
 
 _OPPONENTS = {"runner_up": "Why it wins: against the runner-up", "best_with_other_gpus": "Against the best other GPUs"}
 _SMALL = 0.02  # share of the largest part below which parts are summed up
+_ROUNDING = 1e-9  # share of that below which their sum is none
 
 
 def add_plan(page: Page, plan: Plan) -> None:
@@ -72,7 +73,8 @@ def _large(parts: Sequence[Mapping[str, Any]]) -> list[tuple[str, float]]:
     least = _SMALL * max(map(abs, usd.values()), default=0.0)
     large = [(category(key).label, value) for key, value in usd.items() if abs(value) > least]
     rest = sum(value for value in usd.values() if abs(value) <= least)
-    return [(plain(label), value) for label, value in [*large, ("smaller changes", rest)] if value]
+    shown = [*large, ("smaller changes", rest)] if abs(rest) > _ROUNDING * least else large
+    return [(plain(label), value) for label, value in shown]
 
 
 def _add_sensitivity(page: Page, plan: Plan) -> None:
