@@ -32,7 +32,8 @@ def dispatch_fault(dispatch: Dispatch, groups: ExpertGroups) -> DispatchFault | 
     """What does not fit; the remedy names only what the cluster and the mesh can run. None: all fits."""
     facts, given = DISPATCH[dispatch.algorithm], dispatch.deduplicate
     if (obstacle := _obstacle(facts, groups)) is not None:
-        divided = groups.divisible and facts.needs_one_domain and all(pool.spec.has_nvlink for pool in groups.cluster.pools)
+        linked = all(pool.spec.has_nvlink for pool in groups.cluster.pools)
+        divided = groups.divisible and facts.needs_one_domain and linked
         divide = "a parallelism.expert that divides it, or " if divided else ""
         return DispatchFault("algorithm", f"{obstacle}; use {divide}{_others(dispatch, groups)}")
     if given in facts.deduplicate:

@@ -28,6 +28,7 @@ from moesim.report.plots.comparison import Side, changes, differences, sides, ve
 from moesim.report.plots.curves import curves, heat_map
 from moesim.report.plots.drawing import Drawing, choose, colours, log_ticks
 from moesim.report.plots.metrics import metric
+from moesim.report.plots.plot_page import _large
 from moesim.report.plots.points import Collection, collect, read_sources, with_values
 from moesim.report.plots.scatter import cost_performance, dots, suits_dots
 from moesim.study.points import pareto_front
@@ -351,3 +352,11 @@ def test_ticks_are_round_and_colours_differ(tmp_path: Path) -> None:
     collection, _ = drawn(clusters(tmp_path / "sweep", kind="sweep"), PlotRequest())
     for varied in collection.axes:
         assert len(set(colours(varied))) == len(varied.values)
+
+
+def test_what_rounding_leaves_of_small_parts_is_no_bar() -> None:
+    def parts(small: float) -> list[dict[str, object]]:
+        return [{"part": "attention", "usd_difference": 1.0}, {"part": "router", "usd_difference": small}]
+
+    assert [label for label, _ in _large(parts(1e-16))] == ["attention"]
+    assert [label for label, _ in _large(parts(-1e-3))] == ["attention", "smaller changes"]
