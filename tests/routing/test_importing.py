@@ -106,6 +106,7 @@ def test_slots_become_the_experts_of_their_own_layer(layers: int, tokens: int, s
         (["a,b", "1,x"], "line 2: 'x' is no count"),
         (["1,2", "3,-4"], "line 2: '-4' is no count"),
         (["1,2", "1,inf"], "line 2: 'inf' is no count"),
+        (["\x80\x04\x95,1"], "line 1 is no text; if it is a pickle"),
         (["e0,e1"], "no table of counts"),
     ],
 )

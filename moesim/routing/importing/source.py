@@ -259,6 +259,9 @@ def _checked_rows(path: Path, text: str) -> list[list[float]]:
     numbers = filled[len(filled) - len(rows) :]
     for number, row in zip(numbers, rows, strict=True):
         for cell in row:
+            if not cell.strip().isprintable():
+                what = f"no table of counts: line {number} is no text"
+                refuse(path, what, "if it is a pickle of OLMoE's, `moesim trace import olmoe` reads it")
             if not _is_count(cell):
                 what = f"no table of counts: line {number}: {cell.strip()[:20]!r} is no count"
                 refuse(path, what, "counts are finite numbers that are not negative")
