@@ -91,7 +91,8 @@ def gpu_spec(name: str) -> GpuSpec:
     """The catalogue's GPU `name`. Raises UserError with a suggestion for an unknown name."""
     entries = catalogue("gpus")
     if name not in entries:
-        own = "or describe yours in a scenario, cluster.gpu: {like: h200, name: mine, memory: 96 GB, peak: {bf16: 148 TFLOP/s}}"
+        mine = "{like: h200, name: mine, memory: 96 GB, peak: {bf16: 148 TFLOP/s}}"
+        own = f"or describe yours in a scenario, cluster.gpu: {mine}"
         raise UserError(f'unknown GPU "{name}"; {_suggest_product(name, entries)}; {own}')
     entry = dict(entries[name])
     for key, (least, most) in _BOUNDS.items():
