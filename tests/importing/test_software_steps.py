@@ -35,7 +35,7 @@ def test_some_steps_that_gave_no_number() -> None:
 @pytest.mark.slow
 def test_every_step_and_its_memory() -> None:
     found = list(compared())
-    for program, median, worst in (("megatron", 0.045, 0.14), ("torchtitan", 0.045, 0.07)):
+    for program, median, worst in (("megatron", 0.05, 0.14), ("torchtitan", 0.045, 0.07)):
         errors = [abs(step.error) for step in found if step.program == program and step.blind]
         assert np.median(errors) < median, (program, errors)
         assert max(errors) < worst, (program, errors)
