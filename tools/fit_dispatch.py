@@ -25,7 +25,7 @@ from scipy.optimize import least_squares
 from moesim.network.parameters import NetworkParameters
 from moesim.scenario.catalogue import gpu_spec
 from moesim.scenario.cluster import NIC_BANDWIDTH
-from moesim.scenario.dispatch import DISPATCH
+from moesim.scenario.dispatch import DISPATCH, rate_of_both
 
 Rows = NDArray[Any]
 SYSTEMS = {"h100": "h100_sxm", "h200": "h200_sxm", "b200": "b200_sxm", "b300": "b300_sxm"} | {
@@ -145,10 +145,6 @@ def _port(rows_N: Rows) -> Any:
     return np.array([gpu_spec(kind).nvlink_bandwidth for kind in rows_N["kind"].tolist()])
 
 
-def _bent(port_N: Any, kernels_N: Any, sharpness: float) -> Any:
-    return (port_N**-sharpness + kernels_N**-sharpness) ** (-1 / sharpness)
-
-
 def _print_normal(rows_N: Rows, kinds: tuple[str, ...]) -> None:
     facts = DISPATCH["hierarchical"]
     assert facts.sharpness is not None and facts.nvlink_share is not None
@@ -159,7 +155,7 @@ def _print_normal(rows_N: Rows, kinds: tuple[str, ...]) -> None:
     def of(values: Any) -> Any:
         share, pace, row = values if kinds == GROUPS[0] else (facts.nvlink_share, *values)
         of_sm = 1 / (1 / (pace * 1e9) + row * 1e-6 / large_N["row_bytes"])
-        return call + moved_N / _bent(share * _port(large_N), large_N["sms"] * of_sm, facts.sharpness)
+        return call + moved_N / rate_of_both(share * _port(large_N), large_N["sms"] * of_sm, sharpness=facts.sharpness)
 
     found = _fit(of, [0.75, 19, 0.1] if kinds == GROUPS[0] else [19, 0.1], large_N)
     names = "share of the port, GB/s of an SM, us of a row" if kinds == GROUPS[0] else "GB/s of an SM, us of a row"
@@ -171,7 +167,9 @@ def _print_low_latency(rows_N: Rows, kinds: tuple[str, ...]) -> None:
     sharpness, moved_N = facts.sharpness, _messages(rows_N) * (rows_N["ranks"] - 1) / rows_N["ranks"]
 
     def of(values: Any) -> Any:
-        return values[0] * 1e-6 + moved_N / _bent(facts.nvlink_share * _port(rows_N), values[1] * 1e9, sharpness)
+        return values[0] * 1e-6 + moved_N / rate_of_both(
+            facts.nvlink_share * _port(rows_N), values[1] * 1e9, sharpness=sharpness
+        )
 
     call, rate = _fit(of, [12, 300], rows_N)
     print(f"low latency, {CALLS[rows_N['call'][0]]}, {kinds}: call {call - HOP * 1e6:.3g} us, GB/s {rate}")
@@ -203,7 +201,7 @@ def _print_normal_across(rows_N: Rows) -> None:
 
     def of(values: Any) -> Any:
         call, more, pace, share = values
-        rate_N = _bent(facts.nvlink_share * _port(rows_N), rows_N["sms"] * pace * 1e9, facts.sharpness)
+        rate_N = rate_of_both(facts.nvlink_share * _port(rows_N), rows_N["sms"] * pace * 1e9, sharpness=facts.sharpness)
         wires_N = np.maximum(fanned_N / rate_N, sent_N / (share * NIC_BANDWIDTH))
         return (call + more * np.log2(nodes_N)) * 1e-6 + wires_N
 

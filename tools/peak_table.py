@@ -16,7 +16,8 @@ from listed_steps import MODEL_TYPES, OWN, scenario_of
 from measure_peaks import Case, loss_of, module
 
 from moesim.importing.recording import record_step
-from moesim.parallel.memory import WORKSPACE_BYTES, memory_report
+from moesim.parallel.memory import memory_report
+from moesim.parallel.memory_libraries import WORKSPACE_BYTES
 from moesim.parallel.memory_rows import even_rows
 from moesim.recorded.estimate import step_peak
 from moesim.scenario import Scenario, dump_scenario, load_scenario_text

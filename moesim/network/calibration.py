@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from moesim.network.nccl import busiest_port_bytes, sums_in_switch
 from moesim.network.parameters import NetworkParameters, OwnCall, Protocol
+from moesim.scenario.dispatch import rate_of_both
 from moesim.strict_json import json_text, parse_json
 
 FloatArray = NDArray[np.float64]
@@ -139,14 +140,13 @@ def fit_protocol(
 
 def fit_sms(sms_N: FloatArray, rate_N: FloatArray, *, link_bandwidth: float) -> tuple[float, float, float]:
     """Bytes/s of one SM, the sharpness and the port's bytes/s that explain what so many SMs move (see
-    `moesim.scenario.dispatch.nvlink_share_of_sms`): least squares of logs over a grid."""
+    `moesim.scenario.dispatch.rate_of_both`): least squares of logs over a grid."""
     ports = np.linspace(0.4, 1.0, 121) * link_bandwidth
     per_sms = np.geomspace(0.01, 0.2, 301) * link_bandwidth
     best = (np.inf, 0.0, 0.0, 0.0)
     for sharpness in np.arange(2.0, 6.25, 0.25):
-        own_AN = (per_sms[:, None] * sms_N) ** -sharpness
         for port in ports:
-            predicted_AN = (own_AN + port**-sharpness) ** (-1 / sharpness)
+            predicted_AN = rate_of_both(port, per_sms[:, None] * sms_N, sharpness=sharpness)
             error_A = np.square(np.log(predicted_AN / rate_N)).sum(axis=1)
             at = int(error_A.argmin())
             best = min(best, (float(error_A[at]), float(per_sms[at]), float(sharpness), float(port)))

@@ -19,7 +19,7 @@ from moesim.network.calibration import (
 from moesim.network.flows import port_bytes
 from moesim.network.nccl import busiest_port_bytes, sums_in_switch
 from moesim.network.parameters import NetworkParameters, Protocol
-from moesim.scenario.dispatch import nvlink_share_of_sms
+from moesim.scenario.dispatch import rate_of_both
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -65,7 +65,7 @@ def call_errors(rows: Sequence[Row], *, link_bandwidth: float, kind: str | None)
             if (seconds := predicted_seconds(row, parameters, link_bandwidth=link_bandwidth, kind=kind)) is not None
         ]
         found.append(CallErrors(name, ranks, words, tuple(errors)))
-    return found + _sm_errors(rows, parameters, link_bandwidth=link_bandwidth)
+    return found + _sm_errors(rows, parameters)
 
 
 def seen_bandwidth(rows: Sequence[Row]) -> float:
@@ -122,20 +122,13 @@ def _is_kept_out(row: Row) -> bool:
     return bool(row.get("held_out")) or row["kind"] == "exchange"
 
 
-def _sm_errors(rows: Sequence[Row], parameters: NetworkParameters, *, link_bandwidth: float) -> list[CallErrors]:
+def _sm_errors(rows: Sequence[Row], parameters: NetworkParameters) -> list[CallErrors]:
     """Of all-to-alls held to so many blocks, the port's share being that of the most blocks."""
     sms_N, rate_N = sm_rates(rows)
     if not len(sms_N) or parameters.sm_source == NetworkParameters().sm_source:
         return []  # constants of other GPUs
     kept_N, kept_rate_N = sm_rates([row for row in rows if row.get("held_out")])
-    share = float(rate_N.max()) / link_bandwidth
-    predicted_N = [
-        link_bandwidth
-        * nvlink_share_of_sms(
-            share, sms=sms, nvlink=link_bandwidth, per_sm=parameters.bytes_per_sm, sharpness=parameters.sm_sharpness
-        )
-        for sms in kept_N.tolist()
-    ]
+    predicted_N = rate_of_both(rate_N.max(), kept_N * parameters.bytes_per_sm, sharpness=parameters.sm_sharpness)
     words = "", f"{parameters.bytes_per_sm / 1e9:.1f} GB/s", ""
-    errors = np.abs(np.array(predicted_N) / kept_rate_N - 1.0)
+    errors = np.abs(predicted_N / kept_rate_N - 1.0)
     return [CallErrors("an SM of exchanges", int(rows[0]["ranks"]), words, tuple(errors.tolist()))]

@@ -163,7 +163,7 @@ def _prepare(
     kernel = kernels.combine if combine else kernels.dispatch
     message_bytes = token_bytes if combine else token_bytes + facts.header_bytes
     reached = fabric.reached_by(facts, kernel, row_bytes=message_bytes, sms=sms)
-    if facts.nvlink_share is None:  # NCCL's
+    if facts.uses_nccl:
         protocol = measured_call(fabric, "all_to_all", chosen) or protocol
     if facts.needs_one_domain and not one_domain:
         raise UserError(f"dispatch: algorithm {facts.name} needs all ranks in one NVLink domain; use direct")

@@ -16,7 +16,7 @@ from moesim.network.parameters import NetworkParameters
 from moesim.network.shortest_routes import ShortestRoutes, SplitRoutes
 from moesim.network.topology import Site, build_graph, sites_of
 from moesim.scenario.cluster import TRANSPORTS, Cluster, FabricKind
-from moesim.scenario.dispatch import DispatchAlgorithm, Kernel, nvlink_share_of_sms
+from moesim.scenario.dispatch import DispatchAlgorithm, Kernel, rate_of_both
 from moesim.scenario.failures import Degraded
 
 FloatArray = NDArray[np.float64]
@@ -96,10 +96,9 @@ class Fabric:
             share_X = np.where(self.stated_X | (own_X < 0), self.efficiency_X, own_X)
             if limits:
                 for link in np.flatnonzero(is_nvlink_X & ~self.stated_X):
-                    share_X[link] = nvlink_share_of_sms(
-                        float(share_X[link]), sms=1.0, nvlink=float(self.bandwidth_X[link]), per_sm=key[2],
-                        sharpness=sharpness,
-                    )  # fmt: skip
+                    whole = float(self.bandwidth_X[link])
+                    port = float(share_X[link]) * whole
+                    share_X[link] = rate_of_both(port, key[2], sharpness=sharpness) / whole
             self._reached[key] = replace(self, efficiency_X=share_X, capacity_X=self.bandwidth_X * share_X)
         return self._reached[key]
 

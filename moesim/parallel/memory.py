@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from moesim.parallel.memory_libraries import libraries_bytes
 from moesim.parallel.memory_parameters import holders, state_bytes, table_parameters
 from moesim.parallel.memory_phases import LayerMoment, Phase, Sizes, eager_phases, held_phases
 from moesim.parallel.memory_rows import RoutedRows
@@ -38,20 +39,16 @@ from moesim.parallel.memory_temporaries import (
     attention_moment,
     dense_moments,
     expert_moments,
-    scores_buffer,
 )
 from moesim.parallel.traffic import token_bytes
 from moesim.scenario import Scenario
 from moesim.scenario.base import BYTES_PER_ELEMENT
-from moesim.scenario.dispatch import DISPATCH
-from moesim.scenario.dispatch_buffers import BufferSizes, no_buffers
 from moesim.scenario.model import Mla
 from moesim.scenario.stages import pools_of_ranks
 from moesim.schedules import Pass, Schedule, build_schedule
 
 FloatArray = NDArray[np.float64]
 Array = NDArray[Any]
-WORKSPACE_BYTES = 2 * 32 * 2**20  # cuBLAS on Hopper: 32 MiB for the handle of each thread, forward and backward
 
 
 class OfLoss(NamedTuple):
@@ -62,10 +59,6 @@ class OfLoss(NamedTuple):
 
 
 LOSSES = {"fused": OfLoss(0.0, 0.5), "fp32": OfLoss(2.0, 1.0), "parallel": OfLoss(0.5, 1.0)}
-# Of NCCL, with the buffers that its first collective makes, beyond the four that memory.reserved was measured with: two
-# H100s, NCCL 2.28.9 (tests/data/fused_peaks_h100.json.gz); the second of all-to-alls and messages.
-COMMUNICATOR_BYTES, OF_MESSAGES_BYTES = 0.51e9, 0.61e9
-COMMUNICATORS_RESERVED = 4
 LEAST_OF_LIST = 0.5  # of what moves, below which no recording takes it
 # Gradients of single parts, to the states that they are of.
 MADE_OF = {
@@ -559,43 +552,11 @@ class _PipelineRank:
         """States that exist in a phase."""
         return {name: size for name, size in self.states.items() if phase.gradients or "gradients" not in name}
 
-    @property
-    def _workspace(self) -> float:
-        """Of libraries of matrix products, once more for the stream that CUDA graphs run on, and of scores."""
-        graphs = self.scenario.implementation.switches.cuda_graphs != "none"
-        return WORKSPACE_BYTES * (1 + graphs) + scores_buffer(self.scenario) * self.tokens
-
-    @property
-    def _dispatch_library(self) -> float:
-        scenario, mesh = self.scenario, self.scenario.parallelism
-        ranks, pool = mesh.expert * mesh.expert_tensor, scenario.cluster.main_pool
-        if ranks == 1 or not self._has_moe:
-            return 0.0
-        algorithm = DISPATCH[scenario.dispatch.algorithm]
-        sizes = BufferSizes(
-            tokens=self.tokens,
-            width=scenario.model.row_width,
-            dispatched=BYTES_PER_ELEMENT[scenario.dispatch.dtype],
-            ranks=ranks,
-            domain=scenario.cluster.trays_per_domain(pool) * pool.gpus_per_node,
-            experts=scenario.model.experts,
-            sms=scenario.dispatch.sms(pool.spec.sm_count) or algorithm.sms or 0.0,
+    @cached_property
+    def _libraries(self) -> dict[str, float]:
+        return libraries_bytes(
+            self.scenario, tokens=self.tokens, has_moe=self._has_moe, replicas=self.schedule.num_replicas
         )
-        return algorithm.buffers(sizes)
-
-    @property
-    def _communicators(self) -> float:
-        """One for each set of ranks that the layout makes: those that reduce, share layers, exchange rows, and stages.
-
-        Rows that a library of its own carries need none of NCCL.
-        """
-        mesh, has_moe = self.scenario.parallelism, bool(self.scenario.model.experts)
-        dense, expert = holders(self.scenario, replicas=self.schedule.num_replicas)
-        own_library = DISPATCH[self.scenario.dispatch.algorithm].buffers is not no_buffers
-        of_sums = sum(ranks > 1 for ranks in (dense, expert * has_moe, mesh.tensor, mesh.context))
-        of_messages = (mesh.pipeline > 1) + (mesh.expert * mesh.expert_tensor > 1 and has_moe and not own_library)
-        more = max(0, of_sums + of_messages - COMMUNICATORS_RESERVED)
-        return min(more, of_messages) * OF_MESSAGES_BYTES + max(0, more - of_messages) * COMMUNICATOR_BYTES
 
     def _moving_SW(self, phase: Phase) -> FloatArray:
         """Bytes of a phase that move, as a recording has them where there is one and activations are kept."""
@@ -607,8 +568,7 @@ class _PipelineRank:
 
     def _phase_SW(self, phase: Phase) -> FloatArray:
         memory = self.scenario.memory
-        libraries = self._workspace + self._dispatch_library + self._communicators
-        held = sum(self._states(phase).values()) + libraries + memory.reserved
+        held = sum(self._states(phase).values()) + sum(self._libraries.values()) + memory.reserved
         return np.asarray(held + (1 + memory.allocator_overhead) * self._moving_SW(phase))
 
     @cached_property
@@ -638,9 +598,7 @@ class _PipelineRank:
             moving[kept] = moving.get(kept, 0.0) + moving.pop(name)
         other = {
             "allocator": memory.allocator_overhead * total,
-            "workspace": self._workspace,
-            "dispatch_library": self._dispatch_library,
-            "communicators": self._communicators,
+            **self._libraries,
             "reserved": memory.reserved,
         }
         everything = {**states, **moving, **other}

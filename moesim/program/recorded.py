@@ -39,17 +39,7 @@ from moesim.recorded.scaling import recorded_step, scaled_op, scaled_ops
 from moesim.recorded.sharing import Exchange, divided, kept_whole, shared_out
 from moesim.recorded.sizes import MatchedOp, StepSizes
 from moesim.recorded.step_file import GRADIENTS, RecordedOp
-from moesim.recorded.widths import (
-    DENSE_WIDTH,
-    HEAD_DIM,
-    HEADS,
-    KV_HEADS,
-    KV_RANK,
-    Q_RANK,
-    ROPE_DIM,
-    SHARED_WIDTH,
-    VALUE_DIM,
-)
+from moesim.recorded.widths import HEADS, KV_HEADS, OF_LATENT, OF_MODEL, SHARED_WIDTH, VALUE_DIM
 from moesim.results.spans import Collective, Part, Phase
 from moesim.scenario import Scenario
 from moesim.scenario.model import Mla, Model
@@ -390,16 +380,11 @@ class RecordedKernels:
 def _of_model(model: Model, sizes: StepSizes) -> dict[str, Any]:
     """The sizes of a model; those of the file where it has none."""
     latent = model.attention if isinstance(model.attention, Mla) else None
-    widths = {
-        HEADS: model.heads,
-        KV_HEADS: model.heads if latent else model.kv_heads,
-        HEAD_DIM: model.head_dim,
-        VALUE_DIM: (latent.value_head_dim if latent else None) or model.head_dim,
-        DENSE_WIDTH: model.dense_intermediate,
-        SHARED_WIDTH: model.shared_width,
-    }
+    widths = {name: getattr(model, key) for key, name in OF_MODEL.items()}
+    widths |= {VALUE_DIM: model.head_dim, SHARED_WIDTH: model.shared_width}
     if latent:
-        widths |= {KV_RANK: latent.kv_lora_rank, ROPE_DIM: latent.rope_head_dim, Q_RANK: latent.q_lora_rank or 0}
+        of_latent = {name: getattr(latent, key) for key, name in OF_LATENT.items()}
+        widths |= {KV_HEADS: model.heads} | {name: size for name, size in of_latent.items() if size}
     found: dict[str, Any] = {"vocabulary": model.vocab, "experts": sizes.experts}
     if sizes.widths:
         wanted = {name: size for name, size in widths.items() if size and name in sizes.widths}

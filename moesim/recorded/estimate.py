@@ -13,7 +13,7 @@ from moesim.errors import UserError
 from moesim.kernels import KernelModel
 from moesim.kernels.families import FAMILY_OF
 from moesim.kernels.jitter import expected_most
-from moesim.parallel.memory import WORKSPACE_BYTES
+from moesim.parallel.memory_libraries import WORKSPACE_BYTES
 from moesim.recorded.layers import in_order
 from moesim.recorded.pricing import CHECK, GAP_S, OPTIMIZER, PricedOp, checked_kernels, prices, seconds_of
 from moesim.recorded.sizes import matched, sizes_of

@@ -14,25 +14,12 @@ from moesim.recorded.estimate import step_peak
 from moesim.recorded.pricing import DTYPES, OPTIMIZER
 from moesim.recorded.scaling import RecordedStep, recorded_step
 from moesim.recorded.sizes import StepSizes
-from moesim.recorded.widths import (
-    DENSE_WIDTH,
-    HEAD_DIM,
-    HEADS,
-    KV_HEADS,
-    KV_RANK,
-    Q_RANK,
-    ROPE_DIM,
-    SHARED_WIDTH,
-    VALUE_DIM,
-)
+from moesim.recorded.widths import OF_LATENT, OF_MODEL, SHARED_WIDTH
 from moesim.scenario import Scenario
 from moesim.scenario.model import Mla, Model
 from moesim.scenario.placement import Contiguous
 from moesim.scenario.routing import NoCapacity
 from moesim.scenario.schema import Parallelism
-
-OF_MODEL = {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "dense_intermediate": DENSE_WIDTH}
-OF_LATENT = {"kv_lora_rank": KV_RANK, "q_lora_rank": Q_RANK, "rope_head_dim": ROPE_DIM, "value_head_dim": VALUE_DIM}
 
 
 def recorded_memory(scenario: Scenario) -> Recorded | None:

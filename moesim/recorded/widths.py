@@ -18,6 +18,9 @@ HIDDEN, VOCABULARY, EXPERTS, EXPERT_WIDTH = "hidden", "vocabulary", "experts", "
 HEADS, KV_HEADS, HEAD_DIM, VALUE_DIM = "heads", "kv_heads", "head_dim", "value_head_dim"
 DENSE_WIDTH, SHARED_WIDTH = "dense_width", "shared_width"
 Q_RANK, KV_RANK, ROPE_DIM = "q_lora_rank", "kv_lora_rank", "rope_head_dim"
+# Sizes of a scenario's model, and of its latent attention, by their keys.
+OF_MODEL = {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "dense_intermediate": DENSE_WIDTH}
+OF_LATENT = {"kv_lora_rank": KV_RANK, "q_lora_rank": Q_RANK, "rope_head_dim": ROPE_DIM, "value_head_dim": VALUE_DIM}
 _FACTOR = re.compile(r"([*/]?)([^*/+]+)")
 
 

@@ -5,7 +5,7 @@ A scenario names one in `dispatch.algorithm`; its checks, transfers and costs re
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from moesim.scenario.dispatch_buffers import BufferSizes, deepep_buffers, hybrid_ep_buffers, no_buffers
 
@@ -20,12 +20,9 @@ SM_SHARPNESS = 3.5
 SM_SOURCE = "two H100"
 
 
-def nvlink_share_of_sms(
-    share: float, *, sms: float, nvlink: float, per_sm: float = BYTES_PER_SM, sharpness: float = SM_SHARPNESS
-) -> float:
-    """The share of `nvlink` (bytes/s) that kernels on `sms` SMs reach, each of them `per_sm`; many reach `share`."""
-    port, own = share * nvlink, sms * per_sm
-    return float((port**-sharpness + own**-sharpness) ** (-1 / sharpness) / nvlink)
+def rate_of_both(port: Any, kernels: Any, *, sharpness: float = SM_SHARPNESS) -> Any:
+    """Bytes/s (floats or arrays) of kernels that alone move `kernels`, through a port that alone gives `port`."""
+    return (port**-sharpness + kernels**-sharpness) ** (-1 / sharpness)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +111,11 @@ class DispatchAlgorithm:
         if over_nics and self.across is not None:
             return self.across
         return self.by_kind.get(kind or "", self.kernels)
+
+    @property
+    def uses_nccl(self) -> bool:
+        """Whether NCCL carries its messages, by its calls and as far as these reach."""
+        return self.nvlink_share is None
 
     @property
     def fans_out(self) -> bool:

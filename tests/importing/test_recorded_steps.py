@@ -17,7 +17,8 @@ from moesim.errors import UserError
 from moesim.importing.program import record_program
 from moesim.importing.recording import record_step
 from moesim.kernels import kernel_model
-from moesim.parallel.memory import WORKSPACE_BYTES, memory_report
+from moesim.parallel.memory import memory_report
+from moesim.parallel.memory_libraries import WORKSPACE_BYTES
 from moesim.parallel.memory_rows import even_rows
 from moesim.recorded.estimate import HOST, step_estimate, step_peak
 from moesim.recorded.pricing import kernels_of

@@ -25,7 +25,7 @@ from moesim.network.fabric import Fabric
 from moesim.network.flows import make_demand
 from moesim.network.parameters import Protocol
 from moesim.scenario.cluster import Cluster, Pool
-from moesim.scenario.dispatch import BYTES_PER_SM, DISPATCH, SM_SHARPNESS, nvlink_share_of_sms
+from moesim.scenario.dispatch import BYTES_PER_SM, DISPATCH, SM_SHARPNESS, rate_of_both
 from moesim.strict_json import parse_json, unpacked
 
 FILE = Path(__file__).parents[1] / "data" / "fabric_h100.json.gz"
@@ -157,7 +157,7 @@ def test_bandwidth_by_the_number_of_sms() -> None:
 @pytest.mark.parametrize(("sms", "published"), [(16, 246e9), (48, 554e9)])
 def test_published_bandwidths_by_sms(sms: int, published: float) -> None:
     """Within a node of NVLink 5 (900 GB/s): in no fit."""
-    assert 900e9 * nvlink_share_of_sms(0.817, sms=sms, nvlink=900e9) == pytest.approx(published, rel=0.08)
+    assert rate_of_both(0.817 * 900e9, sms * BYTES_PER_SM) == pytest.approx(published, rel=0.08)
 
 
 @pytest.mark.parametrize("algorithm", sorted(DISPATCH))
@@ -210,10 +210,7 @@ def test_few_sms_of_stores_and_of_sums(kind, warps, combine):
     fitted = [row["rate"] / row["sms"] for row in rows if row["sms"] in (4, 8)]
     assert per_sm == pytest.approx(np.mean(fitted), rel=0.01)
     apart = [row for row in rows if row["sms"] not in (4, 8)]
-    found = [
-        nvlink_share_of_sms(share, sms=row["sms"], nvlink=BANDWIDTH, per_sm=per_sm) * BANDWIDTH / row["rate"] - 1
-        for row in apart
-    ]
+    found = [rate_of_both(share * BANDWIDTH, row["sms"] * per_sm) / row["rate"] - 1 for row in apart]
     print(kind, {row["sms"]: f"{error:+.1%}" for row, error in zip(apart, found, strict=True)})
     assert len(apart) == 10
     assert np.median(np.abs(found)) < 0.05

@@ -6,7 +6,8 @@ import pytest
 from fused_peak_table import DATA
 
 import moesim
-from moesim.parallel.memory import COMMUNICATOR_BYTES, OF_MESSAGES_BYTES, memory_report
+from moesim.parallel.memory import memory_report
+from moesim.parallel.memory_libraries import COMMUNICATOR_BYTES, OF_MESSAGES_BYTES
 from moesim.parallel.memory_rows import even_rows
 from moesim.scenario.dispatch_buffers import BufferSizes, deepep_buffers, hybrid_ep_buffers
 from moesim.strict_json import parse_json
@@ -66,3 +67,6 @@ def test_layouts_with_many_sets_of_ranks_have_more_communicators() -> None:
     assert "communicators" not in memory_report(four, even_rows(four)).parts[0]
     five = moesim.load_scenario("mixtral-8x22b-tp-folding")
     assert memory_report(five, even_rows(five)).parts[0]["communicators"] == OF_MESSAGES_BYTES
+    dispatch = {"algorithm": "low_latency_nvlink", "deduplicate": "per_expert"}
+    own = moesim.load_scenario("mixtral-8x22b-tp-folding", {"dispatch": dispatch})
+    assert "communicators" not in memory_report(own, even_rows(own)).parts[0], "its exchanges need none of NCCL"
