@@ -227,9 +227,9 @@ def trace_hf(args: argparse.Namespace) -> int:
 
 
 def _summary_of_model(trace: "RoutingTrace") -> dict[str, object]:
-    from moesim.trace.metrics import expert_load_LE, imbalance
+    from moesim.trace.metrics import imbalance
 
-    load_LE = expert_load_LE(trace.final, num_experts=trace.router.num_experts)
+    load_LE = trace.final_load_LE
     return {
         "routers": trace.provenance["routers"],
         "router": trace.router.kind,

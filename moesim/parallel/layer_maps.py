@@ -22,7 +22,6 @@ from moesim.scenario import Scenario
 from moesim.scenario.cluster import NIC_BANDWIDTH
 from moesim.scenario.placement import BySpeed, Eplb, Explicit, MadeFromRows, Search, keeps_groups
 from moesim.seeding import stream
-from moesim.trace.metrics import expert_load_LE
 from moesim.trace.record import RoutingTrace
 
 Ints = NDArray[np.int64]
@@ -242,7 +241,7 @@ def recorded_loads(trace: RoutingTrace) -> dict[int, FloatArray]:
     """Rows of every expert in each layer of the trace [L, E], before dropping, by recorded training step."""
     loads = {each.step: each.counts_LSE.sum(axis=1, dtype=np.float64) for each in trace.earlier}
     experts = trace.router.num_experts
-    return loads | {step.step: expert_load_LE(step, num_experts=experts).astype(np.float64) for step in trace.steps}
+    return loads | {step.step: step.load_LE(num_experts=experts).astype(np.float64) for step in trace.steps}
 
 
 def recorded_ages(trace: RoutingTrace) -> list[int]:

@@ -84,10 +84,9 @@ class Operation:
         if len(transfers_M) > 1:
             each = len(transfers_M) // layers
             transfers_M = transfers_M[index * each : (index + 1) * each]
-        label = self.label._replace(layer=layer)
         return Operation(  # `replace` takes three times as long
             kind=self.kind,
-            label=label,
+            label=self.label.of_layer(layer),
             chain=self.chain,
             seconds_MSR=seconds_MSR,
             transfers_M=transfers_M,

@@ -205,7 +205,7 @@ def _entries(entries: "Sequence[LibraryEntry]", options: ConsoleOptions) -> Scre
 
 def entry_facts(entry: "LibraryEntry", trace: "RoutingTrace") -> dict[str, Any]:
     """Everything about an entry as JSON values; `drift` has the imbalance of every layer at every recorded step."""
-    from moesim.trace.metrics import expert_load_LE, imbalance, mean_distinct_groups_L
+    from moesim.trace.metrics import imbalance, mean_distinct_groups_L
 
     router = trace.router
     held_out = {
@@ -213,7 +213,7 @@ def entry_facts(entry: "LibraryEntry", trace: "RoutingTrace") -> dict[str, Any]:
         for step, loss in zip(trace.curves.validation_steps, trace.curves.validation_loss, strict=True)
     }
     loads = {each.step: each.counts_LSE.sum(axis=1) for each in trace.earlier}
-    loads[trace.final.step] = expert_load_LE(trace.final, num_experts=router.num_experts)
+    loads[trace.final.step] = trace.final_load_LE
     return {
         **asdict(entry),
         "router": asdict(router),

@@ -427,11 +427,11 @@ def spread(load_LE: "FloatArray") -> list[Fact]:
 
 def trace_imbalance(trace: "RoutingTrace") -> "dict[int, FloatArray]":
     """Max / mean expert load per layer [L] of every step that the trace knows of, over all its tokens."""
-    from moesim.trace.metrics import expert_load_LE, imbalance
+    from moesim.trace.metrics import imbalance
 
     num_experts = trace.router.num_experts
     counted = {step.step: imbalance(step.counts_LSE.sum(axis=1)) for step in trace.earlier}
-    recorded = {step.step: imbalance(expert_load_LE(step, num_experts=num_experts)) for step in trace.steps}
+    recorded = {step.step: imbalance(step.load_LE(num_experts=num_experts)) for step in trace.steps}
     return counted | recorded
 
 

@@ -42,7 +42,7 @@ from moesim.results.metrics import balance_warnings
 from moesim.scenario import Scenario
 from moesim.seeding import stream
 from moesim.trace import RoutingTrace
-from moesim.trace.metrics import expert_load_LE, first_load_LE, imbalance, mean_distinct_groups_L, uniform_floor
+from moesim.trace.metrics import imbalance, mean_distinct_groups_L, uniform_floor
 
 _STYLES = {"compute": "blue", "communication": "yellow", "waiting": "magenta", "overhead": "bright_black"}
 _TWO_COLUMNS = 100  # terminal width from which everything else stands beside the attribution
@@ -165,8 +165,7 @@ COLD = 0.5  # an expert with less than this share of the mean load is cold
 
 def relative_load_LE(trace: RoutingTrace, *, first: bool) -> NDArray[np.float64]:
     """Rows of an expert / mean rows of its layer, at the first or the last recorded step; before dropping."""
-    num_experts = trace.router.num_experts
-    load_LE = first_load_LE(trace) if first else expert_load_LE(trace.final, num_experts=num_experts)
+    load_LE = trace.first_load_LE if first else trace.final_load_LE
     return np.asarray(load_LE / load_LE.mean(axis=1, keepdims=True))
 
 

@@ -23,7 +23,7 @@ from moesim.scenario.routers import ROUTERS
 from moesim.scenario.routing import StatedRouting
 from moesim.scenario.stages import kinds_of_pools, pools_of_ranks, rank_counts
 from moesim.trace import RoutingTrace
-from moesim.trace.metrics import expert_load_LE, imbalance, uniform_floor
+from moesim.trace.metrics import imbalance, uniform_floor
 
 FloatArray = NDArray[np.float64]
 
@@ -353,7 +353,7 @@ FAR_OF_POSSIBLE = 0.5  # of N / K, which all tokens with the same experts would 
 def balance_warnings(scenario: Scenario, trace: RoutingTrace) -> list[str]:
     """What to know of the routing's balance, from all that was recorded, before drops."""
     router, final = trace.router, trace.final
-    ratio = float(imbalance(expert_load_LE(final, num_experts=router.num_experts)).mean())
+    ratio = float(imbalance(trace.final_load_LE).mean())
     floor = uniform_floor(router.num_experts, top_k=router.top_k, tokens=final.num_tokens)
     measured = (
         f"its busiest expert gets {ratio:.1f} times the mean rows, mean over layers (a uniform router: {floor:.2f})"

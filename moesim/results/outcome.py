@@ -45,7 +45,7 @@ from moesim.results.spans import CATEGORIES, SpanTable
 from moesim.results.store import RESULT_SCHEMA_VERSION, RunRecord
 from moesim.scenario import Implementation, Scenario
 from moesim.trace import RoutingTrace, trace_hash
-from moesim.trace.metrics import expert_load_LE, first_load_LE, imbalance
+from moesim.trace.metrics import imbalance
 from moesim.trace.provenance import import_notes, limit_difference, rests_on
 
 CLOCK = "clock"  # under load, of a kind without a published sustained rate
@@ -408,8 +408,8 @@ def _load_arrays(facts: TrafficFacts) -> dict[str, FloatArray]:
 def _router_facts(scenario: Scenario, trace: RoutingTrace, sample: TrafficSample) -> dict[str, Any]:
     """The section `router` of a result: how it was trained, how even it is, and how far its trace carries."""
     curves = trace.curves
-    load_first = imbalance(first_load_LE(trace))
-    load_last = imbalance(expert_load_LE(trace.final, num_experts=trace.router.num_experts))
+    load_first = imbalance(trace.first_load_LE)
+    load_last = imbalance(trace.final_load_LE)
     return {
         "kind": trace.router.kind,
         "train_loss": float(curves.train_loss[-1]) if len(curves.train_loss) else None,

@@ -1,9 +1,10 @@
 """The whole scenario: every section, and the checks that need more than one of them."""
 
 from collections.abc import Mapping
+from functools import cached_property
 from itertools import accumulate
 from types import MappingProxyType
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, WithJsonSchema
 
@@ -337,6 +338,12 @@ class Scenario(Section):
         default=0, description="Seed of all random draws; the same seed gives the same result to the bit."
     )
 
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """As pydantic's, without what was worked out from fields that the copy may have otherwise."""
+        copied = super().model_copy(update=update, deep=deep)
+        vars(copied).pop("stage_layers", None)
+        return copied
+
     @property
     def shared_beside(self) -> bool:
         """Whether shared experts run beside dispatch and combine, as said or as the software does by itself."""
@@ -381,9 +388,12 @@ class Scenario(Section):
         listed = self.parallelism.model_copy(update={"stages": stage_lengths(self)})
         return self.model_copy(update={"parallelism": listed})
 
-    @property
+    @cached_property
     def stage_layers(self) -> tuple[range, ...]:
-        """The layers of every stage, numbered from 0 through the model; see `moesim.scenario.stages`."""
+        """The layers of every stage, numbered from 0 through the model; see `moesim.scenario.stages`.
+
+        Asked for thousands of times in one run, so it is worked out once; `model_copy` leaves it behind.
+        """
         lengths = stage_lengths(self)
         ends = tuple(accumulate(lengths))
         return tuple(range(end - length, end) for end, length in zip(ends, lengths, strict=True))

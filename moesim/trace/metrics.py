@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from moesim.scenario.routing import RouterShape
 from moesim.seeding import stream
 from moesim.trace.draws import draw_distinct_in_groups
-from moesim.trace.record import RoutingTrace, TraceStep, group_of_expert
+from moesim.trace.record import TraceStep, group_of_expert
 
 Array = NDArray[Any]
 
@@ -62,18 +62,6 @@ def imbalance(loads: Array, *, axis: int = -1) -> NDArray[np.float64]:
     return np.asarray(np.where(means > 0, ratios, 1.0))
 
 
-def expert_load_LE(step: TraceStep, *, num_experts: int) -> NDArray[np.int64]:
-    """Rows that every expert gets in every layer, before dropping."""
-    return np.stack([np.bincount(ids.reshape(-1) + 1, minlength=num_experts + 1)[1:] for ids in step.expert_ids_LSTK])
-
-
-def first_load_LE(trace: RoutingTrace) -> NDArray[np.int64]:
-    """Rows of every expert in every layer at the first step of which the trace knows them."""
-    if trace.earlier and trace.earlier[0].step < trace.steps[0].step:
-        return np.asarray(trace.earlier[0].counts_LSE.sum(axis=1, dtype=np.int64))
-    return expert_load_LE(trace.steps[0], num_experts=trace.router.num_experts)
-
-
 def mean_distinct_groups_L(step: TraceStep, router: RouterShape) -> NDArray[np.float64]:
     """Distinct router groups per token, mean over the tokens of each layer."""
     group_of_expert_E = group_of_expert(router)
@@ -94,6 +82,7 @@ def uniform_floor(
     bins = num_bins or num_experts
     trials = max(_MIN_TRIALS, _FLOOR_ROWS // (tokens * top_k))
     rng = stream(0, "uniform-floor", num_experts, top_k, tokens, num_groups, group_limit, bins)
+    bin_of_expert_E = np.arange(num_experts) * bins // num_experts
     ratios = []
     per_draw = max(1, 1_000_000 // (tokens * top_k))  # trials drawn together, to keep memory small
     for start in range(0, trials, per_draw):
@@ -106,7 +95,7 @@ def uniform_floor(
             group_limit=group_limit,
             rng=rng,
         )
-        bins_BR = (ids_TK * bins // num_experts).reshape(batch, -1) + bins * np.arange(batch)[:, None]
+        bins_BR = bin_of_expert_E[ids_TK].reshape(batch, -1) + bins * np.arange(batch)[:, None]
         loads_BX = np.bincount(bins_BR.reshape(-1), minlength=batch * bins).reshape(batch, bins)
         ratios.append(imbalance(loads_BX))
     return float(np.concatenate(ratios).mean())

@@ -7,6 +7,7 @@ micro-batches, N data-parallel ranks, U sequences per rank and micro-batch.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,11 @@ class TraceStep:
     def num_tokens(self) -> int:
         """Tokens recorded per layer."""
         return int(self.expert_ids_LSTK.shape[1] * self.expert_ids_LSTK.shape[2])
+
+    def load_LE(self, *, num_experts: int) -> NDArray[np.int64]:
+        """Rows that every expert gets in every layer, before dropping."""
+        each_LN = self.expert_ids_LSTK.reshape(len(self.expert_ids_LSTK), -1) + 1
+        return np.stack([np.bincount(ids_N, minlength=num_experts + 1)[1:] for ids_N in each_LN])
 
     def resequence(self, sequence_length: int) -> "TraceStep":
         """The same tokens in order, cut into sequences of `sequence_length`; an incomplete last one is left out."""
@@ -106,6 +112,18 @@ class RoutingTrace:
     def final(self) -> TraceStep:
         """The last recorded step: the router that is simulated."""
         return self.steps[-1]
+
+    @cached_property
+    def final_load_LE(self) -> NDArray[np.int64]:
+        """Rows of every expert in every layer at the last recorded step."""
+        return self.final.load_LE(num_experts=self.router.num_experts)
+
+    @cached_property
+    def first_load_LE(self) -> NDArray[np.int64]:
+        """The same at the first step of which the trace knows them."""
+        if self.earlier and self.earlier[0].step < self.steps[0].step:
+            return np.asarray(self.earlier[0].counts_LSE.sum(axis=1, dtype=np.int64))
+        return self.steps[0].load_LE(num_experts=self.router.num_experts) if len(self.steps) > 1 else self.final_load_LE
 
     @property
     def num_layers(self) -> int:

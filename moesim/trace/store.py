@@ -41,8 +41,10 @@ _MOST_AXES = 4
 MOST_BYTES = 8 << 30  # of all arrays of a trace in memory, and of its file
 _DTYPES = {"uint8", "int16", "int32", "float16", "float32", "float64"}
 
-# Of every trace in memory that was read from a file what the file said: to write it again takes no packing.
+# Of every trace in memory that was read from a file what the file said: to write it again takes no packing. And the
+# hashes of those that were asked for one.
 _bodies: dict[int, bytes] = {}
+_hashes: dict[int, str] = {}
 
 Array = NDArray[Any]
 
@@ -89,8 +91,7 @@ def load_trace(path: str | os.PathLike[str]) -> RoutingTrace:
         raise UserError(f"{path}: {error}") from None
     except (KeyError, ValueError, zlib.error) as error:
         raise UserError(f"{path}: the trace's parts do not fit together ({error}); record it again") from error
-    _bodies[id(trace)] = body
-    weakref.finalize(trace, _bodies.pop, id(trace))
+    _remember(_bodies, trace, body)
     return trace
 
 
@@ -103,8 +104,20 @@ def is_trace_file(path: str | os.PathLike[str]) -> bool:
         return False
 
 
+def _remember(known: dict[int, Any], trace: RoutingTrace, value: str | bytes) -> None:
+    """As long as the trace lives."""
+    known[id(trace)] = value
+    weakref.finalize(trace, known.pop, id(trace))
+
+
 def trace_hash(trace: RoutingTrace) -> str:
     """sha256 (hex) of what the trace says: router, recorded steps, phases and curves, not of how it came about."""
+    if id(trace) not in _hashes:
+        _remember(_hashes, trace, _hash(trace))
+    return _hashes[id(trace)]
+
+
+def _hash(trace: RoutingTrace) -> str:
     digest = hashlib.sha256(json_text(asdict(trace.router), sort_keys=True).encode())
     digest.update(json_text([step.step for step in trace.steps]).encode())
     if trace.num_phases > 1:
@@ -240,9 +253,12 @@ def _pack(array: Array) -> Array:
         fits = not array.size or (array.min() >= -1 and array.max() < 255)
         return array.astype(np.uint8) if fits else array
     if array.dtype == np.float32:
-        with np.errstate(over="ignore"):
-            half = array.astype(np.float16)
-        return half if np.array_equal(half.astype(np.float32), array) else array
+        for part in (array.flat[:64], array):  # few values tell of most arrays that they do not fit
+            with np.errstate(over="ignore"):
+                half = part.astype(np.float16)
+            if not np.array_equal(half.astype(np.float32), part):
+                return array
+        return half
     return array
 
 

@@ -15,7 +15,6 @@ from moesim.scenario.routing import lowest_balancedness
 from moesim.seeding import stream
 from moesim.trace import RoutingTrace, check_trace, load_trace, save_trace, trace_hash
 from moesim.trace.check import has_duplicates
-from moesim.trace.metrics import expert_load_LE
 
 pytestmark = pytest.mark.usefixtures("few_tokens")
 
@@ -49,7 +48,7 @@ def rank_rows_LBD(scenario: Scenario) -> np.ndarray:
 
 def chosen_LE(trace: RoutingTrace) -> np.ndarray:
     """Share of all tokens that choose each expert."""
-    return expert_load_LE(trace.final, num_experts=EXPERTS) / trace.final.num_tokens
+    return trace.final_load_LE / trace.final.num_tokens
 
 
 @patterns

@@ -3,7 +3,7 @@
 import pytest
 
 from moesim.results.metrics import FAR_ABOVE_UNIFORM, balance_warnings
-from moesim.trace.metrics import expert_load_LE, imbalance
+from moesim.trace.metrics import imbalance
 from moesim.trace.synthetic import popularity_trace, uniform_trace
 
 EXPERTS = 64
@@ -29,7 +29,7 @@ def train(kind="topk_softmax", **balance):
 def test_a_router_trained_without_balance_is_named_with_its_imbalance(small, balance):
     scenario = scenario_of(small, train(**balance))
     trace = trace_of(scenario, 8)
-    ratio = imbalance(expert_load_LE(trace.final, num_experts=EXPERTS)).mean()
+    ratio = imbalance(trace.final_load_LE).mean()
     (warning,) = balance_warnings(scenario, trace)
     assert "without a balance loss or bias" in warning
     assert f"{ratio:.1f} times the mean rows" in warning
@@ -62,5 +62,5 @@ def test_few_experts_are_far_from_balanced_sooner(small):
     scenario = small({"routing": {"kind": "uniform"}})
     size = {"num_layers": 1, "num_sequences": 16, "sequence_length": 1024, "seed": 0}
     trace = popularity_trace(scenario.router_shape(), counts=[12, 12, 12, 12] + [1] * 12, **size)
-    assert imbalance(expert_load_LE(trace.final, num_experts=16)).max() < 4
+    assert imbalance(trace.final_load_LE).max() < 4
     assert len(balance_warnings(scenario, trace)) == 1

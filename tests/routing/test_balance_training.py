@@ -14,7 +14,7 @@ from moesim.scenario import load_scenario
 from moesim.scenario.routers import ROUTERS
 from moesim.scenario.routing import Balance, RouterShape
 from moesim.trace import RoutingTrace, TraceStep
-from moesim.trace.metrics import expert_load_LE, imbalance
+from moesim.trace.metrics import imbalance
 
 COEFFICIENTS = {
     "expert": (0.0, 0.1, 1.0),
@@ -48,7 +48,7 @@ def trained(corpus: Path, kind: str, loss: str, coefficient: float) -> RoutingTr
 
 def load_of(loss: str, step: TraceStep, router: RouterShape) -> float:
     """max / mean, over the layers, of what the loss balances: rows of experts, rows of devices, tokens of devices."""
-    experts_LE = expert_load_LE(step, num_experts=router.num_experts)
+    experts_LE = step.load_LE(num_experts=router.num_experts)
     if loss not in ("device", "communication"):
         return float(imbalance(experts_LE).mean())
     devices = router.num_devices
@@ -79,6 +79,6 @@ def test_sigmoids_are_balanced_by_the_losses_of_deepseek_v2(tmp_path: Path) -> N
     path = tmp_path / "sigmoids.yaml"
     path.write_text(SIGMOIDS_WITH_V2_LOSSES)
     trace = train_router(TrainingRequest.from_scenario(load_scenario(path)))
-    first, last = (imbalance(expert_load_LE(step, num_experts=64)) for step in (trace.steps[0], trace.final))
+    first, last = (imbalance(step.load_LE(num_experts=64)) for step in (trace.steps[0], trace.final))
     assert (last < first).all(), f"{last} after training, {first} before"
     assert trace.curves.validation_loss[-1] < 2.5, "raw sigmoids end at 2.56 nats per byte"

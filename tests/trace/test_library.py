@@ -16,7 +16,6 @@ from moesim.scenario import load_scenario
 from moesim.scenario.routers import ROUTERS
 from moesim.trace import RoutingTrace, load_trace, save_trace
 from moesim.trace.library import DATA, LibraryEntry, find_entry, library_entries, load_library, read_facts
-from moesim.trace.metrics import first_load_LE
 
 LAYOUTS = {"64x6": 3, "160x6": 3, "256x8": 4}  # and the published M
 LIMITS = {"M1": 1, "M2": 2, "M3": 3, "M4": 4, "M-unlimited": 8}
@@ -183,10 +182,10 @@ def test_a_scenario_runs_with_an_entry(tmp_path: Path) -> None:
     assert record.result["router"]["kind"] == "deepseek_v2"
     trace = obtain_trace(scenario)
     assert trace is not None
-    first = first_load_LE(trace)
+    first = trace.first_load_LE
     np.testing.assert_array_equal(first, trace.earlier[0].counts_LSE.sum(axis=1))
     save_trace(trace, tmp_path / "saved.npz")
-    np.testing.assert_array_equal(first_load_LE(load_trace(tmp_path / "saved.npz")), first)
+    np.testing.assert_array_equal(load_trace(tmp_path / "saved.npz").first_load_LE, first)
 
 
 @pytest.mark.parametrize(

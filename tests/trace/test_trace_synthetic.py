@@ -19,7 +19,7 @@ from moesim.trace.draws import (
     draw_with_quotas,
     whole_quotas,
 )
-from moesim.trace.metrics import distinct_domains, expert_load_LE
+from moesim.trace.metrics import distinct_domains
 
 SMALL = {"num_layers": 2, "num_sequences": 3, "sequence_length": 40}
 
@@ -92,7 +92,7 @@ def test_top_one_replays_measured_counts() -> None:
     made = popularity_trace(
         router, counts=[40, 30, 20, 10], num_layers=1, num_sequences=10, sequence_length=4000, seed=0
     )
-    load_E = expert_load_LE(made.final, num_experts=4)[0] / 40_000
+    load_E = made.final.load_LE(num_experts=4)[0] / 40_000
     np.testing.assert_allclose(load_E, [0.4, 0.3, 0.2, 0.1], atol=0.01)
 
 
@@ -101,7 +101,7 @@ def test_several_distinct_experts_replay_measured_counts_too() -> None:
     router = RouterShape(kind="popularity", num_experts=6, top_k=2)
     counts = [90, 40, 30, 20, 20, 0]
     made = popularity_trace(router, counts=counts, num_layers=2, num_sequences=20, sequence_length=4000, seed=0)
-    for load_E in expert_load_LE(made.final, num_experts=6):
+    for load_E in made.final.load_LE(num_experts=6):
         np.testing.assert_allclose(load_E / 80_000, np.array(counts) / 100, atol=0.01)
 
 
