@@ -28,6 +28,8 @@ def one_line(message: str) -> str:
 
 def printable(text: str) -> str:
     """`text` with what no terminal should get (line breaks, escapes) written out."""
+    if text.isprintable():
+        return text
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 

@@ -10,6 +10,7 @@ import gc
 import os
 import sys
 from collections.abc import Sequence
+from functools import cache
 from typing import NoReturn
 
 from moesim import __version__
@@ -127,8 +128,9 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see `{self.prog} --help`")
 
 
+@cache
 def build() -> tuple[Parser, dict[str, Parser]]:
-    """The parser of the whole command line, and those of the verbs by name."""
+    """The parser of the whole command line, and those of the verbs by name; made once in a process."""
     parser = Parser(
         prog="moesim",
         description="What will this Mixture-of-Experts model cost on that cluster, given how its router really routes?",

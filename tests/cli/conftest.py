@@ -40,9 +40,18 @@ class Answer:
 
 
 @pytest.fixture
-def scenario(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few_tokens: None) -> Path:
+def whole_report() -> None:
+    """Runs of the test write the report that users get; those of others write a line, in a tenth of the time."""
+
+
+@pytest.fixture
+def scenario(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few_tokens: None, request: pytest.FixtureRequest
+) -> Path:
     """The file of the small scenario; the working directory and the cache are empty folders of the test."""
     del few_tokens
+    if "whole_report" not in request.fixturenames:
+        monkeypatch.setattr("moesim.report.report.render", lambda record: f"the report of {record.scenario.name}")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MOESIM_CACHE", str(tmp_path / "cache"))
     path = tmp_path / "small.yaml"

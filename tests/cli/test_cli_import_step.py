@@ -2,15 +2,24 @@
 
 import gzip
 import json
+from functools import cache
 from pathlib import Path
 
 import pytest
 
+from moesim.importing.trace_file import read_trace
 from moesim.recorded.step_file import parsed_ops, save_step
 from moesim.strict_json import parse_json
 
 DATA = Path(__file__).parent.parent / "data"
 TRACE = DATA / "mixtral-8k.trace.json.gz"
+READ = cache(read_trace)
+
+
+@pytest.fixture(autouse=True)
+def _read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trace is read once for all tests, to events that nothing changes."""
+    monkeypatch.setattr("moesim.importing.traced_step.read_trace", READ)
 
 
 @pytest.fixture

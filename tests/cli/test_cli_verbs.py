@@ -23,6 +23,7 @@ TRAINED = (
 RUN_FILES = {"scenario.yaml", "result.json", "arrays.npz", "spans.npz", "trace.npz", "report.html"}
 
 
+@pytest.mark.usefixtures("whole_report")
 def test_run_writes_its_folder_and_shows_the_facts(scenario: Path, moesim) -> None:
     answer = moesim("run", scenario)
     out = scenario.parent / "runs/small"
@@ -68,6 +69,7 @@ def test_timeline_swallowing_the_scenario_says_what_to_write(scenario: Path, moe
     assert "--timeline behind SCENARIO" in answer.complaint
 
 
+@pytest.mark.usefixtures("whole_report")
 def test_what_if_is_shown_kept_and_reported(scenario: Path, moesim) -> None:
     answer = moesim("run", scenario, "--what-if")
     result = json.loads((scenario.parent / "runs/small/result.json").read_text())
