@@ -45,9 +45,7 @@ def whole_report() -> None:
 
 
 @pytest.fixture
-def scenario(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few_tokens: None, request: pytest.FixtureRequest
-) -> Path:
+def scenario(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few_tokens: None, request: pytest.FixtureRequest) -> Path:
     """The file of the small scenario; the working directory and the cache are empty folders of the test."""
     del few_tokens
     if "whole_report" not in request.fixturenames:

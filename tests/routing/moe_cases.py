@@ -56,7 +56,7 @@ def small_request(
     settings: dict[str, Any] = {
         "router": shape_of("deepseek_v2"),
         "steps": 6,
-        "sequence_length": 256,
+        "sequence_length": 128,
         "recorded_sequences": 8,
         "shared_experts": 1,
     }

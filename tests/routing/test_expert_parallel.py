@@ -1,14 +1,12 @@
-"""Expert parallelism over two gloo processes computes what one process with all experts computes."""
+"""Expert parallelism over two ranks of gloo computes what one process with all experts computes."""
 
-import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn import functional
 
 from moesim.routing.sharded_model import (
@@ -41,12 +39,11 @@ def skewed_ids(tokens: int) -> torch.Tensor:
     return torch.stack([torch.zeros(tokens, dtype=torch.int64), others], dim=1)
 
 
-def train(group: ExpertGroup, world: int, tokens: torch.Tensor, forced: bool) -> tuple[float, dict[str, Any]]:
-    """One step on this rank's sequences; the loss of the whole batch, and weights after it."""
+def train(group: ExpertGroup, tokens: torch.Tensor, forced: bool) -> tuple[float, dict[str, Any]]:
+    """One step on this rank's sequences; the loss of the whole batch, and the gradients."""
     torch.set_num_threads(1)
     model = build_sharded_model(MODEL, SHAPE, group=group, device=CPU, seed=1)
-    handle = dist.group.WORLD if world > 1 else None
-    trainer = ShardedTrainer(model, world=world, dense_group=handle, learning_rate=1e-2)
+    trainer = ShardedTrainer(model, world=group.size, dense_group=group.handle, learning_rate=1e-2)
     if forced:
         trainer.force_routing([skewed_ids(tokens[:, 1:].numel())])
     loss = trainer.forward(tokens[:, :-1], tokens[:, 1:])
@@ -54,37 +51,30 @@ def train(group: ExpertGroup, world: int, tokens: torch.Tensor, forced: bool) ->
     trainer.reduce()
     gradients = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
     total = loss.detach().clone()
-    if world > 1:
-        dist.all_reduce(total)
-    trainer.optimize()
+    if group.size > 1:
+        dist.all_reduce(total, group=group.handle)
     return float(total), gradients
-
-
-def rank_main(rank: int, folder: str) -> None:
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=120)
-    )
-    share = batch().chunk(2)[rank]
-    trained = [train(ExpertGroup(rank, 2, dist.group.WORLD), 2, share, forced) for forced in (False, True)]
-    torch.save(trained, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def two_ranks() -> list[list[Any]]:
-    """What each of two processes trained, this one and another, with the router's own ids and with forced ones."""
-    with tempfile.TemporaryDirectory() as folder:
-        other = mp.get_context("spawn").Process(target=rank_main, args=(1, folder))
-        other.start()
-        rank_main(0, folder)
-        other.join()
-        assert other.exitcode == 0
-        return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(2)]
+    """What each of two ranks trained, with the router's own ids and with forced ones: two threads that talk over gloo
+    as processes do, which would each import torch."""
+    store, tokens = dist.HashStore(), batch().chunk(2)
+
+    def trained(rank: int) -> list[Any]:
+        gloo, handle = dist.ProcessGroup.BackendType.GLOO, dist.ProcessGroup(store, rank, 2)
+        handle._set_default_backend(gloo)
+        handle._register_backend(CPU, gloo, dist.ProcessGroupGloo(store, rank, 2, timedelta(seconds=120)))
+        return [train(ExpertGroup(rank, 2, handle), tokens[rank], forced) for forced in (False, True)]
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(trained, range(2)))
 
 
 @pytest.mark.parametrize("forced", [False, True])
 def test_two_ranks_train_as_one(two_ranks: list[list[Any]], forced: bool) -> None:
-    loss, gradients = train(ExpertGroup(), 1, batch(), forced)
+    loss, gradients = train(ExpertGroup(), batch(), forced)
     parts = [trained[forced] for trained in two_ranks]
     for rank, (other_loss, others) in enumerate(parts):
         assert other_loss == pytest.approx(loss, rel=1e-5)
@@ -97,7 +87,7 @@ def test_two_ranks_train_as_one(two_ranks: list[list[Any]], forced: bool) -> Non
 
 def test_micro_batches_add_up_to_one_batch() -> None:
     tokens = batch()
-    _, whole = train(ExpertGroup(), 1, tokens, forced=False)
+    _, whole = train(ExpertGroup(), tokens, forced=False)
     model = build_sharded_model(MODEL, SHAPE, group=ExpertGroup(), device=CPU, seed=1)
     trainer = ShardedTrainer(model, micro_batches=2)
     for half in tokens.chunk(2):

@@ -92,13 +92,16 @@ def test_every_sample_is_simulated_as_it_lies_there(file: str, experts: int, top
     assert f"({form})" in result["router"]["rests_on"]
 
 
+@pytest.mark.usefixtures("few_tokens")
 @pytest.mark.parametrize(("file", "experts", "top_k", "form"), [each for each in SOURCES if each[0] != "olmoe"])
 def test_a_scenario_reads_what_an_import_reads(file: str, experts: int, top_k: int, form: str) -> None:
     recorded = "olmoe/c4" not in file  # its lines are sequences, which an import cannot cut anew
-    asked = ImportRequest(experts=experts, top_k=top_k, sequence_length=8 if recorded else None)
     trace = traced(SAMPLES / file, experts=experts, top_k=top_k)
-    for kind in (form, "auto"):
-        assert trace_hash(import_routing(kind, SAMPLES / file, asked=asked)) == trace_hash(trace)
+    asked = ImportRequest(
+        experts=experts, top_k=top_k, sequence_length=8 if recorded else None, tokens=trace.final.num_tokens
+    )
+    assert trace.provenance["form"] == form
+    assert trace_hash(import_routing("auto", SAMPLES / file, asked=asked)) == trace_hash(trace)
 
 
 def test_flame_arrives_with_its_checkpoints_layers_and_tokens() -> None:

@@ -1,4 +1,4 @@
-"""Every form of recorded routing arrives as what its program wrote, is simulated, and is never run as code."""
+"""Every form of recorded routing arrives as what its program wrote, is kept and simulated, and is never run as code."""
 
 import pickle
 import re
@@ -38,14 +38,21 @@ FORMS: list[tuple[str, str, dict[str, int], int, int, int, list[int]]] = [
 
 
 @pytest.mark.parametrize(("kind", "file", "asked", "layers", "experts", "top_k", "steps"), FORMS)
-def test_every_sample_arrives_and_is_simulated(
+def test_every_sample_arrives_and_is_kept(
     kind: str, file: str, asked: dict[str, int], layers: int, experts: int, top_k: int, steps: list[int], tmp_path: Path
 ) -> None:
-    trace = import_routing(kind, SAMPLES / file, asked=ImportRequest(**asked))
+    trace = import_routing(kind, SAMPLES / file, asked=ImportRequest(tokens=8192, **asked))
     assert (trace.num_layers, trace.router.num_experts, trace.router.top_k) == (layers, experts, top_k)
     assert [step.step for step in trace.steps] == steps
     save_trace(trace, tmp_path / "imported.npz")
     assert (load_trace(tmp_path / "imported.npz").final.expert_ids_LSTK == trace.final.expert_ids_LSTK).all()
+
+
+@pytest.mark.parametrize("form", [FORMS[2], FORMS[-1]], ids=["recorded", "drawn from counts"])
+def test_what_was_kept_is_simulated(form: tuple[str, str, dict[str, int], int, int, int, list[int]], tmp_path: Path):
+    kind, file, asked, _, experts, top_k, _ = form
+    trace = import_routing(kind, SAMPLES / file, asked=ImportRequest(tokens=8192, **asked))
+    save_trace(trace, tmp_path / "imported.npz")
     record = simulate(load_scenario(_scenario(tmp_path / "imported.npz", experts, top_k, trace.sequence_length)))
     assert record.result["step_time_s"] > 0
 

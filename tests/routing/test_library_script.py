@@ -1,6 +1,7 @@
 """The script that remakes the library, rehearsed on a CPU with a tiny model."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from moesim.trace.library import find_entry, library_entries, load_library
 @pytest.fixture(autouse=True)
 def _little_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "EVALUATED_SEQUENCES", 8)  # in this process; the script's own have all 64
+    monkeypatch.setattr(library, "EVALUATED_AT", (0, 1 / 3, 1))
 
 
 def test_points_vary_one_axis_at_a_time() -> None:
@@ -41,7 +43,23 @@ def test_granularities_have_equal_compute() -> None:
     assert {point.request.seed for point in library_points() if point.layout == "granularity"} == set(SEEDS)
 
 
-def test_rehearsal_trains_resumes_and_lists(tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+class OneThread(ThreadPoolExecutor):
+    """Stands for the pool of processes, each of which imports torch: a bunch trains in this one."""
+
+    def __init__(self, workers: int, context: object, **settings: object) -> None:
+        super().__init__(1)
+
+
+@pytest.mark.parametrize("processes", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_rehearsal_trains_resumes_and_lists(
+    tmp_path: Path,
+    corpus: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    processes: bool,
+) -> None:
+    if not processes:
+        monkeypatch.setattr(library, "ProcessPoolExecutor", OneThread)
     name = "granularity/16x2/seed1"
     arguments = ["--out", str(tmp_path), "--quick", "--device", "cpu", "--corpus", str(corpus), "--only", name]
     assert library.main(arguments) == 0

@@ -48,7 +48,7 @@ def test_the_hash_covers_every_field(corpus: Path) -> None:
     changes: dict[str, Any] = {
         "router": shape_of("deepseek_v3"),
         "steps": 7,
-        "sequence_length": 128,
+        "sequence_length": 512,
         "recorded_sequences": 9,
         "micro_batch": 2,
         "shared_experts": 2,
