@@ -7,14 +7,14 @@ import difflib
 import re
 from collections.abc import Iterable
 
-LONGEST_LINE = 300  # characters of a message
+LONGEST_LINE = 1_000  # characters of a message: more than any of ours, so that only what a user wrote is cut
 _CUT = " [...] "
 _REPORT = ". This is a mistake of moesim, no result is written; please report it with the scenario"
 
 
 def one_line(message: str) -> str:
-    """`message` on one line of at most 300 printable characters; a long one is cut in the middle: the ends say where
-    the mistake is and what helps.
+    """`message` on one line of at most 1,000 printable characters; a longer one, which quotes a long text of the user, is
+    cut in the middle: the ends say where the mistake is and what helps.
 
     >>> one_line("a.yaml:1:1: name:\\nwrong")
     'a.yaml:1:1: name:\\\\nwrong'

@@ -366,12 +366,14 @@ def check(value):
 QUIET = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
 
 
+@pytest.mark.usefixtures("few_tokens")
 @settings(max_examples=40, **QUIET)
 @given(mutated([plain(SMALL)]))
 def test_a_mutated_small_scenario_is_simulated_or_refused_in_one_line(value):
     check(value)
 
 
+@pytest.mark.usefixtures("few_tokens")
 @settings(max_examples=8, **QUIET)
 @given(coherent())
 def test_extreme_numbers_within_bounds_are_simulated(value):

@@ -435,6 +435,11 @@ def _server(args: argparse.Namespace) -> str:
         return SERVERS[0]
     from moesim.scenario.placement import WRITERS
 
+    if args.out.is_dir() or not args.out.suffix:
+        first = {own: name for name, own, _ in reversed(WRITERS.values())}
+        files = " or ".join(f"{args.out / 'map'}{own} for {name}" for own, name in first.items())
+        what = "is a folder" if args.out.is_dir() else "has no ending"
+        raise UserError(f"{args.out} {what}; --out is one file: {files}, others with --for")
     ending = {".yml": ".yaml"}.get(args.out.suffix, args.out.suffix)
     fitting = [name for name, (_, own, _) in WRITERS.items() if own == ending]
     if args.software is None and not fitting:

@@ -123,7 +123,7 @@ def test_a_plan_is_bounded_like_a_scenario():
 
 
 def test_a_long_message_keeps_its_ends():
-    error = UserError("a.yaml:1:1: name: " + 1000 * "x" + "; use a short one")
+    error = UserError("a.yaml:1:1: name: " + LONGEST_LINE * "x" + "; use a short one")
     assert len(str(error)) == LONGEST_LINE
     assert str(error).startswith("a.yaml:1:1: name: xxx")
     assert str(error).endswith("xxx; use a short one")

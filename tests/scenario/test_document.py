@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesim.errors import UserError
@@ -129,6 +129,7 @@ def flow(value):
     return repr(value)
 
 
+@settings(max_examples=50)
 @given(json_like)
 def test_any_plain_data_is_read_as_written(value):
     assert parse(f"k: {flow(value)}").plain == {"k": value}

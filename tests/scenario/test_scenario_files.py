@@ -21,6 +21,7 @@ from moesim.scenario.document import parse_yaml
 
 FOLDER = Path(__file__).parents[2] / "scenarios"
 FILES = sorted(FOLDER.glob("*.yaml"))
+SCHEMA = json_schema()
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -47,7 +48,7 @@ def test_null_over_a_preset_survives_the_round_trip():
     assert load_scenario_text(dump_scenario(changed)) == changed
 
 
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(
     bandwidth=st.floats(min_value=1e3, max_value=1e18),
     latency=st.floats(min_value=0, max_value=1),
@@ -73,7 +74,7 @@ def test_quantities_and_texts_round_trip_to_the_bit(bandwidth, latency, tokens, 
 
 def test_the_checked_in_schema_is_current():
     stored = json.loads((FOLDER / "schema.json").read_text(encoding="utf-8"))
-    assert stored == json_schema(), "write it again with: moesim schema --out scenarios/schema.json"
+    assert stored == SCHEMA, "write it again with: moesim schema --out scenarios/schema.json"
 
 
 def conforms(value, schema, root):
@@ -101,7 +102,7 @@ def conforms(value, schema, root):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_editors_accept_every_shipped_scenario_in_both_forms(path):
-    schema = json_schema()
+    schema = SCHEMA
     written = parse_yaml(path.read_text(encoding="utf-8"), source=path.name).plain
     resolved = parse_yaml(dump_scenario(load_scenario(path)), source=path.name).plain
     assert conforms(written, schema, schema)
@@ -121,7 +122,7 @@ def test_editors_accept_every_shipped_scenario_in_both_forms(path):
     ],
 )
 def test_editors_flag_what_the_loader_refuses(change):
-    schema = json_schema()
+    schema = SCHEMA
     written = parse_yaml((FOLDER / "quickstart.yaml").read_text(encoding="utf-8"), source="q").plain
     assert conforms(written, schema, schema)
     assert not conforms(written | change, schema, schema)
@@ -173,7 +174,7 @@ strange = st.one_of(
 
 
 @pytest.mark.parametrize("good", [GOOD, RESOLVED], ids=["short form", "resolved"])
-@settings(max_examples=120)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_a_scenario_with_anything_anywhere_loads_or_is_refused_in_one_line(good, data):
     path = data.draw(st.sampled_from(sorted(paths_of(good), key=str)))
@@ -190,7 +191,7 @@ def test_a_scenario_with_anything_anywhere_loads_or_is_refused_in_one_line(good,
         assert load_scenario_text(dump_scenario(scenario)) == scenario
 
 
-@settings(max_examples=80)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_any_override_is_applied_or_refused_by_name(data):
     path = data.draw(st.sampled_from(sorted(paths_of(GOOD), key=str)))
