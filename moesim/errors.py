@@ -13,8 +13,8 @@ _REPORT = ". This is a mistake of moesim, no result is written; please report it
 
 
 def one_line(message: str) -> str:
-    """`message` on one line of at most 1,000 printable characters; a longer one, which quotes a long text of the user, is
-    cut in the middle: the ends say where the mistake is and what helps.
+    """`message` on one line of at most 1,000 printable characters; a longer one, which quotes a long text of a user,
+    is cut in the middle: the ends say where the mistake is and what helps.
 
     >>> one_line("a.yaml:1:1: name:\\nwrong")
     'a.yaml:1:1: name:\\\\nwrong'

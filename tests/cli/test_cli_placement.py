@@ -49,7 +49,7 @@ def test_nothing_is_replaced_unasked_and_mistakes_are_one_line(scenario: Path, m
         (["--out", tmp_path / "map.txt"], "the ending says whose file it is"),
         (
             ["--out", tmp_path],
-            f"is a folder; --out is one file: {tmp_path}/map.yaml for TensorRT-LLM or {tmp_path}/map.json",
+            f"is a folder; --out is one file: {tmp_path}/map.json for SGLang or",
         ),
         (["--out", tmp_path / "new", "--for", "sglang"], "new has no ending; --out is one file"),
         (["--set", "placement.kind=epbl"], '"epbl" is unknown'),
