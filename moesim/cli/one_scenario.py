@@ -436,7 +436,7 @@ def _server(args: argparse.Namespace) -> str:
     from moesim.scenario.placement import WRITERS
 
     if args.out.is_dir() or not args.out.suffix:
-        first = {own: name for name, own, _ in reversed(WRITERS.values())}
+        first = {own: name for name, own, _ in reversed(tuple(WRITERS.values()))}
         files = " or ".join(f"{args.out / 'map'}{own} for {name}" for own, name in first.items())
         what = "is a folder" if args.out.is_dir() else "has no ending"
         raise UserError(f"{args.out} {what}; --out is one file: {files}, others with --for")
