@@ -27,7 +27,7 @@ from moesim.network import build_fabric
 from moesim.program import build_program
 from moesim.program.drawn_routing import draw_samples, obtain_trace
 from moesim.recorded.estimate import step_estimate
-from moesim.recorded.pricing import kernels_of
+from moesim.recorded.pricing import launch_of
 from moesim.recorded.step_file import RecordedOp, parsed_ops
 from moesim.results.spans import Part, Phase
 from moesim.run import simulate
@@ -161,7 +161,7 @@ def recorded(ops: list[RecordedOp]) -> Iterator[tuple[tuple[str, str], Work]]:
     for op in ops:
         if op.phase == "optimizer":
             continue
-        kernels, _ = kernels_of(op)
+        kernels = launch_of(op).kernels
         moved = sum(float(np.sum(k.moved_bytes)) for k in kernels if isinstance(k, MemoryBound))
         flops = sum(float(np.sum(k.flops)) for k in kernels if not isinstance(k, MemoryBound))
         part = _part(op.module) if op.phase == "forward" else ""

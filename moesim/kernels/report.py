@@ -6,6 +6,7 @@ Legend: P measured kernels.
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -58,7 +59,7 @@ def _row(name: str, clocked_P: FloatArray, unclocked_P: FloatArray, spreads: lis
 
 def _spreads(rows: Iterable[dict[str, list[float]]]) -> list[float]:
     visits = [row["visits"] for row in rows if len(row.get("visits", [])) > 1]
-    return [(max(seconds) - min(seconds)) / float(np.median(seconds)) for seconds in visits]
+    return [(max(seconds) - min(seconds)) / median(seconds) for seconds in visits]
 
 
 def leave_one_out_rows(model: CalibratedModel, *, by_class: bool = False) -> list[ErrorRow]:

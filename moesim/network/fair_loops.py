@@ -189,8 +189,8 @@ def drain(
         owing = window > 0 and unused_X.any()  # then the step must be the window that the debt is spread over
         spare_X = capacity_X + unused_X / window if owing else capacity_X.copy()
         unused_X[:] = 0.0
-        fill(fillings, mark_F, rate_F, path_FP, spare_X, count_X.copy(), first_X, length_X, list_Q, open_X)
         fillings += 1
+        fill(fillings, mark_F, rate_F, path_FP, spare_X, count_X.copy(), first_X, length_X, list_Q, open_X)
         step = window if owing else max(window, shortest_rest(active[:num_active], rest_F, rate_F))
         until = now + step
         if released < num_flows and release_F[released] < until:

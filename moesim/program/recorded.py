@@ -34,7 +34,7 @@ from moesim.program.sizes import Passes, Step
 from moesim.program.writer import KernelWriter
 from moesim.recorded.estimate import HOST, step_estimate
 from moesim.recorded.layers import DENSE, EXPERTS_GEMM, MOE, module_in_layer
-from moesim.recorded.pricing import GAP_S, SDPA, kernels_of, prices
+from moesim.recorded.pricing import GAP_S, SDPA, launch_of, prices
 from moesim.recorded.scaling import recorded_step, scaled_op, scaled_ops
 from moesim.recorded.sharing import Exchange, divided, kept_whole, shared_out
 from moesim.recorded.sizes import MatchedOp, StepSizes
@@ -287,7 +287,7 @@ class RecordedKernels:
         return self._written(w, op, priced.seconds, priced.source)
 
     def _written(self, w: KernelWriter, op: RecordedOp, seconds: float | NDArray[np.float64], source: str) -> Operation:
-        kernel = kernels_of(op)[0][0]
+        kernel = launch_of(op).kernels[0]
         phase = _phase(op, w)
         label = w.during(phase).label(op.name)._replace(name=op.name)
         return compute(
@@ -306,7 +306,7 @@ class RecordedKernels:
             return self._operation(w, each, to)
         op = scaled_op(each, self.step.sizes, to)
         assert op is not None
-        kernel = kernels_of(op)[0][0]
+        kernel = launch_of(op).kernels[0]
         if isinstance(kernel, GroupedGemm):
             of_slots = w.grouped_gemm(
                 op.name, rows=loads.slot_rows_MSRP, k=kernel.k, n=kernel.n, direction=kernel.direction
@@ -403,5 +403,5 @@ def _launches(op: RecordedOp, host: HostCosts) -> float:
 def _phase(op: RecordedOp, w: KernelWriter) -> Phase:
     if op.phase == "forward":
         return Phase.FORWARD
-    direction = getattr(kernels_of(op)[0][0], "direction", "")
+    direction = getattr(launch_of(op).kernels[0], "direction", "")
     return Phase.WEIGHT_GRADIENT if direction == "wgrad" else Phase.INPUT_GRADIENT

@@ -15,7 +15,17 @@ from moesim.kernels.families import FAMILY_OF
 from moesim.kernels.jitter import expected_most
 from moesim.parallel.memory_libraries import WORKSPACE_BYTES
 from moesim.recorded.layers import in_order
-from moesim.recorded.pricing import CHECK, GAP_S, OPTIMIZER, PricedOp, checked_kernels, prices, seconds_of
+from moesim.recorded.pricing import (
+    CHECK,
+    GAP_S,
+    OPTIMIZER,
+    Launch,
+    PricedOp,
+    checked_launch,
+    priced,
+    prices,
+    seconds_of,
+)
 from moesim.recorded.sizes import matched, sizes_of
 from moesim.recorded.spread import PLANS, Host, Ranks, Spreading
 from moesim.recorded.step_file import GRADIENTS, PEAK, RecordedOp
@@ -83,10 +93,11 @@ def step_estimate(
     """
     planned = PLANS[ranks.wrapper](ops, len(ranks.ranks)) if ranks is not None and ranks.wrapper in PLANS else None
     ops = ops if planned is None else planned.ops
-    at_load = at_step_load(ops, kernels)
+    launches = list(map(checked_launch, ops))
+    at_load = _at_load(ops, launches, kernels)
     if ranks is not None:
         host = host.times(slowest_host(at_load, ranks=len(ranks.ranks)))
-    found = prices(ops, at_load)
+    found = [priced(op, launch, at_load) for op, launch in zip(ops, launches, strict=True)]
     gap_s = GAP_S
     if corrections is not None:
         found, gap_s = [_corrected(op, corrections) for op in found], corrections.gap_s
@@ -98,7 +109,7 @@ def step_estimate(
         each = Work(
             seconds=(found[place].seconds + gap_s) * times / runs,
             host_s=host.seconds(op, weights=weights) * times / runs,
-            family=FAMILY_OF[type(checked_kernels(op)[0][0])],
+            family=FAMILY_OF[type(launches[place].kernels[0])],
             reads_back=op.name == CHECK and ("taken" in op.facts or op.measured_s is not None),  # else the host drew it
         )
         return [each] * runs
@@ -142,7 +153,11 @@ def scalable_share(ops: Sequence[RecordedOp], kernels: KernelModel) -> tuple[flo
 
 def at_step_load(ops: Sequence[RecordedOp], kernels: KernelModel) -> KernelModel:
     """The kernels of a step of these operations, at the clock that their mean load leaves."""
-    launched = [(op.count, checked_kernels(op)[0]) for op in ops]
+    return _at_load(ops, list(map(checked_launch, ops)), kernels)
+
+
+def _at_load(ops: Sequence[RecordedOp], launches: Sequence[Launch], kernels: KernelModel) -> KernelModel:
+    launched = [(op.count, launch.kernels) for op, launch in zip(ops, launches, strict=True)]
     light = kernels.at_load(0.0)
     light_s = sum(count * seconds_of(each, light) for count, each in launched)
     flops = sum(count * float(np.sum(kernel.flops)) for count, each in launched for kernel in each)

@@ -7,13 +7,14 @@ experts. What the table below does not know costs its bytes as an elementwise ke
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moesim.errors import UserError
 from moesim.kernels import KernelModel
-from moesim.kernels.estimate import weakest
+from moesim.kernels.estimate import Estimate, weakest
 from moesim.kernels.families import Attention, Gemm, GroupedGemm, Kernel, MemoryBound
 from moesim.kernels.unprofiled import DROPOUT, OUTER_BATCH, ROW_BATCH, UNALIGNED, UNALIGNED_BATCH
 from moesim.recorded.memory_bound import MEMORY_BOUND, memory_kernels
@@ -64,27 +65,43 @@ class PricedOp:
     assumed: bool = False
 
 
+class Launch(NamedTuple):
+    """What an operation launches: kernels, seconds beside them that follow no size, and whether the tables know it."""
+
+    kernels: list[Kernel]
+    fixed_s: float
+    known: bool
+
+
 def prices(ops: Sequence[RecordedOp], model: KernelModel) -> list[PricedOp]:
     """What each operation costs by a kernel model, in their order."""
-    return [_priced(op, *checked_kernels(op), model) for op in ops]
+    return [priced(op, checked_launch(op), model) for op in ops]
 
 
 def seconds_of(kernels: Sequence[Kernel], model: KernelModel) -> float:
-    return float(sum(np.max(model.seconds(kernel).seconds) for kernel in kernels))
+    """Of kernels one behind the other."""
+    return _sum([model.seconds(kernel) for kernel in kernels])
 
 
-def _priced(op: RecordedOp, kernels: Sequence[Kernel], matched: bool, model: KernelModel) -> PricedOp:
+def _sum(estimates: Sequence[Estimate]) -> float:
+    longest = (each if isinstance(each, float) else np.max(each) for each, _ in estimates)
+    return float(sum(longest))
+
+
+def priced(op: RecordedOp, launch: Launch, model: KernelModel) -> PricedOp:
+    """What one operation costs."""
+    kernels = launch.kernels
     variant, ratio = _variant(op, kernels[0])
-    fixed_s = memory_kernels(op)[1] if isinstance(kernels[0], MemoryBound) and op.name in MEMORY_BOUND else 0.0
+    estimates = [model.seconds(kernel) for kernel in kernels]
     return PricedOp(
         name=op.name,
         phase=op.phase,
         module=op.module,
         shapes=" ".join("x".join(map(str, shape)) or "1" for shape, _, _ in op.reads[:3]),
         count=op.count,
-        seconds=seconds_of(kernels, model) * ratio + fixed_s,
-        source=weakest(*(model.seconds(kernel).source for kernel in kernels)),
-        matched=matched,
+        seconds=_sum(estimates) * ratio + launch.fixed_s,
+        source=weakest(*(each.source for each in estimates)),
+        matched=launch.known,
         kind=f"{op.name.rstrip('_')} {op.works} {'+'.join(map(_work, kernels))}{variant}",
         family=f"{FAMILIES[type(kernels[0])]}{_direction(kernels[0])}{variant}",
         measured_s=op.measured_s,
@@ -113,10 +130,11 @@ def _work(kernel: Kernel) -> str:
     return kernel.kind if isinstance(kernel, MemoryBound) else kernel.direction
 
 
-def checked_kernels(op: RecordedOp) -> tuple[list[Kernel], bool]:
-    """`kernels_of`; an operation whose tensors cannot be its own is an error of the file."""
+def checked_launch(op: RecordedOp) -> Launch:
+    """`launch_of`; an operation whose tensors cannot be its own is an error of the file."""
     try:
-        kernels, matched = kernels_of(op)
+        launch = launch_of(op)
+        kernels = launch.kernels
         _variant(op, kernels[0])
         possible = all(np.isfinite(kernel.moved_bytes).all() and np.all(kernel.moved_bytes >= 0) for kernel in kernels)
         possible &= all(np.all(kernel.flops > 0) for kernel in kernels if isinstance(kernel, Attention))
@@ -127,11 +145,11 @@ def checked_kernels(op: RecordedOp) -> tuple[list[Kernel], bool]:
         raise UserError(
             f"the recorded step has an operation {op.name} of shapes ({shapes}) that cannot be; record it again"
         )
-    return kernels, matched
+    return launch
 
 
-def kernels_of(op: RecordedOp) -> tuple[list[Kernel], bool]:
-    """The kernels of one operation, and whether the tables know it."""
+def launch_of(op: RecordedOp) -> Launch:
+    """The kernels of one operation."""
     shapes = [shape for shape, _, _ in op.reads]
     dtype = DTYPES.get(op.reads[0][1] if op.reads else "float32", "fp32")
     if op.name in PRODUCTS:
@@ -143,18 +161,18 @@ def kernels_of(op: RecordedOp) -> tuple[list[Kernel], bool]:
         gemm = _gemm(batch * rows, left[-1], columns, dtype, op.works)
         bytes_ = float(sum(size for _, _, size in (*op.reads, *op.writes)))
         if len(left) == 3 and float(gemm.flops) < FEWEST_FLOPS * bytes_:  # weighted sums of a few rows
-            return [MemoryBound("elementwise", bytes_ * _thin(batch, left, right))], True
-        return [gemm], True
+            return Launch([MemoryBound("elementwise", bytes_ * _thin(batch, left, right))], 0.0, known=True)
+        return Launch([gemm], 0.0, known=True)
     if op.name == "_grouped_mm":
-        return [_grouped(shapes, dtype, op.works)], True
+        return Launch([_grouped(shapes, dtype, op.works)], 0.0, known=True)
     if op.name == SDPA:
-        return [_attention(op, dtype)], True
+        return Launch([_attention(op, dtype)], 0.0, known=True)
     if op.name == OPTIMIZER:
         wide = op.reads[0][1] == "float32"
         kind, bytes_each = ("optimizer_fp32", 28.0) if wide else ("optimizer_bf16", 14.0)
-        return [MemoryBound(kind, bytes_each * op.facts["parameters"])], True
-    kernels, _, matched = memory_kernels(op)
-    return [*kernels], matched
+        return Launch([MemoryBound(kind, bytes_each * op.facts["parameters"])], 0.0, known=True)
+    kernels, fixed_s, known = memory_kernels(op)
+    return Launch([*kernels], fixed_s, known)
 
 
 def _thin(batch: int, left: tuple[int, ...], right: tuple[int, ...]) -> float:

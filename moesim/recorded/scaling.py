@@ -16,7 +16,7 @@ from typing import Any
 
 from moesim.errors import UserError
 from moesim.recorded.layers import DENSE, EXPERTS_GEMM, MOE, module_in_layer
-from moesim.recorded.pricing import OPTIMIZER, PRODUCTS, kernels_of
+from moesim.recorded.pricing import OPTIMIZER, PRODUCTS, launch_of
 from moesim.recorded.sizes import MatchedOp, StepSizes, Symbols, matched, of_experts, sizes_of
 from moesim.recorded.step_file import (
     AGAIN,
@@ -193,7 +193,7 @@ def kept_sizes(path: Path) -> str:
     """
     step = recorded_step(path)
     kept = sorted({each.op.name for each in step.ops if not each.known})
-    unknown = sorted({each.op.name for each in step.ops if not kernels_of(each.op)[1]})
+    unknown = sorted({each.op.name for each in step.ops if not launch_of(each.op).known})
     told = [f"keep a dimension at its recorded size, which matches none of the step's: {', '.join(kept)}"] * bool(kept)
     told += [f"are priced by their bytes alone: {', '.join(unknown)}"] * bool(unknown)
     return "; ".join(told)

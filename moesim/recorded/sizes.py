@@ -15,6 +15,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from moesim.errors import UserError
 from moesim.recorded.layers import DENSE, EXPERTS_GEMM, MOE
@@ -59,7 +60,12 @@ class StepSizes:
 
     def of(self, symbol: str) -> float:
         """The size that a symbol stands for."""
-        plain = {
+        plain = self._of_letters.get(symbol)
+        return value_of(symbol, self.named) if plain is None else plain
+
+    @cached_property
+    def _of_letters(self) -> dict[str, int]:
+        return {
             "B": self.sequences,
             "S": self.sequence_length,
             "T": self.tokens,
@@ -70,9 +76,8 @@ class StepSizes:
             "F": self.expert_width,
             "J": 2 * self.expert_width,
         }
-        return plain[symbol] if symbol in plain else value_of(symbol, self.named)
 
-    @property
+    @cached_property
     def named(self) -> Mapping[str, int]:
         """The sizes of the model by their names in widths."""
         own = {HIDDEN: self.hidden, VOCABULARY: self.vocabulary, EXPERTS: self.experts}

@@ -21,7 +21,7 @@ from moesim.parallel.memory import memory_report
 from moesim.parallel.memory_libraries import WORKSPACE_BYTES
 from moesim.parallel.memory_rows import even_rows
 from moesim.recorded.estimate import HOST, step_estimate, step_peak
-from moesim.recorded.pricing import kernels_of
+from moesim.recorded.pricing import launch_of
 from moesim.recorded.scaling import updating
 from moesim.recorded.scenario_peak import recorded_memory
 from moesim.recorded.step_file import load_step, save_step
@@ -39,7 +39,7 @@ def small_step():
 
 def test_products_of_both_passes_have_their_flops() -> None:
     ops = record_step(*small_step())
-    flops = sum(op.count * float(np.sum(kernel.flops)) for op in ops for kernel in kernels_of(op)[0])
+    flops = sum(op.count * float(np.sum(kernel.flops)) for op in ops for kernel in launch_of(op).kernels)
     assert flops == 3 * 2 * (2 * TOKENS * HIDDEN * WIDTH)  # forward and both gradients of two products
     assert {op.phase for op in ops} == {"forward", "backward", "optimizer"}
     (optimizer,) = (op for op in ops if op.phase == "optimizer")
@@ -62,7 +62,7 @@ def test_attention_is_one_operation_each_way() -> None:
         model = nn.Sequential(nn.Linear(64, 64, dtype=torch.bfloat16), Heads())
     ops = [op for op in record_step(model, lambda: model(inputs).sum()) if op.name == "scaled_dot_product_attention"]
     assert [(op.phase, op.facts["causal"]) for op in ops] == [("forward", True), ("backward", True)]
-    forward, backward = (float(kernels_of(op)[0][0].flops) for op in ops)
+    forward, backward = (float(launch_of(op).kernels[0].flops) for op in ops)
     assert forward == 2 * 4 * (64 + 64) * 2 * 128**2 / 2
     assert backward == 2.5 * forward
 
