@@ -16,7 +16,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,8 @@ import moesim
 from moesim.kernels import KernelModel, kernel_model
 from moesim.program.scenario_fabric import node_fabric
 from moesim.recorded.estimate import step_estimate
-from moesim.recorded.scaling import scaled
-from moesim.recorded.sizes import StepSizes, sizes_of
+from moesim.recorded.scaling import scaled_ops
+from moesim.recorded.sizes import MatchedOp, StepSizes, matched, sizes_of
 from moesim.recorded.spread import WRAPPERS, Ranks
 from moesim.recorded.step_file import RecordedOp, parsed_ops, save_step
 from moesim.strict_json import parse_json
@@ -56,6 +56,11 @@ class Program:
     ops: tuple[RecordedOp, ...]
     sizes: StepSizes
 
+    @cached_property
+    def matched(self) -> list[MatchedOp]:
+        """The operations with their symbols."""
+        return matched(self.ops, self.sizes)
+
     @classmethod
     def of(cls, found: Any) -> "Program":
         """From the file."""
@@ -79,7 +84,7 @@ def predicted_s(program: Program, step: Any, *, corrections: Any = None) -> floa
         return by_scenario(program, step, ranks=EP_SCENARIO["parallelism"])
     moe_layers = step["layers"] - program.sizes.dense_layers
     size = {"sequences": step["sequences"], "sequence_length": step["tokens"], "moe_layers": moe_layers}
-    ops = scaled(program.ops, program.sizes, replace(program.sizes, **size))
+    ops = scaled_ops(program.matched, program.sizes, replace(program.sizes, **size))
     wrapper = PLANS.get(program.mode, program.mode)
     ranks = _pair(wrapper) if wrapper in WRAPPERS else None
     return step_estimate(ops, _kernels(), ranks=ranks, corrections=corrections).step_s
@@ -101,6 +106,7 @@ def by_scenario(program: Program, step: Any, *, ranks: Any) -> float:
         return float(moesim.simulate(moesim.load_scenario("quickstart", changes)).result["step_time_s"])
 
 
+@cache
 def programs() -> dict[str, Any]:
     """Of the file, by name."""
     found: dict[str, Any] = parse_json(gzip.decompress(DATA.read_bytes()))["programs"]

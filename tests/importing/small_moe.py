@@ -1,8 +1,14 @@
 """A transformer with a dense layer and MoE layers by grouped GEMMs, for the meta device, in plain torch."""
 
+import sys
+from functools import cache
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention, silu
+
+from moesim.importing.recording import record_step
+from moesim.recorded.step_file import RecordedOp
 
 HIDDEN, HEADS, HEAD_DIM, DENSE, WIDTH, VOCAB, TOP_K = 1024, 8, 128, 2048, 512, 12288, 4
 
@@ -94,3 +100,18 @@ def small_step(*, sequences: int = 2, length: int = 4096, layers: int = 3, exper
         model = SmallMoe(layers=layers, experts=experts).to(torch.bfloat16)
         tokens_BS = torch.randint(VOCAB, (sequences, length))
     return model, lambda: model(tokens_BS)
+
+
+FIRST = {"sequences": 4, "length": 8192, "layers": 3, "experts": 16}
+WIDTHS = ("HIDDEN", "HEADS", "HEAD_DIM", "DENSE", "WIDTH", "VOCAB", "TOP_K")
+
+
+def recorded(**changes: int) -> list[RecordedOp]:
+    """The step at its first size or another, of the widths that this module has now: tests change them."""
+    widths = tuple(getattr(sys.modules[__name__], name) for name in WIDTHS)
+    return _recorded(tuple(sorted((FIRST | changes).items())), widths)
+
+
+@cache
+def _recorded(sizes: tuple[tuple[str, int], ...], widths: tuple[int, ...]) -> list[RecordedOp]:
+    return record_step(*small_step(**dict(sizes)))

@@ -9,27 +9,26 @@ from typing import Any
 import numpy as np
 import pytest
 import small_moe
-from small_moe import small_step
+from small_moe import recorded
 from test_imported_implementation import not_followed, scenario
 
 import moesim
 from moesim.errors import UserError
-from moesim.importing.recording import record_step
 from moesim.recorded.layers import DENSE
-from moesim.recorded.pricing import OPTIMIZER, PRODUCTS, kernels_of
+from moesim.recorded.pricing import OPTIMIZER, PRODUCTS, launch_of
 from moesim.recorded.scaling import scaled_op, scaled_ops
 from moesim.recorded.sharing import divided, shared_out
 from moesim.recorded.sizes import MatchedOp, matched, sizes_of
 from moesim.recorded.step_file import RecordedOp, save_step
 
-SIZE = {"sequences": 4, "length": 8192, "layers": 3, "experts": 16}
+pytestmark = pytest.mark.usefixtures("few_tokens")
 DENSE_KEYS = ("layers", "hidden", "heads", "kv_heads", "head_dim", "vocab", "dense_intermediate")
 RANKS = {"parallelism.data": 2, "workload.global_batch": 8, "cluster.gpus_per_node": 4}
 
 
 @pytest.fixture(scope="module")
 def ops() -> list[RecordedOp]:
-    return record_step(*small_step(**SIZE))
+    return recorded()
 
 
 @pytest.fixture(scope="module")
@@ -62,13 +61,13 @@ def test_a_share_is_a_model_of_fewer_heads_and_narrower_networks_recorded_anew(
 ) -> None:
     for name, value in share.items():
         monkeypatch.setattr(small_moe, name, value)
-    anew, sizes = record_step(*small_step(**SIZE)), sizes_of(ops, where="it")
+    anew, sizes = recorded(), sizes_of(ops, where="it")
     ours = scaled_ops(matched(ops, sizes), sizes, divided(sizes, **ranks))
     assert kernels(ours) == kernels(anew)
 
 
 def flops(op: RecordedOp) -> float:
-    return op.count * sum(float(np.sum(kernel.flops)) for kernel in kernels_of(op)[0])
+    return op.count * sum(float(np.sum(kernel.flops)) for kernel in launch_of(op).kernels)
 
 
 @pytest.mark.parametrize("tensor", [2, 4])
@@ -95,10 +94,8 @@ def test_ranks_together_multiply_as_much_as_one_alone(ops: list[RecordedOp], ten
 @pytest.mark.parametrize(
     "mesh",
     [
-        {"parallelism.tensor": 2},
         {"parallelism.tensor": 4, "parallelism.data": 1, "workload.global_batch": 4},
         {"parallelism.tensor": 2, "parallelism.expert": 2, "parallelism.expert_tensor": 2},
-        {"parallelism.context": 2},
         {"parallelism.tensor": 2, "parallelism.context": 2, "parallelism.data": 1, "workload.global_batch": 4},
     ],
     ids=str,
@@ -114,7 +111,7 @@ def test_ranks_exchange_what_they_do_of_a_listed_software(file: Path, mesh: dict
 
 def test_dense_layers_without_sequence_parallelism_sum_instead(tmp_path: Path) -> None:
     file = tmp_path / "dense.json"
-    save_step(file, record_step(*small_step(**(SIZE | {"layers": 1}))), source="small_moe")
+    save_step(file, recorded(layers=1), source="small_moe")
     dense = scenario(file).model.model_dump() | {"experts": 0, "top_k": 0, "dense_layers": 0, "layers": 3}
     dense = {key: value for key, value in dense.items() if key in DENSE_KEYS}
     switches = {"qkv": "joined", "ffn_inputs": "joined", "sequence_parallel": False}

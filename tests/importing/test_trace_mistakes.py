@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from moesim.errors import UserError
 from moesim.importing import trace_file
 from moesim.importing.calibration import load_calibration
-from moesim.importing.traced_step import step_with_times, traced_step
+from moesim.importing.traced_step import TracedStep, step_with_times, traced_step
 from moesim.recorded.step_file import save_step
 from moesim.strict_json import streamed_members
 
@@ -103,9 +103,13 @@ def test_something_else(tmp_path: Path, content: bytes, said: str) -> None:
     refused(path, said)
 
 
-def test_a_missing_file_and_a_step_file(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def step() -> TracedStep:
+    return traced_step(REAL)
+
+
+def test_a_missing_file_and_a_step_file(step: TracedStep, tmp_path: Path) -> None:
     refused(tmp_path / "nowhere.json", "cannot read")
-    step = traced_step(REAL)
     save_step(tmp_path / "step.json", step.ops, source="here")
     refused(tmp_path / "step.json", "--show")
     with pytest.raises(UserError, match="has no measured times"):
@@ -117,8 +121,7 @@ def test_a_trace_in_the_place_of_a_step_file() -> None:
         load_calibration(REAL)
 
 
-def test_a_malformed_calibration(tmp_path: Path) -> None:
-    step = traced_step(REAL)
+def test_a_malformed_calibration(step: TracedStep, tmp_path: Path) -> None:
     good = step.calibration.as_json()
     for changes in ({"corrections": ()}, {"corrections": [{}]}, {"times": {}}, {"collectives": 3}):
         save_step(tmp_path / "step.json", step.ops, source="here", calibration=good | changes)
@@ -126,8 +129,7 @@ def test_a_malformed_calibration(tmp_path: Path) -> None:
             load_calibration(tmp_path / "step.json")
 
 
-def test_a_step_without_its_measured_seconds(tmp_path: Path) -> None:
-    step = traced_step(REAL)
+def test_a_step_without_its_measured_seconds(step: TracedStep, tmp_path: Path) -> None:
     for seconds, said in ((None, "no operation has measured seconds"), (-1.0, "no time in seconds")):
         ops = [replace(op, measured_s=seconds) for op in step.ops]
         save_step(tmp_path / "step.json", ops, source="here", calibration=step.calibration.as_json())

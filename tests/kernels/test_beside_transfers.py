@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
-from moesim.kernels import Beside, load_profile
+from moesim.kernels import Beside, CalibratedModel
 from moesim.kernels.estimate import BesideSend
 from moesim.kernels.measured import contention_of, fit_beside, fit_send, sends_of
-from moesim.kernels.profile import SHIPPED, Profile, load_profile_file
+from moesim.kernels.profile import Profile
+from moesim.kernels.report import beside_rows, beside_table
 from moesim.strict_json import parse_json, unpacked
 
 OTHERS = Path(__file__).parents[1] / "data" / "contention_h100.json.gz"
@@ -78,24 +80,24 @@ def large(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if row["bytes"] >= LEAST_BYTES]
 
 
-def test_rows_in_no_fit_are_met() -> None:
+def test_rows_in_no_fit_are_met(h100: CalibratedModel, h200: CalibratedModel) -> None:
     """Of an H100 on another day, of an H200, of other numbers of blocks, half of the collectives: medians in docs."""
-    h100 = load_profile("h100").contention
+    own = h100.contention
     others = parse_json(unpacked(OTHERS.read_bytes()))["rows"]
-    mine = load_profile_file(SHIPPED / "h100.json.gz").family("contention")
+    mine = h100.profile.family("contention")
     held_out = [row for row in mine if row.get("held_out")]
     collectives = [row for row in held_out if row["kind"] not in ("all_to_all", "send_recv")]
     last = max(row["session"] for row in collectives)
     fourth = [row for row in others if row["session"] == "an H100, a fourth day"]
     sets: dict[str, tuple[Facts, list[Row]]] = {
-        "another day": (h100.of, [row for row in others if row["session"] == "an H100, another day"]),
-        "a third day": (h100.of, [row for row in held_out if row["kind"] == "all_to_all"]),
-        "a fourth day": (h100.of, [r for r in fourth if r["kind"] == "all_to_all"]),
-        "collectives, a fourth day": (h100.beside_collective, [r for r in fourth if r["kind"] != "all_to_all"]),
-        "an H200": (h100.of, load_profile_file(SHIPPED / "h200.json.gz").family("contention")),
-        "collectives, the other half": (h100.beside_collective, [r for r in collectives if r["session"] == last]),
-        "collectives, another day": (h100.beside_collective, [r for r in collectives if r["session"] < last]),
-        "fewer blocks": (h100.of, [row for row in others if "max_ctas" in row]),
+        "another day": (own.of, [row for row in others if row["session"] == "an H100, another day"]),
+        "a third day": (own.of, [row for row in held_out if row["kind"] == "all_to_all"]),
+        "a fourth day": (own.of, [r for r in fourth if r["kind"] == "all_to_all"]),
+        "collectives, a fourth day": (own.beside_collective, [r for r in fourth if r["kind"] != "all_to_all"]),
+        "an H200": (own.of, h200.profile.family("contention")),
+        "collectives, the other half": (own.beside_collective, [r for r in collectives if r["session"] == last]),
+        "collectives, another day": (own.beside_collective, [r for r in collectives if r["session"] < last]),
+        "fewer blocks": (own.of, [row for row in others if "max_ctas" in row]),
     }
     print()
     for name, (facts_of, rows) in sets.items():
@@ -103,18 +105,17 @@ def test_rows_in_no_fit_are_met() -> None:
         print(f"{name:27} {len(large(rows)):4} rows: transfers {transfers:.1%}, kernels {kernels:.1%}", end=", ")
         print(f"transfers if nothing slowed them {ignored:.0%}")
         assert transfers < 0.20 and kernels < 0.15 and transfers < 0.5 * ignored
-    dispatch, own = (errors(facts, large(collectives)) for facts in (h100.of, h100.beside_collective))
-    for of_dispatch, of_own in zip(dispatch[:2], own[:2], strict=True):
+    dispatch, collective = (errors(facts, large(collectives)) for facts in (own.of, own.beside_collective))
+    for of_dispatch, of_own in zip(dispatch[:2], collective[:2], strict=True):
         assert np.median(of_own) < 0.7 * np.median(of_dispatch), "collectives have facts of their own"
 
 
 SENDS = Path(__file__).parents[1] / "data" / "fabric_h100.json.gz"
 
 
-def test_messages_beside_kernels_are_later_by_a_share_of_the_kernel() -> None:
+def test_messages_beside_kernels_are_later_by_a_share_of_the_kernel(h100: CalibratedModel) -> None:
     """Facts of their own, fitted to half of the profile's rows: the other half, and GEMMs of another day."""
-    facts, sends = load_profile("h100").contention, sends_of(load_profile_file(SHIPPED / "h100.json.gz"))
-    mine = load_profile_file(SHIPPED / "h100.json.gz").family("contention")
+    facts, sends, mine = h100.contention, sends_of(h100.profile), h100.profile.family("contention")
     other_day = [row for row in parse_json(unpacked(SENDS.read_bytes()))["beside"] if row["max_ctas"] == 0]
     print()
     for name, rows in (("held out", [row for row in mine if row.get("held_out")]), ("another day", other_day)):
@@ -144,6 +145,17 @@ def test_facts_of_messages_are_found_again(truth: BesideSend) -> None:
     )
 
 
-def test_a_gpu_of_the_same_chip_has_its_collectives() -> None:
-    h100, h200 = load_profile("h100").contention, load_profile("h200").contention
-    assert h200.collectives == h100.collectives and h200.by_family != h100.by_family
+def test_a_gpu_of_the_same_chip_has_its_collectives(h100: CalibratedModel, h200: CalibratedModel) -> None:
+    own, other = h100.contention, h200.contention
+    assert other.collectives == own.collectives and other.by_family != own.by_family
+
+
+def test_the_report_has_a_row_for_each_kind_of_transfer(
+    h100: CalibratedModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = beside_rows(h100)
+    assert {kind for kind, *_ in rows} >= {"all_to_all", "all_reduce", "send_recv"}
+    assert all(transfer < alone for _, _, transfer, _, alone in rows), "facts say more than none"
+    Console(width=96).print(beside_table(rows, title="at once"))
+    printed = capsys.readouterr().out
+    assert all(kind in printed for kind, *_ in rows) and "no factor was fitted to" in printed

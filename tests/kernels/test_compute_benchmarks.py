@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from moesim.cli import main
 from moesim.errors import UserError
 from moesim.kernels import (
     CalibratedModel,
-    Gemm,
     calibrate_command,
     command,
-    load_profile,
 )
 from moesim.kernels.benchmarks import calibrate, sustained
 from moesim.kernels.benchmarks.collectives import block_shapes, collective_shapes, contention_shapes
@@ -167,20 +166,6 @@ def test_shapes_are_distinct_within_limits_and_cover_the_range(family: str) -> N
     assert len(family_shapes(family, CPU_LIMITS)) >= CPU_LIMITS.counts[family]
 
 
-def test_calibrating_a_cpu_writes_a_profile_that_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "cpu.json"
-    families = "gemm,memory_bound"
-    assert calibrate_command(device="cpu", out=out, budget=0.6, families=families, quiet=True) == 0
-    profile = load_profile_file(out)
-    assert {row["family"] for row in profile.rows} <= set(families.split(","))
-    assert all(row["p20"] <= row["p50"] <= row["p80"] for row in profile.rows if "visits" not in row)
-    assert profile.sessions[0]["torch"] == torch.__version__
-    with pytest.warns(UserWarning, match="no rows for grouped_gemm, attention, host"):
-        model = load_profile(out)
-    assert model.seconds(Gemm(m=64, k=64, n=64)).seconds > 0
-    assert capsys.readouterr().out == ""
-
-
 def test_what_does_not_run_is_skipped_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def exhausted(*_: object) -> None:
         raise torch.OutOfMemoryError("no more")
@@ -263,7 +248,7 @@ def test_sustained_rows_make_a_cap_when_a_profile_is_fitted(h200: CalibratedMode
 
 def test_a_finished_profile_is_extended_only_when_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "p.json"
-    call: dict[str, Any] = {"device": "cpu", "out": out, "budget": 0.3, "quiet": True}
+    call: dict[str, Any] = {"device": "cpu", "out": out, "budget": 0.1, "quiet": True}
     assert calibrate_command(families="gemm", **call) == 0
     before = out.read_bytes()
     with pytest.raises(UserError, match="exists already; choose another --out, or --extend"):
@@ -292,7 +277,8 @@ def test_the_report_shows_every_family_with_its_target(
     h200: CalibratedModel, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(command, "load_profile", lambda name: h200)  # keeps the errors that other tests computed
-    assert calibrate_command(report=True) == 0
+    assert main(["calibrate", "--report"]) == 0
     printed = capsys.readouterr().out
     for name in ("gemm", "gemm fp8", "grouped_gemm", "attention", "memory_bound", "3% / 10%", "4% / 12%"):
         assert name in printed
+    assert "NCCL's calls as h200 measured them" in printed

@@ -29,7 +29,10 @@ def test_a_tiny_budget_on_the_cpu_gives_a_profile_to_simulate_with(
 ) -> None:
     out = tmp_path / "cpu.json.gz"
     assert call("--device", "cpu", "--out", out, *FAMILIES) == 0
-    assert {row["family"] for row in load_profile_file(out).rows} == {"gemm", "attention", "memory_bound"}
+    profile = load_profile_file(out)
+    assert {row["family"] for row in profile.rows} == {"gemm", "attention", "memory_bound"}
+    assert all(row["p20"] <= row["p50"] <= row["p80"] for row in profile.rows if "visits" not in row)
+    assert profile.sessions[0]["torch"] == torch.__version__
     with pytest.warns(UserWarning, match="no rows for grouped_gemm, host"):
         model = load_profile(out)
     assert 0 < float(model.seconds(Gemm(m=128, k=128, n=128)).seconds) < 1

@@ -4,11 +4,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
-from moesim.cli import main
 from moesim.kernels import load_profile
 from moesim.network.calibration import measured_parameters
-from moesim.network.calibration_report import call_errors, predicted_seconds, seen_bandwidth
+from moesim.network.calibration_report import call_errors, call_table, predicted_seconds, seen_bandwidth
 
 BANDWIDTH = 450e9
 Row = dict[str, Any]
@@ -48,8 +48,10 @@ def test_without_rows_there_is_nothing_to_say() -> None:
     assert predicted_seconds(row, replace(parameters, own=()), link_bandwidth=BANDWIDTH, kind=None) is None
 
 
-def test_the_report_prints_constants_and_errors(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["calibrate", "--report", "--profile", "h100"]) == 0
+def test_the_table_has_constants_and_errors(capsys: pytest.CaptureFixture[str]) -> None:
+    """Below that of the kernels, which tests/kernels/test_compute_benchmarks.py prints."""
+    found = call_errors(load_profile("h100").collectives, link_bandwidth=BANDWIDTH, kind="h100")
+    Console(width=96).print(call_table(found, title="NCCL's calls"))
     printed = capsys.readouterr().out
-    for words in ("NCCL's calls as h100 measured them", "send_recv x2", "an SM of exchanges", "Kernels and transfers"):
+    for words in ("NCCL's calls", "send_recv x2", "an SM of exchanges", "median / worst"):
         assert words in printed
