@@ -17,15 +17,15 @@ pytestmark = pytest.mark.usefixtures("few_tokens")
 
 TEXT = """
 name: changes
-model: {hidden: 512, layers: 3, heads: 8, kv_heads: 8, head_dim: 64, attention: {kind: mha}, vocab: 4096, experts: 16,
+model: {hidden: 512, layers: 2, heads: 8, kv_heads: 8, head_dim: 64, attention: {kind: mha}, vocab: 4096, experts: 16,
         top_k: 2, expert_intermediate: 512, shared_experts: 1, dense_layers: 1, dense_intermediate: 2048}
-cluster: {gpu: h100, nodes: 4, gpus_per_node: 4}
-workload: {sequence_length: 1024, global_batch: 32}
+cluster: {gpu: h100, nodes: 2, gpus_per_node: 4}
+workload: {sequence_length: 1024, global_batch: 16}
 uncertainty: {samples: 2, bank: 2}
 """
-FLAT = "parallelism={data: 16, expert: 8}"
-PIPELINE = "parallelism={data: 8, pipeline: 2, expert: 4}"
-SHARDED = "parallelism={data: 16, expert: 8, zero: {dense: 3, expert: 3}}"
+FLAT = "parallelism={data: 8, expert: 8}"
+PIPELINE = "parallelism={data: 4, pipeline: 2, expert: 4}"
+SHARDED = "parallelism={data: 8, expert: 8, zero: {dense: 3, expert: 3}}"
 
 
 def scenario(*overrides: str) -> Scenario:
@@ -70,10 +70,10 @@ def test_slow_from_the_start_is_slow_always(layout: str) -> None:
                                   "cluster.fabric.changes=[{{node: 0, factor: 0.25{}}}]"])  # fmt: skip
 def test_the_later_a_change_the_less_it_costs(layout: str, what: str) -> None:
     plain = float(steps(layout)[0])
-    whens = ("", *(f", at: {share * plain!r} s" for share in (0.3, 0.6, 0.9)), f", at: {plain!r} s")
+    whens = ("", *(f", at: {share * plain!r} s" for share in (0.3, 0.6)), f", at: {plain!r} s")
     found = [float(steps(layout, what.format(when))[0]) for when in whens]
     assert found == sorted(found, reverse=True)
-    assert found[0] > found[2] > found[-1] == pytest.approx(plain, rel=1e-12)
+    assert found[0] > found[1] > found[-1] == pytest.approx(plain, rel=1e-12)
     flap = float(steps(layout, what.format(f", at: {0.3 * plain!r} s, until: {0.6 * plain!r} s"))[0])
     assert plain * (1 - 1e-12) <= flap <= found[1]  # links that nobody waits for then cost nothing
     assert flap > plain or "changes" in what
@@ -113,8 +113,8 @@ def test_the_clock_comes_to_each_change_and_walks_are_taken_again() -> None:
 @pytest.mark.parametrize(
     ("override", "told"),
     [
-        ("cluster.slowdowns=[{rank: 16, factor: 0.5}]", "rank 16 of ranks 0 to 15"),
-        ("cluster.slowdowns=[{node: 4, factor: 0.5}]", "node 4 of nodes 0 to 3"),
+        ("cluster.slowdowns=[{rank: 8, factor: 0.5}]", "rank 8 of ranks 0 to 7"),
+        ("cluster.slowdowns=[{node: 2, factor: 0.5}]", "node 2 of nodes 0 to 1"),
         ("cluster.slowdowns=[{factor: 0.5}]", "names nothing"),
         ("cluster.slowdowns=[{rank: 1, factor: 0.0}]", "factor"),
         ("cluster.slowdowns=[{rank: 1, factor: 0.5, at: 2 s, until: 1 s}]", "until"),
