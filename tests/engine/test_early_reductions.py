@@ -130,7 +130,7 @@ def all_at_the_end(program: StepProgram) -> StepProgram:
 )
 def test_stages_that_are_done_early_expose_less(small, layout):
     changes = {"cluster.nodes": 2, "parallelism": {**LAYOUT, **layout}, "workload.micro_batch": 1, **BESIDE}
-    program = program_of(small(changes), samples=2)
+    program = program_of(small({"model.layers": 4, **changes}), samples=2)
     early, late = simulate_step(program), simulate_step(all_at_the_end(program))
     assert (early.step_S < late.step_S).all()
     for one, other in zip(early.tables, late.tables, strict=True):
@@ -159,7 +159,7 @@ def test_stages_that_are_done_early_expose_less(small, layout):
     ],
 )
 def test_one_stage_or_no_overlap_begins_at_the_end(small, changes):
-    program = program_of(small({"cluster.nodes": 2, "workload.micro_batch": 1, **changes}))
+    program = program_of(small({"model.layers": 4, "cluster.nodes": 2, "workload.micro_batch": 1, **changes}))
     one, other = simulate_step(program), simulate_step(all_at_the_end(program))
     for table, late in zip(one.tables, other.tables, strict=True):
         assert not len(table.rows(Stream.BACKGROUND))
@@ -177,7 +177,7 @@ def test_early_reductions_go_through_shared_links(small):
         "workload.micro_batch": 1,
         **BESIDE,
     }
-    program = program_of(small(changes), samples=2)
+    program = program_of(small({"model.layers": 4, **changes}), samples=2)
     contention = program.contention
     assert contention is not None and any(contention.collectives)
     wide = simulate_step(replace(program, contention=replace(contention, capacity_L=1e3 * contention.capacity_L)))

@@ -133,6 +133,7 @@ def test_without_spread_or_with_one_gpu_nothing_changes(small, monkeypatch: pyte
 )
 def test_every_layout_waits_and_its_time_adds_up(small, mesh: dict[str, Any]) -> None:
     changes = {"compute.profile": None, "uncertainty.samples": 1, "cluster.gpus_per_node": 8, "parallelism": mesh}
+    changes["model.layers"] = max(2, mesh.get("pipeline", 1))
     on, off = (simulate(small({**changes, "cluster.jitter": value})).result for value in (True, False))
     assert 1.002 < on["step_time_s"] / off["step_time_s"] < 1.1
     assert sum(on["attribution_s"].values()) == pytest.approx(on["step_time_s"], rel=1e-9)

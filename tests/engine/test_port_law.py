@@ -22,8 +22,10 @@ from moesim.scenario import Scenario
 from moesim.scenario.cluster import Cluster, Pool
 from moesim.seeding import stream
 
+pytestmark = pytest.mark.usefixtures("few_tokens")
+
 SLOW_NICS = {"cluster.nodes": 4}
-STAGES = {"parallelism": {"data": 8, "expert": 8, "pipeline": 2}, "workload.global_batch": 128}
+STAGES = {"parallelism": {"data": 8, "expert": 8, "pipeline": 2}, "workload.global_batch": 64}
 PER_NODE = {"dispatch.algorithm": "hierarchical", "dispatch.deduplicate": "per_node"}
 LOW_LATENCY = {"dispatch.algorithm": "low_latency", "dispatch.deduplicate": "per_expert"}
 BESIDE = {"overlap": {"gradient_reduction": True}}
@@ -35,7 +37,7 @@ def schedule(kind: str, **keys: object) -> dict[str, Any]:
 
 CASES: dict[str, dict[str, Any]] = {
     "1F1B": {**STAGES, **schedule("1f1b")},
-    "interleaved": {**STAGES, **schedule("interleaved", virtual=2), **BESIDE},
+    "interleaved": {**STAGES, **schedule("interleaved", virtual=2), **BESIDE, "model.layers": 4},
     "DualPipe": {**STAGES, **schedule("dualpipe"), **PER_NODE, "overlap.micro_batches": True},
     "gradients beside": {"parallelism": {"data": 16, "expert": 8}, "workload.global_batch": 64, **BESIDE},
     "ZeRO 3": {
@@ -44,7 +46,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "ZeRO 2, stages": {
         "parallelism": {"data": 8, "expert": 8, "pipeline": 2, "zero": {"dense": 2, "expert": 0}},
-        "workload.global_batch": 128,
+        "workload.global_batch": 64,
     },
     "one sided": {
         **STAGES,
@@ -279,7 +281,8 @@ def _alone(program: StepProgram) -> StepProgram:
 
 def test_messages_beside_dispatch_make_steps_longer(small):
     slow = {"cluster.fabric": {"preset": "rail_optimised", "nic": "40 Gbps"}}
-    program = program_of(small({**SLOW_NICS, **CASES["1F1B"], **slow}))
+    many = {"model.layers": 4, "workload.global_batch": 128}
+    program = program_of(small({**SLOW_NICS, **CASES["1F1B"], **slow, **many}))
     assert (simulate_step(program).step_S > simulate_step(_alone(program)).step_S).all()
 
 
