@@ -60,6 +60,7 @@ FAMILIES = ("gemm", "grouped_gemm", "attention", "memory_bound", "host")
 # slow down with their clock; faster ones do not.
 SLOW_SHARE = 0.5
 _CACHED_CALLS = 4096
+_CACHED_STEPS = 4
 _CACHED_ROWS = 16  # the directions of both products of a layer follow each other
 _MANY_ROWS = 512  # values of rows_per_expert from which it pays to look for equal ranks
 _SINGLE = (int, float, str, np.integer, np.floating, type(None))  # no array
@@ -115,13 +116,14 @@ class CalibratedModel:
         """Calls repeat over layers and micro-batches; caches, empty now, make the repetitions free."""
         self._estimates: dict[Any, Estimate] = {}
         self._row_totals: dict[Any, tuple[RowTotals, NDArray[np.int64] | None]] = {}
+        self._in_steps: dict[float, CalibratedModel] = {}
 
     @property
     def name(self) -> str:
         """The profile's name."""
         return self.profile.name
 
-    @property
+    @cached_property
     def collectives(self) -> list[dict[str, Any]]:
         """Measured collectives: kind, bytes of one rank's buffer, ranks, p20/p50/p80 seconds of the slowest rank."""
         return self.profile.family("collective")
@@ -173,10 +175,22 @@ class CalibratedModel:
         return self.in_step(math.exp(self._cap.log_clock(load)))
 
     def in_step(self, mhz: float) -> "CalibratedModel":
-        """The same kernels in a step that runs at this clock."""
+        """The same kernels in a step that runs at this clock.
+
+        Steps are mostly simulated one after the other that have kernels of the same sizes, and first all at the clock
+        of low loads: the latest models come again, without their many rows of experts.
+        """
+        model = self._in_steps.get(mhz)
+        if model is not None:
+            model._estimates = {
+                key: found for key, found in model._estimates.items() if isinstance(found.seconds, float)
+            }
+            model._row_totals.clear()
+            return model
         model = self._copied(lambda other: other.in_step(mhz))
         model._log_fall = 0.0 if self._cap is None else max(0.0, self._cap.free - math.log(mhz))
         model._cap, model._shared_clock = PowerCap(math.log(mhz), threshold=0.0, slope=0.0, traffic=0.0), True
+        _keep(self._in_steps, mhz, model, limit=_CACHED_STEPS)
         return model
 
     @property

@@ -1,5 +1,7 @@
 """What a scenario is simulated with: kernels of its GPUs, fabric, how transfers share links, loops compiled or not."""
 
+from functools import lru_cache
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -47,13 +49,14 @@ def node_fabric(kernels: KernelModel, *, gpu: str, ranks: int) -> Fabric:
 def _parameters(kernels: KernelModel, spec: GpuSpec, *, world: int) -> NetworkParameters | None:
     kind = kind_of(spec.name, spec.scaled_from)
     tabulated = kind is not None and isinstance(kernels, TabulatedModel)  # whose collectives the library's tables have
-    return measured_parameters(
-        () if tabulated else getattr(kernels, "collectives", ()),
-        link_bandwidth=spec.nvlink_bandwidth,
-        source=f"measured, profile {kernels.name}",
-        world=world,
-        kind=kind,
-    )
+    return None if tabulated else _measured(kernels, spec.nvlink_bandwidth, world, kind)  # type: ignore[arg-type]
+
+
+@lru_cache(maxsize=16)
+def _measured(kernels: KernelModel, link_bandwidth: float, world: int, kind: str | None) -> NetworkParameters | None:
+    """Asked anew for every run, whose kernels are mostly those of the one before."""
+    rows, source = getattr(kernels, "collectives", ()), f"measured, profile {kernels.name}"
+    return measured_parameters(rows, link_bandwidth=link_bandwidth, source=source, world=world, kind=kind)
 
 
 def sharing_model(network: Network, fabric: Fabric, ranks_R: NDArray[np.integer], *, over_nics: bool = False) -> Model:

@@ -284,21 +284,37 @@ ROUND_OFF = 1e-9  # share of the step: differences of sums that are less below z
 class _Coverage:
     """Time covered by a stream or by one of higher priority (`higher`; None for the first)."""
 
-    def __init__(self, start_NQ: FloatArray, finish_NQ: FloatArray, higher: "_Coverage | None" = None) -> None:
+    def __init__(
+        self,
+        start_NQ: FloatArray,
+        finish_NQ: FloatArray,
+        higher: "_Coverage | None" = None,
+        *,
+        higher_2NQ: FloatArray | None = None,
+    ) -> None:
+        """`higher_2NQ`: what `higher` has covered until each start and each finish."""
         self.higher, self.exposed_NQ = higher, finish_NQ - start_NQ
         higher_NQ: FloatArray | None = None
-        if higher is not None:
-            higher_NQ = higher.until(start_NQ)
-            self.exposed_NQ = self.exposed_NQ - (higher.until(finish_NQ) - higher_NQ)
+        if higher_2NQ is not None:
+            higher_NQ = higher_2NQ[0]
+            self.exposed_NQ = self.exposed_NQ - (higher_2NQ[1] - higher_NQ)
         before_NQ = np.cumsum(self.exposed_NQ, axis=0) - self.exposed_NQ
         # Column by column in memory, as the look-up goes.
         self._start_QN, self._finish_QN, self._before_QN = _columns(start_NQ), _columns(finish_NQ), _columns(before_NQ)
         self._higher_QN = None if higher_NQ is None else _columns(higher_NQ)
         self._exposed_QN = _columns(self.exposed_NQ)
 
-    def until(self, time_MQ: FloatArray) -> FloatArray:
-        """Covered seconds in (-inf, time], per column."""
-        return self._until(_columns(time_MQ)).T
+    def until(self, *times_MQ: FloatArray) -> FloatArray:
+        """Covered seconds in (-inf, time], per column, of each array of times."""
+        return self._until(_columns(np.concatenate(times_MQ))).T.reshape(len(times_MQ), *times_MQ[0].shape)
+
+    def with_next(
+        self, start_NQ: FloatArray, finish_NQ: FloatArray, own_NQ: FloatArray
+    ) -> "tuple[_Coverage, FloatArray]":
+        """With the next stream below, and what of the last `own` seconds of its spans no higher one covers."""
+        start, middle, finish = self.until(start_NQ, finish_NQ - own_NQ, finish_NQ)
+        exposed_own_NQ = own_NQ - (finish - middle)
+        return _Coverage(start_NQ, finish_NQ, self, higher_2NQ=np.stack([start, finish])), exposed_own_NQ
 
     def _until(self, time_QM: FloatArray) -> FloatArray:
         higher_QM = self.higher._until(time_QM) if self.higher is not None else np.zeros_like(time_QM)
@@ -377,10 +393,8 @@ def attribute(table: SpanTable) -> FloatArray:
         if not len(rows_N):
             continue
         own_NQ = np.minimum(table.own_NSR[rows_N].reshape(start_NQ.shape).astype(np.float64), finish_NQ - start_NQ)
-        middle_NQ = finish_NQ - own_NQ
-        exposed_own_NQ = own_NQ - (covered.until(finish_NQ) - covered.until(middle_NQ))
+        covered, exposed_own_NQ = covered.with_next(start_NQ, finish_NQ, own_NQ)
         _add_by_category(seconds_CQ, category_L[table.label_N[rows_N]], exposed_own_NQ)
-        covered = _Coverage(start_NQ, finish_NQ, covered)
         seconds_CQ[CATEGORIES.index("imbalance_wait")] += (covered.exposed_NQ - exposed_own_NQ).sum(axis=0)
     seconds_CQ[CATEGORIES.index("bubble")] += _idle(table, begin_NQ, end_NQ, covered)
     return without_round_off(seconds_CQ.reshape(len(CATEGORIES), samples, ranks), table.step_S)
@@ -409,9 +423,8 @@ def waited_for(table: SpanTable) -> FloatArray:
         if not len(rows_N):
             continue
         own_NR = np.minimum(first.own_NSR[rows_N].reshape(start_NR.shape).astype(np.float64), finish_NR - start_NR)
-        own_exposed_NR = own_NR - (covered.until(finish_NR) - covered.until(finish_NR - own_NR))
-        covered = _Coverage(start_NR, finish_NR, covered)
-        wait_NR = covered.exposed_NQ - own_exposed_NR
+        covered, exposed_own_NR = covered.with_next(start_NR, finish_NR, own_NR)
+        wait_NR = covered.exposed_NQ - exposed_own_NR
         together = stream in (Stream.COMMUNICATION, Stream.REDUCTION)
         last_N = start_NR.argmax(axis=1)
         later_NR = together & (start_NR < start_NR.max(axis=1, keepdims=True))
@@ -427,7 +440,8 @@ def _idle(table: SpanTable, begin_NQ: FloatArray, end_NQ: FloatArray, covered: _
     step_1Q = np.repeat(table.step_S, ranks)[None]
     gap_start_NQ = np.concatenate([np.zeros((1, samples * ranks)), end_NQ])
     gap_finish_NQ = np.concatenate([begin_NQ, step_1Q])
-    gap_NQ = (gap_finish_NQ - gap_start_NQ) - (covered.until(gap_finish_NQ) - covered.until(gap_start_NQ))
+    covered_start_NQ, covered_finish_NQ = covered.until(gap_start_NQ, gap_finish_NQ)
+    gap_NQ = (gap_finish_NQ - gap_start_NQ) - (covered_finish_NQ - covered_start_NQ)
     return np.asarray(gap_NQ.sum(axis=0))
 
 
@@ -439,7 +453,8 @@ def overlapped_transfer(table: SpanTable) -> dict[str, FloatArray]:
     hidden: dict[str, FloatArray] = {}
     for stream in (Stream.COMMUNICATION, Stream.REDUCTION, Stream.BACKGROUND):
         rows_N, start_NQ, finish_NQ = _stream_intervals(table, stream)
-        hidden_NQ = compute.until(finish_NQ) - compute.until(start_NQ)
+        before_NQ, after_NQ = compute.until(start_NQ, finish_NQ)
+        hidden_NQ = after_NQ - before_NQ
         for row, label in enumerate(table.label_N[rows_N]):
             category = table.labels[label].category
             hidden[category] = hidden.get(category, np.zeros(shape)) + hidden_NQ[row].reshape(shape)
