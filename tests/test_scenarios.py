@@ -1,4 +1,4 @@
-"""Every scenario file runs: with one routing sample here, as it stands in the acceptance run."""
+"""Every scenario file runs: with one routing sample and few micro-batches here, as it stands in the acceptance run."""
 
 from pathlib import Path
 
@@ -19,13 +19,16 @@ def _parameters() -> list:
     ]
 
 
+@pytest.mark.usefixtures("few_tokens")
 @pytest.mark.parametrize("file", _parameters())
 def test_scenario_runs(file, tmp_path):
-    overrides = ["uncertainty.samples=1"]
-    if load_scenario(file).routing.kind == "train":
+    scenario = load_scenario(file)
+    mesh, work = scenario.parallelism, scenario.workload
+    micro_batches = min(scenario.num_micro_batches, 2 * mesh.pipeline)
+    overrides = ["uncertainty.samples=1", f"workload.global_batch={mesh.data * work.micro_batch * micro_batches}"]
+    if scenario.routing.kind == "train":
         overrides += ["routing.steps=2", "routing.thin.tokens_per_step=512", "routing.thin.layers=1"]
         overrides += ["routing.thin.hidden=32", "routing.thin.heads=2", "routing.thin.expert_intermediate=8"]
-        overrides += ["workload.global_batch=8"]
     result = simulate(load_scenario(file, overrides), cache_dir=tmp_path).result
     assert result["step_time_s"] > 0
     assert 0 < result["mfu"]["causal"] < 1

@@ -1,6 +1,6 @@
 """The library that ships: every point is there, its numbers are those of its file, and its routing obeys the laws."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -92,8 +92,20 @@ def test_limits_hold_for_every_recorded_token(layout: str, point: str) -> None:
     assert not np.array_equal(trace.earlier[0].counts_LSE, trace.earlier[-1].counts_LSE)
 
 
-def test_every_entry_obeys_the_laws() -> None:
+def _of_every_kind() -> list[LibraryEntry]:
+    """One entry of every layout, router and group limit."""
+    by_kind = {}
     for entry in library_entries():
+        router = entry.provenance["request"]["router"]
+        by_kind[entry.layout, router["kind"], router["group_limit"]] = entry
+    return list(by_kind.values())
+
+
+@pytest.mark.parametrize(
+    "entries", [_of_every_kind(), pytest.param(library_entries(), marks=pytest.mark.slow)], ids=["of every kind", "all"]
+)
+def test_entries_obey_the_laws(entries: Sequence[LibraryEntry]) -> None:
+    for entry in entries:
         trace = load_library(entry.name)
         assert trace.final.num_tokens == entry.tokens
         if trace.router.kind != "expert_choice":

@@ -17,6 +17,7 @@ from moesim.trace import TrainingCurves, load_trace, save_trace, uniform_trace
 from moesim.trace.library import find_entry
 from moesim.trace.provenance import limit_difference, rests_on
 
+pytestmark = pytest.mark.usefixtures("few_tokens")
 BASE = {
     "name": "based",
     "model": {"preset": "deepseek-moe-16b"},
