@@ -8,13 +8,14 @@ Legend: S requests that are being answered.
 
 import heapq
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moesim.serving.memory import KeyLayout, PrefixCache
-from moesim.serving.schema import Engine
+from moesim.serving.schema import Engine, Speculation
 
 IntArray = NDArray[np.int64]
 
@@ -48,7 +49,7 @@ class Chunk(NamedTuple):
     before: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Formed:
     """One step of a group.
 
@@ -64,7 +65,7 @@ class Formed:
     padding: int
     moved: int
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         """Rows that are computed."""
         return self.generated * self.rows + sum(chunk.tokens for chunk in self.chunks) + self.padding
@@ -222,24 +223,26 @@ class Batch:
     def _advance(self) -> list[Job]:
         """Every request that is answered gets its tokens; those that are done leave."""
         n = len(self._jobs)
-        given_S = np.minimum(self._accepted(n), self._left_S[:n])
-        self._stored_S[:n] += given_S
-        self._left_S[:n] -= given_S
         self.counts.answered += n
-        self.counts.given += int(given_S.sum())
-        places = np.flatnonzero(self._left_S[:n] == 0)
+        if self.engine.speculation is None:
+            self._stored_S[:n] += 1
+            self._left_S[:n] -= 1
+            self.counts.given += n
+        else:
+            given_S = np.minimum(self._accepted(n, self.engine.speculation), self._left_S[:n])
+            self._stored_S[:n] += given_S
+            self._left_S[:n] -= given_S
+            self.counts.given += int(given_S.sum())
+        places = (self._left_S[:n] == 0).nonzero()[0].tolist()
         done = [self._jobs[place] for place in places]
-        for place in places[::-1].tolist():
+        for place in reversed(places):
             job = self._take(place)
             job.left = 0
             self._release(job)
         return done
 
-    def _accepted(self, n: int) -> IntArray:
+    def _accepted(self, n: int, speculation: Speculation) -> IntArray:
         """Tokens of a step for each of n requests: one, and the drafted ones up to the first that is refused."""
-        speculation = self.engine.speculation
-        if speculation is None:
-            return np.ones(n, dtype=np.int64)
         kept_SD = self._rng.random((n, len(speculation.acceptance))) < np.array(speculation.acceptance)
         return np.asarray(1 + np.cumprod(kept_SD, axis=1, dtype=np.int64).sum(axis=1))
 

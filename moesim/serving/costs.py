@@ -13,8 +13,9 @@ Legend: G numbers of tokens, D data groups.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,8 +32,7 @@ from moesim.serving.schema import ServingScenario
 from moesim.serving.software import Small, end_kernels, num_launches
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepCost:
+class StepCost(NamedTuple):
     """Seconds of one step by part; `hidden`: those of the exchange that compute hides, in no part."""
 
     projections: float
@@ -48,14 +48,14 @@ class StepCost:
     @property
     def total(self) -> float:
         """All of it: nothing runs beside anything else."""
-        return float(sum(getattr(self, part) for part in PARTS))
+        return float(sum(self[: len(PARTS)]))
 
     def longer(self, seconds: float) -> "StepCost":
         """The same step with an exchange that takes so much longer."""
-        return replace(self, exchange=self.exchange + seconds)
+        return self._replace(exchange=self.exchange + seconds)
 
 
-PARTS = tuple(part.name for part in fields(StepCost) if part.name != "hidden")
+PARTS = tuple(part for part in StepCost._fields if part != "hidden")
 
 
 def halves(formed: Sequence[Formed]) -> tuple[list[Formed], list[Formed]]:
@@ -92,12 +92,31 @@ def overlapped(
     parts = {name: getattr(lower, name) + getattr(upper, name) for name in ("projections", "attention", "experts")}
     exchange = lower.exchange + upper.exchange
     shown = shown_exchange(sum(parts.values()), exchange, layers=layers, taken=taken)
-    return replace(whole, **parts, exchange=shown, hidden=max(0.0, exchange - shown))
+    return whole._replace(**parts, exchange=shown, hidden=max(0.0, exchange - shown))
 
 
 FloatArray = NDArray[np.float64]
 
 ACTIVATION_BYTES = 2.0  # bf16
+
+
+class OverTokens:
+    """Seconds at a few numbers of tokens; in between they are interpolated, beyond them they are in proportion."""
+
+    def __init__(self, tokens_G: NDArray[np.int64], seconds_G: FloatArray) -> None:
+        self.tokens_G, self.seconds_G = tokens_G.astype(float), seconds_G  # floats, as every step asks for them
+        self._most = int(tokens_G[-1])
+
+    def at(self, tokens_D: NDArray[np.int64]) -> FloatArray:
+        """Seconds [D] of so many tokens; none of none."""
+        found_D = np.interp(tokens_D, self.tokens_G, self.seconds_G)
+        if max(tokens_D.tolist()) > self._most:
+            found_D *= np.maximum(tokens_D / self._most, 1.0)
+        return np.asarray(np.where(tokens_D > 0, found_D, 0.0))
+
+    def of(self, tokens: float) -> float:
+        """Seconds of so many tokens; beyond the table those of its end."""
+        return float(np.interp(tokens, self.tokens_G, self.seconds_G))
 
 
 class StepCosts:
@@ -110,13 +129,10 @@ class StepCosts:
         self.page_bytes = memory_of(scenario).page_bytes
         most = scenario.engine.token_budget
         self.tokens_G = np.unique(np.geomspace(1, most, 2 * int(np.ceil(np.log2(most))) + 1).round()).astype(int)
-        self._tokens_G = self.tokens_G.astype(float)  # as they are looked up in every step
-        layer = [self._dense_part(int(tokens)) for tokens in self.tokens_G]
-        self.layer_G, self.dense_G, self.head_G = (np.array(column) for column in zip(*layer, strict=True))
-        latent = [self._latents(int(tokens)) for tokens in self.tokens_G]
-        self.absorbed_G, self.apart_G = (np.array(column) for column in zip(*latent, strict=True))
-        self.draft_G = self._drafting_layer() if drafting_layers(scenario) else np.zeros_like(self.layer_G)
-        self.reduce_G, self.send_G = self._messages()
+        self.layer, self.dense, self.head = self._tables(self._dense_part)
+        self.absorbed, self.apart = self._tables(self._latents)
+        self.reduce, self.send = self._messages()
+        self.draft, self.draft_absorbed = self._drafting_layer()
         self.attention = AttentionTables(scenario, self.pricing)
         self.experts = ExpertTables(scenario, self.pricing) if self.model.moe_layers else None
 
@@ -127,8 +143,8 @@ class StepCosts:
         dispatch, sms = self.scenario.dispatch, self.scenario.cluster.main_pool.spec.sm_count
         taken = dispatch.sms(sms) or DISPATCH[dispatch.algorithm].sms or 0.0
         cost = overlapped(formed, self._one_batch, layers=self.model.moe_layers, taken=min(1.0, taken / sms))
-        return replace(
-            cost, host=self._host(float(max(each.tokens for each in formed)), cost.total - cost.host, formed)
+        return cost._replace(
+            host=self._host(float(max(each.tokens for each in formed)), cost.total - cost.host, formed)
         )
 
     def _one_batch(self, formed: Sequence[Formed]) -> StepCost:
@@ -137,16 +153,18 @@ class StepCosts:
         routed_D = np.array([max(each.tokens, 1) if self.together else each.tokens for each in formed])
         tokens_D = software.filled(routed_D)
         routed_D = tokens_D if software.routes_filling else routed_D
-        layer_D, dense_D = self._at(tokens_D, self.layer_G), self._at(tokens_D, self.dense_G)
-        generated_D = np.array([each.generated * each.rows for each in formed])
-        latent_D = self._at(generated_D, self.absorbed_G) + self._at(self._taken_apart(formed), self.apart_G)
-        projections_D = model.layers * (layer_D + latent_D) + model.dense_layers * dense_D
+        layer_D, generated_D = self.layer.at(tokens_D), np.array([each.generated * each.rows for each in formed])
+        if isinstance(model.attention, Mla):
+            layer_D = layer_D + (self.absorbed.at(generated_D) + self.apart.at(self._taken_apart(formed)))
+        projections_D = model.layers * layer_D
+        if model.dense_layers:
+            projections_D = projections_D + model.dense_layers * self.dense.at(tokens_D)
         attention_D = self.attention.seconds(formed)
         slowest = int(np.argmax(projections_D + attention_D))
         experts, exchange = self._experts(routed_D, generated_D)
         longest = float(tokens_D.max())
-        reduces = 2 * model.layers * float(np.interp(longest, self._tokens_G, self.reduce_G))
-        sends = (mesh.pipeline - 1) * float(np.interp(longest, self._tokens_G, self.send_G))
+        reduces = 2 * model.layers * self.reduce.of(longest) if mesh.tensor > 1 else 0.0
+        sends = (mesh.pipeline - 1) * self.send.of(longest)
         ended_D = generated_D + np.array([len(each.chunks) for each in formed])
         if software.routes_filling:
             ended_D = np.minimum(software.filled(ended_D), max(self.scenario.engine.running, int(ended_D.max())))
@@ -156,12 +174,12 @@ class StepCosts:
             attention=float(attention_D[slowest]),
             experts=model.moe_layers * experts,
             exchange=model.moe_layers * exchange + reduces + sends,
-            head=float(self._at(ended_D, self.head_G).max()),
+            head=float(self.head.at(ended_D).max()),
             draft=self._draft(formed, experts + exchange),
             swap=moved / self.scenario.engine.host_link,
             host=0.0,
         )
-        return replace(cost, host=self._host(longest, cost.total, formed))
+        return cost._replace(host=self._host(longest, cost.total, formed))
 
     def _host(self, tokens: float, device: float, formed: Sequence[Formed]) -> float:
         """Seconds of the host that show: of every step, and of launching kernels that the GPU does not wait for."""
@@ -204,7 +222,7 @@ class StepCosts:
             return 0.0
         drafted = formed[0].rows - 1
         generated_D = np.array([each.generated for each in formed])
-        layer_D = self._at(generated_D, self.draft_G + self.absorbed_G) + self._at(generated_D, self.head_G)
+        layer_D = self.draft_absorbed.at(generated_D) + self.head.at(generated_D)
         attention_D = self.attention.one_layer(np.array([each.keys[-1] for each in formed]), generated_D, 1)
         once = float((layer_D + attention_D).max())
         if once and self.experts is not None:
@@ -214,31 +232,26 @@ class StepCosts:
 
     def _prompt_draft(self, formed: Sequence[Formed], experts: float) -> float:
         tokens_D = np.array([sum(chunk.tokens for chunk in each.chunks) for each in formed])
-        return (
-            float((self._at(tokens_D, self.draft_G) + self._at(self._taken_apart(formed), self.apart_G)).max())
-            + experts
-        )
+        return float((self.draft.at(tokens_D) + self.apart.at(self._taken_apart(formed))).max()) + experts
 
-    def _at(self, tokens_D: NDArray[np.int64], seconds_G: FloatArray) -> FloatArray:
-        """Interpolated; beyond the table in proportion."""
-        if not seconds_G.any():
-            return np.zeros(len(tokens_D))
-        found_D = np.interp(tokens_D, self._tokens_G, seconds_G)
-        if tokens_D.max() > self.tokens_G[-1]:
-            found_D *= np.maximum(tokens_D / self.tokens_G[-1], 1.0)
-        return np.asarray(np.where(tokens_D > 0, found_D, 0.0))
+    def _tables(self, seconds: Callable[[int], tuple[float, ...]]) -> list[OverTokens]:
+        """A table of each of the numbers that `seconds` gives for a number of tokens."""
+        rows = [seconds(tokens) for tokens in self.tokens_G.tolist()]
+        return [OverTokens(self.tokens_G, np.array(column)) for column in zip(*rows, strict=True)]
 
-    def _messages(self) -> tuple[FloatArray, FloatArray]:
-        """Seconds [G] of an all-reduce of the ranks of a data group, and of a message to the next stage."""
+    def _messages(self) -> list[OverTokens]:
+        """An all-reduce of the ranks of a data group, and a message to the next stage."""
         fabric, mesh = build_fabric(self.scenario.cluster), self.scenario.parallelism
-        ranks, found = np.arange(mesh.tensor), []
-        for tokens in self.tokens_G.tolist():
+        ranks = np.arange(mesh.tensor)
+
+        def seconds(tokens: int) -> tuple[float, float]:
             size = tokens * self.model.hidden * ACTIVATION_BYTES
             send = 0.0
             if mesh.pipeline > 1:
                 send = send_recv_seconds(fabric, 0, mesh.stage_size, size / mesh.tensor).seconds
-            found.append((self._all_reduce(fabric, ranks, size), send))
-        return np.array(found)[:, 0], np.array(found)[:, 1]
+            return self._all_reduce(fabric, ranks, size), send
+
+        return self._tables(seconds)
 
     def _all_reduce(self, fabric: Fabric, ranks: NDArray[np.int64], size: float) -> float:
         """NCCL's, or an engine's own where that is faster and the ranks share a node."""
@@ -263,11 +276,14 @@ class StepCosts:
         head = pricing.gemm(tokens, model.hidden, model.vocab // tensor, wide=True)
         return layer, dense, head + pricing.small(end_kernels(model, tensor, tokens, kinds))
 
-    def _drafting_layer(self) -> FloatArray:
-        """Seconds [G] of a drafting layer without attention and experts: embedding and last output are joined first."""
-        hidden, dense_G = self.model.hidden, np.zeros(1) if self.model.moe_layers else self.dense_G
+    def _drafting_layer(self) -> list[OverTokens]:
+        """A drafting layer without attention and experts, without and with latents: it joins embedding and output."""
+        if not drafting_layers(self.scenario):
+            return [OverTokens(self.tokens_G, np.zeros(len(self.tokens_G)))] * 2
+        hidden, dense_G = self.model.hidden, np.zeros(1) if self.model.moe_layers else self.dense.seconds_G
         join_G = np.array([self.pricing.gemm(float(tokens), 2 * hidden, hidden) for tokens in self.tokens_G])
-        return np.asarray(join_G + self.layer_G + dense_G)
+        draft_G = join_G + self.layer.seconds_G + dense_G
+        return [OverTokens(self.tokens_G, each_G) for each_G in (draft_G, draft_G + self.absorbed.seconds_G)]
 
     def _network(self, tokens: int, width: int) -> float:
         matrices, hidden = self.model.ffn_matrices, self.model.hidden

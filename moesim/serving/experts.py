@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from math import gcd
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,8 +51,7 @@ UNREAD: dict[str, Any] = {  # keys that draws do not read: deployments that diff
 }  # fmt: skip
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExpertCost:
+class ExpertCost(NamedTuple):
     """One layer: seconds of the slowest rank and of the exchange, max over mean of rows of ranks, share dropped."""
 
     seconds: float
@@ -91,10 +90,21 @@ class ExpertSlots:
         return found.reshape(ids_NK.shape)
 
 
-class Drawn(NamedTuple):
-    """The four numbers of ExpertCost, and the sources of kernel durations that they rest on."""
+Place = TypeVar("Place")
 
-    values: FloatArray
+
+def _blended(weight: float, low: Place, high: Place, of: Callable[[Place], ExpertCost]) -> ExpertCost:
+    """What lies between two places of a table, `weight` of the way to the higher one; one alone where it is there."""
+    if weight in (0.0, 1.0):
+        return of(high if weight else low)
+    pairs = zip(of(low), of(high), strict=True)
+    return ExpertCost(*[(1.0 - weight) * below + weight * above for below, above in pairs])
+
+
+class Drawn(NamedTuple):
+    """What was drawn, and the sources of kernel durations that it rests on."""
+
+    cost: ExpertCost
     sources: set[str]
 
 
@@ -125,7 +135,7 @@ class ExpertTables:
         points = int(np.ceil(1.5 * np.log2(most))) + 1
         self.total_G: list[int] = np.unique(np.geomspace(1, most, points).round()).astype(int).tolist()
         self.fabric: Fabric = build_fabric(scenario.cluster)
-        self._found: dict[tuple[int, float], FloatArray] = {}
+        self._found: dict[tuple[int, float], ExpertCost] = {}
         self._drawn: dict[tuple[int, float], Drawn] = {}
         if is_made_of_itself(scenario):
             self._drawn = _drawn_alike(scenario.model_dump_json(exclude=UNREAD))
@@ -135,20 +145,15 @@ class ExpertTables:
         share = min(1.0, generated / max(total, 1.0))
         below = 0 if share < SHARES[1] else 1
         weight = (share - SHARES[below]) / (SHARES[below + 1] - SHARES[below])
-        values = np.zeros(4)
-        for place, part in ((below, 1.0 - weight), (below + 1, weight)):
-            if part > 0.0:
-                values += part * self._between(total, SHARES[place])
-        seconds, exchange, imbalance, dropped = values.tolist()
-        return ExpertCost(seconds=seconds, exchange=exchange, imbalance=imbalance, dropped=dropped)
+        return _blended(weight, SHARES[below], SHARES[below + 1], lambda place: self._between(total, place))
 
-    def _between(self, total: float, share: float) -> FloatArray:
+    def _between(self, total: float, share: float) -> ExpertCost:
         """Interpolated between the two nearest numbers of tokens."""
         right = min(max(bisect_left(self.total_G, total), 1), len(self.total_G) - 1) if len(self.total_G) > 1 else 0
         left = max(right - 1, 0)
         low, high = self.total_G[left], self.total_G[right]
         weight = min(max((total - low) / (high - low), 0.0), 1.0) if high > low else 0.0
-        return (1.0 - weight) * self._of(low, share) + (weight * self._of(high, share) if weight else 0.0)
+        return _blended(weight, low, high, lambda place: self._of(place, share))
 
     @cached_property
     def prompts(self) -> RoutingTrace:
@@ -166,8 +171,8 @@ class ExpertTables:
         assert trace is not None, "a model with experts has routing"
         return trace
 
-    def _of(self, total: int, share: float) -> FloatArray:
-        """The four numbers of ExpertCost, means over draws and layers."""
+    def _of(self, total: int, share: float) -> ExpertCost:
+        """At a place of the table: means over draws and layers."""
         if (total, share) not in self._found:
             if (total, share) not in self._drawn:
                 with self.pricing.noting() as sources:
@@ -176,7 +181,7 @@ class ExpertTables:
             self.pricing.note(sources)
         return self._found[total, share]
 
-    def _drawn_mean(self, total: int, share: float) -> FloatArray:
+    def _drawn_mean(self, total: int, share: float) -> ExpertCost:
         mesh = self.scenario.parallelism
         drawn = min(total, MOST_DRAWN)  # more of them are as many times these
         generated = round(drawn * share)
@@ -198,9 +203,8 @@ class ExpertTables:
                 )
             imbalance = float(rank_R.max() / max(rank_R.mean(), 1e-9))
             found[sample] = (self._grouped(rows_RE), exchange, imbalance, dropped)
-        means = np.asarray(found.mean(axis=0))
-        means[0] += self._router(total / mesh.expert, means[2])
-        return means
+        means = ExpertCost(*found.mean(axis=0).tolist())
+        return means._replace(seconds=means.seconds + self._router(total / mesh.expert, means.imbalance))
 
     def _tokens(self, sample: int, generated: int, prompts: int, rng: np.random.Generator) -> IntArray:
         """[N, K] choices in one layer of so many generated tokens and tokens of prompts."""
