@@ -16,6 +16,7 @@ all ranks wait for the busiest port. Of a step that lasts T' transfers get 1 - X
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -183,7 +184,7 @@ class Ports:
 
     def tiers(self, sources: Iterable[int], targets: Iterable[int]) -> set[str]:
         """Which kinds of ports transfers between any of these ranks can use."""
-        out, into = ({self._node(rank)[0] for rank in ranks} for ranks in (sources, targets))
+        out, into = ({self._places[rank][0] for rank in ranks} for ranks in (sources, targets))
         return {"nvlink" if a == b else "nic" for a in out for b in into}
 
     def used_by(self, way: str, rank: int, tiers: Iterable[str]) -> list[Port]:
@@ -191,19 +192,21 @@ class Ports:
         return [self._of(way, tier, rank) for tier in tiers]
 
     def _tier(self, source: int, target: int) -> str:
-        return "nvlink" if self._node(source)[0] == self._node(target)[0] else "nic"
+        return "nvlink" if self._places[source][0] == self._places[target][0] else "nic"
 
-    def _node(self, rank: int) -> tuple[int, int, int]:
-        """Node of a rank, its place in it, and the GPUs there."""
-        sizes = np.array(self.cluster.domain_sizes)
-        node = int(np.searchsorted(np.cumsum(sizes), rank, side="right"))
-        return node, rank - int(sizes[:node].sum()), int(sizes[node])
+    @cached_property
+    def _places(self) -> list[tuple[int, int, int]]:
+        """Of every rank its node, its place there, and the GPUs of that node."""
+        sizes = self.cluster.domain_sizes
+        return [(node, place, size) for node, size in enumerate(sizes) for place in range(size)]
 
     def _of(self, way: str, tier: str, rank: int) -> Port:
-        _, place, size = self._node(rank)
+        _, place, size = self._places[rank]
         if tier == "nic":  # shared where a node has fewer of them than GPUs
             rank = rank - place % (size // (self.cluster.fabric.nics_per_node or size))
-        return self.found.setdefault((way, tier, rank), Port(self.env, self.share))
+        if (way, tier, rank) not in self.found:
+            self.found[way, tier, rank] = Port(self.env, self.share)
+        return self.found[way, tier, rank]
 
 
 def exchanges_over_nics(scenario: ServingScenario) -> bool:

@@ -90,6 +90,8 @@ class KeyLayout:
 
     def seen(self, tokens_S: Any) -> tuple[int, ...]:
         """Keys that tokens see together, by kind of layer."""
+        if self._is_plain:
+            return (int(tokens_S.sum()),)
         return tuple(int(kind.seen(tokens_S).sum()) for kind in self.kinds)
 
     def _pages(self, kind: LayerKeys, tokens: Any) -> Any:
