@@ -18,6 +18,8 @@ from moesim.serving.requests import Requests
 from moesim.serving.schema import ServingScenario
 from moesim.strict_json import json_text
 
+pytestmark = pytest.mark.usefixtures("few_draws")
+
 MODEL = {"preset": "deepseek-moe-16b", "layers": 2, "mtp_layers": 1}
 QUICK = settings(max_examples=10, derandomize=True, suppress_health_check=list(HealthCheck))
 LONG = settings(max_examples=200, suppress_health_check=list(HealthCheck))

@@ -20,6 +20,8 @@ from moesim.serving.schema import Engine, ServingScenario
 from moesim.shipped import names, resolve
 from moesim.strict_json import json_text
 
+pytestmark = pytest.mark.usefixtures("few_draws")
+
 SMALL = """schema_version: 1
 name: small
 model: {preset: deepseek-moe-16b, layers: 4}
@@ -63,6 +65,9 @@ LAYOUTS = {
 }
 
 
+MANY = 40  # requests: more than run at a time
+
+
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("pages", [100_000, 180])
 @pytest.mark.parametrize("kind", ENGINES)
@@ -72,7 +77,7 @@ def test_tokens_are_conserved_and_pages_never_exceed_memory(seed: int, pages: in
     rng = np.random.default_rng(seed)
     engine = Engine.model_validate({"token_budget": 512, "running": 32, "page": 16, **ENGINES[kind]})
     batch = Batch(engine, layout=LAYOUTS[layout], pages=pages, host_pages=500, rng=rng)
-    sizes = [(int(rng.integers(60, 700)), int(rng.integers(1, 200))) for _ in range(60)]
+    sizes = [(int(rng.integers(60, 700)), int(rng.integers(1, 120))) for _ in range(MANY)]
     for number, size in enumerate(sizes):
         urgency = int(rng.integers(2))
         prefix = int(rng.integers(-1, 3))
@@ -89,7 +94,7 @@ def test_tokens_are_conserved_and_pages_never_exceed_memory(seed: int, pages: in
         rows += formed.tokens
         ended += [job.request for job in done]
         assert batch.used_pages <= pages
-    assert sorted(ended) == list(range(60)) and batch.generating == 0 and not any(batch._expected.values())
+    assert sorted(ended) == list(range(MANY)) and batch.generating == 0 and not any(batch._expected.values())
     assert batch.used_pages == batch.cache.pages and batch.counts.found_tokens > 0
     outputs = sum(output for _, output in sizes)
     assert given + batch.counts.given == outputs
@@ -98,7 +103,7 @@ def test_tokens_are_conserved_and_pages_never_exceed_memory(seed: int, pages: in
     assert computed == admitted if batch.counts.preempted == 0 else computed <= admitted
     assert batch.counts.prompt_tokens >= sum(prompt for prompt, _ in sizes)
     assert (batch.counts.swapped > 0) == (kind == "swap" and batch.counts.preempted > 0)
-    assert batch.counts.preempted == 0 or pages == 180
+    assert (batch.counts.preempted > 0) == (pages == 180 and kind != "by_length")
 
 
 def formed(costs: StepCosts, *groups: tuple[int, int, tuple[int, int] | None]) -> list[Formed]:
@@ -132,19 +137,16 @@ def test_at_a_low_load_what_comes_goes_and_littles_law_holds() -> None:
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_one_does_not() -> None:
-    texts = [json_text(serve(small(f"seed={seed}", "workload.requests=60"))) for seed in (0, 0, 1)]
+    texts = [json_text(serve(small(f"seed={seed}", "workload.requests=20"))) for seed in (0, 0, 1)]
     assert texts[0] == texts[1] != texts[2]
 
 
 def test_the_largest_load_meets_the_limits_and_grows_with_the_gpus() -> None:
-    short = "workload.arrivals.output={kind: fixed, tokens: 4}"
-    slo = (
-        "workload.slo={ttft: 0.05, tpot: 0.004}",
-        "workload.requests=100",
-        short,
-    )  # the shorter, the fewer show a load
-    two = largest_load(small(*slo, "parallelism={data: 2, expert: 2}"))
-    four = largest_load(small(*slo))
+    limits = "workload.slo={ttft: 0.1, tpot: 0.1}"
+    two, four = (
+        largest_load(small(*PROMPTS, limits, "workload.requests=40", f"parallelism={{data: {ranks}, expert: {ranks}}}"))
+        for ranks in (2, 4)
+    )
     assert two["good_share"] >= 0.9 and four["good_share"] >= 0.9
     assert four["largest_requests_per_second"] > 1.2 * two["largest_requests_per_second"]
 
@@ -231,7 +233,7 @@ def test_drafted_tokens_are_accepted_as_stated_and_cost_their_rows() -> None:
     drafts = "engine.speculation={draft: lookup, acceptance: [0.8, 0.5]}"
     load = (
         "workload.arrivals.output={kind: fixed, tokens: 200}",
-        "workload.arrivals.rate=10.0",
+        "workload.arrivals.rate=1000.0",  # together, in few steps
         "workload.requests=15",
     )
     plain, drafted = serve(small(*load)), serve(small(*load, drafts))
@@ -411,8 +413,8 @@ PROMPTS = (
 
 def test_a_short_scenario_and_a_long_one_have_the_same_largest_load() -> None:
     """The requests of the scenario are those that are simulated at least."""
-    short, long = (largest_load(small(*PROMPTS, f"workload.requests={number}")) for number in (20, 600))
-    assert 20 < short["requests"] < 600 == long["requests"]
+    short, long = (largest_load(small(*PROMPTS, f"workload.requests={number}")) for number in (20, 300))
+    assert 20 < short["requests"] < 300 == long["requests"]
     rates = [each["largest_requests_per_second"] for each in (short, long)]
     assert rates[0] == pytest.approx(rates[1], rel=0.1)
 
@@ -426,13 +428,13 @@ def test_as_many_instances_carry_as_many_times_the_load() -> None:
 
 def test_without_a_limit_of_the_first_token_a_largest_load_is_what_goes() -> None:
     """Requests that wait outside keep the time per token short: it is no load that is carried."""
-    sizes = "workload.arrivals.output={kind: fixed, tokens: 4}"
+    sizes = "workload.arrivals.output={kind: fixed, tokens: 3}"
     mesh = ("model.layers=2", "parallelism={data: 1}", "engine.running=8")
-    base = (*mesh, "workload.requests=100", "workload.slo={tpot: 1.0}", sizes)
+    base = (*mesh, "workload.requests=60", "workload.slo={tpot: 1.0}", sizes)
     found = largest_load(small(*base))
     rate = found["largest_requests_per_second"]
     assert rate == pytest.approx(found["requests_per_second"], rel=0.1)
-    crowd = serve(small(*base, f"workload.arrivals.rate={1.5 * rate}", "workload.requests=1000"))
+    crowd = serve(small(*base, f"workload.arrivals.rate={1.5 * rate}", "workload.requests=400"))
     assert crowd["good_share"] == 1.0 and crowd["requests_per_second"] == pytest.approx(rate, rel=0.15)
     assert any("more comes than goes" in warning for warning in crowd["warnings"])
     assert serve(small(*base, f"workload.arrivals.rate={0.5 * rate}"))["warnings"] == []
@@ -531,7 +533,7 @@ def _deployments() -> list:
 
 @pytest.mark.parametrize("name", _deployments())
 def test_every_deployment_that_ships_is_served(name: str) -> None:
-    scenario = load_serving(resolve(name, "serving"), ["workload.requests=12"])
+    scenario = load_serving(resolve(name, "serving"), ["workload.requests=6"])
     result = serve(scenario)
     assert result["output_tokens_per_second"] > 0 and 0 < result["kv_peak_share"] <= 1
     busy = sum(pool["steps"] * pool["step_s"]["mean"] for pool in result["pools"])
