@@ -9,7 +9,7 @@ from moesim.run import obtain_trace
 PLAN: dict[str, Any] = {
     "name": "small",
     "model": {
-        "layers": 6,
+        "layers": 4,
         "hidden": 512,
         "heads": 8,
         "kv_heads": 8,
@@ -32,7 +32,7 @@ PLAN: dict[str, Any] = {
     "workload": {"sequence_length": 1024, "global_batch": 32},
     "routing": {"kind": "popularity", "counts": [8, 1, 1, 1, 4, 1, 1, 1, 2, 1, 1, 1, 1, 1, 1, 1]},
     "choices": {
-        "gpus": [2, 4, 8],
+        "gpus": [4, 8],
         "pipeline": [1, 2],
         "expert": [1, 2, 4],
         "schedule": [{"kind": "1f1b"}, {"kind": "zb_h1"}],

@@ -13,6 +13,11 @@ from moesim.planner.space import Space
 from moesim.study.pool import WorkerDied, opened_workers
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_screened_tokens():
+    """Not here: other processes screen, too."""
+
+
 @pytest.fixture(scope="module")
 def plan():
     return build_plan({"goal.days": 0.5, "goal.usd": 60, "choices.recompute": ["none"], "choices.gpus": [2, 4]})

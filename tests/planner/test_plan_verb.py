@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 
 import pytest
 import yaml
@@ -20,15 +21,23 @@ QUICK = {
 }
 
 
-@pytest.fixture
-def file(tmp_path):
-    path = tmp_path / "plan.yaml"
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("plan") / "plan.yaml"
     path.write_text(yaml.safe_dump(changed(PLAN, QUICK)))
     return path
 
 
-def test_a_plan_is_printed_and_read_back(file, tmp_path, capsys):
-    out = tmp_path / "out"
+@pytest.fixture(scope="module")
+def made(file):
+    """The folder of the plan, made."""
+    out = file.parent / "out"
+    assert main(["plan", str(file), "--out", str(out), "--workers", "1", "--quiet"]) == 0
+    return out
+
+
+def test_a_plan_is_printed_and_read_back(file, made, capsys):
+    out, points = made, (made / "points.jsonl").read_bytes()
     assert main(["plan", str(file), "--out", str(out), "--workers", "1"]) == 0
     screen = capsys.readouterr().out
     for words in (
@@ -42,7 +51,8 @@ def test_a_plan_is_printed_and_read_back(file, tmp_path, capsys):
     ):
         assert words in screen
     assert max(map(len, screen.splitlines()[:-1])) <= 100  # the last line holds the path
-    assert main(["plan", str(file), "--out", str(out), "--workers", "1", "--json"]) == 0  # nothing is simulated again
+    assert (out / "points.jsonl").read_bytes() == points, "nothing is simulated again"
+    assert main(["plan", str(file), "--out", str(out), "--workers", "1", "--json"]) == 0
     content = json.loads(capsys.readouterr().out)
     stored = json.loads((out / "plan.json").read_text())
     assert content["ranking"] == stored["ranking"]
@@ -98,8 +108,9 @@ def test_every_reason_of_a_rejection_has_its_words():
     assert list(STAGE_WORDS) == list(STAGES)
 
 
-def test_every_layout_comes_as_flags_when_asked(file, tmp_path, capsys):
+def test_every_layout_comes_as_flags_when_asked(file, made, tmp_path, capsys):
     out = tmp_path / "out"
+    shutil.copytree(made, out)
     assert main(["plan", str(file), "--out", str(out), "--workers", "1", "--flags", "megatron"]) == 0
     screen = capsys.readouterr().out
     stored = json.loads((out / "plan.json").read_text())

@@ -23,7 +23,7 @@ DENSE = {
     "dense_intermediate": 2048,
     "vocab": 1000,
 }
-GOAL = {"goal.usd": 150, "goal.days": 0.35, "baseline": {"model": DENSE, "source": "a test", "simulate": 1}}
+GOAL = {"goal.usd": 100, "goal.days": 0.25, "baseline": {"model": DENSE, "source": "a test", "simulate": 1}}
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +150,7 @@ def test_interrupted_and_resumed_gives_the_same_plan(made, tmp_path):
 def test_a_folder_of_another_plan_is_refused(made, small_plan):
     _, path, _ = made
     with pytest.raises(UserError, match="holds another plan"):
-        make_plan(Folder(path, small_plan({"goal.usd": 149}), workers=1))
+        make_plan(Folder(path, small_plan({"goal.usd": 99}), workers=1))
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,14 @@
 """Every schedule of the table is alike to checks, memory, screen and simulation; a new one needs no other line."""
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 
 from moesim.errors import UserError
 from moesim.planner.screen import Screen
 from moesim.run import obtain_trace, simulate
-from moesim.scenario import Contiguous
+from moesim.scenario import Contiguous, dump_scenario, load_scenario_text
 from moesim.schedules import PLAIN, SCHEDULES, SPLIT, Action, Pass, ScheduleFacts, Work
 
 pytestmark = pytest.mark.usefixtures("few_tokens")
@@ -42,7 +43,7 @@ def screened_as_simulated(scenario):
 
 
 @pytest.mark.parametrize("kind", SCHEDULES)
-@pytest.mark.parametrize("shape", [(2, 2), (2, 4), (4, 3)])
+@pytest.mark.parametrize("shape", [(2, 2), (4, 3)])
 def test_the_screen_follows_every_schedule(small, kind, shape):
     ranks, rounds = shape
     screened_as_simulated(pipelined(small, kind, ranks=ranks, rounds=rounds))
@@ -99,14 +100,20 @@ NEW = [
 ]
 
 
+@cache
+def _result_of(scenario_text):
+    return simulate(load_scenario_text(scenario_text)).result
+
+
 @pytest.mark.parametrize("facts", NEW, ids=lambda facts: facts.name)
 def test_a_split_backward_schedule_is_added_in_one_place(small, monkeypatch, facts):
     with pytest.raises(UserError, match=f"{facts.name}.* is not allowed"):
         small({"parallelism.schedule": {"kind": facts.name}})
     monkeypatch.setitem(SCHEDULES, facts.name, facts)
     added = screened_as_simulated(pipelined(small, facts.name, ranks=4, rounds=4))
-    others = [simulate(pipelined(small, one.name, ranks=4, rounds=4)).result for one in (PLAIN, SPLIT)]
-    plain, zero_bubble = others
+    plain, zero_bubble = (
+        _result_of(dump_scenario(pipelined(small, one.name, ranks=4, rounds=4))) for one in (PLAIN, SPLIT)
+    )
     assert zero_bubble["step_time_s"] < added["step_time_s"] < plain["step_time_s"]
     assert added["memory"]["peak_bytes"] == pytest.approx(plain["memory"]["peak_bytes"], rel=0.02)
     if facts.even:

@@ -20,7 +20,7 @@ from moesim.trace import trace_hash
 
 pytestmark = pytest.mark.usefixtures("few_tokens")
 
-CHANGES = {"search": {"method": "nsga2", "trials": 90, "population": 15}, "goal.usd": 120}
+CHANGES = {"search": {"method": "nsga2", "trials": 60, "population": 12}, "goal.usd": 120}
 
 
 def _evaluator(plan):
@@ -45,7 +45,7 @@ def test_the_search_finds_what_enumeration_finds(small_plan, tmp_path):
     every = _evaluator(plan)
     enumerate_space(EvaluationPool(every))
     found = _searched(plan, tmp_path / "journal")
-    assert found.rejections.looked_at <= 90 < every.rejections.looked_at
+    assert found.rejections.looked_at <= 60 < every.rejections.looked_at
     best = min(candidate.screened.usd for candidate in every.candidates)
     assert min(candidate.screened.usd for candidate in found.candidates) <= 1.1 * best
     soonest = min(candidate.screened.days for candidate in every.candidates)
@@ -53,9 +53,9 @@ def test_the_search_finds_what_enumeration_finds(small_plan, tmp_path):
 
 
 def test_an_interrupted_search_goes_on_as_if_it_had_not_been(small_plan, tmp_path):
-    plan = small_plan(CHANGES | {"search.trials": 60})
+    plan = small_plan(CHANGES | {"search.trials": 36})
     whole = _searched(plan, tmp_path / "whole")
-    stop = 41
+    stop = 29
 
     def interrupt(done, total):
         if done == stop:
@@ -70,7 +70,7 @@ def test_an_interrupted_search_goes_on_as_if_it_had_not_been(small_plan, tmp_pat
 
 
 def test_a_finished_search_looks_at_nothing_new(small_plan, tmp_path):
-    plan = small_plan(CHANGES | {"search.trials": 20})
+    plan = small_plan(CHANGES | {"search.trials": 12})
     first = _searched(plan, tmp_path / "journal")
     size = (tmp_path / "journal").stat().st_size
     again = _searched(plan, tmp_path / "journal")

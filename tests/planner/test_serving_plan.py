@@ -21,10 +21,10 @@ goal:
 choices: {data: [1, 2], prefill_to_decode: [none, "1:1"]}
 workload:
   kind: serving
-  requests: 80
+  requests: 40
   arrivals:
     kind: poisson
-    rate: 600.0
+    rate: 300.0
     input: {kind: fixed, tokens: 600}
     output: {kind: fixed, tokens: 8}
   slo: {ttft: 0.05, tpot: 0.0025}

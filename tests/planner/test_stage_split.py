@@ -1,8 +1,9 @@
 """Layers go into stages so that ranks take equally long; everything that reads a scenario sees the same split."""
 
 import itertools
+from functools import cache
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given, settings
@@ -18,7 +19,7 @@ from moesim.report import facts
 from moesim.report.run_view import print_facts
 from moesim.results.critical_path import UNEVEN, stage_warnings
 from moesim.run import obtain_trace, simulate
-from moesim.scenario import Scenario, load_scenario
+from moesim.scenario import Scenario, dump_scenario, load_scenario, load_scenario_text
 from moesim.scenario.schema import Recomputable
 from moesim.scenario.stages import ALIKE, ModelEnds, even_lengths, part_seconds, stage_lengths, stages_of_ranks
 from moesim.schedules import build_schedule
@@ -27,13 +28,6 @@ from moesim.whatif import LABELS, what_if
 pytestmark = pytest.mark.usefixtures("few_tokens")
 
 SCENARIOS = Path(__file__).parent.parent.parent / "scenarios"
-PIPELINED = [
-    "deepseek-v2-h800",
-    "deepseek-v3-2048xh800",
-    "mixtral-8x22b-128xh100",
-    "mixtral-8x22b-tp-folding",
-    "qwen3-235b-256xh100",
-]
 STRAIGHT, DUALPIPE, INTERLEAVED = (0, 1, 2, 3), (0, 1, 1, 0), (0, 1, 0, 1)
 SCHEDULES = [
     {"kind": "gpipe"},
@@ -82,9 +76,11 @@ def test_ranks_hold_the_stages_that_the_schedule_gives_them(small, schedule) -> 
 @pytest.mark.parametrize(
     ("name", "software"),
     [
-        *[(name, "fused") for name in PIPELINED],
-        *[("mixtral-8x22b-tp-folding", name) for name in ("megatron", "megatron_local", "torchtitan")],
-        *[("qwen3-235b-256xh100", name) for name in ("megatron", "torchtitan")],
+        ("deepseek-v3-2048xh800", "fused"),
+        ("mixtral-8x22b-128xh100", "fused"),
+        ("mixtral-8x22b-tp-folding", "megatron_local"),
+        ("qwen3-235b-256xh100", "megatron"),
+        ("qwen3-235b-256xh100", "torchtitan"),
     ],
 )
 def test_the_estimate_is_near_the_simulated_parts(name, software) -> None:
@@ -143,12 +139,22 @@ def with_schedule(build, schedule: dict, **changes: object) -> Scenario:
     return build(LARGE_HEAD | {"parallelism": mesh} | layers | changes)
 
 
+@cache
+def result_of(scenario_text: str) -> dict[str, Any]:
+    """The result of a scenario, which several laws look at."""
+    return simulate(load_scenario_text(scenario_text)).result
+
+
+def simulated(scenario: Scenario) -> dict[str, Any]:
+    return result_of(dump_scenario(scenario))
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule["kind"])
 def test_a_balanced_pipeline_is_faster_than_one_of_equal_counts(small, schedule) -> None:
     scenario = with_schedule(small, schedule)
     counted = even_count(scenario.model.layers, scenario.parallelism.num_stages)
     listed = scenario.model_copy(update={"parallelism": scenario.parallelism.model_copy(update={"stages": counted})})
-    balanced, even = simulate(scenario).result, simulate(listed).result
+    balanced, even = simulated(scenario), simulated(listed)
     assert balanced["step_time_s"] < 0.95 * even["step_time_s"]
     assert balanced["stages"]["slowest_over_mean"] < even["stages"]["slowest_over_mean"]
     assert any("leave parallelism.stages out" in warning for warning in even["warnings"])
@@ -166,27 +172,29 @@ def test_screen_memory_and_simulation_see_one_split(small, schedule) -> None:
         assert screen.memory(scenario) == Screen(obtain_trace).memory(listed)
         reports = [memory_report(one, even_rows(one)).as_json() for one in (scenario, listed)]
         assert reports[0] == reports[1]
-    assert simulate(scenario).result["step_time_s"] == simulate(listed).result["step_time_s"]
+    scenario = with_schedule(small, schedule)
+    assert simulated(scenario)["step_time_s"] == simulated(scenario.with_stages_listed())["step_time_s"]
 
 
 def test_the_result_says_what_each_rank_takes(small) -> None:
     """Without p2p sends to wait for, the ranks' micro-batches are the passes of the step."""
-    record = simulate(with_schedule(small, {"kind": "1f1b"}))
-    found = record.result["stages"]
+    scenario = with_schedule(small, {"kind": "1f1b"})
+    result = simulated(scenario)
+    found = result["stages"]
     assert [rank["stages"] for rank in found["pipeline_ranks"]] == [[0], [1], [2], [3]]
-    assert [rank["layers"] for rank in found["pipeline_ranks"]] == [[n] for n in stage_lengths(record.scenario)]
+    assert [rank["layers"] for rank in found["pipeline_ranks"]] == [[n] for n in stage_lengths(scenario)]
     seconds = [rank["seconds_per_micro_batch"] for rank in found["pipeline_ranks"]]
     assert found["slowest_over_mean"] == pytest.approx(max(seconds) * 4 / sum(seconds))
-    step_s, batches = record.result["step_time_s"], record.scenario.num_micro_batches
+    step_s, batches = result["step_time_s"], scenario.num_micro_batches
     assert batches * max(seconds) < step_s, "a rank does one thing after the other"
-    (fact,), rows = facts.stages(record.result)
+    (fact,), rows = facts.stages(result)
     assert fact.value == facts.seconds(max(seconds))
     ends = [[int(end) for end in ranks.split(" to ")] for ranks, _, _ in rows]
     assert sum(last[-1] - last[0] + 1 for last in ends) == 4
 
 
 def test_the_screen_shows_them(small, capsys) -> None:
-    print_facts(simulate(with_schedule(small, {"kind": "dualpipe"})).result, width=100)
+    print_facts(simulated(with_schedule(small, {"kind": "dualpipe"})), width=100)
     shown = capsys.readouterr().out
     assert "ms per micro-batch" in shown
     assert "the slowest;" in shown
