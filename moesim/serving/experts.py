@@ -10,7 +10,6 @@ E experts, Z slots of all ranks (rank r holds Z/R of them from r*Z/R on).
 
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from math import gcd
 from typing import Any, NamedTuple, TypeVar
