@@ -270,7 +270,7 @@ BITS = st.sampled_from(
 )
 
 
-@settings(max_examples=400, deadline=2000)
+@settings(max_examples=150, deadline=2000)
 @given(bits=st.lists(BITS, max_size=25), glue=st.sampled_from(["", " "]))
 @example(bits=["A", "=", "(", "\n"] * 5, glue="")
 @example(bits=["$", "(", "(", "A", "))"], glue="")

@@ -78,7 +78,7 @@ def test_rehearsal_trains_resumes_and_lists(
 
 def test_a_bunch_of_every_kind_is_written(tmp_path: Path, corpus: Path) -> None:
     wanted = ("64x6/published/seed0", "256x8/router-expert_choice/seed0", "64x6/router-hash/seed0")
-    points = [library._shrunk(point) for point in library_points(corpus=str(corpus), device="cpu", steps=4)]
+    points = [library._shrunk(point) for point in library_points(corpus=str(corpus), device="cpu", steps=2)]
     library.keep_order(points[0].request, tmp_path)
     for point in points:
         if point.name in wanted:
