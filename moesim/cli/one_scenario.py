@@ -401,7 +401,7 @@ def placement(args: argparse.Namespace) -> int:
         print_drift,
         print_placement,
     )
-    from moesim.scenario.placement import WRITERS
+    from moesim.scenario.placement_files import WRITERS
 
     software = _server(args)
     scenario = load(args)
@@ -433,7 +433,7 @@ def _server(args: argparse.Namespace) -> str:
         if args.software is not None:
             raise UserError("--for says whose file --out writes; add --out FILE")
         return SERVERS[0]
-    from moesim.scenario.placement import WRITERS
+    from moesim.scenario.placement_files import WRITERS
 
     if args.out.is_dir() or not args.out.suffix:
         first = {own: name for name, own, _ in reversed(tuple(WRITERS.values()))}

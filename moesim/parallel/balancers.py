@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from moesim.parallel.mesh import Mesh
 from moesim.scenario import Scenario
 from moesim.scenario.placement import MadeFromRows
-from moesim.scenario.stages import pools_of_ranks, relative_speeds
+from moesim.scenario.pools import pools_of_ranks, relative_speeds
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]

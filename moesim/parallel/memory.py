@@ -44,7 +44,7 @@ from moesim.parallel.traffic import token_bytes
 from moesim.scenario import Scenario
 from moesim.scenario.base import BYTES_PER_ELEMENT
 from moesim.scenario.model import Mla
-from moesim.scenario.stages import pools_of_ranks
+from moesim.scenario.pools import pools_of_ranks
 from moesim.schedules import Pass, Schedule, build_schedule
 
 FloatArray = NDArray[np.float64]

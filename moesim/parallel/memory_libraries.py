@@ -4,8 +4,7 @@ from moesim.parallel.memory_parameters import holders
 from moesim.parallel.memory_temporaries import scores_buffer
 from moesim.scenario import Scenario
 from moesim.scenario.base import BYTES_PER_ELEMENT
-from moesim.scenario.dispatch import DISPATCH
-from moesim.scenario.dispatch_buffers import BufferSizes
+from moesim.scenario.dispatch import DISPATCH, BufferSizes
 
 WORKSPACE_BYTES = 2 * 32 * 2**20  # cuBLAS on Hopper: 32 MiB for the handle of each thread, forward and backward
 # Of NCCL, with the buffers that its first collective makes, beyond the four that memory.reserved was measured with: two

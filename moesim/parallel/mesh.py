@@ -23,8 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.scenario.cluster import Cluster
+from moesim.scenario.pools import ranked_cluster
 from moesim.scenario.schema import Parallelism
-from moesim.scenario.stages import ranked_cluster
 
 Ranks = NDArray[np.int64]
 

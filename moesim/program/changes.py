@@ -16,7 +16,7 @@ from moesim.program.operations import Block, Operation, Run, Transfer
 from moesim.program.step_program import Changes, GroupProgram, StepProgram, Task
 from moesim.scenario import Scenario
 from moesim.scenario.failures import Change, Degraded
-from moesim.scenario.stages import ranked_cluster
+from moesim.scenario.pools import ranked_cluster
 from moesim.seeding import stream
 
 

@@ -23,7 +23,7 @@ from moesim.program.operations import Transfer
 from moesim.program.scenario_fabric import dispatch_sharing, sharing_model
 from moesim.scenario import Scenario
 from moesim.scenario.dispatch import DIRECT
-from moesim.scenario.stages import fewest_sms
+from moesim.scenario.pools import fewest_sms
 
 IntArray = NDArray[np.int64]
 

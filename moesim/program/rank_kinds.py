@@ -29,7 +29,7 @@ from moesim.program.operations import Block, Operation
 from moesim.program.stage import source_seconds
 from moesim.results.outcome import Basis
 from moesim.scenario import Scenario
-from moesim.scenario.stages import kinds_of_pools, pools_of_ranks
+from moesim.scenario.pools import kinds_of_pools, pools_of_ranks
 
 IntArray = NDArray[np.int64]
 BlocksOf = Callable[[KernelModel], Mapping[Any, Block]]

@@ -18,7 +18,7 @@ from moesim.scenario.catalogue import GpuSpec, gpu_spec
 from moesim.scenario.check import MOST_PAIRS
 from moesim.scenario.cluster import Cluster, Network, Pool
 from moesim.scenario.dispatch import DISPATCH
-from moesim.scenario.stages import kinds_of_pools, rank_counts, ranked_cluster, specs_of_ranks
+from moesim.scenario.pools import kinds_of_pools, rank_counts, ranked_cluster, specs_of_ranks
 
 
 def scenario_kernels(scenario: Scenario) -> KernelModel:

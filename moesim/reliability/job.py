@@ -18,7 +18,7 @@ from moesim.scenario import Scenario
 from moesim.scenario.base import BYTES_PER_ELEMENT
 from moesim.scenario.failures import Degraded, FailureRecord, Failures, Slow, record_of_gpu
 from moesim.scenario.flops import parameters
-from moesim.scenario.stages import rank_counts
+from moesim.scenario.pools import rank_counts
 from moesim.seeding import stream
 from moesim.units import format_seconds
 

@@ -27,7 +27,7 @@ from moesim.report.terminal import Screen, fact_table, indented, number_table, p
 from moesim.results.metrics import TrafficFacts
 from moesim.results.placement import moving
 from moesim.scenario import Scenario, Search
-from moesim.scenario.placement import SGLANG, WRITERS, Layers
+from moesim.scenario.placement_files import SGLANG, WRITERS, Layers
 from moesim.seeding import stream
 from moesim.trace import RoutingTrace
 from moesim.trace.metrics import imbalance

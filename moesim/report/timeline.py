@@ -25,7 +25,8 @@ from moesim.report.categories import BACKWARD, FORWARD, INPUT, PAIR, REDUCE, UPD
 from moesim.results import ActionRows, Label, RunRecord, SpanTable, Stream
 from moesim.results.spans import Collective, Part
 from moesim.scenario import Scenario
-from moesim.scenario.stages import specs_of_ranks, stages_of_ranks
+from moesim.scenario.pools import specs_of_ranks
+from moesim.scenario.stages import stages_of_ranks
 from moesim.strict_json import json_text
 
 FREES = BACKWARD, WEIGHT  # the passes behind which a micro-batch keeps nothing

@@ -19,9 +19,9 @@ from moesim.parallel.memory import MemoryReport
 from moesim.parallel.traffic import stage_copies, token_bytes
 from moesim.scenario import Contiguous, RouterShape, Scenario, TrainRouting
 from moesim.scenario.flops import forward_flops_per_token, model_flops_per_token
+from moesim.scenario.pools import kinds_of_pools, pools_of_ranks, rank_counts
 from moesim.scenario.routers import ROUTERS
 from moesim.scenario.routing import StatedRouting
-from moesim.scenario.stages import kinds_of_pools, pools_of_ranks, rank_counts
 from moesim.trace import RoutingTrace
 from moesim.trace.metrics import imbalance, uniform_floor
 

@@ -11,23 +11,26 @@ from typing import NamedTuple
 
 from moesim.errors import UserError
 from moesim.scenario.base import MOST_GPUS
-from moesim.scenario.check_dispatch import ExpertGroups, dispatch_fault
 from moesim.scenario.check_layout import (
     Report,
-    check_batch,
-    check_formats,
-    check_mixed,
     check_pipeline,
-    check_placement,
-    check_recipe,
     check_recomputation,
     check_sharing,
     check_stages,
     either,
     nearest_divisors,
+)
+from moesim.scenario.check_placement import check_placement
+from moesim.scenario.check_pools import check_batch, check_mixed
+from moesim.scenario.check_software import (
+    ExpertGroups,
+    check_formats,
+    check_recipe,
+    dispatch_fault,
     require_supported_step,
 )
 from moesim.scenario.document import Path, dotted
+from moesim.scenario.pools import ranked_cluster
 from moesim.scenario.routers import ROUTERS
 from moesim.scenario.routing import (
     BalancednessRouting,
@@ -39,7 +42,6 @@ from moesim.scenario.routing import (
     lowest_balancedness,
 )
 from moesim.scenario.schema import Scenario
-from moesim.scenario.stages import ranked_cluster
 
 
 def check_scenario(scenario: Scenario, *, where: Callable[[Path], str] = dotted) -> None:

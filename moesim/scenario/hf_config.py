@@ -13,7 +13,7 @@ from typing import Any
 
 from moesim.errors import UserError
 from moesim.scenario import hf_readers as readers
-from moesim.scenario.hf_readers import Config, Fields, shown
+from moesim.scenario.hf_keys import Config, Fields, shown
 from moesim.strict_json import parse_json
 
 _TEXT = "how text is read and generated"

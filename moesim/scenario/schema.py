@@ -32,9 +32,10 @@ from moesim.scenario.cluster import Cluster, Compute, Dispatch, Network
 from moesim.scenario.failures import Failures
 from moesim.scenario.model import Model
 from moesim.scenario.placement import Contiguous, Placement
+from moesim.scenario.pools import micro_batches_of_pools
 from moesim.scenario.routing import Capacity, NoCapacity, RouterShape, Routing, UniformRouting, resolve_router
 from moesim.scenario.software import DEFAULT, RECIPES, Implementation, Recipe
-from moesim.scenario.stages import micro_batches_of_pools, stage_lengths
+from moesim.scenario.stages import stage_lengths
 from moesim.schedules import PLAIN, SCHEDULES, ScheduleFacts
 
 # Measured on two H200 (torch 2.11, CUDA 13): 0.74 GB for the context and the kernels of matrix products and attention,

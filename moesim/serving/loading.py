@@ -5,7 +5,7 @@ from pathlib import Path as FilePath
 from typing import Any
 
 from moesim.errors import UserError
-from moesim.scenario.check_dispatch import ExpertGroups, dispatch_fault
+from moesim.scenario.check_software import ExpertGroups, dispatch_fault
 from moesim.scenario.document import Node, Path, dotted, find, parse_yaml, read_yaml, refusal
 from moesim.scenario.loader import accept_cluster_forms, accept_model_forms, finished_schema, validated
 from moesim.scenario.model import Mla

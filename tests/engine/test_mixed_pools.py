@@ -9,7 +9,7 @@ from moesim.errors import UserError
 from moesim.results import RunRecord
 from moesim.run import simulate
 from moesim.scenario import Scenario, load_scenario_text
-from moesim.scenario.stages import data_ranks_of_pools, pools_of_ranks, relative_speeds
+from moesim.scenario.pools import data_ranks_of_pools, pools_of_ranks, relative_speeds
 
 pytestmark = pytest.mark.usefixtures("few_tokens")
 

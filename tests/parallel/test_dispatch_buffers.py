@@ -9,7 +9,7 @@ import moesim
 from moesim.parallel.memory import memory_report
 from moesim.parallel.memory_libraries import COMMUNICATOR_BYTES, OF_MESSAGES_BYTES
 from moesim.parallel.memory_rows import even_rows
-from moesim.scenario.dispatch_buffers import BufferSizes, deepep_buffers, hybrid_ep_buffers
+from moesim.scenario.dispatch import BufferSizes, deepep_buffers, hybrid_ep_buffers
 from moesim.strict_json import parse_json
 
 NEAR = BufferSizes(tokens=4096, width=7168, dispatched=1.0, ranks=8, domain=8, experts=256, sms=20)

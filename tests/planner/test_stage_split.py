@@ -20,8 +20,9 @@ from moesim.report.run_view import print_facts
 from moesim.results.critical_path import UNEVEN, stage_warnings
 from moesim.run import obtain_trace, simulate
 from moesim.scenario import Scenario, dump_scenario, load_scenario, load_scenario_text
+from moesim.scenario.part_seconds import part_seconds
 from moesim.scenario.schema import Recomputable
-from moesim.scenario.stages import ALIKE, ModelEnds, even_lengths, part_seconds, stage_lengths, stages_of_ranks
+from moesim.scenario.stages import ALIKE, ModelEnds, even_lengths, stage_lengths, stages_of_ranks
 from moesim.schedules import build_schedule
 from moesim.whatif import LABELS, what_if
 

@@ -17,7 +17,7 @@ from moesim.results import CATEGORIES, attribute
 from moesim.run import draw_samples, obtain_trace, simulate
 from moesim.scenario.base import BYTES_PER_ELEMENT
 from moesim.scenario.dispatch import DIRECT
-from moesim.scenario.placement import Layers, tensorrt_llm_text
+from moesim.scenario.placement_files import Layers, tensorrt_llm_text
 from moesim.seeding import stream
 
 DENSE = {"model.experts": 0, "model.top_k": 0, "model.shared_experts": 0, "model.expert_intermediate": 0,

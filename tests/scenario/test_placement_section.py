@@ -9,7 +9,7 @@ import pytest
 
 from moesim.errors import UserError
 from moesim.scenario import load_scenario, load_scenario_text
-from moesim.scenario.placement import WRITERS, Layers, read_placement, sglang_text, tensorrt_llm_text
+from moesim.scenario.placement_files import WRITERS, Layers, read_placement, sglang_text, tensorrt_llm_text
 
 # 3 layers, the first dense, 8 experts on 4 ranks.
 SMALL = """\
