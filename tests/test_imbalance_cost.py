@@ -38,7 +38,7 @@ def cost_share(result):
     return result["imbalance"]["cost_s"] / result["step_time_s"]
 
 
-@pytest.mark.parametrize("mean_rows", [24, 120, 140, 240, 256, 281, 384, 500, 530, 1024, 1100])
+@pytest.mark.parametrize("mean_rows", [24, 140, 256, 281, 530, 1100])
 def test_uniform_routing_on_one_gpu_costs_nothing_wherever_rows_end_in_a_tile(mean_rows):
     """Rows of 256 are computed together: equal rows of 281 would cost a third more than uneven ones, of 256 less."""
     assert 0 <= cost_share(step(tokens=4 * mean_rows)) < NOISE

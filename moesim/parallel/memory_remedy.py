@@ -5,6 +5,7 @@ Changes that can lower memory stand in the order in which a user would rather ma
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import combinations, product
 from typing import Any, NamedTuple
 
@@ -183,7 +184,7 @@ def _key(scenario: Scenario, part: str, rows: RoutedRows, rows_of: RowsOf) -> tu
     kind = part.partition(".")[0]
     if kind in KEYS:
         return KEYS[kind], ""
-    bare = _applied(scenario, Change(("capacity.pad=false",))) if pads(scenario) else None
+    bare = _Variants(scenario).changed(Change(("capacity.pad=false",))) if pads(scenario) else None
     if bare is not None:
         padding = 1.0 - float(rows_of(bare).rows_SLBW.sum() / rows.rows_SLBW.sum())
         if padding > MUCH_PADDING:
@@ -240,9 +241,14 @@ class _Trials:
     recorded: Recorded | None
     _known: dict[Any, RoutedRows | None] = field(init=False, default_factory=dict)
 
+    @cached_property
+    def variants(self) -> "_Variants":
+        """Of the scenario."""
+        return _Variants(self.scenario)
+
     def report(self, change: Change) -> MemoryReport | None:
         """The memory of the changed scenario; None where the change is refused, or where no routing could fit."""
-        changed = _applied(self.scenario, change)
+        changed = self.variants.changed(change)
         if changed is None or memory_report(changed, no_rows(changed), recorded=self.recorded).fits_share == 0.0:
             return None
         rows = self._rows(changed)
@@ -261,20 +267,24 @@ class _Trials:
         return self._known[moves]
 
 
-def _applied(scenario: Scenario, change: Change) -> Scenario | None:
-    """The changed scenario, or None where it is refused, or where only the change makes it impossible to simulate."""
-    try:
-        changed = load_scenario_text(dump_scenario(scenario), overrides=change.overrides)
-        if _is_supported(scenario):
-            require_supported(changed)
-    except UserError:
-        return None
-    return changed
+class _Variants:
+    """A scenario as text, which is written once for all changes to it."""
 
+    def __init__(self, scenario: Scenario) -> None:
+        self._text = dump_scenario(scenario)
+        try:
+            require_supported(scenario)
+        except UserError:
+            self._is_supported = False
+        else:
+            self._is_supported = True
 
-def _is_supported(scenario: Scenario) -> bool:
-    try:
-        require_supported(scenario)
-    except UserError:
-        return False
-    return True
+    def changed(self, change: Change) -> Scenario | None:
+        """The changed scenario, None where it is refused, or where only the change makes it impossible to simulate."""
+        try:
+            changed = load_scenario_text(self._text, overrides=change.overrides)
+            if self._is_supported:
+                require_supported(changed)
+        except UserError:
+            return None
+        return changed

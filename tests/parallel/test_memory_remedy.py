@@ -147,9 +147,10 @@ def test_a_smaller_factor_is_tried_after_what_leaves_the_training_alone():
 
 def test_every_change_is_one():
     scenario = load(*PADDED, "placement={kind: round_robin}", "dispatch.deduplicate=per_expert")
+    text = dump_scenario(scenario)
     for change in (*layout_changes(scenario), *training_changes(scenario), *more_gpus(scenario)):
         try:
-            changed = load_scenario_text(dump_scenario(scenario), overrides=change.overrides)
+            changed = load_scenario_text(text, overrides=change.overrides)
         except UserError:
             continue  # some meshes do not divide the model: the search skips them
         assert changed != scenario, change

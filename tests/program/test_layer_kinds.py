@@ -1,12 +1,16 @@
 """A step's kernels do the FLOPs that `flops` counts, whatever kinds of layers the model has, also within a window."""
 
+from functools import cache
+
 import pytest
 
 from moesim.kernels import Attention, Gemm, GroupedGemm, kernel_model
 from moesim.network import build_fabric
 from moesim.parallel import TrafficSampler
 from moesim.program import build_program
+from moesim.results import RunRecord
 from moesim.run import obtain_trace, simulate
+from moesim.scenario import Scenario
 from moesim.scenario.flops import forward_flops_per_token, keys_per_query
 from moesim.seeding import stream
 
@@ -19,6 +23,12 @@ KINDS = {
     "window": {"model.local": {"window": 128, "layers": [0]}},
     "chunks": {"model.local": {"window": 256, "chunked": True, "layers": [0]}},
 }
+
+
+@cache
+def simulated(scenario: Scenario) -> RunRecord:
+    """Several tests ask for the same run."""
+    return simulate(scenario)
 
 
 class Recorder:
@@ -64,7 +74,7 @@ def test_kernels_of_a_step_do_the_counted_flops(small, kind: str) -> None:
 
 
 def step(scenario) -> dict:
-    return simulate(scenario).result
+    return simulated(scenario).result
 
 
 def test_a_window_in_every_layer_is_the_window_of_the_model(small) -> None:
@@ -127,13 +137,15 @@ def test_kernels_do_the_pairs_of_the_flop_count(small, length: int, every: int |
 
 
 def test_a_window_of_the_sequence_is_none_and_a_narrower_one_is_faster(small) -> None:
-    full = simulate(small()).result
-    assert simulate(small(window(2048))).result["step_time_s"] == full["step_time_s"]
-    steps = [simulate(small(window(length))).result["step_time_s"] for length in (64, 256, 1024, 2048)]
+    full = simulated(small()).result
+    assert simulated(small(window(2048))).result["step_time_s"] == full["step_time_s"]
+    steps = [simulated(small(window(length))).result["step_time_s"] for length in (64, 256, 1024, 2048)]
     assert steps == sorted(steps)
     assert steps[0] < steps[-1]
 
 
 def test_a_window_of_the_sequence_may_be_shared_by_context_ranks(small) -> None:
     shared = {"parallelism": {"data": 2, "context": 2, "expert": 4}}
-    assert simulate(small(shared | window(2048))).result["step_time_s"] == simulate(small(shared)).result["step_time_s"]
+    assert (
+        simulated(small(shared | window(2048))).result["step_time_s"] == simulated(small(shared)).result["step_time_s"]
+    )

@@ -6,6 +6,7 @@ known bytes.
 
 from collections.abc import Callable
 from dataclasses import fields, replace
+from functools import cache
 from typing import Any, get_args, get_type_hints
 
 import numpy as np
@@ -20,9 +21,16 @@ from moesim.parallel.memory_parameters import local_parameters
 from moesim.parallel.memory_saved import SavedTensors
 from moesim.program import StepProgram, build_program
 from moesim.program.software import KERNEL_LISTS
+from moesim.results import RunRecord
 from moesim.run import draw_samples, obtain_trace, simulate
 from moesim.scenario import Implementation, Scenario, gpu_spec, require_supported
 from moesim.scenario.software import FUSED, SOFTWARE, Switches
+
+
+@cache
+def simulated(scenario: Scenario) -> RunRecord:
+    """Several tests ask for the same run."""
+    return simulate(scenario)
 
 
 def test_a_software_with_one_other_fact_is_added_in_one_place(small, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,7 +39,7 @@ def test_a_software_with_one_other_fact_is_added_in_one_place(small, monkeypatch
         small({"implementation.kind": exact.name})
     monkeypatch.setitem(SOFTWARE, exact.name, exact)
     large = {"model.vocab": 65_536}  # the step's peak is in the loss
-    plain, other = (simulate(small({**large, "implementation.kind": name})).result for name in ("fused", exact.name))
+    plain, other = (simulated(small({**large, "implementation.kind": name})).result for name in ("fused", exact.name))
     assert other["step_time_s"] > plain["step_time_s"]
     assert other["memory"]["peak_bytes"] > plain["memory"]["peak_bytes"]
 
@@ -223,7 +231,7 @@ def test_less_fused_settings_take_longer(one_rank, switches: dict[str, Any]) -> 
         changes |= {"model.attention": mla, "model.kv_heads": HEADS}
     if switches.get("embedding"):
         changes |= {"model.vocab": 50_000}
-    plain, other = (simulate(one_rank(changes=changes, **ways)).result["step_time_s"] for ways in ({}, switches))
+    plain, other = (simulated(one_rank(changes=changes, **ways)).result["step_time_s"] for ways in ({}, switches))
     assert other > plain
 
 
@@ -236,7 +244,7 @@ def test_graphs_and_a_free_host_launch_at_no_cost(small) -> None:
         {"host": "free", "counts": False},
     )
     base = {"kind": "megatron", "permute": "fused"}
-    steps = [simulate(small({**changes, "implementation": {**base, **way}})).result["step_time_s"] for way in ways]
+    steps = [simulated(small({**changes, "implementation": {**base, **way}})).result["step_time_s"] for way in ways]
     assert steps[0] > steps[1] > steps[2] == steps[3]
 
 
@@ -261,10 +269,11 @@ def test_ranks_share_tokens_or_sum_them(small) -> None:
 
 def test_gradients_are_reduced_in_a_format_of_their_own(small) -> None:
     seconds = [
-        simulate(small({"implementation": {"reduce_dtype": dtype}})).result["step_time_s"] for dtype in ("bf16", "fp32")
+        simulated(small({"implementation": {"reduce_dtype": dtype}})).result["step_time_s"]
+        for dtype in ("bf16", "fp32")
     ]
     assert seconds[0] < seconds[1]
-    assert seconds[0] == simulate(small({})).result["step_time_s"]
+    assert seconds[0] == simulated(small({})).result["step_time_s"]
 
 
 def test_memory_follows(one_rank) -> None:
@@ -313,7 +322,7 @@ def test_any_software_is_another_with_its_switches(small) -> None:
     changes = {"compute.profile": "h200", "workload.precision": {"optimizer": "fp32"}}
     ways = ("torch_eager", {"kind": "torchtitan", **given, "reduce_dtype": "bf16"})
     first, second = (
-        simulate(small({**changes, "implementation": way, "overlap.gradient_reduction": None})).result for way in ways
+        simulated(small({**changes, "implementation": way, "overlap.gradient_reduction": None})).result for way in ways
     )
     assert first["attribution_s"]["attention"] == second["attribution_s"]["attention"]
     assert first["attribution_s"]["experts"] == second["attribution_s"]["experts"]

@@ -1,14 +1,23 @@
 """Dropping does less work: the figures by kept rows say how much of the work and of the price that is."""
 
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
 
 from moesim.parallel import TrafficSampler
+from moesim.results import RunRecord
 from moesim.results.metrics import MUCH_DROPPED, TrafficFacts, cost, dropping_warnings, effective, utilisation
 from moesim.run import simulate
+from moesim.scenario import Scenario
 from moesim.trace.synthetic import uniform_trace
+
+
+@cache
+def simulated(scenario: Scenario) -> RunRecord:
+    """Several tests ask for the same run."""
+    return simulate(scenario)
 
 
 def test_a_row_left_out_takes_its_flops_and_its_share_of_the_tokens_with_it(small):
@@ -24,7 +33,7 @@ def test_a_row_left_out_takes_its_flops_and_its_share_of_the_tokens_with_it(smal
 
 
 def test_where_nothing_is_dropped_both_figures_are_the_same(small):
-    result = simulate(small({"routing": {"kind": "uniform"}})).result
+    result = simulated(small({"routing": {"kind": "uniform"}})).result
     found = result["effective"]
     assert found["kept_share"] == 1.0
     assert found["mfu_causal"] == result["mfu"]["causal"]
@@ -35,8 +44,8 @@ def test_where_nothing_is_dropped_both_figures_are_the_same(small):
 
 @pytest.mark.parametrize("pad", [False, True])
 def test_dropping_looks_cheaper_but_a_kept_row_costs_more(small, pad):
-    whole = simulate(small({"routing": {"kind": "uniform"}})).result
-    half = simulate(
+    whole = simulated(small({"routing": {"kind": "uniform"}})).result
+    half = simulated(
         small({"routing": {"kind": "uniform"}, "capacity": {"kind": "expert", "factor": 0.5, "pad": pad}})
     ).result
     assert half["effective"]["kept_share"] == pytest.approx(1 - half["dropped_share"], abs=1e-12)

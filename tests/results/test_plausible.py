@@ -5,6 +5,7 @@ What is not finite is no result: a run with such a number is named and leaves no
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -17,13 +18,19 @@ from moesim.results.definitions import bounds, check_plausible
 from moesim.results.metrics import utilisation
 from moesim.results.store import write_run
 from moesim.run import simulate
-from moesim.scenario import gpu_spec
+from moesim.scenario import Scenario, gpu_spec
 from moesim.scenario.flops import TRAINING_PASSES, forward_flops_per_token
 
 pytestmark = pytest.mark.usefixtures("few_tokens")
 
 FP32 = {"workload.precision": {"gemm": "fp32", "weights": "fp32", "gradients": "fp32"}}
 LARGE_HEAD = {"model.vocab": 200_000, "workload.global_batch": 8, "workload.micro_batch": 1}
+
+
+@cache
+def simulated(scenario: Scenario) -> RunRecord:
+    """Several tests ask for the same run."""
+    return simulate(scenario)
 
 
 def fabric_of(record: RunRecord) -> Fabric:
@@ -35,7 +42,7 @@ def fabric_of(record: RunRecord) -> Fabric:
 @pytest.mark.parametrize("kind", ["fused", "torch_eager"])
 def test_products_in_fp32_are_no_faster_than_fp32_units(small, profile, gpu, kind) -> None:
     """Head, router gate and attention too: none of them keeps the price of bf16."""
-    record = simulate(
+    record = simulated(
         small(FP32 | LARGE_HEAD | {"cluster.gpu": gpu, "compute.profile": profile, "implementation.kind": kind})
     )
     scenario, parts = record.scenario, record.result["attribution_s"]
@@ -50,7 +57,7 @@ def test_products_in_fp32_are_no_faster_than_fp32_units(small, profile, gpu, kin
 
 def test_attention_in_half_precision_costs_what_bf16_costs(small) -> None:
     found = [
-        simulate(small({"workload.precision": {"gemm": gemm}, "compute.profile": None})) for gemm in ("bf16", "fp16")
+        simulated(small({"workload.precision": {"gemm": gemm}, "compute.profile": None})) for gemm in ("bf16", "fp16")
     ]
     assert found[0].result["step_time_s"] == found[1].result["step_time_s"]
 
@@ -67,7 +74,7 @@ def test_attention_in_half_precision_costs_what_bf16_costs(small) -> None:
     ],
 )
 def test_what_is_simulated_takes_as_long_as_its_flops_and_bytes(small, changes) -> None:
-    record = simulate(small(changes))
+    record = simulated(small(changes))
     for bound in bounds(record, fabric_of(record)):
         assert bound.seconds <= record.result["step_time_s"], bound.why
     assert min(record.result["attribution_s"].values()) >= 0
@@ -113,7 +120,7 @@ def more_traffic(record: RunRecord) -> RunRecord:
 )
 @pytest.mark.filterwarnings("ignore:(divide by zero|invalid value)")
 def test_a_result_that_cannot_be_fails_in_one_line(small, broken, said) -> None:
-    record = simulate(small())
+    record = simulated(small())
     check_plausible(record, fabric_of(record))
     with pytest.raises(UserError, match=said) as error:
         check_plausible(broken(record), fabric_of(record))
@@ -132,18 +139,18 @@ def test_mfu_names_its_peak_and_stands_beside_that_of_bf16(small) -> None:
 
 
 def test_screen_and_page_show_both_peaks_of_an_fp8_run(small) -> None:
-    result = simulate(small({"workload.precision": {"gemm": "fp8"}})).result
+    result = simulated(small({"workload.precision": {"gemm": "fp8"}})).result
     (shown,) = [fact for fact in facts.headline(result) if fact.label == "MFU"]
     assert shown.value == facts.percent(result["mfu"]["causal"])
     assert "of the fp8 peak" in shown.note
     assert f"Of the bf16 peak {facts.percent(result['mfu']['causal_of_bf16_peak'])}" in shown.note
-    (plain,) = [fact for fact in facts.headline(simulate(small()).result) if fact.label == "MFU"]
+    (plain,) = [fact for fact in facts.headline(simulated(small()).result) if fact.label == "MFU"]
     assert plain.note.startswith("of the bf16 peak, causal attention;")
 
 
 @pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
 def test_a_number_that_is_not_finite_is_not_written(small, tmp_path, number: float) -> None:
-    record = simulate(small())
+    record = simulated(small())
     wrong = [
         (replace(record, result=record.result | {"cost": {"usd_per_step": number}}), "cost.usd_per_step is "),
         (
