@@ -27,7 +27,7 @@ def make(value: float, *, ranks: int, experts: int = 64, top_k: int = 6, **chang
         "routing": {"kind": "balancedness", "value": value},
         "cluster": {"gpu": "h200", "nodes": max(1, ranks // 8), "gpus_per_node": min(8, ranks)},
         "parallelism": {"data": ranks, "expert": ranks},
-        "workload": {"sequence_length": 2048, "micro_batch": 1, "global_batch": 2 * ranks},
+        "workload": {"sequence_length": 1024, "micro_batch": 1, "global_batch": 2 * ranks},
         "compute": {"profile": "roofline"},
         "uncertainty": {"samples": 1},
     }

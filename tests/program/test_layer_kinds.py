@@ -14,6 +14,8 @@ from moesim.scenario import Scenario
 from moesim.scenario.flops import forward_flops_per_token, keys_per_query
 from moesim.seeding import stream
 
+pytestmark = pytest.mark.usefixtures("few_tokens")
+
 ALONE = {"parallelism": {"data": 1, "expert": 1}, "workload.global_batch": 2}
 KINDS = {
     "plain": {},

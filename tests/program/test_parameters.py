@@ -20,6 +20,8 @@ from moesim.scenario.dispatch import DIRECT
 from moesim.scenario.placement_files import Layers, tensorrt_llm_text
 from moesim.seeding import stream
 
+pytestmark = pytest.mark.usefixtures("few_tokens")
+
 DENSE = {"model.experts": 0, "model.top_k": 0, "model.shared_experts": 0, "model.expert_intermediate": 0,
          "model.dense_layers": 4, "routing": {"kind": "uniform"}}  # fmt: skip
 

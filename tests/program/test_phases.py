@@ -15,6 +15,8 @@ from moesim.results.spans import CATEGORY_OF_PART, Collective, Part, Phase
 from moesim.run import draw_samples, obtain_trace
 from moesim.schedules import Pass
 
+pytestmark = pytest.mark.usefixtures("few_tokens")
+
 EAGER = {"implementation.kind": "torch_eager", "dispatch.deduplicate": "per_expert", "workload.recompute": "none"}
 STEPS: dict[str, dict[str, Any]] = {
     "fused": {"workload.recompute": "none"},

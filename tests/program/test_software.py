@@ -26,6 +26,8 @@ from moesim.run import draw_samples, obtain_trace, simulate
 from moesim.scenario import Implementation, Scenario, gpu_spec, require_supported
 from moesim.scenario.software import FUSED, SOFTWARE, Switches
 
+pytestmark = pytest.mark.usefixtures("few_tokens")
+
 
 @cache
 def simulated(scenario: Scenario) -> RunRecord:

@@ -13,6 +13,8 @@ from moesim.run import simulate
 from moesim.scenario import Scenario
 from moesim.trace.synthetic import uniform_trace
 
+pytestmark = pytest.mark.usefixtures("few_tokens")
+
 
 @cache
 def simulated(scenario: Scenario) -> RunRecord:

@@ -17,6 +17,8 @@ from moesim.results.outcome import Basis, ErrorPart, error_parts, kernel_range, 
 from moesim.run import simulate
 from moesim.scenario import Scenario
 
+pytestmark = pytest.mark.usefixtures("few_tokens")
+
 MEASURED = {"cluster.gpu": "h200", "compute.profile": None}
 DENSE = {
     "model": {
