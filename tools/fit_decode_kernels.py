@@ -18,8 +18,7 @@ from scipy.optimize import least_squares, nnls
 
 from moesim.files import write_atomically
 from moesim.kernels import Gemm, GroupedGemm, load_profile
-from moesim.kernels.tables.gpus import COMPARED, TABLE_GPUS
-from moesim.kernels.tables.package import LICENCE, PACKAGE, Package
+from moesim.kernels.tables.package import COMPARED, LICENCE, PACKAGE, TABLE_GPUS, Package
 from moesim.scenario import gpu_spec
 from moesim.serving.decode_kernels import (
     FILE,

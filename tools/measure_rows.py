@@ -23,8 +23,7 @@ from moesim.kernels.benchmarks.buffers import Pool
 from moesim.kernels.benchmarks.calibrate import prepare
 from moesim.kernels.benchmarks.device import Sampler, environment
 from moesim.kernels.benchmarks.shapes import kernel_flops
-from moesim.kernels.benchmarks.sustained import measure_sustained
-from moesim.kernels.benchmarks.timing import CudaTimer
+from moesim.kernels.benchmarks.timing import CudaTimer, measure_sustained
 
 Row = dict[str, Any]
 HEAT = 0.25  # seconds of heavy products before a hot optimizer step

@@ -14,6 +14,8 @@ from moesim.kernels.estimate import (
     Estimate,
     HostCosts,
     KernelModel,
+    MixedKernels,
+    kernels_of_kind,
     slowed_at,
     total,
     wait_of,
@@ -22,7 +24,6 @@ from moesim.kernels.estimate import (
 from moesim.kernels.families import MEMORY_KINDS, Attention, Gemm, GroupedGemm, Kernel, MemoryBound, memory_bytes
 from moesim.kernels.loading import compute_model, gpu_of_device, in_regime, kernel_model, load_profile
 from moesim.kernels.measured import contention_of
-from moesim.kernels.mixed import MixedKernels, kernels_of_kind
 from moesim.kernels.report import leave_one_out_rows
 from moesim.kernels.roofline import Roofline
 from moesim.kernels.scaled import ScaledModel

@@ -13,9 +13,8 @@ import numpy as np
 
 from moesim.errors import InternalError
 from moesim.kernels.calibrated import CalibratedModel
-from moesim.kernels.estimate import SOURCES, KernelModel
+from moesim.kernels.estimate import SOURCES, KernelModel, MixedKernels
 from moesim.kernels.families import FloatArray, families_without_units
-from moesim.kernels.mixed import MixedKernels
 from moesim.kernels.scaled import ScaledModel
 from moesim.kernels.tabulated import TabulatedModel
 from moesim.strict_json import parse_json

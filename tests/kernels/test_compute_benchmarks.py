@@ -15,7 +15,7 @@ from moesim.kernels import (
     calibrate_command,
     command,
 )
-from moesim.kernels.benchmarks import calibrate, sustained
+from moesim.kernels.benchmarks import calibrate, timing
 from moesim.kernels.benchmarks.collectives import block_shapes, collective_shapes, contention_shapes
 from moesim.kernels.benchmarks.device import Sampler
 from moesim.kernels.benchmarks.session import Session, row_key
@@ -230,12 +230,12 @@ def test_a_sustained_row_has_its_rate_and_clock(monkeypatch: pytest.MonkeyPatch)
         issued.append(count)
         return count * 2e-3
 
-    monkeypatch.setattr(sustained, "_issued", run)
-    row = sustained.measure_sustained(print, flops=1e12, probe=lambda call: 1e-3, sampler=Clocked())  # type: ignore[arg-type]
+    monkeypatch.setattr(timing, "_issued", run)
+    row = timing.measure_sustained(print, flops=1e12, probe=lambda call: 1e-3, sampler=Clocked())  # type: ignore[arg-type]
     assert row == {"p50": 2e-3, "repeats": 150, "flops_per_second": 5e14, "watts": 650, "clock_mhz": 1500}
     assert issued == [150, 150]
     with pytest.raises(RuntimeError, match="no SM clock"):
-        sustained.measure_sustained(print, flops=1e12, probe=lambda call: 1e-3, sampler=Sampler(None))
+        timing.measure_sustained(print, flops=1e12, probe=lambda call: 1e-3, sampler=Sampler(None))
 
 
 def test_sustained_rows_make_a_cap_when_a_profile_is_fitted(h200: CalibratedModel) -> None:

@@ -30,7 +30,6 @@ from moesim.kernels.benchmarks.collectives import (
 )
 from moesim.kernels.benchmarks.deep_gemm import prepare_deep_gemm
 from moesim.kernels.benchmarks.device import Sampler, environment
-from moesim.kernels.benchmarks.edges import LAYOUT
 from moesim.kernels.benchmarks.fp8 import is_fp8_row, long_gemms, prepare_fp8
 from moesim.kernels.benchmarks.host import host_calls
 from moesim.kernels.benchmarks.kernels import (
@@ -40,12 +39,11 @@ from moesim.kernels.benchmarks.kernels import (
     prepare_grouped_gemm,
     prepare_other_layout,
 )
+from moesim.kernels.benchmarks.later_shapes import LAYOUT
 from moesim.kernels.benchmarks.memory_kernels import prepare_memory_bound
-from moesim.kernels.benchmarks.profiler import kernel_names
 from moesim.kernels.benchmarks.session import Row, Session
 from moesim.kernels.benchmarks.shapes import CPU_LIMITS, GPU_LIMITS, Limits, family_shapes, kernel_flops
-from moesim.kernels.benchmarks.sustained import measure_sustained
-from moesim.kernels.benchmarks.timing import CpuTimer, CudaTimer, summarise
+from moesim.kernels.benchmarks.timing import CpuTimer, CudaTimer, kernel_names, measure_sustained, summarise
 from moesim.kernels.fp8 import DEEP_GEMM
 from moesim.kernels.profile import Profile
 

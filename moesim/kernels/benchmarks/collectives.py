@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from moesim.kernels.benchmarks.later_shapes import Shape
 from moesim.kernels.benchmarks.timing import Call
 from moesim.seeding import stream
 
@@ -50,8 +51,6 @@ _GEMMS_BESIDE_SENDS: tuple[dict[str, Any], ...] = tuple(
         (32768, 1024, 4096),
     )
 )
-
-Shape = dict[str, Any]
 
 
 def collective_shapes(ranks: int, *, largest: int = 1 << 30) -> Iterator[Shape]:

@@ -16,42 +16,11 @@ from typing import Any
 import torch
 
 from moesim.kernels.benchmarks.buffers import Pool, Rotation, keep_outputs
-from moesim.kernels.benchmarks.edges import kept_out
+from moesim.kernels.benchmarks.fp8 import E4M3
+from moesim.kernels.benchmarks.later_shapes import Shape, later_shapes
 from moesim.kernels.benchmarks.timing import Call
-from moesim.kernels.families import GEMM_DIRECTIONS, gemm_sides
-from moesim.kernels.fp8 import BLOCK, BLOCK_SCALED, DEEP_GEMM
-from moesim.seeding import stream
-
-Shape = dict[str, Any]
-E4M3 = torch.float8_e4m3fn
-_TOKENS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
-_MATRICES = (
-    (7168, 2112), (1536, 24576), (512, 32768), (16384, 7168), (7168, 4096), (2048, 7168), (7168, 36864), (18432, 7168),
-    (4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096), (2048, 3072), (1408, 2048), (2048, 2816), (5120, 12288),
-)  # fmt: skip
-_EXPERT_MATRICES = (
-    (7168, 4096), (2048, 7168), (4096, 4096), (2048, 4096), (2048, 1536), (768, 2048), (2048, 2816), (5120, 3072),
-    (1536, 5120), (4096, 28672), (14336, 4096),
-)  # fmt: skip
-
-
-def deep_gemm_shapes(count: int) -> list[Shape]:
-    """The first `count` shapes in measuring order."""
-    rng, shapes = stream(0, "benchmark shapes", DEEP_GEMM), dict[str, Shape]()
-    while len(shapes) < count:
-        m, (k, n) = int(rng.choice(_TOKENS)), _MATRICES[rng.integers(len(_MATRICES))]
-        dense = {"m": m, "k": k, "n": n} | ({"held_out": 1} if kept_out(m, k, n) else {})
-        experts, (k, n) = int(rng.choice((2, 4, 8, 16, 32))), _EXPERT_MATRICES[rng.integers(len(_EXPERT_MATRICES))]
-        rows = int(2 ** rng.uniform(9, 16))
-        shares_E = rng.dirichlet([float(rng.choice((1.0, 8.0, 100.0)))] * experts)
-        rows_E = [int(value) for value in rng.multinomial(rows, shares_E)]
-        grouped = {"rows_per_expert": rows_E, "k": k, "n": n} | ({"held_out": 1} if kept_out(rows_E, k, n) else {})
-        fits = experts * k * n <= 1e9 and rows * k * n <= 4e12
-        for sizes in (dense, grouped) if fits else (dense,):
-            for direction in GEMM_DIRECTIONS:
-                shape = {"family": DEEP_GEMM, "dtype": BLOCK_SCALED, "direction": direction} | sizes
-                shapes.setdefault(repr(sorted(shape.items())), shape)
-    return list(shapes.values())[:count]
+from moesim.kernels.families import gemm_sides
+from moesim.kernels.fp8 import BLOCK, DEEP_GEMM
 
 
 def prepare_deep_gemm(shape: Shape, pool: Pool, beyond: float) -> tuple[Call, dict[str, Any]]:
@@ -148,7 +117,7 @@ def _experts(shape: Shape, pool: Pool, library: Any) -> Prepared:
 def compile_part(part: int, parts: int, count: int) -> None:
     """Run every `parts`-th shape once, from the `part`-th on, so that its kernel is compiled; say what fails."""
     pool = Pool(device="cuda", num_bytes=2 << 30)
-    for shape in deep_gemm_shapes(count)[part::parts]:
+    for shape in later_shapes(DEEP_GEMM, count)[part::parts]:
         try:
             prepare_deep_gemm(shape, pool, 0.0)[0](0)
             torch.cuda.synchronize()

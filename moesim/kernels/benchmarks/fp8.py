@@ -14,49 +14,12 @@ import torch
 import torch.nn.functional as F
 
 from moesim.kernels.benchmarks.buffers import Pool, Rotation, keep_outputs
+from moesim.kernels.benchmarks.later_shapes import CASTS, Shape
 from moesim.kernels.benchmarks.timing import Call
-from moesim.kernels.families import MEMORY_KINDS, gemm_sides, memory_bytes
-from moesim.seeding import stream
+from moesim.kernels.families import gemm_sides
+from moesim.kernels.fp8 import BLOCK, BLOCK_SCALED
 
-Shape = dict[str, Any]
 E4M3 = torch.float8_e4m3fn
-BLOCK = 128
-_SIDES = (512, 1024, 1536, 2048, 3072, 4096, 5120, 7168, 8192, 14336, 16384)
-_TOKENS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
-_DIRECTIONS = ("forward", "dgrad", "wgrad")
-_EXPERT_MATRICES = ((2048, 1536), (4096, 2048), (7168, 4096), (2048, 7168), (4096, 14336), (2048, 2816))
-CASTS = tuple(kind for kind, facts in MEMORY_KINDS.items() if facts.apart)
-_BLOCK_DTYPE = "fp8_block"
-
-
-def fp8_shapes(count: int) -> list[Shape]:
-    """The shapes in measuring order: dense GEMMs of every recipe and direction, grouped ones, casts."""
-    rng = stream(0, "benchmark shapes", "fp8")
-    shapes: dict[str, Shape] = {}
-
-    def add(shape: Shape) -> None:
-        shapes.setdefault(repr(sorted(shape.items())), shape)
-
-    while len(shapes) < count:
-        m, k, n = int(rng.choice(_TOKENS)), int(rng.choice(_SIDES)), int(rng.choice(_SIDES))
-        if m * k * n <= 5e12:
-            for dtype in ("fp8_block", "fp8"):
-                for direction in _DIRECTIONS:
-                    add({"family": "gemm_fp8", "dtype": dtype, "direction": direction, "m": m, "k": k, "n": n})
-        experts, (k, n) = int(rng.choice((2, 4, 8, 16, 32, 64))), _EXPERT_MATRICES[rng.integers(len(_EXPERT_MATRICES))]
-        rows = int(rng.choice((2048, 8192, 16384, 32768, 65536)))
-        share_E = rng.dirichlet([float(rng.choice((0.5, 4.0, 50.0)))] * experts)
-        rows_E = [max(16, int(rows * share) // 16 * 16) for share in share_E]
-        if rows * k * n <= 5e12 and experts * k * n <= 2e9:
-            for direction in _DIRECTIONS:
-                sizes = {"rows_per_expert": rows_E, "k": k, "n": n}
-                add({"family": "grouped_gemm", "dtype": "fp8", "direction": direction} | sizes)
-        rows = int(rng.choice((2048, 8192, 32768, 65536)))
-        for cast in CASTS:
-            width = int(rng.choice((1024, 2048, 4096, 7168)))
-            moved = float(memory_bytes(cast, rows=rows, width=width))
-            add({"family": "memory_bound", "kind": cast, "rows": rows, "width": width, "bytes": moved})
-    return list(shapes.values())
 
 
 def prepare_fp8(shape: Shape, pool: Pool, beyond: float) -> tuple[Call, dict[str, Any]]:
@@ -71,7 +34,7 @@ def is_fp8_row(row: Shape) -> bool:
     if row["family"] == "memory_bound":
         return row["kind"] in CASTS
     if row["family"] == "gemm_fp8":
-        return bool(row["dtype"] == _BLOCK_DTYPE or row["direction"] != "forward")
+        return bool(row["dtype"] == BLOCK_SCALED or row["direction"] != "forward")
     return bool(row["family"] == "grouped_gemm" and row["dtype"] == "fp8")
 
 
@@ -88,7 +51,7 @@ def _scales(rows: int, depth: int, *, recipe: str, device: str) -> tuple[torch.T
 
 def _gemm(shape: Shape, pool: Pool) -> tuple[Callable[[], Any], Callable[[Any], Any], float]:
     rows, columns, depth = gemm_sides(shape["m"], shape["k"], shape["n"], shape["direction"])
-    recipe, device = {"fp8": "tensor", _BLOCK_DTYPE: "block"}[shape["dtype"]], pool.device
+    recipe, device = {"fp8": "tensor", BLOCK_SCALED: "block"}[shape["dtype"]], pool.device
     of_a = "block_rows" if recipe == "block" else recipe
     of_b = of_a if shape["direction"] == "wgrad" else ("block_whole" if recipe == "block" else recipe)
     scale_a, kind_a = _scales(rows, depth, recipe=of_a, device=device)

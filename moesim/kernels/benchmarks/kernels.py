@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from moesim.kernels.benchmarks.buffers import Pool, Rotation, keep_outputs
-from moesim.kernels.benchmarks.shapes import Shape
+from moesim.kernels.benchmarks.later_shapes import Shape
 from moesim.kernels.benchmarks.timing import Call
 from moesim.kernels.families import kernel_of
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from moesim.kernels.benchmarks.buffers import Pool, Rotation, keep_outputs
 from moesim.kernels.benchmarks.kernels import Prepared
-from moesim.kernels.benchmarks.shapes import Shape
+from moesim.kernels.benchmarks.later_shapes import Shape
 
 _TOP_K = 8
 _VOCABULARY = 50304

@@ -9,14 +9,12 @@ Legend: E local experts.
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
 
 import numpy as np
 
+from moesim.kernels.benchmarks.later_shapes import LATER, Shape, later_shapes
 from moesim.kernels.families import MEMORY_KINDS, FloatArray, kernel_of, memory_bytes
 from moesim.seeding import stream
-
-Shape = dict[str, Any]
 
 # (k, n) of one forward matrix product: hidden to qkv, output, gated FFN (both halves), down projection, vocabulary.
 MODEL_MATRICES = (
@@ -283,22 +281,8 @@ def family_shapes(family: str, limits: Limits) -> list[Shape]:
         listed = _memory_bound(rng, limits, count)
         candidates: Iterator[Shape | None] = iter(listed)
         count = len(listed)
-    elif family == "fp8":
-        from moesim.kernels.benchmarks.fp8 import fp8_shapes  # torch, so only here
-
-        candidates = iter(fp8_shapes(count))
-    elif family == "edges":
-        from moesim.kernels.benchmarks.edges import edge_shapes
-
-        candidates = iter(edge_shapes(count))
-    elif family == "between":
-        from moesim.kernels.benchmarks.between import between_shapes
-
-        candidates = iter(between_shapes(count))
-    elif family == "deep_gemm":
-        from moesim.kernels.benchmarks.deep_gemm import deep_gemm_shapes  # torch, so only here
-
-        candidates = iter(deep_gemm_shapes(count))
+    elif family in LATER:
+        candidates = iter(later_shapes(family, count))
     elif family == "attention":
         candidates = _attentions(rng, limits)
     elif family == "grouped_gemm":

@@ -1,6 +1,8 @@
-"""Timing of one call on a device: percentiles over groups of calls issued back to back."""
+"""What a call takes on a device: percentiles over groups of calls issued back to back, its rate and clock when it runs
+without pause, and the names of the kernels that it launches."""
 
 import gc
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,6 +11,9 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch.profiler import ProfilerActivity, profile
+
+from moesim.kernels.benchmarks.device import Sampler
 
 _Event: Any = torch.cuda.Event  # untyped in torch
 _sleep: Any = getattr(torch.cuda, "_sleep", None)
@@ -161,3 +166,74 @@ class CudaTimer:
         spans = [a.elapsed_time(b) / 1e3 / inner for a, b in pairwise(events)]
         asleep = probes[0].elapsed_time(probes[1]) + probes[2].elapsed_time(probes[3])
         return summarise(spans, inner, clock_mhz=2 * _PROBE_CYCLES / (asleep * 1e3))
+
+
+WARM = MEASURED = 0.15  # seconds; the clock settles within a tenth of a second
+
+
+def measure_sustained(call: Call, *, flops: float, probe: Callable[[Call], float], sampler: Sampler) -> dict[str, Any]:
+    """What the law of `moesim.kernels.power` is fitted to, for a short benchmark ends before the power limit acts.
+
+    The kernel runs alone for `WARM` seconds, then for `MEASURED` seconds more, over which its rate is taken and the SM
+    clock is sampled through NVML. Returns p50 (s per call), flops_per_second, repeats, mean clock_mhz and watts.
+
+    `probe` gives the seconds of one call, roughly. Raises RuntimeError where no clock can be read.
+    """
+    seconds = probe(call)
+    _issued(call, math.ceil(WARM / seconds))
+    begin, count = time.monotonic(), math.ceil(MEASURED / seconds)
+    per_call = _issued(call, count) / count
+    facts = sampler.since(begin)
+    if "clock_mhz" not in facts:
+        raise RuntimeError("no SM clock: NVML (package nvidia-ml-py) is not there")
+    return {
+        "p50": float(f"{per_call:.5g}"),
+        "repeats": count,
+        "flops_per_second": float(f"{flops / per_call:.5g}"),
+        **facts,
+    }
+
+
+def _issued(call: Call, count: int) -> float:
+    """Seconds that the device takes for `count` calls, issued as fast as the host can."""
+    begin, end = _Event(enable_timing=True), _Event(enable_timing=True)
+    begin.record()
+    for index in range(count):
+        call(index)
+    end.record()
+    torch.cuda.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3
+
+
+_MARKER_SIZE = 3
+
+
+def kernel_names(calls: list[Call]) -> list[list[str]]:
+    """Per call the kernels between it and the next, as the device ran them; empty lists when they cannot be told apart.
+
+    A cosine of three numbers marks the border between two calls in the stream.
+    """
+    marker = torch.ones(_MARKER_SIZE, device="cuda", dtype=torch.float64)
+    for call in calls:
+        call(0)
+    marker.cos()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as traced:
+        marker.cos()
+        for call in calls:
+            call(0)
+            marker.cos()
+        torch.cuda.synchronize()
+    found = _split(traced.events())
+    return found if len(found) == len(calls) else [[] for _ in calls]
+
+
+def _split(events: Any) -> list[list[str]]:
+    kernels = sorted((event.time_range.start, event.name) for event in events if event.device_type.name == "CUDA")
+    groups: list[list[str]] = []
+    for _, name in kernels:
+        if "cos_kernel" in name:
+            groups.append([])
+        elif groups and not name.startswith(("Memcpy", "Memset")):
+            groups[-1].append(name)
+    return groups[:-1]

@@ -15,8 +15,7 @@ from moesim.kernels.fitting import fit_profile
 from moesim.kernels.profile import Profile
 from moesim.kernels.roofline import GpuRates, Roofline
 from moesim.kernels.tables.comparison import Comparison, compare, compared_collectives, table_rows, unseen
-from moesim.kernels.tables.gpus import COMPARED, TABLE_GPUS
-from moesim.kernels.tables.package import LICENCE, PACKAGE, Package
+from moesim.kernels.tables.package import COMPARED, LICENCE, PACKAGE, TABLE_GPUS, Package
 from moesim.kernels.tables.rows import (
     Row,
     block_over_fp8,

@@ -16,8 +16,7 @@ import numpy as np
 from moesim.kernels.calibrated import CalibratedModel
 from moesim.kernels.families import FloatArray
 from moesim.kernels.kernel_classes import class_of
-from moesim.kernels.tables.gpus import COMPARED
-from moesim.kernels.tables.package import Package
+from moesim.kernels.tables.package import COMPARED, Package
 from moesim.kernels.tables.rows import Row, attention_rows, collective_rows, gemm_rows, shape_of, thinned
 
 _EDGES_B = np.log([1e-9, 1e-5, 2e-5, 5e-5, 2e-4, 1e-3, 1e3])

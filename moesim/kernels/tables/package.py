@@ -1,4 +1,8 @@
-"""Reading the package's tables: parquet files at systems/data/<gpu>/<family>/<framework>/<version>/<table>.parquet."""
+"""The package's tables: of which GPUs, and how they are read.
+
+Parquet files lie at systems/data/<gpu>/<family>/<framework>/<version>/<table>.parquet. `h100` and `h200` are measured
+by this project: their tables only tell how far such rows can be compared.
+"""
 
 import re
 from dataclasses import dataclass
@@ -14,6 +18,26 @@ from moesim.errors import UserError
 PACKAGE = "aiconfigurator-core"
 LICENCE = "Apache-2.0"
 _REMEDY = "pip install 'moesim[tables]'"
+
+
+@dataclass(frozen=True)
+class TableGpu:
+    """`folder` of the package's data; `base`: the measured GPU whose kernels are scaled where there is no table."""
+
+    folder: str
+    base: str
+
+
+TABLE_GPUS = {
+    "a100": TableGpu("a100_sxm", "h200"),
+    "b200": TableGpu("b200_sxm", "h200"),
+    "gb200": TableGpu("gb200", "h200"),
+    "b300": TableGpu("b300_sxm", "h200"),
+    "gb300": TableGpu("gb300", "h200"),
+    "l40s": TableGpu("l40s", "h200"),
+    "rtx-pro-6000": TableGpu("rtx_pro_6000_server", "h200"),
+}
+COMPARED = {"h100": TableGpu("h100_sxm", "h100"), "h200": TableGpu("h200_sxm", "h200")}
 
 
 @dataclass(frozen=True)
