@@ -12,8 +12,7 @@ from moesim.network.collectives import (
 )
 from moesim.network.describe import FabricFacts, describe
 from moesim.network.dispatch import deepep_bytes, prepare_combine, prepare_dispatch
-from moesim.network.equal_groups import group_shape
-from moesim.network.fabric import Fabric, build_fabric
+from moesim.network.fabric import Fabric, build_fabric, group_shape
 from moesim.network.parameters import NetworkParameters, Protocol, load_parameters
 from moesim.network.rank_ports import RankPorts
 from moesim.network.transfer import PreparedTransfer, lower_bound, prepare_transfer, transfer_times

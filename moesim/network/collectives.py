@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 
 from moesim.errors import UserError
 from moesim.network.contention import LinkUse, common_use
-from moesim.network.fabric import NONE, Fabric
+from moesim.network.fabric import Fabric
 from moesim.network.flows import Ranks, as_ranks, checked_bytes
+from moesim.network.ladder import NONE
 from moesim.network.nccl import NVLS_MIN_RANKS, hop_seconds, measured_call, reduces_in_switch
 from moesim.network.parameters import Evidence, Protocol
 

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.errors import InternalError
-from moesim.network.fabric import NONE, Fabric
+from moesim.network.fabric import Fabric
+from moesim.network.ladder import NONE
 
 FloatArray = NDArray[np.float64]
 

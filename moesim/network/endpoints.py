@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.network.fabric import NONE, Fabric, Ladder
+from moesim.network.fabric import Fabric
 from moesim.network.flows import Demand, route_pairs
+from moesim.network.ladder import NONE, Ladder
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.integer]

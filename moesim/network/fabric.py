@@ -1,8 +1,10 @@
 """The fabric as arrays: links with bandwidth, latency and efficiency, and the route of every pair of GPUs.
 
-Legend: X links, V graph nodes, R ranks (GPUs in rank order, node-major), F flows, P hops (padded with -1).
+Legend: X links, V graph nodes, R ranks (GPUs in rank order, node-major), F flows, P hops (padded with -1), Q = F*P,
+U distinct links.
 """
 
+import hashlib
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -12,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.errors import UserError
+from moesim.network.ladder import NONE, Ladder, build_ladder
 from moesim.network.parameters import NetworkParameters
 from moesim.network.shortest_routes import ShortestRoutes, SplitRoutes
 from moesim.network.topology import Site, build_graph, sites_of
@@ -22,9 +25,6 @@ from moesim.scenario.failures import Degraded
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int32]
 IntegerArray = NDArray[np.integer]
-
-NONE = -1  # no link
-_HOPS = 10  # longest preset route: NVLink out and in (PXN), GPU-NIC, NIC, leaf, spine, spine, leaf, NIC, NIC-GPU
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -56,7 +56,7 @@ class Fabric:
     kind: FabricKind
     pxn: bool
     multipath: bool
-    ladder: "Ladder | None" = field(repr=False)
+    ladder: Ladder | None = field(repr=False)
     shortest_routes: ShortestRoutes = field(repr=False)
     # What endpoints.pair_ports, flow_ports and contention.common_use found on these links; a copy with others has none.
     pair_ports: dict[tuple[bytes, bool], object] = field(init=False, repr=False, default_factory=dict)
@@ -222,71 +222,6 @@ class Fabric:
         return total_F
 
 
-@dataclass(frozen=True, kw_only=True)
-class Ladder:
-    """Link ids by rank and by switch, for routes without a graph search: up the tree and down again.
-
-    Entries are -1 where the tier is absent and `failed` where the link has failed.
-    """
-
-    nvlink_up_R: IntArray
-    nvlink_down_R: IntArray
-    nic_up_R2: IntArray  # GPU to NIC, NIC to leaf
-    nic_down_R2: IntArray  # leaf to NIC, NIC to GPU
-    leaf_up_R: IntArray
-    leaf_down_R: IntArray
-    spine_up_R: IntArray
-    spine_down_R: IntArray
-    leaf_R: IntArray  # number of the rank's leaf
-    spine_R: IntArray
-    plane_R: IntArray
-    node_R: IntArray
-    rail_R: IntArray
-    node_size_R: IntArray
-    domain_R: IntArray
-    failed: int
-    any_failed: bool
-
-    @cached_property
-    def shares_nics(self) -> bool:
-        """Whether several GPUs are behind one NIC."""
-        port_R = self.nic_up_R2[:, 1]
-        return len(np.unique(port_R)) < len(port_R) and bool((port_R != NONE).any())
-
-    def routes(
-        self, sources_F: NDArray[np.integer], targets_F: NDArray[np.integer], *, avoid_nvlink: bool, pxn: bool
-    ) -> IntArray:
-        """See Fabric.routes."""
-        s, d = sources_F, targets_F
-        path_FP = np.full((len(s), _HOPS), NONE, dtype=np.int32)
-        local_F = self.domain_R[s] == self.domain_R[d]
-        if avoid_nvlink and (self.nic_up_R2[:, 0] != NONE).any():
-            local_F = np.zeros_like(local_F)
-        path_FP[local_F, 0] = self.nvlink_up_R[s[local_F]]
-        path_FP[local_F, 1] = self.nvlink_down_R[d[local_F]]
-        far_F = ~local_F
-        if not far_F.any():
-            return path_FP[:, :2]
-        s, d = s[far_F], d[far_F]
-        # A flow leaves by its own rail, or by the target's rail where PXN or separate planes ask for it.
-        forward = (self.plane_R[s] != self.plane_R[d]) | (pxn & (self.leaf_R[s] != self.leaf_R[d]))
-        exit_rank = np.where(forward, s - self.rail_R[s] + self.rail_R[d] % self.node_size_R[s], s)
-        hop = exit_rank != s
-        far_path = np.full((len(s), _HOPS), NONE, dtype=np.int32)
-        far_path[hop, 0] = self.nvlink_up_R[s[hop]]
-        far_path[hop, 1] = self.nvlink_down_R[exit_rank[hop]]
-        far_path[:, 2:4] = self.nic_up_R2[exit_rank]
-        over = self.leaf_R[exit_rank] != self.leaf_R[d]
-        far_path[over, 4] = self.leaf_up_R[exit_rank[over]]
-        far_path[over, 7] = self.leaf_down_R[d[over]]
-        core = self.spine_R[exit_rank] != self.spine_R[d]
-        far_path[core, 5] = self.spine_up_R[exit_rank[core]]
-        far_path[core, 6] = self.spine_down_R[d[core]]
-        far_path[:, 8:] = self.nic_down_R2[d]
-        path_FP[far_F] = far_path
-        return path_FP
-
-
 def build_fabric(cluster: Cluster, *, parameters: NetworkParameters | None = None) -> Fabric:
     """The fabric of a scenario's cluster section, GPU i of the cluster being rank i (node-major).
 
@@ -324,7 +259,7 @@ def build_fabric(cluster: Cluster, *, parameters: NetworkParameters | None = Non
         kind=cluster.fabric_kind,
         pxn=cluster.fabric.pxn,
         multipath=cluster.fabric.multipath,
-        ladder=None if cluster.fabric_kind.listed else _ladder(sites, links, failed),
+        ladder=None if cluster.fabric_kind.listed else build_ladder(sites, links, failed),
         shortest_routes=ShortestRoutes(graph, links, len(sites)),
     )
 
@@ -350,53 +285,6 @@ def _degrade(graph: "nx.DiGraph[str]", change: Degraded, sites: list[Site]) -> N
         edges = [edge for edge in graph.edges if names & set(edge)]
     for edge in edges:
         graph.edges[edge]["bandwidth"] *= change.factor
-
-
-def _ladder(sites: list[Site], links: tuple[tuple[str, str], ...], failed: set[tuple[str, str]]) -> Ladder:
-    ids = {link: index for index, link in enumerate(links)}
-    ids |= dict.fromkeys(failed, len(links))
-
-    def ids_of(pairs: list[tuple[str, str]]) -> IntArray:
-        return np.array([ids.get(pair, NONE) for pair in pairs], dtype=np.int32)
-
-    gpus = [f"gpu{s.rank}" for s in sites]
-    nics = [s.nic_name for s in sites]
-    switches = [f"nvswitch{s.domain}" for s in sites]
-    leaves = [s.leaf for s in sites]
-    spines = [s.spine for s in sites]
-    cores = ["core"] * len(sites)
-
-    def numbers(names: list[str]) -> IntArray:
-        order = {name: index for index, name in enumerate(dict.fromkeys(names))}
-        return np.array([order[name] for name in names], dtype=np.int32)
-
-    def both(below: list[str], above: list[str]) -> tuple[IntArray, IntArray]:
-        return ids_of(list(zip(below, above, strict=True))), ids_of(list(zip(above, below, strict=True)))
-
-    nvlink_up_R, nvlink_down_R = both(gpus, switches)
-    pcie_up_R, pcie_down_R = both(gpus, nics)
-    port_up_R, port_down_R = both(nics, leaves)
-    leaf_up_R, leaf_down_R = both(leaves, spines)
-    spine_up_R, spine_down_R = both(spines, cores)
-    return Ladder(
-        nvlink_up_R=nvlink_up_R,
-        nvlink_down_R=nvlink_down_R,
-        nic_up_R2=np.stack([pcie_up_R, port_up_R], axis=1),
-        nic_down_R2=np.stack([port_down_R, pcie_down_R], axis=1),
-        leaf_up_R=leaf_up_R,
-        leaf_down_R=leaf_down_R,
-        spine_up_R=spine_up_R,
-        spine_down_R=spine_down_R,
-        leaf_R=numbers(leaves),
-        spine_R=numbers(spines),
-        plane_R=np.array([s.plane for s in sites], dtype=np.int32),
-        node_R=np.array([s.node for s in sites], dtype=np.int32),
-        rail_R=np.array([s.rail for s in sites], dtype=np.int32),
-        node_size_R=np.array([s.node_size for s in sites], dtype=np.int32),
-        domain_R=np.array([s.domain for s in sites], dtype=np.int32),
-        failed=len(links),
-        any_failed=bool(failed),
-    )
 
 
 def _redundant_links(
@@ -444,3 +332,34 @@ def _following(links: set[tuple[str, str]]) -> "nx.DiGraph[tuple[str, str]]":
     follows: nx.DiGraph[tuple[str, str]] = nx.DiGraph()
     follows.add_edges_from((before, link) for link in links for before in into[link[0]] if before[0] != link[1])
     return follows
+
+
+def group_shape(fabric: Fabric, ranks_R: NDArray[np.int64]) -> bytes:
+    """Equal for two groups where equal byte matrices take equal times in every model of sharing.
+
+    A digest of all routes between the ranks with links numbered by first use, of what these links are, and of the
+    ranks' nodes. On a custom fabric, where routes are searched for, and beside failed links every group is its own.
+    """
+    digest = hashlib.sha256(np.unique(fabric.domain_of_rank_R[ranks_R], return_inverse=True)[1].tobytes())
+    if fabric.ladder is None or fabric.ladder.any_failed:
+        digest.update(np.ascontiguousarray(ranks_R).tobytes())
+        return digest.digest()
+    source_F, target_F = np.nonzero(~np.eye(len(ranks_R), dtype=bool))
+    for avoid_nvlink in (False, True):
+        path_FP = fabric.routes(ranks_R[source_F], ranks_R[target_F], avoid_nvlink=avoid_nvlink)
+        link_Q = path_FP.ravel()
+        place_Q = np.arange(len(link_Q))
+        first_X = np.empty(len(fabric.links) + 1, dtype=np.int64)  # of links that are used: the last entry is NONE's
+        first_X[link_Q[::-1]] = place_Q[::-1]
+        first_Q = first_X[link_Q]
+        is_first_Q = first_Q == place_Q
+        number_Q = np.cumsum(is_first_Q, dtype=np.int32) - 1
+        links_U = link_Q[is_first_Q]
+        digest.update(number_Q[first_Q].tobytes())
+        for kind_X, none in (
+            (fabric.capacity_X, np.inf),
+            (fabric.latency_X, 0.0),
+            (fabric.redundant_X.astype(np.float64), -1.0),
+        ):
+            digest.update(np.where(links_U == NONE, none, kind_X[links_U]).tobytes())
+    return digest.digest()

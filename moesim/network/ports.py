@@ -11,6 +11,7 @@ Legend: S matrices (routing samples), R ranks, F flows, P ports of one side, T p
 """
 
 import copy
+import importlib
 from collections.abc import Sequence
 from functools import cache, cached_property
 from typing import Any, Self
@@ -196,13 +197,12 @@ class Ports:
 
 
 @cache
-def loops() -> Any:
-    """The module `ports_loops` where numba is installed; without it (None) numpy computes the same."""
+def loops(name: str = "ports_loops") -> Any:
+    """The module of compiled loops where numba is installed; without it (None) numpy computes the same."""
     try:
-        from moesim.network import ports_loops
+        return importlib.import_module(f"moesim.network.{name}")
     except ImportError:
         return None
-    return ports_loops
 
 
 def _padded(values_SF: FloatArray, value: float) -> FloatArray:

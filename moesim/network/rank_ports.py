@@ -13,7 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.network.fabric import NONE, Fabric
+from moesim.network.fabric import Fabric
+from moesim.network.ladder import NONE
 from moesim.network.ports import loops
 
 FloatArray = NDArray[np.float64]
@@ -58,7 +59,7 @@ class RankPorts:
         """
         hops = self._of_flows(source_F, target_F, avoid_nvlink, reached or self.fabric)
         ports = self.link_KR.size
-        if self._compiled and (compiled_loops := loops()) is not None:
+        if self._compiled and (compiled_loops := loops("rank_ports_loops")) is not None:
             found_SP: FloatArray = compiled_loops.port_seconds(
                 np.ascontiguousarray(bytes_SF, dtype=np.float64), *hops, ports
             )
@@ -174,7 +175,7 @@ class Windows:
     def add(self, begin_SR: FloatArray, end_SR: FloatArray, shares_KR: FloatArray, *, compiled: bool = False) -> None:
         """Something that takes a share of every port from `begin_SR` to `end_SR`."""
         place = self.room(1)
-        if compiled and (compiled_loops := loops()) is not None:
+        if compiled and (compiled_loops := loops("rank_ports_loops")) is not None:
             compiled_loops.add_window(begin_SR, end_SR, shares_KR, place, self.edges_W2, self.rows_WF)
             return
         share_SKR = np.broadcast_to(shares_KR, self.shape)
@@ -195,7 +196,7 @@ class Windows:
         Each moves its bytes at a steady pace in the last part of its span, once all are there.
         """
         place, count = self.room(len(rows_N)), len(rows_N)
-        if compiled and (compiled_loops := loops()) is not None:
+        if compiled and (compiled_loops := loops("rank_ports_loops")) is not None:
             compiled_loops.add_transfers(
                 rows_N, number_N, *spans, busy.seconds_BSKR, busy.longest_BSR, place, self.edges_W2, self.rows_WF
             )
@@ -225,7 +226,7 @@ def through(
     Alone it takes `work_SR` seconds ([S, R] or [R]), and at most `shares_KR` of each port. `compiled`: by loops of
     numba, which give the same.
     """
-    if compiled and (compiled_loops := loops()) is not None:
+    if compiled and (compiled_loops := loops("rank_ports_loops")) is not None:
         sets = tuple((each.edges_W2, each.rows_WF, each.first, each.stop, each.backwards) for each in beside)
         end_SR, is_later = compiled_loops.through(
             begin_SR, np.atleast_2d(work_SR), shares_KR, sets, NO_LATER, ROUND_OFF
@@ -280,7 +281,7 @@ def passed(
     and go first. Together they never take more than all of it, and no less while anything is left to do.
     `compiled`: by loops of numba, which give the same.
     """
-    if compiled and (compiled_loops := loops()) is not None:
+    if compiled and (compiled_loops := loops("rank_ports_loops")) is not None:
         end_SR: FloatArray = compiled_loops.passed(
             begin_SR, work_SR, share_R, opens_WSR, closes_WSR, uses_WSR, ROUND_OFF
         )

@@ -6,7 +6,7 @@ Legend: S routing samples in lockstep, R ranks of the group (bytes_RR: source, t
 import copy
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Literal, NamedTuple, Protocol, Self, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, Self, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 from moesim.errors import UserError
 from moesim.network.contention import LinkUse, Window, common_use, opening
 from moesim.network.fabric import Fabric
-from moesim.network.flows import Demand, Ranks, as_numbers, build_flows, link_bytes, make_demand
-from moesim.network.kept_answers import CommonStart, Remembered
-from moesim.network.link_loads import ladder_link_bytes
+from moesim.network.flows import Demand, Ranks, as_numbers, build_flows, ladder_link_bytes, link_bytes, make_demand
 from moesim.network.parameters import NVLINK_LATENCY_SOURCE, Evidence
 from moesim.network.ports import Ports
 from moesim.network.rank_ports import RankPorts
+
+if TYPE_CHECKING:
+    from moesim.network.fair import FairSharing
 
 FloatArray = NDArray[np.float64]
 Model = Literal["ports", "fluid", "exact"]
@@ -36,23 +37,15 @@ class Sharing(Protocol):
         """The same for some of the samples."""
 
 
-class PairSharing(Sharing, Protocol):
-    """A model of sharing that knows each pair's end."""
-
-    def flow_finish(self, start_SR: FloatArray) -> FloatArray:
-        """Arrival of each pair's last byte, latency included, [S, R, R]; -inf for pairs without traffic."""
-
-
 def share_links(
     fabric: Fabric, demand: Demand, *, model: Model, two_sided: bool, compiled: bool | None = None
-) -> PairSharing:
+) -> "Ports | FairSharing":
     """The chosen model, prepared for one demand. `compiled`: see `Ports`. Raises UserError for an unknown model."""
     if model not in get_args(Model):
         raise UserError(f'model: "{model}" is unknown; use {", ".join(get_args(Model))}')
     if model == "ports":
         return Ports(fabric, demand, two_sided=two_sided, compiled=compiled)
-    # Imported here: numba takes most of a second, and runs with `ports` do without it.
-    from moesim.network.fair import FLUID_WINDOW, FairSharing
+    from moesim.network.fair import FLUID_WINDOW, FairSharing  # numba takes most of a second; `ports` does without it
 
     return FairSharing(fabric, demand, two_sided=two_sided, window=FLUID_WINDOW if model == "fluid" else 0.0)
 
@@ -68,8 +61,10 @@ def prepare_sharing(
 ) -> Sharing:
     """The chosen model for many calls with the same demand; see prepare_transfer for `per_rank_starts`."""
     sharing = share_links(fabric, demand, model=model, two_sided=two_sided, compiled=compiled)
-    if model == "ports":
+    if isinstance(sharing, Ports):
         return sharing
+    from moesim.network.fair import CommonStart, Remembered
+
     shape = demand.bytes_SRR.shape[:2]
     if per_rank_starts:
         return Remembered(sharing, shape=shape, grid=START_GRID[model])

@@ -13,8 +13,7 @@ from moesim.errors import UserError
 from moesim.network import Fabric, describe, lower_bound, prepare_dispatch, send_recv_seconds, transfer_times
 from moesim.network import build_fabric as build
 from moesim.network.contention import common_use, path_rates
-from moesim.network.flows import build_flows, link_bytes, make_demand
-from moesim.network.link_loads import ladder_link_bytes
+from moesim.network.flows import build_flows, ladder_link_bytes, link_bytes, make_demand
 from moesim.scenario.cluster import FABRICS, Cluster, FabricKind, Link, Pool
 from moesim.scenario.cluster import Fabric as Section
 
