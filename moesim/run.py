@@ -11,7 +11,7 @@ from moesim.parallel.traffic_sample import TrafficSample
 from moesim.program.drawn_routing import draw_samples, obtain_trace, rows_of_variant
 from moesim.program.scenario_fabric import scenario_fabric, scenario_kernels
 from moesim.program.warnings import layout_warnings, sharing_warnings
-from moesim.recorded.scenario_peak import recorded_memory
+from moesim.recorded.peak import recorded_memory
 from moesim.results import RunRecord
 from moesim.results.definitions import check_plausible
 from moesim.results.outcome import SearchedPlacement, Simulated, assemble

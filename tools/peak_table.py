@@ -19,7 +19,7 @@ from moesim.importing.recording import record_step
 from moesim.parallel.memory import memory_report
 from moesim.parallel.memory_libraries import WORKSPACE_BYTES
 from moesim.parallel.memory_rows import even_rows
-from moesim.recorded.estimate import step_peak
+from moesim.recorded.peak import step_peak
 from moesim.scenario import Scenario, dump_scenario, load_scenario_text
 from moesim.strict_json import json_text, parse_json
 

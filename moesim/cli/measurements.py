@@ -321,7 +321,8 @@ def _show_estimate(
     args: argparse.Namespace, ops: "Sequence[RecordedOp]", *, source: str, traced: "TracedStep | None"
 ) -> int:
     from moesim.kernels import kernel_model
-    from moesim.recorded.estimate import HOST, scalable_share, step_estimate, step_peak
+    from moesim.recorded.estimate import HOST, scalable_share, step_estimate
+    from moesim.recorded.peak import step_peak
     from moesim.report.imported_step_view import estimate_json, print_estimate
 
     gpu = args.gpu or (traced.calibration.gpu if traced else USUAL_GPU)

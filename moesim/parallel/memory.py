@@ -154,7 +154,7 @@ class Recorded:
 def memory_report(scenario: Scenario, rows: RoutedRows, *, recorded: Recorded | None = None) -> MemoryReport:
     """The memory of every pipeline rank; `rows` from `routed_rows` or `even_rows`.
 
-    `recorded`: of an imported step (`moesim.recorded.scenario_peak`); without it the list stands alone.
+    `recorded`: of an imported step (`moesim.recorded.peak`); without it the list stands alone.
     """
     schedule = _schedule(scenario)
     ranks = [_PipelineRank(scenario, rows, schedule, rank, recorded) for rank in range(schedule.num_ranks)]

@@ -31,7 +31,7 @@ from moesim.program.parameters import ParameterGroups
 from moesim.program.scenario_fabric import scenario_fabric
 from moesim.program.software import kernel_list
 from moesim.program.writer import KernelWriter
-from moesim.recorded.scenario_peak import recorded_memory
+from moesim.recorded.peak import recorded_memory
 from moesim.results.spans import Part
 from moesim.scenario import PipelineSchedule, Scenario
 from moesim.scenario.base import BYTES_PER_ELEMENT

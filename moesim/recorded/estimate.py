@@ -1,7 +1,4 @@
-"""What a recorded step takes: its operations priced, in their order, launched by a host, on one rank or on several.
-
-And the most memory that its tensors take at once, on one GPU and at the size of the recording.
-"""
+"""What a recorded step takes: its operations priced, in their order, launched by a host, on one rank or on several."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,12 +10,10 @@ from moesim.errors import UserError
 from moesim.kernels import KernelModel
 from moesim.kernels.families import FAMILY_OF
 from moesim.kernels.jitter import expected_most
-from moesim.parallel.memory_libraries import WORKSPACE_BYTES
 from moesim.recorded.layers import in_order
 from moesim.recorded.pricing import (
     CHECK,
     GAP_S,
-    OPTIMIZER,
     Launch,
     PricedOp,
     checked_launch,
@@ -28,7 +23,7 @@ from moesim.recorded.pricing import (
 )
 from moesim.recorded.sizes import matched, sizes_of
 from moesim.recorded.spread import PLANS, Host, Ranks, Spreading
-from moesim.recorded.step_file import GRADIENTS, PEAK, RecordedOp
+from moesim.recorded.step_file import GRADIENTS, RecordedOp
 from moesim.recorded.timeline import Timeline, Work, timeline
 
 # What torch's operations, views and weights cost the host: 8 narrow programs on the host of an H100, part by part;
@@ -167,41 +162,3 @@ def _at_load(ops: Sequence[RecordedOp], launches: Sequence[Launch], kernels: Ker
 def _corrected(op: PricedOp, corrections: Corrections) -> PricedOp:
     factor = corrections.factor(kind=op.kind, family=op.family)
     return replace(op, seconds=op.seconds * factor, factor=factor)
-
-
-MOMENTS = 2.0  # of Adam, in the format of the weights
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepPeak:
-    """Bytes of tensors, as `torch.cuda.max_memory_allocated` counts them.
-
-    held: weights, buffers and inputs. states: the optimizer's. phase: in which the most is alive. moving: of it what
-    the step has made, gradients and activations, and the workspaces of products.
-    """
-
-    held: float
-    states: float
-    phase: str
-    moving: float
-
-    @property
-    def total(self) -> float:
-        """All of it."""
-        return self.held + self.states + self.moving
-
-
-def step_peak(ops: Sequence[RecordedOp], *, micro_batches: int = 1) -> StepPeak | None:
-    """That of a step of so many equal micro-batches; None of a trace, of an older file, and of a scaled recording.
-
-    From the second micro-batch on the gradients of the first are there, too.
-    """
-    optimizer = next((op for op in ops if op.name == OPTIMIZER), None)
-    if optimizer is None or PEAK not in optimizer.facts:
-        return None
-    facts, weights = optimizer.facts[PEAK], float(optimizer.reads[0][2])
-    held, later = float(facts["held"]), weights * (micro_batches > 1)
-    moving = {phase: float(facts[phase]) - held + later for phase in ("forward", "backward")}
-    moving["optimizer"] = float(facts["made"])
-    phase = max(moving, key=moving.__getitem__)
-    return StepPeak(held=held, states=MOMENTS * weights, phase=phase, moving=moving[phase] + WORKSPACE_BYTES)

@@ -8,7 +8,7 @@ FSDP2 (torch.distributed.fsdp.fully_shard of every layer and of the whole, at it
 its forward pass, and a layer again before its backward pass, while the unit ahead of it computes; what is gathered is
 copied apart, gradients are copied together and scattered while the next unit computes, and each rank updates its share.
 
-transformers' own plans, whose ranks have the same tokens: `moesim.recorded.sharing`.
+transformers' own plans, whose ranks have the same tokens: `moesim.recorded.plans`.
 
 These are laws of the wrappers' source, held to what they send by tests/importing/test_timelines.py and test_plans.py.
 """
@@ -25,8 +25,8 @@ from moesim.network import Fabric
 from moesim.network.collectives import all_gather_seconds, all_reduce_seconds, reduce_scatter_seconds
 from moesim.network.nccl import ring_bytes
 from moesim.recorded.layers import Block, in_order
+from moesim.recorded.plans import Planned, expert_plan, tensor_plan
 from moesim.recorded.pricing import OPTIMIZER
-from moesim.recorded.sharing import Planned, expert_plan, tensor_plan
 from moesim.recorded.step_file import GRADIENTS, VIEWS, RecordedOp
 from moesim.recorded.timeline import Sent, Work
 

@@ -12,7 +12,8 @@ from rich.console import RenderableType
 
 from moesim.importing.calibration import Calibration
 from moesim.importing.traced_step import TracedStep
-from moesim.recorded.estimate import StepEstimate, StepPeak
+from moesim.recorded.estimate import StepEstimate
+from moesim.recorded.peak import StepPeak
 from moesim.recorded.pricing import PricedOp
 from moesim.report.facts import Fact
 from moesim.report.terminal import fact_table, indented, number_table, section, show

@@ -18,10 +18,10 @@ from moesim.kernels import kernel_model
 from moesim.parallel.memory import memory_report
 from moesim.parallel.memory_rows import even_rows
 from moesim.program.scenario_fabric import node_fabric
-from moesim.recorded.estimate import HOST, slowest_host, step_estimate, step_peak
+from moesim.recorded.estimate import HOST, slowest_host, step_estimate
 from moesim.recorded.layers import DENSE, MOE
+from moesim.recorded.peak import recorded_memory, step_peak
 from moesim.recorded.scaling import scaled, updating
-from moesim.recorded.scenario_peak import recorded_memory
 from moesim.recorded.sizes import matched, sizes_of
 from moesim.recorded.spread import FSDP2, Ranks
 from moesim.recorded.step_file import AGAIN, GRADIENT_WIDTHS, MODEL_SIZES, RecordedOp, load_step, save_step

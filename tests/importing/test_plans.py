@@ -10,8 +10,8 @@ from moesim.importing.recording import record_step
 from moesim.kernels import KernelModel, kernel_model
 from moesim.program.scenario_fabric import node_fabric
 from moesim.recorded.estimate import StepEstimate, step_estimate
+from moesim.recorded.plans import expert_plan, tensor_plan
 from moesim.recorded.pricing import OPTIMIZER
-from moesim.recorded.sharing import expert_plan, tensor_plan
 from moesim.recorded.spread import EP, TP, Ranks
 from moesim.recorded.step_file import RecordedOp
 

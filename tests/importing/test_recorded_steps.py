@@ -20,10 +20,10 @@ from moesim.kernels import kernel_model
 from moesim.parallel.memory import memory_report
 from moesim.parallel.memory_libraries import WORKSPACE_BYTES
 from moesim.parallel.memory_rows import even_rows
-from moesim.recorded.estimate import HOST, step_estimate, step_peak
+from moesim.recorded.estimate import HOST, step_estimate
+from moesim.recorded.peak import recorded_memory, step_peak
 from moesim.recorded.pricing import launch_of
 from moesim.recorded.scaling import updating
-from moesim.recorded.scenario_peak import recorded_memory
 from moesim.recorded.step_file import load_step, save_step
 from moesim.strict_json import parse_json
 

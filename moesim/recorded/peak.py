@@ -1,25 +1,65 @@
-"""What the recording of an imported step says of a scenario's memory.
+"""The most memory that tensors of a recorded step take, on one GPU at its own size, and what it says of a scenario.
 
 The list of switches walks the moments of a step at any size and layout; the recording knows its own peak, at its own
 size on one GPU. So the list is asked for that size, too, and what the recording takes more or less there, a scenario
 takes at its own.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moesim.parallel.memory import Recorded, recorded_beside
+from moesim.parallel.memory_libraries import WORKSPACE_BYTES
 from moesim.parallel.memory_rows import even_rows
-from moesim.recorded.estimate import step_peak
 from moesim.recorded.pricing import DTYPES, OPTIMIZER
 from moesim.recorded.scaling import RecordedStep, recorded_step
 from moesim.recorded.sizes import StepSizes
+from moesim.recorded.step_file import PEAK, RecordedOp
 from moesim.recorded.widths import OF_LATENT, OF_MODEL, SHARED_WIDTH
 from moesim.scenario import Scenario
 from moesim.scenario.model import Mla, Model
 from moesim.scenario.placement import Contiguous
 from moesim.scenario.routing import NoCapacity
 from moesim.scenario.schema import Parallelism
+
+MOMENTS = 2.0  # of Adam, in the format of the weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepPeak:
+    """Bytes of tensors, as `torch.cuda.max_memory_allocated` counts them.
+
+    held: weights, buffers and inputs. states: the optimizer's. phase: in which the most is alive. moving: of it what
+    the step has made, gradients and activations, and the workspaces of products.
+    """
+
+    held: float
+    states: float
+    phase: str
+    moving: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.held + self.states + self.moving
+
+
+def step_peak(ops: Sequence[RecordedOp], *, micro_batches: int = 1) -> StepPeak | None:
+    """That of a step of so many equal micro-batches; None of a trace, of an older file, and of a scaled recording.
+
+    From the second micro-batch on the gradients of the first are there, too.
+    """
+    optimizer = next((op for op in ops if op.name == OPTIMIZER), None)
+    if optimizer is None or PEAK not in optimizer.facts:
+        return None
+    facts, weights = optimizer.facts[PEAK], float(optimizer.reads[0][2])
+    held, later = float(facts["held"]), weights * (micro_batches > 1)
+    moving = {phase: float(facts[phase]) - held + later for phase in ("forward", "backward")}
+    moving["optimizer"] = float(facts["made"])
+    phase = max(moving, key=moving.__getitem__)
+    return StepPeak(held=held, states=MOMENTS * weights, phase=phase, moving=moving[phase] + WORKSPACE_BYTES)
 
 
 def recorded_memory(scenario: Scenario) -> Recorded | None:
