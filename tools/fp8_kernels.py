@@ -101,7 +101,7 @@ def _blocks(x, out, scale, turned, turned_scale, R, W, each, both: tl.constexpr,
 
 
 def blocks(x: Tensor, *, both: bool, each: int = 0) -> Cast:
-    """Scales of 1 x 128 along rows, and, `both`, of the transpose along columns. Scales are [W / 128, R], [R / 128, W]."""
+    """Scales of 1 x 128 along rows, [W / 128, R], and, `both`, of the transpose along columns, [R / 128, W]."""
     rows, width = x.shape
     out, scale = _empty(x, rows, width), _empty(x, width // BLOCK, rows, dtype=torch.float32)
     turned = _empty(x, width, rows) if both else out
@@ -144,7 +144,7 @@ def _tiles(x, out, scale, turned, turned_scale, W, each, long, tall, B: tl.const
 
 
 def tiles(weight: Tensor, *, pad: bool) -> Cast:
-    """A weight [N, K], or of each expert, both ways with scales of 128 x 128; `pad`: rows of scales end at a multiple of 4."""
+    """A weight [N, K], or of each expert, both ways with scales of 128 x 128, in rows of a multiple of 4 with `pad`."""
     experts, n, k = (1, *weight.shape) if weight.ndim == 2 else weight.shape
     long, tall = (-(-side // BLOCK // 4) * 4 if pad else side // BLOCK for side in (k, n))
     out, turned = _empty(weight, *weight.shape), _empty(weight, *weight.shape[:-2], k, n)
@@ -259,7 +259,7 @@ def rotate(qkv: Tensor, *, heads: int, length: int, width: int) -> None:
 
 
 def joined_back(parts: list[Tensor], *, length: int) -> Tensor:
-    """Gradients of queries, keys and values [B, S, heads, width] in one row a token; those of queries and keys turned back."""
+    """Gradients of queries, keys and values [B, S, heads, width] in one row a token, the first two turned back."""
     batch, sequence, _, width = parts[0].shape
     heads = [part.shape[2] for part in parts]
     out = torch.empty(batch * sequence, sum(heads) * width, dtype=parts[0].dtype, device=parts[0].device)

@@ -105,15 +105,16 @@ class Network:
         act = self.recipe.activated(h, gates, self.slots, self.group)
         return self.recipe.product(act, self.down, self.group), (operand, h, act)
 
-    def back(self, dy: Tensor, gates: Tensor | None, kept: Any) -> tuple[Tensor, Tensor | None]:
-        """Gradients of the input and of the gates."""
+    def back(self, dy: Tensor, gates: Tensor | None, kept: list[Any]) -> tuple[Tensor, Tensor | None]:
+        """Gradients of the input and of the gates; `kept` is empty behind it."""
         (operand, h, act), recipe, group = kept, self.recipe, self.group
+        kept.clear()
         gradient = recipe.gradient(dy, group)
         dact = recipe.back(gradient, self.down, group)
         recipe.weight_back(gradient, act, self.down, group)
         del gradient, act
         inner, dgates = recipe.activated_back(dact, h, gates, self.slots, group)
-        del dact
+        del dact, h
         dx = recipe.back(inner, self.up, group)
         recipe.weight_back(inner, operand, self.up, group)
         return dx, dgates
@@ -123,7 +124,7 @@ class Dense(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, network: Network) -> Tensor:
         out, kept = network.ahead(x, None)
-        ctx.kept = network, kept
+        ctx.kept = network, [*kept]
         return out
 
     @staticmethod
@@ -140,7 +141,7 @@ class Moe(torch.autograd.Function):
         shares, gates = kernels.choose(y @ gate.value.T, route.ids_TK)
         out, kept = experts.ahead(kernels.gather(y, route.source_R), gates)
         beside, kept_shared = shared.ahead(y, None) if shared else (None, None)
-        ctx.kept = y, gate, experts, shared, route, shares, gates, kept, kept_shared
+        ctx.kept = y, gate, experts, shared, route, shares, gates, [*kept], [*(kept_shared or ())]
         return kernels.sum_rows(out, route.places_TK, *([] if beside is None else [beside]))
 
     @staticmethod
@@ -148,7 +149,6 @@ class Moe(torch.autograd.Function):
         y, gate, experts, shared, route, shares, gates, kept, kept_shared = _kept(ctx)
         beside = [shared.back(dy, None, kept_shared)[0]] if shared else []
         drows, dgates = experts.back(kernels.gather(dy, route.source_R), gates, kept)
-        del kept
         dlogits = kernels.choose_back(dgates, route.ids_TK, shares)
         of_gate = dlogits @ gate.value
         gate.gradient = dlogits.T @ y

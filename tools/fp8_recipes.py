@@ -116,12 +116,11 @@ class PerTensor(Wide):
         return casts.scaled_both(x, self.most[self.used - 1], experts=experts, each=each)
 
     def prepare(self, weight: Weight, *, grouped: bool) -> None:
-        value = weight.value
+        value, weight.cast = weight.value, None
         weight.cast = self._cast(value.flatten(0, -2), len(value) if grouped else 0, value.shape[-2])
 
     def operand(self, x: Tensor, group: Group | None) -> Cast:
-        cast = self._cast(x, group.experts if group else 0)
-        return cast
+        return self._cast(x, group.experts if group else 0)
 
     gradient = operand
 
@@ -168,6 +167,7 @@ class Blockwise(Wide):
         self.rows, self.tiles = kinds.BlockWise1x128, kinds.BlockWise128x128
 
     def prepare(self, weight: Weight, *, grouped: bool) -> None:
+        weight.cast = None
         weight.cast = casts.tiles(weight.value, pad=not grouped)
 
     def operand(self, x: Tensor, group: Group | None) -> Cast:

@@ -20,6 +20,7 @@ def compiled_scenario(sizes: Mapping[str, Any], recipe: str) -> Scenario:
     own = scenario_of(sizes, "bf16" if recipe == "bf16" else "per_tensor", host="graph").model_dump(exclude_unset=True)
     own["workload"]["precision"] |= {"master": "none", "optimizer": "bf16"}
     own["implementation"] |= {"qkv": "separate", "ffn_inputs": "separate", "fresh_gradients": True}
+    own["implementation"] |= {"optimizer": "fused"}
     return scenario_from_mapping(own)
 
 

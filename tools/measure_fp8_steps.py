@@ -18,6 +18,7 @@ import sys
 import time
 import traceback
 from dataclasses import asdict
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 sys.path.append(str(Path(__file__).parent))
-from fp8_cases import CASES, DENSE, TINY, TORCHAO
+from fp8_cases import CASES, DENSE, LATER, SIZES, TINY, TORCHAO
 from fp8_cases import RECIPES as NAMES
 from fp8_compiled import CompiledTrainer
 from fp8_program import Trainer
@@ -64,7 +65,7 @@ def kernels_of(run: Any) -> list[tuple[str, float]]:
         run()
         torch.cuda.synchronize()
     found = [event for event in profiler.profiler.kineto_results.events() if "CUDA" in str(event.device_type())]
-    found = [event for event in found if event.duration_ns() > 0 and not event.name().startswith("## ")]
+    found = [event for event in found if event.duration_ns() > 0 and "#" not in event.name()]  # no annotations
     found.sort(key=lambda event: event.start_ns())
     return [(event.name()[:200], event.duration_ns() / 1e3) for event in found]
 
@@ -82,7 +83,7 @@ def compiled(sizes: Sizes, recipe: str) -> dict[str, Any]:
     return found | {"eager": steps(trainer.step, seconds=1.2), "kernels": kernels_of(trainer.step)}
 
 
-def measured(sizes: Sizes, recipe: str) -> dict[str, Any]:
+def measured(sizes: Sizes, recipe: str, *, only_peak: bool = False) -> dict[str, Any]:
     """One size by one recipe."""
     torch.manual_seed(0)
     trainer = Trainer(sizes, RECIPES[recipe]())
@@ -92,6 +93,8 @@ def measured(sizes: Sizes, recipe: str) -> dict[str, Any]:
     loss = float(trainer.step())
     found: dict[str, Any] = {"loss": loss, "peak": torch.cuda.max_memory_allocated()}
     found |= {"parameters": sum(weight.value.numel() for weight in trainer.weights.values())}
+    if only_peak:
+        return found
     found["eager"] = steps(trainer.step, seconds=0.8)
     try:
         side = torch.cuda.Stream()
@@ -141,8 +144,7 @@ def check() -> None:
 def prepare(part: int, parts: int) -> None:
     """Run the grouped products of every PARTS-th size once, so that DeepGEMM compiles their kernels."""
     recipe = Blockwise()
-    for case in [case for case in CASES if case.sizes.experts][part::parts]:
-        sizes = case.sizes
+    for sizes in [sizes for sizes in (*SIZES.values(), *LATER.values()) if sizes.experts][part::parts]:
         each = sizes.tokens * sizes.top_k // sizes.experts
         ids = torch.arange(sizes.experts, dtype=torch.int32, device="cuda")
         for k, n in ((sizes.hidden, 2 * sizes.expert_width), (sizes.expert_width, sizes.hidden)):
@@ -170,9 +172,12 @@ def main() -> None:
     parser.add_argument("--prepare", type=int)
     parser.add_argument("--parts", type=int, default=1)
     parser.add_argument("--only", default="")
+    parser.add_argument("--skip", default="", help="names that are left out")
     parser.add_argument("--seconds", type=float, default=300.0)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--compiled", action="store_true")
+    parser.add_argument("--later", action="store_true")
+    parser.add_argument("--peaks", action="store_true", help="nothing but the peaks of memory")
     parser.add_argument("--quiet", action="store_true", help="print no times, so that predictions can be made blind")
     args = parser.parse_args()
     if args.check:
@@ -184,10 +189,14 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     begin, done = time.perf_counter(), []
     cases = [(case.name, case.sizes, case.blind) for case in CASES]
+    cases = [(name, sizes, True) for name, sizes in LATER.items()] if args.later else cases
     cases = [(name, sizes, True) for name, sizes in DENSE.items()] if args.compiled else cases
     cases = [(name, sizes, False) for name, sizes in TINY.items()] if args.tiny else cases
     way, file = (compiled, "compiled-steps.json") if args.compiled else (measured, "fp8-steps.json")
-    for name, sizes, blind in [case for case in cases if args.only in case[0]]:
+    file = f"later-{file}" if args.later else file
+    if args.peaks:
+        way, file = partial(measured, only_peak=True), "peaks.json"
+    for name, sizes, blind in [case for case in cases if args.only in case[0] and case[0] not in args.skip.split(",")]:
         for recipe in TORCHAO if args.compiled else NAMES:
             if time.perf_counter() - begin > args.seconds:
                 print(f"{name} {recipe}: no time left", flush=True)

@@ -19,7 +19,7 @@ from moesim.program.loads import RoutingSample
 from moesim.results.spans import SpanTable, Stream
 from moesim.scenario import Scenario
 from moesim.scenario.failures import Speeds
-from moesim.scenario.flops import model_flops_per_token
+from moesim.scenario.flops import TRAINING_PASSES, WIDE_PARTS, forward_flops_per_token
 from moesim.scenario.schema import PipelineSchedule
 
 FEW_LAYERS = 8
@@ -86,8 +86,10 @@ def unevenness(tables: Sequence[SpanTable]) -> float:
 
 
 def step_flops(scenario: Scenario, kernels: KernelModel) -> float:
-    """Model FLOPs of one rank and step, those of FP8 products counted by their power."""
+    """Model FLOPs of one rank and step, each counted by the power that one of its format takes."""
     workload = scenario.workload
-    per_token = model_flops_per_token(scenario.model, sequence_length=workload.sequence_length, causal=True)
-    share = kernels.power_share(workload.precision.kernels)
-    return share * per_token * scenario.tokens_per_step / scenario.parallelism.world_size
+    precision = workload.precision
+    narrow, wide = (kernels.power_share(dtype) for dtype in (precision.kernels, precision.wide))
+    ahead = forward_flops_per_token(scenario.model, sequence_length=workload.sequence_length, causal=True)
+    per_token = sum(flops * (wide if part in WIDE_PARTS else narrow) for part, flops in ahead.items())
+    return TRAINING_PASSES * per_token * scenario.tokens_per_step / scenario.parallelism.world_size

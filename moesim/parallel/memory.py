@@ -541,7 +541,7 @@ class _PipelineRank:
         their own, which steps behind that of the other weights. Of one tensor where each is by itself.
         """
         way = self.scenario.implementation.switches.optimizer
-        if way == "fused":
+        if way in ("flat", "fused"):
             return 0.0
         if way == "loop":
             return 2 * FP32 * table_parameters(self.scenario)

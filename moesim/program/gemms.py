@@ -13,7 +13,8 @@ depth.
     nvfp4       as per_tensor (it has a scale of the whole operand, too), in 4 bits.
 
 What arrives from a dispatch in FP8 with scales of 1 x 128 is widened first where the recipe is another. Weights are
-cast once in a step, in both orders, whatever the number of micro-batches. Every kernel is a memory-bound kind of its
+cast once in a step, in both orders, whatever the number of micro-batches; a block of 128 x 128 has one scale both ways,
+which is as little work as a scale that is known. Every kernel is a memory-bound kind of its
 own, measured as Triton kernels of this project on an H100 (`moesim calibrate --families fp8`).
 
 Tensor ranks share products as in Megatron-Core, with sequence parallelism (arXiv 1909.08053, 2205.05198). Between
@@ -47,7 +48,8 @@ from moesim.scenario.base import BYTES_PER_ELEMENT
 from moesim.scenario.software import RECIPES
 
 WIDE = BYTES_PER_ELEMENT["bf16"]
-ALONG, TURN, WIDEN, LARGEST = "fp8_cast", "fp8_turn", "fp8_widen", "largest"  # kinds of memory-bound kernels
+# Kinds of memory-bound kernels.
+ALONG, TURN, WIDEN, LARGEST, KNOWN = "fp8_cast", "fp8_turn", "fp8_widen", "largest", "scaled_cast_both"
 DISPATCHED = RECIPES["blockwise"].value_bytes  # as rows travel between ranks
 
 
@@ -129,6 +131,8 @@ def weight_casts(w: KernelWriter, *, weights: float, are_narrow: bool) -> list[O
         return []
     if are_narrow:
         return [_moved(w, "weights.turn", TURN, weights, 2 * w.recipe.value_bytes)]
+    if w.recipe.fuses:
+        return [_moved(w, "weights.cast", KNOWN, weights, WIDE + 2 * w.recipe.value_bytes)]
     return cast_both_ways(w, "weights", weights)
 
 

@@ -2,8 +2,9 @@
 
 The optimizer is Adam over the parameters that a rank updates, and the norm of their gradients. Of p parameters with
 gradients of g bytes, moments of o, weights of w, and perhaps a master copy of 4:
-    fused     one kernel: g + 4 o + 2 w; with a master copy g + 4 o + 8 and the weights written, w, or, where they are
-              cast behind it, 4 + w by a kernel of its own; tensors of few numbers take a launch's time
+    flat      one kernel: g + 4 o + 2 w; with a master copy g + 4 o + 8 and the weights written, w, or, where they are
+              cast behind it, 4 + w by a kernel of its own; as fast as an elementwise kernel's bytes pass
+    fused     the same bytes by torch's kernel, which is slower; tensors of few numbers take a launch's time
     foreach   torch's eight kernels over lists of tensors: 4 w + 2 g + 14 o, of the master copy where there is one
     loop      the same eight over every tensor
 Behind it the weights of products in fp8 or fp4 are cast (`moesim.program.gemms`).
@@ -145,21 +146,23 @@ def optimizer_block(
     precision, software = scenario.workload.precision, scenario.implementation.software
     switches = scenario.implementation.switches
     w = KernelWriter(kernels, dtype=precision.kernels, part=Part.OPTIMIZER).during(Phase.OPTIMIZER)
-    in_bf16 = software.bf16_optimizer and precision.optimizer == "bf16"
-    kind = "optimizer_bf16" if in_bf16 else "optimizer_fp32"
+    in_bf16, is_flat = software.bf16_optimizer and precision.optimizer == "bf16", switches.optimizer == "flat"
+    kind = "elementwise" if is_flat else "optimizer_bf16" if in_bf16 else "optimizer_fp32"
     size, has_master = BYTES_PER_ELEMENT, precision.master == "fp32"
     gradients, moments = size[precision.gradients], size[precision.optimizer]
     weights = size["fp32"] if has_master else size[precision.weights]
     tensors = _tensors(scenario)
     out: list[Operation] = _norm(w, scenario, parameters=parameters, tensors=tensors)
-    cast_behind = has_master and (switches.weight_copy or switches.optimizer != "fused")
-    if switches.optimizer == "fused":
+    in_one = switches.optimizer in ("flat", "fused")
+    cast_behind = has_master and (switches.weight_copy or not in_one)
+    if in_one:
         per_parameter = gradients + 4 * moments + 2 * size[precision.weights]
         if has_master:
             per_parameter += 2 * size["fp32"] - size[precision.weights]  # the weights are then only written
         if cast_behind:
             per_parameter -= size[precision.weights]
-        out.append(_in_blocks(w.moved("adamw", kind, launches, bytes_=parameters * per_parameter), parameters, tensors))
+        step = w.moved("adamw", kind, launches, bytes_=parameters * per_parameter)
+        out.append(step if is_flat else _in_blocks(step, parameters, tensors))
     else:
         launches = forward("plain") * (tensors if switches.optimizer == "loop" else 1)
         steps = {

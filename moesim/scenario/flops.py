@@ -208,6 +208,10 @@ def attention_score_flops(model: Model, *, sequence_length: int, causal: bool) -
     return scores
 
 
+# Parts of a step whose products stay in two bytes and more where those of the others are in fp8 or fp4.
+WIDE_PARTS = frozenset({"attention_scores", "router", "head"})
+
+
 def forward_flops_per_token(model: Model, *, sequence_length: int, causal: bool) -> Mapping[str, float]:
     """Forward FLOPs of one token by part, over all layers of the main model.
 

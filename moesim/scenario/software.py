@@ -95,9 +95,10 @@ class Switches:
         "Gradient of the embedding: a gather's bytes, or torch's kernel",
     ] = "gather"
     optimizer: Annotated[
-        Literal["fused", "foreach", "loop"],
-        "Adam: one fused kernel, foreach over lists of tensors, or a loop over them",
-    ] = "fused"
+        Literal["flat", "fused", "foreach", "loop"],
+        "Adam: one kernel over flat tensors, as fast as its bytes pass; torch's fused one; foreach over lists of "
+        "tensors, or a loop over them",
+    ] = "flat"
     gradient_norm: Annotated[
         Literal["free", "kernel", "foreach", "loop"],
         "What clipping costs on the GPU: free, a kernel over all gradients, foreach, that and a scaling of all, or "
@@ -246,6 +247,7 @@ MEGATRON = SoftwareFacts(
         loss="parallel",
         embedding="torch",
         activation="compiled",
+        optimizer="fused",
         gradient_norm="kernel",
         weight_copy=True,
         zeroed_gradients=True,
@@ -304,6 +306,7 @@ TRANSFORMERS = SoftwareFacts(
         activation="unfused",
         loss="fp32",
         embedding="torch",
+        optimizer="fused",
         gradient_norm="foreach",
         accumulation="autograd",
         fresh_gradients=True,
@@ -342,6 +345,7 @@ TORCHTITAN = SoftwareFacts(
         loss="fp32",
         loss_chunks=8,
         embedding="torch",
+        optimizer="fused",
         gradient_norm="foreach",
         accumulation="autograd",
         reduce_dtype="fp32",
@@ -374,6 +378,7 @@ TORCH_EAGER = SoftwareFacts(
         activation="unfused",
         loss="fp32",
         embedding="torch",
+        optimizer="fused",
         accumulation="autograd",
         flat_gradients=True,
         fresh_gradients=True,

@@ -221,6 +221,7 @@ SLOWER: dict[str, dict[str, Any]] = {  # settings that launch more, or move more
     "loss": {"loss": "fp32"},
     "embedding": {"embedding": "torch"},
     "latent": {"layout_copies": "double"},
+    "optimizer": {"optimizer": "fused"},
     "host": {"host": "launches"},
 }
 
