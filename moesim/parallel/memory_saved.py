@@ -5,8 +5,9 @@ those of one rank: tensor parallelism with sequence parallelism and context para
 form keeps a rank's share of every tensor (arXiv 2205.05198), so no width below is divided by the tensor ranks.
 
 Between kernels lies bf16 (2 bytes). Inputs of matrix products are kept in the GEMM's format with its scales (blockwise
-fp8: 1 byte and 4 per 128 values, as DeepSeek-V3 caches them, and SwiGLU's inputs likewise, arXiv 2412.19437 section
-3.3.3), but the router's input and the attention's output in bf16. What else is kept follows from the switches of the
+fp8: 1 byte and 4 per 128 values, as DeepSeek-V3 caches them), but the router's input and the attention's output in
+bf16; inputs of SwiGLU in bf16, as its kernel reads them, but where a software stores them as narrow (DeepSeek-V3's,
+arXiv 2412.19437 section 3.3.3). What else is kept follows from the switches of the
 software (`moesim.scenario.software`), as autograd keeps it: an unfused norm its input in fp32 and its result before the
 weight; an unfused activation silu's output beside its inputs; repeated keys and values; attention's output in two
 orders where it is copied, and the scores of an unfused one; logits in fp32, of one chunk; gates inside of an expert no
@@ -169,7 +170,9 @@ class SavedTensors:
 
     def _gated(self, part: Part, width: float, unit: Unit = "token", *, again: tuple[str, ...] = ()) -> Iterator[Saved]:
         """W1 x and W3 x, and silu(W1 x) * W3 x, the input of W2; eager keeps silu(W1 x) too."""
-        inputs = (self.scenario.model.ffn_matrices - 1) * self._product_input
+        stores_narrow = self.scenario.implementation.software.stores_narrow_inputs
+        each = self._product_input if stores_narrow else self.activation_bytes
+        inputs = (self.scenario.model.ffn_matrices - 1) * each
         unfused = self._switches.activation == "unfused"
         kept = (2 * self.scenario.model.ffn_matrices - 3) * self.activation_bytes if unfused else inputs
         yield Saved(part, width * kept, unit, again)

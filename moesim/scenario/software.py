@@ -193,8 +193,8 @@ class SoftwareFacts:
     width), recomputes_parts, overlaps, copies_experts (an expert in more than one slot), deduplicates (a token goes
     once to a rank for several experts), casts_fp8 (products of FP8 with casts of their own), plain_queries (latent
     attention without compressed queries), query_key_norms (where a model has them), expert_ranks (experts on several
-    ranks), buffers_scores (unfused attention has a buffer for scores that stays), and runs_here: whether it is what
-    `moesim validate` runs. bf16_optimizer: states in bf16 are updated by a kernel for them, else by that for fp32.
+    ranks), buffers_scores (unfused attention has a buffer for scores that stays), stores_narrow_inputs (activations keep
+    their inputs in the format of the products), and runs_here: whether it is what `moesim validate` runs. bf16_optimizer: states in bf16 are updated by a kernel for them, else by that for fp32.
     """
 
     name: str
@@ -219,6 +219,7 @@ class SoftwareFacts:
     query_key_norms: bool = True
     expert_ranks: bool = True
     buffers_scores: bool = False
+    stores_narrow_inputs: bool = False
     runs_here: bool = False
 
 
@@ -285,6 +286,7 @@ DEEPSEEK = SoftwareFacts(
     "published bandwidths, its FP8 products beside DeepGEMM's",
     switches=Switches(gradient_norm="kernel", weight_copy=True, embedding="torch", counts=True),
     shared_beside=True,
+    stores_narrow_inputs=True,
 )
 TRANSFORMERS = SoftwareFacts(
     name="transformers",
