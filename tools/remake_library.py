@@ -249,7 +249,8 @@ def train_bunch(points: Sequence[LibraryPoint], out: Path) -> list[str]:
     from static_training import StaticTrainer, train_together
 
     from moesim.routing.corpus import load_corpus
-    from moesim.routing.training import device_of, held_out_sequences
+    from moesim.routing.held_out import held_out_sequences
+    from moesim.routing.training import device_of
 
     first = points[0].request
     corpus = load_corpus(first.corpus)
@@ -273,7 +274,7 @@ def train_bunch(points: Sequence[LibraryPoint], out: Path) -> list[str]:
 def keep_order(request: TrainingRequest, out: Path) -> TextOrder:
     """The order of the evaluated held-out text, written into the folder of the entries that use it."""
     from moesim.routing.corpus import load_corpus
-    from moesim.routing.training import held_out_sequences
+    from moesim.routing.held_out import held_out_sequences
 
     held_out = load_corpus(request.corpus).held_out
     text = held_out_sequences(held_out, num_sequences=EVALUATED_SEQUENCES, length=request.sequence_length)
@@ -316,7 +317,8 @@ def _record(trainer: "StaticTrainer", held_out: bytes) -> RoutingTrace:
     """The trained router's routing of held-out text in the kept layers, with the counts of earlier steps."""
     from static_training import flash_attention
 
-    from moesim.routing.training import device_name, record
+    from moesim.routing.held_out import record
+    from moesim.routing.training import device_name
 
     request, layers = trainer.request, recorded_layers(trainer.request)
     with flash_attention(trainer.device):

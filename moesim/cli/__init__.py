@@ -14,7 +14,7 @@ from functools import cache
 from typing import NoReturn
 
 from moesim import __version__
-from moesim.cli import catalogue, measurements, one_scenario, studies, traces
+from moesim.cli import catalogue, launches, measurements, one_scenario, studies, traces
 from moesim.cli.flags import INTERRUPTED_EXIT_CODE, Interrupted, discard_output, open_closed_streams, write_stderr
 from moesim.errors import UserError, closest, one_line
 from moesim.processes import signals_interrupt
@@ -100,7 +100,7 @@ VERBS = {
         studies.plan,
         studies.plot,
         catalogue.scenarios,
-        catalogue.from_megatron,
+        launches.from_megatron,
         catalogue.model,
         catalogue.gpus,
         measurements.import_step,

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from moesim.cli.catalogue import LAUNCH, flags_json, print_command, print_reading_summary, read_launch_of, software_flag
 from moesim.cli.flags import (
     CACHE,
     FORCE,
@@ -36,6 +35,7 @@ from moesim.cli.flags import (
     write_output,
     write_page,
 )
+from moesim.cli.launches import LAUNCH, flags_json, print_command, print_reading_summary, read_launch_of, software_flag
 from moesim.errors import UserError
 
 if TYPE_CHECKING:

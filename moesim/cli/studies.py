@@ -9,7 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moesim.cli.catalogue import print_command, software_flag
 from moesim.cli.flags import (
     CACHE,
     FORCE,
@@ -27,6 +26,7 @@ from moesim.cli.flags import (
     wants_screen,
     write_output,
 )
+from moesim.cli.launches import print_command, software_flag
 from moesim.errors import UserError
 
 if TYPE_CHECKING:

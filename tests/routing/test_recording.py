@@ -11,8 +11,8 @@ from moe_cases import shape_of, small_request
 from moesim.errors import UserError
 from moesim.routing import training
 from moesim.routing.corpus import load_corpus
+from moesim.routing.held_out import held_out_sequences, record
 from moesim.routing.request import TrainingRequest
-from moesim.routing.training import held_out_sequences, record
 from moesim.routing.transformer import LanguageModel
 from moesim.scenario.routing import DeviceCapacity
 

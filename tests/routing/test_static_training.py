@@ -11,8 +11,9 @@ from moe_cases import shape_of, small_request
 from static_training import StaticExperts, StaticTrainer, static_permutation, train_together
 
 from moesim.routing.corpus import load_corpus
+from moesim.routing.held_out import held_out_sequences
 from moesim.routing.request import TrainingRequest
-from moesim.routing.training import held_out_sequences, train_router
+from moesim.routing.training import train_router
 from moesim.routing.transformer import RoutedExperts
 from moesim.scenario.routing import Balance, DeviceCapacity, ExpertCapacity, LossFree, NoCapacity
 

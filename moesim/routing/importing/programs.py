@@ -14,9 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.errors import UserError
+from moesim.routing.importing.data_files import (
+    Array,
+    load_arrays,
+    load_counters,
+    load_parquet,
+    load_safetensors,
+    load_tensors,
+    refuse,
+)
 from moesim.routing.importing.source import (
     NUMBER,
-    Array,
     Layer,
     Selections,
     Source,
@@ -24,11 +32,6 @@ from moesim.routing.importing.source import (
     field_of,
     files_under,
     json_lines,
-    load_arrays,
-    load_counters,
-    load_parquet,
-    load_safetensors,
-    load_tensors,
     logical_ids,
     note_of_silent,
     note_of_unread,
@@ -36,7 +39,6 @@ from moesim.routing.importing.source import (
     numbers_of,
     of_counts,
     of_steps,
-    refuse,
     table_of,
     whole,
 )
