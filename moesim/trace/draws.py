@@ -156,19 +156,28 @@ _ROUNDS = 12
 _CELLS = 4_000_000  # numbers in memory at once
 
 
+def capped_shares(shares_E: Array, *, total: float, most: float = 1.0) -> Floats:
+    """Numbers in proportion to `shares_E`, `total` in sum and none above `most`: what is cut off goes to the others.
+
+    With total = K they are the shares of tokens that choose each expert. There are at least `total` positive shares.
+    """
+    shares_E = np.asarray(shares_E, dtype=np.float64)
+    assert (shares_E > 0).sum() >= total
+    full_E = np.zeros(len(shares_E), dtype=bool)
+    while True:
+        rest = shares_E[~full_E].sum()
+        factor = (total - most * full_E.sum()) / rest if rest > 0 else 0.0
+        capped_E = np.where(full_E, most, shares_E * factor)
+        if (over_E := capped_E > most * (1 + 1e-12)).any():
+            full_E |= over_E
+            continue
+        return np.minimum(capped_E, most)
+
+
 def shares_of_counts(counts_LE: Floats, *, top_k: int) -> Floats:
     """Shares of the tokens that choose each expert: in proportion to the counts, at most 0.999, K in sum."""
     most = _MOST_SHARE if top_k < counts_LE.shape[1] else 1.0
-    share_LE = counts_LE * (top_k / counts_LE.sum(axis=1, keepdims=True))
-    for _ in range(counts_LE.shape[1]):
-        full_LE = share_LE >= most
-        rest_L = top_k - most * full_LE.sum(axis=1)
-        free_L = np.where(full_LE, 0.0, share_LE).sum(axis=1)
-        factor_L = np.divide(rest_L, free_L, out=np.ones_like(rest_L), where=free_L > 0)
-        share_LE = np.where(full_LE, most, share_LE * factor_L[:, None])
-        if (share_LE <= most * (1 + 1e-12)).all():
-            break
-    return np.asarray(np.minimum(share_LE, most))
+    return np.stack([capped_shares(counts_E, total=top_k, most=most) for counts_E in counts_LE])
 
 
 def weights_of_shares(share_LE: Floats, *, top_k: int) -> Floats:
@@ -223,24 +232,6 @@ _GOLDEN = (5**0.5 - 1) / 2  # its multiples are spread evenly over 0 to 1 howeve
 _NEVER = 1e-30  # weight of an expert that nobody chooses: it comes last among those of allowed groups
 _EDGE = 1e-6  # of a row: more than the round-off of a sum of shares
 _DIRECT_ROUNDS, _MOST_ROUNDS = 6, 60
-
-
-def capped_shares(shares_E: Array, *, total: float) -> NDArray[np.float64]:
-    """Numbers in proportion to `shares_E` that add up to `total`, none above 1: what is cut off goes to the others.
-
-    With total = K they are the shares of tokens that choose each expert. There are at least `total` positive shares.
-    """
-    shares_E = np.asarray(shares_E, dtype=np.float64)
-    assert (shares_E > 0).sum() >= total
-    full_E = np.zeros(len(shares_E), dtype=bool)
-    while True:
-        rest = shares_E[~full_E].sum()
-        factor = (total - full_E.sum()) / rest if rest > 0 else 0.0
-        capped_E = np.where(full_E, 1.0, shares_E * factor)
-        if (over_E := capped_E > 1.0 + 1e-12).any():
-            full_E |= over_E
-            continue
-        return np.minimum(capped_E, 1.0)
 
 
 def whole_quotas(chosen_E: Array, *, tokens_B: Array, order_E: Array, start: float) -> NDArray[np.int64]:
