@@ -36,7 +36,7 @@ def test_batching_does_not_change_what_is_recorded(corpus: Path, length: int, mo
     request = small_request(corpus, sequence_length=length, capacity=DeviceCapacity(kind="device", factor=0.1))
     model, held_out = model_of(request), load_corpus(str(corpus)).held_out
     together = record(model, request, held_out, step=0, num_sequences=6)
-    monkeypatch.setattr(held_out, "TOKENS_PER_FORWARD", 1)
+    monkeypatch.setattr("moesim.routing.held_out.TOKENS_PER_FORWARD", 1)
     alone = record(model, request, held_out, step=0, num_sequences=6)
     assert together.step.expert_ids_LSTK.shape == (2, 6, length, 4)
     assert together.step.expert_ids_LSTK.dtype == np.int16 and together.step.expert_ids_LSTK.min() >= 0  # no dropping
