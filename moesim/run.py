@@ -5,8 +5,8 @@ from pathlib import Path
 
 from moesim.engine import simulate_samples, step_kernels
 from moesim.parallel import TrafficSampler
-from moesim.parallel.memory import MemoryReport
-from moesim.parallel.memory_remedy import check_memory
+from moesim.parallel.memory.remedy import check_memory
+from moesim.parallel.memory.report import MemoryReport
 from moesim.parallel.traffic_sample import TrafficSample
 from moesim.program.drawn_routing import draw_samples, obtain_trace, rows_of_variant
 from moesim.program.scenario_fabric import scenario_fabric, scenario_kernels

@@ -14,8 +14,8 @@ from typing import Any
 
 from fused_cases import CASES, LAST, SPREAD
 
-from moesim.parallel.memory import MemoryReport, memory_report
-from moesim.parallel.memory_rows import even_rows
+from moesim.parallel.memory.report import MemoryReport, memory_report
+from moesim.parallel.memory.rows import even_rows
 from moesim.scenario import Scenario, scenario_from_mapping
 from moesim.strict_json import json_text, parse_json
 

@@ -16,9 +16,9 @@ from listed_steps import MODEL_TYPES, OWN, scenario_of
 from measure_peaks import Case, loss_of, module
 
 from moesim.importing.recording import record_step
-from moesim.parallel.memory import memory_report
-from moesim.parallel.memory_libraries import WORKSPACE_BYTES
-from moesim.parallel.memory_rows import even_rows
+from moesim.parallel.memory.libraries import WORKSPACE_BYTES
+from moesim.parallel.memory.report import memory_report
+from moesim.parallel.memory.rows import even_rows
 from moesim.recorded.peak import step_peak
 from moesim.scenario import Scenario, dump_scenario, load_scenario_text
 from moesim.strict_json import json_text, parse_json

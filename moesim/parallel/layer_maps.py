@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from moesim.errors import UserError
 from moesim.parallel.balancers import Prices, balance_experts, place_by_speed, search_ranks, speeds_of_group
 from moesim.parallel.expert_map import ExpertMap, SlotChoice, Split, balanced_weights
-from moesim.parallel.memory_parameters import expert_slice_parameters
+from moesim.parallel.memory.parameters import expert_slice_parameters
 from moesim.parallel.placement import EMPTY_SLOT, slot_table
 from moesim.parallel.traffic import token_bytes
 from moesim.scenario import Scenario

@@ -22,7 +22,7 @@ from moesim.kernels import KernelModel, compute_model
 from moesim.network import Fabric, build_fabric
 from moesim.network.parameters import NetworkParameters
 from moesim.parallel import Mesh, TrafficSample, TrafficSampler
-from moesim.parallel.memory_rows import RoutedRows, even_rows, routed_rows
+from moesim.parallel.memory.rows import RoutedRows, even_rows, routed_rows
 from moesim.program import StepProgram, build_program
 from moesim.program.operations import Block, Operation, Run
 from moesim.results.spans import Part, SpanRecorder

@@ -12,8 +12,8 @@ import numpy as np
 
 from moesim.network import Fabric, send_recv_seconds
 from moesim.parallel import Mesh
-from moesim.parallel.memory import memory_report
-from moesim.parallel.memory_rows import RoutedRows
+from moesim.parallel.memory.report import memory_report
+from moesim.parallel.memory.rows import RoutedRows
 from moesim.planner.layer_times import (
     ZERO_SECONDS,
     LayerTimes,

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.parallel import TrafficSample, TrafficSampler
-from moesim.parallel.memory_rows import RoutedRows, even_rows, routed_rows
+from moesim.parallel.memory.rows import RoutedRows, even_rows, routed_rows
 from moesim.parallel.mesh import pieces_of_ranks
 from moesim.parallel.placement import place_lists
 from moesim.results.metrics import trace_coverage, window_tokens

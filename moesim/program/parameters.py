@@ -29,7 +29,7 @@ from moesim.network import (
 from moesim.network.nccl import ring_bytes
 from moesim.parallel import Mesh
 from moesim.parallel.expert_map import MapOfLayer, copy_gradient_bytes_DD, layers_of_stages
-from moesim.parallel.memory_parameters import Unit, expert_slice_parameters, product_weights, stage_units
+from moesim.parallel.memory.parameters import Unit, expert_slice_parameters, product_weights, stage_units
 from moesim.program.collectives import GroupLinks, Members, PeerCollective, Peers, Reduction
 from moesim.program.operations import Operation, collective, wait
 from moesim.program.sizes import Passes

@@ -12,7 +12,7 @@ from moesim.kernels import KernelModel
 from moesim.kernels.errors import transfers_of
 from moesim.network.parameters import Evidence
 from moesim.parallel import Mesh
-from moesim.parallel.memory_parameters import stage_units
+from moesim.parallel.memory.parameters import stage_units
 from moesim.program.collectives import GroupLinks, PeerCollective, SideBySide
 from moesim.program.gemms import column_parallel, gather_columns
 from moesim.program.host import FREE_HOST, HostModel

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from moesim.network import Fabric, NetworkParameters
 from moesim.parallel import Mesh, TrafficSample
-from moesim.parallel.memory import MemoryReport
+from moesim.parallel.memory.report import MemoryReport
 from moesim.program.scenario_fabric import sharing_model
 from moesim.recorded.scaling import kept_sizes
 from moesim.results.metrics import trace_coverage

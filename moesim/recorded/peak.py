@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moesim.parallel.memory import Recorded, recorded_beside
-from moesim.parallel.memory_libraries import WORKSPACE_BYTES
-from moesim.parallel.memory_rows import even_rows
+from moesim.parallel.memory.libraries import WORKSPACE_BYTES
+from moesim.parallel.memory.rank import Recorded
+from moesim.parallel.memory.report import recorded_beside
+from moesim.parallel.memory.rows import even_rows
 from moesim.recorded.pricing import DTYPES, OPTIMIZER
 from moesim.recorded.scaling import RecordedStep, recorded_step
 from moesim.recorded.sizes import StepSizes

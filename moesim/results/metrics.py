@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.parallel import ExpertPlacement, Mesh, TrafficSample
-from moesim.parallel.memory import MemoryReport
+from moesim.parallel.memory.report import MemoryReport
 from moesim.parallel.traffic import stage_copies, token_bytes
 from moesim.scenario import Contiguous, RouterShape, Scenario, TrainRouting
 from moesim.scenario.flops import forward_flops_per_token, model_flops_per_token

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from moesim.kernels import KernelModel
 from moesim.kernels.errors import NETWORK, TRANSFERS, bases_of, clock_error_of, kernels_rest_on, known_error
 from moesim.parallel import TrafficSample
-from moesim.parallel.memory import MemoryReport
+from moesim.parallel.memory.report import MemoryReport
 from moesim.results.critical_path import stage_facts, stage_warnings
 from moesim.results.metrics import (
     TrafficFacts,

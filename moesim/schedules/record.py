@@ -3,20 +3,16 @@
 Words. A *stage* is a run of consecutive layers, numbered along the model. A *chunk* is a stage held by a rank, numbered
 on the rank: interleaved schedules give a rank several stages, bidirectional ones two. A *route* is the way of one
 micro-batch through all stages, as (rank, chunk).
-Legend: P pipeline ranks, A actions of a rank.
 """
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import cached_property
 from typing import Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
 Place = tuple[int, int]  # (pipeline rank, chunk)
+Held = tuple[int, int]  # (micro-batch, chunk)
 
 
 class Pass(StrEnum):
@@ -35,6 +31,12 @@ class Work:
     kind: Pass
     micro_batch: int
     chunk: int = 0
+
+    @property
+    def gives_back(self) -> bool:
+        """Whether its end is that of the micro-batch's activations: that of a full backward pass, or where it is split
+        of the gradient of the weights, which reads the same inputs."""
+        return self.kind in (Pass.BACKWARD, Pass.WEIGHT)
 
     def __str__(self) -> str:
         return f"{self.kind}{self.micro_batch}.{self.chunk}"
@@ -134,26 +136,13 @@ class Schedule:
         if work.kind in (Pass.BACKWARD, Pass.INPUT) and stage > 0:
             yield P2P("gradient", work.micro_batch, stage - 1, rank, route[stage - 1][0])
 
-    @cached_property
-    def live_PAC(self) -> tuple[NDArray[np.int64], ...]:
-        """Micro-batches whose activations each rank holds, [actions, chunks], while each of its actions runs.
-
-        A forward pass adds one. The full backward gives it back at its end; where the backward is split, the gradient
-        of the weights does, since it reads the same inputs.
-        """
-        return tuple(self._live(rank) for rank in range(self.num_ranks))
-
-    def _live(self, rank: int) -> NDArray[np.int64]:
-        actions = self.actions[rank]
-        held = [0] * len(self.stages_of_rank[rank])
-        live_AC = np.zeros((len(actions), len(held)), dtype=np.int64)
-        for index, action in enumerate(actions):
-            for work in action.works:
-                held[work.chunk] += work.kind is Pass.FORWARD
-            live_AC[index] = held
-            for work in action.works:
-                held[work.chunk] -= work.kind in (Pass.BACKWARD, Pass.WEIGHT)
-        return live_AC
+    def held(self, rank: int) -> Iterator[frozenset[Held]]:
+        """Of what a rank holds the activations while each of its actions runs."""
+        held: frozenset[Held] = frozenset()
+        for action in self.actions[rank]:
+            held |= {(work.micro_batch, work.chunk) for work in action.works if work.kind is Pass.FORWARD}
+            yield held
+            held -= {(work.micro_batch, work.chunk) for work in action.works if work.gives_back}
 
 
 Seconds = Callable[[int, Action], float]  # of an action of a pipeline rank

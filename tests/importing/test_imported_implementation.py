@@ -15,8 +15,8 @@ import moesim
 from moesim.errors import UserError
 from moesim.importing.recording import record_step
 from moesim.kernels import kernel_model
-from moesim.parallel.memory import memory_report
-from moesim.parallel.memory_rows import even_rows
+from moesim.parallel.memory.report import memory_report
+from moesim.parallel.memory.rows import even_rows
 from moesim.program.scenario_fabric import node_fabric
 from moesim.recorded.estimate import HOST, slowest_host, step_estimate
 from moesim.recorded.layers import DENSE, MOE

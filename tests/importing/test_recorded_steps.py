@@ -17,9 +17,9 @@ from moesim.errors import UserError
 from moesim.importing.program import record_program
 from moesim.importing.recording import record_step
 from moesim.kernels import kernel_model
-from moesim.parallel.memory import memory_report
-from moesim.parallel.memory_libraries import WORKSPACE_BYTES
-from moesim.parallel.memory_rows import even_rows
+from moesim.parallel.memory.libraries import WORKSPACE_BYTES
+from moesim.parallel.memory.report import memory_report
+from moesim.parallel.memory.rows import even_rows
 from moesim.recorded.estimate import HOST, step_estimate
 from moesim.recorded.peak import recorded_memory, step_peak
 from moesim.recorded.pricing import launch_of

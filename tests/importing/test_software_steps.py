@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from software_steps import DATA, compared, listed_parts, scenario_of
 
-from moesim.parallel.memory import memory_report
-from moesim.parallel.memory_rows import even_rows
+from moesim.parallel.memory.report import memory_report
+from moesim.parallel.memory.rows import even_rows
 from moesim.strict_json import parse_json
 
 QUICK = {"many-own-b", "ep-many-own-allgather", "sixteen-core-attn", "titan-c"}

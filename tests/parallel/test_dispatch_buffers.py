@@ -6,9 +6,9 @@ import pytest
 from fused_peak_table import DATA
 
 import moesim
-from moesim.parallel.memory import memory_report
-from moesim.parallel.memory_libraries import COMMUNICATOR_BYTES, OF_MESSAGES_BYTES
-from moesim.parallel.memory_rows import even_rows
+from moesim.parallel.memory.libraries import COMMUNICATOR_BYTES, OF_MESSAGES_BYTES
+from moesim.parallel.memory.report import memory_report
+from moesim.parallel.memory.rows import even_rows
 from moesim.scenario.dispatch import BufferSizes, deepep_buffers, hybrid_ep_buffers
 from moesim.strict_json import parse_json
 

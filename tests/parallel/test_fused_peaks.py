@@ -7,10 +7,10 @@ import pytest
 from fused_peak_table import DATA, as_scenario, peaks, predicted
 
 import moesim
-from moesim.parallel.memory import memory_report
-from moesim.parallel.memory_libraries import WORKSPACE_BYTES
-from moesim.parallel.memory_rows import even_rows
-from moesim.parallel.memory_temporaries import attention_moment
+from moesim.parallel.memory.libraries import WORKSPACE_BYTES
+from moesim.parallel.memory.report import memory_report
+from moesim.parallel.memory.rows import even_rows
+from moesim.parallel.memory.temporaries import attention_moment
 from moesim.strict_json import parse_json
 
 FOUND = list(peaks())

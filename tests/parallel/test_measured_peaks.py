@@ -7,8 +7,8 @@ import pytest
 from measure_peaks import Case
 from peak_table import DATA, as_scenario, peaks
 
-from moesim.parallel.memory import memory_report
-from moesim.parallel.memory_rows import even_rows
+from moesim.parallel.memory.report import memory_report
+from moesim.parallel.memory.rows import even_rows
 from moesim.strict_json import parse_json
 
 

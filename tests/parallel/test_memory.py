@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from moesim.parallel import TrafficSampler
-from moesim.parallel.memory import memory_report
-from moesim.parallel.memory_parameters import local_parameters, stage_units, state_bytes
-from moesim.parallel.memory_rows import even_rows, routed_rows
-from moesim.parallel.memory_saved import SavedTensors
+from moesim.parallel.memory.parameters import local_parameters, stage_units, state_bytes
+from moesim.parallel.memory.report import memory_report
+from moesim.parallel.memory.rows import even_rows, routed_rows
+from moesim.parallel.memory.saved import SavedTensors
 from moesim.parallel.traffic import held_copies
 from moesim.scenario import load_scenario_text, model_names, scenario_from_mapping
 from moesim.scenario.catalogue import model_preset

@@ -7,9 +7,9 @@ import pytest
 
 from moesim.errors import InfeasibleError, UserError
 from moesim.parallel import TrafficSampler
-from moesim.parallel.memory import memory_report
-from moesim.parallel.memory_remedy import check_memory, layout_changes, more_gpus, nearest_change, training_changes
-from moesim.parallel.memory_rows import even_rows, no_rows, routed_rows
+from moesim.parallel.memory.remedy import check_memory, layout_changes, more_gpus, nearest_change, training_changes
+from moesim.parallel.memory.report import memory_report
+from moesim.parallel.memory.rows import even_rows, no_rows, routed_rows
 from moesim.scenario import dump_scenario, load_scenario_text
 from moesim.trace.synthetic import uniform_trace
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesim.network.parameters import NetworkParameters
-from moesim.parallel.memory import memory_report
-from moesim.parallel.memory_rows import even_rows
+from moesim.parallel.memory.report import memory_report
+from moesim.parallel.memory.rows import even_rows
 from moesim.planner.layer_times import LayerTimes
 from moesim.planner.screen import Screen
 from moesim.planner.search import Traces

@@ -9,7 +9,7 @@ from moesim.engine import simulate_step
 from moesim.kernels import kernel_model
 from moesim.network import all_reduce_seconds, build_fabric
 from moesim.parallel import TrafficSampler
-from moesim.parallel.memory_parameters import expert_slice_parameters, local_parameters
+from moesim.parallel.memory.parameters import expert_slice_parameters, local_parameters
 from moesim.program import StepProgram, build_program
 from moesim.program.collectives import Reduction
 from moesim.program.operations import Block, Kind

@@ -17,8 +17,8 @@ from moesim.kernels.estimate import Estimate
 from moesim.kernels.families import Kernel, MemoryBound
 from moesim.kernels.roofline import Roofline
 from moesim.network import build_fabric
-from moesim.parallel.memory_parameters import local_parameters
-from moesim.parallel.memory_saved import SavedTensors
+from moesim.parallel.memory.parameters import local_parameters
+from moesim.parallel.memory.saved import SavedTensors
 from moesim.program import StepProgram, build_program
 from moesim.program.software import KERNEL_LISTS
 from moesim.results import RunRecord

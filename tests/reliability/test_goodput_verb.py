@@ -8,7 +8,7 @@ import pytest
 
 import moesim
 from moesim.cli import main
-from moesim.parallel.memory_parameters import local_parameters
+from moesim.parallel.memory.parameters import local_parameters
 from moesim.reliability import checkpoint_bytes, goodput_of_step
 from moesim.reliability.answers import GOODPUT_DEFINITIONS
 from moesim.reliability.job import Step, job_causes, job_of, speeds_of

@@ -1,6 +1,6 @@
 """Laws that every pipeline schedule keeps, and the published closed forms of bubbles and activations."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -78,7 +78,7 @@ def equal_seconds(*, forward, backward, weight, pair=None):
 
 def peak_live_P(schedule):
     """Most activations (micro-batches times chunks) that each rank holds at once."""
-    return [int(live_AC.sum(axis=1).max()) for live_AC in schedule.live_PAC]
+    return [max(map(len, schedule.held(rank))) for rank in range(schedule.num_ranks)]
 
 
 def works(schedule, rank):
@@ -152,13 +152,13 @@ def test_every_hand_off_is_sent_once_and_received_once(schedule):
 @settings(max_examples=60)
 @given(schedule=schedules())
 def test_activations_are_held_from_the_forward_to_the_last_backward_and_then_given_back(schedule):
-    for rank, live_AC in enumerate(schedule.live_PAC):
-        held = set()
-        for action, live_C in zip(schedule.actions[rank], live_AC, strict=True):
-            held |= {(w.micro_batch, w.chunk) for w in action.works if w.kind is Pass.FORWARD}
-            assert live_C.tolist() == [sum(c == chunk for _, c in held) for chunk in range(len(live_C))]
-            held -= {(w.micro_batch, w.chunk) for w in action.works if w.kind in (Pass.BACKWARD, Pass.WEIGHT)}
-        assert not held
+    for rank, actions in enumerate(schedule.actions):
+        at = defaultdict(list)  # the actions that pass a micro-batch through a chunk
+        for index, action in enumerate(actions):
+            for work in action.works:
+                at[work.micro_batch, work.chunk].append(index)
+        for index, held in enumerate(schedule.held(rank)):
+            assert held == {each for each, indices in at.items() if indices[0] <= index <= indices[-1]}
 
 
 @settings(max_examples=80)

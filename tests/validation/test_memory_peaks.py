@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from moesim.parallel.memory import memory_report
-from moesim.parallel.memory_rows import RoutedRows
+from moesim.parallel.memory.report import memory_report
+from moesim.parallel.memory.rows import RoutedRows
 from moesim.scenario import Scenario
 from moesim.scenario.schema import Memory
 from moesim.validation.comparison import SHIPPED_TABLES, Row, shipped_table

@@ -24,7 +24,7 @@ Found in Megatron-Core 0.19.2 by the storages that are alive as it runs, but for
 
 from dataclasses import dataclass
 
-from moesim.parallel.memory_parameters import expert_slice_parameters
+from moesim.parallel.memory.parameters import expert_slice_parameters
 from moesim.scenario import Scenario
 from moesim.scenario.base import BYTES_PER_ELEMENT
 from moesim.scenario.model import Mla

@@ -1,7 +1,7 @@
 """What libraries keep of a GPU beside the tensors of a step: of matrix products, of the dispatch, and of NCCL."""
 
-from moesim.parallel.memory_parameters import holders
-from moesim.parallel.memory_temporaries import scores_buffer
+from moesim.parallel.memory.parameters import holders
+from moesim.parallel.memory.temporaries import scores_buffer
 from moesim.scenario import Scenario
 from moesim.scenario.base import BYTES_PER_ELEMENT
 from moesim.scenario.dispatch import DISPATCH, BufferSizes

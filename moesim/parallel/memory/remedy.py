@@ -10,8 +10,9 @@ from itertools import combinations, product
 from typing import Any, NamedTuple
 
 from moesim.errors import InfeasibleError, UserError
-from moesim.parallel.memory import MemoryReport, Recorded, memory_report
-from moesim.parallel.memory_rows import RoutedRows, RowsOf, no_rows
+from moesim.parallel.memory.rank import Recorded
+from moesim.parallel.memory.report import MemoryReport, memory_report
+from moesim.parallel.memory.rows import RoutedRows, RowsOf, no_rows
 from moesim.scenario import Contiguous, Scenario, dump_scenario, load_scenario_text, require_supported
 from moesim.scenario.routing import ExpertCapacity
 from moesim.schedules import PLAIN

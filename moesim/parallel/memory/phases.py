@@ -5,7 +5,7 @@ without them and its backward pass makes them while it gives up activations:
 
     loss         kept activations, and the loss in fp32 on the way back: its gradient and that of the logits
     last layer   the head's gradients, kept activations without the logits, and what the last layer's backward needs,
-                 moment by moment (`memory_temporaries`), with the gradients of its own large weights as they are made
+                 moment by moment (`temporaries`), with the gradients of its own large weights as they are made
     first layer  gradients of all but the embedding, what the first layer keeps, and what its backward needs, without
                  the gradients of its large weights that are still to be made
     later        all gradients, and the activations of a later micro-batch with the loss or a layer's temporaries
