@@ -23,9 +23,9 @@ from fp8_cases import LATER, RECIPES, SIZES
 from moesim.engine import step_kernels
 from moesim.kernels import kernel_model
 from moesim.network import build_fabric
-from moesim.parallel.memory import memory_report
-from moesim.parallel.memory_parameters import product_weights
-from moesim.parallel.memory_rows import even_rows
+from moesim.parallel.memory.parameters import product_weights
+from moesim.parallel.memory.report import memory_report
+from moesim.parallel.memory.rows import even_rows
 from moesim.program import build_program
 from moesim.program.drawn_routing import draw_samples, obtain_trace
 from moesim.run import simulate
