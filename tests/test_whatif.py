@@ -45,7 +45,6 @@ ROUNDING = 1e-7
 LINKS = [{"source": f"gpu{rank}", "target": "switch", "bandwidth": "50 GB/s", "latency": "3 us"} for rank in range(4)]
 FAST_LINKS = [link | {"bandwidth": "100 GB/s"} for link in LINKS]
 FABRICS = {  # and the same with links twice as fast; gpu h200: 450 GB/s of NVLink per direction, 50 GB/s of network
-    "rails": ({}, {"nvlink": "900 GB/s", "nic": "100 GB/s"}),
     "a slow network": ({"nic": "100 Gbps"}, {"nvlink": "900 GB/s", "nic": "200 Gbps"}),
     "shared uplinks": (
         {"preset": "leaf_spine", "pod_nodes": 1, "oversubscription": 2.0},

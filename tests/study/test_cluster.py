@@ -6,14 +6,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from moesim.errors import UserError
-from moesim.study import PointRecord, run_points
+from moesim.study import Point, PointRecord, run_points
 
 if not os.environ.get("CI"):  # where CI is set, what is missing must fail
     pytest.importorskip("distributed", reason="needs the extra: pip install 'moesim[cluster]'")
@@ -54,6 +57,7 @@ def cluster(tmp_path: Path) -> Iterator[DaskCluster]:
         log.close()
 
 
+@pytest.mark.slow
 def test_a_killed_worker_loses_nothing_and_a_lost_scheduler_keeps_what_is_finished(points, cluster):
     made = points([{"seed": seed, "workload.global_batch": 64} for seed in range(8)])
     kept: list[PointRecord] = []
@@ -80,6 +84,58 @@ def test_a_killed_worker_loses_nothing_and_a_lost_scheduler_keeps_what_is_finish
     with pytest.raises(UserError, match=r"scheduler at .* is gone; finished points are kept"):
         run_points(made, on_record=kill_the_scheduler, cluster=cluster.address)
     assert 0 < len(kept) < 8
+
+
+class KilledWorker(Exception):
+    """What Dask says of a task whose workers kept dying."""
+
+
+@pytest.fixture
+def told(monkeypatch) -> dict[int, Exception]:
+    """A scheduler that runs every point but those with an exception here, by number: what Dask would say of them."""
+    said: dict[int, Exception] = {}
+
+    class Scheduler:
+        def __init__(self, address: str, **settings: object) -> None:
+            assert address == "tcp://127.0.0.1:9"
+
+        def nthreads(self) -> dict[str, int]:
+            return {"a worker": 1}
+
+        def get_executor(self, *, pure: bool) -> "Scheduler":
+            assert not pure, "the same point again is simulated again"
+            return self
+
+        def submit(self, function: Callable[..., Any], point: Point, *others: object) -> "Future[Any]":
+            future: Future[Any] = Future()
+            if point.number in said:
+                future.set_exception(said[point.number])
+            else:
+                future.set_result(function(point, *others))
+            return future
+
+        def shutdown(self, *, wait: bool) -> None:
+            assert not wait
+
+        def close(self) -> None: ...
+
+    module = SimpleNamespace(KilledWorker=KilledWorker, Client=Scheduler)
+    monkeypatch.setitem(sys.modules, "distributed", module)
+    return said
+
+
+def test_what_dask_gives_up_is_a_failed_point_and_a_lost_scheduler_keeps_what_is_finished(points, told):
+    made, kept = points([{"seed": seed} for seed in range(3)]), []
+    told[1] = KilledWorker()
+    run_points(made, on_record=kept.append, cluster="tcp://127.0.0.1:9")
+    assert [record.status for record in sorted(kept, key=lambda record: record.number)] == ["done", "failed", "done"]
+    (failed,) = (record for record in kept if record.status == "failed")
+    assert failed.reason == "too many workers of the cluster died simulating it; was memory short?"
+    kept.clear()
+    told[1] = CancelledError()
+    with pytest.raises(UserError, match=r"scheduler at tcp://127.0.0.1:9 is gone; finished points are kept"):
+        run_points(made, on_record=kept.append, cluster="tcp://127.0.0.1:9")
+    assert [record.number for record in kept] == [0]
 
 
 @pytest.mark.parametrize("address", ["localhost", "tcp://localhost", "http://x:1"])
