@@ -143,6 +143,19 @@ def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drawn_routing, "SYNTHETIC_TOKENS", (1, most))
 
 
+@pytest.fixture(scope="module")
+def few_draws() -> Iterator[None]:
+    """Steps of serving are priced by two draws of few tokens: for laws that hold of any number, in a whole module."""
+    from moesim.serving import experts
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, few in (("SAMPLES", 2), ("MOST_DRAWN", 2_048), ("RECORDED", 4_096)):
+            patch.setattr(experts, name, few)
+        experts._drawn_alike.cache_clear()
+        yield
+    experts._drawn_alike.cache_clear()
+
+
 @pytest.fixture
 def is_alive() -> Callable[[int], bool]:
     """`is_alive(pid)`: the process runs; one that has ended and was not waited for is dead."""

@@ -12,6 +12,8 @@ from moesim.planner.serving_planning import POINTS_FILE, make_serving_plan, pare
 from moesim.report.serving_plan_view import print_serving_plan, serving_plan_page, serving_plot
 from moesim.serving import load_serving, serve
 
+pytestmark = pytest.mark.usefixtures("few_draws")
+
 TEXT = """name: small
 model: {preset: deepseek-moe-16b, layers: 2}
 routing: {kind: uniform}
