@@ -15,9 +15,11 @@ from moesim.errors import InfeasibleError, UserError
 from moesim.files import claimed, write_atomically
 from moesim.planner.serving_plan import ServingPlan, Unit, scenario_of, scenario_text, units_of, values_of
 from moesim.routing.request import content_digest, routing_digest
-from moesim.serving.answers import Deployment, answers_of, carried_share, served_steadily
+from moesim.serving.answers import answers_of
+from moesim.serving.fleet import Deployment
 from moesim.serving.requests import draw_requests
 from moesim.serving.schema import TraceArrivals
+from moesim.serving.steady import carried_share, served_steadily
 from moesim.strict_json import json_text, parse_json
 from moesim.study.points import content_hash, pareto_front
 

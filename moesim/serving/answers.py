@@ -3,7 +3,6 @@
 First those of one pool of instances: steps, time by part, memory, imbalance, and what happened over time.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -15,10 +14,19 @@ from moesim.errors import InfeasibleError, UserError
 from moesim.seeding import stream
 from moesim.serving.clock import Served
 from moesim.serving.costs import StepCosts
-from moesim.serving.fleet import Pool, fleet_gpus, pools_of, run_fleet
-from moesim.serving.memory import ServingMemoryReport, missing_bytes, no_room
-from moesim.serving.requests import Requests, draw_requests
-from moesim.serving.schema import ServingScenario, Slo, TraceArrivals
+from moesim.serving.fleet import Deployment, Pool, fleet_gpus
+from moesim.serving.requests import Requests
+from moesim.serving.schema import ServingScenario
+from moesim.serving.steady import (
+    LEAST_ANSWERS,
+    NARROW,
+    carried_share,
+    growth,
+    met,
+    served_steadily,
+    span_and_answer,
+    tpot,
+)
 
 SHARES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 MOST_POINTS = 2_000  # of the timeline
@@ -112,9 +120,6 @@ def _rows_over_time(pool: Pool, served: Served) -> dict[str, Any] | None:
     return {"of": "rank" if pool.costs.together else "expert", "seconds": moments.tolist(), "times_mean": found}
 
 
-LEAST_ANSWERS = 5.0  # times as long as an answer takes must requests come, or a reader is warned; in a search for a
-SEARCHED_ANSWERS = 8.0  # largest load so many (of 5 it comes out a tenth too large where lengths are log-normal),
-LEAST_WAITS = 5.0  # and times as long as a first token may take, for a queue to grow to that
 RANGED = (  # headline numbers whose least and most over seeds are given, beside the latencies, in the order of a page
     "good_share", "good_requests_per_second", "requests_per_second", "output_tokens_per_second",
     "tokens_per_second_per_gpu", "tokens_per_second_per_user", "usd_per_million_output_tokens",
@@ -122,44 +127,6 @@ RANGED = (  # headline numbers whose least and most over seeds are given, beside
     "usd_per_million_generated_tokens",
 )  # fmt: skip
 LATENCIES = ("ttft_s", "tpot_s", "latency_s")
-NARROW = 0.02  # of the largest load, when the search ends; and seconds of answers that may grow in a second of service
-LONGER = 2  # times that requests which still wait longer and longer are doubled, before it is called an overload,
-CLEAR = 0.25  # which it is without that where so many seconds are added in a second
-MOST_REQUESTS = 100_000  # of one draw that the search for a largest load makes longer: a minute of CPU
-
-
-class Deployment:
-    """A scenario with its tables of costs and its memory, which many loads can be served on."""
-
-    def __init__(self, scenario: ServingScenario) -> None:
-        self.scenario = scenario
-        self.pools: tuple[Pool, ...] = pools_of(scenario)
-        self.memory: ServingMemoryReport = self.pools[-1].memory
-        self.costs: StepCosts = self.pools[-1].costs
-
-    def requests(self, seed: int, *, number: int | None = None) -> Requests:
-        """The requests of one seed, or so many. Raises InfeasibleError where one of them can never be held."""
-        load = self.scenario.workload
-        load = load if number is None else load.model_copy(update={"requests": number})
-        requests = draw_requests(load, seed=seed)
-        for pool in self.pools:
-            others = [each for each in self.pools if each is not pool]
-            name = f"a GPU of the {pool.name} pool" if others else "a GPU"
-            _check_longest(pool, requests, name=name, others=sum(each.gpus for each in others))
-        return requests
-
-    def serve(self, requests: Requests) -> Served:
-        """Answer them all."""
-        return run_fleet(self.pools, requests)
-
-
-def _check_longest(pool: Pool, requests: Requests, *, name: str, others: int) -> None:
-    answer_N = requests.output_N if pool.decodes else 1
-    longest = int((requests.input_N + answer_N).max())
-    speculation = pool.scenario.engine.speculation
-    most = longest + (len(speculation.acceptance) + 1 if speculation else 1)
-    if missing_bytes(pool.scenario, most):
-        raise no_room(pool.scenario, most, pool=name, keys=pool.keys, replicas=pool.replicas, others=others)
 
 
 def serve(scenario: ServingScenario) -> dict[str, Any]:
@@ -244,84 +211,6 @@ def largest_load(scenario: ServingScenario, *, seeds: int = 1, worst: bool = Fal
     return _over_seeds(deployment, at_low, ranges=seeds > 1) | {"largest_requests_per_second": rate}
 
 
-def served_steadily(deployment: Deployment, requests: Requests, *, seed: int, factor: float) -> tuple[Requests, Served]:
-    """Serve a draw `factor` times as fast, or a longer draw of its seed; the draw, and what happened.
-
-    Where requests have all come before an answer is over, or before a queue can have grown to the limit of a first
-    token, any load would do. A load that meets its limits then is tried again with more of them, until they come
-    for `SEARCHED_ANSWERS` times as long as an answer takes and `LEAST_WAITS` times as long as a first token may, and
-    twice as many up to `LONGER` times while answers still take longer and longer. A log has no more than its own.
-    """
-    slo, first, longer = deployment.scenario.workload.slo, len(requests), 0
-    is_a_log = isinstance(deployment.scenario.workload.arrivals, TraceArrivals)
-    while True:
-        at = requests.faster(factor)
-        served = deployment.serve(at)
-        if _good(served, at, slo).mean() < slo.share or is_a_log:
-            return requests, served
-        grows, number = growth(served, at), _steady_number(deployment, at, served)
-        if grows > NARROW and (number <= len(at) or len(at) > first):
-            longer = longer + 1 if grows < CLEAR else LONGER + 1
-            number = 2 * len(at)  # by their number: answers that wait take longer the more there are
-        number = min(number, max(len(at), MOST_REQUESTS))
-        if number <= len(at) or longer > LONGER:
-            return requests, served
-        requests = deployment.requests(seed, number=number)
-
-
-def _steady_number(deployment: Deployment, requests: Requests, served: Served) -> int:
-    """How many requests must come at this pace to show a steady load; of a log as many as it has."""
-    span, answer = _span_and_answer(requests, served)
-    least = max(SEARCHED_ANSWERS * answer, LEAST_WAITS * (deployment.scenario.workload.slo.ttft or 0.0))
-    if span >= least:
-        return len(requests)
-    return max(len(requests), min(MOST_REQUESTS, math.ceil(1.1 * least * requests.per_second)))
-
-
-def _span_and_answer(requests: Requests, served: Served) -> tuple[float, float]:
-    """Seconds in which requests come, and that one is under way in the mean."""
-    return float(requests.arrival_N[-1]), float((served.done_N - requests.arrival_N).mean())
-
-
-def growth(served: Served, requests: Requests) -> float:
-    """Seconds by which answers of the mean length take longer for each second that requests come; 0: what comes goes.
-
-    From the second quarter of the requests, which found no empty system, to the last, less two standard errors of that.
-    Under a lasting overload it is the share by which more comes than goes.
-    """
-    quarter = len(requests) // 4
-    if quarter == 0:
-        return 0.0
-    ttft_N = served.first_N - requests.arrival_N
-    taken_N = ttft_N + _tpot_N(served, requests) * float(requests.output_N.mean() - 1)
-    early, late = slice(quarter, 2 * quarter), slice(len(requests) - quarter, None)
-    between = float(requests.arrival_N[late].mean() - requests.arrival_N[early].mean())
-    error = 2.0 * float(np.sqrt((taken_N[late].var() + taken_N[early].var()) / quarter))
-    return (float(taken_N[late].mean() - taken_N[early].mean()) - error) / max(between, 1e-9)
-
-
-def carried_share(served: Served, requests: Requests, slo: Slo) -> float:
-    """The share of requests that met the limits, or of their second half where that is less; 0 under an overload."""
-    good_N = _good(served, requests, slo)
-    if growth(served, requests) > NARROW:
-        return 0.0
-    return float(min(good_N.mean(), good_N[len(good_N) // 2 :].mean()))
-
-
-def _good(served: Served, requests: Requests, slo: Slo) -> NDArray[np.bool_]:
-    """Which requests [N] met the limits."""
-    good_N = np.ones(len(requests), dtype=bool)
-    if slo.ttft is not None:
-        good_N &= served.first_N - requests.arrival_N <= slo.ttft
-    if slo.tpot is not None:
-        good_N &= _tpot_N(served, requests) <= slo.tpot
-    return good_N
-
-
-def _tpot_N(served: Served, requests: Requests) -> NDArray[np.float64]:
-    return np.asarray((served.done_N - served.first_N) / np.maximum(requests.output_N - 1, 1))
-
-
 def answers_of(deployment: Deployment, requests: Requests, served: Served) -> dict[str, Any]:
     """The answers of a deployment to requests that were served, as plain numbers and lists."""
     scenario, costs = deployment.scenario, deployment.costs
@@ -329,9 +218,9 @@ def answers_of(deployment: Deployment, requests: Requests, served: Served) -> di
     seconds = float(served.done_N.max())
     output, prompt = int(requests.output_N.sum()), int(requests.input_N.sum())
     usd = scenario.cluster.usd_per_hour * seconds / 3600.0
-    good = float(_good(served, requests, scenario.workload.slo).mean())
+    good = float(met(served, requests, scenario.workload.slo).mean())
     several_N = requests.output_N > 1
-    tpot_N = _tpot_N(served, requests)[several_N] if several_N.any() else np.zeros(1)
+    tpot_N = tpot(served, requests)[several_N] if several_N.any() else np.zeros(1)
     pools = [
         pool_answers(pool, each, seconds)
         for pool, each in zip(deployment.pools, (*served.earlier, served), strict=True)
@@ -392,7 +281,7 @@ def _classes(requests: Requests, served: Served) -> list[dict[str, Any]]:
 
 def _latencies(requests: Requests, served: Served, chosen: NDArray[np.bool_] | slice) -> dict[str, Any]:
     """Means and quantiles over some requests; of the time per token of those with several."""
-    tpot_N = _tpot_N(served, requests)[chosen][requests.output_N[chosen] > 1]
+    tpot_N = tpot(served, requests)[chosen][requests.output_N[chosen] > 1]
     return {
         "ttft_s": shares_of((served.first_N - requests.arrival_N)[chosen]),
         "tpot_s": shares_of(tpot_N if len(tpot_N) else np.zeros(1)),
@@ -424,7 +313,7 @@ def _transfer(served: Served) -> dict[str, Any] | None:
 
 def _warnings(requests: Requests, served: Served) -> list[str]:
     """What a reader must know before trusting the numbers."""
-    span, answer = _span_and_answer(requests, served)
+    span, answer = span_and_answer(requests, served)
     found = []
     if requests.left_out:
         found.append(

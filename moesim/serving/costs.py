@@ -23,11 +23,12 @@ from numpy.typing import NDArray
 from moesim.network import Fabric, all_reduce_seconds, build_fabric, send_recv_seconds
 from moesim.scenario import Mla
 from moesim.scenario.dispatch import DISPATCH
+from moesim.serving.attention import AttentionTables
 from moesim.serving.batch import Chunk, Formed
 from moesim.serving.decode_kernels import small_all_reduce
 from moesim.serving.experts import ExpertTables
 from moesim.serving.memory import drafting_layers, memory_of
-from moesim.serving.pricing import AttentionTables, Pricing
+from moesim.serving.pricing import Pricing
 from moesim.serving.schema import ServingScenario
 from moesim.serving.software import Small, end_kernels, num_launches
 

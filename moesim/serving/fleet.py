@@ -4,7 +4,7 @@ A request goes to the instance with the fewest requests (the first of them). Wit
 first token there; its keys and values then go to the least loaded instance that decodes. Ranks of the instances for
 prompts come first in the cluster, instance by instance.
 
-What a transfer takes, beside exchanges that use the same ports: `moesim.serving.clock`. Where a request will be
+What a transfer takes, beside exchanges that use the same ports: `moesim.serving.ports`. Where a request will be
 decoded is chosen when its transfer begins. Pages of the prompt are free when its decode instance begins with it, which
 is not before everything has come.
 """
@@ -18,20 +18,18 @@ import simpy
 
 from moesim.network import Fabric, build_fabric, send_recv_seconds
 from moesim.serving.batch import Batch, Job
-from moesim.serving.clock import (
-    Instance,
-    Port,
-    Ports,
-    Served,
-    Transfer,
-    Transfers,
-    Watcher,
-    arrivals,
-    exchanges_over_nics,
-)
+from moesim.serving.clock import Instance, Served, Transfers, Watcher, arrivals
 from moesim.serving.costs import StepCost, StepCosts
-from moesim.serving.memory import ServingMemoryReport, kv_bytes_per_token, layout_of, memory_of
-from moesim.serving.requests import Requests
+from moesim.serving.memory import (
+    ServingMemoryReport,
+    kv_bytes_per_token,
+    layout_of,
+    memory_of,
+    missing_bytes,
+    no_room,
+)
+from moesim.serving.ports import Port, Ports, Transfer, exchanges_over_nics
+from moesim.serving.requests import Requests, draw_requests
 from moesim.serving.schema import ServingScenario
 
 
@@ -133,6 +131,40 @@ def run_fleet(pools: Sequence[Pool], requests: Requests, *, instant: bool = Fals
     if sender is not None:
         sender.note_ports()
     return served
+
+
+class Deployment:
+    """A scenario with its tables of costs and its memory, which many loads can be served on."""
+
+    def __init__(self, scenario: ServingScenario) -> None:
+        self.scenario = scenario
+        self.pools: tuple[Pool, ...] = pools_of(scenario)
+        self.memory: ServingMemoryReport = self.pools[-1].memory
+        self.costs: StepCosts = self.pools[-1].costs
+
+    def requests(self, seed: int, *, number: int | None = None) -> Requests:
+        """The requests of one seed, or so many. Raises InfeasibleError where one of them can never be held."""
+        load = self.scenario.workload
+        load = load if number is None else load.model_copy(update={"requests": number})
+        requests = draw_requests(load, seed=seed)
+        for pool in self.pools:
+            others = [each for each in self.pools if each is not pool]
+            name = f"a GPU of the {pool.name} pool" if others else "a GPU"
+            _check_longest(pool, requests, name=name, others=sum(each.gpus for each in others))
+        return requests
+
+    def serve(self, requests: Requests) -> Served:
+        """Answer them all."""
+        return run_fleet(self.pools, requests)
+
+
+def _check_longest(pool: Pool, requests: Requests, *, name: str, others: int) -> None:
+    answer_N = requests.output_N if pool.decodes else 1
+    longest = int((requests.input_N + answer_N).max())
+    speculation = pool.scenario.engine.speculation
+    most = longest + (len(speculation.acceptance) + 1 if speculation else 1)
+    if missing_bytes(pool.scenario, most):
+        raise no_room(pool.scenario, most, pool=name, keys=pool.keys, replicas=pool.replicas, others=others)
 
 
 def _instances(env: simpy.Environment, pool: Pool, served: Served, watcher: Watcher | None = None) -> list[Instance]:

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from moesim.errors import InfeasibleError
 from moesim.serving import largest_load, load_serving_text, serve
-from moesim.serving.answers import Deployment
 from moesim.serving.batch import Chunk, Formed, Job
 from moesim.serving.clock import Served
+from moesim.serving.fleet import Deployment
 from moesim.serving.requests import Requests
 from moesim.serving.schema import ServingScenario
 from moesim.strict_json import json_text

@@ -8,11 +8,10 @@ import simpy
 
 from moesim.errors import UserError
 from moesim.serving import largest_load, load_serving_text, serve
-from moesim.serving.answers import Deployment
-from moesim.serving.clock import Port, Transfer
 from moesim.serving.costs import shown_exchange
 from moesim.serving.experts import UNREAD, ExpertSlots
-from moesim.serving.fleet import kv_bytes, run_fleet
+from moesim.serving.fleet import Deployment, kv_bytes, run_fleet
+from moesim.serving.ports import Port, Transfer
 from moesim.serving.requests import Requests
 from moesim.serving.schema import ServingScenario
 from moesim.strict_json import json_text

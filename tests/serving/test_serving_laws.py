@@ -9,11 +9,11 @@ from moesim.errors import InfeasibleError, UserError
 from moesim.report.serving_view import serving_page
 from moesim.scenario import TraceRouting, gpu_spec, load_scenario_text
 from moesim.serving import largest_load, load_serving, load_serving_text, serve, serve_seeds
-from moesim.serving.answers import Deployment
 from moesim.serving.batch import Batch, Chunk, Formed, Job
 from moesim.serving.clock import BALANCING
 from moesim.serving.costs import StepCosts
 from moesim.serving.decode_kernels import small_all_reduce
+from moesim.serving.fleet import Deployment
 from moesim.serving.memory import KeyLayout, LayerKeys
 from moesim.serving.requests import Requests
 from moesim.serving.schema import Engine, ServingScenario
