@@ -27,12 +27,22 @@ _PARTS = {
 _LATENCIES = {"ttft_s": "time to first token", "tpot_s": "time per token after it", "latency_s": "whole answer"}
 _SHARES = ("mean", "p50", "p90", "p99")
 _COLOUR = "#2474b5"
-_PAGES = {"tickformat": ".1%", "title": {"text": "of its pages"}}
+_PAGES = {"tickformat": ".3~p", "title": {"text": "of its pages"}}
 _ROWS = {"ticksuffix": "x", "title": {"text": "of the mean"}}
 _ROWS_NOTE = (
     "Each column is one draw of routing in one layer, for a step of the size that there was then; steps last as the "
     "means over several draws and layers say. What is above the scale is as dark as its end."
 )
+
+
+def rate(value: float) -> str:
+    """Something per second: four digits, all of those before the point with thousands separated."""
+    return f"{value:.4g}" if value < 1_000 else f"{value:,.0f}"
+
+
+def _used(share: float) -> str:
+    """A share of what there is, which is never nothing for a little."""
+    return f"{share:.0%}" if share >= 0.1 else f"{100 * share:.2g}%"
 
 
 def _gpus(result: Result) -> str:
@@ -50,10 +60,10 @@ def serving_facts(result: Result) -> list[Fact]:
     facts = []
     if "largest_requests_per_second" in result:
         largest = result["largest_requests_per_second"]
-        facts.append(Fact("largest load", f"{largest:,.2f} /s", "requests that come while the limits are met"))
+        facts.append(Fact("largest load", f"{rate(largest)} /s", "requests that come while the limits are met"))
     facts += [
         Fact("requests", f"{result['requests']:,}", f"in {format_seconds(result['seconds'])} on {_gpus(result)}"),
-        Fact("good", f"{result['good_requests_per_second']:,.2f} /s", f"{result['good_share']:.1%} meet the limits"),
+        Fact("good", f"{rate(result['good_requests_per_second'])} /s", f"{result['good_share']:.1%} meet the limits"),
         Fact(
             "output tokens",
             f"{result['output_tokens_per_second']:,.0f} /s",
@@ -70,7 +80,7 @@ def serving_facts(result: Result) -> list[Fact]:
             "memory",
             format_bytes(memory["weights"]),
             f"weights of a GPU; {format_bytes(memory['kv'])} for keys and values of {memory['kv_tokens']:,} tokens, "
-            f"at most {result['kv_peak_share']:.0%} used; {result['preempted']} preemptions",
+            f"at most {_used(result['kv_peak_share'])} used; {result['preempted']} preemptions",
         ),
         Fact(
             "steps",
@@ -102,8 +112,8 @@ def _rent(result: Result) -> str:
 
 
 def _of_a_user(result: Result) -> str:
-    rate = result["tokens_per_second_per_user"]
-    return "" if rate is None else f"; {rate:,.1f} /s for a user"
+    of_a_user = result["tokens_per_second_per_user"]
+    return "" if of_a_user is None else f"; {rate(of_a_user)} /s for a user"
 
 
 def _price_facts(result: Result) -> list[Fact]:
@@ -160,11 +170,11 @@ def _part_rows(result: Result) -> list[tuple[str, ...]]:
 
 _RANGED: Mapping[str, tuple[str, Callable[[float], str]]] = {
     "good_share": ("requests within the limits", lambda value: f"{value:.1%}"),
-    "good_requests_per_second": ("good requests /s", lambda value: f"{value:,.3g}"),
-    "requests_per_second": ("requests /s", lambda value: f"{value:,.3g}"),
+    "good_requests_per_second": ("good requests /s", rate),
+    "requests_per_second": ("requests /s", rate),
     "output_tokens_per_second": ("output tokens /s", lambda value: f"{value:,.0f}"),
     "tokens_per_second_per_gpu": ("tokens /s per GPU with prompts", lambda value: f"{value:,.0f}"),
-    "tokens_per_second_per_user": ("tokens /s for a user", lambda value: f"{value:,.1f}"),
+    "tokens_per_second_per_user": ("tokens /s for a user", rate),
     "usd_per_million_output_tokens": ("USD / M output tokens, all rent", lambda value: f"{value:.4g}"),
     "usd_per_million_tokens": ("USD / M tokens with prompts", lambda value: f"{value:.4g}"),
     "usd_per_million_input_tokens": ("USD / M prompt tokens, their rent", lambda value: f"{value:.4g}"),
@@ -213,7 +223,7 @@ def _pool_rows(result: Result) -> list[tuple[str, ...]]:
             f"{pool['tokens_per_step']:,.0f}",
             format_bytes(pool["memory"]["weights"]),
             format_bytes(pool["memory"]["kv"]),
-            f"{pool['kv_peak_share']:.0%}",
+            _used(pool["kv_peak_share"]),
             "" if pool["rank_rows_imbalance"] is None else f"{pool['rank_rows_imbalance']:.3f}x",
         )
         for pool in result["pools"]
@@ -231,15 +241,16 @@ _LINES = (
 
 
 def _over_time(pool: Result) -> Figure:
-    """Load, waiting requests, pages and steps of one pool."""
+    """Load, waiting requests, pages and steps of one pool; not what it never has, as tokens generated for prompts."""
     timeline = pool["timeline"]
-    figure = make_subplots(rows=len(_LINES), cols=1, shared_xaxes=True, vertical_spacing=0.03)
-    for row, (name, title) in enumerate(_LINES, start=1):
+    lines = [(name, title) for name, title in _LINES if any(timeline[name])]
+    figure = make_subplots(rows=len(lines), cols=1, shared_xaxes=True, vertical_spacing=0.03)
+    for row, (name, title) in enumerate(lines, start=1):
         line = {"color": _COLOUR, "width": 1.2}
         figure.add_scatter(x=timeline["end"], y=timeline[name], mode="lines", line=line, name=title, row=row, col=1)
         figure.update_yaxes(title_text=title.replace(" of ", "<br>of "), rangemode="tozero", row=row, col=1)
-    figure.update_xaxes(title_text="seconds", row=len(_LINES), col=1)
-    figure.update_layout(height=190 * len(_LINES), showlegend=False, margin={"l": 80, "r": 20, "t": 10, "b": 40})
+    figure.update_xaxes(title_text="seconds", row=len(lines), col=1)
+    figure.update_layout(height=190 * len(lines), showlegend=False, margin={"l": 80, "r": 20, "t": 10, "b": 40})
     figure.update_layout(paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)")
     return figure
 

@@ -7,6 +7,7 @@ import pytest
 import simpy
 
 from moesim.errors import UserError
+from moesim.report.serving_view import rate, serving_page
 from moesim.serving import largest_load, load_serving_text, serve
 from moesim.serving.costs import shown_exchange
 from moesim.serving.experts import UNREAD, ExpertSlots
@@ -267,6 +268,15 @@ def test_a_port_that_is_shared_passes_both_in_the_time_of_both() -> None:
     # Whole steps pass 4 s of the transfer in 5 s; of the third, with 2 s of transfer at its beginning, half is shared.
     assert env.now == pytest.approx(10.0 + 2.0 / (3.5 / 4.5))
     assert out.fullest == pytest.approx(1.0) and sent.taken == env.now
+
+
+def test_a_page_shows_rates_and_little_shares_of_any_size_and_no_line_of_nothing() -> None:
+    assert [rate(each) for each in (0.55771, 48.28, 2080.0, 13_224.2)] == ["0.5577", "48.28", "2,080", "13,224"]
+    result = serve(two_pools("workload.requests=10"))
+    assert all(pool["kv_peak_share"] < 0.005 for pool in result["pools"]), "which 0% would not tell from none"
+    page = serving_page(result)
+    assert ">0%<" not in page
+    assert page.count('"name":"tokens generated"') == 1 < page.count('"name":"tokens of a step"') == 2
 
 
 def test_prompts_may_travel_by_kernels_of_their_own() -> None:
