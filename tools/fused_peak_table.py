@@ -6,20 +6,21 @@ python tools/fused_peak_table.py --predict         # of every case, without a me
 """
 
 import argparse
-import gzip
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import measured_data
 from fused_cases import CASES, LAST, SPREAD
+from measured_data import PEAK_HEAD, print_head, print_row
 
 from moesim.parallel.memory.report import MemoryReport, memory_report
 from moesim.parallel.memory.rows import even_rows
 from moesim.scenario import Scenario, scenario_from_mapping
-from moesim.strict_json import json_text, parse_json
+from moesim.strict_json import parse_json
 
-DATA = Path(__file__).parent.parent / "tests" / "data" / "fused_peaks_h100.json.gz"
+DATA = measured_data.DATA / "fused_peaks_h100.json.gz"
 FORMATS = {"float32": "fp32", "bfloat16": "bf16"}
 
 
@@ -81,26 +82,17 @@ def predicted(sizes: Any, **more: Any) -> MemoryReport:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Peak:
-    """Bytes of one step: what tensors took at most, `moment`: when, and what was predicted of it."""
+class Peak(measured_data.Peak):
+    """Of one step; beside it what the allocator had reserved, and the step as a CUDA graph."""
 
-    name: str
-    blind: bool
-    moment: str
-    measured: float
-    predicted: float
     reserved: float
     graph: Any
     row: Any
 
-    @property
-    def error(self) -> float:
-        return self.predicted / self.measured - 1
-
 
 def peaks() -> Iterator[Peak]:
     """Every step of the file."""
-    for row in parse_json(gzip.decompress(DATA.read_bytes()))["steps"]:
+    for row in measured_data.read(DATA)["steps"]:
         sizes, moments = row["case"]["sizes"], row["moments"]
         yield Peak(
             name=row["case"]["name"],
@@ -130,20 +122,13 @@ def main() -> None:
         _predict()
         return
     if given.record is not None:
-        found = [parse_json(file.read_bytes()) for file in sorted(given.record.glob("fused-peaks-*.json"))]
         libraries = parse_json((given.record / "fused-libraries-0.json").read_bytes())
-        steps = [step for each in found for step in each["steps"] if "error" not in step]
-        text = json_text({"machine": found[0]["machine"], "libraries": libraries, "steps": steps})
-        DATA.write_bytes(gzip.compress(text.encode(), 9, mtime=0))
+        measured_data.write_peaks(DATA, given.record.glob("fused-peaks-*.json"), libraries)
         return
-    print("| step | in no choice | at | tensors, measured / predicted | | reserved | graph |")
+    print_head(*PEAK_HEAD, "reserved", "graph")
     for peak in peaks():
-        pair = f"{peak.measured / 1e9:.2f} / {peak.predicted / 1e9:.2f} GB"
-        graph = peak.graph
-        pool = "-" if "error" in graph else f"{graph['reserved'] / peak.measured - 1:+.1%}"
-        blind = "yes" if peak.blind else ""
-        more = f"{peak.reserved / peak.measured - 1:+.1%} | {pool}"
-        print(f"| {peak.name} | {blind} | {peak.moment} | {pair} | {peak.error:+.2%} | {more} |")
+        pool = "-" if "error" in peak.graph else f"{peak.graph['reserved'] / peak.measured - 1:+.1%}"
+        print_row(*peak.cells, f"{peak.error:+.2%}", f"{peak.reserved / peak.measured - 1:+.1%}", pool)
 
 
 if __name__ == "__main__":

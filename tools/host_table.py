@@ -13,13 +13,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import measured_data
+from measured_data import print_head, print_row, summary
 
 from moesim.recorded.estimate import HOST
 from moesim.recorded.step_file import GRADIENTS, VIEWS
-from moesim.strict_json import parse_json
 
-DATA = Path(__file__).parent.parent / "tests" / "data" / "host_h100.json.gz"
+DATA = measured_data.DATA / "host_h100.json.gz"
 # The host of the machine that tests/data/hf_steps.json.gz was measured on. One factor of one step: of those that were
 # looked at, olmoe-2k alone waits for its host.
 SLOWER_HOST = HOST.times(1.65)
@@ -28,7 +28,7 @@ PARTS = ("forward", "backward", "optimizer")
 
 def steps() -> list[dict[str, Any]]:
     """Of the file: seconds of every part, and what the recording counts."""
-    found: list[dict[str, Any]] = parse_json(gzip.decompress(DATA.read_bytes()))["steps"]
+    found: list[dict[str, Any]] = measured_data.read(DATA)["steps"]
     return found
 
 
@@ -81,16 +81,14 @@ def main() -> None:
     files = parser.parse_args().record
     if files:
         record(files)
-    print("| case | kept out | step, ms | forward | backward | optimizer | all |")
-    print("|---|---|---|---|---|---|---|")
+    print_head("case", "kept out", "step, ms", *PARTS, "all")
     for step in steps():
         errors = [f"{each / step[f'{part}_s'] - 1:+.0%}" for part, each in predicted(step).items()]
         kept = "yes" if step["blind"] else ""
-        row = f"| {step['name']} | {kept} | {1e3 * step['sustained_s']:.1f} | {' | '.join(errors)} |"
-        print(f"{row} {error_of_step(step):+.1%} |")
+        print_row(step["name"], kept, f"{1e3 * step['sustained_s']:.1f}", *errors, f"{error_of_step(step):+.1%}")
     for blind, name in ((True, "kept out"), (False, "seen")):
-        found = [abs(error_of_step(step)) for step in steps() if step["blind"] is blind]
-        print(f"{name}: {len(found)} steps, median {np.median(found):.1%}, worst {max(found):.1%}")
+        found = [error_of_step(step) for step in steps() if step["blind"] is blind]
+        print(f"{name}: {len(found)} steps, {summary(found)}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ the list comes from these steps.
 """
 
 import argparse
-import gzip
 import json
 import tempfile
 from collections import defaultdict
@@ -18,23 +17,20 @@ from pathlib import Path
 
 import numpy as np
 from measure_hf_steps import CASES, Case
+from measured_data import DATA, listed_operations, print_head, print_row, read, summary
 
 from moesim.kernels import kernel_model
 from moesim.kernels.estimate import Estimate
 from moesim.kernels.families import Kernel, MemoryBound
 from moesim.kernels.roofline import Roofline
-from moesim.network import build_fabric
-from moesim.program import build_program
-from moesim.program.drawn_routing import draw_samples, obtain_trace
 from moesim.recorded.estimate import step_estimate
 from moesim.recorded.pricing import launch_of
 from moesim.recorded.step_file import RecordedOp, parsed_ops
-from moesim.results.spans import Part, Phase
+from moesim.results.spans import Part
 from moesim.run import simulate
 from moesim.scenario import Scenario, gpu_spec, scenario_from_mapping
-from moesim.strict_json import parse_json
 
-FILE = Path(__file__).parent.parent / "tests" / "data" / "hf_steps.json.gz"
+FILE = DATA / "hf_steps.json.gz"
 MODEL_TYPES = {
     "Qwen3MoeConfig": "qwen3_moe",
     "MixtralConfig": "mixtral",
@@ -129,14 +125,10 @@ class _Counting(Roofline):
 def listed(scenario: Scenario) -> dict[tuple[str, str], Work]:
     """The work of the list by (phase, part)."""
     model = _Counting()
-    samples, _ = draw_samples(scenario, obtain_trace(scenario))
-    (group,) = build_program(scenario, fabric=build_fabric(scenario.cluster), kernels=model, samples=samples).groups
-    blocks = [run.block for task in group.tasks for run in task.runs]
     found: defaultdict[tuple[str, str], Work] = defaultdict(Work)
-    for operation in (operation for block in blocks for operation in block.operations):
-        if operation.seconds_MSR is None:
+    for phase, operation in listed_operations(scenario, model):
+        if phase == "optimizer":
             continue
-        phase = "forward" if operation.phase is Phase.FORWARD else "backward"
         sorts = ".sort" in operation.label.name and "permute.sort" not in operation.label.name  # of a sum into rows
         kernel = None if sorts else model.kernels[int(operation.source)]
         times = round(float(operation.seconds_MSR.mean()))
@@ -217,7 +209,7 @@ def compared(names: set[str] | None = None, *, time: bool = True) -> list[Compar
     cases = {case.name: case for case in CASES}
     kernels = kernel_model("h100")
     out = []
-    for step in parse_json(gzip.decompress(FILE.read_bytes()))["steps"]:
+    for step in read(FILE)["steps"]:
         if names is not None and step["name"] not in names:
             continue
         ops, scenario = parsed_ops(step["ops"], where=step["name"]), scenario_of(cases[step["name"]])
@@ -247,21 +239,16 @@ def main() -> None:
     if chosen:
         _print_parts(compared({chosen}, time=False)[0])
         return
-    print("| step | FLOPs | bytes forward | backward | operations | list / recording, s | list / measured |")
-    print("|---|---|---|---|---|---|---|")
+    print_head("step", "FLOPs", "bytes forward", "backward", "operations", "list / recording, s", "list / measured")
     errors = []
     for step in compared():
         flops = [step.ratio("flops", phase) for phase in ("forward", "backward")]
         moved = [step.ratio("moved", phase) for phase in ("forward", "backward")]
         sums = [sum(work.operations for work in each.values()) for each in (step.listed, step.recorded)]
-        over = sums[0] / sums[1]
-        print(
-            f"| {step.name} | {min(flops):.3f} to {max(flops):.3f} | {moved[0]:.3f} | {moved[1]:.3f} | {over:.2f} "
-            f"| {step.listed_s / step.priced_s:.3f} | {step.error:+.1%} |",
-            flush=True,
-        )
-        errors.append(abs(step.error))
-    print(f"measured: median {np.median(errors):.1%}, worst {max(errors):.1%}")
+        over = [f"{each:.3f}" for each in moved] + [f"{sums[0] / sums[1]:.2f}", f"{step.listed_s / step.priced_s:.3f}"]
+        print_row(step.name, f"{min(flops):.3f} to {max(flops):.3f}", *over, f"{step.error:+.1%}")
+        errors.append(step.error)
+    print(f"measured: {summary(errors)}")
 
 
 def _print_parts(step: Compared) -> None:

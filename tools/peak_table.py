@@ -5,15 +5,16 @@ python tools/peak_table.py --record FOLDER   # writes that file from what tools/
 """
 
 import argparse
-import gzip
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import measured_data
 import torch
 from listed_steps import MODEL_TYPES, OWN, scenario_of
 from measure_peaks import Case, loss_of, module
+from measured_data import PEAK_HEAD, print_head, print_row
 
 from moesim.importing.recording import record_step
 from moesim.parallel.memory.libraries import WORKSPACE_BYTES
@@ -21,9 +22,9 @@ from moesim.parallel.memory.report import memory_report
 from moesim.parallel.memory.rows import even_rows
 from moesim.recorded.peak import step_peak
 from moesim.scenario import Scenario, dump_scenario, load_scenario_text
-from moesim.strict_json import json_text, parse_json
+from moesim.strict_json import parse_json
 
-DATA = Path(__file__).parent.parent / "tests" / "data" / "peaks_h100.json.gz"
+DATA = measured_data.DATA / "peaks_h100.json.gz"
 MOMENTS = ("forward", "backward", "optimizer")
 
 
@@ -45,27 +46,16 @@ def as_scenario(case: Case, *overrides: str) -> Scenario:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Peak:
-    """Bytes of one training step on one GPU.
+class Peak(measured_data.Peak):
+    """Of one training step on one GPU; predicted by the list of transformers.
 
-    measured: the most that tensors take, `moment`: when; predicted by the list of transformers. used: what the
-    allocator had reserved and what the process takes of the GPU beside it. printed: what a run prints for the scenario,
-    all of that included.
+    used: what the allocator had reserved and what the process takes of the GPU beside it. printed: what a run prints
+    for the scenario, all of that included.
     """
 
-    name: str
-    blind: bool
-    moment: str
-    measured: float
-    predicted: float
     case: Case
     used: float
     printed: float
-
-    @property
-    def error(self) -> float:
-        """Of what tensors take."""
-        return self.predicted / self.measured - 1
 
 
 def recorded_bytes(case: Case) -> float:
@@ -82,7 +72,7 @@ def recorded_bytes(case: Case) -> float:
 
 def peaks() -> Iterator[Peak]:
     """Every training step of the file."""
-    for row in parse_json(gzip.decompress(DATA.read_bytes()))["steps"]:
+    for row in measured_data.read(DATA)["steps"]:
         case = Case(**row["case"])
         if case.cache:
             continue
@@ -106,26 +96,19 @@ def main() -> None:
     parser.add_argument("--record", type=Path)
     folder = parser.parse_args().record
     if folder is not None:
-        found = [parse_json(file.read_bytes()) for file in sorted(folder.glob("peaks-*.json"))]
         libraries = parse_json((folder / "libraries.json").read_bytes())["found"]
-        steps = [step for each in found for step in each["steps"] if "error" not in step]
-        text = json_text({"machine": found[0]["machine"], "libraries": libraries, "steps": steps})
-        DATA.write_bytes(gzip.compress(text.encode(), 9, mtime=0))
+        measured_data.write_peaks(DATA, folder.glob("peaks-*.json"), libraries)
         return
     before: dict[str, int] = {}
     print("What a process takes of a GPU beside its tensors, and what each step of it adds (GB):")
-    for name, now in parse_json(gzip.decompress(DATA.read_bytes()))["libraries"].items():
+    for name, now in measured_data.read(DATA)["libraries"].items():
         taken = now["used"] - now["reserved"]
         print(f"  {name:24s} {taken / 1e9:.2f} {(taken - before.get('taken', 0)) / 1e9:+.2f}")
         before["taken"] = taken
-    print("| step | in no choice | at | tensors, measured / predicted | | recorded | GPU in use | printed |")
-    print("|---|---|---|---|---|---|---|---|")
+    print_head(*PEAK_HEAD, "recorded", "GPU in use", "printed")
     for peak in peaks():
-        pair = f"{peak.measured / 1e9:.2f} / {peak.predicted / 1e9:.2f} GB"
-        blind = "yes" if peak.blind else ""
-        used = f"{peak.used / 1e9:.1f} | {peak.printed / 1e9:.1f} GB"
         own = f"{recorded_bytes(peak.case) / peak.measured - 1:+.1%}"
-        print(f"| {peak.name} | {blind} | {peak.moment} | {pair} | {peak.error:+.1%} | {own} | {used} |")
+        print_row(*peak.cells, f"{peak.error:+.1%}", own, f"{peak.used / 1e9:.1f}", f"{peak.printed / 1e9:.1f} GB")
 
 
 if __name__ == "__main__":

@@ -9,25 +9,22 @@ the file keeps the seconds and kernels of each part, as the order of its operati
 
 import argparse
 import bisect
-import gzip
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import measured_data
+from measured_data import listed_operations, print_head, print_row, summary
 
 from moesim.kernels import kernel_model
-from moesim.network import build_fabric
-from moesim.program import build_program
-from moesim.program.drawn_routing import draw_samples, obtain_trace
-from moesim.results.spans import Part, Phase
+from moesim.results.spans import Part
 from moesim.run import simulate
 from moesim.scenario import Scenario, scenario_from_mapping
-from moesim.strict_json import json_text, parse_json
+from moesim.strict_json import parse_json
 
-DATA = Path(__file__).parent.parent / "tests" / "data" / "software_steps.json.gz"
+DATA = measured_data.DATA / "software_steps.json.gz"
 # What a launch takes on the host of the measured machine with Megatron-Core's Python, over the profile's: with `expert`
 # of moesim/program/host.py the only number that these steps gave, those that are not marked blind.
 HOST_FACTOR = 5.5
@@ -121,24 +118,16 @@ def _torchtitan(case: Mapping[str, Any]) -> dict[str, Any]:
 
 def listed_parts(scenario: Scenario) -> Parts:
     """(phase, part) to seconds and operations of the list on the first rank; transfers are left out."""
-    samples, _ = draw_samples(scenario, obtain_trace(scenario))
-    kernels, fabric = kernel_model("h100"), build_fabric(scenario.cluster)
-    group = build_program(scenario, fabric=fabric, kernels=kernels, samples=samples).groups[0]
-    blocks = [run.block for task in group.tasks for run in task.runs] + [group.optimizer]
     found: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
-    for operation in (operation for block in blocks for operation in block.operations):
-        if operation.seconds_MSR is None:
-            continue
-        part = GROUPS[operation.part]
-        phase = "forward" if operation.phase is Phase.FORWARD else "backward"
-        phase = "optimizer" if part == "optimizer" else phase
-        found[phase, part].append(float(operation.seconds_MSR.mean()))
+    for phase, operation in listed_operations(scenario, kernel_model("h100")):
+        assert operation.seconds_MSR is not None
+        found[phase, GROUPS[operation.part]].append(float(operation.seconds_MSR.mean()))
     return {key: (sum(each), len(each)) for key, each in found.items()}
 
 
 def _with_operations(path: Path) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
     """Every kernel of a trace in the order of the GPU, with the operations that it was launched in, outermost first."""
-    events = parse_json(gzip.decompress(path.read_bytes()))["traceEvents"]
+    events = measured_data.read(path)["traceEvents"]
     launches = {e["args"]["correlation"]: e for e in events
                 if e.get("cat") in ("cuda_runtime", "cuda_driver") and "correlation" in e.get("args", {})}  # fmt: skip
     operations: defaultdict[int, list[dict[str, Any]]] = defaultdict(list)
@@ -253,7 +242,7 @@ class Compared:
 
 def compared(names: set[str] | None = None) -> Iterator[Compared]:
     """Every step, or those of these names."""
-    for program, each in parse_json(gzip.decompress(DATA.read_bytes()))["programs"].items():
+    for program, each in measured_data.read(DATA)["programs"].items():
         for step in each["steps"]:
             case = step["case"]
             if names is not None and case["name"] not in names:
@@ -289,21 +278,20 @@ def record(megatron: Path, torchtitan: list[Path]) -> None:
                     parts = traced_parts(trace, **sizes)
                     step["parts"] = [[*key, seconds, count] for key, (seconds, count) in sorted(parts.items())]
                 programs[program]["steps"].append(step)
-    text = json_text({"gpu": "NVIDIA H100 80GB HBM3", "programs": programs})
-    DATA.write_bytes(gzip.compress(text.encode(), 9, mtime=0))
+    measured_data.write(DATA, {"gpu": "NVIDIA H100 80GB HBM3", "programs": programs})
 
 
 def _print_parts(name: str) -> None:
-    steps = parse_json(gzip.decompress(DATA.read_bytes()))["programs"]["megatron"]["steps"]
+    steps = measured_data.read(DATA)["programs"]["megatron"]["steps"]
     step = next(step for step in steps if step["case"]["name"] == name and "parts" in step)
     traced = {(phase, part): (seconds, count) for phase, part, seconds, count in step["parts"]}
     listed = listed_parts(scenario_of("megatron", step["case"]))
-    print("| phase | part | traced, ms | kernels | listed, ms | operations |\n|---|---|---|---|---|---|")
+    print_head("phase", "part", "traced, ms", "kernels", "listed, ms", "operations")
     for phase, part in sorted(traced.keys() | listed.keys()):
         (seconds, count), (own, operations) = (each.get((phase, part), (0.0, 0)) for each in (traced, listed))
-        print(f"| {phase} | {part} | {1e3 * seconds:.2f} | {count} | {1e3 * own:.2f} | {operations} |")
+        print_row(phase, part, f"{1e3 * seconds:.2f}", f"{count}", f"{1e3 * own:.2f}", f"{operations}")
     sums = [sum(seconds for seconds, _ in each.values()) for each in (traced, listed)]
-    print(f"| all | | {1e3 * sums[0]:.1f} | | {1e3 * sums[1]:.1f} | |")
+    print_row("all", "", f"{1e3 * sums[0]:.1f}", "", f"{1e3 * sums[1]:.1f}", "")
 
 
 def main() -> None:
@@ -318,17 +306,16 @@ def main() -> None:
         _print_parts(given.parts)
         return
     found = list(compared())
-    print("| program | step | in no choice | measured, ms | predicted | memory, measured / predicted |")
-    print("|---|---|---|---|---|---|")
+    print_head("program", "step", "in no choice", "measured, ms", "predicted", "memory, measured / predicted")
     for each in found:
         memory = f"{each.measured_bytes / 1e9:.1f} / {each.predicted_bytes / 1e9:.1f} GB"
-        seconds = f"{1e3 * each.measured_s:.1f} | {each.error:+.1%}"
-        print(f"| {each.program} | {each.name} | {'yes' if each.blind else ''} | {seconds} | {memory} |")
+        seconds = f"{1e3 * each.measured_s:.1f}", f"{each.error:+.1%}"
+        print_row(each.program, each.name, "yes" if each.blind else "", *seconds, memory)
     for program in dict.fromkeys(each.program for each in found):
         for blind in (False, True):
-            errors = [abs(each.error) for each in found if (each.program, each.blind) == (program, blind)]
+            errors = [each.error for each in found if (each.program, each.blind) == (program, blind)]
             which = "in no choice" if blind else "seen"
-            print(f"{program}, {which}: {len(errors)} steps, median {np.median(errors):.1%}, worst {max(errors):.1%}")
+            print(f"{program}, {which}: {len(errors)} steps, {summary(errors)}")
 
 
 if __name__ == "__main__":

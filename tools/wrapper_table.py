@@ -8,17 +8,18 @@ each weight, fitted to every second number of weights by relative error, say of 
 """
 
 import argparse
-import gzip
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import measured_data
 import numpy as np
+from measured_data import print_head, print_row
 from numpy.typing import NDArray
 
-from moesim.strict_json import json_text, parse_json
+from moesim.strict_json import parse_json
 
-DATA = Path(__file__).parent.parent / "tests" / "data" / "wrappers_h100.json.gz"
+DATA = measured_data.DATA / "wrappers_h100.json.gz"
 PARTS = ("forward", "backward", "optimizer")
 KINDS = (("fsdp2", 25.0), ("ddp", 25.0), ("ddp", 1.0))
 LEAST = 1e-4  # seconds, below which errors are no longer relative
@@ -55,13 +56,12 @@ def main() -> None:
     given = parser.parse_args()
     if given.record:
         read = [parse_json(file.read_bytes()) for file in given.record]
-        text = json_text({"machine": read[0]["machine"], "runs": [each["rows"] for each in read]})
-        DATA.write_bytes(gzip.compress(text.encode(), 9, mtime=0))
+        measured_data.write(DATA, {"machine": read[0]["machine"], "runs": [each["rows"] for each in read]})
         return
-    runs = parse_json(gzip.decompress(DATA.read_bytes()))["runs"]
+    runs = measured_data.read(DATA)["runs"]
     seen = {row["weights"] for row in runs[0] if not row["blind"]}
-    print("| wrapper, bucket | part | constant, ms | a weight, us | weights kept out: measured / fitted, ms |")
-    print("|---|---|---|---|---|")
+    kept_out = "weights kept out: measured / fitted, ms"
+    print_head("wrapper, bucket", "part", "constant, ms", "a weight, us", kept_out)
     for kind, of in beyond_plain(runs).items():
         for number, part in enumerate(PARTS):
             constant, each = fitted(of, number, seen)
@@ -70,7 +70,7 @@ def main() -> None:
                 for weights in of
                 if weights not in seen
             )
-            print(f"| {kind[0]}, {kind[1]:g} MiB | {part} | {1e3 * constant:.2f} | {1e6 * each:.0f} | {others} |")
+            print_row(f"{kind[0]}, {kind[1]:g} MiB", part, f"{1e3 * constant:.2f}", f"{1e6 * each:.0f}", others)
 
 
 if __name__ == "__main__":
