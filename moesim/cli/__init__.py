@@ -14,7 +14,7 @@ from functools import cache
 from typing import NoReturn
 
 from moesim import __version__
-from moesim.cli import catalogue, launches, measurements, one_scenario, studies, traces
+from moesim.cli import catalogue, launches, layouts, measurements, one_scenario, studies, traces
 from moesim.cli.flags import INTERRUPTED_EXIT_CODE, Interrupted, discard_output, open_closed_streams, write_stderr
 from moesim.errors import UserError, closest, one_line
 from moesim.processes import signals_interrupt
@@ -104,9 +104,9 @@ VERBS = {
         catalogue.model,
         catalogue.gpus,
         measurements.import_step,
-        one_scenario.topology,
-        one_scenario.volume,
-        one_scenario.placement,
+        layouts.topology,
+        layouts.volume,
+        layouts.placement,
         one_scenario.goodput,
         one_scenario.serve,
         measurements.calibrate,

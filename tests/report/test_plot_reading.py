@@ -22,8 +22,9 @@ from plot_cases import (
 )
 
 from moesim.errors import UserError
+from moesim.report.plots.groups import Collection, collect, mean_and_interval, own_range
 from moesim.report.plots.metrics import metric, paths_of, short_names, text_of
-from moesim.report.plots.points import Collection, collect, mean_and_interval, own_range, read_sources, with_values
+from moesim.report.plots.sources import read_sources, with_values
 from moesim.study.points import T_95
 
 

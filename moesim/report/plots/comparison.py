@@ -12,8 +12,9 @@ from moesim.report import facts
 from moesim.report.categories import FAMILIES, Category, category, in_order
 from moesim.report.figures import empty_figure, steps, time_unit
 from moesim.report.page import Page
+from moesim.report.plots.groups import range_of, same_kernels
 from moesim.report.plots.metrics import MISSING, flatten, metric, paths_of, plain, text, text_of
-from moesim.report.plots.points import Point, Source, range_of, same_kernels
+from moesim.report.plots.sources import Point, Source
 
 _SMALL = 0.003  # share of the step below which a change joins "smaller changes"
 _TILES = 6

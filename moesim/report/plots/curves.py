@@ -30,8 +30,9 @@ from moesim.report.plots.drawing import (
     units_for,
     with_pointer,
 )
+from moesim.report.plots.groups import Axis, Collection, Estimate, Group
 from moesim.report.plots.metrics import LOWER, Metric, Unit, is_number, plain
-from moesim.report.plots.points import DONE, Axis, Collection, Estimate, Group
+from moesim.report.plots.sources import DONE
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import plotly.graph_objects as go
 
 from moesim.errors import UserError
 from moesim.report import facts
+from moesim.report.plots.groups import Axis, Collection, Estimate, Group
 from moesim.report.plots.metrics import (
     HEADLINE,
     MISSING,
@@ -28,7 +29,6 @@ from moesim.report.plots.metrics import (
     text_of,
     unit_for,
 )
-from moesim.report.plots.points import Axis, Collection, Estimate, Group
 
 CURVES, HEAT_MAP, COST_PERFORMANCE, COMPARISON = KINDS = ("curves", "heat_map", "cost_performance", "comparison")
 SPEED, PRICE = "tokens_per_second", "cost.usd_per_million_tokens"

@@ -27,9 +27,10 @@ from moesim.report.plots.drawing import (
     kind_of,
     label_of,
 )
+from moesim.report.plots.groups import Axis, Collection, Group, collect
 from moesim.report.plots.metrics import HEADLINE, LOWER, MISSING, Metric, metric, plain, text
-from moesim.report.plots.points import DONE, PRESET, Axis, Collection, Group, Source, collect, read_sources, with_values
 from moesim.report.plots.scatter import cost_performance, dots, drawn_groups, has_front, suits_dots
+from moesim.report.plots.sources import DONE, PRESET, Source, read_sources, with_values
 
 Plan = Mapping[str, Any]
 

@@ -25,8 +25,8 @@ from moesim.report.plots.drawing import (
     units_for,
     with_pointer,
 )
+from moesim.report.plots.groups import Collection, Group
 from moesim.report.plots.metrics import HIGHER, NEITHER, Metric, Unit, plain, text_of
-from moesim.report.plots.points import Collection, Group
 from moesim.study.points import pareto_front
 
 _LONGEST_LABEL = 16
