@@ -15,6 +15,7 @@ from rich.text import Text
 
 from moesim.errors import UserError, closest
 from moesim.report.facts import Fact
+from moesim.report.figures import empty_figure
 from moesim.report.page import Page
 from moesim.report.terminal import Screen, fact_table, heading, indented, number_table, prints, section, warnings
 from moesim.strict_json import parse_json
@@ -45,7 +46,8 @@ def trade_off(
     Loads without one of them, as answers of one token have no time per token, are left out. Raises UserError for a
     number that no load has.
     """
-    figure, every = Figure(), [load for group in groups for _, load in group.loads]
+    figure = empty_figure(height=460, x=_TITLES.get(x, x), y=_TITLES.get(y, y))
+    every = [load for group in groups for _, load in group.loads]
     for key in (x, y):
         if every and not any(load.get(key, "") is None for load in every):
             number(every[0], key)
@@ -62,11 +64,9 @@ def trade_off(
             x=[number(load, x) for load in loads], y=[number(load, y) for load in loads],
             mode="lines", name=name, line={"color": colour, "width": 1.2, "dash": "dot"}, hoverinfo="skip",
         )  # fmt: skip
-    figure.update_xaxes(title_text=_TITLES.get(x, x), rangemode="tozero")
-    figure.update_yaxes(title_text=_TITLES.get(y, y), rangemode="tozero")
-    figure.update_layout(height=460, margin={"l": 80, "r": 20, "t": 10, "b": 50}, legend={"orientation": "h", "y": 1.1})
-    figure.update_layout(paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", showlegend=True)
-    return figure
+    figure.update_xaxes(rangemode="tozero")
+    figure.update_yaxes(rangemode="tozero")
+    return figure.update_layout(showlegend=True)
 
 
 def number(load: Load, key: str) -> float:

@@ -8,6 +8,7 @@ from plotly.graph_objects import Figure
 from plotly.subplots import make_subplots
 
 from moesim.report.facts import Fact
+from moesim.report.figures import empty_figure, styled
 from moesim.report.page import Page
 from moesim.report.terminal import Screen, fact_table, heading, indented, number_table, prints, section, warnings
 from moesim.units import format_bytes, format_seconds
@@ -244,30 +245,24 @@ def _over_time(pool: Result) -> Figure:
     """Load, waiting requests, pages and steps of one pool; not what it never has, as tokens generated for prompts."""
     timeline = pool["timeline"]
     lines = [(name, title) for name, title in _LINES if any(timeline[name])]
-    figure = make_subplots(rows=len(lines), cols=1, shared_xaxes=True, vertical_spacing=0.03)
+    panels = make_subplots(rows=len(lines), cols=1, shared_xaxes=True, vertical_spacing=0.03)
+    figure = styled(panels, height=190 * len(lines))
     for row, (name, title) in enumerate(lines, start=1):
         line = {"color": _COLOUR, "width": 1.2}
         figure.add_scatter(x=timeline["end"], y=timeline[name], mode="lines", line=line, name=title, row=row, col=1)
         figure.update_yaxes(title_text=title.replace(" of ", "<br>of "), rangemode="tozero", row=row, col=1)
     figure.update_xaxes(title_text="seconds", row=len(lines), col=1)
-    figure.update_layout(height=190 * len(lines), showlegend=False, margin={"l": 80, "r": 20, "t": 10, "b": 40})
-    figure.update_layout(paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)")
-    return figure
+    return figure.update_layout(showlegend=False)
 
 
 def _heat_map(seconds: Sequence[float], by_moment: Sequence[Sequence[float]], **shown: Any) -> Figure:
     """Moments across; `of` what down; `bar` says what the colours are, whose scale ends between `ends`."""
     by_row = list(zip(*by_moment, strict=True))
-    figure = Figure()
+    figure = empty_figure(height=min(640, max(220, 14 * len(by_row) + 120)), x="seconds", y=shown["of"])
     low, high = shown["ends"]  # few tokens at the end would set the scale
     most = float(np.clip(np.quantile(np.array(by_row), 0.995), low, high))
     figure.add_heatmap(x=seconds, z=by_row, colorscale="Blues", zmin=0, zmax=most, colorbar=shown["bar"])
-    figure.update_xaxes(title_text="seconds")
-    figure.update_yaxes(title_text=shown["of"], autorange="reversed")
-    height = min(640, max(220, 14 * len(by_row) + 120))
-    figure.update_layout(height=height, margin={"l": 80, "r": 20, "t": 10, "b": 40})
-    figure.update_layout(paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)")
-    return figure
+    return figure.update_yaxes(autorange="reversed")
 
 
 def serving_page(result: Result) -> str:
