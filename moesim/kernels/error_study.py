@@ -25,7 +25,7 @@ from moesim.kernels.fp8 import DEEP_GEMM, published_errors
 from moesim.kernels.kernel_classes import KernelClass, Row, deep_gemm_class, kind_of
 from moesim.kernels.roofline import GpuRates, Roofline
 from moesim.kernels.scaled import ScaledModel
-from moesim.kernels.tabulated import ReachedRates
+from moesim.kernels.tabulated import reached_rates
 
 LEAST_SECONDS = 100e-6  # a step's time does not rest on shorter kernels, whose errors are larger
 _LARGE_FLOPS = 1e11  # from which the tensor cores are the limit
@@ -116,7 +116,7 @@ def reached_out(
 ) -> list[Misses]:
     """As `kind_out`, with the share of its peak that large dense GEMMs of the target reach known: what `TabulatedModel`
     does for kernels that its tables lack."""
-    return kind_out(rows, base=base, measured=measured, target=ReachedRates(target, shares))
+    return kind_out(rows, base=base, measured=measured, target=reached_rates(target, shares))
 
 
 def reached_shares(rows: Iterable[Row], *, base: CalibratedModel, measured: GpuRates, target: GpuRates) -> float:

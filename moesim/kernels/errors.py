@@ -117,18 +117,15 @@ def clock_error_of(model: KernelModel) -> float:
 
 
 def known_error(bases: tuple[str, ...], source: str, family: str) -> KnownError:
-    """The error of a family from a source: of the nearest basis that has it, else of the next firmer source there."""
+    """The error of a family from a source: of the nearest basis that has it, else of the next firmer source there,
+    else of the next weaker one.
+    """
     if source == NETWORK:
         return _by_key()["any", NETWORK, family]
-    for near in reversed(SOURCES[: SOURCES.index(source) + 1]):
+    at = SOURCES.index(source)
+    for near in (*reversed(SOURCES[: at + 1]), *SOURCES[at + 1 :]):
         for basis in bases:
-            found = _by_key().get((basis, near, family))
-            if found is not None:
-                return found
-    for weaker in SOURCES[SOURCES.index(source) :]:
-        for basis in bases:
-            found = _by_key().get((basis, weaker, family))
-            if found is not None:
+            if (found := _by_key().get((basis, near, family))) is not None:
                 return found
     raise InternalError(f"no known error of {family} from {source} on {', '.join(bases)}")
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from copy import copy
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,9 +11,9 @@ from moesim.kernels.calibrated import CalibratedModel
 from moesim.kernels.estimate import KernelModel
 from moesim.kernels.measured import measured_rates
 from moesim.kernels.profile import SHIPPED, Profile, load_profile_file
-from moesim.kernels.roofline import GpuRates, Roofline
+from moesim.kernels.roofline import GpuRates, Rates, Roofline
 from moesim.kernels.scaled import ScaledModel
-from moesim.kernels.tabulated import ReachedRates, TabulatedModel
+from moesim.kernels.tabulated import TabulatedModel, reached_rates
 
 if TYPE_CHECKING:
     from moesim.scenario import Compute, GpuSpec
@@ -25,44 +24,6 @@ FP8_OF = {"h200": "h100"}
 DENSE_BY_DEEP_GEMM = ("h800",)
 REGIMES = ("sustained", "short")
 _NO_CLOCK = "at a clock run only GPUs whose clocks were measured; use sustained or short"
-
-
-@dataclass(frozen=True)
-class _SeenRates:
-    """The roofline's view of a device that no catalogue knows: the best rates that its own profile shows."""
-
-    name: str
-    peak_flops: Mapping[str, float]
-    memory_bandwidth: float
-    sm_count: int = 1
-    clock_hz: float = 1.0
-
-
-@dataclass(frozen=True)
-class _CatalogueRates:
-    """A GPU of the catalogue, which is read when a kernel needs the roofline: most need the profile alone."""
-
-    name: str
-
-    @property
-    def peak_flops(self) -> Mapping[str, float]:
-        """FLOP/s by number format."""
-        return _spec(self.name).peak_flops
-
-    @property
-    def memory_bandwidth(self) -> float:
-        """Bytes/s."""
-        return _spec(self.name).memory_bandwidth
-
-    @property
-    def sm_count(self) -> int:
-        """Streaming multiprocessors."""
-        return _spec(self.name).sm_count
-
-    @property
-    def clock_hz(self) -> float:
-        """Their boost clock."""
-        return _spec(self.name).clock_hz
 
 
 @cache
@@ -110,14 +71,14 @@ def _model_of(profile: Profile) -> CalibratedModel | TabulatedModel:
             )
         return TabulatedModel(profile, base=base, measured=_spec(profile.tables["base"]), target=_spec(gpu))
     if gpu is not None:
-        return CalibratedModel(profile, fallback=Roofline(_CatalogueRates(gpu)), relative=_relative(gpu))
+        return CalibratedModel(profile, fallback=Roofline(_spec(gpu)), relative=_relative(gpu))
     rates = measured_rates(profile)
     if rates is None:
         raise UserError(
             f"profile {profile.name}: unknown device and no rows of gemm and memory_bound to judge it by; "
             "run `moesim calibrate` again with those families"
         )
-    seen = _SeenRates(profile.name, {"bf16": rates[0], "fp16": rates[0]}, rates[1])
+    seen = Rates(profile.name, {"bf16": rates[0], "fp16": rates[0]}, rates[1])  # the best that its own profile shows
     return CalibratedModel(profile, fallback=Roofline(seen))
 
 
@@ -126,7 +87,7 @@ def _relative(gpu: str) -> ScaledModel | None:
         return None
     other = load_profile(FP8_OF[gpu])
     assert isinstance(other, CalibratedModel)
-    return ScaledModel(other, measured=_spec(FP8_OF[gpu]), target=_CatalogueRates(gpu))
+    return ScaledModel(other, measured=_spec(FP8_OF[gpu]), target=_spec(gpu))
 
 
 @cache
@@ -239,7 +200,7 @@ def _held(model: CalibratedModel | TabulatedModel, regime: str) -> CalibratedMod
 
 
 def _scaled(base: CalibratedModel | TabulatedModel, measured: str, target: "GpuSpec") -> ScaledModel:
-    rates = target if target.reached is None else ReachedRates(target, target.reached)
+    rates = target if target.reached is None else reached_rates(target, target.reached)
     return ScaledModel(base, measured=_spec(measured), target=rates, by_deep_gemm=target.name in DENSE_BY_DEEP_GEMM)
 
 

@@ -4,7 +4,7 @@ Legend: P measured kernels.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from moesim.kernels.error_study import Misses
 from moesim.kernels.errors import KnownError
 from moesim.kernels.estimate import BesideSend, Contention, wait_of
 from moesim.kernels.families import FloatArray
-from moesim.kernels.kernel_classes import class_of
+from moesim.kernels.kernel_classes import KernelClass, Row, class_of
 from moesim.kernels.measured import DISPATCH, OVERLAP_BYTES, SEND, sends_of
 
 if TYPE_CHECKING:
@@ -64,53 +64,47 @@ def _spreads(rows: Iterable[dict[str, list[float]]]) -> list[float]:
 
 def leave_one_out_rows(model: CalibratedModel, *, by_class: bool = False) -> list[ErrorRow]:
     """Errors per family, or per class."""
-    names = sorted({name for name in map(class_of, model.profile.rows) if name is not None})
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        groups.setdefault(name if by_class else _family(name), []).append(name)
-    found = []
-    for group, members in groups.items():
-        kernel_classes = [kernel_class for kernel_class in map(model.kernel_class, members) if kernel_class is not None]
-        if not kernel_classes:
-            continue
-        clocked_P = np.concatenate([kernel_class.leave_one_out(at_row_clock=True) for kernel_class in kernel_classes])
-        unclocked_P = np.concatenate(
-            [kernel_class.leave_one_out(at_row_clock=False) for kernel_class in kernel_classes]
-        )
-        found.append(
-            _row(
-                group,
-                clocked_P,
-                unclocked_P,
-                _spreads(row for kernel_class in kernel_classes for row in kernel_class.rows),
-            )
-        )
-    return found
+    known = _known(model, {name for row in model.profile.rows if (name := class_of(row)) is not None})
+    rows = {name: kernel_class.rows for name, kernel_class in known.items()}
+
+    def errors(name: str, *, at_clock: bool) -> FloatArray:
+        return known[name].leave_one_out(at_row_clock=at_clock)
+
+    return _error_rows(rows, errors, by_class=by_class)
 
 
 def held_out_rows(model: CalibratedModel, *, by_class: bool = False) -> list[ErrorRow]:
     """Errors of the rows that are kept out of every fit, per family or per class."""
-    kernel_classes: dict[str, list[dict[str, Any]]] = {}
+    held: dict[str, list[Row]] = {}
     for row in model.profile.rows:
         if row.get("held_out") and (name := class_of(row)) is not None:
-            kernel_classes.setdefault(name, []).append(row)
+            held.setdefault(name, []).append(row)
+    known = _known(model, held)
+
+    def errors(name: str, *, at_clock: bool) -> FloatArray:
+        return known[name].errors_of(held[name], at_row_clock=at_clock)
+
+    return _error_rows({name: held[name] for name in known}, errors, by_class=by_class)
+
+
+def _known(model: CalibratedModel, names: Iterable[str]) -> dict[str, KernelClass]:
+    """The classes of these names that the model has."""
+    found = ((name, model.kernel_class(name)) for name in sorted(names))
+    return {name: kernel_class for name, kernel_class in found if kernel_class is not None}
+
+
+def _error_rows(rows: Mapping[str, list[Row]], errors: Callable[..., FloatArray], *, by_class: bool) -> list[ErrorRow]:
+    """Of rows by class, whose `errors` are known by the name of their class."""
     groups: dict[str, list[str]] = {}
-    for name in sorted(kernel_classes):
+    for name in rows:
         groups.setdefault(name if by_class else _family(name), []).append(name)
     found = []
     for group, members in groups.items():
-        known = [
-            (kernel_class, kernel_classes[name])
-            for name in members
-            if (kernel_class := model.kernel_class(name)) is not None
-        ]
-        if not known:
-            continue
         clocked_P, unclocked_P = (
-            np.concatenate([kernel_class.errors_of(rows, at_row_clock=at_clock) for kernel_class, rows in known])
-            for at_clock in (True, False)
+            np.concatenate([errors(name, at_clock=at_clock) for name in members]) for at_clock in (True, False)
         )
-        found.append(_row(group, clocked_P, unclocked_P, _spreads(row for _, rows in known for row in rows)))
+        spreads = _spreads(row for name in members for row in rows[name])
+        found.append(_row(group, clocked_P, unclocked_P, spreads))
     return found
 
 
@@ -121,6 +115,17 @@ def _family(class_name: str) -> str:
     return f"{family} fp8" if rest.startswith("fp8") else f"{family} fp4" if rest.startswith("nvfp4") else family
 
 
+def numbers_table(first: str, *headers: str, title: str, caption: str | None) -> "Table":
+    """A table for the terminal without rows: of names, and of numbers under the headers."""
+    from rich.table import Table  # here: whoever predicts a kernel or a transfer does without
+
+    table = Table(title=title, caption=caption)
+    table.add_column(first, no_wrap=True)
+    for header in headers:
+        table.add_column(header, justify="right", no_wrap=True)
+    return table
+
+
 _KIND_CAPTION = """error = |measured / predicted - 1|, rows of 100 us and more,
 predicted without any row of this GPU;
 bias: median of measured / predicted - 1"""
@@ -128,12 +133,7 @@ bias: median of measured / predicted - 1"""
 
 def kind_table(found: list[Misses], *, title: str) -> "Table":
     """Errors of one GPU kind's rows predicted from another kind, by family and by the source of the prediction."""
-    from rich.table import Table  # here: whoever predicts a kernel does without
-
-    table = Table(title=title, caption=_KIND_CAPTION)
-    table.add_column("kernels", no_wrap=True)
-    for header in ("source", "count", "median / p90", "bias"):
-        table.add_column(header, justify="right", no_wrap=True)
+    table = numbers_table("kernels", "source", "count", "median / p90", "bias", title=title, caption=_KIND_CAPTION)
     for misses in sorted(found, key=lambda misses: (misses.family, misses.source)):
         median, p90 = np.percentile(np.abs(np.expm1(misses.logs_P)), [50, 90])
         bias = f"{float(np.expm1(np.median(misses.logs_P))):+.1%}"
@@ -143,13 +143,9 @@ def kind_table(found: list[Misses], *, title: str) -> "Table":
 
 def error_table(rows: list[ErrorRow], *, title: str, caption: str | None = _CAPTION) -> "Table":
     """The rows as a table for the terminal."""
-    from rich.table import Table  # here: whoever predicts a kernel does without
-
-    table = Table(title=title, caption=caption)
-    table.add_column("kernels", no_wrap=True)
     aimed = any(row.target for row in rows)
-    for header in ("count", "median / p90", "without clock", "visits", *(["target"] if aimed else [])):
-        table.add_column(header, justify="right", no_wrap=True)
+    headers = ("count", "median / p90", "without clock", "visits", *(["target"] if aimed else []))
+    table = numbers_table("kernels", *headers, title=title, caption=caption)
     for row in rows:
         known, unknown = f"{row.median:.1%} / {row.p90:.1%}", f"{row.median_unclocked:.1%} / {row.p90_unclocked:.1%}"
         target = f"{row.target[0]:.0%} / {row.target[1]:.0%}" if row.target else ""
@@ -218,12 +214,8 @@ def _beside_errors(
 
 def beside_table(rows: list[tuple[str, int, float, float, float]], *, title: str) -> "Table":
     """The same for the terminal."""
-    from rich.table import Table  # here: whoever predicts a kernel does without
-
-    table = Table(title=title, caption=_BESIDE_CAPTION)
-    table.add_column("transfers", no_wrap=True)
-    for header in ("kept out", "transfers", "kernels", "alone"):
-        table.add_column(header, justify="right", no_wrap=True)
+    headers = ("kept out", "transfers", "kernels", "alone")
+    table = numbers_table("transfers", *headers, title=title, caption=_BESIDE_CAPTION)
     for kind, count, *errors in rows:
         table.add_row(kind, str(count), *(f"{error:.1%}" for error in errors))
     return table

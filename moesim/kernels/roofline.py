@@ -6,6 +6,7 @@ first approximation by intent; a calibrated profile replaces them.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -37,6 +38,17 @@ class GpuRates(Protocol):
     def sm_count(self) -> int: ...
     @property
     def clock_hz(self) -> float: ...
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Those of no entry of the catalogue: of a device that it does not know, or of another share of a GPU's peaks."""
+
+    name: str
+    peak_flops: Mapping[str, float]
+    memory_bandwidth: float
+    sm_count: int = 1
+    clock_hz: float = 1.0
 
 
 class Roofline:

@@ -11,7 +11,7 @@
 import math
 from collections.abc import Mapping
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -33,67 +33,22 @@ from moesim.kernels.families import (
 from moesim.kernels.jitter import Jitter, spread_of
 from moesim.kernels.power import LEAST_EXPONENT
 from moesim.kernels.profile import Profile
-from moesim.kernels.roofline import GpuRates, Roofline
+from moesim.kernels.roofline import GpuRates, Rates, Roofline
 from moesim.kernels.scaled import ScaledModel
 
-AS_PER_TENSOR = (
-    "mxfp8",
-    "nvfp4",
-)  # whose scales cost the tensor cores nothing, so that gradients are as per-tensor ones
+# Whose scales cost the tensor cores nothing, so that gradients are as per-tensor ones.
+AS_PER_TENSOR = ("mxfp8", "nvfp4")
 MEMORY = "memory"  # among the shares
 
 
-@dataclass(frozen=True)
-class _Rates:
-    """A data sheet with one peak of another value."""
-
-    name: str
-    peak_flops: Mapping[str, float]
-    memory_bandwidth: float
-    sm_count: int
-    clock_hz: float
-
-
-def replace_peak(gpu: GpuRates, dtype: str, peak: float) -> GpuRates:
-    """`gpu` with this peak of `dtype`."""
-    return _Rates(gpu.name, {**gpu.peak_flops, dtype: peak}, gpu.memory_bandwidth, gpu.sm_count, gpu.clock_hz)
-
-
-@dataclass(frozen=True)
-class ReachedRates:
+def reached_rates(gpu: GpuRates, shares: Mapping[str, float]) -> Rates:
     """Rates of a GPU as far as its kernels reach them where the measured GPU's do: peaks, and the bandwidth under
-    `memory`, times `shares`.
+    `memory`, times `shares`. Formats without a share of their own have that of bf16, mxfp8 that of fp8.
     """
-
-    gpu: GpuRates
-    shares: Mapping[str, float]
-
-    @property
-    def name(self) -> str:
-        """The GPU's."""
-        return self.gpu.name
-
-    @property
-    def peak_flops(self) -> Mapping[str, float]:
-        """FLOP/s by number format; formats without a share of their own have that of bf16."""
-        common = self.shares["bf16"]
-        shares = {"mxfp8": self.shares.get("fp8", common)} | dict(self.shares)
-        return {dtype: peak * shares.get(dtype, common) for dtype, peak in self.gpu.peak_flops.items()}
-
-    @property
-    def memory_bandwidth(self) -> float:
-        """As far as tables tell; else the datasheet's."""
-        return self.gpu.memory_bandwidth * self.shares.get(MEMORY, 1.0)
-
-    @property
-    def sm_count(self) -> int:
-        """Streaming multiprocessors."""
-        return self.gpu.sm_count
-
-    @property
-    def clock_hz(self) -> float:
-        """Their boost clock."""
-        return self.gpu.clock_hz
+    common = shares["bf16"]
+    known = {"mxfp8": shares.get("fp8", common)} | dict(shares)
+    peaks = {dtype: peak * known.get(dtype, common) for dtype, peak in gpu.peak_flops.items()}
+    return Rates(gpu.name, peaks, gpu.memory_bandwidth * shares.get(MEMORY, 1.0), gpu.sm_count, gpu.clock_hz)
 
 
 class TabulatedModel:
@@ -107,7 +62,7 @@ class TabulatedModel:
         self.fallback = self.tables.fallback
         # At the clock of benchmarks: the law of this kind, not that of the measured GPU, is applied on top.
         self._base_free = base.at_benchmark_clock()
-        self._measured, self._reached = measured, ReachedRates(target, profile.tables["peak_shares"])
+        self._measured, self._reached = measured, reached_rates(target, profile.tables["peak_shares"])
         self._scaled = ScaledModel(self._base_free, measured=measured, target=self._reached)
         self.log_clock: float | None = None  # of a step, relative to the tables'
         self.regime: str | None = None  # one that a scenario asks for, which no step's load changes
@@ -205,7 +160,8 @@ class TabulatedModel:
     def _narrow_grouped(self, kernel: GroupedGemm) -> Estimate:
         """As per-tensor products of the measured GPU, by the ratio of its fp8 peak to the peak of this format."""
         peak = self._reached.peak_flops[peak_format(kernel.dtype)]
-        target = ReachedRates(replace_peak(self._reached.gpu, "fp8", peak), {"bf16": 1.0})
+        gpu = self.target
+        target = Rates(gpu.name, {**gpu.peak_flops, "fp8": peak}, gpu.memory_bandwidth, gpu.sm_count, gpu.clock_hz)
         model = ScaledModel(self._base_free, measured=self._measured, target=target)
         seconds, source = model.seconds(replace(kernel, dtype="fp8"))
         log_clock = self._own_log_clock(kernel, seconds)
