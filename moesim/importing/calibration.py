@@ -68,9 +68,7 @@ class StepTimes:
 
 def step_times(events: TraceEvents, *, ops: int) -> StepTimes:
     """The times of a trace with device work; `ops`: how many of its operations launched work."""
-    launches: dict[int | None, Launch] = {
-        launch.correlation: launch for launch in events.launches if launch.correlation is not None
-    }
+    launches = events.launch_of
     gaps, late, busy, ahead = _gaps(events.device_work, launches)
     working = [launches[work.correlation] for work in events.device_work if work.correlation in launches]
     last = max((launch.end for launch in working), default=0.0)
@@ -89,7 +87,7 @@ def step_times(events: TraceEvents, *, ops: int) -> StepTimes:
     )
 
 
-def _gaps(work: Sequence[DeviceWork], launches: dict[int | None, Launch]) -> tuple[float, float, float, int]:
+def _gaps(work: Sequence[DeviceWork], launches: Mapping[int | None, Launch]) -> tuple[float, float, float, int]:
     """Seconds of gaps that are the GPU's, of those that are the host's, and of work on any stream; how much work had no
     gap of the host's before it.
     """

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from moesim.importing.dimensions import Dimensions, Dims, Size, cut, new_sizes, number_of, tie, tracked
 
@@ -206,9 +205,8 @@ RULES: dict[str, Rule] = (
 )
 
 
-def follow(known: Dimensions, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+def follow(known: Dimensions, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], results: list[Tensor]) -> None:
     """An operation has run: its results lie on the dimensions of what it read, as its rule says."""
-    results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
     if not results:
         return
     name = func._schema.name.removeprefix("aten::")
@@ -216,7 +214,6 @@ def follow(known: Dimensions, func: Any, args: Any, kwargs: Any, out: Any) -> No
     rule = RULES.get(name)
     found = rule(known, given, results) if rule is not None else None
     if found is None or any(list(map(number_of, f)) != list(r.shape) for f, r in zip(found, results, strict=True)):
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         found = [known.like(inputs, result.shape) for result in results]
     for result, dims in zip(results, found, strict=True):
         known.set(result, dims)

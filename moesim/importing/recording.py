@@ -162,8 +162,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-igno
         out = func(*args, **(kwargs or {}))
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         self.live.made(func._schema.name.removeprefix("aten::"), made, phase=self.phase)
-        follow(self.dimensions, func, args, kwargs or {}, out)
-        self._note(func, args, kwargs or {}, out)
+        follow(self.dimensions, func, args, kwargs or {}, given, made)
+        self._note(func, args, given, made)
         _mark_chance(func, args, out)
         return out
 
@@ -171,15 +171,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-igno
         facts = self.again if hasattr(asked, LIKELY) else {"taken": True, **self.again}
         self._add(CHECK, self.module, (asked,), (), facts)
 
-    def _note(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    def _note(self, func: Any, args: Any, inputs: list[Tensor], results: list[Tensor]) -> None:
         name = func._schema.name.removeprefix("aten::")
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         aliased = [result.alias_info for result in func._schema.returns]
-        if aliased and all(alias is not None and not alias.is_write for alias in aliased):
-            self.views += 1
-            return
-        if name in FREE:
+        if name in FREE or (aliased and all(alias is not None and not alias.is_write for alias in aliased)):
             self.views += 1
             return
         self._add(

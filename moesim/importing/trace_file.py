@@ -10,6 +10,7 @@ import zlib
 from codecs import getincrementaldecoder
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,11 @@ class TraceEvents:
     launches: tuple[Launch, ...]
     annotations: tuple[Span, ...]
     modules: tuple[Span, ...]
+
+    @cached_property
+    def launch_of(self) -> Mapping[int | None, Launch]:
+        """The launches by the numbers that their work has, too."""
+        return {launch.correlation: launch for launch in self.launches if launch.correlation is not None}
 
 
 def is_step_file(path: Path) -> bool:

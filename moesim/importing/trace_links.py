@@ -11,7 +11,7 @@ Legend: N outermost operations of the first forward pass.
 
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -205,13 +205,10 @@ def _innermost(calls: Sequence[Span], ops: Sequence[CpuOp]) -> list[str]:
 
 def linked(events: TraceEvents, tree: OpTree, *, knows: Callable[[str], bool]) -> LinkedTrace:
     """Every kernel with the outermost operation around its launch that `knows`, or with the innermost one."""
-    launches: dict[int | None, Launch] = {
-        launch.correlation: launch for launch in events.launches if launch.correlation is not None
-    }
     works: dict[int, list[DeviceWork]] = defaultdict(list)
     unexplained = []
     for work in events.device_work:
-        index = _launched_by(work, launches, tree)
+        index = _launched_by(work, events.launch_of, tree)
         if index < 0:
             unexplained.append(work)
             continue
@@ -229,8 +226,8 @@ def linked(events: TraceEvents, tree: OpTree, *, knows: Callable[[str], bool]) -
     return LinkedTrace(ops=ops, unexplained=tuple(unexplained))
 
 
-def _launched_by(work: DeviceWork, launches: dict[int | None, Launch], tree: OpTree) -> int:
-    launch = launches.get(work.correlation) if work.correlation is not None else None
+def _launched_by(work: DeviceWork, launches: Mapping[int | None, Launch], tree: OpTree) -> int:
+    launch = launches.get(work.correlation)
     for op_id in (launch.op_id if launch else None, work.op_id):
         if op_id is not None and op_id in tree.by_id:
             return tree.by_id[op_id]
