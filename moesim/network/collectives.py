@@ -39,6 +39,9 @@ class CollectiveEstimate(NamedTuple):
     evidence: Evidence = Evidence.NONE
 
 
+_NOTHING = CollectiveEstimate(0.0, "none", "nothing to do")
+
+
 class _Pattern(NamedTuple):
     """What one step costs: seconds per byte of each rank's share, and the latency of its slowest hop."""
 
@@ -83,7 +86,7 @@ def all_reduce_seconds(
     """
     chosen = as_ranks(fabric, ranks)
     if len(chosen) == 1 or checked_bytes(num_bytes) == 0:
-        return CollectiveEstimate(0.0, "none", "nothing to do")
+        return _NOTHING
     if algorithm != "auto":
         if algorithm not in _ALL_REDUCE:
             raise UserError(f'all-reduce: algorithm "{algorithm}" is unknown; use auto, {", ".join(_ALL_REDUCE)}')
@@ -112,7 +115,7 @@ def all_to_all_seconds(fabric: Fabric, ranks: Ranks, num_bytes: float) -> Collec
     chosen = as_ranks(fabric, ranks)
     n = len(chosen)
     if n == 1 or checked_bytes(num_bytes) == 0:
-        return CollectiveEstimate(0.0, "none", "nothing to do")
+        return _NOTHING
     sent, pattern = (n - 1) / n * num_bytes, _ring_pattern(fabric, chosen)
     protocol = measured_call(fabric, "all_to_all", chosen) or fabric.parameters.point_to_point
     return _estimate(protocol, "all_to_all", sent, sent * pattern.seconds_per_byte, 1, pattern.latency, messages=0)
@@ -160,7 +163,7 @@ def send_recv_seconds(fabric: Fabric, source: int, target: int, num_bytes: float
     """One message of `num_bytes` from rank to rank, alone on its links."""
     as_ranks(fabric, [source, target])
     if source == target or checked_bytes(num_bytes) == 0:
-        return CollectiveEstimate(0.0, "none", "nothing to do")
+        return _NOTHING
     pattern = _pattern(fabric, np.array([source]), np.array([target]), np.ones(1))
     wire = pattern.seconds_per_byte * num_bytes
     protocol = measured_call(fabric, "send_recv", np.array([source, target])) or fabric.parameters.point_to_point
@@ -182,7 +185,7 @@ def _estimate(
 def _half_ring(fabric: Fabric, ranks: NDArray[np.int64], num_bytes: float, call: HalfRing) -> CollectiveEstimate:
     n = len(ranks)
     if n == 1 or checked_bytes(num_bytes) == 0:
-        return CollectiveEstimate(0.0, "none", "nothing to do")
+        return _NOTHING
     flows = _ring_flows(fabric, ranks)
     ring = _pattern(fabric, *flows)
     wire = (n - 1) / n * num_bytes * ring.seconds_per_byte

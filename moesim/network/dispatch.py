@@ -15,6 +15,7 @@ Legend: S routing samples in lockstep, R ranks of the group (copies_RR: source, 
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,7 +87,7 @@ def _feeders(feeds_SRR: NDArray[np.bool_]) -> NDArray[np.int32]:
     return feeders_SRV
 
 
-def prepare_dispatch(
+def _prepare(
     fabric: Fabric,
     copies_stages: Stages,
     *,
@@ -100,8 +101,9 @@ def prepare_dispatch(
     sm_share: float = 0.0,
     sms: float | None = None,
     compiled: bool | None = None,
+    combine: bool,
 ) -> PreparedTransfer:
-    """Tokens on their way to their experts.
+    """Tokens on their way to their experts, or (`combine`) outputs on their way back: the same stages reversed.
 
     `copies_stages`: copies from rank to rank, [R, R] or [S, R, R], as `moesim.parallel.traffic.stage_copies`
     gives them: one matrix, or for deduplication per node the network stage (with direct NVLink copies) and the
@@ -110,41 +112,6 @@ def prepare_dispatch(
     an algorithm that gathers the matrix is a ring's (`moesim.parallel.traffic.ring_copies`). Raises UserError where
     algorithm and deduplication do not fit.
     """
-    return _prepare(
-        fabric, copies_stages, token_bytes=token_bytes, algorithm=algorithm, ranks=ranks, own_copies_R=own_copies_R,
-        model=model, synchronised=synchronised, per_rank_starts=per_rank_starts, sm_share=sm_share, sms=sms,
-        combine=False, compiled=compiled,
-    )  # fmt: skip
-
-
-def prepare_combine(
-    fabric: Fabric,
-    copies_stages: Stages,
-    *,
-    token_bytes: float,
-    algorithm: Algorithm = "direct",
-    ranks: Ranks = None,
-    own_copies_R: FloatArray | None = None,
-    model: Model = "ports",
-    synchronised: bool = False,
-    per_rank_starts: bool = True,
-    sm_share: float = 0.0,
-    sms: float | None = None,
-    compiled: bool | None = None,
-) -> PreparedTransfer:
-    """Expert outputs on their way back: the stages of the dispatch reversed. Arguments as for `prepare_dispatch`."""
-    return _prepare(
-        fabric, copies_stages, token_bytes=token_bytes, algorithm=algorithm, ranks=ranks, own_copies_R=own_copies_R,
-        model=model, synchronised=synchronised, per_rank_starts=per_rank_starts, sm_share=sm_share, sms=sms,
-        combine=True, compiled=compiled,
-    )  # fmt: skip
-
-
-def _prepare(
-    fabric: Fabric, copies_stages: Stages, *, token_bytes: float, algorithm: Algorithm, ranks: Ranks,
-    own_copies_R: FloatArray | None, model: Model, synchronised: bool, per_rank_starts: bool, sm_share: float,
-    sms: float | None, combine: bool, compiled: bool | None,
-) -> PreparedTransfer:  # fmt: skip
     chosen = as_ranks(fabric, ranks)
     if algorithm not in DISPATCH:
         raise UserError(f'dispatch: algorithm "{algorithm}" is unknown; use {", ".join(DISPATCH)}')
@@ -207,6 +174,10 @@ def _prepare(
         ),
         evidence=protocol.evidence,
     )
+
+
+prepare_dispatch = partial(_prepare, combine=False)
+prepare_combine = partial(_prepare, combine=True)
 
 
 class _Met:

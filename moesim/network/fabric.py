@@ -58,7 +58,7 @@ class Fabric:
     multipath: bool
     ladder: Ladder | None = field(repr=False)
     shortest_routes: ShortestRoutes = field(repr=False)
-    # What endpoints.pair_ports, flow_ports and contention.common_use found on these links; a copy with others has none.
+    # What the functions of these names and contention.common_use found on these links; a copy with others has none.
     pair_ports: dict[tuple[bytes, bool], object] = field(init=False, repr=False, default_factory=dict)
     flow_ports: dict[tuple[bytes, bool, bytes], object] = field(init=False, repr=False, default_factory=dict)
     common_hops: dict[tuple[bytes, ...], tuple[IntegerArray, IntegerArray, FloatArray]] = field(

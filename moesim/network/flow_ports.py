@@ -12,9 +12,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.network.endpoints import PairsOfLink, pair_ports
 from moesim.network.fabric import Fabric
 from moesim.network.flows import Demand
+from moesim.network.pair_ports import PairsOfLink, pair_ports
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.integer]

@@ -19,10 +19,10 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.network.endpoints import SharedLink, shared_links
 from moesim.network.fabric import Fabric
 from moesim.network.flow_ports import PortTable, Side, flow_ports
 from moesim.network.flows import Demand
+from moesim.network.pair_ports import SharedLink, shared_links
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.integer]
