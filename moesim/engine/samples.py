@@ -20,7 +20,7 @@ from moesim.program.software import kernel_list
 from moesim.results import CATEGORIES
 from moesim.results.critical_path import path_facts
 from moesim.results.outcome import Outcome
-from moesim.results.span_sums import Waits, waits
+from moesim.results.waits import Waits, waits
 from moesim.scenario import Scenario
 
 SPAN_MEMORY = 400e6  # bytes of spans simulated at once: more samples than fit run in several passes

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from moesim.errors import UserError
 from moesim.parallel.counts import count_blocks, count_rows, expert_capacity, expert_keep_mask, ranks_of_rows
 from moesim.parallel.expert_map import ExpertMap
-from moesim.parallel.layer_maps import LayerMaps, PlacingRows, check_interval, layer_maps, loads_ago
+from moesim.parallel.layer_maps import LayerMaps, PlacingRows, layer_maps
 from moesim.parallel.mesh import GroupLayout, Mesh, pieces_of_ranks
 from moesim.parallel.placement import (
     ExpertPlacement,
@@ -32,6 +32,7 @@ from moesim.parallel.placement import (
     identity_relabelling,
     place_experts,
 )
+from moesim.parallel.replacing import check_interval, loads_ago
 from moesim.parallel.traffic_sample import TrafficSample, num_rows
 from moesim.scenario import Scenario
 from moesim.scenario.placement import MadeFromCounts, MadeFromRows

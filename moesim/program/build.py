@@ -20,12 +20,13 @@ from moesim.network import CollectiveEstimate, Fabric, group_shape, send_recv_se
 from moesim.parallel import Mesh
 from moesim.program.collectives import GroupLinks, Reduction
 from moesim.program.contention import find_contention, shared_ports
+from moesim.program.equal_groups import equal_group_numbers
 from moesim.program.host import FREE_HOST, HostModel
 from moesim.program.loads import RoutingSample, group_loads
 from moesim.program.operations import Block, Run
 from moesim.program.outside_layers import optimizer_block
 from moesim.program.parameters import EarlyGather, ParameterGroups
-from moesim.program.rank_kinds import BlocksOf, RankKinds, equal_group_numbers
+from moesim.program.rank_kinds import BlocksOf, RankKinds
 from moesim.program.scenario_fabric import pays_for_compiled_loops
 from moesim.program.software import kernel_list
 from moesim.program.stage import FIRST, Kinds, StagePlan, source_seconds, stage_blocks, tensor_bytes

@@ -64,7 +64,7 @@ class GroupProgram:
     """What one expert group executes. Groups with equal `number` on other pipeline ranks are its neighbours.
 
     `equal_groups`: the ranks of every other group of the pipeline rank that does the same at the same times, and is not
-    simulated for itself (`moesim.program.rank_kinds`).
+    simulated for itself (`moesim.program.equal_groups`).
     `last_tasks`: of each stage whose gradients may be reduced while other stages have tasks left, the index of the task
     that makes the last of them.
     `beside_R`: what kernels of each family and open transfers cost each other: one mapping for all, or one per rank;

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 from moesim.errors import UserError
 from moesim.parallel import TrafficSampler
-from moesim.parallel.layer_maps import LayerMaps, rank_loads, recorded_loads
+from moesim.parallel.layer_maps import LayerMaps
 from moesim.parallel.placement import EMPTY_SLOT
+from moesim.parallel.replacing import rank_loads, recorded_loads
 from moesim.program.scenario_fabric import scenario_fabric, scenario_kernels
 from moesim.report import figures
 from moesim.report.facts import Fact, bytes_column, count, seconds, times

@@ -40,9 +40,9 @@ from moesim.results.metrics import (
     utilisation,
 )
 from moesim.results.placement import placement_arrays, placement_facts, placement_warnings, replacing_warnings
-from moesim.results.span_sums import Waits, waiting_facts
 from moesim.results.spans import CATEGORIES, SpanTable
 from moesim.results.store import RESULT_SCHEMA_VERSION, RunRecord
+from moesim.results.waits import Waits, waiting_facts
 from moesim.scenario import Implementation, Scenario
 from moesim.trace import RoutingTrace, trace_hash
 from moesim.trace.metrics import imbalance

@@ -23,9 +23,10 @@ from moesim.network import Fabric, crowded, prepare_dispatch
 from moesim.parallel import TrafficSample, TrafficSampler
 from moesim.parallel.balancers import speeds_of_group
 from moesim.parallel.expert_map import copy_gradient_bytes_DD, layers_of_stages
-from moesim.parallel.layer_maps import LayerMaps, moves_DD, recorded_ages, renumbered
+from moesim.parallel.layer_maps import LayerMaps
 from moesim.parallel.memory.parameters import expert_slice_parameters
 from moesim.parallel.placement import EMPTY_SLOT
+from moesim.parallel.replacing import moves_DD, recorded_ages, renumbered
 from moesim.results.metrics import TrafficFacts
 from moesim.scenario import Scenario
 from moesim.scenario.base import BYTES_PER_ELEMENT

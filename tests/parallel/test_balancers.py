@@ -26,7 +26,7 @@ from moesim.parallel.balancers import (
     speeds_of_group,
 )
 from moesim.parallel.expert_map import ExpertMap
-from moesim.parallel.layer_maps import rank_loads
+from moesim.parallel.replacing import rank_loads
 from moesim.scenario import Eplb, Scenario, Search
 from moesim.scenario.failures import RankSpeed, Speeds
 from moesim.seeding import stream

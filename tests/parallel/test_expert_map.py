@@ -12,9 +12,9 @@ import pytest
 from moesim.errors import UserError
 from moesim.parallel import TrafficSample, TrafficSampler
 from moesim.parallel.expert_map import ExpertMap, balanced_weights, copy_gradient_bytes_DD
-from moesim.parallel.layer_maps import rank_loads
 from moesim.parallel.memory.parameters import local_parameters
 from moesim.parallel.memory.rows import routed_rows
+from moesim.parallel.replacing import rank_loads
 from moesim.parallel.traffic import held_copies
 from moesim.scenario import Scenario
 from moesim.seeding import stream

@@ -7,7 +7,7 @@ import pytest
 
 from moesim.errors import UserError
 from moesim.parallel.expert_map import ExpertMap
-from moesim.parallel.layer_maps import (
+from moesim.parallel.replacing import (
     check_interval,
     loads_ago,
     moves_DD,
