@@ -11,6 +11,7 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from mutations import at, changed, paths_of, without
 
 from moesim.errors import LONGEST_LINE, InternalError, UserError
 from moesim.planner.serving_plan import load_any_plan
@@ -78,36 +79,6 @@ SCENARIOS = [plain(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.g
 PLANS = [plain(path.read_text(encoding="utf-8")) for path in sorted((FOLDER / "plans").glob("*.yaml"))]
 SERVING = [plain(path.read_text(encoding="utf-8")) for path in sorted((FOLDER / "serving").glob("*.yaml"))]
 STUDIES = [plain(path.read_text(encoding="utf-8")) for path in sorted((FOLDER / "studies").glob("*.yaml"))]
-
-
-def paths_of(value, prefix=()):
-    """Every path into nested dicts and lists, the root left out."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, child in items:
-        yield (*prefix, key)
-        yield from paths_of(child, (*prefix, key))
-
-
-def at(value, path):
-    for key in path:
-        value = value[key]
-    return value
-
-
-def changed(value, path, new):
-    """A copy of `value` with `new` at `path`."""
-    if not path:
-        return new
-    if isinstance(value, list):
-        return [changed(child, path[1:], new) if index == path[0] else child for index, child in enumerate(value)]
-    return {key: changed(child, path[1:], new) if key == path[0] else child for key, child in value.items()}
-
-
-def without(value, path):
-    parent = at(value, path[:-1])
-    if isinstance(parent, list):
-        return changed(value, path[:-1], [child for index, child in enumerate(parent) if index != path[-1]])
-    return changed(value, path[:-1], {key: child for key, child in parent.items() if key != path[-1]})
 
 
 def nested(depth, kind):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mutations import changed, paths_of, without
 
 from moesim.errors import UserError
 from moesim.scenario import (
@@ -140,26 +141,7 @@ GOOD = parse_yaml((FOLDER / "quickstart.yaml").read_text(encoding="utf-8"), sour
 RESOLVED = parse_yaml(dump_scenario(load_scenario(FOLDER / "two-nodes-hierarchical.yaml")), source="good").plain
 
 
-def paths_of(value, prefix=()):
-    """Every path into nested dicts and lists, the root left out."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, child in items:
-        yield (*prefix, key)
-        yield from paths_of(child, (*prefix, key))
-
-
-def changed(value, path, new):
-    """A copy of `value` with `new` at `path`; None deletes a key."""
-    if not path:
-        return new
-    if isinstance(value, list):
-        return [changed(child, path[1:], new) if index == path[0] else child for index, child in enumerate(value)]
-    copy = {key: changed(child, path[1:], new) if key == path[0] else child for key, child in value.items()}
-    return {key: child for key, child in copy.items() if not (path == (key,) and new == "DELETE")}
-
-
 strange = st.one_of(
-    st.just("DELETE"),
     st.none(),
     st.booleans(),
     st.integers(-3, 300),
@@ -177,11 +159,12 @@ strange = st.one_of(
 @settings(max_examples=60)
 @given(data=st.data())
 def test_a_scenario_with_anything_anywhere_loads_or_is_refused_in_one_line(good, data):
-    path = data.draw(st.sampled_from(sorted(paths_of(good), key=str)))
-    broken = changed(good, path, data.draw(strange))
-    if data.draw(st.booleans()):
-        other = data.draw(st.sampled_from(sorted(paths_of(broken), key=str)))
-        broken = changed(broken, other, data.draw(strange))
+    broken = good
+    for _ in range(data.draw(st.integers(1, 2))):
+        path = data.draw(st.sampled_from(sorted(paths_of(broken), key=str)))
+        broken = (
+            without(broken, path) if data.draw(st.integers(0, 5)) == 0 else changed(broken, path, data.draw(strange))
+        )
     try:
         scenario = scenario_from_mapping(broken)
     except UserError as error:
