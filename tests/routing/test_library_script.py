@@ -13,7 +13,7 @@ from moesim.trace.library import find_entry, library_entries, load_library
 
 @pytest.fixture(autouse=True)
 def _little_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "EVALUATED_SEQUENCES", 8)  # in this process; the script's own have all 64
+    monkeypatch.setattr(library, "EVALUATED_SEQUENCES", 4)  # in this process; the script's own have all 64
     monkeypatch.setattr(library, "EVALUATED_AT", (0, 1 / 3, 1))
 
 

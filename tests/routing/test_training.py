@@ -105,7 +105,9 @@ def test_an_interrupted_run_resumes_to_the_same_bits(corpus: Path, tmp_path: Pat
 
 
 def test_a_model_is_trained_once_whatever_is_recorded_of_it(corpus: Path, tmp_path: Path) -> None:
-    request = small_request(corpus, steps=2, sequence_length=256, recorded_sequences=64)  # as many as come first
+    request = small_request(
+        corpus, steps=2, sequence_length=256, recorded_sequences=64, thin={"layers": 1, "hidden": 16}
+    )
     steps: list[StepReport] = []
     cached_trace(request, tmp_path, progress=steps.append)
     more = replace(request, recorded_sequences=70)
