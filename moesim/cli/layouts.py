@@ -79,7 +79,8 @@ Item = TypeVar("Item")
 )
 def volume(args: argparse.Namespace) -> int:
     """Count, print, plot. Raises UserError, InfeasibleError and Interrupted."""
-    from moesim.report.volume import print_volume, study_volume, volume_json, volume_page
+    from moesim.report.volume import study_volume
+    from moesim.report.volume_view import print_volume, volume_json, volume_page
 
     devices = None if args.devices is None else _items(args.devices, _size, flag="--devices", example="8,16,32")
     limits = None if args.limits is None else _items(args.limits, _limit, flag="--limits", example="1,2,none")

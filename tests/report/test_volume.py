@@ -6,7 +6,8 @@ import re
 import pytest
 
 from moesim.errors import UserError
-from moesim.report.volume import VolumeStudy, print_volume, study_volume, volume_figure, volume_json, volume_page
+from moesim.report.volume import VolumeStudy, study_volume
+from moesim.report.volume_view import print_volume, volume_figure, volume_json, volume_page
 from moesim.scenario import Scenario, scenario_from_mapping
 from moesim.trace import save_trace, uniform_trace
 
