@@ -114,7 +114,7 @@ def _limit(text: str) -> int | None:
     return None if text == "none" else _size(text)
 
 
-SERVERS = ("sglang", "tensorrt-llm", "vllm", "vllm-ascend")  # the keys of `moesim.scenario.placement.WRITERS`
+SERVERS = ("sglang", "tensorrt-llm", "vllm", "vllm-ascend")  # the keys of `moesim.scenario.placement_files.WRITERS`
 
 
 @verb(

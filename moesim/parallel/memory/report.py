@@ -12,7 +12,7 @@ Memory of one rank at one instant:
                  what tensor ranks gather of a product's input, and context ranks pass around
     allocator    memory.allocator_overhead of the four above
     workspace    what the libraries of matrix products keep for themselves
-    dispatch_library  what that of the dispatch keeps for what other ranks write (`moesim.scenario.dispatch_buffers`)
+    dispatch_library  what that of the dispatch keeps for what other ranks write (`moesim.scenario.dispatch`)
     communicators  those that the layout has beyond the ones in memory.reserved
     reserved     memory.reserved
 
