@@ -1,16 +1,12 @@
-"""Seconds of the parts that steps are made of, each executed on one rank group; and how long a pipeline of them takes.
+"""Seconds of the parts that steps are made of, each executed on one rank group.
 
 A part (one kind of layer, embedding, head) is cut out of the program of a small step, that of one rank group on its
 nodes with a few layers and two micro-batches, and run by the executor of the simulation itself: waiting for hot ranks,
 overlap and recomputation count. Layouts that differ in data and pipeline parallelism, schedule or ZeRO share parts.
-
-Walks through a pipeline are kept from layout to layout. With equal micro-batches the steady state repeats, so long
-schedules are extended from two short ones.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,60 +23,9 @@ from moesim.program import StepProgram, build_program
 from moesim.program.operations import Block, Operation, Run
 from moesim.results.spans import Part, SpanRecorder
 from moesim.scenario import Compute, GpuSpec, Model, Parallelism, PipelineSchedule, PopularityRouting, Scenario, Zero
-from moesim.schedules import PLAIN, SPLIT, Action, ScheduleFacts, Seconds, Walk, build_schedule
+from moesim.schedules import PLAIN, SPLIT, ScheduleFacts
 from moesim.seeding import stream
 from moesim.trace import RoutingTrace
-
-FILLING_MICRO_BATCHES = 2  # per pipeline rank that fill any pipeline: further ones hold no more activations
-
-
-@lru_cache(maxsize=256)
-def prepare_pipeline(kind: str, num_ranks: int, num_micro_batches: int, virtual: int) -> Walk:
-    """The walk of one schedule."""
-    return Walk.of(build_schedule(kind, num_ranks=num_ranks, num_micro_batches=num_micro_batches, virtual=virtual))
-
-
-def _kept(seconds: Seconds) -> Seconds:
-    """The same seconds, asked for once per rank and kinds of passes: micro-batches are equal."""
-    known: dict[tuple[int, tuple[object, ...]], float] = {}
-
-    def kept(rank: int, action: Action) -> float:
-        key = rank, tuple((work.kind, work.chunk) for work in action.works)
-        if key not in known:
-            known[key] = seconds(rank, action)
-        return known[key]
-
-    return kept
-
-
-def short_micro_batches(schedule: PipelineSchedule, *, pipeline: int, num_micro_batches: int) -> int:
-    """Micro-batches from which on a step of this schedule holds no more activations (some hold all of them)."""
-    facts = schedule.facts
-    return (
-        num_micro_batches
-        if facts.holds_all
-        else min(num_micro_batches, max(FILLING_MICRO_BATCHES, facts.least_rounds) * pipeline)
-    )
-
-
-def pipeline_finish(
-    schedule: PipelineSchedule, *, pipeline: int, num_micro_batches: int, seconds: Seconds, p2p_seconds: float
-) -> list[float]:
-    """When each pipeline rank has done its last action, seconds from the start of the step."""
-
-    kept = _kept(seconds)
-
-    def finish(micro_batches: int) -> list[float]:
-        walk = prepare_pipeline(schedule.kind, pipeline, micro_batches, schedule.virtual)
-        return walk.finish(kept, p2p_seconds=p2p_seconds)
-
-    short, long = (count * pipeline for count in schedule.facts.settles)
-    if num_micro_batches <= long:
-        return finish(num_micro_batches)
-    pairs = zip(finish(short), finish(long), strict=True)
-    times = (num_micro_batches - long) / (long - short)
-    return [until + times * (until - early) for early, until in pairs]
-
 
 REPEATED_PASSES = 2  # micro-batches that pass one behind the other
 REPEATED_WITH_COLLECTIVES = 4  # likewise where collectives of one reach into the next

@@ -27,7 +27,7 @@ from moesim.planner.search import (
     search_space,
     uses_nsga2,
 )
-from moesim.planner.simulations import JOURNAL_FILE, Folder, Simulations, baseline, plan_hash, sensitivity
+from moesim.planner.simulations import JOURNAL_FILE, Folder, Simulations, baseline, sensitivity
 from moesim.planner.space import Space
 from moesim.results.outcome import software_facts
 from moesim.routing.request import ProgressCallback, show_training
@@ -67,7 +67,7 @@ def make_plan(
     naming the binding constraint when nothing meets the goal, and UserError for what cannot be done at all.
     """
     callbacks = callbacks or ProgressCallbacks()
-    with folder.claimed(force=force):
+    with folder.kept.claimed(force=force):
         screened = screen_plan(folder, storage=storage, callbacks=callbacks)
         work = Simulations(folder, screened)
         work.simulate_best()
@@ -80,7 +80,7 @@ def make_plan(
         if flags is not None:
             for layout in work.done.values():
                 content["outcomes"][layout.id]["flags"] = {flags: WRITERS[flags](layout.scenario).as_json()}
-        folder.write(content)
+        folder.kept.write(content)
         return content | {"name": folder.plan.name}
 
 
@@ -95,7 +95,7 @@ def screen_plan(folder: Folder, *, storage: str | None, callbacks: ProgressCallb
             enumerate_space(pool, progress=callbacks.screening)
             return evaluator
         place: str | Path = storage or folder.path / JOURNAL_FILE
-        name = f"moesim-{plan.name}-{plan_hash(plan)}"
+        name = f"moesim-{plan.name}-{folder.kept.digest}"
         search_space(pool, storage=place, study_name=name, progress=callbacks.screening)
     return evaluator
 

@@ -1,11 +1,15 @@
 """The fast estimate of a layout: parts per layer, a walked pipeline, collectives, optimizer, and the memory.
 
+Walks through a pipeline are kept from layout to layout. With equal micro-batches the steady state repeats, so long
+schedules are extended from two short ones.
+
 What it leaves out: groups and micro-batches differ, here all take as long as the first two of the first group. Every
 plan says how far off that is; nothing is ranked by it in the end.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -14,16 +18,7 @@ from moesim.network import Fabric, send_recv_seconds
 from moesim.parallel import Mesh
 from moesim.parallel.memory.report import memory_report
 from moesim.parallel.memory.rows import RoutedRows
-from moesim.planner.layer_times import (
-    ZERO_SECONDS,
-    LayerTimes,
-    PartSeconds,
-    PassSeconds,
-    TraceOf,
-    pipeline_finish,
-    prepare_pipeline,
-    short_micro_batches,
-)
+from moesim.planner.layer_times import ZERO_SECONDS, LayerTimes, PartSeconds, PassSeconds, TraceOf
 from moesim.program.collectives import Reduction
 from moesim.program.operations import Operation
 from moesim.program.outside_layers import optimizer_block
@@ -36,7 +31,57 @@ from moesim.results.spans import Part
 from moesim.scenario import PipelineSchedule, Scenario
 from moesim.scenario.base import BYTES_PER_ELEMENT
 from moesim.scenario.stages import stage_lengths, stages_of_ranks
-from moesim.schedules import Action, Pass, Schedule
+from moesim.schedules import Action, Pass, Schedule, Seconds, Walk, build_schedule
+
+FILLING_MICRO_BATCHES = 2  # per pipeline rank that fill any pipeline: further ones hold no more activations
+
+
+@lru_cache(maxsize=256)
+def prepare_pipeline(kind: str, num_ranks: int, num_micro_batches: int, virtual: int) -> Walk:
+    """The walk of one schedule."""
+    return Walk.of(build_schedule(kind, num_ranks=num_ranks, num_micro_batches=num_micro_batches, virtual=virtual))
+
+
+def _kept(seconds: Seconds) -> Seconds:
+    """The same seconds, asked for once per rank and kinds of passes: micro-batches are equal."""
+    known: dict[tuple[int, tuple[object, ...]], float] = {}
+
+    def kept(rank: int, action: Action) -> float:
+        key = rank, tuple((work.kind, work.chunk) for work in action.works)
+        if key not in known:
+            known[key] = seconds(rank, action)
+        return known[key]
+
+    return kept
+
+
+def short_micro_batches(schedule: PipelineSchedule, *, pipeline: int, num_micro_batches: int) -> int:
+    """Micro-batches from which on a step of this schedule holds no more activations (some hold all of them)."""
+    facts = schedule.facts
+    return (
+        num_micro_batches
+        if facts.holds_all
+        else min(num_micro_batches, max(FILLING_MICRO_BATCHES, facts.least_rounds) * pipeline)
+    )
+
+
+def pipeline_finish(
+    schedule: PipelineSchedule, *, pipeline: int, num_micro_batches: int, seconds: Seconds, p2p_seconds: float
+) -> list[float]:
+    """When each pipeline rank has done its last action, seconds from the start of the step."""
+
+    kept = _kept(seconds)
+
+    def finish(micro_batches: int) -> list[float]:
+        walk = prepare_pipeline(schedule.kind, pipeline, micro_batches, schedule.virtual)
+        return walk.finish(kept, p2p_seconds=p2p_seconds)
+
+    short, long = (count * pipeline for count in schedule.facts.settles)
+    if num_micro_batches <= long:
+        return finish(num_micro_batches)
+    pairs = zip(finish(short), finish(long), strict=True)
+    times = (num_micro_batches - long) / (long - short)
+    return [until + times * (until - early) for early, until in pairs]
 
 
 class _EndOfStep(NamedTuple):

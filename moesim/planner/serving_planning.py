@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from moesim.errors import InfeasibleError, UserError
-from moesim.files import claimed, write_atomically
+from moesim.files import write_atomically
+from moesim.planner.plan_folder import POINTS_FILE, PlanFolder, scenario_file
 from moesim.planner.serving_plan import ServingPlan, Unit, scenario_of, scenario_text, units_of, values_of
 from moesim.routing.request import content_digest, routing_digest
 from moesim.serving.answers import answers_of
@@ -23,7 +24,6 @@ from moesim.serving.steady import carried_share, served_steadily
 from moesim.strict_json import json_text, parse_json
 from moesim.study.points import content_hash, pareto_front
 
-PLAN_FILE, POINTS_FILE = "plan.json", "points.jsonl"
 ASKED = 10_000  # requests whose mean rate and lengths are the load that prices are over, at least
 WHOLE = 3  # best combinations that are simulated as whole fleets
 KEPT = (
@@ -96,10 +96,8 @@ def make_serving_plan(
 
     Raises InfeasibleError with the nearest combination where none meets the limits.
     """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file; name a folder with --out")
-    with claimed(folder):
-        _take(plan, folder, force=force)
+    kept = PlanFolder(path=folder, kind="serving plan", name=plan.name, digest=plan_digest(plan))
+    with kept.claimed(force=force):
         points = Points(folder / POINTS_FILE)
         points.read()
         units = units_of(plan)
@@ -114,41 +112,17 @@ def make_serving_plan(
         ranking = [each for each in meeting if not each.unit.is_alternative]
         others = [each for each in meeting if each.unit.is_alternative]
         if not ranking:
-            raise _nothing(plan, folder, found)
+            raise InfeasibleError(_why_nothing(plan, found))
         whole = {id(each): _as_fleet(plan, each, points) for each in ranking[:WHOLE]}
         found = [whole.get(id(each), each) for each in found]
         ranking = [each for each in (whole.get(id(each), each) for each in ranking) if each.units is not None]
         ranking.sort(key=lambda each: _rank(plan, each))
         if not ranking:
-            raise _nothing(plan, folder, found)
+            raise InfeasibleError(_why_nothing(plan, found))
         content = _content(plan, found, ranking, others, points)
-        _write_scenarios(plan, folder, ranking)
-        _write(plan, folder, content)
+        _write_scenarios(plan, kept, ranking)
+        kept.write(content)
         return content
-
-
-def _take(plan: ServingPlan, folder: Path, *, force: bool) -> None:
-    """Keep the folder for this plan. Raises UserError where it holds another, unless `force` clears that."""
-    place, points = folder / PLAN_FILE, folder / POINTS_FILE
-    state: Any = {}
-    if place.exists():
-        try:
-            state = parse_json(place.read_text(encoding="utf-8"))
-        except ValueError:
-            state = {"hash": "damaged"}
-    if isinstance(state, dict) and state.get("hash") == plan_digest(plan):
-        return
-    if (state or points.exists()) and not force:
-        raise UserError(f"{folder} holds another plan (or this one, changed); choose another --out, or --force")
-    points.unlink(missing_ok=True)
-    for scenario in (folder / "scenarios").glob("[0-9]*.yaml"):
-        scenario.unlink()
-    _write(plan, folder, {"status": "unfinished"})
-
-
-def _write(plan: ServingPlan, folder: Path, content: Mapping[str, Any]) -> None:
-    head = {"schema_version": 1, "kind": "serving plan", "name": plan.name, "hash": plan_digest(plan)}
-    write_atomically(folder / PLAN_FILE, (json_text({**head, **content}, indent=1) + "\n").encode())
 
 
 def _usd(plan: ServingPlan, unit: Unit, units: int) -> float:
@@ -238,12 +212,6 @@ def _as_fleet(plan: ServingPlan, each: Found, points: Points) -> Found:
     return Found(unit, None, record, "the whole fleet misses the limits")
 
 
-def _nothing(plan: ServingPlan, folder: Path, found: Sequence[Found]) -> InfeasibleError:
-    reason = _why_nothing(plan, found)
-    _write(plan, folder, {"status": "failed", "reason": reason})
-    return InfeasibleError(reason)
-
-
 def _why_nothing(plan: ServingPlan, found: Sequence[Found]) -> str:
     """The nearest combination in one line."""
     head = f"{plan.name}: none of {len(found)} combinations answers the load within its limits"
@@ -330,12 +298,10 @@ def pareto(loads: Sequence[Mapping[str, Any]]) -> list[int]:
     return [own[index] for index in reversed(pareto_front(points, better=(1, 1)))]
 
 
-def _write_scenarios(plan: ServingPlan, folder: Path, ranking: Sequence[Found]) -> None:
-    (folder / "scenarios").mkdir(exist_ok=True)
-    for old in (folder / "scenarios").glob("[0-9]*.yaml"):
-        old.unlink()
+def _write_scenarios(plan: ServingPlan, kept: PlanFolder, ranking: Sequence[Found]) -> None:
+    kept.clear_scenarios()
     for number, each in enumerate(ranking, start=1):
         assert each.units is not None
         text = scenario_text(plan, each.unit, units=each.units, requests=int(each.record["requests"]))
         head = f"# Number {number} of the plan {plan.name}: {each.unit.words(plan)}, {each.units} of it\n"
-        write_atomically(folder / "scenarios" / f"{number:04d}.yaml", (head + text).encode())
+        kept.write_scenario(scenario_file(number), head + text)

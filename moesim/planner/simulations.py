@@ -9,16 +9,16 @@ OUT/search.journal          trials of the search, where the space was too large 
 Behind them what a plan adds to its ranking: how it holds under other conditions, and a dense model to hold it against.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from moesim.errors import MachineError, UserError
-from moesim.files import claimed, write_atomically
+from moesim.errors import UserError
 from moesim.planner.outcome import STAGES, MissedLimit, Outcome, missed_limit, outcome_of
 from moesim.planner.plan import Plan
+from moesim.planner.plan_folder import POINTS_FILE, PlanFolder, scenario_file
 from moesim.planner.ranking import (
     Simulated,
     by_objective,
@@ -35,13 +35,12 @@ from moesim.planner.search import Candidate, Evaluator, Progress, enumerate_spac
 from moesim.planner.space import Layout, Space
 from moesim.routing.request import routing_digest
 from moesim.scenario import Scenario, dump_scenario
-from moesim.strict_json import json_text, parse_json
+from moesim.strict_json import json_text
 from moesim.study import Point, PointRecord, PointsFile, read_points, run_points, scenario_id
 from moesim.study.points import content_hash
 from moesim.study.pool import Watch
 
-PLAN_FILE, POINTS_FILE, VARIANTS_FILE, JOURNAL_FILE = "plan.json", "points.jsonl", "variants.jsonl", "search.journal"
-PLAN_SCHEMA_VERSION = 1
+VARIANTS_FILE, JOURNAL_FILE = "variants.jsonl", "search.journal"
 
 
 def plan_hash(plan: Plan) -> str:
@@ -62,64 +61,11 @@ class Folder:
     watch: Watch | None = None
     _numbers: dict[str, dict[str, int]] = field(init=False, default_factory=dict, repr=False)
 
-    @contextmanager
-    def claimed(self, *, force: bool) -> Iterator[None]:
-        """Keep the folder for this plan and this process until the block ends; why a plan failed goes into plan.json.
-
-        Raises UserError where it holds another plan, unless `force` clears that, or there is nothing of it to lose: it
-        failed, or nothing was simulated yet.
-        """
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"{self.path} is a file; name a folder with --out")
-        with claimed(self.path):
-            self._take(force=force)
-            try:
-                yield
-            except MachineError:  # the same command goes on from here
-                raise
-            except UserError as error:
-                if self._state().get("status") != "done":
-                    with suppress(MachineError):
-                        self.write({"status": "failed", "reason": str(error)})
-                raise
-
-    def _take(self, *, force: bool) -> None:
-        state, ours = self._state(), plan_hash(self.plan)
-        points = self.path / POINTS_FILE
-        has_points = points.exists() and points.stat().st_size > 0
-        if not state and has_points and not force:
-            raise UserError(f"{self.path} holds {POINTS_FILE} of something else; choose another --out, or --force")
-        if state.get("hash") == ours:
-            return
-        nothing_to_lose = state.get("status") == "failed" or (state.get("status") == "unfinished" and not has_points)
-        if state and not nothing_to_lose and not force:
-            raise UserError(f"{self.path} holds another plan (or this one, changed); choose another --out, or --force")
-        for name in (PLAN_FILE, POINTS_FILE, VARIANTS_FILE, JOURNAL_FILE):
-            (self.path / name).unlink(missing_ok=True)
-        for scenario in (self.path / "scenarios").glob("[0-9]*.yaml"):
-            scenario.unlink()
-        self.write({"status": "unfinished"})
-
-    def _state(self) -> dict[str, Any]:
-        """What plan.json holds; empty where there is none."""
-        path = self.path / PLAN_FILE
-        if not path.exists():
-            return {}
-        try:
-            content = parse_json(path.read_text(encoding="utf-8"))
-        except ValueError:
-            content = None
-        return content if isinstance(content, dict) and content else {"status": "damaged"}
-
-    def write(self, content: Mapping[str, Any]) -> None:
-        """Replace plan.json; name, kind and hash are added."""
-        head = {
-            "schema_version": PLAN_SCHEMA_VERSION,
-            "kind": "plan",
-            "name": self.plan.name,
-            "hash": plan_hash(self.plan),
-        }
-        write_atomically(self.path / PLAN_FILE, (json_text({**head, **content}, indent=1) + "\n").encode())
+    @cached_property
+    def kept(self) -> PlanFolder:
+        """What keeps it for this plan."""
+        also = (VARIANTS_FILE, JOURNAL_FILE)
+        return PlanFolder(path=self.path, kind="plan", name=self.plan.name, digest=plan_hash(self.plan), also=also)
 
     def simulate(
         self, scenarios: Sequence[tuple[Scenario, Mapping[str, Any]]], *, file: str = POINTS_FILE
@@ -135,7 +81,7 @@ class Folder:
             missing = {point.id: point for point in points if point.id not in finished}
             for point in missing.values():
                 if point.scenario_file is not None:
-                    self._write_scenario(point)
+                    self.kept.write_scenario(point.scenario_file, scenario_text(self.plan, point))
             run_points(
                 list(missing.values()),
                 on_record=points_file.append,
@@ -150,14 +96,8 @@ class Folder:
     def _point(self, scenario: Scenario, values: Mapping[str, Any], *, file: str) -> Point:
         numbers = self._numbers.setdefault(file, {})
         number = numbers.setdefault(scenario_id(scenario), len(numbers))
-        name = f"scenarios/{number:04d}.yaml" if file == POINTS_FILE else None
+        name = scenario_file(number) if file == POINTS_FILE else None
         return Point.of(scenario, number=number, values=values, scenario_file=name)
-
-    def _write_scenario(self, point: Point) -> None:
-        assert point.scenario_file is not None
-        target = self.path / point.scenario_file
-        target.parent.mkdir(exist_ok=True)
-        write_atomically(target, scenario_text(self.plan, point).encode())
 
 
 def scenario_text(plan: Plan, point: Point) -> str:

@@ -5,10 +5,9 @@ from dataclasses import replace
 import pytest
 from plan_cases import SCREEN
 
-from moesim.planner.layer_times import FILLING_MICRO_BATCHES, pipeline_finish, prepare_pipeline
 from moesim.planner.outcome import Outcome, outcome_of
 from moesim.planner.ranking import rank_correlation, screen_error
-from moesim.planner.screen import Screen
+from moesim.planner.screen import FILLING_MICRO_BATCHES, Screen, pipeline_finish, prepare_pipeline
 from moesim.planner.search import EvaluationPool, Evaluator, enumerate_space
 from moesim.planner.space import Space
 from moesim.run import obtain_trace, simulate

@@ -73,9 +73,11 @@ def test_the_first_is_the_least_what_it_writes_serves_within_the_limits_and_it_g
     assert "made for this test" in serving_plan_page({"name": "small", **content})
 
 
-def test_what_is_too_large_for_the_offers_has_a_remedy(file, tmp_path) -> None:
-    with pytest.raises(InfeasibleError, match=r"more GPUs than offered .*offer more or other GPUs"):
-        make_serving_plan(load_any_plan(file, ["choices.data=[64]"]), tmp_path / "out")
+def test_what_is_too_large_for_the_offers_has_a_remedy_and_gives_way_to_another_plan(file, tmp_path) -> None:
+    for size in (64, 128):
+        with pytest.raises(InfeasibleError, match=r"more GPUs than offered .*offer more or other GPUs"):
+            make_serving_plan(load_any_plan(file, [f"choices.data=[{size}]"]), tmp_path / "out")
+    assert '"failed"' in (tmp_path / "out" / "plan.json").read_text()
 
 
 def test_few_requests_ask_for_as_many_gpus_as_many(file, tmp_path) -> None:
