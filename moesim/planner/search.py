@@ -30,7 +30,7 @@ from moesim.run import obtain_trace
 from moesim.scenario import Scenario
 from moesim.scenario.routing import StatedRouting, TraceRouting, TrainRouting
 from moesim.seeding import stream_seed
-from moesim.study.pool import WorkerDied, Workers, opened_workers
+from moesim.study.workers import WorkerDied, Workers, opened_workers
 from moesim.trace import RoutingTrace
 from moesim.trace.provenance import check_agreement
 from moesim.units import format_bytes

@@ -17,7 +17,8 @@ from moesim.errors import UserError
 from moesim.files import write_atomically
 from moesim.scenario import Scenario, dump_scenario, load_scenario_text
 from moesim.strict_json import json_text, packed, parse_json, unpacked
-from moesim.validation.cases import Case, check_runnable, predict, scenario_case, standard_cases, with_profile
+from moesim.validation.cases import Case, check_runnable, scenario_case, standard_cases, with_profile
+from moesim.validation.prediction import predict
 
 SCHEMA_VERSION = 1
 SHIPPED = Path(__file__).parent / "data"

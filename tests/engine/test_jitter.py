@@ -20,8 +20,9 @@ from moesim.program.step_program import FREE
 from moesim.results.spans import Label, SpanRecorder, Stream
 from moesim.run import simulate
 from moesim.seeding import WIDEST
-from moesim.validation.cases import is_held_out, predict
+from moesim.validation.cases import is_held_out
 from moesim.validation.comparison import load_table
+from moesim.validation.prediction import predict
 
 pytestmark = pytest.mark.usefixtures("few_tokens")
 

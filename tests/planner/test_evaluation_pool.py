@@ -10,7 +10,7 @@ from moesim.errors import UserError
 from moesim.planner.screen import Screen
 from moesim.planner.search import SMALL, EvaluationPool, Evaluator, Traces, grouped, opened_pool
 from moesim.planner.space import Space
-from moesim.study.pool import WorkerDied, opened_workers
+from moesim.study.workers import WorkerDied, opened_workers
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -145,7 +145,7 @@ def test_what_is_no_address_is_refused(points, address):
 
 
 def test_a_cluster_out_of_reach_is_one_line(points, monkeypatch):
-    monkeypatch.setattr("moesim.study.pool._CONNECT_SECONDS", 0.5)
+    monkeypatch.setattr("moesim.study.workers._CONNECT_SECONDS", 0.5)
     with pytest.raises(UserError, match=r"no Dask scheduler answers at tcp://127.0.0.1:9") as caught:
         run_points(points([{"seed": 1}]), on_record=lambda record: None, cluster="tcp://127.0.0.1:9")
     assert "\n" not in str(caught.value)

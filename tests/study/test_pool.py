@@ -13,7 +13,7 @@ import pytest
 from moesim.errors import MachineError
 from moesim.run import simulate
 from moesim.study import Point, PointRecord, Progress, run_points
-from moesim.study.pool import Processes
+from moesim.study.workers import Processes
 
 TRAINED = {
     "kind": "train",
@@ -84,7 +84,7 @@ def end_at_once() -> None:
 
 
 def test_a_process_that_dies_at_start_fails_the_call_and_no_point(points, monkeypatch):
-    monkeypatch.setattr("moesim.study.pool.start_worker", end_at_once)
+    monkeypatch.setattr("moesim.study.workers.start_worker", end_at_once)
     kept: list[PointRecord] = []
     with pytest.raises(MachineError, match="a worker process could not start") as caught:
         run_points(points([{"seed": seed} for seed in range(3)]), on_record=kept.append, workers=2)
@@ -168,7 +168,7 @@ UNGUARDED = """
 import pathlib, sys
 with pathlib.Path("started").open("a") as file:
     file.write("x")
-from moesim.study.pool import Processes
+from moesim.study.workers import Processes
 import os
 sys.path.append("/of/the/parent")
 workers = Processes(1)
@@ -200,7 +200,7 @@ def test_processes_import_what_their_parent_does_and_nothing_of_the_working_fold
 
 ENDLESS = """
 import sys, time
-from moesim.study.pool import Processes
+from moesim.study.workers import Processes
 import os
 if __name__ == "__main__":
     workers = Processes(1)
@@ -226,7 +226,7 @@ def test_processes_end_with_their_parent(tmp_path, is_alive):
 CTRL_C = """
 import os, signal, time
 from multiprocessing import forkserver
-from moesim.study.pool import Processes
+from moesim.study.workers import Processes
 if __name__ == "__main__":
     workers = Processes(1)
     before = forkserver._forkserver._forkserver_pid

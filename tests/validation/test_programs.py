@@ -12,7 +12,8 @@ from torch.multiprocessing.spawn import start_processes
 
 from moesim.scenario import Scenario, scenario_from_mapping
 from moesim.seeding import stream
-from moesim.validation.cases import CPU_MODEL, Case, case_data, check_runnable, is_held_out, node_cases, predict
+from moesim.validation.cases import CPU_MODEL, Case, case_data, check_runnable, is_held_out, node_cases
+from moesim.validation.prediction import predict
 from moesim.validation.programs import build_trainer
 
 TINY = {**CPU_MODEL, "hidden": 32, "heads": 2, "kv_heads": 2, "head_dim": 16, "expert_intermediate": 16, "vocab": 64}

@@ -18,7 +18,6 @@ from moesim.validation.cases import (
     Case,
     build_case,
     check_runnable,
-    predict,
     scenario_case,
     standard_cases,
 )
@@ -32,6 +31,7 @@ from moesim.validation.comparison import (
     shipped_table,
     validate_command,
 )
+from moesim.validation.prediction import predict
 
 
 def rows_of(case: Case) -> list[Any]:
