@@ -65,7 +65,8 @@ def steps(gpus: int, out: Path, deadline: float, seconds: float) -> None:
 
     from moesim.validation.cases import node_cases
     from moesim.validation.comparison import make_table, save_table
-    from moesim.validation.measurement import Effort, device_name, measure_cases
+    from moesim.validation.measurement import Effort
+    from moesim.validation.real_runs import device_name, measure_cases
 
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     effort = Effort(seconds=seconds, instrumented=3, single=True)

@@ -265,7 +265,8 @@ def libraries(out: Path) -> None:
 def scenarios(out: Path, gpus: list[int]) -> None:
     """Every case of the validation tables on so many GPUs once, whichever table names it."""
     from moesim.validation.comparison import SHIPPED_TABLES, shipped_table
-    from moesim.validation.measurement import Effort, measure_cases
+    from moesim.validation.measurement import Effort
+    from moesim.validation.real_runs import measure_cases
 
     cases = {row.case.name: row.case for name in SHIPPED_TABLES for row in shipped_table(name).rows}
     chosen = [case for case in cases.values() if case.gpus in gpus]

@@ -14,7 +14,8 @@ from moesim.results.definitions import NUMBERS
 from moesim.strict_json import json_text
 from moesim.study import PointRecord
 from moesim.study.points import half_width_90
-from moesim.sweeper.study import Study, SweepOutcome
+from moesim.sweeper.folder import SweepOutcome
+from moesim.sweeper.study import Study
 from moesim.units import shortened
 
 

@@ -270,7 +270,7 @@ def validate_command(
     """
     if report:
         return _report(out, quiet=quiet)
-    from moesim.validation.measurement import check_device
+    from moesim.validation.real_runs import check_device
 
     if gpus < 1:
         raise UserError(f"--gpus {gpus} must be 1 or more")
@@ -301,7 +301,8 @@ def _report(out: Path | None, *, quiet: bool) -> Table:
 def _measure_and_predict(cases: list[Case], *, device: str, out: Path, seconds: float, quiet: bool) -> Table:
     import torch
 
-    from moesim.validation.measurement import Effort, device_name, measure_cases
+    from moesim.validation.measurement import Effort
+    from moesim.validation.real_runs import device_name, measure_cases
 
     measured = measure_cases(
         cases,

@@ -43,7 +43,7 @@ def test_mistakes_are_one_line(
 def test_a_kept_measurement_is_shown_without_running(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The measurement lies in the folder already, so that only the prediction is made."""
     from moesim.validation.cases import Case
-    from moesim.validation.measurement import run_as
+    from moesim.validation.real_runs import run_as
 
     case = Case(SCENARIO.name, SCENARIO)
     rows = [[[[128] * 8] * SCENARIO.model.moe_layers]]

@@ -9,8 +9,9 @@ import torch
 
 from moesim.errors import UserError
 from moesim.validation.cases import CPU_MODEL, Case, build_case, forced_ids
-from moesim.validation.measurement import Clock, Effort, Marks, check_device, measure_cases, measure_rank, run_as
+from moesim.validation.measurement import Clock, Effort, Marks, measure_rank
 from moesim.validation.prediction import RecordedRows, predict
+from moesim.validation.real_runs import check_device, measure_cases, run_as
 
 TINY = {**CPU_MODEL, "hidden": 32, "heads": 2, "kv_heads": 2, "head_dim": 16, "expert_intermediate": 16, "vocab": 64}
 QUICK = Effort(seconds=0.0, least=2, most=2, warm=1, instrumented=1)
