@@ -1,6 +1,7 @@
 """A record made by hand, so that what a person sees can be tested without simulating anything."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -161,7 +162,7 @@ def make_result(*, name: str, attribution_C: np.ndarray[Any, Any], balanced_s: f
 
 @pytest.fixture(scope="session")
 def make_record() -> MakeRecord:
-    """`make_record(name=..., ranks=..., trained=...)` gives a RunRecord of DeepSeekMoE-16B."""
+    """`make_record(name=..., ranks=..., trained=...)` gives a RunRecord of DeepSeekMoE-16B, made once."""
 
     def make(
         *, name: str = "fixture", ranks: int = 8, trained: bool = True, layers: int = 27, experts: int = 64
@@ -202,4 +203,4 @@ def make_record() -> MakeRecord:
             trace=make_trace(experts=experts, top_k=6, trained=trained, rng=rng),
         )
 
-    return make
+    return cache(make)

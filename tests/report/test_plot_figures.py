@@ -26,8 +26,9 @@ from moesim.errors import UserError
 from moesim.report.plots import PlotRequest, plot_page
 from moesim.report.plots.comparison import Side, changes, differences, sides, verdict, waterfall
 from moesim.report.plots.curves import curves, heat_map
-from moesim.report.plots.drawing import Drawing, choose, colours, log_ticks
+from moesim.report.plots.drawing import Drawing, choose
 from moesim.report.plots.groups import Collection, collect
+from moesim.report.plots.looks import colours, log_ticks
 from moesim.report.plots.metrics import metric
 from moesim.report.plots.plot_page import _large
 from moesim.report.plots.scatter import cost_performance, dots, suits_dots

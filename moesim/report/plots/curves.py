@@ -13,11 +13,11 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from moesim.report.figures import colour_bar, empty_figure, styled
-from moesim.report.plots.drawing import (
+from moesim.report.plots.drawing import AxisKey, Drawing
+from moesim.report.plots.groups import Axis, Collection, Estimate, Group
+from moesim.report.plots.looks import (
     DASHES,
     MARKERS,
-    AxisKey,
-    Drawing,
     colours,
     hover_text,
     key_places,
@@ -30,7 +30,6 @@ from moesim.report.plots.drawing import (
     units_for,
     with_pointer,
 )
-from moesim.report.plots.groups import Axis, Collection, Estimate, Group
 from moesim.report.plots.metrics import LOWER, Metric, Unit, is_number, plain
 from moesim.report.plots.sources import DONE
 

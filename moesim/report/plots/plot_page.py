@@ -25,9 +25,9 @@ from moesim.report.plots.drawing import (
     PlotRequest,
     choose,
     kind_of,
-    label_of,
 )
 from moesim.report.plots.groups import Axis, Collection, Group, collect
+from moesim.report.plots.looks import label_of
 from moesim.report.plots.metrics import HEADLINE, LOWER, MISSING, Metric, metric, plain, text
 from moesim.report.plots.scatter import cost_performance, dots, drawn_groups, has_front, suits_dots
 from moesim.report.plots.sources import DONE, PRESET, Source, read_sources, with_values

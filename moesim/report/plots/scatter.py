@@ -12,11 +12,11 @@ from plotly.subplots import make_subplots
 
 from moesim.report.figures import empty_figure, styled
 from moesim.report.plots.curves import error_bars, lines_along
-from moesim.report.plots.drawing import (
+from moesim.report.plots.drawing import AxisKey, Drawing
+from moesim.report.plots.groups import Collection, Group
+from moesim.report.plots.looks import (
     FRONT,
     MARKERS,
-    AxisKey,
-    Drawing,
     colours,
     hover_text,
     legend_title,
@@ -25,7 +25,6 @@ from moesim.report.plots.drawing import (
     units_for,
     with_pointer,
 )
-from moesim.report.plots.groups import Collection, Group
 from moesim.report.plots.metrics import HIGHER, NEITHER, Metric, Unit, plain, text_of
 from moesim.study.points import pareto_front
 
