@@ -242,8 +242,7 @@ def test_the_report_of_a_pipeline_shows_it(small) -> None:
         assert facts.bytes_column(peaks)(peak) in page
 
 
-def test_without_a_pipeline_there_is_no_chart_but_memory(make_record) -> None:
-    page = render(make_record())
+def test_without_a_pipeline_there_is_no_chart_but_memory(page: str) -> None:
     assert 'id="pipeline-plot"' not in page
     assert 'id="memory-plot"' in page
     assert "88 % of the routing samples fit" in page
