@@ -8,6 +8,7 @@ import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,13 +135,16 @@ def small():
 @pytest.fixture
 def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """Routing that is drawn has no more tokens than a step asks for, however few: for laws that hold of any number.
+    What a uniform router's imbalance would be is drawn for few, too.
 
     In this process; others draw as many as users get.
     """
     from moesim.program import drawn_routing  # with all below it, which tests of single modules do not wait for
+    from moesim.results import metrics
 
     _, most = drawn_routing.SYNTHETIC_TOKENS
     monkeypatch.setattr(drawn_routing, "SYNTHETIC_TOKENS", (1, most))
+    monkeypatch.setattr(metrics, "uniform_floor", partial(metrics.uniform_floor, rows=1))
 
 
 @pytest.fixture(scope="module")

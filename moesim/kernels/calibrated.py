@@ -94,6 +94,7 @@ class CalibratedModel:
         self._log_fall = 0.0  # of a step's clock below that of low loads
         self._rows = class_rows(profile)
         self._classes: dict[str, KernelClass] = {}
+        self._fastest: list[dict[str, float]] = []  # one at most, shared by copies at other clocks as classes are
         self._widths = typical_widths(profile)
         self.host: HostCosts = host_costs_of(profile)
         self.contention: Contention = contention_of(profile)
@@ -282,14 +283,17 @@ class CalibratedModel:
         least = kernel.flops / self.fastest.get(chip_format(kernel.dtype), math.inf)
         return Estimate(as_result(np.maximum(found.seconds, least)), found.source)
 
-    @cached_property
+    @property
     def fastest(self) -> dict[str, float]:
         """FLOP/s of the fastest measured product by the units it runs on, of those with operands of a byte or less."""
+        if self._fastest:
+            return self._fastest[0]
         rates: dict[str, float] = {}
         for row in self.profile.rows:
             if is_narrow(row.get("dtype", "bf16")) and "p50" in row:
                 units, rate = chip_format(row["dtype"]), float(kernel_of(row).flops) / row["p50"]
                 rates[units] = max(rate, rates.get(units, 0.0))
+        self._fastest.append(rates)
         return rates
 
     def _without_class(self, kernel: Kernel) -> Estimate:

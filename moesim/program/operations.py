@@ -77,6 +77,8 @@ class Operation:
 
     def of_layer(self, layer: int, *, index: int, layers: int) -> "Operation":
         """The part of one layer, where the operation holds `layers` of them one behind the other along M."""
+        if layers == 1 and layer == self.label.layer:
+            return self
         seconds_MSR, transfers_M = self.seconds_MSR, self.transfers_M
         if seconds_MSR is not None and len(seconds_MSR) > 1:
             each = len(seconds_MSR) // layers

@@ -72,15 +72,23 @@ def mean_distinct_groups_L(step: TraceStep, router: RouterShape) -> NDArray[np.f
 
 @lru_cache(maxsize=64)
 def uniform_floor(
-    num_experts: int, *, top_k: int, tokens: int, num_groups: int = 1, group_limit: int = 1, num_bins: int | None = None
+    num_experts: int,
+    *,
+    top_k: int,
+    tokens: int,
+    num_groups: int = 1,
+    group_limit: int = 1,
+    num_bins: int | None = None,
+    rows: int = _FLOOR_ROWS,
 ) -> float:
     """The imbalance that a uniform router has over `tokens` tokens: what chance alone leaves.
 
     Mean of max / mean over `num_bins` equal runs of experts (ranks; by default the experts themselves) by Monte Carlo
-    with a fixed stream. With a group limit each token draws its experts from `group_limit` random groups.
+    with a fixed stream, in which about `rows` rows are drawn. With a group limit each token draws its experts from
+    `group_limit` random groups.
     """
     bins = num_bins or num_experts
-    trials = max(_MIN_TRIALS, _FLOOR_ROWS // (tokens * top_k))
+    trials = max(_MIN_TRIALS, rows // (tokens * top_k))
     rng = stream(0, "uniform-floor", num_experts, top_k, tokens, num_groups, group_limit, bins)
     bin_of_expert_E = np.arange(num_experts) * bins // num_experts
     ratios = []
