@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 
 from moesim.report.categories import FAMILIES, PARTS, PASSES, category, in_order
-from moesim.report.timeline import Bar, Window
+from moesim.report.passes import Bar, Window
 from moesim.trace import TrainingCurves
 
 FloatArray = NDArray[np.float64]

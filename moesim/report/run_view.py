@@ -21,6 +21,7 @@ from moesim.parallel import TrafficSampler
 from moesim.report import facts
 from moesim.report.categories import PASSES
 from moesim.report.facts import Fact, Result
+from moesim.report.passes import Bar, gantt
 from moesim.report.terminal import (
     Screen,
     Sized,
@@ -36,7 +37,6 @@ from moesim.report.terminal import (
     side_by_side,
     warnings,
 )
-from moesim.report.timeline import Bar, gantt
 from moesim.results import RunRecord
 from moesim.results.metrics import balance_warnings
 from moesim.scenario import Scenario
