@@ -1,5 +1,4 @@
-"""timeline.json.gz: the spans of a run, and its memory over the step, as a Chrome trace in the dialect of torch.profiler,
-for trace tools.
+"""timeline.json.gz: spans of a run and its memory over the step as a Chrome trace in the dialect of torch.profiler.
 
 A process per rank, a thread per stream. Transfers are kernels with NCCL's names, from the moment a rank joins them, as
 a profiler sees them: tools that look for communication find it by those names, and what a rank waits inside is in the
