@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 
 from moesim.report import facts
+from moesim.report.categories import BACKWARD, FORWARD, INPUT, PAIR, WEIGHT
 from moesim.report.categories import CATEGORIES as DRAWN
 from moesim.report.facts import placement
 from moesim.report.passes import gantt, idle_share
 from moesim.report.placement_view import copies_of_slots, slot_map
 from moesim.report.report import PARTS, by_kind, render
 from moesim.report.run_view import print_facts
-from moesim.report.timeline import BACKWARD, FORWARD, INPUT, PAIR, WEIGHT
 from moesim.results import CATEGORIES
 from moesim.results.store import RunRecord
 from moesim.run import simulate
