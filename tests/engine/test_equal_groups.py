@@ -15,18 +15,18 @@ from moesim.scenario import load_scenario_text
 
 pytestmark = pytest.mark.usefixtures("few_tokens")
 
-HEAD = "schema_version: 1\nname: equal\ncluster: {{gpu: h100, nodes: {nodes}{fabric}}}\nuncertainty: {{samples: 1}}\n"
+HEAD = "schema_version: 1\nname: equal\ncluster: {{gpu: h100, nodes: {nodes}, gpus_per_node: 4{fabric}}}\nuncertainty: {{samples: 1}}\n"
 DENSE = """
-model: {layers: 4, dense_layers: 4, hidden: 1024, heads: 8, kv_heads: 8, head_dim: 128, experts: 0,
+model: {layers: 2, dense_layers: 2, hidden: 1024, heads: 8, kv_heads: 8, head_dim: 128, experts: 0,
   dense_intermediate: 2816, vocab: 32000, attention: {kind: gqa}}
-parallelism: {data: 8, tensor: 2, pipeline: 2, zero: {dense: 1}}
-workload: {sequence_length: 1024, micro_batch: 1, global_batch: 32, gradient_clipping: 1.0}
+parallelism: {data: 4, tensor: 2, pipeline: 2, zero: {dense: 1}}
+workload: {sequence_length: 1024, micro_batch: 1, global_batch: 16, gradient_clipping: 1.0}
 """
 MOE = """
-model: {preset: deepseek-moe-16b, layers: 4}
+model: {preset: deepseek-moe-16b, layers: 3}
 routing: {kind: uniform}
-parallelism: {data: 16, expert: 4, pipeline: 2}
-workload: {sequence_length: 1024, micro_batch: 1, global_batch: 32}
+parallelism: {data: 8, expert: 4, pipeline: 2}
+workload: {sequence_length: 1024, micro_batch: 1, global_batch: 16}
 """
 
 
@@ -58,7 +58,7 @@ def assert_equal(first: Outcome, second: Outcome) -> None:
 @pytest.mark.parametrize(
     ("text", "groups"),
     [
-        (HEAD.format(nodes=4, fabric="") + DENSE, [16, 2]),
+        (HEAD.format(nodes=4, fabric="") + DENSE, [8, 2]),
         # A slow NIC of the third node leaves the groups on it a class of their own.
         (HEAD.format(nodes=4, fabric=", fabric: {degraded: [{node: 1, factor: 0.5}]}") + DENSE, None),
         (HEAD.format(nodes=4, fabric="") + MOE, None),

@@ -89,7 +89,7 @@ CASES = st.tuples(
 )
 
 
-@settings(max_examples=150)
+@settings(max_examples=75)
 @given(CASES)
 def test_equal_to_a_plain_reference(case: tuple[int, ...]) -> None:
     nodes, per_node, groups, size, more, seed = case
@@ -103,7 +103,7 @@ def test_equal_to_a_plain_reference(case: tuple[int, ...]) -> None:
     assert placed.tolist() == [reference(list(row.astype(np.float32)), **sizes) for row in load_LE]
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(CASES)
 def test_every_expert_has_a_copy_and_the_heaviest_slot_is_no_heavier_than_with_fewer_copies(
     case: tuple[int, ...],
@@ -142,7 +142,7 @@ def test_58_layers_of_256_experts_are_quick() -> None:
 SIZES = st.tuples(st.integers(2, 8), st.integers(2, 6), st.integers(0, 3), st.integers(0, 2**31))
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(SIZES, st.floats(0.25, 4.0))
 def test_equal_speeds_are_the_global_policy(sizes: tuple[int, int, int, int], speed: float) -> None:
     ranks, per_rank, more, seed = sizes

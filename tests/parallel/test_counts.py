@@ -48,7 +48,7 @@ cases = st.tuples(
 )
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(cases)
 def test_laws_of_device_capacity(case: tuple[int, int, bool, float, float]) -> None:
     seed, levels, gaps, share, factor = case

@@ -79,7 +79,7 @@ def plans(draw_: st.DrawFn) -> tuple[ExpertPlacement, int, list[NDArray[np.int64
     return placement, groups, [node - node[0] for node in nodes]
 
 
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(plans())
 def test_ranks_groups_and_nodes_move_as_a_whole(plan: tuple[ExpertPlacement, int, list[NDArray[np.int64]]]) -> None:
     placement, groups, nodes_of_ranks = plan

@@ -53,7 +53,7 @@ def cases(draw: st.DrawFn) -> tuple[NDArray[np.int16], ExpertPlacement, GroupLay
     return ids, place_experts(Contiguous(), num_experts=experts, num_ranks=ranks), layout
 
 
-@settings(max_examples=80)
+@settings(max_examples=40)
 @given(cases())
 def test_counts_against_sets(case: tuple[NDArray[np.int16], ExpertPlacement, GroupLayout]) -> None:
     ids_RTK, placement, layout = case
@@ -74,7 +74,7 @@ def test_counts_against_sets(case: tuple[NDArray[np.int16], ExpertPlacement, Gro
         np.testing.assert_array_equal(found, expected)
 
 
-@settings(max_examples=80)
+@settings(max_examples=40)
 @given(cases())
 def test_laws_of_deduplication(case: tuple[NDArray[np.int16], ExpertPlacement, GroupLayout]) -> None:
     ids_RTK, placement, layout = case
@@ -93,7 +93,7 @@ def test_laws_of_deduplication(case: tuple[NDArray[np.int16], ExpertPlacement, G
         assert sum(stages).sum() == pytest.approx(sum(tiers[kind]))
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(cases())
 def test_two_stages_deliver_every_copy(case: tuple[NDArray[np.int16], ExpertPlacement, GroupLayout]) -> None:
     """Each rank holds the copies it needs: sent straight, fanned out to it, or its own as the relay."""
@@ -148,7 +148,7 @@ def test_rows_per_slot_follow_the_placement() -> None:
     assert held_copies(traffic, placement, "per_expert").tolist() == [[[1, 1], [1, 1]]]
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(cases())
 def test_the_counterfactual_keeps_totals_and_has_no_imbalance(
     case: tuple[NDArray[np.int16], ExpertPlacement, GroupLayout],

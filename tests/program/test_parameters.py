@@ -132,7 +132,7 @@ def test_stages_trade_time_for_memory(small):
 @pytest.mark.parametrize("schedule", [{"kind": "1f1b"}, {"kind": "interleaved", "virtual": 2}, {"kind": "zb_h1"}])
 def test_pipelines_pay_in_every_micro_batch(small, schedule):
     layout = {"data": 2, "tensor": 2, "pipeline": 2, "expert": 2, "schedule": schedule}
-    common = {"cluster.nodes": 2, "workload.global_batch": 16, "workload.micro_batch": 1, "uncertainty": {"samples": 1}}
+    common = {"cluster.nodes": 2, "workload.global_batch": 8, "workload.micro_batch": 1, "uncertainty": {"samples": 1}}
     plain, sharded = (
         simulate(small({**common, "parallelism": {**layout, "zero": {"dense": stage, "expert": stage}}})).result
         for stage in (1, 3)
@@ -250,6 +250,7 @@ def test_slots_in_the_place_of_experts_change_no_bit(small, tmp_path) -> None:
             "routing": {"kind": "popularity", "counts": rows},
             "cluster.nodes": 2,
             "cluster.gpus_per_node": 2,
+            "uncertainty.samples": 2,
         } | changes
         by_slots, by_experts = (
             simulate(small(routed | {"placement": placement})).result

@@ -85,7 +85,7 @@ def works(schedule, rank):
     return [work for action in schedule.actions[rank] for work in action.works]
 
 
-@settings(max_examples=80)
+@settings(max_examples=40)
 @given(schedule=schedules())
 def test_every_micro_batch_passes_every_stage_once_in_each_direction(schedule):
     forward, backward, split, weight = Counter(), Counter(), Counter(), Counter()
@@ -100,7 +100,7 @@ def test_every_micro_batch_passes_every_stage_once_in_each_direction(schedule):
     assert weight == split
 
 
-@settings(max_examples=80)
+@settings(max_examples=40)
 @given(schedule=schedules(), data=st.data())
 def test_no_rank_waits_for_ever_and_nothing_begins_before_what_it_needs(schedule, data):
     durations = data.draw(st.lists(st.floats(0.1, 5.0), min_size=7, max_size=7))
@@ -132,7 +132,7 @@ def test_no_rank_waits_for_ever_and_nothing_begins_before_what_it_needs(schedule
     assert table.seconds == max(done.values())
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(schedule=schedules())
 def test_every_hand_off_is_sent_once_and_received_once(schedule):
     sent, received = Counter(), Counter()
@@ -149,7 +149,7 @@ def test_every_hand_off_is_sent_once_and_received_once(schedule):
     assert len(sent) == 2 * schedule.num_micro_batches * (schedule.num_stages - 1)
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(schedule=schedules())
 def test_activations_are_held_from_the_forward_to_the_last_backward_and_then_given_back(schedule):
     for rank, actions in enumerate(schedule.actions):
@@ -161,7 +161,7 @@ def test_activations_are_held_from_the_forward_to_the_last_backward_and_then_giv
             assert held == {each for each, indices in at.items() if indices[0] <= index <= indices[-1]}
 
 
-@settings(max_examples=80)
+@settings(max_examples=40)
 @given(schedule=schedules())
 def test_the_facts_of_a_schedule_are_those_of_its_order(schedule):
     facts = SCHEDULES[schedule.kind]
