@@ -67,6 +67,9 @@ def test_between_all_of_the_faster_and_all_of_the_slower(axis: str, order: tuple
     both = simulate(mixed(axis, *order)).result
     assert fast < both["step_time_s"] <= slow * (1 + 1e-12)
     assert sum(pool["usd_per_step"] for pool in both["pools"]) == pytest.approx(both["cost"]["usd_per_step"])
+    computed = {gpu: pool["compute_s"] for gpu, pool in zip(order, both["pools"], strict=True)}
+    if axis != "pipeline":  # whose faster ranks have more layers
+        assert computed["a100"] > 1.2 * computed["h100"]
 
 
 def test_a_share_by_speed_is_between_and_helps() -> None:
