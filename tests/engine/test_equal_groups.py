@@ -15,7 +15,11 @@ from moesim.scenario import load_scenario_text
 
 pytestmark = pytest.mark.usefixtures("few_tokens")
 
-HEAD = "schema_version: 1\nname: equal\ncluster: {{gpu: h100, nodes: {nodes}, gpus_per_node: 4{fabric}}}\nuncertainty: {{samples: 1}}\n"
+HEAD = """schema_version: 1
+name: equal
+cluster: {{gpu: h100, nodes: {nodes}, gpus_per_node: 4{fabric}}}
+uncertainty: {{samples: 1}}
+"""
 DENSE = """
 model: {layers: 2, dense_layers: 2, hidden: 1024, heads: 8, kv_heads: 8, head_dim: 128, experts: 0,
   dense_intermediate: 2816, vocab: 32000, attention: {kind: gqa}}
