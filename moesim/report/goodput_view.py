@@ -112,14 +112,14 @@ def print_goodput(result: Result) -> Screen:
 
 def goodput_page(found: Goodput) -> str:
     """One HTML document without network."""
-    result, page = found.result, Page()
-    page.heading(
+    result = found.result
+    page = Page(
         str(result["name"]),
         f"{result['days']:g} days of training on {result['gpus']:,} GPUs, "
         f"{format_seconds(result['step_time_s'])} a step, {result['seeds']} draws of failures.",
-        level=1,
+        warnings=result["warnings"],
+        of="goodput",
     )
-    page.warnings(result["warnings"])
     page.facts("Answers", goodput_facts(result))
     page.heading(
         "Goodput over time",
@@ -139,7 +139,7 @@ def goodput_page(found: Goodput) -> str:
             "the points near it.",
         )
         page.figure(by_interval(result), name="by-interval")
-    return page.document(title=f"{result['name']} - goodput")
+    return page.document()
 
 
 def _so_far(ledger: Ledger, days: float) -> tuple[list[float], list[float]]:

@@ -27,10 +27,17 @@ _HTML: Any = (
 
 
 class Page:
-    """One HTML document. The methods append to it in reading order; `document` returns the whole."""
+    """One HTML document called `name`, with what `about` and warnings say under it; `of`: what it shows, in its title.
 
-    def __init__(self) -> None:
+    The methods append to it in reading order; `document` returns the whole.
+    """
+
+    def __init__(self, name: str, *about: str, warnings: Sequence[str] = (), of: str = "moesim") -> None:
+        self._title = f"{name} - {of}"
         self._parts: list[str] = []
+        self.heading(name, *about, level=1)
+        for text in warnings:  # what a reader must know before trusting the numbers
+            self.text("p", text, css="warning")
 
     def text(self, tag: str, text: str, *, css: str = "", **attributes: str) -> None:
         """One element with escaped text; `data_axis` names the attribute `data-axis`."""
@@ -55,11 +62,6 @@ class Page:
         self.text(f"h{level}", title)
         for paragraph in about:
             self.text("p", paragraph)
-
-    def warnings(self, texts: Sequence[str]) -> None:
-        """What a reader must know before trusting the numbers, a paragraph each."""
-        for text in texts:
-            self.text("p", text, css="warning")
 
     def tiles(self, facts: Sequence[tuple[str, str, str]], *, css: str = "") -> None:
         """(label, value, note) of the numbers that stand first, each in a frame; `css` is a class of the values."""
@@ -123,10 +125,10 @@ class Page:
         """A choice among `texts` for the script of the page: of one where `single`, else a tick box for each."""
         self._parts.append(_HTML.filter(index, name, title, texts, single))
 
-    def document(self, *, title: str) -> str:
+    def document(self) -> str:
         """The finished file, with plotly in its head: it opens without a network."""
         style = (_FOLDER / "page.css").read_text(encoding="utf-8")
-        return str(_HTML.document(title, style, get_plotlyjs(), self._parts, __version__))
+        return str(_HTML.document(self._title, style, get_plotlyjs(), self._parts, __version__))
 
 
 def _attributes(css: str, attributes: Mapping[str, str]) -> dict[str, str | None]:

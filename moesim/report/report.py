@@ -226,7 +226,7 @@ def write_report(record: RunRecord, path: Path) -> None:
 
 def render(record: RunRecord) -> str:
     """The whole HTML document of one run."""
-    page = Page()
+    page = Page(record.scenario.name, describe(record), warnings=record.result.get("warnings", ()))
     sections = (
         _head,
         _time,
@@ -244,14 +244,11 @@ def render(record: RunRecord) -> str:
     )
     for section in sections:
         section(page, record)
-    return page.document(title=f"{record.scenario.name} - moesim")
+    return page.document()
 
 
 def _head(page: Page, record: RunRecord) -> None:
-    result = record.result
-    page.heading(record.scenario.name, describe(record), level=1)
-    page.warnings(result.get("warnings", ()))
-    page.tiles([(fact.label, fact.value, fact.note) for fact in facts.headline(result)])
+    page.tiles([(fact.label, fact.value, fact.note) for fact in facts.headline(record.result)])
 
 
 def describe(record: RunRecord) -> str:

@@ -133,15 +133,14 @@ def serving_plot(paths: Sequence[Path], *, x: str | None = None, y: str | None =
             fronts.append((f"front of {name}", colour, front))
             loads = front
         rows += [_plot_row(f"{name}: {_words(load)}" if len(loads) > 1 else name, load) for load in loads]
-    page, name = Page(), " and ".join(names)
-    page.heading(name, level=1)
     what = [KINDS[str(record["kind"])] for record in records if record]
     kinds = dict.fromkeys(what)
     counts = " and ".join(f"{what.count(kind)} {kind}{'s' if what.count(kind) > 1 else ''}" for kind in kinds)
-    page.text("p", f"{counts} of serving; of plans every simulated load is a point, their fronts are rows below.")
+    about = f"{counts} of serving; of plans every simulated load is a point, their fronts are rows below."
+    page = Page(" and ".join(names), about)
     page.figure(trade_off(groups, fronts=fronts, x=x or X, y=y or Y), name="figure-0", tools=True)
     page.table(_PLOT_HEAD, rows)
-    return page.document(title=f"{name} - moesim")
+    return page.document()
 
 
 def _names(names: Sequence[str], paths: Sequence[Path]) -> list[str]:
@@ -288,9 +287,7 @@ def _figure(plan: Plan) -> Figure:
 
 def serving_plan_page(plan: Plan) -> str:
     """The plan as one HTML document without network."""
-    page = Page()
-    page.heading(plan["name"], level=1)
-    page.warnings(plan["warnings"])
+    page = Page(plan["name"], warnings=plan["warnings"], of="plan of serving")
     page.facts("Goal", _facts(plan))
     page.heading("What carries the load")
     page.table(_HEAD, _rows(plan), styles=("", "", *("number",) * (len(_HEAD) - 2)))
@@ -301,4 +298,4 @@ def serving_plan_page(plan: Plan) -> str:
     if plan["missed"]:
         page.heading("What does not carry it")
         page.table(("instances", "why"), [(each["words"], each["reason"]) for each in plan["missed"]], styles=("", ""))
-    return page.document(title=f"{plan['name']} - plan of serving")
+    return page.document()

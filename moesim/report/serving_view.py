@@ -267,9 +267,8 @@ def _heat_map(seconds: Sequence[float], by_moment: Sequence[Sequence[float]], **
 
 def serving_page(result: Result) -> str:
     """Load, waiting requests, pages and steps over time, and the tables, as one HTML document without network."""
-    page = Page()
-    page.heading(result["name"], f"{result['requests']:,} requests served on {_gpus(result)}.", level=1)
-    page.warnings(result["warnings"])
+    served = f"{result['requests']:,} requests served on {_gpus(result)}."
+    page = Page(result["name"], served, warnings=result["warnings"], of="serving")
     page.facts("Answers", serving_facts(result))
     with page.inside("div", css="tables"):
         for title, head, rows in (
@@ -296,4 +295,4 @@ def serving_page(result: Result) -> str:
             title = f"Rows of every {rows['of']} over their mean, over time{of}"
             page.figure(figure, name=f"rows-over-time-{pool['name']}", title=title)
             page.text("p", _ROWS_NOTE, css="caption")
-    return page.document(title=f"{result['name']} - serving")
+    return page.document()

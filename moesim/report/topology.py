@@ -325,10 +325,8 @@ def print_fabric(name: str, parts: FabricParts) -> Screen:
 def fabric_page(name: str, parts: FabricParts) -> str:
     """The drawing and the tables as one HTML document that needs no network."""
     fabric = describe(parts.fabric)
-    page = Page()
-    page.heading(name, level=1)
     tiers = ", ".join(f"{tier}: {_TIERS[tier]}" for tier in dict.fromkeys(link.tier for link in fabric.links))
-    page.text("p", f"Fabric {fabric.preset}. Bandwidths are per directed link ({tiers}).")
+    page = Page(name, f"Fabric {fabric.preset}. Bandwidths are per directed link ({tiers}).", of="fabric")
     picture = fabric_picture(parts)
     if len(picture.bundles) <= MOST_BUNDLES:
         page.text("p", picture.explanation)
@@ -341,4 +339,4 @@ def fabric_page(name: str, parts: FabricParts) -> str:
     page.table(_LINK_COLUMNS, link_rows(parts), styles=("", *["number"] * 4, "note"), title="Directed links")
     if damaged := damage(parts):
         page.facts("Degraded and failed", damaged)
-    return page.document(title=f"{name} - fabric")
+    return page.document()

@@ -142,14 +142,13 @@ def volume_figure(study: VolumeStudy) -> go.Figure:
 def volume_page(study: VolumeStudy) -> str:
     """The plot and the tables as one HTML document that needs no network."""
     top_k, groups = study.scenario.model.top_k, "nodes" if study.per_node else "ranks"
-    page = Page()
-    page.heading(
+    page = Page(
         study.scenario.name,
         f"{_title(study).capitalize()}, against the size of its expert group. Dotted: M copies for each limit, and "
         f"K = {top_k} copies. A token's own copy, to the {groups[:-1]} that it comes from, is no traffic: its share "
         "shrinks as the group grows, which is why limited lines still rise towards their bound. They can end below "
         f"it, since K experts drawn from M {groups} need not touch all of them.",
-        level=1,
+        of="volume",
     )
     page.figure(volume_figure(study), name="volume")
     with page.inside("div", css="tables"):
@@ -159,4 +158,4 @@ def volume_page(study: VolumeStudy) -> str:
                 columns = _columns(study)
                 page.table(columns, _rows(study, copies=copies), styles=("number",) * len(columns))
         page.facts("What was counted", volume_facts(study))
-    return page.document(title=f"{study.scenario.name} - volume")
+    return page.document()

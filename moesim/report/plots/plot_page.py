@@ -158,20 +158,15 @@ def plot_page(paths: Sequence[Path], asked: PlotRequest, *, points: tuple[int, i
 
 def _compared(sources: Sequence[Source], points: tuple[int, int] | None) -> str:
     first, second = sides(sources, points)
-    page = Page()
-    page.heading(f"{first.name} and {second.name}", verdict(first, second), level=1)
-    for side in (first, second):
-        for warning in side.result.get("warnings", ()):
-            page.text("p", f"{side.name}: {warning}", css="warning")
+    warnings = [f"{side.name}: {text}" for side in (first, second) for text in side.result.get("warnings", ())]
+    page = Page(f"{first.name} and {second.name}", verdict(first, second), warnings=warnings)
     add_comparison(page, first, second)
-    return page.document(title=f"{first.name} and {second.name} - moesim")
+    return page.document()
 
 
 def _drawn(collection: Collection, drawing: Drawing) -> str:
     title = " and ".join(dict.fromkeys(source.name for source in collection.sources))
-    page = Page()
-    page.heading(title, _describe(collection), level=1)
-    page.warnings(_notices(collection, drawing))
+    page = Page(title, _describe(collection), warnings=_notices(collection, drawing))
     if drawing.kind == COST_PERFORMANCE:
         _add_tiles(page, collection, drawing)
     _add_filters(page, collection, drawing)
@@ -190,7 +185,7 @@ def _drawn(collection: Collection, drawing: Drawing) -> str:
         name="plot-data",
     )
     page.code((Path(__file__).parent / "plot.js").read_text(encoding="utf-8"))
-    return page.document(title=f"{title} - moesim")
+    return page.document()
 
 
 def _describe(collection: Collection) -> str:
