@@ -16,7 +16,8 @@ from moesim.report import facts, figures, placement_view
 from moesim.report.categories import PARTS, category
 from moesim.report.page import Page
 from moesim.report.passes import forward_of_one_layer, gantt, idle_share
-from moesim.results.spans import CATEGORIES, waited_for
+from moesim.results.attribution import waited_for
+from moesim.results.spans import CATEGORIES
 from moesim.results.store import RunRecord
 from moesim.units import format_bytes
 

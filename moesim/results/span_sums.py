@@ -15,8 +15,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from moesim.results.attribution import attribute, without_round_off
 from moesim.results.critical_path import action_seconds
-from moesim.results.spans import CATEGORIES, Label, SpanRecorder, SpanTable, Stream, attribute, without_round_off
+from moesim.results.spans import CATEGORIES, Label, SpanRecorder, SpanTable, Stream
 from moesim.results.waits import ROUND_OFF, GroupWaits, collective_waits, group_waits
 
 FloatArray = NDArray[np.float64]

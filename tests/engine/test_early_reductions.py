@@ -17,8 +17,9 @@ from moesim.program.host import FREE_HOST
 from moesim.program.operations import Block, Run, compute
 from moesim.program.step_program import GroupProgram, Task
 from moesim.results import CATEGORIES, Label, attribute
+from moesim.results.attribution import overlapped_transfer
 from moesim.results.critical_path import path_facts
-from moesim.results.spans import SpanTable, Stream, overlapped_transfer
+from moesim.results.spans import SpanTable, Stream
 from moesim.run import obtain_trace
 from moesim.scenario import Scenario
 from moesim.seeding import stream
