@@ -55,7 +55,7 @@ from moesim.scenario.base import (
     Usd,
 )
 from moesim.scenario.catalogue import gpu_names
-from moesim.scenario.document import Node, Path, find, mapping_node, read_yaml, refusal
+from moesim.scenario.document import Node, Path, find, mapping_node, node_of, read_yaml, refusal
 from moesim.scenario.failures import Failures
 from moesim.scenario.loader import accept_model_forms, accept_named_implementation, finished_schema, validated
 from moesim.scenario.schema import AnyRecompute
@@ -316,15 +316,7 @@ def load_plan(path: str | FilePath, overrides: Sequence[str] = ()) -> Plan:
 
 def plan_from_mapping(data: Mapping[str, Any], overrides: Sequence[str] = ()) -> Plan:
     """A plan from nested dicts in any form that a file may have; paths are relative to the working directory."""
-    return validated_plan(_node_of(data), overrides, base=FilePath())
-
-
-def _node_of(value: Any) -> Node:
-    if isinstance(value, Mapping):
-        return Node({str(key): _node_of(child) for key, child in value.items()}, "plan", "plan")
-    if isinstance(value, list | tuple):
-        return Node([_node_of(child) for child in value], "plan", "plan")
-    return Node(value, "plan", "plan")
+    return validated_plan(node_of(data, Node(None, "plan", "plan")), overrides, base=FilePath())
 
 
 def validated_plan(root: Node, overrides: Sequence[str], *, base: FilePath) -> Plan:

@@ -101,7 +101,7 @@ def goodput_of_step(scenario: Scenario, step: Step, *, days: float, seeds: int) 
     steady = replace(first, speeds=mean_speed(first)) if flaps(scenario) else first  # a search of a thousand draws
     found, points = best_interval(steady, scenario.seed, least=least)
     given = given_steps(scenario, step)
-    job = with_interval(first, found if given is None else given)
+    job = replace(first, interval_steps=found if given is None else given)
     ledgers = tuple(_ledger(scenario, step, job, seed) for seed in range(seeds))
     if float(np.mean([ledger.useful_s for ledger in ledgers])) < LEAST_WORK * job.horizon_s:
         what = f"of {days:g} days {100 * LEAST_WORK:g} % or less is work that is kept"
@@ -141,7 +141,7 @@ def kept_share(scenario: Scenario, step: Step, *, days: float) -> float:
     job = job_of(scenario, step, days=days, interval_steps=least_steps(scenario, step))
     given = given_steps(scenario, step)
     steps = daly_steps(job, least=job.interval_steps) if given is None else given
-    return expected_share(with_interval(job, steps))
+    return expected_share(replace(job, interval_steps=steps))
 
 
 def _check_count(job: Job) -> None:
@@ -149,11 +149,6 @@ def _check_count(job: Job) -> None:
     if expected > MOST_FAILURES:
         raise UserError(f"failures: {expected:,.0f} failures are expected, at most {MOST_FAILURES:,} are simulated; "
                         "use fewer days")  # fmt: skip
-
-
-def with_interval(job: Job, steps: int) -> Job:
-    """The job with another number of steps between checkpoints."""
-    return replace(job, interval_steps=steps)
 
 
 def best_interval(job: Job, seed: int, *, least: int) -> tuple[int, list[tuple[int, float]]]:
@@ -166,7 +161,7 @@ def best_interval(job: Job, seed: int, *, least: int) -> tuple[int, list[tuple[i
     drawn = [draw_failures(job, stream(seed, "failures", number)) for number in range(draws)]
 
     def overhead(steps: int) -> float:
-        changed = with_interval(job, steps)
+        changed = replace(job, interval_steps=steps)
         return 1 - float(np.mean([run_job(changed, failures).useful_s for failures in drawn])) / job.horizon_s
 
     cost = job.blocking_s or job.write_s

@@ -8,11 +8,11 @@ from moesim.errors import UserError
 from moesim.scenario.check_software import ExpertGroups, dispatch_fault
 from moesim.scenario.document import Node, Path, dotted, find, parse_yaml, read_yaml, refusal
 from moesim.scenario.loader import accept_cluster_forms, accept_model_forms, finished_schema, validated
-from moesim.scenario.model import Mla
+from moesim.scenario.model import Mla, Model
 from moesim.scenario.short_forms import absolute_paths, apply_overrides, explicit_model, flat_cluster_to_pools
 from moesim.serving.fleet import fleet_gpus, prefill_scenario
 from moesim.serving.memory import key_layout, memory_of
-from moesim.serving.schema import ServingScenario
+from moesim.serving.schema import ServingParallelism, ServingScenario
 from moesim.serving.software import serving_software
 
 _KIND = ("workload", "kind")
@@ -59,7 +59,7 @@ def _dotted(path: Path) -> str:
 
 
 def _check(scenario: ServingScenario, root: Node) -> None:
-    mesh, model = scenario.parallelism, scenario.model
+    mesh, model, prefill = scenario.parallelism, scenario.model, scenario.fleet.prefill
 
     def refuse(path: Path, what: str) -> UserError:
         return refusal(root, path, what, shown=_dotted)
@@ -69,14 +69,9 @@ def _check(scenario: ServingScenario, root: Node) -> None:
             f"{mesh.world_size} ranks on {scenario.cluster.num_gpus} GPUs; lower data, tensor or pipeline, or add nodes"
         )
         raise refuse(("parallelism",), what)
-    if mesh.expert not in (1, mesh.stage_size):
-        what = f"{mesh.expert} is neither 1 nor all {mesh.stage_size} ranks of a stage, which is what is modelled"
-        raise refuse(("parallelism", "expert"), f"{what}; use one of them")
-    if model.heads % mesh.tensor:
-        raise refuse(("parallelism", "tensor"), f"{mesh.tensor} does not divide the {model.heads} heads; use a divisor")
-    if mesh.pipeline > model.layers:
-        what = f"{mesh.pipeline} stages for {model.layers} layers; use at most as many"
-        raise refuse(("parallelism", "pipeline"), what)
+    _check_mesh(mesh, model, ("parallelism",), refuse)
+    if prefill is not None:
+        _check_mesh(prefill.parallelism, model, ("fleet", "prefill", "parallelism"), refuse)
     if isinstance(model.attention, Mla) and model.attention.indexer is not None:
         raise refuse(("model", "attention"), "sparse attention by an indexer is not modelled in serving; leave it out")
     if len(scenario.cluster.pools) > 1:
@@ -106,6 +101,18 @@ def _check(scenario: ServingScenario, root: Node) -> None:
         raise refuse(("engine", "capacity_factor"), "a model without experts drops nothing; leave it out")
 
 
+def _check_mesh(mesh: ServingParallelism, model: Model, where: Path, refuse: Callable[[Path, str], UserError]) -> None:
+    """That of instances, or that of those for prompts."""
+    if mesh.expert not in (1, mesh.stage_size):
+        what = f"{mesh.expert} is neither 1 nor all {mesh.stage_size} ranks of a stage, which is what is modelled"
+        raise refuse((*where, "expert"), f"{what}; use one of them")
+    if model.heads % mesh.tensor:
+        what = f"{mesh.tensor} does not divide the {model.heads} heads; use a divisor"
+        raise refuse((*where, "tensor"), what)
+    if mesh.pipeline > model.layers:
+        raise refuse((*where, "pipeline"), f"{mesh.pipeline} stages for {model.layers} layers; use at most as many")
+
+
 def _unknown_where_copied(scenario: ServingScenario) -> str | None:
     """What attention that copies keys out of their pages was not measured with; None for what it was."""
     if scenario.parallelism.world_size > 1:
@@ -125,14 +132,6 @@ def _check_fleet(scenario: ServingScenario, refuse: Callable[[Path, str], UserEr
         raise refuse(("fleet",), what)
     parts: list[tuple[ServingScenario, Path]] = [(scenario, ("engine",))]
     if prefill is not None:
-        where = ("fleet", "prefill", "parallelism")
-        mesh, model = prefill.parallelism, scenario.model
-        if mesh.expert not in (1, mesh.stage_size):
-            what = f"expert {mesh.expert} is neither 1 nor all {mesh.stage_size} ranks of a stage; use one of them"
-            raise refuse(where, what)
-        if model.heads % mesh.tensor or mesh.pipeline > model.layers:
-            what = f"tensor must divide {model.heads} heads, and pipeline be at most {model.layers} layers"
-            raise refuse(where, f"{what}; change them")
         parts.append((prefill_scenario(scenario), ("fleet", "prefill")))
     for part, section in parts:
         _check_dispatch(part, section, refuse)

@@ -107,12 +107,21 @@ class Axis:
     labels: tuple[str, ...] | None = None
     repeat: bool = False
 
+    @property
+    def places(self) -> list[dict[str, Any]]:
+        """The values of every row by their keys."""
+        return [{setting.key: setting.value for setting in row} for row in self.rows]
+
+    def label(self, values: Mapping[str, Any]) -> str:
+        """Of the place with these values of its keys, where it has labels."""
+        assert self.labels is not None
+        return self.labels[self.places.index({key: values[key] for key in self.keys})]
+
     def as_json(self) -> dict[str, Any]:
         """As study.json has it: a row of values per place, null for a key that a row leaves alone."""
-        rows = [{setting.key: setting.value for setting in row} for row in self.rows]
         return {
             "keys": list(self.keys),
-            "values": [[row.get(key) for key in self.keys] for row in rows],
+            "values": [[row.get(key) for key in self.keys] for row in self.places],
             "labels": None if self.labels is None else list(self.labels),
             "repeat": self.repeat,
         }

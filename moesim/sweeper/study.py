@@ -257,8 +257,7 @@ def _reference(node: Node, axes: Sequence[Axis]) -> dict[str, Any]:
             raise UserError(f"{node.where}: reference: {setting.key!r} is on no axis; {suggest(setting.key, keys)}")
     wanted = {setting.key: setting.value for setting in named}
     for axis in axes:
-        rows = [{setting.key: setting.value for setting in row} for row in axis.rows]
-        fitting = [row for row in rows if wanted and all(row.get(key) == value for key, value in wanted.items())]
+        fitting = [row for row in axis.places if wanted and all(row.get(key) == value for key, value in wanted.items())]
         if len(fitting) == 1:
             return fitting[0]
     raise UserError(f"{node.where}: reference: {_shown(wanted)} is not one place on one axis")

@@ -166,9 +166,7 @@ def labels_of(study: Study, values: Mapping[str, Any]) -> tuple[str, ...]:
         if axis.labels is None:
             labels += [shown_value(values.get(key, "")) for key in axis.keys]
         else:
-            rows = [{setting.key: setting.value for setting in row} for row in axis.rows]
-            own = {key: values[key] for key in axis.keys}
-            labels.append(axis.labels[rows.index(own)])
+            labels.append(axis.label(values))
     return tuple(labels)
 
 
@@ -245,8 +243,7 @@ def _reference(study: Study) -> str:
     assert study.reference is not None
     axis = next(axis for axis in study.axes if set(study.reference) == set(axis.keys))
     if axis.labels is not None:
-        rows_of_axis = [{setting.key: setting.value for setting in row} for row in axis.rows]
-        return axis.labels[rows_of_axis.index(study.reference)]
+        return axis.label(study.reference)
     return ", ".join(f"{head(key)} = {shown_value(value)}" for key, value in study.reference.items())
 
 
