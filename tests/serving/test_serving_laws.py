@@ -339,6 +339,23 @@ def test_generated_tokens_have_a_trace_of_their_own_beside_the_file_or_one_that_
     assert isinstance(own, TraceRouting) and own.file == str(tmp_path / "own.routing")
 
 
+def test_between_places_of_a_table_costs_are_in_proportion_and_beyond_it_to_the_tokens(deployment: Deployment) -> None:
+    tables, layer = deployment.costs.experts, deployment.costs.layer
+    assert tables is not None
+    low, high = tables.total_G[9:11]
+    for one, other, middle in (
+        ((low, 0), (high, 0), ((low + high) / 2, 0)),
+        ((high, 0), (high, 0.5 * high), (high, 0.25 * high)),
+        ((high, 0.5 * high), (high, high), (high, 0.75 * high)),
+    ):
+        assert tables.at(*one) != tables.at(*other)
+        assert tables.at(*middle) == pytest.approx(np.mean([tables.at(*one), tables.at(*other)], axis=0))
+    most = int(layer.tokens_G[-1])
+    assert layer.at(np.array([0, most, 3 * most])) == pytest.approx(layer.seconds_G[-1] * np.array([0, 1, 3]))
+    half = int(layer.tokens_G[-3:-1].mean())
+    assert layer.seconds_G[-3] <= layer.at(np.array([half]))[0] <= layer.seconds_G[-2]
+
+
 def test_narrow_weights_leave_more_room_and_steps_of_few_tokens_are_faster() -> None:
     load = ("workload.arrivals.rate=5.0", "workload.requests=20")
     wide, narrow = (serve(small(f"workload.weights={kind}", *load)) for kind in ("bf16", "int4"))
