@@ -20,7 +20,8 @@ from library_table import EP, Program, predicted_s, programs
 from moesim.importing.calibration import Calibration, parsed_calibration
 from moesim.importing.traced_step import traced_step
 from moesim.kernels import kernel_model
-from moesim.recorded.estimate import HOST, step_estimate
+from moesim.recorded.estimate import step_estimate
+from moesim.recorded.host import HOST
 from moesim.recorded.step_file import parsed_ops
 from moesim.strict_json import json_text, parse_json
 

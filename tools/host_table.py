@@ -1,45 +1,47 @@
-"""What steps cost the host, part by part, beside the costs of operations, views and weights in `moesim.recorded`.
+"""What small steps cost the host beside what their recordings say by `moesim.recorded.host`: docs/imported-steps.md.
 
-    python tools/host_table.py                                # the table of docs/imported-steps.md
-    python tools/host_table.py --record FOLDER/host.json...   # what tools/measure_host.py wrote, with recorded counts
+    python tools/host_table.py              # the tables
+    python tools/host_table.py --record [FILE...]    # records all programs again (needs transformers and torchtitan),
+                                                     # with what tools/measure_host_programs.py wrote, if it is given
 
-A case kept out of every choice is of a family that gave no cost. --record records each program on the meta device,
-counts its operations, views and weights, and writes tests/data/host_h100.json.gz.
+tests/data/host_h100.json.gz: tools/measure_host.py, part by part; tests/data/host_programs_h100.json.gz:
+tools/measure_host_programs.py, two machines with two H100s. No step gave a number but those of two GPUs that say so.
 """
 
 import argparse
-import gzip
-import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import measured_data
-from measured_data import print_head, print_row, summary
+import numpy as np
+from library_table import pair
+from measured_data import DATA, print_head, print_row, read, summary, write
 
-from moesim.recorded.estimate import HOST
-from moesim.recorded.step_file import GRADIENTS, VIEWS
+from moesim.kernels import kernel_model
+from moesim.recorded.estimate import host_range, step_estimate
+from moesim.recorded.host import HOST, weights_of
+from moesim.recorded.step_file import RecordedOp, parsed_ops
+from moesim.strict_json import parse_json
 
-DATA = measured_data.DATA / "host_h100.json.gz"
+PARTWISE, PROGRAMS = DATA / "host_h100.json.gz", DATA / "host_programs_h100.json.gz"
 # The host of the machine that tests/data/hf_steps.json.gz was measured on. One factor of one step: of those that were
 # looked at, olmoe-2k alone waits for its host.
 SLOWER_HOST = HOST.times(1.65)
 PARTS = ("forward", "backward", "optimizer")
+LEFT_OUT = {"gradient_widths", "model_sizes", "peak_bytes"}  # facts that nothing here reads
 
 
 def steps() -> list[dict[str, Any]]:
-    """Of the file: seconds of every part, and what the recording counts."""
-    found: list[dict[str, Any]] = measured_data.read(DATA)["steps"]
+    """Measured part by part."""
+    found: list[dict[str, Any]] = read(PARTWISE)["steps"]
     return found
 
 
 def predicted(step: dict[str, Any]) -> dict[str, float]:
     """Seconds of the host by part."""
-    counts, views = step["operations"], step["views"]
-    return {
-        "forward": HOST.op * counts["forward"] + HOST.view * views["forward"],
-        "backward": HOST.backward_op * counts["backward"] + HOST.backward_view * views["backward"],
-        "optimizer": HOST.op + HOST.weight * step["weights"],
-    }
+    ops = parsed_ops(step["ops"], where=step["name"])
+    weights = weights_of(ops)
+    return {part: sum(op.count * HOST.seconds(op, weights=weights) for op in ops if op.phase == part) for part in PARTS}
 
 
 def error_of_step(step: dict[str, Any]) -> float:
@@ -47,48 +49,105 @@ def error_of_step(step: dict[str, Any]) -> float:
     return float(sum(predicted(step).values()) / step["sustained_s"] - 1)
 
 
+@cache
+def _program(name: str) -> tuple[RecordedOp, ...]:
+    return tuple(parsed_ops(read(PROGRAMS)["programs"][name], where=name))
+
+
+def programs() -> list[tuple[dict[str, Any], float, tuple[float, float]]]:
+    """Every measured step of a program, its prediction, and that at the paces of hosts, in seconds."""
+    kernels, known, found = kernel_model("h100"), {}, []
+    for step in read(PROGRAMS)["steps"]:
+        name = step["name"]
+        if name not in known:
+            ranks = None if step["mode"] == "one" else pair(step["mode"])
+            ops = _program(step["program"])
+            estimate = step_estimate(ops, kernels, ranks=ranks).step_s
+            known[name] = (estimate, host_range(ops, kernels, ranks=ranks))
+        found.append((step, *known[name]))
+    return found
+
+
+def _slim(ops: list[RecordedOp]) -> list[dict[str, Any]]:
+    found = []
+    for op in ops:
+        each = op.as_json()
+        each.pop("widths", None)
+        found.append(each | {"facts": {key: fact for key, fact in each["facts"].items() if key not in LEFT_OUT}})
+    return found
+
+
+def _measured(files: list[Path]) -> dict[str, Any]:
+    """What was measured, from files programs-SET-RANKS-RANK.json: steps of the first ranks, pieces of all."""
+    from measure_host_programs import FIRST, FIRST_TWO
+
+    seen, found, rows = {case.name for case in FIRST + FIRST_TWO}, [parse_json(file.read_bytes()) for file in files], []
+    for file, each in zip(files, found, strict=True):
+        if not file.stem.endswith("-0"):
+            continue
+        for row in (row for row in each["steps"] if "failed" not in row):
+            case = row.pop("case")
+            program = case["name"] if case["mode"] == "one" else case["name"].split("-", 1)[1]
+            named = {"name": case["name"], "program": program, "mode": case["mode"], "machine": file.stem.split("-")[1]}
+            rows.append(named | {"blind": case["name"] not in seen} | row)
+    pieces = [each["pieces"] for each in found if "pieces" in each]
+    head = {key: found[0][key] for key in ("gpu", "cpu", "torch")}
+    return head | {"pieces": pieces, "programs": {row["program"]: None for row in rows}, "steps": rows}
+
+
 def record(files: list[Path]) -> None:
-    """Write the measured cases with the counts of their recordings."""
+    """Record the programs of both files again; what was measured stays where no files are given."""
     import torch
     from measure_host import CASES
-    from measure_library_steps import closure, module
+    from measure_host_programs import FIRST, SECOND, built, loss_of
 
     from moesim.importing.recording import record_step
 
-    read = [json.loads(path.read_text(encoding="utf-8")) for path in files]
-    measured = {row["case"]["name"]: row for found in read for row in found["steps"] if "sustained_s" in row}
-    rows = []
-    for case in (case for case in CASES if case.name in measured):
+    def recorded(case: Any) -> list[RecordedOp]:
         with torch.device("meta"):
-            model = module(case, "meta")
-            ops = record_step(model, closure(case, model, "meta"))
-        row = {key: value for key, value in measured[case.name].items() if key != "case"}
-        row |= {"name": case.name, "blind": case.blind}
-        row["operations"] = {part: sum(op.count for op in ops if op.phase == part) for part in PARTS}
-        row["views"] = {
-            part: sum(op.count * op.facts.get(VIEWS, 0) for op in ops if op.phase == part) for part in PARTS
-        }
-        row["weights"] = sum(op.count * len(op.facts.get(GRADIENTS, ())) for op in ops)
-        rows.append(row)
-    head = {key: read[0][key] for key in ("gpu", "cpu", "torch")}
-    DATA.write_bytes(gzip.compress(json.dumps(head | {"steps": rows}).encode(), mtime=0))
+            model = built(case, "meta")
+            return record_step(model, loss_of(case, model, "meta"))
+
+    cases = {case.name: case for case in CASES}
+    whole, named = read(PARTWISE), {case.name: case for case in FIRST + SECOND}
+    whole["steps"] = [step | {"ops": _slim(recorded(cases[step["name"]]))} for step in whole["steps"]]
+    write(PARTWISE, whole)
+    whole = _measured(files) if files else read(PROGRAMS)
+    whole["programs"] = {name: [op.as_json() for op in recorded(named[name])] for name in whole["programs"]}
+    write(PROGRAMS, whole)
+
+
+def _print_parts() -> None:
+    print_head("case", "step, ms", *PARTS, "all")
+    for step in steps():
+        errors = [f"{each / step[f'{part}_s'] - 1:+.0%}" for part, each in predicted(step).items()]
+        print_row(step["name"], f"{1e3 * step['sustained_s']:.1f}", *errors, f"{error_of_step(step):+.1%}")
+    print(f"{len(steps())} steps: {summary(map(error_of_step, steps()))}\n")
+
+
+def _print_programs() -> None:
+    print_head("step", "machine", "looked at last", "measured, ms (rounds)", "predicted", "error")
+    groups: dict[str, list[float]] = {}
+    for step, seconds, _ in programs():
+        error, rounds = seconds / step["sustained_s"] - 1, [1e3 * each for each in step["each_s"]]
+        measured = f"{1e3 * step['sustained_s']:.1f} ({min(rounds):.0f} to {max(rounds):.0f})"
+        blind = "yes" if step["blind"] else ""
+        print_row(step["name"], step["machine"], blind, measured, f"{1e3 * seconds:.1f}", f"{error:+.1%}")
+        group = "one GPU" if step["mode"] == "one" else step["mode"]
+        groups.setdefault(f"{group}, {'looked at last' if blind else 'seen'}", []).append(error)
+    for name, found in sorted(groups.items()):
+        print(f"{name}: {len(found)} steps, mean {np.mean(found):+.1%}, {summary(found)}")
 
 
 def main() -> None:
-    """Record, or print a row for each case and the medians."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--record", metavar="HOST.json", type=Path, nargs="+")
+    """Record, or print both tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--record", nargs="*", type=Path)
     files = parser.parse_args().record
-    if files:
+    if files is not None:
         record(files)
-    print_head("case", "kept out", "step, ms", *PARTS, "all")
-    for step in steps():
-        errors = [f"{each / step[f'{part}_s'] - 1:+.0%}" for part, each in predicted(step).items()]
-        kept = "yes" if step["blind"] else ""
-        print_row(step["name"], kept, f"{1e3 * step['sustained_s']:.1f}", *errors, f"{error_of_step(step):+.1%}")
-    for blind, name in ((True, "kept out"), (False, "seen")):
-        found = [error_of_step(step) for step in steps() if step["blind"] is blind]
-        print(f"{name}: {len(found)} steps, {summary(found)}")
+    _print_parts()
+    _print_programs()
 
 
 if __name__ == "__main__":

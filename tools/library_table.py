@@ -74,7 +74,8 @@ def _kernels() -> KernelModel:
 
 
 @cache
-def _pair(mode: str) -> Ranks:
+def pair(mode: str) -> Ranks:
+    """Two GPUs of one node, by a wrapper."""
     return Ranks(wrapper=mode, fabric=node_fabric(_kernels(), gpu=GPU, ranks=2), ranks=(0, 1))
 
 
@@ -86,7 +87,7 @@ def predicted_s(program: Program, step: Any, *, corrections: Any = None) -> floa
     size = {"sequences": step["sequences"], "sequence_length": step["tokens"], "moe_layers": moe_layers}
     ops = scaled_ops(program.matched, program.sizes, replace(program.sizes, **size))
     wrapper = PLANS.get(program.mode, program.mode)
-    ranks = _pair(wrapper) if wrapper in WRAPPERS else None
+    ranks = pair(wrapper) if wrapper in WRAPPERS else None
     return step_estimate(ops, _kernels(), ranks=ranks, corrections=corrections).step_s
 
 

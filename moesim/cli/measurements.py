@@ -6,6 +6,7 @@ step of one's own torch program, recorded without a GPU or traced on one.
 """
 
 import argparse
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -203,6 +204,13 @@ USUAL_GPU, NODE = "h100", 8
     Flag("--gpu", help="the GPU to estimate for, as `moesim gpus` names it; that of a trace by default, else h100"),
     Flag("--out", metavar="FILE", type=Path, help="keep the step (.json or .json.gz)"),
     Flag("--host-per-op", metavar="MICROSECONDS", type=float, help="what your host needs to launch one operation"),
+    Flag(
+        "--host-factor",
+        metavar="TIMES",
+        type=float,
+        help="how many times as slow your host is as the one that was measured; "
+        "python -m moesim.kernels.benchmarks.host_in_situ says it",
+    ),
     Flag("--ranks", metavar="N", type=int, help="spread a recorded step over N GPUs of one node: data parallelism"),
     Flag(
         "--spread",
@@ -266,6 +274,10 @@ def _check_import(args: argparse.Namespace) -> None:
         raise UserError(f"--rows {args.rows} prints nothing; use 1 or more, or --quiet")
     if args.host_per_op is not None and not args.host_per_op >= 0:
         raise UserError(f"--host-per-op {args.host_per_op} is no time in microseconds; use e.g. 10")
+    if args.host_factor is not None and not 0 < args.host_factor < math.inf:
+        raise UserError(f"--host-factor {args.host_factor} is no number of times above 0; use e.g. 1.2")
+    if args.host_factor is not None and args.host_per_op is not None:
+        raise UserError("--host-factor and --host-per-op both say how slow the host is; give one of them")
     if args.step is not None and _is_file(args.step) and args.calibrate is not None:
         raise UserError(
             "a trace is measured and needs no --calibrate; to set it beside a prediction that another trace corrects: "
@@ -321,12 +333,14 @@ def _show_estimate(
     args: argparse.Namespace, ops: "Sequence[RecordedOp]", *, source: str, traced: "TracedStep | None"
 ) -> int:
     from moesim.kernels import kernel_model
-    from moesim.recorded.estimate import HOST, scalable_share, step_estimate
+    from moesim.recorded.estimate import host_range, scalable_share, step_estimate
+    from moesim.recorded.host import HOST
     from moesim.recorded.peak import step_peak
     from moesim.report.imported_step_view import estimate_json, print_estimate
 
     gpu = args.gpu or (traced.calibration.gpu if traced else USUAL_GPU)
     host = HOST if args.host_per_op is None else HOST.per_op(1e-6 * args.host_per_op)
+    host = host.paced(args.host_factor or 1.0)
     corrections = traced.calibration if traced else None
     kernels = kernel_model(gpu)
     ranks = None
@@ -337,11 +351,21 @@ def _show_estimate(
         fabric = node_fabric(kernels, gpu=gpu, ranks=args.ranks)
         ranks = Ranks(wrapper=args.spread or DDP, fabric=fabric, ranks=tuple(range(args.ranks)))
     estimate = step_estimate(ops, kernels, host=host, corrections=corrections, ranks=ranks)
+    hosts = host_range(ops, kernels, host=host, corrections=corrections, ranks=ranks)
     corrected_by = traced.source if traced else None
     peak = step_peak(ops) if ranks is None else None
-    if wants_screen(args, estimate_json(estimate, source=source, gpu=gpu, corrected_by=corrected_by, peak=peak)):
+    if wants_screen(
+        args, estimate_json(estimate, source=source, gpu=gpu, corrected_by=corrected_by, peak=peak, hosts=hosts)
+    ):
         share = scalable_share(ops, kernels)
         print_estimate(
-            estimate, source=source, gpu=gpu, rows=args.rows, corrected_by=corrected_by, scalable=share, peak=peak
+            estimate,
+            source=source,
+            gpu=gpu,
+            rows=args.rows,
+            corrected_by=corrected_by,
+            scalable=share,
+            peak=peak,
+            hosts=hosts,
         )
     return 0

@@ -7,8 +7,9 @@ where the module counts rows by `histc` or `bincount`, whose counts stay unknown
 """
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from moesim.errors import UserError, one_line
 from moesim.importing.dimension_rules import follow
 from moesim.importing.dimensions import Dimensions, Dims
 from moesim.importing.live_tensors import LiveBytes, LivePeak
+from moesim.importing.python_work import PythonWork
 from moesim.importing.width_names import WidthNames
 from moesim.recorded.layers import kinds_of_layers, with_layers
 from moesim.recorded.memory_bound import LAID_OUT
@@ -31,7 +33,10 @@ from moesim.recorded.step_file import (
     GRADIENT_WIDTHS,
     GRADIENTS,
     MODEL_SIZES,
+    MODULES,
+    NODES,
     PEAK,
+    PYTHON,
     VIEWS,
     RecordedOp,
     layout_facts,
@@ -52,7 +57,7 @@ def record_step(model: nn.Module, loss_of: Callable[[], Tensor]) -> list[Recorde
         recorder.dimensions.weight(weight)
     attention = _Attention(recorder)
     with _module_paths(model, recorder, attention), _gradients(model, recorder), recorder, attention:
-        loss = _run(loss_of, recorder, model)
+        loss = _run(loss_of, recorder, model, counted=PythonWork(recorder.interpreted).counted())
         if recorder.trained:
             raise UserError(
                 "the closure runs a backward pass itself; let it return the loss of one step alone, whose backward "
@@ -63,7 +68,9 @@ def record_step(model: nn.Module, loss_of: Callable[[], Tensor]) -> list[Recorde
                 "the closure must return the loss: a tensor of one real number that depends on weights with gradients"
             )
         recorder.phase, recorder.module = "backward", ""
-        _run(loss.backward, recorder, model)
+        recorder.host.clear()
+        with _nodes(loss, recorder):
+            _run(loss.backward, recorder, model)
     peak = recorder.live.peak()
     ops, sizes = _with_widths(model, recorder)
     return merged([*with_layers(ops), _optimizer(model, sizes, peak)])
@@ -80,9 +87,16 @@ def _with_widths(model: nn.Module, recorder: "_Recorder") -> tuple[list[Recorded
     return found, names.sizes
 
 
-def _run(what: Callable[[], Any], recorder: "_Recorder", model: nn.Module) -> Any:
+def _run(
+    what: Callable[[], Any],
+    recorder: "_Recorder",
+    model: nn.Module,
+    *,
+    counted: AbstractContextManager[None] | None = None,
+) -> Any:
     try:
-        return what()
+        with counted or nullcontext():
+            return what()
     except UserError:
         raise
     except (NotImplementedError, RuntimeError, TypeError) as error:
@@ -128,11 +142,15 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-igno
         self.ops: list[RecordedOp] = []
         self.phase, self.module = "forward", ""
         self.entered: list[tuple[int, str]] = []  # autograd's next number when another module begins to run
-        self.views = 0
+        self.host: Counter[str] = Counter()  # what it has done since the last operation
         self.trained = False  # a gradient was whole before the loss was there
         self.dimensions = Dimensions()
         self.followed: list[tuple[Dims, ...]] = []  # of the tensors of each operation
         self.gradients: list[list[Dims]] = []  # of the weights whose gradients are whole behind it
+
+    def interpreted(self) -> None:
+        """An instruction of the program's Python ran."""
+        self.host[PYTHON] += 1
 
     def enter(self, module: str) -> None:
         """From here on `module` runs, and makes the nodes of autograd."""
@@ -175,15 +193,15 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-igno
         name = func._schema.name.removeprefix("aten::")
         aliased = [result.alias_info for result in func._schema.returns]
         if name in FREE or (aliased and all(alias is not None and not alias.is_write for alias in aliased)):
-            self.views += 1
+            self.host[VIEWS] += 1
             return
         self._add(
-            name, self.running(), inputs, results, _facts(name, args, inputs, results) | self.again | self._views()
+            name, self.running(), inputs, results, _facts(name, args, inputs, results) | self.again | self._host()
         )
 
     def note(self, name: str, module: str, reads: Any, writes: Any, facts: Mapping[str, Any] | None = None) -> None:
         """An operation that the meta device would take apart, as the one that it is on a GPU."""
-        self._add(name, module, reads, writes, {**(facts or {}), **self._views()})
+        self._add(name, module, reads, writes, {**(facts or {}), **self._host()})
 
     def _add(
         self, name: str, module: str, reads: Sequence[Tensor], writes: Sequence[Tensor], facts: Mapping[str, Any]
@@ -195,10 +213,11 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-igno
         self.followed.append(tuple(map(self.dimensions.of, (*reads, *writes))))
         self.gradients.append([])
 
-    def _views(self) -> dict[str, Any]:
-        """How many views and empty tensors the host has made since the last operation."""
-        made, self.views = self.views, 0
-        return {VIEWS: made} if made else {}
+    def _host(self) -> dict[str, Any]:
+        """How many views and empty tensors the host has made, modules called and nodes run since the last operation."""
+        done = dict(self.host)
+        self.host.clear()
+        return done
 
     def accumulated(self, weight: Tensor) -> None:
         """The gradient of a weight is whole: said by the operation that was the last one."""
@@ -343,6 +362,28 @@ class _AttentionFunction(torch.autograd.Function):
 
 
 @contextmanager
+def _nodes(loss: Tensor, recorder: _Recorder) -> Iterator[None]:
+    """Tells the recorder of every node of autograd that runs."""
+    handles, seen, todo = [], set(), [loss.grad_fn]
+
+    def runs(*_: Any) -> None:
+        recorder.host[NODES] += 1
+
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        handles.append(node.register_prehook(runs))
+        todo += [before for before, _ in node.next_functions]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def _gradients(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
     """Tells the recorder when the gradient of a weight is whole."""
     weights = [weight for weight in model.parameters() if weight.requires_grad]
@@ -371,6 +412,7 @@ def _module_paths(model: nn.Module, recorder: _Recorder, attention: _Attention) 
                 repeated[-1].enter_context(torch.device("meta"))
                 repeated[-1].enter_context(attention)
             stack.append(path)
+            recorder.host[MODULES] += 1
             recorder.enter(path)
 
         def leave(module: nn.Module, args: Any, out: Any) -> None:

@@ -13,6 +13,7 @@ combine are put around the experts, as torch programs do it; the recorded step k
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ from moesim.program.operations import Operation, compute
 from moesim.program.permutation import expand, reduce
 from moesim.program.sizes import Passes, Step
 from moesim.program.writer import KernelWriter
-from moesim.recorded.estimate import HOST, step_estimate
+from moesim.recorded.estimate import step_estimate
+from moesim.recorded.host import HOST, says_little
 from moesim.recorded.layers import DENSE, EXPERTS_GEMM, MOE, module_in_layer
 from moesim.recorded.pricing import GAP_S, SDPA, launch_of, prices
 from moesim.recorded.scaling import recorded_step, scaled_op, scaled_ops
@@ -295,7 +297,7 @@ class RecordedKernels:
             w._spread(np.asarray(seconds) * op.count + GAP_S * op.count),
             source=source,
             chain=w.chain,
-            launches=_launches(op, w.model.host),
+            launches=self._launches(op, w.model.host),
             family=FAMILY_OF[type(kernel)],
             error_family=error_family(kernel),
         )
@@ -313,7 +315,7 @@ class RecordedKernels:
             )
             assert of_slots.seconds_MSR is not None
             seconds_MSR = of_slots.seconds_MSR * op.count + GAP_S * op.count
-            return replace(of_slots, seconds_MSR=seconds_MSR, launches=_launches(op, w.model.host))
+            return replace(of_slots, seconds_MSR=seconds_MSR, launches=self._launches(op, w.model.host))
         rows_MSR = np.asarray(loads.rows_MSR, dtype=np.float64)
         grid = np.unique(np.linspace(max(rows_MSR.min(), 1.0), max(rows_MSR.max(), 1.0), GRID).round())
         found = [
@@ -339,7 +341,9 @@ class RecordedKernels:
             return [], []
         both, in_layer = 2.0 * BF16 * parameters, w.layer >= 0
         # What wrappers do takes as long on a slower host: in the scenario's own launches it is less.
-        unit = HOST.unit * (1.0 if in_layer else 0.5) / self.scenario.compute.host_factor
+        kind = (DENSE if self.scenario.model.is_dense(w.layer) else MOE) if in_layer else ""
+        busy = (HOST.unit if in_layer else 0.5 * HOST.unit) + HOST.unit_weight * self._weights_of(kind)
+        unit = busy / self.scenario.compute.host_factor
         ahead, back = unit / w.model.host.launch, unit / w.model.host.backward_launch
         apart = ahead if w.phase is Phase.FORWARD else in_layer * back
         return (
@@ -362,19 +366,29 @@ class RecordedKernels:
         weights, factor = self._weights(stages), self.scenario.compute.host_factor
         shares = self.scenario.parallelism.zero.dense >= 3
         # What wrappers do takes as long on a slower host: in the scenario's own launches it is less.
-        return (HOST.op + HOST.weight * weights + shares * HOST.sharded * weights / factor) / host.launch
+        return (HOST.optimizer + HOST.weight * weights + shares * HOST.sharded * weights / factor) / host.launch
 
     def _weights(self, stages: Sequence[int]) -> float:
-        """How many a rank has: those of its layers, and a half of the others with the embedding and with the head."""
+        """How many a rank has."""
         model, last = self.scenario.model, self.scenario.parallelism.num_stages - 1
         layers = [model.is_dense(layer) for stage in stages for layer in self.scenario.stage_layers[stage]]
-        of_rank = {DENSE: float(sum(layers)), MOE: float(len(layers) - sum(layers))}
-        ends = ((0 in stages) + (last in stages)) / 2
-        found = 0.0
-        for each in self.step.ops:
-            times = of_rank[each.op.layer] / each.op.layers if each.op.layer else ends
-            found += each.op.count * len(each.op.facts.get(GRADIENTS, ())) * times
-        return found
+        of_layers = sum(layers) * self._weights_of(DENSE) + (len(layers) - sum(layers)) * self._weights_of(MOE)
+        return of_layers + ((0 in stages) + (last in stages)) * self._weights_of("")
+
+    def _weights_of(self, kind: str) -> float:
+        """How many a layer of a kind has; "": a half of those outside of layers, which lie with embedding and head."""
+        mine = [each.op for each in self.step.ops if (each.op.layer or "") == kind]
+        found = sum(op.count * len(op.facts.get(GRADIENTS, ())) / (op.layers if kind else 2) for op in mine)
+        return float(found)
+
+    def _launches(self, op: RecordedOp, host: HostCosts) -> float:
+        """What an operation with what is done before it costs the host, in launches of the kernel model."""
+        launch = host.launch if op.phase == "forward" else host.backward_launch
+        return op.count * HOST.seconds(op, weights=0, usual=self._says_little) / launch
+
+    @cached_property
+    def _says_little(self) -> bool:
+        return says_little([each.op for each in self.step.ops])
 
 
 def _of_model(model: Model, sizes: StepSizes) -> dict[str, Any]:
@@ -392,12 +406,6 @@ def _of_model(model: Model, sizes: StepSizes) -> dict[str, Any]:
     if model.experts:
         found |= {"experts": model.experts, "top_k": model.top_k, "expert_width": model.expert_intermediate}
     return found
-
-
-def _launches(op: RecordedOp, host: HostCosts) -> float:
-    """What an operation with the views before it costs the host, in launches of the kernel model."""
-    launch = host.launch if op.phase == "forward" else host.backward_launch
-    return op.count * HOST.seconds(op, weights=0) / launch
 
 
 def _phase(op: RecordedOp, w: KernelWriter) -> Phase:

@@ -10,6 +10,7 @@ from moesim.errors import UserError
 from moesim.kernels import KernelModel
 from moesim.kernels.families import FAMILY_OF
 from moesim.kernels.jitter import expected_most
+from moesim.recorded.host import HOST, PACES, Host, says_little, weights_of
 from moesim.recorded.layers import in_order
 from moesim.recorded.pricing import (
     CHECK,
@@ -22,25 +23,10 @@ from moesim.recorded.pricing import (
     seconds_of,
 )
 from moesim.recorded.sizes import matched, sizes_of
-from moesim.recorded.spread import PLANS, Host, Ranks, Spreading
-from moesim.recorded.step_file import GRADIENTS, RecordedOp
+from moesim.recorded.spread import PLANS, Ranks, Spreading
+from moesim.recorded.step_file import RecordedOp
 from moesim.recorded.timeline import Timeline, Work, timeline
 
-# What torch's operations, views and weights cost the host: 8 narrow programs on the host of an H100, part by part;
-# buckets of DDP and units of FSDP2 from small models on another one, products of DTensors from Qwen3-MoE's tensor plan,
-# shares of weights from rows of products in FSDP2 on a third (tools/wrapper_table.py; docs/imported-steps.md).
-# Machines differ by half.
-HOST = Host(
-    op=14.8e-6,
-    view=29.7e-6,
-    backward_op=19.2e-6,
-    backward_view=10.7e-6,
-    weight=17.6e-6,
-    bucket=550e-6,
-    unit=2e-3,
-    shared=1e-3,
-    sharded=33e-6,
-)
 MOST_RUNS = 64  # of one operation in a layer that are launched one by one
 
 
@@ -97,13 +83,13 @@ def step_estimate(
     if corrections is not None:
         found, gap_s = [_corrected(op, corrections) for op in found], corrections.gap_s
 
-    weights = sum(op.count * len(op.facts.get(GRADIENTS, ())) for op in ops)
+    weights, usual = weights_of(ops), says_little(ops)
 
     def works_of(place: int, times: float) -> list[Work]:
         op, runs = ops[place], max(1, min(MOST_RUNS, round(times)))
         each = Work(
             seconds=(found[place].seconds + gap_s) * times / runs,
-            host_s=host.seconds(op, weights=weights) * times / runs,
+            host_s=host.seconds(op, weights=weights, usual=usual) * times / runs,
             family=FAMILY_OF[type(launches[place].kernels[0])],
             reads_back=op.name == CHECK and ("taken" in op.facts or op.measured_s is not None),  # else the host drew it
         )
@@ -122,6 +108,22 @@ def step_estimate(
         host_s=sum(work.host_s for work in works),
         timeline=timeline(works, kernels.contention),
     )
+
+
+def host_range(
+    ops: Sequence[RecordedOp],
+    kernels: KernelModel,
+    *,
+    host: Host = HOST,
+    corrections: Corrections | None = None,
+    ranks: Ranks | None = None,
+) -> tuple[float, float]:
+    """Seconds of the step at the fastest and at the slowest pace of hosts that was measured (`PACES`)."""
+    least, most = (
+        step_estimate(ops, kernels, host=host.paced(pace), corrections=corrections, ranks=ranks).step_s
+        for pace in PACES
+    )
+    return least, most
 
 
 def slowest_host(kernels: KernelModel, *, ranks: int) -> float:

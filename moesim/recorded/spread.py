@@ -16,7 +16,7 @@ These are laws of the wrappers' source, held to what they send by tests/importin
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from moesim.errors import UserError
 from moesim.kernels import KernelModel
@@ -24,10 +24,11 @@ from moesim.kernels.families import FAMILY_OF, MemoryBound
 from moesim.network import Fabric
 from moesim.network.collectives import all_gather_seconds, all_reduce_seconds, reduce_scatter_seconds
 from moesim.network.nccl import ring_bytes
+from moesim.recorded.host import Host, weights_of
 from moesim.recorded.layers import Block, in_order
 from moesim.recorded.plans import Planned, expert_plan, tensor_plan
 from moesim.recorded.pricing import OPTIMIZER
-from moesim.recorded.step_file import GRADIENTS, VIEWS, RecordedOp
+from moesim.recorded.step_file import GRADIENTS, RecordedOp
 from moesim.recorded.timeline import Sent, Work
 
 # torch's DistributedDataParallel; fully_shard of every layer and of the whole; transformers' tp_plan and expert plan.
@@ -35,46 +36,6 @@ WRAPPERS = DDP, FSDP2, TP, EP = "ddp", "fsdp2", "tp", "ep"
 PLANS: dict[str, Callable[[Sequence[RecordedOp], int], Planned]] = {TP: tensor_plan, EP: expert_plan}
 FIRST_BUCKET, BUCKET = 1 << 20, 25 << 20  # bytes at which a bucket is closed; torch.distributed's defaults
 MEMORY = FAMILY_OF[MemoryBound]
-
-
-class Host(NamedTuple):
-    """Seconds of the host: of an operation and a view of the forward pass, of those of the backward pass (whose loop is
-    torch's own), of a weight in the optimizer, and of what a wrapper does for a bucket, a unit in a pass, a product of
-    a plan's DTensors, or a weight in the optimizer that is a DTensor (`sharded`, beyond `weight`).
-    """
-
-    op: float = 0.0
-    view: float = 0.0
-    backward_op: float = 0.0
-    backward_view: float = 0.0
-    weight: float = 0.0
-    bucket: float = 0.0
-    unit: float = 0.0
-    shared: float = 0.0
-    sharded: float = 0.0
-
-    def times(self, factor: float) -> "Host":
-        """One that is slower by a factor; what wrappers do is left as it is."""
-        op, view, backward_op, backward_view, weight = (factor * each for each in self[:5])
-        return Host(op, view, backward_op, backward_view, weight, *self[5:])
-
-    def per_op(self, seconds: float) -> "Host":
-        """One that needs the same for every operation, views included."""
-        return Host(
-            op=seconds,
-            backward_op=seconds,
-            bucket=self.bucket,
-            unit=self.unit,
-            shared=self.shared,
-            sharded=self.sharded,
-        )
-
-    def seconds(self, op: RecordedOp, *, weights: float) -> float:
-        """To launch one operation, with the views before it; the optimizer goes through all `weights`."""
-        views = op.facts.get(VIEWS, 0)
-        if op.works == "backward":
-            return float(self.backward_op + self.backward_view * views)
-        return float(self.op + self.view * views + (self.weight * weights if op.phase == "optimizer" else 0.0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +124,7 @@ class Spreading:
                     buckets[-1].append(size)
                     limit = FIRST_BUCKET if len(buckets) == 1 else BUCKET
                     full = sum(buckets[-1]) >= limit
-                    works.append(self.moves("elementwise", 2.0 * size, host_s=self.host.backward_op))
+                    works.append(self.moves("elementwise", 2.0 * size, host_s=self.host.moved))
                     if full:
                         works[-1] = self._closed(works[-1], buckets)
         if buckets[-1]:
@@ -171,7 +132,7 @@ class Spreading:
         for number, bucket in enumerate(buckets[:-1]):
             for at, size in enumerate(bucket):
                 waits = (number,) if at == 0 else ()
-                works.append(self.moves("copy", 2.0 * size, host_s=self.host.backward_op, waits_for=waits))
+                works.append(self.moves("copy", 2.0 * size, host_s=self.host.moved, waits_for=waits))
         for place, times in blocks[-1].runs:
             works += self.works_of(place, times)
         return works
@@ -197,10 +158,13 @@ class _Sharded:
         self.of, self.blocks = of, blocks
         self.n = len(of.ranks.ranks)
         self.bytes: dict[int, float] = {}
+        self.busy_s: dict[int, float] = {}  # of the host, with a unit in one pass
         for block in blocks:
             for place, times in block.runs:
-                total = sum(of.weights(of.ops[place]))
-                self.bytes[block.layer] = self.bytes.get(block.layer, 0.0) + total * times
+                weights = of.weights(of.ops[place])
+                self.bytes[block.layer] = self.bytes.get(block.layer, 0.0) + sum(weights) * times
+                before = self.busy_s.get(block.layer, of.host.unit)
+                self.busy_s[block.layer] = before + of.host.unit_weight * len(weights) * times
         self.out: list[Work] = []
         self.sent = 0
 
@@ -222,7 +186,7 @@ class _Sharded:
             self._run(block)
         self._run(forward[-1])
         self._backward(backward, layers[::-1])
-        sharded_s = self.of.host.sharded * sum(op.count * len(op.facts.get(GRADIENTS, ())) for op in self.of.ops)
+        sharded_s = self.of.host.sharded * weights_of(self.of.ops)
         for place, times in self.blocks[-1].runs:
             updates = [_share(work, self.n) for work in self.of.works_of(place, times)]
             self.out += [replace(work, host_s=work.host_s + sharded_s / len(updates)) for work in updates]
@@ -253,7 +217,7 @@ class _Sharded:
         size = self.bytes.get(unit, 0.0)
         copy_s = float(self.of.kernels.seconds(MemoryBound("copy", 2.0 * size / self.n)).seconds)
         sent = self.of.ranks.sent("all_gather", size, phase=phase, copy_s=copy_s)
-        self.out.append(Work(seconds=0.0, host_s=self.of.host.unit, sends=(sent,)))
+        self.out.append(Work(seconds=0.0, host_s=self.busy_s.get(unit, 0.0), sends=(sent,)))
         self.sent += 1
         return self.sent - 1
 
@@ -264,7 +228,7 @@ class _Sharded:
     def _scatter(self, unit: int, before: int | None) -> int:
         size = self.bytes.get(unit, 0.0)
         sent = self.of.ranks.sent("reduce_scatter", size, phase="backward")
-        copied = self.of.moves("copy", 2.0 * size, host_s=self.of.host.unit, sends=(sent,))
+        copied = self.of.moves("copy", 2.0 * size, host_s=self.busy_s.get(unit, 0.0), sends=(sent,))
         self.out.append(copied if before is None else replace(copied, waits_for=(before,)))
         self.sent += 1
         return self.sent - 1

@@ -21,6 +21,9 @@ ALIGNED = "aligned_bytes"  # a fact of products in 16 bits, see product_facts
 # empty tensors the host has made since the operation before it. GRADIENT_WIDTHS: what the dimensions of those weights
 # are; MODEL_SIZES, of the optimizer: the numbers of all names in widths.
 GRADIENTS, VIEWS = "gradients", "views"
+# What else the host has done since the operation before: in the forward pass modules called and instructions of Python,
+# in the backward pass nodes of autograd.
+MODULES, PYTHON, NODES = "modules", "python", "nodes"
 # AGAIN, of the backward pass: activation checkpointing repeats an operation of the forward pass.
 AGAIN = "again"
 GRADIENT_WIDTHS, MODEL_SIZES = "gradient_widths", "model_sizes"

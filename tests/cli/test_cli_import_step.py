@@ -6,6 +6,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from host_table import PROGRAMS
+from measured_data import read
 
 from moesim.importing.trace_file import read_trace
 from moesim.recorded.step_file import parsed_ops, save_step
@@ -50,6 +52,20 @@ def test_a_step_is_corrected_by_a_trace_and_by_what_was_kept_of_it(kept: Path, t
     assert by_file["kernels_s"] != pytest.approx(plain["kernels_s"])
     assert sum(op["count"] * op["seconds"] / op["factor"] for op in by_file["ops"]) == pytest.approx(plain["kernels_s"])
     assert {op["factor"] for op in plain["ops"]} == {1.0} and {op["factor"] for op in by_file["ops"]} != {1.0}
+
+
+def test_a_step_that_its_host_paces_is_told_with_the_pace_of_hosts(tmp_path: Path, moesim) -> None:
+    steps = {step["name"]: step for step in read(PROGRAMS)["steps"]}
+    save_step(tmp_path / "own.json", parsed_ops(read(PROGRAMS)["programs"]["own"], where="here"), source="here")
+    call = ["import-step", "--show", tmp_path / "own.json"]
+    found, slow = (json.loads(moesim(*call, "--json", *more).out) for more in ((), ("--host-factor", "1.5")))
+    least, most = found["step_time_by_host_s"]
+    assert least < found["step_time_s"] < most and least < steps["own"]["sustained_s"] < most
+    assert slow["host_s"] == pytest.approx(1.5 * found["host_s"])
+    assert "by host" in moesim(*call).out
+    for wrong in (("--host-factor", "0"), ("--host-factor", "2", "--host-per-op", "9")):
+        answer = moesim(*call, *wrong)
+        assert answer.code == 1 and "--host-factor" in answer.err
 
 
 def test_a_trace_on_another_gpu_is_corrected_by_itself(kept: Path, moesim) -> None:

@@ -18,7 +18,8 @@ from moesim.kernels import kernel_model
 from moesim.parallel.memory.report import memory_report
 from moesim.parallel.memory.rows import even_rows
 from moesim.program.scenario_fabric import node_fabric
-from moesim.recorded.estimate import HOST, slowest_host, step_estimate
+from moesim.recorded.estimate import slowest_host, step_estimate
+from moesim.recorded.host import HOST
 from moesim.recorded.layers import DENSE, MOE
 from moesim.recorded.peak import recorded_memory, step_peak
 from moesim.recorded.scaling import scaled, updating

@@ -6,12 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from host_table import SLOWER_HOST, error_of_step
+from host_table import SLOWER_HOST, error_of_step, predicted
+from host_table import programs as host_programs
 from host_table import steps as host_steps
-from library_table import Program, by_scenario, group_of, predicted_s, programs
+from library_table import Program, by_scenario, group_of, pair, predicted_s, programs
 
 from moesim.kernels import KernelModel, kernel_model
-from moesim.recorded.estimate import StepEstimate, step_estimate
+from moesim.recorded.estimate import StepEstimate, host_range, step_estimate
+from moesim.recorded.host import PACES
+from moesim.recorded.spread import WRAPPERS
 from moesim.recorded.step_file import parsed_ops
 from moesim.strict_json import parse_json
 
@@ -96,13 +99,13 @@ def test_ranks_that_share_their_tokens_by_plans_of_transformers() -> None:
     """Its expert plan in no choice; of its tensor plan, whose products cost the host, the first size gave that cost."""
     experts, tensor = (library_errors(of=lambda _, mode, plan=plan: mode == plan) for plan in ("hf-ep", "tp"))
     assert len(experts[True]) == 2 and max(*experts[True], *experts[False]) < 0.04
-    assert len(tensor[False]) == 5 and np.median(tensor[False]) < 0.06 and max(tensor[False]) < 0.22
+    assert len(tensor[False]) == 5 and np.median(tensor[False]) < 0.07 and max(tensor[False]) < 0.16
 
 
 @pytest.mark.slow
 def test_experts_on_two_gpus_from_a_recording_of_one() -> None:
     errors = library_errors(of=lambda _, mode: mode == "ep")
-    assert len(errors[True]) == 3 and max(*errors[True], *errors[False]) < 0.04
+    assert len(errors[True]) == 3 and max(*errors[True], *errors[False]) < 0.055
 
 
 @pytest.mark.slow
@@ -116,15 +119,45 @@ def test_fully_sharded_steps_by_a_scenario() -> None:
 
 
 def test_small_models_show_what_a_host_is_known_by() -> None:
-    """Of another machine than the one whose host is known; half of the steps were kept out of every choice."""
+    """Of other machines than those whose hosts are known; half of the steps were kept out of every choice."""
     errors = library_errors(of=lambda software, mode: mode.startswith("small"))
     assert len(errors[True]) == 11 and len(errors[False]) == 6
-    assert max(errors[False]) < 0.07 and max(errors[True]) < 0.19
+    assert np.median(errors[False]) < 0.08 and max(errors[False]) < 0.15
+    assert np.median(errors[True]) < 0.11 and max(errors[True]) < 0.28
 
 
 def test_what_a_host_costs_part_by_part() -> None:
-    """Of narrow programs; families that gave no cost are kept out."""
-    kept_out, seen = ([abs(error_of_step(step)) for step in host_steps() if step["blind"] is b] for b in (True, False))
-    assert len(kept_out) == len(seen) == 8
-    assert np.median(kept_out) < 0.09 and max(kept_out) < 0.13
-    assert np.median(seen) < 0.05 and max(seen) < 0.1
+    """Of narrow programs, none of which gave a number."""
+    errors = [abs(error_of_step(step)) for step in host_steps()]
+    assert len(errors) == 16
+    assert np.median(errors) < 0.07 and max(errors) < 0.14
+
+
+def test_programs_beside_the_pieces_of_a_host() -> None:
+    """Of one GPU no step gave a number; of two GPUs tp-qwen3 alone did."""
+    errors: dict[str, list[float]] = {}
+    for step, seconds, _ in host_programs():
+        errors.setdefault(step["mode"], []).append(abs(seconds / step["sustained_s"] - 1))
+    found = {mode: (len(each), float(np.median(each)), max(each)) for mode, each in errors.items()}
+    bounds = {"one": (23, 0.07, 0.32), "ddp": (8, 0.13, 0.18), "fsdp2": (8, 0.11, 0.21), "tp": (2, 0.17, 0.24)}
+    assert found.keys() == bounds.keys()
+    for mode, (number, median, worst) in bounds.items():
+        assert found[mode][0] == number and found[mode][1] < median and found[mode][2] < worst, (mode, found[mode])
+
+
+def test_the_paces_of_hosts_cover_what_was_measured(steps, kernels) -> None:
+    """Every step that its host paces, and the one of another machine whose host was slower than all others."""
+    for step, _, (least, most) in host_programs():
+        assert least < step["sustained_s"] < most, step["name"]
+    for step in host_steps():
+        whole = sum(predicted(step).values())
+        assert PACES[0] * whole < step["sustained_s"] < PACES[1] * whole, step["name"]
+    for name, found in programs().items():
+        if not group_of(name, found["mode"])[1].startswith("small"):
+            continue
+        ranks = pair(found["mode"]) if found["mode"] in WRAPPERS else None
+        least, most = host_range(Program.of(found).ops, kernels, ranks=ranks)
+        (step,) = found["steps"]
+        assert least < step["sustained_s"] < most, name
+    least, most = host_range(parsed_ops(steps["olmoe-2k"][0]["ops"], where="olmoe-2k"), kernels)
+    assert least < steps["olmoe-2k"][0]["measured"]["sustained_s"] < most

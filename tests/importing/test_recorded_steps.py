@@ -20,14 +20,16 @@ from moesim.kernels import kernel_model
 from moesim.parallel.memory.libraries import WORKSPACE_BYTES
 from moesim.parallel.memory.report import memory_report
 from moesim.parallel.memory.rows import even_rows
-from moesim.recorded.estimate import HOST, step_estimate
+from moesim.recorded.estimate import host_range, step_estimate
+from moesim.recorded.host import HOST, PACES
 from moesim.recorded.peak import recorded_memory, step_peak
 from moesim.recorded.pricing import launch_of
 from moesim.recorded.scaling import updating
-from moesim.recorded.step_file import load_step, save_step
+from moesim.recorded.step_file import MODULES, NODES, PYTHON, VIEWS, load_step, save_step
 from moesim.strict_json import parse_json
 
 TOKENS, HIDDEN, WIDTH = 512, 64, 256
+HOST_FACTS = (VIEWS, MODULES, PYTHON, NODES)
 
 
 def small_step():
@@ -50,6 +52,49 @@ def test_views_are_free_and_modules_are_named() -> None:
     ops = record_step(*small_step())
     assert not {"t", "transpose", "view", "expand", "detach"} & {op.name for op in ops}
     assert [op.module for op in ops if op.name == "silu"] == ["*"]
+
+
+def test_what_the_host_does_between_operations_is_counted() -> None:
+    class Plain(nn.Module):
+        def forward(self, x, turns: int = 0):
+            for _ in range(turns):
+                pass
+            return x.t().t() + 1.0
+
+    def done(turns: int) -> list[dict[str, float]]:
+        with torch.device("meta"):
+            model, inputs = Plain(), torch.randn(8, 8, requires_grad=True)
+            model.weight = nn.Parameter(torch.ones(8))
+        ops = record_step(model, lambda: (model(inputs, turns) * model.weight).sum())
+        sums = [
+            {key: sum(op.count * op.facts.get(key, 0) for op in ops if op.phase == phase) for key in HOST_FACTS}
+            for phase in ("forward", "backward")
+        ]
+        return [*sums, {"python": sys.gettrace() is None}]
+
+    tracing = sys.gettrace() is None
+    forward, backward, behind = done(0)
+    assert forward[MODULES] == 1 and forward[VIEWS] == 2 and forward[PYTHON] > 5 and forward[NODES] == 0
+    assert backward[NODES] == 2 and backward[PYTHON] == 0  # sum and mul; nothing is launched behind the others
+    assert done(0)[0] == forward and done(50)[0][PYTHON] >= forward[PYTHON] + 100
+    assert behind["python"] is tracing  # a tracer that was there is there again
+
+
+def test_a_host_that_is_slower_and_one_that_needs_the_same_for_all() -> None:
+    ops = record_step(*small_step())
+    whole = step_estimate(ops, kernel_model("h100")).host_s
+    assert step_estimate(ops, kernel_model("h100"), host=HOST.paced(2.0)).host_s == pytest.approx(2 * whole)
+    alike = step_estimate(ops, kernel_model("h100"), host=HOST.per_op(1e-5)).host_s
+    assert alike == pytest.approx(1e-5 * sum(op.count for op in ops))
+    least, most = host_range(ops, kernel_model("h100"))
+    assert (least, most) == pytest.approx(tuple(whole * pace for pace in PACES))
+
+
+def test_a_step_that_does_not_say_what_its_host_does_has_what_others_have() -> None:
+    ops = record_step(*small_step())
+    silent = [replace(op, facts={key: fact for key, fact in op.facts.items() if key not in HOST_FACTS}) for op in ops]
+    said, usual = (step_estimate(each, kernel_model("h100")).host_s for each in (ops, silent))
+    assert usual == pytest.approx(said, rel=0.5) and usual != said
 
 
 def test_attention_is_one_operation_each_way() -> None:

@@ -10,7 +10,8 @@ from moesim.importing.recording import record_step
 from moesim.kernels import KernelModel, kernel_model
 from moesim.kernels.estimate import Beside, Contention
 from moesim.program.scenario_fabric import node_fabric
-from moesim.recorded.estimate import HOST, step_estimate
+from moesim.recorded.estimate import step_estimate
+from moesim.recorded.host import HOST
 from moesim.recorded.layers import in_order
 from moesim.recorded.pricing import OPTIMIZER
 from moesim.recorded.spread import DDP, FSDP2, Ranks
