@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,13 +43,6 @@ def summarise(seconds: list[float], inner: int, *, clock_mhz: float | None = Non
     """Percentiles of seconds per call."""
     p20, p50, p80 = np.percentile(np.asarray(seconds), [20, 50, 80])
     return Timing(float(p20), float(p50), float(p80), len(seconds), inner, clock_mhz)
-
-
-class Timer(Protocol):
-    """Times a call; adaptive, or with fixed counts where several processes must issue the same calls."""
-
-    def time(self, call: Call) -> Timing: ...
-    def time_fixed(self, call: Call, *, warm: int, groups: int, inner: int) -> Timing: ...
 
 
 class CpuTimer:
