@@ -24,7 +24,7 @@ def _parameters() -> list:
 def test_scenario_runs(file, tmp_path):
     scenario = load_scenario(file)
     mesh, work = scenario.parallelism, scenario.workload
-    micro_batches = min(scenario.num_micro_batches, 2 * mesh.pipeline)
+    micro_batches = min(scenario.num_micro_batches, 2 * mesh.pipeline if mesh.pipeline > 1 else 1)
     overrides = ["uncertainty.samples=1", f"workload.global_batch={mesh.data * work.micro_batch * micro_batches}"]
     if scenario.routing.kind == "train":
         overrides += ["routing.steps=2", "routing.thin.tokens_per_step=512", "routing.thin.layers=1"]
