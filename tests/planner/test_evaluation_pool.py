@@ -20,7 +20,7 @@ def few_screened_tokens():
 
 @pytest.fixture(scope="module")
 def plan():
-    return build_plan({"goal.days": 0.5, "goal.usd": 60, "choices.recompute": ["none"], "choices.gpus": [2, 4]})
+    return build_plan({"goal.days": 0.5, "goal.usd": 60, "choices.recompute": ["none"], "choices.gpus": [4]})
 
 
 def _evaluator(plan):

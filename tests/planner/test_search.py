@@ -53,9 +53,9 @@ def test_the_search_finds_what_enumeration_finds(small_plan, tmp_path):
 
 
 def test_an_interrupted_search_goes_on_as_if_it_had_not_been(small_plan, tmp_path):
-    plan = small_plan(CHANGES | {"search.trials": 36})
+    plan = small_plan(CHANGES | {"search.trials": 30})
     whole = _searched(plan, tmp_path / "whole")
-    stop = 29
+    stop = 22
 
     def interrupt(done, total):
         if done == stop:
