@@ -50,18 +50,16 @@ def error_of_step(step: dict[str, Any]) -> float:
 
 
 @cache
-def _program(name: str) -> tuple[RecordedOp, ...]:
-    return tuple(parsed_ops(read(PROGRAMS)["programs"][name], where=name))
-
-
 def programs() -> list[tuple[dict[str, Any], float, tuple[float, float]]]:
     """Every measured step of a program, its prediction, and that at the paces of hosts, in seconds."""
     kernels, known, found = kernel_model("h100"), {}, []
-    for step in read(PROGRAMS)["steps"]:
+    content = read(PROGRAMS)
+    recorded = {name: parsed_ops(ops, where=name) for name, ops in content["programs"].items()}
+    for step in content["steps"]:
         name = step["name"]
         if name not in known:
             ranks = None if step["mode"] == "one" else pair(step["mode"])
-            ops = _program(step["program"])
+            ops = recorded[step["program"]]
             estimate = step_estimate(ops, kernels, ranks=ranks).step_s
             known[name] = (estimate, host_range(ops, kernels, ranks=ranks))
         found.append((step, *known[name]))

@@ -16,6 +16,7 @@ These are laws of the wrappers' source, held to what they send by tests/importin
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from moesim.errors import UserError
@@ -92,10 +93,14 @@ class Spreading:
         seconds = float(self.kernels.seconds(MemoryBound(kind, num_bytes)).seconds) + self.gap_s
         return Work(seconds=seconds, host_s=host_s, family=MEMORY, copies=True, **more)
 
+    @cached_property
+    def _element_bytes(self) -> float:
+        optimizer = next(op for op in self.ops if op.name == OPTIMIZER)
+        return optimizer.reads[0][2] / max(1.0, float(optimizer.facts["parameters"]))
+
     def weights(self, op: RecordedOp) -> list[float]:
         """Bytes of each of the weights whose gradients are whole behind an operation."""
-        width = _element_bytes(self.ops)
-        return [width * math.prod(shape) for shape in op.facts.get(GRADIENTS, ())]
+        return [self._element_bytes * math.prod(shape) for shape in op.facts.get(GRADIENTS, ())]
 
     def _by_plan(self, planned: Planned, blocks: Sequence[Block]) -> list[Work]:
         """Each collective is waited for before anything else runs."""
@@ -144,11 +149,6 @@ class Spreading:
 
     def _fsdp2(self, blocks: Sequence[Block]) -> list[Work]:
         return _Sharded(self, blocks).works()
-
-
-def _element_bytes(ops: Sequence[RecordedOp]) -> float:
-    optimizer = next(op for op in ops if op.name == OPTIMIZER)
-    return optimizer.reads[0][2] / max(1.0, float(optimizer.facts["parameters"]))
 
 
 class _Sharded:
