@@ -352,7 +352,7 @@ def memory_log_seconds(parameters: Parameters, columns: Columns) -> Any:
 
 
 COPY_START = np.append(MEMORY_START, np.log(2.4e-6))
-_PAGE = 4096.0  # bytes: what a copy leaves over beyond whole pages is a kernel of its own,
+PAGE = 4096.0  # bytes: what a copy leaves over beyond whole pages is a kernel of its own,
 _LEAST_CUT = 1.25e6  # from so many bytes on (between 1.16 and 1.38 MB, on H100 as on H200)
 
 
@@ -360,7 +360,7 @@ def memory_copy_log_seconds(parameters: Parameters, columns: Columns) -> Any:
     """A copy by the driver; parameters: launch (s), bandwidth (bytes/s), launch of what copies part of a page (s)."""
     launch, bandwidth, rest = parameters
     copied = columns[0] / 2.0  # columns count reading and writing
-    cut = (copied % _PAGE != 0.0) * (copied >= _LEAST_CUT)
+    cut = (copied % PAGE != 0.0) * (copied >= _LEAST_CUT)
     return arithmetic_of(columns[:1]).log(launch + columns[0] / bandwidth + rest * cut)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from moesim.kernels.families import FloatArray
+from moesim.kernels.physics import PAGE
 
 # A product in which rows of some matrix begin at multiples of 2, 4 or 8 bytes, and not of 16 (a vocabulary of 50,257
 # in bf16: 2), over the aligned one.
@@ -70,11 +71,18 @@ def gathered_bytes(rows: ArrayLike, *, of: ArrayLike, row_bytes: float) -> Float
     """What the memory moves where `rows` rows are gathered from `of` different ones.
 
     Each is written; of the source each row is read once, and again as often as it is wanted and no longer in the L2.
+    In whole pages, see `in_one_kernel`.
     """
     rows_R, of_R = np.asarray(rows, float), np.asarray(of, float)
     read_R = np.minimum(rows_R, of_R)
     missed_R = 1.0 / (1.0 + (HELD_BYTES / np.maximum(row_bytes * of_R, 1.0)) ** 2)
-    return np.asarray(row_bytes * (rows_R + read_R + (rows_R - read_R) * missed_R))
+    return in_one_kernel(row_bytes * (rows_R + read_R + (rows_R - read_R) * missed_R))
+
+
+def in_one_kernel(moved_bytes: ArrayLike) -> FloatArray:
+    """Bytes that a kernel reads and writes, as a copy of whole pages moves them: a part of a page costs the driver's
+    copy a second kernel, and a kernel that gathers or joins nothing."""
+    return np.ceil(np.asarray(moved_bytes, float) / (2.0 * PAGE)) * 2.0 * PAGE
 
 
 def adam_floor(parameters: float, tensors: float) -> float:

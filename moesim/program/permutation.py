@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moesim.kernels.unprofiled import SUMMED_BYTES, SUMMED_S, gathered_bytes
+from moesim.kernels.unprofiled import SUMMED_BYTES, SUMMED_S, gathered_bytes, in_one_kernel
 from moesim.program.gemms import DISPATCHED
 from moesim.program.host import backward, forward
 from moesim.program.loads import LayerLoads
@@ -197,7 +197,7 @@ def _arrived(w: KernelWriter, step: Step, name: str, rows: NDArray[Any], loads: 
 
 def _chunks(w: KernelWriter, name: str, rows: NDArray[Any], hidden: int) -> Passes:
     """Chunks of rows, by rank and expert, joined in another order."""
-    each = 2.0 * BF16 * hidden * rows
+    each = in_one_kernel(2.0 * BF16 * hidden * rows)
     return (
         [w.moved(name, "copy", forward("chunk", "cat"), bytes_=each)],
         [w.backward.moved(name, "copy", backward("chunk", "cat"), bytes_=each)],
@@ -311,7 +311,7 @@ def _summed_in_order(w: KernelWriter, step: Step, out: NDArray[Any]) -> Passes:
     values = out * float(hidden)
     sums = (
         [w.moved("combine.sum", "reduce", forward("reduce"), bytes_=size * (values + total))],
-        [w.backward.moved("combine.sum", "copy", backward("reduce"), bytes_=size * (values + total))],
+        [w.backward.moved("combine.sum", "copy", backward("reduce"), bytes_=in_one_kernel(size * (values + total)))],
     )
     rows = _gathered(w, step, "combine.rows", rows=out, of=out, width=hidden, bytes_each=size)
     return chain((ids, []), rows, sums, _narrowed(w, np.asarray(total)) if wide else ([], []))
