@@ -10,7 +10,9 @@ NOISE = 0.01  # of the step: how far kernels' durations follow rows that end els
 GROUPS = {1: (1, 1), 2: (2, 2), 4: (4, 4), 8: (8, 4)}  # GPUs: data-parallel ranks, expert-parallel ranks
 
 
-def step(*, tokens=2048, gpus=1, gpu="h200", experts=16, top_k=4, counts=None, micro_batches=2, jitter=True, **sections):
+def step(
+    *, tokens=2048, gpus=1, gpu="h200", experts=16, top_k=4, counts=None, micro_batches=2, jitter=True, **sections
+):
     data, expert = GROUPS[gpus]
     routing = {"kind": "uniform"} if counts is None else {"kind": "popularity", "counts": counts}
     return simulate(
