@@ -124,6 +124,45 @@ def test_renumbering_ranks_within_a_node_renumbers_the_results(small):
     assert not np.allclose(first.finish_NSR, first.finish_NSR[:, :, order], rtol=1e-6)
 
 
+class Reordered:
+    """A routing sample whose layers come in another order."""
+
+    def __init__(self, sample, layer_from: list[int]) -> None:
+        self.sample, self.layer_from, self.placement = sample, layer_from, sample.placement
+
+    def map_of(self, layer: int) -> None:
+        return None
+
+    def same_traffic(self, group: int, other: int, *, stage: int = 0) -> bool:
+        return group == other
+
+    def arrays(self, group: int, layer: int, *, stage: int = 0) -> LayerTraffic:
+        return self.sample.arrays(group, self.layer_from[layer], stage=stage)
+
+
+def test_layers_in_another_order_do_the_same_in_another_order(small):
+    scenario, order = small(), [2, 0, 1]
+    sample, first = sample_of(scenario), scenario.model.dense_layers
+    kernels, fabric = kernel_model("h200", "roofline"), build_fabric(scenario.cluster)
+
+    def seconds_of_layers(which) -> list[list[np.ndarray]]:
+        program = build_program(scenario, fabric=fabric, kernels=kernels, samples=[which])
+        forward = next(run.block for task in program.groups[0].tasks for run in task.runs)
+        found: list[list[np.ndarray]] = [[] for _ in order]
+        for operation in forward.operations:
+            if operation.label.layer >= first:
+                times = [operation.seconds_MSR] if operation.seconds_MSR is not None else []
+                times += [transfer.alone_R for transfer in operation.transfers_M]
+                found[operation.label.layer - first] += times
+        return found
+
+    plain, changed = seconds_of_layers(sample), seconds_of_layers(Reordered(sample, order))
+    for layer, there in enumerate(order):
+        for one, other in zip(changed[layer], plain[there], strict=True):
+            np.testing.assert_array_equal(one, other)
+    assert any((one != other).any() for one, other in zip(plain[0], plain[1], strict=True))
+
+
 def test_the_same_seed_gives_the_same_bits_and_another_does_not(small):
     def digest(seed: int) -> str:
         record = simulate(small({"seed": seed}))

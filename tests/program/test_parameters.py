@@ -10,14 +10,17 @@ from moesim.kernels import kernel_model
 from moesim.network import all_reduce_seconds, build_fabric
 from moesim.parallel import TrafficSampler
 from moesim.parallel.memory.parameters import expert_slice_parameters, local_parameters
+from moesim.parallel.mesh import Mesh
 from moesim.program import StepProgram, build_program
 from moesim.program.collectives import Reduction
 from moesim.program.operations import Block, Kind
+from moesim.program.parameters import ParameterGroups
 from moesim.results import CATEGORIES, attribute
 from moesim.run import draw_samples, obtain_trace, simulate
 from moesim.scenario.base import BYTES_PER_ELEMENT
 from moesim.scenario.dispatch import DIRECT
 from moesim.scenario.placement_files import Layers, tensorrt_llm_text
+from moesim.schedules import build_schedule
 from moesim.seeding import stream
 
 pytestmark = pytest.mark.usefixtures("few_tokens")
@@ -163,6 +166,17 @@ def reductions(scenario) -> dict[str, list[Reduction]]:
     for reduction in program.reductions:
         found.setdefault(reduction.name, []).append(reduction)
     return found
+
+
+@pytest.mark.parametrize(("dense", "expert"), [(0, 0), (1, 0), (0, 1), (1, 1), (2, 2)])
+def test_an_optimizer_updates_its_shards_and_of_the_rest_all(small, dense: int, expert: int) -> None:
+    scenario = small({"parallelism.expert": 2, "parallelism.zero": {"dense": dense, "expert": expert}})
+    mesh = Mesh(scenario.parallelism, scenario.cluster)
+    schedule = build_schedule("1f1b", num_ranks=1, num_micro_batches=2)
+    local, found = local_parameters(scenario, [0]), ParameterGroups(scenario, mesh, schedule).of_rank(0)
+    assert found.held == found.reduced == pytest.approx(local.dense + local.expert)
+    shards = local.dense / (4 if dense else 1) + local.expert / (2 if expert else 1)
+    assert found.updated == pytest.approx(shards)
 
 
 def test_only_copies_are_reduced(small) -> None:

@@ -200,6 +200,14 @@ def test_the_best_interval_meets_the_formulas_in_the_simple_case() -> None:
     assert steps == pytest.approx(daly_seconds(**known), rel=0.04)
 
 
+@pytest.mark.parametrize("cost", [0.03, 0.1, 0.3])
+def test_dalys_interval_is_the_best_of_his_model(cost: float) -> None:
+    """A checkpoint of d behind work of t costs M (exp((t + d) / M) - 1) seconds: here with M = 1, per second of t."""
+    work = np.linspace(0.01, 3.0, 10_000)
+    best = work[(np.expm1(work + cost) / work).argmin()]
+    assert daly_seconds(cost_s=cost, between_failures_s=1.0) == pytest.approx(best, rel=0.004)
+
+
 def test_dearer_checkpoints_and_rarer_failures_make_the_best_interval_longer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moesim.reliability.answers.SEARCH_FAILURES", 400)  # the difference is twofold
 
