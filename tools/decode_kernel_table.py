@@ -21,7 +21,7 @@ def main() -> None:
         for kind in ("bf16", "fp8", "int4"):
             found.append(("experts " + kind, fitted_of("experts", gpu, kind, "bf16", rates=EXPERTS), 3, 4))
         for kind in ("bf16", "fp8"):
-            found.append(("head products " + kind, fitted_of("batched", gpu, kind, "bf16", rates=BATCHED), 1, 2))
+            found.append(("head GEMMs " + kind, fitted_of("batched", gpu, kind, "bf16", rates=BATCHED), 1, 2))
         for kernel, fitted, memory, rate in found:
             off, parameters = fitted.entry["kept_out"], fitted.parameters
             peak = gpu.peak_flops.get("fp8" if "fp8" in kernel else "bf16", gpu.peak_flops["bf16"])

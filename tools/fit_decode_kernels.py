@@ -33,7 +33,7 @@ from moesim.strict_json import json_text, parse_json, unpacked
 
 MEASURED = Path(__file__).parents[1] / "tests" / "data" / "decode_kernels_h100.json.gz"
 L2_BYTES = {"h100": 50e6, "h200": 50e6, "a100": 40e6, "l40s": 96e6, "rtx-pro-6000": 128e6}  # others: 126 MB
-FEW = 128  # rows of products that the memory bounds
+FEW = 128  # rows of GEMMs that the memory bounds
 START = np.log([5e-6, 300.0, 1e-10, 1e-8, 2.5e12, 3e14])
 LATENT, ROPE = 512, 64
 WORST = 0.25  # a family that is further off is not taken
@@ -230,7 +230,7 @@ def _fit_experts(rows: Any, *, gpu: str, size: float, kept_out: Any) -> dict[str
 
 
 def batched(package: Package) -> dict[str, Any]:
-    """Products for each head, of latents of 512: queries of 128 into them, outputs of 128 out of them."""
+    """GEMMs for each head, of latents of 512: queries of 128 into them, outputs of 128 out of them."""
     found: dict[str, Any] = {}
     for gpu, entry in (COMPARED | TABLE_GPUS).items():
         found[gpu] = {}
@@ -294,7 +294,7 @@ def small_kernels(measured: dict[str, Any]) -> dict[str, Any]:
 
 
 def gaps(measured: dict[str, Any]) -> dict[str, float]:
-    """Seconds by which a product in a row of kernels is shorter than one launched alone: median over few rows."""
+    """Seconds by which a GEMM in a row of kernels is shorter than one launched alone: median over few rows."""
     h100 = load_profile("h100")
     alone = {
         "gemm": [(row, Gemm(m=row["m"], k=row["k"], n=row["n"])) for row in measured["gemm"] if row["m"] <= FEW],

@@ -70,7 +70,7 @@ def _empty(x: Tensor, *shape: int, dtype: torch.dtype = E4M3) -> Tensor:
 def scaled_both(x: Tensor, most: Tensor, *, experts: int = 0, each: int = 0) -> Cast:
     """One scale: the largest magnitude in a pass (into `most`, zero before), then FP8 and its transpose in another.
 
-    `experts`: the scales as vectors, one a row and one a column and expert, as grouped products want them; `each`: rows
+    `experts`: the scales as vectors, one a row and one a column and expert, as grouped GEMMs want them; `each`: rows
     of a transpose.
     """
     rows, width = x.shape

@@ -1,6 +1,6 @@
-"""A trainer whose large products are in bf16 or in FP8, its host out of the way: what `implementation: fused` lists.
+"""A trainer whose large GEMMs are in bf16 or in FP8, its host out of the way: what `implementation: fused` lists.
 
-What lies between products is one kernel (tools/fused_kernels.py, tools/fp8_kernels.py): norms with the sum of the
+What lies between GEMMs is one kernel (tools/fused_kernels.py, tools/fp8_kernels.py): norms with the sum of the
 residual stream, rotary embedding in place, rows gathered once, gates inside of the activation, a token's rows summed
 once, the gradient of the logits in their place. Gate, head and attention are in bf16. Weights are cast once behind
 Adam, which has fp32 master copies and moments. Routing is even, whatever the gate says. Needs torch, triton, a GPU,
@@ -56,7 +56,7 @@ class Norm(torch.autograd.Function):
 
 
 class Queries(torch.autograd.Function):
-    """Queries, keys and values from one product, turned in place."""
+    """Queries, keys and values from one GEMM, turned in place."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Weight, sizes: Sizes, recipe: Wide) -> tuple[Tensor, ...]:

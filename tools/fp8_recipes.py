@@ -1,9 +1,9 @@
-"""How the products of a trainer in FP8 (tools/fp8_program.py) scale their operands: not at all, by tensor, by blocks.
+"""How the GEMMs of a trainer in FP8 (tools/fp8_program.py) scale their operands: not at all, by tensor, by blocks.
 
-bf16        torch's products, dense and grouped
-per_tensor  one scale an operand, found in a pass of its own; both orders in another; torch's products (grouped ones
+bf16        torch's GEMMs, dense and grouped
+per_tensor  one scale an operand, found in a pass of its own; both orders in another; torch's GEMMs (grouped ones
             take the same scale once a row)
-blockwise   1 x 128 and 128 x 128, written by the kernel before where there is one of this program; dense products by
+blockwise   1 x 128 and 128 x 128, written by the kernel before where there is one of this program; dense GEMMs by
             torch, those of experts by DeepGEMM, whose gradients of weights are added to fp32 values
 
 Legend: R rows, E experts; N and K: sides of a weight.
@@ -35,7 +35,7 @@ class Group:
 
 
 class Weight:
-    """A weight with its states; `cast`: the copies that products read."""
+    """A weight with its states; `cast`: the copies that GEMMs read."""
 
     def __init__(self, value: Tensor) -> None:
         self.value = value
@@ -43,7 +43,7 @@ class Weight:
         self.first, self.second = torch.zeros_like(self.master), torch.zeros_like(self.master)
         self.gradient: Tensor | None = None
         self.cast: Cast | None = None
-        self.is_buffer = False  # of a gradient that products add to
+        self.is_buffer = False  # of a gradient that GEMMs add to
 
     def step(self) -> None:
         """Adam; a gradient that is no buffer goes."""
@@ -55,7 +55,7 @@ class Weight:
 
 
 class Wide:
-    """Products in bf16; what the others share."""
+    """GEMMs in bf16; what the others share."""
 
     name = "bf16"
     gradients = "bf16"
@@ -64,10 +64,10 @@ class Wide:
         """A step begins."""
 
     def prepare(self, weight: Weight, *, grouped: bool) -> None:
-        """Copies of a weight that products read, behind an update."""
+        """Copies of a weight that GEMMs read, behind an update."""
 
     def operand(self, x: Tensor, group: Group | None) -> Any:
-        """What products take of activations."""
+        """What GEMMs take of activations."""
         return x
 
     def product(self, x: Any, weight: Weight, group: Group | None) -> Tensor:
@@ -76,7 +76,7 @@ class Wide:
         return torch._grouped_mm(x, weight.value.transpose(1, 2), offs=group.ends_E)
 
     def gradient(self, dy: Tensor, group: Group | None) -> Any:
-        """What products take of gradients."""
+        """What GEMMs take of gradients."""
         return dy
 
     def back(self, dy: Any, weight: Weight, group: Group | None) -> Tensor:

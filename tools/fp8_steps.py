@@ -23,7 +23,7 @@ from fp8_cases import LATER, RECIPES, SIZES
 from moesim.engine import step_kernels
 from moesim.kernels import kernel_model
 from moesim.network import build_fabric
-from moesim.parallel.memory.parameters import product_weights
+from moesim.parallel.memory.parameters import gemm_weights
 from moesim.parallel.memory.report import memory_report
 from moesim.parallel.memory.rows import even_rows
 from moesim.program import build_program
@@ -99,7 +99,7 @@ BEGINS = (
 )  # fmt: skip
 HOLDS = (
     ("attention", ("cudnn", "flash", "fmha")), ("experts", ("Group", "deep_gemm", "prepare_grouped")),
-    ("FP8 products", ("nvjet_sm90_qq",)), ("bf16 products", ("nvjet", "cutlass::Kernel2", "splitK", "gemm")),
+    ("FP8 GEMMs", ("nvjet_sm90_qq",)), ("bf16 GEMMs", ("nvjet", "cutlass::Kernel2", "splitK", "gemm")),
     ("rotary", ("direct_copy",)),
 )  # fmt: skip
 
@@ -122,8 +122,8 @@ LISTED = (
     ("casts of weights", ("weights.",)), ("optimizer", ("adamw", "gradients.zero")),
     ("norms", ("attention_norm", "ffn_norm", "final_norm")), ("rows", ("permute", "unpermute")),
     ("loss", ("cross_entropy",)), ("embedding", ("embedding",)), ("rotary", ("rotary",)),
-    ("bf16 products", ("head", "router.gate")), ("router", ("router",)),
-    ("FP8 products", ("qkv", "attention_out", "ffn", "shared")), ("attention", ("attention",)),
+    ("bf16 GEMMs", ("head", "router.gate")), ("router", ("router",)),
+    ("FP8 GEMMs", ("qkv", "attention_out", "ffn", "shared")), ("attention", ("attention",)),
     ("experts", ("experts",)),
 )  # fmt: skip
 
@@ -143,8 +143,8 @@ def listed_parts(scenario: Scenario) -> dict[str, float]:
         is_cast = any(f".{word}" in name for word in ("cast", "turn", "largest")) and not name.startswith("weights")
         by_name = next(part for part, words in LISTED if name.startswith(words))
         part = "casts" if is_cast else "activation" if "activation" in name else by_name
-        wide = scenario.workload.precision.scaling is None and part == "FP8 products"
-        found["bf16 products" if wide else part] += float(operation.seconds_MSR.mean())
+        wide = scenario.workload.precision.scaling is None and part == "FP8 GEMMs"
+        found["bf16 GEMMs" if wide else part] += float(operation.seconds_MSR.mean())
     return dict(found)
 
 
@@ -199,7 +199,7 @@ def predicted_peak(sizes: Mapping[str, Any], recipe: str) -> float:
     given = scenario_of(sizes, recipe, host="graph").model_dump(exclude_unset=True)
     given["implementation"]["fresh_gradients"] = True
     scenario = scenario_from_mapping(given)
-    kept = 2.0 * sum(product_weights(scenario, 0)) if recipe != "bf16" else 0.0
+    kept = 2.0 * sum(gemm_weights(scenario, 0)) if recipe != "bf16" else 0.0
     return float(memory_report(scenario, even_rows(scenario)).peak_bytes) + kept
 
 

@@ -1,4 +1,4 @@
-"""Triton kernels of a trainer of the kind of `implementation: fused`: one for each step between products.
+"""Triton kernels of a trainer of the kind of `implementation: fused`: one for each step between GEMMs.
 
 Legend: T tokens, R rows (token and expert), H width, N columns. Every kernel writes what it returns, and nothing else.
 """
@@ -298,7 +298,7 @@ def _weight_gradient(  # type: ignore[no-untyped-def]
 
 
 def add_weight_gradient(out: Tensor, dy: Tensor, x: Tensor, begins_E: Tensor) -> None:
-    """Adds dy.T @ x of each expert's rows to `out` [experts, columns of dy, columns of x] inside of the product."""
+    """Adds dy.T @ x of each expert's rows to `out` [experts, columns of dy, columns of x] inside of the GEMM."""
     columns, inner, experts = dy.shape[1], x.shape[1], len(begins_E) - 1
     grid = (triton.cdiv(columns, 128), triton.cdiv(inner, 128), experts)
     _weight_gradient[grid](out, dy, x, begins_E, columns, inner, 128, 128, 32, num_warps=8, num_stages=3)

@@ -1,6 +1,6 @@
-"""A trainer of the kind of `implementation: fused`: what lies between products is one kernel, written by hand.
+"""A trainer of the kind of `implementation: fused`: what lies between GEMMs is one kernel, written by hand.
 
-Norms are one with the sum of the residual stream, queries, keys and values one product whose rotary embedding is in
+Norms are one with the sum of the residual stream, queries, keys and values one GEMM whose rotary embedding is in
 place, rows are gathered once, gates are inside of the activation, a token's rows are summed with the residual stream in
 one kernel, the gradient of the logits takes their place, and gradients of weights are added to buffers by the kernel
 that makes them. Weights, gradients and states lie in flat buffers that one kernel updates. Routing is even, whatever
@@ -115,7 +115,7 @@ class Norm(torch.autograd.Function):
 
 
 class Queries(torch.autograd.Function):
-    """Queries, keys and values from one product, turned in place."""
+    """Queries, keys and values from one GEMM, turned in place."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Weight, sizes: Sizes, whole: Tensor) -> tuple[Tensor, ...]:
@@ -139,7 +139,7 @@ class Queries(torch.autograd.Function):
 
 
 class Linear(torch.autograd.Function):
-    """x @ weight.T, with the residual stream added by the product where there is one."""
+    """x @ weight.T, with the residual stream added by the GEMM where there is one."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Weight, whole: Tensor, residual: Tensor | None, name: str) -> Tensor:
@@ -243,7 +243,7 @@ class Trainer:
         return self.buffers.of[name]
 
     def _down(self, inputs: Tensor, gates: Tensor | None, slots: Tensor, product: Any) -> Tensor:
-        """The activation and the product behind it, which are computed again together."""
+        """The activation and the GEMM behind it, which are computed again together."""
 
         def both(inputs: Tensor, *gates: Tensor) -> Tensor:
             return product(Gated.apply(inputs, gates[0] if gates else None, slots))  # type: ignore[no-any-return]

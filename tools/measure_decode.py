@@ -4,10 +4,10 @@
 
 Each step is a few layers of a published architecture with random weights: one token of each of B requests with C stored
 keys. `small`: kernels of norms, rotary, casts, routing, gathering, caching and sampling, replayed in a row, so that a
-second is what one adds to a step; `attention`: of one token to stored keys; `gemm`, `grouped`: products of few rows;
+second is what one adds to a step; `attention`: of one token to stored keys; `gemm`, `grouped`: GEMMs of few rows;
 `steps`: layers as a graph and launched one by one, with the kernels that a profiler counts; `host`: what a replay and a
 read of the chosen tokens cost. Rows whose `kept_out` is true shaped nothing. `--set steps`: steps, attention and
-products of other architectures and sizes, all of which are kept out (docs/serving.md; measured first, without the
+GEMMs of other architectures and sizes, all of which are kept out (docs/serving.md; measured first, without the
 launches one by one). Needs torch and a GPU; nothing of moesim.
 """
 
@@ -293,8 +293,8 @@ def attention(found: dict[str, Any], sizes: Sizes, end: float) -> None:
                 torch.cuda.empty_cache()
 
 
-def products(found: dict[str, Any], sizes: Sizes, end: float) -> None:
-    """Dense and grouped products of few rows; weights rotate so that no L2 holds them."""
+def gemms(found: dict[str, Any], sizes: Sizes, end: float) -> None:
+    """Dense and grouped GEMMs of few rows; weights rotate so that no L2 holds them."""
     table = Rows(found, "gemm", sizes)
     for k, n in sizes.gemms:
         matrices = [weights(n, k) for _ in range(max(2, min(24, int(2e8 // (2 * k * n)))))]
@@ -320,7 +320,7 @@ def products(found: dict[str, Any], sizes: Sizes, end: float) -> None:
 
 
 def decoding(m: dict[str, int], batch: int, keys: int, *, call: Any = Layer.__call__) -> Callable[[], torch.Tensor]:
-    """A whole step: the layers, the last norm's product with the head, and the chosen tokens."""
+    """A whole step: the layers, the last norm's GEMM with the head, and the chosen tokens."""
     layers = [Layer(m, batch, keys) for _ in range(m["layers"])]
     head, first = weights(m["vocab"], m["hidden"]), weights(batch, m["hidden"])
 
@@ -409,7 +409,7 @@ def host(found: dict[str, Any], sizes: Sizes, end: float) -> None:
     table.add(kind="launches", kernels=200, seconds=eager_seconds(lambda: [x.add_(1.0) for _ in range(200)]))
 
 
-PARTS = {"steps": (steps, attention, products), "kernels": (host, small, compiled, steps, products, attention)}
+PARTS = {"steps": (steps, attention, gemms), "kernels": (host, small, compiled, steps, gemms, attention)}
 
 
 def main() -> None:

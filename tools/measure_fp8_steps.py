@@ -142,7 +142,7 @@ def check() -> None:
 
 
 def prepare(part: int, parts: int) -> None:
-    """Run the grouped products of every PARTS-th size once, so that DeepGEMM compiles their kernels."""
+    """Run the grouped GEMMs of every PARTS-th size once, so that DeepGEMM compiles their kernels."""
     recipe = Blockwise()
     for sizes in [sizes for sizes in (*SIZES.values(), *LATER.values()) if sizes.experts][part::parts]:
         each = sizes.tokens * sizes.top_k // sizes.experts

@@ -142,7 +142,7 @@ def libraries(out: Path) -> None:
     note("context")
     wide = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
     (wide @ wide).sum().item()
-    note("products")
+    note("gemms")
     attention = attention_bytes()
     note("attention")
     dist.init_process_group("nccl", device_id=torch.device("cuda", rank))

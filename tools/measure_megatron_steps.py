@@ -3,9 +3,9 @@
     torchrun --nproc-per-node N tools/measure_megatron_steps.py --out FOLDER [--seconds 100] [--only NAME...] [--list]
 
 A case is a few layers of a published size (or a smaller one) by Megatron-Core's public API: GPTModel with its local
-layer specification (its own linears, unfused attention, one product an expert), DistributedDataParallel with fp32
+layer specification (its own linears, unfused attention, one GEMM an expert), DistributedDataParallel with fp32
 gradients, the distributed optimizer, clipping, and forced balance, under which a router draws its logits. Cases with
-`own` kernels put torch's fused attention and grouped products in the place of these two, which are then the only ones
+`own` kernels put torch's fused attention and grouped GEMMs in the place of these two, which are then the only ones
 that Megatron-Core has not brought: the nearest to Transformer Engine's that runs without it. N = 1 runs the cases of
 one GPU, N = 2 those of two. The first case of a family is traced; cases marked blind are kept out of every
 choice of the simulator. Needs torch, megatron-core and GPUs, and nothing of moesim.
@@ -246,7 +246,7 @@ class FusedAttention(MegatronModule):
 
 
 class GroupedExperts(MegatronModule):
-    """Torch's grouped products in the place of one module an expert, with Megatron-Core's fused activation."""
+    """Torch's grouped GEMMs in the place of one module an expert, with Megatron-Core's fused activation."""
 
     def __init__(self, num_local_experts: int, config: TransformerConfig, **_: Any) -> None:
         super().__init__(config=config)

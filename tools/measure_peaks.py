@@ -8,7 +8,7 @@ A training case is a few layers of a published architecture: forward and loss, b
 checkpointing, optimizer and micro-batches that it names. A serving case prefills prompts into a static cache and
 decodes. Of each: bytes held between steps, the allocator's peak at each moment, what it reserved, and what the device
 has in use beyond that (the CUDA context and the libraries, as nvidia-smi counts them). `--libraries`: what a process
-takes that holds no tensors, before and after its first products and collectives. Cases marked blind are kept out of
+takes that holds no tensors, before and after its first GEMMs and collectives. Cases marked blind are kept out of
 every choice of the simulator. Needs torch, transformers and a GPU, and nothing of moesim but for `--scenarios`: a few
 short steps of each scenario of the shipped validation tables, with `memory` per rank by part of a step in
 `FOLDER/NAME.json`; an interrupted call goes on where it was.
@@ -242,7 +242,7 @@ def libraries(out: Path) -> None:
     x = torch.ones(256, 256, device="cuda", dtype=torch.bfloat16)
     note("context")
     x @ x
-    note("product")
+    note("gemm")
     torch.nn.functional.scaled_dot_product_attention(*(torch.ones(1, 8, 256, 64, device="cuda").bfloat16(),) * 3)
     note("attention")
     dist.init_process_group("nccl", device_id=torch.device("cuda", rank))

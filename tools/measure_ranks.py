@@ -15,7 +15,7 @@ them. Written are the seconds of every kernel and of the transfer alone, and whe
 rank. `puts`: bytes/s of plain stores into the other GPU's memory by the number of blocks that make them.
 
 spread: how far the ranks of one program are apart: the same work on every GPU, again and again, each timed by itself.
-Works: `products` (large GEMMs), `mixed` (GEMM, attention, elementwise kernels of one layer, some milliseconds),
+Works: `gemms` (large GEMMs), `mixed` (GEMM, attention, elementwise kernels of one layer, some milliseconds),
 `eager` (many small operations, where the host sets the pace) and `graph` (the same, captured once). For each: seconds
 of every iteration on every rank, with the ranks running freely; and of iterations that end in a small all-reduce.
 """
@@ -311,7 +311,7 @@ def works(device: str) -> dict[str, Work]:
     q = random(4, 16, 2048, 128)
     small = random(256, 1024)
 
-    def products() -> None:
+    def gemms() -> None:
         for _ in range(12):
             torch.mm(a, b)
 
@@ -331,7 +331,7 @@ def works(device: str) -> dict[str, Work]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         eager()
-    return {"products": products, "mixed": mixed, "eager": eager, "graph": graph.replay}
+    return {"gemms": gemms, "mixed": mixed, "eager": eager, "graph": graph.replay}
 
 
 def timed(work: Work, iterations: int, meet: Work | None) -> list[float]:

@@ -5,7 +5,7 @@
 SHAPES.json is a list of rows without durations: {"family": "gemm", "m": ..., ...}, {"family": "sustained",
 "of": {...}}, or one of the two below. OUT.json has the machine and the measured rows.
 
-`optimizer_step`: fused AdamW over `tensors` tensors of `parameters` in all, alone and right behind heavy products.
+`optimizer_step`: fused AdamW over `tensors` tensors of `parameters` in all, alone and right behind heavy GEMMs.
 `regime`: the kernel in short runs with changing operands, without pause, with the same operands again and again, and
 one call at a time behind a flushed L2.
 """
@@ -26,7 +26,7 @@ from moesim.kernels.benchmarks.shapes import kernel_flops
 from moesim.kernels.benchmarks.timing import CudaTimer, measure_sustained
 
 Row = dict[str, Any]
-HEAT = 0.25  # seconds of heavy products before a hot optimizer step
+HEAT = 0.25  # seconds of heavy GEMMs before a hot optimizer step
 
 
 class Machine:
@@ -45,7 +45,7 @@ class Machine:
         return prepare(of, self.pool, beyond)[0]
 
     def heat(self, seconds: float) -> None:
-        """Products for about so long, issued and not waited for."""
+        """GEMMs for about so long, issued and not waited for."""
         for _ in range(max(1, int(seconds / 1.7e-3))):
             torch.mm(self.a, self.b)
 
@@ -78,7 +78,7 @@ class Machine:
         }  # fmt: skip
 
     def optimizer(self, row: Row) -> Row:
-        """Seconds of a step alone and behind products, medians of five."""
+        """Seconds of a step alone and behind GEMMs, medians of five."""
         dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[row["dtype"]]
         size = row["parameters"] // row["tensors"] // 64 * 64
         params = [torch.nn.Parameter(torch.zeros(size, dtype=dtype, device="cuda")) for _ in range(row["tensors"])]

@@ -2,7 +2,7 @@
 
     python tools/measure_unprofiled.py FILE.json [KIND...]      # all kinds by default
 
-products, dropouts, puts: kernels beside their plain sisters: products whose rows begin at no multiple of 16 bytes,
+GEMMs, dropouts, puts: kernels beside their plain sisters: GEMMs whose rows begin at no multiple of 16 bytes,
 attention with dropout, and sums into rows by `index_put`, as the backward pass of `x[ids]` runs it. embeddings,
 routing, rows_by_place, layouts: gradients of embeddings, top-k, sorts, counts, running sums, writes and sums of rows
 by place, and copies into another order. Seconds of one, by CUDA events, least of three rows of ten, with the host
@@ -31,7 +31,7 @@ LARGE_TABLES = ((16_384, 2_048, 200_064), (16_384, 7_168, 129_280), (65_536, 2_0
 ROUTERS = ((8, 2), (64, 6), (64, 8), (128, 8), (256, 8))
 PERMUTED = ((4_096, 8, 2_048), (16_384, 8, 2_048), (8_192, 2, 4_096), (16_384, 6, 2_048))
 HEADS = ((2, 32, 4_096, 128), (2, 64, 2_048, 64))
-PRODUCTS = ((4096, 2048), (8192, 1600), (8192, 4096), (16384, 2048))
+GEMMS = ((4096, 2048), (8192, 1600), (8192, 4096), (16384, 2048))
 COLUMNS = (50257, 50258, 50260, 50264, 32001, 32002, 32004, 32008, 10007, 10008)
 ATTENTION = ((8, 25, 1024, 64), (8, 16, 2048, 128), (4, 32, 2048, 64), (2, 32, 4096, 128), (1, 16, 8192, 64))
 PUTS = ((4096, 8, 2048), (8192, 8, 1024), (16384, 8, 2048), (8192, 2, 4096), (8192, 6, 2048), (32768, 8, 1024))
@@ -127,9 +127,9 @@ def layouts() -> Iterator[Case]:
         yield one("softmax_scores", what | {"scores": 8}, lambda s=scores: softmax(s, dim=-1))
 
 
-def products() -> Iterator[Case]:
+def gemms() -> Iterator[Case]:
     """Rows of M tokens, aligned or not."""
-    for m, k in PRODUCTS:
+    for m, k in GEMMS:
         for n in COLUMNS:
             x, w, y = made(m, k), made(n, k), made(m, n)
             yield (
@@ -176,7 +176,7 @@ def puts() -> Iterator[Case]:
             )
 
 
-KINDS = (products, dropouts, puts, embeddings, routing, rows_by_place, layouts)
+KINDS = (gemms, dropouts, puts, embeddings, routing, rows_by_place, layouts)
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 tools/measure_wrappers.py --out FOLDER [--device cpu]
 
-Rows of small square products in 8 units of a few weights each, whose GPU waits for the host: plain, by
+Rows of small square GEMMs in 8 units of a few weights each, whose GPU waits for the host: plain, by
 DistributedDataParallel with buckets of two sizes, and by fully_shard of every unit and of the whole. Seconds of the
 host in forward pass, backward pass and optimizer, and of whole steps in a row. Every second number of weights is kept
 out of every fit. What the host's time goes to is in `operations` (torch's profiler). Needs torch and nothing of moesim.

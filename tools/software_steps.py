@@ -28,7 +28,7 @@ DATA = measured_data.DATA / "software_steps.json.gz"
 # What a launch takes on the host of the measured machine with Megatron-Core's Python, over the profile's: with `expert`
 # of moesim/program/host.py the only number that these steps gave, those that are not marked blind.
 HOST_FACTOR = 5.5
-OWN = {"attention": "fused", "expert_products": "grouped", "repeat_keys": False}  # kernels that replace Megatron's
+OWN = {"attention": "fused", "expert_gemms": "grouped", "repeat_keys": False}  # kernels that replace Megatron's
 NAMES = {"core_attn": "core_attention", "mlp": "dense_ffn"}  # words of recomputation
 GROUPS = {
     Part.NORM: "norms", Part.RESIDUAL: "norms", Part.ROUTER: "rows", Part.PERMUTE: "rows", Part.COMBINE: "rows",
@@ -151,7 +151,7 @@ def _with_operations(path: Path) -> Iterator[tuple[dict[str, Any], list[dict[str
 def traced_parts(path: Path, *, layers: int, hidden: int) -> Parts:
     """(phase, part) to seconds and kernels of a traced step of Megatron-Core without recomputation.
 
-    A part begins at the operation that only it has: norms over whole tokens, the gate, experts' products, sums of rows.
+    A part begins at the operation that only it has: norms over whole tokens, the gate, experts' GEMMs, sums of rows.
     """
     steps = [(kernel, around) for kernel, around in _with_operations(path) if around]
     last = max(i for i, (_, around) in enumerate(steps) if around[0]["name"].startswith(BACKWARD))

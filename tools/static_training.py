@@ -5,7 +5,7 @@ Legend: P steps, B sequences of a batch, T tokens per sequence, S evaluated sequ
 The same model, data and update as `moesim.routing.training.Trainer`, arranged so that one step is one CUDA graph: many
 small models then share a GPU without waiting for a host (`train_together`). On a CPU the same step simply runs.
 
-`RoutedExperts` leaves rows that are not kept out of its products, and the host must know how many are left. In
+`RoutedExperts` leaves rows that are not kept out of its GEMMs, and the host must know how many are left. In
 `StaticExperts` every row is computed (R = T * K rows, I expert width, H hidden size, K selections per token) and a row
 that is not kept weighs nothing: the same output and gradients for up to 1 / kept share more work. Moving rows is a
 permutation both ways, so its gradient is a gather too and no atomic addition rounds differently from run to run.

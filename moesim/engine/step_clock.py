@@ -2,7 +2,7 @@
 
 Power is regulated over tens of milliseconds, in which many kernels run. The load of a rank is the FLOPs of its step
 over its seconds at the clock of low loads; the busiest rank counts, and every kernel runs at the clock that this load
-leaves (`moesim.kernels.power`: the same law as for a kernel that runs alone). So heavy products are faster in a step
+leaves (`moesim.kernels.power`: the same law as for a kernel that runs alone). So heavy GEMMs are faster in a step
 with much lighter work than in a benchmark of their own.
 """
 

@@ -157,7 +157,7 @@ _TRAINING = {
 _KERNELS = {
     "--moe-permute-fusion": ("bare", "implementation.permute"),
     "--moe-router-fusion": ("bare", "implementation.router"),
-    "--moe-grouped-gemm": ("bare", "implementation.expert_products"),
+    "--moe-grouped-gemm": ("bare", "implementation.expert_gemms"),
     "--cross-entropy-loss-fusion": ("bare", "implementation.loss"),
     "--fused-residual-rmsnorm": ("bare", "implementation.norm"),
     "--no-gradient-accumulation-fusion": ("bare", "implementation.accumulation"),

@@ -66,7 +66,7 @@ def implementation_fields(args: Arguments, model: Mapping[str, Any]) -> dict[str
 
 
 def _choices(args: Arguments, model: Mapping[str, Any], *, local: bool) -> dict[str, Any]:
-    """Attention and the experts' products: Transformer Engine's layers have the choice, local ones have neither."""
+    """Attention and the experts' GEMMs: Transformer Engine's layers have the choice, local ones have neither."""
     fields: dict[str, Any] = {}
     backend = args.word("--attention-backend", "auto")
     if local and backend not in ("auto", "local"):
@@ -77,7 +77,7 @@ def _choices(args: Arguments, model: Mapping[str, Any], *, local: bool) -> dict[
     if local and grouped:
         args.take("--moe-grouped-gemm: local layers multiply expert by expert, as those of Megatron-Core 0.19 do")
     elif model.get("experts") and not grouped and not local:
-        fields["expert_products"] = "each"
+        fields["expert_gemms"] = "each"
         args.take("without --moe-grouped-gemm: expert by expert, as Megatron-LM multiplies without a word")
     return fields
 
@@ -102,7 +102,7 @@ def write_implementation(draft: Draft, scenario: Scenario) -> None:
         ):
             draft.say(flag)
             got |= settings
-    grouped = model.experts > 0 and not local and wanted["expert_products"] == "grouped"
+    grouped = model.experts > 0 and not local and wanted["expert_gemms"] == "grouped"
     draft.say("--moe-grouped-gemm", when=grouped)
     draft.say("--attention-backend", "unfused", when=not local and wanted["attention"] == "unfused")
     draft.say("--attention-dropout", DROPOUT if wanted["dropout"] else 0.0)
@@ -111,7 +111,7 @@ def write_implementation(draft: Draft, scenario: Scenario) -> None:
     got |= {name: wanted[name] for name in (("dropout",) if local else ("attention", "dropout"))}
     if model.experts:
         got["router_dtype"] = wanted["router_dtype"]
-        got |= {} if local else {"expert_products": wanted["expert_products"]}
+        got |= {} if local else {"expert_gemms": wanted["expert_gemms"]}
     if mesh.tensor > 1:
         got["sequence_parallel"] = wanted["sequence_parallel"] or model.experts > 0
     if software not in (MEGATRON, MEGATRON_LOCAL):

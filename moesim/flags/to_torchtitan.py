@@ -137,7 +137,7 @@ def _batch(draft: Draft, scenario: Scenario) -> None:
     if work.train_tokens is not None:
         draft.say("--training.steps", max(1, round(work.train_tokens / scenario.tokens_per_step)))
     draft.say("--training.dtype", "bfloat16", when=work.precision == _HALF)
-    told = "bf16 products of fp32 weights in shards, fp32 gradients and moments"
+    told = "bf16 GEMMs of fp32 weights in shards, fp32 gradients and moments"
     draft.leave("workload.precision", told, when=work.precision not in (_HALF, _MIXED))
 
 
@@ -158,5 +158,5 @@ def _recompute(draft: Draft, scenario: Scenario) -> None:
     if recompute in ("full", "none"):
         draft.say(f"activation-checkpoint:{recompute}")
     else:
-        draft.leave("workload.recompute", "every other product and all that is cheap is made again")
+        draft.leave("workload.recompute", "every other GEMM and all that is cheap is made again")
         draft.say("activation-checkpoint:selective")

@@ -28,7 +28,7 @@ _WEIGHT_SHARDS = LeftOut(what="tensor ranks that gather shards of weights are no
 _HOST_MEMORY = LeftOut(what="states and activations in the host's memory are not modelled", refused=True)
 _LENGTHS = LeftOut(what="sequences of many lengths are not modelled", refused=True)
 _RAMP = LeftOut(what="steps of a smaller batch at the beginning are not counted; global-batch-size is simulated")
-_TENSOR = LeftOut(what="exchanges of tensor ranks are not hidden behind tiles of a product")
+_TENSOR = LeftOut(what="exchanges of tensor ranks are not hidden behind tiles of a GEMM")
 _BF16_LAYERS = LeftOut(what="all layers compute in FP8")
 _CHECKPOINT = LeftOut(what="sizes that only the checkpoint states are not read")
 

@@ -162,7 +162,7 @@ class Calibration:
     """What a trace says of the software and the machine beyond its operations.
 
     device: as its driver calls it; gpu: whose kernel model the corrections are over. clock_mhz: at which the model
-    prices the step's products as they were measured; modelled_clock_mhz: that of the model for such a step. slowed_s:
+    prices the step's GEMMs as they were measured; modelled_clock_mhz: that of the model for such a step. slowed_s:
     by how much kernels are longer beside collectives, which is taken out of what they are measured at;
     predicted_slowed_s: the same by the models, in the order of the trace.
     """
@@ -234,7 +234,7 @@ def _correction(kind: str, runs: Sequence[tuple[RecordedOp, PricedOp]]) -> Corre
 
 
 def model_of_trace(ops: Sequence[RecordedOp], kernels: KernelModel) -> tuple[KernelModel, float | None, float | None]:
-    """The kernels of a traced step at the clock at which its long products take as long as measured; that clock, and
+    """The kernels of a traced step at the clock at which its long GEMMs take as long as measured; that clock, and
     the one that the model would give such a step. A model without clocks answers for the load of the step.
     """
     usual = at_step_load(ops, kernels)

@@ -1,7 +1,7 @@
 """Which sizes of the model the dimensions of a recorded step's tensors are, followed from its weights.
 
 Every dimension of a weight is a size of its own at first. Operations tie sizes together: what is added lies on the same
-dimensions, the depth of a product is that of both matrices. A view cuts a dimension into the factors of a product, a
+dimensions, the depth of a GEMM is that of both matrices. A view cuts a dimension into the factors of a product, a
 split into the parts of a sum; what each operation does is in `moesim.importing.dimension_rules`. Dimensions that come
 from no weight are plain numbers here; what they are `moesim.recorded.sizes` tells by value and place.
 """

@@ -27,7 +27,7 @@ from moesim.importing.python_work import PythonWork
 from moesim.importing.width_names import WidthNames
 from moesim.recorded.layers import kinds_of_layers, with_layers
 from moesim.recorded.memory_bound import LAID_OUT
-from moesim.recorded.pricing import CHECK, OPTIMIZER, PRODUCTS, SDPA
+from moesim.recorded.pricing import CHECK, GEMMS, OPTIMIZER, SDPA
 from moesim.recorded.step_file import (
     AGAIN,
     GRADIENT_WIDTHS,
@@ -39,10 +39,10 @@ from moesim.recorded.step_file import (
     PYTHON,
     VIEWS,
     RecordedOp,
+    gemm_facts,
     layout_facts,
     merged,
     pieces_facts,
-    product_facts,
     scan_facts,
 )
 
@@ -231,8 +231,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-igno
 def _facts(name: str, args: Any, inputs: list[Tensor], results: list[Tensor]) -> dict[str, Any]:
     if name == "cumsum":
         return scan_facts(args[0].shape, args[1])
-    if name in PRODUCTS:
-        return _product_facts([*inputs[-2:], *results])
+    if name in GEMMS:
+        return _gemm_facts([*inputs[-2:], *results])
     if name not in LAID_OUT or not inputs:
         return {}
     if name == "cat":
@@ -241,9 +241,9 @@ def _facts(name: str, args: Any, inputs: list[Tensor], results: list[Tensor]) ->
     return layout_facts([each.shape for each in tensors], [each.stride() for each in tensors])
 
 
-def _product_facts(matrices: list[Tensor]) -> dict[str, Any]:
+def _gemm_facts(matrices: list[Tensor]) -> dict[str, Any]:
     shapes, strides = [each.shape for each in matrices], [each.stride() for each in matrices]
-    return product_facts(shapes, strides, element_bytes=matrices[0].element_size())
+    return gemm_facts(shapes, strides, element_bytes=matrices[0].element_size())
 
 
 UNIFORM, LIKELY = "_drawn_uniformly", "_likely"  # attributes of tensors

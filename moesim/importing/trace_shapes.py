@@ -14,8 +14,8 @@ from typing import Any
 from moesim.importing.trace_file import CpuOp
 from moesim.importing.trace_links import TracedOp
 from moesim.recorded.memory_bound import LAID_OUT
-from moesim.recorded.pricing import OPTIMIZER, PRODUCTS, SDPA, knows
-from moesim.recorded.step_file import RecordedOp, Seen, layout_facts, pieces_facts, product_facts, scan_facts
+from moesim.recorded.pricing import GEMMS, OPTIMIZER, SDPA, knows
+from moesim.recorded.step_file import RecordedOp, Seen, gemm_facts, layout_facts, pieces_facts, scan_facts
 
 NAMESPACE = "aten::"
 # A number format as a trace names it -> as torch does, and its bytes.
@@ -107,7 +107,7 @@ def recorded(traced: TracedOp, *, parameters: Seen) -> RecordedOp:
         reads = writes = (((facts["parameters"],), weights[0][1], sum(size for _, _, size in weights)),)
     else:
         writes = _written(bare, traced, reads)
-        facts = _product_facts(traced.op, reads) if bare in PRODUCTS else _layout_facts(traced.op, bare)
+        facts = _gemm_facts(traced.op, reads) if bare in GEMMS else _layout_facts(traced.op, bare)
     return RecordedOp(
         name=SDPA if bare in ATTENTION else _name(bare, traced.phase),
         phase=traced.phase,
@@ -123,13 +123,13 @@ def _name(bare: str, phase: str) -> str:
     return renamed.get(bare, bare)
 
 
-def _product_facts(op: CpuOp, reads: Sequence[Seen]) -> dict[str, Any]:
+def _gemm_facts(op: CpuOp, reads: Sequence[Seen]) -> dict[str, Any]:
     """As a recorded step has them: the operands are the last two tensors, the result has their outer sizes."""
     size = BYTES[reads[0][1]]
     matrices = [(dims, steps) for dims, steps in zip(op.dims, op.strides, strict=False) if dims][-2:]
     columns = reads[-1][0][-1]
     shapes, strides = [dims for dims, _ in matrices] + [(2,)], [steps for _, steps in matrices] + [(columns,)]
-    return product_facts(shapes, strides, element_bytes=size)
+    return gemm_facts(shapes, strides, element_bytes=size)
 
 
 def _layout_facts(op: CpuOp, bare: str) -> dict[str, Any]:
@@ -204,7 +204,7 @@ def _written(bare: str, traced: TracedOp, reads: Sequence[Seen]) -> tuple[Seen, 
         return tuple(_tensors(traced, only=0))
     if bare == "_to_copy":
         return (_seen(first[0], _numbered(traced.op.concrete, 1) or first[1]),)
-    if bare in PRODUCTS and len(reads) > 1:
+    if bare in GEMMS and len(reads) > 1:
         return (_seen((*reads[-2][0][:-1], reads[-1][0][-1]), reads[-1][1]),)
     if bare == "cat":
         return (_joined(traced.op, reads),)

@@ -1,6 +1,6 @@
 """The names of the sizes that a recording followed from its weights: hidden, heads, widths of networks, ranks.
 
-Names come from places that every transformer has: the table of tokens, attention, grouped products, the weights between
+Names come from places that every transformer has: the table of tokens, attention, grouped GEMMs, the weights between
 them. A size that none of these names is called by the first weight that has it.
 """
 
@@ -118,7 +118,7 @@ class WidthNames:
                 self._scores(*dims)
 
     def _scores(self, left: Dims, right: Dims, result: Dims) -> None:
-        """Attention as two batches of products: of queries with keys, and of scores with values."""
+        """Attention as two batches of GEMMs: of queries with keys, and of scores with values."""
         heads = tuple(each for each in factors(left[0]) if not of_tokens((each,)))
         if of_tokens(result[1]) and of_tokens(result[2]):
             self._heads(heads, heads)

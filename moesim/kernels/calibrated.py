@@ -56,12 +56,12 @@ if TYPE_CHECKING:
     from moesim.kernels.scaled import ScaledModel
 
 FAMILIES = ("gemm", "grouped_gemm", "attention", "memory_bound", "host")
-# Memory-bound kernels below this share of the bandwidth (index-adds, strided products) wait for the SMs and the L2, and
+# Memory-bound kernels below this share of the bandwidth (index-adds, strided GEMMs) wait for the SMs and the L2, and
 # slow down with their clock; faster ones do not.
 SLOW_SHARE = 0.5
 _CACHED_CALLS = 4096
 _CACHED_STEPS = 4
-_CACHED_ROWS = 16  # the directions of both products of a layer follow each other
+_CACHED_ROWS = 16  # the directions of both GEMMs of a layer follow each other
 _MANY_ROWS = 512  # values of rows_per_expert from which it pays to look for equal ranks
 _SINGLE = (int, float, str, np.integer, np.floating, type(None))  # no array
 _LONG_KEY = 512  # bytes from which on a digest stands for an array in a cache
@@ -233,7 +233,7 @@ class CalibratedModel:
     def seconds(self, kernel: Kernel) -> Estimate:
         """Seconds of a kernel; what the profile has no rows of, the roofline answers. UserError as the roofline's.
 
-        Block-scaled products of experts are DeepGEMM's, dense ones the library's; `deep_gemm` has those of DeepGEMM.
+        Block-scaled GEMMs of experts are DeepGEMM's, dense ones the library's; `deep_gemm` has those of DeepGEMM.
         """
         if isinstance(kernel, GroupedGemm):
             return self._known_grouped(kernel)
@@ -266,18 +266,18 @@ class CalibratedModel:
         return self._as_measured(kernel, found)
 
     def _in_blocks(self, kernel_class: KernelClass, kernel: Gemm) -> Estimate:
-        """A dense product whose depth is summed in blocks with scales of their own."""
+        """A dense GEMM whose depth is summed in blocks with scales of their own."""
         columns = block_sizes(kernel)
         shape = np.broadcast_shapes(*(np.shape(column) for column in columns))
         return self._as_measured(kernel, self._predict(kernel_class, columns, shape, self._cap))
 
     def deep_gemm(self, kernel: Gemm) -> Estimate:
-        """A dense block-scaled product by DeepGEMM's kernels; without rows of them as `seconds`."""
+        """A dense block-scaled GEMM by DeepGEMM's kernels; without rows of them as `seconds`."""
         kernel_class = self.kernel_class(deep_gemm_class(kernel.direction))
         return self.seconds(kernel) if kernel_class is None else self._in_blocks(kernel_class, kernel)
 
     def _as_measured(self, kernel: Gemm | GroupedGemm, found: Estimate) -> Estimate:
-        """No FP8 product runs faster than any that was measured; the law of a step's clock is that of bf16."""
+        """No FP8 GEMM runs faster than any that was measured; the law of a step's clock is that of bf16."""
         if not is_narrow(kernel.dtype):
             return found
         least = kernel.flops / self.fastest.get(chip_format(kernel.dtype), math.inf)
@@ -285,7 +285,7 @@ class CalibratedModel:
 
     @property
     def fastest(self) -> dict[str, float]:
-        """FLOP/s of the fastest measured product by the units it runs on, of those with operands of a byte or less."""
+        """FLOP/s of the fastest measured GEMM by the units it runs on, of those with operands of a byte or less."""
         if self._fastest:
             return self._fastest[0]
         rates: dict[str, float] = {}
@@ -299,7 +299,7 @@ class CalibratedModel:
     def _without_class(self, kernel: Kernel) -> Estimate:
         """Of a kind that this profile has no rows of: by the relative that has, or by the roofline.
 
-        A dense FP8 product takes as much longer as there than the library's forward product of the same sides.
+        A dense FP8 GEMM takes as much longer as there than the library's forward GEMM of the same sides.
         """
         if self.relative is None or not self.relative.has(kernel):
             return self.fallback.seconds(kernel)
@@ -361,7 +361,7 @@ class CalibratedModel:
     def _distinct_rows(self, key: Any, rows_RE: FloatArray) -> tuple[RowTotals, NDArray[np.int64] | None]:
         """Totals of the distinct ranks among many, and which of them each rank is; None where each is its own.
 
-        A product does not care which expert has which rows, and model layers give the same rows to other ranks.
+        A GEMM does not care which expert has which rows, and model layers give the same rows to other ranks.
         """
         found = self._row_totals.get(key)
         if found is None:

@@ -48,7 +48,7 @@ KIND_POWER = {
     "h100": KindPower(700, "NVIDIA H100 SXM5 datasheet", 7.6e14, 6.5e14, "own sustained rows, large GEMMs"),
     "a100": KindPower(
         400, _SHEETS, 2.707e14, 2.712e14,
-        "271 TFLOP/s, mean of 100 products behind 50 of their kind, 60 ms in all (maximum achievable matmul FLOPS of "
+        "271 TFLOP/s, mean of 100 GEMMs behind 50 of their kind, 60 ms in all (maximum achievable matmul FLOPS of "
         "github:stas00/ml-engineering); large GEMMs of the tables, which are short, have 270.7",
     ),
     "gb200": KindPower(1200, _SHEETS, nearest="b200"),
@@ -57,7 +57,7 @@ KIND_POWER = {
     "l40s": KindPower(350, _PACKAGE, nearest="rtx-pro-6000"),
     "rtx-pro-6000": KindPower(
         600, _PACKAGE, 4.155e14, 3.87e14,
-        "387 TFLOP/s, mean of 36 torch products of 10,240 sides, the last of 0.5 s of products (Server Edition, "
+        "387 TFLOP/s, mean of 36 torch GEMMs of 10,240 sides, the last of 0.5 s of GEMMs (Server Edition, "
         "github:zzc0721/torch-performance-test-data issue 162); large GEMMs of the tables, which are short, have 415",
     ),
 }  # fmt: skip

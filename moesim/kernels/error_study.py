@@ -151,7 +151,7 @@ def roofline_out(rows: Iterable[Row], *, gpu: GpuRates) -> list[Misses]:
 
 
 def block_scaled_out(own: CalibratedModel, published: KernelModel) -> list[Misses]:
-    """DeepGEMM's block-scaled products: rows that are kept out of the fits of `own`, and dense ones that were published
+    """DeepGEMM's block-scaled GEMMs: rows that are kept out of the fits of `own`, and dense ones that were published
     of the GPU of the model `published`, which has the same chip."""
     found: dict[str, list[FloatArray]] = {"gemm fp8": [published_errors(published, least_seconds=LEAST_SECONDS)]}
     for row in _long(row | {"family": FAMILY_OF[type(kernel_of(row))]} for row in own.profile.family(DEEP_GEMM)):

@@ -29,11 +29,9 @@ DATA_SHEET = "every row predicted from its own GPU's data sheet: {kinds}"
 PUBLISHED = (
     "DeepGEMM's rows of H100 that are kept out of the fits, and those published of H800, none of which is in one"
 )
-PUBLISHED_ELSEWHERE = f"{PUBLISHED}; apart: grouped products of one kind predicted from another"
+PUBLISHED_ELSEWHERE = f"{PUBLISHED}; apart: grouped GEMMs of one kind predicted from another"
 OTHER_GRADIENTS = "forward rows of {name} predicted from {other}; apart: gradient over forward of one from the other"
-OTHER_GROUPED = (
-    "DeepGEMM's rows of {other} kept out of the fits; apart: bf16 products of experts of {name} from {other}"
-)
+OTHER_GROUPED = "DeepGEMM's rows of {other} kept out of the fits; apart: bf16 GEMMs of experts of {name} from {other}"
 OTHER_CASTS = "rows of {name} from {other}, as if every kind followed the power {middle} of the bandwidth"
 # Transfers by the rows that were measured of them (`moesim.network.parameters.Evidence`): how many shaped no constant,
 # p50 and p90 of their errors from 1 MiB on, and which test prints them.
@@ -59,7 +57,7 @@ MXFP8 = (
     "rows of per-tensor fp8; apart: those rows, and how far rows with block scales, without their casts, are from them"
 )
 OTHER_KINDS = "rows of tables, each kind's from the others of it; apart: another kind by data sheets"
-FEWER_BITS = "grouped products with a scale a row of H100, each from the others; apart: grouped products by data sheets"
+FEWER_BITS = "grouped GEMMs with a scale a row of H100, each from the others; apart: grouped GEMMs by data sheets"
 
 
 def all_errors() -> Iterator[KnownError]:
@@ -118,7 +116,7 @@ def kinds_left_out(
 
 
 def _published() -> Iterator[KnownError]:
-    """Of block-scaled FP8 products: on the chip that they were published of, and grouped ones on others."""
+    """Of block-scaled FP8 GEMMs: on the chip that they were published of, and grouped ones on others."""
     out = _block_scaled_out()
     for misses in out:
         yield known_error_of([misses.logs_P], basis="any", source="scaled", family=misses.family, how=PUBLISHED)
@@ -168,7 +166,7 @@ def _gradients() -> Iterator[KnownError]:
 
 
 def _fewer_bits() -> Iterator[KnownError]:
-    """Of mxfp8, and of nvfp4 and grouped products where only tables of other kinds tell of such formats."""
+    """Of mxfp8, and of nvfp4 and grouped GEMMs where only tables of other kinds tell of such formats."""
     made: list[KnownError] = []
     for name in BLACKWELL:
         model = _model(name)

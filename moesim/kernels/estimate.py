@@ -160,7 +160,7 @@ class KernelModel(Protocol):
         """The kernels of a step of this mean load, all at one clock; itself without a power limit."""
 
     def power_share(self, dtype: str) -> float:
-        """Of the power of a bf16 FLOP, that of one in products of this dtype."""
+        """Of the power of a bf16 FLOP, that of one in GEMMs of this dtype."""
 
     def seconds(self, kernel: Kernel) -> Estimate:
         """Seconds of a kernel, in the shape of its sizes; UserError where the GPU has no units for its dtype."""

@@ -1,6 +1,6 @@
 """A kernel as a value: its family, its sizes, its number format and its direction; what it computes and what it moves.
 
-Sizes may be arrays, one value per rank: FLOPs, bytes and seconds then have their shape. `direction` says which product
+Sizes may be arrays, one value per rank: FLOPs, bytes and seconds then have their shape. `direction` says which GEMM
 of a layer it is: m, k, n stay those of the forward one, so that a gradient finds the rows that were measured of it.
 
 Bytes are those that the algorithm must move: every input read once, every output written once (also where a library
@@ -33,17 +33,17 @@ OUTPUT_BYTES = 2.0  # GEMMs write bf16, also those of fp8 operands
 
 
 def peak_format(dtype: str) -> str:
-    """The number format under which a data sheet states the peak of such products."""
+    """The number format under which a data sheet states the peak of such GEMMs."""
     return {"fp8_block": "fp8", "nvfp4": "fp4"}.get(dtype, dtype)
 
 
 def chip_format(dtype: str) -> str:
-    """The units that products of a dtype run on: fp8 whatever their scales are, or fp4."""
+    """The units that GEMMs of a dtype run on: fp8 whatever their scales are, or fp4."""
     return {"mxfp8": "fp8"}.get(dtype, peak_format(dtype))
 
 
 def is_narrow(dtype: str) -> bool:
-    """Whether operands have a byte or less, and so need casts around their products."""
+    """Whether operands have a byte or less, and so need casts around their GEMMs."""
     return DTYPE_BYTES[dtype] < DTYPE_BYTES["bf16"]
 
 
@@ -69,7 +69,7 @@ class Gemm:
 
     @property
     def moved_bytes(self) -> FloatArray:
-        """Both operands read once and the product written once."""
+        """Both operands read once and the result written once."""
         sides = gemm_sides(self.m, self.k, self.n, self.direction)
         rows, columns, depth = (np.asarray(side, float) for side in sides)
         operands = (rows * depth + depth * columns) * DTYPE_BYTES[self.dtype]
@@ -149,9 +149,9 @@ class MemoryKind:
     """What a kind is in torch; bytes = rows * width * per_element + rows * per_row.
 
     `searches`: it sorts, counts or adds to places that its values name, many times slower than its bytes would be.
-    `apart`: a Triton kernel of this project beside FP8 products, measured with the family fp8. `clock`: how strongly
+    `apart`: a Triton kernel of this project beside FP8 GEMMs, measured with the family fp8. `clock`: how strongly
     its seconds fall with the clock that a step's load leaves, though it moves many bytes: of optimizer steps behind
-    0.25 s of products on an H100 (tests/kernels/test_regimes.py). `bandwidth`: the power of the memory's
+    0.25 s of GEMMs on an H100 (tests/kernels/test_regimes.py). `bandwidth`: the power of the memory's
     bandwidth that its rate follows from H100 to H200, whose SMs are the same (median of rows from 100 us on; 1 where
     that is 0.88 or more); the rest of the limit is theirs. `formula`: the kind of class (`KINDS` of
     `moesim.kernels.kernel_classes`) that says what its seconds are made of.
@@ -308,16 +308,16 @@ def _family_of_format(family: str, dtype: str) -> str:
 
 
 def families_without_units(formats: Collection[str]) -> set[str]:
-    """Whose errors hold for no product of a chip with peaks of these `formats`, as its data sheet names them."""
-    products = FAMILY_OF[Gemm], FAMILY_OF[GroupedGemm]
+    """Whose errors hold for no GEMM of a chip with peaks of these `formats`, as its data sheet names them."""
+    gemms = FAMILY_OF[Gemm], FAMILY_OF[GroupedGemm]
     lacking = [dtype for dtype in DTYPE_BYTES if is_narrow(dtype) and peak_format(dtype) not in formats]
-    return {_family_of_format(family, dtype) for family in products for dtype in lacking}
+    return {_family_of_format(family, dtype) for family in gemms for dtype in lacking}
 
 
 def kernel_of(row: Mapping[str, Any]) -> Kernel:
     """The kernel that a row of a profile is about, from its family and sizes.
 
-    Rows of a library (`deep_gemm`) are of experts where they say what rows these have, else of dense products.
+    Rows of a library (`deep_gemm`) are of experts where they say what rows these have, else of dense GEMMs.
     """
     of_library = GroupedGemm if "rows_per_expert" in row else Gemm
     family = FAMILIES.get(row["family"], of_library)

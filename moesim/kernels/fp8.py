@@ -1,11 +1,11 @@
-"""Block-scaled FP8 products by DeepGEMM's kernels on Hopper, dense and of experts: what their durations are made of.
+"""Block-scaled FP8 GEMMs by DeepGEMM's kernels on Hopper, dense and of experts: what their durations are made of.
 
-Forward products and input gradients scale 1 x 128 of the rows and 128 x 128 of the weight and write bf16; they are one
-kernel. A product is cut into output tiles of 64, 128 or 256 rows and 16 to 192 columns, those that the library expects
+Forward GEMMs and input gradients scale 1 x 128 of the rows and 128 x 128 of the weight and write bf16; they are one
+kernel. A GEMM is cut into output tiles of 64, 128 or 256 rows and 16 to 192 columns, those that the library expects
 to take the fewest cycles (deepseek-ai/DeepGEMM csrc/jit_kernels/heuristics/sm90.hpp): it counts bytes through L1 and L2
 and whole waves over the SMs, and not how fast tiles are. A tile sums blocks of 128 along the depth, none of which takes
 less than a floor, and ends with an epilogue; odd multiples of 16 columns are slower. Beside that stand the L2's and the
-memory's time, and before all a launch. The vendor's own block-scaled products have the same form, and the best tile.
+memory's time, and before all a launch. The vendor's own block-scaled GEMMs have the same form, and the best tile.
 Experts' rows are rounded up to 128 each, the height of their tiles, and every active expert's weight is read.
 
 Weight gradients scale both operands along the tokens and add to fp32 values in memory, which takes longer than reading
@@ -14,7 +14,7 @@ and writing as many bytes; every expert has the same tiles, as deep as it has ro
 Rows of both were measured on an H100 (`moesim.kernels.benchmarks.deep_gemm`); half of them are in the fits. PUBLISHED
 ones are in none: those of the library's README at commit a9967bc (2025-04-09), H800 SXM5.
 
-Legend: E local experts, Q products, T candidate tiles.
+Legend: E local experts, Q GEMMs, T candidate tiles.
 """
 
 import math
@@ -40,7 +40,7 @@ BLOCK = 128  # values along the depth that share a scale; rows of an expert are 
 BLOCK_START = np.log([5e-6, 1.0e13, 2e-7, 1e-6, 1e-11, 2.8e12, 2e13, 3.0])
 DEEP_GEMM_START = np.append(BLOCK_START, np.log(0.1))
 BLOCK_WGRAD_START = np.log([5e-6, 6.5e12, 1e-6, 2.8e12, 2e13, 2e12, 3.0])
-_NEVER = 1e12  # tiles of a height that experts' products do not have
+_NEVER = 1e12  # tiles of a height that experts' GEMMs do not have
 
 
 def _forward_tiles() -> FloatArray:
@@ -68,7 +68,7 @@ _SUM_M, _SUM_N = (side.ravel() for side in np.meshgrid([64.0, 128.0], np.arange(
 
 
 def block_sizes(kernel: Gemm | GroupedGemm) -> Columns:
-    """The columns of a block-scaled product: floats, or arrays where its sizes are.
+    """The columns of a block-scaled GEMM: floats, or arrays where its sizes are.
 
     rows, experts, width and depth; tiles of 64, 128 and 256 rows; bytes read and written; rows of the longest
     expert; and whether it is of experts.
@@ -116,7 +116,7 @@ def _logs(seconds: Any) -> Any:
 
 
 def block_log_seconds(parameters: Parameters, columns: Columns) -> Any:
-    """Forward products and input gradients, by the best tile.
+    """Forward GEMMs and input gradients, by the best tile.
 
     parameters: launch (s), tensor rate of an SM (FLOP/s), floor of a block of the depth (s), epilogue of a tile (s) and
     per output (s), memory bandwidth (bytes/s), L2 bandwidth (bytes/s), exponent of the blend between what limits.
@@ -128,7 +128,7 @@ def block_log_seconds(parameters: Parameters, columns: Columns) -> Any:
 
 
 def deep_gemm_log_seconds(parameters: Parameters, columns: Columns) -> Any:
-    """Forward products and input gradients, by the tile that DeepGEMM takes.
+    """Forward GEMMs and input gradients, by the tile that DeepGEMM takes.
 
     parameters: as `block_log_seconds`, and how much longer a block takes in tiles of odd multiples of 16 columns.
     """
@@ -200,7 +200,7 @@ def _along_tiles(columns: Columns) -> Columns:
 
 
 def block_features(columns: Columns) -> tuple[Any, ...]:
-    """Where a product lies among others: sizes, experts, and how uneven their rows are."""
+    """Where a GEMM lies among others: sizes, experts, and how uneven their rows are."""
     rows, experts, width, depth, longest, grouped = *columns[:4], columns[9], columns[10]
     some, many = np.maximum(rows, 1.0), np.maximum(experts, 1.0)
     found = (

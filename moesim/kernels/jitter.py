@@ -65,7 +65,7 @@ class Jitter:
 
 NO_JITTER = Jitter()
 # chip: captured graphs of one pair. power: clocks of pairs in 22 steps under the power limit differed by 0.16 of their
-# fall, of which two thirds tell in time. flicker: successive iterations of products without pause, whose clock falls by
+# fall, of which two thirds tell in time. flicker: successive iterations of GEMMs without pause, whose clock falls by
 # about 0.27. host, host_white: eager operations of one pair, all together and successive iterations.
 _H100 = Spread(chip=0.006, power=0.10, flicker=2e-5, host=0.16, host_white=6.4e-6, source="measured on two H100")
 SPREADS = {"h100": _H100}

@@ -1,4 +1,4 @@
-"""Kernel classes: kernels with one physical formula and one residual field, such as all bf16 forward products.
+"""Kernel classes: kernels with one physical formula and one residual field, such as all bf16 forward GEMMs.
 
 A class predicts log seconds = physics(theta, sizes) + residual(features), at the clock that such kernels ran at while
 they were measured; a row measured at another clock c counts as seconds * (c / expected clock) ** alpha.
@@ -260,7 +260,7 @@ def class_of(row: Row) -> str | None:
 
 
 def tiles_of(row: Row) -> int:
-    """The tiles of a measured grouped product, as an index of GROUPED_TILES."""
+    """The tiles of a measured grouped GEMM, as an index of GROUPED_TILES."""
     rows_E, fp8 = row["rows_per_expert"], is_narrow(row["dtype"])
     mean_rows = sum(rows_E) / len(rows_E)
     return int(physics.grouped_tiles(mean_rows, row["k"], row["n"], direction=row["direction"], fp8=fp8))
@@ -272,16 +272,16 @@ def gemm_class(dtype: str, direction: str) -> str:
 
 
 BLOCK_CLASSES = tuple(gemm_class(fp8.BLOCK_SCALED, direction) for direction in ("forward", "dgrad"))
-"""Dense products of the vendor's library with one operand's scales of 128 x 128: each block of the depth is a step."""
+"""Dense GEMMs of the vendor's library with one operand's scales of 128 x 128: each block of the depth is a step."""
 
 
 def deep_gemm_class(direction: str) -> str:
-    """Input gradients run on the kernels of forward products, dense ones on those of experts."""
+    """Input gradients run on the kernels of forward GEMMs, dense ones on those of experts."""
     return f"{fp8.DEEP_GEMM}/{'wgrad' if direction == 'wgrad' else 'forward'}"
 
 
 def grouped_class(direction: str, *, dtype: str, tiles: int) -> str:
-    """Grouped products with other tiles are other kernels: small ones (few rows per expert), large ones, long sides."""
+    """Grouped GEMMs with other tiles are other kernels: small ones (few rows per expert), large ones, long sides."""
     return f"grouped_gemm/{'fp8/' if is_narrow(dtype) else ''}{direction}/{physics.GROUPED_TILES[tiles]}"
 
 

@@ -18,9 +18,9 @@ from moesim.kernels.tabulated import TabulatedModel, reached_rates
 if TYPE_CHECKING:
     from moesim.scenario import Compute, GpuSpec
 
-# Whose FP8 kernels, beyond the library's forward products, stand for those of another GPU of the same chip.
+# Whose FP8 kernels, beyond the library's forward GEMMs, stand for those of another GPU of the same chip.
 FP8_OF = {"h200": "h100"}
-# Those whose dense block-scaled FP8 products are DeepGEMM's, not the vendor library's (`moesim.kernels.fp8`).
+# Those whose dense block-scaled FP8 GEMMs are DeepGEMM's, not the vendor library's (`moesim.kernels.fp8`).
 DENSE_BY_DEEP_GEMM = ("h800",)
 REGIMES = ("sustained", "short")
 _NO_CLOCK = "at a clock run only GPUs whose clocks were measured; use sustained or short"

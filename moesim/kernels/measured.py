@@ -131,10 +131,10 @@ def typical_widths(profile: Profile) -> dict[str, float]:
 
 def measured_rates(profile: Profile) -> tuple[float, float] | None:
     """(FLOP/s, bytes/s) that the profile's device seems to have, for a roofline of a device outside the catalogue."""
-    products = [row for row in profile.family("gemm") if row.get("dtype") == "bf16"]
+    gemms = [row for row in profile.family("gemm") if row.get("dtype") == "bf16"]
     moves = profile.family("memory_bound")
-    if not products or not moves:
+    if not gemms or not moves:
         return None
-    flops = max(2.0 * row["m"] * row["k"] * row["n"] / row["p50"] for row in products)
+    flops = max(2.0 * row["m"] * row["k"] * row["n"] / row["p50"] for row in gemms)
     bandwidth = max(row["bytes"] / row["p50"] for row in moves)
     return float(flops) / 0.8, float(bandwidth) / MEMORY_SHARE

@@ -2,7 +2,7 @@
 
 Every formula gives log seconds of kernels whose sizes come in columns (named beside it), for parameters that fitting
 moves by their logarithms. A column is a float, or an array with a value per kernel; one kernel is computed in plain
-floats, which take a tenth of numpy's time. Matrix products are written M x N x K: M N outputs, sums over K.
+floats, which take a tenth of numpy's time. GEMMs are written M x N x K: M N outputs, sums over K.
 
 Legend: Q queried kernels, E local experts, T candidate tiles.
 """
@@ -19,7 +19,7 @@ from moesim.kernels.families import FloatArray
 
 NUM_SM = 132.0  # of Hopper; waves of other chips are absorbed by the fitted parameters
 # Of these, those on which clusters of four run: 29 clusters fit, for the SMs of a cluster lie in one part of the chip.
-# Rows of five H100s tell it: with 112 or 120 errors of grouped products with scales are half as large again or twice.
+# Rows of five H100s tell it: with 112 or 120 errors of grouped GEMMs with scales are half as large again or twice.
 NUM_SM_IN_FOURS = 116.0
 Columns = tuple[Any, ...]
 Parameters = tuple[float, ...]
@@ -89,7 +89,7 @@ def _split_seconds(parameters: Parameters) -> tuple[FloatArray, FloatArray]:
 
 
 def gemm_log_seconds(parameters: Parameters, columns: Columns) -> Any:
-    """The best of all candidate tiles for dense products, all of one element size.
+    """The best of all candidate tiles for dense GEMMs, all of one element size.
 
     parameters: launch (s), tensor rate of an SM (FLOP/s), operand feed of an SM (bytes/s), prologue of a tile (s),
     epilogue per output (s), memory bandwidth (bytes/s), sustained rate of the chip (FLOP/s), launch and traffic of a
@@ -136,7 +136,7 @@ SMALL, LARGE, LONG = range(len(GROUPED_TILES))
 def grouped_tiles(mean_rows: Any, k: float, n: float, *, direction: str, fp8: bool = False) -> Any:
     """Which tiles torch's grouped_mm takes, as an index of GROUPED_TILES: an array where mean_rows, of all experts, is.
 
-    Small ones for at most 128 rows per mean expert, or as narrow an output. Its grouped product with scales (`fp8`) has
+    Small ones for at most 128 rows per mean expert, or as narrow an output. Its grouped GEMM with scales (`fp8`) has
     tiles of its own where two of an expert's three sides reach 2048 (pytorch 2.11, aten/.../ScaledGroupMM.cu).
     """
     if direction == "wgrad":
@@ -155,7 +155,7 @@ def grouped_tiles(mean_rows: Any, k: float, n: float, *, direction: str, fp8: bo
 
 @dataclass(frozen=True)
 class RowTotals:
-    """What the directions of a grouped product share about rows [E] or [Q, E]: floats, or arrays [Q]."""
+    """What the directions of a grouped GEMM share about rows [E] or [Q, E]: floats, or arrays [Q]."""
 
     rows_QE: FloatArray
     rows: Any
@@ -202,7 +202,7 @@ def _left_over(rows_QE: FloatArray, tile_k: float) -> Any:
 
 
 def grouped_sizes(totals: RowTotals, k: Any, n: Any, *, direction: str, tiles: int, fp8: bool = False) -> Columns:
-    """The columns GROUPED_COLUMNS of grouped products; k and n may be arrays too.
+    """The columns GROUPED_COLUMNS of grouped GEMMs; k and n may be arrays too.
 
     Tiles are those of the CUTLASS kernels behind torch's grouped_mm on Hopper, by `grouped_tiles`: 64 x 128 x 128 or
     128 x 256 x 64, and with fp8 operands (one byte) 256 x 128 x 128, or 128 x 128 x 128 for weight gradients, which do

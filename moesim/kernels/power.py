@@ -5,7 +5,7 @@ Rows of the family `sustained` (0.15 s of one kernel behind 0.15 s of the same) 
     log clock = log free - slope * max(load - threshold, 0),    load = (FLOPs + traffic * bytes) / seconds
 with the seconds that the class predicts; a kernel then takes (expected / clock) ** exponent times as long, where
 expected is the clock of its benchmarks. FLOPs of FP8 operands count a share, half where
-nothing tells: 10 dense products that an H200 ran without pause ask for that, 17 on an H100 for 0.6.
+nothing tells: 10 dense GEMMs that an H200 ran without pause ask for that, 17 on an H100 for 0.6.
 
 Legend: P sustained rows.
 """

@@ -97,12 +97,12 @@ _SIZE = _Bounds(1, 1e13)
 _LOAD = _Bounds(0, 1e13)
 _SECONDS = _Bounds(1e-9, 1e4)
 _TEXT = str
-_PRODUCT = {"k": _SIZE, "n": _SIZE, "dtype": _TEXT, "direction": _TEXT}
+_GEMM = {"k": _SIZE, "n": _SIZE, "dtype": _TEXT, "direction": _TEXT}
 _NEEDED: Mapping[str, Mapping[str, Any]] = {
     "host": {"part": _TEXT, "kind": _TEXT, "p50": _SECONDS},
-    "gemm": {"m": _SIZE, **_PRODUCT, "p50": _SECONDS},
-    "gemm_fp8": {"m": _SIZE, **_PRODUCT, "p50": _SECONDS},
-    "grouped_gemm": {"rows_per_expert": [_LOAD], **_PRODUCT, "p50": _SECONDS},
+    "gemm": {"m": _SIZE, **_GEMM, "p50": _SECONDS},
+    "gemm_fp8": {"m": _SIZE, **_GEMM, "p50": _SECONDS},
+    "grouped_gemm": {"rows_per_expert": [_LOAD], **_GEMM, "p50": _SECONDS},
     "attention": {
         **dict.fromkeys(("batch", "sequence", "heads", "kv_heads", "head_dim", "value_dim"), _SIZE),
         "causal": bool, "direction": _TEXT, "p50": _SECONDS,

@@ -1,6 +1,6 @@
 """The roofline: max(FLOPs / reachable peak, bytes / reachable bandwidth), and never less than a launch.
 
-The reachable shares are plain constants, set once for all GPUs: a large matrix product on Hopper reaches about 80 % of
+The reachable shares are plain constants, set once for all GPUs: a large GEMM on Hopper reaches about 80 % of
 the datasheet peak and a large copy about 90 % of the datasheet bandwidth; fused attention reaches less. They are a
 first approximation by intent; a calibrated profile replaces them.
 """

@@ -3,7 +3,7 @@
 What a kernel takes beyond a launch is scaled by the ratio of peaks where compute limits it and by the ratio of
 bandwidths where memory does, as the roofline of the measured GPU tells: max(c rc, b rm) / max(c, b) with its compute
 time c, memory time b and the ratios rc, rm. Memory-bound kernels that the SMs limit follow SMs times clock instead, as
-far as their kind says (`MemoryKind.bandwidth`), up to REACHED of the bandwidth; so do products of experts whose weights
+far as their kind says (`MemoryKind.bandwidth`), up to REACHED of the bandwidth; so do GEMMs of experts whose weights
 take longer to read than their FLOPs (GROUPED_BANDWIDTH). Tiles, waves and libraries stay those of the measured GPU.
 Sources become "scaled".
 """
@@ -35,9 +35,9 @@ if TYPE_CHECKING:
     from moesim.kernels.tabulated import TabulatedModel
 
 REACHED = 0.9  # of the bandwidth, by kernels that only the memory limits
-# Of products of experts that are short of bandwidth, the power of the bandwidth that their rate follows from H100 to
+# Of GEMMs of experts that are short of bandwidth, the power of the bandwidth that their rate follows from H100 to
 # H200: 0.04 to 0.34 in the median, whatever share of the bandwidth they reach. An SM goes from expert to expert, which
-# takes it as long with faster memory. Dense products follow the bandwidth where they reach 0.7 of it and more.
+# takes it as long with faster memory. Dense GEMMs follow the bandwidth where they reach 0.7 of it and more.
 GROUPED_BANDWIDTH = 0.2
 
 
@@ -171,13 +171,13 @@ class ScaledModel:
         return self.of_base(self.base.at_benchmark_clock())
 
     def _within(self, kernel: Gemm | GroupedGemm, found: Estimate) -> Estimate:
-        """No faster than the fastest such product known of the chip: published, or the measured GPU's, scaled."""
+        """No faster than the fastest such GEMM known of the chip: published, or the measured GPU's, scaled."""
         fastest = self.fastest.get(chip_format(kernel.dtype), math.inf) if is_narrow(kernel.dtype) else math.inf
         return Estimate(as_result(np.maximum(found.seconds, kernel.flops / fastest)), found.source)
 
     @property
     def fastest(self) -> dict[str, float]:
-        """FLOP/s of the fastest product known, by its units."""
+        """FLOP/s of the fastest GEMM known, by its units."""
         ours, theirs = self._target.peak_flops, self._measured.peak_flops
         both = [units for units in self.base.fastest if units in ours and units in theirs]
         scaled = {units: self.base.fastest[units] * ours[units] / theirs[units] for units in both}

@@ -116,7 +116,7 @@ class TabulatedModel:
 
     @property
     def fastest(self) -> dict[str, float]:
-        """FLOP/s of the fastest product of the tables, by its units."""
+        """FLOP/s of the fastest GEMM of the tables, by its units."""
         return self.tables.fastest
 
     def seconds(self, kernel: Kernel) -> Estimate:
@@ -139,7 +139,7 @@ class TabulatedModel:
         return self.tables.seconds(kernel) if kernel.direction == "forward" else self._gradient(kernel)
 
     def _narrow(self, kernel: Gemm) -> Estimate:
-        """FP8 from per-tensor rows: block-scaled products take as much longer as on the measured GPU, mxfp8 as long.
+        """FP8 from per-tensor rows: block-scaled GEMMs take as much longer as on the measured GPU, mxfp8 as long.
 
         nvfp4 has rows of its own. Gradients of both have the ratios of per-tensor ones: their scales are applied by the
         tensor cores.
@@ -158,7 +158,7 @@ class TabulatedModel:
         return Estimate(as_result(seconds), weakest(found.source, "scaled"))
 
     def _narrow_grouped(self, kernel: GroupedGemm) -> Estimate:
-        """As per-tensor products of the measured GPU, by the ratio of its fp8 peak to the peak of this format."""
+        """As per-tensor GEMMs of the measured GPU, by the ratio of its fp8 peak to the peak of this format."""
         peak = self._reached.peak_flops[peak_format(kernel.dtype)]
         gpu = self.target
         target = Rates(gpu.name, {**gpu.peak_flops, "fp8": peak}, gpu.memory_bandwidth, gpu.sm_count, gpu.clock_hz)

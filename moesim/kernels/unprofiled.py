@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 from moesim.kernels.families import FloatArray
 from moesim.kernels.physics import PAGE
 
-# A product in which rows of some matrix begin at multiples of 2, 4 or 8 bytes, and not of 16 (a vocabulary of 50,257
+# A GEMM in which rows of some matrix begin at multiples of 2, 4 or 8 bytes, and not of 16 (a vocabulary of 50,257
 # in bf16: 2), over the aligned one.
 UNALIGNED: Mapping[int, Mapping[str, float]] = {
     2: {"forward": 7.9, "dgrad": 5.7, "wgrad": 5.3},
@@ -50,7 +50,7 @@ ODD_SOFTMAX, ODD_SOFTMAX_BACKWARD, ODD_CAT = 1.9, 1.23, 1.44
 PART_OF_ROWS = 1.8
 # Rows that are added to one row follow each other: seconds of each, on the row that most are added to (traced).
 REPEATED_S = 9.5e-7
-# Batches of products whose depth is 1, and of those of one row, over the bytes that they move (traced).
+# Batches of GEMMs whose depth is 1, and of those of one row, over the bytes that they move (traced).
 OUTER_BATCH, ROW_BATCH = 5.5, 1.8
 # The gradient of a gated activation that torch compiled, over an elementwise kernel of its bytes; and gradients in bf16
 # that are added to a buffer in fp32 (traced, Megatron-Core 0.19 without Transformer Engine).

@@ -218,7 +218,7 @@ class Screen:
         for rank in range(schedule.num_ranks):
             of_rank, first = parameters.of_rank(rank), mesh.rank(stage=rank, index=0)
             before, after = software.flat_copies(writer, parameters=of_rank.reduced)
-            block = optimizer_block(scenario, kernels, parameters=of_rank.updated, products=of_rank.products)
+            block = optimizer_block(scenario, kernels, parameters=of_rank.updated, gemms=of_rank.gemms)
             update = block.operations
             gathered = sum(gather.seconds for gather in gathers if first in gather.ranks)
             ends.append(

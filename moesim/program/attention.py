@@ -54,7 +54,7 @@ def _normed(w: KernelWriter, name: str, step: Step, *, heads: int) -> Passes:
 
 
 def _input(w: KernelWriter, name: str, step: Step, *, width: int) -> Passes:
-    """What tensor ranks exchange for products that share an input: gathered once, also for the weights' gradients."""
+    """What tensor ranks exchange for GEMMs that share an input: gathered once, also for the weights' gradients."""
     late = w.during(Phase.WEIGHT_GRADIENT)
     return (
         gather_tokens(w, f"{name}.gather", step, width=width),
@@ -66,7 +66,7 @@ def _input(w: KernelWriter, name: str, step: Step, *, width: int) -> Passes:
 
 
 def _separate(w: KernelWriter, step: Step) -> Passes:
-    """Queries, keys and values by products of their own; all but the last add their gradients of the input."""
+    """Queries, keys and values by GEMMs of their own; all but the last add their gradients of the input."""
     model, tokens = step.model, step.gathered_tokens
     d, h = model.head_dim, model.hidden
     wide, narrow = step.heads * d, step.kv_heads * d
@@ -95,16 +95,16 @@ def _joined(w: KernelWriter, step: Step) -> Passes:
     wide, narrow = step.heads * d, step.kv_heads * d
     whole = 2.0 * BF16 * step.gathered_tokens * (wide + 2 * narrow)
     pieces = [w.backward.moved("qkv.pieces", "copy", backward("cat"), bytes_=whole)]
-    product = chain(
+    gemm = chain(
         column_parallel(w, "qkv", step, k=model.hidden, n=(model.heads + 2 * model.kv_heads) * d),
         ([], [] if step.switches.layout_copies == "none" else pieces),
         _normed(w, "q", step, heads=step.heads),
         _normed(w, "k", step, heads=step.kv_heads),
     )
     if step.switches.rotary == "fused":
-        return chain(product, rotary(w, "rotary", step, width=wide + narrow, head_dim=d))
+        return chain(gemm, rotary(w, "rotary", step, width=wide + narrow, head_dim=d))
     return chain(
-        product,
+        gemm,
         rotary(w, "q.rotary", step, width=wide, head_dim=d),
         rotary(w, "k.rotary", step, width=narrow, head_dim=d),
     )
@@ -231,11 +231,11 @@ def _attend(w: KernelWriter, step: Step, attend: "partial[Operation]") -> Callab
 
 
 def _unfused_attention(w: KernelWriter, step: Step, *, head_dim: int, value_dim: int) -> Passes:
-    """Products over all pairs, also those that the mask takes away; softmax in bf16, or between casts in fp32."""
+    """GEMMs over all pairs, also those that the mask takes away; softmax in bf16, or between casts in fp32."""
     rows = step.batch * step.heads * step.sequence
     scores = float(rows) * step.sequence
     wide = w.wide_dtype
-    products = projection(w, "attention.scores", m=rows, k=head_dim, n=step.sequence, dtype=wide, module=False)
+    gemms = projection(w, "attention.scores", m=rows, k=head_dim, n=step.sequence, dtype=wide, module=False)
     sums = projection(w, "attention.values", m=rows, k=step.sequence, n=value_dim, dtype=wide, module=False)
     back = w.backward
     in_fp32 = (
@@ -269,7 +269,7 @@ def _unfused_attention(w: KernelWriter, step: Step, *, head_dim: int, value_dim:
         [back.moved("attention.dropout", "elementwise", backward("mul"), bytes_=drop)],
     )
     softmax = in_fp32 if step.switches.attention == "fp32" else in_bf16
-    return chain(products, softmax, dropout if step.switches.dropout else ([], []), sums)
+    return chain(gemms, softmax, dropout if step.switches.dropout else ([], []), sums)
 
 
 def core_attention(w: KernelWriter, step: Step) -> Passes:

@@ -261,7 +261,7 @@ class _Builder:
             self.scenario,
             kernels,
             parameters=parameters.updated,
-            products=parameters.products,
+            gemms=parameters.gemms,
             launches=self.software.optimizer_launches(kernels.host, self.schedule.stages_of_rank[pipeline_rank]),
         )
         return {

@@ -1,4 +1,4 @@
-"""Matrix products: the casts around those of a byte or less, and products that tensor-parallel ranks share.
+"""GEMMs: the casts around those of a byte or less, and GEMMs that tensor-parallel ranks share.
 
 Casts (recipes: `moesim.scenario.software`). Y = X W runs in few bits forward, for dX and for dW, whose depth is the
 tokens: there both operands need scales along tokens, and Hopper's tensor cores need FP8 operands that lie along the
@@ -6,7 +6,7 @@ depth.
 
     blockwise   X to FP8 along its rows before the forward GEMM, unless the kernel before it wrote FP8; that copy is
                 kept, and turned (FP8 along rows to FP8 along columns) before dW. dY to FP8 along rows (for dX) and
-                along columns (for dW) in one kernel, unless the kernel before it did so. Products of one input share
+                along columns (for dW) in one kernel, unless the kernel before it did so. GEMMs of one input share
                 its copies, and shared experts those of a dispatch in FP8: tokens, and the gradients of their results.
     per_tensor  the largest magnitude of X in one pass, then FP8 and its transpose in another; dY likewise.
     mxfp8       X both ways in one pass, dY likewise: scales along the depth differ by direction.
@@ -17,18 +17,18 @@ cast once in a step, in both orders, whatever the number of micro-batches; a blo
 which is as little work as a scale that is known. Every kernel is a memory-bound kind of its
 own, measured as Triton kernels of this project on an H100 (`moesim calibrate --families fp8`).
 
-Tensor ranks share products as in Megatron-Core, with sequence parallelism (arXiv 1909.08053, 2205.05198). Between
-products a rank holds its share of the tokens. A product whose columns are shared out begins by gathering the tokens;
+Tensor ranks share GEMMs as in Megatron-Core, with sequence parallelism (arXiv 1909.08053, 2205.05198). Between
+GEMMs a rank holds its share of the tokens. A GEMM whose columns are shared out begins by gathering the tokens;
 one whose rows are shared out ends by a reduce-scatter of the partial sums. In the backward pass each of them has its
-opposite. Only the share of a gathered input is kept: it is gathered again for the weight's gradient, beside the product
-of the input's gradient; the reduce-scatter of the input's gradient runs beside the product of the weight's. Activations
+opposite. Only the share of a gathered input is kept: it is gathered again for the weight's gradient, beside the GEMM
+of the input's gradient; the reduce-scatter of the input's gradient runs beside the GEMM of the weight's. Activations
 travel in bf16.
 
 Without sequence parallelism every tensor rank holds all tokens: nothing is gathered, and partial sums are summed by an
 all-reduce instead of a reduce-scatter.
 
 So a layer of attention and dense network gathers 2 + 4 times and scatters 2 + 2 times, of which 2 + 2 lie beside
-products. A rank without tensor peers has the plain products.
+GEMMs. A rank without tensor peers has the plain GEMMs.
 """
 
 import math
@@ -66,7 +66,7 @@ class FusedCasts(TypedDict, total=False):
 
     input_is_fp8: X comes in FP8 along rows. gradient_is_fp8: so does dY, and only has to be turned. gradient_is_turned:
     it comes both ways. arrives: the first two are of a dispatch that carries FP8, not of a kernel. input_is_shared:
-    another product has X cast, and turned.
+    another GEMM has X cast, and turned.
     """
 
     input_is_fp8: bool
@@ -144,7 +144,7 @@ ACTIVATION_BYTES = BYTES_PER_ELEMENT["bf16"]  # activations between kernels
 
 
 class _Kernels(NamedTuple):
-    """The forward GEMM of a product, those of its input's and its weight's gradient, each behind its casts."""
+    """The forward GEMM, those of its input's and its weight's gradient, each behind its casts."""
 
     forward: list[Operation]
     input_gradient: list[Operation]
@@ -167,9 +167,9 @@ def _kernels(
     if w.recipe and dtype in (None, w.dtype):
         casts = fp8_casts(w, name, inputs=m * k, outputs=m * n, **fused_casts)
     gemm = partial(w.gemm, name, m=m, k=k, n=n, dtype=dtype)
-    half = backward("product") / 2
+    half = backward("gemm") / 2
     return _Kernels(
-        [*casts.forward, gemm(forward("module", "product") if module else forward("product"))],
+        [*casts.forward, gemm(forward("module", "gemm") if module else forward("gemm"))],
         [*casts.input_gradient, gemm(half, direction="dgrad")],
         [*casts.weight_gradient, gemm(half, direction="wgrad")],
     )
@@ -186,7 +186,7 @@ def projection(
     module: bool = True,
     **fused_casts: Unpack[FusedCasts],
 ) -> Passes:
-    """A product that no other rank takes part in; `fused_casts`: what kernels before it did, see `fp8_casts`.
+    """A GEMM that no other rank takes part in; `fused_casts`: what kernels before it did, see `fp8_casts`.
 
     module: whether it is a module of its own, which the host calls.
     """
@@ -260,7 +260,7 @@ def column_parallel(
     width: int | None = None,
     **fused_casts: Unpack[FusedCasts],
 ) -> Passes:
-    """A product whose n columns are shared out; its input is gathered, `width` values a token (default: k)."""
+    """A GEMM whose n columns are shared out; its input is gathered, `width` values a token (default: k)."""
     columns = math.ceil(n / step.tensor)
     kernels = _kernels(w, name, m=step.gathered_tokens, k=k, n=columns, dtype=dtype, fused_casts=fused_casts)
     if step.tensor == 1:
@@ -281,7 +281,7 @@ def column_parallel(
 def row_parallel(
     w: KernelWriter, name: str, step: Step, *, k: int, n: int, **fused_casts: Unpack[FusedCasts]
 ) -> Passes:
-    """A product whose k rows are shared out; the partial sums are reduced and scattered."""
+    """A GEMM whose k rows are shared out; the partial sums are reduced and scattered."""
     forward, backward = projection(w, name, m=step.gathered_tokens, k=k // step.tensor, n=n, **fused_casts)
     return (
         [*forward, *scatter_tokens(w, f"{name}.scatter", step, width=n)],

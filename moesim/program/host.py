@@ -3,7 +3,7 @@
 A kernel model gives one number per direction, for an operation of middling cost; operations differ eightfold. The table
 holds their ratios as measured on the host of an H200 machine (profile h200, family host; microseconds, torch 2.11); the
 costs of one autograd node are those of one operation's backward less 5 us for the gradient of each leaf that the
-benchmark has and a step has not. A product with a weight keeps that of its weight.
+benchmark has and a step has not. A GEMM with a weight keeps that of its weight.
 
 Benchmarks issue one operation over and over; a model's code issues each once, from Python that is not in the caches,
 and spends time between operations. `COLD` is how much longer the same operations take there: measured on forward passes
@@ -38,7 +38,7 @@ FORWARD_MICROSECONDS = {
     "chunk": 4.1,
     "module": 6.0,
     "compiled": 30.0,  # a function that torch compiled (as the next, from traced and measured steps)
-    "expert": 100.0,  # of Megatron-Core, in modules of its own: two products by functions of Python, one activation
+    "expert": 100.0,  # of Megatron-Core, in modules of its own: two GEMMs by functions of Python, one activation
     "plain": 7.6,  # an elementwise operation without autograd
     "zeros": 8.9,
     "silu": 8.9,
@@ -55,7 +55,7 @@ FORWARD_MICROSECONDS = {
     "norm": 18.8,
     "cross_entropy": 20.7,
     "topk": 21.0,
-    "product": 24.4,
+    "gemm": 24.4,
     "attention": 25.1,
     "grouped": 26.1,
     "sort": 35.7,
@@ -77,7 +77,7 @@ BACKWARD_MICROSECONDS = {
     "softmax": 21.9,
     "norm": 23.1,
     "cross_entropy": 30.0,
-    "product": 43.1,
+    "gemm": 43.1,
     "grouped": 53.5,
     "attention": 62.4,
     "exchange": 190.0,

@@ -1,7 +1,7 @@
 """A layer with experts: router, permutation, dispatch, experts, combine, shared experts; and the order of them.
 
 One micro-batch, forward:
-    router     norm, gate product, selection: one kernel behind the product, or one for each step
+    router     norm, gate GEMM, selection: one kernel behind the GEMM, or one for each step
     permute    [quantise to the dispatch dtype,] rows that leave      (`moesim.program.permutation`)
     dispatch   [counts, their read-back,] transfer   | beside it, where the software does so: shared experts
     permute    the arrived copies in the order of the experts
@@ -37,7 +37,7 @@ from moesim.scenario.base import BYTES_PER_ELEMENT
 
 
 def router_part(w: KernelWriter, step: Step) -> Passes:
-    """Norm, gate product, affinities, and the selected experts with their gates."""
+    """Norm, gate GEMM, affinities, and the selected experts with their gates."""
     model, tokens = step.model, step.tokens
     normed = norm(w, "ffn_norm", step, tokens=tokens, width=model.hidden)
     if step.switches.router == "unfused":
@@ -47,28 +47,26 @@ def router_part(w: KernelWriter, step: Step) -> Passes:
         [w.moved("router.topk", "elementwise", bytes_=2 * scores)],
         [w.backward.moved("router.topk", "elementwise", bytes_=3 * scores)],
     )
-    return chain(
-        normed, summed_gradients(w, "router.branch", step, tokens=tokens), *_gate_product(w, step)[:-1], select
-    )
+    return chain(normed, summed_gradients(w, "router.branch", step, tokens=tokens), *_gate_gemm(w, step)[:-1], select)
 
 
-def _gate_product(w: KernelWriter, step: Step) -> list[Passes]:
-    """Scores of all experts in fp32: by a product in fp32 of casts, or by one in bf16 whose result is cast, last."""
+def _gate_gemm(w: KernelWriter, step: Step) -> list[Passes]:
+    """Scores of all experts in fp32: by a GEMM in fp32 of casts, or by one in bf16 whose result is cast, last."""
     model, tokens = step.model, step.tokens
     wide = step.switches.router_dtype == "fp32"
     dtype = "fp32" if wide else w.wide_dtype
-    product = projection(w, "router.gate", m=tokens, k=model.hidden, n=model.experts, dtype=dtype, module=False)
+    gemm = projection(w, "router.gate", m=tokens, k=model.hidden, n=model.experts, dtype=dtype, module=False)
     values = float(model.hidden * (tokens + model.experts)) if wide else float(tokens * model.experts)
     bytes_ = (BF16 + FP32) * values
     cast = (
         [w.moved("router.cast", "cast", forward("module", "cast"), bytes_=bytes_)],
         [w.backward.moved("router.cast", "elementwise", backward("cast"), bytes_=bytes_)],
     )
-    return [cast, product, ([], [])] if wide else [product, cast]
+    return [cast, gemm, ([], [])] if wide else [gemm, cast]
 
 
 def _kernel_by_kernel(w: KernelWriter, step: Step) -> Passes:
-    """Gate product, affinities, top-k and the gates of the selected."""
+    """Gate GEMM, affinities, top-k and the gates of the selected."""
     model, tokens = step.model, step.tokens
     scores, chosen = float(tokens * model.experts), float(tokens * model.top_k)
     picked = (INT64 + 2 * FP32) * chosen
@@ -95,7 +93,7 @@ def _kernel_by_kernel(w: KernelWriter, step: Step) -> Passes:
         affinities[0].append(w.moved("router.bias", "elementwise", forward("plain"), bytes_=each))
     return chain(
         summed_gradients(w, "router.branch", step, tokens=tokens),
-        *_gate_product(w, step),
+        *_gate_gemm(w, step),
         affinities,
         ([topk, gather], gather_back),
         _gates(w, step),
@@ -183,7 +181,7 @@ def _remote(w: KernelWriter, step: Step, loads: LayerLoads, shared: tuple[Shared
     backward_pass += send(loads, w.at(Part.COMBINE).backward, beside=behind.beside)
     home = send_back(loads, w.at(Part.DISPATCH).backward)
     early = experts[1]
-    if step.weights_beside:  # what ran beside the experts is waited for, then these products run beside the way back
+    if step.weights_beside:  # what ran beside the experts is waited for, then these GEMMs run beside the way back
         put_off = [operation.phase is Phase.WEIGHT_GRADIENT for operation in experts[1]]
         early = [operation for operation, later in zip(experts[1], put_off, strict=True) if not later]
         late = [replace(each, chain=SIDE) for each, later in zip(experts[1], put_off, strict=True) if later]

@@ -43,7 +43,7 @@ def _activation_bytes(w: KernelWriter, inputs: int) -> tuple[float, float]:
 def _activation(w: KernelWriter, name: str, step: Step, *, rows: ArrayLike, width: int, joined: bool) -> Passes:
     """silu of one half of the columns times the other half, or, where networks are not gated, of all columns.
 
-    Unfused two kernels, backward three products and, where both halves come from one product, a joining copy. What
+    Unfused two kernels, backward three GEMMs and, where both halves come from one GEMM, a joining copy. What
     torch compiles reads and writes as little as a fused kernel; its backward kernel is slower than one by its bytes.
     """
     inputs, again = step.model.ffn_matrices - 1, w.repeated_by("swiglu")
@@ -110,19 +110,19 @@ class _Network:
         self.last: FusedCasts = {"input_is_fp8": in_fp8, "gradient_is_turned": is_cast}
 
     def in_line(self) -> Passes:
-        """All of it on the writer's chain, collectives beside products where they can be."""
+        """All of it on the writer's chain, collectives beside GEMMs where they can be."""
         w, name, step, hidden = self.w, self.name, self.step, self.step.model.hidden
         width = self.width * step.tensor
         if self.separate:
             ends = self.enter(), self.leave()
-            return chain((ends[0][0], ends[1][1]), self.products(), (ends[1][0], ends[0][1]))
+            return chain((ends[0][0], ends[1][1]), self.gemms(), (ends[1][0], ends[0][1]))
         return chain(
             column_parallel(w, f"{name}.w13", step, k=hidden, n=self.inputs * width, **self.first),
             self.activation,
             row_parallel(w, f"{name}.w2", step, k=width, n=hidden, **self.last),
         )
 
-    def products(self) -> Passes:
+    def gemms(self) -> Passes:
         """The kernels alone, for gathered tokens."""
         m, hidden, casts = self.step.gathered_tokens, self.step.model.hidden, self.first
         last = projection(self.w, f"{self.name}.w2", m=m, k=self.width, n=hidden, **self.last)
@@ -166,8 +166,8 @@ def dense_ffn_part(w: KernelWriter, step: Step) -> Passes:
 def _grouped(
     w: KernelWriter, name: str, step: Step, *, rows: NDArray[np.int64], k: int, n: int, **casts: object
 ) -> Passes:
-    """A product of every local expert with its rows, between the casts of FP8; in one launch, or in one for each."""
-    each = step.switches.expert_products == "each"
+    """A GEMM of every local expert with its rows, between the casts of FP8; in one launch, or in one for each."""
+    each = step.switches.expert_gemms == "each"
     times = rows.shape[-1] if each else 1
     ahead, half = ("expert", times * backward("expert") / 4) if each else ("grouped", backward("grouped") / 2)
 
@@ -196,16 +196,16 @@ def experts_part(w: KernelWriter, step: Step, loads: LayerLoads) -> Passes:
     if separate:
         rows_h = 3.0 * BF16 * loads.rows_MSR * float(h)
         total = w.backward.moved("experts.branch", "elementwise", backward("accumulate"), bytes_=rows_h)
-        products = chain(
+        gemms = chain(
             _grouped(w, "experts.w1", step, rows=slots, k=h, n=width, **first),
             ([], [total]),
             _grouped(w, "experts.w3", step, rows=slots, k=h, n=width, input_is_shared=True, **first),
         )
     else:
-        products = _grouped(w, "experts.w13", step, rows=slots, k=h, n=inputs * width, **first)
+        gemms = _grouped(w, "experts.w13", step, rows=slots, k=h, n=inputs * width, **first)
     rows = loads.rows_MSR
     return chain(
-        products,
+        gemms,
         _filled(w, "experts.w13.fill", step, rows * float(inputs * width)),
         _activation(w, "experts.activation", step, rows=rows, width=width, joined=not separate),
         _gates_inside(w, step, rows * float(width)),
@@ -227,7 +227,7 @@ def experts_part(w: KernelWriter, step: Step, loads: LayerLoads) -> Passes:
 
 def _joined_rows(w: KernelWriter, step: Step, values: NDArray[np.float64]) -> Passes:
     """Results of experts that run one by one in one tensor; backward the gradients of their inputs."""
-    if step.switches.expert_products == "grouped":
+    if step.switches.expert_gemms == "grouped":
         return [], []
     both = 2.0 * BF16 * values
     return (
@@ -302,10 +302,10 @@ def shared_experts(w: KernelWriter, step: Step) -> tuple[Shared, Shared]:
             return Shared([], [], [], whole[0]), Shared([], [], [], whole[1])
         return Shared([], whole[0], [], []), Shared([], whole[1], [], [])
     network = _Network(w.at(Part.SHARED_EXPERTS, chain=SIDE), "shared", step, width=width, is_cast=is_cast)
-    enter, products, leave = (
-        repeated_whole(word, passes) for passes in (network.enter(), network.products(), network.leave())
+    enter, gemms, leave = (
+        repeated_whole(word, passes) for passes in (network.enter(), network.gemms(), network.leave())
     )
     return (
-        Shared(enter[0], products[0], leave[0], total[0]),
-        Shared(enter[1], products[1], [*leave[1], *more[1]], []),
+        Shared(enter[0], gemms[0], leave[0], total[0]),
+        Shared(enter[1], gemms[1], [*leave[1], *more[1]], []),
     )

@@ -81,7 +81,7 @@ def branch(w: KernelWriter, name: str, step: Step) -> Passes:
 
 
 def summed_gradients(w: KernelWriter, name: str, step: Step, *, tokens: int) -> Passes:
-    """Where a second product, or branch, reads the same tokens: backward its gradient is added to the first."""
+    """Where a second GEMM, or branch, reads the same tokens: backward its gradient is added to the first."""
     return ([], []) if step.switches.norm == "fused" else accumulated(w, name, tokens, step.model.hidden)
 
 

@@ -7,7 +7,7 @@ gradients of g bytes, moments of o, weights of w, and perhaps a master copy of 4
     fused     the same bytes by torch's kernel, which is slower; tensors of few numbers take a launch's time
     foreach   torch's eight kernels over lists of tensors: 4 w + 2 g + 14 o, of the master copy where there is one
     loop      the same eight over every tensor
-Behind it the weights of products in fp8 or fp4 are cast (`moesim.program.gemms`).
+Behind it the weights of GEMMs in fp8 or fp4 are cast (`moesim.program.gemms`).
 """
 
 import math
@@ -136,11 +136,11 @@ TENSORS_OF_LAYER = 12  # of weights, about: what a loop over them launches
 
 
 def optimizer_block(
-    scenario: Scenario, kernels: KernelModel, *, parameters: float, products: float = 0.0, launches: float = 1.0
+    scenario: Scenario, kernels: KernelModel, *, parameters: float, gemms: float = 0.0, launches: float = 1.0
 ) -> Block:
     """AdamW over `parameters` local parameters, behind the norm of their gradients where these are clipped.
 
-    `products`: local weights that products of few bits read; they are cast anew behind it. `launches`: what a fused
+    `gemms`: local weights that GEMMs of few bits read; they are cast anew behind it. `launches`: what a fused
     step costs the host.
     """
     precision, software = scenario.workload.precision, scenario.implementation.software
@@ -181,7 +181,7 @@ def optimizer_block(
         bytes_each = size["fp32"] + size[precision.weights]
         copies = tensors * forward("plain") if switches.gradient_norm == "loop" else 1.0
         out.append(w.moved("weights.cast", "cast", copies, bytes_=parameters * bytes_each))
-    out += weight_casts(w, weights=products, are_narrow=precision.weights == "fp8")
+    out += weight_casts(w, weights=gemms, are_narrow=precision.weights == "fp8")
     return Block("optimizer", tuple(out))
 
 
@@ -194,7 +194,7 @@ def _in_blocks(step: Operation, parameters: float, tensors: float) -> Operation:
 def _tensors(scenario: Scenario) -> float:
     """Weights of a rank, about; experts that run one by one have two each."""
     of_layer = float(TENSORS_OF_LAYER)
-    if scenario.implementation.switches.expert_products == "each":
+    if scenario.implementation.switches.expert_gemms == "each":
         of_layer += 2 * scenario.model.experts / scenario.parallelism.expert
     return of_layer * scenario.model.layers / scenario.parallelism.pipeline
 

@@ -29,7 +29,7 @@ from moesim.network import (
 from moesim.network.nccl import ring_bytes
 from moesim.parallel import Mesh
 from moesim.parallel.expert_map import MapOfLayer, copy_gradient_bytes_DD, layers_of_stages
-from moesim.parallel.memory.parameters import Unit, expert_slice_parameters, product_weights, stage_units
+from moesim.parallel.memory.parameters import Unit, expert_slice_parameters, gemm_weights, stage_units
 from moesim.program.collectives import GroupLinks, Members, PeerCollective, Peers, Reduction
 from moesim.program.operations import Operation, collective, wait
 from moesim.program.sizes import Passes
@@ -169,14 +169,14 @@ EarlyGather = Callable[[float], PeerCollective]
 class RankParameters:
     """Parameters of one rank, in elements.
 
-    `reduced`: those whose gradients other ranks hold too; `updated`: those whose optimizer states it keeps; `products`:
-    those that are cast where products are of few bits.
+    `reduced`: those whose gradients other ranks hold too; `updated`: those whose optimizer states it keeps; `gemms`:
+    those that are cast where GEMMs are of few bits.
     """
 
     held: float
     reduced: float
     updated: float
-    products: float
+    gemms: float
 
 
 class ParameterGroups:
@@ -210,10 +210,10 @@ class ParameterGroups:
     def of_rank(self, pipeline_rank: int) -> RankParameters:
         """Parameters of every rank at one place of the pipeline."""
         zero = self.scenario.parallelism.zero
-        held = reduced = updated = products = 0.0
+        held = reduced = updated = gemms = 0.0
         for stage in self.schedule.stages_of_rank[pipeline_rank]:
             local = self._local(stage)
-            products += sum(product_weights(self.scenario, stage))
+            gemms += sum(gemm_weights(self.scenario, stage))
             kinds = (
                 (local.dense, zero.dense, len(self._dense_members(stage)[0])),
                 (local.expert, zero.expert, len(self._expert_members(stage)[0])),
@@ -222,7 +222,7 @@ class ParameterGroups:
                 held += count
                 reduced += count if copies > 1 else 0
                 updated += count / copies if sharding else count
-        return RankParameters(held=held, reduced=reduced, updated=updated, products=products)
+        return RankParameters(held=held, reduced=reduced, updated=updated, gemms=gemms)
 
     def reductions(self, fabric: Fabric) -> list[Reduction]:
         """Sums of gradients at the end of the step, stage by stage, and of the gradients' norm when it is clipped."""

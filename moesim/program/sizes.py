@@ -18,7 +18,7 @@ Passes = tuple[list[Operation], list[Operation]]  # forward, backward (each in i
 class Step:
     """Sizes of one micro-batch on one rank: `batch` sequences of `sequence` tokens; `quantise` when dispatch is fp8.
 
-    `tensor`, `context` and `expert_tensor` are the ranks that share products and tokens (see Parallelism), `links` what
+    `tensor`, `context` and `expert_tensor` are the ranks that share GEMMs and tokens (see Parallelism), `links` what
     their collectives cost; a rank alone needs none. `remote`: experts are spread over more than one rank. `router`:
     the facts of the one that runs. `shared_beside`: shared experts run beside the dispatch, where the software
     can. `software`: whose kernels they are, with `switches` as the scenario sets them. `deduplicated`: a token travels
@@ -53,7 +53,7 @@ class Step:
 
     @property
     def gathered_tokens(self) -> int:
-        """Tokens that the products of a tensor-parallel rank see: those of all its tensor ranks."""
+        """Tokens that the GEMMs of a tensor-parallel rank see: those of all its tensor ranks."""
         return self.tokens * (self.tensor if self.switches.sequence_parallel else 1)
 
     @property

@@ -80,7 +80,7 @@ class SwitchedKernels:
     def accumulation(self, w: KernelWriter, *, parameters: float, first: bool) -> list[Operation]:
         """What the first, or a later, micro-batch does to add its gradients to those before.
 
-        Nothing where the product of the weight's gradient adds into the buffer. Into a buffer a kernel adds them in
+        Nothing where the GEMM of the weight's gradient adds into the buffer. Into a buffer a kernel adds them in
         every micro-batch: bf16 gradients read, the sum read and written. Autograd adds from the second one on.
         """
         way, w = self._switches.accumulation, w.during(Phase.WEIGHT_GRADIENT)

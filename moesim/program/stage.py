@@ -154,7 +154,7 @@ def _passes(
 
 
 def _prediction_join(w: KernelWriter, step: Step) -> Passes:
-    """The product that joins a token's state and its successor's embedding; tensor ranks then gather its columns."""
+    """The GEMM that joins a token's state and its successor's embedding; tensor ranks then gather its columns."""
     hidden = step.model.hidden
     whole, again = (gather_columns(writer, "mtp.join.whole", step, width=hidden) for writer in (w, w.backward))
     return chain(column_parallel(w, "mtp.join", step, k=2 * hidden, n=hidden), (whole, again))

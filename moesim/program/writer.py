@@ -28,7 +28,7 @@ GEMM_PHASES: dict[GemmDirection, tuple[Phase, str]] = {  # and how names end
     "dgrad": (Phase.INPUT_GRADIENT, ".dgrad"),
     "wgrad": (Phase.WEIGHT_GRADIENT, ".wgrad"),
 }
-TILE_ROWS = 256  # rows that grouped products round up to at most: two tiles of 128
+TILE_ROWS = 256  # rows that grouped GEMMs round up to at most: two tiles of 128
 FEWEST_ENDS = 8  # remainders of a tile whose mean is taken
 
 
@@ -90,12 +90,12 @@ class KernelWriter:
 
     @property
     def wide_dtype(self) -> str:
-        """Of head, router gate and attention, which stay in bf16 where the large products are in fp8 or fp4."""
+        """Of head, router gate and attention, which stay in bf16 where the large GEMMs are in fp8 or fp4."""
         return "bf16" if self.recipe else self.dtype
 
     @property
     def recipe(self) -> Recipe | None:
-        """How the large products are scaled; None for products of two bytes and more."""
+        """How the large GEMMs are scaled; None for GEMMs of two bytes and more."""
         return RECIPE_OF_KERNELS.get(self.dtype)
 
     def _operation(self, label: Label, kernel: Kernel, launches: float = 1) -> Operation:
@@ -165,7 +165,7 @@ class KernelWriter:
         n: int,
         direction: GemmDirection = "forward",
     ) -> Operation:
-        """One product for each local expert, behind each other; rows [..., slots], seconds [...]."""
+        """One GEMM for each local expert, behind each other; rows [..., slots], seconds [...]."""
         kernel = Gemm(m=np.maximum(rows, 1), k=k, n=n, dtype=self.dtype, direction=direction)
         estimate = self.model.seconds(kernel)
         seconds = (np.asarray(estimate.seconds) * (rows > 0)).sum(-1)

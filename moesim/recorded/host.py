@@ -54,7 +54,7 @@ class Host(NamedTuple):
     torch's own loop: of an operation, a view, a node. Of an optimizer's step, and of a weight in it.
 
     Of what wrappers do: a weight that DDP copies into or out of a bucket (`moved`), a bucket; a unit of FSDP2 in a pass
-    and each of its weights there, a weight in the optimizer that is a DTensor (`sharded`, beyond `weight`); a product
+    and each of its weights there, a weight in the optimizer that is a DTensor (`sharded`, beyond `weight`); a GEMM
     of a plan's DTensors (`shared`).
     """
 
@@ -119,7 +119,7 @@ HOST = Host(
     node=_BACKWARD * 4.7e-6,
     optimizer=_BACKWARD * 330e-6,
     weight=_BACKWARD * 7.1e-6,
-    # Rows of products in units of a few weights, on two machines with two H100s each (tools/wrapper_table.py); a unit
+    # Rows of GEMMs in units of a few weights, on two machines with two H100s each (tools/wrapper_table.py); a unit
     # took 0.8 ms there and up to 2 on others: the median of five occasions.
     moved=_BACKWARD * 9.3e-6,
     bucket=_BACKWARD * 260e-6,

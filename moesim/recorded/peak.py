@@ -33,7 +33,7 @@ class StepPeak:
     """Bytes of tensors, as `torch.cuda.max_memory_allocated` counts them.
 
     held: weights, buffers and inputs. states: the optimizer's. phase: in which the most is alive. moving: of it what
-    the step has made, gradients and activations, and the workspaces of products.
+    the step has made, gradients and activations, and the workspaces of GEMMs.
     """
 
     held: float

@@ -2,9 +2,9 @@
 
 By these plans (`tp_plan`, `enable_expert_parallel`) every rank has the same tokens. By the tensor plan a rank has a
 share of the heads, of dense, shared and experts' widths and of the head's columns, whose logits are gathered; every
-product with a share of its depth is summed, each for itself, as DTensor does it: three sums for the input's gradients
+GEMM with a share of its depth is summed, each for itself, as DTensor does it: three sums for the input's gradients
 of queries, keys and values. By the expert plan a rank has a share of the experts alone; its rows of others are moved as
-all others are, but no product computes them. Behind the experts the ranks' results are summed, and backward their
+all others are, but no GEMM computes them. Behind the experts the ranks' results are summed, and backward their
 gradients of tokens and of gates. No sum overlaps anything (transformers 5.17,
 transformers/distributed/tensor_parallel.py).
 """
@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 from moesim.errors import UserError
 from moesim.recorded.layers import EXPERTS_GEMM
-from moesim.recorded.pricing import DTYPES, OPTIMIZER, PRODUCTS
+from moesim.recorded.pricing import DTYPES, GEMMS, OPTIMIZER
 from moesim.recorded.scaling import scaled_op, updating
 from moesim.recorded.sharing import SHARED_OUT, divided, kept_whole, names_of, shares_depth
 from moesim.recorded.sizes import MatchedOp, StepSizes, matched, sizes_of
@@ -30,7 +30,7 @@ Sent = defaultdict[int, list[tuple[str, float]]]
 class Planned:
     """The operations of one rank, and what is sent behind each by its place: (collective, bytes of the larger buffer).
 
-    copied: bytes that a copy behind the sent moves, by the same places. wrapped: places of products whose tensors are
+    copied: bytes that a copy behind the sent moves, by the same places. wrapped: places of GEMMs whose tensors are
     DTensors, which cost the host more.
     """
 
@@ -96,12 +96,12 @@ def _matched(ops: Sequence[RecordedOp]) -> tuple[StepSizes, list[MatchedOp]]:
 
 
 def _of_head(each: MatchedOp) -> bool:
-    return each.op.name in PRODUCTS and VOCABULARY in names_of(each)
+    return each.op.name in GEMMS and VOCABULARY in names_of(each)
 
 
 def _is_shared(each: MatchedOp) -> bool:
-    """Whether it is a product of a weight of which each rank has a share, or of that weight's gradient."""
-    return each.op.name in PRODUCTS and len(each.reads[-1]) == 2 and bool(names_of(each) & SHARED_OUT)
+    """Whether it is a GEMM of a weight of which each rank has a share, or of that weight's gradient."""
+    return each.op.name in GEMMS and len(each.reads[-1]) == 2 and bool(names_of(each) & SHARED_OUT)
 
 
 def _with_experts(

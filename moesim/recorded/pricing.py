@@ -29,12 +29,12 @@ OPTIMIZER = "_fused_adamw_"
 CHECK = (
     "_local_scalar_dense"  # a number that the host reads back; of a condition, with the fact that it was taken to hold
 )
-PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
-_KNOWN = PRODUCTS | MEMORY_BOUND | {"_grouped_mm", SDPA, OPTIMIZER}
+GEMMS = {"mm", "addmm", "bmm", "baddbmm"}
+_KNOWN = GEMMS | MEMORY_BOUND | {"_grouped_mm", SDPA, OPTIMIZER}
 
 
-TILE_ROWS = 256  # rows that grouped products round up to at most: two tiles of 128
-FEWEST_FLOPS = 16.0  # per byte, below which a batch of products is bound by memory
+TILE_ROWS = 256  # rows that grouped GEMMs round up to at most: two tiles of 128
+FEWEST_FLOPS = 16.0  # per byte, below which a batch of GEMMs is bound by memory
 
 
 def knows(name: str) -> bool:
@@ -152,11 +152,11 @@ def launch_of(op: RecordedOp) -> Launch:
     """The kernels of one operation."""
     shapes = [shape for shape, _, _ in op.reads]
     dtype = DTYPES.get(op.reads[0][1] if op.reads else "float32", "fp32")
-    if op.name in PRODUCTS:
+    if op.name in GEMMS:
         left, right = shapes[-2:]
         batch = left[0] if len(left) == 3 else 1
         rows, columns = left[-2], right[-1]
-        if batch > 1 and rows < columns:  # the transposed product: what is long goes into the rows of the batch
+        if batch > 1 and rows < columns:  # the transposed GEMM: what is long goes into the rows of the batch
             rows, columns = columns, rows
         gemm = _gemm(batch * rows, left[-1], columns, dtype, op.works)
         bytes_ = float(sum(size for _, _, size in (*op.reads, *op.writes)))
@@ -176,7 +176,7 @@ def launch_of(op: RecordedOp) -> Launch:
 
 
 def _thin(batch: int, left: tuple[int, ...], right: tuple[int, ...]) -> float:
-    """What a batch of thin products costs over its bytes: one row out of several, and a column times a row."""
+    """What a batch of thin GEMMs costs over its bytes: one row out of several, and a column times a row."""
     if batch == 1 or min(left[-1], left[-2]) > 1:
         return 1.0
     if left[-1] == 1:

@@ -16,7 +16,7 @@ from typing import Any
 
 from moesim.errors import UserError
 from moesim.recorded.layers import DENSE, EXPERTS_GEMM, MOE, module_in_layer
-from moesim.recorded.pricing import OPTIMIZER, PRODUCTS, launch_of
+from moesim.recorded.pricing import GEMMS, OPTIMIZER, launch_of
 from moesim.recorded.sizes import MatchedOp, StepSizes, Symbols, matched, of_experts, sizes_of
 from moesim.recorded.step_file import (
     AGAIN,
@@ -91,7 +91,7 @@ def _facts(matched_op: MatchedOp, sizes: StepSizes, to: StepSizes) -> Mapping[st
         shapes = facts[GRADIENTS]
         texts = facts.get(GRADIENT_WIDTHS, [None] * len(shapes))
         facts[GRADIENTS] = [_weight(op, *each, sizes, to) for each in zip(shapes, texts, strict=True)]
-    if op.name in PRODUCTS and op.reads[-1][1] in ("bfloat16", "float16"):
+    if op.name in GEMMS and op.reads[-1][1] in ("bfloat16", "float16"):
         before, after = (_aligned_bytes(matched_op, sizes, at) for at in (sizes, to))
         if facts.get(ALIGNED, ALIGNMENT) == before != after:
             facts = {name: fact for name, fact in facts.items() if name != ALIGNED}
@@ -100,7 +100,7 @@ def _facts(matched_op: MatchedOp, sizes: StepSizes, to: StepSizes) -> Mapping[st
 
 
 def _aligned_bytes(matched_op: MatchedOp, sizes: StepSizes, to: StepSizes) -> int:
-    """As `product_facts` has it where rows of matrices are as long as widths of the model."""
+    """As `gemm_facts` has it where rows of matrices are as long as widths of the model."""
     lengths = [
         2 * _dimension(size, symbol, sizes, to)
         for (shape, _, _), symbols in zip(matched_op.op.reads, matched_op.reads, strict=True)

@@ -1,10 +1,10 @@
 """A recorded step on ranks that share its matrices and tokens: which widths each has a share of, where they exchange
 tokens (arXiv 1909.08053, 2205.05198).
 
-Heads, the widths of dense networks and shared experts, and the vocabulary are shared out among tensor ranks. A product
+Heads, the widths of dense networks and shared experts, and the vocabulary are shared out among tensor ranks. A GEMM
 whose columns are shared out sees the tokens of all of them, as does what lies between the first and the last operation
 on such a width, but for operations on compressed queries, keys and values. Everything else runs on a rank's own tokens.
-Products that share an input share its gathering. Backward each exchange has its opposite, and inputs are gathered once
+GEMMs that share an input share its gathering. Backward each exchange has its opposite, and inputs are gathered once
 more for the gradients of weights (`moesim.program.gemms`).
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 
-from moesim.recorded.pricing import PRODUCTS
+from moesim.recorded.pricing import GEMMS
 from moesim.recorded.sizes import MatchedOp, StepSizes
 from moesim.recorded.widths import (
     DENSE_WIDTH,
@@ -131,7 +131,7 @@ def _beside(op: MatchedOp, names: AbstractSet[str], sizes: StepSizes, part: Abst
 
 
 def _ends(forward: Sequence[MatchedOp], part: AbstractSet[str]) -> tuple[list[str], list[str]]:
-    """Inputs of the products whose columns are shared out, each once; results of those whose rows are, and of lookups
+    """Inputs of the GEMMs whose columns are shared out, each once; results of those whose rows are, and of lookups
     in a table of which each rank has a share.
     """
     entered: dict[str, None] = {}
@@ -139,7 +139,7 @@ def _ends(forward: Sequence[MatchedOp], part: AbstractSet[str]) -> tuple[list[st
     for each in forward:
         if each.op.name == "embedding" and names_in(each.reads[0][0]) & part:
             left.append(each.reads[0][-1])
-        elif each.op.name in PRODUCTS and len(each.reads[-1]) == 2:
+        elif each.op.name in GEMMS and len(each.reads[-1]) == 2:
             depth, columns = each.reads[-1]
             inside, outside = names_in(depth) & part, names_in(columns) & part
             if outside and not inside:
@@ -159,7 +159,7 @@ def _exchanged(
     sizes: StepSizes,
 ) -> None:
     for text in entered:
-        place = next(at for at in mine if ops[at].op.name in PRODUCTS and ops[at].reads[-1][:1] == (text,))
+        place = next(at for at in mine if ops[at].op.name in GEMMS and ops[at].reads[-1][:1] == (text,))
         found[place].before.append(Exchange(gathers=True, width=_width(text, sizes)))
     rows = [at for at in mine if ops[at].op.name == "embedding" or shares_depth(ops[at], part)]
     for place, text in zip(rows, left, strict=True):
@@ -169,15 +169,15 @@ def _exchanged(
 
 
 def shares_depth(op: MatchedOp, part: AbstractSet[str]) -> bool:
-    """Whether an operation is a product of which each rank has a share of the depth, in one of these widths."""
-    if op.op.name not in PRODUCTS or len(op.reads[-1]) != 2:
+    """Whether an operation is a GEMM of which each rank has a share of the depth, in one of these widths."""
+    if op.op.name not in GEMMS or len(op.reads[-1]) != 2:
         return False
     depth, columns = op.reads[-1]
     return bool(names_in(depth) & part) and not names_in(columns) & part
 
 
 def _has(op: MatchedOp, text: str) -> bool:
-    return op.op.name in PRODUCTS and any(text in shape for shape in (*op.reads, *op.writes))
+    return op.op.name in GEMMS and any(text in shape for shape in (*op.reads, *op.writes))
 
 
 def _width(text: str, sizes: StepSizes) -> int:

@@ -2,7 +2,7 @@
 
 A dimension is what the recording says of it, where it followed the widths of the model from its weights. Others are
 matched by their value and place: tokens, sequences and rows of experts by where an operation has them
-(the rows of a product's first matrix, not of a weight), experts in the layers that have them alone. Widths are what
+(the rows of a GEMM's first matrix, not of a weight), experts in the layers that have them alone. Widths are what
 weights have. What is matched to nothing is kept as it was recorded, and listed.
 
 Legend of symbols: B sequences, S tokens of each, T = B S, R = T K rows of experts, E experts, K experts of a token,
@@ -19,7 +19,7 @@ from functools import cached_property
 
 from moesim.errors import UserError
 from moesim.recorded.layers import DENSE, EXPERTS_GEMM, MOE
-from moesim.recorded.pricing import OPTIMIZER, PRODUCTS, SDPA
+from moesim.recorded.pricing import GEMMS, OPTIMIZER, SDPA
 from moesim.recorded.step_file import MODEL_SIZES, RecordedOp, Seen
 from moesim.recorded.widths import EXPERT_WIDTH, EXPERTS, HIDDEN, LENGTH, SEQUENCES, VOCABULARY, value_of
 
@@ -133,7 +133,7 @@ def _sequences(ops: Sequence[RecordedOp], ids: tuple[int, ...], *, where: str) -
 
 
 def _experts(ops: Sequence[RecordedOp], tokens: int) -> tuple[int, int, int]:
-    """Experts, how many of them a token takes, and their width: the depth of the last of their products."""
+    """Experts, how many of them a token takes, and their width: the depth of the last of their GEMMs."""
     found = [op for op in ops if op.name == EXPERTS_GEMM and op.phase == "forward" and len(op.reads[1][0]) == 3]
     if not found:
         return 0, 0, 0
@@ -175,7 +175,7 @@ def _widths(ops: Sequence[RecordedOp], sizes: StepSizes) -> frozenset[int]:
     """What weights, heads and tables have as dimensions, and what they make together."""
     found = {sizes.hidden, sizes.vocabulary, sizes.expert_width, 2 * sizes.expert_width}
     for op in ops:
-        if op.phase == "forward" and op.name in PRODUCTS and len(op.reads[-1][0]) == 2:
+        if op.phase == "forward" and op.name in GEMMS and len(op.reads[-1][0]) == 2:
             found |= set(op.reads[-1][0])
         if op.name == EXPERTS_GEMM and op.phase == "forward":
             found |= set(op.reads[1][0][1:])
@@ -266,11 +266,11 @@ class _Matcher:
             )
         if op.name == EXPERTS_GEMM and len(op.reads[1][0]) == 2:  # the gradients of weights
             return (("W", "R"), ("R", "W"), *(("E",) for _ in op.reads[2:]))
-        if op.name in PRODUCTS and len(op.reads[-1][0]) == 2:
-            return self._product(op)
+        if op.name in GEMMS and len(op.reads[-1][0]) == 2:
+            return self._gemm(op)
         return tuple(self._tensor(op, seen) for seen in op.reads)
 
-    def _product(self, op: RecordedOp) -> tuple[Symbols, ...]:
+    def _gemm(self, op: RecordedOp) -> tuple[Symbols, ...]:
         """Tokens or rows are the rows of the first matrix, or the depth of the gradient of a weight."""
         (rows, depth), (_, columns) = op.reads[-2][0], op.reads[-1][0]
         first = self._many(op, rows)
@@ -327,7 +327,7 @@ class _Matcher:
                     symbol = "B" if shape[at] == sizes.sequences else "1"
                     return [(at, symbol), *((place, "S") for place in (later if squares else later[:1]))]
         if len(shape) == 3 and shape[0] % sizes.sequences == 0 and shape[1] == sizes.sequence_length:
-            heads = shape[0] // sizes.sequences  # batches of products have heads and sequences in one dimension
+            heads = shape[0] // sizes.sequences  # batches of GEMMs have heads and sequences in one dimension
             if heads in self.widths and shape[0] != sizes.tokens:
                 square = shape[2] - sizes.sequence_length in NEAR
                 return [(0, "B"), (1, "S"), *([(2, "S")] if square else [])]

@@ -16,7 +16,7 @@ SCHEMA_VERSION = 1
 KEYS = {"name", "phase", "module", "count", "reads", "writes", "facts"}
 OPTIONAL = {"measured_s", "layer", "layers", "widths"}
 ALIGNMENT = 16
-ALIGNED = "aligned_bytes"  # a fact of products in 16 bits, see product_facts
+ALIGNED = "aligned_bytes"  # a fact of GEMMs in 16 bits, see gemm_facts
 # Facts of an operation: shapes of the weights whose gradients are whole behind it, in their order; how many views and
 # empty tensors the host has made since the operation before it. GRADIENT_WIDTHS: what the dimensions of those weights
 # are; MODEL_SIZES, of the optimizer: the numbers of all names in widths.
@@ -77,10 +77,10 @@ class RecordedOp:
         return head | tensors | {"facts": dict(self.facts)} | measured | placed | told
 
 
-def product_facts(
+def gemm_facts(
     shapes: Sequence[Sequence[int]], strides: Sequence[Sequence[int]], *, element_bytes: int
 ) -> dict[str, Any]:
-    """Of a product in 16 bits, the bytes at whose multiples rows of some matrix begin, where those are fewer than 16:
+    """Of a GEMM in 16 bits, the bytes at whose multiples rows of some matrix begin, where those are fewer than 16:
     libraries have no fast kernels for it.
     """
     steps = [

@@ -234,7 +234,7 @@ def _times(step: TracedStep, estimate: StepEstimate) -> list[Fact]:
         ("  waits for the GPU", _ms(times.waits_s), "not counted in it"),
     ]
     if calibration.clock_mhz is not None:
-        lines.append(("clock", f"{calibration.clock_mhz:.0f} MHz", "at which long products are priced as measured"))
+        lines.append(("clock", f"{calibration.clock_mhz:.0f} MHz", "at which long GEMMs are priced as measured"))
     if calibration.modelled_clock_mhz is not None:
         lines.append(("  of the model", f"{calibration.modelled_clock_mhz:.0f} MHz", "for a step of this load"))
     share = matched_share(estimate)

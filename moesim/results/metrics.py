@@ -238,7 +238,7 @@ SECONDS_PER_DAY = 86400.0
 def utilisation(scenario: Scenario, step_s: float) -> dict[str, Any]:
     """MFU = model FLOPs / (dense peaks of all ranks * step time), for both counts of attention.
 
-    `peak` names the number format whose peak `causal` and `non_causal` divide by, that of the large matrix products;
+    `peak` names the number format whose peak `causal` and `non_causal` divide by, that of the large GEMMs;
     `*_of_bf16_peak` are the same FLOPs over the bf16 peak, so that runs in different formats compare.
     """
     workload = scenario.workload

@@ -44,7 +44,7 @@ class ExpertGroup:
 
 
 class ShardedGate(LearnedRouter):
-    """The router by its facts in plain torch kernels: product in the dtype of the weights, s in float32, torch's top-k.
+    """The router by its facts in plain torch kernels: GEMM in the dtype of the weights, s in float32, torch's top-k.
 
     Logits as affinities are taken as a softmax over all experts, whose normalised gates are the same. Without groups.
     Ids given in `forced_ids_TK` take the place of the selection, whose kernels run all the same.
@@ -86,7 +86,7 @@ class ExpertShard(RoutedExperts):
     def compute(self, rows_IH: Tensor, offsets_P: Tensor) -> Tensor:
         """FFN of every row by its expert, [I, H]; `offsets_P` (int32) ends each expert's rows."""
         if len(rows_IH) == 0:
-            return rows_IH * 1.0  # no kernel takes an empty product; the weights then get no gradient
+            return rows_IH * 1.0  # no kernel takes an empty GEMM; the weights then get no gradient
         gate_IF, up_IF = functional.grouped_mm(rows_IH, self.w13_EHF, offs=offsets_P).chunk(2, dim=-1)
         return functional.grouped_mm(functional.silu(gate_IF) * up_IF, self.w2_EIH, offs=offsets_P)
 

@@ -80,7 +80,7 @@ def _refused(scenario: Scenario) -> Iterator[tuple[str, str]]:
     yield from _refused_of_file(scenario)
     if scenario.workload.precision.scaling and not software.casts_fp8:
         gemm = scenario.workload.precision.gemm
-        yield "workload.precision.gemm", f"{software.name} has no products in {gemm}; use bf16, or {FUSED.name}"
+        yield "workload.precision.gemm", f"{software.name} has no GEMMs in {gemm}; use bf16, or {FUSED.name}"
     if mesh.expert > 1 and not software.expert_ranks:
         what = f"{software.name} shares experts by copies of all tokens on every rank, which is not modelled"
         yield "parallelism.expert", f"{what}; use 1"
@@ -121,19 +121,19 @@ KEY = "workload.precision"
 
 
 def check_recipe(precision: Precision, report: Report) -> None:
-    """A recipe belongs to the format of the products."""
+    """A recipe belongs to the format of the GEMMs."""
     if precision.recipe is None:
         return
     meant = RECIPES[precision.recipe].gemm
     if precision.gemm != meant:
         known = [recipe.name for recipe in RECIPES.values() if recipe.gemm == precision.gemm]
         remedy = f"use {' or '.join(known)}, or gemm: {meant}" if known else f"set precision.gemm: {meant}, or drop it"
-        what = f"{precision.recipe} is for products of {meant}, but precision.gemm is {precision.gemm}"
+        what = f"{precision.recipe} is for GEMMs of {meant}, but precision.gemm is {precision.gemm}"
         raise report.user(f"{KEY}.recipe", f"{what}; {remedy}")
 
 
 def check_formats(precision: Precision, spec: GpuSpec, report: Report) -> None:
-    """The GPU has units for the products and their recipe."""
+    """The GPU has units for the GEMMs and their recipe."""
     if precision.gemm not in spec.peak_flops:
         formats = ", ".join(name for name in spec.peak_flops if name in get_args(GemmFormat))
         raise report.user(f"{KEY}.gemm", f"{spec.name} has no {precision.gemm}; it has {formats}")

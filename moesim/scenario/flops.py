@@ -208,7 +208,7 @@ def attention_score_flops(model: Model, *, sequence_length: int, causal: bool) -
     return scores
 
 
-# Parts of a step whose products stay in two bytes and more where those of the others are in fp8 or fp4.
+# Parts of a step whose GEMMs stay in two bytes and more where those of the others are in fp8 or fp4.
 WIDE_PARTS = frozenset({"attention_scores", "router", "head"})
 
 

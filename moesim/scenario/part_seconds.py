@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 
 # Shares of the data sheet that kernels and links reach, for all GPUs; those of `moesim.kernels.roofline` and
-# `moesim.network.parameters`, but for the products of fp8, which stay further below their peak.
-PRODUCT_SHARE, GROUPED_SHARE, ATTENTION_SHARE, MEMORY_SHARE, LINK_SHARE = 0.8, 0.7, 0.5, 0.85, 0.8
+# `moesim.network.parameters`, but for the GEMMs of fp8, which stay further below their peak.
+GEMM_SHARE, GROUPED_SHARE, ATTENTION_SHARE, MEMORY_SHARE, LINK_SHARE = 0.8, 0.7, 0.5, 0.85, 0.8
 FP8_SHARE = 0.7  # of the share of bf16
 SM_SHARE = 0.12  # of the SMs, held by communication where the scenario names no share
 WIDE = BYTES_PER_ELEMENT["bf16"]  # activations
@@ -63,7 +63,7 @@ def part_seconds(scenario: "Scenario", *, pool: Pool | None = None) -> PartSecon
     model = scenario.model
     moe = parts.moe_layer() if model.experts else 0.0
     head = parts.head()
-    join = parts.products(2 * model.hidden**2) + 3 * parts.moved(parts.norm_bytes)
+    join = parts.gemms(2 * model.hidden**2) + 3 * parts.moved(parts.norm_bytes)
     layer = moe if model.experts else parts.dense_layer()
     return PartSeconds(
         embedding=parts.moved(8 * model.hidden) + 2 * parts.shared_tokens(),
@@ -97,10 +97,8 @@ class _Parts:
         """Bytes of the norm of a part of a layer and of the sum around it; half of them are its forward pass."""
         return self.norm_bytes * (1 + (self._forwards("rms_norm") - 1) / 2)
 
-    def products(
-        self, parameters: float, *, share: float = PRODUCT_SHARE, wide: bool = False, forwards: int = 1
-    ) -> float:
-        """Products with weights of so many elements: so many forward passes, and two products backward."""
+    def gemms(self, parameters: float, *, share: float = GEMM_SHARE, wide: bool = False, forwards: int = 1) -> float:
+        """GEMMs with weights of so many elements: so many forward passes, and two GEMMs backward."""
         dtype = self.precision.wide if wide else self.precision.gemm
         rate = share * self.gpu.peak_flops[dtype] * (1.0 if wide or self.precision.scaling is None else FP8_SHARE)
         return 2 * parameters * (2 + forwards) / rate
@@ -130,15 +128,15 @@ class _Parts:
         core += self.moved(self._both_ways(SCORES[self.switches.attention], "core_attention") * model.heads * length)
         rotary = self._both_ways(ROTARY[self.switches.rotary]) * (model.heads + model.kv_heads) * model.head_dim
         up = up_projection_parameters(model)
-        products = self.products(up, forwards=self._forwards("mla_up_projection"))
-        products += self.products(attention_layer_parameters(model) - up, forwards=self._forwards())
-        return core + products + self.moved(self._norm() + rotary) + (2 * self._forwards() + 1) * self.shared_tokens()
+        gemms = self.gemms(up, forwards=self._forwards("mla_up_projection"))
+        gemms += self.gemms(attention_layer_parameters(model) - up, forwards=self._forwards())
+        return core + gemms + self.moved(self._norm() + rotary) + (2 * self._forwards() + 1) * self.shared_tokens()
 
     def _network(self, width: float, *words: "Recomputable") -> float:
         """A gated network of this width for every token, which these words repeat: norm apart."""
         forwards = self._forwards(*words)
-        products = self.products(self.model.ffn_matrices * self.model.hidden * width, forwards=forwards)
-        return products + self.moved(self._activation_bytes(width, *words)) + (2 * forwards + 1) * self.shared_tokens()
+        gemms = self.gemms(self.model.ffn_matrices * self.model.hidden * width, forwards=forwards)
+        return gemms + self.moved(self._activation_bytes(width, *words)) + (2 * forwards + 1) * self.shared_tokens()
 
     def _activation_bytes(self, width: float, *words: "Recomputable") -> float:
         """Fused, silu(a) * b reads two values and writes one; its gradient reads three and writes two."""
@@ -153,9 +151,9 @@ class _Parts:
         model, mesh = self.scenario.model, self.scenario.parallelism
         forwards = self._forwards("moe")
         compute = self._attention() + self.moved(self._norm() + 20 * model.experts)
-        compute += self.products(model.hidden * model.experts, wide=True, forwards=forwards)
-        compute += self.products(latent_parameters(model), forwards=forwards)
-        routed = self.products(model.top_k * expert_parameters(model), share=GROUPED_SHARE, forwards=forwards)
+        compute += self.gemms(model.hidden * model.experts, wide=True, forwards=forwards)
+        compute += self.gemms(latent_parameters(model), forwards=forwards)
+        routed = self.gemms(model.top_k * expert_parameters(model), share=GROUPED_SHARE, forwards=forwards)
         compute += routed + self.moved(self._activation_bytes(model.top_k * model.expert_intermediate, "moe"))
         shared = self._network(model.shared_width, "shared_experts", "moe") if model.shared_experts else 0.0
         compute += self.moved(self._permuted_bytes())
@@ -214,7 +212,7 @@ class _Parts:
     def head(self) -> float:
         """Norm, logits and loss."""
         model = self.model
-        logits = self.products(model.hidden * model.vocab, wide=True)
+        logits = self.gemms(model.hidden * model.vocab, wide=True)
         bytes_ = self.norm_bytes + LOGITS[self.switches.loss] * model.vocab
         work, mesh = self.scenario.workload, self.scenario.parallelism
         tokens = work.micro_batch * work.sequence_length / mesh.context  # of which tensor ranks share columns

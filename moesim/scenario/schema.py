@@ -38,7 +38,7 @@ from moesim.scenario.software import DEFAULT, RECIPES, Implementation, Recipe
 from moesim.scenario.stages import stage_lengths
 from moesim.schedules import PLAIN, SCHEDULES, ScheduleFacts
 
-# Measured on two H200 (torch 2.11, CUDA 13): 0.74 GB for the context and the kernels of matrix products and attention,
+# Measured on two H200 (torch 2.11, CUDA 13): 0.74 GB for the context and the kernels of GEMMs and attention,
 # 1.5 GB for the first NCCL communicator, 0.3 GB for each of three more, 0.47 GB for the first all-to-all; on two H100s
 # 0.74, 0.89, 0.51 and 0.47 GB, which is as much.
 RESERVED_BYTES = 3.6e9
@@ -153,11 +153,11 @@ class Precision(Section):
 
     gemm: GemmFormat = Field(
         default="bf16",
-        description="Number format of matrix products; fp8 and fp4 leave head, router gate and attention in bf16.",
+        description="Number format of GEMMs; fp8 and fp4 leave head, router gate and attention in bf16.",
     )
     recipe: Literal["per_tensor", "blockwise", "mxfp8", "nvfp4"] | None = Field(
         default=None,
-        description="How products of fp8 or fp4 are scaled: per_tensor, blockwise (as DeepSeek-V3), mxfp8 (fp8 of "
+        description="How GEMMs of fp8 or fp4 are scaled: per_tensor, blockwise (as DeepSeek-V3), mxfp8 (fp8 of "
         "Blackwell) or nvfp4 (fp4 of Blackwell); absent: blockwise for fp8, nvfp4 for fp4.",
     )
     weights: DType = Field(default="bf16", description="Number format of the weights.")
@@ -169,17 +169,17 @@ class Precision(Section):
 
     @property
     def scaling(self) -> Recipe | None:
-        """The facts of the recipe; None for products of two bytes and more."""
+        """The facts of the recipe; None for GEMMs of two bytes and more."""
         return RECIPES[self.recipe or DEFAULT[self.gemm]] if self.gemm in DEFAULT else None
 
     @property
     def kernels(self) -> str:
-        """What kernel models call the format of the products."""
+        """What kernel models call the format of the GEMMs."""
         return self.scaling.kernels if self.scaling else self.gemm
 
     @property
     def wide(self) -> str:
-        """Format of what such products leave out."""
+        """Format of what such GEMMs leave out."""
         return "bf16" if self.scaling else self.gemm
 
 

@@ -3,7 +3,7 @@
 A software is data: what the kernels of a step, its memory and the checks of a scenario ask of it, one row each.
 What differs in the kernels of a step is named switches (`Switches`): a software is one row of settings, and a scenario
 may set any of them anew, by the same name. The writers of kernels (`moesim.program`) and of memory (`moesim.parallel`)
-ask for settings and for no software. How products of operands of a byte or less are scaled is a table of its own
+ask for settings and for no software. How GEMMs of operands of a byte or less are scaled is a table of its own
 (`RECIPES`), read by checks, memory, kernels and flags:
 
 per_tensor  one scale an operand, found in a pass of its own (TransformerEngine's current scaling)
@@ -22,7 +22,7 @@ from pydantic import ConfigDict, Field, WithJsonSchema, create_model
 
 from moesim.scenario.base import DType, Flag, Section, one_of
 
-Products = Literal["joined", "separate"]
+Gemms = Literal["joined", "separate"]
 Kernels = Literal["fused", "unfused"]
 Chunks = Annotated[int, Field(strict=True, gt=0, le=1_024)]
 
@@ -36,7 +36,7 @@ class Switches:
         "Norms: fused with the residual sum; a kernel beside a sum (and a sum of gradients where a branch leaves); or "
         "unfused, in eight elementwise kernels of fp32",
     ] = "fused"
-    qkv: Annotated[Products, "Products of queries, keys and values: joined in one, or separate"] = "joined"
+    qkv: Annotated[Gemms, "GEMMs of queries, keys and values: joined in one, or separate"] = "joined"
     rotary: Annotated[
         Literal["fused", "cached", "remade", "complex", "unfused"],
         "Rotary embedding: one kernel; five kernels over cached tables of the step; by tables remade for each tensor, "
@@ -46,7 +46,7 @@ class Switches:
     repeat_keys: Annotated[Flag, "Whether keys and values of grouped queries are repeated to all heads"] = False
     attention: Annotated[
         Literal["fused", "unfused", "fp32"],
-        "Attention: one fused kernel, or products, mask and softmax over all pairs, these in bf16 (unfused) or, with "
+        "Attention: one fused kernel, or GEMMs, mask and softmax over all pairs, these in bf16 (unfused) or, with "
         "casts, in fp32",
     ] = "fused"
     dropout: Annotated[Flag, "Whether attention drops scores at random"] = False
@@ -56,7 +56,7 @@ class Switches:
         "single, or double where autograd copies gradients once more",
     ] = "none"
     router: Annotated[Kernels, "Selection of experts behind the gate: one fused kernel, or one a step"] = "fused"
-    router_dtype: Annotated[Literal["bf16", "fp32"], "Format of the gate's product"] = "bf16"
+    router_dtype: Annotated[Literal["bf16", "fp32"], "Format of the gate's GEMM"] = "bf16"
     permute: Annotated[
         Literal["fused", "sort", "mask", "sentinels"],
         "Rows to the order of experts: a fused gather, by a sort of ids, by a mask of tokens by experts, or by a sort "
@@ -74,12 +74,12 @@ class Switches:
         Literal["inside", "bf16", "fp32"],
         "Gates: inside of the activation, or on results in bf16 or fp32",
     ] = "inside"
-    expert_products: Annotated[
+    expert_gemms: Annotated[
         Literal["grouped", "each"],
-        "Products of routed experts: grouped in one launch, or each by itself",
+        "GEMMs of routed experts: grouped in one launch, or each by itself",
     ] = "grouped"
-    expert_inputs: Annotated[Products, "W1 and W3 of routed experts: joined in one product, or separate"] = "joined"
-    ffn_inputs: Annotated[Products, "W1 and W3 of dense networks and shared experts: joined, or separate"] = "joined"
+    expert_inputs: Annotated[Gemms, "W1 and W3 of routed experts: joined in one GEMM, or separate"] = "joined"
+    ffn_inputs: Annotated[Gemms, "W1 and W3 of dense networks and shared experts: joined, or separate"] = "joined"
     activation: Annotated[
         Literal["fused", "compiled", "unfused"],
         "Activation times gate: one fused kernel, one compiled by torch, or two and backward four",
@@ -117,7 +117,7 @@ class Switches:
         DType | None,
         "Format in which gradients are reduced, by default that they are kept in",
     ] = None
-    sequence_parallel: Annotated[Flag, "Whether tensor ranks share the tokens between products, too"] = True
+    sequence_parallel: Annotated[Flag, "Whether tensor ranks share the tokens between GEMMs, too"] = True
     host: Annotated[Literal["free", "launches"], "The host: free of cost, or launches, one for each kernel"] = "free"
     counts: Annotated[
         Flag,
@@ -135,9 +135,9 @@ class Switches:
 class Recipe:
     """The facts of one recipe.
 
-    gemm: the format of workload.precision.gemm that it belongs to; kernels: what kernel models call its products; peak:
+    gemm: the format of workload.precision.gemm that it belongs to; kernels: what kernel models call its GEMMs; peak:
     what a GPU must have a peak of; value_bytes: bytes of an element with its share of the scales.
-    fuses: the kernel before a product writes its input scaled; searches: a cast comes behind a pass that finds the
+    fuses: the kernel before a GEMM writes its input scaled; searches: a cast comes behind a pass that finds the
     largest magnitude of the whole operand; turns: the copy kept for the weight's gradient is turned then, else it was
     made with the first one; both_kind: memory-bound kind of the cast both ways. megatron: word of its --fp8-recipe.
     """
@@ -176,7 +176,7 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType({
     )
 })  # fmt: skip
 RECIPE_OF_KERNELS = {recipe.kernels: recipe for recipe in RECIPES.values()}
-DEFAULT = {"fp8": "blockwise", "fp4": "nvfp4"}  # by the format of the products
+DEFAULT = {"fp8": "blockwise", "fp4": "nvfp4"}  # by the format of the GEMMs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,10 +191,10 @@ class SoftwareFacts:
     Of what it can do: shards_gradients (ZeRO 2 and 3), shares_layers (tensor, context and expert-tensor
     ranks), other_layers (dense layers anywhere, windows in some layers, networks that are not gated, experts of another
     width), recomputes_parts, overlaps, copies_experts (an expert in more than one slot), deduplicates (a token goes
-    once to a rank for several experts), casts_fp8 (products of FP8 with casts of their own), plain_queries (latent
+    once to a rank for several experts), casts_fp8 (GEMMs of FP8 with casts of their own), plain_queries (latent
     attention without compressed queries), query_key_norms (where a model has them), expert_ranks (experts on several
     ranks), buffers_scores (unfused attention has a buffer for scores that stays), stores_narrow_inputs (inputs of
-    activations are kept in the format of the products), and runs_here: whether it is what `moesim validate` runs.
+    activations are kept in the format of the GEMMs), and runs_here: whether it is what `moesim validate` runs.
     bf16_optimizer: states in bf16 are updated by a kernel for them, else by that for fp32.
     """
 
@@ -262,7 +262,7 @@ MEGATRON = SoftwareFacts(
 MEGATRON_LOCAL = replace(
     MEGATRON,
     name="megatron_local",
-    about="Megatron-Core without Transformer Engine: its local layers, unfused attention, one product an expert",
+    about="Megatron-Core without Transformer Engine: its local layers, unfused attention, one GEMM an expert",
     listed="kernel by kernel from traces of Megatron-Core 0.19.2 on one and two H100",
     checked="28 measured steps on one and two H100, 15 of them in no choice (docs/software.md); not on more ranks",
     switches=replace(
@@ -271,7 +271,7 @@ MEGATRON_LOCAL = replace(
         repeat_keys=True,
         attention="fp32",
         layout_copies="single",
-        expert_products="each",
+        expert_gemms="each",
         optimizer="foreach",
         gradient_norm="loop",
         accumulation="buffer",
@@ -285,7 +285,7 @@ DEEPSEEK = SoftwareFacts(
     listed="from the DeepSeek-V3 report (fused casts, overlapped pairs, bf16 moments) and its libraries DeepEP and "
     "DeepGEMM; the trainer itself is not public: what is not told is taken as fused, its host as ahead",
     checked="no measured step of it, nor can there be: its trainer is not public; the exchange beside DeepEP's "
-    "published bandwidths, its FP8 products beside DeepGEMM's",
+    "published bandwidths, its FP8 GEMMs beside DeepGEMM's",
     switches=Switches(gradient_norm="kernel", weight_copy=True, embedding="torch", counts=True),
     shared_beside=True,
     stores_narrow_inputs=True,

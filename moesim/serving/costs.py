@@ -195,10 +195,10 @@ class StepCosts:
 
     @cached_property
     def num_kernels(self) -> int:
-        """Kernels of a step; a grouped product is two, as its sizes are prepared by one."""
+        """Kernels of a step; a grouped GEMM is two, as its sizes are prepared by one."""
         model, lists, tensor = self.model, self.pricing.lists, self.scenario.parallelism.tensor
-        products = 6 if isinstance(model.attention, Mla) else 4 if self.pricing.software.separate_heads else 2
-        around = num_launches(lists.attention(model, tensor, 1.0)) + products + 1 + (2 if tensor > 1 else 0)
+        gemms = 6 if isinstance(model.attention, Mla) else 4 if self.pricing.software.separate_heads else 2
+        around = num_launches(lists.attention(model, tensor, 1.0)) + gemms + 1 + (2 if tensor > 1 else 0)
         network = num_launches(lists.network(1.0, 1)) + 2
         experts = num_launches(lists.experts(model, 1.0, 1.0, 1)) + 5 + (2 if self.together else 0)
         experts += network if model.shared_experts else 0
@@ -300,7 +300,7 @@ class StepCosts:
                 apart = gemm(tokens, model.hidden, heads * dim) + 2 * gemm(tokens, model.hidden, keys)
                 return apart + gemm(tokens, heads * dim, model.hidden)
             wide = heads * dim + 2 * keys
-            return gemm(tokens, model.hidden, wide) + gemm(tokens, heads * dim, model.hidden)  # one product for q, k, v
+            return gemm(tokens, model.hidden, wide) + gemm(tokens, heads * dim, model.hidden)  # one GEMM for q, k, v
         mla = model.attention
         query = heads * (dim + mla.rope_head_dim)
         seconds = gemm(tokens, model.hidden, mla.kv_lora_rank + mla.rope_head_dim)
@@ -312,7 +312,7 @@ class StepCosts:
 
     def _latents(self, tokens: int) -> tuple[float, float]:
         """Seconds of a layer of MLA: of generated tokens, whose queries go into the latent space and outputs out of
-        it, a product for each head; and of tokens of prompts, whose latents become keys and values in one product."""
+        it, a GEMM for each head; and of tokens of prompts, whose latents become keys and values in one GEMM."""
         mla, dim = self.model.attention, self.model.head_dim
         if not isinstance(mla, Mla):
             return 0.0, 0.0

@@ -77,7 +77,7 @@ def attention_seconds(parameters: Any, shape: KeyShape, requests: Any, keys: Any
 def fused_experts_seconds(
     parameters: Any, block: int, rows_RE: NDArray[Any], *, hidden: int, width: int, matrices: int, size: float
 ) -> FloatArray:
-    """All routed experts of a rank in an engine's kernels [R]: sorting, both products, activation, weighted sum.
+    """All routed experts of a rank in an engine's kernels [R]: sorting, both GEMMs, activation, weighted sum.
 
     parameters: floor (s), seconds of an expert that has rows, bandwidth of rows (bytes/s), bandwidth of weights of
     `size` bytes an element, rate (FLOP/s). Rows of an expert fill up blocks of `block`.
@@ -92,7 +92,7 @@ def fused_experts_seconds(
 
 
 def batched_seconds(parameters: Any, batch: Any, tokens: Any, k: Any, n: Any, *, size: float) -> Any:
-    """A product [tokens, k] x [k, n] for each of a batch; parameters: floor (s), bandwidth, rate.
+    """A GEMM [tokens, k] x [k, n] for each of a batch; parameters: floor (s), bandwidth, rate.
 
     Where tables were measured again and again with the same weights, the bandwidth is that of the L2.
     """

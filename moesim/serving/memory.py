@@ -350,8 +350,8 @@ def _workspace(scenario: ServingScenario) -> float:
 def _row_elements(scenario: ServingScenario) -> float:
     """Elements of bf16 that a step holds at once for a row of an expert.
 
-    Its input and both inputs of the activation in an engine. In transformers, which masks results of products in new
-    tensors: the input, twice the activation's inputs, these twice more; or behind the products input and result, and
+    Its input and both inputs of the activation in an engine. In transformers, which masks results of GEMMs in new
+    tensors: the input, twice the activation's inputs, these twice more; or behind the GEMMs input and result, and
     this with its gate and in the order of tokens, in fp32.
     """
     model = scenario.model

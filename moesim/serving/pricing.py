@@ -32,7 +32,7 @@ IN_MEMORY = {
     "drawn": "softmax", "top_50": "softmax", "norm_in_eight": "rms_norm", "rotary_in_five": "elementwise",
 }  # fmt: skip
 LARGE = 4e6  # elements
-LEAST_SHARE = 0.5  # of a product launched alone that it takes in a row of kernels at least
+LEAST_SHARE = 0.5  # of a GEMM launched alone that it takes in a row of kernels at least
 
 
 class Pricing:
@@ -82,7 +82,7 @@ class Pricing:
         return fitted.parameters
 
     def gemm(self, m: float, k: int, n: int, *, wide: bool = False) -> float:
-        """Seconds of a product whose weights are stored in workload.weights (bf16 where `wide`)."""
+        """Seconds of a GEMM whose weights are stored in workload.weights (bf16 where `wide`)."""
         if wide:
             return float(self.seconds(Gemm(m=m, k=k, n=n)))
         seconds = float(self.seconds(Gemm(m=m, k=k, n=n, dtype=self.load.gemm)))
@@ -90,14 +90,14 @@ class Pricing:
         return seconds + (self.small([Small("cast", m, k)]) if self.load.gemm == "fp8" else 0.0)
 
     def batched(self, batch: int, tokens: float, k: int, n: int) -> float:
-        """Seconds of a product for each of a batch: queries into latents, and outputs out of them, head by head."""
+        """Seconds of a GEMM for each of a batch: queries into latents, and outputs out of them, head by head."""
         fitted = fitted_of("batched", self.gpu, self.load.gemm, "bf16", rates={1: "memory", 2: "peak"})
         self._sources.add(fitted.source)
         size = BYTES_PER_ELEMENT[self.load.gemm]
         return float(batched_seconds(fitted.parameters, batch, tokens, k, n, size=size))
 
     def experts(self, rows_RE: NDArray[np.int64], *, hidden: int, width: int, matrices: int) -> NDArray[np.float64]:
-        """Seconds [R] of the routed experts of every rank: of an engine's kernels, or of torch's two products."""
+        """Seconds [R] of the routed experts of every rank: of an engine's kernels, or of torch's two GEMMs."""
         if self.software.stack == "engines":
             kind = "int4" if self.load.weights == "int4" else self.load.gemm
             fitted = fitted_of("experts", self.gpu, kind, "bf16", rates={2: "memory", 3: "memory", 4: "peak"})
@@ -114,7 +114,7 @@ class Pricing:
         return seconds_R
 
     def spared(self, weights: float, *, floor: float) -> float:
-        """Seconds that narrower weights spare the memory: at most 0.8 of a product's, which still computes."""
+        """Seconds that narrower weights spare the memory: at most 0.8 of a GEMM's, which still computes."""
         stored = WEIGHT_BYTES[self.load.weights] + SCALES[self.load.weights]
         spared = weights * (BYTES_PER_ELEMENT[self.load.gemm] - stored)
         return min(max(0.0, spared) / self.gpu.memory_bandwidth, 0.8 * floor)

@@ -136,7 +136,7 @@ class Serving(Section):
     weights: Literal["bf16", "fp8", "int4"] = Field(
         default="bf16", description="Number format that weights of experts and projections are stored in."
     )
-    gemm: Literal["bf16", "fp8"] = Field(default="bf16", description="Number format of the products.")
+    gemm: Literal["bf16", "fp8"] = Field(default="bf16", description="Number format of the GEMMs.")
     kv: Literal["bf16", "fp8"] = Field(default="bf16", description="Number format of stored keys and values.")
     slo: Slo = Field(default=Slo(), description="Limits of good answers; absent: all are good.")
     prefixes: Prefixes | None = Field(default=None, description="Beginnings that prompts share; absent: none.")

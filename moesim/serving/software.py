@@ -1,6 +1,6 @@
 """What serves: which kernels a layer is made of, whether steps are replayed as CUDA graphs, what the host adds.
 
-First the small kernels of a layer and of the end of a step, as each software runs them, beside products and attention:
+First the small kernels of a layer and of the end of a step, as each software runs them, beside GEMMs and attention:
 a kernel is (kind, rows, width), of the kinds of `moesim.serving.decode_kernels`. Then one entry per software.
 
 Legend: T tokens of a rank; rows of experts are tokens times experts of a token.
@@ -170,7 +170,7 @@ class ServingSoftware:
     that keys are filled up to. request, listed_key: seconds of the host in a step for each request and for each key
     that it lists. plan: seconds of the host for a size of attention not met before, which every step has. hides_host:
     whether it prepares a step beside the one before it. separate_heads: whether queries, keys and values are three
-    products. masks_rows: whether results of experts are masked in new tensors and take their gates in fp32, which a
+    GEMMs. masks_rows: whether results of experts are masked in new tensors and take their gates in fp32, which a
     step has to have room for.
     """
 

@@ -15,7 +15,7 @@ MODEL = {
     "layers": 12, "hidden": 1024, "heads": 8, "kv_heads": 8, "head_dim": 128, "experts": 16, "top_k": 2,
     "expert_intermediate": 2048, "vocab": 32000,
 }  # fmt: skip
-PRODUCT = {"m": 8192, "k": 8192, "n": 8192}
+GEMM = {"m": 8192, "k": 8192, "n": 8192}
 
 
 def scenario(tokens: int, *, pipeline: int = 1, gpu: str = "h200") -> Scenario:
@@ -44,7 +44,7 @@ def kernels_of(given: Scenario, profile: str | None = None) -> tuple[CalibratedM
 
 def test_heavier_steps_run_at_lower_clocks() -> None:
     light, heavy = kernels_of(scenario(64))[0], kernels_of(scenario(8192))[0]
-    assert light.seconds(Gemm(**PRODUCT)).seconds < heavy.seconds(Gemm(**PRODUCT)).seconds
+    assert light.seconds(Gemm(**GEMM)).seconds < heavy.seconds(Gemm(**GEMM)).seconds
 
 
 def test_a_datasheet_has_no_clock() -> None:

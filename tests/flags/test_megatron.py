@@ -450,7 +450,7 @@ def test_modules_that_the_model_does_not_have_are_not_computed_again(write: Writ
 
 
 def test_no_flag_of_kernels_is_dropped_without_a_word(write: Write) -> None:
-    """Local layers: those of megatron_local, changed by a flag, or told of it; grouped products are asked for."""
+    """Local layers: those of megatron_local, changed by a flag, or told of it; grouped GEMMs are asked for."""
     backend, grouped = "--attention-backend flash", "--moe-grouped-gemm"
     for flag, settings in {**KERNELS, backend: {}, grouped: {}}.items():
         if "gelu" in flag:  # of networks that are not gated
@@ -459,11 +459,11 @@ def test_no_flag_of_kernels_is_dropped_without_a_word(write: Write) -> None:
         switches = vars(reading.scenario.implementation.switches)
         told = any(line.startswith(f"{flag}: local layers") for line in reading.taken)
         assert told is not (bool(settings) and switches.items() >= settings.items()), flag
-    assert scenario(write(f"--transformer-impl local {grouped}")).implementation.switches.expert_products == "each"
+    assert scenario(write(f"--transformer-impl local {grouped}")).implementation.switches.expert_gemms == "each"
     plain = of(write())
-    assert plain.scenario.implementation.switches.expert_products == "each"
+    assert plain.scenario.implementation.switches.expert_gemms == "each"
     assert any("--moe-grouped-gemm" in line for line in plain.taken)
-    assert scenario(write(grouped)).implementation.switches.expert_products == "grouped"
+    assert scenario(write(grouped)).implementation.switches.expert_gemms == "grouped"
 
 
 @pytest.mark.parametrize(

@@ -144,10 +144,10 @@ def test_other_models_come_back(model: str, pipeline: str, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "software",
     [
-        "{kind: megatron, expert_products: each, permute: fused, gather_backward: fused, combine: fused}",
+        "{kind: megatron, expert_gemms: each, permute: fused, gather_backward: fused, combine: fused}",
         "{kind: megatron, attention: unfused, router: fused, activation: unfused}",
         "{kind: megatron_local, permute: fused, gather_backward: fused, combine: fused, activation: unfused}",
-        "{kind: megatron_local, expert_products: grouped, attention: fused, norm: fused}",
+        "{kind: megatron_local, expert_gemms: grouped, attention: fused, norm: fused}",
     ],
 )
 def test_kernels_of_megatron_come_back(software: str, tmp_path: Path) -> None:

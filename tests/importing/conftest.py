@@ -41,9 +41,9 @@ class Trace:
         self.events.append(whole | {"args": args or {}})
 
     def step(self, at: float = 0.0, *, backward: bool = True, optimizer: bool = True, kernels: bool = True) -> "Trace":
-        """A product forward, its two gradients, and an optimizer."""
-        product = self.op("aten::mm", at + 10, 20, dims=[[64, 32], [32, 16]], **{"Sequence number": 5})
-        work = [(product, at + 15, at + 40, MAIN)]
+        """A GEMM forward, its two gradients, and an optimizer."""
+        gemm = self.op("aten::mm", at + 10, 20, dims=[[64, 32], [32, 16]], **{"Sequence number": 5})
+        work = [(gemm, at + 15, at + 40, MAIN)]
         if backward:
             node = {"Sequence number": 5, "Fwd thread id": 1}
             self.op("autograd::engine::evaluate_function: MmBackward0", at + 100, 90, thread=ENGINE, **node)

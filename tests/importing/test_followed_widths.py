@@ -108,7 +108,7 @@ def test_tokens_as_many_as_the_hidden_size_are_told_from_it() -> None:
     assert ours.kernels_s == pytest.approx(theirs.kernels_s, rel=0.01)
 
 
-def test_a_vocabulary_of_an_odd_width_slows_its_products() -> None:
+def test_a_vocabulary_of_an_odd_width_slows_its_gemms() -> None:
     first, anew = (recorded("Qwen3MoeConfig", QWEN3 | {"vocab_size": size}) for size in (32000, 32001))
     before, to = (sizes_of(ops, where="it") for ops in (first, anew))
     kernels = kernel_model("h100")

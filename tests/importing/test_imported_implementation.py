@@ -243,7 +243,7 @@ def test_activation_checkpointing_is_recorded(
     before, after = (step_estimate(each, kernels) for each in (first, ops))
     layers = sum(op.count * op.seconds for op in before.ops if op.phase == "forward" and op.module[:6] == "layers")
     more = after.kernels_s - before.kernels_s
-    least = 0.99 if reentrant else 0.75  # the last products of a layer are not needed
+    least = 0.99 if reentrant else 0.75  # the last GEMMs of a layer are not needed
     assert least * layers < more < 1.01 * layers
     assert {op.layer for op in ops if AGAIN in op.facts} == {DENSE, MOE}
     file = tmp_path / "again.json"

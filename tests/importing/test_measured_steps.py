@@ -96,7 +96,7 @@ def test_two_gpus_from_a_recording_of_one(wrapper: str, blind: int, seen: int, w
 
 
 def test_ranks_that_share_their_tokens_by_plans_of_transformers() -> None:
-    """Its expert plan in no choice; of its tensor plan, whose products cost the host, the first size gave that cost."""
+    """Its expert plan in no choice; of its tensor plan, whose GEMMs cost the host, the first size gave that cost."""
     experts, tensor = (library_errors(of=lambda _, mode, plan=plan: mode == plan) for plan in ("hf-ep", "tp"))
     assert len(experts[True]) == 2 and max(*experts[True], *experts[False]) < 0.04
     assert len(tensor[False]) == 5 and np.median(tensor[False]) < 0.07 and max(tensor[False]) < 0.16

@@ -30,7 +30,7 @@ def kernels() -> KernelModel:
 
 @pytest.mark.parametrize("aligned", [2, 4, 8])
 @pytest.mark.parametrize("direction", ["forward", "dgrad", "wgrad"])
-def test_products_of_unaligned_rows(rows: Rows, kernels: KernelModel, aligned: int, direction: Any) -> None:
+def test_gemms_of_unaligned_rows(rows: Rows, kernels: KernelModel, aligned: int, direction: Any) -> None:
     found = [
         row[direction] / kernels.seconds(Gemm(m=row["m"], k=row["k"], n=row["n"], direction=direction)).seconds
         for row in rows

@@ -35,10 +35,10 @@ def estimate(ops: list[RecordedOp], kernels: KernelModel, wrapper: str | None, r
     return step_estimate(ops, kernels, ranks=spread)
 
 
-def test_a_tensor_plan_sums_every_product_of_a_share_and_gathers_the_logits(
+def test_a_tensor_plan_sums_every_gemm_of_a_share_and_gathers_the_logits(
     ops: list[RecordedOp], kernels: KernelModel
 ) -> None:
-    """One dense and two MoE layers whose queries, keys and values, and gate and up, are one product each."""
+    """One dense and two MoE layers whose queries, keys and values, and gate and up, are one GEMM each."""
     sent = estimate(ops, kernels, TP).timeline.sent
     tokens = float(TOKENS * HIDDEN * BF16)
     gates = float(TOKENS * TOP_K * 4)
@@ -60,10 +60,10 @@ def test_an_expert_plan_sums_the_experts_results_alone(ops: list[RecordedOp], ke
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_ranks_have_shares_of_weights_and_products_but_all_tokens(
+def test_ranks_have_shares_of_weights_and_gemms_but_all_tokens(
     ops: list[RecordedOp], kernels: KernelModel, ranks: int
 ) -> None:
-    """Rows of other ranks' experts are moved as one's own; no product computes them."""
+    """Rows of other ranks' experts are moved as one's own; no GEMM computes them."""
 
     def parameters(found: tuple[RecordedOp, ...]) -> float:
         return next(op.facts["parameters"] for op in found if op.name == OPTIMIZER)

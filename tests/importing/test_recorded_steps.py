@@ -39,10 +39,10 @@ def small_step():
     return model, lambda: model(inputs).square().mean()
 
 
-def test_products_of_both_passes_have_their_flops() -> None:
+def test_gemms_of_both_passes_have_their_flops() -> None:
     ops = record_step(*small_step())
     flops = sum(op.count * float(np.sum(kernel.flops)) for op in ops for kernel in launch_of(op).kernels)
-    assert flops == 3 * 2 * (2 * TOKENS * HIDDEN * WIDTH)  # forward and both gradients of two products
+    assert flops == 3 * 2 * (2 * TOKENS * HIDDEN * WIDTH)  # forward and both gradients of two GEMMs
     assert {op.phase for op in ops} == {"forward", "backward", "optimizer"}
     (optimizer,) = (op for op in ops if op.phase == "optimizer")
     assert optimizer.facts["parameters"] == 2 * HIDDEN * WIDTH
@@ -233,7 +233,7 @@ def test_dropout_is_one_kernel_each_way() -> None:
 
 
 @pytest.mark.parametrize(("width", "aligned"), [(64, None), (65, 2), (66, 4), (68, 8)])
-def test_products_whose_rows_begin_anywhere_are_priced_as_such(width: int, aligned: int | None) -> None:
+def test_gemms_whose_rows_begin_anywhere_are_priced_as_such(width: int, aligned: int | None) -> None:
     with torch.device("meta"):
         model = nn.Linear(64, width, bias=False, dtype=torch.bfloat16)
         inputs = torch.randn(33, 64, dtype=torch.bfloat16, requires_grad=True)  # an odd number of rows slows nothing
@@ -339,7 +339,7 @@ def step():
 
 
 def test_what_is_alive_is_what_a_hand_counts() -> None:
-    """Of Y = X W1 W2 and mean(Y^2): behind the first product of the way back stand X, X W1, the gradients of Y, of X W1
+    """Of Y = X W1 W2 and mean(Y^2): behind the first GEMM of the way back stand X, X W1, the gradients of Y, of X W1
     and of W2."""
     peak = step_peak(record_step(*step()))
     assert peak is not None
@@ -360,7 +360,7 @@ def test_a_file_keeps_the_peak_and_another_size_has_none(tmp_path: Path) -> None
 
 
 def test_measured_peaks_of_transformers_are_met(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of an H100, in no choice but that of a kernel's own product; `python tools/peak_table.py` has all 34 steps."""
+    """Of an H100, in no choice but that of a kernel's own GEMM; `python tools/peak_table.py` has all 34 steps."""
     pytest.importorskip("transformers")
     monkeypatch.setattr(sys, "path", [str(ROOT / "tools"), *sys.path])
     from measure_peaks import Case

@@ -15,7 +15,7 @@ from test_imported_implementation import not_followed, scenario
 import moesim
 from moesim.errors import UserError
 from moesim.recorded.layers import DENSE
-from moesim.recorded.pricing import OPTIMIZER, PRODUCTS, launch_of
+from moesim.recorded.pricing import GEMMS, OPTIMIZER, launch_of
 from moesim.recorded.scaling import scaled_op, scaled_ops
 from moesim.recorded.sharing import divided, shared_out
 from moesim.recorded.sizes import MatchedOp, matched, sizes_of
@@ -72,7 +72,7 @@ def flops(op: RecordedOp) -> float:
 
 @pytest.mark.parametrize("tensor", [2, 4])
 def test_ranks_together_multiply_as_much_as_one_alone(ops: list[RecordedOp], tensor: int) -> None:
-    """Products on a share of a width see all tokens, others those of a rank."""
+    """GEMMs on a share of a width see all tokens, others those of a rank."""
     sizes = sizes_of(ops, where="it")
     share = divided(sizes, tensor=tensor, expert_tensor=1)
     own = replace(share, sequence_length=sizes.sequence_length // tensor)
@@ -87,7 +87,7 @@ def test_ranks_together_multiply_as_much_as_one_alone(ops: list[RecordedOp], ten
             for each, part in zip(mine, shared_out(of("forward", layer), mine, sizes), strict=True):
                 scaled = scaled_op(each, sizes, share if part.whole else own)
                 assert scaled is not None
-                if each.op.name in PRODUCTS:
+                if each.op.name in GEMMS:
                     assert tensor * flops(scaled) == pytest.approx(flops(replace(each.op, count=scaled.count)))
 
 

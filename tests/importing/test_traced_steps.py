@@ -101,11 +101,11 @@ def test_attention_of_either_pass_is_causal_with_grouped_keys(step: TracedStep) 
     assert all(op.facts["causal"] and [shape[1] for shape, _, _ in op.reads] == [32, 8, 8] for op in attention)
 
 
-def test_the_clock_of_the_trace_makes_long_products_cost_what_they_took(step: TracedStep) -> None:
+def test_the_clock_of_the_trace_makes_long_gemms_cost_what_they_took(step: TracedStep) -> None:
     calibration = step.calibration
     assert calibration.clock_mhz is not None and 900 < calibration.clock_mhz < 2000
-    products = [each for each in calibration.corrections if each.family.split()[0] in ("gemm", "attention")]
-    measured, predicted = (sum(getattr(each, side) for each in products) for side in ("measured_s", "predicted_s"))
+    gemms = [each for each in calibration.corrections if each.family.split()[0] in ("gemm", "attention")]
+    measured, predicted = (sum(getattr(each, side) for each in gemms) for side in ("measured_s", "predicted_s"))
     assert measured / predicted == pytest.approx(1, abs=0.01)
 
 

@@ -110,12 +110,12 @@ def test_scaled_gpus_follow_their_datasheets(h200: CalibratedModel) -> None:
     for name in ("a100", "b200"):
         model = ScaledModel(h200, measured=specs["h200"], target=specs[name])
         copy, of_h200 = model.seconds(COPY), h200.seconds(COPY).seconds
-        product = model.seconds(Gemm(m=8192, k=8192, n=8192))
-        assert copy.source == product.source == "scaled"
+        gemm = model.seconds(Gemm(m=8192, k=8192, n=8192))
+        assert copy.source == gemm.source == "scaled"
         bandwidths = specs["h200"].memory_bandwidth / specs[name].memory_bandwidth
         assert copy.seconds / of_h200 == pytest.approx(bandwidths, rel=0.02)
         peaks = specs["h200"].peak_flops["bf16"] / specs[name].peak_flops["bf16"]
-        assert product.seconds / h200.seconds(Gemm(m=8192, k=8192, n=8192)).seconds == pytest.approx(peaks, rel=0.02)
+        assert gemm.seconds / h200.seconds(Gemm(m=8192, k=8192, n=8192)).seconds == pytest.approx(peaks, rel=0.02)
         grouped = model.seconds(GroupedGemm(rows_per_expert=[[300] * 8, [0] * 8], k=2048, n=2816))
         assert grouped.seconds.shape == (2,)
         assert model.seconds(Attention(batch=1, sequence=4096, **ATTENTION)).source == "scaled"
@@ -135,9 +135,9 @@ def test_h100_is_not_h200_by_its_data_sheet(h200: CalibratedModel) -> None:
     """The same chip with slower memory at 700 W: what was measured on both differs as memory does, and no further."""
     h100 = load_profile("h100")
     copies = h100.seconds(COPY).seconds / h200.seconds(COPY).seconds
-    products = h100.seconds(Gemm(m=8192, k=8192, n=8192)).seconds / h200.seconds(Gemm(m=8192, k=8192, n=8192)).seconds
+    gemms = h100.seconds(Gemm(m=8192, k=8192, n=8192)).seconds / h200.seconds(Gemm(m=8192, k=8192, n=8192)).seconds
     assert 1.2 < copies < 1.6
-    assert 0.9 < products < 1.15
+    assert 0.9 < gemms < 1.15
 
 
 def test_every_model_speaks_the_protocol(h200: CalibratedModel) -> None:

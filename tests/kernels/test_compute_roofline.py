@@ -66,7 +66,7 @@ def test_vectors_equal_scalar_calls(rows: list[list[int]]) -> None:
     assert np.array_equal(roofline.seconds(Attention(batch=2, sequence=lengths, **ATTENTION)).seconds, shapes)
 
 
-def test_backward_of_a_product_has_twice_the_flops_of_its_forward() -> None:
+def test_backward_of_a_gemm_has_twice_the_flops_of_its_forward() -> None:
     whole = [Gemm(300, 512, 768, direction=direction).flops for direction in GEMM_DIRECTIONS]
     in_two = [GroupedGemm([100, 200], 512, 768, direction=direction).flops for direction in GEMM_DIRECTIONS]
     for forward, dgrad, wgrad in (whole, in_two):

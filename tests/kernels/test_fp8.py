@@ -1,4 +1,4 @@
-"""Laws of block-scaled FP8 products: DeepGEMM's kernels, measured on an H100."""
+"""Laws of block-scaled FP8 GEMMs: DeepGEMM's kernels, measured on an H100."""
 
 import itertools
 from dataclasses import replace
@@ -19,7 +19,7 @@ from moesim.scenario import gpu_spec
 
 
 def test_rows_of_deep_gemm_that_no_fit_saw_are_met(h100: CalibratedModel) -> None:
-    """Half of them, by shape, of dense products and of experts; a few kernels that the compiler of that day
+    """Half of them, by shape, of dense GEMMs and of experts; a few kernels that the compiler of that day
     serialised, which take three times as long, are among the dense forward ones."""
     held = [row for row in h100.profile.family(DEEP_GEMM) if row.get("held_out")]
     bounds = {
@@ -97,7 +97,7 @@ def test_one_rank_takes_what_it_takes_among_many(h100: CalibratedModel) -> None:
 
 
 @pytest.mark.parametrize("name", ["h100", "h200", "h800", "b200", "gb300"])
-def test_at_no_load_of_a_step_does_a_product_of_few_bits_pass_the_fastest_known(name: str) -> None:
+def test_at_no_load_of_a_step_does_a_gemm_of_few_bits_pass_the_fastest_known(name: str) -> None:
     model = kernel_model(name).at_load(0.0)
     assert isinstance(model, CalibratedModel | ScaledModel | TabulatedModel)
     rows = np.array([4096, 8192, 16384, 32768])
@@ -177,7 +177,7 @@ def test_formats_that_a_chip_lacks_are_refused() -> None:
     assert seconds[0] > 1.5 * seconds[1] > 1.5 * seconds[2]
 
 
-def test_grouped_products_take_the_tiles_of_their_three_sides() -> None:
+def test_grouped_gemms_take_the_tiles_of_their_three_sides() -> None:
     """torch's rule: small up to 128 rows or columns, other tiles where two of three sides reach 2048; bf16 has two."""
     assert grouped_tiles(128.9, 7168, 2048, direction="forward", fp8=True) == 0
     assert grouped_tiles(300.0, 7168, 2048, direction="forward", fp8=True) == 2

@@ -50,9 +50,9 @@ def test_heavier_kernels_that_run_on_are_slower_than_at_a_free_clock(h200: Calib
 
 def test_all_kernels_of_a_step_share_the_clock_that_its_load_leaves(h200: CalibratedModel) -> None:
     calm, hot = h200.at_load(1e14), h200.at_load(6e14)
-    product = Gemm(8192, 8192, 8192)
-    assert calm.seconds(product).seconds < h200.seconds(product).seconds < 1.1 * hot.seconds(product).seconds
-    assert hot.seconds(product).seconds > 1.05 * calm.seconds(product).seconds
+    gemm = Gemm(8192, 8192, 8192)
+    assert calm.seconds(gemm).seconds < h200.seconds(gemm).seconds < 1.1 * hot.seconds(gemm).seconds
+    assert hot.seconds(gemm).seconds > 1.05 * calm.seconds(gemm).seconds
     # Kernels at the memory's full bandwidth do not notice; an index-add, far below it, does.
     for kind, slower in (("elementwise", 1.0), ("unpermute", 1.05)):
         moved = MemoryBound(kind, 1e9)
@@ -64,9 +64,9 @@ def test_models_without_a_power_limit_have_no_load() -> None:
     roofline = kernel_model("h200", "roofline")
     assert roofline.at_load(5e14) is roofline
     scaled = load_profile("b200")
-    product = Gemm(8192, 8192, 8192)
+    gemm = Gemm(8192, 8192, 8192)
     # A B200 with the same work is less of its peak, and so runs nearer to its free clock.
-    assert scaled.at_load(1e15).seconds(product).seconds < scaled.at_load(1.6e15).seconds(product).seconds
+    assert scaled.at_load(1e15).seconds(gemm).seconds < scaled.at_load(1.6e15).seconds(gemm).seconds
 
 
 def test_vectors_agree_with_floats_under_the_cap(h200: CalibratedModel) -> None:

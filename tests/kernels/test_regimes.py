@@ -23,7 +23,7 @@ def logs(model: Any, rows: list[dict[str, Any]], key: str) -> np.ndarray:
     return np.array([np.log(row[key] / float(model.seconds(kernel_of(row["of"])).seconds)) for row in rows])
 
 
-def test_fp8_products_without_pause_meet_the_power_law(h100: CalibratedModel) -> None:
+def test_fp8_gemms_without_pause_meet_the_power_law(h100: CalibratedModel) -> None:
     """One constant, the power of an FP8 FLOP, was chosen on them: within 5 % in the median without a bias."""
     rows = [row for row in ROWS if row["family"] == "sustained" and row["of"]["family"] == "gemm_fp8"]
     assert len(rows) >= 15
@@ -33,7 +33,7 @@ def test_fp8_products_without_pause_meet_the_power_law(h100: CalibratedModel) ->
     assert np.median(short) > np.median(errors) + 0.03, "without the law they would be too fast"
 
 
-def test_large_optimizer_steps_behind_products_follow_the_clock(h100: CalibratedModel) -> None:
+def test_large_optimizer_steps_behind_gemms_follow_the_clock(h100: CalibratedModel) -> None:
     """The exponents were chosen on steps over four tensors; those over 400 are in no choice."""
     loaded = h100.at_load(7e14)
     for dtype, before in (("bf16", 0.08), ("fp32", 0.0)):
@@ -51,8 +51,8 @@ def test_large_optimizer_steps_behind_products_follow_the_clock(h100: Calibrated
     assert loaded.seconds(copy) == h100.at_load(0.0).seconds(copy)
 
 
-def test_regimes_tell_products_apart(h100: CalibratedModel) -> None:
-    """Few rows, and many rows of narrow products: without pause, in short runs, and at the clock of each row."""
+def test_regimes_tell_gemms_apart(h100: CalibratedModel) -> None:
+    """Few rows, and many rows of narrow GEMMs: without pause, in short runs, and at the clock of each row."""
     rows = [row for row in ROWS if row["family"] == "regime" and row["of"]["family"] == "gemm"]
     print()
     for name, chosen in (
@@ -70,7 +70,7 @@ def test_regimes_tell_products_apart(h100: CalibratedModel) -> None:
 
 
 def test_skewed_weight_gradients_are_slower_by_what_is_predicted(h100: CalibratedModel) -> None:
-    """Pairs of even and skewed rows of the same product."""
+    """Pairs of even and skewed rows of the same GEMM."""
     rows = [row for row in ROWS if row["family"] == "regime" and row["of"]["family"] == "grouped_gemm"]
     even, skewed = rows[::2], rows[1::2]
     assert all(
@@ -96,7 +96,7 @@ def test_a_wrong_regime_is_refused_in_one_line(h100: CalibratedModel) -> None:
 
 @pytest.mark.parametrize("gpu", ["h100", "h800", "b200", "gb300", "a800"])
 def test_no_load_of_a_step_changes_a_regime(gpu: str) -> None:
-    """A heavy product is as fast in short runs as in a step that does little, and slower without pause."""
+    """A heavy GEMM is as fast in short runs as in a step that does little, and slower without pause."""
     model, heavy = kernel_model(gpu), Gemm(m=16384, k=8192, n=8192)
     short, sustained = in_regime(model, "short"), in_regime(model, "sustained")
     assert short.at_load(1e15) is short and sustained.at_load(1e15) is sustained

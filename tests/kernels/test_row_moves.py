@@ -91,7 +91,7 @@ def test_optimizers_of_small_tensors_take_their_blocks(h100: CalibratedModel) ->
     assert np.median(np.abs(errors)) < 0.05 and np.abs(errors).max() < 0.25 and np.max(plain) > 1.0
 
 
-def test_products_and_copies_in_turn_meet_the_clock_of_a_step(h100: CalibratedModel) -> None:
+def test_gemms_and_copies_in_turn_meet_the_clock_of_a_step(h100: CalibratedModel) -> None:
     """Mixtures without pause, of 400 to 820 TFLOP/s in the mean; none is in a fit."""
     kernel = Gemm(m=8192, k=8192, n=8192)
     light = float(h100.at_load(0.0).seconds(kernel).seconds)
@@ -102,5 +102,5 @@ def test_products_and_copies_in_turn_meet_the_clock_of_a_step(h100: CalibratedMo
         if load < 3.5e14:
             continue
         error = np.log(row["product_s"] / float(h100.at_load(load).seconds(kernel).seconds))
-        print(f"{row['products']} products, {row['copies']} copies, {load / 1e12:.0f} TFLOP/s: {error:+.1%}")
+        print(f"{row['products']} GEMMs, {row['copies']} copies, {load / 1e12:.0f} TFLOP/s: {error:+.1%}")
         assert abs(error) < (0.04 if row["copies"] else 0.08)

@@ -68,7 +68,7 @@ def test_short_runs_are_predicted_at_their_clock(h200: CalibratedModel, unseen: 
     assert np.median(found) <= 0.035 and np.percentile(found, 90) <= 0.10
 
 
-def test_no_unseen_product_is_in_the_profile(h200: CalibratedModel, unseen: list[Row]) -> None:
+def test_no_unseen_gemm_is_in_the_profile(h200: CalibratedModel, unseen: list[Row]) -> None:
     def shapes(rows: list[Row]) -> set[tuple[Any, ...]]:
         return {tuple(row[key] for key in ("m", "k", "n", "dtype", "direction")) for row in rows}
 

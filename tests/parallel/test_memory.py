@@ -197,7 +197,7 @@ def test_recomputation_keeps_less_the_more_it_repeats():
     assert full["repeated"] > 0
 
 
-def test_fp8_products_keep_one_byte_and_a_scale_per_block():
+def test_fp8_gemms_keep_one_byte_and_a_scale_per_block():
     """Inputs of SwiGLU stay in bf16, but where a software stores them as narrow, too."""
     narrow = 1 + 4 / 128
     for kind, expected in (("fused", (2 * 2 + narrow) / 6), ("deepseek", narrow / 2)):
@@ -365,7 +365,7 @@ def test_scores_of_unfused_attention_are_held_four_times_and_a_half_in_fp32_on_t
     assert parts["activations.attention"] > 2 * kept
 
 
-def test_values_that_are_a_view_keep_the_joined_product_alive():
+def test_values_that_are_a_view_keep_the_joined_gemm_alive():
     def kept(*overrides):
         return megatron("workload.sequence_length=4096", "model.layers=28", *overrides)["activations.attention"]
 

@@ -119,8 +119,8 @@ def test_the_skew_is_zipfs_law_where_it_is_not_cut_off() -> None:
     for chosen_E in chosen_LE(made("skewed")):
         sorted_E = np.sort(chosen_E)[::-1]
         assert sorted_E[0] == 1  # K / H(64) = 1.27 of all tokens, cut off
-        products = sorted_E[2:] * np.arange(3, EXPERTS + 1)
-        np.testing.assert_allclose(products, products.mean(), rtol=0.05)
+        gemms = sorted_E[2:] * np.arange(3, EXPERTS + 1)
+        np.testing.assert_allclose(gemms, gemms.mean(), rtol=0.05)
 
 
 def test_ragged_and_empty_sources_send_what_they_route_and_receive_alike() -> None:

@@ -45,9 +45,9 @@ def test_a_gemm_that_stays_wide_is_not_cast() -> None:
     assert casts([*passes[0], *passes[1]]) == []
 
 
-@pytest.mark.parametrize("product", [column_parallel, row_parallel])
-def test_every_phase_has_its_casts_before_its_gemm(product) -> None:
-    forward, backward = product(writer("fp8_block"), "p", step(), k=K, n=N)
+@pytest.mark.parametrize("gemms", [column_parallel, row_parallel])
+def test_every_phase_has_its_casts_before_its_gemm(gemms) -> None:
+    forward, backward = gemms(writer("fp8_block"), "p", step(), k=K, n=N)
     assert [each.label.phase for each in forward] == [Phase.FORWARD] * 2
     assert [each.label.phase for each in backward] == [Phase.INPUT_GRADIENT] * 2 + [Phase.WEIGHT_GRADIENT] * 2
     assert casts(forward) == forward[:1]
@@ -82,7 +82,7 @@ def test_what_a_dispatch_brought_with_other_scales_is_widened() -> None:
 def test_weights_are_cast_behind_the_optimizer_and_not_by_micro_batches() -> None:
     for gemm, expected in (("fp8", ["weights.cast"]), ("bf16", [])):
         scenario = load_scenario("scenarios/two-nodes-hierarchical.yaml", [f"workload.precision.gemm={gemm}"])
-        block = optimizer_block(scenario, kernel_model("h100"), parameters=1e9, products=1e9)
+        block = optimizer_block(scenario, kernel_model("h100"), parameters=1e9, gemms=1e9)
         assert [each.label.name for each in block.operations if "weights" in each.label.name] == expected
         passes = dense_ffn_part(writer(scenario.workload.precision.kernels), step())
         assert not [each for each in (*passes[0], *passes[1]) if "weights" in each.label.name]

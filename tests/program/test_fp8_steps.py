@@ -9,7 +9,7 @@ from fp8_steps import Compared, compared, listed_parts, measured, predicted_peak
 QUICK = ("mixtral", "glm", "llama_wide", "olmoe_few")
 NARROW = ("per_tensor", "blockwise")
 # Parts that a step in FP8 has beyond one in bf16, and the least of them that is looked at, in seconds.
-OF_FP8, LEAST = ("FP8 products", "experts", "casts", "casts of weights"), 1e-3
+OF_FP8, LEAST = ("FP8 GEMMs", "experts", "casts", "casts of weights"), 1e-3
 
 
 @cache
@@ -45,7 +45,7 @@ def test_what_was_predicted_before_is_as_the_pages_say() -> None:
             assert np.median(errors) < bound, (later, recipe)
 
 
-def test_products_and_casts_take_as_long_as_listed() -> None:
+def test_gemms_and_casts_take_as_long_as_listed() -> None:
     """Of one replay behind a pause, whose clock is a little higher than that of steps in a row."""
     for step in measured()["steps"]:
         if step["recipe"] == "bf16" or step["name"] not in ("deepseek", "mixtral", "v3", "llama_wide", "granite"):

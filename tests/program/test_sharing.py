@@ -34,11 +34,11 @@ TOKENS, HIDDEN, BF16 = 2 * 2048, 512, 2  # of the small scenario's micro-batch
 
 
 class Recorder:
-    """A kernel model that notes FLOPs of products and pairs of queries and keys, and answers as the roofline does."""
+    """A kernel model that notes FLOPs of GEMMs and pairs of queries and keys, and answers as the roofline does."""
 
     def __init__(self) -> None:
         self.model = kernel_model("h200", "roofline")
-        self.products: Counter[str] = Counter()
+        self.gemms: Counter[str] = Counter()
         self.pairs: Counter[str] = Counter()
 
     def __getattr__(self, name):
@@ -46,7 +46,7 @@ class Recorder:
 
     def seconds(self, kernel):
         if isinstance(kernel, Gemm):
-            self.products["gemm"] += kernel.m * kernel.k * kernel.n
+            self.gemms["gemm"] += kernel.m * kernel.k * kernel.n
         if isinstance(kernel, Attention):
             pairs = kernel.batch * kernel.heads * kernel.sequence**2 / (2 if kernel.causal else 1)
             self.pairs[kernel.direction] += pairs
@@ -66,10 +66,10 @@ def collectives(block: Block) -> list[tuple[str, PeerCollective]]:
 
 
 @pytest.mark.parametrize("tensor", [2, 4])
-def test_tensor_ranks_share_products_and_attention_and_exchange_tokens(small, tensor):
+def test_tensor_ranks_share_gemms_and_attention_and_exchange_tokens(small, tensor):
     alone, whole = dense_layer(small({"parallelism": {"data": 4}}))
     shared, part = dense_layer(small({"parallelism": {"data": 4 // tensor, "tensor": tensor}}))
-    assert part.products["gemm"] * tensor == whole.products["gemm"]
+    assert part.gemms["gemm"] * tensor == whole.gemms["gemm"]
     assert {key: value * tensor for key, value in part.pairs.items()} == whole.pairs
     assert not collectives(alone[Pass.FORWARD]) and not collectives(alone[Pass.BACKWARD])
     verbs = [
@@ -109,7 +109,7 @@ def test_the_heads_weight_gradient_is_not_put_off(small, tensor):
 def test_a_ring_shares_attention_and_passes_keys_and_values_on(small, context):
     _, whole = dense_layer(small({"parallelism": {"data": 4}}))
     shared, part = dense_layer(small({"parallelism": {"data": 4 // context, "context": context}}))
-    assert part.products["gemm"] * context == whole.products["gemm"]
+    assert part.gemms["gemm"] * context == whole.gemms["gemm"]
     assert {key: value * context for key, value in part.pairs.items()} == pytest.approx(dict(whole.pairs))
     pair = TOKENS / context * 2 * 8 * 64 * BF16  # keys and values of one rank
     forward, backward = (
@@ -220,7 +220,7 @@ def test_latent_attention_gathers_its_compressed_states(small):
     scenario = small({"model.attention": mla, "parallelism": {"data": 2, "tensor": 2}})
     shared, part = dense_layer(scenario)
     _, whole = dense_layer(small({"model.attention": mla, "parallelism": {"data": 4}}))
-    assert part.products["gemm"] * 2 == whole.products["gemm"]  # down-projections too: of half of the tokens
+    assert part.gemms["gemm"] * 2 == whole.gemms["gemm"]  # down-projections too: of half of the tokens
     gathered = {name: prepared.sent_bytes for name, prepared in collectives(shared[Pass.FORWARD])}
     assert gathered["q_up.gather"] == TOKENS / 2 * 128 * BF16
     assert gathered["kv_up.gather"] == TOKENS / 2 * (64 + 32) * BF16

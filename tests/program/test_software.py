@@ -150,7 +150,7 @@ BYTES: dict[tuple[str, Any], float] = {
     ("attention", "unfused"): SCORES * (4 + 4 + 6 + 4),
     ("attention", "fp32"): SCORES * (6 + 5 + 8 + 6 + 6 + 12 + 12 + 8 + 5 + 6),
     ("activation", "compiled"): PASSES * ROWS * WIDTH * (6 + 1.3 * 10 + 6 - 16),
-    ("expert_products", "each"): PASSES * ROWS * HIDDEN * 2 * 4,
+    ("expert_gemms", "each"): PASSES * ROWS * HIDDEN * 2 * 4,
     ("layout_copies", "single"): PASSES * 4.0 * TOKENS * HEAD * (HEADS + HEADS + 2 * KV),
     ("router_dtype", "fp32"): PASSES * 2 * 6.0 * HIDDEN * (TOKENS + EXPERTS),
     ("gather_backward", "index_add"): PASSES * (HIDDEN * (2.0 * TOKENS + 6 * ROWS - 2 * (TOKENS + ROWS)) + 8 * ROWS),
@@ -198,10 +198,10 @@ def test_gradients_and_weights_move_the_bytes_of_the_parameters(one_rank) -> Non
 def test_unfused_attention_computes_the_pairs_that_a_mask_takes_away(one_rank) -> None:
     fused, unfused = (counted(one_rank(attention=way), flops=True) for way in ("fused", "unfused"))
     pairs = PASSES * 2 * HEADS * 2048.0**2
-    # Twice the causal pairs forward; backward four products over all of them against five over half.
+    # Twice the causal pairs forward; backward four GEMMs over all of them against five over half.
     assert unfused - fused == pytest.approx(pairs * 2 * HEAD * ((2 - 1) + (4 - 2.5)), rel=1e-9)
-    products = ("qkv", "ffn_inputs", "expert_inputs")
-    for switch in products:
+    gemms = ("qkv", "ffn_inputs", "expert_inputs")
+    for switch in gemms:
         assert counted(one_rank(**{switch: "separate"}), flops=True) == pytest.approx(fused, rel=1e-12)
 
 

@@ -68,7 +68,7 @@ def run(case: Scenario, kernels: Any = None) -> StepOutcome:
 
 
 def executed(case: Scenario) -> Counter[str]:
-    """Operations of one real step on the CPU, by torch's name; grouped products and attention count as one."""
+    """Operations of one real step on the CPU, by torch's name; grouped GEMMs and attention count as one."""
     torch.set_num_threads(1)
     shape = case.router_shape()
     model = build_sharded_model(case.model, shape, group=ExpertGroup(), device=torch.device("cpu"), seed=0)
@@ -89,14 +89,14 @@ def executed(case: Scenario) -> Counter[str]:
 @pytest.mark.parametrize(
     "model", [{}, {"attention": {"kind": "mha"}, "kv_heads": 4}, {"attention": MLA, "kv_heads": 4}]
 )
-def test_the_list_holds_the_products_and_sorts_of_the_software(model: dict[str, Any]) -> None:
+def test_the_list_holds_the_gemms_and_sorts_of_the_software(model: dict[str, Any]) -> None:
     case = scenario(model=model)
     real = executed(case)
     names = [operation.label.name for operation in operations(case)]
     grouped = [name for name in names if name.split(".")[:2] in (["experts", "w13"], ["experts", "w2"])]
-    products = ("q", "k", "v", "q_down", "q_up", "kv_down", "kv_up", "attention_out", "router.gate", "head", "ffn.w13",
+    gemms = ("q", "k", "v", "q_down", "q_up", "kv_down", "kv_up", "attention_out", "router.gate", "head", "ffn.w13",
                 "ffn.w2", "shared.w13", "shared.w2")  # fmt: skip
-    dense = [name for name in names if name.removesuffix(".dgrad").removesuffix(".wgrad") in products]
+    dense = [name for name in names if name.removesuffix(".dgrad").removesuffix(".wgrad") in gemms]
     assert len(dense) == real["aten::mm"]
     assert len(grouped) == real["aten::_grouped_mm"] == 12
     assert names.count("permute.sort") == real["aten::sort"] == 2

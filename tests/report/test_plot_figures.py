@@ -86,7 +86,7 @@ def test_the_pointer_brings_up_the_whole_layout(tmp_path: Path) -> None:
         "nodes: 1",
         "pipeline parallel: 2",
         "step time: 1.398 s (1.370 s to 1.440 s)",
-        "MFU of the products' peak (causal attention): 28.62 %",
+        "MFU of the GEMMs' peak (causal attention): 28.62 %",
         "peak memory: 60 GB",
         "80 % interpolated, 20 % network",
     ):

@@ -40,7 +40,7 @@ def fabric_of(record: RunRecord) -> Fabric:
 @pytest.mark.parametrize("profile", [None, "roofline"])
 @pytest.mark.parametrize("gpu", ["a100", "h200", "b200"])
 @pytest.mark.parametrize("kind", ["fused", "torch_eager"])
-def test_products_in_fp32_are_no_faster_than_fp32_units(small, profile, gpu, kind) -> None:
+def test_gemms_in_fp32_are_no_faster_than_fp32_units(small, profile, gpu, kind) -> None:
     """Head, router gate and attention too: none of them keeps the price of bf16."""
     record = simulated(
         small(FP32 | LARGE_HEAD | {"cluster.gpu": gpu, "compute.profile": profile, "implementation.kind": kind})

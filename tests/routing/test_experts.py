@@ -1,4 +1,4 @@
-"""Routed experts by grouped products against a plain float64 loop, values and gradients."""
+"""Routed experts by grouped GEMMs against a plain float64 loop, values and gradients."""
 
 import pytest
 import torch

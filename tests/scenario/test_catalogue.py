@@ -95,7 +95,7 @@ def test_a_gpu_that_cannot_be_is_named(monkeypatch, key, value):
 
 
 @pytest.mark.parametrize("known", [gpu_names(), model_names()])
-def test_no_product_is_proposed_for_another(known):
+def test_no_gemm_is_proposed_for_another(known):
     for name in known:
         others = [other for other in known if other != name]
         assert same_product(name, others) is None

@@ -120,7 +120,7 @@ def test_attention_to_stored_keys(earlier: dict[str, Any], measured: dict[str, A
         assert np.median(off) < 0.05 and max(off) < 0.35
 
 
-def test_products_of_few_rows(earlier: dict[str, Any], measured: dict[str, Any]) -> None:
+def test_gemms_of_few_rows(earlier: dict[str, Any], measured: dict[str, Any]) -> None:
     """As they take in a row of kernels."""
     pricing = Pricing(scenario(next(iter(measured["models"].values())), "fused"))
     for data in (earlier, {key: [row for row in measured[key] if row["kept_out"]] for key in ("gemm", "grouped")}):

@@ -272,7 +272,7 @@ def _run_contention(bench: Bench, seconds: float) -> None:
 
 
 def _run_kernel_names(bench: Bench) -> None:
-    """Which kernels the library takes for each dense product: rows of their own, one profiled call per shape."""
+    """Which kernels the library takes for each dense GEMM: rows of their own, one profiled call per shape."""
     rows: list[Row] = [{"family": "gemm"} | shape for shape in family_shapes("gemm", bench.limits)]
     mine = [row for i, row in enumerate(rows) if i % bench.ranks == bench.session.rank and not bench.session.wants(row)]
     named: list[Row] = [{"family": "kernel_name", "of": row} for row in mine]
@@ -299,7 +299,7 @@ def _pool(device: str) -> Pool:
 
 
 def _heat(bench: Bench, seconds: float) -> None:
-    """Large products until the chip has its working temperature: cold clocks are faster than a step ever sees."""
+    """Large GEMMs until the chip has its working temperature: cold clocks are faster than a step ever sees."""
     a, b = bench.pool.take(8192, 8192), bench.pool.take(8192, 8192)
     begin = time.monotonic()
     while time.monotonic() - begin < seconds:

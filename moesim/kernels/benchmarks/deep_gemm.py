@@ -1,6 +1,6 @@
-"""Kernels of the library DeepGEMM, which scale FP8 operands by blocks: dense products and experts, in three directions.
+"""Kernels of the library DeepGEMM, which scale FP8 operands by blocks: dense GEMMs and experts, in three directions.
 
-Forward products and input gradients scale 1 x 128 of the rows and 128 x 128 of the weight and write bf16. Weight
+Forward GEMMs and input gradients scale 1 x 128 of the rows and 128 x 128 of the weight and write bf16. Weight
 gradients scale 1 x 128 of both operands and add to fp32 values in memory. Experts' rows are aligned to 128 each. Scales
 lie as the kernels want them, as a training stack's casts write them. Optional: rows are skipped where the package
 `deep_gemm` is missing. Its kernels are compiled when they first run; `python -m moesim.kernels.benchmarks.deep_gemm

@@ -23,14 +23,14 @@ def _rotating(make: Callable[[], Any], compute: Callable[[Any], Any], *, bytes_p
 
 
 def prepare_other_layout(row: Shape, pool: Pool, beyond: float) -> Prepared:
-    """`of` with its weight stored the other way: [k, n] of a dense product, [E, n, k] of experts."""
+    """`of` with its weight stored the other way: [k, n] of a dense GEMM, [E, n, k] of experts."""
     of = row["of"]
     prepared = prepare_gemm if of["family"] == "gemm" else prepare_grouped_gemm
     return prepared(of, pool, beyond, other_layout=True)
 
 
 def prepare_gemm(shape: Shape, pool: Pool, beyond: float, *, other_layout: bool = False) -> Prepared:
-    """`F.linear` with weight [n, k], and the two products of its backward."""
+    """`F.linear` with weight [n, k], and the two GEMMs of its backward."""
     m, k, n = shape["m"], shape["k"], shape["n"]
     direction = shape["direction"]
     moved = float(kernel_of({"family": "gemm"} | shape).moved_bytes)
@@ -70,7 +70,7 @@ def _prepare_scaled(m: int, k: int, n: int, pool: Pool, beyond: float, moved: fl
 
 
 def prepare_grouped_gemm(shape: Shape, pool: Pool, beyond: float, *, other_layout: bool = False) -> Prepared:
-    """`grouped_mm` of rows sorted by expert with weights [E, k, n], and the two products of its backward."""
+    """`grouped_mm` of rows sorted by expert with weights [E, k, n], and the two GEMMs of its backward."""
     rows_E, k, n = shape["rows_per_expert"], shape["k"], shape["n"]
     experts, rows, direction = len(rows_E), sum(rows_E), shape["direction"]
     offsets_E = torch.tensor(rows_E, device=pool.device).cumsum(0).to(torch.int32)

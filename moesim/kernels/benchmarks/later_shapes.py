@@ -2,7 +2,7 @@
 
 FP8 as training does it, and by DeepGEMM. Edges: few rows, narrow outputs, few rows an expert, FP8 experts of short
 sides, weights stored the other way. Between: memory-bound kernels of training sizes at widths of more models, casts of
-FP8, FP8 experts and block-scaled products of some 10 us. Of all but the first half of the shapes, by a checksum of
+FP8, FP8 experts and block-scaled GEMMs of some 10 us. Of all but the first half of the shapes, by a checksum of
 their sizes, are `held_out`: kept out of every fit, all directions on one side.
 
 Legend: m tokens, k and n the sides of the forward weight, E local experts, R rows, W width.
@@ -105,7 +105,7 @@ _FP8_SIDES = (512, 768, 1024, 1408, 1536, 1792)  # an expert's side that is shor
 LAYOUT = "weight_layout"  # family of rows whose `of` ran with the weight stored the other way
 
 
-def _products(m: int, k: int, n: int) -> Iterator[Shape]:
+def _gemms(m: int, k: int, n: int) -> Iterator[Shape]:
     for direction in GEMM_DIRECTIONS:
         row = {"family": "gemm", "dtype": "bf16", "direction": direction, "m": m, "k": k, "n": n}
         yield row | _kept_out(m, k, n)
@@ -113,16 +113,16 @@ def _products(m: int, k: int, n: int) -> Iterator[Shape]:
 
 def _dense(rng: Any) -> Iterator[Shape]:
     k, n = _MATRICES[rng.integers(len(_MATRICES))]
-    yield from _products(int(rng.choice(_FEW)), k, n)
+    yield from _gemms(int(rng.choice(_FEW)), k, n)
 
 
 def _narrow(rng: Any) -> Iterator[Shape]:
     k, n = _NARROW[rng.integers(len(_NARROW))]
-    yield from _products(int(2 ** rng.uniform(11.5, 15)) // 8 * 8, k, n)
+    yield from _gemms(int(2 ** rng.uniform(11.5, 15)) // 8 * 8, k, n)
 
 
 def _experts(*, dtype: str, rows_E: list[int], k: int, n: int) -> Iterator[Shape]:
-    """The three products of experts of these rows."""
+    """The three GEMMs of experts of these rows."""
     for direction in GEMM_DIRECTIONS:
         sizes: Shape = {"rows_per_expert": rows_E, "k": k, "n": n}
         row = {"family": "grouped_gemm", "dtype": dtype, "direction": direction} | sizes
@@ -152,9 +152,9 @@ def _short_fp8_experts(rng: Any) -> Iterator[Shape]:
 
 
 def _layouts(rng: Any) -> Iterator[Shape]:
-    """Products whose weight lies the other way: [k, n] of dense ones, [E, n, k] of experts."""
+    """GEMMs whose weight lies the other way: [k, n] of dense ones, [E, n, k] of experts."""
     (k, n), m = _MATRICES[rng.integers(len(_MATRICES))], int(2 ** rng.uniform(6, 14))
-    dense = [] if k * n > 2e8 else list(_products(m, k, n))
+    dense = [] if k * n > 2e8 else list(_gemms(m, k, n))
     experts, (k, n) = int(rng.choice((8, 16, 32, 64))), _sides(rng)
     rows_E = [int(rows) for rows in rng.multinomial(experts * int(2 ** rng.uniform(3, 12)), _shares(rng, experts))]
     grouped = [] if experts * k * n > 1e9 else list(_experts(dtype="bf16", rows_E=rows_E, k=k, n=n))

@@ -16,7 +16,7 @@ from moesim.kernels.benchmarks.later_shapes import LATER, Shape, later_shapes
 from moesim.kernels.families import MEMORY_KINDS, FloatArray, kernel_of, memory_bytes
 from moesim.seeding import stream
 
-# (k, n) of one forward matrix product: hidden to qkv, output, gated FFN (both halves), down projection, vocabulary.
+# (k, n) of one forward GEMM: hidden to qkv, output, gated FFN (both halves), down projection, vocabulary.
 MODEL_MATRICES = (
     (2048, 2816), (1408, 2048), (2048, 6144), (2048, 2048), (2048, 102400), (2048, 64), (4096, 28672), (14336, 4096),
     (4096, 6144), (4096, 4096), (2048, 1536), (768, 2048), (2048, 151936), (7168, 2112), (1536, 24576), (512, 32768),

@@ -22,7 +22,7 @@ _GEMM_FRAMEWORK = "trtllm"
 _LEAST_ROWS, _LEAST_SIDE, _WIDEST = 64, 256, 65536  # of the outputs; of the two other sides
 _HEAD_DIMS = (64, 128, 256)
 _LEAST_SEQUENCE = 256
-_CAST_FLOPS, _CAST_ROWS = (2e11, 1e13), 200  # of products that tell their cast: where the tensor cores are the limit
+_CAST_FLOPS, _CAST_ROWS = (2e11, 1e13), 200  # of GEMMs that tell their cast: where the tensor cores are the limit
 _CAST_ERROR = 0.25  # of a cast that was taken off: frameworks differ by so much
 _QUANTISE_BYTES = {"computescale_perf": 2.0, "scale_matrix_perf": 3.0}  # per number: read, and written where it is
 _MEMORY_BYTES, _MEMORY_LIMITS = 5e8, 0.7  # beyond every L2; of the bandwidth, from which on only the memory limits
@@ -44,7 +44,7 @@ def thinned(rows: list[Row], count: int, *, name: str) -> list[Row]:
 def nvfp4_rows(package: Package, folder: str) -> list[Row]:
     """Forward GEMMs of nvfp4 without the cast of their activations, the fastest framework per shape; empty where none.
 
-    Rows hold that cast: see `cast_seconds`. A product keeps at least half of its row.
+    Rows hold that cast: see `cast_seconds`. A GEMM keeps at least half of its row.
     """
     best: dict[tuple[int, ...], Row] = {}
     for table in package.tables(folder, "gemm", "gemm_perf"):
@@ -66,7 +66,7 @@ def nvfp4_rows(package: Package, folder: str) -> list[Row]:
 def cast_seconds(table: Table, dtype: str) -> float:
     """Seconds per number of the activations by which a table's GEMMs of a format that it casts to are longer.
 
-    Large products are seconds of a launch, of FLOPs, of activations [m, k], of outputs [m, n] and of weights [n, k],
+    Large GEMMs are seconds of a launch, of FLOPs, of activations [m, k], of outputs [m, n] and of weights [n, k],
     each by one constant, by least squares on relative errors: 3 to 7 % are left of the rows of Blackwell. Bytes of the
     activations then pass at 3.4 to 4.6 TB/s for nvfp4, whatever the framework and the kind, as a cast's do, where those
     of operands in the L2 would cost nothing beside the FLOPs. 0 where there are too few rows.

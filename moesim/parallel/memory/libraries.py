@@ -1,4 +1,4 @@
-"""What libraries keep of a GPU beside the tensors of a step: of matrix products, of the dispatch, and of NCCL."""
+"""What libraries keep of a GPU beside the tensors of a step: of GEMMs, of the dispatch, and of NCCL."""
 
 from moesim.parallel.memory.parameters import holders
 from moesim.parallel.memory.temporaries import scores_buffer
@@ -25,7 +25,7 @@ def libraries_bytes(scenario: Scenario, *, tokens: float, has_moe: bool, replica
 
 
 def _workspace(scenario: Scenario, tokens: float) -> float:
-    """Of libraries of matrix products, once more for the stream that CUDA graphs run on, and of scores."""
+    """Of libraries of GEMMs, once more for the stream that CUDA graphs run on, and of scores."""
     graphs = scenario.implementation.switches.cuda_graphs != "none"
     return WORKSPACE_BYTES * (1 + graphs) + scores_buffer(scenario) * tokens
 

@@ -9,7 +9,7 @@ With n local parameters that g ranks hold, and ZeRO stage z (arXiv 1910.02054):
 
 Dense parameters are held by data * context ranks, routed experts by data * context * tensor / (expert *
 expert_tensor); twice as many under a bidirectional schedule, where two pipeline ranks hold each stage.
-Tensor parallelism splits the products of attention and feed-forward networks, the shared experts, embedding and head
+Tensor parallelism splits the GEMMs of attention and feed-forward networks, the shared experts, embedding and head
 (arXiv 1909.08053, 2205.05198); norms, routers and the down-projections of latent attention stay whole on every rank.
 """
 
@@ -113,8 +113,8 @@ def stage_units(scenario: Scenario, stage: int, *, held: Sequence[int] = ()) -> 
     return units
 
 
-def product_weights(scenario: Scenario, stage: int) -> tuple[float, float]:
-    """Dense and expert weights of a rank that products of few bits read: those of a stage's layers, no tables, norms or
+def gemm_weights(scenario: Scenario, stage: int) -> tuple[float, float]:
+    """Dense and expert weights of a rank that GEMMs of few bits read: those of a stage's layers, no tables, norms or
     routers.
     """
     layers = [not scenario.model.is_dense(layer) for layer in scenario.stage_layers[stage]]
@@ -152,18 +152,18 @@ def state_bytes(scenario: Scenario, stages: Sequence[int], *, replicas: int) -> 
     size = BYTES_PER_ELEMENT
     dense_ranks, expert_ranks = holders(scenario, replicas=replicas)
     parts: dict[str, float] = {}
-    read = [product_weights(scenario, stage) for stage in stages]
-    dense_products, expert_products = sum(dense for dense, _ in read), sum(expert for _, expert in read)
+    read = [gemm_weights(scenario, stage) for stage in stages]
+    dense_gemms, expert_gemms = sum(dense for dense, _ in read), sum(expert for _, expert in read)
     copy = _copy_bytes(scenario)
-    for name, count, products, largest, ranks, stage in (
-        ("dense", local.dense, dense_products, local.largest_dense, dense_ranks, zero.dense),
-        ("experts", local.expert, expert_products, local.largest_expert, expert_ranks, zero.expert),
+    for name, count, gemms, largest, ranks, stage in (
+        ("dense", local.dense, dense_gemms, local.largest_dense, dense_ranks, zero.dense),
+        ("experts", local.expert, expert_gemms, local.largest_expert, expert_ranks, zero.expert),
     ):
         gathered = largest * size[precision.gradients] * (stage >= 2 and ranks > 1)
         gathered += 2 * largest * size[precision.weights] * (stage >= 3 and ranks > 1)
         parts |= {
             f"weights.{name}": count * size[precision.weights] / (ranks if stage >= 3 else 1),
-            f"cast_weights.{name}": products * copy / (ranks if stage >= 3 else 1),
+            f"cast_weights.{name}": gemms * copy / (ranks if stage >= 3 else 1),
             f"gradients.{name}": count * size[precision.gradients] / (ranks if stage >= 2 else 1),
             f"master.{name}": count * size["fp32"] * (precision.master == "fp32") / (ranks if stage >= 1 else 1),
             f"optimizer.{name}": 2 * count * size[precision.optimizer] / (ranks if stage >= 1 else 1),
@@ -173,7 +173,7 @@ def state_bytes(scenario: Scenario, stages: Sequence[int], *, replicas: int) -> 
 
 
 def _copy_bytes(scenario: Scenario) -> float:
-    """Bytes of a weight's copies for products of few bits, in both orders, beyond those of the weight itself.
+    """Bytes of a weight's copies for GEMMs of few bits, in both orders, beyond those of the weight itself.
 
     With an fp32 master copy the others stand in the weight's place: nothing else reads it.
     """

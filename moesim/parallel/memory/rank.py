@@ -156,7 +156,7 @@ class PipelineRank:
 
     @property
     def _gathered(self) -> float:
-        """Bytes per token of what other ranks share: a product's input of tensor ranks, what context ranks pass on."""
+        """Bytes per token of what other ranks share: a GEMM's input of tensor ranks, what context ranks pass on."""
         model, mesh, a = self.scenario.model, self.scenario.parallelism, self.kept.saved.activation_bytes
         extra = model.attention.rope_head_dim if isinstance(model.attention, Mla) else 0
         kv_heads = model.heads if isinstance(model.attention, Mla) else model.kv_heads

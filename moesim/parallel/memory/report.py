@@ -8,10 +8,10 @@ Memory of one rank at one instant:
     buffers      dispatch and combine of one layer: copies sent and arrived, in the wider of both formats; the largest
                  of the layers and micro-batches of the rank; two at once where micro-batches overlap in pairs
     repeated     what the backward pass of one layer computes again: the largest of the layers
-    temporaries  gradients inside the largest layer: of the residual stream, and of the products' inputs and outputs;
-                 what tensor ranks gather of a product's input, and context ranks pass around
+    temporaries  gradients inside the largest layer: of the residual stream, and of the GEMMs' inputs and outputs;
+                 what tensor ranks gather of a GEMM's input, and context ranks pass around
     allocator    memory.allocator_overhead of the four above
-    workspace    what the libraries of matrix products keep for themselves
+    workspace    what the libraries of GEMMs keep for themselves
     dispatch_library  what that of the dispatch keeps for what other ranks write (`moesim.scenario.dispatch`)
     communicators  those that the layout has beyond the ones in memory.reserved
     reserved     memory.reserved

@@ -4,7 +4,7 @@ Sizes are bytes per token, per computed row (token and expert), or per copy of a
 those of one rank: tensor parallelism with sequence parallelism and context parallelism divide the tokens, and either
 form keeps a rank's share of every tensor (arXiv 2205.05198), so no width below is divided by the tensor ranks.
 
-Between kernels lies bf16 (2 bytes). Inputs of matrix products are kept in the GEMM's format with its scales (blockwise
+Between kernels lies bf16 (2 bytes). Inputs of GEMMs are kept in the GEMM's format with its scales (blockwise
 fp8: 1 byte and 4 per 128 values, as DeepSeek-V3 caches them), but the router's input and the attention's output in
 bf16; inputs of SwiGLU in bf16, as its kernel reads them, but where a software stores them as narrow (DeepSeek-V3's,
 arXiv 2412.19437 section 3.3.3). What else is kept follows from the switches of the
@@ -55,12 +55,12 @@ class SavedTensors:
 
     @property
     def _whole(self) -> int:
-        """How often tensor ranks keep what lies between products: each its share, or everything."""
+        """How often tensor ranks keep what lies between GEMMs: each its share, or everything."""
         return 1 if self._switches.sequence_parallel else self.scenario.parallelism.tensor
 
     @property
-    def _product_input(self) -> float:
-        """Bytes per element of a matrix product's input."""
+    def _gemm_input(self) -> float:
+        """Bytes per element of a GEMM's input."""
         recipe = self.scenario.workload.precision.scaling
         keeps = recipe is not None and self.scenario.implementation.software.casts_fp8
         return recipe.value_bytes if recipe and keeps else self.activation_bytes
@@ -104,14 +104,14 @@ class SavedTensors:
         return [Saved("embedding_head", INT64)]
 
     def prediction_join(self) -> list[Saved]:
-        """A layer of multi-token prediction joins two normed inputs: both, and the input of their product."""
+        """A layer of multi-token prediction joins two normed inputs: both, and the input of their GEMM."""
         h = self.scenario.model.hidden
-        return [Saved("embedding_head", 2 * h * (self.activation_bytes + self._product_input))]
+        return [Saved("embedding_head", 2 * h * (self.activation_bytes + self._gemm_input))]
 
     def _norm(self, part: Part, width: int, *, full: bool = False) -> Iterator[Saved]:
-        """Input and root mean square of a norm, and its output, which feeds a product (`full`: also unquantised)."""
+        """Input and root mean square of a norm, and its output, which feeds a GEMM (`full`: also unquantised)."""
         each = self.activation_bytes + (FP32 if self._switches.norm == "unfused" else 0.0)
-        kept = self.activation_bytes if full else self._product_input
+        kept = self.activation_bytes if full else self._gemm_input
         yield Saved(part, self._whole * (width * each + FP32))
         yield Saved(part, self._whole * (width * kept), again=("rms_norm",))
 
@@ -138,7 +138,7 @@ class SavedTensors:
     def _heads(self) -> float:
         """Heads whose queries, keys or values are kept.
 
-        Values that are a view of a joined product keep all of it alive beside the queries and keys turned out of place.
+        Values that are a view of a joined GEMM keep all of it alive beside the queries and keys turned out of place.
         """
         model, switches = self.scenario.model, self._switches
         repeats = switches.repeat_keys and model.kv_heads < model.heads
@@ -171,12 +171,12 @@ class SavedTensors:
     def _gated(self, part: Part, width: float, unit: Unit = "token", *, again: tuple[str, ...] = ()) -> Iterator[Saved]:
         """W1 x and W3 x, and silu(W1 x) * W3 x, the input of W2; eager keeps silu(W1 x) too."""
         stores_narrow = self.scenario.implementation.software.stores_narrow_inputs
-        each = self._product_input if stores_narrow else self.activation_bytes
+        each = self._gemm_input if stores_narrow else self.activation_bytes
         inputs = (self.scenario.model.ffn_matrices - 1) * each
         unfused = self._switches.activation == "unfused"
         kept = (2 * self.scenario.model.ffn_matrices - 3) * self.activation_bytes if unfused else inputs
         yield Saved(part, width * kept, unit, again)
-        yield Saved(part, width * self._product_input, unit, (*again, "swiglu"))
+        yield Saved(part, width * self._gemm_input, unit, (*again, "swiglu"))
 
     @property
     def _per_expert(self) -> float:
@@ -190,14 +190,14 @@ class SavedTensors:
     def _moe(self) -> Iterator[Saved]:
         model, mesh = self.scenario.model, self.scenario.parallelism
         yield Saved("router", model.experts * self._per_expert)
-        if self._switches.router_dtype == "fp32":  # what the gate's product reads
+        if self._switches.router_dtype == "fp32":  # what the gate's GEMM reads
             yield Saved("router", model.hidden * FP32)
         yield Saved("router", model.top_k * (INT64 + FP32 * (self._switches.gates == "inside")))  # ids, and gates
         if model.shared_experts:
             yield from self._gated("shared_experts", model.shared_width, again=("shared_experts",))
         if model.expert_hidden:  # inputs of the projections down and back
-            yield Saved("router", (model.hidden + model.row_width) * self._product_input)
-        yield Saved("permuted_rows", model.row_width * self._product_input, "row")
+            yield Saved("router", (model.hidden + model.row_width) * self._gemm_input)
+        yield Saved("permuted_rows", model.row_width * self._gemm_input, "row")
         yield from self._gated("experts", model.expert_intermediate / mesh.expert_tensor, "row")
         if self._switches.gates == "inside":
             if self._switches.activation == "unfused":  # what the gates multiply

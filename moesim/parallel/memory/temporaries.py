@@ -13,7 +13,7 @@ keeps then. With rows of width h, inner width f (a: bytes per element) the route
 Where gates multiply the results, these are kept up to there, h a less later on; where gradients are made anew they stay
 (`made`). An unfused activation keeps one f more, which its gradient replaces.
 W1, W2: gradients in the format of weights, where a kernel adds them to a buffer (`accumulation: buffer`); of all
-experts of the rank, or of one where each has products of its own. Dense networks the same, once per token. Attention:
+experts of the rank, or of one where each has GEMMs of its own. Dense networks the same, once per token. Attention:
 the gradients of its result, queries, keys and values. A fused kernel adds up the gradient of queries in fp32, and where
 queries share keys makes those of keys and values of every head before it sums them: what torch's two kernels on an H100
 take (tests/data/fused_peaks_h100.json.gz). Unfused attention holds most of a score on the way back, in its format: the
@@ -48,7 +48,7 @@ class Moment:
     made: float = 0.0
 
 
-def _products(scenario: Scenario, width: float, inner: float, matrix: float) -> list[tuple[float, float, float]]:
+def _gemms(scenario: Scenario, width: float, inner: float, matrix: float) -> list[tuple[float, float, float]]:
     """Bytes per row, fixed ones and gradients made at each moment; `matrix`: elements of W2, of all or one expert."""
     switches, matrices = scenario.implementation.switches, scenario.model.ffn_matrices
     weight = matrix * BYTES_PER_ELEMENT[scenario.workload.precision.weights]
@@ -95,10 +95,10 @@ def expert_moments(scenario: Scenario) -> list[Moment]:
     model, switches = scenario.model, scenario.implementation.switches
     if not model.experts:
         return []
-    together = scenario.slots_per_rank if switches.expert_products == "grouped" else 1
+    together = scenario.slots_per_rank if switches.expert_gemms == "grouped" else 1
     matrix = together * expert_slice_parameters(scenario) / model.ffn_matrices
     inner = model.expert_intermediate / scenario.parallelism.expert_tensor
-    moments = _products(scenario, model.row_width, inner, matrix)
+    moments = _gemms(scenario, model.row_width, inner, matrix)
     return [Moment(token=_residual(scenario), row=row, fixed=fixed, made=made) for row, fixed, made in moments]
 
 
@@ -106,7 +106,7 @@ def dense_moments(scenario: Scenario) -> list[Moment]:
     """Those of a dense feed-forward network, whose columns tensor ranks share."""
     model = scenario.model
     matrix = model.hidden * model.dense_intermediate / scenario.parallelism.tensor
-    moments = _products(scenario, model.hidden, model.dense_intermediate, matrix)
+    moments = _gemms(scenario, model.hidden, model.dense_intermediate, matrix)
     return [Moment(token=_residual(scenario) + token, fixed=fixed, made=made) for token, fixed, made in moments]
 
 
