@@ -109,6 +109,24 @@ def test_a_small_trace_gives_a_warning_or_no_range(small, tmp_path):
     assert tiny["step_time_range_s"] is None
 
 
+@pytest.mark.parametrize(
+    ("implementation", "felt"),
+    [
+        ("fused", False),
+        ("deepseek", False),
+        ({"kind": "fused", "host": "launches", "cuda_graphs": "step"}, False),
+        ({"kind": "fused", "host": "launches"}, True),
+        ("torchtitan", True),
+    ],
+)
+def test_a_pace_of_the_host_is_felt_or_said_to_change_nothing(small, implementation, felt):
+    changes = {"implementation": implementation, "uncertainty.samples": 1}
+    usual, slow = (simulated(small({**changes, "compute.host_factor": factor})).result for factor in (1, 50))
+    assert (slow["step_time_s"] > usual["step_time_s"]) is felt
+    assert any("compute.host_factor: 50 changes nothing" in text for text in slow["warnings"]) is not felt
+    assert not any("compute.host_factor" in text for text in usual["warnings"])
+
+
 def test_a_run_can_be_written_read_and_run_again(small, tmp_path):
     record = simulated(small())
     write_run(record, tmp_path / "run")

@@ -224,8 +224,13 @@ def load(args: argparse.Namespace) -> "Scenario":
     """The scenario of a call. Raises UserError."""
     from moesim.scenario import load_scenario
     from moesim.shipped import resolve
+    from moesim.trace.store import is_trace_file
 
-    return load_scenario(resolve(args.scenario, "scenario"), args.overrides)
+    path = resolve(args.scenario, "scenario")
+    if is_trace_file(path):
+        taken = f"--set 'routing={{kind: trace, file: {path}}}'"
+        raise UserError(f"{path} is a routing trace, no scenario; name a scenario of its model, and add {taken}")
+    return load_scenario(path, args.overrides)
 
 
 def check_new(path: Path, *, force: bool) -> None:
@@ -255,10 +260,17 @@ def page_path(args: argparse.Namespace, *, name: str, file: str) -> Path | None:
     if args.out is None and args.json:
         return None
     path: Path = args.out or Path("runs") / name / file
+    check_page(path, file=file)
+    return path
+
+
+def check_page(path: Path, *, file: str) -> None:
+    """Refuse a place where a page cannot be written, or would not be known for one. Raises UserError."""
     if path.is_dir():
         raise UserError(f"{path} is a folder; name a file, such as {path / file}")
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"{path} does not end in .html, as a page must; use --out {path.with_suffix('.html')}")
     check_writable(path)
-    return path
 
 
 def write_output(text: str, path: Path, *, force: bool) -> None:

@@ -17,6 +17,7 @@ from moesim.cli.flags import (
     QUIET,
     WORKERS,
     Flag,
+    check_page,
     check_workers,
     check_writable,
     interrupts_explained_by,
@@ -264,9 +265,7 @@ def _pair(text: str) -> tuple[int, int]:
 def plot(args: argparse.Namespace) -> int:
     """Draw and write. Raises UserError."""
     path = args.out or (args.runs[0] / PLOT_FILE if len(args.runs) == 1 and args.runs[0].is_dir() else Path(PLOT_FILE))
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; name a file, such as {path / PLOT_FILE}")
-    check_writable(path)
+    check_page(path, file=PLOT_FILE)
     from moesim.report.plots import PlotRequest, plot_page
     from moesim.report.serving_plan_view import serving_plot
 

@@ -47,7 +47,7 @@ class SwitchedKernels:
 
     def host_model(self, kernels: KernelModel) -> HostModel:
         """The host issues every operation and waits at read-backs, or never limits, also where graphs hold the step."""
-        if self._switches.host == "free" or self._switches.cuda_graphs == "step":
+        if self._switches.host_is_free:
             return FREE_HOST
         times = self.scenario.compute.host_factor
         return HostModel(

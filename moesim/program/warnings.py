@@ -63,6 +63,17 @@ def _recorded(scenario: Scenario) -> list[str]:
     return [f"of the recorded step {Path(str(file)).name} some operations {kept}"] if kept else []
 
 
+def _free_host(scenario: Scenario) -> list[str]:
+    """A pace of the host, where the software's host costs nothing."""
+    software, factor = scenario.implementation.software, scenario.compute.host_factor
+    if factor == 1 or software.kernels != "switched" or not scenario.implementation.switches.host_is_free:
+        return []
+    return [
+        f"compute.host_factor: {factor:g} changes nothing, since no step of {software.name} waits for a launch here; a "
+        "software whose host launches feels it, or implementation.host: launches, cuda_graphs: none"
+    ]
+
+
 def layout_warnings(
     scenario: Scenario, fabric: Fabric, memory: MemoryReport, plain: Sequence[TrafficSample]
 ) -> list[str]:
@@ -74,7 +85,7 @@ def layout_warnings(
             f"{format_bytes(memory.peak_bytes)}"
         )
     mesh = Mesh(scenario.parallelism, scenario.cluster)
-    warnings += [*_sent_once(scenario), *_recorded(scenario)]
+    warnings += [*_sent_once(scenario), *_recorded(scenario), *_free_host(scenario)]
     crossing = [ranks_R for ranks_R in mesh.expert_groups() if mesh.layout(ranks_R).num_nodes > 1]
     if fabric.core_can_block and any(
         sharing_model(scenario.network, fabric, ranks_R) == "ports" for ranks_R in crossing

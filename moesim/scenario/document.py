@@ -83,7 +83,8 @@ def read_yaml(path: FilePath, *, what: str) -> Node:
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         column = error.start - (content.rfind(b"\n", 0, error.start) + 1) + 1
-        raise UserError(f"{path}:{line}:{column}: not UTF-8 text; save the file as UTF-8") from None
+        remedy = f"save the file as UTF-8, or name the YAML file of the {what}"
+        raise UserError(f"{path}:{line}:{column}: not UTF-8 text; {remedy}") from None
     return parse_yaml(text, source=str(path))
 
 

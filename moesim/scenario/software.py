@@ -130,6 +130,11 @@ class Switches:
         "step",
     ] = "none"
 
+    @property
+    def host_is_free(self) -> bool:
+        """Whether no step waits for a launch, however slow the host is."""
+        return self.host == "free" or self.cuda_graphs == "step"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:

@@ -78,6 +78,9 @@ def _check(scenario: ServingScenario, root: Node) -> None:
         raise refuse(("cluster",), "serving is modelled on GPUs of one pool; name one")
     if scenario.decode_routing is not None and not model.moe_layers:
         raise refuse(("decode_routing",), "a model without experts has no routing; leave it out")
+    if scenario.compute.host_factor != 1:
+        what = "changes no step of serving, whose software states its host; set engine.host, or leave it out"
+        raise refuse(("compute", "host_factor"), what)
     _check_fleet(scenario, refuse)
     _check_workload(scenario, refuse)
     if serving_software()[scenario.engine.software].paged and (unknown := _unknown_where_copied(scenario)):

@@ -18,12 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moesim.errors import ConflictError, InfeasibleError, UserError
+from moesim.errors import ConflictError, InfeasibleError, UserError, closest
 from moesim.results.definitions import NUMBERS
 from moesim.scenario import Scenario, TraceRouting, load_scenario
 from moesim.scenario.catalogue import suggest
 from moesim.scenario.document import Node, find, read_yaml
 from moesim.scenario.short_forms import override_label
+from moesim.shipped import folder, names
 from moesim.strict_json import json_text
 from moesim.study import Point, PointRecord
 from moesim.study.points import content_hash
@@ -34,7 +35,8 @@ from moesim.trace.library import find_entry, is_library_name
 # What each key of a study says; the reference of the documentation prints these, too.
 STUDY_KEYS: Mapping[str, str] = {
     "name": "Name of the study and of its folder; letters, digits and . _ - alone. Required.",
-    "base": "The scenario that every point starts from, a file relative to the study. Required.",
+    "base": "The scenario that every point starts from: a file relative to the study, or the name of one that ships. "
+    "Required.",
     "set": "Overrides for all points: dotted keys of a scenario and their values.",
     "axes": "Axes, whose values span a grid, the last axis fastest.",
     "points": "Single points, each a mapping of dotted keys to values, instead of axes or crossed with them.",
@@ -115,11 +117,10 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     axes = _axes(parts, root)
     _check_overrides(overrides, axes)
     base = reader.text(parts["base"], "base")
-    if not (path.parent / base).is_file():
-        raise UserError(f"{parts['base'].where}: base: {base} does not exist (looked for {path.parent / base})")
-    _refuse_serving(path.parent / base, where=parts["base"].where)
+    base_file = _base_file(path, base, where=parts["base"].where)
+    _refuse_serving(base_file, where=parts["base"].where)
     common = read_settings(parts["set"], "set") if "set" in parts else []
-    points, invalid_points = _points(path, base, axes, common, overrides)
+    points, invalid_points = _points(path, base_file, axes, common, overrides)
     plot = _checked_plot(parts["plot"], axes) if "plot" in parts else None
     if not points:
         raise UserError(f"{path}: no point of the study can be simulated; the first one: {invalid_points[0].reason}")
@@ -133,6 +134,21 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
         reference=_reference(parts["reference"], axes) if "reference" in parts else None,
         plot=plot,
     )
+
+
+def _base_file(study: Path, base: str, *, where: str) -> Path:
+    """The scenario of a study: a file relative to it, or one that ships. Raises UserError where it is neither."""
+    beside = study.parent / base
+    if beside.is_file():
+        return beside
+    known = names("scenario")
+    if base in known:
+        return folder() / f"{base}.yaml"
+    remedy = (
+        closest(base, known) or "; name a file, by a path from the folder of this one, or one of `moesim scenarios`"
+    )
+    what = f"base: {base} does not exist (looked for {beside}), and no scenario of this name ships"
+    raise UserError(f"{where}: {what}{remedy}")
 
 
 def _refuse_serving(base: Path, *, where: str) -> None:
@@ -173,7 +189,7 @@ def _check_overrides(overrides: Sequence[str], axes: Sequence[Axis]) -> None:
 
 
 def _points(
-    path: Path, base: str, axes: Sequence[Axis], common: Sequence[Setting], overrides: Sequence[str]
+    path: Path, base: Path, axes: Sequence[Axis], common: Sequence[Setting], overrides: Sequence[str]
 ) -> tuple[list[Point], list[PointRecord]]:
     points: list[Point] = []
     invalid_points: list[PointRecord] = []
@@ -198,7 +214,7 @@ def _points(
 
 
 def _scenario(
-    path: Path, base: str, common: Sequence[Setting], overrides: Sequence[str], own: Sequence[Setting]
+    path: Path, base: Path, common: Sequence[Setting], overrides: Sequence[str], own: Sequence[Setting]
 ) -> Scenario:
     """The base with the study's settings, those of the command line, and the point's own, the last one winning."""
     every = (*common, *own)
@@ -206,7 +222,7 @@ def _scenario(
     texts = {id(each): f"{each.key}={values[id(each)]}" for each in every}
     ordered = [*(texts[id(s)] for s in common), *overrides, *(texts[id(s)] for s in own)]
     try:
-        return _with_known_routing(load_scenario(path.parent / base, ordered), path)
+        return _with_known_routing(load_scenario(base, ordered), path)
     except UserError as error:
         message = str(error)
         for setting in sorted(every, key=lambda s: -len(texts[id(s)])):

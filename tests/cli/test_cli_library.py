@@ -56,6 +56,8 @@ def test_an_entry_can_be_saved_as_a_file(moesim, tmp_path: Path) -> None:
     assert moesim("trace", "library:64x6/M2/seed1", "--out", saved, "--quiet").code == 0
     assert load_trace(saved).router.group_limit == 2
     assert "--force" in moesim("trace", "library:64x6/M2/seed1", "--out", saved).complaint
+    said = moesim("trace", saved).complaint
+    assert "is a routing trace, no scenario" in said and f"add --set 'routing={{kind: trace, file: {saved}}}'" in said
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def never(*args: object, **kwargs: object) -> None:
         (["trace", "small.yaml", "--set", "routing={kind: trace, file: small.yaml}"], "small.yaml"),
         (["model", "deepseek-v4"], "deepseek-v3"),
         (["model", "deepseek-v3", "--sequence-length", "0"], "--sequence-length"),
-        (["topology", "small.yaml", "--out", "small.yaml"], "--force"),
+        (["topology", "small.yaml", "--out", "small.yaml", "--force"], "small.yaml does not end in .html"),
         (["calibrate", "--device", "cpu"], "--out"),
         (["calibrate", "--out", "p.json", "--budget", "-1"], "--budget"),
         (["calibrate", "--out", "p.json", "--device", "cpu", "--families", "gem"], "'gem'"),

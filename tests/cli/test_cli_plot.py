@@ -86,6 +86,10 @@ def test_another_page_is_replaced_only_by_force(runs: tuple[Path, Path], moesim)
         (["runs/small", "runs/double", "--points", "3"], "write --points 3,7"),
         (["runs/small", "runs/double", "--points", "1,2"], "needs one folder of a sweep or plan"),
         (["runs/small", "runs/double", "--out", "runs"], "is a folder"),
+        (
+            ["runs/small", "runs/double", "--out", "page"],
+            "page does not end in .html, as a page must; use --out page.html",
+        ),
         ([], "RUNS"),
     ],
 )

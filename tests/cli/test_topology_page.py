@@ -56,6 +56,11 @@ def test_volume_takes_sizes_and_limits(scenario: Path, moesim) -> None:
         (["volume", "small.yaml", "--limits", "0"], "--limits 1,2,none"),
         (["volume", "small.yaml", "--set", "model={preset: llama2-7b}", "--set", "parallelism.expert=1"], "dense"),
         (["volume", "small.yaml", "--out", "."], "is a folder"),
+        (
+            ["volume", "small.yaml", "--out", "page.json"],
+            "page.json does not end in .html, as a page must; use --out page.h",
+        ),
+        (["topology", "small.yaml", "--out", "page"], "use --out page.html"),
         (["topology", "small.yaml", "--out", "small.yaml/x.html"], "cannot be written"),
     ],
 )

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from moesim.errors import UserError
 from moesim.serving import load_serving_text, serve
 from moesim.serving.software import AHEAD, WAITING, serving_software
 from moesim.strict_json import parse_json
@@ -47,5 +48,7 @@ def test_a_host_that_schedules_beside_the_gpu_never_makes_a_step_longer() -> Non
     )
     assert hidden["tpot_s"]["mean"] < shown["tpot_s"]["mean"]
     assert shown["time_s"]["host"] / shown["steps"] > WAITING[0]
+    with pytest.raises(UserError, match=r"compute.host_factor: changes no step of serving.* set engine.host"):
+        load_serving_text(ONE, overrides=("compute.host_factor=2",))
     slow = serve(load_serving_text(ONE, overrides=("engine.host=20 ms",)))
     assert slow["step_s"]["p50"] >= 0.02, "a host that is slower than the GPU sets the pace"

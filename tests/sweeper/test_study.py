@@ -60,6 +60,15 @@ def test_variables_fill_texts_and_whole_values(study):
     assert made.points[0].values == {"$size": "tiny", "model.hidden": 64, "$run": 3}
 
 
+def test_a_base_is_a_file_beside_the_study_or_ships(study):
+    shipped = "name: trial\nbase: stress-balanced\n"
+    made = load_study(study(shipped + AXIS))
+    assert [point.scenario.name for point in made.points] == ["stress-balanced", "stress-balanced"]
+    small = (study(HEAD + AXIS).parent / "small.yaml").read_text()
+    study(small, name="stress-balanced")
+    assert load_study(study(shipped + AXIS)).points[0].scenario.name != "stress-balanced"
+
+
 def test_a_value_may_be_a_whole_section(study):
     text = "axes:\n- {key: capacity, values: [{kind: none}, {kind: expert, factor: 1.25}], labels: [none, 1.25]}\n"
     made = load_study(study(HEAD + text))
@@ -114,7 +123,14 @@ AXIS = "axes:\n- {key: seed, values: [0, 1]}\n"
         ("name: x\n" + AXIS, "a study needs base"),
         ("base: small.yaml\n" + AXIS, "a study needs name"),
         ("name: a b\nbase: small.yaml\n" + AXIS, r"study.yaml:1:7: name 'a b' may hold only"),
-        ("name: a\nbase: other.yaml\n" + AXIS, r"study.yaml:2:7: base: other.yaml does not exist"),
+        (
+            "name: a\nbase: other.yaml\n" + AXIS,
+            r"study.yaml:2:7: base: other.yaml does not exist .*; name a file, by a path",
+        ),
+        (
+            "name: a\nbase: quickstrt\n" + AXIS,
+            r"study.yaml:2:7: base: quickstrt does not exist .*did you mean 'quickstart'",
+        ),
         (
             f"name: a\nbase: {SERVED}\n" + AXIS,
             r"study.yaml:2:7: base: qwen3-30b-one-h100.yaml is of serving, .*moesim serve FILE --out",
