@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from moesim import __version__
+from moesim.cli import build
 from moesim.scenario import gpu_names, load_scenario
 from moesim.shipped import folder, shipped
 
@@ -74,6 +75,23 @@ def completions(line: str, place: Path) -> set[str]:
 def test_the_shell_completes_verbs_flags_names_and_files(tmp_path: Path, line: str, offered: set[str]) -> None:
     (tmp_path / "own.yaml").touch()
     assert completions(line, tmp_path) == offered
+
+
+@pytest.mark.parametrize(
+    ("verb", "word"),
+    [
+        ("run", "quickstart"),
+        ("sweep", "capacity"),
+        ("plan", "mixtral-8x22b"),
+        ("serve", "deepseek-moe-16b-8xh100"),
+        ("model", "deepseek-v3"),
+        ("gpus", "gb200"),
+    ],
+)
+def test_the_first_word_of_a_verb_is_one_of_its_names(verb: str, word: str) -> None:
+    """What the shell is told, without a process of its own for each."""
+    first = next(action for action in build()[1][verb]._actions if not action.option_strings)
+    assert word in first.completer(prefix="")  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish", "tcsh"])
