@@ -10,7 +10,7 @@ from moesim.engine import segments, simulate_step
 from moesim.engine.samples import _spans_go
 from moesim.engine.step import sum_step
 from moesim.kernels import kernel_model
-from moesim.network import build_fabric
+from moesim.network import build_fabric, prepare_combine, prepare_dispatch
 from moesim.parallel import TrafficSampler
 from moesim.program import build_program
 from moesim.program.operations import Block
@@ -18,6 +18,8 @@ from moesim.results.critical_path import path_facts
 from moesim.results.span_sums import GroupSums
 from moesim.run import obtain_trace
 from moesim.scenario import Scenario
+from moesim.scenario.cluster import Cluster, Fabric, Pool
+from moesim.scenario.dispatch import DISPATCH
 from moesim.seeding import stream
 
 pytestmark = pytest.mark.usefixtures("few_tokens")
@@ -73,6 +75,24 @@ def test_compiled_and_interpreted_steps_are_the_same(small, changes, monkeypatch
     for here, there in zip(compiled, interpreted, strict=True):
         np.testing.assert_allclose(here, there, rtol=1e-12)
     np.testing.assert_allclose(compiled_parts, interpreted_parts, atol=1e-12)
+
+
+@pytest.mark.parametrize("algorithm", ["direct", "low_latency", "hierarchical"])
+def test_closed_forms_are_the_same_where_the_ends_of_a_link_differ(algorithm: str) -> None:
+    """Steps have links that are as fast at both ends, and ranks that come nearly together: here neither is so."""
+    slow = [{"node": 1, "factor": 0.5}, {"rail": 2, "factor": 0.3}]
+    section = Fabric.model_validate({"preset": "rail_optimised", "degraded": slow})
+    fabric = build_fabric(Cluster(pools=(Pool(gpu="h200", nodes=4, gpus_per_node=4),), fabric=section))
+    rng = np.random.default_rng(0)
+    copies = rng.gamma(1.0, 1e3, (2, 3, 16, 16)) * (1 - np.eye(16)) * (rng.random((16, 16)) < 0.7)
+    stages = list(copies) if DISPATCH[algorithm].fans_out else [copies[0]]
+    for prepare in (prepare_dispatch, prepare_combine):
+        one, other = (
+            prepare(fabric, stages, token_bytes=7e3, algorithm=algorithm, compiled=compiled)
+            for compiled in (True, False)
+        )
+        start_SR = rng.random((3, 16)) * other.alone_R.max()
+        np.testing.assert_allclose(one.finish(start_SR), other.finish(start_SR), rtol=1e-12)
 
 
 UNIFORM = {"routing": {"kind": "uniform"}}  # else it is skewed
