@@ -1,5 +1,7 @@
 """Combinations: every one is a scenario or has a reason, and none is there twice."""
 
+from collections import defaultdict
+
 import pytest
 from plan_cases import SCREEN
 
@@ -39,6 +41,12 @@ def test_no_layout_is_there_twice(small_plan):
     kept, _ = _sorted_out(Space.of(small_plan({"choices.zero": zero})))
     assert len({scenario_id(scenario.model_copy(update={"name": "x"})) for scenario in kept.values()}) == len(kept)
     assert len({scenario.name for scenario in kept.values()}) == len(kept)
+    stages_of = defaultdict(set)  # where there are copies of both, all three shard something else
+    for layout, scenario in kept.items():
+        mesh = scenario.parallelism
+        if mesh.data * mesh.context > 1 < mesh.stage_ranks // (mesh.expert * mesh.expert_tensor):
+            stages_of[layout._replace(zero=0)].add(layout.zero)
+    assert stages_of and all(stages == {0, 1, 2} for stages in stages_of.values())
 
 
 def test_without_a_pipeline_only_schedules_that_pair_micro_batches_on_one_rank_are_others(small_plan):
@@ -63,10 +71,15 @@ def test_a_layout_survives_its_file(small_plan):
 def test_groups_that_leave_their_node_fall_out_when_they_may_not(small_plan):
     wide = {"choices.expert": [1, 8], "choices.gpus": [8]}
     free, _ = _sorted_out(Space.of(small_plan(wide)))
-    bound, reasons = _sorted_out(Space.of(small_plan(wide | {"constraints.expert_in_node": True})))
+    inside = Space.of(small_plan(wide | {"constraints.expert_in_node": True}))
+    bound, reasons = _sorted_out(inside)
     assert {layout.expert for layout in free} == {1, 8}
     assert {layout.expert for layout in bound} == {1}
     assert "places" in {why.stage for why in reasons.values()}
+    layout = next(iter(bound))
+    inside._check_places(layout._replace(expert=2))
+    with pytest.raises(Discarded, match="group of 3 on nodes of"):  # the second one would be on two
+        inside._check_places(layout._replace(expert=3))
 
 
 def test_listed_data_sizes_must_fill_the_gpus(small_plan):
