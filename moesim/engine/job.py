@@ -335,7 +335,7 @@ class _Run:
         """At the horizon what is at hand counts."""
         self._turn(None)
         self.saving.keep_all()
-        self.kept.append((self.env.now, self.saving.kept.nominal))
+        self.kept[-1] = (self.env.now, self.saving.kept.nominal)
 
     def ledger(self, failures: FailureTimes) -> Ledger:
         """What was booked."""

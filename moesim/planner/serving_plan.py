@@ -22,7 +22,7 @@ from moesim.scenario.document import Node, find, mapping_node, read_yaml, refusa
 from moesim.scenario.loader import accept_model_forms, finished_schema, validated
 from moesim.scenario.short_forms import absolute_paths, apply_overrides, explicit_model, named_implementation
 from moesim.serving import ServingScenario, load_serving_text
-from moesim.serving.schema import Engine, Serving, ServingMemory
+from moesim.serving.schema import HOST_ELSEWHERE, Engine, Serving, ServingMemory
 
 Ratio = Annotated[str, Field(pattern=r"^(none|[1-9][0-9]?:[1-9][0-9]?)$")]
 CHOSEN = ("schema_version", "goal", "choices", "alternative")
@@ -198,6 +198,8 @@ def _check(plan: ServingPlan, root: Node) -> None:
             gpu_spec(offer.gpu)
         except UserError as unknown:
             raise refuse(str(unknown), "goal", "gpus", index, "gpu") from None
+    if plan.compute.host_factor != 1:
+        raise refuse(HOST_ELSEWHERE, "compute", "host_factor")
     if plan.workload.slo.ttft is None and plan.workload.slo.tpot is None:
         raise refuse("a plan needs a limit; set slo: {ttft: ...} or {tpot: ...} (seconds)", "workload")
     if not plan.model.moe_layers and plan.choices.experts != ("whole",):

@@ -128,7 +128,7 @@ def goodput_page(found: Goodput) -> str:
     page.figure(over_time(found), name="over-time")
     page.heading("Where the time goes")
     page.table(("", "in all", "share"), _time_rows(result))
-    if result["causes"]:
+    if _cause_rows(result):
         page.heading("Lost time by cause")
         page.figure(by_cause(result), name="by-cause")
         page.table(_CAUSE_HEAD, _cause_rows(result))
@@ -160,7 +160,8 @@ def over_time(found: Goodput) -> go.Figure:
         figure.add_scatter(x=x, y=y, mode="lines", line=look, opacity=1.0 if number == 0 else 0.6,
                            hovertemplate="day %{x:.1f}: %{y:.2%}<extra></extra>")  # fmt: skip
     figure.update_layout(showlegend=False)
-    figure.update_yaxes(tickformat=".1%")
+    room = max(1 - min(min(shares) for _, shares in lines), 1e-3)  # also where nothing fails: one straight line
+    figure.update_yaxes(tickformat=".1%" if room > 0.01 else ".2%", range=[1 - 1.1 * room, 1 + 0.05 * room])
     return figure
 
 

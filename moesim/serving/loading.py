@@ -12,7 +12,7 @@ from moesim.scenario.model import Mla, Model
 from moesim.scenario.short_forms import absolute_paths, apply_overrides, explicit_model, flat_cluster_to_pools
 from moesim.serving.fleet import fleet_gpus, prefill_scenario
 from moesim.serving.memory import key_layout, memory_of
-from moesim.serving.schema import ServingParallelism, ServingScenario
+from moesim.serving.schema import HOST_ELSEWHERE, ServingParallelism, ServingScenario
 from moesim.serving.software import serving_software
 
 _KIND = ("workload", "kind")
@@ -79,8 +79,7 @@ def _check(scenario: ServingScenario, root: Node) -> None:
     if scenario.decode_routing is not None and not model.moe_layers:
         raise refuse(("decode_routing",), "a model without experts has no routing; leave it out")
     if scenario.compute.host_factor != 1:
-        what = "changes no step of serving, whose software states its host; set engine.host, or leave it out"
-        raise refuse(("compute", "host_factor"), what)
+        raise refuse(("compute", "host_factor"), HOST_ELSEWHERE)
     _check_fleet(scenario, refuse)
     _check_workload(scenario, refuse)
     if serving_software()[scenario.engine.software].paged and (unknown := _unknown_where_copied(scenario)):

@@ -28,6 +28,9 @@ Requests = Annotated[int, Field(strict=True, gt=0, le=10_000_000)]
 PositiveShare = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0, le=1)]
 Seconds = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0, le=1e6)]
 
+# Why serving has no compute.host_factor: hosts are the software's there.
+HOST_ELSEWHERE = "changes no step of serving, whose software states its host; set engine.host, or leave it out"
+
 
 class FixedLength(Section):
     """All requests alike."""

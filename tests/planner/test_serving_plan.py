@@ -142,6 +142,7 @@ def test_the_front_is_what_nothing_beats_in_both() -> None:
         ("choices.prefill_to_decode=[3-1]", "prefill_to_decode"),
         ("choices.prefill_to_decode=['0:1']", "does not have the form (none|"),
         ("workload.slo={}", "a plan needs a limit"),
+        ("compute.host_factor=2", "compute.host_factor: changes no step of serving"),
     ],
 )
 def test_mistakes_are_named(file, override: str, what: str) -> None:

@@ -76,6 +76,9 @@ def test_the_screen_and_the_page_show_the_answers(call) -> None:
     for title in ("Goodput over time", "Lost time by cause", "Goodput by time between checkpoints", "best, simulated"):
         assert title in page
     assert call()[0] == 0  # the same page again is no mistake
+    assert call("--days", "0.1", "--set", "failures.factor=0.001", "--out", "quiet.html")[0] == 0
+    quiet = Path("quiet.html").read_text()
+    assert "Goodput over time" in quiet and "Lost time by cause" not in quiet
 
 
 def test_csv_has_the_numbers_of_the_json(call) -> None:

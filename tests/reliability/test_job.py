@@ -98,6 +98,7 @@ def test_without_failures_only_checkpoints_cost(blocking: float) -> None:
     assert ledger.useful_s == pytest.approx(cycles * quiet.interval_s + min(rest, quiet.interval_s), abs=1e-3)
     assert ledger.useful_s + ledger.checkpoint_s == pytest.approx(quiet.horizon_s, abs=1e-6)
     assert waited(ledger) == 0
+    assert set(ledger.kept) == {(0.0, 0.0), (quiet.horizon_s, ledger.useful_s)}  # one straight line to the end
 
 
 def test_one_failure_by_hand() -> None:
