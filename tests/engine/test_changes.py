@@ -83,6 +83,9 @@ def test_a_change_is_in_the_steps_that_it_is_said_to_be_in() -> None:
     plain, always = steps(FLAT), steps(FLAT, "cluster.slowdowns=[{node: 1, factor: 0.5}]")
     later = steps(FLAT, "cluster.slowdowns=[{node: 1, factor: 0.5, from_step: 1}]")
     assert later == pytest.approx([plain[0], always[1]], rel=1e-12)
+    link = "cluster.fabric.changes=[{node: 0, factor: 0.25}]"
+    both = steps(FLAT, "cluster.slowdowns=[{node: 1, factor: 0.5, from_step: 1}]", link)
+    assert both[0] == pytest.approx(steps(FLAT, link)[0], rel=1e-12) and both[0] > plain[0]
     many = [FLAT, "uncertainty.samples=12", "uncertainty.bank=1"]
     half = steps(*many, "cluster.slowdowns=[{node: 1, factor: 0.5, probability: 0.5}]")
     slow = half > steps(*many) * 1.01

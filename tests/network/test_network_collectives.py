@@ -20,7 +20,9 @@ from moesim.network import (
     reduce_scatter_seconds,
     send_recv_seconds,
 )
-from moesim.network.collectives import ring_use
+from moesim.network.collectives import _Hops, ring_use
+from moesim.network.dispatch import _overhead
+from moesim.network.parameters import Protocol
 from moesim.scenario.cluster import Cluster, Pool
 from moesim.scenario.dispatch import DISPATCH
 
@@ -63,6 +65,30 @@ def test_auto_is_the_fastest_that_the_ranks_allow() -> None:
             assert auto.source
     assert all_reduce_seconds(fabric, list(range(8)), GIB).algorithm == "nvls"
     assert all_reduce_seconds(make_fabric(1, gpu="a100"), None, GIB).algorithm != "nvls"
+
+
+def test_a_hierarchical_sum_is_two_halves_in_each_node_and_a_ring_of_shares_between_them() -> None:
+    """Every rank has a NIC of its own, so that all rings between the nodes take as long as one alone."""
+    for nodes in (2, 4):
+        fabric, node, size = make_fabric(nodes), list(range(8)), 2.0**40
+        inside = reduce_scatter_seconds(fabric, node, size).seconds + all_gather_seconds(fabric, node, size).seconds
+        between = all_reduce_seconds(fabric, list(range(0, 8 * nodes, 8)), size / 8, algorithm="ring").seconds
+        found = all_reduce_seconds(fabric, None, size, algorithm="hierarchical").seconds
+        assert found == pytest.approx(inside + between, rel=1e-3)
+
+
+def test_a_chunk_goes_round_by_all_hops_but_the_shortest_and_up_a_tree_by_its_levels() -> None:
+    assert _Hops(between=10.0, inside=1.0, nodes=2, ranks=16).ring == 2 * 10 + 14 * 1 - 1
+    assert _Hops(between=10.0, inside=1.0, nodes=4, ranks=4).ring == 3 * 10
+    assert _Hops(between=10.0, inside=1.0, nodes=1, ranks=8).ring == 7
+    assert _Hops(between=10.0, inside=1.0, nodes=4, ranks=32).tree == 2 * 10 + 7 * 1
+
+
+def test_a_rank_posts_the_messages_that_it_sends() -> None:
+    protocol = Protocol(call_seconds=100.0, message_seconds=1.0, transition_seconds=7.0, source="a test")
+    copies_SRR = np.array([[[5.0, 3.0, 2.0], [0.0, 4.0, 0.0], [1.0, 0.0, 0.0]]])  # own ones are no messages
+    (seconds_R,) = _overhead(protocol, [copies_SRR, copies_SRR], 1e15)
+    assert seconds_R == pytest.approx([100 + 10 + 7, 100, 100 + 2 + 7])
 
 
 def test_trees_win_small_messages_over_many_nodes() -> None:
