@@ -7,6 +7,7 @@ import pytest
 import simpy
 
 from moesim.errors import UserError
+from moesim.network import build_fabric, send_recv_seconds
 from moesim.report.serving_view import rate, serving_page
 from moesim.serving import largest_load, load_serving_text, serve
 from moesim.serving.costs import shown_exchange
@@ -89,6 +90,19 @@ def test_sending_by_layer_shows_a_layers_share_of_a_transfer_that_is_faster_than
     assert moved is not None and alone is not None and alone.shown == alone.seconds
     assert moved.shown[0] == pytest.approx(alone.seconds[0] / deployment.scenario.model.layers)
     assert moved.seconds[0] > alone.seconds[0], "beside the exchange of its prompt"
+
+
+@pytest.mark.parametrize(("tensor", "transfer"), [(1, "at_end"), (1, "by_layer"), (2, "at_end")])
+def test_a_transfer_takes_its_bytes_over_all_lanes_however_it_is_cut(tensor: int, transfer: str) -> None:
+    mesh = f"{{data: 1, tensor: {tensor}}}"  # with nothing exchanged beside it
+    prefill = f"{{replicas: 1, parallelism: {mesh}, transfer: {transfer}}}"
+    scenario = two_pools(f"parallelism={mesh}", "fleet.replicas=1", f"fleet.prefill={prefill}")
+    one = Requests(arrival_N=np.zeros(1), input_N=np.array([2000]), output_N=np.array([3]))
+    moved = run_fleet(Deployment(scenario).pools, one).transfers
+    assert moved is not None and scenario.fleet.prefill is not None
+    size = kv_bytes(scenario, 2000) / tensor / scenario.fleet.prefill.nic_share
+    alone = send_recv_seconds(build_fabric(scenario.cluster), 0, tensor, size).seconds
+    assert moved.seconds == pytest.approx([alone], rel=1e-6)
 
 
 def test_full_decode_instances_hold_prompts_back_and_nothing_is_lost() -> None:
