@@ -367,10 +367,11 @@ def _ranks(page: Page, record: RunRecord) -> None:
     compute_W = record.arrays["compute_time_W"]
     waiting_W = seconds_CW[[category(key).family == "waiting" for key in CATEGORIES]].sum(axis=0)
     exposed_W = seconds_CW[[category(key).family == "communication" for key in CATEGORIES]].sum(axis=0)
-    rows = [
-        (name, *(facts.seconds(value) for value in (v_W.min(), np.median(v_W), v_W.mean(), v_W.max())))
-        for name, v_W in (("computing", compute_W), ("exposed communication", exposed_W), ("waiting", waiting_W))
-    ]
+    least = 1e-9 * seconds_CW.sum(axis=0).max()  # below it lies what sums of spans round off
+    rows = []
+    for name, v_W in (("computing", compute_W), ("exposed communication", exposed_W), ("waiting", waiting_W)):
+        v_W = np.where(v_W > least, v_W, 0.0)
+        rows.append((name, *map(facts.seconds, (v_W.min(), np.median(v_W), v_W.mean(), v_W.max()))))
     page.table(("over all ranks", "least", "median", "mean", "most"), rows)
     _waits(page, record)
 

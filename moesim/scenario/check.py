@@ -84,9 +84,12 @@ def _check_model(scenario: Scenario, report: Report) -> None:
                     f"model.{key}", "a model without experts has none; set model.experts, or drop this key"
                 )
         if model.dense_layers != model.layers:
-            raise report.user("model.dense_layers", f"a model without experts is dense in all {model.layers} layers")
+            what = f"{model.dense_layers} of {model.layers} layers, but a model without experts is dense in all"
+            raise report.user("model.dense_layers", f"{what}; set model.dense_layers: {model.layers}")
     elif model.dense_at is not None and len(set(model.dense_at)) != model.dense_layers:
-        raise report.user("model.dense_at", f"names {len(set(model.dense_at))} layers, but dense_layers says other")
+        num = len(set(model.dense_at))
+        what = f"names {num} layers, but dense_layers says {model.dense_layers}; set model.dense_layers: {num}"
+        raise report.user("model.dense_at", what)
     elif model.dense_layers >= model.layers:
         raise report.user("model.dense_layers", f"must be below layers = {model.layers}; or set model.experts: 0")
     elif not 1 <= model.top_k <= model.experts:
@@ -95,7 +98,8 @@ def _check_model(scenario: Scenario, report: Report) -> None:
         raise report.user("model.expert_intermediate", "missing; the width of one expert is required")
     for key, numbers in (("dense_at", model.dense_at), ("local.layers", model.local and model.local.layers)):
         if numbers and max(numbers) >= model.layers:
-            raise report.user(f"model.{key}", f"layer {max(numbers)} of layers 0 to {model.layers - 1}")
+            what = f"there is no layer {max(numbers)}; name some of 0 to {model.layers - 1}"
+            raise report.user(f"model.{key}", what)
     if model.dense_layers and model.dense_intermediate == 0:
         raise report.user("model.dense_intermediate", "missing; the width of the dense FFN is required")
 

@@ -119,6 +119,8 @@ def apply_overrides(root: Node, overrides: Sequence[str]) -> Node:
             switched.append(path[:-1])
         kept.add(path)
         root = _set(root, path, value)
+        if path == ("implementation",):
+            root = named_implementation(root)  # so that another override may set one of its switches
     for section in switched:
         root = _drop_stale_keys(root, section, kept)
     return root

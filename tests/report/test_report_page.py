@@ -161,6 +161,14 @@ def test_a_missing_range_or_price_is_said_and_not_invented(record: RunRecord) ->
     assert "give cluster.price_per_gpu_hour to know it" in text
 
 
+def test_what_sums_round_off_is_no_waiting(record: RunRecord) -> None:
+    seconds_CW = record.arrays["attribution_CW"].copy()
+    seconds_CW[CATEGORIES.index("imbalance_wait")] = 1e-12 * seconds_CW.sum(axis=0)
+    seconds_CW[CATEGORIES.index("bubble")] = 0.0
+    page = render(dataclasses.replace(record, arrays={**record.arrays, "attribution_CW": seconds_CW}))
+    assert "waiting 0 s 0 s 0 s 0 s" in Document(page).text
+
+
 def test_a_large_run_stays_small(make_record) -> None:
     """64 ranks, 61 layers, 256 experts."""
     page = render(make_record(ranks=64, layers=58, experts=256))

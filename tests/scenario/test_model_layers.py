@@ -42,7 +42,7 @@ def test_where_dense_layers_stand_changes_no_count():
 
 def test_dense_layers_may_be_given_by_their_numbers_alone():
     assert scenario(dense_at=[1, 4], dense_intermediate=6144).model.dense_layers == 2
-    with pytest.raises(UserError, match=r"model.dense_at: layer 6 of layers 0 to 5"):
+    with pytest.raises(UserError, match=r"model.dense_at: there is no layer 6; name some of 0 to 5"):
         scenario(dense_at=[6], dense_intermediate=6144)
 
 

@@ -69,6 +69,12 @@ def test_the_last_override_wins():
     assert quickstart("routing.steps=50", "routing.steps=60").routing.steps == 60
 
 
+def test_a_software_by_name_has_switches_for_the_overrides_behind_it():
+    chosen = quickstart("implementation=torchtitan", "implementation.optimizer=flat").implementation
+    assert (chosen.kind, chosen.switches.optimizer) == ("torchtitan", "flat")
+    assert quickstart("implementation.optimizer=flat", "implementation=torchtitan").implementation.optimizer is None
+
+
 def test_a_changed_attention_merges_with_the_preset_unless_its_kind_differs():
     base = "model.preset=deepseek-v3"
     merged = quickstart(base, "model.attention.kv_lora_rank=256").model.attention
@@ -88,6 +94,11 @@ def test_a_changed_attention_merges_with_the_preset_unless_its_kind_differs():
         ("routing.steps=[1", "--set routing.steps=[1: not valid YAML"),
         ("routing.kind=trian", '--set routing.kind=trian: routing.kind: "trian" is unknown; did you mean "train"?'),
         ("seed=.inf", "--set seed=.inf: .inf is not a finite number"),
+        (
+            "model={preset: llama2-7b, layers: 2}",
+            "--set model={preset: llama2-7b, layers: 2}: model.dense_layers: 32 of 2 layers, but a model without "
+            "experts is dense in all; set model.dense_layers: 2",
+        ),
         ("name.x=2", '--set name.x=2: "x" has no place inside the value'),
         ("cluster.pools.1.nodes=2", '--set cluster.pools.1.nodes=2: "1" is no item of a list'),
         ("cluster.gpu=H200", '--set cluster.gpu=H200: cluster.gpu: unknown GPU "H200"; did you mean "h200"?'),
