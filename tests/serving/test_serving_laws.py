@@ -171,6 +171,8 @@ def test_skewed_routing_costs_time_and_shows_as_imbalance(deployment: Deployment
     most, least = skewed.at(30_000, 0), even.at(30_000, 0)
     assert most.imbalance > 1.5 > least.imbalance > 1.0
     assert most.seconds > 1.3 * least.seconds and 0.7 < most.exchange / least.exchange < 1.3
+    flops = 30_000 * 6 / 4 * 2 * 3 * 2048 * 1408  # of a rank's rows, more than are drawn
+    assert flops / 989e12 < least.seconds < 3 * flops / 989e12
 
 
 def test_prefixes_are_found_again_and_spare_their_steps() -> None:
