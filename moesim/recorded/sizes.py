@@ -98,7 +98,8 @@ def sizes_of(ops: Sequence[RecordedOp], *, where: str) -> StepSizes:
     lookup = next((op for op in ops if op.name == "embedding" and op.phase == "forward" and len(op.reads) > 1), None)
     if lookup is None:
         raise UserError(
-            f"{where} has no lookup of tokens in a table (embedding), which tells how many tokens a step has"
+            f"{where} has no lookup of tokens in a table, which tells how many tokens there are; record a program that "
+            "begins with torch.nn.Embedding"
         )
     if all(op.layer is None for op in ops):
         raise UserError(f"{where} does not say which layer an operation works for; import the step again")

@@ -79,6 +79,12 @@ def test_a_recorded_step_is_not_overwritten(tmp_path: Path, moesim) -> None:
     assert load_step(tmp_path / "other.json") == ("here", [OP])
 
 
+def test_a_step_that_looks_up_no_tokens_says_what_to_record(tmp_path: Path, moesim) -> None:
+    save_step(tmp_path / "step.json", [OP], source="here")
+    answer = moesim("import-step", "--show", tmp_path / "step.json", "--ranks", "8", "--spread", "ep")
+    assert answer.code == 1 and "record a program that begins with torch.nn.Embedding" in answer.complaint
+
+
 def test_a_folder_with_another_run_is_refused_before_the_work_begins(scenario: Path, moesim, monkeypatch) -> None:
     assert moesim("run", scenario, "--quiet").code == 0
     result = (scenario.parent / "runs/small/result.json").read_bytes()

@@ -224,7 +224,7 @@ def test_curves_of_folders_that_know_nothing_of_each_other_are_refused(tmp_path:
     folders = [limits(tmp_path / "limits"), clusters(tmp_path / "plan")]
     with pytest.raises(UserError, match=r"has no cluster\.nodes"):
         plot_page(folders, PlotRequest(kind="curves", x=NODES))
-    assert "Varied: folder (2)" in plot_page(folders, PlotRequest())
+    assert "A sweep and a plan. Varied: folder (2)" in plot_page(folders, PlotRequest())
 
 
 SETTINGS = "name: {name}\nrouting: {{kind: uniform}}\ncluster: {{pools: [{{gpu: {gpu}, nodes: 1}}]}}\nseed: 0\n"

@@ -195,7 +195,8 @@ def _describe(collection: Collection) -> str:
     axes = ", ".join(varied[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
     repeats = " and ".join(f"{len(axis.values)} values of {axis.name}" for axis in collection.repeats)
     kinds = Counter(source.kind for source in collection.sources)
-    what = " and ".join(f"{count} {kind}s" if count > 1 else f"A {kind}" for kind, count in kinds.items())
+    what = " and ".join(f"{count} {kind}s" if count > 1 else f"a {kind}" for kind, count in kinds.items())
+    what = what[0].upper() + what[1:]
     said = f"{what}. Varied: {axes}." if axes else f"{what}; nothing was varied."
     return said + (f" Means over {repeats}." if repeats else "")
 
