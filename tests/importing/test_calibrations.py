@@ -52,7 +52,7 @@ def test_other_sizes_on_one_gpu_and_on_two_corrected_by_the_first() -> None:
     assert {pair.trace.split("-")[0] for pair in found} >= {"qwen3", "titan", "ddp", "fsdp"}
     for blind in (True, False):
         errors = np.abs([pair.errors[1] for pair in found if pair.blind is blind])
-        assert len(errors) >= 13 and np.median(errors) < 0.017 and errors.max() < 0.055
+        assert len(errors) >= 13 and np.median(errors) < 0.018 and errors.max() < 0.055
 
 
 def test_kernels_whose_tensors_stay_in_the_cache_say_nothing_of_larger_ones() -> None:
