@@ -18,7 +18,7 @@ from library_table import pair
 from measured_data import DATA, print_head, print_row, read, summary, write
 
 from moesim.kernels import kernel_model
-from moesim.recorded.estimate import host_range, step_estimate
+from moesim.recorded.estimate import step_estimate
 from moesim.recorded.host import HOST, weights_of
 from moesim.recorded.step_file import RecordedOp, parsed_ops
 from moesim.strict_json import parse_json
@@ -60,8 +60,8 @@ def programs() -> list[tuple[dict[str, Any], float, tuple[float, float]]]:
         if name not in known:
             ranks = None if step["mode"] == "one" else pair(step["mode"])
             ops = recorded[step["program"]]
-            estimate = step_estimate(ops, kernels, ranks=ranks).step_s
-            known[name] = (estimate, host_range(ops, kernels, ranks=ranks))
+            estimate = step_estimate(ops, kernels, ranks=ranks)
+            known[name] = (estimate.step_s, estimate.by_host_s)
         found.append((step, *known[name]))
     return found
 

@@ -333,7 +333,7 @@ def _show_estimate(
     args: argparse.Namespace, ops: "Sequence[RecordedOp]", *, source: str, traced: "TracedStep | None"
 ) -> int:
     from moesim.kernels import kernel_model
-    from moesim.recorded.estimate import host_range, scalable_share, step_estimate
+    from moesim.recorded.estimate import scalable_share, step_estimate
     from moesim.recorded.host import HOST
     from moesim.recorded.peak import step_peak
     from moesim.report.imported_step_view import estimate_json, print_estimate
@@ -351,12 +351,9 @@ def _show_estimate(
         fabric = node_fabric(kernels, gpu=gpu, ranks=args.ranks)
         ranks = Ranks(wrapper=args.spread or DDP, fabric=fabric, ranks=tuple(range(args.ranks)))
     estimate = step_estimate(ops, kernels, host=host, corrections=corrections, ranks=ranks)
-    hosts = host_range(ops, kernels, host=host, corrections=corrections, ranks=ranks)
     corrected_by = traced.source if traced else None
     peak = step_peak(ops) if ranks is None else None
-    if wants_screen(
-        args, estimate_json(estimate, source=source, gpu=gpu, corrected_by=corrected_by, peak=peak, hosts=hosts)
-    ):
+    if wants_screen(args, estimate_json(estimate, source=source, gpu=gpu, corrected_by=corrected_by, peak=peak)):
         share = scalable_share(ops, kernels)
         print_estimate(
             estimate,
@@ -366,6 +363,5 @@ def _show_estimate(
             corrected_by=corrected_by,
             scalable=share,
             peak=peak,
-            hosts=hosts,
         )
     return 0

@@ -153,9 +153,8 @@ def optimizer_block(
     weights = size["fp32"] if has_master else size[precision.weights]
     tensors = _tensors(scenario)
     out: list[Operation] = _norm(w, scenario, parameters=parameters, tensors=tensors)
-    in_one = switches.optimizer in ("flat", "fused")
-    cast_behind = has_master and (switches.weight_copy or not in_one)
-    if in_one:
+    cast_behind = has_master and (switches.weight_copy or not switches.updates_in_one)
+    if switches.updates_in_one:
         per_parameter = gradients + 4 * moments + 2 * size[precision.weights]
         if has_master:
             per_parameter += 2 * size["fp32"] - size[precision.weights]  # the weights are then only written

@@ -115,7 +115,7 @@ class RecordedKernels:
         Where it reads nothing back, it is ahead into the next step by what it is in one step among many.
         """
         mesh, workload = self.scenario.parallelism, self.scenario.workload
-        host, ahead = HOST.times(self.scenario.compute.host_factor), 0.0
+        host, ahead = HOST.paced(self.scenario.compute.host_factor), 0.0
         if mesh.expert * mesh.expert_tensor == 1:
             whole = replace(
                 self.step.sizes,
@@ -340,10 +340,8 @@ class RecordedKernels:
         if not parameters:
             return [], []
         both, in_layer = 2.0 * BF16 * parameters, w.layer >= 0
-        # What wrappers do takes as long on a slower host: in the scenario's own launches it is less.
         kind = (DENSE if self.scenario.model.is_dense(w.layer) else MOE) if in_layer else ""
-        busy = (HOST.unit if in_layer else 0.5 * HOST.unit) + HOST.unit_weight * self._weights_of(kind)
-        unit = busy / self.scenario.compute.host_factor
+        unit = (HOST.unit if in_layer else 0.5 * HOST.unit) + HOST.unit_weight * self._weights_of(kind)
         ahead, back = unit / w.model.host.launch, unit / w.model.host.backward_launch
         apart = ahead if w.phase is Phase.FORWARD else in_layer * back
         return (
@@ -363,10 +361,8 @@ class RecordedKernels:
 
     def optimizer_launches(self, host: HostCosts, stages: Sequence[int]) -> float:
         """As torch's goes through its weights, and through a rank's shares of them."""
-        weights, factor = self._weights(stages), self.scenario.compute.host_factor
-        shares = self.scenario.parallelism.zero.dense >= 3
-        # What wrappers do takes as long on a slower host: in the scenario's own launches it is less.
-        return (HOST.optimizer + HOST.weight * weights + shares * HOST.sharded * weights / factor) / host.launch
+        weights, shares = self._weights(stages), self.scenario.parallelism.zero.dense >= 3
+        return (HOST.optimizer + (HOST.weight + shares * HOST.sharded) * weights) / host.launch
 
     def _weights(self, stages: Sequence[int]) -> float:
         """How many a rank has."""

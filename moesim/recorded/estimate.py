@@ -1,7 +1,8 @@
 """What a recorded step takes: its operations priced, in their order, launched by a host, on one rank or on several."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -52,11 +53,20 @@ class StepEstimate:
     gaps_s: float
     host_s: float
     timeline: Timeline
+    at_pace: Callable[[float], Timeline] = field(
+        repr=False, compare=False
+    )  # of a host that is slower by a factor in all that it does
 
     @property
     def step_s(self) -> float:
         """Seconds of the step."""
         return self.timeline.step_s
+
+    @cached_property
+    def by_host_s(self) -> tuple[float, float]:
+        """Seconds of the step at the fastest and at the slowest pace of hosts that was measured (`PACES`)."""
+        least, most = (self.at_pace(pace).step_s for pace in PACES)
+        return least, most
 
 
 def step_estimate(
@@ -85,45 +95,32 @@ def step_estimate(
 
     weights, usual = weights_of(ops), says_little(ops)
 
-    def works_of(place: int, times: float) -> list[Work]:
-        op, runs = ops[place], max(1, min(MOST_RUNS, round(times)))
-        each = Work(
-            seconds=(found[place].seconds + gap_s) * times / runs,
-            host_s=host.seconds(op, weights=weights, usual=usual) * times / runs,
-            family=FAMILY_OF[type(launches[place].kernels[0])],
-            reads_back=op.name == CHECK and ("taken" in op.facts or op.measured_s is not None),  # else the host drew it
-        )
-        return [each] * runs
+    def works(host: Host) -> list[Work]:
+        def works_of(place: int, times: float) -> list[Work]:
+            op, runs = ops[place], max(1, min(MOST_RUNS, round(times)))
+            each = Work(
+                seconds=(found[place].seconds + gap_s) * times / runs,
+                host_s=host.seconds(op, weights=weights, usual=usual) * times / runs,
+                family=FAMILY_OF[type(launches[place].kernels[0])],
+                reads_back=op.name == CHECK and ("taken" in op.facts or op.measured_s is not None),  # else it is drawn
+            )
+            return [each] * runs
 
-    if ranks is None:
-        works = [work for block in in_order(ops) for place, times in block.runs for work in works_of(place, times)]
-    else:
-        works = Spreading(
+        if ranks is None:
+            return [work for block in in_order(ops) for place, times in block.runs for work in works_of(place, times)]
+        return Spreading(
             ops=ops, works_of=works_of, ranks=ranks, kernels=at_load, host=host, gap_s=gap_s, planned=planned
         ).works()
+
+    done = works(host)
     return StepEstimate(
         ops=tuple(sorted(found, key=lambda each: -each.count * each.seconds)),
         kernels_s=sum(each.count * each.seconds for each in found),
         gaps_s=sum(op.count for op in ops) * gap_s,
-        host_s=sum(work.host_s for work in works),
-        timeline=timeline(works, kernels.contention),
+        host_s=sum(work.host_s for work in done),
+        timeline=timeline(done, kernels.contention),
+        at_pace=lambda pace: timeline(works(host.paced(pace)), kernels.contention),
     )
-
-
-def host_range(
-    ops: Sequence[RecordedOp],
-    kernels: KernelModel,
-    *,
-    host: Host = HOST,
-    corrections: Corrections | None = None,
-    ranks: Ranks | None = None,
-) -> tuple[float, float]:
-    """Seconds of the step at the fastest and at the slowest pace of hosts that was measured (`PACES`)."""
-    least, most = (
-        step_estimate(ops, kernels, host=host.paced(pace), corrections=corrections, ranks=ranks).step_s
-        for pace in PACES
-    )
-    return least, most
 
 
 def slowest_host(kernels: KernelModel, *, ranks: int) -> float:

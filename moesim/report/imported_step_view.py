@@ -30,16 +30,15 @@ def print_estimate(
     corrected_by: str | None = None,
     scalable: tuple[float, tuple[str, ...]] | None = None,
     peak: StepPeak | None = None,
-    hosts: tuple[float, float] | None = None,
 ) -> None:
     """Print the step, its dearest operations and those that no table knows; `corrected_by` names the trace's step;
-    `scalable`: as `scalable_share` has it. `peak`: of one rank alone; `hosts`: the step at the paces of hosts.
+    `scalable`: as `scalable_share` has it. `peak`: of one rank alone.
     """
     line = estimate.timeline
     alone = ", of one rank without the others" if line.sent else ""
     lines = [
         ("step", _ms(estimate.step_s), "of one rank, with all of the following in its order"),
-        *_of_hosts(estimate, hosts),
+        *_of_hosts(estimate),
         ("kernels", _ms(estimate.kernels_s), f"{sum(op.count for op in estimate.ops)} operations{alone}"),
         ("gaps between them", _ms(estimate.gaps_s), ""),
         ("idle, host late", _ms(line.host_late_s), "the GPU waits for a launch"),
@@ -83,11 +82,12 @@ def print_estimate(
 TOLD = 0.02  # of the step, from which on the pace of hosts is told
 
 
-def _of_hosts(estimate: StepEstimate, hosts: tuple[float, float] | None) -> list[tuple[str, str, str]]:
+def _of_hosts(estimate: StepEstimate) -> list[tuple[str, str, str]]:
     """How long the step takes at the paces of hosts, where that matters."""
-    if hosts is None or hosts[1] - hosts[0] < TOLD * estimate.step_s:
+    least, most = estimate.by_host_s
+    if most - least < TOLD * estimate.step_s:
         return []
-    return [("  by host", f"{1e3 * hosts[0]:.4g} to {1e3 * hosts[1]:.4g} ms", "as fast and slow hosts pace it")]
+    return [("  by host", f"{1e3 * least:.4g} to {1e3 * most:.4g} ms", "as fast and slow hosts pace it")]
 
 
 def _of_ranks(estimate: StepEstimate) -> list[tuple[str, str, str]]:
@@ -144,11 +144,8 @@ def estimate_json(
     gpu: str,
     corrected_by: str | None = None,
     peak: StepPeak | None = None,
-    hosts: tuple[float, float] | None = None,
 ) -> dict[str, Any]:
-    """The estimate for a program, SI units; memory is None where the recording does not tell. `hosts`: the step at the
-    paces of hosts.
-    """
+    """The estimate for a program, SI units; memory is None where the recording does not tell."""
     return {
         "peak_memory_bytes": None if peak is None else peak.total,
         "source": source,
@@ -159,7 +156,7 @@ def estimate_json(
         "gaps_s": estimate.gaps_s,
         "host_s": estimate.host_s,
         "host_late_s": estimate.timeline.host_late_s,
-        "step_time_by_host_s": None if hosts is None else list(hosts),
+        "step_time_by_host_s": list(estimate.by_host_s),
         "collectives": [
             {
                 "name": each.name,

@@ -135,6 +135,11 @@ class Switches:
         """Whether no step waits for a launch, however slow the host is."""
         return self.host == "free" or self.cuda_graphs == "step"
 
+    @property
+    def updates_in_one(self) -> bool:
+        """Whether a kernel reads and writes all of a weight and its states at once."""
+        return self.optimizer in ("flat", "fused")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:

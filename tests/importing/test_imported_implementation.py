@@ -198,7 +198,7 @@ def test_a_host_that_sets_the_pace_is_ahead_into_the_next_step(
     """Of a step among many, as import-step gives it: the GPU's work behind the last launch hides the next launches."""
     sizes = sizes_of(first, where="it")
     short = scaled(first, sizes, replace(sizes, sequences=1, sequence_length=4096))
-    predicted = step_estimate(short, kernel_model("h100"), host=HOST.times(factor))
+    predicted = step_estimate(short, kernel_model("h100"), host=HOST.paced(factor))
     assert (predicted.timeline.host_late_s > 0.0) is (factor > 1.0)
     less = {"sequence_length": 4096, "micro_batch": 1, "global_batch": 1}
     changes = {f"workload.{key}": value for key, value in less.items()} | {"compute.host_factor": factor}
@@ -327,7 +327,7 @@ def test_layers_in_shards_cost_the_host_what_fully_shard_does(
     sizes = sizes_of(first, where="it")
     short = scaled(first, sizes, replace(sizes, sequences=1, sequence_length=2048))
     kernels = kernel_model("h100")
-    host = HOST.times(factor / slowest_host(kernels, ranks=4))  # the scenario's hosts are alike
+    host = HOST.paced(factor).times(1.0 / slowest_host(kernels, ranks=4))  # the scenario's hosts are alike
     ranks = Ranks(wrapper=FSDP2, fabric=node_fabric(kernels, gpu="h100", ranks=4), ranks=(0, 1, 2, 3))
     predicted = step_estimate(short, kernels, host=host, ranks=ranks)
     without = step_estimate(short, kernels, host=host._replace(unit=0.0), ranks=ranks)

@@ -12,7 +12,7 @@ from host_table import steps as host_steps
 from library_table import Program, by_scenario, group_of, pair, predicted_s, programs
 
 from moesim.kernels import KernelModel, kernel_model
-from moesim.recorded.estimate import StepEstimate, host_range, step_estimate
+from moesim.recorded.estimate import StepEstimate, step_estimate
 from moesim.recorded.host import PACES
 from moesim.recorded.spread import WRAPPERS
 from moesim.recorded.step_file import parsed_ops
@@ -156,8 +156,8 @@ def test_the_paces_of_hosts_cover_what_was_measured(steps, kernels) -> None:
         if not group_of(name, found["mode"])[1].startswith("small"):
             continue
         ranks = pair(found["mode"]) if found["mode"] in WRAPPERS else None
-        least, most = host_range(Program.of(found).ops, kernels, ranks=ranks)
+        least, most = step_estimate(Program.of(found).ops, kernels, ranks=ranks).by_host_s
         (step,) = found["steps"]
         assert least < step["sustained_s"] < most, name
-    least, most = host_range(parsed_ops(steps["olmoe-2k"][0]["ops"], where="olmoe-2k"), kernels)
+    least, most = step_estimate(parsed_ops(steps["olmoe-2k"][0]["ops"], where="olmoe-2k"), kernels).by_host_s
     assert least < steps["olmoe-2k"][0]["measured"]["sustained_s"] < most

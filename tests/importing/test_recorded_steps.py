@@ -20,7 +20,7 @@ from moesim.kernels import kernel_model
 from moesim.parallel.memory.libraries import WORKSPACE_BYTES
 from moesim.parallel.memory.report import memory_report
 from moesim.parallel.memory.rows import even_rows
-from moesim.recorded.estimate import host_range, step_estimate
+from moesim.recorded.estimate import step_estimate
 from moesim.recorded.host import HOST, PACES
 from moesim.recorded.peak import recorded_memory, step_peak
 from moesim.recorded.pricing import launch_of
@@ -86,7 +86,7 @@ def test_a_host_that_is_slower_and_one_that_needs_the_same_for_all() -> None:
     assert step_estimate(ops, kernel_model("h100"), host=HOST.paced(2.0)).host_s == pytest.approx(2 * whole)
     alike = step_estimate(ops, kernel_model("h100"), host=HOST.per_op(1e-5)).host_s
     assert alike == pytest.approx(1e-5 * sum(op.count for op in ops))
-    least, most = host_range(ops, kernel_model("h100"))
+    least, most = step_estimate(ops, kernel_model("h100")).by_host_s
     assert (least, most) == pytest.approx(tuple(whole * pace for pace in PACES))
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from moesim.cli.layouts import SERVERS
 from moesim.errors import UserError
 from moesim.scenario import load_scenario, load_scenario_text
 from moesim.scenario.placement_files import WRITERS, Layers, read_placement, sglang_text, tensorrt_llm_text
@@ -108,6 +109,10 @@ def write_scenario(folder: Path, text: str, *, name: str, maps: str = "{kind: ex
 
 
 MAPS = [[5, 0, 1, 2, 2, 3, 5, 6, 7, 4, 5, 1], [*range(8), 7, 7, 0, 3]]  # of 8 experts in 12 slots, not in order
+
+
+def test_the_command_line_offers_every_writer() -> None:
+    assert tuple(WRITERS) == SERVERS
 
 
 @pytest.mark.parametrize("software", WRITERS)

@@ -256,10 +256,10 @@ class PipelineRank:
         """Square roots of second moments, of all tensors of an optimizer at once: experts that ranks share have one of
         their own, which steps behind that of the other weights. Of one tensor where each is by itself.
         """
-        way = self.scenario.implementation.switches.optimizer
-        if way in ("flat", "fused"):
+        switches = self.scenario.implementation.switches
+        if switches.updates_in_one:
             return 0.0
-        if way == "loop":
+        if switches.optimizer == "loop":
             return 2 * FP32 * table_parameters(self.scenario)
         halves = [self.states[f"optimizer.{part}"] / 2 for part in ("dense", "experts")]
         return max(halves) if self.scenario.parallelism.expert > 1 else sum(halves)
